@@ -1,0 +1,127 @@
+//! `pipeline check` and `pipeline plan`: is the pipeline right, and what does it mean?
+
+use std::io::IsTerminal;
+use std::path::PathBuf;
+
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::Failed;
+use crate::config::{Complaint, LoadError, Look, Plan, PlannedStage, load};
+
+/// Says everything that is wrong with a pipeline, before anything runs.
+#[derive(Args)]
+#[command(after_help = "Examples:\n  pipeline check pipelines/dpo.yaml\n  \
+    pipeline check pipelines/dpo.yaml --set stages.candidates.sample.count=8\n  \
+    pipeline check pipelines/dpo.yaml --offline --json")]
+pub struct Check {
+    #[command(flatten)]
+    file: PipelineFile,
+    /// Do not look for the files and folders that the pipeline names.
+    #[arg(long)]
+    offline: bool,
+    /// Print complaints as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Prints a pipeline as it is meant: stages in running order, with all their settings.
+#[derive(Args)]
+#[command(
+    after_help = "Examples:\n  pipeline plan pipelines/dpo.yaml\n  pipeline plan pipelines/dpo.yaml --json"
+)]
+pub struct ShowPlan {
+    #[command(flatten)]
+    file: PipelineFile,
+    /// Print the plan as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// A pipeline file and changes to it.
+#[derive(Args)]
+pub struct PipelineFile {
+    /// The pipeline file.
+    pub file: PathBuf,
+    /// Change a value: --set stages.pairs.select_extremes.margin_min=0.1 (may be given again).
+    #[arg(long = "set", value_name = "PATH=VALUE")]
+    pub sets: Vec<String>,
+}
+
+impl Check {
+    pub fn run(&self) -> Result<(), Failed> {
+        let loaded = load(&self.file.file, &self.file.sets, self.offline);
+        if self.json {
+            let complaints: &[Complaint] = match &loaded {
+                Ok(plan) => &plan.warnings,
+                Err(LoadError::Refused(complaints)) => &complaints.0,
+                Err(LoadError::Unreadable { .. }) => &[],
+            };
+            let list: Vec<Value> = complaints.iter().map(Complaint::to_json).collect();
+            if !matches!(loaded, Err(LoadError::Unreadable { .. })) {
+                println!("{}", json!({ "ok": loaded.is_ok(), "complaints": list }));
+                return loaded.map(|_| ()).map_err(|_| Failed::Code(2));
+            }
+        }
+        let plan = loaded?;
+        warn(&plan);
+        let stages = plan.all().count();
+        let rounds = plan.rounds.get();
+        let plural = if rounds == 1 { "round" } else { "rounds" };
+        eprintln!(
+            "{}: nothing wrong ({stages} stages, {rounds} {plural})",
+            self.file.file.display()
+        );
+        Ok(())
+    }
+}
+
+impl ShowPlan {
+    pub fn run(&self) -> Result<(), Failed> {
+        let plan = load(&self.file.file, &self.file.sets, false)?;
+        if self.json {
+            println!("{:#}", to_json(&plan));
+            return Ok(());
+        }
+        let mut text = String::new();
+        plan.render(&mut text).expect("a string takes any text");
+        print!("{text}");
+        warn(&plan);
+        Ok(())
+    }
+}
+
+/// Prints what is perhaps not meant.
+pub fn warn(plan: &Plan) {
+    let look = Look::detect(std::io::stderr().is_terminal());
+    for warning in &plan.warnings {
+        eprint!("{}", warning.render(look));
+    }
+}
+
+fn to_json(plan: &Plan) -> Value {
+    let stage = |stage: &PlannedStage| {
+        let inputs: Vec<Value> = stage
+            .inputs
+            .iter()
+            .map(|(field, table)| json!({ "field": field, "table": table.as_str() }))
+            .collect();
+        json!({
+            "table": stage.name.as_str(),
+            "kind": stage.kind,
+            "once": stage.is_static,
+            "first_round": stage.round_first,
+            "inputs": inputs,
+            "settings": stage.settings,
+        })
+    };
+    json!({
+        "pipeline": plan.pipeline.as_str(),
+        "seed": plan.seed,
+        "rounds": plan.rounds.get(),
+        "models": plan.models.iter().map(|(name, spec)| (name.to_string(), json!(spec.network()))).collect::<serde_json::Map<_, _>>(),
+        "stages": plan.stages.iter().map(stage).collect::<Vec<_>>(),
+        "evaluate": plan.evaluate.iter().map(stage).collect::<Vec<_>>(),
+        "warnings": plan.warnings.iter().map(Complaint::to_json).collect::<Vec<_>>(),
+    })
+}

@@ -1,0 +1,77 @@
+//! `pipeline doctor`: what libraries and devices are there, and what is wrong when there are none.
+
+use std::process::Command;
+
+use clap::Args;
+use serde_json::json;
+
+use super::{Failed, engine};
+use crate::models::{ModelLoader, Severity};
+
+/// Says what libtorch, CUDA and devices were found, and what is missing.
+#[derive(Args)]
+#[command(
+    after_help = "Examples:\n  pipeline doctor\n  LD_LIBRARY_PATH=/opt/torch/lib pipeline doctor"
+)]
+pub struct Doctor {
+    /// Print the findings as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+impl Doctor {
+    pub fn run(&self, loader: Option<&dyn ModelLoader>) -> Result<(), Failed> {
+        let Some(loader) = loader else {
+            return self.ask_engine();
+        };
+        let findings = loader.doctor();
+        let word = |severity| match severity {
+            Severity::Good => "good",
+            Severity::Note => "note",
+            Severity::Bad => "bad",
+        };
+        if self.json {
+            let list: Vec<_> = findings
+                .iter()
+                .map(|finding| json!({ "severity": word(finding.severity), "text": finding.text }))
+                .collect();
+            println!("{}", json!(list));
+        } else {
+            for finding in &findings {
+                let mark = match finding.severity {
+                    Severity::Good => "ok  ",
+                    Severity::Note => "note",
+                    Severity::Bad => "BAD ",
+                };
+                println!("{mark}  {}", finding.text);
+            }
+        }
+        let bad = findings
+            .iter()
+            .any(|finding| finding.severity == Severity::Bad);
+        if bad { Err(Failed::Code(1)) } else { Ok(()) }
+    }
+
+    /// The engine may not even start; then this program is the one to say why.
+    fn ask_engine(&self) -> Result<(), Failed> {
+        let engine = engine::path()?;
+        engine::libtorch()?;
+        let mut command = Command::new(&engine);
+        command.args(std::env::args_os().skip(1));
+        let output = command
+            .output()
+            .map_err(|error| engine::cannot_start(&engine, &error))?;
+        print!("{}", String::from_utf8_lossy(&output.stdout));
+        eprint!("{}", String::from_utf8_lossy(&output.stderr));
+        match output.status.code() {
+            Some(0) => Ok(()),
+            // What the system's loader exits with when a library is missing.
+            Some(127) => Err(Failed::Words(
+                "the engine does not start: the libtorch that was found lacks a library that it is linked to \
+                 (named above); run `make setup` again, or use the lib folder of a torch 2.11"
+                    .to_owned(),
+            )),
+            code => Err(Failed::Code(code.map_or(1, |code| code as u8))),
+        }
+    }
+}

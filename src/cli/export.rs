@@ -1,0 +1,167 @@
+//! `pipeline export`: pairs and checkpoints for other programs.
+
+use std::collections::HashSet;
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Subcommand};
+use serde_json::{Value, json};
+
+use super::{Failed, run_folder};
+use crate::store::{
+    Images, Lookup, Made, RunFolder, StoreError, TableReader, copy_folder, write_atomically,
+};
+use crate::tables::{Image, Pair, Row};
+
+/// Writes pairs or a checkpoint of a run for other programs.
+#[derive(Args)]
+#[command(
+    after_help = "Examples:\n  pipeline export runs/small-world pairs --to export/pairs.json\n  \
+    pipeline export runs/small-world checkpoint --round 2 --to /models/mine"
+)]
+pub struct Export {
+    /// The run: its folder, or its name below runs/.
+    run: PathBuf,
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// The JSON list that the source document's training script reads; the pictures go to the folder
+    /// `images` beside it.
+    Pairs {
+        /// The JSON file to write.
+        #[arg(long)]
+        to: PathBuf,
+        /// The round; the last one if left out.
+        #[arg(long)]
+        round: Option<u32>,
+    },
+    /// A checkpoint, as transformers loads it.
+    Checkpoint {
+        /// The folder to write; it must not exist.
+        #[arg(long)]
+        to: PathBuf,
+        /// The round; the last one if left out.
+        #[arg(long)]
+        round: Option<u32>,
+    },
+}
+
+impl Export {
+    pub fn run(&self) -> Result<(), Failed> {
+        let run = RunFolder::read(&run_folder(&self.run))?;
+        match &self.what {
+            What::Pairs { to, round } => pairs(&run, to, *round),
+            What::Checkpoint { to, round } => checkpoint(&run, to, *round),
+        }
+    }
+}
+
+/// The finished table of a round (the last one that has it) that passes a test.
+fn find<'a>(
+    run: &'a RunFolder,
+    what: &str,
+    round: Option<u32>,
+    test: impl Fn(&Made) -> bool,
+) -> Result<&'a Made, Failed> {
+    let fitting = run
+        .manifest()
+        .made
+        .iter()
+        .filter(|made| made.complete && test(made));
+    let fitting = fitting.filter(|made| round.is_none() || made.round == round);
+    fitting.max_by_key(|made| made.round).ok_or_else(|| {
+        let of_round = round.map_or_else(String::new, |round| format!(" of round {round}"));
+        Failed::Words(format!(
+            "{} has no finished {what}{of_round}; see: pipeline status",
+            run.root().display()
+        ))
+    })
+}
+
+fn pairs(run: &RunFolder, to: &Path, round: Option<u32>) -> Result<(), Failed> {
+    let made = find(run, "pairs", round, |made| {
+        made.kind.as_deref() == Some(Pair::KIND)
+    })?;
+    let folder = to
+        .parent()
+        .filter(|folder| !folder.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
+    let pictures = folder.join("images");
+    fs::create_dir_all(&pictures).map_err(StoreError::io("create", &pictures))?;
+    let files = run
+        .manifest()
+        .images
+        .iter()
+        .map(|file| run.root().join(&file.file))
+        .collect();
+    let mut rows = Lookup::open(files, "image_id")?;
+    let mut images = Images::open(run.root(), &run.manifest().images)?;
+    let mut written = HashSet::new();
+    let mut list = Vec::new();
+    for batch in TableReader::new(run.files(&made.table, made.round)) {
+        let pairs =
+            Pair::from_batch(&batch?).map_err(|misfit| Failed::Words(misfit.to_string()))?;
+        for pair in pairs {
+            if !pair.turns.is_empty() {
+                return Err(Failed::Words(format!(
+                    "pair {} has {} earlier turns, and the training script's format has no place for them",
+                    pair.row_key,
+                    pair.turns.len()
+                )));
+            }
+            let mut names = Vec::new();
+            for id in &pair.image_ids {
+                let row: Option<Image> = rows.row(id)?;
+                let format = row.map_or_else(|| "png".to_owned(), |row| row.format);
+                let name = format!("{id}.{format}");
+                if written.insert(name.clone()) {
+                    write_atomically(&pictures.join(&name), &images.bytes(id)?)?;
+                }
+                names.push(name);
+            }
+            list.push(json!({
+                "id": pair.id.unwrap_or(pair.prompt_id),
+                "image": if names.len() == 1 { Value::String(names.remove(0)) } else { json!(names) },
+                "prompt": pair.prompt,
+                // Without it the script's grouping by length fails.
+                "answer": "",
+                "chosen": pair.chosen,
+                "rejected": pair.rejected,
+            }));
+        }
+    }
+    let mut text = serde_json::to_vec_pretty(&list).expect("plain data");
+    text.write_all(b"\n").expect("a vector takes any bytes");
+    write_atomically(to, &text)?;
+    eprintln!(
+        "wrote {} pairs to {} and {} pictures to {}",
+        list.len(),
+        to.display(),
+        written.len(),
+        pictures.display()
+    );
+    Ok(())
+}
+
+fn checkpoint(run: &RunFolder, to: &Path, round: Option<u32>) -> Result<(), Failed> {
+    let made = find(run, "checkpoint", round, |made| made.checkpoint.is_some())?;
+    let checkpoint = made.checkpoint.as_ref().expect("just tested");
+    if to.exists() {
+        return Err(Failed::Words(format!(
+            "{} exists; give another folder",
+            to.display()
+        )));
+    }
+    copy_folder(&run.root().join(&checkpoint.folder), to)?;
+    eprintln!(
+        "wrote {} of `{}` to {}",
+        checkpoint.folder,
+        checkpoint.model,
+        to.display()
+    );
+    Ok(())
+}

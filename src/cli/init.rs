@@ -1,0 +1,40 @@
+//! `pipeline init`: a pipeline file to start from.
+
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::Failed;
+
+const STARTER: &str = include_str!("starter.yaml");
+
+/// Writes a commented pipeline file to start from.
+#[derive(Args)]
+#[command(after_help = "Example:\n  pipeline init dpo.yaml")]
+pub struct Init {
+    /// The file to write; it must not exist.
+    #[arg(default_value = "pipeline.yaml")]
+    file: PathBuf,
+}
+
+impl Init {
+    pub fn run(&self) -> Result<(), Failed> {
+        let shown = self.file.display();
+        let created = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .open(&self.file);
+        let mut file = created.map_err(|error| match error.kind() {
+            std::io::ErrorKind::AlreadyExists => {
+                Failed::Words(format!("{shown} exists; give another name"))
+            }
+            _ => Failed::Words(format!("cannot write {shown}: {error}")),
+        })?;
+        file.write_all(STARTER.as_bytes())
+            .map_err(|error| Failed::Words(format!("cannot write {shown}: {error}")))?;
+        eprintln!("wrote {shown}; fill in the paths, then: pipeline check {shown}");
+        Ok(())
+    }
+}

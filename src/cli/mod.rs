@@ -1,0 +1,139 @@
+//! The command line: one subcommand a file. Data goes to stdout, words to stderr.
+//!
+//! Two programs share it. `pipeline` has no networks, and replaces itself with `pipeline-engine`
+//! when a network must open; that one brings a [`ModelLoader`].
+
+mod check;
+mod doctor;
+mod engine;
+mod export;
+mod init;
+mod progress;
+mod run;
+mod schema;
+mod sql;
+mod status;
+
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+use crate::config::{Complaints, LoadError, Look};
+use crate::models::ModelLoader;
+use crate::query::QueryError;
+use crate::run::RunError;
+use crate::store::StoreError;
+
+/// Iterative DPO of a vision-language model, as one declarative pipeline over Arrow tables.
+///
+/// Exit codes: 0 done, 1 failure, 2 the pipeline (or the command line) is wrong, 130 and 143 stopped
+/// by SIGINT and SIGTERM.
+#[derive(Parser)]
+#[command(name = "pipeline", version, max_term_width = 100)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Run(run::Run),
+    Check(check::Check),
+    Plan(check::ShowPlan),
+    Sql(sql::Sql),
+    Status(status::Status),
+    Export(export::Export),
+    Schema(schema::ShowSchema),
+    Init(init::Init),
+    Doctor(doctor::Doctor),
+    /// Prints completions for a shell.
+    #[command(
+        after_help = "Example:\n  pipeline completions bash > ~/.local/share/bash-completion/completions/pipeline"
+    )]
+    Completions {
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Why a command failed: decides what is printed and the exit code.
+#[derive(Debug, thiserror::Error)]
+enum Failed {
+    /// The user's pipeline is wrong.
+    #[error(transparent)]
+    Refused(#[from] LoadError),
+    #[error(transparent)]
+    Run(#[from] RunError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Query(#[from] QueryError),
+    #[error("{0}")]
+    Words(String),
+    /// All that is to be said has been said.
+    #[error("exit code {0}")]
+    Code(u8),
+}
+
+/// Runs the command line that this process was started with.
+pub fn main(loader: Option<&dyn ModelLoader>) -> ExitCode {
+    let arguments = Arguments::parse();
+    let done = match arguments.command {
+        Command::Run(command) => command.run(loader),
+        Command::Check(command) => command.run(),
+        Command::Plan(command) => command.run(),
+        Command::Sql(command) => command.run(),
+        Command::Status(command) => command.run(),
+        Command::Export(command) => command.run(),
+        Command::Schema(command) => command.run(),
+        Command::Init(command) => command.run(),
+        Command::Doctor(command) => command.run(loader),
+        Command::Completions { shell } => {
+            clap_complete::generate(
+                shell,
+                &mut Arguments::command(),
+                "pipeline",
+                &mut std::io::stdout(),
+            );
+            Ok(())
+        }
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failed) => ExitCode::from(tell(&failed)),
+    }
+}
+
+/// Says what went wrong on stderr; returns the exit code.
+fn tell(failed: &Failed) -> u8 {
+    match failed {
+        Failed::Refused(LoadError::Refused(complaints)) => {
+            eprint!("{}", render(complaints));
+            2
+        }
+        Failed::Refused(LoadError::Unreadable { .. }) => {
+            eprintln!("error: {failed}");
+            2
+        }
+        Failed::Code(code) => *code,
+        _ => {
+            eprintln!("error: {failed}");
+            1
+        }
+    }
+}
+
+fn render(complaints: &Complaints) -> String {
+    complaints.render(Look::detect(std::io::stderr().is_terminal()))
+}
+
+/// The folder of a run as a user names it: a path, or the name of a run below `runs/`.
+fn run_folder(name: &Path) -> PathBuf {
+    let named = Path::new("runs").join(name);
+    if !name.exists() && named.join("manifest.json").exists() {
+        named
+    } else {
+        name.to_owned()
+    }
+}

@@ -1,0 +1,33 @@
+//! `pipeline schema`: JSON Schemas of the pipeline file and of the tables.
+
+use clap::Args;
+
+use super::Failed;
+use crate::config::{pipeline_schema, table_schema};
+use crate::tables::KINDS;
+
+/// Prints the JSON Schema of pipeline files, or of a kind of table.
+#[derive(Args)]
+#[command(
+    after_help = "Examples:\n  pipeline schema > pipeline.schema.json\n  pipeline schema candidate"
+)]
+pub struct ShowSchema {
+    /// A kind of table; the pipeline file itself if left out.
+    kind: Option<String>,
+}
+
+impl ShowSchema {
+    pub fn run(&self) -> Result<(), Failed> {
+        let schema = match &self.kind {
+            None => pipeline_schema(),
+            Some(kind) => table_schema(kind).ok_or_else(|| {
+                Failed::Words(format!(
+                    "there is no kind `{kind}`; the kinds are {}",
+                    KINDS.join(", ")
+                ))
+            })?,
+        };
+        println!("{schema:#}");
+        Ok(())
+    }
+}

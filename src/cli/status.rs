@@ -1,0 +1,83 @@
+//! `pipeline status`: how far a run is, from another shell too.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::{Failed, run_folder};
+use crate::store::{Lock, Made, RunFolder, StoreError};
+
+/// Says what a run has made so far and whether it is running.
+#[derive(Args)]
+#[command(
+    after_help = "Examples:\n  pipeline status runs/small-world\n  pipeline status small-world --json"
+)]
+pub struct Status {
+    /// The run: its folder, or its name below runs/.
+    run: PathBuf,
+    /// Print as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+impl Status {
+    pub fn run(&self) -> Result<(), Failed> {
+        let folder = run_folder(&self.run);
+        let run = RunFolder::read(&folder)?;
+        let holder = match Lock::take(&folder) {
+            Err(StoreError::Locked { holder, .. }) => Some(holder),
+            _ => None,
+        };
+        let manifest = run.manifest();
+        if self.json {
+            let table = |made: &Made| {
+                json!({
+                    "table": made.table, "round": made.round, "kind": made.kind, "complete": made.complete,
+                    "rows": made.rows(), "faults": faults(made), "dropped": dropped(made), "key": made.key,
+                    "checkpoint": made.checkpoint.as_ref().map(|checkpoint| &checkpoint.folder),
+                })
+            };
+            let tables: Vec<Value> = manifest.made.iter().map(table).collect();
+            println!(
+                "{:#}",
+                json!({ "pipeline": manifest.pipeline, "running": holder, "tables": tables })
+            );
+            return Ok(());
+        }
+        match holder {
+            Some(holder) => println!("{}: running, {holder}", manifest.pipeline),
+            None => println!("{}: not running", manifest.pipeline),
+        }
+        println!(
+            "{:<24} {:>6} {:>10} {:>8} {:>8}  state",
+            "table", "round", "rows", "faulty", "dropped"
+        );
+        for made in &manifest.made {
+            let round = made
+                .round
+                .map_or_else(|| "-".to_owned(), |round| round.to_string());
+            let state = match (made.complete, &made.state, &made.checkpoint) {
+                (true, _, Some(checkpoint)) => format!("done, {}", checkpoint.folder),
+                (true, _, None) => "done".to_owned(),
+                (false, Some(state), _) => format!("saved at step {}", state.step),
+                (false, None, _) => format!("{} parts", made.parts.len()),
+            };
+            let (table, rows) = (&made.table, made.rows());
+            println!(
+                "{table:<24} {round:>6} {rows:>10} {:>8} {:>8}  {state}",
+                faults(made),
+                dropped(made)
+            );
+        }
+        Ok(())
+    }
+}
+
+fn faults(made: &Made) -> u64 {
+    made.parts.iter().map(|part| part.faults).sum()
+}
+
+fn dropped(made: &Made) -> u64 {
+    made.parts.iter().map(|part| part.dropped).sum()
+}

@@ -1,0 +1,389 @@
+//! What only the whole file can show: names that lead nowhere, models in the wrong role, files
+//! that aren't there. Tables and their columns are followed in [`super::lineage`].
+
+use std::path::Path;
+
+use super::complaint::{At, Complaint};
+use super::guess::guess;
+use super::pipeline::{Entry, Written};
+use super::reference::Secrets;
+use super::source::KeyPath;
+use super::words::listed;
+use crate::models::ModelSpec;
+use crate::prep::{JudgePrep, PolicyPrep, PrepError, Shards};
+use crate::stages::{ModelName, Role, StageSpec, TableName};
+
+/// Names that a run folder or a run's SQL gives to something else.
+const SIDE_TABLES: [&str; 4] = ["images", "rejects", "references", "checkpoints"];
+
+/// Words that can't name a table in a query without quotes.
+const SQL_WORDS: [&str; 62] = [
+    "all",
+    "and",
+    "any",
+    "array",
+    "as",
+    "asc",
+    "between",
+    "by",
+    "case",
+    "cast",
+    "check",
+    "column",
+    "create",
+    "cross",
+    "current_date",
+    "default",
+    "desc",
+    "distinct",
+    "drop",
+    "else",
+    "end",
+    "except",
+    "exists",
+    "false",
+    "fetch",
+    "for",
+    "from",
+    "full",
+    "grant",
+    "group",
+    "having",
+    "in",
+    "inner",
+    "insert",
+    "intersect",
+    "into",
+    "is",
+    "join",
+    "lateral",
+    "left",
+    "like",
+    "limit",
+    "natural",
+    "not",
+    "null",
+    "offset",
+    "on",
+    "or",
+    "order",
+    "outer",
+    "right",
+    "select",
+    "set",
+    "table",
+    "then",
+    "true",
+    "union",
+    "unique",
+    "using",
+    "values",
+    "when",
+    "where",
+];
+
+/// Every complaint and warning about names, roles and training.
+pub fn names_and_roles(written: &Written) -> Vec<Complaint> {
+    let mut complaints = Vec::new();
+    table_names(written, &mut complaints);
+    for (stage, is_evaluation) in all_stages(written) {
+        roles(stage, written, &mut complaints);
+        if is_evaluation {
+            no_training(stage, &mut complaints);
+        }
+    }
+    trained_once(written, &mut complaints);
+    unused(written, &mut complaints);
+    complaints
+}
+
+/// The stages, then those under `evaluate`, and whether it is one of these.
+pub fn all_stages(written: &Written) -> impl Iterator<Item = (&Entry<TableName, StageSpec>, bool)> {
+    let stages = written.stages.iter().map(|stage| (stage, false));
+    stages.chain(written.evaluate.iter().map(|stage| (stage, true)))
+}
+
+/// Files and folders of the user that aren't there. Paths must be absolute.
+pub fn files(written: &Written, secrets: &Secrets) -> Vec<Complaint> {
+    let mut complaints = Vec::new();
+    for model in &written.models {
+        for (field, path) in model.spec.iter().flat_map(ModelSpec::paths) {
+            let at = At::value(model.settings.key(field));
+            complaints.extend(missing(path, at, secrets));
+        }
+    }
+    for (stage, _) in all_stages(written) {
+        for (field, path) in stage.spec.iter().flat_map(|spec| spec.as_stage().files()) {
+            let at = At::value(stage.settings.key(field));
+            complaints.extend(missing(path, at, secrets));
+        }
+    }
+    complaints
+}
+
+/// Looks into the folders of the models: configs, tokenizers, and the headers of the weights, as
+/// far as they can be read without opening a tensor. Folders that aren't there are left to
+/// [`files`].
+pub fn probe_models(written: &Written, secrets: &Secrets) -> Vec<Complaint> {
+    let mut complaints = Vec::new();
+    for model in &written.models {
+        let Some(spec) = &model.spec else {
+            continue;
+        };
+        let paths = spec.paths();
+        if paths.iter().any(|(_, path)| !path.exists()) {
+            continue;
+        }
+        if let Err(error) = probe(spec) {
+            // The setting whose folder holds the file at fault.
+            let field = paths.iter().find(|(_, path)| error.path.starts_with(path));
+            let at = match field {
+                Some((field, _)) => At::value(model.settings.key(field)),
+                None => At::key(model.settings.clone()),
+            };
+            let path = shown(&error.path, secrets);
+            let message = format!("`{path}`: {}", secrets.hide(&error.problem));
+            complaints.push(Complaint::new("config::model_files", at, message));
+        }
+    }
+    complaints
+}
+
+fn probe(spec: &ModelSpec) -> Result<(), PrepError> {
+    match spec {
+        ModelSpec::LlavaOnevision(model) => {
+            let prep = PolicyPrep::open(&model.weights)?;
+            prep.card.check(&Shards::open(&model.weights)?)
+        }
+        ModelSpec::LlavaRlhf(model) => JudgePrep::open(model).map(|_| ()),
+        ModelSpec::Scripted(_) => Ok(()),
+    }
+}
+
+fn missing(path: &Path, at: At, secrets: &Secrets) -> Option<Complaint> {
+    let problem = match path.try_exists() {
+        Ok(true) => return None,
+        Ok(false) => "does not exist".to_owned(),
+        Err(error) => format!("can't be reached: {error}"),
+    };
+    let message = format!("`{}` {problem}", shown(path, secrets));
+    let complaint = Complaint::new("config::missing_file", at, message);
+    let folder = path.ancestors().skip(1).find(|folder| folder.is_dir())?;
+    let is_parent = Some(folder) == path.parent();
+    let wanted = path
+        .strip_prefix(folder)
+        .ok()?
+        .iter()
+        .next()?
+        .to_string_lossy()
+        .into_owned();
+    let names: Vec<String> = folder
+        .read_dir()
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .collect();
+    let complaint = complaint.guess(guess(&wanted, names.iter().map(String::as_str)));
+    Some(match (is_parent, complaint.label.is_empty()) {
+        (_, false) => complaint,
+        (true, true) => complaint.help("relative paths start at the folder of the pipeline file"),
+        (false, true) => {
+            let folder = shown(folder, secrets);
+            complaint.help(format!("there is `{folder}`, but no `{wanted}` in it"))
+        }
+    })
+}
+
+/// A path in a message: from the current folder if it lies there, values of the environment hidden.
+fn shown(path: &Path, secrets: &Secrets) -> String {
+    let path = secrets.hide(&path.display().to_string());
+    let here = std::env::current_dir().unwrap_or_default();
+    let here = format!("{}/", secrets.hide(&here.display().to_string()));
+    path.strip_prefix(&here).unwrap_or(&path).to_owned()
+}
+
+fn table_names(written: &Written, complaints: &mut Vec<Complaint>) {
+    for (stage, is_evaluation) in all_stages(written) {
+        let name = stage.name.as_str();
+        let at = At::key(stage.path.clone());
+        if SIDE_TABLES.contains(&name) {
+            let message =
+                format!("`{name}` is the name of something that every run makes by itself");
+            complaints.push(
+                Complaint::new("config::reserved_name", at, message).help("choose another name"),
+            );
+        } else if SQL_WORDS.contains(&name) {
+            let message = format!("`{name}` is a word of SQL, so no query could name this table");
+            complaints.push(
+                Complaint::new("config::reserved_name", at, message).help("choose another name"),
+            );
+        } else if is_evaluation
+            && let Some(first) = written.stages.iter().find(|first| first.name == stage.name)
+        {
+            let message = format!("`{name}` is both in `stages` and in `evaluate`");
+            let complaint = Complaint::new("config::duplicate", at, message)
+                .label("the second time")
+                .also(At::key(first.path.clone()), "the first time")
+                .help("tables of both lie in one run: rename one of them");
+            complaints.push(complaint);
+        }
+    }
+}
+
+fn roles(stage: &Entry<TableName, StageSpec>, written: &Written, complaints: &mut Vec<Complaint>) {
+    for used in stage.spec.iter().flat_map(|spec| spec.as_stage().uses()) {
+        let at = At::value(stage.settings.key(used.field));
+        let model = used.model.as_str();
+        let Some(entry) = written
+            .models
+            .iter()
+            .find(|entry| entry.name == *used.model)
+        else {
+            complaints.push(unknown_model(used.model, at, written));
+            continue;
+        };
+        let Some(spec) = &entry.spec else {
+            continue;
+        };
+        if plays(spec, used.role) {
+            continue;
+        }
+        let deed = deed(used.role);
+        let able = written.models.iter().filter(|other| {
+            other
+                .spec
+                .as_ref()
+                .is_some_and(|spec| plays(spec, used.role))
+        });
+        let able: Vec<&str> = able.map(|other| other.name.as_str()).collect();
+        let networks = listed(networks(used.role).iter().copied());
+        let help = if able.is_empty() {
+            format!("networks that can {deed}: {networks}")
+        } else {
+            format!("models that can {deed}: {}", listed(able))
+        };
+        let message = format!("`{model}` is a `{}`, which can't {deed}", spec.network());
+        let complaint = Complaint::new("config::wrong_role", at, message)
+            .also(At::key(entry.settings.clone()), "its network");
+        complaints.push(complaint.help(help));
+    }
+}
+
+fn unknown_model(model: &ModelName, at: At, written: &Written) -> Complaint {
+    let known: Vec<&str> = written
+        .models
+        .iter()
+        .map(|entry| entry.name.as_str())
+        .collect();
+    let is_table = all_stages(written).any(|(stage, _)| stage.name.as_str() == model.as_str());
+    let complaint = Complaint::new(
+        "config::unknown_model",
+        at,
+        format!("there is no model `{model}`"),
+    )
+    .guess(guess(model.as_str(), known.iter().copied()));
+    match (is_table, known.is_empty()) {
+        (true, _) => complaint.help(format!("`{model}` is a table; a model must stand here")),
+        (false, true) => complaint.help("the pipeline has no models: add them under `models`"),
+        (false, false) => complaint.help(format!("the models are {}", listed(known))),
+    }
+}
+
+fn no_training(stage: &Entry<TableName, StageSpec>, complaints: &mut Vec<Complaint>) {
+    let uses = stage.spec.iter().flat_map(|spec| spec.as_stage().uses());
+    for used in uses.filter(|used| used.role == Role::Learns) {
+        let message = format!(
+            "`{}` trains `{}`, but an evaluation trains nothing",
+            stage.name, used.model
+        );
+        let complaint = Complaint::new(
+            "config::training_in_evaluate",
+            At::key(stage.settings.clone()),
+            message,
+        );
+        complaints.push(complaint.help("move it to `stages`"));
+    }
+}
+
+/// A model has one trainer, or its name would mean two checkpoints. Rounds that train nothing are
+/// all the same.
+fn trained_once(written: &Written, complaints: &mut Vec<Complaint>) {
+    let mut trainings: Vec<(&ModelName, At)> = Vec::new();
+    let mut any_training = false;
+    // Duplicates are found by name, so the uses have to outlive the loop over the stages.
+    for stage in &written.stages {
+        for used in stage.spec.iter().flat_map(|spec| spec.as_stage().uses()) {
+            if used.role != Role::Learns {
+                continue;
+            }
+            any_training = true;
+            let at = At::value(stage.settings.key(used.field));
+            match trainings.iter().find(|(model, _)| *model == used.model) {
+                None => trainings.push((used.model, at)),
+                Some((_, first)) => {
+                    let message = format!("`{}` is trained by two stages of a round", used.model);
+                    let complaint = Complaint::new("config::trained_twice", at, message)
+                        .label("the second training")
+                        .also(first.clone(), "the first training");
+                    complaints.push(
+                        complaint.help("train on the pairs of both: `sql` can unite two tables"),
+                    );
+                }
+            }
+        }
+    }
+    let is_readable = written.stages.iter().all(|stage| stage.spec.is_some());
+    if written.rounds.get() > 1 && !any_training && is_readable {
+        let at = At::value(KeyPath::root().key("rounds"));
+        let message = format!("{} rounds, but no stage trains a model", written.rounds);
+        let warning = Complaint::warning("config::nothing_trained", at, message);
+        complaints.push(warning.help("rounds differ only in their random numbers then"));
+    }
+}
+
+fn unused(written: &Written, complaints: &mut Vec<Complaint>) {
+    for entry in &written.models {
+        let is_used = all_stages(written).any(|(stage, _)| match &stage.spec {
+            Some(spec) => spec
+                .as_stage()
+                .uses()
+                .iter()
+                .any(|used| *used.model == entry.name),
+            None => true,
+        });
+        if !is_used {
+            let message = format!("no stage uses the model `{}`", entry.name);
+            let at = At::key(entry.path.clone());
+            complaints.push(Complaint::warning("config::unused", at, message));
+        }
+    }
+    for variable in written.vars.iter().filter(|variable| !variable.is_used) {
+        let message = format!("nothing uses the variable `{}`", variable.name);
+        let at = At::key(KeyPath::root().key("vars").key(&variable.name));
+        complaints.push(Complaint::warning("config::unused", at, message));
+    }
+}
+
+fn plays(spec: &ModelSpec, role: Role) -> bool {
+    match role {
+        Role::Answers => spec.answers(),
+        Role::Scores => spec.scores(),
+        Role::Learns => spec.learns(),
+    }
+}
+
+fn deed(role: Role) -> &'static str {
+    match role {
+        Role::Answers => "answer prompts",
+        Role::Scores => "score answers",
+        Role::Learns => "be trained",
+    }
+}
+
+/// The networks that can play a role.
+fn networks(role: Role) -> &'static [&'static str] {
+    match role {
+        Role::Answers | Role::Learns => &["llava_onevision", "scripted"],
+        Role::Scores => &["llava_rlhf", "scripted"],
+    }
+}

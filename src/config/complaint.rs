@@ -1,0 +1,372 @@
+//! Complaints: what is wrong with a pipeline, where, and the way out.
+//!
+//! A complaint is made with the *path* of the setting it is about; [`Sources::place`] finds the
+//! text to underline when all complaints are there. miette draws them.
+
+use std::fmt;
+use std::sync::Arc;
+
+use miette::{Diagnostic, GraphicalReportHandler, GraphicalTheme, LabeledSpan, SourceCode};
+use serde_json::{Value, json};
+
+use super::overrides::Override;
+use super::reference::Secrets;
+use super::source::{KeyPath, Place, Side, Source};
+
+/// Where a complaint points: a setting, or its name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct At {
+    pub path: KeyPath,
+    pub side: Side,
+}
+
+impl At {
+    /// The key of a setting.
+    pub fn key(path: KeyPath) -> Self {
+        let side = Side::Key;
+        Self { path, side }
+    }
+
+    /// The value of a setting.
+    pub fn value(path: KeyPath) -> Self {
+        let side = Side::Value;
+        Self { path, side }
+    }
+}
+
+/// How grave a complaint is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Gravity {
+    /// The pipeline can't be run.
+    Error,
+    /// It can, but is perhaps not what was meant.
+    Warning,
+}
+
+/// One thing that is wrong with a pipeline.
+#[derive(Debug, Clone)]
+pub struct Complaint {
+    /// A stable name for this sort of complaint: `config::unknown_field`.
+    pub code: &'static str,
+    pub gravity: Gravity,
+    /// What is wrong, in lower case and without a period.
+    pub message: String,
+    /// What it is about.
+    pub at: At,
+    /// What stands under the underlined text; empty: the underline alone.
+    pub label: String,
+    /// Other places that matter, each with its label.
+    pub also: Vec<(At, String)>,
+    /// The way out.
+    pub help: Option<String>,
+    /// The text to underline and what to write there, the first being that of `at`.
+    drawing: Vec<(Place, String)>,
+}
+
+impl Complaint {
+    /// An error about `at`.
+    pub fn new(code: &'static str, at: At, message: impl Into<String>) -> Self {
+        Self {
+            code,
+            gravity: Gravity::Error,
+            message: message.into(),
+            at,
+            label: String::new(),
+            also: Vec::new(),
+            help: None,
+            drawing: Vec::new(),
+        }
+    }
+
+    /// A warning about `at`.
+    pub fn warning(code: &'static str, at: At, message: impl Into<String>) -> Self {
+        Self {
+            gravity: Gravity::Warning,
+            ..Self::new(code, at, message)
+        }
+    }
+
+    #[must_use]
+    pub fn label(mut self, label: impl Into<String>) -> Self {
+        self.label = label.into();
+        if let Some((_, drawn)) = self.drawing.first_mut() {
+            drawn.clone_from(&self.label);
+        }
+        self
+    }
+
+    #[must_use]
+    pub fn also(mut self, at: At, label: impl Into<String>) -> Self {
+        self.also.push((at, label.into()));
+        self
+    }
+
+    #[must_use]
+    pub fn help(mut self, help: impl Into<String>) -> Self {
+        self.help = Some(help.into());
+        self
+    }
+
+    /// Adds a way out if there is one.
+    #[must_use]
+    pub fn maybe_help(self, help: Option<String>) -> Self {
+        match help {
+            Some(help) => self.help(help),
+            None => self,
+        }
+    }
+
+    /// Puts "did you mean" under the underlined text when there is a guess.
+    #[must_use]
+    pub fn guess(self, guess: Option<&str>) -> Self {
+        match guess {
+            Some(guess) => self.label(format!("did you mean `{guess}`?")),
+            None => self,
+        }
+    }
+
+    /// Underlines a place that no path leads to.
+    #[must_use]
+    pub fn placed(mut self, place: Place) -> Self {
+        self.drawing = vec![(place, self.label.clone())];
+        self
+    }
+
+    /// Shows `${env:NAME}` in place of what came from the environment to the stage or model that
+    /// this is about.
+    pub fn hide(&mut self, secrets: &Secrets) {
+        let steps = self.at.path.steps().iter().take(2);
+        let about = steps.fold(KeyPath::root(), |path, step| path.then(step.clone()));
+        let is_about_secret = secrets.uses_in(&about).next().is_some();
+        if is_about_secret {
+            self.message = secrets.hide(&self.message);
+            self.label = secrets.hide(&self.label);
+            self.help = self.help.take().map(|help| secrets.hide(&help));
+        }
+    }
+
+    /// The text that is underlined; `None` before [`Sources::place`].
+    pub fn place(&self) -> Option<&Place> {
+        self.drawing.first().map(|(place, _)| place)
+    }
+
+    /// Draws it with what it underlines, ending in a newline.
+    pub fn render(&self, look: Look) -> String {
+        let theme = match look {
+            Look::Color => GraphicalTheme::unicode(),
+            Look::Plain => GraphicalTheme::unicode_nocolor(),
+            Look::Ascii => GraphicalTheme::none(),
+        };
+        let drawer = GraphicalReportHandler::new_themed(theme)
+            .with_width(100)
+            .with_context_lines(1)
+            .with_urls(false)
+            .without_syntax_highlighting();
+        let mut text = String::new();
+        match drawer.render_report(&mut text, self) {
+            Ok(()) => text,
+            Err(_) => format!("{self}\n"),
+        }
+    }
+
+    /// For programs: code, message, path, file, line and column (both from 1), label and help.
+    pub fn to_json(&self) -> Value {
+        let mut object = json!({
+            "code": self.code,
+            "severity": match self.gravity {
+                Gravity::Error => "error",
+                Gravity::Warning => "warning",
+            },
+            "message": self.message,
+            "path": self.at.path.to_string(),
+            "label": self.label,
+            "help": self.help,
+        });
+        if let Some(place) = self.place() {
+            let before = &place.source.text[..place.span.start];
+            let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
+            object["file"] = json!(place.source.name);
+            object["line"] = json!(1 + before.matches('\n').count());
+            object["column"] = json!(1 + before[line_start..].chars().count());
+        }
+        object
+    }
+}
+
+impl fmt::Display for Complaint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Complaint {}
+
+impl Diagnostic for Complaint {
+    fn code<'a>(&'a self) -> Option<Box<dyn fmt::Display + 'a>> {
+        Some(Box::new(self.code))
+    }
+
+    fn severity(&self) -> Option<miette::Severity> {
+        Some(match self.gravity {
+            Gravity::Error => miette::Severity::Error,
+            Gravity::Warning => miette::Severity::Warning,
+        })
+    }
+
+    fn help<'a>(&'a self) -> Option<Box<dyn fmt::Display + 'a>> {
+        let help = self.help.as_ref()?;
+        Some(Box::new(help))
+    }
+
+    fn source_code(&self) -> Option<&dyn SourceCode> {
+        let place = self.place()?;
+        Some(&*place.source)
+    }
+
+    fn labels(&self) -> Option<Box<dyn Iterator<Item = LabeledSpan> + '_>> {
+        let source = &self.place()?.source;
+        let here = self
+            .drawing
+            .iter()
+            .filter(move |(place, _)| place.source == *source);
+        Some(Box::new(here.enumerate().map(
+            |(position, (place, label))| {
+                let label = Some(label.clone()).filter(|label| !label.is_empty());
+                if position == 0 {
+                    LabeledSpan::new_primary_with_span(label, place.span.clone())
+                } else {
+                    LabeledSpan::new_with_span(label, place.span.clone())
+                }
+            },
+        )))
+    }
+}
+
+impl SourceCode for Source {
+    /// miette asks with context for what it draws, and without for the line and column. What is
+    /// drawn here are the whole lines of the span and none around them.
+    fn read_span<'a>(
+        &'a self,
+        span: &miette::SourceSpan,
+        lines_before: usize,
+        lines_after: usize,
+    ) -> Result<Box<dyn miette::SpanContents<'a> + 'a>, miette::MietteError> {
+        let mut drawn = *span;
+        if lines_before + lines_after > 0 {
+            let (start, end) = (span.offset(), span.offset() + span.len());
+            let start = self.text[..start]
+                .rfind('\n')
+                .map_or(0, |newline| newline + 1);
+            let line_end = self.text[end..]
+                .find('\n')
+                .map_or(self.text.len(), |at| end + at);
+            drawn = (start..line_end).into();
+        }
+        let inner = self.text.read_span(&drawn, 0, 0)?;
+        Ok(Box::new(miette::MietteSpanContents::new_named(
+            self.name.clone(),
+            inner.data(),
+            *inner.span(),
+            inner.line(),
+            inner.column(),
+            inner.line_count(),
+        )))
+    }
+}
+
+/// Everything that is wrong with a pipeline, in the order of the text.
+#[derive(Debug, Clone)]
+pub struct Complaints(pub Vec<Complaint>);
+
+impl Complaints {
+    /// Draws them all, an empty line between two.
+    pub fn render(&self, look: Look) -> String {
+        let drawn: Vec<_> = self
+            .0
+            .iter()
+            .map(|complaint| complaint.render(look))
+            .collect();
+        drawn.join("\n")
+    }
+}
+
+impl fmt::Display for Complaints {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let messages: Vec<_> = self
+            .0
+            .iter()
+            .map(|complaint| complaint.message.as_str())
+            .collect();
+        f.write_str(&messages.join("; "))
+    }
+}
+
+impl std::error::Error for Complaints {}
+
+/// How complaints are drawn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Look {
+    /// Colors and line-drawing characters, for a terminal.
+    Color,
+    /// Line-drawing characters only.
+    Plain,
+    /// Nothing but ASCII around the texts, for logs.
+    Ascii,
+}
+
+impl Look {
+    /// The look that fits: color on a terminal unless `NO_COLOR` is set or the terminal is `dumb`.
+    pub fn detect(is_terminal: bool) -> Self {
+        let no_color = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+        let is_dumb = std::env::var_os("TERM").is_some_and(|value| value == "dumb");
+        match (is_terminal && !is_dumb, no_color) {
+            (false, _) => Self::Ascii,
+            (true, true) => Self::Plain,
+            (true, false) => Self::Color,
+        }
+    }
+}
+
+/// The texts that a pipeline was made from: its file, and what `--set` changed in it.
+#[derive(Debug, Clone)]
+pub struct Sources {
+    pub file: Arc<Source>,
+    pub overrides: Vec<Override>,
+}
+
+impl Sources {
+    /// Finds what each complaint underlines, and puts them in the order of the text: those about
+    /// the file first, then those about `--set`.
+    pub fn place(&self, mut complaints: Vec<Complaint>) -> Vec<Complaint> {
+        for complaint in &mut complaints {
+            if !complaint.drawing.is_empty() {
+                continue;
+            }
+            let main = (self.find(&complaint.at), complaint.label.clone());
+            complaint.drawing.push(main);
+            for (at, label) in &complaint.also {
+                complaint.drawing.push((self.find(at), label.clone()));
+            }
+        }
+        complaints.sort_by_key(|complaint| {
+            let place = complaint.place();
+            let is_override = place.is_some_and(|place| place.source != self.file);
+            (is_override, place.map_or(0, |place| place.span.start))
+        });
+        // An alias (`*name`) repeats the mistakes of its anchor.
+        complaints.dedup_by(|b, a| a.message == b.message && a.drawing == b.drawing);
+        complaints
+    }
+
+    /// The text that made a setting what it is.
+    pub fn find(&self, at: &At) -> Place {
+        let mut last_first = self.overrides.iter().rev();
+        if let Some(change) = last_first.find(|change| at.path.is_in(&change.path)) {
+            return change.place(at);
+        }
+        Place {
+            source: Arc::clone(&self.file),
+            span: self.file.find(&at.path, at.side),
+        }
+    }
+}

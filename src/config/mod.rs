@@ -1,0 +1,156 @@
+//! From text to plan: reads a pipeline file, checks all of it before anything runs, and says
+//! everything that is wrong with it at once, underlined.
+//!
+//! The text becomes a tree ([`node`]), `--set` changes it ([`overrides`]), references are replaced
+//! ([`reference`]), and the tree is read ([`reader`]) as it is written ([`pipeline`]). Then names and roles
+//! ([`check`]) and tables ([`lineage`]) are followed through the whole file, and what is left is
+//! the pipeline as meant ([`plan`]). What is wrong is a [`Complaint`].
+
+mod source;
+
+mod node;
+mod overrides;
+mod reference;
+
+mod pipeline;
+mod reader;
+mod syntax;
+mod words;
+
+mod check;
+mod lineage;
+
+mod plan;
+
+mod complaint;
+mod guess;
+
+mod schema;
+
+pub use complaint::{At, Complaint, Complaints, Gravity, Look};
+pub use pipeline::{KeepImages, PipelineName, Share};
+pub use plan::{Plan, PlannedStage};
+pub use reference::{EnvReference, Secrets};
+pub use schema::{pipeline_schema, table_schema};
+pub use source::{KeyPath, Place, Side, Source};
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use complaint::Sources;
+use lineage::Lineage;
+use node::Node;
+use overrides::Override;
+use pipeline::Written;
+
+/// Why there is no plan.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// The file can't be read.
+    #[error("the pipeline file `{}` can't be read: {problem}", path.display())]
+    Unreadable { path: PathBuf, problem: io::Error },
+    /// The file was read, and this is wrong with it.
+    #[error(transparent)]
+    Refused(Complaints),
+}
+
+/// Reads a pipeline file and checks it.
+///
+/// `sets` are changes from the command line, each `path=value`. With `offline`, the files and
+/// folders that the pipeline names need not be there.
+pub fn load(path: &Path, sets: &[String], offline: bool) -> Result<Plan, LoadError> {
+    let unreadable = |problem| LoadError::Unreadable {
+        path: path.to_owned(),
+        problem,
+    };
+    let bytes = std::fs::read(path).map_err(unreadable)?;
+    let text = String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        let before = String::from_utf8_lossy(&error.as_bytes()[..at]);
+        let line = 1 + before.matches('\n').count();
+        let problem = format!("line {line} is not UTF-8 text");
+        unreadable(io::Error::new(io::ErrorKind::InvalidData, problem))
+    })?;
+    let absolute = std::path::absolute(path).map_err(unreadable)?;
+    let name = path.display().to_string();
+    let file = Arc::new(Source::new(name, &text));
+    let environment = |name: &str| std::env::var(name);
+    parse(file, absolute, sets, offline, &environment).map_err(LoadError::Refused)
+}
+
+/// The plan of a text that lies at `path`.
+fn parse(
+    file: Arc<Source>,
+    path: PathBuf,
+    sets: &[String],
+    offline: bool,
+    environment: reference::Environment<'_>,
+) -> Result<Plan, Complaints> {
+    let mut sources = Sources {
+        file,
+        overrides: Vec::new(),
+    };
+    let refuse = |sources: &Sources, complaints| Err(Complaints(sources.place(complaints)));
+    let (mut tree, flaws) = match Node::parse(&sources.file.text) {
+        Ok(parsed) => parsed,
+        Err(error) => return refuse(&sources, vec![syntax::not_yaml(&error, &sources.file)]),
+    };
+    let mut complaints = syntax::flawed(&flaws);
+    if let Some(complaint) = syntax::no_map(&tree) {
+        return refuse(&sources, vec![complaint]);
+    }
+    for text in sets {
+        let applied = Override::parse(text).and_then(|(change, value)| {
+            change.apply(value, &mut tree)?;
+            Ok(change)
+        });
+        match applied {
+            Ok(change) => sources.overrides.push(change),
+            Err(complaint) => complaints.push(*complaint),
+        }
+    }
+    let (mut written, secrets, found) = reader::read(tree, environment);
+    complaints.extend(found);
+    let folder = path.parent().unwrap_or(Path::new("/"));
+    resolve(&mut written, folder);
+    complaints.extend(check::names_and_roles(&written));
+    if !offline {
+        complaints.extend(check::files(&written, &secrets));
+        complaints.extend(check::probe_models(&written, &secrets));
+    }
+    let mut lineage = Lineage::trace(&written);
+    // What is wrong with a setting is told once: a query's file that isn't there can't be planned.
+    let is_news = |new: &Complaint| !complaints.iter().any(|told| told.at == new.at);
+    lineage.complaints.retain(is_news);
+    complaints.append(&mut lineage.complaints);
+    for complaint in &mut complaints {
+        complaint.hide(&secrets);
+    }
+    let mut complaints = sources.place(complaints);
+    if complaints
+        .iter()
+        .any(|complaint| complaint.gravity == Gravity::Error)
+    {
+        complaints.retain(|complaint| complaint.gravity == Gravity::Error);
+        return Err(Complaints(complaints));
+    }
+    Ok(plan::assemble(
+        written, lineage, &sources, secrets, complaints, path,
+    ))
+}
+
+/// Takes the relative paths of models and stages to start at `folder`.
+fn resolve(written: &mut Written, folder: &Path) {
+    for spec in written
+        .models
+        .iter_mut()
+        .filter_map(|model| model.spec.as_mut())
+    {
+        spec.resolve(folder);
+    }
+    let stages = written.stages.iter_mut().chain(&mut written.evaluate);
+    for spec in stages.filter_map(|stage| stage.spec.as_mut()) {
+        spec.as_stage_mut().resolve(folder);
+    }
+}

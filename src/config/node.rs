@@ -1,0 +1,399 @@
+//! A pipeline file's text as a tree of plain values.
+//!
+//! serde_yaml's own tree stops at the first duplicate key, and maps of structs drop the earlier of
+//! two entries without a word. This one keeps the written order, takes the first of the two, and
+//! lists what is wrong, so that one mistake does not hide the next.
+
+use std::cell::RefCell;
+use std::fmt;
+
+use serde::de::{
+    DeserializeSeed, Deserializer, EnumAccess, Error, IgnoredAny, MapAccess, SeqAccess,
+    VariantAccess, Visitor,
+};
+use serde_yaml::{Mapping, Number, Value};
+
+use super::source::{KeyPath, Step};
+
+/// A value as written.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Node {
+    Null,
+    Bool(bool),
+    Number(Number),
+    Text(String),
+    List(Vec<Node>),
+    /// In the written order, each key once.
+    Map(Vec<(String, Node)>),
+    /// Something that is wrong and has been complained about; there is no more to say about it.
+    Wrong,
+}
+
+/// Something that YAML allows and a pipeline file does not.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Flaw {
+    /// A key that came before; the path is that of the later one.
+    Duplicate(KeyPath),
+    /// A YAML tag such as `!sample`.
+    Tag(KeyPath),
+    /// A list or a map in place of a key, in the map at the path.
+    Key(KeyPath),
+}
+
+impl Node {
+    /// Reads a text. The error is about YAML itself; flaws of the content are in the list.
+    pub fn parse(text: &str) -> Result<(Self, Vec<Flaw>), serde_yaml::Error> {
+        let flaws = RefCell::new(Vec::new());
+        let grow = Grow {
+            path: KeyPath::root(),
+            flaws: &flaws,
+        };
+        let node = grow.deserialize(serde_yaml::Deserializer::from_str(text))?;
+        Ok((node, flaws.into_inner()))
+    }
+
+    /// The entry of a map, or `None`.
+    pub fn get(&self, key: &str) -> Option<&Self> {
+        let Self::Map(entries) = self else {
+            return None;
+        };
+        entries.iter().find(|(k, _)| k == key).map(|(_, node)| node)
+    }
+
+    /// What stands at a path, or `None`.
+    pub fn at(&mut self, steps: &[Step]) -> Option<&mut Self> {
+        let Some((step, rest)) = steps.split_first() else {
+            return Some(self);
+        };
+        let below = match (self, step) {
+            (Self::Map(entries), Step::Key { key, .. }) => entries
+                .iter_mut()
+                .find(|(k, _)| k == key)
+                .map(|(_, node)| node),
+            (Self::List(elements), Step::Index(index)) => elements.get_mut(*index),
+            _ => None,
+        };
+        below?.at(rest)
+    }
+
+    /// Takes out what stands at a path; `false` when nothing does.
+    pub fn remove(&mut self, steps: &[Step]) -> bool {
+        let Some((last, above)) = steps.split_last() else {
+            return false;
+        };
+        match (self.at(above), last) {
+            (Some(Self::Map(entries)), Step::Key { key, .. }) => {
+                let before = entries.len();
+                entries.retain(|(k, _)| k != key);
+                entries.len() < before
+            }
+            (Some(Self::List(elements)), Step::Index(index)) if *index < elements.len() => {
+                elements.remove(*index);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Takes out what is [`Node::Wrong`], here and below, and tells under which keys it stood.
+    pub fn remove_wrong(&mut self) -> Vec<String> {
+        let mut keys = Vec::new();
+        match self {
+            Self::Map(entries) => {
+                for (key, node) in entries.iter_mut() {
+                    keys.extend(node.remove_wrong());
+                    if *node == Self::Wrong {
+                        keys.push(key.clone());
+                    }
+                }
+                entries.retain(|(_, node)| *node != Self::Wrong);
+            }
+            Self::List(elements) => {
+                let before = elements.len();
+                for element in elements.iter_mut() {
+                    keys.extend(element.remove_wrong());
+                }
+                elements.retain(|element| *element != Self::Wrong);
+                // The elements of a list have no key; an empty one stands for them.
+                keys.extend((elements.len() < before).then(String::new));
+            }
+            _ => {}
+        }
+        keys
+    }
+
+    /// A scalar as text; `None` for nothing, lists and maps.
+    pub fn text(&self) -> Option<String> {
+        match self {
+            Self::Bool(value) => Some(value.to_string()),
+            Self::Number(value) => Some(value.to_string()),
+            Self::Text(text) => Some(text.clone()),
+            Self::Null | Self::List(_) | Self::Map(_) | Self::Wrong => None,
+        }
+    }
+
+    /// What it is, for people: `a list`.
+    pub fn noun(&self) -> &'static str {
+        match self {
+            Self::Null | Self::Wrong => "nothing",
+            Self::Bool(_) => "true or false",
+            Self::Number(_) => "a number",
+            Self::Text(_) => "a text",
+            Self::List(_) => "a list",
+            Self::Map(_) => "a map",
+        }
+    }
+}
+
+impl From<&Node> for Value {
+    fn from(node: &Node) -> Self {
+        match node {
+            Node::Null | Node::Wrong => Self::Null,
+            Node::Bool(value) => Self::Bool(*value),
+            Node::Number(value) => Self::Number(value.clone()),
+            Node::Text(text) => Self::String(text.clone()),
+            Node::List(elements) => Self::Sequence(elements.iter().map(Self::from).collect()),
+            Node::Map(entries) => {
+                let entry = |(key, node): &(String, Node)| (key.as_str().into(), Self::from(node));
+                Self::Mapping(entries.iter().map(entry).collect::<Mapping>())
+            }
+        }
+    }
+}
+
+/// Makes the node at `path`.
+struct Grow<'a> {
+    path: KeyPath,
+    flaws: &'a RefCell<Vec<Flaw>>,
+}
+
+impl<'de> DeserializeSeed<'de> for Grow<'_> {
+    type Value = Node;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Node, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Grow<'_> {
+    type Value = Node;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a value")
+    }
+
+    fn visit_unit<E: Error>(self) -> Result<Node, E> {
+        Ok(Node::Null)
+    }
+
+    fn visit_none<E: Error>(self) -> Result<Node, E> {
+        Ok(Node::Null)
+    }
+
+    fn visit_bool<E: Error>(self, value: bool) -> Result<Node, E> {
+        Ok(Node::Bool(value))
+    }
+
+    fn visit_i64<E: Error>(self, value: i64) -> Result<Node, E> {
+        Ok(Node::Number(value.into()))
+    }
+
+    fn visit_u64<E: Error>(self, value: u64) -> Result<Node, E> {
+        Ok(Node::Number(value.into()))
+    }
+
+    fn visit_i128<E: Error>(self, value: i128) -> Result<Node, E> {
+        Ok(Node::Number((value as f64).into()))
+    }
+
+    fn visit_u128<E: Error>(self, value: u128) -> Result<Node, E> {
+        Ok(Node::Number((value as f64).into()))
+    }
+
+    fn visit_f64<E: Error>(self, value: f64) -> Result<Node, E> {
+        Ok(Node::Number(value.into()))
+    }
+
+    fn visit_str<E: Error>(self, text: &str) -> Result<Node, E> {
+        Ok(Node::Text(text.to_owned()))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Node, A::Error> {
+        let mut elements = Vec::new();
+        loop {
+            let seed = Grow {
+                path: self.path.index(elements.len()),
+                flaws: self.flaws,
+            };
+            match list.next_element_seed(seed)? {
+                Some(element) => elements.push(element),
+                None => return Ok(Node::List(elements)),
+            }
+        }
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Node, A::Error> {
+        let mut entries: Vec<(String, Node)> = Vec::new();
+        let mut extras: Vec<String> = Vec::new();
+        while let Some(key) = map.next_key_seed(KeyText::default())? {
+            let Some(key) = key else {
+                self.flaws.borrow_mut().push(Flaw::Key(self.path.clone()));
+                map.next_value::<IgnoredAny>()?;
+                continue;
+            };
+            if entries.iter().any(|(known, _)| *known == key) {
+                let nth = 1 + extras.iter().filter(|extra| **extra == key).count();
+                let flaw = Flaw::Duplicate(self.path.nth_key(&key, nth));
+                self.flaws.borrow_mut().push(flaw);
+                extras.push(key);
+                map.next_value::<IgnoredAny>()?;
+                continue;
+            }
+            let seed = Grow {
+                path: self.path.key(&key),
+                flaws: self.flaws,
+            };
+            let node = map.next_value_seed(seed)?;
+            entries.push((key, node));
+        }
+        Ok(Node::Map(entries))
+    }
+
+    fn visit_enum<A: EnumAccess<'de>>(self, tagged: A) -> Result<Node, A::Error> {
+        let (_, content) = tagged.variant::<IgnoredAny>()?;
+        content.newtype_variant::<IgnoredAny>()?;
+        self.flaws.borrow_mut().push(Flaw::Tag(self.path));
+        Ok(Node::Wrong)
+    }
+}
+
+/// Reads a key as the text it is; `None` for a list or a map.
+#[derive(Default)]
+pub struct KeyText<'a> {
+    /// A key to fail at, so that the error tells its position.
+    pub refused: Option<&'a str>,
+}
+
+impl KeyText<'_> {
+    fn key<E: Error>(&self, key: String) -> Result<Option<String>, E> {
+        if self.refused == Some(key.as_str()) {
+            return Err(E::custom("this key is refused"));
+        }
+        Ok(Some(key))
+    }
+}
+
+impl<'de> DeserializeSeed<'de> for KeyText<'_> {
+    type Value = Option<String>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for KeyText<'_> {
+    type Value = Option<String>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a key")
+    }
+
+    fn visit_unit<E: Error>(self) -> Result<Self::Value, E> {
+        self.key("null".to_owned())
+    }
+
+    fn visit_bool<E: Error>(self, key: bool) -> Result<Self::Value, E> {
+        self.key(key.to_string())
+    }
+
+    fn visit_i64<E: Error>(self, key: i64) -> Result<Self::Value, E> {
+        self.key(key.to_string())
+    }
+
+    fn visit_u64<E: Error>(self, key: u64) -> Result<Self::Value, E> {
+        self.key(key.to_string())
+    }
+
+    fn visit_i128<E: Error>(self, key: i128) -> Result<Self::Value, E> {
+        self.key(key.to_string())
+    }
+
+    fn visit_u128<E: Error>(self, key: u128) -> Result<Self::Value, E> {
+        self.key(key.to_string())
+    }
+
+    fn visit_f64<E: Error>(self, key: f64) -> Result<Self::Value, E> {
+        self.key(key.to_string())
+    }
+
+    fn visit_str<E: Error>(self, key: &str) -> Result<Self::Value, E> {
+        self.key(key.to_owned())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
+        while list.next_element::<IgnoredAny>()?.is_some() {}
+        Ok(None)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+        Ok(None)
+    }
+
+    fn visit_enum<A: EnumAccess<'de>>(self, tagged: A) -> Result<Self::Value, A::Error> {
+        let (_, content) = tagged.variant::<IgnoredAny>()?;
+        content.newtype_variant::<IgnoredAny>()?;
+        Ok(None)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn maps_keep_their_order_and_tell_duplicates_of_any_depth() {
+        let (node, flaws) = Node::parse("z: 1\na: { b: 1, b: 2, c: 3, b: 4 }\nz: 5\n").unwrap();
+        let Node::Map(entries) = &node else {
+            panic!("{node:?}");
+        };
+        let keys: Vec<_> = entries.iter().map(|(key, _)| key.as_str()).collect();
+        assert_eq!(keys, ["z", "a"]);
+        assert_eq!(node.get("z"), Some(&Node::Number(1.into())));
+        let a = KeyPath::root().key("a");
+        assert_eq!(
+            flaws,
+            [
+                Flaw::Duplicate(a.nth_key("b", 1)),
+                Flaw::Duplicate(a.nth_key("b", 2)),
+                Flaw::Duplicate(KeyPath::root().nth_key("z", 1)),
+            ]
+        );
+    }
+
+    #[test]
+    fn tags_and_strange_keys_are_flaws_and_hide_nothing() {
+        let (node, flaws) = Node::parse("a: !x { y: 1 }\n? [k]\n: 1\n2: ~\n").unwrap();
+        assert_eq!(
+            node,
+            Node::Map(vec![
+                ("a".to_owned(), Node::Wrong),
+                ("2".to_owned(), Node::Null)
+            ])
+        );
+        let root = KeyPath::root();
+        assert_eq!(flaws, [Flaw::Tag(root.key("a")), Flaw::Key(root)]);
+    }
+
+    #[test]
+    fn an_element_of_a_list_can_be_taken_out() {
+        let (mut node, _) = Node::parse("a: [1, 2]").unwrap();
+        let second = KeyPath::root().key("a").index(1);
+        assert!(node.remove(second.steps()));
+        assert!(!node.remove(second.steps()));
+        assert_eq!(
+            node.get("a"),
+            Some(&Node::List(vec![Node::Number(1.into())]))
+        );
+    }
+}

@@ -1,0 +1,188 @@
+//! `--set stages.pairs.select_extremes.margin_min=0.1`: settings changed from the command line.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::complaint::{At, Complaint};
+use super::guess::guess;
+use super::node::Node;
+use super::source::{KeyPath, Place, Side, Source, Step};
+use super::words::listed;
+
+/// One `--set`, as read.
+#[derive(Debug, Clone)]
+pub struct Override {
+    /// The setting.
+    pub path: KeyPath,
+    /// The whole text, under the name `--set`.
+    source: Arc<Source>,
+    /// Where in the text each step of the path stands.
+    steps: Vec<Range<usize>>,
+    /// Where in the text the value stands.
+    value: Range<usize>,
+}
+
+impl Override {
+    /// Reads `path=value`. The value is YAML.
+    pub fn parse(text: &str) -> Result<(Self, Node), Box<Complaint>> {
+        let source = Arc::new(Source::new("--set".to_owned(), text));
+        let complain = |message: String, span: Range<usize>| {
+            let source = Arc::clone(&source);
+            let complaint = Complaint::new("config::set", At::key(KeyPath::root()), message)
+                .help("write `--set path=value`, as in `--set stages.candidates.sample.count=3`")
+                .placed(Place { source, span });
+            Box::new(complaint)
+        };
+        let Some((left, right)) = source.text.split_once('=') else {
+            return Err(complain(
+                format!("`--set {text}` has no `=`"),
+                0..text.len(),
+            ));
+        };
+        let mut path = KeyPath::root();
+        let mut steps = Vec::new();
+        let mut start = 0;
+        for word in left.split('.') {
+            let (key, indices) = word.split_once('[').map_or((word, None), |(key, rest)| {
+                (key, Some(rest.strip_suffix(']').unwrap_or(rest)))
+            });
+            let span = start..start + word.len();
+            start = span.end + 1;
+            if key.is_empty() {
+                return Err(complain(
+                    format!("`{left}` is not a path to a setting"),
+                    span,
+                ));
+            }
+            path = path.key(key);
+            steps.push(span.clone());
+            for index in indices.into_iter().flat_map(|text| text.split("][")) {
+                let Ok(index) = index.parse() else {
+                    return Err(complain(
+                        format!("`{index}` is not a position in a list"),
+                        span,
+                    ));
+                };
+                path = path.index(index);
+                steps.push(span.clone());
+            }
+        }
+        let value = left.len() + 1..source.text.len();
+        let (node, flaws) = Node::parse(right)
+            .map_err(|error| complain(format!("the value is not YAML: {error}"), value.clone()))?;
+        if !flaws.is_empty() {
+            return Err(complain(
+                "the value has duplicate keys or tags".to_owned(),
+                value,
+            ));
+        }
+        let parsed = Self {
+            path,
+            source,
+            steps,
+            value,
+        };
+        Ok((parsed, node))
+    }
+
+    /// Puts the value into the tree. All but the last step must be there already.
+    pub fn apply(&self, value: Node, tree: &mut Node) -> Result<(), Box<Complaint>> {
+        let steps = self.path.steps();
+        let last = steps.len() - 1;
+        let mut here = tree;
+        for (depth, step) in steps[..last].iter().enumerate() {
+            if here.at(std::slice::from_ref(step)).is_none() {
+                return Err(Box::new(self.leads_nowhere(depth, here)));
+            }
+            here = here
+                .at(std::slice::from_ref(step))
+                .expect("it was there just now");
+        }
+        let problem = match (here, &steps[last]) {
+            (Node::Map(entries), Step::Key { key, .. }) => {
+                match entries.iter_mut().find(|(known, _)| known == key) {
+                    Some((_, node)) => *node = value,
+                    None => entries.push((key.clone(), value)),
+                }
+                return Ok(());
+            }
+            (Node::List(elements), Step::Index(index)) => match elements.get_mut(*index) {
+                Some(element) => {
+                    *element = value;
+                    return Ok(());
+                }
+                None => format!("the list has {} elements, counted from 0", elements.len()),
+            },
+            (other, _) => format!("nothing can be set in {}", other.noun()),
+        };
+        Err(Box::new(self.complain(last, problem)))
+    }
+
+    /// The complaint that `here` has no entry for the step at `depth`.
+    fn leads_nowhere(&self, depth: usize, here: &Node) -> Complaint {
+        let known: Vec<&str> = match here {
+            Node::Map(entries) => entries.iter().map(|(key, _)| key.as_str()).collect(),
+            _ => Vec::new(),
+        };
+        let steps = self.path.steps()[..=depth].iter();
+        let path = steps.fold(KeyPath::root(), |path, step| path.then(step.clone()));
+        let help =
+            (!known.is_empty()).then(|| format!("there are {}", listed(known.iter().copied())));
+        self.complain(depth, format!("the pipeline has no `{path}`"))
+            .guess(guess(path.name(), known))
+            .maybe_help(help)
+    }
+
+    /// The part of the text that a complaint about the setting (or about something in it) means.
+    pub fn place(&self, at: &At) -> Place {
+        let is_key = at.side == Side::Key && at.path == self.path;
+        let step = self.steps.last().filter(|_| is_key);
+        Place {
+            source: Arc::clone(&self.source),
+            span: step.unwrap_or(&self.value).clone(),
+        }
+    }
+
+    fn complain(&self, depth: usize, message: String) -> Complaint {
+        let span = self.steps.get(depth).unwrap_or(&self.value).clone();
+        let source = Arc::clone(&self.source);
+        let at = At::key(self.path.clone());
+        Complaint::new("config::set", at, message).placed(Place { source, span })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(text: &str, expected: Result<&str, &str>) {
+        let (mut tree, _) = Node::parse("a: { b: 1, c: [x, y] }").unwrap();
+        let outcome =
+            Override::parse(text).and_then(|(change, value)| change.apply(value, &mut tree));
+        match (outcome, expected) {
+            (Ok(()), Ok(yaml)) => assert_eq!(tree, Node::parse(yaml).unwrap().0),
+            (Err(complaint), Err(message)) => assert_eq!(complaint.message, message),
+            (outcome, _) => panic!("{outcome:?}"),
+        }
+    }
+
+    #[test]
+    fn a_setting_is_replaced_or_added() {
+        check("a.b=2", Ok("a: { b: 2, c: [x, y] }"));
+        check("a.b=x=y", Ok("a: { b: x=y, c: [x, y] }"));
+        check("a.d=[1, 2]", Ok("a: { b: 1, c: [x, y], d: [1, 2] }"));
+        check("a.c[1]=z", Ok("a: { b: 1, c: [x, z] }"));
+        check("e=true", Ok("a: { b: 1, c: [x, y] }\ne: true"));
+    }
+
+    #[test]
+    fn a_path_that_leads_nowhere_is_refused() {
+        check("a", Err("`--set a` has no `=`"));
+        check("a..b=1", Err("`a..b` is not a path to a setting"));
+        check("x.b=1", Err("the pipeline has no `x`"));
+        check("a.b.c=1", Err("nothing can be set in a number"));
+        check("a.c[2]=1", Err("the list has 2 elements, counted from 0"));
+        check("a.c[z]=1", Err("`z` is not a position in a list"));
+    }
+}

@@ -1,0 +1,173 @@
+//! A pipeline file *as written*: its fields, their defaults, and the values that check themselves.
+//!
+//! The types are at once the result of [`super::reader`] and the source of the JSON Schema: their
+//! doc comments are what an editor shows.
+
+use std::collections::BTreeMap;
+use std::num::NonZeroU32;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::reference::Variable;
+use super::source::KeyPath;
+use crate::models::ModelSpec;
+use crate::stages::{ModelName, StageSpec, TableName};
+
+/// A pipeline: tables, each made by one verb, and the models that the verbs use.
+#[derive(JsonSchema)]
+#[schemars(rename = "Pipeline", deny_unknown_fields)]
+pub struct Written {
+    /// The pipeline's name, which also names its run folder: `runs/<name>`.
+    pub pipeline: PipelineName,
+    /// Decides all random numbers, together with stage, round and row.
+    #[schemars(default)]
+    pub seed: u64,
+    /// How often all stages run; each round starts from the models that the last one trained.
+    #[schemars(default = "one")]
+    pub rounds: NonZeroU32,
+    /// Values with a name, used as `"${name}"`.
+    #[schemars(default, with = "BTreeMap<VariableName, Scalar>")]
+    pub vars: Vec<Variable>,
+    /// The models by name.
+    #[schemars(default, with = "BTreeMap<ModelName, ModelSpec>")]
+    pub models: Vec<Entry<ModelName, ModelSpec>>,
+    /// The tables by name, each with the one verb that makes it.
+    #[schemars(with = "BTreeMap<TableName, StageSpec>")]
+    pub stages: Vec<Entry<TableName, StageSpec>>,
+    /// Tables that tell how good the models are: made before round 1 (as round 0) and after every
+    /// round.
+    #[schemars(default, with = "BTreeMap<TableName, StageSpec>")]
+    pub evaluate: Vec<Entry<TableName, StageSpec>>,
+    /// The share of a stage's rows that may be faulty before the run stops, from 0 to 1.
+    #[schemars(default)]
+    pub reject_share_max: Share,
+    /// Whether the run's `images` table holds the pictures or only where they lie.
+    #[schemars(default)]
+    pub keep_images: KeepImages,
+}
+
+/// The top-level fields, in the order in which people write them.
+pub const FIELDS: [&str; 9] = [
+    "pipeline",
+    "seed",
+    "rounds",
+    "vars",
+    "models",
+    "stages",
+    "evaluate",
+    "reject_share_max",
+    "keep_images",
+];
+
+/// The default of `rounds`.
+pub fn one() -> NonZeroU32 {
+    NonZeroU32::MIN
+}
+
+/// A model or stage, under its name.
+pub struct Entry<Name, Spec> {
+    pub name: Name,
+    /// Where it stands: `stages.rewards`.
+    pub path: KeyPath,
+    /// Where its settings stand: `stages.rewards.score`.
+    pub settings: KeyPath,
+    /// What it is; `None` when that was wrong and has been complained about.
+    pub spec: Option<Spec>,
+}
+
+/// The name of a pipeline, fit for a folder.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(try_from = "String", into = "String")]
+pub struct PipelineName(
+    #[schemars(regex(pattern = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), length(max = 100))]
+    pub(super)  String,
+);
+
+impl PipelineName {
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl TryFrom<String> for PipelineName {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let word = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+        let starts_well = text.starts_with(|c: char| c.is_ascii_alphanumeric());
+        if starts_well && text.len() <= 100 && text.chars().all(word) {
+            return Ok(Self(text));
+        }
+        Err(format!(
+            "`{text}` can't name a folder: use letters, digits, `-`, `_` and `.`, at most 100"
+        ))
+    }
+}
+
+impl From<PipelineName> for String {
+    fn from(name: PipelineName) -> Self {
+        name.0
+    }
+}
+
+/// A share, from 0 to 1.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(try_from = "f64", into = "f64")]
+pub struct Share(#[schemars(range(min = 0, max = 1))] f64);
+
+impl Share {
+    pub fn get(self) -> f64 {
+        self.0
+    }
+}
+
+impl Default for Share {
+    fn default() -> Self {
+        Self(0.01)
+    }
+}
+
+impl TryFrom<f64> for Share {
+    type Error = String;
+
+    fn try_from(share: f64) -> Result<Self, String> {
+        if (0.0..=1.0).contains(&share) {
+            Ok(Self(share))
+        } else {
+            Err(format!("{share} is not a share from 0 to 1"))
+        }
+    }
+}
+
+impl From<Share> for f64 {
+    fn from(share: Share) -> f64 {
+        share.0
+    }
+}
+
+/// What the `images` table of a run keeps of a picture.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum KeepImages {
+    /// The bytes of its file, so that the run needs nothing but itself.
+    #[default]
+    Bytes,
+    /// Where its file lies and the hash of its bytes.
+    Reference,
+}
+
+/// The name of a variable.
+#[derive(JsonSchema)]
+#[expect(dead_code, reason = "stands for the names of variables in the schema")]
+struct VariableName(#[schemars(regex(pattern = r"^[A-Za-z0-9_]+$"))] String);
+
+/// The value of a variable.
+#[derive(JsonSchema)]
+#[schemars(untagged)]
+#[expect(dead_code, reason = "stands for the values of variables in the schema")]
+enum Scalar {
+    Text(String),
+    Number(f64),
+    Flag(bool),
+}

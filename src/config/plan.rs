@@ -1,0 +1,473 @@
+//! The plan: a pipeline *as meant*. Names are resolved, paths absolute, stages in running order.
+//!
+//! A plan exists only for a pipeline without mistakes; nothing after it looks at the text again,
+//! but to underline the stage that failed.
+
+use std::collections::BTreeMap;
+use std::fmt::{self, Write as _};
+use std::num::NonZeroU32;
+use std::path::PathBuf;
+
+use arrow::datatypes::SchemaRef;
+use serde_json::{Value, json};
+
+use super::complaint::{At, Complaint, Sources};
+use super::lineage::{Draft, Lineage};
+use super::pipeline::{KeepImages, PipelineName, Share, Written};
+use super::reference::{EnvReference, Secrets};
+use super::source::{KeyPath, Place, Step};
+use crate::models::ModelSpec;
+use crate::stages::{ModelName, Role, StageSpec, TableName};
+
+/// A pipeline as meant.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    pub pipeline: PipelineName,
+    pub seed: u64,
+    /// The stages run in rounds 1 to `rounds`.
+    pub rounds: NonZeroU32,
+    /// The models by name, with absolute paths.
+    pub models: BTreeMap<ModelName, ModelSpec>,
+    /// The stages, each after those whose tables it reads, else in the written order.
+    pub stages: Vec<PlannedStage>,
+    /// The stages under `evaluate`, likewise; they run after those of the round.
+    pub evaluate: Vec<PlannedStage>,
+    /// What is perhaps not meant, in the order of the text.
+    pub warnings: Vec<Complaint>,
+    pub reject_share_max: Share,
+    pub keep_images: KeepImages,
+    /// The pipeline file, as an absolute path.
+    pub path: PathBuf,
+    /// The variables of the environment that the pipeline refers to, with their hashes.
+    pub environment: Vec<EnvReference>,
+    /// The values of these variables. Pass what is shown or stored through [`Secrets::hide`].
+    pub secrets: Secrets,
+}
+
+/// A stage as meant.
+#[derive(Debug, Clone)]
+pub struct PlannedStage {
+    /// The table that it makes.
+    pub name: TableName,
+    /// The verb with all its settings; tables that were left out have been found.
+    pub spec: StageSpec,
+    /// Whether nothing in it can change from round to round (no trained model, no random number,
+    /// no input that can): it is made once and belongs to no round.
+    pub is_static: bool,
+    /// The first round in which it runs: 1 for a stage; 0 for an evaluation, but 1 when that reads
+    /// tables of the rounds; 0 for what is made once.
+    pub round_first: u32,
+    /// The tables that it reads, each with the setting that names it.
+    pub inputs: Vec<(&'static str, TableName)>,
+    /// The columns that it makes.
+    pub schema: SchemaRef,
+    /// The kind of the rows that it makes; `None` when a query decides.
+    pub kind: Option<&'static str>,
+    /// Its name in the text, to be underlined when it fails.
+    pub place: Place,
+    /// The verb and the settings that decide what comes out, for keys: without the names of
+    /// tables, models and files (their contents have fingerprints) and without
+    /// [`crate::stages::Stage::unkeyed`]. A value from the environment is `{"written", "env"}`:
+    /// the text with `${env:NAME}` in it, and the hash by name.
+    pub settings: Value,
+}
+
+impl Plan {
+    /// The stage that makes a table, under `stages` or `evaluate`.
+    pub fn stage(&self, name: &TableName) -> Option<&PlannedStage> {
+        self.all().find(|stage| stage.name == *name)
+    }
+
+    /// All stages: those of the rounds, then those of the evaluation.
+    pub fn all(&self) -> impl Iterator<Item = &PlannedStage> {
+        self.stages.iter().chain(&self.evaluate)
+    }
+
+    /// The stage that trains a model, if one does.
+    pub fn trained_by(&self, model: &ModelName) -> Option<&TableName> {
+        let mut trainers = self.stages.iter().filter(|stage| stage.trains(model));
+        trainers.next().map(|stage| &stage.name)
+    }
+
+    /// Writes the plan as equations, grouped by when they run.
+    pub fn render(&self, f: &mut dyn fmt::Write) -> fmt::Result {
+        let rounds = self.rounds.get();
+        let plural = if rounds == 1 { "round" } else { "rounds" };
+        writeln!(
+            f,
+            "{}: {rounds} {plural}, seed {}",
+            self.pipeline.as_str(),
+            self.seed
+        )?;
+        if !self.models.is_empty() {
+            writeln!(f, "\nmodels")?;
+        }
+        for (name, spec) in &self.models {
+            let paths: Vec<_> = spec
+                .paths()
+                .iter()
+                .map(|(field, path)| format!("{field}: {}", path.display()))
+                .collect();
+            let paths = self.secrets.hide(&paths.join(", "));
+            write!(f, "  {name} = {}({paths})", spec.network())?;
+            match self.trained_by(name) {
+                Some(table) => writeln!(f, "   trained by {table}")?,
+                None => writeln!(f)?,
+            }
+        }
+        let once: Vec<_> = self.all().filter(|stage| stage.is_static).collect();
+        self.render_group(f, "once", &once)?;
+        let in_rounds: Vec<_> = self
+            .stages
+            .iter()
+            .filter(|stage| !stage.is_static)
+            .collect();
+        let title = match rounds {
+            1 => "in round 1".to_owned(),
+            _ => format!("in each round, 1 to {rounds}"),
+        };
+        self.render_group(f, &title, &in_rounds)?;
+        for (round_first, title) in [
+            (
+                0,
+                "evaluation, before round 1 (as round 0) and after every round",
+            ),
+            (1, "evaluation, after every round"),
+        ] {
+            let group: Vec<_> = self
+                .evaluate
+                .iter()
+                .filter(|stage| !stage.is_static && stage.round_first == round_first)
+                .collect();
+            self.render_group(f, title, &group)?;
+        }
+        Ok(())
+    }
+
+    fn render_group(
+        &self,
+        f: &mut dyn fmt::Write,
+        title: &str,
+        stages: &[&PlannedStage],
+    ) -> fmt::Result {
+        if stages.is_empty() {
+            return Ok(());
+        }
+        writeln!(f, "\n{title}")?;
+        for stage in stages {
+            stage.render(f, &self.secrets)?;
+        }
+        Ok(())
+    }
+}
+
+impl PlannedStage {
+    /// The verb: `sample`.
+    pub fn verb(&self) -> &str {
+        let settings = self
+            .settings
+            .as_object()
+            .and_then(|object| object.keys().next());
+        settings.map_or("", String::as_str)
+    }
+
+    fn trains(&self, model: &ModelName) -> bool {
+        let uses = self.spec.as_stage().uses();
+        uses.iter()
+            .any(|used| used.role == Role::Learns && used.model == model)
+    }
+
+    /// `rewards = score(candidates: candidates, judge: judge)`, then the other settings.
+    fn render(&self, f: &mut dyn fmt::Write, secrets: &Secrets) -> fmt::Result {
+        let stage = self.spec.as_stage();
+        let mut named: Vec<String> = Vec::new();
+        for (field, table) in &self.inputs {
+            named.push(format!("{field}: {table}"));
+        }
+        for used in stage.uses() {
+            named.push(format!("{}: {}", used.field, used.model));
+        }
+        for (field, path) in stage.files() {
+            named.push(format!(
+                "{field}: {}",
+                secrets.hide(&path.display().to_string())
+            ));
+        }
+        writeln!(f, "  {} = {}({})", self.name, self.verb(), named.join(", "))?;
+        let settings = self.settings.get(self.verb()).and_then(Value::as_object);
+        let mut line = String::new();
+        for (name, value) in settings
+            .into_iter()
+            .flatten()
+            .filter(|(_, value)| !value.is_null())
+        {
+            let separator = if line.is_empty() { "" } else { ", " };
+            let value = value.get("written").unwrap_or(value);
+            write!(line, "{separator}{name}: {value}")?;
+        }
+        if !line.is_empty() {
+            writeln!(f, "      {line}")?;
+        }
+        Ok(())
+    }
+}
+
+/// Makes the plan of a pipeline without mistakes.
+pub fn assemble(
+    written: Written,
+    lineage: Lineage,
+    sources: &Sources,
+    secrets: Secrets,
+    warnings: Vec<Complaint>,
+    path: PathBuf,
+) -> Plan {
+    let names: Vec<TableName> = lineage
+        .drafts
+        .iter()
+        .map(|draft| draft.name.clone())
+        .collect();
+    let mut drafts: Vec<Option<Draft>> = lineage.drafts.into_iter().map(Some).collect();
+    let mut stages = Vec::new();
+    let mut evaluate = Vec::new();
+    // [ref:plan_is_ordered]
+    for position in lineage.order {
+        let Some(draft) = drafts[position].take() else {
+            continue;
+        };
+        let group = if draft.is_evaluation {
+            &mut evaluate
+        } else {
+            &mut stages
+        };
+        group.push(planned(draft, &names, sources, &secrets));
+    }
+    let models = written.models.into_iter();
+    Plan {
+        pipeline: written.pipeline,
+        seed: written.seed,
+        rounds: written.rounds,
+        models: models
+            .filter_map(|entry| Some((entry.name, entry.spec?)))
+            .collect(),
+        stages,
+        evaluate,
+        warnings,
+        reject_share_max: written.reject_share_max,
+        keep_images: written.keep_images,
+        path,
+        environment: secrets.references(),
+        secrets,
+    }
+}
+
+/// A stage without mistakes as the plan has it.
+fn planned(
+    draft: Draft,
+    names: &[TableName],
+    sources: &Sources,
+    secrets: &Secrets,
+) -> PlannedStage {
+    let spec = draft
+        .spec
+        .expect("a stage that could not be read is a complaint");
+    PlannedStage {
+        is_static: draft.round_first.is_none(),
+        round_first: draft.round_first.unwrap_or_default(),
+        inputs: draft
+            .inputs
+            .iter()
+            .map(|(field, at)| (*field, names[*at].clone()))
+            .collect(),
+        schema: draft
+            .schema
+            .expect("a stage without columns is a complaint"),
+        kind: spec.as_stage().kind(),
+        place: sources.find(&At::key(draft.path)),
+        settings: keyed_settings(&spec, &draft.settings, secrets),
+        name: draft.name,
+        spec,
+    }
+}
+
+/// See [`PlannedStage::settings`].
+fn keyed_settings(spec: &StageSpec, path: &KeyPath, secrets: &Secrets) -> Value {
+    let mut settings = serde_json::to_value(spec).expect("settings are plain values");
+    let above = path.steps().len() - 1;
+    for used in secrets.uses_in(path) {
+        let words = used.path.steps()[above..].iter().map(|step| match step {
+            Step::Key { key, .. } => format!("/{key}"),
+            Step::Index(index) => format!("/{index}"),
+        });
+        if let Some(value) = settings.pointer_mut(&words.collect::<String>()) {
+            let hash = |name: &String| (name.clone(), json!(secrets.hash_of(name)));
+            let hashes: serde_json::Map<_, _> = used.names.iter().map(hash).collect();
+            *value = json!({ "written": used.written, "env": hashes });
+        }
+    }
+    let stage = spec.as_stage();
+    let inputs = stage.inputs().into_iter().map(|input| input.field);
+    let models = stage.uses().into_iter().map(|used| used.field);
+    let files = stage.files().into_iter().map(|(field, _)| field);
+    let unkeyed = stage.unkeyed().iter().copied();
+    if let Some(fields) = settings.get_mut(path.name()).and_then(Value::as_object_mut) {
+        for field in inputs.chain(models).chain(files).chain(unkeyed) {
+            fields.shift_remove(field);
+        }
+    }
+    settings
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::config::{Source, parse};
+
+    const PIPELINE: &str = r#"
+pipeline: demo
+seed: 17
+rounds: 3
+vars: { k: 5 }
+models:
+  policy: { scripted: {} }
+  judge: { scripted: { words: "${env:WORDS}" } }
+stages:
+  steps: { train_dpo: { pairs: pairs, model: policy } }
+  prompts: { load_prompts: { from: data/prompts.json, limit: "${env:LIMIT}" } }
+  candidates: { sample: { prompts: prompts, model: policy, count: "${k}", part: 8 } }
+  rewards: { score: { candidates: candidates, judge: judge } }
+  pairs: { select_extremes: { rewards: rewards } }
+evaluate:
+  heldout: { load_prompts: { from: /data/heldout.json } }
+  answers: { sample: { prompts: heldout, model: policy, count: 1, temperature: 0 } }
+  again: { score: { candidates: candidates, judge: judge } }
+"#;
+
+    fn environment(name: &str) -> Result<String, std::env::VarError> {
+        match name {
+            "WORDS" | "LIMIT" => Ok("4321".to_owned()),
+            _ => Err(std::env::VarError::NotPresent),
+        }
+    }
+
+    fn plan(text: &str, sets: &[&str]) -> Plan {
+        let file = Arc::new(Source::new("demo.yaml".to_owned(), text));
+        let path = Path::new("/home/demo.yaml").to_owned();
+        let sets: Vec<String> = sets.iter().map(|set| (*set).to_owned()).collect();
+        match parse(file, path, &sets, true, &environment) {
+            Ok(plan) => plan,
+            Err(complaints) => panic!("{complaints}"),
+        }
+    }
+
+    fn stage<'a>(plan: &'a Plan, name: &str) -> &'a PlannedStage {
+        let mut all = plan.all();
+        all.find(|stage| stage.name.as_str() == name)
+            .expect("the stage is there")
+    }
+
+    #[test]
+    fn stages_run_after_those_they_read_and_else_as_written() {
+        let plan = plan(PIPELINE, &[]);
+        let names = |stages: &[PlannedStage]| -> Vec<String> {
+            stages.iter().map(|stage| stage.name.to_string()).collect()
+        };
+        assert_eq!(
+            names(&plan.stages),
+            ["prompts", "candidates", "rewards", "pairs", "steps"]
+        );
+        assert_eq!(names(&plan.evaluate), ["heldout", "answers", "again"]);
+        let trainer = plan.trained_by(&"policy".to_owned().try_into().unwrap());
+        assert_eq!(trainer.map(TableName::as_str), Some("steps"));
+        assert_eq!(
+            plan.trained_by(&"judge".to_owned().try_into().unwrap()),
+            None
+        );
+    }
+
+    #[test]
+    fn inputs_that_are_left_out_are_found_among_the_ancestors() {
+        let plan = plan(PIPELINE, &[]);
+        let inputs: Vec<_> = stage(&plan, "pairs")
+            .inputs
+            .iter()
+            .map(|(field, table)| (*field, table.as_str()))
+            .collect();
+        let expected = [
+            ("rewards", "rewards"),
+            ("candidates", "candidates"),
+            ("prompts", "prompts"),
+        ];
+        assert_eq!(inputs, expected);
+        let StageSpec::Score(score) = &stage(&plan, "rewards").spec else {
+            panic!("rewards are scored");
+        };
+        assert_eq!(
+            score.prompts.as_ref().map(TableName::as_str),
+            Some("prompts")
+        );
+    }
+
+    #[test]
+    fn only_what_can_change_belongs_to_rounds() {
+        let plan = plan(PIPELINE, &[]);
+        let runs = |name| (stage(&plan, name).is_static, stage(&plan, name).round_first);
+        assert_eq!(runs("prompts"), (true, 0));
+        assert_eq!(runs("candidates"), (false, 1));
+        assert_eq!(runs("rewards"), (false, 1));
+        assert_eq!(runs("heldout"), (true, 0));
+        assert_eq!(runs("answers"), (false, 0));
+        assert_eq!(runs("again"), (false, 1));
+    }
+
+    #[test]
+    fn keys_hold_the_settings_that_matter_and_no_value_of_the_environment() {
+        let changed = plan(PIPELINE, &["stages.candidates.sample.count=3"]);
+        let candidates = &stage(&changed, "candidates").settings["sample"];
+        assert_eq!(candidates["count"], 3);
+        for absent in ["prompts", "model", "part"] {
+            assert_eq!(candidates.get(absent), None, "{absent}");
+        }
+        let prompts = &stage(&changed, "prompts").settings["load_prompts"];
+        assert_eq!(prompts.get("from"), None);
+        assert_eq!(prompts["limit"]["written"], "${env:LIMIT}");
+        let hash = prompts["limit"]["env"]["LIMIT"].as_str().map(str::len);
+        assert_eq!(hash, Some(64));
+        let settings: Vec<_> = changed.all().map(|stage| &stage.settings).collect();
+        assert!(!format!("{settings:?}").contains("4321"));
+        let mut rendered = String::new();
+        changed.render(&mut rendered).unwrap();
+        assert!(!rendered.contains("4321"), "{rendered}");
+    }
+
+    #[test]
+    fn a_plan_reads_as_equations_in_the_order_of_their_rounds() {
+        let text = "pipeline: tiny\nmodels: { policy: { scripted: {} } }\nstages:\n  prompts: { load_prompts: { from: p.json } }\n  candidates: { sample: { prompts: prompts, model: policy } }\n";
+        let mut rendered = String::new();
+        plan(text, &[]).render(&mut rendered).unwrap();
+        let expected = "\
+tiny: 1 round, seed 0
+
+models
+  policy = scripted()
+
+once
+  prompts = load_prompts(from: /home/p.json)
+      megapixels_max: 100
+
+in round 1
+  candidates = sample(prompts: prompts, model: policy)
+      count: 5, temperature: 0.7, top_p: 0.9, top_k: 0, repetition_penalty: 1.0, max_new_tokens: 512
+";
+        assert_eq!(rendered, expected);
+    }
+
+    #[test]
+    fn a_stage_knows_its_place_in_the_text() {
+        let plan = plan(PIPELINE, &[]);
+        let place = &stage(&plan, "rewards").place;
+        assert_eq!(place.source.slice(place.span.clone()), "rewards");
+    }
+}

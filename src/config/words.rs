@@ -1,0 +1,198 @@
+//! serde's messages in the words of people who write pipelines.
+
+use super::guess::guess;
+use super::source::Side;
+
+/// A complaint in the making: what a message of serde comes to.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Words {
+    pub code: &'static str,
+    pub message: String,
+    /// The word that was probably meant.
+    pub guess: Option<String>,
+    pub help: Option<String>,
+    /// What to underline.
+    pub subject: Subject,
+}
+
+/// What a message of serde is about.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Subject {
+    /// The setting at the path.
+    Here(Side),
+    /// A key in the setting at the path, which should not be there.
+    Extra(String),
+    /// A key in the setting at the path, which should be there.
+    Missing(String),
+}
+
+/// Says what the message `raw` means for a setting of which `shown` is the written value.
+pub fn reword(raw: &str, shown: Option<&str>) -> Words {
+    if let Some((found, expected)) = named(raw, "unknown field `") {
+        return unknown("config::unknown_field", "field", found, expected);
+    }
+    if let Some((found, expected)) = named(raw, "unknown variant `") {
+        let words = unknown("config::unknown_word", "word", found, expected);
+        return Words {
+            subject: Subject::Here(Side::Value),
+            ..words
+        };
+    }
+    if let Some((field, _)) = named(raw, "missing field `") {
+        return Words {
+            code: "config::missing_field",
+            message: format!("`{field}` is missing"),
+            guess: None,
+            help: None,
+            subject: Subject::Missing(field.to_owned()),
+        };
+    }
+    let mismatch = raw
+        .strip_prefix("invalid type: ")
+        .or(raw.strip_prefix("invalid value: "));
+    if let Some((found, expected)) = mismatch.and_then(|rest| rest.rsplit_once(", expected ")) {
+        if found == "unit value" {
+            return wrong_type(
+                format!("a value is missing: it must be {}", noun(expected)),
+                None,
+            );
+        }
+        let found = match shown {
+            _ if found == "sequence" => "a list".to_owned(),
+            _ if found == "map" => "a map".to_owned(),
+            Some(shown) => format!("`{shown}`"),
+            None => found.to_owned(),
+        };
+        let can_be_quoted = noun(expected) == "a text" && !found.starts_with("a ");
+        let help = can_be_quoted
+            .then(|| format!("write `\"{}\"` to mean a text", found.trim_matches('`')));
+        return wrong_type(format!("{found} is not {}", noun(expected)), help);
+    }
+    Words {
+        code: "config::wrong_value",
+        message: raw.to_owned(),
+        guess: None,
+        help: None,
+        subject: Subject::Here(Side::Value),
+    }
+}
+
+/// Names joined for a message: "`a`, `b`".
+pub fn listed<'a>(names: impl IntoIterator<Item = &'a str>) -> String {
+    let quoted: Vec<_> = names.into_iter().map(|name| format!("`{name}`")).collect();
+    quoted.join(", ")
+}
+
+fn wrong_type(message: String, help: Option<String>) -> Words {
+    Words {
+        code: "config::wrong_type",
+        message,
+        guess: None,
+        help,
+        subject: Subject::Here(Side::Value),
+    }
+}
+
+/// The backquoted word after `prefix`, and the rest of the message.
+fn named<'a>(raw: &'a str, prefix: &str) -> Option<(&'a str, &'a str)> {
+    raw.strip_prefix(prefix)?.split_once('`')
+}
+
+/// A word that isn't one of those that serde lists in `expected`.
+fn unknown(code: &'static str, noun: &str, found: &str, expected: &str) -> Words {
+    let known: Vec<&str> = expected.split('`').skip(1).step_by(2).collect();
+    let guessed = guess(found, known.iter().copied());
+    // With a good guess the whole list is only noise.
+    let shown = if guessed.is_some() && known.len() > 4 {
+        4
+    } else {
+        known.len()
+    };
+    let list = listed(known[..shown].iter().copied());
+    let more = if shown < known.len() { ", …" } else { "" };
+    let choice = match known.len() {
+        0 => "; there are none here".to_owned(),
+        1 => format!(", expected {list}"),
+        _ => format!(", expected one of {list}{more}"),
+    };
+    Words {
+        code,
+        message: format!("unknown {noun} `{found}`{choice}"),
+        guess: guessed.map(str::to_owned),
+        help: None,
+        subject: Subject::Extra(found.to_owned()),
+    }
+}
+
+/// What serde calls by a Rust type, in words.
+fn noun(expected: &str) -> String {
+    match expected {
+        "f64" | "f32" => "a number".to_owned(),
+        "u8" | "u16" | "u32" | "u64" | "usize" => "a whole number, 0 or more".to_owned(),
+        "i8" | "i16" | "i32" | "i64" | "isize" => "a whole number".to_owned(),
+        "a string" | "path string" | "string or map" => "a text".to_owned(),
+        "a boolean" => "`true` or `false`".to_owned(),
+        "a sequence" => "a list".to_owned(),
+        "a map" => "a map of settings".to_owned(),
+        other if other.starts_with("a nonzero u") => "a whole number, 1 or more".to_owned(),
+        other if other.starts_with("struct ") => {
+            "a map of settings: `{ setting: value }`".to_owned()
+        }
+        other if other.starts_with("enum ") || other.contains("single-key") => {
+            "one of the words that stand here".to_owned()
+        }
+        other => other.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(raw: &str, shown: &str, message: &str, guess: Option<&str>) {
+        let words = reword(raw, Some(shown));
+        assert_eq!(words.message, message);
+        assert_eq!(words.guess.as_deref(), guess);
+    }
+
+    #[test]
+    fn messages_name_what_was_written_and_what_is_wanted() {
+        check(
+            "invalid type: string \"abc\", expected f64",
+            "abc",
+            "`abc` is not a number",
+            None,
+        );
+        check(
+            "invalid value: integer `0`, expected a nonzero u32",
+            "0",
+            "`0` is not a whole number, 1 or more",
+            None,
+        );
+        check(
+            "invalid type: unit value, expected f64",
+            "~",
+            "a value is missing: it must be a number",
+            None,
+        );
+        check("missing field `model`", "", "`model` is missing", None);
+        check("-1 is not above 0", "-1", "-1 is not above 0", None);
+    }
+
+    #[test]
+    fn a_misspelt_word_is_guessed_and_the_list_kept_short() {
+        check(
+            "unknown field `temprature`, expected one of `prompts`, `model`, `count`, `temperature`, `top_p`",
+            "",
+            "unknown field `temprature`, expected one of `prompts`, `model`, `count`, `temperature`, …",
+            Some("temperature"),
+        );
+        check(
+            "unknown variant `float`, expected one of `auto`, `float32`",
+            "",
+            "unknown word `float`, expected one of `auto`, `float32`",
+            None,
+        );
+    }
+}

@@ -1,0 +1,19 @@
+//! What a model promises: text and pictures in, text and numbers out.
+//!
+//! No tensors and no tables cross this line, so the dataflow builds and runs without libtorch and
+//! the networks without Arrow. All traits take many rows at once: an implementation batches and
+//! shares as it likes, and hands each row's result to `emit` as soon as it is known.
+
+pub mod scripted;
+mod spec;
+mod traits;
+mod types;
+
+pub use spec::{DeviceSpec, Dtype, LlavaOnevision, LlavaRlhf, ModelSpec, Scripted};
+pub use traits::{
+    Emit, Finding, Judge, Learner, ModelError, ModelLoader, Opened, Policy, RowFault, Severity,
+};
+pub use types::{
+    Answer, Example, Generation, Group, Picture, Prompt, Role, Sampling, Score, StepReport, Stop,
+    TrainSettings, Turn,
+};

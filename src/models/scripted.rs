@@ -1,0 +1,311 @@
+//! Models that answer, score and learn by rule: the doubles that let the dataflow run without a
+//! network. A pipeline tries them by `scripted: {}`; everything they give depends on what they are
+//! given and on nothing else.
+
+use std::fs;
+use std::ops::ControlFlow;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use super::{
+    Answer, Emit, Example, Generation, Group, Judge, Learner, ModelError, Policy, Prompt, Sampling,
+    Score, Scripted, StepReport, Stop, TrainSettings,
+};
+
+/// What scripted answers are made of.
+const WORDS: [&str; 16] = [
+    "a", "red", "blue", "green", "circle", "square", "star", "left", "right", "above", "below",
+    "two", "three", "of", "and", "the",
+];
+
+/// The file that stands for the weights of a scripted learner.
+const WEIGHTS: &str = "scripted.json";
+
+/// A number that depends on the parts alone.
+fn number(parts: &[&[u8]]) -> u64 {
+    let mut hasher = Sha256::new();
+    for part in parts {
+        hasher.update((part.len() as u64).to_le_bytes());
+        hasher.update(part);
+    }
+    let digest = hasher.finalize();
+    u64::from_le_bytes(
+        digest[..8]
+            .try_into()
+            .expect("eight bytes of a longer digest"),
+    )
+}
+
+/// A number from 0 to 1.
+fn share(number: u64) -> f64 {
+    (number >> 11) as f64 / (1_u64 << 53) as f64
+}
+
+/// Answers with words drawn by the prompt's seed.
+pub struct ScriptedPolicy {
+    words: u32,
+}
+
+impl ScriptedPolicy {
+    pub fn new(spec: &Scripted) -> Self {
+        Self { words: spec.words }
+    }
+
+    fn answer(&self, prompt: &Prompt, how: &Sampling, candidate: u64) -> Generation {
+        // Greedy answers do not depend on the seed or the candidate.
+        let (seed, draw) = if how.temperature > 0.0 {
+            (prompt.seed, candidate)
+        } else {
+            (0, 0)
+        };
+        let draw = |position: u64| {
+            number(&[
+                prompt.id.as_bytes(),
+                &seed.to_le_bytes(),
+                &draw.to_le_bytes(),
+                &position.to_le_bytes(),
+            ])
+        };
+        let wanted = 1 + draw(0) as usize % (self.words.max(1) as usize);
+        // The stop token counts as a token.
+        let (length, stop) = if wanted < how.max_new_tokens {
+            (wanted, Stop::Token)
+        } else {
+            (how.max_new_tokens, Stop::Length)
+        };
+        let mut token_ids: Vec<i32> = (1..=length as u64)
+            .map(|position| (draw(position) % WORDS.len() as u64) as i32)
+            .collect();
+        let words: Vec<&str> = token_ids.iter().map(|&id| WORDS[id as usize]).collect();
+        if stop == Stop::Token {
+            token_ids.push(WORDS.len() as i32);
+        }
+        let token_logps = token_ids
+            .iter()
+            .map(|_| -(WORDS.len() as f32).ln())
+            .collect();
+        let seed = number(&[&prompt.seed.to_le_bytes(), &candidate.to_le_bytes()]).cast_signed();
+        Generation {
+            text: words.join(" "),
+            token_ids,
+            token_logps,
+            stop,
+            seed,
+        }
+    }
+}
+
+impl Policy for ScriptedPolicy {
+    fn sample(
+        &mut self,
+        prompts: &[Prompt],
+        how: &Sampling,
+        emit: Emit<'_, Vec<Generation>>,
+    ) -> Result<(), ModelError> {
+        for (index, prompt) in prompts.iter().enumerate() {
+            let answers = (0..how.count as u64)
+                .map(|candidate| self.answer(prompt, how, candidate))
+                .collect();
+            if emit(index, Ok(answers)) == ControlFlow::Break(()) {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Scores an answer by its text and its prompt.
+pub struct ScriptedJudge;
+
+impl Judge for ScriptedJudge {
+    fn score(
+        &mut self,
+        groups: &[Group<'_>],
+        emit: Emit<'_, Vec<Score>>,
+    ) -> Result<(), ModelError> {
+        for (index, group) in groups.iter().enumerate() {
+            let score = |text: &&str| {
+                let reward = share(number(&[group.prompt.id.as_bytes(), text.as_bytes()])) as f32;
+                Score {
+                    reward,
+                    reply: None,
+                }
+            };
+            if emit(index, Ok(group.answers.iter().map(score).collect())) == ControlFlow::Break(())
+            {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Learns nothing but remembers exactly what it was shown, so that a resumed training can be
+/// compared with an undisturbed one.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ScriptedLearner {
+    settings: (f64, usize),
+    step: u64,
+    /// A digest of all steps so far: two learners are equal if and only if they saw the same.
+    memory: u64,
+}
+
+impl ScriptedLearner {
+    /// Starts from a checkpoint, or from nothing.
+    pub fn open(weights: Option<&Path>, settings: &TrainSettings) -> Result<Self, ModelError> {
+        let mut learner = Self {
+            settings: (settings.learning_rate, settings.steps),
+            step: 0,
+            memory: 0,
+        };
+        if let Some(folder) = weights {
+            learner.memory = read(folder)?.memory;
+        }
+        Ok(learner)
+    }
+
+    fn logp(&self, example: &Example<'_>, answer: &Answer) -> f64 {
+        let memory = self.memory.to_le_bytes();
+        let words = answer.text.split_whitespace().count() as f64 + 1.0;
+        -words
+            * (1.0
+                + share(number(&[
+                    &memory,
+                    example.prompt.id.as_bytes(),
+                    answer.text.as_bytes(),
+                ])))
+    }
+}
+
+fn weights_error(path: &Path) -> impl FnOnce(std::io::Error) -> ModelError {
+    let path = path.to_owned();
+    move |error| ModelError::Weights {
+        path,
+        problem: error.to_string(),
+    }
+}
+
+fn read(folder: &Path) -> Result<ScriptedLearner, ModelError> {
+    let path = folder.join(WEIGHTS);
+    let text = fs::read(&path).map_err(weights_error(&path))?;
+    serde_json::from_slice(&text).map_err(|error| ModelError::Weights {
+        path,
+        problem: error.to_string(),
+    })
+}
+
+impl Learner for ScriptedLearner {
+    fn reference_logps(&mut self, pairs: &[Example<'_>]) -> Result<Vec<[f64; 2]>, ModelError> {
+        Ok(pairs
+            .iter()
+            .map(|pair| {
+                [
+                    self.logp(pair, &pair.chosen),
+                    self.logp(pair, &pair.rejected),
+                ]
+            })
+            .collect())
+    }
+
+    fn step(&mut self, batch: &[Example<'_>]) -> Result<StepReport, ModelError> {
+        let count = batch.len() as f64;
+        let mean =
+            |value: &dyn Fn(&Example<'_>) -> f64| batch.iter().map(value).sum::<f64>() / count;
+        let logps_chosen = mean(&|pair| self.logp(pair, &pair.chosen));
+        let logps_rejected = mean(&|pair| self.logp(pair, &pair.rejected));
+        let tokens = |answer: &Answer| answer.text.split_whitespace().count() as u64 + 1;
+        let report = StepReport {
+            loss: std::f64::consts::LN_2,
+            rewards_chosen: 0.0,
+            rewards_rejected: 0.0,
+            accuracy: 0.0,
+            logps_chosen,
+            logps_rejected,
+            grad_norm: 1.0,
+            learning_rate: self.settings.0,
+            tokens: batch
+                .iter()
+                .map(|pair| tokens(&pair.chosen) + tokens(&pair.rejected))
+                .sum(),
+        };
+        for pair in batch {
+            self.memory = number(&[
+                &self.memory.to_le_bytes(),
+                pair.id.as_bytes(),
+                pair.chosen.text.as_bytes(),
+            ]);
+        }
+        self.step += 1;
+        Ok(report)
+    }
+
+    fn save(&mut self, to: &Path) -> Result<(), ModelError> {
+        self.save_state(to)
+    }
+
+    fn save_state(&mut self, to: &Path) -> Result<(), ModelError> {
+        fs::create_dir_all(to).map_err(weights_error(to))?;
+        let path = to.join(WEIGHTS);
+        let text = serde_json::to_vec(self).expect("plain data");
+        fs::write(&path, text).map_err(weights_error(&path))
+    }
+
+    fn load_state(&mut self, from: &Path) -> Result<(), ModelError> {
+        *self = read(from)?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn prompt(seed: u64) -> Prompt {
+        Prompt {
+            id: "p".to_owned(),
+            pictures: Vec::new(),
+            system: None,
+            turns: Vec::new(),
+            question: "Why?".to_owned(),
+            captions: None,
+            seed,
+        }
+    }
+
+    fn sampled(seed: u64, temperature: f64, max_new_tokens: usize) -> Vec<Generation> {
+        let how = Sampling {
+            count: 5,
+            temperature,
+            top_p: 1.0,
+            top_k: 0,
+            repetition_penalty: 1.0,
+            max_new_tokens,
+        };
+        let mut all = Vec::new();
+        let mut emit = |_, answers: Result<Vec<Generation>, _>| {
+            all = answers.unwrap();
+            ControlFlow::Continue(())
+        };
+        ScriptedPolicy::new(&Scripted { words: 8 })
+            .sample(&[prompt(seed)], &how, &mut emit)
+            .unwrap();
+        all
+    }
+
+    #[test]
+    fn answers_depend_on_the_seed_and_greedy_ones_do_not() {
+        assert_eq!(sampled(1, 0.7, 99), sampled(1, 0.7, 99));
+        assert_ne!(sampled(1, 0.7, 99)[0].text, sampled(2, 0.7, 99)[0].text);
+        let greedy = sampled(1, 0.0, 99);
+        assert!(greedy.iter().all(|answer| answer.text == greedy[0].text));
+    }
+
+    #[test]
+    fn an_answer_at_the_limit_has_no_stop_token() {
+        for answer in sampled(1, 0.7, 1) {
+            assert_eq!((answer.stop, answer.token_ids.len()), (Stop::Length, 1));
+        }
+    }
+}

@@ -1,0 +1,187 @@
+//! Models as a pipeline file names them.
+
+use std::path::{Path, PathBuf};
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// A model: what network it is and where its weights lie.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ModelSpec {
+    /// LLaVA-OneVision (SigLIP, Qwen2), in the folder layout of transformers. Answers and learns.
+    LlavaOnevision(LlavaOnevision),
+    /// The reward model of LLaVA-RLHF (CLIP, Llama, LoRA, reward head). Scores.
+    LlavaRlhf(LlavaRlhf),
+    /// No network: answers and scores by rule, to try a pipeline without weights.
+    Scripted(Scripted),
+}
+
+/// A LLaVA-OneVision checkpoint.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct LlavaOnevision {
+    /// The checkpoint's folder: config.json, safetensors, tokenizer.json, preprocessor_config.json.
+    pub weights: PathBuf,
+    /// Where it computes: `auto` (the first CUDA device if there is one), `cpu`, `cuda`, `cuda:1`.
+    #[serde(default)]
+    pub device: DeviceSpec,
+    /// Precision of sampling and scoring. `auto` is float32 on the CPU, bfloat16 on CUDA. Training
+    /// computes in float32.
+    #[serde(default)]
+    pub dtype: Dtype,
+}
+
+/// A LLaVA-RLHF reward model.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct LlavaRlhf {
+    /// The LLaVA folder that the adapter was trained on (`sft_model`): Llama and projector.
+    pub base: PathBuf,
+    /// The CLIP folder.
+    pub vision: PathBuf,
+    /// The LoRA adapter's folder, with the file `reward_head` beside the adapter.
+    pub adapter: PathBuf,
+    /// The text file that asks for the score, with the placeholder `{factual_prompt}` for captions.
+    pub prompt: PathBuf,
+    /// Where it computes: `auto`, `cpu`, `cuda`, `cuda:1`.
+    #[serde(default)]
+    pub device: DeviceSpec,
+    /// Precision. `auto` is float32 on the CPU, bfloat16 on CUDA.
+    #[serde(default)]
+    pub dtype: Dtype,
+}
+
+/// Answers made by rule from the prompt and the seed; scores made by rule from the answer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Scripted {
+    /// The most words that an answer has.
+    pub words: u32,
+}
+
+impl Default for Scripted {
+    fn default() -> Self {
+        Self { words: 8 }
+    }
+}
+
+/// Where a model computes: `auto`, `cpu`, `cuda` or `cuda:N`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum DeviceSpec {
+    #[default]
+    Auto,
+    Cpu,
+    Cuda(usize),
+}
+
+impl TryFrom<String> for DeviceSpec {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let number = |digits: &str| digits.parse().ok().map(Self::Cuda);
+        match text.as_str() {
+            "auto" => Some(Self::Auto),
+            "cpu" => Some(Self::Cpu),
+            "cuda" => Some(Self::Cuda(0)),
+            other => other.strip_prefix("cuda:").and_then(number),
+        }
+        .ok_or_else(|| {
+            format!("unknown device `{text}`, expected `auto`, `cpu`, `cuda` or `cuda:N`")
+        })
+    }
+}
+
+impl From<DeviceSpec> for String {
+    fn from(device: DeviceSpec) -> Self {
+        match device {
+            DeviceSpec::Auto => "auto".to_owned(),
+            DeviceSpec::Cpu => "cpu".to_owned(),
+            DeviceSpec::Cuda(index) => format!("cuda:{index}"),
+        }
+    }
+}
+
+impl JsonSchema for DeviceSpec {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Device".into()
+    }
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({"type": "string", "pattern": "^(auto|cpu|cuda(:[0-9]+)?)$"})
+    }
+}
+
+/// Precision of the arithmetic.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Dtype {
+    #[default]
+    Auto,
+    Float32,
+    Bfloat16,
+}
+
+impl ModelSpec {
+    /// The word that stands for this network in a pipeline file.
+    pub fn network(&self) -> &'static str {
+        match self {
+            Self::LlavaOnevision(_) => "llava_onevision",
+            Self::LlavaRlhf(_) => "llava_rlhf",
+            Self::Scripted(_) => "scripted",
+        }
+    }
+
+    /// Whether it can answer prompts.
+    pub fn answers(&self) -> bool {
+        matches!(self, Self::LlavaOnevision(_) | Self::Scripted(_))
+    }
+
+    /// Whether it can score answers.
+    pub fn scores(&self) -> bool {
+        matches!(self, Self::LlavaRlhf(_) | Self::Scripted(_))
+    }
+
+    /// Whether it can be trained.
+    pub fn learns(&self) -> bool {
+        matches!(self, Self::LlavaOnevision(_) | Self::Scripted(_))
+    }
+
+    /// Whether libtorch is needed to open it.
+    pub fn needs_torch(&self) -> bool {
+        !matches!(self, Self::Scripted(_))
+    }
+
+    /// The files and folders that hold the model, with the YAML field that names each.
+    pub fn paths(&self) -> Vec<(&'static str, &Path)> {
+        match self {
+            Self::LlavaOnevision(model) => vec![("weights", &model.weights)],
+            Self::LlavaRlhf(model) => vec![
+                ("base", &model.base),
+                ("vision", &model.vision),
+                ("adapter", &model.adapter),
+                ("prompt", &model.prompt),
+            ],
+            Self::Scripted(_) => Vec::new(),
+        }
+    }
+
+    /// Takes every relative path to start at `folder`.
+    pub fn resolve(&mut self, folder: &Path) {
+        let join = |path: &mut PathBuf| *path = folder.join(&*path);
+        match self {
+            Self::LlavaOnevision(model) => join(&mut model.weights),
+            Self::LlavaRlhf(model) => {
+                for path in [
+                    &mut model.base,
+                    &mut model.vision,
+                    &mut model.adapter,
+                    &mut model.prompt,
+                ] {
+                    join(path);
+                }
+            }
+            Self::Scripted(_) => {}
+        }
+    }
+}

@@ -1,0 +1,155 @@
+//! The plain types that models take and give.
+
+use std::sync::Arc;
+
+/// A picture as the bytes of its file.
+#[derive(Debug, Clone)]
+pub struct Picture {
+    /// SHA-256 of the bytes, in hex; equal ids are equal pictures.
+    pub id: String,
+    /// The file's bytes (PNG, JPEG, …).
+    pub bytes: Arc<[u8]>,
+}
+
+/// Who speaks in a turn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    User,
+    Assistant,
+}
+
+/// One turn of the conversation before the question.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Turn {
+    pub role: Role,
+    pub text: String,
+}
+
+/// A question about pictures. The pictures stand before the first thing that the user says.
+#[derive(Debug, Clone)]
+pub struct Prompt {
+    /// Names the prompt in errors.
+    pub id: String,
+    pub pictures: Vec<Picture>,
+    /// `None`: the model's usual system text.
+    pub system: Option<String>,
+    pub turns: Vec<Turn>,
+    pub question: String,
+    /// Descriptions of the picture, for judges that can use them.
+    pub captions: Option<Vec<String>>,
+    /// Seeds the random numbers of this prompt's answers: answer `i` draws its `n`-th token with a
+    /// number that depends on (`seed`, `i`, `n`) and on nothing else.
+    pub seed: u64,
+}
+
+/// How answers are drawn.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sampling {
+    /// Answers per prompt.
+    pub count: usize,
+    /// 0 means greedy.
+    pub temperature: f64,
+    /// The smallest set of most likely tokens whose probabilities sum to this; 1 keeps all.
+    pub top_p: f64,
+    /// The most likely tokens only; 0 keeps all.
+    pub top_k: usize,
+    /// Divides positive logits (multiplies negative ones) of tokens that occurred; 1 is off.
+    pub repetition_penalty: f64,
+    /// The longest answer, in tokens, the stop token included.
+    pub max_new_tokens: usize,
+}
+
+/// Why an answer ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stop {
+    /// The model chose a stop token.
+    Token,
+    /// `max_new_tokens` was reached.
+    Length,
+}
+
+/// One sampled answer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Generation {
+    /// Without the stop token.
+    pub text: String,
+    /// As sampled; ends in the stop token if and only if `stop` is [`Stop::Token`].
+    pub token_ids: Vec<i32>,
+    /// Natural log, raw logits, whole vocabulary, temperature 1, in float32.
+    pub token_logps: Vec<f32>,
+    pub stop: Stop,
+    /// The seed that this answer's numbers came from.
+    pub seed: i64,
+}
+
+/// One prompt and the answers to be scored.
+#[derive(Debug)]
+pub struct Group<'a> {
+    pub prompt: &'a Prompt,
+    pub answers: Vec<&'a str>,
+}
+
+/// A judge's opinion of one answer. Higher is better.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Score {
+    pub reward: f32,
+    /// What a judge that writes wrote.
+    pub reply: Option<String>,
+}
+
+/// An answer to train on.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Answer {
+    pub text: String,
+    /// The tokens as sampled. `None`: `text` is tokenized and followed by the stop token.
+    pub token_ids: Option<Vec<i32>>,
+}
+
+/// A pair to train on.
+#[derive(Debug)]
+pub struct Example<'a> {
+    /// Names the pair in errors.
+    pub id: &'a str,
+    pub prompt: &'a Prompt,
+    pub chosen: Answer,
+    pub rejected: Answer,
+    /// Log-probabilities of `chosen` and `rejected` under the reference; not needed by
+    /// [`super::Learner::reference_logps`], needed by [`super::Learner::step`].
+    pub reference: Option<[f64; 2]>,
+}
+
+/// How a learner trains.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TrainSettings {
+    /// DPO's beta: how strongly the reference holds the policy.
+    pub beta: f64,
+    /// The highest learning rate, reached after warmup.
+    pub learning_rate: f64,
+    /// Share of the updates in which the rate rises from 0.
+    pub warmup_ratio: f64,
+    /// Optimizer updates of the whole training.
+    pub steps: usize,
+    pub weight_decay: f64,
+    /// AdamW's decay of the first and second moment.
+    pub adam_betas: [f64; 2],
+    pub adam_epsilon: f64,
+    /// Gradients with a larger Euclidean norm are scaled down to it; 0 never clips.
+    pub max_grad_norm: f64,
+}
+
+/// What one optimizer update saw, before the update. Means are over the pairs of the batch.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StepReport {
+    pub loss: f64,
+    pub rewards_chosen: f64,
+    pub rewards_rejected: f64,
+    /// Share of pairs with a chosen reward above the rejected one.
+    pub accuracy: f64,
+    pub logps_chosen: f64,
+    pub logps_rejected: f64,
+    /// Before clipping.
+    pub grad_norm: f64,
+    pub learning_rate: f64,
+    /// Tokens through the decoder.
+    pub tokens: u64,
+}

@@ -1,0 +1,272 @@
+//! Names and shapes of LLaVA-OneVision's tensors, whichever program wrote the files.
+//!
+//! The same tensor has four names in the wild. Here each has one canonical name, that of
+//! transformers' files with prefixes taken off: `vision_tower.encoder.layers.0.…`,
+//! `multi_modal_projector.linear_1.weight`, `image_newline`, `language_model.model.layers.0.…`,
+//! `language_model.lm_head.weight`.
+
+use std::collections::BTreeMap;
+
+use super::PrepError;
+use super::card::OnevisionCard;
+use super::shards::Shards;
+
+/// The canonical name of a tensor as transformers 4.45 to 5.x name it in files and in memory.
+pub fn canonical(name: &str) -> String {
+    let name = name.strip_prefix("model.").unwrap_or(name);
+    if let Some(rest) = name.strip_prefix("vision_tower.") {
+        let rest = rest.strip_prefix("vision_model.").unwrap_or(rest);
+        return format!("vision_tower.{rest}");
+    }
+    match name.strip_prefix("language_model.") {
+        Some(rest) if rest.starts_with("model.") || rest.starts_with("lm_head.") => name.to_owned(),
+        // In memory since 4.52 the decoder is `model.language_model`, without an inner `model`.
+        Some(rest) => format!("language_model.model.{rest}"),
+        None if name.starts_with("lm_head.") => format!("language_model.{name}"),
+        None => name.to_owned(),
+    }
+}
+
+impl OnevisionCard {
+    /// The canonical name and the shape of every tensor that the network needs, in the order in
+    /// which a picture and its text meet them.
+    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        let mut tensors = Vec::new();
+        let mut add = |name: String, shape: &[usize]| tensors.push((name, shape.to_vec()));
+        self.tower(&mut add);
+        let hidden = self.text_config.hidden_size;
+        for (layer, input) in [("linear_1", self.feature_size()), ("linear_2", hidden)] {
+            add(
+                format!("multi_modal_projector.{layer}.weight"),
+                &[hidden, input],
+            );
+            if self.multimodal_projector_bias {
+                add(format!("multi_modal_projector.{layer}.bias"), &[hidden]);
+            }
+        }
+        add("image_newline".to_owned(), &[hidden]);
+        self.decoder(&mut add);
+        tensors
+    }
+
+    /// SigLIP. The post-layernorm is not used, and so not needed.
+    fn tower(&self, add: &mut impl FnMut(String, &[usize])) {
+        let card = &self.vision_config;
+        let (hidden, inner, patch) = (card.hidden_size, card.intermediate_size, card.patch_size);
+        let embeddings = "vision_tower.embeddings";
+        add(
+            format!("{embeddings}.patch_embedding.weight"),
+            &[hidden, card.num_channels, patch, patch],
+        );
+        add(format!("{embeddings}.patch_embedding.bias"), &[hidden]);
+        add(
+            format!("{embeddings}.position_embedding.weight"),
+            &[card.patches(), hidden],
+        );
+        let used = self.vision_feature_layer.iter().max().copied().unwrap_or(0);
+        for layer in 0..used {
+            let layer = format!("vision_tower.encoder.layers.{layer}");
+            for norm in ["layer_norm1", "layer_norm2"] {
+                add(format!("{layer}.{norm}.weight"), &[hidden]);
+                add(format!("{layer}.{norm}.bias"), &[hidden]);
+            }
+            for part in ["q", "k", "v", "out"] {
+                let part = format!("{layer}.self_attn.{part}_proj");
+                add(format!("{part}.weight"), &[hidden, hidden]);
+                add(format!("{part}.bias"), &[hidden]);
+            }
+            for (part, output, input) in [("fc1", inner, hidden), ("fc2", hidden, inner)] {
+                add(format!("{layer}.mlp.{part}.weight"), &[output, input]);
+                add(format!("{layer}.mlp.{part}.bias"), &[output]);
+            }
+        }
+    }
+
+    /// Qwen2, with its head if that is not the embedding.
+    fn decoder(&self, add: &mut impl FnMut(String, &[usize])) {
+        let card = &self.text_config;
+        let (hidden, inner) = (card.hidden_size, card.intermediate_size);
+        let queries = card.num_attention_heads * card.head_dim;
+        let keys = card.num_key_value_heads * card.head_dim;
+        let model = "language_model.model";
+        add(
+            format!("{model}.embed_tokens.weight"),
+            &[card.vocab_size, hidden],
+        );
+        for layer in 0..card.num_hidden_layers {
+            let layer = format!("{model}.layers.{layer}");
+            add(format!("{layer}.input_layernorm.weight"), &[hidden]);
+            for (part, output) in [("q", queries), ("k", keys), ("v", keys)] {
+                let part = format!("{layer}.self_attn.{part}_proj");
+                add(format!("{part}.weight"), &[output, hidden]);
+                add(format!("{part}.bias"), &[output]);
+            }
+            add(
+                format!("{layer}.self_attn.o_proj.weight"),
+                &[hidden, queries],
+            );
+            add(
+                format!("{layer}.post_attention_layernorm.weight"),
+                &[hidden],
+            );
+            for (part, output, input) in [
+                ("gate", inner, hidden),
+                ("up", inner, hidden),
+                ("down", hidden, inner),
+            ] {
+                add(format!("{layer}.mlp.{part}_proj.weight"), &[output, input]);
+            }
+        }
+        add(format!("{model}.norm.weight"), &[hidden]);
+        if !self.tie_word_embeddings {
+            add(
+                "language_model.lm_head.weight".to_owned(),
+                &[card.vocab_size, hidden],
+            );
+        }
+    }
+
+    /// Checks by the headers that every needed tensor is in the files, once, in the right shape.
+    pub fn check(&self, shards: &Shards) -> Result<(), PrepError> {
+        let mut found = BTreeMap::new();
+        for (name, tensor) in &shards.tensors {
+            if let Some((other, _)) = found.insert(canonical(name), (name, tensor)) {
+                let problem = format!("holds `{other}` and `{name}`, two names of one tensor");
+                return Err(PrepError::new(shards.folder(), problem));
+            }
+        }
+        // A checkpoint may leave out a head that equals the embedding even if it does not say so.
+        let optional = "language_model.lm_head.weight";
+        for (name, shape) in self.tensors() {
+            let Some((_, tensor)) = found.get(&name) else {
+                if name == optional {
+                    continue;
+                }
+                return Err(PrepError::new(
+                    shards.folder(),
+                    format!("has no tensor `{name}`"),
+                ));
+            };
+            if tensor.shape != shape {
+                let problem = format!(
+                    "tensor `{name}` has shape {:?}, and config.json asks for {shape:?}",
+                    tensor.shape
+                );
+                return Err(PrepError::new(&tensor.path, problem));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::{Path, PathBuf};
+
+    use super::*;
+    use crate::prep::shards::TensorInfo;
+    use crate::prep::testbed::onevision_folder;
+
+    #[test]
+    fn the_names_of_every_version_become_one() {
+        let names = [
+            ("model.image_newline", "image_newline"),
+            (
+                "model.multi_modal_projector.linear_1.bias",
+                "multi_modal_projector.linear_1.bias",
+            ),
+            (
+                "vision_tower.vision_model.embeddings.patch_embedding.bias",
+                "vision_tower.embeddings.patch_embedding.bias",
+            ),
+            (
+                "model.vision_tower.vision_model.post_layernorm.bias",
+                "vision_tower.post_layernorm.bias",
+            ),
+            (
+                "vision_tower.post_layernorm.bias",
+                "vision_tower.post_layernorm.bias",
+            ),
+            (
+                "language_model.model.norm.weight",
+                "language_model.model.norm.weight",
+            ),
+            (
+                "model.language_model.norm.weight",
+                "language_model.model.norm.weight",
+            ),
+            ("lm_head.weight", "language_model.lm_head.weight"),
+            (
+                "language_model.lm_head.weight",
+                "language_model.lm_head.weight",
+            ),
+        ];
+        for (name, expected) in names {
+            assert_eq!(canonical(name), expected);
+        }
+    }
+
+    fn shards(card: &OnevisionCard) -> Shards {
+        let info = |shape: Vec<usize>| TensorInfo {
+            dtype: "F32".to_owned(),
+            length: 4 * shape.iter().product::<usize>() as u64,
+            shape,
+            path: PathBuf::from("model.safetensors"),
+            offset: 0,
+        };
+        let tensors = card.tensors().into_iter();
+        Shards::of(
+            Path::new("folder"),
+            tensors.map(|(name, shape)| (name, info(shape))).collect(),
+        )
+    }
+
+    #[test]
+    fn a_missing_or_misshapen_tensor_is_named() {
+        let folder = onevision_folder();
+        let card = OnevisionCard::open(folder.path()).unwrap();
+        let whole = shards(&card);
+        card.check(&whole).unwrap();
+
+        let name = "language_model.model.layers.1.self_attn.k_proj.weight";
+        assert_eq!(whole.tensors[name].shape, [4, 8], "two heads of two");
+        let mut missing = whole.clone();
+        missing.tensors.remove(name);
+        let complaint = card.check(&missing).unwrap_err();
+        assert_eq!(complaint.problem, format!("has no tensor `{name}`"));
+
+        let mut misshapen = whole.clone();
+        misshapen.tensors.get_mut(name).unwrap().shape = vec![8, 4];
+        let complaint = card.check(&misshapen).unwrap_err();
+        assert!(
+            complaint
+                .problem
+                .contains("has shape [8, 4], and config.json asks for [4, 8]")
+        );
+    }
+
+    #[test]
+    fn a_head_may_be_left_out_but_no_tensor_may_come_twice() {
+        let folder = onevision_folder();
+        let card = OnevisionCard::open(folder.path()).unwrap();
+        let mut shards = shards(&card);
+        let head = shards
+            .tensors
+            .remove("language_model.lm_head.weight")
+            .unwrap();
+        card.check(&shards).unwrap();
+        shards
+            .tensors
+            .insert("lm_head.weight".to_owned(), head.clone());
+        card.check(&shards).unwrap();
+        shards
+            .tensors
+            .insert("model.lm_head.weight".to_owned(), head);
+        assert!(
+            card.check(&shards)
+                .unwrap_err()
+                .problem
+                .contains("two names of one tensor")
+        );
+    }
+}

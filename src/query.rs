@@ -1,0 +1,224 @@
+//! SQL over tables: the only file with DataFusion, and the only one with async.
+//!
+//! Every query runs on one thread with bounded memory; what does not fit is spilled to a folder of
+//! the caller's. Tables are given as lists of Parquet files, so that a reader never sees a file that
+//! the manifest doesn't list.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use arrow::array::RecordBatch;
+use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+use datafusion::common::ScalarValue;
+use datafusion::datasource::MemTable;
+use datafusion::error::DataFusionError;
+use datafusion::execution::runtime_env::RuntimeEnvBuilder;
+use datafusion::prelude::{
+    DataFrame, ParquetReadOptions, SQLOptions, SessionConfig, SessionContext, lit,
+};
+use futures::StreamExt;
+
+/// Memory for sorts and joins; more is spilled to disk.
+const MEMORY_BYTES: usize = 512 << 20;
+
+/// A query can't be planned or run.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct QueryError(pub String);
+
+/// The value of a `$name` in a query.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Param {
+    Float(f64),
+    Text(String),
+}
+
+/// A table to query.
+#[derive(Debug, Clone)]
+pub struct QueryTable {
+    pub name: String,
+    pub schema: SchemaRef,
+    /// Its files, by round; `None` where the table has no rounds.
+    pub files: Vec<(Option<u32>, Vec<PathBuf>)>,
+    /// Whether the rounds become a column `round`.
+    pub with_round: bool,
+}
+
+/// The schema that a query's result has. Nothing is read.
+pub fn plan(
+    sql: &str,
+    tables: &[(String, SchemaRef)],
+    params: &[(&str, Param)],
+) -> Result<SchemaRef, QueryError> {
+    let context = SessionContext::new_with_config(config());
+    block_on(async {
+        for (name, schema) in tables {
+            register_empty(&context, name, schema)?;
+        }
+        let frame = prepare(&context, sql, params).await?;
+        // The logical schema knows names and types; nullability is as wide as it may be.
+        Ok(Arc::new(frame.schema().as_arrow().clone()))
+    })
+}
+
+/// Runs a query and hands its rows to `sink`, batch by batch. Returns the result's schema.
+pub fn run<E: From<QueryError>>(
+    sql: &str,
+    params: &[(&str, Param)],
+    tables: &[QueryTable],
+    spill: Option<&Path>,
+    mut sink: impl FnMut(RecordBatch) -> Result<(), E>,
+) -> Result<SchemaRef, E> {
+    let context = context(spill).map_err(error)?;
+    block_on(async {
+        for table in tables {
+            register(&context, table).await?;
+        }
+        let frame = prepare(&context, sql, params).await?;
+        let schema = Arc::new(frame.schema().as_arrow().clone());
+        let mut stream = frame.execute_stream().await.map_err(error)?;
+        while let Some(batch) = stream.next().await {
+            sink(batch.map_err(error)?)?;
+        }
+        Ok(schema)
+    })
+}
+
+fn block_on<T>(work: impl Future<Output = T>) -> T {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .build()
+        .expect("a thread's own runtime");
+    runtime.block_on(work)
+}
+
+fn config() -> SessionConfig {
+    let mut config = SessionConfig::new()
+        .with_target_partitions(1)
+        .with_information_schema(true);
+    config.options_mut().execution.parquet.pushdown_filters = true;
+    config
+}
+
+fn context(spill: Option<&Path>) -> Result<SessionContext, DataFusionError> {
+    let mut runtime = RuntimeEnvBuilder::new().with_memory_limit(MEMORY_BYTES, 1.0);
+    if let Some(spill) = spill {
+        runtime = runtime.with_temp_file_path(spill);
+    }
+    Ok(SessionContext::new_with_config_rt(
+        config(),
+        runtime.build_arc()?,
+    ))
+}
+
+async fn prepare(
+    context: &SessionContext,
+    sql: &str,
+    params: &[(&str, Param)],
+) -> Result<DataFrame, QueryError> {
+    let options = SQLOptions::new()
+        .with_allow_ddl(false)
+        .with_allow_dml(false)
+        .with_allow_statements(false);
+    let frame = context
+        .sql_with_options(sql, options)
+        .await
+        .map_err(error)?;
+    if params.is_empty() {
+        return Ok(frame);
+    }
+    let values = params.iter().map(|(name, value)| {
+        let value = match value {
+            Param::Float(value) => ScalarValue::Float64(Some(*value)),
+            Param::Text(value) => ScalarValue::Utf8(Some(value.clone())),
+        };
+        ((*name).to_owned(), value)
+    });
+    frame
+        .with_param_values(values.collect::<Vec<_>>())
+        .map_err(error)
+}
+
+async fn register(context: &SessionContext, table: &QueryTable) -> Result<(), QueryError> {
+    let mut union: Option<DataFrame> = None;
+    for (round, files) in &table.files {
+        if files.is_empty() {
+            continue;
+        }
+        let paths: Vec<String> = files
+            .iter()
+            .map(|file| file.to_string_lossy().into_owned())
+            .collect();
+        let mut frame = context
+            .read_parquet(paths, ParquetReadOptions::default())
+            .await
+            .map_err(error)?;
+        if table.with_round {
+            let value = lit(ScalarValue::Int32(round.map(u32::cast_signed)));
+            frame = frame.with_column("round", value).map_err(error)?;
+        }
+        union = Some(match union {
+            None => frame,
+            Some(others) => others.union(frame).map_err(error)?,
+        });
+    }
+    match union {
+        Some(frame) => {
+            context
+                .register_table(table.name.as_str(), frame.into_view())
+                .map_err(error)?;
+        }
+        None => register_empty(
+            context,
+            &table.name,
+            &with_round(&table.schema, table.with_round),
+        )?,
+    }
+    Ok(())
+}
+
+fn register_empty(
+    context: &SessionContext,
+    name: &str,
+    schema: &SchemaRef,
+) -> Result<(), QueryError> {
+    let nothing = MemTable::try_new(schema.clone(), vec![vec![]]).map_err(error)?;
+    context
+        .register_table(name, Arc::new(nothing))
+        .map_err(error)?;
+    Ok(())
+}
+
+fn with_round(schema: &SchemaRef, wanted: bool) -> SchemaRef {
+    if !wanted {
+        return schema.clone();
+    }
+    let round = Arc::new(Field::new("round", DataType::Int32, true));
+    let fields = schema
+        .fields()
+        .iter()
+        .cloned()
+        .chain([round])
+        .collect::<Vec<_>>();
+    Arc::new(Schema::new(fields))
+}
+
+/// DataFusion's words, without the layers that only its developers need.
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "it is used as a function on errors"
+)]
+fn error(error: DataFusionError) -> QueryError {
+    let text = error.strip_backtrace();
+    let text = [
+        "Error during planning: ",
+        "SQL error: ",
+        "Schema error: ",
+        "Execution error: ",
+    ]
+    .iter()
+    .fold(text.as_str(), |text, prefix| {
+        text.strip_prefix(prefix).unwrap_or(text)
+    })
+    .to_owned();
+    QueryError(text)
+}

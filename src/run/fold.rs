@@ -1,0 +1,283 @@
+//! Folding: ordered steps over a table that end in a checkpoint.
+//!
+//! A state (weights, optimizer, step count) is saved every so many steps together with the `steps`
+//! rows up to it, in one commit; a killed training goes on at the last one. The end has no state of
+//! its own: the checkpoint is written first, then one commit takes rows and checkpoint in.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use arrow::array::RecordBatch;
+
+use super::Runner;
+use crate::config::PlannedStage;
+use crate::run::{Start, Unit};
+use crate::stages::{Failure, Fold, Role, Scope};
+use crate::store::{
+    CheckpointRecord, Event, Key, Lookup, PartRecord, RunFolder, StateRecord, StoreError,
+    sync_folder,
+};
+
+impl Runner<'_> {
+    pub(super) fn fold(
+        &mut self,
+        stage: &PlannedStage,
+        round: Option<u32>,
+        work: &dyn Fold,
+    ) -> Result<(), Failure> {
+        let table = &stage.name;
+        let mut before = self.make_before(stage, round, work)?;
+        let made = self
+            .folder
+            .manifest()
+            .find(table.as_str(), round)
+            .expect("a table that was begun")
+            .clone();
+        let input_round = self.round_of(work.input(), round);
+        let mut rows = Lookup::open(
+            self.folder.files(work.input().as_str(), input_round),
+            "row_key",
+        )?;
+        if rows.is_empty() {
+            return Err(Failure::Other(format!(
+                "`{}` has no rows to learn from; see why with: pipeline sql {} \
+                 \"select reason, count(*) from rejects group by reason\"",
+                work.input(),
+                self.folder.root().display()
+            )));
+        }
+        let mut models = self.models(stage, round)?;
+        let mut shelf = self.shelf(stage, round)?;
+        let interrupt = self.interrupt;
+        let seed = self.plan.seed;
+        let report = &mut *self.report;
+        let mut scope = Scope {
+            table,
+            round,
+            seed,
+            models: &mut models,
+            shelf: &mut shelf,
+            stopping: &|| interrupt.raised(),
+            progress: &mut |_| {},
+        };
+        let batches = work.batches(&scope, rows.len());
+        let mut learner = scope
+            .models
+            .learner(work.model(), &work.settings(batches.len()))?;
+        let mut done = 0;
+        if let Some(state) = &made.state {
+            learner
+                .load_state(&self.folder.root().join(&state.folder))
+                .map_err(Failure::of(work.model()))?;
+            done = state.step as usize;
+        }
+        let total = Some(batches.len() as u64);
+        report.start(Start {
+            table,
+            round,
+            unit: Unit::Steps,
+            total,
+            done: done as u64,
+        });
+        let mut steps: Vec<RecordBatch> = Vec::new();
+        let mut first = done;
+        while done < batches.len() {
+            let (epoch, positions) = &batches[done];
+            let batch = gather(&mut rows, positions)?;
+            let number = done as u32 + 1;
+            steps.push(work.step(
+                &mut scope,
+                &mut *learner,
+                number,
+                *epoch,
+                &batch,
+                before.as_mut(),
+            )?);
+            done += 1;
+            report.progress(done as u64);
+            let last = done == batches.len();
+            if !last && (done % work.save_every() as usize == 0 || interrupt.raised()) {
+                let state = self
+                    .folder
+                    .cache()?
+                    .join(format!("state-{}-{done}", made.key));
+                write_folder(&state, |to| {
+                    learner.save_state(to).map_err(Failure::of(work.model()))
+                })?;
+                let part = part(
+                    &self.folder,
+                    stage,
+                    round,
+                    work,
+                    first,
+                    &std::mem::take(&mut steps),
+                )?;
+                let state = StateRecord {
+                    step: done as u64,
+                    folder: below(self.folder.root(), &state),
+                };
+                let previous = self
+                    .folder
+                    .manifest()
+                    .find(table.as_str(), round)
+                    .and_then(|made| made.state.clone());
+                self.folder.commit(Event::Part {
+                    table: table.to_string(),
+                    round,
+                    part,
+                    state: Some(state),
+                })?;
+                if let Some(previous) = previous {
+                    let _ = fs::remove_dir_all(self.folder.root().join(previous.folder));
+                }
+                first = done;
+            }
+            if !last && interrupt.raised() {
+                return Err(Failure::Interrupted);
+            }
+        }
+        let folder = self.checkpoint_folder(work, round);
+        write_folder(&folder, |to| {
+            learner.save(to).map_err(Failure::of(work.model()))
+        })?;
+        drop(learner);
+        let part = part(&self.folder, stage, round, work, first, &steps)?;
+        self.folder.commit(Event::Part {
+            table: table.to_string(),
+            round,
+            part,
+            state: None,
+        })?;
+        let checkpoint = CheckpointRecord {
+            model: work.model().to_string(),
+            folder: below(self.folder.root(), &folder),
+        };
+        self.folder
+            .finish(table.as_str(), round, Some(checkpoint))?;
+        if let Some(state) = self.last_state(&made.key)? {
+            let _ = fs::remove_dir_all(state);
+        }
+        Ok(())
+    }
+
+    /// Makes the table that the work needs before its first step, and opens it.
+    fn make_before(
+        &mut self,
+        stage: &PlannedStage,
+        round: Option<u32>,
+        work: &dyn Fold,
+    ) -> Result<Option<Lookup>, Failure> {
+        let Some((name, map)) = work.before(&stage.name) else {
+            return Ok(None);
+        };
+        let mut because = self.because(stage, round)?;
+        // Of all settings only the model and the rows matter to what is computed before.
+        because["settings"] = serde_json::Value::Null;
+        let key = Key::new("before").with_json(&because).finish();
+        let kind = map.schema().metadata().get("kind").cloned();
+        if self.claim(&name, round, kind.as_deref(), &key, &because)? {
+            self.map(stage, &name, round, &*map)?;
+            self.folder.finish(name.as_str(), round, None)?;
+        }
+        Ok(Some(Lookup::open(
+            self.folder.files(name.as_str(), round),
+            "pair",
+        )?))
+    }
+
+    /// Where the checkpoint of a round goes: `checkpoints/round-2`, with the model's name when the
+    /// pipeline trains several.
+    fn checkpoint_folder(&self, work: &dyn Fold, round: Option<u32>) -> PathBuf {
+        let round = round.unwrap_or(1);
+        let stages = self.plan.stages.iter();
+        let trainings = stages
+            .flat_map(|stage| stage.spec.as_stage().uses())
+            .filter(|used| used.role == Role::Learns);
+        let name = match trainings.count() {
+            1 => format!("round-{round}"),
+            _ => format!("round-{round}-{}", work.model()),
+        };
+        self.folder.root().join("checkpoints").join(name)
+    }
+
+    /// A state of the training with this key that is still there.
+    fn last_state(&self, key: &str) -> Result<Option<PathBuf>, Failure> {
+        let cache = self.folder.cache()?;
+        let prefix = format!("state-{key}-");
+        for entry in fs::read_dir(&cache).map_err(StoreError::io("read", &cache))? {
+            let entry = entry.map_err(StoreError::io("read", &cache))?;
+            if entry.file_name().to_string_lossy().starts_with(&prefix) {
+                return Ok(Some(entry.path()));
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// A path below the run's folder, as the manifest has it.
+fn below(root: &Path, path: &Path) -> String {
+    path.strip_prefix(root)
+        .unwrap_or(path)
+        .to_string_lossy()
+        .into_owned()
+}
+
+/// The rows at some positions, as one batch.
+fn gather(rows: &mut Lookup, positions: &[u32]) -> Result<RecordBatch, Failure> {
+    let batches: Vec<RecordBatch> = positions
+        .iter()
+        .map(|&position| rows.range(position as usize, 1))
+        .collect::<Result<_, _>>()?;
+    let schema = batches[0].schema();
+    Ok(arrow::compute::concat_batches(&schema, &batches)
+        .expect("rows of one table have one schema"))
+}
+
+/// Writes the rows of the steps from `first` on.
+fn part(
+    folder: &RunFolder,
+    stage: &PlannedStage,
+    round: Option<u32>,
+    work: &dyn Fold,
+    first: usize,
+    steps: &[RecordBatch],
+) -> Result<PartRecord, Failure> {
+    let stem = format!(
+        "{}/part-{first:05}",
+        RunFolder::table_folder(stage.name.as_str(), round)
+    );
+    let mut writer = crate::store::TableWriter::new(folder.root(), &stem, work.schema(), &[]);
+    for step in steps {
+        writer.write(step)?;
+    }
+    Ok(PartRecord {
+        part: first as u32,
+        rows_in: steps.len() as u64,
+        files: writer.finish()?,
+        rejects: Vec::new(),
+        faults: 0,
+        dropped: 0,
+    })
+}
+
+/// Writes a folder under another name and renames it, so that it is there whole or not at all.
+fn write_folder(
+    to: &Path,
+    write: impl FnOnce(&Path) -> Result<(), Failure>,
+) -> Result<(), Failure> {
+    let name = to
+        .file_name()
+        .expect("a folder with a name")
+        .to_string_lossy();
+    let hidden = to.with_file_name(format!(".new-{name}"));
+    for stale in [&hidden, &to.to_path_buf()] {
+        if stale.exists() {
+            fs::remove_dir_all(stale).map_err(StoreError::io("replace", stale))?;
+        }
+    }
+    let parent = to.parent().expect("a folder in a folder");
+    fs::create_dir_all(parent).map_err(StoreError::io("create", parent))?;
+    write(&hidden)?;
+    fs::rename(&hidden, to).map_err(StoreError::io("write", to))?;
+    Ok(sync_folder(parent)?)
+}

@@ -1,0 +1,202 @@
+//! What decides a table, as JSON: hashed it is the table's key, compared it explains a re-run.
+
+use rayon::prelude::*;
+use serde_json::{Map, Value, json};
+
+use super::Runner;
+use crate::config::PlannedStage;
+use crate::models::ModelSpec;
+use crate::stages::{Failure, Load, ModelName, Work};
+use crate::store::{Fingerprints, Key};
+
+impl Runner<'_> {
+    /// Everything that decides a table in a round.
+    pub(super) fn because(
+        &mut self,
+        stage: &PlannedStage,
+        round: Option<u32>,
+    ) -> Result<Value, Failure> {
+        let spec = stage.spec.as_stage();
+        let mut inputs = Map::new();
+        for (field, table) in &stage.inputs {
+            let key = self.keys.get(&(table.clone(), self.round_of(table, round)));
+            let key = key
+                .expect("inputs are made first [ref:plan_is_ordered]")
+                .clone();
+            // An `sql` stage reads several tables under one field, and knows them by name.
+            let name = if *field == "tables" {
+                format!("tables.{table}")
+            } else {
+                (*field).to_owned()
+            };
+            inputs.insert(name, Value::String(key));
+        }
+        let mut models = Map::new();
+        for used in spec.uses() {
+            let fingerprint = self.model_fingerprint(stage, used.model, round)?;
+            models.insert(used.field.to_owned(), Value::String(fingerprint));
+        }
+        let files = self.files(stage)?;
+        let mut because = json!({ "settings": stage.settings, "inputs": inputs, "models": models, "files": files });
+        if spec.draws() {
+            because["seed"] = json!(self.plan.seed);
+            because["round"] = json!(round);
+            because["name"] = json!(stage.name.as_str());
+        }
+        self.fingerprints.save()?;
+        Ok(because)
+    }
+
+    /// Fingerprints of a stage's files: for a source that is loaded, of the pictures that it names,
+    /// not of the whole folder in which they lie.
+    fn files(&self, stage: &PlannedStage) -> Result<Map<String, Value>, Failure> {
+        let mut files = Map::new();
+        let work = match stage.kind {
+            Some(_) => Some(stage.spec.as_stage().work()),
+            None => None,
+        };
+        let load = match &work {
+            Some(Work::Load(load)) => Some(load),
+            _ => None,
+        };
+        for (field, path) in stage.spec.as_stage().files() {
+            if load.is_some() && field == "images" {
+                continue;
+            }
+            files.insert(
+                field.to_owned(),
+                Value::String(self.fingerprints.folder(path)?),
+            );
+        }
+        if let Some(load) = load {
+            files.insert(
+                "pictures".to_owned(),
+                Value::String(pictures(&self.fingerprints, &**load)?),
+            );
+        }
+        Ok(files)
+    }
+
+    /// What decides what a model computes, for a stage in a round.
+    pub(super) fn model_fingerprint(
+        &self,
+        stage: &PlannedStage,
+        model: &ModelName,
+        round: Option<u32>,
+    ) -> Result<String, Failure> {
+        if let Some((table, round)) = self.training(stage, model, round) {
+            let key = self.keys.get(&(table, Some(round)));
+            let key = key.expect("rounds are run in order [ref:plan_is_ordered]");
+            return Ok(Key::new("checkpoint").with(key).finish());
+        }
+        let spec = &self.plan.models[model];
+        let mut key = Key::new("model").with_json(&settings(spec));
+        for (field, path) in spec.paths() {
+            key = key.with(field).with(self.fingerprints.folder(path)?);
+        }
+        Ok(key.finish())
+    }
+}
+
+/// The settings of a model that decide what it computes: not where its files lie, nor the device.
+fn settings(spec: &ModelSpec) -> Value {
+    let mut settings = serde_json::to_value(spec).expect("models are plain data");
+    let places: Vec<&str> = spec.paths().iter().map(|(field, _)| *field).collect();
+    for (_, fields) in settings.as_object_mut().into_iter().flatten() {
+        if let Some(fields) = fields.as_object_mut() {
+            fields.retain(|name, _| name != "device" && !places.contains(&name.as_str()));
+        }
+    }
+    settings
+}
+
+/// Pictures whose fingerprints are taken at once.
+const PICTURES_AT_ONCE: usize = 4096;
+
+/// Fingerprint of all pictures that a source names; a missing one counts as missing.
+fn pictures(fingerprints: &Fingerprints, load: &dyn Load) -> Result<String, Failure> {
+    let mut key = Key::new("pictures");
+    let mut names = Vec::new();
+    let mut take = |names: &mut Vec<std::path::PathBuf>| {
+        let hashes: Vec<String> = names
+            .par_iter()
+            .map(|path| {
+                fingerprints
+                    .file(path)
+                    .unwrap_or_else(|_| "missing".to_owned())
+            })
+            .collect();
+        names.clear();
+        key = hashes.iter().fold(key.clone(), |key, hash| key.with(hash));
+    };
+    for record in load.records()? {
+        names.extend(load.pictures(&record?));
+        if names.len() >= PICTURES_AT_ONCE {
+            take(&mut names);
+        }
+    }
+    take(&mut names);
+    Ok(key.finish())
+}
+
+/// What differs between two becauses, in words: "`temperature` 0.7 → 0.8".
+pub fn explain(before: &Value, now: &Value) -> Vec<String> {
+    let mut reasons = Vec::new();
+    compare("", before, now, &mut reasons);
+    reasons
+}
+
+fn compare(path: &str, before: &Value, now: &Value, reasons: &mut Vec<String>) {
+    if before == now {
+        return;
+    }
+    if let (Value::Object(old), Value::Object(new)) = (before, now) {
+        for name in old
+            .keys()
+            .chain(new.keys().filter(|name| !old.contains_key(*name)))
+        {
+            let path = if path.is_empty() {
+                name.clone()
+            } else {
+                format!("{path}.{name}")
+            };
+            let value =
+                |object: &Map<String, Value>| object.get(name).cloned().unwrap_or(Value::Null);
+            compare(&path, &value(old), &value(new), reasons);
+        }
+        return;
+    }
+    let (group, name) = path.split_once('.').unwrap_or(("", path));
+    reasons.push(match group {
+        "inputs" => format!("its input `{name}` changed"),
+        "models" => format!("the model under `{name}` changed"),
+        "files" if name == "pictures" => "a picture that it names changed".to_owned(),
+        "files" => format!("the content of `{name}` changed"),
+        "settings" => {
+            let setting = name.split_once('.').map_or(name, |(_, setting)| setting);
+            format!("`{setting}` {before} → {now}")
+        }
+        _ => format!("`{path}` {before} → {now}"),
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rerun_is_explained_by_what_changed() {
+        let before = json!({"settings": {"sample": {"temperature": 0.7, "count": 5}}, "inputs": {"prompts": "a"}, "seed": 1});
+        let now = json!({"settings": {"sample": {"temperature": 0.8, "count": 5}}, "inputs": {"prompts": "b"}, "seed": 2});
+        let reasons = explain(&before, &now);
+        assert_eq!(
+            reasons,
+            [
+                "`temperature` 0.7 → 0.8",
+                "its input `prompts` changed",
+                "`seed` 1 → 2"
+            ]
+        );
+        assert!(explain(&now, &now).is_empty());
+    }
+}

@@ -1,0 +1,111 @@
+//! Loading: records of a user's file become rows, pictures become rows of `images`.
+
+use super::{Runner, count};
+use crate::config::{KeepImages, PlannedStage};
+use crate::run::{Start, Unit};
+use crate::stages::{Failure, Load, Record, rejects};
+use crate::store::{Event, Images, PartRecord, RunFolder};
+use crate::tables::{Image, RejectClass};
+
+/// Records that are read, checked and committed as one.
+const PART_RECORDS: usize = 256;
+
+impl Runner<'_> {
+    pub(super) fn load(
+        &mut self,
+        stage: &PlannedStage,
+        work: &mut dyn Load,
+    ) -> Result<(), Failure> {
+        let table = &stage.name;
+        let made = self
+            .folder
+            .manifest()
+            .find(table.as_str(), None)
+            .expect("a table that was begun");
+        let (key, parts_done) = (made.key.clone(), made.parts.clone());
+        let done_before: u64 = parts_done.iter().map(|part| part.rows_in).sum();
+        self.report.start(Start {
+            table,
+            round: None,
+            unit: Unit::Rows,
+            total: None,
+            done: done_before,
+        });
+        let mut images = Images::open(self.folder.root(), &self.folder.manifest().images)?;
+        let mut records = work.records()?;
+        let mut done = 0;
+        for part in 0.. {
+            let next: Vec<Record> = records
+                .by_ref()
+                .take(PART_RECORDS)
+                .collect::<Result<_, _>>()?;
+            if next.is_empty() {
+                break;
+            }
+            self.stop_if_asked()?;
+            let rows_in = next.len() as u64;
+            done += rows_in;
+            if let Some(before) = parts_done.iter().find(|before| before.part == part) {
+                for file in &before.files {
+                    for rows in
+                        crate::store::TableReader::new(vec![self.folder.root().join(&file.file)])
+                    {
+                        work.resume(&rows?)?;
+                    }
+                }
+                continue;
+            }
+            let loaded = work.load(next)?;
+            self.add_images(&mut images, loaded.images)?;
+            let rejects = rejects(table, None, loaded.rejects);
+            let stem = format!(
+                "{}/part-{part:05}",
+                RunFolder::table_folder(table.as_str(), None)
+            );
+            let mut writer = self.writer(&stem, &stage.schema, Some(&key));
+            writer.write(&loaded.rows)?;
+            let record = PartRecord {
+                part,
+                rows_in,
+                files: writer.finish()?,
+                rejects: self.write_rejects(table, None, part, &rejects)?,
+                faults: count(&rejects, RejectClass::Fault),
+                dropped: count(&rejects, RejectClass::Dropped),
+            };
+            self.folder.commit(Event::Part {
+                table: table.to_string(),
+                round: None,
+                part: record,
+                state: None,
+            })?;
+            self.report.progress(done);
+        }
+        self.check_rejects(table, None)?;
+        Ok(self.folder.finish(table.as_str(), None, None)?)
+    }
+
+    /// Adds the pictures that the run does not have.
+    fn add_images(&mut self, images: &mut Images, found: Vec<Image>) -> Result<(), Failure> {
+        let mut fresh: Vec<Image> = Vec::new();
+        for mut image in found {
+            if images.contains(&image.image_id)
+                || fresh.iter().any(|other| other.image_id == image.image_id)
+            {
+                continue;
+            }
+            if self.plan.keep_images == KeepImages::Reference && image.image.path.is_some() {
+                image.image.bytes = None;
+            }
+            fresh.push(image);
+        }
+        if fresh.is_empty() {
+            return Ok(());
+        }
+        let number = self.folder.manifest().images.len();
+        for file in Images::write(self.folder.root(), number, &fresh)? {
+            images.added(self.folder.root(), &file)?;
+            self.folder.commit(Event::Images(file))?;
+        }
+        Ok(())
+    }
+}

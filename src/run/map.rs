@@ -1,0 +1,197 @@
+//! Mapping: parts of a table's groups are computed, committed and resumed, one after the other.
+
+use arrow::array::RecordBatch;
+
+use super::groups::Groups;
+use super::{Runner, count};
+use crate::config::PlannedStage;
+use crate::run::{Start, Unit};
+use crate::stages::{Failure, MapWork, Outcome, Scope, TableName, rejects};
+use crate::store::{Event, Key, Lookup, Made, PartRecord, RunFolder};
+use crate::tables::RejectClass;
+
+impl Runner<'_> {
+    /// Makes what is missing of `table`, the stage's own table or one that it needs before.
+    pub(super) fn map(
+        &mut self,
+        stage: &PlannedStage,
+        table: &TableName,
+        round: Option<u32>,
+        work: &dyn MapWork,
+    ) -> Result<(), Failure> {
+        let made = self
+            .folder
+            .manifest()
+            .find(table.as_str(), round)
+            .expect("a table that was begun")
+            .clone();
+        let input_round = self.round_of(work.input(), round);
+        let total = self
+            .folder
+            .manifest()
+            .find(work.input().as_str(), input_round)
+            .map_or(0, Made::rows);
+        // Parts that exist were cut as the run that began them was told to.
+        let part_groups = if made.parts.is_empty() {
+            work.part_groups()
+        } else {
+            made.part_groups
+        };
+        if made.part_groups != part_groups {
+            self.folder.commit(Event::Begin(Made {
+                part_groups,
+                ..made.clone()
+            }))?;
+        }
+        let base = self.row_base(stage, round)?;
+        let mut reuse = self.reuse(table, round)?;
+        let mut models = self.models(stage, round)?;
+        let mut shelf = self.shelf(stage, round)?;
+        let mut groups = Groups::new(self.folder.reader(work.input().as_str(), input_round));
+        let mut rows_done = 0;
+        let mut started = false;
+        for part in 0.. {
+            let batches = groups.take(part_groups as usize)?;
+            if batches.is_empty() {
+                break;
+            }
+            let part_rows: u64 = batches.iter().map(|batch| batch.num_rows() as u64).sum();
+            if made.parts.iter().any(|done| done.part == part) {
+                rows_done += part_rows;
+                continue;
+            }
+            if !started {
+                started = true;
+                self.report.start(Start {
+                    table,
+                    round,
+                    unit: Unit::Rows,
+                    total: Some(total),
+                    done: rows_done,
+                });
+            }
+            self.stop_if_asked()?;
+            let report = &mut *self.report;
+            let interrupt = self.interrupt;
+            let mut scope = Scope {
+                table,
+                round,
+                seed: self.plan.seed,
+                models: &mut models,
+                shelf: &mut shelf,
+                stopping: &|| interrupt.raised(),
+                progress: &mut |rows| report.progress(rows_done + rows),
+            };
+            let rows_in = batches.len() as u64;
+            let outcomes = compute(work, &mut scope, batches, &base, reuse.as_mut())?;
+            rows_done += part_rows;
+            let record = self.write_part(table, round, part, rows_in, work, outcomes, &made.key)?;
+            self.folder.commit(Event::Part {
+                table: table.to_string(),
+                round,
+                part: record,
+                state: None,
+            })?;
+            self.report.progress(rows_done);
+        }
+        Ok(())
+    }
+
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "each names one thing that a part's file needs"
+    )]
+    fn write_part(
+        &self,
+        table: &TableName,
+        round: Option<u32>,
+        part: u32,
+        rows_in: u64,
+        work: &dyn MapWork,
+        outcomes: Vec<Outcome<RecordBatch>>,
+        key: &str,
+    ) -> Result<PartRecord, Failure> {
+        let stem = format!(
+            "{}/part-{part:05}",
+            RunFolder::table_folder(table.as_str(), round)
+        );
+        let mut writer = self.writer(&stem, &work.schema(), Some(key));
+        let mut set_aside = Vec::new();
+        for outcome in outcomes {
+            match outcome {
+                Outcome::Made(rows) => writer.write(&rows)?,
+                Outcome::SetAside { id, class, reason } => set_aside.push((id, class, reason)),
+            }
+        }
+        let rejects = rejects(table, round, set_aside);
+        Ok(PartRecord {
+            part,
+            rows_in,
+            files: writer.finish()?,
+            rejects: self.write_rejects(table, round, part, &rejects)?,
+            faults: count(&rejects, RejectClass::Fault),
+            dropped: count(&rejects, RejectClass::Dropped),
+        })
+    }
+
+    /// What decides a row beside its group: the stage's settings and models and, where it draws,
+    /// seed, round and table.
+    fn row_base(&mut self, stage: &PlannedStage, round: Option<u32>) -> Result<Key, Failure> {
+        let mut because = self.because(stage, round)?;
+        because["inputs"] = serde_json::Value::Null;
+        Ok(Key::new("row").with_json(&because))
+    }
+
+    /// The rows of superseded makings of this table, by their keys.
+    fn reuse(&self, table: &TableName, round: Option<u32>) -> Result<Option<Lookup>, Failure> {
+        let parked = self
+            .folder
+            .manifest()
+            .parked
+            .iter()
+            .map(|parked| &parked.made);
+        let parked = parked.filter(|made| made.table == table.as_str() && made.round == round);
+        let files: Vec<_> = parked
+            .flat_map(Made::files)
+            .map(|file| self.folder.root().join(&file.file))
+            .collect();
+        if files.is_empty() {
+            return Ok(None);
+        }
+        Ok(Some(Lookup::open(files, "row_key")?))
+    }
+}
+
+/// The outcomes of a part's groups: taken over where their rows exist, computed where not.
+fn compute(
+    work: &dyn MapWork,
+    scope: &mut Scope<'_>,
+    groups: Vec<RecordBatch>,
+    base: &Key,
+    mut reuse: Option<&mut Lookup>,
+) -> Result<Vec<Outcome<RecordBatch>>, Failure> {
+    let keys = work.keys(scope, &groups, base)?;
+    let mut outcomes: Vec<Option<Outcome<RecordBatch>>> = Vec::with_capacity(groups.len());
+    let mut missing = Vec::new();
+    let mut places = Vec::new();
+    for (place, (key, group)) in keys.into_iter().zip(groups).enumerate() {
+        let known = match reuse.as_deref_mut() {
+            Some(reuse) => reuse.get(&key)?,
+            None => None,
+        };
+        if known.is_none() {
+            missing.push((key, group));
+            places.push(place);
+        }
+        outcomes.push(known.map(Outcome::Made));
+    }
+    if !missing.is_empty() {
+        for (place, outcome) in places.into_iter().zip(work.run(scope, missing)?) {
+            outcomes[place] = Some(outcome);
+        }
+    }
+    Ok(outcomes
+        .into_iter()
+        .map(|outcome| outcome.expect("each group was taken over or computed"))
+        .collect())
+}

@@ -1,0 +1,422 @@
+//! Doing it: the plan becomes tables and checkpoints in a run's folder.
+//!
+//! The runner goes through the plan's stages, round by round. For each table it computes a key from
+//! everything that decides it; a table that is there under that key is reused, one that was begun is
+//! finished, and one made under another key is set aside and made again, row by row from what the
+//! old one still answers. The four kinds of work (`load`, `map`, `query`, `fold`) are each one file.
+
+mod fold;
+mod groups;
+mod interrupt;
+mod keys;
+mod load;
+mod map;
+mod models;
+mod query;
+mod report;
+
+pub use interrupt::Interrupt;
+pub use keys::explain;
+pub use report::{Report, Start, Unit};
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+use arrow::datatypes::SchemaRef;
+use serde_json::{Value, json};
+
+use crate::config::{Plan, PlannedStage};
+use crate::models::ModelLoader;
+use crate::stages::{Failure, ModelName, Shelf, TableName, Work};
+use crate::store::{
+    Event, FileRecord, Fingerprints, Images, Key, Made, RunFolder, TableWriter, read_file,
+};
+use crate::tables::{Reject, RejectClass, Row};
+use models::RunModels;
+
+/// How a run goes about its plan.
+pub struct Options {
+    /// The run's folder.
+    pub folder: PathBuf,
+    /// Stop when this table was made for the first time.
+    pub until: Option<TableName>,
+}
+
+/// What a run did.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Summary {
+    /// Tables made or finished, a table of each round for itself.
+    pub made: usize,
+    /// Tables that were there already.
+    pub reused: usize,
+}
+
+/// Why a run ended early, and at which stage.
+#[derive(Debug, thiserror::Error)]
+#[error("{failure}")]
+pub struct RunError {
+    pub stage: Option<TableName>,
+    pub round: Option<u32>,
+    pub failure: Failure,
+}
+
+/// Runs a plan in its folder; goes on where an earlier run of it stopped.
+pub fn run(
+    plan: &Plan,
+    options: &Options,
+    loader: Option<&dyn ModelLoader>,
+    report: &mut dyn Report,
+    interrupt: &Interrupt,
+) -> Result<Summary, RunError> {
+    let begun = Runner::begin(plan, options, loader, report, interrupt);
+    let mut runner = begun.map_err(|failure| RunError {
+        stage: None,
+        round: None,
+        failure,
+    })?;
+    let mut summary = Summary::default();
+    for (stage, round) in slots(plan) {
+        let made = runner.make(stage, round).map_err(|failure| RunError {
+            stage: Some(stage.name.clone()),
+            round,
+            failure,
+        })?;
+        if made {
+            summary.made += 1
+        } else {
+            summary.reused += 1
+        }
+        if options.until.as_ref() == Some(&stage.name) {
+            break;
+        }
+    }
+    Ok(summary)
+}
+
+/// Every table of every round, in running order: what is made once, then the evaluation as round 0,
+/// then the rounds, each with its evaluation.
+fn slots(plan: &Plan) -> Vec<(&PlannedStage, Option<u32>)> {
+    let mut slots: Vec<_> = plan
+        .all()
+        .filter(|stage| stage.is_static)
+        .map(|stage| (stage, None))
+        .collect();
+    for round in 0..=plan.rounds.get() {
+        let here = |stage: &&PlannedStage| !stage.is_static && stage.round_first <= round;
+        slots.extend(
+            plan.stages
+                .iter()
+                .filter(here)
+                .map(|stage| (stage, Some(round))),
+        );
+        slots.extend(
+            plan.evaluate
+                .iter()
+                .filter(here)
+                .map(|stage| (stage, Some(round))),
+        );
+    }
+    slots
+}
+
+/// A run under way.
+struct Runner<'a> {
+    plan: &'a Plan,
+    folder: RunFolder,
+    fingerprints: Fingerprints,
+    loader: Option<&'a dyn ModelLoader>,
+    report: &'a mut dyn Report,
+    interrupt: &'a Interrupt,
+    /// Keys of the tables so far.
+    keys: HashMap<(TableName, Option<u32>), String>,
+}
+
+impl<'a> Runner<'a> {
+    fn begin(
+        plan: &'a Plan,
+        options: &Options,
+        loader: Option<&'a dyn ModelLoader>,
+        report: &'a mut dyn Report,
+        interrupt: &'a Interrupt,
+    ) -> Result<Self, Failure> {
+        let (mut folder, lost) = RunFolder::open(&options.folder, plan.pipeline.as_str())?;
+        for table in lost {
+            report.note(&format!(
+                "files of `{table}` are missing or spoiled; they are made again"
+            ));
+        }
+        folder.set_source(
+            json!({ "file": plan.path, "pipeline": plan.pipeline.as_str(), "seed": plan.seed }),
+        )?;
+        let fingerprints = Fingerprints::open(folder.cache()?.join("fingerprints.json"));
+        Ok(Self {
+            plan,
+            folder,
+            fingerprints,
+            loader,
+            report,
+            interrupt,
+            keys: HashMap::new(),
+        })
+    }
+
+    /// Makes one table in one round, if it isn't there. Returns whether there was anything to do.
+    fn make(&mut self, stage: &PlannedStage, round: Option<u32>) -> Result<bool, Failure> {
+        self.stop_if_asked()?;
+        let because = self.because(stage, round)?;
+        let key = Key::new("table").with_json(&because).finish();
+        self.keys.insert((stage.name.clone(), round), key.clone());
+        let kind = stage.kind;
+        if !self.claim(&stage.name, round, kind, &key, &because)? {
+            let rows = self
+                .folder
+                .manifest()
+                .find(stage.name.as_str(), round)
+                .map_or(0, Made::rows);
+            self.report.reused(&stage.name, round, rows);
+            return Ok(false);
+        }
+        match stage.spec.as_stage().work() {
+            Work::Load(mut work) => self.load(stage, &mut *work)?,
+            Work::Map(work) => {
+                self.map(stage, &stage.name, round, &*work)?;
+                self.check_rejects(&stage.name, round)?;
+                self.folder.finish(stage.name.as_str(), round, None)?;
+            }
+            Work::Query(work) => self.query(stage, round, &work)?,
+            Work::Fold(work) => self.fold(stage, round, &*work)?,
+        }
+        self.report_finished(&stage.name, round);
+        Ok(true)
+    }
+
+    /// Sees to it that the manifest has a table under this key, to be begun or gone on with. False
+    /// when it is complete already.
+    fn claim(
+        &mut self,
+        table: &TableName,
+        round: Option<u32>,
+        kind: Option<&str>,
+        key: &str,
+        because: &Value,
+    ) -> Result<bool, Failure> {
+        let name = table.as_str();
+        if let Some(made) = self.folder.manifest().find(name, round)
+            && made.key != key
+        {
+            let reasons = explain(&made.because, because);
+            let reasons = if reasons.is_empty() {
+                "it changed".to_owned()
+            } else {
+                reasons.join("; ")
+            };
+            self.report.note(&format!(
+                "{} is made again: {reasons}",
+                titled(table, round)
+            ));
+            self.folder.park(name, round)?;
+        }
+        if self.folder.manifest().find(name, round).is_none() {
+            self.folder.unpark(name, round, key)?;
+        }
+        match self.folder.manifest().find(name, round) {
+            Some(made) => Ok(!made.complete),
+            None => {
+                self.folder.commit(Event::Begin(Made {
+                    table: name.to_owned(),
+                    round,
+                    kind: kind.map(str::to_owned),
+                    key: key.to_owned(),
+                    because: because.clone(),
+                    part_groups: 0,
+                    complete: false,
+                    parts: Vec::new(),
+                    state: None,
+                    checkpoint: None,
+                }))?;
+                Ok(true)
+            }
+        }
+    }
+
+    fn stop_if_asked(&self) -> Result<(), Failure> {
+        if self.interrupt.raised() {
+            Err(Failure::Interrupted)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// The files of a stage's inputs in a round, by table.
+    fn input_files(
+        &self,
+        stage: &PlannedStage,
+        round: Option<u32>,
+    ) -> HashMap<TableName, Vec<PathBuf>> {
+        let files = |table: &TableName| {
+            self.folder
+                .files(table.as_str(), self.round_of(table, round))
+        };
+        stage
+            .inputs
+            .iter()
+            .map(|(_, table)| (table.clone(), files(table)))
+            .collect()
+    }
+
+    /// The round in which a table that is read in `round` lies: none if it is made once.
+    fn round_of(&self, table: &TableName, round: Option<u32>) -> Option<u32> {
+        let stage = self.plan.stage(table).expect("the plan names every table");
+        if stage.is_static { None } else { round }
+    }
+
+    fn shelf(&self, stage: &PlannedStage, round: Option<u32>) -> Result<Shelf, Failure> {
+        let images = Images::open(self.folder.root(), &self.folder.manifest().images)?;
+        Ok(Shelf::new(images, self.input_files(stage, round)))
+    }
+
+    /// The models as they are in a round, for a stage of `stages` or of `evaluate`.
+    fn models(&self, stage: &PlannedStage, round: Option<u32>) -> Result<RunModels<'a>, Failure> {
+        let mut fingerprints = HashMap::new();
+        let mut weights = HashMap::new();
+        for used in stage.spec.as_stage().uses() {
+            fingerprints.insert(
+                used.model.clone(),
+                self.model_fingerprint(stage, used.model, round)?,
+            );
+            if let Some(folder) = self.checkpoint(stage, used.model, round) {
+                weights.insert(used.model.clone(), folder);
+            }
+        }
+        Ok(RunModels::new(
+            self.plan,
+            self.loader,
+            fingerprints,
+            weights,
+        ))
+    }
+
+    /// The table and round of the training whose checkpoint a model means for a stage in a round:
+    /// the last round's, or, in the evaluation, this round's.
+    fn training(
+        &self,
+        stage: &PlannedStage,
+        model: &ModelName,
+        round: Option<u32>,
+    ) -> Option<(TableName, u32)> {
+        let trainer = self.plan.trained_by(model)?;
+        let evaluates = self
+            .plan
+            .evaluate
+            .iter()
+            .any(|other| other.name == stage.name);
+        let trained = if evaluates {
+            round?
+        } else {
+            round?.checked_sub(1)?
+        };
+        (trained > 0).then(|| (trainer.clone(), trained))
+    }
+
+    fn checkpoint(
+        &self,
+        stage: &PlannedStage,
+        model: &ModelName,
+        round: Option<u32>,
+    ) -> Option<PathBuf> {
+        let (table, round) = self.training(stage, model, round)?;
+        let made = self.folder.manifest().find(table.as_str(), Some(round))?;
+        let checkpoint = made.checkpoint.as_ref()?;
+        Some(self.folder.root().join(&checkpoint.folder))
+    }
+
+    /// Fails when more rows were set aside as faulty than the pipeline allows.
+    fn check_rejects(&self, table: &TableName, round: Option<u32>) -> Result<(), Failure> {
+        let made = self
+            .folder
+            .manifest()
+            .find(table.as_str(), round)
+            .expect("a table that was begun");
+        let total: u64 = made.parts.iter().map(|part| part.rows_in).sum();
+        let faults: u64 = made.parts.iter().map(|part| part.faults).sum();
+        let share_max = self.plan.reject_share_max.get();
+        if faults as f64 <= share_max * total as f64 {
+            return Ok(());
+        }
+        let first = self.first_fault(made)?;
+        Err(Failure::Other(format!(
+            "{faults} of {total} rows were set aside as faulty, more than reject_share_max allows ({share_max}); \
+             the first, {first}; see all with: pipeline sql {} \"select * from rejects\"; mend them, or allow more",
+            self.folder.root().display()
+        )))
+    }
+
+    fn first_fault(&self, made: &Made) -> Result<String, Failure> {
+        for file in made.rejects() {
+            let path = self.folder.root().join(&file.file);
+            for row in read_file::<Reject>(&path)? {
+                if row.class == RejectClass::Fault {
+                    return Ok(format!("{}: {}", row.id, row.reason));
+                }
+            }
+        }
+        Ok("of an unknown row".to_owned())
+    }
+
+    /// Writes rejects as files of the run.
+    fn write_rejects(
+        &self,
+        table: &TableName,
+        round: Option<u32>,
+        part: u32,
+        rejects: &[Reject],
+    ) -> Result<Vec<FileRecord>, Failure> {
+        let round = round.map_or_else(String::new, |round| format!("-round-{round}"));
+        let stem = format!("rejects/{table}{round}-{part:05}");
+        let mut writer = self.writer(&stem, &Reject::schema(), None);
+        if !rejects.is_empty() {
+            writer.write(&Reject::to_batch(rejects))?;
+        }
+        Ok(writer.finish()?)
+    }
+
+    /// A writer of the run's files; the footer says what made them.
+    fn writer(&self, stem: &str, schema: &SchemaRef, key: Option<&str>) -> TableWriter {
+        let mut footer = vec![
+            ("ovchat.version", env!("CARGO_PKG_VERSION").to_owned()),
+            ("ovchat.pipeline", self.plan.pipeline.as_str().to_owned()),
+        ];
+        if let Some(key) = key {
+            footer.push(("ovchat.key", key.to_owned()));
+        }
+        if let Some(loader) = self.loader {
+            footer.extend(loader.build());
+        }
+        TableWriter::new(self.folder.root(), stem, schema.clone(), &footer)
+    }
+
+    fn report_finished(&mut self, table: &TableName, round: Option<u32>) {
+        if let Some(made) = self.folder.manifest().find(table.as_str(), round) {
+            let faults = made.parts.iter().map(|part| part.faults).sum();
+            let dropped = made.parts.iter().map(|part| part.dropped).sum();
+            self.report
+                .finished(table, round, made.rows(), faults, dropped);
+        }
+    }
+}
+
+/// How a table in a round is called in messages.
+pub fn titled(table: &TableName, round: Option<u32>) -> String {
+    match round {
+        Some(round) => format!("{table} (round {round})"),
+        None => table.to_string(),
+    }
+}
+
+/// Counts of rejects by class.
+fn count(rejects: &[Reject], class: RejectClass) -> u64 {
+    rejects
+        .iter()
+        .filter(|reject| reject.class == class)
+        .count() as u64
+}

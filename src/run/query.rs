@@ -1,0 +1,152 @@
+//! Querying: one query makes a table.
+
+use arrow::array::{ArrayRef, AsArray, RecordBatch};
+use arrow::compute::{cast, filter_record_batch, is_not_null, is_null};
+use arrow::datatypes::{DataType, SchemaRef};
+
+use super::{Runner, count};
+use crate::config::PlannedStage;
+use crate::query::{self, QueryTable};
+use crate::run::{Start, Unit};
+use crate::stages::{Failure, Query, rejects};
+use crate::store::{Event, PartRecord, RunFolder, StoreError};
+use crate::tables::RejectClass;
+
+impl Runner<'_> {
+    pub(super) fn query(
+        &mut self,
+        stage: &PlannedStage,
+        round: Option<u32>,
+        work: &Query,
+    ) -> Result<(), Failure> {
+        let table = &stage.name;
+        let key = self
+            .folder
+            .manifest()
+            .find(table.as_str(), round)
+            .expect("a table that was begun")
+            .key
+            .clone();
+        self.report.start(Start {
+            table,
+            round,
+            unit: Unit::Rows,
+            total: None,
+            done: 0,
+        });
+        let mut tables = Vec::new();
+        let mut rows_in = 0;
+        for (_, input) in &stage.inputs {
+            let input_round = self.round_of(input, round);
+            if let Some(made) = self.folder.manifest().find(input.as_str(), input_round) {
+                rows_in = rows_in.max(made.rows());
+            }
+            tables.push(QueryTable {
+                name: input.to_string(),
+                schema: self
+                    .plan
+                    .stage(input)
+                    .expect("the plan names every table")
+                    .schema
+                    .clone(),
+                files: vec![(input_round, self.folder.files(input.as_str(), input_round))],
+                with_round: false,
+            });
+        }
+        let stem = format!(
+            "{}/part-00000",
+            RunFolder::table_folder(table.as_str(), round)
+        );
+        let mut writer = self.writer(&stem, &stage.schema, Some(&key));
+        let mut set_aside = Vec::new();
+        let mut done = 0;
+        let spill = tempfile::tempdir_in(self.folder.cache()?)
+            .map_err(StoreError::io("create a folder in", self.folder.root()))?;
+        let (report, interrupt) = (&mut *self.report, self.interrupt);
+        query::run(
+            &work.sql,
+            &work.params,
+            &tables,
+            Some(spill.path()),
+            |batch| -> Result<(), Failure> {
+                if interrupt.raised() {
+                    return Err(Failure::Interrupted);
+                }
+                done += batch.num_rows() as u64;
+                let batch = if work.sets_aside {
+                    split(&batch, &mut set_aside)?
+                } else {
+                    batch
+                };
+                writer.write(&fitted(&batch, &stage.schema)?)?;
+                report.progress(done);
+                Ok(())
+            },
+        )?;
+        if done == 0 {
+            // A table without rows still has columns, for those who query it.
+            writer.write_nothing()?;
+        }
+        let rejects = rejects(table, round, set_aside);
+        let part = PartRecord {
+            part: 0,
+            rows_in,
+            files: writer.finish()?,
+            rejects: self.write_rejects(table, round, 0, &rejects)?,
+            faults: count(&rejects, RejectClass::Fault),
+            dropped: count(&rejects, RejectClass::Dropped),
+        };
+        self.folder.commit(Event::Part {
+            table: table.to_string(),
+            round,
+            part,
+            state: None,
+        })?;
+        self.check_rejects(table, round)?;
+        Ok(self.folder.finish(table.as_str(), round, None)?)
+    }
+}
+
+/// Takes the rows out that have a `reason`, and gives back the others.
+fn split(
+    batch: &RecordBatch,
+    set_aside: &mut Vec<(String, RejectClass, String)>,
+) -> Result<RecordBatch, Failure> {
+    let text = |name: &str| -> Result<ArrayRef, Failure> {
+        let missing = || Failure::Other(format!("the query has no column `{name}` of text"));
+        cast(
+            batch.column_by_name(name).ok_or_else(missing)?,
+            &DataType::Utf8,
+        )
+        .map_err(|_| missing())
+    };
+    let (ids, classes, reasons) = (text("prompt_id")?, text("class")?, text("reason")?);
+    let out = is_not_null(&reasons).expect("any column can be asked for nulls");
+    for row in (0..batch.num_rows()).filter(|&row| out.value(row)) {
+        let word = |column: &ArrayRef| column.as_string::<i32>().value(row).to_owned();
+        let class = if word(&classes) == "fault" {
+            RejectClass::Fault
+        } else {
+            RejectClass::Dropped
+        };
+        set_aside.push((word(&ids), class, word(&reasons)));
+    }
+    let kept = is_null(&reasons).expect("any column can be asked for nulls");
+    filter_record_batch(batch, &kept).map_err(|error| Failure::Other(error.to_string()))
+}
+
+/// The columns that the table has, in its order and its types.
+fn fitted(batch: &RecordBatch, schema: &SchemaRef) -> Result<RecordBatch, Failure> {
+    let column = |field: &arrow::datatypes::FieldRef| {
+        let column = batch.column_by_name(field.name());
+        let column = column
+            .ok_or_else(|| Failure::Other(format!("the query has no column `{}`", field.name())))?;
+        cast(column, field.data_type()).map_err(|error| Failure::Other(error.to_string()))
+    };
+    let columns = schema
+        .fields()
+        .iter()
+        .map(column)
+        .collect::<Result<_, _>>()?;
+    RecordBatch::try_new(schema.clone(), columns).map_err(|error| Failure::Other(error.to_string()))
+}

@@ -1,0 +1,74 @@
+//! `load_feedback`: pairs that people judged, straight to `pairs`.
+
+use std::num::NonZeroU32;
+use std::path::{Path, PathBuf};
+
+use arrow::datatypes::SchemaRef;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::source::{Loader, Source};
+use super::{Input, Stage, StageError, TableName, Work, join};
+use crate::tables::{Pair, Row};
+
+/// Reads pairs that people judged: a JSON list or JSON lines of
+/// `{id, image, prompt, chosen, rejected}`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct LoadFeedback {
+    /// The file: `.json` or `.jsonl`.
+    pub from: PathBuf,
+    /// The folder that the pictures' paths start at; the folder of `from` if left out.
+    #[serde(default)]
+    pub images: Option<PathBuf>,
+    /// Only the first so many records.
+    #[serde(default)]
+    pub limit: Option<NonZeroU32>,
+    /// Pictures with more pixels than this many million are set aside without being decoded.
+    #[serde(default = "LoadFeedback::megapixels_max")]
+    pub megapixels_max: NonZeroU32,
+}
+
+impl LoadFeedback {
+    fn megapixels_max() -> NonZeroU32 {
+        const { NonZeroU32::new(100).unwrap() }
+    }
+}
+
+impl Stage for LoadFeedback {
+    fn inputs(&self) -> Vec<Input<'_>> {
+        Vec::new()
+    }
+
+    fn files(&self) -> Vec<(&'static str, &Path)> {
+        let mut files = vec![("from", self.from.as_path())];
+        files.extend(self.images.as_deref().map(|path| ("images", path)));
+        files
+    }
+
+    fn resolve(&mut self, folder: &Path) {
+        join(folder, &mut self.from);
+        if let Some(images) = &mut self.images {
+            join(folder, images);
+        }
+    }
+
+    fn kind(&self) -> Option<&'static str> {
+        Some(Pair::KIND)
+    }
+
+    fn output(&self, _: &[(TableName, SchemaRef)]) -> Result<SchemaRef, StageError> {
+        Ok(Pair::schema())
+    }
+
+    fn work(&self) -> Work<'_> {
+        let source = Source {
+            from: &self.from,
+            images: self.images.as_deref(),
+            captions: None,
+            limit: self.limit,
+            megapixels_max: self.megapixels_max,
+        };
+        Work::Load(Box::new(Loader::<Pair>::new(source)))
+    }
+}

@@ -1,0 +1,78 @@
+//! `load_prompts`: pictures and questions from a file of the user.
+
+use std::num::NonZeroU32;
+use std::path::{Path, PathBuf};
+
+use arrow::datatypes::SchemaRef;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::source::{Loader, Source};
+use super::{Input, Stage, StageError, TableName, Work, join};
+use crate::tables::{Prompt, Row};
+
+/// Reads pictures and questions: a JSON list or JSON lines of `{id, image, prompt}`, LLaVA
+/// conversations, or Parquet with an image column as Hugging Face `datasets` writes it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct LoadPrompts {
+    /// The file: `.json`, `.jsonl` or `.parquet`.
+    pub from: PathBuf,
+    /// The folder that the pictures' paths start at; the folder of `from` if left out.
+    #[serde(default)]
+    pub images: Option<PathBuf>,
+    /// A JSON object from a picture's path to a list of captions, for judges that can use them.
+    #[serde(default)]
+    pub captions: Option<PathBuf>,
+    /// Only the first so many records.
+    #[serde(default)]
+    pub limit: Option<NonZeroU32>,
+    /// Pictures with more pixels than this many million are set aside without being decoded.
+    #[serde(default = "LoadPrompts::megapixels_max")]
+    pub megapixels_max: NonZeroU32,
+}
+
+impl LoadPrompts {
+    fn megapixels_max() -> NonZeroU32 {
+        const { NonZeroU32::new(100).unwrap() }
+    }
+}
+
+impl Stage for LoadPrompts {
+    fn inputs(&self) -> Vec<Input<'_>> {
+        Vec::new()
+    }
+
+    fn files(&self) -> Vec<(&'static str, &Path)> {
+        let mut files = vec![("from", self.from.as_path())];
+        files.extend(self.images.as_deref().map(|path| ("images", path)));
+        files.extend(self.captions.as_deref().map(|path| ("captions", path)));
+        files
+    }
+
+    fn resolve(&mut self, folder: &Path) {
+        join(folder, &mut self.from);
+        for path in [&mut self.images, &mut self.captions].into_iter().flatten() {
+            join(folder, path);
+        }
+    }
+
+    fn kind(&self) -> Option<&'static str> {
+        Some(Prompt::KIND)
+    }
+
+    fn output(&self, _: &[(TableName, SchemaRef)]) -> Result<SchemaRef, StageError> {
+        Ok(Prompt::schema())
+    }
+
+    fn work(&self) -> Work<'_> {
+        let source = Source {
+            from: &self.from,
+            images: self.images.as_deref(),
+            captions: self.captions.as_deref(),
+            limit: self.limit,
+            megapixels_max: self.megapixels_max,
+        };
+        Work::Load(Box::new(Loader::<Prompt>::new(source)))
+    }
+}

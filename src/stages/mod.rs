@@ -1,0 +1,172 @@
+//! The verbs: one file each, with its settings, its checks, its work and its tests, in that order.
+//!
+//! A stage never loops over its table, resumes, reports progress or writes a file: it says what
+//! work it is ([`Work`]), and the runner (`run/`) cuts parts, skips what is done, commits and
+//! answers signals. That is what makes these things the same for every stage.
+//!
+//! To add a stage: write its file, add its `mod`, its variant in [`StageSpec`] and its arm in
+//! [`StageSpec::as_stage`]; `UPDATE=1 cargo test` rewrites `schemas/`.
+
+mod formats;
+mod source;
+mod values;
+mod work;
+
+mod load_feedback;
+mod load_prompts;
+mod sample;
+mod score;
+mod select_extremes;
+mod sql;
+mod train_dpo;
+
+pub use load_feedback::LoadFeedback;
+pub use load_prompts::LoadPrompts;
+pub use sample::Sample;
+pub use score::Score;
+pub use select_extremes::{SelectExtremes, Truncated};
+pub use sql::Sql;
+pub use train_dpo::TrainDpo;
+pub use values::{ModelName, NonNegative, Positive, Probability, TableName, Temperature};
+
+use std::path::{Path, PathBuf};
+
+use arrow::datatypes::SchemaRef;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// A stage as a pipeline file writes it: one verb and its settings.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum StageSpec {
+    /// Reads pictures and questions from a file.
+    LoadPrompts(LoadPrompts),
+    /// Reads pairs that people judged from a file.
+    LoadFeedback(LoadFeedback),
+    /// Samples answers to prompts.
+    Sample(Sample),
+    /// Scores candidates.
+    Score(Score),
+    /// Pairs the best with the worst answer to each prompt.
+    SelectExtremes(SelectExtremes),
+    /// Trains a model on pairs with DPO.
+    TrainDpo(TrainDpo),
+    /// Makes a table by a query of your own.
+    Sql(Sql),
+}
+
+impl StageSpec {
+    pub fn as_stage(&self) -> &dyn Stage {
+        match self {
+            Self::LoadPrompts(stage) => stage,
+            Self::LoadFeedback(stage) => stage,
+            Self::Sample(stage) => stage,
+            Self::Score(stage) => stage,
+            Self::SelectExtremes(stage) => stage,
+            Self::TrainDpo(stage) => stage,
+            Self::Sql(stage) => stage,
+        }
+    }
+
+    pub fn as_stage_mut(&mut self) -> &mut dyn Stage {
+        match self {
+            Self::LoadPrompts(stage) => stage,
+            Self::LoadFeedback(stage) => stage,
+            Self::Sample(stage) => stage,
+            Self::Score(stage) => stage,
+            Self::SelectExtremes(stage) => stage,
+            Self::TrainDpo(stage) => stage,
+            Self::Sql(stage) => stage,
+        }
+    }
+}
+
+/// A table that a stage reads.
+pub struct Input<'a> {
+    /// The setting that names it: `candidates`.
+    pub field: &'static str,
+    /// The table. `None`: the setting was left out, and the plan looks for an ancestor of `kind`
+    /// and tells the stage by [`Stage::find`].
+    pub table: Option<&'a TableName>,
+    /// The columns that the stage needs.
+    pub needs: SchemaRef,
+    /// The kind that has these columns.
+    pub kind: &'static str,
+}
+
+/// What a stage does with a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    Answers,
+    Scores,
+    Learns,
+}
+
+/// A model that a stage uses.
+pub struct Use<'a> {
+    /// The setting that names it: `model`.
+    pub field: &'static str,
+    pub model: &'a ModelName,
+    pub role: Role,
+}
+
+/// Something is wrong with a stage that only the whole pipeline or the world can show.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct StageError {
+    /// The setting at fault, if one is.
+    pub field: Option<&'static str>,
+    pub message: String,
+    /// The way out.
+    pub help: Option<String>,
+}
+
+/// What every verb promises.
+pub trait Stage {
+    /// The tables it reads.
+    fn inputs(&self) -> Vec<Input<'_>>;
+
+    /// Takes the name of the table that the plan found for the input `field`.
+    fn find(&mut self, _field: &str, _table: TableName) {}
+
+    /// The models it uses.
+    fn uses(&self) -> Vec<Use<'_>> {
+        Vec::new()
+    }
+
+    /// The files and folders of the user that it reads, each with the setting that names it.
+    fn files(&self) -> Vec<(&'static str, &Path)> {
+        Vec::new()
+    }
+
+    /// Takes every relative path to start at `folder`, the folder of the pipeline file.
+    fn resolve(&mut self, _folder: &Path) {}
+
+    /// The kind of the table it makes; `None` when a query decides.
+    fn kind(&self) -> Option<&'static str>;
+
+    /// The columns it makes. `given` is the schema of each table of the pipeline by name: those in
+    /// [`Stage::inputs`] always, any other that a query may name. Also the place for checks of
+    /// settings against each other.
+    fn output(&self, given: &[(TableName, SchemaRef)]) -> Result<SchemaRef, StageError>;
+
+    /// Whether it draws random numbers.
+    fn draws(&self) -> bool {
+        false
+    }
+
+    /// Settings that decide how the work is cut, not what comes out; they take no part in keys.
+    fn unkeyed(&self) -> &'static [&'static str] {
+        &[]
+    }
+
+    /// The work, for the runner.
+    fn work(&self) -> Work<'_>;
+}
+
+pub use work::*;
+
+/// Joins a path of the user to the folder of the pipeline file.
+fn join(folder: &Path, path: &mut PathBuf) {
+    *path = folder.join(&*path);
+}

@@ -1,0 +1,552 @@
+//! What the loading stages share: the formats of a source, its records, and their pictures.
+//!
+//! A source is a JSON list, JSON lines, or Parquet with an image column as Hugging Face `datasets`
+//! writes it; a record is either the document's `{id, image, prompt, …}` or a LLaVA conversation. A
+//! file that can't be read at all is a failure; a record that can't be used is set aside.
+
+use std::collections::HashMap;
+use std::marker::PhantomData;
+use std::num::NonZeroU32;
+use std::path::{Path, PathBuf};
+
+use arrow::array::RecordBatch;
+use rayon::prelude::*;
+use serde_json::Value;
+
+use super::formats;
+use super::work::{Failure, Load, Loaded, Record};
+use crate::prep::{decode, probe};
+use crate::store::{Key, digest};
+use crate::tables::{Image, ImageFile, Pair, Prompt, RejectClass, Role, Row, Turn};
+
+/// A file of the user and how it is to be read.
+pub struct Source<'a> {
+    pub from: &'a Path,
+    pub images: Option<&'a Path>,
+    pub captions: Option<&'a Path>,
+    pub limit: Option<NonZeroU32>,
+    pub megapixels_max: NonZeroU32,
+}
+
+/// What a record says, before its pictures are opened.
+struct Fields {
+    id: Option<String>,
+    paths: Vec<String>,
+    system: Option<String>,
+    turns: Vec<Turn>,
+    question: String,
+    captions: Option<Vec<String>>,
+    answer: Option<String>,
+    chosen: Option<String>,
+    rejected: Option<String>,
+}
+
+/// A kind that can be loaded from a source.
+pub trait Loadable: Row {
+    /// Makes the row of a record; `prompt` is complete but for what only this kind has.
+    fn from_record(
+        prompt: Prompt,
+        chosen: Option<String>,
+        rejected: Option<String>,
+    ) -> Result<Self, String>;
+
+    /// The key of the row's prompt before the occurrence number, to count occurrences again.
+    fn base(&self) -> String;
+}
+
+impl Loadable for Prompt {
+    fn from_record(prompt: Prompt, _: Option<String>, _: Option<String>) -> Result<Self, String> {
+        Ok(prompt)
+    }
+
+    fn base(&self) -> String {
+        prompt_base(
+            &self.image_ids,
+            self.system.as_deref(),
+            &self.turns,
+            &self.question,
+        )
+    }
+}
+
+impl Loadable for Pair {
+    fn from_record(
+        prompt: Prompt,
+        chosen: Option<String>,
+        rejected: Option<String>,
+    ) -> Result<Self, String> {
+        let chosen = chosen.ok_or("it has no `chosen`")?;
+        let rejected = rejected.ok_or("it has no `rejected`")?;
+        if chosen == rejected {
+            return Err("`chosen` and `rejected` are the same text".to_owned());
+        }
+        Ok(Self {
+            row_key: Key::new("pair")
+                .with(&prompt.prompt_id)
+                .with(&chosen)
+                .with(&rejected)
+                .finish(),
+            id: prompt.id,
+            image: prompt.image,
+            prompt: prompt.question,
+            chosen,
+            rejected,
+            prompt_id: prompt.prompt_id,
+            image_ids: prompt.image_ids,
+            system: prompt.system,
+            turns: prompt.turns,
+            chosen_candidate: None,
+            rejected_candidate: None,
+            chosen_reward: None,
+            rejected_reward: None,
+            margin: None,
+            chosen_token_ids: None,
+            rejected_token_ids: None,
+            chosen_logp: None,
+            rejected_logp: None,
+            model: None,
+        })
+    }
+
+    fn base(&self) -> String {
+        prompt_base(
+            &self.image_ids,
+            self.system.as_deref(),
+            &self.turns,
+            &self.prompt,
+        )
+    }
+}
+
+fn prompt_base(
+    image_ids: &[String],
+    system: Option<&str>,
+    turns: &[Turn],
+    question: &str,
+) -> String {
+    let mut key = Key::new("prompt").with((image_ids.len() as u64).to_le_bytes());
+    for id in image_ids {
+        key = key.with(id);
+    }
+    key = key
+        .with(system.map_or("-", |_| "+"))
+        .with(system.unwrap_or_default());
+    for turn in turns {
+        key = key.with(turn.role.as_str()).with(&turn.text);
+    }
+    key.with(question).finish()
+}
+
+/// Loads rows of one kind from a source.
+pub struct Loader<'a, R> {
+    source: Source<'a>,
+    captions: Option<HashMap<String, Vec<String>>>,
+    /// How often each prompt came so far.
+    seen: HashMap<String, u32>,
+    kind: PhantomData<R>,
+}
+
+impl<'a, R: Loadable> Loader<'a, R> {
+    pub fn new(source: Source<'a>) -> Self {
+        Self {
+            source,
+            captions: None,
+            seen: HashMap::new(),
+            kind: PhantomData,
+        }
+    }
+
+    fn folder(&self) -> &Path {
+        self.source
+            .images
+            .or(self.source.from.parent())
+            .unwrap_or(Path::new("."))
+    }
+
+    fn captions(&mut self) -> Result<&HashMap<String, Vec<String>>, Failure> {
+        if self.captions.is_none() {
+            let captions = match self.source.captions {
+                Some(path) => formats::captions(path)?,
+                None => HashMap::new(),
+            };
+            self.captions = Some(captions);
+        }
+        Ok(self.captions.as_ref().expect("just read"))
+    }
+
+    fn count(&mut self, base: &str) -> u32 {
+        let seen = self.seen.entry(base.to_owned()).or_insert(0);
+        *seen += 1;
+        *seen - 1
+    }
+
+    fn row(&mut self, fields: Fields, images: &[Image]) -> Result<R, String> {
+        let image_ids: Vec<String> = images.iter().map(|image| image.image_id.clone()).collect();
+        let base = prompt_base(
+            &image_ids,
+            fields.system.as_deref(),
+            &fields.turns,
+            &fields.question,
+        );
+        let prompt_id = match self.seen.get(&base) {
+            None | Some(0) => base.clone(),
+            Some(number) => Key::new("again")
+                .with(&base)
+                .with(number.to_le_bytes())
+                .finish(),
+        };
+        let mut key = Key::new("prompt row")
+            .with(&prompt_id)
+            .with(fields.id.as_deref().unwrap_or_default());
+        key = key.with(fields.answer.as_deref().unwrap_or_default());
+        for caption in fields.captions.iter().flatten() {
+            key = key.with(caption);
+        }
+        let prompt = Prompt {
+            row_key: key.finish(),
+            prompt_id,
+            id: fields.id,
+            image: fields.paths.into_iter().next(),
+            image_ids,
+            system: fields.system,
+            turns: fields.turns,
+            question: fields.question,
+            captions: fields.captions,
+            answer: fields.answer,
+        };
+        let row = R::from_record(prompt, fields.chosen, fields.rejected)?;
+        self.count(&base);
+        Ok(row)
+    }
+}
+
+impl<R: Loadable> Load for Loader<'_, R> {
+    fn records(&self) -> Result<Box<dyn Iterator<Item = Result<Record, Failure>> + Send>, Failure> {
+        let records = formats::records(self.source.from)?;
+        Ok(match self.source.limit {
+            Some(limit) => Box::new(records.take(limit.get() as usize)),
+            None => records,
+        })
+    }
+
+    fn pictures(&self, record: &Record) -> Vec<PathBuf> {
+        fields(&record.fields).map_or_else(
+            |_| Vec::new(),
+            |fields| {
+                fields
+                    .paths
+                    .iter()
+                    .map(|path| self.folder().join(path))
+                    .collect()
+            },
+        )
+    }
+
+    fn resume(&mut self, rows: &RecordBatch) -> Result<(), Failure> {
+        for row in R::from_batch(rows)? {
+            self.count(&row.base());
+        }
+        Ok(())
+    }
+
+    fn load(&mut self, records: Vec<Record>) -> Result<Loaded, Failure> {
+        let folder = self.folder().to_owned();
+        let pixels_max = u64::from(self.source.megapixels_max.get()) * 1_000_000;
+        let mut read: Vec<(String, Result<(Fields, Vec<Image>), String>)> = records
+            .into_par_iter()
+            .map(|record| {
+                let opened = fields(&record.fields).and_then(|fields| {
+                    let images = if record.embedded.is_empty() {
+                        let open = |path: &String| open_picture(&folder.join(path), pixels_max);
+                        fields
+                            .paths
+                            .iter()
+                            .map(open)
+                            .collect::<Result<Vec<_>, _>>()?
+                    } else {
+                        let check = |file: ImageFile| check_picture(file, pixels_max);
+                        record
+                            .embedded
+                            .into_iter()
+                            .map(check)
+                            .collect::<Result<Vec<_>, _>>()?
+                    };
+                    Ok((fields, images))
+                });
+                (record.place, opened)
+            })
+            .collect();
+        let captions = self.captions()?;
+        for (_, opened) in &mut read {
+            if let Ok((fields, _)) = opened
+                && fields.captions.is_none()
+                && let Some(path) = fields.paths.first()
+            {
+                fields.captions = captions.get(path).cloned();
+            }
+        }
+        let mut rows = Vec::new();
+        let mut images = Vec::new();
+        let mut rejects = Vec::new();
+        for (place, opened) in read {
+            let made = opened.and_then(|(fields, pictures)| {
+                let row = self.row(fields, &pictures)?;
+                Ok((row, pictures))
+            });
+            match made {
+                Ok((row, pictures)) => {
+                    rows.push(row);
+                    images.extend(pictures);
+                }
+                Err(reason) => rejects.push((place, RejectClass::Fault, reason)),
+            }
+        }
+        Ok(Loaded {
+            rows: R::to_batch(&rows),
+            images,
+            rejects,
+        })
+    }
+}
+
+fn open_picture(path: &Path, pixels_max: u64) -> Result<Image, String> {
+    let bytes = std::fs::read(path).map_err(|error| match error.kind() {
+        std::io::ErrorKind::NotFound => format!("there is no picture {}", path.display()),
+        _ => format!("the picture {} can't be read: {error}", path.display()),
+    })?;
+    let path = Some(path.to_string_lossy().into_owned());
+    check_picture(
+        ImageFile {
+            bytes: Some(bytes),
+            path,
+        },
+        pixels_max,
+    )
+}
+
+/// Decodes a picture once, so that a spoiled one is found here and not in the middle of sampling.
+fn check_picture(file: ImageFile, pixels_max: u64) -> Result<Image, String> {
+    let name = file
+        .path
+        .clone()
+        .unwrap_or_else(|| "held by the file itself".to_owned());
+    let bytes = file
+        .bytes
+        .as_deref()
+        .ok_or_else(|| format!("the picture {name} has no bytes"))?;
+    let named = |fault: crate::models::RowFault| format!("the picture {name}: {fault}");
+    let header = probe(bytes).map_err(named)?;
+    decode(bytes, pixels_max).map_err(named)?;
+    Ok(Image {
+        image_id: digest(bytes),
+        width: header.width as i32,
+        height: header.height as i32,
+        format: header.format.to_string(),
+        image: file,
+    })
+}
+
+/// Reads a record of either form.
+fn fields(record: &Value) -> Result<Fields, String> {
+    let Some(object) = record.as_object() else {
+        return Err("it is not a JSON object".to_owned());
+    };
+    let text = |name: &str| -> Result<Option<String>, String> {
+        match object.get(name) {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::String(text)) => Ok(Some(text.clone())),
+            Some(Value::Number(number)) if name == "id" => Ok(Some(number.to_string())),
+            Some(_) => Err(format!("`{name}` is not a text")),
+        }
+    };
+    let mut turns = Vec::new();
+    let mut system = text("system")?;
+    let mut last_answer = None;
+    let mut question = text("prompt")?.or(text("question")?);
+    if let Some(conversation) = object.get("conversations") {
+        question = conversation_turns(conversation, &mut system, &mut turns, &mut last_answer)?;
+    } else if let Some(history) = object.get("turns") {
+        turns = history_turns(history)?;
+    }
+    let question = question
+        .map(|text| without_placeholders(&text))
+        .filter(|text| !text.is_empty());
+    let names: Vec<&str> = object.keys().map(String::as_str).collect();
+    let question = question
+        .ok_or_else(|| format!("it has no `prompt`; its fields are {}", names.join(", ")))?;
+    Ok(Fields {
+        id: text("id")?,
+        paths: paths(object.get("image").or(object.get("images")))?,
+        system,
+        turns,
+        question,
+        captions: object
+            .get("captions")
+            .filter(|captions| !captions.is_null())
+            .map(texts)
+            .transpose()?,
+        // An empty answer is how the document's writers say that there is none.
+        answer: text("answer")?
+            .or(last_answer)
+            .filter(|answer| !answer.is_empty()),
+        chosen: text("chosen")?,
+        rejected: text("rejected")?,
+    })
+}
+
+fn paths(images: Option<&Value>) -> Result<Vec<String>, String> {
+    match images {
+        None | Some(Value::Null) => Ok(Vec::new()),
+        Some(Value::String(path)) => Ok(vec![path.clone()]),
+        Some(list @ Value::Array(_)) => {
+            texts(list).map_err(|_| "`image` is not a path or a list of paths".to_owned())
+        }
+        Some(_) => Err("`image` is not a path or a list of paths".to_owned()),
+    }
+}
+
+fn texts(list: &Value) -> Result<Vec<String>, String> {
+    let items = list.as_array().ok_or("`captions` is not a list of texts")?;
+    let text = |item: &Value| {
+        item.as_str()
+            .map(str::to_owned)
+            .ok_or("`captions` is not a list of texts")
+    };
+    Ok(items.iter().map(text).collect::<Result<_, _>>()?)
+}
+
+/// Removes `<image>` wherever it stands, as the document's training script does: the pictures come
+/// first in any case.
+fn without_placeholders(text: &str) -> String {
+    text.replace("<image>", "").trim().to_owned()
+}
+
+/// LLaVA's `conversations`: the last thing that the human says is the question, what the model says
+/// to it is the known answer, and all before it is history.
+fn conversation_turns(
+    conversation: &Value,
+    system: &mut Option<String>,
+    turns: &mut Vec<Turn>,
+    answer: &mut Option<String>,
+) -> Result<Option<String>, String> {
+    let entries = conversation
+        .as_array()
+        .ok_or("`conversations` is not a list")?;
+    for (number, entry) in entries.iter().enumerate() {
+        let word = |name: &str| {
+            let text = entry.get(name).and_then(Value::as_str);
+            text.ok_or_else(|| format!("entry {number} of `conversations` has no text `{name}`"))
+        };
+        let value = without_placeholders(word("value")?);
+        match word("from")? {
+            "system" => *system = Some(value),
+            "human" | "user" => turns.push(Turn {
+                role: Role::User,
+                text: value,
+            }),
+            "gpt" | "assistant" => turns.push(Turn {
+                role: Role::Assistant,
+                text: value,
+            }),
+            other => {
+                return Err(format!(
+                    "entry {number} of `conversations` is from `{other}`, not `human` or `gpt`"
+                ));
+            }
+        }
+    }
+    if turns
+        .last()
+        .is_some_and(|turn| turn.role == Role::Assistant)
+    {
+        *answer = turns.pop().map(|turn| turn.text);
+    }
+    match turns.pop() {
+        Some(Turn {
+            role: Role::User,
+            text,
+        }) => Ok(Some(text)),
+        _ => Err("`conversations` does not end in a question".to_owned()),
+    }
+}
+
+/// Our own `turns`: a list of `{role, text}` before the question.
+fn history_turns(history: &Value) -> Result<Vec<Turn>, String> {
+    let entries = history.as_array().ok_or("`turns` is not a list")?;
+    let turn = |entry: &Value| {
+        let text = entry
+            .get("text")
+            .and_then(Value::as_str)
+            .ok_or("a turn has no `text`")?;
+        let role = match entry.get("role").and_then(Value::as_str) {
+            Some("user") => Role::User,
+            Some("assistant") => Role::Assistant,
+            _ => return Err("the `role` of a turn is neither `user` nor `assistant`"),
+        };
+        Ok(Turn {
+            role,
+            text: without_placeholders(text),
+        })
+    };
+    Ok(entries.iter().map(turn).collect::<Result<_, _>>()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_conversation_becomes_history_question_and_answer() {
+        let record = json!({"id": 7, "image": "a.png", "conversations": [
+            {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."},
+            {"from": "human", "value": "Which color?"}, {"from": "gpt", "value": "Gray."}]});
+        let fields = fields(&record).unwrap();
+        assert_eq!(fields.id.as_deref(), Some("7"));
+        assert_eq!(fields.question, "Which color?");
+        assert_eq!(fields.answer.as_deref(), Some("Gray."));
+        assert_eq!(fields.turns.len(), 2);
+        assert_eq!(fields.turns[0].text, "What is it?");
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_record_is_said_with_its_fields() {
+        let reason = |record| fields(&record).err().unwrap();
+        assert_eq!(
+            reason(json!({"id": "a", "promt": "x"})),
+            "it has no `prompt`; its fields are id, promt"
+        );
+        assert_eq!(
+            reason(json!({"prompt": "x", "image": 3})),
+            "`image` is not a path or a list of paths"
+        );
+        assert_eq!(reason(json!([1])), "it is not a JSON object");
+    }
+
+    #[test]
+    fn a_prompt_that_comes_twice_has_two_ids_and_a_resumed_loader_counts_on() {
+        let source = || Source {
+            from: Path::new("p.json"),
+            images: None,
+            captions: None,
+            limit: None,
+            megapixels_max: NonZeroU32::MIN,
+        };
+        let record = || Record {
+            place: String::new(),
+            fields: json!({"prompt": "Why?"}),
+            embedded: Vec::new(),
+        };
+        let mut whole = Loader::<Prompt>::new(source());
+        let rows =
+            Prompt::from_batch(&whole.load(vec![record(), record(), record()]).unwrap().rows)
+                .unwrap();
+        assert_ne!(rows[0].prompt_id, rows[1].prompt_id);
+        assert_ne!(rows[1].prompt_id, rows[2].prompt_id);
+        let mut resumed = Loader::<Prompt>::new(source());
+        resumed.resume(&Prompt::to_batch(&rows[..2])).unwrap();
+        let rest = Prompt::from_batch(&resumed.load(vec![record()]).unwrap().rows).unwrap();
+        assert_eq!(rest[0], rows[2]);
+    }
+}

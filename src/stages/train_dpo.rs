@@ -1,0 +1,359 @@
+//! `train_dpo`: one training of a model on pairs with direct preference optimization.
+
+use std::num::NonZeroU32;
+use std::time::Instant;
+
+use arrow::array::RecordBatch;
+use arrow::datatypes::SchemaRef;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    Failure, Fold, Input, Map, MapWork, ModelName, NonNegative, Outcome, Positive, Role, Scope,
+    Stage, StageError, TableName, Task, Use, Work, turns,
+};
+use crate::models::{self, Answer, Example, Learner, TrainSettings};
+use crate::store::{Key, Lookup};
+use crate::tables::{Pair, Reference, Row, Step};
+
+/// Trains every weight of a model on pairs with DPO (sigmoid loss), the model at the start of the
+/// round being the reference. The defaults are those of the document's training script.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TrainDpo {
+    /// The table of pairs.
+    pub pairs: TableName,
+    /// The model that learns. From the next round on its name means the checkpoint made here.
+    pub model: ModelName,
+    /// How strongly the reference holds the model.
+    #[serde(default = "defaults::beta")]
+    pub beta: Positive,
+    /// The highest learning rate, reached after warmup; it then falls to 0 along a cosine.
+    #[serde(default = "defaults::learning_rate")]
+    pub learning_rate: Positive,
+    /// Passes over the pairs.
+    #[serde(default = "defaults::epochs")]
+    pub epochs: NonZeroU32,
+    /// Pairs per optimizer update.
+    #[serde(default = "defaults::batch_pairs")]
+    pub batch_pairs: NonZeroU32,
+    /// Share of the updates in which the learning rate rises from 0.
+    #[serde(default = "defaults::warmup_ratio")]
+    pub warmup_ratio: NonNegative,
+    /// AdamW's weight decay.
+    #[serde(default = "defaults::weight_decay")]
+    pub weight_decay: NonNegative,
+    /// Gradients with a larger norm are scaled down to it; 0 never clips.
+    #[serde(default = "defaults::max_grad_norm")]
+    pub max_grad_norm: NonNegative,
+    /// Updates between two saved states; a killed training goes on at the last one.
+    #[serde(default = "defaults::save_every")]
+    pub save_every: NonZeroU32,
+}
+
+/// `dpo_ov7b.sh` and the Hugging Face trainer's own defaults; `save_every` is ours.
+mod defaults {
+    use super::{NonNegative, NonZeroU32, Positive};
+
+    pub fn beta() -> Positive {
+        0.1.try_into().expect("positive")
+    }
+    pub fn learning_rate() -> Positive {
+        5.0e-7.try_into().expect("positive")
+    }
+    pub fn epochs() -> NonZeroU32 {
+        NonZeroU32::MIN
+    }
+    pub fn batch_pairs() -> NonZeroU32 {
+        const { NonZeroU32::new(8).unwrap() }
+    }
+    pub fn warmup_ratio() -> NonNegative {
+        0.1.try_into().expect("not negative")
+    }
+    pub fn weight_decay() -> NonNegative {
+        0.0.try_into().expect("not negative")
+    }
+    pub fn max_grad_norm() -> NonNegative {
+        1.0.try_into().expect("not negative")
+    }
+    pub fn save_every() -> NonZeroU32 {
+        const { NonZeroU32::new(100).unwrap() }
+    }
+}
+
+impl Stage for TrainDpo {
+    fn inputs(&self) -> Vec<Input<'_>> {
+        vec![Input {
+            field: "pairs",
+            table: Some(&self.pairs),
+            needs: Pair::schema(),
+            kind: Pair::KIND,
+        }]
+    }
+
+    fn uses(&self) -> Vec<Use<'_>> {
+        vec![Use {
+            field: "model",
+            model: &self.model,
+            role: Role::Learns,
+        }]
+    }
+
+    fn kind(&self) -> Option<&'static str> {
+        Some(Step::KIND)
+    }
+
+    fn output(&self, _: &[(TableName, SchemaRef)]) -> Result<SchemaRef, StageError> {
+        if self.warmup_ratio.get() > 1.0 {
+            return Err(StageError {
+                field: Some("warmup_ratio"),
+                message: format!("{} is more than all updates", self.warmup_ratio.get()),
+                help: Some("give a share from 0 to 1; the usual one is 0.1".to_owned()),
+            });
+        }
+        Ok(Step::schema())
+    }
+
+    fn draws(&self) -> bool {
+        true
+    }
+
+    fn unkeyed(&self) -> &'static [&'static str] {
+        &["save_every"]
+    }
+
+    fn work(&self) -> Work<'_> {
+        Work::Fold(Box::new(self))
+    }
+}
+
+impl Fold for &TrainDpo {
+    fn input(&self) -> &TableName {
+        &self.pairs
+    }
+
+    fn model(&self) -> &ModelName {
+        &self.model
+    }
+
+    fn batches(&self, scope: &Scope<'_>, rows: usize) -> Vec<(u32, Vec<u32>)> {
+        let mut batches = Vec::new();
+        for epoch in 1..=self.epochs.get() {
+            let mut order: Vec<u32> = (0..rows as u32).collect();
+            shuffle(&mut order, scope.seed_for(&format!("epoch {epoch}")));
+            let steps = order.chunks(self.batch_pairs.get() as usize);
+            batches.extend(steps.map(|step| (epoch, step.to_vec())));
+        }
+        batches
+    }
+
+    fn save_every(&self) -> u32 {
+        self.save_every.get()
+    }
+
+    fn settings(&self, steps: usize) -> TrainSettings {
+        TrainSettings {
+            beta: self.beta.get(),
+            learning_rate: self.learning_rate.get(),
+            warmup_ratio: self.warmup_ratio.get(),
+            steps,
+            weight_decay: self.weight_decay.get(),
+            // torch's AdamW, which the document's script leaves as it is.
+            adam_betas: [0.9, 0.999],
+            adam_epsilon: 1e-8,
+            max_grad_norm: self.max_grad_norm.get(),
+        }
+    }
+
+    fn schema(&self) -> SchemaRef {
+        Step::schema()
+    }
+
+    fn before(&self, table: &TableName) -> Option<(TableName, Box<dyn MapWork + '_>)> {
+        let name = format!("{table}_reference")
+            .try_into()
+            .expect("a name with a suffix is a name");
+        Some((name, Box::new(ReferencePass { stage: self })))
+    }
+
+    fn step(
+        &self,
+        scope: &mut Scope<'_>,
+        learner: &mut dyn Learner,
+        number: u32,
+        epoch: u32,
+        rows: &RecordBatch,
+        before: Option<&mut Lookup>,
+    ) -> Result<RecordBatch, Failure> {
+        let begun = Instant::now();
+        let pairs = Pair::from_batch(rows)?;
+        let prompts = prompts(scope, &pairs)?;
+        let computed = before.expect("this stage asks for a table before");
+        let mut examples = Vec::with_capacity(pairs.len());
+        for (pair, prompt) in pairs.iter().zip(&prompts) {
+            let reference = match sampled_reference(pair, scope.models.fingerprint(&self.model)) {
+                Some(sampled) => sampled,
+                None => {
+                    let missing =
+                        || Failure::Other(format!("pair {} has no reference", pair.row_key));
+                    let row: Reference = computed.row(&pair.row_key)?.ok_or_else(missing)?;
+                    [row.chosen_logp, row.rejected_logp]
+                }
+            };
+            examples.push(example(pair, prompt, Some(reference)));
+        }
+        let report = learner.step(&examples).map_err(Failure::of(&self.model))?;
+        Ok(Step::to_batch(&[Step {
+            step: number.cast_signed(),
+            epoch: epoch.cast_signed(),
+            loss: report.loss,
+            rewards_chosen: report.rewards_chosen,
+            rewards_rejected: report.rewards_rejected,
+            accuracy: report.accuracy,
+            margin: report.rewards_chosen - report.rewards_rejected,
+            logps_chosen: report.logps_chosen,
+            logps_rejected: report.logps_rejected,
+            grad_norm: report.grad_norm,
+            learning_rate: report.learning_rate,
+            tokens: report.tokens.cast_signed(),
+            seconds: begun.elapsed().as_secs_f64(),
+        }]))
+    }
+}
+
+/// The reference log-probabilities that sampling left, if the model that answered is the reference:
+/// the model as it is at the start of this round.
+fn sampled_reference(pair: &Pair, start: &str) -> Option<[f64; 2]> {
+    let as_sampled = pair.chosen_token_ids.is_some() && pair.rejected_token_ids.is_some();
+    let same_model = pair.model.as_deref() == Some(start);
+    (as_sampled && same_model).then_some(())?;
+    Some([pair.chosen_logp?, pair.rejected_logp?])
+}
+
+fn example<'a>(
+    pair: &'a Pair,
+    prompt: &'a models::Prompt,
+    reference: Option<[f64; 2]>,
+) -> Example<'a> {
+    let answer = |text: &str, token_ids: &Option<Vec<i32>>| Answer {
+        text: text.to_owned(),
+        token_ids: token_ids.clone(),
+    };
+    Example {
+        id: &pair.row_key,
+        prompt,
+        chosen: answer(&pair.chosen, &pair.chosen_token_ids),
+        rejected: answer(&pair.rejected, &pair.rejected_token_ids),
+        reference,
+    }
+}
+
+fn prompts(scope: &mut Scope<'_>, pairs: &[Pair]) -> Result<Vec<models::Prompt>, Failure> {
+    let mut prompts = Vec::with_capacity(pairs.len());
+    for pair in pairs {
+        prompts.push(models::Prompt {
+            id: pair.prompt_id.clone(),
+            pictures: scope.shelf.pictures(&pair.image_ids)?,
+            system: pair.system.clone(),
+            turns: turns(&pair.turns),
+            question: pair.prompt.clone(),
+            captions: None,
+            seed: 0,
+        });
+    }
+    Ok(prompts)
+}
+
+/// Fisher–Yates with numbers that depend on the seed and the position only.
+fn shuffle(order: &mut [u32], seed: u64) {
+    for last in (1..order.len()).rev() {
+        let draw = Key::new("shuffle")
+            .with(seed.to_le_bytes())
+            .with((last as u64).to_le_bytes())
+            .finish_u64();
+        // The bias of the remainder is below 2^-32 for any table that fits on a disk.
+        order.swap(last, (draw % (last as u64 + 1)) as usize);
+    }
+}
+
+/// Computes the reference log-probabilities that sampling did not leave: those of pairs that people
+/// judged, or whose answers come from another model.
+struct ReferencePass<'a> {
+    stage: &'a TrainDpo,
+}
+
+/// Pairs per part of the reference pass.
+const REFERENCE_PART: u32 = 64;
+
+impl Map for ReferencePass<'_> {
+    type In = Pair;
+    type Out = Reference;
+
+    fn input(&self) -> &TableName {
+        &self.stage.pairs
+    }
+
+    fn part_groups(&self) -> u32 {
+        REFERENCE_PART
+    }
+
+    fn key(&self, _: &mut Scope<'_>, group: &[Pair], key: Key) -> Result<Key, Failure> {
+        Ok(group.iter().fold(key, |key, pair| key.with(&pair.row_key)))
+    }
+
+    fn map(
+        &self,
+        scope: &mut Scope<'_>,
+        tasks: &[Task<Pair>],
+    ) -> Result<Vec<Outcome<Vec<Reference>>>, Failure> {
+        let model = &self.stage.model;
+        let start = scope.models.fingerprint(model).to_owned();
+        let mut outcomes = Vec::with_capacity(tasks.len());
+        let mut learner: Option<Box<dyn Learner>> = None;
+        let mut done = 0;
+        for task in tasks {
+            let open = |pair: &&Pair| sampled_reference(pair, &start).is_none();
+            let pairs: Vec<Pair> = task.rows.iter().filter(open).cloned().collect();
+            let mut rows = Vec::with_capacity(pairs.len());
+            if !pairs.is_empty() {
+                if scope.go_on().is_break() {
+                    return Err(Failure::Interrupted);
+                }
+                let prompts = prompts(scope, &pairs)?;
+                let examples: Vec<_> = pairs
+                    .iter()
+                    .zip(&prompts)
+                    .map(|(pair, prompt)| example(pair, prompt, None))
+                    .collect();
+                if learner.is_none() {
+                    learner = Some(
+                        scope
+                            .models
+                            .learner(model, &Fold::settings(&self.stage, 1))?,
+                    );
+                }
+                let learner = learner.as_mut().expect("just opened");
+                let logps = learner
+                    .reference_logps(&examples)
+                    .map_err(Failure::of(model))?;
+                rows.extend(
+                    pairs
+                        .iter()
+                        .zip(logps)
+                        .map(|(pair, [chosen_logp, rejected_logp])| Reference {
+                            row_key: task.key.clone(),
+                            pair: pair.row_key.clone(),
+                            prompt_id: pair.prompt_id.clone(),
+                            chosen_logp,
+                            rejected_logp,
+                            model: start.clone(),
+                        }),
+                );
+            }
+            done += task.rows.len() as u64;
+            (scope.progress)(done);
+            outcomes.push(Outcome::Made(rows));
+        }
+        Ok(outcomes)
+    }
+}

@@ -1,0 +1,125 @@
+//! Values that check themselves while a pipeline file is read.
+
+use std::borrow::Cow;
+
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::{Deserialize, Serialize};
+
+/// A newtype over a number, with the range that it must lie in.
+macro_rules! bounded {
+    ($(#[$doc:meta])+ $name:ident, $test:expr, $must:literal, $schema:tt) => {
+        $(#[$doc])+
+        #[derive(Debug, Clone, Copy, PartialEq, PartialOrd, Serialize, Deserialize)]
+        #[serde(try_from = "f64", into = "f64")]
+        pub struct $name(f64);
+
+        impl $name {
+            pub fn get(self) -> f64 {
+                self.0
+            }
+        }
+
+        impl TryFrom<f64> for $name {
+            type Error = String;
+
+            fn try_from(value: f64) -> Result<Self, String> {
+                let test: fn(f64) -> bool = $test;
+                if test(value) { Ok(Self(value)) } else { Err(format!("{value} is not {}", $must)) }
+            }
+        }
+
+        impl From<$name> for f64 {
+            fn from(value: $name) -> f64 {
+                value.0
+            }
+        }
+
+        impl JsonSchema for $name {
+            fn schema_name() -> Cow<'static, str> {
+                stringify!($name).into()
+            }
+            fn json_schema(_: &mut SchemaGenerator) -> Schema {
+                json_schema!($schema)
+            }
+        }
+    };
+}
+
+bounded!(
+    /// A sampling temperature; 0 is greedy.
+    Temperature, |value| (0.0..=100.0).contains(&value), "a temperature (0 to 100; 0 is greedy)",
+    {"type": "number", "minimum": 0, "maximum": 100}
+);
+bounded!(
+    /// A probability or share, above 0 and at most 1.
+    Probability, |value| value > 0.0 && value <= 1.0, "above 0 and at most 1",
+    {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
+);
+bounded!(
+    /// A number above 0.
+    Positive, |value| value > 0.0 && value.is_finite(), "above 0",
+    {"type": "number", "exclusiveMinimum": 0}
+);
+bounded!(
+    /// A number that is 0 or more.
+    NonNegative, |value| value >= 0.0 && value.is_finite(), "0 or more",
+    {"type": "number", "minimum": 0}
+);
+
+/// A name that also works in SQL without quotes.
+macro_rules! name {
+    ($(#[$doc:meta])+ $name:ident) => {
+        $(#[$doc])+
+        #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[serde(try_from = "String", into = "String")]
+        pub struct $name(String);
+
+        impl $name {
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl TryFrom<String> for $name {
+            type Error = String;
+
+            fn try_from(text: String) -> Result<Self, String> {
+                let word = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
+                if text.starts_with(|c: char| c.is_ascii_lowercase()) && text.chars().all(word) {
+                    return Ok(Self(text));
+                }
+                Err(format!("`{text}` is not a name: use a-z, 0-9 and _, a letter first"))
+            }
+        }
+
+        impl From<$name> for String {
+            fn from(name: $name) -> Self {
+                name.0
+            }
+        }
+
+        impl std::fmt::Display for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+
+        impl JsonSchema for $name {
+            fn schema_name() -> Cow<'static, str> {
+                stringify!($name).into()
+            }
+            fn json_schema(_: &mut SchemaGenerator) -> Schema {
+                json_schema!({"type": "string", "pattern": "^[a-z][a-z0-9_]*$"})
+            }
+        }
+    };
+}
+
+name!(
+    /// The name of a table.
+    TableName
+);
+name!(
+    /// The name of a model.
+    ModelName
+);

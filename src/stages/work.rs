@@ -1,0 +1,407 @@
+//! The kinds of work a stage can be, and what it is given to do it with.
+
+use std::collections::HashMap;
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+
+use arrow::array::RecordBatch;
+use arrow::datatypes::SchemaRef;
+
+use super::{ModelName, TableName};
+use crate::models::{self, Judge, Learner, ModelError, Picture, Policy, RowFault, TrainSettings};
+use crate::query::{Param, QueryError};
+use crate::store::{Images, Key, Lookup, StoreError};
+use crate::tables::{self, Image, Misfit, Reject, RejectClass, Row};
+
+/// What the runner has to do to make a stage's table.
+pub enum Work<'a> {
+    /// Records of a user's file become rows.
+    Load(Box<dyn Load + 'a>),
+    /// Groups of rows in, groups of rows out, each group for itself.
+    Map(Box<dyn MapWork + 'a>),
+    /// One query makes the table.
+    Query(Query),
+    /// Ordered steps that end in a checkpoint.
+    Fold(Box<dyn Fold + 'a>),
+}
+
+/// Why a stage can't go on. What was committed before stays.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("model `{model}`: {error}")]
+    Model { model: ModelName, error: ModelError },
+    #[error(transparent)]
+    Query(#[from] QueryError),
+    /// A file of the user is not what it must be.
+    #[error("{}{place}: {problem}", path.display())]
+    Input {
+        path: PathBuf,
+        place: String,
+        problem: String,
+    },
+    #[error(transparent)]
+    Misfit(#[from] Misfit),
+    /// Anything that has no better name, in words that say the way out.
+    #[error("{0}")]
+    Other(String),
+    /// The user or the system asked to stop.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+impl Failure {
+    /// Names the model at which something went wrong.
+    pub fn of(model: &ModelName) -> impl FnOnce(ModelError) -> Self {
+        let model = model.clone();
+        move |error| Self::Model { model, error }
+    }
+}
+
+/// The models of the pipeline as they are in this round. A model is opened when a stage asks for
+/// it and dropped when the stage is done.
+pub trait Models {
+    fn policy(&mut self, model: &ModelName) -> Result<&mut dyn Policy, Failure>;
+    fn judge(&mut self, model: &ModelName) -> Result<&mut dyn Judge, Failure>;
+    /// A learner that starts from the model as it is in this round.
+    fn learner(
+        &mut self,
+        model: &ModelName,
+        settings: &TrainSettings,
+    ) -> Result<Box<dyn Learner>, Failure>;
+    /// What decides what the model computes.
+    fn fingerprint(&self, model: &ModelName) -> &str;
+    /// Whether the prompt and `answer_tokens` more fit into the model's context, from the headers of
+    /// its pictures and the text alone, without opening the model.
+    fn fits(
+        &mut self,
+        model: &ModelName,
+        prompt: &models::Prompt,
+        answer_tokens: usize,
+    ) -> Result<Result<(), RowFault>, Failure>;
+}
+
+/// What a stage works with.
+pub struct Scope<'a> {
+    /// The table being made.
+    pub table: &'a TableName,
+    /// `None` when it is made once for all rounds.
+    pub round: Option<u32>,
+    /// The pipeline's seed.
+    pub seed: u64,
+    pub models: &'a mut dyn Models,
+    pub shelf: &'a mut Shelf,
+    /// Whether somebody asked to stop.
+    pub stopping: &'a dyn Fn() -> bool,
+    /// Told how many rows of the input are done, for the progress bar.
+    pub progress: &'a mut dyn FnMut(u64),
+}
+
+impl Scope<'_> {
+    /// A seed that depends on the pipeline's seed, the table, the round and what is drawn for.
+    pub fn seed_for(&self, what: &str) -> u64 {
+        let round = self
+            .round
+            .map_or_else(String::new, |round| round.to_string());
+        let key = Key::new("seed").with(self.seed.to_le_bytes());
+        key.with(self.table.as_str())
+            .with(round)
+            .with(what)
+            .finish_u64()
+    }
+
+    /// Break when somebody asked to stop.
+    pub fn go_on(&self) -> ControlFlow<()> {
+        if (self.stopping)() {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
+    }
+}
+
+/// The rows of other tables that a stage looks up.
+pub struct Shelf {
+    pub images: Images,
+    files: HashMap<TableName, Vec<PathBuf>>,
+    prompts: HashMap<TableName, Lookup>,
+}
+
+impl Shelf {
+    /// `files` are those of the stage's input tables, in this round.
+    pub fn new(images: Images, files: HashMap<TableName, Vec<PathBuf>>) -> Self {
+        Self {
+            images,
+            files,
+            prompts: HashMap::new(),
+        }
+    }
+
+    /// The row of a prompt.
+    pub fn prompt_row(
+        &mut self,
+        table: &TableName,
+        prompt_id: &str,
+    ) -> Result<tables::Prompt, Failure> {
+        if !self.prompts.contains_key(table) {
+            let files = self.files.get(table).cloned().unwrap_or_default();
+            self.prompts
+                .insert(table.clone(), Lookup::open(files, "prompt_id")?);
+        }
+        let lookup = self.prompts.get_mut(table).expect("just opened");
+        let missing = || Failure::Other(format!("table `{table}` has no prompt {prompt_id}"));
+        lookup.row(prompt_id)?.ok_or_else(missing)
+    }
+
+    /// A prompt as models take it, with the bytes of its pictures.
+    pub fn prompt(&mut self, row: &tables::Prompt, seed: u64) -> Result<models::Prompt, Failure> {
+        Ok(models::Prompt {
+            id: row.prompt_id.clone(),
+            pictures: self.pictures(&row.image_ids)?,
+            system: row.system.clone(),
+            turns: turns(&row.turns),
+            question: row.question.clone(),
+            captions: row.captions.clone(),
+            seed,
+        })
+    }
+
+    /// Pictures by content.
+    pub fn pictures(&mut self, image_ids: &[String]) -> Result<Vec<Picture>, Failure> {
+        let picture = |id: &String| {
+            Ok(Picture {
+                id: id.clone(),
+                bytes: self.images.bytes(id)?,
+            })
+        };
+        image_ids.iter().map(picture).collect()
+    }
+}
+
+/// Turns of a table's row as models take them.
+pub fn turns(turns: &[tables::Turn]) -> Vec<models::Turn> {
+    let role = |role| match role {
+        tables::Role::User => models::Role::User,
+        tables::Role::Assistant => models::Role::Assistant,
+    };
+    turns
+        .iter()
+        .map(|turn| models::Turn {
+            role: role(turn.role),
+            text: turn.text.clone(),
+        })
+        .collect()
+}
+
+/// What became of one group of rows.
+pub enum Outcome<T> {
+    Made(T),
+    /// The group was set aside.
+    SetAside {
+        id: String,
+        class: RejectClass,
+        reason: String,
+    },
+}
+
+impl<T> Outcome<T> {
+    pub fn fault(id: &str, reason: impl Into<String>) -> Self {
+        Self::SetAside {
+            id: id.to_owned(),
+            class: RejectClass::Fault,
+            reason: reason.into(),
+        }
+    }
+}
+
+/// A group of input rows that belong together (those of one prompt), and its key.
+pub struct Task<R> {
+    /// What decides the group's output: becomes `row_key`.
+    pub key: String,
+    pub rows: Vec<R>,
+}
+
+/// Work that treats each group of rows for itself. A group is a run of rows with one `prompt_id`.
+pub trait Map {
+    type In: Row;
+    type Out: Row;
+
+    /// The table whose groups are worked on.
+    fn input(&self) -> &TableName;
+
+    /// Groups that are computed, committed and resumed as one.
+    fn part_groups(&self) -> u32;
+
+    /// Takes into `key` everything of the group that decides its output. Settings, models and, where
+    /// the stage draws, seed and round are in it already.
+    fn key(&self, scope: &mut Scope<'_>, group: &[Self::In], key: Key) -> Result<Key, Failure>;
+
+    /// One outcome per task, in order.
+    fn map(
+        &self,
+        scope: &mut Scope<'_>,
+        tasks: &[Task<Self::In>],
+    ) -> Result<Vec<Outcome<Vec<Self::Out>>>, Failure>;
+}
+
+/// A [`Map`] as the runner sees it: record batches in and out.
+pub trait MapWork {
+    fn input(&self) -> &TableName;
+    fn part_groups(&self) -> u32;
+    fn schema(&self) -> SchemaRef;
+    /// The keys of the groups, each a batch of rows of the input.
+    fn keys(
+        &self,
+        scope: &mut Scope<'_>,
+        groups: &[RecordBatch],
+        base: &Key,
+    ) -> Result<Vec<String>, Failure>;
+    /// One outcome per group, in order.
+    fn run(
+        &self,
+        scope: &mut Scope<'_>,
+        groups: Vec<(String, RecordBatch)>,
+    ) -> Result<Vec<Outcome<RecordBatch>>, Failure>;
+}
+
+impl<M: Map> MapWork for M {
+    fn input(&self) -> &TableName {
+        Map::input(self)
+    }
+
+    fn part_groups(&self) -> u32 {
+        Map::part_groups(self)
+    }
+
+    fn schema(&self) -> SchemaRef {
+        M::Out::schema()
+    }
+
+    fn keys(
+        &self,
+        scope: &mut Scope<'_>,
+        groups: &[RecordBatch],
+        base: &Key,
+    ) -> Result<Vec<String>, Failure> {
+        let mut keys = Vec::with_capacity(groups.len());
+        for group in groups {
+            let rows = M::In::from_batch(group)?;
+            keys.push(self.key(scope, &rows, base.clone())?.finish());
+        }
+        Ok(keys)
+    }
+
+    fn run(
+        &self,
+        scope: &mut Scope<'_>,
+        groups: Vec<(String, RecordBatch)>,
+    ) -> Result<Vec<Outcome<RecordBatch>>, Failure> {
+        let mut tasks = Vec::with_capacity(groups.len());
+        for (key, group) in groups {
+            tasks.push(Task {
+                key,
+                rows: M::In::from_batch(&group)?,
+            });
+        }
+        let outcomes = self.map(scope, &tasks)?;
+        assert_eq!(outcomes.len(), tasks.len(), "one outcome per task");
+        let batch = |outcome: Outcome<Vec<M::Out>>| match outcome {
+            Outcome::Made(rows) => Outcome::Made(M::Out::to_batch(&rows)),
+            Outcome::SetAside { id, class, reason } => Outcome::SetAside { id, class, reason },
+        };
+        Ok(outcomes.into_iter().map(batch).collect())
+    }
+}
+
+/// A record of a user's file, as it was read.
+pub struct Record {
+    /// Where it stands: `record 3` or `line 3`.
+    pub place: String,
+    pub fields: serde_json::Value,
+    /// Pictures that the file itself holds, instead of paths to them.
+    pub embedded: Vec<tables::ImageFile>,
+}
+
+/// What became of some records.
+pub struct Loaded {
+    pub rows: RecordBatch,
+    /// The pictures that the rows name; those that the run has are passed over.
+    pub images: Vec<Image>,
+    pub rejects: Vec<(String, RejectClass, String)>,
+}
+
+/// Work that reads a user's file.
+pub trait Load {
+    /// The records in their order, read as they are asked for.
+    fn records(&self) -> Result<Box<dyn Iterator<Item = Result<Record, Failure>> + Send>, Failure>;
+
+    /// The files that a record names.
+    fn pictures(&self, record: &Record) -> Vec<PathBuf>;
+
+    /// Takes notice of rows that were loaded before the run was interrupted.
+    fn resume(&mut self, rows: &RecordBatch) -> Result<(), Failure>;
+
+    /// Makes rows of the next records.
+    fn load(&mut self, records: Vec<Record>) -> Result<Loaded, Failure>;
+}
+
+/// Work that is one query over tables of the pipeline, as they are in this round.
+pub struct Query {
+    pub sql: String,
+    /// Values of `$name` in the query.
+    pub params: Vec<(&'static str, Param)>,
+    /// The query has two more columns, `class` and `reason`: rows in which `reason` is not null are
+    /// set aside under their `prompt_id`.
+    pub sets_aside: bool,
+}
+
+/// Work that goes through its input in ordered steps and ends in a checkpoint.
+pub trait Fold {
+    /// The table whose rows are learned from.
+    fn input(&self) -> &TableName;
+
+    fn model(&self) -> &ModelName;
+
+    /// The positions of the rows of each step, for an input of `rows` rows; with the epoch, from 1.
+    fn batches(&self, scope: &Scope<'_>, rows: usize) -> Vec<(u32, Vec<u32>)>;
+
+    /// Steps between two saved states.
+    fn save_every(&self) -> u32;
+
+    fn settings(&self, steps: usize) -> TrainSettings;
+
+    fn schema(&self) -> SchemaRef;
+
+    /// A table that has to be there before the first step: its name and the work that makes it.
+    fn before(&self, table: &TableName) -> Option<(TableName, Box<dyn MapWork + '_>)>;
+
+    /// One optimizer update. `before` looks rows of that table up.
+    fn step(
+        &self,
+        scope: &mut Scope<'_>,
+        learner: &mut dyn Learner,
+        number: u32,
+        epoch: u32,
+        rows: &RecordBatch,
+        before: Option<&mut Lookup>,
+    ) -> Result<RecordBatch, Failure>;
+}
+
+/// Rows for the table `rejects`.
+pub fn rejects(
+    scope_table: &TableName,
+    round: Option<u32>,
+    set_aside: Vec<(String, RejectClass, String)>,
+) -> Vec<Reject> {
+    let round = round.map(u32::cast_signed);
+    let stage = scope_table.as_str();
+    let row = |(id, class, reason)| Reject {
+        stage: stage.to_owned(),
+        round,
+        id,
+        class,
+        reason,
+    };
+    set_aside.into_iter().map(row).collect()
+}

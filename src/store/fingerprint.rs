@@ -1,0 +1,167 @@
+//! Fingerprints of the user's files: content hashes, remembered so that 15 GB are not read twice.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use super::key::hex;
+use super::{Key, StoreError, write_atomically};
+
+/// What tells, without reading a file, that it is as it was.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Stamp {
+    size: u64,
+    mtime_ns: i128,
+    inode: u64,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Known {
+    stamp: Stamp,
+    sha256: String,
+}
+
+/// Content hashes by path; a file is read again only when its size, time or inode changed.
+pub struct Fingerprints {
+    path: PathBuf,
+    known: Mutex<BTreeMap<PathBuf, Known>>,
+}
+
+impl Fingerprints {
+    /// Reads what is remembered in `path`; nothing, if the file is not there or not readable.
+    pub fn open(path: PathBuf) -> Self {
+        let known = fs::read(&path)
+            .ok()
+            .and_then(|text| serde_json::from_slice(&text).ok());
+        Self {
+            path,
+            known: Mutex::new(known.unwrap_or_default()),
+        }
+    }
+
+    /// SHA-256 of a file's content, in hex.
+    pub fn file(&self, path: &Path) -> Result<String, StoreError> {
+        let metadata = fs::metadata(path).map_err(StoreError::io("read", path))?;
+        let stamp = Stamp {
+            size: metadata.len(),
+            mtime_ns: i128::from(metadata.mtime()) * 1_000_000_000
+                + i128::from(metadata.mtime_nsec()),
+            inode: metadata.ino(),
+        };
+        if let Some(known) = self.known.lock().expect("no panic while locked").get(path)
+            && known.stamp == stamp
+        {
+            return Ok(known.sha256.clone());
+        }
+        let sha256 = hash_file(path)?;
+        let known = Known {
+            stamp,
+            sha256: sha256.clone(),
+        };
+        self.known
+            .lock()
+            .expect("no panic while locked")
+            .insert(path.to_owned(), known);
+        Ok(sha256)
+    }
+
+    /// Fingerprint of a folder: the names and contents of all files in it, hidden ones left out.
+    /// A file's own path gives the file's hash.
+    pub fn folder(&self, folder: &Path) -> Result<String, StoreError> {
+        if folder.is_file() {
+            return self.file(folder);
+        }
+        let mut files = Vec::new();
+        list(folder, Path::new(""), &mut files)?;
+        files.sort();
+        let hashes: Vec<_> = files
+            .par_iter()
+            .map(|name| self.file(&folder.join(name)))
+            .collect::<Result<_, _>>()?;
+        let mut key = Key::new("folder");
+        for (name, hash) in files.iter().zip(hashes) {
+            key = key.with(name.to_string_lossy().as_bytes()).with(hash);
+        }
+        Ok(key.finish())
+    }
+
+    /// Writes down what was learned, for the next start.
+    pub fn save(&self) -> Result<(), StoreError> {
+        let known = self.known.lock().expect("no panic while locked");
+        let text = serde_json::to_vec(&*known).expect("paths that were read are valid text");
+        write_atomically(&self.path, &text)
+    }
+}
+
+fn list(root: &Path, below: &Path, files: &mut Vec<PathBuf>) -> Result<(), StoreError> {
+    let folder = root.join(below);
+    for entry in fs::read_dir(&folder).map_err(StoreError::io("read", &folder))? {
+        let entry = entry.map_err(StoreError::io("read", &folder))?;
+        if entry.file_name().to_string_lossy().starts_with('.') {
+            continue;
+        }
+        let name = below.join(entry.file_name());
+        if entry.path().is_dir() {
+            list(root, &name, files)?;
+        } else {
+            files.push(name);
+        }
+    }
+    Ok(())
+}
+
+fn hash_file(path: &Path) -> Result<String, StoreError> {
+    let mut file = File::open(path).map_err(StoreError::io("read", path))?;
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        let count = file
+            .read(&mut buffer)
+            .map_err(StoreError::io("read", path))?;
+        if count == 0 {
+            return Ok(hex(&hasher.finalize()));
+        }
+        hasher.update(&buffer[..count]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_changed_file_changes_its_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        let weights = folder.path().join("weights");
+        fs::create_dir(&weights).unwrap();
+        fs::write(weights.join("a"), "one").unwrap();
+        let fingerprints = Fingerprints::open(folder.path().join("known.json"));
+        let before = fingerprints.folder(&weights).unwrap();
+        assert_eq!(fingerprints.folder(&weights).unwrap(), before);
+        fs::write(weights.join("a"), "other").unwrap();
+        assert_ne!(fingerprints.folder(&weights).unwrap(), before);
+    }
+
+    #[test]
+    fn what_is_remembered_is_not_read_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("a");
+        fs::write(&file, "one").unwrap();
+        let known = folder.path().join("known.json");
+        let first = Fingerprints::open(known.clone());
+        let hash = first.file(&file).unwrap();
+        first.save().unwrap();
+        let text = fs::read_to_string(&known)
+            .unwrap()
+            .replace(&hash, "remembered");
+        fs::write(&known, text).unwrap();
+        assert_eq!(Fingerprints::open(known).file(&file).unwrap(), "remembered");
+    }
+}

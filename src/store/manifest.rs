@@ -1,0 +1,404 @@
+//! The record of what a run made.
+//!
+//! `manifest.json` is rewritten atomically whenever a stage is done. Between two rewritings each
+//! commit is a line in `manifest.<generation>.log`, synced: a run of a million prompts has tens of
+//! thousands of parts, and rewriting a list that grows with every part would cost more than the
+//! parts. A line that was cut off by a crash never happened.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::{StoreError, sync_folder, write_atomically};
+
+/// The version of the manifest and of the folder's layout.
+const FORMAT: u32 = 1;
+
+/// A file of the run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileRecord {
+    /// Relative to the run's folder.
+    pub file: String,
+    pub rows: u64,
+    pub bytes: u64,
+    pub sha256: String,
+}
+
+/// One committed part of a table.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PartRecord {
+    pub part: u32,
+    /// Rows of the input that went in.
+    pub rows_in: u64,
+    pub files: Vec<FileRecord>,
+    pub rejects: Vec<FileRecord>,
+    /// Rejects of class `fault`.
+    pub faults: u64,
+    /// Rejects of class `dropped`.
+    pub dropped: u64,
+}
+
+/// The saved state of a training.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StateRecord {
+    /// Steps done when it was saved.
+    pub step: u64,
+    /// The folder of the state, relative to the run's folder.
+    pub folder: String,
+}
+
+/// A checkpoint that a training stage wrote.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckpointRecord {
+    /// The name of the model in the pipeline.
+    pub model: String,
+    /// Relative to the run's folder.
+    pub folder: String,
+}
+
+/// A table in one round: what decided it and what was made of it so far.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Made {
+    pub table: String,
+    /// `None` for a static table.
+    pub round: Option<u32>,
+    pub kind: Option<String>,
+    pub key: String,
+    /// What the key was hashed from, so that a re-run can be explained.
+    pub because: Value,
+    /// Groups of input rows per part; a change of the setting applies to the next making only.
+    pub part_groups: u32,
+    pub complete: bool,
+    pub parts: Vec<PartRecord>,
+    pub state: Option<StateRecord>,
+    pub checkpoint: Option<CheckpointRecord>,
+}
+
+impl Made {
+    pub fn files(&self) -> impl Iterator<Item = &FileRecord> {
+        self.parts.iter().flat_map(|part| &part.files)
+    }
+
+    pub fn rejects(&self) -> impl Iterator<Item = &FileRecord> {
+        self.parts.iter().flat_map(|part| &part.rejects)
+    }
+
+    pub fn rows(&self) -> u64 {
+        self.files().map(|file| file.rows).sum()
+    }
+}
+
+/// A superseded table, kept in `.cache` in case its settings come back.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Parked {
+    pub made: Made,
+}
+
+/// One commit.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Event {
+    /// A table is begun.
+    Begin(Made),
+    /// A part is done.
+    Part {
+        table: String,
+        round: Option<u32>,
+        part: PartRecord,
+        state: Option<StateRecord>,
+    },
+    /// A table is done. `parts` replaces what was listed (they may have been compacted).
+    Finish {
+        table: String,
+        round: Option<u32>,
+        parts: Vec<PartRecord>,
+        checkpoint: Option<CheckpointRecord>,
+    },
+    /// A table was superseded; its files lie where the record now says.
+    Park(Made),
+    /// A superseded table is current again.
+    Unpark(Made),
+    /// A table's record is struck out, because its files are gone or spoiled.
+    Drop { table: String, round: Option<u32> },
+    /// New pictures.
+    Images(FileRecord),
+}
+
+/// Everything the run knows about itself.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Manifest {
+    pub format: u32,
+    /// Counts rewritings; the log that continues this manifest carries the same number.
+    pub generation: u64,
+    /// The name in the pipeline file.
+    pub pipeline: String,
+    /// The pipeline file that was run last, and the settings as meant.
+    pub source: Value,
+    pub made: Vec<Made>,
+    pub parked: Vec<Parked>,
+    pub images: Vec<FileRecord>,
+    #[serde(skip)]
+    folder: PathBuf,
+}
+
+impl Manifest {
+    /// A manifest of nothing, not yet written.
+    pub fn new(folder: &Path, pipeline: &str) -> Self {
+        Self {
+            format: FORMAT,
+            generation: 0,
+            pipeline: pipeline.to_owned(),
+            source: Value::Null,
+            made: Vec::new(),
+            parked: Vec::new(),
+            images: Vec::new(),
+            folder: folder.to_owned(),
+        }
+    }
+
+    /// Reads the manifest in `folder` and what was committed since it was rewritten.
+    pub fn read(folder: &Path) -> Result<Self, StoreError> {
+        let path = folder.join("manifest.json");
+        let text = match fs::read(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                return Err(StoreError::NotARun {
+                    path: folder.to_owned(),
+                    hint: "",
+                });
+            }
+            Err(error) => return Err(StoreError::io("read", &path)(error)),
+        };
+        let problem = |problem: String| StoreError::Manifest {
+            path: path.clone(),
+            problem,
+        };
+        let mut manifest: Self =
+            serde_json::from_slice(&text).map_err(|error| problem(error.to_string()))?;
+        if manifest.format != FORMAT {
+            let format = manifest.format;
+            return Err(problem(format!(
+                "it has format {format}, and this program writes {FORMAT}; use the version that wrote it"
+            )));
+        }
+        folder.clone_into(&mut manifest.folder);
+        let log = manifest.log_path();
+        let lines = match fs::read_to_string(&log) {
+            Ok(lines) => lines,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
+            Err(error) => return Err(StoreError::io("read", &log)(error)),
+        };
+        for line in lines.split_inclusive('\n') {
+            // Only a crash leaves a line without its end, and only as the last one.
+            let Some(line) = line.strip_suffix('\n') else {
+                break;
+            };
+            let event = serde_json::from_str(line).map_err(|error| StoreError::Manifest {
+                path: log.clone(),
+                problem: error.to_string(),
+            })?;
+            manifest.apply(event);
+        }
+        Ok(manifest)
+    }
+
+    /// Writes one commit down, synced; when this returns, it happened.
+    pub fn commit(&mut self, event: Event) -> Result<(), StoreError> {
+        let path = self.log_path();
+        let fresh = !path.exists();
+        let mut line = serde_json::to_vec(&event).expect("events are plain data");
+        line.push(b'\n');
+        let mut log = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&path)
+            .map_err(StoreError::io("write", &path))?;
+        let before = log.metadata().map_err(StoreError::io("read", &path))?.len();
+        if let Err(error) = log.write_all(&line).and_then(|()| log.sync_all()) {
+            // Take a half-written line back, so that the next commit does not continue it.
+            let _ = log.set_len(before);
+            return Err(StoreError::io("write", &path)(error));
+        }
+        if fresh {
+            sync_folder(&self.folder)?;
+        }
+        self.apply(event);
+        Ok(())
+    }
+
+    /// Rewrites `manifest.json` and starts a new log.
+    pub fn rewrite(&mut self) -> Result<(), StoreError> {
+        let old_log = self.log_path();
+        self.generation += 1;
+        // A log of this number can only be what a crash left before the manifest was renamed.
+        let _ = fs::remove_file(self.log_path());
+        let text = serde_json::to_vec_pretty(self).expect("a manifest is plain data");
+        if let Err(error) = write_atomically(&self.folder.join("manifest.json"), &text) {
+            self.generation -= 1;
+            return Err(error);
+        }
+        let _ = fs::remove_file(old_log);
+        Ok(())
+    }
+
+    /// What was made of a table in a round (`None`: the static table).
+    pub fn find(&self, table: &str, round: Option<u32>) -> Option<&Made> {
+        self.made
+            .iter()
+            .find(|made| made.table == table && made.round == round)
+    }
+
+    fn find_mut(&mut self, table: &str, round: Option<u32>) -> Option<&mut Made> {
+        self.made
+            .iter_mut()
+            .find(|made| made.table == table && made.round == round)
+    }
+
+    fn log_path(&self) -> PathBuf {
+        self.folder
+            .join(format!("manifest.{}.log", self.generation))
+    }
+
+    fn apply(&mut self, event: Event) {
+        match event {
+            Event::Begin(made) => {
+                self.remove(&made.table.clone(), made.round);
+                self.made.push(made);
+            }
+            Event::Part {
+                table,
+                round,
+                part,
+                state,
+            } => {
+                if let Some(made) = self.find_mut(&table, round) {
+                    made.parts.retain(|other| other.part != part.part);
+                    made.parts.push(part);
+                    made.parts.sort_by_key(|part| part.part);
+                    if state.is_some() {
+                        made.state = state;
+                    }
+                }
+            }
+            Event::Finish {
+                table,
+                round,
+                parts,
+                checkpoint,
+            } => {
+                if let Some(made) = self.find_mut(&table, round) {
+                    made.parts = parts;
+                    made.checkpoint = checkpoint;
+                    made.complete = true;
+                    made.state = None;
+                }
+            }
+            Event::Park(made) => {
+                self.remove(&made.table.clone(), made.round);
+                self.parked.retain(|parked| {
+                    (&parked.made.table, parked.made.round, &parked.made.key)
+                        != (&made.table, made.round, &made.key)
+                });
+                self.parked.push(Parked { made });
+            }
+            Event::Unpark(made) => {
+                self.parked.retain(|parked| {
+                    (&parked.made.table, parked.made.round, &parked.made.key)
+                        != (&made.table, made.round, &made.key)
+                });
+                self.remove(&made.table.clone(), made.round);
+                self.made.push(made);
+            }
+            Event::Drop { table, round } => self.remove(&table, round),
+            Event::Images(file) => self.images.push(file),
+        }
+    }
+
+    fn remove(&mut self, table: &str, round: Option<u32>) {
+        self.made
+            .retain(|made| made.table != table || made.round != round);
+    }
+}
+
+/// Opens a file for appending and reports whether it could be; used to refuse a folder that can't
+/// be written to before any work is done.
+pub(super) fn probe_writable(folder: &Path) -> Result<(), StoreError> {
+    let path = folder.join(".writable");
+    File::create(&path).map_err(StoreError::io("write in", folder))?;
+    fs::remove_file(&path).map_err(StoreError::io("write in", folder))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn made(table: &str) -> Made {
+        Made {
+            table: table.to_owned(),
+            round: Some(1),
+            kind: None,
+            key: "k".to_owned(),
+            because: Value::Null,
+            part_groups: 64,
+            complete: false,
+            parts: Vec::new(),
+            state: None,
+            checkpoint: None,
+        }
+    }
+
+    fn part(number: u32) -> Event {
+        let part = PartRecord {
+            part: number,
+            rows_in: 1,
+            files: Vec::new(),
+            rejects: Vec::new(),
+            faults: 0,
+            dropped: 0,
+        };
+        Event::Part {
+            table: "a".to_owned(),
+            round: Some(1),
+            part,
+            state: None,
+        }
+    }
+
+    #[test]
+    fn what_was_committed_is_read_again_and_a_torn_line_never_happened() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut manifest = Manifest::new(folder.path(), "p");
+        manifest.rewrite().unwrap();
+        manifest.commit(Event::Begin(made("a"))).unwrap();
+        manifest.commit(part(0)).unwrap();
+        let log = manifest.log_path();
+        let mut torn = fs::read(&log).unwrap();
+        torn.extend_from_slice(br#"{"part":{"table":"a","ro"#);
+        fs::write(&log, torn).unwrap();
+        let read = Manifest::read(folder.path()).unwrap();
+        assert_eq!(read.find("a", Some(1)).unwrap().parts.len(), 1);
+        assert!(read.find("a", None).is_none());
+    }
+
+    #[test]
+    fn a_log_of_an_older_generation_is_not_applied_twice() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut manifest = Manifest::new(folder.path(), "p");
+        manifest.rewrite().unwrap();
+        manifest.commit(Event::Begin(made("a"))).unwrap();
+        let old_log = manifest.log_path();
+        let lines = fs::read(&old_log).unwrap();
+        manifest
+            .commit(Event::Drop {
+                table: "a".to_owned(),
+                round: Some(1),
+            })
+            .unwrap();
+        manifest.rewrite().unwrap();
+        fs::write(&old_log, lines).unwrap();
+        assert!(Manifest::read(folder.path()).unwrap().made.is_empty());
+    }
+}

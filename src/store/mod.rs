@@ -1,0 +1,30 @@
+//! Where tables lie: a run is a folder of Parquet and a manifest.
+//!
+//! `runs/<run>/{manifest.json, <table>/round=2/part-00003.parquet, <static table>/part-00000.parquet,
+//! images/, rejects/, checkpoints/round-2/, .cache/}`. A file's existence proves nothing: only what
+//! the manifest lists is part of the run. Files are written under a name that no reader looks at,
+//! synced, and renamed; then the manifest takes them in.
+
+mod atomic;
+mod error;
+mod fingerprint;
+mod folder;
+mod images;
+mod key;
+mod lock;
+mod lookup;
+mod manifest;
+mod parquet;
+
+pub use atomic::{copy_folder, sync_folder, write_atomically};
+pub use error::StoreError;
+pub use fingerprint::Fingerprints;
+pub use folder::RunFolder;
+pub use images::Images;
+pub use key::{Key, digest};
+pub use lock::Lock;
+pub use lookup::Lookup;
+pub use manifest::{
+    CheckpointRecord, Event, FileRecord, Made, Manifest, Parked, PartRecord, StateRecord,
+};
+pub use parquet::{TableReader, TableWriter, read_file};

@@ -1,0 +1,346 @@
+//! Parquet files of a table: written under a name that no reader looks at, hashed on the way,
+//! synced, renamed; read as a stream of record batches.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use ::parquet::arrow::ArrowWriter;
+use ::parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
+use ::parquet::basic::{Compression, ZstdLevel};
+use ::parquet::file::metadata::KeyValue;
+use ::parquet::file::properties::{EnabledStatistics, WriterProperties};
+use ::parquet::schema::types::ColumnPath;
+use arrow::array::RecordBatch;
+use arrow::datatypes::SchemaRef;
+use sha2::{Digest, Sha256};
+
+use super::key::hex;
+use super::{FileRecord, StoreError, sync_folder};
+use crate::tables::{Image, Row};
+
+/// A file is closed and the next one begun when it has this many bytes.
+const FILE_BYTES: u64 = 128 << 20;
+/// Row groups are bounded so that reading one of them takes little memory.
+const GROUP_BYTES: usize = 8 << 20;
+const GROUP_ROWS: usize = 4096;
+/// Rows per record batch when reading.
+const BATCH_ROWS: usize = 1024;
+
+/// Hashes what is written.
+struct Hashing {
+    file: File,
+    sha256: Sha256,
+    bytes: u64,
+}
+
+impl Write for Hashing {
+    fn write(&mut self, buffer: &[u8]) -> std::io::Result<usize> {
+        let count = self.file.write(buffer)?;
+        self.sha256.update(&buffer[..count]);
+        self.bytes += count as u64;
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.file.flush()
+    }
+}
+
+struct Open {
+    writer: ArrowWriter<Hashing>,
+    /// Where it is written, and where it will lie.
+    hidden: PathBuf,
+    name: String,
+    rows: u64,
+}
+
+/// Writes the rows of one part, as one file or, when they are many, several.
+pub struct TableWriter {
+    root: PathBuf,
+    /// The files' name below the root, without the number of a second file and `.parquet`.
+    stem: String,
+    schema: SchemaRef,
+    /// What the footer records: how the rows were made.
+    footer: Vec<(String, String)>,
+    open: Option<Open>,
+    done: Vec<FileRecord>,
+}
+
+impl TableWriter {
+    /// A writer of `<root>/<stem>.parquet`. Nothing is created before the first row.
+    pub fn new(root: &Path, stem: &str, schema: SchemaRef, footer: &[(&str, String)]) -> Self {
+        let footer = footer
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), value.clone()))
+            .collect();
+        Self {
+            root: root.to_owned(),
+            stem: stem.to_owned(),
+            schema,
+            footer,
+            open: None,
+            done: Vec::new(),
+        }
+    }
+
+    pub fn write(&mut self, batch: &RecordBatch) -> Result<(), StoreError> {
+        // Large batches are cut, so that a row group stays within its bounds.
+        let mut start = 0;
+        while start < batch.num_rows() {
+            let count = GROUP_ROWS.min(batch.num_rows() - start);
+            self.write_slice(&batch.slice(start, count))?;
+            start += count;
+        }
+        Ok(())
+    }
+
+    /// Makes a file without rows, if there is none yet.
+    pub fn write_nothing(&mut self) -> Result<(), StoreError> {
+        if self.open.is_none() && self.done.is_empty() {
+            self.open = Some(self.create()?);
+        }
+        Ok(())
+    }
+
+    fn write_slice(&mut self, batch: &RecordBatch) -> Result<(), StoreError> {
+        if self.open.is_none() {
+            self.open = Some(self.create()?);
+        }
+        let open = self.open.as_mut().expect("just opened");
+        let failed = |error| parquet_error(&open.hidden, error);
+        open.writer.write(batch).map_err(failed)?;
+        open.rows += batch.num_rows() as u64;
+        if open.writer.in_progress_size() >= GROUP_BYTES
+            || open.writer.in_progress_rows() >= GROUP_ROWS
+        {
+            open.writer.flush().map_err(failed)?;
+        }
+        if open.writer.bytes_written() as u64 >= FILE_BYTES {
+            self.close()?;
+        }
+        Ok(())
+    }
+
+    /// Ends the last file. The records go into the manifest; before that, the files are not part of
+    /// the run.
+    pub fn finish(mut self) -> Result<Vec<FileRecord>, StoreError> {
+        self.close()?;
+        Ok(std::mem::take(&mut self.done))
+    }
+
+    fn create(&self) -> Result<Open, StoreError> {
+        let number = self.done.len();
+        let suffix = if number == 0 {
+            String::new()
+        } else {
+            format!("-{number}")
+        };
+        let name = format!("{}{suffix}.parquet", self.stem);
+        let hidden = self.root.join(format!("{name}.new"));
+        let folder = hidden.parent().expect("a file in a folder");
+        fs::create_dir_all(folder).map_err(StoreError::io("create", folder))?;
+        let file = File::create(&hidden).map_err(StoreError::io("write", &hidden))?;
+        let sink = Hashing {
+            file,
+            sha256: Sha256::new(),
+            bytes: 0,
+        };
+        let properties = properties(&self.schema, &self.footer);
+        let writer = ArrowWriter::try_new(sink, self.schema.clone(), Some(properties))
+            .map_err(|error| parquet_error(&hidden, error))?;
+        Ok(Open {
+            writer,
+            hidden,
+            name,
+            rows: 0,
+        })
+    }
+
+    fn close(&mut self) -> Result<(), StoreError> {
+        let Some(mut open) = self.open.take() else {
+            return Ok(());
+        };
+        let failed = |error| parquet_error(&open.hidden, error);
+        open.writer.finish().map_err(failed)?;
+        // Empties the writer's buffer; `into_inner` would do it too, but hide the system's error.
+        open.writer
+            .sync()
+            .map_err(StoreError::io("write", &open.hidden))?;
+        let sink = open.writer.inner_mut();
+        sink.file
+            .sync_all()
+            .map_err(StoreError::io("sync", &open.hidden))?;
+        let (bytes, sha256) = (sink.bytes, std::mem::take(&mut sink.sha256));
+        let path = self.root.join(&open.name);
+        fs::rename(&open.hidden, &path).map_err(StoreError::io("write", &path))?;
+        sync_folder(path.parent().expect("a file in a folder"))?;
+        self.done.push(FileRecord {
+            file: open.name,
+            rows: open.rows,
+            bytes,
+            sha256: hex(&sha256.finalize()),
+        });
+        Ok(())
+    }
+}
+
+fn properties(schema: &SchemaRef, footer: &[(String, String)]) -> WriterProperties {
+    let footer = footer
+        .iter()
+        .map(|(name, value)| KeyValue::new(name.clone(), value.clone()))
+        .collect();
+    let mut properties = WriterProperties::builder()
+        .set_compression(Compression::ZSTD(ZstdLevel::default()))
+        .set_key_value_metadata(Some(footer));
+    if *schema == Image::schema() {
+        // Pictures are compressed already, and statistics on them would be as large as they are:
+        // pyarrow refuses page headers above 16 MiB.
+        let bytes = ColumnPath::from(vec!["image".to_owned(), "bytes".to_owned()]);
+        properties = properties
+            .set_column_compression(bytes.clone(), Compression::UNCOMPRESSED)
+            .set_column_dictionary_enabled(bytes.clone(), false)
+            .set_column_statistics_enabled(bytes, EnabledStatistics::None);
+    }
+    properties.build()
+}
+
+/// Streams the rows of some files of one table, in order.
+pub struct TableReader {
+    files: std::vec::IntoIter<PathBuf>,
+    current: Option<(PathBuf, ParquetRecordBatchReader)>,
+}
+
+impl TableReader {
+    pub fn new(files: Vec<PathBuf>) -> Self {
+        Self {
+            files: files.into_iter(),
+            current: None,
+        }
+    }
+}
+
+impl Iterator for TableReader {
+    type Item = Result<RecordBatch, StoreError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            if let Some((path, reader)) = &mut self.current {
+                match reader.next() {
+                    Some(Ok(batch)) => return Some(Ok(batch)),
+                    Some(Err(error)) => {
+                        let problem = error.to_string();
+                        return Some(Err(StoreError::Parquet {
+                            path: path.clone(),
+                            problem,
+                        }));
+                    }
+                    None => self.current = None,
+                }
+            }
+            let path = self.files.next()?;
+            match open(&path).and_then(|builder| {
+                builder
+                    .with_batch_size(BATCH_ROWS)
+                    .build()
+                    .map_err(|error| parquet_error(&path, error))
+            }) {
+                Ok(reader) => self.current = Some((path, reader)),
+                Err(error) => return Some(Err(error)),
+            }
+        }
+    }
+}
+
+/// All rows of one small file.
+pub fn read_file<R: Row>(path: &Path) -> Result<Vec<R>, StoreError> {
+    let mut rows = Vec::new();
+    for batch in TableReader::new(vec![path.to_owned()]) {
+        rows.extend(typed::<R>(path, &batch?)?);
+    }
+    Ok(rows)
+}
+
+pub(super) fn typed<R: Row>(path: &Path, batch: &RecordBatch) -> Result<Vec<R>, StoreError> {
+    R::from_batch(batch).map_err(|misfit| StoreError::Misfit {
+        path: path.to_owned(),
+        misfit,
+    })
+}
+
+pub(super) fn open(path: &Path) -> Result<ParquetRecordBatchReaderBuilder<File>, StoreError> {
+    let file = File::open(path).map_err(StoreError::io("read", path))?;
+    ParquetRecordBatchReaderBuilder::try_new(file).map_err(|error| parquet_error(path, error))
+}
+
+pub(super) fn parquet_error(path: &Path, error: ::parquet::errors::ParquetError) -> StoreError {
+    use ::parquet::errors::ParquetError;
+    if let ParquetError::External(inner) = error {
+        return match inner.downcast::<std::io::Error>() {
+            Ok(io) => StoreError::Io {
+                action: "write",
+                path: path.to_owned(),
+                source: *io,
+            },
+            Err(other) => StoreError::Parquet {
+                path: path.to_owned(),
+                problem: other.to_string(),
+            },
+        };
+    }
+    StoreError::Parquet {
+        path: path.to_owned(),
+        problem: error.to_string(),
+    }
+}
+
+/// The schema of a file's rows.
+pub(super) fn schema_of_file(path: &Path) -> Result<SchemaRef, StoreError> {
+    Ok(Arc::clone(open(path)?.schema()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tables::{Reject, RejectClass};
+
+    fn reject(number: usize) -> Reject {
+        Reject {
+            stage: "prompts".to_owned(),
+            round: None,
+            id: number.to_string(),
+            class: RejectClass::Fault,
+            reason: "no such file".to_owned(),
+        }
+    }
+
+    #[test]
+    fn rows_come_back_in_order_and_the_hash_is_the_files() {
+        let folder = tempfile::tempdir().unwrap();
+        let rows: Vec<Reject> = (0..10_000).map(reject).collect();
+        let mut writer = TableWriter::new(
+            folder.path(),
+            "rejects/a",
+            Reject::schema(),
+            &[("by", "us".to_owned())],
+        );
+        writer.write(&Reject::to_batch(&rows)).unwrap();
+        let records = writer.finish().unwrap();
+        assert_eq!(records.len(), 1);
+        assert_eq!(records[0].rows, 10_000);
+        let path = folder.path().join(&records[0].file);
+        let bytes = fs::read(&path).unwrap();
+        assert_eq!(records[0].bytes, bytes.len() as u64);
+        assert_eq!(records[0].sha256, super::super::digest(&bytes));
+        assert_eq!(read_file::<Reject>(&path).unwrap(), rows);
+    }
+
+    #[test]
+    fn a_writer_without_rows_leaves_no_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let writer = TableWriter::new(folder.path(), "rejects/a", Reject::schema(), &[]);
+        assert!(writer.finish().unwrap().is_empty());
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+}

@@ -1,0 +1,56 @@
+//! What a row is: the row types of every table, one kind a file.
+//!
+//! A table is named rows of one kind. The stages exchange rows as Arrow record batches; on disk
+//! they are Parquet (see [`crate::store`]). The doc comment of a field is the field's documentation
+//! everywhere: it travels in the Arrow field's metadata into every Parquet file and into
+//! `schemas/tables/<kind>.json`.
+
+mod row;
+
+mod candidate;
+mod image;
+mod pair;
+mod prompt;
+mod reference;
+mod reject;
+mod reward;
+mod step;
+
+pub use candidate::{Candidate, Finish};
+pub use image::{Image, ImageFile};
+pub use pair::Pair;
+pub use prompt::{Prompt, Role, Turn};
+pub use reference::Reference;
+pub use reject::{Reject, RejectClass};
+pub use reward::Reward;
+pub use row::{Misfit, Row, fits, is_measured};
+pub use step::Step;
+
+use arrow::datatypes::SchemaRef;
+
+/// Every kind there is, in the order in which a row meets them.
+pub const KINDS: [&str; 8] = [
+    Image::KIND,
+    Prompt::KIND,
+    Candidate::KIND,
+    Reward::KIND,
+    Pair::KIND,
+    Reference::KIND,
+    Step::KIND,
+    Reject::KIND,
+];
+
+/// The schema of a kind, or `None` when there is no such kind.
+pub fn schema_of(kind: &str) -> Option<SchemaRef> {
+    Some(match kind {
+        Image::KIND => Image::schema(),
+        Prompt::KIND => Prompt::schema(),
+        Candidate::KIND => Candidate::schema(),
+        Reward::KIND => Reward::schema(),
+        Pair::KIND => Pair::schema(),
+        Reference::KIND => Reference::schema(),
+        Step::KIND => Step::schema(),
+        Reject::KIND => Reject::schema(),
+        _ => return None,
+    })
+}
