@@ -1,0 +1,85 @@
+//! Attention of a prompt and of its continuations, in which key-value heads serve groups of query
+//! heads (Ainslie et al. 2023, *GQA*, arXiv 2305.13245).
+//!
+//! One function for each way through the decoder. Keys and values are read by the heads and the
+//! continuations that share them, never repeated for each. Queries are `[heads, tokens, head_dim]`, keys and values
+//! `[kv_heads, tokens, head_dim]`, all with their positions already; each key-value head serves
+//! `heads / kv_heads` consecutive query heads; what comes back has the shape of the queries.
+
+use tch::{IndexOp, Kind, Tensor};
+
+/// The keys and values of some tokens in one layer.
+#[derive(Debug)]
+pub struct KeyValue {
+    pub k: Tensor,
+    pub v: Tensor,
+}
+
+/// The prompt's tokens among themselves.
+pub fn attend_causally(q: &Tensor, own: &KeyValue) -> Tensor {
+    grouped_attention(q, &own.k, &own.v, None)
+}
+
+/// Tokens of continuations, which see the prompt and what `mask` leaves of each other.
+pub fn attend_behind(q: &Tensor, own: &KeyValue, shared: &KeyValue, mask: &Tensor) -> Tensor {
+    let k = Tensor::cat(&[&shared.k, &own.k], 1);
+    let v = Tensor::cat(&[&shared.v, &own.v], 1);
+    grouped_attention(q, &k, &v, Some(mask))
+}
+
+/// Fused attention in which each key-value head serves a group of query heads; causal without a
+/// mask. The key-value heads take the place of the batch, so that none is copied for its group.
+fn grouped_attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>) -> Tensor {
+    let kv_heads = k.size()[0];
+    let q = q.unflatten(0, [kv_heads, -1]); // [kv_heads, group, tokens, head_dim]
+    let group = q.size()[1];
+    let served = |xs: &Tensor| xs.unsqueeze(1).expand([-1, group, -1, -1], false);
+    let causal = mask.is_none();
+    Tensor::scaled_dot_product_attention(&q, &served(k), &served(v), mask, 0.0, causal, None, false)
+        .flatten(0, 1)
+}
+
+/// One token of each continuation (`q`: `[heads, rows, head_dim]`), which sees the prompt and its
+/// own row of `own`. Softmax over the scores of both, side by side; one product per key-value head
+/// reads the prompt for all rows and heads that share it.
+pub fn attend_one(q: &Tensor, own: &KeyValue, shared: &KeyValue) -> Tensor {
+    let kv_heads = shared.k.size()[0];
+    let [_, rows, head_dim] = q.size()[..] else {
+        panic!("queries are [heads, rows, head_dim]")
+    };
+    let q = (q * (head_dim as f64).powf(-0.5)).unflatten(0, [kv_heads, -1]); // [kv_heads, group, rows, head_dim]
+    let by_row = |xs: &Tensor| xs.transpose(1, 2); // exchanges group and rows
+    let prompt = shared.k.size()[1];
+    let own_tokens = own.k.size()[2];
+
+    let on_prompt = q.flatten(1, 2).bmm(&shared.k.transpose(1, 2)); // [kv_heads, group * rows, prompt]
+    let on_own = by_row(&by_row(&q).matmul(&own.k.transpose(2, 3))).flatten(1, 2); // [kv_heads, group * rows, own]
+    let weights = Tensor::cat(&[on_prompt, on_own], -1)
+        .softmax(-1, Kind::Float)
+        .to_kind(q.kind());
+
+    let from_prompt = weights.narrow(-1, 0, prompt).bmm(&shared.v); // [kv_heads, group * rows, head_dim]
+    let own_weights = weights
+        .narrow(-1, prompt, own_tokens)
+        .unflatten(1, [-1, rows]);
+    let from_own = by_row(&by_row(&own_weights).matmul(&own.v)); // [kv_heads, group, rows, head_dim]
+    (from_prompt.unflatten(1, [-1, rows]) + from_own).flatten(0, 1)
+}
+
+/// What is added to the scores of continuations of these `lengths` behind a prompt,
+/// `[tokens of all, prompt + tokens of all]`: 0 for the prompt and for what came before in the same
+/// continuation, minus infinity for the rest.
+pub fn branch_mask(lengths: &[i64], prompt: i64) -> Tensor {
+    let owners: Vec<i64> = (0..)
+        .zip(lengths)
+        .flat_map(|(row, &length)| std::iter::repeat_n(row, length as usize))
+        .collect();
+    let owners = Tensor::from_slice(&owners);
+    let seen = owners.unsqueeze(1).eq_tensor(&owners.unsqueeze(0)).tril(0); // [tokens of all, tokens of all]
+    let tokens = owners.size()[0];
+    let mask = Tensor::zeros([tokens, prompt + tokens], (Kind::Float, owners.device()));
+    let _ = mask
+        .i((.., prompt..))
+        .masked_fill_(&seen.logical_not(), f64::NEG_INFINITY);
+    mask
+}

@@ -1,0 +1,250 @@
+//! A LLaVA-OneVision checkpoint as it lies on disk: read by canonical names, written back as it was.
+//!
+//! transformers has written the same weights under several names (4.45 to 4.57 with
+//! `vision_tower.vision_model.…`, 5.x without `vision_model`, third parties as they are in memory,
+//! with a leading `model.`). Networks ask by one name each; the checkpoint remembers what each is
+//! called in its files. Writing keeps those names, the shards, the element types, every tensor that
+//! no network asked for, and every other file of the folder, so whatever could load the original
+//! can load the copy.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap};
+use std::fs::{self, File};
+use std::path::Path;
+
+use tch::{Device, Kind, Tensor};
+
+use super::layers::Source;
+use super::optimizer::Parameter;
+use super::weights::{Weights, save_safetensors};
+use crate::models::ModelError;
+use crate::prep::canonical;
+
+/// The canonical names of the embedding and of the head, which may be one parameter.
+pub const EMBEDDING: &str = "language_model.model.embed_tokens.weight";
+pub const HEAD: &str = "language_model.lm_head.weight";
+
+/// An opened checkpoint.
+#[derive(Debug)]
+pub struct Checkpoint {
+    weights: Weights,
+    /// From canonical names to those in the files.
+    names: BTreeMap<String, String>,
+}
+
+impl Checkpoint {
+    /// Opens the safetensors of `folder`; reads their headers only.
+    pub fn open(folder: &Path) -> Result<Self, ModelError> {
+        let weights = Weights::open(folder)?;
+        let is_safetensors = |file: &Path| file.extension().is_some_and(|end| end == "safetensors");
+        if let Some(file) = weights.files().find(|file| !is_safetensors(file)) {
+            let problem = "a torch file; convert the checkpoint to safetensors (in transformers: \
+                           `model.save_pretrained(folder)`)";
+            return Err(problem_with(file, problem));
+        }
+        if weights.has("model.mm_projector.0.weight") {
+            let problem = "weights in LLaVA-NeXT's own layout (`model.mm_projector`); convert them \
+                           with transformers' `convert_llava_onevision_weights_to_hf.py`, or take \
+                           the `-hf` checkpoint";
+            return Err(problem_with(folder, problem));
+        }
+        let names = weights
+            .names()
+            .map(|name| (canonical(name), name.to_owned()))
+            .collect();
+        Ok(Self { weights, names })
+    }
+
+    /// Whether a tensor of this canonical name is stored.
+    pub fn has(&self, name: &str) -> bool {
+        self.names.contains_key(name)
+    }
+
+    /// Writes the checkpoint into the new folder `to`, with the values of `parameters` in the place
+    /// of those that were read, each rounded to the element type that it was stored in. Returns when
+    /// everything is on disk.
+    pub fn save(&self, to: &Path, parameters: &[Parameter]) -> Result<(), ModelError> {
+        let io = |error: std::io::Error| problem_with(to, &error.to_string());
+        fs::create_dir(to).map_err(io)?;
+        self.copy_other_files(to)?;
+        let mut values: HashMap<&str, &Tensor> = parameters
+            .iter()
+            .map(|parameter| (parameter.name.as_str(), &parameter.tensor))
+            .collect();
+        // A tied head that is stored nevertheless is stored as the embedding.
+        if let (None, Some(&embedding)) = (values.get(HEAD), values.get(EMBEDDING)) {
+            values.insert(HEAD, embedding);
+        }
+        for file in self.weights.files() {
+            let tensors = self.tensors_of(file, &values)?;
+            let name = file.file_name().expect("a shard is a file");
+            save_safetensors(&to.join(name), &tensors, &[("format", "pt")])?;
+        }
+        File::open(to)
+            .and_then(|folder| folder.sync_all())
+            .map_err(io)
+    }
+
+    /// The tensors of one shard under their names in it.
+    fn tensors_of(
+        &self,
+        file: &Path,
+        values: &HashMap<&str, &Tensor>,
+    ) -> Result<Vec<(String, Tensor)>, ModelError> {
+        let mut tensors = Vec::new();
+        for (canonical, name) in &self.names {
+            let Some(info) = self.weights.info(name).filter(|info| info.file == file) else {
+                continue;
+            };
+            let tensor = match values.get(canonical.as_str()) {
+                Some(value) => value.detach().to_device(Device::Cpu).to_kind(info.kind),
+                None => self.weights.read(name, Device::Cpu)?,
+            };
+            tensors.push((name.clone(), tensor));
+        }
+        Ok(tensors)
+    }
+
+    /// Copies config, tokenizer, processor and whatever else lies beside the weights: every file
+    /// that does not hold weights itself.
+    fn copy_other_files(&self, to: &Path) -> Result<(), ModelError> {
+        let from = self.weights.path();
+        let io = |error: std::io::Error| problem_with(from, &error.to_string());
+        for entry in fs::read_dir(from).map_err(io)? {
+            let path = entry.map_err(io)?.path();
+            let holds_weights = path.extension().is_some_and(|end| {
+                ["safetensors", "bin", "pt", "pth", "gguf", "h5", "msgpack"]
+                    .iter()
+                    .any(|other| end == *other)
+            });
+            let Some(name) = path
+                .file_name()
+                .filter(|_| path.is_file() && !holds_weights)
+            else {
+                continue;
+            };
+            let copy = to.join(name);
+            fs::copy(&path, &copy)
+                .and_then(|_| File::open(&copy)?.sync_all())
+                .map_err(|error| problem_with(&copy, &error.to_string()))?;
+        }
+        Ok(())
+    }
+}
+
+fn problem_with(path: &Path, problem: &str) -> ModelError {
+    ModelError::Weights {
+        path: path.to_owned(),
+        problem: problem.to_owned(),
+    }
+}
+
+/// Whether the weights that are taken will be trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    Inference,
+    Training,
+}
+
+/// A checkpoint as a source of weights, on one device and in one precision. Keeps what was taken
+/// for training.
+#[derive(Debug)]
+pub struct Reader<'a> {
+    checkpoint: &'a Checkpoint,
+    device: Device,
+    kind: Kind,
+    purpose: Purpose,
+    parameters: RefCell<Vec<Parameter>>,
+}
+
+impl<'a> Reader<'a> {
+    pub fn new(checkpoint: &'a Checkpoint, device: Device, kind: Kind, purpose: Purpose) -> Self {
+        let parameters = RefCell::default();
+        Self {
+            checkpoint,
+            device,
+            kind,
+            purpose,
+            parameters,
+        }
+    }
+
+    /// The weights that were taken for training, in the order of taking.
+    pub fn into_parameters(self) -> Vec<Parameter> {
+        self.parameters.into_inner()
+    }
+}
+
+impl Source for Reader<'_> {
+    fn take(&self, name: &str, shape: &[i64]) -> Result<Tensor, ModelError> {
+        let Checkpoint { weights, names } = self.checkpoint;
+        // An unknown name is asked for as it is, for the error to say that it is missing.
+        let stored = names.get(name).map_or(name, String::as_str);
+        let tensor = weights.take(stored, shape, self.kind, self.device)?;
+        if self.purpose == Purpose::Inference {
+            return Ok(tensor);
+        }
+        let tensor = tensor.set_requires_grad(true);
+        self.parameters.borrow_mut().push(Parameter {
+            name: name.to_owned(),
+            tensor: tensor.shallow_clone(),
+        });
+        Ok(tensor)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_saved_checkpoint_has_the_same_names_types_and_untouched_tensors() {
+        let folder = tempfile::tempdir().unwrap();
+        let from = folder.path().join("from");
+        fs::create_dir(&from).unwrap();
+        fs::write(from.join("config.json"), "{}").unwrap();
+        let stored = |name: &str, values: &[f32], kind| {
+            (name.to_owned(), Tensor::from_slice(values).to_kind(kind))
+        };
+        let tensors = [
+            stored("image_newline", &[1.0, 2.0], Kind::BFloat16),
+            stored(
+                "vision_tower.vision_model.post_layernorm.bias",
+                &[0.1],
+                Kind::Float,
+            ),
+            stored(
+                "language_model.model.embed_tokens.weight",
+                &[3.0],
+                Kind::Half,
+            ),
+            stored("language_model.lm_head.weight", &[3.0], Kind::Half),
+        ];
+        let path = from.join("model.safetensors");
+        save_safetensors(&path, &tensors, &[("format", "pt")]).unwrap();
+
+        let checkpoint = Checkpoint::open(&from).unwrap();
+        let reader = Reader::new(&checkpoint, Device::Cpu, Kind::Float, Purpose::Training);
+        let newline = reader.take("image_newline", &[2]).unwrap();
+        let embedding = reader.take(EMBEDDING, &[1]).unwrap();
+        tch::no_grad(|| {
+            let _ = newline.detach().g_add_scalar_(0.25);
+            let _ = embedding.detach().g_add_scalar_(1.0);
+        });
+        let to = folder.path().join("to");
+        checkpoint.save(&to, &reader.into_parameters()).unwrap();
+
+        assert_eq!(fs::read_to_string(to.join("config.json")).unwrap(), "{}");
+        let saved = Weights::open(&to).unwrap();
+        assert!(saved.names().eq(checkpoint.weights.names()));
+        let [changed, untouched, tied, head] = tensors.map(|(name, before)| {
+            let after = saved.read(&name, Device::Cpu).unwrap();
+            assert_eq!(after.kind(), before.kind());
+            Vec::<f32>::try_from(after.to_kind(Kind::Float)).unwrap()
+        });
+        assert_eq!((changed, untouched), (vec![1.25, 2.25], vec![0.1]));
+        assert_eq!((tied, head), (vec![4.0], vec![4.0]));
+        let again = checkpoint.save(&to, &[]).unwrap_err().to_string();
+        assert!(again.contains("to: File exists"), "{again}");
+    }
+}

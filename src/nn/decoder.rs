@@ -1,0 +1,459 @@
+//! The decoder: Qwen2 (LLaVA-OneVision) and Llama (LLaVA-RLHF), which differ by three biases.
+//!
+//! The decoder is met in one situation only: several continuations of one long prompt, which is
+//! mostly picture. So there are three ways through it, with the same weights and the same numbers.
+//! [`Decoder::prefill`] reads the prompt once and gives its keys and values, the [`Prefix`].
+//! [`Decoder::branch`] reads whole continuations behind it, each blind to the others (training,
+//! scoring). [`Decoder::step`] reads the next token of each continuation and remembers it in
+//! [`Continuations`] (sampling). The prefix is read by all continuations and copied for none.
+//! Prefix and continuations are ordinary values, so the first two carry gradients.
+//!
+//! Sources: transformers' `models/qwen2/modeling_qwen2.py` and `models/llama/modeling_llama.py`.
+//! Activations are `[tokens, hidden]`, heads `[heads, tokens, head_dim]`: there is no batch
+//! dimension, because every token of a call belongs to one prompt.
+
+use tch::{Kind, Tensor};
+
+use super::attention::{KeyValue, attend_behind, attend_causally, attend_one, branch_mask};
+use super::layers::{Activation, Angles, Bias, Linear, Path, RmsNorm, Rotary};
+use crate::models::ModelError;
+use crate::prep::DecoderCard;
+
+/// The sizes of a decoder, named as in `config.json`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DecoderConfig {
+    pub vocab_size: i64,
+    pub hidden_size: i64,
+    pub intermediate_size: i64,
+    pub num_hidden_layers: i64,
+    pub num_attention_heads: i64,
+    /// Divides `num_attention_heads`; each serves that many consecutive query heads.
+    pub num_key_value_heads: i64,
+    pub head_dim: i64,
+    pub hidden_act: Activation,
+    pub rms_norm_eps: f64,
+    pub rope_theta: f64,
+    /// Whether `q_proj`, `k_proj` and `v_proj` have biases: Qwen2 yes, Llama no.
+    pub qkv_bias: Bias,
+}
+
+impl From<&DecoderCard> for DecoderConfig {
+    fn from(card: &DecoderCard) -> Self {
+        Self {
+            vocab_size: card.vocab_size as i64,
+            hidden_size: card.hidden_size as i64,
+            intermediate_size: card.intermediate_size as i64,
+            num_hidden_layers: card.num_hidden_layers as i64,
+            num_attention_heads: card.num_attention_heads as i64,
+            num_key_value_heads: card.num_key_value_heads as i64,
+            head_dim: card.head_dim as i64,
+            hidden_act: Activation::Silu,
+            rms_norm_eps: card.rms_norm_eps,
+            rope_theta: card.rope_theta,
+            qkv_bias: if card.qkv_bias { Bias::Yes } else { Bias::No },
+        }
+    }
+}
+
+/// Embeddings, layers and the final norm; the head is apart, see [`LmHead`].
+#[derive(Debug)]
+pub struct Decoder {
+    embed_tokens: Tensor, // [vocab, hidden]
+    layers: Vec<DecoderLayer>,
+    norm: RmsNorm,
+    rotary: Rotary,
+}
+
+/// The keys and values of a prompt.
+#[derive(Debug)]
+pub struct Prefix {
+    layers: Vec<KeyValue>, // [kv_heads, tokens, head_dim]
+    tokens: i64,
+}
+
+impl Prefix {
+    /// Tokens of the prompt; the first token behind it has this position.
+    pub fn tokens(&self) -> i64 {
+        self.tokens
+    }
+}
+
+/// The keys and values of continuations that grow by a token each at a time.
+#[derive(Debug)]
+pub struct Continuations {
+    layers: Vec<KeyValue>, // [kv_heads, rows, tokens, head_dim]
+    tokens: i64,
+}
+
+impl Continuations {
+    /// No token yet in any row.
+    pub fn new() -> Self {
+        let layers = Vec::new();
+        Self { layers, tokens: 0 }
+    }
+
+    /// Keeps only the rows (`[kept]`, int64) that go on.
+    pub fn keep(&mut self, rows: &Tensor) {
+        for layer in &mut self.layers {
+            layer.k = layer.k.index_select(1, rows);
+            layer.v = layer.v.index_select(1, rows);
+        }
+    }
+}
+
+impl Default for Continuations {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Decoder {
+    /// `path` holds `embed_tokens`, `layers` and `norm`.
+    pub fn new(path: &Path, config: &DecoderConfig) -> Result<Self, ModelError> {
+        let embed_tokens =
+            (path / "embed_tokens").take("weight", &[config.vocab_size, config.hidden_size])?;
+        let layers = path / "layers";
+        let device = embed_tokens.device();
+        Ok(Self {
+            embed_tokens,
+            layers: (0..config.num_hidden_layers)
+                .map(|index| DecoderLayer::new(&(&layers / index), config))
+                .collect::<Result<_, _>>()?,
+            norm: RmsNorm::new(&(path / "norm"), config.hidden_size, config.rms_norm_eps)?,
+            rotary: Rotary::new(config.head_dim, config.rope_theta, device),
+        })
+    }
+
+    /// Token ids (`[tokens]`, int64) to `[tokens, hidden]`.
+    pub fn embed(&self, ids: &Tensor) -> Tensor {
+        Tensor::embedding(&self.embed_tokens, ids, -1, false, false)
+    }
+
+    /// Reads a prompt from position 0. Gives the hidden states after the final norm
+    /// (`[tokens, hidden]`) and the prefix.
+    pub fn prefill(&self, embeds: &Tensor) -> (Tensor, Prefix) {
+        let tokens = embeds.size()[0];
+        let angles = self.angles(&Tensor::arange(tokens, (Kind::Int64, embeds.device())));
+        let mut cache = Vec::with_capacity(self.layers.len());
+        let mut xs = embeds.shallow_clone();
+        for layer in &self.layers {
+            xs = layer.forward(&xs, &angles, |q, own| {
+                let mixed = attend_causally(q, &own);
+                cache.push(own);
+                mixed
+            });
+        }
+        let layers = cache;
+        (self.norm.forward(&xs), Prefix { layers, tokens })
+    }
+
+    /// Reads whole continuations behind `prefix`. Their embeddings lie one after the other in
+    /// `embeds` (`[tokens of all, hidden]`), `lengths` says where each ends; each starts at the
+    /// position after the prompt and sees the prompt and itself. Gives the hidden states after the
+    /// final norm, in the same arrangement.
+    pub fn branch(&self, embeds: &Tensor, lengths: &[i64], prefix: &Prefix) -> Tensor {
+        assert_eq!(embeds.size()[0], lengths.iter().sum::<i64>());
+        let device = embeds.device();
+        let places: Vec<Tensor> = lengths
+            .iter()
+            .map(|&length| Tensor::arange(length, (Kind::Int64, device)))
+            .collect();
+        let angles = self.angles(&(Tensor::cat(&places, 0) + prefix.tokens));
+        let mask = branch_mask(lengths, prefix.tokens)
+            .to_device(device)
+            .to_kind(embeds.kind());
+        let mut xs = embeds.shallow_clone();
+        for (layer, shared) in self.layers.iter().zip(&prefix.layers) {
+            xs = layer.forward(&xs, &angles, |q, own| attend_behind(q, &own, shared, &mask));
+        }
+        self.norm.forward(&xs)
+    }
+
+    /// Reads the next token of each continuation (`[rows, hidden]`). Gives their hidden states
+    /// after the final norm. For inference.
+    pub fn step(&self, embeds: &Tensor, prefix: &Prefix, rows: &mut Continuations) -> Tensor {
+        let position = Tensor::from_slice(&[prefix.tokens + rows.tokens]);
+        let angles = self.angles(&position.to_device(embeds.device()));
+        let mut xs = embeds.shallow_clone();
+        for (index, (layer, shared)) in self.layers.iter().zip(&prefix.layers).enumerate() {
+            xs = layer.forward(&xs, &angles, |q, new| {
+                let (k, v) = (new.k.unsqueeze(2), new.v.unsqueeze(2)); // [kv_heads, rows, 1, head_dim]
+                if let Some(own) = rows.layers.get_mut(index) {
+                    own.k = Tensor::cat(&[&own.k, &k], 2);
+                    own.v = Tensor::cat(&[&own.v, &v], 2);
+                } else {
+                    rows.layers.push(KeyValue { k, v });
+                }
+                attend_one(q, &rows.layers[index], shared)
+            });
+        }
+        rows.tokens += 1;
+        self.norm.forward(&xs)
+    }
+
+    fn angles(&self, positions: &Tensor) -> Angles {
+        self.rotary.angles(positions, self.embed_tokens.kind())
+    }
+}
+
+/// The head that turns hidden states into logits; apart from [`Decoder`], so that logits are
+/// computed only where they are needed, and not loaded where they never are.
+#[derive(Debug)]
+pub struct LmHead {
+    weight: Tensor, // [vocab, hidden]
+}
+
+impl LmHead {
+    /// A head of its own.
+    pub fn new(path: &Path, config: &DecoderConfig) -> Result<Self, ModelError> {
+        let weight = path.take("weight", &[config.vocab_size, config.hidden_size])?;
+        Ok(Self { weight })
+    }
+
+    /// The embedding used as head; gradients of both uses meet in the one parameter.
+    pub fn tied(decoder: &Decoder) -> Self {
+        let weight = decoder.embed_tokens.shallow_clone();
+        Self { weight }
+    }
+
+    /// A head made of `weight`, `[vocab, hidden]`.
+    #[cfg(test)]
+    pub fn of(weight: Tensor) -> Self {
+        Self { weight }
+    }
+
+    /// `[rows, hidden]` to `[rows, vocab]`, in float32.
+    pub fn forward(&self, hidden: &Tensor) -> Tensor {
+        hidden
+            .linear(&self.weight, None::<&Tensor>)
+            .to_kind(Kind::Float)
+    }
+}
+
+#[derive(Debug)]
+struct DecoderLayer {
+    input_layernorm: RmsNorm,
+    self_attn: Attention,
+    post_attention_layernorm: RmsNorm,
+    mlp: Mlp,
+}
+
+impl DecoderLayer {
+    fn new(path: &Path, config: &DecoderConfig) -> Result<Self, ModelError> {
+        let norm = |name| RmsNorm::new(&(path / name), config.hidden_size, config.rms_norm_eps);
+        Ok(Self {
+            input_layernorm: norm("input_layernorm")?,
+            self_attn: Attention::new(&(path / "self_attn"), config)?,
+            post_attention_layernorm: norm("post_attention_layernorm")?,
+            mlp: Mlp::new(&(path / "mlp"), config)?,
+        })
+    }
+
+    /// `attend` is given the queries (`[heads, tokens, head_dim]`) and the keys and values of these
+    /// tokens (`[kv_heads, tokens, head_dim]`), all with their positions, and mixes the values of
+    /// whatever the tokens may see.
+    fn forward(
+        &self,
+        xs: &Tensor,
+        angles: &Angles,
+        attend: impl FnOnce(&Tensor, KeyValue) -> Tensor,
+    ) -> Tensor {
+        let normed = self.input_layernorm.forward(xs);
+        let xs = xs + self.self_attn.forward(&normed, angles, attend);
+        let mixed = self
+            .mlp
+            .forward(&self.post_attention_layernorm.forward(&xs));
+        xs + mixed
+    }
+}
+
+#[derive(Debug)]
+struct Attention {
+    q_proj: Linear,
+    k_proj: Linear,
+    v_proj: Linear,
+    o_proj: Linear,
+    head_dim: i64,
+}
+
+impl Attention {
+    fn new(path: &Path, config: &DecoderConfig) -> Result<Self, ModelError> {
+        let hidden = config.hidden_size;
+        let all = config.num_attention_heads * config.head_dim;
+        let shared = config.num_key_value_heads * config.head_dim;
+        let bias = config.qkv_bias;
+        Ok(Self {
+            q_proj: Linear::new(&(path / "q_proj"), hidden, all, bias)?,
+            k_proj: Linear::new(&(path / "k_proj"), hidden, shared, bias)?,
+            v_proj: Linear::new(&(path / "v_proj"), hidden, shared, bias)?,
+            o_proj: Linear::new(&(path / "o_proj"), all, hidden, Bias::No)?,
+            head_dim: config.head_dim,
+        })
+    }
+
+    fn forward(
+        &self,
+        xs: &Tensor,
+        angles: &Angles,
+        attend: impl FnOnce(&Tensor, KeyValue) -> Tensor,
+    ) -> Tensor {
+        let heads = |projected: Tensor| {
+            projected.unflatten(-1, [-1, self.head_dim]).transpose(0, 1) // [heads, tokens, head_dim]
+        };
+        let q = angles.rotate(&heads(self.q_proj.forward(xs)));
+        let k = angles.rotate(&heads(self.k_proj.forward(xs)));
+        let v = heads(self.v_proj.forward(xs));
+        let mixed = attend(&q, KeyValue { k, v }); // [heads, tokens, head_dim]
+        self.o_proj.forward(&mixed.transpose(0, 1).flatten(1, 2))
+    }
+}
+
+#[derive(Debug)]
+struct Mlp {
+    gate_proj: Linear,
+    up_proj: Linear,
+    down_proj: Linear,
+    activation: Activation,
+}
+
+impl Mlp {
+    fn new(path: &Path, config: &DecoderConfig) -> Result<Self, ModelError> {
+        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+        Ok(Self {
+            gate_proj: Linear::new(&(path / "gate_proj"), hidden, inner, Bias::No)?,
+            up_proj: Linear::new(&(path / "up_proj"), hidden, inner, Bias::No)?,
+            down_proj: Linear::new(&(path / "down_proj"), inner, hidden, Bias::No)?,
+            activation: config.hidden_act,
+        })
+    }
+
+    fn forward(&self, xs: &Tensor) -> Tensor {
+        let gate = self.activation.forward(&self.gate_proj.forward(xs));
+        self.down_proj.forward(&(gate * self.up_proj.forward(xs)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::IndexOp;
+
+    use super::super::layers::tests::{Made, noise};
+    use super::*;
+
+    fn config() -> DecoderConfig {
+        DecoderConfig {
+            vocab_size: 40,
+            hidden_size: 24,
+            intermediate_size: 48,
+            num_hidden_layers: 3,
+            num_attention_heads: 6,
+            num_key_value_heads: 2,
+            head_dim: 4,
+            hidden_act: Activation::Silu,
+            rms_norm_eps: 1e-6,
+            rope_theta: 1e4,
+            qkv_bias: Bias::Yes,
+        }
+    }
+
+    fn decoder(kind: Kind) -> Decoder {
+        let made = Made::new(kind, 5);
+        Decoder::new(&(Path::root(&made) / "model"), &config()).unwrap()
+    }
+
+    fn ids(ids: &[i64]) -> Tensor {
+        Tensor::from_slice(ids)
+    }
+
+    fn assert_close(found: &Tensor, expected: &Tensor, tolerance: f64) {
+        let apart = (found - expected).abs().max().double_value(&[]);
+        assert!(apart <= tolerance, "{apart} apart");
+    }
+
+    /// Prompt and answer in one causal pass: what every other way through must equal.
+    fn whole(decoder: &Decoder, prompt: &[i64], answer: &[i64]) -> Tensor {
+        let all = [prompt, answer].concat();
+        let (hidden, _) = decoder.prefill(&decoder.embed(&ids(&all)));
+        hidden.i(prompt.len() as i64..)
+    }
+
+    const PROMPT: [i64; 5] = [3, 1, 4, 1, 5];
+    const ANSWERS: [&[i64]; 3] = [&[9, 2, 6], &[5], &[3, 5, 8, 9]];
+
+    #[test]
+    fn branches_equal_their_own_causal_passes() {
+        let decoder = decoder(Kind::Float);
+        let (_, prefix) = decoder.prefill(&decoder.embed(&ids(&PROMPT)));
+        let embeds = decoder.embed(&ids(&ANSWERS.concat()));
+        let found = decoder.branch(&embeds, &[3, 1, 4], &prefix);
+        let expected = ANSWERS.map(|answer| whole(&decoder, &PROMPT, answer));
+        assert_close(&found, &Tensor::cat(&expected, 0), 1e-5);
+    }
+
+    #[test]
+    fn steps_equal_causal_passes_also_after_a_row_has_left() {
+        let decoder = decoder(Kind::Float);
+        let (_, prefix) = decoder.prefill(&decoder.embed(&ids(&PROMPT)));
+        let mut rows = Continuations::new();
+        let step = |tokens: &[i64], rows: &mut Continuations| {
+            decoder.step(&decoder.embed(&ids(tokens)), &prefix, rows)
+        };
+        let _ = step(&[9, 5, 3], &mut rows);
+        rows.keep(&ids(&[0, 2]));
+        let _ = step(&[2, 5], &mut rows);
+        let found = step(&[6, 8], &mut rows);
+        assert_close(
+            &found.get(0),
+            &whole(&decoder, &PROMPT, &[9, 2, 6]).get(2),
+            1e-5,
+        );
+        assert_close(
+            &found.get(1),
+            &whole(&decoder, &PROMPT, &[3, 5, 8]).get(2),
+            1e-5,
+        );
+    }
+
+    #[test]
+    fn branches_give_the_prompt_the_gradients_of_all_continuations() {
+        let decoder = decoder(Kind::Float);
+        let gradient = |hidden: &dyn Fn(&Tensor) -> Tensor| {
+            let prompt = decoder.embed(&ids(&PROMPT)).set_requires_grad(true);
+            hidden(&prompt).square().sum(Kind::Float).backward();
+            prompt.grad()
+        };
+        let shared = gradient(&|prompt| {
+            let (_, prefix) = decoder.prefill(prompt);
+            decoder.branch(&decoder.embed(&ids(&ANSWERS.concat())), &[3, 1, 4], &prefix)
+        });
+        let apart = gradient(&|prompt| {
+            let hidden = ANSWERS.map(|answer| {
+                let all = Tensor::cat(&[prompt, &decoder.embed(&ids(answer))], 0);
+                decoder.prefill(&all).0.i(5..)
+            });
+            Tensor::cat(&hidden, 0)
+        });
+        let scale = apart.abs().max().double_value(&[]);
+        assert_close(&(shared / scale), &(apart / scale), 1e-5);
+    }
+
+    #[test]
+    fn half_precision_stays_near_full_precision() {
+        let (narrow, wide) = (decoder(Kind::BFloat16), decoder(Kind::Float));
+        let hidden = whole(&narrow, &PROMPT, ANSWERS[0]);
+        assert_eq!(hidden.kind(), Kind::BFloat16);
+        assert_close(
+            &hidden.to_kind(Kind::Float),
+            &whole(&wide, &PROMPT, ANSWERS[0]),
+            0.2,
+        );
+    }
+
+    #[test]
+    fn a_tied_head_is_the_embedding() {
+        let decoder = decoder(Kind::Float);
+        let hidden = noise(&[2, 24], 1);
+        let logits = LmHead::tied(&decoder).forward(&hidden);
+        assert_eq!(logits, hidden.matmul(&decoder.embed_tokens.transpose(0, 1)));
+    }
+}

@@ -1,0 +1,111 @@
+//! The networks. One network, one file, with the names of the Python that it is read beside.
+//!
+//! In reading order: the machine and its errors; weights on disk; the parts that networks are made
+//! of; the networks; the roles that they play. The rest of the program meets none of these, only
+//! the traits of [`crate::models`], through [`NetLoader`].
+
+pub mod device;
+pub mod edge;
+
+pub mod checkpoint;
+pub mod weights;
+
+pub mod attention;
+pub mod layers;
+pub mod lora;
+
+pub mod decoder;
+pub mod vit;
+
+pub mod llava;
+pub mod llava_onevision;
+
+pub mod generate;
+pub mod sampling;
+
+pub mod reward;
+
+pub mod dpo;
+pub mod learner;
+pub mod optimizer;
+
+#[cfg(test)]
+mod recorded;
+
+use std::path::Path;
+
+use self::generate::OnevisionPolicy;
+use self::learner::OnevisionLearner;
+use self::reward::RewardJudge;
+use crate::models::{
+    Finding, Judge, Learner, ModelError, ModelLoader, ModelSpec, Opened, Policy, TrainSettings,
+};
+
+/// Opens the networks. A model that needs none (see [`ModelSpec::needs_torch`]) is not opened here.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct NetLoader;
+
+impl ModelLoader for NetLoader {
+    fn policy(&self, spec: &ModelSpec, weights: Option<&Path>) -> Opened<dyn Policy> {
+        match spec {
+            ModelSpec::LlavaOnevision(spec) => Ok(Box::new(OnevisionPolicy::open(spec, weights)?)),
+            other => Err(unfit(other, "answer")),
+        }
+    }
+
+    fn judge(&self, spec: &ModelSpec) -> Opened<dyn Judge> {
+        match spec {
+            ModelSpec::LlavaRlhf(spec) => Ok(Box::new(RewardJudge::open(spec)?)),
+            other => Err(unfit(other, "score")),
+        }
+    }
+
+    fn learner(
+        &self,
+        spec: &ModelSpec,
+        weights: Option<&Path>,
+        settings: &TrainSettings,
+    ) -> Opened<dyn Learner> {
+        match spec {
+            ModelSpec::LlavaOnevision(spec) => {
+                Ok(Box::new(OnevisionLearner::open(spec, weights, settings)?))
+            }
+            other => Err(unfit(other, "learn")),
+        }
+    }
+
+    fn build(&self) -> Vec<(&'static str, String)> {
+        vec![
+            ("ovchat.libtorch", device::version()),
+            ("ovchat.threads", device::threads().to_string()),
+        ]
+    }
+
+    fn doctor(&self) -> Vec<Finding> {
+        device::doctor()
+    }
+}
+
+/// The plan refuses such a use before anything opens; this is for callers that have no plan.
+fn unfit(spec: &ModelSpec, role: &str) -> ModelError {
+    ModelError::Torch {
+        what: format!("opening `{}`", spec.network()),
+        problem: format!("there is no network of this name that can {role}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::models::Scripted;
+
+    #[test]
+    fn a_model_in_a_role_that_it_cannot_play_is_refused_by_name() {
+        let spec = ModelSpec::Scripted(Scripted::default());
+        let error = NetLoader.policy(&spec, None).err().unwrap().to_string();
+        assert_eq!(
+            error,
+            "opening `scripted`: there is no network of this name that can answer"
+        );
+    }
+}

@@ -1,0 +1,278 @@
+//! The reward model of LLaVA-RLHF as a judge: its network, a head of one number, and the order in
+//! which answers are read.
+//!
+//! The score is what a linear layer makes of the hidden state, after the final norm, at the last
+//! token of the request to judge (github llava-rlhf/LLaVA-RLHF, `RLHF/models/reward_model.py`). All
+//! answers to a prompt begin with the same tokens, most of them the picture's, so these are read
+//! once: the longest common beginning of the tokenized texts, for the tokens of an answer depend on
+//! what stands before it, becomes a prefix in memory that every answer continues.
+
+use std::collections::HashMap;
+
+use tch::{Device, Kind, Tensor};
+
+use super::device;
+use super::edge::guarded;
+use super::llava::Llava;
+use super::weights::{Weights, refuse};
+use crate::models::{Emit, Group, Judge, LlavaRlhf, ModelError, Picture, RowFault, Score};
+use crate::prep::{JudgeIds, JudgePrep};
+
+/// The file of the head, beside the adapter.
+const HEAD_FILE: &str = "reward_head";
+
+/// The most tokens of answers that are read at once. More would not make better use of a device,
+/// and each of them is compared with all others, whether or not they belong to one answer.
+const PACK_TOKENS_MAX: usize = 512;
+
+/// A reward model of LLaVA-RLHF with its weights.
+#[derive(Debug)]
+pub struct RewardJudge {
+    prep: JudgePrep,
+    llava: Llava,
+    head: RewardHead,
+    kind: Kind,
+    device: Device,
+}
+
+impl RewardJudge {
+    /// Reads the three folders and the request of `spec` onto its device, in its precision.
+    ///
+    /// Fails when the device does not exist, a file is missing or not what it must be, or a tensor
+    /// is missing, of another shape, or has no place in the network.
+    pub fn open(spec: &LlavaRlhf) -> Result<Self, ModelError> {
+        let (device, kind) = device::choose(spec.device, spec.dtype)?;
+        let prep = JudgePrep::open(spec)?;
+        let hidden = prep.card.text_config.hidden_size as i64;
+        // The head first: it is small, and the file that is most often forgotten.
+        let head = RewardHead::open(&spec.adapter, hidden, device)?;
+        let llava = Llava::open(spec, &prep.card, kind, device)?;
+        Ok(Self {
+            prep,
+            llava,
+            head,
+            kind,
+            device,
+        })
+    }
+
+    /// The features of a picture, `[patches, hidden]`.
+    fn features(&self, picture: &Picture) -> Result<Result<Tensor, RowFault>, ModelError> {
+        let pixels = match self.prep.pixels(picture) {
+            Ok(pixels) => pixels,
+            Err(fault) => return Ok(Err(fault)),
+        };
+        let side = self.prep.clip.side() as i64;
+        let patches = self.prep.card.vision_config.patches();
+        guarded("looking at a picture", 1, patches, || {
+            let pixels = Tensor::from_slice(&pixels)
+                .view([1, 3, side, side])
+                .to_device(self.device)
+                .to_kind(self.kind);
+            Ok(self.llava.encode_images(&pixels).squeeze_dim(0))
+        })
+    }
+
+    /// The rewards of answers to one prompt, in their order.
+    fn rewards(
+        &self,
+        answers: &[JudgeIds],
+        features: Option<&Tensor>,
+    ) -> Result<Vec<f32>, ModelError> {
+        let shared = shared_tokens(answers);
+        let Some(first) = answers.first() else {
+            return Ok(Vec::new());
+        };
+        let decoder = self.llava.decoder();
+        let prefix = guarded("judging", 1, shared, || {
+            let (_, prefix) = decoder.prefill(&self.embed(first, shared, features));
+            prefix
+        })?;
+        let lengths: Vec<usize> = answers
+            .iter()
+            .map(|answer| answer.ids.len() - shared)
+            .collect();
+        let mut rewards = Vec::with_capacity(answers.len());
+        for pack in packs(&lengths, PACK_TOKENS_MAX) {
+            let ids: Vec<i64> = answers[pack.clone()]
+                .iter()
+                .flat_map(|answer| &answer.ids[shared..])
+                .copied()
+                .collect();
+            let lengths: Vec<i64> = lengths[pack].iter().map(|&length| length as i64).collect();
+            let scored = guarded("judging", lengths.len(), shared + ids.len(), || {
+                let embeds = decoder.embed(&self.tensor(&ids));
+                let hidden = decoder.branch(&embeds, &lengths, &prefix); // [tokens of all, hidden]
+                let last = Tensor::from_slice(&lengths).cumsum(0, Kind::Int64) - 1;
+                self.head
+                    .forward(&hidden.index_select(0, &last.to_device(self.device)))
+            })?;
+            rewards.extend(scored);
+        }
+        Ok(rewards)
+    }
+
+    /// The first `tokens` of a text, with the picture's features where it belongs,
+    /// `[tokens, hidden]`.
+    fn embed(&self, text: &JudgeIds, tokens: usize, features: Option<&Tensor>) -> Tensor {
+        let embed = |ids: &[i64]| self.llava.decoder().embed(&self.tensor(ids));
+        match (&text.picture, features) {
+            (Some(picture), Some(features)) => {
+                let before = embed(&text.ids[..picture.start]);
+                let after = embed(&text.ids[picture.end..tokens]);
+                Tensor::cat(&[&before, features, &after], 0)
+            }
+            _ => embed(&text.ids[..tokens]),
+        }
+    }
+
+    fn tensor(&self, ids: &[i64]) -> Tensor {
+        Tensor::from_slice(ids).to_device(self.device)
+    }
+}
+
+impl Judge for RewardJudge {
+    fn score(
+        &mut self,
+        groups: &[Group<'_>],
+        emit: Emit<'_, Vec<Score>>,
+    ) -> Result<(), ModelError> {
+        let _no_grad = tch::no_grad_guard();
+        let mut pictures = Pictures::of(groups);
+        for (index, group) in groups.iter().enumerate() {
+            let scored = match self.prep.ids(group) {
+                Err(fault) => Err(fault),
+                Ok(answers) => match group.prompt.pictures.first() {
+                    None => Ok(self.rewards(&answers, None)?),
+                    Some(picture) => match pictures.features(picture, self)? {
+                        Err(fault) => Err(fault.clone()),
+                        Ok(features) => Ok(self.rewards(&answers, Some(features))?),
+                    },
+                },
+            };
+            pictures.forget_after(index);
+            let score = |reward| Score {
+                reward,
+                reply: None,
+            };
+            let scored = scored.map(|rewards| rewards.into_iter().map(score).collect());
+            if emit(index, scored).is_break() {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The pictures of a call: the tower sees each once, and its features stay no longer than a group
+/// needs them.
+struct Pictures {
+    /// The last group that shows a picture, by the picture's id.
+    last_use: HashMap<String, usize>,
+    /// What there is of features now, or why there are none.
+    features: HashMap<String, Result<Tensor, RowFault>>,
+}
+
+impl Pictures {
+    fn of(groups: &[Group<'_>]) -> Self {
+        let mut last_use = HashMap::new();
+        for (index, group) in groups.iter().enumerate() {
+            for picture in &group.prompt.pictures {
+                last_use.insert(picture.id.clone(), index);
+            }
+        }
+        let features = HashMap::new();
+        Self { last_use, features }
+    }
+
+    fn features(
+        &mut self,
+        picture: &Picture,
+        judge: &RewardJudge,
+    ) -> Result<&Result<Tensor, RowFault>, ModelError> {
+        if !self.features.contains_key(&picture.id) {
+            let features = judge.features(picture)?;
+            self.features.insert(picture.id.clone(), features);
+        }
+        Ok(&self.features[&picture.id])
+    }
+
+    fn forget_after(&mut self, group: usize) {
+        let last_use = &self.last_use;
+        self.features.retain(|id, _| last_use[id] > group);
+    }
+}
+
+/// How many tokens all texts begin with, short of the last token of the shortest: that of the
+/// reward, which each must read for itself.
+fn shared_tokens(answers: &[JudgeIds]) -> usize {
+    let Some((first, others)) = answers.split_first() else {
+        return 0;
+    };
+    others.iter().fold(first.ids.len() - 1, |shared, other| {
+        let both = first.ids[..shared].iter().zip(&other.ids);
+        let common = both.take_while(|(one, two)| one == two).count();
+        common.min(other.ids.len() - 1)
+    })
+}
+
+/// Cuts consecutive texts of these lengths into packs of at most `tokens_max` tokens, or one text.
+fn packs(lengths: &[usize], tokens_max: usize) -> Vec<std::ops::Range<usize>> {
+    let mut packs: Vec<std::ops::Range<usize>> = Vec::new();
+    let mut tokens = 0;
+    for (index, &length) in lengths.iter().enumerate() {
+        match packs.last_mut() {
+            Some(pack) if tokens + length <= tokens_max => {
+                pack.end = index + 1;
+                tokens += length;
+            }
+            _ => {
+                packs.push(index..index + 1);
+                tokens = length;
+            }
+        }
+    }
+    packs
+}
+
+/// A linear layer from a hidden state to the reward.
+#[derive(Debug)]
+struct RewardHead {
+    weight: Tensor, // [1, hidden]
+    bias: Tensor,   // [1]
+}
+
+impl RewardHead {
+    /// Reads the head beside the adapter in `folder`, in the precision that it was saved in.
+    fn open(folder: &std::path::Path, hidden: i64, device: Device) -> Result<Self, ModelError> {
+        let path = folder.join(HEAD_FILE);
+        if !path.is_file() {
+            let problem = format!(
+                "the file `{HEAD_FILE}` is missing; a reward model of LLaVA-RLHF has it beside \
+                 its adapter"
+            );
+            return Err(refuse(folder, problem));
+        }
+        let weights = Weights::open_file(&path)?;
+        let kind = weights.info("weight").map_or(Kind::Float, |info| info.kind);
+        let take = |name, shape: &[i64]| weights.take(name, shape, kind, device);
+        Ok(Self {
+            weight: take("weight", &[1, hidden])?,
+            bias: take("bias", &[1])?,
+        })
+    }
+
+    /// `[rows, hidden]` to one reward for each row.
+    fn forward(&self, hidden: &Tensor) -> Vec<f32> {
+        let rewards = hidden
+            .to_kind(self.weight.kind())
+            .linear(&self.weight, Some(&self.bias)) // [rows, 1]
+            .to_kind(Kind::Float)
+            .to_device(Device::Cpu)
+            .squeeze_dim(1);
+        Vec::try_from(rewards).expect("float32 on the CPU, one dimension")
+    }
+}
+
+#[cfg(test)]
+mod tests;

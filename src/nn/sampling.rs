@@ -1,0 +1,369 @@
+//! How the next token is chosen from logits.
+//!
+//! In the order of transformers' `generate`: repetition penalty, temperature, `top_k`, `top_p`, draw.
+//! Before all of them, tokens that must never be written are banned. The draw takes its number from
+//! a counter, not from a generator with a state: it depends on the prompt's seed, the answer's
+//! number and the token's position, and so on nothing that batching or resuming could change.
+
+use sha2::{Digest, Sha256};
+use tch::{Device, Kind, Tensor};
+
+use crate::models::Sampling;
+
+/// The most likely tokens that are fetched from the device at first; the rest follow only if the
+/// draw goes beyond them.
+const CANDIDATES: i64 = 512;
+
+/// The seed of answer `answer`: the first eight bytes, little-endian, of
+/// `SHA-256("answer", prompt_seed, answer)`, the numbers as eight little-endian bytes each.
+pub fn answer_seed(prompt_seed: u64, answer: usize) -> i64 {
+    i64::from_le_bytes(hashed(b"answer", prompt_seed, answer as u64))
+}
+
+/// The number in [0, 1) that draws token `position` of the answer with this seed: the first eight
+/// bytes, little-endian, of `SHA-256("token", seed, position)`, their upper 53 bits over 2^53.
+pub fn uniform(answer_seed: i64, position: usize) -> f64 {
+    let bytes = hashed(b"token", answer_seed.cast_unsigned(), position as u64);
+    (u64::from_le_bytes(bytes) >> 11) as f64 / (1u64 << 53) as f64
+}
+
+fn hashed(purpose: &[u8], seed: u64, counter: u64) -> [u8; 8] {
+    let mut hash = Sha256::new();
+    hash.update(purpose);
+    hash.update(seed.to_le_bytes());
+    hash.update(counter.to_le_bytes());
+    let hash = hash.finalize();
+    std::array::from_fn(|index| hash[index])
+}
+
+/// Chooses tokens for the answers of one prompt.
+#[derive(Debug)]
+pub struct Chooser<'a> {
+    how: &'a Sampling,
+    /// 0, or minus infinity for a banned token; `[vocab]`, float32.
+    ban: Tensor,
+    /// Whether each token occurred in a row; `[rows, vocab]`, bool. Kept only for a penalty.
+    occurred: Option<Tensor>,
+}
+
+impl<'a> Chooser<'a> {
+    /// `rows` answers to a prompt of these `ids`, over a vocabulary of `vocab` tokens of which
+    /// `banned` are never chosen.
+    pub fn new(
+        how: &'a Sampling,
+        rows: usize,
+        ids: &[i64],
+        vocab: i64,
+        banned: &[i64],
+        device: Device,
+    ) -> Self {
+        let ban = Tensor::zeros([vocab], (Kind::Float, device)).index_fill(
+            0,
+            &Tensor::from_slice(banned).to_device(device),
+            f64::NEG_INFINITY,
+        );
+        let penalizes = (how.repetition_penalty - 1.0).abs() > f64::EPSILON;
+        let occurred = penalizes.then(|| {
+            Tensor::zeros([vocab], (Kind::Bool, device))
+                .index_fill(0, &Tensor::from_slice(ids).to_device(device), 1)
+                .repeat([rows as i64, 1])
+        });
+        Self { how, ban, occurred }
+    }
+
+    /// Goes on with some rows only (`[kept]`, int64).
+    pub fn keep(&mut self, rows: &Tensor) {
+        if let Some(occurred) = &mut self.occurred {
+            *occurred = occurred.index_select(0, rows);
+        }
+    }
+
+    /// One token for each row of `logits` (`[rows, vocab]`, float32), drawn with the row's number
+    /// in [0, 1). `None` when a row's logits are not numbers.
+    pub fn choose(&mut self, logits: &Tensor, numbers: &[f64]) -> Option<Vec<i64>> {
+        let scores = self.scores(logits);
+        let tokens = if self.how.temperature == 0.0 {
+            rows_of(&scores).iter().map(|row| greatest(row)).collect()
+        } else {
+            self.draw(&self.probabilities(&scores), numbers)
+        }?;
+        if let Some(occurred) = &mut self.occurred {
+            let chosen = Tensor::from_slice(&tokens)
+                .to_device(occurred.device())
+                .unsqueeze(-1);
+            let _ = occurred.scatter_value_(-1, &chosen, 1);
+        }
+        Some(tokens)
+    }
+
+    /// The logits with banned tokens at minus infinity and the penalty applied.
+    fn scores(&self, logits: &Tensor) -> Tensor {
+        let scores = logits + &self.ban;
+        let Some(occurred) = &self.occurred else {
+            return scores;
+        };
+        let penalty = self.how.repetition_penalty;
+        let penalized = (&scores * penalty).where_self(&scores.lt(0.0), &(&scores / penalty));
+        penalized.where_self(occurred, &scores)
+    }
+
+    /// Probabilities after temperature and `top_k`, `[rows, vocab]`.
+    fn probabilities(&self, scores: &Tensor) -> Tensor {
+        // Minus the maximum first, so that no temperature makes infinities.
+        let highest = scores.amax([-1i64].as_slice(), true);
+        let mut scaled = (scores - highest) / self.how.temperature;
+        let top_k = self.how.top_k as i64;
+        if (1..scaled.size()[1]).contains(&top_k) {
+            let (best, _) = scaled.topk(top_k, -1, true, true);
+            let least = best.narrow(-1, top_k - 1, 1);
+            scaled = scaled.masked_fill(&scaled.lt_tensor(&least), f64::NEG_INFINITY);
+        }
+        scaled.softmax(-1, Kind::Float)
+    }
+
+    fn draw(&self, probabilities: &Tensor, numbers: &[f64]) -> Option<Vec<i64>> {
+        let vocab = probabilities.size()[1];
+        let few = vocab.min(CANDIDATES);
+        let ranked = Ranked::of(probabilities, few);
+        let mut tokens = Vec::with_capacity(numbers.len());
+        for (row, &number) in numbers.iter().enumerate() {
+            let (chances, ids) = ranked.row(row)?;
+            let token = if let Some(rank) = draw_rank(chances, self.how.top_p, number) {
+                ids[rank]
+            } else {
+                // The draw goes beyond the most likely: look at all of this row. Rounding may put
+                // it beyond the last one, too.
+                let all = Ranked::of(&probabilities.narrow(0, row as i64, 1), vocab);
+                let (chances, ids) = all.row(0)?;
+                let last = chances.iter().rposition(|&chance| chance > 0.0)?;
+                ids[draw_rank(chances, self.how.top_p, number).unwrap_or(last)]
+            };
+            tokens.push(token);
+        }
+        Some(tokens)
+    }
+}
+
+/// The most likely tokens of each row, most likely first, lower ids first among equals.
+struct Ranked {
+    rows: Vec<(Vec<f32>, Vec<i64>)>,
+}
+
+impl Ranked {
+    fn of(probabilities: &Tensor, count: i64) -> Self {
+        let (chances, ids) = probabilities.topk(count, -1, true, true);
+        let ids = Vec::<Vec<i64>>::try_from(ids).expect("a matrix of integers");
+        let rows = rows_of(&chances)
+            .into_iter()
+            .zip(ids)
+            .map(|(chances, ids)| {
+                let mut pairs: Vec<(f32, i64)> = chances.into_iter().zip(ids).collect();
+                pairs.sort_by(|left, right| right.0.total_cmp(&left.0).then(left.1.cmp(&right.1)));
+                pairs.into_iter().unzip()
+            });
+        let rows = rows.collect();
+        Self { rows }
+    }
+
+    /// The chances and ids of a row; `None` when its chances are not numbers.
+    fn row(&self, row: usize) -> Option<(&[f32], &[i64])> {
+        let (chances, ids) = &self.rows[row];
+        let sound = chances.first().is_some_and(|chance| chance.is_finite());
+        sound.then_some((chances, ids))
+    }
+}
+
+/// The rank that `number` draws from the nucleus, by the inverse of the cumulated chances: the
+/// smallest set of most likely tokens whose chances sum to `top_p`. `None` when `chances`, which may
+/// be the most likely only, do not reach far enough.
+fn draw_rank(chances: &[f32], top_p: f64, number: f64) -> Option<usize> {
+    let cumulated = chances.iter().scan(0.0, |sum, &chance| {
+        *sum += f64::from(chance);
+        Some(*sum)
+    });
+    let cumulated: Vec<f64> = cumulated.collect();
+    let whole = if top_p < 1.0 {
+        *cumulated.iter().find(|&&sum| sum >= top_p)?
+    } else {
+        1.0
+    };
+    cumulated.iter().position(|&sum| sum > number * whole)
+}
+
+/// The token with the highest score, the lowest id among equals; `None` for scores that are not
+/// numbers.
+fn greatest(scores: &[f32]) -> Option<i64> {
+    let mut best: Option<usize> = None;
+    for (id, score) in scores.iter().enumerate() {
+        if score.is_nan() {
+            return None;
+        }
+        if best.is_none_or(|best| *score > scores[best]) {
+            best = Some(id);
+        }
+    }
+    best.filter(|&id| scores[id].is_finite())
+        .map(|id| id as i64)
+}
+
+fn rows_of(matrix: &Tensor) -> Vec<Vec<f32>> {
+    Vec::try_from(matrix).expect("a matrix of float32")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn how() -> Sampling {
+        Sampling {
+            count: 1,
+            temperature: 1.0,
+            top_p: 1.0,
+            top_k: 0,
+            repetition_penalty: 1.0,
+            max_new_tokens: 1,
+        }
+    }
+
+    /// The shares of the tokens that evenly spread numbers draw.
+    fn shares(how: &Sampling, logits: &[f32], ids: &[i64], banned: &[i64]) -> Vec<f64> {
+        const DRAWS: usize = 2000;
+        let vocab = logits.len() as i64;
+        let mut shares = vec![0.0; logits.len()];
+        let numbers: Vec<f64> = (0..DRAWS)
+            .map(|draw| (draw as f64 + 0.5) / DRAWS as f64)
+            .collect();
+        let mut chooser = Chooser::new(how, DRAWS, ids, vocab, banned, Device::Cpu);
+        let logits = Tensor::from_slice(logits).expand([DRAWS as i64, vocab], false);
+        for token in chooser.choose(&logits, &numbers).unwrap() {
+            shares[token as usize] += 1.0 / DRAWS as f64;
+        }
+        shares
+    }
+
+    fn check(found: &[f64], expected: &[f64]) {
+        for (found_one, expected_one) in found.iter().zip(expected) {
+            assert!(
+                (found_one - expected_one).abs() < 2e-3,
+                "{found:?} {expected:?}"
+            );
+        }
+    }
+
+    /// Logits whose probabilities are these.
+    fn logits(chances: &[f32]) -> Vec<f32> {
+        chances.iter().map(|chance| chance.ln()).collect()
+    }
+
+    const CHANCES: [f32; 4] = [0.1, 0.4, 0.2, 0.3];
+
+    #[test]
+    fn tokens_come_as_often_as_their_probability() {
+        check(
+            &shares(&how(), &logits(&CHANCES), &[], &[]),
+            &[0.1, 0.4, 0.2, 0.3],
+        );
+        let sharp = Sampling {
+            temperature: 0.5,
+            ..how()
+        };
+        check(
+            &shares(&sharp, &logits(&CHANCES), &[], &[]),
+            &[1. / 30., 16. / 30., 4. / 30., 9. / 30.],
+        );
+    }
+
+    #[test]
+    fn top_p_keeps_the_smallest_set_that_reaches_it() {
+        let nucleus = |top_p| Sampling { top_p, ..how() };
+        let of = |top_p| shares(&nucleus(top_p), &logits(&CHANCES), &[], &[]);
+        check(&of(0.65), &[0., 4. / 7., 0., 3. / 7.]);
+        check(&of(0.75), &[0., 4. / 9., 2. / 9., 3. / 9.]);
+        check(&of(0.01), &[0., 1., 0., 0.]);
+    }
+
+    #[test]
+    fn top_k_keeps_the_most_likely() {
+        let two = Sampling { top_k: 2, ..how() };
+        check(
+            &shares(&two, &logits(&CHANCES), &[], &[]),
+            &[0., 4. / 7., 0., 3. / 7.],
+        );
+        let more_than_all = Sampling { top_k: 9, ..how() };
+        check(
+            &shares(&more_than_all, &logits(&CHANCES), &[], &[]),
+            &[0.1, 0.4, 0.2, 0.3],
+        );
+    }
+
+    #[test]
+    fn banned_tokens_are_never_chosen() {
+        check(
+            &shares(&how(), &logits(&CHANCES), &[], &[1, 3]),
+            &[1. / 3., 0., 2. / 3., 0.],
+        );
+        let greedy = Sampling {
+            temperature: 0.0,
+            ..how()
+        };
+        check(
+            &shares(&greedy, &logits(&CHANCES), &[], &[1]),
+            &[0., 0., 0., 1.],
+        );
+    }
+
+    #[test]
+    fn a_penalty_divides_positive_and_multiplies_negative_logits_of_what_occurred() {
+        let penalty = Sampling {
+            repetition_penalty: 2.0,
+            ..how()
+        };
+        // Token 0: 2 becomes 1; token 1: -1 becomes -2; tokens 2 and 3 did not occur.
+        let expected = [1.0f64, -2.0, 1.0, -2.0].map(f64::exp);
+        let sum: f64 = expected.iter().sum();
+        let found = shares(&penalty, &[2.0, -1.0, 1.0, -2.0], &[0, 1], &[]);
+        check(&found, &expected.map(|value| value / sum));
+    }
+
+    #[test]
+    fn what_was_just_chosen_counts_as_occurred() {
+        let greedy = Sampling {
+            temperature: 0.0,
+            repetition_penalty: 2.0,
+            ..how()
+        };
+        let mut chooser = Chooser::new(&greedy, 1, &[], 2, &[], Device::Cpu);
+        let logits = Tensor::from_slice(&[3.0f32, 2.0]).unsqueeze(0);
+        let mut next = || chooser.choose(&logits, &[0.0]).unwrap()[0];
+        assert_eq!([next(), next(), next()], [0, 1, 0]);
+    }
+
+    #[test]
+    fn greedy_takes_the_lowest_id_among_equals() {
+        assert_eq!(greatest(&[1.0, 5.0, 5.0]), Some(1));
+        assert_eq!(greatest(&[1.0, f32::NAN]), None);
+        assert_eq!(greatest(&[f32::INFINITY, 0.0]), None);
+    }
+
+    #[test]
+    fn draws_beyond_the_most_likely_reach_all_tokens() {
+        let flat = vec![0.0f32; 3 * CANDIDATES as usize];
+        let found = shares(&how(), &flat, &[], &[]);
+        assert!(
+            found[2 * CANDIDATES as usize..]
+                .iter()
+                .any(|&share| share > 0.0)
+        );
+    }
+
+    #[test]
+    fn numbers_depend_on_seed_answer_and_position() {
+        let seed = answer_seed(7, 0);
+        assert_ne!(seed, answer_seed(7, 1));
+        assert_ne!(seed, answer_seed(8, 0));
+        let numbers: Vec<f64> = (0..1000).map(|position| uniform(seed, position)).collect();
+        let mean = numbers.iter().sum::<f64>() / 1000.0;
+        assert!((mean - 0.5).abs() < 0.03, "{mean}");
+        assert!(numbers.iter().all(|number| (0.0..1.0).contains(number)));
+    }
+}
