@@ -1,0 +1,49 @@
+# What people do here; `make` alone lists it. Plain `cargo build` works too once `make setup` ran.
+
+# tch 0.24 wants exactly this libtorch. PyPI's torch holds one, for CPU and for CUDA 13; the other
+# two packages are what it links to. Its Python files are never run, so any Python with pip will
+# do, and the wheels for one version are taken whatever version that Python has.
+LIBTORCH_PARTS := torch==2.11.0 nvidia-cuda-runtime~=13.0.0 nvidia-cuda-cupti~=13.0.0
+LIBTORCH_PYTHON := 3.12
+
+# Written last: without it, what lies in .libtorch may be half of a download.
+LIBTORCH_COMPLETE := .libtorch/complete-2.11.0
+
+.PHONY: help setup demo test world
+
+help: ## list what can be made
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+ifdef LIBTORCH
+setup: tools ## fetch libtorch into .libtorch, unless LIBTORCH names one (once; 0.5 GB)
+	@test -e "$(LIBTORCH)/lib/libtorch_cpu.so" || { \
+	  echo "LIBTORCH is $(LIBTORCH), which holds no lib/libtorch_cpu.so: unset it, and" \
+	       "'make setup' fetches a libtorch, or point it at the folder of an installed torch" >&2; exit 1; }
+else
+setup: tools $(LIBTORCH_COMPLETE)
+endif
+
+demo: setup ## build, and run pipelines/dpo.yaml: three rounds on the small world
+	cargo build
+	cargo run --quiet --bin pipeline -- run pipelines/dpo.yaml
+
+test: setup ## run the tests: code, schemas, layering, formatting
+	cargo test
+
+world: setup ## write data-samples again, byte for byte the same
+	rm -rf data-samples/images
+	cargo run --example small_world -- data-samples
+
+.PHONY: tools
+tools:
+	@command -v cargo >/dev/null || { echo "cargo is missing: install Rust from https://rustup.rs" >&2; exit 1; }
+	@command -v c++ >/dev/null || { echo "a C++ compiler is missing: apt-get install g++" >&2; exit 1; }
+
+# With --target, pip leaves the system's Python alone, and Debian's "externally managed" rule does
+# not apply.
+$(LIBTORCH_COMPLETE):
+	@python3 -m pip --version >/dev/null || { echo "pip is missing: apt-get install python3-pip" >&2; exit 1; }
+	rm -rf .libtorch
+	python3 -m pip install --target .libtorch --no-deps --no-compile --only-binary=:all: \
+	  --python-version $(LIBTORCH_PYTHON) --disable-pip-version-check $(LIBTORCH_PARTS)
+	touch $@

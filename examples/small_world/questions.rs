@@ -1,0 +1,394 @@
+//! Questions about a scene, each with its true answer and a false one, and true captions.
+
+use super::random::Random;
+use super::scene::{COLORS, Group, Object, Place, Scene};
+use super::shape::Kind;
+
+/// What a question is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Topic {
+    Kind,
+    Color,
+    Count,
+    Position,
+    Description,
+}
+
+impl Topic {
+    pub const ALL: [Self; 5] = [
+        Self::Kind,
+        Self::Color,
+        Self::Count,
+        Self::Position,
+        Self::Description,
+    ];
+
+    /// The topic's word in the ids of records.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Kind => "kind",
+            Self::Color => "color",
+            Self::Count => "count",
+            Self::Position => "position",
+            Self::Description => "description",
+        }
+    }
+}
+
+/// A question with its answers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Question {
+    pub topic: Topic,
+    pub text: String,
+    /// True of the scene.
+    pub answer: String,
+    /// Reads like `answer`, and is not true of the scene.
+    pub wrong: String,
+}
+
+impl Question {
+    fn new(topic: Topic, text: String, answers: [String; 2]) -> Self {
+        let [answer, wrong] = answers;
+        Self {
+            topic,
+            text,
+            answer,
+            wrong,
+        }
+    }
+}
+
+/// Asks about `topic`. `None`: the scene has nothing that can be asked for without ambiguity.
+pub fn ask(scene: &Scene, topic: Topic, random: &mut Random) -> Option<Question> {
+    match topic {
+        Topic::Kind => Some(ask_kind(scene, random)),
+        Topic::Color => Some(ask_color(scene, random)),
+        Topic::Count => Some(ask_count(scene, random)),
+        Topic::Position => ask_position(scene, random),
+        Topic::Description => Some(ask_description(scene, random)),
+    }
+}
+
+/// Sentences that are true of the scene, the first of which describes all of it.
+pub fn captions(scene: &Scene) -> Vec<String> {
+    let all = format!("{}.", capitalized(&list(&scene.groups)));
+    let total = there_are(scene.objects.len(), "shape", "shapes");
+    let lone = lone_objects(scene)
+        .into_iter()
+        .map(|object| where_it_is(object, object.place));
+    [all, total].into_iter().chain(lone).collect()
+}
+
+/// What kind of shape is at a place, or what kind the shapes of a color are.
+fn ask_kind(scene: &Scene, random: &mut Random) -> Question {
+    let colors_of_one_kind: Vec<&Group> = scene
+        .groups
+        .iter()
+        .filter(|group| {
+            scene
+                .groups
+                .iter()
+                .filter(|other| other.color == group.color)
+                .count()
+                == 1
+        })
+        .collect();
+    if !colors_of_one_kind.is_empty() && random.chance(0.5) {
+        let group = random.pick(&colors_of_one_kind);
+        let color = group.color.name;
+        let kinds = [group.kind, other_than(&Kind::ALL, group.kind, random)];
+        return if group.count == 1 {
+            let text = format!("What is the {color} shape?");
+            let answer = |kind: Kind| format!("The {color} shape is a {}.", kind.singular());
+            Question::new(Topic::Kind, text, kinds.map(answer))
+        } else {
+            let text = format!("What are the {color} shapes?");
+            let answer = |kind: Kind| format!("The {color} shapes are {}.", kind.plural());
+            Question::new(Topic::Kind, text, kinds.map(answer))
+        };
+    }
+    let object = &scene.objects[random.below(scene.objects.len())];
+    let kinds = [object.kind, other_than(&Kind::ALL, object.kind, random)];
+    let place = object.place.name();
+    let text = format!("What kind of shape is in the {place}?");
+    Question::new(
+        Topic::Kind,
+        text,
+        kinds.map(|kind| format!("It is a {}.", kind.singular())),
+    )
+}
+
+/// What color the shape at a place is, or what color the shapes of a kind are.
+fn ask_color(scene: &Scene, random: &mut Random) -> Question {
+    let kinds_of_one_color: Vec<&Group> = scene
+        .groups
+        .iter()
+        .filter(|group| {
+            scene
+                .groups
+                .iter()
+                .filter(|other| other.kind == group.kind)
+                .count()
+                == 1
+        })
+        .collect();
+    if !kinds_of_one_color.is_empty() && random.chance(0.7) {
+        let group = random.pick(&kinds_of_one_color);
+        let colors = [group.color, other_than(&COLORS, group.color, random)];
+        let (is, kind) = match group.count {
+            1 => ("is", group.kind.singular()),
+            _ => ("are", group.kind.plural()),
+        };
+        let text = format!("What color {is} the {kind}?");
+        let answer = colors.map(|color| format!("The {kind} {is} {}.", color.name));
+        return Question::new(Topic::Color, text, answer);
+    }
+    let object = &scene.objects[random.below(scene.objects.len())];
+    let colors = [object.color, other_than(&COLORS, object.color, random)];
+    let text = format!("What color is the shape in the {}?", object.place.name());
+    Question::new(
+        Topic::Color,
+        text,
+        colors.map(|color| format!("It is {}.", color.name)),
+    )
+}
+
+/// How many shapes there are of a kind, of a color, or at all.
+fn ask_count(scene: &Scene, random: &mut Random) -> Question {
+    let group = random.pick(&scene.groups);
+    let count = |wanted: &dyn Fn(&Object) -> bool| {
+        scene.objects.iter().filter(|object| wanted(object)).count()
+    };
+    let (count, one, many) = match random.below(3) {
+        0 => {
+            let kind = group.kind;
+            let count = count(&|object| object.kind == kind);
+            (count, kind.singular().to_owned(), kind.plural().to_owned())
+        }
+        1 => {
+            let color = group.color;
+            let count = count(&|object| object.color == color);
+            (
+                count,
+                format!("{} shape", color.name),
+                format!("{} shapes", color.name),
+            )
+        }
+        _ => (scene.objects.len(), "shape".to_owned(), "shapes".to_owned()),
+    };
+    let counts = [count, other_than(&[1, 2, 3, 4, 5, 6, 7], count, random)];
+    let text = format!("How many {many} are there?");
+    Question::new(
+        Topic::Count,
+        text,
+        counts.map(|count| there_are(count, &one, &many)),
+    )
+}
+
+/// Where a shape is that has no double.
+fn ask_position(scene: &Scene, random: &mut Random) -> Option<Question> {
+    let lone = lone_objects(scene);
+    if lone.is_empty() {
+        return None;
+    }
+    let object = random.pick(&lone);
+    let places = [
+        object.place,
+        other_than(&Place::all(), object.place, random),
+    ];
+    let text = format!(
+        "Where is the {} {}?",
+        object.color.name,
+        object.kind.singular()
+    );
+    let answers = places.map(|place| where_it_is(object, place));
+    Some(Question::new(Topic::Position, text, answers))
+}
+
+/// What there is to see at all. The false answer has one group wrong.
+fn ask_description(scene: &Scene, random: &mut Random) -> Question {
+    let mut wrong = scene.groups.clone();
+    let changed = random.below(wrong.len());
+    let group = wrong[changed];
+    wrong[changed] = loop {
+        let other = match random.below(3) {
+            0 => Group {
+                kind: other_than(&Kind::ALL, group.kind, random),
+                ..group
+            },
+            1 => Group {
+                color: other_than(&COLORS, group.color, random),
+                ..group
+            },
+            _ => Group {
+                count: other_than(&[1, 2, 3, 4], group.count, random),
+                ..group
+            },
+        };
+        // Two groups of one kind and color would be an odd way to say something.
+        let same = |(index, given): (usize, &Group)| {
+            index != changed && given.kind == other.kind && given.color == other.color
+        };
+        if !scene.groups.iter().enumerate().any(same) {
+            break other;
+        }
+    };
+    let text = random
+        .pick(&["Describe the picture.", "What is in the picture?"])
+        .to_owned();
+    let answer = |groups: &[Group]| format!("The picture shows {}.", list(groups));
+    Question::new(
+        Topic::Description,
+        text,
+        [answer(&scene.groups), answer(&wrong)],
+    )
+}
+
+/// The shapes that no other shape equals in kind and color.
+fn lone_objects(scene: &Scene) -> Vec<&Object> {
+    let lone = |object: &&Object| {
+        let equal = |other: &&Object| other.kind == object.kind && other.color == object.color;
+        scene.objects.iter().filter(equal).count() == 1
+    };
+    scene.objects.iter().filter(lone).collect()
+}
+
+fn where_it_is(object: &Object, place: Place) -> String {
+    let (color, kind) = (object.color.name, object.kind.singular());
+    format!("The {color} {kind} is in the {}.", place.name())
+}
+
+fn there_are(count: usize, one: &str, many: &str) -> String {
+    match count {
+        1 => format!("There is one {one}."),
+        _ => format!("There are {} {many}.", number(count)),
+    }
+}
+
+/// "three red circles, one blue star and two green rings".
+fn list(groups: &[Group]) -> String {
+    let named: Vec<String> = groups
+        .iter()
+        .map(|group| {
+            let kind = match group.count {
+                1 => group.kind.singular(),
+                _ => group.kind.plural(),
+            };
+            format!("{} {} {kind}", number(group.count), group.color.name)
+        })
+        .collect();
+    match named.split_last() {
+        Some((last, [])) => last.clone(),
+        Some((last, rest)) => format!("{} and {last}", rest.join(", ")),
+        None => "nothing".to_owned(),
+    }
+}
+
+fn number(count: usize) -> &'static str {
+    const WORDS: [&str; 10] = [
+        "no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
+    ];
+    WORDS[count]
+}
+
+fn capitalized(text: &str) -> String {
+    let mut letters = text.chars();
+    letters
+        .next()
+        .map(|first| first.to_ascii_uppercase())
+        .into_iter()
+        .chain(letters)
+        .collect()
+}
+
+/// One of `items` that is not `given`.
+fn other_than<T: Copy + PartialEq>(items: &[T], given: T, random: &mut Random) -> T {
+    let others: Vec<T> = items
+        .iter()
+        .copied()
+        .filter(|&item| item != given)
+        .collect();
+    random.pick(&others)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::small_world::scene::Paint;
+
+    /// A scene of the given shapes; where in a place they lie is nothing that questions look at.
+    fn scene(groups: &[(Kind, usize, usize)]) -> Scene {
+        let mut scene = Scene::draw(&mut Random::named(0, "any"));
+        scene.groups = groups
+            .iter()
+            .map(|&(kind, color, count)| Group {
+                kind,
+                color: COLORS[color],
+                count,
+            })
+            .collect();
+        let model = scene.objects[0].clone();
+        let shapes: Vec<(Kind, Paint)> = scene
+            .groups
+            .iter()
+            .flat_map(|group| std::iter::repeat_n((group.kind, group.color), group.count))
+            .collect();
+        scene.objects = shapes
+            .into_iter()
+            .zip(Place::all())
+            .map(|((kind, color), place)| Object {
+                kind,
+                color,
+                place,
+                ..model.clone()
+            })
+            .collect();
+        scene
+    }
+
+    #[test]
+    fn captions_say_what_is_there() {
+        let scene = scene(&[(Kind::Circle, 0, 2), (Kind::Star, 4, 1)]);
+        let expected = [
+            "Two red circles and one blue star.",
+            "There are three shapes.",
+            "The blue star is in the top right.",
+        ];
+        assert_eq!(captions(&scene), expected);
+    }
+
+    #[test]
+    fn a_scene_without_a_lone_shape_is_not_asked_for_a_position() {
+        let scene = scene(&[(Kind::Cross, 3, 2)]);
+        assert_eq!(
+            ask(&scene, Topic::Position, &mut Random::named(0, "ask")),
+            None
+        );
+    }
+
+    #[test]
+    fn counts_by_kind_span_colors() {
+        let scene = scene(&[(Kind::Ring, 0, 2), (Kind::Ring, 1, 3)]);
+        for number in 0..50 {
+            let mut random = Random::named(0, &format!("{number}"));
+            let question = ask(&scene, Topic::Count, &mut random).unwrap();
+            if question.text == "How many rings are there?" {
+                assert_eq!(question.answer, "There are five rings.");
+            }
+        }
+    }
+
+    #[test]
+    fn false_answers_differ_from_true_ones() {
+        for number in 0..500 {
+            let mut random = Random::named(5, &format!("{number}"));
+            let scene = Scene::draw(&mut random);
+            for topic in Topic::ALL {
+                if let Some(question) = ask(&scene, topic, &mut random) {
+                    assert_ne!(question.answer, question.wrong);
+                    assert!(question.text.ends_with(['?', '.']));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,245 @@
+//! The pictures of both splits and the JSON files that tell about them.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+
+use super::files::{self, Outcome};
+use super::questions::{self, Question, Topic};
+use super::random::Random;
+use super::render::{self, Format};
+use super::scene::Scene;
+
+/// What a picture is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Split {
+    Train,
+    HeldOut,
+}
+
+impl Split {
+    const ALL: [Self; 2] = [Self::Train, Self::HeldOut];
+
+    /// The name of its folder of pictures, and the beginning of its ids.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Train => "train",
+            Self::HeldOut => "heldout",
+        }
+    }
+}
+
+/// How much of everything there is to be.
+#[derive(Debug, Clone, Copy)]
+pub struct Counts {
+    /// To train on, held out.
+    pub pictures: [usize; 2],
+    /// About each picture, one a topic; fewer where a topic cannot be asked about.
+    pub questions: usize,
+    /// About each picture to train on.
+    pub preferences: usize,
+}
+
+/// A picture and all that is asked about it.
+pub struct Picture {
+    split: Split,
+    /// `train-0001`.
+    id: String,
+    /// Below the folder `images`: `train/0001.png`.
+    path: String,
+    bytes: Vec<u8>,
+    questions: Vec<Question>,
+    preferences: Vec<Question>,
+    captions: Vec<String>,
+}
+
+/// All pictures.
+pub struct World(Vec<Picture>);
+
+/// A question in the document's JSON format; `answer` is the true one.
+#[derive(Serialize)]
+struct PromptRecord<'a> {
+    id: String,
+    image: &'a str,
+    prompt: &'a str,
+    answer: &'a str,
+}
+
+/// A preference in the document's JSON format.
+#[derive(Serialize)]
+struct PreferenceRecord<'a> {
+    id: String,
+    image: &'a str,
+    prompt: &'a str,
+    chosen: &'a str,
+    rejected: &'a str,
+}
+
+/// Draws all pictures, no two of them of the same content.
+pub fn draw_world(seed: u64, counts: Counts) -> Outcome<World> {
+    /// Scenes to try for one picture before there seem to be no more.
+    const TRIES: usize = 1000;
+
+    let mut shown = BTreeSet::new();
+    let mut pictures = Vec::new();
+    for (split, wanted) in Split::ALL.into_iter().zip(counts.pictures) {
+        for number in 1..=wanted {
+            let id = format!("{}-{number:04}", split.name());
+            let drawn = (0..TRIES).find_map(|attempt| {
+                let mut random = Random::named(seed, &format!("{id}/{attempt}"));
+                let scene = Scene::draw(&mut random);
+                shown.insert(scene.content()).then_some((scene, random))
+            });
+            let (scene, mut random) =
+                drawn.ok_or_else(|| format!("{id}: no scene is left that was not shown before"))?;
+            pictures.push(draw_picture(
+                split,
+                number,
+                id,
+                &scene,
+                counts,
+                &mut random,
+            )?);
+        }
+    }
+    Ok(World(pictures))
+}
+
+/// Renders a scene and asks about it, each picture's questions beginning with another topic.
+fn draw_picture(
+    split: Split,
+    number: usize,
+    id: String,
+    scene: &Scene,
+    counts: Counts,
+    random: &mut Random,
+) -> Outcome<Picture> {
+    let format = if number.is_multiple_of(6) {
+        Format::Jpeg
+    } else {
+        Format::Png
+    };
+    let bytes = render::picture(scene, format, random)?;
+    let preferences = match split {
+        Split::Train => counts.preferences,
+        Split::HeldOut => 0,
+    };
+    let topics = Topic::ALL
+        .into_iter()
+        .cycle()
+        .skip(number % Topic::ALL.len());
+    let mut ask = |topic| questions::ask(scene, topic, random);
+    let questions: Vec<Question> = topics
+        .clone()
+        .take(Topic::ALL.len())
+        .filter_map(&mut ask)
+        .take(counts.questions)
+        .collect();
+    // Preferences begin with the topics that the questions of this picture leave out.
+    let preferences = topics
+        .skip(counts.questions)
+        .filter_map(ask)
+        .take(preferences)
+        .collect();
+    Ok(Picture {
+        split,
+        path: format!("{}/{number:04}.{}", split.name(), format.extension()),
+        bytes,
+        questions,
+        preferences,
+        captions: questions::captions(scene),
+        id,
+    })
+}
+
+impl World {
+    /// The pictures of one split.
+    pub fn pictures(&self, split: Split) -> impl Iterator<Item = &Picture> {
+        self.0.iter().filter(move |picture| picture.split == split)
+    }
+
+    /// Writes the pictures and their records to the folder `to`.
+    pub fn write(&self, to: &Path) -> Outcome<()> {
+        for picture in &self.0 {
+            files::write(&to.join("images").join(&picture.path), &picture.bytes)?;
+        }
+        files::write_json(&to.join("prompts.json"), &self.prompts(Split::Train))?;
+        files::write_json(&to.join("heldout.json"), &self.prompts(Split::HeldOut))?;
+        files::write_json(&to.join("feedback.json"), &self.feedback())?;
+        files::write_json(&to.join("captions.json"), &self.captions())
+    }
+
+    fn prompts(&self, split: Split) -> Vec<PromptRecord<'_>> {
+        let mut records = Vec::new();
+        for picture in self.pictures(split) {
+            records.extend(picture.questions.iter().map(|question| PromptRecord {
+                id: format!("{}-{}", picture.id, question.topic.name()),
+                image: &picture.path,
+                prompt: &question.text,
+                answer: &question.answer,
+            }));
+        }
+        records
+    }
+
+    fn feedback(&self) -> Vec<PreferenceRecord<'_>> {
+        let mut records = Vec::new();
+        for picture in &self.0 {
+            let numbered = (1..).zip(&picture.preferences);
+            records.extend(numbered.map(|(number, question)| PreferenceRecord {
+                id: format!("{}-{}-{number}", picture.id, question.topic.name()),
+                image: &picture.path,
+                prompt: &question.text,
+                chosen: &question.answer,
+                rejected: &question.wrong,
+            }));
+        }
+        records
+    }
+
+    fn captions(&self) -> Map<String, Value> {
+        let entry = |picture: &Picture| (picture.path.clone(), json!(picture.captions));
+        self.0.iter().map(entry).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn world(train: usize, held_out: usize) -> World {
+        draw_world(
+            7,
+            Counts {
+                pictures: [train, held_out],
+                questions: 5,
+                preferences: 1,
+            },
+        )
+        .unwrap()
+    }
+
+    #[test]
+    fn more_training_pictures_leave_the_first_ones_as_they_were() {
+        let (few, more) = (world(3, 0), world(5, 0));
+        for (first, second) in few.0.iter().zip(&more.0) {
+            assert_eq!(first.bytes, second.bytes);
+            assert_eq!(first.questions, second.questions);
+        }
+    }
+
+    #[test]
+    fn ids_of_questions_are_unique() {
+        let world = world(20, 5);
+        let mut ids = BTreeSet::new();
+        for split in Split::ALL {
+            for record in world.prompts(split) {
+                assert!(ids.insert(record.id.clone()), "{} comes twice", record.id);
+            }
+        }
+        // Scenes without a lone shape are not asked for a position.
+        assert!((25 * 4..=25 * 5).contains(&ids.len()));
+    }
+}

@@ -1,0 +1,277 @@
+//! Bad input: one clear error that names file, line or row and the way out; what was made stays.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+
+use ovchat::tables::{Prompt, Reject};
+
+use crate::run::{SCRIPTED, rows};
+use crate::scene::{ROOT, Scene};
+
+fn rejects(scene: &Scene) -> Vec<(String, String)> {
+    let said = scene.succeeds(&[
+        "sql",
+        "scripted",
+        "select id, reason from rejects order by id",
+        "--format",
+        "json",
+    ]);
+    let list: Vec<serde_json::Value> = serde_json::from_str(&said.out).unwrap();
+    let text = |row: &serde_json::Value, name: &str| row[name].as_str().unwrap().to_owned();
+    list.iter()
+        .map(|row| (text(row, "id"), text(row, "reason")))
+        .collect()
+}
+
+/// A scene with one good picture and prompts about it and about others.
+fn with_pictures(names: &[&str]) -> Scene {
+    let scene = Scene::new();
+    let bytes = fs::read(format!("{ROOT}/data-samples/images/train/0001.png")).unwrap();
+    scene.write("images/good.png", &bytes);
+    scene.write("images/cut.png", &bytes[..bytes.len() / 2]);
+    scene.write("images/words.png", "these are words");
+    let list: Vec<_> = names
+        .iter()
+        .map(|name| serde_json::json!({"image": name, "prompt": "What is it?"}))
+        .collect();
+    scene.write("prompts.json", serde_json::to_vec(&list).unwrap());
+    let pipeline = SCRIPTED.replace("from: prompts.json", "from: prompts.json, images: images");
+    scene.write("p.yaml", pipeline);
+    scene
+}
+
+#[test]
+fn a_bad_picture_costs_its_row_and_the_reason_names_the_file() {
+    let scene = with_pictures(&["good.png", "gone.png", "cut.png", "words.png"]);
+    scene.succeeds(&["run", "p.yaml", "--set", "reject_share_max=0.9"]);
+    assert_eq!(rows::<Prompt>(&scene, "prompts", None).len(), 1);
+    let rejects = rejects(&scene);
+    assert_eq!(
+        rejects
+            .iter()
+            .map(|(id, _)| id.as_str())
+            .collect::<Vec<_>>(),
+        ["record 2", "record 3", "record 4"]
+    );
+    assert!(
+        rejects[0].1.contains("there is no picture") && rejects[0].1.contains("gone.png"),
+        "{rejects:?}"
+    );
+    assert!(rejects[1].1.contains("cut.png"), "{rejects:?}");
+    assert!(rejects[2].1.contains("words.png"), "{rejects:?}");
+}
+
+#[test]
+fn a_picture_larger_than_the_bound_is_set_aside_before_it_is_decoded() {
+    let scene = with_pictures(&["large.ppm"]);
+    // A header that claims 20,000 x 20,000 pixels, and nothing behind it.
+    scene.write("images/large.ppm", "P6 20000 20000 255\n");
+    scene.pipeline(&[
+        "run",
+        "p.yaml",
+        "--set",
+        "reject_share_max=1.0",
+        "--until",
+        "prompts",
+    ]);
+    let rejects = rejects(&scene);
+    assert!(rejects[0].1.contains("20000"), "{rejects:?}");
+}
+
+#[test]
+fn too_many_bad_rows_stop_the_stage_and_mending_them_goes_on() {
+    let scene = with_pictures(&["good.png", "gone.png"]);
+    let said = scene.pipeline(&["run", "p.yaml"]);
+    assert_eq!(said.code, Some(1));
+    assert!(
+        said.err.contains("1 of 2 rows were set aside as faulty"),
+        "{}",
+        said.err
+    );
+    assert!(said.err.contains("record 2"), "{}", said.err);
+    fs::copy(scene.path("images/good.png"), scene.path("images/gone.png")).unwrap();
+    scene.succeeds(&["run", "p.yaml"]);
+    assert_eq!(rows::<Prompt>(&scene, "prompts", None).len(), 2);
+    assert!(
+        rejects(&scene)
+            .iter()
+            .all(|(_, reason)| !reason.contains("gone.png"))
+    );
+}
+
+#[test]
+fn a_record_without_a_question_is_set_aside_with_its_fields() {
+    let scene = Scene::new();
+    scene.write(
+        "prompts.json",
+        r#"[{"id": "a", "promt": "Why?"}, {"id": "b", "prompt": "Why?"}]"#,
+    );
+    scene
+        .write("p.yaml", SCRIPTED)
+        .pipeline(&["run", "p.yaml", "--set", "reject_share_max=0.5"]);
+    assert_eq!(
+        rejects(&scene)[0].1,
+        "it has no `prompt`; its fields are id, promt"
+    );
+}
+
+#[test]
+fn an_empty_or_broken_prompt_file_is_refused_with_its_name() {
+    for (content, words) in [
+        ("[]", "holds no records"),
+        ("", "holds no records"),
+        ("[{\"prompt\": }]", "line 1 column"),
+    ] {
+        let scene = Scene::new();
+        let said = scene
+            .write("prompts.json", content)
+            .write("p.yaml", SCRIPTED)
+            .pipeline(&["run", "p.yaml"]);
+        assert_eq!(said.code, Some(1));
+        assert!(
+            said.err.contains("prompts.json") && said.err.contains(words),
+            "{}",
+            said.err
+        );
+    }
+}
+
+#[test]
+fn a_prompt_longer_than_the_context_is_set_aside_before_the_model_opens() {
+    let scene = Scene::new();
+    let policy = scene.path("policy");
+    ovchat::store::copy_folder(format!("{ROOT}/data-samples/policy").as_ref(), &policy).unwrap();
+    let config = fs::read_to_string(policy.join("config.json")).unwrap();
+    let mut config: serde_json::Value = serde_json::from_str(&config).unwrap();
+    config["text_config"]["max_position_embeddings"] = 40.into();
+    fs::write(policy.join("config.json"), config.to_string()).unwrap();
+    // A model without its weights can't open: this run gets by without opening it.
+    let pipeline = SCRIPTED.replace(
+        "policy: { scripted: {} }",
+        "policy: { llava_onevision: { weights: policy } }",
+    );
+    let plan = scene.prompts(1).write("p.yaml", pipeline).path("p.yaml");
+    let plan = ovchat::config::load(&plan, &["reject_share_max=1.0".to_owned()], false).unwrap();
+    let options = ovchat::run::Options {
+        folder: scene.path("runs/scripted"),
+        until: Some("answers".to_owned().try_into().unwrap()),
+    };
+    let interrupt = ovchat::run::Interrupt::default();
+    ovchat::run::run(&plan, &options, None, &mut Quiet, &interrupt).unwrap();
+    let rejects: Vec<Reject> = rejects_of(&scene);
+    assert!(
+        rejects[0].reason.contains("context of 40"),
+        "{}",
+        rejects[0].reason
+    );
+}
+
+fn rejects_of(scene: &Scene) -> Vec<Reject> {
+    let run = ovchat::store::RunFolder::read(&scene.path("runs/scripted")).unwrap();
+    let files: Vec<_> = run
+        .manifest()
+        .made
+        .iter()
+        .flat_map(|made| made.rejects())
+        .cloned()
+        .collect();
+    files
+        .iter()
+        .flat_map(|file| ovchat::store::read_file(&run.root().join(&file.file)).unwrap())
+        .collect()
+}
+
+struct Quiet;
+
+impl ovchat::run::Report for Quiet {
+    fn start(&mut self, _: ovchat::run::Start<'_>) {}
+    fn progress(&mut self, _: u64) {}
+    fn finished(&mut self, _: &ovchat::stages::TableName, _: Option<u32>, _: u64, _: u64, _: u64) {}
+    fn reused(&mut self, _: &ovchat::stages::TableName, _: Option<u32>, _: u64) {}
+    fn note(&mut self, _: &str) {}
+}
+
+#[test]
+fn a_full_disk_loses_nothing_and_the_next_run_goes_on() {
+    let scene = Scene::new();
+    scene.prompts(10).write("p.yaml", SCRIPTED).succeeds(&[
+        "run",
+        "p.yaml",
+        "--until",
+        "candidates",
+    ]);
+    let before = rows::<ovchat::tables::Candidate>(&scene, "candidates", Some(1));
+    let full = scene.path("runs/scripted/rewards/round=1/part-00000.parquet.new");
+    fs::create_dir_all(full.parent().unwrap()).unwrap();
+    symlink("/dev/full", &full).unwrap();
+    let said = scene.pipeline(&["run", "p.yaml"]);
+    assert_eq!(said.code, Some(1));
+    assert!(said.err.contains("the disk is full"), "{}", said.err);
+    fs::remove_file(&full).unwrap();
+    scene.succeeds(&["run", "p.yaml"]);
+    assert_eq!(
+        rows::<ovchat::tables::Candidate>(&scene, "candidates", Some(1)),
+        before
+    );
+}
+
+#[test]
+fn a_folder_that_is_no_folder_of_this_run_is_refused() {
+    let scene = Scene::new();
+    scene
+        .prompts(2)
+        .write("p.yaml", SCRIPTED)
+        .succeeds(&["run", "p.yaml"]);
+    scene.write(
+        "other.yaml",
+        SCRIPTED.replace("pipeline: scripted", "pipeline: other"),
+    );
+    let said = scene.pipeline(&["run", "other.yaml", "--run", "runs/scripted"]);
+    assert!(
+        said.err
+            .contains("holds a run of the pipeline `scripted`, not of `other`"),
+        "{}",
+        said.err
+    );
+    let said = scene
+        .write("work/notes.txt", "mine")
+        .pipeline(&["run", "p.yaml", "--run", "work"]);
+    assert!(
+        said.err.contains("is not the folder of a run"),
+        "{}",
+        said.err
+    );
+    assert_eq!(
+        fs::read_to_string(scene.path("work/notes.txt")).unwrap(),
+        "mine"
+    );
+    let said = scene.pipeline(&["run", "p.yaml", "--run", "/dev/null/run"]);
+    assert_eq!(said.code, Some(1));
+    assert!(
+        said.err.contains("cannot create /dev/null/run"),
+        "{}",
+        said.err
+    );
+}
+
+#[test]
+fn a_lost_file_is_noticed_and_made_again() {
+    let scene = Scene::new();
+    scene
+        .prompts(10)
+        .write("p.yaml", SCRIPTED)
+        .succeeds(&["run", "p.yaml"]);
+    let before = scene.tables("runs/scripted");
+    let run = ovchat::store::RunFolder::read(&scene.path("runs/scripted")).unwrap();
+    let file = run.files("rewards", Some(1)).remove(0);
+    let bytes = fs::read(&file).unwrap();
+    fs::write(&file, &bytes[..bytes.len() - 10]).unwrap();
+    let said = scene.succeeds(&["run", "p.yaml"]);
+    assert!(
+        said.err
+            .contains("files of `rewards` are missing or spoiled"),
+        "{}",
+        said.err
+    );
+    assert_eq!(scene.tables("runs/scripted"), before);
+}

@@ -1,0 +1,83 @@
+//! Pipelines that must be refused, and those that only earn a warning.
+//!
+//! Each `tests/check/*.yaml` starts with a comment: the exact rendering, without color, of what is
+//! wrong with it. `UPDATE=1 cargo test` writes the comments anew. A first line `# with: …` gives
+//! arguments: `--set path=value` (once), `--offline`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use ovchat::config::{Complaints, LoadError, Look, load};
+
+/// What `pipeline check` would draw for a file.
+fn rendering(path: &Path) -> String {
+    let text = fs::read_to_string(path).expect("the test files are readable");
+    let first = text.lines().next().unwrap_or_default();
+    let arguments = first.strip_prefix("# with: ").unwrap_or_default();
+    let offline = arguments.contains("--offline");
+    let set = arguments
+        .split_once("--set ")
+        .map(|(_, set)| set.trim().to_owned());
+    let sets: Vec<String> = set.into_iter().collect();
+    match load(path, &sets, offline) {
+        Ok(plan) => Complaints(plan.warnings).render(Look::Plain),
+        Err(LoadError::Refused(complaints)) => complaints.render(Look::Plain),
+        Err(error) => panic!("{}: {error}", path.display()),
+    }
+}
+
+/// The lines of the comment that a file should start with.
+fn comment(first: &str, drawn: &str) -> Vec<String> {
+    let with = first.starts_with("# with: ").then(|| first.to_owned());
+    let lines = drawn
+        .lines()
+        .map(|line| format!("# {line}").trim_end().to_owned());
+    with.into_iter().chain(lines).collect()
+}
+
+/// Rewrites the comment of a file until the line numbers in it are right.
+fn update(path: &Path) {
+    for _ in 0..4 {
+        let text = fs::read_to_string(path).expect("the test files are readable");
+        let end = if text.contains("\r\n") { "\r\n" } else { "\n" };
+        let first = text.lines().next().unwrap_or_default();
+        let body = text
+            .split_inclusive('\n')
+            .skip_while(|line| line.starts_with('#'));
+        let mut written = comment(first, &rendering(path)).join(end);
+        written.push_str(end);
+        written.extend(body);
+        fs::write(path, written).expect("the test files are writable");
+    }
+}
+
+#[test]
+fn each_pipeline_is_refused_in_the_words_at_its_top() {
+    let folder = fs::read_dir("tests/check").expect("tests/check is there");
+    let paths = folder.map(|entry| entry.expect("it can be listed").path());
+    let mut paths: Vec<PathBuf> = paths
+        .filter(|path| path.extension().is_some_and(|it| it == "yaml"))
+        .collect();
+    paths.sort();
+    assert!(paths.len() >= 25, "only {} cases were found", paths.len());
+    let mut wrong = Vec::new();
+    for path in &paths {
+        if std::env::var_os("UPDATE").is_some() {
+            update(path);
+        }
+        let text = fs::read_to_string(path).expect("the test files are readable");
+        let expected = comment(text.lines().next().unwrap_or_default(), &rendering(path));
+        let found: Vec<_> = text
+            .lines()
+            .take_while(|line| line.starts_with('#'))
+            .collect();
+        if found != expected || expected.is_empty() {
+            wrong.push(format!("{}:\n{}", path.display(), expected.join("\n")));
+        }
+    }
+    assert!(
+        wrong.is_empty(),
+        "these say something else now:\n\n{}",
+        wrong.join("\n\n")
+    );
+}

@@ -1,0 +1,131 @@
+//! Killed runs, stopped runs, two runs at once: what was made stays, and the next run ends the same.
+
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use ovchat::store::RunFolder;
+
+use crate::run::SCRIPTED;
+use crate::scene::Scene;
+
+/// A pipeline whose every table has many parts, so that a kill can hit the middle of each.
+fn slow() -> String {
+    SCRIPTED
+        .replace("part: 7", "part: 1")
+        .replace("part: 5", "part: 1")
+        .replace("save_every: 2", "save_every: 1")
+}
+
+fn start(scene: &Scene) -> Child {
+    let mut command = scene.command(&["run", "p.yaml"]);
+    command
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("the program starts")
+}
+
+/// Waits until a table was begun (and, for a table with parts, some of them were made).
+fn wait_for(scene: &Scene, child: &mut Child, table: &str, round: Option<u32>, parts: usize) {
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_secs(60) {
+        if let Ok(run) = RunFolder::read(&scene.path("runs/scripted"))
+            && let Some(made) = run.manifest().find(table, round)
+            && (made.complete || made.parts.len() >= parts)
+        {
+            return;
+        }
+        if child.try_wait().unwrap().is_some() {
+            return;
+        }
+        std::thread::yield_now();
+    }
+    panic!("`{table}` was not begun within a minute");
+}
+
+#[test]
+fn a_run_killed_in_every_kind_of_stage_ends_as_an_undisturbed_one() {
+    let undisturbed = Scene::new();
+    undisturbed
+        .prompts(60)
+        .write("p.yaml", slow())
+        .succeeds(&["run", "p.yaml"]);
+    let scene = Scene::new();
+    scene.prompts(60).write("p.yaml", slow());
+    let moments = [
+        ("prompts", None, 0),
+        ("answers", Some(0), 1),
+        ("candidates", Some(1), 3),
+        ("rewards", Some(1), 5),
+        ("pairs", Some(1), 0),
+        ("steps", Some(1), 2),
+        ("candidates", Some(2), 20),
+        ("steps", Some(2), 4),
+        ("grades", Some(2), 0),
+    ];
+    let mut killed = 0;
+    for (table, round, parts) in moments {
+        let mut child = start(&scene);
+        wait_for(&scene, &mut child, table, round, parts);
+        let _ = child.kill();
+        killed += usize::from(child.wait().unwrap().signal() == Some(9));
+    }
+    assert!(
+        killed >= 6,
+        "only {killed} runs were still going when they were killed"
+    );
+    scene.succeeds(&["run", "p.yaml"]);
+    assert_eq!(
+        scene.tables("runs/scripted"),
+        undisturbed.tables("runs/scripted")
+    );
+    let weights = |scene: &Scene| {
+        scene
+            .checkpoints("runs/scripted")
+            .into_values()
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(weights(&scene), weights(&undisturbed));
+}
+
+#[test]
+fn a_stopped_run_says_so_with_its_exit_code_and_goes_on() {
+    let scene = Scene::new();
+    scene.prompts(400).write("p.yaml", slow());
+    let mut child = start(&scene);
+    wait_for(&scene, &mut child, "candidates", Some(1), 2);
+    let stopped = std::process::Command::new("kill")
+        .args(["-TERM", &child.id().to_string()])
+        .status()
+        .unwrap();
+    assert!(stopped.success());
+    assert_eq!(child.wait().unwrap().code(), Some(143));
+    scene.succeeds(&["run", "p.yaml"]);
+    assert!(
+        scene
+            .succeeds(&["run", "p.yaml"])
+            .err
+            .contains("nothing to do")
+    );
+}
+
+#[test]
+fn a_run_in_use_is_refused_and_its_holder_is_named() {
+    let scene = Scene::new();
+    scene.prompts(400).write("p.yaml", slow());
+    let mut child = start(&scene);
+    wait_for(&scene, &mut child, "candidates", Some(1), 1);
+    let second = scene.pipeline(&["run", "p.yaml"]);
+    let status = scene.pipeline(&["status", "scripted"]);
+    let _ = child.kill();
+    child.wait().unwrap();
+    assert_eq!(second.code, Some(1));
+    assert!(
+        second
+            .err
+            .contains(&format!("is in use by process {}", child.id())),
+        "{}",
+        second.err
+    );
+    assert!(status.out.contains("running, process"), "{}", status.out);
+}

@@ -1,0 +1,18 @@
+//! The one integration-test binary: each more would link DataFusion again.
+
+/// What is refused or set aside while running.
+mod bad_input;
+/// Pipelines that must be refused, with the exact complaint.
+mod check;
+/// Killed, stopped and doubled runs.
+mod interrupt;
+/// The cookbook: an analyst's questions and their answers.
+mod query;
+/// Whole pipelines with scripted models.
+mod run;
+/// The harness.
+mod scene;
+/// `schemas/` is what the code would write.
+mod schemas;
+/// House rules: floors, headings, the map, formatting.
+mod tidy;

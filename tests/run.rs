@@ -1,0 +1,276 @@
+//! Whole pipelines with scripted models: tables, rounds, reuse, and what a second run does.
+
+use ovchat::store::RunFolder;
+use ovchat::tables::{Candidate, Pair, Prompt, Reject, Reward, Row};
+
+use crate::scene::Scene;
+
+pub const SCRIPTED: &str = "
+pipeline: scripted
+seed: 3
+rounds: 2
+models:
+  policy: { scripted: {} }
+  judge: { scripted: {} }
+stages:
+  prompts:
+    load_prompts: { from: prompts.json }
+  candidates:
+    sample: { prompts: prompts, model: policy, part: 7 }
+  rewards:
+    score: { candidates: candidates, judge: judge, part: 5 }
+  pairs:
+    select_extremes: { rewards: rewards }
+  steps:
+    train_dpo: { pairs: pairs, model: policy, save_every: 2 }
+evaluate:
+  answers:
+    sample: { prompts: prompts, model: policy, count: 1, temperature: 0 }
+  grades:
+    score: { candidates: answers, judge: judge }
+";
+
+/// The rows of a table of a run.
+pub fn rows<R: Row>(scene: &Scene, table: &str, round: Option<u32>) -> Vec<R> {
+    let run = RunFolder::read(&scene.path("runs/scripted")).unwrap();
+    run.reader(table, round)
+        .flat_map(|batch| R::from_batch(&batch.unwrap()).unwrap())
+        .collect()
+}
+
+#[test]
+fn a_run_makes_every_table_of_every_round() {
+    let scene = Scene::new();
+    scene
+        .prompts(40)
+        .write("p.yaml", SCRIPTED)
+        .succeeds(&["run", "p.yaml"]);
+    let prompts: Vec<Prompt> = rows(&scene, "prompts", None);
+    assert_eq!(prompts.len(), 40);
+    assert_eq!(prompts[3].question, "Question 3?");
+    for round in [1, 2] {
+        let candidates: Vec<Candidate> = rows(&scene, "candidates", Some(round));
+        let rewards: Vec<Reward> = rows(&scene, "rewards", Some(round));
+        assert_eq!((candidates.len(), rewards.len()), (200, 200));
+        for (place, candidate) in candidates.iter().enumerate() {
+            assert_eq!(candidate.prompt_id, prompts[place / 5].prompt_id);
+            assert_eq!(candidate.candidate as usize, place % 5);
+            assert_eq!(rewards[place].prompt_id, candidate.prompt_id);
+            assert_eq!(rewards[place].candidate, candidate.candidate);
+        }
+        let dropped = rows_of_rejects(&scene)
+            .iter()
+            .filter(|row| row.round == Some(round as i32))
+            .count();
+        let pairs: Vec<Pair> = rows(&scene, "pairs", Some(round));
+        assert_eq!(pairs.len() + dropped, 40);
+        for pair in &pairs {
+            let of_prompt: Vec<&Reward> = rewards
+                .iter()
+                .filter(|row| row.prompt_id == pair.prompt_id)
+                .collect();
+            let highest = of_prompt
+                .iter()
+                .map(|row| row.reward)
+                .fold(f32::MIN, f32::max);
+            let lowest = of_prompt
+                .iter()
+                .map(|row| row.reward)
+                .fold(f32::MAX, f32::min);
+            assert_eq!(
+                (pair.chosen_reward, pair.rejected_reward),
+                (Some(highest), Some(lowest))
+            );
+            let chosen = candidates.iter().find(|row| {
+                row.prompt_id == pair.prompt_id && Some(row.candidate) == pair.chosen_candidate
+            });
+            assert_eq!(chosen.map(|row| &row.text), Some(&pair.chosen));
+            assert_eq!(chosen.map(|row| row.logp), pair.chosen_logp);
+        }
+        assert!(
+            scene
+                .path(&format!(
+                    "runs/scripted/checkpoints/round-{round}/scripted.json"
+                ))
+                .is_file()
+        );
+    }
+    for round in 0..=2 {
+        assert_eq!(rows::<Reward>(&scene, "grades", Some(round)).len(), 40);
+    }
+}
+
+fn rows_of_rejects(scene: &Scene) -> Vec<Reject> {
+    let run = RunFolder::read(&scene.path("runs/scripted")).unwrap();
+    let files = run.manifest().made.iter().flat_map(|made| made.rejects());
+    files
+        .flat_map(|file| ovchat::store::read_file(&run.root().join(&file.file)).unwrap())
+        .collect()
+}
+
+#[test]
+fn a_second_run_of_a_finished_run_does_nothing_and_says_so() {
+    let scene = Scene::new();
+    scene
+        .prompts(5)
+        .write("p.yaml", SCRIPTED)
+        .succeeds(&["run", "p.yaml"]);
+    let before = scene.tables("runs/scripted");
+    let again = scene.succeeds(&["run", "p.yaml"]);
+    assert!(again.err.contains("nothing to do"), "{}", again.err);
+    assert_eq!(scene.tables("runs/scripted"), before);
+}
+
+#[test]
+fn the_same_seed_gives_the_same_tables_and_another_seed_others() {
+    let scene = Scene::new();
+    scene.prompts(8).write("p.yaml", SCRIPTED);
+    scene.succeeds(&["run", "p.yaml", "--run", "a"]);
+    scene.succeeds(&["run", "p.yaml", "--run", "b"]);
+    scene.succeeds(&["run", "p.yaml", "--run", "c", "--set", "seed=4"]);
+    assert_eq!(scene.tables("a"), scene.tables("b"));
+    assert_eq!(
+        scene.checkpoints("a").values().collect::<Vec<_>>(),
+        scene.checkpoints("b").values().collect::<Vec<_>>()
+    );
+    assert_ne!(
+        scene.tables("a")["candidates Some(1)"],
+        scene.tables("c")["candidates Some(1)"]
+    );
+}
+
+#[test]
+fn comments_and_order_rerun_nothing_and_a_setting_reruns_what_depends_on_it() {
+    let scene = Scene::new();
+    scene
+        .prompts(5)
+        .write("p.yaml", SCRIPTED)
+        .succeeds(&["run", "p.yaml"]);
+    let commented = format!(
+        "# a comment\n{}",
+        SCRIPTED.replace("seed: 3\nrounds: 2", "rounds:   2\nseed: 3")
+    );
+    scene.write("p.yaml", commented);
+    assert!(
+        scene
+            .succeeds(&["run", "p.yaml"])
+            .err
+            .contains("nothing to do")
+    );
+    let said = scene.succeeds(&[
+        "run",
+        "p.yaml",
+        "--set",
+        "stages.pairs.select_extremes.margin_min=0.1",
+    ]);
+    assert!(
+        said.err
+            .contains("pairs (round 1) is made again: `margin_min` 0.0 → 0.1"),
+        "{}",
+        said.err
+    );
+    assert!(
+        said.err
+            .contains("rewards (round 1): 25 rows, there before"),
+        "{}",
+        said.err
+    );
+    let back = scene.succeeds(&["run", "p.yaml"]);
+    assert!(
+        back.err.contains("nothing to do"),
+        "going back costs nothing: {}",
+        back.err
+    );
+}
+
+#[test]
+fn three_new_prompts_cost_three_prompts() {
+    let scene = Scene::new();
+    scene
+        .prompts(20)
+        .write("p.yaml", SCRIPTED)
+        .succeeds(&["run", "p.yaml", "--until", "rewards"]);
+    let before: Vec<Candidate> = rows(&scene, "candidates", Some(1));
+    // The old rows are taken over, not made again: what is changed in them by hand stays.
+    scene
+        .prompts(23)
+        .succeeds(&["run", "p.yaml", "--until", "rewards"]);
+    let after: Vec<Candidate> = rows(&scene, "candidates", Some(1));
+    assert_eq!(after.len(), 115);
+    assert_eq!(before[..], after[..100]);
+    assert_eq!(rows::<Reward>(&scene, "rewards", Some(1)).len(), 115);
+}
+
+#[test]
+fn until_stops_after_the_table_and_an_unknown_table_is_refused() {
+    let scene = Scene::new();
+    scene.prompts(3).write("p.yaml", SCRIPTED).succeeds(&[
+        "run",
+        "p.yaml",
+        "--until",
+        "candidates",
+    ]);
+    let run = RunFolder::read(&scene.path("runs/scripted")).unwrap();
+    assert!(run.manifest().find("candidates", Some(1)).is_some());
+    assert!(run.manifest().find("rewards", Some(1)).is_none());
+    let said = scene.pipeline(&["run", "p.yaml", "--until", "candidate"]);
+    assert_eq!(said.code, Some(1));
+    assert!(
+        said.err.contains("the tables are prompts, candidates"),
+        "{}",
+        said.err
+    );
+}
+
+#[test]
+fn a_query_is_a_stage_and_its_rows_feed_the_next() {
+    let scene = Scene::new();
+    let pipeline = SCRIPTED.replace(
+        "  rewards:\n",
+        "  short:\n    sql:\n      query: select * from candidates where length(text) < 40\n      tables: [candidates]\n  rewards:\n",
+    );
+    let pipeline = pipeline.replace(
+        "score: { candidates: candidates, ",
+        "score: { candidates: short, ",
+    );
+    let pipeline = pipeline.replace(
+        "select_extremes: { rewards: rewards }",
+        "select_extremes: { rewards: rewards, candidates: short }",
+    );
+    scene
+        .prompts(10)
+        .write("p.yaml", pipeline)
+        .succeeds(&["run", "p.yaml", "--until", "pairs"]);
+    let short: Vec<Candidate> = rows(&scene, "short", Some(1));
+    assert!(!short.is_empty() && short.len() < 50);
+    assert!(short.iter().all(|row| row.text.len() < 40));
+    assert_eq!(
+        rows::<Reward>(&scene, "rewards", Some(1)).len(),
+        short.len()
+    );
+}
+
+#[test]
+fn feedback_of_people_is_trained_on_with_a_reference_that_is_computed_and_stored() {
+    let scene = Scene::new();
+    let pairs: Vec<_> = (0..6)
+        .map(|number| serde_json::json!({"id": number, "prompt": format!("Why {number}?"), "chosen": "a b", "rejected": "c"}))
+        .collect();
+    scene.write("feedback.json", serde_json::to_vec(&pairs).unwrap());
+    scene.write(
+        "p.yaml",
+        "pipeline: scripted\nmodels: { policy: { scripted: {} } }\nstages:\n  pairs: { load_feedback: { from: feedback.json } }\n  \
+         steps: { train_dpo: { pairs: pairs, model: policy, batch_pairs: 4, epochs: 2 } }\n",
+    );
+    scene.succeeds(&["run", "p.yaml"]);
+    let references: Vec<ovchat::tables::Reference> = rows(&scene, "steps_reference", Some(1));
+    assert_eq!(references.len(), 6);
+    let steps: Vec<ovchat::tables::Step> = rows(&scene, "steps", Some(1));
+    assert_eq!(
+        steps
+            .iter()
+            .map(|step| (step.step, step.epoch))
+            .collect::<Vec<_>>(),
+        [(1, 1), (2, 1), (3, 2), (4, 2)]
+    );
+}

@@ -1,0 +1,134 @@
+//! The harness: a temporary folder, a pipeline in it, the programs, and what a run left.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use arrow::array::RecordBatch;
+use ovchat::store::{RunFolder, TableReader};
+use ovchat::tables::is_measured;
+
+/// The project's folder.
+pub const ROOT: &str = env!("CARGO_MANIFEST_DIR");
+
+/// A temporary folder with pipelines and runs; gone when the test ends.
+pub struct Scene {
+    folder: tempfile::TempDir,
+}
+
+/// What a program said and how it ended.
+#[derive(Debug)]
+pub struct Said {
+    pub code: Option<i32>,
+    pub out: String,
+    pub err: String,
+}
+
+impl Scene {
+    pub fn new() -> Self {
+        Self {
+            folder: tempfile::tempdir().expect("a temporary folder"),
+        }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Writes a file below the folder.
+    pub fn write(&self, name: &str, content: impl AsRef<[u8]>) -> &Self {
+        let path = self.path(name);
+        fs::create_dir_all(path.parent().expect("a file in a folder")).unwrap();
+        fs::write(path, content).unwrap();
+        self
+    }
+
+    /// Writes `prompts.json`: so many questions without pictures.
+    pub fn prompts(&self, count: usize) -> &Self {
+        let record = |number| serde_json::json!({ "id": format!("q{number}"), "prompt": format!("Question {number}?") });
+        let list: Vec<_> = (0..count).map(record).collect();
+        self.write("prompts.json", serde_json::to_vec(&list).unwrap())
+    }
+
+    /// A command line of `pipeline` in this folder.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_pipeline"));
+        command
+            .args(arguments)
+            .current_dir(self.folder.path())
+            .env("NO_COLOR", "1");
+        command
+    }
+
+    /// Runs `pipeline` in this folder.
+    #[track_caller]
+    pub fn pipeline(&self, arguments: &[&str]) -> Said {
+        said(
+            self.command(arguments)
+                .output()
+                .expect("the program starts"),
+        )
+    }
+
+    /// Runs `pipeline`, which must succeed.
+    #[track_caller]
+    pub fn succeeds(&self, arguments: &[&str]) -> Said {
+        let said = self.pipeline(arguments);
+        assert_eq!(said.code, Some(0), "{}", said.err);
+        said
+    }
+
+    /// The rows of every table of a run, as text, without what was measured.
+    pub fn tables(&self, run: &str) -> BTreeMap<String, String> {
+        let folder = RunFolder::read(&self.path(run)).expect("a run");
+        let mut tables = BTreeMap::new();
+        for made in &folder.manifest().made {
+            let rows = TableReader::new(folder.files(&made.table, made.round));
+            let batches: Vec<RecordBatch> = rows
+                .map(|batch| without_measured(&batch.unwrap()))
+                .collect();
+            let text = arrow::util::pretty::pretty_format_batches(&batches)
+                .unwrap()
+                .to_string();
+            assert!(made.complete, "{} is not complete", made.table);
+            tables.insert(format!("{} {:?}", made.table, made.round), text);
+        }
+        tables
+    }
+
+    /// Every file of the checkpoints of a run, by name.
+    pub fn checkpoints(&self, run: &str) -> BTreeMap<PathBuf, Vec<u8>> {
+        let mut files = BTreeMap::new();
+        collect(&self.path(run).join("checkpoints"), &mut files);
+        files
+    }
+}
+
+pub fn said(output: Output) -> Said {
+    let text = |bytes| String::from_utf8(bytes).expect("text");
+    Said {
+        code: output.status.code(),
+        out: text(output.stdout),
+        err: text(output.stderr),
+    }
+}
+
+fn without_measured(batch: &RecordBatch) -> RecordBatch {
+    let schema = batch.schema();
+    let kept: Vec<usize> = (0..batch.num_columns())
+        .filter(|&column| !is_measured(schema.field(column)))
+        .collect();
+    batch.project(&kept).unwrap()
+}
+
+fn collect(folder: &Path, files: &mut BTreeMap<PathBuf, Vec<u8>>) {
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            collect(&path, files);
+        } else {
+            files.insert(path.clone(), fs::read(&path).unwrap());
+        }
+    }
+}
