@@ -6,7 +6,7 @@ use std::os::unix::fs::symlink;
 use ovchat::tables::{Prompt, Reject};
 
 use crate::run::{SCRIPTED, rows};
-use crate::scene::{ROOT, Scene};
+use crate::scene::{Quiet, ROOT, Scene};
 
 fn rejects(scene: &Scene) -> Vec<(String, String)> {
     let said = scene.succeeds(&[
@@ -179,16 +179,6 @@ fn rejects_of(scene: &Scene) -> Vec<Reject> {
         .iter()
         .flat_map(|file| ovchat::store::read_file(&run.root().join(&file.file)).unwrap())
         .collect()
-}
-
-struct Quiet;
-
-impl ovchat::run::Report for Quiet {
-    fn start(&mut self, _: ovchat::run::Start<'_>) {}
-    fn progress(&mut self, _: u64) {}
-    fn finished(&mut self, _: &ovchat::stages::TableName, _: Option<u32>, _: u64, _: u64, _: u64) {}
-    fn reused(&mut self, _: &ovchat::stages::TableName, _: Option<u32>, _: u64) {}
-    fn note(&mut self, _: &str) {}
 }
 
 #[test]

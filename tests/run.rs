@@ -1,9 +1,17 @@
 //! Whole pipelines with scripted models: tables, rounds, reuse, and what a second run does.
 
-use ovchat::store::RunFolder;
-use ovchat::tables::{Candidate, Pair, Prompt, Reject, Reward, Row};
+use std::path::Path;
 
-use crate::scene::Scene;
+use ovchat::models::scripted::{ScriptedJudge, ScriptedLearner, ScriptedPolicy};
+use ovchat::models::{
+    Dtype, Finding, Judge, Learner, ModelError, ModelLoader, ModelSpec, Opened, Policy, Scripted,
+    TrainSettings,
+};
+use ovchat::run::{Interrupt, Options, run};
+use ovchat::store::RunFolder;
+use ovchat::tables::{Candidate, Pair, Prompt, Reference, Reject, Reward, Row};
+
+use crate::scene::{Quiet, ROOT, Scene};
 
 pub const SCRIPTED: &str = "
 pipeline: scripted
@@ -263,7 +271,7 @@ fn feedback_of_people_is_trained_on_with_a_reference_that_is_computed_and_stored
          steps: { train_dpo: { pairs: pairs, model: policy, batch_pairs: 4, epochs: 2 } }\n",
     );
     scene.succeeds(&["run", "p.yaml"]);
-    let references: Vec<ovchat::tables::Reference> = rows(&scene, "steps_reference", Some(1));
+    let references: Vec<Reference> = rows(&scene, "steps_reference", Some(1));
     assert_eq!(references.len(), 6);
     let steps: Vec<ovchat::tables::Step> = rows(&scene, "steps", Some(1));
     assert_eq!(
@@ -273,4 +281,63 @@ fn feedback_of_people_is_trained_on_with_a_reference_that_is_computed_and_stored
             .collect::<Vec<_>>(),
         [(1, 1), (2, 1), (3, 2), (4, 2)]
     );
+}
+
+/// A loader of doubles in the place of networks, which claims a precision.
+struct Doubles(Dtype);
+
+impl ModelLoader for Doubles {
+    fn policy(&self, _: &ModelSpec, _: Option<&Path>) -> Opened<dyn Policy> {
+        Ok(Box::new(ScriptedPolicy::new(&Scripted::default())))
+    }
+    fn judge(&self, _: &ModelSpec) -> Opened<dyn Judge> {
+        Ok(Box::new(ScriptedJudge))
+    }
+    fn learner(
+        &self,
+        _: &ModelSpec,
+        _: Option<&Path>,
+        settings: &TrainSettings,
+    ) -> Opened<dyn Learner> {
+        Ok(Box::new(ScriptedLearner::open(None, settings)?))
+    }
+    fn precision(&self, _: &ModelSpec) -> Result<Dtype, ModelError> {
+        Ok(self.0)
+    }
+    fn build(&self) -> Vec<(&'static str, String)> {
+        Vec::new()
+    }
+    fn doctor(&self) -> Vec<Finding> {
+        Vec::new()
+    }
+}
+
+#[test]
+fn log_probabilities_of_sampling_are_the_reference_only_in_the_precision_of_training() {
+    let pipeline = SCRIPTED.replace(
+        "policy: { scripted: {} }",
+        &format!("policy: {{ llava_onevision: {{ weights: {ROOT}/data-samples/policy }} }}"),
+    );
+    for (precision, computed) in [(Dtype::Float32, 0), (Dtype::Bfloat16, 12)] {
+        let scene = Scene::new();
+        let file = scene.prompts(12).write("p.yaml", &pipeline).path("p.yaml");
+        let plan = ovchat::config::load(&file, &["rounds=1".to_owned()], false).unwrap();
+        let options = Options {
+            folder: scene.path("runs/scripted"),
+            until: Some("steps".to_owned().try_into().unwrap()),
+        };
+        run(
+            &plan,
+            &options,
+            Some(&Doubles(precision)),
+            &mut Quiet,
+            &Interrupt::default(),
+        )
+        .unwrap();
+        assert_eq!(rows::<Pair>(&scene, "pairs", Some(1)).len(), 12);
+        assert_eq!(
+            rows::<Reference>(&scene, "steps_reference", Some(1)).len(),
+            computed
+        );
+    }
 }

@@ -105,6 +105,17 @@ impl Scene {
     }
 }
 
+/// Takes no notice of a run's progress.
+pub struct Quiet;
+
+impl ovchat::run::Report for Quiet {
+    fn start(&mut self, _: ovchat::run::Start<'_>) {}
+    fn progress(&mut self, _: u64) {}
+    fn finished(&mut self, _: &ovchat::stages::TableName, _: Option<u32>, _: u64, _: u64, _: u64) {}
+    fn reused(&mut self, _: &ovchat::stages::TableName, _: Option<u32>, _: u64) {}
+    fn note(&mut self, _: &str) {}
+}
+
 pub fn said(output: Output) -> Said {
     let text = |bytes| String::from_utf8(bytes).expect("text");
     Said {

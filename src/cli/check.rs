@@ -7,6 +7,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::Failed;
+use super::out::line;
 use crate::config::{Complaint, LoadError, Look, Plan, PlannedStage, load};
 
 /// Says everything that is wrong with a pipeline, before anything runs.
@@ -59,7 +60,7 @@ impl Check {
             };
             let list: Vec<Value> = complaints.iter().map(Complaint::to_json).collect();
             if !matches!(loaded, Err(LoadError::Unreadable { .. })) {
-                println!("{}", json!({ "ok": loaded.is_ok(), "complaints": list }));
+                line(json!({ "ok": loaded.is_ok(), "complaints": list }))?;
                 return loaded.map(|_| ()).map_err(|_| Failed::Code(2));
             }
         }
@@ -80,12 +81,11 @@ impl ShowPlan {
     pub fn run(&self) -> Result<(), Failed> {
         let plan = load(&self.file.file, &self.file.sets, false)?;
         if self.json {
-            println!("{:#}", to_json(&plan));
-            return Ok(());
+            return line(format_args!("{:#}", to_json(&plan)));
         }
         let mut text = String::new();
         plan.render(&mut text).expect("a string takes any text");
-        print!("{text}");
+        line(text.trim_end())?;
         warn(&plan);
         Ok(())
     }

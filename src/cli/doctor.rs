@@ -5,6 +5,7 @@ use std::process::Command;
 use clap::Args;
 use serde_json::json;
 
+use super::out::line;
 use super::{Failed, engine};
 use crate::models::{ModelLoader, Severity};
 
@@ -35,7 +36,7 @@ impl Doctor {
                 .iter()
                 .map(|finding| json!({ "severity": word(finding.severity), "text": finding.text }))
                 .collect();
-            println!("{}", json!(list));
+            line(json!(list))?;
         } else {
             for finding in &findings {
                 let mark = match finding.severity {
@@ -43,7 +44,7 @@ impl Doctor {
                     Severity::Note => "note",
                     Severity::Bad => "BAD ",
                 };
-                println!("{mark}  {}", finding.text);
+                line(format_args!("{mark}  {}", finding.text))?;
             }
         }
         let bad = findings
@@ -61,7 +62,7 @@ impl Doctor {
         let output = command
             .output()
             .map_err(|error| engine::cannot_start(&engine, &error))?;
-        print!("{}", String::from_utf8_lossy(&output.stdout));
+        line(String::from_utf8_lossy(&output.stdout).trim_end())?;
         eprint!("{}", String::from_utf8_lossy(&output.stderr));
         match output.status.code() {
             Some(0) => Ok(()),

@@ -8,6 +8,7 @@ mod doctor;
 mod engine;
 mod export;
 mod init;
+mod out;
 mod progress;
 mod run;
 mod schema;

@@ -1,5 +1,6 @@
 //! Progress: a bar on a terminal, plain lines elsewhere.
 
+use std::io::Write;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -49,7 +50,8 @@ impl Progress {
             .and_then(|current| current.bar.as_ref())
         {
             Some(bar) => bar.println(text),
-            None => eprintln!("{text}"),
+            // A log that nobody reads any more is no reason to stop a run.
+            None => drop(writeln!(std::io::stderr(), "{text}")),
         }
     }
 }
@@ -92,7 +94,7 @@ impl Report for Progress {
         let seconds = current.begun.elapsed().as_secs_f64();
         let rate = done.saturating_sub(current.before) as f64 / seconds;
         let (title, unit) = (&current.title, current.unit);
-        match current.total {
+        let text = match current.total {
             Some(total) => {
                 let left = total.saturating_sub(done) as f64 / rate;
                 let left = if left.is_finite() {
@@ -100,10 +102,11 @@ impl Report for Progress {
                 } else {
                     "an unknown time".to_owned()
                 };
-                eprintln!("{title}: {done} of {total} {unit}, {rate:.2} {unit}/s, {left} left");
+                format!("{title}: {done} of {total} {unit}, {rate:.2} {unit}/s, {left} left")
             }
-            None => eprintln!("{title}: {done} {unit}, {rate:.2} {unit}/s"),
-        }
+            None => format!("{title}: {done} {unit}, {rate:.2} {unit}/s"),
+        };
+        self.line(&text);
     }
 
     fn finished(

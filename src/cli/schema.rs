@@ -3,6 +3,7 @@
 use clap::Args;
 
 use super::Failed;
+use super::out::line;
 use crate::config::{pipeline_schema, table_schema};
 use crate::tables::KINDS;
 
@@ -27,7 +28,6 @@ impl ShowSchema {
                 ))
             })?,
         };
-        println!("{schema:#}");
-        Ok(())
+        line(format_args!("{schema:#}"))
     }
 }

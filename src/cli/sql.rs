@@ -1,22 +1,23 @@
 //! `pipeline sql`: every table of a run is a view, also while the run goes on.
 
-use std::io::{BufRead, IsTerminal, Read, Write};
+use std::io::{BufRead, IsTerminal, Read};
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, StringArray, StructArray};
 use arrow::compute::cast;
-use arrow::datatypes::{DataType, Field, Schema};
+use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use arrow::error::ArrowError;
 use arrow::util::display::{ArrayFormatter, FormatOptions};
 use clap::{Args, ValueEnum};
 
+use super::out::{Out, line};
 use super::{Failed, run_folder};
 use crate::query::{self, QueryError, QueryTable};
 use crate::store::RunFolder;
 use crate::tables::{Image, Reject, Row, schema_of};
 
-/// Answers SQL over the tables of a run; tables of all rounds have a column `round`.
+/// Answers one SQL query over the tables of a run; tables of all rounds have a column `round`.
 #[derive(Args)]
 #[command(
     after_help = "Examples:\n  pipeline sql runs/small-world \"select round, avg(reward) from rewards group by round order by round\"\n  \
@@ -153,8 +154,8 @@ struct Printer {
     format: Format,
     /// For a table, whose columns are as wide as their widest value.
     batches: Vec<RecordBatch>,
-    csv: Option<arrow::csv::Writer<std::io::Stdout>>,
-    json: Option<arrow::json::ArrayWriter<std::io::Stdout>>,
+    csv: Option<arrow::csv::Writer<Out>>,
+    json: Option<arrow::json::ArrayWriter<Out>>,
 }
 
 impl Printer {
@@ -168,61 +169,42 @@ impl Printer {
     }
 
     fn print(&mut self, batch: &RecordBatch) -> Result<(), Failed> {
-        let failed = |error: ArrowError| Failed::Words(error.to_string());
         match self.format {
-            Format::Table => self.batches.push(readable(batch, false).map_err(failed)?),
+            Format::Table => self.batches.push(readable(batch, false)?),
             Format::Csv => {
-                let writer = self
-                    .csv
-                    .get_or_insert_with(|| arrow::csv::Writer::new(std::io::stdout()));
-                writer
-                    .write(&readable(batch, true).map_err(failed)?)
-                    .map_err(failed)?;
+                let writer = self.csv.get_or_insert_with(|| arrow::csv::Writer::new(Out));
+                writer.write(&readable(batch, true)?)?;
             }
             Format::Json => {
-                let writer = self.json.get_or_insert_with(|| {
-                    arrow::json::WriterBuilder::new()
-                        .with_explicit_nulls(true)
-                        .build(std::io::stdout())
-                });
-                writer.write(batch).map_err(failed)?;
+                let builder = || arrow::json::WriterBuilder::new().with_explicit_nulls(true);
+                let writer = self.json.get_or_insert_with(|| builder().build(Out));
+                writer.write(batch)?;
             }
         }
         Ok(())
     }
 
-    fn end(mut self, schema: &arrow::datatypes::SchemaRef) -> Result<(), Failed> {
-        let failed = |error: ArrowError| Failed::Words(error.to_string());
+    fn end(mut self, schema: &SchemaRef) -> Result<(), Failed> {
         match self.format {
             Format::Table => {
                 if self.batches.is_empty() {
                     self.batches.push(RecordBatch::new_empty(schema.clone()));
                 }
-                println!(
-                    "{}",
-                    arrow::util::pretty::pretty_format_batches(&self.batches).map_err(failed)?
-                );
+                line(arrow::util::pretty::pretty_format_batches(&self.batches)?)
             }
             Format::Csv if self.csv.is_none() => {
-                let names: Vec<&str> = schema
-                    .fields()
-                    .iter()
-                    .map(|field| field.name().as_str())
-                    .collect();
-                println!("{}", names.join(","));
+                let names = schema.fields().iter().map(|field| field.name().as_str());
+                line(names.collect::<Vec<_>>().join(","))
             }
-            Format::Csv => {}
-            Format::Json => {
-                match self.json.take() {
-                    Some(mut writer) => writer.finish().map_err(failed)?,
-                    None => print!("[]"),
+            Format::Csv => Ok(()),
+            Format::Json => match self.json.take() {
+                Some(mut writer) => {
+                    writer.finish()?;
+                    line("")
                 }
-                println!();
-            }
+                None => line("[]"),
+            },
         }
-        std::io::stdout()
-            .flush()
-            .map_err(|error| Failed::Words(format!("cannot write the answer: {error}")))
     }
 }
 

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::{Value, json};
 
+use super::out::line;
 use super::{Failed, run_folder};
 use crate::store::{Lock, Made, RunFolder, StoreError};
 
@@ -39,20 +40,19 @@ impl Status {
                 })
             };
             let tables: Vec<Value> = manifest.made.iter().map(table).collect();
-            println!(
+            return line(format_args!(
                 "{:#}",
                 json!({ "pipeline": manifest.pipeline, "running": holder, "tables": tables })
-            );
-            return Ok(());
+            ));
         }
         match holder {
-            Some(holder) => println!("{}: running, {holder}", manifest.pipeline),
-            None => println!("{}: not running", manifest.pipeline),
+            Some(holder) => line(format_args!("{}: running, {holder}", manifest.pipeline))?,
+            None => line(format_args!("{}: not running", manifest.pipeline))?,
         }
-        println!(
+        line(format_args!(
             "{:<24} {:>6} {:>10} {:>8} {:>8}  state",
             "table", "round", "rows", "faulty", "dropped"
-        );
+        ))?;
         for made in &manifest.made {
             let round = made
                 .round
@@ -64,11 +64,11 @@ impl Status {
                 (false, None, _) => format!("{} parts", made.parts.len()),
             };
             let (table, rows) = (&made.table, made.rows());
-            println!(
+            line(format_args!(
                 "{table:<24} {round:>6} {rows:>10} {:>8} {:>8}  {state}",
                 faults(made),
                 dropped(made)
-            );
+            ))?;
         }
         Ok(())
     }

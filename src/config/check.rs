@@ -166,6 +166,7 @@ fn missing(path: &Path, at: At, secrets: &Secrets) -> Option<Complaint> {
         Ok(false) => "does not exist".to_owned(),
         Err(error) => format!("can't be reached: {error}"),
     };
+    let text = path.display().to_string();
     let message = format!("`{}` {problem}", shown(path, secrets));
     let complaint = Complaint::new("config::missing_file", at, message);
     let folder = path.ancestors().skip(1).find(|folder| folder.is_dir())?;
@@ -187,6 +188,8 @@ fn missing(path: &Path, at: At, secrets: &Secrets) -> Option<Complaint> {
     Some(match (is_parent, complaint.label.is_empty()) {
         (_, false) => complaint,
         (true, true) => complaint.help("relative paths start at the folder of the pipeline file"),
+        // A part of a path that comes from the environment would show a part of the value.
+        (false, true) if secrets.hide(&text) != text => complaint,
         (false, true) => {
             let folder = shown(folder, secrets);
             complaint.help(format!("there is `{folder}`, but no `{wanted}` in it"))

@@ -4,7 +4,8 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use super::{
-    Example, Generation, Group, ModelSpec, Prompt, Sampling, Score, StepReport, TrainSettings,
+    Dtype, Example, Generation, Group, ModelSpec, Prompt, Sampling, Score, StepReport,
+    TrainSettings,
 };
 
 /// Takes the result or the fault of row `index` of the call, in any order; `Break` means stop early.
@@ -110,6 +111,9 @@ pub trait ModelLoader {
         weights: Option<&Path>,
         settings: &TrainSettings,
     ) -> Opened<dyn Learner>;
+    /// The precision that the model's `device` and `dtype` mean here. It takes part in keys: rows in
+    /// bfloat16 and rows in float32 are not the same rows.
+    fn precision(&self, spec: &ModelSpec) -> Result<Dtype, ModelError>;
     /// What decides the last bits of what the models compute (library, threads), for the footers of
     /// the files made with them.
     fn build(&self) -> Vec<(&'static str, String)>;

@@ -38,7 +38,8 @@ use self::generate::OnevisionPolicy;
 use self::learner::OnevisionLearner;
 use self::reward::RewardJudge;
 use crate::models::{
-    Finding, Judge, Learner, ModelError, ModelLoader, ModelSpec, Opened, Policy, TrainSettings,
+    Dtype, Finding, Judge, Learner, ModelError, ModelLoader, ModelSpec, Opened, Policy,
+    TrainSettings,
 };
 
 /// Opens the networks. A model that needs none (see [`ModelSpec::needs_torch`]) is not opened here.
@@ -72,6 +73,19 @@ impl ModelLoader for NetLoader {
             }
             other => Err(unfit(other, "learn")),
         }
+    }
+
+    fn precision(&self, spec: &ModelSpec) -> Result<Dtype, ModelError> {
+        let (device, dtype) = match spec {
+            ModelSpec::LlavaOnevision(spec) => (spec.device, spec.dtype),
+            ModelSpec::LlavaRlhf(spec) => (spec.device, spec.dtype),
+            ModelSpec::Scripted(_) => return Ok(Dtype::Float32),
+        };
+        let (_, kind) = device::choose(device, dtype)?;
+        Ok(match kind {
+            tch::Kind::BFloat16 => Dtype::Bfloat16,
+            _ => Dtype::Float32,
+        })
     }
 
     fn build(&self) -> Vec<(&'static str, String)> {

@@ -5,8 +5,8 @@ use serde_json::{Map, Value, json};
 
 use super::Runner;
 use crate::config::PlannedStage;
-use crate::models::ModelSpec;
-use crate::stages::{Failure, Load, ModelName, Work};
+use crate::models::{Dtype, ModelSpec};
+use crate::stages::{Failure, Load, Role, Use, Work};
 use crate::store::{Fingerprints, Key};
 
 impl Runner<'_> {
@@ -33,7 +33,7 @@ impl Runner<'_> {
         }
         let mut models = Map::new();
         for used in spec.uses() {
-            let fingerprint = self.model_fingerprint(stage, used.model, round)?;
+            let fingerprint = self.model_fingerprint(stage, &used, round)?;
             models.insert(used.field.to_owned(), Value::String(fingerprint));
         }
         let files = self.files(stage)?;
@@ -77,37 +77,45 @@ impl Runner<'_> {
         Ok(files)
     }
 
-    /// What decides what a model computes, for a stage in a round.
+    /// What decides what a model computes, for a stage in a round: its weights and its precision,
+    /// not where its files lie, nor the device.
     pub(super) fn model_fingerprint(
         &self,
         stage: &PlannedStage,
-        model: &ModelName,
+        used: &Use<'_>,
         round: Option<u32>,
     ) -> Result<String, Failure> {
-        if let Some((table, round)) = self.training(stage, model, round) {
+        let spec = &self.plan.models[used.model];
+        let precision = self.precision(spec, used)?;
+        if let Some((table, round)) = self.training(stage, used.model, round) {
             let key = self.keys.get(&(table, Some(round)));
             let key = key.expect("rounds are run in order [ref:plan_is_ordered]");
-            return Ok(Key::new("checkpoint").with(key).finish());
+            return Ok(Key::new("checkpoint").with(key).with(precision).finish());
         }
-        let spec = &self.plan.models[model];
-        let mut key = Key::new("model").with_json(&settings(spec));
+        let mut key = Key::new("model").with(spec.network()).with(precision);
+        if let ModelSpec::Scripted(scripted) = spec {
+            key = key.with(scripted.words.to_le_bytes());
+        }
         for (field, path) in spec.paths() {
             key = key.with(field).with(self.fingerprints.folder(path)?);
         }
         Ok(key.finish())
     }
-}
 
-/// The settings of a model that decide what it computes: not where its files lie, nor the device.
-fn settings(spec: &ModelSpec) -> Value {
-    let mut settings = serde_json::to_value(spec).expect("models are plain data");
-    let places: Vec<&str> = spec.paths().iter().map(|(field, _)| *field).collect();
-    for (_, fields) in settings.as_object_mut().into_iter().flatten() {
-        if let Some(fields) = fields.as_object_mut() {
-            fields.retain(|name, _| name != "device" && !places.contains(&name.as_str()));
-        }
+    /// Training computes in float32. A model that answered in bfloat16 is therefore another one than
+    /// the learner's reference, and its log-probabilities are not taken for the reference's.
+    fn precision(&self, spec: &ModelSpec, used: &Use<'_>) -> Result<&'static str, Failure> {
+        let precision = match self.loader {
+            _ if used.role == Role::Learns || !spec.needs_torch() => Dtype::Float32,
+            Some(loader) => loader.precision(spec).map_err(Failure::of(used.model))?,
+            None => Dtype::Auto,
+        };
+        Ok(match precision {
+            Dtype::Auto => "auto",
+            Dtype::Float32 => "float32",
+            Dtype::Bfloat16 => "bfloat16",
+        })
     }
-    settings
 }
 
 /// Pictures whose fingerprints are taken at once.

@@ -282,7 +282,7 @@ impl<'a> Runner<'a> {
         for used in stage.spec.as_stage().uses() {
             fingerprints.insert(
                 used.model.clone(),
-                self.model_fingerprint(stage, used.model, round)?,
+                self.model_fingerprint(stage, &used, round)?,
             );
             if let Some(folder) = self.checkpoint(stage, used.model, round) {
                 weights.insert(used.model.clone(), folder);

@@ -10,7 +10,8 @@ pub struct ImageFile {
     /// Where the file lay when it was loaded.
     pub path: Option<String>,
 }
-struct_column!(ImageFile { bytes: Option<Vec<u8>>, path: Option<String> });
+// `datasets` takes a column for a picture only when it may be null.
+struct_column!(ImageFile nullable { bytes: Option<Vec<u8>>, path: Option<String> });
 
 /// What `datasets` needs to find in the Arrow schema to show the column as pictures.
 fn hugging_face() -> [(String, String); 1] {

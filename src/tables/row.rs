@@ -113,11 +113,17 @@ pub(super) trait Column: Sized {
 
 /// The Arrow field of a column, with its documentation.
 pub(super) fn field<C: Column>(name: &str, doc: &str, measured: bool) -> Field {
-    let mut metadata = HashMap::from([(DOC.to_owned(), doc.trim().to_owned())]);
+    let mut metadata = HashMap::from([(DOC.to_owned(), paragraph(doc))]);
     if measured {
         metadata.insert(MEASURED.to_owned(), "true".to_owned());
     }
     Field::new(name, C::data_type(), C::NULLABLE).with_metadata(metadata)
+}
+
+/// A doc comment as one paragraph: its lines begin with a space each.
+pub(super) fn paragraph(doc: &str) -> String {
+    let lines: Vec<&str> = doc.lines().map(str::trim).collect();
+    lines.join(" ").trim().to_owned()
 }
 
 /// One column of a batch as values of a row's field.
@@ -356,9 +362,12 @@ macro_rules! word_column {
 }
 
 /// A struct column: a Rust struct outside, an Arrow struct inside.
+///
+/// Rows always have a value; `nullable` only says so in the schema, for readers that expect it.
 macro_rules! struct_column {
-    ($name:ident { $($field:ident: $kind:ty),+ $(,)? }) => {
+    ($name:ident $($nullable:ident)? { $($field:ident: $kind:ty),+ $(,)? }) => {
         impl $crate::tables::row::Column for $name {
+            const NULLABLE: bool = !matches!(concat!($(stringify!($nullable))?).as_bytes(), []);
             fn data_type() -> arrow::datatypes::DataType {
                 use $crate::tables::row::Column;
                 arrow::datatypes::DataType::Struct(arrow::datatypes::Fields::from(vec![$(
@@ -429,7 +438,8 @@ macro_rules! rows {
                     ),+];
                     let mut metadata = std::collections::HashMap::from([
                         ("kind".to_owned(), $kind.to_owned()),
-                        ("doc".to_owned(), concat!($($about, "\n"),+).trim().to_owned()),
+                        ("doc".to_owned(), $crate::tables::row::paragraph(concat!($($about, "
+"),+))),
                     ]);
                     $( metadata.extend($metadata); )?
                     metadata.shrink_to_fit();

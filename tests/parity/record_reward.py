@@ -2,7 +2,7 @@
 
 Writes reward/ beside this file: the three folders in their published layout (base, adapter and head as torch pickles),
 two pictures, rows.json with the scores that the reference gives, and tensors.{bin,safetensors}, the same tensors
-twice. Needs torch 2.11, transformers 5.23, tokenizers and Pillow; the sizes keep the folder below 150 kB.
+twice. Needs torch 2.11, torchvision 0.26 (for the default image processor), transformers 5.23, tokenizers and Pillow; the sizes keep the folder below 150 kB.
 usage: record_reward.py"""
 
 import json
@@ -13,8 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.models.clip import CLIPImageProcessorPil  # the default of 5.x rounds differently when it resizes
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 OUT = Path(__file__).parent / "reward"
 SYSTEM = (
@@ -50,7 +49,6 @@ ROWS = [
     ("tall.png", "Describe the image.", "Nothing is there.\n\nNothing.", ["something tall", "a test"]),
 ]
 
-
 def tokenizer() -> PreTrainedTokenizerFast:
     """Llama's kind of tokenizer over ASCII, with some merges, so that neighbors change how a text is cut."""
     letters = ["▁", "\n"] + [c for c in string.printable if c not in string.whitespace]
@@ -63,7 +61,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
     )
-
 
 def make() -> None:
     """Writes the model and the pictures."""
@@ -79,7 +76,7 @@ def make() -> None:
             parameter.data += torch.randn(parameter.shape) * 0.05
     clip.save_pretrained(OUT / "vision")
     side = CLIP["image_size"]
-    CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(
+    CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(
         OUT / "vision"
     )
     base = {name: weight.clone() for name, weight in llama.state_dict().items()}
@@ -119,14 +116,12 @@ def make() -> None:
     torch.save(tensors, OUT / "tensors.bin")
     save_file({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, OUT / "tensors.safetensors")
 
-
 def square(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
     """Pads to a square with the picture in the middle."""
     side = max(image.size)
     out = Image.new("RGB", (side, side), color)
     out.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return out
-
 
 @torch.no_grad()
 def score() -> list[float]:
@@ -142,7 +137,7 @@ def score() -> list[float]:
     llama = LlamaForCausalLM(LlamaConfig(**LLAMA)).eval()
     llama.load_state_dict(base)
     clip = CLIPVisionModel.from_pretrained(OUT / "vision").eval()
-    processor = CLIPImageProcessorPil.from_pretrained(OUT / "vision")
+    processor = CLIPImageProcessor.from_pretrained(OUT / "vision")
     color = tuple(int(255 * mean) for mean in processor.image_mean)
     rewards = []
     for picture, question, answer, captions in ROWS:
@@ -158,7 +153,6 @@ def score() -> list[float]:
         hidden = llama.model(inputs_embeds=embeds).last_hidden_state[0, -1]
         rewards.append(float((head["weight"] @ hidden + head["bias"])[0]))
     return rewards
-
 
 if __name__ == "__main__":
     make()

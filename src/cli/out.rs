@@ -1,0 +1,29 @@
+//! Standard output, for data.
+
+use std::io::{self, ErrorKind, Write};
+
+/// Writes to stdout, and ends the program quietly when nobody reads it any more (`… | head`).
+pub struct Out;
+
+impl Write for Out {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        io::stdout().write(bytes).map_err(end_if_unread)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stdout().flush().map_err(end_if_unread)
+    }
+}
+
+fn end_if_unread(error: io::Error) -> io::Error {
+    if error.kind() == ErrorKind::BrokenPipe {
+        std::process::exit(0);
+    }
+    error
+}
+
+/// Prints a line of data.
+pub fn line(text: impl std::fmt::Display) -> Result<(), super::Failed> {
+    let written = writeln!(Out, "{text}").and_then(|()| Out.flush());
+    written.map_err(|error| super::Failed::Words(format!("cannot write to stdout: {error}")))
+}
