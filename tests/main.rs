@@ -6,6 +6,9 @@ mod bad_input;
 mod check;
 /// Killed, stopped and doubled runs.
 mod interrupt;
+/// The whole loop with networks.
+#[cfg(feature = "torch")]
+mod networks;
 /// The cookbook: an analyst's questions and their answers.
 mod query;
 /// Whole pipelines with scripted models.

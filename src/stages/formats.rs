@@ -302,7 +302,13 @@ pub fn captions(path: &Path) -> Result<HashMap<String, Vec<String>>, Failure> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use arrow::array::StringArray;
+
     use super::*;
+    use crate::store::TableWriter;
+    use crate::tables::{Image, Row};
 
     fn read(name: &str, text: &str) -> Result<Vec<Value>, String> {
         let folder = tempfile::tempdir().unwrap();
@@ -341,5 +347,42 @@ mod tests {
                 .unwrap_err()
                 .contains(", line 2: not JSON")
         );
+    }
+
+    #[test]
+    fn pictures_in_parquet_are_taken_out_and_the_rest_becomes_json() {
+        let image = |bytes: Option<&[u8]>, path: &str| Image {
+            image_id: String::new(),
+            image: ImageFile {
+                bytes: bytes.map(<[u8]>::to_vec),
+                path: Some(path.to_owned()),
+            },
+            width: 0,
+            height: 0,
+            format: String::new(),
+        };
+        let images = Image::to_batch(&[image(Some(b"png"), "a.png"), image(None, "b.png")]);
+        let prompts: ArrayRef = Arc::new(StringArray::from(vec!["What?", "Why?"]));
+        let batch =
+            RecordBatch::try_from_iter([("image", images.column(1).clone()), ("prompt", prompts)])
+                .unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let mut writer = TableWriter::new(folder.path(), "a", batch.schema(), &[]);
+        writer.write(&batch).unwrap();
+        writer.finish().unwrap();
+        let records: Vec<Record> = records(&folder.path().join("a.parquet"))
+            .unwrap()
+            .map(Result::unwrap)
+            .collect();
+        assert_eq!(records[1].place, "row 2");
+        assert_eq!(
+            records[0].fields,
+            serde_json::json!({"image": "a.png", "prompt": "What?"})
+        );
+        assert_eq!(
+            records[0].embedded[0].bytes.as_deref(),
+            Some(b"png".as_slice())
+        );
+        assert_eq!(records[1].embedded[0].bytes, None);
     }
 }

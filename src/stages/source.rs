@@ -230,16 +230,13 @@ impl<R: Loadable> Load for Loader<'_, R> {
     }
 
     fn pictures(&self, record: &Record) -> Vec<PathBuf> {
-        fields(&record.fields).map_or_else(
-            |_| Vec::new(),
-            |fields| {
-                fields
-                    .paths
-                    .iter()
-                    .map(|path| self.folder().join(path))
-                    .collect()
-            },
-        )
+        let names: Vec<String> = if record.embedded.is_empty() {
+            fields(&record.fields).map_or_else(|_| Vec::new(), |fields| fields.paths)
+        } else {
+            let outside = record.embedded.iter().filter(|file| file.bytes.is_none());
+            outside.filter_map(|file| file.path.clone()).collect()
+        };
+        names.iter().map(|name| self.folder().join(name)).collect()
     }
 
     fn resume(&mut self, rows: &RecordBatch) -> Result<(), Failure> {
@@ -264,7 +261,11 @@ impl<R: Loadable> Load for Loader<'_, R> {
                             .map(open)
                             .collect::<Result<Vec<_>, _>>()?
                     } else {
-                        let check = |file: ImageFile| check_picture(file, pixels_max);
+                        // `datasets` writes a path without bytes for pictures that it did not embed.
+                        let check = |file: ImageFile| match (&file.bytes, &file.path) {
+                            (None, Some(path)) => open_picture(&folder.join(path), pixels_max),
+                            _ => check_picture(file, pixels_max),
+                        };
                         record
                             .embedded
                             .into_iter()

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# The dataflow alone: 200,000 prompts through load, scripted sample, scripted score and select, k = 5.
+# Prints the run's own lines, then wall time and peak memory. usage: benches/dataflow.sh [PROMPTS]
+set -eu
+count=${1:-200000}
+program=${PIPELINE:-${CARGO_TARGET_DIR:-$(dirname "$0")/../target}/debug/pipeline}
+program=$(realpath "$program")
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+cd "$folder"
+
+python3 - "$count" <<'PYTHON'
+import json, sys
+question = "Question number {}: what can be seen in the picture, and why is it there?"
+rows = [dict(id=f"q{i}", prompt=question.format(i)) for i in range(int(sys.argv[1]))]
+json.dump(rows, open("prompts.json", "w"))
+PYTHON
+
+cat > dataflow.yaml <<'YAML'
+pipeline: dataflow
+models:
+  policy: { scripted: { words: 60 } }
+  judge: { scripted: {} }
+stages:
+  prompts: { load_prompts: { from: prompts.json } }
+  candidates: { sample: { prompts: prompts, model: policy } }
+  rewards: { score: { candidates: candidates, judge: judge } }
+  pairs: { select_extremes: { rewards: rewards } }
+YAML
+
+/usr/bin/time -f 'wall %e s, peak memory %M KB' "$program" run dataflow.yaml
+/usr/bin/time -f 'again: wall %e s, peak memory %M KB' "$program" run dataflow.yaml
