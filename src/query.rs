@@ -96,6 +96,8 @@ fn config() -> SessionConfig {
         .with_target_partitions(1)
         .with_information_schema(true);
     config.options_mut().execution.parquet.pushdown_filters = true;
+    // A hash join holds one side in memory, texts and all; sorts spill.
+    config.options_mut().optimizer.prefer_hash_join = false;
     config
 }
 
@@ -158,7 +160,7 @@ async fn register(context: &SessionContext, table: &QueryTable) -> Result<(), Qu
         }
         union = Some(match union {
             None => frame,
-            Some(others) => others.union(frame).map_err(error)?,
+            Some(others) => others.union_by_name(frame).map_err(error)?,
         });
     }
     match union {

@@ -265,3 +265,63 @@ fn a_lost_file_is_noticed_and_made_again() {
     );
     assert_eq!(scene.tables("runs/scripted"), before);
 }
+
+#[test]
+fn a_spoiled_checkpoint_is_noticed_and_made_again() {
+    let scene = Scene::new();
+    scene
+        .prompts(6)
+        .write("p.yaml", SCRIPTED)
+        .succeeds(&["run", "p.yaml"]);
+    let before = scene.checkpoints("runs/scripted");
+    scene.write("runs/scripted/checkpoints/round-1/scripted.json", "{");
+    let said = scene.succeeds(&["run", "p.yaml"]);
+    assert!(
+        said.err.contains("files of `steps` are missing or spoiled"),
+        "{}",
+        said.err
+    );
+    assert_eq!(scene.checkpoints("runs/scripted"), before);
+}
+
+#[test]
+fn files_of_the_user_in_a_run_stay() {
+    let scene = Scene::new();
+    scene
+        .prompts(2)
+        .write("p.yaml", SCRIPTED)
+        .succeeds(&["run", "p.yaml"]);
+    scene
+        .write("runs/scripted/mine.parquet", "x")
+        .write("runs/scripted/analysis/part-1.parquet", "x");
+    scene.write(
+        "runs/scripted/prompts/part-99999.parquet",
+        "left by a killed run",
+    );
+    scene.succeeds(&["run", "p.yaml"]);
+    assert!(scene.path("runs/scripted/mine.parquet").exists());
+    assert!(scene.path("runs/scripted/analysis/part-1.parquet").exists());
+    assert!(
+        !scene
+            .path("runs/scripted/prompts/part-99999.parquet")
+            .exists()
+    );
+}
+
+#[test]
+fn a_line_that_is_no_json_costs_its_row() {
+    let scene = Scene::new();
+    scene.write(
+        "prompts.json",
+        "{\"prompt\": \"Why?\"}\n{\"prompt\": \n{\"prompt\": \"How?\"}\n",
+    );
+    scene
+        .write("p.yaml", SCRIPTED)
+        .succeeds(&["run", "p.yaml", "--set", "reject_share_max=0.5"]);
+    assert_eq!(rows::<Prompt>(&scene, "prompts", None).len(), 2);
+    let rejects = rejects(&scene);
+    assert!(
+        rejects[0].0 == "line 2" && rejects[0].1.contains("it is not JSON"),
+        "{rejects:?}"
+    );
+}

@@ -38,6 +38,9 @@ enum What {
         /// The round; the last one if left out.
         #[arg(long)]
         round: Option<u32>,
+        /// The table, if the run has several of pairs.
+        #[arg(long)]
+        table: Option<String>,
     },
     /// A checkpoint, as transformers loads it.
     Checkpoint {
@@ -54,7 +57,7 @@ impl Export {
     pub fn run(&self) -> Result<(), Failed> {
         let run = RunFolder::read(&run_folder(&self.run))?;
         match &self.what {
-            What::Pairs { to, round } => pairs(&run, to, *round),
+            What::Pairs { to, round, table } => pairs(&run, to, *round, table.as_deref()),
             What::Checkpoint { to, round } => checkpoint(&run, to, *round),
         }
     }
@@ -82,10 +85,24 @@ fn find<'a>(
     })
 }
 
-fn pairs(run: &RunFolder, to: &Path, round: Option<u32>) -> Result<(), Failed> {
+fn pairs(
+    run: &RunFolder,
+    to: &Path,
+    round: Option<u32>,
+    table: Option<&str>,
+) -> Result<(), Failed> {
     let made = find(run, "pairs", round, |made| {
-        made.kind.as_deref() == Some(Pair::KIND)
+        made.kind.as_deref() == Some(Pair::KIND) && table.is_none_or(|table| made.table == table)
     })?;
+    let of_kind = |other: &&Made| other.kind == made.kind && other.table != made.table;
+    if let Some(other) = run.manifest().made.iter().find(of_kind)
+        && table.is_none()
+    {
+        return Err(Failed::Usage(format!(
+            "the run has several tables of pairs; name one: --table {} or --table {}",
+            made.table, other.table
+        )));
+    }
     let folder = to
         .parent()
         .filter(|folder| !folder.as_os_str().is_empty())

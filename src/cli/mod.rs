@@ -72,6 +72,9 @@ enum Failed {
     Query(#[from] QueryError),
     #[error("{0}")]
     Words(String),
+    /// The command line asks for something that is not there.
+    #[error("{0}")]
+    Usage(String),
     /// All that is to be said has been said.
     #[error("exit code {0}")]
     Code(u8),
@@ -114,6 +117,10 @@ fn tell(failed: &Failed) -> u8 {
             2
         }
         Failed::Refused(LoadError::Unreadable { .. }) => {
+            eprintln!("error: {failed}");
+            2
+        }
+        Failed::Usage(_) => {
             eprintln!("error: {failed}");
             2
         }

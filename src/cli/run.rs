@@ -97,7 +97,7 @@ impl Run {
         };
         match found {
             Some(stage) => Ok(Some(stage.name.clone())),
-            None => Err(Failed::Words(format!(
+            None => Err(Failed::Usage(format!(
                 "--until: there is no table `{name}`; the tables are {}",
                 names()
             ))),

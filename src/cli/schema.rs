@@ -22,7 +22,7 @@ impl ShowSchema {
         let schema = match &self.kind {
             None => pipeline_schema(),
             Some(kind) => table_schema(kind).ok_or_else(|| {
-                Failed::Words(format!(
+                Failed::Usage(format!(
                     "there is no kind `{kind}`; the kinds are {}",
                     KINDS.join(", ")
                 ))

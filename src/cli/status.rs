@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::out::line;
 use super::{Failed, run_folder};
-use crate::store::{Lock, Made, RunFolder, StoreError};
+use crate::store::{Made, RunFolder, lock_holder};
 
 /// Says what a run has made so far and whether it is running.
 #[derive(Args)]
@@ -26,10 +26,7 @@ impl Status {
     pub fn run(&self) -> Result<(), Failed> {
         let folder = run_folder(&self.run);
         let run = RunFolder::read(&folder)?;
-        let holder = match Lock::take(&folder) {
-            Err(StoreError::Locked { holder, .. }) => Some(holder),
-            _ => None,
-        };
+        let holder = lock_holder(&folder);
         let manifest = run.manifest();
         if self.json {
             let table = |made: &Made| {

@@ -82,7 +82,7 @@ pub trait Learner {
     fn load_state(&mut self, from: &Path) -> Result<(), ModelError>;
 }
 
-/// A model that was opened, and words on how: device, precision, anything worth a warning.
+/// A model that was opened.
 pub type Opened<T> = Result<Box<T>, ModelError>;
 
 /// How grave a finding of `doctor` is.

@@ -8,14 +8,15 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use arrow::array::RecordBatch;
+use serde_json::Value;
 
-use super::Runner;
+use super::{Runner, tables_of};
 use crate::config::PlannedStage;
 use crate::run::{Start, Unit};
 use crate::stages::{Failure, Fold, Role, Scope};
 use crate::store::{
     CheckpointRecord, Event, Key, Lookup, PartRecord, RunFolder, StateRecord, StoreError,
-    sync_folder,
+    TableWriter, files_in, sync_folder,
 };
 
 impl Runner<'_> {
@@ -50,6 +51,17 @@ impl Runner<'_> {
         let mut shelf = self.shelf(stage, round)?;
         let interrupt = self.interrupt;
         let seed = self.plan.seed;
+        let root = self.folder.root().to_owned();
+        let footer = self.footer(Some(&made.key));
+        let writer = |first: usize| {
+            let folder = RunFolder::table_folder(table.as_str(), round);
+            TableWriter::new(
+                &root,
+                &format!("{folder}/part-{first:05}"),
+                work.schema(),
+                &footer,
+            )
+        };
         let report = &mut *self.report;
         let mut scope = Scope {
             table,
@@ -104,16 +116,10 @@ impl Runner<'_> {
                 write_folder(&state, |to| {
                     learner.save_state(to).map_err(Failure::of(work.model()))
                 })?;
-                let part = part(
-                    &self.folder,
-                    stage,
-                    round,
-                    work,
-                    first,
-                    &std::mem::take(&mut steps),
-                )?;
+                let part = part(writer(first), first, &std::mem::take(&mut steps))?;
                 let state = StateRecord {
                     step: done as u64,
+                    files: files_in(&state)?,
                     folder: below(self.folder.root(), &state),
                 };
                 let previous = self
@@ -141,7 +147,7 @@ impl Runner<'_> {
             learner.save(to).map_err(Failure::of(work.model()))
         })?;
         drop(learner);
-        let part = part(&self.folder, stage, round, work, first, &steps)?;
+        let part = part(writer(first), first, &steps)?;
         self.folder.commit(Event::Part {
             table: table.to_string(),
             round,
@@ -150,12 +156,40 @@ impl Runner<'_> {
         })?;
         let checkpoint = CheckpointRecord {
             model: work.model().to_string(),
+            files: files_in(&folder)?,
             folder: below(self.folder.root(), &folder),
         };
-        self.folder
-            .finish(table.as_str(), round, Some(checkpoint))?;
+        self.finish(table, round, None, Some(checkpoint))?;
         if let Some(state) = self.last_state(&made.key)? {
             let _ = fs::remove_dir_all(state);
+        }
+        Ok(())
+    }
+
+    /// What decides the table that a training needs before its first step, and its key: of the
+    /// stage's settings none matters.
+    fn because_before(
+        &mut self,
+        stage: &PlannedStage,
+        round: Option<u32>,
+    ) -> Result<(Value, String), Failure> {
+        let mut because = self.because(stage, round)?;
+        because["settings"] = Value::Null;
+        let key = Key::new("before").with_json(&because).finish();
+        Ok((because, key))
+    }
+
+    /// Brings back what belongs to a training that was set aside and came back whole.
+    pub(super) fn unpark_before(
+        &mut self,
+        stage: &PlannedStage,
+        round: Option<u32>,
+    ) -> Result<(), Failure> {
+        for name in tables_of(stage).iter().skip(1) {
+            if self.folder.manifest().find(name.as_str(), round).is_none() {
+                let (_, key) = self.because_before(stage, round)?;
+                self.folder.unpark(name.as_str(), round, &key)?;
+            }
         }
         Ok(())
     }
@@ -170,14 +204,13 @@ impl Runner<'_> {
         let Some((name, map)) = work.before(&stage.name) else {
             return Ok(None);
         };
-        let mut because = self.because(stage, round)?;
-        // Of all settings only the model and the rows matter to what is computed before.
-        because["settings"] = serde_json::Value::Null;
-        let key = Key::new("before").with_json(&because).finish();
+        let (mut because, key) = self.because_before(stage, round)?;
         let kind = map.schema().metadata().get("kind").cloned();
         if self.claim(&name, round, kind.as_deref(), &key, &because)? {
-            self.map(stage, &name, round, &*map)?;
-            self.folder.finish(name.as_str(), round, None)?;
+            because["inputs"] = Value::Null;
+            let base = Key::new("row").with_json(&because);
+            self.map(stage, &name, round, &*map, &base)?;
+            self.finish(&name, round, None, None)?;
         }
         Ok(Some(Lookup::open(
             self.folder.files(name.as_str(), round),
@@ -235,18 +268,10 @@ fn gather(rows: &mut Lookup, positions: &[u32]) -> Result<RecordBatch, Failure> 
 
 /// Writes the rows of the steps from `first` on.
 fn part(
-    folder: &RunFolder,
-    stage: &PlannedStage,
-    round: Option<u32>,
-    work: &dyn Fold,
+    mut writer: TableWriter,
     first: usize,
     steps: &[RecordBatch],
 ) -> Result<PartRecord, Failure> {
-    let stem = format!(
-        "{}/part-{first:05}",
-        RunFolder::table_folder(stage.name.as_str(), round)
-    );
-    let mut writer = crate::store::TableWriter::new(folder.root(), &stem, work.schema(), &[]);
     for step in steps {
         writer.write(step)?;
     }

@@ -30,11 +30,6 @@ impl Interrupt {
         Ok(interrupt)
     }
 
-    /// Asks to stop, as a signal would.
-    pub fn raise(&self) {
-        self.asked.store(true, Ordering::Relaxed);
-    }
-
     pub fn raised(&self) -> bool {
         self.asked.load(Ordering::Relaxed)
     }

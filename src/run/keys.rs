@@ -9,6 +9,9 @@ use crate::models::{Dtype, ModelSpec};
 use crate::stages::{Failure, Load, Role, Use, Work};
 use crate::store::{Fingerprints, Key};
 
+/// Counts changes of this program that change what tables hold although nothing in the pipeline did.
+const KEY_VERSION: u32 = 1;
+
 impl Runner<'_> {
     /// Everything that decides a table in a round.
     pub(super) fn because(
@@ -38,6 +41,7 @@ impl Runner<'_> {
         }
         let files = self.files(stage)?;
         let mut because = json!({ "settings": stage.settings, "inputs": inputs, "models": models, "files": files });
+        because["version"] = json!([KEY_VERSION, spec.version()]);
         if spec.draws() {
             because["seed"] = json!(self.plan.seed);
             because["round"] = json!(round);
@@ -184,6 +188,7 @@ fn compare(path: &str, before: &Value, now: &Value, reasons: &mut Vec<String>) {
             let setting = name.split_once('.').map_or(name, |(_, setting)| setting);
             format!("`{setting}` {before} → {now}")
         }
+        _ if path == "version" => "this program makes it in another way".to_owned(),
         _ => format!("`{path}` {before} → {now}"),
     });
 }

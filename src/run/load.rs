@@ -1,10 +1,14 @@
 //! Loading: records of a user's file become rows, pictures become rows of `images`.
 
+use std::path::Path;
+
+use arrow::array::AsArray;
+
 use super::{Runner, count};
 use crate::config::{KeepImages, PlannedStage};
 use crate::run::{Start, Unit};
-use crate::stages::{Failure, Load, Record, rejects};
-use crate::store::{Event, Images, PartRecord, RunFolder};
+use crate::stages::{Failure, Load, Record, TableName, rejects};
+use crate::store::{Event, Images, Key, PartRecord, RunFolder, TableReader};
 use crate::tables::{Image, RejectClass};
 
 /// Records that are read, checked and committed as one.
@@ -47,9 +51,7 @@ impl Runner<'_> {
             done += rows_in;
             if let Some(before) = parts_done.iter().find(|before| before.part == part) {
                 for file in &before.files {
-                    for rows in
-                        crate::store::TableReader::new(vec![self.folder.root().join(&file.file)])
-                    {
+                    for rows in TableReader::new(vec![self.folder.root().join(&file.file)]) {
                         work.resume(&rows?)?;
                     }
                 }
@@ -81,7 +83,23 @@ impl Runner<'_> {
             self.report.progress(done);
         }
         self.check_rejects(table, None)?;
-        Ok(self.folder.finish(table.as_str(), None, None)?)
+        let content = self.content(table)?;
+        self.finish(table, None, Some(content), None)
+    }
+
+    /// A digest of a loaded table's rows.
+    fn content(&self, table: &TableName) -> Result<String, Failure> {
+        let mut key = Key::new("content");
+        for batch in self.folder.reader(table.as_str(), None) {
+            let batch = batch?;
+            let keys = batch
+                .column_by_name("row_key")
+                .expect("tables that are loaded have keys");
+            for row_key in keys.as_string::<i32>().iter().flatten() {
+                key = key.with(row_key);
+            }
+        }
+        Ok(key.finish())
     }
 
     /// Adds the pictures that the run does not have.
@@ -93,7 +111,7 @@ impl Runner<'_> {
             {
                 continue;
             }
-            if self.plan.keep_images == KeepImages::Reference && image.image.path.is_some() {
+            if self.plan.keep_images == KeepImages::Reference && is_on_disk(&image) {
                 image.image.bytes = None;
             }
             fresh.push(image);
@@ -108,4 +126,13 @@ impl Runner<'_> {
         }
         Ok(())
     }
+}
+
+/// Whether a picture was read from a file of its own, so that its path can take the place of its bytes.
+fn is_on_disk(image: &Image) -> bool {
+    image
+        .image
+        .path
+        .as_ref()
+        .is_some_and(|path| Path::new(path).is_file())
 }

@@ -7,7 +7,7 @@ use super::{Runner, count};
 use crate::config::PlannedStage;
 use crate::run::{Start, Unit};
 use crate::stages::{Failure, MapWork, Outcome, Scope, TableName, rejects};
-use crate::store::{Event, Key, Lookup, Made, PartRecord, RunFolder};
+use crate::store::{Event, FileRecord, Key, Lookup, Made, PartRecord, RunFolder};
 use crate::tables::RejectClass;
 
 impl Runner<'_> {
@@ -18,6 +18,7 @@ impl Runner<'_> {
         table: &TableName,
         round: Option<u32>,
         work: &dyn MapWork,
+        base: &Key,
     ) -> Result<(), Failure> {
         let made = self
             .folder
@@ -43,7 +44,6 @@ impl Runner<'_> {
                 ..made.clone()
             }))?;
         }
-        let base = self.row_base(stage, round)?;
         let mut reuse = self.reuse(table, round)?;
         let mut models = self.models(stage, round)?;
         let mut shelf = self.shelf(stage, round)?;
@@ -83,7 +83,7 @@ impl Runner<'_> {
                 progress: &mut |rows| report.progress(rows_done + rows),
             };
             let rows_in = batches.len() as u64;
-            let outcomes = compute(work, &mut scope, batches, &base, reuse.as_mut())?;
+            let outcomes = compute(work, &mut scope, batches, base, &mut reuse)?;
             rows_done += part_rows;
             let record = self.write_part(table, round, part, rows_in, work, outcomes, &made.key)?;
             self.folder.commit(Event::Part {
@@ -136,29 +136,29 @@ impl Runner<'_> {
 
     /// What decides a row beside its group: the stage's settings and models and, where it draws,
     /// seed, round and table.
-    fn row_base(&mut self, stage: &PlannedStage, round: Option<u32>) -> Result<Key, Failure> {
+    pub(super) fn row_base(
+        &mut self,
+        stage: &PlannedStage,
+        round: Option<u32>,
+    ) -> Result<Key, Failure> {
         let mut because = self.because(stage, round)?;
         because["inputs"] = serde_json::Value::Null;
         Ok(Key::new("row").with_json(&because))
     }
 
-    /// The rows of superseded makings of this table, by their keys.
-    fn reuse(&self, table: &TableName, round: Option<u32>) -> Result<Option<Lookup>, Failure> {
-        let parked = self
-            .folder
-            .manifest()
-            .parked
-            .iter()
-            .map(|parked| &parked.made);
-        let parked = parked.filter(|made| made.table == table.as_str() && made.round == round);
-        let files: Vec<_> = parked
-            .flat_map(Made::files)
-            .map(|file| self.folder.root().join(&file.file))
-            .collect();
-        if files.is_empty() {
-            return Ok(None);
+    /// The rows of superseded makings of this table, by their keys; the latest making first. Each has
+    /// an index of its own: rows of one key lie together in one making, not in several.
+    fn reuse(&self, table: &TableName, round: Option<u32>) -> Result<Vec<Lookup>, Failure> {
+        let parked = self.folder.manifest().parked.iter().rev();
+        let mut makings = Vec::new();
+        for made in parked.map(|parked| &parked.made) {
+            if made.table == table.as_str() && made.round == round {
+                let path = |file: &FileRecord| self.folder.root().join(&file.file);
+                let files: Vec<_> = made.files().map(path).collect();
+                makings.push(Lookup::open(files, "row_key")?);
+            }
         }
-        Ok(Some(Lookup::open(files, "row_key")?))
+        Ok(makings)
     }
 }
 
@@ -168,17 +168,20 @@ fn compute(
     scope: &mut Scope<'_>,
     groups: Vec<RecordBatch>,
     base: &Key,
-    mut reuse: Option<&mut Lookup>,
+    reuse: &mut [Lookup],
 ) -> Result<Vec<Outcome<RecordBatch>>, Failure> {
     let keys = work.keys(scope, &groups, base)?;
     let mut outcomes: Vec<Option<Outcome<RecordBatch>>> = Vec::with_capacity(groups.len());
     let mut missing = Vec::new();
     let mut places = Vec::new();
     for (place, (key, group)) in keys.into_iter().zip(groups).enumerate() {
-        let known = match reuse.as_deref_mut() {
-            Some(reuse) => reuse.get(&key)?,
-            None => None,
-        };
+        let mut known = None;
+        for making in reuse.iter_mut() {
+            known = making.get(&key)?;
+            if known.is_some() {
+                break;
+            }
+        }
         if known.is_none() {
             missing.push((key, group));
             places.push(place);

@@ -19,7 +19,7 @@ pub use interrupt::Interrupt;
 pub use keys::explain;
 pub use report::{Report, Start, Unit};
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 
 use arrow::datatypes::SchemaRef;
@@ -29,9 +29,10 @@ use crate::config::{Plan, PlannedStage};
 use crate::models::ModelLoader;
 use crate::stages::{Failure, ModelName, Shelf, TableName, Work};
 use crate::store::{
-    Event, FileRecord, Fingerprints, Images, Key, Made, RunFolder, TableWriter, read_file,
+    CheckpointRecord, Event, FileRecord, Fingerprints, Images, Key, Made, RunFolder, TableWriter,
+    read_file,
 };
-use crate::tables::{Reject, RejectClass, Row};
+use crate::tables::{Reject, RejectClass, Row, Step};
 use models::RunModels;
 
 /// How a run goes about its plan.
@@ -74,8 +75,15 @@ pub fn run(
         round: None,
         failure,
     })?;
+    let slots = slots(plan);
+    let failed = |failure| RunError {
+        stage: None,
+        round: None,
+        failure,
+    };
+    runner.park_unplanned(&slots).map_err(failed)?;
     let mut summary = Summary::default();
-    for (stage, round) in slots(plan) {
+    for (stage, round) in slots {
         let made = runner.make(stage, round).map_err(|failure| RunError {
             stage: Some(stage.name.clone()),
             round,
@@ -165,7 +173,6 @@ impl<'a> Runner<'a> {
         self.stop_if_asked()?;
         let because = self.because(stage, round)?;
         let key = Key::new("table").with_json(&because).finish();
-        self.keys.insert((stage.name.clone(), round), key.clone());
         let kind = stage.kind;
         if !self.claim(&stage.name, round, kind, &key, &because)? {
             let rows = self
@@ -173,21 +180,104 @@ impl<'a> Runner<'a> {
                 .manifest()
                 .find(stage.name.as_str(), round)
                 .map_or(0, Made::rows);
+            self.unpark_before(stage, round)?;
+            self.remember(&stage.name, round);
             self.report.reused(&stage.name, round, rows);
             return Ok(false);
         }
         match stage.spec.as_stage().work() {
             Work::Load(mut work) => self.load(stage, &mut *work)?,
             Work::Map(work) => {
-                self.map(stage, &stage.name, round, &*work)?;
+                let base = self.row_base(stage, round)?;
+                self.map(stage, &stage.name, round, &*work, &base)?;
                 self.check_rejects(&stage.name, round)?;
-                self.folder.finish(stage.name.as_str(), round, None)?;
+                self.finish(&stage.name, round, None, None)?;
             }
             Work::Query(work) => self.query(stage, round, &work)?,
             Work::Fold(work) => self.fold(stage, round, &*work)?,
         }
+        self.remember(&stage.name, round);
         self.report_finished(&stage.name, round);
         Ok(true)
+    }
+
+    /// Notes what tables that read this one are keyed by: its content where that is known, its key
+    /// where it is not.
+    fn remember(&mut self, table: &TableName, round: Option<u32>) {
+        let made = self
+            .folder
+            .manifest()
+            .find(table.as_str(), round)
+            .expect("a table that is there");
+        let key = made.content.clone().unwrap_or_else(|| made.key.clone());
+        self.keys.insert((table.clone(), round), key);
+    }
+
+    /// Ends a table.
+    fn finish(
+        &mut self,
+        table: &TableName,
+        round: Option<u32>,
+        content: Option<String>,
+        checkpoint: Option<CheckpointRecord>,
+    ) -> Result<(), Failure> {
+        let key = self
+            .folder
+            .manifest()
+            .find(table.as_str(), round)
+            .map(|made| made.key.clone());
+        let footer = self.footer(key.as_deref());
+        Ok(self
+            .folder
+            .finish(table.as_str(), round, content, checkpoint, &footer)?)
+    }
+
+    /// Sets tables aside that the pipeline no longer has, or has not in that round: nobody should
+    /// query or export them as if they belonged to it.
+    fn park_unplanned(&mut self, slots: &[(&PlannedStage, Option<u32>)]) -> Result<(), Failure> {
+        let planned = |made: &Made| {
+            slots.iter().any(|(stage, round)| {
+                *round == made.round
+                    && tables_of(stage)
+                        .iter()
+                        .any(|table| table.as_str() == made.table)
+            })
+        };
+        let unplanned: Vec<_> = self
+            .folder
+            .manifest()
+            .made
+            .iter()
+            .filter(|made| !planned(made))
+            .cloned()
+            .collect();
+        for made in unplanned {
+            self.folder.park(&made.table, made.round)?;
+        }
+        Ok(())
+    }
+
+    /// Sets everything aside that was made from a table which is about to be made again. What turns
+    /// out to be as before comes back without work.
+    fn park_dependents(&mut self, table: &TableName, round: Option<u32>) -> Result<(), Failure> {
+        let mut stale = HashSet::from([(table.clone(), round)]);
+        for (stage, round) in slots(self.plan) {
+            let reads = stage
+                .inputs
+                .iter()
+                .any(|(_, input)| stale.contains(&(input.clone(), self.round_of(input, round))));
+            let uses = stage.spec.as_stage().uses().iter().any(|used| {
+                let training = self.training(stage, used.model, round);
+                training.is_some_and(|(table, round)| stale.contains(&(table, Some(round))))
+            });
+            if reads || uses {
+                for table in tables_of(stage) {
+                    self.folder.park(table.as_str(), round)?;
+                }
+                stale.insert((stage.name.clone(), round));
+            }
+        }
+        Ok(())
     }
 
     /// Sees to it that the manifest has a table under this key, to be begun or gone on with. False
@@ -215,6 +305,7 @@ impl<'a> Runner<'a> {
                 titled(table, round)
             ));
             self.folder.park(name, round)?;
+            self.park_dependents(table, round)?;
         }
         if self.folder.manifest().find(name, round).is_none() {
             self.folder.unpark(name, round, key)?;
@@ -230,6 +321,7 @@ impl<'a> Runner<'a> {
                     because: because.clone(),
                     part_groups: 0,
                     complete: false,
+                    content: None,
                     parts: Vec::new(),
                     state: None,
                     checkpoint: None,
@@ -382,17 +474,20 @@ impl<'a> Runner<'a> {
 
     /// A writer of the run's files; the footer says what made them.
     fn writer(&self, stem: &str, schema: &SchemaRef, key: Option<&str>) -> TableWriter {
+        TableWriter::new(self.folder.root(), stem, schema.clone(), &self.footer(key))
+    }
+
+    /// What the footer of a file says of its making.
+    fn footer(&self, key: Option<&str>) -> Vec<(&'static str, String)> {
         let mut footer = vec![
             ("ovchat.version", env!("CARGO_PKG_VERSION").to_owned()),
             ("ovchat.pipeline", self.plan.pipeline.as_str().to_owned()),
         ];
-        if let Some(key) = key {
-            footer.push(("ovchat.key", key.to_owned()));
-        }
+        footer.extend(key.map(|key| ("ovchat.key", key.to_owned())));
         if let Some(loader) = self.loader {
             footer.extend(loader.build());
         }
-        TableWriter::new(self.folder.root(), stem, schema.clone(), &footer)
+        footer
     }
 
     fn report_finished(&mut self, table: &TableName, round: Option<u32>) {
@@ -403,6 +498,19 @@ impl<'a> Runner<'a> {
                 .finished(table, round, made.rows(), faults, dropped);
         }
     }
+}
+
+/// The tables that a stage makes: its own, and the one that a training needs before its first step.
+fn tables_of(stage: &PlannedStage) -> Vec<TableName> {
+    let mut tables = vec![stage.name.clone()];
+    // A query's SQL may be read from a file; only trainings have a second table.
+    if stage.kind == Some(Step::KIND)
+        && let Work::Fold(work) = stage.spec.as_stage().work()
+        && let Some((before, _)) = work.before(&stage.name)
+    {
+        tables.push(before);
+    }
+    tables
 }
 
 /// How a table in a round is called in messages.

@@ -87,6 +87,10 @@ impl Runner<'_> {
             // A table without rows still has columns, for those who query it.
             writer.write_nothing()?;
         }
+        if work.sets_aside {
+            // Each row of the result is a row that could have been set aside.
+            rows_in = done;
+        }
         let rejects = rejects(table, round, set_aside);
         let part = PartRecord {
             part: 0,
@@ -103,7 +107,7 @@ impl Runner<'_> {
             state: None,
         })?;
         self.check_rejects(table, round)?;
-        Ok(self.folder.finish(table.as_str(), round, None)?)
+        self.finish(table, round, None, None)
     }
 }
 

@@ -80,14 +80,10 @@ fn line_records<T: BufRead + Send + 'static>(
             Ok(line) => line,
             Err(error) => return Some(Err(input(&path, &format!(", {place}"), error.to_string()))),
         };
-        let fields = serde_json::from_str(&line).map_err(|error| {
-            input(
-                &path,
-                &format!(", {place}"),
-                format!("not JSON: {}", without_place(&error)),
-            )
-        });
-        Some(fields.map(|fields| Record {
+        // A line that is no JSON is a bad row, not a bad file: the next one may be fine.
+        let fields = serde_json::from_str(&line)
+            .map_err(|error| format!("it is not JSON: {}", without_place(&error)));
+        Some(Ok(Record {
             place,
             fields,
             embedded: Vec::new(),
@@ -144,7 +140,7 @@ impl<'de> Visitor<'de> for Feed<'_> {
             count += 1;
             let record = Record {
                 place: format!("record {count}"),
-                fields,
+                fields: Ok(fields),
                 embedded: Vec::new(),
             };
             if self.sender.send(Ok(record)).is_err() {
@@ -214,7 +210,7 @@ fn batch_records(path: &Path, batch: &RecordBatch, first: usize) -> Result<Vec<R
             }
             Record {
                 place: format!("row {}", first + index + 1),
-                fields: Value::Object(fields),
+                fields: Ok(Value::Object(fields)),
                 embedded,
             }
         };
@@ -317,7 +313,7 @@ mod tests {
         let records = records(&path).map_err(|error| error.to_string())?;
         let records: Result<Vec<_>, _> = records.collect();
         let records = records.map_err(|error| error.to_string())?;
-        Ok(records.into_iter().map(|record| record.fields).collect())
+        records.into_iter().map(|record| record.fields).collect()
     }
 
     #[test]
@@ -345,7 +341,7 @@ mod tests {
         assert!(
             read("a.jsonl", "{\"a\": 1}\n{\"a\": \n")
                 .unwrap_err()
-                .contains(", line 2: not JSON")
+                .contains("it is not JSON")
         );
     }
 
@@ -377,7 +373,7 @@ mod tests {
         assert_eq!(records[1].place, "row 2");
         assert_eq!(
             records[0].fields,
-            serde_json::json!({"image": "a.png", "prompt": "What?"})
+            Ok(serde_json::json!({"image": "a.png", "prompt": "What?"}))
         );
         assert_eq!(
             records[0].embedded[0].bytes.as_deref(),

@@ -160,6 +160,11 @@ pub trait Stage {
         &[]
     }
 
+    /// Changes when the verb makes something else of the same input and settings.
+    fn version(&self) -> String {
+        "1".to_owned()
+    }
+
     /// The work, for the runner.
     fn work(&self) -> Work<'_>;
 }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Failure, Input, Map, ModelName, Outcome, Positive, Probability, Role, Scope, Stage, StageError,
-    TableName, Task, Temperature, Use, Work,
+    TableName, Task, Temperature, Use, Work, shown,
 };
 use crate::models::{self, Generation, RowFault, Sampling, Stop};
 use crate::store::Key;
@@ -134,10 +134,17 @@ impl Map for &Sample {
     }
 
     fn key(&self, _: &mut Scope<'_>, group: &[Prompt], key: Key) -> Result<Key, Failure> {
-        // The id is a hash of all that the model is shown.
-        Ok(group
-            .iter()
-            .fold(key, |key, prompt| key.with(&prompt.prompt_id)))
+        let prompt = &group[0];
+        // The id decides the seed.
+        let key = key.with(&prompt.prompt_id);
+        let system = prompt.system.as_deref();
+        Ok(shown(
+            key,
+            &prompt.image_ids,
+            system,
+            &prompt.turns,
+            &prompt.question,
+        ))
     }
 
     fn map(

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Failure, Input, Map, ModelName, Outcome, Role, Scope, Stage, StageError, TableName, Task, Use,
-    Work,
+    Work, shown,
 };
 use crate::models::{Group, RowFault};
 use crate::store::Key;
@@ -107,7 +107,18 @@ impl Map for &Score {
         let prompt = scope
             .shelf
             .prompt_row(self.prompts(), &group[0].prompt_id)?;
-        let key = key.with(&prompt.row_key);
+        let system = prompt.system.as_deref();
+        let mut key = shown(
+            key,
+            &prompt.image_ids,
+            system,
+            &prompt.turns,
+            &prompt.question,
+        );
+        for caption in prompt.captions.iter().flatten() {
+            key = key.with("caption").with(caption);
+        }
+        let key = key.with(&group[0].prompt_id);
         Ok(group.iter().fold(key, |key, answer| {
             key.with(answer.candidate.to_le_bytes()).with(&answer.text)
         }))

@@ -6,7 +6,11 @@ use serde::{Deserialize, Serialize};
 
 use super::{Input, NonNegative, Query, Stage, StageError, TableName, Work};
 use crate::query::Param;
+use crate::store::digest;
 use crate::tables::{Candidate, Pair, Prompt, Reward, Row};
+
+/// The ranking; `{rewards}`, `{candidates}` and `{prompts}` stand for the tables.
+const SQL: &str = include_str!("select_extremes.sql");
 
 /// Pairs the answer with the highest reward (chosen) with the one with the lowest (rejected). Ties
 /// go to the lowest number; a prompt whose best and worst score or read the same is dropped.
@@ -86,10 +90,14 @@ impl Stage for SelectExtremes {
         Ok(Pair::schema())
     }
 
+    fn version(&self) -> String {
+        digest(SQL.as_bytes())
+    }
+
     fn work(&self) -> Work<'_> {
         let name =
             |table: &Option<TableName>| table.as_ref().expect("the plan found it").to_string();
-        let sql = include_str!("select_extremes.sql")
+        let sql = SQL
             .replace("{rewards}", self.rewards.as_str())
             .replace("{candidates}", &name(&self.candidates))
             .replace("{prompts}", &name(&self.prompts));

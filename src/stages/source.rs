@@ -14,7 +14,7 @@ use rayon::prelude::*;
 use serde_json::Value;
 
 use super::formats;
-use super::work::{Failure, Load, Loaded, Record};
+use super::work::{Failure, Load, Loaded, Record, shown};
 use crate::prep::{decode, probe};
 use crate::store::{Key, digest};
 use crate::tables::{Image, ImageFile, Pair, Prompt, RejectClass, Role, Row, Turn};
@@ -124,17 +124,7 @@ fn prompt_base(
     turns: &[Turn],
     question: &str,
 ) -> String {
-    let mut key = Key::new("prompt").with((image_ids.len() as u64).to_le_bytes());
-    for id in image_ids {
-        key = key.with(id);
-    }
-    key = key
-        .with(system.map_or("-", |_| "+"))
-        .with(system.unwrap_or_default());
-    for turn in turns {
-        key = key.with(turn.role.as_str()).with(&turn.text);
-    }
-    key.with(question).finish()
+    shown(Key::new("prompt"), image_ids, system, turns, question).finish()
 }
 
 /// Loads rows of one kind from a source.
@@ -197,7 +187,8 @@ impl<'a, R: Loadable> Loader<'a, R> {
         };
         let mut key = Key::new("prompt row")
             .with(&prompt_id)
-            .with(fields.id.as_deref().unwrap_or_default());
+            .with(fields.id.as_deref().unwrap_or_default())
+            .with(fields.paths.first().map(String::as_str).unwrap_or_default());
         key = key.with(fields.answer.as_deref().unwrap_or_default());
         for caption in fields.captions.iter().flatten() {
             key = key.with(caption);
@@ -231,7 +222,7 @@ impl<R: Loadable> Load for Loader<'_, R> {
 
     fn pictures(&self, record: &Record) -> Vec<PathBuf> {
         let names: Vec<String> = if record.embedded.is_empty() {
-            fields(&record.fields).map_or_else(|_| Vec::new(), |fields| fields.paths)
+            read_fields(&record.fields).map_or_else(|_| Vec::new(), |fields| fields.paths)
         } else {
             let outside = record.embedded.iter().filter(|file| file.bytes.is_none());
             outside.filter_map(|file| file.path.clone()).collect()
@@ -252,7 +243,7 @@ impl<R: Loadable> Load for Loader<'_, R> {
         let mut read: Vec<(String, Result<(Fields, Vec<Image>), String>)> = records
             .into_par_iter()
             .map(|record| {
-                let opened = fields(&record.fields).and_then(|fields| {
+                let opened = read_fields(&record.fields).and_then(|fields| {
                     let images = if record.embedded.is_empty() {
                         let open = |path: &String| open_picture(&folder.join(path), pixels_max);
                         fields
@@ -345,6 +336,10 @@ fn check_picture(file: ImageFile, pixels_max: u64) -> Result<Image, String> {
         format: header.format.to_string(),
         image: file,
     })
+}
+
+fn read_fields(record: &Result<Value, String>) -> Result<Fields, String> {
+    record.as_ref().map_err(Clone::clone).and_then(fields)
 }
 
 /// Reads a record of either form.
@@ -536,7 +531,7 @@ mod tests {
         };
         let record = || Record {
             place: String::new(),
-            fields: json!({"prompt": "Why?"}),
+            fields: Ok(json!({"prompt": "Why?"})),
             embedded: Vec::new(),
         };
         let mut whole = Loader::<Prompt>::new(source());

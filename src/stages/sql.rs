@@ -1,5 +1,6 @@
 //! `sql`: any query as a stage.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -102,7 +103,7 @@ impl Stage for Sql {
         let tables: Vec<(String, SchemaRef)> = read
             .map(|(table, schema)| (table.to_string(), schema.clone()))
             .collect();
-        query::plan(sql, &tables, &[]).map_err(|error| {
+        let schema = query::plan(sql, &tables, &[]).map_err(|error| {
             let other = given.iter().find(|(table, _)| {
                 !self.tables.contains(table) && error.0.contains(&format!("{table}' not found"))
             });
@@ -112,7 +113,23 @@ impl Stage for Sql {
                 message: error.0,
                 help,
             }
-        })
+        })?;
+        let mut names = HashSet::new();
+        for column in schema.fields() {
+            if !names.insert(column.name()) || column.name() == "round" {
+                let why = match column.name().as_str() {
+                    "round" => "a column is called `round`, which is the run's own".to_owned(),
+                    name => format!("two columns are called `{name}`"),
+                };
+                let help = Some(format!("give it another name: {} as …", column.name()));
+                return Err(StageError {
+                    field: Some(field),
+                    message: why,
+                    help,
+                });
+            }
+        }
+        Ok(schema)
     }
 
     fn work(&self) -> Work<'_> {

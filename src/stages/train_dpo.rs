@@ -1,5 +1,6 @@
 //! `train_dpo`: one training of a model on pairs with direct preference optimization.
 
+use std::cell::RefCell;
 use std::num::NonZeroU32;
 use std::time::Instant;
 
@@ -10,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Failure, Fold, Input, Map, MapWork, ModelName, NonNegative, Outcome, Positive, Role, Scope,
-    Stage, StageError, TableName, Task, Use, Work, turns,
+    Stage, StageError, TableName, Task, Use, Work, shown, turns,
 };
 use crate::models::{self, Answer, Example, Learner, TrainSettings};
 use crate::store::{Key, Lookup};
@@ -173,7 +174,11 @@ impl Fold for &TrainDpo {
         let name = format!("{table}_reference")
             .try_into()
             .expect("a name with a suffix is a name");
-        Some((name, Box::new(ReferencePass { stage: self })))
+        let pass = ReferencePass {
+            stage: self,
+            learner: RefCell::new(None),
+        };
+        Some((name, Box::new(pass)))
     }
 
     fn step(
@@ -280,6 +285,8 @@ fn shuffle(order: &mut [u32], seed: u64) {
 /// judged, or whose answers come from another model.
 struct ReferencePass<'a> {
     stage: &'a TrainDpo,
+    /// Opened for the first pair that needs it, and kept for all parts.
+    learner: RefCell<Option<Box<dyn Learner>>>,
 }
 
 /// Pairs per part of the reference pass.
@@ -298,7 +305,27 @@ impl Map for ReferencePass<'_> {
     }
 
     fn key(&self, _: &mut Scope<'_>, group: &[Pair], key: Key) -> Result<Key, Failure> {
-        Ok(group.iter().fold(key, |key, pair| key.with(&pair.row_key)))
+        let mut key = key;
+        for pair in group {
+            let system = pair.system.as_deref();
+            key = shown(
+                key.with(&pair.row_key),
+                &pair.image_ids,
+                system,
+                &pair.turns,
+                &pair.prompt,
+            );
+            for (text, token_ids) in [
+                (&pair.chosen, &pair.chosen_token_ids),
+                (&pair.rejected, &pair.rejected_token_ids),
+            ] {
+                key = key.with(text);
+                for id in token_ids.iter().flatten() {
+                    key = key.with(id.to_le_bytes());
+                }
+            }
+        }
+        Ok(key)
     }
 
     fn map(
@@ -309,7 +336,7 @@ impl Map for ReferencePass<'_> {
         let model = &self.stage.model;
         let start = scope.models.fingerprint(model).to_owned();
         let mut outcomes = Vec::with_capacity(tasks.len());
-        let mut learner: Option<Box<dyn Learner>> = None;
+        let mut learner = self.learner.borrow_mut();
         let mut done = 0;
         for task in tasks {
             let open = |pair: &&Pair| sampled_reference(pair, &start).is_none();
@@ -326,7 +353,7 @@ impl Map for ReferencePass<'_> {
                     .map(|(pair, prompt)| example(pair, prompt, None))
                     .collect();
                 if learner.is_none() {
-                    learner = Some(
+                    *learner = Some(
                         scope
                             .models
                             .learner(model, &Fold::settings(&self.stage, 1))?,

@@ -179,6 +179,28 @@ impl Shelf {
     }
 }
 
+/// Takes into a key all that a model is shown of a prompt. Its id alone would not do: an `sql` stage
+/// may keep the id and change the rest.
+pub fn shown(
+    key: Key,
+    image_ids: &[String],
+    system: Option<&str>,
+    turns: &[tables::Turn],
+    question: &str,
+) -> Key {
+    let mut key = key.with((image_ids.len() as u64).to_le_bytes());
+    for id in image_ids {
+        key = key.with(id);
+    }
+    key = key
+        .with(if system.is_some() { "+" } else { "-" })
+        .with(system.unwrap_or_default());
+    for turn in turns {
+        key = key.with(turn.role.as_str()).with(&turn.text);
+    }
+    key.with(question)
+}
+
 /// Turns of a table's row as models take them.
 pub fn turns(turns: &[tables::Turn]) -> Vec<models::Turn> {
     let role = |role| match role {
@@ -318,7 +340,8 @@ impl<M: Map> MapWork for M {
 pub struct Record {
     /// Where it stands: `record 3` or `line 3`.
     pub place: String,
-    pub fields: serde_json::Value,
+    /// The fields, or why there are none.
+    pub fields: Result<serde_json::Value, String>,
     /// Pictures that the file itself holds, instead of paths to them.
     pub embedded: Vec<tables::ImageFile>,
 }

@@ -6,6 +6,7 @@ use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -32,6 +33,8 @@ struct Known {
 pub struct Fingerprints {
     path: PathBuf,
     known: Mutex<BTreeMap<PathBuf, Known>>,
+    /// Whether something was learned that is not written down.
+    is_new: AtomicBool,
 }
 
 impl Fingerprints {
@@ -43,6 +46,7 @@ impl Fingerprints {
         Self {
             path,
             known: Mutex::new(known.unwrap_or_default()),
+            is_new: AtomicBool::new(false),
         }
     }
 
@@ -69,6 +73,7 @@ impl Fingerprints {
             .lock()
             .expect("no panic while locked")
             .insert(path.to_owned(), known);
+        self.is_new.store(true, Ordering::Relaxed);
         Ok(sha256)
     }
 
@@ -94,6 +99,9 @@ impl Fingerprints {
 
     /// Writes down what was learned, for the next start.
     pub fn save(&self) -> Result<(), StoreError> {
+        if !self.is_new.swap(false, Ordering::Relaxed) {
+            return Ok(());
+        }
         let known = self.known.lock().expect("no panic while locked");
         let text = serde_json::to_vec(&*known).expect("paths that were read are valid text");
         write_atomically(&self.path, &text)

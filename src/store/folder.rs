@@ -1,5 +1,6 @@
 //! The folder of a run: opening, committing, superseding, compacting.
 
+use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -50,9 +51,11 @@ impl RunFolder {
             manifest,
             _lock: Some(lock),
         };
-        let lost = run.strike_out_lost()?;
+        run.finish_moves()?;
+        let lost = run.strike_out_lost();
         run.manifest.rewrite()?;
         run.sweep()?;
+        run.sweep_cache()?;
         Ok((run, lost))
     }
 
@@ -121,13 +124,16 @@ impl RunFolder {
     }
 
     /// Moves a table that was superseded into `.cache/<key>`, where readers do not look.
+    ///
+    /// The commit comes first: a crash between it and the moves leaves them to the next opening.
     pub fn park(&mut self, table: &str, round: Option<u32>) -> Result<(), StoreError> {
         let Some(made) = self.manifest.find(table, round).cloned() else {
             return Ok(());
         };
         let below = format!(".cache/{}", made.key);
-        let parked = self.relocate(made, |file| format!("{below}/{file}"))?;
-        self.commit(Event::Park(parked))
+        let parked = relocated(made, |file| format!("{below}/{file}"));
+        self.commit(Event::Park(parked))?;
+        self.finish_moves()
     }
 
     /// Makes a parked table current again, if one with this key is there.
@@ -144,11 +150,31 @@ impl RunFolder {
             return Ok(false);
         };
         let below = format!(".cache/{key}/");
-        let made = self.relocate(made, |file| {
+        let made = relocated(made, |file| {
             file.strip_prefix(&below).unwrap_or(file).to_owned()
-        })?;
+        });
         self.commit(Event::Unpark(made))?;
+        self.finish_moves()?;
         Ok(true)
+    }
+
+    /// Moves what is recorded in one place and lies in the other: what a table's parking or its way
+    /// back recorded, and perhaps a crash cut off.
+    fn finish_moves(&self) -> Result<(), StoreError> {
+        for parked in &self.manifest.parked {
+            let below = format!(".cache/{}/", parked.made.key);
+            for name in places(&parked.made) {
+                if let Some(before) = name.strip_prefix(&below) {
+                    self.move_below_root(before, name)?;
+                }
+            }
+        }
+        for made in &self.manifest.made {
+            for name in places(made) {
+                self.move_below_root(&format!(".cache/{}/{name}", made.key), name)?;
+            }
+        }
+        Ok(())
     }
 
     /// Ends a table: many small parts become few large files, and the manifest calls it complete.
@@ -156,7 +182,9 @@ impl RunFolder {
         &mut self,
         table: &str,
         round: Option<u32>,
+        content: Option<String>,
         checkpoint: Option<CheckpointRecord>,
+        footer: &[(&str, String)],
     ) -> Result<(), StoreError> {
         let made = self
             .manifest
@@ -168,11 +196,13 @@ impl RunFolder {
         let files = self.compact(
             &made.files().cloned().collect::<Vec<_>>(),
             &format!("{folder}/all"),
+            footer,
         )?;
         let round_name = round.map_or(String::new(), |round| format!("-round-{round}"));
         let rejects = self.compact(
             &made.rejects().cloned().collect::<Vec<_>>(),
             &format!("rejects/{table}{round_name}"),
+            footer,
         )?;
         let kept: Vec<String> = files
             .iter()
@@ -192,6 +222,7 @@ impl RunFolder {
             table: table.to_owned(),
             round,
             parts,
+            content,
             checkpoint,
         })?;
         self.manifest.rewrite()?;
@@ -202,7 +233,12 @@ impl RunFolder {
     }
 
     /// Rewrites small files as few large ones; returns the files to list.
-    fn compact(&self, files: &[FileRecord], stem: &str) -> Result<Vec<FileRecord>, StoreError> {
+    fn compact(
+        &self,
+        files: &[FileRecord],
+        stem: &str,
+        footer: &[(&str, String)],
+    ) -> Result<Vec<FileRecord>, StoreError> {
         let bytes: u64 = files.iter().map(|file| file.bytes).sum();
         if files.len() < 2 || bytes / files.len() as u64 >= COMPACT_BELOW_BYTES {
             return Ok(files.to_vec());
@@ -212,138 +248,176 @@ impl RunFolder {
             .map(|file| self.root.join(&file.file))
             .collect();
         let schema = schema_of_file(&paths[0])?;
-        let mut writer = TableWriter::new(&self.root, stem, schema, &[]);
+        let mut writer = TableWriter::new(&self.root, stem, schema, footer);
         for batch in TableReader::new(paths) {
             writer.write(&batch?)?;
         }
         writer.finish()
     }
 
-    /// Moves the files of a table to other names below the root.
-    fn relocate(&self, mut made: Made, name: impl Fn(&str) -> String) -> Result<Made, StoreError> {
-        let files = made
-            .parts
-            .iter_mut()
-            .flat_map(|part| part.files.iter_mut().chain(&mut part.rejects));
-        for file in files {
-            let target = name(&file.file);
-            self.move_below_root(&file.file, &target)?;
-            file.file = target;
-        }
-        if let Some(checkpoint) = &mut made.checkpoint {
-            let target = name(&checkpoint.folder);
-            self.move_below_root(&checkpoint.folder, &target)?;
-            checkpoint.folder = target;
-        }
-        Ok(made)
-    }
-
-    /// Moves a file or folder. One that has been moved already stays where it is: a crash may have
-    /// come between the moves and the commit that records them.
+    /// Moves a file or folder, if it is there and its new place is free.
     fn move_below_root(&self, from: &str, to: &str) -> Result<(), StoreError> {
         let (from, to) = (self.root.join(from), self.root.join(to));
-        if !from.exists() && to.exists() {
+        if !from.exists() || to.exists() {
             return Ok(());
         }
         let folder = to.parent().expect("a file in a folder");
         fs::create_dir_all(folder).map_err(StoreError::io("create", folder))?;
-        if to.is_dir() {
-            fs::remove_dir_all(&to).map_err(StoreError::io("replace", &to))?;
-        }
         fs::rename(&from, &to).map_err(StoreError::io("move", &from))?;
         sync_folder(folder)
     }
 
     /// Removes what a killed process wrote and never committed, so that readers of `**/*.parquet`
-    /// see nothing that the manifest doesn't know.
+    /// see nothing that the manifest doesn't know. Only files with our names, in our folders.
     fn sweep(&self) -> Result<(), StoreError> {
-        let listed = self
-            .manifest
-            .made
-            .iter()
+        let made = self.manifest.made.iter();
+        let listed = made
+            .clone()
             .flat_map(|made| made.files().chain(made.rejects()));
-        let listed: std::collections::HashSet<&str> = listed
+        let listed: HashSet<&str> = listed
             .chain(&self.manifest.images)
             .map(|file| file.file.as_str())
             .collect();
-        let mut files = Vec::new();
-        files_below(&self.root, Path::new(""), &mut files)?;
-        for file in files {
-            let name = file.to_string_lossy();
-            let ours = name.ends_with(".parquet") || name.ends_with(".parquet.new");
-            if ours && !listed.contains(&*name) {
-                let path = self.root.join(&file);
-                fs::remove_file(&path).map_err(StoreError::io("remove", &path))?;
+        let parked = self.manifest.parked.iter().map(|parked| &parked.made);
+        let mut folders: HashSet<String> = made
+            .chain(parked)
+            .map(|made| Self::table_folder(&made.table, made.round))
+            .collect();
+        folders.extend(["images".to_owned(), "rejects".to_owned()]);
+        for folder in folders {
+            let Ok(entries) = fs::read_dir(self.root.join(&folder)) else {
+                continue;
+            };
+            for entry in entries {
+                let entry = entry.map_err(StoreError::io("read", &self.root))?;
+                let name = entry.file_name().to_string_lossy().into_owned();
+                let ours =
+                    name.starts_with("part-") || name.starts_with("all") || folder == "rejects";
+                let ours = ours && (name.ends_with(".parquet") || name.ends_with(".parquet.new"));
+                let is_file = entry.file_type().is_ok_and(|kind| kind.is_file());
+                if ours && is_file && !listed.contains(format!("{folder}/{name}").as_str()) {
+                    fs::remove_file(entry.path())
+                        .map_err(StoreError::io("remove", &entry.path()))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes what no record names from `.cache`: states of trainings that ended, folders of queries
+    /// and half-written states of a killed process.
+    fn sweep_cache(&self) -> Result<(), StoreError> {
+        let made = self.manifest.made.iter();
+        let all = made.chain(self.manifest.parked.iter().map(|parked| &parked.made));
+        let named: HashSet<&str> = all
+            .flat_map(places)
+            .filter_map(|name| name.strip_prefix(".cache/")?.split('/').next())
+            .collect();
+        let cache = self.cache()?;
+        for entry in fs::read_dir(&cache).map_err(StoreError::io("read", &cache))? {
+            let entry = entry.map_err(StoreError::io("read", &cache))?;
+            let path = entry.path();
+            if path.is_dir() && !named.contains(&*entry.file_name().to_string_lossy()) {
+                fs::remove_dir_all(&path).map_err(StoreError::io("remove", &path))?;
             }
         }
         Ok(())
     }
 
     /// Strikes out what the manifest lists and the disk has not, or has with another size.
-    fn strike_out_lost(&mut self) -> Result<Vec<String>, StoreError> {
-        let there = |file: &FileRecord| {
-            fs::metadata(self.root.join(&file.file))
-                .is_ok_and(|metadata| metadata.len() == file.bytes)
+    fn strike_out_lost(&mut self) -> Vec<String> {
+        let has_size = |name: &str, bytes: u64| {
+            fs::metadata(self.root.join(name)).is_ok_and(|metadata| metadata.len() == bytes)
+        };
+        let there = |file: &FileRecord| has_size(&file.file, file.bytes);
+        let folder_there = |folder: &str, files: &BTreeMap<String, u64>| {
+            files
+                .iter()
+                .all(|(name, bytes)| has_size(&format!("{folder}/{name}"), *bytes))
+        };
+        let whole = |part: &PartRecord| part.files.iter().chain(&part.rejects).all(&there);
+        let folders_there = |made: &Made| {
+            let checkpoint = made.checkpoint.as_ref();
+            let state = made.state.as_ref();
+            checkpoint.is_none_or(|checkpoint| folder_there(&checkpoint.folder, &checkpoint.files))
+                && state.is_none_or(|state| folder_there(&state.folder, &state.files))
         };
         let mut lost = Vec::new();
         let mut kept = Vec::new();
         for made in &self.manifest.made {
-            let mut made = made.clone();
-            let whole = |part: &PartRecord| part.files.iter().chain(&part.rejects).all(there);
-            let checkpoint_there = made
-                .checkpoint
-                .as_ref()
-                .is_none_or(|checkpoint| self.root.join(&checkpoint.folder).is_dir());
-            let state_there = made
-                .state
-                .as_ref()
-                .is_none_or(|state| self.root.join(&state.folder).is_dir());
-            if made.parts.iter().all(whole) && checkpoint_there && state_there {
-                kept.push(made);
+            if made.parts.iter().all(&whole) && folders_there(made) {
+                kept.push(made.clone());
                 continue;
             }
             lost.push(made.table.clone());
             // A training goes on from a state that matches its steps, or begins again.
             if !made.complete && made.state.is_none() {
-                made.parts.retain(whole);
+                let mut made = made.clone();
+                made.parts.retain(&whole);
                 kept.push(made);
             }
         }
-        let images_there = self.manifest.images.iter().all(there);
-        self.manifest.made = kept;
+        let images_there = self.manifest.images.iter().all(&there);
+        let loads = |made: &Made| {
+            made.round.is_none() && matches!(made.kind.as_deref(), Some("prompt" | "pair"))
+        };
+        let mut parked = self.manifest.parked.clone();
+        parked.retain(|parked| parked.made.parts.iter().all(&whole) && folders_there(&parked.made));
         if !images_there {
             // Without its pictures no table can be used; the loading stages bring them back.
             lost.push("images".to_owned());
+            kept.retain(|made| !loads(made));
+            parked.retain(|parked| !loads(&parked.made));
             self.manifest.images.clear();
-            let loads = |made: &Made| {
-                made.round.is_none() && matches!(made.kind.as_deref(), Some("prompt" | "pair"))
-            };
-            self.manifest.made.retain(|made| !loads(made));
         }
-        self.manifest
-            .parked
-            .retain(|parked| parked.made.files().chain(parked.made.rejects()).all(&there));
-        Ok(lost)
+        self.manifest.made = kept;
+        self.manifest.parked = parked;
+        lost
     }
 }
 
-/// The files in and below a folder (links are not ours), relative to `root`; hidden folders and checkpoints left out.
-fn files_below(root: &Path, below: &Path, files: &mut Vec<PathBuf>) -> Result<(), StoreError> {
-    let folder = root.join(below);
-    for entry in fs::read_dir(&folder).map_err(StoreError::io("read", &folder))? {
-        let entry = entry.map_err(StoreError::io("read", &folder))?;
-        let name = below.join(entry.file_name());
-        let kind = entry.file_type().map_err(StoreError::io("read", &folder))?;
-        if kind.is_file() {
-            files.push(name);
-        } else if kind.is_dir()
-            && !entry.file_name().to_string_lossy().starts_with('.')
-            && name != Path::new("checkpoints")
-        {
-            files_below(root, &name, files)?;
+/// The files and folders of a table, relative to the run's folder; states stay where they are.
+fn places(made: &Made) -> impl Iterator<Item = &str> {
+    let files = made
+        .files()
+        .chain(made.rejects())
+        .map(|file| file.file.as_str());
+    let checkpoint = made
+        .checkpoint
+        .iter()
+        .map(|checkpoint| checkpoint.folder.as_str());
+    files
+        .chain(checkpoint)
+        .chain(made.state.iter().map(|state| state.folder.as_str()))
+}
+
+/// The record of a table whose files have other names.
+fn relocated(mut made: Made, name: impl Fn(&str) -> String) -> Made {
+    for part in &mut made.parts {
+        for file in part.files.iter_mut().chain(&mut part.rejects) {
+            file.file = name(&file.file);
         }
     }
-    Ok(())
+    if let Some(checkpoint) = &mut made.checkpoint {
+        checkpoint.folder = name(&checkpoint.folder);
+    }
+    made
+}
+
+/// The files in a folder that was written, with their sizes, for the manifest.
+pub fn files_in(folder: &Path) -> Result<BTreeMap<String, u64>, StoreError> {
+    let mut files = BTreeMap::new();
+    for entry in fs::read_dir(folder).map_err(StoreError::io("read", folder))? {
+        let entry = entry.map_err(StoreError::io("read", folder))?;
+        let metadata = entry.metadata().map_err(StoreError::io("read", folder))?;
+        if metadata.is_file() {
+            files.insert(
+                entry.file_name().to_string_lossy().into_owned(),
+                metadata.len(),
+            );
+        }
+    }
+    Ok(files)
 }
 
 /// Whether a folder without a manifest may become a run: nothing in it but what a run begun and

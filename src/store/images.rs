@@ -68,7 +68,7 @@ impl Images {
         let bytes = std::fs::read(&path).map_err(StoreError::io("read", Path::new(&path)))?;
         if digest(&bytes) != image_id {
             return Err(fault(format!(
-                "{path} has changed since it was loaded; load it again, or keep_images: bytes"
+                "{path} has changed since it was loaded; put it back, or start a new run with `keep_images: bytes`"
             )));
         }
         Ok(bytes.into())

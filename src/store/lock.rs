@@ -58,6 +58,19 @@ impl Lock {
     }
 }
 
+/// Who holds the lock of the run in `folder`, if anybody does. Writes nothing.
+pub fn lock_holder(folder: &Path) -> Option<String> {
+    let mut file = File::open(folder.join(".lock")).ok()?;
+    match file.try_lock_shared() {
+        Err(TryLockError::WouldBlock) => {
+            let mut holder = String::new();
+            let _ = file.read_to_string(&mut holder);
+            Some(holder.trim().to_owned())
+        }
+        _ => None,
+    }
+}
+
 fn host() -> String {
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     if name.trim().is_empty() {

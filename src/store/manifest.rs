@@ -5,6 +5,7 @@
 //! thousands of parts, and rewriting a list that grows with every part would cost more than the
 //! parts. A line that was cut off by a crash never happened.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -48,6 +49,8 @@ pub struct StateRecord {
     pub step: u64,
     /// The folder of the state, relative to the run's folder.
     pub folder: String,
+    /// The files in it, by name, with their sizes.
+    pub files: BTreeMap<String, u64>,
 }
 
 /// A checkpoint that a training stage wrote.
@@ -57,6 +60,8 @@ pub struct CheckpointRecord {
     pub model: String,
     /// Relative to the run's folder.
     pub folder: String,
+    /// The files in it, by name, with their sizes.
+    pub files: BTreeMap<String, u64>,
 }
 
 /// A table in one round: what decided it and what was made of it so far.
@@ -72,6 +77,9 @@ pub struct Made {
     /// Groups of input rows per part; a change of the setting applies to the next making only.
     pub part_groups: u32,
     pub complete: bool,
+    /// Of a complete table that was loaded: a digest of its rows. Tables that read it are keyed by
+    /// it, so that a file of the user may change as long as its rows do not.
+    pub content: Option<String>,
     pub parts: Vec<PartRecord>,
     pub state: Option<StateRecord>,
     pub checkpoint: Option<CheckpointRecord>,
@@ -115,14 +123,13 @@ pub enum Event {
         table: String,
         round: Option<u32>,
         parts: Vec<PartRecord>,
+        content: Option<String>,
         checkpoint: Option<CheckpointRecord>,
     },
     /// A table was superseded; its files lie where the record now says.
     Park(Made),
     /// A superseded table is current again.
     Unpark(Made),
-    /// A table's record is struck out, because its files are gone or spoiled.
-    Drop { table: String, round: Option<u32> },
     /// New pictures.
     Images(FileRecord),
 }
@@ -161,6 +168,25 @@ impl Manifest {
 
     /// Reads the manifest in `folder` and what was committed since it was rewritten.
     pub fn read(folder: &Path) -> Result<Self, StoreError> {
+        loop {
+            let manifest = Self::read_rewritten(folder)?;
+            let log = manifest.log_path();
+            let lines = match fs::read(&log) {
+                Ok(lines) => lines,
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                    // No log yet, or the run's process rewrote the manifest just now.
+                    if Self::read_rewritten(folder)?.generation != manifest.generation {
+                        continue;
+                    }
+                    Vec::new()
+                }
+                Err(error) => return Err(StoreError::io("read", &log)(error)),
+            };
+            return manifest.replay(&log, &lines);
+        }
+    }
+
+    fn read_rewritten(folder: &Path) -> Result<Self, StoreError> {
         let path = folder.join("manifest.json");
         let text = match fs::read(&path) {
             Ok(text) => text,
@@ -185,24 +211,22 @@ impl Manifest {
             )));
         }
         folder.clone_into(&mut manifest.folder);
-        let log = manifest.log_path();
-        let lines = match fs::read_to_string(&log) {
-            Ok(lines) => lines,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
-            Err(error) => return Err(StoreError::io("read", &log)(error)),
-        };
-        for line in lines.split_inclusive('\n') {
+        Ok(manifest)
+    }
+
+    fn replay(mut self, log: &Path, lines: &[u8]) -> Result<Self, StoreError> {
+        for line in lines.split_inclusive(|byte| *byte == b'\n') {
             // Only a crash leaves a line without its end, and only as the last one.
-            let Some(line) = line.strip_suffix('\n') else {
+            let Some(line) = line.strip_suffix(b"\n") else {
                 break;
             };
-            let event = serde_json::from_str(line).map_err(|error| StoreError::Manifest {
-                path: log.clone(),
+            let event = serde_json::from_slice(line).map_err(|error| StoreError::Manifest {
+                path: log.to_owned(),
                 problem: error.to_string(),
             })?;
-            manifest.apply(event);
+            self.apply(event);
         }
-        Ok(manifest)
+        Ok(self)
     }
 
     /// Writes one commit down, synced; when this returns, it happened.
@@ -287,10 +311,12 @@ impl Manifest {
                 table,
                 round,
                 parts,
+                content,
                 checkpoint,
             } => {
                 if let Some(made) = self.find_mut(&table, round) {
                     made.parts = parts;
+                    made.content = content;
                     made.checkpoint = checkpoint;
                     made.complete = true;
                     made.state = None;
@@ -312,7 +338,6 @@ impl Manifest {
                 self.remove(&made.table.clone(), made.round);
                 self.made.push(made);
             }
-            Event::Drop { table, round } => self.remove(&table, round),
             Event::Images(file) => self.images.push(file),
         }
     }
@@ -344,6 +369,7 @@ mod tests {
             because: Value::Null,
             part_groups: 64,
             complete: false,
+            content: None,
             parts: Vec::new(),
             state: None,
             checkpoint: None,
@@ -391,12 +417,7 @@ mod tests {
         manifest.commit(Event::Begin(made("a"))).unwrap();
         let old_log = manifest.log_path();
         let lines = fs::read(&old_log).unwrap();
-        manifest
-            .commit(Event::Drop {
-                table: "a".to_owned(),
-                round: Some(1),
-            })
-            .unwrap();
+        manifest.made.clear();
         manifest.rewrite().unwrap();
         fs::write(&old_log, lines).unwrap();
         assert!(Manifest::read(folder.path()).unwrap().made.is_empty());

@@ -19,10 +19,10 @@ mod parquet;
 pub use atomic::{copy_folder, sync_folder, write_atomically};
 pub use error::StoreError;
 pub use fingerprint::Fingerprints;
-pub use folder::RunFolder;
+pub use folder::{RunFolder, files_in};
 pub use images::Images;
 pub use key::{Key, digest};
-pub use lock::Lock;
+pub use lock::{Lock, lock_holder};
 pub use lookup::Lookup;
 pub use manifest::{
     CheckpointRecord, Event, FileRecord, Made, Manifest, Parked, PartRecord, StateRecord,
