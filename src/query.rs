@@ -96,8 +96,6 @@ fn config() -> SessionConfig {
         .with_target_partitions(1)
         .with_information_schema(true);
     config.options_mut().execution.parquet.pushdown_filters = true;
-    // A hash join holds one side in memory, texts and all; sorts spill.
-    config.options_mut().optimizer.prefer_hash_join = false;
     config
 }
 
@@ -210,6 +208,13 @@ fn with_round(schema: &SchemaRef, wanted: bool) -> SchemaRef {
     reason = "it is used as a function on errors"
 )]
 fn error(error: DataFusionError) -> QueryError {
+    if let DataFusionError::ResourcesExhausted(_) = error.find_root() {
+        let memory = MEMORY_BYTES >> 20;
+        return QueryError(format!(
+            "the query needs more than the {memory} MB that it may use: join or group fewer rows, or fewer \
+             and smaller columns"
+        ));
+    }
     let text = error.strip_backtrace();
     let text = [
         "Error during planning: ",

@@ -9,7 +9,7 @@ use ovchat::models::{
 };
 use ovchat::run::{Interrupt, Options, run};
 use ovchat::store::RunFolder;
-use ovchat::tables::{Candidate, Pair, Prompt, Reference, Reject, Reward, Row};
+use ovchat::tables::{Candidate, Pair, Prompt, Reference, Reject, RejectClass, Reward, Row};
 
 use crate::scene::{Quiet, ROOT, Scene};
 
@@ -323,6 +323,81 @@ fn what_was_made_of_a_superseded_table_is_set_aside_with_it() {
         scene.tables("runs/scripted") == whole,
         "the tables are not those of before"
     );
+}
+
+#[test]
+fn ties_go_to_the_lowest_number_and_what_makes_no_pair_is_set_aside_with_the_reason() {
+    let rule = "case c.candidate when 1 then 2.0 when 3 then 2.0 when 0 then 1.0 when 4 then 1.0 else 1.5 end";
+    let query = format!(
+        "select c.row_key, c.prompt_id, c.candidate, 'rule' as judge, cast(null as varchar) as reply, \
+         cast(case p.question when 'Question 0?' then 1.0 \
+         when 'Question 1?' then (case c.candidate when 2 then 'nan'::double else 1.0 end) \
+         else {rule} end as float) as reward \
+         from candidates c join prompts p on p.prompt_id = c.prompt_id"
+    );
+    let stage =
+        format!("  rewards: {{ sql: {{ query: \"{query}\", tables: [candidates, prompts] }} }}\n");
+    let scored = "  rewards:\n    score: { candidates: candidates, judge: judge, part: 5 }\n";
+    assert!(SCRIPTED.contains(scored));
+    let scene = Scene::new();
+    scene
+        .prompts(4)
+        .write("p.yaml", SCRIPTED.replace(scored, &stage));
+    scene.succeeds(&[
+        "run",
+        "p.yaml",
+        "--until",
+        "pairs",
+        "--set",
+        "reject_share_max=0.5",
+    ]);
+    let pairs: Vec<Pair> = rows(&scene, "pairs", Some(1));
+    assert_eq!(
+        pairs
+            .iter()
+            .map(|pair| pair.prompt.as_str())
+            .collect::<Vec<_>>(),
+        ["Question 2?", "Question 3?"]
+    );
+    for pair in pairs {
+        assert_eq!(
+            (pair.chosen_candidate, pair.rejected_candidate),
+            (Some(1), Some(0))
+        );
+        assert_eq!(
+            (pair.chosen_reward, pair.rejected_reward, pair.margin),
+            (Some(2.0), Some(1.0), Some(1.0))
+        );
+    }
+    let mut reasons: Vec<_> = rows_of_rejects(&scene)
+        .into_iter()
+        .map(|row| (row.class, row.reason))
+        .collect();
+    reasons.sort_by_key(|(_, reason)| reason.clone());
+    assert_eq!(
+        reasons,
+        [
+            (
+                RejectClass::Fault,
+                "a reward is not a finite number".to_owned()
+            ),
+            (
+                RejectClass::Dropped,
+                "the best and the worst answer score the same".to_owned()
+            ),
+        ]
+    );
+    let said = scene.succeeds(&[
+        "run",
+        "p.yaml",
+        "--until",
+        "pairs",
+        "--set",
+        "reject_share_max=0.5",
+        "--set",
+        "stages.pairs.select_extremes.margin_min=1.5",
+    ]);
+    assert!(said.err.contains("pairs (round 1): 0 rows"), "{}", said.err);
 }
 
 #[test]

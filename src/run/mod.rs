@@ -364,7 +364,11 @@ impl<'a> Runner<'a> {
 
     fn shelf(&self, stage: &PlannedStage, round: Option<u32>) -> Result<Shelf, Failure> {
         let images = Images::open(self.folder.root(), &self.folder.manifest().images)?;
-        Ok(Shelf::new(images, self.input_files(stage, round)))
+        Ok(Shelf::new(
+            images,
+            self.input_files(stage, round),
+            self.folder.cache()?,
+        ))
     }
 
     /// The models as they are in a round, for a stage of `stages` or of `evaluate`.

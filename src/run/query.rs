@@ -1,16 +1,15 @@
 //! Querying: one query makes a table.
 
-use arrow::array::{ArrayRef, AsArray, RecordBatch};
-use arrow::compute::{cast, filter_record_batch, is_not_null, is_null};
-use arrow::datatypes::{DataType, SchemaRef};
+use arrow::array::RecordBatch;
+use arrow::compute::cast;
+use arrow::datatypes::SchemaRef;
 
-use super::{Runner, count};
+use super::Runner;
 use crate::config::PlannedStage;
 use crate::query::{self, QueryTable};
 use crate::run::{Start, Unit};
-use crate::stages::{Failure, Query, rejects};
+use crate::stages::{Failure, Query};
 use crate::store::{Event, PartRecord, RunFolder, StoreError};
-use crate::tables::RejectClass;
 
 impl Runner<'_> {
     pub(super) fn query(
@@ -58,14 +57,13 @@ impl Runner<'_> {
             RunFolder::table_folder(table.as_str(), round)
         );
         let mut writer = self.writer(&stem, &stage.schema, Some(&key));
-        let mut set_aside = Vec::new();
         let mut done = 0;
         let spill = tempfile::tempdir_in(self.folder.cache()?)
             .map_err(StoreError::io("create a folder in", self.folder.root()))?;
         let (report, interrupt) = (&mut *self.report, self.interrupt);
         query::run(
             &work.sql,
-            &work.params,
+            &[],
             &tables,
             Some(spill.path()),
             |batch| -> Result<(), Failure> {
@@ -73,11 +71,6 @@ impl Runner<'_> {
                     return Err(Failure::Interrupted);
                 }
                 done += batch.num_rows() as u64;
-                let batch = if work.sets_aside {
-                    split(&batch, &mut set_aside)?
-                } else {
-                    batch
-                };
                 writer.write(&fitted(&batch, &stage.schema)?)?;
                 report.progress(done);
                 Ok(())
@@ -87,18 +80,13 @@ impl Runner<'_> {
             // A table without rows still has columns, for those who query it.
             writer.write_nothing()?;
         }
-        if work.sets_aside {
-            // Each row of the result is a row that could have been set aside.
-            rows_in = done;
-        }
-        let rejects = rejects(table, round, set_aside);
         let part = PartRecord {
             part: 0,
             rows_in,
             files: writer.finish()?,
-            rejects: self.write_rejects(table, round, 0, &rejects)?,
-            faults: count(&rejects, RejectClass::Fault),
-            dropped: count(&rejects, RejectClass::Dropped),
+            rejects: Vec::new(),
+            faults: 0,
+            dropped: 0,
         };
         self.folder.commit(Event::Part {
             table: table.to_string(),
@@ -106,37 +94,8 @@ impl Runner<'_> {
             part,
             state: None,
         })?;
-        self.check_rejects(table, round)?;
         self.finish(table, round, None, None)
     }
-}
-
-/// Takes the rows out that have a `reason`, and gives back the others.
-fn split(
-    batch: &RecordBatch,
-    set_aside: &mut Vec<(String, RejectClass, String)>,
-) -> Result<RecordBatch, Failure> {
-    let text = |name: &str| -> Result<ArrayRef, Failure> {
-        let missing = || Failure::Other(format!("the query has no column `{name}` of text"));
-        cast(
-            batch.column_by_name(name).ok_or_else(missing)?,
-            &DataType::Utf8,
-        )
-        .map_err(|_| missing())
-    };
-    let (ids, classes, reasons) = (text("prompt_id")?, text("class")?, text("reason")?);
-    let out = is_not_null(&reasons).expect("any column can be asked for nulls");
-    for row in (0..batch.num_rows()).filter(|&row| out.value(row)) {
-        let word = |column: &ArrayRef| column.as_string::<i32>().value(row).to_owned();
-        let class = if word(&classes) == "fault" {
-            RejectClass::Fault
-        } else {
-            RejectClass::Dropped
-        };
-        set_aside.push((word(&ids), class, word(&reasons)));
-    }
-    let kept = is_null(&reasons).expect("any column can be asked for nulls");
-    filter_record_batch(batch, &kept).map_err(|error| Failure::Other(error.to_string()))
 }
 
 /// The columns that the table has, in its order and its types.

@@ -134,10 +134,6 @@ impl Stage for Sql {
 
     fn work(&self) -> Work<'_> {
         let sql = self.sql().expect("the plan checked it").to_owned();
-        Work::Query(Query {
-            sql,
-            params: Vec::new(),
-            sets_aside: false,
-        })
+        Work::Query(Query { sql })
     }
 }

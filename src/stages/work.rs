@@ -9,7 +9,7 @@ use arrow::datatypes::SchemaRef;
 
 use super::{ModelName, TableName};
 use crate::models::{self, Judge, Learner, ModelError, Picture, Policy, RowFault, TrainSettings};
-use crate::query::{Param, QueryError};
+use crate::query::{self, Param, QueryError, QueryTable};
 use crate::store::{Images, Key, Lookup, StoreError};
 use crate::tables::{self, Image, Misfit, Reject, RejectClass, Row};
 
@@ -126,16 +126,38 @@ pub struct Shelf {
     pub images: Images,
     files: HashMap<TableName, Vec<PathBuf>>,
     prompts: HashMap<TableName, Lookup>,
+    /// A folder for what a query can't hold in memory.
+    spill: PathBuf,
 }
 
 impl Shelf {
     /// `files` are those of the stage's input tables, in this round.
-    pub fn new(images: Images, files: HashMap<TableName, Vec<PathBuf>>) -> Self {
+    pub fn new(images: Images, files: HashMap<TableName, Vec<PathBuf>>, spill: PathBuf) -> Self {
         Self {
             images,
             files,
             prompts: HashMap::new(),
+            spill,
         }
+    }
+
+    /// Runs a query over input tables of the stage, each named with its schema.
+    pub fn query(
+        &self,
+        sql: &str,
+        params: &[(&str, Param)],
+        tables: &[(&TableName, SchemaRef)],
+        sink: impl FnMut(RecordBatch) -> Result<(), Failure>,
+    ) -> Result<(), Failure> {
+        let table = |(name, schema): &(&TableName, SchemaRef)| QueryTable {
+            name: name.to_string(),
+            schema: schema.clone(),
+            files: vec![(None, self.files.get(*name).cloned().unwrap_or_default())],
+            with_round: false,
+        };
+        let tables: Vec<QueryTable> = tables.iter().map(table).collect();
+        query::run(sql, params, &tables, Some(&self.spill), sink)?;
+        Ok(())
     }
 
     /// The row of a prompt.
@@ -372,11 +394,6 @@ pub trait Load {
 /// Work that is one query over tables of the pipeline, as they are in this round.
 pub struct Query {
     pub sql: String,
-    /// Values of `$name` in the query.
-    pub params: Vec<(&'static str, Param)>,
-    /// The query has two more columns, `class` and `reason`: rows in which `reason` is not null are
-    /// set aside under their `prompt_id`.
-    pub sets_aside: bool,
 }
 
 /// Work that goes through its input in ordered steps and ends in a checkpoint.

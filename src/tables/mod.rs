@@ -5,7 +5,7 @@
 //! everywhere: it travels in the Arrow field's metadata into every Parquet file and into
 //! `schemas/tables/<kind>.json`.
 
-mod row;
+pub(crate) mod row;
 
 mod candidate;
 mod image;
@@ -23,6 +23,7 @@ pub use prompt::{Prompt, Role, Turn};
 pub use reference::Reference;
 pub use reject::{Reject, RejectClass};
 pub use reward::Reward;
+pub(crate) use row::rows;
 pub use row::{Misfit, Row, fits, is_measured};
 pub use step::Step;
 

@@ -102,7 +102,7 @@ pub fn is_measured(field: &Field) -> bool {
 }
 
 /// A field of a row type: how its values become a column and back.
-pub(super) trait Column: Sized {
+pub(crate) trait Column: Sized {
     /// Whether a value may be absent.
     const NULLABLE: bool = false;
     fn data_type() -> DataType;
@@ -112,7 +112,7 @@ pub(super) trait Column: Sized {
 }
 
 /// The Arrow field of a column, with its documentation.
-pub(super) fn field<C: Column>(name: &str, doc: &str, measured: bool) -> Field {
+pub(crate) fn field<C: Column>(name: &str, doc: &str, measured: bool) -> Field {
     let mut metadata = HashMap::from([(DOC.to_owned(), paragraph(doc))]);
     if measured {
         metadata.insert(MEASURED.to_owned(), "true".to_owned());
@@ -121,13 +121,13 @@ pub(super) fn field<C: Column>(name: &str, doc: &str, measured: bool) -> Field {
 }
 
 /// A doc comment as one paragraph: its lines begin with a space each.
-pub(super) fn paragraph(doc: &str) -> String {
+pub(crate) fn paragraph(doc: &str) -> String {
     let lines: Vec<&str> = doc.lines().map(str::trim).collect();
     lines.join(" ").trim().to_owned()
 }
 
 /// One column of a batch as values of a row's field.
-pub(super) fn read<C: Column>(batch: &RecordBatch, name: &str) -> Result<Vec<C>, Misfit> {
+pub(crate) fn read<C: Column>(batch: &RecordBatch, name: &str) -> Result<Vec<C>, Misfit> {
     let Some(array) = batch.column_by_name(name) else {
         if C::NULLABLE {
             let absent = arrow::array::new_null_array(&C::data_type(), batch.num_rows());
@@ -471,4 +471,5 @@ macro_rules! rows {
     };
 }
 
-pub(super) use {rows, struct_column, word_column};
+pub(crate) use rows;
+pub(super) use {struct_column, word_column};
