@@ -172,7 +172,7 @@ fn rejects_of(scene: &Scene) -> Vec<Reject> {
         .manifest()
         .made
         .iter()
-        .flat_map(|made| made.rejects())
+        .flat_map(ovchat::store::Made::rejects)
         .cloned()
         .collect();
     files

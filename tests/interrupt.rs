@@ -28,7 +28,7 @@ fn start(scene: &Scene) -> Child {
 /// Waits until a table was begun (and, for a table with parts, some of them were made).
 fn wait_for(scene: &Scene, child: &mut Child, table: &str, round: Option<u32>, parts: usize) {
     let begun = Instant::now();
-    while begun.elapsed() < Duration::from_secs(60) {
+    while begun.elapsed() < Duration::from_mins(1) {
         if let Ok(run) = RunFolder::read(&scene.path("runs/scripted"))
             && let Some(made) = run.manifest().find(table, round)
             && (made.complete || made.parts.len() >= parts)

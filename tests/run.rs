@@ -110,7 +110,11 @@ fn a_run_makes_every_table_of_every_round() {
 
 fn rows_of_rejects(scene: &Scene) -> Vec<Reject> {
     let run = RunFolder::read(&scene.path("runs/scripted")).unwrap();
-    let files = run.manifest().made.iter().flat_map(|made| made.rejects());
+    let files = run
+        .manifest()
+        .made
+        .iter()
+        .flat_map(ovchat::store::Made::rejects);
     files
         .flat_map(|file| ovchat::store::read_file(&run.root().join(&file.file)).unwrap())
         .collect()

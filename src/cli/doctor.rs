@@ -23,7 +23,7 @@ pub struct Doctor {
 impl Doctor {
     pub fn run(&self, loader: Option<&dyn ModelLoader>) -> Result<(), Failed> {
         let Some(loader) = loader else {
-            return self.ask_engine();
+            return Self::ask_engine();
         };
         let findings = loader.doctor();
         let word = |severity| match severity {
@@ -54,7 +54,7 @@ impl Doctor {
     }
 
     /// The engine may not even start; then this program is the one to say why.
-    fn ask_engine(&self) -> Result<(), Failed> {
+    fn ask_engine() -> Result<(), Failed> {
         let engine = engine::path()?;
         engine::libtorch()?;
         let mut command = Command::new(&engine);

@@ -116,11 +116,7 @@ fn tell(failed: &Failed) -> u8 {
             eprint!("{}", render(complaints));
             2
         }
-        Failed::Refused(LoadError::Unreadable { .. }) => {
-            eprintln!("error: {failed}");
-            2
-        }
-        Failed::Usage(_) => {
+        Failed::Refused(LoadError::Unreadable { .. }) | Failed::Usage(_) => {
             eprintln!("error: {failed}");
             2
         }

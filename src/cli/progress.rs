@@ -121,18 +121,18 @@ impl Report for Progress {
             .current
             .as_ref()
             .map_or(Duration::ZERO, |current| current.begun.elapsed());
-        let mut text = format!(
+        let mut words = vec![format!(
             "{}: {rows} rows in {}",
             titled(table, round),
             duration(took.as_secs_f64())
-        );
+        )];
         if faults > 0 {
-            text += &format!(", {faults} faulty ones set aside");
+            words.push(format!("{faults} faulty ones set aside"));
         }
         if dropped > 0 {
-            text += &format!(", {dropped} dropped by rule");
+            words.push(format!("{dropped} dropped by rule"));
         }
-        self.line(&text);
+        self.line(&words.join(", "));
         self.clear();
     }
 

@@ -68,10 +68,7 @@ impl Run {
                 );
                 Ok(())
             }
-            Err(RunError {
-                failure: Failure::Interrupted,
-                ..
-            }) => {
+            Err(error) if matches!(*error.failure, Failure::Interrupted) => {
                 eprintln!(
                     "stopped; what was made is kept in {folder}, and the same command goes on"
                 );

@@ -20,6 +20,10 @@ use crate::store::{
 };
 
 impl Runner<'_> {
+    #[expect(
+        clippy::too_many_lines,
+        reason = "one training, from opening to checkpoint, in the order in which it happens"
+    )]
     pub(super) fn fold(
         &mut self,
         stage: &PlannedStage,

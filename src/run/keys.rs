@@ -55,10 +55,7 @@ impl Runner<'_> {
     /// not of the whole folder in which they lie.
     fn files(&self, stage: &PlannedStage) -> Result<Map<String, Value>, Failure> {
         let mut files = Map::new();
-        let work = match stage.kind {
-            Some(_) => Some(stage.spec.as_stage().work()),
-            None => None,
-        };
+        let work = stage.kind.map(|_| stage.spec.as_stage().work());
         let load = match &work {
             Some(Work::Load(load)) => Some(load),
             _ => None,
@@ -139,7 +136,7 @@ fn pictures(fingerprints: &Fingerprints, load: &dyn Load) -> Result<String, Fail
             })
             .collect();
         names.clear();
-        key = hashes.iter().fold(key.clone(), |key, hash| key.with(hash));
+        key = hashes.iter().fold(key.clone(), Key::with);
     };
     for record in load.records()? {
         names.extend(load.pictures(&record?));

@@ -58,7 +58,7 @@ pub struct Summary {
 pub struct RunError {
     pub stage: Option<TableName>,
     pub round: Option<u32>,
-    pub failure: Failure,
+    pub failure: Box<Failure>,
 }
 
 /// Runs a plan in its folder; goes on where an earlier run of it stopped.
@@ -73,13 +73,13 @@ pub fn run(
     let mut runner = begun.map_err(|failure| RunError {
         stage: None,
         round: None,
-        failure,
+        failure: Box::new(failure),
     })?;
     let slots = slots(plan);
     let failed = |failure| RunError {
         stage: None,
         round: None,
-        failure,
+        failure: Box::new(failure),
     };
     runner.park_unplanned(&slots).map_err(failed)?;
     let mut summary = Summary::default();
@@ -87,12 +87,12 @@ pub fn run(
         let made = runner.make(stage, round).map_err(|failure| RunError {
             stage: Some(stage.name.clone()),
             round,
-            failure,
+            failure: Box::new(failure),
         })?;
         if made {
-            summary.made += 1
+            summary.made += 1;
         } else {
-            summary.reused += 1
+            summary.reused += 1;
         }
         if options.until.as_ref() == Some(&stage.name) {
             break;
@@ -310,25 +310,23 @@ impl<'a> Runner<'a> {
         if self.folder.manifest().find(name, round).is_none() {
             self.folder.unpark(name, round, key)?;
         }
-        match self.folder.manifest().find(name, round) {
-            Some(made) => Ok(!made.complete),
-            None => {
-                self.folder.commit(Event::Begin(Made {
-                    table: name.to_owned(),
-                    round,
-                    kind: kind.map(str::to_owned),
-                    key: key.to_owned(),
-                    because: because.clone(),
-                    part_groups: 0,
-                    complete: false,
-                    content: None,
-                    parts: Vec::new(),
-                    state: None,
-                    checkpoint: None,
-                }))?;
-                Ok(true)
-            }
+        if let Some(made) = self.folder.manifest().find(name, round) {
+            return Ok(!made.complete);
         }
+        self.folder.commit(Event::Begin(Made {
+            table: name.to_owned(),
+            round,
+            kind: kind.map(str::to_owned),
+            key: key.to_owned(),
+            because: because.clone(),
+            part_groups: 0,
+            complete: false,
+            content: None,
+            parts: Vec::new(),
+            state: None,
+            checkpoint: None,
+        }))?;
+        Ok(true)
     }
 
     fn stop_if_asked(&self) -> Result<(), Failure> {

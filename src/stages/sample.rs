@@ -159,19 +159,14 @@ impl Map for &Sample {
             let row = &task.rows[0];
             let prompt = scope.shelf.prompt(row, scope.seed_for(&row.prompt_id))?;
             // Before the model is opened: a prompt that can't be answered costs its row, not the run.
-            match scope
-                .models
-                .fits(&self.model, &prompt, self.max_new_tokens.get() as usize)?
-            {
-                Err(RowFault(reason)) => {
-                    outcomes.push(Some(Outcome::fault(&row.prompt_id, reason)))
-                }
-                Ok(()) => {
-                    outcomes.push(None);
-                    prompts.push(prompt);
-                    places.push(place);
-                }
+            let room = self.max_new_tokens.get() as usize;
+            if let Err(RowFault(reason)) = scope.models.fits(&self.model, &prompt, room)? {
+                outcomes.push(Some(Outcome::fault(&row.prompt_id, reason)));
+                continue;
             }
+            outcomes.push(None);
+            prompts.push(prompt);
+            places.push(place);
         }
         if !prompts.is_empty() {
             let fingerprint = scope.models.fingerprint(&self.model).to_owned();

@@ -41,6 +41,9 @@ struct Fields {
     rejected: Option<String>,
 }
 
+/// A record with its pictures, or why it can't be used.
+type Opened = Result<(Fields, Vec<Image>), String>;
+
 /// A kind that can be loaded from a source.
 pub trait Loadable: Row {
     /// Makes the row of a record; `prompt` is complete but for what only this kind has.
@@ -240,7 +243,7 @@ impl<R: Loadable> Load for Loader<'_, R> {
     fn load(&mut self, records: Vec<Record>) -> Result<Loaded, Failure> {
         let folder = self.folder().to_owned();
         let pixels_max = u64::from(self.source.megapixels_max.get()) * 1_000_000;
-        let mut read: Vec<(String, Result<(Fields, Vec<Image>), String>)> = records
+        let mut read: Vec<(String, Opened)> = records
             .into_par_iter()
             .map(|record| {
                 let opened = read_fields(&record.fields).and_then(|fields| {

@@ -196,14 +196,13 @@ impl Fold for &TrainDpo {
         let computed = before.expect("this stage asks for a table before");
         let mut examples = Vec::with_capacity(pairs.len());
         for (pair, prompt) in pairs.iter().zip(&prompts) {
-            let reference = match sampled_reference(pair, scope.models.fingerprint(&self.model)) {
-                Some(sampled) => sampled,
-                None => {
-                    let missing =
-                        || Failure::Other(format!("pair {} has no reference", pair.row_key));
-                    let row: Reference = computed.row(&pair.row_key)?.ok_or_else(missing)?;
-                    [row.chosen_logp, row.rejected_logp]
-                }
+            let start = scope.models.fingerprint(&self.model);
+            let reference = if let Some(sampled) = sampled_reference(pair, start) {
+                sampled
+            } else {
+                let missing = || Failure::Other(format!("pair {} has no reference", pair.row_key));
+                let row: Reference = computed.row(&pair.row_key)?.ok_or_else(missing)?;
+                [row.chosen_logp, row.rejected_logp]
             };
             examples.push(example(pair, prompt, Some(reference)));
         }

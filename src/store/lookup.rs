@@ -19,7 +19,8 @@ const GROUPS_KEPT: usize = 4;
 /// A row group of a file, and the position of its first row in the table.
 struct Group {
     file: u32,
-    group: u32,
+    /// Its number in the file.
+    number: u32,
     start: u32,
 }
 
@@ -57,7 +58,7 @@ impl Lookup {
         for group in 0..open(&path)?.metadata().num_row_groups() {
             self.groups.push(Group {
                 file,
-                group: group as u32,
+                number: group as u32,
                 start: self.rows,
             });
             let builder = open(&path)?;
@@ -168,7 +169,7 @@ impl Lookup {
             path: path.clone(),
             problem,
         };
-        let builder = open(path)?.with_row_groups(vec![group.group as usize]);
+        let builder = open(path)?.with_row_groups(vec![group.number as usize]);
         let schema = builder.schema().clone();
         let reader = builder
             .build()

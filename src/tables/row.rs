@@ -259,7 +259,7 @@ fn list_array<C: Column>(lists: &[Option<&[C]>]) -> ArrayRef {
         .iter()
         .flat_map(|list| list.unwrap_or_default())
         .collect();
-    let nulls = NullBuffer::from_iter(lists.iter().map(Option::is_some));
+    let nulls: NullBuffer = lists.iter().map(Option::is_some).collect();
     let nulls = (nulls.null_count() > 0).then_some(nulls);
     Arc::new(ListArray::new(
         list_item::<C>(),
