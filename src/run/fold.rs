@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 use arrow::array::RecordBatch;
 use serde_json::Value;
 
-use super::{Runner, tables_of};
+use super::Runner;
+use super::claim::tables_of;
 use crate::config::PlannedStage;
 use crate::run::{Start, Unit};
 use crate::stages::{Failure, Fold, Role, Scope};

@@ -5,6 +5,7 @@
 //! finished, and one made under another key is set aside and made again, row by row from what the
 //! old one still answers. The four kinds of work (`load`, `map`, `query`, `fold`) are each one file.
 
+mod claim;
 mod fold;
 mod groups;
 mod interrupt;
@@ -16,23 +17,22 @@ mod query;
 mod report;
 
 pub use interrupt::Interrupt;
-pub use keys::explain;
 pub use report::{Report, Start, Unit};
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::path::PathBuf;
 
 use arrow::datatypes::SchemaRef;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::config::{Plan, PlannedStage};
 use crate::models::ModelLoader;
 use crate::stages::{Failure, ModelName, Shelf, TableName, Work};
 use crate::store::{
-    CheckpointRecord, Event, FileRecord, Fingerprints, Images, Key, Made, RunFolder, TableWriter,
+    CheckpointRecord, FileRecord, Fingerprints, Images, Key, Made, RunFolder, TableWriter,
     read_file,
 };
-use crate::tables::{Reject, RejectClass, Row, Step};
+use crate::tables::{Reject, RejectClass, Row};
 use models::RunModels;
 
 /// How a run goes about its plan.
@@ -232,103 +232,6 @@ impl<'a> Runner<'a> {
             .finish(table.as_str(), round, content, checkpoint, &footer)?)
     }
 
-    /// Sets tables aside that the pipeline no longer has, or has not in that round: nobody should
-    /// query or export them as if they belonged to it.
-    fn park_unplanned(&mut self, slots: &[(&PlannedStage, Option<u32>)]) -> Result<(), Failure> {
-        let planned = |made: &Made| {
-            slots.iter().any(|(stage, round)| {
-                *round == made.round
-                    && tables_of(stage)
-                        .iter()
-                        .any(|table| table.as_str() == made.table)
-            })
-        };
-        let unplanned: Vec<_> = self
-            .folder
-            .manifest()
-            .made
-            .iter()
-            .filter(|made| !planned(made))
-            .cloned()
-            .collect();
-        for made in unplanned {
-            self.folder.park(&made.table, made.round)?;
-        }
-        Ok(())
-    }
-
-    /// Sets everything aside that was made from a table which is about to be made again. What turns
-    /// out to be as before comes back without work.
-    fn park_dependents(&mut self, table: &TableName, round: Option<u32>) -> Result<(), Failure> {
-        let mut stale = HashSet::from([(table.clone(), round)]);
-        for (stage, round) in slots(self.plan) {
-            let reads = stage
-                .inputs
-                .iter()
-                .any(|(_, input)| stale.contains(&(input.clone(), self.round_of(input, round))));
-            let uses = stage.spec.as_stage().uses().iter().any(|used| {
-                let training = self.training(stage, used.model, round);
-                training.is_some_and(|(table, round)| stale.contains(&(table, Some(round))))
-            });
-            if reads || uses {
-                for table in tables_of(stage) {
-                    self.folder.park(table.as_str(), round)?;
-                }
-                stale.insert((stage.name.clone(), round));
-            }
-        }
-        Ok(())
-    }
-
-    /// Sees to it that the manifest has a table under this key, to be begun or gone on with. False
-    /// when it is complete already.
-    fn claim(
-        &mut self,
-        table: &TableName,
-        round: Option<u32>,
-        kind: Option<&str>,
-        key: &str,
-        because: &Value,
-    ) -> Result<bool, Failure> {
-        let name = table.as_str();
-        if let Some(made) = self.folder.manifest().find(name, round)
-            && made.key != key
-        {
-            let reasons = explain(&made.because, because);
-            let reasons = if reasons.is_empty() {
-                "it changed".to_owned()
-            } else {
-                reasons.join("; ")
-            };
-            self.report.note(&format!(
-                "{} is made again: {reasons}",
-                titled(table, round)
-            ));
-            self.folder.park(name, round)?;
-            self.park_dependents(table, round)?;
-        }
-        if self.folder.manifest().find(name, round).is_none() {
-            self.folder.unpark(name, round, key)?;
-        }
-        if let Some(made) = self.folder.manifest().find(name, round) {
-            return Ok(!made.complete);
-        }
-        self.folder.commit(Event::Begin(Made {
-            table: name.to_owned(),
-            round,
-            kind: kind.map(str::to_owned),
-            key: key.to_owned(),
-            because: because.clone(),
-            part_groups: 0,
-            complete: false,
-            content: None,
-            parts: Vec::new(),
-            state: None,
-            checkpoint: None,
-        }))?;
-        Ok(true)
-    }
-
     fn stop_if_asked(&self) -> Result<(), Failure> {
         if self.interrupt.raised() {
             Err(Failure::Interrupted)
@@ -500,19 +403,6 @@ impl<'a> Runner<'a> {
                 .finished(table, round, made.rows(), faults, dropped);
         }
     }
-}
-
-/// The tables that a stage makes: its own, and the one that a training needs before its first step.
-fn tables_of(stage: &PlannedStage) -> Vec<TableName> {
-    let mut tables = vec![stage.name.clone()];
-    // A query's SQL may be read from a file; only trainings have a second table.
-    if stage.kind == Some(Step::KIND)
-        && let Work::Fold(work) = stage.spec.as_stage().work()
-        && let Some((before, _)) = work.before(&stage.name)
-    {
-        tables.push(before);
-    }
-    tables
 }
 
 /// How a table in a round is called in messages.
