@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use ovchat::store::RunFolder;
-use ovchat::tables::{Candidate, Finish, Pair, Reference, Reward, Row, Step};
+use ovchat::tables::{Candidate, DpoStep, Finish, Pair, Reference, Reward, Row};
 
 use crate::scene::{ROOT, Scene};
 
@@ -79,7 +79,7 @@ fn networks_answer_score_and_learn_and_a_killed_run_ends_with_the_same_weights()
         assert!(rewards.len() == 24 && rewards.iter().all(|row| row.reward.is_finite()));
         let pairs: Vec<Pair> = rows(&undisturbed, "pairs", round);
         assert!(pairs.iter().all(|pair| pair.margin.unwrap() > 0.0));
-        let steps: Vec<Step> = rows(&undisturbed, "steps", round);
+        let steps: Vec<DpoStep> = rows(&undisturbed, "steps", round);
         assert_eq!(steps.len(), pairs.len().div_ceil(2));
         // The round starts at its reference, whose log-probabilities sampling left: no second pass,
         // and a loss of exactly log 2 but for float32.

@@ -1,11 +1,9 @@
 //! Whole pipelines with scripted models: tables, rounds, reuse, and what a second run does.
 
-use std::path::Path;
-
 use ovchat::models::scripted::{ScriptedJudge, ScriptedLearner, ScriptedPolicy};
 use ovchat::models::{
-    Dtype, Finding, Judge, Learner, ModelError, ModelLoader, ModelSpec, Opened, Policy, Scripted,
-    TrainSettings,
+    DpoLearner, DpoSettings, Dtype, Finding, Judge, ModelError, ModelLoader, ModelSpec, Opened,
+    Policy, RewardLearner, RewardSettings, Scripted, SftLearner, SftSettings,
 };
 use ovchat::run::{Interrupt, Options, run};
 use ovchat::store::RunFolder;
@@ -468,7 +466,7 @@ fn feedback_of_people_is_trained_on_with_a_reference_that_is_computed_and_stored
     scene.succeeds(&["run", "p.yaml"]);
     let references: Vec<Reference> = rows(&scene, "steps_reference", Some(1));
     assert_eq!(references.len(), 6);
-    let steps: Vec<ovchat::tables::Step> = rows(&scene, "steps", Some(1));
+    let steps: Vec<ovchat::tables::DpoStep> = rows(&scene, "steps", Some(1));
     assert_eq!(
         steps
             .iter()
@@ -482,19 +480,36 @@ fn feedback_of_people_is_trained_on_with_a_reference_that_is_computed_and_stored
 struct Doubles(Dtype);
 
 impl ModelLoader for Doubles {
-    fn policy(&self, _: &ModelSpec, _: Option<&Path>) -> Opened<dyn Policy> {
+    fn policy(&self, _: &ModelSpec) -> Opened<dyn Policy> {
         Ok(Box::new(ScriptedPolicy::new(&Scripted::default())))
     }
     fn judge(&self, _: &ModelSpec) -> Opened<dyn Judge> {
         Ok(Box::new(ScriptedJudge))
     }
-    fn learner(
+    fn dpo_learner(&self, _: &ModelSpec, settings: &DpoSettings) -> Opened<dyn DpoLearner> {
+        let spec = Scripted::default();
+        Ok(Box::new(ScriptedLearner::open(
+            &spec,
+            &settings.optimization,
+        )?))
+    }
+    fn sft_learner(&self, _: &ModelSpec, settings: &SftSettings) -> Opened<dyn SftLearner> {
+        let spec = Scripted::default();
+        Ok(Box::new(ScriptedLearner::open(
+            &spec,
+            &settings.optimization,
+        )?))
+    }
+    fn reward_learner(
         &self,
         _: &ModelSpec,
-        _: Option<&Path>,
-        settings: &TrainSettings,
-    ) -> Opened<dyn Learner> {
-        Ok(Box::new(ScriptedLearner::open(None, settings)?))
+        settings: &RewardSettings,
+    ) -> Opened<dyn RewardLearner> {
+        let spec = Scripted::default();
+        Ok(Box::new(ScriptedLearner::open(
+            &spec,
+            &settings.optimization,
+        )?))
     }
     fn precision(&self, _: &ModelSpec) -> Result<Dtype, ModelError> {
         Ok(self.0)

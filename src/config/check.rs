@@ -11,7 +11,7 @@ use super::source::KeyPath;
 use super::words::listed;
 use crate::models::ModelSpec;
 use crate::prep::{JudgePrep, PolicyPrep, PrepError, Shards};
-use crate::stages::{ModelName, Role, StageSpec, TableName};
+use crate::stages::{AFTER, ModelName, Role, StageSpec, TableName};
 
 /// Names that a run folder or a run's SQL gives to something else.
 const SIDE_TABLES: [&str; 4] = ["images", "rejects", "references", "checkpoints"];
@@ -93,6 +93,7 @@ pub fn names_and_roles(written: &Written) -> Vec<Complaint> {
         }
     }
     trained_once(written, &mut complaints);
+    finished(written, &mut complaints);
     unused(written, &mut complaints);
     complaints
 }
@@ -294,7 +295,7 @@ fn unknown_model(model: &ModelName, at: At, written: &Written) -> Complaint {
 
 fn no_training(stage: &Entry<TableName, StageSpec>, complaints: &mut Vec<Complaint>) {
     let uses = stage.spec.iter().flat_map(|spec| spec.as_stage().uses());
-    for used in uses.filter(|used| used.role == Role::Learns) {
+    for used in uses.filter(|used| used.role.learns()) {
         let message = format!(
             "`{}` trains `{}`, but an evaluation trains nothing",
             stage.name, used.model
@@ -308,39 +309,117 @@ fn no_training(stage: &Entry<TableName, StageSpec>, complaints: &mut Vec<Complai
     }
 }
 
-/// A model has one trainer, or its name would mean two checkpoints. Rounds that train nothing are
-/// all the same.
+/// Trainings of one model in a round form a chain, or its name would mean two checkpoints: all but
+/// the first go on from another, no two from the same. Rounds that train nothing are all the same.
 fn trained_once(written: &Written, complaints: &mut Vec<Complaint>) {
-    let mut trainings: Vec<(&ModelName, At)> = Vec::new();
-    let mut any_training = false;
-    // Duplicates are found by name, so the uses have to outlive the loop over the stages.
+    struct Training<'a> {
+        table: &'a TableName,
+        model: &'a ModelName,
+        after: Option<&'a TableName>,
+        at: At,
+    }
+    let mut trainings: Vec<Training> = Vec::new();
     for stage in &written.stages {
-        for used in stage.spec.iter().flat_map(|spec| spec.as_stage().uses()) {
-            if used.role != Role::Learns {
-                continue;
-            }
-            any_training = true;
-            let at = At::value(stage.settings.key(used.field));
-            match trainings.iter().find(|(model, _)| *model == used.model) {
-                None => trainings.push((used.model, at)),
-                Some((_, first)) => {
-                    let message = format!("`{}` is trained by two stages of a round", used.model);
-                    let complaint = Complaint::new("config::trained_twice", at, message)
-                        .label("the second training")
-                        .also(first.clone(), "the first training");
-                    complaints.push(
-                        complaint.help("train on the pairs of both: `sql` can unite two tables"),
-                    );
-                }
-            }
+        let Some(spec) = stage.spec.as_ref().map(StageSpec::as_stage) else {
+            continue;
+        };
+        let after = spec.inputs().into_iter().find(|input| input.field == AFTER);
+        for used in spec.uses().into_iter().filter(|used| used.role.learns()) {
+            trainings.push(Training {
+                table: &stage.name,
+                model: used.model,
+                after: after.as_ref().and_then(|input| input.table),
+                at: At::value(stage.settings.key(used.field)),
+            });
         }
     }
+    for (number, training) in trainings.iter().enumerate() {
+        if let Some(after) = training.after
+            && !trainings
+                .iter()
+                .any(|other| other.table == after && other.model == training.model)
+        {
+            // An unknown table has been complained about.
+            let Some(stage) = written.stages.iter().find(|stage| stage.name == *after) else {
+                continue;
+            };
+            let message = format!(
+                "`{}` goes on from `{after}`, which does not train `{}`",
+                training.table, training.model
+            );
+            let complaint = Complaint::new("config::after", training.at.clone(), message)
+                .also(At::key(stage.settings.clone()), "not a training of it");
+            complaints.push(complaint.help("name a `train_…` stage of the same model"));
+            continue;
+        }
+        let rival = trainings[..number]
+            .iter()
+            .find(|other| other.model == training.model && other.after == training.after);
+        if let Some(rival) = rival {
+            let message = format!(
+                "`{}` is trained by two stages of a round that start from the same weights",
+                training.model
+            );
+            let complaint = Complaint::new("config::trained_twice", training.at.clone(), message)
+                .label("the second training")
+                .also(rival.at.clone(), "the first training");
+            complaints.push(complaint.help(format!(
+                "let the second go on where the first ends (`after: {}`), or train on the rows of \
+                 both: `sql` can unite two tables",
+                rival.table
+            )));
+        }
+    }
+    let any_training = !trainings.is_empty();
     let is_readable = written.stages.iter().all(|stage| stage.spec.is_some());
     if written.rounds.get() > 1 && !any_training && is_readable {
         let at = At::value(KeyPath::root().key("rounds"));
         let message = format!("{} rounds, but no stage trains a model", written.rounds);
         let warning = Complaint::warning("config::nothing_trained", at, message);
         complaints.push(warning.help("rounds differ only in their random numbers then"));
+    }
+}
+
+/// A model that has yet to be trained to score can score only after that: in an evaluation.
+fn finished(written: &Written, complaints: &mut Vec<Complaint>) {
+    let is_trained = |model: &ModelName| {
+        let specs = written
+            .stages
+            .iter()
+            .filter_map(|stage| stage.spec.as_ref());
+        let mut uses = specs.flat_map(|spec| spec.as_stage().uses());
+        uses.any(|used| used.role == Role::LearnsRewards && used.model == model)
+    };
+    for (stage, is_evaluation) in all_stages(written) {
+        for used in stage.spec.iter().flat_map(|spec| spec.as_stage().uses()) {
+            let entry = written
+                .models
+                .iter()
+                .find(|entry| entry.name == *used.model);
+            let Some((entry, spec)) = entry.and_then(|entry| Some((entry, entry.spec.as_ref()?)))
+            else {
+                continue;
+            };
+            if used.role != Role::Scores
+                || !spec.is_unfinished()
+                || (is_evaluation && is_trained(used.model))
+            {
+                continue;
+            }
+            let message = format!("`{}` has no adapter to score with", used.model);
+            let at = At::value(stage.settings.key(used.field));
+            let complaint = Complaint::new("config::no_adapter", at, message).also(
+                At::key(entry.settings.clone()),
+                "`adapter` is left out here",
+            );
+            let help = if is_trained(used.model) {
+                "it is trained in this very round: score with it under `evaluate`, or in a pipeline \
+                 of its own that names the adapter"
+            } else {
+                "name its `adapter`, or train one with `train_reward`"
+            };
+            complaints.push(complaint.help(help));
+        }
     }
 }
 
@@ -371,7 +450,9 @@ fn plays(spec: &ModelSpec, role: Role) -> bool {
     match role {
         Role::Answers => spec.answers(),
         Role::Scores => spec.scores(),
-        Role::Learns => spec.learns(),
+        Role::LearnsPairs => spec.learns_pairs(),
+        Role::LearnsAnswers => spec.learns_answers(),
+        Role::LearnsRewards => spec.learns_rewards(),
     }
 }
 
@@ -379,14 +460,17 @@ fn deed(role: Role) -> &'static str {
     match role {
         Role::Answers => "answer prompts",
         Role::Scores => "score answers",
-        Role::Learns => "be trained",
+        Role::LearnsPairs => "be trained with DPO",
+        Role::LearnsAnswers => "be trained on answers",
+        Role::LearnsRewards => "be trained to score",
     }
 }
 
 /// The networks that can play a role.
 fn networks(role: Role) -> &'static [&'static str] {
     match role {
-        Role::Answers | Role::Learns => &["llava_onevision", "scripted"],
-        Role::Scores => &["llava_rlhf", "scripted"],
+        Role::Answers | Role::LearnsPairs => &["llava_onevision", "scripted"],
+        Role::Scores | Role::LearnsRewards => &["llava_rlhf", "scripted"],
+        Role::LearnsAnswers => &["llava_onevision", "llava_rlhf", "scripted"],
     }
 }

@@ -11,7 +11,8 @@ use super::guess::guess;
 use super::pipeline::Written;
 use super::source::KeyPath;
 use super::words::listed;
-use crate::stages::{Input, ModelName, Role, StageSpec, TableName};
+use crate::models::ModelSpec;
+use crate::stages::{Input, ModelName, StageSpec, TableName};
 use crate::tables::{Misfit, fits, schema_of};
 
 /// A stage on its way to the plan.
@@ -72,13 +73,19 @@ impl Lineage {
         }
         lineage.sort();
         let trained = trained(written);
+        let unfinished: Vec<ModelName> = written
+            .models
+            .iter()
+            .filter(|entry| entry.spec.as_ref().is_some_and(ModelSpec::is_unfinished))
+            .map(|entry| entry.name.clone())
+            .collect();
         for position in lineage.order.clone() {
             lineage.doubt(position);
             if lineage.inputs_fit(position) {
                 lineage.find_inputs(position);
             }
             lineage.make_schema(position);
-            lineage.settle(position, &trained);
+            lineage.settle(position, &trained, &unfinished);
         }
         lineage
     }
@@ -383,7 +390,7 @@ impl Lineage {
 
     /// Decides when a stage runs. It is the same in all rounds if it draws no random number, uses
     /// no trained model, and all that it reads is the same.
-    fn settle(&mut self, position: usize, trained: &[ModelName]) {
+    fn settle(&mut self, position: usize, trained: &[ModelName], unfinished: &[ModelName]) {
         let draft = &self.drafts[position];
         let varies = draft.spec.as_ref().is_some_and(|spec| {
             let stage = spec.as_stage();
@@ -393,7 +400,12 @@ impl Lineage {
         let latest = inputs
             .filter_map(|(_, input)| self.drafts[*input].round_first)
             .max();
-        let own = u32::from(!draft.is_evaluation);
+        // A judge without an adapter can't score before its first training.
+        let waits = draft.spec.as_ref().is_some_and(|spec| {
+            let uses = spec.as_stage().uses();
+            uses.iter().any(|used| unfinished.contains(used.model))
+        });
+        let own = u32::from(!draft.is_evaluation || waits);
         let round_first = match latest {
             Some(latest) => Some(latest.max(own)),
             None => varies.then_some(own),
@@ -428,7 +440,7 @@ fn trained(written: &Written) -> Vec<ModelName> {
         .iter()
         .filter_map(|stage| stage.spec.as_ref());
     let uses = specs.flat_map(|spec| spec.as_stage().uses());
-    let learners = uses.filter(|used| used.role == Role::Learns);
+    let learners = uses.filter(|used| used.role.learns());
     learners.map(|used| used.model.clone()).collect()
 }
 

@@ -17,7 +17,7 @@ use super::pipeline::{KeepImages, PipelineName, Share, Written};
 use super::reference::{EnvReference, Secrets};
 use super::source::{KeyPath, Place, Step};
 use crate::models::ModelSpec;
-use crate::stages::{ModelName, Role, StageSpec, TableName};
+use crate::stages::{AFTER, ModelName, StageSpec, TableName};
 
 /// A pipeline as meant.
 #[derive(Debug, Clone)]
@@ -83,10 +83,19 @@ impl Plan {
         self.stages.iter().chain(&self.evaluate)
     }
 
-    /// The stage that trains a model, if one does.
+    /// The stages that train a model, in running order.
+    pub fn trainings(&self) -> impl Iterator<Item = &PlannedStage> {
+        let trains = |stage: &&PlannedStage| stage.trained().is_some();
+        self.stages.iter().filter(trains)
+    }
+
+    /// The last stage of a round that trains a model, if one does.
     pub fn trained_by(&self, model: &ModelName) -> Option<&TableName> {
-        let mut trainers = self.stages.iter().filter(|stage| stage.trains(model));
-        trainers.next().map(|stage| &stage.name)
+        let trainers = self
+            .trainings()
+            .filter(|stage| stage.trained() == Some(model));
+        // Each goes on from the one before, and so comes after it. [ref:plan_is_ordered]
+        trainers.last().map(|stage| &stage.name)
     }
 
     /// Writes the plan as equations, grouped by when they run.
@@ -171,10 +180,18 @@ impl PlannedStage {
         settings.map_or("", String::as_str)
     }
 
-    fn trains(&self, model: &ModelName) -> bool {
-        let uses = self.spec.as_stage().uses();
-        uses.iter()
-            .any(|used| used.role == Role::Learns && used.model == model)
+    /// The model that it trains.
+    pub fn trained(&self) -> Option<&ModelName> {
+        let mut uses = self.spec.as_stage().uses().into_iter();
+        uses.find(|used| used.role.learns()).map(|used| used.model)
+    }
+
+    /// The training of the same round that this one goes on from.
+    pub fn after(&self) -> Option<&TableName> {
+        let mut inputs = self.inputs.iter();
+        inputs
+            .find(|(field, _)| *field == AFTER)
+            .map(|(_, table)| table)
     }
 
     /// `rewards = score(candidates: candidates, judge: judge)`, then the other settings.

@@ -11,9 +11,11 @@ mod types;
 
 pub use spec::{DeviceSpec, Dtype, LlavaOnevision, LlavaRlhf, ModelSpec, Scripted};
 pub use traits::{
-    Emit, Finding, Judge, Learner, ModelError, ModelLoader, Opened, Policy, RowFault, Severity,
+    DpoLearner, Emit, Finding, Judge, Learner, ModelError, ModelLoader, Opened, Policy,
+    RewardLearner, RowFault, Severity, SftLearner,
 };
 pub use types::{
-    Answer, Example, Generation, Group, Picture, Prompt, Role, Sampling, Score, StepReport, Stop,
-    TrainSettings, Turn,
+    Answer, DpoReport, DpoSettings, Example, Generation, Group, Learned, Lesson, Optimization,
+    Picture, Prompt, RewardReport, RewardSettings, Role, Sampling, Schedule, Score, SftReport,
+    SftSettings, Stop, Tower, Turn,
 };

@@ -10,8 +10,9 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::{
-    Answer, Emit, Example, Generation, Group, Judge, Learner, ModelError, Policy, Prompt, Sampling,
-    Score, Scripted, StepReport, Stop, TrainSettings,
+    Answer, DpoLearner, DpoReport, Emit, Example, Generation, Group, Judge, Learner, Lesson,
+    ModelError, Optimization, Policy, Prompt, RewardLearner, RewardReport, Sampling, Score,
+    Scripted, SftLearner, SftReport, Stop,
 };
 
 /// What scripted answers are made of.
@@ -116,6 +117,11 @@ impl Policy for ScriptedPolicy {
     }
 }
 
+/// From 0 to 1, by the prompt and the text of the answer alone.
+fn scripted_reward(prompt: &str, answer: &str) -> f32 {
+    share(number(&[prompt.as_bytes(), answer.as_bytes()])) as f32
+}
+
 /// Scores an answer by its text and its prompt.
 pub struct ScriptedJudge;
 
@@ -126,12 +132,9 @@ impl Judge for ScriptedJudge {
         emit: Emit<'_, Vec<Score>>,
     ) -> Result<(), ModelError> {
         for (index, group) in groups.iter().enumerate() {
-            let score = |text: &&str| {
-                let reward = share(number(&[group.prompt.id.as_bytes(), text.as_bytes()])) as f32;
-                Score {
-                    reward,
-                    reply: None,
-                }
+            let score = |text: &&str| Score {
+                reward: scripted_reward(&group.prompt.id, text),
+                reply: None,
             };
             if emit(index, Ok(group.answers.iter().map(score).collect())) == ControlFlow::Break(())
             {
@@ -154,22 +157,26 @@ pub struct ScriptedLearner {
 
 impl ScriptedLearner {
     /// Starts from a checkpoint, or from nothing.
-    pub fn open(weights: Option<&Path>, settings: &TrainSettings) -> Result<Self, ModelError> {
+    pub fn open(spec: &Scripted, optimization: &Optimization) -> Result<Self, ModelError> {
         let mut learner = Self {
-            settings: (settings.learning_rate, settings.steps),
+            settings: (optimization.learning_rate, optimization.steps),
             step: 0,
             memory: 0,
         };
-        if let Some(folder) = weights {
+        if let Some(folder) = &spec.checkpoint {
             learner.memory = read(folder)?.memory;
         }
         Ok(learner)
     }
 
+    /// Takes notice of one row of a step.
+    fn remember(&mut self, id: &str, text: &str) {
+        self.memory = number(&[&self.memory.to_le_bytes(), id.as_bytes(), text.as_bytes()]);
+    }
+
     fn logp(&self, example: &Example<'_>, answer: &Answer) -> f64 {
         let memory = self.memory.to_le_bytes();
-        let words = answer.text.split_whitespace().count() as f64 + 1.0;
-        -words
+        -(words(&answer.text) as f64)
             * (1.0
                 + share(number(&[
                     &memory,
@@ -196,7 +203,7 @@ fn read(folder: &Path) -> Result<ScriptedLearner, ModelError> {
     })
 }
 
-impl Learner for ScriptedLearner {
+impl DpoLearner for ScriptedLearner {
     fn reference_logps(&mut self, pairs: &[Example<'_>]) -> Result<Vec<[f64; 2]>, ModelError> {
         Ok(pairs
             .iter()
@@ -209,14 +216,10 @@ impl Learner for ScriptedLearner {
             .collect())
     }
 
-    fn step(&mut self, batch: &[Example<'_>]) -> Result<StepReport, ModelError> {
-        let count = batch.len() as f64;
-        let mean =
-            |value: &dyn Fn(&Example<'_>) -> f64| batch.iter().map(value).sum::<f64>() / count;
-        let logps_chosen = mean(&|pair| self.logp(pair, &pair.chosen));
-        let logps_rejected = mean(&|pair| self.logp(pair, &pair.rejected));
-        let tokens = |answer: &Answer| answer.text.split_whitespace().count() as u64 + 1;
-        let report = StepReport {
+    fn step(&mut self, batch: &[Example<'_>]) -> Result<DpoReport, ModelError> {
+        let logps_chosen = mean(batch, |pair| self.logp(pair, &pair.chosen));
+        let logps_rejected = mean(batch, |pair| self.logp(pair, &pair.rejected));
+        let report = DpoReport {
             loss: std::f64::consts::LN_2,
             rewards_chosen: 0.0,
             rewards_rejected: 0.0,
@@ -225,22 +228,74 @@ impl Learner for ScriptedLearner {
             logps_rejected,
             grad_norm: 1.0,
             learning_rate: self.settings.0,
-            tokens: batch
-                .iter()
-                .map(|pair| tokens(&pair.chosen) + tokens(&pair.rejected))
-                .sum(),
+            tokens: tokens_of(batch),
         };
         for pair in batch {
-            self.memory = number(&[
-                &self.memory.to_le_bytes(),
-                pair.id.as_bytes(),
-                pair.chosen.text.as_bytes(),
-            ]);
+            self.remember(pair.id, &pair.chosen.text);
         }
         self.step += 1;
         Ok(report)
     }
+}
 
+impl SftLearner for ScriptedLearner {
+    fn step(&mut self, batch: &[Lesson<'_>]) -> Result<SftReport, ModelError> {
+        let words: usize = batch.iter().map(|lesson| words(lesson.answer)).sum();
+        for lesson in batch {
+            self.remember(lesson.id, lesson.answer);
+        }
+        self.step += 1;
+        Ok(SftReport {
+            loss: (WORDS.len() as f64).ln(),
+            accuracy: 0.0,
+            grad_norm: 1.0,
+            learning_rate: self.settings.0,
+            tokens: words as u64,
+            learned_tokens: words as u64,
+        })
+    }
+}
+
+impl RewardLearner for ScriptedLearner {
+    fn step(&mut self, batch: &[Example<'_>]) -> Result<RewardReport, ModelError> {
+        let score = |pair: &Example<'_>, answer: &Answer| {
+            f64::from(scripted_reward(&pair.prompt.id, &answer.text))
+        };
+        let reward_chosen = mean(batch, |pair| score(pair, &pair.chosen));
+        let reward_rejected = mean(batch, |pair| score(pair, &pair.rejected));
+        let agrees = |pair: &Example<'_>| score(pair, &pair.chosen) > score(pair, &pair.rejected);
+        let report = RewardReport {
+            loss: std::f64::consts::LN_2,
+            reward_chosen,
+            reward_rejected,
+            accuracy: mean(batch, |pair| f64::from(u8::from(agrees(pair)))),
+            grad_norm: 1.0,
+            learning_rate: self.settings.0,
+            tokens: tokens_of(batch),
+        };
+        for pair in batch {
+            self.remember(pair.id, &pair.chosen.text);
+        }
+        self.step += 1;
+        Ok(report)
+    }
+}
+
+fn mean<T>(batch: &[T], value: impl Fn(&T) -> f64) -> f64 {
+    batch.iter().map(value).sum::<f64>() / batch.len() as f64
+}
+
+/// The words of a text, and one for its end.
+fn words(text: &str) -> usize {
+    text.split_whitespace().count() + 1
+}
+
+fn tokens_of(batch: &[Example<'_>]) -> u64 {
+    let tokens = |pair: &Example<'_>| words(&pair.chosen.text) + words(&pair.rejected.text);
+    batch.iter().map(tokens).sum::<usize>() as u64
+}
+
+impl Learner for ScriptedLearner {
     fn save(&mut self, to: &Path) -> Result<(), ModelError> {
         self.save_state(to)
     }
@@ -288,7 +343,7 @@ mod tests {
             all = answers.unwrap();
             ControlFlow::Continue(())
         };
-        ScriptedPolicy::new(&Scripted { words: 8 })
+        ScriptedPolicy::new(&Scripted::default())
             .sample(&[prompt(seed)], &how, &mut emit)
             .unwrap();
         all

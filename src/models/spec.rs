@@ -40,8 +40,10 @@ pub struct LlavaRlhf {
     pub base: PathBuf,
     /// The CLIP folder.
     pub vision: PathBuf,
-    /// The LoRA adapter's folder, with the file `reward_head` beside the adapter.
-    pub adapter: PathBuf,
+    /// The LoRA adapter's folder, with the file `reward_head` beside the adapter. Without one the
+    /// model can't score before `train_reward` has made one.
+    #[serde(default)]
+    pub adapter: Option<PathBuf>,
     /// The text file that asks for the score, with the placeholder `{factual_prompt}` for captions.
     pub prompt: PathBuf,
     /// Where it computes: `auto`, `cpu`, `cuda`, `cuda:1`.
@@ -58,11 +60,17 @@ pub struct LlavaRlhf {
 pub struct Scripted {
     /// The most words that an answer has.
     pub words: u32,
+    /// What a scripted training wrote, once there was one.
+    #[serde(skip)]
+    pub checkpoint: Option<PathBuf>,
 }
 
 impl Default for Scripted {
     fn default() -> Self {
-        Self { words: 8 }
+        Self {
+            words: 8,
+            checkpoint: None,
+        }
     }
 }
 
@@ -142,9 +150,24 @@ impl ModelSpec {
         matches!(self, Self::LlavaRlhf(_) | Self::Scripted(_))
     }
 
-    /// Whether it can be trained.
-    pub fn learns(&self) -> bool {
+    /// Whether it lacks a part that a training has to make before it can score.
+    pub fn is_unfinished(&self) -> bool {
+        matches!(self, Self::LlavaRlhf(model) if model.adapter.is_none())
+    }
+
+    /// Whether it can be trained with DPO.
+    pub fn learns_pairs(&self) -> bool {
         matches!(self, Self::LlavaOnevision(_) | Self::Scripted(_))
+    }
+
+    /// Whether it can be trained on answers.
+    pub fn learns_answers(&self) -> bool {
+        true
+    }
+
+    /// Whether it can be trained to score.
+    pub fn learns_rewards(&self) -> bool {
+        matches!(self, Self::LlavaRlhf(_) | Self::Scripted(_))
     }
 
     /// Whether libtorch is needed to open it.
@@ -156,12 +179,13 @@ impl ModelSpec {
     pub fn paths(&self) -> Vec<(&'static str, &Path)> {
         match self {
             Self::LlavaOnevision(model) => vec![("weights", &model.weights)],
-            Self::LlavaRlhf(model) => vec![
-                ("base", &model.base),
-                ("vision", &model.vision),
-                ("adapter", &model.adapter),
-                ("prompt", &model.prompt),
-            ],
+            Self::LlavaRlhf(model) => {
+                let mut paths: Vec<(_, &Path)> =
+                    vec![("base", &model.base), ("vision", &model.vision)];
+                paths.extend(model.adapter.as_deref().map(|path| ("adapter", path)));
+                paths.push(("prompt", &model.prompt));
+                paths
+            }
             Self::Scripted(_) => Vec::new(),
         }
     }
@@ -172,16 +196,34 @@ impl ModelSpec {
         match self {
             Self::LlavaOnevision(model) => join(&mut model.weights),
             Self::LlavaRlhf(model) => {
-                for path in [
-                    &mut model.base,
-                    &mut model.vision,
-                    &mut model.adapter,
-                    &mut model.prompt,
-                ] {
+                for path in [&mut model.base, &mut model.vision, &mut model.prompt] {
                     join(path);
                 }
+                model.adapter.iter_mut().for_each(join);
             }
             Self::Scripted(_) => {}
         }
+    }
+
+    /// The model with the parts that a training wrote into `checkpoint` in the place of its own: the
+    /// whole of a policy; of a reward model those of the folders `base`, `vision` and `adapter` that
+    /// are there.
+    #[must_use]
+    pub fn with_checkpoint(mut self, checkpoint: &Path) -> Self {
+        match &mut self {
+            Self::LlavaOnevision(model) => checkpoint.clone_into(&mut model.weights),
+            Self::LlavaRlhf(model) => {
+                let part = |name: &str| Some(checkpoint.join(name)).filter(|path| path.is_dir());
+                if let Some(base) = part("base") {
+                    model.base = base;
+                }
+                if let Some(vision) = part("vision") {
+                    model.vision = vision;
+                }
+                model.adapter = part("adapter").or(model.adapter.take());
+            }
+            Self::Scripted(model) => model.checkpoint = Some(checkpoint.to_owned()),
+        }
+        self
     }
 }

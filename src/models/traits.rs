@@ -4,8 +4,8 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use super::{
-    Dtype, Example, Generation, Group, ModelSpec, Prompt, Sampling, Score, StepReport,
-    TrainSettings,
+    DpoReport, DpoSettings, Dtype, Example, Generation, Group, Lesson, ModelSpec, Prompt,
+    RewardReport, RewardSettings, Sampling, Score, SftReport, SftSettings,
 };
 
 /// Takes the result or the fault of row `index` of the call, in any order; `Break` means stop early.
@@ -34,11 +34,11 @@ pub enum ModelError {
         length: usize,
     },
     /// A loss or gradient is infinite or not a number; no weight was changed by this step.
-    #[error("{what} is not finite; the pairs of this step: {}", pairs.join(", "))]
-    NotFinite { what: String, pairs: Vec<String> },
-    /// A pair that can't be trained on.
-    #[error("pair {pair}: {problem}")]
-    Pair { pair: String, problem: String },
+    #[error("{what} is not finite; the rows of this step: {}", rows.join(", "))]
+    NotFinite { what: String, rows: Vec<String> },
+    /// A row that can't be trained on.
+    #[error("row {row}: {problem}")]
+    Row { row: String, problem: String },
     /// libtorch reported an error that has no better name.
     #[error("{what}: {problem}")]
     Torch { what: String, problem: String },
@@ -62,17 +62,11 @@ pub trait Judge {
     -> Result<(), ModelError>;
 }
 
-/// Learns from pairs.
+/// What every training has in common: weights that change, and a state to go on from. When a step
+/// fails, weights and optimizer are as before.
 pub trait Learner {
-    /// Log-probabilities of `[chosen, rejected]` under the weights as they are now.
-    fn reference_logps(&mut self, pairs: &[Example<'_>]) -> Result<Vec<[f64; 2]>, ModelError>;
-
-    /// One optimizer update over the batch (the mean of its pairs' losses). When it fails, weights
-    /// and optimizer are as before.
-    fn step(&mut self, batch: &[Example<'_>]) -> Result<StepReport, ModelError>;
-
     /// Writes a checkpoint into the new folder `to`, in the layout that was read, with everything
-    /// that transformers needs to load it.
+    /// that is needed to load what was trained.
     fn save(&mut self, to: &Path) -> Result<(), ModelError>;
 
     /// Writes everything that [`Learner::load_state`] needs to go on exactly here (weights,
@@ -80,6 +74,27 @@ pub trait Learner {
     fn save_state(&mut self, to: &Path) -> Result<(), ModelError>;
 
     fn load_state(&mut self, from: &Path) -> Result<(), ModelError>;
+}
+
+/// Learns from pairs with direct preference optimization.
+pub trait DpoLearner: Learner {
+    /// Log-probabilities of `[chosen, rejected]` under the weights as they are now.
+    fn reference_logps(&mut self, pairs: &[Example<'_>]) -> Result<Vec<[f64; 2]>, ModelError>;
+
+    /// One optimizer update over the batch (the mean of its pairs' losses).
+    fn step(&mut self, batch: &[Example<'_>]) -> Result<DpoReport, ModelError>;
+}
+
+/// Learns answers by heart: the next token, given the ones before.
+pub trait SftLearner: Learner {
+    /// One optimizer update over the batch (the mean over its learned tokens).
+    fn step(&mut self, batch: &[Lesson<'_>]) -> Result<SftReport, ModelError>;
+}
+
+/// Learns to score chosen answers above rejected ones.
+pub trait RewardLearner: Learner {
+    /// One optimizer update over the batch (the mean of its pairs' losses).
+    fn step(&mut self, batch: &[Example<'_>]) -> Result<RewardReport, ModelError>;
 }
 
 /// A model that was opened.
@@ -102,15 +117,15 @@ pub struct Finding {
 
 /// Opens models. Implemented by the networks and, for tests, by nothing but the scripted doubles.
 pub trait ModelLoader {
-    /// `weights` replaces the folder in the spec when a checkpoint of an earlier round is meant.
-    fn policy(&self, spec: &ModelSpec, weights: Option<&Path>) -> Opened<dyn Policy>;
+    fn policy(&self, spec: &ModelSpec) -> Opened<dyn Policy>;
     fn judge(&self, spec: &ModelSpec) -> Opened<dyn Judge>;
-    fn learner(
+    fn dpo_learner(&self, spec: &ModelSpec, settings: &DpoSettings) -> Opened<dyn DpoLearner>;
+    fn sft_learner(&self, spec: &ModelSpec, settings: &SftSettings) -> Opened<dyn SftLearner>;
+    fn reward_learner(
         &self,
         spec: &ModelSpec,
-        weights: Option<&Path>,
-        settings: &TrainSettings,
-    ) -> Opened<dyn Learner>;
+        settings: &RewardSettings,
+    ) -> Opened<dyn RewardLearner>;
     /// The precision that the model's `device` and `dtype` mean here. It takes part in keys: rows in
     /// bfloat16 and rows in float32 are not the same rows.
     fn precision(&self, spec: &ModelSpec) -> Result<Dtype, ModelError>;

@@ -2,6 +2,9 @@
 
 use std::sync::Arc;
 
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
 /// A picture as the bytes of its file.
 #[derive(Debug, Clone)]
 pub struct Picture {
@@ -114,17 +117,52 @@ pub struct Example<'a> {
     pub chosen: Answer,
     pub rejected: Answer,
     /// Log-probabilities of `chosen` and `rejected` under the reference; not needed by
-    /// [`super::Learner::reference_logps`], needed by [`super::Learner::step`].
+    /// [`super::DpoLearner::reference_logps`] and reward models, needed by
+    /// [`super::DpoLearner::step`].
     pub reference: Option<[f64; 2]>,
 }
 
-/// How a learner trains.
+/// A conversation to learn answers from.
+#[derive(Debug)]
+pub struct Lesson<'a> {
+    /// Names the conversation in errors.
+    pub id: &'a str,
+    /// Its earlier turns may hold answers, too.
+    pub prompt: &'a Prompt,
+    /// The answer to the question.
+    pub answer: &'a str,
+    pub learned: Learned,
+}
+
+/// Which answers of a conversation are learned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Learned {
+    /// Every turn of the assistant.
+    #[default]
+    All,
+    /// Only the answer to the last question.
+    Last,
+}
+
+/// What becomes of the vision tower while the rest is trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Tower {
+    /// It is trained with the rest.
+    #[default]
+    Train,
+    /// It stays as it is.
+    Freeze,
+}
+
+/// What all trainings have in common.
 #[derive(Debug, Clone, PartialEq)]
-pub struct TrainSettings {
-    /// DPO's beta: how strongly the reference holds the policy.
-    pub beta: f64,
+pub struct Optimization {
     /// The highest learning rate, reached after warmup.
     pub learning_rate: f64,
+    /// What the rate does after warmup.
+    pub schedule: Schedule,
     /// Share of the updates in which the rate rises from 0.
     pub warmup_ratio: f64,
     /// Optimizer updates of the whole training.
@@ -137,9 +175,47 @@ pub struct TrainSettings {
     pub max_grad_norm: f64,
 }
 
-/// What one optimizer update saw, before the update. Means are over the pairs of the batch.
+/// The learning rate after warmup.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Schedule {
+    /// Falls to 0 along half a cosine.
+    Cosine,
+    /// Stays.
+    Constant,
+}
+
+/// How a learner is trained with DPO.
 #[derive(Debug, Clone, PartialEq)]
-pub struct StepReport {
+pub struct DpoSettings {
+    /// DPO's beta: how strongly the reference holds the policy.
+    pub beta: f64,
+    pub optimization: Optimization,
+}
+
+/// How a learner is trained on answers.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SftSettings {
+    pub tower: Tower,
+    pub optimization: Optimization,
+}
+
+/// How a reward model is trained.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RewardSettings {
+    /// Rank of a fresh adapter.
+    pub rank: usize,
+    /// A fresh adapter's product is scaled by `alpha / rank`.
+    pub alpha: f64,
+    /// Weight of the term that keeps the mean reward near 0.
+    pub centering: f64,
+    /// Seeds the weights of a fresh adapter and head.
+    pub seed: u64,
+    pub optimization: Optimization,
+}
+
+/// What one optimizer update of DPO saw, before the update. Means are over the pairs of the batch.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DpoReport {
     pub loss: f64,
     pub rewards_chosen: f64,
     pub rewards_rejected: f64,
@@ -147,6 +223,37 @@ pub struct StepReport {
     pub accuracy: f64,
     pub logps_chosen: f64,
     pub logps_rejected: f64,
+    /// Before clipping.
+    pub grad_norm: f64,
+    pub learning_rate: f64,
+    /// Tokens through the decoder.
+    pub tokens: u64,
+}
+
+/// What one optimizer update on answers saw, before the update.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SftReport {
+    /// Mean cross entropy of the learned tokens of the batch, natural log.
+    pub loss: f64,
+    /// Share of the learned tokens that were the likeliest.
+    pub accuracy: f64,
+    /// Before clipping.
+    pub grad_norm: f64,
+    pub learning_rate: f64,
+    /// Tokens through the decoder.
+    pub tokens: u64,
+    /// Those of them that were learned.
+    pub learned_tokens: u64,
+}
+
+/// What one optimizer update of a reward model saw, before the update. Means are over the pairs.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RewardReport {
+    pub loss: f64,
+    pub reward_chosen: f64,
+    pub reward_rejected: f64,
+    /// Share of pairs with a chosen reward above the rejected one.
+    pub accuracy: f64,
     /// Before clipping.
     pub grad_norm: f64,
     pub learning_rate: f64,

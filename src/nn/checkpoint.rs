@@ -1,28 +1,33 @@
-//! A LLaVA-OneVision checkpoint as it lies on disk: read by canonical names, written back as it was.
+//! A checkpoint as it lies on disk: read by canonical names, written back as it was.
 //!
-//! transformers has written the same weights under several names (4.45 to 4.57 with
+//! Of LLaVA-OneVision, transformers has written the same weights under several names (4.45 to 4.57 with
 //! `vision_tower.vision_model.…`, 5.x without `vision_model`, third parties as they are in memory,
 //! with a leading `model.`). Networks ask by one name each; the checkpoint remembers what each is
 //! called in its files. Writing keeps those names, the shards, the element types, every tensor that
 //! no network asked for, and every other file of the folder, so whatever could load the original
-//! can load the copy.
+//! can load the copy. The folders of a reward model's base and tower are kept likewise; what they
+//! have in torch files is written as safetensors.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::path::Path;
 
+use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
 use super::layers::Source;
 use super::optimizer::Parameter;
 use super::weights::{Weights, save_safetensors};
-use crate::models::ModelError;
+use crate::models::{ModelError, Tower};
 use crate::prep::canonical;
 
 /// The canonical names of the embedding and of the head, which may be one parameter.
 pub const EMBEDDING: &str = "language_model.model.embed_tokens.weight";
 pub const HEAD: &str = "language_model.lm_head.weight";
+
+/// What the names of a tower's weights begin with.
+pub const TOWER: &str = "vision_tower.";
 
 /// An opened checkpoint.
 #[derive(Debug)]
@@ -55,6 +60,44 @@ impl Checkpoint {
         Ok(Self { weights, names })
     }
 
+    /// Opens the base of a reward model: Llama and a projector, by the names that they have.
+    pub fn open_base(folder: &Path) -> Result<Self, ModelError> {
+        let weights = Weights::open(folder)?;
+        let names = weights
+            .names()
+            .map(|name| (name.to_owned(), name.to_owned()));
+        let names = names.collect();
+        Ok(Self { weights, names })
+    }
+
+    /// Opens a folder with CLIP's tower. Its tensors are asked for below [`TOWER`]; a whole CLIP and
+    /// transformers up to 4.x write them below `vision_model.`, transformers 5.x as they are.
+    pub fn open_clip(folder: &Path) -> Result<Self, ModelError> {
+        let weights = Weights::open(folder)?;
+        let is_there = |prefix: &&str| weights.has(&format!("{prefix}embeddings.class_embedding"));
+        let prefix = ["vision_model.", ""].into_iter().find(is_there);
+        let prefix = prefix.ok_or_else(|| {
+            let problem = "holds no CLIP tower: neither `vision_model.embeddings.class_embedding` \
+                           nor `embeddings.class_embedding` is among its tensors";
+            problem_with(folder, problem)
+        })?;
+        let names = weights.names().map(|name| {
+            let canonical = match name.strip_prefix(prefix) {
+                Some(rest) => format!("{TOWER}{rest}"),
+                None => name.to_owned(),
+            };
+            (canonical, name.to_owned())
+        });
+        let names = names.collect();
+        Ok(Self { weights, names })
+    }
+
+    /// The element type that a tensor of this canonical name is stored in.
+    pub fn kind(&self, name: &str) -> Option<Kind> {
+        let stored = self.names.get(name)?;
+        self.weights.info(stored).map(|info| info.kind)
+    }
+
     /// Whether a tensor of this canonical name is stored.
     pub fn has(&self, name: &str) -> bool {
         self.names.contains_key(name)
@@ -75,10 +118,21 @@ impl Checkpoint {
         if let (None, Some(&embedding)) = (values.get(HEAD), values.get(EMBEDDING)) {
             values.insert(HEAD, embedding);
         }
+        let mut shard_of = serde_json::Map::new();
         for file in self.weights.files() {
             let tensors = self.tensors_of(file, &values)?;
-            let name = file.file_name().expect("a shard is a file");
-            save_safetensors(&to.join(name), &tensors, &[("format", "pt")])?;
+            let name = safetensors_name(file);
+            save_safetensors(&to.join(&name), &tensors, &[("format", "pt")])?;
+            for (tensor, _) in tensors {
+                shard_of.insert(tensor, name.clone().into());
+            }
+        }
+        let index = to.join("model.safetensors.index.json");
+        if self.weights.files().count() > 1 && !index.exists() {
+            let text = json!({ "metadata": {}, "weight_map": shard_of }).to_string();
+            fs::write(&index, text)
+                .and_then(|()| File::open(&index)?.sync_all())
+                .map_err(io)?;
         }
         File::open(to)
             .and_then(|folder| folder.sync_all())
@@ -116,7 +170,7 @@ impl Checkpoint {
                 ["safetensors", "bin", "pt", "pth", "gguf", "h5", "msgpack"]
                     .iter()
                     .any(|other| end == *other)
-            });
+            }) || path.ends_with("pytorch_model.bin.index.json");
             let Some(name) = path
                 .file_name()
                 .filter(|_| path.is_file() && !holds_weights)
@@ -132,6 +186,20 @@ impl Checkpoint {
     }
 }
 
+/// The name of a shard once it is safetensors: `pytorch_model-00001-of-00002.bin` becomes
+/// `model-00001-of-00002.safetensors`.
+fn safetensors_name(file: &Path) -> String {
+    let name = file.file_name().expect("a shard is a file");
+    let name = name.to_string_lossy();
+    match name.strip_suffix(".bin") {
+        Some(stem) => format!(
+            "{}.safetensors",
+            stem.strip_prefix("pytorch_").unwrap_or(stem)
+        ),
+        None => name.into_owned(),
+    }
+}
+
 fn problem_with(path: &Path, problem: &str) -> ModelError {
     ModelError::Weights {
         path: path.to_owned(),
@@ -143,7 +211,8 @@ fn problem_with(path: &Path, problem: &str) -> ModelError {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Purpose {
     Inference,
-    Training,
+    /// With or without what lies below [`TOWER`].
+    Training(Tower),
 }
 
 /// A checkpoint as a source of weights, on one device and in one precision. Keeps what was taken
@@ -181,8 +250,10 @@ impl Source for Reader<'_> {
         // An unknown name is asked for as it is, for the error to say that it is missing.
         let stored = names.get(name).map_or(name, String::as_str);
         let tensor = weights.take(stored, shape, self.kind, self.device)?;
-        if self.purpose == Purpose::Inference {
-            return Ok(tensor);
+        match self.purpose {
+            Purpose::Inference => return Ok(tensor),
+            Purpose::Training(Tower::Freeze) if name.starts_with(TOWER) => return Ok(tensor),
+            Purpose::Training(_) => {}
         }
         let tensor = tensor.set_requires_grad(true);
         self.parameters.borrow_mut().push(Parameter {
@@ -224,7 +295,12 @@ mod tests {
         save_safetensors(&path, &tensors, &[("format", "pt")]).unwrap();
 
         let checkpoint = Checkpoint::open(&from).unwrap();
-        let reader = Reader::new(&checkpoint, Device::Cpu, Kind::Float, Purpose::Training);
+        let reader = Reader::new(
+            &checkpoint,
+            Device::Cpu,
+            Kind::Float,
+            Purpose::Training(Tower::Train),
+        );
         let newline = reader.take("image_newline", &[2]).unwrap();
         let embedding = reader.take(EMBEDDING, &[1]).unwrap();
         tch::no_grad(|| {

@@ -12,7 +12,7 @@
 //! Activations are `[tokens, hidden]`, heads `[heads, tokens, head_dim]`: there is no batch
 //! dimension, because every token of a call belongs to one prompt.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::attention::{KeyValue, attend_behind, attend_causally, attend_one, branch_mask};
 use super::layers::{Activation, Angles, Bias, Linear, Path, RmsNorm, Rotary};
@@ -122,6 +122,11 @@ impl Decoder {
             norm: RmsNorm::new(&(path / "norm"), config.hidden_size, config.rms_norm_eps)?,
             rotary: Rotary::new(config.head_dim, config.rope_theta, device),
         })
+    }
+
+    /// Where its weights lie.
+    pub fn device(&self) -> Device {
+        self.embed_tokens.device()
     }
 
     /// Token ids (`[tokens]`, int64) to `[tokens, hidden]`.

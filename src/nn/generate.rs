@@ -5,7 +5,6 @@
 //! has ended leaves the batch. Nothing about an answer depends on the other prompts of the call.
 
 use std::collections::{HashMap, VecDeque};
-use std::path::Path;
 
 use tch::Tensor;
 
@@ -61,9 +60,9 @@ struct Draft {
 }
 
 impl OnevisionPolicy {
-    /// Opens the checkpoint in `weights`, or else in the folder of the spec.
-    pub fn open(spec: &models::LlavaOnevision, weights: Option<&Path>) -> Result<Self, ModelError> {
-        let folder = weights.unwrap_or(&spec.weights);
+    /// Opens the checkpoint of the spec.
+    pub fn open(spec: &models::LlavaOnevision) -> Result<Self, ModelError> {
+        let folder = &spec.weights;
         let prep = PolicyPrep::open(folder)?;
         let (device, kind) = device::choose(spec.device, spec.dtype)?;
         let checkpoint = Checkpoint::open(folder)?;

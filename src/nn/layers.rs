@@ -18,6 +18,34 @@ pub trait Source {
     /// The tensor of that name, on the device and in the precision that the network computes in.
     /// Fails when it is absent or of another shape.
     fn take(&self, name: &str, shape: &[i64]) -> Result<Tensor, ModelError>;
+
+    /// What is added to the output of the linear layer `name` while it is trained, if anything is.
+    fn adapter(
+        &self,
+        _name: &str,
+        _inputs: i64,
+        _outputs: i64,
+    ) -> Result<Option<Lora>, ModelError> {
+        Ok(None)
+    }
+}
+
+/// A low-rank update of a linear layer, `scale B A` (Hu et al. 2021, *LoRA*, arXiv 2106.09685,
+/// equation 3), that is not merged into its weight.
+#[derive(Debug)]
+pub struct Lora {
+    pub a: Tensor, // [rank, in], float32
+    pub b: Tensor, // [out, rank], float32
+    pub scale: f64,
+}
+
+impl Lora {
+    /// `[.., in]` to `[.., out]`, in the precision of `xs`.
+    fn forward(&self, xs: &Tensor) -> Tensor {
+        let kind = xs.kind();
+        let inner = xs.linear(&self.a.to_kind(kind), None::<&Tensor>); // [.., rank]
+        inner.linear(&self.b.to_kind(kind), None::<&Tensor>) * self.scale
+    }
 }
 
 /// A place in a [`Source`], as in `language_model.layers.3`.
@@ -36,6 +64,11 @@ impl<'a> Path<'a> {
     /// The weight `leaf` of this place.
     pub fn take(&self, leaf: &str, shape: &[i64]) -> Result<Tensor, ModelError> {
         self.source.take(&(self / leaf).name, shape)
+    }
+
+    /// What is added to the output of the linear layer of this place.
+    fn adapter(&self, inputs: i64, outputs: i64) -> Result<Option<Lora>, ModelError> {
+        self.source.adapter(&self.name, inputs, outputs)
     }
 }
 
@@ -70,11 +103,12 @@ pub enum Bias {
     No,
 }
 
-/// `x W^T + b`.
+/// `x W^T + b`, and what an adapter adds.
 #[derive(Debug)]
 pub struct Linear {
     weight: Tensor,       // [out, in]
     bias: Option<Tensor>, // [out]
+    adapter: Option<Lora>,
 }
 
 impl Linear {
@@ -84,12 +118,20 @@ impl Linear {
             Bias::Yes => Some(path.take("bias", &[outputs])?),
             Bias::No => None,
         };
-        Ok(Self { weight, bias })
+        Ok(Self {
+            weight,
+            bias,
+            adapter: path.adapter(inputs, outputs)?,
+        })
     }
 
     /// `[.., in]` to `[.., out]`.
     pub fn forward(&self, xs: &Tensor) -> Tensor {
-        xs.linear(&self.weight, self.bias.as_ref())
+        let ys = xs.linear(&self.weight, self.bias.as_ref());
+        match &self.adapter {
+            Some(adapter) => ys + adapter.forward(xs),
+            None => ys,
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! LoRA adapters, merged into the weights that they adapt while those are read.
+//! LoRA adapters: merged into the weights that they adapt while those are read, or trained.
 //!
 //! An adapted weight is `W + scale B A` (Hu et al. 2021, equation 3), added in float32 and rounded
 //! once, so that nothing of the adapter is left when the network runs. Files as peft writes them
@@ -8,9 +8,13 @@
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 
+use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
 
-use super::layers::Source;
+use super::checkpoint::Reader;
+use super::layers::{Lora, Source};
+use super::optimizer::Parameter;
+use super::sampling::uniform;
 use super::weights::{Weights, refuse};
 use crate::models::ModelError;
 use crate::prep::AdapterCard;
@@ -33,6 +37,115 @@ impl Source for Merged {
         let update = self.adapter.update(module, shape, self.device)?;
         Ok((weight + update).to_kind(self.kind))
     }
+}
+
+/// The base's weights as they are, with an adapter in training at its target modules.
+pub struct Adapted<'a> {
+    pub base: Reader<'a>,
+    adapter: Start<'a>,
+    device: Device,
+    parameters: RefCell<Vec<Parameter>>,
+}
+
+/// Where an adapter's training begins.
+pub enum Start<'a> {
+    /// At an adapter that there is.
+    At(&'a Adapter),
+    /// At a fresh one, which changes nothing yet: A as peft and `nn.Linear` initialize it
+    /// (Kaiming's uniform distribution with a = sqrt 5, which is uniform within one over the root of
+    /// the inputs), B zero.
+    Fresh {
+        rank: usize,
+        alpha: f64,
+        seed: u64,
+        target_modules: &'a [&'a str],
+    },
+}
+
+impl<'a> Adapted<'a> {
+    pub fn new(base: Reader<'a>, adapter: Start<'a>, device: Device) -> Self {
+        Self {
+            base,
+            adapter,
+            device,
+            parameters: RefCell::default(),
+        }
+    }
+
+    /// The matrices of all adapted modules, by peft's names, in the order of taking.
+    pub fn into_parameters(self) -> Vec<Parameter> {
+        self.parameters.into_inner()
+    }
+}
+
+impl Source for Adapted<'_> {
+    fn take(&self, name: &str, shape: &[i64]) -> Result<Tensor, ModelError> {
+        self.base.take(name, shape)
+    }
+
+    fn adapter(&self, module: &str, inputs: i64, outputs: i64) -> Result<Option<Lora>, ModelError> {
+        let (a, b, scale) = match &self.adapter {
+            Start::At(adapter) => {
+                if adapter.adapts(&format!("{module}.weight"))?.is_none() {
+                    return Ok(None);
+                }
+                let [a, b] = adapter.matrices(module, [outputs, inputs], self.device)?;
+                (a, b, adapter.scale)
+            }
+            Start::Fresh {
+                rank,
+                alpha,
+                seed,
+                target_modules,
+            } => {
+                let is_target = |target: &&str| is_module(module, target);
+                if !target_modules.iter().any(is_target) {
+                    return Ok(None);
+                }
+                let bound = (inputs as f64).sqrt().recip();
+                let rank = *rank as i64;
+                let a = seeded_uniform(*seed, module, &[rank, inputs], bound);
+                let b = Tensor::zeros([outputs, rank], (Kind::Float, self.device));
+                (a.to_device(self.device), b, alpha / rank as f64)
+            }
+        };
+        let mut parameters = self.parameters.borrow_mut();
+        let mut trained = |tensor: Tensor, letter: &str| {
+            let tensor = tensor.set_requires_grad(true);
+            parameters.push(Parameter {
+                name: format!("base_model.model.{module}.lora_{letter}.weight"),
+                tensor: tensor.shallow_clone(),
+            });
+            tensor
+        };
+        Ok(Some(Lora {
+            a: trained(a, "A"),
+            b: trained(b, "B"),
+            scale,
+        }))
+    }
+}
+
+/// Whether `module` is the linear layer that a config calls `target`.
+fn is_module(module: &str, target: &str) -> bool {
+    let rest = module.strip_suffix(target);
+    rest.is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+}
+
+/// Numbers uniform within `bound` of 0, in float32, that depend on the seed, the name and the place
+/// and on nothing else: libtorch's generator is shared state.
+pub fn seeded_uniform(seed: u64, name: &str, shape: &[i64], bound: f64) -> Tensor {
+    let digest = Sha256::new()
+        .chain_update(seed.to_le_bytes())
+        .chain_update(name)
+        .finalize();
+    let stream = digest[..8].try_into().map(i64::from_le_bytes);
+    let stream = stream.expect("eight bytes of a longer digest");
+    let count = shape.iter().product::<i64>() as usize;
+    let values: Vec<f32> = (0..count)
+        .map(|place| ((uniform(stream, place) * 2.0 - 1.0) * bound) as f32)
+        .collect();
+    Tensor::from_slice(&values).reshape(shape)
 }
 
 /// A LoRA adapter: two thin matrices for each adapted module.
@@ -92,10 +205,7 @@ impl Adapter {
         let Some(module) = name.strip_suffix(".weight") else {
             return Ok(None);
         };
-        let is_target = |target: &String| {
-            let rest = module.strip_suffix(target.as_str());
-            rest.is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
-        };
+        let is_target = |target: &String| is_module(module, target);
         if self.modules.contains_key(module) {
             Ok(Some(module))
         } else if self.target_modules.iter().any(is_target) {
@@ -111,21 +221,38 @@ impl Adapter {
 
     /// `scale B A` of a module whose weight has this shape, in float32.
     fn update(&self, module: &str, shape: &[i64], device: Device) -> Result<Tensor, ModelError> {
+        let &[outputs, inputs] = shape else {
+            let problem = format!("`{module}` is not a linear layer");
+            return Err(refuse(self.weights.path(), problem));
+        };
+        let [a, b] = self.matrices(module, [outputs, inputs], device)?;
+        Ok(b.matmul(&a) * self.scale)
+    }
+
+    /// A (`[rank, in]`) and B (`[out, rank]`) of a module, in float32.
+    fn matrices(
+        &self,
+        module: &str,
+        [outputs, inputs]: [i64; 2],
+        device: Device,
+    ) -> Result<[Tensor; 2], ModelError> {
         let matrices = &self.modules[module];
         let (Some(a), Some(b)) = (&matrices.lora_a, &matrices.lora_b) else {
             let missing = matrices.lora_a.as_ref().map_or("lora_A", |_| "lora_B");
             let problem = format!("`{module}` has no `{missing}`");
             return Err(refuse(self.weights.path(), problem));
         };
-        let &[outputs, inputs] = shape else {
-            let problem = format!("`{module}` is not a linear layer");
-            return Err(refuse(self.weights.path(), problem));
-        };
         let take = |name, shape: [i64; 2]| self.weights.take(name, &shape, Kind::Float, device);
         let a = take(a, [self.rank, inputs])?;
         let b = take(b, [outputs, self.rank])?;
         self.used.borrow_mut().insert(module.to_owned());
-        Ok(b.matmul(&a) * self.scale)
+        Ok([a, b])
+    }
+
+    /// The element type that the adapter is stored in.
+    pub fn kind(&self) -> Option<Kind> {
+        let name = self.weights.names().next()?;
+        self.weights.info(name).map(|info| info.kind)
     }
 
     /// Fails when a module of the adapter had no place in the network.

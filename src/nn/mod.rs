@@ -25,21 +25,25 @@ pub mod sampling;
 
 pub mod reward;
 
-pub mod dpo;
-pub mod learner;
 pub mod optimizer;
+pub mod training;
+
+pub mod dpo;
+pub mod dpo_learner;
+pub mod reward_learner;
+pub mod sft_learner;
 
 #[cfg(test)]
 mod recorded;
 
-use std::path::Path;
-
+use self::dpo_learner::OnevisionDpo;
 use self::generate::OnevisionPolicy;
-use self::learner::OnevisionLearner;
 use self::reward::RewardJudge;
+use self::reward_learner::LlavaRewards;
+use self::sft_learner::{LlavaStudent, OnevisionStudent, Sft};
 use crate::models::{
-    Dtype, Finding, Judge, Learner, ModelError, ModelLoader, ModelSpec, Opened, Policy,
-    TrainSettings,
+    DpoLearner, DpoSettings, Dtype, Finding, Judge, ModelError, ModelLoader, ModelSpec, Opened,
+    Policy, RewardLearner, RewardSettings, SftLearner, SftSettings,
 };
 
 /// Opens the networks. A model that needs none (see [`ModelSpec::needs_torch`]) is not opened here.
@@ -47,9 +51,9 @@ use crate::models::{
 pub struct NetLoader;
 
 impl ModelLoader for NetLoader {
-    fn policy(&self, spec: &ModelSpec, weights: Option<&Path>) -> Opened<dyn Policy> {
+    fn policy(&self, spec: &ModelSpec) -> Opened<dyn Policy> {
         match spec {
-            ModelSpec::LlavaOnevision(spec) => Ok(Box::new(OnevisionPolicy::open(spec, weights)?)),
+            ModelSpec::LlavaOnevision(spec) => Ok(Box::new(OnevisionPolicy::open(spec)?)),
             other => Err(unfit(other, "answer")),
         }
     }
@@ -61,17 +65,31 @@ impl ModelLoader for NetLoader {
         }
     }
 
-    fn learner(
-        &self,
-        spec: &ModelSpec,
-        weights: Option<&Path>,
-        settings: &TrainSettings,
-    ) -> Opened<dyn Learner> {
+    fn dpo_learner(&self, spec: &ModelSpec, settings: &DpoSettings) -> Opened<dyn DpoLearner> {
+        match spec {
+            ModelSpec::LlavaOnevision(spec) => Ok(Box::new(OnevisionDpo::open(spec, settings)?)),
+            other => Err(unfit(other, "learn from pairs")),
+        }
+    }
+
+    fn sft_learner(&self, spec: &ModelSpec, settings: &SftSettings) -> Opened<dyn SftLearner> {
         match spec {
             ModelSpec::LlavaOnevision(spec) => {
-                Ok(Box::new(OnevisionLearner::open(spec, weights, settings)?))
+                Ok(Box::new(Sft::<OnevisionStudent>::open(spec, settings)?))
             }
-            other => Err(unfit(other, "learn")),
+            ModelSpec::LlavaRlhf(spec) => Ok(Box::new(Sft::<LlavaStudent>::open(spec, settings)?)),
+            other @ ModelSpec::Scripted(_) => Err(unfit(other, "learn answers")),
+        }
+    }
+
+    fn reward_learner(
+        &self,
+        spec: &ModelSpec,
+        settings: &RewardSettings,
+    ) -> Opened<dyn RewardLearner> {
+        match spec {
+            ModelSpec::LlavaRlhf(spec) => Ok(Box::new(LlavaRewards::open(spec, settings)?)),
+            other => Err(unfit(other, "learn to score")),
         }
     }
 
@@ -116,7 +134,7 @@ mod tests {
     #[test]
     fn a_model_in_a_role_that_it_cannot_play_is_refused_by_name() {
         let spec = ModelSpec::Scripted(Scripted::default());
-        let error = NetLoader.policy(&spec, None).err().unwrap().to_string();
+        let error = NetLoader.policy(&spec).err().unwrap().to_string();
         assert_eq!(
             error,
             "opening `scripted`: there is no network of this name that can answer"

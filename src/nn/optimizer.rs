@@ -1,11 +1,14 @@
 //! AdamW, its learning rate and gradient clipping, as `torch.optim.AdamW`,
-//! `get_cosine_schedule_with_warmup` of transformers and `clip_grad_norm_` of PyTorch compute them.
+//! `get_cosine_schedule_with_warmup` and `get_constant_schedule_with_warmup` of transformers and
+//! `clip_grad_norm_` of PyTorch compute them.
 //!
 //! Ours because libtorch's optimizers, seen from Rust, can't save their state. An update allocates
 //! nothing: it computes in the memory of the gradients, so it can't run out of memory halfway
 //! through the parameters.
 
 use tch::{Kind, Tensor};
+
+use crate::models::Schedule;
 
 /// A weight that is trained, by its canonical name.
 #[derive(Debug)]
@@ -105,18 +108,20 @@ impl AdamW {
     }
 }
 
-/// A learning rate that rises linearly from 0 and then falls to 0 along half a cosine.
+/// A learning rate that rises linearly from 0 and then falls to 0 along half a cosine, or stays.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct CosineWithWarmup {
+pub struct LearningRate {
+    schedule: Schedule,
     peak: f64,
     warmup_steps: usize,
     steps: usize,
 }
 
-impl CosineWithWarmup {
+impl LearningRate {
     /// `warmup_ratio` of `steps`, rounded up, is warmup, as in the Hugging Face trainer.
-    pub fn new(peak: f64, warmup_ratio: f64, steps: usize) -> Self {
+    pub fn new(schedule: Schedule, peak: f64, warmup_ratio: f64, steps: usize) -> Self {
         Self {
+            schedule,
             peak,
             warmup_steps: (steps as f64 * warmup_ratio).ceil() as usize,
             steps,
@@ -124,9 +129,12 @@ impl CosineWithWarmup {
     }
 
     /// The rate of update `step`, counted from 0. With any warmup the first update has the rate 0.
-    pub fn learning_rate(&self, step: usize) -> f64 {
+    pub fn of_step(&self, step: usize) -> f64 {
         if step < self.warmup_steps {
             return self.peak * step as f64 / self.warmup_steps as f64;
+        }
+        if self.schedule == Schedule::Constant {
+            return self.peak;
         }
         let falling = self.steps.saturating_sub(self.warmup_steps).max(1);
         let progress = (step - self.warmup_steps) as f64 / falling as f64;
@@ -224,14 +232,18 @@ mod tests {
 
     #[test]
     fn the_rate_rises_from_zero_and_falls_to_zero() {
-        let schedule = CosineWithWarmup::new(2.0, 0.15, 10);
-        let rates: Vec<f64> = (0..=10).map(|step| schedule.learning_rate(step)).collect();
+        let schedule = LearningRate::new(Schedule::Cosine, 2.0, 0.15, 10);
+        let rates: Vec<f64> = (0..=10).map(|step| schedule.of_step(step)).collect();
         assert!((rates[0] - 0.0).abs() < 1e-12);
         assert!((rates[1] - 1.0).abs() < 1e-12);
         assert!((rates[2] - 2.0).abs() < 1e-12);
         assert!((rates[6] - 1.0).abs() < 1e-12);
         assert!(rates[10].abs() < 1e-12);
-        assert!((CosineWithWarmup::new(2.0, 0.0, 1).learning_rate(0) - 2.0).abs() < 1e-12);
+        let at_once = LearningRate::new(Schedule::Cosine, 2.0, 0.0, 1);
+        assert!((at_once.of_step(0) - 2.0).abs() < 1e-12);
+        let constant = LearningRate::new(Schedule::Constant, 2.0, 0.15, 10);
+        assert!((constant.of_step(1) - 1.0).abs() < 1e-12);
+        assert!((constant.of_step(9) - 2.0).abs() < 1e-12);
     }
 
     #[test]

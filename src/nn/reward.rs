@@ -19,7 +19,7 @@ use crate::models::{Emit, Group, Judge, LlavaRlhf, ModelError, Picture, RowFault
 use crate::prep::{JudgeIds, JudgePrep};
 
 /// The file of the head, beside the adapter.
-const HEAD_FILE: &str = "reward_head";
+pub const HEAD_FILE: &str = "reward_head";
 
 /// The most tokens of answers that are read at once. More would not make better use of a device,
 /// and each of them is compared with all others, whether or not they belong to one answer.
@@ -29,10 +29,16 @@ const PACK_TOKENS_MAX: usize = 512;
 #[derive(Debug)]
 pub struct RewardJudge {
     prep: JudgePrep,
-    llava: Llava,
-    head: RewardHead,
-    kind: Kind,
-    device: Device,
+    network: RewardNetwork,
+}
+
+/// The network and its head: pictures and texts in, rewards out.
+#[derive(Debug)]
+pub struct RewardNetwork {
+    pub llava: Llava,
+    pub head: RewardHead,
+    pub kind: Kind,
+    pub device: Device,
 }
 
 impl RewardJudge {
@@ -44,16 +50,21 @@ impl RewardJudge {
         let (device, kind) = device::choose(spec.device, spec.dtype)?;
         let prep = JudgePrep::open(spec)?;
         let hidden = prep.card.text_config.hidden_size as i64;
+        let adapter = spec.adapter.as_deref().ok_or_else(|| {
+            let problem = "this reward model has no adapter yet; name one, or train it with \
+                           `train_reward`";
+            refuse(&spec.base, problem.to_owned())
+        })?;
         // The head first: it is small, and the file that is most often forgotten.
-        let head = RewardHead::open(&spec.adapter, hidden, device)?;
+        let head = RewardHead::open(adapter, hidden, device)?;
         let llava = Llava::open(spec, &prep.card, kind, device)?;
-        Ok(Self {
-            prep,
+        let network = RewardNetwork {
             llava,
             head,
             kind,
             device,
-        })
+        };
+        Ok(Self { prep, network })
     }
 
     /// The features of a picture, `[patches, hidden]`.
@@ -62,14 +73,9 @@ impl RewardJudge {
             Ok(pixels) => pixels,
             Err(fault) => return Ok(Err(fault)),
         };
-        let side = self.prep.clip.side() as i64;
         let patches = self.prep.card.vision_config.patches();
         guarded("looking at a picture", 1, patches, || {
-            let pixels = Tensor::from_slice(&pixels)
-                .view([1, 3, side, side])
-                .to_device(self.device)
-                .to_kind(self.kind);
-            Ok(self.llava.encode_images(&pixels).squeeze_dim(0))
+            Ok(self.network.features(&pixels))
         })
     }
 
@@ -79,20 +85,39 @@ impl RewardJudge {
         answers: &[JudgeIds],
         features: Option<&Tensor>,
     ) -> Result<Vec<f32>, ModelError> {
-        let shared = shared_tokens(answers);
+        let tokens = answers.iter().map(|answer| answer.ids.len()).max();
+        guarded("judging", answers.len(), tokens.unwrap_or(0), || {
+            let rewards = self.network.rewards(answers, features);
+            Vec::try_from(rewards.to_device(Device::Cpu)).expect("float32, one dimension")
+        })
+    }
+}
+
+impl RewardNetwork {
+    /// The features of a picture whose pixels are `[3, side, side]`, `[patches, hidden]`.
+    pub fn features(&self, pixels: &[f32]) -> Tensor {
+        let side = (pixels.len() as f64 / 3.0).sqrt() as i64;
+        let pixels = Tensor::from_slice(pixels)
+            .view([1, 3, side, side])
+            .to_device(self.device)
+            .to_kind(self.kind);
+        self.llava.encode_images(&pixels).squeeze_dim(0)
+    }
+
+    /// The rewards of answers to one prompt, in their order: `[answers]`, float32, with their
+    /// gradients.
+    pub fn rewards(&self, answers: &[JudgeIds], features: Option<&Tensor>) -> Tensor {
         let Some(first) = answers.first() else {
-            return Ok(Vec::new());
+            return Tensor::zeros([0], (Kind::Float, self.device));
         };
+        let shared = shared_tokens(answers);
         let decoder = self.llava.decoder();
-        let prefix = guarded("judging", 1, shared, || {
-            let (_, prefix) = decoder.prefill(&self.embed(first, shared, features));
-            prefix
-        })?;
+        let (_, prefix) = decoder.prefill(&self.llava.embed(first, shared, features));
         let lengths: Vec<usize> = answers
             .iter()
             .map(|answer| answer.ids.len() - shared)
             .collect();
-        let mut rewards = Vec::with_capacity(answers.len());
+        let mut rewards = Vec::new();
         for pack in packs(&lengths, PACK_TOKENS_MAX) {
             let ids: Vec<i64> = answers[pack.clone()]
                 .iter()
@@ -100,34 +125,13 @@ impl RewardJudge {
                 .copied()
                 .collect();
             let lengths: Vec<i64> = lengths[pack].iter().map(|&length| length as i64).collect();
-            let scored = guarded("judging", lengths.len(), shared + ids.len(), || {
-                let embeds = decoder.embed(&self.tensor(&ids));
-                let hidden = decoder.branch(&embeds, &lengths, &prefix); // [tokens of all, hidden]
-                let last = Tensor::from_slice(&lengths).cumsum(0, Kind::Int64) - 1;
-                self.head
-                    .forward(&hidden.index_select(0, &last.to_device(self.device)))
-            })?;
-            rewards.extend(scored);
+            let embeds = decoder.embed(&Tensor::from_slice(&ids).to_device(self.device));
+            let hidden = decoder.branch(&embeds, &lengths, &prefix); // [tokens of all, hidden]
+            let last = Tensor::from_slice(&lengths).cumsum(0, Kind::Int64) - 1;
+            let last = hidden.index_select(0, &last.to_device(self.device));
+            rewards.push(self.head.forward(&last));
         }
-        Ok(rewards)
-    }
-
-    /// The first `tokens` of a text, with the picture's features where it belongs,
-    /// `[tokens, hidden]`.
-    fn embed(&self, text: &JudgeIds, tokens: usize, features: Option<&Tensor>) -> Tensor {
-        let embed = |ids: &[i64]| self.llava.decoder().embed(&self.tensor(ids));
-        match (&text.picture, features) {
-            (Some(picture), Some(features)) => {
-                let before = embed(&text.ids[..picture.start]);
-                let after = embed(&text.ids[picture.end..tokens]);
-                Tensor::cat(&[&before, features, &after], 0)
-            }
-            _ => embed(&text.ids[..tokens]),
-        }
-    }
-
-    fn tensor(&self, ids: &[i64]) -> Tensor {
-        Tensor::from_slice(ids).to_device(self.device)
+        Tensor::cat(&rewards, 0)
     }
 }
 
@@ -237,14 +241,14 @@ fn packs(lengths: &[usize], tokens_max: usize) -> Vec<std::ops::Range<usize>> {
 
 /// A linear layer from a hidden state to the reward.
 #[derive(Debug)]
-struct RewardHead {
-    weight: Tensor, // [1, hidden]
-    bias: Tensor,   // [1]
+pub struct RewardHead {
+    pub weight: Tensor, // [1, hidden]
+    pub bias: Tensor,   // [1]
 }
 
 impl RewardHead {
     /// Reads the head beside the adapter in `folder`, in the precision that it was saved in.
-    fn open(folder: &std::path::Path, hidden: i64, device: Device) -> Result<Self, ModelError> {
+    pub fn open(folder: &std::path::Path, hidden: i64, device: Device) -> Result<Self, ModelError> {
         let path = folder.join(HEAD_FILE);
         if !path.is_file() {
             let problem = format!(
@@ -262,15 +266,13 @@ impl RewardHead {
         })
     }
 
-    /// `[rows, hidden]` to one reward for each row.
-    fn forward(&self, hidden: &Tensor) -> Vec<f32> {
-        let rewards = hidden
+    /// `[rows, hidden]` to one reward for each row, `[rows]`, in float32.
+    fn forward(&self, hidden: &Tensor) -> Tensor {
+        hidden
             .to_kind(self.weight.kind())
             .linear(&self.weight, Some(&self.bias)) // [rows, 1]
             .to_kind(Kind::Float)
-            .to_device(Device::Cpu)
-            .squeeze_dim(1);
-        Vec::try_from(rewards).expect("float32 on the CPU, one dimension")
+            .squeeze_dim(1)
     }
 }
 

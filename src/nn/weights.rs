@@ -24,6 +24,7 @@ use super::device::torch_error;
 use crate::models::ModelError;
 
 pub use self::safetensors::save_safetensors;
+pub use self::torch::save_torch;
 #[cfg(test)]
 pub(super) use self::torch::tests::write_archive;
 

@@ -15,7 +15,7 @@ use std::path::Path;
 use super::PrepError;
 use super::card::OnevisionCard;
 use super::tokenizer::PlainTokenizer;
-use crate::models::{Prompt, Role, RowFault};
+use crate::models::{Learned, Prompt, Role, RowFault};
 
 /// What the system says when the prompt has no system text.
 const SYSTEM: &str = "You are a helpful assistant.";
@@ -124,6 +124,52 @@ impl Chat {
         self.tokenizer.append(&piece, &mut sequence.ids)?;
         sequence.ids.push(self.im_end);
         self.tokenizer.append("\n", &mut sequence.ids)
+    }
+
+    /// The tokens of `prompt` and of `answer` to it, as far as the stop token behind it, and where
+    /// the answers stand that are to be learned, each with its stop token. Answers are tokenized as
+    /// the model would say them: apart from what stands before.
+    pub fn lesson(
+        &self,
+        prompt: &Prompt,
+        answer: &str,
+        learned: Learned,
+        picture_tokens: &[usize],
+    ) -> Result<(PromptIds, Vec<Range<usize>>), RowFault> {
+        let mut sequence = PromptIds {
+            ids: Vec::new(),
+            pictures: Vec::new(),
+        };
+        let mut answers = Vec::new();
+        let system = prompt.system.as_deref().unwrap_or(SYSTEM);
+        self.message("system", &[], system, &mut sequence)?;
+        let mut pictures = picture_tokens;
+        let turns = prompt
+            .turns
+            .iter()
+            .map(|turn| (turn.role, turn.text.as_str()));
+        let last = [
+            (Role::User, prompt.question.as_str()),
+            (Role::Assistant, answer),
+        ];
+        for (role, text) in turns.chain(last) {
+            if role == Role::User {
+                self.message("user", std::mem::take(&mut pictures), text, &mut sequence)?;
+                continue;
+            }
+            sequence.ids.push(self.im_start);
+            self.tokenizer.append("assistant\n", &mut sequence.ids)?;
+            let start = sequence.ids.len();
+            sequence.ids.extend(self.answer(text)?);
+            answers.push(start..sequence.ids.len());
+            self.tokenizer.append("\n", &mut sequence.ids)?;
+        }
+        let end = answers.last().map_or(0, |answer| answer.end);
+        sequence.ids.truncate(end);
+        if learned == Learned::Last {
+            answers.drain(..answers.len() - 1);
+        }
+        Ok((sequence, answers))
     }
 
     /// The tokens of an answer that somebody wrote, with the stop token behind it.

@@ -4,10 +4,10 @@ use super::PrepError;
 use super::card::RewardCard;
 use super::clip::Clip;
 use super::picture::{PIXELS_MAX, decode, probe};
-use super::policy::named;
+use super::policy::{fits, named};
 use super::processor::Processor;
 use super::vicuna::{JudgeIds, Vicuna};
-use crate::models::{Group, LlavaRlhf, Picture, Prompt, RowFault};
+use crate::models::{Group, Lesson, LlavaRlhf, Picture, Prompt, RowFault};
 
 /// A LLaVA-RLHF reward model without its weights.
 #[derive(Debug, Clone)]
@@ -24,6 +24,16 @@ pub struct Judged {
     pub answers: Vec<JudgeIds>,
     /// The picture, if there is one: `[3, side, side]`, normalized.
     pub pixels: Option<Vec<f32>>,
+}
+
+/// A conversation as the network takes it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct JudgeLesson {
+    pub text: JudgeIds,
+    /// The picture, if there is one: `[3, side, side]`, normalized.
+    pub pixels: Option<Vec<f32>>,
+    /// Where the tokens stand that are to be learned.
+    pub answers: Vec<std::ops::Range<usize>>,
 }
 
 impl JudgePrep {
@@ -85,21 +95,42 @@ impl JudgePrep {
         })
     }
 
+    /// A whole conversation to learn from; one that does not fit the context is refused.
+    pub fn lesson(&self, lesson: &Lesson<'_>) -> Result<JudgeLesson, RowFault> {
+        let prompt = lesson.prompt;
+        let picture_tokens = self.picture_tokens(prompt)?;
+        let (text, answers) =
+            self.vicuna
+                .lesson(prompt, lesson.answer, lesson.learned, picture_tokens)?;
+        fits(text.ids.len(), self.context())?;
+        let pixels = prompt.pictures.first().map(|picture| self.pixels(picture));
+        Ok(JudgeLesson {
+            text,
+            pixels: pixels.transpose()?,
+            answers,
+        })
+    }
+
     /// The tokens by which `answer` is judged, however many.
     fn sequence(&self, prompt: &Prompt, answer: &str) -> Result<JudgeIds, RowFault> {
-        let picture_tokens = match prompt.pictures.as_slice() {
-            [] => None,
+        let picture_tokens = self.picture_tokens(prompt)?;
+        self.vicuna.judged(prompt, answer, picture_tokens)
+    }
+
+    /// The tokens that the prompt's picture takes, if there is one.
+    fn picture_tokens(&self, prompt: &Prompt) -> Result<Option<usize>, RowFault> {
+        match prompt.pictures.as_slice() {
+            [] => Ok(None),
             [picture] => {
                 probe(&picture.bytes).map_err(|fault| named(picture, &fault))?;
-                Some(self.card.vision_config.patches())
+                Ok(Some(self.card.vision_config.patches()))
             }
             several => {
                 let count = several.len();
                 let problem = format!("has {count} pictures, and LLaVA-RLHF judges by one");
-                return Err(RowFault(problem));
+                Err(RowFault(problem))
             }
-        };
-        self.vicuna.judged(prompt, answer, picture_tokens)
+        }
     }
 }
 

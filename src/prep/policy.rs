@@ -1,5 +1,6 @@
 //! Everything that the policy's network is fed with, from one checkpoint folder.
 
+use std::ops::Range;
 use std::path::Path;
 
 use super::PrepError;
@@ -8,7 +9,7 @@ use super::card::OnevisionCard;
 use super::chat::{Chat, PromptIds};
 use super::picture::{PIXELS_MAX, decode, probe};
 use super::processor::Processor;
-use crate::models::{Picture, Prompt, RowFault};
+use crate::models::{Lesson, Picture, Prompt, RowFault};
 
 /// A LLaVA-OneVision checkpoint without its weights.
 #[derive(Debug, Clone)]
@@ -24,6 +25,24 @@ pub struct Prepared {
     pub text: PromptIds,
     /// In the order of `text.pictures`.
     pub pictures: Vec<Tiles>,
+}
+
+/// A conversation as the network takes it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PolicyLesson {
+    pub prepared: Prepared,
+    /// Where the tokens stand that are to be learned.
+    pub answers: Vec<Range<usize>>,
+}
+
+/// Refuses a conversation that is longer than a context.
+pub(super) fn fits(tokens: usize, context: usize) -> Result<(), RowFault> {
+    if tokens <= context {
+        return Ok(());
+    }
+    let problem =
+        format!("the conversation takes {tokens} tokens, and the model's context is {context}");
+    Err(RowFault(problem))
 }
 
 impl PolicyPrep {
@@ -117,6 +136,28 @@ impl PolicyPrep {
             pictures: pictures
                 .map(|picture| self.tiles(picture, count))
                 .collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// A whole conversation to learn from; one that does not fit the context is refused.
+    pub fn lesson(&self, lesson: &Lesson<'_>) -> Result<PolicyLesson, RowFault> {
+        let prompt = lesson.prompt;
+        let picture_tokens: Vec<usize> =
+            self.packings(prompt)?.iter().map(Packing::tokens).collect();
+        let (text, answers) =
+            self.chat
+                .lesson(prompt, lesson.answer, lesson.learned, &picture_tokens)?;
+        fits(text.ids.len(), self.context())?;
+        let count = prompt.pictures.len();
+        let pictures = prompt.pictures.iter();
+        Ok(PolicyLesson {
+            prepared: Prepared {
+                text,
+                pictures: pictures
+                    .map(|picture| self.tiles(picture, count))
+                    .collect::<Result<_, _>>()?,
+            },
+            answers,
         })
     }
 

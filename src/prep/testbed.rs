@@ -148,12 +148,13 @@ pub fn reward_folder() -> (TempDir, LlavaRlhf) {
     let spec = LlavaRlhf {
         base: folder.path().join("base"),
         vision: folder.path().join("vision"),
-        adapter: folder.path().join("adapter"),
+        adapter: Some(folder.path().join("adapter")),
         prompt: folder.path().join("prompt.txt"),
         device: DeviceSpec::Auto,
         dtype: Dtype::Auto,
     };
-    for place in [&spec.base, &spec.vision, &spec.adapter] {
+    let adapter_folder = folder.path().join("adapter");
+    for place in [&spec.base, &spec.vision, &adapter_folder] {
         std::fs::create_dir(place).expect("a new folder");
     }
     let base = json!({"model_type": "llava", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2,
@@ -170,7 +171,7 @@ pub fn reward_folder() -> (TempDir, LlavaRlhf) {
     );
     let adapter = json!({"peft_type": "LORA", "r": 4, "lora_alpha": 1, "bias": "none", "modules_to_save": null,
         "target_modules": ["q_proj", "v_proj"]});
-    write(&spec.adapter, "adapter_config.json", &adapter);
+    write(&adapter_folder, "adapter_config.json", &adapter);
     let request = "USER: Judge. {factual_prompt}\nASSISTANT: The score is\n";
     std::fs::write(&spec.prompt, request).expect("written");
 

@@ -17,7 +17,7 @@ use std::path::Path;
 
 use super::PrepError;
 use super::tokenizer::PlainTokenizer;
-use crate::models::{Prompt, Role, RowFault};
+use crate::models::{Learned, Prompt, Role, RowFault};
 
 /// LLaVA's stand-in for a feature of the picture; no token has this id.
 pub const IMAGE_TOKEN_INDEX: i64 = -200;
@@ -49,6 +49,14 @@ pub struct JudgeIds {
     pub ids: Vec<i64>,
     /// Where the picture's features go, if there is a picture.
     pub picture: Option<Range<usize>>,
+}
+
+/// A piece of a conversation that ends in an answer.
+struct Spoken {
+    /// Its tokens, the `</s>` behind the answer included.
+    piece: Range<usize>,
+    /// Its text before the answer.
+    before: String,
 }
 
 impl Vicuna {
@@ -88,7 +96,48 @@ impl Vicuna {
         answer: &str,
         picture_tokens: Option<usize>,
     ) -> Result<JudgeIds, RowFault> {
+        let (mut text, _) = self.conversation(prompt, answer, picture_tokens)?;
+        let request = format!(" {}", self.request(prompt.captions.as_deref()));
+        self.tokenizer.append(&request, &mut text.ids)?;
+        Ok(text)
+    }
+
+    /// The tokens of the conversation that ends in `answer`, and where the answers stand that are to
+    /// be learned, each with the `</s>` behind it.
+    pub fn lesson(
+        &self,
+        prompt: &Prompt,
+        answer: &str,
+        learned: Learned,
+        picture_tokens: Option<usize>,
+    ) -> Result<(JudgeIds, Vec<Range<usize>>), RowFault> {
+        let (text, spoken) = self.conversation(prompt, answer, picture_tokens)?;
+        let skipped = match learned {
+            Learned::All => 0,
+            Learned::Last => spoken.len() - 1,
+        };
+        let mut answers = Vec::new();
+        for Spoken { piece, before } in &spoken[skipped..] {
+            // An answer is tokenized in one piece with what stands before it; it begins where the
+            // tokens of the piece leave those of its beginning.
+            let mut ids = Vec::new();
+            self.tokenizer.append(before, &mut ids)?;
+            let same = ids.iter().zip(&text.ids[piece.clone()]);
+            let common = same.take_while(|(one, other)| one == other).count();
+            answers.push(piece.start + common..piece.end);
+        }
+        Ok((text, answers))
+    }
+
+    /// The conversation that ends in `answer`, and the pieces of it that end in an answer.
+    fn conversation(
+        &self,
+        prompt: &Prompt,
+        answer: &str,
+        picture_tokens: Option<usize>,
+    ) -> Result<(JudgeIds, Vec<Spoken>), RowFault> {
         let mut ids = vec![self.begin];
+        let mut spoken = Vec::new();
         let mut picture = None;
         let mut pending = picture_tokens;
         let mut piece = format!("{SYSTEM} ");
@@ -115,18 +164,23 @@ impl Vicuna {
                 }
                 (Role::Assistant, waiting) => {
                     pending = waiting;
-                    piece.push_str("ASSISTANT: ");
+                    piece.push_str("ASSISTANT:");
+                    let before = piece.clone();
+                    piece.push(' ');
                     piece.push_str(text);
+                    let first = ids.len();
                     self.tokenizer.append(&piece, &mut ids)?;
                     ids.push(self.end);
+                    let piece_ids = first..ids.len();
+                    spoken.push(Spoken {
+                        piece: piece_ids,
+                        before,
+                    });
                     piece.clear();
                 }
             }
         }
-        piece.push(' ');
-        piece.push_str(&self.request(prompt.captions.as_deref()));
-        self.tokenizer.append(&piece, &mut ids)?;
-        Ok(JudgeIds { ids, picture })
+        Ok((JudgeIds { ids, picture }, spoken))
     }
 
     /// The reward prompt with the captions, in their order, in place of the placeholder; without

@@ -12,7 +12,6 @@ use super::{Runner, slots, titled};
 use crate::config::PlannedStage;
 use crate::stages::{Failure, TableName, Work};
 use crate::store::{Event, Made};
-use crate::tables::{Row, Step};
 
 impl Runner<'_> {
     /// Sees to it that the manifest has a table under this key, to be begun or gone on with. False
@@ -103,7 +102,7 @@ impl Runner<'_> {
                 .any(|(_, input)| stale.contains(&(input.clone(), self.round_of(input, round))));
             let uses = stage.spec.as_stage().uses().iter().any(|used| {
                 let training = self.training(stage, used.model, round);
-                training.is_some_and(|(table, round)| stale.contains(&(table, Some(round))))
+                training.is_some_and(|(table, round)| stale.contains(&(table.clone(), Some(round))))
             });
             if reads || uses {
                 for table in tables_of(stage) {
@@ -120,7 +119,7 @@ impl Runner<'_> {
 pub(super) fn tables_of(stage: &PlannedStage) -> Vec<TableName> {
     let mut tables = vec![stage.name.clone()];
     // A query's SQL may be read from a file; only trainings have a second table.
-    if stage.kind == Some(Step::KIND)
+    if stage.kind.is_some()
         && let Work::Fold(work) = stage.spec.as_stage().work()
         && let Some((before, _)) = work.before(&stage.name)
     {

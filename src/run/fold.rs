@@ -14,7 +14,7 @@ use super::Runner;
 use super::claim::tables_of;
 use crate::config::PlannedStage;
 use crate::run::{Start, Unit};
-use crate::stages::{Failure, Fold, Role, Scope};
+use crate::stages::{Failure, Fold, Scope};
 use crate::store::{
     CheckpointRecord, Event, Key, Lookup, PartRecord, RunFolder, StateRecord, StoreError,
     TableWriter, files_in, sync_folder,
@@ -32,7 +32,7 @@ impl Runner<'_> {
         work: &dyn Fold,
     ) -> Result<(), Failure> {
         let table = &stage.name;
-        let mut before = self.make_before(stage, round, work)?;
+        let before = self.make_before(stage, round, work)?;
         let made = self
             .folder
             .manifest()
@@ -78,12 +78,11 @@ impl Runner<'_> {
             progress: &mut |_| {},
         };
         let batches = work.batches(&scope, rows.len());
-        let mut learner = scope
-            .models
-            .learner(work.model(), &work.settings(batches.len()))?;
+        let mut training = work.begin(&mut scope, batches.len(), before)?;
         let mut done = 0;
         if let Some(state) = &made.state {
-            learner
+            training
+                .learner()
                 .load_state(&self.folder.root().join(&state.folder))
                 .map_err(Failure::of(work.model()))?;
             done = state.step as usize;
@@ -102,14 +101,7 @@ impl Runner<'_> {
             let (epoch, positions) = &batches[done];
             let batch = gather(&mut rows, positions)?;
             let number = done as u32 + 1;
-            steps.push(work.step(
-                &mut scope,
-                &mut *learner,
-                number,
-                *epoch,
-                &batch,
-                before.as_mut(),
-            )?);
+            steps.push(training.step(&mut scope, number, *epoch, &batch)?);
             done += 1;
             report.progress(done as u64);
             let last = done == batches.len();
@@ -119,7 +111,8 @@ impl Runner<'_> {
                     .cache()?
                     .join(format!("state-{}-{done}", made.key));
                 write_folder(&state, |to| {
-                    learner.save_state(to).map_err(Failure::of(work.model()))
+                    let saved = training.learner().save_state(to);
+                    saved.map_err(Failure::of(work.model()))
                 })?;
                 let part = part(writer(first), first, &std::mem::take(&mut steps))?;
                 let state = StateRecord {
@@ -147,11 +140,12 @@ impl Runner<'_> {
                 return Err(Failure::Interrupted);
             }
         }
-        let folder = self.checkpoint_folder(work, round);
+        let folder = self.checkpoint_folder(stage, round);
         write_folder(&folder, |to| {
-            learner.save(to).map_err(Failure::of(work.model()))
+            let saved = training.learner().save(to);
+            saved.map_err(Failure::of(work.model()))
         })?;
-        drop(learner);
+        drop(training);
         let part = part(writer(first), first, &steps)?;
         self.folder.commit(Event::Part {
             table: table.to_string(),
@@ -223,17 +217,13 @@ impl Runner<'_> {
         )?))
     }
 
-    /// Where the checkpoint of a round goes: `checkpoints/round-2`, with the model's name when the
-    /// pipeline trains several.
-    fn checkpoint_folder(&self, work: &dyn Fold, round: Option<u32>) -> PathBuf {
+    /// Where the checkpoint of a round goes: `checkpoints/round-2`, with the table's name when the
+    /// pipeline trains more than once a round.
+    fn checkpoint_folder(&self, stage: &PlannedStage, round: Option<u32>) -> PathBuf {
         let round = round.unwrap_or(1);
-        let stages = self.plan.stages.iter();
-        let trainings = stages
-            .flat_map(|stage| stage.spec.as_stage().uses())
-            .filter(|used| used.role == Role::Learns);
-        let name = match trainings.count() {
+        let name = match self.plan.trainings().count() {
             1 => format!("round-{round}"),
-            _ => format!("round-{round}-{}", work.model()),
+            _ => format!("round-{round}-{}", stage.name),
         };
         self.folder.root().join("checkpoints").join(name)
     }

@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 use super::Runner;
 use crate::config::PlannedStage;
 use crate::models::{Dtype, ModelSpec};
-use crate::stages::{Failure, Load, Role, Use, Work};
+use crate::stages::{Failure, Load, Use, Work};
 use crate::store::{Fingerprints, Key};
 
 /// Counts changes of this program that change what tables hold although nothing in the pipeline did.
@@ -89,7 +89,7 @@ impl Runner<'_> {
         let spec = &self.plan.models[used.model];
         let precision = self.precision(spec, used)?;
         if let Some((table, round)) = self.training(stage, used.model, round) {
-            let key = self.keys.get(&(table, Some(round)));
+            let key = self.keys.get(&(table.clone(), Some(round)));
             let key = key.expect("rounds are run in order [ref:plan_is_ordered]");
             return Ok(Key::new("checkpoint").with(key).with(precision).finish());
         }
@@ -107,7 +107,7 @@ impl Runner<'_> {
     /// the learner's reference, and its log-probabilities are not taken for the reference's.
     fn precision(&self, spec: &ModelSpec, used: &Use<'_>) -> Result<&'static str, Failure> {
         let precision = match self.loader {
-            _ if used.role == Role::Learns || !spec.needs_torch() => Dtype::Float32,
+            _ if used.role.learns() || !spec.needs_torch() => Dtype::Float32,
             Some(loader) => loader.precision(spec).map_err(Failure::of(used.model))?,
             None => Dtype::Auto,
         };

@@ -274,57 +274,62 @@ impl<'a> Runner<'a> {
 
     /// The models as they are in a round, for a stage of `stages` or of `evaluate`.
     fn models(&self, stage: &PlannedStage, round: Option<u32>) -> Result<RunModels<'a>, Failure> {
-        let mut fingerprints = HashMap::new();
-        let mut weights = HashMap::new();
+        let mut models = HashMap::new();
         for used in stage.spec.as_stage().uses() {
-            fingerprints.insert(
-                used.model.clone(),
-                self.model_fingerprint(stage, &used, round)?,
-            );
-            if let Some(folder) = self.checkpoint(stage, used.model, round) {
-                weights.insert(used.model.clone(), folder);
+            let fingerprint = self.model_fingerprint(stage, &used, round)?;
+            let mut spec = self.plan.models[used.model].clone();
+            for folder in self.checkpoints(stage, used.model, round) {
+                spec = spec.with_checkpoint(&folder);
             }
+            models.insert(used.model.clone(), (spec, fingerprint));
         }
-        Ok(RunModels::new(
-            self.plan,
-            self.loader,
-            fingerprints,
-            weights,
-        ))
+        Ok(RunModels::new(self.loader, models))
     }
 
     /// The table and round of the training whose checkpoint a model means for a stage in a round:
-    /// the last round's, or, in the evaluation, this round's.
+    /// of this round where the stage goes on from another training, and in the evaluation; else the
+    /// last round's.
     fn training(
         &self,
         stage: &PlannedStage,
         model: &ModelName,
         round: Option<u32>,
-    ) -> Option<(TableName, u32)> {
-        let trainer = self.plan.trained_by(model)?;
-        let evaluates = self
-            .plan
-            .evaluate
-            .iter()
-            .any(|other| other.name == stage.name);
+    ) -> Option<(&'a TableName, u32)> {
+        let plan: &'a Plan = self.plan;
+        if let Some(after) = stage.after() {
+            let after = plan.stage(after).expect("the plan names every table");
+            return Some((&after.name, round?));
+        }
+        let trainer = plan.trained_by(model)?;
+        let evaluates = plan.evaluate.iter().any(|other| other.name == stage.name);
         let trained = if evaluates {
             round?
         } else {
             round?.checked_sub(1)?
         };
-        (trained > 0).then(|| (trainer.clone(), trained))
+        (trained > 0).then_some((trainer, trained))
     }
 
-    fn checkpoint(
+    /// The checkpoints of this run that make the model what it is for a stage in a round, oldest
+    /// first: trainings may write a part of a model each.
+    fn checkpoints(
         &self,
         stage: &PlannedStage,
         model: &ModelName,
         round: Option<u32>,
-    ) -> Option<PathBuf> {
-        let (table, round) = self.training(stage, model, round)?;
-        let made = self.folder.manifest().find(table.as_str(), Some(round))?;
-        let checkpoint = made.checkpoint.as_ref()?;
-        Some(self.folder.root().join(&checkpoint.folder))
+    ) -> Vec<PathBuf> {
+        let mut folders = Vec::new();
+        let mut training = self.training(stage, model, round);
+        while let Some((table, round)) = training {
+            let made = self.folder.manifest().find(table.as_str(), Some(round));
+            if let Some(checkpoint) = made.and_then(|made| made.checkpoint.as_ref()) {
+                folders.push(self.folder.root().join(&checkpoint.folder));
+            }
+            let stage = self.plan.stage(table).expect("the plan names every table");
+            training = self.training(stage, model, Some(round));
+        }
+        folders.reverse();
+        folders
     }
 
     /// Fails when more rows were set aside as faulty than the pipeline allows.

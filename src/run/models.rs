@@ -1,23 +1,20 @@
 //! The models as they are in a round: opened when a stage asks, dropped when it is done.
 
-use std::collections::HashMap;
-use std::path::PathBuf;
-
-use crate::config::Plan;
 use crate::models::scripted::{ScriptedJudge, ScriptedLearner, ScriptedPolicy};
 use crate::models::{
-    Judge, Learner, ModelLoader, ModelSpec, Policy, Prompt, RowFault, TrainSettings,
+    DpoLearner, DpoSettings, Judge, ModelError, ModelLoader, ModelSpec, Opened, Optimization,
+    Policy, Prompt, RewardLearner, RewardSettings, RowFault, SftLearner, SftSettings,
 };
 use crate::prep::PolicyPrep;
 use crate::stages::{Failure, ModelName, Models};
+use std::collections::HashMap;
 
 /// The models of one stage in one round.
 pub struct RunModels<'a> {
-    plan: &'a Plan,
     loader: Option<&'a dyn ModelLoader>,
-    fingerprints: HashMap<ModelName, String>,
-    /// Checkpoints of this run that take the place of the pipeline's weights.
-    weights: HashMap<ModelName, PathBuf>,
+    /// The models, with the checkpoints of this run in the place of the pipeline's weights, and
+    /// what decides what they compute.
+    models: HashMap<ModelName, (ModelSpec, String)>,
     policy: Option<(ModelName, Box<dyn Policy>)>,
     judge: Option<(ModelName, Box<dyn Judge>)>,
     prep: Option<(ModelName, PolicyPrep)>,
@@ -25,24 +22,35 @@ pub struct RunModels<'a> {
 
 impl<'a> RunModels<'a> {
     pub fn new(
-        plan: &'a Plan,
         loader: Option<&'a dyn ModelLoader>,
-        fingerprints: HashMap<ModelName, String>,
-        weights: HashMap<ModelName, PathBuf>,
+        models: HashMap<ModelName, (ModelSpec, String)>,
     ) -> Self {
         Self {
-            plan,
             loader,
-            fingerprints,
-            weights,
+            models,
             policy: None,
             judge: None,
             prep: None,
         }
     }
 
-    fn spec(&self, model: &ModelName) -> &'a ModelSpec {
-        &self.plan.models[model]
+    fn spec(&self, model: &ModelName) -> &ModelSpec {
+        &self.models[model].0
+    }
+
+    /// Opens a learner: the scripted one, or that of the loader.
+    fn learner<L: ?Sized>(
+        &self,
+        model: &ModelName,
+        optimization: &Optimization,
+        scripted: impl FnOnce(ScriptedLearner) -> Box<L>,
+        open: impl FnOnce(&dyn ModelLoader, &ModelSpec) -> Opened<L>,
+    ) -> Result<Box<L>, Failure> {
+        let learner: Result<Box<L>, ModelError> = match self.spec(model) {
+            ModelSpec::Scripted(spec) => ScriptedLearner::open(spec, optimization).map(scripted),
+            spec => open(self.loader(model)?, spec),
+        };
+        learner.map_err(Failure::of(model))
     }
 
     fn loader(&self, model: &ModelName) -> Result<&'a dyn ModelLoader, Failure> {
@@ -61,12 +69,10 @@ impl Models for RunModels<'_> {
             self.policy = None;
             let policy: Box<dyn Policy> = match self.spec(model) {
                 ModelSpec::Scripted(spec) => Box::new(ScriptedPolicy::new(spec)),
-                spec => {
-                    let weights = self.weights.get(model).map(PathBuf::as_path);
-                    self.loader(model)?
-                        .policy(spec, weights)
-                        .map_err(Failure::of(model))?
-                }
+                spec => self
+                    .loader(model)?
+                    .policy(spec)
+                    .map_err(Failure::of(model))?,
             };
             self.policy = Some((model.clone(), policy));
         }
@@ -88,27 +94,47 @@ impl Models for RunModels<'_> {
         Ok(&mut *self.judge.as_mut().expect("just opened").1)
     }
 
-    fn learner(
+    fn dpo_learner(
         &mut self,
         model: &ModelName,
-        settings: &TrainSettings,
-    ) -> Result<Box<dyn Learner>, Failure> {
-        let weights = self.weights.get(model).map(PathBuf::as_path);
-        match self.spec(model) {
-            ModelSpec::Scripted(_) => {
-                let learner =
-                    ScriptedLearner::open(weights, settings).map_err(Failure::of(model))?;
-                Ok(Box::new(learner))
-            }
-            spec => self
-                .loader(model)?
-                .learner(spec, weights, settings)
-                .map_err(Failure::of(model)),
-        }
+        settings: &DpoSettings,
+    ) -> Result<Box<dyn DpoLearner>, Failure> {
+        self.learner(
+            model,
+            &settings.optimization,
+            |learner| Box::new(learner) as Box<dyn DpoLearner>,
+            |loader, spec| loader.dpo_learner(spec, settings),
+        )
+    }
+
+    fn sft_learner(
+        &mut self,
+        model: &ModelName,
+        settings: &SftSettings,
+    ) -> Result<Box<dyn SftLearner>, Failure> {
+        self.learner(
+            model,
+            &settings.optimization,
+            |learner| Box::new(learner) as Box<dyn SftLearner>,
+            |loader, spec| loader.sft_learner(spec, settings),
+        )
+    }
+
+    fn reward_learner(
+        &mut self,
+        model: &ModelName,
+        settings: &RewardSettings,
+    ) -> Result<Box<dyn RewardLearner>, Failure> {
+        self.learner(
+            model,
+            &settings.optimization,
+            |learner| Box::new(learner) as Box<dyn RewardLearner>,
+            |loader, spec| loader.reward_learner(spec, settings),
+        )
     }
 
     fn fingerprint(&self, model: &ModelName) -> &str {
-        &self.fingerprints[model]
+        &self.models[model].1
     }
 
     fn fits(
@@ -121,9 +147,8 @@ impl Models for RunModels<'_> {
             return Ok(Ok(()));
         };
         if self.prep.as_ref().is_none_or(|(open, _)| open != model) {
-            let folder = self.weights.get(model).unwrap_or(&spec.weights);
-            let prep =
-                PolicyPrep::open(folder).map_err(|error| Failure::of(model)(error.into()))?;
+            let prep = PolicyPrep::open(&spec.weights)
+                .map_err(|error| Failure::of(model)(error.into()))?;
             self.prep = Some((model.clone(), prep));
         }
         let prep = &self.prep.as_ref().expect("just opened").1;

@@ -12,7 +12,8 @@ use super::{Input, Stage, StageError, TableName, Work, join};
 use crate::tables::{Pair, Row};
 
 /// Reads pairs that people judged: a JSON list or JSON lines of
-/// `{id, image, prompt, chosen, rejected}`.
+/// `{id, image, prompt, chosen, rejected}`, or of the records of LLaVA-Human-Preference:
+/// `{id, image, conversations, output_1, output_2, preference}`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LoadFeedback {
@@ -21,6 +22,9 @@ pub struct LoadFeedback {
     /// The folder that the pictures' paths start at; the folder of `from` if left out.
     #[serde(default)]
     pub images: Option<PathBuf>,
+    /// JSON of captions by picture path, `{"a.png": ["…"]}`, for judges that use captions.
+    #[serde(default)]
+    pub captions: Option<PathBuf>,
     /// Only the first so many records.
     #[serde(default)]
     pub limit: Option<NonZeroU32>,
@@ -43,13 +47,14 @@ impl Stage for LoadFeedback {
     fn files(&self) -> Vec<(&'static str, &Path)> {
         let mut files = vec![("from", self.from.as_path())];
         files.extend(self.images.as_deref().map(|path| ("images", path)));
+        files.extend(self.captions.as_deref().map(|path| ("captions", path)));
         files
     }
 
     fn resolve(&mut self, folder: &Path) {
         join(folder, &mut self.from);
-        if let Some(images) = &mut self.images {
-            join(folder, images);
+        for path in [&mut self.images, &mut self.captions].into_iter().flatten() {
+            join(folder, path);
         }
     }
 
@@ -65,7 +70,7 @@ impl Stage for LoadFeedback {
         let source = Source {
             from: &self.from,
             images: self.images.as_deref(),
-            captions: None,
+            captions: self.captions.as_deref(),
             limit: self.limit,
             megapixels_max: self.megapixels_max,
         };

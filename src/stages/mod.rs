@@ -17,16 +17,28 @@ mod load_prompts;
 mod sample;
 mod score;
 mod select_extremes;
-mod sql;
-mod train_dpo;
 
+mod training;
+
+mod train_dpo;
+mod train_reward;
+mod train_sft;
+
+mod compare;
+mod sql;
+
+pub use compare::Compare;
 pub use load_feedback::LoadFeedback;
 pub use load_prompts::LoadPrompts;
 pub use sample::Sample;
 pub use score::Score;
 pub use select_extremes::{SelectExtremes, Truncated};
 pub use sql::Sql;
+pub use training::AFTER;
+
 pub use train_dpo::TrainDpo;
+pub use train_reward::TrainReward;
+pub use train_sft::TrainSft;
 pub use values::{ModelName, NonNegative, Positive, Probability, TableName, Temperature};
 
 use std::path::{Path, PathBuf};
@@ -51,6 +63,12 @@ pub enum StageSpec {
     SelectExtremes(SelectExtremes),
     /// Trains a model on pairs with DPO.
     TrainDpo(TrainDpo),
+    /// Trains a model on answers that are given (supervised fine-tuning).
+    TrainSft(TrainSft),
+    /// Trains a reward model on pairs.
+    TrainReward(TrainReward),
+    /// Scores both answers of pairs, to see how often a judge agrees.
+    Compare(Compare),
     /// Makes a table by a query of your own.
     Sql(Sql),
 }
@@ -64,6 +82,9 @@ impl StageSpec {
             Self::Score(stage) => stage,
             Self::SelectExtremes(stage) => stage,
             Self::TrainDpo(stage) => stage,
+            Self::TrainSft(stage) => stage,
+            Self::TrainReward(stage) => stage,
+            Self::Compare(stage) => stage,
             Self::Sql(stage) => stage,
         }
     }
@@ -76,6 +97,9 @@ impl StageSpec {
             Self::Score(stage) => stage,
             Self::SelectExtremes(stage) => stage,
             Self::TrainDpo(stage) => stage,
+            Self::TrainSft(stage) => stage,
+            Self::TrainReward(stage) => stage,
+            Self::Compare(stage) => stage,
             Self::Sql(stage) => stage,
         }
     }
@@ -99,7 +123,19 @@ pub struct Input<'a> {
 pub enum Role {
     Answers,
     Scores,
-    Learns,
+    /// Is trained with DPO.
+    LearnsPairs,
+    /// Is trained on answers.
+    LearnsAnswers,
+    /// Is trained to score.
+    LearnsRewards,
+}
+
+impl Role {
+    /// Whether the model changes.
+    pub fn learns(self) -> bool {
+        !matches!(self, Self::Answers | Self::Scores)
+    }
 }
 
 /// A model that a stage uses.

@@ -314,6 +314,7 @@ fn pair(task: &Task<Candidate>, extremes: Extremes, prompt: Prompt) -> Result<Pa
         image_ids: prompt.image_ids,
         system: prompt.system,
         turns: prompt.turns,
+        captions: prompt.captions,
         chosen_candidate: Some(extremes.chosen),
         rejected_candidate: Some(extremes.rejected),
         chosen_reward: Some(extremes.chosen_reward),

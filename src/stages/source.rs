@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use arrow::array::RecordBatch;
 use rayon::prelude::*;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::formats;
 use super::work::{Failure, Load, Loaded, Record, shown};
@@ -98,6 +98,7 @@ impl Loadable for Pair {
             image_ids: prompt.image_ids,
             system: prompt.system,
             turns: prompt.turns,
+            captions: prompt.captions,
             chosen_candidate: None,
             rejected_candidate: None,
             chosen_reward: None,
@@ -358,6 +359,7 @@ fn fields(record: &Value) -> Result<Fields, String> {
             Some(_) => Err(format!("`{name}` is not a text")),
         }
     };
+    let [chosen, rejected] = preference(object)?.map_or([None, None], |outputs| outputs.map(Some));
     let mut turns = Vec::new();
     let mut system = text("system")?;
     let mut last_answer = None;
@@ -388,9 +390,32 @@ fn fields(record: &Value) -> Result<Fields, String> {
         answer: text("answer")?
             .or(last_answer)
             .filter(|answer| !answer.is_empty()),
-        chosen: text("chosen")?,
-        rejected: text("rejected")?,
+        chosen: chosen.or(text("chosen")?),
+        rejected: rejected.or(text("rejected")?),
     })
+}
+
+/// The preferred and the other output of a record of LLaVA-Human-Preference
+/// (`{conversations, output_1: {value}, output_2: {value}, preference: 1 or 2}`), if it is one. The
+/// last thing that the model says in `conversations` is a stand-in for the two.
+fn preference(record: &Map<String, Value>) -> Result<Option<[String; 2]>, String> {
+    let Some(preference) = record.get("preference").filter(|value| !value.is_null()) else {
+        return Ok(None);
+    };
+    let output = |name: &str| {
+        let value = record.get(name).and_then(|output| output.get("value"));
+        let text = value.and_then(Value::as_str).map(str::to_owned);
+        text.ok_or_else(|| format!("it has a `preference`, but no text `{name}.value`"))
+    };
+    let outputs = [output("output_1")?, output("output_2")?];
+    match preference.as_i64() {
+        Some(1) => Ok(Some(outputs)),
+        Some(2) => {
+            let [first, second] = outputs;
+            Ok(Some([second, first]))
+        }
+        _ => Err(format!("`preference` is {preference}, neither 1 nor 2")),
+    }
 }
 
 fn paths(images: Option<&Value>) -> Result<Vec<String>, String> {
@@ -507,6 +532,36 @@ mod tests {
         assert_eq!(fields.answer.as_deref(), Some("Gray."));
         assert_eq!(fields.turns.len(), 2);
         assert_eq!(fields.turns[0].text, "What is it?");
+    }
+
+    #[test]
+    fn the_preferred_output_of_a_conversation_is_chosen() {
+        let record = |preference: Value| {
+            json!({"id": "1", "image": "a.jpg", "hallucination": true, "preference": preference,
+                "conversations": [
+                    {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."},
+                    {"from": "human", "value": "Which color?"}, {"from": "gpt", "value": "(either)"}],
+                "output_1": {"from": "llava", "value": "Gray."},
+                "output_2": {"from": "llava", "value": "Pink."}})
+        };
+        let first = fields(&record(json!(1))).unwrap();
+        assert_eq!(
+            (first.question.as_str(), first.turns.len()),
+            ("Which color?", 2)
+        );
+        assert_eq!(first.chosen.as_deref(), Some("Gray."));
+        assert_eq!(first.rejected.as_deref(), Some("Pink."));
+        let second = fields(&record(json!(2))).unwrap();
+        assert_eq!(second.chosen.as_deref(), Some("Pink."));
+        let problem = fields(&record(json!(3))).err().unwrap();
+        assert_eq!(problem, "`preference` is 3, neither 1 nor 2");
+        let mut record = record(json!(1));
+        record.as_object_mut().unwrap().remove("output_2");
+        let problem = fields(&record).err().unwrap();
+        assert_eq!(
+            problem,
+            "it has a `preference`, but no text `output_2.value`"
+        );
     }
 
     #[test]

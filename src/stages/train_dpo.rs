@@ -9,13 +9,14 @@ use arrow::datatypes::SchemaRef;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::training::{self, Recipe, example, prompts};
 use super::{
     Failure, Fold, Input, Map, MapWork, ModelName, NonNegative, Outcome, Positive, Role, Scope,
-    Stage, StageError, TableName, Task, Use, Work, shown, turns,
+    Stage, StageError, TableName, Task, Training, Use, Work, shown, shuffled_batches,
 };
-use crate::models::{self, Answer, Example, Learner, TrainSettings};
+use crate::models::{DpoLearner, DpoSettings, Learner, Schedule};
 use crate::store::{Key, Lookup};
-use crate::tables::{Pair, Reference, Row, Step};
+use crate::tables::{DpoStep, Pair, Reference, Row};
 
 /// Trains every weight of a model on pairs with DPO (sigmoid loss), the model at the start of the
 /// round being the reference. The defaults are those of the document's training script.
@@ -26,6 +27,10 @@ pub struct TrainDpo {
     pub pairs: TableName,
     /// The model that learns. From the next round on its name means the checkpoint made here.
     pub model: ModelName,
+    /// The table of another training of the model in the same round; this one goes on where that
+    /// one ends. Left out: from the model as it is at the start of the round.
+    #[serde(default)]
+    pub after: Option<TableName>,
     /// How strongly the reference holds the model.
     #[serde(default = "defaults::beta")]
     pub beta: Positive,
@@ -82,37 +87,51 @@ mod defaults {
     }
 }
 
+impl TrainDpo {
+    fn settings(&self, steps: usize) -> DpoSettings {
+        DpoSettings {
+            beta: self.beta.get(),
+            optimization: self.recipe().optimization(steps),
+        }
+    }
+
+    fn recipe(&self) -> Recipe {
+        Recipe {
+            learning_rate: self.learning_rate,
+            schedule: Schedule::Cosine,
+            warmup_ratio: self.warmup_ratio,
+            weight_decay: self.weight_decay,
+            max_grad_norm: self.max_grad_norm,
+        }
+    }
+}
+
 impl Stage for TrainDpo {
     fn inputs(&self) -> Vec<Input<'_>> {
-        vec![Input {
+        let pairs = Input {
             field: "pairs",
             table: Some(&self.pairs),
             needs: Pair::schema(),
             kind: Pair::KIND,
-        }]
+        };
+        training::inputs(pairs, self.after.as_ref())
     }
 
     fn uses(&self) -> Vec<Use<'_>> {
         vec![Use {
             field: "model",
             model: &self.model,
-            role: Role::Learns,
+            role: Role::LearnsPairs,
         }]
     }
 
     fn kind(&self) -> Option<&'static str> {
-        Some(Step::KIND)
+        Some(DpoStep::KIND)
     }
 
     fn output(&self, _: &[(TableName, SchemaRef)]) -> Result<SchemaRef, StageError> {
-        if self.warmup_ratio.get() > 1.0 {
-            return Err(StageError {
-                field: Some("warmup_ratio"),
-                message: format!("{} is more than all updates", self.warmup_ratio.get()),
-                help: Some("give a share from 0 to 1; the usual one is 0.1".to_owned()),
-            });
-        }
-        Ok(Step::schema())
+        self.recipe().check()?;
+        Ok(DpoStep::schema())
     }
 
     fn draws(&self) -> bool {
@@ -138,36 +157,15 @@ impl Fold for &TrainDpo {
     }
 
     fn batches(&self, scope: &Scope<'_>, rows: usize) -> Vec<(u32, Vec<u32>)> {
-        let mut batches = Vec::new();
-        for epoch in 1..=self.epochs.get() {
-            let mut order: Vec<u32> = (0..rows as u32).collect();
-            shuffle(&mut order, scope.seed_for(&format!("epoch {epoch}")));
-            let steps = order.chunks(self.batch_pairs.get() as usize);
-            batches.extend(steps.map(|step| (epoch, step.to_vec())));
-        }
-        batches
+        shuffled_batches(scope, rows, self.epochs.get(), self.batch_pairs.get())
     }
 
     fn save_every(&self) -> u32 {
         self.save_every.get()
     }
 
-    fn settings(&self, steps: usize) -> TrainSettings {
-        TrainSettings {
-            beta: self.beta.get(),
-            learning_rate: self.learning_rate.get(),
-            warmup_ratio: self.warmup_ratio.get(),
-            steps,
-            weight_decay: self.weight_decay.get(),
-            // torch's AdamW, which the document's script leaves as it is.
-            adam_betas: [0.9, 0.999],
-            adam_epsilon: 1e-8,
-            max_grad_norm: self.max_grad_norm.get(),
-        }
-    }
-
     fn schema(&self) -> SchemaRef {
-        Step::schema()
+        DpoStep::schema()
     }
 
     fn before(&self, table: &TableName) -> Option<(TableName, Box<dyn MapWork + '_>)> {
@@ -181,33 +179,58 @@ impl Fold for &TrainDpo {
         Some((name, Box::new(pass)))
     }
 
-    fn step(
+    fn begin(
         &self,
         scope: &mut Scope<'_>,
-        learner: &mut dyn Learner,
+        steps: usize,
+        before: Option<Lookup>,
+    ) -> Result<Box<dyn Training + '_>, Failure> {
+        Ok(Box::new(DpoTraining {
+            model: &self.model,
+            start: scope.models.fingerprint(&self.model).to_owned(),
+            learner: scope
+                .models
+                .dpo_learner(&self.model, &self.settings(steps))?,
+            references: before.expect("this stage asks for a table before"),
+        }))
+    }
+}
+
+struct DpoTraining<'a> {
+    model: &'a ModelName,
+    /// The fingerprint of the model at the start: the reference.
+    start: String,
+    learner: Box<dyn DpoLearner>,
+    /// The log-probabilities that had to be computed.
+    references: Lookup,
+}
+
+impl Training for DpoTraining<'_> {
+    fn step(
+        &mut self,
+        scope: &mut Scope<'_>,
         number: u32,
         epoch: u32,
         rows: &RecordBatch,
-        before: Option<&mut Lookup>,
     ) -> Result<RecordBatch, Failure> {
         let begun = Instant::now();
         let pairs = Pair::from_batch(rows)?;
         let prompts = prompts(scope, &pairs)?;
-        let computed = before.expect("this stage asks for a table before");
         let mut examples = Vec::with_capacity(pairs.len());
         for (pair, prompt) in pairs.iter().zip(&prompts) {
-            let start = scope.models.fingerprint(&self.model);
-            let reference = if let Some(sampled) = sampled_reference(pair, start) {
+            let reference = if let Some(sampled) = sampled_reference(pair, &self.start) {
                 sampled
             } else {
                 let missing = || Failure::Other(format!("pair {} has no reference", pair.row_key));
-                let row: Reference = computed.row(&pair.row_key)?.ok_or_else(missing)?;
+                let row: Option<Reference> = self.references.row(&pair.row_key)?;
+                let row = row.ok_or_else(missing)?;
                 [row.chosen_logp, row.rejected_logp]
             };
             examples.push(example(pair, prompt, Some(reference)));
         }
-        let report = learner.step(&examples).map_err(Failure::of(&self.model))?;
-        Ok(Step::to_batch(&[Step {
+        let report = self.learner.step(&examples);
+        let report = report.map_err(Failure::of(self.model))?;
+        Ok(DpoStep::to_batch(&[DpoStep {
             step: number.cast_signed(),
             epoch: epoch.cast_signed(),
             loss: report.loss,
@@ -223,6 +246,10 @@ impl Fold for &TrainDpo {
             seconds: begun.elapsed().as_secs_f64(),
         }]))
     }
+
+    fn learner(&mut self) -> &mut dyn Learner {
+        &mut *self.learner
+    }
 }
 
 /// The reference log-probabilities that sampling left, if the model that answered is the reference:
@@ -234,58 +261,12 @@ fn sampled_reference(pair: &Pair, start: &str) -> Option<[f64; 2]> {
     Some([pair.chosen_logp?, pair.rejected_logp?])
 }
 
-fn example<'a>(
-    pair: &'a Pair,
-    prompt: &'a models::Prompt,
-    reference: Option<[f64; 2]>,
-) -> Example<'a> {
-    let answer = |text: &str, token_ids: &Option<Vec<i32>>| Answer {
-        text: text.to_owned(),
-        token_ids: token_ids.clone(),
-    };
-    Example {
-        id: &pair.row_key,
-        prompt,
-        chosen: answer(&pair.chosen, &pair.chosen_token_ids),
-        rejected: answer(&pair.rejected, &pair.rejected_token_ids),
-        reference,
-    }
-}
-
-fn prompts(scope: &mut Scope<'_>, pairs: &[Pair]) -> Result<Vec<models::Prompt>, Failure> {
-    let mut prompts = Vec::with_capacity(pairs.len());
-    for pair in pairs {
-        prompts.push(models::Prompt {
-            id: pair.prompt_id.clone(),
-            pictures: scope.shelf.pictures(&pair.image_ids)?,
-            system: pair.system.clone(),
-            turns: turns(&pair.turns),
-            question: pair.prompt.clone(),
-            captions: None,
-            seed: 0,
-        });
-    }
-    Ok(prompts)
-}
-
-/// Fisher–Yates with numbers that depend on the seed and the position only.
-fn shuffle(order: &mut [u32], seed: u64) {
-    for last in (1..order.len()).rev() {
-        let draw = Key::new("shuffle")
-            .with(seed.to_le_bytes())
-            .with((last as u64).to_le_bytes())
-            .finish_u64();
-        // The bias of the remainder is below 2^-32 for any table that fits on a disk.
-        order.swap(last, (draw % (last as u64 + 1)) as usize);
-    }
-}
-
 /// Computes the reference log-probabilities that sampling did not leave: those of pairs that people
 /// judged, or whose answers come from another model.
 struct ReferencePass<'a> {
     stage: &'a TrainDpo,
     /// Opened for the first pair that needs it, and kept for all parts.
-    learner: RefCell<Option<Box<dyn Learner>>>,
+    learner: RefCell<Option<Box<dyn DpoLearner>>>,
 }
 
 /// Pairs per part of the reference pass.
@@ -352,11 +333,8 @@ impl Map for ReferencePass<'_> {
                     .map(|(pair, prompt)| example(pair, prompt, None))
                     .collect();
                 if learner.is_none() {
-                    *learner = Some(
-                        scope
-                            .models
-                            .learner(model, &Fold::settings(&self.stage, 1))?,
-                    );
+                    let settings = self.stage.settings(1);
+                    *learner = Some(scope.models.dpo_learner(model, &settings)?);
                 }
                 let learner = learner.as_mut().expect("just opened");
                 let logps = learner

@@ -8,7 +8,10 @@ use arrow::array::RecordBatch;
 use arrow::datatypes::SchemaRef;
 
 use super::{ModelName, TableName};
-use crate::models::{self, Judge, Learner, ModelError, Picture, Policy, RowFault, TrainSettings};
+use crate::models::{
+    self, DpoLearner, DpoSettings, Judge, Learner, ModelError, Picture, Policy, RewardLearner,
+    RewardSettings, RowFault, SftLearner, SftSettings,
+};
 use crate::query::{self, Param, QueryError, QueryTable};
 use crate::store::{Images, Key, Lookup, StoreError};
 use crate::tables::{self, Image, Misfit, Reject, RejectClass, Row};
@@ -64,12 +67,22 @@ impl Failure {
 pub trait Models {
     fn policy(&mut self, model: &ModelName) -> Result<&mut dyn Policy, Failure>;
     fn judge(&mut self, model: &ModelName) -> Result<&mut dyn Judge, Failure>;
-    /// A learner that starts from the model as it is in this round.
-    fn learner(
+    /// A learner that starts from the model as it is for this stage in this round.
+    fn dpo_learner(
         &mut self,
         model: &ModelName,
-        settings: &TrainSettings,
-    ) -> Result<Box<dyn Learner>, Failure>;
+        settings: &DpoSettings,
+    ) -> Result<Box<dyn DpoLearner>, Failure>;
+    fn sft_learner(
+        &mut self,
+        model: &ModelName,
+        settings: &SftSettings,
+    ) -> Result<Box<dyn SftLearner>, Failure>;
+    fn reward_learner(
+        &mut self,
+        model: &ModelName,
+        settings: &RewardSettings,
+    ) -> Result<Box<dyn RewardLearner>, Failure>;
     /// What decides what the model computes.
     fn fingerprint(&self, model: &ModelName) -> &str;
     /// Whether the prompt and `answer_tokens` more fit into the model's context, from the headers of
@@ -409,23 +422,65 @@ pub trait Fold {
     /// Steps between two saved states.
     fn save_every(&self) -> u32;
 
-    fn settings(&self, steps: usize) -> TrainSettings;
-
     fn schema(&self) -> SchemaRef;
 
     /// A table that has to be there before the first step: its name and the work that makes it.
-    fn before(&self, table: &TableName) -> Option<(TableName, Box<dyn MapWork + '_>)>;
+    fn before(&self, _table: &TableName) -> Option<(TableName, Box<dyn MapWork + '_>)> {
+        None
+    }
 
-    /// One optimizer update. `before` looks rows of that table up.
-    fn step(
+    /// Opens the learner for a training of so many steps. `before` looks rows of the table up that
+    /// had to be there.
+    fn begin(
         &self,
         scope: &mut Scope<'_>,
-        learner: &mut dyn Learner,
+        steps: usize,
+        before: Option<Lookup>,
+    ) -> Result<Box<dyn Training + '_>, Failure>;
+}
+
+/// A training under way.
+pub trait Training {
+    /// One optimizer update on `rows` of the input; its report is a row of the table.
+    fn step(
+        &mut self,
+        scope: &mut Scope<'_>,
         number: u32,
         epoch: u32,
         rows: &RecordBatch,
-        before: Option<&mut Lookup>,
     ) -> Result<RecordBatch, Failure>;
+
+    /// The learner, to be saved and to be set back to a saved state.
+    fn learner(&mut self) -> &mut dyn Learner;
+}
+
+/// The steps of a training on `rows` rows, `batch` rows each, in another order in every epoch.
+pub fn shuffled_batches(
+    scope: &Scope<'_>,
+    rows: usize,
+    epochs: u32,
+    batch: u32,
+) -> Vec<(u32, Vec<u32>)> {
+    let mut batches = Vec::new();
+    for epoch in 1..=epochs {
+        let mut order: Vec<u32> = (0..rows as u32).collect();
+        shuffle(&mut order, scope.seed_for(&format!("epoch {epoch}")));
+        let steps = order.chunks(batch as usize);
+        batches.extend(steps.map(|step| (epoch, step.to_vec())));
+    }
+    batches
+}
+
+/// Fisher–Yates with numbers that depend on the seed and the position only.
+fn shuffle(order: &mut [u32], seed: u64) {
+    for last in (1..order.len()).rev() {
+        let draw = Key::new("shuffle")
+            .with(seed.to_le_bytes())
+            .with((last as u64).to_le_bytes())
+            .finish_u64();
+        // The bias of the remainder is below 2^-32 for any table that fits on a disk.
+        order.swap(last, (draw % (last as u64 + 1)) as usize);
+    }
 }
 
 /// Rows for the table `rejects`.

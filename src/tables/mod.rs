@@ -8,6 +8,7 @@
 pub(crate) mod row;
 
 mod candidate;
+mod comparison;
 mod image;
 mod pair;
 mod prompt;
@@ -17,6 +18,7 @@ mod reward;
 mod step;
 
 pub use candidate::{Candidate, Finish};
+pub use comparison::Comparison;
 pub use image::{Image, ImageFile};
 pub use pair::Pair;
 pub use prompt::{Prompt, Role, Turn};
@@ -25,19 +27,22 @@ pub use reject::{Reject, RejectClass};
 pub use reward::Reward;
 pub(crate) use row::rows;
 pub use row::{Misfit, Row, fits, is_measured};
-pub use step::Step;
+pub use step::{DpoStep, RewardStep, SftStep};
 
 use arrow::datatypes::SchemaRef;
 
 /// Every kind there is, in the order in which a row meets them.
-pub const KINDS: [&str; 8] = [
+pub const KINDS: [&str; 11] = [
     Image::KIND,
     Prompt::KIND,
     Candidate::KIND,
     Reward::KIND,
     Pair::KIND,
     Reference::KIND,
-    Step::KIND,
+    DpoStep::KIND,
+    SftStep::KIND,
+    RewardStep::KIND,
+    Comparison::KIND,
     Reject::KIND,
 ];
 
@@ -50,7 +55,10 @@ pub fn schema_of(kind: &str) -> Option<SchemaRef> {
         Reward::KIND => Reward::schema(),
         Pair::KIND => Pair::schema(),
         Reference::KIND => Reference::schema(),
-        Step::KIND => Step::schema(),
+        DpoStep::KIND => DpoStep::schema(),
+        SftStep::KIND => SftStep::schema(),
+        RewardStep::KIND => RewardStep::schema(),
+        Comparison::KIND => Comparison::schema(),
         Reject::KIND => Reject::schema(),
         _ => return None,
     })

@@ -26,6 +26,8 @@ rows! {
         pub system: Option<String>,
         /// What was said before the question, oldest first.
         pub turns: Vec<Turn>,
+        /// Sentences that are true of the pictures, for judges that use them.
+        pub captions: Option<Vec<String>>,
         /// Which candidate was chosen; absent for pairs that people wrote.
         pub chosen_candidate: Option<i32>,
         /// Which candidate was rejected.

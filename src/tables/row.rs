@@ -7,8 +7,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use arrow::array::{
-    Array, ArrayRef, AsArray, BinaryArray, Float32Array, Float64Array, Int32Array, Int64Array,
-    ListArray, RecordBatch, StringArray,
+    Array, ArrayRef, AsArray, BinaryArray, BooleanArray, Float32Array, Float64Array, Int32Array,
+    Int64Array, ListArray, RecordBatch, StringArray,
 };
 use arrow::buffer::{NullBuffer, OffsetBuffer};
 use arrow::compute::{can_cast_types, cast};
@@ -188,6 +188,19 @@ primitive_column!(i32, Int32Type, Int32Array, DataType::Int32);
 primitive_column!(i64, Int64Type, Int64Array, DataType::Int64);
 primitive_column!(f32, Float32Type, Float32Array, DataType::Float32);
 primitive_column!(f64, Float64Type, Float64Array, DataType::Float64);
+
+impl Column for bool {
+    fn data_type() -> DataType {
+        DataType::Boolean
+    }
+    fn to_array(values: &[&Self]) -> ArrayRef {
+        let values: Vec<bool> = values.iter().map(|value| **value).collect();
+        Arc::new(BooleanArray::from(values))
+    }
+    fn from_array(_: &str, array: &ArrayRef) -> Result<Vec<Self>, Misfit> {
+        Ok(array.as_boolean().values().iter().collect())
+    }
+}
 
 impl Column for String {
     fn data_type() -> DataType {

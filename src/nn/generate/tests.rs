@@ -9,7 +9,7 @@ use super::*;
 use crate::models::Dtype;
 
 fn policy(dtype: Dtype) -> OnevisionPolicy {
-    OnevisionPolicy::open(&recorded::spec(dtype), None).unwrap()
+    OnevisionPolicy::open(&recorded::spec(dtype)).unwrap()
 }
 
 fn how(count: usize, temperature: f64) -> Sampling {

@@ -54,7 +54,7 @@ fn spec(root: &Path) -> LlavaRlhf {
     LlavaRlhf {
         base: root.join("base"),
         vision: root.join("vision"),
-        adapter: root.join("adapter"),
+        adapter: Some(root.join("adapter")),
         prompt: root.join("prompt.txt"),
         device: DeviceSpec::Cpu,
         dtype: Dtype::Auto,

@@ -434,6 +434,51 @@ fn damaged() -> String {
     "the pickle is damaged, or was not written by `torch.save`".to_owned()
 }
 
+/// The pickle (protocol 2) of a dictionary of float32 tensors of these names and shapes, the n-th
+/// over the storage `n`: calls of `torch._utils._rebuild_tensor_v2`, as `torch.save` writes them.
+pub(super) fn write(tensors: &[(&str, Vec<i64>)]) -> Vec<u8> {
+    fn text(out: &mut Vec<u8>, text: &str) {
+        out.push(b'X');
+        out.extend((text.len() as u32).to_le_bytes());
+        out.extend(text.as_bytes());
+    }
+    fn integer(out: &mut Vec<u8>, value: i64) {
+        // LONG1: a length and so many little-endian bytes.
+        out.extend([0x8a, 8]);
+        out.extend(value.to_le_bytes());
+    }
+    fn tuple(out: &mut Vec<u8>, values: &[i64]) {
+        out.push(b'(');
+        for &value in values {
+            integer(out, value);
+        }
+        out.push(b't');
+    }
+    let mut out = b"\x80\x02}(".to_vec(); // protocol 2, an empty dict, a mark
+    for (number, (name, shape)) in tensors.iter().enumerate() {
+        let strides: Vec<i64> = (1..=shape.len())
+            .map(|axis| shape[axis..].iter().product())
+            .collect();
+        text(&mut out, name);
+        out.extend(b"ctorch._utils\n_rebuild_tensor_v2\n(");
+        // The storage: ('storage', torch.FloatStorage, its file, its device, its length).
+        out.push(b'(');
+        text(&mut out, "storage");
+        out.extend(b"ctorch\nFloatStorage\n");
+        text(&mut out, &number.to_string());
+        text(&mut out, "cpu");
+        integer(&mut out, shape.iter().product());
+        out.extend(b"tQ"); // a tuple, found by its persistent id
+        integer(&mut out, 0); // where in the storage it begins
+        tuple(&mut out, shape);
+        tuple(&mut out, &strides);
+        out.extend(b"\x89ccollections\nOrderedDict\n)R"); // no gradient, no hooks
+        out.extend(b"tR"); // the arguments' tuple; the call
+    }
+    out.extend(b"u."); // put all into the dict; the end
+    out
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

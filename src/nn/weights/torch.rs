@@ -7,13 +7,17 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::ops::Range;
+use std::path::Path;
 
-use zip::{CompressionMethod, ZipArchive};
+use tch::{Device, Kind, Tensor};
+use zip::write::SimpleFileOptions;
+use zip::{CompressionMethod, DateTime, ZipArchive, ZipWriter};
 
-use super::Place;
 use super::pickle::{self, PickledTensor};
+use super::{Place, refuse};
+use crate::models::ModelError;
 
 /// The longest pickle that is read. A model of 720 tensors has one of 100 kB.
 const PICKLE_BYTES_MAX: u64 = 256 << 20;
@@ -123,6 +127,47 @@ fn place(tensor: &PickledTensor, storage: &Range<u64>) -> Result<Place, String> 
         start: storage.start + offset * width,
         span,
     })
+}
+
+/// Writes tensors to a new torch file, as `torch.save` writes a dictionary of them, in float32, and
+/// waits until it is on disk.
+pub fn save_torch(path: &Path, tensors: &[(&str, Tensor)]) -> Result<(), ModelError> {
+    let file = File::create_new(path).map_err(|error| refuse(path, error.to_string()))?;
+    let mut archive = ZipWriter::new(&file);
+    let options = SimpleFileOptions::default()
+        .compression_method(CompressionMethod::Stored)
+        .last_modified_time(DateTime::default());
+    let shapes: Vec<(&str, Vec<i64>)> = tensors
+        .iter()
+        .map(|(name, tensor)| (*name, tensor.size()))
+        .collect();
+    let mut write = || -> Result<(), zip::result::ZipError> {
+        let mut add = |name: &str, bytes: &[u8]| -> Result<(), zip::result::ZipError> {
+            archive.start_file(format!("archive/{name}"), options)?;
+            Ok(archive.write_all(bytes)?)
+        };
+        add("data.pkl", &pickle::write(&shapes))?;
+        add("byteorder", b"little")?;
+        for (number, (_, tensor)) in tensors.iter().enumerate() {
+            let values = tensor
+                .to_device(Device::Cpu)
+                .to_kind(Kind::Float)
+                .reshape([-1]);
+            let values = Vec::<f32>::try_from(values).expect("float32, one dimension");
+            let bytes: Vec<u8> = values
+                .iter()
+                .flat_map(|value| value.to_le_bytes())
+                .collect();
+            add(&format!("data/{number}"), &bytes)?;
+        }
+        add("version", b"3\n")
+    };
+    write().map_err(|error| refuse(path, error.to_string()))?;
+    archive
+        .finish()
+        .map_err(|error| refuse(path, error.to_string()))?;
+    file.sync_all()
+        .map_err(|error| refuse(path, error.to_string()))
 }
 
 #[cfg(test)]

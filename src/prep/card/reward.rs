@@ -88,13 +88,14 @@ pub struct RewardCard {
     /// from the end; -2 leaves the last layer out). There is no post-layernorm, and the class token
     /// is dropped.
     pub mm_vision_select_layer: usize,
-    pub adapter: AdapterCard,
+    /// `None`: not trained yet.
+    pub adapter: Option<AdapterCard>,
     /// Precision of the base's weights, if the file says.
     pub dtype: Option<String>,
 }
 
 impl RewardCard {
-    /// Reads the config files of the three folders.
+    /// Reads the config files of the three folders; that of the adapter if there is one.
     pub fn open(spec: &LlavaRlhf) -> Result<Self, PrepError> {
         let base = Section::open(&spec.base.join("config.json"))?;
         // Both projectors of LLaVA are supported; which one it is, the tensors' names tell.
@@ -115,7 +116,7 @@ impl RewardCard {
             text_config: DecoderCard::read(&base, DecoderCard::LLAMA)?,
             vision_config,
             mm_vision_select_layer,
-            adapter: AdapterCard::open(&spec.adapter)?,
+            adapter: spec.adapter.as_deref().map(AdapterCard::open).transpose()?,
             dtype: dtype(&base)?,
         })
     }
@@ -139,20 +140,22 @@ mod tests {
         assert_eq!(card.vision_config.layer_norm_eps, 1e-5);
         assert_eq!(card.vision_config.patches(), 16);
         assert_eq!(card.mm_vision_select_layer, 3);
-        assert_eq!(card.adapter.scale(), 0.25);
-        assert_eq!(card.adapter.target_modules, ["q_proj", "v_proj"]);
+        let adapter = card.adapter.unwrap();
+        assert_eq!(adapter.scale(), 0.25);
+        assert_eq!(adapter.target_modules, ["q_proj", "v_proj"]);
         assert_eq!(card.dtype.as_deref(), Some("bfloat16"));
     }
 
     #[test]
     fn a_training_checkpoint_has_its_adapter_two_folders_deeper() {
         let (_folder, spec) = reward_folder();
-        let inner = spec.adapter.join("adapter_model/lora_default");
+        let adapter = spec.adapter.unwrap();
+        let inner = adapter.join("adapter_model/lora_default");
         std::fs::create_dir_all(&inner).unwrap();
         let settings =
             json!({"r": 4, "lora_alpha": 8, "use_rslora": true, "target_modules": ["q_proj"]});
         write(&inner, "adapter_config.json", &settings);
-        let card = AdapterCard::open(&spec.adapter).unwrap();
+        let card = AdapterCard::open(&adapter).unwrap();
         assert_eq!(card.folder, inner);
         assert_eq!(card.scale(), 4.0);
     }
@@ -162,7 +165,8 @@ mod tests {
         let (_folder, spec) = reward_folder();
         let settings =
             json!({"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "use_dora": true});
-        write(&spec.adapter, "adapter_config.json", &settings);
+        let adapter = spec.adapter.as_deref().unwrap();
+        write(adapter, "adapter_config.json", &settings);
         let complaint = RewardCard::open(&spec).unwrap_err().to_string();
         assert!(
             complaint.contains("adapter_config.json: `use_dora` is true"),

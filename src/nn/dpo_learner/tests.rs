@@ -1,26 +1,33 @@
 //! The learner against what PyTorch's autograd says of the same pair, and its promises.
 
+use std::fs;
+
 use super::super::recorded::{self, Expected, assert_close};
 use super::*;
-use crate::models::{Dtype, Prompt};
+use crate::models::{Dtype, Optimization, Prompt, Schedule};
+use crate::nn::training::STATE_FILE;
+use crate::nn::weights::save_safetensors;
 
 const BETA: f64 = 0.1;
 
-fn settings() -> TrainSettings {
-    TrainSettings {
+fn settings() -> DpoSettings {
+    DpoSettings {
         beta: BETA,
-        learning_rate: 1e-3,
-        warmup_ratio: 0.0,
-        steps: 6,
-        weight_decay: 0.01,
-        adam_betas: [0.9, 0.999],
-        adam_epsilon: 1e-8,
-        max_grad_norm: 0.0,
+        optimization: Optimization {
+            learning_rate: 1e-3,
+            schedule: Schedule::Cosine,
+            warmup_ratio: 0.0,
+            steps: 6,
+            weight_decay: 0.01,
+            adam_betas: [0.9, 0.999],
+            adam_epsilon: 1e-8,
+            max_grad_norm: 0.0,
+        },
     }
 }
 
-fn learner(settings: &TrainSettings) -> OnevisionLearner {
-    OnevisionLearner::open(&recorded::spec(Dtype::Auto), None, settings).unwrap()
+fn learner(settings: &DpoSettings) -> OnevisionDpo {
+    OnevisionDpo::open(&recorded::spec(Dtype::Auto), settings).unwrap()
 }
 
 fn written(text: &str) -> Answer {
@@ -42,7 +49,7 @@ fn example(prompt: &Prompt) -> Example<'_> {
 }
 
 /// All that [`Learner::save_state`] writes, as bytes.
-fn state(learner: &mut OnevisionLearner) -> Vec<u8> {
+fn state(learner: &mut OnevisionDpo) -> Vec<u8> {
     let folder = tempfile::tempdir().unwrap();
     let to = folder.path().join("state");
     learner.save_state(&to).unwrap();
@@ -72,9 +79,9 @@ fn loss_and_gradients_of_a_pair_equal_those_of_pytorch() {
 
     // Behind the first update, AdamW's mean is a tenth of the gradient.
     let gradient = |name: &str| {
-        let mut parameters = learner.parameters.iter();
+        let mut parameters = learner.training.parameters.iter();
         let index = parameters.position(|parameter| parameter.name == name);
-        &learner.optimizer.moments()[index.expect("a parameter")].exp_avg / 0.1
+        &learner.training.moments()[index.expect("a parameter")].exp_avg / 0.1
     };
     let mut squares = 0.0;
     for name in expected.names() {
@@ -127,7 +134,7 @@ fn training_makes_the_chosen_answer_likelier_than_the_rejected() {
     let mut example = example(&prompts[1]);
     let start = learner.reference_logps(std::slice::from_ref(&example));
     example.reference = Some(start.unwrap()[0]);
-    let reports: Vec<StepReport> = (0..6)
+    let reports: Vec<DpoReport> = (0..6)
         .map(|_| learner.step(std::slice::from_ref(&example)).unwrap())
         .collect();
     assert!((reports[0].loss - std::f64::consts::LN_2).abs() < 1e-6);
@@ -139,8 +146,8 @@ fn training_makes_the_chosen_answer_likelier_than_the_rejected() {
 fn pairs_without_pictures_leave_the_tower_alone() {
     let prompts = recorded::prompts();
     let mut learner = learner(&settings());
-    let value = |learner: &OnevisionLearner, name: &str| {
-        let mut parameters = learner.parameters.iter();
+    let value = |learner: &OnevisionDpo, name: &str| {
+        let mut parameters = learner.training.parameters.iter();
         let found = parameters.find(|parameter| parameter.name == name);
         found.unwrap().tensor.detach().copy()
     };
@@ -164,7 +171,7 @@ fn a_loss_that_is_not_finite_names_the_pair_and_changes_nothing() {
         ..example(&prompts[1])
     };
     let error = learner.step(&[example(&prompts[0]), bad]).unwrap_err();
-    let words = "the loss of pair bad is not finite; the pairs of this step: the pair, bad";
+    let words = "the loss of pair bad is not finite; the rows of this step: the pair, bad";
     assert_eq!(error.to_string(), words);
     assert!(state(&mut learner) == before);
 }
@@ -176,7 +183,7 @@ fn pairs_that_cannot_be_trained_on_are_refused_by_name() {
     let mut check = |example: Example<'_>, words: &str| {
         let error = learner.step(&[example]).unwrap_err().to_string();
         assert!(
-            error.starts_with("pair the pair: ") && error.contains(words),
+            error.starts_with("row the pair: ") && error.contains(words),
             "{error}"
         );
     };
@@ -226,9 +233,10 @@ fn a_saved_checkpoint_is_the_trained_model() {
     let folder = tempfile::tempdir().unwrap();
     let to = folder.path().join("checkpoint");
     trained.save(&to).unwrap();
-    let spec = recorded::spec(Dtype::Auto);
-    let mut opened = OnevisionLearner::open(&spec, Some(&to), &settings()).unwrap();
-    let logps = |learner: &mut OnevisionLearner| learner.reference_logps(&[example(&prompts[0])]);
+    let mut spec = recorded::spec(Dtype::Auto);
+    spec.weights = to;
+    let mut opened = OnevisionDpo::open(&spec, &settings()).unwrap();
+    let logps = |learner: &mut OnevisionDpo| learner.reference_logps(&[example(&prompts[0])]);
     assert_eq!(logps(&mut opened).unwrap(), logps(&mut trained).unwrap());
 }
 

@@ -5,38 +5,30 @@
 //! one; their gradients add up. Dropout there is none in any published config (`attention_dropout`
 //! 0), so training and inference compute the same.
 
-use std::fs::{self, File};
 use std::path::Path;
 
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use super::checkpoint::{Checkpoint, Purpose};
 use super::device;
 use super::dpo::{PairLoss, dpo_loss, token_logps};
 use super::edge::guarded;
 use super::llava_onevision::LlavaOnevision;
-use super::optimizer::{
-    AdamW, CosineWithWarmup, Moments, Parameter, clip_gradients, grad_norm, zero_gradients,
+use super::optimizer::Parameter;
+use super::training::{Training, not_finite, row_error};
+use crate::models::{
+    self, Answer, DpoLearner, DpoReport, DpoSettings, Example, Learner, ModelError, Tower,
 };
-use super::weights::{Weights, save_safetensors};
-use crate::models::{self, Answer, Example, Learner, ModelError, StepReport, TrainSettings};
 use crate::prep::{PolicyPrep, Prepared};
-
-/// The file in the folder of [`Learner::save_state`].
-const STATE_FILE: &str = "state.safetensors";
 
 /// LLaVA-OneVision as a learner.
 #[derive(Debug)]
-pub struct OnevisionLearner {
+pub struct OnevisionDpo {
     prep: PolicyPrep,
     checkpoint: Checkpoint,
     network: LlavaOnevision,
-    parameters: Vec<Parameter>,
-    optimizer: AdamW,
-    schedule: CosineWithWarmup,
-    settings: TrainSettings,
-    /// Updates that were made.
-    step: usize,
+    training: Training,
+    beta: f64,
 }
 
 /// A pair as the network takes it.
@@ -63,41 +55,27 @@ struct Sums {
     tokens: u64,
 }
 
-impl OnevisionLearner {
-    /// Opens the checkpoint in `weights`, or else in the folder of the spec. The precision in the
-    /// spec is that of sampling; training is in float32.
-    pub fn open(
-        spec: &models::LlavaOnevision,
-        weights: Option<&Path>,
-        settings: &TrainSettings,
-    ) -> Result<Self, ModelError> {
-        let folder = weights.unwrap_or(&spec.weights);
-        let prep = PolicyPrep::open(folder)?;
+impl OnevisionDpo {
+    /// Opens the checkpoint. The precision in the spec is that of sampling; training is in float32.
+    pub fn open(spec: &models::LlavaOnevision, settings: &DpoSettings) -> Result<Self, ModelError> {
+        let prep = PolicyPrep::open(&spec.weights)?;
         let (device, _) = device::choose(spec.device, spec.dtype)?;
-        let checkpoint = Checkpoint::open(folder)?;
-        let purpose = Purpose::Training;
+        let checkpoint = Checkpoint::open(&spec.weights)?;
+        let purpose = Purpose::Training(Tower::Train);
         let (network, parameters) =
             LlavaOnevision::open(&checkpoint, &prep.card, device, Kind::Float, purpose)?;
-        let optimizer = guarded("making the optimizer's state", 1, 0, || {
-            let (betas, epsilon) = (settings.adam_betas, settings.adam_epsilon);
-            AdamW::new(&parameters, betas, epsilon, settings.weight_decay)
-        })?;
-        let (peak, warmup_ratio) = (settings.learning_rate, settings.warmup_ratio);
         Ok(Self {
             prep,
             checkpoint,
             network,
-            parameters,
-            optimizer,
-            schedule: CosineWithWarmup::new(peak, warmup_ratio, settings.steps),
-            settings: settings.clone(),
-            step: 0,
+            training: Training::new(parameters, &settings.optimization)?,
+            beta: settings.beta,
         })
     }
 
     /// Decodes, cuts and tokenizes a pair, and checks that it can be trained on.
     fn tokens(&self, example: &Example<'_>) -> Result<Tokens, ModelError> {
-        let refuse = |problem: String| pair_error(example, problem);
+        let refuse = |problem: String| row_error(example.id, problem);
         let prompt = self
             .prep
             .prepare(example.prompt)
@@ -181,13 +159,13 @@ impl OnevisionLearner {
     ) -> Result<(), ModelError> {
         let reference = example.reference.ok_or_else(|| {
             let problem = "its log-probabilities under the reference are not known";
-            pair_error(example, problem.to_owned())
+            row_error(example.id, problem)
         })?;
         let tokens = self.tokens(example)?;
         let what = format!("training on pair {}", example.id);
         let (logps, pair) = guarded(&what, 1, tokens.count(), || {
             let logps = self.logps(&tokens);
-            let pair = dpo_loss([&logps[0], &logps[1]], reference, self.settings.beta);
+            let pair = dpo_loss([&logps[0], &logps[1]], reference, self.beta);
             if pair.loss.double_value(&[]).is_finite() {
                 (&pair.loss / pairs as f64).backward();
             }
@@ -210,7 +188,7 @@ impl Sums {
     }
 }
 
-impl Learner for OnevisionLearner {
+impl DpoLearner for OnevisionDpo {
     fn reference_logps(&mut self, pairs: &[Example<'_>]) -> Result<Vec<[f64; 2]>, ModelError> {
         let mut all = Vec::with_capacity(pairs.len());
         for example in pairs {
@@ -222,134 +200,58 @@ impl Learner for OnevisionLearner {
             })?;
             if !logps.iter().all(|logp| logp.is_finite()) {
                 let what = format!("a log-probability of pair {}", example.id);
-                return Err(not_finite(what, std::slice::from_ref(example)));
+                return Err(not_finite(what, vec![example.id.to_owned()]));
             }
             all.push(logps);
         }
         Ok(all)
     }
 
-    fn step(&mut self, batch: &[Example<'_>]) -> Result<StepReport, ModelError> {
+    fn step(&mut self, batch: &[Example<'_>]) -> Result<DpoReport, ModelError> {
         assert!(!batch.is_empty(), "a step needs pairs");
-        zero_gradients(&mut self.parameters);
+        let ids = || batch.iter().map(|pair| pair.id.to_owned()).collect();
+        self.training.begin_step();
         let mut sums = Sums::default();
         for example in batch {
             self.learn_from(example, batch.len(), &mut sums)?;
             if !sums.loss.is_finite() {
-                let what = format!("the loss of pair {}", example.id);
-                return Err(not_finite(what, batch));
+                return Err(not_finite(
+                    format!("the loss of pair {}", example.id),
+                    ids(),
+                ));
             }
         }
-        let norm = guarded("taking the gradient's norm", batch.len(), 0, || {
-            grad_norm(&self.parameters)
-        })?;
-        if !norm.is_finite() {
-            return Err(not_finite("the gradient".to_owned(), batch));
-        }
-        if self.settings.max_grad_norm > 0.0 {
-            clip_gradients(&self.parameters, norm, self.settings.max_grad_norm);
-        }
-        // Without pictures the tower's gradients are zero because nothing touched it, and PyTorch
-        // would leave it alone.
         let has_pictures = batch.iter().any(|one| !one.prompt.pictures.is_empty());
         let has_gradient =
             |parameter: &Parameter| has_pictures || parameter.name.starts_with("language_model.");
-        let learning_rate = self.schedule.learning_rate(self.step);
-        self.optimizer
-            .step(&self.parameters, has_gradient, learning_rate);
-        self.step += 1;
+        let update = self.training.update(ids, has_gradient)?;
 
         let pairs = batch.len() as f64;
-        Ok(StepReport {
+        Ok(DpoReport {
             loss: sums.loss / pairs,
             rewards_chosen: sums.rewards[0] / pairs,
             rewards_rejected: sums.rewards[1] / pairs,
             accuracy: sums.accurate / pairs,
             logps_chosen: sums.logps[0] / pairs,
             logps_rejected: sums.logps[1] / pairs,
-            grad_norm: norm,
-            learning_rate,
+            grad_norm: update.grad_norm,
+            learning_rate: update.learning_rate,
             tokens: sums.tokens,
         })
     }
+}
 
+impl Learner for OnevisionDpo {
     fn save(&mut self, to: &Path) -> Result<(), ModelError> {
-        self.checkpoint.save(to, &self.parameters)
+        self.checkpoint.save(to, &self.training.parameters)
     }
 
-    /// One safetensors file: of each parameter `weight.…`, `exp_avg.…` and `exp_avg_sq.…` in
-    /// float32, its updates in `parameter_steps`, and the updates of the training in `step`.
     fn save_state(&mut self, to: &Path) -> Result<(), ModelError> {
-        let io = |error: std::io::Error| state_error(to, error.to_string());
-        fs::create_dir(to).map_err(io)?;
-        let mut tensors = Vec::with_capacity(3 * self.parameters.len() + 2);
-        let mut steps = Vec::with_capacity(self.parameters.len());
-        for (Parameter { name, tensor }, moments) in
-            self.parameters.iter().zip(self.optimizer.moments())
-        {
-            tensors.push((format!("weight.{name}"), tensor.detach()));
-            tensors.push((format!("exp_avg.{name}"), moments.exp_avg.shallow_clone()));
-            let squares = moments.exp_avg_sq.shallow_clone();
-            tensors.push((format!("exp_avg_sq.{name}"), squares));
-            steps.push(moments.steps);
-        }
-        tensors.push(("parameter_steps".to_owned(), Tensor::from_slice(&steps)));
-        let step = Tensor::from_slice(&[self.step as i64]);
-        tensors.push(("step".to_owned(), step));
-        save_safetensors(&to.join(STATE_FILE), &tensors, &[])?;
-        File::open(to)
-            .and_then(|folder| folder.sync_all())
-            .map_err(io)
+        self.training.save_state(to)
     }
 
     fn load_state(&mut self, from: &Path) -> Result<(), ModelError> {
-        let path = from.join(STATE_FILE);
-        let state = Weights::open_file(&path)?;
-        let device = self.network.device();
-        let integers = |name: &str, count: usize| {
-            let tensor = state.take(name, &[count as i64], Kind::Int64, Device::Cpu)?;
-            let values = Vec::<i64>::try_from(tensor);
-            values.map_err(|error| state_error(&path, error.to_string()))
-        };
-        let step = integers("step", 1)?[0];
-        let steps = integers("parameter_steps", self.parameters.len())?;
-        let mut moments = Vec::with_capacity(self.parameters.len());
-        for (Parameter { name, tensor }, steps) in self.parameters.iter().zip(steps) {
-            let shape = tensor.size();
-            let read =
-                |part: &str| state.take(&format!("{part}.{name}"), &shape, Kind::Float, device);
-            let weight = read("weight")?;
-            tch::no_grad(|| tensor.shallow_clone().copy_(&weight));
-            moments.push(Moments {
-                exp_avg: read("exp_avg")?,
-                exp_avg_sq: read("exp_avg_sq")?,
-                steps,
-            });
-        }
-        self.optimizer.set_moments(moments);
-        self.step = step as usize;
-        Ok(())
-    }
-}
-
-fn pair_error(example: &Example<'_>, problem: String) -> ModelError {
-    ModelError::Pair {
-        pair: example.id.to_owned(),
-        problem,
-    }
-}
-
-fn not_finite(what: String, pairs: &[Example<'_>]) -> ModelError {
-    ModelError::NotFinite {
-        what,
-        pairs: pairs.iter().map(|pair| pair.id.to_owned()).collect(),
-    }
-}
-
-fn state_error(path: &Path, problem: String) -> ModelError {
-    ModelError::Weights {
-        path: path.to_owned(),
-        problem,
+        self.training.load_state(from)
     }
 }
 

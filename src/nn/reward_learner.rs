@@ -1,0 +1,290 @@
+//! Training of a reward model: a LoRA adapter and a head learn to score chosen answers above rejected
+//! ones, as `RLHF/models/reward_model.py` of LLaVA-RLHF trains them.
+//!
+//! A pair is one pass over what its two texts have in common and one over the rest of both, as when
+//! they are judged. Base, projector and tower stay as they are. Training is in float32.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
+use serde_json::json;
+use tch::{Kind, Tensor};
+
+use super::checkpoint::{Checkpoint, Purpose, Reader};
+use super::device;
+use super::edge::guarded;
+use super::llava::Llava;
+use super::lora::{Adapted, Adapter, Start, seeded_uniform};
+use super::optimizer::Parameter;
+use super::reward::{HEAD_FILE, RewardHead, RewardNetwork};
+use super::training::{Training, not_finite, row_error};
+use super::weights::{refuse, save_safetensors, save_torch};
+use crate::models::{
+    Example, Group, Learner, LlavaRlhf, ModelError, RewardLearner, RewardReport, RewardSettings,
+    RowFault,
+};
+use crate::prep::{JudgePrep, Judged};
+
+/// What LLaVA-RLHF adapts (`adapter_config.json` of `rm_lora_adapter_model`).
+const TARGET_MODULES: [&str; 7] = [
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+];
+
+/// The parameters of the head, behind those of the adapter.
+const HEAD: [&str; 2] = ["reward_head.weight", "reward_head.bias"];
+
+/// A LLaVA-RLHF reward model as a learner.
+pub struct LlavaRewards {
+    prep: JudgePrep,
+    network: RewardNetwork,
+    training: Training,
+    centering: f64,
+    /// The element type that the adapter is written in: that of the adapter it began with, or of the
+    /// base's weights.
+    stored: Kind,
+    /// The folder of the adapter that it began with, whose config is kept.
+    adapter: Option<PathBuf>,
+    rank: usize,
+    alpha: f64,
+    base: PathBuf,
+}
+
+impl LlavaRewards {
+    /// Opens the base and the tower, and an adapter: the one that `spec` names, or a fresh one.
+    pub fn open(spec: &LlavaRlhf, settings: &RewardSettings) -> Result<Self, ModelError> {
+        let (device, _) = device::choose(spec.device, spec.dtype)?;
+        let prep = JudgePrep::open(spec)?;
+        let hidden = prep.card.text_config.hidden_size as i64;
+        let existing = prep.card.adapter.as_ref().map(Adapter::open).transpose()?;
+        let start = match &existing {
+            Some(adapter) => Start::At(adapter),
+            None => Start::Fresh {
+                rank: settings.rank,
+                alpha: settings.alpha,
+                seed: settings.seed,
+                target_modules: &TARGET_MODULES,
+            },
+        };
+        let head = match &spec.adapter {
+            Some(adapter) => {
+                let head = RewardHead::open(adapter, hidden, device)?;
+                [head.weight, head.bias].map(|tensor| tensor.to_kind(Kind::Float))
+            }
+            // As `nn.Linear` begins, with a bias of 0.
+            None => {
+                let bound = (hidden as f64).sqrt().recip();
+                let weight = seeded_uniform(settings.seed, HEAD[0], &[1, hidden], bound);
+                let bias = Tensor::zeros([1], (Kind::Float, device));
+                [weight.to_device(device), bias]
+            }
+        };
+        let [weight, bias] = head.map(|tensor| tensor.set_requires_grad(true));
+        let base = Checkpoint::open_base(&spec.base)?;
+        let vision = Checkpoint::open_clip(&spec.vision)?;
+        let reader = |from| Reader::new(from, device, Kind::Float, Purpose::Inference);
+        let adapted = Adapted::new(reader(&base), start, device);
+        let two_layers = base.has("model.mm_projector.0.weight");
+        let llava = Llava::new(&reader(&vision), &adapted, two_layers, &prep.card)?;
+        let mut parameters = adapted.into_parameters();
+        if let Some(adapter) = &existing {
+            adapter.all_used()?;
+        }
+        for (name, tensor) in HEAD.into_iter().zip([&weight, &bias]) {
+            parameters.push(Parameter {
+                name: name.to_owned(),
+                tensor: tensor.shallow_clone(),
+            });
+        }
+        let stored = existing.as_ref().and_then(Adapter::kind);
+        let stored = stored.or_else(|| base.kind("model.norm.weight"));
+        Ok(Self {
+            stored: stored.unwrap_or(Kind::Float),
+            adapter: prep.card.adapter.as_ref().map(|card| card.folder.clone()),
+            prep,
+            network: RewardNetwork {
+                llava,
+                head: RewardHead { weight, bias },
+                kind: Kind::Float,
+                device,
+            },
+            training: Training::new(parameters, &settings.optimization)?,
+            centering: settings.centering,
+            rank: settings.rank,
+            alpha: settings.alpha,
+            base: spec.base.clone(),
+        })
+    }
+
+    /// The rewards of the chosen and of the rejected answer, `[2]`, with their gradients.
+    fn rewards(&self, pair: &Judged) -> Tensor {
+        let features = pair.pixels.as_ref().map(|pixels| {
+            let _no_grad = tch::no_grad_guard();
+            self.network.features(pixels)
+        });
+        self.network.rewards(&pair.answers, features.as_ref())
+    }
+}
+
+/// The losses of a batch by its rewards: `-log sigmoid(r_chosen - r_rejected)`, in the mean, plus
+/// `centering` times the absolute value of the mean of `r_chosen + r_rejected`; and the slopes of
+/// that loss along each pair's two rewards.
+fn loss_and_slopes(rewards: &[[f64; 2]], centering: f64) -> (f64, Vec<[f64; 2]>) {
+    let count = rewards.len() as f64;
+    let center = rewards.iter().flatten().sum::<f64>() / count;
+    // ln(1 + e^-margin), which is the same and does not overflow.
+    let softplus = |x: f64| x.max(0.0) + (-x.abs()).exp().ln_1p();
+    let preference = rewards
+        .iter()
+        .map(|[chosen, rejected]| softplus(rejected - chosen));
+    let loss = preference.sum::<f64>() / count + centering * center.abs();
+    let pull = if center == 0.0 {
+        0.0
+    } else {
+        centering * center.signum() / count
+    };
+    let slopes = rewards.iter().map(|[chosen, rejected]| {
+        let push = 1.0 / (1.0 + (chosen - rejected).exp()) / count;
+        [pull - push, pull + push]
+    });
+    (loss, slopes.collect())
+}
+
+impl RewardLearner for LlavaRewards {
+    /// The centering term joins all pairs of a batch, so they are judged once to know the slope of
+    /// the loss at each reward, and once more, pair by pair, for the gradients.
+    fn step(&mut self, batch: &[Example<'_>]) -> Result<RewardReport, ModelError> {
+        assert!(!batch.is_empty(), "a step needs pairs");
+        let rows = || batch.iter().map(|pair| pair.id.to_owned()).collect();
+        let prep = &self.prep;
+        let prepare = |pair: &Example<'_>| {
+            prep.prepare(&Group {
+                prompt: pair.prompt,
+                answers: vec![&pair.chosen.text, &pair.rejected.text],
+            })
+        };
+        let prepared: Vec<Result<Judged, RowFault>> = batch.par_iter().map(prepare).collect();
+        let mut pairs = Vec::with_capacity(batch.len());
+        for (row, prepared) in batch.iter().zip(prepared) {
+            pairs.push(prepared.map_err(|fault| row_error(row.id, fault.to_string()))?);
+        }
+        let tokens = |pair: &Judged| {
+            pair.answers
+                .iter()
+                .map(|text| text.ids.len())
+                .sum::<usize>()
+        };
+        self.training.begin_step();
+        let mut rewards = Vec::with_capacity(batch.len());
+        for (row, pair) in batch.iter().zip(&pairs) {
+            let what = format!("judging pair {}", row.id);
+            let judged: Vec<f64> = guarded(&what, 2, tokens(pair), || {
+                let _no_grad = tch::no_grad_guard();
+                let rewards = self.rewards(pair).to_kind(Kind::Double);
+                Vec::try_from(rewards).expect("one dimension")
+            })?;
+            if !judged.iter().all(|reward| reward.is_finite()) {
+                return Err(not_finite(format!("a reward of pair {}", row.id), rows()));
+            }
+            rewards.push([judged[0], judged[1]]);
+        }
+        let (loss, slopes) = loss_and_slopes(&rewards, self.centering);
+        for ((row, pair), slopes) in batch.iter().zip(&pairs).zip(slopes) {
+            let what = format!("training on pair {}", row.id);
+            guarded(&what, 2, tokens(pair), || {
+                let slopes = Tensor::from_slice(&slopes).to_device(self.network.device);
+                let rewards = self.rewards(pair).to_kind(Kind::Double);
+                (rewards * slopes).sum(Kind::Double).backward();
+            })?;
+        }
+        let update = self.training.update(rows, |_| true)?;
+        let count = batch.len() as f64;
+        let mean =
+            |value: &dyn Fn(&[f64; 2]) -> f64| rewards.iter().map(value).sum::<f64>() / count;
+        Ok(RewardReport {
+            loss,
+            reward_chosen: mean(&|rewards| rewards[0]),
+            reward_rejected: mean(&|rewards| rewards[1]),
+            accuracy: mean(&|rewards| f64::from(u8::from(rewards[0] > rewards[1]))),
+            grad_norm: update.grad_norm,
+            learning_rate: update.learning_rate,
+            tokens: pairs.iter().map(tokens).sum::<usize>() as u64,
+        })
+    }
+}
+
+impl Learner for LlavaRewards {
+    /// The folder `adapter`, as peft and LLaVA-RLHF lay it out: `adapter_config.json`,
+    /// `adapter_model.safetensors`, and `reward_head` as `torch.save` writes it.
+    fn save(&mut self, to: &Path) -> Result<(), ModelError> {
+        let folder = to.join("adapter");
+        let io = |error: std::io::Error| refuse(&folder, error.to_string());
+        fs::create_dir_all(&folder).map_err(io)?;
+        let config = folder.join("adapter_config.json");
+        if let Some(begun) = &self.adapter {
+            fs::copy(begun.join("adapter_config.json"), &config).map_err(io)?;
+        } else {
+            let settings = json!({
+                "base_model_name_or_path": self.base,
+                "bias": "none",
+                "fan_in_fan_out": false,
+                "inference_mode": true,
+                "init_lora_weights": true,
+                "layers_to_transform": null,
+                "lora_alpha": self.alpha,
+                "lora_dropout": 0.0,
+                "modules_to_save": null,
+                "peft_type": "LORA",
+                "r": self.rank,
+                "target_modules": TARGET_MODULES,
+                "task_type": "CAUSAL_LM",
+            });
+            let text = serde_json::to_string_pretty(&settings).expect("plain data");
+            fs::write(&config, text).map_err(io)?;
+        }
+        let stored = |parameter: &Parameter, name: &str| {
+            let tensor = parameter.tensor.detach().to_device(tch::Device::Cpu);
+            (name.to_owned(), tensor.to_kind(self.stored))
+        };
+        let (adapter, head) = self
+            .training
+            .parameters
+            .split_at(self.training.parameters.len() - HEAD.len());
+        let adapter: Vec<(String, Tensor)> = adapter
+            .iter()
+            .map(|parameter| stored(parameter, &parameter.name))
+            .collect();
+        let model = folder.join("adapter_model.safetensors");
+        save_safetensors(&model, &adapter, &[("format", "pt")])?;
+        // In float32, as it is small and decides the last digits of every reward.
+        let head: Vec<(&str, Tensor)> = ["weight", "bias"]
+            .into_iter()
+            .zip(head)
+            .map(|(name, parameter)| (name, parameter.tensor.detach()))
+            .collect();
+        save_torch(&folder.join(HEAD_FILE), &head)?;
+        for written in [&config, &folder, &to.to_owned()] {
+            File::open(written)
+                .and_then(|file| file.sync_all())
+                .map_err(io)?;
+        }
+        Ok(())
+    }
+
+    fn save_state(&mut self, to: &Path) -> Result<(), ModelError> {
+        self.training.save_state(to)
+    }
+
+    fn load_state(&mut self, from: &Path) -> Result<(), ModelError> {
+        self.training.load_state(from)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,339 @@
+//! Supervised fine-tuning: next-token loss on the answers of conversations, for every network here
+//! that writes text.
+//!
+//! A conversation is one causal pass, whatever number of its answers is learned; logits are computed
+//! only where they predict a learned token. Conversations go one by one; their gradients add up, so
+//! that the loss of a step is the mean over all learned tokens of its batch, as in transformers'
+//! trainer.
+
+use std::fs;
+use std::path::Path;
+
+use rayon::prelude::*;
+use tch::{Device, Kind, Tensor};
+
+use super::checkpoint::{Checkpoint, Purpose, Reader, TOWER};
+use super::decoder::{Decoder, DecoderConfig, LmHead};
+use super::device;
+use super::dpo::token_logps;
+use super::edge::guarded;
+use super::layers;
+use super::llava::Llava;
+use super::llava_onevision::LlavaOnevision;
+use super::optimizer::Parameter;
+use super::training::{Training, not_finite, row_error};
+use crate::models::{
+    self, Learner, Lesson, LlavaRlhf, ModelError, RowFault, SftLearner, SftReport, SftSettings,
+};
+use crate::prep::{JudgeLesson, JudgePrep, PolicyLesson, PolicyPrep};
+
+/// The head of a reward model's base, which judging never needs.
+const BASE_HEAD: &str = "lm_head.weight";
+
+/// A network that learns to write.
+pub trait Student {
+    /// What turns conversations into [`Student::Prepared`]; shared by threads.
+    type Prep: Sync;
+    /// A conversation as the network takes it.
+    type Prepared: Send;
+
+    fn prep(&self) -> &Self::Prep;
+
+    /// Decodes, cuts and tokenizes.
+    fn prepare(prep: &Self::Prep, lesson: &Lesson<'_>) -> Result<Self::Prepared, RowFault>;
+
+    /// The whole sequence (`[tokens, hidden]`), with its gradient.
+    fn embed(&self, lesson: &Self::Prepared) -> Tensor;
+
+    /// The ids of the whole sequence, and where in it the tokens stand that are learned.
+    fn tokens(lesson: &Self::Prepared) -> (&[i64], &[std::ops::Range<usize>]);
+
+    fn decoder(&self) -> &Decoder;
+
+    fn lm_head(&self) -> &LmHead;
+
+    /// Whether the loss depends on a parameter also when there are no pictures.
+    fn reads_without_pictures(parameter: &Parameter) -> bool;
+
+    /// Writes the parameters as a checkpoint into the new folder `to`.
+    fn save(&self, to: &Path, parameters: &[Parameter]) -> Result<(), ModelError>;
+}
+
+/// A student and what trains it.
+pub struct Sft<S> {
+    student: S,
+    training: Training,
+}
+
+/// Sums over the conversations of a step.
+#[derive(Default)]
+struct Sums {
+    loss: f64,
+    accurate: f64,
+    tokens: u64,
+}
+
+impl<S: Student> Sft<S> {
+    /// Forward and backward of one conversation of a batch with `learned` learned tokens.
+    fn learn_from(&self, lesson: &S::Prepared, learned: usize, sums: &mut Sums) {
+        let (ids, answers) = S::tokens(lesson);
+        let device = self.student.decoder().device();
+        let on_device = |ids: &[i64]| Tensor::from_slice(ids).to_device(device);
+        // A token is predicted where the one before it is read; the last one predicts nothing.
+        let places: Vec<i64> = answers
+            .iter()
+            .flat_map(|answer| answer.start as i64 - 1..answer.end as i64 - 1)
+            .collect();
+        let wanted: Vec<i64> = answers
+            .iter()
+            .flat_map(|answer| &ids[answer.clone()])
+            .copied()
+            .collect();
+        let embeds = self
+            .student
+            .embed(lesson)
+            .narrow(0, 0, ids.len() as i64 - 1);
+        let (hidden, _) = self.student.decoder().prefill(&embeds); // [tokens, hidden]
+        let hidden = hidden.index_select(0, &on_device(&places)); // [learned, hidden]
+        let logits = self.student.lm_head().forward(&hidden); // [learned, vocab]
+        let wanted = on_device(&wanted);
+        let loss = -token_logps(&logits, &wanted).sum(Kind::Double);
+        sums.loss += loss.double_value(&[]);
+        if sums.loss.is_finite() {
+            (loss / learned as f64).backward();
+        }
+        let likeliest = logits.detach().argmax(-1, false);
+        let accurate = likeliest.eq_tensor(&wanted).sum(Kind::Double);
+        sums.accurate += accurate.double_value(&[]);
+        sums.tokens += ids.len() as u64;
+    }
+}
+
+impl<S: Student> SftLearner for Sft<S> {
+    fn step(&mut self, batch: &[Lesson<'_>]) -> Result<SftReport, ModelError> {
+        assert!(!batch.is_empty(), "a step needs conversations");
+        let rows = || batch.iter().map(|lesson| lesson.id.to_owned()).collect();
+        let prep = self.student.prep();
+        let prepared: Vec<Result<S::Prepared, RowFault>> = batch
+            .par_iter()
+            .map(|lesson| S::prepare(prep, lesson))
+            .collect();
+        let mut lessons = Vec::with_capacity(batch.len());
+        for (lesson, prepared) in batch.iter().zip(prepared) {
+            lessons.push(prepared.map_err(|fault| row_error(lesson.id, fault.to_string()))?);
+        }
+        let learned: usize = lessons
+            .iter()
+            .flat_map(|lesson| S::tokens(lesson).1)
+            .map(ExactSizeIterator::len)
+            .sum();
+        self.training.begin_step();
+        let mut sums = Sums::default();
+        for (row, lesson) in batch.iter().zip(&lessons) {
+            let what = format!("training on prompt {}", row.id);
+            let length = S::tokens(lesson).0.len();
+            guarded(&what, 1, length, || {
+                self.learn_from(lesson, learned, &mut sums);
+            })?;
+            if !sums.loss.is_finite() {
+                return Err(not_finite(format!("the loss of prompt {}", row.id), rows()));
+            }
+        }
+        let has_pictures = batch.iter().any(|row| !row.prompt.pictures.is_empty());
+        let has_gradient =
+            |parameter: &Parameter| has_pictures || S::reads_without_pictures(parameter);
+        let update = self.training.update(rows, has_gradient)?;
+        Ok(SftReport {
+            loss: sums.loss / learned as f64,
+            accuracy: sums.accurate / learned as f64,
+            grad_norm: update.grad_norm,
+            learning_rate: update.learning_rate,
+            tokens: sums.tokens,
+            learned_tokens: learned as u64,
+        })
+    }
+}
+
+impl<S: Student> Learner for Sft<S> {
+    fn save(&mut self, to: &Path) -> Result<(), ModelError> {
+        self.student.save(to, &self.training.parameters)
+    }
+
+    fn save_state(&mut self, to: &Path) -> Result<(), ModelError> {
+        self.training.save_state(to)
+    }
+
+    fn load_state(&mut self, from: &Path) -> Result<(), ModelError> {
+        self.training.load_state(from)
+    }
+}
+
+/// LLaVA-OneVision as a student.
+pub struct OnevisionStudent {
+    prep: PolicyPrep,
+    checkpoint: Checkpoint,
+    network: LlavaOnevision,
+}
+
+impl Sft<OnevisionStudent> {
+    /// Opens the checkpoint; training is in float32.
+    pub fn open(spec: &models::LlavaOnevision, settings: &SftSettings) -> Result<Self, ModelError> {
+        let prep = PolicyPrep::open(&spec.weights)?;
+        let (device, _) = device::choose(spec.device, spec.dtype)?;
+        let checkpoint = Checkpoint::open(&spec.weights)?;
+        let purpose = Purpose::Training(settings.tower);
+        let (network, parameters) =
+            LlavaOnevision::open(&checkpoint, &prep.card, device, Kind::Float, purpose)?;
+        Ok(Self {
+            student: OnevisionStudent {
+                prep,
+                checkpoint,
+                network,
+            },
+            training: Training::new(parameters, &settings.optimization)?,
+        })
+    }
+}
+
+impl Student for OnevisionStudent {
+    type Prep = PolicyPrep;
+    type Prepared = PolicyLesson;
+
+    fn prep(&self) -> &PolicyPrep {
+        &self.prep
+    }
+
+    fn prepare(prep: &PolicyPrep, lesson: &Lesson<'_>) -> Result<PolicyLesson, RowFault> {
+        prep.lesson(lesson)
+    }
+
+    fn embed(&self, lesson: &PolicyLesson) -> Tensor {
+        let features: Vec<Tensor> = lesson
+            .prepared
+            .pictures
+            .iter()
+            .map(|tiles| self.network.image_features(tiles))
+            .collect();
+        self.network.embed_prompt(&lesson.prepared.text, &features)
+    }
+
+    fn tokens(lesson: &PolicyLesson) -> (&[i64], &[std::ops::Range<usize>]) {
+        (&lesson.prepared.text.ids, &lesson.answers)
+    }
+
+    fn decoder(&self) -> &Decoder {
+        &self.network.language_model
+    }
+
+    fn lm_head(&self) -> &LmHead {
+        &self.network.lm_head
+    }
+
+    fn reads_without_pictures(parameter: &Parameter) -> bool {
+        parameter.name.starts_with("language_model.")
+    }
+
+    fn save(&self, to: &Path, parameters: &[Parameter]) -> Result<(), ModelError> {
+        self.checkpoint.save(to, parameters)
+    }
+}
+
+/// The base and the tower of a LLaVA-RLHF reward model as a student.
+pub struct LlavaStudent {
+    prep: JudgePrep,
+    base: Checkpoint,
+    vision: Checkpoint,
+    network: Llava,
+    lm_head: LmHead,
+    device: Device,
+}
+
+impl Sft<LlavaStudent> {
+    /// Opens base and tower; an adapter, if there is one, has no part in this. Training is in
+    /// float32.
+    pub fn open(spec: &LlavaRlhf, settings: &SftSettings) -> Result<Self, ModelError> {
+        let prep = JudgePrep::open(spec)?;
+        let (device, _) = device::choose(spec.device, spec.dtype)?;
+        let base = Checkpoint::open_base(&spec.base)?;
+        let vision = Checkpoint::open_clip(&spec.vision)?;
+        let purpose = Purpose::Training(settings.tower);
+        let (network, lm_head, parameters) = {
+            let base_reader = Reader::new(&base, device, Kind::Float, purpose);
+            let vision_reader = Reader::new(&vision, device, Kind::Float, purpose);
+            let two_layers = base.has("model.mm_projector.0.weight");
+            let network = Llava::new(&vision_reader, &base_reader, two_layers, &prep.card)?;
+            let lm_head = if base.has(BASE_HEAD) {
+                let config = DecoderConfig::from(&prep.card.text_config);
+                LmHead::new(&(&layers::Path::root(&base_reader) / "lm_head"), &config)?
+            } else {
+                LmHead::tied(network.decoder())
+            };
+            let mut parameters = vision_reader.into_parameters();
+            parameters.extend(base_reader.into_parameters());
+            (network, lm_head, parameters)
+        };
+        Ok(Self {
+            student: LlavaStudent {
+                prep,
+                base,
+                vision,
+                network,
+                lm_head,
+                device,
+            },
+            training: Training::new(parameters, &settings.optimization)?,
+        })
+    }
+}
+
+impl Student for LlavaStudent {
+    type Prep = JudgePrep;
+    type Prepared = JudgeLesson;
+
+    fn prep(&self) -> &JudgePrep {
+        &self.prep
+    }
+
+    fn prepare(prep: &JudgePrep, lesson: &Lesson<'_>) -> Result<JudgeLesson, RowFault> {
+        prep.lesson(lesson)
+    }
+
+    fn embed(&self, lesson: &JudgeLesson) -> Tensor {
+        let side = self.prep.clip.side() as i64;
+        let features = lesson.pixels.as_ref().map(|pixels| {
+            let pixels = Tensor::from_slice(pixels)
+                .view([1, 3, side, side])
+                .to_device(self.device);
+            self.network.encode_images(&pixels).squeeze_dim(0)
+        });
+        let tokens = lesson.text.ids.len();
+        self.network.embed(&lesson.text, tokens, features.as_ref())
+    }
+
+    fn tokens(lesson: &JudgeLesson) -> (&[i64], &[std::ops::Range<usize>]) {
+        (&lesson.text.ids, &lesson.answers)
+    }
+
+    fn decoder(&self) -> &Decoder {
+        self.network.decoder()
+    }
+
+    fn lm_head(&self) -> &LmHead {
+        &self.lm_head
+    }
+
+    fn reads_without_pictures(parameter: &Parameter) -> bool {
+        !parameter.name.starts_with(TOWER) && !parameter.name.contains("mm_projector")
+    }
+
+    /// The folder `base`, and the folder `vision` beside it.
+    fn save(&self, to: &Path, parameters: &[Parameter]) -> Result<(), ModelError> {
+        let made = fs::create_dir(to);
+        made.map_err(|error| super::weights::refuse(to, error.to_string()))?;
+        self.base.save(&to.join("base"), parameters)?;
+        self.vision.save(&to.join("vision"), parameters)
+    }
+}
+
+#[cfg(test)]
+mod tests;

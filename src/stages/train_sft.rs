@@ -1,0 +1,237 @@
+//! `train_sft`: one training of a model on answers that are given.
+
+use std::num::NonZeroU32;
+use std::time::Instant;
+
+use arrow::array::RecordBatch;
+use arrow::datatypes::SchemaRef;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::training::{self, Recipe};
+use super::{
+    Failure, Fold, Input, ModelName, NonNegative, Positive, Role, Scope, Stage, StageError,
+    TableName, Training, Use, Work, shuffled_batches,
+};
+use crate::models::{Learned, Learner, Lesson, Schedule, SftLearner, SftSettings, Tower};
+use crate::store::Lookup;
+use crate::tables::{Prompt, Row, SftStep};
+
+/// Trains a model on the answers that prompts come with (supervised fine-tuning): the next token,
+/// given the ones before. Of a reward model it is the base and the tower that learn.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TrainSft {
+    /// The table of prompts; each must have an `answer`.
+    pub prompts: TableName,
+    /// The model that learns. From the next round on its name means the checkpoint made here.
+    pub model: ModelName,
+    /// The table of another training of the model in the same round; this one goes on where that
+    /// one ends. Left out: from the model as it is at the start of the round.
+    #[serde(default)]
+    pub after: Option<TableName>,
+    /// Which answers are learned: `all` that the assistant gives in a conversation, or the `last`.
+    #[serde(default)]
+    pub answers: Learned,
+    /// Whether the vision tower is trained with the rest (`train`) or stays as it is (`freeze`).
+    #[serde(default)]
+    pub tower: Tower,
+    /// The highest learning rate, reached after warmup; it then falls to 0 along a cosine.
+    #[serde(default = "defaults::learning_rate")]
+    pub learning_rate: Positive,
+    /// Passes over the prompts.
+    #[serde(default = "defaults::epochs")]
+    pub epochs: NonZeroU32,
+    /// Conversations per optimizer update.
+    #[serde(default = "defaults::batch_prompts")]
+    pub batch_prompts: NonZeroU32,
+    /// Share of the updates in which the learning rate rises from 0.
+    #[serde(default = "defaults::warmup_ratio")]
+    pub warmup_ratio: NonNegative,
+    /// AdamW's weight decay.
+    #[serde(default = "defaults::weight_decay")]
+    pub weight_decay: NonNegative,
+    /// Gradients with a larger norm are scaled down to it; 0 never clips.
+    #[serde(default = "defaults::max_grad_norm")]
+    pub max_grad_norm: NonNegative,
+    /// Updates between two saved states; a killed training goes on at the last one.
+    #[serde(default = "defaults::save_every")]
+    pub save_every: NonZeroU32,
+}
+
+/// LLaVA-NeXT's fine-tuning of LLaVA-OneVision (`scripts/train/finetune_ov.sh`: learning rate 1e-5,
+/// cosine, warmup 0.03, no weight decay) and the Hugging Face trainer's own; `batch_prompts` and
+/// `save_every` are ours.
+mod defaults {
+    use super::{NonNegative, NonZeroU32, Positive};
+
+    pub fn learning_rate() -> Positive {
+        1.0e-5.try_into().expect("positive")
+    }
+    pub fn epochs() -> NonZeroU32 {
+        NonZeroU32::MIN
+    }
+    pub fn batch_prompts() -> NonZeroU32 {
+        const { NonZeroU32::new(16).unwrap() }
+    }
+    pub fn warmup_ratio() -> NonNegative {
+        0.03.try_into().expect("not negative")
+    }
+    pub fn weight_decay() -> NonNegative {
+        0.0.try_into().expect("not negative")
+    }
+    pub fn max_grad_norm() -> NonNegative {
+        1.0.try_into().expect("not negative")
+    }
+    pub fn save_every() -> NonZeroU32 {
+        const { NonZeroU32::new(100).unwrap() }
+    }
+}
+
+impl TrainSft {
+    fn recipe(&self) -> Recipe {
+        Recipe {
+            learning_rate: self.learning_rate,
+            schedule: Schedule::Cosine,
+            warmup_ratio: self.warmup_ratio,
+            weight_decay: self.weight_decay,
+            max_grad_norm: self.max_grad_norm,
+        }
+    }
+}
+
+impl Stage for TrainSft {
+    fn inputs(&self) -> Vec<Input<'_>> {
+        let prompts = Input {
+            field: "prompts",
+            table: Some(&self.prompts),
+            needs: Prompt::schema(),
+            kind: Prompt::KIND,
+        };
+        training::inputs(prompts, self.after.as_ref())
+    }
+
+    fn uses(&self) -> Vec<Use<'_>> {
+        vec![Use {
+            field: "model",
+            model: &self.model,
+            role: Role::LearnsAnswers,
+        }]
+    }
+
+    fn kind(&self) -> Option<&'static str> {
+        Some(SftStep::KIND)
+    }
+
+    fn output(&self, _: &[(TableName, SchemaRef)]) -> Result<SchemaRef, StageError> {
+        self.recipe().check()?;
+        Ok(SftStep::schema())
+    }
+
+    fn draws(&self) -> bool {
+        true
+    }
+
+    fn unkeyed(&self) -> &'static [&'static str] {
+        &["save_every"]
+    }
+
+    fn work(&self) -> Work<'_> {
+        Work::Fold(Box::new(self))
+    }
+}
+
+impl Fold for &TrainSft {
+    fn input(&self) -> &TableName {
+        &self.prompts
+    }
+
+    fn model(&self) -> &ModelName {
+        &self.model
+    }
+
+    fn batches(&self, scope: &Scope<'_>, rows: usize) -> Vec<(u32, Vec<u32>)> {
+        shuffled_batches(scope, rows, self.epochs.get(), self.batch_prompts.get())
+    }
+
+    fn save_every(&self) -> u32 {
+        self.save_every.get()
+    }
+
+    fn schema(&self) -> SchemaRef {
+        SftStep::schema()
+    }
+
+    fn begin(
+        &self,
+        scope: &mut Scope<'_>,
+        steps: usize,
+        _: Option<Lookup>,
+    ) -> Result<Box<dyn Training + '_>, Failure> {
+        let settings = SftSettings {
+            tower: self.tower,
+            optimization: self.recipe().optimization(steps),
+        };
+        let learner = scope.models.sft_learner(&self.model, &settings)?;
+        Ok(Box::new(SftTraining {
+            stage: self,
+            learner,
+        }))
+    }
+}
+
+struct SftTraining<'a> {
+    stage: &'a TrainSft,
+    learner: Box<dyn SftLearner>,
+}
+
+impl Training for SftTraining<'_> {
+    fn step(
+        &mut self,
+        scope: &mut Scope<'_>,
+        number: u32,
+        epoch: u32,
+        rows: &RecordBatch,
+    ) -> Result<RecordBatch, Failure> {
+        let begun = Instant::now();
+        let rows = Prompt::from_batch(rows)?;
+        let mut prompts = Vec::with_capacity(rows.len());
+        for row in &rows {
+            prompts.push(scope.shelf.prompt(row, 0)?);
+        }
+        let mut lessons = Vec::with_capacity(rows.len());
+        for (row, prompt) in rows.iter().zip(&prompts) {
+            let missing = || {
+                let id = row.id.as_deref().unwrap_or(&row.prompt_id);
+                Failure::Other(format!(
+                    "prompt {id} of `{}` has no answer to learn; leave such prompts out: \
+                     sql: {{ query: \"select * from {} where answer is not null\", tables: [{}] }}",
+                    self.stage.prompts, self.stage.prompts, self.stage.prompts
+                ))
+            };
+            lessons.push(Lesson {
+                id: row.id.as_deref().unwrap_or(&row.prompt_id),
+                prompt,
+                answer: row.answer.as_deref().ok_or_else(missing)?,
+                learned: self.stage.answers,
+            });
+        }
+        let report = self.learner.step(&lessons);
+        let report = report.map_err(Failure::of(&self.stage.model))?;
+        Ok(SftStep::to_batch(&[SftStep {
+            step: number.cast_signed(),
+            epoch: epoch.cast_signed(),
+            loss: report.loss,
+            accuracy: report.accuracy,
+            grad_norm: report.grad_norm,
+            learning_rate: report.learning_rate,
+            tokens: report.tokens.cast_signed(),
+            learned_tokens: report.learned_tokens.cast_signed(),
+            seconds: begun.elapsed().as_secs_f64(),
+        }]))
+    }
+
+    fn learner(&mut self) -> &mut dyn Learner {
+        &mut *self.learner
+    }
+}
