@@ -44,6 +44,13 @@ pub struct QueryTable {
     pub with_round: bool,
 }
 
+/// A query that other queries can read as a table.
+#[derive(Debug, Clone)]
+pub struct View {
+    pub name: String,
+    pub query: String,
+}
+
 /// The schema that a query's result has. Nothing is read.
 pub fn plan(
     sql: &str,
@@ -61,11 +68,13 @@ pub fn plan(
     })
 }
 
-/// Runs a query and hands its rows to `sink`, batch by batch. Returns the result's schema.
+/// Runs a query over tables and views (each may read the ones before) and hands its rows to `sink`,
+/// batch by batch. Returns the result's schema.
 pub fn run<E: From<QueryError>>(
     sql: &str,
     params: &[(&str, Param)],
     tables: &[QueryTable],
+    views: &[View],
     spill: Option<&Path>,
     mut sink: impl FnMut(RecordBatch) -> Result<(), E>,
 ) -> Result<SchemaRef, E> {
@@ -73,6 +82,14 @@ pub fn run<E: From<QueryError>>(
     block_on(async {
         for table in tables {
             register(&context, table).await?;
+        }
+        for view in views {
+            // One that reads a table which the run has not begun yet is not there yet either.
+            if let Ok(frame) = prepare(&context, &view.query, &[]).await {
+                context
+                    .register_table(view.name.as_str(), frame.into_view())
+                    .map_err(error)?;
+            }
         }
         let frame = prepare(&context, sql, params).await?;
         let schema = Arc::new(frame.schema().as_arrow().clone());
@@ -188,7 +205,8 @@ fn register_empty(
     Ok(())
 }
 
-fn with_round(schema: &SchemaRef, wanted: bool) -> SchemaRef {
+/// The columns of a table as queries see it: with `round`, where it is `wanted`.
+pub fn with_round(schema: &SchemaRef, wanted: bool) -> SchemaRef {
     if !wanted {
         return schema.clone();
     }

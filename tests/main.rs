@@ -19,3 +19,5 @@ mod scene;
 mod schemas;
 /// House rules: floors, headings, the map, formatting.
 mod tidy;
+/// Trainings, comparisons and the report with scripted models.
+mod training;

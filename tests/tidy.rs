@@ -16,7 +16,7 @@ const FLOORS: [(&str, &str); 10] = [
     ("store", "tables"),
     ("query", "tables store"),
     ("stages", "tables models prep store query"),
-    ("config", "tables models prep stages"),
+    ("config", "tables models prep query stages"),
     ("run", "tables models prep store query stages config"),
     ("cli", "tables models prep store query stages config run"),
 ];

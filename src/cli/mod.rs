@@ -3,6 +3,7 @@
 //! Two programs share it. `pipeline` has no networks, and replaces itself with `pipeline-engine`
 //! when a network must open; that one brings a [`ModelLoader`].
 
+mod chart;
 mod check;
 mod doctor;
 mod engine;
@@ -10,6 +11,7 @@ mod export;
 mod init;
 mod out;
 mod progress;
+mod report;
 mod run;
 mod schema;
 mod sql;

@@ -7,11 +7,12 @@ use clap::Args;
 
 use super::check::{PipelineFile, warn};
 use super::progress::Progress;
-use super::{Failed, engine};
+use super::{Failed, engine, report};
 use crate::config::{At, Complaint, KeyPath, Look, Plan, load};
 use crate::models::ModelLoader;
-use crate::run::{Interrupt, Options, RunError, run};
+use crate::run::{Interrupt, Options, RunError, Summary, run};
 use crate::stages::{Failure, TableName};
+use crate::store::RunFolder;
 
 /// Runs a pipeline, or goes on with a run that was stopped; what is done is not done again.
 #[derive(Args)]
@@ -54,18 +55,15 @@ impl Run {
         progress.clear();
         let folder = options.folder.display();
         match done {
-            Ok(summary) if summary.made == 0 => {
-                eprintln!(
-                    "nothing to do: all {} tables of {folder} are there",
-                    summary.reused
-                );
-                Ok(())
-            }
             Ok(summary) => {
-                eprintln!(
-                    "done: {} tables made, {} there before, in {folder}",
-                    summary.made, summary.reused
-                );
+                if options.until.is_none() {
+                    report::print(&plan, &RunFolder::read(&options.folder)?)?;
+                }
+                let Summary { made, reused } = summary;
+                match made {
+                    0 => eprintln!("nothing to do: all {reused} tables of {folder} are there"),
+                    _ => eprintln!("done: {made} tables made, {reused} there before, in {folder}"),
+                }
                 Ok(())
             }
             Err(error) if matches!(*error.failure, Failure::Interrupted) => {

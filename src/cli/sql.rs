@@ -13,7 +13,7 @@ use clap::{Args, ValueEnum};
 
 use super::out::{Out, line};
 use super::{Failed, run_folder};
-use crate::query::{self, QueryError, QueryTable};
+use crate::query::{self, QueryError, QueryTable, View};
 use crate::store::RunFolder;
 use crate::tables::{Image, Reject, Row, schema_of};
 
@@ -84,19 +84,39 @@ impl Sql {
     }
 
     fn answer(&self, run: &RunFolder, query: &str) -> Result<(), Failed> {
-        let tables = views(run)?;
-        let spill = tempfile::tempdir()
-            .map_err(|error| Failed::Words(format!("no folder for temporary files: {error}")))?;
         let mut printer = Printer::new(self.format);
-        let schema = query::run(query, &[], &tables, Some(spill.path()), |batch| {
-            printer.print(&batch)
-        })?;
+        let schema = ask(run, query, |batch| printer.print(&batch))?;
         printer.end(&Arc::new((*schema).clone()))
     }
 }
 
+/// Runs a query over all that there is in a run: its tables, and the views of its report.
+pub fn ask(
+    run: &RunFolder,
+    query: &str,
+    sink: impl FnMut(RecordBatch) -> Result<(), Failed>,
+) -> Result<SchemaRef, Failed> {
+    let spill = tempfile::tempdir()
+        .map_err(|error| Failed::Words(format!("no folder for temporary files: {error}")))?;
+    let views = report_views(&run.manifest().source);
+    query::run(query, &[], &tables(run)?, &views, Some(spill.path()), sink)
+}
+
+/// The views that the pipeline of the last run names.
+fn report_views(source: &serde_json::Value) -> Vec<View> {
+    let views = source.get("views").and_then(serde_json::Value::as_array);
+    let view = |view: &serde_json::Value| {
+        let text = |name: &str| Some(view.get(name)?.as_str()?.to_owned());
+        Some(View {
+            name: text("name")?,
+            query: text("query")?,
+        })
+    };
+    views.into_iter().flatten().filter_map(view).collect()
+}
+
 /// Every table that the manifest lists, with the rounds it has so far.
-pub fn views(run: &RunFolder) -> Result<Vec<QueryTable>, Failed> {
+fn tables(run: &RunFolder) -> Result<Vec<QueryTable>, Failed> {
     let manifest = run.manifest();
     let mut tables: Vec<QueryTable> = Vec::new();
     for made in &manifest.made {
@@ -210,7 +230,7 @@ impl Printer {
 
 /// Columns that a person (or CSV) can read: bytes become their number, and, in CSV, lists and structs
 /// become text.
-fn readable(batch: &RecordBatch, flat: bool) -> Result<RecordBatch, ArrowError> {
+pub fn readable(batch: &RecordBatch, flat: bool) -> Result<RecordBatch, ArrowError> {
     let mut fields = Vec::new();
     let mut columns: Vec<ArrayRef> = Vec::new();
     for (field, column) in batch.schema().fields().iter().zip(batch.columns()) {

@@ -316,7 +316,10 @@ fn trained_once(written: &Written, complaints: &mut Vec<Complaint>) {
         table: &'a TableName,
         model: &'a ModelName,
         after: Option<&'a TableName>,
+        /// Where the model is named.
         at: At,
+        /// Where `after` stands.
+        at_after: At,
     }
     let mut trainings: Vec<Training> = Vec::new();
     for stage in &written.stages {
@@ -330,6 +333,7 @@ fn trained_once(written: &Written, complaints: &mut Vec<Complaint>) {
                 model: used.model,
                 after: after.as_ref().and_then(|input| input.table),
                 at: At::value(stage.settings.key(used.field)),
+                at_after: At::value(stage.settings.key(AFTER)),
             });
         }
     }
@@ -347,7 +351,7 @@ fn trained_once(written: &Written, complaints: &mut Vec<Complaint>) {
                 "`{}` goes on from `{after}`, which does not train `{}`",
                 training.table, training.model
             );
-            let complaint = Complaint::new("config::after", training.at.clone(), message)
+            let complaint = Complaint::new("config::after", training.at_after.clone(), message)
                 .also(At::key(stage.settings.clone()), "not a training of it");
             complaints.push(complaint.help("name a `train_…` stage of the same model"));
             continue;

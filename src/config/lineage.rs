@@ -8,12 +8,13 @@ use arrow::datatypes::{Schema, SchemaRef};
 use super::check::all_stages;
 use super::complaint::{At, Complaint};
 use super::guess::guess;
-use super::pipeline::Written;
+use super::pipeline::{Chart, Written};
 use super::source::KeyPath;
 use super::words::listed;
 use crate::models::ModelSpec;
+use crate::query::{self, with_round};
 use crate::stages::{Input, ModelName, StageSpec, TableName};
-use crate::tables::{Misfit, fits, schema_of};
+use crate::tables::{Image, Misfit, Reject, Row, fits, schema_of};
 
 /// A stage on its way to the plan.
 pub struct Draft {
@@ -87,7 +88,65 @@ impl Lineage {
             lineage.make_schema(position);
             lineage.settle(position, &trained, &unfinished);
         }
+        lineage.report(written);
         lineage
+    }
+
+    /// Plans the queries of the report over the columns that arrive.
+    fn report(&mut self, written: &Written) {
+        let mut tables: Vec<(String, SchemaRef)> = vec![
+            ("images".to_owned(), Image::schema()),
+            ("rejects".to_owned(), Reject::schema()),
+        ];
+        for draft in &self.drafts {
+            if draft.is_doubtful {
+                return;
+            }
+            let Some(schema) = &draft.schema else {
+                return;
+            };
+            let schema = with_round(schema, draft.round_first.is_some());
+            tables.push((draft.name.to_string(), schema));
+        }
+        for view in &written.report {
+            let Some(spec) = &view.spec else {
+                return;
+            };
+            let name = view.name.to_string();
+            if tables.iter().any(|(table, _)| *table == name) {
+                let message = format!("there is a table `{name}` already");
+                let at = At::key(view.path.clone());
+                let complaint = Complaint::new("config::duplicate", at, message);
+                self.complaints
+                    .push(complaint.help("views and tables are named side by side"));
+                continue;
+            }
+            let schema = match query::plan(&spec.query, &tables, &[]) {
+                Ok(schema) => schema,
+                Err(error) => {
+                    let at = At::value(view.settings.key("query"));
+                    self.complaints
+                        .push(Complaint::new("config::report", at, error.0));
+                    return;
+                }
+            };
+            for column in spec.chart.iter().flat_map(Chart::columns) {
+                if schema.field_with_name(column).is_err() {
+                    let columns: Vec<&str> = schema
+                        .fields()
+                        .iter()
+                        .map(|field| field.name().as_str())
+                        .collect();
+                    let at = At::value(view.settings.key("chart"));
+                    let message = format!("`{name}` has no column `{column}`");
+                    let complaint = Complaint::new("config::chart", at, message)
+                        .guess(guess(column, columns.iter().copied()));
+                    let help = format!("its columns are {}", listed(columns));
+                    self.complaints.push(complaint.help(help));
+                }
+            }
+            tables.push((name, schema));
+        }
     }
 
     /// Resolves the tables that a stage names.

@@ -28,7 +28,7 @@ mod guess;
 mod schema;
 
 pub use complaint::{At, Complaint, Complaints, Gravity, Look};
-pub use pipeline::{KeepImages, PipelineName, Share};
+pub use pipeline::{Chart, KeepImages, PipelineName, Share, View};
 pub use plan::{Plan, PlannedStage};
 pub use reference::{EnvReference, Secrets};
 pub use schema::{pipeline_schema, table_schema};

@@ -39,6 +39,10 @@ pub struct Written {
     /// round.
     #[schemars(default, with = "BTreeMap<TableName, StageSpec>")]
     pub evaluate: Vec<Entry<TableName, StageSpec>>,
+    /// What the run has to say when it ends: views by name, printed in this order, which later ones and
+    /// `pipeline sql` know, too.
+    #[schemars(default, with = "BTreeMap<TableName, View>")]
+    pub report: Vec<Entry<TableName, View>>,
     /// The share of a stage's rows that may be faulty before the run stops, from 0 to 1.
     #[schemars(default)]
     pub reject_share_max: Share,
@@ -48,7 +52,7 @@ pub struct Written {
 }
 
 /// The top-level fields, in the order in which people write them.
-pub const FIELDS: [&str; 9] = [
+pub const FIELDS: [&str; 10] = [
     "pipeline",
     "seed",
     "rounds",
@@ -56,9 +60,41 @@ pub const FIELDS: [&str; 9] = [
     "models",
     "stages",
     "evaluate",
+    "report",
     "reject_share_max",
     "keep_images",
 ];
+
+/// A query over all rounds of a run, which is printed when the run ends.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct View {
+    /// The query. It may read every table of the run, with the column `round` where a table has
+    /// rounds, and the views before.
+    pub query: String,
+    /// A picture of it, as report/<name>.svg in the run's folder.
+    #[serde(default)]
+    pub chart: Option<Chart>,
+}
+
+/// Which columns of a view are drawn.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Chart {
+    /// The column that goes to the right.
+    pub x: String,
+    /// The columns that go up, each in a panel of its own.
+    pub lines: Vec<String>,
+}
+
+impl Chart {
+    /// All columns that it draws.
+    pub fn columns(&self) -> impl Iterator<Item = &str> {
+        std::iter::once(&self.x)
+            .chain(&self.lines)
+            .map(String::as_str)
+    }
+}
 
 /// The default of `rounds`.
 pub fn one() -> NonZeroU32 {

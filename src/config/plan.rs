@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::complaint::{At, Complaint, Sources};
 use super::lineage::{Draft, Lineage};
-use super::pipeline::{KeepImages, PipelineName, Share, Written};
+use super::pipeline::{KeepImages, PipelineName, Share, View, Written};
 use super::reference::{EnvReference, Secrets};
 use super::source::{KeyPath, Place, Step};
 use crate::models::ModelSpec;
@@ -32,6 +32,8 @@ pub struct Plan {
     pub stages: Vec<PlannedStage>,
     /// The stages under `evaluate`, likewise; they run after those of the round.
     pub evaluate: Vec<PlannedStage>,
+    /// What the run has to say when it ends, in the written order.
+    pub report: Vec<(TableName, View)>,
     /// What is perhaps not meant, in the order of the text.
     pub warnings: Vec<Complaint>,
     pub reject_share_max: Share,
@@ -268,6 +270,11 @@ pub fn assemble(
             .collect(),
         stages,
         evaluate,
+        report: written
+            .report
+            .into_iter()
+            .filter_map(|entry| Some((entry.name, entry.spec?)))
+            .collect(),
         warnings,
         reject_share_max: written.reject_share_max,
         keep_images: written.keep_images,

@@ -12,10 +12,11 @@ use serde_yaml::with::singleton_map_recursive;
 use super::complaint::{At, Complaint};
 use super::guess::guess;
 use super::node::Node;
-use super::pipeline::{Entry, FIELDS, PipelineName, Written, one};
+use super::pipeline::{Entry, FIELDS, PipelineName, View, Written, one};
 use super::reference::{Environment, Replacer, Secrets, Variable};
 use super::source::{KeyPath, Step};
 use super::words::{Subject, listed, reword};
+use crate::stages::TableName;
 
 /// Reads the tree of a file. There is always a result, with defaults in place of what is wrong; it
 /// may be used only if there are no complaints, or to look for more.
@@ -51,6 +52,7 @@ pub fn read(tree: Node, environment: Environment<'_>) -> (Written, Secrets, Vec<
         models: reader.entries(&tree, "models", "network"),
         stages: reader.entries(&tree, "stages", "verb"),
         evaluate: reader.entries(&tree, "evaluate", "verb"),
+        report: reader.views(&tree),
         reject_share_max: reader.field(&tree, "reject_share_max").unwrap_or_default(),
         keep_images: reader.field(&tree, "keep_images").unwrap_or_default(),
     };
@@ -192,6 +194,35 @@ impl Reader {
             }
         }
         entries
+    }
+
+    /// The views under `report`.
+    fn views(&mut self, tree: &Node) -> Vec<Entry<TableName, View>> {
+        let path = KeyPath::root().key("report");
+        let Some(node) = tree.get("report") else {
+            return Vec::new();
+        };
+        let Some(map) = self.map(node, &path, "a map: `name: { query: … }`") else {
+            return Vec::new();
+        };
+        let mut views = Vec::new();
+        for (key, node) in map {
+            let path = path.key(&key);
+            let spec = self.value(node, &path, 0);
+            match TableName::try_from(key) {
+                Ok(name) => views.push(Entry {
+                    name,
+                    settings: path.clone(),
+                    path,
+                    spec,
+                }),
+                Err(message) => {
+                    let complaint = Complaint::new("config::name", At::key(path), message);
+                    self.complaints.push(complaint);
+                }
+            }
+        }
+        views
     }
 
     /// A map of one word (a verb, a network) and its settings.

@@ -171,7 +171,12 @@ impl ScriptedLearner {
 
     /// Takes notice of one row of a step.
     fn remember(&mut self, id: &str, text: &str) {
-        self.memory = number(&[&self.memory.to_le_bytes(), id.as_bytes(), text.as_bytes()]);
+        self.memory = number(&[
+            &self.memory.to_le_bytes(),
+            &self.step.to_le_bytes(),
+            id.as_bytes(),
+            text.as_bytes(),
+        ]);
     }
 
     fn logp(&self, example: &Example<'_>, answer: &Answer) -> f64 {

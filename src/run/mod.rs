@@ -23,9 +23,9 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 
 use arrow::datatypes::SchemaRef;
-use serde_json::json;
+use serde_json::{Value, json};
 
-use crate::config::{Plan, PlannedStage};
+use crate::config::{Plan, PlannedStage, View};
 use crate::models::ModelLoader;
 use crate::stages::{Failure, ModelName, Shelf, TableName, Work};
 use crate::store::{
@@ -153,9 +153,11 @@ impl<'a> Runner<'a> {
                 "files of `{table}` are missing or spoiled; they are made again"
             ));
         }
-        folder.set_source(
-            json!({ "file": plan.path, "pipeline": plan.pipeline.as_str(), "seed": plan.seed }),
-        )?;
+        let view = |(name, view): &(TableName, View)| json!({ "name": name.as_str(), "query": plan.secrets.hide(&view.query) });
+        let views: Vec<Value> = plan.report.iter().map(view).collect();
+        folder.set_source(json!({
+            "file": plan.path, "pipeline": plan.pipeline.as_str(), "seed": plan.seed, "views": views
+        }))?;
         let fingerprints = Fingerprints::open(folder.cache()?.join("fingerprints.json"));
         Ok(Self {
             plan,

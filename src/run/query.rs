@@ -65,6 +65,7 @@ impl Runner<'_> {
             &work.sql,
             &[],
             &tables,
+            &[],
             Some(spill.path()),
             |batch| -> Result<(), Failure> {
                 if interrupt.raised() {

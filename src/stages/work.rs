@@ -169,7 +169,7 @@ impl Shelf {
             with_round: false,
         };
         let tables: Vec<QueryTable> = tables.iter().map(table).collect();
-        query::run(sql, params, &tables, Some(&self.spill), sink)?;
+        query::run(sql, params, &tables, &[], Some(&self.spill), sink)?;
         Ok(())
     }
 

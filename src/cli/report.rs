@@ -1,0 +1,39 @@
+//! What a run has to say when it ends: the views under `report`, as tables and pictures.
+
+use arrow::array::RecordBatch;
+use arrow::util::pretty::pretty_format_batches;
+
+use super::chart::draw;
+use super::out::line;
+use super::sql::{ask, readable};
+use super::{Failed, chart};
+use crate::config::Plan;
+use crate::store::{RunFolder, StoreError, write_atomically};
+
+/// Prints the views of a finished run, and writes their pictures to its folder `report`.
+pub fn print(plan: &Plan, run: &RunFolder) -> Result<(), Failed> {
+    for (name, view) in &plan.report {
+        let mut batches: Vec<RecordBatch> = Vec::new();
+        ask(run, &format!("select * from \"{name}\""), |batch| {
+            batches.push(readable(&batch, true)?);
+            Ok(())
+        })?;
+        if batches.is_empty() {
+            eprintln!("{name}: nothing");
+            continue;
+        }
+        line(format_args!("{name}"))?;
+        line(pretty_format_batches(&batches)?)?;
+        let Some(wanted) = &view.chart else {
+            continue;
+        };
+        let panels = chart::panels(&batches, wanted)?;
+        let svg = draw(&panels).map_err(|error| Failed::Words(format!("{name}: {error}")))?;
+        let folder = run.root().join("report");
+        std::fs::create_dir_all(&folder).map_err(StoreError::io("create", &folder))?;
+        let path = folder.join(format!("{name}.svg"));
+        write_atomically(&path, svg.as_bytes())?;
+        eprintln!("drawn in {}", path.display());
+    }
+    Ok(())
+}
