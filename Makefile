@@ -30,9 +30,16 @@ demo: setup ## build, and run pipelines/dpo.yaml: three rounds on the small worl
 test: setup ## run the tests: code, schemas, layering, formatting
 	cargo test
 
-world: setup ## write data-samples again, byte for byte the same
+world: setup ## make data-samples again, its two models included, from nothing (an hour)
+	cargo build --bins --example small_world
 	rm -rf data-samples/images
-	cargo run --example small_world -- data-samples
+	cargo run --quiet --example small_world -- world data-samples
+	cargo run --quiet --example small_world -- lessons runs/lessons
+	cargo run --quiet --bin pipeline -- run pipelines/small-world.yaml
+	rm -rf data-samples/policy data-samples/reward
+	cargo run --quiet --bin pipeline -- export small-world-models checkpoint --model policy --to data-samples/policy
+	cargo run --quiet --bin pipeline -- export small-world-models checkpoint --model judge --to data-samples/reward
+	cp runs/lessons/start/reward/prompt.txt data-samples/reward/
 
 .PHONY: tools
 tools:

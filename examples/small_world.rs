@@ -1,9 +1,9 @@
-//! Writes the small world: everything in `data-samples/` but its README.
+//! Writes the small world: everything in `data-samples/` but its README and the two models, and what
+//! those are trained on.
 //!
-//! `cargo run --example small_world -- data-samples` (or `make world`) writes it again, byte for
-//! byte the same. Pictures of colored shapes come with questions whose true answers are known,
-//! because the picture was drawn from the answer; beside them lie two small checkpoints with random
-//! weights in the layouts of the real models, and their tokenizers.
+//! `make world` makes all of it from nothing. Pictures of colored shapes come with questions whose
+//! true answers are known, because the picture was drawn from the answer. The models begin with
+//! random weights in the layouts of the real ones; `pipelines/small-world.yaml` trains them.
 //!
 //! Every random number comes from a stream that is named after what it is for ([`Random::named`]),
 //! so asking for more pictures leaves the first ones as they were. All arithmetic is `+ - * /` and
@@ -20,12 +20,12 @@ mod small_world {
 
     pub mod questions;
 
+    pub mod lessons;
     pub mod records;
 
     pub mod tokenizers;
 
     pub mod tensors;
-    pub mod torch_file;
 
     pub mod policy;
 
@@ -35,35 +35,61 @@ mod small_world {
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{Args, Parser, Subcommand};
 use small_world::files::Outcome;
-use small_world::records::{Counts, Split};
-use small_world::{judge, policy, records, tokenizers};
+use small_world::records::{Counts, Split, World};
+use small_world::{judge, lessons, policy, records, tokenizers};
 
-/// Writes pictures, questions, tokenizers and two random checkpoints.
+/// Writes the small world, or what its models learn from.
 #[derive(Parser)]
 struct Arguments {
-    /// The folder to write to; files of the same names are replaced.
-    to: PathBuf,
+    #[command(subcommand)]
+    what: What,
+    #[command(flatten)]
+    world: WorldArguments,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// The pictures of both splits, their questions and preferences.
+    World {
+        /// The folder to write to; files of the same names are replaced.
+        to: PathBuf,
+    },
+    /// Other pictures, conversations and preferences about them, and two models with random weights.
+    Lessons {
+        /// The folder to write to; files of the same names are replaced.
+        to: PathBuf,
+        /// Pictures of a single shape, to begin with.
+        #[arg(long, default_value_t = 6_000)]
+        first_steps: usize,
+        /// The other pictures.
+        #[arg(long, default_value_t = 10_000)]
+        pictures: usize,
+    },
+}
+
+#[derive(Args)]
+struct WorldArguments {
     /// Pictures to train on.
-    #[arg(long, default_value_t = 48)]
+    #[arg(long, default_value_t = 160, global = true)]
     train: usize,
-    /// Pictures that are held out: none shows a scene that a training picture shows.
-    #[arg(long, default_value_t = 16)]
+    /// Pictures that are held out: none shows a scene that a training picture or a lesson shows.
+    #[arg(long, default_value_t = 100, global = true)]
     held_out: usize,
     /// Questions about each picture, 1 to 5, each on another topic; fewer where a topic does not fit.
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=5))]
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=5), global = true)]
     questions: u8,
-    /// Human-style preferences about each training picture.
-    #[arg(long, default_value_t = 2)]
+    /// Human-style preferences about each picture.
+    #[arg(long, default_value_t = 3, global = true)]
     preferences: usize,
     /// Another seed makes another world.
-    #[arg(long, default_value_t = 17)]
+    #[arg(long, default_value_t = 17, global = true)]
     seed: u64,
 }
 
 fn main() -> ExitCode {
-    match write_world(&Arguments::parse()) {
+    match write(&Arguments::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("small_world: {error}");
@@ -72,25 +98,46 @@ fn main() -> ExitCode {
     }
 }
 
-fn write_world(arguments: &Arguments) -> Outcome<()> {
-    let counts = Counts {
-        pictures: [arguments.train, arguments.held_out],
-        questions: usize::from(arguments.questions),
-        preferences: arguments.preferences,
-    };
-    let world = records::draw_world(arguments.seed, counts)?;
-    world.write(&arguments.to)?;
-
-    let corpus = tokenizers::corpus(arguments.seed);
-    policy::write(&arguments.to.join("policy"), arguments.seed, &corpus)?;
-    judge::write(&arguments.to.join("reward"), arguments.seed, &corpus)?;
-
-    println!(
-        "{} pictures to train on, {} held out, written with their questions, a policy and a \
-         reward model to {}",
-        world.pictures(Split::Train).count(),
-        world.pictures(Split::HeldOut).count(),
-        arguments.to.display()
-    );
+fn write(arguments: &Arguments) -> Outcome<()> {
+    let world = arguments.world.draw()?;
+    match &arguments.what {
+        What::World { to } => {
+            world.write(to)?;
+            println!(
+                "{} pictures to train on, {} held out, written with their questions to {}",
+                world.pictures(Split::Train).count(),
+                world.pictures(Split::HeldOut).count(),
+                to.display()
+            );
+        }
+        What::Lessons {
+            to,
+            first_steps,
+            pictures,
+        } => {
+            let seed = arguments.world.seed;
+            let counts = [*first_steps, *pictures];
+            lessons::write(to, seed, counts, &world.contents())?;
+            let corpus = tokenizers::corpus(seed);
+            policy::write(&to.join("start/policy"), seed, &corpus)?;
+            judge::write(&to.join("start/reward"), seed, &corpus)?;
+            println!(
+                "{} pictures written with their lessons and two untrained models to {}",
+                first_steps + pictures,
+                to.display()
+            );
+        }
+    }
     Ok(())
+}
+
+impl WorldArguments {
+    fn draw(&self) -> Outcome<World> {
+        let counts = Counts {
+            pictures: [self.train, self.held_out],
+            questions: usize::from(self.questions),
+            preferences: self.preferences,
+        };
+        records::draw_world(self.seed, counts)
+    }
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use ovchat::store::RunFolder;
-use ovchat::tables::{Candidate, DpoStep, Finish, Pair, Reference, Reward, Row};
+use ovchat::tables::{Candidate, Comparison, DpoStep, Finish, Pair, Reference, Reward, Row};
 
 use crate::scene::{ROOT, Scene};
 
@@ -31,9 +31,9 @@ models:
       device: cpu
 stages:
   prompts:
-    load_prompts: {{ from: {samples}/prompts.json, images: {samples}/images, captions: {samples}/captions.json, limit: 8 }}
+    load_prompts: {{ from: {samples}/prompts.json, images: {samples}/images, limit: 8 }}
   candidates:
-    sample: {{ prompts: prompts, model: policy, count: 3, max_new_tokens: 6, part: 2 }}
+    sample: {{ prompts: prompts, model: policy, count: 3, temperature: 1.5, top_p: 1.0, max_new_tokens: 6, part: 2 }}
   rewards:
     score: {{ candidates: candidates, judge: judge, part: 2 }}
   pairs:
@@ -153,6 +153,111 @@ fn networks_answer_score_and_learn_and_a_killed_run_ends_with_the_same_weights()
         undisturbed.tables("runs/networks")
     );
     assert_eq!(weights(&killed), weights(&undisturbed));
+}
+
+/// A base gets its adapter, and the policy learns an answer, from nothing but what they are shown.
+#[test]
+fn a_reward_model_and_a_policy_are_made_and_taken_out() {
+    let scene = Scene::new();
+    let parity = format!("{ROOT}/tests/parity");
+    let record = |number: usize| {
+        serde_json::json!({ "id": format!("q{number}"), "image": "wide.png", "prompt": format!("Is it {number}?"),
+            "answer": "It is so.", "chosen": "It is so.", "rejected": "No." })
+    };
+    let records: Vec<_> = (0..4).map(record).collect();
+    scene.write("records.json", serde_json::to_vec(&records).unwrap());
+    let folder = |part: &str| format!("{parity}/reward/{part}");
+    let judge = |base: &str, vision: &str, adapter: &str| {
+        let prompt = folder("prompt.txt");
+        format!(
+            "judge: {{ llava_rlhf: {{ base: {base}, vision: {vision}, {adapter} prompt: {prompt}, device: cpu }} }}"
+        )
+    };
+    let compare = format!(
+        "
+  records: {{ load_feedback: {{ from: records.json, images: {} }} }}
+  agreement: {{ compare: {{ pairs: records, judge: judge }} }}
+",
+        folder("images")
+    );
+    scene.write(
+        "p.yaml",
+        format!(
+            "
+pipeline: made
+models:
+  {}
+  policy: {{ llava_onevision: {{ weights: {parity}/onevision, device: cpu }} }}
+stages:
+  lessons: {{ load_prompts: {{ from: records.json, images: {images} }} }}
+  feedback: {{ load_feedback: {{ from: records.json, images: {images} }} }}
+  sft: {{ train_sft: {{ prompts: lessons, model: judge, learning_rate: 1.0e-3, batch_prompts: 2 }} }}
+  reward: {{ train_reward: {{ pairs: feedback, model: judge, after: sft, rank: 4, learning_rate: 2.0e-2, batch_pairs: 1, epochs: 3, save_every: 2 }} }}
+  words: {{ train_sft: {{ prompts: lessons, model: policy, learning_rate: 1.0e-2, batch_prompts: 2, epochs: 20, save_every: 7 }} }}
+evaluate:{compare}  answers: {{ sample: {{ prompts: lessons, model: policy, count: 1, temperature: 0, max_new_tokens: 16 }} }}
+",
+            judge(&folder("base"), &folder("vision"), ""),
+            images = folder("images"),
+        ),
+    );
+    scene.succeeds(&["run", "p.yaml"]);
+    let read = |run: &str, table: &str, round| {
+        let run = RunFolder::read(&scene.path(run)).unwrap();
+        run.reader(table, round)
+            .map(Result::unwrap)
+            .collect::<Vec<_>>()
+    };
+    let comparisons = |run: &str, round| -> Vec<Comparison> {
+        let batches = read(run, "agreement", round);
+        batches
+            .iter()
+            .flat_map(|batch| Comparison::from_batch(batch).unwrap())
+            .collect()
+    };
+    let trained = comparisons("runs/made", Some(1));
+    assert!(trained.iter().all(|row| row.agrees), "{trained:?}");
+    // A judge without an adapter is first asked after its training.
+    let run = RunFolder::read(&scene.path("runs/made")).unwrap();
+    assert!(run.manifest().find("agreement", Some(0)).is_none());
+    let answers = read("runs/made", "answers", Some(1));
+    let answers = answers
+        .iter()
+        .flat_map(|batch| Candidate::from_batch(batch).unwrap());
+    let texts: Vec<String> = answers.map(|answer| answer.text).collect();
+    assert_eq!(texts, ["It is so."; 4]);
+
+    // What is taken out scores the same.
+    let said = scene.pipeline(&["export", "made", "checkpoint", "--to", "out"]);
+    assert!(
+        said.err.contains("--model judge or --model policy"),
+        "{}",
+        said.err
+    );
+    scene.succeeds(&[
+        "export",
+        "made",
+        "checkpoint",
+        "--model",
+        "judge",
+        "--to",
+        "out",
+    ]);
+    assert_eq!(names(&scene.path("out")), ["adapter", "base", "vision"]);
+    scene.write(
+        "again.yaml",
+        format!(
+            "
+pipeline: again
+models:
+  {}
+stages:{compare}",
+            judge("out/base", "out/vision", "adapter: out/adapter,")
+        ),
+    );
+    scene.succeeds(&["run", "again.yaml"]);
+    for (first, second) in trained.iter().zip(comparisons("runs/again", None)) {
+        assert!((first.margin - second.margin).abs() < 1e-6);
+    }
 }
 
 #[test]

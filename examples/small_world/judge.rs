@@ -1,44 +1,34 @@
 //! The judge: a LLaVA-RLHF reward model with random weights, in the layout of the published one.
 //!
 //! `base` is the LLaVA folder (Llama and a single linear projector), `vision` the CLIP folder as
-//! transformers 5 writes it, `adapter` the LoRA adapter with the file `reward_head` beside it, and
-//! `prompt.txt` the text that asks for the score.
+//! transformers 5 writes it, and `prompt.txt` the text that asks for the score. The LoRA adapter and
+//! the reward head are what training adds.
 
 use std::path::Path;
 
 use serde_json::{Value, json};
 
 use super::files::{self, Outcome};
-use super::tensors::{Precision, Tensors};
+use super::tensors::Tensors;
 use super::tokenizers::{self as vocabularies, id};
-use super::torch_file::{self, Tensor};
-
-const PRECISION: Precision = Precision::Bfloat16;
 
 // The decoder (Llama).
-const HIDDEN: usize = 64;
-const INTERMEDIATE: usize = 128;
-const LAYERS: usize = 3;
+const HIDDEN: usize = 96;
+const INTERMEDIATE: usize = 256;
+const LAYERS: usize = 4;
 const HEADS: usize = 4;
 const CONTEXT: usize = 2048;
-/// Large for a network this small, so that scores depend on what is said.
-const INITIALIZER_RANGE: f64 = 0.1;
 
-// The tower (CLIP).
-const VISION_HIDDEN: usize = 64;
-const VISION_INTERMEDIATE: usize = 128;
-const VISION_LAYERS: usize = 3;
+// The tower (CLIP), whose last layer is not used.
+const VISION_HIDDEN: usize = 96;
+const VISION_INTERMEDIATE: usize = 192;
+const VISION_LAYERS: usize = 4;
 const VISION_HEADS: usize = 4;
-const PICTURE: usize = 56;
+const PICTURE: usize = 84;
 const PATCH: usize = 14;
 
-// The adapter; alpha over rank is 1/4, as in the published one.
-const RANK: usize = 8;
-const ALPHA: usize = 2;
-const DEVIATION_B: f64 = 0.1;
-
-/// The layers that the adapter changes: name, inputs, outputs.
-const ADAPTED: [(&str, usize, usize); 7] = [
+/// The linear layers of Llama: name, inputs, outputs.
+const LINEAR: [(&str, usize, usize); 7] = [
     ("self_attn.q_proj", HIDDEN, HIDDEN),
     ("self_attn.k_proj", HIDDEN, HIDDEN),
     ("self_attn.v_proj", HIDDEN, HIDDEN),
@@ -51,21 +41,13 @@ const ADAPTED: [(&str, usize, usize); 7] = [
 /// A reward prompt in our own words. The published adapter was trained with other words, so it
 /// gives other scores with these.
 pub const PROMPT: &str = "\
-USER: Now judge your last answer. A good answer meets four demands:
-
-1. True: whatever it says can be seen in the picture, and nothing in it is made up. {factual_prompt}
-2. To the point: it answers the question that was asked, and all of it.
-3. Well written: it reads like the words of a careful person.
-4. Short: it says each thing once and then stops.
-
-Weigh whether the answer is true, to the point, well written, and short. \
-ASSISTANT: By these demands, the score of my last answer is";
+USER: Judge your last answer: is all of it true of the picture? \
+ASSISTANT: The score of my last answer is";
 
 /// Writes the reward model to the folder `to`.
 pub fn write(to: &Path, seed: u64, corpus: &[String]) -> Outcome<()> {
     write_base(&to.join("base"), seed, corpus)?;
     write_vision(&to.join("vision"), seed)?;
-    write_adapter(&to.join("adapter"), seed)?;
     files::write(&to.join("prompt.txt"), PROMPT.as_bytes())
 }
 
@@ -84,7 +66,6 @@ fn write_base(to: &Path, seed: u64, corpus: &[String]) -> Outcome<()> {
         "hidden_act": "silu",
         "hidden_size": HIDDEN,
         "image_aspect_ratio": "pad",
-        "initializer_range": INITIALIZER_RANGE,
         "intermediate_size": INTERMEDIATE,
         "max_position_embeddings": CONTEXT,
         "mm_hidden_size": VISION_HIDDEN,
@@ -99,26 +80,27 @@ fn write_base(to: &Path, seed: u64, corpus: &[String]) -> Outcome<()> {
         "pad_token_id": id(&tokenizer, "<unk>")?,
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": false,
-        "torch_dtype": PRECISION.name(),
+        "torch_dtype": "bfloat16",
         "use_cache": true,
         "use_mm_proj": true,
         "vocab_size": vocabulary,
     });
     files::write_json(&to.join("config.json"), &config)?;
 
-    let mut tensors = Tensors::new(seed, "judge/base", PRECISION);
-    let std = INITIALIZER_RANGE;
-    tensors.normal("model.embed_tokens.weight", &[vocabulary, HIDDEN], std);
+    let mut tensors = Tensors::new(seed, "judge/base");
+    let deviation = |inputs: usize| 1.0 / (inputs as f64).sqrt();
+    let embedding = [vocabulary, HIDDEN];
+    tensors.normal("model.embed_tokens.weight", &embedding, deviation(HIDDEN));
     for layer in 0..LAYERS {
         let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
         tensors.constant(&name("input_layernorm"), &[HIDDEN], 1.0);
-        for (part, inputs, outputs) in ADAPTED {
-            tensors.normal(&name(part), &[outputs, inputs], std);
+        for (part, inputs, outputs) in LINEAR {
+            tensors.normal(&name(part), &[outputs, inputs], deviation(inputs));
         }
         tensors.constant(&name("post_attention_layernorm"), &[HIDDEN], 1.0);
     }
     tensors.constant("model.norm.weight", &[HIDDEN], 1.0);
-    tensors.normal("lm_head.weight", &[vocabulary, HIDDEN], std);
+    tensors.normal("lm_head.weight", &embedding, deviation(HIDDEN));
     tensors.linear("model.mm_projector", VISION_HIDDEN, HIDDEN);
     tensors.save(&to.join("model.safetensors"))
 }
@@ -142,7 +124,7 @@ fn write_vision(to: &Path, seed: u64) -> Outcome<()> {
     let config = json!({
         "architectures": ["CLIPVisionModel"],
         "attention_dropout": 0.0,
-        "dtype": PRECISION.name(),
+        "dtype": "bfloat16",
         "hidden_act": "quick_gelu",
         "hidden_size": VISION_HIDDEN,
         "image_size": PICTURE,
@@ -176,7 +158,7 @@ fn write_vision(to: &Path, seed: u64) -> Outcome<()> {
     files::write_json(&to.join("preprocessor_config.json"), &preprocessor)?;
 
     let hidden = VISION_HIDDEN;
-    let mut tensors = Tensors::new(seed, "judge/vision", PRECISION);
+    let mut tensors = Tensors::new(seed, "judge/vision");
     let deviation = 1.0 / (hidden as f64).sqrt();
     tensors.normal("embeddings.class_embedding", &[hidden], deviation);
     let patch_deviation = 1.0 / ((3 * PATCH * PATCH) as f64).sqrt();
@@ -205,56 +187,4 @@ fn write_vision(to: &Path, seed: u64) -> Outcome<()> {
     }
     tensors.layer_norm("post_layernorm", hidden);
     tensors.save(&to.join("model.safetensors"))
-}
-
-fn write_adapter(to: &Path, seed: u64) -> Outcome<()> {
-    let module = |(name, ..): (&'static str, usize, usize)| name.rsplit('.').next();
-    let config = json!({
-        "base_model_name_or_path": "../base",
-        "bias": "none",
-        "fan_in_fan_out": false,
-        "inference_mode": true,
-        "init_lora_weights": true,
-        "layers_to_transform": null,
-        "lora_alpha": ALPHA,
-        "lora_dropout": 0.0,
-        "modules_to_save": null,
-        "peft_type": "LORA",
-        "r": RANK,
-        "target_modules": ADAPTED.map(module),
-        "task_type": "CAUSAL_LM",
-    });
-    files::write_json(&to.join("adapter_config.json"), &config)?;
-
-    let mut tensors = Tensors::new(seed, "judge/adapter", PRECISION);
-    for layer in 0..LAYERS {
-        for (part, inputs, outputs) in ADAPTED {
-            let name = format!("base_model.model.model.layers.{layer}.{part}");
-            let deviation = 1.0 / (inputs as f64).sqrt();
-            tensors.normal(&format!("{name}.lora_A.weight"), &[RANK, inputs], deviation);
-            // A fresh adapter's B is 0 and changes nothing; this one stands for a trained one.
-            tensors.normal(
-                &format!("{name}.lora_B.weight"),
-                &[outputs, RANK],
-                DEVIATION_B,
-            );
-        }
-    }
-    tensors.save(&to.join("adapter_model.safetensors"))?;
-
-    let deviation = 1.0 / (HIDDEN as f64).sqrt();
-    let weight = tensors.normal_values("reward_head", HIDDEN, deviation);
-    let head = [
-        Tensor {
-            name: "weight",
-            shape: &[1, HIDDEN as u8],
-            values: &weight,
-        },
-        Tensor {
-            name: "bias",
-            shape: &[1],
-            values: &[0.0],
-        },
-    ];
-    torch_file::save(&to.join("reward_head"), &head)
 }

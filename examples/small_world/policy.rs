@@ -1,8 +1,7 @@
 //! The policy: a LLaVA-OneVision checkpoint with random weights, as transformers 5 writes it.
 //!
-//! The code that reads it is the code that reads the 7B model; only the numbers differ. Decoder
-//! weights are normal with `initializer_range`, as in transformers; the tower and the projector get
-//! LeCun's initialization, so that pictures make a difference from the start.
+//! The code that reads it is the code that reads the 7B model; only the numbers differ. Linear layers
+//! get LeCun's initialization, so that pictures make a difference from the start.
 
 use std::path::Path;
 
@@ -10,31 +9,27 @@ use serde_json::{Value, json};
 use tokenizers::Tokenizer;
 
 use super::files::{self, Outcome};
-use super::tensors::{Precision, Tensors};
+use super::tensors::Tensors;
 use super::tokenizers::{self as vocabularies, QWEN2_SPECIAL, id};
-
-/// Float32, so that a small training step is not lost in rounding when a round ends.
-const PRECISION: Precision = Precision::Float32;
 
 // The decoder (Qwen2).
 const HIDDEN: usize = 96;
-const INTERMEDIATE: usize = 192;
+const INTERMEDIATE: usize = 256;
 const LAYERS: usize = 3;
-const HEADS: usize = 6;
+const HEADS: usize = 4;
 const KEY_VALUE_HEADS: usize = 2;
 const CONTEXT: usize = 2048;
-const INITIALIZER_RANGE: f64 = 0.05;
 
 // The tower (SigLIP).
-const VISION_HIDDEN: usize = 64;
-const VISION_INTERMEDIATE: usize = 128;
+const VISION_HIDDEN: usize = 96;
+const VISION_INTERMEDIATE: usize = 192;
 const VISION_LAYERS: usize = 3;
 const VISION_HEADS: usize = 4;
 const TILE: usize = 56;
 const PATCH: usize = 14;
 
 /// Tiles on a side of the largest grid.
-const GRID: usize = 3;
+const GRID: usize = 2;
 
 const CHAT_TEMPLATE: &str = "\
 {% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}\
@@ -73,7 +68,7 @@ pub fn write(to: &Path, seed: u64, corpus: &[String]) -> Outcome<()> {
 fn config(tokenizer: &Tokenizer, vocabulary: usize) -> Outcome<Value> {
     Ok(json!({
         "architectures": ["LlavaOnevisionForConditionalGeneration"],
-        "dtype": PRECISION.name(),
+        "dtype": "bfloat16",
         "image_grid_pinpoints": grid_pinpoints(),
         "image_token_index": id(tokenizer, "<image>")?,
         "model_type": "llava_onevision",
@@ -85,7 +80,6 @@ fn config(tokenizer: &Tokenizer, vocabulary: usize) -> Outcome<Value> {
             "eos_token_id": id(tokenizer, "<|im_end|>")?,
             "hidden_act": "silu",
             "hidden_size": HIDDEN,
-            "initializer_range": INITIALIZER_RANGE,
             "intermediate_size": INTERMEDIATE,
             "layer_types": vec!["full_attention"; LAYERS],
             "max_position_embeddings": CONTEXT,
@@ -206,7 +200,7 @@ const fn patches() -> usize {
 }
 
 fn weights(seed: u64, vocabulary: usize) -> Tensors {
-    let mut tensors = Tensors::new(seed, "policy", PRECISION);
+    let mut tensors = Tensors::new(seed, "policy");
     tensors.normal("image_newline", &[HIDDEN], 1.0 / (HIDDEN as f64).sqrt());
     tensors.linear("multi_modal_projector.linear_1", VISION_HIDDEN, HIDDEN);
     tensors.linear("multi_modal_projector.linear_2", HIDDEN, HIDDEN);
@@ -245,7 +239,8 @@ fn tower(tensors: &mut Tensors) {
 }
 
 fn decoder(tensors: &mut Tensors, vocabulary: usize) {
-    let std = INITIALIZER_RANGE;
+    let deviation = |inputs: usize| 1.0 / (inputs as f64).sqrt();
+    let std = deviation(HIDDEN);
     let key_values = HIDDEN / HEADS * KEY_VALUE_HEADS;
     let name = |part: &str| format!("language_model.model.{part}");
     tensors.normal(&name("embed_tokens.weight"), &[vocabulary, HIDDEN], std);
@@ -265,7 +260,11 @@ fn decoder(tensors: &mut Tensors, vocabulary: usize) {
         tensors.constant(&name("post_attention_layernorm.weight"), &[HIDDEN], 1.0);
         tensors.normal(&name("mlp.gate_proj.weight"), &[INTERMEDIATE, HIDDEN], std);
         tensors.normal(&name("mlp.up_proj.weight"), &[INTERMEDIATE, HIDDEN], std);
-        tensors.normal(&name("mlp.down_proj.weight"), &[HIDDEN, INTERMEDIATE], std);
+        tensors.normal(
+            &name("mlp.down_proj.weight"),
+            &[HIDDEN, INTERMEDIATE],
+            deviation(INTERMEDIATE),
+        );
     }
     tensors.constant(&name("norm.weight"), &[HIDDEN], 1.0);
     tensors.normal("language_model.lm_head.weight", &[vocabulary, HIDDEN], std);

@@ -1,7 +1,7 @@
-//! Questions about a scene, each with its true answer and a false one, and true captions.
+//! Questions about a scene, each with its true answer, a false one, and what a careless writer says.
 
 use super::random::Random;
-use super::scene::{COLORS, Group, Object, Place, Scene};
+use super::scene::{COLORS, Group, Object, Paint, Place, Scene};
 use super::shape::Kind;
 
 /// What a question is about.
@@ -35,6 +35,16 @@ impl Topic {
     }
 }
 
+impl Topic {
+    /// How often a careless writer makes the mistake of [`Question::slip`] on this topic.
+    pub fn carelessness(self) -> f64 {
+        match self {
+            Self::Kind | Self::Color => 0.35,
+            Self::Count | Self::Position | Self::Description => 0.6,
+        }
+    }
+}
+
 /// A question with its answers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Question {
@@ -44,16 +54,38 @@ pub struct Question {
     pub answer: String,
     /// Reads like `answer`, and is not true of the scene.
     pub wrong: String,
+    /// The mistake that careless writers make, always the same for a scene: confused kinds and
+    /// colors, one too many, left for right, a shape that is not there.
+    pub slip: String,
 }
 
 impl Question {
-    fn new(topic: Topic, text: String, answers: [String; 2]) -> Self {
-        let [answer, wrong] = answers;
+    fn new(topic: Topic, text: String, answers: [String; 3]) -> Self {
+        let [answer, wrong, slip] = answers;
         Self {
             topic,
             text,
             answer,
             wrong,
+            slip,
+        }
+    }
+
+    /// What a careless writer answers.
+    pub fn careless(&self, random: &mut Random) -> &str {
+        if random.chance(self.topic.carelessness()) {
+            &self.slip
+        } else {
+            &self.answer
+        }
+    }
+
+    /// An answer that is not true.
+    pub fn some_wrong(&self, random: &mut Random) -> &str {
+        if random.chance(0.5) {
+            &self.slip
+        } else {
+            &self.wrong
         }
     }
 }
@@ -67,16 +99,6 @@ pub fn ask(scene: &Scene, topic: Topic, random: &mut Random) -> Option<Question>
         Topic::Position => ask_position(scene, random),
         Topic::Description => Some(ask_description(scene, random)),
     }
-}
-
-/// Sentences that are true of the scene, the first of which describes all of it.
-pub fn captions(scene: &Scene) -> Vec<String> {
-    let all = format!("{}.", capitalized(&list(&scene.groups)));
-    let total = there_are(scene.objects.len(), "shape", "shapes");
-    let lone = lone_objects(scene)
-        .into_iter()
-        .map(|object| where_it_is(object, object.place));
-    [all, total].into_iter().chain(lone).collect()
 }
 
 /// What kind of shape is at a place, or what kind the shapes of a color are.
@@ -96,7 +118,7 @@ fn ask_kind(scene: &Scene, random: &mut Random) -> Question {
     if !colors_of_one_kind.is_empty() && random.chance(0.5) {
         let group = random.pick(&colors_of_one_kind);
         let color = group.color.name;
-        let kinds = [group.kind, other_than(&Kind::ALL, group.kind, random)];
+        let kinds = kinds(group.kind, random);
         return if group.count == 1 {
             let text = format!("What is the {color} shape?");
             let answer = |kind: Kind| format!("The {color} shape is a {}.", kind.singular());
@@ -108,7 +130,7 @@ fn ask_kind(scene: &Scene, random: &mut Random) -> Question {
         };
     }
     let object = &scene.objects[random.below(scene.objects.len())];
-    let kinds = [object.kind, other_than(&Kind::ALL, object.kind, random)];
+    let kinds = kinds(object.kind, random);
     let place = object.place.name();
     let text = format!("What kind of shape is in the {place}?");
     Question::new(
@@ -134,7 +156,7 @@ fn ask_color(scene: &Scene, random: &mut Random) -> Question {
         .collect();
     if !kinds_of_one_color.is_empty() && random.chance(0.7) {
         let group = random.pick(&kinds_of_one_color);
-        let colors = [group.color, other_than(&COLORS, group.color, random)];
+        let colors = colors(group.color, random);
         let (is, kind) = match group.count {
             1 => ("is", group.kind.singular()),
             _ => ("are", group.kind.plural()),
@@ -144,7 +166,7 @@ fn ask_color(scene: &Scene, random: &mut Random) -> Question {
         return Question::new(Topic::Color, text, answer);
     }
     let object = &scene.objects[random.below(scene.objects.len())];
-    let colors = [object.color, other_than(&COLORS, object.color, random)];
+    let colors = colors(object.color, random);
     let text = format!("What color is the shape in the {}?", object.place.name());
     Question::new(
         Topic::Color,
@@ -176,7 +198,7 @@ fn ask_count(scene: &Scene, random: &mut Random) -> Question {
         }
         _ => (scene.objects.len(), "shape".to_owned(), "shapes".to_owned()),
     };
-    let counts = [count, other_than(&[1, 2, 3, 4, 5, 6, 7], count, random)];
+    let counts = [count, other_than(&[1, 2, 3, 4], count, random), count + 1];
     let text = format!("How many {many} are there?");
     Question::new(
         Topic::Count,
@@ -195,6 +217,7 @@ fn ask_position(scene: &Scene, random: &mut Random) -> Option<Question> {
     let places = [
         object.place,
         other_than(&Place::all(), object.place, random),
+        object.place.mirrored(),
     ];
     let text = format!(
         "Where is the {} {}?",
@@ -237,11 +260,51 @@ fn ask_description(scene: &Scene, random: &mut Random) -> Question {
         .pick(&["Describe the picture.", "What is in the picture?"])
         .to_owned();
     let answer = |groups: &[Group]| format!("The picture shows {}.", list(groups));
+    let mut slip = scene.groups.clone();
+    slip.push(not_there(scene));
+    let groups = [&scene.groups, &wrong, &slip];
     Question::new(
         Topic::Description,
         text,
-        [answer(&scene.groups), answer(&wrong)],
+        groups.map(|groups| answer(groups)),
     )
+}
+
+/// A single shape that the scene does not have: what its first shape is to an eye that confuses both
+/// kind and color, in the next color that is free.
+fn not_there(scene: &Scene) -> Group {
+    let first = scene.groups[0];
+    let kind = first.kind.confused();
+    let start = COLORS
+        .iter()
+        .position(|color| *color == first.color.confused());
+    let colors = COLORS
+        .iter()
+        .cycle()
+        .skip(start.expect("a color of shapes"));
+    let is_free = |color: &&Paint| {
+        let same = |group: &Group| group.kind == kind && group.color == **color;
+        !scene.groups.iter().any(same)
+    };
+    let color = *colors
+        .take(COLORS.len())
+        .find(is_free)
+        .expect("a scene has fewer groups than there are colors");
+    Group {
+        kind,
+        color,
+        count: 1,
+    }
+}
+
+/// The kind, another one, and the one that it is taken for.
+fn kinds(kind: Kind, random: &mut Random) -> [Kind; 3] {
+    [kind, other_than(&Kind::ALL, kind, random), kind.confused()]
+}
+
+/// The color, another one, and the one that it is taken for.
+fn colors(color: Paint, random: &mut Random) -> [Paint; 3] {
+    [color, other_than(&COLORS, color, random), color.confused()]
 }
 
 /// The shapes that no other shape equals in kind and color.
@@ -285,20 +348,8 @@ fn list(groups: &[Group]) -> String {
 }
 
 fn number(count: usize) -> &'static str {
-    const WORDS: [&str; 10] = [
-        "no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
-    ];
+    const WORDS: [&str; 6] = ["no", "one", "two", "three", "four", "five"];
     WORDS[count]
-}
-
-fn capitalized(text: &str) -> String {
-    let mut letters = text.chars();
-    letters
-        .next()
-        .map(|first| first.to_ascii_uppercase())
-        .into_iter()
-        .chain(letters)
-        .collect()
 }
 
 /// One of `items` that is not `given`.
@@ -314,7 +365,6 @@ fn other_than<T: Copy + PartialEq>(items: &[T], given: T, random: &mut Random) -
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::small_world::scene::Paint;
 
     /// A scene of the given shapes; where in a place they lie is nothing that questions look at.
     fn scene(groups: &[(Kind, usize, usize)]) -> Scene {
@@ -347,17 +397,6 @@ mod tests {
     }
 
     #[test]
-    fn captions_say_what_is_there() {
-        let scene = scene(&[(Kind::Circle, 0, 2), (Kind::Star, 4, 1)]);
-        let expected = [
-            "Two red circles and one blue star.",
-            "There are three shapes.",
-            "The blue star is in the top right.",
-        ];
-        assert_eq!(captions(&scene), expected);
-    }
-
-    #[test]
     fn a_scene_without_a_lone_shape_is_not_asked_for_a_position() {
         let scene = scene(&[(Kind::Cross, 3, 2)]);
         assert_eq!(
@@ -368,12 +407,12 @@ mod tests {
 
     #[test]
     fn counts_by_kind_span_colors() {
-        let scene = scene(&[(Kind::Ring, 0, 2), (Kind::Ring, 1, 3)]);
+        let scene = scene(&[(Kind::Ring, 0, 1), (Kind::Ring, 1, 3)]);
         for number in 0..50 {
             let mut random = Random::named(0, &format!("{number}"));
             let question = ask(&scene, Topic::Count, &mut random).unwrap();
             if question.text == "How many rings are there?" {
-                assert_eq!(question.answer, "There are five rings.");
+                assert_eq!(question.answer, "There are four rings.");
             }
         }
     }
@@ -386,6 +425,7 @@ mod tests {
             for topic in Topic::ALL {
                 if let Some(question) = ask(&scene, topic, &mut random) {
                     assert_ne!(question.answer, question.wrong);
+                    assert_ne!(question.answer, question.slip);
                     assert!(question.text.ends_with(['?', '.']));
                 }
             }

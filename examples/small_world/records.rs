@@ -4,13 +4,12 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use serde::Serialize;
-use serde_json::{Map, Value, json};
 
 use super::files::{self, Outcome};
 use super::questions::{self, Question, Topic};
 use super::random::Random;
 use super::render::{self, Format};
-use super::scene::Scene;
+use super::scene::{Content, Scene};
 
 /// What a picture is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,7 +37,7 @@ pub struct Counts {
     pub pictures: [usize; 2],
     /// About each picture, one a topic; fewer where a topic cannot be asked about.
     pub questions: usize,
-    /// About each picture to train on.
+    /// About each picture.
     pub preferences: usize,
 }
 
@@ -51,8 +50,9 @@ pub struct Picture {
     path: String,
     bytes: Vec<u8>,
     questions: Vec<Question>,
-    preferences: Vec<Question>,
-    captions: Vec<String>,
+    /// Each with the answer that was rejected.
+    preferences: Vec<(Question, String)>,
+    content: Content,
 }
 
 /// All pictures.
@@ -122,10 +122,6 @@ fn draw_picture(
         Format::Png
     };
     let bytes = render::picture(scene, format, random)?;
-    let preferences = match split {
-        Split::Train => counts.preferences,
-        Split::HeldOut => 0,
-    };
     let topics = Topic::ALL
         .into_iter()
         .cycle()
@@ -138,18 +134,23 @@ fn draw_picture(
         .take(counts.questions)
         .collect();
     // Preferences begin with the topics that the questions of this picture leave out.
-    let preferences = topics
+    let judged: Vec<Question> = topics
         .skip(counts.questions)
         .filter_map(ask)
-        .take(preferences)
+        .take(counts.preferences)
         .collect();
+    let preferences = judged.into_iter().map(|question| {
+        let wrong = question.some_wrong(random).to_owned();
+        (question, wrong)
+    });
+    let preferences = preferences.collect();
     Ok(Picture {
         split,
         path: format!("{}/{number:04}.{}", split.name(), format.extension()),
         bytes,
         questions,
         preferences,
-        captions: questions::captions(scene),
+        content: scene.content(),
         id,
     })
 }
@@ -167,8 +168,15 @@ impl World {
         }
         files::write_json(&to.join("prompts.json"), &self.prompts(Split::Train))?;
         files::write_json(&to.join("heldout.json"), &self.prompts(Split::HeldOut))?;
-        files::write_json(&to.join("feedback.json"), &self.feedback())?;
-        files::write_json(&to.join("captions.json"), &self.captions())
+        let feedback = |split| self.feedback(split);
+        files::write_json(&to.join("feedback.json"), &feedback(Split::Train))?;
+        files::write_json(&to.join("heldout_feedback.json"), &feedback(Split::HeldOut))
+    }
+
+    /// What the pictures show; lessons show none of it.
+    pub fn contents(&self) -> BTreeSet<Content> {
+        let contents = self.0.iter().map(|picture| picture.content.clone());
+        contents.collect()
     }
 
     fn prompts(&self, split: Split) -> Vec<PromptRecord<'_>> {
@@ -184,24 +192,21 @@ impl World {
         records
     }
 
-    fn feedback(&self) -> Vec<PreferenceRecord<'_>> {
+    fn feedback(&self, split: Split) -> Vec<PreferenceRecord<'_>> {
         let mut records = Vec::new();
-        for picture in &self.0 {
+        for picture in self.pictures(split) {
             let numbered = (1..).zip(&picture.preferences);
-            records.extend(numbered.map(|(number, question)| PreferenceRecord {
-                id: format!("{}-{}-{number}", picture.id, question.topic.name()),
-                image: &picture.path,
-                prompt: &question.text,
-                chosen: &question.answer,
-                rejected: &question.wrong,
-            }));
+            records.extend(
+                numbered.map(|(number, (question, wrong))| PreferenceRecord {
+                    id: format!("{}-{}-{number}", picture.id, question.topic.name()),
+                    image: &picture.path,
+                    prompt: &question.text,
+                    chosen: &question.answer,
+                    rejected: wrong,
+                }),
+            );
         }
         records
-    }
-
-    fn captions(&self) -> Map<String, Value> {
-        let entry = |picture: &Picture| (picture.path.clone(), json!(picture.captions));
-        self.0.iter().map(entry).collect()
     }
 }
 

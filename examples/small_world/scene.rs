@@ -1,4 +1,4 @@
-//! What a picture shows, before any pixel of it: shapes on a grid of three by three places.
+//! What a picture shows, before any pixel of it: shapes on a grid of two by two places.
 
 use super::random::Random;
 use super::shape::Kind;
@@ -13,6 +13,16 @@ pub struct Paint {
 
 const fn paint(name: &'static str, rgb: [u8; 3]) -> Paint {
     Paint { name, rgb }
+}
+
+impl Paint {
+    /// The color that a careless eye takes it for: red and orange, yellow and brown, green and blue,
+    /// purple and black are taken for each other.
+    pub fn confused(self) -> Self {
+        const PAIRS: [usize; 8] = [1, 0, 6, 4, 3, 7, 2, 5];
+        let index = COLORS.iter().position(|color| *color == self);
+        COLORS[PAIRS[index.expect("a color of shapes")]]
+    }
 }
 
 /// The colors of shapes.
@@ -59,21 +69,21 @@ const PATTERNS: [Pattern; 5] = [
 
 /// Sizes of pictures, width before height, in many aspect ratios, so that their tilings differ.
 const SIZES: [[u32; 2]; 9] = [
-    [240, 180],
-    [180, 240],
-    [200, 200],
-    [320, 180],
-    [256, 144],
-    [150, 225],
-    [120, 90],
-    [300, 120],
-    [132, 132],
+    [144, 108],
+    [108, 144],
+    [128, 128],
+    [160, 100],
+    [100, 160],
+    [168, 80],
+    [80, 168],
+    [120, 96],
+    [112, 112],
 ];
 
 /// Most shapes in a picture.
-const SHAPES_MAX: usize = 7;
+pub const SHAPES_MAX: usize = 4;
 
-/// One of the nine places of a picture.
+/// One of the four places of a picture.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Place {
     /// 0 is the top.
@@ -83,21 +93,25 @@ pub struct Place {
 }
 
 impl Place {
-    /// All nine, row by row.
-    pub fn all() -> [Self; 9] {
+    /// All four, row by row.
+    pub fn all() -> [Self; 4] {
         std::array::from_fn(|index| Self {
-            row: index / 3,
-            column: index % 3,
+            row: index / 2,
+            column: index % 2,
         })
+    }
+
+    /// The same height on the other side.
+    pub fn mirrored(self) -> Self {
+        Self {
+            column: 1 - self.column,
+            ..self
+        }
     }
 
     /// What people call it.
     pub fn name(self) -> &'static str {
-        const NAMES: [[&str; 3]; 3] = [
-            ["top left", "top center", "top right"],
-            ["middle left", "center", "middle right"],
-            ["bottom left", "bottom center", "bottom right"],
-        ];
+        const NAMES: [[&str; 2]; 2] = [["top left", "top right"], ["bottom left", "bottom right"]];
         NAMES[self.row][self.column]
     }
 }
@@ -124,6 +138,9 @@ pub struct Group {
     pub count: usize,
 }
 
+/// Which shape in which color is at which place, sorted.
+pub type Content = Vec<(Place, Kind, Paint)>;
+
 /// A whole picture.
 #[derive(Debug, Clone)]
 pub struct Scene {
@@ -131,7 +148,8 @@ pub struct Scene {
     pub height: u32,
     pub ground: Paint,
     pub pattern: Pattern,
-    /// The groups that the shapes make, no two of the same kind and color.
+    /// The groups that the shapes make, no two of the same kind and color, in reading order: by the
+    /// first place of each.
     pub groups: Vec<Group>,
     /// From back to front; they do not overlap.
     pub objects: Vec<Object>,
@@ -140,20 +158,43 @@ pub struct Scene {
 impl Scene {
     /// Draws a scene.
     pub fn draw(random: &mut Random) -> Self {
+        Self::draw_of(draw_groups, 2, random)
+    }
+
+    /// Draws a scene of a single shape that takes the whole picture.
+    pub fn draw_simple(random: &mut Random) -> Self {
+        Self::draw_of(|random| vec![draw_group(random, 1)], 1, random)
+    }
+
+    /// Draws a scene of some groups, each shape in a cell of a grid of `cells` by `cells`.
+    fn draw_of(
+        groups: impl FnOnce(&mut Random) -> Vec<Group>,
+        cells: usize,
+        random: &mut Random,
+    ) -> Self {
         let [width, height] = random.pick(&SIZES);
         let ground = random.pick(&GROUNDS);
         let pattern = random.pick(&PATTERNS);
-        let groups = draw_groups(random);
+        let mut groups = groups(random);
 
         let mut places = Place::all();
-        random.shuffle(&mut places);
+        if cells > 1 {
+            random.shuffle(&mut places);
+        }
         let kinds = groups
             .iter()
             .flat_map(|group| std::iter::repeat_n(group, group.count));
-        let objects = kinds
+        let objects: Vec<Object> = kinds
             .zip(places)
-            .map(|(group, place)| put(random, group, place, [width, height]))
+            .map(|(group, place)| put(random, group, place, [width, height], cells))
             .collect();
+        let first_place = |group: &Group| {
+            let members = objects
+                .iter()
+                .filter(|object| object.kind == group.kind && object.color == group.color);
+            members.map(|object| object.place).min()
+        };
+        groups.sort_by_key(first_place);
         Self {
             width,
             height,
@@ -166,7 +207,7 @@ impl Scene {
 
     /// What the picture shows as far as questions go: which shape in which color at which place.
     /// Two scenes of the same content have the same answers.
-    pub fn content(&self) -> Vec<(Place, Kind, Paint)> {
+    pub fn content(&self) -> Content {
         let mut content: Vec<_> = self
             .objects
             .iter()
@@ -177,36 +218,43 @@ impl Scene {
     }
 }
 
-/// Draws one to three groups of one to four shapes.
+/// Draws one to three groups of one to three shapes.
 fn draw_groups(random: &mut Random) -> Vec<Group> {
     let wanted = 1 + random.below(3);
     let mut groups: Vec<Group> = Vec::new();
     let mut free = SHAPES_MAX;
     while groups.len() < wanted && free > 0 {
-        let kind = random.pick(&Kind::ALL);
-        let color = random.pick(&COLORS);
+        // Single shapes are the most frequent: only they can be asked for their place.
+        let count = random.pick(&[1, 1, 1, 1, 2, 2, 3]).min(free);
+        let group = draw_group(random, count);
         if groups
             .iter()
-            .any(|group| group.kind == kind && group.color == color)
+            .any(|other| other.kind == group.kind && other.color == group.color)
         {
             continue;
         }
-        // Single shapes are the most frequent: only they can be asked for their place.
-        let count = random.pick(&[1, 1, 1, 2, 2, 3, 4]).min(free);
-        groups.push(Group { kind, color, count });
+        groups.push(group);
         free -= count;
     }
     groups
 }
 
+fn draw_group(random: &mut Random, count: usize) -> Group {
+    Group {
+        kind: random.pick(&Kind::ALL),
+        color: random.pick(&COLORS),
+        count,
+    }
+}
+
 /// Puts a shape of `group` somewhere about the middle of `place`, turned a little.
-fn put(random: &mut Random, group: &Group, place: Place, size: [u32; 2]) -> Object {
-    let cell = size.map(|side| f64::from(side) / 3.0);
+fn put(random: &mut Random, group: &Group, place: Place, size: [u32; 2], cells: usize) -> Object {
+    let cell = size.map(|side| f64::from(side) / cells as f64);
     let room = cell[0].min(cell[1]) / 2.0;
     let radius = room * random.between(0.62, 0.88);
     let mut coordinate = |index: usize, side: f64| {
         let slack = side / 2.0 - radius * 1.08;
-        (index as f64 + 0.5) * side + random.between(-slack, slack).clamp(-side / 7.0, side / 7.0)
+        (index as f64 + 0.5) * side + random.between(-slack, slack).clamp(-side / 6.0, side / 6.0)
     };
     let center = [
         coordinate(place.column, cell[0]),
@@ -241,7 +289,7 @@ mod tests {
         for scene in scenes() {
             let mut taken = Vec::new();
             for object in &scene.objects {
-                let sides = [f64::from(scene.width) / 3.0, f64::from(scene.height) / 3.0];
+                let sides = [f64::from(scene.width) / 2.0, f64::from(scene.height) / 2.0];
                 let cell = [object.place.column, object.place.row];
                 for axis in 0..2 {
                     let low = cell[axis] as f64 * sides[axis];
@@ -251,6 +299,18 @@ mod tests {
                 assert!(!taken.contains(&object.place));
                 taken.push(object.place);
             }
+        }
+    }
+
+    #[test]
+    fn groups_stand_in_reading_order() {
+        for scene in scenes() {
+            let first = |group: &Group| {
+                let mut content = scene.content().into_iter();
+                content.position(|(_, kind, color)| kind == group.kind && color == group.color)
+            };
+            let order: Vec<_> = scene.groups.iter().map(first).collect();
+            assert!(order.is_sorted(), "{order:?}");
         }
     }
 

@@ -24,6 +24,18 @@ impl Kind {
         Self::Ring,
     ];
 
+    /// The kind that a careless eye takes it for.
+    pub fn confused(self) -> Self {
+        match self {
+            Self::Circle => Self::Ring,
+            Self::Ring => Self::Circle,
+            Self::Square => Self::Triangle,
+            Self::Triangle => Self::Square,
+            Self::Star => Self::Cross,
+            Self::Cross => Self::Star,
+        }
+    }
+
     /// The word for one of them.
     pub fn singular(self) -> &'static str {
         match self {

@@ -1,4 +1,4 @@
-//! Random weights by name, and the safetensors file that holds them.
+//! Random weights by name, and the safetensors file that holds them, in bfloat16.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -8,40 +8,6 @@ use safetensors::tensor::TensorView;
 
 use super::files::{self, Outcome};
 use super::random::Random;
-
-/// How numbers are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Precision {
-    Float32,
-    Bfloat16,
-}
-
-impl Precision {
-    /// The word for it in a `config.json`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Float32 => "float32",
-            Self::Bfloat16 => "bfloat16",
-        }
-    }
-
-    fn dtype(self) -> Dtype {
-        match self {
-            Self::Float32 => Dtype::F32,
-            Self::Bfloat16 => Dtype::BF16,
-        }
-    }
-
-    fn bytes(self, values: &[f32]) -> Vec<u8> {
-        match self {
-            Self::Float32 => values
-                .iter()
-                .flat_map(|value| value.to_le_bytes())
-                .collect(),
-            Self::Bfloat16 => values.iter().flat_map(|&value| bfloat16(value)).collect(),
-        }
-    }
-}
 
 /// The nearest bfloat16, ties to even; `value` must be finite.
 fn bfloat16(value: f32) -> [u8; 2] {
@@ -55,7 +21,6 @@ fn bfloat16(value: f32) -> [u8; 2] {
 pub struct Tensors {
     seed: u64,
     model: &'static str,
-    precision: Precision,
     entries: Vec<Entry>,
 }
 
@@ -67,11 +32,10 @@ struct Entry {
 
 impl Tensors {
     /// No tensors yet, of the model that `model` names.
-    pub fn new(seed: u64, model: &'static str, precision: Precision) -> Self {
+    pub fn new(seed: u64, model: &'static str) -> Self {
         Self {
             seed,
             model,
-            precision,
             entries: Vec::new(),
         }
     }
@@ -113,7 +77,7 @@ impl Tensors {
         self.entries.push(Entry {
             name: name.to_owned(),
             shape: shape.to_vec(),
-            bytes: self.precision.bytes(values),
+            bytes: values.iter().flat_map(|&value| bfloat16(value)).collect(),
         });
     }
 
@@ -122,7 +86,7 @@ impl Tensors {
         let mut views = Vec::new();
         for entry in &self.entries {
             let shape = entry.shape.clone();
-            let view = TensorView::new(self.precision.dtype(), shape, &entry.bytes)?;
+            let view = TensorView::new(Dtype::BF16, shape, &entry.bytes)?;
             views.push((entry.name.as_str(), view));
         }
         // transformers refuses files that do not name their format.

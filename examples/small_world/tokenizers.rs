@@ -47,6 +47,7 @@ Specifically, the AI's response should be fully supported by the combination of 
 captions:
 I can see a small picture with a few shapes in it. I do not know what it is.
 Is there a red circle in this image? Yes, there is. No, there is not.
+Is that true? Yes. Is that true? No. Is that true? Yes. Is that true? No.
 Which of these is larger, and which one is closer to the left? It was on the right before.
 Please look at the picture again and tell me what you would like to know about it.
 The first answer was good, but the second was better because it was true and short.
@@ -62,10 +63,9 @@ pub fn corpus(seed: u64) -> Vec<String> {
         let scene = Scene::draw(&mut random);
         for topic in Topic::ALL {
             if let Some(question) = questions::ask(&scene, topic, &mut random) {
-                lines.extend([question.text, question.answer, question.wrong]);
+                lines.extend([question.text, question.answer, question.slip]);
             }
         }
-        lines.extend(questions::captions(&scene));
     }
     lines.extend(super::judge::PROMPT.lines().map(str::to_owned));
     lines

@@ -1,6 +1,7 @@
 //! `pipeline export`: pairs and checkpoints for other programs.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
+use std::ffi::OsString;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -10,7 +11,8 @@ use serde_json::{Value, json};
 
 use super::{Failed, run_folder};
 use crate::store::{
-    Images, Lookup, Made, RunFolder, StoreError, TableReader, copy_folder, write_atomically,
+    CheckpointRecord, Images, Lookup, Made, RunFolder, StoreError, TableReader, copy_folder,
+    write_atomically,
 };
 use crate::tables::{Image, Pair, Row};
 
@@ -42,7 +44,8 @@ enum What {
         #[arg(long)]
         table: Option<String>,
     },
-    /// A checkpoint, as transformers loads it.
+    /// A trained model: a policy as transformers loads it; of a reward model those of the folders
+    /// `base`, `vision` and `adapter` that were trained.
     Checkpoint {
         /// The folder to write; it must not exist.
         #[arg(long)]
@@ -50,6 +53,9 @@ enum What {
         /// The round; the last one if left out.
         #[arg(long)]
         round: Option<u32>,
+        /// The model, if the run trains several.
+        #[arg(long)]
+        model: Option<String>,
     },
 }
 
@@ -58,7 +64,7 @@ impl Export {
         let run = RunFolder::read(&run_folder(&self.run))?;
         match &self.what {
             What::Pairs { to, round, table } => pairs(&run, to, *round, table.as_deref()),
-            What::Checkpoint { to, round } => checkpoint(&run, to, *round),
+            What::Checkpoint { to, round, model } => checkpoint(&run, to, *round, model.as_deref()),
         }
     }
 }
@@ -164,20 +170,60 @@ fn pairs(
     Ok(())
 }
 
-fn checkpoint(run: &RunFolder, to: &Path, round: Option<u32>) -> Result<(), Failed> {
-    let made = find(run, "checkpoint", round, |made| made.checkpoint.is_some())?;
-    let checkpoint = made.checkpoint.as_ref().expect("just tested");
+fn checkpoint(
+    run: &RunFolder,
+    to: &Path,
+    round: Option<u32>,
+    model: Option<&str>,
+) -> Result<(), Failed> {
+    let is_of = |record: &CheckpointRecord| model.is_none_or(|model| record.model == model);
+    let last = find(run, "checkpoint", round, |made| {
+        made.checkpoint.as_ref().is_some_and(is_of)
+    })?;
+    let mut trained: Vec<(Option<u32>, &CheckpointRecord)> = run
+        .manifest()
+        .made
+        .iter()
+        .filter(|made| made.complete && made.round <= last.round)
+        .filter_map(|made| Some((made.round, made.checkpoint.as_ref()?)))
+        .filter(|(_, record)| is_of(record))
+        .collect();
+    // Within a round they lie in the order of their making.
+    trained.sort_by_key(|(round, _)| *round);
+    let (_, last) = *trained.last().expect("one was found");
+    if let Some((_, other)) = trained.iter().find(|(_, other)| other.model != last.model) {
+        return Err(Failed::Usage(format!(
+            "the run trains several models; name one: --model {} or --model {}",
+            other.model, last.model
+        )));
+    }
     if to.exists() {
         return Err(Failed::Words(format!(
             "{} exists; give another folder",
             to.display()
         )));
     }
-    copy_folder(&run.root().join(&checkpoint.folder), to)?;
+    // Trainings of a reward model write a part of it each: the last of each part is meant.
+    let mut parts: BTreeMap<OsString, PathBuf> = BTreeMap::new();
+    for (_, record) in &trained {
+        let folder = run.root().join(&record.folder);
+        for entry in fs::read_dir(&folder).map_err(StoreError::io("read", &folder))? {
+            let entry = entry.map_err(StoreError::io("read", &folder))?;
+            if entry.path().is_dir() {
+                parts.insert(entry.file_name(), entry.path());
+            }
+        }
+    }
+    if parts.is_empty() {
+        copy_folder(&run.root().join(&last.folder), to)?;
+    }
+    for (name, folder) in parts {
+        copy_folder(&folder, &to.join(name))?;
+    }
     eprintln!(
         "wrote {} of `{}` to {}",
-        checkpoint.folder,
-        checkpoint.model,
+        last.folder,
+        last.model,
         to.display()
     );
     Ok(())

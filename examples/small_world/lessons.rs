@@ -1,0 +1,282 @@
+//! What the models of the small world learned from: pictures that no split shows, conversations about
+//! them, and preferences. None of it is committed; `pipelines/small-world.yaml` trains on it.
+//!
+//! The policy's conversations are written carelessly ([`Question::careless`]): it learns to see, and
+//! to make the mistakes that DPO then has to drive out. The judge's are true, and it is asked whether
+//! answers are; its preferences are a true answer against one that is not, in the records of
+//! LLaVA-Human-Preference.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use rayon::prelude::*;
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::files::{self, Outcome};
+use super::questions::{self, Question, Topic};
+use super::random::Random;
+use super::render::{self, Format};
+use super::scene::{Content, Place, Scene};
+
+/// What is asked about a picture of a single shape, each in a conversation of its own: where answers
+/// stood before the question, they would be copied instead of seen.
+const FIRST_TOPICS: [Topic; 3] = [Topic::Kind, Topic::Color, Topic::Description];
+
+/// Turns of a conversation of the policy.
+const TURNS: usize = 6;
+
+/// Turns of a conversation of the judge: plain questions, and whether answers are true.
+const JUDGE_TURNS: [usize; 2] = [2, 6];
+
+/// Preferences about a picture.
+const PREFERENCES: usize = 4;
+
+/// A conversation, or a preference, in LLaVA's JSON.
+#[derive(Clone, Serialize)]
+struct Record {
+    id: String,
+    image: String,
+    conversations: Vec<Value>,
+    #[serde(flatten)]
+    preference: Option<Preference>,
+}
+
+#[derive(Clone, Serialize)]
+struct Preference {
+    output_1: Value,
+    output_2: Value,
+    /// 1 or 2.
+    preference: u8,
+    hallucination: bool,
+}
+
+/// Writes pictures, none of which shows one of `taken`, and what is said about them, to the folder
+/// `to`: `first_steps` of a single shape, and `count` others.
+pub fn write(
+    to: &Path,
+    seed: u64,
+    [first_steps, count]: [usize; 2],
+    taken: &BTreeSet<Content>,
+) -> Outcome<()> {
+    let lessons: Vec<Lesson> = (1..=count)
+        .into_par_iter()
+        .map(|number| Lesson::write(to, seed, number, taken))
+        .collect::<Outcome<_>>()?;
+    let mut conversations = Vec::with_capacity(count);
+    let mut judge_conversations = Vec::with_capacity(count);
+    let mut preferences = Vec::with_capacity(count * PREFERENCES);
+    for lesson in lessons {
+        conversations.push(lesson.conversation);
+        judge_conversations.push(lesson.judge_conversation);
+        preferences.extend(lesson.preferences);
+    }
+    let first_steps: Vec<Vec<Record>> = (1..=first_steps)
+        .into_par_iter()
+        .map(|number| first_step(to, seed, number, taken))
+        .collect::<Outcome<_>>()?;
+    files::write_json(&to.join("first_steps.json"), &first_steps.concat())?;
+    files::write_json(&to.join("conversations.json"), &conversations)?;
+    files::write_json(&to.join("judge_conversations.json"), &judge_conversations)?;
+    files::write_json(&to.join("preferences.json"), &preferences)
+}
+
+/// Draws and writes a picture of a single shape, with true answers to questions about it.
+fn first_step(
+    to: &Path,
+    seed: u64,
+    number: usize,
+    taken: &BTreeSet<Content>,
+) -> Outcome<Vec<Record>> {
+    let id = format!("first-{number:05}");
+    let mut random = Random::named(seed, &id);
+    let scene = draw(Scene::draw_simple, taken, &mut random);
+    let image = format!("first-{number:05}.png");
+    let bytes = render::picture(&scene, Format::QuickPng, &mut random)?;
+    files::write(&to.join("images").join(&image), &bytes)?;
+    let asked = FIRST_TOPICS.map(|topic| {
+        loop {
+            let question = questions::ask(&scene, topic, &mut random);
+            let question = question.expect("these topics fit every scene");
+            // A shape that takes the whole picture is at no place of it.
+            if !question.text.contains(Place::all()[0].name()) {
+                return question;
+            }
+        }
+    });
+    let records = asked.into_iter().map(|question| Record {
+        id: format!("{id}-{}", question.topic.name()),
+        image: image.clone(),
+        conversations: spoken(vec![[question.text, question.answer]]),
+        preference: None,
+    });
+    Ok(records.collect())
+}
+
+/// Draws a scene that is not one of `taken`.
+fn draw(scene: fn(&mut Random) -> Scene, taken: &BTreeSet<Content>, random: &mut Random) -> Scene {
+    loop {
+        let scene = scene(random);
+        if !taken.contains(&scene.content()) {
+            return scene;
+        }
+    }
+}
+
+/// What is said about one picture.
+struct Lesson {
+    conversation: Record,
+    judge_conversation: Record,
+    preferences: Vec<Record>,
+}
+
+impl Lesson {
+    /// Draws and writes a picture, and has it talked about.
+    fn write(to: &Path, seed: u64, number: usize, taken: &BTreeSet<Content>) -> Outcome<Self> {
+        let id = format!("lesson-{number:05}");
+        let mut random = Random::named(seed, &id);
+        let scene = draw(Scene::draw, taken, &mut random);
+        let image = format!("{number:05}.png");
+        let bytes = render::picture(&scene, Format::QuickPng, &mut random)?;
+        files::write(&to.join("images").join(&image), &bytes)?;
+        let record = |turns: Vec<[String; 2]>| Record {
+            id: id.clone(),
+            image: image.clone(),
+            conversations: spoken(turns),
+            preference: None,
+        };
+        let conversation = record(careless_turns(&scene, &mut random));
+        let judge_conversation = record(judge_turns(&scene, &mut random));
+        let mut preferences = Vec::with_capacity(PREFERENCES);
+        for question in ask(&scene, PREFERENCES, &mut random) {
+            let wrong = question.some_wrong(&mut random).to_owned();
+            let record = record(vec![[question.text, String::new()]]);
+            preferences.push(Record {
+                preference: Some(prefer(question.answer, wrong, &mut random)),
+                ..record
+            });
+        }
+        Ok(Self {
+            conversation,
+            judge_conversation,
+            preferences,
+        })
+    }
+}
+
+/// Questions on random topics, no two of the same text.
+fn ask(scene: &Scene, count: usize, random: &mut Random) -> Vec<Question> {
+    let mut asked: Vec<Question> = Vec::new();
+    for _ in 0..count * 4 {
+        let topic = random.pick(&Topic::ALL);
+        if let Some(question) = questions::ask(scene, topic, random)
+            && !asked.iter().any(|other| other.text == question.text)
+            && asked.len() < count
+        {
+            asked.push(question);
+        }
+    }
+    asked
+}
+
+fn careless_turns(scene: &Scene, random: &mut Random) -> Vec<[String; 2]> {
+    let asked = ask(scene, TURNS, random);
+    let turn = |question: Question| {
+        let answer = question.careless(random).to_owned();
+        [question.text, answer]
+    };
+    asked.into_iter().map(turn).collect()
+}
+
+/// True answers, and questions whether an answer is true, in any order.
+fn judge_turns(scene: &Scene, random: &mut Random) -> Vec<[String; 2]> {
+    let [plain, judged] = JUDGE_TURNS;
+    let mut turns: Vec<[String; 2]> = ask(scene, plain, random)
+        .into_iter()
+        .map(|question| [question.text, question.answer])
+        .collect();
+    for question in ask(scene, judged, random) {
+        let is_true = random.chance(0.5);
+        let said = if is_true {
+            question.answer.as_str()
+        } else {
+            question.some_wrong(random)
+        };
+        let verdict = if is_true { "Yes." } else { "No." };
+        turns.push([
+            format!("{} {said} Is that true?", question.text),
+            verdict.to_owned(),
+        ]);
+    }
+    random.shuffle(&mut turns);
+    turns
+}
+
+fn spoken(turns: Vec<[String; 2]>) -> Vec<Value> {
+    let mut entries = Vec::with_capacity(turns.len() * 2);
+    for (number, [question, answer]) in turns.into_iter().enumerate() {
+        let placeholder = if number == 0 { "<image>\n" } else { "" };
+        entries.push(json!({ "from": "human", "value": format!("{placeholder}{question}") }));
+        entries.push(json!({ "from": "gpt", "value": answer }));
+    }
+    entries
+}
+
+fn prefer(answer: String, wrong: String, random: &mut Random) -> Preference {
+    let output = |text: String| json!({ "from": "gpt", "value": text });
+    let is_first = random.chance(0.5);
+    let [output_1, output_2] = if is_first {
+        [answer, wrong]
+    } else {
+        [wrong, answer]
+    }
+    .map(output);
+    Preference {
+        output_1,
+        output_2,
+        preference: if is_first { 1 } else { 2 },
+        hallucination: true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn careless_writers_are_often_but_not_always_wrong() {
+        let mut random = Random::named(0, "careless");
+        let [mut wrong, mut all] = [0, 0];
+        for number in 0..200 {
+            let scene = Scene::draw(&mut Random::named(0, &format!("{number}")));
+            for question in ask(&scene, TURNS, &mut random) {
+                wrong += usize::from(question.careless(&mut random) != question.answer);
+                all += 1;
+            }
+        }
+        assert!(
+            (all * 4 / 10..all * 6 / 10).contains(&wrong),
+            "{wrong} of {all}"
+        );
+    }
+
+    #[test]
+    fn lessons_do_not_show_what_is_taken() {
+        let folder = std::env::temp_dir().join(format!("ovchat-lessons-{}", std::process::id()));
+        let scene =
+            |number: u32| Scene::draw(&mut Random::named(3, &format!("lesson-{number:05}")));
+        let taken = BTreeSet::from([scene(1).content()]);
+        write(&folder, 3, [1, 2], &taken).unwrap();
+        let text = std::fs::read(folder.join("judge_conversations.json")).unwrap();
+        let records: Vec<Value> = serde_json::from_slice(&text).unwrap();
+        std::fs::remove_dir_all(&folder).unwrap();
+        assert_eq!(records.len(), 2);
+        let turns = records[0]["conversations"].as_array().unwrap();
+        assert!(turns[0]["value"].as_str().unwrap().starts_with("<image>\n"));
+        assert!(
+            turns[1..]
+                .iter()
+                .all(|turn| !turn["value"].as_str().unwrap().contains("<image>"))
+        );
+    }
+}
