@@ -12,9 +12,9 @@ use super::StoreError;
 use super::parquet::{open, parquet_error, typed};
 use crate::tables::Row;
 
-/// Row groups kept in memory. Stages ask for rows in the order in which they lie, more or less, so
-/// a few are enough.
-const GROUPS_KEPT: usize = 4;
+/// Bytes of row groups that are kept in memory. Most stages ask for rows in the order in which they
+/// lie, more or less; trainings ask for them in any order.
+const CACHE_BYTES: usize = 64 << 20;
 
 /// A row group of a file, and the position of its first row in the table.
 struct Group {
@@ -33,6 +33,7 @@ pub struct Lookup {
     /// Name to first position and number of consecutive rows of that name.
     by_name: HashMap<String, (u32, u32)>,
     cache: VecDeque<(usize, RecordBatch)>,
+    cached_bytes: usize,
 }
 
 impl Lookup {
@@ -45,6 +46,7 @@ impl Lookup {
             rows: 0,
             by_name: HashMap::new(),
             cache: VecDeque::new(),
+            cached_bytes: 0,
         };
         for path in files {
             lookup.add_file(path)?;
@@ -178,10 +180,14 @@ impl Lookup {
             .collect::<Result<_, _>>()
             .map_err(|error| problem(error.to_string()))?;
         let rows = concat_batches(&schema, &batches).map_err(|error| problem(error.to_string()))?;
-        if self.cache.len() == GROUPS_KEPT {
-            self.cache.pop_front();
-        }
         self.cache.push_back((index, rows.clone()));
+        self.cached_bytes += rows.get_array_memory_size();
+        while self.cached_bytes > CACHE_BYTES
+            && self.cache.len() > 1
+            && let Some((_, dropped)) = self.cache.pop_front()
+        {
+            self.cached_bytes -= dropped.get_array_memory_size();
+        }
         Ok(rows)
     }
 }

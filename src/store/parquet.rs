@@ -24,6 +24,9 @@ use crate::tables::{Image, Row};
 const FILE_BYTES: u64 = 128 << 20;
 /// Row groups are bounded so that reading one of them takes little memory.
 const GROUP_BYTES: usize = 8 << 20;
+/// Those of pictures are smaller: training asks for one picture at a time, in any order, and each
+/// costs its whole group.
+const IMAGE_GROUP_BYTES: usize = 1 << 20;
 const GROUP_ROWS: usize = 4096;
 /// Rows per record batch when reading.
 const BATCH_ROWS: usize = 1024;
@@ -108,11 +111,15 @@ impl TableWriter {
         if self.open.is_none() {
             self.open = Some(self.create()?);
         }
+        let group_bytes = match self.schema.metadata().get("kind") {
+            Some(kind) if kind == Image::KIND => IMAGE_GROUP_BYTES,
+            _ => GROUP_BYTES,
+        };
         let open = self.open.as_mut().expect("just opened");
         let failed = |error| parquet_error(&open.hidden, error);
         open.writer.write(batch).map_err(failed)?;
         open.rows += batch.num_rows() as u64;
-        if open.writer.in_progress_size() >= GROUP_BYTES
+        if open.writer.in_progress_size() >= group_bytes
             || open.writer.in_progress_rows() >= GROUP_ROWS
         {
             open.writer.flush().map_err(failed)?;
