@@ -61,7 +61,7 @@ enum What {
         /// The folder to write to; files of the same names are replaced.
         to: PathBuf,
         /// Pictures of a single shape, to begin with.
-        #[arg(long, default_value_t = 6_000)]
+        #[arg(long, default_value_t = 8_000)]
         first_steps: usize,
         /// The other pictures.
         #[arg(long, default_value_t = 10_000)]

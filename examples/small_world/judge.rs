@@ -24,7 +24,7 @@ const VISION_HIDDEN: usize = 96;
 const VISION_INTERMEDIATE: usize = 192;
 const VISION_LAYERS: usize = 4;
 const VISION_HEADS: usize = 4;
-const PICTURE: usize = 84;
+const PICTURE: usize = 112;
 const PATCH: usize = 14;
 
 /// The linear layers of Llama: name, inputs, outputs.

@@ -63,10 +63,12 @@ pub fn write(
         .into_par_iter()
         .map(|number| Lesson::write(to, seed, number, taken))
         .collect::<Outcome<_>>()?;
+    let mut scans = Vec::with_capacity(count);
     let mut conversations = Vec::with_capacity(count);
     let mut judge_conversations = Vec::with_capacity(count);
     let mut preferences = Vec::with_capacity(count * PREFERENCES);
     for lesson in lessons {
+        scans.push(lesson.scan);
         conversations.push(lesson.conversation);
         judge_conversations.push(lesson.judge_conversation);
         preferences.extend(lesson.preferences);
@@ -76,6 +78,7 @@ pub fn write(
         .map(|number| first_step(to, seed, number, taken))
         .collect::<Outcome<_>>()?;
     files::write_json(&to.join("first_steps.json"), &first_steps.concat())?;
+    files::write_json(&to.join("scans.json"), &scans)?;
     files::write_json(&to.join("conversations.json"), &conversations)?;
     files::write_json(&to.join("judge_conversations.json"), &judge_conversations)?;
     files::write_json(&to.join("preferences.json"), &preferences)
@@ -125,6 +128,7 @@ fn draw(scene: fn(&mut Random) -> Scene, taken: &BTreeSet<Content>, random: &mut
 
 /// What is said about one picture.
 struct Lesson {
+    scan: Record,
     conversation: Record,
     judge_conversation: Record,
     preferences: Vec<Record>,
@@ -145,6 +149,9 @@ impl Lesson {
             conversations: spoken(turns),
             preference: None,
         };
+        let mut places = questions::places(&scene);
+        random.shuffle(&mut places);
+        let scan = record(places.to_vec());
         let conversation = record(careless_turns(&scene, &mut random));
         let judge_conversation = record(judge_turns(&scene, &mut random));
         let mut preferences = Vec::with_capacity(PREFERENCES);
@@ -157,6 +164,7 @@ impl Lesson {
             });
         }
         Ok(Self {
+            scan,
             conversation,
             judge_conversation,
             preferences,

@@ -101,6 +101,22 @@ pub fn ask(scene: &Scene, topic: Topic, random: &mut Random) -> Option<Question>
     }
 }
 
+/// What is at each place, truly answered. No answer tells anything of another place.
+pub fn places(scene: &Scene) -> [[String; 2]; 4] {
+    Place::all().map(|place| {
+        let text = format!("What is in the {}?", place.name());
+        let mut objects = scene.objects.iter();
+        let answer = match objects.find(|object| object.place == place) {
+            Some(object) => {
+                let (color, kind) = (object.color.name, object.kind.singular());
+                there_are(1, &format!("{color} {kind}"), "")
+            }
+            None => "There is nothing.".to_owned(),
+        };
+        [text, answer]
+    })
+}
+
 /// What kind of shape is at a place, or what kind the shapes of a color are.
 fn ask_kind(scene: &Scene, random: &mut Random) -> Question {
     let colors_of_one_kind: Vec<&Group> = scene

@@ -80,6 +80,9 @@ const SIZES: [[u32; 2]; 9] = [
     [112, 112],
 ];
 
+/// The longer side of a picture of a single shape.
+const SIMPLE_SIDE: u32 = 56;
+
 /// Most shapes in a picture.
 pub const SHAPES_MAX: usize = 4;
 
@@ -161,7 +164,8 @@ impl Scene {
         Self::draw_of(draw_groups, 2, random)
     }
 
-    /// Draws a scene of a single shape that takes the whole picture.
+    /// Draws a scene of a single shape that takes the whole picture, as large as a place of a larger
+    /// one.
     pub fn draw_simple(random: &mut Random) -> Self {
         Self::draw_of(|random| vec![draw_group(random, 1)], 1, random)
     }
@@ -169,10 +173,15 @@ impl Scene {
     /// Draws a scene of some groups, each shape in a cell of a grid of `cells` by `cells`.
     fn draw_of(
         groups: impl FnOnce(&mut Random) -> Vec<Group>,
-        cells: usize,
+        cells: u32,
         random: &mut Random,
     ) -> Self {
-        let [width, height] = random.pick(&SIZES);
+        let size = random.pick(&SIZES);
+        let longest = size[0].max(size[1]);
+        let [width, height] = match cells {
+            1 => size.map(|side| side * SIMPLE_SIDE / longest),
+            _ => size,
+        };
         let ground = random.pick(&GROUNDS);
         let pattern = random.pick(&PATTERNS);
         let mut groups = groups(random);
@@ -248,13 +257,16 @@ fn draw_group(random: &mut Random, count: usize) -> Group {
 }
 
 /// Puts a shape of `group` somewhere about the middle of `place`, turned a little.
-fn put(random: &mut Random, group: &Group, place: Place, size: [u32; 2], cells: usize) -> Object {
-    let cell = size.map(|side| f64::from(side) / cells as f64);
+fn put(random: &mut Random, group: &Group, place: Place, size: [u32; 2], cells: u32) -> Object {
+    let cell = size.map(|side| f64::from(side) / f64::from(cells));
     let room = cell[0].min(cell[1]) / 2.0;
-    let radius = room * random.between(0.62, 0.88);
+    let radius = room * random.between(0.74, 0.88);
     let mut coordinate = |index: usize, side: f64| {
         let slack = side / 2.0 - radius * 1.08;
-        (index as f64 + 0.5) * side + random.between(-slack, slack).clamp(-side / 6.0, side / 6.0)
+        (index as f64 + 0.5) * side
+            + random
+                .between(-slack, slack)
+                .clamp(-side / 24.0, side / 24.0)
     };
     let center = [
         coordinate(place.column, cell[0]),

@@ -61,6 +61,7 @@ pub fn corpus(seed: u64) -> Vec<String> {
     for number in 0..1000 {
         let mut random = Random::named(seed, &format!("corpus/{number}"));
         let scene = Scene::draw(&mut random);
+        lines.extend(questions::places(&scene).into_iter().flatten());
         for topic in Topic::ALL {
             if let Some(question) = questions::ask(&scene, topic, &mut random) {
                 lines.extend([question.text, question.answer, question.slip]);

@@ -5,16 +5,15 @@ use std::num::NonZeroU32;
 use std::time::Instant;
 
 use arrow::array::RecordBatch;
-use arrow::datatypes::SchemaRef;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::training::{self, Recipe, example, prompts};
+use super::training::{Course, Recipe, Trains, example, prompts};
 use super::{
-    Failure, Fold, Input, Map, MapWork, ModelName, NonNegative, Outcome, Positive, Role, Scope,
-    Stage, StageError, TableName, Task, Training, Use, Work, shown, shuffled_batches,
+    Failure, Map, MapWork, ModelName, NonNegative, Outcome, Positive, Role, Scope, TableName, Task,
+    Training, shown,
 };
-use crate::models::{DpoLearner, DpoSettings, Learner, Schedule};
+use crate::models::{DpoLearner, DpoSettings, Learner, Optimization, Schedule};
 use crate::store::{Key, Lookup};
 use crate::tables::{DpoStep, Pair, Reference, Row};
 
@@ -87,85 +86,28 @@ mod defaults {
     }
 }
 
-impl TrainDpo {
-    fn settings(&self, steps: usize) -> DpoSettings {
-        DpoSettings {
-            beta: self.beta.get(),
-            optimization: self.recipe().optimization(steps),
-        }
-    }
+impl Trains for TrainDpo {
+    type Lesson = Pair;
+    type Step = DpoStep;
+    const LESSONS: &'static str = "pairs";
+    const ROLE: Role = Role::LearnsPairs;
 
-    fn recipe(&self) -> Recipe {
-        Recipe {
-            learning_rate: self.learning_rate,
-            schedule: Schedule::Cosine,
-            warmup_ratio: self.warmup_ratio,
-            weight_decay: self.weight_decay,
-            max_grad_norm: self.max_grad_norm,
-        }
-    }
-}
-
-impl Stage for TrainDpo {
-    fn inputs(&self) -> Vec<Input<'_>> {
-        let pairs = Input {
-            field: "pairs",
-            table: Some(&self.pairs),
-            needs: Pair::schema(),
-            kind: Pair::KIND,
-        };
-        training::inputs(pairs, self.after.as_ref())
-    }
-
-    fn uses(&self) -> Vec<Use<'_>> {
-        vec![Use {
-            field: "model",
+    fn course(&self) -> Course<'_> {
+        Course {
+            lessons: &self.pairs,
             model: &self.model,
-            role: Role::LearnsPairs,
-        }]
-    }
-
-    fn kind(&self) -> Option<&'static str> {
-        Some(DpoStep::KIND)
-    }
-
-    fn output(&self, _: &[(TableName, SchemaRef)]) -> Result<SchemaRef, StageError> {
-        self.recipe().check()?;
-        Ok(DpoStep::schema())
-    }
-
-    fn draws(&self) -> bool {
-        true
-    }
-
-    fn unkeyed(&self) -> &'static [&'static str] {
-        &["save_every"]
-    }
-
-    fn work(&self) -> Work<'_> {
-        Work::Fold(Box::new(self))
-    }
-}
-
-impl Fold for &TrainDpo {
-    fn input(&self) -> &TableName {
-        &self.pairs
-    }
-
-    fn model(&self) -> &ModelName {
-        &self.model
-    }
-
-    fn batches(&self, scope: &Scope<'_>, rows: usize) -> Vec<(u32, Vec<u32>)> {
-        shuffled_batches(scope, rows, self.epochs.get(), self.batch_pairs.get())
-    }
-
-    fn save_every(&self) -> u32 {
-        self.save_every.get()
-    }
-
-    fn schema(&self) -> SchemaRef {
-        DpoStep::schema()
+            after: self.after.as_ref(),
+            epochs: self.epochs.get(),
+            batch: self.batch_pairs.get(),
+            save_every: self.save_every.get(),
+            recipe: Recipe {
+                learning_rate: self.learning_rate,
+                schedule: Schedule::Cosine,
+                warmup_ratio: self.warmup_ratio,
+                weight_decay: self.weight_decay,
+                max_grad_norm: self.max_grad_norm,
+            },
+        }
     }
 
     fn before(&self, table: &TableName) -> Option<(TableName, Box<dyn MapWork + '_>)> {
@@ -182,15 +124,17 @@ impl Fold for &TrainDpo {
     fn begin(
         &self,
         scope: &mut Scope<'_>,
-        steps: usize,
+        optimization: Optimization,
         before: Option<Lookup>,
     ) -> Result<Box<dyn Training + '_>, Failure> {
+        let settings = DpoSettings {
+            beta: self.beta.get(),
+            optimization,
+        };
         Ok(Box::new(DpoTraining {
             model: &self.model,
             start: scope.models.fingerprint(&self.model).to_owned(),
-            learner: scope
-                .models
-                .dpo_learner(&self.model, &self.settings(steps))?,
+            learner: scope.models.dpo_learner(&self.model, &settings)?,
             references: before.expect("this stage asks for a table before"),
         }))
     }
@@ -333,7 +277,11 @@ impl Map for ReferencePass<'_> {
                     .map(|(pair, prompt)| example(pair, prompt, None))
                     .collect();
                 if learner.is_none() {
-                    let settings = self.stage.settings(1);
+                    // Nothing is trained here, so the schedule does not matter.
+                    let settings = DpoSettings {
+                        beta: self.stage.beta.get(),
+                        optimization: self.stage.course().recipe.optimization(1),
+                    };
                     *learner = Some(scope.models.dpo_learner(model, &settings)?);
                 }
                 let learner = learner.as_mut().expect("just opened");

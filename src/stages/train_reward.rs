@@ -4,16 +4,12 @@ use std::num::NonZeroU32;
 use std::time::Instant;
 
 use arrow::array::RecordBatch;
-use arrow::datatypes::SchemaRef;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::training::{self, Recipe, example, prompts};
-use super::{
-    Failure, Fold, Input, ModelName, NonNegative, Positive, Role, Scope, Stage, StageError,
-    TableName, Training, Use, Work, shuffled_batches,
-};
-use crate::models::{Learner, RewardLearner, RewardSettings, Schedule};
+use super::training::{Course, Recipe, Trains, example, prompts};
+use super::{Failure, ModelName, NonNegative, Positive, Role, Scope, TableName, Training};
+use crate::models::{Learner, Optimization, RewardLearner, RewardSettings, Schedule};
 use crate::store::Lookup;
 use crate::tables::{Pair, RewardStep, Row};
 
@@ -101,84 +97,34 @@ mod defaults {
     }
 }
 
-impl TrainReward {
-    fn recipe(&self) -> Recipe {
-        Recipe {
-            learning_rate: self.learning_rate,
-            schedule: Schedule::Constant,
-            warmup_ratio: self.warmup_ratio,
-            weight_decay: self.weight_decay,
-            max_grad_norm: self.max_grad_norm,
-        }
-    }
-}
+impl Trains for TrainReward {
+    type Lesson = Pair;
+    type Step = RewardStep;
+    const LESSONS: &'static str = "pairs";
+    const ROLE: Role = Role::LearnsRewards;
 
-impl Stage for TrainReward {
-    fn inputs(&self) -> Vec<Input<'_>> {
-        let pairs = Input {
-            field: "pairs",
-            table: Some(&self.pairs),
-            needs: Pair::schema(),
-            kind: Pair::KIND,
-        };
-        training::inputs(pairs, self.after.as_ref())
-    }
-
-    fn uses(&self) -> Vec<Use<'_>> {
-        vec![Use {
-            field: "model",
+    fn course(&self) -> Course<'_> {
+        Course {
+            lessons: &self.pairs,
             model: &self.model,
-            role: Role::LearnsRewards,
-        }]
-    }
-
-    fn kind(&self) -> Option<&'static str> {
-        Some(RewardStep::KIND)
-    }
-
-    fn output(&self, _: &[(TableName, SchemaRef)]) -> Result<SchemaRef, StageError> {
-        self.recipe().check()?;
-        Ok(RewardStep::schema())
-    }
-
-    fn draws(&self) -> bool {
-        true
-    }
-
-    fn unkeyed(&self) -> &'static [&'static str] {
-        &["save_every"]
-    }
-
-    fn work(&self) -> Work<'_> {
-        Work::Fold(Box::new(self))
-    }
-}
-
-impl Fold for &TrainReward {
-    fn input(&self) -> &TableName {
-        &self.pairs
-    }
-
-    fn model(&self) -> &ModelName {
-        &self.model
-    }
-
-    fn batches(&self, scope: &Scope<'_>, rows: usize) -> Vec<(u32, Vec<u32>)> {
-        shuffled_batches(scope, rows, self.epochs.get(), self.batch_pairs.get())
-    }
-
-    fn save_every(&self) -> u32 {
-        self.save_every.get()
-    }
-
-    fn schema(&self) -> SchemaRef {
-        RewardStep::schema()
+            after: self.after.as_ref(),
+            epochs: self.epochs.get(),
+            batch: self.batch_pairs.get(),
+            save_every: self.save_every.get(),
+            recipe: Recipe {
+                learning_rate: self.learning_rate,
+                schedule: Schedule::Constant,
+                warmup_ratio: self.warmup_ratio,
+                weight_decay: self.weight_decay,
+                max_grad_norm: self.max_grad_norm,
+            },
+        }
     }
 
     fn begin(
         &self,
         scope: &mut Scope<'_>,
-        steps: usize,
+        optimization: Optimization,
         _: Option<Lookup>,
     ) -> Result<Box<dyn Training + '_>, Failure> {
         let settings = RewardSettings {
@@ -186,7 +132,7 @@ impl Fold for &TrainReward {
             alpha: self.alpha.get(),
             centering: self.centering.get(),
             seed: scope.seed_for("adapter"),
-            optimization: self.recipe().optimization(steps),
+            optimization,
         };
         let learner = scope.models.reward_learner(&self.model, &settings)?;
         Ok(Box::new(RewardTraining {

@@ -4,16 +4,14 @@ use std::num::NonZeroU32;
 use std::time::Instant;
 
 use arrow::array::RecordBatch;
-use arrow::datatypes::SchemaRef;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::training::{self, Recipe};
-use super::{
-    Failure, Fold, Input, ModelName, NonNegative, Positive, Role, Scope, Stage, StageError,
-    TableName, Training, Use, Work, shuffled_batches,
+use super::training::{Course, Recipe, Trains};
+use super::{Failure, ModelName, NonNegative, Positive, Role, Scope, TableName, Training};
+use crate::models::{
+    Learned, Learner, Lesson, Optimization, Schedule, SftLearner, SftSettings, Tower,
 };
-use crate::models::{Learned, Learner, Lesson, Schedule, SftLearner, SftSettings, Tower};
 use crate::store::Lookup;
 use crate::tables::{Prompt, Row, SftStep};
 
@@ -88,89 +86,39 @@ mod defaults {
     }
 }
 
-impl TrainSft {
-    fn recipe(&self) -> Recipe {
-        Recipe {
-            learning_rate: self.learning_rate,
-            schedule: Schedule::Cosine,
-            warmup_ratio: self.warmup_ratio,
-            weight_decay: self.weight_decay,
-            max_grad_norm: self.max_grad_norm,
-        }
-    }
-}
+impl Trains for TrainSft {
+    type Lesson = Prompt;
+    type Step = SftStep;
+    const LESSONS: &'static str = "prompts";
+    const ROLE: Role = Role::LearnsAnswers;
 
-impl Stage for TrainSft {
-    fn inputs(&self) -> Vec<Input<'_>> {
-        let prompts = Input {
-            field: "prompts",
-            table: Some(&self.prompts),
-            needs: Prompt::schema(),
-            kind: Prompt::KIND,
-        };
-        training::inputs(prompts, self.after.as_ref())
-    }
-
-    fn uses(&self) -> Vec<Use<'_>> {
-        vec![Use {
-            field: "model",
+    fn course(&self) -> Course<'_> {
+        Course {
+            lessons: &self.prompts,
             model: &self.model,
-            role: Role::LearnsAnswers,
-        }]
-    }
-
-    fn kind(&self) -> Option<&'static str> {
-        Some(SftStep::KIND)
-    }
-
-    fn output(&self, _: &[(TableName, SchemaRef)]) -> Result<SchemaRef, StageError> {
-        self.recipe().check()?;
-        Ok(SftStep::schema())
-    }
-
-    fn draws(&self) -> bool {
-        true
-    }
-
-    fn unkeyed(&self) -> &'static [&'static str] {
-        &["save_every"]
-    }
-
-    fn work(&self) -> Work<'_> {
-        Work::Fold(Box::new(self))
-    }
-}
-
-impl Fold for &TrainSft {
-    fn input(&self) -> &TableName {
-        &self.prompts
-    }
-
-    fn model(&self) -> &ModelName {
-        &self.model
-    }
-
-    fn batches(&self, scope: &Scope<'_>, rows: usize) -> Vec<(u32, Vec<u32>)> {
-        shuffled_batches(scope, rows, self.epochs.get(), self.batch_prompts.get())
-    }
-
-    fn save_every(&self) -> u32 {
-        self.save_every.get()
-    }
-
-    fn schema(&self) -> SchemaRef {
-        SftStep::schema()
+            after: self.after.as_ref(),
+            epochs: self.epochs.get(),
+            batch: self.batch_prompts.get(),
+            save_every: self.save_every.get(),
+            recipe: Recipe {
+                learning_rate: self.learning_rate,
+                schedule: Schedule::Cosine,
+                warmup_ratio: self.warmup_ratio,
+                weight_decay: self.weight_decay,
+                max_grad_norm: self.max_grad_norm,
+            },
+        }
     }
 
     fn begin(
         &self,
         scope: &mut Scope<'_>,
-        steps: usize,
+        optimization: Optimization,
         _: Option<Lookup>,
     ) -> Result<Box<dyn Training + '_>, Failure> {
         let settings = SftSettings {
             tower: self.tower,
-            optimization: self.recipe().optimization(steps),
+            optimization,
         };
         let learner = scope.models.sft_learner(&self.model, &settings)?;
         Ok(Box::new(SftTraining {

@@ -1,10 +1,138 @@
-//! What the trainings share: how the optimizer goes, and how pairs become examples.
+//! What the trainings share: all but what they learn from, how, and what they report.
 
 use arrow::datatypes::{Schema, SchemaRef};
 
-use super::{Failure, Input, NonNegative, Positive, Scope, StageError, TableName, turns};
+use super::{
+    Failure, Fold, Input, MapWork, ModelName, NonNegative, Positive, Role, Scope, Stage,
+    StageError, TableName, Training, Use, Work, shuffled_batches, turns,
+};
 use crate::models::{self, Answer, Example, Optimization, Schedule};
-use crate::tables::Pair;
+use crate::store::Lookup;
+use crate::tables::{Pair, Row};
+
+/// A stage that trains a model. [`Stage`] and [`Fold`] are the same for all of them.
+pub trait Trains {
+    /// What it learns from.
+    type Lesson: Row;
+    /// What it reports of each step.
+    type Step: Row;
+    /// The setting that names the table of lessons.
+    const LESSONS: &'static str;
+    const ROLE: Role;
+
+    fn course(&self) -> Course<'_>;
+
+    /// A table that has to be there before the first step: its name and the work that makes it.
+    fn before(&self, _table: &TableName) -> Option<(TableName, Box<dyn MapWork + '_>)> {
+        None
+    }
+
+    /// Opens the learner for a training of so many steps. `before` looks rows of the table up that
+    /// had to be there.
+    fn begin(
+        &self,
+        scope: &mut Scope<'_>,
+        optimization: Optimization,
+        before: Option<Lookup>,
+    ) -> Result<Box<dyn Training + '_>, Failure>;
+}
+
+/// The settings that every training has.
+pub struct Course<'a> {
+    pub lessons: &'a TableName,
+    pub model: &'a ModelName,
+    pub after: Option<&'a TableName>,
+    pub epochs: u32,
+    /// Rows of a step.
+    pub batch: u32,
+    pub save_every: u32,
+    pub recipe: Recipe,
+}
+
+impl<T: Trains> Stage for T {
+    fn inputs(&self) -> Vec<Input<'_>> {
+        let course = self.course();
+        let lessons = Input {
+            field: T::LESSONS,
+            table: Some(course.lessons),
+            needs: T::Lesson::schema(),
+            kind: T::Lesson::KIND,
+        };
+        let after = course.after.map(|table| Input {
+            field: AFTER,
+            table: Some(table),
+            needs: SchemaRef::new(Schema::empty()),
+            kind: "training",
+        });
+        std::iter::once(lessons).chain(after).collect()
+    }
+
+    fn uses(&self) -> Vec<Use<'_>> {
+        vec![Use {
+            field: "model",
+            model: self.course().model,
+            role: T::ROLE,
+        }]
+    }
+
+    fn kind(&self) -> Option<&'static str> {
+        Some(T::Step::KIND)
+    }
+
+    fn output(&self, _: &[(TableName, SchemaRef)]) -> Result<SchemaRef, StageError> {
+        self.course().recipe.check()?;
+        Ok(T::Step::schema())
+    }
+
+    fn draws(&self) -> bool {
+        true
+    }
+
+    fn unkeyed(&self) -> &'static [&'static str] {
+        &["save_every"]
+    }
+
+    fn work(&self) -> Work<'_> {
+        Work::Fold(Box::new(self))
+    }
+}
+
+impl<T: Trains> Fold for &T {
+    fn input(&self) -> &TableName {
+        self.course().lessons
+    }
+
+    fn model(&self) -> &ModelName {
+        self.course().model
+    }
+
+    fn batches(&self, scope: &Scope<'_>, rows: usize) -> Vec<(u32, Vec<u32>)> {
+        let course = self.course();
+        shuffled_batches(scope, rows, course.epochs, course.batch)
+    }
+
+    fn save_every(&self) -> u32 {
+        self.course().save_every
+    }
+
+    fn schema(&self) -> SchemaRef {
+        T::Step::schema()
+    }
+
+    fn before(&self, table: &TableName) -> Option<(TableName, Box<dyn MapWork + '_>)> {
+        Trains::before(*self, table)
+    }
+
+    fn begin(
+        &self,
+        scope: &mut Scope<'_>,
+        steps: usize,
+        before: Option<Lookup>,
+    ) -> Result<Box<dyn Training + '_>, Failure> {
+        let optimization = self.course().recipe.optimization(steps);
+        Trains::begin(*self, scope, optimization, before)
+    }
+}
 
 /// The setting by which a training names another one of the same round that it goes on from.
 pub const AFTER: &str = "after";
@@ -21,7 +149,7 @@ pub struct Recipe {
 
 impl Recipe {
     /// What no single setting shows.
-    pub fn check(&self) -> Result<(), StageError> {
+    fn check(&self) -> Result<(), StageError> {
         if self.warmup_ratio.get() > 1.0 {
             return Err(StageError {
                 field: Some("warmup_ratio"),
@@ -46,17 +174,6 @@ impl Recipe {
             max_grad_norm: self.max_grad_norm.get(),
         }
     }
-}
-
-/// The inputs of a training: what it learns from, and the training that it goes on from.
-pub fn inputs<'a>(rows: Input<'a>, after: Option<&'a TableName>) -> Vec<Input<'a>> {
-    let after = after.map(|table| Input {
-        field: AFTER,
-        table: Some(table),
-        needs: SchemaRef::new(Schema::empty()),
-        kind: "training",
-    });
-    std::iter::once(rows).chain(after).collect()
 }
 
 /// A pair as learners take it.

@@ -243,7 +243,10 @@ mod tests {
             );
         }
         assert!(lookup.get("p18000").unwrap().is_none());
-        assert!(lookup.cache.len() <= GROUPS_KEPT);
+        let cached = lookup.cache.iter();
+        let bytes: usize = cached.map(|(_, rows)| rows.get_array_memory_size()).sum();
+        assert_eq!(lookup.cached_bytes, bytes);
+        assert!(bytes <= CACHE_BYTES);
     }
 
     #[test]
