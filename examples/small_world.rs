@@ -72,7 +72,7 @@ enum What {
 #[derive(Args)]
 struct WorldArguments {
     /// Pictures to train on.
-    #[arg(long, default_value_t = 160, global = true)]
+    #[arg(long, default_value_t = 400, global = true)]
     train: usize,
     /// Pictures that are held out: none shows a scene that a training picture or a lesson shows.
     #[arg(long, default_value_t = 100, global = true)]
@@ -117,7 +117,7 @@ fn write(arguments: &Arguments) -> Outcome<()> {
         } => {
             let seed = arguments.world.seed;
             let counts = [*first_steps, *pictures];
-            lessons::write(to, seed, counts, &world.contents())?;
+            lessons::write(to, seed, counts, &world.held_out())?;
             let corpus = tokenizers::corpus(seed);
             policy::write(&to.join("start/policy"), seed, &corpus)?;
             judge::write(&to.join("start/reward"), seed, &corpus)?;

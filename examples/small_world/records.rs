@@ -77,14 +77,15 @@ struct PreferenceRecord<'a> {
     rejected: &'a str,
 }
 
-/// Draws all pictures, no two of them of the same content.
+/// Draws all pictures, no two of them of the same content. Those that are held out come first, so that
+/// they are the same however many there are to train on.
 pub fn draw_world(seed: u64, counts: Counts) -> Outcome<World> {
     /// Scenes to try for one picture before there seem to be no more.
     const TRIES: usize = 1000;
 
     let mut shown = BTreeSet::new();
     let mut pictures = Vec::new();
-    for (split, wanted) in Split::ALL.into_iter().zip(counts.pictures) {
+    for (split, wanted) in Split::ALL.into_iter().zip(counts.pictures).rev() {
         for number in 1..=wanted {
             let id = format!("{}-{number:04}", split.name());
             let drawn = (0..TRIES).find_map(|attempt| {
@@ -173,10 +174,10 @@ impl World {
         files::write_json(&to.join("heldout_feedback.json"), &feedback(Split::HeldOut))
     }
 
-    /// What the pictures show; lessons show none of it.
-    pub fn contents(&self) -> BTreeSet<Content> {
-        let contents = self.0.iter().map(|picture| picture.content.clone());
-        contents.collect()
+    /// What the held-out pictures show; lessons show none of it.
+    pub fn held_out(&self) -> BTreeSet<Content> {
+        let pictures = self.pictures(Split::HeldOut);
+        pictures.map(|picture| picture.content.clone()).collect()
     }
 
     fn prompts(&self, split: Split) -> Vec<PromptRecord<'_>> {

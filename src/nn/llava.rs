@@ -18,6 +18,9 @@ use super::weights::{Weights, refuse};
 use crate::models::{LlavaRlhf, ModelError};
 use crate::prep::{JudgeIds, RewardCard};
 
+/// A tensor that a base has if its projector is that of LLaVA 1.5.
+pub const TWO_LAYERS: &str = "model.mm_projector.0.weight";
+
 /// The network without a head: pictures and tokens in, hidden states out.
 #[derive(Debug)]
 pub struct Llava {
@@ -41,18 +44,14 @@ impl Llava {
     ) -> Result<Self, ModelError> {
         let vision = Checkpoint::open_clip(&spec.vision)?;
         let vision = Reader::new(&vision, device, kind, Purpose::Inference);
-        let adapter = card.adapter.as_ref().ok_or_else(|| {
-            let problem = "this reward model has no adapter yet; name one, or train it with \
-                           `train_reward`";
-            refuse(&spec.base, problem.to_owned())
-        })?;
+        let adapter = card.adapter.as_ref().ok_or_else(|| no_adapter(spec))?;
         let base = Merged {
             base: Weights::open(&spec.base)?,
             adapter: Adapter::open(adapter)?,
             kind,
             device,
         };
-        let network = Self::new(&vision, &base, has_two_layers(&base.base), card)?;
+        let network = Self::new(&vision, &base, base.base.has(TWO_LAYERS), card)?;
         base.adapter.all_used()?;
         Ok(network)
     }
@@ -139,9 +138,10 @@ impl Projector {
     }
 }
 
-/// Whether the projector in `base` is that of LLaVA 1.5.
-pub fn has_two_layers(base: &Weights) -> bool {
-    base.has("model.mm_projector.0.weight")
+/// The complaint about a reward model that is to score before it was trained to.
+pub fn no_adapter(spec: &LlavaRlhf) -> ModelError {
+    let problem = "this reward model has no adapter yet; name one, or train it with `train_reward`";
+    refuse(&spec.base, problem.to_owned())
 }
 
 #[cfg(test)]

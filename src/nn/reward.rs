@@ -13,7 +13,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::device;
 use super::edge::guarded;
-use super::llava::Llava;
+use super::llava::{Llava, no_adapter};
 use super::weights::{Weights, refuse};
 use crate::models::{Emit, Group, Judge, LlavaRlhf, ModelError, Picture, RowFault, Score};
 use crate::prep::{JudgeIds, JudgePrep};
@@ -50,11 +50,7 @@ impl RewardJudge {
         let (device, kind) = device::choose(spec.device, spec.dtype)?;
         let prep = JudgePrep::open(spec)?;
         let hidden = prep.card.text_config.hidden_size as i64;
-        let adapter = spec.adapter.as_deref().ok_or_else(|| {
-            let problem = "this reward model has no adapter yet; name one, or train it with \
-                           `train_reward`";
-            refuse(&spec.base, problem.to_owned())
-        })?;
+        let adapter = spec.adapter.as_deref().ok_or_else(|| no_adapter(spec))?;
         // The head first: it is small, and the file that is most often forgotten.
         let head = RewardHead::open(adapter, hidden, device)?;
         let llava = Llava::open(spec, &prep.card, kind, device)?;

@@ -14,7 +14,7 @@ use tch::{Kind, Tensor};
 use super::checkpoint::{Checkpoint, Purpose, Reader};
 use super::device;
 use super::edge::guarded;
-use super::llava::Llava;
+use super::llava::{Llava, TWO_LAYERS};
 use super::lora::{Adapted, Adapter, Start, seeded_uniform};
 use super::optimizer::Parameter;
 use super::reward::{HEAD_FILE, RewardHead, RewardNetwork};
@@ -90,7 +90,7 @@ impl LlavaRewards {
         let vision = Checkpoint::open_clip(&spec.vision)?;
         let reader = |from| Reader::new(from, device, Kind::Float, Purpose::Inference);
         let adapted = Adapted::new(reader(&base), start, device);
-        let two_layers = base.has("model.mm_projector.0.weight");
+        let two_layers = base.has(TWO_LAYERS);
         let llava = Llava::new(&reader(&vision), &adapted, two_layers, &prep.card)?;
         let mut parameters = adapted.into_parameters();
         if let Some(adapter) = &existing {

@@ -18,7 +18,7 @@ use super::device;
 use super::dpo::token_logps;
 use super::edge::guarded;
 use super::layers;
-use super::llava::Llava;
+use super::llava::{Llava, TWO_LAYERS};
 use super::llava_onevision::LlavaOnevision;
 use super::optimizer::Parameter;
 use super::training::{Training, not_finite, row_error};
@@ -260,7 +260,7 @@ impl Sft<LlavaStudent> {
         let (network, lm_head, parameters) = {
             let base_reader = Reader::new(&base, device, Kind::Float, purpose);
             let vision_reader = Reader::new(&vision, device, Kind::Float, purpose);
-            let two_layers = base.has("model.mm_projector.0.weight");
+            let two_layers = base.has(TWO_LAYERS);
             let network = Llava::new(&vision_reader, &base_reader, two_layers, &prep.card)?;
             let lm_head = if base.has(BASE_HEAD) {
                 let config = DecoderConfig::from(&prep.card.text_config);
