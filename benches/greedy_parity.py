@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, LlavaOnevisionForConditionalGeneration, LlavaOnevisionProcessor
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.llava_onevision.video_processing_llava_onevision import LlavaOnevisionVideoProcessor
 
 run, round_number = Path(sys.argv[1]), int(sys.argv[2])
 checkpoint = run / f"checkpoints/round-{round_number}" if round_number else Path("data-samples/policy")
@@ -34,9 +35,11 @@ pictures = LlavaOnevisionImageProcessorPil.from_pretrained(checkpoint)
 model, loading = LlavaOnevisionForConditionalGeneration.from_pretrained(
     checkpoint, dtype=torch.float32, output_loading_info=True)
 assert not loading["missing_keys"] and not loading["unexpected_keys"], loading
+tower = model.config.vision_config
 processor = LlavaOnevisionProcessor(
-    image_processor=pictures, tokenizer=tokenizer, num_image_tokens=(56 // 14) ** 2,
-    vision_feature_select_strategy="full", chat_template=(checkpoint / "chat_template.jinja").read_text())
+    image_processor=pictures, tokenizer=tokenizer, num_image_tokens=(tower.image_size // tower.patch_size) ** 2,
+    vision_feature_select_strategy="full", video_processor=LlavaOnevisionVideoProcessor(size=pictures.size),
+    chat_template=(checkpoint / "chat_template.jinja").read_text())
 placeholders = [model.config.image_token_id, model.config.video_token_id]
 unused = list(range(len(tokenizer), model.config.text_config.vocab_size))
 
