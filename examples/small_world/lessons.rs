@@ -73,28 +73,33 @@ pub fn write(
         judge_conversations.push(lesson.judge_conversation);
         preferences.extend(lesson.preferences);
     }
-    let first_steps: Vec<Vec<Record>> = (1..=first_steps)
-        .into_par_iter()
-        .map(|number| first_step(to, seed, number, taken))
-        .collect::<Outcome<_>>()?;
-    files::write_json(&to.join("first_steps.json"), &first_steps.concat())?;
+    for (name, scene) in [
+        ("first", Scene::draw_simple as fn(&mut Random) -> Scene),
+        ("even", Scene::draw_even),
+    ] {
+        let steps: Vec<Vec<Record>> = (1..=first_steps)
+            .into_par_iter()
+            .map(|number| first_step(to, seed, &format!("{name}-{number:05}"), scene, taken))
+            .collect::<Outcome<_>>()?;
+        files::write_json(&to.join(format!("{name}_steps.json")), &steps.concat())?;
+    }
     files::write_json(&to.join("scans.json"), &scans)?;
     files::write_json(&to.join("conversations.json"), &conversations)?;
     files::write_json(&to.join("judge_conversations.json"), &judge_conversations)?;
     files::write_json(&to.join("preferences.json"), &preferences)
 }
 
-/// Draws and writes a picture of a single shape, with true answers to questions about it.
+/// Draws and writes a picture of shapes of one kind and color, with true answers to questions about it.
 fn first_step(
     to: &Path,
     seed: u64,
-    number: usize,
+    id: &str,
+    scene: fn(&mut Random) -> Scene,
     taken: &BTreeSet<Content>,
 ) -> Outcome<Vec<Record>> {
-    let id = format!("first-{number:05}");
-    let mut random = Random::named(seed, &id);
-    let scene = draw(Scene::draw_simple, taken, &mut random);
-    let image = format!("first-{number:05}.png");
+    let mut random = Random::named(seed, id);
+    let scene = draw(scene, taken, &mut random);
+    let image = format!("{id}.png");
     let bytes = render::picture(&scene, Format::QuickPng, &mut random)?;
     files::write(&to.join("images").join(&image), &bytes)?;
     let asked = FIRST_TOPICS.map(|topic| {
@@ -156,7 +161,9 @@ impl Lesson {
         let judge_conversation = record(judge_turns(&scene, &mut random));
         let mut preferences = Vec::with_capacity(PREFERENCES);
         for question in ask(&scene, PREFERENCES, &mut random) {
-            let wrong = question.some_wrong(&mut random).to_owned();
+            let Some(wrong) = question.fair else {
+                continue;
+            };
             let record = record(vec![[question.text, String::new()]]);
             preferences.push(Record {
                 preference: Some(prefer(question.answer, wrong, &mut random)),
@@ -205,10 +212,11 @@ fn judge_turns(scene: &Scene, random: &mut Random) -> Vec<[String; 2]> {
         .collect();
     for question in ask(scene, judged, random) {
         let is_true = random.chance(0.5);
-        let said = if is_true {
-            question.answer.as_str()
-        } else {
-            question.some_wrong(random)
+        let said = match &question.fair {
+            Some(wrong) if !is_true => wrong,
+            // Where there is no fair false answer, there is no true one either, to stay even.
+            None => continue,
+            Some(_) => &question.answer,
         };
         let verdict = if is_true { "Yes." } else { "No." };
         turns.push([

@@ -1,7 +1,7 @@
 //! Questions about a scene, each with its true answer, a false one, and what a careless writer says.
 
 use super::random::Random;
-use super::scene::{COLORS, Group, Object, Paint, Place, Scene};
+use super::scene::{COLORS, GROUPS_MAX, Group, Object, Paint, Place, Scene};
 use super::shape::Kind;
 
 /// What a question is about.
@@ -50,12 +50,16 @@ pub struct Question {
     /// The mistake that careless writers make, always the same for a scene: confused kinds and
     /// colors, one too many, left for right, a shape that is not there.
     pub slip: String,
+    /// A false answer that the text alone does not give away: over many scenes, it and the true one
+    /// come as often the other way round. `None`: this time there is none.
+    pub fair: Option<String>,
 }
 
 impl Question {
-    fn new(topic: Topic, text: String, answers: [String; 3]) -> Self {
+    fn new(topic: Topic, text: String, answers: [String; 3], fair: Option<String>) -> Self {
         let [answer, wrong, slip] = answers;
         Self {
+            fair: fair.filter(|fair| *fair != answer),
             topic,
             text,
             answer,
@@ -70,15 +74,6 @@ impl Question {
             &self.slip
         } else {
             &self.answer
-        }
-    }
-
-    /// An answer that is not true.
-    pub fn some_wrong(&self, random: &mut Random) -> &str {
-        if random.chance(0.5) {
-            &self.slip
-        } else {
-            &self.wrong
         }
     }
 }
@@ -131,22 +126,19 @@ fn ask_kind(scene: &Scene, random: &mut Random) -> Question {
         return if group.count == 1 {
             let text = format!("What is the {color} shape?");
             let answer = |kind: Kind| format!("The {color} shape is a {}.", kind.singular());
-            Question::new(Topic::Kind, text, kinds.map(answer))
+            even(Topic::Kind, text, kinds.map(answer), random)
         } else {
             let text = format!("What are the {color} shapes?");
             let answer = |kind: Kind| format!("The {color} shapes are {}.", kind.plural());
-            Question::new(Topic::Kind, text, kinds.map(answer))
+            even(Topic::Kind, text, kinds.map(answer), random)
         };
     }
     let object = &scene.objects[random.below(scene.objects.len())];
     let kinds = kinds(object.kind, random);
     let place = object.place.name();
     let text = format!("What kind of shape is in the {place}?");
-    Question::new(
-        Topic::Kind,
-        text,
-        kinds.map(|kind| format!("It is a {}.", kind.singular())),
-    )
+    let answers = kinds.map(|kind| format!("It is a {}.", kind.singular()));
+    even(Topic::Kind, text, answers, random)
 }
 
 /// What color the shape at a place is, or what color the shapes of a kind are.
@@ -172,16 +164,13 @@ fn ask_color(scene: &Scene, random: &mut Random) -> Question {
         };
         let text = format!("What color {is} the {kind}?");
         let answer = colors.map(|color| format!("The {kind} {is} {}.", color.name));
-        return Question::new(Topic::Color, text, answer);
+        return even(Topic::Color, text, answer, random);
     }
     let object = &scene.objects[random.below(scene.objects.len())];
     let colors = colors(object.color, random);
     let text = format!("What color is the shape in the {}?", object.place.name());
-    Question::new(
-        Topic::Color,
-        text,
-        colors.map(|color| format!("It is {}.", color.name)),
-    )
+    let answers = colors.map(|color| format!("It is {}.", color.name));
+    even(Topic::Color, text, answers, random)
 }
 
 /// How many shapes there are of a kind, of a color, or at all.
@@ -190,7 +179,25 @@ fn ask_count(scene: &Scene, random: &mut Random) -> Question {
     let count = |wanted: &dyn Fn(&Object) -> bool| {
         scene.objects.iter().filter(|object| wanted(object)).count()
     };
-    let (count, one, many) = match random.below(3) {
+    // What is counted is as frequent in any other scene.
+    let mut aside = random.clone();
+    let other = Scene::draw(&mut aside);
+    let theirs = aside.pick(&other.groups);
+    let form = random.below(3);
+    let there = match form {
+        0 => other
+            .objects
+            .iter()
+            .filter(|object| object.kind == theirs.kind)
+            .count(),
+        1 => other
+            .objects
+            .iter()
+            .filter(|object| object.color == theirs.color)
+            .count(),
+        _ => other.objects.len(),
+    };
+    let (count, one, many) = match form {
         0 => {
             let kind = group.kind;
             let count = count(&|object| object.kind == kind);
@@ -213,6 +220,7 @@ fn ask_count(scene: &Scene, random: &mut Random) -> Question {
         Topic::Count,
         text,
         counts.map(|count| there_are(count, &one, &many)),
+        Some(there_are(there, &one, &many)),
     )
 }
 
@@ -234,7 +242,7 @@ fn ask_position(scene: &Scene, random: &mut Random) -> Option<Question> {
         object.kind.singular()
     );
     let answers = places.map(|place| where_it_is(object, place));
-    Some(Question::new(Topic::Position, text, answers))
+    Some(even(Topic::Position, text, answers, random))
 }
 
 /// What there is to see at all. The false answer has one group wrong.
@@ -272,11 +280,33 @@ fn ask_description(scene: &Scene, random: &mut Random) -> Question {
     let mut slip = scene.groups.clone();
     slip.push(not_there(scene));
     let groups = [&scene.groups, &wrong, &slip];
-    Question::new(
-        Topic::Description,
-        text,
-        groups.map(|groups| answer(groups)),
-    )
+    let fair = changed_evenly(scene, &mut random.clone());
+    let fair = fair.map(|groups| answer(&groups));
+    let answers = groups.map(|groups| answer(groups));
+    Question::new(Topic::Description, text, answers, fair)
+}
+
+/// The groups with one more, one less, or one of another kind or color. `None` where this scene can't
+/// be changed in the way that was drawn: only what can be undone is done.
+fn changed_evenly(scene: &Scene, random: &mut Random) -> Option<Vec<Group>> {
+    let mut groups = scene.groups.clone();
+    let changed = random.below(groups.len());
+    match random.below(4) {
+        0 if groups.len() < GROUPS_MAX => groups.push(not_there(scene)),
+        1 if groups.len() > 1 => {
+            groups.remove(changed);
+        }
+        2 => groups[changed].kind = other_than(&Kind::ALL, groups[changed].kind, random),
+        3 => groups[changed].color = other_than(&COLORS, groups[changed].color, random),
+        _ => return None,
+    }
+    Some(groups)
+}
+
+/// A question whose possible answers are all equally frequent, so that any false one is fair.
+fn even(topic: Topic, text: String, answers: [String; 3], random: &Random) -> Question {
+    let fair = answers[1 + random.clone().below(2)].clone();
+    Question::new(topic, text, answers, Some(fair))
 }
 
 /// A single shape that the scene does not have: what its first shape is to an eye that confuses both

@@ -140,9 +140,9 @@ fn draw_picture(
         .filter_map(ask)
         .take(counts.preferences)
         .collect();
-    let preferences = judged.into_iter().map(|question| {
-        let wrong = question.some_wrong(random).to_owned();
-        (question, wrong)
+    let preferences = judged.into_iter().filter_map(|question| {
+        let wrong = question.fair.clone()?;
+        Some((question, wrong))
     });
     let preferences = preferences.collect();
     Ok(Picture {

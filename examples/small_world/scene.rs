@@ -83,6 +83,9 @@ const SIZES: [[u32; 2]; 9] = [
 /// The longer side of a picture of a single shape.
 const SIMPLE_SIDE: u32 = 56;
 
+/// Most groups in a picture.
+pub const GROUPS_MAX: usize = 3;
+
 /// Most shapes in a picture.
 pub const SHAPES_MAX: usize = 4;
 
@@ -170,6 +173,11 @@ impl Scene {
         Self::draw_of(|random| vec![draw_group(random, 1)], 1, random)
     }
 
+    /// Draws a scene of one shape at all four places.
+    pub fn draw_even(random: &mut Random) -> Self {
+        Self::draw_of(|random| vec![draw_group(random, SHAPES_MAX)], 2, random)
+    }
+
     /// Draws a scene of some groups, each shape in a cell of a grid of `cells` by `cells`.
     fn draw_of(
         groups: impl FnOnce(&mut Random) -> Vec<Group>,
@@ -229,7 +237,7 @@ impl Scene {
 
 /// Draws one to three groups of one to three shapes.
 fn draw_groups(random: &mut Random) -> Vec<Group> {
-    let wanted = 1 + random.below(3);
+    let wanted = 1 + random.below(GROUPS_MAX);
     let mut groups: Vec<Group> = Vec::new();
     let mut free = SHAPES_MAX;
     while groups.len() < wanted && free > 0 {

@@ -23,7 +23,7 @@ const TEXT: RGBColor = RGBColor(60, 64, 72);
 pub struct Panel {
     pub title: String,
     pub x: String,
-    /// Rows in which both have a value.
+    /// Rows in which both have a value, from left to right.
     pub points: Vec<(f64, f64)>,
 }
 
@@ -33,10 +33,12 @@ pub fn panels(rows: &[RecordBatch], chart: &Chart) -> Result<Vec<Panel>, Failed>
     let panel = |line: &String| {
         let points = xs.iter().zip(numbers(rows, line)?);
         let points = points.filter_map(|(x, y)| Some(((*x)?, y?)));
+        let mut points: Vec<(f64, f64)> = points.collect();
+        points.sort_by(|one, other| one.0.total_cmp(&other.0));
         Ok(Panel {
             title: line.replace('_', " "),
             x: chart.x.clone(),
-            points: points.collect(),
+            points,
         })
     };
     chart.lines.iter().map(panel).collect()
@@ -139,8 +141,8 @@ mod tests {
     use super::*;
 
     fn rows() -> RecordBatch {
-        let round: ArrayRef = Arc::new(Int32Array::from(vec![0, 1, 2]));
-        let reward: ArrayRef = Arc::new(Float32Array::from(vec![Some(-0.5), None, Some(1.5)]));
+        let round: ArrayRef = Arc::new(Int32Array::from(vec![2, 1, 0]));
+        let reward: ArrayRef = Arc::new(Float32Array::from(vec![Some(1.5), None, Some(-0.5)]));
         let word: ArrayRef = Arc::new(StringArray::from(vec!["a", "b", "c"]));
         RecordBatch::try_from_iter([("round", round), ("mean_reward", reward), ("word", word)])
             .unwrap()

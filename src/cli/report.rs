@@ -14,7 +14,8 @@ use crate::store::{RunFolder, StoreError, write_atomically};
 pub fn print(plan: &Plan, run: &RunFolder) -> Result<(), Failed> {
     for (name, view) in &plan.report {
         let mut batches: Vec<RecordBatch> = Vec::new();
-        ask(run, &format!("select * from \"{name}\""), |batch| {
+        // Its own query, for a view has no order.
+        ask(run, &view.query, |batch| {
             batches.push(readable(&batch, true)?);
             Ok(())
         })?;
