@@ -10,7 +10,7 @@ pipeline() { cargo run --quiet --bin pipeline -- "$@"; }
 
 for seed in 1 2 3 4 5; do
   pipeline run pipelines/dpo.yaml --set "seed=$seed" --run "$folder/$seed" >&2
-  pipeline sql "$folder/$seed" "select $seed as seed, round, mean_reward, true_answers from quality order by round" --format csv | tail -n +2
+  pipeline sql "$folder/$seed" "select $seed as seed, round, mean_reward, true_answers from rounds order by round" --format csv | tail -n +2
 done | awk -F, '
   { reward[$1, $2] = $3; truth[$1, $2] = $4 }
   function say(name, round, of,    seed, sum, squares, mean) {
