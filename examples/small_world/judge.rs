@@ -38,11 +38,9 @@ const LINEAR: [(&str, usize, usize); 7] = [
     ("mlp.down_proj", INTERMEDIATE, HIDDEN),
 ];
 
-/// A reward prompt in our own words. The published adapter was trained with other words, so it
-/// gives other scores with these.
-pub const PROMPT: &str = "\
-USER: Judge your last answer: is all of it true of the picture? \
-ASSISTANT: The score of my last answer is";
+/// A reward prompt in our own words: what the base is asked about answers in its lessons, so that it
+/// knows what the score is to say. (The published adapter was trained with other words.)
+pub const PROMPT: &str = "USER: Is that true? ASSISTANT:";
 
 /// Writes the reward model to the folder `to`.
 pub fn write(to: &Path, seed: u64, corpus: &[String]) -> Outcome<()> {

@@ -21,7 +21,7 @@ pub enum ModelSpec {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LlavaOnevision {
-    /// The checkpoint's folder: config.json, safetensors, tokenizer.json, preprocessor_config.json.
+    /// The checkpoint's folder: config.json, the weights and the tokenizer, as transformers or LLaVA-NeXT writes them.
     pub weights: PathBuf,
     /// Where it computes: `auto` (the first CUDA device if there is one), `cpu`, `cuda`, `cuda:1`.
     #[serde(default)]

@@ -1,12 +1,12 @@
 //! A checkpoint as it lies on disk: read by canonical names, written back as it was.
 //!
-//! Of LLaVA-OneVision, transformers has written the same weights under several names (4.45 to 4.57 with
-//! `vision_tower.vision_model.…`, 5.x without `vision_model`, third parties as they are in memory,
-//! with a leading `model.`). Networks ask by one name each; the checkpoint remembers what each is
-//! called in its files. Writing keeps those names, the shards, the element types, every tensor that
-//! no network asked for, and every other file of the folder, so whatever could load the original
-//! can load the copy. The folders of a reward model's base and tower are kept likewise; what they
-//! have in torch files is written as safetensors.
+//! Of LLaVA-OneVision, the same weights are found under several names (transformers 4.45 to 4.57 has
+//! `vision_tower.vision_model.…`, 5.x no `vision_model`, third parties what they are in memory, with a
+//! leading `model.`, and LLaVA-NeXT names of its own). Networks ask by one name each; the checkpoint
+//! remembers what each is called in its files. Writing keeps those names, the shards, the element
+//! types, every tensor that no network asked for, and every other file of the folder, so whatever
+//! could load the original can load the copy. The folders of a reward model's base and tower are kept
+//! likewise. What is in torch files is written as safetensors.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
@@ -38,21 +38,9 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Opens the safetensors of `folder`; reads their headers only.
+    /// Opens the weights of `folder`; reads their headers only.
     pub fn open(folder: &Path) -> Result<Self, ModelError> {
         let weights = Weights::open(folder)?;
-        let is_safetensors = |file: &Path| file.extension().is_some_and(|end| end == "safetensors");
-        if let Some(file) = weights.files().find(|file| !is_safetensors(file)) {
-            let problem = "a torch file; convert the checkpoint to safetensors (in transformers: \
-                           `model.save_pretrained(folder)`)";
-            return Err(problem_with(file, problem));
-        }
-        if weights.has("model.mm_projector.0.weight") {
-            let problem = "weights in LLaVA-NeXT's own layout (`model.mm_projector`); convert them \
-                           with transformers' `convert_llava_onevision_weights_to_hf.py`, or take \
-                           the `-hf` checkpoint";
-            return Err(problem_with(folder, problem));
-        }
         let names = weights
             .names()
             .map(|name| (canonical(name), name.to_owned()))
@@ -95,7 +83,7 @@ impl Checkpoint {
     /// The element type that a tensor of this canonical name is stored in.
     pub fn kind(&self, name: &str) -> Option<Kind> {
         let stored = self.names.get(name)?;
-        self.weights.info(stored).map(|info| info.kind)
+        self.weights.kind(stored)
     }
 
     /// Whether a tensor of this canonical name is stored.
@@ -147,11 +135,15 @@ impl Checkpoint {
     ) -> Result<Vec<(String, Tensor)>, ModelError> {
         let mut tensors = Vec::new();
         for (canonical, name) in &self.names {
-            let Some(info) = self.weights.info(name).filter(|info| info.file == file) else {
+            let lies_here = self
+                .weights
+                .info(name)
+                .is_some_and(|info| info.file == file);
+            let Some(kind) = self.weights.kind(name).filter(|_| lies_here) else {
                 continue;
             };
             let tensor = match values.get(canonical.as_str()) {
-                Some(value) => value.detach().to_device(Device::Cpu).to_kind(info.kind),
+                Some(value) => value.detach().to_device(Device::Cpu).to_kind(kind),
                 None => self.weights.read(name, Device::Cpu)?,
             };
             tensors.push((name.clone(), tensor));

@@ -252,7 +252,7 @@ impl Adapter {
     /// The element type that the adapter is stored in.
     pub fn kind(&self) -> Option<Kind> {
         let name = self.weights.names().next()?;
-        self.weights.info(name).map(|info| info.kind)
+        self.weights.kind(name)
     }
 
     /// Fails when a module of the adapter had no place in the network.

@@ -254,7 +254,7 @@ impl RewardHead {
             return Err(refuse(folder, problem));
         }
         let weights = Weights::open_file(&path)?;
-        let kind = weights.info("weight").map_or(Kind::Float, |info| info.kind);
+        let kind = weights.kind("weight").unwrap_or(Kind::Float);
         let take = |name, shape: &[i64]| weights.take(name, shape, kind, device);
         Ok(Self {
             weight: take("weight", &[1, hidden])?,

@@ -13,7 +13,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use super::PrepError;
-use super::card::OnevisionCard;
+use super::card::{OnevisionCard, Writer};
 use super::tokenizer::PlainTokenizer;
 use crate::models::{Learned, Prompt, Role, RowFault};
 
@@ -56,7 +56,9 @@ impl Chat {
             ("<image>", card.image_token_index),
             ("<video>", card.video_token_index),
         ];
-        for (token, expected) in special {
+        // LLaVA-NeXT looks for `<image>` in the text, before the tokenizer sees it.
+        let by_name = card.writer == Writer::Transformers;
+        for (token, expected) in special.into_iter().filter(|_| by_name) {
             if let Some(id) = tokenizer.id(token).filter(|&id| id != expected) {
                 let problem = format!("has `{token}` as {id}, and config.json as {expected}");
                 return Err(tokenizer.fault(problem));

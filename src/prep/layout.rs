@@ -1,9 +1,10 @@
 //! Names and shapes of LLaVA-OneVision's tensors, whichever program wrote the files.
 //!
-//! The same tensor has four names in the wild. Here each has one canonical name, that of
-//! transformers' files with prefixes taken off: `vision_tower.encoder.layers.0.…`,
-//! `multi_modal_projector.linear_1.weight`, `image_newline`, `language_model.model.layers.0.…`,
-//! `language_model.lm_head.weight`.
+//! The same tensor has four names in the wild: in the files of transformers 4.45 to 4.57, in those of
+//! 5.x, as it is in memory there (some third parties write that), and as LLaVA-NeXT names it. Here
+//! each has one canonical name, that of transformers' files with prefixes taken off:
+//! `vision_tower.encoder.layers.0.…`, `multi_modal_projector.linear_1.weight`, `image_newline`,
+//! `language_model.model.layers.0.…`, `language_model.lm_head.weight`.
 
 use std::collections::BTreeMap;
 
@@ -11,18 +12,33 @@ use super::PrepError;
 use super::card::OnevisionCard;
 use super::shards::Shards;
 
-/// The canonical name of a tensor as transformers 4.45 to 5.x name it in files and in memory.
+/// What the names of a decoder's tensors begin with.
+const DECODER: [&str; 3] = ["embed_tokens.", "layers.", "norm."];
+
+/// The canonical name of a tensor as transformers 4.45 to 5.x name it in files and in memory, and as
+/// LLaVA-NeXT does.
 pub fn canonical(name: &str) -> String {
     let name = name.strip_prefix("model.").unwrap_or(name);
     if let Some(rest) = name.strip_prefix("vision_tower.") {
+        // LLaVA-NeXT wraps the tower of transformers in one of its own.
+        let rest = rest.strip_prefix("vision_tower.").unwrap_or(rest);
         let rest = rest.strip_prefix("vision_model.").unwrap_or(rest);
         return format!("vision_tower.{rest}");
+    }
+    for (number, layer) in [("0", "linear_1"), ("2", "linear_2")] {
+        if let Some(rest) = name.strip_prefix(&format!("mm_projector.{number}.")) {
+            return format!("multi_modal_projector.{layer}.{rest}");
+        }
     }
     match name.strip_prefix("language_model.") {
         Some(rest) if rest.starts_with("model.") || rest.starts_with("lm_head.") => name.to_owned(),
         // In memory since 4.52 the decoder is `model.language_model`, without an inner `model`.
         Some(rest) => format!("language_model.model.{rest}"),
         None if name.starts_with("lm_head.") => format!("language_model.{name}"),
+        // In LLaVA-NeXT the whole model is the decoder.
+        None if DECODER.iter().any(|part| name.starts_with(part)) => {
+            format!("language_model.model.{name}")
+        }
         None => name.to_owned(),
     }
 }
@@ -129,30 +145,32 @@ impl OnevisionCard {
     /// Checks by the headers that every needed tensor is in the files, once, in the right shape.
     pub fn check(&self, shards: &Shards) -> Result<(), PrepError> {
         let mut found = BTreeMap::new();
-        for (name, tensor) in &shards.tensors {
-            if let Some((other, _)) = found.insert(canonical(name), (name, tensor)) {
+        for name in shards.names() {
+            if let Some(other) = found.insert(canonical(name), name) {
                 let problem = format!("holds `{other}` and `{name}`, two names of one tensor");
-                return Err(PrepError::new(shards.folder(), problem));
+                return Err(PrepError::new(shards.path(), problem));
             }
         }
         // A checkpoint may leave out a head that equals the embedding even if it does not say so.
         let optional = "language_model.lm_head.weight";
         for (name, shape) in self.tensors() {
-            let Some((_, tensor)) = found.get(&name) else {
+            let Some(tensor) = found.get(&name).and_then(|stored| shards.info(stored)) else {
                 if name == optional {
                     continue;
                 }
                 return Err(PrepError::new(
-                    shards.folder(),
+                    shards.path(),
                     format!("has no tensor `{name}`"),
                 ));
             };
-            if tensor.shape != shape {
+            let same = |(&found, &wanted): (&i64, &usize)| found == wanted as i64;
+            let sizes = tensor.shape.iter().zip(&shape);
+            if tensor.shape.len() != shape.len() || !sizes.into_iter().all(same) {
                 let problem = format!(
                     "tensor `{name}` has shape {:?}, and config.json asks for {shape:?}",
                     tensor.shape
                 );
-                return Err(PrepError::new(&tensor.path, problem));
+                return Err(PrepError::new(tensor.file, problem));
             }
         }
         Ok(())
@@ -161,10 +179,9 @@ impl OnevisionCard {
 
 #[cfg(test)]
 mod tests {
-    use std::path::{Path, PathBuf};
+    use std::path::Path;
 
     use super::*;
-    use crate::prep::shards::TensorInfo;
     use crate::prep::testbed::onevision_folder;
 
     #[test]
@@ -197,6 +214,19 @@ mod tests {
             ),
             ("lm_head.weight", "language_model.lm_head.weight"),
             (
+                "model.vision_tower.vision_tower.vision_model.encoder.layers.0.mlp.fc1.bias",
+                "vision_tower.encoder.layers.0.mlp.fc1.bias",
+            ),
+            (
+                "model.mm_projector.2.bias",
+                "multi_modal_projector.linear_2.bias",
+            ),
+            (
+                "model.layers.0.mlp.up_proj.weight",
+                "language_model.model.layers.0.mlp.up_proj.weight",
+            ),
+            ("model.norm.weight", "language_model.model.norm.weight"),
+            (
                 "language_model.lm_head.weight",
                 "language_model.lm_head.weight",
             ),
@@ -206,67 +236,51 @@ mod tests {
         }
     }
 
-    fn shards(card: &OnevisionCard) -> Shards {
-        let info = |shape: Vec<usize>| TensorInfo {
-            dtype: "F32".to_owned(),
-            length: 4 * shape.iter().product::<usize>() as u64,
-            shape,
-            path: PathBuf::from("model.safetensors"),
-            offset: 0,
-        };
+    /// The tensors that `card` asks for, as a file might hold them.
+    fn tensors(card: &OnevisionCard) -> BTreeMap<String, Vec<i64>> {
+        let size = |shape: Vec<usize>| shape.into_iter().map(|size| size as i64).collect();
         let tensors = card.tensors().into_iter();
-        Shards::of(
-            Path::new("folder"),
-            tensors.map(|(name, shape)| (name, info(shape))).collect(),
-        )
+        tensors.map(|(name, shape)| (name, size(shape))).collect()
+    }
+
+    fn check(card: &OnevisionCard, tensors: &BTreeMap<String, Vec<i64>>) -> Result<(), PrepError> {
+        card.check(&Shards::of(Path::new("folder"), tensors))
     }
 
     #[test]
     fn a_missing_or_misshapen_tensor_is_named() {
         let folder = onevision_folder();
         let card = OnevisionCard::open(folder.path()).unwrap();
-        let whole = shards(&card);
-        card.check(&whole).unwrap();
+        let whole = tensors(&card);
+        check(&card, &whole).unwrap();
 
         let name = "language_model.model.layers.1.self_attn.k_proj.weight";
-        assert_eq!(whole.tensors[name].shape, [4, 8], "two heads of two");
+        assert_eq!(whole[name], [4, 8], "two heads of two");
         let mut missing = whole.clone();
-        missing.tensors.remove(name);
-        let complaint = card.check(&missing).unwrap_err();
+        missing.remove(name);
+        let complaint = check(&card, &missing).unwrap_err();
         assert_eq!(complaint.problem, format!("has no tensor `{name}`"));
 
-        let mut misshapen = whole.clone();
-        misshapen.tensors.get_mut(name).unwrap().shape = vec![8, 4];
-        let complaint = card.check(&misshapen).unwrap_err();
-        assert!(
-            complaint
-                .problem
-                .contains("has shape [8, 4], and config.json asks for [4, 8]")
-        );
+        for shape in [vec![8, 4], vec![4], vec![4, 8, 1]] {
+            let mut misshapen = whole.clone();
+            let expected = format!("has shape {shape:?}, and config.json asks for [4, 8]");
+            misshapen.insert(name.to_owned(), shape);
+            let complaint = check(&card, &misshapen).unwrap_err();
+            assert!(complaint.problem.contains(&expected), "{complaint}");
+        }
     }
 
     #[test]
     fn a_head_may_be_left_out_but_no_tensor_may_come_twice() {
         let folder = onevision_folder();
         let card = OnevisionCard::open(folder.path()).unwrap();
-        let mut shards = shards(&card);
-        let head = shards
-            .tensors
-            .remove("language_model.lm_head.weight")
-            .unwrap();
-        card.check(&shards).unwrap();
-        shards
-            .tensors
-            .insert("lm_head.weight".to_owned(), head.clone());
-        card.check(&shards).unwrap();
-        shards
-            .tensors
-            .insert("model.lm_head.weight".to_owned(), head);
-        assert!(
-            card.check(&shards)
-                .unwrap_err()
-                .problem
-                .contains("two names of one tensor")
-        );
+        let mut tensors = tensors(&card);
+        let head = tensors.remove("language_model.lm_head.weight").unwrap();
+        check(&card, &tensors).unwrap();
+        tensors.insert("lm_head.weight".to_owned(), head.clone());
+        check(&card, &tensors).unwrap();
+        tensors.insert("model.lm_head.weight".to_owned(), head);
+        let complaint = check(&card, &tensors).unwrap_err();
+        assert!(complaint.problem.contains("two names of one tensor"));
     }
 }

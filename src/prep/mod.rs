@@ -3,7 +3,8 @@
 //! In the order in which a row meets them: a checkpoint's folder says what it is (`section`, `card`,
 //! `shards`, `layout`, `processor`), a picture is decoded and resized (`picture`,
 //! `resize`), cut for the network that looks at it (`anyres` for the policy, `clip` for the judge),
-//! and the text around it becomes token ids (`tokenizer`, `chat`, `vicuna`). [`PolicyPrep`] and [`JudgePrep`] put
+//! and the text around it becomes token ids (`tokenizer` with `sentencepiece`,
+//! `chat`, `vicuna`). [`PolicyPrep`] and [`JudgePrep`] put
 //! these together for one checkpoint. Nothing here opens a tensor, so `check` and `plan` can count
 //! tokens with the very code that the networks run on.
 
@@ -20,6 +21,7 @@ mod resize;
 mod anyres;
 mod clip;
 
+mod sentencepiece;
 mod tokenizer;
 
 mod chat;
@@ -34,7 +36,9 @@ mod testbed;
 use std::path::{Path, PathBuf};
 
 pub use anyres::{Anyres, Grid, Packing, Tiles};
-pub use card::{Activation, AdapterCard, DecoderCard, OnevisionCard, RewardCard, VisionCard};
+pub use card::{
+    Activation, AdapterCard, DecoderCard, OnevisionCard, RewardCard, VisionCard, Writer,
+};
 pub use chat::{Chat, PromptIds};
 pub use clip::Clip;
 pub use judge::{JudgeLesson, JudgePrep, Judged};
@@ -43,7 +47,7 @@ pub use picture::{PIXELS_MAX, Probe, Rgb, decode, probe};
 pub use policy::{PolicyLesson, PolicyPrep, Prepared};
 pub use processor::Processor;
 pub use resize::Bicubic;
-pub use shards::{Shards, TensorInfo};
+pub use shards::{Element, Place, Shards, TensorInfo, write_pickle};
 pub use vicuna::{IMAGE_TOKEN_INDEX, JudgeIds, Vicuna};
 
 use crate::models::ModelError;

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::PrepError;
 use super::anyres::{Anyres, Packing, Tiles};
-use super::card::OnevisionCard;
+use super::card::{OnevisionCard, Writer};
 use super::chat::{Chat, PromptIds};
 use super::picture::{PIXELS_MAX, decode, probe};
 use super::processor::Processor;
@@ -50,7 +50,10 @@ impl PolicyPrep {
     pub fn open(folder: &Path) -> Result<Self, PrepError> {
         let card = OnevisionCard::open(folder)?;
         let side = card.vision_config.image_size;
-        let processor = Processor::open_onevision(folder, side)?;
+        let processor = match card.writer {
+            Writer::Transformers => Processor::open_onevision(folder, side)?,
+            Writer::LlavaNext => Processor::of_llava_next(side),
+        };
         let config = folder.join("config.json");
         let pinpoints = &card.image_grid_pinpoints;
         if let Some(pair) = pinpoints

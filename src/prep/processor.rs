@@ -32,6 +32,19 @@ pub struct Processor {
 }
 
 impl Processor {
+    /// LLaVA-NeXT's settings, which no file can change (`SigLipImageProcessor` of
+    /// `llava/model/multimodal_encoder/siglip_encoder.py`), for a tower of `side` pixels.
+    pub fn of_llava_next(side: usize) -> Self {
+        Self {
+            size: side,
+            crop_size: None,
+            image_mean: [0.5; 3],
+            image_std: [0.5; 3],
+            rescale_factor: 1.0 / 255.0,
+            image_grid_pinpoints: None,
+        }
+    }
+
     /// Reads the settings of a LLaVA-OneVision folder, whose tiles have `side` pixels.
     pub fn open_onevision(folder: &Path, side: usize) -> Result<Self, PrepError> {
         let file = image_processor(folder)?;

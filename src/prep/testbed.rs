@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 use std::sync::Arc;
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
@@ -71,6 +71,23 @@ pub fn prompt(pictures: Vec<Picture>, question: &str) -> Prompt {
         captions: None,
         seed: 0,
     }
+}
+
+/// Writes a safetensors file of float32 tensors, all zero.
+pub fn shard(path: &Path, tensors: &[(&str, &[usize])]) {
+    let mut header = Map::new();
+    let mut end = 0;
+    for (name, shape) in tensors {
+        let length = 4 * shape.iter().product::<usize>();
+        let entry = json!({"dtype": "F32", "shape": shape, "data_offsets": [end, end + length]});
+        header.insert((*name).to_owned(), entry);
+        end += length;
+    }
+    let header = Value::Object(header).to_string();
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(header.as_bytes());
+    bytes.resize(bytes.len() + end, 0);
+    std::fs::write(path, bytes).unwrap();
 }
 
 /// Writes JSON.

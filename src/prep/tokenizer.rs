@@ -1,4 +1,4 @@
-//! A checkpoint's `tokenizer.json`, used for plain text only.
+//! A checkpoint's tokenizer, used for plain text only.
 //!
 //! What people and models wrote must never turn into a token that means something to the program:
 //! the text `<image>` or `<|im_end|>` in a question is those characters. So matching of special
@@ -8,7 +8,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::PrepError;
+use super::{PrepError, sentencepiece};
 use crate::models::RowFault;
 
 /// A tokenizer that knows no special tokens in text.
@@ -19,17 +19,26 @@ pub struct PlainTokenizer {
 }
 
 impl PlainTokenizer {
-    /// Reads `tokenizer.json` in `folder`.
+    /// Reads `tokenizer.json` in `folder` or, where there is none, SentencePiece's `tokenizer.model`.
     pub fn open(folder: &Path) -> Result<Self, PrepError> {
-        let path = folder.join("tokenizer.json");
-        if !path.exists() {
-            let problem = "is missing; `AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)` \
-                           of transformers writes it";
-            return Err(PrepError::new(&path, problem));
-        }
-        let bytes = std::fs::read(&path).map_err(|error| PrepError::io(&path, &error))?;
-        let mut tokenizer = tokenizers::Tokenizer::from_bytes(bytes)
-            .map_err(|error| PrepError::new(&path, format!("is not a tokenizer: {error}")))?;
+        let read = |path: &Path| std::fs::read(path).map_err(|error| PrepError::io(path, &error));
+        let json = folder.join("tokenizer.json");
+        let model = folder.join("tokenizer.model");
+        let (path, tokenizer) = if json.exists() {
+            let tokenizer = tokenizers::Tokenizer::from_bytes(read(&json)?)
+                .map_err(|error| PrepError::new(&json, format!("is not a tokenizer: {error}")));
+            (json, tokenizer)
+        } else if model.exists() {
+            let tokenizer = sentencepiece::tokenizer(&read(&model)?)
+                .map_err(|problem| PrepError::new(&model, problem));
+            (model, tokenizer)
+        } else {
+            let problem = "is missing, and there is no tokenizer.model; \
+                           `AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)` of \
+                           transformers writes it";
+            return Err(PrepError::new(&json, problem));
+        };
+        let mut tokenizer = tokenizer?;
         tokenizer.with_padding(None);
         tokenizer
             .with_truncation(None)

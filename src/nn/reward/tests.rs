@@ -1,6 +1,7 @@
 //! The judge against what transformers' modules say of the same tiny model
 //! (`tests/parity/record_reward.py`), and against files that are not what they should be.
 
+use std::io::Write as _;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
@@ -280,7 +281,11 @@ fn a_head_that_would_run_a_program_is_refused() {
     let copy = copy();
     let path = copy.path().join("adapter/reward_head");
     let exploit = b"\x80\x02cposix\nsystem\nX\x04\x00\x00\x00true\x85R.";
-    super::super::weights::write_archive(&path, exploit, &[], "little");
+    let mut archive = zip::ZipWriter::new(std::fs::File::create(&path).unwrap());
+    let stored = zip::write::SimpleFileOptions::default();
+    archive.start_file("head/data.pkl", stored).unwrap();
+    archive.write_all(exploit).unwrap();
+    archive.finish().unwrap();
     let text = complaint(copy.path());
     assert!(text.contains("reward_head: holds `posix.system`"), "{text}");
 }

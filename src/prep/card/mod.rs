@@ -6,13 +6,14 @@
 //! set in one constant.
 
 mod decoder;
+mod next_tower;
 mod onevision;
 mod reward;
 mod vision;
 
 pub use decoder::DecoderCard;
-pub use onevision::OnevisionCard;
 pub(super) use onevision::pinpoints;
+pub use onevision::{OnevisionCard, Writer};
 pub use reward::{AdapterCard, RewardCard};
 pub use vision::{Activation, VisionCard};
 

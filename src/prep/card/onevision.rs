@@ -5,13 +5,23 @@ use std::path::Path;
 use serde::Deserialize as _;
 use serde_json::Value;
 
-use super::{DecoderCard, VisionCard, dtype};
+use super::{DecoderCard, VisionCard, dtype, next_tower};
 use crate::prep::PrepError;
 use crate::prep::section::Section;
+
+/// Who wrote a checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Writer {
+    /// transformers, 4.45 or later.
+    Transformers,
+    /// LLaVA-NeXT, whose checkpoints are those of lmms-lab.
+    LlavaNext,
+}
 
 /// A LLaVA-OneVision checkpoint as its `config.json` and `generation_config.json` describe it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct OnevisionCard {
+    pub writer: Writer,
     pub vision_config: VisionCard,
     pub text_config: DecoderCard,
     pub image_token_index: i64,
@@ -33,10 +43,26 @@ pub struct OnevisionCard {
 }
 
 impl OnevisionCard {
-    /// Reads `config.json` and, where there is one, `generation_config.json` in `folder`.
+    /// Reads `config.json` and, where there is one, `generation_config.json` in `folder`. A config of
+    /// LLaVA-NeXT says nothing of its tower's sizes: they are taken from the headers of the weights.
     pub fn open(folder: &Path) -> Result<Self, PrepError> {
         let file = Section::open(&folder.join("config.json"))?;
-        onevision_only(&file)?;
+        match file.text("model_type")? {
+            Some("llava_onevision") => Self::of_transformers(folder, &file),
+            Some("llava" | "llava_qwen") => Self::of_llava_next(folder, &file),
+            Some(other) => {
+                let problem = format!("is `{other}`, not `llava_onevision` or `llava_qwen`");
+                Err(file.fault("model_type", problem))
+            }
+            None => Err(file.fault("model_type", "is missing; `llava_onevision` is needed")),
+        }
+    }
+
+    fn of_transformers(folder: &Path, file: &Section) -> Result<Self, PrepError> {
+        not_quantized(file)?;
+        file.only("projector_hidden_act", "gelu")?;
+        // "default" would drop the first patch as if it were a class token, which SigLIP does not have.
+        file.only("vision_feature_select_strategy", "full")?;
         let vision_config = match file.section("vision_config")? {
             Some(vision) => {
                 vision.only("model_type", "siglip_vision_model")?;
@@ -73,15 +99,61 @@ impl OnevisionCard {
             })
         };
         Ok(Self {
-            vision_feature_layer: vision_config.layers(&file, "vision_feature_layer", &layers)?,
+            writer: Writer::Transformers,
+            vision_feature_layer: vision_config.layers(file, "vision_feature_layer", &layers)?,
             image_token_index: token("image_token_index", "image_token_id", 151_646)?,
             video_token_index: token("video_token_index", "video_token_id", 151_647)?,
             multimodal_projector_bias: file.flag("multimodal_projector_bias")?.unwrap_or(true),
-            image_grid_pinpoints: pinpoints(&file, vision_config.image_size)?
+            image_grid_pinpoints: pinpoints(file, vision_config.image_size)?
                 .unwrap_or_else(default_pinpoints),
-            anyres_max: anyres_max(&file)?,
+            anyres_max: anyres_max(file, "vision_aspect_ratio")?,
             tie_word_embeddings: tied,
-            dtype: dtype(&file)?,
+            dtype: dtype(file)?,
+            eos_token_id: eos_token_id(folder)?,
+            vision_config,
+            text_config,
+        })
+    }
+
+    /// LLaVA-NeXT's `config.json` is Qwen2's, with its own settings among them.
+    fn of_llava_next(folder: &Path, file: &Section) -> Result<Self, PrepError> {
+        not_quantized(file)?;
+        file.only("mm_projector_type", "mlp2x_gelu")?;
+        file.only("mm_patch_merge_type", "spatial_unpad")?;
+        file.only("mm_vision_select_feature", "patch")?;
+        for key in [
+            "mm_use_im_start_end",
+            "mm_use_im_patch_token",
+            "use_pos_skipping",
+        ] {
+            file.only_flag(key, false)?;
+        }
+        if let Some(kind) = file.text("mm_resampler_type")? {
+            return Err(file.fault(
+                "mm_resampler_type",
+                format!("is `{kind}`, and must be null"),
+            ));
+        }
+        let text_config = DecoderCard::read(file, DecoderCard::QWEN2)?;
+        let (vision_config, used) = next_tower::read(folder, file)?;
+        let side = vision_config.image_size;
+        let mut pinpoints = pinpoints(file, side)?
+            .ok_or_else(|| file.fault("image_grid_pinpoints", "is missing"))?;
+        for pair in &mut pinpoints {
+            pair.reverse(); // LLaVA-NeXT has the width first.
+        }
+        // LLaVA-NeXT never gives the placeholder to the embedding; an id that no token has does as well.
+        let placeholder = text_config.vocab_size as i64;
+        Ok(Self {
+            writer: Writer::LlavaNext,
+            vision_feature_layer: vec![used],
+            image_token_index: file.integer("image_token_index")?.unwrap_or(placeholder),
+            video_token_index: placeholder + 1,
+            multimodal_projector_bias: true,
+            image_grid_pinpoints: pinpoints,
+            anyres_max: anyres_max(file, "image_aspect_ratio")?,
+            tie_word_embeddings: text_config.tie_word_embeddings,
+            dtype: dtype(file)?,
             eos_token_id: eos_token_id(folder)?,
             vision_config,
             text_config,
@@ -94,30 +166,12 @@ impl OnevisionCard {
     }
 }
 
-/// Refuses what is not a LLaVA-OneVision checkpoint as transformers writes it.
-fn onevision_only(file: &Section) -> Result<(), PrepError> {
-    match file.text("model_type")? {
-        Some("llava_onevision") => {}
-        Some(other @ ("llava" | "llava_qwen")) => {
-            let problem = format!(
-                "is `{other}`, the layout of LLaVA-NeXT; use the checkpoint that transformers \
-                 wrote (the names of such repositories end in `-hf`)"
-            );
-            return Err(file.fault("model_type", problem));
-        }
-        Some(other) => {
-            let problem = format!("is `{other}`, not `llava_onevision`");
-            return Err(file.fault("model_type", problem));
-        }
-        None => return Err(file.fault("model_type", "is missing; `llava_onevision` is needed")),
-    }
+fn not_quantized(file: &Section) -> Result<(), PrepError> {
     if file.get("quantization_config").is_some() {
         let problem = "is there: the weights are quantized; use the original ones";
         return Err(file.fault("quantization_config", problem));
     }
-    file.only("projector_hidden_act", "gelu")?;
-    // "default" would drop the first patch as if it were a class token, which SigLIP does not have.
-    file.only("vision_feature_select_strategy", "full")
+    Ok(())
 }
 
 /// `eos_token_id` of `generation_config.json`: one, several, or none when there is no such file.
@@ -176,14 +230,13 @@ fn default_pinpoints() -> Vec<[usize; 2]> {
         .collect()
 }
 
-/// The N of `vision_aspect_ratio: anyres_max_N`.
-fn anyres_max(file: &Section) -> Result<usize, PrepError> {
-    const KEY: &str = "vision_aspect_ratio";
-    let text = file.text(KEY)?.unwrap_or("anyres_max_9");
+/// The N of `anyres_max_N`, which is the value of `key`.
+fn anyres_max(file: &Section, key: &str) -> Result<usize, PrepError> {
+    let text = file.text(key)?.unwrap_or("anyres_max_9");
     text.strip_prefix("anyres_max_")
         .and_then(|digits| digits.parse().ok())
         .filter(|&tiles| tiles > 0)
-        .ok_or_else(|| file.fault(KEY, format!("is `{text}`, and must be `anyres_max_N`")))
+        .ok_or_else(|| file.fault(key, format!("is `{text}`, and must be `anyres_max_N`")))
 }
 
 #[cfg(test)]
@@ -335,11 +388,6 @@ mod tests {
         assert!(
             other.contains("`model_type` is `llava_next`, not `llava_onevision`"),
             "{other}"
-        );
-        let original = complaint(|config| config["model_type"] = json!("llava"));
-        assert!(
-            original.contains("LLaVA-NeXT") && original.contains("-hf"),
-            "{original}"
         );
     }
 

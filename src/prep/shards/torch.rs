@@ -7,17 +7,13 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::Read;
 use std::ops::Range;
-use std::path::Path;
 
-use tch::{Device, Kind, Tensor};
-use zip::write::SimpleFileOptions;
-use zip::{CompressionMethod, DateTime, ZipArchive, ZipWriter};
+use zip::{CompressionMethod, ZipArchive};
 
+use super::Place;
 use super::pickle::{self, PickledTensor};
-use super::{Place, refuse};
-use crate::models::ModelError;
 
 /// The longest pickle that is read. A model of 720 tensors has one of 100 kB.
 const PICKLE_BYTES_MAX: u64 = 256 << 20;
@@ -99,7 +95,7 @@ fn storage(
 }
 
 fn place(tensor: &PickledTensor, storage: &Range<u64>) -> Result<Place, String> {
-    let width = tensor.kind.elt_size_in_bytes() as u64;
+    let width = tensor.element.bytes();
     let refuse = |problem: &str| {
         let (shape, strides) = (&tensor.shape, &tensor.strides);
         let storage = &tensor.storage;
@@ -121,7 +117,7 @@ fn place(tensor: &PickledTensor, storage: &Range<u64>) -> Result<Place, String> 
         ));
     }
     Ok(Place {
-        kind: tensor.kind,
+        element: tensor.element,
         shape: tensor.shape.clone(),
         strides: tensor.strides.clone(),
         start: storage.start + offset * width,
@@ -129,64 +125,16 @@ fn place(tensor: &PickledTensor, storage: &Range<u64>) -> Result<Place, String> 
     })
 }
 
-/// Writes tensors to a new torch file, as `torch.save` writes a dictionary of them, in float32, and
-/// waits until it is on disk.
-pub fn save_torch(path: &Path, tensors: &[(&str, Tensor)]) -> Result<(), ModelError> {
-    let file = File::create_new(path).map_err(|error| refuse(path, error.to_string()))?;
-    let mut archive = ZipWriter::new(&file);
-    let options = SimpleFileOptions::default()
-        .compression_method(CompressionMethod::Stored)
-        .last_modified_time(DateTime::default());
-    let shapes: Vec<(&str, Vec<i64>)> = tensors
-        .iter()
-        .map(|(name, tensor)| (*name, tensor.size()))
-        .collect();
-    let mut write = || -> Result<(), zip::result::ZipError> {
-        let mut add = |name: &str, bytes: &[u8]| -> Result<(), zip::result::ZipError> {
-            archive.start_file(format!("archive/{name}"), options)?;
-            Ok(archive.write_all(bytes)?)
-        };
-        add("data.pkl", &pickle::write(&shapes))?;
-        add("byteorder", b"little")?;
-        for (number, (_, tensor)) in tensors.iter().enumerate() {
-            let values = tensor
-                .to_device(Device::Cpu)
-                .to_kind(Kind::Float)
-                .reshape([-1]);
-            let values = Vec::<f32>::try_from(values).expect("float32, one dimension");
-            let bytes: Vec<u8> = values
-                .iter()
-                .flat_map(|value| value.to_le_bytes())
-                .collect();
-            add(&format!("data/{number}"), &bytes)?;
-        }
-        add("version", b"3\n")
-    };
-    write().map_err(|error| refuse(path, error.to_string()))?;
-    archive
-        .finish()
-        .map_err(|error| refuse(path, error.to_string()))?;
-    file.sync_all()
-        .map_err(|error| refuse(path, error.to_string()))
-}
-
 #[cfg(test)]
-pub(in crate::nn) mod tests {
+mod tests {
     use std::io::Write;
     use std::path::Path;
 
-    use tch::{Device, Kind, Tensor};
-
-    use super::super::Weights;
+    use super::super::Shards;
     use super::*;
 
     /// Writes a torch file as `torch.save` would: its pickle, then `data/0`, `data/1`, …
-    pub(in crate::nn) fn write_archive(
-        path: &Path,
-        pickle: &[u8],
-        storages: &[&[u8]],
-        byteorder: &str,
-    ) {
+    fn write_archive(path: &Path, pickle: &[u8], storages: &[&[u8]], byteorder: &str) {
         let mut archive = zip::ZipWriter::new(File::create(path).unwrap());
         let stored =
             zip::write::SimpleFileOptions::default().compression_method(CompressionMethod::Stored);
@@ -242,25 +190,19 @@ pub(in crate::nn) mod tests {
             .collect()
     }
 
-    fn open(pickle: &[u8], storage: &[u8], byteorder: &str) -> Result<Weights, String> {
+    fn open(pickle: &[u8], storage: &[u8], byteorder: &str) -> Result<Shards, String> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("reward_head");
         write_archive(&path, pickle, &[storage], byteorder);
-        Weights::open_file(&path).map_err(|error| error.to_string())
+        Shards::open_file(&path).map_err(|error| error.to_string())
     }
 
     #[test]
-    fn a_turned_tensor_is_read_in_its_own_order() {
-        let storage = floats(&[0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
-        let weights = open(&pickle_of("a", 1, &[3, 2], &[1, 3]), &storage, "little").unwrap();
-        let a = weights
-            .take("a", &[3, 2], Kind::Float, Device::Cpu)
-            .unwrap();
-        assert_eq!(
-            a,
-            Tensor::from_slice2(&[[1.0_f32, 4.0], [2.0, 5.0], [3.0, 6.0]])
-        );
-        assert!(a.is_contiguous());
+    fn a_turned_tensor_keeps_its_steps() {
+        let pickle = pickle_of("a", 1, &[3, 2], &[1, 3]);
+        let shards = open(&pickle, &floats(&[0.0; 7]), "little").unwrap();
+        let (_, a) = shards.place("a").unwrap();
+        assert_eq!((a.strides.as_slice(), a.span), ([1, 3].as_slice(), 6));
     }
 
     #[test]
@@ -305,7 +247,7 @@ pub(in crate::nn) mod tests {
             .start_file("a", zip::write::SimpleFileOptions::default())
             .unwrap();
         archive.finish().unwrap();
-        let error = Weights::open_file(&path).unwrap_err().to_string();
+        let error = Shards::open_file(&path).unwrap_err().to_string();
         assert!(error.contains("no `data.pkl`"), "{error}");
     }
 
@@ -323,7 +265,7 @@ pub(in crate::nn) mod tests {
         for length in 0..bytes.len() {
             std::fs::write(&path, &bytes[..length]).unwrap();
             assert!(
-                Weights::open_file(&path).is_err(),
+                Shards::open_file(&path).is_err(),
                 "{length} of {} bytes",
                 bytes.len()
             );

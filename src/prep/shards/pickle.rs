@@ -11,7 +11,7 @@
 
 use std::collections::HashMap;
 
-use tch::Kind;
+use super::Element;
 
 /// The most dimensions that a tensor of torch can have.
 const DIMENSIONS_MAX: usize = 64;
@@ -21,7 +21,7 @@ const DIMENSIONS_MAX: usize = 64;
 pub(super) struct PickledTensor {
     /// The name of the storage: the file `data/<storage>` of the archive.
     pub(super) storage: String,
-    pub(super) kind: Kind,
+    pub(super) element: Element,
     /// Of the first element, in elements.
     pub(super) offset: i64,
     pub(super) shape: Vec<i64>,
@@ -64,7 +64,7 @@ enum Global {
     OrderedDict,
     RebuildTensor,
     RebuildParameter,
-    StorageOf(Kind),
+    StorageOf(Element),
 }
 
 impl Global {
@@ -73,16 +73,16 @@ impl Global {
             ("collections", "OrderedDict") => Self::OrderedDict,
             ("torch._utils", "_rebuild_tensor_v2") => Self::RebuildTensor,
             ("torch._utils", "_rebuild_parameter") => Self::RebuildParameter,
-            ("torch", "DoubleStorage") => Self::StorageOf(Kind::Double),
-            ("torch", "FloatStorage") => Self::StorageOf(Kind::Float),
-            ("torch", "HalfStorage") => Self::StorageOf(Kind::Half),
-            ("torch", "BFloat16Storage") => Self::StorageOf(Kind::BFloat16),
-            ("torch", "LongStorage") => Self::StorageOf(Kind::Int64),
-            ("torch", "IntStorage") => Self::StorageOf(Kind::Int),
-            ("torch", "ShortStorage") => Self::StorageOf(Kind::Int16),
-            ("torch", "CharStorage") => Self::StorageOf(Kind::Int8),
-            ("torch", "ByteStorage") => Self::StorageOf(Kind::Uint8),
-            ("torch", "BoolStorage") => Self::StorageOf(Kind::Bool),
+            ("torch", "DoubleStorage") => Self::StorageOf(Element::F64),
+            ("torch", "FloatStorage") => Self::StorageOf(Element::F32),
+            ("torch", "HalfStorage") => Self::StorageOf(Element::F16),
+            ("torch", "BFloat16Storage") => Self::StorageOf(Element::Bf16),
+            ("torch", "LongStorage") => Self::StorageOf(Element::I64),
+            ("torch", "IntStorage") => Self::StorageOf(Element::I32),
+            ("torch", "ShortStorage") => Self::StorageOf(Element::I16),
+            ("torch", "CharStorage") => Self::StorageOf(Element::I8),
+            ("torch", "ByteStorage") => Self::StorageOf(Element::U8),
+            ("torch", "BoolStorage") => Self::StorageOf(Element::Bool),
             _ => return None,
         })
     }
@@ -101,7 +101,7 @@ struct Machine<'a> {
     sequences: Vec<Vec<Value>>,
     dicts: Vec<Vec<(Value, Value)>>,
     /// Name and element type.
-    storages: Vec<(&'a str, Kind)>,
+    storages: Vec<(&'a str, Element)>,
     tensors: Vec<PickledTensor>,
 }
 
@@ -324,7 +324,7 @@ impl<'a> Machine<'a> {
         let id = self.pop()?;
         let [
             tag,
-            Value::Global(Global::StorageOf(kind)),
+            Value::Global(Global::StorageOf(element)),
             key,
             _,
             Value::Int(_),
@@ -337,7 +337,7 @@ impl<'a> Machine<'a> {
         }
         let name = self.text_of(key)?;
         self.stack.push(Value::Storage(self.storages.len()));
-        self.storages.push((name, kind));
+        self.storages.push((name, element));
         Ok(())
     }
 
@@ -361,10 +361,10 @@ impl<'a> Machine<'a> {
                     ..,
                 ],
             ) => {
-                let (name, kind) = self.storages[storage];
+                let (name, element) = self.storages[storage];
                 let tensor = PickledTensor {
                     storage: name.to_owned(),
-                    kind,
+                    element,
                     offset,
                     shape: self.ints_of(shape)?,
                     strides: self.ints_of(strides)?,
@@ -436,7 +436,7 @@ fn damaged() -> String {
 
 /// The pickle (protocol 2) of a dictionary of float32 tensors of these names and shapes, the n-th
 /// over the storage `n`: calls of `torch._utils._rebuild_tensor_v2`, as `torch.save` writes them.
-pub(super) fn write(tensors: &[(&str, Vec<i64>)]) -> Vec<u8> {
+pub fn write_pickle(tensors: &[(&str, Vec<i64>)]) -> Vec<u8> {
     fn text(out: &mut Vec<u8>, text: &str) {
         out.push(b'X');
         out.extend((text.len() as u32).to_le_bytes());
