@@ -9,7 +9,7 @@ LIBTORCH_PYTHON := 3.12
 # Written last: without it, what lies in .libtorch may be half of a download.
 LIBTORCH_COMPLETE := .libtorch/complete-2.11.0
 
-.PHONY: help setup demo test world
+.PHONY: help setup demo test world parity
 
 help: ## list what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,13 @@ world: setup ## make data-samples again, its two models included, from nothing (
 	cargo run --quiet --bin pipeline -- export small-world-models checkpoint --model policy --to data-samples/policy
 	cargo run --quiet --bin pipeline -- export small-world-models checkpoint --model judge --to data-samples/reward
 	cp runs/lessons/start/reward/prompt.txt data-samples/reward/
+
+# Another Python that has what tests/parity/requirements.txt names may be given.
+PARITY_PYTHON ?= .parity/bin/python
+
+parity: setup ## compare with transformers, TRL and PyTorch on fresh random cases (5 GB of Python)
+	@test -x $(PARITY_PYTHON) || { python3 -m venv .parity && .parity/bin/pip install --quiet -r tests/parity/requirements.txt; }
+	$(PARITY_PYTHON) tests/parity/run.py
 
 .PHONY: tools
 tools:

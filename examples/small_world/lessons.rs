@@ -2,8 +2,8 @@
 //! them, and preferences. None of it is committed; `pipelines/small-world.yaml` trains on it.
 //!
 //! The policy's conversations are written carelessly ([`Question::careless`]): it learns to see, and
-//! to make the mistakes that DPO then has to drive out. The judge's are true, and it is asked whether
-//! answers are; its preferences are a true answer against one that is not, in the records of
+//! to make the mistakes that DPO then has to drive out. The judge's are true, and then it is asked
+//! whether answers are; its preferences are a true answer against one that is not, in the records of
 //! LLaVA-Human-Preference.
 
 use std::collections::BTreeSet;
@@ -65,11 +65,13 @@ pub fn write(
         .collect::<Outcome<_>>()?;
     let mut scans = Vec::with_capacity(count);
     let mut conversations = Vec::with_capacity(count);
+    let mut true_conversations = Vec::with_capacity(count);
     let mut judge_conversations = Vec::with_capacity(count);
     let mut preferences = Vec::with_capacity(count * PREFERENCES);
     for lesson in lessons {
         scans.push(lesson.scan);
         conversations.push(lesson.conversation);
+        true_conversations.extend(lesson.true_conversation);
         judge_conversations.push(lesson.judge_conversation);
         preferences.extend(lesson.preferences);
     }
@@ -85,6 +87,7 @@ pub fn write(
     }
     files::write_json(&to.join("scans.json"), &scans)?;
     files::write_json(&to.join("conversations.json"), &conversations)?;
+    files::write_json(&to.join("true_conversations.json"), &true_conversations)?;
     files::write_json(&to.join("judge_conversations.json"), &judge_conversations)?;
     files::write_json(&to.join("preferences.json"), &preferences)
 }
@@ -135,6 +138,8 @@ fn draw(scene: fn(&mut Random) -> Scene, taken: &BTreeSet<Content>, random: &mut
 struct Lesson {
     scan: Record,
     conversation: Record,
+    /// Questions with true answers, if any.
+    true_conversation: Option<Record>,
     judge_conversation: Record,
     preferences: Vec<Record>,
 }
@@ -160,10 +165,12 @@ impl Lesson {
         let conversation = record(careless_turns(&scene, &mut random));
         let judge_conversation = record(judge_turns(&scene, &mut random));
         let mut preferences = Vec::with_capacity(PREFERENCES);
+        let mut true_turns = Vec::with_capacity(PREFERENCES);
         for question in ask(&scene, PREFERENCES, &mut random) {
             let Some(wrong) = question.fair else {
                 continue;
             };
+            true_turns.push([question.text.clone(), question.answer.clone()]);
             let record = record(vec![[question.text, String::new()]]);
             preferences.push(Record {
                 preference: Some(prefer(question.answer, wrong, &mut random)),
@@ -173,6 +180,7 @@ impl Lesson {
         Ok(Self {
             scan,
             conversation,
+            true_conversation: (!true_turns.is_empty()).then(|| record(true_turns)),
             judge_conversation,
             preferences,
         })

@@ -15,7 +15,7 @@ pub use traits::{
     RewardLearner, RowFault, Severity, SftLearner,
 };
 pub use types::{
-    Answer, DpoReport, DpoSettings, Example, Generation, Group, Learned, Lesson, Optimization,
-    Picture, Prompt, RewardReport, RewardSettings, Role, Sampling, Schedule, Score, SftReport,
-    SftSettings, Stop, Tower, Turn,
+    Answer, DpoReport, DpoSettings, Example, Generation, Group, Learned, Lesson, Mask, Newlines,
+    Optimization, Picture, Prompt, RewardReport, RewardSettings, Role, Sampling, Schedule, Score,
+    SftReport, SftSettings, Stop, Tower, Turn,
 };

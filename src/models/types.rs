@@ -184,11 +184,38 @@ pub enum Schedule {
     Constant,
 }
 
+/// Which tokens of a pair count, by the conventions of several programs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Mask {
+    /// The answer and its stop token: what the model says.
+    #[default]
+    Answer,
+    /// As TRL with the chat template: the newline behind the stop token, too.
+    Trl,
+    /// As LLaVA-NeXT's DPO script: besides, `<|im_start|>` of every message and `<|im_end|>\n` of
+    /// every question. Equal in both answers, they change what is logged but not the loss.
+    LlavaNext,
+}
+
+/// Newlines between a picture and the text behind it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Newlines {
+    /// As in sampling, and as LLaVA-OneVision was first trained.
+    #[default]
+    One,
+    /// As LLaVA-NeXT's DPO script has it: two, each a token of its own.
+    Two,
+}
+
 /// How a learner is trained with DPO.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DpoSettings {
     /// DPO's beta: how strongly the reference holds the policy.
     pub beta: f64,
+    pub mask: Mask,
+    pub newlines: Newlines,
     pub optimization: Optimization,
 }
 

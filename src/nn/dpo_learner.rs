@@ -4,6 +4,8 @@
 //! behind it, and logits are computed only where they predict an answer's token. Pairs go one by
 //! one; their gradients add up. Dropout there is none in any published config (`attention_dropout`
 //! 0), so training and inference compute the same.
+//!
+//! Which tokens count is the answer's and its stop token, or what other programs count ([`Mask`]).
 
 use std::path::Path;
 
@@ -17,7 +19,8 @@ use super::llava_onevision::LlavaOnevision;
 use super::optimizer::Parameter;
 use super::training::{Training, not_finite, row_error};
 use crate::models::{
-    self, Answer, DpoLearner, DpoReport, DpoSettings, Example, Learner, ModelError, Tower,
+    self, Answer, DpoLearner, DpoReport, DpoSettings, Example, Learner, Mask, ModelError, Newlines,
+    Tower,
 };
 use crate::prep::{PolicyPrep, Prepared};
 
@@ -29,11 +32,15 @@ pub struct OnevisionDpo {
     network: LlavaOnevision,
     training: Training,
     beta: f64,
+    mask: Mask,
+    newlines: Newlines,
 }
 
 /// A pair as the network takes it.
 struct Tokens {
     prompt: Prepared,
+    /// Places in the prompt whose tokens count in both answers; never the first.
+    counted: Vec<i64>,
     /// The ids of the chosen and the rejected answer, each at least one.
     answers: [Vec<i64>; 2],
 }
@@ -56,6 +63,12 @@ struct Sums {
 }
 
 impl OnevisionDpo {
+    /// What trains it.
+    #[cfg(test)]
+    pub fn training(&self) -> &Training {
+        &self.training
+    }
+
     /// Opens the checkpoint. The precision in the spec is that of sampling; training is in float32.
     pub fn open(spec: &models::LlavaOnevision, settings: &DpoSettings) -> Result<Self, ModelError> {
         let prep = PolicyPrep::open(&spec.weights)?;
@@ -70,18 +83,26 @@ impl OnevisionDpo {
             network,
             training: Training::new(parameters, &settings.optimization)?,
             beta: settings.beta,
+            mask: settings.mask,
+            newlines: settings.newlines,
         })
     }
 
     /// Decodes, cuts and tokenizes a pair, and checks that it can be trained on.
     fn tokens(&self, example: &Example<'_>) -> Result<Tokens, ModelError> {
         let refuse = |problem: String| row_error(example.id, problem);
-        let prompt = self
+        let prepared = self
             .prep
-            .prepare(example.prompt)
-            .map_err(|fault| refuse(fault.to_string()))?;
+            .prepare_as_llava_next(example.prompt, self.newlines);
+        let (prompt, counted) = prepared.map_err(|fault| refuse(fault.to_string()))?;
+        // Nothing predicts the first token.
+        let counted = counted.into_iter().filter(|&place| place > 0);
+        let counted = match self.mask {
+            Mask::Answer | Mask::Trl => Vec::new(),
+            Mask::LlavaNext => counted.map(|place| place as i64).collect(),
+        };
         let ids = |answer: &Answer, side: &str| {
-            let ids = match &answer.token_ids {
+            let mut ids: Vec<i64> = match &answer.token_ids {
                 Some(ids) => ids.iter().map(|&id| i64::from(id)).collect(),
                 None => self
                     .prep
@@ -89,6 +110,11 @@ impl OnevisionDpo {
                     .answer(&answer.text)
                     .map_err(|fault| refuse(format!("the {side} answer: {fault}")))?,
             };
+            let chat = &self.prep.chat;
+            if self.mask != Mask::Answer && ids.last() == Some(&chat.im_end()) {
+                let newline = chat.newline();
+                ids.extend(newline.map_err(|fault| refuse(fault.to_string()))?);
+            }
             let vocab = self.prep.card.text_config.vocab_size as i64;
             if let Some(id) = ids.iter().find(|id| !(0..vocab).contains(id)) {
                 let problem = format!("the {side} answer holds token {id}; there are {vocab}");
@@ -111,7 +137,11 @@ impl OnevisionDpo {
             ids(&example.chosen, "chosen")?,
             ids(&example.rejected, "rejected")?,
         ];
-        Ok(Tokens { prompt, answers })
+        Ok(Tokens {
+            prompt,
+            counted,
+            answers,
+        })
     }
 
     /// The log-probabilities of the chosen and the rejected answer, scalars in float64.
@@ -146,8 +176,18 @@ impl OnevisionDpo {
         let logits = network.lm_head.forward(&Tensor::cat(&behind, 0)); // [answers, vocab]
         let logps = token_logps(&logits, &on_device(&tokens.answers.concat()));
         let [chosen, rejected] = tokens.answers.each_ref().map(|ids| ids.len() as i64);
-        [(0, chosen), (chosen, rejected)]
-            .map(|(start, length)| logps.narrow(0, start, length).sum(Kind::Double))
+        let sums = [(0, chosen), (chosen, rejected)]
+            .map(|(start, length)| logps.narrow(0, start, length).sum(Kind::Double));
+        if tokens.counted.is_empty() {
+            return sums;
+        }
+        let places = on_device(&tokens.counted);
+        let logits = network
+            .lm_head
+            .forward(&hidden.index_select(0, &(&places - 1)));
+        let ids = on_device(&tokens.prompt.text.ids).index_select(0, &places);
+        let prompt = token_logps(&logits, &ids).sum(Kind::Double);
+        sums.map(|sum| sum + &prompt)
     }
 
     /// Forward and backward of one pair of a batch of `pairs`; adds to the gradients and to `sums`.

@@ -23,8 +23,8 @@ const TILES_AT_ONCE: i64 = 8;
 /// The network, without a cache or any other state.
 #[derive(Debug)]
 pub struct LlavaOnevision {
-    vision_tower: Vit,
-    multi_modal_projector: Projector,
+    pub vision_tower: Vit,
+    pub multi_modal_projector: Projector,
     image_newline: Tensor, // [hidden]
     pub language_model: Decoder,
     pub lm_head: LmHead,
@@ -113,7 +113,7 @@ impl LlavaOnevision {
 
 /// `linear_2(gelu(linear_1(features)))`.
 #[derive(Debug)]
-struct Projector {
+pub struct Projector {
     linear_1: Linear,
     linear_2: Linear,
 }
@@ -133,7 +133,8 @@ impl Projector {
         })
     }
 
-    fn forward(&self, features: &Tensor) -> Tensor {
+    /// `[tiles, patches, features]` to `[tiles, patches, hidden]`.
+    pub fn forward(&self, features: &Tensor) -> Tensor {
         let inner = Activation::Gelu.forward(&self.linear_1.forward(features));
         self.linear_2.forward(&inner)
     }

@@ -34,6 +34,8 @@ pub mod reward_learner;
 pub mod sft_learner;
 
 #[cfg(test)]
+mod parity;
+#[cfg(test)]
 mod recorded;
 
 use self::dpo_learner::OnevisionDpo;

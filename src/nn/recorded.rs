@@ -59,13 +59,6 @@ impl Expected {
         Self(Weights::open_file(&folder().join("expected.safetensors")).unwrap())
     }
 
-    /// What PyTorch says of a step of `train_sft` and of `train_reward`
-    /// (`tests/parity/record_training.py`).
-    pub fn open_training() -> Self {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity/training.safetensors");
-        Self(Weights::open_file(&path).unwrap())
-    }
-
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.0.names()
     }

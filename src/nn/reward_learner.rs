@@ -57,6 +57,12 @@ pub struct LlavaRewards {
 }
 
 impl LlavaRewards {
+    /// What trains it.
+    #[cfg(test)]
+    pub fn training(&self) -> &Training {
+        &self.training
+    }
+
     /// Opens the base and the tower, and an adapter: the one that `spec` names, or a fresh one.
     pub fn open(spec: &LlavaRlhf, settings: &RewardSettings) -> Result<Self, ModelError> {
         let (device, _) = device::choose(spec.device, spec.dtype)?;

@@ -121,6 +121,26 @@ impl<'a> Chooser<'a> {
         scaled.softmax(-1, Kind::Float)
     }
 
+    /// The probability of each token that [`Chooser::choose`] would draw, by row.
+    #[cfg(test)]
+    pub fn distribution(&self, logits: &Tensor) -> Vec<Vec<f64>> {
+        let probabilities = self.probabilities(&self.scores(logits));
+        let [rows, vocab] = probabilities.size()[..] else {
+            panic!("a matrix")
+        };
+        let ranked = Ranked::of(&probabilities, vocab);
+        let distribution = |row| {
+            let (chances, ids) = ranked.row(row).expect("numbers");
+            let (sums, whole) = nucleus(chances, self.how.top_p).expect("all tokens are there");
+            let mut distribution = vec![0.0; vocab as usize];
+            for ((_, &chance), &id) in sums.iter().zip(chances).zip(ids) {
+                distribution[id as usize] = f64::from(chance) / whole;
+            }
+            distribution
+        };
+        (0..rows as usize).map(distribution).collect()
+    }
+
     fn draw(&self, probabilities: &Tensor, numbers: &[f64]) -> Option<Vec<i64>> {
         let vocab = probabilities.size()[1];
         let few = vocab.min(CANDIDATES);
@@ -177,17 +197,24 @@ impl Ranked {
 /// smallest set of most likely tokens whose chances sum to `top_p`. `None` when `chances`, which may
 /// be the most likely only, do not reach far enough.
 fn draw_rank(chances: &[f32], top_p: f64, number: f64) -> Option<usize> {
+    let (sums, whole) = nucleus(chances, top_p)?;
+    sums.iter().position(|&sum| sum > number * whole)
+}
+
+/// The cumulated chances of the nucleus, and what they sum to.
+fn nucleus(chances: &[f32], top_p: f64) -> Option<(Vec<f64>, f64)> {
     let cumulated = chances.iter().scan(0.0, |sum, &chance| {
         *sum += f64::from(chance);
         Some(*sum)
     });
-    let cumulated: Vec<f64> = cumulated.collect();
-    let whole = if top_p < 1.0 {
-        *cumulated.iter().find(|&&sum| sum >= top_p)?
-    } else {
-        1.0
-    };
-    cumulated.iter().position(|&sum| sum > number * whole)
+    let mut cumulated: Vec<f64> = cumulated.collect();
+    if top_p >= 1.0 {
+        return Some((cumulated, 1.0));
+    }
+    let last = cumulated.iter().position(|&sum| sum >= top_p)?;
+    cumulated.truncate(last + 1);
+    let whole = cumulated[last];
+    Some((cumulated, whole))
 }
 
 /// The token with the highest score, the lowest id among equals; `None` for scores that are not

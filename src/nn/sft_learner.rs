@@ -74,6 +74,12 @@ struct Sums {
 }
 
 impl<S: Student> Sft<S> {
+    /// What trains it.
+    #[cfg(test)]
+    pub fn training(&self) -> &Training {
+        &self.training
+    }
+
     /// Forward and backward of one conversation of a batch with `learned` learned tokens.
     fn learn_from(&self, lesson: &S::Prepared, learned: usize, sums: &mut Sums) {
         let (ids, answers) = S::tokens(lesson);

@@ -89,36 +89,6 @@ impl Training {
         self.optimizer.moments()
     }
 
-    /// Fails unless the gradients of the first step, which AdamW's mean holds a tenth of, have the
-    /// recorded norms. `canonical` turns recorded names into those of the parameters.
-    #[cfg(test)]
-    pub fn assert_gradient_norms(
-        &self,
-        expected: &super::recorded::Expected,
-        prefix: &str,
-        canonical: impl Fn(&str) -> String,
-    ) {
-        let mut compared = 0;
-        for name in expected.names() {
-            let Some(parameter) = name.strip_prefix(prefix) else {
-                continue;
-            };
-            let parameter = canonical(parameter);
-            let index = self.parameters.iter().position(|one| one.name == parameter);
-            let index = index.unwrap_or_else(|| panic!("{parameter} is not trained"));
-            let found = (&self.moments()[index].exp_avg / 0.1)
-                .norm()
-                .double_value(&[]);
-            let expected = expected.tensor(name).double_value(&[]);
-            assert!(
-                (found - expected).abs() <= 1e-4 * expected + 1e-6,
-                "{parameter}: {found} {expected}"
-            );
-            compared += 1;
-        }
-        assert_eq!(compared, self.parameters.len());
-    }
-
     /// One safetensors file: of each parameter `weight.…`, `exp_avg.…` and `exp_avg_sq.…` in
     /// float32, its updates in `parameter_steps`, and the updates of the training in `step`.
     pub fn save_state(&self, to: &Path) -> Result<(), ModelError> {

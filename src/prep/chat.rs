@@ -15,7 +15,7 @@ use std::path::Path;
 use super::PrepError;
 use super::card::{OnevisionCard, Writer};
 use super::tokenizer::PlainTokenizer;
-use crate::models::{Learned, Prompt, Role, RowFault};
+use crate::models::{Learned, Newlines, Prompt, Role, RowFault};
 
 /// What the system says when the prompt has no system text.
 const SYSTEM: &str = "You are a helpful assistant.";
@@ -32,12 +32,23 @@ pub struct Chat {
 }
 
 /// The tokens of a prompt.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct PromptIds {
     /// All tokens; the image token stands once for every feature of a picture.
     pub ids: Vec<i64>,
     /// Where the features of each picture go.
     pub pictures: Vec<Range<usize>>,
+}
+
+/// A conversation in the making.
+#[derive(Debug, Default)]
+struct Written {
+    sequence: PromptIds,
+    /// Where answers stand, each with its stop token.
+    answers: Vec<Range<usize>>,
+    /// Places that LLaVA-NeXT's labels leave unmasked (`preprocess_qwen` of `llava/train/train_dpo.py`):
+    /// the beginning and the end of every message, and the answers.
+    counted: Vec<usize>,
 }
 
 impl Chat {
@@ -79,53 +90,22 @@ impl Chat {
         })
     }
 
-    /// The tokens of `prompt`, whose pictures take `picture_tokens` tokens each.
+    /// The tokens of `prompt`, whose pictures take `picture_tokens` tokens each, up to where an answer
+    /// begins.
     pub fn prompt(&self, prompt: &Prompt, picture_tokens: &[usize]) -> Result<PromptIds, RowFault> {
-        let mut sequence = PromptIds {
-            ids: Vec::new(),
-            pictures: Vec::new(),
-        };
-        let system = prompt.system.as_deref().unwrap_or(SYSTEM);
-        self.message("system", &[], system, &mut sequence)?;
-        let mut pictures = picture_tokens;
-        let turns = prompt
-            .turns
-            .iter()
-            .map(|turn| (turn.role, turn.text.as_str()));
-        for (role, text) in turns.chain([(Role::User, prompt.question.as_str())]) {
-            let (role, pictures) = match role {
-                Role::User => ("user", std::mem::take(&mut pictures)),
-                Role::Assistant => ("assistant", [].as_slice()),
-            };
-            self.message(role, pictures, text, &mut sequence)?;
-        }
-        sequence.ids.push(self.im_start);
-        self.tokenizer.append("assistant\n", &mut sequence.ids)?;
-        Ok(sequence)
+        let newlines = Newlines::One;
+        Ok(self.unanswered(prompt, picture_tokens, newlines)?.sequence)
     }
 
-    /// Appends `<|im_start|>{role}\n`, the pictures, the text and `<|im_end|>\n`. Text between two
-    /// special tokens is tokenized as one piece.
-    fn message(
+    /// The same, with the places of the tokens that LLaVA-NeXT's DPO script counts beside the answer.
+    pub fn prompt_of_llava_next(
         &self,
-        role: &str,
-        pictures: &[usize],
-        text: &str,
-        sequence: &mut PromptIds,
-    ) -> Result<(), RowFault> {
-        let mut piece = format!("{role}\n");
-        sequence.ids.push(self.im_start);
-        for &tokens in pictures {
-            self.tokenizer.append(&piece, &mut sequence.ids)?;
-            let first = sequence.ids.len();
-            sequence.ids.extend(std::iter::repeat_n(self.image, tokens));
-            sequence.pictures.push(first..first + tokens);
-            "\n".clone_into(&mut piece);
-        }
-        piece.push_str(text);
-        self.tokenizer.append(&piece, &mut sequence.ids)?;
-        sequence.ids.push(self.im_end);
-        self.tokenizer.append("\n", &mut sequence.ids)
+        prompt: &Prompt,
+        picture_tokens: &[usize],
+        newlines: Newlines,
+    ) -> Result<(PromptIds, Vec<usize>), RowFault> {
+        let written = self.unanswered(prompt, picture_tokens, newlines)?;
+        Ok((written.sequence, written.counted))
     }
 
     /// The tokens of `prompt` and of `answer` to it, as far as the stop token behind it, and where
@@ -138,40 +118,92 @@ impl Chat {
         learned: Learned,
         picture_tokens: &[usize],
     ) -> Result<(PromptIds, Vec<Range<usize>>), RowFault> {
-        let mut sequence = PromptIds {
-            ids: Vec::new(),
-            pictures: Vec::new(),
+        let mut written = self.unanswered(prompt, picture_tokens, Newlines::One)?;
+        let start = written.sequence.ids.len();
+        written.sequence.ids.extend(self.answer(answer)?);
+        let answers = match learned {
+            Learned::All => &mut written.answers,
+            Learned::Last => &mut Vec::new(),
         };
-        let mut answers = Vec::new();
+        let mut answers = std::mem::take(answers);
+        answers.push(start..written.sequence.ids.len());
+        Ok((written.sequence, answers))
+    }
+
+    /// The conversation up to where its last answer begins.
+    fn unanswered(
+        &self,
+        prompt: &Prompt,
+        picture_tokens: &[usize],
+        newlines: Newlines,
+    ) -> Result<Written, RowFault> {
+        let mut written = Written::default();
         let system = prompt.system.as_deref().unwrap_or(SYSTEM);
-        self.message("system", &[], system, &mut sequence)?;
+        self.message("system", &[], system, newlines, &mut written)?;
         let mut pictures = picture_tokens;
-        let turns = prompt
-            .turns
-            .iter()
-            .map(|turn| (turn.role, turn.text.as_str()));
-        let last = [
-            (Role::User, prompt.question.as_str()),
-            (Role::Assistant, answer),
-        ];
-        for (role, text) in turns.chain(last) {
-            if role == Role::User {
-                self.message("user", std::mem::take(&mut pictures), text, &mut sequence)?;
-                continue;
+        let turns = prompt.turns.iter();
+        let turns = turns.map(|turn| (turn.role, turn.text.as_str()));
+        for (role, text) in turns.chain([(Role::User, prompt.question.as_str())]) {
+            match role {
+                Role::User => {
+                    let pictures = std::mem::take(&mut pictures);
+                    self.message("user", pictures, text, newlines, &mut written)?;
+                }
+                Role::Assistant => {
+                    self.begin_answer(&mut written)?;
+                    let start = written.sequence.ids.len();
+                    written.sequence.ids.extend(self.answer(text)?);
+                    written.answers.push(start..written.sequence.ids.len());
+                    self.tokenizer.append("\n", &mut written.sequence.ids)?;
+                    written.counted.extend(start..written.sequence.ids.len());
+                }
             }
-            sequence.ids.push(self.im_start);
-            self.tokenizer.append("assistant\n", &mut sequence.ids)?;
-            let start = sequence.ids.len();
-            sequence.ids.extend(self.answer(text)?);
-            answers.push(start..sequence.ids.len());
+        }
+        self.begin_answer(&mut written)?;
+        Ok(written)
+    }
+
+    /// Appends `<|im_start|>assistant\n`.
+    fn begin_answer(&self, written: &mut Written) -> Result<(), RowFault> {
+        written.counted.push(written.sequence.ids.len());
+        written.sequence.ids.push(self.im_start);
+        self.tokenizer
+            .append("assistant\n", &mut written.sequence.ids)
+    }
+
+    /// Appends `<|im_start|>{role}\n`, the pictures, the text and `<|im_end|>\n`. Text between two
+    /// special tokens is tokenized as one piece.
+    fn message(
+        &self,
+        role: &str,
+        pictures: &[usize],
+        text: &str,
+        newlines: Newlines,
+        written: &mut Written,
+    ) -> Result<(), RowFault> {
+        let Written {
+            sequence, counted, ..
+        } = written;
+        let mut piece = format!("{role}\n");
+        counted.push(sequence.ids.len());
+        sequence.ids.push(self.im_start);
+        for &tokens in pictures {
+            self.tokenizer.append(&piece, &mut sequence.ids)?;
+            let first = sequence.ids.len();
+            sequence.ids.extend(std::iter::repeat_n(self.image, tokens));
+            sequence.pictures.push(first..first + tokens);
+            "\n".clone_into(&mut piece);
+        }
+        if newlines == Newlines::Two && !pictures.is_empty() {
             self.tokenizer.append("\n", &mut sequence.ids)?;
         }
-        let end = answers.last().map_or(0, |answer| answer.end);
-        sequence.ids.truncate(end);
-        if learned == Learned::Last {
-            answers.drain(..answers.len() - 1);
-        }
-        Ok((sequence, answers))
+        piece.push_str(text);
+        self.tokenizer.append(&piece, &mut sequence.ids)?;
+        let end = sequence.ids.len();
+        sequence.ids.push(self.im_end);
+        self.tokenizer.append("\n", &mut sequence.ids)?;
+        counted.extend(end..sequence.ids.len());
+        Ok(())
     }
 
     /// The tokens of an answer that somebody wrote, with the stop token behind it.
@@ -179,6 +211,13 @@ impl Chat {
         let mut ids = Vec::new();
         self.tokenizer.append(text, &mut ids)?;
         ids.push(self.im_end);
+        Ok(ids)
+    }
+
+    /// The newline behind a stop token.
+    pub fn newline(&self) -> Result<Vec<i64>, RowFault> {
+        let mut ids = Vec::new();
+        self.tokenizer.append("\n", &mut ids)?;
         Ok(ids)
     }
 

@@ -22,7 +22,8 @@ pub struct Clip {
 }
 
 impl Clip {
-    pub(super) fn new(processor: &Processor) -> Self {
+    /// Takes pictures as `processor` says.
+    pub fn new(processor: &Processor) -> Self {
         Self {
             size: processor.size,
             crop: processor.crop_size.unwrap_or(processor.size),

@@ -3,12 +3,14 @@
 //! Pixels are those of Pillow's `Image.open(file).convert("RGB")`, which the reference programs call:
 //! alpha is dropped, not blended; palettes are looked up, transparent entries too; 16-bit color keeps
 //! the high byte, while 16-bit gray is clipped at 255 (Pillow's mode `I;16`); an EXIF rotation is not
-//! applied. JPEG and lossy WebP are decoded by other libraries than Pillow's, whose inverse
-//! transforms and upsampling may round differently by a few levels.
+//! applied. JPEG goes through the library that Pillow itself has (libjpeg-turbo, here in Mozilla's
+//! edition), for decoders differ in how they round colors. Lossy WebP is decoded by another library.
 
 use std::io::{Cursor, ErrorKind};
+use std::panic::catch_unwind;
 
 use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Limits};
+use mozjpeg::ColorSpace;
 
 use crate::models::RowFault;
 
@@ -116,6 +118,13 @@ pub fn decode(bytes: &[u8], pixels_max: u64) -> Result<Rgb, RowFault> {
     if !whole {
         return Err(RowFault("is truncated: the file ends too early".to_owned()));
     }
+    if probe.format == "jpeg" {
+        return Ok(Rgb {
+            width: probe.width,
+            height: probe.height,
+            data: decode_jpeg(bytes)?,
+        });
+    }
     let picture = DynamicImage::from_decoder(decoder).map_err(|error| fault(&error))?;
     let data = match picture {
         DynamicImage::ImageRgb8(rgb) => rgb.into_raw(),
@@ -180,6 +189,44 @@ fn open(bytes: &[u8], pixels_max: u64) -> Result<(Probe, impl ImageDecoder), Row
         format,
     };
     Ok((probe, decoder))
+}
+
+/// Decodes a JPEG to red, green and blue.
+fn decode_jpeg(bytes: &[u8]) -> Result<Vec<u8>, RowFault> {
+    let decode = || -> std::io::Result<Vec<u8>> {
+        let jpeg = mozjpeg::Decompress::new_mem(bytes)?;
+        match jpeg.color_space() {
+            ColorSpace::JCS_CMYK | ColorSpace::JCS_YCCK => {
+                let mut lines = jpeg.to_colorspace(ColorSpace::JCS_CMYK)?;
+                let inks: Vec<[u8; 4]> = lines.read_scanlines()?;
+                lines.finish()?;
+                Ok(inks.into_iter().flat_map(inks_to_rgb).collect())
+            }
+            _ => {
+                let mut lines = jpeg.rgb()?;
+                let pixels: Vec<[u8; 3]> = lines.read_scanlines()?;
+                lines.finish()?;
+                Ok(pixels.into_flattened())
+            }
+        }
+    };
+    // The library reports errors by unwinding through its C.
+    let decoded = catch_unwind(decode).unwrap_or_else(|panic| {
+        let problem = panic.downcast::<String>();
+        Err(std::io::Error::other(
+            problem.map_or_else(|_| String::new(), |text| *text),
+        ))
+    });
+    decoded.map_err(|error| RowFault(format!("is truncated or damaged: {error}")))
+}
+
+/// Cyan, magenta, yellow and black as JPEG files have them (Adobe's way, 255 for no ink), as Pillow
+/// converts them (`src/libImaging/Convert.c`, `cmyk2rgb`).
+fn inks_to_rgb([cyan, magenta, yellow, black]: [u8; 4]) -> [u8; 3] {
+    [cyan, magenta, yellow].map(|ink| {
+        let product = (255 - u32::from(ink)) * u32::from(black) + 128;
+        black - (((product >> 8) + product) >> 8) as u8
+    })
 }
 
 /// Says in one line why a decoder gave up.

@@ -9,7 +9,7 @@ use super::card::{OnevisionCard, Writer};
 use super::chat::{Chat, PromptIds};
 use super::picture::{PIXELS_MAX, decode, probe};
 use super::processor::Processor;
-use crate::models::{Lesson, Picture, Prompt, RowFault};
+use crate::models::{Lesson, Newlines, Picture, Prompt, RowFault};
 
 /// A LLaVA-OneVision checkpoint without its weights.
 #[derive(Debug, Clone)]
@@ -140,6 +140,23 @@ impl PolicyPrep {
                 .map(|picture| self.tiles(picture, count))
                 .collect::<Result<_, _>>()?,
         })
+    }
+
+    /// The whole prompt as LLaVA-NeXT's DPO script writes it, and the places of its tokens that count
+    /// there.
+    pub fn prepare_as_llava_next(
+        &self,
+        prompt: &Prompt,
+        newlines: Newlines,
+    ) -> Result<(Prepared, Vec<usize>), RowFault> {
+        let tokens: Vec<usize> = self.packings(prompt)?.iter().map(Packing::tokens).collect();
+        let (text, counted) = self.chat.prompt_of_llava_next(prompt, &tokens, newlines)?;
+        fits(text.ids.len(), self.context())?;
+        let count = prompt.pictures.len();
+        let pictures = prompt.pictures.iter();
+        let pictures = pictures.map(|picture| self.tiles(picture, count));
+        let pictures = pictures.collect::<Result<_, _>>()?;
+        Ok((Prepared { text, pictures }, counted))
     }
 
     /// A whole conversation to learn from; one that does not fit the context is refused.

@@ -13,7 +13,7 @@ use super::{
     Failure, Map, MapWork, ModelName, NonNegative, Outcome, Positive, Role, Scope, TableName, Task,
     Training, shown,
 };
-use crate::models::{DpoLearner, DpoSettings, Learner, Optimization, Schedule};
+use crate::models::{DpoLearner, DpoSettings, Learner, Mask, Newlines, Optimization, Schedule};
 use crate::store::{Key, Lookup};
 use crate::tables::{DpoStep, Pair, Reference, Row};
 
@@ -33,6 +33,14 @@ pub struct TrainDpo {
     /// How strongly the reference holds the model.
     #[serde(default = "defaults::beta")]
     pub beta: Positive,
+    /// Which tokens count: `answer`, or the conventions `trl` and `llava_next`, to compare with runs
+    /// of those programs.
+    #[serde(default)]
+    pub mask: Mask,
+    /// Newlines between a picture and the text: `one`, as in sampling, or `two`, as LLaVA-NeXT's DPO
+    /// script has them.
+    #[serde(default)]
+    pub newlines: Newlines,
     /// The highest learning rate, reached after warmup; it then falls to 0 along a cosine.
     #[serde(default = "defaults::learning_rate")]
     pub learning_rate: Positive,
@@ -127,12 +135,9 @@ impl Trains for TrainDpo {
         optimization: Optimization,
         before: Option<Lookup>,
     ) -> Result<Box<dyn Training + '_>, Failure> {
-        let settings = DpoSettings {
-            beta: self.beta.get(),
-            optimization,
-        };
+        let settings = self.settings(optimization);
         Ok(Box::new(DpoTraining {
-            model: &self.model,
+            stage: self,
             start: scope.models.fingerprint(&self.model).to_owned(),
             learner: scope.models.dpo_learner(&self.model, &settings)?,
             references: before.expect("this stage asks for a table before"),
@@ -140,8 +145,30 @@ impl Trains for TrainDpo {
     }
 }
 
+impl TrainDpo {
+    fn settings(&self, optimization: Optimization) -> DpoSettings {
+        DpoSettings {
+            beta: self.beta.get(),
+            mask: self.mask,
+            newlines: self.newlines,
+            optimization,
+        }
+    }
+
+    /// The reference log-probabilities that sampling left, if the model that answered is the
+    /// reference, which is the model as it is at the start of this round, and what was asked and
+    /// answered is all that counts.
+    fn sampled_reference(&self, pair: &Pair, start: &str) -> Option<[f64; 2]> {
+        let as_sampled = pair.chosen_token_ids.is_some() && pair.rejected_token_ids.is_some();
+        let same_model = pair.model.as_deref() == Some(start);
+        let same_tokens = (self.mask, self.newlines) == (Mask::Answer, Newlines::One);
+        (as_sampled && same_model && same_tokens).then_some(())?;
+        Some([pair.chosen_logp?, pair.rejected_logp?])
+    }
+}
+
 struct DpoTraining<'a> {
-    model: &'a ModelName,
+    stage: &'a TrainDpo,
     /// The fingerprint of the model at the start: the reference.
     start: String,
     learner: Box<dyn DpoLearner>,
@@ -162,7 +189,7 @@ impl Training for DpoTraining<'_> {
         let prompts = prompts(scope, &pairs)?;
         let mut examples = Vec::with_capacity(pairs.len());
         for (pair, prompt) in pairs.iter().zip(&prompts) {
-            let reference = if let Some(sampled) = sampled_reference(pair, &self.start) {
+            let reference = if let Some(sampled) = self.stage.sampled_reference(pair, &self.start) {
                 sampled
             } else {
                 let missing = || Failure::Other(format!("pair {} has no reference", pair.row_key));
@@ -173,7 +200,7 @@ impl Training for DpoTraining<'_> {
             examples.push(example(pair, prompt, Some(reference)));
         }
         let report = self.learner.step(&examples);
-        let report = report.map_err(Failure::of(self.model))?;
+        let report = report.map_err(Failure::of(&self.stage.model))?;
         Ok(DpoStep::to_batch(&[DpoStep {
             step: number.cast_signed(),
             epoch: epoch.cast_signed(),
@@ -194,15 +221,6 @@ impl Training for DpoTraining<'_> {
     fn learner(&mut self) -> &mut dyn Learner {
         &mut *self.learner
     }
-}
-
-/// The reference log-probabilities that sampling left, if the model that answered is the reference:
-/// the model as it is at the start of this round.
-fn sampled_reference(pair: &Pair, start: &str) -> Option<[f64; 2]> {
-    let as_sampled = pair.chosen_token_ids.is_some() && pair.rejected_token_ids.is_some();
-    let same_model = pair.model.as_deref() == Some(start);
-    (as_sampled && same_model).then_some(())?;
-    Some([pair.chosen_logp?, pair.rejected_logp?])
 }
 
 /// Computes the reference log-probabilities that sampling did not leave: those of pairs that people
@@ -229,7 +247,7 @@ impl Map for ReferencePass<'_> {
     }
 
     fn key(&self, _: &mut Scope<'_>, group: &[Pair], key: Key) -> Result<Key, Failure> {
-        let mut key = key;
+        let mut key = key.with(format!("{:?} {:?}", self.stage.mask, self.stage.newlines));
         for pair in group {
             let system = pair.system.as_deref();
             key = shown(
@@ -263,7 +281,7 @@ impl Map for ReferencePass<'_> {
         let mut learner = self.learner.borrow_mut();
         let mut done = 0;
         for task in tasks {
-            let open = |pair: &&Pair| sampled_reference(pair, &start).is_none();
+            let open = |pair: &&Pair| self.stage.sampled_reference(pair, &start).is_none();
             let pairs: Vec<Pair> = task.rows.iter().filter(open).cloned().collect();
             let mut rows = Vec::with_capacity(pairs.len());
             if !pairs.is_empty() {
@@ -278,10 +296,9 @@ impl Map for ReferencePass<'_> {
                     .collect();
                 if learner.is_none() {
                     // Nothing is trained here, so the schedule does not matter.
-                    let settings = DpoSettings {
-                        beta: self.stage.beta.get(),
-                        optimization: self.stage.course().recipe.optimization(1),
-                    };
+                    let settings = self
+                        .stage
+                        .settings(self.stage.course().recipe.optimization(1));
                     *learner = Some(scope.models.dpo_learner(model, &settings)?);
                 }
                 let learner = learner.as_mut().expect("just opened");

@@ -4,7 +4,7 @@ use std::fs;
 
 use super::super::recorded::{self, Expected, assert_close};
 use super::*;
-use crate::models::{Dtype, Optimization, Prompt, Schedule};
+use crate::models::{Dtype, Mask, Newlines, Optimization, Prompt, Schedule};
 use crate::nn::training::STATE_FILE;
 use crate::nn::weights::save_safetensors;
 
@@ -13,6 +13,8 @@ const BETA: f64 = 0.1;
 fn settings() -> DpoSettings {
     DpoSettings {
         beta: BETA,
+        mask: Mask::default(),
+        newlines: Newlines::default(),
         optimization: Optimization {
             learning_rate: 1e-3,
             schedule: Schedule::Cosine,

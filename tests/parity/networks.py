@@ -1,0 +1,184 @@
+"""Tower, projector with packing, decoder and logits; greedy answers; answers sampled as ours are."""
+import copy
+import hashlib
+
+import torch
+from PIL import Image
+
+import onevision
+from common import ARGUMENTS, error, folder, picture, save, seeded, write_json
+
+# Each prompt's pictures: large, small, several, none.
+SIZES = {"large": (61, 40), "small": (13, 9), "wide": (300, 4), "tall": (7, 90), "square": (36, 36), "dot": (1, 1)}
+PROMPTS = [(["large"], "What is this?"), (["small"], "Why?"), (["wide"], "Describe the image."), (["tall"], "你好"),
+           (["square"], "Is that true?"), (["dot"], ""), (["large", "wide"], "Which is wider?"), ([], "Say something.")]
+GREEDY, GREEDY_TOKENS = 50, 64
+# Logits are kept over the whole vocabulary, for the last position and every so many before it.
+LOGITS_EVERY = ARGUMENTS.logits_every
+
+
+def with_errors(network, title):
+    """Makes the deliberate error in the network, if it is one of the network's."""
+    text, vision = network.config.text_config, network.config.vision_config
+    decoder, tower = network.model.language_model, network.model.vision_tower
+    if error("an epsilon of 1e-5 for 1e-6 in RMSNorm"):
+        for module in decoder.modules():
+            if hasattr(module, "variance_epsilon"):
+                module.variance_epsilon = 1e-5
+    if error("an epsilon of 1e-5 for 1e-6 in the tower"):
+        for module in tower.modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                module.eps = 1e-5
+    if error("quick_gelu for gelu in the tower"):
+        for module in tower.modules():
+            if hasattr(module, "activation_fn"):
+                module.activation_fn = lambda x: x * torch.sigmoid(1.702 * x)
+    if error("the tanh form of gelu in the projector"):
+        network.model.multi_modal_projector.act = torch.nn.GELU(approximate="tanh")
+    if error("post_layernorm applied to the tower's features"):
+        tower.encoder.layers[-1].register_forward_hook(lambda _m, _i, out: tower.post_layernorm(
+            out[0] if isinstance(out, tuple) else out))
+    if error("no newline in the picture's features"):
+        network.model.image_newline.data.zero_()
+    if error("rotary angles of base 10,000"):
+        theta = 1e4 ** (torch.arange(0, text.hidden_size // text.num_attention_heads, 2).float()
+                        / (text.hidden_size // text.num_attention_heads))
+        decoder.rotary_emb.inv_freq = 1 / theta
+    if error("positions that grow a little too fast"):
+        forward = decoder.rotary_emb.forward
+        decoder.rotary_emb.forward = lambda x, position_ids: forward(x, position_ids ** 1.02)
+    if error("a mask that hides each token from itself"):
+        for layer in decoder.layers:
+            attend = layer.self_attn.forward
+            def shifted(*args, attend=attend, **given):
+                length = given["hidden_states"].shape[1]
+                mask = torch.full((length, length), -1e9).triu(0)
+                mask[0, 0] = 0
+                return attend(*args, **{**given, "attention_mask": mask[None, None]})
+            layer.self_attn.forward = shifted
+    return network
+
+
+def record():
+    random = seeded("networks")
+    shown = {name: picture(random, *size) for name, size in SIZES.items()}
+    place = folder("onevision")
+    for name, image in shown.items():
+        image.save(place / f"{name}.png")
+    write_json(place / "prompts.json", [dict(pictures=names, question=question) for names, question in PROMPTS])
+    cases = []
+    for title, how in onevision.CONFIGURATIONS.items():
+        path, network, processor = onevision.make(random, title, **how)
+        with_errors(network, title)
+        expected = {}
+        for index, (names, question) in enumerate(PROMPTS):
+            given = onevision.inputs(processor, question, [shown[name] for name in names])
+            with torch.no_grad():
+                if names:
+                    pixels = given["pixel_values"].flatten(0, 1)
+                    states = network.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+                    layers = network.config.vision_feature_layer
+                    layers = layers if isinstance(layers, list) else [layers]
+                    tower = torch.cat([states[layer] for layer in layers], -1)
+                    if error("the layer before the last as the feature") and layers == [-1]:
+                        tower = states[-2]
+                    expected |= {f"tower.{index}": tower,
+                                 f"projector.{index}": network.model.multi_modal_projector(tower)}
+                out = network(**given, output_hidden_states=True)
+            expected |= {f"ids.{index}": given["input_ids"][0], f"hidden.{index}": out.hidden_states[-1][0],
+                         f"logits.{index}": out.logits[0].flip(0)[::LOGITS_EVERY]}
+        save(path / "expected.safetensors", expected)
+        case = dict(title=title, folder=path.name, bfloat16=None)
+        if title == "untied, layout A":
+            case["bfloat16"] = spread_of_bfloat16(network, processor, shown, expected)
+            greedy(random, path, network, processor, shown)
+            sampled(path, network, processor, shown)
+        cases.append(case)
+    write_json(place / "cases.json", dict(logits_every=LOGITS_EVERY, cases=cases))
+
+
+def spread_of_bfloat16(network, processor, shown, expected):
+    """How far the reference's own bfloat16 logits are from its float32 ones: root of the mean square, greatest."""
+    network = copy.deepcopy(network).to(torch.bfloat16)
+    apart = []
+    for index, (names, question) in enumerate(PROMPTS):
+        given = onevision.inputs(processor, question, [shown[name] for name in names])
+        with torch.no_grad():
+            apart.append((network(**given).logits[0].float().flip(0)[::LOGITS_EVERY] - expected[f"logits.{index}"]).flatten())
+    apart = torch.cat(apart)
+    return [float(apart.square().mean().sqrt()), float(apart.abs().max())]
+
+
+def banned_of(processor):
+    tokenizer = processor.tokenizer
+    return [*tokenizer.convert_tokens_to_ids(["<image>", "<video>"]), *range(len(tokenizer), onevision.VOCAB)]
+
+
+def greedy(random, path, network, processor, shown):
+    """Answers without chance, and how far apart the best two tokens were at each step."""
+    words = "What is the cat red blue left picture of in star? How many there two true".split()
+    prompts, expected = [], {}
+    for index in range(GREEDY):
+        names = [[], ["small"], ["square"], ["dot"]][index % 4]
+        question = " ".join(random.choice(words, random.randint(1, 9)))
+        given = onevision.inputs(processor, question, [shown[name] for name in names])
+        with torch.no_grad():
+            out = network.generate(**given, do_sample=False, max_new_tokens=GREEDY_TOKENS, output_logits=True,
+                                   suppress_tokens=banned_of(processor), return_dict_in_generate=True,
+                                   eos_token_id=processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
+        ids = out.sequences[0, given["input_ids"].shape[1]:]
+        if error("an answer that ends a token early"):
+            ids = ids[:-1]
+        gaps = []
+        for logits in out.logits:
+            logits = logits[0].clone()
+            logits[banned_of(processor)] = -torch.inf
+            best = logits.topk(2).values
+            gaps.append(best[0] - best[1])
+        prompts.append(dict(pictures=names, question=question))
+        expected |= {f"ids.{index}": ids, f"gaps.{index}": torch.stack(gaps)}
+    write_json(path / "greedy.json", prompts)
+    save(path / "greedy.safetensors", expected)
+
+
+def uniform(purpose, seed, counter):
+    text = purpose + seed.to_bytes(8, "little", signed=seed < 0) + counter.to_bytes(8, "little")
+    return hashlib.sha256(text).digest()[:8]
+
+
+def sampled(path, network, processor, shown):
+    """Answers drawn with our numbers (src/nn/sampling.rs) from the reference's logits, with their log-probabilities."""
+    temperature, top_p, tokens, count = 0.7, 0.9, 24, 3
+    stops = processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    expected = {}
+    for index, (names, question) in enumerate(PROMPTS):
+        given = onevision.inputs(processor, question, [shown[name] for name in names])
+        for answer in range(count):
+            seed = int.from_bytes(uniform(b"answer", 1000 + index, answer), "little", signed=True)
+            ids, logps, margins = [], [], []
+            for position in range(tokens):
+                whole = torch.cat([given["input_ids"], torch.tensor([ids], dtype=torch.long)], 1)
+                with torch.no_grad():
+                    logits = network(**{**given, "input_ids": whole, "attention_mask": torch.ones_like(whole)}).logits[0, -1]
+                scores = logits.clone()
+                scores[banned_of(processor)] = -torch.inf
+                chances = torch.softmax(scores / temperature, -1).double()
+                order = sorted(range(len(chances)), key=lambda id: (-float(chances[id]), id))
+                sums = torch.cumsum(chances[order], 0)
+                kept = int((sums >= top_p).nonzero()[0])
+                draw = (int.from_bytes(uniform(b"token", seed, position), "little") >> 11) / 2**53
+                point = draw * float(sums[kept])
+                rank = int((sums > point).nonzero()[0])
+                # How near the draw was to another token, or the set to another size.
+                margins.append(min(float((sums - point).abs().min()), float((sums - top_p).abs().min())))
+                token = order[rank]
+                logps.append(float(torch.log_softmax(logits, -1)[token]) + (1e-3 if error("log-probabilities 0.001 too high") else 0))
+                ids.append(token)
+                if token in stops:
+                    break
+            key = f"{index}.{answer}"
+            expected |= {f"ids.{key}": torch.tensor(ids), f"logps.{key}": torch.tensor(logps),
+                         f"margins.{key}": torch.tensor(margins)}
+    write_json(path / "sampled.json", dict(temperature=temperature, top_p=top_p, max_new_tokens=tokens, count=count,
+                                            seeds=[1000 + index for index in range(len(PROMPTS))]))
+    save(path / "sampled.safetensors", expected)

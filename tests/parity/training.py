@@ -1,0 +1,198 @@
+"""One batch and twenty updates of DPO (by TRL) and of supervised fine-tuning (by a plain loop); LLaVA-NeXT's mask."""
+import math
+
+import torch
+
+import onevision
+from common import SYSTEM, error, folder, picture, qwen_tokenizer, save, seeded, write_json
+
+STEPS, BATCH, RATE, BETA = 20, 4, 1e-4, 0.1
+WARMUP = 0.12  # of 20 steps 2.4, so that rounding shows
+WORDS = "the cat red blue left picture two stars is not a dog there nothing one shape".split()
+SIZES = {"large": (61, 40), "small": (13, 9), "square": (24, 24)}
+
+
+def optimize(parameters, loss, batches):
+    """AdamW, warmup, half a cosine and clipping, as the Trainer of transformers puts them together.
+
+    Gives the gradients of the first loss, all losses, and the weights in the end."""
+    decay = 0.01 if error("a weight decay of 0.01 for 0") else 0.0
+    optimizer = torch.optim.AdamW(parameters.values(), lr=RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=decay)
+    warmup = (math.floor if error("warmup steps rounded down") else math.ceil)(len(batches) * WARMUP)
+    def rate(step):
+        if step < warmup:
+            return step / max(1, warmup)
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, len(batches) - warmup)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    recorded, losses = {}, []
+    for batch in batches:
+        optimizer.zero_grad()
+        value = loss(batch)
+        value.backward()
+        if not losses:
+            recorded |= {f"gradient.{name}": parameter.grad.clone() for name, parameter in parameters.items()
+                         if parameter.grad is not None}
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(value.detach())
+    recorded["losses"] = torch.stack(losses)
+    recorded |= {f"after.{name}": parameter.detach() for name, parameter in parameters.items()}
+    return recorded
+
+
+def names_of(network):
+    """The parameters that have a gradient, by the names of files without prefixes."""
+    parameters = dict(network.named_parameters())
+    return {name.removeprefix("model."): parameter for name, parameter in parameters.items()
+            if "post_layernorm" not in name or "head" in name}
+
+
+def record():
+    random = seeded("training")
+    place = folder("training")
+    shown = {name: picture(random, *size) for name, size in SIZES.items()}
+    for name, image in shown.items():
+        image.save(place / f"{name}.png")
+    say = lambda: " ".join(random.choice(WORDS, random.randint(1, 8)))
+    pairs = [dict(pictures=[list(SIZES)[number % 3]], question=say(), chosen=say() + ".", rejected=say())
+             for number in range(STEPS * BATCH)]
+    write_json(place / "pairs.json", pairs)
+    for title, tied in [("untied", False), ("tied", True)]:
+        path, network, processor = onevision.make(random, f"training {title}", layout="C", tied=tied, dtype=torch.float32)
+        dpo(place, title, network, processor, shown, pairs)
+    path, network, processor = onevision.make(random, "training trl", layout="C", dtype=torch.float32)
+    trl(place, path, processor, shown, pairs)
+    path, network, processor = onevision.make(random, "training sft", layout="C", dtype=torch.float32)
+    sft(place, network, processor, shown, say)
+    masks(place, random)
+
+
+def whole(processor, shown, pair, answer):
+    """The inputs of a prompt with an answer behind it, and where the answer begins."""
+    given = onevision.inputs(processor, pair["question"], [shown[name] for name in pair["pictures"]])
+    start = given["input_ids"].shape[1]
+    ids = torch.cat([given["input_ids"], torch.tensor([answer], dtype=torch.long)], 1)
+    return {**given, "input_ids": ids, "attention_mask": torch.ones_like(ids)}, start
+
+
+def logp(network, processor, shown, pair, side):
+    answer = processor.tokenizer(pair[side], split_special_tokens=True)["input_ids"]
+    answer = answer + [processor.tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    if error("an answer without its stop token"):
+        answer = answer[:-1]
+    given, start = whole(processor, shown, pair, answer)
+    logits = network(**given).logits[0, start - 1:-1].float()
+    return torch.log_softmax(logits, -1).gather(-1, torch.tensor(answer)[:, None]).sum()
+
+
+def dpo(place, title, network, processor, shown, pairs):
+    """The loss of a batch, what is logged, and the gradient of every parameter."""
+    batch = pairs[:BATCH]
+    reference = [[-30.0 - number, -35.0 + number] for number in range(BATCH)]
+    logps = [[logp(network, processor, shown, pair, side) for side in ("chosen", "rejected")] for pair in batch]
+    logps = torch.stack([torch.stack(pair) for pair in logps])
+    rewards = (0.11 if error("a beta of 0.11 for 0.1") else BETA) * (logps - torch.tensor(reference))
+    loss = -torch.nn.functional.logsigmoid(rewards[:, 0] - rewards[:, 1]).mean()
+    loss.backward()
+    recorded = {"loss": loss, "logps": logps, "rewards": rewards, "reference": torch.tensor(reference)}
+    recorded |= {f"gradient.{name}": parameter.grad for name, parameter in names_of(network).items()
+                 if parameter.grad is not None}
+    save(place / f"dpo-{title}.safetensors", recorded)
+
+
+def trl(place, path, processor, shown, pairs):
+    """Twenty updates by TRL's DPOTrainer, in the order of the pairs."""
+    import tempfile
+
+    from datasets import Dataset
+    from transformers import LlavaOnevisionForConditionalGeneration
+    from trl import DPOConfig, DPOTrainer
+
+    class InOrder(DPOTrainer):
+        def _get_train_sampler(self, *_):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    template = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+                "{% for c in m['content'] if c['type'] == 'image' %}<image>\n{% endfor %}{% for c in m['content'] if c['type'] == 'text' %}"
+                "{{ c['text'] }}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    processor.chat_template = processor.tokenizer.chat_template = template
+    rows = [dict(images=[shown[pair["pictures"][0]]],
+                 prompt=[dict(role="system", content=SYSTEM), dict(role="user", content=pair["question"])],
+                 chosen=[dict(role="assistant", content=pair["chosen"])],
+                 rejected=[dict(role="assistant", content=pair["rejected"])]) for pair in pairs]
+    load = lambda: LlavaOnevisionForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
+    network = load()
+    settings = DPOConfig(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=1, gradient_accumulation_steps=BATCH, num_train_epochs=1,
+        learning_rate=RATE, beta=BETA, lr_scheduler_type="cosine", warmup_steps=WARMUP, weight_decay=0.0, max_grad_norm=1.0,
+        logging_steps=1, save_strategy="no", report_to=[], max_length=None, bf16=False, use_cpu=True,
+        dataloader_num_workers=0, remove_unused_columns=False, optim="adamw_torch", gradient_checkpointing=False)
+    trainer = InOrder(model=network, ref_model=load(), args=settings, train_dataset=Dataset.from_list(rows),
+                      processing_class=processor)
+    trainer.train()
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    keys = ["loss", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "grad_norm", "learning_rate"]
+    recorded = {f"log.{key.replace('/', '_')}": torch.tensor([entry[key] for entry in log], dtype=torch.float64) for key in keys}
+    recorded |= {f"after.{name}": parameter.detach() for name, parameter in names_of(trainer.model).items()}
+    save(place / "trl.safetensors", recorded)
+
+
+def sft(place, network, processor, shown, say):
+    """Twenty updates of the next-token loss on all answers of conversations, by transformers' own labels and loss."""
+    tokenizer = processor.tokenizer
+    lessons = []
+    for number in range(STEPS * BATCH):
+        turns = [["user", say()], ["assistant", say()]] if number % 2 else []
+        lessons.append(dict(pictures=[list(SIZES)[number % 3]], turns=turns, question=say(), answer=say()))
+
+    def loss(batch):
+        total, count = 0.0, 0
+        for lesson in batch:
+            text = onevision.chat(lesson["question"], 1, turns=lesson["turns"]) + lesson["answer"] + "<|im_end|>"
+            given = processor(images=[shown[lesson["pictures"][0]]], text=[text], return_tensors="pt")
+            ids = given["input_ids"][0]
+            start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+            said = tokenizer("assistant\n")["input_ids"]
+            learned = []
+            for place in (ids == start).nonzero().flatten().tolist():
+                begin = place + 1 + len(said)
+                if ids[place + 1:begin].tolist() == said:
+                    stop = begin + (ids[begin:] == end).nonzero()[0].item()
+                    learned += range(begin, stop if error("stop tokens not learned") else stop + 1)
+            learned = torch.tensor(learned)
+            logits = network(**given).logits[0].float()
+            at = learned if error("a token learned from itself") else learned - 1
+            total = total + torch.nn.functional.cross_entropy(logits[at], ids[learned], reduction="sum")
+            count += len(learned)
+        return total / count
+
+    batches = [lessons[step * BATCH:(step + 1) * BATCH] for step in range(STEPS)]
+    save(place / "sft.safetensors", optimize(names_of(network), loss, batches))
+    write_json(place / "lessons.json", lessons)
+
+
+def masks(place, random):
+    """Ids and labels of LLaVA-NeXT's `preprocess_qwen` in its DPO script, as the specification states them."""
+    path, _, _ = onevision.make(random, "training mask", layout="C")
+    (path / "model.safetensors").unlink()
+    tokenizer = qwen_tokenizer()
+    plain = lambda text: tokenizer(text, split_special_tokens=True)["input_ids"]
+    start, end, image = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<image>"])
+    newline, features = plain("\n"), 5
+    cases = []
+    for question, answer, has_picture in [("What is this?", "A cat.", True), ("Why?", "Because.", False), ("\nYes?", "No", True),
+                                          ("你好", "猫", True)]:
+        ids = [start] + plain("system\n" + SYSTEM) + [end] + newline
+        labels = [1] + [0] * (len(ids) - 3) + [1, 1]
+        # The text behind the placeholder begins with a newline, and one of its own is put before it.
+        between = [] if error("one newline behind the picture") else newline
+        behind = newline + [image] * features + between + plain("\n" + question)
+        text = behind if has_picture else plain("\n" + question)
+        block = [start] + plain("user") + text + [end] + newline
+        ids, labels = ids + block, labels + [1] + [0] * (len(block) - 3) + [1, 1]
+        block = [start] + plain("assistant\n") + plain(answer) + [end] + newline
+        labels += [1] + [0] * len(plain("assistant\n")) + [1] * (len(plain(answer)) + 2)
+        ids = ids + block
+        cases.append(dict(question=question, answer=answer, pictures=[features] if has_picture else [], ids=ids, labels=labels))
+    write_json(place / "masks.json", cases)
