@@ -41,12 +41,19 @@ world: setup ## make data-samples again, its two models included, from nothing (
 	cargo run --quiet --bin pipeline -- export small-world-models checkpoint --model judge --to data-samples/reward
 	cp runs/lessons/start/reward/prompt.txt data-samples/reward/
 
-# Another Python that has what tests/parity/requirements.txt names may be given.
-PARITY_PYTHON ?= .parity/bin/python
-
-parity: setup ## compare with transformers, TRL and PyTorch on fresh random cases (5 GB of Python)
-	@test -x $(PARITY_PYTHON) || { python3 -m venv .parity && .parity/bin/pip install --quiet -r tests/parity/requirements.txt; }
+# PARITY_PYTHON may name a Python that already has what tests/parity/requirements.txt asks for.
+ifdef PARITY_PYTHON
+parity: setup
 	$(PARITY_PYTHON) tests/parity/run.py
+else
+parity: setup .parity/complete ## compare with transformers, TRL and PyTorch on fresh random cases (5 GB of Python)
+	PYTHONPATH=.parity python3 tests/parity/run.py
+endif
+
+.parity/complete: tests/parity/requirements.txt
+	rm -rf .parity
+	python3 -m pip install --target .parity --disable-pip-version-check -r $<
+	touch $@
 
 .PHONY: tools
 tools:

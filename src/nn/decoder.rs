@@ -76,6 +76,15 @@ impl Prefix {
     pub fn tokens(&self) -> i64 {
         self.tokens
     }
+
+    /// Memory that the keys and values take.
+    pub fn bytes(&self) -> usize {
+        let bytes = |xs: &Tensor| xs.numel() * xs.kind().elt_size_in_bytes();
+        self.layers
+            .iter()
+            .map(|own| bytes(&own.k) + bytes(&own.v))
+            .sum()
+    }
 }
 
 /// The keys and values of continuations that grow by a token each at a time.
@@ -92,6 +101,18 @@ impl Continuations {
         Self { layers, tokens: 0 }
     }
 
+    /// Adds the keys and values of one more token (`[kv_heads, rows, 1, head_dim]`) to those of a
+    /// layer, and gives them all.
+    fn append(&mut self, layer: usize, new: KeyValue) -> &KeyValue {
+        if let Some(own) = self.layers.get_mut(layer) {
+            own.k = Tensor::cat(&[&own.k, &new.k], 2);
+            own.v = Tensor::cat(&[&own.v, &new.v], 2);
+        } else {
+            self.layers.push(new);
+        }
+        &self.layers[layer]
+    }
+
     /// Keeps only the rows (`[kept]`, int64) that go on.
     pub fn keep(&mut self, rows: &Tensor) {
         for layer in &mut self.layers {
@@ -99,6 +120,15 @@ impl Continuations {
             layer.v = layer.v.index_select(1, rows);
         }
     }
+}
+
+/// The continuations of one prompt in a step of several.
+#[derive(Debug)]
+pub struct Branches<'a> {
+    pub prefix: &'a Prefix,
+    pub rows: &'a mut Continuations,
+    /// How many continuations there are.
+    pub count: i64,
 }
 
 impl Default for Continuations {
@@ -174,25 +204,37 @@ impl Decoder {
         self.norm.forward(&xs)
     }
 
-    /// Reads the next token of each continuation (`[rows, hidden]`). Gives their hidden states
-    /// after the final norm. For inference.
-    pub fn step(&self, embeds: &Tensor, prefix: &Prefix, rows: &mut Continuations) -> Tensor {
-        let position = Tensor::from_slice(&[prefix.tokens + rows.tokens]);
-        let angles = self.angles(&position.to_device(embeds.device()));
+    /// Reads the next token of each continuation of each prompt (`[rows of all, hidden]`). Gives their
+    /// hidden states after the final norm. The weights are read once for all rows, each prefix once
+    /// for the rows behind it. For inference.
+    pub fn step(&self, embeds: &Tensor, prompts: &mut [Branches<'_>]) -> Tensor {
+        let positions: Vec<i64> = prompts
+            .iter()
+            .flat_map(|prompt| {
+                let position = prompt.prefix.tokens + prompt.rows.tokens;
+                std::iter::repeat_n(position, prompt.count as usize)
+            })
+            .collect();
+        assert_eq!(embeds.size()[0], positions.len() as i64);
+        let angles = self.angles(&Tensor::from_slice(&positions).to_device(embeds.device()));
         let mut xs = embeds.shallow_clone();
-        for (index, (layer, shared)) in self.layers.iter().zip(&prefix.layers).enumerate() {
+        for (index, layer) in self.layers.iter().enumerate() {
             xs = layer.forward(&xs, &angles, |q, new| {
-                let (k, v) = (new.k.unsqueeze(2), new.v.unsqueeze(2)); // [kv_heads, rows, 1, head_dim]
-                if let Some(own) = rows.layers.get_mut(index) {
-                    own.k = Tensor::cat(&[&own.k, &k], 2);
-                    own.v = Tensor::cat(&[&own.v, &v], 2);
-                } else {
-                    rows.layers.push(KeyValue { k, v });
+                let mut first = 0;
+                let mut mixed = Vec::with_capacity(prompts.len());
+                for prompt in prompts.iter_mut() {
+                    let of_prompt = |xs: &Tensor| xs.narrow(1, first, prompt.count);
+                    let [k, v] = [&new.k, &new.v].map(|xs| of_prompt(xs).unsqueeze(2)); // [kv_heads, rows, 1, head_dim]
+                    let own = prompt.rows.append(index, KeyValue { k, v });
+                    mixed.push(attend_one(&of_prompt(q), own, &prompt.prefix.layers[index]));
+                    first += prompt.count;
                 }
-                attend_one(q, &rows.layers[index], shared)
+                Tensor::cat(&mixed, 1)
             });
         }
-        rows.tokens += 1;
+        for prompt in prompts {
+            prompt.rows.tokens += 1;
+        }
         self.norm.forward(&xs)
     }
 
@@ -401,7 +443,14 @@ mod tests {
         let (_, prefix) = decoder.prefill(&decoder.embed(&ids(&PROMPT)));
         let mut rows = Continuations::new();
         let step = |tokens: &[i64], rows: &mut Continuations| {
-            decoder.step(&decoder.embed(&ids(tokens)), &prefix, rows)
+            let count = tokens.len() as i64;
+            let prefix = &prefix;
+            let prompt = Branches {
+                prefix,
+                rows,
+                count,
+            };
+            decoder.step(&decoder.embed(&ids(tokens)), &mut [prompt])
         };
         let _ = step(&[9, 5, 3], &mut rows);
         rows.keep(&ids(&[0, 2]));
@@ -417,6 +466,33 @@ mod tests {
             &whole(&decoder, &PROMPT, &[3, 5, 8]).get(2),
             1e-5,
         );
+    }
+
+    #[test]
+    fn continuations_of_several_prompts_go_side_by_side() {
+        let decoder = decoder(Kind::Float);
+        let prompts: [&[i64]; 2] = [&PROMPT, &PROMPT[..3]];
+        let prefixes = prompts.map(|prompt| decoder.prefill(&decoder.embed(&ids(prompt))).1);
+        let mut rows = [Continuations::new(), Continuations::new()];
+        let mut found = Tensor::new();
+        // The second prompt's answer begins a token later.
+        for tokens in [&[9, 5][..], &[2, 6, 4], &[3, 1, 8]] {
+            let prompts = prefixes.iter().zip(&mut rows).zip([2, 1]);
+            let prompts = prompts.map(|((prefix, rows), count)| Branches {
+                prefix,
+                rows,
+                count,
+            });
+            let present = if tokens.len() == 2 { 1 } else { 2 };
+            let mut prompts: Vec<_> = prompts.take(present).collect();
+            found = decoder.step(&decoder.embed(&ids(tokens)), &mut prompts);
+        }
+        let expected = [
+            whole(&decoder, prompts[0], &[9, 2, 3]).get(2),
+            whole(&decoder, prompts[0], &[5, 6, 1]).get(2),
+            whole(&decoder, prompts[1], &[4, 8]).get(1),
+        ];
+        assert_close(&found, &Tensor::stack(&expected, 0), 1e-5);
     }
 
     #[test]

@@ -1,15 +1,17 @@
 //! Sampling: the k answers to a prompt from one look at its pictures and one reading of it.
 //!
 //! Each distinct picture of a call goes through the tower once, each prompt through the decoder
-//! once. Its answers then grow side by side behind the one prefix, a token at a time; an answer that
-//! has ended leaves the batch. Nothing about an answer depends on the other prompts of the call.
+//! once. Its answers then grow side by side behind the one prefix, a token at a time, and beside
+//! those of other prompts, so that the weights are read once for all. An answer that has ended leaves
+//! the batch; when there is room, the next prompt enters. Who is beside whom follows from the prompts
+//! of the call alone, and which numbers draw an answer from its own prompt alone.
 
 use std::collections::{HashMap, VecDeque};
 
 use tch::Tensor;
 
 use super::checkpoint::{Checkpoint, Purpose};
-use super::decoder::Continuations;
+use super::decoder::{Branches, Continuations, Prefix};
 use super::device;
 use super::dpo::token_logps;
 use super::edge::guarded;
@@ -18,11 +20,17 @@ use super::sampling::{Chooser, answer_seed, uniform};
 use crate::models::{
     self, Emit, Generation, ModelError, Picture, Policy, Prompt, RowFault, Sampling, Stop,
 };
-use crate::prep::{PolicyPrep, PromptIds};
+use crate::prep::PolicyPrep;
 
 /// Bytes of picture features that are kept for prompts to come: some twenty pictures of the 7B
 /// model in bfloat16.
 const FEATURE_BYTES_MAX: usize = 1 << 30;
+
+/// Answers that grow side by side. More rows would not make a step cheaper per row by much.
+const ROWS_MAX: usize = 64;
+
+/// Bytes of keys and values of prompts beyond which no other prompt enters.
+const PREFIX_BYTES_MAX: usize = 1 << 30;
 
 /// LLaVA-OneVision as a policy.
 #[derive(Debug)]
@@ -59,6 +67,68 @@ struct Draft {
     stopped: bool,
 }
 
+/// A prompt whose answers grow.
+struct Growing<'a> {
+    /// The place of the prompt in the call.
+    index: usize,
+    /// Of all answers.
+    seeds: Vec<i64>,
+    drafts: Vec<Draft>,
+    /// The drafts that have not ended, in their order.
+    live: Vec<usize>,
+    tokens_max: usize,
+    chooser: Chooser<'a>,
+    prefix: Prefix,
+    continuations: Continuations,
+    /// The last token of each live draft, `[live]`, int64; not read yet.
+    next: Tensor,
+}
+
+impl Growing<'_> {
+    fn is_done(&self) -> bool {
+        self.live.is_empty() || self.tokens_max == 0
+    }
+
+    /// Adds a token to each live draft, chosen from `logits` (`[live, vocab]`, float32). A draft with
+    /// a stop token, or as many tokens as it may have, is live no more.
+    fn choose(&mut self, logits: &Tensor, stops: &[i64]) -> Result<(), RowFault> {
+        let numbers: Vec<f64> = self
+            .live
+            .iter()
+            .map(|&row| uniform(self.seeds[row], self.drafts[row].token_ids.len()))
+            .collect();
+        let tokens = self.chooser.choose(logits, &numbers).ok_or_else(|| {
+            let problem = "the model's logits are not numbers: its weights hold infinities or NaN, \
+                           or the precision does not suffice";
+            RowFault(problem.to_owned())
+        })?;
+        self.next = Tensor::from_slice(&tokens).to_device(logits.device());
+        let logps = token_logps(logits, &self.next);
+        let logps = Vec::<f32>::try_from(logps).expect("a vector of float32");
+        let mut going_on = Vec::with_capacity(self.live.len());
+        for (place, &row) in self.live.iter().enumerate() {
+            let draft = &mut self.drafts[row];
+            draft.token_ids.push(tokens[place]);
+            draft.token_logps.push(logps[place]);
+            draft.stopped = stops.contains(&tokens[place]);
+            if !draft.stopped && draft.token_ids.len() < self.tokens_max {
+                going_on.push(place as i64);
+            }
+        }
+        if going_on.len() < self.live.len() {
+            self.live = going_on
+                .iter()
+                .map(|&place| self.live[place as usize])
+                .collect();
+            let kept = Tensor::from_slice(&going_on).to_device(logits.device());
+            self.next = self.next.index_select(0, &kept);
+            self.chooser.keep(&kept);
+            self.continuations.keep(&kept);
+        }
+        Ok(())
+    }
+}
+
 impl OnevisionPolicy {
     /// Opens the checkpoint of the spec.
     pub fn open(spec: &models::LlavaOnevision) -> Result<Self, ModelError> {
@@ -76,13 +146,16 @@ impl OnevisionPolicy {
         })
     }
 
-    fn answer(&mut self, prompt: &Prompt, how: &Sampling) -> Result<Vec<Generation>, Failure> {
+    /// Reads a prompt and draws the first token of its answers.
+    fn begin<'a>(
+        &mut self,
+        index: usize,
+        prompt: &Prompt,
+        how: &'a Sampling,
+    ) -> Result<Growing<'a>, Failure> {
         let text = self.prep.ids(prompt)?;
         let room = self.prep.context() - text.ids.len();
         let tokens_max = how.max_new_tokens.min(room);
-        let seeds: Vec<i64> = (0..how.count)
-            .map(|answer| answer_seed(prompt.seed, answer))
-            .collect();
         // Greedy answers are all the same; one is made.
         let distinct = if how.temperature == 0.0 {
             how.count.min(1)
@@ -90,21 +163,84 @@ impl OnevisionPolicy {
             how.count
         };
         let features = self.features_of(prompt)?;
-        let what = format!("sampling answers to prompt {}", prompt.id);
-        let length = text.ids.len() + tokens_max;
-        let drafts = guarded(&what, distinct, length, || {
-            self.draft(&text, &features, &seeds[..distinct], how, tokens_max)
+        let what = format!("reading prompt {}", prompt.id);
+        let begun = guarded(&what, distinct, text.ids.len(), || {
+            let (network, device) = (&self.network, self.network.device());
+            let _no_grad = tch::no_grad_guard();
+            let embeds = network.embed_prompt(&text, &features);
+            let (hidden, prefix) = network.language_model.prefill(&embeds);
+            let last = hidden.narrow(0, prefix.tokens() - 1, 1);
+            let logits = network.lm_head.forward(&last);
+            let vocab = self.prep.card.text_config.vocab_size as i64;
+            let mut growing = Growing {
+                index,
+                seeds: (0..how.count)
+                    .map(|answer| answer_seed(prompt.seed, answer))
+                    .collect(),
+                drafts: vec![Draft::default(); distinct],
+                live: (0..distinct).collect(),
+                tokens_max,
+                chooser: Chooser::new(how, distinct, &text.ids, vocab, &self.banned, device),
+                prefix,
+                continuations: Continuations::new(),
+                next: Tensor::new(),
+            };
+            if growing.is_done() {
+                return Ok(growing);
+            }
+            let logits = logits.expand([distinct as i64, -1], false); // [rows, vocab]
+            let chosen = growing.choose(&logits, self.prep.chat.stops());
+            chosen.map(|()| growing)
         })?;
-        let drafts = drafts.ok_or_else(|| {
-            let problem = "the model's logits are not numbers: its weights hold infinities or NaN, \
-                           or the precision does not suffice";
-            RowFault(problem.to_owned())
-        })?;
-        let answers = seeds.iter().enumerate().map(|(answer, &seed)| {
-            let draft = &drafts[answer.min(distinct - 1)];
-            self.generation(draft, seed)
-        });
-        Ok(answers.collect())
+        Ok(begun?)
+    }
+
+    /// Draws the next token of all answers. Gives the faults of those prompts, by their places in
+    /// `growing`, whose logits are not numbers.
+    fn step(&self, growing: &mut [Growing<'_>]) -> Result<Vec<(usize, RowFault)>, ModelError> {
+        let rows = growing.iter().map(|prompt| prompt.live.len()).sum();
+        let length = growing
+            .iter()
+            .map(|prompt| prompt.prefix.tokens() as usize)
+            .max();
+        let what = format!("sampling answers to {} prompts", growing.len());
+        guarded(&what, rows, length.unwrap_or(0), || {
+            let _no_grad = tch::no_grad_guard();
+            let (decoder, lm_head) = (&self.network.language_model, &self.network.lm_head);
+            let next: Vec<&Tensor> = growing.iter().map(|prompt| &prompt.next).collect();
+            let embeds = decoder.embed(&Tensor::cat(&next, 0));
+            let mut branches: Vec<Branches<'_>> = growing
+                .iter_mut()
+                .map(|prompt| Branches {
+                    prefix: &prompt.prefix,
+                    rows: &mut prompt.continuations,
+                    count: prompt.live.len() as i64,
+                })
+                .collect();
+            let logits = lm_head.forward(&decoder.step(&embeds, &mut branches)); // [rows of all, vocab]
+            let mut faults = Vec::new();
+            let mut first = 0;
+            for (place, prompt) in growing.iter_mut().enumerate() {
+                let count = prompt.live.len() as i64;
+                let logits = logits.narrow(0, first, count);
+                if let Err(fault) = prompt.choose(&logits, self.prep.chat.stops()) {
+                    faults.push((place, fault));
+                }
+                first += count;
+            }
+            faults
+        })
+    }
+
+    /// The answers to a prompt whose last token is drawn.
+    fn answers(&self, prompt: &Growing<'_>) -> Vec<Generation> {
+        let seeds = prompt.seeds.iter().enumerate();
+        seeds
+            .map(|(answer, &seed)| {
+                let draft = &prompt.drafts[answer.min(prompt.drafts.len() - 1)];
+                self.generation(draft, seed)
+            })
+            .collect()
     }
 
     /// The features of the prompt's pictures, from the cache or the tower.
@@ -128,69 +264,6 @@ impl OnevisionPolicy {
             self.features.put(key, made);
         }
         Ok(features)
-    }
-
-    /// Lets one answer grow for each seed, up to `tokens_max` tokens. `None` when the logits are
-    /// not numbers.
-    fn draft(
-        &self,
-        text: &PromptIds,
-        features: &[Tensor],
-        seeds: &[i64],
-        how: &Sampling,
-        tokens_max: usize,
-    ) -> Option<Vec<Draft>> {
-        let mut drafts = vec![Draft::default(); seeds.len()];
-        if seeds.is_empty() || tokens_max == 0 {
-            return Some(drafts);
-        }
-        let _no_grad = tch::no_grad_guard();
-        let (decoder, lm_head) = (&self.network.language_model, &self.network.lm_head);
-        let device = self.network.device();
-        let vocab = self.prep.card.text_config.vocab_size as i64;
-        let rows = seeds.len();
-
-        let embeds = self.network.embed_prompt(text, features);
-        let (hidden, prefix) = decoder.prefill(&embeds);
-        let last = hidden.narrow(0, prefix.tokens() - 1, 1);
-        let mut logits = lm_head.forward(&last).expand([rows as i64, -1], false); // [rows, vocab]
-        let mut chooser = Chooser::new(how, rows, &text.ids, vocab, &self.banned, device);
-        let mut continuations = Continuations::new();
-        let mut live: Vec<usize> = (0..rows).collect();
-
-        for position in 0..tokens_max {
-            let numbers: Vec<f64> = live
-                .iter()
-                .map(|&row| uniform(seeds[row], position))
-                .collect();
-            let tokens = chooser.choose(&logits, &numbers)?;
-            let chosen = Tensor::from_slice(&tokens).to_device(device);
-            let logps = token_logps(&logits, &chosen);
-            let logps = Vec::<f32>::try_from(logps).expect("a vector of float32");
-            let mut going_on = Vec::with_capacity(live.len());
-            for (place, &row) in live.iter().enumerate() {
-                drafts[row].token_ids.push(tokens[place]);
-                drafts[row].token_logps.push(logps[place]);
-                drafts[row].stopped = self.prep.chat.stops().contains(&tokens[place]);
-                if !drafts[row].stopped {
-                    going_on.push(place as i64);
-                }
-            }
-            if going_on.is_empty() || position + 1 == tokens_max {
-                break;
-            }
-            let mut next = chosen;
-            if going_on.len() < live.len() {
-                live = going_on.iter().map(|&place| live[place as usize]).collect();
-                let kept = Tensor::from_slice(&going_on).to_device(device);
-                next = next.index_select(0, &kept);
-                chooser.keep(&kept);
-                continuations.keep(&kept);
-            }
-            let hidden = decoder.step(&decoder.embed(&next), &prefix, &mut continuations);
-            logits = lm_head.forward(&hidden);
-        }
-        Some(drafts)
     }
 
     fn generation(&self, draft: &Draft, seed: i64) -> Generation {
@@ -218,18 +291,49 @@ impl Policy for OnevisionPolicy {
         how: &Sampling,
         emit: Emit<'_, Vec<Generation>>,
     ) -> Result<(), ModelError> {
-        for index in by_first_picture(prompts) {
-            let outcome = match self.answer(&prompts[index], how) {
-                Ok(answers) => Ok(answers),
-                Err(Failure::Row(fault)) => Err(fault),
-                Err(Failure::Model(error)) => return Err(error),
-            };
-            if emit(index, outcome).is_break() {
-                break;
+        let mut waiting = VecDeque::from(by_first_picture(prompts));
+        let mut growing: Vec<Growing<'_>> = Vec::new();
+        loop {
+            while has_room(&growing, how)
+                && let Some(index) = waiting.pop_front()
+            {
+                match self.begin(index, &prompts[index], how) {
+                    Ok(prompt) => growing.push(prompt),
+                    Err(Failure::Row(fault)) => {
+                        if emit(index, Err(fault)).is_break() {
+                            return Ok(());
+                        }
+                    }
+                    Err(Failure::Model(error)) => return Err(error),
+                }
+            }
+            // Some are done with their first token.
+            for prompt in growing.extract_if(.., |prompt| prompt.is_done()) {
+                if emit(prompt.index, Ok(self.answers(&prompt))).is_break() {
+                    return Ok(());
+                }
+            }
+            if growing.is_empty() {
+                if waiting.is_empty() {
+                    return Ok(());
+                }
+                continue;
+            }
+            for (place, fault) in self.step(&mut growing)?.into_iter().rev() {
+                let prompt = growing.remove(place);
+                if emit(prompt.index, Err(fault)).is_break() {
+                    return Ok(());
+                }
             }
         }
-        Ok(())
     }
+}
+
+/// Whether another prompt may enter beside those that are there.
+fn has_room(growing: &[Growing<'_>], how: &Sampling) -> bool {
+    let rows: usize = growing.iter().map(|prompt| prompt.live.len()).sum();
+    let bytes: usize = growing.iter().map(|prompt| prompt.prefix.bytes()).sum();
+    growing.is_empty() || (rows + how.count <= ROWS_MAX && bytes < PREFIX_BYTES_MAX)
 }
 
 /// The order in which prompts are answered: as given, but those about the same picture together, so

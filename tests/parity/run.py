@@ -31,12 +31,20 @@ def record(folder, *arguments):
         sys.exit(made.stderr.decode())
 
 
-def compare(folder, block=""):
+def built():
+    """The engine's tests, built once."""
+    run = subprocess.run(["cargo", "test", "--bin", "pipeline-engine", "--no-run", "--message-format=json"], cwd=ROOT,
+                         stdout=subprocess.PIPE, text=True, check=True)
+    messages = [json.loads(line) for line in run.stdout.splitlines()]
+    return next(message["executable"] for message in messages
+                if message.get("executable") and message["target"]["name"] == "pipeline-engine")
+
+
+def compare(tests, folder, block=""):
     """Runs the tests on a recording; gives their lines by block."""
     with tempfile.TemporaryDirectory() as reports:
         environment = {**os.environ, "OVCHAT_PARITY": str(folder), "OVCHAT_PARITY_REPORT": reports, "RUST_BACKTRACE": "0"}
-        run = subprocess.run(["cargo", "test", "--quiet", "--bin", "pipeline-engine", f"parity::{block}"], cwd=ROOT,
-                             env=environment, capture_output=True, text=True)
+        run = subprocess.run([tests, f"parity::{block}"], cwd=ROOT, env=environment, capture_output=True, text=True)
         lines = {path.stem: json.loads(path.read_text()) for path in Path(reports).glob("*.json")}
     if not lines:
         sys.exit(run.stdout + run.stderr)
@@ -117,12 +125,12 @@ how many of the block did.
 def main():
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 3
     seeds = [random.SystemRandom().randrange(1, 2**31) for _ in range(count)]
-    worst = {}
+    worst, tests = {}, built()
     with tempfile.TemporaryDirectory() as scratch:
         for seed in seeds:
             folder = Path(scratch) / str(seed)
             record(folder, "--seed", str(seed), "--logits-every", "1")
-            found = compare(folder)
+            found = compare(tests, folder)
             lines = [line for block in BLOCKS for line in found[block]] + read_back(folder)
             failed = [line for line in lines if not line["holds"]]
             print(f"seed {seed}: {len(lines)} comparisons, {len(failed)} failed", flush=True)
@@ -139,7 +147,7 @@ def main():
             folder = Path(scratch) / "error"
             subprocess.run(["rm", "-rf", folder], check=True)
             record(folder, "--seed", str(seeds[0]), "--only", block, "--error", name)
-            lines = compare(folder, block)[TESTS.get(block, block)]
+            lines = compare(tests, folder, block)[TESTS.get(block, block)]
             failed = [line["case"] for line in lines if not line["holds"]]
             print(f"error: {name}: {len(failed)} of {len(lines)} failed", flush=True)
             if not failed:

@@ -23,7 +23,7 @@ use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
 use super::weights::Weights;
-use crate::models::Picture;
+use crate::models::{Picture, Prompt, Role, Turn};
 
 /// One comparison.
 #[derive(Debug)]
@@ -179,5 +179,26 @@ fn picture(path: &Path) -> Picture {
     Picture {
         id: path.display().to_string(),
         bytes: bytes.into(),
+    }
+}
+
+/// A prompt of the recording; its turns are pairs of role and text.
+fn prompt(question: &str, turns: &[[String; 2]], pictures: Vec<Picture>) -> Prompt {
+    let turn = |[role, text]: &[String; 2]| Turn {
+        role: if role == "user" {
+            Role::User
+        } else {
+            Role::Assistant
+        },
+        text: text.clone(),
+    };
+    Prompt {
+        id: question.to_owned(),
+        pictures,
+        system: None,
+        turns: turns.iter().map(turn).collect(),
+        question: question.to_owned(),
+        captions: None,
+        seed: 0,
     }
 }

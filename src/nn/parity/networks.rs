@@ -74,20 +74,15 @@ fn block(folder: &Path, report: &mut Report) {
 
 fn prompts(folder: &Path, list: &Path) -> Vec<Prompt> {
     let asked: Vec<Asked> = json(list);
-    let prompt = |(index, asked): (usize, Asked)| Prompt {
-        id: index.to_string(),
-        pictures: asked
-            .pictures
-            .iter()
-            .map(|name| picture(&folder.join(format!("{name}.png"))))
-            .collect(),
-        system: None,
-        turns: Vec::new(),
-        question: asked.question,
-        captions: None,
-        seed: 0,
+    let file = |name: &String| picture(&folder.join(format!("{name}.png")));
+    let prompt = |asked: Asked| {
+        super::prompt(
+            &asked.question,
+            &[],
+            asked.pictures.iter().map(file).collect(),
+        )
     };
-    asked.into_iter().enumerate().map(prompt).collect()
+    asked.into_iter().map(prompt).collect()
 }
 
 fn open(place: &Path, kind: Kind) -> (PolicyPrep, LlavaOnevision) {
@@ -261,17 +256,7 @@ fn greedy(folder: &Path, place: &Path, title: &str, report: &mut Report) {
     for (index, answers) in answers.iter().enumerate() {
         let ids = expected.integers(&format!("ids.{index}"));
         let gaps = expected.numbers(&format!("gaps.{index}"));
-        let found: Vec<i64> = answers[0]
-            .token_ids
-            .iter()
-            .map(|&id| i64::from(id))
-            .collect();
-        let same = found
-            .iter()
-            .zip(&ids)
-            .take_while(|(one, two)| one == two)
-            .count();
-        let ends = same == ids.len() && same == found.len();
+        let (same, ends) = agreement(&answers[0], &ids);
         different += usize::from(!ends && gaps.get(same).is_none_or(|gap| *gap > BOUND));
     }
     report.equal(
@@ -305,13 +290,7 @@ fn sampled(place: &Path, prompts: &[Prompt], title: &str, report: &mut Report) {
         for (number, answer) in answers.iter().enumerate() {
             let ids = expected.integers(&format!("ids.{index}.{number}"));
             let margins = expected.numbers(&format!("margins.{index}.{number}"));
-            let found: Vec<i64> = answer.token_ids.iter().map(|&id| i64::from(id)).collect();
-            let same = found
-                .iter()
-                .zip(&ids)
-                .take_while(|(one, two)| one == two)
-                .count();
-            let ends = same == ids.len() && same == found.len();
+            let (same, ends) = agreement(answer, &ids);
             different +=
                 usize::from(!ends && margins.get(same).is_none_or(|margin| *margin > 1e-5));
             all += 1;
@@ -323,4 +302,14 @@ fn sampled(place: &Path, prompts: &[Prompt], title: &str, report: &mut Report) {
     report.equal(format!("{title}: sampled answers"), different, all);
     let holds = apart.0[0] <= BOUND;
     report.line(format!("{title}: token_logps"), apart.0, "1e-4", holds);
+}
+
+/// How many tokens an answer begins with as expected, and whether those are all.
+fn agreement(answer: &Generation, expected: &[i64]) -> (usize, bool) {
+    let found = &answer.token_ids;
+    let pairs = found.iter().zip(expected);
+    let same = pairs
+        .take_while(|(one, two)| i64::from(**one) == **two)
+        .count();
+    (same, same == expected.len() && same == found.len())
 }

@@ -68,13 +68,8 @@ fn prompt(
 ) -> Prompt {
     let file = |name: &String| picture(&folder.join(format!("{name}.png")));
     Prompt {
-        id: question.to_owned(),
-        pictures: image.map(file).into_iter().collect(),
-        system: None,
-        turns: Vec::new(),
-        question: question.to_owned(),
         captions: captions.cloned(),
-        seed: 0,
+        ..super::prompt(question, &[], image.map(file).into_iter().collect())
     }
 }
 

@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use super::{Report, compare, json};
-use crate::models::{Prompt, Role, Turn};
+use super::{Report, compare, json, prompt};
+use crate::models::Prompt;
 use crate::prep::{PolicyPrep, Vicuna};
 
 #[derive(serde::Deserialize)]
@@ -36,7 +36,7 @@ fn block(folder: &Path, report: &mut Report) {
     let differs = |case: &&ChatCase| {
         let prompt = Prompt {
             system: case.system.clone(),
-            ..prompt(&case.question, &case.turns)
+            ..prompt(&case.question, &case.turns, Vec::new())
         };
         prep.chat.prompt(&prompt, &case.pictures).unwrap().ids != case.ids
     };
@@ -52,7 +52,7 @@ fn block(folder: &Path, report: &mut Report) {
     let differs = |case: &&VicunaCase| {
         let prompt = Prompt {
             captions: case.captions.clone(),
-            ..prompt(&case.question, &case.turns)
+            ..prompt(&case.question, &case.turns, Vec::new())
         };
         vicuna
             .judged(&prompt, &case.answer, case.picture)
@@ -66,24 +66,4 @@ fn block(folder: &Path, report: &mut Report) {
         different,
         cases.len(),
     );
-}
-
-fn prompt(question: &str, turns: &[[String; 2]]) -> Prompt {
-    let turn = |[role, text]: &[String; 2]| Turn {
-        role: if role == "user" {
-            Role::User
-        } else {
-            Role::Assistant
-        },
-        text: text.clone(),
-    };
-    Prompt {
-        id: String::new(),
-        pictures: Vec::new(),
-        system: None,
-        turns: turns.iter().map(turn).collect(),
-        question: question.to_owned(),
-        captions: None,
-        seed: 0,
-    }
 }

@@ -13,8 +13,8 @@ use super::super::training::Training;
 use super::{Recorded, Report, compare, greatest, json, picture};
 use crate::models::{
     Answer, DeviceSpec, DpoLearner as _, DpoSettings, Dtype, Example, Learned, Lesson,
-    LlavaOnevision, Mask, Newlines, Optimization, Prompt, Role, Schedule, SftLearner as _,
-    SftSettings, Tower, Turn,
+    LlavaOnevision, Mask, Newlines, Optimization, Prompt, Schedule, SftLearner as _, SftSettings,
+    Tower,
 };
 use crate::prep::PolicyPrep;
 
@@ -242,26 +242,8 @@ fn spec(folder: &Path, name: &str) -> LlavaOnevision {
 }
 
 fn prompt(folder: &Path, pictures: &[String], question: &str, turns: &[[String; 2]]) -> Prompt {
-    let turn = |[role, text]: &[String; 2]| Turn {
-        role: if role == "user" {
-            Role::User
-        } else {
-            Role::Assistant
-        },
-        text: text.clone(),
-    };
-    Prompt {
-        id: question.to_owned(),
-        pictures: pictures
-            .iter()
-            .map(|name| picture(&folder.join(format!("{name}.png"))))
-            .collect(),
-        system: None,
-        turns: turns.iter().map(turn).collect(),
-        question: question.to_owned(),
-        captions: None,
-        seed: 0,
-    }
+    let file = |name: &String| picture(&folder.join(format!("{name}.png")));
+    super::prompt(question, turns, pictures.iter().map(file).collect())
 }
 
 fn examples<'a>(
