@@ -65,16 +65,8 @@ impl Report {
     /// Compares all elements of two tensors, which may be `bound` apart.
     fn tensor(&mut self, case: impl Into<String>, found: &Tensor, expected: &Tensor, bound: f64) {
         let case = case.into();
-        assert_eq!(found.size(), expected.size(), "{}: {case}", self.block);
-        let [found, expected] = [found, expected].map(|tensor| tensor.to_kind(Kind::Double));
-        let absolute = greatest(&(found - &expected));
-        let relative = absolute / greatest(&expected).max(f64::MIN_POSITIVE);
-        self.line(
-            case,
-            [absolute, relative],
-            format!("{bound:.0e}"),
-            absolute <= bound,
-        );
+        let apart = differences(found, expected);
+        self.line(case, apart, format!("{bound:.0e}"), apart[0] <= bound);
     }
 
     /// Notes how many of a number of things differ, of which none may.
@@ -129,6 +121,20 @@ impl Report {
         let failed: Vec<_> = self.lines.iter().filter(|line| !line.holds).collect();
         assert!(failed.is_empty(), "{}: {failed:#?}", self.block);
     }
+}
+
+/// The largest difference of two tensors: absolute, and relative to the largest number expected;
+/// infinite when they have not even the same shape.
+fn differences(found: &Tensor, expected: &Tensor) -> [f64; 2] {
+    if found.size() != expected.size() {
+        return [f64::INFINITY; 2];
+    }
+    let [found, expected] = [found, expected].map(|tensor| tensor.to_kind(Kind::Double));
+    let absolute = greatest(&(found - &expected));
+    [
+        absolute,
+        absolute / greatest(&expected).max(f64::MIN_POSITIVE),
+    ]
 }
 
 /// The largest absolute value, or NaN if there is one.
