@@ -43,6 +43,7 @@ struct Record {
 }
 
 #[derive(Clone, Serialize)]
+#[expect(clippy::struct_field_names, reason = "the names of the records")]
 struct Preference {
     output_1: Value,
     output_2: Value,

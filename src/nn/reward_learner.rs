@@ -78,18 +78,15 @@ impl LlavaRewards {
                 target_modules: &TARGET_MODULES,
             },
         };
-        let head = match &spec.adapter {
-            Some(adapter) => {
-                let head = RewardHead::open(adapter, hidden, device)?;
-                [head.weight, head.bias].map(|tensor| tensor.to_kind(Kind::Float))
-            }
+        let head = if let Some(adapter) = &spec.adapter {
+            let head = RewardHead::open(adapter, hidden, device)?;
+            [head.weight, head.bias].map(|tensor| tensor.to_kind(Kind::Float))
+        } else {
             // As `nn.Linear` begins, with a bias of 0.
-            None => {
-                let bound = (hidden as f64).sqrt().recip();
-                let weight = seeded_uniform(settings.seed, HEAD[0], &[1, hidden], bound);
-                let bias = Tensor::zeros([1], (Kind::Float, device));
-                [weight.to_device(device), bias]
-            }
+            let bound = (hidden as f64).sqrt().recip();
+            let weight = seeded_uniform(settings.seed, HEAD[0], &[1, hidden], bound);
+            let bias = Tensor::zeros([1], (Kind::Float, device));
+            [weight.to_device(device), bias]
         };
         let [weight, bias] = head.map(|tensor| tensor.set_requires_grad(true));
         let base = Checkpoint::open_base(&spec.base)?;

@@ -39,10 +39,11 @@ struct Piece {
 
 /// What is read of a model.
 #[derive(Debug, PartialEq)]
+#[expect(clippy::struct_excessive_bools, reason = "named as in the file")]
 struct Model {
     /// By id.
     pieces: Vec<Piece>,
-    model_type: u64,
+    kind: u64,
     /// The rules of normalization, compiled; empty for "identity".
     charsmap: bool,
     add_dummy_prefix: bool,
@@ -92,7 +93,7 @@ impl Model {
     fn read(bytes: &[u8]) -> Result<Self, String> {
         let mut model = Self {
             pieces: Vec::new(),
-            model_type: 1,
+            kind: 1,
             charsmap: false,
             add_dummy_prefix: true,
             remove_extra_whitespaces: true,
@@ -104,7 +105,7 @@ impl Model {
                 (2, Value::Bytes(trainer)) => {
                     for field in Fields::of(trainer) {
                         if let (3, Value::Number(kind)) = field? {
-                            model.model_type = kind;
+                            model.kind = kind;
                         }
                     }
                 }
@@ -131,7 +132,7 @@ impl Model {
     /// Refuses what Llama's tokenizer is not.
     fn like_llama(&self) -> Result<(), String> {
         let refused = [
-            (self.model_type != BPE_MODEL, "is not a BPE model"),
+            (self.kind != BPE_MODEL, "is not a BPE model"),
             (self.charsmap, "normalizes text"),
             (!self.add_dummy_prefix, "puts no space before a text"),
             (self.remove_extra_whitespaces, "removes repeated spaces"),

@@ -99,20 +99,26 @@ class Judge(torch.nn.Module):
         self.frozen = tower, projector, pieces
         self.clip = CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
 
+    @torch.no_grad()
+    def features(self, image):
+        """What stands for a picture among the embeddings."""
+        tower, projector, _ = self.frozen
+        color = tuple(int(255 * mean) for mean in self.clip.image_mean)
+        pixels = self.clip(squared(image, color), return_tensors="pt").pixel_values
+        states = tower(pixels, output_hidden_states=True).hidden_states
+        layer = -1 if error("the last layer of CLIP for the one before") else -2
+        return projector(states[layer][:, 1:])[0]
+
     def forward(self, image, question, answer, captions):
-        tower, projector, pieces = self.frozen
+        pieces = self.frozen[2]
         patches = (SIDE // 7) ** 2
         ids = vicuna_ids(pieces, question, [], answer, patches if image else None, captions)
         embed = self.llama.get_input_embeddings()
         with torch.no_grad():
             embeds = embed(torch.tensor([max(id, 0) for id in ids]))
             if image:
-                color = tuple(int(255 * mean) for mean in self.clip.image_mean)
-                pixels = self.clip(squared(image, color), return_tensors="pt").pixel_values
-                states = tower(pixels, output_hidden_states=True).hidden_states
-                layer = -1 if error("the last layer of CLIP for the one before") else -2
                 first = ids.index(-200)
-                embeds[first:first + patches] = projector(states[layer][:, 1:])[0]
+                embeds[first:first + patches] = self.features(image)
         hidden = self.llama.get_base_model().model(inputs_embeds=embeds[None]).last_hidden_state[0]
         return self.head(hidden[-2 if error("a reward read a token too early") else -1])[0]
 
@@ -132,6 +138,7 @@ def record():
                 with torch.no_grad():
                     row["reward"] = float(judge(shown.get(name), row["question"], answer, row["captions"]))
                 rows.append(row)
+        save(where / "features.safetensors", {name: judge.features(image) for name, image in shown.items()})
         write_json(where / "rows.json", dict(title=title, rows=rows))
         if how["torch_files"]:
             train(where, judge, shown, rows)

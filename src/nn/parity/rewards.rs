@@ -3,14 +3,18 @@
 use std::ops::ControlFlow;
 use std::path::Path;
 
+use tch::{Device, Kind, Tensor};
+
+use super::super::llava::Llava;
 use super::super::reward::RewardJudge;
 use super::super::reward_learner::LlavaRewards;
 use super::training::{BATCH, Trained, optimization};
-use super::{Recorded, Report, compare, json, picture};
+use super::{Recorded, Report, compare, differences, json, picture};
 use crate::models::{
     Answer, DeviceSpec, Dtype, Example, Group, Judge as _, LlavaRlhf, Prompt, RewardLearner as _,
     RewardSettings,
 };
+use crate::prep::JudgePrep;
 
 #[derive(serde::Deserialize)]
 struct Cases {
@@ -73,8 +77,30 @@ fn prompt(
     }
 }
 
+/// What stands for pictures among the embeddings.
+fn features(folder: &Path, place: &Path, title: &str, report: &mut Report) {
+    let expected = Recorded::open(&place.join("features.safetensors"));
+    let spec = spec(place);
+    let prep = JudgePrep::open(&spec).unwrap();
+    let llava = Llava::open(&spec, &prep.card, Kind::Float, Device::Cpu).unwrap();
+    let side = prep.clip.side() as i64;
+    let mut worst = [0.0_f64; 2];
+    for name in ["wide", "tall", "square", "dot"] {
+        let pixels = prep
+            .pixels(&picture(&folder.join(format!("{name}.png"))))
+            .unwrap();
+        let pixels = Tensor::from_slice(&pixels).view([1, 3, side, side]);
+        let found = llava.encode_images(&pixels).squeeze_dim(0);
+        let apart = differences(&found, &expected.tensor(name));
+        worst = [worst[0].max(apart[0]), worst[1].max(apart[1])];
+    }
+    let case = format!("{title}: tower and projector");
+    report.line(case, worst, "1e-4", worst[0] <= 1e-4);
+}
+
 fn scores(folder: &Path, place: &Path, report: &mut Report) {
     let cases: Cases = json(&place.join("rows.json"));
+    features(folder, place, &cases.title, report);
     let mut judge = RewardJudge::open(&spec(place)).unwrap_or_else(|error| panic!("{error}"));
     // Answers to one prompt are judged together, whatever their lengths.
     let same = |one: &Row, other: &Row| one.image == other.image && one.question == other.question;

@@ -224,7 +224,7 @@ fn changes(
         let ours = after - before;
         let apart = (&ours - &theirs).norm().double_value(&[]);
         let relative = apart / theirs.norm().double_value(&[]).max(f64::MIN_POSITIVE);
-        if !(relative <= worst.0[1]) {
+        if relative > worst.0[1] || relative.is_nan() {
             worst = ([apart, relative], name);
         }
     }
