@@ -8,7 +8,7 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use super::checkpoint::{Checkpoint, Purpose};
 use super::decoder::{Branches, Continuations, Prefix};
@@ -68,7 +68,7 @@ struct Draft {
 }
 
 /// A prompt whose answers grow.
-struct Growing<'a> {
+struct Growing {
     /// The place of the prompt in the call.
     index: usize,
     /// Of all answers.
@@ -77,34 +77,27 @@ struct Growing<'a> {
     /// The drafts that have not ended, in their order.
     live: Vec<usize>,
     tokens_max: usize,
-    chooser: Chooser<'a>,
     prefix: Prefix,
     continuations: Continuations,
-    /// The last token of each live draft, `[live]`, int64; not read yet.
-    next: Tensor,
 }
 
-impl Growing<'_> {
-    fn is_done(&self) -> bool {
-        self.live.is_empty() || self.tokens_max == 0
+/// Prompts whose answers grow side by side. Their live drafts are the rows, in this order.
+struct Batch<'a> {
+    prompts: Vec<Growing>,
+    chooser: Chooser<'a>,
+    /// What the next token of each row is chosen from, `[rows, vocab]`, float32; in pieces.
+    logits: Vec<Tensor>,
+}
+
+impl Growing {
+    /// What draws the next token of a draft.
+    fn number(&self, draft: usize) -> f64 {
+        uniform(self.seeds[draft], self.drafts[draft].token_ids.len())
     }
 
-    /// Adds a token to each live draft, chosen from `logits` (`[live, vocab]`, float32). A draft with
-    /// a stop token, or as many tokens as it may have, is live no more.
-    fn choose(&mut self, logits: &Tensor, stops: &[i64]) -> Result<(), RowFault> {
-        let numbers: Vec<f64> = self
-            .live
-            .iter()
-            .map(|&row| uniform(self.seeds[row], self.drafts[row].token_ids.len()))
-            .collect();
-        let tokens = self.chooser.choose(logits, &numbers).ok_or_else(|| {
-            let problem = "the model's logits are not numbers: its weights hold infinities or NaN, \
-                           or the precision does not suffice";
-            RowFault(problem.to_owned())
-        })?;
-        self.next = Tensor::from_slice(&tokens).to_device(logits.device());
-        let logps = token_logps(logits, &self.next);
-        let logps = Vec::<f32>::try_from(logps).expect("a vector of float32");
+    /// Adds a token to each live draft. A draft with a stop token, or as many tokens as it may have,
+    /// is live no more. Gives the places among the live ones of those that go on.
+    fn grow(&mut self, tokens: &[i64], logps: &[f32], stops: &[i64]) -> Vec<i64> {
         let mut going_on = Vec::with_capacity(self.live.len());
         for (place, &row) in self.live.iter().enumerate() {
             let draft = &mut self.drafts[row];
@@ -115,17 +108,35 @@ impl Growing<'_> {
                 going_on.push(place as i64);
             }
         }
-        if going_on.len() < self.live.len() {
-            self.live = going_on
+        going_on
+    }
+
+    /// Goes on with the live drafts at these places.
+    fn keep(&mut self, places: &[i64], device: Device) {
+        if places.len() < self.live.len() {
+            let kept = Tensor::from_slice(places).to_device(device);
+            self.continuations.keep(&kept);
+            self.live = places
                 .iter()
                 .map(|&place| self.live[place as usize])
                 .collect();
-            let kept = Tensor::from_slice(&going_on).to_device(logits.device());
-            self.next = self.next.index_select(0, &kept);
-            self.chooser.keep(&kept);
-            self.continuations.keep(&kept);
         }
-        Ok(())
+    }
+}
+
+impl Batch<'_> {
+    fn rows(&self) -> usize {
+        self.prompts.iter().map(|prompt| prompt.live.len()).sum()
+    }
+
+    /// Whether another prompt with `count` answers may enter.
+    fn has_room(&self, count: usize) -> bool {
+        let bytes: usize = self
+            .prompts
+            .iter()
+            .map(|prompt| prompt.prefix.bytes())
+            .sum();
+        self.prompts.is_empty() || (self.rows() + count <= ROWS_MAX && bytes < PREFIX_BYTES_MAX)
     }
 }
 
@@ -146,16 +157,16 @@ impl OnevisionPolicy {
         })
     }
 
-    /// Reads a prompt and draws the first token of its answers.
-    fn begin<'a>(
+    /// Reads a prompt, whose answers then are rows of `batch`.
+    fn enter(
         &mut self,
         index: usize,
         prompt: &Prompt,
-        how: &'a Sampling,
-    ) -> Result<Growing<'a>, Failure> {
+        how: &Sampling,
+        batch: &mut Batch<'_>,
+    ) -> Result<(), Failure> {
         let text = self.prep.ids(prompt)?;
         let room = self.prep.context() - text.ids.len();
-        let tokens_max = how.max_new_tokens.min(room);
         // Greedy answers are all the same; one is made.
         let distinct = if how.temperature == 0.0 {
             how.count.min(1)
@@ -164,52 +175,89 @@ impl OnevisionPolicy {
         };
         let features = self.features_of(prompt)?;
         let what = format!("reading prompt {}", prompt.id);
-        let begun = guarded(&what, distinct, text.ids.len(), || {
-            let (network, device) = (&self.network, self.network.device());
+        let (prefix, logits) = guarded(&what, distinct, text.ids.len(), || {
             let _no_grad = tch::no_grad_guard();
-            let embeds = network.embed_prompt(&text, &features);
-            let (hidden, prefix) = network.language_model.prefill(&embeds);
+            let embeds = self.network.embed_prompt(&text, &features);
+            let (hidden, prefix) = self.network.language_model.prefill(&embeds);
             let last = hidden.narrow(0, prefix.tokens() - 1, 1);
-            let logits = network.lm_head.forward(&last);
-            let vocab = self.prep.card.text_config.vocab_size as i64;
-            let mut growing = Growing {
-                index,
-                seeds: (0..how.count)
-                    .map(|answer| answer_seed(prompt.seed, answer))
-                    .collect(),
-                drafts: vec![Draft::default(); distinct],
-                live: (0..distinct).collect(),
-                tokens_max,
-                chooser: Chooser::new(how, distinct, &text.ids, vocab, &self.banned, device),
-                prefix,
-                continuations: Continuations::new(),
-                next: Tensor::new(),
-            };
-            if growing.is_done() {
-                return Ok(growing);
-            }
-            let logits = logits.expand([distinct as i64, -1], false); // [rows, vocab]
-            let chosen = growing.choose(&logits, self.prep.chat.stops());
-            chosen.map(|()| growing)
+            (prefix, self.network.lm_head.forward(&last))
         })?;
-        Ok(begun?)
+        batch.chooser.enter(distinct, &text.ids);
+        batch
+            .logits
+            .push(logits.expand([distinct as i64, -1], false));
+        batch.prompts.push(Growing {
+            index,
+            seeds: (0..how.count)
+                .map(|answer| answer_seed(prompt.seed, answer))
+                .collect(),
+            drafts: vec![Draft::default(); distinct],
+            live: (0..distinct).collect(),
+            tokens_max: how.max_new_tokens.min(room),
+            prefix,
+            continuations: Continuations::new(),
+        });
+        Ok(())
     }
 
-    /// Draws the next token of all answers. Gives the faults of those prompts, by their places in
-    /// `growing`, whose logits are not numbers.
-    fn step(&self, growing: &mut [Growing<'_>]) -> Result<Vec<(usize, RowFault)>, ModelError> {
-        let rows = growing.iter().map(|prompt| prompt.live.len()).sum();
-        let length = growing
-            .iter()
-            .map(|prompt| prompt.prefix.tokens() as usize)
-            .max();
-        let what = format!("sampling answers to {} prompts", growing.len());
-        guarded(&what, rows, length.unwrap_or(0), || {
+    /// Adds a token to all rows of `batch`, and lets the network read those that go on. Gives the
+    /// prompts that are done, and for those whose logits are not numbers the fault.
+    fn step(
+        &self,
+        batch: &mut Batch<'_>,
+    ) -> Result<Vec<(Growing, Result<(), RowFault>)>, ModelError> {
+        let prompts = batch.prompts.iter();
+        let length = prompts.map(|prompt| prompt.prefix.tokens() as usize).max();
+        let what = format!("sampling answers to {} prompts", batch.prompts.len());
+        guarded(&what, batch.rows(), length.unwrap_or(0), || {
             let _no_grad = tch::no_grad_guard();
-            let (decoder, lm_head) = (&self.network.language_model, &self.network.lm_head);
-            let next: Vec<&Tensor> = growing.iter().map(|prompt| &prompt.next).collect();
-            let embeds = decoder.embed(&Tensor::cat(&next, 0));
-            let mut branches: Vec<Branches<'_>> = growing
+            let device = self.network.device();
+            let logits = Tensor::cat(&std::mem::take(&mut batch.logits), 0); // [rows, vocab]
+            let numbers: Vec<f64> = batch
+                .prompts
+                .iter()
+                .flat_map(|prompt| prompt.live.iter().map(|&row| prompt.number(row)))
+                .collect();
+            let chosen = batch.chooser.choose(&logits, &numbers);
+            let tokens: Vec<i64> = chosen.iter().map(|token| token.unwrap_or(0)).collect();
+            let tokens_there = Tensor::from_slice(&tokens).to_device(device);
+            let logps = token_logps(&logits, &tokens_there);
+            let logps = Vec::<f32>::try_from(logps).expect("a vector of float32");
+
+            let stops = self.prep.chat.stops();
+            let mut gone = Vec::new();
+            let mut kept = Vec::with_capacity(tokens.len());
+            let mut first = 0;
+            for mut prompt in std::mem::take(&mut batch.prompts) {
+                let rows = first..first + prompt.live.len();
+                if chosen[rows.clone()].contains(&None) {
+                    gone.push((prompt, Err(not_numbers())));
+                } else {
+                    let going_on = prompt.grow(&tokens[rows.clone()], &logps[rows.clone()], stops);
+                    kept.extend(going_on.iter().map(|&place| rows.start as i64 + place));
+                    prompt.keep(&going_on, device);
+                    if prompt.live.is_empty() {
+                        gone.push((prompt, Ok(())));
+                    } else {
+                        batch.prompts.push(prompt);
+                    }
+                }
+                first = rows.end;
+            }
+            if kept.is_empty() {
+                batch
+                    .chooser
+                    .keep(&Tensor::from_slice(&kept).to_device(device));
+                return gone;
+            }
+            let mut next = tokens_there;
+            if kept.len() < tokens.len() {
+                let kept = Tensor::from_slice(&kept).to_device(device);
+                next = next.index_select(0, &kept);
+                batch.chooser.keep(&kept);
+            }
+            let mut branches: Vec<Branches<'_>> = batch
+                .prompts
                 .iter_mut()
                 .map(|prompt| Branches {
                     prefix: &prompt.prefix,
@@ -217,23 +265,15 @@ impl OnevisionPolicy {
                     count: prompt.live.len() as i64,
                 })
                 .collect();
-            let logits = lm_head.forward(&decoder.step(&embeds, &mut branches)); // [rows of all, vocab]
-            let mut faults = Vec::new();
-            let mut first = 0;
-            for (place, prompt) in growing.iter_mut().enumerate() {
-                let count = prompt.live.len() as i64;
-                let logits = logits.narrow(0, first, count);
-                if let Err(fault) = prompt.choose(&logits, self.prep.chat.stops()) {
-                    faults.push((place, fault));
-                }
-                first += count;
-            }
-            faults
+            let decoder = &self.network.language_model;
+            let hidden = decoder.step(&decoder.embed(&next), &mut branches);
+            batch.logits.push(self.network.lm_head.forward(&hidden));
+            gone
         })
     }
 
     /// The answers to a prompt whose last token is drawn.
-    fn answers(&self, prompt: &Growing<'_>) -> Vec<Generation> {
+    fn answers(&self, prompt: &Growing) -> Vec<Generation> {
         let seeds = prompt.seeds.iter().enumerate();
         seeds
             .map(|(answer, &seed)| {
@@ -291,14 +331,20 @@ impl Policy for OnevisionPolicy {
         how: &Sampling,
         emit: Emit<'_, Vec<Generation>>,
     ) -> Result<(), ModelError> {
+        assert!(how.count > 0 && how.max_new_tokens > 0, "nothing to sample");
         let mut waiting = VecDeque::from(by_first_picture(prompts));
-        let mut growing: Vec<Growing<'_>> = Vec::new();
+        let vocab = self.prep.card.text_config.vocab_size as i64;
+        let mut batch = Batch {
+            prompts: Vec::new(),
+            chooser: Chooser::new(how, vocab, &self.banned, self.network.device()),
+            logits: Vec::new(),
+        };
         loop {
-            while has_room(&growing, how)
+            while batch.has_room(how.count)
                 && let Some(index) = waiting.pop_front()
             {
-                match self.begin(index, &prompts[index], how) {
-                    Ok(prompt) => growing.push(prompt),
+                match self.enter(index, &prompts[index], how, &mut batch) {
+                    Ok(()) => {}
                     Err(Failure::Row(fault)) => {
                         if emit(index, Err(fault)).is_break() {
                             return Ok(());
@@ -307,21 +353,12 @@ impl Policy for OnevisionPolicy {
                     Err(Failure::Model(error)) => return Err(error),
                 }
             }
-            // Some are done with their first token.
-            for prompt in growing.extract_if(.., |prompt| prompt.is_done()) {
-                if emit(prompt.index, Ok(self.answers(&prompt))).is_break() {
-                    return Ok(());
-                }
+            if batch.prompts.is_empty() {
+                return Ok(());
             }
-            if growing.is_empty() {
-                if waiting.is_empty() {
-                    return Ok(());
-                }
-                continue;
-            }
-            for (place, fault) in self.step(&mut growing)?.into_iter().rev() {
-                let prompt = growing.remove(place);
-                if emit(prompt.index, Err(fault)).is_break() {
+            for (prompt, outcome) in self.step(&mut batch)? {
+                let outcome = outcome.map(|()| self.answers(&prompt));
+                if emit(prompt.index, outcome).is_break() {
                     return Ok(());
                 }
             }
@@ -329,11 +366,10 @@ impl Policy for OnevisionPolicy {
     }
 }
 
-/// Whether another prompt may enter beside those that are there.
-fn has_room(growing: &[Growing<'_>], how: &Sampling) -> bool {
-    let rows: usize = growing.iter().map(|prompt| prompt.live.len()).sum();
-    let bytes: usize = growing.iter().map(|prompt| prompt.prefix.bytes()).sum();
-    growing.is_empty() || (rows + how.count <= ROWS_MAX && bytes < PREFIX_BYTES_MAX)
+fn not_numbers() -> RowFault {
+    let problem = "the model's logits are not numbers: its weights hold infinities or NaN, or the \
+                   precision does not suffice";
+    RowFault(problem.to_owned())
 }
 
 /// The order in which prompts are answered: as given, but those about the same picture together, so

@@ -36,7 +36,7 @@ fn hashed(purpose: &[u8], seed: u64, counter: u64) -> [u8; 8] {
     std::array::from_fn(|index| hash[index])
 }
 
-/// Chooses tokens for the answers of one prompt.
+/// Chooses tokens for rows, the answers to prompts, which come and go.
 #[derive(Debug)]
 pub struct Chooser<'a> {
     how: &'a Sampling,
@@ -47,28 +47,27 @@ pub struct Chooser<'a> {
 }
 
 impl<'a> Chooser<'a> {
-    /// `rows` answers to a prompt of these `ids`, over a vocabulary of `vocab` tokens of which
-    /// `banned` are never chosen.
-    pub fn new(
-        how: &'a Sampling,
-        rows: usize,
-        ids: &[i64],
-        vocab: i64,
-        banned: &[i64],
-        device: Device,
-    ) -> Self {
+    /// For a vocabulary of `vocab` tokens, of which `banned` are never chosen.
+    pub fn new(how: &'a Sampling, vocab: i64, banned: &[i64], device: Device) -> Self {
         let ban = Tensor::zeros([vocab], (Kind::Float, device)).index_fill(
             0,
             &Tensor::from_slice(banned).to_device(device),
             f64::NEG_INFINITY,
         );
         let penalizes = (how.repetition_penalty - 1.0).abs() > f64::EPSILON;
-        let occurred = penalizes.then(|| {
-            Tensor::zeros([vocab], (Kind::Bool, device))
-                .index_fill(0, &Tensor::from_slice(ids).to_device(device), 1)
-                .repeat([rows as i64, 1])
-        });
+        let occurred = penalizes.then(|| Tensor::zeros([0, vocab], (Kind::Bool, device)));
         Self { how, ban, occurred }
+    }
+
+    /// `rows` answers to a prompt of these `ids` come, behind the rows that are there.
+    pub fn enter(&mut self, rows: usize, ids: &[i64]) {
+        if let Some(occurred) = &mut self.occurred {
+            let device = occurred.device();
+            let new = Tensor::zeros([occurred.size()[1]], (Kind::Bool, device))
+                .index_fill(0, &Tensor::from_slice(ids).to_device(device), 1)
+                .repeat([rows as i64, 1]);
+            *occurred = Tensor::cat(&[&*occurred, &new], 0);
+        }
     }
 
     /// Goes on with some rows only (`[kept]`, int64).
@@ -79,21 +78,22 @@ impl<'a> Chooser<'a> {
     }
 
     /// One token for each row of `logits` (`[rows, vocab]`, float32), drawn with the row's number
-    /// in [0, 1). `None` when a row's logits are not numbers.
-    pub fn choose(&mut self, logits: &Tensor, numbers: &[f64]) -> Option<Vec<i64>> {
+    /// in [0, 1). `None` for a row whose logits are not numbers.
+    pub fn choose(&mut self, logits: &Tensor, numbers: &[f64]) -> Vec<Option<i64>> {
         let scores = self.scores(logits);
         let tokens = if self.how.temperature == 0.0 {
             rows_of(&scores).iter().map(|row| greatest(row)).collect()
         } else {
             self.draw(&self.probabilities(&scores), numbers)
-        }?;
+        };
         if let Some(occurred) = &mut self.occurred {
-            let chosen = Tensor::from_slice(&tokens)
+            let chosen: Vec<i64> = tokens.iter().map(|token| token.unwrap_or(0)).collect();
+            let chosen = Tensor::from_slice(&chosen)
                 .to_device(occurred.device())
                 .unsqueeze(-1);
             let _ = occurred.scatter_value_(-1, &chosen, 1);
         }
-        Some(tokens)
+        tokens
     }
 
     /// The logits with banned tokens at minus infinity and the penalty applied.
@@ -141,26 +141,23 @@ impl<'a> Chooser<'a> {
         (0..rows as usize).map(distribution).collect()
     }
 
-    fn draw(&self, probabilities: &Tensor, numbers: &[f64]) -> Option<Vec<i64>> {
+    fn draw(&self, probabilities: &Tensor, numbers: &[f64]) -> Vec<Option<i64>> {
         let vocab = probabilities.size()[1];
         let few = vocab.min(CANDIDATES);
         let ranked = Ranked::of(probabilities, few);
-        let mut tokens = Vec::with_capacity(numbers.len());
-        for (row, &number) in numbers.iter().enumerate() {
+        let draw = |(row, &number): (usize, &f64)| {
             let (chances, ids) = ranked.row(row)?;
-            let token = if let Some(rank) = draw_rank(chances, self.how.top_p, number) {
-                ids[rank]
-            } else {
-                // The draw goes beyond the most likely: look at all of this row. Rounding may put
-                // it beyond the last one, too.
-                let all = Ranked::of(&probabilities.narrow(0, row as i64, 1), vocab);
-                let (chances, ids) = all.row(0)?;
-                let last = chances.iter().rposition(|&chance| chance > 0.0)?;
-                ids[draw_rank(chances, self.how.top_p, number).unwrap_or(last)]
-            };
-            tokens.push(token);
-        }
-        Some(tokens)
+            if let Some(rank) = draw_rank(chances, self.how.top_p, number) {
+                return Some(ids[rank]);
+            }
+            // The draw goes beyond the most likely: look at all of this row. Rounding may put it
+            // beyond the last one, too.
+            let all = Ranked::of(&probabilities.narrow(0, row as i64, 1), vocab);
+            let (chances, ids) = all.row(0)?;
+            let last = chances.iter().rposition(|&chance| chance > 0.0)?;
+            Some(ids[draw_rank(chances, self.how.top_p, number).unwrap_or(last)])
+        };
+        numbers.iter().enumerate().map(draw).collect()
     }
 }
 
@@ -260,10 +257,11 @@ mod tests {
         let numbers: Vec<f64> = (0..DRAWS)
             .map(|draw| (draw as f64 + 0.5) / DRAWS as f64)
             .collect();
-        let mut chooser = Chooser::new(how, DRAWS, ids, vocab, banned, Device::Cpu);
+        let mut chooser = Chooser::new(how, vocab, banned, Device::Cpu);
+        chooser.enter(DRAWS, ids);
         let logits = Tensor::from_slice(logits).expand([DRAWS as i64, vocab], false);
-        for token in chooser.choose(&logits, &numbers).unwrap() {
-            shares[token as usize] += 1.0 / DRAWS as f64;
+        for token in chooser.choose(&logits, &numbers) {
+            shares[token.unwrap() as usize] += 1.0 / DRAWS as f64;
         }
         shares
     }
@@ -359,9 +357,10 @@ mod tests {
             repetition_penalty: 2.0,
             ..how()
         };
-        let mut chooser = Chooser::new(&greedy, 1, &[], 2, &[], Device::Cpu);
+        let mut chooser = Chooser::new(&greedy, 2, &[], Device::Cpu);
+        chooser.enter(1, &[]);
         let logits = Tensor::from_slice(&[3.0f32, 2.0]).unsqueeze(0);
-        let mut next = || chooser.choose(&logits, &[0.0]).unwrap()[0];
+        let mut next = || chooser.choose(&logits, &[0.0])[0].unwrap();
         assert_eq!([next(), next(), next()], [0, 1, 0]);
     }
 
