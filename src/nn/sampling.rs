@@ -5,13 +5,16 @@
 //! a counter, not from a generator with a state: it depends on the prompt's seed, the answer's
 //! number and the token's position, and so on nothing that batching or resuming could change.
 
+use std::cmp::Ordering;
+
+use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
 
 use crate::models::Sampling;
 
-/// The most likely tokens that are fetched from the device at first; the rest follow only if the
-/// draw goes beyond them.
+/// The most likely tokens that are fetched from a device at first; the rest follow only if the draw
+/// goes beyond them.
 const CANDIDATES: i64 = 512;
 
 /// The seed of answer `answer`: the first eight bytes, little-endian, of
@@ -124,94 +127,137 @@ impl<'a> Chooser<'a> {
     /// The probability of each token that [`Chooser::choose`] would draw, by row.
     #[cfg(test)]
     pub fn distribution(&self, logits: &Tensor) -> Vec<Vec<f64>> {
-        let probabilities = self.probabilities(&self.scores(logits));
-        let [rows, vocab] = probabilities.size()[..] else {
-            panic!("a matrix")
-        };
-        let ranked = Ranked::of(&probabilities, vocab);
-        let distribution = |row| {
-            let (chances, ids) = ranked.row(row).expect("numbers");
-            let (sums, whole) = nucleus(chances, self.how.top_p).expect("all tokens are there");
-            let mut distribution = vec![0.0; vocab as usize];
-            for ((_, &chance), &id) in sums.iter().zip(chances).zip(ids) {
-                distribution[id as usize] = f64::from(chance) / whole;
+        let rows = rows_of(&self.probabilities(&self.scores(logits)));
+        let distribution = |row: Vec<f32>| {
+            let mut tokens = Token::all(&row);
+            let kept = nucleus(&mut tokens, self.how.top_p).expect("numbers");
+            let whole: f64 = tokens[..kept]
+                .iter()
+                .map(|token| f64::from(token.chance))
+                .sum();
+            let mut distribution = vec![0.0; row.len()];
+            for token in &tokens[..kept] {
+                distribution[token.id as usize] = f64::from(token.chance) / whole;
             }
             distribution
         };
-        (0..rows as usize).map(distribution).collect()
+        rows.into_iter().map(distribution).collect()
     }
 
     fn draw(&self, probabilities: &Tensor, numbers: &[f64]) -> Vec<Option<i64>> {
-        let vocab = probabilities.size()[1];
-        let few = vocab.min(CANDIDATES);
-        let ranked = Ranked::of(probabilities, few);
-        let draw = |(row, &number): (usize, &f64)| {
-            let (chances, ids) = ranked.row(row)?;
-            if let Some(rank) = draw_rank(chances, self.how.top_p, number) {
-                return Some(ids[rank]);
-            }
-            // The draw goes beyond the most likely: look at all of this row. Rounding may put it
-            // beyond the last one, too.
-            let all = Ranked::of(&probabilities.narrow(0, row as i64, 1), vocab);
-            let (chances, ids) = all.row(0)?;
-            let last = chances.iter().rposition(|&chance| chance > 0.0)?;
-            Some(ids[draw_rank(chances, self.how.top_p, number).unwrap_or(last)])
-        };
-        numbers.iter().enumerate().map(draw).collect()
-    }
-}
-
-/// The most likely tokens of each row, most likely first, lower ids first among equals.
-struct Ranked {
-    rows: Vec<(Vec<f32>, Vec<i64>)>,
-}
-
-impl Ranked {
-    fn of(probabilities: &Tensor, count: i64) -> Self {
-        let (chances, ids) = probabilities.topk(count, -1, true, true);
+        let top_p = self.how.top_p;
+        if probabilities.device() == Device::Cpu {
+            let rows = rows_of(probabilities);
+            let rows = rows.par_iter().zip(numbers);
+            return rows
+                .map(|(row, &number)| draw(&mut Token::all(row), top_p, number))
+                .collect();
+        }
+        let (chances, ids) =
+            probabilities.topk(CANDIDATES.min(probabilities.size()[1]), -1, true, true);
         let ids = Vec::<Vec<i64>>::try_from(ids).expect("a matrix of integers");
         let rows = rows_of(&chances)
             .into_iter()
             .zip(ids)
-            .map(|(chances, ids)| {
-                let mut pairs: Vec<(f32, i64)> = chances.into_iter().zip(ids).collect();
-                pairs.sort_by(|left, right| right.0.total_cmp(&left.0).then(left.1.cmp(&right.1)));
-                pairs.into_iter().unzip()
-            });
-        let rows = rows.collect();
-        Self { rows }
-    }
-
-    /// The chances and ids of a row; `None` when its chances are not numbers.
-    fn row(&self, row: usize) -> Option<(&[f32], &[i64])> {
-        let (chances, ids) = &self.rows[row];
-        let sound = chances.first().is_some_and(|chance| chance.is_finite());
-        sound.then_some((chances, ids))
+            .zip(numbers)
+            .enumerate();
+        rows.map(|(row, ((chances, ids), &number))| {
+            let pairs = chances.into_iter().zip(ids);
+            let mut few: Vec<Token> = pairs.map(|(chance, id)| Token { chance, id }).collect();
+            let sum: f64 = few.iter().map(|token| f64::from(token.chance)).sum();
+            // The most likely suffice if the nucleus lies among them.
+            if sum >= top_p {
+                return draw(&mut few, top_p, number);
+            }
+            let all = rows_of(&probabilities.narrow(0, row as i64, 1)).swap_remove(0);
+            draw(&mut Token::all(&all), top_p, number)
+        })
+        .collect()
     }
 }
 
-/// The rank that `number` draws from the nucleus, by the inverse of the cumulated chances: the
-/// smallest set of most likely tokens whose chances sum to `top_p`. `None` when `chances`, which may
-/// be the most likely only, do not reach far enough.
-fn draw_rank(chances: &[f32], top_p: f64, number: f64) -> Option<usize> {
-    let (sums, whole) = nucleus(chances, top_p)?;
-    sums.iter().position(|&sum| sum > number * whole)
+/// A token and how likely it is.
+#[derive(Debug, Clone, Copy)]
+struct Token {
+    chance: f32,
+    id: i64,
 }
 
-/// The cumulated chances of the nucleus, and what they sum to.
-fn nucleus(chances: &[f32], top_p: f64) -> Option<(Vec<f64>, f64)> {
-    let cumulated = chances.iter().scan(0.0, |sum, &chance| {
-        *sum += f64::from(chance);
-        Some(*sum)
-    });
-    let mut cumulated: Vec<f64> = cumulated.collect();
+impl Token {
+    /// All tokens of a vocabulary that have a chance.
+    fn all(chances: &[f32]) -> Vec<Self> {
+        let tokens = (0..).zip(chances);
+        // A chance that is not a number stays, to be found.
+        let likely = tokens.filter(|(_, chance)| **chance > 0.0 || chance.is_nan());
+        likely.map(|(id, &chance)| Self { chance, id }).collect()
+    }
+
+    /// The most likely first, of equal ones that of the lower id.
+    fn order(&self, other: &Self) -> Ordering {
+        other
+            .chance
+            .total_cmp(&self.chance)
+            .then(self.id.cmp(&other.id))
+    }
+}
+
+/// The token that `number` draws from the nucleus, by the inverse of the cumulated chances. `None`
+/// when the chances are not numbers.
+fn draw(tokens: &mut [Token], top_p: f64, number: f64) -> Option<i64> {
+    let kept = nucleus(tokens, top_p)?;
+    let tokens = &mut tokens[..kept];
+    let whole = if top_p < 1.0 {
+        tokens.iter().map(|token| f64::from(token.chance)).sum()
+    } else {
+        1.0
+    };
+    // Rounding may put the draw beyond the last one.
+    let place = reach(tokens, |sum| sum > number * whole).unwrap_or(kept - 1);
+    Some(tokens[place].id)
+}
+
+/// Brings the nucleus to the front, the smallest set of most likely tokens whose chances sum to
+/// `top_p`, and gives its size. `None` when the chances are not numbers or there are none.
+fn nucleus(tokens: &mut [Token], top_p: f64) -> Option<usize> {
+    if tokens.is_empty() || tokens.iter().any(|token| !token.chance.is_finite()) {
+        return None;
+    }
     if top_p >= 1.0 {
-        return Some((cumulated, 1.0));
+        return Some(tokens.len());
     }
-    let last = cumulated.iter().position(|&sum| sum >= top_p)?;
-    cumulated.truncate(last + 1);
-    let whole = cumulated[last];
-    Some((cumulated, whole))
+    let last = reach(tokens, |sum| sum >= top_p);
+    Some(last.map_or(tokens.len(), |last| last + 1))
+}
+
+/// Orders `tokens` as far as needed to find the first, most likely first, at which the cumulated
+/// chances are `enough`: all before it are then in front of it. Takes time in proportion to their
+/// number, where sorting would take more: like quickselect, by sums in place of counts.
+fn reach(tokens: &mut [Token], enough: impl Fn(f64) -> bool) -> Option<usize> {
+    let (mut start, mut end) = (0, tokens.len());
+    let mut before = 0.0;
+    let sum =
+        |tokens: &[Token]| -> f64 { tokens.iter().map(|token| f64::from(token.chance)).sum() };
+    if !enough(sum(tokens)) {
+        // The last one, which has the least chance, is then the one to take or to leave.
+        let least = (0..tokens.len()).max_by(|&one, &two| tokens[one].order(&tokens[two]))?;
+        tokens.swap(least, end - 1);
+        return None;
+    }
+    while end - start > 1 {
+        let middle = (end - start - 1) / 2;
+        let (left, pivot, _) = tokens[start..end].select_nth_unstable_by(middle, Token::order);
+        let left = before + sum(left);
+        let with_pivot = left + f64::from(pivot.chance);
+        if enough(left) {
+            end = start + middle;
+        } else if enough(with_pivot) {
+            return Some(start + middle);
+        } else {
+            before = with_pivot;
+            start += middle + 1;
+        }
+    }
+    Some(start)
 }
 
 /// The token with the highest score, the lowest id among equals; `None` for scores that are not
@@ -369,6 +415,33 @@ mod tests {
         assert_eq!(greatest(&[1.0, 5.0, 5.0]), Some(1));
         assert_eq!(greatest(&[1.0, f32::NAN]), None);
         assert_eq!(greatest(&[f32::INFINITY, 0.0]), None);
+    }
+
+    /// Chances with ties, in no order; selecting must give what sorting gives.
+    #[test]
+    fn selecting_gives_what_sorting_gives() {
+        let chances: Vec<f32> = (0..997)
+            .map(|id| (id * 7919 % 101) as f32 / 49_850.0)
+            .collect();
+        let mut sorted = Token::all(&chances);
+        sorted.sort_by(Token::order);
+        for step in 0..200 {
+            let (top_p, number) = (0.05 + f64::from(step % 20) * 0.04, f64::from(step) / 200.0);
+            let sums: Vec<f64> = sorted
+                .iter()
+                .scan(0.0, |sum, token| {
+                    *sum += f64::from(token.chance);
+                    Some(*sum)
+                })
+                .collect();
+            let last = sums.iter().position(|&sum| sum >= top_p).unwrap();
+            let place = sums
+                .iter()
+                .position(|&sum| sum > number * sums[last])
+                .unwrap();
+            let found = draw(&mut Token::all(&chances), top_p, number);
+            assert_eq!(found, Some(sorted[place].id), "{top_p} {number}");
+        }
     }
 
     #[test]
