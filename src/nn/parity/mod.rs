@@ -66,7 +66,11 @@ impl Report {
     fn tensor(&mut self, case: impl Into<String>, found: &Tensor, expected: &Tensor, bound: f64) {
         let case = case.into();
         let apart = differences(found, expected);
-        self.line(case, apart, format!("{bound:.0e}"), apart[0] <= bound);
+        let allowed = match bound {
+            0.0 => "equal".to_owned(),
+            _ => format!("{bound:.0e}"),
+        };
+        self.line(case, apart, allowed, apart[0] <= bound);
     }
 
     /// Notes how many of a number of things differ, of which none may.
