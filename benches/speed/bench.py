@@ -21,7 +21,7 @@ PROGRAM = Path(json.loads(_metadata.stdout)["target_directory"]) / "debug" / "pi
 SAMPLING = {
     "sample 3,700 tokens, 64 new": (768, 3, 64),
     "sample 7,400 tokens, 64 new": (1200, 2, 64),
-    "sample 3,700 tokens, 256 new": (768, 2, 256),
+    "sample 3,700 tokens, 256 new": (768, 6, 256),
 }
 
 

@@ -90,9 +90,12 @@ impl Prefix {
 /// The keys and values of continuations that grow by a token each at a time.
 #[derive(Debug)]
 pub struct Continuations {
-    layers: Vec<KeyValue>, // [kv_heads, rows, tokens, head_dim]
+    layers: Vec<KeyValue>, // [kv_heads, rows, capacity, head_dim]
     tokens: i64,
 }
+
+/// Tokens that there is room for at first; when it is full, there is twice as much.
+const CAPACITY: i64 = 16;
 
 impl Continuations {
     /// No token yet in any row.
@@ -102,15 +105,32 @@ impl Continuations {
     }
 
     /// Adds the keys and values of one more token (`[kv_heads, rows, 1, head_dim]`) to those of a
-    /// layer, and gives them all.
-    fn append(&mut self, layer: usize, new: KeyValue) -> &KeyValue {
-        if let Some(own) = self.layers.get_mut(layer) {
-            own.k = Tensor::cat(&[&own.k, &new.k], 2);
-            own.v = Tensor::cat(&[&own.v, &new.v], 2);
-        } else {
-            self.layers.push(new);
+    /// layer, and gives them all, `[kv_heads, rows, tokens, head_dim]`.
+    fn append(&mut self, layer: usize, new: &KeyValue) -> KeyValue {
+        let with_room = |xs: &Tensor, room: i64| {
+            let mut size = xs.size();
+            size[2] = room;
+            Tensor::cat(&[xs, &Tensor::empty(size, (xs.kind(), xs.device()))], 2)
+        };
+        if layer == self.layers.len() {
+            let [k, v] = [&new.k, &new.v].map(|xs| with_room(xs, CAPACITY - 1));
+            self.layers.push(KeyValue { k, v });
         }
-        &self.layers[layer]
+        let own = &mut self.layers[layer];
+        let capacity = own.k.size()[2];
+        if self.tokens == capacity {
+            *own = KeyValue {
+                k: with_room(&own.k, capacity),
+                v: with_room(&own.v, capacity),
+            };
+        }
+        let place = |xs: &Tensor, new: &Tensor| xs.narrow(2, self.tokens, 1).copy_(new);
+        place(&own.k, &new.k);
+        place(&own.v, &new.v);
+        KeyValue {
+            k: own.k.narrow(2, 0, self.tokens + 1),
+            v: own.v.narrow(2, 0, self.tokens + 1),
+        }
     }
 
     /// Keeps only the rows (`[kept]`, int64) that go on.
@@ -225,8 +245,12 @@ impl Decoder {
                 for prompt in prompts.iter_mut() {
                     let of_prompt = |xs: &Tensor| xs.narrow(1, first, prompt.count);
                     let [k, v] = [&new.k, &new.v].map(|xs| of_prompt(xs).unsqueeze(2)); // [kv_heads, rows, 1, head_dim]
-                    let own = prompt.rows.append(index, KeyValue { k, v });
-                    mixed.push(attend_one(&of_prompt(q), own, &prompt.prefix.layers[index]));
+                    let own = prompt.rows.append(index, &KeyValue { k, v });
+                    mixed.push(attend_one(
+                        &of_prompt(q),
+                        &own,
+                        &prompt.prefix.layers[index],
+                    ));
                     first += prompt.count;
                 }
                 Tensor::cat(&mixed, 1)
