@@ -9,7 +9,7 @@ LIBTORCH_PYTHON := 3.12
 # Written last: without it, what lies in .libtorch may be half of a download.
 LIBTORCH_COMPLETE := .libtorch/complete-2.11.0
 
-.PHONY: help setup demo test world parity
+.PHONY: help setup demo test world parity bench
 
 help: ## list what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,12 +47,18 @@ parity: setup
 	$(PARITY_PYTHON) tests/parity/run.py
 else
 parity: setup .parity/complete ## compare with transformers, TRL and PyTorch on fresh random cases (5 GB of Python)
-	PYTHONPATH=.parity python3 tests/parity/run.py
+	.parity/bin/python tests/parity/run.py
 endif
 
+bench: setup .parity/complete ## sampling and scoring beside transformers, a table of ratios (half an hour)
+	cargo build
+	.parity/bin/python benches/speed/bench.py
+
+# Without pip of its own, which Debian keeps in another package.
 .parity/complete: tests/parity/requirements.txt
 	rm -rf .parity
-	python3 -m pip install --target .parity --disable-pip-version-check -r $<
+	python3 -m venv --without-pip .parity
+	python3 -m pip --python .parity/bin/python install --disable-pip-version-check -r $<
 	touch $@
 
 .PHONY: tools

@@ -73,17 +73,17 @@ def sampling(scratch, name, side, count, new_tokens):
 
 
 def scoring(scratch):
-    policy, judge, data = scratch / "model", scratch / "reward", scratch / "data-768-3"
+    policy, judge, data = scratch / "model", scratch / "reward", scratch / "data-768-6"
     for folder, what in [(policy, ["model"]), (judge, ["reward"])]:
         if not folder.exists():
             peer(*what, folder)
     if not data.exists():
-        peer("data", data, 768, 3)
+        peer("data", data, 768, 6)
     models = (f"  policy: {{ llava_onevision: {{ weights: {policy}, dtype: float32, device: cpu }} }}\n"
               f"  judge: {{ llava_rlhf: {{ base: {judge}/base, vision: {judge}/vision, adapter: {judge}/adapter, "
               f"prompt: {judge}/prompt.txt, dtype: float32, device: cpu }} }}\n")
     stages = (f"  prompts: {{ load_prompts: {{ from: {data}/prompts.json, images: {data}/images }} }}\n"
-              f"  candidates: {{ sample: {{ prompts: prompts, model: policy, max_new_tokens: 24 }} }}\n"
+              f"  candidates: {{ sample: {{ prompts: prompts, model: policy, max_new_tokens: 8 }} }}\n"
               f"  rewards: {{ score: {{ candidates: candidates, judge: judge }} }}\n")
     seconds, row, peak = ours(scratch, stages, models, "rewards", "select count(*) as answers, avg(reward) as mean from rewards")
     texts, _ = run([PROGRAM, "sql", scratch / "run", "select p.id, c.text from candidates c join prompts p on p.prompt_id = c.prompt_id",
@@ -92,7 +92,7 @@ def scoring(scratch):
     theirs = peer("score", judge, data, scratch / "answers.json")
     assert row["answers"] == theirs["answers"] and abs(row["mean"] - theirs["mean"]) < 1e-3, (row, theirs)
     return dict(unit="answers/s", theirs=theirs["answers"] / theirs["seconds"], ours=row["answers"] / seconds,
-                their_peak=theirs["peak_gb"], our_peak=peak, note="5 answers a prompt, 576 patches; equal mean rewards")
+                their_peak=theirs["peak_gb"], our_peak=peak, note="5 answers of some 70 tokens a prompt, 576 patches; equal mean rewards")
 
 
 def main():
