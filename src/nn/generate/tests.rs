@@ -1,5 +1,6 @@
 //! The policy against what transformers says with the same tiny checkpoint, and its promises.
 
+use std::collections::BTreeSet;
 use std::ops::ControlFlow;
 
 use tch::{Device, Kind};
@@ -98,6 +99,61 @@ fn drawn_answers_depend_on_nothing_but_their_prompt_and_number() {
         assert_eq!(left.seed, right.seed);
     }
     assert_ne!(all[0].token_ids, all[1].token_ids);
+}
+
+/// More rows than go side by side, so that prompts wait, enter and leave at all times.
+#[test]
+fn who_is_beside_whom_changes_no_answer() {
+    let mut prompts = Vec::new();
+    for round in 0..8 {
+        for mut prompt in recorded::prompts() {
+            prompt.seed += 100 * round;
+            prompt.question.push_str(&" more".repeat(round as usize));
+            prompts.push(prompt);
+        }
+    }
+    let how = Sampling {
+        max_new_tokens: 20,
+        ..how(5, 3.0)
+    };
+    let mut policy = policy(Dtype::Float32);
+    let together = sample(&mut policy, &prompts, &how);
+    let again = sample(&mut policy, &prompts, &how);
+    let mut lengths = BTreeSet::new();
+    for (index, prompt) in prompts.iter().enumerate() {
+        let alone = sample(&mut policy, std::slice::from_ref(prompt), &how);
+        let [together, again, alone] =
+            [&together[index], &again[index], &alone[0]].map(|row| row.as_ref().unwrap());
+        assert_eq!(together, again, "the same bits");
+        for (together, alone) in together.iter().zip(alone) {
+            assert_eq!(together.token_ids, alone.token_ids);
+            for (one, other) in together.token_logps.iter().zip(&alone.token_logps) {
+                assert!((one - other).abs() < 1e-4, "{one} {other}");
+            }
+            lengths.insert(together.token_ids.len());
+        }
+    }
+    assert!(lengths.len() > 1, "answers end at different times");
+}
+
+#[test]
+fn one_answer_many_answers_and_one_token_come_out_right() {
+    let prompts = recorded::prompts();
+    let mut policy = policy(Dtype::Float32);
+    for (count, max_new_tokens) in [(1, 7), (64, 3), (3, 1)] {
+        let how = Sampling {
+            max_new_tokens,
+            ..how(count, 1.0)
+        };
+        for row in sample(&mut policy, &prompts, &how) {
+            let answers = row.unwrap();
+            assert_eq!(answers.len(), count);
+            for answer in answers {
+                let ended = answer.stop == Stop::Token;
+                assert!(ended || answer.token_ids.len() == max_new_tokens);
+            }
+        }
+    }
 }
 
 #[test]

