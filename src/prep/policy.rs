@@ -132,14 +132,14 @@ impl PolicyPrep {
     /// The whole prompt: its tokens and the pixels of its pictures.
     pub fn prepare(&self, prompt: &Prompt) -> Result<Prepared, RowFault> {
         let text = self.ids(prompt)?;
+        let pictures = self.all_tiles(prompt)?;
+        Ok(Prepared { text, pictures })
+    }
+
+    fn all_tiles(&self, prompt: &Prompt) -> Result<Vec<Tiles>, RowFault> {
         let count = prompt.pictures.len();
         let pictures = prompt.pictures.iter();
-        Ok(Prepared {
-            text,
-            pictures: pictures
-                .map(|picture| self.tiles(picture, count))
-                .collect::<Result<_, _>>()?,
-        })
+        pictures.map(|picture| self.tiles(picture, count)).collect()
     }
 
     /// The whole prompt as LLaVA-NeXT's DPO script writes it, and the places of its tokens that count
@@ -152,10 +152,7 @@ impl PolicyPrep {
         let tokens: Vec<usize> = self.packings(prompt)?.iter().map(Packing::tokens).collect();
         let (text, counted) = self.chat.prompt_of_llava_next(prompt, &tokens, newlines)?;
         fits(text.ids.len(), self.context())?;
-        let count = prompt.pictures.len();
-        let pictures = prompt.pictures.iter();
-        let pictures = pictures.map(|picture| self.tiles(picture, count));
-        let pictures = pictures.collect::<Result<_, _>>()?;
+        let pictures = self.all_tiles(prompt)?;
         Ok((Prepared { text, pictures }, counted))
     }
 
@@ -168,15 +165,9 @@ impl PolicyPrep {
             self.chat
                 .lesson(prompt, lesson.answer, lesson.learned, &picture_tokens)?;
         fits(text.ids.len(), self.context())?;
-        let count = prompt.pictures.len();
-        let pictures = prompt.pictures.iter();
+        let pictures = self.all_tiles(prompt)?;
         Ok(PolicyLesson {
-            prepared: Prepared {
-                text,
-                pictures: pictures
-                    .map(|picture| self.tiles(picture, count))
-                    .collect::<Result<_, _>>()?,
-            },
+            prepared: Prepared { text, pictures },
             answers,
         })
     }

@@ -107,6 +107,36 @@ fn loss_and_gradients_of_a_pair_equal_those_of_pytorch() {
     assert!((report.grad_norm - squares.sqrt()).abs() < 1e-4 * report.grad_norm);
 }
 
+/// TRL's mask adds the newline behind each answer; LLaVA-NeXT's adds to both answers the same tokens of
+/// the prompt, so that the loss stays.
+#[test]
+fn what_other_programs_count_is_added_to_both_answers() {
+    let prompts = recorded::prompts();
+    let of = |mask: Mask, newlines: Newlines| {
+        let mut learner = learner(&DpoSettings {
+            mask,
+            newlines,
+            ..settings()
+        });
+        let [pair] = learner.reference_logps(&[example(&prompts[0])]).unwrap()[..] else {
+            panic!("one pair")
+        };
+        (pair, learner.step(&[example(&prompts[0])]).unwrap())
+    };
+    let (answer, _) = of(Mask::Answer, Newlines::One);
+    let (trl, trl_report) = of(Mask::Trl, Newlines::One);
+    let (next, next_report) = of(Mask::LlavaNext, Newlines::One);
+    for side in 0..2 {
+        assert!(trl[side] < answer[side] - 0.1, "{trl:?} {answer:?}");
+        assert!(next[side] < trl[side] - 1.0, "{next:?} {trl:?}");
+    }
+    assert!((next[0] - next[1] - (trl[0] - trl[1])).abs() < 1e-4);
+    assert!((next_report.loss - trl_report.loss).abs() < 1e-5);
+    let (two, two_report) = of(Mask::Answer, Newlines::Two);
+    assert_ne!(two, answer);
+    assert_eq!(two_report.tokens, 112 + 1 + 5 + 12 + 2);
+}
+
 #[test]
 fn a_resumed_training_is_equal_to_the_bit() {
     let prompts = recorded::prompts();
