@@ -15,26 +15,47 @@ pub struct KeyValue {
     pub v: Tensor,
 }
 
+impl KeyValue {
+    /// Those of a run of the tokens; copied if the others shall be free to go.
+    pub fn of_tokens(&self, start: i64, length: i64, copied: bool) -> Self {
+        let part = |xs: &Tensor| {
+            let part = xs.narrow(1, start, length);
+            if copied { part.contiguous() } else { part }
+        };
+        Self {
+            k: part(&self.k),
+            v: part(&self.v),
+        }
+    }
+}
+
 /// The prompt's tokens among themselves.
 pub fn attend_causally(q: &Tensor, own: &KeyValue) -> Tensor {
-    grouped_attention(q, &own.k, &own.v, None)
+    grouped_attention(q, own, None, true)
+}
+
+/// Tokens that see all of `own`.
+pub fn attend_to_all(q: &Tensor, own: &KeyValue) -> Tensor {
+    grouped_attention(q, own, None, false)
 }
 
 /// Tokens of continuations, which see the prompt and what `mask` leaves of each other.
 pub fn attend_behind(q: &Tensor, own: &KeyValue, shared: &KeyValue, mask: &Tensor) -> Tensor {
-    let k = Tensor::cat(&[&shared.k, &own.k], 1);
-    let v = Tensor::cat(&[&shared.v, &own.v], 1);
-    grouped_attention(q, &k, &v, Some(mask))
+    let seen = KeyValue {
+        k: Tensor::cat(&[&shared.k, &own.k], 1),
+        v: Tensor::cat(&[&shared.v, &own.v], 1),
+    };
+    grouped_attention(q, &seen, Some(mask), false)
 }
 
-/// Fused attention in which each key-value head serves a group of query heads; causal without a
-/// mask. The key-value heads take the place of the batch, so that none is copied for its group.
-fn grouped_attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>) -> Tensor {
+/// Fused attention in which each key-value head serves a group of query heads. The key-value heads
+/// take the place of the batch, so that none is copied for its group.
+fn grouped_attention(q: &Tensor, seen: &KeyValue, mask: Option<&Tensor>, causal: bool) -> Tensor {
+    let KeyValue { k, v } = seen;
     let kv_heads = k.size()[0];
     let q = q.unflatten(0, [kv_heads, -1]); // [kv_heads, group, tokens, head_dim]
     let group = q.size()[1];
     let served = |xs: &Tensor| xs.unsqueeze(1).expand([-1, group, -1, -1], false);
-    let causal = mask.is_none();
     Tensor::scaled_dot_product_attention(&q, &served(k), &served(v), mask, 0.0, causal, None, false)
         .flatten(0, 1)
 }

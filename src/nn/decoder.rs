@@ -2,19 +2,23 @@
 //!
 //! The decoder is met in one situation only: several continuations of one long prompt, which is
 //! mostly picture. So there are three ways through it, with the same weights and the same numbers.
-//! [`Decoder::prefill`] reads the prompt once and gives its keys and values, the [`Prefix`].
-//! [`Decoder::branch`] reads whole continuations behind it, each blind to the others (training,
+//! [`Decoder::prefill`] reads prompts once and gives their keys and values, a [`Prefix`] each.
+//! [`Decoder::branch`] reads whole continuations behind them, each blind to the others (training,
 //! scoring). [`Decoder::step`] reads the next token of each continuation and remembers it in
-//! [`Continuations`] (sampling). The prefix is read by all continuations and copied for none.
+//! [`Continuations`] (sampling). A prefix is read by all its continuations and copied for none.
 //! Prefix and continuations are ordinary values, so the first two carry gradients.
 //!
+//! All three take several prompts at once. Activations are `[tokens, hidden]`, heads
+//! `[heads, tokens, head_dim]`, with the tokens of all prompts one after the other and no padding:
+//! what is done to each token is done to all in one product, and attention goes prompt by prompt.
+//!
 //! Sources: transformers' `models/qwen2/modeling_qwen2.py` and `models/llama/modeling_llama.py`.
-//! Activations are `[tokens, hidden]`, heads `[heads, tokens, head_dim]`: there is no batch
-//! dimension, because every token of a call belongs to one prompt.
 
 use tch::{Device, Kind, Tensor};
 
-use super::attention::{KeyValue, attend_behind, attend_causally, attend_one, branch_mask};
+use super::attention::{
+    KeyValue, attend_behind, attend_causally, attend_one, attend_to_all, branch_mask,
+};
 use super::layers::{Activation, Angles, Bias, Linear, Path, RmsNorm, Rotary};
 use crate::models::ModelError;
 use crate::prep::DecoderCard;
@@ -62,6 +66,28 @@ pub struct Decoder {
     layers: Vec<DecoderLayer>,
     norm: RmsNorm,
     rotary: Rotary,
+}
+
+/// Which hidden states are wanted. What only others need is not computed: the last layer reads keys
+/// and values of every token and goes on with the wanted ones.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wanted {
+    /// Those of every token.
+    All,
+    /// That of the last token of each prompt or continuation.
+    Last,
+    /// None; the prefix is what is wanted.
+    Nothing,
+}
+
+/// The queries of a layer, `[heads, tokens, head_dim]`.
+#[derive(Clone, Copy)]
+enum Queries<'a> {
+    /// Of every token.
+    All(&'a Tensor),
+    /// Of the last token of each text.
+    Last(&'a Tensor),
+    Nothing,
 }
 
 /// The keys and values of a prompt.
@@ -142,7 +168,15 @@ impl Continuations {
     }
 }
 
-/// The continuations of one prompt in a step of several.
+/// Whole continuations of one prompt.
+#[derive(Debug)]
+pub struct Texts<'a> {
+    pub prefix: &'a Prefix,
+    /// The tokens of each.
+    pub lengths: Vec<i64>,
+}
+
+/// The growing continuations of one prompt.
 #[derive(Debug)]
 pub struct Branches<'a> {
     pub prefix: &'a Prefix,
@@ -184,42 +218,142 @@ impl Decoder {
         Tensor::embedding(&self.embed_tokens, ids, -1, false, false)
     }
 
-    /// Reads a prompt from position 0. Gives the hidden states after the final norm
-    /// (`[tokens, hidden]`) and the prefix.
-    pub fn prefill(&self, embeds: &Tensor) -> (Tensor, Prefix) {
-        let tokens = embeds.size()[0];
-        let angles = self.angles(&Tensor::arange(tokens, (Kind::Int64, embeds.device())));
-        let mut cache = Vec::with_capacity(self.layers.len());
-        let mut xs = embeds.shallow_clone();
-        for layer in &self.layers {
-            xs = layer.forward(&xs, &angles, |q, own| {
-                let mixed = attend_causally(q, &own);
-                cache.push(own);
-                mixed
-            });
-        }
-        let layers = cache;
-        (self.norm.forward(&xs), Prefix { layers, tokens })
+    /// Reads prompts of these `lengths`, each from position 0; their embeddings lie one after the
+    /// other in `embeds` (`[tokens of all, hidden]`). Gives the wanted hidden states after the final
+    /// norm, in that order, and the prefixes.
+    pub fn prefill(
+        &self,
+        embeds: &Tensor,
+        lengths: &[i64],
+        wanted: Wanted,
+    ) -> (Tensor, Vec<Prefix>) {
+        assert_eq!(embeds.size()[0], lengths.iter().sum::<i64>());
+        let places = lengths.iter().copied().map(|length| (0, length));
+        let angles = self.positions(places, embeds.device());
+        let runs = runs(lengths);
+        let mut prefixes: Vec<Prefix> = lengths
+            .iter()
+            .map(|&tokens| Prefix {
+                layers: Vec::with_capacity(self.layers.len()),
+                tokens,
+            })
+            .collect();
+        let hidden = self.through_layers(embeds, &angles, lengths, wanted, |_, queries, own| {
+            let mut mixed = Vec::with_capacity(runs.len());
+            for (prompt, &(start, length)) in runs.iter().enumerate() {
+                let own = own.of_tokens(start, length, runs.len() > 1);
+                match queries {
+                    Queries::All(q) => {
+                        mixed.push(attend_causally(&q.narrow(1, start, length), &own));
+                    }
+                    Queries::Last(q) => {
+                        mixed.push(attend_to_all(&q.narrow(1, prompt as i64, 1), &own));
+                    }
+                    Queries::Nothing => {}
+                }
+                prefixes[prompt].layers.push(own);
+            }
+            joined(mixed)
+        });
+        (hidden, prefixes)
     }
 
-    /// Reads whole continuations behind `prefix`. Their embeddings lie one after the other in
-    /// `embeds` (`[tokens of all, hidden]`), `lengths` says where each ends; each starts at the
-    /// position after the prompt and sees the prompt and itself. Gives the hidden states after the
-    /// final norm, in the same arrangement.
-    pub fn branch(&self, embeds: &Tensor, lengths: &[i64], prefix: &Prefix) -> Tensor {
+    /// Reads whole continuations of prompts. Their embeddings lie one after the other in `embeds`
+    /// (`[tokens of all, hidden]`), `prompts` says where each ends; each starts at the position after
+    /// its prompt and sees the prompt and itself. Gives the wanted hidden states after the final
+    /// norm, in the same order.
+    pub fn branch(&self, embeds: &Tensor, prompts: &[Texts<'_>], wanted: Wanted) -> Tensor {
+        let lengths: Vec<i64> = prompts
+            .iter()
+            .flat_map(|prompt| &prompt.lengths)
+            .copied()
+            .collect();
         assert_eq!(embeds.size()[0], lengths.iter().sum::<i64>());
         let device = embeds.device();
-        let places: Vec<Tensor> = lengths
+        let places = prompts.iter().flat_map(|prompt| {
+            let lengths = prompt.lengths.iter();
+            lengths.map(|&length| (prompt.prefix.tokens, length))
+        });
+        let angles = self.positions(places, device);
+        let of_prompts: Vec<i64> = prompts
             .iter()
-            .map(|&length| Tensor::arange(length, (Kind::Int64, device)))
+            .map(|prompt| prompt.lengths.iter().sum())
             .collect();
-        let angles = self.angles(&(Tensor::cat(&places, 0) + prefix.tokens));
-        let mask = branch_mask(lengths, prefix.tokens)
-            .to_device(device)
-            .to_kind(embeds.kind());
+        let runs = runs(&of_prompts);
+        let masks: Vec<Tensor> = prompts
+            .iter()
+            .map(|prompt| {
+                branch_mask(&prompt.lengths, prompt.prefix.tokens)
+                    .to_device(device)
+                    .to_kind(embeds.kind())
+            })
+            .collect();
+        self.through_layers(embeds, &angles, &lengths, wanted, |layer, queries, own| {
+            let mut mixed = Vec::with_capacity(runs.len());
+            let mut first = 0;
+            for ((prompt, mask), &(start, length)) in prompts.iter().zip(&masks).zip(&runs) {
+                let own = own.of_tokens(start, length, false);
+                let shared = &prompt.prefix.layers[layer];
+                match queries {
+                    Queries::All(q) => {
+                        let q = q.narrow(1, start, length);
+                        mixed.push(attend_behind(&q, &own, shared, mask));
+                    }
+                    Queries::Last(q) => {
+                        let count = prompt.lengths.len() as i64;
+                        let lasts = last_of_each(&prompt.lengths, device);
+                        let (q, mask) = (q.narrow(1, first, count), mask.index_select(0, &lasts));
+                        mixed.push(attend_behind(&q, &own, shared, &mask));
+                        first += count;
+                    }
+                    Queries::Nothing => {}
+                }
+            }
+            joined(mixed)
+        })
+    }
+
+    /// Goes through all layers with texts of these `lengths`. `attend` is given the number of the
+    /// layer, queries, and the keys and values of every token; it mixes the values of whatever the
+    /// queries may see, if there are any. Gives the wanted hidden states after the final norm.
+    fn through_layers(
+        &self,
+        embeds: &Tensor,
+        angles: &Angles,
+        lengths: &[i64],
+        wanted: Wanted,
+        mut attend: impl FnMut(usize, Queries<'_>, KeyValue) -> Option<Tensor>,
+    ) -> Tensor {
+        const MIXED: &str = "queries are answered";
+        let (last, before) = self.layers.split_last().expect("a layer");
         let mut xs = embeds.shallow_clone();
-        for (layer, shared) in self.layers.iter().zip(&prefix.layers) {
-            xs = layer.forward(&xs, &angles, |q, own| attend_behind(q, &own, shared, &mask));
+        for (index, layer) in before.iter().enumerate() {
+            let normed = layer.input_layernorm.forward(&xs);
+            let own = layer.self_attn.keys_values(&normed, angles);
+            xs = layer.forward(&xs, &normed, angles, |q| {
+                attend(index, Queries::All(q), own).expect(MIXED)
+            });
+        }
+        let index = before.len();
+        let normed = last.input_layernorm.forward(&xs);
+        let own = last.self_attn.keys_values(&normed, angles);
+        match wanted {
+            Wanted::All => {
+                xs = last.forward(&xs, &normed, angles, |q| {
+                    attend(index, Queries::All(q), own).expect(MIXED)
+                });
+            }
+            Wanted::Last => {
+                let lasts = last_of_each(lengths, xs.device());
+                let [xs_there, normed] = [&xs, &normed].map(|xs| xs.index_select(0, &lasts));
+                xs = last.forward(&xs_there, &normed, &angles.of(&lasts), |q| {
+                    attend(index, Queries::Last(q), own).expect(MIXED)
+                });
+            }
+            Wanted::Nothing => {
+                let _ = attend(index, Queries::Nothing, own);
+                return xs.narrow(0, 0, 0);
+            }
         }
         self.norm.forward(&xs)
     }
@@ -239,7 +373,9 @@ impl Decoder {
         let angles = self.angles(&Tensor::from_slice(&positions).to_device(embeds.device()));
         let mut xs = embeds.shallow_clone();
         for (index, layer) in self.layers.iter().enumerate() {
-            xs = layer.forward(&xs, &angles, |q, new| {
+            let normed = layer.input_layernorm.forward(&xs);
+            let new = layer.self_attn.keys_values(&normed, &angles);
+            xs = layer.forward(&xs, &normed, &angles, |q| {
                 let mut first = 0;
                 let mut mixed = Vec::with_capacity(prompts.len());
                 for prompt in prompts.iter_mut() {
@@ -264,6 +400,43 @@ impl Decoder {
 
     fn angles(&self, positions: &Tensor) -> Angles {
         self.rotary.angles(positions, self.embed_tokens.kind())
+    }
+
+    /// The angles of texts one after the other, each with its first position and its length.
+    fn positions(&self, texts: impl Iterator<Item = (i64, i64)>, device: Device) -> Angles {
+        let places: Vec<Tensor> = texts
+            .map(|(first, length)| {
+                Tensor::arange_start(first, first + length, (Kind::Int64, device))
+            })
+            .collect();
+        self.angles(&Tensor::cat(&places, 0))
+    }
+}
+
+/// Where each text starts among all, and its length.
+fn runs(lengths: &[i64]) -> Vec<(i64, i64)> {
+    let mut start = 0;
+    let run = |&length: &i64| {
+        start += length;
+        (start - length, length)
+    };
+    lengths.iter().map(run).collect()
+}
+
+/// The place of the last token of each text among those of all, `[texts]`, int64.
+fn last_of_each(lengths: &[i64], device: Device) -> Tensor {
+    let lasts: Vec<i64> = runs(lengths)
+        .iter()
+        .map(|(start, length)| start + length - 1)
+        .collect();
+    Tensor::from_slice(&lasts).to_device(device)
+}
+
+/// What prompts mixed, side by side; nothing if nothing was asked.
+fn joined(mut mixed: Vec<Tensor>) -> Option<Tensor> {
+    match mixed.len() {
+        0 | 1 => mixed.pop(),
+        _ => Some(Tensor::cat(&mixed, 1)),
     }
 }
 
@@ -320,17 +493,17 @@ impl DecoderLayer {
         })
     }
 
-    /// `attend` is given the queries (`[heads, tokens, head_dim]`) and the keys and values of these
-    /// tokens (`[kv_heads, tokens, head_dim]`), all with their positions, and mixes the values of
-    /// whatever the tokens may see.
+    /// `xs` and the same after `input_layernorm`; `attend` is given the queries
+    /// (`[heads, tokens, head_dim]`) with their positions, and mixes the values of whatever these
+    /// tokens may see.
     fn forward(
         &self,
         xs: &Tensor,
+        normed: &Tensor,
         angles: &Angles,
-        attend: impl FnOnce(&Tensor, KeyValue) -> Tensor,
+        attend: impl FnOnce(&Tensor) -> Tensor,
     ) -> Tensor {
-        let normed = self.input_layernorm.forward(xs);
-        let xs = xs + self.self_attn.forward(&normed, angles, attend);
+        let xs = xs + self.self_attn.forward(normed, angles, attend);
         let mixed = self
             .mlp
             .forward(&self.post_attention_layernorm.forward(&xs));
@@ -362,20 +535,28 @@ impl Attention {
         })
     }
 
+    /// The keys and values of tokens, `[kv_heads, tokens, head_dim]`, with their positions.
+    fn keys_values(&self, xs: &Tensor, angles: &Angles) -> KeyValue {
+        KeyValue {
+            k: angles.rotate(&self.heads(&self.k_proj.forward(xs))),
+            v: self.heads(&self.v_proj.forward(xs)),
+        }
+    }
+
     fn forward(
         &self,
         xs: &Tensor,
         angles: &Angles,
-        attend: impl FnOnce(&Tensor, KeyValue) -> Tensor,
+        attend: impl FnOnce(&Tensor) -> Tensor,
     ) -> Tensor {
-        let heads = |projected: Tensor| {
-            projected.unflatten(-1, [-1, self.head_dim]).transpose(0, 1) // [heads, tokens, head_dim]
-        };
-        let q = angles.rotate(&heads(self.q_proj.forward(xs)));
-        let k = angles.rotate(&heads(self.k_proj.forward(xs)));
-        let v = heads(self.v_proj.forward(xs));
-        let mixed = attend(&q, KeyValue { k, v }); // [heads, tokens, head_dim]
+        let q = angles.rotate(&self.heads(&self.q_proj.forward(xs)));
+        let mixed = attend(&q); // [heads, tokens, head_dim]
         self.o_proj.forward(&mixed.transpose(0, 1).flatten(1, 2))
+    }
+
+    /// `[tokens, heads * head_dim]` to `[heads, tokens, head_dim]`.
+    fn heads(&self, projected: &Tensor) -> Tensor {
+        projected.unflatten(-1, [-1, self.head_dim]).transpose(0, 1)
     }
 }
 
@@ -444,8 +625,14 @@ mod tests {
     /// Prompt and answer in one causal pass: what every other way through must equal.
     fn whole(decoder: &Decoder, prompt: &[i64], answer: &[i64]) -> Tensor {
         let all = [prompt, answer].concat();
-        let (hidden, _) = decoder.prefill(&decoder.embed(&ids(&all)));
+        let (hidden, _) = read(decoder, &decoder.embed(&ids(&all)));
         hidden.i(prompt.len() as i64..)
+    }
+
+    /// One prompt, all its hidden states and its prefix.
+    fn read(decoder: &Decoder, embeds: &Tensor) -> (Tensor, Prefix) {
+        let (hidden, mut prefixes) = decoder.prefill(embeds, &[embeds.size()[0]], Wanted::All);
+        (hidden, prefixes.remove(0))
     }
 
     const PROMPT: [i64; 5] = [3, 1, 4, 1, 5];
@@ -454,17 +641,60 @@ mod tests {
     #[test]
     fn branches_equal_their_own_causal_passes() {
         let decoder = decoder(Kind::Float);
-        let (_, prefix) = decoder.prefill(&decoder.embed(&ids(&PROMPT)));
+        let (_, prefix) = read(&decoder, &decoder.embed(&ids(&PROMPT)));
         let embeds = decoder.embed(&ids(&ANSWERS.concat()));
-        let found = decoder.branch(&embeds, &[3, 1, 4], &prefix);
+        let texts = || Texts {
+            prefix: &prefix,
+            lengths: vec![3, 1, 4],
+        };
+        let found = decoder.branch(&embeds, &[texts()], Wanted::All);
         let expected = ANSWERS.map(|answer| whole(&decoder, &PROMPT, answer));
-        assert_close(&found, &Tensor::cat(&expected, 0), 1e-5);
+        let expected = Tensor::cat(&expected, 0);
+        assert_close(&found, &expected, 1e-5);
+        let lasts = decoder.branch(&embeds, &[texts()], Wanted::Last);
+        assert_close(&lasts, &expected.index_select(0, &ids(&[2, 3, 7])), 1e-5);
+    }
+
+    #[test]
+    fn several_prompts_are_read_as_each_alone() {
+        let decoder = decoder(Kind::Float);
+        let prompts: [&[i64]; 3] = [&PROMPT, &[7], &PROMPT[1..4]];
+        let lengths = [5, 1, 3];
+        let embeds = decoder.embed(&ids(&prompts.concat()));
+        let (all, prefixes) = decoder.prefill(&embeds, &lengths, Wanted::All);
+        let alone = prompts.map(|prompt| whole(&decoder, &[], prompt));
+        assert_close(&all, &Tensor::cat(&alone, 0), 1e-5);
+        let (lasts, _) = decoder.prefill(&embeds, &lengths, Wanted::Last);
+        assert_close(&lasts, &all.index_select(0, &ids(&[4, 5, 8])), 1e-5);
+        let (nothing, without) = decoder.prefill(&embeds, &lengths, Wanted::Nothing);
+        assert_eq!(nothing.size(), [0, 24]);
+        let said = decoder.embed(&ids(
+            &[ANSWERS[0], ANSWERS[1], ANSWERS[2], ANSWERS[0]].concat()
+        ));
+        for prefixes in [prefixes, without] {
+            let texts: Vec<Texts<'_>> = prefixes
+                .iter()
+                .zip([vec![3], vec![1, 4], vec![3]])
+                .map(|(prefix, lengths)| Texts { prefix, lengths })
+                .collect();
+            let found = decoder.branch(&said, &texts, Wanted::All);
+            let expected = [(0, 0), (1, 1), (1, 2), (2, 0)]
+                .map(|(prompt, answer)| whole(&decoder, prompts[prompt], ANSWERS[answer]));
+            let expected = Tensor::cat(&expected, 0);
+            assert_close(&found, &expected, 1e-5);
+            let lasts = decoder.branch(&said, &texts, Wanted::Last);
+            assert_close(
+                &lasts,
+                &expected.index_select(0, &ids(&[2, 3, 7, 10])),
+                1e-5,
+            );
+        }
     }
 
     #[test]
     fn steps_equal_causal_passes_also_after_a_row_has_left() {
         let decoder = decoder(Kind::Float);
-        let (_, prefix) = decoder.prefill(&decoder.embed(&ids(&PROMPT)));
+        let (_, prefix) = read(&decoder, &decoder.embed(&ids(&PROMPT)));
         let mut rows = Continuations::new();
         let step = |tokens: &[i64], rows: &mut Continuations| {
             let count = tokens.len() as i64;
@@ -496,7 +726,7 @@ mod tests {
     fn continuations_of_several_prompts_go_side_by_side() {
         let decoder = decoder(Kind::Float);
         let prompts: [&[i64]; 2] = [&PROMPT, &PROMPT[..3]];
-        let prefixes = prompts.map(|prompt| decoder.prefill(&decoder.embed(&ids(prompt))).1);
+        let prefixes = prompts.map(|prompt| read(&decoder, &decoder.embed(&ids(prompt))).1);
         let mut rows = [Continuations::new(), Continuations::new()];
         let mut found = Tensor::new();
         // The second prompt's answer begins a token later.
@@ -528,13 +758,22 @@ mod tests {
             prompt.grad()
         };
         let shared = gradient(&|prompt| {
-            let (_, prefix) = decoder.prefill(prompt);
-            decoder.branch(&decoder.embed(&ids(&ANSWERS.concat())), &[3, 1, 4], &prefix)
+            let (_, prefixes) = decoder.prefill(prompt, &[PROMPT.len() as i64], Wanted::Nothing);
+            let lengths = vec![3, 1, 4];
+            let texts = Texts {
+                prefix: &prefixes[0],
+                lengths,
+            };
+            decoder.branch(
+                &decoder.embed(&ids(&ANSWERS.concat())),
+                &[texts],
+                Wanted::All,
+            )
         });
         let apart = gradient(&|prompt| {
             let hidden = ANSWERS.map(|answer| {
                 let all = Tensor::cat(&[prompt, &decoder.embed(&ids(answer))], 0);
-                decoder.prefill(&all).0.i(5..)
+                read(&decoder, &all).0.i(5..)
             });
             Tensor::cat(&hidden, 0)
         });

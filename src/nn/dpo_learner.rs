@@ -1,17 +1,20 @@
 //! DPO training of the whole network: tower, projector, newline and decoder, in float32.
 //!
 //! A pair is one pass over `[prompt | chosen | rejected]`: the prompt is read once, both answers
-//! behind it, and logits are computed only where they predict an answer's token. Pairs go one by
-//! one; their gradients add up. Dropout there is none in any published config (`attention_dropout`
+//! behind it, and logits are computed only where they predict an answer's token. Short pairs go side
+//! by side, long ones one by one; their gradients add up. Dropout there is none in any published config (`attention_dropout`
 //! 0), so training and inference compute the same.
 //!
 //! Which tokens count is the answer's and its stop token, or what other programs count ([`Mask`]).
 
+use std::ops::Range;
 use std::path::Path;
 
 use tch::{Kind, Tensor};
 
+use super::budget::{PACK_TOKENS_MAX, packs};
 use super::checkpoint::{Checkpoint, Purpose};
+use super::decoder::{Texts, Wanted};
 use super::device;
 use super::dpo::{PairLoss, dpo_loss, token_logps};
 use super::edge::guarded;
@@ -22,7 +25,10 @@ use crate::models::{
     self, Answer, DpoLearner, DpoReport, DpoSettings, Example, Learner, Mask, ModelError, Newlines,
     Tower,
 };
-use crate::prep::{PolicyPrep, Prepared};
+use crate::prep::{PolicyPrep, Prepared, Tiles};
+
+/// Pairs whose pictures are decoded and cut before the first of them is read.
+const PREPARED_MAX: usize = 8;
 
 /// LLaVA-OneVision as a learner.
 #[derive(Debug)]
@@ -144,75 +150,160 @@ impl OnevisionDpo {
         })
     }
 
-    /// The log-probabilities of the chosen and the rejected answer, scalars in float64.
-    fn logps(&self, tokens: &Tokens) -> [Tensor; 2] {
+    /// The log-probabilities of the chosen and the rejected answer of each pair, scalars in float64.
+    fn logps(&self, pairs: &[Tokens]) -> Vec<[Tensor; 2]> {
         let network = &self.network;
         let decoder = &network.language_model;
         let on_device = |ids: &[i64]| Tensor::from_slice(ids).to_device(network.device());
-        let features: Vec<Tensor> = tokens
-            .prompt
-            .pictures
+        let pictures: Vec<&Tiles> = pairs
             .iter()
-            .map(|tiles| network.image_features(tiles))
+            .flat_map(|pair| &pair.prompt.pictures)
             .collect();
-        let embeds = network.embed_prompt(&tokens.prompt.text, &features);
-        let (hidden, prefix) = decoder.prefill(&embeds); // [prompt, hidden]
-        let last = hidden.narrow(0, prefix.tokens() - 1, 1);
+        let mut features = network.image_features(&pictures).into_iter();
+        let embeds: Vec<Tensor> = pairs
+            .iter()
+            .map(|pair| {
+                let count = pair.prompt.pictures.len();
+                let features: Vec<Tensor> = features.by_ref().take(count).collect();
+                network.embed_prompt(&pair.prompt.text, &features)
+            })
+            .collect();
+        let lengths: Vec<i64> = embeds.iter().map(|embeds| embeds.size()[0]).collect();
+        let counts_prompt = self.mask == Mask::LlavaNext;
+        let wanted = if counts_prompt {
+            Wanted::All
+        } else {
+            Wanted::Last
+        };
+        let (hidden, prefixes) = decoder.prefill(&Tensor::cat(&embeds, 0), &lengths, wanted);
+        let hidden = if counts_prompt {
+            hidden.split_with_sizes(lengths, 0) // [prompt, hidden] each
+        } else {
+            hidden.split(1, 0) // [1, hidden] each
+        };
 
         // The prompt's last token predicts the first of each answer, each token the next; the last
         // one predicts nothing and is not read.
-        let read = tokens.answers.each_ref().map(|ids| &ids[..ids.len() - 1]);
-        let lengths = read.map(|ids| ids.len() as i64);
-        let mut behind = vec![last.shallow_clone(), last];
-        if lengths.iter().any(|&length| length > 0) {
-            let embeds = decoder.embed(&on_device(&read.concat()));
-            let hidden = decoder.branch(&embeds, &lengths, &prefix);
-            let [chosen, rejected] = &hidden.split_with_sizes(lengths, 0)[..] else {
-                panic!("two answers")
-            };
-            behind.insert(1, chosen.shallow_clone());
-            behind.push(rejected.shallow_clone());
+        let mut ids = Vec::new();
+        let mut texts = Vec::new();
+        for (pair, prefix) in pairs.iter().zip(&prefixes) {
+            let read = pair.answers.each_ref().map(|ids| &ids[..ids.len() - 1]);
+            let lengths = read.map(|ids| ids.len() as i64).to_vec();
+            if lengths.iter().any(|&length| length > 0) {
+                ids.extend(read.concat());
+                texts.push(Texts { prefix, lengths });
+            }
         }
-        let logits = network.lm_head.forward(&Tensor::cat(&behind, 0)); // [answers, vocab]
-        let logps = token_logps(&logits, &on_device(&tokens.answers.concat()));
-        let [chosen, rejected] = tokens.answers.each_ref().map(|ids| ids.len() as i64);
-        let sums = [(0, chosen), (chosen, rejected)]
-            .map(|(start, length)| logps.narrow(0, start, length).sum(Kind::Double));
-        if tokens.counted.is_empty() {
-            return sums;
+        let mut behind = if texts.is_empty() {
+            Vec::new()
+        } else {
+            let lengths: Vec<i64> = texts.iter().flat_map(|text| text.lengths.clone()).collect();
+            let hidden = decoder.branch(&decoder.embed(&on_device(&ids)), &texts, Wanted::All);
+            hidden.split_with_sizes(lengths, 0)
         }
-        let places = on_device(&tokens.counted);
-        let logits = network
-            .lm_head
-            .forward(&hidden.index_select(0, &(&places - 1)));
-        let ids = on_device(&tokens.prompt.text.ids).index_select(0, &places);
-        let prompt = token_logps(&logits, &ids).sum(Kind::Double);
-        sums.map(|sum| sum + &prompt)
+        .into_iter();
+        let mut predicting = Vec::new();
+        for (pair, hidden) in pairs.iter().zip(&hidden) {
+            let last = hidden.narrow(0, hidden.size()[0] - 1, 1);
+            let is_read = pair.answers.iter().any(|ids| ids.len() > 1);
+            for _ in &pair.answers {
+                predicting.push(last.shallow_clone());
+                predicting.extend(is_read.then(|| behind.next().expect("a run for each answer")));
+            }
+        }
+        let logits = network.lm_head.forward(&Tensor::cat(&predicting, 0)); // [answers of all, vocab]
+        let ids: Vec<i64> = pairs
+            .iter()
+            .flat_map(|pair| pair.answers.concat())
+            .collect();
+        let logps = token_logps(&logits, &on_device(&ids));
+        let lengths: Vec<i64> = pairs
+            .iter()
+            .flat_map(|pair| pair.answers.each_ref().map(|ids| ids.len() as i64))
+            .collect();
+        let sums: Vec<Tensor> = logps
+            .split_with_sizes(lengths, 0)
+            .iter()
+            .map(|logps| logps.sum(Kind::Double))
+            .collect();
+        let with_prompt = |(pair, hidden): (&Tokens, &Tensor), sums: &[Tensor]| {
+            let sums = [&sums[0], &sums[1]].map(Tensor::shallow_clone);
+            if pair.counted.is_empty() {
+                return sums;
+            }
+            let places = on_device(&pair.counted);
+            let logits = network
+                .lm_head
+                .forward(&hidden.index_select(0, &(&places - 1)));
+            let ids = on_device(&pair.prompt.text.ids).index_select(0, &places);
+            let prompt = token_logps(&logits, &ids).sum(Kind::Double);
+            sums.map(|sum| sum + &prompt)
+        };
+        pairs
+            .iter()
+            .zip(&hidden)
+            .zip(sums.chunks(2))
+            .map(|(pair, sums)| with_prompt(pair, sums))
+            .collect()
     }
 
-    /// Forward and backward of one pair of a batch of `pairs`; adds to the gradients and to `sums`.
+    /// Goes through pairs in what goes side by side: `visit` is given the places of some, and these
+    /// as the network takes them.
+    fn in_packs(
+        &self,
+        pairs: &[Example<'_>],
+        mut visit: impl FnMut(Range<usize>, &[Tokens]) -> Result<(), ModelError>,
+    ) -> Result<(), ModelError> {
+        for (chunk, pairs) in pairs.chunks(PREPARED_MAX).enumerate() {
+            let tokens: Vec<Tokens> = pairs
+                .iter()
+                .map(|pair| self.tokens(pair))
+                .collect::<Result<_, _>>()?;
+            let counts: Vec<usize> = tokens.iter().map(Tokens::count).collect();
+            for pack in packs(&counts, PACK_TOKENS_MAX) {
+                let first = chunk * PREPARED_MAX;
+                visit(first + pack.start..first + pack.end, &tokens[pack])?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Forward and backward of some pairs of a batch of `pairs`; adds to the gradients and to `sums`.
+    /// Stops before the gradients at a loss that is not finite, and gives the number of its pair.
     fn learn_from(
         &self,
-        example: &Example<'_>,
+        tokens: &[Tokens],
+        references: &[[f64; 2]],
         pairs: usize,
         sums: &mut Sums,
-    ) -> Result<(), ModelError> {
-        let reference = example.reference.ok_or_else(|| {
-            let problem = "its log-probabilities under the reference are not known";
-            row_error(example.id, problem)
-        })?;
-        let tokens = self.tokens(example)?;
-        let what = format!("training on pair {}", example.id);
-        let (logps, pair) = guarded(&what, 1, tokens.count(), || {
-            let logps = self.logps(&tokens);
+    ) -> Result<(), usize> {
+        let mut losses = Vec::with_capacity(tokens.len());
+        let logps = self.logps(tokens);
+        for (number, ((tokens, logps), &reference)) in
+            tokens.iter().zip(&logps).zip(references).enumerate()
+        {
             let pair = dpo_loss([&logps[0], &logps[1]], reference, self.beta);
-            if pair.loss.double_value(&[]).is_finite() {
-                (&pair.loss / pairs as f64).backward();
+            sums.add(
+                &pair,
+                logps.each_ref().map(|logp| logp.double_value(&[])),
+                tokens.count(),
+            );
+            if !sums.loss.is_finite() {
+                return Err(number);
             }
-            (logps.map(|logp| logp.double_value(&[])), pair)
-        })?;
-        sums.add(&pair, logps, tokens.count());
+            losses.push(pair.loss);
+        }
+        let loss = Tensor::stack(&losses, 0).sum(Kind::Double);
+        (loss / pairs as f64).backward();
         Ok(())
+    }
+}
+
+/// What completes "out of memory while …".
+fn doing(what: &str, pairs: &[Example<'_>]) -> String {
+    match pairs {
+        [one] => format!("{what} pair {}", one.id),
+        several => format!("{what} {} pairs from {}", several.len(), several[0].id),
     }
 }
 
@@ -231,18 +322,23 @@ impl Sums {
 impl DpoLearner for OnevisionDpo {
     fn reference_logps(&mut self, pairs: &[Example<'_>]) -> Result<Vec<[f64; 2]>, ModelError> {
         let mut all = Vec::with_capacity(pairs.len());
-        for example in pairs {
-            let tokens = self.tokens(example)?;
-            let what = format!("reading pair {}", example.id);
-            let logps = guarded(&what, 1, tokens.count(), || {
+        self.in_packs(pairs, |places, tokens| {
+            let count = tokens.iter().map(Tokens::count).sum();
+            let what = doing("reading", &pairs[places]);
+            let logps = guarded(&what, tokens.len(), count, || {
                 let _no_grad = tch::no_grad_guard();
-                self.logps(&tokens).map(|logp| logp.double_value(&[]))
+                let logps = self.logps(tokens).into_iter();
+                let numbers = logps.map(|logps| logps.map(|logp| logp.double_value(&[])));
+                numbers.collect::<Vec<[f64; 2]>>()
             })?;
+            all.extend(logps);
+            Ok(())
+        })?;
+        for (pair, logps) in pairs.iter().zip(&all) {
             if !logps.iter().all(|logp| logp.is_finite()) {
-                let what = format!("a log-probability of pair {}", example.id);
-                return Err(not_finite(what, vec![example.id.to_owned()]));
+                let what = format!("a log-probability of pair {}", pair.id);
+                return Err(not_finite(what, vec![pair.id.to_owned()]));
             }
-            all.push(logps);
         }
         Ok(all)
     }
@@ -250,17 +346,26 @@ impl DpoLearner for OnevisionDpo {
     fn step(&mut self, batch: &[Example<'_>]) -> Result<DpoReport, ModelError> {
         assert!(!batch.is_empty(), "a step needs pairs");
         let ids = || batch.iter().map(|pair| pair.id.to_owned()).collect();
+        let reference = |pair: &Example<'_>| {
+            let problem = "its log-probabilities under the reference are not known";
+            pair.reference.ok_or_else(|| row_error(pair.id, problem))
+        };
+        let references: Vec<[f64; 2]> = batch.iter().map(reference).collect::<Result<_, _>>()?;
         self.training.begin_step();
         let mut sums = Sums::default();
-        for example in batch {
-            self.learn_from(example, batch.len(), &mut sums)?;
-            if !sums.loss.is_finite() {
-                return Err(not_finite(
-                    format!("the loss of pair {}", example.id),
-                    ids(),
-                ));
+        self.in_packs(batch, |places, tokens| {
+            let references = &references[places.clone()];
+            let count = tokens.iter().map(Tokens::count).sum();
+            let what = doing("training on", &batch[places.clone()]);
+            let learned = guarded(&what, tokens.len(), count, || {
+                self.learn_from(tokens, references, batch.len(), &mut sums)
+            })?;
+            if let Err(number) = learned {
+                let pair = batch[places.start + number].id;
+                return Err(not_finite(format!("the loss of pair {pair}"), ids()));
             }
-        }
+            Ok(())
+        })?;
         let has_pictures = batch.iter().any(|one| !one.prompt.pictures.is_empty());
         let has_gradient =
             |parameter: &Parameter| has_pictures || parameter.name.starts_with("language_model.");

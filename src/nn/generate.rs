@@ -11,7 +11,7 @@ use std::collections::{HashMap, VecDeque};
 use tch::{Device, Tensor};
 
 use super::checkpoint::{Checkpoint, Purpose};
-use super::decoder::{Branches, Continuations, Prefix};
+use super::decoder::{Branches, Continuations, Prefix, Wanted};
 use super::device;
 use super::dpo::token_logps;
 use super::edge::guarded;
@@ -178,9 +178,9 @@ impl OnevisionPolicy {
         let (prefix, logits) = guarded(&what, distinct, text.ids.len(), || {
             let _no_grad = tch::no_grad_guard();
             let embeds = self.network.embed_prompt(&text, &features);
-            let (hidden, prefix) = self.network.language_model.prefill(&embeds);
-            let last = hidden.narrow(0, prefix.tokens() - 1, 1);
-            (prefix, self.network.lm_head.forward(&last))
+            let decoder = &self.network.language_model;
+            let (last, mut prefixes) = decoder.prefill(&embeds, &[embeds.size()[0]], Wanted::Last);
+            (prefixes.remove(0), self.network.lm_head.forward(&last))
         })?;
         batch.chooser.enter(distinct, &text.ids);
         batch
@@ -298,7 +298,7 @@ impl OnevisionPolicy {
             let (rows, length) = (tiles.packing.tiles(), tiles.packing.tokens());
             let made = guarded(&what, rows, length, || {
                 let _no_grad = tch::no_grad_guard();
-                self.network.image_features(&tiles)
+                self.network.image_features(&[&tiles]).remove(0)
             })?;
             features.push(made.shallow_clone());
             self.features.put(key, made);

@@ -248,6 +248,14 @@ impl Angles {
         let turned = Tensor::cat(&[-&halves[1], halves[0].shallow_clone()], -1);
         xs * &self.cos + turned * &self.sin
     }
+
+    /// Those of some tokens (`[some]`, int64) only.
+    pub fn of(&self, tokens: &Tensor) -> Self {
+        Self {
+            cos: self.cos.index_select(0, tokens),
+            sin: self.sin.index_select(0, tokens),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -67,23 +67,37 @@ impl LlavaOnevision {
         })
     }
 
-    /// A picture's tiles to the features that stand for it in the sequence, `[tokens, hidden]`.
-    pub fn image_features(&self, tiles: &Tiles) -> Tensor {
-        let side = tiles.side as i64;
-        let count = tiles.packing.tiles() as i64;
-        let pixels = Tensor::from_slice(&tiles.pixels)
-            .view([count, 3, side, side])
-            .to_device(self.image_newline.device());
-        let projected: Vec<Tensor> = pixels
+    /// Pictures' tiles to the features that stand for each in the sequence, `[tokens, hidden]`. Tiles
+    /// go through the tower side by side, whichever picture they are of.
+    pub fn image_features(&self, pictures: &[&Tiles]) -> Vec<Tensor> {
+        let pixels: Vec<Tensor> = pictures
+            .iter()
+            .map(|tiles| {
+                let (count, side) = (tiles.packing.tiles() as i64, tiles.side as i64);
+                Tensor::from_slice(&tiles.pixels).view([count, 3, side, side])
+            })
+            .collect();
+        if pixels.is_empty() {
+            return Vec::new();
+        }
+        let projected: Vec<Tensor> = Tensor::cat(&pixels, 0)
             .split(TILES_AT_ONCE, 0)
             .iter()
             .map(|pixels| {
-                let features = self.vision_tower.forward(pixels);
+                let pixels = pixels.to_device(self.device());
+                let features = self.vision_tower.forward(&pixels);
                 self.multi_modal_projector.forward(&features)
             })
             .collect();
-        let projected = Tensor::cat(&projected, 0); // [tiles, patches, hidden]
-        pack(&projected, &tiles.packing, &self.image_newline)
+        let projected = Tensor::cat(&projected, 0); // [tiles of all, patches, hidden]
+        let mut first = 0;
+        let packed = pictures.iter().map(|tiles| {
+            let count = tiles.packing.tiles() as i64;
+            first += count;
+            let own = projected.narrow(0, first - count, count);
+            pack(&own, &tiles.packing, &self.image_newline)
+        });
+        packed.collect()
     }
 
     /// The embeddings of a prompt, `[tokens, hidden]`; `features` are those of its pictures.

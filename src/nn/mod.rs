@@ -4,6 +4,7 @@
 //! of; the networks; the roles that they play. The rest of the program meets none of these, only
 //! the traits of [`crate::models`], through [`NetLoader`].
 
+pub mod budget;
 pub mod device;
 pub mod edge;
 

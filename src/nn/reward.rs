@@ -11,6 +11,8 @@ use std::collections::HashMap;
 
 use tch::{Device, Kind, Tensor};
 
+use super::budget::packs;
+use super::decoder::{Texts, Wanted};
 use super::device;
 use super::edge::guarded;
 use super::llava::{Llava, no_adapter};
@@ -21,9 +23,8 @@ use crate::prep::{JudgeIds, JudgePrep};
 /// The file of the head, beside the adapter.
 pub const HEAD_FILE: &str = "reward_head";
 
-/// The most tokens of answers that are read at once. More would not make better use of a device,
-/// and each of them is compared with all others, whether or not they belong to one answer.
-const PACK_TOKENS_MAX: usize = 512;
+/// Tokens of answers to one prompt that are compared with each other, unless one alone has more.
+const COMPARED_MAX: usize = 512;
 
 /// A reward model of LLaVA-RLHF with its weights.
 #[derive(Debug)]
@@ -83,7 +84,7 @@ impl RewardJudge {
     ) -> Result<Vec<f32>, ModelError> {
         let tokens = answers.iter().map(|answer| answer.ids.len()).max();
         guarded("judging", answers.len(), tokens.unwrap_or(0), || {
-            let rewards = self.network.rewards(answers, features);
+            let rewards = self.network.rewards(&[(answers, features)]);
             Vec::try_from(rewards.to_device(Device::Cpu)).expect("float32, one dimension")
         })
     }
@@ -100,34 +101,36 @@ impl RewardNetwork {
         self.llava.encode_images(&pixels).squeeze_dim(0)
     }
 
-    /// The rewards of answers to one prompt, in their order: `[answers]`, float32, with their
-    /// gradients.
-    pub fn rewards(&self, answers: &[JudgeIds], features: Option<&Tensor>) -> Tensor {
-        let Some(first) = answers.first() else {
-            return Tensor::zeros([0], (Kind::Float, self.device));
-        };
-        let shared = shared_tokens(answers);
+    /// The rewards of answers to prompts, prompt by prompt, in their order: `[answers of all]`,
+    /// float32, with their gradients.
+    pub fn rewards(&self, prompts: &[(&[JudgeIds], Option<&Tensor>)]) -> Tensor {
         let decoder = self.llava.decoder();
-        let (_, prefix) = decoder.prefill(&self.llava.embed(first, shared, features));
-        let lengths: Vec<usize> = answers
-            .iter()
-            .map(|answer| answer.ids.len() - shared)
-            .collect();
-        let mut rewards = Vec::new();
-        for pack in packs(&lengths, PACK_TOKENS_MAX) {
-            let ids: Vec<i64> = answers[pack.clone()]
-                .iter()
-                .flat_map(|answer| &answer.ids[shared..])
-                .copied()
-                .collect();
-            let lengths: Vec<i64> = lengths[pack].iter().map(|&length| length as i64).collect();
-            let embeds = decoder.embed(&Tensor::from_slice(&ids).to_device(self.device));
-            let hidden = decoder.branch(&embeds, &lengths, &prefix); // [tokens of all, hidden]
-            let last = Tensor::from_slice(&lengths).cumsum(0, Kind::Int64) - 1;
-            let last = hidden.index_select(0, &last.to_device(self.device));
-            rewards.push(self.head.forward(&last));
+        let mut beginnings = Vec::with_capacity(prompts.len());
+        let mut shared_lengths = Vec::with_capacity(prompts.len());
+        for (answers, features) in prompts {
+            let shared = shared_tokens(answers);
+            beginnings.push(self.llava.embed(&answers[0], shared, *features));
+            shared_lengths.push(shared as i64);
         }
-        Tensor::cat(&rewards, 0)
+        let beginnings = Tensor::cat(&beginnings, 0);
+        let (_, prefixes) = decoder.prefill(&beginnings, &shared_lengths, Wanted::Nothing);
+        let mut ids: Vec<i64> = Vec::new();
+        let mut texts = Vec::new();
+        for ((answers, _), prefix) in prompts.iter().zip(&prefixes) {
+            let own = |answer: &JudgeIds| answer.ids[prefix.tokens() as usize..].to_vec();
+            let own: Vec<Vec<i64>> = answers.iter().map(own).collect();
+            let lengths: Vec<usize> = own.iter().map(Vec::len).collect();
+            // Each token is compared with all others of its pack, whether or not they belong to one
+            // answer.
+            texts.extend(packs(&lengths, COMPARED_MAX).into_iter().map(|pack| Texts {
+                prefix,
+                lengths: lengths[pack].iter().map(|&length| length as i64).collect(),
+            }));
+            ids.extend(own.concat());
+        }
+        let embeds = decoder.embed(&Tensor::from_slice(&ids).to_device(self.device));
+        self.head
+            .forward(&decoder.branch(&embeds, &texts, Wanted::Last))
     }
 }
 
@@ -214,25 +217,6 @@ fn shared_tokens(answers: &[JudgeIds]) -> usize {
         let common = both.take_while(|(one, two)| one == two).count();
         common.min(other.ids.len() - 1)
     })
-}
-
-/// Cuts consecutive texts of these lengths into packs of at most `tokens_max` tokens, or one text.
-fn packs(lengths: &[usize], tokens_max: usize) -> Vec<std::ops::Range<usize>> {
-    let mut packs: Vec<std::ops::Range<usize>> = Vec::new();
-    let mut tokens = 0;
-    for (index, &length) in lengths.iter().enumerate() {
-        match packs.last_mut() {
-            Some(pack) if tokens + length <= tokens_max => {
-                pack.end = index + 1;
-                tokens += length;
-            }
-            _ => {
-                packs.push(index..index + 1);
-                tokens = length;
-            }
-        }
-    }
-    packs
 }
 
 /// A linear layer from a hidden state to the reward.

@@ -131,7 +131,7 @@ impl LlavaRewards {
             let _no_grad = tch::no_grad_guard();
             self.network.features(pixels)
         });
-        self.network.rewards(&pair.answers, features.as_ref())
+        self.network.rewards(&[(&pair.answers, features.as_ref())])
     }
 }
 

@@ -2,9 +2,9 @@
 //! that writes text.
 //!
 //! A conversation is one causal pass, whatever number of its answers is learned; logits are computed
-//! only where they predict a learned token. Conversations go one by one; their gradients add up, so
-//! that the loss of a step is the mean over all learned tokens of its batch, as in transformers'
-//! trainer.
+//! only where they predict a learned token. Short conversations go side by side, long ones one by
+//! one; their gradients add up, so that the loss of a step is the mean over all learned tokens of its
+//! batch, as in transformers' trainer.
 
 use std::fs;
 use std::path::Path;
@@ -12,8 +12,9 @@ use std::path::Path;
 use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
+use super::budget::{PACK_TOKENS_MAX, packs};
 use super::checkpoint::{Checkpoint, Purpose, Reader, TOWER};
-use super::decoder::{Decoder, DecoderConfig, LmHead};
+use super::decoder::{Decoder, DecoderConfig, LmHead, Wanted};
 use super::device;
 use super::dpo::token_logps;
 use super::edge::guarded;
@@ -25,7 +26,7 @@ use super::training::{Training, not_finite, row_error};
 use crate::models::{
     self, Learner, Lesson, LlavaRlhf, ModelError, RowFault, SftLearner, SftReport, SftSettings,
 };
-use crate::prep::{JudgeLesson, JudgePrep, PolicyLesson, PolicyPrep};
+use crate::prep::{JudgeLesson, JudgePrep, PolicyLesson, PolicyPrep, Tiles};
 
 /// The head of a reward model's base, which judging never needs.
 const BASE_HEAD: &str = "lm_head.weight";
@@ -42,8 +43,8 @@ pub trait Student {
     /// Decodes, cuts and tokenizes.
     fn prepare(prep: &Self::Prep, lesson: &Lesson<'_>) -> Result<Self::Prepared, RowFault>;
 
-    /// The whole sequence (`[tokens, hidden]`), with its gradient.
-    fn embed(&self, lesson: &Self::Prepared) -> Tensor;
+    /// The whole sequences (`[tokens, hidden]`), with their gradients.
+    fn embed(&self, lessons: &[Self::Prepared]) -> Vec<Tensor>;
 
     /// The ids of the whole sequence, and where in it the tokens stand that are learned.
     fn tokens(lesson: &Self::Prepared) -> (&[i64], &[std::ops::Range<usize>]);
@@ -80,38 +81,55 @@ impl<S: Student> Sft<S> {
         &self.training
     }
 
-    /// Forward and backward of one conversation of a batch with `learned` learned tokens.
-    fn learn_from(&self, lesson: &S::Prepared, learned: usize, sums: &mut Sums) {
-        let (ids, answers) = S::tokens(lesson);
+    /// Forward and backward of some conversations of a batch with `learned` learned tokens. Stops
+    /// before the gradients at a loss that is not finite, and gives the number of its conversation.
+    fn learn_from(
+        &self,
+        lessons: &[S::Prepared],
+        learned: usize,
+        sums: &mut Sums,
+    ) -> Result<(), usize> {
         let device = self.student.decoder().device();
         let on_device = |ids: &[i64]| Tensor::from_slice(ids).to_device(device);
-        // A token is predicted where the one before it is read; the last one predicts nothing.
-        let places: Vec<i64> = answers
-            .iter()
-            .flat_map(|answer| answer.start as i64 - 1..answer.end as i64 - 1)
-            .collect();
-        let wanted: Vec<i64> = answers
-            .iter()
-            .flat_map(|answer| &ids[answer.clone()])
-            .copied()
-            .collect();
-        let embeds = self
-            .student
-            .embed(lesson)
-            .narrow(0, 0, ids.len() as i64 - 1);
-        let (hidden, _) = self.student.decoder().prefill(&embeds); // [tokens, hidden]
+        let mut read = Vec::with_capacity(lessons.len());
+        let mut lengths = Vec::with_capacity(lessons.len());
+        let mut counts = Vec::with_capacity(lessons.len());
+        let (mut places, mut wanted) = (Vec::new(), Vec::new());
+        let mut first = 0;
+        for (lesson, embeds) in lessons.iter().zip(self.student.embed(lessons)) {
+            let (ids, answers) = S::tokens(lesson);
+            // A token is predicted where the one before it is read; the last one predicts nothing.
+            let length = ids.len() as i64 - 1;
+            for answer in answers {
+                let answer_read = answer.start as i64 - 1..answer.end as i64 - 1;
+                places.extend(answer_read.map(|place| first + place));
+                wanted.extend_from_slice(&ids[answer.clone()]);
+            }
+            counts.push(answers.iter().map(|answer| answer.len() as i64).sum());
+            read.push(embeds.narrow(0, 0, length));
+            lengths.push(length);
+            first += length;
+            sums.tokens += ids.len() as u64;
+        }
+        let decoder = self.student.decoder();
+        let (hidden, _) = decoder.prefill(&Tensor::cat(&read, 0), &lengths, Wanted::All);
         let hidden = hidden.index_select(0, &on_device(&places)); // [learned, hidden]
         let logits = self.student.lm_head().forward(&hidden); // [learned, vocab]
         let wanted = on_device(&wanted);
-        let loss = -token_logps(&logits, &wanted).sum(Kind::Double);
-        sums.loss += loss.double_value(&[]);
-        if sums.loss.is_finite() {
-            (loss / learned as f64).backward();
+        let losses = -token_logps(&logits, &wanted); // [learned]
+        let of_lessons = losses.detach().split_with_sizes(counts, 0);
+        for (number, losses) in of_lessons.iter().enumerate() {
+            let loss = losses.sum(Kind::Double).double_value(&[]);
+            if !loss.is_finite() {
+                return Err(number);
+            }
+            sums.loss += loss;
         }
+        (losses.sum(Kind::Double) / learned as f64).backward();
         let likeliest = logits.detach().argmax(-1, false);
         let accurate = likeliest.eq_tensor(&wanted).sum(Kind::Double);
         sums.accurate += accurate.double_value(&[]);
-        sums.tokens += ids.len() as u64;
+        Ok(())
     }
 }
 
@@ -135,14 +153,26 @@ impl<S: Student> SftLearner for Sft<S> {
             .sum();
         self.training.begin_step();
         let mut sums = Sums::default();
-        for (row, lesson) in batch.iter().zip(&lessons) {
-            let what = format!("training on prompt {}", row.id);
-            let length = S::tokens(lesson).0.len();
-            guarded(&what, 1, length, || {
-                self.learn_from(lesson, learned, &mut sums);
+        let lengths: Vec<usize> = lessons
+            .iter()
+            .map(|lesson| S::tokens(lesson).0.len())
+            .collect();
+        for pack in packs(&lengths, PACK_TOKENS_MAX) {
+            let what = match &batch[pack.clone()] {
+                [one] => format!("training on prompt {}", one.id),
+                several => format!(
+                    "training on {} prompts from {}",
+                    several.len(),
+                    several[0].id
+                ),
+            };
+            let length = lengths[pack.clone()].iter().sum();
+            let learned = guarded(&what, pack.len(), length, || {
+                self.learn_from(&lessons[pack.clone()], learned, &mut sums)
             })?;
-            if !sums.loss.is_finite() {
-                return Err(not_finite(format!("the loss of prompt {}", row.id), rows()));
+            if let Err(number) = learned {
+                let prompt = batch[pack.start + number].id;
+                return Err(not_finite(format!("the loss of prompt {prompt}"), rows()));
             }
         }
         let has_pictures = batch.iter().any(|row| !row.prompt.pictures.is_empty());
@@ -213,14 +243,18 @@ impl Student for OnevisionStudent {
         prep.lesson(lesson)
     }
 
-    fn embed(&self, lesson: &PolicyLesson) -> Tensor {
-        let features: Vec<Tensor> = lesson
-            .prepared
-            .pictures
+    fn embed(&self, lessons: &[PolicyLesson]) -> Vec<Tensor> {
+        let pictures: Vec<&Tiles> = lessons
             .iter()
-            .map(|tiles| self.network.image_features(tiles))
+            .flat_map(|lesson| &lesson.prepared.pictures)
             .collect();
-        self.network.embed_prompt(&lesson.prepared.text, &features)
+        let mut features = self.network.image_features(&pictures).into_iter();
+        let embedded = lessons.iter().map(|lesson| {
+            let count = lesson.prepared.pictures.len();
+            let features: Vec<Tensor> = features.by_ref().take(count).collect();
+            self.network.embed_prompt(&lesson.prepared.text, &features)
+        });
+        embedded.collect()
     }
 
     fn tokens(lesson: &PolicyLesson) -> (&[i64], &[std::ops::Range<usize>]) {
@@ -304,16 +338,29 @@ impl Student for LlavaStudent {
         prep.lesson(lesson)
     }
 
-    fn embed(&self, lesson: &JudgeLesson) -> Tensor {
+    fn embed(&self, lessons: &[JudgeLesson]) -> Vec<Tensor> {
         let side = self.prep.clip.side() as i64;
-        let features = lesson.pixels.as_ref().map(|pixels| {
-            let pixels = Tensor::from_slice(pixels)
-                .view([1, 3, side, side])
+        let pixels: Vec<f32> = lessons
+            .iter()
+            .filter_map(|lesson| lesson.pixels.as_deref())
+            .flatten()
+            .copied()
+            .collect();
+        let features = (!pixels.is_empty()).then(|| {
+            let pixels = Tensor::from_slice(&pixels)
+                .view([-1, 3, side, side])
                 .to_device(self.device);
-            self.network.encode_images(&pixels).squeeze_dim(0)
+            self.network.encode_images(&pixels) // [pictures, patches, hidden]
         });
-        let tokens = lesson.text.ids.len();
-        self.network.embed(&lesson.text, tokens, features.as_ref())
+        let mut picture = 0;
+        let embedded = lessons.iter().map(|lesson| {
+            let features = features.as_ref().filter(|_| lesson.pixels.is_some());
+            let features = features.map(|features| features.get(picture));
+            picture += i64::from(lesson.pixels.is_some());
+            let tokens = lesson.text.ids.len();
+            self.network.embed(&lesson.text, tokens, features.as_ref())
+        });
+        embedded.collect()
     }
 
     fn tokens(lesson: &JudgeLesson) -> (&[i64], &[std::ops::Range<usize>]) {

@@ -5,6 +5,7 @@ use std::ops::ControlFlow;
 
 use tch::{Device, Kind};
 
+use super::super::decoder::Wanted;
 use super::super::recorded::{self, Expected, assert_close};
 use super::*;
 use crate::models::Dtype;
@@ -51,15 +52,15 @@ fn token_ids_and_hidden_states_equal_those_of_transformers() {
             expected.integers(&format!("ids.{index}"))
         );
         let _no_grad = tch::no_grad_guard();
-        let tiles = prepared.pictures.iter();
-        let features: Vec<Tensor> = tiles
-            .map(|tiles| policy.network.image_features(tiles))
-            .collect();
+        let tiles: Vec<_> = prepared.pictures.iter().collect();
+        let features = policy.network.image_features(&tiles);
         let embeds = policy.network.embed_prompt(&prepared.text, &features);
-        let (hidden, prefix) = policy.network.language_model.prefill(&embeds);
+        let tokens = embeds.size()[0];
+        let decoder = &policy.network.language_model;
+        let (hidden, _) = decoder.prefill(&embeds, &[tokens], Wanted::All);
         let name = format!("hidden.{index}");
         assert_close(&name, &hidden, &expected.tensor(&name), 1e-4);
-        let last = hidden.narrow(0, prefix.tokens() - 1, 1);
+        let last = hidden.narrow(0, tokens - 1, 1);
         let logits = policy.network.lm_head.forward(&last).squeeze_dim(0);
         let name = format!("logits.{index}");
         assert_close(&name, &logits, &expected.tensor(&name), 1e-4);

@@ -6,6 +6,7 @@ use std::path::Path;
 use tch::{Device, Kind, Tensor};
 
 use super::super::checkpoint::{Checkpoint, Purpose};
+use super::super::decoder::Wanted;
 use super::super::generate::OnevisionPolicy;
 use super::super::llava_onevision::LlavaOnevision;
 use super::super::weights::Weights;
@@ -146,13 +147,13 @@ fn forward(place: &Path, prompts: &[Prompt], case: &Case, logits_every: i64, rep
             apart[1].add(&projected, &expected.tensor(&format!("projector.{index}")));
         }
         let logits = |network: &LlavaOnevision| {
-            let features: Vec<Tensor> = prepared
-                .pictures
-                .iter()
-                .map(|tiles| network.image_features(tiles))
-                .collect();
+            let pictures: Vec<_> = prepared.pictures.iter().collect();
+            let features = network.image_features(&pictures);
             let embeds = network.embed_prompt(&prepared.text, &features);
-            let (hidden, _) = network.language_model.prefill(&embeds);
+            let (hidden, _) =
+                network
+                    .language_model
+                    .prefill(&embeds, &[embeds.size()[0]], Wanted::All);
             let logits = network.lm_head.forward(&hidden);
             let kept = logits.flip([0]).slice(0, None, None, logits_every);
             (hidden, kept)

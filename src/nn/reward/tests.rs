@@ -364,9 +364,3 @@ fn answers_share_all_tokens_but_the_last_of_the_shortest() {
     );
     assert_eq!(shared_tokens(&[text(&[1, 7, 3]), text(&[1, 2, 3])]), 1);
 }
-
-#[test]
-fn packs_hold_whole_texts_in_order() {
-    assert!(packs(&[], 10).is_empty());
-    assert_eq!(packs(&[4, 6, 1, 30, 2], 10), [0..2, 2..3, 3..4, 4..5]);
-}
