@@ -62,6 +62,50 @@ fn names(folder: &Path) -> Vec<String> {
     names
 }
 
+/// Each picture goes through a tower once a part, each prompt through a decoder once, whatever the
+/// number of answers; SQL says so.
+#[test]
+fn telemetry_shows_what_was_shared() {
+    let scene = scene();
+    let said = scene.succeeds(&["run", "p.yaml", "--until", "rewards"]);
+    let words = "policy: up to 64 answers";
+    assert_eq!(said.err.matches(words).count(), 1, "{}", said.err);
+    let sql = |query: &str| {
+        scene
+            .succeeds(&["sql", "runs/networks", query, "--format", "csv"])
+            .out
+    };
+    let shared = sql(
+        "select stage, count(*) as parts, sum(prompts) as prompts, bool_and(tower_passes = pictures) as once,
+           sum(answer_tokens) > 0 as answers, bool_and(halvings = 0) as planned
+         from telemetry group by stage order by stage",
+    );
+    assert_eq!(
+        shared,
+        "stage,parts,prompts,once,answers,planned\n\
+         candidates,4,8,true,true,true\nrewards,4,8,true,true,true\n"
+    );
+    let sampled = sql(
+        "select (select sum(answer_tokens) from telemetry where stage = 'candidates')
+              = (select sum(array_length(token_ids)) from candidates) as tokens,
+           (select min(occupancy) from telemetry where stage = 'candidates') > 0.5 as occupied",
+    );
+    assert_eq!(sampled, "tokens,occupied\ntrue,true\n");
+    // One answer in the place of three reads no fewer tokens of prompts.
+    let prompt_tokens =
+        || sql("select sum(prompt_tokens) as tokens from telemetry where stage = 'candidates'");
+    let three = prompt_tokens();
+    scene.succeeds(&[
+        "run",
+        "p.yaml",
+        "--until",
+        "candidates",
+        "--set",
+        "stages.candidates.sample.count=1",
+    ]);
+    assert_eq!(prompt_tokens(), three);
+}
+
 #[test]
 fn networks_answer_score_and_learn_and_a_killed_run_ends_with_the_same_weights() {
     let undisturbed = scene();

@@ -14,8 +14,8 @@ use clap::{Args, ValueEnum};
 use super::out::{Out, line};
 use super::{Failed, run_folder};
 use crate::query::{self, QueryError, QueryTable, View};
-use crate::store::RunFolder;
-use crate::tables::{Image, Reject, Row, schema_of};
+use crate::store::{FileRecord, Made, RunFolder};
+use crate::tables::{Image, Reject, Row, Telemetry, schema_of};
 
 /// Answers one SQL query over the tables of a run; tables of all rounds have a column `round`.
 #[derive(Args)]
@@ -140,23 +140,19 @@ fn tables(run: &RunFolder) -> Result<Vec<QueryTable>, Failed> {
             with_round,
         });
     }
-    let paths = |files: Vec<&crate::store::FileRecord>| {
+    let paths = |files: Vec<&FileRecord>| {
         files
             .iter()
             .map(|file| run.root().join(&file.file))
             .collect()
     };
     let images = paths(manifest.images.iter().collect());
-    let rejects = paths(
-        manifest
-            .made
-            .iter()
-            .flat_map(crate::store::Made::rejects)
-            .collect(),
-    );
+    let rejects = paths(manifest.made.iter().flat_map(Made::rejects).collect());
+    let telemetry = paths(manifest.made.iter().flat_map(Made::telemetry).collect());
     for (name, schema, files) in [
         ("images", Image::schema(), images),
         ("rejects", Reject::schema(), rejects),
+        ("telemetry", Telemetry::schema(), telemetry),
     ] {
         let files = vec![(None, files)];
         tables.push(QueryTable {

@@ -14,7 +14,13 @@ use crate::prep::{JudgePrep, PolicyPrep, PrepError, Shards};
 use crate::stages::{AFTER, ModelName, Role, StageSpec, TableName};
 
 /// Names that a run folder or a run's SQL gives to something else.
-const SIDE_TABLES: [&str; 4] = ["images", "rejects", "references", "checkpoints"];
+const SIDE_TABLES: [&str; 5] = [
+    "images",
+    "rejects",
+    "telemetry",
+    "references",
+    "checkpoints",
+];
 
 /// Words that can't name a table in a query without quotes.
 const SQL_WORDS: [&str; 62] = [

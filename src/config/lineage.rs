@@ -14,7 +14,7 @@ use super::words::listed;
 use crate::models::ModelSpec;
 use crate::query::{self, with_round};
 use crate::stages::{Input, ModelName, StageSpec, TableName};
-use crate::tables::{Image, Misfit, Reject, Row, fits, schema_of};
+use crate::tables::{Image, Misfit, Reject, Row, Telemetry, fits, schema_of};
 
 /// A stage on its way to the plan.
 pub struct Draft {
@@ -97,6 +97,7 @@ impl Lineage {
         let mut tables: Vec<(String, SchemaRef)> = vec![
             ("images".to_owned(), Image::schema()),
             ("rejects".to_owned(), Reject::schema()),
+            ("telemetry".to_owned(), Telemetry::schema()),
         ];
         for draft in &self.drafts {
             if draft.is_doubtful {

@@ -9,7 +9,7 @@ mod spec;
 mod traits;
 mod types;
 
-pub use spec::{DeviceSpec, Dtype, LlavaOnevision, LlavaRlhf, ModelSpec, Scripted};
+pub use spec::{DeviceSpec, Dtype, Gigabytes, LlavaOnevision, LlavaRlhf, ModelSpec, Scripted};
 pub use traits::{
     DpoLearner, Emit, Finding, Judge, Learner, ModelError, ModelLoader, Opened, Policy,
     RewardLearner, RowFault, Severity, SftLearner,
@@ -17,5 +17,5 @@ pub use traits::{
 pub use types::{
     Answer, DpoReport, DpoSettings, Example, Generation, Group, Learned, Lesson, Mask, Newlines,
     Optimization, Picture, Prompt, RewardReport, RewardSettings, Role, Sampling, Schedule, Score,
-    SftReport, SftSettings, Stop, Tower, Turn,
+    SftReport, SftSettings, Stop, Telemetry, Tower, Turn,
 };

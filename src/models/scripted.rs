@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use super::{
     Answer, DpoLearner, DpoReport, Emit, Example, Generation, Group, Judge, Learner, Lesson,
     ModelError, Optimization, Policy, Prompt, RewardLearner, RewardReport, Sampling, Score,
-    Scripted, SftLearner, SftReport, Stop,
+    Scripted, SftLearner, SftReport, Stop, Telemetry,
 };
 
 /// What scripted answers are made of.
@@ -104,7 +104,7 @@ impl Policy for ScriptedPolicy {
         prompts: &[Prompt],
         how: &Sampling,
         emit: Emit<'_, Vec<Generation>>,
-    ) -> Result<(), ModelError> {
+    ) -> Result<Telemetry, ModelError> {
         for (index, prompt) in prompts.iter().enumerate() {
             let answers = (0..how.count as u64)
                 .map(|candidate| self.answer(prompt, how, candidate))
@@ -113,7 +113,11 @@ impl Policy for ScriptedPolicy {
                 break;
             }
         }
-        Ok(())
+        Ok(Telemetry::default())
+    }
+
+    fn plan(&self) -> Option<String> {
+        None
     }
 }
 
@@ -130,7 +134,7 @@ impl Judge for ScriptedJudge {
         &mut self,
         groups: &[Group<'_>],
         emit: Emit<'_, Vec<Score>>,
-    ) -> Result<(), ModelError> {
+    ) -> Result<Telemetry, ModelError> {
         for (index, group) in groups.iter().enumerate() {
             let score = |text: &&str| Score {
                 reward: scripted_reward(&group.prompt.id, text),
@@ -141,7 +145,11 @@ impl Judge for ScriptedJudge {
                 break;
             }
         }
-        Ok(())
+        Ok(Telemetry::default())
+    }
+
+    fn plan(&self) -> Option<String> {
+        None
     }
 }
 
@@ -340,8 +348,11 @@ mod tests {
             temperature,
             top_p: 1.0,
             top_k: 0,
+            min_p: 0.0,
             repetition_penalty: 1.0,
             max_new_tokens,
+            stop_strings: Vec::new(),
+            stop_token_ids: Vec::new(),
         };
         let mut all = Vec::new();
         let mut emit = |_, answers: Result<Vec<Generation>, _>| {

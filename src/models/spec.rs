@@ -30,6 +30,10 @@ pub struct LlavaOnevision {
     /// computes in float32.
     #[serde(default)]
     pub dtype: Dtype,
+    /// Memory, in GB, that the weights and what is computed at once may take in sampling and
+    /// scoring. Left out: nine tenths of the GPU's; half of the machine's or the container's.
+    #[serde(default)]
+    pub memory_gb: Option<Gigabytes>,
 }
 
 /// A LLaVA-RLHF reward model.
@@ -52,6 +56,10 @@ pub struct LlavaRlhf {
     /// Precision. `auto` is float32 on the CPU, bfloat16 on CUDA.
     #[serde(default)]
     pub dtype: Dtype,
+    /// Memory, in GB, that the weights and what is computed at once may take in sampling and
+    /// scoring. Left out: nine tenths of the GPU's; half of the machine's or the container's.
+    #[serde(default)]
+    pub memory_gb: Option<Gigabytes>,
 }
 
 /// Answers made by rule from the prompt and the seed; scores made by rule from the answer.
@@ -117,6 +125,43 @@ impl JsonSchema for DeviceSpec {
     }
     fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
         schemars::json_schema!({"type": "string", "pattern": "^(auto|cpu|cuda(:[0-9]+)?)$"})
+    }
+}
+
+/// An amount of memory in GB of 10⁹ bytes, above 0.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "f64", into = "f64")]
+pub struct Gigabytes(f64);
+
+impl Gigabytes {
+    pub fn bytes(self) -> u64 {
+        (self.0 * 1e9) as u64
+    }
+}
+
+impl TryFrom<f64> for Gigabytes {
+    type Error = String;
+
+    fn try_from(value: f64) -> Result<Self, String> {
+        if value > 0.0 && value.is_finite() {
+            return Ok(Self(value));
+        }
+        Err(format!("{value} is not above 0"))
+    }
+}
+
+impl From<Gigabytes> for f64 {
+    fn from(value: Gigabytes) -> Self {
+        value.0
+    }
+}
+
+impl JsonSchema for Gigabytes {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Gigabytes".into()
+    }
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({"type": "number", "exclusiveMinimum": 0})
     }
 }
 

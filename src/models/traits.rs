@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::{
     DpoReport, DpoSettings, Dtype, Example, Generation, Group, Lesson, ModelSpec, Prompt,
-    RewardReport, RewardSettings, Sampling, Score, SftReport, SftSettings,
+    RewardReport, RewardSettings, Sampling, Score, SftReport, SftSettings, Telemetry,
 };
 
 /// Takes the result or the fault of row `index` of the call, in any order; `Break` means stop early.
@@ -46,20 +46,31 @@ pub enum ModelError {
 
 /// Answers prompts.
 pub trait Policy {
-    /// Emits `how.count` answers for each prompt, in the order of their number.
+    /// Emits `how.count` answers for each prompt, in the order of their number. A prompt that alone
+    /// is too much for the memory is a fault of its row.
     fn sample(
         &mut self,
         prompts: &[Prompt],
         how: &Sampling,
         emit: Emit<'_, Vec<Generation>>,
-    ) -> Result<(), ModelError>;
+    ) -> Result<Telemetry, ModelError>;
+
+    /// How much it computes at once and why, in words; `None` if there is nothing to say.
+    fn plan(&self) -> Option<String>;
 }
 
 /// Scores answers.
 pub trait Judge {
-    /// Emits one score per answer for each group.
-    fn score(&mut self, groups: &[Group<'_>], emit: Emit<'_, Vec<Score>>)
-    -> Result<(), ModelError>;
+    /// Emits one score per answer for each group. A group that alone is too much for the memory is a
+    /// fault of its row.
+    fn score(
+        &mut self,
+        groups: &[Group<'_>],
+        emit: Emit<'_, Vec<Score>>,
+    ) -> Result<Telemetry, ModelError>;
+
+    /// How much it computes at once and why, in words; `None` if there is nothing to say.
+    fn plan(&self) -> Option<String>;
 }
 
 /// What every training has in common: weights that change, and a state to go on from. When a step

@@ -56,10 +56,16 @@ pub struct Sampling {
     pub top_p: f64,
     /// The most likely tokens only; 0 keeps all.
     pub top_k: usize,
+    /// Only tokens at least this share as likely as the most likely one; 0 keeps all.
+    pub min_p: f64,
     /// Divides positive logits (multiplies negative ones) of tokens that occurred; 1 is off.
     pub repetition_penalty: f64,
     /// The longest answer, in tokens, the stop token included.
     pub max_new_tokens: usize,
+    /// Texts that end an answer.
+    pub stop_strings: Vec<String>,
+    /// Tokens that end an answer, beside the model's own.
+    pub stop_token_ids: Vec<i64>,
 }
 
 /// Why an answer ended.
@@ -67,6 +73,8 @@ pub struct Sampling {
 pub enum Stop {
     /// The model chose a stop token.
     Token,
+    /// The text held one of the stop strings.
+    String,
     /// `max_new_tokens` was reached.
     Length,
 }
@@ -74,9 +82,10 @@ pub enum Stop {
 /// One sampled answer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Generation {
-    /// Without the stop token.
+    /// Without the stop token; up to the stop string, where there is one.
     pub text: String,
-    /// As sampled; ends in the stop token if and only if `stop` is [`Stop::Token`].
+    /// As sampled, with the tokens of a stop string; ends in a stop token if and only if `stop` is
+    /// [`Stop::Token`].
     pub token_ids: Vec<i32>,
     /// Natural log, raw logits, whole vocabulary, temperature 1, in float32.
     pub token_logps: Vec<f32>,
@@ -98,6 +107,40 @@ pub struct Score {
     pub reward: f32,
     /// What a judge that writes wrote.
     pub reply: Option<String>,
+}
+
+/// What sampling or scoring some prompts took, and how much of it was shared.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Telemetry {
+    /// Prompts that were read.
+    pub prompts: u64,
+    /// Distinct pictures that they show.
+    pub pictures: u64,
+    /// Pictures that went through the vision tower.
+    pub tower_passes: u64,
+    /// Tokens of prompts that the decoder read, pictures included.
+    pub prompt_tokens: u64,
+    /// Tokens of answers that were sampled, or read to be scored.
+    pub answer_tokens: u64,
+    /// Passes of growing answers through the decoder, a token of each.
+    pub steps: u64,
+    /// Answers in all steps, summed.
+    pub step_rows: u64,
+    /// Answers that may grow side by side.
+    pub rows_max: u64,
+    /// Tokens of prompts and answers that may be in memory at once.
+    pub tokens_max: u64,
+    /// How often these two were halved because memory ran out.
+    pub halvings: u64,
+    /// Decoding and resizing pictures, most of it beside the network.
+    pub seconds_pictures: f64,
+    /// The network waiting for pictures.
+    pub seconds_waiting: f64,
+    pub seconds_tower: f64,
+    /// Reading prompts.
+    pub seconds_prefill: f64,
+    /// Sampling or reading answers.
+    pub seconds_decode: f64,
 }
 
 /// An answer to train on.

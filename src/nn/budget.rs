@@ -1,10 +1,160 @@
 //! How much is computed at once.
+//!
+//! Sampling and scoring take prompts side by side: as many as the memory holds and as make a step
+//! cheaper. What the memory holds follows from the sizes of the network and from what it may take of
+//! the device, both the same in every run on a machine; never from what happens to be free, so that a
+//! part that is computed again is computed in the same order, to the same bits.
 
 use std::ops::Range;
+
+use tch::{Device, Kind};
+
+use super::decoder::DecoderConfig;
+use super::device;
+use crate::models::{Gigabytes, RowFault};
 
 /// Tokens that are read at once in training, unless one row alone has more: small products keep no
 /// processor busy, and the activations of these few are no more than those of one large picture.
 pub const PACK_TOKENS_MAX: usize = 2048;
+
+/// Copies of the logits of a row that choosing its token needs at the same time, in float32.
+const LOGITS_COPIES: u64 = 6;
+
+/// What a network needs, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sizes {
+    pub weights: u64,
+    /// Keys and values of a token in all layers.
+    pub token: u64,
+    /// Activations of a token that is being read.
+    pub read: u64,
+    /// What an answer needs in a step beside its keys and values.
+    pub row: u64,
+}
+
+impl Sizes {
+    /// Those of a decoder in precision `kind`, in a network of `elements` weights in all.
+    pub fn new(elements: u64, config: &DecoderConfig, kind: Kind) -> Self {
+        let element = kind.elt_size_in_bytes() as u64;
+        let size = |length: i64| length as u64 * element;
+        let heads = config.num_attention_heads + 2 * config.num_key_value_heads;
+        Self {
+            weights: elements * element,
+            token: 2 * size(
+                config.num_hidden_layers * config.num_key_value_heads * config.head_dim,
+            ),
+            // Input, its norm and their sum; queries, keys and values before and after they are
+            // turned; gate, its activation, the other half and their product.
+            read: size(
+                4 * config.hidden_size + 3 * heads * config.head_dim + 4 * config.intermediate_size,
+            ),
+            row: LOGITS_COPIES * config.vocab_size as u64 * 4,
+        }
+    }
+}
+
+/// How much is computed at once in sampling or scoring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Budget {
+    /// Answers that grow side by side; more would not make a step cheaper per answer by much.
+    pub rows: usize,
+    /// Tokens of prompts and answers whose keys and values are in memory.
+    pub tokens: usize,
+    /// Tokens that are read at once, unless one prompt alone has more.
+    pub read_tokens: usize,
+    /// What the network may take of the device's memory, in bytes, and what it needs of it.
+    memory: u64,
+    sizes: Sizes,
+    /// How often it was halved.
+    pub halvings: u64,
+}
+
+impl Budget {
+    /// What fits into the memory that may be taken: `asked` for, or else what [`device::memory`] says.
+    pub fn plan(asked: Option<Gigabytes>, device: Device, sizes: Sizes) -> Self {
+        let memory = asked.map_or_else(|| device::memory(device), Gigabytes::bytes);
+        let (rows, read_tokens) = match device {
+            Device::Cpu => (64, 2048),
+            _ => (256, 8192),
+        };
+        let beside_weights = memory.saturating_sub(sizes.weights);
+        // Rows may take a quarter; no fewer than those of one prompt go in any case.
+        let rows = rows.min(beside_weights / 4 / sizes.row.max(1)).max(1);
+        let working = rows * sizes.row + read_tokens * sizes.read;
+        let tokens = beside_weights.saturating_sub(working) / sizes.token.max(1);
+        Self {
+            rows: rows as usize,
+            tokens: tokens as usize,
+            read_tokens: read_tokens as usize,
+            memory,
+            sizes,
+            halvings: 0,
+        }
+    }
+
+    /// Half as much, after memory ran out.
+    pub fn halve(&mut self) {
+        self.rows = (self.rows / 2).max(1);
+        self.tokens /= 2;
+        self.read_tokens = (self.read_tokens / 2).max(1);
+        self.halvings += 1;
+    }
+
+    /// The same for the next call: what ran out once would do so again.
+    #[must_use]
+    pub fn for_next(self) -> Self {
+        Self {
+            halvings: 0,
+            ..self
+        }
+    }
+
+    /// Refuses what does not fit even alone: a prompt and its answers of `tokens` in all.
+    pub fn admit(&self, tokens: usize) -> Result<(), RowFault> {
+        let needed = self.sizes.weights + tokens as u64 * self.sizes.token;
+        if needed <= self.memory {
+            return Ok(());
+        }
+        Err(RowFault(format!(
+            "its {tokens} tokens of prompt and answers take {} of memory beside {} of weights, and \
+             {} may be used; use a smaller picture, fewer or shorter answers, or a larger \
+             `memory_gb`",
+            gigabytes(tokens as u64 * self.sizes.token),
+            gigabytes(self.sizes.weights),
+            gigabytes(self.memory),
+        )))
+    }
+
+    /// How a policy goes about it, in words.
+    pub fn of_sampling(&self) -> String {
+        let (rows, tokens) = (self.rows, self.tokens);
+        let memory = self.of_memory();
+        format!("up to {rows} answers of prompts of {tokens} tokens grow side by side ({memory})")
+    }
+
+    /// How a judge goes about it, in words.
+    pub fn of_scoring(&self) -> String {
+        let tokens = self.read_tokens.min(self.tokens);
+        format!("reads up to {tokens} tokens at once ({})", self.of_memory())
+    }
+
+    fn of_memory(&self) -> String {
+        let [memory, weights] = [self.memory, self.sizes.weights].map(gigabytes);
+        format!("{memory} of memory, {weights} of them weights")
+    }
+}
+
+/// The fault of a row at which memory ran out although it was alone.
+pub fn too_large(error: &crate::models::ModelError) -> RowFault {
+    RowFault(format!(
+        "{error}, although it was alone; use a smaller picture, fewer or shorter answers, or a \
+         device with more memory"
+    ))
+}
+
+fn gigabytes(bytes: u64) -> String {
+    format!("{:.1} GB", bytes as f64 / 1e9)
+}
 
 /// Cuts consecutive texts of these lengths into packs of at most `tokens_max` tokens, or of one text
 /// that is longer.
@@ -29,10 +179,77 @@ pub fn packs(lengths: &[usize], tokens_max: usize) -> Vec<Range<usize>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::models::ModelError;
 
     #[test]
     fn packs_hold_whole_texts_in_order() {
         assert!(packs(&[], 10).is_empty());
         assert_eq!(packs(&[4, 6, 1, 30, 2], 10), [0..2, 2..3, 3..4, 4..5]);
+    }
+
+    /// Qwen2 of 7B in bfloat16, its sizes by hand: 28 layers, 4 key-value heads of 128.
+    fn sizes() -> Sizes {
+        let config = DecoderConfig {
+            vocab_size: 152_128,
+            hidden_size: 3584,
+            intermediate_size: 18_944,
+            num_hidden_layers: 28,
+            num_attention_heads: 28,
+            num_key_value_heads: 4,
+            head_dim: 128,
+            hidden_act: super::super::layers::Activation::Silu,
+            rms_norm_eps: 1e-6,
+            rope_theta: 1e6,
+            qkv_bias: super::super::layers::Bias::Yes,
+        };
+        Sizes::new(8_000_000_000, &config, Kind::BFloat16)
+    }
+
+    #[test]
+    fn the_budget_fits_into_the_memory_beside_the_weights() {
+        let sizes = sizes();
+        assert_eq!((sizes.weights, sizes.token), (16_000_000_000, 57_344));
+        let memory = Gigabytes::try_from(40.0).unwrap();
+        let budget = Budget::plan(Some(memory), Device::Cuda(0), sizes);
+        let taken = sizes.weights
+            + budget.tokens as u64 * sizes.token
+            + budget.rows as u64 * sizes.row
+            + budget.read_tokens as u64 * sizes.read;
+        assert!(taken <= memory.bytes() && taken > memory.bytes() - sizes.token);
+        assert_eq!(budget.rows, 256);
+        let mut half = budget;
+        half.halve();
+        assert_eq!((half.rows, half.halvings), (128, 1));
+        assert_eq!(half.tokens, budget.tokens / 2);
+        assert_eq!(
+            budget.of_scoring(),
+            "reads up to 8192 tokens at once (40.0 GB of memory, 16.0 GB of them weights)"
+        );
+        let words = budget.of_sampling();
+        assert!(
+            words.starts_with("up to 256 answers of prompts of "),
+            "{words}"
+        );
+    }
+
+    #[test]
+    fn what_can_never_fit_is_refused_with_the_way_out_and_little_memory_still_takes_one() {
+        let memory = Gigabytes::try_from(16.1).unwrap();
+        let budget = Budget::plan(Some(memory), Device::Cpu, sizes());
+        assert_eq!(budget.rows, 6);
+        assert!(budget.admit(1000).is_ok());
+        let fault = budget.admit(2000).unwrap_err().0;
+        assert!(
+            fault.contains("2000 tokens") && fault.contains("memory_gb"),
+            "{fault}"
+        );
+        let none = Budget::plan(Gigabytes::try_from(1.0).ok(), Device::Cpu, sizes());
+        assert_eq!((none.rows, none.tokens), (1, 0));
+        let error = ModelError::OutOfMemory {
+            what: "sampling".to_owned(),
+            batch: 1,
+            length: 2,
+        };
+        assert!(too_large(&error).0.contains("although it was alone"));
     }
 }

@@ -86,6 +86,11 @@ impl Checkpoint {
         self.weights.kind(stored)
     }
 
+    /// Elements of all tensors.
+    pub fn elements(&self) -> u64 {
+        self.weights.elements()
+    }
+
     /// Whether a tensor of this canonical name is stored.
     pub fn has(&self, name: &str) -> bool {
         self.names.contains_key(name)

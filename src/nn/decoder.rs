@@ -102,15 +102,6 @@ impl Prefix {
     pub fn tokens(&self) -> i64 {
         self.tokens
     }
-
-    /// Memory that the keys and values take.
-    pub fn bytes(&self) -> usize {
-        let bytes = |xs: &Tensor| xs.numel() * xs.kind().elt_size_in_bytes();
-        self.layers
-            .iter()
-            .map(|own| bytes(&own.k) + bytes(&own.v))
-            .sum()
-    }
 }
 
 /// The keys and values of continuations that grow by a token each at a time.

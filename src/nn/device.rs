@@ -18,6 +18,9 @@ use crate::models::{DeviceSpec, Dtype, Finding, ModelError, Severity};
 /// no more busy, and a run is repeated to the bit only with the same number.
 const THREADS_MAX: usize = 64;
 
+/// What a device is taken to have that does not say.
+const UNKNOWN_MEMORY: u64 = 8 << 30;
+
 /// The name of libtorch's CUDA half.
 const CUDA_LIBRARY: &str = "libtorch_cuda.so";
 
@@ -70,6 +73,100 @@ pub fn threads() -> usize {
         Cuda::cudnn_set_benchmark(false);
         threads
     })
+}
+
+/// The memory of a device that a model may take, in bytes, where nobody says how much: nine tenths
+/// of a GPU's; on the CPU half of the machine's or, if that is less, of what this process is limited
+/// to. The same in every run.
+pub fn memory(device: Device) -> u64 {
+    match device {
+        Device::Cuda(index) => cuda_memory(index).map_or(UNKNOWN_MEMORY, |total| total / 10 * 9),
+        _ => machine_memory() / 2,
+    }
+}
+
+/// Waits until the device has done what it was told, so that time is told right.
+pub fn wait(device: Device) {
+    if let Device::Cuda(index) = device {
+        Cuda::synchronize(index as i64);
+    }
+}
+
+/// The memory of this machine or, if that is less, the limit of its container or of this process.
+fn machine_memory() -> u64 {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let limits = [
+        memory_total(&read("/proc/meminfo")),
+        address_space_limit(&read("/proc/self/limits")),
+    ];
+    let cgroups = cgroup_files(&read("/proc/self/cgroup"))
+        .into_iter()
+        .map(|file| read(&file).trim().parse().ok());
+    let limits = limits.into_iter().chain(cgroups).flatten();
+    limits.min().unwrap_or(UNKNOWN_MEMORY)
+}
+
+/// `MemTotal` of /proc/meminfo.
+fn memory_total(meminfo: &str) -> Option<u64> {
+    let line = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:"))?;
+    let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kilobytes * 1024)
+}
+
+/// The soft limit of /proc/self/limits (`ulimit -v`).
+fn address_space_limit(limits: &str) -> Option<u64> {
+    let line = limits
+        .lines()
+        .find_map(|line| line.strip_prefix("Max address space"))?;
+    line.split_whitespace().next()?.parse().ok()
+}
+
+/// The files that may hold the memory limits of a process's control group and of those above it, of
+/// both versions.
+fn cgroup_files(cgroup: &str) -> Vec<String> {
+    let mut files = Vec::new();
+    for line in cgroup.lines() {
+        let mut fields = line.splitn(3, ':').skip(1);
+        let (Some(controllers), Some(group)) = (fields.next(), fields.next()) else {
+            continue;
+        };
+        let (root, name) = match controllers {
+            "" => ("/sys/fs/cgroup", "memory.max"),
+            "memory" => ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
+            _ => continue,
+        };
+        let mut group = group.trim_end_matches('/');
+        loop {
+            files.push(format!("{root}{group}/{name}"));
+            match group.rsplit_once('/') {
+                Some((above, _)) => group = above,
+                None => break,
+            }
+        }
+    }
+    files
+}
+
+/// The memory of a CUDA device, in bytes, by the runtime that libtorch's CUDA half brought along.
+#[expect(
+    unsafe_code,
+    reason = "libtorch's interface to Rust does not tell how large a device is; CUDA's does"
+)]
+fn cuda_memory(index: usize) -> Option<u64> {
+    type SetDevice = unsafe extern "C" fn(i32) -> i32;
+    type MemGetInfo = unsafe extern "C" fn(*mut usize, *mut usize) -> i32;
+    let runtime = Library::this();
+    let (mut free, mut total) = (0_usize, 0_usize);
+    // SAFETY: the signatures are those of the CUDA runtime since its first version
+    // (docs.nvidia.com/cuda/cuda-runtime-api, group__CUDART__MEMORY); 0 is cudaSuccess.
+    let succeeded = unsafe {
+        let set_device = runtime.get::<SetDevice>(b"cudaSetDevice\0").ok()?;
+        let mem_get_info = runtime.get::<MemGetInfo>(b"cudaMemGetInfo\0").ok()?;
+        set_device(index as i32) == 0 && mem_get_info(&raw mut free, &raw mut total) == 0
+    };
+    succeeded.then_some(total as u64)
 }
 
 /// What libtorch and its devices are like here, in plain words.
@@ -270,6 +367,30 @@ mod tests {
         assert!(words.contains(&format!("{} threads", threads())), "{words}");
         assert!(words.contains("`auto` computes on the"), "{words}");
         assert_eq!(tch::get_num_threads() as usize, threads());
+    }
+
+    #[test]
+    fn memory_is_that_of_the_machine_the_container_or_the_limit() {
+        assert_eq!(
+            memory_total("MemFree: 1 kB\nMemTotal:       24684096 kB\n"),
+            Some(24_684_096 << 10)
+        );
+        let limits = "Max cpu time     unlimited   unlimited  seconds\nMax address space         8589934592           unlimited            bytes\n";
+        assert_eq!(address_space_limit(limits), Some(8 << 30));
+        assert_eq!(
+            address_space_limit("Max address space  unlimited unlimited bytes"),
+            None
+        );
+        let files = cgroup_files("4:memory:/a/b\n1:cpu:/c\n0::/\n");
+        let expected = [
+            "/sys/fs/cgroup/memory/a/b/memory.limit_in_bytes",
+            "/sys/fs/cgroup/memory/a/memory.limit_in_bytes",
+            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+            "/sys/fs/cgroup/memory.max",
+        ];
+        assert_eq!(files, expected);
+        let memory = memory(Device::Cpu);
+        assert!((1 << 26..1 << 50).contains(&memory), "{memory}");
     }
 
     #[test]

@@ -30,6 +30,14 @@ pub fn guarded<T>(
     length: usize,
     compute: impl FnOnce() -> T,
 ) -> Result<T, ModelError> {
+    #[cfg(test)]
+    if tests::runs_out() {
+        return Err(ModelError::OutOfMemory {
+            what: what.to_owned(),
+            batch,
+            length,
+        });
+    }
     keep_quiet_when_guarded();
     let outer = GUARDED.replace(true);
     let outcome = catch_unwind(AssertUnwindSafe(compute));
@@ -66,10 +74,33 @@ fn keep_quiet_when_guarded() {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use tch::{Device, Kind, Tensor};
 
     use super::*;
+
+    thread_local! {
+        static SUCCEED: Cell<Option<usize>> = const { Cell::new(None) };
+    }
+
+    /// Of this thread's calls of [`guarded`], `calls` go on and the next runs out of memory, once.
+    pub fn run_out_after(calls: usize) {
+        SUCCEED.set(Some(calls));
+    }
+
+    pub fn runs_out() -> bool {
+        match SUCCEED.get() {
+            None => false,
+            Some(0) => {
+                SUCCEED.set(None);
+                true
+            }
+            Some(calls) => {
+                SUCCEED.set(Some(calls - 1));
+                false
+            }
+        }
+    }
 
     #[test]
     fn too_large_a_tensor_is_out_of_memory() {

@@ -3,142 +3,80 @@
 //! Each distinct picture of a call goes through the tower once, each prompt through the decoder
 //! once. Its answers then grow side by side behind the one prefix, a token at a time, and beside
 //! those of other prompts, so that the weights are read once for all. An answer that has ended leaves
-//! the batch; when there is room, the next prompt enters. Who is beside whom follows from the prompts
-//! of the call alone, and which numbers draw an answer from its own prompt alone.
+//! the batch; when there is room in the [`Budget`], the next prompts enter. Who is beside whom follows
+//! from the prompts of the call alone, and which numbers draw an answer from its own prompt alone.
+//!
+//! Memory that runs out nevertheless costs the answers that were growing, which begin again in half
+//! the budget; it costs a prompt its row if that prompt was alone.
+
+mod batch;
 
 use std::collections::{HashMap, VecDeque};
+use std::time::Instant;
 
-use tch::{Device, Tensor};
+use rayon::prelude::*;
 
+use self::batch::{Batch, Draft, Ends, Growing};
+use super::budget::{Budget, Sizes, packs, too_large};
 use super::checkpoint::{Checkpoint, Purpose};
-use super::decoder::{Branches, Continuations, Prefix, Wanted};
+use super::decoder::{DecoderConfig, Wanted};
 use super::device;
-use super::dpo::token_logps;
 use super::edge::guarded;
 use super::llava_onevision::LlavaOnevision;
-use super::sampling::{Chooser, answer_seed, uniform};
+use super::pictures::{Pictures, Shown};
+use super::sampling::{Chooser, answer_seed};
 use crate::models::{
     self, Emit, Generation, ModelError, Picture, Policy, Prompt, RowFault, Sampling, Stop,
+    Telemetry,
 };
-use crate::prep::PolicyPrep;
-
-/// Bytes of picture features that are kept for prompts to come: some twenty pictures of the 7B
-/// model in bfloat16.
-const FEATURE_BYTES_MAX: usize = 1 << 30;
-
-/// Answers that grow side by side. More rows would not make a step cheaper per row by much.
-const ROWS_MAX: usize = 64;
-
-/// Bytes of keys and values of prompts beyond which no other prompt enters.
-const PREFIX_BYTES_MAX: usize = 1 << 30;
+use crate::prep::{PolicyPrep, PromptIds, Tiles};
 
 /// LLaVA-OneVision as a policy.
 #[derive(Debug)]
 pub struct OnevisionPolicy {
     prep: PolicyPrep,
     network: LlavaOnevision,
-    features: FeatureCache,
     banned: Vec<i64>,
+    budget: Budget,
 }
 
-/// Why a prompt has no answers: something is wrong with it, or with everything.
-enum Failure {
-    Row(RowFault),
-    Model(ModelError),
-}
-
-impl From<RowFault> for Failure {
-    fn from(fault: RowFault) -> Self {
-        Self::Row(fault)
-    }
-}
-
-impl From<ModelError> for Failure {
-    fn from(error: ModelError) -> Self {
-        Self::Model(error)
-    }
-}
-
-/// An answer in the making.
-#[derive(Debug, Clone, Default)]
-struct Draft {
-    token_ids: Vec<i64>,
-    token_logps: Vec<f32>,
-    stopped: bool,
-}
-
-/// A prompt whose answers grow.
-struct Growing {
+/// A prompt whose answers are still to be made.
+#[derive(Debug, Clone)]
+pub struct Waiting {
     /// The place of the prompt in the call.
     index: usize,
+    text: PromptIds,
+    shown: Vec<Shown>,
     /// Of all answers.
     seeds: Vec<i64>,
-    drafts: Vec<Draft>,
-    /// The drafts that have not ended, in their order.
-    live: Vec<usize>,
+    /// Answers to be made; greedy ones are all the same, and one is made.
+    drafts: usize,
+    /// The longest of them.
     tokens_max: usize,
-    prefix: Prefix,
-    continuations: Continuations,
 }
 
-/// Prompts whose answers grow side by side. Their live drafts are the rows, in this order.
-struct Batch<'a> {
-    prompts: Vec<Growing>,
-    chooser: Chooser<'a>,
-    /// What the next token of each row is chosen from, `[rows, vocab]`, float32; in pieces.
-    logits: Vec<Tensor>,
-}
-
-impl Growing {
-    /// What draws the next token of a draft.
-    fn number(&self, draft: usize) -> f64 {
-        uniform(self.seeds[draft], self.drafts[draft].token_ids.len())
-    }
-
-    /// Adds a token to each live draft. A draft with a stop token, or as many tokens as it may have,
-    /// is live no more. Gives the places among the live ones of those that go on.
-    fn grow(&mut self, tokens: &[i64], logps: &[f32], stops: &[i64]) -> Vec<i64> {
-        let mut going_on = Vec::with_capacity(self.live.len());
-        for (place, &row) in self.live.iter().enumerate() {
-            let draft = &mut self.drafts[row];
-            draft.token_ids.push(tokens[place]);
-            draft.token_logps.push(logps[place]);
-            draft.stopped = stops.contains(&tokens[place]);
-            if !draft.stopped && draft.token_ids.len() < self.tokens_max {
-                going_on.push(place as i64);
-            }
-        }
-        going_on
-    }
-
-    /// Goes on with the live drafts at these places.
-    fn keep(&mut self, places: &[i64], device: Device) {
-        if places.len() < self.live.len() {
-            let kept = Tensor::from_slice(places).to_device(device);
-            self.continuations.keep(&kept);
-            self.live = places
-                .iter()
-                .map(|&place| self.live[place as usize])
-                .collect();
-        }
+impl Waiting {
+    /// Tokens that the prompt and its answers may come to.
+    fn tokens(&self) -> usize {
+        self.text.ids.len() + self.drafts * self.tokens_max
     }
 }
 
-impl Batch<'_> {
-    fn rows(&self) -> usize {
-        self.prompts.iter().map(|prompt| prompt.live.len()).sum()
-    }
-
-    /// Whether another prompt with `count` answers may enter.
-    fn has_room(&self, count: usize) -> bool {
-        let bytes: usize = self
-            .prompts
-            .iter()
-            .map(|prompt| prompt.prefix.bytes())
-            .sum();
-        self.prompts.is_empty() || (self.rows() + count <= ROWS_MAX && bytes < PREFIX_BYTES_MAX)
-    }
+/// A call under way.
+struct Session<'a> {
+    network: &'a LlavaOnevision,
+    prep: &'a PolicyPrep,
+    how: &'a Sampling,
+    stops: Vec<i64>,
+    budget: Budget,
+    waiting: VecDeque<Waiting>,
+    batch: Batch<'a>,
+    pictures: Pictures<'a, Tiles>,
+    telemetry: Telemetry,
 }
+
+/// What becomes of a prompt: its place in the call, and its answers.
+type Outcome = (usize, Result<Vec<Generation>, RowFault>);
 
 impl OnevisionPolicy {
     /// Opens the checkpoint of the spec.
@@ -149,132 +87,242 @@ impl OnevisionPolicy {
         let checkpoint = Checkpoint::open(folder)?;
         let (network, _) =
             LlavaOnevision::open(&checkpoint, &prep.card, device, kind, Purpose::Inference)?;
+        let config = DecoderConfig::from(&prep.card.text_config);
+        let sizes = Sizes::new(checkpoint.elements(), &config, kind);
         Ok(Self {
             banned: prep.chat.banned(prep.card.text_config.vocab_size),
             prep,
             network,
-            features: FeatureCache::new(FEATURE_BYTES_MAX),
+            budget: Budget::plan(spec.memory_gb, device, sizes),
         })
     }
 
-    /// Reads a prompt, whose answers then are rows of `batch`.
-    fn enter(
-        &mut self,
-        index: usize,
-        prompt: &Prompt,
+    /// The prompts that can be answered, in the order in which they will be: as given, but those
+    /// about the same picture together. The others with what is wrong with them.
+    fn queue(
+        &self,
+        prompts: &[Prompt],
         how: &Sampling,
-        batch: &mut Batch<'_>,
-    ) -> Result<(), Failure> {
-        let text = self.prep.ids(prompt)?;
-        let room = self.prep.context() - text.ids.len();
-        // Greedy answers are all the same; one is made.
-        let distinct = if how.temperature == 0.0 {
-            how.count.min(1)
-        } else {
-            how.count
-        };
-        let features = self.features_of(prompt)?;
-        let what = format!("reading prompt {}", prompt.id);
-        let (prefix, logits) = guarded(&what, distinct, text.ids.len(), || {
-            let _no_grad = tch::no_grad_guard();
-            let embeds = self.network.embed_prompt(&text, &features);
-            let decoder = &self.network.language_model;
-            let (last, mut prefixes) = decoder.prefill(&embeds, &[embeds.size()[0]], Wanted::Last);
-            (prefixes.remove(0), self.network.lm_head.forward(&last))
+    ) -> (VecDeque<Waiting>, Vec<(usize, RowFault)>) {
+        let (prep, budget) = (&self.prep, self.budget);
+        let waiting: Vec<Result<Waiting, RowFault>> = prompts
+            .par_iter()
+            .enumerate()
+            .map(|(index, prompt)| {
+                let text = prep.ids(prompt)?;
+                let room = prep.context() - text.ids.len();
+                let waiting = Waiting {
+                    index,
+                    text,
+                    shown: Shown::of(prompt),
+                    seeds: (0..how.count)
+                        .map(|answer| answer_seed(prompt.seed, answer))
+                        .collect(),
+                    drafts: if how.temperature == 0.0 { 1 } else { how.count },
+                    tokens_max: how.max_new_tokens.min(room),
+                };
+                budget.admit(waiting.tokens())?;
+                Ok(waiting)
+            })
+            .collect();
+        let mut queue = VecDeque::with_capacity(prompts.len());
+        let mut faults = Vec::new();
+        let mut waiting: Vec<Option<Result<Waiting, RowFault>>> =
+            waiting.into_iter().map(Some).collect();
+        for index in by_first_picture(prompts) {
+            match waiting[index].take().expect("each prompt once") {
+                Ok(prompt) => queue.push_back(prompt),
+                Err(fault) => faults.push((index, fault)),
+            }
+        }
+        (queue, faults)
+    }
+
+    /// Tokens that end an answer: the model's own and those that were asked for.
+    fn stops(&self, how: &Sampling) -> Result<Vec<i64>, ModelError> {
+        let vocab = self.prep.card.text_config.vocab_size as i64;
+        let mut asked = how.stop_token_ids.iter();
+        if let Some(id) = asked.find(|id| !(0..vocab).contains(*id)) {
+            return Err(ModelError::Torch {
+                what: "sampling".to_owned(),
+                problem: format!(
+                    "`stop_token_ids` holds {id}, and the model's tokens are 0 to {}",
+                    vocab - 1
+                ),
+            });
+        }
+        Ok([self.prep.chat.stops(), &how.stop_token_ids].concat())
+    }
+}
+
+impl Session<'_> {
+    /// Brings the answers forward: reads prompts for which there is room, then adds a token to all
+    /// that grow. `None` when all are done.
+    fn go_on(&mut self) -> Result<Option<Vec<Outcome>>, ModelError> {
+        let mut outcomes = Vec::new();
+        let entering = self.admit();
+        let lengths: Vec<usize> = entering.iter().map(|one| one.text.ids.len()).collect();
+        let mut entering = VecDeque::from(entering);
+        for pack in packs(&lengths, self.budget.read_tokens) {
+            let some: Vec<Waiting> = entering.drain(..pack.len()).collect();
+            match self.read(&some, &mut outcomes) {
+                Ok(()) => {}
+                Err(error @ ModelError::OutOfMemory { .. }) => {
+                    let rest = some.into_iter().chain(entering).collect();
+                    self.begin_again(&error, rest, &mut outcomes);
+                    return Ok(Some(outcomes));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        if self.batch.prompts.is_empty() {
+            let is_over = self.waiting.is_empty() && outcomes.is_empty();
+            return Ok((!is_over).then_some(outcomes));
+        }
+        match self.step(&mut outcomes) {
+            Ok(()) => {}
+            Err(error @ ModelError::OutOfMemory { .. }) => {
+                self.begin_again(&error, Vec::new(), &mut outcomes);
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(Some(outcomes))
+    }
+
+    /// The next prompts, as many as there is room for; one at least if nothing grows.
+    fn admit(&mut self) -> Vec<Waiting> {
+        let (mut rows, mut tokens) = (self.batch.rows(), self.batch.tokens());
+        let mut entering = Vec::new();
+        while let Some(next) = self.waiting.front() {
+            rows += next.drafts;
+            tokens += next.tokens();
+            let is_first = self.batch.prompts.is_empty() && entering.is_empty();
+            let has_room = rows <= self.budget.rows && tokens <= self.budget.tokens;
+            if !is_first && !has_room {
+                break;
+            }
+            entering.extend(self.waiting.pop_front());
+        }
+        entering
+    }
+
+    /// Reads prompts, whose answers then are rows of the batch.
+    fn read(
+        &mut self,
+        entering: &[Waiting],
+        outcomes: &mut Vec<Outcome>,
+    ) -> Result<(), ModelError> {
+        let network = self.network;
+        let device = network.device();
+        let shown: Vec<Shown> = entering.iter().flat_map(|one| one.shown.clone()).collect();
+        let seconds_tower = &mut self.telemetry.seconds_tower;
+        self.pictures.look(&shown, |tiles| {
+            let begun = Instant::now();
+            let rows = tiles.iter().map(|tiles| tiles.packing.tiles()).sum();
+            let length = tiles.iter().map(|tiles| tiles.packing.tokens()).sum();
+            let features = guarded("looking at pictures", rows, length, || {
+                let _no_grad = tch::no_grad_guard();
+                let features = network.image_features(tiles);
+                device::wait(device);
+                features
+            });
+            *seconds_tower += begun.elapsed().as_secs_f64();
+            features
         })?;
-        batch.chooser.enter(distinct, &text.ids);
-        batch
-            .logits
-            .push(logits.expand([distinct as i64, -1], false));
-        batch.prompts.push(Growing {
-            index,
-            seeds: (0..how.count)
-                .map(|answer| answer_seed(prompt.seed, answer))
-                .collect(),
-            drafts: vec![Draft::default(); distinct],
-            live: (0..distinct).collect(),
-            tokens_max: how.max_new_tokens.min(room),
-            prefix,
-            continuations: Continuations::new(),
-        });
+
+        let begun = Instant::now();
+        let mut seen = Vec::with_capacity(entering.len());
+        let mut faults = Vec::new();
+        for waiting in entering {
+            match self.pictures.features(&waiting.shown) {
+                Ok(features) => seen.push((waiting, features)),
+                Err(fault) => faults.push((waiting.index, Err(fault))),
+            }
+        }
+        let tokens = seen.iter().map(|(waiting, _)| waiting.text.ids.len()).sum();
+        if !seen.is_empty() {
+            let (logits, prefixes) = guarded("reading prompts", seen.len(), tokens, || {
+                let _no_grad = tch::no_grad_guard();
+                let embeds: Vec<_> = seen
+                    .iter()
+                    .map(|(waiting, features)| network.embed_prompt(&waiting.text, features))
+                    .collect();
+                let lengths: Vec<i64> = embeds.iter().map(|embeds| embeds.size()[0]).collect();
+                let embeds = tch::Tensor::cat(&embeds, 0);
+                let decoder = &network.language_model;
+                let (lasts, prefixes) = decoder.prefill(&embeds, &lengths, Wanted::Last);
+                let logits = network.lm_head.forward(&lasts); // [prompts, vocab]
+                device::wait(device);
+                (logits, prefixes)
+            })?;
+            for (place, ((waiting, _), prefix)) in seen.into_iter().zip(prefixes).enumerate() {
+                let growing = Growing::new(waiting.clone(), prefix);
+                self.batch
+                    .enter(growing, &logits.narrow(0, place as i64, 1));
+            }
+        }
+        outcomes.append(&mut faults);
+        self.telemetry.seconds_prefill += begun.elapsed().as_secs_f64();
+        self.telemetry.prompt_tokens += tokens as u64;
+        for waiting in entering {
+            self.pictures.done(&waiting.shown);
+        }
         Ok(())
     }
 
-    /// Adds a token to all rows of `batch`, and lets the network read those that go on. Gives the
-    /// prompts that are done, and for those whose logits are not numbers the fault.
-    fn step(
-        &self,
-        batch: &mut Batch<'_>,
-    ) -> Result<Vec<(Growing, Result<(), RowFault>)>, ModelError> {
-        let prompts = batch.prompts.iter();
-        let length = prompts.map(|prompt| prompt.prefix.tokens() as usize).max();
-        let what = format!("sampling answers to {} prompts", batch.prompts.len());
-        guarded(&what, batch.rows(), length.unwrap_or(0), || {
-            let _no_grad = tch::no_grad_guard();
-            let device = self.network.device();
-            let logits = Tensor::cat(&std::mem::take(&mut batch.logits), 0); // [rows, vocab]
-            let numbers: Vec<f64> = batch
-                .prompts
-                .iter()
-                .flat_map(|prompt| prompt.live.iter().map(|&row| prompt.number(row)))
-                .collect();
-            let chosen = batch.chooser.choose(&logits, &numbers);
-            let tokens: Vec<i64> = chosen.iter().map(|token| token.unwrap_or(0)).collect();
-            let tokens_there = Tensor::from_slice(&tokens).to_device(device);
-            let logps = token_logps(&logits, &tokens_there);
-            let logps = Vec::<f32>::try_from(logps).expect("a vector of float32");
+    /// Adds a token to every answer that grows.
+    fn step(&mut self, outcomes: &mut Vec<Outcome>) -> Result<(), ModelError> {
+        let begun = Instant::now();
+        let rows = self.batch.rows();
+        let tokens = self.batch.tokens();
+        let ends = Ends {
+            token_ids: &self.stops,
+            strings: &self.how.stop_strings,
+            chat: &self.prep.chat,
+        };
+        let (batch, network) = (&mut self.batch, self.network);
+        let done = guarded("sampling", rows, tokens, || batch.step(network, &ends))?;
+        self.telemetry.steps += 1;
+        self.telemetry.step_rows += rows as u64;
+        for (prompt, outcome) in done {
+            let answers = outcome.map(|()| self.answers(&prompt));
+            outcomes.push((prompt.waiting.index, answers));
+        }
+        self.telemetry.seconds_decode += begun.elapsed().as_secs_f64();
+        Ok(())
+    }
 
-            let stops = self.prep.chat.stops();
-            let mut gone = Vec::new();
-            let mut kept = Vec::with_capacity(tokens.len());
-            let mut first = 0;
-            for mut prompt in std::mem::take(&mut batch.prompts) {
-                let rows = first..first + prompt.live.len();
-                if chosen[rows.clone()].contains(&None) {
-                    gone.push((prompt, Err(not_numbers())));
-                } else {
-                    let going_on = prompt.grow(&tokens[rows.clone()], &logps[rows.clone()], stops);
-                    kept.extend(going_on.iter().map(|&place| rows.start as i64 + place));
-                    prompt.keep(&going_on, device);
-                    if prompt.live.is_empty() {
-                        gone.push((prompt, Ok(())));
-                    } else {
-                        batch.prompts.push(prompt);
-                    }
-                }
-                first = rows.end;
+    /// After memory ran out: the prompts in the batch and those that were `entering` wait again, in
+    /// half the budget. One that was alone is given up.
+    fn begin_again(
+        &mut self,
+        error: &ModelError,
+        entering: Vec<Waiting>,
+        outcomes: &mut Vec<Outcome>,
+    ) {
+        let growing = self.batch.abandon();
+        for waiting in &growing {
+            self.pictures.again(&waiting.shown);
+        }
+        let involved = growing.len() + entering.len();
+        for waiting in growing.into_iter().chain(entering).rev() {
+            self.waiting.push_front(waiting);
+        }
+        if involved == 1 {
+            if let Some(alone) = self.waiting.pop_front() {
+                self.pictures.done(&alone.shown);
+                outcomes.push((alone.index, Err(too_large(error))));
             }
-            if kept.is_empty() {
-                batch
-                    .chooser
-                    .keep(&Tensor::from_slice(&kept).to_device(device));
-                return gone;
-            }
-            let mut next = tokens_there;
-            if kept.len() < tokens.len() {
-                let kept = Tensor::from_slice(&kept).to_device(device);
-                next = next.index_select(0, &kept);
-                batch.chooser.keep(&kept);
-            }
-            let mut branches: Vec<Branches<'_>> = batch
-                .prompts
-                .iter_mut()
-                .map(|prompt| Branches {
-                    prefix: &prompt.prefix,
-                    rows: &mut prompt.continuations,
-                    count: prompt.live.len() as i64,
-                })
-                .collect();
-            let decoder = &self.network.language_model;
-            let hidden = decoder.step(&decoder.embed(&next), &mut branches);
-            batch.logits.push(self.network.lm_head.forward(&hidden));
-            gone
-        })
+        } else {
+            self.budget.halve();
+        }
     }
 
     /// The answers to a prompt whose last token is drawn.
-    fn answers(&self, prompt: &Growing) -> Vec<Generation> {
-        let seeds = prompt.seeds.iter().enumerate();
+    fn answers(&mut self, prompt: &Growing) -> Vec<Generation> {
+        let made = prompt.drafts.iter();
+        self.telemetry.answer_tokens += made.map(|draft| draft.token_ids.len() as u64).sum::<u64>();
+        let seeds = prompt.waiting.seeds.iter().enumerate();
         seeds
             .map(|(answer, &seed)| {
                 let draft = &prompt.drafts[answer.min(prompt.drafts.len() - 1)];
@@ -283,41 +331,36 @@ impl OnevisionPolicy {
             .collect()
     }
 
-    /// The features of the prompt's pictures, from the cache or the tower.
-    fn features_of(&mut self, prompt: &Prompt) -> Result<Vec<Tensor>, Failure> {
-        let count = prompt.pictures.len();
-        let mut features = Vec::with_capacity(count);
-        for picture in &prompt.pictures {
-            let key = FeatureKey::new(picture, count);
-            if let Some(known) = self.features.get(&key) {
-                features.push(known);
-                continue;
-            }
-            let tiles = self.prep.tiles(picture, count)?;
-            let what = format!("looking at picture {}", picture.id);
-            let (rows, length) = (tiles.packing.tiles(), tiles.packing.tokens());
-            let made = guarded(&what, rows, length, || {
-                let _no_grad = tch::no_grad_guard();
-                self.network.image_features(&[&tiles]).remove(0)
-            })?;
-            features.push(made.shallow_clone());
-            self.features.put(key, made);
-        }
-        Ok(features)
-    }
-
     fn generation(&self, draft: &Draft, seed: i64) -> Generation {
-        let spoken = draft.token_ids.len() - usize::from(draft.stopped);
+        let stop = draft.stop.expect("a draft that ended");
+        let spoken = draft.token_ids.len() - usize::from(stop == Stop::Token);
+        let mut text = self.prep.chat.decode(&draft.token_ids[..spoken]);
+        if stop == Stop::String {
+            let strings = self.how.stop_strings.iter();
+            let end = strings.filter_map(|string| text.find(string)).min();
+            text.truncate(end.unwrap_or(text.len()));
+        }
         Generation {
-            text: self.prep.chat.decode(&draft.token_ids[..spoken]),
+            text,
             token_ids: draft.token_ids.iter().map(|&id| id as i32).collect(),
             token_logps: draft.token_logps.clone(),
-            stop: if draft.stopped {
-                Stop::Token
-            } else {
-                Stop::Length
-            },
+            stop,
             seed,
+        }
+    }
+
+    /// What the call took.
+    fn telemetry(self) -> Telemetry {
+        let pictures = self.pictures.tally;
+        Telemetry {
+            pictures: pictures.pictures,
+            tower_passes: pictures.passes,
+            rows_max: self.budget.rows as u64,
+            tokens_max: self.budget.tokens as u64,
+            halvings: self.budget.halvings,
+            seconds_pictures: pictures.seconds_decoding,
+            seconds_waiting: pictures.seconds_waiting,
+            ..self.telemetry
         }
     }
 }
@@ -330,50 +373,67 @@ impl Policy for OnevisionPolicy {
         prompts: &[Prompt],
         how: &Sampling,
         emit: Emit<'_, Vec<Generation>>,
-    ) -> Result<(), ModelError> {
+    ) -> Result<Telemetry, ModelError> {
         assert!(how.count > 0 && how.max_new_tokens > 0, "nothing to sample");
-        let mut waiting = VecDeque::from(by_first_picture(prompts));
-        let vocab = self.prep.card.text_config.vocab_size as i64;
-        let mut batch = Batch {
-            prompts: Vec::new(),
-            chooser: Chooser::new(how, vocab, &self.banned, self.network.device()),
-            logits: Vec::new(),
-        };
-        loop {
-            while batch.has_room(how.count)
-                && let Some(index) = waiting.pop_front()
-            {
-                match self.enter(index, &prompts[index], how, &mut batch) {
-                    Ok(()) => {}
-                    Err(Failure::Row(fault)) => {
-                        if emit(index, Err(fault)).is_break() {
-                            return Ok(());
-                        }
-                    }
-                    Err(Failure::Model(error)) => return Err(error),
-                }
-            }
-            if batch.prompts.is_empty() {
-                return Ok(());
-            }
-            for (prompt, outcome) in self.step(&mut batch)? {
-                let outcome = outcome.map(|()| self.answers(&prompt));
-                if emit(prompt.index, outcome).is_break() {
-                    return Ok(());
-                }
+        let stops = self.stops(how)?;
+        let (waiting, faults) = self.queue(prompts, how);
+        for (index, fault) in faults {
+            if emit(index, Err(fault)).is_break() {
+                return Ok(Telemetry::default());
             }
         }
+        let prep = &self.prep;
+        let decode =
+            |picture: &Picture, alone: bool| prep.tiles(picture, if alone { 1 } else { 2 });
+        let vocab = prep.card.text_config.vocab_size as i64;
+        let answers: usize = waiting.iter().map(|one| one.drafts).sum();
+        let telemetry = std::thread::scope(|scope| {
+            let shown = waiting.iter().map(|one| &prompts[one.index]);
+            let mut session = Session {
+                pictures: Pictures::begin(scope, shown, &decode),
+                network: &self.network,
+                prep,
+                how,
+                stops,
+                budget: self.budget,
+                batch: Batch::new(Chooser::new(
+                    how,
+                    vocab,
+                    &self.banned,
+                    self.network.device(),
+                )),
+                telemetry: Telemetry {
+                    prompts: waiting.len() as u64,
+                    ..Telemetry::default()
+                },
+                waiting,
+            };
+            while let Some(outcomes) = session.go_on()? {
+                for (index, outcome) in outcomes {
+                    if emit(index, outcome).is_break() {
+                        return Ok(session.telemetry());
+                    }
+                }
+            }
+            Ok::<_, ModelError>(session.telemetry())
+        })?;
+        for _ in 0..telemetry.halvings {
+            self.budget.halve();
+        }
+        self.budget = self.budget.for_next();
+        Ok(Telemetry {
+            rows_max: telemetry.rows_max.min(answers as u64),
+            ..telemetry
+        })
+    }
+
+    fn plan(&self) -> Option<String> {
+        Some(self.budget.of_sampling())
     }
 }
 
-fn not_numbers() -> RowFault {
-    let problem = "the model's logits are not numbers: its weights hold infinities or NaN, or the \
-                   precision does not suffice";
-    RowFault(problem.to_owned())
-}
-
 /// The order in which prompts are answered: as given, but those about the same picture together, so
-/// that its features are still in the cache.
+/// that its features need not be kept for long.
 fn by_first_picture(prompts: &[Prompt]) -> Vec<usize> {
     let mut first_seen = HashMap::new();
     let mut order: Vec<(usize, usize)> = prompts
@@ -386,61 +446,6 @@ fn by_first_picture(prompts: &[Prompt]) -> Vec<usize> {
         .collect();
     order.sort_unstable();
     order.into_iter().map(|(_, index)| index).collect()
-}
-
-/// What decides a picture's features: the picture, and whether it is the only one of its prompt
-/// (then it is cut into tiles).
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-struct FeatureKey {
-    picture: String,
-    alone: bool,
-}
-
-impl FeatureKey {
-    fn new(picture: &Picture, count: usize) -> Self {
-        Self {
-            picture: picture.id.clone(),
-            alone: count == 1,
-        }
-    }
-}
-
-/// The features of the latest pictures, up to a bound in bytes.
-#[derive(Debug)]
-struct FeatureCache {
-    bytes_max: usize,
-    bytes: usize,
-    entries: VecDeque<(FeatureKey, Tensor)>,
-}
-
-impl FeatureCache {
-    fn new(bytes_max: usize) -> Self {
-        Self {
-            bytes_max,
-            bytes: 0,
-            entries: VecDeque::new(),
-        }
-    }
-
-    fn get(&self, key: &FeatureKey) -> Option<Tensor> {
-        let (_, features) = self.entries.iter().find(|(known, _)| known == key)?;
-        Some(features.shallow_clone())
-    }
-
-    /// Adds features, and lets the oldest go while there are too many.
-    fn put(&mut self, key: FeatureKey, features: Tensor) {
-        self.bytes += bytes_of(&features);
-        self.entries.push_back((key, features));
-        while self.bytes > self.bytes_max
-            && let Some((_, oldest)) = self.entries.pop_front()
-        {
-            self.bytes -= bytes_of(&oldest);
-        }
-    }
-}
-
-fn bytes_of(tensor: &Tensor) -> usize {
-    tensor.numel() * tensor.kind().elt_size_in_bytes()
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 //! `models/llava_onevision/modeling_llava_onevision.py` (`get_image_features`,
 //! `pack_image_features`).
 
+use std::borrow::Borrow;
 use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
@@ -69,10 +70,11 @@ impl LlavaOnevision {
 
     /// Pictures' tiles to the features that stand for each in the sequence, `[tokens, hidden]`. Tiles
     /// go through the tower side by side, whichever picture they are of.
-    pub fn image_features(&self, pictures: &[&Tiles]) -> Vec<Tensor> {
+    pub fn image_features<T: Borrow<Tiles>>(&self, pictures: &[T]) -> Vec<Tensor> {
         let pixels: Vec<Tensor> = pictures
             .iter()
             .map(|tiles| {
+                let tiles = tiles.borrow();
                 let (count, side) = (tiles.packing.tiles() as i64, tiles.side as i64);
                 Tensor::from_slice(&tiles.pixels).view([count, 3, side, side])
             })
@@ -92,6 +94,7 @@ impl LlavaOnevision {
         let projected = Tensor::cat(&projected, 0); // [tiles of all, patches, hidden]
         let mut first = 0;
         let packed = pictures.iter().map(|tiles| {
+            let tiles = tiles.borrow();
             let count = tiles.packing.tiles() as i64;
             first += count;
             let own = projected.narrow(0, first - count, count);

@@ -22,6 +22,7 @@ pub mod llava;
 pub mod llava_onevision;
 
 pub mod generate;
+pub mod pictures;
 pub mod sampling;
 
 pub mod reward;

@@ -18,6 +18,7 @@ pub fn spec(dtype: Dtype) -> LlavaOnevision {
         weights: folder(),
         device: DeviceSpec::Cpu,
         dtype,
+        memory_gb: None,
     }
 }
 

@@ -4,20 +4,26 @@
 //! The score is what a linear layer makes of the hidden state, after the final norm, at the last
 //! token of the request to judge (github llava-rlhf/LLaVA-RLHF, `RLHF/models/reward_model.py`). All
 //! answers to a prompt begin with the same tokens, most of them the picture's, so these are read
-//! once: the longest common beginning of the tokenized texts, for the tokens of an answer depend on
+//! once, and those of several prompts side by side: the longest common beginning of the tokenized texts, for the tokens of an answer depend on
 //! what stands before it, becomes a prefix in memory that every answer continues.
 
-use std::collections::HashMap;
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::time::Instant;
 
+use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
-use super::budget::packs;
-use super::decoder::{Texts, Wanted};
+use super::budget::{Budget, Sizes, packs, too_large};
+use super::decoder::{DecoderConfig, Texts, Wanted};
 use super::device;
 use super::edge::guarded;
 use super::llava::{Llava, no_adapter};
+use super::pictures::{Pictures, Shown};
 use super::weights::{Weights, refuse};
-use crate::models::{Emit, Group, Judge, LlavaRlhf, ModelError, Picture, RowFault, Score};
+use crate::models::{
+    Emit, Group, Judge, LlavaRlhf, ModelError, Picture, RowFault, Score, Telemetry,
+};
 use crate::prep::{JudgeIds, JudgePrep};
 
 /// The file of the head, beside the adapter.
@@ -31,6 +37,7 @@ const COMPARED_MAX: usize = 512;
 pub struct RewardJudge {
     prep: JudgePrep,
     network: RewardNetwork,
+    budget: Budget,
 }
 
 /// The network and its head: pictures and texts in, rewards out.
@@ -54,51 +61,151 @@ impl RewardJudge {
         let adapter = spec.adapter.as_deref().ok_or_else(|| no_adapter(spec))?;
         // The head first: it is small, and the file that is most often forgotten.
         let head = RewardHead::open(adapter, hidden, device)?;
-        let llava = Llava::open(spec, &prep.card, kind, device)?;
+        let (llava, elements) = Llava::open(spec, &prep.card, kind, device)?;
+        let sizes = Sizes {
+            // An answer that is read leaves one number.
+            row: 0,
+            ..Sizes::new(elements, &DecoderConfig::from(&prep.card.text_config), kind)
+        };
         let network = RewardNetwork {
             llava,
             head,
             kind,
             device,
         };
-        Ok(Self { prep, network })
-    }
-
-    /// The features of a picture, `[patches, hidden]`.
-    fn features(&self, picture: &Picture) -> Result<Result<Tensor, RowFault>, ModelError> {
-        let pixels = match self.prep.pixels(picture) {
-            Ok(pixels) => pixels,
-            Err(fault) => return Ok(Err(fault)),
-        };
-        let patches = self.prep.card.vision_config.patches();
-        guarded("looking at a picture", 1, patches, || {
-            Ok(self.network.features(&pixels))
+        Ok(Self {
+            prep,
+            network,
+            budget: Budget::plan(spec.memory_gb, device, sizes),
         })
     }
 
-    /// The rewards of answers to one prompt, in their order.
-    fn rewards(
+    /// The groups that can be scored, with their tokens. The others with what is wrong with them.
+    fn queue(&self, groups: &[Group<'_>]) -> (VecDeque<Waiting>, Vec<(usize, RowFault)>) {
+        let (prep, budget) = (&self.prep, self.budget);
+        let prepared: Vec<Result<Waiting, RowFault>> = groups
+            .par_iter()
+            .enumerate()
+            .map(|(index, group)| {
+                let answers = prep.ids(group)?;
+                let shared = shared_tokens(&answers);
+                let own = answers.iter().map(|answer| answer.ids.len() - shared);
+                let waiting = Waiting {
+                    index,
+                    shown: Shown::of(group.prompt),
+                    tokens: [shared, own.sum()],
+                    answers,
+                };
+                budget.admit(waiting.tokens.iter().sum())?;
+                Ok(waiting)
+            })
+            .collect();
+        let mut queue = VecDeque::with_capacity(groups.len());
+        let mut faults = Vec::new();
+        for (index, waiting) in prepared.into_iter().enumerate() {
+            match waiting {
+                Ok(waiting) => queue.push_back(waiting),
+                Err(fault) => faults.push((index, fault)),
+            }
+        }
+        (queue, faults)
+    }
+
+    /// The next groups, as many as are read at once.
+    fn next(waiting: &mut VecDeque<Waiting>, budget: &Budget) -> Vec<Waiting> {
+        let tokens_max = budget.read_tokens.min(budget.tokens);
+        let lengths: Vec<usize> = waiting.iter().map(|one| one.tokens.iter().sum()).collect();
+        let first = packs(&lengths, tokens_max).first().map_or(0, Range::len);
+        waiting.drain(..first).collect()
+    }
+
+    /// The scores of groups that are read at once, in their order; the fault of a group whose picture
+    /// is none.
+    fn judge(
         &self,
-        answers: &[JudgeIds],
-        features: Option<&Tensor>,
-    ) -> Result<Vec<f32>, ModelError> {
-        let tokens = answers.iter().map(|answer| answer.ids.len()).max();
-        guarded("judging", answers.len(), tokens.unwrap_or(0), || {
-            let rewards = self.network.rewards(&[(answers, features)]);
-            Vec::try_from(rewards.to_device(Device::Cpu)).expect("float32, one dimension")
-        })
+        groups: &[Waiting],
+        pictures: &mut Pictures<'_, Vec<f32>>,
+        telemetry: &mut Telemetry,
+    ) -> Result<Vec<Result<Vec<Score>, RowFault>>, ModelError> {
+        let shown: Vec<Shown> = groups.iter().flat_map(|one| one.shown.clone()).collect();
+        let patches = self.prep.card.vision_config.patches();
+        pictures.look(&shown, |pixels| {
+            let begun = Instant::now();
+            let features = guarded("looking at pictures", pixels.len(), patches, || {
+                let features = self.network.features(pixels);
+                device::wait(self.network.device);
+                features
+            });
+            telemetry.seconds_tower += begun.elapsed().as_secs_f64();
+            features
+        })?;
+        let begun = Instant::now();
+        let features: Vec<Result<Vec<Tensor>, RowFault>> = groups
+            .iter()
+            .map(|group| pictures.features(&group.shown))
+            .collect();
+        let seen: Vec<(&[JudgeIds], Option<&Tensor>)> = groups
+            .iter()
+            .zip(&features)
+            .filter_map(|(group, features)| {
+                let features = features.as_ref().ok()?;
+                Some((group.answers.as_slice(), features.first()))
+            })
+            .collect();
+        let rows = seen.iter().map(|(answers, _)| answers.len()).sum();
+        let tokens = groups.iter().flat_map(|group| group.tokens).sum();
+        let rewards: Vec<f32> = if seen.is_empty() {
+            Vec::new()
+        } else {
+            guarded("judging", rows, tokens, || {
+                let rewards = self.network.rewards(&seen).to_device(Device::Cpu);
+                Vec::try_from(rewards).expect("float32, one dimension")
+            })?
+        };
+        let mut rewards = rewards.into_iter();
+        let scored = groups.iter().zip(features).map(|(group, features)| {
+            features?;
+            let [prompt, answers] = group.tokens.map(|tokens| tokens as u64);
+            telemetry.prompt_tokens += prompt;
+            telemetry.answer_tokens += answers;
+            let score = |reward| Score {
+                reward,
+                reply: None,
+            };
+            let rewards = rewards.by_ref().take(group.answers.len());
+            Ok(rewards.map(score).collect())
+        });
+        let scored = scored.collect();
+        telemetry.seconds_decode += begun.elapsed().as_secs_f64();
+        Ok(scored)
     }
 }
 
+/// A group that is still to be scored.
+struct Waiting {
+    /// Its place in the call.
+    index: usize,
+    shown: Vec<Shown>,
+    answers: Vec<JudgeIds>,
+    /// Those that all answers begin with, and all others.
+    tokens: [usize; 2],
+}
+
 impl RewardNetwork {
-    /// The features of a picture whose pixels are `[3, side, side]`, `[patches, hidden]`.
-    pub fn features(&self, pixels: &[f32]) -> Tensor {
-        let side = (pixels.len() as f64 / 3.0).sqrt() as i64;
-        let pixels = Tensor::from_slice(pixels)
-            .view([1, 3, side, side])
+    /// The features of pictures whose pixels are `[3, side, side]`, `[patches, hidden]` each.
+    pub fn features<P: AsRef<[f32]>>(&self, pictures: &[P]) -> Vec<Tensor> {
+        let pixels: Vec<Tensor> = pictures
+            .iter()
+            .map(|pixels| {
+                let pixels = pixels.as_ref();
+                let side = (pixels.len() as f64 / 3.0).sqrt() as i64;
+                Tensor::from_slice(pixels).view([1, 3, side, side])
+            })
+            .collect();
+        let pixels = Tensor::cat(&pixels, 0)
             .to_device(self.device)
             .to_kind(self.kind);
-        self.llava.encode_images(&pixels).squeeze_dim(0)
+        self.llava.encode_images(&pixels).unbind(0)
     }
 
     /// The rewards of answers to prompts, prompt by prompt, in their order: `[answers of all]`,
@@ -139,70 +246,59 @@ impl Judge for RewardJudge {
         &mut self,
         groups: &[Group<'_>],
         emit: Emit<'_, Vec<Score>>,
-    ) -> Result<(), ModelError> {
+    ) -> Result<Telemetry, ModelError> {
         let _no_grad = tch::no_grad_guard();
-        let mut pictures = Pictures::of(groups);
-        for (index, group) in groups.iter().enumerate() {
-            let scored = match self.prep.ids(group) {
-                Err(fault) => Err(fault),
-                Ok(answers) => match group.prompt.pictures.first() {
-                    None => Ok(self.rewards(&answers, None)?),
-                    Some(picture) => match pictures.features(picture, self)? {
-                        Err(fault) => Err(fault.clone()),
-                        Ok(features) => Ok(self.rewards(&answers, Some(features))?),
-                    },
-                },
-            };
-            pictures.forget_after(index);
-            let score = |reward| Score {
-                reward,
-                reply: None,
-            };
-            let scored = scored.map(|rewards| rewards.into_iter().map(score).collect());
-            if emit(index, scored).is_break() {
-                break;
+        let mut telemetry = Telemetry::default();
+        let (mut waiting, faults) = self.queue(groups);
+        telemetry.prompts = waiting.len() as u64;
+        for (index, fault) in faults {
+            if emit(index, Err(fault)).is_break() {
+                return Ok(telemetry);
             }
         }
-        Ok(())
-    }
-}
-
-/// The pictures of a call: the tower sees each once, and its features stay no longer than a group
-/// needs them.
-struct Pictures {
-    /// The last group that shows a picture, by the picture's id.
-    last_use: HashMap<String, usize>,
-    /// What there is of features now, or why there are none.
-    features: HashMap<String, Result<Tensor, RowFault>>,
-}
-
-impl Pictures {
-    fn of(groups: &[Group<'_>]) -> Self {
-        let mut last_use = HashMap::new();
-        for (index, group) in groups.iter().enumerate() {
-            for picture in &group.prompt.pictures {
-                last_use.insert(picture.id.clone(), index);
+        let prep = &self.prep;
+        let decode = |picture: &Picture, _: bool| prep.pixels(picture);
+        let mut budget = self.budget;
+        std::thread::scope(|scope| {
+            let shown = waiting.iter().map(|one| groups[one.index].prompt);
+            let mut pictures = Pictures::begin(scope, shown, &decode);
+            'groups: while !waiting.is_empty() {
+                let some = Self::next(&mut waiting, &budget);
+                let scored = match self.judge(&some, &mut pictures, &mut telemetry) {
+                    Ok(scored) => scored,
+                    Err(error @ ModelError::OutOfMemory { .. }) if some.len() == 1 => {
+                        vec![Err(too_large(&error))]
+                    }
+                    Err(ModelError::OutOfMemory { .. }) => {
+                        budget.halve();
+                        for group in some.into_iter().rev() {
+                            waiting.push_front(group);
+                        }
+                        continue;
+                    }
+                    Err(error) => return Err(error),
+                };
+                for (group, scored) in some.iter().zip(scored) {
+                    pictures.done(&group.shown);
+                    if emit(group.index, scored).is_break() {
+                        break 'groups;
+                    }
+                }
             }
-        }
-        let features = HashMap::new();
-        Self { last_use, features }
+            telemetry.pictures = pictures.tally.pictures;
+            telemetry.tower_passes = pictures.tally.passes;
+            telemetry.seconds_pictures = pictures.tally.seconds_decoding;
+            telemetry.seconds_waiting = pictures.tally.seconds_waiting;
+            Ok::<_, ModelError>(())
+        })?;
+        telemetry.tokens_max = budget.read_tokens.min(budget.tokens) as u64;
+        telemetry.halvings = budget.halvings;
+        self.budget = budget.for_next();
+        Ok(telemetry)
     }
 
-    fn features(
-        &mut self,
-        picture: &Picture,
-        judge: &RewardJudge,
-    ) -> Result<&Result<Tensor, RowFault>, ModelError> {
-        if !self.features.contains_key(&picture.id) {
-            let features = judge.features(picture)?;
-            self.features.insert(picture.id.clone(), features);
-        }
-        Ok(&self.features[&picture.id])
-    }
-
-    fn forget_after(&mut self, group: usize) {
-        let last_use = &self.last_use;
-        self.features.retain(|id, _| last_use[id] > group);
+    fn plan(&self) -> Option<String> {
+        Some(self.budget.of_scoring())
     }
 }
 

@@ -129,7 +129,7 @@ impl LlavaRewards {
     fn rewards(&self, pair: &Judged) -> Tensor {
         let features = pair.pixels.as_ref().map(|pixels| {
             let _no_grad = tch::no_grad_guard();
-            self.network.features(pixels)
+            self.network.features(&[pixels]).remove(0)
         });
         self.network.rewards(&[(&pair.answers, features.as_ref())])
     }

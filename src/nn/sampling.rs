@@ -1,6 +1,7 @@
 //! How the next token is chosen from logits.
 //!
-//! In the order of transformers' `generate`: repetition penalty, temperature, `top_k`, `top_p`, draw.
+//! In the order of transformers' `generate`: repetition penalty, temperature, `top_k`, `top_p`,
+//! `min_p`, draw.
 //! Before all of them, tokens that must never be written are banned. The draw takes its number from
 //! a counter, not from a generator with a state: it depends on the prompt's seed, the answer's
 //! number and the token's position, and so on nothing that batching or resuming could change.
@@ -80,6 +81,13 @@ impl<'a> Chooser<'a> {
         }
     }
 
+    /// All rows go.
+    pub fn clear(&mut self) {
+        if let Some(occurred) = &mut self.occurred {
+            *occurred = occurred.narrow(0, 0, 0);
+        }
+    }
+
     /// One token for each row of `logits` (`[rows, vocab]`, float32), drawn with the row's number
     /// in [0, 1). `None` for a row whose logits are not numbers.
     pub fn choose(&mut self, logits: &Tensor, numbers: &[f64]) -> Vec<Option<i64>> {
@@ -130,7 +138,7 @@ impl<'a> Chooser<'a> {
         let rows = rows_of(&self.probabilities(&self.scores(logits)));
         let distribution = |row: Vec<f32>| {
             let mut tokens = Token::all(&row);
-            let kept = nucleus(&mut tokens, self.how.top_p).expect("numbers");
+            let kept = eligible(&mut tokens, self.how).expect("numbers");
             let whole: f64 = tokens[..kept]
                 .iter()
                 .map(|token| f64::from(token.chance))
@@ -145,12 +153,12 @@ impl<'a> Chooser<'a> {
     }
 
     fn draw(&self, probabilities: &Tensor, numbers: &[f64]) -> Vec<Option<i64>> {
-        let top_p = self.how.top_p;
+        let how = self.how;
         if probabilities.device() == Device::Cpu {
             let rows = rows_of(probabilities);
             let rows = rows.par_iter().zip(numbers);
             return rows
-                .map(|(row, &number)| draw(&mut Token::all(row), top_p, number))
+                .map(|(row, &number)| draw(&mut Token::all(row), how, number))
                 .collect();
         }
         let (chances, ids) =
@@ -165,12 +173,14 @@ impl<'a> Chooser<'a> {
             let pairs = chances.into_iter().zip(ids);
             let mut few: Vec<Token> = pairs.map(|(chance, id)| Token { chance, id }).collect();
             let sum: f64 = few.iter().map(|token| f64::from(token.chance)).sum();
-            // The most likely suffice if the nucleus lies among them.
-            if sum >= top_p {
-                return draw(&mut few, top_p, number);
+            // The most likely suffice if all that may be drawn lie among them. They come in order.
+            let least = few.last().map_or(0.0, |token| token.chance);
+            let most = few.first().map_or(0.0, |token| token.chance);
+            if sum >= how.top_p || least < least_chance(most, how.min_p) {
+                return draw(&mut few, how, number);
             }
             let all = rows_of(&probabilities.narrow(0, row as i64, 1)).swap_remove(0);
-            draw(&mut Token::all(&all), top_p, number)
+            draw(&mut Token::all(&all), how, number)
         })
         .collect()
     }
@@ -201,12 +211,13 @@ impl Token {
     }
 }
 
-/// The token that `number` draws from the nucleus, by the inverse of the cumulated chances. `None`
-/// when the chances are not numbers.
-fn draw(tokens: &mut [Token], top_p: f64, number: f64) -> Option<i64> {
-    let kept = nucleus(tokens, top_p)?;
+/// The token that `number` draws from those that may be drawn, by the inverse of the cumulated
+/// chances. `None` when the chances are not numbers.
+fn draw(tokens: &mut [Token], how: &Sampling, number: f64) -> Option<i64> {
+    let kept = eligible(tokens, how)?;
+    let some_are_out = how.top_p < 1.0 || kept < tokens.len();
     let tokens = &mut tokens[..kept];
-    let whole = if top_p < 1.0 {
+    let whole = if some_are_out {
         tokens.iter().map(|token| f64::from(token.chance)).sum()
     } else {
         1.0
@@ -214,6 +225,31 @@ fn draw(tokens: &mut [Token], top_p: f64, number: f64) -> Option<i64> {
     // Rounding may put the draw beyond the last one.
     let place = reach(tokens, |sum| sum > number * whole).unwrap_or(kept - 1);
     Some(tokens[place].id)
+}
+
+/// Brings the tokens that may be drawn to the front, those of the nucleus that `min_p` leaves, and
+/// gives their number. `None` when the chances are not numbers or there are none.
+fn eligible(tokens: &mut [Token], how: &Sampling) -> Option<usize> {
+    let kept = nucleus(tokens, how.top_p)?;
+    if how.min_p == 0.0 {
+        return Some(kept);
+    }
+    let nucleus = &mut tokens[..kept];
+    let most = nucleus.iter().map(|token| token.chance).fold(0.0, f32::max);
+    let least = least_chance(most, how.min_p);
+    let mut front = 0;
+    for place in 0..kept {
+        if nucleus[place].chance >= least {
+            nucleus.swap(front, place);
+            front += 1;
+        }
+    }
+    Some(front)
+}
+
+/// The least chance that a token may have beside one of `most`; in float32, as transformers has it.
+fn least_chance(most: f32, min_p: f64) -> f32 {
+    most * min_p as f32
 }
 
 /// Brings the nucleus to the front, the smallest set of most likely tokens whose chances sum to
@@ -290,8 +326,11 @@ mod tests {
             temperature: 1.0,
             top_p: 1.0,
             top_k: 0,
+            min_p: 0.0,
             repetition_penalty: 1.0,
             max_new_tokens: 1,
+            stop_strings: Vec::new(),
+            stop_token_ids: Vec::new(),
         }
     }
 
@@ -351,6 +390,24 @@ mod tests {
         check(&of(0.65), &[0., 4. / 7., 0., 3. / 7.]);
         check(&of(0.75), &[0., 4. / 9., 2. / 9., 3. / 9.]);
         check(&of(0.01), &[0., 1., 0., 0.]);
+    }
+
+    #[test]
+    fn min_p_keeps_what_is_nearly_as_likely_as_the_most_likely() {
+        let least = |min_p, top_p| {
+            let how = Sampling {
+                min_p,
+                top_p,
+                ..how()
+            };
+            shares(&how, &logits(&CHANCES), &[], &[])
+        };
+        check(&least(0.6, 1.0), &[0., 4. / 7., 0., 3. / 7.]);
+        check(&least(0.3, 1.0), &[0., 4. / 9., 2. / 9., 3. / 9.]);
+        check(&least(1.0, 1.0), &[0., 1., 0., 0.]);
+        // The narrower of the two decides.
+        check(&least(0.3, 0.65), &[0., 4. / 7., 0., 3. / 7.]);
+        check(&least(0.6, 0.85), &[0., 4. / 7., 0., 3. / 7.]);
     }
 
     #[test]
@@ -439,7 +496,8 @@ mod tests {
                 .iter()
                 .position(|&sum| sum > number * sums[last])
                 .unwrap();
-            let found = draw(&mut Token::all(&chances), top_p, number);
+            let how = Sampling { top_p, ..how() };
+            let found = draw(&mut Token::all(&chances), &how, number);
             assert_eq!(found, Some(sorted[place].id), "{top_p} {number}");
         }
     }

@@ -169,6 +169,7 @@ pub fn reward_folder() -> (TempDir, LlavaRlhf) {
         prompt: folder.path().join("prompt.txt"),
         device: DeviceSpec::Auto,
         dtype: Dtype::Auto,
+        memory_gb: None,
     };
     let adapter_folder = folder.path().join("adapter");
     for place in [&spec.base, &spec.vision, &adapter_folder] {

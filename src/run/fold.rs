@@ -68,6 +68,7 @@ impl Runner<'_> {
             )
         };
         let report = &mut *self.report;
+        let mut telemetry = crate::models::Telemetry::default();
         let mut scope = Scope {
             table,
             round,
@@ -76,6 +77,8 @@ impl Runner<'_> {
             shelf: &mut shelf,
             stopping: &|| interrupt.raised(),
             progress: &mut |_| {},
+            telemetry: &mut telemetry,
+            say: &mut |_| {},
         };
         let batches = work.batches(&scope, rows.len());
         let mut training = work.begin(&mut scope, batches.len(), before)?;
@@ -275,6 +278,7 @@ fn part(
         rows_in: steps.len() as u64,
         files: writer.finish()?,
         rejects: Vec::new(),
+        telemetry: Vec::new(),
         faults: 0,
         dropped: 0,
     })

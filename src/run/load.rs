@@ -70,7 +70,8 @@ impl Runner<'_> {
                 part,
                 rows_in,
                 files: writer.finish()?,
-                rejects: self.write_rejects(table, None, part, &rejects)?,
+                rejects: self.write_beside("rejects", table, None, part, &rejects)?,
+                telemetry: Vec::new(),
                 faults: count(&rejects, RejectClass::Fault),
                 dropped: count(&rejects, RejectClass::Dropped),
             };

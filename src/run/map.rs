@@ -1,14 +1,18 @@
 //! Mapping: parts of a table's groups are computed, committed and resumed, one after the other.
 
+use std::cell::RefCell;
+use std::time::{Duration, Instant};
+
 use arrow::array::RecordBatch;
 
 use super::groups::Groups;
 use super::{Runner, count};
 use crate::config::PlannedStage;
+use crate::models;
 use crate::run::{Start, Unit};
 use crate::stages::{Failure, MapWork, Outcome, Scope, TableName, rejects};
 use crate::store::{Event, FileRecord, Key, Lookup, Made, PartRecord, RunFolder};
-use crate::tables::RejectClass;
+use crate::tables::{RejectClass, Telemetry};
 
 impl Runner<'_> {
     /// Makes what is missing of `table`, the stage's own table or one that it needs before.
@@ -71,8 +75,11 @@ impl Runner<'_> {
                 });
             }
             self.stop_if_asked()?;
-            let report = &mut *self.report;
+            let begun = Instant::now();
+            let report = RefCell::new(&mut *self.report);
             let interrupt = self.interrupt;
+            let said = &mut self.said;
+            let mut telemetry = models::Telemetry::default();
             let mut scope = Scope {
                 table,
                 round,
@@ -80,12 +87,23 @@ impl Runner<'_> {
                 models: &mut models,
                 shelf: &mut shelf,
                 stopping: &|| interrupt.raised(),
-                progress: &mut |rows| report.progress(rows_done + rows),
+                progress: &mut |rows| report.borrow_mut().progress(rows_done + rows),
+                telemetry: &mut telemetry,
+                say: &mut |text| {
+                    if said.insert(text.to_owned()) {
+                        report.borrow_mut().note(text);
+                    }
+                },
             };
             let rows_in = batches.len() as u64;
             let outcomes = compute(work, &mut scope, batches, base, &mut reuse)?;
             rows_done += part_rows;
-            let record = self.write_part(table, round, part, rows_in, work, outcomes, &made.key)?;
+            let mut record =
+                self.write_part(table, round, part, rows_in, work, outcomes, &made.key)?;
+            if telemetry.prompts > 0 {
+                let row = row_of(&telemetry, table, round, part, begun.elapsed());
+                record.telemetry = self.write_beside("telemetry", table, round, part, &[row])?;
+            }
             self.folder.commit(Event::Part {
                 table: table.to_string(),
                 round,
@@ -128,7 +146,8 @@ impl Runner<'_> {
             part,
             rows_in,
             files: writer.finish()?,
-            rejects: self.write_rejects(table, round, part, &rejects)?,
+            rejects: self.write_beside("rejects", table, round, part, &rejects)?,
+            telemetry: Vec::new(),
             faults: count(&rejects, RejectClass::Fault),
             dropped: count(&rejects, RejectClass::Dropped),
         })
@@ -160,6 +179,49 @@ impl Runner<'_> {
         }
         Ok(makings)
     }
+}
+
+fn row_of(
+    telemetry: &models::Telemetry,
+    table: &TableName,
+    round: Option<u32>,
+    part: u32,
+    took: Duration,
+) -> Telemetry {
+    let count = |number: u64| number as i64;
+    let places = telemetry.steps * telemetry.rows_max;
+    Telemetry {
+        stage: table.to_string(),
+        round: round.map(u32::cast_signed),
+        part: part.cast_signed(),
+        prompts: count(telemetry.prompts),
+        pictures: count(telemetry.pictures),
+        tower_passes: count(telemetry.tower_passes),
+        prompt_tokens: count(telemetry.prompt_tokens),
+        answer_tokens: count(telemetry.answer_tokens),
+        steps: count(telemetry.steps),
+        occupancy: (places > 0).then(|| telemetry.step_rows as f64 / places as f64),
+        rows_max: count(telemetry.rows_max),
+        tokens_max: count(telemetry.tokens_max),
+        halvings: count(telemetry.halvings),
+        seconds_pictures: telemetry.seconds_pictures,
+        seconds_waiting: telemetry.seconds_waiting,
+        seconds_tower: telemetry.seconds_tower,
+        seconds_prefill: telemetry.seconds_prefill,
+        seconds_decode: telemetry.seconds_decode,
+        seconds: took.as_secs_f64(),
+        peak_memory: peak_memory(),
+    }
+}
+
+/// The most memory that this process took so far, in bytes, where Linux tells.
+fn peak_memory() -> Option<i64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kilobytes: i64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kilobytes * 1024)
 }
 
 /// The outcomes of a part's groups: taken over where their rows exist, computed where not.

@@ -19,7 +19,7 @@ mod report;
 pub use interrupt::Interrupt;
 pub use report::{Report, Start, Unit};
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 
 use arrow::datatypes::SchemaRef;
@@ -137,6 +137,8 @@ struct Runner<'a> {
     interrupt: &'a Interrupt,
     /// Keys of the tables so far.
     keys: HashMap<(TableName, Option<u32>), String>,
+    /// What stages had to say; nothing twice.
+    said: HashSet<String>,
 }
 
 impl<'a> Runner<'a> {
@@ -167,6 +169,7 @@ impl<'a> Runner<'a> {
             report,
             interrupt,
             keys: HashMap::new(),
+            said: HashSet::new(),
         })
     }
 
@@ -367,19 +370,20 @@ impl<'a> Runner<'a> {
         Ok("of an unknown row".to_owned())
     }
 
-    /// Writes rejects as files of the run.
-    fn write_rejects(
+    /// Writes rows that stand beside a table's own as files of the run.
+    fn write_beside<R: Row>(
         &self,
+        folder: &str,
         table: &TableName,
         round: Option<u32>,
         part: u32,
-        rejects: &[Reject],
+        rows: &[R],
     ) -> Result<Vec<FileRecord>, Failure> {
         let round = round.map_or_else(String::new, |round| format!("-round-{round}"));
-        let stem = format!("rejects/{table}{round}-{part:05}");
-        let mut writer = self.writer(&stem, &Reject::schema(), None);
-        if !rejects.is_empty() {
-            writer.write(&Reject::to_batch(rejects))?;
+        let stem = format!("{folder}/{table}{round}-{part:05}");
+        let mut writer = self.writer(&stem, &R::schema(), None);
+        if !rows.is_empty() {
+            writer.write(&R::to_batch(rows))?;
         }
         Ok(writer.finish()?)
     }

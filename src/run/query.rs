@@ -86,6 +86,7 @@ impl Runner<'_> {
             rows_in,
             files: writer.finish()?,
             rejects: Vec::new(),
+            telemetry: Vec::new(),
             faults: 0,
             dropped: 0,
         };

@@ -121,6 +121,9 @@ impl Map for &Compare {
         let progress = &mut *scope.progress;
         let mut done = 0;
         let judge = scope.models.judge(&self.judge)?;
+        if let Some(plan) = judge.plan() {
+            (scope.say)(&format!("{}: {plan}", self.judge));
+        }
         let judged = judge.score(&groups, &mut |index, scores| {
             scored[index] = Some(scores);
             done += 1;
@@ -131,7 +134,7 @@ impl Map for &Compare {
                 ControlFlow::Continue(())
             }
         });
-        judged.map_err(Failure::of(&self.judge))?;
+        *scope.telemetry = judged.map_err(Failure::of(&self.judge))?;
         let mut scored = scored.into_iter();
         let mut outcomes = Vec::with_capacity(tasks.len());
         for task in tasks {

@@ -39,7 +39,9 @@ pub use training::AFTER;
 pub use train_dpo::TrainDpo;
 pub use train_reward::TrainReward;
 pub use train_sft::TrainSft;
-pub use values::{ModelName, NonNegative, Positive, Probability, TableName, Temperature};
+pub use values::{
+    ModelName, NonNegative, Positive, Probability, Share, StopString, TableName, Temperature,
+};
 
 use std::path::{Path, PathBuf};
 

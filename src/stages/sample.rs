@@ -7,8 +7,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Failure, Input, Map, ModelName, Outcome, Positive, Probability, Role, Scope, Stage, StageError,
-    TableName, Task, Temperature, Use, Work, shown,
+    Failure, Input, Map, ModelName, Outcome, Positive, Probability, Role, Scope, Share, Stage,
+    StageError, StopString, TableName, Task, Temperature, Use, Work, shown,
 };
 use crate::models::{self, Generation, RowFault, Sampling, Stop};
 use crate::store::Key;
@@ -34,12 +34,22 @@ pub struct Sample {
     /// Keeps this many most likely tokens; 0 keeps all. (The lmms-lab chat checkpoints ask for 20.)
     #[serde(default)]
     pub top_k: u32,
+    /// Keeps only tokens at least this share as likely as the most likely one; 0 keeps all.
+    #[serde(default, skip_serializing_if = "Share::is_zero")]
+    pub min_p: Share,
     /// Makes tokens that occurred less likely; 1 is off. (The lmms-lab chat checkpoints ask for 1.05.)
     #[serde(default = "defaults::repetition_penalty")]
     pub repetition_penalty: Positive,
     /// The longest answer in tokens.
     #[serde(default = "defaults::max_new_tokens")]
     pub max_new_tokens: NonZeroU32,
+    /// Texts that end an answer, beside the model's own stop tokens. The answer's `text` ends before
+    /// the first of them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub stop: Vec<StopString>,
+    /// Tokens that end an answer, beside the model's own.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub stop_token_ids: Vec<u32>,
     /// Prompts that are computed, stored and resumed as one.
     #[serde(default = "defaults::part")]
     pub part: NonZeroU32,
@@ -115,8 +125,11 @@ impl Sample {
             temperature: self.temperature.get(),
             top_p: self.top_p.get(),
             top_k: self.top_k as usize,
+            min_p: self.min_p.get(),
             repetition_penalty: self.repetition_penalty.get(),
             max_new_tokens: self.max_new_tokens.get() as usize,
+            stop_strings: self.stop.iter().map(|one| one.get().to_owned()).collect(),
+            stop_token_ids: self.stop_token_ids.iter().map(|&id| id.into()).collect(),
         }
     }
 }
@@ -174,6 +187,9 @@ impl Map for &Sample {
             let progress = &mut *scope.progress;
             let mut done = 0;
             let policy = scope.models.policy(&self.model)?;
+            if let Some(plan) = policy.plan() {
+                (scope.say)(&format!("{}: {plan}", self.model));
+            }
             let sampled = policy.sample(&prompts, &self.sampling(), &mut |index, result| {
                 let place = places[index];
                 let task = &tasks[place];
@@ -189,7 +205,7 @@ impl Map for &Sample {
                     std::ops::ControlFlow::Continue(())
                 }
             });
-            sampled.map_err(Failure::of(&self.model))?;
+            *scope.telemetry = sampled.map_err(Failure::of(&self.model))?;
         }
         // A model that was told to stop leaves prompts unanswered.
         outcomes
@@ -210,7 +226,7 @@ fn candidates(task: &Task<Prompt>, answers: Vec<Generation>, model: &str) -> Vec
         token_ids: answer.token_ids,
         token_logps: answer.token_logps,
         finish: match answer.stop {
-            Stop::Token => Finish::Stop,
+            Stop::Token | Stop::String => Finish::Stop,
             Stop::Length => Finish::Length,
         },
         seed: answer.seed,

@@ -153,6 +153,9 @@ impl Map for &Score {
         let progress = &mut *scope.progress;
         let mut done = 0;
         let judge = scope.models.judge(&self.judge)?;
+        if let Some(plan) = judge.plan() {
+            (scope.say)(&format!("{}: {plan}", self.judge));
+        }
         let scored = judge.score(&groups, &mut |index, result| {
             let task = &tasks[index];
             outcomes[index] = Some(match result {
@@ -177,7 +180,7 @@ impl Map for &Score {
                 std::ops::ControlFlow::Continue(())
             }
         });
-        scored.map_err(Failure::of(&self.judge))?;
+        *scope.telemetry = scored.map_err(Failure::of(&self.judge))?;
         outcomes
             .into_iter()
             .map(|outcome| outcome.ok_or(Failure::Interrupted))

@@ -56,6 +56,11 @@ bounded!(
     {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
 );
 bounded!(
+    /// A share, from 0 to 1.
+    Share, |value| (0.0..=1.0).contains(&value), "from 0 to 1",
+    {"type": "number", "minimum": 0, "maximum": 1}
+);
+bounded!(
     /// A number above 0.
     Positive, |value| value > 0.0 && value.is_finite(), "above 0",
     {"type": "number", "exclusiveMinimum": 0}
@@ -65,6 +70,60 @@ bounded!(
     NonNegative, |value| value >= 0.0 && value.is_finite(), "0 or more",
     {"type": "number", "minimum": 0}
 );
+
+impl Default for Share {
+    fn default() -> Self {
+        Self(0.0)
+    }
+}
+
+impl Share {
+    /// Whether it says nothing.
+    #[expect(
+        clippy::trivially_copy_pass_by_ref,
+        reason = "serde passes by reference"
+    )]
+    pub fn is_zero(&self) -> bool {
+        self.0 == 0.0
+    }
+}
+
+/// A text that ends answers; not empty.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct StopString(String);
+
+impl StopString {
+    pub fn get(&self) -> &str {
+        &self.0
+    }
+}
+
+impl TryFrom<String> for StopString {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        if text.is_empty() {
+            return Err("a text that ends answers has at least one character".to_owned());
+        }
+        Ok(Self(text))
+    }
+}
+
+impl From<StopString> for String {
+    fn from(stop: StopString) -> Self {
+        stop.0
+    }
+}
+
+impl JsonSchema for StopString {
+    fn schema_name() -> Cow<'static, str> {
+        "StopString".into()
+    }
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({"type": "string", "minLength": 1})
+    }
+}
 
 /// A name that also works in SQL without quotes.
 macro_rules! name {

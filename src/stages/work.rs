@@ -10,7 +10,7 @@ use arrow::datatypes::SchemaRef;
 use super::{ModelName, TableName};
 use crate::models::{
     self, DpoLearner, DpoSettings, Judge, Learner, ModelError, Picture, Policy, RewardLearner,
-    RewardSettings, RowFault, SftLearner, SftSettings,
+    RewardSettings, RowFault, SftLearner, SftSettings, Telemetry,
 };
 use crate::query::{self, Param, QueryError, QueryTable};
 use crate::store::{Images, Key, Lookup, StoreError};
@@ -109,6 +109,10 @@ pub struct Scope<'a> {
     pub stopping: &'a dyn Fn() -> bool,
     /// Told how many rows of the input are done, for the progress bar.
     pub progress: &'a mut dyn FnMut(u64),
+    /// Takes what a network did.
+    pub telemetry: &'a mut Telemetry,
+    /// Told, before a network begins, how much it computes at once; shown once a run.
+    pub say: &'a mut dyn FnMut(&str),
 }
 
 impl Scope<'_> {

@@ -13,6 +13,9 @@ use super::{
     TableWriter, sync_folder,
 };
 
+/// Folders for what is written beside the rows of tables.
+const BESIDE: [&str; 2] = ["rejects", "telemetry"];
+
 /// Parts are compacted when there are several and a file would hold many of them.
 const COMPACT_BELOW_BYTES: u64 = 64 << 20;
 
@@ -192,7 +195,7 @@ impl RunFolder {
             .expect("a table that was begun")
             .clone();
         let folder = Self::table_folder(table, round);
-        let old: Vec<FileRecord> = made.files().chain(made.rejects()).cloned().collect();
+        let old: Vec<FileRecord> = made.all_files().cloned().collect();
         let files = self.compact(
             &made.files().cloned().collect::<Vec<_>>(),
             &format!("{folder}/all"),
@@ -204,19 +207,21 @@ impl RunFolder {
             &format!("rejects/{table}{round_name}"),
             footer,
         )?;
-        let kept: Vec<String> = files
-            .iter()
-            .chain(&rejects)
-            .map(|file| file.file.clone())
-            .collect();
+        let telemetry = self.compact(
+            &made.telemetry().cloned().collect::<Vec<_>>(),
+            &format!("telemetry/{table}{round_name}"),
+            footer,
+        )?;
         let whole = PartRecord {
             part: 0,
             rows_in: made.parts.iter().map(|part| part.rows_in).sum(),
             files,
             rejects,
+            telemetry,
             faults: made.parts.iter().map(|part| part.faults).sum(),
             dropped: made.parts.iter().map(|part| part.dropped).sum(),
         };
+        let kept: Vec<String> = whole.all_files().map(|file| file.file.clone()).collect();
         let parts = vec![whole];
         self.commit(Event::Finish {
             table: table.to_owned(),
@@ -271,9 +276,7 @@ impl RunFolder {
     /// see nothing that the manifest doesn't know. Only files with our names, in our folders.
     fn sweep(&self) -> Result<(), StoreError> {
         let made = self.manifest.made.iter();
-        let listed = made
-            .clone()
-            .flat_map(|made| made.files().chain(made.rejects()));
+        let listed = made.clone().flat_map(Made::all_files);
         let listed: HashSet<&str> = listed
             .chain(&self.manifest.images)
             .map(|file| file.file.as_str())
@@ -283,7 +286,8 @@ impl RunFolder {
             .chain(parked)
             .map(|made| Self::table_folder(&made.table, made.round))
             .collect();
-        folders.extend(["images".to_owned(), "rejects".to_owned()]);
+        folders.insert("images".to_owned());
+        folders.extend(BESIDE.map(str::to_owned));
         for folder in folders {
             let Ok(entries) = fs::read_dir(self.root.join(&folder)) else {
                 continue;
@@ -291,8 +295,9 @@ impl RunFolder {
             for entry in entries {
                 let entry = entry.map_err(StoreError::io("read", &self.root))?;
                 let name = entry.file_name().to_string_lossy().into_owned();
-                let ours =
-                    name.starts_with("part-") || name.starts_with("all") || folder == "rejects";
+                let ours = name.starts_with("part-")
+                    || name.starts_with("all")
+                    || BESIDE.contains(&folder.as_str());
                 let ours = ours && (name.ends_with(".parquet") || name.ends_with(".parquet.new"));
                 let is_file = entry.file_type().is_ok_and(|kind| kind.is_file());
                 if ours && is_file && !listed.contains(format!("{folder}/{name}").as_str()) {
@@ -335,7 +340,7 @@ impl RunFolder {
                 .iter()
                 .all(|(name, bytes)| has_size(&format!("{folder}/{name}"), *bytes))
         };
-        let whole = |part: &PartRecord| part.files.iter().chain(&part.rejects).all(&there);
+        let whole = |part: &PartRecord| part.all_files().all(&there);
         let folders_there = |made: &Made| {
             let checkpoint = made.checkpoint.as_ref();
             let state = made.state.as_ref();
@@ -378,10 +383,7 @@ impl RunFolder {
 
 /// The files and folders of a table, relative to the run's folder; states stay where they are.
 fn places(made: &Made) -> impl Iterator<Item = &str> {
-    let files = made
-        .files()
-        .chain(made.rejects())
-        .map(|file| file.file.as_str());
+    let files = made.all_files().map(|file| file.file.as_str());
     let checkpoint = made
         .checkpoint
         .iter()
@@ -394,7 +396,8 @@ fn places(made: &Made) -> impl Iterator<Item = &str> {
 /// The record of a table whose files have other names.
 fn relocated(mut made: Made, name: impl Fn(&str) -> String) -> Made {
     for part in &mut made.parts {
-        for file in part.files.iter_mut().chain(&mut part.rejects) {
+        let beside = part.rejects.iter_mut().chain(&mut part.telemetry);
+        for file in part.files.iter_mut().chain(beside) {
             file.file = name(&file.file);
         }
     }

@@ -36,6 +36,9 @@ pub struct PartRecord {
     pub rows_in: u64,
     pub files: Vec<FileRecord>,
     pub rejects: Vec<FileRecord>,
+    /// What a network did for it.
+    #[serde(default)]
+    pub telemetry: Vec<FileRecord>,
     /// Rejects of class `fault`.
     pub faults: u64,
     /// Rejects of class `dropped`.
@@ -85,6 +88,16 @@ pub struct Made {
     pub checkpoint: Option<CheckpointRecord>,
 }
 
+impl PartRecord {
+    /// The files of its rows, and those beside them.
+    pub fn all_files(&self) -> impl Iterator<Item = &FileRecord> {
+        self.files
+            .iter()
+            .chain(&self.rejects)
+            .chain(&self.telemetry)
+    }
+}
+
 impl Made {
     pub fn files(&self) -> impl Iterator<Item = &FileRecord> {
         self.parts.iter().flat_map(|part| &part.files)
@@ -92,6 +105,15 @@ impl Made {
 
     pub fn rejects(&self) -> impl Iterator<Item = &FileRecord> {
         self.parts.iter().flat_map(|part| &part.rejects)
+    }
+
+    pub fn telemetry(&self) -> impl Iterator<Item = &FileRecord> {
+        self.parts.iter().flat_map(|part| &part.telemetry)
+    }
+
+    /// The files of its rows, and those beside them.
+    pub fn all_files(&self) -> impl Iterator<Item = &FileRecord> {
+        self.files().chain(self.rejects()).chain(self.telemetry())
     }
 
     pub fn rows(&self) -> u64 {
@@ -382,6 +404,7 @@ mod tests {
             rows_in: 1,
             files: Vec::new(),
             rejects: Vec::new(),
+            telemetry: Vec::new(),
             faults: 0,
             dropped: 0,
         };

@@ -16,6 +16,7 @@ mod reference;
 mod reject;
 mod reward;
 mod step;
+mod telemetry;
 
 pub use candidate::{Candidate, Finish};
 pub use comparison::Comparison;
@@ -28,11 +29,12 @@ pub use reward::Reward;
 pub(crate) use row::rows;
 pub use row::{Misfit, Row, fits, is_measured};
 pub use step::{DpoStep, RewardStep, SftStep};
+pub use telemetry::Telemetry;
 
 use arrow::datatypes::SchemaRef;
 
 /// Every kind there is, in the order in which a row meets them.
-pub const KINDS: [&str; 11] = [
+pub const KINDS: [&str; 12] = [
     Image::KIND,
     Prompt::KIND,
     Candidate::KIND,
@@ -44,6 +46,7 @@ pub const KINDS: [&str; 11] = [
     RewardStep::KIND,
     Comparison::KIND,
     Reject::KIND,
+    Telemetry::KIND,
 ];
 
 /// The schema of a kind, or `None` when there is no such kind.
@@ -60,6 +63,7 @@ pub fn schema_of(kind: &str) -> Option<SchemaRef> {
         RewardStep::KIND => RewardStep::schema(),
         Comparison::KIND => Comparison::schema(),
         Reject::KIND => Reject::schema(),
+        Telemetry::KIND => Telemetry::schema(),
         _ => return None,
     })
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::ops::ControlFlow;
 
-use tch::{Device, Kind};
+use tch::{Device, Kind, Tensor};
 
 use super::super::decoder::Wanted;
 use super::super::recorded::{self, Expected, assert_close};
@@ -20,8 +20,20 @@ fn how(count: usize, temperature: f64) -> Sampling {
         temperature,
         top_p: 0.9,
         top_k: 0,
+        min_p: 0.0,
+        stop_strings: Vec::new(),
+        stop_token_ids: Vec::new(),
         repetition_penalty: 1.0,
         max_new_tokens: 12,
+    }
+}
+
+/// Answers whose tokens do not depend on the last bits of the logits: among chances this clear none
+/// lies at an edge.
+fn clear(count: usize) -> Sampling {
+    Sampling {
+        top_p: 1.0,
+        ..how(count, 0.5)
     }
 }
 
@@ -30,16 +42,41 @@ fn sample(
     prompts: &[Prompt],
     how: &Sampling,
 ) -> Vec<Result<Vec<Generation>, RowFault>> {
+    measured(policy, prompts, how).0
+}
+
+fn measured(
+    policy: &mut OnevisionPolicy,
+    prompts: &[Prompt],
+    how: &Sampling,
+) -> (Vec<Result<Vec<Generation>, RowFault>>, Telemetry) {
     let mut rows: Vec<_> = prompts.iter().map(|_| None).collect();
     let mut emit = |index: usize, answers| {
         assert!(rows[index].is_none(), "row {index} comes twice");
         rows[index] = Some(answers);
         ControlFlow::Continue(())
     };
-    policy.sample(prompts, how, &mut emit).unwrap();
-    rows.into_iter()
-        .map(|row| row.expect("every row comes"))
-        .collect()
+    let telemetry = policy.sample(prompts, how, &mut emit).unwrap();
+    let rows = rows.into_iter().map(|row| row.expect("every row comes"));
+    (rows.collect(), telemetry)
+}
+
+/// The same tokens, and log-probabilities within `1e-4`.
+fn assert_same(
+    left: &[Result<Vec<Generation>, RowFault>],
+    right: &[Result<Vec<Generation>, RowFault>],
+) {
+    assert_eq!(left.len(), right.len());
+    for (left, right) in left.iter().zip(right) {
+        let (left, right) = (left.as_ref().unwrap(), right.as_ref().unwrap());
+        assert_eq!(left.len(), right.len());
+        for (left, right) in left.iter().zip(right) {
+            assert_eq!(left.token_ids, right.token_ids);
+            for (one, other) in left.token_logps.iter().zip(&right.token_logps) {
+                assert!((one - other).abs() < 1e-4, "{one} {other}");
+            }
+        }
+    }
 }
 
 #[test]
@@ -115,7 +152,7 @@ fn who_is_beside_whom_changes_no_answer() {
     }
     let how = Sampling {
         max_new_tokens: 20,
-        ..how(5, 3.0)
+        ..clear(5)
     };
     let mut policy = policy(Dtype::Float32);
     let together = sample(&mut policy, &prompts, &how);
@@ -242,6 +279,271 @@ fn weights_that_are_not_numbers_are_a_fault_in_words() {
     }
 }
 
+/// Twelve prompts about three pictures, in no order.
+fn many() -> Vec<Prompt> {
+    let mut prompts = Vec::new();
+    for round in 0..3 {
+        for mut prompt in recorded::prompts() {
+            prompt.seed += 100 * round;
+            prompt.question.push_str(&" more".repeat(round as usize));
+            prompts.push(prompt);
+        }
+    }
+    prompts
+}
+
+#[test]
+fn pictures_and_prompts_are_read_once_whatever_the_budget_and_the_answers_are_the_same() {
+    let prompts = many();
+    let how = clear(5);
+    let mut policy = policy(Dtype::Float32);
+    let (expected, telemetry) = measured(&mut policy, &prompts, &how);
+    let lengths = |policy: &OnevisionPolicy| -> usize {
+        let ids = prompts
+            .iter()
+            .map(|prompt| policy.prep.count(prompt).unwrap());
+        ids.sum()
+    };
+    let tokens = |rows: &[Result<Vec<Generation>, RowFault>]| -> usize {
+        let answers = rows.iter().flat_map(|row| row.as_ref().unwrap());
+        answers.map(|answer| answer.token_ids.len()).sum()
+    };
+    for (rows, tokens_max, read_tokens) in [
+        (usize::MAX, usize::MAX, usize::MAX),
+        (12, 700, 200),
+        (5, usize::MAX, 1),
+        (1, 1, 1),
+    ] {
+        policy.budget.rows = rows;
+        policy.budget.tokens = tokens_max;
+        policy.budget.read_tokens = read_tokens;
+        let (found, telemetry) = measured(&mut policy, &prompts, &how);
+        assert_same(&found, &expected);
+        let counts = [
+            telemetry.prompts,
+            telemetry.pictures,
+            telemetry.tower_passes,
+        ];
+        // Two pictures alone, two that stand beside each other.
+        assert_eq!(
+            counts,
+            [12, 4, 4],
+            "each picture goes through the tower once"
+        );
+        assert_eq!(
+            telemetry.prompt_tokens,
+            lengths(&policy) as u64,
+            "not once an answer"
+        );
+        assert_eq!(telemetry.answer_tokens, tokens(&found) as u64);
+        assert!(telemetry.step_rows <= telemetry.steps * telemetry.rows_max.max(5));
+        assert_eq!(telemetry.halvings, 0);
+    }
+    // 60 answers of at most 12 tokens, all side by side.
+    assert_eq!((telemetry.rows_max, telemetry.steps), (60, 12));
+    assert_eq!(telemetry.step_rows, telemetry.answer_tokens);
+}
+
+/// Wherever in a part memory runs out, once or again and again.
+#[test]
+fn memory_that_runs_out_costs_time_and_no_answer() {
+    let prompts = many();
+    let how = clear(5);
+    let mut policy = policy(Dtype::Float32);
+    let budget = policy.budget;
+    let (expected, _) = measured(&mut policy, &prompts, &how);
+    for calls in 0..14 {
+        policy.budget = budget;
+        super::super::edge::tests::run_out_after(calls);
+        let (found, telemetry) = measured(&mut policy, &prompts, &how);
+        assert_eq!(telemetry.halvings, 1, "{calls}");
+        assert_same(&found, &expected);
+        assert_eq!((policy.budget.rows, policy.budget.halvings), (32, 0));
+    }
+}
+
+#[test]
+fn a_prompt_that_is_too_much_alone_costs_its_row_only() {
+    let prompts = recorded::prompts();
+    let mut policy = policy(Dtype::Float32);
+    policy.budget.rows = 1;
+    // The tower, then reading, of the first prompt; sampling of the next one.
+    for (calls, lost) in [(1, 0), (14 + 2, 2)] {
+        super::super::edge::tests::run_out_after(calls);
+        let rows = sample(&mut policy, &prompts, &how(2, 3.0));
+        for (index, row) in rows.iter().enumerate() {
+            match row {
+                Ok(_) => assert_ne!(index, lost),
+                Err(fault) => {
+                    assert_eq!(index, lost);
+                    assert!(fault.0.contains("out of memory"), "{fault}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_prompt_that_can_never_fit_is_refused_before_it_is_read() {
+    let spec = models::LlavaOnevision {
+        memory_gb: Some(models::Gigabytes::try_from(125e-6).unwrap()),
+        ..recorded::spec(Dtype::Float32)
+    };
+    let mut policy = OnevisionPolicy::open(&spec).unwrap();
+    let (rows, telemetry) = measured(&mut policy, &recorded::prompts(), &how(5, 1.0));
+    let fault = rows[0].as_ref().unwrap_err();
+    assert!(fault.0.contains("memory_gb"), "{fault}");
+    assert!(rows[3].is_ok(), "{rows:?}");
+    let refused = rows.iter().filter(|row| row.is_err()).count() as u64;
+    assert_eq!(telemetry.prompts, 4 - refused);
+}
+
+#[test]
+fn stop_strings_and_stop_tokens_end_answers() {
+    let prompts = &recorded::prompts()[..2];
+    let mut policy = policy(Dtype::Float32);
+    let plain = Sampling {
+        max_new_tokens: 40,
+        ..how(4, 3.0)
+    };
+    let free = sample(&mut policy, prompts, &plain);
+    let first = &free[0].as_ref().unwrap()[0];
+    let middle: String = first.text.chars().skip(10).take(2).collect();
+    let by_string = Sampling {
+        stop_strings: vec!["never said".to_owned(), middle.clone()],
+        ..plain.clone()
+    };
+    let stopped = sample(&mut policy, prompts, &by_string);
+    for (free, stopped) in free.iter().zip(&stopped) {
+        for (free, stopped) in free.as_ref().unwrap().iter().zip(stopped.as_ref().unwrap()) {
+            match free.text.find(&middle) {
+                Some(end) => {
+                    assert_eq!(stopped.stop, Stop::String);
+                    assert_eq!(stopped.text, free.text[..end]);
+                    assert!(free.token_ids.starts_with(&stopped.token_ids));
+                    let said = policy.prep.chat.decode(
+                        &stopped
+                            .token_ids
+                            .iter()
+                            .map(|&id| id.into())
+                            .collect::<Vec<i64>>(),
+                    );
+                    assert!(said.contains(&middle));
+                }
+                None => assert_eq!(stopped.token_ids, free.token_ids),
+            }
+        }
+    }
+    assert_eq!(stopped[0].as_ref().unwrap()[0].stop, Stop::String);
+
+    let id = first.token_ids[5];
+    let by_token = Sampling {
+        stop_token_ids: vec![id.into()],
+        ..plain.clone()
+    };
+    let rows = sample(&mut policy, prompts, &by_token);
+    let answer = &rows[0].as_ref().unwrap()[0];
+    let end = first.token_ids.iter().position(|&one| one == id).unwrap();
+    assert_eq!(answer.token_ids, first.token_ids[..=end]);
+    assert_eq!(answer.stop, Stop::Token);
+
+    let unknown = Sampling {
+        stop_token_ids: vec![264],
+        ..plain
+    };
+    let outcome = policy.sample(prompts, &unknown, &mut |_, _| ControlFlow::Continue(()));
+    let error = outcome.unwrap_err().to_string();
+    assert!(
+        error.contains("264") && error.contains("0 to 263"),
+        "{error}"
+    );
+}
+
+/// The tiny checkpoint with the published grids of up to 6 x 6 tiles and a long context.
+fn large_grids() -> (tempfile::TempDir, models::LlavaOnevision) {
+    let folder = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(recorded::folder()).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), folder.path().join(entry.file_name())).unwrap();
+    }
+    let grids: Vec<[usize; 2]> = (1..=6)
+        .flat_map(|down| (1..=6).map(move |across| [12 * down, 12 * across]))
+        .collect();
+    for name in ["config.json", "preprocessor_config.json"] {
+        let path = folder.path().join(name);
+        let mut value: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        value["image_grid_pinpoints"] = serde_json::json!(grids);
+        if name == "config.json" {
+            value["vision_aspect_ratio"] = serde_json::json!("anyres_max_9");
+            value["text_config"]["max_position_embeddings"] = serde_json::json!(4096);
+        }
+        std::fs::write(&path, value.to_string()).unwrap();
+    }
+    let spec = models::LlavaOnevision {
+        weights: folder.path().to_owned(),
+        ..recorded::spec(Dtype::Float32)
+    };
+    (folder, spec)
+}
+
+fn drawn(id: &str, width: u32, height: u32) -> Picture {
+    let pixels = image::RgbImage::from_fn(width, height, |x, y| {
+        image::Rgb([(x * 7) as u8, (y * 5) as u8, (x * y) as u8])
+    });
+    let mut bytes = std::io::Cursor::new(Vec::new());
+    pixels
+        .write_to(&mut bytes, image::ImageFormat::Png)
+        .unwrap();
+    Picture {
+        id: id.to_owned(),
+        bytes: bytes.into_inner().into(),
+    }
+}
+
+/// Whatever stands beside it, each prompt gets the answers that it gets alone.
+#[test]
+fn every_prompt_of_an_adversarial_part_comes_out_right() {
+    let (_folder, spec) = large_grids();
+    let mut policy = OnevisionPolicy::open(&spec).unwrap();
+    let ask = |pictures: &[&Picture], question: String, seed| Prompt {
+        pictures: pictures.iter().map(|&picture| picture.clone()).collect(),
+        question,
+        seed,
+        ..recorded::prompts().remove(3)
+    };
+    let [dot, wall, plain] =
+        [("dot", 1, 1), ("wall", 72, 60), ("plain", 30, 20)].map(|(id, x, y)| drawn(id, x, y));
+    assert_eq!(policy.prep.tiles(&wall, 1).unwrap().packing.tiles(), 31);
+    let mut prompts = vec![
+        ask(&[&dot], "What?".to_owned(), 1),
+        ask(&[&wall], "What?".to_owned(), 2),
+        ask(&[], "What?".to_owned(), 3),
+        ask(&[&wall, &dot], "What?".to_owned(), 4),
+    ];
+    for number in 0..20 {
+        let question = format!("What is at {number}?");
+        prompts.push(ask(&[&plain], question, 5 + number));
+    }
+    for (count, max_new_tokens) in [(1, 12), (64, 3), (5, 1), (5, 12)] {
+        let how = Sampling {
+            max_new_tokens,
+            ..clear(count)
+        };
+        let (rows, telemetry) = measured(&mut policy, &prompts, &how);
+        assert_eq!((telemetry.pictures, telemetry.tower_passes), (5, 5));
+        for (index, row) in rows.iter().enumerate() {
+            assert_eq!(row.as_ref().unwrap().len(), count);
+            if index < 6 {
+                let alone = sample(&mut policy, &prompts[index..=index], &how);
+                assert_same(std::slice::from_ref(row), &alone);
+            }
+        }
+        let (again, _) = measured(&mut policy, &prompts, &how);
+        assert_eq!(rows, again, "the same bits");
+    }
+}
+
 fn prompt(picture: Option<&str>) -> Prompt {
     let pictures = picture.into_iter().map(|id| Picture {
         id: id.to_owned(),
@@ -259,22 +561,4 @@ fn prompts_about_one_picture_are_answered_together() {
     assert_eq!(by_first_picture(&prompts), [0, 2, 1]);
     let wordy = [prompt(Some("a")), prompt(None), prompt(Some("a"))];
     assert_eq!(by_first_picture(&wordy), [0, 2, 1]);
-}
-
-#[test]
-fn the_oldest_features_leave_the_cache_first() {
-    let key = |picture: &str| FeatureKey {
-        picture: picture.to_owned(),
-        alone: true,
-    };
-    let features = |count: i64| Tensor::zeros([count], (Kind::Float, Device::Cpu));
-    let mut cache = FeatureCache::new(40);
-    cache.put(key("a"), features(4));
-    cache.put(key("b"), features(4));
-    assert!(cache.get(&key("a")).is_some());
-    cache.put(key("c"), features(4));
-    assert!(cache.get(&key("a")).is_none());
-    assert!(cache.get(&key("b")).is_some() && cache.get(&key("c")).is_some());
-    cache.put(key("d"), features(11));
-    assert_eq!((cache.bytes, cache.entries.len()), (0, 0));
 }

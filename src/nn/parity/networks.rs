@@ -237,6 +237,7 @@ fn answers(place: &Path, prompts: &[Prompt], how: &Sampling) -> Vec<Vec<Generati
         weights: place.to_owned(),
         device: DeviceSpec::Cpu,
         dtype: Dtype::Float32,
+        memory_gb: None,
     };
     let mut policy = OnevisionPolicy::open(&spec).unwrap();
     let mut answers = vec![Vec::new(); prompts.len()];
@@ -258,6 +259,9 @@ fn greedy(folder: &Path, place: &Path, title: &str, report: &mut Report) {
         temperature: 0.0,
         top_p: 1.0,
         top_k: 0,
+        min_p: 0.0,
+        stop_strings: Vec::new(),
+        stop_token_ids: Vec::new(),
         repetition_penalty: 1.0,
         max_new_tokens: 64,
     };
@@ -286,6 +290,9 @@ fn sampled(place: &Path, prompts: &[Prompt], title: &str, report: &mut Report) {
         temperature: sampled.temperature,
         top_p: sampled.top_p,
         top_k: 0,
+        min_p: 0.0,
+        stop_strings: Vec::new(),
+        stop_token_ids: Vec::new(),
         repetition_penalty: 1.0,
         max_new_tokens: sampled.max_new_tokens,
     };

@@ -61,6 +61,7 @@ fn spec(place: &Path) -> LlavaRlhf {
         prompt: place.join("prompt.txt"),
         device: DeviceSpec::Cpu,
         dtype: Dtype::Float32,
+        memory_gb: None,
     }
 }
 
@@ -82,7 +83,7 @@ fn features(folder: &Path, place: &Path, title: &str, report: &mut Report) {
     let expected = Recorded::open(&place.join("features.safetensors"));
     let spec = spec(place);
     let prep = JudgePrep::open(&spec).unwrap();
-    let llava = Llava::open(&spec, &prep.card, Kind::Float, Device::Cpu).unwrap();
+    let (llava, _) = Llava::open(&spec, &prep.card, Kind::Float, Device::Cpu).unwrap();
     let side = prep.clip.side() as i64;
     let mut worst = [0.0_f64; 2];
     for name in ["wide", "tall", "square", "dot"] {

@@ -51,6 +51,9 @@ fn block(folder: &Path, report: &mut Report) {
             temperature: how.temperature,
             top_p: how.top_p,
             top_k: how.top_k,
+            min_p: 0.0,
+            stop_strings: Vec::new(),
+            stop_token_ids: Vec::new(),
             repetition_penalty: how.repetition_penalty,
             max_new_tokens: 1,
         };

@@ -238,6 +238,7 @@ fn spec(folder: &Path, name: &str) -> LlavaOnevision {
         weights: folder.join("../onevision").join(name),
         device: DeviceSpec::Cpu,
         dtype: Dtype::Float32,
+        memory_gb: None,
     }
 }
 

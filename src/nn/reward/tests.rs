@@ -59,6 +59,7 @@ fn spec(root: &Path) -> LlavaRlhf {
         prompt: root.join("prompt.txt"),
         device: DeviceSpec::Cpu,
         dtype: Dtype::Auto,
+        memory_gb: None,
     }
 }
 
@@ -93,23 +94,30 @@ fn rewrite(from: &Path, to: &Path, rename: impl Fn(&str) -> String) {
 }
 
 fn score(judge: &mut RewardJudge, groups: &[Group<'_>]) -> Vec<Result<Vec<f32>, RowFault>> {
-    let mut all = Vec::new();
-    judge
+    measured(judge, groups).0
+}
+
+fn measured(
+    judge: &mut RewardJudge,
+    groups: &[Group<'_>],
+) -> (Vec<Result<Vec<f32>, RowFault>>, Telemetry) {
+    let mut all: Vec<Option<_>> = groups.iter().map(|_| None).collect();
+    let telemetry = judge
         .score(groups, &mut |index, scores| {
-            assert_eq!(index, all.len());
-            all.push(scores.map(|scores| scores.iter().map(|score| score.reward).collect()));
+            assert!(all[index].is_none(), "row {index} comes twice");
+            let rewards = |scores: Vec<Score>| scores.iter().map(|score| score.reward).collect();
+            all[index] = Some(scores.map(rewards));
             ControlFlow::Continue(())
         })
         .unwrap();
-    all
+    let all = all.into_iter().map(|row| row.expect("every row comes"));
+    (all.collect(), telemetry)
 }
 
-/// The rewards of all recorded rows, the answers to one prompt in one group.
-fn rewards(spec: &LlavaRlhf) -> Vec<f32> {
-    let rows = rows();
-    let prompts: Vec<Prompt> = rows.iter().map(prompt).collect();
+/// The answers to one prompt in one group.
+fn groups<'a>(rows: &'a [Row], prompts: &'a [Prompt]) -> Vec<Group<'a>> {
     let mut groups: Vec<Group> = Vec::new();
-    for (row, prompt) in rows.iter().zip(&prompts) {
+    for (row, prompt) in rows.iter().zip(prompts) {
         match groups.last_mut() {
             Some(group) if group.prompt.id == prompt.id => group.answers.push(&row.answer),
             _ => groups.push(Group {
@@ -119,8 +127,15 @@ fn rewards(spec: &LlavaRlhf) -> Vec<f32> {
         }
     }
     assert_eq!(groups.len(), 2);
+    groups
+}
+
+/// The rewards of all recorded rows.
+fn rewards(spec: &LlavaRlhf) -> Vec<f32> {
+    let rows = rows();
+    let prompts: Vec<Prompt> = rows.iter().map(prompt).collect();
     let mut judge = RewardJudge::open(spec).unwrap();
-    let scored = score(&mut judge, &groups);
+    let scored = score(&mut judge, &groups(&rows, &prompts));
     scored.into_iter().flat_map(Result::unwrap).collect()
 }
 
@@ -244,6 +259,85 @@ fn faulty_rows_are_named_and_the_others_go_on() {
     assert!(fault(1).contains("1024"), "{}", fault(1));
     assert!(scored[3].as_ref().unwrap()[0].is_finite());
     assert_near(scored[4].as_ref().unwrap(), &[rows[0].reward], 1e-5);
+}
+
+/// Six groups, of which the first two differ.
+fn threefold<'a>(once: &[Group<'a>]) -> Vec<Group<'a>> {
+    let groups = (0..3).flat_map(|_| once);
+    let again = groups.map(|group| Group {
+        prompt: group.prompt,
+        answers: group.answers.clone(),
+    });
+    again.collect()
+}
+
+#[test]
+fn pictures_and_prompts_are_read_once_whatever_the_budget_and_the_rewards_are_the_same() {
+    let rows = rows();
+    let prompts: Vec<Prompt> = rows.iter().map(prompt).collect();
+    let groups = threefold(&groups(&rows, &prompts));
+    let mut judge = RewardJudge::open(&spec(&recording())).unwrap();
+    let expected: Vec<f32> = (0..3)
+        .flat_map(|_| rows.iter().map(|row| row.reward))
+        .collect();
+    let pictures = groups.iter().flat_map(|group| &group.prompt.pictures);
+    let distinct: std::collections::BTreeSet<&str> =
+        pictures.map(|picture| picture.id.as_str()).collect();
+    let mut shared = 0;
+    let mut own = 0;
+    for group in &groups {
+        let ids = judge.prep.ids(group).unwrap();
+        shared += shared_tokens(&ids);
+        own += ids
+            .iter()
+            .map(|one| one.ids.len() - shared_tokens(&ids))
+            .sum::<usize>();
+    }
+    for read_tokens in [usize::MAX, 400, 1] {
+        judge.budget.read_tokens = read_tokens;
+        let (found, telemetry) = measured(&mut judge, &groups);
+        let found: Vec<f32> = found.into_iter().flat_map(Result::unwrap).collect();
+        assert_near(&found, &expected, 1e-5);
+        let counts = [
+            telemetry.prompts,
+            telemetry.pictures,
+            telemetry.tower_passes,
+        ];
+        assert_eq!(counts, [6, distinct.len() as u64, distinct.len() as u64]);
+        let tokens = [telemetry.prompt_tokens, telemetry.answer_tokens];
+        assert_eq!(tokens, [shared as u64, own as u64], "not once an answer");
+    }
+}
+
+#[test]
+fn memory_that_runs_out_costs_time_or_the_group_that_was_alone() {
+    let rows = rows();
+    let prompts: Vec<Prompt> = rows.iter().map(prompt).collect();
+    let groups = threefold(&groups(&rows, &prompts));
+    let mut judge = RewardJudge::open(&spec(&recording())).unwrap();
+    let budget = judge.budget;
+    let (expected, _) = measured(&mut judge, &groups);
+    for calls in 0..2 {
+        judge.budget = budget;
+        super::super::edge::tests::run_out_after(calls);
+        let (found, telemetry) = measured(&mut judge, &groups);
+        assert_eq!(telemetry.halvings, 1);
+        for (found, expected) in found.iter().zip(&expected) {
+            assert_near(found.as_ref().unwrap(), expected.as_ref().unwrap(), 1e-5);
+        }
+    }
+    judge.budget.read_tokens = 1;
+    super::super::edge::tests::run_out_after(1);
+    let (found, telemetry) = measured(&mut judge, &groups);
+    assert!(
+        found[0]
+            .as_ref()
+            .unwrap_err()
+            .0
+            .contains("although it was alone")
+    );
+    assert!(found[1..].iter().all(Result::is_ok));
+    assert_eq!(telemetry.halvings, 0);
 }
 
 #[test]

@@ -18,6 +18,7 @@ fn spec(adapter: Option<PathBuf>) -> LlavaRlhf {
         prompt: recording().join("prompt.txt"),
         device: DeviceSpec::Cpu,
         dtype: Dtype::Auto,
+        memory_gb: None,
     }
 }
 
