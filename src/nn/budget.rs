@@ -129,7 +129,7 @@ impl Budget {
     pub fn of_sampling(&self) -> String {
         let (rows, tokens) = (self.rows, self.tokens);
         let memory = self.of_memory();
-        format!("up to {rows} answers of prompts of {tokens} tokens grow side by side ({memory})")
+        format!("up to {rows} answers at once, {tokens} tokens with their prompts ({memory})")
     }
 
     /// How a judge goes about it, in words.
@@ -226,10 +226,7 @@ mod tests {
             "reads up to 8192 tokens at once (40.0 GB of memory, 16.0 GB of them weights)"
         );
         let words = budget.of_sampling();
-        assert!(
-            words.starts_with("up to 256 answers of prompts of "),
-            "{words}"
-        );
+        assert!(words.starts_with("up to 256 answers at once, "), "{words}");
     }
 
     #[test]

@@ -5,7 +5,8 @@
 //! token of the request to judge (github llava-rlhf/LLaVA-RLHF, `RLHF/models/reward_model.py`). All
 //! answers to a prompt begin with the same tokens, most of them the picture's, so these are read
 //! once, and those of several prompts side by side: the longest common beginning of the tokenized texts, for the tokens of an answer depend on
-//! what stands before it, becomes a prefix in memory that every answer continues.
+//! what stands before it, becomes a prefix in memory that every answer continues. Equal answers are
+//! one.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -87,7 +88,7 @@ impl RewardJudge {
             .par_iter()
             .enumerate()
             .map(|(index, group)| {
-                let answers = prep.ids(group)?;
+                let (answers, places) = distinct(prep.ids(group)?);
                 let shared = shared_tokens(&answers);
                 let own = answers.iter().map(|answer| answer.ids.len() - shared);
                 let waiting = Waiting {
@@ -95,6 +96,7 @@ impl RewardJudge {
                     shown: Shown::of(group.prompt),
                     tokens: [shared, own.sum()],
                     answers,
+                    places,
                 };
                 budget.admit(waiting.tokens.iter().sum())?;
                 Ok(waiting)
@@ -168,12 +170,12 @@ impl RewardJudge {
             let [prompt, answers] = group.tokens.map(|tokens| tokens as u64);
             telemetry.prompt_tokens += prompt;
             telemetry.answer_tokens += answers;
-            let score = |reward| Score {
-                reward,
+            let rewards: Vec<f32> = rewards.by_ref().take(group.answers.len()).collect();
+            let score = |&place: &usize| Score {
+                reward: rewards[place],
                 reply: None,
             };
-            let rewards = rewards.by_ref().take(group.answers.len());
-            Ok(rewards.map(score).collect())
+            Ok(group.places.iter().map(score).collect())
         });
         let scored = scored.collect();
         telemetry.seconds_decode += begun.elapsed().as_secs_f64();
@@ -186,8 +188,11 @@ struct Waiting {
     /// Its place in the call.
     index: usize,
     shown: Vec<Shown>,
+    /// The distinct ones.
     answers: Vec<JudgeIds>,
-    /// Those that all answers begin with, and all others.
+    /// Where in `answers` each of the group's stands.
+    places: Vec<usize>,
+    /// Tokens: those that all answers begin with, and all others.
     tokens: [usize; 2],
 }
 
@@ -300,6 +305,21 @@ impl Judge for RewardJudge {
     fn plan(&self) -> Option<String> {
         Some(self.budget.of_scoring())
     }
+}
+
+/// Distinct texts in the order in which they first come, and the place of each text among them. Equal
+/// answers are read once, and their rewards are equal to the bit.
+fn distinct(texts: Vec<JudgeIds>) -> (Vec<JudgeIds>, Vec<usize>) {
+    let mut distinct: Vec<JudgeIds> = Vec::with_capacity(texts.len());
+    let mut places = Vec::with_capacity(texts.len());
+    for text in texts {
+        let place = distinct.iter().position(|known| *known == text);
+        places.push(place.unwrap_or(distinct.len()));
+        if place.is_none() {
+            distinct.push(text);
+        }
+    }
+    (distinct, places)
 }
 
 /// How many tokens all texts begin with, short of the last token of the shortest: that of the

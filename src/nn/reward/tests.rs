@@ -261,6 +261,23 @@ fn faulty_rows_are_named_and_the_others_go_on() {
     assert_near(scored[4].as_ref().unwrap(), &[rows[0].reward], 1e-5);
 }
 
+#[test]
+fn equal_answers_are_read_once_and_score_the_same_bits() {
+    let rows = rows();
+    let prompt = prompt(&rows[0]);
+    let [one, two] = [&*rows[0].answer, "Something else."];
+    let mut judge = RewardJudge::open(&spec(&recording())).unwrap();
+    let score = |judge: &mut RewardJudge, answers: Vec<&str>| {
+        let prompt = &prompt;
+        let (mut scored, telemetry) = measured(judge, &[Group { prompt, answers }]);
+        (scored.remove(0).unwrap(), telemetry.answer_tokens)
+    };
+    let (twice, read) = score(&mut judge, vec![one, two, one, two, one]);
+    let (once, read_once) = score(&mut judge, vec![one, two]);
+    assert_eq!(twice, [once[0], once[1], once[0], once[1], once[0]]);
+    assert_eq!(read, read_once);
+}
+
 /// Six groups, of which the first two differ.
 fn threefold<'a>(once: &[Group<'a>]) -> Vec<Group<'a>> {
     let groups = (0..3).flat_map(|_| once);
@@ -281,12 +298,12 @@ fn pictures_and_prompts_are_read_once_whatever_the_budget_and_the_rewards_are_th
         .flat_map(|_| rows.iter().map(|row| row.reward))
         .collect();
     let pictures = groups.iter().flat_map(|group| &group.prompt.pictures);
-    let distinct: std::collections::BTreeSet<&str> =
+    let seen: std::collections::BTreeSet<&str> =
         pictures.map(|picture| picture.id.as_str()).collect();
     let mut shared = 0;
     let mut own = 0;
     for group in &groups {
-        let ids = judge.prep.ids(group).unwrap();
+        let (ids, _) = distinct(judge.prep.ids(group).unwrap());
         shared += shared_tokens(&ids);
         own += ids
             .iter()
@@ -303,7 +320,7 @@ fn pictures_and_prompts_are_read_once_whatever_the_budget_and_the_rewards_are_th
             telemetry.pictures,
             telemetry.tower_passes,
         ];
-        assert_eq!(counts, [6, distinct.len() as u64, distinct.len() as u64]);
+        assert_eq!(counts, [6, seen.len() as u64, seen.len() as u64]);
         let tokens = [telemetry.prompt_tokens, telemetry.answer_tokens];
         assert_eq!(tokens, [shared as u64, own as u64], "not once an answer");
     }
