@@ -15,7 +15,7 @@ use super::tokenizers::{self as vocabularies, id};
 // The decoder (Llama).
 const HIDDEN: usize = 96;
 const INTERMEDIATE: usize = 256;
-const LAYERS: usize = 4;
+const LAYERS: usize = 8;
 const HEADS: usize = 4;
 const CONTEXT: usize = 2048;
 

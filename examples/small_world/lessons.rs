@@ -2,8 +2,8 @@
 //! them, and preferences. None of it is committed; `pipelines/small-world.yaml` trains on it.
 //!
 //! The policy's conversations are written carelessly ([`Question::careless`]): it learns to see, and
-//! to make the mistakes that DPO then has to drive out. The judge's are true, and then it is asked
-//! whether answers are; its preferences are a true answer against one that is not, in the records of
+//! to make the mistakes that DPO then has to drive out. The judge's are true, and it is asked whether
+//! answers are, too; its preferences are a true answer against one that is not, in the records of
 //! LLaVA-Human-Preference.
 
 use std::collections::BTreeSet;
@@ -25,9 +25,6 @@ const FIRST_TOPICS: [Topic; 3] = [Topic::Kind, Topic::Color, Topic::Description]
 
 /// Turns of a conversation of the policy.
 const TURNS: usize = 6;
-
-/// Turns of a conversation of the judge: plain questions, and whether answers are true.
-const JUDGE_TURNS: [usize; 2] = [2, 6];
 
 /// Preferences about a picture.
 const PREFERENCES: usize = 4;
@@ -67,40 +64,46 @@ pub fn write(
     let mut scans = Vec::with_capacity(count);
     let mut conversations = Vec::with_capacity(count);
     let mut true_conversations = Vec::with_capacity(count);
-    let mut judge_conversations = Vec::with_capacity(count);
+    let mut claims = Vec::with_capacity(count);
     let mut preferences = Vec::with_capacity(count * PREFERENCES);
     for lesson in lessons {
         scans.push(lesson.scan);
         conversations.push(lesson.conversation);
         true_conversations.extend(lesson.true_conversation);
-        judge_conversations.push(lesson.judge_conversation);
+        claims.push(lesson.claims);
         preferences.extend(lesson.preferences);
     }
     for (name, scene) in [
         ("first", Scene::draw_simple as fn(&mut Random) -> Scene),
         ("even", Scene::draw_even),
     ] {
-        let steps: Vec<Vec<Record>> = (1..=first_steps)
+        let steps: Vec<[Vec<Record>; 2]> = (1..=first_steps)
             .into_par_iter()
             .map(|number| first_step(to, seed, &format!("{name}-{number:05}"), scene, taken))
             .collect::<Outcome<_>>()?;
+        let (steps, claims): (Vec<_>, Vec<_>) = steps
+            .into_iter()
+            .map(|[steps, claims]| (steps, claims))
+            .unzip();
         files::write_json(&to.join(format!("{name}_steps.json")), &steps.concat())?;
+        files::write_json(&to.join(format!("{name}_claims.json")), &claims.concat())?;
     }
     files::write_json(&to.join("scans.json"), &scans)?;
     files::write_json(&to.join("conversations.json"), &conversations)?;
     files::write_json(&to.join("true_conversations.json"), &true_conversations)?;
-    files::write_json(&to.join("judge_conversations.json"), &judge_conversations)?;
+    files::write_json(&to.join("claims.json"), &claims)?;
     files::write_json(&to.join("preferences.json"), &preferences)
 }
 
-/// Draws and writes a picture of shapes of one kind and color, with true answers to questions about it.
+/// Draws and writes a picture of shapes of one kind and color, with true answers to questions about it,
+/// and whether answers to them are true.
 fn first_step(
     to: &Path,
     seed: u64,
     id: &str,
     scene: fn(&mut Random) -> Scene,
     taken: &BTreeSet<Content>,
-) -> Outcome<Vec<Record>> {
+) -> Outcome<[Vec<Record>; 2]> {
     let mut random = Random::named(seed, id);
     let scene = draw(scene, taken, &mut random);
     let image = format!("{id}.png");
@@ -116,13 +119,22 @@ fn first_step(
             }
         }
     });
-    let records = asked.into_iter().map(|question| Record {
-        id: format!("{id}-{}", question.topic.name()),
+    let record = |topic: Topic, turn: [String; 2]| Record {
+        id: format!("{id}-{}", topic.name()),
         image: image.clone(),
-        conversations: spoken(vec![[question.text, question.answer]]),
+        conversations: spoken(vec![turn]),
         preference: None,
+    };
+    let claims = asked.iter().filter_map(|question| {
+        let wrong = question.fair.as_ref()?;
+        let turn = claim(&question.text, [&question.answer, wrong], &mut random);
+        Some(record(question.topic, turn))
     });
-    Ok(records.collect())
+    let claims = claims.collect();
+    let answers = asked
+        .into_iter()
+        .map(|question| record(question.topic, [question.text, question.answer]));
+    Ok([answers.collect(), claims])
 }
 
 /// Draws a scene that is not one of `taken`.
@@ -141,7 +153,8 @@ struct Lesson {
     conversation: Record,
     /// Questions with true answers, if any.
     true_conversation: Option<Record>,
-    judge_conversation: Record,
+    /// Whether answers are true; none of them tells anything of another.
+    claims: Record,
     preferences: Vec<Record>,
 }
 
@@ -164,7 +177,11 @@ impl Lesson {
         random.shuffle(&mut places);
         let scan = record(places.to_vec());
         let conversation = record(careless_turns(&scene, &mut random));
-        let judge_conversation = record(judge_turns(&scene, &mut random));
+        let claims = questions::place_claims(&scene, &mut random);
+        let claims = claims
+            .iter()
+            .map(|[text, answer, wrong]| claim(text, [answer, wrong], &mut random));
+        let claims = record(claims.collect());
         let mut preferences = Vec::with_capacity(PREFERENCES);
         let mut true_turns = Vec::with_capacity(PREFERENCES);
         for question in ask(&scene, PREFERENCES, &mut random) {
@@ -182,7 +199,7 @@ impl Lesson {
             scan,
             conversation,
             true_conversation: (!true_turns.is_empty()).then(|| record(true_turns)),
-            judge_conversation,
+            claims,
             preferences,
         })
     }
@@ -212,29 +229,14 @@ fn careless_turns(scene: &Scene, random: &mut Random) -> Vec<[String; 2]> {
     asked.into_iter().map(turn).collect()
 }
 
-/// True answers, and questions whether an answer is true, in any order.
-fn judge_turns(scene: &Scene, random: &mut Random) -> Vec<[String; 2]> {
-    let [plain, judged] = JUDGE_TURNS;
-    let mut turns: Vec<[String; 2]> = ask(scene, plain, random)
-        .into_iter()
-        .map(|question| [question.text, question.answer])
-        .collect();
-    for question in ask(scene, judged, random) {
-        let is_true = random.chance(0.5);
-        let said = match &question.fair {
-            Some(wrong) if !is_true => wrong,
-            // Where there is no fair false answer, there is no true one either, to stay even.
-            None => continue,
-            Some(_) => &question.answer,
-        };
-        let verdict = if is_true { "Yes." } else { "No." };
-        turns.push([
-            format!("{} {said} Is that true?", question.text),
-            verdict.to_owned(),
-        ]);
-    }
-    random.shuffle(&mut turns);
-    turns
+/// The question whether an answer is true, of the true one or of the false one, and the verdict.
+fn claim(text: &str, [answer, wrong]: [&str; 2], random: &mut Random) -> [String; 2] {
+    let (said, verdict) = if random.chance(0.5) {
+        (answer, "Yes.")
+    } else {
+        (wrong, "No.")
+    };
+    [format!("{text} {said} Is that true?"), verdict.to_owned()]
 }
 
 fn spoken(turns: Vec<[String; 2]>) -> Vec<Value> {
@@ -292,7 +294,7 @@ mod tests {
             |number: u32| Scene::draw(&mut Random::named(3, &format!("lesson-{number:05}")));
         let taken = BTreeSet::from([scene(1).content()]);
         write(&folder, 3, [1, 2], &taken).unwrap();
-        let text = std::fs::read(folder.join("judge_conversations.json")).unwrap();
+        let text = std::fs::read(folder.join("claims.json")).unwrap();
         let records: Vec<Value> = serde_json::from_slice(&text).unwrap();
         std::fs::remove_dir_all(&folder).unwrap();
         assert_eq!(records.len(), 2);

@@ -20,7 +20,7 @@ use super::dpo::{PairLoss, dpo_loss, token_logps};
 use super::edge::guarded;
 use super::llava_onevision::LlavaOnevision;
 use super::optimizer::Parameter;
-use super::training::{Training, not_finite, row_error};
+use super::training::{Training, doing, not_finite, row_error};
 use crate::models::{
     self, Answer, DpoLearner, DpoReport, DpoSettings, Example, Learner, Mask, ModelError, Newlines,
     Tower,
@@ -299,14 +299,6 @@ impl OnevisionDpo {
     }
 }
 
-/// What completes "out of memory while …".
-fn doing(what: &str, pairs: &[Example<'_>]) -> String {
-    match pairs {
-        [one] => format!("{what} pair {}", one.id),
-        several => format!("{what} {} pairs from {}", several.len(), several[0].id),
-    }
-}
-
 impl Sums {
     fn add(&mut self, pair: &PairLoss, logps: [f64; 2], tokens: usize) {
         self.loss += pair.loss.double_value(&[]);
@@ -321,10 +313,11 @@ impl Sums {
 
 impl DpoLearner for OnevisionDpo {
     fn reference_logps(&mut self, pairs: &[Example<'_>]) -> Result<Vec<[f64; 2]>, ModelError> {
+        let ids: Vec<&str> = pairs.iter().map(|pair| pair.id).collect();
         let mut all = Vec::with_capacity(pairs.len());
         self.in_packs(pairs, |places, tokens| {
             let count = tokens.iter().map(Tokens::count).sum();
-            let what = doing("reading", &pairs[places]);
+            let what = doing("reading", "pair", &ids[places]);
             let logps = guarded(&what, tokens.len(), count, || {
                 let _no_grad = tch::no_grad_guard();
                 let logps = self.logps(tokens).into_iter();
@@ -345,7 +338,8 @@ impl DpoLearner for OnevisionDpo {
 
     fn step(&mut self, batch: &[Example<'_>]) -> Result<DpoReport, ModelError> {
         assert!(!batch.is_empty(), "a step needs pairs");
-        let ids = || batch.iter().map(|pair| pair.id.to_owned()).collect();
+        let ids: Vec<&str> = batch.iter().map(|pair| pair.id).collect();
+        let rows = || batch.iter().map(|pair| pair.id.to_owned()).collect();
         let reference = |pair: &Example<'_>| {
             let problem = "its log-probabilities under the reference are not known";
             pair.reference.ok_or_else(|| row_error(pair.id, problem))
@@ -356,20 +350,20 @@ impl DpoLearner for OnevisionDpo {
         self.in_packs(batch, |places, tokens| {
             let references = &references[places.clone()];
             let count = tokens.iter().map(Tokens::count).sum();
-            let what = doing("training on", &batch[places.clone()]);
+            let what = doing("training on", "pair", &ids[places.clone()]);
             let learned = guarded(&what, tokens.len(), count, || {
                 self.learn_from(tokens, references, batch.len(), &mut sums)
             })?;
             if let Err(number) = learned {
                 let pair = batch[places.start + number].id;
-                return Err(not_finite(format!("the loss of pair {pair}"), ids()));
+                return Err(not_finite(format!("the loss of pair {pair}"), rows()));
             }
             Ok(())
         })?;
         let has_pictures = batch.iter().any(|one| !one.prompt.pictures.is_empty());
         let has_gradient =
             |parameter: &Parameter| has_pictures || parameter.name.starts_with("language_model.");
-        let update = self.training.update(ids, has_gradient)?;
+        let update = self.training.update(rows, has_gradient)?;
 
         let pairs = batch.len() as f64;
         Ok(DpoReport {

@@ -11,6 +11,7 @@ use rayon::prelude::*;
 use serde_json::json;
 use tch::{Kind, Tensor};
 
+use super::budget::{PACK_TOKENS_MAX, packs};
 use super::checkpoint::{Checkpoint, Purpose, Reader};
 use super::device;
 use super::edge::guarded;
@@ -18,13 +19,13 @@ use super::llava::{Llava, TWO_LAYERS};
 use super::lora::{Adapted, Adapter, Start, seeded_uniform};
 use super::optimizer::Parameter;
 use super::reward::{HEAD_FILE, RewardHead, RewardNetwork};
-use super::training::{Training, not_finite, row_error};
+use super::training::{Training, doing, not_finite, row_error};
 use super::weights::{refuse, save_safetensors, save_torch};
 use crate::models::{
     Example, Group, Learner, LlavaRlhf, ModelError, RewardLearner, RewardReport, RewardSettings,
     RowFault,
 };
-use crate::prep::{JudgePrep, Judged};
+use crate::prep::{JudgeIds, JudgePrep, Judged};
 
 /// What LLaVA-RLHF adapts (`adapter_config.json` of `rm_lora_adapter_model`).
 const TARGET_MODULES: [&str; 7] = [
@@ -125,13 +126,29 @@ impl LlavaRewards {
         })
     }
 
-    /// The rewards of the chosen and of the rejected answer, `[2]`, with their gradients.
-    fn rewards(&self, pair: &Judged) -> Tensor {
-        let features = pair.pixels.as_ref().map(|pixels| {
+    /// The rewards of the chosen and of the rejected answer of each pair, `[pairs, 2]` in float64, with
+    /// their gradients.
+    fn rewards(&self, pairs: &[Judged]) -> Tensor {
+        let pixels: Vec<&[f32]> = pairs
+            .iter()
+            .filter_map(|pair| pair.pixels.as_deref())
+            .collect();
+        let features = if pixels.is_empty() {
+            Vec::new()
+        } else {
             let _no_grad = tch::no_grad_guard();
-            self.network.features(&[pixels]).remove(0)
-        });
-        self.network.rewards(&[(&pair.answers, features.as_ref())])
+            self.network.features(&pixels)
+        };
+        let mut features = features.iter();
+        let prompts: Vec<(&[JudgeIds], Option<&Tensor>)> = pairs
+            .iter()
+            .map(|pair| {
+                let features = pair.pixels.as_ref().and_then(|_| features.next());
+                (pair.answers.as_slice(), features)
+            })
+            .collect();
+        let rewards = self.network.rewards(&prompts);
+        rewards.to_kind(Kind::Double).view([-1, 2])
     }
 }
 
@@ -160,8 +177,9 @@ fn loss_and_slopes(rewards: &[[f64; 2]], centering: f64) -> (f64, Vec<[f64; 2]>)
 }
 
 impl RewardLearner for LlavaRewards {
-    /// The centering term joins all pairs of a batch, so they are judged once to know the slope of
-    /// the loss at each reward, and once more, pair by pair, for the gradients.
+    /// The centering term joins all pairs of a batch, so they are judged before the slope of the loss
+    /// at any reward is known. Pairs that do not go side by side are judged once more, in parts, for
+    /// their gradients.
     fn step(&mut self, batch: &[Example<'_>]) -> Result<RewardReport, ModelError> {
         assert!(!batch.is_empty(), "a step needs pairs");
         let rows = || batch.iter().map(|pair| pair.id.to_owned()).collect();
@@ -184,26 +202,39 @@ impl RewardLearner for LlavaRewards {
                 .sum::<usize>()
         };
         self.training.begin_step();
-        let mut rewards = Vec::with_capacity(batch.len());
-        for (row, pair) in batch.iter().zip(&pairs) {
-            let what = format!("judging pair {}", row.id);
-            let judged: Vec<f64> = guarded(&what, 2, tokens(pair), || {
-                let _no_grad = tch::no_grad_guard();
-                let rewards = self.rewards(pair).to_kind(Kind::Double);
-                Vec::try_from(rewards).expect("one dimension")
+        let ids: Vec<&str> = batch.iter().map(|pair| pair.id).collect();
+        let counts: Vec<usize> = pairs.iter().map(tokens).collect();
+        let packs = packs(&counts, PACK_TOKENS_MAX);
+        let mut rewards: Vec<[f64; 2]> = Vec::with_capacity(batch.len());
+        let mut with_gradients = None;
+        for pack in &packs {
+            let what = doing("judging", "pair", &ids[pack.clone()]);
+            let length = counts[pack.clone()].iter().sum();
+            let judged = guarded(&what, 2 * pack.len(), length, || {
+                let _no_grad = (packs.len() > 1).then(tch::no_grad_guard);
+                self.rewards(&pairs[pack.clone()])
             })?;
-            if !judged.iter().all(|reward| reward.is_finite()) {
+            let values = Vec::<Vec<f64>>::try_from(&judged).expect("a matrix of float64");
+            rewards.extend(values.iter().map(|judged| [judged[0], judged[1]]));
+            with_gradients = (packs.len() == 1).then_some(judged);
+        }
+        for (row, rewards) in batch.iter().zip(&rewards) {
+            if !rewards.iter().all(|reward| reward.is_finite()) {
                 return Err(not_finite(format!("a reward of pair {}", row.id), rows()));
             }
-            rewards.push([judged[0], judged[1]]);
         }
         let (loss, slopes) = loss_and_slopes(&rewards, self.centering);
-        for ((row, pair), slopes) in batch.iter().zip(&pairs).zip(slopes) {
-            let what = format!("training on pair {}", row.id);
-            guarded(&what, 2, tokens(pair), || {
-                let slopes = Tensor::from_slice(&slopes).to_device(self.network.device);
-                let rewards = self.rewards(pair).to_kind(Kind::Double);
-                (rewards * slopes).sum(Kind::Double).backward();
+        for pack in packs {
+            let what = doing("training on", "pair", &ids[pack.clone()]);
+            let length = counts[pack.clone()].iter().sum();
+            guarded(&what, 2 * pack.len(), length, || {
+                let slopes = Tensor::from_slice(&slopes[pack.clone()].concat())
+                    .view([-1, 2])
+                    .to_device(self.network.device);
+                let judged = with_gradients
+                    .take()
+                    .unwrap_or_else(|| self.rewards(&pairs[pack.clone()]));
+                (judged * slopes).sum(Kind::Double).backward();
             })?;
         }
         let update = self.training.update(rows, |_| true)?;
@@ -217,7 +248,7 @@ impl RewardLearner for LlavaRewards {
             accuracy: mean(&|rewards| f64::from(u8::from(rewards[0] > rewards[1]))),
             grad_norm: update.grad_norm,
             learning_rate: update.learning_rate,
-            tokens: pairs.iter().map(tokens).sum::<usize>() as u64,
+            tokens: counts.iter().sum::<usize>() as u64,
         })
     }
 }

@@ -22,7 +22,7 @@ use super::layers;
 use super::llava::{Llava, TWO_LAYERS};
 use super::llava_onevision::LlavaOnevision;
 use super::optimizer::Parameter;
-use super::training::{Training, not_finite, row_error};
+use super::training::{Training, doing, not_finite, row_error};
 use crate::models::{
     self, Learner, Lesson, LlavaRlhf, ModelError, RowFault, SftLearner, SftReport, SftSettings,
 };
@@ -153,19 +153,13 @@ impl<S: Student> SftLearner for Sft<S> {
             .sum();
         self.training.begin_step();
         let mut sums = Sums::default();
+        let ids: Vec<&str> = batch.iter().map(|lesson| lesson.id).collect();
         let lengths: Vec<usize> = lessons
             .iter()
             .map(|lesson| S::tokens(lesson).0.len())
             .collect();
         for pack in packs(&lengths, PACK_TOKENS_MAX) {
-            let what = match &batch[pack.clone()] {
-                [one] => format!("training on prompt {}", one.id),
-                several => format!(
-                    "training on {} prompts from {}",
-                    several.len(),
-                    several[0].id
-                ),
-            };
+            let what = doing("training on", "prompt", &ids[pack.clone()]);
             let length = lengths[pack.clone()].iter().sum();
             let learned = guarded(&what, pack.len(), length, || {
                 self.learn_from(&lessons[pack.clone()], learned, &mut sums)

@@ -15,6 +15,14 @@ use crate::models::{ModelError, Optimization};
 /// The file in the folder of [`crate::models::Learner::save_state`].
 pub const STATE_FILE: &str = "state.safetensors";
 
+/// What completes "out of memory while …": what is done, with one row or several of a kind.
+pub fn doing(what: &str, kind: &str, rows: &[&str]) -> String {
+    match rows {
+        [one] => format!("{what} {kind} {one}"),
+        several => format!("{what} {} {kind}s from {}", several.len(), several[0]),
+    }
+}
+
 /// The trained weights of a network and what trains them.
 #[derive(Debug)]
 pub struct Training {
