@@ -2,12 +2,12 @@
 
 usage: bench.py [--repeat N] [WORKLOAD ...]      (`make bench` calls it; workloads: see WORKLOADS)
 
-Prints a table for benches/README.md. Times are of the work alone: models are loaded, nothing is compiled any more.
+Prints a table for benches/README.md. Times are of the work alone: of transformers, the processor and the network with
+the model loaded; of ovchat, what its telemetry says of waiting for pictures, tower, prefill and decoding.
 """
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -45,67 +45,118 @@ def peer(*arguments):
 
 
 def ours(scratch, stages, models, table, query):
-    """Runs a pipeline; gives the seconds of its last stage, what a query says of it, and peak memory."""
+    """Runs a pipeline; gives the telemetry of its last stage, what a query says of it, and peak memory."""
     yaml = scratch / "bench.yaml"
     yaml.write_text(f"pipeline: bench\nseed: 1\nmodels:\n{models}stages:\n{stages}")
     folder = scratch / "run"
     subprocess.run(["rm", "-rf", folder], check=True)
     environment = {name: value for name, value in os.environ.items() if name != "LD_LIBRARY_PATH"}
-    text, peak = run([PROGRAM, "run", yaml, "--run", folder], environment)
-    minutes, seconds = re.search(rf"^{table} .*rows in (?:(\d+) min )?([\d.]+) s", text, re.M).groups()
-    answer, _ = run([PROGRAM, "sql", folder, query, "--format", "json"], environment)
-    return 60 * int(minutes or 0) + float(seconds), json.loads(answer)[0], peak
+    _, peak = run([PROGRAM, "run", yaml, "--run", folder], environment)
+    ask = lambda query: json.loads(run([PROGRAM, "sql", folder, query, "--format", "json"], environment)[0])[0]
+    telemetry = ask(f"""
+        select sum(seconds_waiting) as waiting, sum(seconds_tower) as tower, sum(seconds_prefill) as prefill,
+               sum(seconds_decode) as decode, sum(seconds_pictures) as pictures, sum(tower_passes) as passes,
+               sum(steps * occupancy) / sum(steps) as occupancy
+        from telemetry where stage = '{table}'""")
+    telemetry["work"] = sum(telemetry[phase] for phase in ("waiting", "tower", "prefill", "decode"))
+    return telemetry, ask(query), peak
+
+
+def phases(telemetry):
+    return "waiting, tower, prefill, decoding: " + ", ".join(f"{telemetry[phase]:.1f}" for phase in ("waiting", "tower", "prefill", "decode")) + " s"
+
+
+def made_model(scratch, size="small"):
+    folder = scratch / f"model-{size}"
+    if not folder.exists():
+        peer("model", folder, size)
+    return folder
+
+
+def made_data(scratch, side, count):
+    folder = scratch / f"data-{side}-{count}"
+    if not folder.exists():
+        peer("data", folder, side, count)
+    return folder
 
 
 def sampling(scratch, name, side, count, new_tokens):
-    model, data = scratch / "model", scratch / f"data-{side}-{count}"
-    if not model.exists():
-        peer("model", model)
-    if not data.exists():
-        peer("data", data, side, count)
+    model, data = made_model(scratch), made_data(scratch, side, count)
     theirs = peer("sample", model, data, new_tokens)
     models = f"  policy: {{ llava_onevision: {{ weights: {model}, dtype: float32, device: cpu }} }}\n"
     stages = (f"  prompts: {{ load_prompts: {{ from: {data}/prompts.json, images: {data}/images }} }}\n"
               f"  candidates: {{ sample: {{ prompts: prompts, model: policy, max_new_tokens: {new_tokens} }} }}\n")
-    seconds, row, peak = ours(scratch, stages, models, "candidates", "select sum(array_length(token_ids)) as tokens from candidates")
-    return dict(unit="new tokens/s", theirs=theirs["tokens"] / theirs["seconds"], ours=row["tokens"] / seconds,
-                their_peak=theirs["peak_gb"], our_peak=peak, note=f"{theirs['prompt_tokens']} tokens a prompt, {count} prompts, k = 5")
+    took, row, peak = ours(scratch, stages, models, "candidates", "select sum(array_length(token_ids)) as tokens from candidates")
+    return dict(unit="new tokens/s", theirs=theirs["tokens"] / theirs["seconds"], ours=row["tokens"] / took["work"],
+                their_peak=theirs["peak_gb"], our_peak=peak,
+                note=f"{theirs['prompt_tokens']} tokens a prompt, {count} prompts, k = 5; {phases(took)}")
+
+
+def unequal(scratch):
+    """Answers that end anywhere: 250 of 32,000 tokens end one, so that they are 130 tokens long on average. Beside it the same
+    in parts of as many prompts as grow side by side, each of which waits for its longest answer."""
+    model, data = made_model(scratch), made_data(scratch, 200, 64)
+    stops = list(range(300, 300 + 250 * 100, 100))
+    models = f"  policy: {{ llava_onevision: {{ weights: {model}, dtype: float32, device: cpu }} }}\n"
+
+    def one(part):
+        stages = (f"  prompts: {{ load_prompts: {{ from: {data}/prompts.json, images: {data}/images }} }}\n"
+                  f"  candidates: {{ sample: {{ prompts: prompts, model: policy, temperature: 1.0, top_p: 1.0, max_new_tokens: 256, "
+                  f"part: {part}, stop_token_ids: {stops} }} }}\n")
+        return ours(scratch, stages, models, "candidates", "select sum(array_length(token_ids)) as tokens, "
+                    "min(array_length(token_ids)) as least, max(array_length(token_ids)) as most from candidates")
+    (waiting, row, their_peak), (took, same, peak) = one(12), one(64)
+    assert row == same, (row, same)
+    return dict(unit="new tokens/s", theirs=row["tokens"] / waiting["decode"], ours=row["tokens"] / took["decode"], their_peak=their_peak,
+                our_peak=peak, note=f"ovchat without continuous batching, decoding alone; 320 answers of {row['least']} to {row['most']} tokens, "
+                f"occupancy {took['occupancy']:.2f} and {waiting['occupancy']:.2f} without")
+
+
+def pictures(scratch):
+    """Decoding, resizing, cutting and normalizing, beside a network that takes next to no time."""
+    model, data = made_model(scratch, "tiny"), made_data(scratch, 1200, 16)
+    theirs = peer("pictures", model, data)
+    models = f"  policy: {{ llava_onevision: {{ weights: {model}, dtype: float32, device: cpu }} }}\n"
+    stages = (f"  prompts: {{ load_prompts: {{ from: {data}/prompts.json, images: {data}/images }} }}\n"
+              f"  candidates: {{ sample: {{ prompts: prompts, model: policy, count: 1, max_new_tokens: 1 }} }}\n")
+    took, _, peak = ours(scratch, stages, models, "candidates", "select count(*) as answers from candidates")
+    return dict(unit="pictures/s", theirs=theirs["pictures"] / theirs["seconds"], ours=took["passes"] / took["pictures"],
+                their_peak=theirs["peak_gb"], our_peak=peak, note="PNG of 1200 x 1200, two threads")
 
 
 def scoring(scratch):
-    policy, judge, data = scratch / "model", scratch / "reward", scratch / "data-768-6"
-    for folder, what in [(policy, ["model"]), (judge, ["reward"])]:
-        if not folder.exists():
-            peer(*what, folder)
-    if not data.exists():
-        peer("data", data, 768, 6)
+    policy, judge, data = made_model(scratch), scratch / "reward", made_data(scratch, 768, 6)
+    if not judge.exists():
+        peer("reward", judge)
     models = (f"  policy: {{ llava_onevision: {{ weights: {policy}, dtype: float32, device: cpu }} }}\n"
               f"  judge: {{ llava_rlhf: {{ base: {judge}/base, vision: {judge}/vision, adapter: {judge}/adapter, "
               f"prompt: {judge}/prompt.txt, dtype: float32, device: cpu }} }}\n")
     stages = (f"  prompts: {{ load_prompts: {{ from: {data}/prompts.json, images: {data}/images }} }}\n"
               f"  candidates: {{ sample: {{ prompts: prompts, model: policy, max_new_tokens: 8 }} }}\n"
               f"  rewards: {{ score: {{ candidates: candidates, judge: judge }} }}\n")
-    seconds, row, peak = ours(scratch, stages, models, "rewards", "select count(*) as answers, avg(reward) as mean from rewards")
+    took, row, peak = ours(scratch, stages, models, "rewards", "select count(*) as answers, avg(reward) as mean from rewards")
     texts, _ = run([PROGRAM, "sql", scratch / "run", "select p.id, c.text from candidates c join prompts p on p.prompt_id = c.prompt_id",
                     "--format", "json"])
     (scratch / "answers.json").write_text(texts)
     theirs = peer("score", judge, data, scratch / "answers.json")
     assert row["answers"] == theirs["answers"] and abs(row["mean"] - theirs["mean"]) < 1e-3, (row, theirs)
-    return dict(unit="answers/s", theirs=theirs["answers"] / theirs["seconds"], ours=row["answers"] / seconds,
-                their_peak=theirs["peak_gb"], our_peak=peak, note="5 answers of some 70 tokens a prompt, 576 patches; equal mean rewards")
+    return dict(unit="answers/s", theirs=theirs["answers"] / theirs["seconds"], ours=row["answers"] / took["work"],
+                their_peak=theirs["peak_gb"], our_peak=peak,
+                note=f"5 answers of some 70 tokens a prompt, 576 patches; equal mean rewards; {phases(took)}")
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--repeat", type=int, default=1)
-    parser.add_argument("workloads", nargs="*", default=[*SAMPLING, "score"])
+    parser.add_argument("workloads", nargs="*", default=[*SAMPLING, "unequal", "score", "pictures"])
     arguments = parser.parse_args()
-    print("| work | unit | transformers | ovchat | ratio | peak memory, GB | |\n|---|---|---|---|---|---|---|")
+    print("| work | unit | peer | ovchat | ratio | peak memory, GB | |\n|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         for name in arguments.workloads:
             for _ in range(arguments.repeat):
-                found = scoring(scratch) if name == "score" else sampling(scratch, name, *SAMPLING[name])
+                others = {"unequal": unequal, "score": scoring, "pictures": pictures}
+                found = others[name](scratch) if name in others else sampling(scratch, name, *SAMPLING[name])
                 print(f"| {name} | {found['unit']} | {found['theirs']:.2f} | {found['ours']:.2f} | {found['ours'] / found['theirs']:.1f} "
                       f"| {found['their_peak']:.1f}, ours {found['our_peak']:.1f} | {found['note']} |", flush=True)
 

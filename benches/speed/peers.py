@@ -1,6 +1,7 @@
 """The peers of bench.py: what people run today, on the same files. Each call prints one JSON line.
 
-usage: peers.py model OUT | reward OUT | data OUT SIDE COUNT | sample MODEL DATA NEW_TOKENS | score REWARD DATA ANSWERS | pictures MODEL DATA
+usage: peers.py model OUT [tiny] | reward OUT | data OUT SIDE COUNT | sample MODEL DATA NEW_TOKENS | score REWARD DATA ANSWERS
+       | pictures MODEL DATA
 """
 import json
 import resource
@@ -19,8 +20,9 @@ IMAGES = dict(image_grid_pinpoints=PINPOINTS, image_mean=[0.5] * 3, image_std=[0
 QUESTION = "Describe the picture in detail."
 
 
-def model(out):
-    """A LLaVA-OneVision of 70 million random weights, with the real tower's 729 patches a tile."""
+def model(out, size="small"):
+    """A LLaVA-OneVision of 70 million random weights, with the real tower's 729 patches a tile; or one that next to
+    nothing is computed with, for what comes before."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import (LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerFast,
                               Qwen2Config, SiglipVisionConfig)
@@ -34,11 +36,14 @@ def model(out):
     fast.save_pretrained(out)
     ids = {token: fast.convert_tokens_to_ids(token) for token in SPECIAL}
     torch.manual_seed(0)
+    tower = dict(hidden_size=384, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=6)
+    decoder = dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2)
+    if size == "tiny":
+        tower = decoder = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
+        decoder = dict(decoder, num_key_value_heads=1)
     config = LlavaOnevisionConfig(
-        vision_config=SiglipVisionConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=6,
-                                         image_size=SIDE, patch_size=PATCH, vision_use_head=False),
-        text_config=Qwen2Config(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
-                                num_key_value_heads=2, vocab_size=VOCAB, rope_theta=1e6, max_position_embeddings=32768,
+        vision_config=SiglipVisionConfig(**tower, image_size=SIDE, patch_size=PATCH, vision_use_head=False),
+        text_config=Qwen2Config(**decoder, vocab_size=VOCAB, rope_theta=1e6, max_position_embeddings=32768,
                                 bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"], tie_word_embeddings=False),
         image_token_index=ids["<image>"], video_token_index=ids["<video>"], vision_feature_layer=-1,
         vision_feature_select_strategy="full", vision_aspect_ratio="anyres_max_9", image_grid_pinpoints=PINPOINTS)
@@ -48,18 +53,21 @@ def model(out):
 
 
 def data(out, side, count):
-    """Photographs of scikit-image as squares, each with a question."""
+    """Photographs of scikit-image as squares, each with a question; where more questions are wanted than there are
+    photographs, each has several."""
     import skimage
     (Path(out) / "images").mkdir(parents=True, exist_ok=True)
     names = sorted(path for path in (Path(skimage.__file__).parent / "data").glob("*") if path.suffix in (".png", ".jpg"))
-    rows = []
+    kept = []
     for path in names:
         photograph = Image.open(path).convert("RGB")
-        if min(photograph.size) < 200 or len(rows) == int(count):
+        if min(photograph.size) < 200 or len(kept) == int(count):
             continue
         photograph.resize((int(side), int(side)), Image.Resampling.BICUBIC).save(Path(out) / "images" / f"{path.stem}.png")
-        rows.append(dict(id=path.stem, image=f"{path.stem}.png", prompt=QUESTION))
-    assert len(rows) == int(count), f"only {len(rows)} photographs"
+        kept.append(path.stem)
+    asked = [(number, kept[number % len(kept)]) for number in range(int(count))]
+    rows = [dict(id=f"{name}-{number}", image=f"{name}.png", prompt=QUESTION if number < len(kept) else f"{QUESTION} Part {number}.")
+            for number, name in asked]
     (Path(out) / "prompts.json").write_text(json.dumps(rows))
 
 

@@ -168,16 +168,16 @@ impl Anyres {
 
     /// Normalizes the tiles that begin at the given columns and rows of the given pictures.
     fn tiles(&self, tiles: &[(&Rgb, usize, usize)], packing: Packing) -> Tiles {
-        let planes: Vec<Vec<f32>> = tiles
-            .par_iter()
-            .map(|&(picture, left, top)| {
-                let mut planes = Vec::with_capacity(3 * self.side * self.side);
-                picture.planes(left, top, self.side, &self.levels, &mut planes);
-                planes
-            })
-            .collect();
+        let size = 3 * self.side * self.side;
+        let mut pixels = vec![0.0; tiles.len() * size];
+        pixels
+            .par_chunks_exact_mut(size)
+            .zip(tiles)
+            .for_each(|(planes, &(picture, left, top))| {
+                picture.planes(left, top, self.side, &self.levels, planes);
+            });
         Tiles {
-            pixels: planes.concat(),
+            pixels,
             side: self.side,
             packing,
         }

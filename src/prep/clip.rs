@@ -52,7 +52,7 @@ impl Clip {
             resized
         };
         let offset = (middle.width - self.crop) / 2;
-        let mut planes = Vec::with_capacity(3 * self.crop * self.crop);
+        let mut planes = vec![0.0; 3 * self.crop * self.crop];
         middle.planes(offset, offset, self.crop, &self.levels, &mut planes);
         planes
     }

@@ -53,8 +53,8 @@ impl Rgb {
         }
     }
 
-    /// Appends `side` x `side` pixels, from column `left`, row `top` on, as `[3, side, side]` floats;
-    /// `levels` says what each gray level of each channel becomes.
+    /// Writes `side` x `side` pixels, from column `left`, row `top` on, to `planes` as
+    /// `[3, side, side]` floats; `levels` says what each gray level of each channel becomes.
     ///
     /// # Panics
     ///
@@ -65,12 +65,21 @@ impl Rgb {
         top: usize,
         side: usize,
         levels: &[[f32; 256]; 3],
-        planes: &mut Vec<f32>,
+        planes: &mut [f32],
     ) {
-        for (channel, levels) in levels.iter().enumerate() {
-            for row in top..top + side {
-                let row = &self.data[3 * (row * self.width + left)..][..3 * side];
-                planes.extend(row.chunks_exact(3).map(|p| levels[usize::from(p[channel])]));
+        let (red, rest) = planes.split_at_mut(side * side);
+        let (green, blue) = rest.split_at_mut(side * side);
+        let rows = red
+            .chunks_exact_mut(side)
+            .zip(green.chunks_exact_mut(side))
+            .zip(blue.chunks_exact_mut(side));
+        for (row, ((red, green), blue)) in (top..).zip(rows) {
+            let row = &self.data[3 * (row * self.width + left)..][..3 * side];
+            let places = red.iter_mut().zip(green).zip(blue);
+            for (pixel, ((red, green), blue)) in row.chunks_exact(3).zip(places) {
+                *red = levels[0][usize::from(pixel[0])];
+                *green = levels[1][usize::from(pixel[1])];
+                *blue = levels[2][usize::from(pixel[2])];
             }
         }
     }

@@ -22,6 +22,12 @@ use super::picture::Rgb;
 /// Half the width of the kernel, in source pixels at scale 1.
 const SUPPORT: f64 = 2.0;
 
+/// Bytes of a row that are summed at once.
+const BLOCK: usize = 64;
+
+/// Side of the squares by which a picture is turned.
+const SQUARE: usize = 32;
+
 /// Bits after the binary point of Pillow's weights: 32 less 8 for the pixel and 2 for overshoot.
 const PILLOW_PRECISION: u32 = 32 - 8 - 2;
 
@@ -122,59 +128,105 @@ impl Pass {
         }
     }
 
-    /// Resizes every row of RGB pixels.
+    /// Resizes every row of RGB pixels, as columns of the picture on its side: along them neighboring
+    /// bytes have the same weights, so that many go at once.
     fn horizontal(&self, data: &[u8]) -> Vec<u8> {
-        let mut resized = vec![0; data.len() / self.from * self.taps.len()];
-        let rows = resized.par_chunks_exact_mut(3 * self.taps.len());
-        rows.zip(data.par_chunks_exact(3 * self.from))
-            .for_each(|(resized, row)| {
-                for (pixel, taps) in resized.chunks_exact_mut(3).zip(&self.taps) {
-                    let mut sums = [self.half(); 3];
-                    let source = row[3 * taps.first..].chunks_exact(3);
-                    for (source, &weight) in source.zip(&taps.weights) {
-                        sums[0] += i32::from(source[0]) * weight;
-                        sums[1] += i32::from(source[1]) * weight;
-                        sums[2] += i32::from(source[2]) * weight;
-                    }
-                    for (byte, sum) in pixel.iter_mut().zip(sums) {
-                        *byte = self.level(sum);
-                    }
-                }
-            });
-        resized
+        let rows = data.len() / (3 * self.from);
+        let resized = self.vertical(&on_its_side(data, self.from), 3 * rows);
+        on_its_side(&resized, rows)
     }
 
     /// Resizes every column; a row has `stride` bytes.
     fn vertical(&self, data: &[u8], stride: usize) -> Vec<u8> {
         let mut resized = vec![0; stride * self.taps.len()];
         let rows = resized.par_chunks_exact_mut(stride).zip(&self.taps);
-        rows.for_each_init(
-            || vec![0_i32; stride],
-            |sums, (resized, taps)| {
-                sums.fill(self.half());
-                let rows = data[stride * taps.first..].chunks_exact(stride);
-                for (row, &weight) in rows.zip(&taps.weights) {
-                    for (sum, &byte) in sums.iter_mut().zip(row) {
-                        *sum += i32::from(byte) * weight;
-                    }
-                }
-                for (byte, &sum) in resized.iter_mut().zip(sums.iter()) {
-                    *byte = self.level(sum);
-                }
-            },
-        );
+        rows.for_each(|(resized, taps)| self.row(data, taps, resized));
         resized
     }
 
+    /// Makes a row of the rows of `data` that `taps` names, with the widest vectors of this processor
+    /// that the compiler can use; in whole numbers the result is the same with all of them.
+    fn row(&self, data: &[u8], taps: &Taps<i32>, resized: &mut [u8]) {
+        #[cfg(target_arch = "x86_64")]
+        {
+            #[target_feature(enable = "avx2")]
+            fn with_avx2(pass: &Pass, data: &[u8], taps: &Taps<i32>, resized: &mut [u8]) {
+                pass.down(data, taps, resized);
+            }
+            if is_x86_feature_detected!("avx2") {
+                #[expect(
+                    unsafe_code,
+                    reason = "the compiler cannot know that the processor was asked"
+                )]
+                // SAFETY: the processor has AVX2.
+                unsafe {
+                    with_avx2(self, data, taps, resized);
+                }
+                return;
+            }
+        }
+        self.down(data, taps, resized);
+    }
+
+    #[inline(always)]
+    fn down(&self, data: &[u8], taps: &Taps<i32>, resized: &mut [u8]) {
+        let stride = resized.len();
+        let first = stride * taps.first;
+        // Blocks whose sums stay in registers. None overflows: the weights add up to 1. Wrapping says so
+        // to the compiler, which could not use vectors if it had to check.
+        for (number, resized) in resized.chunks_mut(BLOCK).enumerate() {
+            let mut sums = [self.half(); BLOCK];
+            let mut start = first + number * BLOCK;
+            for &weight in &taps.weights {
+                let bytes = &data[start..start + resized.len()];
+                if let Ok(bytes) = <&[u8; BLOCK]>::try_from(bytes) {
+                    for (sum, &byte) in sums.iter_mut().zip(bytes) {
+                        *sum = sum.wrapping_add(i32::from(byte).wrapping_mul(weight));
+                    }
+                } else {
+                    for (sum, &byte) in sums.iter_mut().zip(bytes) {
+                        *sum = sum.wrapping_add(i32::from(byte).wrapping_mul(weight));
+                    }
+                }
+                start += stride;
+            }
+            for (byte, &sum) in resized.iter_mut().zip(&sums) {
+                *byte = self.level(sum);
+            }
+        }
+    }
+
     /// One half in fixed point, where sums begin so that they are rounded in the end.
+    #[inline(always)]
     fn half(&self) -> i32 {
         1 << (self.precision - 1)
     }
 
     /// From fixed point to a gray level.
+    #[inline(always)]
     fn level(&self, sum: i32) -> u8 {
         (sum >> self.precision).clamp(0, 255) as u8
     }
+}
+
+/// RGB pixels, `width` a row, with rows and columns exchanged.
+fn on_its_side(data: &[u8], width: usize) -> Vec<u8> {
+    let (pixels, _) = data.as_chunks::<3>();
+    let height = pixels.len() / width;
+    let mut turned = vec![[0; 3]; pixels.len()];
+    // Squares of pixels, so that neither side leaves the cache.
+    let columns = turned.par_chunks_mut(SQUARE * height).enumerate();
+    columns.for_each(|(square, turned)| {
+        let left = square * SQUARE;
+        for top in (0..height).step_by(SQUARE) {
+            for (x, column) in turned.chunks_exact_mut(height).enumerate() {
+                for y in top..height.min(top + SQUARE) {
+                    column[y] = pixels[y * width + left + x];
+                }
+            }
+        }
+    });
+    turned.into_flattened()
 }
 
 /// A weight in fixed point; halves are rounded away from 0.
