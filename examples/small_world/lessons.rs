@@ -2,8 +2,7 @@
 //! them, and preferences. None of it is committed; `pipelines/small-world.yaml` trains on it.
 //!
 //! The policy's conversations are written carelessly ([`Question::careless`]): it learns to see, and
-//! to make the mistakes that DPO then has to drive out. The judge's are true, and it is asked whether
-//! answers are, too; its preferences are a true answer against one that is not, in the records of
+//! to make the mistakes that DPO then has to drive out. The judge's are true; its preferences are a true answer against one that is not, in the records of
 //! LLaVA-Human-Preference.
 
 use std::collections::BTreeSet;
@@ -64,39 +63,34 @@ pub fn write(
     let mut scans = Vec::with_capacity(count);
     let mut conversations = Vec::with_capacity(count);
     let mut true_conversations = Vec::with_capacity(count);
-    let mut claims = Vec::with_capacity(count);
     let mut preferences = Vec::with_capacity(count * PREFERENCES);
     for lesson in lessons {
         scans.push(lesson.scan);
         conversations.push(lesson.conversation);
         true_conversations.extend(lesson.true_conversation);
-        claims.push(lesson.claims);
         preferences.extend(lesson.preferences);
     }
-    for (name, scene) in [
-        ("first", Scene::draw_simple as fn(&mut Random) -> Scene),
-        ("even", Scene::draw_even),
-    ] {
-        let steps: Vec<[Vec<Record>; 2]> = (1..=first_steps)
+    let simple = Scene::draw_simple as fn(&mut Random) -> Scene;
+    for (name, scene) in [("first", simple), ("even", Scene::draw_even)] {
+        let pictures: Vec<[Vec<Record>; 2]> = (1..=first_steps)
             .into_par_iter()
             .map(|number| first_step(to, seed, &format!("{name}-{number:05}"), scene, taken))
             .collect::<Outcome<_>>()?;
-        let (steps, claims): (Vec<_>, Vec<_>) = steps
-            .into_iter()
-            .map(|[steps, claims]| (steps, claims))
-            .unzip();
+        let (steps, preferences): (Vec<_>, Vec<_>) =
+            pictures.into_iter().map(<(_, _)>::from).unzip();
         files::write_json(&to.join(format!("{name}_steps.json")), &steps.concat())?;
-        files::write_json(&to.join(format!("{name}_claims.json")), &claims.concat())?;
+        if name == "even" {
+            files::write_json(&to.join("even_preferences.json"), &preferences.concat())?;
+        }
     }
     files::write_json(&to.join("scans.json"), &scans)?;
     files::write_json(&to.join("conversations.json"), &conversations)?;
     files::write_json(&to.join("true_conversations.json"), &true_conversations)?;
-    files::write_json(&to.join("claims.json"), &claims)?;
     files::write_json(&to.join("preferences.json"), &preferences)
 }
 
 /// Draws and writes a picture of shapes of one kind and color, with true answers to questions about it,
-/// and whether answers to them are true.
+/// and preferences for them over false ones.
 fn first_step(
     to: &Path,
     seed: u64,
@@ -119,22 +113,25 @@ fn first_step(
             }
         }
     });
-    let record = |topic: Topic, turn: [String; 2]| Record {
-        id: format!("{id}-{}", topic.name()),
+    let record = |question: &Question, answer: String, preference| Record {
+        id: format!("{id}-{}", question.topic.name()),
         image: image.clone(),
-        conversations: spoken(vec![turn]),
-        preference: None,
+        conversations: spoken(vec![[question.text.clone(), answer]]),
+        preference,
     };
-    let claims = asked.iter().filter_map(|question| {
-        let wrong = question.fair.as_ref()?;
-        let turn = claim(&question.text, [&question.answer, wrong], &mut random);
-        Some(record(question.topic, turn))
-    });
-    let claims = claims.collect();
-    let answers = asked
-        .into_iter()
-        .map(|question| record(question.topic, [question.text, question.answer]));
-    Ok([answers.collect(), claims])
+    let steps = asked
+        .iter()
+        .map(|question| record(question, question.answer.clone(), None))
+        .collect();
+    let preferences = asked
+        .iter()
+        .filter_map(|question| {
+            let wrong = question.fair.clone()?;
+            let preference = prefer(question.answer.clone(), wrong, &mut random);
+            Some(record(question, String::new(), Some(preference)))
+        })
+        .collect();
+    Ok([steps, preferences])
 }
 
 /// Draws a scene that is not one of `taken`.
@@ -153,8 +150,6 @@ struct Lesson {
     conversation: Record,
     /// Questions with true answers, if any.
     true_conversation: Option<Record>,
-    /// Whether answers are true; none of them tells anything of another.
-    claims: Record,
     preferences: Vec<Record>,
 }
 
@@ -177,11 +172,6 @@ impl Lesson {
         random.shuffle(&mut places);
         let scan = record(places.to_vec());
         let conversation = record(careless_turns(&scene, &mut random));
-        let claims = questions::place_claims(&scene, &mut random);
-        let claims = claims
-            .iter()
-            .map(|[text, answer, wrong]| claim(text, [answer, wrong], &mut random));
-        let claims = record(claims.collect());
         let mut preferences = Vec::with_capacity(PREFERENCES);
         let mut true_turns = Vec::with_capacity(PREFERENCES);
         for question in ask(&scene, PREFERENCES, &mut random) {
@@ -199,7 +189,6 @@ impl Lesson {
             scan,
             conversation,
             true_conversation: (!true_turns.is_empty()).then(|| record(true_turns)),
-            claims,
             preferences,
         })
     }
@@ -227,16 +216,6 @@ fn careless_turns(scene: &Scene, random: &mut Random) -> Vec<[String; 2]> {
         [question.text, answer]
     };
     asked.into_iter().map(turn).collect()
-}
-
-/// The question whether an answer is true, of the true one or of the false one, and the verdict.
-fn claim(text: &str, [answer, wrong]: [&str; 2], random: &mut Random) -> [String; 2] {
-    let (said, verdict) = if random.chance(0.5) {
-        (answer, "Yes.")
-    } else {
-        (wrong, "No.")
-    };
-    [format!("{text} {said} Is that true?"), verdict.to_owned()]
 }
 
 fn spoken(turns: Vec<[String; 2]>) -> Vec<Value> {
@@ -294,7 +273,7 @@ mod tests {
             |number: u32| Scene::draw(&mut Random::named(3, &format!("lesson-{number:05}")));
         let taken = BTreeSet::from([scene(1).content()]);
         write(&folder, 3, [1, 2], &taken).unwrap();
-        let text = std::fs::read(folder.join("claims.json")).unwrap();
+        let text = std::fs::read(folder.join("scans.json")).unwrap();
         let records: Vec<Value> = serde_json::from_slice(&text).unwrap();
         std::fs::remove_dir_all(&folder).unwrap();
         assert_eq!(records.len(), 2);

@@ -105,25 +105,6 @@ pub fn places(scene: &Scene) -> [[String; 2]; 4] {
     })
 }
 
-/// What is at each place that has something, as [`places`] asks and answers, and an answer that has
-/// another kind or color instead.
-pub fn place_claims(scene: &Scene, random: &mut Random) -> Vec<[String; 3]> {
-    let claim = |object: &Object| {
-        let [kind, color] = [object.kind.singular(), object.color.name];
-        let wrong = if random.chance(0.5) {
-            let other = other_than(&Kind::ALL, object.kind, random);
-            format!("{color} {}", other.singular())
-        } else {
-            let other = other_than(&COLORS, object.color, random);
-            format!("{} {kind}", other.name)
-        };
-        let there_is = |what: &str| there_are(1, what, "");
-        let text = format!("What is in the {}?", object.place.name());
-        [text, there_is(&format!("{color} {kind}")), there_is(&wrong)]
-    };
-    scene.objects.iter().map(claim).collect()
-}
-
 /// What kind of shape is at a place, or what kind the shapes of a color are.
 fn ask_kind(scene: &Scene, random: &mut Random) -> Question {
     let colors_of_one_kind: Vec<&Group> = scene
