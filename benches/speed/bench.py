@@ -105,9 +105,10 @@ def unequal(scratch):
                   f"part: {part}, stop_token_ids: {stops} }} }}\n")
         return ours(scratch, stages, models, "candidates", "select sum(array_length(token_ids)) as tokens, "
                     "min(array_length(token_ids)) as least, max(array_length(token_ids)) as most from candidates")
-    (waiting, row, their_peak), (took, same, peak) = one(12), one(64)
-    assert row == same, (row, same)
-    return dict(unit="new tokens/s", theirs=row["tokens"] / waiting["decode"], ours=row["tokens"] / took["decode"], their_peak=their_peak,
+    (waiting, theirs, their_peak), (took, row, peak) = one(12), one(64)
+    # Other neighbors change last bits, and with a choice among 32,000 tokens now and then one of these.
+    assert abs(row["tokens"] / theirs["tokens"] - 1) < 0.05, (row, theirs)
+    return dict(unit="new tokens/s", theirs=theirs["tokens"] / waiting["decode"], ours=row["tokens"] / took["decode"], their_peak=their_peak,
                 our_peak=peak, note=f"ovchat without continuous batching, decoding alone; 320 answers of {row['least']} to {row['most']} tokens, "
                 f"occupancy {took['occupancy']:.2f} and {waiting['occupancy']:.2f} without")
 

@@ -11,7 +11,7 @@ use crate::config::PlannedStage;
 use crate::models;
 use crate::run::{Start, Unit};
 use crate::stages::{Failure, MapWork, Outcome, Scope, TableName, rejects};
-use crate::store::{Event, FileRecord, Key, Lookup, Made, PartRecord, RunFolder};
+use crate::store::{Event, FileRecord, Key, Lookup, Made, PartRecord, RunFolder, TableWriter};
 use crate::tables::{RejectClass, Telemetry};
 
 impl Runner<'_> {
@@ -98,8 +98,10 @@ impl Runner<'_> {
             let rows_in = batches.len() as u64;
             let outcomes = compute(work, &mut scope, batches, base, &mut reuse)?;
             rows_done += part_rows;
-            let mut record =
-                self.write_part(table, round, part, rows_in, work, outcomes, &made.key)?;
+            let halvings = telemetry.halvings;
+            let mut record = self.write_part(
+                table, round, part, rows_in, work, outcomes, &made.key, halvings,
+            )?;
             if telemetry.prompts > 0 {
                 let row = row_of(&telemetry, table, round, part, begun.elapsed());
                 record.telemetry = self.write_beside("telemetry", table, round, part, &[row])?;
@@ -128,12 +130,14 @@ impl Runner<'_> {
         work: &dyn MapWork,
         outcomes: Vec<Outcome<RecordBatch>>,
         key: &str,
+        halvings: u64,
     ) -> Result<PartRecord, Failure> {
         let stem = format!(
             "{}/part-{part:05}",
             RunFolder::table_folder(table.as_str(), round)
         );
-        let mut writer = self.writer(&stem, &work.schema(), Some(key));
+        let footer = with_halvings(self.footer(Some(key)), halvings);
+        let mut writer = TableWriter::new(self.folder.root(), &stem, work.schema(), &footer);
         let mut set_aside = Vec::new();
         for outcome in outcomes {
             match outcome {
@@ -212,6 +216,18 @@ fn row_of(
         seconds: took.as_secs_f64(),
         peak_memory: peak_memory(),
     }
+}
+
+/// A footer that says that memory ran out, if it did: answers then had other neighbors than planned,
+/// which shows in the last bits of their log-probabilities.
+pub(super) fn with_halvings(
+    mut footer: Vec<(&'static str, String)>,
+    halvings: u64,
+) -> Vec<(&'static str, String)> {
+    if halvings > 0 {
+        footer.push(("ovchat.halvings", halvings.to_string()));
+    }
+    footer
 }
 
 /// The most memory that this process took so far, in bytes, where Linux tells.

@@ -32,7 +32,7 @@ use crate::store::{
     CheckpointRecord, FileRecord, Fingerprints, Images, Key, Made, RunFolder, TableWriter,
     read_file,
 };
-use crate::tables::{Reject, RejectClass, Row};
+use crate::tables::{Reject, RejectClass, Row, Telemetry};
 use models::RunModels;
 
 /// How a run goes about its plan.
@@ -226,12 +226,17 @@ impl<'a> Runner<'a> {
         content: Option<String>,
         checkpoint: Option<CheckpointRecord>,
     ) -> Result<(), Failure> {
-        let key = self
-            .folder
-            .manifest()
-            .find(table.as_str(), round)
-            .map(|made| made.key.clone());
-        let footer = self.footer(key.as_deref());
+        let made = self.folder.manifest().find(table.as_str(), round);
+        let key = made.map(|made| made.key.clone());
+        let mut halvings = 0;
+        for file in made.into_iter().flat_map(Made::telemetry) {
+            let rows = read_file::<Telemetry>(&self.folder.root().join(&file.file))?;
+            halvings += rows
+                .iter()
+                .map(|row| row.halvings.cast_unsigned())
+                .sum::<u64>();
+        }
+        let footer = map::with_halvings(self.footer(key.as_deref()), halvings);
         Ok(self
             .folder
             .finish(table.as_str(), round, content, checkpoint, &footer)?)

@@ -344,6 +344,75 @@ fn pictures_and_prompts_are_read_once_whatever_the_budget_and_the_answers_are_th
     assert_eq!(telemetry.step_rows, telemetry.answer_tokens);
 }
 
+/// The policy of the small world and twelve of its questions.
+fn small_world() -> (OnevisionPolicy, Vec<Prompt>) {
+    let samples = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("data-samples");
+    let spec = models::LlavaOnevision {
+        weights: samples.join("policy"),
+        ..recorded::spec(Dtype::Float32)
+    };
+    let text = std::fs::read(samples.join("prompts.json")).unwrap();
+    let records: Vec<serde_json::Value> = serde_json::from_slice(&text).unwrap();
+    let prompts = records[..12].iter().enumerate().map(|(number, record)| {
+        let name = record["image"].as_str().unwrap();
+        Prompt {
+            pictures: vec![Picture {
+                id: name.to_owned(),
+                bytes: std::fs::read(samples.join("images").join(name))
+                    .unwrap()
+                    .into(),
+            }],
+            question: record["prompt"].as_str().unwrap().to_owned(),
+            seed: number as u64,
+            ..recorded::prompts().remove(3)
+        }
+    });
+    (OnevisionPolicy::open(&spec).unwrap(), prompts.collect())
+}
+
+#[test]
+fn sharing_gives_the_tokens_and_log_probabilities_that_each_answer_has_alone() {
+    let (mut policy, prompts) = small_world();
+    let how = Sampling {
+        max_new_tokens: 24,
+        ..how(5, 0.7)
+    };
+    let (together, telemetry) = measured(&mut policy, &prompts, &how);
+    assert!(
+        telemetry.tower_passes < telemetry.prompts,
+        "pictures have several questions"
+    );
+    policy.budget.rows = 1;
+    policy.budget.read_tokens = 1;
+    let apart = sample(&mut policy, &prompts, &how);
+    assert_same(&together, &apart);
+
+    // Without any sharing: each answer in a pass of its own, with its prompt and its picture.
+    let _no_grad = tch::no_grad_guard();
+    let network = &policy.network;
+    for (prompt, answers) in prompts.iter().zip(&together) {
+        for answer in answers.as_ref().unwrap() {
+            let mut prepared = policy.prep.prepare(prompt).unwrap();
+            let first = prepared.text.ids.len() as i64 - 1;
+            let ids: Vec<i64> = answer.token_ids.iter().map(|&id| id.into()).collect();
+            prepared.text.ids.extend(&ids);
+            let features = network.image_features(&prepared.pictures);
+            let embeds = network.embed_prompt(&prepared.text, &features);
+            let length = embeds.size()[0];
+            let (hidden, _) = network
+                .language_model
+                .prefill(&embeds, &[length], Wanted::All);
+            let hidden = hidden.narrow(0, first, ids.len() as i64);
+            let logits = network.lm_head.forward(&hidden);
+            let logps = super::super::dpo::token_logps(&logits, &Tensor::from_slice(&ids));
+            let logps = Vec::<f32>::try_from(logps).unwrap();
+            for (alone, shared) in logps.iter().zip(&answer.token_logps) {
+                assert!((alone - shared).abs() < 1e-4, "{alone} {shared}");
+            }
+        }
+    }
+}
+
 /// Wherever in a part memory runs out, once or again and again.
 #[test]
 fn memory_that_runs_out_costs_time_and_no_answer() {
