@@ -51,7 +51,7 @@ parity: setup .parity/complete ## compare with transformers, TRL and PyTorch on 
 endif
 
 bench: setup .parity/complete ## sampling and scoring beside transformers, a table of ratios (half an hour)
-	cargo build
+	cargo build --bins --example pictures
 	.parity/bin/python benches/speed/bench.py
 
 # Without pip of its own, which Debian keeps in another package.

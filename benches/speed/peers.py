@@ -1,6 +1,6 @@
 """The peers of bench.py: what people run today, on the same files. Each call prints one JSON line.
 
-usage: peers.py model OUT [tiny] | reward OUT | data OUT SIDE COUNT | sample MODEL DATA NEW_TOKENS | score REWARD DATA ANSWERS
+usage: peers.py model OUT | reward OUT | data OUT SIDE COUNT | sample MODEL DATA NEW_TOKENS | score REWARD DATA ANSWERS
        | pictures MODEL DATA
 """
 import json
@@ -20,9 +20,8 @@ IMAGES = dict(image_grid_pinpoints=PINPOINTS, image_mean=[0.5] * 3, image_std=[0
 QUESTION = "Describe the picture in detail."
 
 
-def model(out, size="small"):
-    """A LLaVA-OneVision of 70 million random weights, with the real tower's 729 patches a tile; or one that next to
-    nothing is computed with, for what comes before."""
+def model(out):
+    """A LLaVA-OneVision of 70 million random weights, with the real tower's 729 patches a tile."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import (LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerFast,
                               Qwen2Config, SiglipVisionConfig)
@@ -38,9 +37,6 @@ def model(out, size="small"):
     torch.manual_seed(0)
     tower = dict(hidden_size=384, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=6)
     decoder = dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2)
-    if size == "tiny":
-        tower = decoder = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
-        decoder = dict(decoder, num_key_value_heads=1)
     config = LlavaOnevisionConfig(
         vision_config=SiglipVisionConfig(**tower, image_size=SIDE, patch_size=PATCH, vision_use_head=False),
         text_config=Qwen2Config(**decoder, vocab_size=VOCAB, rope_theta=1e6, max_position_embeddings=32768,

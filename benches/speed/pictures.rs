@@ -1,0 +1,37 @@
+//! How fast pictures are decoded, resized, cut and normalized, with no network beside it.
+//!
+//! usage: pictures MODEL FOLDER: the checkpoint that says how, and the pictures. Prints a line of JSON.
+//! Uses `RAYON_NUM_THREADS` threads.
+
+use std::path::Path;
+use std::time::Instant;
+
+use ovchat::models::Picture;
+use ovchat::prep::PolicyPrep;
+use rayon::prelude::*;
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().collect();
+    let [_, model, folder] = &arguments[..] else {
+        panic!("usage: pictures MODEL FOLDER")
+    };
+    let prep = PolicyPrep::open(Path::new(model)).expect("a checkpoint");
+    let files: Vec<_> = std::fs::read_dir(folder)
+        .expect("a folder")
+        .map(|entry| entry.expect("a file").path())
+        .collect();
+    let begun = Instant::now();
+    let tiles: usize = files
+        .par_iter()
+        .map(|path| {
+            let picture = Picture {
+                id: path.display().to_string(),
+                bytes: std::fs::read(path).expect("a picture").into(),
+            };
+            let tiles = prep.tiles(&picture, 1).expect("a picture");
+            tiles.packing.tiles()
+        })
+        .sum();
+    let (pictures, seconds) = (files.len(), begun.elapsed().as_secs_f64());
+    println!("{{\"pictures\": {pictures}, \"tiles\": {tiles}, \"seconds\": {seconds}}}");
+}
