@@ -21,6 +21,8 @@ struct How {
     top_p: f64,
     #[serde(default)]
     top_k: usize,
+    #[serde(default)]
+    min_p: f64,
     #[serde(default = "one")]
     repetition_penalty: f64,
 }
@@ -51,15 +53,15 @@ fn block(folder: &Path, report: &mut Report) {
             temperature: how.temperature,
             top_p: how.top_p,
             top_k: how.top_k,
-            min_p: 0.0,
+            min_p: how.min_p,
             stop_strings: Vec::new(),
             stop_token_ids: Vec::new(),
             repetition_penalty: how.repetition_penalty,
             max_new_tokens: 1,
         };
         let case = format!(
-            "temperature {}, top-p {}, top-k {}, repetition penalty {}",
-            how.temperature, how.top_p, how.top_k, how.repetition_penalty
+            "temperature {}, top-p {}, top-k {}, min-p {}, repetition penalty {}",
+            how.temperature, how.top_p, how.top_k, how.min_p, how.repetition_penalty
         );
         let chooser = |rows| {
             let mut chooser = Chooser::new(&how, vocab, &cases.banned, Device::Cpu);
