@@ -15,6 +15,11 @@
 //!   both orders over 3,000 sizes), which shows in the last bit, and at hard edges in more. Up to
 //!   version 12 the horizontal pass always came first there, too.
 
+#![expect(
+    clippy::inline_always,
+    reason = "what is inlined into a function for AVX2 is compiled for AVX2, the rest is not"
+)]
+
 use rayon::prelude::*;
 
 use super::picture::Rgb;

@@ -79,10 +79,6 @@ impl Default for Share {
 
 impl Share {
     /// Whether it says nothing.
-    #[expect(
-        clippy::trivially_copy_pass_by_ref,
-        reason = "serde passes by reference"
-    )]
     pub fn is_zero(&self) -> bool {
         self.0 == 0.0
     }
