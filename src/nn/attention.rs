@@ -16,15 +16,11 @@ pub struct KeyValue {
 }
 
 impl KeyValue {
-    /// Those of a run of the tokens; copied if the others shall be free to go.
-    pub fn of_tokens(&self, start: i64, length: i64, copied: bool) -> Self {
-        let part = |xs: &Tensor| {
-            let part = xs.narrow(1, start, length);
-            if copied { part.contiguous() } else { part }
-        };
+    /// Those of a run of the tokens.
+    pub fn of_tokens(&self, start: i64, length: i64) -> Self {
         Self {
-            k: part(&self.k),
-            v: part(&self.v),
+            k: self.k.narrow(1, start, length),
+            v: self.v.narrow(1, start, length),
         }
     }
 }

@@ -102,6 +102,23 @@ impl Prefix {
     pub fn tokens(&self) -> i64 {
         self.tokens
     }
+
+    /// The same in memory of its own, head by head, for a prefix that stays: as they come, keys and
+    /// values lie between those of other prompts and among what reading them took.
+    #[must_use]
+    pub fn compact(self) -> Self {
+        let all = |xs: &dyn Fn(&KeyValue) -> Tensor| {
+            let layers: Vec<Tensor> = self.layers.iter().map(xs).collect();
+            Tensor::stack(&layers, 0).contiguous().unbind(0)
+        };
+        let keys = all(&|own| own.k.shallow_clone());
+        let values = all(&|own| own.v.shallow_clone());
+        let layers = keys.into_iter().zip(values);
+        Self {
+            layers: layers.map(|(k, v)| KeyValue { k, v }).collect(),
+            tokens: self.tokens,
+        }
+    }
 }
 
 /// The keys and values of continuations that grow by a token each at a time.
@@ -232,7 +249,7 @@ impl Decoder {
         let hidden = self.through_layers(embeds, &angles, lengths, wanted, |_, queries, own| {
             let mut mixed = Vec::with_capacity(runs.len());
             for (prompt, &(start, length)) in runs.iter().enumerate() {
-                let own = own.of_tokens(start, length, runs.len() > 1);
+                let own = own.of_tokens(start, length);
                 match queries {
                     Queries::All(q) => {
                         mixed.push(attend_causally(&q.narrow(1, start, length), &own));
@@ -283,7 +300,7 @@ impl Decoder {
             let mut mixed = Vec::with_capacity(runs.len());
             let mut first = 0;
             for ((prompt, mask), &(start, length)) in prompts.iter().zip(&masks).zip(&runs) {
-                let own = own.of_tokens(start, length, false);
+                let own = own.of_tokens(start, length);
                 let shared = &prompt.prefix.layers[layer];
                 match queries {
                     Queries::All(q) => {

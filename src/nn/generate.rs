@@ -19,7 +19,7 @@ use rayon::prelude::*;
 use self::batch::{Batch, Draft, Ends, Growing};
 use super::budget::{Budget, Sizes, packs, too_large};
 use super::checkpoint::{Checkpoint, Purpose};
-use super::decoder::{DecoderConfig, Wanted};
+use super::decoder::{DecoderConfig, Prefix, Wanted};
 use super::device;
 use super::edge::guarded;
 use super::llava_onevision::LlavaOnevision;
@@ -252,6 +252,7 @@ impl Session<'_> {
                 let decoder = &network.language_model;
                 let (lasts, prefixes) = decoder.prefill(&embeds, &lengths, Wanted::Last);
                 let logits = network.lm_head.forward(&lasts); // [prompts, vocab]
+                let prefixes: Vec<Prefix> = prefixes.into_iter().map(Prefix::compact).collect();
                 device::wait(device);
                 (logits, prefixes)
             })?;
