@@ -1,0 +1,215 @@
+//! Each way through the decoder against one causal pass of its own.
+
+use tch::IndexOp;
+
+use super::super::layers::tests::{Made, noise};
+use super::*;
+
+fn config() -> DecoderConfig {
+    DecoderConfig {
+        vocab_size: 40,
+        hidden_size: 24,
+        intermediate_size: 48,
+        num_hidden_layers: 3,
+        num_attention_heads: 6,
+        num_key_value_heads: 2,
+        head_dim: 4,
+        hidden_act: Activation::Silu,
+        rms_norm_eps: 1e-6,
+        rope_theta: 1e4,
+        qkv_bias: Bias::Yes,
+    }
+}
+
+fn decoder(kind: Kind) -> Decoder {
+    let made = Made::new(kind, 5);
+    Decoder::new(&(Path::root(&made) / "model"), &config()).unwrap()
+}
+
+fn ids(ids: &[i64]) -> Tensor {
+    Tensor::from_slice(ids)
+}
+
+fn assert_close(found: &Tensor, expected: &Tensor, tolerance: f64) {
+    let apart = (found - expected).abs().max().double_value(&[]);
+    assert!(apart <= tolerance, "{apart} apart");
+}
+
+/// Prompt and answer in one causal pass: what every other way through must equal.
+fn whole(decoder: &Decoder, prompt: &[i64], answer: &[i64]) -> Tensor {
+    let all = [prompt, answer].concat();
+    let (hidden, _) = read(decoder, &decoder.embed(&ids(&all)));
+    hidden.i(prompt.len() as i64..)
+}
+
+/// One prompt, all its hidden states and its prefix.
+fn read(decoder: &Decoder, embeds: &Tensor) -> (Tensor, Prefix) {
+    let (hidden, mut prefixes) = decoder.prefill(embeds, &[embeds.size()[0]], Wanted::All);
+    (hidden, prefixes.remove(0))
+}
+
+const PROMPT: [i64; 5] = [3, 1, 4, 1, 5];
+const ANSWERS: [&[i64]; 3] = [&[9, 2, 6], &[5], &[3, 5, 8, 9]];
+
+#[test]
+fn branches_equal_their_own_causal_passes() {
+    let decoder = decoder(Kind::Float);
+    let (_, prefix) = read(&decoder, &decoder.embed(&ids(&PROMPT)));
+    let embeds = decoder.embed(&ids(&ANSWERS.concat()));
+    let texts = || Texts {
+        prefix: &prefix,
+        lengths: vec![3, 1, 4],
+    };
+    let found = decoder.branch(&embeds, &[texts()], Wanted::All);
+    let expected = ANSWERS.map(|answer| whole(&decoder, &PROMPT, answer));
+    let expected = Tensor::cat(&expected, 0);
+    assert_close(&found, &expected, 1e-5);
+    let lasts = decoder.branch(&embeds, &[texts()], Wanted::Last);
+    assert_close(&lasts, &expected.index_select(0, &ids(&[2, 3, 7])), 1e-5);
+}
+
+#[test]
+fn several_prompts_are_read_as_each_alone() {
+    let decoder = decoder(Kind::Float);
+    let prompts: [&[i64]; 3] = [&PROMPT, &[7], &PROMPT[1..4]];
+    let lengths = [5, 1, 3];
+    let embeds = decoder.embed(&ids(&prompts.concat()));
+    let (all, prefixes) = decoder.prefill(&embeds, &lengths, Wanted::All);
+    let alone = prompts.map(|prompt| whole(&decoder, &[], prompt));
+    assert_close(&all, &Tensor::cat(&alone, 0), 1e-5);
+    let (lasts, _) = decoder.prefill(&embeds, &lengths, Wanted::Last);
+    assert_close(&lasts, &all.index_select(0, &ids(&[4, 5, 8])), 1e-5);
+    let (nothing, without) = decoder.prefill(&embeds, &lengths, Wanted::Nothing);
+    assert_eq!(nothing.size(), [0, 24]);
+    let said = decoder.embed(&ids(
+        &[ANSWERS[0], ANSWERS[1], ANSWERS[2], ANSWERS[0]].concat()
+    ));
+    for prefixes in [prefixes, without] {
+        let texts: Vec<Texts<'_>> = prefixes
+            .iter()
+            .zip([vec![3], vec![1, 4], vec![3]])
+            .map(|(prefix, lengths)| Texts { prefix, lengths })
+            .collect();
+        let found = decoder.branch(&said, &texts, Wanted::All);
+        let expected = [(0, 0), (1, 1), (1, 2), (2, 0)]
+            .map(|(prompt, answer)| whole(&decoder, prompts[prompt], ANSWERS[answer]));
+        let expected = Tensor::cat(&expected, 0);
+        assert_close(&found, &expected, 1e-5);
+        let lasts = decoder.branch(&said, &texts, Wanted::Last);
+        assert_close(
+            &lasts,
+            &expected.index_select(0, &ids(&[2, 3, 7, 10])),
+            1e-5,
+        );
+    }
+}
+
+#[test]
+fn steps_equal_causal_passes_also_after_a_row_has_left() {
+    let decoder = decoder(Kind::Float);
+    let (_, prefix) = read(&decoder, &decoder.embed(&ids(&PROMPT)));
+    let mut rows = Continuations::new();
+    let step = |tokens: &[i64], rows: &mut Continuations| {
+        let count = tokens.len() as i64;
+        let prefix = &prefix;
+        let prompt = Branches {
+            prefix,
+            rows,
+            count,
+        };
+        decoder.step(&decoder.embed(&ids(tokens)), &mut [prompt])
+    };
+    let _ = step(&[9, 5, 3], &mut rows);
+    rows.keep(&ids(&[0, 2]));
+    let _ = step(&[2, 5], &mut rows);
+    let found = step(&[6, 8], &mut rows);
+    assert_close(
+        &found.get(0),
+        &whole(&decoder, &PROMPT, &[9, 2, 6]).get(2),
+        1e-5,
+    );
+    assert_close(
+        &found.get(1),
+        &whole(&decoder, &PROMPT, &[3, 5, 8]).get(2),
+        1e-5,
+    );
+}
+
+#[test]
+fn continuations_of_several_prompts_go_side_by_side() {
+    let decoder = decoder(Kind::Float);
+    let prompts: [&[i64]; 2] = [&PROMPT, &PROMPT[..3]];
+    let prefixes = prompts.map(|prompt| read(&decoder, &decoder.embed(&ids(prompt))).1);
+    let mut rows = [Continuations::new(), Continuations::new()];
+    let mut found = Tensor::new();
+    // The second prompt's answer begins a token later.
+    for tokens in [&[9, 5][..], &[2, 6, 4], &[3, 1, 8]] {
+        let prompts = prefixes.iter().zip(&mut rows).zip([2, 1]);
+        let prompts = prompts.map(|((prefix, rows), count)| Branches {
+            prefix,
+            rows,
+            count,
+        });
+        let present = if tokens.len() == 2 { 1 } else { 2 };
+        let mut prompts: Vec<_> = prompts.take(present).collect();
+        found = decoder.step(&decoder.embed(&ids(tokens)), &mut prompts);
+    }
+    let expected = [
+        whole(&decoder, prompts[0], &[9, 2, 3]).get(2),
+        whole(&decoder, prompts[0], &[5, 6, 1]).get(2),
+        whole(&decoder, prompts[1], &[4, 8]).get(1),
+    ];
+    assert_close(&found, &Tensor::stack(&expected, 0), 1e-5);
+}
+
+#[test]
+fn branches_give_the_prompt_the_gradients_of_all_continuations() {
+    let decoder = decoder(Kind::Float);
+    let gradient = |hidden: &dyn Fn(&Tensor) -> Tensor| {
+        let prompt = decoder.embed(&ids(&PROMPT)).set_requires_grad(true);
+        hidden(&prompt).square().sum(Kind::Float).backward();
+        prompt.grad()
+    };
+    let shared = gradient(&|prompt| {
+        let (_, prefixes) = decoder.prefill(prompt, &[PROMPT.len() as i64], Wanted::Nothing);
+        let lengths = vec![3, 1, 4];
+        let texts = Texts {
+            prefix: &prefixes[0],
+            lengths,
+        };
+        decoder.branch(
+            &decoder.embed(&ids(&ANSWERS.concat())),
+            &[texts],
+            Wanted::All,
+        )
+    });
+    let apart = gradient(&|prompt| {
+        let hidden = ANSWERS.map(|answer| {
+            let all = Tensor::cat(&[prompt, &decoder.embed(&ids(answer))], 0);
+            read(&decoder, &all).0.i(5..)
+        });
+        Tensor::cat(&hidden, 0)
+    });
+    let scale = apart.abs().max().double_value(&[]);
+    assert_close(&(shared / scale), &(apart / scale), 1e-5);
+}
+
+#[test]
+fn half_precision_stays_near_full_precision() {
+    let (narrow, wide) = (decoder(Kind::BFloat16), decoder(Kind::Float));
+    let hidden = whole(&narrow, &PROMPT, ANSWERS[0]);
+    assert_eq!(hidden.kind(), Kind::BFloat16);
+    assert_close(
+        &hidden.to_kind(Kind::Float),
+        &whole(&wide, &PROMPT, ANSWERS[0]),
+        0.2,
+    );
+}
+
+#[test]
+fn a_tied_head_is_the_embedding() {
+    let decoder = decoder(Kind::Float);
+    let hidden = noise(&[2, 24], 1);
+    let logits = LmHead::tied(&decoder).forward(&hidden);
+    assert_eq!(logits, hidden.matmul(&decoder.embed_tokens.transpose(0, 1)));
+}
