@@ -39,7 +39,7 @@ stages:
   pairs:
     select_extremes: {{ rewards: rewards }}
   steps:
-    train_dpo: {{ pairs: pairs, model: policy, learning_rate: 1.0e-4, batch_pairs: 2, save_every: 1 }}
+    train_dpo: {{ pairs: pairs, model: policy, learning_rate: 1.0e-4, batch_pairs: 2, save_every: 1, reference_audit: {{ share: 1 }} }}
 "
         ),
     );
@@ -106,6 +106,35 @@ fn telemetry_shows_what_was_shared() {
     assert_eq!(prompt_tokens(), three);
 }
 
+/// With an adapter in the place of weights, each round's checkpoint is the adapter, and the next round
+/// answers with it and goes on from it.
+#[test]
+fn an_adapter_is_trained_round_after_round() {
+    let scene = scene();
+    let lora = "stages.steps.train_dpo.lora={ rank: 4, alpha: 8 }";
+    scene.succeeds(&["run", "p.yaml", "--set", lora]);
+    let mut before = f64::NAN;
+    for round in [1, 2] {
+        let checkpoint = scene.path(&format!("runs/networks/checkpoints/round-{round}"));
+        assert_eq!(
+            names(&checkpoint),
+            ["adapter_config.json", "adapter_model.safetensors"]
+        );
+        let audited: Vec<Reference> = rows(&scene, "steps_reference", round);
+        assert!(!audited.is_empty());
+        assert!(
+            audited
+                .iter()
+                .all(|row| row.drift.is_some_and(|drift| drift < 1e-4))
+        );
+        let steps: Vec<DpoStep> = rows(&scene, "steps", round);
+        assert!((steps[0].loss - std::f64::consts::LN_2).abs() < 1e-4);
+        assert!(steps[0].grad_norm > 0.0);
+        assert_ne!(steps[0].logps_chosen.to_bits(), f64::to_bits(before));
+        before = steps[0].logps_chosen;
+    }
+}
+
 #[test]
 fn networks_answer_score_and_learn_and_a_killed_run_ends_with_the_same_weights() {
     let undisturbed = scene();
@@ -125,9 +154,15 @@ fn networks_answer_score_and_learn_and_a_killed_run_ends_with_the_same_weights()
         assert!(pairs.iter().all(|pair| pair.margin.unwrap() > 0.0));
         let steps: Vec<DpoStep> = rows(&undisturbed, "steps", round);
         assert_eq!(steps.len(), pairs.len().div_ceil(2));
-        // The round starts at its reference, whose log-probabilities sampling left: no second pass,
-        // and a loss of exactly log 2 but for float32.
-        assert!(rows::<Reference>(&undisturbed, "steps_reference", round).is_empty());
+        // The round starts at its reference, whose log-probabilities sampling left: what is read again
+        // is the same, and the loss is exactly log 2 but for float32.
+        let audited: Vec<Reference> = rows(&undisturbed, "steps_reference", round);
+        assert_eq!(audited.len(), pairs.len());
+        assert!(
+            audited
+                .iter()
+                .all(|row| row.drift.is_some_and(|drift| drift < 1e-4))
+        );
         assert!(
             (steps[0].loss - std::f64::consts::LN_2).abs() < 1e-5,
             "{}",

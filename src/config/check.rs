@@ -460,7 +460,7 @@ fn plays(spec: &ModelSpec, role: Role) -> bool {
     match role {
         Role::Answers => spec.answers(),
         Role::Scores => spec.scores(),
-        Role::LearnsPairs => spec.learns_pairs(),
+        Role::LearnsPairs | Role::Reads => spec.learns_pairs(),
         Role::LearnsAnswers => spec.learns_answers(),
         Role::LearnsRewards => spec.learns_rewards(),
     }
@@ -473,13 +473,14 @@ fn deed(role: Role) -> &'static str {
         Role::LearnsPairs => "be trained with DPO",
         Role::LearnsAnswers => "be trained on answers",
         Role::LearnsRewards => "be trained to score",
+        Role::Reads => "say how likely answers are",
     }
 }
 
 /// The networks that can play a role.
 fn networks(role: Role) -> &'static [&'static str] {
     match role {
-        Role::Answers | Role::LearnsPairs => &["llava_onevision", "scripted"],
+        Role::Answers | Role::LearnsPairs | Role::Reads => &["llava_onevision", "scripted"],
         Role::Scores | Role::LearnsRewards => &["llava_rlhf", "scripted"],
         Role::LearnsAnswers => &["llava_onevision", "llava_rlhf", "scripted"],
     }

@@ -6,16 +6,18 @@
 
 pub mod scripted;
 mod spec;
+mod training;
 mod traits;
 mod types;
 
 pub use spec::{DeviceSpec, Dtype, Gigabytes, LlavaOnevision, LlavaRlhf, ModelSpec, Scripted};
+pub use training::{
+    Answer, Checkpointing, DpoReport, DpoSettings, Example, Learned, Lesson, LoraSettings, Loss,
+    Mask, Newlines, Objective, Optimization, Optimizer, Part, RewardReport, RewardSettings,
+    Schedule, SftReport, SftSettings, Tower, Trained,
+};
 pub use traits::{
     DpoLearner, Emit, Finding, Judge, Learner, ModelError, ModelLoader, Opened, Policy,
     RewardLearner, RowFault, Severity, SftLearner,
 };
-pub use types::{
-    Answer, DpoReport, DpoSettings, Example, Generation, Group, Learned, Lesson, Mask, Newlines,
-    Optimization, Picture, Prompt, RewardReport, RewardSettings, Role, Sampling, Schedule, Score,
-    SftReport, SftSettings, Stop, Telemetry, Tower, Turn,
-};
+pub use types::{Generation, Group, Picture, Prompt, Role, Sampling, Score, Stop, Telemetry, Turn};

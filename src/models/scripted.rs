@@ -187,7 +187,11 @@ impl ScriptedLearner {
         ]);
     }
 
+    /// Of sampled tokens what the scripted policy says of them.
     fn logp(&self, example: &Example<'_>, answer: &Answer) -> f64 {
+        if let Some(ids) = &answer.token_ids {
+            return -(ids.len() as f64) * f64::from((WORDS.len() as f32).ln());
+        }
         let memory = self.memory.to_le_bytes();
         -(words(&answer.text) as f64)
             * (1.0
@@ -248,6 +252,10 @@ impl DpoLearner for ScriptedLearner {
         }
         self.step += 1;
         Ok(report)
+    }
+
+    fn plan(&self) -> Option<String> {
+        None
     }
 }
 

@@ -23,11 +23,14 @@ pub enum ModelSpec {
 pub struct LlavaOnevision {
     /// The checkpoint's folder: config.json, the weights and the tokenizer, as transformers or LLaVA-NeXT writes them.
     pub weights: PathBuf,
+    /// The folder of a LoRA adapter to these weights, as peft writes it.
+    #[serde(default)]
+    pub adapter: Option<PathBuf>,
     /// Where it computes: `auto` (the first CUDA device if there is one), `cpu`, `cuda`, `cuda:1`.
     #[serde(default)]
     pub device: DeviceSpec,
-    /// Precision of sampling and scoring. `auto` is float32 on the CPU, bfloat16 on CUDA. Training
-    /// computes in float32.
+    /// Precision of what is computed. `auto` is float32 on the CPU, bfloat16 on CUDA. Weights that are
+    /// trained are in float32 in any case.
     #[serde(default)]
     pub dtype: Dtype,
     /// Memory, in GB, that the weights and what is computed at once may take in sampling and
@@ -223,7 +226,11 @@ impl ModelSpec {
     /// The files and folders that hold the model, with the YAML field that names each.
     pub fn paths(&self) -> Vec<(&'static str, &Path)> {
         match self {
-            Self::LlavaOnevision(model) => vec![("weights", &model.weights)],
+            Self::LlavaOnevision(model) => {
+                let mut paths: Vec<(_, &Path)> = vec![("weights", &model.weights)];
+                paths.extend(model.adapter.as_deref().map(|path| ("adapter", path)));
+                paths
+            }
             Self::LlavaRlhf(model) => {
                 let mut paths: Vec<(_, &Path)> =
                     vec![("base", &model.base), ("vision", &model.vision)];
@@ -239,7 +246,10 @@ impl ModelSpec {
     pub fn resolve(&mut self, folder: &Path) {
         let join = |path: &mut PathBuf| *path = folder.join(&*path);
         match self {
-            Self::LlavaOnevision(model) => join(&mut model.weights),
+            Self::LlavaOnevision(model) => {
+                join(&mut model.weights);
+                model.adapter.iter_mut().for_each(join);
+            }
             Self::LlavaRlhf(model) => {
                 for path in [&mut model.base, &mut model.vision, &mut model.prompt] {
                     join(path);
@@ -251,12 +261,19 @@ impl ModelSpec {
     }
 
     /// The model with the parts that a training wrote into `checkpoint` in the place of its own: the
-    /// whole of a policy; of a reward model those of the folders `base`, `vision` and `adapter` that
+    /// whole of a policy, or its adapter; of a reward model those of the folders `base`, `vision` and `adapter` that
     /// are there.
     #[must_use]
     pub fn with_checkpoint(mut self, checkpoint: &Path) -> Self {
         match &mut self {
-            Self::LlavaOnevision(model) => checkpoint.clone_into(&mut model.weights),
+            Self::LlavaOnevision(model) => {
+                if checkpoint.join("adapter_config.json").is_file() {
+                    model.adapter = Some(checkpoint.to_owned());
+                } else {
+                    checkpoint.clone_into(&mut model.weights);
+                    model.adapter = None;
+                }
+            }
             Self::LlavaRlhf(model) => {
                 let part = |name: &str| Some(checkpoint.join(name)).filter(|path| path.is_dir());
                 if let Some(base) = part("base") {

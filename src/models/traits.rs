@@ -94,6 +94,9 @@ pub trait DpoLearner: Learner {
 
     /// One optimizer update over the batch (the mean of its pairs' losses).
     fn step(&mut self, batch: &[Example<'_>]) -> Result<DpoReport, ModelError>;
+
+    /// What it takes of memory and how it goes about it, in words; `None` if there is nothing to say.
+    fn plan(&self) -> Option<String>;
 }
 
 /// Learns answers by heart: the next token, given the ones before.

@@ -44,6 +44,11 @@ pub fn attend_behind(q: &Tensor, own: &KeyValue, shared: &KeyValue, mask: &Tenso
     grouped_attention(q, &seen, Some(mask), false)
 }
 
+/// Some tokens of a text and its continuations, which see what `mask` leaves of all of them.
+pub fn attend_masked(q: &Tensor, seen: &KeyValue, mask: &Tensor) -> Tensor {
+    grouped_attention(q, seen, Some(mask), false)
+}
+
 /// Fused attention in which each key-value head serves a group of query heads. The key-value heads
 /// take the place of the batch, so that none is copied for its group.
 fn grouped_attention(q: &Tensor, seen: &KeyValue, mask: Option<&Tensor>, causal: bool) -> Tensor {
@@ -99,4 +104,18 @@ pub fn branch_mask(lengths: &[i64], prompt: i64) -> Tensor {
         .i((.., prompt..))
         .masked_fill_(&seen.logical_not(), f64::NEG_INFINITY);
     mask
+}
+
+/// What is added to the scores of the last tokens of a prompt, from `from` on, and of continuations of
+/// these `lengths` behind it, `[tokens from there on, prompt + tokens of all]`.
+pub fn tree_mask(lengths: &[i64], prompt: i64, from: i64) -> Tensor {
+    let branches = branch_mask(lengths, prompt);
+    let tokens = branches.size()[1];
+    let above = Tensor::full(
+        [prompt - from, tokens],
+        f64::NEG_INFINITY,
+        (branches.kind(), branches.device()),
+    )
+    .triu(from + 1);
+    Tensor::cat(&[above, branches], 0)
 }

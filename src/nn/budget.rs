@@ -9,9 +9,11 @@ use std::ops::Range;
 
 use tch::{Device, Kind};
 
+use super::chain::Keep;
 use super::decoder::DecoderConfig;
 use super::device;
-use crate::models::{Gigabytes, RowFault};
+use super::vit::VitConfig;
+use crate::models::{Checkpointing, Gigabytes, RowFault};
 
 /// Tokens that are read at once in training, unless one row alone has more: small products keep no
 /// processor busy, and the activations of these few are no more than those of one large picture.
@@ -141,6 +143,84 @@ impl Budget {
     fn of_memory(&self) -> String {
         let [memory, weights] = [self.memory, self.sizes.weights].map(gigabytes);
         format!("{memory} of memory, {weights} of them weights")
+    }
+}
+
+/// What a training takes of memory, and what it may.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TrainingBudget {
+    memory: u64,
+    /// Weights, gradients and the optimizer's moments, in bytes.
+    state: u64,
+    /// What is remembered of a token of the decoder, and of a tile of a picture, for their gradients.
+    token: u64,
+    tile: u64,
+    checkpointing: Checkpointing,
+}
+
+impl TrainingBudget {
+    /// `state` bytes of weights, gradients and moments; the rest follows from the sizes of decoder and
+    /// tower and the precision `kind`. What is remembered was counted operation by operation: inputs
+    /// and results of norms (of which two are in float32 where `kind` is not), queries, keys and values
+    /// before and after they are turned, gates and their products.
+    pub fn new(
+        asked: Option<Gigabytes>,
+        device: Device,
+        checkpointing: Checkpointing,
+        state: u64,
+        decoder: &DecoderConfig,
+        tower: Option<&VitConfig>,
+        kind: Kind,
+    ) -> Self {
+        let element = kind.elt_size_in_bytes() as u64;
+        let heads = decoder.num_attention_heads + 2 * decoder.num_key_value_heads;
+        let of_layer = element
+            * (4 * decoder.hidden_size
+                + 2 * heads * decoder.head_dim
+                + 4 * decoder.intermediate_size
+                + decoder.num_attention_heads * decoder.head_dim) as u64
+            + 4 * 4 * decoder.hidden_size as u64;
+        let tile = tower.map_or(0, |tower| {
+            let of_layer = (8 * tower.hidden_size + 2 * tower.intermediate_size) as u64;
+            element * of_layer * (tower.num_hidden_layers * tower.num_patches()) as u64
+        });
+        Self {
+            memory: asked.map_or_else(|| device::memory(device), Gigabytes::bytes),
+            state,
+            token: of_layer * decoder.num_hidden_layers as u64,
+            tile,
+            checkpointing,
+        }
+    }
+
+    /// What is remembered of a pass over so many tokens and tiles.
+    pub fn keep(&self, tokens: usize, tiles: usize) -> Keep {
+        let fits = self.state + self.remembered(tokens, tiles) <= self.memory;
+        match self.checkpointing {
+            Checkpointing::Never => Keep::Everything,
+            Checkpointing::Auto if fits => Keep::Everything,
+            Checkpointing::Auto | Checkpointing::Always => Keep::Inputs,
+        }
+    }
+
+    /// Bytes of activations that a pass remembers for its gradients, if it remembers everything.
+    fn remembered(&self, tokens: usize, tiles: usize) -> u64 {
+        self.token * tokens as u64 + self.tile * tiles as u64
+    }
+
+    /// How a training goes about it, in words.
+    pub fn in_words(&self) -> String {
+        let free = self.memory.saturating_sub(self.state);
+        let tokens = free / self.token.max(1);
+        let [memory, state] = [self.memory, self.state].map(gigabytes);
+        let how = match self.checkpointing {
+            Checkpointing::Always => "activations are computed again layer by layer".to_owned(),
+            Checkpointing::Never => "all activations are remembered".to_owned(),
+            Checkpointing::Auto => format!(
+                "activations of up to {tokens} tokens at once are remembered, of more computed again"
+            ),
+        };
+        format!("{memory} of memory, {state} of them weights, gradients and moments; {how}")
     }
 }
 

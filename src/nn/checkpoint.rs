@@ -19,7 +19,7 @@ use tch::{Device, Kind, Tensor};
 use super::layers::Source;
 use super::optimizer::Parameter;
 use super::weights::{Weights, save_safetensors};
-use crate::models::{ModelError, Tower};
+use crate::models::{ModelError, Part, Tower};
 use crate::prep::canonical;
 
 /// The canonical names of the embedding and of the head, which may be one parameter.
@@ -208,12 +208,48 @@ fn problem_with(path: &Path, problem: &str) -> ModelError {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Purpose {
     Inference,
-    /// With or without what lies below [`TOWER`].
-    Training(Tower),
+    /// Those of some parts are trained, in float32.
+    Training(Parts),
 }
 
-/// A checkpoint as a source of weights, on one device and in one precision. Keeps what was taken
-/// for training.
+/// Some parts of a network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Parts([bool; Part::ALL.len()]);
+
+impl Parts {
+    pub const NONE: Self = Self([false; Part::ALL.len()]);
+
+    /// Those that `wanted` says.
+    pub fn which(wanted: impl Fn(Part) -> bool) -> Self {
+        Self(Part::ALL.map(wanted))
+    }
+
+    pub fn has(self, part: Part) -> bool {
+        self.0[part as usize]
+    }
+}
+
+impl From<Tower> for Parts {
+    fn from(tower: Tower) -> Self {
+        Self::which(|part| part != Part::VisionTower || tower == Tower::Train)
+    }
+}
+
+/// The part that the parameter `name` belongs to.
+pub fn part_of(name: &str) -> Part {
+    if name.starts_with(TOWER) {
+        Part::VisionTower
+    } else if name.contains("projector.") {
+        Part::Projector
+    } else if name == "image_newline" {
+        Part::Newline
+    } else {
+        Part::LanguageModel
+    }
+}
+
+/// A checkpoint as a source of weights, on one device; in one precision, but for those that are
+/// trained. Keeps what was taken for training.
 #[derive(Debug)]
 pub struct Reader<'a> {
     checkpoint: &'a Checkpoint,
@@ -235,6 +271,23 @@ impl<'a> Reader<'a> {
         }
     }
 
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// The precision of what is not trained.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// The tensor of that canonical name, in the precision `kind`, not to be trained.
+    pub fn take_as(&self, name: &str, shape: &[i64], kind: Kind) -> Result<Tensor, ModelError> {
+        let Checkpoint { weights, names } = self.checkpoint;
+        // An unknown name is asked for as it is, for the error to say that it is missing.
+        let stored = names.get(name).map_or(name, String::as_str);
+        weights.take(stored, shape, kind, self.device)
+    }
+
     /// The weights that were taken for training, in the order of taking.
     pub fn into_parameters(self) -> Vec<Parameter> {
         self.parameters.into_inner()
@@ -243,15 +296,14 @@ impl<'a> Reader<'a> {
 
 impl Source for Reader<'_> {
     fn take(&self, name: &str, shape: &[i64]) -> Result<Tensor, ModelError> {
-        let Checkpoint { weights, names } = self.checkpoint;
-        // An unknown name is asked for as it is, for the error to say that it is missing.
-        let stored = names.get(name).map_or(name, String::as_str);
-        let tensor = weights.take(stored, shape, self.kind, self.device)?;
-        match self.purpose {
-            Purpose::Inference => return Ok(tensor),
-            Purpose::Training(Tower::Freeze) if name.starts_with(TOWER) => return Ok(tensor),
-            Purpose::Training(_) => {}
+        let is_trained = match self.purpose {
+            Purpose::Inference => false,
+            Purpose::Training(parts) => parts.has(part_of(name)),
+        };
+        if !is_trained {
+            return self.take_as(name, shape, self.kind);
         }
+        let tensor = self.take_as(name, shape, Kind::Float)?;
         let tensor = tensor.set_requires_grad(true);
         self.parameters.borrow_mut().push(Parameter {
             name: name.to_owned(),
@@ -296,7 +348,7 @@ mod tests {
             &checkpoint,
             Device::Cpu,
             Kind::Float,
-            Purpose::Training(Tower::Train),
+            Purpose::Training(Tower::Train.into()),
         );
         let newline = reader.take("image_newline", &[2]).unwrap();
         let embedding = reader.take(EMBEDDING, &[1]).unwrap();

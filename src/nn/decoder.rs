@@ -1,24 +1,28 @@
 //! The decoder: Qwen2 (LLaVA-OneVision) and Llama (LLaVA-RLHF), which differ by three biases.
 //!
 //! The decoder is met in one situation only: several continuations of one long prompt, which is
-//! mostly picture. So there are three ways through it, with the same weights and the same numbers.
-//! [`Decoder::prefill`] reads prompts once and gives their keys and values, a [`Prefix`] each.
-//! [`Decoder::branch`] reads whole continuations behind them, each blind to the others (training,
-//! scoring). [`Decoder::step`] reads the next token of each continuation and remembers it in
-//! [`Continuations`] (sampling). A prefix is read by all its continuations and copied for none.
-//! Prefix and continuations are ordinary values, so the first two carry gradients.
+//! mostly picture. So there are four ways through it, with the same weights and the same numbers.
+//! [`Decoder::read`] reads prompts together with whole continuations, each blind to the others, and
+//! can go back with gradients (training). [`Decoder::prefill`] reads prompts once and gives their keys
+//! and values, a [`Prefix`] each. [`Decoder::branch`] reads whole continuations behind them (scoring).
+//! [`Decoder::step`] reads the next token of each continuation and remembers it in [`Continuations`]
+//! (sampling). A prefix is read by all its continuations and copied for none.
 //!
-//! All three take several prompts at once. Activations are `[tokens, hidden]`, heads
+//! All four take several prompts at once. Activations are `[tokens, hidden]`, heads
 //! `[heads, tokens, head_dim]`, with the tokens of all prompts one after the other and no padding:
 //! what is done to each token is done to all in one product, and attention goes prompt by prompt.
 //!
 //! Sources: transformers' `models/qwen2/modeling_qwen2.py` and `models/llama/modeling_llama.py`.
 
+use std::rc::Rc;
+
 use tch::{Device, Kind, Tensor};
 
 use super::attention::{
-    KeyValue, attend_behind, attend_causally, attend_one, attend_to_all, branch_mask,
+    KeyValue, attend_behind, attend_causally, attend_masked, attend_one, attend_to_all,
+    branch_mask, tree_mask,
 };
+use super::chain::{Chain, Keep, Link};
 use super::layers::{Activation, Angles, Bias, Linear, Path, RmsNorm, Rotary};
 use crate::models::ModelError;
 use crate::prep::DecoderCard;
@@ -72,8 +76,6 @@ pub struct Decoder {
 /// and values of every token and goes on with the wanted ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Wanted {
-    /// Those of every token.
-    All,
     /// That of the last token of each prompt or continuation.
     Last,
     /// None; the prefix is what is wanted.
@@ -184,6 +186,93 @@ pub struct Texts<'a> {
     pub lengths: Vec<i64>,
 }
 
+/// A prompt with whole continuations of it, which are blind to each other.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tree {
+    /// Tokens of the prompt.
+    pub prompt: i64,
+    /// The tokens of each continuation.
+    pub branches: Vec<i64>,
+    /// The first token of the prompt whose hidden state is wanted; all behind it are, too.
+    pub wanted_from: i64,
+}
+
+impl Tree {
+    fn tokens(&self) -> i64 {
+        self.prompt + self.branches.iter().sum::<i64>()
+    }
+
+    /// How many hidden states are wanted.
+    pub fn wanted(&self) -> i64 {
+        self.tokens() - self.wanted_from
+    }
+}
+
+/// Trees of tokens one after the other, with what attention needs to know of them.
+struct Forest {
+    trees: Vec<Tree>,
+    /// Where each tree starts among the tokens of all, and its tokens.
+    runs: Vec<(i64, i64)>,
+    angles: Angles,
+    /// Of each tree, what its continuations see; `None` where there are none.
+    branches: Vec<Option<Tensor>>,
+    /// Of each tree, what the wanted tokens see; `None` where all are wanted.
+    wanted: Vec<Option<Tensor>>,
+}
+
+impl Forest {
+    /// Attention of every token of a tree, of which alone `q` and `own` are.
+    fn attend_whole(&self, tree: usize, q: &Tensor, own: &KeyValue) -> Tensor {
+        let Tree { prompt, .. } = self.trees[tree];
+        let on_prompt = attend_causally(&q.narrow(1, 0, prompt), &own.of_tokens(0, prompt));
+        match &self.branches[tree] {
+            None => on_prompt,
+            Some(mask) => {
+                let q = q.narrow(1, prompt, q.size()[1] - prompt);
+                Tensor::cat(&[on_prompt, attend_masked(&q, own, mask)], 1)
+            }
+        }
+    }
+
+    /// The queries of all tokens to what they mix.
+    fn attend_all(&self, q: &Tensor, own: &KeyValue) -> Tensor {
+        let of_tree = |(tree, &(start, length)): (usize, &(i64, i64))| {
+            let q = q.narrow(1, start, length);
+            self.attend_whole(tree, &q, &own.of_tokens(start, length))
+        };
+        let mixed = self.runs.iter().enumerate().map(of_tree).collect();
+        joined(mixed).expect("a tree")
+    }
+
+    /// The wanted ones of the tokens of all, in order.
+    fn pick(&self, xs: &Tensor, dim: i64) -> Tensor {
+        let wanted = |(tree, &(start, _)): (&Tree, &(i64, i64))| {
+            xs.narrow(dim, start + tree.wanted_from, tree.wanted())
+        };
+        let picked: Vec<Tensor> = self.trees.iter().zip(&self.runs).map(wanted).collect();
+        Tensor::cat(&picked, dim)
+    }
+
+    /// The queries of the wanted tokens to what they mix.
+    fn attend_wanted(&self, q: &Tensor, own: &KeyValue) -> Tensor {
+        let mut first = 0;
+        let mut mixed = Vec::with_capacity(self.trees.len());
+        for (index, tree) in self.trees.iter().enumerate() {
+            let (start, length) = self.runs[index];
+            let (q, own) = (
+                q.narrow(1, first, tree.wanted()),
+                own.of_tokens(start, length),
+            );
+            mixed.push(match &self.wanted[index] {
+                Some(mask) => attend_masked(&q, &own, mask),
+                None => self.attend_whole(index, &q, &own),
+            });
+            first += tree.wanted();
+        }
+        joined(mixed).expect("a tree")
+    }
+}
+
 /// The growing continuations of one prompt.
 #[derive(Debug)]
 pub struct Branches<'a> {
@@ -216,6 +305,19 @@ impl Decoder {
         })
     }
 
+    /// Every hidden state of one text, after the final norm.
+    #[cfg(test)]
+    pub fn hidden(&self, embeds: &Tensor) -> Tensor {
+        let tree = Tree {
+            prompt: embeds.size()[0],
+            branches: Vec::new(),
+            wanted_from: 0,
+        };
+        self.read(embeds, vec![tree], Keep::Nothing)
+            .output()
+            .shallow_clone()
+    }
+
     /// Where its weights lie.
     pub fn device(&self) -> Device {
         self.embed_tokens.device()
@@ -224,6 +326,64 @@ impl Decoder {
     /// Token ids (`[tokens]`, int64) to `[tokens, hidden]`.
     pub fn embed(&self, ids: &Tensor) -> Tensor {
         Tensor::embedding(&self.embed_tokens, ids, -1, false, false)
+    }
+
+    /// Reads trees; their embeddings lie one after the other in `embeds` (`[tokens of all, hidden]`),
+    /// of each tree the prompt first, then its continuations. The chain gives the wanted hidden
+    /// states after the final norm, in that order.
+    pub fn read(&self, embeds: &Tensor, trees: Vec<Tree>, keep: Keep) -> Chain<'_> {
+        let (device, kind) = (embeds.device(), embeds.kind());
+        let lengths: Vec<i64> = trees.iter().map(Tree::tokens).collect();
+        assert_eq!(embeds.size()[0], lengths.iter().sum::<i64>());
+        let places = trees.iter().flat_map(|tree| {
+            let branches = tree.branches.iter().map(|&length| (tree.prompt, length));
+            std::iter::once((0, tree.prompt)).chain(branches)
+        });
+        let on_device = |mask: Tensor| mask.to_device(device).to_kind(kind);
+        let forest = Rc::new(Forest {
+            runs: runs(&lengths),
+            angles: self.positions(places, device, kind),
+            branches: trees
+                .iter()
+                .map(|tree| {
+                    let mask = || on_device(branch_mask(&tree.branches, tree.prompt));
+                    (tree.tokens() > tree.prompt).then(mask)
+                })
+                .collect(),
+            wanted: trees
+                .iter()
+                .map(|tree| {
+                    let Tree {
+                        prompt,
+                        branches,
+                        wanted_from,
+                    } = tree;
+                    let mask = || on_device(tree_mask(branches, *prompt, *wanted_from));
+                    (*wanted_from > 0).then(mask)
+                })
+                .collect(),
+            trees,
+        });
+        let (last, before) = self.layers.split_last().expect("a layer");
+        let mut links: Vec<Link<'_>> = Vec::with_capacity(self.layers.len());
+        for layer in before {
+            let forest = Rc::clone(&forest);
+            links.push(Box::new(move |xs| {
+                let angles = &forest.angles;
+                let normed = layer.input_layernorm.forward(xs);
+                let own = layer.self_attn.keys_values(&normed, angles);
+                layer.forward(xs, &normed, angles, |q| forest.attend_all(q, &own))
+            }));
+        }
+        links.push(Box::new(move |xs| {
+            let normed = last.input_layernorm.forward(xs);
+            let own = last.self_attn.keys_values(&normed, &forest.angles);
+            let angles = forest.angles.map(|angles| forest.pick(angles, 0));
+            let [xs, normed] = [xs, &normed].map(|xs| forest.pick(xs, 0));
+            let xs = last.forward(&xs, &normed, &angles, |q| forest.attend_wanted(q, &own));
+            self.norm.forward(&xs)
+        }));
+        Chain::run(links, embeds, keep)
     }
 
     /// Reads prompts of these `lengths`, each from position 0; their embeddings lie one after the
@@ -237,7 +397,7 @@ impl Decoder {
     ) -> (Tensor, Vec<Prefix>) {
         assert_eq!(embeds.size()[0], lengths.iter().sum::<i64>());
         let places = lengths.iter().copied().map(|length| (0, length));
-        let angles = self.positions(places, embeds.device());
+        let angles = self.positions(places, embeds.device(), embeds.kind());
         let runs = runs(lengths);
         let mut prefixes: Vec<Prefix> = lengths
             .iter()
@@ -282,7 +442,7 @@ impl Decoder {
             let lengths = prompt.lengths.iter();
             lengths.map(|&length| (prompt.prefix.tokens, length))
         });
-        let angles = self.positions(places, device);
+        let angles = self.positions(places, device, embeds.kind());
         let of_prompts: Vec<i64> = prompts
             .iter()
             .map(|prompt| prompt.lengths.iter().sum())
@@ -346,11 +506,6 @@ impl Decoder {
         let normed = last.input_layernorm.forward(&xs);
         let own = last.self_attn.keys_values(&normed, angles);
         match wanted {
-            Wanted::All => {
-                xs = last.forward(&xs, &normed, angles, |q| {
-                    attend(index, Queries::All(q), own).expect(MIXED)
-                });
-            }
             Wanted::Last => {
                 let lasts = last_of_each(lengths, xs.device());
                 let [xs_there, normed] = [&xs, &normed].map(|xs| xs.index_select(0, &lasts));
@@ -378,7 +533,8 @@ impl Decoder {
             })
             .collect();
         assert_eq!(embeds.size()[0], positions.len() as i64);
-        let angles = self.angles(&Tensor::from_slice(&positions).to_device(embeds.device()));
+        let positions = Tensor::from_slice(&positions).to_device(embeds.device());
+        let angles = self.rotary.angles(&positions, embeds.kind());
         let mut xs = embeds.shallow_clone();
         for (index, layer) in self.layers.iter().enumerate() {
             let normed = layer.input_layernorm.forward(&xs);
@@ -406,18 +562,19 @@ impl Decoder {
         self.norm.forward(&xs)
     }
 
-    fn angles(&self, positions: &Tensor) -> Angles {
-        self.rotary.angles(positions, self.embed_tokens.kind())
-    }
-
     /// The angles of texts one after the other, each with its first position and its length.
-    fn positions(&self, texts: impl Iterator<Item = (i64, i64)>, device: Device) -> Angles {
+    fn positions(
+        &self,
+        texts: impl Iterator<Item = (i64, i64)>,
+        device: Device,
+        kind: Kind,
+    ) -> Angles {
         let places: Vec<Tensor> = texts
             .map(|(first, length)| {
                 Tensor::arange_start(first, first + length, (Kind::Int64, device))
             })
             .collect();
-        self.angles(&Tensor::cat(&places, 0))
+        self.rotary.angles(&Tensor::cat(&places, 0), kind)
     }
 }
 
@@ -477,8 +634,13 @@ impl LmHead {
     /// `[rows, hidden]` to `[rows, vocab]`, in float32.
     pub fn forward(&self, hidden: &Tensor) -> Tensor {
         hidden
-            .linear(&self.weight, None::<&Tensor>)
+            .linear(&self.weight.to_kind(hidden.kind()), None::<&Tensor>)
             .to_kind(Kind::Float)
+    }
+
+    /// How many different tokens there are.
+    pub fn vocab(&self) -> i64 {
+        self.weight.size()[0]
     }
 }
 

@@ -1,61 +1,75 @@
-//! DPO training of the whole network: tower, projector, newline and decoder, in float32.
+//! DPO training of a policy: of all of its network, of parts of it, or of an adapter.
 //!
 //! A pair is one pass over `[prompt | chosen | rejected]`: the prompt is read once, both answers
 //! behind it, and logits are computed only where they predict an answer's token. Short pairs go side
-//! by side, long ones one by one; their gradients add up. Dropout there is none in any published config (`attention_dropout`
-//! 0), so training and inference compute the same.
+//! by side, long ones one by one; their gradients add up. Weights that are trained are in float32; what
+//! they are used in is computed in the precision of the model's spec. Dropout there is none in any
+//! published config (`attention_dropout` 0), so training and inference compute the same.
 //!
 //! Which tokens count is the answer's and its stop token, or what other programs count ([`Mask`]).
 
+mod pass;
+
+use std::fs;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
-use tch::{Kind, Tensor};
+use rayon::prelude::*;
+use tch::{Device, Kind};
 
-use super::budget::{PACK_TOKENS_MAX, packs};
-use super::checkpoint::{Checkpoint, Purpose};
-use super::decoder::{Texts, Wanted};
+use self::pass::{Counting, Pass, Tokens, prepare};
+use super::budget::{PACK_TOKENS_MAX, TrainingBudget, packs};
+use super::chain::Keep;
+use super::checkpoint::{Checkpoint, Parts, Purpose, Reader, part_of};
+use super::decoder::DecoderConfig;
 use super::device;
-use super::dpo::{PairLoss, dpo_loss, token_logps};
+use super::dpo::{PairLogps, PairLoss, losses};
 use super::edge::guarded;
-use super::llava_onevision::LlavaOnevision;
+use super::layers::Dropout;
+use super::llava_onevision::{LlavaOnevision, is_tied};
+use super::lora::{Adapted, Adapter, AdapterConfig, Names, Start, save_adapter};
 use super::optimizer::Parameter;
 use super::training::{Training, doing, not_finite, row_error};
+use super::vit::{Family, VitConfig};
+use super::weights::refuse;
 use crate::models::{
-    self, Answer, DpoLearner, DpoReport, DpoSettings, Example, Learner, Mask, ModelError, Newlines,
-    Tower,
+    self, DpoLearner, DpoReport, DpoSettings, Example, Learner, LoraSettings, Loss, ModelError,
+    Objective, Optimizer, Part, Trained,
 };
-use crate::prep::{PolicyPrep, Prepared, Tiles};
+use crate::prep::{AdapterCard, OnevisionCard, PolicyPrep};
 
 /// Pairs whose pictures are decoded and cut before the first of them is read.
 const PREPARED_MAX: usize = 8;
 
+/// Logits that are in memory at once: 256 MB in float32, and again for their gradients.
+const LOGITS_MAX: i64 = 1 << 26;
+
 /// LLaVA-OneVision as a learner.
-#[derive(Debug)]
 pub struct OnevisionDpo {
     prep: PolicyPrep,
-    checkpoint: Checkpoint,
     network: LlavaOnevision,
     training: Training,
-    beta: f64,
-    mask: Mask,
-    newlines: Newlines,
+    objective: Objective,
+    counting: Counting,
+    /// The parts that gradients go to.
+    parts: Parts,
+    budget: TrainingBudget,
+    /// Logits that are in memory at once.
+    logits_max: i64,
+    written: Written,
 }
 
-/// A pair as the network takes it.
-struct Tokens {
-    prompt: Prepared,
-    /// Places in the prompt whose tokens count in both answers; never the first.
-    counted: Vec<i64>,
-    /// The ids of the chosen and the rejected answer, each at least one.
-    answers: [Vec<i64>; 2],
-}
-
-impl Tokens {
-    /// Tokens that go through the decoder.
-    fn count(&self) -> usize {
-        self.prompt.text.ids.len() + self.answers[0].len() + self.answers[1].len()
-    }
+/// What comes out of the training.
+enum Written {
+    /// The checkpoint, with the trained weights in the place of its own.
+    Checkpoint(Checkpoint),
+    /// An adapter to the weights in the folder `base`.
+    Adapter {
+        base: PathBuf,
+        settings: LoraSettings,
+        dropout: Rc<Dropout>,
+    },
 }
 
 /// Sums over the pairs of a step.
@@ -68,6 +82,21 @@ struct Sums {
     tokens: u64,
 }
 
+impl Sums {
+    fn add(&mut self, pair: &PairLogps, loss: &PairLoss, beta: f64, tokens: usize) {
+        let rewards = pair.rewards(beta);
+        self.loss += loss.loss;
+        self.accurate += f64::from(u8::from(rewards[0] > rewards[1]));
+        self.tokens += tokens as u64;
+        let add = |sums: &mut [f64; 2], [chosen, rejected]: [f64; 2]| {
+            sums[0] += chosen;
+            sums[1] += rejected;
+        };
+        add(&mut self.rewards, rewards);
+        add(&mut self.logps, pair.policy);
+    }
+}
+
 impl OnevisionDpo {
     /// What trains it.
     #[cfg(test)]
@@ -75,176 +104,62 @@ impl OnevisionDpo {
         &self.training
     }
 
-    /// Opens the checkpoint. The precision in the spec is that of sampling; training is in float32.
+    /// Opens the checkpoint, and an adapter: the one that `spec` names, or a fresh one.
     pub fn open(spec: &models::LlavaOnevision, settings: &DpoSettings) -> Result<Self, ModelError> {
         let prep = PolicyPrep::open(&spec.weights)?;
-        let (device, _) = device::choose(spec.device, spec.dtype)?;
+        let (device, kind) = device::choose(spec.device, spec.dtype)?;
         let checkpoint = Checkpoint::open(&spec.weights)?;
-        let purpose = Purpose::Training(Tower::Train);
-        let (network, parameters) =
-            LlavaOnevision::open(&checkpoint, &prep.card, device, Kind::Float, purpose)?;
+        let elements = checkpoint.elements();
+        let (card, on) = (&prep.card, (device, kind));
+        let opened = match &settings.trained {
+            Trained::Parts(parts) => open_parts(spec, checkpoint, card, on, parts)?,
+            Trained::Lora(lora) => open_lora(spec, &checkpoint, card, on, lora)?,
+        };
+        let mut training = Training::new(opened.parameters, &settings.optimization)?;
+        if let Trained::Parts(trained) = &settings.trained {
+            training.set_rates(|name| {
+                let own = trained.iter().find(|(part, _)| *part == part_of(name));
+                own.and_then(|&(_, rate)| rate)
+            });
+        }
+        let trained: u64 = training
+            .parameters
+            .iter()
+            .map(|parameter| parameter.tensor.numel() as u64)
+            .sum();
+        let frozen = match &opened.written {
+            Written::Checkpoint(_) => elements.saturating_sub(trained),
+            Written::Adapter { .. } => elements,
+        };
+        let moments = match settings.optimization.optimizer {
+            Optimizer::Adamw => 8,
+            Optimizer::Adamw8bit => 2,
+        };
+        let state = frozen * kind.elt_size_in_bytes() as u64 + trained * (4 + 4 + moments);
+        let tower = VitConfig::new(Family::Siglip, &card.vision_config);
+        let budget = TrainingBudget::new(
+            spec.memory_gb,
+            device,
+            settings.checkpointing,
+            state,
+            &DecoderConfig::from(&card.text_config),
+            opened.parts.has(Part::VisionTower).then_some(&tower),
+            kind,
+        );
         Ok(Self {
             prep,
-            checkpoint,
-            network,
-            training: Training::new(parameters, &settings.optimization)?,
-            beta: settings.beta,
-            mask: settings.mask,
-            newlines: settings.newlines,
+            network: opened.network,
+            training,
+            objective: settings.objective.clone(),
+            counting: Counting {
+                mask: settings.mask,
+                newlines: settings.newlines,
+            },
+            parts: opened.parts,
+            budget,
+            logits_max: LOGITS_MAX,
+            written: opened.written,
         })
-    }
-
-    /// Decodes, cuts and tokenizes a pair, and checks that it can be trained on.
-    fn tokens(&self, example: &Example<'_>) -> Result<Tokens, ModelError> {
-        let refuse = |problem: String| row_error(example.id, problem);
-        let prepared = self
-            .prep
-            .prepare_as_llava_next(example.prompt, self.newlines);
-        let (prompt, counted) = prepared.map_err(|fault| refuse(fault.to_string()))?;
-        // Nothing predicts the first token.
-        let counted = counted.into_iter().filter(|&place| place > 0);
-        let counted = match self.mask {
-            Mask::Answer | Mask::Trl => Vec::new(),
-            Mask::LlavaNext => counted.map(|place| place as i64).collect(),
-        };
-        let ids = |answer: &Answer, side: &str| {
-            let mut ids: Vec<i64> = match &answer.token_ids {
-                Some(ids) => ids.iter().map(|&id| i64::from(id)).collect(),
-                None => self
-                    .prep
-                    .chat
-                    .answer(&answer.text)
-                    .map_err(|fault| refuse(format!("the {side} answer: {fault}")))?,
-            };
-            let chat = &self.prep.chat;
-            if self.mask != Mask::Answer && ids.last() == Some(&chat.im_end()) {
-                let newline = chat.newline();
-                ids.extend(newline.map_err(|fault| refuse(fault.to_string()))?);
-            }
-            let vocab = self.prep.card.text_config.vocab_size as i64;
-            if let Some(id) = ids.iter().find(|id| !(0..vocab).contains(id)) {
-                let problem = format!("the {side} answer holds token {id}; there are {vocab}");
-                return Err(refuse(problem));
-            }
-            let (length, context) = (prompt.text.ids.len() + ids.len(), self.prep.context());
-            if ids.is_empty() {
-                Err(refuse(format!("the {side} answer has no tokens")))
-            } else if length > context {
-                let problem = format!(
-                    "prompt and {side} answer take {length} tokens, and the model's context is \
-                     {context}"
-                );
-                Err(refuse(problem))
-            } else {
-                Ok(ids)
-            }
-        };
-        let answers = [
-            ids(&example.chosen, "chosen")?,
-            ids(&example.rejected, "rejected")?,
-        ];
-        Ok(Tokens {
-            prompt,
-            counted,
-            answers,
-        })
-    }
-
-    /// The log-probabilities of the chosen and the rejected answer of each pair, scalars in float64.
-    fn logps(&self, pairs: &[Tokens]) -> Vec<[Tensor; 2]> {
-        let network = &self.network;
-        let decoder = &network.language_model;
-        let on_device = |ids: &[i64]| Tensor::from_slice(ids).to_device(network.device());
-        let pictures: Vec<&Tiles> = pairs
-            .iter()
-            .flat_map(|pair| &pair.prompt.pictures)
-            .collect();
-        let mut features = network.image_features(&pictures).into_iter();
-        let embeds: Vec<Tensor> = pairs
-            .iter()
-            .map(|pair| {
-                let count = pair.prompt.pictures.len();
-                let features: Vec<Tensor> = features.by_ref().take(count).collect();
-                network.embed_prompt(&pair.prompt.text, &features)
-            })
-            .collect();
-        let lengths: Vec<i64> = embeds.iter().map(|embeds| embeds.size()[0]).collect();
-        let counts_prompt = self.mask == Mask::LlavaNext;
-        let wanted = if counts_prompt {
-            Wanted::All
-        } else {
-            Wanted::Last
-        };
-        let (hidden, prefixes) = decoder.prefill(&Tensor::cat(&embeds, 0), &lengths, wanted);
-        let hidden = if counts_prompt {
-            hidden.split_with_sizes(lengths, 0) // [prompt, hidden] each
-        } else {
-            hidden.split(1, 0) // [1, hidden] each
-        };
-
-        // The prompt's last token predicts the first of each answer, each token the next; the last
-        // one predicts nothing and is not read.
-        let mut ids = Vec::new();
-        let mut texts = Vec::new();
-        for (pair, prefix) in pairs.iter().zip(&prefixes) {
-            let read = pair.answers.each_ref().map(|ids| &ids[..ids.len() - 1]);
-            let lengths = read.map(|ids| ids.len() as i64).to_vec();
-            if lengths.iter().any(|&length| length > 0) {
-                ids.extend(read.concat());
-                texts.push(Texts { prefix, lengths });
-            }
-        }
-        let mut behind = if texts.is_empty() {
-            Vec::new()
-        } else {
-            let lengths: Vec<i64> = texts.iter().flat_map(|text| text.lengths.clone()).collect();
-            let hidden = decoder.branch(&decoder.embed(&on_device(&ids)), &texts, Wanted::All);
-            hidden.split_with_sizes(lengths, 0)
-        }
-        .into_iter();
-        let mut predicting = Vec::new();
-        for (pair, hidden) in pairs.iter().zip(&hidden) {
-            let last = hidden.narrow(0, hidden.size()[0] - 1, 1);
-            let is_read = pair.answers.iter().any(|ids| ids.len() > 1);
-            for _ in &pair.answers {
-                predicting.push(last.shallow_clone());
-                predicting.extend(is_read.then(|| behind.next().expect("a run for each answer")));
-            }
-        }
-        let logits = network.lm_head.forward(&Tensor::cat(&predicting, 0)); // [answers of all, vocab]
-        let ids: Vec<i64> = pairs
-            .iter()
-            .flat_map(|pair| pair.answers.concat())
-            .collect();
-        let logps = token_logps(&logits, &on_device(&ids));
-        let lengths: Vec<i64> = pairs
-            .iter()
-            .flat_map(|pair| pair.answers.each_ref().map(|ids| ids.len() as i64))
-            .collect();
-        let sums: Vec<Tensor> = logps
-            .split_with_sizes(lengths, 0)
-            .iter()
-            .map(|logps| logps.sum(Kind::Double))
-            .collect();
-        let with_prompt = |(pair, hidden): (&Tokens, &Tensor), sums: &[Tensor]| {
-            let sums = [&sums[0], &sums[1]].map(Tensor::shallow_clone);
-            if pair.counted.is_empty() {
-                return sums;
-            }
-            let places = on_device(&pair.counted);
-            let logits = network
-                .lm_head
-                .forward(&hidden.index_select(0, &(&places - 1)));
-            let ids = on_device(&pair.prompt.text.ids).index_select(0, &places);
-            let prompt = token_logps(&logits, &ids).sum(Kind::Double);
-            sums.map(|sum| sum + &prompt)
-        };
-        pairs
-            .iter()
-            .zip(&hidden)
-            .zip(sums.chunks(2))
-            .map(|(pair, sums)| with_prompt(pair, sums))
-            .collect()
     }
 
     /// Goes through pairs in what goes side by side: `visit` is given the places of some, and these
@@ -254,11 +169,13 @@ impl OnevisionDpo {
         pairs: &[Example<'_>],
         mut visit: impl FnMut(Range<usize>, &[Tokens]) -> Result<(), ModelError>,
     ) -> Result<(), ModelError> {
+        let (prep, counting) = (&self.prep, self.counting);
         for (chunk, pairs) in pairs.chunks(PREPARED_MAX).enumerate() {
-            let tokens: Vec<Tokens> = pairs
-                .iter()
-                .map(|pair| self.tokens(pair))
-                .collect::<Result<_, _>>()?;
+            let tokens: Vec<Result<Tokens, ModelError>> = pairs
+                .par_iter()
+                .map(|pair| prepare(prep, counting, pair))
+                .collect();
+            let tokens: Vec<Tokens> = tokens.into_iter().collect::<Result<_, _>>()?;
             let counts: Vec<usize> = tokens.iter().map(Tokens::count).collect();
             for pack in packs(&counts, PACK_TOKENS_MAX) {
                 let first = chunk * PREPARED_MAX;
@@ -269,71 +186,195 @@ impl OnevisionDpo {
     }
 
     /// Forward and backward of some pairs of a batch of `pairs`; adds to the gradients and to `sums`.
-    /// Stops before the gradients at a loss that is not finite, and gives the number of its pair.
+    /// `known` are their losses where these depend on the whole batch. Stops before the gradients at a
+    /// loss that is not finite, and gives the number of its pair.
     fn learn_from(
         &self,
         tokens: &[Tokens],
         references: &[[f64; 2]],
+        known: Option<&[PairLoss]>,
         pairs: usize,
         sums: &mut Sums,
     ) -> Result<(), usize> {
-        let mut losses = Vec::with_capacity(tokens.len());
-        let logps = self.logps(tokens);
-        for (number, ((tokens, logps), &reference)) in
-            tokens.iter().zip(&logps).zip(references).enumerate()
-        {
-            let pair = dpo_loss([&logps[0], &logps[1]], reference, self.beta);
-            sums.add(
-                &pair,
-                logps.each_ref().map(|logp| logp.double_value(&[])),
-                tokens.count(),
-            );
-            if !sums.loss.is_finite() {
-                return Err(number);
+        let count = tokens.iter().map(Tokens::count).sum();
+        let keep = self
+            .budget
+            .keep(count, tokens.iter().map(Tokens::tiles).sum());
+        let pass = Pass::new(self, tokens, keep);
+        let counts = pass.counts.clone();
+        pass.learn(|logps| {
+            let all = as_pairs(logps, references, &counts);
+            let found = known.map_or_else(|| losses(&all, &self.objective), <[_]>::to_vec);
+            for (number, ((pair, loss), tokens)) in all.iter().zip(&found).zip(tokens).enumerate() {
+                sums.add(pair, loss, self.objective.beta, tokens.count());
+                if !sums.loss.is_finite() {
+                    return Err(number);
+                }
             }
-            losses.push(pair.loss);
-        }
-        let loss = Tensor::stack(&losses, 0).sum(Kind::Double);
-        (loss / pairs as f64).backward();
-        Ok(())
+            let mean = |loss: &PairLoss| loss.slopes.map(|slope| slope / pairs as f64);
+            Ok(found.iter().map(mean).collect())
+        })
     }
-}
 
-impl Sums {
-    fn add(&mut self, pair: &PairLoss, logps: [f64; 2], tokens: usize) {
-        self.loss += pair.loss.double_value(&[]);
-        self.rewards[0] += pair.reward_chosen;
-        self.rewards[1] += pair.reward_rejected;
-        self.accurate += f64::from(u8::from(pair.reward_chosen > pair.reward_rejected));
-        self.logps[0] += logps[0];
-        self.logps[1] += logps[1];
-        self.tokens += tokens as u64;
-    }
-}
-
-impl DpoLearner for OnevisionDpo {
-    fn reference_logps(&mut self, pairs: &[Example<'_>]) -> Result<Vec<[f64; 2]>, ModelError> {
+    /// Log-probabilities of `[chosen, rejected]` and how many tokens count in each.
+    fn read(&self, pairs: &[Example<'_>]) -> Result<Vec<PairLogps>, ModelError> {
         let ids: Vec<&str> = pairs.iter().map(|pair| pair.id).collect();
         let mut all = Vec::with_capacity(pairs.len());
         self.in_packs(pairs, |places, tokens| {
             let count = tokens.iter().map(Tokens::count).sum();
+            let references: Vec<[f64; 2]> = pairs[places.clone()]
+                .iter()
+                .map(|pair| pair.reference.unwrap_or_default())
+                .collect();
             let what = doing("reading", "pair", &ids[places]);
-            let logps = guarded(&what, tokens.len(), count, || {
+            all.extend(guarded(&what, tokens.len(), count, || {
                 let _no_grad = tch::no_grad_guard();
-                let logps = self.logps(tokens).into_iter();
-                let numbers = logps.map(|logps| logps.map(|logp| logp.double_value(&[])));
-                numbers.collect::<Vec<[f64; 2]>>()
-            })?;
-            all.extend(logps);
+                let pass = Pass::new(self, tokens, Keep::Nothing);
+                as_pairs(&pass.logps(), &references, &pass.counts)
+            })?);
             Ok(())
         })?;
         for (pair, logps) in pairs.iter().zip(&all) {
-            if !logps.iter().all(|logp| logp.is_finite()) {
+            if !logps.policy.iter().all(|logp| logp.is_finite()) {
                 let what = format!("a log-probability of pair {}", pair.id);
                 return Err(not_finite(what, vec![pair.id.to_owned()]));
             }
         }
         Ok(all)
+    }
+
+    /// Begins a pass of a step, in which an adapter drops inputs.
+    fn drop_inputs(&self, pass: Option<usize>) {
+        if let Written::Adapter {
+            dropout, settings, ..
+        } = &self.written
+        {
+            let of_step = (self.training.steps() as i64) << 20;
+            let number = |pass: usize| settings.seed as i64 ^ (of_step + pass as i64);
+            dropout.pass.set(pass.map(number));
+        }
+    }
+}
+
+/// A network, and what of it is trained.
+struct Opened {
+    network: LlavaOnevision,
+    parameters: Vec<Parameter>,
+    parts: Parts,
+    written: Written,
+}
+
+/// Opens a network of which some parts are trained, or none.
+fn open_parts(
+    spec: &models::LlavaOnevision,
+    checkpoint: Checkpoint,
+    card: &OnevisionCard,
+    (device, kind): (Device, Kind),
+    trained: &[(Part, Option<f64>)],
+) -> Result<Opened, ModelError> {
+    let parts = Parts::which(|part| trained.iter().any(|&(other, _)| other == part));
+    let (network, parameters) = if trained.is_empty() {
+        let network = LlavaOnevision::open_merged(spec, &checkpoint, card, device, kind)?;
+        (network, Vec::new())
+    } else if let Some(adapter) = &spec.adapter {
+        let problem = "is an adapter, and what is trained is the network; train with `lora`, or \
+                       merge it first with `pipeline export --merge`";
+        return Err(refuse(adapter, problem.to_owned()));
+    } else {
+        let purpose = Purpose::Training(parts);
+        LlavaOnevision::open(&checkpoint, card, device, kind, purpose)?
+    };
+    Ok(Opened {
+        network,
+        parameters,
+        parts,
+        written: Written::Checkpoint(checkpoint),
+    })
+}
+
+/// Opens a network with an adapter that is trained.
+fn open_lora(
+    spec: &models::LlavaOnevision,
+    checkpoint: &Checkpoint,
+    card: &OnevisionCard,
+    (device, kind): (Device, Kind),
+    lora: &LoraSettings,
+) -> Result<Opened, ModelError> {
+    let existing = spec
+        .adapter
+        .as_deref()
+        .map(|folder| open_adapter(folder, lora));
+    let existing = existing.transpose()?;
+    let targets: Vec<&str> = lora.targets.iter().map(String::as_str).collect();
+    let start = match &existing {
+        Some(adapter) => Start::At(adapter),
+        None => Start::Fresh {
+            rank: lora.rank,
+            alpha: lora.alpha,
+            seed: lora.seed,
+            target_modules: &targets,
+        },
+    };
+    let dropout = Rc::new(Dropout {
+        share: lora.dropout,
+        pass: None.into(),
+    });
+    let reader = Reader::new(checkpoint, device, kind, Purpose::Inference);
+    let own = (lora.dropout > 0.0).then(|| Rc::clone(&dropout));
+    let adapted = Adapted::new(reader, start, Names::Onevision, own);
+    let network = LlavaOnevision::new(&adapted, card, is_tied(checkpoint, card), kind)?;
+    let parameters = adapted.into_parameters();
+    if let Some(adapter) = &existing {
+        adapter.all_used()?;
+    }
+    if parameters.is_empty() {
+        let problem = format!("has no linear layer called {}", targets.join(" or "));
+        return Err(refuse(&spec.weights, problem));
+    }
+    Ok(Opened {
+        network,
+        parameters,
+        parts: Parts::NONE,
+        written: Written::Adapter {
+            base: spec.weights.clone(),
+            settings: lora.clone(),
+            dropout,
+        },
+    })
+}
+
+fn as_pairs(logps: &[[f64; 2]], references: &[[f64; 2]], counts: &[[usize; 2]]) -> Vec<PairLogps> {
+    let all = logps.iter().zip(references).zip(counts);
+    all.map(|((&policy, &reference), counts)| PairLogps {
+        policy,
+        reference,
+        tokens: counts.map(|count| count as f64),
+    })
+    .collect()
+}
+
+/// Opens an adapter to go on with, which has to be as the settings say.
+fn open_adapter(folder: &Path, settings: &LoraSettings) -> Result<Adapter, ModelError> {
+    let card = AdapterCard::open(folder)?;
+    let asked = settings.alpha / settings.rank as f64;
+    if card.r != settings.rank || (card.scale() - asked).abs() > 1e-9 {
+        let problem = format!(
+            "has rank {} and is scaled by {}, and the training asks for rank {} scaled by {asked}; \
+             give `lora` the adapter's own `rank` and `alpha`",
+            card.r,
+            card.scale(),
+            settings.rank,
+        );
+        return Err(refuse(folder, problem));
+    }
+    Adapter::open(&card, Names::Onevision)
+}
+
+impl DpoLearner for OnevisionDpo {
+    fn reference_logps(&mut self, pairs: &[Example<'_>]) -> Result<Vec<[f64; 2]>, ModelError> {
+        self.drop_inputs(None);
+        let read = self.read(pairs)?;
+        Ok(read.into_iter().map(|pair| pair.policy).collect())
     }
 
     fn step(&mut self, batch: &[Example<'_>]) -> Result<DpoReport, ModelError> {
@@ -345,14 +386,28 @@ impl DpoLearner for OnevisionDpo {
             pair.reference.ok_or_else(|| row_error(pair.id, problem))
         };
         let references: Vec<[f64; 2]> = batch.iter().map(reference).collect::<Result<_, _>>()?;
+        // Where a pair's loss depends on the others', all are read before the first is learned from.
+        let joined = self
+            .objective
+            .terms
+            .iter()
+            .any(|(loss, _)| *loss == Loss::Aot);
+        let known = if joined && batch.len() > 1 {
+            self.drop_inputs(None);
+            Some(losses(&self.read(batch)?, &self.objective))
+        } else {
+            None
+        };
         self.training.begin_step();
         let mut sums = Sums::default();
         self.in_packs(batch, |places, tokens| {
             let references = &references[places.clone()];
+            let known = known.as_ref().map(|known| &known[places.clone()]);
             let count = tokens.iter().map(Tokens::count).sum();
             let what = doing("training on", "pair", &ids[places.clone()]);
+            self.drop_inputs(Some(places.start));
             let learned = guarded(&what, tokens.len(), count, || {
-                self.learn_from(tokens, references, batch.len(), &mut sums)
+                self.learn_from(tokens, references, known, batch.len(), &mut sums)
             })?;
             if let Err(number) = learned {
                 let pair = batch[places.start + number].id;
@@ -362,7 +417,7 @@ impl DpoLearner for OnevisionDpo {
         })?;
         let has_pictures = batch.iter().any(|one| !one.prompt.pictures.is_empty());
         let has_gradient =
-            |parameter: &Parameter| has_pictures || parameter.name.starts_with("language_model.");
+            |parameter: &Parameter| has_pictures || part_of(&parameter.name) == Part::LanguageModel;
         let update = self.training.update(rows, has_gradient)?;
 
         let pairs = batch.len() as f64;
@@ -378,11 +433,31 @@ impl DpoLearner for OnevisionDpo {
             tokens: sums.tokens,
         })
     }
+
+    fn plan(&self) -> Option<String> {
+        Some(self.budget.in_words())
+    }
 }
 
 impl Learner for OnevisionDpo {
+    /// The checkpoint; of an adapter, the folder as peft lays it out.
     fn save(&mut self, to: &Path) -> Result<(), ModelError> {
-        self.checkpoint.save(to, &self.training.parameters)
+        let parameters = &self.training.parameters;
+        match &self.written {
+            Written::Checkpoint(checkpoint) => checkpoint.save(to, parameters),
+            Written::Adapter { base, settings, .. } => {
+                fs::create_dir(to).map_err(|error| refuse(to, error.to_string()))?;
+                let config = AdapterConfig {
+                    base,
+                    rank: settings.rank,
+                    alpha: settings.alpha,
+                    dropout: settings.dropout,
+                    targets: settings.targets.iter().map(String::as_str).collect(),
+                };
+                // Small, and to be gone on with: nothing is rounded away.
+                save_adapter(to, &config, Names::Onevision, parameters, Kind::Float)
+            }
+        }
     }
 
     fn save_state(&mut self, to: &Path) -> Result<(), ModelError> {

@@ -18,7 +18,7 @@ use rayon::prelude::*;
 
 use self::batch::{Batch, Draft, Ends, Growing};
 use super::budget::{Budget, Sizes, packs, too_large};
-use super::checkpoint::{Checkpoint, Purpose};
+use super::checkpoint::Checkpoint;
 use super::decoder::{DecoderConfig, Prefix, Wanted};
 use super::device;
 use super::edge::guarded;
@@ -85,8 +85,7 @@ impl OnevisionPolicy {
         let prep = PolicyPrep::open(folder)?;
         let (device, kind) = device::choose(spec.device, spec.dtype)?;
         let checkpoint = Checkpoint::open(folder)?;
-        let (network, _) =
-            LlavaOnevision::open(&checkpoint, &prep.card, device, kind, Purpose::Inference)?;
+        let network = LlavaOnevision::open_merged(spec, &checkpoint, &prep.card, device, kind)?;
         let config = DecoderConfig::from(&prep.card.text_config);
         let sizes = Sizes::new(checkpoint.elements(), &config, kind);
         Ok(Self {

@@ -1,13 +1,16 @@
 //! The small parts that every network here is built of, and how they find their weights.
 //!
 //! A part is made by `new(&Path, sizes…)`, which names its weights as Python does (`q_proj`,
-//! `layer_norm1`), and run by `forward(&self, …)`. Parts hold weights and nothing else: caches and
-//! gradients belong to whoever runs them. Sources: `nn.Linear`, `nn.LayerNorm` of PyTorch;
+//! `layer_norm1`), and run by `forward(&self, …)`, in the precision of what it is given: weights
+//! that are trained are kept in float32 and rounded where they are used. Parts hold weights and
+//! nothing else: caches and gradients belong to whoever runs them. Sources: `nn.Linear`, `nn.LayerNorm` of PyTorch;
 //! `Qwen2RMSNorm`, `Qwen2RotaryEmbedding`, `apply_rotary_pos_emb` of transformers'
 //! `models/qwen2/modeling_qwen2.py` (the same in `models/llama/modeling_llama.py`); `ACT2FN` of
 //! transformers' `activations.py`.
 
+use std::cell::Cell;
 use std::ops::Div;
+use std::rc::Rc;
 
 use tch::{Device, Kind, Tensor};
 
@@ -37,14 +40,52 @@ pub struct Lora {
     pub a: Tensor, // [rank, in], float32
     pub b: Tensor, // [out, rank], float32
     pub scale: f64,
+    /// What is done to its inputs, and the number that makes its zeros differ from other layers'.
+    pub dropout: Option<(Rc<Dropout>, i64)>,
 }
 
 impl Lora {
     /// `[.., in]` to `[.., out]`, in the precision of `xs`.
     fn forward(&self, xs: &Tensor) -> Tensor {
         let kind = xs.kind();
+        let dropped = self
+            .dropout
+            .as_ref()
+            .map(|(dropout, own)| dropout.forward(xs, *own));
+        let xs = dropped.as_ref().unwrap_or(xs);
         let inner = xs.linear(&self.a.to_kind(kind), None::<&Tensor>); // [.., rank]
         inner.linear(&self.b.to_kind(kind), None::<&Tensor>) * self.scale
+    }
+}
+
+/// Zeros at random places (Srivastava et al. 2014), which depend on the pass, the layer and the place
+/// and on nothing else: a layer that is computed again drops the same, and so does a training that
+/// goes on.
+#[derive(Debug)]
+pub struct Dropout {
+    /// The share that becomes zero; the rest is scaled up.
+    pub share: f64,
+    /// The number of the pass; `None` where nothing is dropped.
+    pub pass: Cell<Option<i64>>,
+}
+
+impl Dropout {
+    fn forward(&self, xs: &Tensor, layer: i64) -> Tensor {
+        const MASK: i64 = 0xffff_ffff;
+        let Some(pass) = self.pass.get().filter(|_| self.share > 0.0) else {
+            return xs.shallow_clone();
+        };
+        // Wellons' `lowbias32` in 64 bits, over the places from a start that the pass decides.
+        let mix = |xs: &Tensor, shift: i64, factor: i64| {
+            (xs.bitwise_xor_tensor(&xs.bitwise_right_shift_tensor_scalar(shift)) * factor)
+                .bitwise_and(MASK)
+        };
+        let places = Tensor::arange(xs.numel() as i64, (Kind::Int64, xs.device()));
+        let start = pass.wrapping_mul(0x9e37_79b9).wrapping_add(layer) & MASK;
+        let mixed = (mix(&places, 16, 0x7feb_352d) + start).bitwise_and(MASK);
+        let mixed = mix(&mix(&mixed, 15, 0x846c_a68b), 16, 0x7feb_352d);
+        let kept = mixed.ge((self.share * 4_294_967_296.0) as i64).view_as(xs);
+        xs * kept.to_kind(xs.kind()) / (1.0 - self.share)
     }
 }
 
@@ -127,7 +168,8 @@ impl Linear {
 
     /// `[.., in]` to `[.., out]`.
     pub fn forward(&self, xs: &Tensor) -> Tensor {
-        let ys = xs.linear(&self.weight, self.bias.as_ref());
+        let bias = self.bias.as_ref().map(|bias| bias.to_kind(xs.kind()));
+        let ys = xs.linear(&self.weight.to_kind(xs.kind()), bias);
         match &self.adapter {
             Some(adapter) => ys + adapter.forward(xs),
             None => ys,
@@ -152,7 +194,8 @@ impl LayerNorm {
 
     pub fn forward(&self, xs: &Tensor) -> Tensor {
         let size = self.weight.size();
-        xs.layer_norm(size, Some(&self.weight), Some(&self.bias), self.eps, false)
+        let [weight, bias] = [&self.weight, &self.bias].map(|own| own.to_kind(xs.kind()));
+        xs.layer_norm(size, Some(&weight), Some(&bias), self.eps, false)
     }
 }
 
@@ -177,7 +220,7 @@ impl RmsNorm {
             .square()
             .mean_dim([-1i64].as_slice(), true, Kind::Float);
         let normed = wide * (variance + self.eps).rsqrt();
-        &self.weight * normed.to_kind(xs.kind())
+        self.weight.to_kind(xs.kind()) * normed.to_kind(xs.kind())
     }
 }
 
@@ -251,9 +294,14 @@ impl Angles {
 
     /// Those of some tokens (`[some]`, int64) only.
     pub fn of(&self, tokens: &Tensor) -> Self {
+        self.map(|own| own.index_select(0, tokens))
+    }
+
+    /// The cosines and sines (`[tokens, head_dim]`) that `change` makes of these.
+    pub fn map(&self, change: impl Fn(&Tensor) -> Tensor) -> Self {
         Self {
-            cos: self.cos.index_select(0, tokens),
-            sin: self.sin.index_select(0, tokens),
+            cos: change(&self.cos),
+            sin: change(&self.sin),
         }
     }
 }
@@ -325,6 +373,30 @@ pub mod tests {
         assert!((product(0) - product(900)).abs().double_value(&[]) < 1e-3);
         let lengths = |xs: &Tensor| xs.square().sum_dim_intlist([-1i64].as_slice(), false, None);
         assert!(lengths(&angles(7).rotate(&xs)).allclose(&lengths(&xs), 1e-5, 1e-6, false));
+    }
+
+    #[test]
+    fn the_same_pass_drops_the_same_and_another_pass_or_layer_something_else() {
+        let dropout = Dropout {
+            share: 0.2,
+            pass: Cell::new(None),
+        };
+        let xs = Tensor::ones([100, 100], (Kind::Float, Device::Cpu));
+        assert_eq!(dropout.forward(&xs, 1), xs);
+        let dropped = |pass, layer| {
+            dropout.pass.set(Some(pass));
+            dropout.forward(&xs, layer)
+        };
+        let first = dropped(7, 1);
+        assert_eq!(dropped(7, 1), first);
+        assert!((first.mean(None).double_value(&[]) - 1.0).abs() < 0.02);
+        let zeros = |xs: &Tensor| xs.eq(0.0).to_kind(Kind::Float);
+        assert!((zeros(&first).mean(None).double_value(&[]) - 0.2).abs() < 0.02);
+        for other in [dropped(8, 1), dropped(7, 2)] {
+            // Independent: both drop 4 % of the places.
+            let both = (zeros(&first) * zeros(&other)).mean(None).double_value(&[]);
+            assert!((both - 0.04).abs() < 0.01, "{both}");
+        }
     }
 
     #[test]

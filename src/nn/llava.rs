@@ -12,9 +12,9 @@ use tch::{Device, Kind, Tensor};
 use super::checkpoint::{Checkpoint, Purpose, Reader, TOWER};
 use super::decoder::{Decoder, DecoderConfig};
 use super::layers::{Activation, Bias, Linear, Path, Source};
-use super::lora::{Adapter, Merged};
+use super::lora::{Adapter, Merged, Names};
 use super::vit::{Family, Vit, VitConfig};
-use super::weights::{Weights, refuse};
+use super::weights::refuse;
 use crate::models::{LlavaRlhf, ModelError};
 use crate::prep::{JudgeIds, RewardCard};
 
@@ -45,15 +45,15 @@ impl Llava {
         let tower = Checkpoint::open_clip(&spec.vision)?;
         let vision = Reader::new(&tower, device, kind, Purpose::Inference);
         let adapter = card.adapter.as_ref().ok_or_else(|| no_adapter(spec))?;
-        let base = Merged {
-            base: Weights::open(&spec.base)?,
-            adapter: Adapter::open(adapter)?,
-            kind,
-            device,
+        let adapter = Adapter::open(adapter, Names::Same)?;
+        let base = Checkpoint::open_base(&spec.base)?;
+        let merged = Merged {
+            base: Reader::new(&base, device, kind, Purpose::Inference),
+            adapter: &adapter,
         };
-        let network = Self::new(&vision, &base, base.base.has(TWO_LAYERS), card)?;
-        base.adapter.all_used()?;
-        Ok((network, tower.elements() + base.base.elements()))
+        let network = Self::new(&vision, &merged, base.has(TWO_LAYERS), card)?;
+        adapter.all_used()?;
+        Ok((network, tower.elements() + base.elements()))
     }
 
     /// The network with its tower from `vision` and the rest from `base`. A projector of two layers

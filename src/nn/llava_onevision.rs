@@ -9,13 +9,15 @@ use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
-use super::checkpoint::{Checkpoint, HEAD, Purpose, Reader};
+use super::chain::{Chain, Keep, Link};
+use super::checkpoint::{Checkpoint, HEAD, Parts, Purpose, Reader};
 use super::decoder::{Decoder, DecoderConfig, LmHead};
-use super::layers::{Activation, Bias, Linear, Path};
+use super::layers::{Activation, Bias, Linear, Path, Source};
+use super::lora::{Adapter, Merged, Names};
 use super::optimizer::Parameter;
 use super::vit::{Family, Vit, VitConfig};
-use crate::models::ModelError;
-use crate::prep::{OnevisionCard, Packing, PromptIds, Tiles};
+use crate::models::{self, ModelError, Part};
+use crate::prep::{AdapterCard, OnevisionCard, Packing, PromptIds, Tiles};
 
 /// Tiles that go through the tower at once. The widest activation of the tower is that of its MLP,
 /// 12.5 MB a tile in float32 for the published tower.
@@ -29,6 +31,16 @@ pub struct LlavaOnevision {
     image_newline: Tensor, // [hidden]
     pub language_model: Decoder,
     pub lm_head: LmHead,
+    /// The precision that it computes in; weights that are trained are in float32.
+    kind: Kind,
+}
+
+/// Features of pictures, and the way back for their gradients.
+pub struct Seen<'a> {
+    /// Of each picture, `[tokens, hidden]`.
+    pub features: Vec<Tensor>,
+    /// The tiles' ways through tower and projector.
+    pub chains: Vec<Chain<'a>>,
 }
 
 impl LlavaOnevision {
@@ -41,12 +53,42 @@ impl LlavaOnevision {
         purpose: Purpose,
     ) -> Result<(Self, Vec<Parameter>), ModelError> {
         let reader = Reader::new(checkpoint, device, kind, purpose);
-        let tied = card.tie_word_embeddings || !checkpoint.has(HEAD);
-        let network = Self::new(&Path::root(&reader), card, tied)?;
+        let network = Self::new(&reader, card, is_tied(checkpoint, card), kind)?;
         Ok((network, reader.into_parameters()))
     }
 
-    fn new(path: &Path, card: &OnevisionCard, tied: bool) -> Result<Self, ModelError> {
+    /// Reads the network of a spec for inference, its adapter, if it has one, merged in.
+    pub fn open_merged(
+        spec: &models::LlavaOnevision,
+        checkpoint: &Checkpoint,
+        card: &OnevisionCard,
+        device: Device,
+        kind: Kind,
+    ) -> Result<Self, ModelError> {
+        let base = Reader::new(checkpoint, device, kind, Purpose::Inference);
+        let tied = is_tied(checkpoint, card);
+        let Some(folder) = &spec.adapter else {
+            return Self::new(&base, card, tied, kind);
+        };
+        let adapter = Adapter::open(&AdapterCard::open(folder)?, Names::Onevision)?;
+        let merged = Merged {
+            base,
+            adapter: &adapter,
+        };
+        let network = Self::new(&merged, card, tied, kind)?;
+        adapter.all_used()?;
+        Ok(network)
+    }
+
+    /// Builds the network of the weights of `source`, to compute in precision `kind`. `tied`: the
+    /// embedding is the head, too.
+    pub fn new(
+        source: &dyn Source,
+        card: &OnevisionCard,
+        tied: bool,
+        kind: Kind,
+    ) -> Result<Self, ModelError> {
+        let path = &Path::root(source);
         let hidden = card.text_config.hidden_size as i64;
         let config = DecoderConfig::from(&card.text_config);
         let language_model = Decoder::new(&(path / "language_model" / "model"), &config)?;
@@ -65,12 +107,18 @@ impl LlavaOnevision {
             image_newline: path.take("image_newline", &[hidden])?,
             language_model,
             lm_head,
+            kind,
         })
     }
 
     /// Pictures' tiles to the features that stand for each in the sequence, `[tokens, hidden]`. Tiles
-    /// go through the tower side by side, whichever picture they are of.
+    /// go through the tower side by side, whichever picture they are of. For inference.
     pub fn image_features<T: Borrow<Tiles>>(&self, pictures: &[T]) -> Vec<Tensor> {
+        self.see(pictures, Keep::Nothing, Parts::NONE).features
+    }
+
+    /// The same for training of some `parts`.
+    pub fn see<T: Borrow<Tiles>>(&self, pictures: &[T], keep: Keep, parts: Parts) -> Seen<'_> {
         let pixels: Vec<Tensor> = pictures
             .iter()
             .map(|tiles| {
@@ -79,36 +127,52 @@ impl LlavaOnevision {
                 Tensor::from_slice(&tiles.pixels).view([count, 3, side, side])
             })
             .collect();
+        let (mut chains, mut features) = (Vec::new(), Vec::new());
         if pixels.is_empty() {
-            return Vec::new();
+            return Seen { features, chains };
         }
-        let projected: Vec<Tensor> = Tensor::cat(&pixels, 0)
-            .split(TILES_AT_ONCE, 0)
-            .iter()
-            .map(|pixels| {
-                let pixels = pixels.to_device(self.device());
-                let features = self.vision_tower.forward(&pixels);
-                self.multi_modal_projector.forward(&features)
-            })
-            .collect();
+        for pixels in Tensor::cat(&pixels, 0).split(TILES_AT_ONCE, 0) {
+            let pixels = pixels.to_device(self.device()).to_kind(self.kind);
+            chains.push(self.look(&pixels, keep, parts));
+        }
+        let projected: Vec<&Tensor> = chains.iter().map(Chain::output).collect();
         let projected = Tensor::cat(&projected, 0); // [tiles of all, patches, hidden]
         let mut first = 0;
-        let packed = pictures.iter().map(|tiles| {
+        for tiles in pictures {
             let tiles = tiles.borrow();
             let count = tiles.packing.tiles() as i64;
+            let own = projected.narrow(0, first, count);
+            let newline = self.image_newline.to_kind(self.kind);
+            features.push(pack(&own, &tiles.packing, &newline));
             first += count;
-            let own = projected.narrow(0, first - count, count);
-            pack(&own, &tiles.packing, &self.image_newline)
-        });
-        packed.collect()
+        }
+        Seen { features, chains }
     }
 
-    /// The embeddings of a prompt, `[tokens, hidden]`; `features` are those of its pictures.
+    /// Tiles through tower and projector, `[tiles, patches, hidden]`. Through what is not trained go no
+    /// gradients.
+    fn look(&self, pixels: &Tensor, keep: Keep, parts: Parts) -> Chain<'_> {
+        let project: Link<'_> = Box::new(|features| self.multi_modal_projector.forward(features));
+        if parts.has(Part::VisionTower) {
+            let mut links = self.vision_tower.links();
+            links.push(project);
+            return Chain::run(links, pixels, keep);
+        }
+        let features = tch::no_grad(|| self.vision_tower.forward(pixels));
+        let keep = if parts.has(Part::Projector) {
+            keep
+        } else {
+            Keep::Nothing
+        };
+        Chain::run(vec![project], &features, keep)
+    }
+
+    /// The embeddings of a text, `[tokens, hidden]`; `features` are those of its pictures.
     pub fn embed_prompt(&self, text: &PromptIds, features: &[Tensor]) -> Tensor {
         let ids = Tensor::from_slice(&text.ids).to_device(self.device());
         let words = |range: Range<usize>| {
             let ids = ids.narrow(0, range.start as i64, range.len() as i64);
-            self.language_model.embed(&ids)
+            self.language_model.embed(&ids).to_kind(self.kind)
         };
         // Slices and one `cat` rather than a scatter by index: their gradients are deterministic.
         let mut runs = Vec::new();
@@ -126,6 +190,17 @@ impl LlavaOnevision {
     pub fn device(&self) -> Device {
         self.image_newline.device()
     }
+
+    /// The precision that it computes in.
+    #[cfg(test)]
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+}
+
+/// Whether the embedding of a checkpoint is its head, too.
+pub fn is_tied(checkpoint: &Checkpoint, card: &OnevisionCard) -> bool {
+    card.tie_word_embeddings || !checkpoint.has(HEAD)
 }
 
 /// `linear_2(gelu(linear_1(features)))`.

@@ -7,35 +7,83 @@
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::path::Path;
+use std::rc::Rc;
 
+use serde_json::json;
 use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
 
 use super::checkpoint::Reader;
-use super::layers::{Lora, Source};
+use super::layers::{Dropout, Lora, Source};
 use super::optimizer::Parameter;
 use super::sampling::uniform;
-use super::weights::{Weights, refuse};
+use super::weights::{Weights, refuse, save_safetensors};
 use crate::models::ModelError;
-use crate::prep::AdapterCard;
+use crate::prep::{AdapterCard, canonical};
 
-/// The base's weights with the adapter added to them.
-pub struct Merged {
-    pub base: Weights,
-    pub adapter: Adapter,
-    /// The precision that the sum is rounded to.
-    pub kind: Kind,
-    pub device: Device,
+/// How modules are called in an adapter's file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Names {
+    /// As in the network.
+    Same,
+    /// As in transformers' LLaVA-OneVision in memory, where the decoder is `model.language_model`.
+    Onevision,
 }
 
-impl Source for Merged {
+/// The decoder of LLaVA-OneVision by its names in the network.
+const DECODER: &str = "language_model.model.";
+
+impl Names {
+    /// The name in the network of a module that is called so in a file.
+    fn in_network(self, module: &str) -> String {
+        match self {
+            Self::Same => module.to_owned(),
+            Self::Onevision => canonical(module),
+        }
+    }
+
+    /// The name in a file of a module of the network.
+    fn in_file(self, module: &str) -> String {
+        match module.strip_prefix(DECODER) {
+            Some(rest) if self == Self::Onevision => format!("model.language_model.{rest}"),
+            _ => module.to_owned(),
+        }
+    }
+
+    /// Whether a fresh adapter may adapt a module: the towers' layers have the same names as the
+    /// decoder's.
+    fn may_adapt(self, module: &str) -> bool {
+        self == Self::Same || module.starts_with(DECODER)
+    }
+
+    /// `target_modules` as peft reads it.
+    fn targets(self, modules: &[&str]) -> serde_json::Value {
+        match self {
+            Self::Same => json!(modules),
+            Self::Onevision => {
+                let modules = modules.join("|").replace('.', "\\.");
+                json!(format!("model\\.language_model\\.(.*\\.)?({modules})"))
+            }
+        }
+    }
+}
+
+/// The base's weights with the adapter added to them.
+pub struct Merged<'a> {
+    pub base: Reader<'a>,
+    pub adapter: &'a Adapter,
+}
+
+impl Source for Merged<'_> {
     fn take(&self, name: &str, shape: &[i64]) -> Result<Tensor, ModelError> {
         let Some(module) = self.adapter.adapts(name)? else {
-            return self.base.take(name, shape, self.kind, self.device);
+            return self.base.take(name, shape);
         };
-        let weight = self.base.take(name, shape, Kind::Float, self.device)?;
-        let update = self.adapter.update(module, shape, self.device)?;
-        Ok((weight + update).to_kind(self.kind))
+        let weight = self.base.take_as(name, shape, Kind::Float)?;
+        let update = self.adapter.update(module, shape, weight.device())?;
+        Ok((weight + update).to_kind(self.base.kind()))
     }
 }
 
@@ -43,7 +91,8 @@ impl Source for Merged {
 pub struct Adapted<'a> {
     pub base: Reader<'a>,
     adapter: Start<'a>,
-    device: Device,
+    names: Names,
+    dropout: Option<Rc<Dropout>>,
     parameters: RefCell<Vec<Parameter>>,
 }
 
@@ -63,11 +112,19 @@ pub enum Start<'a> {
 }
 
 impl<'a> Adapted<'a> {
-    pub fn new(base: Reader<'a>, adapter: Start<'a>, device: Device) -> Self {
+    /// A fresh adapter's modules are called by `names` in its file; `dropout` is what is done to the
+    /// inputs of all.
+    pub fn new(
+        base: Reader<'a>,
+        adapter: Start<'a>,
+        names: Names,
+        dropout: Option<Rc<Dropout>>,
+    ) -> Self {
         Self {
             base,
             adapter,
-            device,
+            names,
+            dropout,
             parameters: RefCell::default(),
         }
     }
@@ -84,12 +141,13 @@ impl Source for Adapted<'_> {
     }
 
     fn adapter(&self, module: &str, inputs: i64, outputs: i64) -> Result<Option<Lora>, ModelError> {
+        let device = self.base.device();
         let (a, b, scale) = match &self.adapter {
             Start::At(adapter) => {
                 if adapter.adapts(&format!("{module}.weight"))?.is_none() {
                     return Ok(None);
                 }
-                let [a, b] = adapter.matrices(module, [outputs, inputs], self.device)?;
+                let [a, b] = adapter.matrices(module, [outputs, inputs], device)?;
                 (a, b, adapter.scale)
             }
             Start::Fresh {
@@ -99,21 +157,22 @@ impl Source for Adapted<'_> {
                 target_modules,
             } => {
                 let is_target = |target: &&str| is_module(module, target);
-                if !target_modules.iter().any(is_target) {
+                if !self.names.may_adapt(module) || !target_modules.iter().any(is_target) {
                     return Ok(None);
                 }
                 let bound = (inputs as f64).sqrt().recip();
                 let rank = *rank as i64;
                 let a = seeded_uniform(*seed, module, &[rank, inputs], bound);
-                let b = Tensor::zeros([outputs, rank], (Kind::Float, self.device));
-                (a.to_device(self.device), b, alpha / rank as f64)
+                let b = Tensor::zeros([outputs, rank], (Kind::Float, device));
+                (a.to_device(device), b, alpha / rank as f64)
             }
         };
         let mut parameters = self.parameters.borrow_mut();
+        let in_file = self.names.in_file(module);
         let mut trained = |tensor: Tensor, letter: &str| {
             let tensor = tensor.set_requires_grad(true);
             parameters.push(Parameter {
-                name: format!("base_model.model.{module}.lora_{letter}.weight"),
+                name: format!("base_model.model.{in_file}.lora_{letter}.weight"),
                 tensor: tensor.shallow_clone(),
             });
             tensor
@@ -122,6 +181,7 @@ impl Source for Adapted<'_> {
             a: trained(a, "A"),
             b: trained(b, "B"),
             scale,
+            dropout: self.dropout.clone().map(|all| (all, stream(module))),
         }))
     }
 }
@@ -135,17 +195,81 @@ fn is_module(module: &str, target: &str) -> bool {
 /// Numbers uniform within `bound` of 0, in float32, that depend on the seed, the name and the place
 /// and on nothing else: libtorch's generator is shared state.
 pub fn seeded_uniform(seed: u64, name: &str, shape: &[i64], bound: f64) -> Tensor {
-    let digest = Sha256::new()
-        .chain_update(seed.to_le_bytes())
-        .chain_update(name)
-        .finalize();
-    let stream = digest[..8].try_into().map(i64::from_le_bytes);
-    let stream = stream.expect("eight bytes of a longer digest");
+    let stream = digest(&[&seed.to_le_bytes(), name.as_bytes()]);
     let count = shape.iter().product::<i64>() as usize;
     let values: Vec<f32> = (0..count)
         .map(|place| ((uniform(stream, place) * 2.0 - 1.0) * bound) as f32)
         .collect();
     Tensor::from_slice(&values).reshape(shape)
+}
+
+/// A number that stands for a module wherever random numbers are drawn for it.
+fn stream(module: &str) -> i64 {
+    digest(&[module.as_bytes()])
+}
+
+fn digest(parts: &[&[u8]]) -> i64 {
+    let hash = parts.iter().fold(Sha256::new(), Digest::chain_update);
+    let hash = hash.finalize();
+    let start = hash[..8].try_into().map(i64::from_le_bytes);
+    start.expect("eight bytes of a longer digest")
+}
+
+/// What the config of an adapter says beside its tensors.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AdapterConfig<'a> {
+    /// The folder of the weights that it is for.
+    pub base: &'a Path,
+    pub rank: usize,
+    pub alpha: f64,
+    pub dropout: f64,
+    /// Linear layers, such as `q_proj`.
+    pub targets: Vec<&'a str>,
+}
+
+/// Writes an adapter as peft lays it out, `adapter_config.json` and `adapter_model.safetensors`, into
+/// the folder `to`, which is there.
+pub fn save_adapter(
+    to: &Path,
+    config: &AdapterConfig<'_>,
+    names: Names,
+    parameters: &[Parameter],
+    kind: Kind,
+) -> Result<(), ModelError> {
+    let path = to.join("adapter_config.json");
+    let io = |error: std::io::Error| refuse(&path, error.to_string());
+    let settings = json!({
+        "base_model_name_or_path": config.base,
+        "bias": "none",
+        "fan_in_fan_out": false,
+        "inference_mode": true,
+        "init_lora_weights": true,
+        "layers_to_transform": null,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "modules_to_save": null,
+        "peft_type": "LORA",
+        "r": config.rank,
+        "target_modules": names.targets(&config.targets),
+        "task_type": "CAUSAL_LM",
+    });
+    let text = serde_json::to_string_pretty(&settings).expect("plain data");
+    fs::write(&path, text).map_err(io)?;
+    let tensors: Vec<(String, Tensor)> = parameters
+        .iter()
+        .map(|Parameter { name, tensor }| {
+            let tensor = tensor.detach().to_device(Device::Cpu).to_kind(kind);
+            (name.clone(), tensor)
+        })
+        .collect();
+    let model = to.join("adapter_model.safetensors");
+    save_safetensors(&model, &tensors, &[("format", "pt")])?;
+    for written in [&path, to] {
+        File::open(written)
+            .and_then(|file| file.sync_all())
+            .map_err(io)?;
+    }
+    Ok(())
 }
 
 /// A LoRA adapter: two thin matrices for each adapted module.
@@ -170,7 +294,9 @@ struct Matrices {
 impl Adapter {
     /// Reads which modules the adapter in the folder of `card` adapts. Fails when a tensor of it is
     /// neither of the two matrices.
-    pub fn open(card: &AdapterCard) -> Result<Self, ModelError> {
+    ///
+    /// `names` say how it calls them.
+    pub fn open(card: &AdapterCard, names: Names) -> Result<Self, ModelError> {
         let weights = Weights::open(&card.folder)?;
         let mut modules: BTreeMap<String, Matrices> = BTreeMap::new();
         for name in weights.names() {
@@ -178,7 +304,7 @@ impl Adapter {
                 let problem = format!("`{name}` is neither a `lora_A` nor a `lora_B` matrix");
                 refuse(weights.path(), problem)
             })?;
-            let matrices = modules.entry(module.to_owned()).or_default();
+            let matrices = modules.entry(names.in_network(module)).or_default();
             let place = if is_a {
                 &mut matrices.lora_a
             } else {
@@ -288,7 +414,7 @@ fn lora_matrix(name: &str) -> Option<(&str, bool)> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::weights::save_safetensors;
+    use super::super::checkpoint::{Checkpoint, Purpose};
     use super::*;
 
     #[test]
@@ -337,11 +463,11 @@ mod tests {
             use_rslora: false,
             target_modules: vec!["q_proj".to_owned()],
         };
+        let base = Checkpoint::open_base(folder.path()).unwrap();
+        let kind = Kind::BFloat16;
         let merged = Merged {
-            base: Weights::open(folder.path()).unwrap(),
-            adapter: Adapter::open(&card).unwrap(),
-            kind: Kind::BFloat16,
-            device: Device::Cpu,
+            base: Reader::new(&base, Device::Cpu, kind, Purpose::Inference),
+            adapter: &Adapter::open(&card, Names::Same).unwrap(),
         };
         assert!(merged.adapter.all_used().is_err());
         let weight = merged.take("q_proj.weight", &[1, 2]).unwrap();

@@ -12,6 +12,7 @@ pub mod checkpoint;
 pub mod weights;
 
 pub mod attention;
+pub mod chain;
 pub mod layers;
 pub mod lora;
 
@@ -27,6 +28,7 @@ pub mod sampling;
 
 pub mod reward;
 
+pub mod eight_bit;
 pub mod optimizer;
 pub mod training;
 

@@ -16,6 +16,7 @@ pub fn folder() -> PathBuf {
 pub fn spec(dtype: Dtype) -> LlavaOnevision {
     LlavaOnevision {
         weights: folder(),
+        adapter: None,
         device: DeviceSpec::Cpu,
         dtype,
         memory_gb: None,

@@ -8,7 +8,6 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
-use serde_json::json;
 use tch::{Kind, Tensor};
 
 use super::budget::{PACK_TOKENS_MAX, packs};
@@ -16,11 +15,11 @@ use super::checkpoint::{Checkpoint, Purpose, Reader};
 use super::device;
 use super::edge::guarded;
 use super::llava::{Llava, TWO_LAYERS};
-use super::lora::{Adapted, Adapter, Start, seeded_uniform};
+use super::lora::{Adapted, Adapter, AdapterConfig, Names, Start, save_adapter, seeded_uniform};
 use super::optimizer::Parameter;
 use super::reward::{HEAD_FILE, RewardHead, RewardNetwork};
 use super::training::{Training, doing, not_finite, row_error};
-use super::weights::{refuse, save_safetensors, save_torch};
+use super::weights::{refuse, save_torch};
 use crate::models::{
     Example, Group, Learner, LlavaRlhf, ModelError, RewardLearner, RewardReport, RewardSettings,
     RowFault,
@@ -69,7 +68,12 @@ impl LlavaRewards {
         let (device, _) = device::choose(spec.device, spec.dtype)?;
         let prep = JudgePrep::open(spec)?;
         let hidden = prep.card.text_config.hidden_size as i64;
-        let existing = prep.card.adapter.as_ref().map(Adapter::open).transpose()?;
+        let existing = prep
+            .card
+            .adapter
+            .as_ref()
+            .map(|card| Adapter::open(card, Names::Same));
+        let existing = existing.transpose()?;
         let start = match &existing {
             Some(adapter) => Start::At(adapter),
             None => Start::Fresh {
@@ -93,7 +97,7 @@ impl LlavaRewards {
         let base = Checkpoint::open_base(&spec.base)?;
         let vision = Checkpoint::open_clip(&spec.vision)?;
         let reader = |from| Reader::new(from, device, Kind::Float, Purpose::Inference);
-        let adapted = Adapted::new(reader(&base), start, device);
+        let adapted = Adapted::new(reader(&base), start, Names::Same, None);
         let two_layers = base.has(TWO_LAYERS);
         let llava = Llava::new(&reader(&vision), &adapted, two_layers, &prep.card)?;
         let mut parameters = adapted.into_parameters();
@@ -260,42 +264,25 @@ impl Learner for LlavaRewards {
         let folder = to.join("adapter");
         let io = |error: std::io::Error| refuse(&folder, error.to_string());
         fs::create_dir_all(&folder).map_err(io)?;
-        let config = folder.join("adapter_config.json");
-        if let Some(begun) = &self.adapter {
-            fs::copy(begun.join("adapter_config.json"), &config).map_err(io)?;
-        } else {
-            let settings = json!({
-                "base_model_name_or_path": self.base,
-                "bias": "none",
-                "fan_in_fan_out": false,
-                "inference_mode": true,
-                "init_lora_weights": true,
-                "layers_to_transform": null,
-                "lora_alpha": self.alpha,
-                "lora_dropout": 0.0,
-                "modules_to_save": null,
-                "peft_type": "LORA",
-                "r": self.rank,
-                "target_modules": TARGET_MODULES,
-                "task_type": "CAUSAL_LM",
-            });
-            let text = serde_json::to_string_pretty(&settings).expect("plain data");
-            fs::write(&config, text).map_err(io)?;
-        }
-        let stored = |parameter: &Parameter, name: &str| {
-            let tensor = parameter.tensor.detach().to_device(tch::Device::Cpu);
-            (name.to_owned(), tensor.to_kind(self.stored))
-        };
         let (adapter, head) = self
             .training
             .parameters
             .split_at(self.training.parameters.len() - HEAD.len());
-        let adapter: Vec<(String, Tensor)> = adapter
-            .iter()
-            .map(|parameter| stored(parameter, &parameter.name))
-            .collect();
-        let model = folder.join("adapter_model.safetensors");
-        save_safetensors(&model, &adapter, &[("format", "pt")])?;
+        let config = AdapterConfig {
+            base: &self.base,
+            rank: self.rank,
+            alpha: self.alpha,
+            dropout: 0.0,
+            targets: TARGET_MODULES.to_vec(),
+        };
+        save_adapter(&folder, &config, Names::Same, adapter, self.stored)?;
+        if let Some(begun) = &self.adapter {
+            // Its own says more, and is as true as before.
+            let name = "adapter_config.json";
+            fs::copy(begun.join(name), folder.join(name)).map_err(io)?;
+            let copied = File::open(folder.join(name)).and_then(|file| file.sync_all());
+            copied.map_err(io)?;
+        }
         // In float32, as it is small and decides the last digits of every reward.
         let head: Vec<(&str, Tensor)> = ["weight", "bias"]
             .into_iter()
@@ -303,7 +290,7 @@ impl Learner for LlavaRewards {
             .map(|(name, parameter)| (name, parameter.tensor.detach()))
             .collect();
         save_torch(&folder.join(HEAD_FILE), &head)?;
-        for written in [&config, &folder, &to.to_owned()] {
+        for written in [&folder, &to.to_owned()] {
             File::open(written)
                 .and_then(|file| file.sync_all())
                 .map_err(io)?;

@@ -13,8 +13,9 @@ use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
 use super::budget::{PACK_TOKENS_MAX, packs};
-use super::checkpoint::{Checkpoint, Purpose, Reader, TOWER};
-use super::decoder::{Decoder, DecoderConfig, LmHead, Wanted};
+use super::chain::{Chain, Keep, Link};
+use super::checkpoint::{Checkpoint, Parts, Purpose, Reader, TOWER};
+use super::decoder::{Decoder, DecoderConfig, LmHead, Tree};
 use super::device;
 use super::dpo::token_logps;
 use super::edge::guarded;
@@ -43,8 +44,8 @@ pub trait Student {
     /// Decodes, cuts and tokenizes.
     fn prepare(prep: &Self::Prep, lesson: &Lesson<'_>) -> Result<Self::Prepared, RowFault>;
 
-    /// The whole sequences (`[tokens, hidden]`), with their gradients.
-    fn embed(&self, lessons: &[Self::Prepared]) -> Vec<Tensor>;
+    /// The whole sequences (`[tokens, hidden]`), and what gradients go through on from them.
+    fn embed(&self, lessons: &[Self::Prepared]) -> (Vec<Tensor>, Vec<Chain<'_>>);
 
     /// The ids of the whole sequence, and where in it the tokens stand that are learned.
     fn tokens(lesson: &Self::Prepared) -> (&[i64], &[std::ops::Range<usize>]);
@@ -92,28 +93,33 @@ impl<S: Student> Sft<S> {
         let device = self.student.decoder().device();
         let on_device = |ids: &[i64]| Tensor::from_slice(ids).to_device(device);
         let mut read = Vec::with_capacity(lessons.len());
-        let mut lengths = Vec::with_capacity(lessons.len());
+        let mut trees = Vec::with_capacity(lessons.len());
         let mut counts = Vec::with_capacity(lessons.len());
         let (mut places, mut wanted) = (Vec::new(), Vec::new());
         let mut first = 0;
-        for (lesson, embeds) in lessons.iter().zip(self.student.embed(lessons)) {
+        let (embedded, pictures) = self.student.embed(lessons);
+        for (lesson, embeds) in lessons.iter().zip(embedded) {
             let (ids, answers) = S::tokens(lesson);
             // A token is predicted where the one before it is read; the last one predicts nothing.
-            let length = ids.len() as i64 - 1;
+            let tree = Tree {
+                prompt: ids.len() as i64 - 1,
+                branches: Vec::new(),
+                wanted_from: answers.first().map_or(1, |answer| answer.start) as i64 - 1,
+            };
             for answer in answers {
                 let answer_read = answer.start as i64 - 1..answer.end as i64 - 1;
-                places.extend(answer_read.map(|place| first + place));
+                places.extend(answer_read.map(|place| first + place - tree.wanted_from));
                 wanted.extend_from_slice(&ids[answer.clone()]);
             }
             counts.push(answers.iter().map(|answer| answer.len() as i64).sum());
-            read.push(embeds.narrow(0, 0, length));
-            lengths.push(length);
-            first += length;
+            read.push(embeds.narrow(0, 0, tree.prompt));
+            first += tree.wanted();
+            trees.push(tree);
             sums.tokens += ids.len() as u64;
         }
         let decoder = self.student.decoder();
-        let (hidden, _) = decoder.prefill(&Tensor::cat(&read, 0), &lengths, Wanted::All);
-        let hidden = hidden.index_select(0, &on_device(&places)); // [learned, hidden]
+        let chain = decoder.read(&Tensor::cat(&read, 0), trees, Keep::Everything);
+        let hidden = chain.output().index_select(0, &on_device(&places)); // [learned, hidden]
         let logits = self.student.lm_head().forward(&hidden); // [learned, vocab]
         let wanted = on_device(&wanted);
         let losses = -token_logps(&logits, &wanted); // [learned]
@@ -126,6 +132,10 @@ impl<S: Student> Sft<S> {
             sums.loss += loss;
         }
         (losses.sum(Kind::Double) / learned as f64).backward();
+        chain.backward();
+        for chain in pictures {
+            chain.backward();
+        }
         let likeliest = logits.detach().argmax(-1, false);
         let accurate = likeliest.eq_tensor(&wanted).sum(Kind::Double);
         sums.accurate += accurate.double_value(&[]);
@@ -203,15 +213,22 @@ pub struct OnevisionStudent {
     prep: PolicyPrep,
     checkpoint: Checkpoint,
     network: LlavaOnevision,
+    parts: Parts,
 }
 
 impl Sft<OnevisionStudent> {
     /// Opens the checkpoint; training is in float32.
     pub fn open(spec: &models::LlavaOnevision, settings: &SftSettings) -> Result<Self, ModelError> {
+        if let Some(adapter) = &spec.adapter {
+            let problem = "is an adapter, and what is trained is the network; merge it first with \
+                           `pipeline export --merge`";
+            return Err(super::weights::refuse(adapter, problem.to_owned()));
+        }
         let prep = PolicyPrep::open(&spec.weights)?;
         let (device, _) = device::choose(spec.device, spec.dtype)?;
         let checkpoint = Checkpoint::open(&spec.weights)?;
-        let purpose = Purpose::Training(settings.tower);
+        let parts = settings.tower.into();
+        let purpose = Purpose::Training(parts);
         let (network, parameters) =
             LlavaOnevision::open(&checkpoint, &prep.card, device, Kind::Float, purpose)?;
         Ok(Self {
@@ -219,6 +236,7 @@ impl Sft<OnevisionStudent> {
                 prep,
                 checkpoint,
                 network,
+                parts,
             },
             training: Training::new(parameters, &settings.optimization)?,
         })
@@ -237,18 +255,19 @@ impl Student for OnevisionStudent {
         prep.lesson(lesson)
     }
 
-    fn embed(&self, lessons: &[PolicyLesson]) -> Vec<Tensor> {
+    fn embed(&self, lessons: &[PolicyLesson]) -> (Vec<Tensor>, Vec<Chain<'_>>) {
         let pictures: Vec<&Tiles> = lessons
             .iter()
             .flat_map(|lesson| &lesson.prepared.pictures)
             .collect();
-        let mut features = self.network.image_features(&pictures).into_iter();
+        let seen = self.network.see(&pictures, Keep::Everything, self.parts);
+        let mut features = seen.features.into_iter();
         let embedded = lessons.iter().map(|lesson| {
             let count = lesson.prepared.pictures.len();
             let features: Vec<Tensor> = features.by_ref().take(count).collect();
             self.network.embed_prompt(&lesson.prepared.text, &features)
         });
-        embedded.collect()
+        (embedded.collect(), seen.chains)
     }
 
     fn tokens(lesson: &PolicyLesson) -> (&[i64], &[std::ops::Range<usize>]) {
@@ -290,7 +309,7 @@ impl Sft<LlavaStudent> {
         let (device, _) = device::choose(spec.device, spec.dtype)?;
         let base = Checkpoint::open_base(&spec.base)?;
         let vision = Checkpoint::open_clip(&spec.vision)?;
-        let purpose = Purpose::Training(settings.tower);
+        let purpose = Purpose::Training(settings.tower.into());
         let (network, lm_head, parameters) = {
             let base_reader = Reader::new(&base, device, Kind::Float, purpose);
             let vision_reader = Reader::new(&vision, device, Kind::Float, purpose);
@@ -332,7 +351,7 @@ impl Student for LlavaStudent {
         prep.lesson(lesson)
     }
 
-    fn embed(&self, lessons: &[JudgeLesson]) -> Vec<Tensor> {
+    fn embed(&self, lessons: &[JudgeLesson]) -> (Vec<Tensor>, Vec<Chain<'_>>) {
         let side = self.prep.clip.side() as i64;
         let pixels: Vec<f32> = lessons
             .iter()
@@ -340,21 +359,23 @@ impl Student for LlavaStudent {
             .flatten()
             .copied()
             .collect();
-        let features = (!pixels.is_empty()).then(|| {
+        let chain = (!pixels.is_empty()).then(|| {
             let pixels = Tensor::from_slice(&pixels)
                 .view([-1, 3, side, side])
                 .to_device(self.device);
-            self.network.encode_images(&pixels) // [pictures, patches, hidden]
+            let look: Link<'_> = Box::new(|pixels| self.network.encode_images(pixels));
+            Chain::run(vec![look], &pixels, Keep::Everything)
         });
+        let features = chain.as_ref().map(Chain::output); // [pictures, patches, hidden]
         let mut picture = 0;
         let embedded = lessons.iter().map(|lesson| {
-            let features = features.as_ref().filter(|_| lesson.pixels.is_some());
+            let features = features.filter(|_| lesson.pixels.is_some());
             let features = features.map(|features| features.get(picture));
             picture += i64::from(lesson.pixels.is_some());
             let tokens = lesson.text.ids.len();
             self.network.embed(&lesson.text, tokens, features.as_ref())
         });
-        embedded.collect()
+        (embedded.collect(), chain.into_iter().collect())
     }
 
     fn tokens(lesson: &JudgeLesson) -> (&[i64], &[std::ops::Range<usize>]) {

@@ -6,8 +6,9 @@ use std::path::Path;
 use tch::{Device, Kind, Tensor};
 
 use super::edge::guarded;
+use super::eight_bit::Bytes;
 use super::optimizer::{
-    AdamW, LearningRate, Moments, Parameter, clip_gradients, grad_norm, zero_gradients,
+    AdamW, LearningRate, Moment, Moments, Parameter, clip_gradients, grad_norm, zero_gradients,
 };
 use super::weights::{Weights, save_safetensors};
 use crate::models::{ModelError, Optimization};
@@ -27,8 +28,12 @@ pub fn doing(what: &str, kind: &str, rows: &[&str]) -> String {
 #[derive(Debug)]
 pub struct Training {
     pub parameters: Vec<Parameter>,
+    /// The highest learning rate of each parameter.
+    rates: Vec<f64>,
     optimizer: AdamW,
-    learning_rate: LearningRate,
+    /// Of the training; what parts with a rate of their own have, has the same course.
+    peak: f64,
+    schedule: LearningRate,
     max_grad_norm: f64,
     /// Updates that were made.
     step: usize,
@@ -47,16 +52,31 @@ impl Training {
     pub fn new(parameters: Vec<Parameter>, settings: &Optimization) -> Result<Self, ModelError> {
         let optimizer = guarded("making the optimizer's state", 1, 0, || {
             let (betas, epsilon) = (settings.adam_betas, settings.adam_epsilon);
-            AdamW::new(&parameters, betas, epsilon, settings.weight_decay)
+            let (decay, optimizer) = (settings.weight_decay, settings.optimizer);
+            AdamW::new(&parameters, betas, epsilon, decay, optimizer)
         })?;
-        let (peak, warmup_ratio) = (settings.learning_rate, settings.warmup_ratio);
+        let peak = settings.learning_rate;
         Ok(Self {
+            rates: vec![peak; parameters.len()],
             parameters,
             optimizer,
-            learning_rate: LearningRate::new(settings.schedule, peak, warmup_ratio, settings.steps),
+            peak,
+            schedule: LearningRate::new(settings.schedule, settings.warmup_steps, settings.steps),
             max_grad_norm: settings.max_grad_norm,
             step: 0,
         })
+    }
+
+    /// Gives parameters highest learning rates of their own, by their names.
+    pub fn set_rates(&mut self, of: impl Fn(&str) -> Option<f64>) {
+        for (rate, parameter) in self.rates.iter_mut().zip(&self.parameters) {
+            *rate = of(&parameter.name).unwrap_or(self.peak);
+        }
+    }
+
+    /// Updates that were made.
+    pub fn steps(&self) -> usize {
+        self.step
     }
 
     /// Forgets the gradients of the last step.
@@ -73,6 +93,7 @@ impl Training {
         has_gradient: impl Fn(&Parameter) -> bool,
     ) -> Result<Update, ModelError> {
         let norm = guarded("taking the gradient's norm", 1, 0, || {
+            self.optimizer.reserve(&self.parameters);
             grad_norm(&self.parameters)
         })?;
         if !norm.is_finite() {
@@ -81,13 +102,18 @@ impl Training {
         if self.max_grad_norm > 0.0 {
             clip_gradients(&self.parameters, norm, self.max_grad_norm);
         }
-        let learning_rate = self.learning_rate.of_step(self.step);
-        self.optimizer
-            .step(&self.parameters, has_gradient, learning_rate);
+        let share = self.schedule.of_step(self.step);
+        let rates: Vec<Option<f64>> = self
+            .parameters
+            .iter()
+            .zip(&self.rates)
+            .map(|(parameter, rate)| has_gradient(parameter).then_some(rate * share))
+            .collect();
+        self.optimizer.step(&self.parameters, &rates);
         self.step += 1;
         Ok(Update {
             grad_norm: norm,
-            learning_rate,
+            learning_rate: self.peak * share,
         })
     }
 
@@ -98,7 +124,8 @@ impl Training {
     }
 
     /// One safetensors file: of each parameter `weight.…`, `exp_avg.…` and `exp_avg_sq.…` in
-    /// float32, its updates in `parameter_steps`, and the updates of the training in `step`.
+    /// float32, or the latter two in bytes, its updates in `parameter_steps`, and the updates of the
+    /// training in `step`.
     pub fn save_state(&self, to: &Path) -> Result<(), ModelError> {
         let io = |error: std::io::Error| state_error(to, error.to_string());
         fs::create_dir(to).map_err(io)?;
@@ -108,9 +135,15 @@ impl Training {
             self.parameters.iter().zip(self.optimizer.moments())
         {
             tensors.push((format!("weight.{name}"), tensor.detach()));
-            tensors.push((format!("exp_avg.{name}"), moments.exp_avg.shallow_clone()));
-            let squares = moments.exp_avg_sq.shallow_clone();
-            tensors.push((format!("exp_avg_sq.{name}"), squares));
+            let both = [
+                ("exp_avg", &moments.exp_avg),
+                ("exp_avg_sq", &moments.exp_avg_sq),
+            ];
+            for (kind, moment) in both {
+                for (end, tensor) in moment.tensors() {
+                    tensors.push((format!("{kind}.{name}{end}"), tensor.shallow_clone()));
+                }
+            }
             steps.push(moments.steps);
         }
         tensors.push(("parameter_steps".to_owned(), Tensor::from_slice(&steps)));
@@ -132,16 +165,28 @@ impl Training {
         };
         let step = integers("step", 1)?[0];
         let steps = integers("parameter_steps", self.parameters.len())?;
+        // As each tensor is now, which is how it was saved.
+        let read =
+            |name: &str, like: &Tensor| state.take(name, &like.size(), like.kind(), like.device());
         let mut moments = Vec::with_capacity(self.parameters.len());
-        for (Parameter { name, tensor }, steps) in self.parameters.iter().zip(steps) {
-            let (shape, device) = (tensor.size(), tensor.device());
-            let read =
-                |part: &str| state.take(&format!("{part}.{name}"), &shape, Kind::Float, device);
-            let weight = read("weight")?;
+        let fresh = self.optimizer.moments();
+        for ((Parameter { name, tensor }, fresh), steps) in
+            self.parameters.iter().zip(fresh).zip(steps)
+        {
+            let weight = read(&format!("weight.{name}"), tensor)?;
             tch::no_grad(|| tensor.shallow_clone().copy_(&weight));
+            let moment = |kind: &str, fresh: &Moment| {
+                Ok::<_, ModelError>(match fresh {
+                    Moment::Whole(like) => Moment::Whole(read(&format!("{kind}.{name}"), like)?),
+                    Moment::InBytes(Bytes { codes, scales }) => Moment::InBytes(Bytes {
+                        codes: read(&format!("{kind}.{name}.codes"), codes)?,
+                        scales: read(&format!("{kind}.{name}.scales"), scales)?,
+                    }),
+                })
+            };
             moments.push(Moments {
-                exp_avg: read("exp_avg")?,
-                exp_avg_sq: read("exp_avg_sq")?,
+                exp_avg: moment("exp_avg", &fresh.exp_avg)?,
+                exp_avg_sq: moment("exp_avg_sq", &fresh.exp_avg_sq)?,
                 steps,
             });
         }

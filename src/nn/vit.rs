@@ -8,6 +8,7 @@
 
 use tch::Tensor;
 
+use super::chain::Link;
 use super::layers::{Activation, Bias, LayerNorm, Linear, Path};
 use crate::models::ModelError;
 use crate::prep::{self, VisionCard};
@@ -99,13 +100,31 @@ impl Vit {
         })
     }
 
+    /// [`Vit::forward`] layer by layer; at once where other hidden states than the last are wanted.
+    pub fn links(&self) -> Vec<Link<'_>> {
+        if self.hidden_states != [self.layers.len()] {
+            return vec![Box::new(|pixels| self.forward(pixels))];
+        }
+        let mut links: Vec<Link<'_>> = vec![Box::new(|pixels| self.embed(pixels))];
+        for layer in &self.layers {
+            links.push(Box::new(|xs| layer.forward(xs)));
+        }
+        links
+    }
+
+    /// Pixels to what enters the first layer, `[tiles, tokens, hidden]`.
+    fn embed(&self, pixels: &Tensor) -> Tensor {
+        let xs = self.embeddings.forward(pixels);
+        match &self.pre_layrnorm {
+            Some(norm) => norm.forward(&xs),
+            None => xs,
+        }
+    }
+
     /// Pixels `[tiles, channels, image_size, image_size]` to the chosen hidden states side by side,
     /// `[tiles, tokens, hidden * states]`; the class token, if any, is token 0.
     pub fn forward(&self, pixels: &Tensor) -> Tensor {
-        let mut xs = self.embeddings.forward(pixels); // [tiles, tokens, hidden]
-        if let Some(norm) = &self.pre_layrnorm {
-            xs = norm.forward(&xs);
-        }
+        let xs = self.embed(pixels);
         let mut states = vec![xs];
         for layer in &self.layers {
             let next = layer.forward(&states[states.len() - 1]);
@@ -156,22 +175,24 @@ impl Embeddings {
     }
 
     fn forward(&self, pixels: &Tensor) -> Tensor {
-        let weight = &self.patch_embedding;
+        let kind = pixels.kind();
+        let weight = self.patch_embedding.to_kind(kind);
         let stride = [self.patch_size, self.patch_size];
         let bias = self.patch_embedding_bias.as_ref();
+        let bias = bias.map(|bias| bias.to_kind(kind));
         let patches = pixels
-            .to_kind(weight.kind())
-            .conv2d(weight, bias, stride, [0, 0], [1, 1], 1) // [tiles, hidden, rows, columns]
+            .conv2d(&weight, bias, stride, [0, 0], [1, 1], 1) // [tiles, hidden, rows, columns]
             .flatten(2, 3)
             .transpose(1, 2); // [tiles, patches, hidden]
         let tokens = match &self.class_embedding {
             None => patches,
             Some(class) => {
+                let class = class.to_kind(kind);
                 let class = class.expand([patches.size()[0], 1, -1], false);
                 Tensor::cat(&[class, patches], 1)
             }
         };
-        tokens + &self.position_embedding
+        tokens + self.position_embedding.to_kind(kind)
     }
 }
 

@@ -4,6 +4,7 @@
 //! rows up to it, in one commit; a killed training goes on at the last one. The end has no state of
 //! its own: the checkpoint is written first, then one commit takes rows and checkpoint in.
 
+use std::cell::RefCell;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -14,7 +15,7 @@ use super::Runner;
 use super::claim::tables_of;
 use crate::config::PlannedStage;
 use crate::run::{Start, Unit};
-use crate::stages::{Failure, Fold, Scope};
+use crate::stages::{Failure, Fold, Scope, Work};
 use crate::store::{
     CheckpointRecord, Event, Key, Lookup, PartRecord, RunFolder, StateRecord, StoreError,
     TableWriter, files_in, sync_folder,
@@ -67,7 +68,8 @@ impl Runner<'_> {
                 &footer,
             )
         };
-        let report = &mut *self.report;
+        let report = RefCell::new(&mut *self.report);
+        let said = &mut self.said;
         let mut telemetry = crate::models::Telemetry::default();
         let mut scope = Scope {
             table,
@@ -78,9 +80,13 @@ impl Runner<'_> {
             stopping: &|| interrupt.raised(),
             progress: &mut |_| {},
             telemetry: &mut telemetry,
-            say: &mut |_| {},
+            say: &mut |text| {
+                if said.insert(text.to_owned()) {
+                    report.borrow_mut().note(text);
+                }
+            },
         };
-        let batches = work.batches(&scope, rows.len());
+        let batches = work.batches(&scope, &mut rows)?;
         let mut training = work.begin(&mut scope, batches.len(), before)?;
         let mut done = 0;
         if let Some(state) = &made.state {
@@ -91,7 +97,7 @@ impl Runner<'_> {
             done = state.step as usize;
         }
         let total = Some(batches.len() as u64);
-        report.start(Start {
+        report.borrow_mut().start(Start {
             table,
             round,
             unit: Unit::Steps,
@@ -106,7 +112,7 @@ impl Runner<'_> {
             let number = done as u32 + 1;
             steps.push(training.step(&mut scope, number, *epoch, &batch)?);
             done += 1;
-            report.progress(done as u64);
+            report.borrow_mut().progress(done as u64);
             let last = done == batches.len();
             if !last && (done % work.save_every() as usize == 0 || interrupt.raised()) {
                 let state = self
@@ -168,15 +174,16 @@ impl Runner<'_> {
         Ok(())
     }
 
-    /// What decides the table that a training needs before its first step, and its key: of the
-    /// stage's settings none matters.
+    /// What decides the table that a training needs before its first step, and its key; of the stage's
+    /// settings only these matter.
     fn because_before(
         &mut self,
         stage: &PlannedStage,
         round: Option<u32>,
+        settings: Value,
     ) -> Result<(Value, String), Failure> {
         let mut because = self.because(stage, round)?;
-        because["settings"] = Value::Null;
+        because["settings"] = settings;
         let key = Key::new("before").with_json(&because).finish();
         Ok((because, key))
     }
@@ -189,7 +196,11 @@ impl Runner<'_> {
     ) -> Result<(), Failure> {
         for name in tables_of(stage).iter().skip(1) {
             if self.folder.manifest().find(name.as_str(), round).is_none() {
-                let (_, key) = self.because_before(stage, round)?;
+                let Work::Fold(work) = stage.spec.as_stage().work() else {
+                    continue;
+                };
+                let settings = work.before_settings();
+                let (_, key) = self.because_before(stage, round, settings)?;
                 self.folder.unpark(name.as_str(), round, &key)?;
             }
         }
@@ -206,7 +217,8 @@ impl Runner<'_> {
         let Some((name, map)) = work.before(&stage.name) else {
             return Ok(None);
         };
-        let (mut because, key) = self.because_before(stage, round)?;
+        let settings = work.before_settings();
+        let (mut because, key) = self.because_before(stage, round, settings)?;
         let kind = map.schema().metadata().get("kind").cloned();
         if self.claim(&name, round, kind.as_deref(), &key, &because)? {
             because["inputs"] = Value::Null;

@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 use super::Runner;
 use crate::config::PlannedStage;
 use crate::models::{Dtype, ModelSpec};
-use crate::stages::{Failure, Load, Use, Work};
+use crate::stages::{Failure, Load, ModelState, Role, Use, Work};
 use crate::store::{Fingerprints, Key};
 
 /// Counts changes of this program that change what tables hold although nothing in the pipeline did.
@@ -88,7 +88,11 @@ impl Runner<'_> {
     ) -> Result<String, Failure> {
         let spec = &self.plan.models[used.model];
         let precision = self.precision(spec, used)?;
-        if let Some((table, round)) = self.training(stage, used.model, round) {
+        let training = match used.state {
+            ModelState::Now => self.training(stage, used.model, round),
+            ModelState::Initial => None,
+        };
+        if let Some((table, round)) = training {
             let key = self.keys.get(&(table.clone(), Some(round)));
             let key = key.expect("rounds are run in order [ref:plan_is_ordered]");
             return Ok(Key::new("checkpoint").with(key).with(precision).finish());
@@ -103,11 +107,11 @@ impl Runner<'_> {
         Ok(key.finish())
     }
 
-    /// Training computes in float32. A model that answered in bfloat16 is therefore another one than
-    /// the learner's reference, and its log-probabilities are not taken for the reference's.
+    /// Learning answers and learning to score are in float32, whatever the model answers in.
     fn precision(&self, spec: &ModelSpec, used: &Use<'_>) -> Result<&'static str, Failure> {
+        let is_wide = matches!(used.role, Role::LearnsAnswers | Role::LearnsRewards);
         let precision = match self.loader {
-            _ if used.role.learns() || !spec.needs_torch() => Dtype::Float32,
+            _ if is_wide || !spec.needs_torch() => Dtype::Float32,
             Some(loader) => loader.precision(spec).map_err(Failure::of(used.model))?,
             None => Dtype::Auto,
         };

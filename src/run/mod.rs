@@ -27,7 +27,7 @@ use serde_json::{Value, json};
 
 use crate::config::{Plan, PlannedStage, View};
 use crate::models::ModelLoader;
-use crate::stages::{Failure, ModelName, Shelf, TableName, Work};
+use crate::stages::{Failure, ModelName, ModelState, Shelf, TableName, Work};
 use crate::store::{
     CheckpointRecord, FileRecord, Fingerprints, Images, Key, Made, RunFolder, TableWriter,
     read_file,
@@ -288,10 +288,12 @@ impl<'a> Runner<'a> {
         for used in stage.spec.as_stage().uses() {
             let fingerprint = self.model_fingerprint(stage, &used, round)?;
             let mut spec = self.plan.models[used.model].clone();
-            for folder in self.checkpoints(stage, used.model, round) {
-                spec = spec.with_checkpoint(&folder);
+            if used.state == ModelState::Now {
+                for folder in self.checkpoints(stage, used.model, round) {
+                    spec = spec.with_checkpoint(&folder);
+                }
             }
-            models.insert(used.model.clone(), (spec, fingerprint));
+            models.insert((used.model.clone(), used.state), (spec, fingerprint));
         }
         Ok(RunModels::new(self.loader, models))
     }

@@ -6,7 +6,7 @@ use crate::models::{
     Policy, Prompt, RewardLearner, RewardSettings, RowFault, SftLearner, SftSettings,
 };
 use crate::prep::PolicyPrep;
-use crate::stages::{Failure, ModelName, Models};
+use crate::stages::{Failure, ModelName, ModelState, Models};
 use std::collections::HashMap;
 
 /// The models of one stage in one round.
@@ -14,7 +14,7 @@ pub struct RunModels<'a> {
     loader: Option<&'a dyn ModelLoader>,
     /// The models, with the checkpoints of this run in the place of the pipeline's weights, and
     /// what decides what they compute.
-    models: HashMap<ModelName, (ModelSpec, String)>,
+    models: HashMap<(ModelName, ModelState), (ModelSpec, String)>,
     policy: Option<(ModelName, Box<dyn Policy>)>,
     judge: Option<(ModelName, Box<dyn Judge>)>,
     prep: Option<(ModelName, PolicyPrep)>,
@@ -23,7 +23,7 @@ pub struct RunModels<'a> {
 impl<'a> RunModels<'a> {
     pub fn new(
         loader: Option<&'a dyn ModelLoader>,
-        models: HashMap<ModelName, (ModelSpec, String)>,
+        models: HashMap<(ModelName, ModelState), (ModelSpec, String)>,
     ) -> Self {
         Self {
             loader,
@@ -35,18 +35,23 @@ impl<'a> RunModels<'a> {
     }
 
     fn spec(&self, model: &ModelName) -> &ModelSpec {
-        &self.models[model].0
+        self.spec_in(model, ModelState::Now)
+    }
+
+    fn spec_in(&self, model: &ModelName, state: ModelState) -> &ModelSpec {
+        &self.models[&(model.clone(), state)].0
     }
 
     /// Opens a learner: the scripted one, or that of the loader.
     fn learner<L: ?Sized>(
         &self,
         model: &ModelName,
+        state: ModelState,
         optimization: &Optimization,
         scripted: impl FnOnce(ScriptedLearner) -> Box<L>,
         open: impl FnOnce(&dyn ModelLoader, &ModelSpec) -> Opened<L>,
     ) -> Result<Box<L>, Failure> {
-        let learner: Result<Box<L>, ModelError> = match self.spec(model) {
+        let learner: Result<Box<L>, ModelError> = match self.spec_in(model, state) {
             ModelSpec::Scripted(spec) => ScriptedLearner::open(spec, optimization).map(scripted),
             spec => open(self.loader(model)?, spec),
         };
@@ -101,6 +106,22 @@ impl Models for RunModels<'_> {
     ) -> Result<Box<dyn DpoLearner>, Failure> {
         self.learner(
             model,
+            ModelState::Now,
+            &settings.optimization,
+            |learner| Box::new(learner) as Box<dyn DpoLearner>,
+            |loader, spec| loader.dpo_learner(spec, settings),
+        )
+    }
+
+    fn reference(
+        &mut self,
+        model: &ModelName,
+        state: ModelState,
+        settings: &DpoSettings,
+    ) -> Result<Box<dyn DpoLearner>, Failure> {
+        self.learner(
+            model,
+            state,
             &settings.optimization,
             |learner| Box::new(learner) as Box<dyn DpoLearner>,
             |loader, spec| loader.dpo_learner(spec, settings),
@@ -114,6 +135,7 @@ impl Models for RunModels<'_> {
     ) -> Result<Box<dyn SftLearner>, Failure> {
         self.learner(
             model,
+            ModelState::Now,
             &settings.optimization,
             |learner| Box::new(learner) as Box<dyn SftLearner>,
             |loader, spec| loader.sft_learner(spec, settings),
@@ -127,14 +149,15 @@ impl Models for RunModels<'_> {
     ) -> Result<Box<dyn RewardLearner>, Failure> {
         self.learner(
             model,
+            ModelState::Now,
             &settings.optimization,
             |learner| Box::new(learner) as Box<dyn RewardLearner>,
             |loader, spec| loader.reward_learner(spec, settings),
         )
     }
 
-    fn fingerprint(&self, model: &ModelName) -> &str {
-        &self.models[model].1
+    fn fingerprint(&self, model: &ModelName, state: ModelState) -> &str {
+        &self.models[&(model.clone(), state)].1
     }
 
     fn fits(

@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 
 use super::training::prompts;
 use super::{
-    Failure, Input, Map, ModelName, Outcome, Role, Scope, Stage, StageError, TableName, Task, Use,
-    Work, shown,
+    Failure, Input, Map, ModelName, ModelState, Outcome, Role, Scope, Stage, StageError, TableName,
+    Task, Use, Work, shown,
 };
 use crate::models::{Group, RowFault, Score};
 use crate::store::Key;
@@ -51,6 +51,7 @@ impl Stage for Compare {
             field: "judge",
             model: &self.judge,
             role: Role::Scores,
+            state: ModelState::Now,
         }]
     }
 

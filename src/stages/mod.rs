@@ -131,12 +131,14 @@ pub enum Role {
     LearnsAnswers,
     /// Is trained to score.
     LearnsRewards,
+    /// Says how likely answers are.
+    Reads,
 }
 
 impl Role {
     /// Whether the model changes.
     pub fn learns(self) -> bool {
-        !matches!(self, Self::Answers | Self::Scores)
+        !matches!(self, Self::Answers | Self::Scores | Self::Reads)
     }
 }
 
@@ -146,6 +148,16 @@ pub struct Use<'a> {
     pub field: &'static str,
     pub model: &'a ModelName,
     pub role: Role,
+    pub state: ModelState,
+}
+
+/// Which state of a model that is trained round after round.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ModelState {
+    /// As it is when the stage begins.
+    Now,
+    /// As it was before the first round.
+    Initial,
 }
 
 /// Something is wrong with a stage that only the whole pipeline or the world can show.

@@ -7,8 +7,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Failure, Input, Map, ModelName, Outcome, Positive, Probability, Role, Scope, Share, Stage,
-    StageError, StopString, TableName, Task, Temperature, Use, Work, shown,
+    Failure, Input, Map, ModelName, ModelState, Outcome, Positive, Probability, Role, Scope, Share,
+    Stage, StageError, StopString, TableName, Task, Temperature, Use, Work, shown,
 };
 use crate::models::{self, Generation, RowFault, Sampling, Stop};
 use crate::store::Key;
@@ -94,6 +94,7 @@ impl Stage for Sample {
             field: "model",
             model: &self.model,
             role: Role::Answers,
+            state: ModelState::Now,
         }]
     }
 
@@ -182,7 +183,10 @@ impl Map for &Sample {
             places.push(place);
         }
         if !prompts.is_empty() {
-            let fingerprint = scope.models.fingerprint(&self.model).to_owned();
+            let fingerprint = scope
+                .models
+                .fingerprint(&self.model, ModelState::Now)
+                .to_owned();
             let stopping = scope.stopping;
             let progress = &mut *scope.progress;
             let mut done = 0;

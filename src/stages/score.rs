@@ -7,8 +7,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Failure, Input, Map, ModelName, Outcome, Role, Scope, Stage, StageError, TableName, Task, Use,
-    Work, shown,
+    Failure, Input, Map, ModelName, ModelState, Outcome, Role, Scope, Stage, StageError, TableName,
+    Task, Use, Work, shown,
 };
 use crate::models::{Group, RowFault};
 use crate::store::Key;
@@ -65,6 +65,7 @@ impl Stage for Score {
             field: "judge",
             model: &self.judge,
             role: Role::Scores,
+            state: ModelState::Now,
         }]
     }
 

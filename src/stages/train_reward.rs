@@ -7,9 +7,9 @@ use arrow::array::RecordBatch;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::training::{Course, Recipe, Trains, example, prompts};
+use super::training::{Course, Recipe, Trains, Warmup, example, prompts};
 use super::{Failure, ModelName, NonNegative, Positive, Role, Scope, TableName, Training};
-use crate::models::{Learner, Optimization, RewardLearner, RewardSettings, Schedule};
+use crate::models::{Learner, Optimization, Optimizer, RewardLearner, RewardSettings, Schedule};
 use crate::store::Lookup;
 use crate::tables::{Pair, RewardStep, Row};
 
@@ -38,9 +38,13 @@ pub struct TrainReward {
     /// Weight of the term that keeps the mean reward near 0.
     #[serde(default = "defaults::centering")]
     pub centering: NonNegative,
-    /// The learning rate, which stays as it is after warmup.
+    /// The highest learning rate, reached after warmup.
     #[serde(default = "defaults::learning_rate")]
     pub learning_rate: Positive,
+    /// What the learning rate does after warmup: is `constant`, or falls to 0 along a `cosine` or in a
+    /// `linear` way.
+    #[serde(default = "defaults::schedule")]
+    pub schedule: Schedule,
     /// Passes over the pairs.
     #[serde(default = "defaults::epochs")]
     pub epochs: NonZeroU32,
@@ -63,8 +67,11 @@ pub struct TrainReward {
 
 /// `RLHF/scripts/13b-v1.5-336/train_reward_model.sh` of LLaVA-RLHF; `save_every` is ours.
 mod defaults {
-    use super::{NonNegative, NonZeroU32, Positive};
+    use super::{NonNegative, NonZeroU32, Positive, Schedule};
 
+    pub fn schedule() -> Schedule {
+        Schedule::Constant
+    }
     pub fn rank() -> NonZeroU32 {
         const { NonZeroU32::new(64).unwrap() }
     }
@@ -111,14 +118,21 @@ impl Trains for TrainReward {
             epochs: self.epochs.get(),
             batch: self.batch_pairs.get(),
             save_every: self.save_every.get(),
+            group_by_length: false,
             recipe: Recipe {
                 learning_rate: self.learning_rate,
-                schedule: Schedule::Constant,
-                warmup_ratio: self.warmup_ratio,
+                schedule: self.schedule,
+                warmup: Warmup::Ratio(self.warmup_ratio.get()),
                 weight_decay: self.weight_decay,
                 max_grad_norm: self.max_grad_norm,
+                optimizer: Optimizer::Adamw,
             },
         }
+    }
+
+    fn words(pair: &Pair) -> usize {
+        let of = |text: &str| text.split_whitespace().count();
+        of(&pair.prompt) + of(&pair.chosen) + of(&pair.rejected)
     }
 
     fn begin(

@@ -7,10 +7,10 @@ use arrow::array::RecordBatch;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::training::{Course, Recipe, Trains};
+use super::training::{Course, Recipe, Trains, Warmup};
 use super::{Failure, ModelName, NonNegative, Positive, Role, Scope, TableName, Training};
 use crate::models::{
-    Learned, Learner, Lesson, Optimization, Schedule, SftLearner, SftSettings, Tower,
+    Learned, Learner, Lesson, Optimization, Optimizer, Schedule, SftLearner, SftSettings, Tower,
 };
 use crate::store::Lookup;
 use crate::tables::{Prompt, Row, SftStep};
@@ -34,9 +34,13 @@ pub struct TrainSft {
     /// Whether the vision tower is trained with the rest (`train`) or stays as it is (`freeze`).
     #[serde(default)]
     pub tower: Tower,
-    /// The highest learning rate, reached after warmup; it then falls to 0 along a cosine.
+    /// The highest learning rate, reached after warmup.
     #[serde(default = "defaults::learning_rate")]
     pub learning_rate: Positive,
+    /// What the learning rate does after warmup: falls to 0 along a `cosine` or in a `linear` way, or
+    /// is `constant`.
+    #[serde(default)]
+    pub schedule: Schedule,
     /// Passes over the prompts.
     #[serde(default = "defaults::epochs")]
     pub epochs: NonZeroU32,
@@ -100,14 +104,22 @@ impl Trains for TrainSft {
             epochs: self.epochs.get(),
             batch: self.batch_prompts.get(),
             save_every: self.save_every.get(),
+            group_by_length: false,
             recipe: Recipe {
                 learning_rate: self.learning_rate,
-                schedule: Schedule::Cosine,
-                warmup_ratio: self.warmup_ratio,
+                schedule: self.schedule,
+                warmup: Warmup::Ratio(self.warmup_ratio.get()),
                 weight_decay: self.weight_decay,
                 max_grad_norm: self.max_grad_norm,
+                optimizer: Optimizer::Adamw,
             },
         }
+    }
+
+    fn words(prompt: &Prompt) -> usize {
+        let answer = prompt.answer.as_deref().unwrap_or_default();
+        let of = |text: &str| text.split_whitespace().count();
+        of(&prompt.question) + of(answer)
     }
 
     fn begin(

@@ -3,10 +3,10 @@
 use arrow::datatypes::{Schema, SchemaRef};
 
 use super::{
-    Failure, Fold, Input, MapWork, ModelName, NonNegative, Positive, Role, Scope, Stage,
-    StageError, TableName, Training, Use, Work, shuffled_batches, turns,
+    Failure, Fold, Input, MapWork, ModelName, ModelState, NonNegative, Positive, Role, Scope,
+    Stage, StageError, TableName, Training, Use, Work, shuffled_batches, turns,
 };
-use crate::models::{self, Answer, Example, Optimization, Schedule};
+use crate::models::{self, Answer, Example, Optimization, Optimizer, Schedule};
 use crate::store::Lookup;
 use crate::tables::{Pair, Row};
 
@@ -22,9 +22,27 @@ pub trait Trains {
 
     fn course(&self) -> Course<'_>;
 
+    /// A model that it uses beside the one that learns.
+    fn also_uses(&self) -> Option<Use<'_>> {
+        None
+    }
+
+    /// What no single setting shows.
+    fn check(&self) -> Result<(), StageError> {
+        Ok(())
+    }
+
+    /// Roughly how long a lesson is, to group those of similar length.
+    fn words(lesson: &Self::Lesson) -> usize;
+
     /// A table that has to be there before the first step: its name and the work that makes it.
     fn before(&self, _table: &TableName) -> Option<(TableName, Box<dyn MapWork + '_>)> {
         None
+    }
+
+    /// The settings that decide that table beside its inputs and models.
+    fn before_settings(&self) -> serde_json::Value {
+        serde_json::Value::Null
     }
 
     /// Opens the learner for a training of so many steps. `before` looks rows of the table up that
@@ -46,6 +64,8 @@ pub struct Course<'a> {
     /// Rows of a step.
     pub batch: u32,
     pub save_every: u32,
+    /// Whether lessons of similar length go into a step.
+    pub group_by_length: bool,
     pub recipe: Recipe,
 }
 
@@ -68,11 +88,13 @@ impl<T: Trains> Stage for T {
     }
 
     fn uses(&self) -> Vec<Use<'_>> {
-        vec![Use {
+        let learns = Use {
             field: "model",
             model: self.course().model,
             role: T::ROLE,
-        }]
+            state: ModelState::Now,
+        };
+        std::iter::once(learns).chain(self.also_uses()).collect()
     }
 
     fn kind(&self) -> Option<&'static str> {
@@ -81,6 +103,7 @@ impl<T: Trains> Stage for T {
 
     fn output(&self, _: &[(TableName, SchemaRef)]) -> Result<SchemaRef, StageError> {
         self.course().recipe.check()?;
+        Trains::check(self)?;
         Ok(T::Step::schema())
     }
 
@@ -106,9 +129,22 @@ impl<T: Trains> Fold for &T {
         self.course().model
     }
 
-    fn batches(&self, scope: &Scope<'_>, rows: usize) -> Vec<(u32, Vec<u32>)> {
+    fn batches(
+        &self,
+        scope: &Scope<'_>,
+        rows: &mut Lookup,
+    ) -> Result<Vec<(u32, Vec<u32>)>, Failure> {
         let course = self.course();
-        shuffled_batches(scope, rows, course.epochs, course.batch)
+        let mut words = Vec::new();
+        if course.group_by_length {
+            for start in (0..rows.len()).step_by(ROWS_AT_ONCE) {
+                let batch = rows.range(start, ROWS_AT_ONCE.min(rows.len() - start))?;
+                words.extend(T::Lesson::from_batch(&batch)?.iter().map(T::words));
+            }
+        }
+        let words = course.group_by_length.then_some(words.as_slice());
+        let (epochs, batch) = (course.epochs, course.batch);
+        Ok(shuffled_batches(scope, rows.len(), epochs, batch, words))
     }
 
     fn save_every(&self) -> u32 {
@@ -121,6 +157,10 @@ impl<T: Trains> Fold for &T {
 
     fn before(&self, table: &TableName) -> Option<(TableName, Box<dyn MapWork + '_>)> {
         Trains::before(*self, table)
+    }
+
+    fn before_settings(&self) -> serde_json::Value {
+        Trains::before_settings(*self)
     }
 
     fn begin(
@@ -137,27 +177,39 @@ impl<T: Trains> Fold for &T {
 /// The setting by which a training names another one of the same round that it goes on from.
 pub const AFTER: &str = "after";
 
+/// Rows whose lengths are taken at once.
+const ROWS_AT_ONCE: usize = 1024;
+
 /// The settings of the optimizer, which every training has under these names.
 #[derive(Debug, Clone, Copy)]
 pub struct Recipe {
     pub learning_rate: Positive,
     pub schedule: Schedule,
-    pub warmup_ratio: NonNegative,
+    pub warmup: Warmup,
     pub weight_decay: NonNegative,
     pub max_grad_norm: NonNegative,
+    pub optimizer: Optimizer,
+}
+
+/// How long the learning rate rises from 0.
+#[derive(Debug, Clone, Copy)]
+pub enum Warmup {
+    /// For a share of the updates, rounded up as in the Hugging Face trainer.
+    Ratio(f64),
+    Steps(u32),
 }
 
 impl Recipe {
     /// What no single setting shows.
     fn check(&self) -> Result<(), StageError> {
-        if self.warmup_ratio.get() > 1.0 {
-            return Err(StageError {
+        match self.warmup {
+            Warmup::Ratio(ratio) if ratio > 1.0 => Err(StageError {
                 field: Some("warmup_ratio"),
-                message: format!("{} is more than all updates", self.warmup_ratio.get()),
+                message: format!("{ratio} is more than all updates"),
                 help: Some("give a share from 0 to 1; the usual one is 0.1".to_owned()),
-            });
+            }),
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     /// For a training of so many updates.
@@ -165,8 +217,12 @@ impl Recipe {
         Optimization {
             learning_rate: self.learning_rate.get(),
             schedule: self.schedule,
-            warmup_ratio: self.warmup_ratio.get(),
+            warmup_steps: match self.warmup {
+                Warmup::Ratio(ratio) => (steps as f64 * ratio).ceil() as usize,
+                Warmup::Steps(steps) => steps as usize,
+            },
             steps,
+            optimizer: self.optimizer,
             weight_decay: self.weight_decay.get(),
             // torch's AdamW, which the document's scripts leave as it is.
             adam_betas: [0.9, 0.999],

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use arrow::array::RecordBatch;
 use arrow::datatypes::SchemaRef;
 
-use super::{ModelName, TableName};
+use super::{ModelName, ModelState, TableName};
 use crate::models::{
     self, DpoLearner, DpoSettings, Judge, Learner, ModelError, Picture, Policy, RewardLearner,
     RewardSettings, RowFault, SftLearner, SftSettings, Telemetry,
@@ -83,8 +83,15 @@ pub trait Models {
         model: &ModelName,
         settings: &RewardSettings,
     ) -> Result<Box<dyn RewardLearner>, Failure>;
+    /// A learner that learns nothing: a model in one of its states, which a learner is compared with.
+    fn reference(
+        &mut self,
+        model: &ModelName,
+        state: ModelState,
+        settings: &DpoSettings,
+    ) -> Result<Box<dyn DpoLearner>, Failure>;
     /// What decides what the model computes.
-    fn fingerprint(&self, model: &ModelName) -> &str;
+    fn fingerprint(&self, model: &ModelName, state: ModelState) -> &str;
     /// Whether the prompt and `answer_tokens` more fit into the model's context, from the headers of
     /// its pictures and the text alone, without opening the model.
     fn fits(
@@ -420,8 +427,12 @@ pub trait Fold {
 
     fn model(&self) -> &ModelName;
 
-    /// The positions of the rows of each step, for an input of `rows` rows; with the epoch, from 1.
-    fn batches(&self, scope: &Scope<'_>, rows: usize) -> Vec<(u32, Vec<u32>)>;
+    /// The positions of the rows of each step; with the epoch, from 1.
+    fn batches(
+        &self,
+        scope: &Scope<'_>,
+        rows: &mut Lookup,
+    ) -> Result<Vec<(u32, Vec<u32>)>, Failure>;
 
     /// Steps between two saved states.
     fn save_every(&self) -> u32;
@@ -431,6 +442,11 @@ pub trait Fold {
     /// A table that has to be there before the first step: its name and the work that makes it.
     fn before(&self, _table: &TableName) -> Option<(TableName, Box<dyn MapWork + '_>)> {
         None
+    }
+
+    /// The settings that decide that table beside its inputs and models.
+    fn before_settings(&self) -> serde_json::Value {
+        serde_json::Value::Null
     }
 
     /// Opens the learner for a training of so many steps. `before` looks rows of the table up that
@@ -458,17 +474,29 @@ pub trait Training {
     fn learner(&mut self) -> &mut dyn Learner;
 }
 
-/// The steps of a training on `rows` rows, `batch` rows each, in another order in every epoch.
+/// Steps whose rows are sorted together where similar lengths are grouped, as in the Hugging Face
+/// trainer.
+const STEPS_SORTED: usize = 50;
+
+/// The steps of a training on `rows` rows, `batch` rows each, in another order in every epoch. With
+/// `lengths` of all rows, those of many steps are sorted, the longest first, before they are cut into
+/// steps.
 pub fn shuffled_batches(
     scope: &Scope<'_>,
     rows: usize,
     epochs: u32,
     batch: u32,
+    lengths: Option<&[usize]>,
 ) -> Vec<(u32, Vec<u32>)> {
     let mut batches = Vec::new();
     for epoch in 1..=epochs {
         let mut order: Vec<u32> = (0..rows as u32).collect();
         shuffle(&mut order, scope.seed_for(&format!("epoch {epoch}")));
+        if let Some(lengths) = lengths {
+            for some in order.chunks_mut(batch as usize * STEPS_SORTED) {
+                some.sort_by_key(|&row| std::cmp::Reverse(lengths[row as usize]));
+            }
+        }
         let steps = order.chunks(batch as usize);
         batches.extend(steps.map(|step| (epoch, step.to_vec())));
     }

@@ -1,4 +1,5 @@
-//! Reference log-probabilities that had to be computed, because sampling did not leave them.
+//! Reference log-probabilities that were computed: where sampling did not leave them, and to audit
+//! those that it left.
 
 use super::row::rows;
 
@@ -17,5 +18,8 @@ rows! {
         pub rejected_logp: f64,
         /// Fingerprint of the reference model.
         pub model: String,
+        /// How far the log-probabilities that sampling left are off these, per token, in an audit;
+        /// null where sampling left none.
+        pub drift: Option<f64>,
     }
 }

@@ -38,14 +38,15 @@ fn assert_close(found: &Tensor, expected: &Tensor, tolerance: f64) {
 /// Prompt and answer in one causal pass: what every other way through must equal.
 fn whole(decoder: &Decoder, prompt: &[i64], answer: &[i64]) -> Tensor {
     let all = [prompt, answer].concat();
-    let (hidden, _) = read(decoder, &decoder.embed(&ids(&all)));
+    let hidden = decoder.hidden(&decoder.embed(&ids(&all)));
     hidden.i(prompt.len() as i64..)
 }
 
-/// One prompt, all its hidden states and its prefix.
-fn read(decoder: &Decoder, embeds: &Tensor) -> (Tensor, Prefix) {
-    let (hidden, mut prefixes) = decoder.prefill(embeds, &[embeds.size()[0]], Wanted::All);
-    (hidden, prefixes.remove(0))
+/// The prefix of one prompt.
+fn prefix_of(decoder: &Decoder, prompt: &[i64]) -> Prefix {
+    let embeds = decoder.embed(&ids(prompt));
+    let (_, mut prefixes) = decoder.prefill(&embeds, &[prompt.len() as i64], Wanted::Nothing);
+    prefixes.remove(0)
 }
 
 const PROMPT: [i64; 5] = [3, 1, 4, 1, 5];
@@ -54,18 +55,44 @@ const ANSWERS: [&[i64]; 3] = [&[9, 2, 6], &[5], &[3, 5, 8, 9]];
 #[test]
 fn branches_equal_their_own_causal_passes() {
     let decoder = decoder(Kind::Float);
-    let (_, prefix) = read(&decoder, &decoder.embed(&ids(&PROMPT)));
+    let prefix = prefix_of(&decoder, &PROMPT);
     let embeds = decoder.embed(&ids(&ANSWERS.concat()));
-    let texts = || Texts {
+    let texts = Texts {
         prefix: &prefix,
         lengths: vec![3, 1, 4],
     };
-    let found = decoder.branch(&embeds, &[texts()], Wanted::All);
-    let expected = ANSWERS.map(|answer| whole(&decoder, &PROMPT, answer));
+    let lasts = decoder.branch(&embeds, &[texts], Wanted::Last);
+    let expected = ANSWERS.map(|answer| whole(&decoder, &PROMPT, answer).i(-1));
+    assert_close(&lasts, &Tensor::stack(&expected, 0), 1e-5);
+}
+
+/// Two trees side by side: one of which all is wanted, and one without continuations; then one of
+/// which the end is.
+#[test]
+fn trees_equal_their_own_causal_passes() {
+    let decoder = decoder(Kind::Float);
+    let tree = |wanted_from| Tree {
+        prompt: 5,
+        branches: vec![3, 1, 4],
+        wanted_from,
+    };
+    let alone = |wanted_from| Tree {
+        prompt: 3,
+        branches: Vec::new(),
+        wanted_from,
+    };
+    let of_tree = [&PROMPT, ANSWERS[0], ANSWERS[1], ANSWERS[2]].concat();
+    let embeds = decoder.embed(&ids(&[of_tree, PROMPT[1..4].to_vec()].concat()));
+    let mut expected = vec![whole(&decoder, &[], &PROMPT)];
+    expected.extend(ANSWERS.map(|answer| whole(&decoder, &PROMPT, answer)));
+    expected.push(whole(&decoder, &[], &PROMPT[1..4]));
     let expected = Tensor::cat(&expected, 0);
-    assert_close(&found, &expected, 1e-5);
-    let lasts = decoder.branch(&embeds, &[texts()], Wanted::Last);
-    assert_close(&lasts, &expected.index_select(0, &ids(&[2, 3, 7])), 1e-5);
+    let read = |trees| decoder.read(&embeds, trees, Keep::Nothing);
+    let all = read(vec![tree(0), alone(0)]);
+    assert_close(all.output(), &expected, 1e-5);
+    let some = read(vec![tree(3), alone(1)]);
+    let wanted = Tensor::cat(&[expected.i(3..13), expected.i(14..)], 0);
+    assert_close(some.output(), &wanted, 1e-5);
 }
 
 #[test]
@@ -74,11 +101,9 @@ fn several_prompts_are_read_as_each_alone() {
     let prompts: [&[i64]; 3] = [&PROMPT, &[7], &PROMPT[1..4]];
     let lengths = [5, 1, 3];
     let embeds = decoder.embed(&ids(&prompts.concat()));
-    let (all, prefixes) = decoder.prefill(&embeds, &lengths, Wanted::All);
-    let alone = prompts.map(|prompt| whole(&decoder, &[], prompt));
-    assert_close(&all, &Tensor::cat(&alone, 0), 1e-5);
-    let (lasts, _) = decoder.prefill(&embeds, &lengths, Wanted::Last);
-    assert_close(&lasts, &all.index_select(0, &ids(&[4, 5, 8])), 1e-5);
+    let (lasts, prefixes) = decoder.prefill(&embeds, &lengths, Wanted::Last);
+    let alone = prompts.map(|prompt| whole(&decoder, &[], prompt).i(-1));
+    assert_close(&lasts, &Tensor::stack(&alone, 0), 1e-5);
     let (nothing, without) = decoder.prefill(&embeds, &lengths, Wanted::Nothing);
     assert_eq!(nothing.size(), [0, 24]);
     let said = decoder.embed(&ids(
@@ -90,24 +115,17 @@ fn several_prompts_are_read_as_each_alone() {
             .zip([vec![3], vec![1, 4], vec![3]])
             .map(|(prefix, lengths)| Texts { prefix, lengths })
             .collect();
-        let found = decoder.branch(&said, &texts, Wanted::All);
-        let expected = [(0, 0), (1, 1), (1, 2), (2, 0)]
-            .map(|(prompt, answer)| whole(&decoder, prompts[prompt], ANSWERS[answer]));
-        let expected = Tensor::cat(&expected, 0);
-        assert_close(&found, &expected, 1e-5);
         let lasts = decoder.branch(&said, &texts, Wanted::Last);
-        assert_close(
-            &lasts,
-            &expected.index_select(0, &ids(&[2, 3, 7, 10])),
-            1e-5,
-        );
+        let expected = [(0, 0), (1, 1), (1, 2), (2, 0)]
+            .map(|(prompt, answer)| whole(&decoder, prompts[prompt], ANSWERS[answer]).i(-1));
+        assert_close(&lasts, &Tensor::stack(&expected, 0), 1e-5);
     }
 }
 
 #[test]
 fn steps_equal_causal_passes_also_after_a_row_has_left() {
     let decoder = decoder(Kind::Float);
-    let (_, prefix) = read(&decoder, &decoder.embed(&ids(&PROMPT)));
+    let prefix = prefix_of(&decoder, &PROMPT);
     let mut rows = Continuations::new();
     let step = |tokens: &[i64], rows: &mut Continuations| {
         let count = tokens.len() as i64;
@@ -139,7 +157,7 @@ fn steps_equal_causal_passes_also_after_a_row_has_left() {
 fn continuations_of_several_prompts_go_side_by_side() {
     let decoder = decoder(Kind::Float);
     let prompts: [&[i64]; 2] = [&PROMPT, &PROMPT[..3]];
-    let prefixes = prompts.map(|prompt| read(&decoder, &decoder.embed(&ids(prompt))).1);
+    let prefixes = prompts.map(|prompt| prefix_of(&decoder, prompt));
     let mut rows = [Continuations::new(), Continuations::new()];
     let mut found = Tensor::new();
     // The second prompt's answer begins a token later.
@@ -163,35 +181,40 @@ fn continuations_of_several_prompts_go_side_by_side() {
 }
 
 #[test]
-fn branches_give_the_prompt_the_gradients_of_all_continuations() {
+fn trees_give_the_prompt_the_gradients_of_all_continuations() {
     let decoder = decoder(Kind::Float);
-    let gradient = |hidden: &dyn Fn(&Tensor) -> Tensor| {
-        let prompt = decoder.embed(&ids(&PROMPT)).set_requires_grad(true);
-        hidden(&prompt).square().sum(Kind::Float).backward();
+    let leaf = || decoder.embed(&ids(&PROMPT)).set_requires_grad(true);
+    let square = |hidden: &Tensor| hidden.square().sum(Kind::Float).backward();
+    let shared = |keep| {
+        let prompt = leaf();
+        let embeds = Tensor::cat(&[&prompt, &decoder.embed(&ids(&ANSWERS.concat()))], 0);
+        let tree = Tree {
+            prompt: 5,
+            branches: vec![3, 1, 4],
+            wanted_from: 4,
+        };
+        let chain = decoder.read(&embeds, vec![tree], keep);
+        square(&chain.output().i(1..));
+        chain.backward();
         prompt.grad()
     };
-    let shared = gradient(&|prompt| {
-        let (_, prefixes) = decoder.prefill(prompt, &[PROMPT.len() as i64], Wanted::Nothing);
-        let lengths = vec![3, 1, 4];
-        let texts = Texts {
-            prefix: &prefixes[0],
-            lengths,
+    let prompt = leaf();
+    for answer in ANSWERS {
+        let tree = Tree {
+            prompt: (5 + answer.len()) as i64,
+            branches: Vec::new(),
+            wanted_from: 0,
         };
-        decoder.branch(
-            &decoder.embed(&ids(&ANSWERS.concat())),
-            &[texts],
-            Wanted::All,
-        )
-    });
-    let apart = gradient(&|prompt| {
-        let hidden = ANSWERS.map(|answer| {
-            let all = Tensor::cat(&[prompt, &decoder.embed(&ids(answer))], 0);
-            read(&decoder, &all).0.i(5..)
-        });
-        Tensor::cat(&hidden, 0)
-    });
+        let embeds = Tensor::cat(&[&prompt, &decoder.embed(&ids(answer))], 0);
+        let chain = decoder.read(&embeds, vec![tree], Keep::Everything);
+        square(&chain.output().i(5..));
+        chain.backward();
+    }
+    let apart = prompt.grad();
     let scale = apart.abs().max().double_value(&[]);
-    assert_close(&(shared / scale), &(apart / scale), 1e-5);
+    let shared = [Keep::Everything, Keep::Inputs].map(shared);
+    assert_close(&(&shared[0] / scale), &(apart / scale), 1e-5);
+    assert_eq!(shared[1], shared[0]);
 }
 
 #[test]

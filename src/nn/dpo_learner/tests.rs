@@ -2,9 +2,13 @@
 
 use std::fs;
 
+use tch::Tensor;
+
 use super::super::recorded::{self, Expected, assert_close};
 use super::*;
-use crate::models::{Dtype, Mask, Newlines, Optimization, Prompt, Schedule};
+use crate::models::{
+    Answer, Checkpointing, Dtype, Mask, Newlines, Optimization, Optimizer, Prompt, Schedule,
+};
 use crate::nn::training::STATE_FILE;
 use crate::nn::weights::save_safetensors;
 
@@ -12,14 +16,17 @@ const BETA: f64 = 0.1;
 
 fn settings() -> DpoSettings {
     DpoSettings {
-        beta: BETA,
+        objective: Objective::of(Loss::Sigmoid, BETA),
         mask: Mask::default(),
         newlines: Newlines::default(),
+        trained: Trained::all(),
+        checkpointing: Checkpointing::Never,
         optimization: Optimization {
             learning_rate: 1e-3,
             schedule: Schedule::Cosine,
-            warmup_ratio: 0.0,
+            warmup_steps: 0,
             steps: 6,
+            optimizer: Optimizer::Adamw,
             weight_decay: 0.01,
             adam_betas: [0.9, 0.999],
             adam_epsilon: 1e-8,
@@ -83,7 +90,10 @@ fn loss_and_gradients_of_a_pair_equal_those_of_pytorch() {
     let gradient = |name: &str| {
         let mut parameters = learner.training.parameters.iter();
         let index = parameters.position(|parameter| parameter.name == name);
-        &learner.training.moments()[index.expect("a parameter")].exp_avg / 0.1
+        learner.training.moments()[index.expect("a parameter")]
+            .exp_avg
+            .whole()
+            / 0.1
     };
     let mut squares = 0.0;
     for name in expected.names() {
@@ -286,4 +296,218 @@ fn a_state_of_another_model_is_refused() {
         error.contains("state.safetensors") && error.contains("parameter_steps"),
         "{error}"
     );
+}
+
+/// All gradients of one step on two pairs, as AdamW's mean has them behind it.
+fn gradients(learner: &mut OnevisionDpo) -> Vec<Tensor> {
+    let prompts = recorded::prompts();
+    learner
+        .step(&[example(&prompts[0]), example(&prompts[2])])
+        .unwrap();
+    let moments = learner.training.moments().iter();
+    moments.map(|own| own.exp_avg.whole().copy()).collect()
+}
+
+#[test]
+fn gradients_do_not_depend_on_what_is_remembered_or_how_many_logits_there_are_at_once() {
+    let expected = gradients(&mut learner(&settings()));
+    let mut again = learner(&DpoSettings {
+        checkpointing: Checkpointing::Always,
+        ..settings()
+    });
+    assert_eq!(gradients(&mut again), expected);
+    let mut in_pieces = learner(&settings());
+    in_pieces.logits_max = 3 * 264;
+    for (found, expected) in gradients(&mut in_pieces).iter().zip(&expected) {
+        // The bias of keys changes nothing, so that its gradient is but rounding.
+        let scale = expected.abs().max().clamp_min(1e-4);
+        assert_close("gradient", &(found / &scale), &(expected / &scale), 1e-5);
+    }
+}
+
+#[test]
+fn half_precision_leads_the_same_way_and_keeps_the_weights_whole() {
+    let expected = gradients(&mut learner(&settings()));
+    let spec = recorded::spec(Dtype::Bfloat16);
+    let mut narrow = OnevisionDpo::open(&spec, &settings()).unwrap();
+    let found = gradients(&mut narrow);
+    let mut products = [0.0; 3];
+    for (found, expected) in found.iter().zip(&expected) {
+        let product = |a: &Tensor, b: &Tensor| (a * b).sum(Kind::Double).double_value(&[]);
+        products[0] += product(found, expected);
+        products[1] += product(found, found);
+        products[2] += product(expected, expected);
+    }
+    let cosine = products[0] / (products[1] * products[2]).sqrt();
+    assert!(cosine > 0.99, "{cosine}");
+    let kinds = narrow
+        .training
+        .parameters
+        .iter()
+        .map(|own| own.tensor.kind());
+    assert!(kinds.clone().count() > 0 && kinds.clone().all(|kind| kind == Kind::Float));
+}
+
+#[test]
+fn parts_that_are_not_trained_stay_and_others_have_their_own_rate() {
+    let prompts = recorded::prompts();
+    let trained = vec![(Part::Projector, Some(1e-2)), (Part::Newline, None)];
+    let mut learner = learner(&DpoSettings {
+        trained: Trained::Parts(trained),
+        ..settings()
+    });
+    let values = |learner: &OnevisionDpo| -> Vec<(String, Tensor)> {
+        let parameters = learner.training.parameters.iter();
+        parameters
+            .map(|own| (own.name.clone(), own.tensor.detach().copy()))
+            .collect()
+    };
+    let before = values(&learner);
+    learner.step(&[example(&prompts[0])]).unwrap();
+    for ((name, before), (_, after)) in before.iter().zip(values(&learner)) {
+        // The first update of AdamW moves every weight by about its rate.
+        let moved = (after - before).abs().max().double_value(&[]);
+        let rate = if name == "image_newline" { 1e-3 } else { 1e-2 };
+        assert!((moved / rate - 1.0).abs() < 0.1, "{name} {moved}");
+    }
+    assert_eq!(before.len(), 5, "two layers with biases, and the newline");
+}
+
+#[test]
+fn losses_that_join_a_batch_see_all_of_it() {
+    let prompts = recorded::prompts();
+    let report = |loss| {
+        let mut learner = learner(&DpoSettings {
+            objective: Objective::of(loss, BETA),
+            ..settings()
+        });
+        let other = Example {
+            reference: Some([-90.0, -20.0]),
+            ..example(&prompts[1])
+        };
+        learner.step(&[example(&prompts[0]), other]).unwrap()
+    };
+    let (apart, joined) = (report(Loss::Sigmoid), report(Loss::Aot));
+    assert!((apart.rewards_chosen - joined.rewards_chosen).abs() < 1e-9);
+    // Sorted margins are nearer to each other than those of pairs.
+    assert!(
+        joined.loss < apart.loss - 1e-3,
+        "{} {}",
+        joined.loss,
+        apart.loss
+    );
+}
+
+fn lora(dropout: f64) -> LoraSettings {
+    LoraSettings {
+        rank: 2,
+        alpha: 4.0,
+        dropout,
+        targets: ["q_proj", "down_proj"].map(str::to_owned).to_vec(),
+        seed: 7,
+    }
+}
+
+#[test]
+fn an_adapter_begins_as_the_model_and_is_read_back_as_it_was_trained() {
+    let prompts = recorded::prompts();
+    let of_adapter = |dropout| DpoSettings {
+        trained: Trained::Lora(lora(dropout)),
+        ..settings()
+    };
+    let mut trained = learner(&of_adapter(0.0));
+    let logps =
+        |learner: &mut OnevisionDpo| learner.reference_logps(&[example(&prompts[0])]).unwrap();
+    let start = logps(&mut learner(&settings()));
+    assert_eq!(logps(&mut trained), start);
+    let names: Vec<&str> = trained
+        .training
+        .parameters
+        .iter()
+        .map(|own| own.name.as_str())
+        .collect();
+    let first = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight";
+    assert!(
+        names[0] == first && !names.iter().any(|name| name.contains("vision")),
+        "{names:?}"
+    );
+    for _ in 0..2 {
+        trained.step(&[example(&prompts[0])]).unwrap();
+    }
+    let after = logps(&mut trained);
+    assert!((after[0][0] - start[0][0]).abs() > 1e-3);
+
+    let folder = tempfile::tempdir().unwrap();
+    let to = folder.path().join("adapter");
+    trained.save(&to).unwrap();
+    let mut spec = recorded::spec(Dtype::Auto);
+    spec.adapter = Some(to);
+    let mut again = OnevisionDpo::open(&spec, &of_adapter(0.0)).unwrap();
+    assert_eq!(logps(&mut again), after);
+    // Merged, it is the same up to rounding.
+    let nothing = DpoSettings {
+        trained: Trained::Parts(Vec::new()),
+        ..settings()
+    };
+    let merged = logps(&mut OnevisionDpo::open(&spec, &nothing).unwrap());
+    assert!((merged[0][0] - after[0][0]).abs() < 1e-4);
+
+    let other = DpoSettings {
+        trained: Trained::Lora(LoraSettings {
+            rank: 3,
+            ..lora(0.0)
+        }),
+        ..settings()
+    };
+    for (settings, words) in [(&other, "has rank 2"), (&settings(), "is an adapter")] {
+        let error = OnevisionDpo::open(&spec, settings)
+            .err()
+            .unwrap()
+            .to_string();
+        assert!(error.contains(words), "{error}");
+    }
+}
+
+#[test]
+fn dropout_of_an_adapter_is_the_same_when_a_training_goes_on() {
+    let prompts = recorded::prompts();
+    let settings = DpoSettings {
+        trained: Trained::Lora(lora(0.5)),
+        checkpointing: Checkpointing::Always,
+        ..settings()
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let saved = folder.path().join("after a step");
+    let mut undisturbed = learner(&settings);
+    undisturbed.step(&[example(&prompts[0])]).unwrap();
+    undisturbed.save_state(&saved).unwrap();
+    undisturbed.step(&[example(&prompts[1])]).unwrap();
+    let mut resumed = learner(&settings);
+    resumed.load_state(&saved).unwrap();
+    resumed.step(&[example(&prompts[1])]).unwrap();
+    assert!(state(&mut resumed) == state(&mut undisturbed));
+    let mut without = learner(&DpoSettings {
+        trained: Trained::Lora(lora(0.0)),
+        ..settings
+    });
+    without.load_state(&saved).unwrap();
+    without.step(&[example(&prompts[1])]).unwrap();
+    assert!(state(&mut without) != state(&mut undisturbed));
+}
+
+#[test]
+fn a_training_with_moments_in_eight_bits_goes_on_to_the_bit() {
+    let prompts = recorded::prompts();
+    let mut settings = settings();
+    settings.optimization.optimizer = Optimizer::Adamw8bit;
+    let folder = tempfile::tempdir().unwrap();
+    let saved = folder.path().join("after a step");
+    let mut undisturbed = learner(&settings);
+    undisturbed.step(&[example(&prompts[0])]).unwrap();
+    undisturbed.save_state(&saved).unwrap();
+    undisturbed.step(&[example(&prompts[1])]).unwrap();
+    let mut resumed = learner(&settings);
+    resumed.load_state(&saved).unwrap();
+    resumed.step(&[example(&prompts[1])]).unwrap();
+    assert!(state(&mut resumed) == state(&mut undisturbed));
 }

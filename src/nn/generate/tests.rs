@@ -5,7 +5,6 @@ use std::ops::ControlFlow;
 
 use tch::{Device, Kind, Tensor};
 
-use super::super::decoder::Wanted;
 use super::super::recorded::{self, Expected, assert_close};
 use super::*;
 use crate::models::Dtype;
@@ -94,7 +93,7 @@ fn token_ids_and_hidden_states_equal_those_of_transformers() {
         let embeds = policy.network.embed_prompt(&prepared.text, &features);
         let tokens = embeds.size()[0];
         let decoder = &policy.network.language_model;
-        let (hidden, _) = decoder.prefill(&embeds, &[tokens], Wanted::All);
+        let hidden = decoder.hidden(&embeds);
         let name = format!("hidden.{index}");
         assert_close(&name, &hidden, &expected.tensor(&name), 1e-4);
         let last = hidden.narrow(0, tokens - 1, 1);
@@ -349,6 +348,7 @@ fn small_world() -> (OnevisionPolicy, Vec<Prompt>) {
     let samples = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("data-samples");
     let spec = models::LlavaOnevision {
         weights: samples.join("policy"),
+        adapter: None,
         ..recorded::spec(Dtype::Float32)
     };
     let text = std::fs::read(samples.join("prompts.json")).unwrap();
@@ -398,10 +398,7 @@ fn sharing_gives_the_tokens_and_log_probabilities_that_each_answer_has_alone() {
             prepared.text.ids.extend(&ids);
             let features = network.image_features(&prepared.pictures);
             let embeds = network.embed_prompt(&prepared.text, &features);
-            let length = embeds.size()[0];
-            let (hidden, _) = network
-                .language_model
-                .prefill(&embeds, &[length], Wanted::All);
+            let hidden = network.language_model.hidden(&embeds);
             let hidden = hidden.narrow(0, first, ids.len() as i64);
             let logits = network.lm_head.forward(&hidden);
             let logps = super::super::dpo::token_logps(&logits, &Tensor::from_slice(&ids));
@@ -551,6 +548,7 @@ fn large_grids() -> (tempfile::TempDir, models::LlavaOnevision) {
     }
     let spec = models::LlavaOnevision {
         weights: folder.path().to_owned(),
+        adapter: None,
         ..recorded::spec(Dtype::Float32)
     };
     (folder, spec)

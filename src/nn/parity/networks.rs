@@ -6,7 +6,6 @@ use std::path::Path;
 use tch::{Device, Kind, Tensor};
 
 use super::super::checkpoint::{Checkpoint, Purpose};
-use super::super::decoder::Wanted;
 use super::super::generate::OnevisionPolicy;
 use super::super::llava_onevision::LlavaOnevision;
 use super::super::weights::Weights;
@@ -138,6 +137,7 @@ fn forward(place: &Path, prompts: &[Prompt], case: &Case, logits_every: i64, rep
         for tiles in &prepared.pictures {
             let side = tiles.side as i64;
             let pixels = Tensor::from_slice(&tiles.pixels).view([-1, 3, side, side]);
+            let pixels = pixels.to_kind(network.kind());
             towers.push(network.vision_tower.forward(&pixels));
         }
         if !towers.is_empty() {
@@ -150,10 +150,7 @@ fn forward(place: &Path, prompts: &[Prompt], case: &Case, logits_every: i64, rep
             let pictures: Vec<_> = prepared.pictures.iter().collect();
             let features = network.image_features(&pictures);
             let embeds = network.embed_prompt(&prepared.text, &features);
-            let (hidden, _) =
-                network
-                    .language_model
-                    .prefill(&embeds, &[embeds.size()[0]], Wanted::All);
+            let hidden = network.language_model.hidden(&embeds);
             let logits = network.lm_head.forward(&hidden);
             let kept = logits.flip([0]).slice(0, None, None, logits_every);
             (hidden, kept)
@@ -212,7 +209,7 @@ fn written(folder: &Path, place: &Path, case: &Case, report: &mut Report) {
     let _ = std::fs::remove_dir_all(&to);
     let checkpoint = Checkpoint::open(place).unwrap();
     let card = PolicyPrep::open(place).unwrap().card;
-    let purpose = Purpose::Training(models::Tower::Train);
+    let purpose = Purpose::Training(models::Tower::Train.into());
     let opened = LlavaOnevision::open(&checkpoint, &card, Device::Cpu, Kind::Float, purpose);
     let (_, parameters) = opened.unwrap();
     checkpoint.save(&to, &parameters).unwrap();
@@ -235,6 +232,7 @@ fn written(folder: &Path, place: &Path, case: &Case, report: &mut Report) {
 fn answers(place: &Path, prompts: &[Prompt], how: &Sampling) -> Vec<Vec<Generation>> {
     let spec = models::LlavaOnevision {
         weights: place.to_owned(),
+        adapter: None,
         device: DeviceSpec::Cpu,
         dtype: Dtype::Float32,
         memory_gb: None,

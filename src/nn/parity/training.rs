@@ -12,9 +12,9 @@ use super::super::sft_learner::{OnevisionStudent, Sft};
 use super::super::training::Training;
 use super::{Recorded, Report, compare, greatest, json, picture};
 use crate::models::{
-    Answer, DeviceSpec, DpoLearner as _, DpoSettings, Dtype, Example, Learned, Lesson,
-    LlavaOnevision, Mask, Newlines, Optimization, Prompt, Schedule, SftLearner as _, SftSettings,
-    Tower,
+    self, Answer, Checkpointing, DeviceSpec, DpoLearner as _, DpoSettings, Dtype, Example, Learned,
+    Lesson, LlavaOnevision, Loss, Mask, Newlines, Objective, Optimization, Optimizer, Prompt,
+    Schedule, SftLearner as _, SftSettings, Tower,
 };
 use crate::prep::PolicyPrep;
 
@@ -35,7 +35,8 @@ pub(super) fn optimization() -> Optimization {
     Optimization {
         learning_rate: 1e-4,
         schedule: Schedule::Cosine,
-        warmup_ratio: 0.12,
+        warmup_steps: (0.12 * STEPS as f64).ceil() as usize,
+        optimizer: Optimizer::Adamw,
         steps: STEPS,
         weight_decay: 0.0,
         adam_betas: [0.9, 0.999],
@@ -184,7 +185,9 @@ fn first_gradients(training: &Training) -> (Vec<String>, Vec<Tensor>) {
     let moments = training.moments().iter();
     (
         names.collect(),
-        moments.map(|moments| &moments.exp_avg / 0.1).collect(),
+        moments
+            .map(|moments| moments.exp_avg.whole() / 0.1)
+            .collect(),
     )
 }
 
@@ -236,6 +239,7 @@ fn changes(
 fn spec(folder: &Path, name: &str) -> LlavaOnevision {
     LlavaOnevision {
         weights: folder.join("../onevision").join(name),
+        adapter: None,
         device: DeviceSpec::Cpu,
         dtype: Dtype::Float32,
         memory_gb: None,
@@ -277,9 +281,11 @@ fn in_memory(name: &str) -> String {
 fn dpo(folder: &Path, title: &str, pairs: &[Pair], report: &mut Report) {
     let expected = Recorded::open(&folder.join(format!("dpo-{title}.safetensors")));
     let settings = DpoSettings {
-        beta: BETA,
+        objective: Objective::of(Loss::Sigmoid, BETA),
         mask: Mask::Answer,
         newlines: Newlines::One,
+        trained: models::Trained::all(),
+        checkpointing: Checkpointing::Never,
         optimization: Optimization {
             max_grad_norm: 0.0,
             ..optimization()
@@ -343,9 +349,11 @@ fn dpo(folder: &Path, title: &str, pairs: &[Pair], report: &mut Report) {
 fn trl(folder: &Path, pairs: &[Pair], report: &mut Report) {
     let expected = Recorded::open(&folder.join("trl.safetensors"));
     let settings = DpoSettings {
-        beta: BETA,
+        objective: Objective::of(Loss::Sigmoid, BETA),
         mask: Mask::Trl,
         newlines: Newlines::One,
+        trained: models::Trained::all(),
+        checkpointing: Checkpointing::Never,
         optimization: optimization(),
     };
     let mut learner = OnevisionDpo::open(&spec(folder, "training-trl"), &settings).unwrap();

@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use super::super::reward::RewardJudge;
 use super::*;
-use crate::models::{Answer, DeviceSpec, Dtype, Judge, Optimization, Picture, Prompt, Schedule};
+use crate::models::{
+    Answer, DeviceSpec, Dtype, Judge, Optimization, Optimizer, Picture, Prompt, Schedule,
+};
 
 fn recording() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity/reward")
@@ -31,7 +33,8 @@ fn settings() -> RewardSettings {
         optimization: Optimization {
             learning_rate: 2e-2,
             schedule: Schedule::Constant,
-            warmup_ratio: 0.0,
+            warmup_steps: 0,
+            optimizer: Optimizer::Adamw,
             steps: 8,
             weight_decay: 0.0,
             adam_betas: [0.9, 0.999],

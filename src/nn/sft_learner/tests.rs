@@ -3,8 +3,8 @@
 use super::super::recorded;
 use super::*;
 use crate::models::{
-    Answer, DpoLearner, DpoSettings, Dtype, Example, Learned, Mask, Newlines, Optimization, Prompt,
-    Role, Schedule, Tower, Turn,
+    Answer, Checkpointing, DpoLearner, DpoSettings, Dtype, Example, Learned, Loss, Mask, Newlines,
+    Objective, Optimization, Optimizer, Prompt, Role, Schedule, Tower, Trained, Turn,
 };
 use crate::nn::dpo_learner::OnevisionDpo;
 
@@ -12,7 +12,8 @@ fn optimization() -> Optimization {
     Optimization {
         learning_rate: 1e-3,
         schedule: Schedule::Cosine,
-        warmup_ratio: 0.0,
+        warmup_steps: 0,
+        optimizer: Optimizer::Adamw,
         steps: 8,
         weight_decay: 0.0,
         adam_betas: [0.9, 0.999],
@@ -41,9 +42,11 @@ fn lesson<'a>(prompt: &'a Prompt, answer: &'a str, learned: Learned) -> Lesson<'
 /// The log-probability of an answer, the stop token behind it included.
 fn logp(prompt: &Prompt, answer: &str) -> f64 {
     let settings = DpoSettings {
-        beta: 0.1,
+        objective: Objective::of(Loss::Sigmoid, 0.1),
         mask: Mask::default(),
         newlines: Newlines::default(),
+        trained: Trained::all(),
+        checkpointing: Checkpointing::Never,
         optimization: optimization(),
     };
     let mut learner = OnevisionDpo::open(&recorded::spec(Dtype::Auto), &settings).unwrap();

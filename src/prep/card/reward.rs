@@ -22,7 +22,8 @@ pub struct AdapterCard {
     /// The update is scaled by `lora_alpha / r` (by `lora_alpha / sqrt(r)` with `use_rslora`).
     pub lora_alpha: f64,
     pub use_rslora: bool,
-    /// Names of the linear layers that are adapted, such as `q_proj`.
+    /// Names of the linear layers that are adapted, such as `q_proj`. None where the file has a pattern:
+    /// then the tensors tell.
     pub target_modules: Vec<String>,
 }
 
@@ -52,6 +53,9 @@ impl AdapterCard {
             }
         }
         let targets = file.get("target_modules").and_then(|value| {
+            if value.is_string() {
+                return Some(Vec::new());
+            }
             let names = value.as_array()?.iter();
             names
                 .map(|name| Some(name.as_str()?.to_owned()))
@@ -64,8 +68,9 @@ impl AdapterCard {
                 .number("lora_alpha")?
                 .ok_or_else(|| needed("lora_alpha"))?,
             use_rslora: file.flag("use_rslora")?.unwrap_or(false),
-            target_modules: targets
-                .ok_or_else(|| file.fault("target_modules", "must be a list of names"))?,
+            target_modules: targets.ok_or_else(|| {
+                file.fault("target_modules", "must be a list of names or a pattern")
+            })?,
             folder: place,
         })
     }
