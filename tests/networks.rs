@@ -133,6 +133,17 @@ fn an_adapter_is_trained_round_after_round() {
         assert_ne!(steps[0].logps_chosen.to_bits(), f64::to_bits(before));
         before = steps[0].logps_chosen;
     }
+    let export = |more: &[&str]| {
+        let what = ["export", "runs/networks", "checkpoint", "--to", "out"];
+        scene.pipeline(&[&what, more].concat())
+    };
+    let nowhere = export(&["--merge", "--base", "nowhere"]);
+    assert!(nowhere.err.contains("--base"), "{}", nowhere.err);
+    assert_eq!(export(&["--merge"]).code, Some(0));
+    let samples = Path::new(ROOT).join("data-samples/policy");
+    assert_eq!(names(&scene.path("out")), names(&samples));
+    let weights = |folder: &Path| fs::read(folder.join("model.safetensors")).unwrap();
+    assert!(weights(&scene.path("out")) != weights(&samples));
 }
 
 #[test]
@@ -232,6 +243,61 @@ fn networks_answer_score_and_learn_and_a_killed_run_ends_with_the_same_weights()
         undisturbed.tables("runs/networks")
     );
     assert_eq!(weights(&killed), weights(&undisturbed));
+}
+
+/// Weights are written after every step here, so that kills hit steps, saved states and checkpoints.
+#[test]
+fn a_training_killed_at_twenty_moments_ends_with_the_same_weights() {
+    const KILLS: u32 = 20;
+    let samples = Path::new(ROOT).join("data-samples");
+    let samples = samples.display();
+    let pipeline = format!(
+        "
+pipeline: networks
+seed: 5
+models:
+  policy: {{ llava_onevision: {{ weights: {samples}/policy, device: cpu }} }}
+stages:
+  pairs:
+    load_feedback: {{ from: {samples}/heldout_feedback.json, images: {samples}/images, limit: 12 }}
+  steps:
+    train_dpo: {{ pairs: pairs, model: policy, learning_rate: 1.0e-4, batch_pairs: 2, save_every: 1 }}
+"
+    );
+    let begun = Instant::now();
+    let undisturbed = Scene::new();
+    undisturbed
+        .write("p.yaml", &pipeline)
+        .succeeds(&["run", "p.yaml"]);
+    let whole = begun.elapsed();
+    let weights = |scene: &Scene| -> Vec<_> {
+        let files = scene.checkpoints("runs/networks");
+        files.into_values().collect()
+    };
+    let expected = weights(&undisturbed);
+
+    let mut scene = Scene::new();
+    scene.write("p.yaml", &pipeline);
+    let mut finished = 0;
+    for kill in 0..KILLS {
+        let mut command = scene.command(&["run", "p.yaml"]);
+        let mut child = command.stderr(std::process::Stdio::null()).spawn().unwrap();
+        // A golden-ratio sequence: anywhere in a run, evenly.
+        std::thread::sleep(whole.mul_f64((f64::from(kill) * 0.618_034).fract()));
+        let _ = child.kill();
+        if child.wait().unwrap().success() {
+            assert!(weights(&scene) == expected);
+            finished += 1;
+            scene = Scene::new();
+            scene.write("p.yaml", &pipeline);
+        }
+    }
+    scene.succeeds(&["run", "p.yaml"]);
+    assert!(weights(&scene) == expected && finished < KILLS / 2);
+    assert_eq!(
+        scene.tables("runs/networks"),
+        undisturbed.tables("runs/networks")
+    );
 }
 
 /// A base gets its adapter, and the policy learns an answer, from nothing but what they are shown.

@@ -1,9 +1,11 @@
-"""Our sampling and scoring beside those of transformers, on the same files, in turn, and the ratios.
+"""Our sampling, scoring and training beside those of transformers and TRL, on the same files, in turn, and the ratios.
 
-usage: bench.py [--repeat N] [WORKLOAD ...]      (`make bench` calls it; workloads: see WORKLOADS)
+usage: bench.py [--repeat N] [WORKLOAD ...]      (`make bench` calls it; workloads: the names in the table that it prints)
 
 Prints a table for benches/README.md. Times are of the work alone: of transformers, the processor and the network with
-the model loaded; of ovchat, what its telemetry says of waiting for pictures, tower, prefill and decoding.
+the model loaded; of ovchat, what its telemetry says of waiting for pictures, tower, prefill and decoding. Of trainings,
+TRL's `train()` with everything loaded; of ovchat, the steps where sampling left the reference, and otherwise a whole
+process, loading, reference pass and saving included.
 """
 import argparse
 import json
@@ -11,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -23,6 +26,17 @@ SAMPLING = {
     "sample 7,400 tokens, 64 new": (1200, 4, 64),
     "sample 3,700 tokens, 256 new": (768, 6, 256),
 }
+
+
+# Side, pairs, whose answers: the sampler's or people's, and activation checkpointing of ovchat and of TRL.
+TRAINING = {
+    "train 3,700 tokens": (768, 6, "sampler", "never", "never"),
+    "train 3,700 tokens, people's pairs": (768, 6, "people", "never", "never"),
+    "train 3,700 tokens, people's pairs, checkpointing": (768, 6, "people", "always", "never"),
+    "train 7,400 tokens": (1200, 2, "sampler", "never", "always"),
+}
+
+TRAINED = {}
 
 
 def run(command, environment=None):
@@ -146,19 +160,85 @@ def scoring(scratch):
                 note=f"5 answers of some 70 tokens a prompt, 576 patches; equal mean rewards; {phases(took)}")
 
 
+def training(scratch, side, count, answers, checkpointing, their_checkpointing):
+    """An epoch of DPO, all weights, two pairs an update."""
+    model, data = made_model(scratch), made_data(scratch, side, count)
+    stages = {
+        "sampler": f"  prompts: {{ load_prompts: {{ from: {data}/prompts.json, images: {data}/images }} }}\n"
+                   "  candidates: { sample: { prompts: prompts, model: policy, count: 2, max_new_tokens: 75 } }\n"
+                   "  rewards: { score: { candidates: candidates, judge: judge } }\n"
+                   "  pairs: { select_extremes: { rewards: rewards } }\n",
+        "people": f"  pairs: {{ load_feedback: {{ from: {data}/pairs.json, images: {data}/images }} }}\n",
+    }[answers]
+    yaml, folder = scratch / "train.yaml", scratch / "run"
+    yaml.write_text(
+        f"pipeline: bench\nseed: 1\nmodels:\n  policy: {{ llava_onevision: {{ weights: {model}, dtype: float32, device: cpu }} }}\n"
+        f"  judge: {{ scripted: {{}} }}\nstages:\n{stages}"
+        f"  steps: {{ train_dpo: {{ pairs: pairs, model: policy, batch_pairs: 2, activation_checkpointing: {checkpointing}, "
+        "reference_audit: { share: 0 } } }\n")
+    subprocess.run(["rm", "-rf", folder], check=True)
+    environment = {name: value for name, value in os.environ.items() if name != "LD_LIBRARY_PATH"}
+    run([PROGRAM, "run", yaml, "--run", folder, "--until", "pairs"], environment)
+    ask = lambda query: json.loads(run([PROGRAM, "sql", folder, query, "--format", "json"], environment)[0])
+    pairs = ask("select id, image, prompt, chosen, rejected from pairs")
+    for pair in pairs:
+        pair["image"] = Path(pair["image"]).name
+    (scratch / "pairs.json").write_text(json.dumps(pairs))
+    begun = time.time()
+    _, peak = run([PROGRAM, "run", yaml, "--run", folder], environment)
+    seconds = time.time() - begun
+    row = ask("select sum(seconds) as seconds, sum(tokens) as tokens from steps")[0]
+    if answers == "sampler":
+        seconds = row["seconds"]
+    # TRL's time does not depend on what ovchat remembers: the same pairs are trained on once.
+    asked = (json.dumps(pairs), their_checkpointing)
+    if asked not in TRAINED:
+        TRAINED[asked] = peer("train", model, scratch / "pairs.json", data / "images", their_checkpointing)
+    theirs = TRAINED[asked]
+    return dict(unit="pairs/s", theirs=theirs["pairs"] / theirs["seconds"], ours=count / seconds, their_peak=theirs["peak_gb"], our_peak=peak,
+                note=f"{count} pairs of {row['tokens'] // count} tokens, prompt and both answers; TRL's checkpointing: {their_checkpointing}; "
+                f"{seconds:.1f} s beside {theirs['seconds']:.1f} s")
+
+
+def a_round(scratch):
+    """A round of the demo on 200 of its prompts: ovchat with all of its process, the script without imports and loading."""
+    samples = ROOT / "data-samples"
+    prompts = scratch / "prompts.json"
+    prompts.write_text(json.dumps(json.loads((samples / "prompts.json").read_text())[:200]))
+    folder = scratch / "run"
+    yaml = scratch / "round.yaml"
+    # The script evaluates nothing.
+    yaml.write_text((ROOT / "pipelines/dpo.yaml").read_text().split("# Made before round 1")[0].replace("../", f"{ROOT}/"))
+    subprocess.run(["rm", "-rf", folder], check=True)
+    environment = {name: value for name, value in os.environ.items() if name != "LD_LIBRARY_PATH"}
+    begun = time.time()
+    _, peak = run([PROGRAM, "run", yaml, "--run", folder, "--until", "steps", "--set", "rounds=1", "--set",
+                   f"stages.prompts.load_prompts.from={prompts}"], environment)
+    seconds = time.time() - begun
+    theirs = peer("a_round", samples / "policy", samples / "reward", prompts, samples / "images")
+    return dict(unit="prompts/s", theirs=200 / theirs["seconds"], ours=200 / seconds, their_peak=theirs["peak_gb"], our_peak=peak,
+                note=f"200 prompts, {theirs['pairs']} pairs; the script sampled and scored in {theirs['sampled']:.1f} s, trained in "
+                f"{theirs['trained']:.1f} s; ovchat took {seconds:.1f} s")
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--repeat", type=int, default=1)
-    parser.add_argument("workloads", nargs="*", default=[*SAMPLING, "unequal", "score", "pictures"])
+    parser.add_argument("workloads", nargs="*", default=[*SAMPLING, "unequal", "score", "pictures", *TRAINING, "round"])
     arguments = parser.parse_args()
     print("| work | unit | peer | ovchat | ratio | peak memory, GB | |\n|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         for name in arguments.workloads:
             for _ in range(arguments.repeat):
-                others = {"unequal": unequal, "score": scoring, "pictures": pictures}
-                found = others[name](scratch) if name in others else sampling(scratch, name, *SAMPLING[name])
-                print(f"| {name} | {found['unit']} | {found['theirs']:.2f} | {found['ours']:.2f} | {found['ours'] / found['theirs']:.1f} "
+                others = {"unequal": unequal, "score": scoring, "pictures": pictures, "round": a_round}
+                if name in others:
+                    found = others[name](scratch)
+                elif name in TRAINING:
+                    found = training(scratch, *TRAINING[name])
+                else:
+                    found = sampling(scratch, name, *SAMPLING[name])
+                print(f"| {name} | {found['unit']} | {found['theirs']:.3g} | {found['ours']:.3g} | {found['ours'] / found['theirs']:.1f} "
                       f"| {found['their_peak']:.1f}, ours {found['our_peak']:.1f} | {found['note']} |", flush=True)
 
 

@@ -1,11 +1,13 @@
 """The peers of bench.py: what people run today, on the same files. Each call prints one JSON line.
 
 usage: peers.py model OUT | reward OUT | data OUT SIDE COUNT | sample MODEL DATA NEW_TOKENS | score REWARD DATA ANSWERS
-       | pictures MODEL DATA
+       | pictures MODEL DATA | train MODEL PAIRS IMAGES CHECKPOINTING | a_round POLICY JUDGE PROMPTS IMAGES
 """
 import json
+import random
 import resource
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -65,16 +67,22 @@ def data(out, side, count):
     rows = [dict(id=f"{name}-{number}", image=f"{name}.png", prompt=QUESTION if number < len(kept) else f"{QUESTION} Part {number}.")
             for number, name in asked]
     (Path(out) / "prompts.json").write_text(json.dumps(rows))
+    random.seed(0)
+    words = lambda: "".join(f"word{random.randrange(10000, 30000)}" for _ in range(random.randint(60, 90)))
+    (Path(out) / "pairs.json").write_text(json.dumps([dict(row, chosen=words(), rejected=words()) for row in rows]))
 
 
 def processor_of(folder):
     from transformers import AutoTokenizer, LlavaOnevisionProcessor
     from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
     from transformers.models.llava_onevision.video_processing_llava_onevision import LlavaOnevisionVideoProcessor
+    images = json.loads((Path(folder) / "preprocessor_config.json").read_text())
+    tower = json.loads((Path(folder) / "config.json").read_text())["vision_config"]
+    side = tower["image_size"]
     return LlavaOnevisionProcessor(
-        image_processor=LlavaOnevisionImageProcessorPil(**IMAGES), tokenizer=AutoTokenizer.from_pretrained(folder),
-        num_image_tokens=(SIDE // PATCH) ** 2, vision_feature_select_strategy="full", vision_aspect_ratio="anyres_max_9",
-        video_processor=LlavaOnevisionVideoProcessor(size={"height": SIDE, "width": SIDE}))
+        image_processor=LlavaOnevisionImageProcessorPil(**{name: images[name] for name in IMAGES}),
+        tokenizer=AutoTokenizer.from_pretrained(folder), num_image_tokens=(side // tower["patch_size"]) ** 2, vision_feature_select_strategy="full", vision_aspect_ratio="anyres_max_9",
+        video_processor=LlavaOnevisionVideoProcessor(size={"height": side, "width": side}))
 
 
 def rows_of(folder):
@@ -100,6 +108,40 @@ def sample(folder, place, new_tokens):
                                max_new_tokens=int(new_tokens), min_new_tokens=int(new_tokens))
         tokens += COUNT * (out.shape[1] - given["input_ids"].shape[1])
     say(tokens=tokens, prompt_tokens=given["input_ids"].shape[1], seconds=time.time() - begun)
+
+
+CHAT = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
+        "{% if c.type == 'image' %}<image>\n{% else %}{{ c.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def dpo(policy, reference, processor, rows, images, batch, rate, checkpointing):
+    """An epoch of TRL's DPOTrainer, with a second model for the reference, a pair at a time, as its scripts for vision do."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+    processor.chat_template = processor.tokenizer.chat_template = CHAT
+    said = lambda role, text: [{"role": role, "content": text}]
+    dataset = Dataset.from_list([dict(
+        images=[Image.open(Path(images) / row["image"]).convert("RGB")],
+        prompt=said("system", "You are a helpful assistant.") + said("user", row["prompt"]),
+        chosen=said("assistant", row["chosen"]), rejected=said("assistant", row["rejected"])) for row in rows])
+    config = DPOConfig(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=1, gradient_accumulation_steps=batch, num_train_epochs=1,
+        learning_rate=rate, beta=0.1, lr_scheduler_type="cosine", warmup_steps=0.1, weight_decay=0.0, max_grad_norm=1.0,
+        logging_steps=1, save_strategy="no", report_to=[], max_length=None, bf16=False, fp16=False, use_cpu=True,
+        gradient_checkpointing=checkpointing == "always", remove_unused_columns=False, optim="adamw_torch", dataloader_num_workers=0)
+    trainer = DPOTrainer(model=policy, ref_model=reference, args=config, train_dataset=dataset, processing_class=processor)
+    begun = time.time()
+    trainer.train()
+    return time.time() - begun, trainer.state.log_history[0]
+
+
+def train(folder, pairs, images, checkpointing):
+    from transformers import LlavaOnevisionForConditionalGeneration
+    policy, reference = (LlavaOnevisionForConditionalGeneration.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
+    rows = json.loads(Path(pairs).read_text())
+    seconds, first = dpo(policy, reference, processor_of(folder), rows, images, 2, 5e-7, checkpointing)
+    say(pairs=len(rows), seconds=seconds, loss=first["loss"], logps_chosen=first["logps/chosen"])
 
 
 def reward(out):
@@ -139,40 +181,79 @@ def reward(out):
     (out / "prompt.txt").write_text("USER: Judge your last answer. ASSISTANT: Its score is")
 
 
-@torch.no_grad()
-def score(folder, place, said):
-    """One forward pass for each answer, by the modules of transformers."""
+def weights_of(folder, name):
+    from safetensors.torch import load_file
+    path = Path(folder) / f"{name}.safetensors"
+    return load_file(path) if path.exists() else torch.load(path.with_name(f"{'pytorch_model' if name == 'model' else name}.bin"))
+
+
+def judge_of(folder):
+    """LLaVA-RLHF's reward model by the modules of transformers: a function of a picture, a question and an answer."""
     from tokenizers import Tokenizer
     from transformers import CLIPImageProcessor, CLIPVisionModel, LlamaConfig, LlamaModel
     folder = Path(folder)
     config = json.loads((folder / "base/config.json").read_text())
     config.pop("model_type")
-    weights = torch.load(folder / "base/pytorch_model.bin")
-    adapter, head = torch.load(folder / "adapter/adapter_model.bin"), torch.load(folder / "adapter/reward_head")
+    lora = json.loads((folder / "adapter/adapter_config.json").read_text())
+    weights = {name: weight.float() for name, weight in weights_of(folder / "base", "model").items()}
+    adapter, head = weights_of(folder / "adapter", "adapter_model"), torch.load(folder / "adapter/reward_head")
     for name in [name for name in adapter if ".lora_A." in name]:
         weight = name.removeprefix("base_model.model.").replace(".lora_A.", ".")
-        weights[weight] = weights[weight] + adapter[name.replace(".lora_A.", ".lora_B.")] @ adapter[name]
+        update = adapter[name.replace(".lora_A.", ".lora_B.")].float() @ adapter[name].float()
+        weights[weight] = weights[weight] + update * lora["lora_alpha"] / lora["r"]
     llama = LlamaModel(LlamaConfig(**config)).eval()
     llama.load_state_dict({name.removeprefix("model."): weight for name, weight in weights.items()
                            if name.startswith("model.") and "mm_projector" not in name})
-    clip = CLIPVisionModel.from_pretrained(folder / "vision").eval()
+    clip = CLIPVisionModel.from_pretrained(folder / "vision", dtype=torch.float32).eval()
     processor, words = CLIPImageProcessor.from_pretrained(folder / "vision"), Tokenizer.from_file(str(folder / "base/tokenizer.json"))
     system = "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user's questions."
-    texts = {}
+    prompt = " " + (folder / "prompt.txt").read_text().replace("{factual_prompt}", "")
+
+    def reward(picture, question, answer):
+        pixels = processor(picture, return_tensors="pt").pixel_values
+        features = clip(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        features = features @ weights["model.mm_projector.weight"].T + weights["model.mm_projector.bias"]
+        before = [1] + words.encode(f"{system} USER: ").ids
+        after = words.encode(f"\n{question} ASSISTANT: {answer}").ids + [2] + words.encode(prompt).ids
+        embeds = torch.cat([llama.embed_tokens(torch.tensor([before])), features, llama.embed_tokens(torch.tensor([after]))], 1)
+        return float(head["weight"].float() @ llama(inputs_embeds=embeds).last_hidden_state[0, -1] + head["bias"].float())
+    return reward
+
+
+@torch.no_grad()
+def score(folder, place, said):
+    """One forward pass for each answer."""
+    reward, texts = judge_of(folder), {}
     for answer in json.loads(Path(said).read_text()):
         texts.setdefault(answer["id"], []).append(answer["text"])
-    begun, answers, total = time.time(), 0, 0.0
+    begun, rewards = time.time(), []
     for row, picture in rows_of(place):
-        for answer in texts[row["id"]]:
-            pixels = processor(picture, return_tensors="pt").pixel_values
-            features = clip(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
-            features = features @ weights["model.mm_projector.weight"].T + weights["model.mm_projector.bias"]
-            before = [1] + words.encode(f"{system} USER: ").ids
-            after = words.encode(f"\n{row['prompt']} ASSISTANT: {answer}").ids + [2] + words.encode(" " + (folder / "prompt.txt").read_text()).ids
-            embeds = torch.cat([llama.embed_tokens(torch.tensor([before])), features, llama.embed_tokens(torch.tensor([after]))], 1)
-            total += float(head["weight"] @ llama(inputs_embeds=embeds).last_hidden_state[0, -1])
-            answers += 1
-    say(answers=answers, mean=total / answers, seconds=time.time() - begun)
+        rewards += [reward(picture, row["prompt"], answer) for answer in texts[row["id"]]]
+    say(answers=len(rewards), mean=sum(rewards) / len(rewards), seconds=time.time() - begun)
+
+
+def a_round(policy, judge, prompts, images):
+    """Sampling, scoring, pairing and an epoch of DPO, as a script of these libraries does it; models loaded."""
+    from transformers import LlavaOnevisionForConditionalGeneration
+    network = LlavaOnevisionForConditionalGeneration.from_pretrained(policy, dtype=torch.float32).eval()
+    processor, reward = processor_of(policy), judge_of(judge)
+    rows = json.loads(Path(prompts).read_text())
+    begun, pairs = time.time(), []
+    with torch.no_grad():
+        for row in rows:
+            picture = Image.open(Path(images) / row["image"]).convert("RGB")
+            given = processor(images=[picture], text=[text_of(row["prompt"])], return_tensors="pt")
+            out = network.generate(**given, do_sample=True, temperature=0.7, top_p=0.9, top_k=0, num_return_sequences=COUNT,
+                                   max_new_tokens=32)
+            answers = processor.tokenizer.batch_decode(out[:, given["input_ids"].shape[1]:], skip_special_tokens=True)
+            rewards = [reward(picture, row["prompt"], answer) for answer in answers]
+            best, worst = max(rewards), min(rewards)
+            if best > worst:
+                pairs.append(dict(row, chosen=answers[rewards.index(best)], rejected=answers[rewards.index(worst)]))
+    sampled = time.time() - begun
+    seconds = dpo(network.train(), LlavaOnevisionForConditionalGeneration.from_pretrained(policy, dtype=torch.float32), processor,
+                  pairs, images, 8, 4e-5, "never")[0]
+    say(prompts=len(rows), pairs=len(pairs), sampled=sampled, trained=seconds, seconds=sampled + seconds)
 
 
 def pictures(folder, place):

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::Failed;
 use super::out::line;
+use super::{Failed, memory};
 use crate::config::{Complaint, LoadError, Look, Plan, PlannedStage, load};
 
 /// Says everything that is wrong with a pipeline, before anything runs.
@@ -85,6 +85,7 @@ impl ShowPlan {
         }
         let mut text = String::new();
         plan.render(&mut text).expect("a string takes any text");
+        text.push_str(&memory::render(&plan));
         line(text.trim_end())?;
         warn(&plan);
         Ok(())

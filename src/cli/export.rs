@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
-use super::{Failed, run_folder};
+use super::{Failed, engine, run_folder};
+use crate::models::ModelLoader;
 use crate::store::{
     CheckpointRecord, Images, Lookup, Made, RunFolder, StoreError, TableReader, copy_folder,
     write_atomically,
@@ -20,7 +21,8 @@ use crate::tables::{Image, Pair, Row};
 #[derive(Args)]
 #[command(
     after_help = "Examples:\n  pipeline export runs/small-world pairs --to export/pairs.json\n  \
-    pipeline export runs/small-world checkpoint --round 2 --to /models/mine"
+    pipeline export runs/small-world checkpoint --round 2 --to /models/mine\n  \
+    pipeline export runs/adapted checkpoint --merge --to /models/merged"
 )]
 pub struct Export {
     /// The run: its folder, or its name below runs/.
@@ -56,15 +58,41 @@ enum What {
         /// The model, if the run trains several.
         #[arg(long)]
         model: Option<String>,
+        /// Of an adapter, the whole model with the adapter added to its weights.
+        #[arg(long)]
+        merge: bool,
+        /// The folder of the weights that an adapter is merged into, where it no longer is where it
+        /// was in training.
+        #[arg(long, requires = "merge")]
+        base: Option<PathBuf>,
     },
 }
 
 impl Export {
-    pub fn run(&self) -> Result<(), Failed> {
+    pub fn run(&self, loader: Option<&dyn ModelLoader>) -> Result<(), Failed> {
         let run = RunFolder::read(&run_folder(&self.run))?;
         match &self.what {
             What::Pairs { to, round, table } => pairs(&run, to, *round, table.as_deref()),
-            What::Checkpoint { to, round, model } => checkpoint(&run, to, *round, model.as_deref()),
+            What::Checkpoint {
+                to,
+                round,
+                model,
+                merge,
+                base,
+            } => {
+                if *merge && loader.is_none() {
+                    return Err(engine::become_it());
+                }
+                let trained = trained(&run, *round, model.as_deref())?;
+                match loader.filter(|_| *merge) {
+                    None => checkpoint(&run, to, &trained),
+                    Some(loader) => {
+                        let last = trained.last().expect("one was found");
+                        let folder = run.root().join(&last.folder);
+                        merge_adapter(loader, &folder, base.as_deref(), to)
+                    }
+                }
+            }
         }
     }
 }
@@ -170,12 +198,12 @@ fn pairs(
     Ok(())
 }
 
-fn checkpoint(
-    run: &RunFolder,
-    to: &Path,
+/// The checkpoints of a model up to a round, oldest first; none is no answer.
+fn trained<'a>(
+    run: &'a RunFolder,
     round: Option<u32>,
     model: Option<&str>,
-) -> Result<(), Failed> {
+) -> Result<Vec<&'a CheckpointRecord>, Failed> {
     let is_of = |record: &CheckpointRecord| model.is_none_or(|model| record.model == model);
     let last = find(run, "checkpoint", round, |made| {
         made.checkpoint.as_ref().is_some_and(is_of)
@@ -190,22 +218,64 @@ fn checkpoint(
         .collect();
     // Within a round they lie in the order of their making.
     trained.sort_by_key(|(round, _)| *round);
-    let (_, last) = *trained.last().expect("one was found");
-    if let Some((_, other)) = trained.iter().find(|(_, other)| other.model != last.model) {
+    let trained: Vec<&CheckpointRecord> = trained.into_iter().map(|(_, record)| record).collect();
+    let last = trained.last().expect("one was found");
+    if let Some(other) = trained.iter().find(|other| other.model != last.model) {
         return Err(Failed::Usage(format!(
             "the run trains several models; name one: --model {} or --model {}",
             other.model, last.model
         )));
     }
+    Ok(trained)
+}
+
+fn is_free(to: &Path) -> Result<(), Failed> {
     if to.exists() {
-        return Err(Failed::Words(format!(
-            "{} exists; give another folder",
-            to.display()
-        )));
+        let words = format!("{} exists; give another folder", to.display());
+        return Err(Failed::Words(words));
     }
+    Ok(())
+}
+
+/// Writes the weights that the adapter in `folder` was trained beside, with the adapter added.
+fn merge_adapter(
+    loader: &dyn ModelLoader,
+    folder: &Path,
+    base: Option<&Path>,
+    to: &Path,
+) -> Result<(), Failed> {
+    let path = folder.join("adapter_config.json");
+    if !path.is_file() {
+        let words = "the checkpoint is a whole model, no adapter; leave out --merge";
+        return Err(Failed::Usage(words.to_owned()));
+    }
+    is_free(to)?;
+    let text = fs::read_to_string(&path).map_err(StoreError::io("read", &path))?;
+    let config: Value = serde_json::from_str(&text).unwrap_or_default();
+    let named = config["base_model_name_or_path"].as_str().map(Path::new);
+    let base = base.or(named).filter(|base| base.is_dir()).ok_or_else(|| {
+        let named = named.unwrap_or(Path::new("nowhere")).display();
+        Failed::Words(format!(
+            "the weights that the adapter belongs to are not in {named}; say with --base where they are"
+        ))
+    })?;
+    let merged = loader.merge(base, folder, to);
+    merged.map_err(|error| Failed::Words(error.to_string()))?;
+    eprintln!(
+        "wrote {} with {} added to {}",
+        base.display(),
+        folder.display(),
+        to.display()
+    );
+    Ok(())
+}
+
+fn checkpoint(run: &RunFolder, to: &Path, trained: &[&CheckpointRecord]) -> Result<(), Failed> {
+    is_free(to)?;
+    let last = trained.last().expect("one was found");
     // Trainings of a reward model write a part of it each: the last of each part is meant.
     let mut parts: BTreeMap<OsString, PathBuf> = BTreeMap::new();
-    for (_, record) in &trained {
+    for record in trained {
         let folder = run.root().join(&record.folder);
         for entry in fs::read_dir(&folder).map_err(StoreError::io("read", &folder))? {
             let entry = entry.map_err(StoreError::io("read", &folder))?;

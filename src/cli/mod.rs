@@ -9,7 +9,9 @@ mod doctor;
 mod engine;
 mod export;
 mod init;
+mod memory;
 mod out;
+mod pairs;
 mod progress;
 mod report;
 mod run;
@@ -47,6 +49,7 @@ enum Command {
     Plan(check::ShowPlan),
     Sql(sql::Sql),
     Status(status::Status),
+    Pairs(pairs::ShowPairs),
     Export(export::Export),
     Schema(schema::ShowSchema),
     Init(init::Init),
@@ -91,7 +94,8 @@ pub fn main(loader: Option<&dyn ModelLoader>) -> ExitCode {
         Command::Plan(command) => command.run(),
         Command::Sql(command) => command.run(),
         Command::Status(command) => command.run(),
-        Command::Export(command) => command.run(),
+        Command::Pairs(command) => command.run(),
+        Command::Export(command) => command.run(loader),
         Command::Schema(command) => command.run(),
         Command::Init(command) => command.run(),
         Command::Doctor(command) => command.run(loader),

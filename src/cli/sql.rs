@@ -13,7 +13,7 @@ use clap::{Args, ValueEnum};
 
 use super::out::{Out, line};
 use super::{Failed, run_folder};
-use crate::query::{self, QueryError, QueryTable, View};
+use crate::query::{self, Param, QueryError, QueryTable, View};
 use crate::store::{FileRecord, Made, RunFolder};
 use crate::tables::{Image, Reject, Row, Telemetry, schema_of};
 
@@ -36,7 +36,7 @@ pub struct Sql {
 
 /// How rows are printed.
 #[derive(Clone, Copy, ValueEnum)]
-enum Format {
+pub enum Format {
     Table,
     Csv,
     /// A JSON list.
@@ -90,14 +90,32 @@ impl Sql {
     }
 }
 
+/// Prints what a query over some tables says.
+pub fn show(
+    query: &str,
+    params: &[(&str, Param)],
+    tables: &[QueryTable],
+    format: Format,
+) -> Result<(), Failed> {
+    let spill = spill()?;
+    let mut printer = Printer::new(format);
+    let sink = |batch| printer.print(&batch);
+    let schema = query::run(query, params, tables, &[], Some(spill.path()), sink)?;
+    printer.end(&Arc::new((*schema).clone()))
+}
+
+fn spill() -> Result<tempfile::TempDir, Failed> {
+    tempfile::tempdir()
+        .map_err(|error| Failed::Words(format!("no folder for temporary files: {error}")))
+}
+
 /// Runs a query over all that there is in a run: its tables, and the views of its report.
 pub fn ask(
     run: &RunFolder,
     query: &str,
     sink: impl FnMut(RecordBatch) -> Result<(), Failed>,
 ) -> Result<SchemaRef, Failed> {
-    let spill = tempfile::tempdir()
-        .map_err(|error| Failed::Words(format!("no folder for temporary files: {error}")))?;
+    let spill = spill()?;
     let views = report_views(&run.manifest().source);
     query::run(query, &[], &tables(run)?, &views, Some(spill.path()), sink)
 }

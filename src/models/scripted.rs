@@ -254,6 +254,10 @@ impl DpoLearner for ScriptedLearner {
         Ok(report)
     }
 
+    fn look_over(&mut self, _: &[Example<'_>]) -> Result<(), ModelError> {
+        Ok(())
+    }
+
     fn plan(&self) -> Option<String> {
         None
     }

@@ -95,7 +95,12 @@ pub trait DpoLearner: Learner {
     /// One optimizer update over the batch (the mean of its pairs' losses).
     fn step(&mut self, batch: &[Example<'_>]) -> Result<DpoReport, ModelError>;
 
-    /// What it takes of memory and how it goes about it, in words; `None` if there is nothing to say.
+    /// Looks pairs over that will be trained on, without decoding their pictures; fails at one that
+    /// can't be.
+    fn look_over(&mut self, pairs: &[Example<'_>]) -> Result<(), ModelError>;
+
+    /// What it takes of memory and how it goes about it, by the pairs that it looked over, in words;
+    /// `None` if there is nothing to say.
     fn plan(&self) -> Option<String>;
 }
 
@@ -143,6 +148,9 @@ pub trait ModelLoader {
     /// The precision that the model's `device` and `dtype` mean here. It takes part in keys: rows in
     /// bfloat16 and rows in float32 are not the same rows.
     fn precision(&self, spec: &ModelSpec) -> Result<Dtype, ModelError>;
+    /// Writes the checkpoint in the folder `weights` with an adapter added to it into the new folder
+    /// `to`, for programs that know no adapters.
+    fn merge(&self, weights: &Path, adapter: &Path, to: &Path) -> Result<(), ModelError>;
     /// What decides the last bits of what the models compute (library, threads), for the footers of
     /// the files made with them.
     fn build(&self) -> Vec<(&'static str, String)>;

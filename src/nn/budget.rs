@@ -7,53 +7,16 @@
 
 use std::ops::Range;
 
-use tch::{Device, Kind};
+use tch::Device;
 
 use super::chain::Keep;
-use super::decoder::DecoderConfig;
 use super::device;
-use super::vit::VitConfig;
 use crate::models::{Checkpointing, Gigabytes, RowFault};
+use crate::prep::{Sizes, TrainingSizes};
 
 /// Tokens that are read at once in training, unless one row alone has more: small products keep no
 /// processor busy, and the activations of these few are no more than those of one large picture.
 pub const PACK_TOKENS_MAX: usize = 2048;
-
-/// Copies of the logits of a row that choosing its token needs at the same time, in float32.
-const LOGITS_COPIES: u64 = 6;
-
-/// What a network needs, in bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Sizes {
-    pub weights: u64,
-    /// Keys and values of a token in all layers.
-    pub token: u64,
-    /// Activations of a token that is being read.
-    pub read: u64,
-    /// What an answer needs in a step beside its keys and values.
-    pub row: u64,
-}
-
-impl Sizes {
-    /// Those of a decoder in precision `kind`, in a network of `elements` weights in all.
-    pub fn new(elements: u64, config: &DecoderConfig, kind: Kind) -> Self {
-        let element = kind.elt_size_in_bytes() as u64;
-        let size = |length: i64| length as u64 * element;
-        let heads = config.num_attention_heads + 2 * config.num_key_value_heads;
-        Self {
-            weights: elements * element,
-            token: 2 * size(
-                config.num_hidden_layers * config.num_key_value_heads * config.head_dim,
-            ),
-            // Input, its norm and their sum; queries, keys and values before and after they are
-            // turned; gate, its activation, the other half and their product.
-            read: size(
-                4 * config.hidden_size + 3 * heads * config.head_dim + 4 * config.intermediate_size,
-            ),
-            row: LOGITS_COPIES * config.vocab_size as u64 * 4,
-        }
-    }
-}
 
 /// How much is computed at once in sampling or scoring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -150,52 +113,42 @@ impl Budget {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TrainingBudget {
     memory: u64,
-    /// Weights, gradients and the optimizer's moments, in bytes.
-    state: u64,
-    /// What is remembered of a token of the decoder, and of a tile of a picture, for their gradients.
-    token: u64,
-    tile: u64,
+    sizes: TrainingSizes,
     checkpointing: Checkpointing,
 }
 
 impl TrainingBudget {
-    /// `state` bytes of weights, gradients and moments; the rest follows from the sizes of decoder and
-    /// tower and the precision `kind`. What is remembered was counted operation by operation: inputs
-    /// and results of norms (of which two are in float32 where `kind` is not), queries, keys and values
-    /// before and after they are turned, gates and their products.
-    pub fn new(
+    /// Fails when weights, gradients and moments alone are more than the memory that may be taken:
+    /// `asked` for, or else what [`device::memory`] says.
+    pub fn plan(
         asked: Option<Gigabytes>,
         device: Device,
+        sizes: TrainingSizes,
         checkpointing: Checkpointing,
-        state: u64,
-        decoder: &DecoderConfig,
-        tower: Option<&VitConfig>,
-        kind: Kind,
-    ) -> Self {
-        let element = kind.elt_size_in_bytes() as u64;
-        let heads = decoder.num_attention_heads + 2 * decoder.num_key_value_heads;
-        let of_layer = element
-            * (4 * decoder.hidden_size
-                + 2 * heads * decoder.head_dim
-                + 4 * decoder.intermediate_size
-                + decoder.num_attention_heads * decoder.head_dim) as u64
-            + 4 * 4 * decoder.hidden_size as u64;
-        let tile = tower.map_or(0, |tower| {
-            let of_layer = (8 * tower.hidden_size + 2 * tower.intermediate_size) as u64;
-            element * of_layer * (tower.num_hidden_layers * tower.num_patches()) as u64
-        });
-        Self {
-            memory: asked.map_or_else(|| device::memory(device), Gigabytes::bytes),
-            state,
-            token: of_layer * decoder.num_hidden_layers as u64,
-            tile,
-            checkpointing,
+    ) -> Result<Self, String> {
+        let memory = asked.map_or_else(|| device::memory(device), Gigabytes::bytes);
+        if sizes.state() > memory {
+            return Err(format!(
+                "training takes {} for weights, {} for gradients and {} for the optimizer's moments, \
+                 and {} may be used; train an adapter (`lora`), fewer parts (`train`), with \
+                 `optimizer: adamw_8bit`, or give the model a larger `memory_gb`",
+                gigabytes(sizes.weights),
+                gigabytes(sizes.gradients),
+                gigabytes(sizes.moments),
+                gigabytes(memory),
+            ));
         }
+        Ok(Self {
+            memory,
+            sizes,
+            checkpointing,
+        })
     }
 
     /// What is remembered of a pass over so many tokens and tiles.
     pub fn keep(&self, tokens: usize, tiles: usize) -> Keep {
-        let fits = self.state + self.remembered(tokens, tiles) <= self.memory;
+        let needed = self.sizes.state() + self.sizes.remembered(tokens, tiles);
+        let fits = needed <= self.memory;
         match self.checkpointing {
             Checkpointing::Never => Keep::Everything,
             Checkpointing::Auto if fits => Keep::Everything,
@@ -203,24 +156,24 @@ impl TrainingBudget {
         }
     }
 
-    /// Bytes of activations that a pass remembers for its gradients, if it remembers everything.
-    fn remembered(&self, tokens: usize, tiles: usize) -> u64 {
-        self.token * tokens as u64 + self.tile * tiles as u64
-    }
-
-    /// How a training goes about it, in words.
-    pub fn in_words(&self) -> String {
-        let free = self.memory.saturating_sub(self.state);
-        let tokens = free / self.token.max(1);
-        let [memory, state] = [self.memory, self.state].map(gigabytes);
-        let how = match self.checkpointing {
-            Checkpointing::Always => "activations are computed again layer by layer".to_owned(),
-            Checkpointing::Never => "all activations are remembered".to_owned(),
-            Checkpointing::Auto => format!(
-                "activations of up to {tokens} tokens at once are remembered, of more computed again"
+    /// How a training goes about it whose largest row has so many tokens and tiles, in words.
+    pub fn in_words(&self, [tokens, tiles]: [usize; 2]) -> String {
+        let [memory, state] = [self.memory, self.sizes.state()].map(gigabytes);
+        // Short rows go side by side.
+        let at_once = tokens.max(PACK_TOKENS_MAX.min(tokens * 8));
+        let remembered = gigabytes(self.sizes.remembered(at_once, tiles));
+        let again = gigabytes(self.sizes.computed_again(at_once, tiles));
+        let how = match (self.checkpointing, self.keep(at_once, tiles)) {
+            (Checkpointing::Auto, Keep::Inputs) => format!(
+                "{remembered} that would not fit beside them; computed again layer by layer, {again}"
             ),
+            (_, Keep::Inputs) => format!("{again}, computed again layer by layer"),
+            _ => format!("{remembered}, all remembered"),
         };
-        format!("{memory} of memory, {state} of them weights, gradients and moments; {how}")
+        format!(
+            "{memory} of memory, {state} of it weights, gradients and moments; activations of up to \
+             {at_once} tokens: {how}"
+        )
     }
 }
 
@@ -260,6 +213,7 @@ pub fn packs(lengths: &[usize], tokens_max: usize) -> Vec<Range<usize>> {
 mod tests {
     use super::*;
     use crate::models::ModelError;
+    use crate::prep::DecoderCard;
 
     #[test]
     fn packs_hold_whole_texts_in_order() {
@@ -269,7 +223,7 @@ mod tests {
 
     /// Qwen2 of 7B in bfloat16, its sizes by hand: 28 layers, 4 key-value heads of 128.
     fn sizes() -> Sizes {
-        let config = DecoderConfig {
+        let card = DecoderCard {
             vocab_size: 152_128,
             hidden_size: 3584,
             intermediate_size: 18_944,
@@ -277,12 +231,9 @@ mod tests {
             num_attention_heads: 28,
             num_key_value_heads: 4,
             head_dim: 128,
-            hidden_act: super::super::layers::Activation::Silu,
-            rms_norm_eps: 1e-6,
-            rope_theta: 1e6,
-            qkv_bias: super::super::layers::Bias::Yes,
+            ..DecoderCard::QWEN2
         };
-        Sizes::new(8_000_000_000, &config, Kind::BFloat16)
+        Sizes::new(8_000_000_000, &card, 2)
     }
 
     #[test]

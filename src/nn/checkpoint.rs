@@ -20,7 +20,7 @@ use super::layers::Source;
 use super::optimizer::Parameter;
 use super::weights::{Weights, save_safetensors};
 use crate::models::{ModelError, Part, Tower};
-use crate::prep::canonical;
+use crate::prep::{canonical, part_of};
 
 /// The canonical names of the embedding and of the head, which may be one parameter.
 pub const EMBEDDING: &str = "language_model.model.embed_tokens.weight";
@@ -86,9 +86,12 @@ impl Checkpoint {
         self.weights.kind(stored)
     }
 
-    /// Elements of all tensors.
-    pub fn elements(&self) -> u64 {
-        self.weights.elements()
+    /// The shape of the tensor of this canonical name.
+    pub fn shape(&self, name: &str) -> Result<Vec<i64>, ModelError> {
+        let stored = self.names.get(name);
+        let info = stored.and_then(|stored| self.weights.info(stored));
+        let missing = || problem_with(self.weights.path(), &format!("has no tensor `{name}`"));
+        Ok(info.ok_or_else(missing)?.shape.to_vec())
     }
 
     /// Whether a tensor of this canonical name is stored.
@@ -232,19 +235,6 @@ impl Parts {
 impl From<Tower> for Parts {
     fn from(tower: Tower) -> Self {
         Self::which(|part| part != Part::VisionTower || tower == Tower::Train)
-    }
-}
-
-/// The part that the parameter `name` belongs to.
-pub fn part_of(name: &str) -> Part {
-    if name.starts_with(TOWER) {
-        Part::VisionTower
-    } else if name.contains("projector.") {
-        Part::Projector
-    } else if name == "image_newline" {
-        Part::Newline
-    } else {
-        Part::LanguageModel
     }
 }
 

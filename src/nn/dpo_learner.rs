@@ -18,11 +18,10 @@ use std::rc::Rc;
 use rayon::prelude::*;
 use tch::{Device, Kind};
 
-use self::pass::{Counting, Pass, Tokens, prepare};
+use self::pass::{Counting, Pass, Tokens, measure, prepare};
 use super::budget::{PACK_TOKENS_MAX, TrainingBudget, packs};
 use super::chain::Keep;
-use super::checkpoint::{Checkpoint, Parts, Purpose, Reader, part_of};
-use super::decoder::DecoderConfig;
+use super::checkpoint::{Checkpoint, Parts, Purpose, Reader};
 use super::device;
 use super::dpo::{PairLogps, PairLoss, losses};
 use super::edge::guarded;
@@ -31,13 +30,12 @@ use super::llava_onevision::{LlavaOnevision, is_tied};
 use super::lora::{Adapted, Adapter, AdapterConfig, Names, Start, save_adapter};
 use super::optimizer::Parameter;
 use super::training::{Training, doing, not_finite, row_error};
-use super::vit::{Family, VitConfig};
 use super::weights::refuse;
 use crate::models::{
     self, DpoLearner, DpoReport, DpoSettings, Example, Learner, LoraSettings, Loss, ModelError,
-    Objective, Optimizer, Part, Trained,
+    Objective, Part, Trained,
 };
-use crate::prep::{AdapterCard, OnevisionCard, PolicyPrep};
+use crate::prep::{AdapterCard, OnevisionCard, PolicyPrep, TrainingSizes, part_of};
 
 /// Pairs whose pictures are decoded and cut before the first of them is read.
 const PREPARED_MAX: usize = 8;
@@ -55,6 +53,8 @@ pub struct OnevisionDpo {
     /// The parts that gradients go to.
     parts: Parts,
     budget: TrainingBudget,
+    /// Tokens and tiles of the largest pair that is known.
+    largest: [usize; 2],
     /// Logits that are in memory at once.
     logits_max: i64,
     written: Written,
@@ -108,9 +108,13 @@ impl OnevisionDpo {
     pub fn open(spec: &models::LlavaOnevision, settings: &DpoSettings) -> Result<Self, ModelError> {
         let prep = PolicyPrep::open(&spec.weights)?;
         let (device, kind) = device::choose(spec.device, spec.dtype)?;
-        let checkpoint = Checkpoint::open(&spec.weights)?;
-        let elements = checkpoint.elements();
         let (card, on) = (&prep.card, (device, kind));
+        let optimizer = settings.optimization.optimizer;
+        let element = kind.elt_size_in_bytes() as u64;
+        let sizes = TrainingSizes::new(card, &settings.trained, optimizer, element);
+        let budget = TrainingBudget::plan(spec.memory_gb, device, sizes, settings.checkpointing);
+        let budget = budget.map_err(|problem| refuse(&spec.weights, problem))?;
+        let checkpoint = Checkpoint::open(&spec.weights)?;
         let opened = match &settings.trained {
             Trained::Parts(parts) => open_parts(spec, checkpoint, card, on, parts)?,
             Trained::Lora(lora) => open_lora(spec, &checkpoint, card, on, lora)?,
@@ -122,30 +126,6 @@ impl OnevisionDpo {
                 own.and_then(|&(_, rate)| rate)
             });
         }
-        let trained: u64 = training
-            .parameters
-            .iter()
-            .map(|parameter| parameter.tensor.numel() as u64)
-            .sum();
-        let frozen = match &opened.written {
-            Written::Checkpoint(_) => elements.saturating_sub(trained),
-            Written::Adapter { .. } => elements,
-        };
-        let moments = match settings.optimization.optimizer {
-            Optimizer::Adamw => 8,
-            Optimizer::Adamw8bit => 2,
-        };
-        let state = frozen * kind.elt_size_in_bytes() as u64 + trained * (4 + 4 + moments);
-        let tower = VitConfig::new(Family::Siglip, &card.vision_config);
-        let budget = TrainingBudget::new(
-            spec.memory_gb,
-            device,
-            settings.checkpointing,
-            state,
-            &DecoderConfig::from(&card.text_config),
-            opened.parts.has(Part::VisionTower).then_some(&tower),
-            kind,
-        );
         Ok(Self {
             prep,
             network: opened.network,
@@ -157,6 +137,7 @@ impl OnevisionDpo {
             },
             parts: opened.parts,
             budget,
+            largest: [0; 2],
             logits_max: LOGITS_MAX,
             written: opened.written,
         })
@@ -336,7 +317,11 @@ fn open_lora(
         parameters,
         parts: Parts::NONE,
         written: Written::Adapter {
-            base: spec.weights.clone(),
+            // For whoever reads the adapter's config elsewhere.
+            base: spec
+                .weights
+                .canonicalize()
+                .unwrap_or_else(|_| spec.weights.clone()),
             settings: lora.clone(),
             dropout,
         },
@@ -434,8 +419,20 @@ impl DpoLearner for OnevisionDpo {
         })
     }
 
+    fn look_over(&mut self, pairs: &[Example<'_>]) -> Result<(), ModelError> {
+        let (prep, counting) = (&self.prep, self.counting);
+        let sizes: Vec<Result<[usize; 2], ModelError>> = pairs
+            .par_iter()
+            .map(|pair| measure(prep, counting, pair))
+            .collect();
+        for size in sizes {
+            self.largest = self.largest.max(size?);
+        }
+        Ok(())
+    }
+
     fn plan(&self) -> Option<String> {
-        Some(self.budget.in_words())
+        Some(self.budget.in_words(self.largest))
     }
 }
 

@@ -17,9 +17,9 @@ use std::time::Instant;
 use rayon::prelude::*;
 
 use self::batch::{Batch, Draft, Ends, Growing};
-use super::budget::{Budget, Sizes, packs, too_large};
+use super::budget::{Budget, packs, too_large};
 use super::checkpoint::Checkpoint;
-use super::decoder::{DecoderConfig, Prefix, Wanted};
+use super::decoder::{Prefix, Wanted};
 use super::device;
 use super::edge::guarded;
 use super::llava_onevision::LlavaOnevision;
@@ -29,7 +29,7 @@ use crate::models::{
     self, Emit, Generation, ModelError, Picture, Policy, Prompt, RowFault, Sampling, Stop,
     Telemetry,
 };
-use crate::prep::{PolicyPrep, PromptIds, Tiles};
+use crate::prep::{PolicyPrep, PromptIds, Sizes, Tiles, elements};
 
 /// LLaVA-OneVision as a policy.
 #[derive(Debug)]
@@ -86,8 +86,8 @@ impl OnevisionPolicy {
         let (device, kind) = device::choose(spec.device, spec.dtype)?;
         let checkpoint = Checkpoint::open(folder)?;
         let network = LlavaOnevision::open_merged(spec, &checkpoint, &prep.card, device, kind)?;
-        let config = DecoderConfig::from(&prep.card.text_config);
-        let sizes = Sizes::new(checkpoint.elements(), &config, kind);
+        let element = kind.elt_size_in_bytes() as u64;
+        let sizes = Sizes::new(elements(&prep.card), &prep.card.text_config, element);
         Ok(Self {
             banned: prep.chat.banned(prep.card.text_config.vocab_size),
             prep,

@@ -31,7 +31,7 @@ pub struct Llava {
 
 impl Llava {
     /// Reads the weights of the three folders of `spec`, whose config files `card` describes, the
-    /// adapter merged into the base's. Gives the number of weights, too.
+    /// adapter merged into the base's.
     ///
     /// Fails when a tensor is missing or has another shape than the config says, when there is no
     /// adapter, and when it lacks one of its target modules or holds anything that has no place in
@@ -41,7 +41,7 @@ impl Llava {
         card: &RewardCard,
         kind: Kind,
         device: Device,
-    ) -> Result<(Self, u64), ModelError> {
+    ) -> Result<Self, ModelError> {
         let tower = Checkpoint::open_clip(&spec.vision)?;
         let vision = Reader::new(&tower, device, kind, Purpose::Inference);
         let adapter = card.adapter.as_ref().ok_or_else(|| no_adapter(spec))?;
@@ -53,7 +53,7 @@ impl Llava {
         };
         let network = Self::new(&vision, &merged, base.has(TWO_LAYERS), card)?;
         adapter.all_used()?;
-        Ok((network, tower.elements() + base.elements()))
+        Ok(network)
     }
 
     /// The network with its tower from `vision` and the rest from `base`. A projector of two layers

@@ -15,7 +15,7 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
 
-use super::checkpoint::Reader;
+use super::checkpoint::{Checkpoint, Purpose, Reader};
 use super::layers::{Dropout, Lora, Source};
 use super::optimizer::Parameter;
 use super::sampling::uniform;
@@ -213,6 +213,27 @@ fn digest(parts: &[&[u8]]) -> i64 {
     let hash = hash.finalize();
     let start = hash[..8].try_into().map(i64::from_le_bytes);
     start.expect("eight bytes of a longer digest")
+}
+
+/// Writes a policy's checkpoint, the adapter added to it, into the new folder `to`.
+pub fn merge(weights: &Path, adapter: &Path, to: &Path) -> Result<(), ModelError> {
+    let checkpoint = Checkpoint::open(weights)?;
+    let adapter = Adapter::open(&AdapterCard::open(adapter)?, Names::Onevision)?;
+    let base = Reader::new(&checkpoint, Device::Cpu, Kind::Float, Purpose::Inference);
+    let merged = Merged {
+        base,
+        adapter: &adapter,
+    };
+    let mut parameters = Vec::new();
+    for module in adapter.modules.keys() {
+        let name = format!("{module}.weight");
+        let shape = checkpoint.shape(&name)?;
+        parameters.push(Parameter {
+            tensor: merged.take(&name, &shape)?,
+            name,
+        });
+    }
+    checkpoint.save(to, &parameters)
 }
 
 /// What the config of an adapter says beside its tensors.
@@ -414,7 +435,6 @@ fn lora_matrix(name: &str) -> Option<(&str, bool)> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::checkpoint::{Checkpoint, Purpose};
     use super::*;
 
     #[test]

@@ -42,6 +42,8 @@ mod parity;
 #[cfg(test)]
 mod recorded;
 
+use std::path::Path;
+
 use self::dpo_learner::OnevisionDpo;
 use self::generate::OnevisionPolicy;
 use self::reward::RewardJudge;
@@ -110,6 +112,10 @@ impl ModelLoader for NetLoader {
             tch::Kind::BFloat16 => Dtype::Bfloat16,
             _ => Dtype::Float32,
         })
+    }
+
+    fn merge(&self, weights: &Path, adapter: &Path, to: &Path) -> Result<(), ModelError> {
+        lora::merge(weights, adapter, to)
     }
 
     fn build(&self) -> Vec<(&'static str, String)> {

@@ -15,8 +15,8 @@ use std::time::Instant;
 use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
-use super::budget::{Budget, Sizes, packs, too_large};
-use super::decoder::{DecoderConfig, Texts, Wanted};
+use super::budget::{Budget, packs, too_large};
+use super::decoder::{Texts, Wanted};
 use super::device;
 use super::edge::guarded;
 use super::llava::{Llava, no_adapter};
@@ -25,7 +25,7 @@ use super::weights::{Weights, refuse};
 use crate::models::{
     Emit, Group, Judge, LlavaRlhf, ModelError, Picture, RowFault, Score, Telemetry,
 };
-use crate::prep::{JudgeIds, JudgePrep};
+use crate::prep::{JudgeIds, JudgePrep, Sizes, judge_elements};
 
 /// The file of the head, beside the adapter.
 pub const HEAD_FILE: &str = "reward_head";
@@ -62,11 +62,12 @@ impl RewardJudge {
         let adapter = spec.adapter.as_deref().ok_or_else(|| no_adapter(spec))?;
         // The head first: it is small, and the file that is most often forgotten.
         let head = RewardHead::open(adapter, hidden, device)?;
-        let (llava, elements) = Llava::open(spec, &prep.card, kind, device)?;
+        let llava = Llava::open(spec, &prep.card, kind, device)?;
+        let element = kind.elt_size_in_bytes() as u64;
         let sizes = Sizes {
             // An answer that is read leaves one number.
             row: 0,
-            ..Sizes::new(elements, &DecoderConfig::from(&prep.card.text_config), kind)
+            ..Sizes::new(judge_elements(&prep.card), &prep.card.text_config, element)
         };
         let network = RewardNetwork {
             llava,

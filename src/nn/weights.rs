@@ -65,14 +65,6 @@ impl Weights {
         self.shards.files()
     }
 
-    /// Elements of all tensors.
-    pub fn elements(&self) -> u64 {
-        let shapes = self.names().filter_map(|name| self.info(name));
-        shapes
-            .map(|info| info.shape.iter().product::<i64>() as u64)
-            .sum()
-    }
-
     /// The stored type, the shape and the file of a tensor.
     pub fn info(&self, name: &str) -> Option<TensorInfo<'_>> {
         self.shards.info(name)

@@ -101,7 +101,7 @@ impl Packing {
 
 impl Anyres {
     /// Puts the two config files together. Every resolution must consist of whole tiles.
-    pub(super) fn new(card: &OnevisionCard, processor: &Processor) -> Self {
+    pub fn new(card: &OnevisionCard, processor: &Processor) -> Self {
         Self {
             side: card.vision_config.image_size,
             patches: card.vision_config.patches_per_side(),

@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use super::PrepError;
 use super::card::OnevisionCard;
 use super::shards::Shards;
+use crate::models::Part;
 
 /// What the names of a decoder's tensors begin with.
 const DECODER: [&str; 3] = ["embed_tokens.", "layers.", "norm."];
@@ -40,6 +41,19 @@ pub fn canonical(name: &str) -> String {
             format!("language_model.model.{name}")
         }
         None => name.to_owned(),
+    }
+}
+
+/// The part of a network that the tensor of this canonical name belongs to.
+pub fn part_of(name: &str) -> Part {
+    if name.starts_with("vision_tower.") {
+        Part::VisionTower
+    } else if name.contains("projector.") {
+        Part::Projector
+    } else if name == "image_newline" {
+        Part::Newline
+    } else {
+        Part::LanguageModel
     }
 }
 

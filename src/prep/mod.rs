@@ -12,6 +12,7 @@ mod section;
 
 mod card;
 mod layout;
+mod memory;
 mod processor;
 mod shards;
 
@@ -42,9 +43,10 @@ pub use card::{
 pub use chat::{Chat, PromptIds};
 pub use clip::Clip;
 pub use judge::{JudgeLesson, JudgePrep, Judged};
-pub use layout::canonical;
+pub use layout::{canonical, part_of};
+pub use memory::{Sizes, TrainingSizes, elements, judge_elements};
 pub use picture::{PIXELS_MAX, Probe, Rgb, decode, probe};
-pub use policy::{PolicyLesson, PolicyPrep, Prepared};
+pub use policy::{PolicyLesson, PolicyPrep, Prepared, Written};
 pub use processor::Processor;
 pub use resize::Bicubic;
 pub use shards::{Element, Place, Shards, TensorInfo, write_pickle};

@@ -45,6 +45,16 @@ pub(super) fn fits(tokens: usize, context: usize) -> Result<(), RowFault> {
     Err(RowFault(problem))
 }
 
+/// A prompt as tokens, with what its pictures will be.
+#[derive(Debug)]
+pub struct Written {
+    pub text: PromptIds,
+    /// The places of its tokens that count in LLaVA-NeXT's DPO script.
+    pub counted: Vec<usize>,
+    /// Tiles of its pictures.
+    pub tiles: usize,
+}
+
 impl PolicyPrep {
     /// Reads the config files and the tokenizer in `folder`, and checks that they agree.
     pub fn open(folder: &Path) -> Result<Self, PrepError> {
@@ -142,18 +152,32 @@ impl PolicyPrep {
         pictures.map(|picture| self.tiles(picture, count)).collect()
     }
 
-    /// The whole prompt as LLaVA-NeXT's DPO script writes it, and the places of its tokens that count
-    /// there.
+    /// The whole prompt as LLaVA-NeXT's DPO script writes it.
     pub fn prepare_as_llava_next(
         &self,
         prompt: &Prompt,
         newlines: Newlines,
     ) -> Result<(Prepared, Vec<usize>), RowFault> {
-        let tokens: Vec<usize> = self.packings(prompt)?.iter().map(Packing::tokens).collect();
-        let (text, counted) = self.chat.prompt_of_llava_next(prompt, &tokens, newlines)?;
-        fits(text.ids.len(), self.context())?;
+        let Written { text, counted, .. } = self.written_as_llava_next(prompt, newlines)?;
         let pictures = self.all_tiles(prompt)?;
         Ok((Prepared { text, pictures }, counted))
+    }
+
+    /// The same without its pixels: only the headers of the pictures are read.
+    pub fn written_as_llava_next(
+        &self,
+        prompt: &Prompt,
+        newlines: Newlines,
+    ) -> Result<Written, RowFault> {
+        let packings = self.packings(prompt)?;
+        let tokens: Vec<usize> = packings.iter().map(Packing::tokens).collect();
+        let (text, counted) = self.chat.prompt_of_llava_next(prompt, &tokens, newlines)?;
+        fits(text.ids.len(), self.context())?;
+        Ok(Written {
+            text,
+            counted,
+            tiles: packings.iter().map(Packing::tiles).sum(),
+        })
     }
 
     /// A whole conversation to learn from; one that does not fit the context is refused.

@@ -21,6 +21,9 @@ use crate::store::{
     TableWriter, files_in, sync_folder,
 };
 
+/// Rows that are looked over at once before the first step.
+const LOOKED_OVER_AT_ONCE: usize = 64;
+
 impl Runner<'_> {
     #[expect(
         clippy::too_many_lines,
@@ -88,6 +91,13 @@ impl Runner<'_> {
         };
         let batches = work.batches(&scope, &mut rows)?;
         let mut training = work.begin(&mut scope, batches.len(), before)?;
+        for start in (0..rows.len()).step_by(LOOKED_OVER_AT_ONCE) {
+            let some = rows.range(start, LOOKED_OVER_AT_ONCE.min(rows.len() - start))?;
+            training.look_over(&mut scope, &some)?;
+        }
+        if let Some(plan) = training.plan() {
+            (scope.say)(&plan);
+        }
         let mut done = 0;
         if let Some(state) = &made.state {
             training

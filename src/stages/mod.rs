@@ -17,6 +17,8 @@ mod load_prompts;
 mod sample;
 mod score;
 mod select_extremes;
+mod select_pairs;
+mod selection;
 
 mod training;
 
@@ -33,6 +35,8 @@ pub use load_prompts::LoadPrompts;
 pub use sample::Sample;
 pub use score::Score;
 pub use select_extremes::{SelectExtremes, Truncated};
+pub use select_pairs::SelectPairs;
+pub use selection::Pairs;
 pub use sql::Sql;
 pub use training::AFTER;
 
@@ -63,6 +67,8 @@ pub enum StageSpec {
     Score(Score),
     /// Pairs the best with the worst answer to each prompt.
     SelectExtremes(SelectExtremes),
+    /// Pairs answers to each prompt in a way that is named.
+    SelectPairs(SelectPairs),
     /// Trains a model on pairs with DPO.
     TrainDpo(TrainDpo),
     /// Trains a model on answers that are given (supervised fine-tuning).
@@ -83,6 +89,7 @@ impl StageSpec {
             Self::Sample(stage) => stage,
             Self::Score(stage) => stage,
             Self::SelectExtremes(stage) => stage,
+            Self::SelectPairs(stage) => stage,
             Self::TrainDpo(stage) => stage,
             Self::TrainSft(stage) => stage,
             Self::TrainReward(stage) => stage,
@@ -98,6 +105,7 @@ impl StageSpec {
             Self::Sample(stage) => stage,
             Self::Score(stage) => stage,
             Self::SelectExtremes(stage) => stage,
+            Self::SelectPairs(stage) => stage,
             Self::TrainDpo(stage) => stage,
             Self::TrainSft(stage) => stage,
             Self::TrainReward(stage) => stage,

@@ -20,6 +20,7 @@ use crate::models::{
     Checkpointing, DpoLearner, DpoSettings, Learner, LoraSettings, Loss, Mask, Newlines, Objective,
     Optimization, Optimizer, Part, Schedule, Trained,
 };
+use crate::prep::{OnevisionCard, TrainingSizes};
 use crate::store::{Key, Lookup};
 use crate::tables::{DpoStep, Pair, Reference, Row};
 
@@ -373,15 +374,12 @@ impl Trains for TrainDpo {
         optimization: Optimization,
         before: Option<Lookup>,
     ) -> Result<Box<dyn Training + '_>, Failure> {
-        let settings = self.settings(self.trained(scope), optimization);
+        let settings = self.settings(self.trained(scope.seed_for("adapter")), optimization);
         let start = self.reference_model().map(|(model, state)| {
             let fingerprint = scope.models.fingerprint(model, state);
             fingerprint.to_owned()
         });
         let learner = scope.models.dpo_learner(&self.model, &settings)?;
-        if let Some(plan) = learner.plan() {
-            (scope.say)(&format!("{}: {plan}", self.model));
-        }
         Ok(Box::new(DpoTraining {
             stage: self,
             reference: start.zip(before),
@@ -407,15 +405,21 @@ impl TrainDpo {
         }
     }
 
-    /// What is trained.
-    fn trained(&self, scope: &Scope<'_>) -> Trained {
+    /// What it takes of memory to train the model of `card`, whose numbers take `element` bytes where
+    /// they are computed with.
+    pub fn sizes(&self, card: &OnevisionCard, element: u64) -> TrainingSizes {
+        TrainingSizes::new(card, &self.trained(0), self.optimizer, element)
+    }
+
+    /// What is trained; `seed` is for a fresh adapter.
+    fn trained(&self, seed: u64) -> Trained {
         if let Some(lora) = &self.lora {
             return Trained::Lora(LoraSettings {
                 rank: lora.rank.get() as usize,
                 alpha: lora.alpha.get(),
                 dropout: lora.dropout.get(),
                 targets: lora.targets.clone(),
-                seed: scope.seed_for("adapter"),
+                seed,
             });
         }
         let parts = self.parts().into_iter();
@@ -581,6 +585,22 @@ struct DpoTraining<'a> {
 }
 
 impl Training for DpoTraining<'_> {
+    fn look_over(&mut self, scope: &mut Scope<'_>, rows: &RecordBatch) -> Result<(), Failure> {
+        let pairs = Pair::from_batch(rows)?;
+        let prompts = prompts(scope, &pairs)?;
+        let pairs = pairs.iter().zip(&prompts);
+        let examples: Vec<_> = pairs
+            .map(|(pair, prompt)| example(pair, prompt, None))
+            .collect();
+        let looked = self.learner.look_over(&examples);
+        looked.map_err(Failure::of(&self.stage.model))
+    }
+
+    fn plan(&self) -> Option<String> {
+        let plan = self.learner.plan()?;
+        Some(format!("{}: {plan}", self.stage.model))
+    }
+
     fn step(
         &mut self,
         scope: &mut Scope<'_>,

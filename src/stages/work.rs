@@ -461,6 +461,16 @@ pub trait Fold {
 
 /// A training under way.
 pub trait Training {
+    /// Looks rows over that will be trained on, before the first step; fails at one that can't be.
+    fn look_over(&mut self, _scope: &mut Scope<'_>, _rows: &RecordBatch) -> Result<(), Failure> {
+        Ok(())
+    }
+
+    /// How it goes about it, once the rows were looked over, in words.
+    fn plan(&self) -> Option<String> {
+        None
+    }
+
     /// One optimizer update on `rows` of the input; its report is a row of the table.
     fn step(
         &mut self,

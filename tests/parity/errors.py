@@ -31,6 +31,7 @@ ERRORS = {
     "a centring term of 0.01": "rewards",
     "a beta of 0.11 for 0.1": "training",
     "an answer without its stop token": "training",
+    "a label smoothing of 0.11 for 0.1": "training",
     "a weight decay of 0.01 for 0": "training",
     "warmup steps rounded down": "training",
     "stop tokens not learned": "training",

@@ -1,4 +1,5 @@
 """One batch and twenty updates of DPO (by TRL) and of supervised fine-tuning (by a plain loop); LLaVA-NeXT's mask."""
+import copy
 import math
 
 import torch
@@ -63,9 +64,11 @@ def record():
         dpo(place, title, network, processor, shown, pairs)
     path, network, processor = onevision.make(random, "training trl", layout="C", dtype=torch.float32)
     trl(place, path, processor, shown, pairs)
+    beside = (path, network, processor)
     path, network, processor = onevision.make(random, "training sft", layout="C", dtype=torch.float32)
     sft(place, network, processor, shown, say)
     masks(place, random)
+    losses(place, *beside, shown, pairs)
 
 
 def whole(processor, shown, pair, answer):
@@ -101,8 +104,8 @@ def dpo(place, title, network, processor, shown, pairs):
     save(place / f"dpo-{title}.safetensors", recorded)
 
 
-def trl(place, path, processor, shown, pairs):
-    """Twenty updates by TRL's DPOTrainer, in the order of the pairs."""
+def trainer(path, processor, shown, pairs, reference=None, **settings):
+    """TRL's DPOTrainer of a checkpoint, which takes the pairs in their order."""
     import tempfile
 
     from datasets import Dataset
@@ -122,20 +125,64 @@ def trl(place, path, processor, shown, pairs):
                  chosen=[dict(role="assistant", content=pair["chosen"])],
                  rejected=[dict(role="assistant", content=pair["rejected"])]) for pair in pairs]
     load = lambda: LlavaOnevisionForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
-    network = load()
-    settings = DPOConfig(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=1, gradient_accumulation_steps=BATCH, num_train_epochs=1,
-        learning_rate=RATE, beta=BETA, lr_scheduler_type="cosine", warmup_steps=WARMUP, weight_decay=0.0, max_grad_norm=1.0,
-        logging_steps=1, save_strategy="no", report_to=[], max_length=None, bf16=False, use_cpu=True,
-        dataloader_num_workers=0, remove_unused_columns=False, optim="adamw_torch", gradient_checkpointing=False)
-    trainer = InOrder(model=network, ref_model=load(), args=settings, train_dataset=Dataset.from_list(rows),
-                      processing_class=processor)
-    trainer.train()
-    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    given = dict(per_device_train_batch_size=1, gradient_accumulation_steps=BATCH, warmup_steps=WARMUP) | settings
+    config = DPOConfig(
+        output_dir=tempfile.mkdtemp(), num_train_epochs=1, learning_rate=RATE, beta=BETA, lr_scheduler_type="cosine",
+        weight_decay=0.0, max_grad_norm=1.0, logging_steps=1, save_strategy="no", report_to=[], max_length=None, bf16=False,
+        use_cpu=True, dataloader_num_workers=0, remove_unused_columns=False, optim="adamw_torch", gradient_checkpointing=False, **given)
+    return InOrder(model=load(), ref_model=reference or load(), args=config, train_dataset=Dataset.from_list(rows),
+                   processing_class=processor)
+
+
+def logged(made, keys):
+    """What a trainer logs at each update."""
+    made.train()
+    log = [entry for entry in made.state.log_history if "loss" in entry]
+    return {key.replace("/", "_"): torch.tensor([entry[key] for entry in log], dtype=torch.float64) for key in keys}
+
+
+def trl(place, path, processor, shown, pairs):
+    """Twenty updates by TRL's DPOTrainer, in the order of the pairs."""
+    made = trainer(path, processor, shown, pairs)
     keys = ["loss", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "grad_norm", "learning_rate"]
-    recorded = {f"log.{key.replace('/', '_')}": torch.tensor([entry[key] for entry in log], dtype=torch.float64) for key in keys}
-    recorded |= {f"after.{name}": parameter.detach() for name, parameter in names_of(trainer.model).items()}
+    recorded = {f"log.{key}": numbers for key, numbers in logged(made, keys).items()}
+    recorded |= {f"after.{name}": parameter.detach() for name, parameter in names_of(made.model).items()}
     save(place / "trl.safetensors", recorded)
+
+
+# TRL's names with the label smoothing that they are recorded with. It takes none in `sigmoid`, and has no `simpo`.
+LOSSES = {"sigmoid": 0.0, "hinge": 0.0, "ipo": 0.0, "exo_pair": 0.1, "nca_pair": 0.0, "robust": 0.1, "bco_pair": 0.0,
+          "sppo_hard": 0.0, "aot": 0.1, "apo_zero": 0.0, "apo_down": 0.0, "sft": 0.0, "sigmoid_norm": 0.0}
+
+
+def losses(place, path, network, processor, shown, pairs):
+    """The loss of a batch and the norm of its gradient, by each loss of TRL and by two of them together, beside a
+    reference that is another model."""
+    batch = pairs[:BATCH]
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += parameter.abs().mean() * torch.randn_like(parameter)
+        newline = processor.tokenizer("\n")["input_ids"]
+
+        def counted(pair, side):
+            answer = processor.tokenizer(pair[side], split_special_tokens=True)["input_ids"]
+            answer = answer + [processor.tokenizer.convert_tokens_to_ids("<|im_end|>")] + newline
+            given, start = whole(processor, shown, pair, answer)
+            logits = network(**given).logits[0, start - 1:-1].float()
+            return torch.log_softmax(logits, -1).gather(-1, torch.tensor(answer)[:, None]).sum()
+        reference = torch.stack([torch.stack([counted(pair, side) for side in ("chosen", "rejected")]) for pair in batch])
+    recorded = {"reference": reference.double()}
+    more = 1.1 if error("a label smoothing of 0.11 for 0.1") else 1.0
+    cases = {name: dict(loss_type=[name], label_smoothing=smoothing * more) for name, smoothing in LOSSES.items()}
+    cases["sigmoid and sft"] = dict(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.3])
+    for name, settings in cases.items():
+        # Margins are sorted within what TRL computes at once.
+        at_once = BATCH if name == "aot" else 1
+        made = trainer(path, processor, shown, batch, reference=copy.deepcopy(network), per_device_train_batch_size=at_once,
+                       gradient_accumulation_steps=BATCH // at_once, warmup_steps=0, **settings)
+        log = logged(made, ["loss", "grad_norm"])
+        recorded[name] = torch.stack([log["loss"][0], log["grad_norm"][0]])
+    save(place / "losses.safetensors", recorded)
 
 
 def sft(place, network, processor, shown, say):

@@ -234,15 +234,45 @@ pub fn prepare(
     counting: Counting,
     example: &Example<'_>,
 ) -> Result<Tokens, ModelError> {
-    let refuse = |problem: String| row_error(example.id, problem);
     let prepared = prep.prepare_as_llava_next(example.prompt, counting.newlines);
-    let (prompt, counted) = prepared.map_err(|fault| refuse(fault.to_string()))?;
+    let (prompt, counted) = prepared.map_err(|fault| row_error(example.id, fault.to_string()))?;
     // Nothing predicts the first token.
     let counted = counted.into_iter().filter(|&place| place > 0);
     let counted = match counting.mask {
         Mask::Answer | Mask::Trl => Vec::new(),
         Mask::LlavaNext => counted.map(|place| place as i64).collect(),
     };
+    let answers = answers(prep, counting, example, prompt.text.ids.len())?;
+    Ok(Tokens {
+        prompt,
+        counted,
+        answers,
+    })
+}
+
+/// How many tokens and tiles a pair has, from the headers of its pictures; checks that it can be
+/// trained on.
+pub fn measure(
+    prep: &PolicyPrep,
+    counting: Counting,
+    example: &Example<'_>,
+) -> Result<[usize; 2], ModelError> {
+    let written = prep.written_as_llava_next(example.prompt, counting.newlines);
+    let written = written.map_err(|fault| row_error(example.id, fault.to_string()))?;
+    let prompt = written.text.ids.len();
+    let answers = answers(prep, counting, example, prompt)?;
+    let tokens = prompt + answers.iter().map(Vec::len).sum::<usize>();
+    Ok([tokens, written.tiles])
+}
+
+/// The ids of the chosen and the rejected answer behind a prompt of `prompt` tokens.
+fn answers(
+    prep: &PolicyPrep,
+    counting: Counting,
+    example: &Example<'_>,
+    prompt: usize,
+) -> Result<[Vec<i64>; 2], ModelError> {
+    let refuse = |problem: String| row_error(example.id, problem);
     let ids = |answer: &Answer, side: &str| {
         let mut ids: Vec<i64> = match &answer.token_ids {
             Some(ids) => ids.iter().map(|&id| i64::from(id)).collect(),
@@ -261,7 +291,7 @@ pub fn prepare(
             let problem = format!("the {side} answer holds token {id}; there are {vocab}");
             return Err(refuse(problem));
         }
-        let (length, context) = (prompt.text.ids.len() + ids.len(), prep.context());
+        let (length, context) = (prompt + ids.len(), prep.context());
         if ids.is_empty() {
             Err(refuse(format!("the {side} answer has no tokens")))
         } else if length > context {
@@ -273,13 +303,8 @@ pub fn prepare(
             Ok(ids)
         }
     };
-    let answers = [
+    Ok([
         ids(&example.chosen, "chosen")?,
         ids(&example.rejected, "rejected")?,
-    ];
-    Ok(Tokens {
-        prompt,
-        counted,
-        answers,
-    })
+    ])
 }

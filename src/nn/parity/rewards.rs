@@ -83,7 +83,7 @@ fn features(folder: &Path, place: &Path, title: &str, report: &mut Report) {
     let expected = Recorded::open(&place.join("features.safetensors"));
     let spec = spec(place);
     let prep = JudgePrep::open(&spec).unwrap();
-    let (llava, _) = Llava::open(&spec, &prep.card, Kind::Float, Device::Cpu).unwrap();
+    let llava = Llava::open(&spec, &prep.card, Kind::Float, Device::Cpu).unwrap();
     let side = prep.clip.side() as i64;
     let mut worst = [0.0_f64; 2];
     for name in ["wide", "tall", "square", "dot"] {

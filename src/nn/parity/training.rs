@@ -81,6 +81,7 @@ fn block(folder: &Path, report: &mut Report) {
         dpo(folder, title, &pairs, report);
     }
     trl(folder, &pairs, report);
+    losses(folder, &pairs, report);
     sft(folder, report);
     masks(folder, report);
 }
@@ -404,6 +405,60 @@ fn trl(folder: &Path, pairs: &[Pair], report: &mut Report) {
         in_memory,
         report,
     );
+}
+
+/// The loss of a batch and the norm of its gradient, by each loss of TRL's.
+fn losses(folder: &Path, pairs: &[Pair], report: &mut Report) {
+    let expected = Recorded::open(&folder.join("losses.safetensors"));
+    let reference = expected.tensor("reference").to_kind(Kind::Double);
+    let references: Vec<[f64; 2]> = Vec::<Vec<f64>>::try_from(reference)
+        .unwrap()
+        .iter()
+        .map(|pair| [pair[0], pair[1]])
+        .collect();
+    let pairs = &pairs[..BATCH];
+    let prompts: Vec<Prompt> = pairs
+        .iter()
+        .map(|pair| prompt(folder, &pair.pictures, &pair.question, &[]))
+        .collect();
+    let with_terms =
+        |name: &str, terms: Vec<(Loss, f64)>, label_smoothing: f64, report: &mut Report| {
+            let settings = DpoSettings {
+                objective: Objective {
+                    terms,
+                    label_smoothing,
+                    ..Objective::of(Loss::Sigmoid, BETA)
+                },
+                mask: Mask::Trl,
+                newlines: Newlines::One,
+                trained: models::Trained::all(),
+                checkpointing: Checkpointing::Always,
+                optimization: optimization(),
+            };
+            let mut learner = OnevisionDpo::open(&spec(folder, "training-trl"), &settings).unwrap();
+            let found = learner
+                .step(&examples(pairs, &prompts, &references))
+                .unwrap();
+            let found = Tensor::from_slice(&[found.loss, found.grad_norm]);
+            let expected = expected.tensor(name);
+            let apart = ((found - &expected) / &expected)
+                .abs()
+                .max()
+                .double_value(&[]);
+            let case = format!("TRL's loss {name}: value and gradient");
+            report.line(case, [apart; 2], "1e-4, relative", apart <= 1e-4);
+        };
+    for loss in Loss::ALL.into_iter().filter(|loss| *loss != Loss::Simpo) {
+        let name = serde_json::to_value(loss).unwrap();
+        // TRL takes no label smoothing in its sigmoid loss.
+        let smoothing = match loss {
+            Loss::ExoPair | Loss::Robust | Loss::Aot => 0.1,
+            _ => 0.0,
+        };
+        with_terms(name.as_str().unwrap(), vec![(loss, 1.0)], smoothing, report);
+    }
+    let both = vec![(Loss::Sigmoid, 1.0), (Loss::Sft, 0.3)];
+    with_terms("sigmoid and sft", both, 0.0, report);
 }
 
 fn sft(folder: &Path, report: &mut Report) {

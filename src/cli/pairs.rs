@@ -1,0 +1,158 @@
+//! `pipeline pairs`: what another way to pair answers would give, on rewards that are there.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::Args;
+use serde::Deserialize as _;
+use serde::de::IntoDeserializer;
+use serde_json::{Map, Value, json};
+
+use super::sql::{Format, show};
+use super::{Failed, run_folder};
+use crate::query::QueryTable;
+use crate::stages::{Pairs, SelectPairs};
+use crate::store::{Made, RunFolder};
+use crate::tables::{Candidate, Pair, Reward, Row, schema_of};
+
+/// Tries a way to pair answers on the rewards of a run, in seconds and without changing it: how many
+/// pairs there would be, how far apart, how much longer the chosen answers are, and how many of the
+/// pairs are those that the run has.
+#[derive(Args)]
+#[command(
+    after_help = "Examples:\n  pipeline pairs runs/small-world --strategy best_second\n  \
+    pipeline pairs runs/small-world --strategy all_pairs --set margin_min=0.5 --set pairs_max=3"
+)]
+pub struct ShowPairs {
+    /// The run: its folder, or its name below runs/.
+    run: PathBuf,
+    /// best_worst, best_second, best_random or all_pairs.
+    #[arg(long)]
+    strategy: String,
+    /// A setting of `select_pairs`: --set length_ratio_max=1.5 (may be given again).
+    #[arg(long = "set", value_name = "SETTING=VALUE")]
+    sets: Vec<String>,
+    /// The round; the last one that has rewards if left out.
+    #[arg(long)]
+    round: Option<u32>,
+    /// The table of rewards.
+    #[arg(long, default_value = "rewards")]
+    rewards: String,
+    /// The table of candidates that were scored.
+    #[arg(long, default_value = "candidates")]
+    candidates: String,
+    /// The table of pairs to compare with.
+    #[arg(long, default_value = "pairs")]
+    pairs: String,
+    #[arg(long, value_enum, default_value = "table")]
+    format: Format,
+}
+
+/// Of all pairs, and of the reasons why prompts make none; `{picked}` stands for the choice.
+const SUMMARY: &str = "
+    select count(*) as pairs, count(distinct p.prompt_id) as prompts,
+           round(avg(p.margin), 4) as margin_mean, round(min(p.margin), 4) as margin_min,
+           round(max(p.margin), 4) as margin_max,
+           round(avg(c.tokens), 1) as chosen_tokens, round(avg(r.tokens), 1) as rejected_tokens,
+           round(avg(case when c.tokens > r.tokens then 1.0 else 0.0 end), 3) as chosen_longer,
+           sum(case when o.prompt_id is not null then 1 else 0 end) as as_now
+    from ({picked}) p
+    join (select prompt_id, candidate, array_length(token_ids) as tokens from {candidates}) c
+        on c.prompt_id = p.prompt_id and c.candidate = p.chosen_candidate
+    join (select prompt_id, candidate, array_length(token_ids) as tokens from {candidates}) r
+        on r.prompt_id = p.prompt_id and r.candidate = p.rejected_candidate
+    left join {pairs} o on o.prompt_id = p.prompt_id
+        and o.chosen_candidate = p.chosen_candidate and o.rejected_candidate = p.rejected_candidate
+    where p.reason is null";
+const REASONS: &str = "
+    select p.reason as without_pairs, count(*) as prompts from ({picked}) p where p.reason is not null
+    group by p.reason order by prompts desc";
+
+impl ShowPairs {
+    pub fn run(&self) -> Result<(), Failed> {
+        let run = RunFolder::read(&run_folder(&self.run))?;
+        let stage = self.stage()?;
+        let rewards = Self::find(&run, &self.rewards, Reward::KIND, self.round)?;
+        let candidates = Self::find(&run, &self.candidates, Candidate::KIND, rewards.round)?;
+        let mut tables = vec![table(&run, rewards), table(&run, candidates)];
+        // A run that has no pairs yet has none that are the same.
+        let now = Self::find(&run, &self.pairs, Pair::KIND, rewards.round);
+        tables.push(now.map_or_else(
+            |_| QueryTable {
+                name: self.pairs.clone(),
+                schema: Pair::schema(),
+                files: vec![(None, Vec::new())],
+                with_round: false,
+            },
+            |made| table(&run, made),
+        ));
+        let picked = stage
+            .sql()
+            .replace("{rewards}", &self.rewards)
+            .replace("{candidates}", &self.candidates);
+        for query in [SUMMARY, REASONS] {
+            let sql = query
+                .replace("{picked}", &picked)
+                .replace("{candidates}", &self.candidates)
+                .replace("{pairs}", &self.pairs);
+            show(&sql, &stage.params(0), &tables, self.format)?;
+        }
+        Ok(())
+    }
+
+    /// The settings as a stage would have them.
+    fn stage(&self) -> Result<SelectPairs, Failed> {
+        let mut settings = Map::new();
+        settings.insert("rewards".to_owned(), json!(self.rewards));
+        settings.insert("candidates".to_owned(), json!(self.candidates));
+        settings.insert("strategy".to_owned(), json!(self.strategy));
+        for set in &self.sets {
+            let (name, value) = set.split_once('=').ok_or_else(|| {
+                Failed::Usage(format!(
+                    "`{set}` is no SETTING=VALUE, such as margin_min=0.5"
+                ))
+            })?;
+            let text = || Value::String(value.to_owned());
+            let value = serde_json::from_str(value).unwrap_or_else(|_| text());
+            settings.insert(name.to_owned(), value);
+        }
+        let stage = SelectPairs::deserialize(Value::Object(settings).into_deserializer());
+        stage.map_err(|error| Failed::Usage(error.to_string()))
+    }
+
+    /// The finished table of that name and kind, in a round or the last one.
+    fn find<'a>(
+        run: &'a RunFolder,
+        name: &str,
+        kind: &str,
+        round: Option<u32>,
+    ) -> Result<&'a Made, Failed> {
+        let of_kind = |made: &&Made| made.complete && made.kind.as_deref() == Some(kind);
+        let made = run.manifest().made.iter().filter(of_kind);
+        let named = made.clone().filter(|made| made.table == name);
+        let named = named.filter(|made| round.is_none() || made.round == round);
+        named.max_by_key(|made| made.round).ok_or_else(|| {
+            let mut others: Vec<&str> = made.map(|made| made.table.as_str()).collect();
+            others.dedup();
+            Failed::Usage(format!(
+                "{} has no finished table `{name}` of the kind {kind}; it has: {}",
+                run.root().display(),
+                if others.is_empty() {
+                    "none".to_owned()
+                } else {
+                    others.join(", ")
+                }
+            ))
+        })
+    }
+}
+
+fn table(run: &RunFolder, made: &Made) -> QueryTable {
+    let schema = made.kind.as_deref().and_then(schema_of);
+    QueryTable {
+        name: made.table.clone(),
+        schema: Arc::clone(&schema.expect("a table of a kind")),
+        files: vec![(None, run.files(&made.table, made.round))],
+        with_round: false,
+    }
+}

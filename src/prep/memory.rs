@@ -1,0 +1,238 @@
+//! What networks take of a device's memory, in bytes, from their configs alone: before anything is
+//! opened, and the same for whoever asks.
+
+use super::card::{DecoderCard, OnevisionCard, RewardCard, VisionCard};
+use super::layout::part_of;
+use crate::models::{Optimizer, Trained};
+
+/// Copies of the logits of a row that choosing its token needs at the same time, in float32.
+const LOGITS_COPIES: u64 = 6;
+
+/// Bytes of a number in float32.
+const WHOLE: u64 = 4;
+
+/// What sampling and scoring take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sizes {
+    pub weights: u64,
+    /// Keys and values of a token in all layers.
+    pub token: u64,
+    /// Activations of a token that is being read.
+    pub read: u64,
+    /// What an answer needs in a step beside its keys and values.
+    pub row: u64,
+}
+
+impl Sizes {
+    /// Those of a decoder whose numbers take `element` bytes, in a network of `elements` weights.
+    pub fn new(elements: u64, card: &DecoderCard, element: u64) -> Self {
+        let size = |length: usize| length as u64 * element;
+        let heads = card.num_attention_heads + 2 * card.num_key_value_heads;
+        Self {
+            weights: elements * element,
+            token: 2 * size(card.num_hidden_layers * card.num_key_value_heads * card.head_dim),
+            // Input, its norm and their sum; queries, keys and values before and after they are
+            // turned; gate, its activation, the other half and their product.
+            read: size(
+                4 * card.hidden_size + 3 * heads * card.head_dim + 4 * card.intermediate_size,
+            ),
+            row: LOGITS_COPIES * card.vocab_size as u64 * WHOLE,
+        }
+    }
+}
+
+/// What a training takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TrainingSizes {
+    /// Those that are trained in float32, the others as they are computed with.
+    pub weights: u64,
+    pub gradients: u64,
+    /// What the optimizer remembers.
+    pub moments: u64,
+    /// Activations of a token in the decoder and of a tile in the tower that are remembered for the
+    /// gradients.
+    pub token: u64,
+    pub tile: u64,
+    /// The same where only what goes into layers is remembered.
+    pub token_inputs: u64,
+    pub tile_inputs: u64,
+    layers: u64,
+}
+
+impl TrainingSizes {
+    /// Of a policy of which `trained` is trained, and whose numbers take `element` bytes where they are
+    /// computed with.
+    ///
+    /// What is remembered was counted operation by operation: inputs and results of norms (two of them
+    /// in float32, whatever is computed in), queries, keys and values before and after they are
+    /// turned, what attention gives, gates and their products.
+    pub fn new(
+        card: &OnevisionCard,
+        trained: &Trained,
+        optimizer: Optimizer,
+        element: u64,
+    ) -> Self {
+        let all = elements(card);
+        let learned = learned(card, trained);
+        let frozen = match trained {
+            Trained::Parts(_) => all - learned,
+            Trained::Lora(_) => all,
+        };
+        let (text, vision) = (&card.text_config, &card.vision_config);
+        let heads = text.num_attention_heads + 2 * text.num_key_value_heads;
+        let of_layer = element
+            * (4 * text.hidden_size
+                + (2 * heads + text.num_attention_heads) * text.head_dim
+                + 4 * text.intermediate_size) as u64
+            + 4 * WHOLE * text.hidden_size as u64;
+        let has_tower = matches!(trained, Trained::Parts(parts)
+            if parts.iter().any(|(part, _)| *part == crate::models::Part::VisionTower));
+        let tower_layers = card.vision_feature_layer.iter().max().copied().unwrap_or(0);
+        let tile = |of_patch: usize| {
+            let layers = if has_tower { tower_layers } else { 0 };
+            element * (of_patch * layers * vision.patches()) as u64
+        };
+        let layers = text.num_hidden_layers as u64;
+        Self {
+            weights: frozen * element + learned * WHOLE,
+            gradients: learned * WHOLE,
+            moments: learned
+                * match optimizer {
+                    Optimizer::Adamw => 2 * WHOLE,
+                    Optimizer::Adamw8bit => 2,
+                },
+            token: layers * of_layer,
+            tile: tile(8 * vision.hidden_size + 2 * vision.intermediate_size),
+            token_inputs: layers * element * text.hidden_size as u64,
+            tile_inputs: tile(vision.hidden_size),
+            layers,
+        }
+    }
+
+    /// Weights, gradients and moments.
+    pub fn state(&self) -> u64 {
+        self.weights + self.gradients + self.moments
+    }
+
+    /// Activations of a pass over so many tokens and tiles that remembers everything.
+    pub fn remembered(&self, tokens: usize, tiles: usize) -> u64 {
+        self.token * tokens as u64 + self.tile * tiles as u64
+    }
+
+    /// The same of a pass that computes a layer again when the gradients come to it.
+    pub fn computed_again(&self, tokens: usize, tiles: usize) -> u64 {
+        let (tokens, tiles) = (tokens as u64, tiles as u64);
+        self.token_inputs * tokens + self.tile_inputs * tiles + self.token / self.layers * tokens
+    }
+}
+
+/// Weights of a policy.
+pub fn elements(card: &OnevisionCard) -> u64 {
+    card.tensors().iter().map(|(_, shape)| count(shape)).sum()
+}
+
+/// Weights of a reward model, its adapter merged in: Llama without a head, CLIP and a projector.
+pub fn judge_elements(card: &RewardCard) -> u64 {
+    let (text, vision) = (&card.text_config, &card.vision_config);
+    let projector = (vision.hidden_size + 1) * text.hidden_size;
+    decoder_elements(text) + vision_elements(vision, card.mm_vision_select_layer) + projector as u64
+}
+
+fn decoder_elements(card: &DecoderCard) -> u64 {
+    let hidden = card.hidden_size;
+    let queries = card.num_attention_heads * card.head_dim;
+    let keys = card.num_key_value_heads * card.head_dim;
+    let biases = if card.qkv_bias { queries + 2 * keys } else { 0 };
+    let of_layer =
+        2 * hidden * (queries + keys) + biases + 3 * hidden * card.intermediate_size + 2 * hidden;
+    (card.num_hidden_layers * of_layer + (card.vocab_size + 1) * hidden) as u64
+}
+
+fn vision_elements(card: &VisionCard, layers: usize) -> u64 {
+    let (hidden, inner) = (card.hidden_size, card.intermediate_size);
+    let of_layer =
+        4 * (hidden + 1) * hidden + (hidden + 1) * inner + (inner + 1) * hidden + 4 * hidden;
+    let patch = card.num_channels * card.patch_size.pow(2);
+    (layers * of_layer + (patch + card.patches() + 1) * hidden) as u64
+}
+
+/// Weights that are trained.
+fn learned(card: &OnevisionCard, trained: &Trained) -> u64 {
+    let tensors = card.tensors();
+    let tensors = tensors.iter();
+    match trained {
+        Trained::Parts(parts) => tensors
+            .filter(|(name, _)| parts.iter().any(|(part, _)| *part == part_of(name)))
+            .map(|(_, shape)| count(shape))
+            .sum(),
+        Trained::Lora(lora) => tensors
+            .filter(|(name, _)| {
+                let module = name.strip_suffix(".weight");
+                name.starts_with("language_model.model.")
+                    && module.is_some_and(|module| {
+                        let ends = |target: &String| module.ends_with(&format!(".{target}"));
+                        lora.targets.iter().any(ends)
+                    })
+            })
+            .map(|(_, shape)| shape.iter().sum::<usize>() as u64 * lora.rank as u64)
+            .sum(),
+    }
+}
+
+fn count(shape: &[usize]) -> u64 {
+    shape.iter().product::<usize>() as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::models::{LoraSettings, Part};
+    use crate::prep::testbed::onevision_folder;
+
+    fn card() -> OnevisionCard {
+        OnevisionCard::open(onevision_folder().path()).unwrap()
+    }
+
+    #[test]
+    fn all_parts_together_are_the_whole_network() {
+        let card = card();
+        let of = |parts: &[Part]| {
+            let parts = parts.iter().map(|&part| (part, None)).collect();
+            learned(&card, &Trained::Parts(parts))
+        };
+        assert_eq!(of(&Part::ALL), elements(&card));
+        let sum: u64 = Part::ALL.iter().map(|&part| of(&[part])).sum();
+        assert_eq!(sum, elements(&card));
+        let head = if card.tie_word_embeddings {
+            0
+        } else {
+            card.text_config.vocab_size * card.text_config.hidden_size
+        };
+        let decoder = decoder_elements(&card.text_config) + head as u64;
+        assert_eq!(of(&[Part::LanguageModel]), decoder);
+    }
+
+    #[test]
+    fn a_training_of_everything_takes_sixteen_bytes_a_weight_and_lighter_ones_less() {
+        let card = card();
+        let all = elements(&card);
+        let whole = TrainingSizes::new(&card, &Trained::all(), Optimizer::Adamw, 2);
+        assert_eq!(whole.state(), 16 * all);
+        let light = TrainingSizes::new(&card, &Trained::all(), Optimizer::Adamw8bit, 2);
+        assert_eq!(light.state(), 10 * all);
+        let lora = Trained::Lora(LoraSettings {
+            rank: 2,
+            alpha: 1.0,
+            dropout: 0.0,
+            targets: vec!["o_proj".to_owned()],
+            seed: 0,
+        });
+        let adapted = TrainingSizes::new(&card, &lora, Optimizer::Adamw, 2);
+        let text = &card.text_config;
+        let sides = text.hidden_size + text.num_attention_heads * text.head_dim;
+        let adapter = (2 * sides * text.num_hidden_layers) as u64;
+        assert_eq!(adapted.state(), 2 * all + 16 * adapter);
+        assert_eq!(adapted.tile, 0);
+        assert!(whole.remembered(100, 1) > 4 * whole.computed_again(100, 1) / 2);
+    }
+}

@@ -1,0 +1,286 @@
+//! What the stages share that pair the answers to a prompt by their rewards.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+
+use super::{Failure, Input, Map, Outcome, Scope, TableName, Task};
+use crate::query::Param;
+use crate::store::Key;
+use crate::tables::{Candidate, Pair, Prompt, RejectClass, Reward, Row, rows};
+
+/// What a query says of a prompt: its pairs, or why there are none.
+enum Choice {
+    Pairs(Vec<Match>),
+    SetAside { class: RejectClass, reason: String },
+}
+
+/// Two answers that make a pair.
+#[derive(Clone, Copy)]
+struct Match {
+    chosen: i32,
+    rejected: i32,
+    chosen_reward: f32,
+    rejected_reward: f32,
+    margin: f32,
+}
+
+/// A stage that pairs answers by a query over their rewards.
+pub trait Pairs {
+    fn rewards(&self) -> &TableName;
+    fn candidates(&self) -> &TableName;
+    fn prompts(&self) -> &TableName;
+    /// The query, which makes rows of [`Ranked`]; `{rewards}` and `{candidates}` stand for the tables.
+    fn sql(&self) -> String;
+    /// The values of its parameters. `seed` is for what it draws.
+    fn params(&self, seed: u64) -> Vec<(&'static str, Param)>;
+}
+
+/// The tables that such a stage reads; what is left out, the plan finds.
+pub fn inputs<'a>(
+    rewards: &'a TableName,
+    candidates: Option<&'a TableName>,
+    prompts: Option<&'a TableName>,
+) -> Vec<Input<'a>> {
+    vec![
+        Input {
+            field: "rewards",
+            table: Some(rewards),
+            needs: Reward::schema(),
+            kind: Reward::KIND,
+        },
+        Input {
+            field: "candidates",
+            table: candidates,
+            needs: Candidate::schema(),
+            kind: Candidate::KIND,
+        },
+        Input {
+            field: "prompts",
+            table: prompts,
+            needs: Prompt::schema(),
+            kind: Prompt::KIND,
+        },
+    ]
+}
+
+/// The work of such a stage. The choice is one query over numbers; the texts are then taken from the
+/// candidates as these go by, so that they never lie in memory together.
+pub struct Selection<'a> {
+    stage: &'a dyn Pairs,
+    /// By prompt; chosen when the first group comes.
+    choices: RefCell<Option<HashMap<String, Choice>>>,
+}
+
+/// Prompts per part.
+const PART: u32 = 4096;
+
+impl<'a> Selection<'a> {
+    pub fn new(stage: &'a dyn Pairs) -> Self {
+        let choices = RefCell::new(None);
+        Self { stage, choices }
+    }
+
+    fn choose(&self, scope: &Scope<'_>) -> Result<HashMap<String, Choice>, Failure> {
+        let stage = self.stage;
+        let (rewards, candidates) = (stage.rewards(), stage.candidates());
+        let sql = stage
+            .sql()
+            .replace("{rewards}", rewards.as_str())
+            .replace("{candidates}", candidates.as_str());
+        let params = stage.params(scope.seed_for("pairs"));
+        let tables = [
+            (rewards, Reward::schema()),
+            (candidates, Candidate::schema()),
+        ];
+        let mut choices: HashMap<String, Choice> = HashMap::new();
+        scope.shelf.query(&sql, &params, &tables, |batch| {
+            if scope.go_on().is_break() {
+                return Err(Failure::Interrupted);
+            }
+            for ranked in Ranked::from_batch(&batch)? {
+                let prompt_id = ranked.prompt_id.clone();
+                match (choices.get_mut(&prompt_id), ranked.choice()) {
+                    (Some(Choice::Pairs(pairs)), Choice::Pairs(more)) => pairs.extend(more),
+                    (_, choice) => {
+                        choices.insert(prompt_id, choice);
+                    }
+                }
+            }
+            Ok(())
+        })?;
+        Ok(choices)
+    }
+}
+
+rows! {
+    /// A row of the ranking.
+    pub struct Ranked: "ranked" => {
+        /// The prompt.
+        pub prompt_id: String,
+        /// Its best answer.
+        pub chosen_candidate: Option<i32>,
+        /// Its worst answer.
+        pub rejected_candidate: Option<i32>,
+        /// The best answer's reward.
+        pub chosen_reward: Option<f32>,
+        /// The worst answer's reward.
+        pub rejected_reward: Option<f32>,
+        /// Their difference.
+        pub margin: Option<f32>,
+        /// Why the prompt makes no pair, if it makes none.
+        pub reason: Option<String>,
+        /// `fault` or `dropped`, for the reason.
+        pub class: RejectClass,
+    }
+}
+
+impl Ranked {
+    fn choice(self) -> Choice {
+        let matched = || {
+            Some(Match {
+                chosen: self.chosen_candidate?,
+                rejected: self.rejected_candidate?,
+                chosen_reward: self.chosen_reward?,
+                rejected_reward: self.rejected_reward?,
+                margin: self.margin?,
+            })
+        };
+        match (&self.reason, matched()) {
+            (None, Some(matched)) => Choice::Pairs(vec![matched]),
+            (reason, _) => Choice::SetAside {
+                class: self.class,
+                reason: reason
+                    .clone()
+                    .unwrap_or_else(|| "it has no rewards".to_owned()),
+            },
+        }
+    }
+}
+
+impl Map for Selection<'_> {
+    type In = Candidate;
+    type Out = Pair;
+
+    fn input(&self) -> &TableName {
+        self.stage.candidates()
+    }
+
+    fn part_groups(&self) -> u32 {
+        PART
+    }
+
+    fn key(&self, scope: &mut Scope<'_>, group: &[Candidate], key: Key) -> Result<Key, Failure> {
+        if self.choices.borrow().is_none() {
+            *self.choices.borrow_mut() = Some(self.choose(scope)?);
+        }
+        let choices = self.choices.borrow();
+        let prompt_id = &group[0].prompt_id;
+        let prompt = scope.shelf.prompt_row(self.stage.prompts(), prompt_id)?;
+        let mut key = key.with(&prompt.row_key).with(prompt_id);
+        let Some(Choice::Pairs(pairs)) = choices.as_ref().and_then(|all| all.get(prompt_id)) else {
+            return Ok(key);
+        };
+        for matched in pairs {
+            let numbers = [matched.chosen_reward, matched.rejected_reward];
+            key = numbers
+                .iter()
+                .fold(key, |key, number| key.with(number.to_le_bytes()));
+            for number in [matched.chosen, matched.rejected] {
+                let answer = answer(group, number)?;
+                key = key
+                    .with(&answer.row_key)
+                    .with(&answer.text)
+                    .with(number.to_le_bytes());
+            }
+        }
+        Ok(key)
+    }
+
+    fn map(
+        &self,
+        scope: &mut Scope<'_>,
+        tasks: &[Task<Candidate>],
+    ) -> Result<Vec<Outcome<Vec<Pair>>>, Failure> {
+        let choices = self.choices.borrow();
+        let choices = choices.as_ref().expect("keys come before rows");
+        let mut outcomes = Vec::with_capacity(tasks.len());
+        let mut done = 0;
+        for task in tasks {
+            let prompt_id = &task.rows[0].prompt_id;
+            outcomes.push(match choices.get(prompt_id) {
+                // Its answers were not scored; whoever set it aside then has said why.
+                None => Outcome::Made(Vec::new()),
+                Some(Choice::SetAside { class, reason }) => Outcome::SetAside {
+                    id: prompt_id.clone(),
+                    class: *class,
+                    reason: reason.clone(),
+                },
+                Some(Choice::Pairs(pairs)) => {
+                    let prompt = scope.shelf.prompt_row(self.stage.prompts(), prompt_id)?;
+                    let made = pairs.iter().map(|matched| {
+                        // Each pair has a name of its own. The one of a prompt is named as its group, by
+                        // which the next run finds it again.
+                        let name = match pairs.len() {
+                            1 => task.key.clone(),
+                            _ => Key::new("pair")
+                                .with(&task.key)
+                                .with(matched.chosen.to_le_bytes())
+                                .with(matched.rejected.to_le_bytes())
+                                .finish(),
+                        };
+                        pair(name, &task.rows, *matched, prompt.clone())
+                    });
+                    Outcome::Made(made.collect::<Result<_, _>>()?)
+                }
+            });
+            done += task.rows.len() as u64;
+            (scope.progress)(done);
+        }
+        Ok(outcomes)
+    }
+}
+
+/// The answer with a number among those of a prompt.
+fn answer(group: &[Candidate], number: i32) -> Result<&Candidate, Failure> {
+    let found = group.iter().find(|answer| answer.candidate == number);
+    found.ok_or_else(|| {
+        Failure::Other(format!(
+            "the candidates of prompt {} do not lie together; add `order by prompt_id, candidate` to the query \
+             that makes them",
+            group[0].prompt_id
+        ))
+    })
+}
+
+fn pair(
+    row_key: String,
+    group: &[Candidate],
+    matched: Match,
+    prompt: Prompt,
+) -> Result<Pair, Failure> {
+    let chosen = answer(group, matched.chosen)?;
+    let rejected = answer(group, matched.rejected)?;
+    Ok(Pair {
+        row_key,
+        id: prompt.id,
+        image: prompt.image,
+        prompt: prompt.question,
+        chosen: chosen.text.clone(),
+        rejected: rejected.text.clone(),
+        prompt_id: prompt.prompt_id,
+        image_ids: prompt.image_ids,
+        system: prompt.system,
+        turns: prompt.turns,
+        captions: prompt.captions,
+        chosen_candidate: Some(matched.chosen),
+        rejected_candidate: Some(matched.rejected),
+        chosen_reward: Some(matched.chosen_reward),
+        rejected_reward: Some(matched.rejected_reward),
+        margin: Some(matched.margin),
+        chosen_token_ids: Some(chosen.token_ids.clone()),
+        rejected_token_ids: Some(rejected.token_ids.clone()),
+        chosen_logp: Some(chosen.logp),
+        rejected_logp: Some(rejected.logp),
+        model: Some(chosen.model.clone()),
+    })
+}
