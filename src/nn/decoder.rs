@@ -14,16 +14,21 @@
 //!
 //! Sources: transformers' `models/qwen2/modeling_qwen2.py` and `models/llama/modeling_llama.py`.
 
+mod layer;
+mod tree;
+
 use std::rc::Rc;
 
 use tch::{Device, Kind, Tensor};
 
+use self::layer::DecoderLayer;
+use self::tree::Forest;
+pub use self::tree::Tree;
 use super::attention::{
-    KeyValue, attend_behind, attend_causally, attend_masked, attend_one, attend_to_all,
-    branch_mask, tree_mask,
+    KeyValue, attend_behind, attend_causally, attend_one, attend_to_all, branch_mask,
 };
 use super::chain::{Chain, Keep, Link};
-use super::layers::{Activation, Angles, Bias, Linear, Path, RmsNorm, Rotary};
+use super::layers::{Activation, Angles, Bias, Path, RmsNorm, Rotary};
 use crate::models::ModelError;
 use crate::prep::DecoderCard;
 
@@ -186,93 +191,6 @@ pub struct Texts<'a> {
     pub lengths: Vec<i64>,
 }
 
-/// A prompt with whole continuations of it, which are blind to each other.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Tree {
-    /// Tokens of the prompt.
-    pub prompt: i64,
-    /// The tokens of each continuation.
-    pub branches: Vec<i64>,
-    /// The first token of the prompt whose hidden state is wanted; all behind it are, too.
-    pub wanted_from: i64,
-}
-
-impl Tree {
-    fn tokens(&self) -> i64 {
-        self.prompt + self.branches.iter().sum::<i64>()
-    }
-
-    /// How many hidden states are wanted.
-    pub fn wanted(&self) -> i64 {
-        self.tokens() - self.wanted_from
-    }
-}
-
-/// Trees of tokens one after the other, with what attention needs to know of them.
-struct Forest {
-    trees: Vec<Tree>,
-    /// Where each tree starts among the tokens of all, and its tokens.
-    runs: Vec<(i64, i64)>,
-    angles: Angles,
-    /// Of each tree, what its continuations see; `None` where there are none.
-    branches: Vec<Option<Tensor>>,
-    /// Of each tree, what the wanted tokens see; `None` where all are wanted.
-    wanted: Vec<Option<Tensor>>,
-}
-
-impl Forest {
-    /// Attention of every token of a tree, of which alone `q` and `own` are.
-    fn attend_whole(&self, tree: usize, q: &Tensor, own: &KeyValue) -> Tensor {
-        let Tree { prompt, .. } = self.trees[tree];
-        let on_prompt = attend_causally(&q.narrow(1, 0, prompt), &own.of_tokens(0, prompt));
-        match &self.branches[tree] {
-            None => on_prompt,
-            Some(mask) => {
-                let q = q.narrow(1, prompt, q.size()[1] - prompt);
-                Tensor::cat(&[on_prompt, attend_masked(&q, own, mask)], 1)
-            }
-        }
-    }
-
-    /// The queries of all tokens to what they mix.
-    fn attend_all(&self, q: &Tensor, own: &KeyValue) -> Tensor {
-        let of_tree = |(tree, &(start, length)): (usize, &(i64, i64))| {
-            let q = q.narrow(1, start, length);
-            self.attend_whole(tree, &q, &own.of_tokens(start, length))
-        };
-        let mixed = self.runs.iter().enumerate().map(of_tree).collect();
-        joined(mixed).expect("a tree")
-    }
-
-    /// The wanted ones of the tokens of all, in order.
-    fn pick(&self, xs: &Tensor, dim: i64) -> Tensor {
-        let wanted = |(tree, &(start, _)): (&Tree, &(i64, i64))| {
-            xs.narrow(dim, start + tree.wanted_from, tree.wanted())
-        };
-        let picked: Vec<Tensor> = self.trees.iter().zip(&self.runs).map(wanted).collect();
-        Tensor::cat(&picked, dim)
-    }
-
-    /// The queries of the wanted tokens to what they mix.
-    fn attend_wanted(&self, q: &Tensor, own: &KeyValue) -> Tensor {
-        let mut first = 0;
-        let mut mixed = Vec::with_capacity(self.trees.len());
-        for (index, tree) in self.trees.iter().enumerate() {
-            let (start, length) = self.runs[index];
-            let (q, own) = (
-                q.narrow(1, first, tree.wanted()),
-                own.of_tokens(start, length),
-            );
-            mixed.push(match &self.wanted[index] {
-                Some(mask) => attend_masked(&q, &own, mask),
-                None => self.attend_whole(index, &q, &own),
-            });
-            first += tree.wanted();
-        }
-        joined(mixed).expect("a tree")
-    }
-}
-
 /// The growing continuations of one prompt.
 #[derive(Debug)]
 pub struct Branches<'a> {
@@ -332,38 +250,9 @@ impl Decoder {
     /// of each tree the prompt first, then its continuations. The chain gives the wanted hidden
     /// states after the final norm, in that order.
     pub fn read(&self, embeds: &Tensor, trees: Vec<Tree>, keep: Keep) -> Chain<'_> {
-        let (device, kind) = (embeds.device(), embeds.kind());
-        let lengths: Vec<i64> = trees.iter().map(Tree::tokens).collect();
-        assert_eq!(embeds.size()[0], lengths.iter().sum::<i64>());
-        let places = trees.iter().flat_map(|tree| {
-            let branches = tree.branches.iter().map(|&length| (tree.prompt, length));
-            std::iter::once((0, tree.prompt)).chain(branches)
-        });
-        let on_device = |mask: Tensor| mask.to_device(device).to_kind(kind);
-        let forest = Rc::new(Forest {
-            runs: runs(&lengths),
-            angles: self.positions(places, device, kind),
-            branches: trees
-                .iter()
-                .map(|tree| {
-                    let mask = || on_device(branch_mask(&tree.branches, tree.prompt));
-                    (tree.tokens() > tree.prompt).then(mask)
-                })
-                .collect(),
-            wanted: trees
-                .iter()
-                .map(|tree| {
-                    let Tree {
-                        prompt,
-                        branches,
-                        wanted_from,
-                    } = tree;
-                    let mask = || on_device(tree_mask(branches, *prompt, *wanted_from));
-                    (*wanted_from > 0).then(mask)
-                })
-                .collect(),
-            trees,
-        });
+        let places = trees.iter().flat_map(Tree::places);
+        let angles = self.positions(places, embeds.device(), embeds.kind());
+        let forest = Rc::new(Forest::new(trees, angles, embeds));
         let (last, before) = self.layers.split_last().expect("a layer");
         let mut links: Vec<Link<'_>> = Vec::with_capacity(self.layers.len());
         for layer in before {
@@ -378,8 +267,8 @@ impl Decoder {
         links.push(Box::new(move |xs| {
             let normed = last.input_layernorm.forward(xs);
             let own = last.self_attn.keys_values(&normed, &forest.angles);
-            let angles = forest.angles.map(|angles| forest.pick(angles, 0));
-            let [xs, normed] = [xs, &normed].map(|xs| forest.pick(xs, 0));
+            let angles = forest.angles.map(|angles| forest.pick(angles));
+            let [xs, normed] = [xs, &normed].map(|xs| forest.pick(xs));
             let xs = last.forward(&xs, &normed, &angles, |q| forest.attend_wanted(q, &own));
             self.norm.forward(&xs)
         }));
@@ -641,117 +530,6 @@ impl LmHead {
     /// How many different tokens there are.
     pub fn vocab(&self) -> i64 {
         self.weight.size()[0]
-    }
-}
-
-#[derive(Debug)]
-struct DecoderLayer {
-    input_layernorm: RmsNorm,
-    self_attn: Attention,
-    post_attention_layernorm: RmsNorm,
-    mlp: Mlp,
-}
-
-impl DecoderLayer {
-    fn new(path: &Path, config: &DecoderConfig) -> Result<Self, ModelError> {
-        let norm = |name| RmsNorm::new(&(path / name), config.hidden_size, config.rms_norm_eps);
-        Ok(Self {
-            input_layernorm: norm("input_layernorm")?,
-            self_attn: Attention::new(&(path / "self_attn"), config)?,
-            post_attention_layernorm: norm("post_attention_layernorm")?,
-            mlp: Mlp::new(&(path / "mlp"), config)?,
-        })
-    }
-
-    /// `xs` and the same after `input_layernorm`; `attend` is given the queries
-    /// (`[heads, tokens, head_dim]`) with their positions, and mixes the values of whatever these
-    /// tokens may see.
-    fn forward(
-        &self,
-        xs: &Tensor,
-        normed: &Tensor,
-        angles: &Angles,
-        attend: impl FnOnce(&Tensor) -> Tensor,
-    ) -> Tensor {
-        let xs = xs + self.self_attn.forward(normed, angles, attend);
-        let mixed = self
-            .mlp
-            .forward(&self.post_attention_layernorm.forward(&xs));
-        xs + mixed
-    }
-}
-
-#[derive(Debug)]
-struct Attention {
-    q_proj: Linear,
-    k_proj: Linear,
-    v_proj: Linear,
-    o_proj: Linear,
-    head_dim: i64,
-}
-
-impl Attention {
-    fn new(path: &Path, config: &DecoderConfig) -> Result<Self, ModelError> {
-        let hidden = config.hidden_size;
-        let all = config.num_attention_heads * config.head_dim;
-        let shared = config.num_key_value_heads * config.head_dim;
-        let bias = config.qkv_bias;
-        Ok(Self {
-            q_proj: Linear::new(&(path / "q_proj"), hidden, all, bias)?,
-            k_proj: Linear::new(&(path / "k_proj"), hidden, shared, bias)?,
-            v_proj: Linear::new(&(path / "v_proj"), hidden, shared, bias)?,
-            o_proj: Linear::new(&(path / "o_proj"), all, hidden, Bias::No)?,
-            head_dim: config.head_dim,
-        })
-    }
-
-    /// The keys and values of tokens, `[kv_heads, tokens, head_dim]`, with their positions.
-    fn keys_values(&self, xs: &Tensor, angles: &Angles) -> KeyValue {
-        KeyValue {
-            k: angles.rotate(&self.heads(&self.k_proj.forward(xs))),
-            v: self.heads(&self.v_proj.forward(xs)),
-        }
-    }
-
-    fn forward(
-        &self,
-        xs: &Tensor,
-        angles: &Angles,
-        attend: impl FnOnce(&Tensor) -> Tensor,
-    ) -> Tensor {
-        let q = angles.rotate(&self.heads(&self.q_proj.forward(xs)));
-        let mixed = attend(&q); // [heads, tokens, head_dim]
-        self.o_proj.forward(&mixed.transpose(0, 1).flatten(1, 2))
-    }
-
-    /// `[tokens, heads * head_dim]` to `[heads, tokens, head_dim]`.
-    fn heads(&self, projected: &Tensor) -> Tensor {
-        projected.unflatten(-1, [-1, self.head_dim]).transpose(0, 1)
-    }
-}
-
-#[derive(Debug)]
-struct Mlp {
-    gate_proj: Linear,
-    up_proj: Linear,
-    down_proj: Linear,
-    activation: Activation,
-}
-
-impl Mlp {
-    fn new(path: &Path, config: &DecoderConfig) -> Result<Self, ModelError> {
-        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-        Ok(Self {
-            gate_proj: Linear::new(&(path / "gate_proj"), hidden, inner, Bias::No)?,
-            up_proj: Linear::new(&(path / "up_proj"), hidden, inner, Bias::No)?,
-            down_proj: Linear::new(&(path / "down_proj"), inner, hidden, Bias::No)?,
-            activation: config.hidden_act,
-        })
-    }
-
-    fn forward(&self, xs: &Tensor) -> Tensor {
-        let gate = self.activation.forward(&self.gate_proj.forward(xs));
-        self.down_proj.forward(&(gate * self.up_proj.forward(xs)))
     }
 }
 
