@@ -1,7 +1,6 @@
 //! `pipeline pairs`: what another way to pair answers would give, on rewards that are there.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use clap::Args;
 use serde::Deserialize as _;
@@ -74,18 +73,18 @@ impl ShowPairs {
         let stage = self.stage()?;
         let rewards = Self::find(&run, &self.rewards, Reward::KIND, self.round)?;
         let candidates = Self::find(&run, &self.candidates, Candidate::KIND, rewards.round)?;
-        let mut tables = vec![table(&run, rewards), table(&run, candidates)];
+        let mut tables = vec![table(&run, rewards)?, table(&run, candidates)?];
         // A run that has no pairs yet has none that are the same.
         let now = Self::find(&run, &self.pairs, Pair::KIND, rewards.round);
-        tables.push(now.map_or_else(
-            |_| QueryTable {
+        tables.push(match now {
+            Ok(made) => table(&run, made)?,
+            Err(_) => QueryTable {
                 name: self.pairs.clone(),
                 schema: Pair::schema(),
                 files: vec![(None, Vec::new())],
                 with_round: false,
             },
-            |made| table(&run, made),
-        ));
+        });
         let picked = stage
             .sql()
             .replace("{rewards}", &self.rewards)
@@ -127,7 +126,9 @@ impl ShowPairs {
         kind: &str,
         round: Option<u32>,
     ) -> Result<&'a Made, Failed> {
-        let of_kind = |made: &&Made| made.complete && made.kind.as_deref() == Some(kind);
+        // What a query made is of no kind, and may have the columns.
+        let of_kind =
+            |made: &&Made| made.complete && made.kind.as_deref().is_none_or(|other| other == kind);
         let made = run.manifest().made.iter().filter(of_kind);
         let named = made.clone().filter(|made| made.table == name);
         let named = named.filter(|made| round.is_none() || made.round == round);
@@ -147,12 +148,16 @@ impl ShowPairs {
     }
 }
 
-fn table(run: &RunFolder, made: &Made) -> QueryTable {
-    let schema = made.kind.as_deref().and_then(schema_of);
-    QueryTable {
+fn table(run: &RunFolder, made: &Made) -> Result<QueryTable, Failed> {
+    let schema = match made.kind.as_deref().and_then(schema_of) {
+        Some(schema) => Some(schema),
+        None => run.schema(&made.table, made.round)?,
+    };
+    let empty = || Failed::Words(format!("the table `{}` has no rows", made.table));
+    Ok(QueryTable {
         name: made.table.clone(),
-        schema: Arc::clone(&schema.expect("a table of a kind")),
+        schema: schema.ok_or_else(empty)?,
         files: vec![(None, run.files(&made.table, made.round))],
         with_round: false,
-    }
+    })
 }
