@@ -773,3 +773,72 @@ fn another_way_to_pair_is_shown_without_changing_the_run() {
         );
     }
 }
+
+/// The exam of a judge: what people prefer is judged first, and nothing is scored by one that fails.
+const EXAM: &str = "
+pipeline: scripted
+seed: 3
+models:
+  policy: { scripted: {} }
+  judge: { scripted: {} }
+stages:
+  labels:
+    load_feedback: { from: labels.json }
+  exam:
+    compare: { pairs: labels, judge: judge }
+  prompts:
+    load_prompts: { from: prompts.json }
+  candidates:
+    sample: { prompts: prompts, model: policy }
+  rewards:
+    score: { candidates: candidates, judge: judge }
+expect:
+  a_judge_that_agrees: { table: exam, value: avg(case when agrees then 1.0 else 0.0 end), at_least: 0.62 }
+  short_answers: { table: candidates, query: select text from candidates where length(text) > 30, otherwise: warn }
+";
+
+#[test]
+fn a_judge_that_fails_its_exam_scores_nothing_until_it_passes() {
+    let scene = Scene::new();
+    let labels = |better: &str, worse: &str| {
+        let label = |number: usize| {
+            serde_json::json!({ "id": format!("l{number}"), "prompt": format!("Question {number}?"),
+                "chosen": better, "rejected": worse })
+        };
+        serde_json::to_vec(&(0..10).map(label).collect::<Vec<_>>()).unwrap()
+    };
+    // The scripted judge likes one of the two more often than not.
+    let [one, other] = ["It is so.", "No, it is not."];
+    scene
+        .prompts(12)
+        .write("p.yaml", EXAM)
+        .write("labels.json", labels(one, other));
+    let first = scene.pipeline(&["run", "p.yaml"]);
+    scene.write("labels.json", labels(other, one));
+    let second = scene.pipeline(&["run", "p.yaml"]);
+    let (failed, passed) = if first.code == Some(0) {
+        (second, first)
+    } else {
+        (first, second)
+    };
+    assert_eq!(
+        (failed.code, passed.code),
+        (Some(1), Some(0)),
+        "{}{}",
+        failed.err,
+        passed.err
+    );
+    for words in [
+        "`a_judge_that_agrees` expects something else of `exam`: 0.",
+        " is below 0.62",
+    ] {
+        assert!(failed.err.contains(words), "{}", failed.err);
+    }
+    assert!(!failed.err.contains("rewards (round 1)"), "{}", failed.err);
+    let warning = "warning: `short_answers` expects something else of `candidates`";
+    assert!(
+        passed.err.contains(warning) && passed.err.contains("| text"),
+        "{}",
+        passed.err
+    );
+}

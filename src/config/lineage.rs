@@ -89,7 +89,47 @@ impl Lineage {
             lineage.settle(position, &trained, &unfinished);
         }
         lineage.report(written);
+        lineage.expect(written);
         lineage
+    }
+
+    /// Plans what is expected of tables over the columns that they have.
+    fn expect(&mut self, written: &Written) {
+        let is_clear = |draft: &Draft| !draft.is_doubtful && draft.schema.is_some();
+        let all_clear = self.drafts.iter().all(is_clear);
+        let tables: Vec<(String, SchemaRef)> = self
+            .drafts
+            .iter()
+            .filter_map(|draft| Some((draft.name.to_string(), draft.schema.clone()?)))
+            .collect();
+        for entry in &written.expect {
+            let Some(expectation) = &entry.spec else {
+                continue;
+            };
+            let name = expectation.table.as_str();
+            let names = self.drafts.iter().map(|draft| draft.name.as_str());
+            if !names.clone().any(|other| other == name) {
+                let at = At::value(entry.settings.key("table"));
+                let complaint = Complaint::new(
+                    "config::unknown_table",
+                    at,
+                    format!("there is no table `{name}`"),
+                )
+                .guess(guess(name, names.clone()));
+                let help = format!("the tables are {}", listed(names));
+                self.complaints.push(complaint.help(help));
+                continue;
+            }
+            if let Some(complaint) = expectation.check(&entry.settings) {
+                self.complaints.push(complaint);
+                continue;
+            }
+            if all_clear && let Err(error) = query::plan(&expectation.sql(), &tables, &[]) {
+                let at = At::value(entry.settings.key(expectation.field()));
+                let complaint = Complaint::new("config::expectation", at, error.0);
+                self.complaints.push(complaint);
+            }
+        }
     }
 
     /// Plans the queries of the report over the columns that arrive.

@@ -12,6 +12,7 @@ mod node;
 mod overrides;
 mod reference;
 
+mod expectation;
 mod pipeline;
 mod reader;
 mod syntax;
@@ -28,6 +29,7 @@ mod guess;
 mod schema;
 
 pub use complaint::{At, Complaint, Complaints, Gravity, Look};
+pub use expectation::{Expectation, Otherwise};
 pub use pipeline::{Chart, KeepImages, PipelineName, Share, View};
 pub use plan::{Plan, PlannedStage};
 pub use reference::{EnvReference, Secrets};

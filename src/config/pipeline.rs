@@ -9,6 +9,7 @@ use std::num::NonZeroU32;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::expectation::Expectation;
 use super::reference::Variable;
 use super::source::KeyPath;
 use crate::models::ModelSpec;
@@ -43,6 +44,9 @@ pub struct Written {
     /// `pipeline sql` know, too.
     #[schemars(default, with = "BTreeMap<TableName, View>")]
     pub report: Vec<Entry<TableName, View>>,
+    /// What must be true of tables, each under a name; checked as soon as the table is there.
+    #[schemars(default, with = "BTreeMap<TableName, Expectation>")]
+    pub expect: Vec<Entry<TableName, Expectation>>,
     /// The share of a stage's rows that may be faulty before the run stops, from 0 to 1.
     #[schemars(default)]
     pub reject_share_max: Share,
@@ -52,7 +56,7 @@ pub struct Written {
 }
 
 /// The top-level fields, in the order in which people write them.
-pub const FIELDS: [&str; 10] = [
+pub const FIELDS: [&str; 11] = [
     "pipeline",
     "seed",
     "rounds",
@@ -61,6 +65,7 @@ pub const FIELDS: [&str; 10] = [
     "stages",
     "evaluate",
     "report",
+    "expect",
     "reject_share_max",
     "keep_images",
 ];

@@ -12,6 +12,7 @@ use arrow::datatypes::SchemaRef;
 use serde_json::{Value, json};
 
 use super::complaint::{At, Complaint, Sources};
+use super::expectation::Expectation;
 use super::lineage::{Draft, Lineage};
 use super::pipeline::{KeepImages, PipelineName, Share, View, Written};
 use super::reference::{EnvReference, Secrets};
@@ -34,6 +35,8 @@ pub struct Plan {
     pub evaluate: Vec<PlannedStage>,
     /// What the run has to say when it ends, in the written order.
     pub report: Vec<(TableName, View)>,
+    /// What must be true of tables, in the written order.
+    pub expect: Vec<(TableName, Expectation)>,
     /// What is perhaps not meant, in the order of the text.
     pub warnings: Vec<Complaint>,
     pub reject_share_max: Share,
@@ -272,6 +275,11 @@ pub fn assemble(
         evaluate,
         report: written
             .report
+            .into_iter()
+            .filter_map(|entry| Some((entry.name, entry.spec?)))
+            .collect(),
+        expect: written
+            .expect
             .into_iter()
             .filter_map(|entry| Some((entry.name, entry.spec?)))
             .collect(),

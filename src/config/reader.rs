@@ -12,7 +12,7 @@ use serde_yaml::with::singleton_map_recursive;
 use super::complaint::{At, Complaint};
 use super::guess::guess;
 use super::node::Node;
-use super::pipeline::{Entry, FIELDS, PipelineName, View, Written, one};
+use super::pipeline::{Entry, FIELDS, PipelineName, Written, one};
 use super::reference::{Environment, Replacer, Secrets, Variable};
 use super::source::{KeyPath, Step};
 use super::words::{Subject, listed, reword};
@@ -52,7 +52,8 @@ pub fn read(tree: Node, environment: Environment<'_>) -> (Written, Secrets, Vec<
         models: reader.entries(&tree, "models", "network"),
         stages: reader.entries(&tree, "stages", "verb"),
         evaluate: reader.entries(&tree, "evaluate", "verb"),
-        report: reader.views(&tree),
+        report: reader.named(&tree, "report", "`name: { query: … }`"),
+        expect: reader.named(&tree, "expect", "`name: { table: …, query: … }`"),
         reject_share_max: reader.field(&tree, "reject_share_max").unwrap_or_default(),
         keep_images: reader.field(&tree, "keep_images").unwrap_or_default(),
     };
@@ -196,21 +197,26 @@ impl Reader {
         entries
     }
 
-    /// The views under `report`.
-    fn views(&mut self, tree: &Node) -> Vec<Entry<TableName, View>> {
-        let path = KeyPath::root().key("report");
-        let Some(node) = tree.get("report") else {
+    /// What stands under `field`, each under a name; an `example` shows how.
+    fn named<Spec: DeserializeOwned>(
+        &mut self,
+        tree: &Node,
+        field: &str,
+        example: &str,
+    ) -> Vec<Entry<TableName, Spec>> {
+        let path = KeyPath::root().key(field);
+        let Some(node) = tree.get(field) else {
             return Vec::new();
         };
-        let Some(map) = self.map(node, &path, "a map: `name: { query: … }`") else {
+        let Some(map) = self.map(node, &path, &format!("a map: {example}")) else {
             return Vec::new();
         };
-        let mut views = Vec::new();
+        let mut entries = Vec::new();
         for (key, node) in map {
             let path = path.key(&key);
             let spec = self.value(node, &path, 0);
             match TableName::try_from(key) {
-                Ok(name) => views.push(Entry {
+                Ok(name) => entries.push(Entry {
                     name,
                     settings: path.clone(),
                     path,
@@ -222,7 +228,7 @@ impl Reader {
                 }
             }
         }
-        views
+        entries
     }
 
     /// A map of one word (a verb, a network) and its settings.

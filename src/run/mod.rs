@@ -6,6 +6,7 @@
 //! old one still answers. The four kinds of work (`load`, `map`, `query`, `fold`) are each one file.
 
 mod claim;
+mod expect;
 mod fold;
 mod groups;
 mod interrupt;
@@ -188,6 +189,7 @@ impl<'a> Runner<'a> {
             self.unpark_before(stage, round)?;
             self.remember(&stage.name, round);
             self.report.reused(&stage.name, round, rows);
+            self.expect(stage, round)?;
             return Ok(false);
         }
         match stage.spec.as_stage().work() {
@@ -203,6 +205,7 @@ impl<'a> Runner<'a> {
         }
         self.remember(&stage.name, round);
         self.report_finished(&stage.name, round);
+        self.expect(stage, round)?;
         Ok(true)
     }
 

@@ -1,0 +1,143 @@
+//! What a pipeline expects of its tables.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::complaint::{At, Complaint};
+use super::source::KeyPath;
+use crate::stages::TableName;
+
+/// What must be true of a table as soon as it is there: a query that finds no rows, or a number that
+/// keeps within bounds.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Expectation {
+    /// The table. The query and the value may also read the others that are there by then, each as it
+    /// is in the round.
+    pub table: TableName,
+    /// A query that must find no rows; those that it finds are shown.
+    #[serde(default)]
+    pub query: Option<String>,
+    /// An expression over all rows of the table, such as `avg(reward)`, for the two bounds.
+    #[serde(default)]
+    pub value: Option<String>,
+    /// The least that the value may be.
+    #[serde(default)]
+    pub at_least: Option<f64>,
+    /// The most that the value may be.
+    #[serde(default)]
+    pub at_most: Option<f64>,
+    /// What happens when it is not so.
+    #[serde(default)]
+    pub otherwise: Otherwise,
+}
+
+/// What happens when something is not as expected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Otherwise {
+    /// The run stops; what is made stays.
+    #[default]
+    Stop,
+    /// The run says so and goes on.
+    Warn,
+}
+
+impl Expectation {
+    /// The query that answers it: the rows that should not be there, or the value.
+    pub fn sql(&self) -> String {
+        match (&self.query, &self.value) {
+            (Some(query), _) => query.clone(),
+            (None, value) => format!(
+                "select cast({} as double) as value from {}",
+                value.as_deref().unwrap_or("null"),
+                self.table
+            ),
+        }
+    }
+
+    /// The setting that holds the SQL.
+    pub fn field(&self) -> &'static str {
+        if self.query.is_some() {
+            "query"
+        } else {
+            "value"
+        }
+    }
+
+    /// What is wrong with a value, in words.
+    pub fn judge(&self, value: Option<f64>) -> Option<String> {
+        let Some(value) = value else {
+            return Some("the value is null".to_owned());
+        };
+        if let Some(least) = self
+            .at_least
+            .filter(|&least| value.is_nan() || value < least)
+        {
+            return Some(format!("{value} is below {least}"));
+        }
+        let most = self
+            .at_most
+            .filter(|&most| value.is_nan() || value > most)?;
+        Some(format!("{value} is above {most}"))
+    }
+
+    /// What its settings say against each other.
+    pub fn check(&self, path: &KeyPath) -> Option<Complaint> {
+        let complain = |at: At, message: &str, help: &str| {
+            Some(Complaint::new("config::expectation", at, message.to_owned()).help(help))
+        };
+        let has_bound = self.at_least.is_some() || self.at_most.is_some();
+        match (&self.query, &self.value) {
+            (Some(_), Some(_)) => complain(
+                At::key(path.key("value")),
+                "both `query` and `value` are given",
+                "make two expectations of them",
+            ),
+            (None, None) => complain(
+                At::key(path.clone()),
+                "neither `query` nor `value` is given",
+                "write a `query` that must find no rows, or a `value` with `at_least` or `at_most`",
+            ),
+            (Some(_), None) if has_bound => complain(
+                At::key(path.clone()),
+                "a `query` has no bounds: it must find no rows",
+                "give a `value` in its place, such as `avg(reward)`",
+            ),
+            (None, Some(_)) if !has_bound => complain(
+                At::key(path.key("value")),
+                "the value may be anything",
+                "say `at_least` or `at_most`",
+            ),
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_value_keeps_within_its_bounds_and_is_a_number() {
+        let expectation = Expectation {
+            table: "rewards".to_owned().try_into().unwrap(),
+            query: None,
+            value: Some("avg(reward)".to_owned()),
+            at_least: Some(0.5),
+            at_most: Some(2.0),
+            otherwise: Otherwise::Stop,
+        };
+        assert_eq!(
+            expectation.sql(),
+            "select cast(avg(reward) as double) as value from rewards"
+        );
+        let words = |value| expectation.judge(value).unwrap_or_default();
+        assert_eq!(words(Some(0.5)), "");
+        assert_eq!(words(Some(2.0)), "");
+        assert_eq!(words(Some(0.25)), "0.25 is below 0.5");
+        assert_eq!(words(Some(2.5)), "2.5 is above 2");
+        assert_eq!(words(Some(f64::NAN)), "NaN is below 0.5");
+        assert_eq!(words(None), "the value is null");
+    }
+}
