@@ -33,6 +33,7 @@ ERRORS = {
     "an answer without its stop token": "training",
     "a label smoothing of 0.11 for 0.1": "training",
     "a weight decay of 0.01 for 0": "training",
+    "a policy's adapter of twice the strength": "training",
     "warmup steps rounded down": "training",
     "stop tokens not learned": "training",
     "a token learned from itself": "training",

@@ -1,5 +1,6 @@
 """One batch and twenty updates of DPO (by TRL) and of supervised fine-tuning (by a plain loop); LLaVA-NeXT's mask."""
 import copy
+import json
 import math
 
 import torch
@@ -69,6 +70,7 @@ def record():
     sft(place, network, processor, shown, say)
     masks(place, random)
     losses(place, *beside, shown, pairs)
+    adapter(place, beside[0], processor, shown, pairs)
 
 
 def whole(processor, shown, pair, answer):
@@ -183,6 +185,40 @@ def losses(place, path, network, processor, shown, pairs):
         log = logged(made, ["loss", "grad_norm"])
         recorded[name] = torch.stack([log["loss"][0], log["grad_norm"][0]])
     save(place / "losses.safetensors", recorded)
+
+
+def adapter(place, path, processor, shown, pairs):
+    """Twenty updates of an adapter of peft's to the decoder, by a plain loop."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlavaOnevisionForConditionalGeneration
+    network = LlavaOnevisionForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
+    alpha = 16 if error("a policy's adapter of twice the strength") else 8
+    targets = r"model\.language_model\.(.*\.)?(q_proj|down_proj)"
+    network = get_peft_model(network, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=targets))
+    parameters = {name.replace(".default", ""): parameter for name, parameter in network.named_parameters() if "lora_" in name}
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    network.save_pretrained(place / "adapter")
+    (place / "adapter/README.md").unlink(missing_ok=True)
+    config = json.loads((place / "adapter/adapter_config.json").read_text())
+    write_json(place / "adapter/adapter_config.json", config | {"base_model_name_or_path": ""})
+    for module in network.modules():
+        if isinstance(getattr(module, "scaling", None), dict):
+            module.scaling["default"] = alpha / 4
+    reference = torch.tensor([[-30.0 - 0.1 * number, -35.0 + 0.1 * number] for number in range(STEPS * BATCH)])
+
+    def loss(batch):
+        values = []
+        for number in batch:
+            logps = torch.stack([logp(network, processor, shown, pairs[number], side) for side in ("chosen", "rejected")])
+            rewards = BETA * (logps - reference[number])
+            values.append(-torch.nn.functional.logsigmoid(rewards[0] - rewards[1]))
+        return torch.stack(values).mean()
+
+    batches = [range(step * BATCH, (step + 1) * BATCH) for step in range(STEPS)]
+    save(place / "adapter.safetensors", {"reference": reference, **optimize(parameters, loss, batches)})
 
 
 def sft(place, network, processor, shown, say):

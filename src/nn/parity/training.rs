@@ -82,6 +82,7 @@ fn block(folder: &Path, report: &mut Report) {
     }
     trl(folder, &pairs, report);
     losses(folder, &pairs, report);
+    adapter(folder, &pairs, report);
     sft(folder, report);
     masks(folder, report);
 }
@@ -459,6 +460,55 @@ fn losses(folder: &Path, pairs: &[Pair], report: &mut Report) {
     }
     let both = vec![(Loss::Sigmoid, 1.0), (Loss::Sft, 0.3)];
     with_terms("sigmoid and sft", both, 0.0, report);
+}
+
+/// Twenty updates of an adapter that peft wrote.
+fn adapter(folder: &Path, pairs: &[Pair], report: &mut Report) {
+    let expected = Recorded::open(&folder.join("adapter.safetensors"));
+    let lora = models::LoraSettings {
+        rank: 4,
+        alpha: 8.0,
+        dropout: 0.0,
+        targets: ["q_proj", "down_proj"].map(str::to_owned).to_vec(),
+        seed: 0,
+    };
+    let settings = DpoSettings {
+        objective: Objective::of(Loss::Sigmoid, BETA),
+        mask: Mask::Answer,
+        newlines: Newlines::One,
+        trained: models::Trained::Lora(lora),
+        checkpointing: Checkpointing::Always,
+        optimization: optimization(),
+    };
+    let spec = LlavaOnevision {
+        adapter: Some(folder.join("adapter")),
+        ..spec(folder, "training-trl")
+    };
+    let mut learner = OnevisionDpo::open(&spec, &settings).unwrap();
+    let prompts: Vec<Prompt> = pairs
+        .iter()
+        .map(|pair| prompt(folder, &pair.pictures, &pair.question, &[]))
+        .collect();
+    let references = expected.tensor("reference").to_kind(Kind::Double);
+    let references: Vec<[f64; 2]> = Vec::<Vec<f64>>::try_from(references)
+        .unwrap()
+        .iter()
+        .map(|pair| [pair[0], pair[1]])
+        .collect();
+    let mut trained = Trained::new(
+        "a policy's adapter, 20 updates",
+        learner.training(),
+        &expected,
+        ToOwned::to_owned,
+    );
+    for (step, batch) in examples(pairs, &prompts, &references).chunks(BATCH).enumerate() {
+        let found = learner.step(batch).unwrap();
+        trained.loss(step, found.loss);
+        if step == 0 {
+            trained.gradients(learner.training());
+        }
+    }
+    trained.weights(learner.training(), report);
 }
 
 fn sft(folder: &Path, report: &mut Report) {
