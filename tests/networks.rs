@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use ovchat::store::RunFolder;
@@ -245,13 +246,11 @@ fn networks_answer_score_and_learn_and_a_killed_run_ends_with_the_same_weights()
     assert_eq!(weights(&killed), weights(&undisturbed));
 }
 
-/// Weights are written after every step here, so that kills hit steps, saved states and checkpoints.
-#[test]
-fn a_training_killed_at_twenty_moments_ends_with_the_same_weights() {
-    const KILLS: u32 = 20;
+/// A training that saves its state after every step.
+fn saving_every_step() -> String {
     let samples = Path::new(ROOT).join("data-samples");
     let samples = samples.display();
-    let pipeline = format!(
+    format!(
         "
 pipeline: networks
 seed: 5
@@ -263,18 +262,58 @@ stages:
   steps:
     train_dpo: {{ pairs: pairs, model: policy, learning_rate: 1.0e-4, batch_pairs: 2, save_every: 1 }}
 "
+    )
+}
+
+/// The files of a run's checkpoints.
+fn weights_of(scene: &Scene) -> Vec<Vec<u8>> {
+    scene.checkpoints("runs/networks").into_values().collect()
+}
+
+/// A file may grow to 4 MB here, which is less than a saved state has: what writing says then is what it
+/// says when the disk is full.
+#[test]
+fn a_state_that_finds_no_room_stops_the_training_and_costs_nothing() {
+    let pipeline = saving_every_step();
+    let undisturbed = Scene::new();
+    undisturbed
+        .write("p.yaml", &pipeline)
+        .succeeds(&["run", "p.yaml"]);
+    let scene = Scene::new();
+    scene.write("p.yaml", &pipeline);
+    let narrow = Command::new("bash")
+        .args(["-c", "trap '' XFSZ; ulimit -f 4000; exec \"$0\" run p.yaml"])
+        .arg(env!("CARGO_BIN_EXE_pipeline"))
+        .current_dir(scene.path(""))
+        .output()
+        .unwrap();
+    let failed = crate::scene::said(narrow);
+    assert_eq!(failed.code, Some(1), "{}", failed.err);
+    assert!(
+        failed.err.contains("state") && failed.err.contains("too large"),
+        "{}",
+        failed.err
     );
+    scene.succeeds(&["run", "p.yaml"]);
+    assert!(weights_of(&scene) == weights_of(&undisturbed));
+    assert_eq!(
+        scene.tables("runs/networks"),
+        undisturbed.tables("runs/networks")
+    );
+}
+
+/// Weights are written after every step here, so that kills hit steps, saved states and checkpoints.
+#[test]
+fn a_training_killed_at_twenty_moments_ends_with_the_same_weights() {
+    const KILLS: u32 = 20;
+    let pipeline = saving_every_step();
     let begun = Instant::now();
     let undisturbed = Scene::new();
     undisturbed
         .write("p.yaml", &pipeline)
         .succeeds(&["run", "p.yaml"]);
     let whole = begun.elapsed();
-    let weights = |scene: &Scene| -> Vec<_> {
-        let files = scene.checkpoints("runs/networks");
-        files.into_values().collect()
-    };
-    let expected = weights(&undisturbed);
+    let expected = weights_of(&undisturbed);
 
     let mut scene = Scene::new();
     scene.write("p.yaml", &pipeline);
@@ -286,14 +325,14 @@ stages:
         std::thread::sleep(whole.mul_f64((f64::from(kill) * 0.618_034).fract()));
         let _ = child.kill();
         if child.wait().unwrap().success() {
-            assert!(weights(&scene) == expected);
+            assert!(weights_of(&scene) == expected);
             finished += 1;
             scene = Scene::new();
             scene.write("p.yaml", &pipeline);
         }
     }
     scene.succeeds(&["run", "p.yaml"]);
-    assert!(weights(&scene) == expected && finished < KILLS / 2);
+    assert!(weights_of(&scene) == expected && finished < KILLS / 2);
     assert_eq!(
         scene.tables("runs/networks"),
         undisturbed.tables("runs/networks")

@@ -501,7 +501,10 @@ fn adapter(folder: &Path, pairs: &[Pair], report: &mut Report) {
         &expected,
         ToOwned::to_owned,
     );
-    for (step, batch) in examples(pairs, &prompts, &references).chunks(BATCH).enumerate() {
+    for (step, batch) in examples(pairs, &prompts, &references)
+        .chunks(BATCH)
+        .enumerate()
+    {
         let found = learner.step(batch).unwrap();
         trained.loss(step, found.loss);
         if step == 0 {

@@ -189,3 +189,18 @@ fn conversations_beyond_the_context_are_refused_by_name() {
         "{error}"
     );
 }
+
+#[test]
+fn an_adapter_is_merged_before_the_network_is_trained() {
+    let mut spec = recorded::spec(Dtype::Auto);
+    spec.adapter = Some("lora".into());
+    let settings = SftSettings {
+        tower: Tower::Train,
+        optimization: optimization(),
+    };
+    let error = Sft::<OnevisionStudent>::open(&spec, &settings)
+        .err()
+        .unwrap()
+        .to_string();
+    assert!(error.contains("export --merge"), "{error}");
+}
