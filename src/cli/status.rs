@@ -54,7 +54,7 @@ impl Status {
             let round = made
                 .round
                 .map_or_else(|| "-".to_owned(), |round| round.to_string());
-            let state = match (made.complete, &made.state, &made.checkpoint) {
+            let state = match (made.complete, made.states.last(), &made.checkpoint) {
                 (true, _, Some(checkpoint)) => format!("done, {}", checkpoint.folder),
                 (true, _, None) => "done".to_owned(),
                 (false, Some(state), _) => format!("saved at step {}", state.step),

@@ -57,7 +57,7 @@ impl Runner<'_> {
             complete: false,
             content: None,
             parts: Vec::new(),
-            state: None,
+            states: Vec::new(),
             checkpoint: None,
         }))?;
         Ok(true)

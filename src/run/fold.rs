@@ -1,10 +1,11 @@
 //! Folding: ordered steps over a table that end in a checkpoint.
 //!
 //! A state (weights, optimizer, step count) is saved every so many steps together with the `steps`
-//! rows up to it, in one commit; a killed training goes on at the last one. The end has no state of
+//! rows up to it, in one commit; a killed training goes on at the last one that can be read. The end has no state of
 //! its own: the checkpoint is written first, then one commit takes rows and checkpoint in.
 
 use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -15,7 +16,7 @@ use super::Runner;
 use super::claim::tables_of;
 use crate::config::PlannedStage;
 use crate::run::{Start, Unit};
-use crate::stages::{Failure, Fold, Scope, Work};
+use crate::stages::{Failure, Fold, Scope, TableName, Work};
 use crate::store::{
     CheckpointRecord, Event, Key, Lookup, PartRecord, RunFolder, StateRecord, StoreError,
     TableWriter, files_in, sync_folder,
@@ -99,12 +100,33 @@ impl Runner<'_> {
             (scope.say)(&plan);
         }
         let mut done = 0;
-        if let Some(state) = &made.state {
-            training
-                .learner()
-                .load_state(&self.folder.root().join(&state.folder))
-                .map_err(Failure::of(work.model()))?;
-            done = state.step as usize;
+        let mut newest = true;
+        for state in made.states.iter().rev() {
+            let folder = self.folder.root().join(&state.folder);
+            match training.learner().load_state(&folder) {
+                Ok(()) => {
+                    done = state.step as usize;
+                    if !newest {
+                        self.folder
+                            .commit(Event::Begin(made.clone().back_at(state)))?;
+                    }
+                    break;
+                }
+                Err(error) if state.step == made.states[0].step => {
+                    return Err(Failure::of(work.model())(error));
+                }
+                Err(error) => {
+                    newest = false;
+                    let words = format!("{error}; going on from the state before");
+                    report.borrow_mut().note(&words);
+                }
+            }
+        }
+        if done == 0 && !made.parts.is_empty() {
+            // Steps without a state behind them are taken again.
+            let mut made = made.clone();
+            made.parts.clear();
+            self.folder.commit(Event::Begin(made))?;
         }
         let total = Some(batches.len() as u64);
         report.borrow_mut().start(Start {
@@ -139,19 +161,16 @@ impl Runner<'_> {
                     files: files_in(&state)?,
                     folder: below(self.folder.root(), &state),
                 };
-                let previous = self
-                    .folder
-                    .manifest()
-                    .find(table.as_str(), round)
-                    .and_then(|made| made.state.clone());
+                let before = states(&self.folder, table, round);
                 self.folder.commit(Event::Part {
                     table: table.to_string(),
                     round,
                     part,
-                    state: Some(state),
+                    state: Some((state, work.keep_last())),
                 })?;
-                if let Some(previous) = previous {
-                    let _ = fs::remove_dir_all(self.folder.root().join(previous.folder));
+                let now = states(&self.folder, table, round);
+                for stale in before.difference(&now) {
+                    let _ = fs::remove_dir_all(self.folder.root().join(stale));
                 }
                 first = done;
             }
@@ -177,9 +196,10 @@ impl Runner<'_> {
             files: files_in(&folder)?,
             folder: below(self.folder.root(), &folder),
         };
+        let over = states(&self.folder, table, round);
         self.finish(table, round, None, Some(checkpoint))?;
-        if let Some(state) = self.last_state(&made.key)? {
-            let _ = fs::remove_dir_all(state);
+        for state in over {
+            let _ = fs::remove_dir_all(self.folder.root().join(state));
         }
         Ok(())
     }
@@ -252,19 +272,13 @@ impl Runner<'_> {
         };
         self.folder.root().join("checkpoints").join(name)
     }
+}
 
-    /// A state of the training with this key that is still there.
-    fn last_state(&self, key: &str) -> Result<Option<PathBuf>, Failure> {
-        let cache = self.folder.cache()?;
-        let prefix = format!("state-{key}-");
-        for entry in fs::read_dir(&cache).map_err(StoreError::io("read", &cache))? {
-            let entry = entry.map_err(StoreError::io("read", &cache))?;
-            if entry.file_name().to_string_lossy().starts_with(&prefix) {
-                return Ok(Some(entry.path()));
-            }
-        }
-        Ok(None)
-    }
+/// The folders of a training's saved states.
+fn states(folder: &RunFolder, table: &TableName, round: Option<u32>) -> BTreeSet<String> {
+    let made = folder.manifest().find(table.as_str(), round);
+    let states = made.into_iter().flat_map(|made| &made.states);
+    states.map(|state| state.folder.clone()).collect()
 }
 
 /// A path below the run's folder, as the manifest has it.

@@ -118,9 +118,14 @@ pub struct TrainDpo {
     /// Updates between two saved states; a killed training goes on at the last one.
     #[serde(default = "defaults::save_every")]
     pub save_every: NonZeroU32,
+    /// Saved states that are kept; where the newest can't be read, the training goes on from the one
+    /// before.
+    #[serde(default = "defaults::keep_last")]
+    pub keep_last: NonZeroU32,
 }
 
-/// `dpo_ov7b.sh` and the Hugging Face trainer's own defaults; `save_every` is ours.
+/// `dpo_ov7b.sh` and the Hugging Face trainer's own defaults; `save_every` and
+/// `keep_last` are ours.
 mod defaults {
     use super::{NonNegative, NonZeroU32, Positive};
 
@@ -145,6 +150,9 @@ mod defaults {
     pub fn max_grad_norm() -> NonNegative {
         1.0.try_into().expect("not negative")
     }
+    pub fn keep_last() -> NonZeroU32 {
+        NonZeroU32::MIN
+    }
     pub fn save_every() -> NonZeroU32 {
         const { NonZeroU32::new(100).unwrap() }
     }
@@ -167,6 +175,7 @@ impl Trains for TrainDpo {
             epochs: self.epochs.get(),
             batch: self.batch_pairs.get(),
             save_every: self.save_every.get(),
+            keep_last: self.keep_last.get(),
             group_by_length: self.group_by_length,
             recipe: Recipe {
                 learning_rate: self.learning_rate,

@@ -63,9 +63,14 @@ pub struct TrainReward {
     /// Updates between two saved states; a killed training goes on at the last one.
     #[serde(default = "defaults::save_every")]
     pub save_every: NonZeroU32,
+    /// Saved states that are kept; where the newest can't be read, the training goes on from the one
+    /// before.
+    #[serde(default = "defaults::keep_last")]
+    pub keep_last: NonZeroU32,
 }
 
-/// `RLHF/scripts/13b-v1.5-336/train_reward_model.sh` of LLaVA-RLHF; `save_every` is ours.
+/// `RLHF/scripts/13b-v1.5-336/train_reward_model.sh` of LLaVA-RLHF; `save_every` and
+/// `keep_last` are ours.
 mod defaults {
     use super::{NonNegative, NonZeroU32, Positive, Schedule};
 
@@ -99,6 +104,9 @@ mod defaults {
     pub fn max_grad_norm() -> NonNegative {
         0.3.try_into().expect("not negative")
     }
+    pub fn keep_last() -> NonZeroU32 {
+        NonZeroU32::MIN
+    }
     pub fn save_every() -> NonZeroU32 {
         const { NonZeroU32::new(100).unwrap() }
     }
@@ -118,6 +126,7 @@ impl Trains for TrainReward {
             epochs: self.epochs.get(),
             batch: self.batch_pairs.get(),
             save_every: self.save_every.get(),
+            keep_last: self.keep_last.get(),
             group_by_length: false,
             recipe: Recipe {
                 learning_rate: self.learning_rate,

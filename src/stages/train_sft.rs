@@ -59,11 +59,15 @@ pub struct TrainSft {
     /// Updates between two saved states; a killed training goes on at the last one.
     #[serde(default = "defaults::save_every")]
     pub save_every: NonZeroU32,
+    /// Saved states that are kept; where the newest can't be read, the training goes on from the one
+    /// before.
+    #[serde(default = "defaults::keep_last")]
+    pub keep_last: NonZeroU32,
 }
 
 /// LLaVA-NeXT's fine-tuning of LLaVA-OneVision (`scripts/train/finetune_ov.sh`: learning rate 1e-5,
-/// cosine, warmup 0.03, no weight decay) and the Hugging Face trainer's own; `batch_prompts` and
-/// `save_every` are ours.
+/// cosine, warmup 0.03, no weight decay) and the Hugging Face trainer's own; `batch_prompts`,
+/// `save_every` and `keep_last` are ours.
 mod defaults {
     use super::{NonNegative, NonZeroU32, Positive};
 
@@ -85,6 +89,9 @@ mod defaults {
     pub fn max_grad_norm() -> NonNegative {
         1.0.try_into().expect("not negative")
     }
+    pub fn keep_last() -> NonZeroU32 {
+        NonZeroU32::MIN
+    }
     pub fn save_every() -> NonZeroU32 {
         const { NonZeroU32::new(100).unwrap() }
     }
@@ -104,6 +111,7 @@ impl Trains for TrainSft {
             epochs: self.epochs.get(),
             batch: self.batch_prompts.get(),
             save_every: self.save_every.get(),
+            keep_last: self.keep_last.get(),
             group_by_length: false,
             recipe: Recipe {
                 learning_rate: self.learning_rate,

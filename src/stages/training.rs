@@ -64,6 +64,8 @@ pub struct Course<'a> {
     /// Rows of a step.
     pub batch: u32,
     pub save_every: u32,
+    /// Saved states that are kept.
+    pub keep_last: u32,
     /// Whether lessons of similar length go into a step.
     pub group_by_length: bool,
     pub recipe: Recipe,
@@ -112,7 +114,7 @@ impl<T: Trains> Stage for T {
     }
 
     fn unkeyed(&self) -> &'static [&'static str] {
-        &["save_every"]
+        &["save_every", "keep_last"]
     }
 
     fn work(&self) -> Work<'_> {
@@ -149,6 +151,10 @@ impl<T: Trains> Fold for &T {
 
     fn save_every(&self) -> u32 {
         self.course().save_every
+    }
+
+    fn keep_last(&self) -> u32 {
+        self.course().keep_last
     }
 
     fn schema(&self) -> SchemaRef {

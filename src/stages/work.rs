@@ -437,6 +437,9 @@ pub trait Fold {
     /// Steps between two saved states.
     fn save_every(&self) -> u32;
 
+    /// Saved states that are kept.
+    fn keep_last(&self) -> u32;
+
     fn schema(&self) -> SchemaRef;
 
     /// A table that has to be there before the first step: its name and the work that makes it.

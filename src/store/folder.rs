@@ -342,10 +342,10 @@ impl RunFolder {
         };
         let whole = |part: &PartRecord| part.all_files().all(&there);
         let folders_there = |made: &Made| {
-            let checkpoint = made.checkpoint.as_ref();
-            let state = made.state.as_ref();
-            checkpoint.is_none_or(|checkpoint| folder_there(&checkpoint.folder, &checkpoint.files))
-                && state.is_none_or(|state| folder_there(&state.folder, &state.files))
+            let mut checkpoint = made.checkpoint.iter();
+            let mut states = made.states.iter();
+            checkpoint.all(|checkpoint| folder_there(&checkpoint.folder, &checkpoint.files))
+                && states.all(|state| folder_there(&state.folder, &state.files))
         };
         let mut lost = Vec::new();
         let mut kept = Vec::new();
@@ -355,11 +355,24 @@ impl RunFolder {
                 continue;
             }
             lost.push(made.table.clone());
-            // A training goes on from a state that matches its steps, or begins again.
-            if !made.complete && made.state.is_none() {
-                let mut made = made.clone();
+            if made.complete {
+                continue;
+            }
+            let mut made = made.clone();
+            if made.states.is_empty() {
                 made.parts.retain(&whole);
                 kept.push(made);
+                continue;
+            }
+            // A training goes on from the newest state that is whole, as are the steps before it, or
+            // begins again.
+            made.states
+                .retain(|state| folder_there(&state.folder, &state.files));
+            if let Some(newest) = made.states.last().cloned() {
+                let made = made.back_at(&newest);
+                if made.parts.iter().all(&whole) {
+                    kept.push(made);
+                }
             }
         }
         let images_there = self.manifest.images.iter().all(&there);
@@ -390,7 +403,7 @@ fn places(made: &Made) -> impl Iterator<Item = &str> {
         .map(|checkpoint| checkpoint.folder.as_str());
     files
         .chain(checkpoint)
-        .chain(made.state.iter().map(|state| state.folder.as_str()))
+        .chain(made.states.iter().map(|state| state.folder.as_str()))
 }
 
 /// The record of a table whose files have other names.

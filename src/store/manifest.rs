@@ -84,8 +84,20 @@ pub struct Made {
     /// it, so that a file of the user may change as long as its rows do not.
     pub content: Option<String>,
     pub parts: Vec<PartRecord>,
-    pub state: Option<StateRecord>,
+    /// Of a training under way: its saved states, the newest last.
+    #[serde(default)]
+    pub states: Vec<StateRecord>,
     pub checkpoint: Option<CheckpointRecord>,
+}
+
+impl Made {
+    /// The same training as it was when a state was saved.
+    #[must_use]
+    pub fn back_at(mut self, state: &StateRecord) -> Self {
+        self.states.retain(|other| other.step <= state.step);
+        self.parts.retain(|part| u64::from(part.part) < state.step);
+        self
+    }
 }
 
 impl PartRecord {
@@ -138,7 +150,8 @@ pub enum Event {
         table: String,
         round: Option<u32>,
         part: PartRecord,
-        state: Option<StateRecord>,
+        /// A state of the training behind it, and how many of its states stay.
+        state: Option<(StateRecord, u32)>,
     },
     /// A table is done. `parts` replaces what was listed (they may have been compacted).
     Finish {
@@ -324,8 +337,10 @@ impl Manifest {
                     made.parts.retain(|other| other.part != part.part);
                     made.parts.push(part);
                     made.parts.sort_by_key(|part| part.part);
-                    if state.is_some() {
-                        made.state = state;
+                    if let Some((state, kept)) = state {
+                        made.states.push(state);
+                        let stale = made.states.len().saturating_sub(kept.max(1) as usize);
+                        made.states.drain(..stale);
                     }
                 }
             }
@@ -341,7 +356,7 @@ impl Manifest {
                     made.content = content;
                     made.checkpoint = checkpoint;
                     made.complete = true;
-                    made.state = None;
+                    made.states.clear();
                 }
             }
             Event::Park(made) => {
@@ -393,7 +408,7 @@ mod tests {
             complete: false,
             content: None,
             parts: Vec::new(),
-            state: None,
+            states: Vec::new(),
             checkpoint: None,
         }
     }
