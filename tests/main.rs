@@ -9,8 +9,12 @@ mod interrupt;
 /// The whole loop with networks.
 #[cfg(feature = "torch")]
 mod networks;
+/// Ways to pair answers.
+mod pairing;
 /// The cookbook: an analyst's questions and their answers.
 mod query;
+/// What a model in training is compared with.
+mod reference;
 /// Whole pipelines with scripted models.
 mod run;
 /// The harness.

@@ -1,0 +1,173 @@
+//! What a model in training is compared with: log-probabilities of sampling, audited, or computed.
+
+use std::path::Path;
+
+use ovchat::models::scripted::{ScriptedJudge, ScriptedLearner, ScriptedPolicy};
+use ovchat::models::{
+    DpoLearner, DpoSettings, Dtype, Finding, Judge, ModelError, ModelLoader, ModelSpec, Opened,
+    Policy, RewardLearner, RewardSettings, Scripted, SftLearner, SftSettings,
+};
+use ovchat::run::{Interrupt, Options, run};
+use ovchat::tables::{DpoStep, Pair, Reference};
+
+use crate::run::{SCRIPTED, rows};
+use crate::scene::{Quiet, ROOT, Scene};
+
+/// A loader of doubles in the place of networks, which claims a precision.
+struct Doubles(Dtype);
+
+impl ModelLoader for Doubles {
+    fn policy(&self, _: &ModelSpec) -> Opened<dyn Policy> {
+        Ok(Box::new(ScriptedPolicy::new(&Scripted::default())))
+    }
+    fn judge(&self, _: &ModelSpec) -> Opened<dyn Judge> {
+        Ok(Box::new(ScriptedJudge))
+    }
+    fn dpo_learner(&self, _: &ModelSpec, settings: &DpoSettings) -> Opened<dyn DpoLearner> {
+        let spec = Scripted::default();
+        Ok(Box::new(ScriptedLearner::open(
+            &spec,
+            &settings.optimization,
+        )?))
+    }
+    fn sft_learner(&self, _: &ModelSpec, settings: &SftSettings) -> Opened<dyn SftLearner> {
+        let spec = Scripted::default();
+        Ok(Box::new(ScriptedLearner::open(
+            &spec,
+            &settings.optimization,
+        )?))
+    }
+    fn reward_learner(
+        &self,
+        _: &ModelSpec,
+        settings: &RewardSettings,
+    ) -> Opened<dyn RewardLearner> {
+        let spec = Scripted::default();
+        Ok(Box::new(ScriptedLearner::open(
+            &spec,
+            &settings.optimization,
+        )?))
+    }
+    fn precision(&self, _: &ModelSpec) -> Result<Dtype, ModelError> {
+        Ok(self.0)
+    }
+    fn merge(&self, _: &Path, _: &Path, _: &Path) -> Result<(), ModelError> {
+        unreachable!("nothing is exported")
+    }
+    fn build(&self) -> Vec<(&'static str, String)> {
+        Vec::new()
+    }
+    fn doctor(&self) -> Vec<Finding> {
+        Vec::new()
+    }
+}
+
+/// The pipeline with settings for its training, one round of it with `precision` where the networks
+/// would be.
+fn trained_with(settings: &str, precision: Dtype) -> (Scene, Result<(), String>) {
+    let pipeline = SCRIPTED
+        .replace(
+            "policy: { scripted: {} }",
+            &format!("policy: {{ llava_onevision: {{ weights: {ROOT}/data-samples/policy }} }}"),
+        )
+        .replace("save_every: 2", settings);
+    let scene = Scene::new();
+    let file = scene.prompts(12).write("p.yaml", &pipeline).path("p.yaml");
+    let plan = ovchat::config::load(&file, &["rounds=1".to_owned()], false).unwrap();
+    let options = Options {
+        folder: scene.path("runs/scripted"),
+        until: Some("steps".to_owned().try_into().unwrap()),
+    };
+    let doubles = Doubles(precision);
+    let interrupt = Interrupt::default();
+    let ran = run(&plan, &options, Some(&doubles), &mut Quiet, &interrupt);
+    (scene, ran.map(|_| ()).map_err(|error| error.to_string()))
+}
+
+#[test]
+fn log_probabilities_of_sampling_are_the_reference_and_are_audited() {
+    for precision in [Dtype::Float32, Dtype::Bfloat16] {
+        for (share, computed) in [("0", 0), ("1", 12)] {
+            let settings = format!("reference_audit: {{ share: {share} }}");
+            let (scene, ran) = trained_with(&settings, precision);
+            ran.unwrap();
+            let references: Vec<Reference> = rows(&scene, "steps_reference", Some(1));
+            assert_eq!(references.len(), computed);
+            let drifts = references.iter().map(|row| row.drift.unwrap());
+            assert!(drifts.fold(0.0, f64::max) < 1e-5);
+        }
+    }
+}
+
+#[test]
+fn log_probabilities_that_are_not_those_of_the_reference_stop_the_training() {
+    let scene = Scene::new();
+    let pipeline = SCRIPTED.replace(
+        "  steps:\n    train_dpo: { pairs: pairs, model: policy, save_every: 2 }",
+        "  other:\n    sql:\n      tables: [pairs]\n      query: >\n        select * exclude (chosen_logp), \
+         chosen_logp - 20.0 as chosen_logp from pairs\n  steps:\n    train_dpo: { pairs: other, model: \
+         policy, reference_audit: { share: 1 } }",
+    );
+    let failed = scene
+        .prompts(12)
+        .write("p.yaml", &pipeline)
+        .pipeline(&["run", "p.yaml"]);
+    assert_eq!(failed.code, Some(1), "{}", failed.err);
+    for words in ["reference_audit.drift_max", "a token off"] {
+        assert!(failed.err.contains(words), "{}", failed.err);
+    }
+}
+
+#[test]
+fn without_a_reference_none_is_computed() {
+    for (settings, made) in [
+        ("loss: simpo", false),
+        ("reference: none", false),
+        ("reference: initial", true),
+        ("loss: { sigmoid: 1, sft: 0.2 }", true),
+    ] {
+        let (scene, ran) = trained_with(settings, Dtype::Float32);
+        ran.unwrap();
+        let folder = scene.path("runs/scripted/steps_reference");
+        assert_eq!(folder.is_dir(), made, "{settings}");
+    }
+}
+
+/// In the second round the model is another one than before the first, and its own answers are no
+/// longer the reference's.
+#[test]
+fn the_initial_model_stays_the_reference_in_later_rounds() {
+    let scene = Scene::new();
+    let pipeline = SCRIPTED.replace(
+        "save_every: 2",
+        "reference: initial, reference_audit: { share: 0 }",
+    );
+    scene
+        .prompts(12)
+        .write("p.yaml", &pipeline)
+        .succeeds(&["run", "p.yaml"]);
+    let computed = |round| rows::<Reference>(&scene, "steps_reference", Some(round));
+    assert_eq!(computed(1).len(), 0);
+    let pairs: Vec<Pair> = rows(&scene, "pairs", Some(2));
+    assert_eq!(computed(2).len(), pairs.len());
+    assert!(computed(2).iter().all(|row| row.drift.is_none()));
+}
+
+#[test]
+fn pairs_of_similar_length_are_grouped_when_asked_for() {
+    let scene = Scene::new();
+    let pipeline = SCRIPTED.replace("save_every: 2", "group_by_length: true, batch_pairs: 4");
+    scene
+        .prompts(40)
+        .write("p.yaml", &pipeline)
+        .succeeds(&["run", "p.yaml", "--set", "rounds=1"]);
+    let tokens: Vec<i64> = rows::<DpoStep>(&scene, "steps", Some(1))
+        .iter()
+        .map(|step| step.tokens)
+        .collect();
+    // The longest come first; the last step may have fewer pairs.
+    assert!(
+        tokens.len() > 5 && tokens.is_sorted_by(|a, b| a >= b),
+        "{tokens:?}"
+    );
+}
