@@ -88,6 +88,31 @@ fn pairs_are_matched_in_length_and_margin_when_asked_for() {
     }
 }
 
+/// Every answer says one of two things that differ in case and punctuation only.
+#[test]
+fn answers_that_nearly_read_the_same_make_a_pair_unless_they_are_dropped() {
+    let pairs_with = |near_equal: &str| {
+        let scene = Scene::new();
+        let pipeline = SCRIPTED
+            .replace(
+                "  pairs:\n    select_extremes: { rewards: rewards }",
+                &format!(
+                    "  alike:\n    sql:\n      tables: [candidates]\n      query: >\n        select * exclude (text), \
+                     case when candidate % 2 = 0 then 'Yes, it is.' else 'yes it  is' end as text from candidates \
+                     order by prompt_id, candidate\n  pairs:\n    select_pairs: {{ rewards: rewards, \
+                     candidates: alike, prompts: prompts, strategy: all_pairs, near_equal: {near_equal} }}"
+                ),
+            );
+        scene
+            .prompts(12)
+            .write("p.yaml", &pipeline)
+            .succeeds(&["run", "p.yaml", "--set", "rounds=1", "--until", "pairs"]);
+        rows::<Pair>(&scene, "pairs", Some(1)).len()
+    };
+    assert!(pairs_with("keep") > 12);
+    assert_eq!(pairs_with("drop"), 0);
+}
+
 #[test]
 fn another_way_to_pair_is_shown_without_changing_the_run() {
     let scene = Scene::new();

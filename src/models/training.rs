@@ -165,7 +165,8 @@ pub enum Loss {
     ApoZero,
     /// APO-down: s(beta c) + 1 - s(beta d); arXiv 2408.06266, equation 8.
     ApoDown,
-    /// The mean of -log p of the chosen answer's tokens.
+    /// The mean of -log p of the chosen answer's tokens, pair by pair. TRL and LLaVA-NeXT take the mean
+    /// over the tokens of a micro-batch, which is the same where that is one pair.
     Sft,
     /// `sigmoid` of means over tokens: -log s(beta (c / L_c - r / L_r)).
     SigmoidNorm,

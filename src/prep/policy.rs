@@ -152,7 +152,8 @@ impl PolicyPrep {
         pictures.map(|picture| self.tiles(picture, count)).collect()
     }
 
-    /// The whole prompt as LLaVA-NeXT's DPO script writes it.
+    /// The whole prompt as LLaVA-NeXT's DPO script writes it, and the places of its tokens that count
+    /// there.
     pub fn prepare_as_llava_next(
         &self,
         prompt: &Prompt,

@@ -176,7 +176,6 @@ impl Trains for TrainDpo {
             batch: self.batch_pairs.get(),
             save_every: self.save_every.get(),
             keep_last: self.keep_last.get(),
-            group_by_length: self.group_by_length,
             recipe: Recipe {
                 learning_rate: self.learning_rate,
                 schedule: self.schedule,
@@ -209,9 +208,12 @@ impl Trains for TrainDpo {
         self.check_parts()
     }
 
-    fn words(pair: &Pair) -> usize {
-        let of = |text: &str| text.split_whitespace().count();
-        of(&pair.prompt) + of(&pair.chosen) + of(&pair.rejected)
+    fn length(&self) -> Option<fn(&Pair) -> usize> {
+        fn words(pair: &Pair) -> usize {
+            let of = |text: &str| text.split_whitespace().count();
+            of(&pair.prompt) + of(&pair.chosen) + of(&pair.rejected)
+        }
+        self.group_by_length.then_some(words)
     }
 
     fn before(&self, table: &TableName) -> Option<(TableName, Box<dyn MapWork + '_>)> {

@@ -127,7 +127,6 @@ impl Trains for TrainReward {
             batch: self.batch_pairs.get(),
             save_every: self.save_every.get(),
             keep_last: self.keep_last.get(),
-            group_by_length: false,
             recipe: Recipe {
                 learning_rate: self.learning_rate,
                 schedule: self.schedule,
@@ -137,11 +136,6 @@ impl Trains for TrainReward {
                 optimizer: Optimizer::Adamw,
             },
         }
-    }
-
-    fn words(pair: &Pair) -> usize {
-        let of = |text: &str| text.split_whitespace().count();
-        of(&pair.prompt) + of(&pair.chosen) + of(&pair.rejected)
     }
 
     fn begin(

@@ -112,7 +112,6 @@ impl Trains for TrainSft {
             batch: self.batch_prompts.get(),
             save_every: self.save_every.get(),
             keep_last: self.keep_last.get(),
-            group_by_length: false,
             recipe: Recipe {
                 learning_rate: self.learning_rate,
                 schedule: self.schedule,
@@ -122,12 +121,6 @@ impl Trains for TrainSft {
                 optimizer: Optimizer::Adamw,
             },
         }
-    }
-
-    fn words(prompt: &Prompt) -> usize {
-        let answer = prompt.answer.as_deref().unwrap_or_default();
-        let of = |text: &str| text.split_whitespace().count();
-        of(&prompt.question) + of(answer)
     }
 
     fn begin(

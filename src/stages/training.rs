@@ -32,8 +32,10 @@ pub trait Trains {
         Ok(())
     }
 
-    /// Roughly how long a lesson is, to group those of similar length.
-    fn words(lesson: &Self::Lesson) -> usize;
+    /// Roughly how long a lesson is, if those of similar length go into a step.
+    fn length(&self) -> Option<fn(&Self::Lesson) -> usize> {
+        None
+    }
 
     /// A table that has to be there before the first step: its name and the work that makes it.
     fn before(&self, _table: &TableName) -> Option<(TableName, Box<dyn MapWork + '_>)> {
@@ -66,8 +68,6 @@ pub struct Course<'a> {
     pub save_every: u32,
     /// Saved states that are kept.
     pub keep_last: u32,
-    /// Whether lessons of similar length go into a step.
-    pub group_by_length: bool,
     pub recipe: Recipe,
 }
 
@@ -137,16 +137,25 @@ impl<T: Trains> Fold for &T {
         rows: &mut Lookup,
     ) -> Result<Vec<(u32, Vec<u32>)>, Failure> {
         let course = self.course();
-        let mut words = Vec::new();
-        if course.group_by_length {
-            for start in (0..rows.len()).step_by(ROWS_AT_ONCE) {
-                let batch = rows.range(start, ROWS_AT_ONCE.min(rows.len() - start))?;
-                words.extend(T::Lesson::from_batch(&batch)?.iter().map(T::words));
+        let lengths = match self.length() {
+            None => None,
+            Some(length) => {
+                let mut lengths = Vec::with_capacity(rows.len());
+                for start in (0..rows.len()).step_by(ROWS_AT_ONCE) {
+                    let batch = rows.range(start, ROWS_AT_ONCE.min(rows.len() - start))?;
+                    lengths.extend(T::Lesson::from_batch(&batch)?.iter().map(length));
+                }
+                Some(lengths)
             }
-        }
-        let words = course.group_by_length.then_some(words.as_slice());
+        };
         let (epochs, batch) = (course.epochs, course.batch);
-        Ok(shuffled_batches(scope, rows.len(), epochs, batch, words))
+        Ok(shuffled_batches(
+            scope,
+            rows.len(),
+            epochs,
+            batch,
+            lengths.as_deref(),
+        ))
     }
 
     fn save_every(&self) -> u32 {

@@ -22,7 +22,7 @@ with scored as (
             finish,
             array_length(token_ids) as tokens,
             md5(case
-                when $near_equal = 'drop' then regexp_replace(lower(text), '[[:punct:][:space:]]+', ' ', 'g')
+                when $near_equal = 'drop' then trim(regexp_replace(lower(text), '[[:punct:][:space:]]+', ' ', 'g'))
                 else text
             end) as text_digest
         from {candidates}
