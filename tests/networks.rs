@@ -147,6 +147,66 @@ fn an_adapter_is_trained_round_after_round() {
     assert!(weights(&scene.path("out")) != weights(&samples));
 }
 
+/// A policy that is laid out for LLaVA-NeXT and back again answers and learns as it did: what differs
+/// is the names of its tensors and its other files.
+#[test]
+fn a_policy_is_laid_out_for_another_program_and_back() {
+    let scene = scene();
+    let run = |name: &str, weights: &str| {
+        let weights = format!("models.policy.llava_onevision.weights={weights}");
+        let name = format!("runs/{name}");
+        let set = ["--set", "rounds=1", "--set", &weights];
+        scene.succeeds(&[&["run", "p.yaml", "--run", &name], &set[..]].concat());
+    };
+    let export = |name: &str, layout: Option<&str>, to: &str| {
+        let name = format!("runs/{name}");
+        let layout: Vec<&str> = layout.map_or(vec![], |layout| vec!["--layout", layout]);
+        let what = ["export", &name, "checkpoint", "--to", to];
+        scene.succeeds(&[&what, &layout[..]].concat());
+    };
+    let answers = |name: &str| -> Vec<(Vec<i32>, Vec<u32>)> {
+        let run = RunFolder::read(&scene.path(&format!("runs/{name}"))).unwrap();
+        let batches = run.reader("candidates", Some(1));
+        let rows = batches.flat_map(|batch| Candidate::from_batch(&batch.unwrap()).unwrap());
+        let bits = |logps: Vec<f32>| logps.into_iter().map(f32::to_bits).collect();
+        rows.map(|row| (row.token_ids, bits(row.token_logps)))
+            .collect()
+    };
+    run("first", &format!("{ROOT}/data-samples/policy"));
+    export("first", None, "plain");
+    export("first", Some("transformers"), "same");
+    assert_eq!(
+        names(&scene.path("same")),
+        names(&scene.path("plain")),
+        "it was laid out so before"
+    );
+    export("first", Some("llava-next"), "next");
+    assert!(!scene.path("next/processor_config.json").exists());
+
+    run("of-plain", "plain");
+    run("of-next", "next");
+    assert_eq!(answers("of-next"), answers("of-plain"));
+
+    export("of-plain", None, "plain-2");
+    export("of-next", None, "next-2");
+    assert_eq!(names(&scene.path("next-2")), names(&scene.path("next")));
+    export("of-next", Some("transformers"), "back");
+    run("of-plain-2", "plain-2");
+    run("of-back", "back");
+    assert_eq!(answers("of-back"), answers("of-plain-2"));
+
+    let again = scene.pipeline(&[
+        "export",
+        "runs/of-next",
+        "checkpoint",
+        "--to",
+        "back",
+        "--layout",
+        "transformers",
+    ]);
+    assert!(again.err.contains("back exists"), "{}", again.err);
+}
+
 #[test]
 fn networks_answer_score_and_learn_and_a_killed_run_ends_with_the_same_weights() {
     let undisturbed = scene();

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use ovchat::models::scripted::{ScriptedJudge, ScriptedLearner, ScriptedPolicy};
 use ovchat::models::{
-    DpoLearner, DpoSettings, Dtype, Finding, Judge, ModelError, ModelLoader, ModelSpec, Opened,
-    Policy, RewardLearner, RewardSettings, Scripted, SftLearner, SftSettings,
+    DpoLearner, DpoSettings, Dtype, Finding, Judge, Layout, ModelError, ModelLoader, ModelSpec,
+    Opened, Policy, RewardLearner, RewardSettings, Scripted, SftLearner, SftSettings,
 };
 use ovchat::run::{Interrupt, Options, run};
 use ovchat::tables::{DpoStep, Pair, Reference};
@@ -51,7 +51,13 @@ impl ModelLoader for Doubles {
     fn precision(&self, _: &ModelSpec) -> Result<Dtype, ModelError> {
         Ok(self.0)
     }
-    fn merge(&self, _: &Path, _: &Path, _: &Path) -> Result<(), ModelError> {
+    fn rewrite(
+        &self,
+        _: &Path,
+        _: Option<&Path>,
+        _: Option<Layout>,
+        _: &Path,
+    ) -> Result<(), ModelError> {
         unreachable!("nothing is exported")
     }
     fn build(&self) -> Vec<(&'static str, String)> {

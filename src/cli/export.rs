@@ -10,10 +10,10 @@ use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
 use super::{Failed, engine, run_folder};
-use crate::models::ModelLoader;
+use crate::models::{Layout, ModelLoader};
 use crate::store::{
     CheckpointRecord, Images, Lookup, Made, RunFolder, StoreError, TableReader, copy_folder,
-    write_atomically,
+    sync_folder, write_atomically,
 };
 use crate::tables::{Image, Pair, Row};
 
@@ -22,7 +22,8 @@ use crate::tables::{Image, Pair, Row};
 #[command(
     after_help = "Examples:\n  pipeline export runs/small-world pairs --to export/pairs.json\n  \
     pipeline export runs/small-world checkpoint --round 2 --to /models/mine\n  \
-    pipeline export runs/adapted checkpoint --merge --to /models/merged"
+    pipeline export runs/adapted checkpoint --merge --to /models/merged\n  \
+    pipeline export runs/small-world checkpoint --layout llava-next --to /models/mine"
 )]
 pub struct Export {
     /// The run: its folder, or its name below runs/.
@@ -65,7 +66,28 @@ enum What {
         /// was in training.
         #[arg(long, requires = "merge")]
         base: Option<PathBuf>,
+        /// For which program a policy is laid out; as it was before training if left out.
+        #[arg(long)]
+        layout: Option<LayoutName>,
     },
+}
+
+/// A program that reads policies.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum LayoutName {
+    /// transformers, 4.45 or later; whatever serves its models.
+    Transformers,
+    /// LLaVA-NeXT, as the checkpoints of lmms-lab.
+    LlavaNext,
+}
+
+impl From<LayoutName> for Layout {
+    fn from(name: LayoutName) -> Self {
+        match name {
+            LayoutName::Transformers => Self::Transformers,
+            LayoutName::LlavaNext => Self::LlavaNext,
+        }
+    }
 }
 
 impl Export {
@@ -79,19 +101,31 @@ impl Export {
                 model,
                 merge,
                 base,
+                layout,
             } => {
-                if *merge && loader.is_none() {
+                let rewrites = *merge || layout.is_some();
+                if rewrites && loader.is_none() {
                     return Err(engine::become_it());
                 }
                 let trained = trained(&run, *round, model.as_deref())?;
-                match loader.filter(|_| *merge) {
-                    None => checkpoint(&run, to, &trained),
+                if to.exists() {
+                    let words = format!("{} exists; give another folder", to.display());
+                    return Err(Failed::Words(words));
+                }
+                let last = trained.last().expect("one was found");
+                let folder = run.root().join(&last.folder);
+                match loader.filter(|_| rewrites) {
+                    None => {
+                        whole(to, |to| copy(&run, to, &trained))?;
+                        let (from, model) = (&last.folder, &last.model);
+                        eprintln!("wrote {from} of `{model}` to {}", to.display());
+                    }
                     Some(loader) => {
-                        let last = trained.last().expect("one was found");
-                        let folder = run.root().join(&last.folder);
-                        merge_adapter(loader, &folder, base.as_deref(), to)
+                        let layout = layout.map(Layout::from);
+                        rewrite(loader, &folder, *merge, base.as_deref(), layout, to)?;
                     }
                 }
+                Ok(())
             }
         }
     }
@@ -229,50 +263,81 @@ fn trained<'a>(
     Ok(trained)
 }
 
-fn is_free(to: &Path) -> Result<(), Failed> {
-    if to.exists() {
-        let words = format!("{} exists; give another folder", to.display());
-        return Err(Failed::Words(words));
+/// Has the new folder `to` written under another name, and renames it when it is whole.
+fn whole(to: &Path, write: impl FnOnce(&Path) -> Result<(), Failed>) -> Result<(), Failed> {
+    let name = to.file_name().unwrap_or_default().to_string_lossy();
+    let parent = to.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let parent = parent.unwrap_or(Path::new("."));
+    fs::create_dir_all(parent).map_err(StoreError::io("create", parent))?;
+    let partial = parent.join(format!(".{name}.partial"));
+    if partial.exists() {
+        fs::remove_dir_all(&partial).map_err(StoreError::io("remove", &partial))?;
     }
+    write(&partial)?;
+    fs::rename(&partial, to).map_err(StoreError::io("write", to))?;
+    Ok(sync_folder(parent)?)
+}
+
+/// Writes the policy in `folder` to `to`, merged with its base or in another layout.
+fn rewrite(
+    loader: &dyn ModelLoader,
+    folder: &Path,
+    merge: bool,
+    base: Option<&Path>,
+    layout: Option<Layout>,
+    to: &Path,
+) -> Result<(), Failed> {
+    let config = folder.join("adapter_config.json");
+    let is_adapter = config.is_file();
+    let refuse = |words: &str| Err(Failed::Usage(words.to_owned()));
+    if !is_adapter && !folder.join("config.json").is_file() {
+        return refuse("the checkpoint is a reward model's, which is written as it is");
+    }
+    if !is_adapter && merge {
+        return refuse("the checkpoint is a whole model, no adapter; leave out --merge");
+    }
+    if is_adapter && !merge {
+        return refuse("the checkpoint is an adapter, which has one layout; or add --merge");
+    }
+    let (weights, adapter) = if is_adapter {
+        (base_of(&config, base)?, Some(folder))
+    } else {
+        (folder.to_owned(), None)
+    };
+    whole(to, |to| {
+        let written = loader.rewrite(&weights, adapter, layout, to);
+        written.map_err(|error| Failed::Words(error.to_string()))
+    })?;
+    let with = match adapter {
+        Some(adapter) => format!(" with {} added", adapter.display()),
+        None => String::new(),
+    };
+    eprintln!("wrote {}{with} to {}", weights.display(), to.display());
     Ok(())
 }
 
-/// Writes the weights that the adapter in `folder` was trained beside, with the adapter added.
-fn merge_adapter(
-    loader: &dyn ModelLoader,
-    folder: &Path,
-    base: Option<&Path>,
-    to: &Path,
-) -> Result<(), Failed> {
-    let path = folder.join("adapter_config.json");
-    if !path.is_file() {
-        let words = "the checkpoint is a whole model, no adapter; leave out --merge";
-        return Err(Failed::Usage(words.to_owned()));
-    }
-    is_free(to)?;
-    let text = fs::read_to_string(&path).map_err(StoreError::io("read", &path))?;
+/// The folder of the weights that an adapter was trained beside.
+fn base_of(config: &Path, given: Option<&Path>) -> Result<PathBuf, Failed> {
+    let text = fs::read_to_string(config).map_err(StoreError::io("read", config))?;
     let config: Value = serde_json::from_str(&text).unwrap_or_default();
     let named = config["base_model_name_or_path"].as_str().map(Path::new);
-    let base = base.or(named).filter(|base| base.is_dir()).ok_or_else(|| {
+    let base = given.or(named).filter(|base| base.is_dir());
+    base.map(Path::to_owned).ok_or_else(|| {
         let named = named.unwrap_or(Path::new("nowhere")).display();
         Failed::Words(format!(
             "the weights that the adapter belongs to are not in {named}; say with --base where they are"
         ))
-    })?;
-    let merged = loader.merge(base, folder, to);
-    merged.map_err(|error| Failed::Words(error.to_string()))?;
-    eprintln!(
-        "wrote {} with {} added to {}",
-        base.display(),
-        folder.display(),
-        to.display()
-    );
-    Ok(())
+    })
 }
 
-fn checkpoint(run: &RunFolder, to: &Path, trained: &[&CheckpointRecord]) -> Result<(), Failed> {
-    is_free(to)?;
-    let last = trained.last().expect("one was found");
+/// Copies a checkpoint as it lies in the run.
+fn copy(run: &RunFolder, to: &Path, trained: &[&CheckpointRecord]) -> Result<(), Failed> {
+    let last = run
+        .root()
+        .join(&trained.last().expect("one was found").folder);
+    if last.join("config.json").is_file() {
+        return Ok(copy_folder(&last, to)?);
+    }
     // Trainings of a reward model write a part of it each: the last of each part is meant.
     let mut parts: BTreeMap<OsString, PathBuf> = BTreeMap::new();
     for record in trained {
@@ -285,16 +350,10 @@ fn checkpoint(run: &RunFolder, to: &Path, trained: &[&CheckpointRecord]) -> Resu
         }
     }
     if parts.is_empty() {
-        copy_folder(&run.root().join(&last.folder), to)?;
+        return Ok(copy_folder(&last, to)?);
     }
     for (name, folder) in parts {
         copy_folder(&folder, &to.join(name))?;
     }
-    eprintln!(
-        "wrote {} of `{}` to {}",
-        last.folder,
-        last.model,
-        to.display()
-    );
     Ok(())
 }

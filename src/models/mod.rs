@@ -20,4 +20,6 @@ pub use traits::{
     DpoLearner, Emit, Finding, Judge, Learner, ModelError, ModelLoader, Opened, Policy,
     RewardLearner, RowFault, Severity, SftLearner,
 };
-pub use types::{Generation, Group, Picture, Prompt, Role, Sampling, Score, Stop, Telemetry, Turn};
+pub use types::{
+    Generation, Group, Layout, Picture, Prompt, Role, Sampling, Score, Stop, Telemetry, Turn,
+};

@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use super::{
-    DpoReport, DpoSettings, Dtype, Example, Generation, Group, Lesson, ModelSpec, Prompt,
+    DpoReport, DpoSettings, Dtype, Example, Generation, Group, Layout, Lesson, ModelSpec, Prompt,
     RewardReport, RewardSettings, Sampling, Score, SftReport, SftSettings, Telemetry,
 };
 
@@ -148,9 +148,15 @@ pub trait ModelLoader {
     /// The precision that the model's `device` and `dtype` mean here. It takes part in keys: rows in
     /// bfloat16 and rows in float32 are not the same rows.
     fn precision(&self, spec: &ModelSpec) -> Result<Dtype, ModelError>;
-    /// Writes the checkpoint in the folder `weights` with an adapter added to it into the new folder
-    /// `to`, for programs that know no adapters.
-    fn merge(&self, weights: &Path, adapter: &Path, to: &Path) -> Result<(), ModelError>;
+    /// Writes the policy in the folder `weights` into the new folder `to`: with an adapter added to
+    /// it, for programs that know no adapters, or laid out for another program, or both.
+    fn rewrite(
+        &self,
+        weights: &Path,
+        adapter: Option<&Path>,
+        layout: Option<Layout>,
+        to: &Path,
+    ) -> Result<(), ModelError>;
     /// What decides the last bits of what the models compute (library, threads), for the footers of
     /// the files made with them.
     fn build(&self) -> Vec<(&'static str, String)>;

@@ -11,6 +11,15 @@ pub struct Picture {
     pub bytes: Arc<[u8]>,
 }
 
+/// How a LLaVA-OneVision checkpoint is laid out: names of tensors, config, tokenizer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    /// As transformers reads it, 4.45 or later.
+    Transformers,
+    /// As LLaVA-NeXT reads it; the checkpoints of lmms-lab.
+    LlavaNext,
+}
+
 /// Who speaks in a turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {

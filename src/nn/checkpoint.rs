@@ -20,7 +20,7 @@ use super::layers::Source;
 use super::optimizer::Parameter;
 use super::weights::{Weights, save_safetensors};
 use crate::models::{ModelError, Part, Tower};
-use crate::prep::{canonical, part_of};
+use crate::prep::{Conversion, canonical, part_of};
 
 /// The canonical names of the embedding and of the head, which may be one parameter.
 pub const EMBEDDING: &str = "language_model.model.embed_tokens.weight";
@@ -103,9 +103,27 @@ impl Checkpoint {
     /// of those that were read, each rounded to the element type that it was stored in. Returns when
     /// everything is on disk.
     pub fn save(&self, to: &Path, parameters: &[Parameter]) -> Result<(), ModelError> {
+        self.save_as(to, parameters, None)
+    }
+
+    /// The same, in another layout.
+    pub fn save_as(
+        &self,
+        to: &Path,
+        parameters: &[Parameter],
+        conversion: Option<&Conversion>,
+    ) -> Result<(), ModelError> {
         let io = |error: std::io::Error| problem_with(to, &error.to_string());
         fs::create_dir(to).map_err(io)?;
-        self.copy_other_files(to)?;
+        self.copy_other_files(to, conversion)?;
+        for (name, text) in conversion.iter().flat_map(|conversion| &conversion.files) {
+            let path = to.join(name);
+            let folder = path.parent().expect("a file lies in a folder");
+            fs::create_dir_all(folder)
+                .and_then(|()| write_synced(&path, text))
+                .and_then(|()| File::open(folder)?.sync_all())
+                .map_err(io)?;
+        }
         let mut values: HashMap<&str, &Tensor> = parameters
             .iter()
             .map(|parameter| (parameter.name.as_str(), &parameter.tensor))
@@ -116,7 +134,10 @@ impl Checkpoint {
         }
         let mut shard_of = serde_json::Map::new();
         for file in self.weights.files() {
-            let tensors = self.tensors_of(file, &values)?;
+            let mut tensors = self.tensors_of(file, &values)?;
+            if let Some(conversion) = conversion {
+                tensors = converted(tensors, conversion);
+            }
             let name = safetensors_name(file);
             save_safetensors(&to.join(&name), &tensors, &[("format", "pt")])?;
             for (tensor, _) in tensors {
@@ -126,9 +147,7 @@ impl Checkpoint {
         let index = to.join("model.safetensors.index.json");
         if self.weights.files().count() > 1 && !index.exists() {
             let text = json!({ "metadata": {}, "weight_map": shard_of }).to_string();
-            fs::write(&index, text)
-                .and_then(|()| File::open(&index)?.sync_all())
-                .map_err(io)?;
+            write_synced(&index, &text).map_err(io)?;
         }
         File::open(to)
             .and_then(|folder| folder.sync_all())
@@ -160,30 +179,74 @@ impl Checkpoint {
     }
 
     /// Copies config, tokenizer, processor and whatever else lies beside the weights: every file
-    /// that does not hold weights itself.
-    fn copy_other_files(&self, to: &Path) -> Result<(), ModelError> {
+    /// that does not hold weights itself, but for those that a conversion replaces; and the config of
+    /// a folder below, which may be the tower that a config of LLaVA-NeXT names.
+    fn copy_other_files(
+        &self,
+        to: &Path,
+        conversion: Option<&Conversion>,
+    ) -> Result<(), ModelError> {
         let from = self.weights.path();
         let io = |error: std::io::Error| problem_with(from, &error.to_string());
+        let copy = |path: &Path, copy: &Path| {
+            fs::copy(path, copy)
+                .and_then(|_| File::open(copy)?.sync_all())
+                .map_err(|error| problem_with(copy, &error.to_string()))
+        };
         for entry in fs::read_dir(from).map_err(io)? {
-            let path = entry.map_err(io)?.path();
+            let entry = entry.map_err(io)?;
+            let path = entry.path();
             let holds_weights = path.extension().is_some_and(|end| {
                 ["safetensors", "bin", "pt", "pth", "gguf", "h5", "msgpack"]
                     .iter()
                     .any(|other| end == *other)
             }) || path.ends_with("pytorch_model.bin.index.json");
-            let Some(name) = path
-                .file_name()
-                .filter(|_| path.is_file() && !holds_weights)
-            else {
-                continue;
-            };
-            let copy = to.join(name);
-            fs::copy(&path, &copy)
-                .and_then(|_| File::open(&copy)?.sync_all())
-                .map_err(|error| problem_with(&copy, &error.to_string()))?;
+            let name = entry.file_name();
+            let is_kept = conversion.is_none_or(|new| new.keeps(&name.to_string_lossy()));
+            let nested = path.join("config.json");
+            if nested.is_file() && conversion.is_none() {
+                let folder = to.join(&name);
+                fs::create_dir(&folder)
+                    .map_err(|error| problem_with(&folder, &error.to_string()))?;
+                copy(&nested, &folder.join("config.json"))?;
+                File::open(&folder)
+                    .and_then(|folder| folder.sync_all())
+                    .map_err(io)?;
+            } else if path.is_file() && !holds_weights && is_kept {
+                copy(&path, &to.join(&name))?;
+            }
         }
         Ok(())
     }
+}
+
+/// Tensors of a file under the names of another layout, with rows for its placeholders.
+fn converted(tensors: Vec<(String, Tensor)>, conversion: &Conversion) -> Vec<(String, Tensor)> {
+    let named = tensors.into_iter().filter_map(|(name, tensor)| {
+        let canonical = canonical(&name);
+        let rows = conversion.vocab_size as i64;
+        let has_vocabulary = canonical == EMBEDDING || canonical == HEAD;
+        let missing = if has_vocabulary {
+            rows - tensor.size()[0]
+        } else {
+            0
+        };
+        let tensor = if missing > 0 {
+            let mean = tensor.mean_dim(0, true, Kind::Float).to_kind(tensor.kind());
+            Tensor::cat(&[&tensor, &mean.expand([missing, -1], false)], 0)
+        } else {
+            tensor
+        };
+        Some((conversion.name(&canonical)?, tensor))
+    });
+    let mut named: Vec<_> = named.collect();
+    named.sort_by(|(one, _), (other, _)| one.cmp(other));
+    named
+}
+
+fn write_synced(path: &Path, text: &str) -> std::io::Result<()> {
+    fs::write(path, text)?;
+    File::open(path)?.sync_all()
 }
 
 /// The name of a shard once it is safetensors: `pytorch_model-00001-of-00002.bin` becomes

@@ -215,11 +215,11 @@ fn digest(parts: &[&[u8]]) -> i64 {
     start.expect("eight bytes of a longer digest")
 }
 
-/// Writes a policy's checkpoint, the adapter added to it, into the new folder `to`.
-pub fn merge(weights: &Path, adapter: &Path, to: &Path) -> Result<(), ModelError> {
-    let checkpoint = Checkpoint::open(weights)?;
+/// The weights of `checkpoint`, a policy's, that the adapter in the folder `adapter` changes, with it
+/// added to them.
+pub fn merged(checkpoint: &Checkpoint, adapter: &Path) -> Result<Vec<Parameter>, ModelError> {
     let adapter = Adapter::open(&AdapterCard::open(adapter)?, Names::Onevision)?;
-    let base = Reader::new(&checkpoint, Device::Cpu, Kind::Float, Purpose::Inference);
+    let base = Reader::new(checkpoint, Device::Cpu, Kind::Float, Purpose::Inference);
     let merged = Merged {
         base,
         adapter: &adapter,
@@ -233,7 +233,7 @@ pub fn merge(weights: &Path, adapter: &Path, to: &Path) -> Result<(), ModelError
             name,
         });
     }
-    checkpoint.save(to, &parameters)
+    Ok(parameters)
 }
 
 /// What the config of an adapter says beside its tensors.

@@ -44,15 +44,17 @@ mod recorded;
 
 use std::path::Path;
 
+use self::checkpoint::Checkpoint;
 use self::dpo_learner::OnevisionDpo;
 use self::generate::OnevisionPolicy;
 use self::reward::RewardJudge;
 use self::reward_learner::LlavaRewards;
 use self::sft_learner::{LlavaStudent, OnevisionStudent, Sft};
 use crate::models::{
-    DpoLearner, DpoSettings, Dtype, Finding, Judge, ModelError, ModelLoader, ModelSpec, Opened,
-    Policy, RewardLearner, RewardSettings, SftLearner, SftSettings,
+    DpoLearner, DpoSettings, Dtype, Finding, Judge, Layout, ModelError, ModelLoader, ModelSpec,
+    Opened, Policy, RewardLearner, RewardSettings, SftLearner, SftSettings,
 };
+use crate::prep::Conversion;
 
 /// Opens the networks. A model that needs none (see [`ModelSpec::needs_torch`]) is not opened here.
 #[derive(Debug, Clone, Copy, Default)]
@@ -114,8 +116,23 @@ impl ModelLoader for NetLoader {
         })
     }
 
-    fn merge(&self, weights: &Path, adapter: &Path, to: &Path) -> Result<(), ModelError> {
-        lora::merge(weights, adapter, to)
+    fn rewrite(
+        &self,
+        weights: &Path,
+        adapter: Option<&Path>,
+        layout: Option<Layout>,
+        to: &Path,
+    ) -> Result<(), ModelError> {
+        let conversion = match layout {
+            Some(layout) => Conversion::of(weights, layout)?,
+            None => None,
+        };
+        let checkpoint = Checkpoint::open(weights)?;
+        let parameters = match adapter {
+            Some(adapter) => lora::merged(&checkpoint, adapter)?,
+            None => Vec::new(),
+        };
+        checkpoint.save_as(to, &parameters, conversion.as_ref())
     }
 
     fn build(&self) -> Vec<(&'static str, String)> {

@@ -13,9 +13,9 @@ use std::ops::Range;
 use std::path::Path;
 
 use super::PrepError;
-use super::card::{OnevisionCard, Writer};
+use super::card::OnevisionCard;
 use super::tokenizer::PlainTokenizer;
-use crate::models::{Learned, Newlines, Prompt, Role, RowFault};
+use crate::models::{Layout, Learned, Newlines, Prompt, Role, RowFault};
 
 /// What the system says when the prompt has no system text.
 const SYSTEM: &str = "You are a helpful assistant.";
@@ -68,7 +68,7 @@ impl Chat {
             ("<video>", card.video_token_index),
         ];
         // LLaVA-NeXT looks for `<image>` in the text, before the tokenizer sees it.
-        let by_name = card.writer == Writer::Transformers;
+        let by_name = card.layout == Layout::Transformers;
         for (token, expected) in special.into_iter().filter(|_| by_name) {
             if let Some(id) = tokenizer.id(token).filter(|&id| id != expected) {
                 let problem = format!("has `{token}` as {id}, and config.json as {expected}");

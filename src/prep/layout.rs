@@ -11,10 +11,13 @@ use std::collections::BTreeMap;
 use super::PrepError;
 use super::card::OnevisionCard;
 use super::shards::Shards;
-use crate::models::Part;
+use crate::models::{Layout, Part};
 
 /// What the names of a decoder's tensors begin with.
 const DECODER: [&str; 3] = ["embed_tokens.", "layers.", "norm."];
+
+/// The projector's layers, by their numbers in LLaVA-NeXT and their names in transformers.
+const PROJECTOR: [(&str, &str); 2] = [("0", "linear_1"), ("2", "linear_2")];
 
 /// The canonical name of a tensor as transformers 4.45 to 5.x name it in files and in memory, and as
 /// LLaVA-NeXT does.
@@ -26,7 +29,7 @@ pub fn canonical(name: &str) -> String {
         let rest = rest.strip_prefix("vision_model.").unwrap_or(rest);
         return format!("vision_tower.{rest}");
     }
-    for (number, layer) in [("0", "linear_1"), ("2", "linear_2")] {
+    for (number, layer) in PROJECTOR {
         if let Some(rest) = name.strip_prefix(&format!("mm_projector.{number}.")) {
             return format!("multi_modal_projector.{layer}.{rest}");
         }
@@ -41,6 +44,32 @@ pub fn canonical(name: &str) -> String {
             format!("language_model.model.{name}")
         }
         None => name.to_owned(),
+    }
+}
+
+/// What files of a layout call the tensor of this canonical name: those that transformers 4.45 to 4.57
+/// wrote, which 5.x reads, too, or LLaVA-NeXT's.
+pub fn stored(canonical: &str, layout: Layout) -> String {
+    let tower = canonical.strip_prefix("vision_tower.");
+    let is_of_tower = tower.filter(|rest| !rest.starts_with("vision_model."));
+    match (layout, is_of_tower) {
+        (Layout::Transformers, Some(rest)) => format!("vision_tower.vision_model.{rest}"),
+        (Layout::Transformers, None) => canonical.to_owned(),
+        (Layout::LlavaNext, Some(rest)) => {
+            format!("model.vision_tower.vision_tower.vision_model.{rest}")
+        }
+        (Layout::LlavaNext, None) => {
+            for (number, layer) in PROJECTOR {
+                let layer = format!("multi_modal_projector.{layer}.");
+                if let Some(rest) = canonical.strip_prefix(&layer) {
+                    return format!("model.mm_projector.{number}.{rest}");
+                }
+            }
+            match canonical.strip_prefix("language_model.") {
+                Some(rest) => rest.to_owned(),
+                None => format!("model.{canonical}"),
+            }
+        }
     }
 }
 
@@ -248,6 +277,23 @@ mod tests {
         for (name, expected) in names {
             assert_eq!(canonical(name), expected);
         }
+    }
+
+    #[test]
+    fn every_layout_has_one_name_for_each_tensor() {
+        let folder = onevision_folder();
+        let card = OnevisionCard::open(folder.path()).unwrap();
+        let unused = "vision_tower.post_layernorm.weight".to_owned();
+        let names = card.tensors().into_iter().map(|(name, _)| name);
+        for name in names.chain([unused]) {
+            for layout in [Layout::Transformers, Layout::LlavaNext] {
+                assert_eq!(canonical(&stored(&name, layout)), name, "{layout:?}");
+            }
+        }
+        let norm = stored("language_model.model.norm.weight", Layout::LlavaNext);
+        assert_eq!(norm, "model.norm.weight");
+        let head = stored("language_model.lm_head.weight", Layout::LlavaNext);
+        assert_eq!(head, "lm_head.weight");
     }
 
     /// The tensors that `card` asks for, as a file might hold them.

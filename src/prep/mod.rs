@@ -5,7 +5,7 @@
 //! `resize`), cut for the network that looks at it (`anyres` for the policy, `clip` for the judge),
 //! and the text around it becomes token ids (`tokenizer` with `sentencepiece`,
 //! `chat`, `vicuna`). [`PolicyPrep`] and [`JudgePrep`] put
-//! these together for one checkpoint. Nothing here opens a tensor, so `check` and `plan` can count
+//! these together for one checkpoint, and `conversion` lays a policy's out for another program. Nothing here opens a tensor, so `check` and `plan` can count
 //! tokens with the very code that the networks run on.
 
 mod section;
@@ -31,17 +31,18 @@ mod vicuna;
 mod judge;
 mod policy;
 
+mod conversion;
+
 #[cfg(test)]
 mod testbed;
 
 use std::path::{Path, PathBuf};
 
 pub use anyres::{Anyres, Grid, Packing, Tiles};
-pub use card::{
-    Activation, AdapterCard, DecoderCard, OnevisionCard, RewardCard, VisionCard, Writer,
-};
+pub use card::{Activation, AdapterCard, DecoderCard, OnevisionCard, RewardCard, VisionCard};
 pub use chat::{Chat, PromptIds};
 pub use clip::Clip;
+pub use conversion::Conversion;
 pub use judge::{JudgeLesson, JudgePrep, Judged};
 pub use layout::{canonical, part_of};
 pub use memory::{Sizes, TrainingSizes, elements, judge_elements};

@@ -5,11 +5,11 @@ use std::path::Path;
 
 use super::PrepError;
 use super::anyres::{Anyres, Packing, Tiles};
-use super::card::{OnevisionCard, Writer};
+use super::card::OnevisionCard;
 use super::chat::{Chat, PromptIds};
 use super::picture::{PIXELS_MAX, decode, probe};
 use super::processor::Processor;
-use crate::models::{Lesson, Newlines, Picture, Prompt, RowFault};
+use crate::models::{Layout, Lesson, Newlines, Picture, Prompt, RowFault};
 
 /// A LLaVA-OneVision checkpoint without its weights.
 #[derive(Debug, Clone)]
@@ -60,9 +60,9 @@ impl PolicyPrep {
     pub fn open(folder: &Path) -> Result<Self, PrepError> {
         let card = OnevisionCard::open(folder)?;
         let side = card.vision_config.image_size;
-        let processor = match card.writer {
-            Writer::Transformers => Processor::open_onevision(folder, side)?,
-            Writer::LlavaNext => Processor::of_llava_next(side),
+        let processor = match card.layout {
+            Layout::Transformers => Processor::open_onevision(folder, side)?,
+            Layout::LlavaNext => Processor::of_llava_next(side),
         };
         let config = folder.join("config.json");
         let pinpoints = &card.image_grid_pinpoints;

@@ -36,6 +36,11 @@ impl Section {
         })
     }
 
+    /// The whole object.
+    pub fn into_map(self) -> Map<String, Value> {
+        self.map
+    }
+
     /// An object without keys, for a part that the file leaves out altogether: every key has its
     /// default there.
     pub fn empty(&self, key: &str) -> Self {

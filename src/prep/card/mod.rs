@@ -12,8 +12,9 @@ mod reward;
 mod vision;
 
 pub use decoder::DecoderCard;
+pub(super) use next_tower::KNOWN as KNOWN_TOWERS;
+pub use onevision::OnevisionCard;
 pub(super) use onevision::pinpoints;
-pub use onevision::{OnevisionCard, Writer};
 pub use reward::{AdapterCard, RewardCard};
 pub use vision::{Activation, VisionCard};
 

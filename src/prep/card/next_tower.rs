@@ -12,7 +12,7 @@ use crate::prep::section::Section;
 use crate::prep::shards::Shards;
 
 /// Towers by the end of their names, with all their layers (huggingface.co, `config.json` of each).
-const KNOWN: [(&str, VisionCard); 1] = [(
+pub const KNOWN: [(&str, VisionCard); 1] = [(
     "siglip-so400m-patch14-384",
     VisionCard {
         num_hidden_layers: 27,
@@ -121,7 +121,8 @@ mod tests {
     use serde_json::{Value, json};
     use tempfile::TempDir;
 
-    use crate::prep::card::{OnevisionCard, Writer};
+    use crate::models::Layout;
+    use crate::prep::card::OnevisionCard;
     use crate::prep::testbed::{shard, write};
 
     /// LLaVA-NeXT's files with a tower of four layers, of which three are stored; the tower's config
@@ -163,7 +164,7 @@ mod tests {
     #[test]
     fn the_tower_is_that_of_the_weights_and_of_its_name() {
         let card = OnevisionCard::open(folder(|_| ()).path()).unwrap();
-        assert_eq!(card.writer, Writer::LlavaNext);
+        assert_eq!(card.layout, Layout::LlavaNext);
         assert_eq!(card.vision_feature_layer, [3]);
         assert_eq!(card.vision_config.num_hidden_layers, 3);
         assert_eq!(card.vision_config.image_size, 30);

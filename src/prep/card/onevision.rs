@@ -6,22 +6,14 @@ use serde::Deserialize as _;
 use serde_json::Value;
 
 use super::{DecoderCard, VisionCard, dtype, next_tower};
+use crate::models::Layout;
 use crate::prep::PrepError;
 use crate::prep::section::Section;
-
-/// Who wrote a checkpoint.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Writer {
-    /// transformers, 4.45 or later.
-    Transformers,
-    /// LLaVA-NeXT, whose checkpoints are those of lmms-lab.
-    LlavaNext,
-}
 
 /// A LLaVA-OneVision checkpoint as its `config.json` and `generation_config.json` describe it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct OnevisionCard {
-    pub writer: Writer,
+    pub layout: Layout,
     pub vision_config: VisionCard,
     pub text_config: DecoderCard,
     pub image_token_index: i64,
@@ -99,7 +91,7 @@ impl OnevisionCard {
             })
         };
         Ok(Self {
-            writer: Writer::Transformers,
+            layout: Layout::Transformers,
             vision_feature_layer: vision_config.layers(file, "vision_feature_layer", &layers)?,
             image_token_index: token("image_token_index", "image_token_id", 151_646)?,
             video_token_index: token("video_token_index", "video_token_id", 151_647)?,
@@ -145,7 +137,7 @@ impl OnevisionCard {
         // LLaVA-NeXT never gives the placeholder to the embedding; an id that no token has does as well.
         let placeholder = text_config.vocab_size as i64;
         Ok(Self {
-            writer: Writer::LlavaNext,
+            layout: Layout::LlavaNext,
             vision_feature_layer: vec![used],
             image_token_index: file.integer("image_token_index")?.unwrap_or(placeholder),
             video_token_index: placeholder + 1,
