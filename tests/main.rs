@@ -11,6 +11,7 @@ mod interrupt;
 mod networks;
 /// Ways to pair answers.
 mod pairing;
+mod plan;
 /// The cookbook: an analyst's questions and their answers.
 mod query;
 /// What a model in training is compared with.

@@ -7,8 +7,10 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::out::line;
-use super::{Failed, memory};
+use super::{Failed, engine, forecast, memory};
 use crate::config::{Complaint, LoadError, Look, Plan, PlannedStage, load};
+use crate::models::{ModelLoader, ModelSpec};
+use crate::run;
 
 /// Says everything that is wrong with a pipeline, before anything runs.
 #[derive(Args)]
@@ -26,14 +28,18 @@ pub struct Check {
     json: bool,
 }
 
-/// Prints a pipeline as it is meant: stages in running order, with all their settings.
+/// Prints a pipeline as it is meant: stages in running order, with all their settings; and what a run
+/// of it would take over, what it would make, and why.
 #[derive(Args)]
-#[command(
-    after_help = "Examples:\n  pipeline plan pipelines/dpo.yaml\n  pipeline plan pipelines/dpo.yaml --json"
-)]
+#[command(after_help = "Examples:\n  pipeline plan pipelines/dpo.yaml\n  \
+    pipeline plan pipelines/dpo.yaml --set stages.candidates.sample.temperature=0.8\n  \
+    pipeline plan pipelines/dpo.yaml --run /data/runs/first --json")]
 pub struct ShowPlan {
     #[command(flatten)]
     file: PipelineFile,
+    /// The run's folder; runs/<pipeline name> if left out.
+    #[arg(long = "run", value_name = "DIR")]
+    folder: Option<PathBuf>,
     /// Print the plan as JSON.
     #[arg(long)]
     json: bool,
@@ -78,14 +84,26 @@ impl Check {
 }
 
 impl ShowPlan {
-    pub fn run(&self) -> Result<(), Failed> {
+    pub fn run(&self, loader: Option<&dyn ModelLoader>) -> Result<(), Failed> {
         let plan = load(&self.file.file, &self.file.sets, false)?;
+        let folder = super::run::folder_of(&plan, self.folder.as_deref());
+        // The precision that models compute in takes part in keys, and only the engine knows it.
+        let has_networks = plan.models.values().any(ModelSpec::needs_torch);
+        if loader.is_none() && has_networks && folder.join("manifest.json").exists() {
+            return Err(engine::become_it());
+        }
+        let forecasts = run::forecast(&plan, &folder, loader)
+            .map_err(|failure| Failed::Words(plan.secrets.hide(&failure.to_string())))?;
         if self.json {
-            return line(format_args!("{:#}", to_json(&plan)));
+            let mut json = to_json(&plan);
+            json["run"] = json!(folder);
+            json["tables"] = forecast::to_json(&plan, &forecasts);
+            return line(format_args!("{json:#}"));
         }
         let mut text = String::new();
         plan.render(&mut text).expect("a string takes any text");
         text.push_str(&memory::render(&plan));
+        text.push_str(&forecast::render(&plan, &folder, &forecasts));
         line(text.trim_end())?;
         warn(&plan);
         Ok(())

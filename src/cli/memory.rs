@@ -145,7 +145,7 @@ fn largest(card: &OnevisionCard, spec: &LlavaOnevision) -> Option<[usize; 2]> {
         .max()
 }
 
-fn size(bytes: u64) -> String {
+pub fn size(bytes: u64) -> String {
     match bytes as f64 {
         bytes if bytes >= 1e8 => format!("{:.1} GB", bytes / 1e9),
         bytes if bytes >= 1e5 => format!("{:.1} MB", bytes / 1e6),

@@ -8,6 +8,7 @@ mod check;
 mod doctor;
 mod engine;
 mod export;
+mod forecast;
 mod init;
 mod memory;
 mod out;
@@ -91,7 +92,7 @@ pub fn main(loader: Option<&dyn ModelLoader>) -> ExitCode {
     let done = match arguments.command {
         Command::Run(command) => command.run(loader),
         Command::Check(command) => command.run(),
-        Command::Plan(command) => command.run(),
+        Command::Plan(command) => command.run(loader),
         Command::Sql(command) => command.run(),
         Command::Status(command) => command.run(),
         Command::Pairs(command) => command.run(),

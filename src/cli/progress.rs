@@ -169,7 +169,7 @@ fn bar(title: &str, unit: &str, total: Option<u64>, done: u64) -> ProgressBar {
 }
 
 /// `8.4 s`, `3 min 20 s`, `2 h 5 min`.
-fn duration(seconds: f64) -> String {
+pub fn duration(seconds: f64) -> String {
     let whole = seconds.round() as u64;
     match whole {
         0..=59 => format!("{seconds:.1} s"),

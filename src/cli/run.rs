@@ -1,7 +1,7 @@
 //! `pipeline run`.
 
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 
@@ -43,10 +43,7 @@ impl Run {
             return Err(engine::become_it());
         }
         warn(&plan);
-        let folder = self
-            .folder
-            .clone()
-            .unwrap_or_else(|| PathBuf::from("runs").join(plan.pipeline.as_str()));
+        let folder = folder_of(&plan, self.folder.as_deref());
         let options = Options { folder, until };
         let interrupt = Interrupt::listen()
             .map_err(|error| Failed::Words(format!("cannot listen to signals: {error}")))?;
@@ -97,6 +94,14 @@ impl Run {
                 names()
             ))),
         }
+    }
+}
+
+/// The folder of a plan's run, unless another is given.
+pub fn folder_of(plan: &Plan, given: Option<&Path>) -> PathBuf {
+    match given {
+        Some(folder) => folder.to_owned(),
+        None => PathBuf::from("runs").join(plan.pipeline.as_str()),
     }
 }
 

@@ -6,6 +6,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::out::line;
+use super::progress::duration;
 use super::{Failed, run_folder};
 use crate::store::{Made, RunFolder, lock_holder};
 
@@ -33,6 +34,7 @@ impl Status {
                 json!({
                     "table": made.table, "round": made.round, "kind": made.kind, "complete": made.complete,
                     "rows": made.rows(), "faults": faults(made), "dropped": dropped(made), "key": made.key,
+                    "seconds": made.took().map(|took| took.seconds), "computed": made.took().map(|took| took.rows), "expected": made.expected,
                     "checkpoint": made.checkpoint.as_ref().map(|checkpoint| &checkpoint.folder),
                 })
             };
@@ -47,8 +49,8 @@ impl Status {
             None => line(format_args!("{}: not running", manifest.pipeline))?,
         }
         line(format_args!(
-            "{:<24} {:>6} {:>10} {:>8} {:>8}  state",
-            "table", "round", "rows", "faulty", "dropped"
+            "{:<24} {:>6} {:>10} {:>10} {:>8} {:>8} {:>12} {:>12}  state",
+            "table", "round", "rows", "expected", "faulty", "dropped", "time", "expected"
         ))?;
         for made in &manifest.made {
             let round = made
@@ -61,10 +63,14 @@ impl Status {
                 (false, None, _) => format!("{} parts", made.parts.len()),
             };
             let (table, rows) = (&made.table, made.rows());
+            let or_none = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
             line(format_args!(
-                "{table:<24} {round:>6} {rows:>10} {:>8} {:>8}  {state}",
+                "{table:<24} {round:>6} {rows:>10} {:>10} {:>8} {:>8} {:>12} {:>12}  {state}",
+                or_none(made.expected.rows.map(|rows| rows.to_string())),
                 faults(made),
-                dropped(made)
+                dropped(made),
+                or_none(made.took().map(|took| duration(took.seconds))),
+                or_none(made.expected.seconds.map(duration)),
             ))?;
         }
         Ok(())

@@ -22,6 +22,7 @@ mod check;
 mod lineage;
 
 mod plan;
+mod rounds;
 
 mod complaint;
 mod guess;

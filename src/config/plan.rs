@@ -47,6 +47,8 @@ pub struct Plan {
     pub environment: Vec<EnvReference>,
     /// The values of these variables. Pass what is shown or stored through [`Secrets::hide`].
     pub secrets: Secrets,
+    /// The text, to point at settings.
+    pub sources: Sources,
 }
 
 /// A stage as meant.
@@ -70,6 +72,8 @@ pub struct PlannedStage {
     pub kind: Option<&'static str>,
     /// Its name in the text, to be underlined when it fails.
     pub place: Place,
+    /// The path of its settings in the text.
+    pub path: KeyPath,
     /// The verb and the settings that decide what comes out, for keys: without the names of
     /// tables, models and files (their contents have fingerprints) and without
     /// [`crate::stages::Stage::unkeyed`]. A value from the environment is `{"written", "env"}`:
@@ -101,6 +105,14 @@ impl Plan {
             .filter(|stage| stage.trained() == Some(model));
         // Each goes on from the one before, and so comes after it. [ref:plan_is_ordered]
         trainers.last().map(|stage| &stage.name)
+    }
+
+    /// Where the text says what a setting of a stage is; where it does not, the stage.
+    pub fn place_of(&self, stage: &PlannedStage, setting: &str) -> Place {
+        let path = setting
+            .split('.')
+            .fold(stage.path.clone(), |path, key| path.key(key));
+        self.sources.find(&At::key(path))
     }
 
     /// Writes the plan as equations, grouped by when they run.
@@ -289,6 +301,7 @@ pub fn assemble(
         path,
         environment: secrets.references(),
         secrets,
+        sources: sources.clone(),
     }
 }
 
@@ -315,6 +328,7 @@ fn planned(
             .expect("a stage without columns is a complaint"),
         kind: spec.as_stage().kind(),
         place: sources.find(&At::key(draft.path)),
+        path: draft.settings.clone(),
         settings: keyed_settings(&spec, &draft.settings, secrets),
         name: draft.name,
         spec,

@@ -122,6 +122,18 @@ pub struct Place {
     pub span: Range<usize>,
 }
 
+impl fmt::Display for Place {
+    /// `pipeline.yaml:12`; a change from the command line by itself.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Source { name, text } = &*self.source;
+        let line = 1 + text[..self.span.start].matches('\n').count();
+        if text.lines().nth(1).is_none() && name.starts_with("--") {
+            return f.write_str(name);
+        }
+        write!(f, "{name}:{line}")
+    }
+}
+
 impl Source {
     /// `text` under a name; a byte order mark in front is dropped, for YAML's positions don't
     /// count it.

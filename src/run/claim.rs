@@ -7,8 +7,8 @@ use std::collections::HashSet;
 
 use serde_json::Value;
 
-use super::keys::explain;
-use super::{Runner, slots, titled};
+use super::keys::{explain, in_words};
+use super::{Runner, titled};
 use crate::config::PlannedStage;
 use crate::stages::{Failure, TableName, Work};
 use crate::store::{Event, Made};
@@ -28,12 +28,7 @@ impl Runner<'_> {
         if let Some(made) = self.folder.manifest().find(name, round)
             && made.key != key
         {
-            let reasons = explain(&made.because, because);
-            let reasons = if reasons.is_empty() {
-                "it changed".to_owned()
-            } else {
-                reasons.join("; ")
-            };
+            let reasons = in_words(&explain(&made.because, because));
             self.report.note(&format!(
                 "{} is made again: {reasons}",
                 titled(table, round)
@@ -59,6 +54,7 @@ impl Runner<'_> {
             parts: Vec::new(),
             states: Vec::new(),
             checkpoint: None,
+            expected: self.expected(table, round),
         }))?;
         Ok(true)
     }
@@ -95,13 +91,12 @@ impl Runner<'_> {
     /// out to be as before comes back without work.
     fn park_dependents(&mut self, table: &TableName, round: Option<u32>) -> Result<(), Failure> {
         let mut stale = HashSet::from([(table.clone(), round)]);
-        for (stage, round) in slots(self.plan) {
-            let reads = stage
-                .inputs
-                .iter()
-                .any(|(_, input)| stale.contains(&(input.clone(), self.round_of(input, round))));
+        for (stage, round) in self.plan.slots() {
+            let reads = stage.inputs.iter().any(|(_, input)| {
+                stale.contains(&(input.clone(), self.plan.round_of(input, round)))
+            });
             let uses = stage.spec.as_stage().uses().iter().any(|used| {
-                let training = self.training(stage, used.model, round);
+                let training = self.plan.training(stage, used.model, round);
                 training.is_some_and(|(table, round)| stale.contains(&(table.clone(), Some(round))))
             });
             if reads || uses {

@@ -55,7 +55,7 @@ impl Runner<'_> {
     ) -> Result<Option<String>, Failure> {
         let mut tables = Vec::new();
         for stage in self.plan.all() {
-            let table_round = self.round_of(&stage.name, round);
+            let table_round = self.plan.round_of(&stage.name, round);
             let made = self
                 .folder
                 .manifest()

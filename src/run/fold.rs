@@ -8,12 +8,13 @@ use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use arrow::array::RecordBatch;
 use serde_json::Value;
 
-use super::Runner;
 use super::claim::tables_of;
+use super::{Runner, took};
 use crate::config::PlannedStage;
 use crate::run::{Start, Unit};
 use crate::stages::{Failure, Fold, Scope, TableName, Work};
@@ -44,7 +45,7 @@ impl Runner<'_> {
             .find(table.as_str(), round)
             .expect("a table that was begun")
             .clone();
-        let input_round = self.round_of(work.input(), round);
+        let input_round = self.plan.round_of(work.input(), round);
         let mut rows = Lookup::open(
             self.folder.files(work.input().as_str(), input_round),
             "row_key",
@@ -138,6 +139,7 @@ impl Runner<'_> {
         });
         let mut steps: Vec<RecordBatch> = Vec::new();
         let mut first = done;
+        let mut begun = Instant::now();
         while done < batches.len() {
             let (epoch, positions) = &batches[done];
             let batch = gather(&mut rows, positions)?;
@@ -155,7 +157,8 @@ impl Runner<'_> {
                     let saved = training.learner().save_state(to);
                     saved.map_err(Failure::of(work.model()))
                 })?;
-                let part = part(writer(first), first, &std::mem::take(&mut steps))?;
+                let part = part(writer(first), first, &std::mem::take(&mut steps), begun)?;
+                begun = Instant::now();
                 let state = StateRecord {
                     step: done as u64,
                     files: files_in(&state)?,
@@ -184,7 +187,7 @@ impl Runner<'_> {
             saved.map_err(Failure::of(work.model()))
         })?;
         drop(training);
-        let part = part(writer(first), first, &steps)?;
+        let part = part(writer(first), first, &steps, begun)?;
         self.folder.commit(Event::Part {
             table: table.to_string(),
             round,
@@ -300,11 +303,12 @@ fn gather(rows: &mut Lookup, positions: &[u32]) -> Result<RecordBatch, Failure> 
         .expect("rows of one table have one schema"))
 }
 
-/// Writes the rows of the steps from `first` on.
+/// Writes the rows of the steps from `first` on, which were begun then.
 fn part(
     mut writer: TableWriter,
     first: usize,
     steps: &[RecordBatch],
+    begun: Instant,
 ) -> Result<PartRecord, Failure> {
     for step in steps {
         writer.write(step)?;
@@ -317,6 +321,7 @@ fn part(
         telemetry: Vec::new(),
         faults: 0,
         dropped: 0,
+        took: Some(took(begun, steps.len() as u64)),
     })
 }
 

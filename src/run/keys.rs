@@ -1,28 +1,60 @@
 //! What decides a table, as JSON: hashed it is the table's key, compared it explains a re-run.
 
+use std::collections::HashMap;
+use std::fmt;
+
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
-use super::Runner;
-use crate::config::PlannedStage;
-use crate::models::{Dtype, ModelSpec};
-use crate::stages::{Failure, Load, ModelState, Role, Use, Work};
+use crate::config::{Plan, PlannedStage};
+use crate::models::{Dtype, ModelLoader, ModelSpec};
+use crate::stages::{Failure, Load, ModelState, Role, TableName, Use, Work};
 use crate::store::{Fingerprints, Key};
 
 /// Counts changes of this program that change what tables hold although nothing in the pipeline did.
 const KEY_VERSION: u32 = 1;
 
-impl Runner<'_> {
+/// What decides each table of a plan.
+pub struct Keys<'a> {
+    plan: &'a Plan,
+    loader: Option<&'a dyn ModelLoader>,
+    fingerprints: Fingerprints,
+    /// What readers of a table are keyed by.
+    known: HashMap<(TableName, Option<u32>), String>,
+}
+
+impl<'a> Keys<'a> {
+    pub fn new(
+        plan: &'a Plan,
+        loader: Option<&'a dyn ModelLoader>,
+        fingerprints: Fingerprints,
+    ) -> Self {
+        Self {
+            plan,
+            loader,
+            fingerprints,
+            known: HashMap::new(),
+        }
+    }
+
+    /// Notes what readers of a table are keyed by.
+    pub fn know(&mut self, table: &TableName, round: Option<u32>, key: String) {
+        self.known.insert((table.clone(), round), key);
+    }
+
+    /// Writes down which files were read, so that they are not read again.
+    pub fn save(&self) -> Result<(), Failure> {
+        Ok(self.fingerprints.save()?)
+    }
+
     /// Everything that decides a table in a round.
-    pub(super) fn because(
-        &mut self,
-        stage: &PlannedStage,
-        round: Option<u32>,
-    ) -> Result<Value, Failure> {
+    pub fn because(&self, stage: &PlannedStage, round: Option<u32>) -> Result<Value, Failure> {
         let spec = stage.spec.as_stage();
         let mut inputs = Map::new();
         for (field, table) in &stage.inputs {
-            let key = self.keys.get(&(table.clone(), self.round_of(table, round)));
+            let key = self
+                .known
+                .get(&(table.clone(), self.plan.round_of(table, round)));
             let key = key
                 .expect("inputs are made first [ref:plan_is_ordered]")
                 .clone();
@@ -36,7 +68,7 @@ impl Runner<'_> {
         }
         let mut models = Map::new();
         for used in spec.uses() {
-            let fingerprint = self.model_fingerprint(stage, &used, round)?;
+            let fingerprint = self.model(stage, &used, round)?;
             models.insert(used.field.to_owned(), Value::String(fingerprint));
         }
         let files = self.files(stage)?;
@@ -47,7 +79,6 @@ impl Runner<'_> {
             because["round"] = json!(round);
             because["name"] = json!(stage.name.as_str());
         }
-        self.fingerprints.save()?;
         Ok(because)
     }
 
@@ -80,7 +111,7 @@ impl Runner<'_> {
 
     /// What decides what a model computes, for a stage in a round: its weights and its precision,
     /// not where its files lie, nor the device.
-    pub(super) fn model_fingerprint(
+    pub fn model(
         &self,
         stage: &PlannedStage,
         used: &Use<'_>,
@@ -89,11 +120,11 @@ impl Runner<'_> {
         let spec = &self.plan.models[used.model];
         let precision = self.precision(spec, used)?;
         let training = match used.state {
-            ModelState::Now => self.training(stage, used.model, round),
+            ModelState::Now => self.plan.training(stage, used.model, round),
             ModelState::Initial => None,
         };
         if let Some((table, round)) = training {
-            let key = self.keys.get(&(table.clone(), Some(round)));
+            let key = self.known.get(&(table.clone(), Some(round)));
             let key = key.expect("rounds are run in order [ref:plan_is_ordered]");
             return Ok(Key::new("checkpoint").with(key).with(precision).finish());
         }
@@ -121,6 +152,11 @@ impl Runner<'_> {
             Dtype::Bfloat16 => "bfloat16",
         })
     }
+}
+
+/// The key of a table that is decided so.
+pub fn table_key(because: &Value) -> String {
+    Key::new("table").with_json(because).finish()
 }
 
 /// Pictures whose fingerprints are taken at once.
@@ -152,14 +188,53 @@ fn pictures(fingerprints: &Fingerprints, load: &dyn Load) -> Result<String, Fail
     Ok(key.finish())
 }
 
-/// What differs between two becauses, in words: "`temperature` 0.7 → 0.8".
-pub fn explain(before: &Value, now: &Value) -> Vec<String> {
+/// Why a table is made again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reason {
+    /// A setting of the stage, by its path below the verb, was something else.
+    Setting {
+        name: String,
+        before: Value,
+        now: Value,
+    },
+    /// A table that it reads is not the one that it was made from.
+    Input(String),
+    /// So is the model under this setting.
+    Model(String),
+    /// Files that the stage reads, in words.
+    Files(String),
+    /// Something else, in words.
+    Other(String),
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Setting { name, before, now } => write!(f, "`{name}` {before} → {now}"),
+            Self::Input(table) => write!(f, "its input `{table}` changed"),
+            Self::Model(field) => write!(f, "the model under `{field}` changed"),
+            Self::Files(words) | Self::Other(words) => f.write_str(words),
+        }
+    }
+}
+
+/// What differs between two becauses.
+pub fn explain(before: &Value, now: &Value) -> Vec<Reason> {
     let mut reasons = Vec::new();
     compare("", before, now, &mut reasons);
     reasons
 }
 
-fn compare(path: &str, before: &Value, now: &Value, reasons: &mut Vec<String>) {
+/// Reasons as one text.
+pub fn in_words(reasons: &[Reason]) -> String {
+    if reasons.is_empty() {
+        return "it changed".to_owned();
+    }
+    let texts: Vec<String> = reasons.iter().map(ToString::to_string).collect();
+    texts.join("; ")
+}
+
+fn compare(path: &str, before: &Value, now: &Value, reasons: &mut Vec<Reason>) {
     if before == now {
         return;
     }
@@ -181,16 +256,22 @@ fn compare(path: &str, before: &Value, now: &Value, reasons: &mut Vec<String>) {
     }
     let (group, name) = path.split_once('.').unwrap_or(("", path));
     reasons.push(match group {
-        "inputs" => format!("its input `{name}` changed"),
-        "models" => format!("the model under `{name}` changed"),
-        "files" if name == "pictures" => "a picture that it names changed".to_owned(),
-        "files" => format!("the content of `{name}` changed"),
-        "settings" => {
-            let setting = name.split_once('.').map_or(name, |(_, setting)| setting);
-            format!("`{setting}` {before} → {now}")
+        "inputs" => Reason::Input(name.trim_start_matches("tables.").to_owned()),
+        "models" => Reason::Model(name.to_owned()),
+        "files" if name == "pictures" => {
+            Reason::Files("a picture that it names changed".to_owned())
         }
-        _ if path == "version" => "this program makes it in another way".to_owned(),
-        _ => format!("`{path}` {before} → {now}"),
+        "files" => Reason::Files(format!("the content of `{name}` changed")),
+        "settings" => Reason::Setting {
+            name: name
+                .split_once('.')
+                .map_or(name, |(_, setting)| setting)
+                .to_owned(),
+            before: before.clone(),
+            now: now.clone(),
+        },
+        _ if path == "version" => Reason::Other("this program makes it in another way".to_owned()),
+        _ => Reason::Other(format!("`{path}` {before} → {now}")),
     });
 }
 
@@ -203,8 +284,9 @@ mod tests {
         let before = json!({"settings": {"sample": {"temperature": 0.7, "count": 5}}, "inputs": {"prompts": "a"}, "seed": 1});
         let now = json!({"settings": {"sample": {"temperature": 0.8, "count": 5}}, "inputs": {"prompts": "b"}, "seed": 2});
         let reasons = explain(&before, &now);
+        let texts: Vec<String> = reasons.iter().map(ToString::to_string).collect();
         assert_eq!(
-            reasons,
+            texts,
             [
                 "`temperature` 0.7 → 0.8",
                 "its input `prompts` changed",

@@ -1,10 +1,11 @@
 //! Loading: records of a user's file become rows, pictures become rows of `images`.
 
 use std::path::Path;
+use std::time::Instant;
 
 use arrow::array::AsArray;
 
-use super::{Runner, count};
+use super::{Runner, count, took};
 use crate::config::{KeepImages, PlannedStage};
 use crate::run::{Start, Unit};
 use crate::stages::{Failure, Load, Record, TableName, rejects};
@@ -48,6 +49,7 @@ impl Runner<'_> {
             }
             self.stop_if_asked()?;
             let rows_in = next.len() as u64;
+            let begun = Instant::now();
             done += rows_in;
             if let Some(before) = parts_done.iter().find(|before| before.part == part) {
                 for file in &before.files {
@@ -74,6 +76,7 @@ impl Runner<'_> {
                 telemetry: Vec::new(),
                 faults: count(&rejects, RejectClass::Fault),
                 dropped: count(&rejects, RejectClass::Dropped),
+                took: Some(took(begun, rows_in)),
             };
             self.folder.commit(Event::Part {
                 table: table.to_string(),

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use arrow::array::RecordBatch;
 
 use super::groups::Groups;
-use super::{Runner, count};
+use super::{Runner, count, took};
 use crate::config::PlannedStage;
 use crate::models;
 use crate::run::{Start, Unit};
@@ -30,7 +30,7 @@ impl Runner<'_> {
             .find(table.as_str(), round)
             .expect("a table that was begun")
             .clone();
-        let input_round = self.round_of(work.input(), round);
+        let input_round = self.plan.round_of(work.input(), round);
         let total = self
             .folder
             .manifest()
@@ -96,12 +96,13 @@ impl Runner<'_> {
                 },
             };
             let rows_in = batches.len() as u64;
-            let outcomes = compute(work, &mut scope, batches, base, &mut reuse)?;
+            let (outcomes, computed) = compute(work, &mut scope, batches, base, &mut reuse)?;
             rows_done += part_rows;
             let halvings = telemetry.halvings;
             let mut record = self.write_part(
                 table, round, part, rows_in, work, outcomes, &made.key, halvings,
             )?;
+            record.took = Some(took(begun, computed));
             if telemetry.prompts > 0 {
                 let row = row_of(&telemetry, table, round, part, begun.elapsed());
                 record.telemetry = self.write_beside("telemetry", table, round, part, &[row])?;
@@ -154,6 +155,7 @@ impl Runner<'_> {
             telemetry: Vec::new(),
             faults: count(&rejects, RejectClass::Fault),
             dropped: count(&rejects, RejectClass::Dropped),
+            took: None,
         })
     }
 
@@ -240,14 +242,15 @@ fn peak_memory() -> Option<i64> {
     Some(kilobytes * 1024)
 }
 
-/// The outcomes of a part's groups: taken over where their rows exist, computed where not.
+/// The outcomes of a part's groups: taken over where their rows exist, computed where not; and how
+/// many rows were computed.
 fn compute(
     work: &dyn MapWork,
     scope: &mut Scope<'_>,
     groups: Vec<RecordBatch>,
     base: &Key,
     reuse: &mut [Lookup],
-) -> Result<Vec<Outcome<RecordBatch>>, Failure> {
+) -> Result<(Vec<Outcome<RecordBatch>>, u64), Failure> {
     let keys = work.keys(scope, &groups, base)?;
     let mut outcomes: Vec<Option<Outcome<RecordBatch>>> = Vec::with_capacity(groups.len());
     let mut missing = Vec::new();
@@ -266,13 +269,18 @@ fn compute(
         }
         outcomes.push(known.map(Outcome::Made));
     }
+    let mut computed = 0;
     if !missing.is_empty() {
         for (place, outcome) in places.into_iter().zip(work.run(scope, missing)?) {
+            if let Outcome::Made(rows) = &outcome {
+                computed += rows.num_rows() as u64;
+            }
             outcomes[place] = Some(outcome);
         }
     }
-    Ok(outcomes
+    let outcomes = outcomes
         .into_iter()
         .map(|outcome| outcome.expect("each group was taken over or computed"))
-        .collect())
+        .collect();
+    Ok((outcomes, computed))
 }

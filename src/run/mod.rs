@@ -8,6 +8,7 @@
 mod claim;
 mod expect;
 mod fold;
+mod forecast;
 mod groups;
 mod interrupt;
 mod keys;
@@ -17,11 +18,14 @@ mod models;
 mod query;
 mod report;
 
+pub use forecast::{Estimate, Fate, Forecast, forecast};
 pub use interrupt::Interrupt;
+pub use keys::Reason;
 pub use report::{Report, Start, Unit};
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
+use std::time::Instant;
 
 use arrow::datatypes::SchemaRef;
 use serde_json::{Value, json};
@@ -30,10 +34,11 @@ use crate::config::{Plan, PlannedStage, View};
 use crate::models::ModelLoader;
 use crate::stages::{Failure, ModelName, ModelState, Shelf, TableName, Work};
 use crate::store::{
-    CheckpointRecord, FileRecord, Fingerprints, Images, Key, Made, RunFolder, TableWriter,
+    CheckpointRecord, FileRecord, Fingerprints, Images, Made, RunFolder, TableWriter, Took,
     read_file,
 };
 use crate::tables::{Reject, RejectClass, Row, Telemetry};
+use keys::{Keys, table_key};
 use models::RunModels;
 
 /// How a run goes about its plan.
@@ -76,7 +81,7 @@ pub fn run(
         round: None,
         failure: Box::new(failure),
     })?;
-    let slots = slots(plan);
+    let slots = plan.slots();
     let failed = |failure| RunError {
         stage: None,
         round: None,
@@ -102,42 +107,15 @@ pub fn run(
     Ok(summary)
 }
 
-/// Every table of every round, in running order: what is made once, then the evaluation as round 0,
-/// then the rounds, each with its evaluation.
-fn slots(plan: &Plan) -> Vec<(&PlannedStage, Option<u32>)> {
-    let mut slots: Vec<_> = plan
-        .all()
-        .filter(|stage| stage.is_static)
-        .map(|stage| (stage, None))
-        .collect();
-    for round in 0..=plan.rounds.get() {
-        let here = |stage: &&PlannedStage| !stage.is_static && stage.round_first <= round;
-        slots.extend(
-            plan.stages
-                .iter()
-                .filter(here)
-                .map(|stage| (stage, Some(round))),
-        );
-        slots.extend(
-            plan.evaluate
-                .iter()
-                .filter(here)
-                .map(|stage| (stage, Some(round))),
-        );
-    }
-    slots
-}
-
 /// A run under way.
 struct Runner<'a> {
     plan: &'a Plan,
     folder: RunFolder,
-    fingerprints: Fingerprints,
     loader: Option<&'a dyn ModelLoader>,
     report: &'a mut dyn Report,
     interrupt: &'a Interrupt,
-    /// Keys of the tables so far.
-    keys: HashMap<(TableName, Option<u32>), String>,
+    /// What decides the tables, with the keys of those so far.
+    keys: Keys<'a>,
     /// What stages had to say; nothing twice.
     said: HashSet<String>,
 }
@@ -165,20 +143,26 @@ impl<'a> Runner<'a> {
         Ok(Self {
             plan,
             folder,
-            fingerprints,
+            keys: Keys::new(plan, loader, fingerprints),
             loader,
             report,
             interrupt,
-            keys: HashMap::new(),
             said: HashSet::new(),
         })
+    }
+
+    /// Everything that decides a table in a round.
+    fn because(&mut self, stage: &PlannedStage, round: Option<u32>) -> Result<Value, Failure> {
+        let because = self.keys.because(stage, round)?;
+        self.keys.save()?;
+        Ok(because)
     }
 
     /// Makes one table in one round, if it isn't there. Returns whether there was anything to do.
     fn make(&mut self, stage: &PlannedStage, round: Option<u32>) -> Result<bool, Failure> {
         self.stop_if_asked()?;
         let because = self.because(stage, round)?;
-        let key = Key::new("table").with_json(&because).finish();
+        let key = table_key(&because);
         let kind = stage.kind;
         if !self.claim(&stage.name, round, kind, &key, &because)? {
             let rows = self
@@ -218,7 +202,7 @@ impl<'a> Runner<'a> {
             .find(table.as_str(), round)
             .expect("a table that is there");
         let key = made.content.clone().unwrap_or_else(|| made.key.clone());
-        self.keys.insert((table.clone(), round), key);
+        self.keys.know(table, round, key);
     }
 
     /// Ends a table.
@@ -261,19 +245,13 @@ impl<'a> Runner<'a> {
     ) -> HashMap<TableName, Vec<PathBuf>> {
         let files = |table: &TableName| {
             self.folder
-                .files(table.as_str(), self.round_of(table, round))
+                .files(table.as_str(), self.plan.round_of(table, round))
         };
         stage
             .inputs
             .iter()
             .map(|(_, table)| (table.clone(), files(table)))
             .collect()
-    }
-
-    /// The round in which a table that is read in `round` lies: none if it is made once.
-    fn round_of(&self, table: &TableName, round: Option<u32>) -> Option<u32> {
-        let stage = self.plan.stage(table).expect("the plan names every table");
-        if stage.is_static { None } else { round }
     }
 
     fn shelf(&self, stage: &PlannedStage, round: Option<u32>) -> Result<Shelf, Failure> {
@@ -289,7 +267,7 @@ impl<'a> Runner<'a> {
     fn models(&self, stage: &PlannedStage, round: Option<u32>) -> Result<RunModels<'a>, Failure> {
         let mut models = HashMap::new();
         for used in stage.spec.as_stage().uses() {
-            let fingerprint = self.model_fingerprint(stage, &used, round)?;
+            let fingerprint = self.keys.model(stage, &used, round)?;
             let mut spec = self.plan.models[used.model].clone();
             if used.state == ModelState::Now {
                 for folder in self.checkpoints(stage, used.model, round) {
@@ -301,30 +279,6 @@ impl<'a> Runner<'a> {
         Ok(RunModels::new(self.loader, models))
     }
 
-    /// The table and round of the training whose checkpoint a model means for a stage in a round:
-    /// of this round where the stage goes on from another training, and in the evaluation; else the
-    /// last round's.
-    fn training(
-        &self,
-        stage: &PlannedStage,
-        model: &ModelName,
-        round: Option<u32>,
-    ) -> Option<(&'a TableName, u32)> {
-        let plan: &'a Plan = self.plan;
-        if let Some(after) = stage.after() {
-            let after = plan.stage(after).expect("the plan names every table");
-            return Some((&after.name, round?));
-        }
-        let trainer = plan.trained_by(model)?;
-        let evaluates = plan.evaluate.iter().any(|other| other.name == stage.name);
-        let trained = if evaluates {
-            round?
-        } else {
-            round?.checked_sub(1)?
-        };
-        (trained > 0).then_some((trainer, trained))
-    }
-
     /// The checkpoints of this run that make the model what it is for a stage in a round, oldest
     /// first: trainings may write a part of a model each.
     fn checkpoints(
@@ -334,14 +288,14 @@ impl<'a> Runner<'a> {
         round: Option<u32>,
     ) -> Vec<PathBuf> {
         let mut folders = Vec::new();
-        let mut training = self.training(stage, model, round);
+        let mut training = self.plan.training(stage, model, round);
         while let Some((table, round)) = training {
             let made = self.folder.manifest().find(table.as_str(), Some(round));
             if let Some(checkpoint) = made.and_then(|made| made.checkpoint.as_ref()) {
                 folders.push(self.folder.root().join(&checkpoint.folder));
             }
             let stage = self.plan.stage(table).expect("the plan names every table");
-            training = self.training(stage, model, Some(round));
+            training = self.plan.training(stage, model, Some(round));
         }
         folders.reverse();
         folders
@@ -432,6 +386,12 @@ pub fn titled(table: &TableName, round: Option<u32>) -> String {
         Some(round) => format!("{table} (round {round})"),
         None => table.to_string(),
     }
+}
+
+/// What rows took that were computed since then.
+fn took(begun: Instant, rows: u64) -> Took {
+    let seconds = begun.elapsed().as_secs_f64();
+    Took { seconds, rows }
 }
 
 /// Counts of rejects by class.

@@ -1,10 +1,12 @@
 //! Querying: one query makes a table.
 
+use std::time::Instant;
+
 use arrow::array::RecordBatch;
 use arrow::compute::cast;
 use arrow::datatypes::SchemaRef;
 
-use super::Runner;
+use super::{Runner, took};
 use crate::config::PlannedStage;
 use crate::query::{self, QueryTable};
 use crate::run::{Start, Unit};
@@ -26,6 +28,7 @@ impl Runner<'_> {
             .expect("a table that was begun")
             .key
             .clone();
+        let begun = Instant::now();
         self.report.start(Start {
             table,
             round,
@@ -36,7 +39,7 @@ impl Runner<'_> {
         let mut tables = Vec::new();
         let mut rows_in = 0;
         for (_, input) in &stage.inputs {
-            let input_round = self.round_of(input, round);
+            let input_round = self.plan.round_of(input, round);
             if let Some(made) = self.folder.manifest().find(input.as_str(), input_round) {
                 rows_in = rows_in.max(made.rows());
             }
@@ -89,6 +92,7 @@ impl Runner<'_> {
             telemetry: Vec::new(),
             faults: 0,
             dropped: 0,
+            took: Some(took(begun, done)),
         };
         self.folder.commit(Event::Part {
             table: table.to_string(),

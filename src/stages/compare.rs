@@ -67,6 +67,10 @@ impl Stage for Compare {
         &["part"]
     }
 
+    fn expected_rows(&self, input: u64) -> Option<u64> {
+        Some(input)
+    }
+
     fn work(&self) -> Work<'_> {
         Work::Map(Box::new(self))
     }

@@ -224,6 +224,12 @@ pub trait Stage {
         "1".to_owned()
     }
 
+    /// How many rows it makes of so many rows of its first input, none being set aside; `None` where
+    /// that depends on what is in them.
+    fn expected_rows(&self, _input: u64) -> Option<u64> {
+        None
+    }
+
     /// The work, for the runner.
     fn work(&self) -> Work<'_>;
 }

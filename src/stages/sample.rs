@@ -114,6 +114,10 @@ impl Stage for Sample {
         &["part"]
     }
 
+    fn expected_rows(&self, input: u64) -> Option<u64> {
+        Some(input * u64::from(self.count.get()))
+    }
+
     fn work(&self) -> Work<'_> {
         Work::Map(Box::new(self))
     }

@@ -117,6 +117,12 @@ impl<T: Trains> Stage for T {
         &["save_every", "keep_last"]
     }
 
+    fn expected_rows(&self, input: u64) -> Option<u64> {
+        let course = self.course();
+        let steps = input.div_ceil(u64::from(course.batch));
+        Some(steps * u64::from(course.epochs))
+    }
+
     fn work(&self) -> Work<'_> {
         Work::Fold(Box::new(self))
     }

@@ -220,6 +220,7 @@ impl RunFolder {
             telemetry,
             faults: made.parts.iter().map(|part| part.faults).sum(),
             dropped: made.parts.iter().map(|part| part.dropped).sum(),
+            took: made.took(),
         };
         let kept: Vec<String> = whole.all_files().map(|file| file.file.clone()).collect();
         let parts = vec![whole];

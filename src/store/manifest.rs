@@ -43,6 +43,24 @@ pub struct PartRecord {
     pub faults: u64,
     /// Rejects of class `dropped`.
     pub dropped: u64,
+    /// What it took to make, where that is known.
+    #[serde(default)]
+    pub took: Option<Took>,
+}
+
+/// How long something took, and for how much.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct Took {
+    pub seconds: f64,
+    /// Rows that were computed; others were taken over.
+    pub rows: u64,
+}
+
+/// What was expected of a table when it was begun.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct Expected {
+    pub rows: Option<u64>,
+    pub seconds: Option<f64>,
 }
 
 /// The saved state of a training.
@@ -88,6 +106,9 @@ pub struct Made {
     #[serde(default)]
     pub states: Vec<StateRecord>,
     pub checkpoint: Option<CheckpointRecord>,
+    /// What was expected of it when it was begun.
+    #[serde(default)]
+    pub expected: Expected,
 }
 
 impl Made {
@@ -130,6 +151,20 @@ impl Made {
 
     pub fn rows(&self) -> u64 {
         self.files().map(|file| file.rows).sum()
+    }
+
+    pub fn bytes(&self) -> u64 {
+        self.all_files().map(|file| file.bytes).sum()
+    }
+
+    /// What its parts took together; `None` where none says.
+    pub fn took(&self) -> Option<Took> {
+        let mut parts = self.parts.iter().filter_map(|part| part.took);
+        let first = parts.next()?;
+        Some(parts.fold(first, |sum, part| Took {
+            seconds: sum.seconds + part.seconds,
+            rows: sum.rows + part.rows,
+        }))
     }
 }
 
@@ -410,6 +445,7 @@ mod tests {
             parts: Vec::new(),
             states: Vec::new(),
             checkpoint: None,
+            expected: Expected::default(),
         }
     }
 
@@ -422,6 +458,7 @@ mod tests {
             telemetry: Vec::new(),
             faults: 0,
             dropped: 0,
+            took: None,
         };
         Event::Part {
             table: "a".to_owned(),

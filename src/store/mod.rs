@@ -25,6 +25,7 @@ pub use key::{Key, digest};
 pub use lock::{Lock, lock_holder};
 pub use lookup::Lookup;
 pub use manifest::{
-    CheckpointRecord, Event, FileRecord, Made, Manifest, Parked, PartRecord, StateRecord,
+    CheckpointRecord, Event, Expected, FileRecord, Made, Manifest, Parked, PartRecord, StateRecord,
+    Took,
 };
 pub use parquet::{TableReader, TableWriter, read_file};

@@ -1,0 +1,170 @@
+//! What a run would do, as `pipeline plan` shows it.
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use super::memory::size;
+use super::progress::duration;
+use crate::config::Plan;
+use crate::run::{Estimate, Fate, Forecast, Reason};
+
+/// A table with one line a table and round.
+pub fn render(plan: &Plan, folder: &Path, forecasts: &[Forecast]) -> String {
+    let mut text = String::new();
+    let there = forecasts.iter().filter(|one| is_there(&one.fate)).count();
+    let (all, folder) = (forecasts.len(), folder.display());
+    writeln!(text, "\nin {folder}: {there} of {all} tables are there").expect(ANY_TEXT);
+    if there == all {
+        return text;
+    }
+    let line = |text: &mut String, cells: [&str; 7]| {
+        let [table, round, plan, rows, time, disk, why] = cells;
+        let line =
+            format!("  {table:<22} {round:>5}  {plan:<7} {rows:>9} {time:>12} {disk:>9}  {why}");
+        writeln!(text, "{}", line.trim_end()).expect(ANY_TEXT);
+    };
+    line(
+        &mut text,
+        ["table", "round", "plan", "rows", "time", "disk", "why"],
+    );
+    let mut total = Estimate {
+        rows: None,
+        seconds: Some(0.0),
+        bytes: Some(0),
+    };
+    let mut unknown = 0;
+    for forecast in forecasts {
+        let Forecast {
+            table,
+            round,
+            fate,
+            estimate,
+        } = forecast;
+        let round = round.map_or_else(|| "-".to_owned(), |round| round.to_string());
+        let rows = estimate
+            .rows
+            .map_or_else(|| "?".to_owned(), |rows| rows.to_string());
+        let [mut time, mut disk] = [String::new(), String::new()];
+        if !is_there(fate) {
+            time = estimate.seconds.map_or_else(|| "?".to_owned(), duration);
+            disk = estimate.bytes.map_or_else(|| "?".to_owned(), size);
+            unknown += u32::from(estimate.seconds.is_none());
+            total.seconds = Some(total.seconds.unwrap_or(0.0) + estimate.seconds.unwrap_or(0.0));
+            total.bytes = Some(total.bytes.unwrap_or(0) + estimate.bytes.unwrap_or(0));
+        }
+        let why = why(plan, forecast);
+        let cells = [
+            table.as_str(),
+            &round,
+            word(fate),
+            &rows,
+            &time,
+            &disk,
+            &why,
+        ];
+        line(&mut text, cells);
+    }
+    let to_make = all - there;
+    let seconds = duration(total.seconds.unwrap_or(0.0));
+    let disk = size(total.bytes.unwrap_or(0));
+    let tables = if to_make == 1 { "table" } else { "tables" };
+    write!(text, "  to make: {to_make} {tables}").expect(ANY_TEXT);
+    match to_make as u32 - unknown {
+        0 => writeln!(
+            text,
+            "; how long they take is known once this run has made them for the first time"
+        ),
+        _ if unknown == 0 => writeln!(
+            text,
+            ", about {seconds} and {disk}, by what they took in this run before"
+        ),
+        _ => writeln!(
+            text,
+            ", about {seconds} and {disk} by what they took in this run before, and {unknown} \
+             that it has never made"
+        ),
+    }
+    .expect(ANY_TEXT);
+    text
+}
+
+const ANY_TEXT: &str = "a string takes any text";
+
+fn is_there(fate: &Fate) -> bool {
+    matches!(fate, Fate::Reuse | Fate::Return)
+}
+
+fn word(fate: &Fate) -> &'static str {
+    match fate {
+        Fate::Reuse => "reuse",
+        Fate::Return => "return",
+        Fate::Resume { .. } => "go on",
+        Fate::Make { .. } => "make",
+    }
+}
+
+/// The reasons in words, each setting with its line.
+fn why(plan: &Plan, forecast: &Forecast) -> String {
+    match &forecast.fate {
+        Fate::Reuse => String::new(),
+        Fate::Return => "it was made so before".to_owned(),
+        Fate::Resume { rows } => format!("{rows} rows are there"),
+        Fate::Make { reasons, by_row } => {
+            let mut words: Vec<String> = reasons
+                .iter()
+                .map(|reason| reason_in_words(plan, forecast, reason))
+                .collect();
+            if *by_row && !words.is_empty() {
+                words.push("rows whose own input is as before are taken over".to_owned());
+            }
+            words.join("; ")
+        }
+    }
+}
+
+fn reason_in_words(plan: &Plan, forecast: &Forecast, reason: &Reason) -> String {
+    let text = plan.secrets.hide(&reason.to_string());
+    match (reason, plan.stage(&forecast.table)) {
+        (Reason::Setting { name, .. }, Some(stage)) => {
+            format!("{text} ({})", plan.place_of(stage, name))
+        }
+        _ => text,
+    }
+}
+
+/// The same for programs.
+pub fn to_json(plan: &Plan, forecasts: &[Forecast]) -> Value {
+    let one = |forecast: &Forecast| {
+        let reasons: Vec<Value> = match &forecast.fate {
+            Fate::Make { reasons, .. } => reasons
+                .iter()
+                .map(|reason| {
+                    let text = plan.secrets.hide(&reason.to_string());
+                    let mut json = json!({ "text": text });
+                    if let (Reason::Setting { name, before, now }, Some(stage)) =
+                        (reason, plan.stage(&forecast.table))
+                    {
+                        json["setting"] = json!(name);
+                        json["before"] = before.clone();
+                        json["now"] = now.clone();
+                        json["place"] = json!(plan.place_of(stage, name).to_string());
+                    }
+                    json
+                })
+                .collect(),
+            _ => Vec::new(),
+        };
+        json!({
+            "table": forecast.table.as_str(),
+            "round": forecast.round,
+            "plan": word(&forecast.fate).replace(' ', "_"),
+            "reasons": reasons,
+            "rows": forecast.estimate.rows,
+            "seconds": forecast.estimate.seconds,
+            "bytes": forecast.estimate.bytes,
+        })
+    };
+    forecasts.iter().map(one).collect()
+}

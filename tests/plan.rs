@@ -1,0 +1,169 @@
+//! What `pipeline plan` says of a run before it happens, and that it happens so.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::run::SCRIPTED;
+use crate::scene::Scene;
+
+/// What the plan says of each table and round.
+fn planned(scene: &Scene, more: &[&str]) -> BTreeMap<String, Value> {
+    let said = scene.succeeds(&[&["plan", "p.yaml", "--json"], more].concat());
+    let plan: Value = serde_json::from_str(&said.out).unwrap();
+    let tables = plan["tables"].as_array().unwrap().iter();
+    let name = |table: &Value| format!("{} {}", table["table"].as_str().unwrap(), table["round"]);
+    tables.map(|table| (name(table), table.clone())).collect()
+}
+
+/// The tables of which the plan says so.
+fn those(tables: &BTreeMap<String, Value>, plan: &str) -> usize {
+    tables
+        .values()
+        .filter(|table| table["plan"] == plan)
+        .count()
+}
+
+#[test]
+fn a_plan_says_what_is_made_and_why_and_it_happens_so() {
+    let scene = Scene::new();
+    scene.prompts(40).write("p.yaml", SCRIPTED);
+    let first = planned(&scene, &[]);
+    assert_eq!(those(&first, "make"), first.len());
+    assert_eq!(first["candidates 1"]["rows"], 200);
+    assert!(!scene.path("runs").exists(), "a plan writes nothing");
+    scene.succeeds(&["run", "p.yaml"]);
+    let done = planned(&scene, &[]);
+    assert_eq!(those(&done, "reuse"), done.len());
+
+    // One setting: what reads its table is made again, with the setting's line.
+    let changed = SCRIPTED.replace("judge, part: 5 }", "judge, part: 5 }\n  # a remark");
+    let changed = changed.replace("policy, part: 7 }", "policy, part: 7, count: 4 }");
+    scene.write("p.yaml", &changed);
+    let tables = planned(&scene, &[]);
+    let candidates = &tables["candidates 1"];
+    assert_eq!(candidates["reasons"][0]["text"], "`count` 5 → 4");
+    assert_eq!(candidates["reasons"][0]["place"], "p.yaml:12");
+    assert_eq!(
+        (&candidates["plan"], &candidates["rows"]),
+        (&"make".into(), &160.into())
+    );
+    assert!(candidates["seconds"].as_f64().unwrap() > 0.0);
+    assert_eq!(tables["prompts null"]["plan"], "reuse");
+    assert_eq!(
+        tables["answers 0"]["plan"], "reuse",
+        "no model has changed yet"
+    );
+    assert_eq!(
+        tables["answers 1"]["reasons"][0]["text"],
+        "the model under `model` changed"
+    );
+    let text = scene.succeeds(&["plan", "p.yaml"]).out;
+    assert!(text.contains("`count` 5 → 4 (p.yaml:12)"), "{text}");
+    let said = scene.succeeds(&["run", "p.yaml"]).err;
+    let make = those(&tables, "make");
+    let reuse = those(&tables, "reuse");
+    let expected = format!("done: {make} tables made, {reuse} there before");
+    assert!(said.contains(&expected), "{said}\n{expected}");
+
+    // What was set aside comes back.
+    scene.write("p.yaml", SCRIPTED);
+    let back = planned(&scene, &[]);
+    assert_eq!(those(&back, "return"), make);
+    let said = scene.succeeds(&["run", "p.yaml"]).err;
+    assert!(said.contains("nothing to do"), "{said}");
+
+    // The command line is a place, too.
+    let set = ["--set", "stages.rewards.score.part=9", "--set", "seed=4"];
+    let seeded = planned(&scene, &set);
+    assert_eq!(seeded["candidates 1"]["reasons"][0]["text"], "`seed` 3 → 4");
+    assert_eq!(
+        seeded["answers 0"]["plan"], "reuse",
+        "greedy answers draw nothing"
+    );
+
+    let status = scene.succeeds(&["status", "runs/scripted", "--json"]).out;
+    let status: Value = serde_json::from_str(&status).unwrap();
+    let of_round_2 = status["tables"].as_array().unwrap().iter();
+    let mut of_round_2 = of_round_2.filter(|table| table["round"] == 2);
+    let candidates = of_round_2
+        .find(|table| table["table"] == "candidates")
+        .unwrap();
+    assert_eq!(candidates["expected"]["rows"], 200);
+    assert!(candidates["expected"]["seconds"].is_f64(), "by round 1");
+}
+
+#[test]
+fn only_what_has_a_meaning_makes_a_table_anew() {
+    let scene = Scene::new();
+    let before = SCRIPTED.replace("seed: 3", "seed: 3\nvars: { k: 5, j: judge }");
+    let before = before.replace("policy, part: 7", "policy, count: \"${k}\", part: 7");
+    scene
+        .prompts(12)
+        .write("p.yaml", &before)
+        .succeeds(&["run", "p.yaml"]);
+    // Whitespace, remarks, order, names of variables, how the work is cut.
+    let after = "
+# rewritten
+seed: 3
+pipeline: scripted
+vars:
+    many: 5
+rounds:   2
+models: { judge: { scripted: {} }, policy: { scripted: {} } }
+evaluate:
+  grades: { score: { judge: judge, candidates: answers } }
+  answers: { sample: { temperature: 0.0, count: 1, model: policy, prompts: prompts } }
+stages:
+  steps: { train_dpo: { model: policy, pairs: pairs, save_every: 1 } }
+  pairs: { select_extremes: { rewards: rewards } }
+  rewards: { score: { judge: judge, candidates: candidates, part: 2 } }
+  candidates: { sample: { prompts: prompts, count: \"${many}\", model: policy, part: 3 } }
+  prompts: { load_prompts: { from: ./prompts.json } }
+";
+    scene.write("p.yaml", after);
+    let tables = planned(&scene, &[]);
+    assert_eq!(those(&tables, "reuse"), tables.len(), "{tables:?}");
+
+    // Nor does it matter where the files lie.
+    let moved = Scene::new();
+    copy(&scene.path(""), &moved.path(""));
+    let tables = planned(&moved, &[]);
+    assert_eq!(those(&tables, "reuse"), tables.len(), "{tables:?}");
+    let said = moved.succeeds(&["run", "p.yaml"]).err;
+    assert!(said.contains("nothing to do"), "{said}");
+
+    // Three prompts more cost three prompts.
+    moved.prompts(15);
+    let tables = planned(&moved, &[]);
+    assert_eq!(
+        tables["prompts null"]["reasons"][0]["text"],
+        "the content of `from` changed"
+    );
+    moved.succeeds(&["run", "p.yaml"]);
+    let text = moved.succeeds(&["status", "runs/scripted", "--json"]).out;
+    let status: Value = serde_json::from_str(&text).unwrap();
+    let rows = |name: &str| {
+        let tables = status["tables"].as_array().unwrap().iter();
+        let mut of_name = tables.filter(|table| table["table"] == name && table["round"] == 1);
+        let table = of_name.next().unwrap();
+        (table["rows"].clone(), table["computed"].clone())
+    };
+    assert_eq!(rows("candidates"), (75.into(), 15.into()));
+    assert_eq!(rows("rewards"), (75.into(), 15.into()));
+}
+
+fn copy(from: &Path, to: &Path) {
+    for entry in fs::read_dir(from).unwrap() {
+        let path = entry.unwrap().path();
+        let to = to.join(path.file_name().unwrap());
+        if path.is_dir() {
+            fs::create_dir_all(&to).unwrap();
+            copy(&path, &to);
+        } else {
+            fs::copy(&path, &to).unwrap();
+        }
+    }
+}
