@@ -29,6 +29,7 @@ pub struct QueryError(pub String);
 /// The value of a `$name` in a query.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Param {
+    Integer(i64),
     Float(f64),
     Text(String),
 }
@@ -145,6 +146,7 @@ async fn prepare(
     }
     let values = params.iter().map(|(name, value)| {
         let value = match value {
+            Param::Integer(value) => ScalarValue::Int64(Some(*value)),
             Param::Float(value) => ScalarValue::Float64(Some(*value)),
             Param::Text(value) => ScalarValue::Utf8(Some(value.clone())),
         };
@@ -203,6 +205,11 @@ fn register_empty(
         .register_table(name, Arc::new(nothing))
         .map_err(error)?;
     Ok(())
+}
+
+/// Whether a result is one column, true or false.
+pub fn is_flag(schema: &Schema) -> bool {
+    matches!(&*schema.fields().to_vec(), [field] if *field.data_type() == DataType::Boolean)
 }
 
 /// The columns of a table as queries see it: with `round`, where it is `wanted`.

@@ -95,6 +95,67 @@ fn a_plan_says_what_is_made_and_why_and_it_happens_so() {
     assert!(candidates["expected"]["seconds"].is_f64(), "by round 1");
 }
 
+/// The scripted policy's answers get no better, so a round that brings less than a bit is the last.
+#[test]
+fn rounds_end_when_a_query_says_so() {
+    let scene = Scene::new();
+    let until = |query: &str| {
+        let rounds = format!("rounds:\n  max: 4\n  stop_when: {query}");
+        SCRIPTED.replace("rounds: 2", &rounds)
+    };
+    let second = until("select max(round) >= 2 from rewards where round <= $round");
+    scene.prompts(20).write("p.yaml", &second);
+    assert_eq!(
+        planned(&scene, &[])
+            .keys()
+            .filter(|name| name.starts_with("steps"))
+            .count(),
+        4
+    );
+    let said = scene.succeeds(&["run", "p.yaml"]).err;
+    assert!(said.contains("round 2 is the last one"), "{said}");
+    let rounds = |scene: &Scene| {
+        let tables = scene.tables("runs/scripted");
+        tables
+            .keys()
+            .filter(|name| name.starts_with("steps Some"))
+            .count()
+    };
+    assert_eq!(rounds(&scene), 2);
+    let tables = planned(&scene, &[]);
+    assert_eq!(those(&tables, "reuse"), tables.len(), "{tables:?}");
+    assert!(
+        scene
+            .succeeds(&["run", "p.yaml"])
+            .err
+            .contains("nothing to do")
+    );
+
+    // Another query goes on from there, and back.
+    scene.write(
+        "p.yaml",
+        until("select avg(reward) < 0 from rewards where round = $round"),
+    );
+    assert!(
+        scene
+            .succeeds(&["plan", "p.yaml"])
+            .out
+            .contains("at most 4 rounds")
+    );
+    scene.succeeds(&["run", "p.yaml"]);
+    assert_eq!(rounds(&scene), 4);
+    scene.write("p.yaml", &second);
+    scene.succeeds(&["run", "p.yaml"]);
+    assert_eq!(rounds(&scene), 2, "later rounds are set aside");
+
+    scene.write("p.yaml", until("select round > 9 from rewards"));
+    let said = scene.pipeline(&["run", "p.yaml"]).err;
+    assert!(
+        said.contains("gave 100 rows after round 1; it must give one"),
+        "{said}"
+    );
+}
+
 #[test]
 fn only_what_has_a_meaning_makes_a_table_anew() {
     let scene = Scene::new();

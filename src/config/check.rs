@@ -382,9 +382,12 @@ fn trained_once(written: &Written, complaints: &mut Vec<Complaint>) {
     }
     let any_training = !trainings.is_empty();
     let is_readable = written.stages.iter().all(|stage| stage.spec.is_some());
-    if written.rounds.get() > 1 && !any_training && is_readable {
+    if written.rounds.max().get() > 1 && !any_training && is_readable {
         let at = At::value(KeyPath::root().key("rounds"));
-        let message = format!("{} rounds, but no stage trains a model", written.rounds);
+        let message = format!(
+            "{} rounds, but no stage trains a model",
+            written.rounds.max()
+        );
         let warning = Complaint::warning("config::nothing_trained", at, message);
         complaints.push(warning.help("rounds differ only in their random numbers then"));
     }

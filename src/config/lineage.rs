@@ -12,7 +12,7 @@ use super::pipeline::{Chart, Written};
 use super::source::KeyPath;
 use super::words::listed;
 use crate::models::ModelSpec;
-use crate::query::{self, with_round};
+use crate::query::{self, Param, is_flag, with_round};
 use crate::stages::{Input, ModelName, StageSpec, TableName};
 use crate::tables::{Image, Misfit, Reject, Row, Telemetry, fits, schema_of};
 
@@ -90,7 +90,44 @@ impl Lineage {
         }
         lineage.report(written);
         lineage.expect(written);
+        lineage.stop_when(written);
         lineage
+    }
+
+    /// Plans the query that ends the rounds.
+    fn stop_when(&mut self, written: &Written) {
+        let Some(query) = written.rounds.stop_when() else {
+            return;
+        };
+        let mut tables: Vec<(String, SchemaRef)> = Vec::new();
+        for draft in &self.drafts {
+            let Some(schema) = draft.schema.as_ref().filter(|_| !draft.is_doubtful) else {
+                return;
+            };
+            let schema = with_round(schema, draft.round_first.is_some());
+            tables.push((draft.name.to_string(), schema));
+        }
+        let at = At::value(KeyPath::root().key("rounds").key("stop_when"));
+        let complaint = |message| Complaint::new("config::stop_when", at, message);
+        self.complaints.extend(
+            match query::plan(query, &tables, &[("round", Param::Integer(1))]) {
+                Err(error) => Some(complaint(error.0)),
+                Ok(schema) if is_flag(&schema) => None,
+                Ok(schema) => {
+                    let columns = schema.fields().iter();
+                    let columns: Vec<String> = columns
+                        .map(|field| format!("`{}` ({})", field.name(), field.data_type()))
+                        .collect();
+                    let message = format!(
+                        "the query must have one column, true or false, and has {}",
+                        columns.join(", ")
+                    );
+                    let help =
+                        "such as: select max(reward) > 0.9 from rewards where round = $round";
+                    Some(complaint(message).help(help))
+                }
+            },
+        );
     }
 
     /// Plans what is expected of tables over the columns that they have.

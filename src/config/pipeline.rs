@@ -4,10 +4,13 @@
 //! doc comments are what an editor shows.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::num::NonZeroU32;
 
 use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{self, IntoDeserializer as _, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::expectation::Expectation;
 use super::reference::Variable;
@@ -24,9 +27,10 @@ pub struct Written {
     /// Decides all random numbers, together with stage, round and row.
     #[schemars(default)]
     pub seed: u64,
-    /// How often all stages run; each round starts from the models that the last one trained.
-    #[schemars(default = "one")]
-    pub rounds: NonZeroU32,
+    /// How often all stages run; each round starts from the models that the last one trained. A
+    /// number, or `{ max: 5, stop_when: <SQL> }`.
+    #[schemars(default)]
+    pub rounds: Rounds,
     /// Values with a name, used as `"${name}"`.
     #[schemars(default, with = "BTreeMap<VariableName, Scalar>")]
     pub vars: Vec<Variable>,
@@ -101,9 +105,79 @@ impl Chart {
     }
 }
 
-/// The default of `rounds`.
-pub fn one() -> NonZeroU32 {
-    NonZeroU32::MIN
+/// How often all stages run.
+#[derive(Debug, Clone, PartialEq, Eq, JsonSchema)]
+#[schemars(untagged)]
+pub enum Rounds {
+    /// So often.
+    Count(NonZeroU32),
+    /// Until something is so.
+    Until(Until),
+}
+
+/// Rounds that know when to stop.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Until {
+    /// The most rounds.
+    pub max: NonZeroU32,
+    /// A query that is asked after every round and says in one row and one column, true or false,
+    /// whether it was the last. It may read every table as it is by then, with the column `round`
+    /// where a table has rounds; `$round` is the round that has just ended.
+    pub stop_when: String,
+}
+
+impl Rounds {
+    /// The most rounds that there may be.
+    pub fn max(&self) -> NonZeroU32 {
+        match self {
+            Self::Count(count) => *count,
+            Self::Until(until) => until.max,
+        }
+    }
+
+    /// The query that ends them.
+    pub fn stop_when(&self) -> Option<&str> {
+        match self {
+            Self::Count(_) => None,
+            Self::Until(until) => Some(&until.stop_when),
+        }
+    }
+}
+
+impl Default for Rounds {
+    fn default() -> Self {
+        Self::Count(NonZeroU32::MIN)
+    }
+}
+
+/// By hand, for an untagged enum would say only that no variant fits.
+impl<'de> Deserialize<'de> for Rounds {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct RoundsVisitor;
+
+        impl<'de> Visitor<'de> for RoundsVisitor {
+            type Value = Rounds;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a number of rounds, or `max` and `stop_when`")
+            }
+
+            fn visit_u64<E: de::Error>(self, count: u64) -> Result<Rounds, E> {
+                NonZeroU32::deserialize(count.into_deserializer()).map(Rounds::Count)
+            }
+
+            fn visit_i64<E: de::Error>(self, count: i64) -> Result<Rounds, E> {
+                NonZeroU32::deserialize(count.into_deserializer()).map(Rounds::Count)
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Rounds, A::Error> {
+                Until::deserialize(MapAccessDeserializer::new(map)).map(Rounds::Until)
+            }
+        }
+
+        deserializer.deserialize_any(RoundsVisitor)
+    }
 }
 
 /// A model or stage, under its name.

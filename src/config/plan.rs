@@ -27,6 +27,8 @@ pub struct Plan {
     pub seed: u64,
     /// The stages run in rounds 1 to `rounds`.
     pub rounds: NonZeroU32,
+    /// A query that is asked after every round whether it was the last.
+    pub stop_when: Option<String>,
     /// The models by name, with absolute paths.
     pub models: BTreeMap<ModelName, ModelSpec>,
     /// The stages, each after those whose tables it reads, else in the written order.
@@ -119,9 +121,14 @@ impl Plan {
     pub fn render(&self, f: &mut dyn fmt::Write) -> fmt::Result {
         let rounds = self.rounds.get();
         let plural = if rounds == 1 { "round" } else { "rounds" };
+        let most = if self.stop_when.is_some() {
+            "at most "
+        } else {
+            ""
+        };
         writeln!(
             f,
-            "{}: {rounds} {plural}, seed {}",
+            "{}: {most}{rounds} {plural}, seed {}",
             self.pipeline.as_str(),
             self.seed
         )?;
@@ -153,6 +160,10 @@ impl Plan {
             _ => format!("in each round, 1 to {rounds}"),
         };
         self.render_group(f, &title, &in_rounds)?;
+        if let Some(query) = &self.stop_when {
+            let query = self.secrets.hide(&words_of(query));
+            writeln!(f, "  the last one when: {query}")?;
+        }
         for (round_first, title) in [
             (
                 0,
@@ -185,6 +196,11 @@ impl Plan {
         }
         Ok(())
     }
+}
+
+/// A query on one line.
+fn words_of(query: &str) -> String {
+    query.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 impl PlannedStage {
@@ -279,7 +295,8 @@ pub fn assemble(
     Plan {
         pipeline: written.pipeline,
         seed: written.seed,
-        rounds: written.rounds,
+        rounds: written.rounds.max(),
+        stop_when: written.rounds.stop_when().map(str::to_owned),
         models: models
             .filter_map(|entry| Some((entry.name, entry.spec?)))
             .collect(),

@@ -12,7 +12,7 @@ use serde_yaml::with::singleton_map_recursive;
 use super::complaint::{At, Complaint};
 use super::guess::guess;
 use super::node::Node;
-use super::pipeline::{Entry, FIELDS, PipelineName, Written, one};
+use super::pipeline::{Entry, FIELDS, PipelineName, Written};
 use super::reference::{Environment, Replacer, Secrets, Variable};
 use super::source::{KeyPath, Step};
 use super::words::{Subject, listed, reword};
@@ -47,7 +47,7 @@ pub fn read(tree: Node, environment: Environment<'_>) -> (Written, Secrets, Vec<
     let written = Written {
         pipeline: reader.field(&tree, "pipeline").unwrap_or_else(unnamed),
         seed: reader.field(&tree, "seed").unwrap_or_default(),
-        rounds: reader.field(&tree, "rounds").unwrap_or_else(one),
+        rounds: reader.field(&tree, "rounds").unwrap_or_default(),
         vars: replacer.vars.unwrap_or_default(),
         models: reader.entries(&tree, "models", "network"),
         stages: reader.entries(&tree, "stages", "verb"),
@@ -481,7 +481,7 @@ mod tests {
             "pipeline: p\nstages:\n  z: { load_prompts: { from: a.json } }\n  b: { sample: { prompts: z, model: m } }\n",
             &[],
         );
-        assert_eq!((written.seed, written.rounds.get()), (0, 1));
+        assert_eq!((written.seed, written.rounds.max().get()), (0, 1));
         assert!((written.reject_share_max.get() - 0.01).abs() < 1e-12);
         assert_eq!(written.keep_images, KeepImages::Bytes);
         let names: Vec<_> = written

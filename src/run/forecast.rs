@@ -4,6 +4,7 @@
 use std::path::Path;
 
 use super::keys::{Keys, Reason, explain, table_key};
+use super::stop::ends;
 use crate::config::{Plan, PlannedStage};
 use crate::models::ModelLoader;
 use crate::stages::{Failure, TableName, Work};
@@ -51,15 +52,29 @@ pub fn forecast(
     folder: &Path,
     loader: Option<&dyn ModelLoader>,
 ) -> Result<Vec<Forecast>, Failure> {
-    let manifest = match RunFolder::read(folder) {
-        Ok(run) => run.manifest().clone(),
-        Err(StoreError::NotARun { .. }) => Manifest::new(folder, plan.pipeline.as_str()),
+    let run = match RunFolder::read(folder) {
+        Ok(run) => Some(run),
+        Err(StoreError::NotARun { .. }) => None,
         Err(error) => return Err(error.into()),
     };
+    let nothing = Manifest::new(folder, plan.pipeline.as_str());
+    let manifest = run.as_ref().map_or(&nothing, RunFolder::manifest);
     let fingerprints = Fingerprints::open(folder.join(".cache/fingerprints.json"));
     let mut keys = Keys::new(plan, loader, fingerprints);
     let mut forecasts: Vec<Forecast> = Vec::new();
+    let mut round_before = None;
     for (stage, round) in plan.slots() {
+        if let (Some(ended), Some(run)) = (round_before, &run)
+            && round > Some(ended)
+            && ended > 0
+        {
+            // What ends the rounds is known where nothing that it reads is made again.
+            let mut so_far = forecasts.iter();
+            if so_far.all(|made| made.fate == Fate::Reuse) && ends(plan, run, ended)? {
+                break;
+            }
+        }
+        round_before = round;
         let because = keys.because(stage, round)?;
         let key = table_key(&because);
         let current = manifest.find(stage.name.as_str(), round);
@@ -108,7 +123,7 @@ pub fn forecast(
                     let of_table = |made: &&Forecast| made.table == *table && made.round == round;
                     forecasts.iter().find(of_table)?.estimate.rows
                 };
-                estimate(&manifest, stage, round, &rows_in, &forecasts)?
+                estimate(manifest, stage, round, &rows_in, &forecasts)?
             }
         };
         forecasts.push(Forecast {

@@ -17,6 +17,7 @@ mod map;
 mod models;
 mod query;
 mod report;
+mod stop;
 
 pub use forecast::{Estimate, Fate, Forecast, forecast};
 pub use interrupt::Interrupt;
@@ -89,7 +90,14 @@ pub fn run(
     };
     runner.park_unplanned(&slots).map_err(failed)?;
     let mut summary = Summary::default();
+    let mut round_before = None;
     for (stage, round) in slots {
+        if let Some(ended) = round_before.filter(|&ended| round > Some(ended) && ended > 0)
+            && runner.is_last(ended).map_err(failed)?
+        {
+            break;
+        }
+        round_before = round;
         let made = runner.make(stage, round).map_err(|failure| RunError {
             stage: Some(stage.name.clone()),
             round,

@@ -1,0 +1,77 @@
+//! Whether a round was the last one.
+
+use std::collections::BTreeMap;
+
+use arrow::array::{Array, AsArray};
+
+use super::Runner;
+use crate::config::Plan;
+use crate::query::{self, Param, QueryTable};
+use crate::stages::Failure;
+use crate::store::RunFolder;
+
+/// Asks the plan's `stop_when` after a round over the tables of `folder` up to it.
+pub fn ends(plan: &Plan, folder: &RunFolder, round: u32) -> Result<bool, Failure> {
+    let Some(sql) = &plan.stop_when else {
+        return Ok(false);
+    };
+    let mut tables: BTreeMap<&str, QueryTable> = BTreeMap::new();
+    for stage in plan.all() {
+        let made = folder.manifest().made.iter();
+        let mut files: Vec<_> = made
+            .filter(|made| made.table == stage.name.as_str() && made.complete)
+            .filter(|made| made.round.is_none_or(|of| of <= round))
+            .map(|made| (made.round, folder.files(&made.table, made.round)))
+            .collect();
+        files.sort_by_key(|(round, _)| *round);
+        let table = QueryTable {
+            name: stage.name.to_string(),
+            schema: stage.schema.clone(),
+            files,
+            with_round: !stage.is_static,
+        };
+        tables.insert(stage.name.as_str(), table);
+    }
+    let tables: Vec<QueryTable> = tables.into_values().collect();
+    let params = [("round", Param::Integer(round.into()))];
+    let mut answers = Vec::new();
+    query::run(
+        sql,
+        &params,
+        &tables,
+        &[],
+        None,
+        |batch| -> Result<(), Failure> {
+            let flags = batch.column(0).as_boolean();
+            answers.extend((0..flags.len()).map(|row| flags.is_valid(row) && flags.value(row)));
+            Ok(())
+        },
+    )?;
+    match answers[..] {
+        [answer] => Ok(answer),
+        [] => Ok(false),
+        _ => Err(Failure::Other(format!(
+            "`rounds.stop_when` gave {} rows after round {round}; it must give one",
+            answers.len()
+        ))),
+    }
+}
+
+impl Runner<'_> {
+    /// Whether there are no more rounds after this one; what an earlier run made of them is set aside.
+    pub(super) fn is_last(&mut self, round: u32) -> Result<bool, Failure> {
+        if !ends(self.plan, &self.folder, round)? {
+            return Ok(false);
+        }
+        self.report.note(&format!(
+            "round {round} is the last one: `rounds.stop_when` is true of it"
+        ));
+        let made = self.folder.manifest().made.iter();
+        let later = made.filter(|made| made.round.is_some_and(|of| of > round));
+        let later: Vec<_> = later.map(|made| (made.table.clone(), made.round)).collect();
+        for (table, round) in later {
+            self.folder.park(&table, round)?;
+        }
+        Ok(true)
+    }
+}
