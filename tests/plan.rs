@@ -95,6 +95,44 @@ fn a_plan_says_what_is_made_and_why_and_it_happens_so() {
     assert!(candidates["expected"]["seconds"].is_f64(), "by round 1");
 }
 
+/// What a file says of another one: relative paths start at the file that says them, and the meaning
+/// is what a single file would have.
+#[test]
+fn a_file_says_what_differs_from_another() {
+    let scene = Scene::new();
+    scene.prompts(12).write("base.yaml", SCRIPTED);
+    scene.write("p.yaml", SCRIPTED.replace("rounds: 2", "rounds: 1"));
+    scene.succeeds(&["run", "p.yaml"]);
+    scene.write(
+        "prod/common.yaml",
+        "extends: ../base.yaml\nrounds: 1\nvars: { many: 4 }\n",
+    );
+    scene.write(
+        "prod/p.yaml",
+        "extends: common.yaml\nevaluate: { grades: null }\n",
+    );
+    let said = scene.succeeds(&["plan", "prod/p.yaml"]).out;
+    assert!(
+        said.contains("extends prod/common.yaml\nextends base.yaml"),
+        "{said}"
+    );
+    assert!(
+        said.contains("8 of 8 tables are there") || said.contains("7 of 7"),
+        "{said}"
+    );
+    assert!(!said.contains("grades ="), "an entry is taken away");
+    scene.write(
+        "prod/p.yaml",
+        "extends: common.yaml\nstages:\n  candidates:\n    sample: { count: \"${many}\" }\n",
+    );
+    let said = scene.succeeds(&["plan", "prod/p.yaml"]).out;
+    assert!(said.contains("`count` 5 → 4 (prod/p.yaml:4)"), "{said}");
+    let said = scene
+        .succeeds(&["plan", "prod/p.yaml", "--set", "seed=4"])
+        .out;
+    assert!(said.contains("rows"), "{said}");
+}
+
 /// The scripted policy's answers get no better, so a round that brings less than a bit is the last.
 #[test]
 fn rounds_end_when_a_query_says_so() {

@@ -4,14 +4,17 @@
 //! text to underline when all complaints are there. miette draws them.
 
 use std::fmt;
+use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use miette::{Diagnostic, GraphicalReportHandler, GraphicalTheme, LabeledSpan, SourceCode};
 use serde_json::{Value, json};
 
+use super::overlay::Layer;
 use super::overrides::Override;
 use super::reference::Secrets;
-use super::source::{KeyPath, Place, Side, Source};
+use super::source::{KeyPath, Place, Side, Source, around};
 
 /// Where a complaint points: a setting, or its name.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -327,14 +330,58 @@ impl Look {
     }
 }
 
-/// The texts that a pipeline was made from: its file, and what `--set` changed in it.
+/// The texts that a pipeline was made from: its files, and what `--set` changed in them.
 #[derive(Debug, Clone)]
 pub struct Sources {
-    pub file: Arc<Source>,
+    /// The file itself, then the one that it extends, and so on.
+    pub layers: Vec<Layer>,
     pub overrides: Vec<Override>,
 }
 
 impl Sources {
+    /// Files without changes.
+    pub fn of(layers: Vec<Layer>) -> Self {
+        Self {
+            layers,
+            overrides: Vec::new(),
+        }
+    }
+
+    /// The folder at which a relative path starts that stands at a setting: that of the file that says
+    /// it; of the uppermost for what the command line says.
+    pub fn folder(&self, setting: &KeyPath) -> PathBuf {
+        let is_set = self
+            .overrides
+            .iter()
+            .any(|change| setting.is_in(&change.path));
+        let layer = match self.layers.len() {
+            _ if is_set => 0,
+            1 => 0,
+            _ => self.find_in_layers(setting, Side::Value).0,
+        };
+        self.layers[layer].folder.clone()
+    }
+
+    /// Where the files say a setting, the upper ones first; when none does, the nearest thing around
+    /// it that one does.
+    fn find_in_layers(&self, path: &KeyPath, side: Side) -> (usize, Range<usize>) {
+        let mut path = path.clone();
+        let mut side = side;
+        loop {
+            for (number, layer) in self.layers.iter().enumerate() {
+                if path != KeyPath::root()
+                    && let Some(span) = layer.source.find_exactly(&path, side)
+                {
+                    return (number, span);
+                }
+            }
+            if path == KeyPath::root() {
+                return (0, self.layers[0].source.find(&path, side));
+            }
+            (path, side) = around(path, side);
+        }
+    }
+
     /// Finds what each complaint underlines, and puts them in the order of the text: those about
     /// the file first, then those about `--set`.
     pub fn place(&self, mut complaints: Vec<Complaint>) -> Vec<Complaint> {
@@ -350,8 +397,13 @@ impl Sources {
         }
         complaints.sort_by_key(|complaint| {
             let place = complaint.place();
-            let is_override = place.is_some_and(|place| place.source != self.file);
-            (is_override, place.map_or(0, |place| place.span.start))
+            let is_of = |layer: &Layer| place.is_some_and(|place| place.source == layer.source);
+            let layer = self.layers.iter().position(is_of);
+            let last = self.layers.len();
+            (
+                layer.unwrap_or(last),
+                place.map_or(0, |place| place.span.start),
+            )
         });
         // An alias (`*name`) repeats the mistakes of its anchor.
         complaints.dedup_by(|b, a| a.message == b.message && a.drawing == b.drawing);
@@ -364,9 +416,10 @@ impl Sources {
         if let Some(change) = last_first.find(|change| at.path.is_in(&change.path)) {
             return change.place(at);
         }
+        let (layer, span) = self.find_in_layers(&at.path, at.side);
         Place {
-            source: Arc::clone(&self.file),
-            span: self.file.find(&at.path, at.side),
+            source: Arc::clone(&self.layers[layer].source),
+            span,
         }
     }
 }

@@ -1,7 +1,7 @@
 //! From text to plan: reads a pipeline file, checks all of it before anything runs, and says
 //! everything that is wrong with it at once, underlined.
 //!
-//! The text becomes a tree ([`node`]), `--set` changes it ([`overrides`]), references are replaced
+//! The text becomes a tree ([`node`]), with those that it extends ([`overlay`]); `--set` changes it ([`overrides`]), references are replaced
 //! ([`reference`]), and the tree is read ([`reader`]) as it is written ([`pipeline`]). Then names and roles
 //! ([`check`]) and tables ([`lineage`]) are followed through the whole file, and what is left is
 //! the pipeline as meant ([`plan`]). What is wrong is a [`Complaint`].
@@ -9,6 +9,7 @@
 mod source;
 
 mod node;
+mod overlay;
 mod overrides;
 mod reference;
 
@@ -43,7 +44,6 @@ use std::sync::Arc;
 
 use complaint::Sources;
 use lineage::Lineage;
-use node::Node;
 use overrides::Override;
 use pipeline::Written;
 
@@ -90,19 +90,12 @@ fn parse(
     offline: bool,
     environment: reference::Environment<'_>,
 ) -> Result<Plan, Complaints> {
-    let mut sources = Sources {
-        file,
-        overrides: Vec::new(),
-    };
+    let (layers, tree, mut complaints) = overlay::read(file, &path);
+    let mut sources = Sources::of(layers);
     let refuse = |sources: &Sources, complaints| Err(Complaints(sources.place(complaints)));
-    let (mut tree, flaws) = match Node::parse(&sources.file.text) {
-        Ok(parsed) => parsed,
-        Err(error) => return refuse(&sources, vec![syntax::not_yaml(&error, &sources.file)]),
+    let Some(mut tree) = tree else {
+        return refuse(&sources, complaints);
     };
-    let mut complaints = syntax::flawed(&flaws);
-    if let Some(complaint) = syntax::no_map(&tree) {
-        return refuse(&sources, vec![complaint]);
-    }
     for text in sets {
         let applied = Override::parse(text).and_then(|(change, value)| {
             change.apply(value, &mut tree)?;
@@ -115,8 +108,7 @@ fn parse(
     }
     let (mut written, secrets, found) = reader::read(tree, environment);
     complaints.extend(found);
-    let folder = path.parent().unwrap_or(Path::new("/"));
-    resolve(&mut written, folder);
+    resolve(&mut written, &sources);
     complaints.extend(check::names_and_roles(&written));
     if !offline {
         complaints.extend(check::files(&written, &secrets));
@@ -143,17 +135,19 @@ fn parse(
     ))
 }
 
-/// Takes the relative paths of models and stages to start at `folder`.
-fn resolve(written: &mut Written, folder: &Path) {
-    for spec in written
-        .models
-        .iter_mut()
-        .filter_map(|model| model.spec.as_mut())
-    {
-        spec.resolve(folder);
+/// Takes the relative paths of models and stages to start at the folder of the file that says them.
+fn resolve(written: &mut Written, sources: &Sources) {
+    for model in &mut written.models {
+        let folder = |field: &str| sources.folder(&model.settings.key(field));
+        if let Some(spec) = &mut model.spec {
+            spec.resolve(&folder);
+        }
     }
     let stages = written.stages.iter_mut().chain(&mut written.evaluate);
-    for spec in stages.filter_map(|stage| stage.spec.as_mut()) {
-        spec.as_stage_mut().resolve(folder);
+    for stage in stages {
+        let folder = |field: &str| sources.folder(&stage.settings.key(field));
+        if let Some(spec) = &mut stage.spec {
+            spec.as_stage_mut().resolve(&folder);
+        }
     }
 }

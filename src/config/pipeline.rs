@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::num::NonZeroU32;
+use std::path::PathBuf;
 
 use schemars::JsonSchema;
 use serde::de::value::MapAccessDeserializer;
@@ -22,6 +23,14 @@ use crate::stages::{ModelName, StageSpec, TableName};
 #[derive(JsonSchema)]
 #[schemars(rename = "Pipeline", deny_unknown_fields)]
 pub struct Written {
+    /// A pipeline file from which this one differs: its settings are meant where this one says nothing
+    /// else. `null` takes an entry away.
+    #[schemars(default)]
+    #[expect(
+        dead_code,
+        reason = "followed before the tree is read; here for the schema"
+    )]
+    pub extends: Option<PathBuf>,
     /// The pipeline's name, which also names its run folder: `runs/<name>`.
     pub pipeline: PipelineName,
     /// Decides all random numbers, together with stage, round and row.
@@ -60,7 +69,8 @@ pub struct Written {
 }
 
 /// The top-level fields, in the order in which people write them.
-pub const FIELDS: [&str; 11] = [
+pub const FIELDS: [&str; 12] = [
+    "extends",
     "pipeline",
     "seed",
     "rounds",

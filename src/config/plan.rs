@@ -132,6 +132,10 @@ impl Plan {
             self.pipeline.as_str(),
             self.seed
         )?;
+        let below = self.sources.layers.iter().skip(1);
+        for layer in below {
+            writeln!(f, "extends {}", layer.source.name)?;
+        }
         if !self.models.is_empty() {
             writeln!(f, "\nmodels")?;
         }

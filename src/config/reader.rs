@@ -45,6 +45,7 @@ pub fn read(tree: Node, environment: Environment<'_>) -> (Written, Secrets, Vec<
     reader.required_fields(&tree);
     let unnamed = || PipelineName("unnamed".to_owned());
     let written = Written {
+        extends: reader.field(&tree, "extends").unwrap_or_default(),
         pipeline: reader.field(&tree, "pipeline").unwrap_or_else(unnamed),
         seed: reader.field(&tree, "seed").unwrap_or_default(),
         rounds: reader.field(&tree, "rounds").unwrap_or_default(),

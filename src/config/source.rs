@@ -156,12 +156,7 @@ impl Source {
             if let Some(span) = found {
                 return span;
             }
-            // A value that isn't written (`key:`) is shown by its key, then by what it stands in.
-            let is_key = matches!(path.steps().last(), Some(Step::Key { .. }));
-            if side == Side::Key || !is_key {
-                path = path.parent().unwrap_or_default();
-            }
-            side = Side::Key;
+            (path, side) = around(path, side);
         }
     }
 
@@ -170,7 +165,7 @@ impl Source {
         &self.text[span]
     }
 
-    fn find_exactly(&self, path: &KeyPath, side: Side) -> Option<Range<usize>> {
+    pub(super) fn find_exactly(&self, path: &KeyPath, side: Side) -> Option<Range<usize>> {
         let arrival = RefCell::new(None);
         let walk = Walk {
             steps: path.steps(),
@@ -195,6 +190,18 @@ impl Source {
         };
         (length > 0).then_some(start..start + length)
     }
+}
+
+/// What is around a setting that is not there: a value that isn't written (`key:`) is shown by its
+/// key, then by what it stands in.
+pub fn around(path: KeyPath, side: Side) -> (KeyPath, Side) {
+    let is_key = matches!(path.steps().last(), Some(Step::Key { .. }));
+    let path = if side == Side::Key || !is_key {
+        path.parent().unwrap_or_default()
+    } else {
+        path
+    };
+    (path, Side::Key)
 }
 
 /// What stands where a walk arrived.

@@ -242,19 +242,25 @@ impl ModelSpec {
         }
     }
 
-    /// Takes every relative path to start at `folder`.
-    pub fn resolve(&mut self, folder: &Path) {
-        let join = |path: &mut PathBuf| *path = folder.join(&*path);
+    /// Takes the relative path of every setting to start at the folder that `folder` gives for it.
+    pub fn resolve(&mut self, folder: &dyn Fn(&str) -> PathBuf) {
+        let join = |field: &str, path: &mut PathBuf| *path = folder(field).join(&*path);
         match self {
             Self::LlavaOnevision(model) => {
-                join(&mut model.weights);
-                model.adapter.iter_mut().for_each(join);
+                join("weights", &mut model.weights);
+                model
+                    .adapter
+                    .iter_mut()
+                    .for_each(|path| join("adapter", path));
             }
             Self::LlavaRlhf(model) => {
-                for path in [&mut model.base, &mut model.vision, &mut model.prompt] {
-                    join(path);
-                }
-                model.adapter.iter_mut().for_each(join);
+                join("base", &mut model.base);
+                join("vision", &mut model.vision);
+                join("prompt", &mut model.prompt);
+                model
+                    .adapter
+                    .iter_mut()
+                    .for_each(|path| join("adapter", path));
             }
             Self::Scripted(_) => {}
         }

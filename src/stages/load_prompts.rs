@@ -50,10 +50,13 @@ impl Stage for LoadPrompts {
         files
     }
 
-    fn resolve(&mut self, folder: &Path) {
-        join(folder, &mut self.from);
-        for path in [&mut self.images, &mut self.captions].into_iter().flatten() {
-            join(folder, path);
+    fn resolve(&mut self, folder: &dyn Fn(&str) -> PathBuf) {
+        join(folder, "from", &mut self.from);
+        for (field, path) in [
+            ("images", &mut self.images),
+            ("captions", &mut self.captions),
+        ] {
+            path.iter_mut().for_each(|path| join(folder, field, path));
         }
     }
 

@@ -198,8 +198,9 @@ pub trait Stage {
         Vec::new()
     }
 
-    /// Takes every relative path to start at `folder`, the folder of the pipeline file.
-    fn resolve(&mut self, _folder: &Path) {}
+    /// Takes the relative path of every setting to start at the folder that `folder` gives for it:
+    /// that of the pipeline file which says it.
+    fn resolve(&mut self, _folder: &dyn Fn(&str) -> PathBuf) {}
 
     /// The kind of the table it makes; `None` when a query decides.
     fn kind(&self) -> Option<&'static str>;
@@ -236,7 +237,7 @@ pub trait Stage {
 
 pub use work::*;
 
-/// Joins a path of the user to the folder of the pipeline file.
-fn join(folder: &Path, path: &mut PathBuf) {
-    *path = folder.join(&*path);
+/// Joins the path of the setting `field` to the folder at which it starts.
+fn join(folder: &dyn Fn(&str) -> PathBuf, field: &str, path: &mut PathBuf) {
+    *path = folder(field).join(&*path);
 }

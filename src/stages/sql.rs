@@ -79,9 +79,9 @@ impl Stage for Sql {
             .collect()
     }
 
-    fn resolve(&mut self, folder: &Path) {
+    fn resolve(&mut self, folder: &dyn Fn(&str) -> PathBuf) {
         if let Some(file) = &mut self.file {
-            join(folder, file);
+            join(folder, "file", file);
             self.text = Some(std::fs::read_to_string(&*file).map_err(|error| error.to_string()));
         }
     }
