@@ -469,3 +469,52 @@ fn feedback_of_people_is_trained_on_with_a_reference_that_is_computed_and_stored
         [(1, 1), (2, 1), (3, 2), (4, 2)]
     );
 }
+
+#[test]
+fn a_scheduler_can_read_what_a_run_does() {
+    let scene = Scene::new();
+    scene.prompts(8).write("p.yaml", SCRIPTED);
+    let events = |said: &str| -> Vec<serde_json::Value> {
+        let lines = said.lines();
+        lines
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect()
+    };
+    let said = scene.succeeds(&["run", "p.yaml", "--log", "json"]).err;
+    let told = events(&said);
+    let of = |name: &str| told.iter().filter(|event| event["event"] == name).count();
+    assert_eq!((of("begin"), of("finished"), of("done")), (1, 15, 1));
+    assert_eq!(told.last().unwrap()["made"], 15);
+    let time = told[0]["time"].as_str().unwrap();
+    assert!(
+        time.starts_with("20") && time.ends_with('Z') && time.len() == 20,
+        "{time}"
+    );
+    let again = events(&scene.succeeds(&["run", "p.yaml", "--log", "json"]).err);
+    assert_eq!(
+        again
+            .iter()
+            .filter(|event| event["event"] == "reused")
+            .count(),
+        15
+    );
+
+    // It asks for a query that finds rows where none must be.
+    let stops =
+        format!("{SCRIPTED}expect: {{ none: {{ table: pairs, query: select * from pairs }} }}\n");
+    scene.write("p.yaml", stops);
+    let failed = scene.pipeline(&["run", "p.yaml", "--log", "json"]);
+    let last = events(&failed.err).pop().unwrap();
+    assert_eq!(
+        (failed.code, &last["event"], &last["code"]),
+        (Some(1), &"failed".into(), &1.into())
+    );
+    assert_eq!(
+        (&last["table"], &last["place"]),
+        (&"pairs".into(), &"p.yaml:15".into())
+    );
+    scene.write("p.yaml", "pipeline: p\n");
+    let refused = scene.pipeline(&["run", "p.yaml", "--log", "json"]);
+    let last = events(&refused.err).pop().unwrap();
+    assert_eq!((refused.code, &last["event"]), (Some(2), &"refused".into()));
+}

@@ -10,6 +10,7 @@ mod engine;
 mod export;
 mod forecast;
 mod init;
+mod log;
 mod memory;
 mod out;
 mod pairs;

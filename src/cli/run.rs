@@ -4,11 +4,13 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use serde_json::json;
 
 use super::check::{PipelineFile, warn};
+use super::log::{self, JsonLog};
 use super::progress::Progress;
 use super::{Failed, engine, report};
-use crate::config::{At, Complaint, KeyPath, Look, Plan, load};
+use crate::config::{At, Complaint, KeyPath, LoadError, Look, Plan, load};
 use crate::models::ModelLoader;
 use crate::run::{Interrupt, Options, RunError, Summary, run};
 use crate::stages::{Failure, TableName};
@@ -18,7 +20,8 @@ use crate::store::RunFolder;
 #[derive(Args)]
 #[command(after_help = "Examples:\n  pipeline run pipelines/dpo.yaml\n  \
     pipeline run pipelines/dpo.yaml --run /data/runs/first --set rounds=1\n  \
-    pipeline run pipelines/dpo.yaml --until pairs")]
+    pipeline run pipelines/dpo.yaml --until pairs\n  \
+    pipeline run pipelines/dpo.yaml --log json 2> run.log")]
 pub struct Run {
     #[command(flatten)]
     file: PipelineFile,
@@ -28,11 +31,30 @@ pub struct Run {
     /// Stop when this table was made for the first time.
     #[arg(long, value_name = "TABLE")]
     until: Option<String>,
+    /// How to tell on stderr what the run does.
+    #[arg(long, value_enum, default_value_t = Log::Text)]
+    log: Log,
+}
+
+/// How a run tells what it does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Log {
+    /// A bar on a terminal, plain lines elsewhere.
+    Text,
+    /// A JSON object a line.
+    Json,
 }
 
 impl Run {
     pub fn run(&self, loader: Option<&dyn ModelLoader>) -> Result<(), Failed> {
-        let plan = load(&self.file.file, &self.file.sets, false)?;
+        let plan = match load(&self.file.file, &self.file.sets, false) {
+            Err(LoadError::Refused(complaints)) if self.log == Log::Json => {
+                let list: Vec<_> = complaints.0.iter().map(Complaint::to_json).collect();
+                log::write("refused", json!({ "code": 2, "complaints": list }));
+                return Err(Failed::Code(2));
+            }
+            loaded => loaded?,
+        };
         let until = self.until(&plan)?;
         if loader.is_none()
             && plan
@@ -42,36 +64,32 @@ impl Run {
         {
             return Err(engine::become_it());
         }
-        warn(&plan);
         let folder = folder_of(&plan, self.folder.as_deref());
+        match self.log {
+            Log::Text => warn(&plan),
+            Log::Json => {
+                log::write(
+                    "begin",
+                    json!({ "pipeline": plan.pipeline.as_str(), "run": folder }),
+                );
+                for warning in &plan.warnings {
+                    log::write("note", json!({ "warning": warning.to_json() }));
+                }
+            }
+        }
         let options = Options { folder, until };
         let interrupt = Interrupt::listen()
             .map_err(|error| Failed::Words(format!("cannot listen to signals: {error}")))?;
-        let mut progress = Progress::new(std::io::stderr().is_terminal());
-        let done = run(&plan, &options, loader, &mut progress, &interrupt);
-        progress.clear();
-        let folder = options.folder.display();
-        match done {
-            Ok(summary) => {
-                if options.until.is_none() {
-                    report::print(&plan, &RunFolder::read(&options.folder)?)?;
-                }
-                let Summary { made, reused } = summary;
-                match made {
-                    0 => eprintln!("nothing to do: all {reused} tables of {folder} are there"),
-                    _ => eprintln!("done: {made} tables made, {reused} there before, in {folder}"),
-                }
-                Ok(())
+        match self.log {
+            Log::Text => {
+                let mut progress = Progress::new(std::io::stderr().is_terminal());
+                let done = run(&plan, &options, loader, &mut progress, &interrupt);
+                progress.clear();
+                in_text(&plan, &options, &interrupt, done)
             }
-            Err(error) if matches!(*error.failure, Failure::Interrupted) => {
-                eprintln!(
-                    "stopped; what was made is kept in {folder}, and the same command goes on"
-                );
-                Err(Failed::Code(interrupt.code() as u8))
-            }
-            Err(error) => {
-                eprint!("{}", underlined(&plan, &error));
-                Err(Failed::Code(1))
+            Log::Json => {
+                let done = run(&plan, &options, loader, &mut JsonLog::new(), &interrupt);
+                in_json(&plan, &options, &interrupt, done)
             }
         }
     }
@@ -93,6 +111,77 @@ impl Run {
                 "--until: there is no table `{name}`; the tables are {}",
                 names()
             ))),
+        }
+    }
+}
+
+/// Says how a run ended.
+fn in_text(
+    plan: &Plan,
+    options: &Options,
+    interrupt: &Interrupt,
+    done: Result<Summary, RunError>,
+) -> Result<(), Failed> {
+    let folder = options.folder.display();
+    match done {
+        Ok(summary) => {
+            if options.until.is_none() {
+                report::print(plan, &RunFolder::read(&options.folder)?)?;
+            }
+            let Summary { made, reused } = summary;
+            match made {
+                0 => eprintln!("nothing to do: all {reused} tables of {folder} are there"),
+                _ => eprintln!("done: {made} tables made, {reused} there before, in {folder}"),
+            }
+            Ok(())
+        }
+        Err(error) if matches!(*error.failure, Failure::Interrupted) => {
+            eprintln!("stopped; what was made is kept in {folder}, and the same command goes on");
+            Err(Failed::Code(interrupt.code() as u8))
+        }
+        Err(error) => {
+            eprint!("{}", underlined(plan, &error));
+            Err(Failed::Code(1))
+        }
+    }
+}
+
+/// The same as a line of the log; the report still goes to stdout.
+fn in_json(
+    plan: &Plan,
+    options: &Options,
+    interrupt: &Interrupt,
+    done: Result<Summary, RunError>,
+) -> Result<(), Failed> {
+    let folder = &options.folder;
+    match done {
+        Ok(Summary { made, reused }) => {
+            if options.until.is_none() {
+                report::print(plan, &RunFolder::read(folder)?)?;
+            }
+            log::write(
+                "done",
+                json!({ "code": 0, "run": folder, "made": made, "reused": reused }),
+            );
+            Ok(())
+        }
+        Err(error) if matches!(*error.failure, Failure::Interrupted) => {
+            let code = interrupt.code() as u8;
+            log::write("stopped", json!({ "code": code, "run": folder }));
+            Err(Failed::Code(code))
+        }
+        Err(error) => {
+            let table = error.stage.as_ref();
+            let stage = table.and_then(|name| plan.stage(name));
+            log::write(
+                "failed",
+                json!({
+                    "code": 1, "run": folder, "table": table.map(TableName::as_str),
+                    "round": error.round, "message": plan.secrets.hide(&error.to_string()),
+                    "place": stage.map(|stage| stage.place.to_string()),
+                }),
+            );
+            Err(Failed::Code(1))
         }
     }
 }
