@@ -2,6 +2,8 @@
 
 /// What is refused or set aside while running.
 mod bad_input;
+/// Kills and power losses at every commit.
+mod chaos;
 /// Pipelines that must be refused, with the exact complaint.
 mod check;
 /// Killed, stopped and doubled runs.
@@ -11,6 +13,7 @@ mod interrupt;
 mod networks;
 /// Ways to pair answers.
 mod pairing;
+/// What a run would do, and that it does so.
 mod plan;
 /// The cookbook: an analyst's questions and their answers.
 mod query;

@@ -13,7 +13,7 @@ use super::{Failed, engine, run_folder};
 use crate::models::{Layout, ModelLoader};
 use crate::store::{
     CheckpointRecord, Images, Lookup, Made, RunFolder, StoreError, TableReader, copy_folder,
-    sync_folder, write_atomically,
+    create_folder, sync_folder, write_atomically,
 };
 use crate::tables::{Image, Pair, Row};
 
@@ -176,7 +176,7 @@ fn pairs(
         .filter(|folder| !folder.as_os_str().is_empty())
         .unwrap_or(Path::new("."));
     let pictures = folder.join("images");
-    fs::create_dir_all(&pictures).map_err(StoreError::io("create", &pictures))?;
+    create_folder(&pictures)?;
     let files = run
         .manifest()
         .images
@@ -268,7 +268,7 @@ fn whole(to: &Path, write: impl FnOnce(&Path) -> Result<(), Failed>) -> Result<(
     let name = to.file_name().unwrap_or_default().to_string_lossy();
     let parent = to.parent().filter(|parent| !parent.as_os_str().is_empty());
     let parent = parent.unwrap_or(Path::new("."));
-    fs::create_dir_all(parent).map_err(StoreError::io("create", parent))?;
+    create_folder(parent)?;
     let partial = parent.join(format!(".{name}.partial"));
     if partial.exists() {
         fs::remove_dir_all(&partial).map_err(StoreError::io("remove", &partial))?;

@@ -8,7 +8,7 @@ use super::out::line;
 use super::sql::{ask, readable};
 use super::{Failed, chart};
 use crate::config::Plan;
-use crate::store::{RunFolder, StoreError, write_atomically};
+use crate::store::{RunFolder, create_folder, write_atomically};
 
 /// Prints the views of a finished run, and writes their pictures to its folder `report`.
 pub fn print(plan: &Plan, run: &RunFolder) -> Result<(), Failed> {
@@ -31,7 +31,7 @@ pub fn print(plan: &Plan, run: &RunFolder) -> Result<(), Failed> {
         let panels = chart::panels(&batches, wanted)?;
         let svg = draw(&panels).map_err(|error| Failed::Words(format!("{name}: {error}")))?;
         let folder = run.root().join("report");
-        std::fs::create_dir_all(&folder).map_err(StoreError::io("create", &folder))?;
+        create_folder(&folder)?;
         let path = folder.join(format!("{name}.svg"));
         write_atomically(&path, svg.as_bytes())?;
         eprintln!("drawn in {}", path.display());

@@ -20,7 +20,7 @@ use crate::run::{Start, Unit};
 use crate::stages::{Failure, Fold, Scope, TableName, Work};
 use crate::store::{
     CheckpointRecord, Event, Key, Lookup, PartRecord, RunFolder, StateRecord, StoreError,
-    TableWriter, files_in, sync_folder,
+    TableWriter, create_folder, files_in, sync_folder,
 };
 
 /// Rows that are looked over at once before the first step.
@@ -325,6 +325,20 @@ fn part(
     })
 }
 
+/// Syncs a folder with everything in it.
+fn sync_all(folder: &Path) -> Result<(), StoreError> {
+    for entry in fs::read_dir(folder).map_err(StoreError::io("read", folder))? {
+        let path = entry.map_err(StoreError::io("read", folder))?.path();
+        if path.is_dir() {
+            sync_all(&path)?;
+        } else {
+            let synced = fs::File::open(&path).and_then(|file| file.sync_all());
+            synced.map_err(StoreError::io("sync", &path))?;
+        }
+    }
+    sync_folder(folder)
+}
+
 /// Writes a folder under another name and renames it, so that it is there whole or not at all.
 fn write_folder(
     to: &Path,
@@ -341,8 +355,9 @@ fn write_folder(
         }
     }
     let parent = to.parent().expect("a folder in a folder");
-    fs::create_dir_all(parent).map_err(StoreError::io("create", parent))?;
+    create_folder(parent)?;
     write(&hidden)?;
+    sync_all(&hidden)?;
     fs::rename(&hidden, to).map_err(StoreError::io("write", to))?;
     Ok(sync_folder(parent)?)
 }

@@ -8,19 +8,37 @@ use super::StoreError;
 
 /// Writes a file so that a reader sees the old content or the new one, also after a crash.
 pub fn write_atomically(path: &Path, content: &[u8]) -> Result<(), StoreError> {
-    let folder = path.parent().unwrap_or(Path::new("."));
-    let mut file = tempfile::Builder::new()
-        .prefix(".new-")
-        .tempfile_in(folder)
-        .map_err(StoreError::io("write", path))?;
+    let folder = path
+        .parent()
+        .filter(|folder| !folder.as_os_str().is_empty());
+    let folder = folder.unwrap_or(Path::new("."));
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    // What a crash left of this name is overwritten.
+    let hidden = folder.join(format!(".new-{name}"));
+    let mut file = File::create(&hidden).map_err(StoreError::io("write", path))?;
     file.write_all(content)
         .map_err(StoreError::io("write", path))?;
-    file.as_file()
-        .sync_all()
-        .map_err(StoreError::io("sync", path))?;
-    file.persist(path)
-        .map_err(|failed| StoreError::io("write", path)(failed.error))?;
+    file.sync_all().map_err(StoreError::io("sync", path))?;
+    fs::rename(&hidden, path).map_err(StoreError::io("write", path))?;
     sync_folder(folder)
+}
+
+/// Creates a folder and those above it that are missing, so that a power loss takes none of them away.
+pub fn create_folder(folder: &Path) -> Result<(), StoreError> {
+    if folder.is_dir() {
+        return Ok(());
+    }
+    let above = folder
+        .parent()
+        .filter(|above| !above.as_os_str().is_empty());
+    let above = above.unwrap_or(Path::new("."));
+    create_folder(above)?;
+    match fs::create_dir(folder) {
+        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+            Err(StoreError::io("create", folder)(error))
+        }
+        _ => sync_folder(above),
+    }
 }
 
 /// Makes renames and removals in a folder survive a power loss.
@@ -31,7 +49,7 @@ pub fn sync_folder(folder: &Path) -> Result<(), StoreError> {
 
 /// Copies a folder with everything in it into the new folder `to`, synced.
 pub fn copy_folder(from: &Path, to: &Path) -> Result<(), StoreError> {
-    fs::create_dir_all(to).map_err(StoreError::io("create", to))?;
+    create_folder(to)?;
     for entry in fs::read_dir(from).map_err(StoreError::io("read", from))? {
         let entry = entry.map_err(StoreError::io("read", from))?;
         let target = to.join(entry.file_name());

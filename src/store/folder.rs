@@ -10,7 +10,7 @@ use super::manifest::probe_writable;
 use super::parquet::schema_of_file;
 use super::{
     CheckpointRecord, Event, FileRecord, Lock, Made, Manifest, PartRecord, StoreError, TableReader,
-    TableWriter, sync_folder,
+    TableWriter, create_folder, sync_folder,
 };
 
 /// Folders for what is written beside the rows of tables.
@@ -30,7 +30,7 @@ impl RunFolder {
     /// Opens the run of the pipeline in `root`, or begins one. Takes the lock, and strikes out what
     /// the manifest lists but the disk no longer has; the tables that lost something are returned.
     pub fn open(root: &Path, pipeline: &str) -> Result<(Self, Vec<String>), StoreError> {
-        fs::create_dir_all(root).map_err(StoreError::io("create", root))?;
+        create_folder(root)?;
         probe_writable(root)?;
         let lock = Lock::take(root)?;
         let manifest = match Manifest::read(root) {
@@ -122,7 +122,7 @@ impl RunFolder {
     /// A folder for what is not part of any table; `.cache` is no reader's business.
     pub fn cache(&self) -> Result<PathBuf, StoreError> {
         let cache = self.root.join(".cache");
-        fs::create_dir_all(&cache).map_err(StoreError::io("create", &cache))?;
+        create_folder(&cache)?;
         Ok(cache)
     }
 
@@ -268,7 +268,7 @@ impl RunFolder {
             return Ok(());
         }
         let folder = to.parent().expect("a file in a folder");
-        fs::create_dir_all(folder).map_err(StoreError::io("create", folder))?;
+        create_folder(folder)?;
         fs::rename(&from, &to).map_err(StoreError::io("move", &from))?;
         sync_folder(folder)
     }

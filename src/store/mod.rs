@@ -16,7 +16,7 @@ mod lookup;
 mod manifest;
 mod parquet;
 
-pub use atomic::{copy_folder, sync_folder, write_atomically};
+pub use atomic::{copy_folder, create_folder, sync_folder, write_atomically};
 pub use error::StoreError;
 pub use fingerprint::Fingerprints;
 pub use folder::{RunFolder, files_in};

@@ -17,7 +17,7 @@ use arrow::datatypes::SchemaRef;
 use sha2::{Digest, Sha256};
 
 use super::key::hex;
-use super::{FileRecord, StoreError, sync_folder};
+use super::{FileRecord, StoreError, create_folder, sync_folder};
 use crate::tables::{Image, Row};
 
 /// A file is closed and the next one begun when it has this many bytes.
@@ -147,7 +147,7 @@ impl TableWriter {
         let name = format!("{}{suffix}.parquet", self.stem);
         let hidden = self.root.join(format!("{name}.new"));
         let folder = hidden.parent().expect("a file in a folder");
-        fs::create_dir_all(folder).map_err(StoreError::io("create", folder))?;
+        create_folder(folder)?;
         let file = File::create(&hidden).map_err(StoreError::io("write", &hidden))?;
         let sink = Hashing {
             file,
