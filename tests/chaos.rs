@@ -7,7 +7,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 
-use ovchat::store::RunFolder;
+use ovchat::store::{Made, RunFolder};
 
 use crate::run::SCRIPTED;
 use crate::scene::{ROOT, Scene};
@@ -64,13 +64,29 @@ impl Chaos {
         }
     }
 
-    /// Tables that are complete.
-    fn complete(&self) -> usize {
+    /// Tables that are complete, and rows that are committed. Those of a training are left out: steps
+    /// are kept as far as there is a state behind them.
+    fn finished(&self) -> (usize, u64) {
         let run = RunFolder::read(&self.scene.path("runs/scripted"));
         let made = run
             .map(|run| run.manifest().made.clone())
             .unwrap_or_default();
-        made.iter().filter(|made| made.complete).count()
+        let rows = made.iter().filter(|made| made.table != "steps");
+        (
+            made.iter().filter(|made| made.complete).count(),
+            rows.map(Made::rows).sum(),
+        )
+    }
+
+    /// Asserts that nothing that was finished is gone; returns what is now.
+    fn keeps(&self, before: (usize, u64), plan: &str) -> (usize, u64) {
+        let now = self.finished();
+        assert!(
+            now.0 >= before.0 && now.1 >= before.1,
+            "{plan}: {now:?} tables and rows are there, and {before:?} were"
+        );
+        assert!(self.kills < 1000, "the run does not go on");
+        now
     }
 
     /// Asserts that the run has what an undisturbed one has, and nothing else.
@@ -160,7 +176,7 @@ fn killed_at_every_commit() {
     let shim = shim(&undisturbed);
     for power in [0, 1] {
         let mut chaos = Chaos::new(&shim);
-        let mut before = 0;
+        let mut before = (0, 0);
         'run: loop {
             for commit in 3..=6 {
                 for mode in ["before", "torn"] {
@@ -169,15 +185,11 @@ fn killed_at_every_commit() {
                     }
                 }
             }
-            if chaos.run(&format!("commit after 6 {power}")) {
+            let plan = format!("commit after 6 {power}");
+            if chaos.run(&plan) {
                 break;
             }
-            let complete = chaos.complete();
-            assert!(
-                complete >= before,
-                "{complete} tables are complete, and {before} were"
-            );
-            before = complete;
+            before = chaos.keeps(before, &plan);
         }
         chaos.is_like(&undisturbed);
         println!("{} kills at commits, power lost: {power}", chaos.kills);
@@ -202,7 +214,7 @@ fn killed_at_random_operations() {
     let mut runs = 0;
     while kills < RANDOM_KILLS {
         let mut chaos = Chaos::new(&shim);
-        let mut before = 0;
+        let mut before = (0, 0);
         loop {
             let mode = ["before", "torn", "after"][random(3) as usize];
             let (operation, power) = (1 + random(90), random(2));
@@ -210,12 +222,7 @@ fn killed_at_random_operations() {
             if chaos.run(&plan) {
                 break;
             }
-            let complete = chaos.complete();
-            assert!(
-                complete >= before,
-                "{plan}: {complete} tables are complete, and {before} were"
-            );
-            before = complete;
+            before = chaos.keeps(before, &plan);
         }
         chaos.is_like(&undisturbed);
         kills += chaos.kills;
