@@ -6,6 +6,8 @@ mod bad_input;
 mod chaos;
 /// Pipelines that must be refused, with the exact complaint.
 mod check;
+/// Forks, differences, and what is set aside.
+mod fork;
 /// Killed, stopped and doubled runs.
 mod interrupt;
 /// The whole loop with networks.

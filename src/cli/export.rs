@@ -13,7 +13,7 @@ use super::{Failed, engine, run_folder};
 use crate::models::{Layout, ModelLoader};
 use crate::store::{
     CheckpointRecord, Images, Lookup, Made, RunFolder, StoreError, TableReader, copy_folder,
-    create_folder, sync_folder, write_atomically,
+    create_folder, write_atomically, write_folder,
 };
 use crate::tables::{Image, Pair, Row};
 
@@ -116,7 +116,7 @@ impl Export {
                 let folder = run.root().join(&last.folder);
                 match loader.filter(|_| rewrites) {
                     None => {
-                        whole(to, |to| copy(&run, to, &trained))?;
+                        write_folder(to, |to| copy(&run, to, &trained))?;
                         let (from, model) = (&last.folder, &last.model);
                         eprintln!("wrote {from} of `{model}` to {}", to.display());
                     }
@@ -263,21 +263,6 @@ fn trained<'a>(
     Ok(trained)
 }
 
-/// Has the new folder `to` written under another name, and renames it when it is whole.
-fn whole(to: &Path, write: impl FnOnce(&Path) -> Result<(), Failed>) -> Result<(), Failed> {
-    let name = to.file_name().unwrap_or_default().to_string_lossy();
-    let parent = to.parent().filter(|parent| !parent.as_os_str().is_empty());
-    let parent = parent.unwrap_or(Path::new("."));
-    create_folder(parent)?;
-    let partial = parent.join(format!(".{name}.partial"));
-    if partial.exists() {
-        fs::remove_dir_all(&partial).map_err(StoreError::io("remove", &partial))?;
-    }
-    write(&partial)?;
-    fs::rename(&partial, to).map_err(StoreError::io("write", to))?;
-    Ok(sync_folder(parent)?)
-}
-
 /// Writes the policy in `folder` to `to`, merged with its base or in another layout.
 fn rewrite(
     loader: &dyn ModelLoader,
@@ -304,7 +289,7 @@ fn rewrite(
     } else {
         (folder.to_owned(), None)
     };
-    whole(to, |to| {
+    write_folder(to, |to| {
         let written = loader.rewrite(&weights, adapter, layout, to);
         written.map_err(|error| Failed::Words(error.to_string()))
     })?;

@@ -5,10 +5,13 @@
 
 mod chart;
 mod check;
+mod diff;
 mod doctor;
 mod engine;
 mod export;
 mod forecast;
+mod fork;
+mod gc;
 mod init;
 mod log;
 mod memory;
@@ -53,6 +56,9 @@ enum Command {
     Status(status::Status),
     Pairs(pairs::ShowPairs),
     Export(export::Export),
+    Fork(fork::MakeFork),
+    Diff(diff::Diff),
+    Gc(gc::Gc),
     Schema(schema::ShowSchema),
     Init(init::Init),
     Doctor(doctor::Doctor),
@@ -98,6 +104,9 @@ pub fn main(loader: Option<&dyn ModelLoader>) -> ExitCode {
         Command::Status(command) => command.run(),
         Command::Pairs(command) => command.run(),
         Command::Export(command) => command.run(loader),
+        Command::Fork(command) => command.run(),
+        Command::Diff(command) => command.run(),
+        Command::Gc(command) => command.run(),
         Command::Schema(command) => command.run(),
         Command::Init(command) => command.run(),
         Command::Doctor(command) => command.run(loader),

@@ -67,7 +67,7 @@ pub fn read(file: Arc<Source>, path: &Path) -> (Vec<Layer>, Option<Node>, Vec<Co
                 }
                 Err(complaint) => {
                     // Without it nearly everything would be missing.
-                    complaints.extend(sources.place(vec![complaint]));
+                    complaints.extend(sources.place(vec![*complaint]));
                     layers.extend(sources.layers);
                     return (layers, None, complaints);
                 }
@@ -84,25 +84,26 @@ fn open(
     folder: &Path,
     upper: &Source,
     seen: &[PathBuf],
-) -> Result<(Arc<Source>, PathBuf), Complaint> {
+) -> Result<(Arc<Source>, PathBuf), Box<Complaint>> {
     let at = At::value(KeyPath::root().key(EXTENDS));
     let Node::Text(name) = base else {
         let message = format!(
             "`{EXTENDS}` is {}, not the path of a pipeline file",
             base.noun()
         );
-        return Err(Complaint::new("config::wrong_type", at, message));
+        return Err(Complaint::new("config::wrong_type", at, message).into());
     };
     let path = plain(&folder.join(name));
     if seen.contains(&path) {
         let message = format!("`{name}` extends this file in turn");
-        return Err(Complaint::new("config::extends", at, message));
+        return Err(Complaint::new("config::extends", at, message).into());
     }
     let text = std::fs::read_to_string(&path).map_err(|error| {
         let message = format!("`{name}` can't be read: {error}");
         Complaint::new("config::missing_file", at, message)
             .help("relative paths start at the folder of the pipeline file")
-    })?;
+    });
+    let text = text.map_err(Box::new)?;
     // As the user would name it: beside the file that names it.
     let shown = Path::new(&upper.name)
         .parent()

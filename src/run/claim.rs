@@ -78,7 +78,7 @@ impl Runner<'_> {
             .manifest()
             .made
             .iter()
-            .filter(|made| !planned(made))
+            .filter(|made| !planned(made) && !self.folder.manifest().is_kept(made.round))
             .cloned()
             .collect();
         for made in unplanned {
@@ -92,6 +92,9 @@ impl Runner<'_> {
     fn park_dependents(&mut self, table: &TableName, round: Option<u32>) -> Result<(), Failure> {
         let mut stale = HashSet::from([(table.clone(), round)]);
         for (stage, round) in self.plan.slots() {
+            if self.folder.manifest().is_kept(round) {
+                continue;
+            }
             let reads = stage.inputs.iter().any(|(_, input)| {
                 stale.contains(&(input.clone(), self.plan.round_of(input, round)))
             });

@@ -19,8 +19,8 @@ use crate::config::PlannedStage;
 use crate::run::{Start, Unit};
 use crate::stages::{Failure, Fold, Scope, TableName, Work};
 use crate::store::{
-    CheckpointRecord, Event, Key, Lookup, PartRecord, RunFolder, StateRecord, StoreError,
-    TableWriter, create_folder, files_in, sync_folder,
+    CheckpointRecord, Event, Key, Lookup, PartRecord, RunFolder, StateRecord, TableWriter,
+    files_in, write_folder,
 };
 
 /// Rows that are looked over at once before the first step.
@@ -153,7 +153,7 @@ impl Runner<'_> {
                     .folder
                     .cache()?
                     .join(format!("state-{}-{done}", made.key));
-                write_folder(&state, |to| {
+                write_folder(&state, |to| -> Result<(), Failure> {
                     let saved = training.learner().save_state(to);
                     saved.map_err(Failure::of(work.model()))
                 })?;
@@ -182,7 +182,7 @@ impl Runner<'_> {
             }
         }
         let folder = self.checkpoint_folder(stage, round);
-        write_folder(&folder, |to| {
+        write_folder(&folder, |to| -> Result<(), Failure> {
             let saved = training.learner().save(to);
             saved.map_err(Failure::of(work.model()))
         })?;
@@ -323,41 +323,4 @@ fn part(
         dropped: 0,
         took: Some(took(begun, steps.len() as u64)),
     })
-}
-
-/// Syncs a folder with everything in it.
-fn sync_all(folder: &Path) -> Result<(), StoreError> {
-    for entry in fs::read_dir(folder).map_err(StoreError::io("read", folder))? {
-        let path = entry.map_err(StoreError::io("read", folder))?.path();
-        if path.is_dir() {
-            sync_all(&path)?;
-        } else {
-            let synced = fs::File::open(&path).and_then(|file| file.sync_all());
-            synced.map_err(StoreError::io("sync", &path))?;
-        }
-    }
-    sync_folder(folder)
-}
-
-/// Writes a folder under another name and renames it, so that it is there whole or not at all.
-fn write_folder(
-    to: &Path,
-    write: impl FnOnce(&Path) -> Result<(), Failure>,
-) -> Result<(), Failure> {
-    let name = to
-        .file_name()
-        .expect("a folder with a name")
-        .to_string_lossy();
-    let hidden = to.with_file_name(format!(".new-{name}"));
-    for stale in [&hidden, &to.to_path_buf()] {
-        if stale.exists() {
-            fs::remove_dir_all(stale).map_err(StoreError::io("replace", stale))?;
-        }
-    }
-    let parent = to.parent().expect("a folder in a folder");
-    create_folder(parent)?;
-    write(&hidden)?;
-    sync_all(&hidden)?;
-    fs::rename(&hidden, to).map_err(StoreError::io("write", to))?;
-    Ok(sync_folder(parent)?)
 }

@@ -75,6 +75,18 @@ pub fn forecast(
             }
         }
         round_before = round;
+        let kept = manifest.find(stage.name.as_str(), round);
+        if let Some(made) = kept.filter(|_| manifest.is_kept(round)) {
+            let key = made.content.clone().unwrap_or_else(|| made.key.clone());
+            keys.know(&stage.name, round, key);
+            forecasts.push(Forecast {
+                table: stage.name.clone(),
+                round,
+                fate: Fate::Reuse,
+                estimate: of_made(made),
+            });
+            continue;
+        }
         let because = keys.because(stage, round)?;
         let key = table_key(&because);
         let current = manifest.find(stage.name.as_str(), round);
@@ -111,20 +123,15 @@ pub fn forecast(
             None => key,
         };
         keys.know(&stage.name, round, known);
-        let estimate = match found.filter(|made| made.complete) {
-            Some(made) => Estimate {
-                rows: Some(made.rows()),
-                seconds: Some(0.0),
-                bytes: Some(made.bytes()),
-            },
-            None => {
-                let rows_in = |table: &TableName| {
-                    let round = plan.round_of(table, round);
-                    let of_table = |made: &&Forecast| made.table == *table && made.round == round;
-                    forecasts.iter().find(of_table)?.estimate.rows
-                };
-                estimate(manifest, stage, round, &rows_in, &forecasts)?
-            }
+        let estimate = if let Some(made) = found.filter(|made| made.complete) {
+            of_made(made)
+        } else {
+            let rows_in = |table: &TableName| {
+                let round = plan.round_of(table, round);
+                let of_table = |made: &&Forecast| made.table == *table && made.round == round;
+                forecasts.iter().find(of_table)?.estimate.rows
+            };
+            estimate(manifest, stage, round, &rows_in, &forecasts)?
         };
         forecasts.push(Forecast {
             table: stage.name.clone(),
@@ -134,6 +141,15 @@ pub fn forecast(
         });
     }
     Ok(forecasts)
+}
+
+/// What there is of a table that is there.
+fn of_made(made: &Made) -> Estimate {
+    Estimate {
+        rows: Some(made.rows()),
+        seconds: Some(0.0),
+        bytes: Some(made.bytes()),
+    }
 }
 
 /// What to expect of a table that is made. `rows_in` tells the rows of its inputs, `forecasts` those

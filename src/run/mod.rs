@@ -21,7 +21,7 @@ mod stop;
 
 pub use forecast::{Estimate, Fate, Forecast, forecast};
 pub use interrupt::Interrupt;
-pub use keys::Reason;
+pub use keys::{Reason, explain};
 pub use report::{Report, Start, Unit};
 
 use std::collections::{HashMap, HashSet};
@@ -169,6 +169,15 @@ impl<'a> Runner<'a> {
     /// Makes one table in one round, if it isn't there. Returns whether there was anything to do.
     fn make(&mut self, stage: &PlannedStage, round: Option<u32>) -> Result<bool, Failure> {
         self.stop_if_asked()?;
+        let manifest = self.folder.manifest();
+        if let Some(made) = manifest.find(stage.name.as_str(), round)
+            && manifest.is_kept(round)
+        {
+            let rows = made.rows();
+            self.remember(&stage.name, round);
+            self.report.reused(&stage.name, round, rows);
+            return Ok(false);
+        }
         let because = self.because(stage, round)?;
         let key = table_key(&because);
         let kind = stage.kind;

@@ -57,7 +57,9 @@ impl Stage for LoadFeedback {
             ("images", &mut self.images),
             ("captions", &mut self.captions),
         ] {
-            path.iter_mut().for_each(|path| join(folder, field, path));
+            if let Some(path) = path {
+                join(folder, field, path);
+            }
         }
     }
 

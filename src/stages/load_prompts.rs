@@ -56,7 +56,9 @@ impl Stage for LoadPrompts {
             ("images", &mut self.images),
             ("captions", &mut self.captions),
         ] {
-            path.iter_mut().for_each(|path| join(folder, field, path));
+            if let Some(path) = path {
+                join(folder, field, path);
+            }
         }
     }
 

@@ -47,6 +47,42 @@ pub fn sync_folder(folder: &Path) -> Result<(), StoreError> {
     synced.map_err(StoreError::io("sync", folder))
 }
 
+/// Has the folder `to` written under another name and renames it when all of it is synced, so that it
+/// is there whole or not at all. What was there before is replaced.
+pub fn write_folder<E: From<StoreError>>(
+    to: &Path,
+    write: impl FnOnce(&Path) -> Result<(), E>,
+) -> Result<(), E> {
+    let name = to.file_name().unwrap_or_default().to_string_lossy();
+    let parent = to.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let parent = parent.unwrap_or(Path::new("."));
+    let hidden = parent.join(format!(".new-{name}"));
+    for stale in [hidden.as_path(), to] {
+        if stale.exists() {
+            fs::remove_dir_all(stale).map_err(StoreError::io("replace", stale))?;
+        }
+    }
+    create_folder(parent)?;
+    write(&hidden)?;
+    sync_all(&hidden)?;
+    fs::rename(&hidden, to).map_err(StoreError::io("write", to))?;
+    Ok(sync_folder(parent)?)
+}
+
+/// Syncs a folder with everything in it.
+fn sync_all(folder: &Path) -> Result<(), StoreError> {
+    for entry in fs::read_dir(folder).map_err(StoreError::io("read", folder))? {
+        let path = entry.map_err(StoreError::io("read", folder))?.path();
+        if path.is_dir() {
+            sync_all(&path)?;
+        } else {
+            let synced = File::open(&path).and_then(|file| file.sync_all());
+            synced.map_err(StoreError::io("sync", &path))?;
+        }
+    }
+    sync_folder(folder)
+}
+
 /// Copies a folder with everything in it into the new folder `to`, synced.
 pub fn copy_folder(from: &Path, to: &Path) -> Result<(), StoreError> {
     create_folder(to)?;

@@ -9,8 +9,8 @@ use arrow::datatypes::SchemaRef;
 use super::manifest::probe_writable;
 use super::parquet::schema_of_file;
 use super::{
-    CheckpointRecord, Event, FileRecord, Lock, Made, Manifest, PartRecord, StoreError, TableReader,
-    TableWriter, create_folder, sync_folder,
+    CheckpointRecord, Event, FileRecord, Fork, Lock, Made, Manifest, Parked, PartRecord,
+    StoreError, TableReader, TableWriter, create_folder, sync_folder, write_folder,
 };
 
 /// Folders for what is written beside the rows of tables.
@@ -87,6 +87,49 @@ impl RunFolder {
     pub fn set_source(&mut self, source: serde_json::Value) -> Result<(), StoreError> {
         self.manifest.source = source;
         self.manifest.rewrite()
+    }
+
+    /// Begins a run in the new folder `to` that has the tables of this one that are made once and those
+    /// of the rounds before `at`, by hard links where the file system has them.
+    pub fn fork(&self, to: &Path, at: u32) -> Result<(), StoreError> {
+        write_folder(to, |hidden| {
+            create_folder(hidden)?;
+            let mut manifest = Manifest::new(hidden, &self.manifest.pipeline);
+            manifest.source = self.manifest.source.clone();
+            let of = std::path::absolute(&self.root).unwrap_or_else(|_| self.root.clone());
+            manifest.fork = Some(Fork { of, at });
+            let made = self.manifest.made.iter();
+            let shared = made.filter(|made| made.complete && made.round.is_none_or(|of| of < at));
+            for made in shared {
+                for file in made.all_files() {
+                    link(&self.root, hidden, &file.file)?;
+                }
+                if let Some(checkpoint) = &made.checkpoint {
+                    for name in checkpoint.files.keys() {
+                        link(&self.root, hidden, &format!("{}/{name}", checkpoint.folder))?;
+                    }
+                }
+                manifest.made.push(made.clone());
+            }
+            for file in &self.manifest.images {
+                link(&self.root, hidden, &file.file)?;
+                manifest.images.push(file.clone());
+            }
+            // So that no file of the user is read again.
+            let known = ".cache/fingerprints.json";
+            if self.root.join(known).is_file() {
+                link(&self.root, hidden, known)?;
+            }
+            manifest.rewrite()
+        })
+    }
+
+    /// Strikes out what is parked, and removes its files. What it was is returned.
+    pub fn forget_parked(&mut self) -> Result<Vec<Parked>, StoreError> {
+        let parked = std::mem::take(&mut self.manifest.parked);
+        self.manifest.rewrite()?;
+        self.sweep_cache()?;
+        Ok(parked)
     }
 
     /// The files of a table in a round.
@@ -407,6 +450,16 @@ fn places(made: &Made) -> impl Iterator<Item = &str> {
         .chain(made.states.iter().map(|state| state.folder.as_str()))
 }
 
+/// Makes a file of one run a file of another.
+fn link(from: &Path, to: &Path, name: &str) -> Result<(), StoreError> {
+    let (from, to) = (from.join(name), to.join(name));
+    create_folder(to.parent().expect("a file in a folder"))?;
+    if fs::hard_link(&from, &to).is_err() {
+        fs::copy(&from, &to).map_err(StoreError::io("copy", &from))?;
+    }
+    Ok(())
+}
+
 /// The record of a table whose files have other names.
 fn relocated(mut made: Made, name: impl Fn(&str) -> String) -> Made {
     for part in &mut made.parts {
@@ -421,17 +474,18 @@ fn relocated(mut made: Made, name: impl Fn(&str) -> String) -> Made {
     made
 }
 
-/// The files in a folder that was written, with their sizes, for the manifest.
+/// The files in a folder that was written and in those below it, with their sizes, for the manifest.
 pub fn files_in(folder: &Path) -> Result<BTreeMap<String, u64>, StoreError> {
     let mut files = BTreeMap::new();
     for entry in fs::read_dir(folder).map_err(StoreError::io("read", folder))? {
         let entry = entry.map_err(StoreError::io("read", folder))?;
         let metadata = entry.metadata().map_err(StoreError::io("read", folder))?;
-        if metadata.is_file() {
-            files.insert(
-                entry.file_name().to_string_lossy().into_owned(),
-                metadata.len(),
-            );
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if metadata.is_dir() {
+            let below = files_in(&entry.path())?.into_iter();
+            files.extend(below.map(|(file, bytes)| (format!("{name}/{file}"), bytes)));
+        } else {
+            files.insert(name, metadata.len());
         }
     }
     Ok(files)

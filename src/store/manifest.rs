@@ -168,6 +168,16 @@ impl Made {
     }
 }
 
+/// A run that goes on from another one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fork {
+    /// The folder of the other run.
+    pub of: PathBuf,
+    /// The first round that is this run's own. Those before are taken as they are, whatever the
+    /// pipeline says now.
+    pub at: u32,
+}
+
 /// A superseded table, kept in `.cache` in case its settings come back.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Parked {
@@ -217,6 +227,9 @@ pub struct Manifest {
     pub made: Vec<Made>,
     pub parked: Vec<Parked>,
     pub images: Vec<FileRecord>,
+    /// Where its first rounds come from, if not from here.
+    #[serde(default)]
+    pub fork: Option<Fork>,
     #[serde(skip)]
     folder: PathBuf,
 }
@@ -232,6 +245,7 @@ impl Manifest {
             made: Vec::new(),
             parked: Vec::new(),
             images: Vec::new(),
+            fork: None,
             folder: folder.to_owned(),
         }
     }
@@ -336,6 +350,12 @@ impl Manifest {
         }
         let _ = fs::remove_file(old_log);
         Ok(())
+    }
+
+    /// Whether a round was made by the run that this one was forked from, and stays as it is.
+    pub fn is_kept(&self, round: Option<u32>) -> bool {
+        let own = self.fork.as_ref().map_or(0, |fork| fork.at);
+        round.is_some_and(|round| round < own)
     }
 
     /// What was made of a table in a round (`None`: the static table).

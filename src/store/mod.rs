@@ -16,7 +16,7 @@ mod lookup;
 mod manifest;
 mod parquet;
 
-pub use atomic::{copy_folder, create_folder, sync_folder, write_atomically};
+pub use atomic::{copy_folder, create_folder, sync_folder, write_atomically, write_folder};
 pub use error::StoreError;
 pub use fingerprint::Fingerprints;
 pub use folder::{RunFolder, files_in};
@@ -25,7 +25,7 @@ pub use key::{Key, digest};
 pub use lock::{Lock, lock_holder};
 pub use lookup::Lookup;
 pub use manifest::{
-    CheckpointRecord, Event, Expected, FileRecord, Made, Manifest, Parked, PartRecord, StateRecord,
-    Took,
+    CheckpointRecord, Event, Expected, FileRecord, Fork, Made, Manifest, Parked, PartRecord,
+    StateRecord, Took,
 };
 pub use parquet::{TableReader, TableWriter, read_file};

@@ -1,0 +1,92 @@
+//! `pipeline gc`: what a run keeps of earlier settings, and away with it.
+
+use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::memory::size;
+use super::out::line;
+use super::progress::duration;
+use super::{Failed, run_folder};
+use crate::store::{Made, RunFolder};
+
+/// Removes the tables and checkpoints that a run set aside when its pipeline changed. Says first what
+/// that frees and what it would cost to make them again, and asks.
+#[derive(Args)]
+#[command(
+    after_help = "Examples:\n  pipeline gc runs/small-world\n  pipeline gc small-world --yes"
+)]
+pub struct Gc {
+    /// The run: its folder, or its name below runs/.
+    run: PathBuf,
+    /// Do not ask.
+    #[arg(long)]
+    yes: bool,
+}
+
+impl Gc {
+    pub fn run(&self) -> Result<(), Failed> {
+        let folder = run_folder(&self.run);
+        let run = RunFolder::read(&folder)?;
+        let parked = run.manifest().parked.iter().map(|parked| &parked.made);
+        let parked: Vec<&Made> = parked.collect();
+        if parked.is_empty() {
+            eprintln!("{}: nothing is set aside", folder.display());
+            return Ok(());
+        }
+        line(format_args!(
+            "{:<22} {:>5} {:>9} {:>10} {:>14}",
+            "table", "round", "rows", "frees", "took"
+        ))?;
+        let (mut bytes, mut seconds) = (0, 0.0);
+        for made in &parked {
+            let checkpoint = made
+                .checkpoint
+                .iter()
+                .flat_map(|checkpoint| checkpoint.files.values());
+            let of_table = made.bytes() + checkpoint.sum::<u64>();
+            let took = made.took().map_or(0.0, |took| took.seconds);
+            bytes += of_table;
+            seconds += took;
+            line(format_args!(
+                "{:<22} {:>5} {:>9} {:>10} {:>14}",
+                made.table,
+                made.round
+                    .map_or_else(|| "-".to_owned(), |round| round.to_string()),
+                made.rows(),
+                size(of_table),
+                duration(took)
+            ))?;
+        }
+        line(format_args!(
+            "{} tables that no setting of today asks for; removing them frees {}, making them again would \
+             take {}",
+            parked.len(),
+            size(bytes),
+            duration(seconds)
+        ))?;
+        if !self.yes && !agreed()? {
+            return Ok(());
+        }
+        let pipeline = run.manifest().pipeline.clone();
+        let (mut run, _) = RunFolder::open(&folder, &pipeline)?;
+        let gone = run.forget_parked()?.len();
+        eprintln!("{gone} tables removed");
+        Ok(())
+    }
+}
+
+/// Asks on a terminal; elsewhere nobody answers, and the way out is said.
+fn agreed() -> Result<bool, Failed> {
+    if !std::io::stdin().is_terminal() {
+        eprintln!("nothing was removed; --yes removes them");
+        return Ok(false);
+    }
+    eprint!("remove them? [y/N] ");
+    let asked = std::io::stderr().flush();
+    let mut answer = String::new();
+    let read = asked.and_then(|()| std::io::stdin().read_line(&mut answer));
+    read.map_err(|error| Failed::Words(format!("cannot ask: {error}")))?;
+    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
+}
