@@ -6,6 +6,8 @@ mod bad_input;
 mod chaos;
 /// Pipelines that must be refused, with the exact complaint.
 mod check;
+/// Commands of the user as stages.
+mod exec;
 /// Forks, differences, and what is set aside.
 mod fork;
 /// Killed, stopped and doubled runs.

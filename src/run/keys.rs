@@ -95,10 +95,14 @@ impl<'a> Keys<'a> {
             if load.is_some() && field == "images" {
                 continue;
             }
-            files.insert(
-                field.to_owned(),
-                Value::String(self.fingerprints.folder(path)?),
-            );
+            let fingerprint = Value::String(self.fingerprints.folder(path)?);
+            // A stage may name several files under one field.
+            let others = files.keys().filter(|name| name.starts_with(field)).count();
+            let name = match others {
+                0 => field.to_owned(),
+                _ => format!("{field}[{others}]"),
+            };
+            files.insert(name, fingerprint);
         }
         if let Some(load) = load {
             files.insert(

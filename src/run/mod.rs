@@ -6,6 +6,7 @@
 //! old one still answers. The four kinds of work (`load`, `map`, `query`, `fold`) are each one file.
 
 mod claim;
+mod command;
 mod expect;
 mod fold;
 mod forecast;
@@ -202,6 +203,7 @@ impl<'a> Runner<'a> {
                 self.finish(&stage.name, round, None, None)?;
             }
             Work::Query(work) => self.query(stage, round, &work)?,
+            Work::Command(work) => self.command(stage, round, &work)?,
             Work::Fold(work) => self.fold(stage, round, &*work)?,
         }
         self.remember(&stage.name, round);

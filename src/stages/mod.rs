@@ -28,9 +28,11 @@ mod train_reward;
 mod train_sft;
 
 mod compare;
+mod exec;
 mod sql;
 
 pub use compare::Compare;
+pub use exec::{Column, Columns, Exec};
 pub use load_feedback::LoadFeedback;
 pub use load_prompts::LoadPrompts;
 pub use sample::Sample;
@@ -80,6 +82,8 @@ pub enum StageSpec {
     Compare(Compare),
     /// Makes a table by a query of your own.
     Sql(Sql),
+    /// Makes a table by a command of your own.
+    Exec(Exec),
 }
 
 impl StageSpec {
@@ -96,6 +100,7 @@ impl StageSpec {
             Self::TrainReward(stage) => stage,
             Self::Compare(stage) => stage,
             Self::Sql(stage) => stage,
+            Self::Exec(stage) => stage,
         }
     }
 
@@ -112,6 +117,7 @@ impl StageSpec {
             Self::TrainReward(stage) => stage,
             Self::Compare(stage) => stage,
             Self::Sql(stage) => stage,
+            Self::Exec(stage) => stage,
         }
     }
 }

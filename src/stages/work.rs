@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use arrow::array::RecordBatch;
 use arrow::datatypes::SchemaRef;
@@ -26,6 +26,8 @@ pub enum Work<'a> {
     Query(Query),
     /// Ordered steps that end in a checkpoint.
     Fold(Box<dyn Fold + 'a>),
+    /// A program of the user makes the table.
+    Command(Command<'a>),
 }
 
 /// Why a stage can't go on. What was committed before stays.
@@ -418,6 +420,16 @@ pub trait Load {
 /// Work that is one query over tables of the pipeline, as they are in this round.
 pub struct Query {
     pub sql: String,
+}
+
+/// Work that a program of the user does.
+pub struct Command<'a> {
+    /// The program and its arguments.
+    pub words: &'a [String],
+    /// The table that it reads.
+    pub input: &'a TableName,
+    /// Where it runs.
+    pub folder: &'a Path,
 }
 
 /// Work that goes through its input in ordered steps and ends in a checkpoint.

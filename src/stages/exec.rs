@@ -1,0 +1,189 @@
+//! `exec`: a command of the user as a stage.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+use schemars::JsonSchema;
+use serde::de::{Error as _, MapAccess, Visitor};
+use serde::ser::SerializeMap as _;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use super::{Command, Input, Stage, StageError, TableName, Work, join};
+
+/// Makes a table by a command: it gets the rows of `table` as an Arrow IPC stream on its standard input
+/// and writes the rows of this table as one to its standard output. What it says on its standard error
+/// is told. It runs in the folder of the pipeline file, and ends when the run does.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Exec {
+    /// The program and its arguments, such as `[python3, flag.py]`.
+    pub command: Vec<String>,
+    /// The table whose rows it reads; in a round, those of the round.
+    pub table: TableName,
+    /// The columns that it writes, each with its type.
+    pub columns: Columns,
+    /// Files and folders whose content decides what the command makes, such as its script: when one
+    /// changes, the table is made again.
+    #[serde(default)]
+    pub files: Vec<PathBuf>,
+    /// Where the command runs.
+    #[serde(skip)]
+    folder: PathBuf,
+}
+
+/// Names and types of columns, in the written order.
+#[derive(Debug, Clone, PartialEq, JsonSchema)]
+pub struct Columns(
+    #[schemars(with = "std::collections::BTreeMap<String, Column>")] Vec<(String, Column)>,
+);
+
+/// The type of a column.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Column {
+    Text,
+    Bool,
+    Int32,
+    Int64,
+    Float32,
+    Float64,
+    TextList,
+    Int32List,
+    Float32List,
+}
+
+impl Column {
+    fn data_type(self) -> DataType {
+        let list = |item| DataType::List(Arc::new(Field::new("item", item, true)));
+        match self {
+            Self::Text => DataType::Utf8,
+            Self::Bool => DataType::Boolean,
+            Self::Int32 => DataType::Int32,
+            Self::Int64 => DataType::Int64,
+            Self::Float32 => DataType::Float32,
+            Self::Float64 => DataType::Float64,
+            Self::TextList => list(DataType::Utf8),
+            Self::Int32List => list(DataType::Int32),
+            Self::Float32List => list(DataType::Float32),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Columns {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct ColumnsVisitor;
+
+        impl<'de> Visitor<'de> for ColumnsVisitor {
+            type Value = Columns;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(
+                    "columns with their types, such as `{ prompt_id: text, flagged: bool }`",
+                )
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Columns, A::Error> {
+                let mut columns = Vec::new();
+                while let Some((name, column)) = map.next_entry::<String, Column>()? {
+                    if name == "round" {
+                        return Err(A::Error::custom("a column `round` is the run's own"));
+                    }
+                    columns.push((name, column));
+                }
+                Ok(Columns(columns))
+            }
+        }
+
+        deserializer.deserialize_map(ColumnsVisitor)
+    }
+}
+
+impl Serialize for Columns {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(Some(self.0.len()))?;
+        for (name, column) in &self.0 {
+            map.serialize_entry(name, column)?;
+        }
+        map.end()
+    }
+}
+
+impl Stage for Exec {
+    fn inputs(&self) -> Vec<Input<'_>> {
+        vec![Input {
+            field: "table",
+            table: Some(&self.table),
+            needs: Arc::new(Schema::empty()),
+            kind: "table",
+        }]
+    }
+
+    fn files(&self) -> Vec<(&'static str, &Path)> {
+        let files = self.files.iter();
+        files.map(|path| ("files", path.as_path())).collect()
+    }
+
+    fn resolve(&mut self, folder: &dyn Fn(&str) -> PathBuf) {
+        self.folder = folder("command");
+        for path in &mut self.files {
+            join(folder, "files", path);
+        }
+    }
+
+    fn kind(&self) -> Option<&'static str> {
+        None
+    }
+
+    fn output(&self, _: &[(TableName, SchemaRef)]) -> Result<SchemaRef, StageError> {
+        let fault = |field, message: &str, help: &str| StageError {
+            field: Some(field),
+            message: message.to_owned(),
+            help: Some(help.to_owned()),
+        };
+        if self.command.is_empty() {
+            let help = "name a program and its arguments: [python3, flag.py]";
+            return Err(fault("command", "there is no command", help));
+        }
+        if self.columns.0.is_empty() {
+            let help = "name what it writes: { prompt_id: text, flagged: bool }";
+            return Err(fault("columns", "there are no columns", help));
+        }
+        let columns = self.columns.0.iter();
+        let field = |(name, column): &(String, Column)| Field::new(name, column.data_type(), true);
+        Ok(Arc::new(Schema::new(
+            columns.map(field).collect::<Vec<_>>(),
+        )))
+    }
+
+    fn work(&self) -> Work<'_> {
+        Work::Command(Command {
+            words: &self.command,
+            input: &self.table,
+            folder: &self.folder,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_keep_their_order_and_have_types() {
+        let text = r#"{"command": ["a"], "table": "t", "columns": {"z": "text", "a": "int32_list", "m": "float64"}}"#;
+        let exec: Exec = serde_json::from_str(text).unwrap();
+        let schema = exec.output(&[]).unwrap();
+        let names: Vec<&str> = schema
+            .fields()
+            .iter()
+            .map(|field| field.name().as_str())
+            .collect();
+        assert_eq!(names, ["z", "a", "m"]);
+        assert!(matches!(schema.field(1).data_type(), DataType::List(_)));
+        let own = text.replace(r#""z""#, r#""round""#);
+        let error = serde_json::from_str::<Exec>(&own).unwrap_err().to_string();
+        assert!(error.contains("the run's own"), "{error}");
+    }
+}

@@ -1,0 +1,163 @@
+//! Commands of the user as stages.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::run::SCRIPTED;
+use crate::scene::{Said, Scene};
+
+/// The example program, built beside this test.
+fn flag_answers() -> String {
+    let test = std::env::current_exe().unwrap();
+    let built = test.parent().unwrap().parent().unwrap();
+    let program = built.join("examples/flag_answers");
+    assert!(
+        program.is_file(),
+        "not built; `cargo test` does, or `cargo build --examples`"
+    );
+    program.display().to_string()
+}
+
+fn pipeline(command: &str, columns: &str) -> String {
+    let stage = format!(
+        "  flags: {{ exec: {{ command: {command}, table: candidates, columns: {{ {columns} }} }} }}\nevaluate:"
+    );
+    SCRIPTED.replace("evaluate:", &stage)
+}
+
+const COLUMNS: &str = "prompt_id: text, candidate: int32, refuses: bool";
+
+fn fails(command: &str, columns: &str) -> Said {
+    let scene = Scene::new();
+    scene.prompts(5).write("p.yaml", pipeline(command, columns));
+    let said = scene.pipeline(&["run", "p.yaml"]);
+    assert_eq!(said.code, Some(1), "{}", said.err);
+    said
+}
+
+#[test]
+fn a_command_makes_a_table_that_others_read() {
+    let scene = Scene::new();
+    let command = format!("[{}]", flag_answers());
+    scene
+        .prompts(30)
+        .write("p.yaml", pipeline(&command, COLUMNS));
+    scene.succeeds(&["run", "p.yaml"]);
+    let query = "select round, count(*) as n, count(*) filter (where refuses) as refusals from flags group by round order by round";
+    let found = scene
+        .succeeds(&["sql", "scripted", query, "--format", "csv"])
+        .out;
+    assert_eq!(found, "round,n,refusals\n1,150,0\n2,150,0\n");
+    assert!(
+        scene
+            .succeeds(&["run", "p.yaml"])
+            .err
+            .contains("nothing to do")
+    );
+
+    // What decides it: its words, and the files that it names.
+    let named = command.replace(']', ", --strict]");
+    scene.write("p.yaml", pipeline(&named, COLUMNS));
+    let plan = scene.succeeds(&["plan", "p.yaml"]).out;
+    assert!(plan.contains("`command` ["), "{plan}");
+    let with_file = pipeline(&command, COLUMNS)
+        .replace("table: candidates", "files: [rules.txt], table: candidates");
+    scene.write("rules.txt", "one").write("p.yaml", &with_file);
+    scene.succeeds(&["run", "p.yaml"]);
+    scene.write("rules.txt", "two");
+    let plan = scene.succeeds(&["plan", "p.yaml"]).out;
+    assert!(plan.contains("the content of `files` changed"), "{plan}");
+}
+
+#[test]
+fn a_command_that_fails_is_told_with_its_last_words() {
+    let said = fails(
+        "[sh, -c, \"cat > /dev/null; echo first >&2; echo it broke >&2; exit 3\"]",
+        COLUMNS,
+    );
+    assert!(said.err.contains("ended with exit code 3"), "{}", said.err);
+    assert!(
+        said.err.contains("it broke") && said.err.contains("flags:"),
+        "{}",
+        said.err
+    );
+    assert!(said.err.contains("failed here in round 1"), "{}", said.err);
+    let said = fails("[sh, -c, \"cat > /dev/null; echo hello\"]", COLUMNS);
+    assert!(
+        said.err.contains("wrote what is no Arrow IPC stream"),
+        "{}",
+        said.err
+    );
+    let said = fails("[no-such-program]", COLUMNS);
+    assert!(
+        said.err.contains("`no-such-program` can't be started"),
+        "{}",
+        said.err
+    );
+    let said = fails("[sh, -c, \"kill -9 $$\"]", COLUMNS);
+    assert!(said.err.contains("was ended by signal 9"), "{}", said.err);
+}
+
+#[test]
+fn columns_that_are_not_as_declared_are_named() {
+    let command = format!("[{}]", flag_answers());
+    let said = fails(
+        &command,
+        "prompt_id: text, candidate: int32, refuses: int64",
+    );
+    assert!(
+        said.err.contains("wrote `refuses` as Boolean, and"),
+        "{}",
+        said.err
+    );
+    let said = fails(&command, "prompt_id: text, candidate: int32");
+    assert!(
+        said.err.contains("wrote a column `refuses`,"),
+        "{}",
+        said.err
+    );
+    let said = fails(&command, &format!("{COLUMNS}, score: float32"));
+    assert!(said.err.contains("wrote no column `score`"), "{}", said.err);
+}
+
+/// A command that never ends is killed with its run, however that is killed.
+#[test]
+fn a_command_ends_with_its_run() {
+    for signal in ["-TERM", "-KILL"] {
+        let scene = Scene::new();
+        let script = "[sh, -c, \"echo $$ > pid.new; mv pid.new pid; exec sleep 600\"]";
+        scene.prompts(5).write("p.yaml", pipeline(script, COLUMNS));
+        let mut run: Child = scene
+            .command(&["run", "p.yaml"])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let pid = wait_for(|| fs::read_to_string(scene.path("pid")).ok());
+        let killed = Command::new("kill")
+            .args([signal, &run.id().to_string()])
+            .status();
+        assert!(killed.unwrap().success());
+        let code = run.wait().unwrap().code();
+        assert_eq!(code, if signal == "-TERM" { Some(143) } else { None });
+        let process = PathBuf::from("/proc").join(pid.trim());
+        // A process that ended may wait as a zombie for somebody to ask.
+        wait_for(|| {
+            let state = fs::read_to_string(process.join("stat")).unwrap_or_default();
+            (state.is_empty() || state.contains(") Z ")).then_some(())
+        });
+    }
+}
+
+fn wait_for<T>(mut look: impl FnMut() -> Option<T>) -> T {
+    let begun = Instant::now();
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(60), "it never came");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
