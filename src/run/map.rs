@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use arrow::array::RecordBatch;
 
-use super::groups::Groups;
+use super::groups::{Groups, Taken};
 use super::{Runner, count, took};
 use crate::config::PlannedStage;
 use crate::models;
@@ -55,11 +55,11 @@ impl Runner<'_> {
         let mut rows_done = 0;
         let mut started = false;
         for part in 0.. {
-            let batches = groups.take(part_groups as usize)?;
-            if batches.is_empty() {
+            let Taken { rows, lengths } = groups.take(part_groups as usize)?;
+            if lengths.is_empty() {
                 break;
             }
-            let part_rows: u64 = batches.iter().map(|batch| batch.num_rows() as u64).sum();
+            let part_rows = lengths.iter().sum::<usize>() as u64;
             if made.parts.iter().any(|done| done.part == part) {
                 rows_done += part_rows;
                 continue;
@@ -95,8 +95,16 @@ impl Runner<'_> {
                     }
                 },
             };
-            let rows_in = batches.len() as u64;
-            let (outcomes, computed) = compute(work, &mut scope, batches, base, &mut reuse)?;
+            let rows_in = lengths.len() as u64;
+            let mut known = |key: &str| {
+                for making in &mut reuse {
+                    if let Some(rows) = making.get(key)? {
+                        return Ok(Some(rows));
+                    }
+                }
+                Ok(None)
+            };
+            let (outcomes, computed) = work.make(&mut scope, &rows, &lengths, base, &mut known)?;
             rows_done += part_rows;
             let halvings = telemetry.halvings;
             let mut record = self.write_part(
@@ -240,47 +248,4 @@ fn peak_memory() -> Option<i64> {
         .find_map(|line| line.strip_prefix("VmHWM:"))?;
     let kilobytes: i64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kilobytes * 1024)
-}
-
-/// The outcomes of a part's groups: taken over where their rows exist, computed where not; and how
-/// many rows were computed.
-fn compute(
-    work: &dyn MapWork,
-    scope: &mut Scope<'_>,
-    groups: Vec<RecordBatch>,
-    base: &Key,
-    reuse: &mut [Lookup],
-) -> Result<(Vec<Outcome<RecordBatch>>, u64), Failure> {
-    let keys = work.keys(scope, &groups, base)?;
-    let mut outcomes: Vec<Option<Outcome<RecordBatch>>> = Vec::with_capacity(groups.len());
-    let mut missing = Vec::new();
-    let mut places = Vec::new();
-    for (place, (key, group)) in keys.into_iter().zip(groups).enumerate() {
-        let mut known = None;
-        for making in reuse.iter_mut() {
-            known = making.get(&key)?;
-            if known.is_some() {
-                break;
-            }
-        }
-        if known.is_none() {
-            missing.push((key, group));
-            places.push(place);
-        }
-        outcomes.push(known.map(Outcome::Made));
-    }
-    let mut computed = 0;
-    if !missing.is_empty() {
-        for (place, outcome) in places.into_iter().zip(work.run(scope, missing)?) {
-            if let Outcome::Made(rows) = &outcome {
-                computed += rows.num_rows() as u64;
-            }
-            outcomes[place] = Some(outcome);
-        }
-    }
-    let outcomes = outcomes
-        .into_iter()
-        .map(|outcome| outcome.expect("each group was taken over or computed"))
-        .collect();
-    Ok((outcomes, computed))
 }

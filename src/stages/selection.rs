@@ -228,7 +228,7 @@ impl Map for Selection<'_> {
                                 .with(matched.rejected.to_le_bytes())
                                 .finish(),
                         };
-                        pair(name, &task.rows, *matched, prompt.clone())
+                        pair(name, &task.rows, *matched, Prompt::clone(&prompt))
                     });
                     Outcome::Made(made.collect::<Result<_, _>>()?)
                 }

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use arrow::array::RecordBatch;
 use arrow::datatypes::SchemaRef;
@@ -151,7 +152,7 @@ impl Scope<'_> {
 pub struct Shelf {
     pub images: Images,
     files: HashMap<TableName, Vec<PathBuf>>,
-    prompts: HashMap<TableName, Lookup>,
+    prompts: HashMap<TableName, PromptShelf>,
     /// A folder for what a query can't hold in memory.
     spill: PathBuf,
 }
@@ -191,15 +192,19 @@ impl Shelf {
         &mut self,
         table: &TableName,
         prompt_id: &str,
-    ) -> Result<tables::Prompt, Failure> {
+    ) -> Result<Arc<tables::Prompt>, Failure> {
         if !self.prompts.contains_key(table) {
             let files = self.files.get(table).cloned().unwrap_or_default();
-            self.prompts
-                .insert(table.clone(), Lookup::open(files, "prompt_id")?);
+            let shelf = PromptShelf {
+                lookup: Lookup::open(files, "prompt_id")?,
+                start: 0,
+                rows: Vec::new(),
+            };
+            self.prompts.insert(table.clone(), shelf);
         }
-        let lookup = self.prompts.get_mut(table).expect("just opened");
+        let shelf = self.prompts.get_mut(table).expect("just opened");
         let missing = || Failure::Other(format!("table `{table}` has no prompt {prompt_id}"));
-        lookup.row(prompt_id)?.ok_or_else(missing)
+        shelf.row(prompt_id)?.ok_or_else(missing)
     }
 
     /// A prompt as models take it, with the bytes of its pictures.
@@ -224,6 +229,41 @@ impl Shelf {
             })
         };
         image_ids.iter().map(picture).collect()
+    }
+}
+
+/// Most prompts that are read at once.
+const PROMPTS_AT_ONCE: usize = 1024;
+
+/// The prompts of a table. Stages ask for them in the order in which they lie, more or less: as long as
+/// they do, more and more are read at once.
+struct PromptShelf {
+    lookup: Lookup,
+    /// The position of the first of `rows`.
+    start: usize,
+    rows: Vec<Arc<tables::Prompt>>,
+}
+
+impl PromptShelf {
+    fn row(&mut self, prompt_id: &str) -> Result<Option<Arc<tables::Prompt>>, Failure> {
+        let Some(position) = self.lookup.position(prompt_id) else {
+            return Ok(None);
+        };
+        let end = self.start + self.rows.len();
+        if !(self.start..end).contains(&position) {
+            let more = if position == end {
+                2 * self.rows.len()
+            } else {
+                1
+            };
+            let count = more
+                .clamp(1, PROMPTS_AT_ONCE)
+                .min(self.lookup.len() - position);
+            let rows = tables::Prompt::from_batch(&self.lookup.range(position, count)?)?;
+            self.rows = rows.into_iter().map(Arc::new).collect();
+            self.start = position;
+        }
+        Ok(Some(Arc::clone(&self.rows[position - self.start])))
     }
 }
 
@@ -315,24 +355,26 @@ pub trait Map {
     ) -> Result<Vec<Outcome<Vec<Self::Out>>>, Failure>;
 }
 
+/// Hands out the rows of earlier makings by their keys.
+pub type Known<'a> = &'a mut dyn FnMut(&str) -> Result<Option<RecordBatch>, Failure>;
+
 /// A [`Map`] as the runner sees it: record batches in and out.
 pub trait MapWork {
     fn input(&self) -> &TableName;
     fn part_groups(&self) -> u32;
     fn schema(&self) -> SchemaRef;
-    /// The keys of the groups, each a batch of rows of the input.
-    fn keys(
+
+    /// Makes a part. `rows` holds its groups one after another, `lengths` how many rows each has. Rows
+    /// that are known by their group's key are taken over. Returns what came out, in the order of the
+    /// groups, and how many rows of it were computed.
+    fn make(
         &self,
         scope: &mut Scope<'_>,
-        groups: &[RecordBatch],
+        rows: &[RecordBatch],
+        lengths: &[usize],
         base: &Key,
-    ) -> Result<Vec<String>, Failure>;
-    /// One outcome per group, in order.
-    fn run(
-        &self,
-        scope: &mut Scope<'_>,
-        groups: Vec<(String, RecordBatch)>,
-    ) -> Result<Vec<Outcome<RecordBatch>>, Failure>;
+        known: Known<'_>,
+    ) -> Result<(Vec<Outcome<RecordBatch>>, u64), Failure>;
 }
 
 impl<M: Map> MapWork for M {
@@ -348,39 +390,64 @@ impl<M: Map> MapWork for M {
         M::Out::schema()
     }
 
-    fn keys(
+    fn make(
         &self,
         scope: &mut Scope<'_>,
-        groups: &[RecordBatch],
+        rows: &[RecordBatch],
+        lengths: &[usize],
         base: &Key,
-    ) -> Result<Vec<String>, Failure> {
-        let mut keys = Vec::with_capacity(groups.len());
-        for group in groups {
-            let rows = M::In::from_batch(group)?;
-            keys.push(self.key(scope, &rows, base.clone())?.finish());
+        known: Known<'_>,
+    ) -> Result<(Vec<Outcome<RecordBatch>>, u64), Failure> {
+        let mut inputs = Vec::with_capacity(lengths.iter().sum());
+        for batch in rows {
+            inputs.extend(M::In::from_batch(batch)?);
         }
-        Ok(keys)
-    }
-
-    fn run(
-        &self,
-        scope: &mut Scope<'_>,
-        groups: Vec<(String, RecordBatch)>,
-    ) -> Result<Vec<Outcome<RecordBatch>>, Failure> {
-        let mut tasks = Vec::with_capacity(groups.len());
-        for (key, group) in groups {
-            tasks.push(Task {
-                key,
-                rows: M::In::from_batch(&group)?,
-            });
+        let mut inputs = inputs.into_iter();
+        let mut tasks = Vec::new();
+        let mut found = Vec::with_capacity(lengths.len());
+        for &length in lengths {
+            let rows: Vec<M::In> = inputs.by_ref().take(length).collect();
+            let key = self.key(scope, &rows, base.clone())?.finish();
+            let earlier = known(&key)?;
+            if earlier.is_none() {
+                tasks.push(Task { key, rows });
+            }
+            found.push(earlier);
         }
-        let outcomes = self.map(scope, &tasks)?;
-        assert_eq!(outcomes.len(), tasks.len(), "one outcome per task");
-        let batch = |outcome: Outcome<Vec<M::Out>>| match outcome {
-            Outcome::Made(rows) => Outcome::Made(M::Out::to_batch(&rows)),
-            Outcome::SetAside { id, class, reason } => Outcome::SetAside { id, class, reason },
+        let made = if tasks.is_empty() {
+            Vec::new()
+        } else {
+            self.map(scope, &tasks)?
         };
-        Ok(outcomes.into_iter().map(batch).collect())
+        assert_eq!(made.len(), tasks.len(), "one outcome per task");
+        let mut made = made.into_iter();
+        let mut outcomes = Vec::new();
+        // Rows that were computed one after another become one batch.
+        let mut waiting: Vec<M::Out> = Vec::new();
+        let mut computed = 0;
+        for earlier in found {
+            if let Some(rows) = earlier {
+                if !waiting.is_empty() {
+                    outcomes.push(Outcome::Made(M::Out::to_batch(&waiting)));
+                    waiting.clear();
+                }
+                outcomes.push(Outcome::Made(rows));
+                continue;
+            }
+            match made.next().expect("one outcome per task") {
+                Outcome::Made(rows) => {
+                    computed += rows.len() as u64;
+                    waiting.extend(rows);
+                }
+                Outcome::SetAside { id, class, reason } => {
+                    outcomes.push(Outcome::SetAside { id, class, reason });
+                }
+            }
+        }
+        if !waiting.is_empty() {
+            outcomes.push(Outcome::Made(M::Out::to_batch(&waiting)));
+        }
+        Ok((outcomes, computed))
     }
 }
 

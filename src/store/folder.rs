@@ -16,8 +16,10 @@ use super::{
 /// Folders for what is written beside the rows of tables.
 const BESIDE: [&str; 2] = ["rejects", "telemetry"];
 
-/// Parts are compacted when there are several and a file would hold many of them.
+/// Parts are compacted when they are small, by bytes and by rows: a file of some thousand rows is read as
+/// fast as a part of a larger one, and to write it again costs as much as it did.
 const COMPACT_BELOW_BYTES: u64 = 64 << 20;
+const COMPACT_BELOW_ROWS: u64 = 16_384;
 
 /// A run's folder, held by this process (or only read).
 pub struct RunFolder {
@@ -288,8 +290,11 @@ impl RunFolder {
         stem: &str,
         footer: &[(&str, String)],
     ) -> Result<Vec<FileRecord>, StoreError> {
+        let count = files.len() as u64;
         let bytes: u64 = files.iter().map(|file| file.bytes).sum();
-        if files.len() < 2 || bytes / files.len() as u64 >= COMPACT_BELOW_BYTES {
+        let rows: u64 = files.iter().map(|file| file.rows).sum();
+        let is_large = |sum: u64, bound: u64| sum >= bound * count;
+        if count < 2 || is_large(bytes, COMPACT_BELOW_BYTES) || is_large(rows, COMPACT_BELOW_ROWS) {
             return Ok(files.to_vec());
         }
         let paths: Vec<PathBuf> = files

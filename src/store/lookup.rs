@@ -99,6 +99,13 @@ impl Lookup {
         }
     }
 
+    /// Where the first row of that name lies.
+    pub fn position(&self, name: &str) -> Option<usize> {
+        self.by_name
+            .get(name)
+            .map(|&(position, _)| position as usize)
+    }
+
     /// How many rows there are.
     pub fn len(&self) -> usize {
         self.rows as usize
