@@ -61,13 +61,11 @@ pub fn write(
         .map(|number| Lesson::write(to, seed, number, taken))
         .collect::<Outcome<_>>()?;
     let mut scans = Vec::with_capacity(count);
-    let mut positions = Vec::with_capacity(count);
     let mut conversations = Vec::with_capacity(count);
     let mut true_conversations = Vec::with_capacity(count);
     let mut preferences = Vec::with_capacity(count * PREFERENCES);
     for lesson in lessons {
         scans.push(lesson.scan);
-        positions.extend(lesson.positions);
         conversations.push(lesson.conversation);
         true_conversations.extend(lesson.true_conversation);
         preferences.extend(lesson.preferences);
@@ -86,7 +84,6 @@ pub fn write(
         }
     }
     files::write_json(&to.join("scans.json"), &scans)?;
-    files::write_json(&to.join("positions.json"), &positions)?;
     files::write_json(&to.join("conversations.json"), &conversations)?;
     files::write_json(&to.join("true_conversations.json"), &true_conversations)?;
     files::write_json(&to.join("preferences.json"), &preferences)
@@ -149,10 +146,7 @@ fn draw(scene: fn(&mut Random) -> Scene, taken: &BTreeSet<Content>, random: &mut
 
 /// What is said about one picture.
 struct Lesson {
-    /// What is at each place.
     scan: Record,
-    /// At which place each shape is that has no double, if there is one.
-    positions: Option<Record>,
     conversation: Record,
     /// Questions with true answers, if any.
     true_conversation: Option<Record>,
@@ -191,11 +185,8 @@ impl Lesson {
                 ..record
             });
         }
-        let mut positions = questions::positions(&scene);
-        random.shuffle(&mut positions);
         Ok(Self {
             scan,
-            positions: (!positions.is_empty()).then(|| record(positions)),
             conversation,
             true_conversation: (!true_turns.is_empty()).then(|| record(true_turns)),
             preferences,

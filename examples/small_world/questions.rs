@@ -105,13 +105,6 @@ pub fn places(scene: &Scene) -> [[String; 2]; 4] {
     })
 }
 
-/// Where each shape is that has no double, truly answered.
-pub fn positions(scene: &Scene) -> Vec<[String; 2]> {
-    let lone = lone_objects(scene).into_iter();
-    lone.map(|object| [where_is_it(object), where_it_is(object, object.place)])
-        .collect()
-}
-
 /// What kind of shape is at a place, or what kind the shapes of a color are.
 fn ask_kind(scene: &Scene, random: &mut Random) -> Question {
     let colors_of_one_kind: Vec<&Group> = scene
@@ -243,8 +236,13 @@ fn ask_position(scene: &Scene, random: &mut Random) -> Option<Question> {
         other_than(&Place::all(), object.place, random),
         object.place.mirrored(),
     ];
+    let text = format!(
+        "Where is the {} {}?",
+        object.color.name,
+        object.kind.singular()
+    );
     let answers = places.map(|place| where_it_is(object, place));
-    Some(even(Topic::Position, where_is_it(object), answers, random))
+    Some(even(Topic::Position, text, answers, random))
 }
 
 /// What there is to see at all. The false answer has one group wrong.
@@ -355,11 +353,6 @@ fn lone_objects(scene: &Scene) -> Vec<&Object> {
         scene.objects.iter().filter(equal).count() == 1
     };
     scene.objects.iter().filter(lone).collect()
-}
-
-fn where_is_it(object: &Object) -> String {
-    let (color, kind) = (object.color.name, object.kind.singular());
-    format!("Where is the {color} {kind}?")
 }
 
 fn where_it_is(object: &Object, place: Place) -> String {
