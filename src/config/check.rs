@@ -9,7 +9,7 @@ use super::pipeline::{Entry, Written};
 use super::reference::Secrets;
 use super::source::KeyPath;
 use super::words::listed;
-use crate::models::ModelSpec;
+use crate::models::{ModelSpec, Repository};
 use crate::prep::{JudgePrep, PolicyPrep, PrepError, Shards};
 use crate::stages::{AFTER, ModelName, Role, StageSpec, TableName};
 
@@ -176,6 +176,13 @@ fn missing(path: &Path, at: At, secrets: &Secrets) -> Option<Complaint> {
     let text = path.display().to_string();
     let message = format!("`{}` {problem}", shown(path, secrets));
     let complaint = Complaint::new("config::missing_file", at, message);
+    if let Some(repository) = Repository::of(path) {
+        let help = format!(
+            "it is not in the hub's cache; fetch it: {}",
+            repository.command()
+        );
+        return Some(complaint.help(help));
+    }
     let folder = path.ancestors().skip(1).find(|folder| folder.is_dir())?;
     let is_parent = Some(folder) == path.parent();
     let wanted = path

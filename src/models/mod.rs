@@ -4,12 +4,14 @@
 //! the networks without Arrow. All traits take many rows at once: an implementation batches and
 //! shares as it likes, and hands each row's result to `emit` as soon as it is known.
 
+mod hub;
 pub mod scripted;
 mod spec;
 mod training;
 mod traits;
 mod types;
 
+pub use hub::Repository;
 pub use spec::{DeviceSpec, Dtype, Gigabytes, LlavaOnevision, LlavaRlhf, ModelSpec, Scripted};
 pub use training::{
     Answer, Checkpointing, DpoReport, DpoSettings, Example, Learned, Lesson, LoraSettings, Loss,

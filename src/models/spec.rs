@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::hub::located;
+
 /// A model: what network it is and where its weights lie.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -21,7 +23,8 @@ pub enum ModelSpec {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LlavaOnevision {
-    /// The checkpoint's folder: config.json, the weights and the tokenizer, as transformers or LLaVA-NeXT writes them.
+    /// The checkpoint's folder: config.json, the weights and the tokenizer, as transformers or LLaVA-NeXT writes
+    /// them; or `hf://org/name` (`@revision`), what the Hugging Face hub's cache has of it.
     pub weights: PathBuf,
     /// The folder of a LoRA adapter to these weights, as peft writes it.
     #[serde(default)]
@@ -244,7 +247,7 @@ impl ModelSpec {
 
     /// Takes the relative path of every setting to start at the folder that `folder` gives for it.
     pub fn resolve(&mut self, folder: &dyn Fn(&str) -> PathBuf) {
-        let join = |field: &str, path: &mut PathBuf| *path = folder(field).join(&*path);
+        let join = |field: &str, path: &mut PathBuf| *path = located(&folder(field), path);
         match self {
             Self::LlavaOnevision(model) => {
                 join("weights", &mut model.weights);

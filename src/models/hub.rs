@@ -1,0 +1,120 @@
+//! `hf://org/name`: weights in the cache of the Hugging Face hub.
+//!
+//! Nothing is fetched here. What `hf download org/name` (or any program that uses the hub) has put into
+//! the cache is found there, also without a network.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// What such a path begins with.
+const SCHEME: &str = "hf://";
+
+/// A repository of the hub, and perhaps a revision: `hf://org/name@v1.0`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Repository {
+    /// `org/name`.
+    pub name: String,
+    /// A branch, a tag or a commit.
+    pub revision: String,
+}
+
+impl Repository {
+    /// What a path names, if it is one of the hub.
+    pub fn of(path: &Path) -> Option<Self> {
+        let text = path.to_str()?.strip_prefix(SCHEME)?;
+        let (name, revision) = text.split_once('@').unwrap_or((text, "main"));
+        Some(Self {
+            name: name.trim_end_matches('/').to_owned(),
+            revision: revision.to_owned(),
+        })
+    }
+
+    /// The command that fetches it.
+    pub fn command(&self) -> String {
+        match self.revision.as_str() {
+            "main" => format!("hf download {}", self.name),
+            revision => format!("hf download {} --revision {revision}", self.name),
+        }
+    }
+
+    /// Its folder in a cache, if it is there.
+    fn snapshot(&self, cache: &Path) -> Option<PathBuf> {
+        let folder = cache.join(format!("models--{}", self.name.replace('/', "--")));
+        let named = fs::read_to_string(folder.join("refs").join(&self.revision));
+        let commit = named.map_or_else(|_| self.revision.clone(), |text| text.trim().to_owned());
+        let snapshot = folder.join("snapshots").join(commit);
+        snapshot.is_dir().then_some(snapshot)
+    }
+}
+
+/// Where the hub keeps what it fetched, as `huggingface_hub` decides it (`constants.py`).
+fn cache(variable: &dyn Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
+    if let Some(cache) = variable("HF_HUB_CACHE") {
+        return Some(cache.into());
+    }
+    if let Some(home) = variable("HF_HOME") {
+        return Some(PathBuf::from(home).join("hub"));
+    }
+    let caches = variable("XDG_CACHE_HOME").map(PathBuf::from);
+    let caches = caches.or_else(|| Some(PathBuf::from(variable("HOME")?).join(".cache")));
+    Some(caches?.join("huggingface/hub"))
+}
+
+/// A path of the user, which starts at `folder` if it is a relative one. What the hub has is found in
+/// its cache; what it has not keeps its name, for whoever looks for it to say how it is fetched.
+pub fn located(folder: &Path, path: &Path) -> PathBuf {
+    let Some(repository) = Repository::of(path) else {
+        return folder.join(path);
+    };
+    let cache = cache(&|name| std::env::var_os(name).filter(|value| !value.is_empty()));
+    let snapshot = cache.and_then(|cache| repository.snapshot(&cache));
+    snapshot.unwrap_or_else(|| path.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn repository(text: &str) -> Repository {
+        Repository::of(Path::new(text)).unwrap()
+    }
+
+    #[test]
+    fn what_was_fetched_is_found_by_branch_and_by_commit() {
+        let cache = tempfile::tempdir().unwrap();
+        let folder = cache.path().join("models--org--name");
+        fs::create_dir_all(folder.join("snapshots/abc")).unwrap();
+        fs::create_dir_all(folder.join("refs")).unwrap();
+        fs::write(folder.join("refs/main"), "abc").unwrap();
+        let found = Some(folder.join("snapshots/abc"));
+        assert_eq!(repository("hf://org/name").snapshot(cache.path()), found);
+        assert_eq!(
+            repository("hf://org/name@abc").snapshot(cache.path()),
+            found
+        );
+        assert_eq!(repository("hf://org/name@v2").snapshot(cache.path()), None);
+        assert_eq!(repository("hf://org/other").snapshot(cache.path()), None);
+        assert_eq!(Repository::of(Path::new("org/name")), None);
+        let command = repository("hf://org/name@v2").command();
+        assert_eq!(command, "hf download org/name --revision v2");
+    }
+
+    #[test]
+    fn the_cache_is_where_the_hub_has_it() {
+        let with = |set: &[(&str, &str)]| {
+            cache(&|name| {
+                let of = set.iter().find(|(known, _)| *known == name);
+                of.map(|(_, value)| OsString::from(value))
+            })
+        };
+        let path = |text: &str| Some(PathBuf::from(text));
+        let home = ("HOME", "/home/me");
+        assert_eq!(with(&[home]), path("/home/me/.cache/huggingface/hub"));
+        assert_eq!(with(&[home, ("HF_HOME", "/hf")]), path("/hf/hub"));
+        assert_eq!(
+            with(&[("HF_HUB_CACHE", "/c"), ("HF_HOME", "/hf")]),
+            path("/c")
+        );
+    }
+}
