@@ -6,6 +6,8 @@ mod bad_input;
 mod chaos;
 /// Pipelines that must be refused, with the exact complaint.
 mod check;
+/// What a judge must show before it scores.
+mod exam;
 /// Commands of the user as stages.
 mod exec;
 /// Forks, differences, and what is set aside.

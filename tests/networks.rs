@@ -147,6 +147,58 @@ fn an_adapter_is_trained_round_after_round() {
     assert!(weights(&scene.path("out")) != weights(&samples));
 }
 
+/// A slip in the file that asks for the score, which no check of files can see: the judge still gives
+/// numbers, but other ones.
+#[test]
+fn an_exam_finds_a_judge_that_is_asked_wrongly() {
+    let scene = scene();
+    let samples = format!("{ROOT}/data-samples");
+    let exam = |golden: &str| {
+        format!(
+            "models.judge.llava_rlhf.exam={{ from: {samples}/heldout_feedback.json, images: {samples}/images, \
+             accuracy_min: 0.6{golden} }}"
+        )
+    };
+    let until = ["--until", "rewards", "--set"];
+    scene.succeeds(&[&["run", "p.yaml"], &until[..], &[&exam("")]].concat());
+    let query = "select id, chosen_reward from judge_exam order by id limit 1";
+    let found = scene
+        .succeeds(&["sql", "runs/networks", query, "--format", "csv"])
+        .out;
+    let (id, reward) = found.lines().nth(1).unwrap().split_once(',').unwrap();
+    let golden = format!(", golden: {{ id: {id}, chosen_reward: {reward} }}");
+    scene.succeeds(&[&["run", "p.yaml"], &until[..], &[&exam(&golden)]].concat());
+
+    let asked = fs::read_to_string(format!("{samples}/reward/prompt.txt")).unwrap();
+    let slip = asked.replace("USER: ", "");
+    assert_ne!(slip, asked);
+    scene.write("prompt.txt", slip);
+    let set = [
+        exam(&golden),
+        "models.judge.llava_rlhf.prompt=prompt.txt".to_owned(),
+    ];
+    let wrong = [
+        "run",
+        "p.yaml",
+        "--run",
+        "runs/wrong",
+        "--set",
+        &set[0],
+        "--set",
+        &set[1],
+    ];
+    let said = scene.pipeline(&wrong);
+    assert_eq!(said.code, Some(1), "{}", said.err);
+    assert!(said.err.contains("judge_exam"), "{}", said.err);
+    let run = RunFolder::read(&scene.path("runs/wrong")).unwrap();
+    assert!(
+        run.manifest()
+            .made
+            .iter()
+            .all(|made| made.table != "rewards")
+    );
+}
+
 /// A policy that is laid out for LLaVA-NeXT and back again answers and learns as it did: what differs
 /// is the names of its tensors and its other files.
 #[test]

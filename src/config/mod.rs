@@ -13,6 +13,7 @@ mod overlay;
 mod overrides;
 mod reference;
 
+mod exam;
 mod expectation;
 mod pipeline;
 mod reader;
@@ -108,6 +109,7 @@ fn parse(
     }
     let (mut written, secrets, found) = reader::read(tree, environment);
     complaints.extend(found);
+    complaints.extend(exam::add(&mut written));
     resolve(&mut written, &sources);
     complaints.extend(check::names_and_roles(&written));
     if !offline {

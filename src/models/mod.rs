@@ -12,7 +12,10 @@ mod traits;
 mod types;
 
 pub use hub::Repository;
-pub use spec::{DeviceSpec, Dtype, Gigabytes, LlavaOnevision, LlavaRlhf, ModelSpec, Scripted};
+pub use spec::{
+    DeviceSpec, Dtype, Exam, Fraction, Gigabytes, Golden, LlavaOnevision, LlavaRlhf, ModelSpec,
+    Scripted,
+};
 pub use training::{
     Answer, Checkpointing, DpoReport, DpoSettings, Example, Learned, Lesson, LoraSettings, Loss,
     Mask, Newlines, Objective, Optimization, Optimizer, Part, RewardReport, RewardSettings,

@@ -66,14 +66,88 @@ pub struct LlavaRlhf {
     /// scoring. Left out: nine tenths of the GPU's; half of the machine's or the container's.
     #[serde(default)]
     pub memory_gb: Option<Gigabytes>,
+    /// What it must show before it scores.
+    #[serde(default)]
+    pub exam: Option<Exam>,
+}
+
+/// Preferences that are known, and how well a judge must agree with them before it scores. What it
+/// thinks of each is the table `<judge>_exam`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Exam {
+    /// The file of labels: JSON that `load_feedback` reads.
+    pub from: PathBuf,
+    /// The folder that the pictures' paths start at; the folder of `from` if left out.
+    #[serde(default)]
+    pub images: Option<PathBuf>,
+    /// The least share of the labels that it must agree with.
+    pub accuracy_min: Fraction,
+    /// The most that its margins may correlate (Pearson, either way) with how much longer, in
+    /// characters, the preferred answer is.
+    #[serde(default)]
+    pub length_correlation_max: Option<Fraction>,
+    /// A label whose reward is known.
+    #[serde(default)]
+    pub golden: Option<Golden>,
+}
+
+/// A reward that is known, from where the judge is known to work.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Golden {
+    /// The `id` of the label.
+    pub id: String,
+    /// The reward of its preferred answer.
+    pub chosen_reward: f64,
+    /// How far the reward may be from it.
+    #[serde(default = "Golden::tolerance")]
+    pub tolerance: f32,
+}
+
+impl Golden {
+    fn tolerance() -> f32 {
+        0.01
+    }
+}
+
+/// A part of a whole, from 0 to 1.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(try_from = "f64", into = "f64")]
+pub struct Fraction(#[schemars(range(min = 0, max = 1))] f64);
+
+impl Fraction {
+    pub fn get(self) -> f64 {
+        self.0
+    }
+}
+
+impl TryFrom<f64> for Fraction {
+    type Error = String;
+
+    fn try_from(fraction: f64) -> Result<Self, String> {
+        if (0.0..=1.0).contains(&fraction) {
+            Ok(Self(fraction))
+        } else {
+            Err(format!("{fraction} is not from 0 to 1"))
+        }
+    }
+}
+
+impl From<Fraction> for f64 {
+    fn from(fraction: Fraction) -> f64 {
+        fraction.0
+    }
 }
 
 /// Answers made by rule from the prompt and the seed; scores made by rule from the answer.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Scripted {
     /// The most words that an answer has.
     pub words: u32,
+    /// What it must show before it scores.
+    pub exam: Option<Exam>,
     /// What a scripted training wrote, once there was one.
     #[serde(skip)]
     pub checkpoint: Option<PathBuf>,
@@ -83,6 +157,7 @@ impl Default for Scripted {
     fn default() -> Self {
         Self {
             words: 8,
+            exam: None,
             checkpoint: None,
         }
     }
@@ -242,6 +317,15 @@ impl ModelSpec {
                 paths
             }
             Self::Scripted(_) => Vec::new(),
+        }
+    }
+
+    /// What it must show before it scores.
+    pub fn exam(&self) -> Option<&Exam> {
+        match self {
+            Self::LlavaOnevision(_) => None,
+            Self::LlavaRlhf(model) => model.exam.as_ref(),
+            Self::Scripted(model) => model.exam.as_ref(),
         }
     }
 

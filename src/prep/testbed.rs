@@ -170,6 +170,7 @@ pub fn reward_folder() -> (TempDir, LlavaRlhf) {
         device: DeviceSpec::Auto,
         dtype: Dtype::Auto,
         memory_gb: None,
+        exam: None,
     };
     let adapter_folder = folder.path().join("adapter");
     for place in [&spec.base, &spec.vision, &adapter_folder] {

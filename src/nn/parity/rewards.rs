@@ -62,6 +62,7 @@ fn spec(place: &Path) -> LlavaRlhf {
         device: DeviceSpec::Cpu,
         dtype: Dtype::Float32,
         memory_gb: None,
+        exam: None,
     }
 }
 

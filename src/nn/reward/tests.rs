@@ -60,6 +60,7 @@ fn spec(root: &Path) -> LlavaRlhf {
         device: DeviceSpec::Cpu,
         dtype: Dtype::Auto,
         memory_gb: None,
+        exam: None,
     }
 }
 

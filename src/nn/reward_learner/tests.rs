@@ -21,6 +21,7 @@ fn spec(adapter: Option<PathBuf>) -> LlavaRlhf {
         device: DeviceSpec::Cpu,
         dtype: Dtype::Auto,
         memory_gb: None,
+        exam: None,
     }
 }
 
