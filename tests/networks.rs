@@ -96,6 +96,16 @@ fn telemetry_shows_what_was_shared() {
     let prompt_tokens =
         || sql("select sum(prompt_tokens) as tokens from telemetry where stage = 'candidates'");
     let three = prompt_tokens();
+    // A plan counts them beforehand.
+    let plan = scene.succeeds(&["plan", "p.yaml", "--json"]).out;
+    let plan: serde_json::Value = serde_json::from_str(&plan).unwrap();
+    let counted = &plan["tokens"][0];
+    assert_eq!(format!("tokens\n{}\n", counted["sum"]), three, "{counted}");
+    let context = ["--set", "stages.candidates.sample.max_new_tokens=2047"];
+    let long = scene
+        .succeeds(&[&["plan", "p.yaml"], &context[..]].concat())
+        .out;
+    assert!(long.contains("8 leave no room for 2047 more"), "{long}");
     scene.succeeds(&[
         "run",
         "p.yaml",

@@ -7,7 +7,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::out::line;
-use super::{Failed, engine, forecast, memory};
+use super::{Failed, engine, forecast, memory, tokens};
 use crate::config::{Complaint, LoadError, Look, Plan, PlannedStage, load};
 use crate::models::{ModelLoader, ModelSpec};
 use crate::run;
@@ -94,8 +94,10 @@ impl ShowPlan {
         }
         let forecasts = run::forecast(&plan, &folder, loader)
             .map_err(|failure| Failed::Words(plan.secrets.hide(&failure.to_string())))?;
+        let tokens = tokens::count(&plan, &folder)?;
         if self.json {
             let mut json = to_json(&plan);
+            json["tokens"] = tokens::to_json(&tokens);
             json["run"] = json!(folder);
             json["tables"] = forecast::to_json(&plan, &forecasts);
             return line(format_args!("{json:#}"));
@@ -103,6 +105,7 @@ impl ShowPlan {
         let mut text = String::new();
         plan.render(&mut text).expect("a string takes any text");
         text.push_str(&memory::render(&plan));
+        text.push_str(&tokens::render(&tokens));
         text.push_str(&forecast::render(&plan, &folder, &forecasts));
         line(text.trim_end())?;
         warn(&plan);

@@ -23,6 +23,7 @@ mod run;
 mod schema;
 mod sql;
 mod status;
+mod tokens;
 
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
