@@ -129,8 +129,11 @@ fn without_a_reference_none_is_computed() {
     for (settings, made) in [
         ("loss: simpo", false),
         ("reference: none", false),
-        ("reference: initial", true),
-        ("loss: { sigmoid: 1, sft: 0.2 }", true),
+        ("reference: initial, reference_audit: { share: 1 }", true),
+        (
+            "loss: { sigmoid: 1, sft: 0.2 }, reference_audit: { share: 1 }",
+            true,
+        ),
     ] {
         let (scene, ran) = trained_with(settings, Dtype::Float32);
         ran.unwrap();

@@ -1,21 +1,70 @@
 //! Mapping: parts of a table's groups are computed, committed and resumed, one after the other.
 
 use std::cell::RefCell;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use arrow::array::RecordBatch;
+use arrow::datatypes::SchemaRef;
 
 use super::groups::{Groups, Taken};
-use super::{Runner, count, took};
+use super::models::RunModels;
+use super::{Runner, count, took, write_beside};
 use crate::config::PlannedStage;
 use crate::models;
 use crate::run::{Start, Unit};
-use crate::stages::{Failure, MapWork, Outcome, Scope, TableName, rejects};
-use crate::store::{Event, FileRecord, Key, Lookup, Made, PartRecord, RunFolder, TableWriter};
-use crate::tables::{RejectClass, Telemetry};
+use crate::stages::{Failure, MapWork, Outcome, Scope, Shelf, TableName, rejects};
+use crate::store::{
+    Event, FileRecord, Key, Lookup, Made, PartRecord, RunFolder, TableWriter, Took,
+};
+use crate::tables::{RejectClass, Row, Telemetry};
+
+/// A table under way.
+struct Mapping<'w> {
+    table: &'w TableName,
+    round: Option<u32>,
+    work: &'w dyn MapWork,
+    base: &'w Key,
+    /// What there was of it when this run took it up.
+    made: Made,
+    part_groups: u32,
+    groups: Groups,
+    models: RunModels<'w>,
+    shelf: Shelf,
+    reuse: Vec<Lookup>,
+    /// Rows of the input, and how many of them are done.
+    total: u64,
+    done: u64,
+    is_started: bool,
+}
+
+/// What became of a part.
+enum Computed {
+    /// There are no more rows.
+    End,
+    /// It is there already.
+    There,
+    Part(Parcel),
+}
+
+/// A part that was computed and is not written.
+struct Parcel {
+    part: u32,
+    /// Groups of the input that went in.
+    groups: u64,
+    outcomes: Vec<Outcome<RecordBatch>>,
+    telemetry: Option<Telemetry>,
+    halvings: u64,
+    took: Took,
+    /// Rows of the input that are done with it.
+    done: u64,
+}
 
 impl Runner<'_> {
-    /// Makes what is missing of `table`, the stage's own table or one that it needs before.
+    /// Makes what is missing of `table`, the stage's own table or one that it needs before. A part is
+    /// written while the next is computed.
     pub(super) fn map(
         &mut self,
         stage: &PlannedStage,
@@ -48,123 +97,126 @@ impl Runner<'_> {
                 ..made.clone()
             }))?;
         }
-        let mut reuse = self.reuse(table, round)?;
-        let mut models = self.models(stage, round)?;
-        let mut shelf = self.shelf(stage, round)?;
-        let mut groups = Groups::new(self.folder.reader(work.input().as_str(), input_round));
-        let mut rows_done = 0;
-        let mut started = false;
+        let pen = Arc::new(Pen {
+            root: self.folder.root().to_owned(),
+            table: table.clone(),
+            round,
+            schema: work.schema(),
+            footer: self.footer(None),
+            key: made.key.clone(),
+        });
+        let mut mapping = Mapping {
+            table,
+            round,
+            work,
+            base,
+            made,
+            part_groups,
+            groups: Groups::new(
+                self.folder
+                    .reader(work.input().as_str(), input_round)
+                    .only(work.reads()),
+            ),
+            models: self.models(stage, round)?,
+            shelf: self.shelf(stage, round)?,
+            reuse: self.reuse(table, round)?,
+            total,
+            done: 0,
+            is_started: false,
+        };
+        let mut written: Option<(u64, JoinHandle<Result<PartRecord, Failure>>)> = None;
         for part in 0.. {
-            let Taken { rows, lengths } = groups.take(part_groups as usize)?;
-            if lengths.is_empty() {
-                break;
-            }
-            let part_rows = lengths.iter().sum::<usize>() as u64;
-            if made.parts.iter().any(|done| done.part == part) {
-                rows_done += part_rows;
-                continue;
-            }
-            if !started {
-                started = true;
-                self.report.start(Start {
-                    table,
+            let computed = self.compute(&mut mapping, part);
+            // Whatever became of this part, the one before is finished work.
+            if let Some((done, writing)) = written.take() {
+                let record = writing.join().expect("a part is written without a panic")?;
+                self.folder.commit(Event::Part {
+                    table: table.to_string(),
                     round,
-                    unit: Unit::Rows,
-                    total: Some(total),
-                    done: rows_done,
-                });
+                    part: record,
+                    state: None,
+                })?;
+                self.report.progress(done);
             }
-            self.stop_if_asked()?;
-            let begun = Instant::now();
-            let report = RefCell::new(&mut *self.report);
-            let interrupt = self.interrupt;
-            let said = &mut self.said;
-            let mut telemetry = models::Telemetry::default();
-            let mut scope = Scope {
-                table,
-                round,
-                seed: self.plan.seed,
-                models: &mut models,
-                shelf: &mut shelf,
-                stopping: &|| interrupt.raised(),
-                progress: &mut |rows| report.borrow_mut().progress(rows_done + rows),
-                telemetry: &mut telemetry,
-                say: &mut |text| {
-                    if said.insert(text.to_owned()) {
-                        report.borrow_mut().note(text);
-                    }
-                },
-            };
-            let rows_in = lengths.len() as u64;
-            let mut known = |key: &str| {
-                for making in &mut reuse {
-                    if let Some(rows) = making.get(key)? {
-                        return Ok(Some(rows));
-                    }
+            match computed? {
+                Computed::End => break,
+                Computed::There => {}
+                Computed::Part(parcel) => {
+                    let pen = Arc::clone(&pen);
+                    written = Some((parcel.done, thread::spawn(move || pen.write(parcel))));
                 }
-                Ok(None)
-            };
-            let (outcomes, computed) = work.make(&mut scope, &rows, &lengths, base, &mut known)?;
-            rows_done += part_rows;
-            let halvings = telemetry.halvings;
-            let mut record = self.write_part(
-                table, round, part, rows_in, work, outcomes, &made.key, halvings,
-            )?;
-            record.took = Some(took(begun, computed));
-            if telemetry.prompts > 0 {
-                let row = row_of(&telemetry, table, round, part, begun.elapsed());
-                record.telemetry = self.write_beside("telemetry", table, round, part, &[row])?;
             }
-            self.folder.commit(Event::Part {
-                table: table.to_string(),
-                round,
-                part: record,
-                state: None,
-            })?;
-            self.report.progress(rows_done);
         }
         Ok(())
     }
 
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "each names one thing that a part's file needs"
-    )]
-    fn write_part(
-        &self,
-        table: &TableName,
-        round: Option<u32>,
-        part: u32,
-        rows_in: u64,
-        work: &dyn MapWork,
-        outcomes: Vec<Outcome<RecordBatch>>,
-        key: &str,
-        halvings: u64,
-    ) -> Result<PartRecord, Failure> {
-        let stem = format!(
-            "{}/part-{part:05}",
-            RunFolder::table_folder(table.as_str(), round)
-        );
-        let footer = with_halvings(self.footer(Some(key)), halvings);
-        let mut writer = TableWriter::new(self.folder.root(), &stem, work.schema(), &footer);
-        let mut set_aside = Vec::new();
-        for outcome in outcomes {
-            match outcome {
-                Outcome::Made(rows) => writer.write(&rows)?,
-                Outcome::SetAside { id, class, reason } => set_aside.push((id, class, reason)),
-            }
+    /// Computes the next part.
+    fn compute(&mut self, mapping: &mut Mapping<'_>, part: u32) -> Result<Computed, Failure> {
+        let (table, round) = (mapping.table, mapping.round);
+        let Taken { rows, lengths } = mapping.groups.take(mapping.part_groups as usize)?;
+        if lengths.is_empty() {
+            return Ok(Computed::End);
         }
-        let rejects = rejects(table, round, set_aside);
-        Ok(PartRecord {
+        let part_rows = lengths.iter().sum::<usize>() as u64;
+        let done_before = mapping.done;
+        mapping.done += part_rows;
+        if mapping.made.parts.iter().any(|done| done.part == part) {
+            return Ok(Computed::There);
+        }
+        if !mapping.is_started {
+            mapping.is_started = true;
+            self.report.start(Start {
+                table,
+                round,
+                unit: Unit::Rows,
+                total: Some(mapping.total),
+                done: done_before,
+            });
+        }
+        self.stop_if_asked()?;
+        let begun = Instant::now();
+        let report = RefCell::new(&mut *self.report);
+        let interrupt = self.interrupt;
+        let said = &mut self.said;
+        let mut telemetry = models::Telemetry::default();
+        let mut scope = Scope {
+            table,
+            round,
+            seed: self.plan.seed,
+            models: &mut mapping.models,
+            shelf: &mut mapping.shelf,
+            stopping: &|| interrupt.raised(),
+            progress: &mut |rows| report.borrow_mut().progress(done_before + rows),
+            telemetry: &mut telemetry,
+            say: &mut |text| {
+                if said.insert(text.to_owned()) {
+                    report.borrow_mut().note(text);
+                }
+            },
+        };
+        let reuse = &mut mapping.reuse;
+        let mut known = |key: &str| {
+            for making in reuse.iter_mut() {
+                if let Some(rows) = making.get(key)? {
+                    return Ok(Some(rows));
+                }
+            }
+            Ok(None)
+        };
+        let work = mapping.work;
+        let (outcomes, computed) =
+            work.make(&mut scope, &rows, &lengths, mapping.base, &mut known)?;
+        let has_telemetry = telemetry.prompts > 0;
+        let row = || row_of(&telemetry, table, round, part, begun.elapsed());
+        Ok(Computed::Part(Parcel {
             part,
-            rows_in,
-            files: writer.finish()?,
-            rejects: self.write_beside("rejects", table, round, part, &rejects)?,
-            telemetry: Vec::new(),
-            faults: count(&rejects, RejectClass::Fault),
-            dropped: count(&rejects, RejectClass::Dropped),
-            took: None,
-        })
+            groups: lengths.len() as u64,
+            outcomes,
+            telemetry: has_telemetry.then(row),
+            halvings: telemetry.halvings,
+            took: took(begun, computed),
+            done: mapping.done,
+        }))
     }
 
     /// What decides a row beside its group: the stage's settings and models and, where it draws,
@@ -192,6 +244,69 @@ impl Runner<'_> {
             }
         }
         Ok(makings)
+    }
+}
+
+/// Writes the parts of a table.
+struct Pen {
+    root: PathBuf,
+    table: TableName,
+    round: Option<u32>,
+    schema: SchemaRef,
+    footer: Vec<(&'static str, String)>,
+    key: String,
+}
+
+impl Pen {
+    fn write(&self, parcel: Parcel) -> Result<PartRecord, Failure> {
+        let Parcel { part, .. } = parcel;
+        let stem = format!(
+            "{}/part-{part:05}",
+            RunFolder::table_folder(self.table.as_str(), self.round)
+        );
+        let mut footer = self.footer.clone();
+        footer.push(("ovchat.key", self.key.clone()));
+        let footer = with_halvings(footer, parcel.halvings);
+        let mut writer = TableWriter::new(&self.root, &stem, self.schema.clone(), &footer);
+        let mut set_aside = Vec::new();
+        for outcome in parcel.outcomes {
+            match outcome {
+                Outcome::Made(rows) => writer.write(&rows)?,
+                Outcome::SetAside { id, class, reason } => set_aside.push((id, class, reason)),
+            }
+        }
+        let rejects = rejects(&self.table, self.round, set_aside);
+        let telemetry = match parcel.telemetry {
+            Some(row) => self.write_beside("telemetry", part, &[row])?,
+            None => Vec::new(),
+        };
+        Ok(PartRecord {
+            part,
+            rows_in: parcel.groups,
+            files: writer.finish()?,
+            rejects: self.write_beside("rejects", part, &rejects)?,
+            telemetry,
+            faults: count(&rejects, RejectClass::Fault),
+            dropped: count(&rejects, RejectClass::Dropped),
+            took: Some(parcel.took),
+        })
+    }
+
+    fn write_beside<R: Row>(
+        &self,
+        folder: &str,
+        part: u32,
+        rows: &[R],
+    ) -> Result<Vec<FileRecord>, Failure> {
+        write_beside(
+            &self.root,
+            &self.footer,
+            folder,
+            &self.table,
+            self.round,
+            part,
+            rows,
+        )
     }
 }
 

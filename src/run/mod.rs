@@ -26,7 +26,7 @@ pub use keys::{Reason, explain};
 pub use report::{Report, Start, Unit};
 
 use std::collections::{HashMap, HashSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use arrow::datatypes::SchemaRef;
@@ -362,13 +362,15 @@ impl<'a> Runner<'a> {
         part: u32,
         rows: &[R],
     ) -> Result<Vec<FileRecord>, Failure> {
-        let round = round.map_or_else(String::new, |round| format!("-round-{round}"));
-        let stem = format!("{folder}/{table}{round}-{part:05}");
-        let mut writer = self.writer(&stem, &R::schema(), None);
-        if !rows.is_empty() {
-            writer.write(&R::to_batch(rows))?;
-        }
-        Ok(writer.finish()?)
+        write_beside(
+            self.folder.root(),
+            &self.footer(None),
+            folder,
+            table,
+            round,
+            part,
+            rows,
+        )
     }
 
     /// A writer of the run's files; the footer says what made them.
@@ -405,6 +407,25 @@ pub fn titled(table: &TableName, round: Option<u32>) -> String {
         Some(round) => format!("{table} (round {round})"),
         None => table.to_string(),
     }
+}
+
+/// Writes rows that stand beside a table's own as files of the run in `root`.
+fn write_beside<R: Row>(
+    root: &Path,
+    footer: &[(&'static str, String)],
+    folder: &str,
+    table: &TableName,
+    round: Option<u32>,
+    part: u32,
+    rows: &[R],
+) -> Result<Vec<FileRecord>, Failure> {
+    let round = round.map_or_else(String::new, |round| format!("-round-{round}"));
+    let stem = format!("{folder}/{table}{round}-{part:05}");
+    let mut writer = TableWriter::new(root, &stem, R::schema(), footer);
+    if !rows.is_empty() {
+        writer.write(&R::to_batch(rows))?;
+    }
+    Ok(writer.finish()?)
 }
 
 /// What rows took that were computed since then.

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::models::{Group, RowFault};
 use crate::store::Key;
-use crate::tables::{Candidate, Prompt, Reward, Row};
+use crate::tables::{Candidate, Prompt, Reward, Row, rows};
 
 /// Scores candidates with a judge; higher is better.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -96,8 +96,20 @@ impl Score {
     }
 }
 
+rows! {
+    /// What of a candidate is judged.
+    pub struct Answer: "answer" => {
+        /// The prompt.
+        pub prompt_id: String,
+        /// Its number among the answers to the prompt.
+        pub candidate: i32,
+        /// What it says.
+        pub text: String,
+    }
+}
+
 impl Map for &Score {
-    type In = Candidate;
+    type In = Answer;
     type Out = Reward;
 
     fn input(&self) -> &TableName {
@@ -108,7 +120,7 @@ impl Map for &Score {
         self.part.get()
     }
 
-    fn key(&self, scope: &mut Scope<'_>, group: &[Candidate], key: Key) -> Result<Key, Failure> {
+    fn key(&self, scope: &mut Scope<'_>, group: &[Answer], key: Key) -> Result<Key, Failure> {
         let prompt = scope
             .shelf
             .prompt_row(self.prompts(), &group[0].prompt_id)?;
@@ -132,7 +144,7 @@ impl Map for &Score {
     fn map(
         &self,
         scope: &mut Scope<'_>,
-        tasks: &[Task<Candidate>],
+        tasks: &[Task<Answer>],
     ) -> Result<Vec<Outcome<Vec<Reward>>>, Failure> {
         let mut prompts = Vec::with_capacity(tasks.len());
         for task in tasks {
@@ -165,7 +177,7 @@ impl Map for &Score {
             let task = &tasks[index];
             outcomes[index] = Some(match result {
                 Ok(scores) => {
-                    let row = |(answer, score): (&Candidate, crate::models::Score)| Reward {
+                    let row = |(answer, score): (&Answer, crate::models::Score)| Reward {
                         row_key: task.key.clone(),
                         prompt_id: answer.prompt_id.clone(),
                         candidate: answer.candidate,

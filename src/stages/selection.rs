@@ -157,8 +157,28 @@ impl Ranked {
     }
 }
 
+rows! {
+    /// What of a candidate goes into a pair.
+    pub struct Answer: "answer" => {
+        /// What decides it.
+        pub row_key: String,
+        /// The prompt.
+        pub prompt_id: String,
+        /// Its number among the answers to the prompt.
+        pub candidate: i32,
+        /// What it says.
+        pub text: String,
+        /// Its tokens.
+        pub token_ids: Vec<i32>,
+        /// Its log-probability.
+        pub logp: f64,
+        /// The model that gave it.
+        pub model: String,
+    }
+}
+
 impl Map for Selection<'_> {
-    type In = Candidate;
+    type In = Answer;
     type Out = Pair;
 
     fn input(&self) -> &TableName {
@@ -169,7 +189,7 @@ impl Map for Selection<'_> {
         PART
     }
 
-    fn key(&self, scope: &mut Scope<'_>, group: &[Candidate], key: Key) -> Result<Key, Failure> {
+    fn key(&self, scope: &mut Scope<'_>, group: &[Answer], key: Key) -> Result<Key, Failure> {
         if self.choices.borrow().is_none() {
             *self.choices.borrow_mut() = Some(self.choose(scope)?);
         }
@@ -199,7 +219,7 @@ impl Map for Selection<'_> {
     fn map(
         &self,
         scope: &mut Scope<'_>,
-        tasks: &[Task<Candidate>],
+        tasks: &[Task<Answer>],
     ) -> Result<Vec<Outcome<Vec<Pair>>>, Failure> {
         let choices = self.choices.borrow();
         let choices = choices.as_ref().expect("keys come before rows");
@@ -215,6 +235,13 @@ impl Map for Selection<'_> {
                     class: *class,
                     reason: reason.clone(),
                 },
+                Some(Choice::Pairs(pairs)) if read_the_same(&task.rows, pairs)? => {
+                    Outcome::SetAside {
+                        id: prompt_id.clone(),
+                        class: RejectClass::Dropped,
+                        reason: "the best and the worst answer read the same".to_owned(),
+                    }
+                }
                 Some(Choice::Pairs(pairs)) => {
                     let prompt = scope.shelf.prompt_row(self.stage.prompts(), prompt_id)?;
                     let made = pairs.iter().map(|matched| {
@@ -240,8 +267,18 @@ impl Map for Selection<'_> {
     }
 }
 
+/// Whether every pair is of two equal texts, which teach nothing.
+fn read_the_same(group: &[Answer], pairs: &[Match]) -> Result<bool, Failure> {
+    for matched in pairs {
+        if answer(group, matched.chosen)?.text != answer(group, matched.rejected)?.text {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 /// The answer with a number among those of a prompt.
-fn answer(group: &[Candidate], number: i32) -> Result<&Candidate, Failure> {
+fn answer(group: &[Answer], number: i32) -> Result<&Answer, Failure> {
     let found = group.iter().find(|answer| answer.candidate == number);
     found.ok_or_else(|| {
         Failure::Other(format!(
@@ -254,7 +291,7 @@ fn answer(group: &[Candidate], number: i32) -> Result<&Candidate, Failure> {
 
 fn pair(
     row_key: String,
-    group: &[Candidate],
+    group: &[Answer],
     matched: Match,
     prompt: Prompt,
 ) -> Result<Pair, Failure> {

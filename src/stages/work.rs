@@ -363,6 +363,8 @@ pub trait MapWork {
     fn input(&self) -> &TableName;
     fn part_groups(&self) -> u32;
     fn schema(&self) -> SchemaRef;
+    /// The columns of the input that it reads.
+    fn reads(&self) -> SchemaRef;
 
     /// Makes a part. `rows` holds its groups one after another, `lengths` how many rows each has. Rows
     /// that are known by their group's key are taken over. Returns what came out, in the order of the
@@ -388,6 +390,10 @@ impl<M: Map> MapWork for M {
 
     fn schema(&self) -> SchemaRef {
         M::Out::schema()
+    }
+
+    fn reads(&self) -> SchemaRef {
+        M::In::schema()
     }
 
     fn make(

@@ -6,8 +6,8 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use ::parquet::arrow::ArrowWriter;
 use ::parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
+use ::parquet::arrow::{ArrowWriter, ProjectionMask};
 use ::parquet::basic::{Compression, ZstdLevel};
 use ::parquet::file::metadata::KeyValue;
 use ::parquet::file::properties::{EnabledStatistics, WriterProperties};
@@ -217,6 +217,8 @@ fn properties(schema: &SchemaRef, footer: &[(String, String)]) -> WriterProperti
 pub struct TableReader {
     files: std::vec::IntoIter<PathBuf>,
     current: Option<(PathBuf, ParquetRecordBatchReader)>,
+    /// The columns that are read; all, if it doesn't say.
+    columns: Option<SchemaRef>,
 }
 
 impl TableReader {
@@ -224,7 +226,27 @@ impl TableReader {
         Self {
             files: files.into_iter(),
             current: None,
+            columns: None,
         }
+    }
+
+    /// Reads only the columns of `columns`, by their names.
+    #[must_use]
+    pub fn only(mut self, columns: SchemaRef) -> Self {
+        self.columns = Some(columns);
+        self
+    }
+
+    fn open(&self, path: &Path) -> Result<ParquetRecordBatchReader, StoreError> {
+        let mut builder = open(path)?.with_batch_size(BATCH_ROWS);
+        if let Some(columns) = &self.columns {
+            let fields = builder.schema().fields().iter().enumerate();
+            let wanted = fields.filter(|(_, field)| columns.field_with_name(field.name()).is_ok());
+            let places: Vec<usize> = wanted.map(|(place, _)| place).collect();
+            let mask = ProjectionMask::roots(builder.parquet_schema(), places);
+            builder = builder.with_projection(mask);
+        }
+        builder.build().map_err(|error| parquet_error(path, error))
     }
 }
 
@@ -247,12 +269,7 @@ impl Iterator for TableReader {
                 }
             }
             let path = self.files.next()?;
-            match open(&path).and_then(|builder| {
-                builder
-                    .with_batch_size(BATCH_ROWS)
-                    .build()
-                    .map_err(|error| parquet_error(&path, error))
-            }) {
+            match self.open(&path) {
                 Ok(reader) => self.current = Some((path, reader)),
                 Err(error) => return Some(Err(error)),
             }
