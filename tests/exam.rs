@@ -10,7 +10,7 @@ use crate::scene::Scene;
 fn scene(exam: &str) -> Scene {
     let scene = Scene::new();
     let label = |number: usize| {
-        let longer = if number % 2 == 0 {
+        let longer = if number.is_multiple_of(2) {
             "a rather long one"
         } else {
             "short"

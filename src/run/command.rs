@@ -6,7 +6,7 @@
 use std::io::{BufRead as _, BufReader};
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::PathBuf;
-use std::process::{Child, ChildStdin, ChildStdout, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -115,17 +115,7 @@ impl Runner<'_> {
             Said::Line(line) => Some(line),
             _ => None,
         }));
-        let how = match (status.code(), status.signal()) {
-            (Some(0), _) => None,
-            (Some(code), _) => Some(format!("ended with exit code {code}")),
-            (None, signal) => Some(format!("was ended by signal {}", signal.unwrap_or(0))),
-        };
-        let problem = match (ended, how) {
-            (Ok(()), None) => None,
-            (Err(problem), _) if !problem.is_empty() => Some(problem),
-            (_, how) => how,
-        };
-        if let Some(problem) = problem {
+        if let Some(problem) = problem(ended, status) {
             let mut words = format!("`{}` {problem}", work.words.join(" "));
             for line in &last_words {
                 words.push_str("\n  ");
@@ -153,6 +143,19 @@ impl Runner<'_> {
             state: None,
         })?;
         self.finish(table, round, None, None)
+    }
+}
+
+/// What was wrong with how it ended, if anything was.
+fn problem(rows: Result<(), String>, status: ExitStatus) -> Option<String> {
+    match (rows, status.code()) {
+        (Err(problem), _) if !problem.is_empty() => Some(problem),
+        (_, Some(0)) => None,
+        (_, Some(code)) => Some(format!("ended with exit code {code}")),
+        (_, None) => {
+            let signal = status.signal().unwrap_or_default();
+            Some(format!("was ended by signal {signal}"))
+        }
     }
 }
 

@@ -46,7 +46,7 @@ enum Computed {
     End,
     /// It is there already.
     There,
-    Part(Parcel),
+    Part(Box<Parcel>),
 }
 
 /// A part that was computed and is not written.
@@ -143,7 +143,7 @@ impl Runner<'_> {
                 Computed::There => {}
                 Computed::Part(parcel) => {
                     let pen = Arc::clone(&pen);
-                    written = Some((parcel.done, thread::spawn(move || pen.write(parcel))));
+                    written = Some((parcel.done, thread::spawn(move || pen.write(*parcel))));
                 }
             }
         }
@@ -208,7 +208,7 @@ impl Runner<'_> {
             work.make(&mut scope, &rows, &lengths, mapping.base, &mut known)?;
         let has_telemetry = telemetry.prompts > 0;
         let row = || row_of(&telemetry, table, round, part, begun.elapsed());
-        Ok(Computed::Part(Parcel {
+        Ok(Computed::Part(Box::new(Parcel {
             part,
             groups: lengths.len() as u64,
             outcomes,
@@ -216,7 +216,7 @@ impl Runner<'_> {
             halvings: telemetry.halvings,
             took: took(begun, computed),
             done: mapping.done,
-        }))
+        })))
     }
 
     /// What decides a row beside its group: the stage's settings and models and, where it draws,
