@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The dataflow alone: 200,000 prompts through load, scripted sample, scripted score and select, k = 5.
-# Prints the run's own lines, then wall time and peak memory. usage: benches/dataflow.sh [PROMPTS]
+# Prints the run's own lines, then wall time and peak memory. usage: benches/dataflow.sh [PROMPTS [PROMPTS A PART]]
 set -eu
 count=${1:-200000}
+part=${2:-64}
 program=${PIPELINE:-${CARGO_TARGET_DIR:-$(dirname "$0")/../target}/debug/pipeline}
 program=$(realpath "$program")
 folder=$(mktemp -d)
@@ -16,15 +17,15 @@ rows = [dict(id=f"q{i}", prompt=question.format(i)) for i in range(int(sys.argv[
 json.dump(rows, open("prompts.json", "w"))
 PYTHON
 
-cat > dataflow.yaml <<'YAML'
+cat > dataflow.yaml <<YAML
 pipeline: dataflow
 models:
   policy: { scripted: { words: 60 } }
   judge: { scripted: {} }
 stages:
   prompts: { load_prompts: { from: prompts.json } }
-  candidates: { sample: { prompts: prompts, model: policy } }
-  rewards: { score: { candidates: candidates, judge: judge } }
+  candidates: { sample: { prompts: prompts, model: policy, part: $part } }
+  rewards: { score: { candidates: candidates, judge: judge, part: $part } }
   pairs: { select_extremes: { rewards: rewards } }
 YAML
 

@@ -266,6 +266,37 @@ fn a_lost_file_is_noticed_and_made_again() {
     assert_eq!(scene.tables("runs/scripted"), before);
 }
 
+/// A bit that has turned over leaves the size as it was. Whatever reads the file notices.
+#[test]
+fn a_flipped_bit_is_noticed_before_anything_is_made_from_it() {
+    let scene = Scene::new();
+    scene
+        .prompts(10)
+        .write("p.yaml", SCRIPTED)
+        .succeeds(&["run", "p.yaml"]);
+    let before = scene.tables("runs/scripted");
+    let run = ovchat::store::RunFolder::read(&scene.path("runs/scripted")).unwrap();
+    let file = run.files("candidates", Some(1)).remove(0);
+    let mut bytes = fs::read(&file).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(&file, &bytes).unwrap();
+    let set = [
+        "run",
+        "p.yaml",
+        "--set",
+        "stages.pairs.select_extremes.margin_min=0.01",
+    ];
+    let said = scene.pipeline(&set);
+    assert_eq!(said.code, Some(1), "{}", said.err);
+    let told = said.err.replace("\n  │ ", " ").replace("\n  | ", " ");
+    assert!(told.contains("is not what was written"), "{told}");
+    fs::remove_file(&file).unwrap();
+    scene.succeeds(&set);
+    scene.succeeds(&["run", "p.yaml"]);
+    assert_eq!(scene.tables("runs/scripted"), before);
+}
+
 #[test]
 fn a_spoiled_checkpoint_is_noticed_and_made_again() {
     let scene = Scene::new();

@@ -21,7 +21,7 @@ use super::{Runner, took};
 use crate::config::PlannedStage;
 use crate::run::{Start, Unit};
 use crate::stages::{Command, Failure};
-use crate::store::{Event, PartRecord, RunFolder, TableReader};
+use crate::store::{RunFolder, TableReader};
 
 /// Between two looks at whether the run was asked to stop.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
@@ -126,23 +126,8 @@ impl Runner<'_> {
         if done == 0 {
             writer.write_nothing()?;
         }
-        let part = PartRecord {
-            part: 0,
-            rows_in,
-            files: writer.finish()?,
-            rejects: Vec::new(),
-            telemetry: Vec::new(),
-            faults: 0,
-            dropped: 0,
-            took: Some(took(begun, done)),
-        };
-        self.folder.commit(Event::Part {
-            table: table.to_string(),
-            round,
-            part,
-            state: None,
-        })?;
-        self.finish(table, round, None, None)
+        let files = writer.finish()?;
+        self.finish_in_one(table, round, rows_in, files, took(begun, done))
     }
 }
 

@@ -11,7 +11,7 @@ use crate::config::PlannedStage;
 use crate::query::{self, QueryTable};
 use crate::run::{Start, Unit};
 use crate::stages::{Failure, Query};
-use crate::store::{Event, PartRecord, RunFolder, StoreError};
+use crate::store::{RunFolder, StoreError};
 
 impl Runner<'_> {
     pub(super) fn query(
@@ -84,23 +84,8 @@ impl Runner<'_> {
             // A table without rows still has columns, for those who query it.
             writer.write_nothing()?;
         }
-        let part = PartRecord {
-            part: 0,
-            rows_in,
-            files: writer.finish()?,
-            rejects: Vec::new(),
-            telemetry: Vec::new(),
-            faults: 0,
-            dropped: 0,
-            took: Some(took(begun, done)),
-        };
-        self.folder.commit(Event::Part {
-            table: table.to_string(),
-            round,
-            part,
-            state: None,
-        })?;
-        self.finish(table, round, None, None)
+        let files = writer.finish()?;
+        self.finish_in_one(table, round, rows_in, files, took(begun, done))
     }
 }
 

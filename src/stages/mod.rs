@@ -9,6 +9,7 @@
 
 mod formats;
 mod records;
+mod shelf;
 mod source;
 mod values;
 mod work;
@@ -241,6 +242,7 @@ pub trait Stage {
     fn work(&self) -> Work<'_>;
 }
 
+pub use shelf::Shelf;
 pub use work::*;
 
 /// Joins the path of the setting `field` to the folder at which it starts.

@@ -17,6 +17,13 @@ pub enum StoreError {
     /// The file is not the Parquet that was written.
     #[error("{} can't be read as Parquet: {problem}", path.display())]
     Parquet { path: PathBuf, problem: String },
+    /// The file is not the one that was written.
+    #[error(
+        "{} is not what was written: its SHA-256 is not the manifest's; a disk or another program has changed \
+         it. Remove it and run again: it is made again, and what was made from it is kept where it is the same",
+        path.display()
+    )]
+    Spoiled { path: PathBuf },
     #[error("{}: {misfit}", path.display())]
     Misfit { path: PathBuf, misfit: Misfit },
     /// Another process works on the run.

@@ -125,7 +125,8 @@ fn list(root: &Path, below: &Path, files: &mut Vec<PathBuf>) -> Result<(), Store
     Ok(())
 }
 
-fn hash_file(path: &Path) -> Result<String, StoreError> {
+/// SHA-256 of a file's content, in hex.
+pub fn hash_file(path: &Path) -> Result<String, StoreError> {
     let mut file = File::open(path).map_err(StoreError::io("read", path))?;
     let mut hasher = Sha256::new();
     let mut buffer = vec![0; 1 << 20];

@@ -18,7 +18,7 @@ mod parquet;
 
 pub use atomic::{copy_folder, create_folder, sync_folder, write_atomically, write_folder};
 pub use error::StoreError;
-pub use fingerprint::Fingerprints;
+pub use fingerprint::{Fingerprints, hash_file};
 pub use folder::{RunFolder, files_in};
 pub use images::Images;
 pub use key::{Key, digest};
