@@ -33,7 +33,7 @@ mod schema;
 
 pub use complaint::{At, Complaint, Complaints, Gravity, Look};
 pub use expectation::{Expectation, Otherwise};
-pub use pipeline::{Chart, KeepImages, PipelineName, Rounds, Share, View};
+pub use pipeline::{Chart, KeepImages, PipelineName, Rounds, View};
 pub use plan::{Plan, PlannedStage};
 pub use reference::{EnvReference, Secrets};
 pub use schema::{pipeline_schema, table_schema};

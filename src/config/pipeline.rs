@@ -16,7 +16,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use super::expectation::Expectation;
 use super::reference::Variable;
 use super::source::KeyPath;
-use crate::models::ModelSpec;
+use crate::models::{ModelSpec, Share};
 use crate::stages::{ModelName, StageSpec, TableName};
 
 /// A pipeline: tables, each made by one verb, and the models that the verbs use.
@@ -61,7 +61,7 @@ pub struct Written {
     #[schemars(default, with = "BTreeMap<TableName, Expectation>")]
     pub expect: Vec<Entry<TableName, Expectation>>,
     /// The share of a stage's rows that may be faulty before the run stops, from 0 to 1.
-    #[schemars(default)]
+    #[schemars(default = "one_percent")]
     pub reject_share_max: Share,
     /// Whether the run's `images` table holds the pictures or only where they lie.
     #[schemars(default)]
@@ -236,39 +236,9 @@ impl From<PipelineName> for String {
     }
 }
 
-/// A share, from 0 to 1.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(try_from = "f64", into = "f64")]
-pub struct Share(#[schemars(range(min = 0, max = 1))] f64);
-
-impl Share {
-    pub fn get(self) -> f64 {
-        self.0
-    }
-}
-
-impl Default for Share {
-    fn default() -> Self {
-        Self(0.01)
-    }
-}
-
-impl TryFrom<f64> for Share {
-    type Error = String;
-
-    fn try_from(share: f64) -> Result<Self, String> {
-        if (0.0..=1.0).contains(&share) {
-            Ok(Self(share))
-        } else {
-            Err(format!("{share} is not a share from 0 to 1"))
-        }
-    }
-}
-
-impl From<Share> for f64 {
-    fn from(share: Share) -> f64 {
-        share.0
-    }
+/// The default of `reject_share_max`.
+pub fn one_percent() -> Share {
+    Share::try_from(0.01).expect("it is from 0 to 1")
 }
 
 /// What the `images` table of a run keeps of a picture.

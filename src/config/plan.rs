@@ -14,10 +14,10 @@ use serde_json::{Value, json};
 use super::complaint::{At, Complaint, Sources};
 use super::expectation::Expectation;
 use super::lineage::{Draft, Lineage};
-use super::pipeline::{KeepImages, PipelineName, Share, View, Written};
+use super::pipeline::{KeepImages, PipelineName, View, Written};
 use super::reference::{EnvReference, Secrets};
 use super::source::{KeyPath, Place, Step};
-use crate::models::ModelSpec;
+use crate::models::{ModelSpec, Share};
 use crate::stages::{AFTER, ModelName, StageSpec, TableName};
 
 /// A pipeline as meant.

@@ -12,7 +12,7 @@ use serde_yaml::with::singleton_map_recursive;
 use super::complaint::{At, Complaint};
 use super::guess::guess;
 use super::node::Node;
-use super::pipeline::{Entry, FIELDS, PipelineName, Written};
+use super::pipeline::{Entry, FIELDS, PipelineName, Written, one_percent};
 use super::reference::{Environment, Replacer, Secrets, Variable};
 use super::source::{KeyPath, Step};
 use super::words::{Subject, listed, reword};
@@ -55,7 +55,9 @@ pub fn read(tree: Node, environment: Environment<'_>) -> (Written, Secrets, Vec<
         evaluate: reader.entries(&tree, "evaluate", "verb"),
         report: reader.named(&tree, "report", "`name: { query: … }`"),
         expect: reader.named(&tree, "expect", "`name: { table: …, query: … }`"),
-        reject_share_max: reader.field(&tree, "reject_share_max").unwrap_or_default(),
+        reject_share_max: reader
+            .field(&tree, "reject_share_max")
+            .unwrap_or_else(one_percent),
         keep_images: reader.field(&tree, "keep_images").unwrap_or_default(),
     };
     (written, reader.secrets, reader.complaints)

@@ -13,8 +13,8 @@ mod types;
 
 pub use hub::Repository;
 pub use spec::{
-    DeviceSpec, Dtype, Exam, Fraction, Gigabytes, Golden, LlavaOnevision, LlavaRlhf, ModelSpec,
-    Scripted,
+    DeviceSpec, Dtype, Exam, Gigabytes, Golden, LlavaOnevision, LlavaRlhf, ModelSpec, Scripted,
+    Share,
 };
 pub use training::{
     Answer, Checkpointing, DpoReport, DpoSettings, Example, Learned, Lesson, LoraSettings, Loss,

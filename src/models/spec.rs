@@ -82,11 +82,11 @@ pub struct Exam {
     #[serde(default)]
     pub images: Option<PathBuf>,
     /// The least share of the labels that it must agree with.
-    pub accuracy_min: Fraction,
+    pub accuracy_min: Share,
     /// The most that its margins may correlate (Pearson, either way) with how much longer, in
     /// characters, the preferred answer is.
     #[serde(default)]
-    pub length_correlation_max: Option<Fraction>,
+    pub length_correlation_max: Option<Share>,
     /// A label whose reward is known.
     #[serde(default)]
     pub golden: Option<Golden>,
@@ -111,32 +111,39 @@ impl Golden {
     }
 }
 
-/// A part of a whole, from 0 to 1.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
+/// A share, from 0 to 1.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, PartialOrd, Serialize, Deserialize, JsonSchema,
+)]
 #[serde(try_from = "f64", into = "f64")]
-pub struct Fraction(#[schemars(range(min = 0, max = 1))] f64);
+pub struct Share(#[schemars(range(min = 0, max = 1))] f64);
 
-impl Fraction {
+impl Share {
     pub fn get(self) -> f64 {
         self.0
     }
+
+    /// Whether it says nothing.
+    pub fn is_zero(&self) -> bool {
+        self.0 == 0.0
+    }
 }
 
-impl TryFrom<f64> for Fraction {
+impl TryFrom<f64> for Share {
     type Error = String;
 
-    fn try_from(fraction: f64) -> Result<Self, String> {
-        if (0.0..=1.0).contains(&fraction) {
-            Ok(Self(fraction))
+    fn try_from(share: f64) -> Result<Self, String> {
+        if (0.0..=1.0).contains(&share) {
+            Ok(Self(share))
         } else {
-            Err(format!("{fraction} is not from 0 to 1"))
+            Err(format!("{share} is not from 0 to 1"))
         }
     }
 }
 
-impl From<Fraction> for f64 {
-    fn from(fraction: Fraction) -> f64 {
-        fraction.0
+impl From<Share> for f64 {
+    fn from(share: Share) -> f64 {
+        share.0
     }
 }
 

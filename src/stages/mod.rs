@@ -44,11 +44,12 @@ pub use selection::Pairs;
 pub use sql::Sql;
 pub use training::AFTER;
 
+pub use crate::models::Share;
 pub use train_dpo::TrainDpo;
 pub use train_reward::TrainReward;
 pub use train_sft::TrainSft;
 pub use values::{
-    ModelName, NonNegative, Positive, Probability, Share, StopString, TableName, Temperature,
+    ModelName, NonNegative, Positive, Probability, StopString, TableName, Temperature,
 };
 
 use std::path::{Path, PathBuf};

@@ -56,11 +56,6 @@ bounded!(
     {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
 );
 bounded!(
-    /// A share, from 0 to 1.
-    Share, |value| (0.0..=1.0).contains(&value), "from 0 to 1",
-    {"type": "number", "minimum": 0, "maximum": 1}
-);
-bounded!(
     /// A number above 0.
     Positive, |value| value > 0.0 && value.is_finite(), "above 0",
     {"type": "number", "exclusiveMinimum": 0}
@@ -70,19 +65,6 @@ bounded!(
     NonNegative, |value| value >= 0.0 && value.is_finite(), "0 or more",
     {"type": "number", "minimum": 0}
 );
-
-impl Default for Share {
-    fn default() -> Self {
-        Self(0.0)
-    }
-}
-
-impl Share {
-    /// Whether it says nothing.
-    pub fn is_zero(&self) -> bool {
-        self.0 == 0.0
-    }
-}
 
 /// A text that ends answers; not empty.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
