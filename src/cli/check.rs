@@ -1,14 +1,14 @@
 //! `pipeline check` and `pipeline plan`: is the pipeline right, and what does it mean?
 
-use std::io::IsTerminal;
 use std::path::PathBuf;
 
 use clap::Args;
 use serde_json::{Value, json};
 
+use super::file::{PipelineFile, folder_of, warn};
 use super::out::line;
 use super::{Failed, engine, forecast, memory, tokens};
-use crate::config::{Complaint, LoadError, Look, Plan, PlannedStage, load};
+use crate::config::{Complaint, LoadError, Plan, PlannedStage, load};
 use crate::models::{ModelLoader, ModelSpec};
 use crate::run;
 
@@ -45,16 +45,6 @@ pub struct ShowPlan {
     json: bool,
 }
 
-/// A pipeline file and changes to it.
-#[derive(Args)]
-pub struct PipelineFile {
-    /// The pipeline file.
-    pub file: PathBuf,
-    /// Change a value: --set stages.pairs.select_extremes.margin_min=0.1 (may be given again).
-    #[arg(long = "set", value_name = "PATH=VALUE")]
-    pub sets: Vec<String>,
-}
-
 impl Check {
     pub fn run(&self) -> Result<(), Failed> {
         let loaded = load(&self.file.file, &self.file.sets, self.offline);
@@ -86,7 +76,7 @@ impl Check {
 impl ShowPlan {
     pub fn run(&self, loader: Option<&dyn ModelLoader>) -> Result<(), Failed> {
         let plan = load(&self.file.file, &self.file.sets, false)?;
-        let folder = super::run::folder_of(&plan, self.folder.as_deref());
+        let folder = folder_of(&plan, self.folder.as_deref());
         // The precision that models compute in takes part in keys, and only the engine knows it.
         let has_networks = plan.models.values().any(ModelSpec::needs_torch);
         if loader.is_none() && has_networks && folder.join("manifest.json").exists() {
@@ -110,14 +100,6 @@ impl ShowPlan {
         line(text.trim_end())?;
         warn(&plan);
         Ok(())
-    }
-}
-
-/// Prints what is perhaps not meant.
-pub fn warn(plan: &Plan) {
-    let look = Look::detect(std::io::stderr().is_terminal());
-    for warning in &plan.warnings {
-        eprint!("{}", warning.render(look));
     }
 }
 

@@ -9,6 +9,7 @@ mod diff;
 mod doctor;
 mod engine;
 mod export;
+mod file;
 mod forecast;
 mod fork;
 mod gc;

@@ -1,12 +1,12 @@
 //! `pipeline run`.
 
 use std::io::IsTerminal;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::Args;
 use serde_json::json;
 
-use super::check::{PipelineFile, warn};
+use super::file::{PipelineFile, folder_of, warn};
 use super::log::{self, JsonLog};
 use super::progress::Progress;
 use super::{Failed, engine, report};
@@ -183,14 +183,6 @@ fn in_json(
             );
             Err(Failed::Code(1))
         }
-    }
-}
-
-/// The folder of a plan's run, unless another is given.
-pub fn folder_of(plan: &Plan, given: Option<&Path>) -> PathBuf {
-    match given {
-        Some(folder) => folder.to_owned(),
-        None => PathBuf::from("runs").join(plan.pipeline.as_str()),
     }
 }
 
