@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::symlink;
+use std::path::PathBuf;
 
 use ovchat::tables::{Prompt, Reject};
 
@@ -244,16 +245,22 @@ fn a_folder_that_is_no_folder_of_this_run_is_refused() {
     );
 }
 
-#[test]
-fn a_lost_file_is_noticed_and_made_again() {
+/// A finished run, and the file of a table in its first round.
+fn finished(table: &str) -> (Scene, PathBuf) {
     let scene = Scene::new();
     scene
         .prompts(10)
         .write("p.yaml", SCRIPTED)
         .succeeds(&["run", "p.yaml"]);
-    let before = scene.tables("runs/scripted");
     let run = ovchat::store::RunFolder::read(&scene.path("runs/scripted")).unwrap();
-    let file = run.files("rewards", Some(1)).remove(0);
+    let file = run.files(table, Some(1)).remove(0);
+    (scene, file)
+}
+
+#[test]
+fn a_lost_file_is_noticed_and_made_again() {
+    let (scene, file) = finished("rewards");
+    let before = scene.tables("runs/scripted");
     let bytes = fs::read(&file).unwrap();
     fs::write(&file, &bytes[..bytes.len() - 10]).unwrap();
     let said = scene.succeeds(&["run", "p.yaml"]);
@@ -269,14 +276,8 @@ fn a_lost_file_is_noticed_and_made_again() {
 /// A bit that has turned over leaves the size as it was. Whatever reads the file notices.
 #[test]
 fn a_flipped_bit_is_noticed_before_anything_is_made_from_it() {
-    let scene = Scene::new();
-    scene
-        .prompts(10)
-        .write("p.yaml", SCRIPTED)
-        .succeeds(&["run", "p.yaml"]);
+    let (scene, file) = finished("candidates");
     let before = scene.tables("runs/scripted");
-    let run = ovchat::store::RunFolder::read(&scene.path("runs/scripted")).unwrap();
-    let file = run.files("candidates", Some(1)).remove(0);
     let mut bytes = fs::read(&file).unwrap();
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;

@@ -70,7 +70,10 @@ impl Gc {
             return Ok(());
         }
         let pipeline = run.manifest().pipeline.clone();
-        let (mut run, _) = RunFolder::open(&folder, &pipeline)?;
+        let (mut run, lost) = RunFolder::open(&folder, &pipeline)?;
+        for table in lost {
+            eprintln!("files of `{table}` are missing or spoiled; the next run makes them again");
+        }
         let gone = run.forget_parked()?.len();
         eprintln!("{gone} tables removed");
         Ok(())

@@ -69,8 +69,8 @@ impl Runner<'_> {
             .find(work.input.as_str(), input_round);
         let rows_in = made.map_or(0, crate::store::Made::rows);
 
-        let mut child = start(work, round)?;
-        let said = listen(&mut child, files, input_schema);
+        let mut child = Running(start(work, round)?);
+        let said = listen(&mut child.0, files, input_schema);
         let stem = RunFolder::table_folder(table.as_str(), round);
         let mut writer = self.writer(&format!("{stem}/part-00000"), &stage.schema, Some(&key));
         let mut done = 0;
@@ -78,7 +78,6 @@ impl Runner<'_> {
         let program = &work.words[0];
         let ended = loop {
             if self.interrupt.raised() {
-                end(&mut child);
                 return Err(Failure::Interrupted);
             }
             match said.recv_timeout(LOOK_EVERY) {
@@ -104,10 +103,11 @@ impl Runner<'_> {
         };
         if ended.is_err() {
             // It may go on writing what nobody reads.
-            let stopped = child.kill();
+            let stopped = child.0.kill();
             drop(stopped);
         }
         let status = child
+            .0
             .wait()
             .map_err(|error| Failure::Other(format!("`{program}`: {error}")))?;
         // What it said last may have come behind its rows.
@@ -177,11 +177,15 @@ fn start(work: &Command<'_>, round: Option<u32>) -> Result<Child, Failure> {
     })
 }
 
-/// Ends a program that is not wanted any more.
-fn end(child: &mut Child) {
-    // It may have ended by itself.
-    let ended = child.kill().and_then(|()| child.wait());
-    drop(ended);
+/// The program while it runs: ended when it is not wanted any more, whatever the reason.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let ended = self.0.kill().and_then(|()| self.0.wait());
+        drop(ended);
+    }
 }
 
 /// Feeds the program and listens to it.

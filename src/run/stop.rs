@@ -1,7 +1,5 @@
 //! Whether a round was the last one.
 
-use std::collections::BTreeMap;
-
 use arrow::array::{Array, AsArray};
 
 use super::Runner;
@@ -15,7 +13,7 @@ pub fn ends(plan: &Plan, folder: &RunFolder, round: u32) -> Result<bool, Failure
     let Some(sql) = &plan.stop_when else {
         return Ok(false);
     };
-    let mut tables: BTreeMap<&str, QueryTable> = BTreeMap::new();
+    let mut tables = Vec::new();
     for stage in plan.all() {
         let made = folder.manifest().made.iter();
         let mut files: Vec<_> = made
@@ -24,15 +22,13 @@ pub fn ends(plan: &Plan, folder: &RunFolder, round: u32) -> Result<bool, Failure
             .map(|made| (made.round, folder.files(&made.table, made.round)))
             .collect();
         files.sort_by_key(|(round, _)| *round);
-        let table = QueryTable {
+        tables.push(QueryTable {
             name: stage.name.to_string(),
             schema: stage.schema.clone(),
             files,
             with_round: !stage.is_static,
-        };
-        tables.insert(stage.name.as_str(), table);
+        });
     }
-    let tables: Vec<QueryTable> = tables.into_values().collect();
     let params = [("round", Param::Integer(round.into()))];
     let mut answers = Vec::new();
     query::run(
