@@ -156,6 +156,7 @@ fn a_prompt_longer_than_the_context_is_set_aside_before_the_model_opens() {
     let options = ovchat::run::Options {
         folder: scene.path("runs/scripted"),
         until: Some("answers".to_owned().try_into().unwrap()),
+        rates: None,
     };
     let interrupt = ovchat::run::Interrupt::default();
     ovchat::run::run(&plan, &options, None, &mut Quiet, &interrupt).unwrap();

@@ -106,6 +106,30 @@ fn telemetry_shows_what_was_shared() {
         .succeeds(&[&["plan", "p.yaml"], &context[..]].concat())
         .out;
     assert!(long.contains("8 leave no room for 2047 more"), "{long}");
+    // So does what that takes here, and what has no room is refused before it runs.
+    let memory = plan["memory"].as_array().unwrap();
+    let sampling = &memory[0];
+    assert_eq!(sampling["device"], "cpu");
+    let longest = counted["longest_id"].as_str().unwrap();
+    assert!(sampling["worst"].as_str().unwrap().contains(longest));
+    let bytes = |name: &str| sampling[name].as_u64().unwrap();
+    assert!(bytes("peak") < bytes("host") && bytes("peak") < bytes("room"));
+    let peak: u64 =
+        sql("select max(peak_memory) as peak from telemetry where stage = 'candidates'")
+            .lines()
+            .nth(1)
+            .and_then(|line| line.parse().ok())
+            .unwrap();
+    assert!(
+        (bytes("host") / 3..bytes("host") * 3).contains(&peak),
+        "{peak} beside {sampling}"
+    );
+    let small = "models.policy.llava_onevision.memory_gb=0.005";
+    let refused = scene.pipeline(&["plan", "p.yaml", "--set", small]);
+    assert_eq!(refused.code, Some(2), "{}", refused.err);
+    let title = "`steps` does not fit into the memory here";
+    assert!(refused.err.contains(title), "{}", refused.err);
+    assert!(refused.err.contains("adamw_8bit"), "{}", refused.err);
     scene.succeeds(&[
         "run",
         "p.yaml",

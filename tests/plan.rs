@@ -37,6 +37,12 @@ fn a_plan_says_what_is_made_and_why_and_it_happens_so() {
     scene.succeeds(&["run", "p.yaml"]);
     let done = planned(&scene, &[]);
     assert_eq!(those(&done, "reuse"), done.len());
+    // A run that was never made takes about as long as such rows took here before.
+    let other = planned(&scene, &["--run", "runs/other"]);
+    let candidates = &other["candidates 1"];
+    assert_eq!(candidates["plan"], "make");
+    assert!(candidates["seconds"].as_f64().unwrap() > 0.0);
+    assert!(candidates["bytes"].as_u64().unwrap() > 0);
 
     // One setting: what reads its table is made again, with the setting's line.
     let changed = SCRIPTED.replace("judge, part: 5 }", "judge, part: 5 }\n  # a remark");

@@ -5,7 +5,7 @@ use std::path::Path;
 use ovchat::models::scripted::{ScriptedJudge, ScriptedLearner, ScriptedPolicy};
 use ovchat::models::{
     DpoLearner, DpoSettings, Dtype, Finding, Judge, Layout, ModelError, ModelLoader, ModelSpec,
-    Opened, Policy, RewardLearner, RewardSettings, Scripted, SftLearner, SftSettings,
+    Opened, Policy, RewardLearner, RewardSettings, Room, Scripted, SftLearner, SftSettings,
 };
 use ovchat::run::{Interrupt, Options, run};
 use ovchat::tables::{DpoStep, Pair, Reference};
@@ -51,6 +51,9 @@ impl ModelLoader for Doubles {
     fn precision(&self, _: &ModelSpec) -> Result<Dtype, ModelError> {
         Ok(self.0)
     }
+    fn room(&self, _: &ModelSpec) -> Result<Option<Room>, ModelError> {
+        Ok(None)
+    }
     fn rewrite(
         &self,
         _: &Path,
@@ -83,6 +86,7 @@ fn trained_with(settings: &str, precision: Dtype) -> (Scene, Result<(), String>)
     let options = Options {
         folder: scene.path("runs/scripted"),
         until: Some("steps".to_owned().try_into().unwrap()),
+        rates: None,
     };
     let doubles = Doubles(precision);
     let interrupt = Interrupt::default();

@@ -57,6 +57,7 @@ impl Scene {
         command
             .args(arguments)
             .current_dir(self.folder.path())
+            .env("XDG_CACHE_HOME", self.path("cache"))
             .env("NO_COLOR", "1");
         command
     }

@@ -1,16 +1,19 @@
 //! `pipeline check` and `pipeline plan`: is the pipeline right, and what does it mean?
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 
 use clap::Args;
 use serde_json::{Value, json};
 
 use super::file::{PipelineFile, folder_of, warn};
+use super::memory::Taken;
 use super::out::line;
 use super::{Failed, engine, forecast, memory, tokens};
-use crate::config::{Complaint, LoadError, Plan, PlannedStage, load};
+use crate::config::{Complaint, LoadError, Look, Plan, PlannedStage, load};
 use crate::models::{ModelLoader, ModelSpec};
 use crate::run;
+use crate::store::Rates;
 
 /// Says everything that is wrong with a pipeline, before anything runs.
 #[derive(Args)]
@@ -77,30 +80,52 @@ impl ShowPlan {
     pub fn run(&self, loader: Option<&dyn ModelLoader>) -> Result<(), Failed> {
         let plan = load(&self.file.file, &self.file.sets, false)?;
         let folder = folder_of(&plan, self.folder.as_deref());
-        // The precision that models compute in takes part in keys, and only the engine knows it.
+        // The precision that models compute in takes part in keys, and only the engine knows it; it
+        // knows this machine's devices, too. Without one a plan is shown as far as it goes.
         let has_networks = plan.models.values().any(ModelSpec::needs_torch);
-        if loader.is_none() && has_networks && folder.join("manifest.json").exists() {
+        if loader.is_none()
+            && has_networks
+            && (folder.join("manifest.json").exists() || engine::path().is_ok())
+        {
             return Err(engine::become_it());
         }
-        let forecasts = run::forecast(&plan, &folder, loader)
-            .map_err(|failure| Failed::Words(plan.secrets.hide(&failure.to_string())))?;
+        let forecasts =
+            run::forecast(&plan, &folder, loader, &Rates::open(Rates::usual_place()))
+                .map_err(|failure| Failed::Words(plan.secrets.hide(&failure.to_string())))?;
         let tokens = tokens::count(&plan, &folder)?;
+        let taken = memory::of_plan(&plan, &tokens, loader)
+            .map_err(|error| Failed::Words(plan.secrets.hide(&error.to_string())))?;
         if self.json {
             let mut json = to_json(&plan);
             json["tokens"] = tokens::to_json(&tokens);
+            json["memory"] = memory::to_json(&taken);
             json["run"] = json!(folder);
             json["tables"] = forecast::to_json(&plan, &forecasts);
-            return line(format_args!("{json:#}"));
+            line(format_args!("{json:#}"))?;
+            return refuse(&plan, &taken);
         }
         let mut text = String::new();
         plan.render(&mut text).expect("a string takes any text");
-        text.push_str(&memory::render(&plan));
+        text.push_str(&memory::render(&taken));
         text.push_str(&tokens::render(&tokens));
         text.push_str(&forecast::render(&plan, &folder, &forecasts));
         line(text.trim_end())?;
         warn(&plan);
-        Ok(())
+        refuse(&plan, &taken)
     }
+}
+
+/// Fails where something has no room on this machine.
+fn refuse(plan: &Plan, taken: &[Taken]) -> Result<(), Failed> {
+    let refusals = memory::refusals(plan, taken);
+    if refusals.is_empty() {
+        return Ok(());
+    }
+    let look = Look::detect(std::io::stderr().is_terminal());
+    for refusal in refusals {
+        eprint!("{}", refusal.render(look));
+    }
+    Err(Failed::Code(2))
 }
 
 fn to_json(plan: &Plan) -> Value {

@@ -74,16 +74,16 @@ pub fn render(plan: &Plan, folder: &Path, forecasts: &[Forecast]) -> String {
     match to_make as u32 - unknown {
         0 => writeln!(
             text,
-            "; how long they take is known once this run has made them for the first time"
+            "; how long they take is known once such rows were made on this machine"
         ),
         _ if unknown == 0 => writeln!(
             text,
-            ", about {seconds} and {disk}, by what they took in this run before"
+            ", about {seconds} and {disk} by what such rows took on this machine before"
         ),
         _ => writeln!(
             text,
-            ", about {seconds} and {disk} by what they took in this run before, and {unknown} \
-             that it has never made"
+            ", about {seconds} and {disk} by what such rows took on this machine before, and {unknown} \
+             that were never made here"
         ),
     }
     .expect(ANY_TEXT);

@@ -14,7 +14,7 @@ use crate::config::{At, Complaint, KeyPath, LoadError, Look, Plan, load};
 use crate::models::ModelLoader;
 use crate::run::{Interrupt, Options, RunError, Summary, run};
 use crate::stages::{Failure, TableName};
-use crate::store::RunFolder;
+use crate::store::{Rates, RunFolder};
 
 /// Runs a pipeline, or goes on with a run that was stopped; what is done is not done again.
 #[derive(Args)]
@@ -77,7 +77,11 @@ impl Run {
                 }
             }
         }
-        let options = Options { folder, until };
+        let options = Options {
+            folder,
+            until,
+            rates: Rates::usual_place(),
+        };
         let interrupt = Interrupt::listen()
             .map_err(|error| Failed::Words(format!("cannot listen to signals: {error}")))?;
         match self.log {

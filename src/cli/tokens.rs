@@ -117,6 +117,21 @@ pub fn count(plan: &Plan, folder: &Path) -> Result<Vec<Tokens>, Failed> {
 }
 
 impl Tokens {
+    /// Whether they are of the prompts that this stage answers.
+    pub fn is_of(&self, stage: &str) -> bool {
+        self.stage == stage
+    }
+
+    pub fn longest(&self) -> usize {
+        self.longest
+    }
+
+    /// The prompt that takes most, in words.
+    pub fn worst(&self) -> String {
+        let (id, tokens) = (&self.longest_id, self.longest);
+        format!("the longest prompt is `{id}` with {tokens} tokens")
+    }
+
     fn add(&mut self, count: usize, id: &str) {
         self.prompts += 1;
         self.sum += count;

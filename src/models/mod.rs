@@ -26,5 +26,5 @@ pub use traits::{
     RewardLearner, RowFault, Severity, SftLearner,
 };
 pub use types::{
-    Generation, Group, Layout, Picture, Prompt, Role, Sampling, Score, Stop, Telemetry, Turn,
+    Generation, Group, Layout, Picture, Prompt, Role, Room, Sampling, Score, Stop, Telemetry, Turn,
 };

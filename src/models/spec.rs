@@ -327,6 +327,17 @@ impl ModelSpec {
         }
     }
 
+    /// The files that say how large the network is.
+    pub fn configs(&self) -> Vec<PathBuf> {
+        let folders: &[&Path] = match self {
+            Self::LlavaOnevision(model) => &[&model.weights],
+            Self::LlavaRlhf(model) => &[&model.base, &model.vision],
+            Self::Scripted(_) => &[],
+        };
+        let config = |folder: &&Path| folder.join("config.json");
+        folders.iter().map(config).collect()
+    }
+
     /// What it must show before it scores.
     pub fn exam(&self) -> Option<&Exam> {
         match self {

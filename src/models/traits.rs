@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::{
     DpoReport, DpoSettings, Dtype, Example, Generation, Group, Layout, Lesson, ModelSpec, Prompt,
-    RewardReport, RewardSettings, Sampling, Score, SftReport, SftSettings, Telemetry,
+    RewardReport, RewardSettings, Room, Sampling, Score, SftReport, SftSettings, Telemetry,
 };
 
 /// Takes the result or the fault of row `index` of the call, in any order; `Break` means stop early.
@@ -148,6 +148,9 @@ pub trait ModelLoader {
     /// The precision that the model's `device` and `dtype` mean here. It takes part in keys: rows in
     /// bfloat16 and rows in float32 are not the same rows.
     fn precision(&self, spec: &ModelSpec) -> Result<Dtype, ModelError>;
+    /// Where the model computes here, and what memory it may take there; `None` for a model that takes
+    /// none worth telling.
+    fn room(&self, spec: &ModelSpec) -> Result<Option<Room>, ModelError>;
     /// Writes the policy in the folder `weights` into the new folder `to`: with an adapter added to
     /// it, for programs that know no adapters, or laid out for another program, or both.
     fn rewrite(

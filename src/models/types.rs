@@ -20,6 +20,15 @@ pub enum Layout {
     LlavaNext,
 }
 
+/// Where a model computes, and what it may take there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Room {
+    /// On a GPU; else in the memory of the machine.
+    pub on_gpu: bool,
+    /// Bytes that weights and what is computed at once may take.
+    pub bytes: u64,
+}
+
 /// Who speaks in a turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {

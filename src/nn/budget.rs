@@ -12,11 +12,7 @@ use tch::Device;
 use super::chain::Keep;
 use super::device;
 use crate::models::{Checkpointing, Gigabytes, RowFault};
-use crate::prep::{Sizes, TrainingSizes};
-
-/// Tokens that are read at once in training, unless one row alone has more: small products keep no
-/// processor busy, and the activations of these few are no more than those of one large picture.
-pub const PACK_TOKENS_MAX: usize = 2048;
+use crate::prep::{AtOnce, PACK_TOKENS_MAX, Sizes, TrainingSizes};
 
 /// How much is computed at once in sampling or scoring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,21 +33,17 @@ pub struct Budget {
 impl Budget {
     /// What fits into the memory that may be taken: `asked` for, or else what [`device::memory`] says.
     pub fn plan(asked: Option<Gigabytes>, device: Device, sizes: Sizes) -> Self {
-        let memory = asked.map_or_else(|| device::memory(device), Gigabytes::bytes);
-        let (rows, read_tokens) = match device {
-            Device::Cpu => (64, 2048),
-            _ => (256, 8192),
-        };
-        let beside_weights = memory.saturating_sub(sizes.weights);
-        // Rows may take a quarter; no fewer than those of one prompt go in any case.
-        let rows = rows.min(beside_weights / 4 / sizes.row.max(1)).max(1);
-        let working = rows * sizes.row + read_tokens * sizes.read;
-        let tokens = beside_weights.saturating_sub(working) / sizes.token.max(1);
+        let room = device::room(asked, device);
+        let AtOnce {
+            rows,
+            tokens,
+            read_tokens,
+        } = AtOnce::in_room(room, sizes);
         Self {
-            rows: rows as usize,
-            tokens: tokens as usize,
-            read_tokens: read_tokens as usize,
-            memory,
+            rows,
+            tokens,
+            read_tokens,
+            memory: room.bytes,
             sizes,
             halvings: 0,
         }
@@ -126,7 +118,7 @@ impl TrainingBudget {
         sizes: TrainingSizes,
         checkpointing: Checkpointing,
     ) -> Result<Self, String> {
-        let memory = asked.map_or_else(|| device::memory(device), Gigabytes::bytes);
+        let memory = device::room(asked, device).bytes;
         if sizes.state() > memory {
             return Err(format!(
                 "training takes {} for weights, {} for gradients and {} for the optimizer's moments, \
@@ -147,8 +139,7 @@ impl TrainingBudget {
 
     /// What is remembered of a pass over so many tokens and tiles.
     pub fn keep(&self, tokens: usize, tiles: usize) -> Keep {
-        let needed = self.sizes.state() + self.sizes.remembered(tokens, tiles);
-        let fits = needed <= self.memory;
+        let fits = self.sizes.has_room(self.memory, tokens, tiles);
         match self.checkpointing {
             Checkpointing::Never => Keep::Everything,
             Checkpointing::Auto if fits => Keep::Everything,

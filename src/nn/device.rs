@@ -12,7 +12,7 @@ use std::sync::OnceLock;
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 use tch::{Cuda, Device, Kind, TchError};
 
-use crate::models::{DeviceSpec, Dtype, Finding, ModelError, Severity};
+use crate::models::{DeviceSpec, Dtype, Finding, Gigabytes, ModelError, Room, Severity};
 
 /// The most threads that a computation on the CPU is spread over. The matrices of one prompt keep
 /// no more busy, and a run is repeated to the bit only with the same number.
@@ -82,6 +82,15 @@ pub fn memory(device: Device) -> u64 {
     match device {
         Device::Cuda(index) => cuda_memory(index).map_or(UNKNOWN_MEMORY, |total| total / 10 * 9),
         _ => machine_memory() / 2,
+    }
+}
+
+/// Where a model computes on this device, and what it may take there: `asked` for, or else what
+/// [`memory`] says.
+pub fn room(asked: Option<Gigabytes>, device: Device) -> Room {
+    Room {
+        on_gpu: device != Device::Cpu,
+        bytes: asked.map_or_else(|| memory(device), Gigabytes::bytes),
     }
 }
 

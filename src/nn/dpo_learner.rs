@@ -19,7 +19,7 @@ use rayon::prelude::*;
 use tch::{Device, Kind};
 
 use self::pass::{Counting, Pass, Tokens, measure, prepare};
-use super::budget::{PACK_TOKENS_MAX, TrainingBudget, packs};
+use super::budget::{TrainingBudget, packs};
 use super::chain::Keep;
 use super::checkpoint::{Checkpoint, Parts, Purpose, Reader};
 use super::device;
@@ -35,7 +35,9 @@ use crate::models::{
     self, DpoLearner, DpoReport, DpoSettings, Example, Learner, LoraSettings, Loss, ModelError,
     Objective, Part, Trained,
 };
-use crate::prep::{AdapterCard, OnevisionCard, PolicyPrep, TrainingSizes, part_of};
+use crate::prep::{
+    AdapterCard, OnevisionCard, PACK_TOKENS_MAX, PolicyPrep, TrainingSizes, part_of,
+};
 
 /// Pairs whose pictures are decoded and cut before the first of them is read.
 const PREPARED_MAX: usize = 8;

@@ -52,7 +52,7 @@ use self::reward_learner::LlavaRewards;
 use self::sft_learner::{LlavaStudent, OnevisionStudent, Sft};
 use crate::models::{
     DpoLearner, DpoSettings, Dtype, Finding, Judge, Layout, ModelError, ModelLoader, ModelSpec,
-    Opened, Policy, RewardLearner, RewardSettings, SftLearner, SftSettings,
+    Opened, Policy, RewardLearner, RewardSettings, Room, SftLearner, SftSettings,
 };
 use crate::prep::Conversion;
 
@@ -114,6 +114,16 @@ impl ModelLoader for NetLoader {
             tch::Kind::BFloat16 => Dtype::Bfloat16,
             _ => Dtype::Float32,
         })
+    }
+
+    fn room(&self, spec: &ModelSpec) -> Result<Option<Room>, ModelError> {
+        let (device, dtype, asked) = match spec {
+            ModelSpec::LlavaOnevision(spec) => (spec.device, spec.dtype, spec.memory_gb),
+            ModelSpec::LlavaRlhf(spec) => (spec.device, spec.dtype, spec.memory_gb),
+            ModelSpec::Scripted(_) => return Ok(None),
+        };
+        let (device, _) = device::choose(device, dtype)?;
+        Ok(Some(device::room(asked, device)))
     }
 
     fn rewrite(

@@ -13,12 +13,7 @@ use rayon::prelude::*;
 use tch::Tensor;
 
 use crate::models::{ModelError, Picture, Prompt, RowFault};
-
-/// Pictures that are decoded at once, by as many threads as there are.
-const AT_ONCE_MAX: usize = 8;
-
-/// Decoded pictures that wait for the network, beside those being decoded.
-const AHEAD: usize = 2;
+use crate::prep::{PICTURES_AHEAD, PICTURES_AT_ONCE_MAX};
 
 /// What decides a picture's features: the picture, and whether it is the only one of its prompt
 /// (then the policy cuts it into tiles).
@@ -99,10 +94,10 @@ impl<'a, P: Send + 'a> Pictures<'a, P> {
             }
         }
         let ahead = order.iter().map(|(shown, _)| shown.clone()).collect();
-        let (sender, arriving) = sync_channel(AHEAD);
+        let (sender, arriving) = sync_channel(PICTURES_AHEAD);
         let pictures = order.len() as u64;
         scope.spawn(move || {
-            let at_once = rayon::current_num_threads().min(AT_ONCE_MAX);
+            let at_once = rayon::current_num_threads().min(PICTURES_AT_ONCE_MAX);
             for some in order.chunks(at_once) {
                 let begun = Instant::now();
                 let pixels: Vec<_> = some

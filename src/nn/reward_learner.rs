@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use rayon::prelude::*;
 use tch::{Kind, Tensor};
 
-use super::budget::{PACK_TOKENS_MAX, packs};
+use super::budget::packs;
 use super::checkpoint::{Checkpoint, Purpose, Reader};
 use super::device;
 use super::edge::guarded;
@@ -24,7 +24,7 @@ use crate::models::{
     Example, Group, Learner, LlavaRlhf, ModelError, RewardLearner, RewardReport, RewardSettings,
     RowFault,
 };
-use crate::prep::{JudgeIds, JudgePrep, Judged};
+use crate::prep::{JudgeIds, JudgePrep, Judged, PACK_TOKENS_MAX};
 
 /// What LLaVA-RLHF adapts (`adapter_config.json` of `rm_lora_adapter_model`).
 const TARGET_MODULES: [&str; 7] = [

@@ -12,7 +12,7 @@ use std::path::Path;
 use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
-use super::budget::{PACK_TOKENS_MAX, packs};
+use super::budget::packs;
 use super::chain::{Chain, Keep, Link};
 use super::checkpoint::{Checkpoint, Parts, Purpose, Reader, TOWER};
 use super::decoder::{Decoder, DecoderConfig, LmHead, Tree};
@@ -27,7 +27,7 @@ use super::training::{Training, doing, not_finite, row_error};
 use crate::models::{
     self, Learner, Lesson, LlavaRlhf, ModelError, RowFault, SftLearner, SftReport, SftSettings,
 };
-use crate::prep::{JudgeLesson, JudgePrep, PolicyLesson, PolicyPrep, Tiles};
+use crate::prep::{JudgeLesson, JudgePrep, PACK_TOKENS_MAX, PolicyLesson, PolicyPrep, Tiles};
 
 /// The head of a reward model's base, which judging never needs.
 const BASE_HEAD: &str = "lm_head.weight";

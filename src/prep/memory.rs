@@ -3,13 +3,50 @@
 
 use super::card::{DecoderCard, OnevisionCard, RewardCard, VisionCard};
 use super::layout::part_of;
-use crate::models::{Optimizer, Trained};
+use crate::models::{Optimizer, Room, Trained};
 
 /// Copies of the logits of a row that choosing its token needs at the same time, in float32.
 const LOGITS_COPIES: u64 = 6;
 
 /// Bytes of a number in float32.
 const WHOLE: u64 = 4;
+
+/// Pictures that are decoded at once, by as many threads as there are.
+pub const PICTURES_AT_ONCE_MAX: usize = 8;
+
+/// Decoded pictures that wait for the network, beside those being decoded.
+pub const PICTURES_AHEAD: usize = 2;
+
+/// Tokens that are read at once in training, unless one row alone has more: small products keep no
+/// processor busy, and the activations of these few are no more than those of one large picture.
+pub const PACK_TOKENS_MAX: usize = 2048;
+
+/// How much sampling and scoring do at once where there is this much room.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AtOnce {
+    /// Answers that grow side by side; more would not make a step cheaper per answer by much.
+    pub rows: usize,
+    /// Tokens of prompts and answers whose keys and values are in memory.
+    pub tokens: usize,
+    /// Tokens that are read at once, unless one prompt alone has more.
+    pub read_tokens: usize,
+}
+
+impl AtOnce {
+    pub fn in_room(room: Room, sizes: Sizes) -> Self {
+        let (rows, read_tokens) = if room.on_gpu { (256, 8192) } else { (64, 2048) };
+        let beside_weights = room.bytes.saturating_sub(sizes.weights);
+        // Rows may take a quarter; no fewer than those of one prompt go in any case.
+        let rows = rows.min(beside_weights / 4 / sizes.row.max(1)).max(1);
+        let working = rows * sizes.row + read_tokens * sizes.read;
+        let tokens = beside_weights.saturating_sub(working) / sizes.token.max(1);
+        Self {
+            rows: rows as usize,
+            tokens: tokens as usize,
+            read_tokens: read_tokens as usize,
+        }
+    }
+}
 
 /// What sampling and scoring take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,6 +149,11 @@ impl TrainingSizes {
     /// Weights, gradients and moments.
     pub fn state(&self) -> u64 {
         self.weights + self.gradients + self.moments
+    }
+
+    /// Whether a pass over so many tokens and tiles may remember everything.
+    pub fn has_room(&self, bytes: u64, tokens: usize, tiles: usize) -> bool {
+        self.state() + self.remembered(tokens, tiles) <= bytes
     }
 
     /// Activations of a pass over so many tokens and tiles that remembers everything.

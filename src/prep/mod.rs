@@ -45,7 +45,10 @@ pub use clip::Clip;
 pub use conversion::Conversion;
 pub use judge::{JudgeLesson, JudgePrep, Judged};
 pub use layout::{canonical, part_of};
-pub use memory::{Sizes, TrainingSizes, elements, judge_elements};
+pub use memory::{
+    AtOnce, PACK_TOKENS_MAX, PICTURES_AHEAD, PICTURES_AT_ONCE_MAX, Sizes, TrainingSizes, elements,
+    judge_elements,
+};
 pub use picture::{PIXELS_MAX, Probe, Rgb, decode, probe};
 pub use policy::{PolicyLesson, PolicyPrep, Prepared, Written};
 pub use processor::Processor;

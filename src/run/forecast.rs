@@ -8,7 +8,7 @@ use super::stop::ends;
 use crate::config::{Plan, PlannedStage};
 use crate::models::ModelLoader;
 use crate::stages::{Failure, TableName, Work};
-use crate::store::{Expected, Fingerprints, Made, Manifest, RunFolder, StoreError};
+use crate::store::{Expected, Fingerprints, Made, Manifest, Rates, RunFolder, StoreError};
 
 /// What becomes of a table.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,7 +31,7 @@ pub enum Fate {
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Estimate {
     pub rows: Option<u64>,
-    /// Seconds to make it, by what rows of this table took in this run before.
+    /// Seconds to make it, by what such rows took before: in this run or else on this machine.
     pub seconds: Option<f64>,
     pub bytes: Option<u64>,
 }
@@ -51,6 +51,7 @@ pub fn forecast(
     plan: &Plan,
     folder: &Path,
     loader: Option<&dyn ModelLoader>,
+    rates: &Rates,
 ) -> Result<Vec<Forecast>, Failure> {
     let run = match RunFolder::read(folder) {
         Ok(run) => Some(run),
@@ -131,7 +132,15 @@ pub fn forecast(
                 let of_table = |made: &&Forecast| made.table == *table && made.round == round;
                 forecasts.iter().find(of_table)?.estimate.rows
             };
-            estimate(manifest, stage, round, &rows_in, &forecasts)?
+            {
+                let known = Known {
+                    manifest,
+                    rates,
+                    keys: &keys,
+                    forecasts: &forecasts,
+                };
+                known.estimate(stage, round, &rows_in)?
+            }
         };
         forecasts.push(Forecast {
             table: stage.name.clone(),
@@ -152,40 +161,57 @@ fn of_made(made: &Made) -> Estimate {
     }
 }
 
-/// What to expect of a table that is made. `rows_in` tells the rows of its inputs, `forecasts` those
-/// of earlier rounds.
-fn estimate(
-    manifest: &Manifest,
-    stage: &PlannedStage,
-    round: Option<u32>,
-    rows_in: &dyn Fn(&TableName) -> Option<u64>,
-    forecasts: &[Forecast],
-) -> Result<Estimate, Failure> {
-    let input = stage.inputs.first().and_then(|(_, table)| rows_in(table));
-    let last = last_making(manifest, stage, round);
-    let rows = match (
-        stage.spec.as_stage().expected_rows(input.unwrap_or(0)),
-        input,
-    ) {
-        (Some(rows), Some(_)) => Some(rows),
-        _ if is_load(stage) => Some(records(stage)?),
-        // A table that no rule foretells has about as many rows as it had.
-        _ => last.map(Made::rows).or_else(|| {
-            let mut earlier = forecasts.iter().rev();
-            let earlier = earlier.find(|other| other.table == stage.name)?;
-            earlier.estimate.rows
-        }),
-    };
-    let per_row = |whole: f64, of: u64| (of > 0).then(|| whole / of as f64);
-    let took = last.and_then(Made::took);
-    let pace = took.and_then(|took| per_row(took.seconds, took.rows));
-    let size = last.and_then(|made| per_row(made.bytes() as f64, made.rows()));
-    let times = |pace: Option<f64>| Some(pace? * rows? as f64);
-    Ok(Estimate {
-        rows,
-        seconds: times(pace),
-        bytes: times(size).map(|bytes| bytes as u64),
-    })
+/// What expectations rest on.
+struct Known<'a> {
+    manifest: &'a Manifest,
+    rates: &'a Rates,
+    keys: &'a Keys<'a>,
+    /// Those of earlier rounds.
+    forecasts: &'a [Forecast],
+}
+
+impl Known<'_> {
+    /// What to expect of a table that is made. `rows_in` tells the rows of its inputs.
+    fn estimate(
+        &self,
+        stage: &PlannedStage,
+        round: Option<u32>,
+        rows_in: &dyn Fn(&TableName) -> Option<u64>,
+    ) -> Result<Estimate, Failure> {
+        let input = stage.inputs.first().and_then(|(_, table)| rows_in(table));
+        let last = last_making(self.manifest, stage, round);
+        let rows = match (
+            stage.spec.as_stage().expected_rows(input.unwrap_or(0)),
+            input,
+        ) {
+            (Some(rows), Some(_)) => Some(rows),
+            _ if is_load(stage) => Some(records(stage)?),
+            // A table that no rule foretells has about as many rows as it had.
+            _ => last.map(Made::rows).or_else(|| {
+                let mut earlier = self.forecasts.iter().rev();
+                let earlier = earlier.find(|other| other.table == stage.name)?;
+                earlier.estimate.rows
+            }),
+        };
+        // A model that can't be read is what the check complains about.
+        let rate = self
+            .keys
+            .pace(stage)
+            .ok()
+            .and_then(|pace| self.rates.get(&pace));
+        let per_row = |whole: f64, of: u64| (of > 0).then(|| whole / of as f64);
+        let took = last.and_then(Made::took);
+        let pace = took.and_then(|took| per_row(took.seconds, took.rows));
+        let size = last.and_then(|made| per_row(made.bytes() as f64, made.rows()));
+        let pace = pace.or(rate.map(|rate| rate.seconds_per_row));
+        let size = size.or(rate.map(|rate| rate.bytes_per_row));
+        let times = |pace: Option<f64>| Some(pace? * rows? as f64);
+        Ok(Estimate {
+            rows,
+            seconds: times(pace),
+            bytes: times(size).map(|bytes| bytes as u64),
+        })
+    }
 }
 
 /// A query is none, and to ask for its work would read its file.
@@ -236,7 +262,13 @@ impl super::Runner<'_> {
         if is_load(stage) {
             return Expected::default();
         }
-        let expected = estimate(manifest, stage, round, &rows_in, &[]);
+        let known = Known {
+            manifest,
+            rates: &self.rates,
+            keys: &self.keys,
+            forecasts: &[],
+        };
+        let expected = known.estimate(stage, round, &rows_in);
         expected.map_or_else(
             |_| Expected::default(),
             |Estimate { rows, seconds, .. }| Expected { rows, seconds },

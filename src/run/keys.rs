@@ -142,6 +142,23 @@ impl<'a> Keys<'a> {
         Ok(key.finish())
     }
 
+    /// What decides how long a row of a table takes: the verb, its settings, how large its models are
+    /// and in which precision and on how many threads they compute.
+    pub fn pace(&self, stage: &PlannedStage) -> Result<String, Failure> {
+        let mut key = Key::new("pace").with_json(&stage.settings);
+        for used in stage.spec.as_stage().uses() {
+            let spec = &self.plan.models[used.model];
+            key = key.with(spec.network()).with(self.precision(spec, &used)?);
+            for config in spec.configs() {
+                key = key.with(self.fingerprints.file(&config)?);
+            }
+        }
+        for (name, value) in self.loader.iter().flat_map(|loader| loader.build()) {
+            key = key.with(name).with(value);
+        }
+        Ok(key.finish())
+    }
+
     /// Learning answers and learning to score are in float32, whatever the model answers in.
     fn precision(&self, spec: &ModelSpec, used: &Use<'_>) -> Result<&'static str, Failure> {
         let is_wide = matches!(used.role, Role::LearnsAnswers | Role::LearnsRewards);

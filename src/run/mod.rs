@@ -36,7 +36,7 @@ use crate::config::{Plan, PlannedStage, View};
 use crate::models::ModelLoader;
 use crate::stages::{Failure, ModelName, ModelState, Shelf, TableName, Work};
 use crate::store::{
-    CheckpointRecord, Event, FileRecord, Fingerprints, Images, Made, PartRecord, RunFolder,
+    CheckpointRecord, Event, FileRecord, Fingerprints, Images, Made, PartRecord, Rates, RunFolder,
     StoreError, TableWriter, Took, hash_file, read_file,
 };
 use crate::tables::{Reject, RejectClass, Row, Telemetry};
@@ -49,6 +49,8 @@ pub struct Options {
     pub folder: PathBuf,
     /// Stop when this table was made for the first time.
     pub until: Option<TableName>,
+    /// The file of what rows take on this machine, see [`crate::store::Rates`].
+    pub rates: Option<PathBuf>,
 }
 
 /// What a run did.
@@ -129,6 +131,7 @@ struct Runner<'a> {
     said: HashSet<String>,
     /// Hashes of files that were found to be as they were written, and of those written since.
     sound: HashSet<String>,
+    rates: Rates,
 }
 
 impl<'a> Runner<'a> {
@@ -160,6 +163,7 @@ impl<'a> Runner<'a> {
             interrupt,
             said: HashSet::new(),
             sound: HashSet::new(),
+            rates: Rates::open(options.rates.clone()),
         })
     }
 
@@ -214,9 +218,21 @@ impl<'a> Runner<'a> {
         let written = self.folder.manifest().find(stage.name.as_str(), round);
         let written = written.into_iter().flat_map(Made::files);
         self.sound.extend(written.map(|file| file.sha256.clone()));
+        self.note_pace(stage, round);
         self.report_finished(&stage.name, round);
         self.expect(stage, round)?;
         Ok(true)
+    }
+
+    /// Remembers what the rows of a table took. A cache that can't be written is no reason to stop.
+    fn note_pace(&mut self, stage: &PlannedStage, round: Option<u32>) {
+        let made = self.folder.manifest().find(stage.name.as_str(), round);
+        let took = made.and_then(|made| Some((made.took()?, made.bytes(), made.rows())));
+        if let (Some((took, bytes, rows)), Ok(pace)) = (took, self.keys.pace(stage)) {
+            // Rows that were taken over took nothing, and lie there like the others.
+            let computed = (bytes as f64 * took.rows as f64 / rows.max(1) as f64) as u64;
+            drop(self.rates.note(pace, took.rows, took.seconds, computed));
+        }
     }
 
     /// Sees to it that the tables which a stage reads are what was written: a bit that a disk has turned

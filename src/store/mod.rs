@@ -15,6 +15,7 @@ mod lock;
 mod lookup;
 mod manifest;
 mod parquet;
+mod rates;
 
 pub use atomic::{copy_folder, create_folder, sync_folder, write_atomically, write_folder};
 pub use error::StoreError;
@@ -29,3 +30,4 @@ pub use manifest::{
     StateRecord, Took,
 };
 pub use parquet::{TableReader, TableWriter, read_file};
+pub use rates::Rates;
