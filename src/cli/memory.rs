@@ -402,7 +402,7 @@ fn precision(spec: &ModelSpec, loader: Option<&dyn ModelLoader>) -> Result<Preci
     let (device, dtype) = match spec {
         ModelSpec::LlavaOnevision(spec) => (spec.device, spec.dtype),
         ModelSpec::LlavaRlhf(spec) => (spec.device, spec.dtype),
-        ModelSpec::Scripted(_) => return Ok((4, "float32")),
+        _ => return Ok((4, "float32")),
     };
     let dtype = match loader {
         Some(loader) => loader.precision(spec)?,

@@ -9,7 +9,7 @@ use super::pipeline::{Entry, Written};
 use super::reference::Secrets;
 use super::source::KeyPath;
 use super::words::listed;
-use crate::models::{ModelSpec, Repository};
+use crate::models::{ModelSpec, Questionnaire, Repository};
 use crate::prep::{JudgePrep, PolicyPrep, PrepError, Shards};
 use crate::stages::{AFTER, ModelName, Role, StageSpec, TableName};
 
@@ -99,6 +99,7 @@ pub fn names_and_roles(written: &Written) -> Vec<Complaint> {
         }
     }
     trained_once(written, &mut complaints);
+    speakers(written, &mut complaints);
     finished(written, &mut complaints);
     unused(written, &mut complaints);
     complaints
@@ -115,7 +116,7 @@ pub fn files(written: &Written, secrets: &Secrets) -> Vec<Complaint> {
     let mut complaints = Vec::new();
     for model in &written.models {
         for (field, path) in model.spec.iter().flat_map(ModelSpec::paths) {
-            let at = At::value(model.settings.key(field));
+            let at = At::value(model.settings.below(field));
             complaints.extend(missing(path, at, secrets));
         }
     }
@@ -141,11 +142,16 @@ pub fn probe_models(written: &Written, secrets: &Secrets) -> Vec<Complaint> {
         if paths.iter().any(|(_, path)| !path.exists()) {
             continue;
         }
+        if let Some(Err(problem)) = spec.asking().map(Questionnaire::open) {
+            let at = At::value(model.settings.key("ask"));
+            let problem = secrets.hide(&problem);
+            complaints.push(Complaint::new("config::asking", at, problem));
+        }
         if let Err(error) = probe(spec) {
             // The setting whose folder holds the file at fault.
             let field = paths.iter().find(|(_, path)| error.path.starts_with(path));
             let at = match field {
-                Some((field, _)) => At::value(model.settings.key(field)),
+                Some((field, _)) => At::value(model.settings.below(field)),
                 None => At::key(model.settings.clone()),
             };
             let path = shown(&error.path, secrets);
@@ -163,7 +169,11 @@ fn probe(spec: &ModelSpec) -> Result<(), PrepError> {
             prep.card.check(&Shards::open(&model.weights)?)
         }
         ModelSpec::LlavaRlhf(model) => JudgePrep::open(model).map(|_| ()),
-        ModelSpec::Scripted(_) => Ok(()),
+        ModelSpec::Critic(model) => {
+            let prep = PolicyPrep::open(&model.weights)?;
+            prep.card.check(&Shards::open(&model.weights)?)
+        }
+        ModelSpec::Itself(_) | ModelSpec::Scripted(_) => Ok(()),
     }
 }
 
@@ -400,6 +410,37 @@ fn trained_once(written: &Written, complaints: &mut Vec<Complaint>) {
     }
 }
 
+/// A model that speaks for a judge must be there and able to.
+fn speakers(written: &Written, complaints: &mut Vec<Complaint>) {
+    for entry in &written.models {
+        let Some(named) = entry.spec.as_ref().and_then(ModelSpec::speaker) else {
+            continue;
+        };
+        let at = At::value(entry.settings.key("model"));
+        let known = written.models.iter();
+        let able = known.filter(|other| other.spec.as_ref().is_some_and(ModelSpec::answers));
+        let able: Vec<&str> = able.map(|other| other.name.as_str()).collect();
+        if able.contains(&named) {
+            continue;
+        }
+        let is_model = written
+            .models
+            .iter()
+            .any(|other| other.name.as_str() == named);
+        let message = if is_model {
+            format!("`{named}` can't answer, so it can't say what it thinks")
+        } else {
+            format!("there is no model `{named}`")
+        };
+        let complaint = Complaint::new("config::unknown_model", at, message);
+        let complaint = complaint.guess(guess(named, able.iter().copied()));
+        complaints.push(match &able[..] {
+            [] => complaint.help("add a `llava_onevision` under `models`"),
+            able => complaint.help(format!("models that can: {}", listed(able.iter().copied()))),
+        });
+    }
+}
+
 /// A model that has yet to be trained to score can score only after that: in an evaluation.
 fn finished(written: &Written, complaints: &mut Vec<Complaint>) {
     let is_trained = |model: &ModelName| {
@@ -452,6 +493,8 @@ fn unused(written: &Written, complaints: &mut Vec<Complaint>) {
                 .iter()
                 .any(|used| *used.model == entry.name),
             None => true,
+        }) || written.models.iter().any(|other| {
+            other.spec.as_ref().and_then(ModelSpec::speaker) == Some(entry.name.as_str())
         });
         if !is_used {
             let message = format!("no stage uses the model `{}`", entry.name);
@@ -491,7 +534,8 @@ fn deed(role: Role) -> &'static str {
 fn networks(role: Role) -> &'static [&'static str] {
     match role {
         Role::Answers | Role::LearnsPairs | Role::Reads => &["llava_onevision", "scripted"],
-        Role::Scores | Role::LearnsRewards => &["llava_rlhf", "scripted"],
+        Role::Scores => &["llava_rlhf", "critic", "self", "scripted"],
+        Role::LearnsRewards => &["llava_rlhf", "scripted"],
         Role::LearnsAnswers => &["llava_onevision", "llava_rlhf", "scripted"],
     }
 }

@@ -11,7 +11,7 @@ use super::expectation::{Expectation, Otherwise};
 use super::pipeline::{Entry, Written};
 use super::source::KeyPath;
 use crate::models::{Exam, ModelSpec};
-use crate::stages::{ModelName, StageSpec, TableName};
+use crate::stages::{StageSpec, TableName};
 
 /// Adds the tables of every exam, and what is expected of them.
 pub fn add(written: &mut Written) -> Vec<Complaint> {
@@ -22,7 +22,8 @@ pub fn add(written: &mut Written) -> Vec<Complaint> {
             continue;
         };
         let path = model.settings.key("exam");
-        if is_trained(written, &model.name) {
+        let speaker = model.spec.as_ref().and_then(ModelSpec::speaker);
+        if is_trained(written, speaker.unwrap_or(model.name.as_str())) {
             let message = format!(
                 "`{}` is trained here, and an exam comes before that",
                 model.name
@@ -87,13 +88,13 @@ fn entry(
     }
 }
 
-fn is_trained(written: &Written, model: &ModelName) -> bool {
+fn is_trained(written: &Written, model: &str) -> bool {
     let specs = written
         .stages
         .iter()
         .filter_map(|stage| stage.spec.as_ref());
     let mut uses = specs.flat_map(|spec| spec.as_stage().uses());
-    uses.any(|used| used.role.learns() && used.model == model)
+    uses.any(|used| used.role.learns() && used.model.as_str() == model)
 }
 
 /// What must be true of the judge's answers.
@@ -125,6 +126,11 @@ fn expected(
             "length_correlation",
             expectation(value, None, Some(most.get())),
         ));
+    }
+    if let Some(most) = exam.flip_rate_max {
+        // A judge that sees one answer at a time has no order to be swayed by.
+        let value = "avg(case when flips then 1.0 else 0.0 end)".to_owned();
+        all.push(("flip_rate", expectation(value, None, Some(most.get()))));
     }
     if let Some(golden) = &exam.golden {
         let id = golden.id.replace('\'', "''");

@@ -73,7 +73,14 @@ impl Lineage {
             lineage.connect(position, &models);
         }
         lineage.sort();
-        let trained = trained(written);
+        let mut trained = trained(written);
+        // Whoever speaks for others changes them, too.
+        let spoken_for = written.models.iter().filter(|entry| {
+            let speaker = entry.spec.as_ref().and_then(ModelSpec::speaker);
+            speaker.is_some_and(|speaker| trained.iter().any(|model| model.as_str() == speaker))
+        });
+        let spoken_for: Vec<ModelName> = spoken_for.map(|entry| entry.name.clone()).collect();
+        trained.extend(spoken_for);
         let unfinished: Vec<ModelName> = written
             .models
             .iter()

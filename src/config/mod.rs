@@ -140,7 +140,7 @@ fn parse(
 /// Takes the relative paths of models and stages to start at the folder of the file that says them.
 fn resolve(written: &mut Written, sources: &Sources) {
     for model in &mut written.models {
-        let folder = |field: &str| sources.folder(&model.settings.key(field));
+        let folder = |field: &str| sources.folder(&model.settings.below(field));
         if let Some(spec) = &mut model.spec {
             spec.resolve(&folder);
         }

@@ -109,12 +109,18 @@ impl Plan {
         trainers.last().map(|stage| &stage.name)
     }
 
+    /// The model that speaks for another one, which may be the other one itself.
+    pub fn speaker<'a>(&'a self, model: &'a ModelName) -> &'a ModelName {
+        let named = self.models[model].speaker();
+        let mut models = self.models.keys();
+        named
+            .and_then(|named| models.find(|model| model.as_str() == named))
+            .unwrap_or(model)
+    }
+
     /// Where the text says what a setting of a stage is; where it does not, the stage.
     pub fn place_of(&self, stage: &PlannedStage, setting: &str) -> Place {
-        let path = setting
-            .split('.')
-            .fold(stage.path.clone(), |path, key| path.key(key));
-        self.sources.find(&At::key(path))
+        self.sources.find(&At::key(stage.path.below(setting)))
     }
 
     /// Writes the plan as equations, grouped by when they run.

@@ -519,7 +519,13 @@ mod tests {
         );
         assert_eq!(
             words_of::<ModelSpec>(),
-            ["llava_onevision", "llava_rlhf", "scripted"]
+            [
+                "llava_onevision",
+                "llava_rlhf",
+                "critic",
+                "self",
+                "scripted"
+            ]
         );
     }
 

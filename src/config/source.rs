@@ -38,6 +38,13 @@ impl KeyPath {
         self.nth_key(key, 0)
     }
 
+    /// The path of what `dotted` names below this one: `ask.template`.
+    #[must_use]
+    pub fn below(&self, dotted: &str) -> Self {
+        let keys = dotted.split('.');
+        keys.fold(self.clone(), |path, key| path.key(key))
+    }
+
     /// The path of the `nth` (from 0) of several entries that are all called `key`.
     #[must_use]
     pub fn nth_key(&self, key: &str, nth: usize) -> Self {

@@ -4,6 +4,8 @@
 //! the networks without Arrow. All traits take many rows at once: an implementation batches and
 //! shares as it likes, and hands each row's result to `emit` as soon as it is known.
 
+mod asking;
+mod critic;
 mod hub;
 pub mod scripted;
 mod spec;
@@ -11,10 +13,12 @@ mod training;
 mod traits;
 mod types;
 
+pub use asking::{Asking, Mode, Questionnaire, Verdict};
+pub use critic::{Critic, PolicyWriter, Request, Writer};
 pub use hub::Repository;
 pub use spec::{
-    DeviceSpec, Dtype, Exam, Gigabytes, Golden, LlavaOnevision, LlavaRlhf, ModelSpec, Scripted,
-    Share,
+    CriticSpec, DeviceSpec, Dtype, Exam, Gigabytes, Golden, Itself, LlavaOnevision, LlavaRlhf,
+    ModelSpec, Scripted, Share,
 };
 pub use training::{
     Answer, Checkpointing, DpoReport, DpoSettings, Example, Learned, Lesson, LoraSettings, Loss,

@@ -139,6 +139,7 @@ impl Judge for ScriptedJudge {
             let score = |text: &&str| Score {
                 reward: scripted_reward(&group.prompt.id, text),
                 reply: None,
+                flips: None,
             };
             if emit(index, Ok(group.answers.iter().map(score).collect())) == ControlFlow::Break(())
             {

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::asking::Asking;
 use super::hub::located;
 
 /// A model: what network it is and where its weights lie.
@@ -15,6 +16,12 @@ pub enum ModelSpec {
     LlavaOnevision(LlavaOnevision),
     /// The reward model of LLaVA-RLHF (CLIP, Llama, LoRA, reward head). Scores.
     LlavaRlhf(LlavaRlhf),
+    /// A LLaVA-OneVision checkpoint that scores in writing, as LLaVA-Critic does.
+    Critic(CriticSpec),
+    /// A model of this pipeline, as it is in the round, that scores in writing: the policy as its own
+    /// critic.
+    #[serde(rename = "self")]
+    Itself(Itself),
     /// No network: answers and scores by rule, to try a pipeline without weights.
     Scripted(Scripted),
 }
@@ -71,6 +78,60 @@ pub struct LlavaRlhf {
     pub exam: Option<Exam>,
 }
 
+/// A LLaVA-OneVision checkpoint that is asked in writing what it thinks of answers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CriticSpec {
+    /// The checkpoint's folder, as that of a `llava_onevision`.
+    pub weights: PathBuf,
+    /// The folder of a LoRA adapter to these weights, as peft writes it.
+    #[serde(default)]
+    pub adapter: Option<PathBuf>,
+    /// Where it computes: `auto`, `cpu`, `cuda`, `cuda:1`.
+    #[serde(default)]
+    pub device: DeviceSpec,
+    /// Precision. `auto` is float32 on the CPU, bfloat16 on CUDA.
+    #[serde(default)]
+    pub dtype: Dtype,
+    /// Memory, in GB, that the weights and what is computed at once may take. Left out: nine tenths of
+    /// the GPU's; half of the machine's or the container's.
+    #[serde(default)]
+    pub memory_gb: Option<Gigabytes>,
+    /// What it is asked, and how its replies are read.
+    #[serde(default)]
+    pub ask: Asking,
+    /// What it must show before it scores.
+    #[serde(default)]
+    pub exam: Option<Exam>,
+}
+
+impl CriticSpec {
+    /// The network that writes.
+    pub fn network(&self) -> LlavaOnevision {
+        LlavaOnevision {
+            weights: self.weights.clone(),
+            adapter: self.adapter.clone(),
+            device: self.device,
+            dtype: self.dtype,
+            memory_gb: self.memory_gb,
+        }
+    }
+}
+
+/// A model of the pipeline that is asked in writing what it thinks of answers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Itself {
+    /// The name of the model; it is asked as it is in the round.
+    pub model: String,
+    /// What it is asked, and how its replies are read.
+    #[serde(default)]
+    pub ask: Asking,
+    /// What it must show before it scores.
+    #[serde(default)]
+    pub exam: Option<Exam>,
+}
+
 /// Preferences that are known, and how well a judge must agree with them before it scores. What it
 /// thinks of each is the table `<judge>_exam`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -87,6 +148,10 @@ pub struct Exam {
     /// characters, the preferred answer is.
     #[serde(default)]
     pub length_correlation_max: Option<Share>,
+    /// The largest share of the labels about which a judge that sees two answers at once may change its
+    /// mind when they are shown in the other order.
+    #[serde(default)]
+    pub flip_rate_max: Option<Share>,
     /// A label whose reward is known.
     #[serde(default)]
     pub golden: Option<Golden>,
@@ -269,7 +334,35 @@ impl ModelSpec {
         match self {
             Self::LlavaOnevision(_) => "llava_onevision",
             Self::LlavaRlhf(_) => "llava_rlhf",
+            Self::Critic(_) => "critic",
+            Self::Itself(_) => "self",
             Self::Scripted(_) => "scripted",
+        }
+    }
+
+    /// What it is asked, if it scores in writing.
+    pub fn asking(&self) -> Option<&Asking> {
+        match self {
+            Self::Critic(model) => Some(&model.ask),
+            Self::Itself(model) => Some(&model.ask),
+            Self::LlavaOnevision(_) | Self::LlavaRlhf(_) | Self::Scripted(_) => None,
+        }
+    }
+
+    /// The name of the model in the pipeline that speaks for it.
+    pub fn speaker(&self) -> Option<&str> {
+        match self {
+            Self::Itself(model) => Some(&model.model),
+            _ => None,
+        }
+    }
+
+    /// The model that is opened for it: the network that a critic writes with.
+    #[must_use]
+    pub fn opened(self) -> Self {
+        match self {
+            Self::Critic(model) => Self::LlavaOnevision(model.network()),
+            other => other,
         }
     }
 
@@ -280,7 +373,7 @@ impl ModelSpec {
 
     /// Whether it can score answers.
     pub fn scores(&self) -> bool {
-        matches!(self, Self::LlavaRlhf(_) | Self::Scripted(_))
+        !matches!(self, Self::LlavaOnevision(_))
     }
 
     /// Whether it lacks a part that a training has to make before it can score.
@@ -295,7 +388,7 @@ impl ModelSpec {
 
     /// Whether it can be trained on answers.
     pub fn learns_answers(&self) -> bool {
-        true
+        !matches!(self, Self::Critic(_) | Self::Itself(_))
     }
 
     /// Whether it can be trained to score.
@@ -305,7 +398,7 @@ impl ModelSpec {
 
     /// Whether libtorch is needed to open it.
     pub fn needs_torch(&self) -> bool {
-        !matches!(self, Self::Scripted(_))
+        !matches!(self, Self::Scripted(_) | Self::Itself(_))
     }
 
     /// The files and folders that hold the model, with the YAML field that names each.
@@ -323,6 +416,13 @@ impl ModelSpec {
                 paths.push(("prompt", &model.prompt));
                 paths
             }
+            Self::Critic(model) => {
+                let mut paths: Vec<(_, &Path)> = vec![("weights", &model.weights)];
+                paths.extend(model.adapter.as_deref().map(|path| ("adapter", path)));
+                paths.extend(template_of(&model.ask));
+                paths
+            }
+            Self::Itself(model) => template_of(&model.ask).into_iter().collect(),
             Self::Scripted(_) => Vec::new(),
         }
     }
@@ -332,7 +432,8 @@ impl ModelSpec {
         let folders: &[&Path] = match self {
             Self::LlavaOnevision(model) => &[&model.weights],
             Self::LlavaRlhf(model) => &[&model.base, &model.vision],
-            Self::Scripted(_) => &[],
+            Self::Critic(model) => &[&model.weights],
+            Self::Itself(_) | Self::Scripted(_) => &[],
         };
         let config = |folder: &&Path| folder.join("config.json");
         folders.iter().map(config).collect()
@@ -343,6 +444,8 @@ impl ModelSpec {
         match self {
             Self::LlavaOnevision(_) => None,
             Self::LlavaRlhf(model) => model.exam.as_ref(),
+            Self::Critic(model) => model.exam.as_ref(),
+            Self::Itself(model) => model.exam.as_ref(),
             Self::Scripted(model) => model.exam.as_ref(),
         }
     }
@@ -366,6 +469,19 @@ impl ModelSpec {
                     .adapter
                     .iter_mut()
                     .for_each(|path| join("adapter", path));
+            }
+            Self::Critic(model) => {
+                join("weights", &mut model.weights);
+                model
+                    .adapter
+                    .iter_mut()
+                    .for_each(|path| join("adapter", path));
+                let template = model.ask.template.iter_mut();
+                template.for_each(|path| join(TEMPLATE, path));
+            }
+            Self::Itself(model) => {
+                let template = model.ask.template.iter_mut();
+                template.for_each(|path| join(TEMPLATE, path));
             }
             Self::Scripted(_) => {}
         }
@@ -396,7 +512,16 @@ impl ModelSpec {
                 model.adapter = part("adapter").or(model.adapter.take());
             }
             Self::Scripted(model) => model.checkpoint = Some(checkpoint.to_owned()),
+            // These are trained by no pipeline; it is the model that speaks for them that is.
+            Self::Critic(_) | Self::Itself(_) => {}
         }
         self
     }
+}
+
+/// The setting of the text that asks.
+const TEMPLATE: &str = "ask.template";
+
+fn template_of(asking: &Asking) -> Option<(&'static str, &Path)> {
+    Some((TEMPLATE, asking.template.as_deref()?))
 }

@@ -122,6 +122,9 @@ pub struct Score {
     pub reward: f32,
     /// What a judge that writes wrote.
     pub reply: Option<String>,
+    /// Share of the other answers about which it says something else when the two are shown in the
+    /// other order, where it sees two at once.
+    pub flips: Option<f32>,
 }
 
 /// What sampling or scoring some prompts took, and how much of it was shared.
@@ -135,6 +138,9 @@ pub struct Telemetry {
     pub tower_passes: u64,
     /// Tokens of prompts that the decoder read, pictures included.
     pub prompt_tokens: u64,
+    /// Those of them that were not read again, being the beginning of several prompts about the same
+    /// pictures.
+    pub shared_tokens: u64,
     /// Tokens of answers that were sampled, or read to be scored.
     pub answer_tokens: u64,
     /// Passes of growing answers through the decoder, a token of each.
@@ -145,6 +151,8 @@ pub struct Telemetry {
     pub rows_max: u64,
     /// Tokens of prompts and answers that may be in memory at once.
     pub tokens_max: u64,
+    /// Replies that could not be read and were asked for again.
+    pub retries: u64,
     /// How often these two were halved because memory ran out.
     pub halvings: u64,
     /// Decoding and resizing pictures, most of it beside the network.
@@ -156,4 +164,34 @@ pub struct Telemetry {
     pub seconds_prefill: f64,
     /// Sampling or reading answers.
     pub seconds_decode: f64,
+}
+
+impl Telemetry {
+    /// Adds what another call took; of what is a limit, the lesser one.
+    pub fn add(&mut self, other: &Self) {
+        let least = |one: u64, other: u64| match (one, other) {
+            (0, other) => other,
+            (one, 0) => one,
+            (one, other) => one.min(other),
+        };
+        *self = Self {
+            prompts: self.prompts + other.prompts,
+            pictures: self.pictures + other.pictures,
+            tower_passes: self.tower_passes + other.tower_passes,
+            prompt_tokens: self.prompt_tokens + other.prompt_tokens,
+            shared_tokens: self.shared_tokens + other.shared_tokens,
+            answer_tokens: self.answer_tokens + other.answer_tokens,
+            steps: self.steps + other.steps,
+            step_rows: self.step_rows + other.step_rows,
+            rows_max: least(self.rows_max, other.rows_max),
+            tokens_max: least(self.tokens_max, other.tokens_max),
+            retries: self.retries + other.retries,
+            halvings: self.halvings + other.halvings,
+            seconds_pictures: self.seconds_pictures + other.seconds_pictures,
+            seconds_waiting: self.seconds_waiting + other.seconds_waiting,
+            seconds_tower: self.seconds_tower + other.seconds_tower,
+            seconds_prefill: self.seconds_prefill + other.seconds_prefill,
+            seconds_decode: self.seconds_decode + other.seconds_decode,
+        };
+    }
 }

@@ -16,6 +16,14 @@ pub struct KeyValue {
 }
 
 impl KeyValue {
+    /// These tokens and others behind them, in memory of their own.
+    pub fn followed_by(&self, other: &Self) -> Self {
+        Self {
+            k: Tensor::cat(&[&self.k, &other.k], 1),
+            v: Tensor::cat(&[&self.v, &other.v], 1),
+        }
+    }
+
     /// Those of a run of the tokens.
     pub fn of_tokens(&self, start: i64, length: i64) -> Self {
         Self {
@@ -37,11 +45,7 @@ pub fn attend_to_all(q: &Tensor, own: &KeyValue) -> Tensor {
 
 /// Tokens of continuations, which see the prompt and what `mask` leaves of each other.
 pub fn attend_behind(q: &Tensor, own: &KeyValue, shared: &KeyValue, mask: &Tensor) -> Tensor {
-    let seen = KeyValue {
-        k: Tensor::cat(&[&shared.k, &own.k], 1),
-        v: Tensor::cat(&[&shared.v, &own.v], 1),
-    };
-    grouped_attention(q, &seen, Some(mask), false)
+    grouped_attention(q, &shared.followed_by(own), Some(mask), false)
 }
 
 /// Some tokens of a text and its continuations, which see what `mask` leaves of all of them.

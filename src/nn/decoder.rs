@@ -8,7 +8,9 @@
 //! [`Decoder::step`] reads the next token of each continuation and remembers it in [`Continuations`]
 //! (sampling). A prefix is read by all its continuations and copied for none.
 //!
-//! All four take several prompts at once. Activations are `[tokens, hidden]`, heads
+//! [`Decoder::read_on`] is a `prefill` of prompts that begin with the same picture.
+//!
+//! All take several prompts at once. Activations are `[tokens, hidden]`, heads
 //! `[heads, tokens, head_dim]`, with the tokens of all prompts one after the other and no padding:
 //! what is done to each token is done to all in one product, and attention goes prompt by prompt.
 //!
@@ -25,7 +27,7 @@ use self::layer::DecoderLayer;
 use self::tree::Forest;
 pub use self::tree::Tree;
 use super::attention::{
-    KeyValue, attend_behind, attend_causally, attend_one, attend_to_all, branch_mask,
+    KeyValue, attend_behind, attend_causally, attend_masked, attend_one, attend_to_all, branch_mask,
 };
 use super::chain::{Chain, Keep, Link};
 use super::layers::{Activation, Angles, Bias, Path, RmsNorm, Rotary};
@@ -312,6 +314,55 @@ impl Decoder {
             }
             joined(mixed)
         });
+        (hidden, prefixes)
+    }
+
+    /// Reads prompts whose beginnings were read before, each given by its beginning and the number of
+    /// its other tokens; the embeddings of these lie one after the other in `embeds`. Gives what
+    /// [`Decoder::prefill`] would for the whole prompts.
+    pub fn read_on(
+        &self,
+        embeds: &Tensor,
+        prompts: &[(&Prefix, i64)],
+        wanted: Wanted,
+    ) -> (Tensor, Vec<Prefix>) {
+        let lengths: Vec<i64> = prompts.iter().map(|(_, length)| *length).collect();
+        assert_eq!(embeds.size()[0], lengths.iter().sum::<i64>());
+        let places = prompts
+            .iter()
+            .map(|(prefix, length)| (prefix.tokens, *length));
+        let angles = self.positions(places, embeds.device(), embeds.kind());
+        let runs = runs(&lengths);
+        let mut prefixes = Vec::with_capacity(prompts.len());
+        let mut masks = Vec::with_capacity(prompts.len());
+        for (prefix, length) in prompts {
+            prefixes.push(Prefix {
+                layers: Vec::with_capacity(self.layers.len()),
+                tokens: prefix.tokens + length,
+            });
+            let mask = branch_mask(&[*length], prefix.tokens);
+            masks.push(mask.to_device(embeds.device()).to_kind(embeds.kind()));
+        }
+        let hidden =
+            self.through_layers(embeds, &angles, &lengths, wanted, |layer, queries, own| {
+                let mut mixed = Vec::with_capacity(runs.len());
+                for (prompt, &(start, length)) in runs.iter().enumerate() {
+                    let beginning = &prompts[prompt].0.layers[layer];
+                    let seen = beginning.followed_by(&own.of_tokens(start, length));
+                    match queries {
+                        Queries::All(q) => {
+                            let q = q.narrow(1, start, length);
+                            mixed.push(attend_masked(&q, &seen, &masks[prompt]));
+                        }
+                        Queries::Last(q) => {
+                            mixed.push(attend_to_all(&q.narrow(1, prompt as i64, 1), &seen));
+                        }
+                        Queries::Nothing => {}
+                    }
+                    prefixes[prompt].layers.push(seen);
+                }
+                joined(mixed)
+            });
         (hidden, prefixes)
     }
 

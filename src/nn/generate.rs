@@ -1,7 +1,8 @@
 //! Sampling: the k answers to a prompt from one look at its pictures and one reading of it.
 //!
 //! Each distinct picture of a call goes through the tower once, each prompt through the decoder
-//! once. Its answers then grow side by side behind the one prefix, a token at a time, and beside
+//! once; what prompts about the same pictures begin with, pictures and all, once for all of them. Its
+//! answers then grow side by side behind the one prefix, a token at a time, and beside
 //! those of other prompts, so that the weights are read once for all. An answer that has ended leaves
 //! the batch; when there is room in the [`Budget`], the next prompts enter. Who is beside whom follows
 //! from the prompts of the call alone, and which numbers draw an answer from its own prompt alone.
@@ -12,9 +13,12 @@
 mod batch;
 
 use std::collections::{HashMap, VecDeque};
+use std::ops::Range;
+use std::rc::Rc;
 use std::time::Instant;
 
 use rayon::prelude::*;
+use tch::Tensor;
 
 use self::batch::{Batch, Draft, Ends, Growing};
 use super::budget::{Budget, packs, too_large};
@@ -47,6 +51,9 @@ pub struct Waiting {
     index: usize,
     text: PromptIds,
     shown: Vec<Shown>,
+    /// Tokens up to the end of its last picture, if another prompt of the call begins with the same:
+    /// they are read once for all of these.
+    beginning: usize,
     /// Of all answers.
     seeds: Vec<i64>,
     /// Answers to be made; greedy ones are all the same, and one is made.
@@ -62,6 +69,23 @@ impl Waiting {
     }
 }
 
+impl Waiting {
+    /// Whether both begin with the same pictures, read once for both.
+    fn begins_like(&self, other: &Self) -> bool {
+        self.beginning > 0
+            && self.beginning == other.beginning
+            && self.shown == other.shown
+            && self.text.ids[..self.beginning] == other.text.ids[..other.beginning]
+    }
+}
+
+/// The beginning of prompts about the same pictures, which is kept as long as they come.
+struct Beginning {
+    /// One of them.
+    of: Waiting,
+    prefix: Rc<Prefix>,
+}
+
 /// A call under way.
 struct Session<'a> {
     network: &'a LlavaOnevision,
@@ -72,6 +96,7 @@ struct Session<'a> {
     waiting: VecDeque<Waiting>,
     batch: Batch<'a>,
     pictures: Pictures<'a, Tiles>,
+    beginning: Option<Beginning>,
     telemetry: Telemetry,
 }
 
@@ -114,6 +139,7 @@ impl OnevisionPolicy {
                     index,
                     text,
                     shown: Shown::of(prompt),
+                    beginning: 0,
                     seeds: (0..how.count)
                         .map(|answer| answer_seed(prompt.seed, answer))
                         .collect(),
@@ -134,6 +160,7 @@ impl OnevisionPolicy {
                 Err(fault) => faults.push((index, fault)),
             }
         }
+        share_beginnings(&mut queue);
         (queue, faults)
     }
 
@@ -160,7 +187,14 @@ impl Session<'_> {
     fn go_on(&mut self) -> Result<Option<Vec<Outcome>>, ModelError> {
         let mut outcomes = Vec::new();
         let entering = self.admit();
-        let lengths: Vec<usize> = entering.iter().map(|one| one.text.ids.len()).collect();
+        let mut before = self.beginning.as_ref().map(|beginning| &beginning.of);
+        let mut lengths = Vec::with_capacity(entering.len());
+        for one in &entering {
+            let is_known = before.is_some_and(|before| before.begins_like(one));
+            let known = if is_known { one.beginning } else { 0 };
+            lengths.push(one.text.ids.len() - known);
+            before = Some(one);
+        }
         let mut entering = VecDeque::from(entering);
         for pack in packs(&lengths, self.budget.read_tokens) {
             let some: Vec<Waiting> = entering.drain(..pack.len()).collect();
@@ -191,6 +225,10 @@ impl Session<'_> {
     /// The next prompts, as many as there is room for; one at least if nothing grows.
     fn admit(&mut self) -> Vec<Waiting> {
         let (mut rows, mut tokens) = (self.batch.rows(), self.batch.tokens());
+        tokens += self
+            .beginning
+            .as_ref()
+            .map_or(0, |beginning| beginning.of.beginning);
         let mut entering = Vec::new();
         while let Some(next) = self.waiting.front() {
             rows += next.drafts;
@@ -238,35 +276,133 @@ impl Session<'_> {
                 Err(fault) => faults.push((waiting.index, Err(fault))),
             }
         }
-        let tokens = seen.iter().map(|(waiting, _)| waiting.text.ids.len()).sum();
-        if !seen.is_empty() {
-            let (logits, prefixes) = guarded("reading prompts", seen.len(), tokens, || {
+        self.read_seen(&seen)?;
+        outcomes.append(&mut faults);
+        self.telemetry.seconds_prefill += begun.elapsed().as_secs_f64();
+        for waiting in entering {
+            self.pictures.done(&waiting.shown);
+        }
+        Ok(())
+    }
+
+    /// Reads prompts whose pictures were seen: beginnings that several have, then what is behind them, and
+    /// the others whole.
+    fn read_seen(&mut self, seen: &[(&Waiting, Vec<Tensor>)]) -> Result<(), ModelError> {
+        let network = self.network;
+        let (decoder, device) = (&network.language_model, network.device());
+        let mut beginnings: Vec<(&Waiting, Rc<Prefix>)> = Vec::new();
+        let held = self.beginning.take();
+        if let Some(held) = &held {
+            beginnings.push((&held.of, Rc::clone(&held.prefix)));
+        }
+        let mut new: Vec<&(&Waiting, Vec<Tensor>)> = Vec::new();
+        for one in seen {
+            let is_known = beginnings.iter().any(|(other, _)| other.begins_like(one.0))
+                || new.iter().any(|other| other.0.begins_like(one.0));
+            if one.0.beginning > 0 && !is_known {
+                new.push(one);
+            }
+        }
+        let all = |waiting: &&(&Waiting, Vec<Tensor>)| waiting.0.text.ids.len();
+        let tokens: usize = seen.iter().map(|one| all(&one)).sum();
+        let embed = |ids: &[i64], pictures: &[Range<usize>], features: &[Tensor]| {
+            let text = PromptIds {
+                ids: ids.to_vec(),
+                pictures: pictures.to_vec(),
+            };
+            network.embed_prompt(&text, features)
+        };
+        if !new.is_empty() {
+            let lengths: Vec<i64> = new.iter().map(|(one, _)| one.beginning as i64).collect();
+            let read = lengths.iter().sum::<i64>() as usize;
+            let prefixes = guarded("reading pictures", new.len(), read, || {
                 let _no_grad = tch::no_grad_guard();
-                let embeds: Vec<_> = seen
-                    .iter()
-                    .map(|(waiting, features)| network.embed_prompt(&waiting.text, features))
-                    .collect();
-                let lengths: Vec<i64> = embeds.iter().map(|embeds| embeds.size()[0]).collect();
-                let embeds = tch::Tensor::cat(&embeds, 0);
-                let decoder = &network.language_model;
-                let (lasts, prefixes) = decoder.prefill(&embeds, &lengths, Wanted::Last);
+                let embeds = new.iter().map(|(one, features)| {
+                    let text = &one.text;
+                    embed(&text.ids[..one.beginning], &text.pictures, features)
+                });
+                let embeds = Tensor::cat(&embeds.collect::<Vec<_>>(), 0);
+                let (_, prefixes) = decoder.prefill(&embeds, &lengths, Wanted::Nothing);
+                let prefixes: Vec<Prefix> = prefixes.into_iter().map(Prefix::compact).collect();
+                device::wait(device);
+                prefixes
+            })?;
+            for ((one, _), prefix) in new.iter().zip(prefixes) {
+                beginnings.push((one, Rc::new(prefix)));
+            }
+        }
+        let (behind, whole): (Vec<_>, Vec<_>) = seen.iter().partition(|(one, _)| one.beginning > 0);
+        let mut entering: Vec<Option<(Prefix, Tensor)>> = seen.iter().map(|_| None).collect();
+        let place = |one: &Waiting| {
+            let found = seen.iter().position(|(other, _)| other.index == one.index);
+            found.expect("one of those seen")
+        };
+        for some in [behind, whole] {
+            if some.is_empty() {
+                continue;
+            }
+            let own = |one: &Waiting| one.text.ids.len() - one.beginning;
+            let lengths: Vec<i64> = some.iter().map(|(one, _)| own(one) as i64).collect();
+            let read = lengths.iter().sum::<i64>() as usize;
+            let (logits, prefixes) = guarded("reading prompts", some.len(), read, || {
+                let _no_grad = tch::no_grad_guard();
+                let embeds = some.iter().map(|(one, features)| {
+                    if one.beginning > 0 {
+                        return embed(&one.text.ids[one.beginning..], &[], &[]);
+                    }
+                    network.embed_prompt(&one.text, features)
+                });
+                let embeds = Tensor::cat(&embeds.collect::<Vec<_>>(), 0);
+                let (lasts, prefixes) = if some[0].0.beginning > 0 {
+                    let behind: Vec<(&Prefix, i64)> = some
+                        .iter()
+                        .zip(&lengths)
+                        .map(|((one, _), length)| {
+                            let known = beginnings.iter().rev();
+                            let known = known.map(|(other, prefix)| (other, &**prefix));
+                            let mut known = known.filter(|(other, _)| other.begins_like(one));
+                            (known.next().expect("it was read").1, *length)
+                        })
+                        .collect();
+                    decoder.read_on(&embeds, &behind, Wanted::Last)
+                } else {
+                    decoder.prefill(&embeds, &lengths, Wanted::Last)
+                };
                 let logits = network.lm_head.forward(&lasts); // [prompts, vocab]
                 let prefixes: Vec<Prefix> = prefixes.into_iter().map(Prefix::compact).collect();
                 device::wait(device);
                 (logits, prefixes)
             })?;
-            for (place, ((waiting, _), prefix)) in seen.into_iter().zip(prefixes).enumerate() {
-                let growing = Growing::new(waiting.clone(), prefix);
-                self.batch
-                    .enter(growing, &logits.narrow(0, place as i64, 1));
+            for (number, ((one, _), prefix)) in some.iter().zip(prefixes).enumerate() {
+                let logits = logits.narrow(0, number as i64, 1);
+                entering[place(one)] = Some((prefix, logits));
             }
         }
-        outcomes.append(&mut faults);
-        self.telemetry.seconds_prefill += begun.elapsed().as_secs_f64();
-        self.telemetry.prompt_tokens += tokens as u64;
-        for waiting in entering {
-            self.pictures.done(&waiting.shown);
+        for ((waiting, _), entering) in seen.iter().zip(entering) {
+            let (prefix, logits) = entering.expect("every prompt was read");
+            let growing = Growing::new((*waiting).clone(), prefix);
+            self.batch.enter(growing, &logits);
         }
+        let read_once: usize = new.iter().map(|(one, _)| one.beginning).sum();
+        let begun: usize = seen.iter().map(|(one, _)| one.beginning).sum();
+        self.telemetry.prompt_tokens += tokens as u64;
+        self.telemetry.shared_tokens += (begun - read_once) as u64;
+        // Those about the same pictures come one after the other.
+        let last = seen.last().map(|(one, _)| *one);
+        let last = last.filter(|one| {
+            self.waiting
+                .front()
+                .is_some_and(|next| next.begins_like(one))
+        });
+        self.beginning = last.and_then(|last| {
+            let of_last = beginnings
+                .into_iter()
+                .find(|(one, _)| one.begins_like(last));
+            of_last.map(|(one, prefix)| Beginning {
+                of: one.clone(),
+                prefix,
+            })
+        });
         Ok(())
     }
 
@@ -301,6 +437,7 @@ impl Session<'_> {
         outcomes: &mut Vec<Outcome>,
     ) {
         let growing = self.batch.abandon();
+        self.beginning = None;
         for waiting in &growing {
             self.pictures.again(&waiting.shown);
         }
@@ -407,6 +544,7 @@ impl Policy for OnevisionPolicy {
                     ..Telemetry::default()
                 },
                 waiting,
+                beginning: None,
             };
             while let Some(outcomes) = session.go_on()? {
                 for (index, outcome) in outcomes {
@@ -429,6 +567,27 @@ impl Policy for OnevisionPolicy {
 
     fn plan(&self) -> Option<String> {
         Some(self.budget.of_sampling())
+    }
+}
+
+/// Finds the prompts that begin with the same tokens up to the end of their last pictures, and brings
+/// them together. Prompts about the same first picture are together already.
+fn share_beginnings(queue: &mut VecDeque<Waiting>) {
+    let waiting = queue.make_contiguous();
+    for one in waiting.iter_mut() {
+        one.beginning = one.text.pictures.last().map_or(0, |picture| picture.end);
+    }
+    let first = |one: &Waiting| one.shown.first().map(|shown| shown.picture().to_owned());
+    for run in waiting.chunk_by_mut(|one, other| first(one) == first(other)) {
+        let likes = |one: &Waiting| run.iter().position(|other| other.begins_like(one));
+        let order: HashMap<usize, Option<usize>> =
+            run.iter().map(|one| (one.index, likes(one))).collect();
+        run.sort_by_key(|one| order[&one.index]);
+        for like in run.chunk_by_mut(Waiting::begins_like) {
+            if let [alone] = like {
+                alone.beginning = 0;
+            }
+        }
     }
 }
 

@@ -88,7 +88,7 @@ impl ModelLoader for NetLoader {
                 Ok(Box::new(Sft::<OnevisionStudent>::open(spec, settings)?))
             }
             ModelSpec::LlavaRlhf(spec) => Ok(Box::new(Sft::<LlavaStudent>::open(spec, settings)?)),
-            other @ ModelSpec::Scripted(_) => Err(unfit(other, "learn answers")),
+            other => Err(unfit(other, "learn answers")),
         }
     }
 
@@ -107,7 +107,7 @@ impl ModelLoader for NetLoader {
         let (device, dtype) = match spec {
             ModelSpec::LlavaOnevision(spec) => (spec.device, spec.dtype),
             ModelSpec::LlavaRlhf(spec) => (spec.device, spec.dtype),
-            ModelSpec::Scripted(_) => return Ok(Dtype::Float32),
+            _ => return Ok(Dtype::Float32),
         };
         let (_, kind) = device::choose(device, dtype)?;
         Ok(match kind {
@@ -120,7 +120,7 @@ impl ModelLoader for NetLoader {
         let (device, dtype, asked) = match spec {
             ModelSpec::LlavaOnevision(spec) => (spec.device, spec.dtype, spec.memory_gb),
             ModelSpec::LlavaRlhf(spec) => (spec.device, spec.dtype, spec.memory_gb),
-            ModelSpec::Scripted(_) => return Ok(None),
+            _ => return Ok(None),
         };
         let (device, _) = device::choose(device, dtype)?;
         Ok(Some(device::room(asked, device)))

@@ -33,6 +33,11 @@ impl Shown {
         };
         prompt.pictures.iter().map(shown).collect()
     }
+
+    /// The id of the picture.
+    pub fn picture(&self) -> &str {
+        &self.picture
+    }
 }
 
 /// What turns a picture into what the network looks at; it is told whether the picture is the only

@@ -175,6 +175,7 @@ impl RewardJudge {
             let score = |&place: &usize| Score {
                 reward: rewards[place],
                 reply: None,
+                flips: None,
             };
             Ok(group.places.iter().map(score).collect())
         });

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
 use crate::config::{Plan, PlannedStage};
-use crate::models::{Dtype, ModelLoader, ModelSpec};
+use crate::models::{Asking, Dtype, ModelLoader, ModelSpec};
 use crate::stages::{Failure, Load, ModelState, Role, TableName, Use, Work};
 use crate::store::{Fingerprints, Key};
 
@@ -122,6 +122,22 @@ impl<'a> Keys<'a> {
         round: Option<u32>,
     ) -> Result<String, Failure> {
         let spec = &self.plan.models[used.model];
+        let asking = spec.asking().map(|asking| {
+            // The text's content counts, not where it lies.
+            json!({ "ask": Asking { template: None, ..asking.clone() } })
+        });
+        if spec.speaker().is_some() {
+            let speaks = Use {
+                model: self.plan.speaker(used.model),
+                role: Role::Answers,
+                ..*used
+            };
+            let mut key = Key::new("asked").with(self.model(stage, &speaks, round)?);
+            for (field, path) in spec.paths() {
+                key = key.with(field).with(self.fingerprints.folder(path)?);
+            }
+            return Ok(key.with_json(&asking.unwrap_or_default()).finish());
+        }
         let precision = self.precision(spec, used)?;
         let training = match used.state {
             ModelState::Now => self.plan.training(stage, used.model, round),
@@ -133,6 +149,9 @@ impl<'a> Keys<'a> {
             return Ok(Key::new("checkpoint").with(key).with(precision).finish());
         }
         let mut key = Key::new("model").with(spec.network()).with(precision);
+        if let Some(asking) = asking {
+            key = key.with_json(&asking);
+        }
         if let ModelSpec::Scripted(scripted) = spec {
             key = key.with(scripted.words.to_le_bytes());
         }
@@ -147,7 +166,7 @@ impl<'a> Keys<'a> {
     pub fn pace(&self, stage: &PlannedStage) -> Result<String, Failure> {
         let mut key = Key::new("pace").with_json(&stage.settings);
         for used in stage.spec.as_stage().uses() {
-            let spec = &self.plan.models[used.model];
+            let spec = &self.plan.models[self.plan.speaker(used.model)];
             key = key.with(spec.network()).with(self.precision(spec, &used)?);
             for config in spec.configs() {
                 key = key.with(self.fingerprints.file(&config)?);
@@ -164,7 +183,9 @@ impl<'a> Keys<'a> {
         let is_wide = matches!(used.role, Role::LearnsAnswers | Role::LearnsRewards);
         let precision = match self.loader {
             _ if is_wide || !spec.needs_torch() => Dtype::Float32,
-            Some(loader) => loader.precision(spec).map_err(Failure::of(used.model))?,
+            Some(loader) => loader
+                .precision(&spec.clone().opened())
+                .map_err(Failure::of(used.model))?,
             None => Dtype::Auto,
         };
         Ok(match precision {

@@ -41,7 +41,7 @@ use crate::store::{
 };
 use crate::tables::{Reject, RejectClass, Row, Telemetry};
 use keys::{Keys, table_key};
-use models::RunModels;
+use models::{Ready, RunModels};
 
 /// How a run goes about its plan.
 pub struct Options {
@@ -358,13 +358,20 @@ impl<'a> Runner<'a> {
         let mut models = HashMap::new();
         for used in stage.spec.as_stage().uses() {
             let fingerprint = self.keys.model(stage, &used, round)?;
-            let mut spec = self.plan.models[used.model].clone();
+            let named = &self.plan.models[used.model];
+            let speaker = self.plan.speaker(used.model);
+            let mut spec = self.plan.models[speaker].clone().opened();
             if used.state == ModelState::Now {
                 for folder in self.checkpoints(stage, used.model, round) {
                     spec = spec.with_checkpoint(&folder);
                 }
             }
-            models.insert((used.model.clone(), used.state), (spec, fingerprint));
+            let ready = Ready {
+                spec,
+                asking: named.asking().cloned(),
+                fingerprint,
+            };
+            models.insert((used.model.clone(), used.state), ready);
         }
         Ok(RunModels::new(self.loader, models))
     }

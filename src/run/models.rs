@@ -2,19 +2,28 @@
 
 use crate::models::scripted::{ScriptedJudge, ScriptedLearner, ScriptedPolicy};
 use crate::models::{
-    DpoLearner, DpoSettings, Judge, ModelError, ModelLoader, ModelSpec, Opened, Optimization,
-    Policy, Prompt, RewardLearner, RewardSettings, RowFault, SftLearner, SftSettings,
+    Asking, Critic, DpoLearner, DpoSettings, Judge, ModelError, ModelLoader, ModelSpec, Opened,
+    Optimization, Policy, PolicyWriter, Prompt, RewardLearner, RewardSettings, RowFault,
+    SftLearner, SftSettings,
 };
 use crate::prep::PolicyPrep;
 use crate::stages::{Failure, ModelName, ModelState, Models};
 use std::collections::HashMap;
 
+/// A model as it is for a stage.
+pub struct Ready {
+    /// What is opened, with the checkpoints of this run in the place of the pipeline's weights.
+    pub spec: ModelSpec,
+    /// What it is asked, if it scores in writing.
+    pub asking: Option<Asking>,
+    /// What decides what it computes.
+    pub fingerprint: String,
+}
+
 /// The models of one stage in one round.
 pub struct RunModels<'a> {
     loader: Option<&'a dyn ModelLoader>,
-    /// The models, with the checkpoints of this run in the place of the pipeline's weights, and
-    /// what decides what they compute.
-    models: HashMap<(ModelName, ModelState), (ModelSpec, String)>,
+    models: HashMap<(ModelName, ModelState), Ready>,
     policy: Option<(ModelName, Box<dyn Policy>)>,
     judge: Option<(ModelName, Box<dyn Judge>)>,
     prep: Option<(ModelName, PolicyPrep)>,
@@ -23,7 +32,7 @@ pub struct RunModels<'a> {
 impl<'a> RunModels<'a> {
     pub fn new(
         loader: Option<&'a dyn ModelLoader>,
-        models: HashMap<(ModelName, ModelState), (ModelSpec, String)>,
+        models: HashMap<(ModelName, ModelState), Ready>,
     ) -> Self {
         Self {
             loader,
@@ -39,7 +48,7 @@ impl<'a> RunModels<'a> {
     }
 
     fn spec_in(&self, model: &ModelName, state: ModelState) -> &ModelSpec {
-        &self.models[&(model.clone(), state)].0
+        &self.models[&(model.clone(), state)].spec
     }
 
     /// Opens a learner: the scripted one, or that of the loader.
@@ -58,6 +67,16 @@ impl<'a> RunModels<'a> {
         learner.map_err(Failure::of(model))
     }
 
+    fn open_policy(&self, model: &ModelName) -> Result<Box<dyn Policy>, Failure> {
+        match self.spec(model) {
+            ModelSpec::Scripted(spec) => Ok(Box::new(ScriptedPolicy::new(spec))),
+            spec => {
+                let opened = self.loader(model)?.policy(spec);
+                opened.map_err(Failure::of(model))
+            }
+        }
+    }
+
     fn loader(&self, model: &ModelName) -> Result<&'a dyn ModelLoader, Failure> {
         self.loader.ok_or_else(|| {
             Failure::Other(format!(
@@ -72,14 +91,7 @@ impl Models for RunModels<'_> {
     fn policy(&mut self, model: &ModelName) -> Result<&mut dyn Policy, Failure> {
         if self.policy.as_ref().is_none_or(|(open, _)| open != model) {
             self.policy = None;
-            let policy: Box<dyn Policy> = match self.spec(model) {
-                ModelSpec::Scripted(spec) => Box::new(ScriptedPolicy::new(spec)),
-                spec => self
-                    .loader(model)?
-                    .policy(spec)
-                    .map_err(Failure::of(model))?,
-            };
-            self.policy = Some((model.clone(), policy));
+            self.policy = Some((model.clone(), self.open_policy(model)?));
         }
         Ok(&mut *self.policy.as_mut().expect("just opened").1)
     }
@@ -87,13 +99,22 @@ impl Models for RunModels<'_> {
     fn judge(&mut self, model: &ModelName) -> Result<&mut dyn Judge, Failure> {
         if self.judge.as_ref().is_none_or(|(open, _)| open != model) {
             self.judge = None;
-            let judge: Box<dyn Judge> = match self.spec(model) {
-                ModelSpec::Scripted(_) => Box::new(ScriptedJudge),
-                spec => self
-                    .loader(model)?
-                    .judge(spec)
-                    .map_err(Failure::of(model))?,
-            };
+            let asking = &self.models[&(model.clone(), ModelState::Now)].asking;
+            let judge: Box<dyn Judge> =
+                match (asking, self.spec(model)) {
+                    (Some(asking), _) => {
+                        let writer = PolicyWriter::new(self.open_policy(model)?, asking);
+                        let critic = Critic::open(Box::new(writer), asking);
+                        Box::new(critic.map_err(|problem| {
+                            Failure::Other(format!("model `{model}`: {problem}"))
+                        })?)
+                    }
+                    (None, ModelSpec::Scripted(_)) => Box::new(ScriptedJudge),
+                    (None, spec) => self
+                        .loader(model)?
+                        .judge(spec)
+                        .map_err(Failure::of(model))?,
+                };
             self.judge = Some((model.clone(), judge));
         }
         Ok(&mut *self.judge.as_mut().expect("just opened").1)
@@ -157,7 +178,7 @@ impl Models for RunModels<'_> {
     }
 
     fn fingerprint(&self, model: &ModelName, state: ModelState) -> &str {
-        &self.models[&(model.clone(), state)].1
+        &self.models[&(model.clone(), state)].fingerprint
     }
 
     fn fits(

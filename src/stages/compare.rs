@@ -173,6 +173,7 @@ impl Compare {
             rejected_reward,
             margin: chosen_reward - rejected_reward,
             agrees: chosen_reward > rejected_reward,
+            flips: scores[0].flips.map(|share| share > 0.0),
         }
     }
 }

@@ -23,5 +23,8 @@ rows! {
         pub margin: f32,
         /// Whether the chosen answer has the higher reward.
         pub agrees: bool,
+        /// Whether the judge prefers the other one when the two are shown in the other order; absent
+        /// where it sees one at a time.
+        pub flips: Option<bool>,
     }
 }

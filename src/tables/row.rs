@@ -202,6 +202,20 @@ impl Column for bool {
     }
 }
 
+impl Column for Option<bool> {
+    const NULLABLE: bool = true;
+    fn data_type() -> DataType {
+        DataType::Boolean
+    }
+    fn to_array(values: &[&Self]) -> ArrayRef {
+        let values: BooleanArray = values.iter().map(|value| **value).collect();
+        Arc::new(values)
+    }
+    fn from_array(_: &str, array: &ArrayRef) -> Result<Vec<Self>, Misfit> {
+        Ok(array.as_boolean().iter().collect())
+    }
+}
+
 impl Column for String {
     fn data_type() -> DataType {
         DataType::Utf8

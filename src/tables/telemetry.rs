@@ -17,14 +17,19 @@ rows! {
         pub pictures: i64,
         /// Pictures that went through the vision tower.
         pub tower_passes: i64,
-        /// Tokens of prompts that the decoder read, pictures included.
+        /// Tokens of the prompts, pictures included.
         pub prompt_tokens: i64,
+        /// Those of them that were not read again, being the beginning of several prompts about the same
+        /// pictures.
+        pub shared_tokens: i64,
         /// Tokens of answers: sampled, or read to be scored.
         pub answer_tokens: i64,
         /// Passes of growing answers through the decoder, a token of each; 0 in scoring.
         pub steps: i64,
         /// Share of the places for answers that were taken in these steps; absent in scoring.
         pub occupancy: Option<f64>,
+        /// Replies of a judge that could not be read and were asked for again.
+        pub retries: i64,
         /// Answers that might grow side by side; 0 in scoring.
         [measured] pub rows_max: i64,
         /// Tokens of prompts and answers that might be in memory at once.

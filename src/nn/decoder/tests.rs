@@ -123,6 +123,30 @@ fn several_prompts_are_read_as_each_alone() {
 }
 
 #[test]
+fn prompts_with_one_beginning_are_read_as_each_alone() {
+    let decoder = decoder(Kind::Float);
+    let beginning = prefix_of(&decoder, &PROMPT);
+    let other = prefix_of(&decoder, &PROMPT[1..4]);
+    let embeds = decoder.embed(&ids(&[ANSWERS[0], ANSWERS[1], ANSWERS[2]].concat()));
+    let behind = [(&beginning, 3), (&other, 1), (&beginning, 4)];
+    let (lasts, prefixes) = decoder.read_on(&embeds, &behind, Wanted::Last);
+    let prompts = [&PROMPT[..], &PROMPT[1..4], &PROMPT[..]];
+    let alone = [0, 1, 2].map(|text| whole(&decoder, prompts[text], ANSWERS[text]).i(-1));
+    assert_close(&lasts, &Tensor::stack(&alone, 0), 1e-5);
+    // What comes out is a prefix like any other.
+    for (text, prefix) in prefixes.iter().enumerate() {
+        let whole = [prompts[text], ANSWERS[text]].concat();
+        assert_eq!(prefix.tokens(), whole.len() as i64);
+        let texts = [Texts {
+            prefix,
+            lengths: vec![1],
+        }];
+        let found = decoder.branch(&decoder.embed(&ids(&[8])), &texts, Wanted::Last);
+        assert_close(&found, &self::whole(&decoder, &whole, &[8]), 1e-5);
+    }
+}
+
+#[test]
 fn steps_equal_causal_passes_also_after_a_row_has_left() {
     let decoder = decoder(Kind::Float);
     let prefix = prefix_of(&decoder, &PROMPT);

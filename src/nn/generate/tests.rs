@@ -307,6 +307,14 @@ fn pictures_and_prompts_are_read_once_whatever_the_budget_and_the_answers_are_th
         let answers = rows.iter().flat_map(|row| row.as_ref().unwrap());
         answers.map(|answer| answer.token_ids.len()).sum()
     };
+    // Three prompts begin with the same pictures each time; what they begin with is read once.
+    let beginning = |prompt: &Prompt| {
+        let ids = policy.prep.ids(prompt).unwrap();
+        ids.pictures.last().map_or(0, |picture| picture.end)
+    };
+    let beginnings: usize = prompts.iter().map(beginning).sum();
+    let shared = beginnings as u64 / 3 * 2;
+    assert_eq!(telemetry.shared_tokens, shared);
     for (rows, tokens_max, read_tokens) in [
         (usize::MAX, usize::MAX, usize::MAX),
         (12, 700, 200),
@@ -334,6 +342,7 @@ fn pictures_and_prompts_are_read_once_whatever_the_budget_and_the_answers_are_th
             lengths(&policy) as u64,
             "not once an answer"
         );
+        assert_eq!(telemetry.shared_tokens, shared, "whatever is read at once");
         assert_eq!(telemetry.answer_tokens, tokens(&found) as u64);
         assert!(telemetry.step_rows <= telemetry.steps * telemetry.rows_max.max(5));
         assert_eq!(telemetry.halvings, 0);

@@ -1,0 +1,491 @@
+//! A judge that replies in writing: what it is asked is text, and so is what it says.
+
+use std::collections::HashMap;
+use std::ops::ControlFlow;
+
+use serde_json::json;
+use sha2::{Digest, Sha256};
+
+use super::asking::{Asking, Mode, Questionnaire, Shown};
+use super::{Emit, Group, Judge, ModelError, Policy, Prompt, RowFault, Sampling, Score, Telemetry};
+
+/// A question to a writer.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// The pictures, and the text as the question.
+    pub prompt: Prompt,
+    /// How often it was asked before and the reply could not be read.
+    pub attempt: u32,
+}
+
+/// Something that replies to text about pictures.
+pub trait Writer {
+    /// Emits a reply to each request, in any order.
+    fn reply(
+        &mut self,
+        requests: &[Request],
+        emit: Emit<'_, String>,
+    ) -> Result<Telemetry, ModelError>;
+
+    /// How it goes about it, in words.
+    fn plan(&self) -> Option<String>;
+}
+
+/// A policy as a writer: greedy the first time, drawing at random after that.
+pub struct PolicyWriter {
+    policy: Box<dyn Policy>,
+    max_new_tokens: usize,
+}
+
+impl PolicyWriter {
+    pub fn new(policy: Box<dyn Policy>, asking: &Asking) -> Self {
+        Self {
+            policy,
+            max_new_tokens: asking.max_new_tokens.0.get() as usize,
+        }
+    }
+}
+
+impl Writer for PolicyWriter {
+    fn reply(
+        &mut self,
+        requests: &[Request],
+        emit: Emit<'_, String>,
+    ) -> Result<Telemetry, ModelError> {
+        let is_first = requests.iter().all(|request| request.attempt == 0);
+        let how = Sampling {
+            count: 1,
+            temperature: if is_first { 0.0 } else { 1.0 },
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            max_new_tokens: self.max_new_tokens,
+            stop_strings: Vec::new(),
+            stop_token_ids: Vec::new(),
+        };
+        let prompts: Vec<Prompt> = requests.iter().map(|one| one.prompt.clone()).collect();
+        self.policy.sample(&prompts, &how, &mut |index, answers| {
+            emit(index, answers.map(|mut answers| answers.remove(0).text))
+        })
+    }
+
+    fn plan(&self) -> Option<String> {
+        self.policy.plan()
+    }
+}
+
+/// A judge that a writer speaks for.
+pub struct Critic {
+    writer: Box<dyn Writer>,
+    questionnaire: Questionnaire,
+    retries: u32,
+}
+
+/// What is asked about a group of answers.
+struct Case {
+    /// Distinct answers: the place of each in the group, and how often it comes.
+    distinct: Vec<(usize, usize)>,
+    /// Where among `distinct` each answer of the group stands.
+    places: Vec<usize>,
+    /// What is shown, by numbers of distinct answers, and the reply with its scores.
+    asks: Vec<Ask>,
+    /// Asks without a readable reply.
+    open: usize,
+    is_done: bool,
+}
+
+struct Ask {
+    shown: [usize; 2],
+    reply: Option<(String, [f64; 2])>,
+}
+
+impl Critic {
+    /// Fails, in words, when the asking can't be read.
+    pub fn open(writer: Box<dyn Writer>, asking: &Asking) -> Result<Self, String> {
+        Ok(Self {
+            writer,
+            questionnaire: Questionnaire::open(asking)?,
+            retries: asking.retries.0,
+        })
+    }
+
+    fn case(&self, group: &Group<'_>) -> Case {
+        let mut distinct: Vec<(usize, usize)> = Vec::new();
+        let mut known: HashMap<&str, usize> = HashMap::new();
+        let mut places = Vec::with_capacity(group.answers.len());
+        for (place, answer) in group.answers.iter().enumerate() {
+            let number = *known.entry(answer).or_insert(distinct.len());
+            if number == distinct.len() {
+                distinct.push((place, 0));
+            }
+            distinct[number].1 += 1;
+            places.push(number);
+        }
+        let count = distinct.len();
+        let ask = |shown| Ask { shown, reply: None };
+        let asks: Vec<Ask> = match self.questionnaire.mode {
+            Mode::Pointwise => (0..count).map(|one| ask([one, one])).collect(),
+            Mode::Pairwise => (0..count)
+                .flat_map(|first| (0..count).map(move |second| [first, second]))
+                .filter(|[first, second]| first != second)
+                .map(ask)
+                .collect(),
+        };
+        Case {
+            open: asks.len(),
+            distinct,
+            places,
+            asks,
+            is_done: false,
+        }
+    }
+
+    fn request(
+        &self,
+        group: &Group<'_>,
+        case: &Case,
+        ask: &Ask,
+        attempt: u32,
+    ) -> Result<Request, RowFault> {
+        let places = ask.shown.map(|number| case.distinct[number].0);
+        let [first, second] = places.map(|place| group.answers[place]);
+        let shown = match self.questionnaire.mode {
+            Mode::Pointwise => Shown::One(first),
+            Mode::Pairwise => Shown::Two(first, second),
+        };
+        let text = self.questionnaire.text(group.prompt, shown);
+        let text = text.map_err(RowFault)?;
+        // What is drawn depends on what is asked and on nothing beside it.
+        let digest = Sha256::digest(format!("{attempt} {text}"));
+        let seed = digest[..8].try_into().map(u64::from_le_bytes);
+        Ok(Request {
+            prompt: Prompt {
+                id: format!(
+                    "{}, answers {} and {}",
+                    group.prompt.id, places[0], places[1]
+                ),
+                pictures: group.prompt.pictures.clone(),
+                system: None,
+                turns: Vec::new(),
+                question: text,
+                captions: None,
+                seed: seed.expect("eight bytes of a longer digest"),
+            },
+            attempt,
+        })
+    }
+
+    /// The rewards of a group whose replies are all there.
+    fn scores(&self, case: &Case) -> Vec<Score> {
+        let count = case.distinct.len();
+        let mut rewards = vec![0.0; count];
+        let mut replies: Vec<Vec<serde_json::Value>> = vec![Vec::new(); count];
+        let mut differences: HashMap<[usize; 2], f64> = HashMap::new();
+        for ask in &case.asks {
+            let (reply, [one, other]) = ask.reply.as_ref().expect("every reply is there");
+            let [first, second] = ask.shown;
+            if self.questionnaire.mode == Mode::Pointwise {
+                rewards[first] = *one;
+                replies[first].push(json!(reply));
+                continue;
+            }
+            let difference = one - other;
+            rewards[first] += difference * case.distinct[second].1 as f64;
+            rewards[second] -= difference * case.distinct[first].1 as f64;
+            let against = case.distinct[second].0;
+            replies[first].push(json!({ "against": against, "reply": reply }));
+            differences.insert(ask.shown, difference);
+        }
+        let flips: Vec<Option<f32>> = (0..count)
+            .map(|one| {
+                let others = (0..count).filter(|other| *other != one);
+                let both = others.filter_map(|other| {
+                    let there = differences.get(&[one, other])?;
+                    let back = differences.get(&[other, one])?;
+                    Some(there * back > 0.0)
+                });
+                let both: Vec<bool> = both.collect();
+                let flipped = both.iter().filter(|flips| **flips).count();
+                (!both.is_empty()).then(|| flipped as f32 / both.len() as f32)
+            })
+            .collect();
+        let score = |&number: &usize| {
+            let replies = &replies[number];
+            let reply = match (self.questionnaire.mode, &replies[..]) {
+                (Mode::Pointwise, [serde_json::Value::String(reply)]) => Some(reply.clone()),
+                (_, []) => None,
+                _ => Some(json!(replies).to_string()),
+            };
+            Score {
+                reward: rewards[number] as f32,
+                reply,
+                flips: flips[number],
+            }
+        };
+        case.places.iter().map(score).collect()
+    }
+}
+
+impl Judge for Critic {
+    fn score(
+        &mut self,
+        groups: &[Group<'_>],
+        emit: Emit<'_, Vec<Score>>,
+    ) -> Result<Telemetry, ModelError> {
+        let mut cases: Vec<Case> = groups.iter().map(|group| self.case(group)).collect();
+        let mut telemetry = Telemetry::default();
+        // Where nothing has to be asked, all answers being equal, there is nothing to tell apart.
+        for index in 0..cases.len() {
+            if cases[index].open == 0 {
+                cases[index].is_done = true;
+                if emit(index, Ok(self.scores(&cases[index]))).is_break() {
+                    return Ok(telemetry);
+                }
+            }
+        }
+        for attempt in 0..=self.retries {
+            let mut requests = Vec::new();
+            let mut of = Vec::new();
+            for (index, group) in groups.iter().enumerate() {
+                if cases[index].is_done {
+                    continue;
+                }
+                for number in 0..cases[index].asks.len() {
+                    if cases[index].asks[number].reply.is_some() {
+                        continue;
+                    }
+                    let ask = &cases[index].asks[number];
+                    match self.request(group, &cases[index], ask, attempt) {
+                        Ok(request) => {
+                            requests.push(request);
+                            of.push((index, number));
+                        }
+                        Err(fault) => {
+                            cases[index].is_done = true;
+                            if emit(index, Err(fault)).is_break() {
+                                return Ok(telemetry);
+                            }
+                            break;
+                        }
+                    }
+                }
+            }
+            if requests.is_empty() {
+                break;
+            }
+            if attempt > 0 {
+                telemetry.retries += requests.len() as u64;
+            }
+            let is_last = attempt == self.retries;
+            let questionnaire = &self.questionnaire;
+            let mut ready = Vec::new();
+            let mut stopped = false;
+            let took = self.writer.reply(&requests, &mut |request, reply| {
+                let (index, number) = of[request];
+                let case = &mut cases[index];
+                if case.is_done {
+                    return ControlFlow::Continue(());
+                }
+                let outcome = match reply {
+                    Err(fault) => Some(Err(fault)),
+                    Ok(text) => match questionnaire.read(&text) {
+                        Some(scores) => {
+                            case.asks[number].reply = Some((text, scores));
+                            case.open -= 1;
+                            (case.open == 0).then_some(Ok(()))
+                        }
+                        None if is_last => Some(Err(unreadable(&text))),
+                        None => None,
+                    },
+                };
+                let Some(outcome) = outcome else {
+                    return ControlFlow::Continue(());
+                };
+                case.is_done = true;
+                let flow = match outcome {
+                    // Rewards are computed when the writer is free again.
+                    Ok(()) => {
+                        ready.push(index);
+                        ControlFlow::Continue(())
+                    }
+                    Err(fault) => emit(index, Err(fault)),
+                };
+                stopped |= flow.is_break();
+                flow
+            })?;
+            telemetry.add(&took);
+            for index in ready {
+                if stopped || emit(index, Ok(self.scores(&cases[index]))).is_break() {
+                    return Ok(telemetry);
+                }
+            }
+            if stopped {
+                return Ok(telemetry);
+            }
+        }
+        Ok(telemetry)
+    }
+
+    fn plan(&self) -> Option<String> {
+        self.writer.plan()
+    }
+}
+
+/// The longest part of a reply that is shown.
+const SHOWN_MAX: usize = 200;
+
+fn unreadable(reply: &str) -> RowFault {
+    let mut shown: String = reply.chars().take(SHOWN_MAX).collect();
+    if shown.len() < reply.len() {
+        shown.push('…');
+    }
+    RowFault(format!(
+        "no verdict can be read in the judge's reply: {shown:?}"
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::models::asking::Retries;
+
+    /// Replies by rule, and counts.
+    struct Rule {
+        rule: fn(&str, u32) -> String,
+        asked: std::rc::Rc<std::cell::Cell<usize>>,
+    }
+
+    impl Writer for Rule {
+        fn reply(
+            &mut self,
+            requests: &[Request],
+            emit: Emit<'_, String>,
+        ) -> Result<Telemetry, ModelError> {
+            for (index, request) in requests.iter().enumerate() {
+                self.asked.set(self.asked.get() + 1);
+                let reply = (self.rule)(&request.prompt.question, request.attempt);
+                if emit(index, Ok(reply)).is_break() {
+                    break;
+                }
+            }
+            Ok(Telemetry::default())
+        }
+        fn plan(&self) -> Option<String> {
+            None
+        }
+    }
+
+    type Scored = (Vec<Result<Vec<Score>, RowFault>>, Telemetry, usize);
+
+    fn scored(mode: Mode, rule: fn(&str, u32) -> String, answers: &[&[&str]]) -> Scored {
+        let asking = Asking {
+            mode,
+            retries: Retries(1),
+            ..Asking::default()
+        };
+        let asked = std::rc::Rc::new(std::cell::Cell::new(0));
+        let writer = Rule {
+            rule,
+            asked: std::rc::Rc::clone(&asked),
+        };
+        let mut critic = Critic::open(Box::new(writer), &asking).unwrap();
+        let prompt = Prompt {
+            id: "p".to_owned(),
+            pictures: Vec::new(),
+            system: None,
+            turns: Vec::new(),
+            question: "?".to_owned(),
+            captions: None,
+            seed: 0,
+        };
+        let groups: Vec<Group<'_>> = answers
+            .iter()
+            .map(|answers| Group {
+                prompt: &prompt,
+                answers: answers.to_vec(),
+            })
+            .collect();
+        let mut all = vec![None; groups.len()];
+        let telemetry = critic.score(&groups, &mut |index, scores| {
+            assert!(all[index].is_none(), "each group once");
+            all[index] = Some(scores);
+            ControlFlow::Continue(())
+        });
+        let all = all.into_iter().map(Option::unwrap).collect();
+        (all, telemetry.unwrap(), asked.get())
+    }
+
+    /// The length of each answer that is shown.
+    fn lengths(question: &str) -> Vec<usize> {
+        let lines = question.lines();
+        let shown = lines.filter_map(|line| line.split_once("nswer: "));
+        shown.map(|(_, answer)| answer.len()).collect()
+    }
+
+    #[test]
+    fn in_pairs_the_reward_is_the_sum_of_differences_over_both_orders() {
+        let rule = |question: &str, _: u32| {
+            let shown = lengths(question);
+            // The second one of two gets one point more.
+            format!("{} {}", shown[0], shown[1] + 1)
+        };
+        let (scores, telemetry, asked) =
+            scored(Mode::Pairwise, rule, &[&["a", "bbb", "a", "cccc"]]);
+        let scores = scores[0].as_ref().unwrap();
+        assert_eq!(asked, 6, "three distinct answers, both orders");
+        assert_eq!(telemetry.retries, 0);
+        // By hand: a (1) against bbb (3) is -3 when first and -1 when second; against cccc -4, -2.
+        let rewards: Vec<f32> = scores.iter().map(|score| score.reward).collect();
+        assert_eq!(rewards, [-10.0, 4.0 * 2.0 - 2.0, -10.0, 6.0 * 2.0 + 2.0]);
+        assert_eq!(scores[0].flips, Some(0.0));
+        let reply = scores[1].reply.as_deref().unwrap();
+        assert_eq!(
+            reply,
+            r#"[{"against":0,"reply":"3 2"},{"against":3,"reply":"3 5"}]"#
+        );
+    }
+
+    #[test]
+    fn a_judge_of_places_flips() {
+        let (scores, _, _) = scored(
+            Mode::Pairwise,
+            |_, _| "9 1".to_owned(),
+            &[&["a", "b"], &["c"]],
+        );
+        let both = scores[0].as_ref().unwrap();
+        assert!(
+            both.iter()
+                .all(|score| score.reward == 0.0 && score.flips == Some(1.0))
+        );
+        let alone = scores[1].as_ref().unwrap();
+        assert_eq!(
+            (alone[0].reward, &alone[0].reply, alone[0].flips),
+            (0.0, &None, None)
+        );
+    }
+
+    #[test]
+    fn replies_that_cannot_be_read_are_asked_for_again_and_then_reported() {
+        let rule = |question: &str, attempt: u32| match (lengths(question)[0], attempt) {
+            (1, _) => "7".to_owned(),
+            (2, 0) => "I'd say 8".to_owned(),
+            (2, _) => "8".to_owned(),
+            _ => "It is good.".to_owned(),
+        };
+        let answers: &[&[&str]] = &[&["a"], &["bb", "a"], &["ccc"]];
+        let (scores, telemetry, asked) = scored(Mode::Pointwise, rule, answers);
+        let rewards = |index: usize| -> Vec<f32> {
+            let scores = scores[index].as_ref().unwrap();
+            scores.iter().map(|score| score.reward).collect()
+        };
+        assert_eq!((rewards(0), rewards(1)), (vec![7.0], vec![8.0, 7.0]));
+        assert_eq!(scores[1].as_ref().unwrap()[0].reply.as_deref(), Some("8"));
+        let fault = scores[2].as_ref().unwrap_err();
+        assert_eq!(
+            fault.0,
+            "no verdict can be read in the judge's reply: \"It is good.\""
+        );
+        assert_eq!((telemetry.retries, asked), (2, 6));
+    }
+}
