@@ -14,7 +14,7 @@ use datafusion::datasource::MemTable;
 use datafusion::error::DataFusionError;
 use datafusion::execution::runtime_env::RuntimeEnvBuilder;
 use datafusion::prelude::{
-    DataFrame, ParquetReadOptions, SQLOptions, SessionConfig, SessionContext, lit,
+    DataFrame, JsonReadOptions, ParquetReadOptions, SQLOptions, SessionConfig, SessionContext, lit,
 };
 use futures::StreamExt;
 
@@ -39,7 +39,7 @@ pub enum Param {
 pub struct QueryTable {
     pub name: String,
     pub schema: SchemaRef,
-    /// Its files, by round; `None` where the table has no rounds.
+    /// Its files, Parquet or, by their ending `jsonl`, JSON lines, by round; `None` where the table has no rounds.
     pub files: Vec<(Option<u32>, Vec<PathBuf>)>,
     /// Whether the rounds become a column `round`.
     pub with_round: bool,
@@ -99,6 +99,19 @@ pub fn run<E: From<QueryError>>(
             sink(batch.map_err(error)?)?;
         }
         Ok(schema)
+    })
+}
+
+/// Runs a query over rows in memory, called `table`.
+pub fn over(sql: &str, table: &str, rows: RecordBatch) -> Result<Vec<RecordBatch>, QueryError> {
+    let context = context(None).map_err(error)?;
+    block_on(async {
+        let table_of_rows = MemTable::try_new(rows.schema(), vec![vec![rows]]).map_err(error)?;
+        context
+            .register_table(table, Arc::new(table_of_rows))
+            .map_err(error)?;
+        let frame = prepare(&context, sql, &[]).await?;
+        frame.collect().await.map_err(error)
     })
 }
 
@@ -167,10 +180,18 @@ async fn register(context: &SessionContext, table: &QueryTable) -> Result<(), Qu
             .iter()
             .map(|file| file.to_string_lossy().into_owned())
             .collect();
-        let mut frame = context
-            .read_parquet(paths, ParquetReadOptions::default())
-            .await
-            .map_err(error)?;
+        let is_text = files
+            .iter()
+            .all(|file| file.extension() == Some("jsonl".as_ref()));
+        let read = if is_text {
+            let options = JsonReadOptions::default();
+            let options = options.schema(&table.schema).file_extension(".jsonl");
+            context.read_json(paths, options).await
+        } else {
+            let options = ParquetReadOptions::default();
+            context.read_parquet(paths, options).await
+        };
+        let mut frame = read.map_err(error)?;
         if table.with_round {
             let value = lit(ScalarValue::Int32(round.map(u32::cast_signed)));
             frame = frame.with_column("round", value).map_err(error)?;

@@ -14,6 +14,8 @@ mod exec;
 mod fork;
 /// Killed, stopped and doubled runs.
 mod interrupt;
+/// Judges that are asked in writing.
+mod judges;
 /// The whole loop with networks.
 #[cfg(feature = "torch")]
 mod networks;

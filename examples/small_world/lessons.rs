@@ -2,8 +2,10 @@
 //! them, and preferences. None of it is committed; `pipelines/small-world.yaml` trains on it.
 //!
 //! The policy's conversations are written carelessly ([`Question::careless`]): it learns to see, and
-//! to make the mistakes that DPO then has to drive out. The judge's are true; its preferences are a true answer against one that is not, in the records of
-//! LLaVA-Human-Preference.
+//! to make the mistakes that DPO then has to drive out. The judge's are true; then they are given by
+//! somebody who says a wrong word now and then and takes it back at once ([`questions::corrected`]): who
+//! is to know what to take back has to compare each word with the picture. Its preferences are a true
+//! answer against one that is not, in the records of LLaVA-Human-Preference.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -62,42 +64,47 @@ pub fn write(
         .collect::<Outcome<_>>()?;
     let mut scans = Vec::with_capacity(count);
     let mut conversations = Vec::with_capacity(count);
+    let mut positions = Vec::with_capacity(count);
     let mut true_conversations = Vec::with_capacity(count);
+    let mut corrected = [Vec::with_capacity(count), Vec::with_capacity(count)];
     let mut preferences = Vec::with_capacity(count * PREFERENCES);
     for lesson in lessons {
         scans.push(lesson.scan);
         conversations.push(lesson.conversation);
+        positions.extend(lesson.positions);
         true_conversations.extend(lesson.true_conversation);
+        let [scans, conversations] = &mut corrected;
+        scans.push(lesson.corrected_scan);
+        conversations.extend(lesson.corrected_conversation);
         preferences.extend(lesson.preferences);
     }
     let simple = Scene::draw_simple as fn(&mut Random) -> Scene;
     for (name, scene) in [("first", simple), ("even", Scene::draw_even)] {
-        let pictures: Vec<[Vec<Record>; 2]> = (1..=first_steps)
+        let steps: Vec<Vec<Record>> = (1..=first_steps)
             .into_par_iter()
             .map(|number| first_step(to, seed, &format!("{name}-{number:05}"), scene, taken))
             .collect::<Outcome<_>>()?;
-        let (steps, preferences): (Vec<_>, Vec<_>) =
-            pictures.into_iter().map(<(_, _)>::from).unzip();
         files::write_json(&to.join(format!("{name}_steps.json")), &steps.concat())?;
-        if name == "even" {
-            files::write_json(&to.join("even_preferences.json"), &preferences.concat())?;
-        }
     }
     files::write_json(&to.join("scans.json"), &scans)?;
     files::write_json(&to.join("conversations.json"), &conversations)?;
+    files::write_json(&to.join("positions.json"), &positions)?;
     files::write_json(&to.join("true_conversations.json"), &true_conversations)?;
+    let [corrected_scans, corrected_conversations] = corrected;
+    files::write_json(&to.join("corrected_scans.json"), &corrected_scans)?;
+    let path = to.join("corrected_conversations.json");
+    files::write_json(&path, &corrected_conversations)?;
     files::write_json(&to.join("preferences.json"), &preferences)
 }
 
-/// Draws and writes a picture of shapes of one kind and color, with true answers to questions about it,
-/// and preferences for them over false ones.
+/// Draws and writes a picture of shapes of one kind and color, with true answers to questions about it.
 fn first_step(
     to: &Path,
     seed: u64,
     id: &str,
     scene: fn(&mut Random) -> Scene,
     taken: &BTreeSet<Content>,
-) -> Outcome<[Vec<Record>; 2]> {
+) -> Outcome<Vec<Record>> {
     let mut random = Random::named(seed, id);
     let scene = draw(scene, taken, &mut random);
     let image = format!("{id}.png");
@@ -113,25 +120,13 @@ fn first_step(
             }
         }
     });
-    let record = |question: &Question, answer: String, preference| Record {
+    let record = |question: &Question| Record {
         id: format!("{id}-{}", question.topic.name()),
         image: image.clone(),
-        conversations: spoken(vec![[question.text.clone(), answer]]),
-        preference,
+        conversations: spoken(vec![[question.text.clone(), question.answer.clone()]]),
+        preference: None,
     };
-    let steps = asked
-        .iter()
-        .map(|question| record(question, question.answer.clone(), None))
-        .collect();
-    let preferences = asked
-        .iter()
-        .filter_map(|question| {
-            let wrong = question.fair.clone()?;
-            let preference = prefer(question.answer.clone(), wrong, &mut random);
-            Some(record(question, String::new(), Some(preference)))
-        })
-        .collect();
-    Ok([steps, preferences])
+    Ok(asked.iter().map(record).collect())
 }
 
 /// Draws a scene that is not one of `taken`.
@@ -147,9 +142,14 @@ fn draw(scene: fn(&mut Random) -> Scene, taken: &BTreeSet<Content>, random: &mut
 /// What is said about one picture.
 struct Lesson {
     scan: Record,
+    /// The same as it is said by somebody who corrects themselves.
+    corrected_scan: Record,
+    /// Where each lone shape is, if there is one.
+    positions: Option<Record>,
     conversation: Record,
     /// Questions with true answers, if any.
     true_conversation: Option<Record>,
+    corrected_conversation: Option<Record>,
     preferences: Vec<Record>,
 }
 
@@ -185,10 +185,25 @@ impl Lesson {
                 ..record
             });
         }
+        let mut random = Random::named(seed, &format!("{id}/positions"));
+        let mut positions = questions::positions(&scene);
+        random.shuffle(&mut positions);
+        let mut random = Random::named(seed, &format!("{id}/corrected"));
+        let mut corrected = |turns: &[[String; 2]]| {
+            let mut turn = |[question, answer]: &[String; 2]| {
+                let said = questions::corrected(question, answer, &mut random);
+                [question.clone(), said]
+            };
+            record(turns.iter().map(&mut turn).collect())
+        };
+        let if_any = |turns: &[[String; 2]]| (!turns.is_empty()).then(|| record(turns.to_vec()));
         Ok(Self {
             scan,
+            corrected_scan: corrected(&places),
+            positions: if_any(&positions),
             conversation,
-            true_conversation: (!true_turns.is_empty()).then(|| record(true_turns)),
+            corrected_conversation: (!true_turns.is_empty()).then(|| corrected(&true_turns)),
+            true_conversation: if_any(&true_turns),
             preferences,
         })
     }

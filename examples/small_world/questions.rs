@@ -105,6 +105,83 @@ pub fn places(scene: &Scene) -> [[String; 2]; 4] {
     })
 }
 
+/// Where each shape is that has no double, truly answered.
+pub fn positions(scene: &Scene) -> Vec<[String; 2]> {
+    let lone = lone_objects(scene).into_iter();
+    let turn = |object: &Object| {
+        let (color, kind) = (object.color.name, object.kind.singular());
+        let text = format!("Where is the {color} {kind}?");
+        [text, where_it_is(object, object.place)]
+    };
+    lone.map(turn).collect()
+}
+
+/// How often a word is said wrongly before it is said rightly, see [`corrected`]; of words that only
+/// hold a sentence together, a share of that.
+const SLIPS: f64 = 0.4;
+const SMALL_SLIPS: f64 = 0.4 * SLIPS;
+
+/// The word that takes back the one before it.
+const TAKEN_BACK: &str = "No";
+
+/// A true answer as somebody gives it who now and then says a wrong word and takes it back at once:
+/// "The star is blue No red." Words that the question gives are not in doubt.
+pub fn corrected(question: &str, answer: &str, random: &mut Random) -> String {
+    let words = words_of(answer);
+    let given = words_of(question);
+    let mut said: Vec<&str> = Vec::with_capacity(words.len() * 2);
+    for (index, &word) in words.iter().enumerate() {
+        let before = index.checked_sub(1).map(|index| words[index]);
+        let is_given = given.contains(&word) || before == Some("The");
+        let is_description = answer.starts_with("The picture shows");
+        let wrong = match word {
+            "nothing" => Some(("one", SLIPS)),
+            "one" if answer.starts_with("There is one") => Some(("nothing", SLIPS)),
+            "is" if before == Some("There") => Some(("are", SMALL_SLIPS)),
+            "are" if before == Some("There") => Some(("is", SMALL_SLIPS)),
+            "," | "and" if is_description => Some((".", SMALL_SLIPS)),
+            "." if is_description && !words.contains(&"and") => Some(("and", SMALL_SLIPS)),
+            _ if is_given => None,
+            _ => others_of(word, random).map(|other| (other, SLIPS)),
+        };
+        if let Some((wrong, share)) = wrong
+            && random.chance(share)
+        {
+            said.extend([wrong, TAKEN_BACK]);
+        }
+        said.push(word);
+    }
+    said.join(" ").replace(" .", ".").replace(" ,", ",")
+}
+
+/// Words, and the marks behind them.
+fn words_of(text: &str) -> Vec<&str> {
+    let mut words = Vec::new();
+    for word in text.split_whitespace() {
+        let bare = word.trim_end_matches(['.', ',', '?']);
+        words.push(bare);
+        if bare.len() < word.len() {
+            words.push(&word[bare.len()..]);
+        }
+    }
+    words
+}
+
+/// Another word that could stand where `word` stands.
+fn others_of(word: &str, random: &mut Random) -> Option<&'static str> {
+    let alike: [Vec<&'static str>; 6] = [
+        COLORS.iter().map(|color| color.name).collect(),
+        Kind::ALL.iter().map(|kind| kind.singular()).collect(),
+        Kind::ALL.iter().map(|kind| kind.plural()).collect(),
+        vec!["two", "three", "four"],
+        vec!["top", "bottom"],
+        vec!["left", "right"],
+    ];
+    let words = alike.into_iter().find(|words| words.contains(&word))?;
+    let others: Vec<&str> = words.into_iter().filter(|other| *other != word).collect();
+    Some(random.pick(&others))
+}
+
 /// What kind of shape is at a place, or what kind the shapes of a color are.
 fn ask_kind(scene: &Scene, random: &mut Random) -> Question {
     let colors_of_one_kind: Vec<&Group> = scene
@@ -442,6 +519,30 @@ mod tests {
             ask(&scene, Topic::Position, &mut Random::named(0, "ask")),
             None
         );
+    }
+
+    #[test]
+    fn what_is_taken_back_is_followed_by_what_is_true() {
+        let mut random = Random::named(0, "corrected");
+        let (question, answer) = ("What color is the star?", "The star is red.");
+        let mut slips = 0;
+        for _ in 0..400 {
+            let said = corrected(question, answer, &mut random);
+            let words = words_of(&said);
+            let mut kept: Vec<&str> = Vec::new();
+            for word in words {
+                if word == TAKEN_BACK {
+                    slips += 1;
+                    let wrong = kept.pop().unwrap();
+                    assert_ne!(wrong, "red");
+                    assert!(COLORS.iter().any(|color| color.name == wrong), "{said}");
+                } else {
+                    kept.push(word);
+                }
+            }
+            assert_eq!(kept, words_of(answer), "{said}");
+        }
+        assert!((120..200).contains(&slips), "{slips} of 400");
     }
 
     #[test]

@@ -15,7 +15,7 @@ use super::out::{Out, line};
 use super::{Failed, run_folder};
 use crate::query::{self, Param, QueryError, QueryTable, View};
 use crate::store::{FileRecord, Made, RunFolder};
-use crate::tables::{Image, Reject, Row, Telemetry, schema_of};
+use crate::tables::{Call, Image, Reject, Row, Telemetry, schema_of};
 
 /// Answers one SQL query over the tables of a run; tables of all rounds have a column `round`.
 #[derive(Args)]
@@ -167,7 +167,12 @@ fn tables(run: &RunFolder) -> Result<Vec<QueryTable>, Failed> {
     let images = paths(manifest.images.iter().collect());
     let rejects = paths(manifest.made.iter().flat_map(Made::rejects).collect());
     let telemetry = paths(manifest.made.iter().flat_map(Made::telemetry).collect());
+    let calls = std::fs::read_dir(run.calls()).into_iter().flatten();
+    let mut calls: Vec<_> = calls.filter_map(|entry| Some(entry.ok()?.path())).collect();
+    calls.retain(|path| path.extension() == Some("jsonl".as_ref()));
+    calls.sort();
     for (name, schema, files) in [
+        ("calls", Call::schema(), calls),
         ("images", Image::schema(), images),
         ("rejects", Reject::schema(), rejects),
         ("telemetry", Telemetry::schema(), telemetry),

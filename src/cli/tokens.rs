@@ -101,6 +101,7 @@ pub fn count(plan: &Plan, folder: &Path) -> Result<Vec<Tokens>, Failed> {
                     turns: turns(&row.turns),
                     question: row.question.clone(),
                     captions: None,
+                    answer: None,
                     seed: 0,
                 };
                 // What can't be counted is set aside when it is sampled.

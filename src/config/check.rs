@@ -9,17 +9,20 @@ use super::pipeline::{Entry, Written};
 use super::reference::Secrets;
 use super::source::KeyPath;
 use super::words::listed;
-use crate::models::{ModelSpec, Questionnaire, Repository};
+use crate::models::{ModelSpec, Questionnaire, Repository, SqlReward};
 use crate::prep::{JudgePrep, PolicyPrep, PrepError, Shards};
+use crate::query;
 use crate::stages::{AFTER, ModelName, Role, StageSpec, TableName};
+use crate::tables::{Judged, Row as _};
 
 /// Names that a run folder or a run's SQL gives to something else.
-const SIDE_TABLES: [&str; 5] = [
+const SIDE_TABLES: [&str; 6] = [
     "images",
     "rejects",
     "telemetry",
     "references",
     "checkpoints",
+    "calls",
 ];
 
 /// Words that can't name a table in a query without quotes.
@@ -100,6 +103,7 @@ pub fn names_and_roles(written: &Written) -> Vec<Complaint> {
     }
     trained_once(written, &mut complaints);
     speakers(written, &mut complaints);
+    expressions(written, &mut complaints);
     finished(written, &mut complaints);
     unused(written, &mut complaints);
     complaints
@@ -142,10 +146,19 @@ pub fn probe_models(written: &Written, secrets: &Secrets) -> Vec<Complaint> {
         if paths.iter().any(|(_, path)| !path.exists()) {
             continue;
         }
-        if let Some(Err(problem)) = spec.asking().map(Questionnaire::open) {
-            let at = At::value(model.settings.key("ask"));
-            let problem = secrets.hide(&problem);
-            complaints.push(Complaint::new("config::asking", at, problem));
+        if let Some(asking) = spec.asking()
+            && let Err(problem) = Questionnaire::open(asking)
+        {
+            let of_template = asking.template.as_deref().and_then(|path| {
+                let rest = problem.strip_prefix(&path.display().to_string())?;
+                Some(format!("{}{rest}", shown(path, secrets)))
+            });
+            let (setting, problem) = match of_template {
+                Some(problem) => ("ask.template", problem),
+                None => ("ask", problem),
+            };
+            let at = At::value(model.settings.below(setting));
+            complaints.push(Complaint::new("config::asking", at, secrets.hide(&problem)));
         }
         if let Err(error) = probe(spec) {
             // The setting whose folder holds the file at fault.
@@ -173,7 +186,9 @@ fn probe(spec: &ModelSpec) -> Result<(), PrepError> {
             let prep = PolicyPrep::open(&model.weights)?;
             prep.card.check(&Shards::open(&model.weights)?)
         }
-        ModelSpec::Itself(_) | ModelSpec::Scripted(_) => Ok(()),
+        ModelSpec::Itself(_) | ModelSpec::Http(_) | ModelSpec::Sql(_) | ModelSpec::Scripted(_) => {
+            Ok(())
+        }
     }
 }
 
@@ -410,6 +425,23 @@ fn trained_once(written: &Written, complaints: &mut Vec<Complaint>) {
     }
 }
 
+/// A reward that is an expression must be one, and a number.
+fn expressions(written: &Written, complaints: &mut Vec<Complaint>) {
+    for entry in &written.models {
+        let Some(ModelSpec::Sql(reward)) = &entry.spec else {
+            continue;
+        };
+        let table = (SqlReward::TABLE.to_owned(), Judged::schema());
+        if let Err(error) = query::plan(&reward.sql(), &[table], &[]) {
+            let at = At::value(entry.settings.key("reward"));
+            let complaint = Complaint::new("config::sql", at, error.0);
+            let help =
+                "it is an expression of text, question, answer, captions, candidate and prompt_id";
+            complaints.push(complaint.help(help));
+        }
+    }
+}
+
 /// A model that speaks for a judge must be there and able to.
 fn speakers(written: &Written, complaints: &mut Vec<Complaint>) {
     for entry in &written.models {
@@ -534,7 +566,7 @@ fn deed(role: Role) -> &'static str {
 fn networks(role: Role) -> &'static [&'static str] {
     match role {
         Role::Answers | Role::LearnsPairs | Role::Reads => &["llava_onevision", "scripted"],
-        Role::Scores => &["llava_rlhf", "critic", "self", "scripted"],
+        Role::Scores => &["llava_rlhf", "critic", "self", "http", "sql", "scripted"],
         Role::LearnsRewards => &["llava_rlhf", "scripted"],
         Role::LearnsAnswers => &["llava_onevision", "llava_rlhf", "scripted"],
     }

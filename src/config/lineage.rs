@@ -607,9 +607,10 @@ fn named_inputs(draft: &Draft) -> Vec<(usize, &'static str, &TableName)> {
 /// Where a table is named: `stages.x.score.candidates`, `stages.y.sql.tables[1]`.
 fn input_path(draft: &Draft, field: &str, nth: usize) -> KeyPath {
     let path = draft.settings.key(field);
-    let is_list = draft
-        .spec
-        .as_ref()
-        .is_some_and(|spec| matches!(spec, StageSpec::Sql(_)) && field == "tables");
+    let is_list = draft.spec.as_ref().is_some_and(|spec| match spec {
+        StageSpec::Sql(_) => field == "tables",
+        StageSpec::Combine(_) => field == "rewards",
+        _ => false,
+    });
     if is_list { path.index(nth) } else { path }
 }

@@ -151,7 +151,14 @@ impl Plan {
                 .iter()
                 .map(|(field, path)| format!("{field}: {}", path.display()))
                 .collect();
-            let paths = self.secrets.hide(&paths.join(", "));
+            let mut parts = paths;
+            if let Some(speaker) = spec.speaker() {
+                parts.insert(0, format!("asks {speaker}"));
+            }
+            if let ModelSpec::Http(http) = spec {
+                parts.insert(0, format!("asks {} at {}", http.model, http.base_url));
+            }
+            let paths = self.secrets.hide(&parts.join(", "));
             write!(f, "  {name} = {}({paths})", spec.network())?;
             match self.trained_by(name) {
                 Some(table) => writeln!(f, "   trained by {table}")?,

@@ -524,6 +524,8 @@ mod tests {
                 "llava_rlhf",
                 "critic",
                 "self",
+                "http",
+                "sql",
                 "scripted"
             ]
         );

@@ -283,6 +283,7 @@ mod tests {
             turns: Vec::new(),
             question: "What is it?".to_owned(),
             captions: Some(vec!["A dog.".to_owned()]),
+            answer: None,
             seed: 0,
         }
     }

@@ -170,6 +170,7 @@ impl Critic {
                 turns: Vec::new(),
                 question: text,
                 captions: None,
+                answer: None,
                 seed: seed.expect("eight bytes of a longer digest"),
             },
             attempt,
@@ -397,6 +398,7 @@ mod tests {
             turns: Vec::new(),
             question: "?".to_owned(),
             captions: None,
+            answer: None,
             seed: 0,
         };
         let groups: Vec<Group<'_>> = answers

@@ -6,6 +6,7 @@
 
 mod asking;
 mod critic;
+mod http;
 mod hub;
 pub mod scripted;
 mod spec;
@@ -15,10 +16,11 @@ mod types;
 
 pub use asking::{Asking, Mode, Questionnaire, Verdict};
 pub use critic::{Critic, PolicyWriter, Request, Writer};
+pub use http::{Http, HttpWriter, Spend};
 pub use hub::Repository;
 pub use spec::{
     CriticSpec, DeviceSpec, Dtype, Exam, Gigabytes, Golden, Itself, LlavaOnevision, LlavaRlhf,
-    ModelSpec, Scripted, Share,
+    ModelSpec, Scripted, Share, SqlReward,
 };
 pub use training::{
     Answer, Checkpointing, DpoReport, DpoSettings, Example, Learned, Lesson, LoraSettings, Loss,

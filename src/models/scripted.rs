@@ -351,6 +351,7 @@ mod tests {
             turns: Vec::new(),
             question: "Why?".to_owned(),
             captions: None,
+            answer: None,
             seed,
         }
     }

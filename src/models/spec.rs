@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::asking::Asking;
+use super::http::Http;
 use super::hub::located;
 
 /// A model: what network it is and where its weights lie.
@@ -22,6 +23,10 @@ pub enum ModelSpec {
     /// critic.
     #[serde(rename = "self")]
     Itself(Itself),
+    /// A model behind an OpenAI-compatible endpoint, that scores in writing.
+    Http(Http),
+    /// An expression of SQL, that scores.
+    Sql(SqlReward),
     /// No network: answers and scores by rule, to try a pipeline without weights.
     Scripted(Scripted),
 }
@@ -130,6 +135,30 @@ pub struct Itself {
     /// What it must show before it scores.
     #[serde(default)]
     pub exam: Option<Exam>,
+}
+
+/// A reward that is an expression over what is known of an answer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SqlReward {
+    /// The expression, a number, of `text` (what the answer says), `question`, `answer` (the true one,
+    /// where it is known), `captions` (a list, where there are some), `candidate` and `prompt_id`:
+    /// `case when text = answer then 1 else 0 end - 0.01 * length(text)`.
+    pub reward: String,
+    /// What it must show before it scores.
+    #[serde(default)]
+    pub exam: Option<Exam>,
+}
+
+impl SqlReward {
+    /// The table that the expression is about.
+    pub const TABLE: &str = "answers";
+
+    /// The query that gives the reward of each of its rows, in their order.
+    pub fn sql(&self) -> String {
+        let (reward, table) = (&self.reward, Self::TABLE);
+        format!("select row, cast(({reward}) as double) as reward from {table} order by row")
+    }
 }
 
 /// Preferences that are known, and how well a judge must agree with them before it scores. What it
@@ -336,6 +365,8 @@ impl ModelSpec {
             Self::LlavaRlhf(_) => "llava_rlhf",
             Self::Critic(_) => "critic",
             Self::Itself(_) => "self",
+            Self::Http(_) => "http",
+            Self::Sql(_) => "sql",
             Self::Scripted(_) => "scripted",
         }
     }
@@ -345,7 +376,8 @@ impl ModelSpec {
         match self {
             Self::Critic(model) => Some(&model.ask),
             Self::Itself(model) => Some(&model.ask),
-            Self::LlavaOnevision(_) | Self::LlavaRlhf(_) | Self::Scripted(_) => None,
+            Self::Http(model) => Some(&model.ask),
+            Self::LlavaOnevision(_) | Self::LlavaRlhf(_) | Self::Sql(_) | Self::Scripted(_) => None,
         }
     }
 
@@ -388,7 +420,10 @@ impl ModelSpec {
 
     /// Whether it can be trained on answers.
     pub fn learns_answers(&self) -> bool {
-        !matches!(self, Self::Critic(_) | Self::Itself(_))
+        matches!(
+            self,
+            Self::LlavaOnevision(_) | Self::LlavaRlhf(_) | Self::Scripted(_)
+        )
     }
 
     /// Whether it can be trained to score.
@@ -398,7 +433,10 @@ impl ModelSpec {
 
     /// Whether libtorch is needed to open it.
     pub fn needs_torch(&self) -> bool {
-        !matches!(self, Self::Scripted(_) | Self::Itself(_))
+        matches!(
+            self,
+            Self::LlavaOnevision(_) | Self::LlavaRlhf(_) | Self::Critic(_)
+        )
     }
 
     /// The files and folders that hold the model, with the YAML field that names each.
@@ -423,7 +461,8 @@ impl ModelSpec {
                 paths
             }
             Self::Itself(model) => template_of(&model.ask).into_iter().collect(),
-            Self::Scripted(_) => Vec::new(),
+            Self::Http(model) => template_of(&model.ask).into_iter().collect(),
+            Self::Sql(_) | Self::Scripted(_) => Vec::new(),
         }
     }
 
@@ -433,7 +472,7 @@ impl ModelSpec {
             Self::LlavaOnevision(model) => &[&model.weights],
             Self::LlavaRlhf(model) => &[&model.base, &model.vision],
             Self::Critic(model) => &[&model.weights],
-            Self::Itself(_) | Self::Scripted(_) => &[],
+            Self::Itself(_) | Self::Http(_) | Self::Sql(_) | Self::Scripted(_) => &[],
         };
         let config = |folder: &&Path| folder.join("config.json");
         folders.iter().map(config).collect()
@@ -446,6 +485,8 @@ impl ModelSpec {
             Self::LlavaRlhf(model) => model.exam.as_ref(),
             Self::Critic(model) => model.exam.as_ref(),
             Self::Itself(model) => model.exam.as_ref(),
+            Self::Http(model) => model.exam.as_ref(),
+            Self::Sql(model) => model.exam.as_ref(),
             Self::Scripted(model) => model.exam.as_ref(),
         }
     }
@@ -479,11 +520,15 @@ impl ModelSpec {
                 let template = model.ask.template.iter_mut();
                 template.for_each(|path| join(TEMPLATE, path));
             }
+            Self::Http(model) => {
+                let template = model.ask.template.iter_mut();
+                template.for_each(|path| join(TEMPLATE, path));
+            }
             Self::Itself(model) => {
                 let template = model.ask.template.iter_mut();
                 template.for_each(|path| join(TEMPLATE, path));
             }
-            Self::Scripted(_) => {}
+            Self::Sql(_) | Self::Scripted(_) => {}
         }
     }
 
@@ -513,7 +558,7 @@ impl ModelSpec {
             }
             Self::Scripted(model) => model.checkpoint = Some(checkpoint.to_owned()),
             // These are trained by no pipeline; it is the model that speaks for them that is.
-            Self::Critic(_) | Self::Itself(_) => {}
+            Self::Critic(_) | Self::Itself(_) | Self::Http(_) | Self::Sql(_) => {}
         }
         self
     }

@@ -33,6 +33,9 @@ pub enum ModelError {
         batch: usize,
         length: usize,
     },
+    /// A model behind an endpoint can't be asked.
+    #[error("{url}: {problem}")]
+    Service { url: String, problem: String },
     /// A loss or gradient is infinite or not a number; no weight was changed by this step.
     #[error("{what} is not finite; the rows of this step: {}", rows.join(", "))]
     NotFinite { what: String, rows: Vec<String> },

@@ -55,6 +55,8 @@ pub struct Prompt {
     pub question: String,
     /// Descriptions of the picture, for judges that can use them.
     pub captions: Option<Vec<String>>,
+    /// The true or reference answer, if one is known, for judges that compare with it.
+    pub answer: Option<String>,
     /// Seeds the random numbers of this prompt's answers: answer `i` draws its `n`-th token with a
     /// number that depends on (`seed`, `i`, `n`) and on nothing else.
     pub seed: u64,

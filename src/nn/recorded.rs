@@ -41,6 +41,7 @@ pub fn prompts() -> Vec<Prompt> {
             turns: Vec::new(),
             question: (*question).to_owned(),
             captions: None,
+            answer: None,
             seed: 40 + index as u64,
         });
     prompts.collect()

@@ -69,6 +69,7 @@ pub fn prompt(pictures: Vec<Picture>, question: &str) -> Prompt {
         turns: Vec::new(),
         question: question.to_owned(),
         captions: None,
+        answer: None,
         seed: 0,
     }
 }

@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use crate::config::{Plan, PlannedStage};
 use crate::models::{Asking, Dtype, ModelLoader, ModelSpec};
-use crate::stages::{Failure, Load, ModelState, Role, TableName, Use, Work};
+use crate::stages::{Failure, Load, ModelState, Role, StageSpec, TableName, Use, Work};
 use crate::store::{Fingerprints, Key};
 
 /// Counts changes of this program that change what tables hold although nothing in the pipeline did.
@@ -58,9 +58,9 @@ impl<'a> Keys<'a> {
             let key = key
                 .expect("inputs are made first [ref:plan_is_ordered]")
                 .clone();
-            // An `sql` stage reads several tables under one field, and knows them by name.
-            let name = if *field == "tables" {
-                format!("tables.{table}")
+            // Some stages read several tables under one field, and know them by name.
+            let name = if matches!(stage.spec, StageSpec::Sql(_) | StageSpec::Combine(_)) {
+                format!("{field}.{table}")
             } else {
                 (*field).to_owned()
             };
@@ -151,6 +151,12 @@ impl<'a> Keys<'a> {
         let mut key = Key::new("model").with(spec.network()).with(precision);
         if let Some(asking) = asking {
             key = key.with_json(&asking);
+        }
+        if let ModelSpec::Sql(reward) = spec {
+            key = key.with(&reward.reward);
+        }
+        if let ModelSpec::Http(http) = spec {
+            key = key.with(&http.model);
         }
         if let ModelSpec::Scripted(scripted) = spec {
             key = key.with(scripted.words.to_le_bytes());
@@ -298,7 +304,11 @@ fn compare(path: &str, before: &Value, now: &Value, reasons: &mut Vec<Reason>) {
     }
     let (group, name) = path.split_once('.').unwrap_or(("", path));
     reasons.push(match group {
-        "inputs" => Reason::Input(name.trim_start_matches("tables.").to_owned()),
+        "inputs" => Reason::Input(
+            name.split_once('.')
+                .map_or(name, |(_, table)| table)
+                .to_owned(),
+        ),
         "models" => Reason::Model(name.to_owned()),
         "files" if name == "pictures" => {
             Reason::Files("a picture that it names changed".to_owned())

@@ -10,6 +10,7 @@ mod command;
 mod expect;
 mod fold;
 mod forecast;
+mod formula;
 mod groups;
 mod interrupt;
 mod keys;
@@ -373,7 +374,7 @@ impl<'a> Runner<'a> {
             };
             models.insert((used.model.clone(), used.state), ready);
         }
-        Ok(RunModels::new(self.loader, models))
+        Ok(RunModels::new(self.loader, models, self.folder.calls()))
     }
 
     /// The checkpoints of this run that make the model what it is for a stage in a round, oldest

@@ -1,14 +1,16 @@
 //! The models as they are in a round: opened when a stage asks, dropped when it is done.
 
+use super::formula::Formula;
 use crate::models::scripted::{ScriptedJudge, ScriptedLearner, ScriptedPolicy};
 use crate::models::{
-    Asking, Critic, DpoLearner, DpoSettings, Judge, ModelError, ModelLoader, ModelSpec, Opened,
-    Optimization, Policy, PolicyWriter, Prompt, RewardLearner, RewardSettings, RowFault,
-    SftLearner, SftSettings,
+    Asking, Critic, DpoLearner, DpoSettings, HttpWriter, Judge, ModelError, ModelLoader, ModelSpec,
+    Opened, Optimization, Policy, PolicyWriter, Prompt, RewardLearner, RewardSettings, RowFault,
+    SftLearner, SftSettings, Writer,
 };
 use crate::prep::PolicyPrep;
 use crate::stages::{Failure, ModelName, ModelState, Models};
 use std::collections::HashMap;
+use std::path::PathBuf;
 
 /// A model as it is for a stage.
 pub struct Ready {
@@ -23,6 +25,8 @@ pub struct Ready {
 /// The models of one stage in one round.
 pub struct RunModels<'a> {
     loader: Option<&'a dyn ModelLoader>,
+    /// The folder of the calls of models behind endpoints.
+    calls: PathBuf,
     models: HashMap<(ModelName, ModelState), Ready>,
     policy: Option<(ModelName, Box<dyn Policy>)>,
     judge: Option<(ModelName, Box<dyn Judge>)>,
@@ -33,9 +37,11 @@ impl<'a> RunModels<'a> {
     pub fn new(
         loader: Option<&'a dyn ModelLoader>,
         models: HashMap<(ModelName, ModelState), Ready>,
+        calls: PathBuf,
     ) -> Self {
         Self {
             loader,
+            calls,
             models,
             policy: None,
             judge: None,
@@ -65,6 +71,17 @@ impl<'a> RunModels<'a> {
             spec => open(self.loader(model)?, spec),
         };
         learner.map_err(Failure::of(model))
+    }
+
+    /// What writes for a judge.
+    fn writer(&self, model: &ModelName, asking: &Asking) -> Result<Box<dyn Writer>, Failure> {
+        if let ModelSpec::Http(http) = self.spec(model) {
+            let journal = self.calls.join(format!("{model}.jsonl"));
+            let writer = HttpWriter::open(http, &journal).map_err(Failure::of(model))?;
+            return Ok(Box::new(writer));
+        }
+        let policy = self.open_policy(model)?;
+        Ok(Box::new(PolicyWriter::new(policy, asking)))
     }
 
     fn open_policy(&self, model: &ModelName) -> Result<Box<dyn Policy>, Failure> {
@@ -103,12 +120,13 @@ impl Models for RunModels<'_> {
             let judge: Box<dyn Judge> =
                 match (asking, self.spec(model)) {
                     (Some(asking), _) => {
-                        let writer = PolicyWriter::new(self.open_policy(model)?, asking);
-                        let critic = Critic::open(Box::new(writer), asking);
+                        let writer = self.writer(model, asking)?;
+                        let critic = Critic::open(writer, asking);
                         Box::new(critic.map_err(|problem| {
                             Failure::Other(format!("model `{model}`: {problem}"))
                         })?)
                     }
+                    (None, ModelSpec::Sql(spec)) => Box::new(Formula::new(spec)),
                     (None, ModelSpec::Scripted(_)) => Box::new(ScriptedJudge),
                     (None, spec) => self
                         .loader(model)?

@@ -28,10 +28,12 @@ mod train_dpo;
 mod train_reward;
 mod train_sft;
 
+mod combine;
 mod compare;
 mod exec;
 mod sql;
 
+pub use combine::{Combine, Normalize};
 pub use compare::Compare;
 pub use exec::{Column, Columns, Exec};
 pub use load_feedback::LoadFeedback;
@@ -70,6 +72,8 @@ pub enum StageSpec {
     Sample(Sample),
     /// Scores candidates.
     Score(Score),
+    /// Adds up what several judges think.
+    Combine(Combine),
     /// Pairs the best with the worst answer to each prompt.
     SelectExtremes(SelectExtremes),
     /// Pairs answers to each prompt in a way that is named.
@@ -95,6 +99,7 @@ impl StageSpec {
             Self::LoadFeedback(stage) => stage,
             Self::Sample(stage) => stage,
             Self::Score(stage) => stage,
+            Self::Combine(stage) => stage,
             Self::SelectExtremes(stage) => stage,
             Self::SelectPairs(stage) => stage,
             Self::TrainDpo(stage) => stage,
@@ -112,6 +117,7 @@ impl StageSpec {
             Self::LoadFeedback(stage) => stage,
             Self::Sample(stage) => stage,
             Self::Score(stage) => stage,
+            Self::Combine(stage) => stage,
             Self::SelectExtremes(stage) => stage,
             Self::SelectPairs(stage) => stage,
             Self::TrainDpo(stage) => stage,

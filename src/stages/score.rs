@@ -135,6 +135,9 @@ impl Map for &Score {
         for caption in prompt.captions.iter().flatten() {
             key = key.with("caption").with(caption);
         }
+        if let Some(answer) = &prompt.answer {
+            key = key.with("answer").with(answer);
+        }
         let key = key.with(&group[0].prompt_id);
         Ok(group.iter().fold(key, |key, answer| {
             key.with(answer.candidate.to_le_bytes()).with(&answer.text)

@@ -81,6 +81,7 @@ impl Shelf {
             turns: turns(&row.turns),
             question: row.question.clone(),
             captions: row.captions.clone(),
+            answer: row.answer.clone(),
             seed,
         })
     }

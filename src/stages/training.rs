@@ -283,6 +283,7 @@ pub fn prompts(scope: &mut Scope<'_>, pairs: &[Pair]) -> Result<Vec<models::Prom
             turns: turns(&pair.turns),
             question: pair.prompt.clone(),
             captions: pair.captions.clone(),
+            answer: None,
             seed: 0,
         });
     }

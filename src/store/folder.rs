@@ -28,6 +28,9 @@ pub struct RunFolder {
     _lock: Option<Lock>,
 }
 
+/// See [`RunFolder::calls`].
+const CALLS: &str = "calls";
+
 impl RunFolder {
     /// Opens the run of the pipeline in `root`, or begins one. Takes the lock, and strikes out what
     /// the manifest lists but the disk no longer has; the tables that lost something are returned.
@@ -162,6 +165,11 @@ impl RunFolder {
             Some(round) => format!("{table}/round={round}"),
             None => table.to_owned(),
         }
+    }
+
+    /// The folder of what was paid for: the calls of models behind endpoints.
+    pub fn calls(&self) -> PathBuf {
+        self.root.join(CALLS)
     }
 
     /// A folder for what is not part of any table; `.cache` is no reader's business.

@@ -7,9 +7,11 @@
 
 pub(crate) mod row;
 
+mod call;
 mod candidate;
 mod comparison;
 mod image;
+mod judged;
 mod pair;
 mod prompt;
 mod reference;
@@ -18,9 +20,11 @@ mod reward;
 mod step;
 mod telemetry;
 
+pub use call::Call;
 pub use candidate::{Candidate, Finish};
 pub use comparison::Comparison;
 pub use image::{Image, ImageFile};
+pub use judged::Judged;
 pub use pair::Pair;
 pub use prompt::{Prompt, Role, Turn};
 pub use reference::Reference;
@@ -34,7 +38,7 @@ pub use telemetry::Telemetry;
 use arrow::datatypes::SchemaRef;
 
 /// Every kind there is, in the order in which a row meets them.
-pub const KINDS: [&str; 12] = [
+pub const KINDS: [&str; 13] = [
     Image::KIND,
     Prompt::KIND,
     Candidate::KIND,
@@ -47,6 +51,7 @@ pub const KINDS: [&str; 12] = [
     Comparison::KIND,
     Reject::KIND,
     Telemetry::KIND,
+    Call::KIND,
 ];
 
 /// The schema of a kind, or `None` when there is no such kind.
@@ -64,6 +69,7 @@ pub fn schema_of(kind: &str) -> Option<SchemaRef> {
         Comparison::KIND => Comparison::schema(),
         Reject::KIND => Reject::schema(),
         Telemetry::KIND => Telemetry::schema(),
+        Call::KIND => Call::schema(),
         _ => return None,
     })
 }

@@ -209,6 +209,7 @@ fn prompt(question: &str, turns: &[[String; 2]], pictures: Vec<Picture>) -> Prom
         turns: turns.iter().map(turn).collect(),
         question: question.to_owned(),
         captions: None,
+        answer: None,
         seed: 0,
     }
 }

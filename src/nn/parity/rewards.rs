@@ -75,6 +75,7 @@ fn prompt(
     let file = |name: &String| picture(&folder.join(format!("{name}.png")));
     Prompt {
         captions: captions.cloned(),
+        answer: None,
         ..super::prompt(question, &[], image.map(file).into_iter().collect())
     }
 }

@@ -52,6 +52,7 @@ fn block(folder: &Path, report: &mut Report) {
     let differs = |case: &&VicunaCase| {
         let prompt = Prompt {
             captions: case.captions.clone(),
+            answer: None,
             ..prompt(&case.question, &case.turns, Vec::new())
         };
         vicuna

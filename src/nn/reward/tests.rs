@@ -47,6 +47,7 @@ fn prompt(row: &Row) -> Prompt {
         turns: Vec::new(),
         question: row.question.clone(),
         captions: row.captions.clone(),
+        answer: None,
         seed: 0,
     }
 }

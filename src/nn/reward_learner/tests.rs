@@ -57,6 +57,7 @@ fn prompt() -> Prompt {
         turns: Vec::new(),
         question: "What is it?".to_owned(),
         captions: None,
+        answer: None,
         seed: 0,
     }
 }
