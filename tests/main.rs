@@ -21,6 +21,8 @@ mod judges;
 mod networks;
 /// Ways to pair answers.
 mod pairing;
+/// People as judges.
+mod people;
 /// What a run would do, and that it does so.
 mod plan;
 /// The cookbook: an analyst's questions and their answers.

@@ -14,6 +14,7 @@ mod forecast;
 mod fork;
 mod gc;
 mod init;
+mod label;
 mod log;
 mod memory;
 mod out;
@@ -40,8 +41,8 @@ use crate::store::StoreError;
 
 /// Iterative DPO of a vision-language model, as one declarative pipeline over Arrow tables.
 ///
-/// Exit codes: 0 done, 1 failure, 2 the pipeline (or the command line) is wrong, 130 and 143 stopped
-/// by SIGINT and SIGTERM.
+/// Exit codes: 0 done, 1 failure, 2 the pipeline (or the command line) is wrong, 3 waiting for people,
+/// 130 and 143 stopped by SIGINT and SIGTERM.
 #[derive(Parser)]
 #[command(name = "pipeline", version, max_term_width = 100)]
 struct Arguments {
@@ -56,6 +57,7 @@ enum Command {
     Plan(check::ShowPlan),
     Sql(sql::Sql),
     Status(status::Status),
+    Label(label::LabelRun),
     Pairs(pairs::ShowPairs),
     Export(export::Export),
     Fork(fork::MakeFork),
@@ -104,6 +106,7 @@ pub fn main(loader: Option<&dyn ModelLoader>) -> ExitCode {
         Command::Plan(command) => command.run(loader),
         Command::Sql(command) => command.run(),
         Command::Status(command) => command.run(),
+        Command::Label(command) => command.run(),
         Command::Pairs(command) => command.run(),
         Command::Export(command) => command.run(loader),
         Command::Fork(command) => command.run(),

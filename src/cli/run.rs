@@ -119,6 +119,9 @@ impl Run {
     }
 }
 
+/// The exit code of a run that waits for people.
+const WAITING: u8 = 3;
+
 /// Says how a run ended.
 fn in_text(
     plan: &Plan,
@@ -142,6 +145,10 @@ fn in_text(
         Err(error) if matches!(*error.failure, Failure::Interrupted) => {
             eprintln!("stopped; what was made is kept in {folder}, and the same command goes on");
             Err(Failed::Code(interrupt.code() as u8))
+        }
+        Err(error) if matches!(*error.failure, Failure::Waiting(_)) => {
+            eprintln!("waiting: {error}; the same command goes on then");
+            Err(Failed::Code(WAITING))
         }
         Err(error) => {
             eprint!("{}", underlined(plan, &error));
@@ -173,6 +180,13 @@ fn in_json(
             let code = interrupt.code() as u8;
             log::write("stopped", json!({ "code": code, "run": folder }));
             Err(Failed::Code(code))
+        }
+        Err(error) if matches!(*error.failure, Failure::Waiting(_)) => {
+            let table = error.stage.as_ref().map(TableName::as_str);
+            let message = error.to_string();
+            let more = json!({ "code": WAITING, "run": folder, "table": table, "round": error.round, "message": message });
+            log::write("waiting", more);
+            Err(Failed::Code(WAITING))
         }
         Err(error) => {
             let table = error.stage.as_ref();

@@ -14,8 +14,8 @@ use clap::{Args, ValueEnum};
 use super::out::{Out, line};
 use super::{Failed, run_folder};
 use crate::query::{self, Param, QueryError, QueryTable, View};
-use crate::store::{FileRecord, Made, RunFolder};
-use crate::tables::{Call, Image, Reject, Row, Telemetry, schema_of};
+use crate::store::{FileRecord, LABELS, Made, RunFolder};
+use crate::tables::{Call, Image, Label, Reject, Row, Telemetry, schema_of};
 
 /// Answers one SQL query over the tables of a run; tables of all rounds have a column `round`.
 #[derive(Args)]
@@ -133,6 +133,19 @@ fn report_views(source: &serde_json::Value) -> Vec<View> {
     views.into_iter().flatten().filter_map(view).collect()
 }
 
+/// A table of a run in one round, for queries of our own.
+pub fn run_table(run: &RunFolder, table: &str, round: Option<u32>) -> Result<QueryTable, Failed> {
+    let schema = run.schema(table, round)?;
+    let schema = schema
+        .ok_or_else(|| Failed::Words(format!("{} has no table `{table}`", run.root().display())))?;
+    Ok(QueryTable {
+        name: table.to_owned(),
+        schema,
+        files: vec![(None, run.files(table, round))],
+        with_round: false,
+    })
+}
+
 /// Every table that the manifest lists, with the rounds it has so far.
 fn tables(run: &RunFolder) -> Result<Vec<QueryTable>, Failed> {
     let manifest = run.manifest();
@@ -167,12 +180,11 @@ fn tables(run: &RunFolder) -> Result<Vec<QueryTable>, Failed> {
     let images = paths(manifest.images.iter().collect());
     let rejects = paths(manifest.made.iter().flat_map(Made::rejects).collect());
     let telemetry = paths(manifest.made.iter().flat_map(Made::telemetry).collect());
-    let calls = std::fs::read_dir(run.calls()).into_iter().flatten();
-    let mut calls: Vec<_> = calls.filter_map(|entry| Some(entry.ok()?.path())).collect();
-    calls.retain(|path| path.extension() == Some("jsonl".as_ref()));
-    calls.sort();
+    let calls = lines_in(&run.calls());
+    let labels = lines_in(&run.root().join(LABELS));
     for (name, schema, files) in [
         ("calls", Call::schema(), calls),
+        ("labels", Label::schema(), labels),
         ("images", Image::schema(), images),
         ("rejects", Reject::schema(), rejects),
         ("telemetry", Telemetry::schema(), telemetry),
@@ -186,6 +198,17 @@ fn tables(run: &RunFolder) -> Result<Vec<QueryTable>, Failed> {
         });
     }
     Ok(tables)
+}
+
+/// The files of JSON lines in a folder.
+fn lines_in(folder: &std::path::Path) -> Vec<std::path::PathBuf> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten();
+    let mut files: Vec<_> = entries
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .collect();
+    files.retain(|path| path.extension() == Some("jsonl".as_ref()));
+    files.sort();
+    files
 }
 
 /// Prints rows in one of the formats.

@@ -16,13 +16,14 @@ use crate::stages::{AFTER, ModelName, Role, StageSpec, TableName};
 use crate::tables::{Judged, Row as _};
 
 /// Names that a run folder or a run's SQL gives to something else.
-const SIDE_TABLES: [&str; 6] = [
+const SIDE_TABLES: [&str; 7] = [
     "images",
     "rejects",
     "telemetry",
     "references",
     "checkpoints",
     "calls",
+    "labels",
 ];
 
 /// Words that can't name a table in a query without quotes.

@@ -609,7 +609,7 @@ fn input_path(draft: &Draft, field: &str, nth: usize) -> KeyPath {
     let path = draft.settings.key(field);
     let is_list = draft.spec.as_ref().is_some_and(|spec| match spec {
         StageSpec::Sql(_) => field == "tables",
-        StageSpec::Combine(_) => field == "rewards",
+        StageSpec::Combine(_) | StageSpec::AskPeople(_) => field == "rewards",
         _ => false,
     });
     if is_list { path.index(nth) } else { path }

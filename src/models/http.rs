@@ -603,31 +603,11 @@ fn shown(text: &str) -> String {
 
 /// A picture as part of a request.
 fn data_url(picture: &Picture) -> Result<String, RowFault> {
-    let media = match &picture.bytes[..] {
-        [0x89, b'P', b'N', b'G', ..] => "image/png",
-        [0xff, 0xd8, ..] => "image/jpeg",
-        [b'G', b'I', b'F', ..] => "image/gif",
-        [
-            b'R',
-            b'I',
-            b'F',
-            b'F',
-            _,
-            _,
-            _,
-            _,
-            b'W',
-            b'E',
-            b'B',
-            b'P',
-            ..,
-        ] => "image/webp",
-        _ => {
-            return Err(RowFault(format!(
-                "picture {}: endpoints take PNG, JPEG, WebP and GIF, and it is none of these",
-                picture.id
-            )));
-        }
+    let Some(media) = picture.media_type() else {
+        return Err(RowFault(format!(
+            "picture {}: endpoints take PNG, JPEG, WebP and GIF, and it is none of these",
+            picture.id
+        )));
     };
     Ok(format!(
         "data:{media};base64,{}",

@@ -33,4 +33,5 @@ pub use traits::{
 };
 pub use types::{
     Generation, Group, Layout, Picture, Prompt, Role, Room, Sampling, Score, Stop, Telemetry, Turn,
+    media_type,
 };

@@ -11,6 +11,39 @@ pub struct Picture {
     pub bytes: Arc<[u8]>,
 }
 
+impl Picture {
+    /// What browsers and endpoints call its format, by its first bytes; `None` for one that they do not
+    /// take.
+    pub fn media_type(&self) -> Option<&'static str> {
+        media_type(&self.bytes)
+    }
+}
+
+/// See [`Picture::media_type`].
+pub fn media_type(bytes: &[u8]) -> Option<&'static str> {
+    Some(match bytes {
+        [0x89, b'P', b'N', b'G', ..] => "image/png",
+        [0xff, 0xd8, ..] => "image/jpeg",
+        [b'G', b'I', b'F', ..] => "image/gif",
+        [
+            b'R',
+            b'I',
+            b'F',
+            b'F',
+            _,
+            _,
+            _,
+            _,
+            b'W',
+            b'E',
+            b'B',
+            b'P',
+            ..,
+        ] => "image/webp",
+        _ => return None,
+    })
+}
+
 /// How a LLaVA-OneVision checkpoint is laid out: names of tensors, config, tokenizer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Layout {

@@ -59,7 +59,9 @@ impl<'a> Keys<'a> {
                 .expect("inputs are made first [ref:plan_is_ordered]")
                 .clone();
             // Some stages read several tables under one field, and know them by name.
-            let name = if matches!(stage.spec, StageSpec::Sql(_) | StageSpec::Combine(_)) {
+            let name = if matches!(stage.spec, StageSpec::Sql(_) | StageSpec::Combine(_))
+                || (*field == "rewards" && matches!(stage.spec, StageSpec::AskPeople(_)))
+            {
                 format!("{field}.{table}")
             } else {
                 (*field).to_owned()

@@ -20,6 +20,7 @@ mod models;
 mod query;
 mod report;
 mod stop;
+mod survey;
 
 pub use forecast::{Estimate, Fate, Forecast, forecast};
 pub use interrupt::Interrupt;
@@ -203,6 +204,7 @@ impl<'a> Runner<'a> {
             return Ok(false);
         }
         self.look_at_inputs(stage, round)?;
+        self.wait_for_people(stage, round)?;
         match stage.spec.as_stage().work() {
             Work::Load(mut work) => self.load(stage, &mut *work)?,
             Work::Map(work) => {
@@ -351,6 +353,7 @@ impl<'a> Runner<'a> {
             images,
             self.input_files(stage, round),
             self.folder.cache()?,
+            self.folder.root().to_owned(),
         ))
     }
 

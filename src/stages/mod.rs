@@ -28,11 +28,13 @@ mod train_dpo;
 mod train_reward;
 mod train_sft;
 
+mod ask_people;
 mod combine;
 mod compare;
 mod exec;
 mod sql;
 
+pub use ask_people::AskPeople;
 pub use combine::{Combine, Normalize};
 pub use compare::Compare;
 pub use exec::{Column, Columns, Exec};
@@ -72,6 +74,8 @@ pub enum StageSpec {
     Sample(Sample),
     /// Scores candidates.
     Score(Score),
+    /// Waits for people to choose between answers.
+    AskPeople(AskPeople),
     /// Adds up what several judges think.
     Combine(Combine),
     /// Pairs the best with the worst answer to each prompt.
@@ -99,6 +103,7 @@ impl StageSpec {
             Self::LoadFeedback(stage) => stage,
             Self::Sample(stage) => stage,
             Self::Score(stage) => stage,
+            Self::AskPeople(stage) => stage,
             Self::Combine(stage) => stage,
             Self::SelectExtremes(stage) => stage,
             Self::SelectPairs(stage) => stage,
@@ -117,6 +122,7 @@ impl StageSpec {
             Self::LoadFeedback(stage) => stage,
             Self::Sample(stage) => stage,
             Self::Score(stage) => stage,
+            Self::AskPeople(stage) => stage,
             Self::Combine(stage) => stage,
             Self::SelectExtremes(stage) => stage,
             Self::SelectPairs(stage) => stage,
@@ -163,6 +169,16 @@ impl Role {
     pub fn learns(self) -> bool {
         !matches!(self, Self::Answers | Self::Scores | Self::Reads)
     }
+}
+
+/// What a stage waits for: labels of candidates.
+pub struct Waits<'a> {
+    pub candidates: &'a TableName,
+    pub prompts: &'a TableName,
+    /// Tables of rewards that say what to ask about first.
+    pub rewards: &'a [TableName],
+    /// How many labels are enough.
+    pub labels: u64,
 }
 
 /// A model that a stage uses.
@@ -242,6 +258,11 @@ pub trait Stage {
     /// How many rows it makes of so many rows of its first input, none being set aside; `None` where
     /// that depends on what is in them.
     fn expected_rows(&self, _input: u64) -> Option<u64> {
+        None
+    }
+
+    /// What it waits for people to do before it can begin.
+    fn waits(&self) -> Option<Waits<'_>> {
         None
     }
 

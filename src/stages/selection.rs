@@ -8,20 +8,47 @@ use crate::query::Param;
 use crate::store::Key;
 use crate::tables::{Candidate, Pair, Prompt, RejectClass, Reward, Row, rows};
 
-/// What a query says of a prompt: its pairs, or why there are none.
-enum Choice {
+/// What becomes of a prompt: its pairs, or why there are none.
+pub enum Choice {
     Pairs(Vec<Match>),
     SetAside { class: RejectClass, reason: String },
 }
 
 /// Two answers that make a pair.
 #[derive(Clone, Copy)]
-struct Match {
+pub struct Match {
     chosen: i32,
     rejected: i32,
-    chosen_reward: f32,
-    rejected_reward: f32,
+    scores: Option<Scores>,
+}
+
+/// What the two answers of a pair are worth.
+#[derive(Clone, Copy)]
+struct Scores {
+    chosen: f32,
+    rejected: f32,
     margin: f32,
+}
+
+impl Match {
+    /// A pair that no judge chose.
+    pub fn unscored(chosen: i32, rejected: i32) -> Self {
+        Self {
+            chosen,
+            rejected,
+            scores: None,
+        }
+    }
+}
+
+/// Who chooses which answers make pairs.
+pub trait Choose {
+    fn candidates(&self) -> &TableName;
+    fn prompts(&self) -> &TableName;
+    /// What becomes of prompts, by their ids.
+    fn choices(&self, scope: &Scope<'_>) -> Result<HashMap<String, Choice>, Failure>;
+    /// Why a prompt that is not among the choices is set aside; `None`: somebody else has said why.
+    fn unchosen(&self) -> Option<&'static str>;
 }
 
 /// A stage that pairs answers by a query over their rewards.
@@ -66,7 +93,7 @@ pub fn inputs<'a>(
 /// The work of such a stage. The choice is one query over numbers; the texts are then taken from the
 /// candidates as these go by, so that they never lie in memory together.
 pub struct Selection<'a> {
-    stage: &'a dyn Pairs,
+    stage: &'a dyn Choose,
     /// By prompt; chosen when the first group comes.
     choices: RefCell<Option<HashMap<String, Choice>>>,
 }
@@ -75,19 +102,32 @@ pub struct Selection<'a> {
 const PART: u32 = 4096;
 
 impl<'a> Selection<'a> {
-    pub fn new(stage: &'a dyn Pairs) -> Self {
+    pub fn new(stage: &'a dyn Choose) -> Self {
         let choices = RefCell::new(None);
         Self { stage, choices }
     }
+}
 
-    fn choose(&self, scope: &Scope<'_>) -> Result<HashMap<String, Choice>, Failure> {
-        let stage = self.stage;
-        let (rewards, candidates) = (stage.rewards(), stage.candidates());
-        let sql = stage
+impl<P: Pairs> Choose for P {
+    fn candidates(&self) -> &TableName {
+        Pairs::candidates(self)
+    }
+
+    fn prompts(&self) -> &TableName {
+        Pairs::prompts(self)
+    }
+
+    fn unchosen(&self) -> Option<&'static str> {
+        None
+    }
+
+    fn choices(&self, scope: &Scope<'_>) -> Result<HashMap<String, Choice>, Failure> {
+        let (rewards, candidates) = (self.rewards(), Pairs::candidates(self));
+        let sql = self
             .sql()
             .replace("{rewards}", rewards.as_str())
             .replace("{candidates}", candidates.as_str());
-        let params = stage.params(scope.seed_for("pairs"));
+        let params = self.params(scope.seed_for("pairs"));
         let tables = [
             (rewards, Reward::schema()),
             (candidates, Candidate::schema()),
@@ -140,9 +180,11 @@ impl Ranked {
             Some(Match {
                 chosen: self.chosen_candidate?,
                 rejected: self.rejected_candidate?,
-                chosen_reward: self.chosen_reward?,
-                rejected_reward: self.rejected_reward?,
-                margin: self.margin?,
+                scores: Some(Scores {
+                    chosen: self.chosen_reward?,
+                    rejected: self.rejected_reward?,
+                    margin: self.margin?,
+                }),
             })
         };
         match (&self.reason, matched()) {
@@ -191,7 +233,7 @@ impl Map for Selection<'_> {
 
     fn key(&self, scope: &mut Scope<'_>, group: &[Answer], key: Key) -> Result<Key, Failure> {
         if self.choices.borrow().is_none() {
-            *self.choices.borrow_mut() = Some(self.choose(scope)?);
+            *self.choices.borrow_mut() = Some(self.stage.choices(scope)?);
         }
         let choices = self.choices.borrow();
         let prompt_id = &group[0].prompt_id;
@@ -201,10 +243,12 @@ impl Map for Selection<'_> {
             return Ok(key);
         };
         for matched in pairs {
-            let numbers = [matched.chosen_reward, matched.rejected_reward];
-            key = numbers
-                .iter()
-                .fold(key, |key, number| key.with(number.to_le_bytes()));
+            for scores in matched.scores.iter() {
+                let numbers = [scores.chosen, scores.rejected];
+                key = numbers
+                    .iter()
+                    .fold(key, |key, number| key.with(number.to_le_bytes()));
+            }
             for number in [matched.chosen, matched.rejected] {
                 let answer = answer(group, number)?;
                 key = key
@@ -228,8 +272,15 @@ impl Map for Selection<'_> {
         for task in tasks {
             let prompt_id = &task.rows[0].prompt_id;
             outcomes.push(match choices.get(prompt_id) {
-                // Its answers were not scored; whoever set it aside then has said why.
-                None => Outcome::Made(Vec::new()),
+                None => match self.stage.unchosen() {
+                    // Its answers were not scored; whoever set it aside then has said why.
+                    None => Outcome::Made(Vec::new()),
+                    Some(reason) => Outcome::SetAside {
+                        id: prompt_id.clone(),
+                        class: RejectClass::Dropped,
+                        reason: reason.to_owned(),
+                    },
+                },
                 Some(Choice::SetAside { class, reason }) => Outcome::SetAside {
                     id: prompt_id.clone(),
                     class: *class,
@@ -311,9 +362,9 @@ fn pair(
         captions: prompt.captions,
         chosen_candidate: Some(matched.chosen),
         rejected_candidate: Some(matched.rejected),
-        chosen_reward: Some(matched.chosen_reward),
-        rejected_reward: Some(matched.rejected_reward),
-        margin: Some(matched.margin),
+        chosen_reward: matched.scores.map(|scores| scores.chosen),
+        rejected_reward: matched.scores.map(|scores| scores.rejected),
+        margin: matched.scores.map(|scores| scores.margin),
         chosen_token_ids: Some(chosen.token_ids.clone()),
         rejected_token_ids: Some(rejected.token_ids.clone()),
         chosen_logp: Some(chosen.logp),

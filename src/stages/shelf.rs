@@ -20,12 +20,20 @@ pub struct Shelf {
     prompts: HashMap<TableName, PromptShelf>,
     /// A folder for what a query can't hold in memory.
     spill: PathBuf,
+    /// The folder of the run.
+    pub root: PathBuf,
 }
 
 impl Shelf {
     /// `files` are those of the stage's input tables, in this round.
-    pub fn new(images: Images, files: HashMap<TableName, Vec<PathBuf>>, spill: PathBuf) -> Self {
+    pub fn new(
+        images: Images,
+        files: HashMap<TableName, Vec<PathBuf>>,
+        spill: PathBuf,
+        root: PathBuf,
+    ) -> Self {
         Self {
+            root,
             images,
             files,
             prompts: HashMap::new(),

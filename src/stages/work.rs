@@ -50,6 +50,9 @@ pub enum Failure {
     /// Anything that has no better name, in words that say the way out.
     #[error("{0}")]
     Other(String),
+    /// People have to do something first; in words.
+    #[error("{0}")]
+    Waiting(String),
     /// The user or the system asked to stop.
     #[error("interrupted")]
     Interrupted,

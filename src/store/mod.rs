@@ -11,6 +11,7 @@ mod fingerprint;
 mod folder;
 mod images;
 mod key;
+mod labels;
 mod lock;
 mod lookup;
 mod manifest;
@@ -23,6 +24,7 @@ pub use fingerprint::{Fingerprints, hash_file};
 pub use folder::{RunFolder, files_in};
 pub use images::Images;
 pub use key::{Key, digest};
+pub use labels::{LABELS, Label, LabelFiles, Said, Survey};
 pub use lock::{Lock, lock_holder};
 pub use lookup::Lookup;
 pub use manifest::{

@@ -12,6 +12,7 @@ mod candidate;
 mod comparison;
 mod image;
 mod judged;
+mod label;
 mod pair;
 mod prompt;
 mod reference;
@@ -25,6 +26,7 @@ pub use candidate::{Candidate, Finish};
 pub use comparison::Comparison;
 pub use image::{Image, ImageFile};
 pub use judged::Judged;
+pub use label::Label;
 pub use pair::Pair;
 pub use prompt::{Prompt, Role, Turn};
 pub use reference::Reference;
@@ -38,7 +40,7 @@ pub use telemetry::Telemetry;
 use arrow::datatypes::SchemaRef;
 
 /// Every kind there is, in the order in which a row meets them.
-pub const KINDS: [&str; 13] = [
+pub const KINDS: [&str; 14] = [
     Image::KIND,
     Prompt::KIND,
     Candidate::KIND,
@@ -52,6 +54,7 @@ pub const KINDS: [&str; 13] = [
     Reject::KIND,
     Telemetry::KIND,
     Call::KIND,
+    Label::KIND,
 ];
 
 /// The schema of a kind, or `None` when there is no such kind.
@@ -70,6 +73,7 @@ pub fn schema_of(kind: &str) -> Option<SchemaRef> {
         Reject::KIND => Reject::schema(),
         Telemetry::KIND => Telemetry::schema(),
         Call::KIND => Call::schema(),
+        Label::KIND => Label::schema(),
         _ => return None,
     })
 }

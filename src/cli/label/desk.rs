@@ -1,0 +1,381 @@
+//! The desk at which people are asked: who has which question, and what was said.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use serde_json::{Value, json};
+
+use super::super::Failed;
+use super::super::sql::run_table;
+use crate::query;
+use crate::store::{Label, LabelFiles, RunFolder, Said, Survey, digest};
+use crate::tables::{Prompt, Role, Row, rows};
+
+/// Questions at a time; people answer some hundreds an hour.
+const QUESTIONS_MAX: usize = 100_000;
+
+/// After so long a question that somebody left open goes to others.
+const LEFT_OPEN: Duration = Duration::from_mins(15);
+
+/// Two answers to a prompt, as they are shown.
+#[derive(Debug, Clone)]
+struct Question {
+    prompt_id: String,
+    left: i32,
+    right: i32,
+}
+
+/// What can be asked, and what was said.
+pub struct Desk {
+    files: LabelFiles,
+    survey: Survey,
+    questions: Vec<Question>,
+    prompts: HashMap<String, Prompt>,
+    /// Texts of candidates, and their digests.
+    texts: HashMap<(String, i32), (String, String)>,
+    labels: BTreeMap<u64, Label>,
+    /// Ids that were given, those of labels that were taken back among them.
+    next_id: u64,
+    /// The question of each label of this survey.
+    of_label: HashMap<u64, usize>,
+    /// Who looks at which question, and since when.
+    open: HashMap<String, (usize, Instant)>,
+}
+
+rows! {
+    /// A question, those that matter most first.
+    pub struct Asked: "asked" => {
+        /// The prompt.
+        pub prompt_id: String,
+        /// An answer to it.
+        pub one: i32,
+        /// Another one.
+        pub other: i32,
+    }
+}
+
+rows! {
+    /// What a candidate says.
+    pub struct Answer: "answer" => {
+        /// The prompt.
+        pub prompt_id: String,
+        /// Its number among the answers to the prompt.
+        pub candidate: i32,
+        /// What it says.
+        pub text: String,
+    }
+}
+
+impl Desk {
+    /// Finds the questions of a survey and reads what was said so far.
+    pub fn open(run: &RunFolder, survey: Survey) -> Result<Self, Failed> {
+        let files = LabelFiles::new(run.root(), &survey.table, survey.round);
+        let mut tables = vec![run_table(run, &survey.candidates, survey.candidates_round)?];
+        for rewards in &survey.rewards {
+            tables.push(run_table(run, rewards, survey.round)?);
+        }
+        let mut found: Vec<Asked> = Vec::new();
+        query::run::<Failed>(&sql(&survey), &[], &tables, &[], None, |batch| {
+            found.extend(
+                Asked::from_batch(&batch).map_err(|misfit| Failed::Words(misfit.to_string()))?,
+            );
+            Ok(())
+        })?;
+        let asked: HashSet<String> = found.iter().map(|asked| asked.prompt_id.clone()).collect();
+        let mut texts = HashMap::new();
+        let columns = format!(
+            "select prompt_id, candidate, text from {}",
+            survey.candidates
+        );
+        query::run::<Failed>(&columns, &[], &tables, &[], None, |batch| {
+            let rows = Answer::from_batch(&batch);
+            for row in rows.map_err(|misfit| Failed::Words(misfit.to_string()))? {
+                let digest = digest(row.text.as_bytes());
+                texts.insert((row.prompt_id, row.candidate), (row.text, digest));
+            }
+            Ok(())
+        })?;
+        let mut prompts = HashMap::new();
+        for batch in run.reader(&survey.prompts, survey.prompts_round) {
+            let rows = Prompt::from_batch(&batch?);
+            for row in rows.map_err(|misfit| Failed::Words(misfit.to_string()))? {
+                if asked.contains(&row.prompt_id) {
+                    prompts.insert(row.prompt_id.clone(), row);
+                }
+            }
+        }
+        let questions: Vec<Question> = found.into_iter().map(sided).collect();
+        let mut desk = Self {
+            labels: BTreeMap::new(),
+            next_id: 0,
+            of_label: HashMap::new(),
+            open: HashMap::new(),
+            files,
+            survey,
+            questions,
+            prompts,
+            texts,
+        };
+        desk.recall()?;
+        Ok(desk)
+    }
+
+    /// Reads what was said before.
+    fn recall(&mut self) -> Result<(), Failed> {
+        let mut numbers: HashMap<[String; 3], usize> = HashMap::new();
+        for (number, question) in self.questions.iter().enumerate() {
+            let name = |left, right| {
+                [
+                    question.prompt_id.clone(),
+                    self.digest(question, left),
+                    self.digest(question, right),
+                ]
+            };
+            numbers.insert(name(question.left, question.right), number);
+            numbers.insert(name(question.right, question.left), number);
+        }
+        for label in self.files.read()? {
+            self.next_id = self.next_id.max(label.id + 1);
+            let name = [
+                label.prompt_id.clone(),
+                label.left_digest.clone(),
+                label.right_digest.clone(),
+            ];
+            if let Some(&number) = numbers.get(&name) {
+                self.of_label.insert(label.id, number);
+            }
+            self.labels.insert(label.id, label);
+        }
+        // Ids of labels that were taken back are not given again.
+        self.next_id += 1_000;
+        Ok(())
+    }
+
+    fn digest(&self, question: &Question, candidate: i32) -> String {
+        let text = self.texts.get(&(question.prompt_id.clone(), candidate));
+        text.map(|(_, digest)| digest.clone()).unwrap_or_default()
+    }
+
+    /// Questions about which something was said, skipping apart.
+    fn done(&self) -> HashSet<usize> {
+        let said = self
+            .labels
+            .values()
+            .filter(|label| label.said != Said::Skip);
+        said.filter_map(|label| self.of_label.get(&label.id).copied())
+            .collect()
+    }
+
+    /// Labels so far.
+    pub fn said(&self) -> u64 {
+        let said = self
+            .labels
+            .values()
+            .filter(|label| label.said != Said::Skip);
+        said.count() as u64
+    }
+
+    pub fn wanted(&self) -> u64 {
+        self.survey.wanted
+    }
+
+    /// How many questions there are.
+    pub fn questions(&self) -> usize {
+        self.questions.len()
+    }
+
+    /// The question for somebody: the one that they have, or the first that nobody else has.
+    pub fn next(&mut self, by: &str) -> Value {
+        let done = self.done();
+        let own = self.open.get(by).map(|(number, _)| *number);
+        let own = own.filter(|number| !done.contains(number));
+        let number = own.or_else(|| {
+            let skipped = self
+                .labels
+                .values()
+                .filter(|label| label.said == Said::Skip && label.by == by);
+            let skipped: HashSet<usize> = skipped
+                .filter_map(|label| self.of_label.get(&label.id).copied())
+                .collect();
+            let others = self
+                .open
+                .iter()
+                .filter(|(other, (_, since))| other.as_str() != by && since.elapsed() < LEFT_OPEN);
+            let others: HashSet<usize> = others.map(|(_, (number, _))| *number).collect();
+            (0..self.questions.len()).find(|number| {
+                !done.contains(number) && !skipped.contains(number) && !others.contains(number)
+            })
+        });
+        match number {
+            Some(number) => self.open.insert(by.to_owned(), (number, Instant::now())),
+            None => self.open.remove(by),
+        };
+        let left = self.questions.len() - done.len();
+        json!({
+            "question": number.map(|number| self.shown(number)),
+            "progress": { "said": self.said(), "wanted": self.survey.wanted, "left": left },
+            "can_undo": self.last_of(by).is_some(),
+        })
+    }
+
+    fn shown(&self, number: usize) -> Value {
+        let question = &self.questions[number];
+        let prompt = &self.prompts[&question.prompt_id];
+        let text = |candidate| &self.texts[&(question.prompt_id.clone(), candidate)].0;
+        let turns = prompt.turns.iter().map(|turn| {
+            let role = match turn.role {
+                Role::User => "before that, user",
+                Role::Assistant => "assistant",
+            };
+            json!({ "role": role, "text": turn.text })
+        });
+        json!({
+            "number": number,
+            "pictures": prompt.image_ids,
+            "turns": turns.collect::<Vec<_>>(),
+            "text": prompt.question,
+            "left": text(question.left),
+            "right": text(question.right),
+        })
+    }
+
+    /// Writes down what somebody said. Says why not, if somebody else was faster.
+    pub fn say(
+        &mut self,
+        by: &str,
+        number: usize,
+        said: Said,
+        milliseconds: u64,
+    ) -> Result<(), Failed> {
+        let Some(question) = self.questions.get(number).cloned() else {
+            return Err(Failed::Words("there is no such question".to_owned()));
+        };
+        self.open.remove(by);
+        if self.done().contains(&number) {
+            return Err(Failed::Words(
+                "somebody else has answered this one".to_owned(),
+            ));
+        }
+        let label = Label {
+            id: self.next_id,
+            left: question.left,
+            right: question.right,
+            left_digest: self.digest(&question, question.left),
+            right_digest: self.digest(&question, question.right),
+            prompt_id: question.prompt_id,
+            said,
+            by: by.to_owned(),
+            at: now(),
+            milliseconds,
+        };
+        self.files.add(&label)?;
+        self.next_id += 1;
+        self.of_label.insert(label.id, number);
+        self.labels.insert(label.id, label);
+        Ok(())
+    }
+
+    fn last_of(&self, by: &str) -> Option<u64> {
+        let mut own = self.labels.values().rev();
+        let last = own.find(|label| label.by == by && self.of_label.contains_key(&label.id));
+        last.map(|label| label.id)
+    }
+
+    /// Takes back what somebody said last, and asks them again.
+    pub fn undo(&mut self, by: &str) -> Result<(), Failed> {
+        let Some(id) = self.last_of(by) else {
+            return Ok(());
+        };
+        let mut label = self.labels[&id].clone();
+        label.said = Said::Undone;
+        label.at = now();
+        self.files.add(&label)?;
+        self.labels.remove(&id);
+        if let Some(number) = self.of_label.remove(&id) {
+            self.open.insert(by.to_owned(), (number, Instant::now()));
+        }
+        Ok(())
+    }
+
+    /// Whether a question shows the picture.
+    pub fn shows(&self, picture: &str) -> bool {
+        let mut prompts = self.prompts.values();
+        prompts.any(|prompt| prompt.image_ids.iter().any(|id| id == picture))
+    }
+}
+
+fn now() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.map_or(0, |since| since.as_secs())
+}
+
+/// Which answer stands left is drawn, and the same whoever looks and however often.
+fn sided(asked: Asked) -> Question {
+    let Asked {
+        prompt_id,
+        one,
+        other,
+    } = asked;
+    let drawn = digest(format!("{prompt_id} {one} {other}").as_bytes());
+    let is_turned = drawn.as_bytes()[0] % 2 == 1;
+    let (left, right) = if is_turned {
+        (other, one)
+    } else {
+        (one, other)
+    };
+    Question {
+        prompt_id,
+        left,
+        right,
+    }
+}
+
+/// Pairs of different answers to a prompt. First come, of each prompt, the two about which the judges
+/// disagree most: how far apart they find them, in standard deviations of their rewards of the prompt's
+/// answers. A judge that is alone disagrees with itself where it finds two close.
+fn sql(survey: &Survey) -> String {
+    let mut with = Vec::new();
+    let mut joins = String::new();
+    let mut apart = Vec::new();
+    for (number, rewards) in survey.rewards.iter().enumerate() {
+        with.push(format!(
+            "z{number} as (
+                select prompt_id, candidate, case when stddev_pop(reward) over w = 0 then 0 else
+                       (reward - avg(reward) over w) / stddev_pop(reward) over w end as z
+                from {rewards} window w as (partition by prompt_id)
+             )"
+        ));
+        joins += &format!(
+            " left join z{number} a{number} on a{number}.prompt_id = p.prompt_id and a{number}.candidate = p.one
+              left join z{number} b{number} on b{number}.prompt_id = p.prompt_id and b{number}.candidate = p.other"
+        );
+        apart.push(format!("coalesce(a{number}.z - b{number}.z, 0)"));
+    }
+    let disagreement = match &apart[..] {
+        [] => "0".to_owned(),
+        [alone] => format!("-abs({alone})"),
+        several => format!("greatest({0}) - least({0})", several.join(", ")),
+    };
+    with.insert(
+        0,
+        format!(
+            "answers as (select prompt_id, min(candidate) as candidate from {} group by prompt_id, md5(text)),
+             p as (
+                select a.prompt_id, a.candidate as one, b.candidate as other
+                from answers a join answers b on a.prompt_id = b.prompt_id and a.candidate < b.candidate
+             )",
+            survey.candidates
+        ),
+    );
+    format!(
+        "with {}, weighed as (
+            select p.prompt_id, p.one, p.other, {disagreement} as disagreement,
+                   md5(concat(p.prompt_id, ' ', p.one, ' ', p.other)) as drawn
+            from p {joins}
+         ), numbered as (
+            select *, row_number() over (partition by prompt_id order by disagreement desc, drawn) as nth from weighed
+         )
+         select prompt_id, one, other from numbered order by nth, disagreement desc, drawn limit {QUESTIONS_MAX}",
+        with.join(", ")
+    )
+}
