@@ -1,5 +1,6 @@
 //! What a model in training is compared with: log-probabilities of sampling, audited, or computed.
 
+use std::cell::Cell;
 use std::path::Path;
 
 use ovchat::models::scripted::{ScriptedJudge, ScriptedLearner, ScriptedPolicy};
@@ -13,11 +14,13 @@ use ovchat::tables::{DpoStep, Pair, Reference};
 use crate::run::{SCRIPTED, rows};
 use crate::scene::{Quiet, ROOT, Scene};
 
-/// A loader of doubles in the place of networks, which claims a precision.
-struct Doubles(Dtype);
+/// A loader of doubles in the place of networks, which claims a precision, and counts the policies that it
+/// opened.
+struct Doubles(Dtype, Cell<usize>);
 
 impl ModelLoader for Doubles {
     fn policy(&self, _: &ModelSpec) -> Opened<dyn Policy> {
+        self.1.set(self.1.get() + 1);
         Ok(Box::new(ScriptedPolicy::new(&Scripted::default())))
     }
     fn judge(&self, _: &ModelSpec) -> Opened<dyn Judge> {
@@ -88,7 +91,7 @@ fn trained_with(settings: &str, precision: Dtype) -> (Scene, Result<(), String>)
         until: Some("steps".to_owned().try_into().unwrap()),
         rates: None,
     };
-    let doubles = Doubles(precision);
+    let doubles = Doubles(precision, Cell::new(0));
     let interrupt = Interrupt::default();
     let ran = run(&plan, &options, Some(&doubles), &mut Quiet, &interrupt);
     (scene, ran.map(|_| ()).map_err(|error| error.to_string()))
@@ -183,4 +186,28 @@ fn pairs_of_similar_length_are_grouped_when_asked_for() {
         tokens.len() > 5 && tokens.is_sorted_by(|a, b| a >= b),
         "{tokens:?}"
     );
+}
+
+#[test]
+fn a_policy_that_judges_its_own_answers_is_opened_once() {
+    let verdict = "^(?<better_first>[a-l])|^(?<better_second>[m-z])|^(?<tie>$)";
+    let own = format!("judge: {{ self: {{ model: policy, ask: {{ verdict: \"{verdict}\" }} }} }}");
+    let policy =
+        format!("policy: {{ llava_onevision: {{ weights: {ROOT}/data-samples/policy }} }}");
+    let pipeline = SCRIPTED
+        .replace("policy: { scripted: {} }", &policy)
+        .replace("judge: { scripted: {} }", &own);
+    let (pipeline, _) = pipeline.split_once("evaluate:").unwrap();
+    let scene = Scene::new();
+    let file = scene.prompts(6).write("p.yaml", pipeline).path("p.yaml");
+    let plan = ovchat::config::load(&file, &["rounds=1".to_owned()], false).unwrap();
+    let options = Options {
+        folder: scene.path("runs/scripted"),
+        until: Some("rewards".to_owned().try_into().unwrap()),
+        rates: None,
+    };
+    let doubles = Doubles(Dtype::Float32, Cell::new(0));
+    let interrupt = Interrupt::default();
+    run(&plan, &options, Some(&doubles), &mut Quiet, &interrupt).unwrap();
+    assert_eq!(doubles.1.get(), 1);
 }

@@ -4,7 +4,8 @@
 //! The policy's conversations are written carelessly ([`Question::careless`]): it learns to see, and
 //! to make the mistakes that DPO then has to drive out. The judge's are true; then they are given by
 //! somebody who says a wrong word now and then and takes it back at once ([`questions::corrected`]): who
-//! is to know what to take back has to compare each word with the picture. Its preferences are a true
+//! is to know what to take back has to compare each word with the picture. A critic's do the same with
+//! answers that are given, and end in a verdict. The judge's preferences are a true
 //! answer against one that is not, in the records of LLaVA-Human-Preference.
 
 use std::collections::BTreeSet;
@@ -26,6 +27,9 @@ const FIRST_TOPICS: [Topic; 3] = [Topic::Kind, Topic::Color, Topic::Description]
 
 /// Turns of a conversation of the policy.
 const TURNS: usize = 6;
+
+/// What a critic is asked behind a question and an answer; `data-samples/critic.txt` asks the same.
+const IS_IT_TRUE: &str = "Is that true?";
 
 /// Preferences about a picture.
 const PREFERENCES: usize = 4;
@@ -66,6 +70,7 @@ pub fn write(
     let mut conversations = Vec::with_capacity(count);
     let mut positions = Vec::with_capacity(count);
     let mut true_conversations = Vec::with_capacity(count);
+    let mut judgments = Vec::with_capacity(count);
     let mut corrected = [Vec::with_capacity(count), Vec::with_capacity(count)];
     let mut preferences = Vec::with_capacity(count * PREFERENCES);
     for lesson in lessons {
@@ -76,6 +81,7 @@ pub fn write(
         let [scans, conversations] = &mut corrected;
         scans.push(lesson.corrected_scan);
         conversations.extend(lesson.corrected_conversation);
+        judgments.extend(lesson.judgments);
         preferences.extend(lesson.preferences);
     }
     let simple = Scene::draw_simple as fn(&mut Random) -> Scene;
@@ -94,6 +100,7 @@ pub fn write(
     files::write_json(&to.join("corrected_scans.json"), &corrected_scans)?;
     let path = to.join("corrected_conversations.json");
     files::write_json(&path, &corrected_conversations)?;
+    files::write_json(&to.join("judgments.json"), &judgments)?;
     files::write_json(&to.join("preferences.json"), &preferences)
 }
 
@@ -150,6 +157,8 @@ struct Lesson {
     /// Questions with true answers, if any.
     true_conversation: Option<Record>,
     corrected_conversation: Option<Record>,
+    /// What a critic says of answers.
+    judgments: Option<Record>,
     preferences: Vec<Record>,
 }
 
@@ -196,6 +205,12 @@ impl Lesson {
             };
             record(turns.iter().map(&mut turn).collect())
         };
+        let mut random = Random::named(seed, &format!("{id}/judged"));
+        let mut judge = |[question, answer]: &[String; 2]| {
+            let [given, said] = questions::judged(question, answer, &mut random);
+            [format!("{question} {given} {IS_IT_TRUE}"), said]
+        };
+        let judged: Vec<[String; 2]> = true_turns.iter().map(&mut judge).collect();
         let if_any = |turns: &[[String; 2]]| (!turns.is_empty()).then(|| record(turns.to_vec()));
         Ok(Self {
             scan,
@@ -203,6 +218,7 @@ impl Lesson {
             positions: if_any(&positions),
             conversation,
             corrected_conversation: (!true_turns.is_empty()).then(|| corrected(&true_turns)),
+            judgments: if_any(&judged),
             true_conversation: if_any(&true_turns),
             preferences,
         })

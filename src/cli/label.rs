@@ -286,7 +286,7 @@ fn decoded(text: &str) -> String {
 }
 
 fn response(status: u16, media: &str, body: Vec<u8>) -> Response<std::io::Cursor<Vec<u8>>> {
-    let policy = "default-src 'none'; img-src 'self'; connect-src 'self'; style-src 'unsafe-inline'; \
+    let policy = "default-src 'none'; img-src 'self' data:; connect-src 'self'; style-src 'unsafe-inline'; \
                   script-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'";
     let headers = [
         ("Content-Type", media),

@@ -43,7 +43,7 @@ use crate::store::{
 };
 use crate::tables::{Reject, RejectClass, Row, Telemetry};
 use keys::{Keys, table_key};
-use models::{Ready, RunModels};
+use models::{Kept, Ready, RunModels};
 
 /// How a run goes about its plan.
 pub struct Options {
@@ -134,6 +134,8 @@ struct Runner<'a> {
     /// Hashes of files that were found to be as they were written, and of those written since.
     sound: HashSet<String>,
     rates: Rates,
+    /// The policy that the last stage left open.
+    kept: Kept,
 }
 
 impl<'a> Runner<'a> {
@@ -166,6 +168,7 @@ impl<'a> Runner<'a> {
             said: HashSet::new(),
             sound: HashSet::new(),
             rates: Rates::open(options.rates.clone()),
+            kept: Kept::default(),
         })
     }
 
@@ -377,7 +380,12 @@ impl<'a> Runner<'a> {
             };
             models.insert((used.model.clone(), used.state), ready);
         }
-        Ok(RunModels::new(self.loader, models, self.folder.calls()))
+        Ok(RunModels::new(
+            self.loader,
+            models,
+            self.folder.calls(),
+            self.kept.clone(),
+        ))
     }
 
     /// The checkpoints of this run that make the model what it is for a stage in a round, oldest

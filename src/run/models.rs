@@ -1,16 +1,19 @@
 //! The models as they are in a round: opened when a stage asks, dropped when it is done.
 
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::rc::Rc;
+
 use super::formula::Formula;
 use crate::models::scripted::{ScriptedJudge, ScriptedLearner, ScriptedPolicy};
 use crate::models::{
-    Asking, Critic, DpoLearner, DpoSettings, HttpWriter, Judge, ModelError, ModelLoader, ModelSpec,
-    Opened, Optimization, Policy, PolicyWriter, Prompt, RewardLearner, RewardSettings, RowFault,
-    SftLearner, SftSettings, Writer,
+    Asking, Critic, DpoLearner, DpoSettings, Emit, Generation, HttpWriter, Judge, ModelError,
+    ModelLoader, ModelSpec, Opened, Optimization, Policy, PolicyWriter, Prompt, RewardLearner,
+    RewardSettings, RowFault, Sampling, SftLearner, SftSettings, Telemetry, Writer,
 };
 use crate::prep::PolicyPrep;
 use crate::stages::{Failure, ModelName, ModelState, Models};
-use std::collections::HashMap;
-use std::path::PathBuf;
 
 /// A model as it is for a stage.
 pub struct Ready {
@@ -22,12 +25,37 @@ pub struct Ready {
     pub fingerprint: String,
 }
 
+/// The policy that is open, which the next stage may find as it left it: a model that answers and then
+/// judges its own answers is loaded once.
+#[derive(Clone, Default)]
+pub struct Kept(Rc<RefCell<Option<(ModelSpec, SharedPolicy)>>>);
+
+/// A policy that several use, one after the other.
+#[derive(Clone)]
+struct SharedPolicy(Rc<RefCell<Box<dyn Policy>>>);
+
+impl Policy for SharedPolicy {
+    fn sample(
+        &mut self,
+        prompts: &[Prompt],
+        how: &Sampling,
+        emit: Emit<'_, Vec<Generation>>,
+    ) -> Result<Telemetry, ModelError> {
+        self.0.borrow_mut().sample(prompts, how, emit)
+    }
+
+    fn plan(&self) -> Option<String> {
+        self.0.borrow().plan()
+    }
+}
+
 /// The models of one stage in one round.
 pub struct RunModels<'a> {
     loader: Option<&'a dyn ModelLoader>,
     /// The folder of the calls of models behind endpoints.
     calls: PathBuf,
     models: HashMap<(ModelName, ModelState), Ready>,
+    kept: Kept,
     policy: Option<(ModelName, Box<dyn Policy>)>,
     judge: Option<(ModelName, Box<dyn Judge>)>,
     prep: Option<(ModelName, PolicyPrep)>,
@@ -38,10 +66,12 @@ impl<'a> RunModels<'a> {
         loader: Option<&'a dyn ModelLoader>,
         models: HashMap<(ModelName, ModelState), Ready>,
         calls: PathBuf,
+        kept: Kept,
     ) -> Self {
         Self {
             loader,
             calls,
+            kept,
             models,
             policy: None,
             judge: None,
@@ -66,6 +96,7 @@ impl<'a> RunModels<'a> {
         scripted: impl FnOnce(ScriptedLearner) -> Box<L>,
         open: impl FnOnce(&dyn ModelLoader, &ModelSpec) -> Opened<L>,
     ) -> Result<Box<L>, Failure> {
+        self.close();
         let learner: Result<Box<L>, ModelError> = match self.spec_in(model, state) {
             ModelSpec::Scripted(spec) => ScriptedLearner::open(spec, optimization).map(scripted),
             spec => open(self.loader(model)?, spec),
@@ -84,14 +115,31 @@ impl<'a> RunModels<'a> {
         Ok(Box::new(PolicyWriter::new(policy, asking)))
     }
 
+    /// Opens a policy, or finds it open. Whatever else was open is closed first.
     fn open_policy(&self, model: &ModelName) -> Result<Box<dyn Policy>, Failure> {
-        match self.spec(model) {
-            ModelSpec::Scripted(spec) => Ok(Box::new(ScriptedPolicy::new(spec))),
-            spec => {
-                let opened = self.loader(model)?.policy(spec);
-                opened.map_err(Failure::of(model))
-            }
+        let spec = self.spec(model);
+        if let ModelSpec::Scripted(spec) = spec {
+            return Ok(Box::new(ScriptedPolicy::new(spec)));
         }
+        let mut kept = self.kept.0.borrow_mut();
+        if let Some((open, policy)) = &*kept
+            && open == spec
+        {
+            return Ok(Box::new(policy.clone()));
+        }
+        *kept = None;
+        let opened = self
+            .loader(model)?
+            .policy(spec)
+            .map_err(Failure::of(model))?;
+        let policy = SharedPolicy(Rc::new(RefCell::new(opened)));
+        *kept = Some((spec.clone(), policy.clone()));
+        Ok(Box::new(policy))
+    }
+
+    /// Closes the policy that an earlier stage left open: there is room for one model.
+    fn close(&self) {
+        self.kept.0.take();
     }
 
     fn loader(&self, model: &ModelName) -> Result<&'a dyn ModelLoader, Failure> {
@@ -128,10 +176,11 @@ impl Models for RunModels<'_> {
                     }
                     (None, ModelSpec::Sql(spec)) => Box::new(Formula::new(spec)),
                     (None, ModelSpec::Scripted(_)) => Box::new(ScriptedJudge),
-                    (None, spec) => self
-                        .loader(model)?
-                        .judge(spec)
-                        .map_err(Failure::of(model))?,
+                    (None, spec) => {
+                        self.close();
+                        let judge = self.loader(model)?.judge(spec);
+                        judge.map_err(Failure::of(model))?
+                    }
                 };
             self.judge = Some((model.clone(), judge));
         }
