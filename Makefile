@@ -30,15 +30,17 @@ demo: setup ## build, and run pipelines/dpo.yaml: three rounds on the small worl
 test: setup ## run the tests: code, schemas, layering, formatting
 	cargo test
 
-world: setup ## make data-samples again, its two models included, from nothing (an hour)
+world: setup ## make data-samples again, its three models included, from nothing (two hours)
 	cargo build --bins --example small_world
 	rm -rf data-samples/images
 	cargo run --quiet --example small_world -- world data-samples
 	cargo run --quiet --example small_world -- lessons runs/lessons
 	cargo run --quiet --bin pipeline -- run pipelines/small-world.yaml
-	rm -rf data-samples/policy data-samples/reward
+	cargo run --quiet --bin pipeline -- run pipelines/small-world-critic.yaml
+	rm -rf data-samples/policy data-samples/reward data-samples/critic
 	cargo run --quiet --bin pipeline -- export small-world-models checkpoint --model policy --to data-samples/policy
 	cargo run --quiet --bin pipeline -- export small-world-models checkpoint --model judge --to data-samples/reward
+	cargo run --quiet --bin pipeline -- export small-world-critic checkpoint --to data-samples/critic
 	cp runs/lessons/start/reward/prompt.txt data-samples/reward/
 
 # PARITY_PYTHON may name a Python that already has what tests/parity/requirements.txt asks for.

@@ -173,7 +173,7 @@ fn a_run_waits_for_people_and_goes_on_with_what_they_said() {
     let expected = "reason,n\nnobody was asked about it,8\npeople found both answers bad,1\n\
                     people found both answers equally good,1\n";
     assert_eq!(found, expected);
-    let query = "select said, count(*) as n from labels group by said order by said";
+    let query = "select said, count(*) as n from human_labels group by said order by said";
     let found = scene
         .succeeds(&["sql", "scripted", query, "--format", "csv"])
         .out;

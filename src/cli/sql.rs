@@ -184,7 +184,7 @@ fn tables(run: &RunFolder) -> Result<Vec<QueryTable>, Failed> {
     let labels = lines_in(&run.root().join(LABELS));
     for (name, schema, files) in [
         ("calls", Call::schema(), calls),
-        ("labels", Label::schema(), labels),
+        (LABELS, Label::schema(), labels),
         ("images", Image::schema(), images),
         ("rejects", Reject::schema(), rejects),
         ("telemetry", Telemetry::schema(), telemetry),

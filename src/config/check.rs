@@ -23,7 +23,7 @@ const SIDE_TABLES: [&str; 7] = [
     "references",
     "checkpoints",
     "calls",
-    "labels",
+    "human_labels",
 ];
 
 /// Words that can't name a table in a query without quotes.

@@ -262,7 +262,8 @@ impl Questionnaire {
                 [number("first")?, number("second")?]
             };
             let is_finite = verdict.iter().all(|score| score.is_finite());
-            if !is_finite || found.is_some_and(|found| found != verdict) {
+            let is_other = |found: [f64; 2]| found.map(f64::to_bits) != verdict.map(f64::to_bits);
+            if !is_finite || found.is_some_and(is_other) {
                 return None;
             }
             found = Some(verdict);

@@ -237,10 +237,10 @@ impl Judge for Critic {
         let mut cases: Vec<Case> = groups.iter().map(|group| self.case(group)).collect();
         let mut telemetry = Telemetry::default();
         // Where nothing has to be asked, all answers being equal, there is nothing to tell apart.
-        for index in 0..cases.len() {
-            if cases[index].open == 0 {
-                cases[index].is_done = true;
-                if emit(index, Ok(self.scores(&cases[index]))).is_break() {
+        for (index, case) in cases.iter_mut().enumerate() {
+            if case.open == 0 {
+                case.is_done = true;
+                if emit(index, Ok(self.scores(case))).is_break() {
                     return Ok(telemetry);
                 }
             }

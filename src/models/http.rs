@@ -91,7 +91,7 @@ mod defaults {
 }
 
 /// The longest wait between two tries.
-const WAIT_MAX: Duration = Duration::from_secs(120);
+const WAIT_MAX: Duration = Duration::from_mins(2);
 
 /// The longest part of an endpoint's complaint that is shown.
 const SHOWN_MAX: usize = 300;
@@ -319,8 +319,7 @@ impl HttpWriter {
             hasher.update((part.len() as u64).to_le_bytes());
             hasher.update(part);
         }
-        let digest = hasher.finalize();
-        digest.iter().map(|byte| format!("{byte:02x}")).collect()
+        format!("{:x}", hasher.finalize())
     }
 
     fn body(&self, request: &Request) -> Result<Vec<u8>, RowFault> {

@@ -8,6 +8,7 @@ mod asking;
 mod critic;
 mod http;
 mod hub;
+mod orders;
 pub mod scripted;
 mod spec;
 mod training;
@@ -18,6 +19,7 @@ pub use asking::{Asking, Mode, Questionnaire, Verdict};
 pub use critic::{Critic, PolicyWriter, Request, Writer};
 pub use http::{Http, HttpWriter, Spend};
 pub use hub::Repository;
+pub use orders::Orders;
 pub use spec::{
     CriticSpec, DeviceSpec, Dtype, Exam, Gigabytes, Golden, Itself, LlavaOnevision, LlavaRlhf,
     ModelSpec, Scripted, Share, SqlReward,

@@ -1,5 +1,6 @@
 //! Models as a pipeline file names them.
 
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 
 use schemars::JsonSchema;
@@ -68,6 +69,9 @@ pub struct LlavaRlhf {
     pub adapter: Option<PathBuf>,
     /// The text file that asks for the score, with the placeholder `{factual_prompt}` for captions.
     pub prompt: PathBuf,
+    /// Orders of a picture's captions over which a reward is averaged; 1 takes them as they stand.
+    #[serde(default = "LlavaRlhf::caption_orders")]
+    pub caption_orders: NonZeroU32,
     /// Where it computes: `auto`, `cpu`, `cuda`, `cuda:1`.
     #[serde(default)]
     pub device: DeviceSpec,
@@ -81,6 +85,12 @@ pub struct LlavaRlhf {
     /// What it must show before it scores.
     #[serde(default)]
     pub exam: Option<Exam>,
+}
+
+impl LlavaRlhf {
+    fn caption_orders() -> NonZeroU32 {
+        const { NonZeroU32::new(1).unwrap() }
+    }
 }
 
 /// A LLaVA-OneVision checkpoint that is asked in writing what it thinks of answers.

@@ -305,31 +305,8 @@ impl Session<'_> {
         }
         let all = |waiting: &&(&Waiting, Vec<Tensor>)| waiting.0.text.ids.len();
         let tokens: usize = seen.iter().map(|one| all(&one)).sum();
-        let embed = |ids: &[i64], pictures: &[Range<usize>], features: &[Tensor]| {
-            let text = PromptIds {
-                ids: ids.to_vec(),
-                pictures: pictures.to_vec(),
-            };
-            network.embed_prompt(&text, features)
-        };
-        if !new.is_empty() {
-            let lengths: Vec<i64> = new.iter().map(|(one, _)| one.beginning as i64).collect();
-            let read = lengths.iter().sum::<i64>() as usize;
-            let prefixes = guarded("reading pictures", new.len(), read, || {
-                let _no_grad = tch::no_grad_guard();
-                let embeds = new.iter().map(|(one, features)| {
-                    let text = &one.text;
-                    embed(&text.ids[..one.beginning], &text.pictures, features)
-                });
-                let embeds = Tensor::cat(&embeds.collect::<Vec<_>>(), 0);
-                let (_, prefixes) = decoder.prefill(&embeds, &lengths, Wanted::Nothing);
-                let prefixes: Vec<Prefix> = prefixes.into_iter().map(Prefix::compact).collect();
-                device::wait(device);
-                prefixes
-            })?;
-            for ((one, _), prefix) in new.iter().zip(prefixes) {
-                beginnings.push((one, Rc::new(prefix)));
-            }
+        for ((one, _), prefix) in new.iter().zip(read_beginnings(network, &new)?) {
+            beginnings.push((one, Rc::new(prefix)));
         }
         let (behind, whole): (Vec<_>, Vec<_>) = seen.iter().partition(|(one, _)| one.beginning > 0);
         let mut entering: Vec<Option<(Prefix, Tensor)>> = seen.iter().map(|_| None).collect();
@@ -348,7 +325,7 @@ impl Session<'_> {
                 let _no_grad = tch::no_grad_guard();
                 let embeds = some.iter().map(|(one, features)| {
                     if one.beginning > 0 {
-                        return embed(&one.text.ids[one.beginning..], &[], &[]);
+                        return embed(network, &one.text.ids[one.beginning..], &[], &[]);
                     }
                     network.embed_prompt(&one.text, features)
                 });
@@ -568,6 +545,49 @@ impl Policy for OnevisionPolicy {
     fn plan(&self) -> Option<String> {
         Some(self.budget.of_sampling())
     }
+}
+
+/// The embeddings of a part of a prompt.
+fn embed(
+    network: &LlavaOnevision,
+    ids: &[i64],
+    pictures: &[Range<usize>],
+    features: &[Tensor],
+) -> Tensor {
+    let text = PromptIds {
+        ids: ids.to_vec(),
+        pictures: pictures.to_vec(),
+    };
+    network.embed_prompt(&text, features)
+}
+
+/// Reads the beginnings of prompts.
+fn read_beginnings(
+    network: &LlavaOnevision,
+    prompts: &[&(&Waiting, Vec<Tensor>)],
+) -> Result<Vec<Prefix>, ModelError> {
+    if prompts.is_empty() {
+        return Ok(Vec::new());
+    }
+    let lengths: Vec<i64> = prompts
+        .iter()
+        .map(|(one, _)| one.beginning as i64)
+        .collect();
+    let read = lengths.iter().sum::<i64>() as usize;
+    guarded("reading pictures", prompts.len(), read, || {
+        let _no_grad = tch::no_grad_guard();
+        let embeds = prompts.iter().map(|(one, features)| {
+            let text = &one.text;
+            let beginning = &text.ids[..one.beginning];
+            embed(network, beginning, &text.pictures, features)
+        });
+        let embeds = Tensor::cat(&embeds.collect::<Vec<_>>(), 0);
+        let decoder = &network.language_model;
+        let (_, prefixes) = decoder.prefill(&embeds, &lengths, Wanted::Nothing);
+        let prefixes = prefixes.into_iter().map(Prefix::compact).collect();
+        device::wait(network.device());
+        prefixes
+    })
 }
 
 /// Finds the prompts that begin with the same tokens up to the end of their last pictures, and brings

@@ -164,6 +164,7 @@ pub fn onevision_folder() -> TempDir {
 pub fn reward_folder() -> (TempDir, LlavaRlhf) {
     let folder = tempfile::tempdir().expect("temporary folder");
     let spec = LlavaRlhf {
+        caption_orders: std::num::NonZeroU32::MIN,
         base: folder.path().join("base"),
         vision: folder.path().join("vision"),
         adapter: Some(folder.path().join("adapter")),

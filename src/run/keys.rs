@@ -154,6 +154,12 @@ impl<'a> Keys<'a> {
         if let Some(asking) = asking {
             key = key.with_json(&asking);
         }
+        if let ModelSpec::LlavaRlhf(judge) = spec
+            && used.role == Role::Scores
+            && judge.caption_orders.get() > 1
+        {
+            key = key.with(judge.caption_orders.get().to_le_bytes());
+        }
         if let ModelSpec::Sql(reward) = spec {
             key = key.with(&reward.reward);
         }

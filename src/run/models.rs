@@ -9,8 +9,8 @@ use super::formula::Formula;
 use crate::models::scripted::{ScriptedJudge, ScriptedLearner, ScriptedPolicy};
 use crate::models::{
     Asking, Critic, DpoLearner, DpoSettings, Emit, Generation, HttpWriter, Judge, ModelError,
-    ModelLoader, ModelSpec, Opened, Optimization, Policy, PolicyWriter, Prompt, RewardLearner,
-    RewardSettings, RowFault, Sampling, SftLearner, SftSettings, Telemetry, Writer,
+    ModelLoader, ModelSpec, Opened, Optimization, Orders, Policy, PolicyWriter, Prompt,
+    RewardLearner, RewardSettings, RowFault, Sampling, SftLearner, SftSettings, Telemetry, Writer,
 };
 use crate::prep::PolicyPrep;
 use crate::stages::{Failure, ModelName, ModelState, Models};
@@ -179,7 +179,13 @@ impl Models for RunModels<'_> {
                     (None, spec) => {
                         self.close();
                         let judge = self.loader(model)?.judge(spec);
-                        judge.map_err(Failure::of(model))?
+                        let judge = judge.map_err(Failure::of(model))?;
+                        match spec {
+                            ModelSpec::LlavaRlhf(spec) if spec.caption_orders.get() > 1 => {
+                                Box::new(Orders::new(judge, spec.caption_orders))
+                            }
+                            _ => judge,
+                        }
                     }
                 };
             self.judge = Some((model.clone(), judge));

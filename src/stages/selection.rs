@@ -243,7 +243,7 @@ impl Map for Selection<'_> {
             return Ok(key);
         };
         for matched in pairs {
-            for scores in matched.scores.iter() {
+            if let Some(scores) = &matched.scores {
                 let numbers = [scores.chosen, scores.rejected];
                 key = numbers
                     .iter()

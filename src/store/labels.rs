@@ -1,6 +1,6 @@
 //! What people said of answers, and what they are asked.
 //!
-//! `labels/<table>-round-2.json` says what a run waits for, `labels/<table>-round-2.jsonl` holds what was
+//! `human_labels/<table>-round-2.json` says what a run waits for, `human_labels/<table>-round-2.jsonl` holds what was
 //! said, a line a label, synced one by one. The last line with an id counts, so that taking a label back
 //! is a line, too.
 
@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::{StoreError, create_folder, write_atomically};
 
 /// The folder, in that of a run.
-pub const LABELS: &str = "labels";
+pub const LABELS: &str = "human_labels";
 
 /// What people are asked about the candidates of a round.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,6 +1,7 @@
 //! The desk at which people are asked: who has which question, and what was said.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fmt::Write as _;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
@@ -345,10 +346,12 @@ fn sql(survey: &Survey) -> String {
                 from {rewards} window w as (partition by prompt_id)
              )"
         ));
-        joins += &format!(
+        write!(
+            joins,
             " left join z{number} a{number} on a{number}.prompt_id = p.prompt_id and a{number}.candidate = p.one
               left join z{number} b{number} on b{number}.prompt_id = p.prompt_id and b{number}.candidate = p.other"
-        );
+        )
+        .expect("a string takes any text");
         apart.push(format!("coalesce(a{number}.z - b{number}.z, 0)"));
     }
     let disagreement = match &apart[..] {

@@ -55,6 +55,7 @@ fn block(folder: &Path, report: &mut Report) {
 
 fn spec(place: &Path) -> LlavaRlhf {
     LlavaRlhf {
+        caption_orders: std::num::NonZeroU32::MIN,
         base: place.join("base"),
         vision: place.join("vision"),
         adapter: Some(place.join("adapter")),

@@ -54,6 +54,7 @@ fn prompt(row: &Row) -> Prompt {
 
 fn spec(root: &Path) -> LlavaRlhf {
     LlavaRlhf {
+        caption_orders: std::num::NonZeroU32::MIN,
         base: root.join("base"),
         vision: root.join("vision"),
         adapter: Some(root.join("adapter")),

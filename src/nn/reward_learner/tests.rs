@@ -14,6 +14,7 @@ fn recording() -> PathBuf {
 
 fn spec(adapter: Option<PathBuf>) -> LlavaRlhf {
     LlavaRlhf {
+        caption_orders: std::num::NonZeroU32::MIN,
         base: recording().join("base"),
         vision: recording().join("vision"),
         adapter,
