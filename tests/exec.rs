@@ -151,6 +151,29 @@ fn a_command_ends_with_its_run() {
     }
 }
 
+/// So is what it has started in turn, where the run has the time to see to it.
+#[test]
+fn what_a_command_has_started_ends_with_it() {
+    let scene = Scene::new();
+    let script = "[sh, -c, \"sleep 600 & echo $! > pid.new; mv pid.new pid; wait\"]";
+    scene.prompts(5).write("p.yaml", pipeline(script, COLUMNS));
+    let mut run: Child = scene
+        .command(&["run", "p.yaml"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let pid = wait_for(|| fs::read_to_string(scene.path("pid")).ok());
+    let asked = Command::new("kill").arg(run.id().to_string()).status();
+    assert!(asked.unwrap().success());
+    assert_eq!(run.wait().unwrap().code(), Some(143));
+    let process = PathBuf::from("/proc").join(pid.trim());
+    wait_for(|| {
+        let state = fs::read_to_string(process.join("stat")).unwrap_or_default();
+        (state.is_empty() || state.contains(") Z ")).then_some(())
+    });
+}
+
 fn wait_for<T>(mut look: impl FnMut() -> Option<T>) -> T {
     let begun = Instant::now();
     loop {

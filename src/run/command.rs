@@ -103,8 +103,7 @@ impl Runner<'_> {
         };
         if ended.is_err() {
             // It may go on writing what nobody reads.
-            let stopped = child.0.kill();
-            drop(stopped);
+            child.end();
         }
         let status = child
             .0
@@ -154,6 +153,8 @@ fn start(work: &Command<'_>, round: Option<u32>) -> Result<Child, Failure> {
     let mut command = std::process::Command::new(program);
     command
         .args(arguments)
+        // With what it starts in turn it is a group, which ends together.
+        .process_group(0)
         .current_dir(work.folder)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -177,14 +178,29 @@ fn start(work: &Command<'_>, round: Option<u32>) -> Result<Child, Failure> {
     })
 }
 
-/// The program while it runs: ended when it is not wanted any more, whatever the reason.
+/// The program while it runs: ended when it is not wanted any more, whatever the reason, with all that it
+/// has started in turn.
 struct Running(Child);
+
+impl Running {
+    #[expect(
+        unsafe_code,
+        reason = "the standard library ends single processes only"
+    )]
+    fn end(&self) {
+        // SAFETY: kill touches nothing of this process. It was not waited for, so that the number is its
+        // own; or it was, and then the number of its group is still that of what it has started, or nobody's.
+        unsafe {
+            libc::kill(-self.0.id().cast_signed(), libc::SIGKILL);
+        }
+    }
+}
 
 impl Drop for Running {
     fn drop(&mut self) {
+        self.end();
         // It may have ended by itself.
-        let ended = self.0.kill().and_then(|()| self.0.wait());
-        drop(ended);
+        drop(self.0.wait());
     }
 }
 
