@@ -142,12 +142,7 @@ fn a_command_ends_with_its_run() {
         assert!(killed.unwrap().success());
         let code = run.wait().unwrap().code();
         assert_eq!(code, if signal == "-TERM" { Some(143) } else { None });
-        let process = PathBuf::from("/proc").join(pid.trim());
-        // A process that ended may wait as a zombie for somebody to ask.
-        wait_for(|| {
-            let state = fs::read_to_string(process.join("stat")).unwrap_or_default();
-            (state.is_empty() || state.contains(") Z ")).then_some(())
-        });
+        ends(&pid);
     }
 }
 
@@ -167,7 +162,13 @@ fn what_a_command_has_started_ends_with_it() {
     let asked = Command::new("kill").arg(run.id().to_string()).status();
     assert!(asked.unwrap().success());
     assert_eq!(run.wait().unwrap().code(), Some(143));
+    ends(&pid);
+}
+
+/// Waits for the end of a process.
+fn ends(pid: &str) {
     let process = PathBuf::from("/proc").join(pid.trim());
+    // One that ended may wait as a zombie for somebody to ask.
     wait_for(|| {
         let state = fs::read_to_string(process.join("stat")).unwrap_or_default();
         (state.is_empty() || state.contains(") Z ")).then_some(())

@@ -5,14 +5,15 @@
 //! endpoint can take: one more with every reply, until it says that this is too many; then half as many,
 //! and one more with every round of replies.
 
+mod gate;
+mod journal;
+
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::fs::{self, File, OpenOptions};
-use std::io::{BufRead, BufReader, Write};
 use std::num::NonZeroU32;
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::mpsc::channel;
-use std::sync::{Condvar, Mutex, MutexGuard};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use base64::Engine;
@@ -22,6 +23,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
+use self::gate::Gate;
+use self::journal::{Call, Journal};
 use super::asking::Asking;
 use super::{Emit, Exam, ModelError, Picture, Request, RowFault, Telemetry, Writer};
 
@@ -95,148 +98,6 @@ const WAIT_MAX: Duration = Duration::from_mins(2);
 
 /// The longest part of an endpoint's complaint that is shown.
 const SHOWN_MAX: usize = 300;
-
-/// A call that was replied to.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-struct Call {
-    /// The judge, by its name in the pipeline.
-    judge: String,
-    /// SHA-256 of what was asked: model, text, pictures, how the reply is drawn.
-    hash: String,
-    /// What it was about, in words.
-    about: String,
-    model: String,
-    /// How often it was asked before without a readable reply.
-    attempt: u32,
-    reply: String,
-    prompt_tokens: u64,
-    reply_tokens: u64,
-    milliseconds: u64,
-    /// When it was replied to, in seconds since 1970.
-    at: u64,
-}
-
-/// The calls of a run.
-struct Journal {
-    path: PathBuf,
-    file: File,
-    replies: HashMap<String, String>,
-    /// Tokens read and written so far.
-    tokens: [u64; 2],
-}
-
-impl Journal {
-    /// Opens the journal, and begins one where there is none. A line that was cut off is none.
-    fn open(path: &Path) -> Result<Self, ModelError> {
-        let failed = |error: std::io::Error| ModelError::Weights {
-            path: path.to_owned(),
-            problem: format!("the journal of calls: {error}"),
-        };
-        if let Some(folder) = path.parent() {
-            fs::create_dir_all(folder).map_err(failed)?;
-        }
-        let mut options = OpenOptions::new();
-        let file = options.create(true).append(true).read(true).open(path);
-        let file = file.map_err(failed)?;
-        let mut journal = Self {
-            path: path.to_owned(),
-            replies: HashMap::new(),
-            tokens: [0; 2],
-            file,
-        };
-        let mut whole = 0;
-        let mut lines = BufReader::new(File::open(path).map_err(failed)?);
-        let mut line = Vec::new();
-        while lines.read_until(b'\n', &mut line).map_err(failed)? > 0 {
-            if line.last() != Some(&b'\n') {
-                break;
-            }
-            whole += line.len() as u64;
-            if let Ok(call) = serde_json::from_slice::<Call>(&line) {
-                journal.know(call);
-            }
-            line.clear();
-        }
-        journal.file.set_len(whole).map_err(failed)?;
-        Ok(journal)
-    }
-
-    fn know(&mut self, call: Call) {
-        self.tokens[0] += call.prompt_tokens;
-        self.tokens[1] += call.reply_tokens;
-        self.replies.insert(call.hash, call.reply);
-    }
-
-    fn write(&mut self, call: Call) -> Result<(), ModelError> {
-        let mut line = serde_json::to_vec(&call).expect("text and numbers are valid JSON");
-        line.push(b'\n');
-        let written = self.file.write_all(&line);
-        let written = written.and_then(|()| self.file.sync_data());
-        written.map_err(|error| ModelError::Weights {
-            path: self.path.clone(),
-            problem: format!("the journal of calls: {error}"),
-        })?;
-        self.know(call);
-        Ok(())
-    }
-}
-
-/// How many calls may be under way.
-struct Gate {
-    state: Mutex<GateState>,
-    changed: Condvar,
-    most: f64,
-}
-
-struct GateState {
-    under_way: usize,
-    limit: f64,
-    /// Whether it was too much once.
-    was_too_many: bool,
-}
-
-impl Gate {
-    fn new(most: NonZeroU32) -> Self {
-        // The first call is alone: a wrong address or key is found out once.
-        let state = GateState {
-            under_way: 0,
-            limit: 1.0,
-            was_too_many: false,
-        };
-        Self {
-            state: Mutex::new(state),
-            changed: Condvar::new(),
-            most: f64::from(most.get()),
-        }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, GateState> {
-        self.state.lock().expect("no panic while locked")
-    }
-
-    fn enter(&self) {
-        let mut state = self.lock();
-        while state.under_way as f64 >= state.limit.floor().max(1.0) {
-            state = self.changed.wait(state).expect("no panic while locked");
-        }
-        state.under_way += 1;
-    }
-
-    /// A call came back; `was_too_many`: the endpoint could not take it.
-    fn leave(&self, was_too_many: bool) {
-        let mut state = self.lock();
-        state.under_way -= 1;
-        state.was_too_many |= was_too_many;
-        state.limit = if was_too_many {
-            (state.limit / 2.0).max(1.0)
-        } else if state.was_too_many {
-            (state.limit + 1.0 / state.limit).min(self.most)
-        } else {
-            (state.limit + 1.0).min(self.most)
-        };
-        self.changed.notify_all();
-    }
-}
 
 /// What came of a call.
 enum Reply {
@@ -617,57 +478,6 @@ fn data_url(picture: &Picture) -> Result<String, RowFault> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_gate_halves_when_it_is_too_much_and_opens_again() {
-        let gate = Gate::new(NonZeroU32::new(16).unwrap());
-        let limit = || gate.lock().limit;
-        for _ in 0..40 {
-            gate.enter();
-            gate.leave(false);
-        }
-        assert!((limit() - 16.0).abs() < 1e-9);
-        gate.enter();
-        gate.leave(true);
-        assert!((limit() - 8.0).abs() < 1e-9);
-        for _ in 0..20 {
-            gate.enter();
-            gate.leave(true);
-        }
-        assert!((limit() - 1.0).abs() < 1e-9);
-        gate.enter();
-        gate.leave(false);
-        assert!((limit() - 2.0).abs() < 1e-9);
-    }
-
-    #[test]
-    fn a_journal_forgets_only_what_was_cut_off() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("calls/judge.jsonl");
-        let call = |hash: &str| Call {
-            judge: "j".to_owned(),
-            hash: hash.to_owned(),
-            about: "p".to_owned(),
-            model: "m".to_owned(),
-            attempt: 0,
-            reply: "7 ü\n".to_owned(),
-            prompt_tokens: 10,
-            reply_tokens: 2,
-            milliseconds: 1,
-            at: 0,
-        };
-        let mut journal = Journal::open(&path).unwrap();
-        journal.write(call("a")).unwrap();
-        journal.write(call("b")).unwrap();
-        let text = fs::read(&path).unwrap();
-        fs::write(&path, &text[..text.len() - 3]).unwrap();
-        let mut again = Journal::open(&path).unwrap();
-        assert_eq!((again.replies.len(), again.tokens), (1, [10, 2]));
-        assert_eq!(again.replies["a"], "7 ü\n");
-        again.write(call("c")).unwrap();
-        let last = Journal::open(&path).unwrap();
-        assert_eq!((last.replies.len(), last.tokens), (2, [20, 4]));
-    }
 
     #[test]
     fn pictures_are_told_by_their_first_bytes() {
