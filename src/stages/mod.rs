@@ -8,6 +8,7 @@
 //! [`StageSpec::as_stage`]; `UPDATE=1 cargo test` rewrites `schemas/`.
 
 mod formats;
+mod pairing;
 mod records;
 mod shelf;
 mod source;

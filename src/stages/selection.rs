@@ -2,8 +2,13 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::sync::Arc;
 
-use super::{Failure, Input, Map, Outcome, Scope, TableName, Task};
+use arrow::array::RecordBatch;
+use arrow::datatypes::SchemaRef;
+
+use super::pairing::{Answer, Answers, Draft, pairs};
+use super::{Failure, Input, Known, MapWork, Outcome, Scope, TableName};
 use crate::query::Param;
 use crate::store::Key;
 use crate::tables::{Candidate, Pair, Prompt, RejectClass, Reward, Row, rows};
@@ -17,17 +22,17 @@ pub enum Choice {
 /// Two answers that make a pair.
 #[derive(Clone, Copy)]
 pub struct Match {
-    chosen: i32,
-    rejected: i32,
-    scores: Option<Scores>,
+    pub chosen: i32,
+    pub rejected: i32,
+    pub scores: Option<Scores>,
 }
 
 /// What the two answers of a pair are worth.
 #[derive(Clone, Copy)]
-struct Scores {
-    chosen: f32,
-    rejected: f32,
-    margin: f32,
+pub struct Scores {
+    pub chosen: f32,
+    pub rejected: f32,
+    pub margin: f32,
 }
 
 impl Match {
@@ -199,30 +204,7 @@ impl Ranked {
     }
 }
 
-rows! {
-    /// What of a candidate goes into a pair.
-    pub struct Answer: "answer" => {
-        /// What decides it.
-        pub row_key: String,
-        /// The prompt.
-        pub prompt_id: String,
-        /// Its number among the answers to the prompt.
-        pub candidate: i32,
-        /// What it says.
-        pub text: String,
-        /// Its tokens.
-        pub token_ids: Vec<i32>,
-        /// Its log-probability.
-        pub logp: f64,
-        /// The model that gave it.
-        pub model: String,
-    }
-}
-
-impl Map for Selection<'_> {
-    type In = Answer;
-    type Out = Pair;
-
+impl MapWork for Selection<'_> {
     fn input(&self) -> &TableName {
         self.stage.candidates()
     }
@@ -231,144 +213,125 @@ impl Map for Selection<'_> {
         PART
     }
 
-    fn key(&self, scope: &mut Scope<'_>, group: &[Answer], key: Key) -> Result<Key, Failure> {
+    fn schema(&self) -> SchemaRef {
+        Pair::schema()
+    }
+
+    fn reads(&self) -> SchemaRef {
+        Answer::schema()
+    }
+
+    fn make(
+        &self,
+        scope: &mut Scope<'_>,
+        rows: &[RecordBatch],
+        lengths: &[usize],
+        base: &Key,
+        known: Known<'_>,
+    ) -> Result<(Vec<Outcome<RecordBatch>>, u64), Failure> {
         if self.choices.borrow().is_none() {
             *self.choices.borrow_mut() = Some(self.stage.choices(scope)?);
         }
         let choices = self.choices.borrow();
-        let prompt_id = &group[0].prompt_id;
-        let prompt = scope.shelf.prompt_row(self.stage.prompts(), prompt_id)?;
-        let mut key = key.with(&prompt.row_key).with(prompt_id);
-        let Some(Choice::Pairs(pairs)) = choices.as_ref().and_then(|all| all.get(prompt_id)) else {
-            return Ok(key);
-        };
-        for matched in pairs {
-            if let Some(scores) = &matched.scores {
-                let numbers = [scores.chosen, scores.rejected];
-                key = numbers
-                    .iter()
-                    .fold(key, |key, number| key.with(number.to_le_bytes()));
-            }
-            for number in [matched.chosen, matched.rejected] {
-                let answer = answer(group, number)?;
-                key = key
-                    .with(&answer.row_key)
-                    .with(&answer.text)
-                    .with(number.to_le_bytes());
-            }
-        }
-        Ok(key)
-    }
-
-    fn map(
-        &self,
-        scope: &mut Scope<'_>,
-        tasks: &[Task<Answer>],
-    ) -> Result<Vec<Outcome<Vec<Pair>>>, Failure> {
-        let choices = self.choices.borrow();
-        let choices = choices.as_ref().expect("keys come before rows");
-        let mut outcomes = Vec::with_capacity(tasks.len());
-        let mut done = 0;
-        for task in tasks {
-            let prompt_id = &task.rows[0].prompt_id;
-            outcomes.push(match choices.get(prompt_id) {
-                None => match self.stage.unchosen() {
-                    // Its answers were not scored; whoever set it aside then has said why.
-                    None => Outcome::Made(Vec::new()),
-                    Some(reason) => Outcome::SetAside {
-                        id: prompt_id.clone(),
-                        class: RejectClass::Dropped,
-                        reason: reason.to_owned(),
-                    },
-                },
-                Some(Choice::SetAside { class, reason }) => Outcome::SetAside {
-                    id: prompt_id.clone(),
-                    class: *class,
-                    reason: reason.clone(),
-                },
-                Some(Choice::Pairs(pairs)) if read_the_same(&task.rows, pairs)? => {
-                    Outcome::SetAside {
-                        id: prompt_id.clone(),
-                        class: RejectClass::Dropped,
-                        reason: "the best and the worst answer read the same".to_owned(),
-                    }
+        let choices = choices.as_ref().expect("just chosen");
+        let answers = Answers::new(rows)?;
+        let mut outcomes = Vec::new();
+        // Pairs that come one after another become one batch.
+        let mut drafts: Vec<Draft> = Vec::new();
+        let (mut end, mut computed) = (0, 0);
+        for &length in lengths {
+            let group = end..end + length;
+            end = group.end;
+            let prompt_id = answers.prompt_id(group.start);
+            let set_aside = |class, reason: &str| Outcome::SetAside {
+                id: prompt_id.to_owned(),
+                class,
+                reason: reason.to_owned(),
+            };
+            let pairs = match choices.get(prompt_id) {
+                None => {
+                    // Where its answers were not scored, whoever set it aside has said why.
+                    let reason = self.stage.unchosen();
+                    outcomes.extend(reason.map(|reason| set_aside(RejectClass::Dropped, reason)));
+                    continue;
                 }
-                Some(Choice::Pairs(pairs)) => {
-                    let prompt = scope.shelf.prompt_row(self.stage.prompts(), prompt_id)?;
-                    let made = pairs.iter().map(|matched| {
-                        // Each pair has a name of its own. The one of a prompt is named as its group, by
-                        // which the next run finds it again.
-                        let name = match pairs.len() {
-                            1 => task.key.clone(),
-                            _ => Key::new("pair")
-                                .with(&task.key)
-                                .with(matched.chosen.to_le_bytes())
-                                .with(matched.rejected.to_le_bytes())
-                                .finish(),
-                        };
-                        pair(name, &task.rows, *matched, Prompt::clone(&prompt))
-                    });
-                    Outcome::Made(made.collect::<Result<_, _>>()?)
+                Some(Choice::SetAside { class, reason }) => {
+                    outcomes.push(set_aside(*class, reason));
+                    continue;
                 }
-            });
-            done += task.rows.len() as u64;
-            (scope.progress)(done);
+                Some(Choice::Pairs(pairs)) => pairs,
+            };
+            let prompt = scope.shelf.prompt_row(self.stage.prompts(), prompt_id)?;
+            let mut key = base.clone().with(&prompt.row_key).with(prompt_id);
+            let mut of_group = Vec::with_capacity(pairs.len());
+            let mut is_different = false;
+            for matched in pairs {
+                if let Some(scores) = &matched.scores {
+                    key = key
+                        .with(scores.chosen.to_le_bytes())
+                        .with(scores.rejected.to_le_bytes());
+                }
+                let [chosen, rejected] = [matched.chosen, matched.rejected];
+                let chosen = answers.numbered(group.clone(), chosen)?;
+                let rejected = answers.numbered(group.clone(), rejected)?;
+                for (row, number) in [(chosen, matched.chosen), (rejected, matched.rejected)] {
+                    key = key
+                        .with(answers.row_key(row))
+                        .with(answers.text(row))
+                        .with(number.to_le_bytes());
+                }
+                is_different |= answers.text(chosen) != answers.text(rejected);
+                of_group.push((matched, chosen, rejected));
+            }
+            let key = key.finish();
+            if let Some(rows) = known(&key)? {
+                flush(&answers, &mut drafts, &mut outcomes)?;
+                outcomes.push(Outcome::Made(rows));
+                continue;
+            }
+            if !is_different {
+                let reason = "the best and the worst answer read the same";
+                outcomes.push(set_aside(RejectClass::Dropped, reason));
+                continue;
+            }
+            let several = of_group.len() > 1;
+            for (matched, chosen, rejected) in of_group {
+                // Each pair has a name of its own. The one of a prompt is named as its group, by which
+                // the next run finds it again.
+                let row_key = if several {
+                    Key::new("pair")
+                        .with(&key)
+                        .with(matched.chosen.to_le_bytes())
+                        .with(matched.rejected.to_le_bytes())
+                        .finish()
+                } else {
+                    key.clone()
+                };
+                drafts.push(Draft {
+                    row_key,
+                    prompt: Arc::clone(&prompt),
+                    matched: *matched,
+                    chosen,
+                    rejected,
+                });
+                computed += 1;
+            }
+            (scope.progress)(end as u64);
         }
-        Ok(outcomes)
+        flush(&answers, &mut drafts, &mut outcomes)?;
+        Ok((outcomes, computed))
     }
 }
 
-/// Whether every pair is of two equal texts, which teach nothing.
-fn read_the_same(group: &[Answer], pairs: &[Match]) -> Result<bool, Failure> {
-    for matched in pairs {
-        if answer(group, matched.chosen)?.text != answer(group, matched.rejected)?.text {
-            return Ok(false);
-        }
+/// Makes the pairs that were drafted so far.
+fn flush(
+    answers: &Answers,
+    drafts: &mut Vec<Draft>,
+    outcomes: &mut Vec<Outcome<RecordBatch>>,
+) -> Result<(), Failure> {
+    if !drafts.is_empty() {
+        outcomes.push(Outcome::Made(pairs(answers, drafts)?));
+        drafts.clear();
     }
-    Ok(true)
-}
-
-/// The answer with a number among those of a prompt.
-fn answer(group: &[Answer], number: i32) -> Result<&Answer, Failure> {
-    let found = group.iter().find(|answer| answer.candidate == number);
-    found.ok_or_else(|| {
-        Failure::Other(format!(
-            "the candidates of prompt {} do not lie together; add `order by prompt_id, candidate` to the query \
-             that makes them",
-            group[0].prompt_id
-        ))
-    })
-}
-
-fn pair(
-    row_key: String,
-    group: &[Answer],
-    matched: Match,
-    prompt: Prompt,
-) -> Result<Pair, Failure> {
-    let chosen = answer(group, matched.chosen)?;
-    let rejected = answer(group, matched.rejected)?;
-    Ok(Pair {
-        row_key,
-        id: prompt.id,
-        image: prompt.image,
-        prompt: prompt.question,
-        chosen: chosen.text.clone(),
-        rejected: rejected.text.clone(),
-        prompt_id: prompt.prompt_id,
-        image_ids: prompt.image_ids,
-        system: prompt.system,
-        turns: prompt.turns,
-        captions: prompt.captions,
-        chosen_candidate: Some(matched.chosen),
-        rejected_candidate: Some(matched.rejected),
-        chosen_reward: matched.scores.map(|scores| scores.chosen),
-        rejected_reward: matched.scores.map(|scores| scores.rejected),
-        margin: matched.scores.map(|scores| scores.margin),
-        chosen_token_ids: Some(chosen.token_ids.clone()),
-        rejected_token_ids: Some(rejected.token_ids.clone()),
-        chosen_logp: Some(chosen.logp),
-        rejected_logp: Some(rejected.logp),
-        model: Some(chosen.model.clone()),
-    })
+    Ok(())
 }
