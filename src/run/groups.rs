@@ -1,22 +1,15 @@
 //! A table's rows, cut into groups: runs of rows with one `prompt_id`.
 
-use std::sync::mpsc::{Receiver, sync_channel};
-use std::thread::{self, JoinHandle};
-
 use arrow::array::{Array, ArrayRef, AsArray, RecordBatch};
 use arrow::compute::cast;
 use arrow::datatypes::DataType;
 
 use crate::stages::Failure;
-use crate::store::{StoreError, TableReader};
+use crate::store::TableReader;
 
-/// Batches that are read ahead.
-const AHEAD: usize = 4;
-
-/// Streams the groups of a table. A thread reads ahead of whoever takes them.
+/// Streams the groups of a table.
 pub struct Groups {
-    batches: Receiver<Result<RecordBatch, StoreError>>,
-    reading: Option<JoinHandle<()>>,
+    reader: TableReader,
     /// What was read and not yet handed out: a batch, its ids, and the first row of it.
     rest: Option<(RecordBatch, ArrayRef, usize)>,
 }
@@ -30,20 +23,7 @@ pub struct Taken {
 
 impl Groups {
     pub fn new(reader: TableReader) -> Self {
-        let (sender, batches) = sync_channel(AHEAD);
-        let reading = thread::spawn(move || {
-            for batch in reader {
-                // Whoever took enough has hung up.
-                if sender.send(batch).is_err() {
-                    break;
-                }
-            }
-        });
-        Self {
-            batches,
-            reading: Some(reading),
-            rest: None,
-        }
+        Self { reader, rest: None }
     }
 
     /// The next `count` groups, fewer at the end.
@@ -83,11 +63,7 @@ impl Groups {
         if let Some(rest) = self.rest.take() {
             return Ok(Some(rest));
         }
-        let Ok(batch) = self.batches.recv() else {
-            // A table ends where its reader ends well.
-            if let Some(reading) = self.reading.take() {
-                reading.join().expect("rows are read without a panic");
-            }
+        let Some(batch) = self.reader.next() else {
             return Ok(None);
         };
         let batch = batch?;
