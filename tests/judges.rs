@@ -208,7 +208,8 @@ fn by_length(question: &str) -> String {
 #[test]
 fn an_endpoint_is_asked_each_question_once_and_its_key_goes_nowhere_else() {
     let endpoint = Endpoint::new(Box::new(|question, number| match number {
-        2 | 5 | 9 => (429, "Retry-After: 0\r\n", "slow down".to_owned()),
+        2 | 9 => (429, "Retry-After: 0\r\n", "slow down".to_owned()),
+        5 => (429, "Retry-After: -1\r\n", "slow down".to_owned()),
         11 => (503, "", "busy".to_owned()),
         _ => (200, "", by_length(question)),
     }));

@@ -12,6 +12,7 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::num::NonZeroU32;
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -129,8 +130,8 @@ pub struct HttpWriter {
 }
 
 impl HttpWriter {
-    /// `journal` is the file of the calls of this run, named after the judge. Fails when the key is not in the environment or
-    /// the journal can't be opened.
+    /// `journal` is the file of the calls of this run, named after the judge. Fails when the key is not
+    /// in the environment or the journal can't be opened.
     pub fn open(spec: &Http, journal: &Path) -> Result<Self, ModelError> {
         let url = format!("{}/chat/completions", spec.base_url.trim_end_matches('/'));
         let key = match &spec.key_env {
@@ -216,7 +217,7 @@ impl HttpWriter {
         request: &Request,
         hash: &str,
         gate: &Gate,
-        stopping: &Mutex<bool>,
+        stopping: &AtomicBool,
     ) -> Option<Reply> {
         let body = match self.body(request) {
             Ok(body) => body,
@@ -225,7 +226,7 @@ impl HttpWriter {
         let mut last = String::new();
         for number in 0..self.spec.tries.get() {
             gate.enter();
-            if *stopping.lock().expect("no panic while locked") {
+            if stopping.load(Ordering::SeqCst) {
                 gate.leave(false);
                 return None;
             }
@@ -236,8 +237,9 @@ impl HttpWriter {
             let tried = self.try_once(request, hash, &body);
             let waits = match tried {
                 Try::Done(reply) => {
+                    // Before the next one may enter.
                     if let Reply::Failed(_) = reply {
-                        *stopping.lock().expect("no panic while locked") = true;
+                        stopping.store(true, Ordering::SeqCst);
                     }
                     gate.leave(false);
                     return Some(reply);
@@ -299,7 +301,8 @@ impl HttpWriter {
             200..=299 => {}
             408 | 409 | 425 | 429 | 500..=599 => {
                 return Try::Later {
-                    wait: wait.map(Duration::from_secs_f64),
+                    // What is no time is not waited for.
+                    wait: wait.and_then(|wait| Duration::try_from_secs_f64(wait).ok()),
                     why: complaint(),
                 };
             }
@@ -314,10 +317,13 @@ impl HttpWriter {
             _ => return Try::Done(self.fails(complaint())),
         }
         let json: Value = serde_json::from_str(&text).unwrap_or_default();
-        let Some(reply) = json["choices"][0]["message"]["content"].as_str() else {
+        let message = &json["choices"][0]["message"];
+        if !message.is_object() {
             let problem = format!("this is no reply: {}", shown(&text));
             return Try::Done(self.fails(problem));
-        };
+        }
+        // A model that declines says nothing: a reply like any other that can't be read.
+        let reply = message["content"].as_str().unwrap_or_default();
         let tokens = |name: &str| json["usage"][name].as_u64().unwrap_or(0);
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         let call = Call {
@@ -383,8 +389,8 @@ impl Writer for HttpWriter {
         let gate = Gate::new(self.spec.concurrency_max);
         let threads = waiting.len().min(self.spec.concurrency_max.get() as usize);
         let waiting = Mutex::new(waiting);
-        let stopping = Mutex::new(false);
-        let stop = || *stopping.lock().expect("no panic while locked") = true;
+        let stopping = AtomicBool::new(false);
+        let stop = || stopping.store(true, Ordering::SeqCst);
         let (sender, replies) = channel();
         let this = &*self;
         let mut failed = None;
@@ -394,7 +400,7 @@ impl Writer for HttpWriter {
                 let (hashes, gate) = (&hashes, &gate);
                 scope.spawn(move || {
                     loop {
-                        let is_over = *stopping.lock().expect("no panic while locked");
+                        let is_over = stopping.load(Ordering::SeqCst);
                         let next = waiting.lock().expect("no panic while locked").pop_front();
                         let Some(index) = next.filter(|_| !is_over) else {
                             return;
@@ -404,7 +410,7 @@ impl Writer for HttpWriter {
                             return;
                         };
                         if let Reply::Failed(_) = reply {
-                            *stopping.lock().expect("no panic while locked") = true;
+                            stopping.store(true, Ordering::SeqCst);
                         }
                         if sender.send((index, reply)).is_err() {
                             return;

@@ -110,10 +110,25 @@ impl LabelFiles {
 
     /// The labels that count, in the order of their ids. A line that was cut off is none.
     pub fn read(&self) -> Result<Vec<Label>, StoreError> {
+        let counts = |label: &Label| label.said != Said::Undone;
+        let labels = self.last_words()?.into_values();
+        Ok(labels.filter(counts).collect())
+    }
+
+    /// An id that no label has, nor one that was taken back.
+    pub fn next_id(&self) -> Result<u64, StoreError> {
+        let labels = self.last_words()?;
+        Ok(labels.last_key_value().map_or(0, |(id, _)| id + 1))
+    }
+
+    /// The last line of each id.
+    fn last_words(&self) -> Result<BTreeMap<u64, Label>, StoreError> {
         let path = self.path();
         let file = match File::open(&path) {
             Ok(file) => file,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                return Ok(BTreeMap::new());
+            }
             Err(error) => return Err(StoreError::io("read", &path)(error)),
         };
         let mut labels = BTreeMap::new();
@@ -123,8 +138,7 @@ impl LabelFiles {
                 labels.insert(label.id, label);
             }
         }
-        let counts = |label: &Label| label.said != Said::Undone;
-        Ok(labels.into_values().filter(counts).collect())
+        Ok(labels)
     }
 
     /// Adds a label, and waits until it is on the disk.
@@ -182,5 +196,7 @@ mod tests {
             .map(|label| (label.id, label.said))
             .collect();
         assert_eq!(said, [(1, Said::Tie), (3, Said::Right)]);
+        files.add(&label(9, Said::Undone)).unwrap();
+        assert_eq!(files.next_id().unwrap(), 10, "no id comes twice");
     }
 }

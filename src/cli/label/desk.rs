@@ -135,8 +135,8 @@ impl Desk {
             numbers.insert(name(question.left, question.right), number);
             numbers.insert(name(question.right, question.left), number);
         }
+        self.next_id = self.files.next_id()?;
         for label in self.files.read()? {
-            self.next_id = self.next_id.max(label.id + 1);
             let name = [
                 label.prompt_id.clone(),
                 label.left_digest.clone(),
@@ -147,8 +147,6 @@ impl Desk {
             }
             self.labels.insert(label.id, label);
         }
-        // Ids of labels that were taken back are not given again.
-        self.next_id += 1_000;
         Ok(())
     }
 
