@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # The dataflow alone: 200,000 prompts through load, scripted sample, scripted score and select, k = 5.
-# Prints the run's own lines, then wall time and peak memory. usage: benches/dataflow.sh [PROMPTS [PROMPTS A PART]]
+# Prints the run's own lines, then wall time and peak memory. usage: benches/dataflow.sh [PROMPTS [PROMPTS A PART [WORDS AN ANSWER]]]
 set -eu
 count=${1:-200000}
-part=${2:-64}
+part=${2:-4096}
+words=${3:-8}
 program=${PIPELINE:-${CARGO_TARGET_DIR:-$(dirname "$0")/../target}/debug/pipeline}
 program=$(realpath "$program")
 folder=$(mktemp -d)
@@ -20,7 +21,7 @@ PYTHON
 cat > dataflow.yaml <<YAML
 pipeline: dataflow
 models:
-  policy: { scripted: { words: 60 } }
+  policy: { scripted: { words: $words } }
   judge: { scripted: {} }
 stages:
   prompts: { load_prompts: { from: prompts.json } }

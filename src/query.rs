@@ -102,15 +102,21 @@ pub fn run<E: From<QueryError>>(
     })
 }
 
-/// Runs a query over rows in memory, called `table`.
-pub fn over(sql: &str, table: &str, rows: RecordBatch) -> Result<Vec<RecordBatch>, QueryError> {
+/// Runs a query over rows in memory: tables by name, each with at least one batch.
+pub fn over<'t>(
+    sql: &str,
+    params: &[(&str, Param)],
+    tables: impl IntoIterator<Item = (&'t str, Vec<RecordBatch>)>,
+) -> Result<Vec<RecordBatch>, QueryError> {
     let context = context(None).map_err(error)?;
     block_on(async {
-        let table_of_rows = MemTable::try_new(rows.schema(), vec![vec![rows]]).map_err(error)?;
-        context
-            .register_table(table, Arc::new(table_of_rows))
-            .map_err(error)?;
-        let frame = prepare(&context, sql, &[]).await?;
+        for (name, rows) in tables {
+            let table = MemTable::try_new(rows[0].schema(), vec![rows]).map_err(error)?;
+            context
+                .register_table(name, Arc::new(table))
+                .map_err(error)?;
+        }
+        let frame = prepare(&context, sql, params).await?;
         frame.collect().await.map_err(error)
     })
 }

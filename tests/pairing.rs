@@ -113,6 +113,29 @@ fn answers_that_nearly_read_the_same_make_a_pair_unless_they_are_dropped() {
     assert_eq!(pairs_with("drop"), 0);
 }
 
+/// Rewards in any order make the same pairs, and those of a prompt need not lie together.
+#[test]
+fn the_order_of_rewards_does_not_matter() {
+    let pairs_by = |order: &str| {
+        let scene = Scene::new();
+        let pipeline = SCRIPTED.replace(
+            "  pairs:\n    select_extremes: { rewards: rewards }",
+            &format!(
+                "  sorted:\n    sql:\n      tables: [rewards]\n      query: select * from rewards order by {order}\n  \
+                 pairs:\n    select_extremes: {{ rewards: sorted, candidates: candidates, prompts: prompts }}"
+            ),
+        );
+        scene
+            .prompts(12)
+            .write("p.yaml", &pipeline)
+            .succeeds(&["run", "p.yaml", "--set", "rounds=1", "--until", "pairs"]);
+        rows::<Pair>(&scene, "pairs", Some(1))
+    };
+    let together = pairs_by("prompt_id, candidate");
+    assert_eq!(together.len(), 12);
+    assert_eq!(pairs_by("candidate desc, reward"), together);
+}
+
 #[test]
 fn another_way_to_pair_is_shown_without_changing_the_run() {
     let scene = Scene::new();

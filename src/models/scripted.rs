@@ -39,6 +39,15 @@ fn number(parts: &[&[u8]]) -> u64 {
     )
 }
 
+/// The numbers of a sequence, by SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number
+/// generators", 2014).
+fn mixed(first: u64, position: u64) -> u64 {
+    let mut mixed = first.wrapping_add(position.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    mixed ^ (mixed >> 31)
+}
+
 /// A number from 0 to 1.
 fn share(number: u64) -> f64 {
     (number >> 11) as f64 / (1_u64 << 53) as f64
@@ -61,14 +70,12 @@ impl ScriptedPolicy {
         } else {
             (0, 0)
         };
-        let draw = |position: u64| {
-            number(&[
-                prompt.id.as_bytes(),
-                &seed.to_le_bytes(),
-                &draw.to_le_bytes(),
-                &position.to_le_bytes(),
-            ])
-        };
+        let first = number(&[
+            prompt.id.as_bytes(),
+            &seed.to_le_bytes(),
+            &draw.to_le_bytes(),
+        ]);
+        let draw = |position: u64| mixed(first, position);
         let wanted = 1 + draw(0) as usize % (self.words.max(1) as usize);
         // The stop token counts as a token.
         let (length, stop) = if wanted < how.max_new_tokens {
@@ -83,10 +90,7 @@ impl ScriptedPolicy {
         if stop == Stop::Token {
             token_ids.push(WORDS.len() as i32);
         }
-        let token_logps = token_ids
-            .iter()
-            .map(|_| -(WORDS.len() as f32).ln())
-            .collect();
+        let token_logps = vec![-(WORDS.len() as f32).ln(); token_ids.len()];
         let seed = number(&[&prompt.seed.to_le_bytes(), &candidate.to_le_bytes()]).cast_signed();
         Generation {
             text: words.join(" "),

@@ -29,7 +29,7 @@ impl Judge for Formula {
             problem,
         };
         let rows = Judged::to_batch(&rows_of(groups));
-        let found = query::over(&self.sql, SqlReward::TABLE, rows);
+        let found = query::over(&self.sql, &[], [(SqlReward::TABLE, vec![rows])]);
         let found = found.map_err(|error| failed(error.0))?;
         let mut rewards: Vec<Option<f64>> = Vec::new();
         for batch in &found {

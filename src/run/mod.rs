@@ -355,7 +355,6 @@ impl<'a> Runner<'a> {
         Ok(Shelf::new(
             images,
             self.input_files(stage, round),
-            self.folder.cache()?,
             self.folder.root().to_owned(),
         ))
     }

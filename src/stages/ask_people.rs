@@ -1,16 +1,17 @@
 //! `ask_people`: pairs that people chose.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::num::NonZeroU32;
 
 use arrow::datatypes::SchemaRef;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::pairing::Answers;
 use super::selection::{Choice, Choose, Match, Selection};
 use super::{Failure, Input, Scope, Stage, StageError, TableName, Waits, Work};
 use crate::store::{LabelFiles, Said, digest};
-use crate::tables::{Candidate, Pair, Prompt, RejectClass, Reward, Row, rows};
+use crate::tables::{Candidate, Pair, Prompt, RejectClass, Reward, Row};
 
 /// Waits for people to say which of two answers is better, and pairs these. The run stops with an exit
 /// code of its own until there are enough labels; `pipeline label RUN` shows the answers and takes what
@@ -88,18 +89,6 @@ impl Stage for AskPeople {
     }
 }
 
-rows! {
-    /// What a candidate says, by digest.
-    pub struct Digested: "digested" => {
-        /// The prompt.
-        pub prompt_id: String,
-        /// Its number among the answers to the prompt.
-        pub candidate: i32,
-        /// What it says.
-        pub text: String,
-    }
-}
-
 impl Choose for AskPeople {
     fn candidates(&self) -> &TableName {
         &self.candidates
@@ -109,30 +98,31 @@ impl Choose for AskPeople {
         self.prompts.as_ref().expect("the plan found the prompts")
     }
 
-    fn choices(&self, scope: &Scope<'_>) -> Result<HashMap<String, Choice>, Failure> {
+    fn choices(
+        &self,
+        scope: &mut Scope<'_>,
+        part: &Answers<'_>,
+    ) -> Result<HashMap<String, Choice>, Failure> {
         let files = LabelFiles::new(&scope.shelf.root, scope.table.as_str(), scope.round);
         let labels = files.read()?;
-        let mut texts: HashMap<String, HashMap<String, i32>> = HashMap::new();
-        for label in &labels {
-            texts.entry(label.prompt_id.clone()).or_default();
-        }
-        let sql = format!(
-            "select prompt_id, candidate, text from {} order by prompt_id, candidate",
-            self.candidates
-        );
-        let tables = [(&self.candidates, Candidate::schema())];
-        scope.shelf.query(&sql, &[], &tables, |batch| {
-            for row in Digested::from_batch(&batch)? {
-                if let Some(known) = texts.get_mut(&row.prompt_id) {
-                    let digest = digest(row.text.as_bytes());
-                    known.entry(digest).or_insert(row.candidate);
-                }
+        let asked: HashSet<&str> = labels.iter().map(|label| &*label.prompt_id).collect();
+        let mut texts: HashMap<&str, HashMap<String, i32>> = HashMap::new();
+        for group in &part.groups {
+            let prompt_id = part.prompt_id(group.start);
+            if !asked.contains(prompt_id) {
+                continue;
             }
-            Ok(())
-        })?;
+            let known = texts.entry(prompt_id).or_default();
+            for row in group.clone() {
+                let digest = digest(part.text(row).as_bytes());
+                known.entry(digest).or_insert(part.candidate(row));
+            }
+        }
         let mut choices: HashMap<String, Choice> = HashMap::new();
         for label in labels {
-            let known = &texts[&label.prompt_id];
+            let Some(known) = texts.get(&*label.prompt_id) else {
+                continue;
+            };
             // What was said of answers that are there no more is said of none of these.
             let (Some(&left), Some(&right)) = (
                 known.get(&label.left_digest),

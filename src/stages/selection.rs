@@ -1,15 +1,13 @@
 //! What the stages share that pair the answers to a prompt by their rewards.
 
-use std::cell::RefCell;
 use std::collections::HashMap;
-use std::sync::Arc;
 
 use arrow::array::RecordBatch;
 use arrow::datatypes::SchemaRef;
 
-use super::pairing::{Answer, Answers, Draft, pairs};
+use super::pairing::{Answer, Answers, Draft, Prompts, pairs};
 use super::{Failure, Input, Known, MapWork, Outcome, Scope, TableName};
-use crate::query::Param;
+use crate::query::{self, Param};
 use crate::store::Key;
 use crate::tables::{Candidate, Pair, Prompt, RejectClass, Reward, Row, rows};
 
@@ -50,8 +48,12 @@ impl Match {
 pub trait Choose {
     fn candidates(&self) -> &TableName;
     fn prompts(&self) -> &TableName;
-    /// What becomes of prompts, by their ids.
-    fn choices(&self, scope: &Scope<'_>) -> Result<HashMap<String, Choice>, Failure>;
+    /// What becomes of the prompts of a part, by their ids.
+    fn choices(
+        &self,
+        scope: &mut Scope<'_>,
+        part: &Answers<'_>,
+    ) -> Result<HashMap<String, Choice>, Failure>;
     /// Why a prompt that is not among the choices is set aside; `None`: somebody else has said why.
     fn unchosen(&self) -> Option<&'static str>;
 }
@@ -62,6 +64,8 @@ pub trait Pairs {
     fn candidates(&self) -> &TableName;
     fn prompts(&self) -> &TableName;
     /// The query, which makes rows of [`Ranked`]; `{rewards}` and `{candidates}` stand for the tables.
+    /// What it says of a prompt may depend on the rows of this prompt only: it is asked for the prompts of
+    /// one part at a time.
     fn sql(&self) -> String;
     /// The values of its parameters. `seed` is for what it draws.
     fn params(&self, seed: u64) -> Vec<(&'static str, Param)>;
@@ -95,12 +99,9 @@ pub fn inputs<'a>(
     ]
 }
 
-/// The work of such a stage. The choice is one query over numbers; the texts are then taken from the
-/// candidates as these go by, so that they never lie in memory together.
+/// The work of such a stage. It holds what it needs of one part, however many prompts there are.
 pub struct Selection<'a> {
     stage: &'a dyn Choose,
-    /// By prompt; chosen when the first group comes.
-    choices: RefCell<Option<HashMap<String, Choice>>>,
 }
 
 /// Prompts per part.
@@ -108,8 +109,19 @@ const PART: u32 = 4096;
 
 impl<'a> Selection<'a> {
     pub fn new(stage: &'a dyn Choose) -> Self {
-        let choices = RefCell::new(None);
-        Self { stage, choices }
+        Self { stage }
+    }
+}
+
+rows! {
+    /// What of a reward decides which answers make pairs.
+    pub struct Worth: "worth" => {
+        /// The prompt.
+        pub prompt_id: String,
+        /// The answer.
+        pub candidate: i32,
+        /// The reward.
+        pub reward: f32,
     }
 }
 
@@ -126,22 +138,26 @@ impl<P: Pairs> Choose for P {
         None
     }
 
-    fn choices(&self, scope: &Scope<'_>) -> Result<HashMap<String, Choice>, Failure> {
-        let (rewards, candidates) = (self.rewards(), Pairs::candidates(self));
+    fn choices(
+        &self,
+        scope: &mut Scope<'_>,
+        part: &Answers<'_>,
+    ) -> Result<HashMap<String, Choice>, Failure> {
+        let mut choices: HashMap<String, Choice> = HashMap::new();
+        let rewards = scope
+            .shelf
+            .rows_of(self.rewards(), &Worth::schema(), part.prompt_ids())?;
+        if rewards.is_empty() {
+            return Ok(choices);
+        }
+        let names = (self.rewards().as_str(), Pairs::candidates(self).as_str());
         let sql = self
             .sql()
-            .replace("{rewards}", rewards.as_str())
-            .replace("{candidates}", candidates.as_str());
+            .replace("{rewards}", names.0)
+            .replace("{candidates}", names.1);
         let params = self.params(scope.seed_for("pairs"));
-        let tables = [
-            (rewards, Reward::schema()),
-            (candidates, Candidate::schema()),
-        ];
-        let mut choices: HashMap<String, Choice> = HashMap::new();
-        scope.shelf.query(&sql, &params, &tables, |batch| {
-            if scope.go_on().is_break() {
-                return Err(Failure::Interrupted);
-            }
+        let tables = [(names.0, rewards), (names.1, part.read.to_vec())];
+        for batch in query::over(&sql, &params, tables)? {
             for ranked in Ranked::from_batch(&batch)? {
                 let prompt_id = ranked.prompt_id.clone();
                 match (choices.get_mut(&prompt_id), ranked.choice()) {
@@ -151,8 +167,7 @@ impl<P: Pairs> Choose for P {
                     }
                 }
             }
-            Ok(())
-        })?;
+        }
         Ok(choices)
     }
 }
@@ -229,19 +244,19 @@ impl MapWork for Selection<'_> {
         base: &Key,
         known: Known<'_>,
     ) -> Result<(Vec<Outcome<RecordBatch>>, u64), Failure> {
-        if self.choices.borrow().is_none() {
-            *self.choices.borrow_mut() = Some(self.stage.choices(scope)?);
-        }
-        let choices = self.choices.borrow();
-        let choices = choices.as_ref().expect("just chosen");
-        let answers = Answers::new(rows)?;
+        let answers = Answers::new(rows, lengths)?;
+        let choices = self.stage.choices(scope, &answers)?;
+        let table = self.stage.prompts();
+        let asked = answers
+            .prompt_ids()
+            .filter(|id| matches!(choices.get(*id), Some(Choice::Pairs(_))));
+        let asked = scope.shelf.rows_of(table, &Prompt::schema(), asked)?;
+        let prompts = Prompts::new(&asked)?;
         let mut outcomes = Vec::new();
         // Pairs that come one after another become one batch.
         let mut drafts: Vec<Draft> = Vec::new();
-        let (mut end, mut computed) = (0, 0);
-        for &length in lengths {
-            let group = end..end + length;
-            end = group.end;
+        let mut computed = 0;
+        for group in &answers.groups {
             let prompt_id = answers.prompt_id(group.start);
             let set_aside = |class, reason: &str| Outcome::SetAside {
                 id: prompt_id.to_owned(),
@@ -261,8 +276,8 @@ impl MapWork for Selection<'_> {
                 }
                 Some(Choice::Pairs(pairs)) => pairs,
             };
-            let prompt = scope.shelf.prompt_row(self.stage.prompts(), prompt_id)?;
-            let mut key = base.clone().with(&prompt.row_key).with(prompt_id);
+            let (prompt, prompt_key) = prompts.find(table, prompt_id)?;
+            let mut key = base.clone().with(prompt_key).with(prompt_id);
             let mut of_group = Vec::with_capacity(pairs.len());
             let mut is_different = false;
             for matched in pairs {
@@ -272,8 +287,8 @@ impl MapWork for Selection<'_> {
                         .with(scores.rejected.to_le_bytes());
                 }
                 let [chosen, rejected] = [matched.chosen, matched.rejected];
-                let chosen = answers.numbered(group.clone(), chosen)?;
-                let rejected = answers.numbered(group.clone(), rejected)?;
+                let chosen = answers.numbered(group, chosen)?;
+                let rejected = answers.numbered(group, rejected)?;
                 for (row, number) in [(chosen, matched.chosen), (rejected, matched.rejected)] {
                     key = key
                         .with(answers.row_key(row))
@@ -285,7 +300,7 @@ impl MapWork for Selection<'_> {
             }
             let key = key.finish();
             if let Some(rows) = known(&key)? {
-                flush(&answers, &mut drafts, &mut outcomes)?;
+                flush(&answers, &prompts, &mut drafts, &mut outcomes)?;
                 outcomes.push(Outcome::Made(rows));
                 continue;
             }
@@ -309,28 +324,29 @@ impl MapWork for Selection<'_> {
                 };
                 drafts.push(Draft {
                     row_key,
-                    prompt: Arc::clone(&prompt),
+                    prompt,
                     matched: *matched,
                     chosen,
                     rejected,
                 });
                 computed += 1;
             }
-            (scope.progress)(end as u64);
+            (scope.progress)(group.end as u64);
         }
-        flush(&answers, &mut drafts, &mut outcomes)?;
+        flush(&answers, &prompts, &mut drafts, &mut outcomes)?;
         Ok((outcomes, computed))
     }
 }
 
 /// Makes the pairs that were drafted so far.
 fn flush(
-    answers: &Answers,
+    answers: &Answers<'_>,
+    prompts: &Prompts,
     drafts: &mut Vec<Draft>,
     outcomes: &mut Vec<Outcome<RecordBatch>>,
 ) -> Result<(), Failure> {
     if !drafts.is_empty() {
-        outcomes.push(Outcome::Made(pairs(answers, drafts)?));
+        outcomes.push(Outcome::Made(pairs(answers, prompts, drafts)?));
         drafts.clear();
     }
     Ok(())

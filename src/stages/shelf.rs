@@ -1,6 +1,6 @@
 //! The rows of other tables that a stage looks up.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -9,7 +9,6 @@ use arrow::datatypes::SchemaRef;
 
 use super::{Failure, TableName, turns};
 use crate::models::{self, Picture};
-use crate::query::{self, Param, QueryTable};
 use crate::store::{Images, Lookup};
 use crate::tables::{self, Row};
 
@@ -18,46 +17,42 @@ pub struct Shelf {
     pub images: Images,
     files: HashMap<TableName, Vec<PathBuf>>,
     prompts: HashMap<TableName, PromptShelf>,
-    /// A folder for what a query can't hold in memory.
-    spill: PathBuf,
+    lookups: HashMap<TableName, Lookup>,
     /// The folder of the run.
     pub root: PathBuf,
 }
 
 impl Shelf {
     /// `files` are those of the stage's input tables, in this round.
-    pub fn new(
-        images: Images,
-        files: HashMap<TableName, Vec<PathBuf>>,
-        spill: PathBuf,
-        root: PathBuf,
-    ) -> Self {
+    pub fn new(images: Images, files: HashMap<TableName, Vec<PathBuf>>, root: PathBuf) -> Self {
         Self {
             root,
             images,
             files,
             prompts: HashMap::new(),
-            spill,
+            lookups: HashMap::new(),
         }
     }
 
-    /// Runs a query over input tables of the stage, each named with its schema.
-    pub fn query(
-        &self,
-        sql: &str,
-        params: &[(&str, Param)],
-        tables: &[(&TableName, SchemaRef)],
-        sink: impl FnMut(RecordBatch) -> Result<(), Failure>,
-    ) -> Result<(), Failure> {
-        let table = |(name, schema): &(&TableName, SchemaRef)| QueryTable {
-            name: name.to_string(),
-            schema: schema.clone(),
-            files: vec![(None, self.files.get(*name).cloned().unwrap_or_default())],
-            with_round: false,
-        };
-        let tables: Vec<QueryTable> = tables.iter().map(table).collect();
-        query::run(sql, params, &tables, &[], Some(&self.spill), sink)?;
-        Ok(())
+    /// The rows of a table that are about some prompts, in the order of the table; with the columns of
+    /// `columns`, the same each time.
+    pub fn rows_of<'n>(
+        &mut self,
+        table: &TableName,
+        columns: &SchemaRef,
+        prompt_ids: impl Iterator<Item = &'n str>,
+    ) -> Result<Vec<RecordBatch>, Failure> {
+        if !self.lookups.contains_key(table) {
+            let lookup = self.lookup(table)?.only(columns.clone());
+            self.lookups.insert(table.clone(), lookup);
+        }
+        let lookup = self.lookups.get_mut(table).expect("just opened");
+        Ok(lookup.all(prompt_ids)?)
+    }
+
+    fn lookup(&self, table: &TableName) -> Result<Lookup, Failure> {
+        let files = self.files.get(table).cloned().unwrap_or_default();
+        Ok(Lookup::open(files, "prompt_id")?)
     }
 
     /// The row of a prompt.
@@ -67,11 +62,9 @@ impl Shelf {
         prompt_id: &str,
     ) -> Result<Arc<tables::Prompt>, Failure> {
         if !self.prompts.contains_key(table) {
-            let files = self.files.get(table).cloned().unwrap_or_default();
             let shelf = PromptShelf {
-                lookup: Lookup::open(files, "prompt_id")?,
-                start: 0,
-                rows: Vec::new(),
+                lookup: self.lookup(table)?,
+                read: VecDeque::new(),
             };
             self.prompts.insert(table.clone(), shelf);
         }
@@ -109,13 +102,15 @@ impl Shelf {
 /// Most prompts that are read at once.
 const PROMPTS_AT_ONCE: usize = 1024;
 
-/// The prompts of a table. Stages ask for them in the order in which they lie, more or less: as long as
-/// they do, more and more are read at once.
+/// Readings that are kept: together more prompts than parts have in which a prompt takes no time.
+const READINGS: usize = 8;
+
+/// The prompts of a table. Stages ask for them in the order in which they lie, more or less, some of
+/// them twice for each part: as long as the next is asked for, more and more are read at once.
 struct PromptShelf {
     lookup: Lookup,
-    /// The position of the first of `rows`.
-    start: usize,
-    rows: Vec<Arc<tables::Prompt>>,
+    /// Some of them, each with the position of the first; the latest reading last.
+    read: VecDeque<(usize, Vec<Arc<tables::Prompt>>)>,
 }
 
 impl PromptShelf {
@@ -123,20 +118,24 @@ impl PromptShelf {
         let Some(position) = self.lookup.position(prompt_id) else {
             return Ok(None);
         };
-        let end = self.start + self.rows.len();
-        if !(self.start..end).contains(&position) {
-            let more = if position == end {
-                2 * self.rows.len()
-            } else {
-                1
-            };
-            let count = more
-                .clamp(1, PROMPTS_AT_ONCE)
-                .min(self.lookup.len() - position);
-            let rows = tables::Prompt::from_batch(&self.lookup.range(position, count)?)?;
-            self.rows = rows.into_iter().map(Arc::new).collect();
-            self.start = position;
+        for (start, rows) in self.read.iter().rev() {
+            if let Some(row) = position.checked_sub(*start).and_then(|row| rows.get(row)) {
+                return Ok(Some(Arc::clone(row)));
+            }
         }
-        Ok(Some(Arc::clone(&self.rows[position - self.start])))
+        let last = self.read.back();
+        let more = last.filter(|(start, rows)| start + rows.len() == position);
+        let count = more
+            .map_or(1, |(_, rows)| 2 * rows.len())
+            .min(PROMPTS_AT_ONCE)
+            .min(self.lookup.len() - position);
+        let rows = tables::Prompt::from_batch(&self.lookup.range(position, count)?)?;
+        let rows: Vec<_> = rows.into_iter().map(Arc::new).collect();
+        let first = Arc::clone(&rows[0]);
+        self.read.push_back((position, rows));
+        if self.read.len() > READINGS {
+            self.read.pop_front();
+        }
+        Ok(Some(first))
     }
 }

@@ -16,10 +16,10 @@ use super::{
 /// Folders for what is written beside the rows of tables.
 const BESIDE: [&str; 2] = ["rejects", "telemetry"];
 
-/// Parts are compacted when they are small, by bytes and by rows: a file of some thousand rows is read as
-/// fast as a part of a larger one, and to write it again costs as much as it did.
+/// Parts are compacted when they are small, by bytes and by rows: a file of some thousand rows, about a
+/// row group, is read as fast as a part of a larger one, and to write it again costs as much as it did.
 const COMPACT_BELOW_BYTES: u64 = 64 << 20;
-const COMPACT_BELOW_ROWS: u64 = 16_384;
+const COMPACT_BELOW_ROWS: u64 = 2048;
 
 /// A run's folder, held by this process (or only read).
 pub struct RunFolder {

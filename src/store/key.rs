@@ -1,7 +1,5 @@
 //! Keys: the hash of everything that decides a table or a row.
 
-use std::fmt::Write as _;
-
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
@@ -36,9 +34,7 @@ impl Key {
 
     /// The key as text.
     pub fn finish(self) -> String {
-        let mut text = hex(&self.0.finalize());
-        text.truncate(KEY_CHARS);
-        text
+        hex(&self.0.finalize()[..KEY_CHARS / 2])
     }
 
     /// The key as a number, for seeds.
@@ -58,11 +54,12 @@ pub fn digest(bytes: &[u8]) -> String {
 }
 
 pub(super) fn hex(bytes: &[u8]) -> String {
-    let mut text = String::with_capacity(2 * bytes.len());
-    for byte in bytes {
-        let _ = write!(text, "{byte:02x}");
-    }
-    text
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    let digit = |four: u8| char::from(DIGITS[usize::from(four)]);
+    bytes
+        .iter()
+        .flat_map(|byte| [digit(byte >> 4), digit(byte & 15)])
+        .collect()
 }
 
 fn sorted(value: &Value) -> Value {

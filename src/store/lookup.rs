@@ -1,15 +1,17 @@
 //! Rows by name: an index in memory, the rows on disk.
 
 use std::collections::{HashMap, VecDeque};
+use std::hash::{BuildHasherDefault, Hasher};
 use std::path::PathBuf;
 
 use ::parquet::arrow::ProjectionMask;
-use arrow::array::{Array, AsArray, RecordBatch};
-use arrow::compute::{cast, concat_batches};
-use arrow::datatypes::DataType;
+use arrow::array::{Array, AsArray, RecordBatch, RecordBatchReader, UInt32Array};
+use arrow::compute::{cast, concat_batches, take_record_batch};
+use arrow::datatypes::{DataType, SchemaRef};
+use sha2::{Digest, Sha256};
 
 use super::StoreError;
-use super::parquet::{open, parquet_error, typed};
+use super::parquet::{only, open, parquet_error, typed};
 use crate::tables::Row;
 
 /// Bytes of row groups that are kept in memory. Most stages ask for rows in the order in which they
@@ -24,14 +26,57 @@ struct Group {
     start: u32,
 }
 
+/// What the index knows a name by: 128 bits of its SHA-256, as many as keys have. A table of a million
+/// prompts then takes some 50 MB.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct Name(u64, u64);
+
+impl Name {
+    fn of(text: &str) -> Self {
+        let digest = Sha256::digest(text);
+        let half = |from: usize| {
+            let bytes = digest[from..from + 8].try_into();
+            u64::from_le_bytes(bytes.expect("eight bytes of a longer digest"))
+        };
+        Self(half(0), half(8))
+    }
+}
+
+/// A name is a digest already: half of it is its hash.
+#[derive(Default)]
+struct Half(u64);
+
+impl Hasher for Half {
+    fn write(&mut self, _: &[u8]) {
+        unreachable!("a name is two numbers")
+    }
+
+    fn write_u64(&mut self, half: u64) {
+        self.0 = half;
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
+
+type ByName<T> = HashMap<Name, T, BuildHasherDefault<Half>>;
+
+/// Consecutive rows: the position of the first, and how many they are.
+type Run = (u32, u32);
+
 /// Finds rows by the value of one text column, or by their position in the table.
 pub struct Lookup {
     column: String,
+    /// The columns that rows are read with; all, if it doesn't say.
+    columns: Option<SchemaRef>,
     files: Vec<PathBuf>,
     groups: Vec<Group>,
     rows: u32,
-    /// Name to first position and number of consecutive rows of that name.
-    by_name: HashMap<String, (u32, u32)>,
+    /// The first rows of that name.
+    by_name: ByName<Run>,
+    /// Those that lie elsewhere; nearly always there are none.
+    scattered: ByName<Vec<Run>>,
     cache: VecDeque<(usize, RecordBatch)>,
     cached_bytes: usize,
 }
@@ -41,10 +86,12 @@ impl Lookup {
     pub fn open(files: Vec<PathBuf>, column: &str) -> Result<Self, StoreError> {
         let mut lookup = Self {
             column: column.to_owned(),
+            columns: None,
             files: Vec::new(),
             groups: Vec::new(),
             rows: 0,
-            by_name: HashMap::new(),
+            by_name: HashMap::default(),
+            scattered: HashMap::default(),
             cache: VecDeque::new(),
             cached_bytes: 0,
         };
@@ -52,6 +99,13 @@ impl Lookup {
             lookup.add_file(path)?;
         }
         Ok(lookup)
+    }
+
+    /// Reads only the columns of `columns`, by their names.
+    #[must_use]
+    pub fn only(mut self, columns: SchemaRef) -> Self {
+        self.columns = Some(columns);
+        self
     }
 
     /// Takes one more file into the index. A name that was there before keeps its rows.
@@ -78,8 +132,13 @@ impl Lookup {
                 let names = cast(batch.column(0), &DataType::Utf8)
                     .map_err(|error| problem(error.to_string()))?;
                 let names = names.as_string::<i32>();
-                for index in 0..names.len() {
-                    self.index(names.value(index));
+                let mut row = 0;
+                while row < names.len() {
+                    let name = names.value(row);
+                    let end = (row..names.len()).find(|&other| names.value(other) != name);
+                    let end = end.unwrap_or(names.len());
+                    self.index(name, (end - row) as u32);
+                    row = end;
                 }
             }
         }
@@ -87,23 +146,31 @@ impl Lookup {
         Ok(())
     }
 
-    fn index(&mut self, name: &str) {
+    /// Takes the next rows in, all of one name.
+    fn index(&mut self, name: &str, count: u32) {
         let position = self.rows;
-        self.rows += 1;
-        match self.by_name.get_mut(name) {
-            Some((start, count)) if *start + *count == position => *count += 1,
-            Some(_) => {}
-            None => {
-                self.by_name.insert(name.to_owned(), (position, 1));
-            }
+        self.rows += count;
+        let name = Name::of(name);
+        let Some(first) = self.by_name.get_mut(&name) else {
+            self.by_name.insert(name, (position, count));
+            return;
+        };
+        let last = match self.scattered.get_mut(&name) {
+            Some(more) => more.last_mut().expect("a run begins with a row"),
+            None => first,
+        };
+        if last.0 + last.1 == position {
+            last.1 += count;
+        } else {
+            let more = self.scattered.entry(name).or_default();
+            more.push((position, count));
         }
     }
 
     /// Where the first row of that name lies.
     pub fn position(&self, name: &str) -> Option<usize> {
-        self.by_name
-            .get(name)
-            .map(|&(position, _)| position as usize)
+        let first = self.by_name.get(&Name::of(name));
+        first.map(|&(position, _)| position as usize)
     }
 
     /// How many rows there are.
@@ -116,12 +183,12 @@ impl Lookup {
     }
 
     pub fn contains(&self, name: &str) -> bool {
-        self.by_name.contains_key(name)
+        self.by_name.contains_key(&Name::of(name))
     }
 
-    /// The rows of that name that lie together.
+    /// The first rows of that name, as far as they lie together.
     pub fn get(&mut self, name: &str) -> Result<Option<RecordBatch>, StoreError> {
-        let Some(&(start, count)) = self.by_name.get(name) else {
+        let Some(&(start, count)) = self.by_name.get(&Name::of(name)) else {
             return Ok(None);
         };
         self.range(start as usize, count as usize).map(Some)
@@ -129,10 +196,45 @@ impl Lookup {
 
     /// The first row of that name.
     pub fn row<R: Row>(&mut self, name: &str) -> Result<Option<R>, StoreError> {
-        match self.by_name.get(name) {
-            Some(&(position, _)) => self.at(position as usize).map(Some),
+        match self.position(name) {
+            Some(position) => self.at(position).map(Some),
             None => Ok(None),
         }
+    }
+
+    /// All rows of some names, wherever they lie, in the order of the table.
+    pub fn all<'n>(
+        &mut self,
+        names: impl Iterator<Item = &'n str>,
+    ) -> Result<Vec<RecordBatch>, StoreError> {
+        let mut runs: Vec<Run> = Vec::new();
+        for name in names.map(Name::of) {
+            runs.extend(self.by_name.get(&name));
+            runs.extend(self.scattered.get(&name).into_iter().flatten());
+        }
+        runs.sort_unstable();
+        runs.dedup();
+        let mut batches = Vec::new();
+        let mut positions = runs
+            .into_iter()
+            .flat_map(|(start, count)| start..start + count)
+            .peekable();
+        while let Some(&position) = positions.peek() {
+            let group = self.group_of(position as usize);
+            let rows = self.read_group(group)?;
+            let start = self.groups[group].start;
+            let end = start + rows.num_rows() as u32;
+            let of_group = std::iter::from_fn(|| positions.next_if(|&position| position < end));
+            let wanted: Vec<u32> = of_group.map(|position| position - start).collect();
+            let (first, last) = (wanted[0], wanted[wanted.len() - 1]);
+            batches.push(if (last - first) as usize + 1 == wanted.len() {
+                rows.slice(first as usize, wanted.len())
+            } else {
+                let taken = take_record_batch(&rows, &UInt32Array::from(wanted));
+                taken.expect("the rows are there")
+            });
+        }
+        Ok(batches)
     }
 
     /// The row at a position, in the order of the table.
@@ -178,11 +280,12 @@ impl Lookup {
             path: path.clone(),
             problem,
         };
-        let builder = open(path)?.with_row_groups(vec![group.number as usize]);
-        let schema = builder.schema().clone();
+        let builder = only(open(path)?, self.columns.as_ref());
+        let builder = builder.with_row_groups(vec![group.number as usize]);
         let reader = builder
             .build()
             .map_err(|error| parquet_error(path, error))?;
+        let schema = reader.schema();
         let batches: Vec<RecordBatch> = reader
             .collect::<Result<_, _>>()
             .map_err(|error| problem(error.to_string()))?;
@@ -254,6 +357,24 @@ mod tests {
         let bytes: usize = cached.map(|(_, rows)| rows.get_array_memory_size()).sum();
         assert_eq!(lookup.cached_bytes, bytes);
         assert!(bytes <= CACHE_BYTES);
+    }
+
+    #[test]
+    fn all_rows_of_some_names_come_in_the_order_of_the_table() {
+        let folder = tempfile::tempdir().unwrap();
+        let files = written(folder.path());
+        // What lies in the first file lies a second time behind all others.
+        let again = [files[0].clone(), files[1].clone(), files[0].clone()].to_vec();
+        let mut lookup = Lookup::open(again, "row_key").unwrap();
+        let wanted = ["k819", "k3", "k3", "k1800", "no such name"];
+        let found = lookup.all(wanted.into_iter()).unwrap();
+        let rows = found
+            .iter()
+            .flat_map(|batch| Reward::from_batch(batch).unwrap());
+        let runs = [15..20, 4095..4100, 9000..9005, 15..20, 4095..4100];
+        let expected: Vec<Reward> = runs.into_iter().flatten().map(reward).collect();
+        assert_eq!(rows.collect::<Vec<_>>(), expected);
+        assert!(lookup.all([].into_iter()).unwrap().is_empty());
     }
 
     #[test]

@@ -238,14 +238,7 @@ impl TableReader {
     }
 
     fn open(&self, path: &Path) -> Result<ParquetRecordBatchReader, StoreError> {
-        let mut builder = open(path)?.with_batch_size(BATCH_ROWS);
-        if let Some(columns) = &self.columns {
-            let fields = builder.schema().fields().iter().enumerate();
-            let wanted = fields.filter(|(_, field)| columns.field_with_name(field.name()).is_ok());
-            let places: Vec<usize> = wanted.map(|(place, _)| place).collect();
-            let mask = ProjectionMask::roots(builder.parquet_schema(), places);
-            builder = builder.with_projection(mask);
-        }
+        let builder = only(open(path)?, self.columns.as_ref()).with_batch_size(BATCH_ROWS);
         builder.build().map_err(|error| parquet_error(path, error))
     }
 }
@@ -291,6 +284,21 @@ pub(super) fn typed<R: Row>(path: &Path, batch: &RecordBatch) -> Result<Vec<R>, 
         path: path.to_owned(),
         misfit,
     })
+}
+
+/// A reader of some columns, by their names; of all, if it doesn't say.
+pub(super) fn only(
+    builder: ParquetRecordBatchReaderBuilder<File>,
+    columns: Option<&SchemaRef>,
+) -> ParquetRecordBatchReaderBuilder<File> {
+    let Some(columns) = columns else {
+        return builder;
+    };
+    let fields = builder.schema().fields().iter().enumerate();
+    let wanted = fields.filter(|(_, field)| columns.field_with_name(field.name()).is_ok());
+    let places: Vec<usize> = wanted.map(|(place, _)| place).collect();
+    let mask = ProjectionMask::roots(builder.parquet_schema(), places);
+    builder.with_projection(mask)
 }
 
 pub(super) fn open(path: &Path) -> Result<ParquetRecordBatchReaderBuilder<File>, StoreError> {

@@ -24,12 +24,12 @@ where best.from_best = 1
 order by best.id, best.prompt_id
 limit 5
 ----
-+-----+-----------------------------------+-------------+-------------------------------------+--------------+
-| id  | best                              | best_reward | worst                               | worst_reward |
-+-----+-----------------------------------+-------------+-------------------------------------+--------------+
-| q0  | above green                       | 0.9367963   | of blue three left a right          | 0.07952678   |
-| q1  | square red                        | 0.8352266   | of three                            | 0.018693559  |
-| q10 | a the two square                  | 0.9208772   | circle right star circle three blue | 0.32815534   |
-| q11 | and square and                    | 0.99712646  | green and the of                    | 0.5940093    |
-| q12 | of right square three circle left | 0.9944705   | and two above square                | 0.38508207   |
-+-----+-----------------------------------+-------------+-------------------------------------+--------------+
++-----+-------------------------------+-------------+--------------------------------+--------------+
+| id  | best                          | best_reward | worst                          | worst_reward |
++-----+-------------------------------+-------------+--------------------------------+--------------+
+| q0  | square a right star blue      | 0.96634334  | circle three left a            | 0.018743536  |
+| q1  | and and the below below green | 0.83198786  | and square blue star right red | 0.4767498    |
+| q10 | two left below                | 0.5891483   | the green left below           | 0.04641878   |
+| q11 | below                         | 0.9118623   | of of circle three two red     | 0.16433927   |
+| q12 | of green                      | 0.6646287   | a of blue                      | 0.042778015  |
++-----+-------------------------------+-------------+--------------------------------+--------------+

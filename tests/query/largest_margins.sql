@@ -4,12 +4,12 @@ from pairs
 order by margin desc, id, round
 limit 5
 ----
-+-------+-----+------------------------------+---------------------------------+--------+
-| round | id  | chosen                       | rejected                        | margin |
-+-------+-----+------------------------------+---------------------------------+--------+
-| 1     | q13 | left left the                | and                             | 0.9576 |
-| 1     | q15 | red green                    | three three                     | 0.9294 |
-| 1     | q27 | blue blue below              | left above blue below red above | 0.9191 |
-| 1     | q30 | three right                  | left red square of blue square  | 0.8972 |
-| 2     | q18 | three circle left a left red | two two and blue                | 0.8963 |
-+-------+-----+------------------------------+---------------------------------+--------+
++-------+-----+---------------------------------+-------------------------------+--------+
+| round | id  | chosen                          | rejected                      | margin |
++-------+-----+---------------------------------+-------------------------------+--------+
+| 1     | q1  | blue below                      | star a blue two and two       | 0.9844 |
+| 2     | q3  | below three three above         | red                           | 0.9596 |
+| 2     | q0  | square a right star blue        | circle three left a           | 0.9476 |
+| 1     | q22 | left                            | and                           | 0.9316 |
+| 1     | q8  | two green red three three three | star star red two three right | 0.9242 |
++-------+-----+---------------------------------+-------------------------------+--------+

@@ -7,6 +7,6 @@ order by stage, round, n desc
 +-------+-------+---------+----------------------------------------+----+----------------------------------+
 | stage | round | class   | reason                                 | n  | for_example                      |
 +-------+-------+---------+----------------------------------------+----+----------------------------------+
-| pairs | 1     | dropped | the rewards are closer than margin_min | 12 | 0d31409aa8c340ff12258884f8f26d19 |
-| pairs | 2     | dropped | the rewards are closer than margin_min | 18 | 04a12999d6a2b7c52a9e6f0cf297a197 |
+| pairs | 1     | dropped | the rewards are closer than margin_min | 11 | 00c661b98fe122fc45da25958821c032 |
+| pairs | 2     | dropped | the rewards are closer than margin_min | 16 | 04a12999d6a2b7c52a9e6f0cf297a197 |
 +-------+-------+---------+----------------------------------------+----+----------------------------------+
