@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::symlink;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use ovchat::tables::{Prompt, Reject};
 
@@ -274,28 +274,68 @@ fn a_lost_file_is_noticed_and_made_again() {
     assert_eq!(scene.tables("runs/scripted"), before);
 }
 
-/// A bit that has turned over leaves the size as it was. Whatever reads the file notices.
-#[test]
-fn a_flipped_bit_is_noticed_before_anything_is_made_from_it() {
-    let (scene, file) = finished("candidates");
-    let before = scene.tables("runs/scripted");
-    let mut bytes = fs::read(&file).unwrap();
+/// Turns one bit of a file over, which leaves its size as it was.
+fn flip(file: &Path) {
+    let mut bytes = fs::read(file).unwrap();
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;
-    fs::write(&file, &bytes).unwrap();
-    let set = [
-        "run",
-        "p.yaml",
-        "--set",
-        "stages.pairs.select_extremes.margin_min=0.01",
-    ];
-    let said = scene.pipeline(&set);
-    assert_eq!(said.code, Some(1), "{}", said.err);
-    let told = said.err.replace("\n  │ ", " ").replace("\n  | ", " ");
-    assert!(told.contains("is not what was written"), "{told}");
-    fs::remove_file(&file).unwrap();
-    scene.succeeds(&set);
+    fs::write(file, &bytes).unwrap();
+}
+
+/// Whatever reads a file in which a bit has turned over notices, and the run makes it again.
+#[test]
+fn a_flipped_bit_is_noticed_before_anything_is_made_from_it_and_mended() {
+    let (scene, file) = finished("candidates");
+    let before = scene.tables("runs/scripted");
+    flip(&file);
+    let margin = "stages.pairs.select_extremes.margin_min=0.01";
+    let said = scene.succeeds(&["run", "p.yaml", "--set", margin]);
+    assert!(
+        said.err.contains("all.parquet is not what was written"),
+        "{}",
+        said.err
+    );
+    let aside = "runs/scripted/spoiled/candidates/round=1/all.parquet.spoiled";
+    assert!(
+        scene.path(aside).is_file() && file.is_file(),
+        "{}",
+        said.err
+    );
     scene.succeeds(&["run", "p.yaml"]);
+    assert_eq!(scene.tables("runs/scripted"), before);
+}
+
+/// The model that answers in round 2 is read from the checkpoint of round 1.
+#[test]
+fn a_flipped_bit_of_a_checkpoint_is_mended() {
+    let (scene, _) = finished("steps");
+    let tables = scene.tables("runs/scripted");
+    let checkpoints = scene.checkpoints("runs/scripted");
+    let spoiled = "runs/scripted/checkpoints/round-1/scripted.json";
+    flip(&scene.path(spoiled));
+    fs::remove_file(scene.path("runs/scripted/candidates/round=2/all.parquet")).unwrap();
+    let said = scene.succeeds(&["run", "p.yaml"]);
+    let told = format!("{spoiled} is not what was written");
+    assert!(said.err.contains(&told), "{}", said.err);
+    assert_eq!(scene.checkpoints("runs/scripted"), checkpoints);
+    assert_eq!(scene.tables("runs/scripted"), tables);
+}
+
+/// Pictures lie in the run, known by their content; the loading stages bring them back.
+#[test]
+fn a_flipped_bit_of_a_picture_is_mended() {
+    let scene = with_pictures(&["good.png"]);
+    scene.succeeds(&["run", "p.yaml"]);
+    let before = scene.tables("runs/scripted");
+    let file = scene.path("runs/scripted/images/part-00000.parquet");
+    let mut bytes = fs::read(&file).unwrap();
+    let picture = bytes.windows(4).position(|word| word == b"IDAT").unwrap();
+    bytes[picture + 20] ^= 1;
+    fs::write(&file, bytes).unwrap();
+    fs::remove_file(scene.path("runs/scripted/candidates/round=1/part-00000.parquet")).unwrap();
+    let said = scene.succeeds(&["run", "p.yaml"]);
+    let told = "images/part-00000.parquet is not what was written";
+    assert!(said.err.contains(told), "{}", said.err);
     assert_eq!(scene.tables("runs/scripted"), before);
 }
 

@@ -5,12 +5,13 @@
 //! its own: the checkpoint is written first, then one commit takes rows and checkpoint in.
 
 use std::cell::RefCell;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use arrow::array::RecordBatch;
+use rayon::prelude::*;
 use serde_json::Value;
 
 use super::claim::tables_of;
@@ -19,8 +20,8 @@ use crate::config::PlannedStage;
 use crate::run::{Start, Unit};
 use crate::stages::{Failure, Fold, Scope, TableName, Work};
 use crate::store::{
-    CheckpointRecord, Event, Key, Lookup, PartRecord, RunFolder, StateRecord, TableWriter,
-    files_in, write_folder,
+    CheckpointRecord, Event, Key, Lookup, PartRecord, RunFolder, StateRecord, StoreError,
+    TableWriter, files_in, hash_file, write_folder,
 };
 
 /// Rows that are looked over at once before the first step.
@@ -194,9 +195,16 @@ impl Runner<'_> {
             part,
             state: None,
         })?;
+        let files = files_in(&folder)?;
+        let sha256: BTreeMap<String, String> = files
+            .par_iter()
+            .map(|(name, _)| Ok((name.clone(), hash_file(&folder.join(name))?)))
+            .collect::<Result<_, StoreError>>()?;
+        self.sound.extend(sha256.values().cloned());
         let checkpoint = CheckpointRecord {
             model: work.model().to_string(),
-            files: files_in(&folder)?,
+            files,
+            sha256,
             folder: below(self.folder.root(), &folder),
         };
         let over = states(&self.folder, table, round);

@@ -32,6 +32,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use arrow::datatypes::SchemaRef;
+use rayon::prelude::*;
 use serde_json::{Value, json};
 
 use crate::config::{Plan, PlannedStage, View};
@@ -73,6 +74,18 @@ pub struct RunError {
     pub failure: Box<Failure>,
 }
 
+impl RunError {
+    /// The file that was not what was written, if that is what went wrong.
+    fn spoiled(&self) -> Option<&Path> {
+        match &*self.failure {
+            Failure::Store(StoreError::Spoiled { path } | StoreError::Parquet { path, .. }) => {
+                Some(path)
+            }
+            _ => None,
+        }
+    }
+}
+
 /// Runs a plan in its folder; goes on where an earlier run of it stopped.
 pub fn run(
     plan: &Plan,
@@ -94,30 +107,21 @@ pub fn run(
         failure: Box::new(failure),
     };
     runner.park_unplanned(&slots).map_err(failed)?;
-    let mut summary = Summary::default();
-    let mut round_before = None;
-    for (stage, round) in slots {
-        if let Some(ended) = round_before.filter(|&ended| round > Some(ended) && ended > 0)
-            && runner.is_last(ended).map_err(failed)?
-        {
+    let mut mended = HashSet::new();
+    loop {
+        let ended = runner.go_through(&slots, options.until.as_ref());
+        let spoiled = ended.as_ref().err().and_then(RunError::spoiled);
+        // What is spoiled a second time would be so a third time, too.
+        let spoiled = spoiled.filter(|path| mended.insert(path.to_path_buf()));
+        let Some(spoiled) = spoiled.map(Path::to_owned) else {
+            ended?;
             break;
-        }
-        round_before = round;
-        let made = runner.make(stage, round).map_err(|failure| RunError {
-            stage: Some(stage.name.clone()),
-            round,
-            failure: Box::new(failure),
-        })?;
-        if made {
-            summary.made += 1;
-        } else {
-            summary.reused += 1;
-        }
-        if options.until.as_ref() == Some(&stage.name) {
-            break;
+        };
+        if !runner.mend(&spoiled).map_err(failed)? {
+            ended?;
         }
     }
-    Ok(summary)
+    Ok(runner.summary())
 }
 
 /// A run under way.
@@ -131,6 +135,8 @@ struct Runner<'a> {
     keys: Keys<'a>,
     /// What stages had to say; nothing twice.
     said: HashSet<String>,
+    /// The tables that were reached, each with its round, and whether anything of it was made.
+    reached: HashMap<(TableName, Option<u32>), bool>,
     /// Hashes of files that were found to be as they were written, and of those written since.
     sound: HashSet<String>,
     rates: Rates,
@@ -166,10 +172,75 @@ impl<'a> Runner<'a> {
             report,
             interrupt,
             said: HashSet::new(),
+            reached: HashMap::new(),
             sound: HashSet::new(),
             rates: Rates::open(options.rates.clone()),
             kept: Kept::default(),
         })
+    }
+
+    /// Makes all tables in their order, or those up to one.
+    fn go_through(
+        &mut self,
+        slots: &[(&PlannedStage, Option<u32>)],
+        until: Option<&TableName>,
+    ) -> Result<(), RunError> {
+        let mut round_before = None;
+        for &(stage, round) in slots {
+            if let Some(ended) = round_before.filter(|&ended| round > Some(ended) && ended > 0)
+                && self.is_last(ended).map_err(|failure| RunError {
+                    stage: None,
+                    round: None,
+                    failure: Box::new(failure),
+                })?
+            {
+                break;
+            }
+            round_before = round;
+            let made = self.make(stage, round).map_err(|failure| RunError {
+                stage: Some(stage.name.clone()),
+                round,
+                failure: Box::new(failure),
+            })?;
+            let reached = self.reached.entry((stage.name.clone(), round));
+            *reached.or_default() |= made;
+            if until == Some(&stage.name) {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts a file aside that is not what was written, so that the next time through makes it again.
+    /// Returns whether it was a file of this run.
+    fn mend(&mut self, spoiled: &Path) -> Result<bool, Failure> {
+        // A model that is open may have been read from it.
+        self.kept = Kept::default();
+        let Some(aside) = self.folder.put_aside(spoiled)? else {
+            return Ok(false);
+        };
+        self.report.note(&format!(
+            "{} is not what was written; a disk or another program has changed it. It is made again; what \
+             was found lies in {}",
+            spoiled.display(),
+            aside.display()
+        ));
+        Ok(true)
+    }
+
+    fn summary(&self) -> Summary {
+        let made = self.reached.values().filter(|&&made| made).count();
+        Summary {
+            made,
+            reused: self.reached.len() - made,
+        }
+    }
+
+    /// Says that a table was there, once.
+    fn report_reused(&mut self, table: &TableName, round: Option<u32>, rows: u64) {
+        if !self.reached.contains_key(&(table.clone(), round)) {
+            self.report.reused(table, round, rows);
+        }
     }
 
     /// Everything that decides a table in a round.
@@ -188,7 +259,7 @@ impl<'a> Runner<'a> {
         {
             let rows = made.rows();
             self.remember(&stage.name, round);
-            self.report.reused(&stage.name, round, rows);
+            self.report_reused(&stage.name, round, rows);
             return Ok(false);
         }
         let because = self.because(stage, round)?;
@@ -202,7 +273,7 @@ impl<'a> Runner<'a> {
                 .map_or(0, Made::rows);
             self.unpark_before(stage, round)?;
             self.remember(&stage.name, round);
-            self.report.reused(&stage.name, round, rows);
+            self.report_reused(&stage.name, round, rows);
             self.expect(stage, round)?;
             return Ok(false);
         }
@@ -241,23 +312,41 @@ impl<'a> Runner<'a> {
         }
     }
 
-    /// Sees to it that the tables which a stage reads are what was written: a bit that a disk has turned
-    /// over would go into everything behind it. Each file is read once for that.
+    /// Sees to it that the tables which a stage reads, and the checkpoints of its models, are what was
+    /// written: a bit that a disk has turned over would go into everything behind it. Each file is read
+    /// once for that.
     fn look_at_inputs(&mut self, stage: &PlannedStage, round: Option<u32>) -> Result<(), Failure> {
+        let mut written: Vec<(PathBuf, String)> = Vec::new();
+        let manifest = self.folder.manifest();
         for (_, table) in &stage.inputs {
-            let table_round = self.plan.round_of(table, round);
-            let made = self.folder.manifest().find(table.as_str(), table_round);
-            let files: Vec<FileRecord> = made.into_iter().flat_map(Made::files).cloned().collect();
-            for file in files {
-                if !self.sound.insert(file.sha256.clone()) {
-                    continue;
-                }
-                let path = self.folder.root().join(&file.file);
-                if hash_file(&path)? != file.sha256 {
-                    return Err(StoreError::Spoiled { path }.into());
-                }
-            }
+            let made = manifest.find(table.as_str(), self.plan.round_of(table, round));
+            let files = made.into_iter().flat_map(Made::files);
+            written.extend(files.map(|file| (PathBuf::from(&file.file), file.sha256.clone())));
         }
+        for used in stage.spec.as_stage().uses() {
+            let model = self.plan.speaker(used.model);
+            let trained = self.plan.training(stage, model, round);
+            let trained = trained.filter(|_| used.state == ModelState::Now);
+            let made =
+                trained.and_then(|(table, round)| manifest.find(table.as_str(), Some(round)));
+            let Some(checkpoint) = made.and_then(|made| made.checkpoint.as_ref()) else {
+                continue;
+            };
+            let folder = Path::new(&checkpoint.folder);
+            let files = checkpoint.sha256.iter();
+            written.extend(files.map(|(name, sha256)| (folder.join(name), sha256.clone())));
+        }
+        written.retain(|(_, sha256)| !self.sound.contains(sha256));
+        let root = self.folder.root();
+        written.par_iter().try_for_each(|(file, sha256)| {
+            let path = root.join(file);
+            if hash_file(&path)? == *sha256 {
+                return Ok(());
+            }
+            Err(StoreError::Spoiled { path })
+        })?;
+        self.sound
+            .extend(written.into_iter().map(|(_, sha256)| sha256));
         Ok(())
     }
 

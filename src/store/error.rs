@@ -19,8 +19,7 @@ pub enum StoreError {
     Parquet { path: PathBuf, problem: String },
     /// The file is not the one that was written.
     #[error(
-        "{} is not what was written: its SHA-256 is not the manifest's; a disk or another program has changed \
-         it. Remove it and run again: it is made again, and what was made from it is kept where it is the same",
+        "{} is not what was written: its SHA-256 is not the manifest's; a disk or another program has changed it",
         path.display()
     )]
     Spoiled { path: PathBuf },

@@ -28,6 +28,9 @@ pub struct RunFolder {
     _lock: Option<Lock>,
 }
 
+/// See [`RunFolder::put_aside`].
+const SPOILED: &str = "spoiled";
+
 /// See [`RunFolder::calls`].
 const CALLS: &str = "calls";
 
@@ -212,6 +215,24 @@ impl RunFolder {
         self.commit(Event::Unpark(made))?;
         self.finish_moves()?;
         Ok(true)
+    }
+
+    /// Puts a file aside that is not what was written, where no reader looks, and strikes out what it was
+    /// part of. Returns where it lies now, or `None` if it is no file that this run lists.
+    pub fn put_aside(&mut self, spoiled: &Path) -> Result<Option<PathBuf>, StoreError> {
+        let Ok(name) = spoiled.strip_prefix(&self.root) else {
+            return Ok(None);
+        };
+        let aside = format!("{SPOILED}/{}.{SPOILED}", name.display());
+        let aside = self.root.join(aside);
+        create_folder(aside.parent().expect("a file in a folder"))?;
+        fs::rename(spoiled, &aside).map_err(StoreError::io("move", spoiled))?;
+        if self.strike_out_lost().is_empty() {
+            fs::rename(&aside, spoiled).map_err(StoreError::io("move", &aside))?;
+            return Ok(None);
+        }
+        self.manifest.rewrite()?;
+        Ok(Some(aside))
     }
 
     /// Moves what is recorded in one place and lies in the other: what a table's parking or its way

@@ -59,6 +59,12 @@ impl Images {
             .row(image_id)?
             .ok_or_else(|| fault("it is not in this run".to_owned()))?;
         if let Some(bytes) = row.image.bytes {
+            if digest(&bytes) != image_id {
+                let path = self.lookup.file_of(image_id).expect("it was just read");
+                return Err(StoreError::Spoiled {
+                    path: path.to_owned(),
+                });
+            }
             return Ok(bytes.into());
         }
         let path = row

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use ::parquet::arrow::ProjectionMask;
 use arrow::array::{Array, AsArray, RecordBatch, RecordBatchReader, UInt32Array};
@@ -200,6 +200,13 @@ impl Lookup {
             Some(position) => self.at(position).map(Some),
             None => Ok(None),
         }
+    }
+
+    /// The file in which the first row of that name lies.
+    pub fn file_of(&self, name: &str) -> Option<&Path> {
+        let group = self.group_of(self.position(name)?);
+        let file = self.groups[group].file as usize;
+        Some(&self.files[file])
     }
 
     /// All rows of some names, wherever they lie, in the order of the table.

@@ -83,6 +83,9 @@ pub struct CheckpointRecord {
     pub folder: String,
     /// The files in it, by name, with their sizes.
     pub files: BTreeMap<String, u64>,
+    /// Their SHA-256; runs of earlier versions have none.
+    #[serde(default)]
+    pub sha256: BTreeMap<String, String>,
 }
 
 /// A table in one round: what decided it and what was made of it so far.
