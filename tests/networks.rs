@@ -589,6 +589,30 @@ evaluate:{compare}  answers: {{ sample: {{ prompts: lessons, model: policy, coun
         ),
     );
     scene.succeeds(&["run", "p.yaml"]);
+    // A plan counts what they read, and says what they take.
+    let plan = scene.succeeds(&["plan", "p.yaml", "--json"]).out;
+    let plan: serde_json::Value = serde_json::from_str(&plan).unwrap();
+    let of = |list: &str, table: &str| {
+        let list = plan[list].as_array().unwrap().iter();
+        let found = list.clone().find(|one| one["table"] == table);
+        found.unwrap_or_else(|| panic!("{list:?}")).clone()
+    };
+    // What both texts of a pair begin with is read once and counts once.
+    for (table, epochs) in [("sft", Some(1)), ("reward", None), ("words", Some(20))] {
+        let counted = of("tokens", table);
+        if let Some(epochs) = epochs {
+            let query = format!("select sum(tokens) / {epochs} as tokens from {table}");
+            let read = scene.succeeds(&["sql", "made", &query, "--format", "csv"]);
+            assert_eq!(read.out, format!("tokens\n{}\n", counted["sum"]));
+        }
+        let taken = of("memory", table);
+        let longest = counted["longest_id"].as_str().unwrap();
+        assert!(
+            taken["worst"].as_str().unwrap().contains(longest),
+            "{taken}"
+        );
+        assert!(taken["peak"].as_u64() > taken["bytes"]["weights"].as_u64());
+    }
     let read = |run: &str, table: &str, round| {
         let run = RunFolder::read(&scene.path(run)).unwrap();
         run.reader(table, round)

@@ -7,110 +7,301 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::Failed;
-use crate::config::Plan;
-use crate::models::{self, ModelSpec, Picture};
-use crate::prep::PolicyPrep;
-use crate::stages::{StageSpec, turns};
+use crate::config::{Plan, PlannedStage};
+use crate::models::{
+    self, Learned, Lesson, Mode, ModelSpec, Picture, Questionnaire, RowFault, Shown,
+};
+use crate::prep::{JudgePrep, PolicyPrep};
+use crate::stages::{StageSpec, TableName, turns};
 use crate::store::{Images, RunFolder};
-use crate::tables::{Prompt, Row as _};
+use crate::tables::{Misfit, Pair, Prompt, Row as _};
 
-/// Prompts that are counted; a plan should take a second, and the first so many tell enough.
+/// Rows that are counted; a plan should take a second, and the first so many tell enough.
 const COUNTED_MAX: usize = 20_000;
 
-/// The tokens of the prompts that a stage answers, pictures included.
+/// Pictures that are kept in memory.
+const PICTURES_KEPT: usize = 256;
+
+/// The tokens of the rows that a stage reads with a network, pictures included.
 pub struct Tokens {
     stage: String,
-    prompts: usize,
-    /// Whether there are more prompts than were counted.
+    /// What a row is: `prompt` or `pair`.
+    row: &'static str,
+    rows: usize,
+    /// Whether there are more rows than were counted.
     is_sample: bool,
     sum: usize,
     shortest: usize,
     longest: usize,
     /// The id of the longest.
     longest_id: String,
-    /// Prompts that leave no room for an answer of `max_new_tokens`.
+    /// The most that are learned of one, and the largest share of one that is.
+    learned: usize,
+    learned_share: f64,
+    /// Rows that leave no room for an answer of `room` tokens.
     too_long: usize,
     context: usize,
     room: usize,
 }
 
-/// Counts the prompts of every stage that samples, where its table of prompts is there already.
+/// What a stage reads, and how it is counted.
+struct Reading<'a> {
+    table: &'a TableName,
+    counter: Counter,
+    /// Tokens that are wanted behind it.
+    room: usize,
+}
+
+enum Counter {
+    /// Prompts that are answered.
+    Prompts(PolicyPrep),
+    /// What is written about prompts and answers of no tokens.
+    Questions(PolicyPrep, Box<Questionnaire>),
+    /// Answers that are learned.
+    Lessons(PolicyPrep, Learned),
+    /// The same, by the base of a reward model.
+    BaseLessons(JudgePrep, Learned),
+    /// Both answers of a pair, as they are judged: what they begin with alike counts once.
+    Pairs(JudgePrep),
+}
+
+/// A row, whatever its table.
+struct Counted {
+    id: String,
+    prompt: models::Prompt,
+    answers: Vec<String>,
+}
+
+impl Counter {
+    fn context(&self) -> usize {
+        match self {
+            Self::Prompts(prep) | Self::Questions(prep, _) | Self::Lessons(prep, _) => {
+                prep.context()
+            }
+            Self::BaseLessons(prep, _) | Self::Pairs(prep) => prep.context(),
+        }
+    }
+
+    /// The tokens of a row, and how many of them are learned.
+    fn count(&self, row: &Counted) -> Result<(usize, usize), RowFault> {
+        let lesson = |learned| Lesson {
+            id: &row.id,
+            prompt: &row.prompt,
+            answer: row.answers.first().map_or("", String::as_str),
+            learned,
+        };
+        let all =
+            |places: Vec<std::ops::Range<usize>>| places.iter().map(ExactSizeIterator::len).sum();
+        Ok(match self {
+            Self::Prompts(prep) => (prep.count(&row.prompt)?, 0),
+            Self::Questions(prep, questionnaire) => {
+                let shown = match questionnaire.mode {
+                    Mode::Pointwise => Shown::One(""),
+                    Mode::Pairwise => Shown::Two("", ""),
+                };
+                let text = questionnaire.text(&row.prompt, shown);
+                let asked = models::Prompt {
+                    question: text.map_err(RowFault)?,
+                    turns: Vec::new(),
+                    ..row.prompt.clone()
+                };
+                (prep.count(&asked)?, 0)
+            }
+            Self::Lessons(prep, learned) => {
+                let (text, places) = prep.spoken(&lesson(*learned))?;
+                (text.ids.len(), all(places))
+            }
+            Self::BaseLessons(prep, learned) => {
+                let (text, places) = prep.spoken(&lesson(*learned))?;
+                (text.ids.len(), all(places))
+            }
+            Self::Pairs(prep) => {
+                let answers = row.answers.iter().map(String::as_str).collect();
+                let prompt = &row.prompt;
+                let ids = prep.ids(&models::Group { prompt, answers })?;
+                let alike = ids[0].ids.iter().zip(&ids[1].ids);
+                let alike = alike.take_while(|(one, other)| one == other).count();
+                (ids[0].ids.len() + ids[1].ids.len() - alike, 0)
+            }
+        })
+    }
+
+    fn rows(
+        &self,
+        batch: &arrow::array::RecordBatch,
+        images: &mut Pictures,
+    ) -> Result<Vec<Counted>, Failed> {
+        let misfit = |misfit: Misfit| Failed::Words(misfit.to_string());
+        let mut rows = Vec::new();
+        if matches!(self, Self::Pairs(_)) {
+            for row in Pair::from_batch(batch).map_err(misfit)? {
+                let mut prompt = images.prompt(&row.prompt_id, &row.image_ids)?;
+                prompt.system = row.system;
+                prompt.turns = turns(&row.turns);
+                prompt.question = row.prompt;
+                prompt.captions = row.captions;
+                rows.push(Counted {
+                    id: row.id.unwrap_or(row.prompt_id),
+                    prompt,
+                    answers: vec![row.chosen, row.rejected],
+                });
+            }
+            return Ok(rows);
+        }
+        for row in Prompt::from_batch(batch).map_err(misfit)? {
+            let mut prompt = images.prompt(&row.prompt_id, &row.image_ids)?;
+            prompt.system = row.system;
+            prompt.turns = turns(&row.turns);
+            prompt.question = row.question;
+            prompt.captions = row.captions;
+            rows.push(Counted {
+                id: row.id.unwrap_or(row.prompt_id),
+                prompt,
+                answers: row.answer.into_iter().collect(),
+            });
+        }
+        Ok(rows)
+    }
+}
+
+/// The pictures of a run; those read last are kept, for rows about one picture lie together.
+struct Pictures {
+    images: Images,
+    read: HashMap<String, Picture>,
+}
+
+impl Pictures {
+    /// A prompt about some pictures, without words.
+    fn prompt(&mut self, id: &str, image_ids: &[String]) -> Result<models::Prompt, Failed> {
+        let mut pictures = Vec::with_capacity(image_ids.len());
+        for id in image_ids {
+            if !self.read.contains_key(id) {
+                if self.read.len() >= PICTURES_KEPT {
+                    self.read.clear();
+                }
+                let bytes = self.images.bytes(id)?;
+                let id = id.clone();
+                self.read.insert(id.clone(), Picture { id, bytes });
+            }
+            pictures.push(self.read[id].clone());
+        }
+        Ok(models::Prompt {
+            id: id.to_owned(),
+            pictures,
+            system: None,
+            turns: Vec::new(),
+            question: String::new(),
+            captions: None,
+            answer: None,
+            seed: 0,
+        })
+    }
+}
+
+/// What a stage reads with a network; `None` where that is not known, or a folder can't be read, which
+/// is what the check complains about.
+fn reading<'a>(plan: &'a Plan, stage: &'a PlannedStage) -> Option<Reading<'a>> {
+    let policy = |spec: &ModelSpec| match spec.clone().opened() {
+        ModelSpec::LlavaOnevision(spec) => PolicyPrep::open(&spec.weights).ok(),
+        _ => None,
+    };
+    let judge = |spec: &ModelSpec| match spec {
+        ModelSpec::LlavaRlhf(spec) => JudgePrep::open(spec).ok(),
+        _ => None,
+    };
+    Some(match &stage.spec {
+        StageSpec::Sample(sample) => Reading {
+            table: &sample.prompts,
+            counter: Counter::Prompts(policy(&plan.models[&sample.model])?),
+            room: sample.max_new_tokens.get() as usize,
+        },
+        StageSpec::Score(score) => {
+            let asking = plan.models[&score.judge].asking()?;
+            let speaker = &plan.models[plan.speaker(&score.judge)];
+            Reading {
+                table: score.prompts.as_ref()?,
+                counter: {
+                    let questionnaire = Questionnaire::open(asking).ok()?;
+                    Counter::Questions(policy(speaker)?, Box::new(questionnaire))
+                },
+                room: asking.max_new_tokens.0.get() as usize,
+            }
+        }
+        StageSpec::TrainSft(train) => {
+            let spec = &plan.models[&train.model];
+            let lessons = policy(spec).map(|prep| Counter::Lessons(prep, train.answers));
+            let base = || Some(Counter::BaseLessons(judge(spec)?, train.answers));
+            Reading {
+                table: &train.prompts,
+                counter: lessons.or_else(base)?,
+                room: 0,
+            }
+        }
+        StageSpec::TrainReward(train) => Reading {
+            table: &train.pairs,
+            counter: Counter::Pairs(judge(&plan.models[&train.model])?),
+            room: 0,
+        },
+        _ => return None,
+    })
+}
+
+/// Counts the rows of every stage that reads them with a network, where its table is there already.
 pub fn count(plan: &Plan, folder: &Path) -> Result<Vec<Tokens>, Failed> {
     let Ok(run) = RunFolder::read(folder) else {
         return Ok(Vec::new());
     };
-    let mut images = Images::open(run.root(), &run.manifest().images)?;
-    let mut pictures: HashMap<String, Picture> = HashMap::new();
+    let mut pictures = Pictures {
+        images: Images::open(run.root(), &run.manifest().images)?,
+        read: HashMap::new(),
+    };
     let mut all = Vec::new();
     for stage in plan.all() {
-        let StageSpec::Sample(sample) = &stage.spec else {
+        let Some(Reading {
+            table,
+            counter,
+            room,
+        }) = reading(plan, stage)
+        else {
             continue;
         };
-        let ModelSpec::LlavaOnevision(spec) = &plan.models[&sample.model] else {
-            continue;
-        };
-        // A folder that can't be read is what the check complains about.
-        let Ok(prep) = PolicyPrep::open(&spec.weights) else {
-            continue;
-        };
-        let round = plan.round_of(&sample.prompts, Some(1));
-        let made = run.manifest().find(sample.prompts.as_str(), round);
+        let round = plan.round_of(table, Some(1));
+        let made = run.manifest().find(table.as_str(), round);
         if made.is_none_or(|made| !made.complete) {
             continue;
         }
         let mut tokens = Tokens {
             stage: stage.name.to_string(),
-            prompts: 0,
+            row: if matches!(counter, Counter::Pairs(_)) {
+                "pair"
+            } else {
+                "prompt"
+            },
+            rows: 0,
             is_sample: false,
             sum: 0,
             shortest: usize::MAX,
             longest: 0,
             longest_id: String::new(),
+            learned: 0,
+            learned_share: 0.0,
             too_long: 0,
-            context: prep.context(),
-            room: sample.max_new_tokens.get() as usize,
+            context: counter.context(),
+            room,
         };
-        for batch in run.reader(sample.prompts.as_str(), round) {
-            if tokens.is_sample {
-                break;
-            }
-            let rows = Prompt::from_batch(&batch?);
-            for row in rows.map_err(|misfit| Failed::Words(misfit.to_string()))? {
-                if tokens.prompts == COUNTED_MAX {
+        'rows: for batch in run.reader(table.as_str(), round) {
+            for row in counter.rows(&batch?, &mut pictures)? {
+                if tokens.rows == COUNTED_MAX {
                     tokens.is_sample = true;
-                    break;
+                    break 'rows;
                 }
-                for id in &row.image_ids {
-                    if !pictures.contains_key(id) {
-                        let bytes = images.bytes(id)?;
-                        let picture = Picture {
-                            id: id.clone(),
-                            bytes,
-                        };
-                        pictures.insert(id.clone(), picture);
-                    }
-                }
-                let prompt = models::Prompt {
-                    id: row.prompt_id.clone(),
-                    pictures: row
-                        .image_ids
-                        .iter()
-                        .map(|id| pictures[id].clone())
-                        .collect(),
-                    system: row.system.clone(),
-                    turns: turns(&row.turns),
-                    question: row.question.clone(),
-                    captions: None,
-                    answer: None,
-                    seed: 0,
-                };
                 // What can't be counted is set aside when it is sampled.
-                if let Ok(count) = prep.count(&prompt) {
-                    tokens.add(count, row.id.as_deref().unwrap_or(&row.prompt_id));
+                if let Ok((count, learned)) = counter.count(&row) {
+                    tokens.add(count, learned, &row.id);
                 }
             }
         }
-        if tokens.prompts > 0 {
+        if tokens.rows > 0 {
             all.push(tokens);
         }
     }
@@ -118,7 +309,7 @@ pub fn count(plan: &Plan, folder: &Path) -> Result<Vec<Tokens>, Failed> {
 }
 
 impl Tokens {
-    /// Whether they are of the prompts that this stage answers.
+    /// Whether they are of what this stage reads.
     pub fn is_of(&self, stage: &str) -> bool {
         self.stage == stage
     }
@@ -127,20 +318,33 @@ impl Tokens {
         self.longest
     }
 
-    /// The prompt that takes most, in words.
-    pub fn worst(&self) -> String {
-        let (id, tokens) = (&self.longest_id, self.longest);
-        format!("the longest prompt is `{id}` with {tokens} tokens")
+    /// The most tokens that are learned of rows of so many tokens that go side by side.
+    pub fn learned_of(&self, tokens: usize) -> usize {
+        let share = (self.learned_share * tokens as f64) as usize;
+        share.max(self.learned)
     }
 
-    fn add(&mut self, count: usize, id: &str) {
-        self.prompts += 1;
+    /// The row that takes most, in words.
+    pub fn worst(&self) -> String {
+        let Self {
+            row,
+            longest,
+            longest_id,
+            ..
+        } = self;
+        format!("the longest {row} is `{longest_id}` with {longest} tokens")
+    }
+
+    fn add(&mut self, count: usize, learned: usize, id: &str) {
+        self.rows += 1;
         self.sum += count;
         self.shortest = self.shortest.min(count);
         if count > self.longest {
             self.longest = count;
             id.clone_into(&mut self.longest_id);
         }
+        self.learned = self.learned.max(learned);
+        self.learned_share = self.learned_share.max(learned as f64 / count.max(1) as f64);
         self.too_long += usize::from(count + self.room > self.context);
     }
 }
@@ -151,7 +355,8 @@ pub fn render(all: &[Tokens]) -> String {
     for tokens in all {
         let Tokens {
             stage,
-            prompts,
+            row,
+            rows,
             shortest,
             longest,
             longest_id,
@@ -161,20 +366,26 @@ pub fn render(all: &[Tokens]) -> String {
             ..
         } = tokens;
         if text.is_empty() {
-            text.push_str("\ntokens of a prompt, its pictures included\n");
+            text.push_str("\ntokens of a row, its pictures included\n");
         }
         let of = if tokens.is_sample { "the first " } else { "" };
-        let mean = tokens.sum / prompts;
+        let mean = tokens.sum / rows;
         let mut line = format!(
-            "  {stage:<20} {of}{prompts} prompts: {shortest} to {longest}, {mean} on average; the \
-             longest is `{longest_id}`"
+            "  {stage:<20} {of}{rows} {row}s: {shortest} to {longest}, {mean} on average; the longest is \
+             `{longest_id}`"
         );
-        if *too_long > 0 {
-            write!(
+        match (too_long, room) {
+            (0, _) => {}
+            (_, 0) => write!(
+                line,
+                "; {too_long} do not fit the context of {context} and stop the training"
+            )
+            .expect(ANY_TEXT),
+            _ => write!(
                 line,
                 "; {too_long} leave no room for {room} more in the context of {context} and will be set aside"
             )
-            .expect("a string takes any text");
+            .expect(ANY_TEXT),
         }
         text.push_str(&line);
         text.push('\n');
@@ -182,11 +393,13 @@ pub fn render(all: &[Tokens]) -> String {
     text
 }
 
+const ANY_TEXT: &str = "a string takes any text";
+
 /// The same for programs.
 pub fn to_json(all: &[Tokens]) -> Value {
     let one = |tokens: &Tokens| {
         json!({
-            "table": tokens.stage, "prompts": tokens.prompts, "all": !tokens.is_sample,
+            "table": tokens.stage, "row": tokens.row, "rows": tokens.rows, "all": !tokens.is_sample,
             "shortest": tokens.shortest, "longest": tokens.longest, "longest_id": tokens.longest_id,
             "sum": tokens.sum, "too_long": tokens.too_long, "context": tokens.context,
         })

@@ -15,7 +15,7 @@ mod training;
 mod traits;
 mod types;
 
-pub use asking::{Asking, Mode, Questionnaire, Verdict};
+pub use asking::{Asking, Mode, Questionnaire, Shown, Verdict};
 pub use critic::{Critic, PolicyWriter, Request, Writer};
 pub use http::{Http, HttpWriter, Spend};
 pub use hub::Repository;

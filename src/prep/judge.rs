@@ -1,5 +1,7 @@
 //! Everything that the reward model's network is fed with, from its folders.
 
+use std::ops::Range;
+
 use super::PrepError;
 use super::card::RewardCard;
 use super::clip::Clip;
@@ -33,7 +35,7 @@ pub struct JudgeLesson {
     /// The picture, if there is one: `[3, side, side]`, normalized.
     pub pixels: Option<Vec<f32>>,
     /// Where the tokens stand that are to be learned.
-    pub answers: Vec<std::ops::Range<usize>>,
+    pub answers: Vec<Range<usize>>,
 }
 
 impl JudgePrep {
@@ -97,18 +99,28 @@ impl JudgePrep {
 
     /// A whole conversation to learn from; one that does not fit the context is refused.
     pub fn lesson(&self, lesson: &Lesson<'_>) -> Result<JudgeLesson, RowFault> {
-        let prompt = lesson.prompt;
-        let picture_tokens = self.picture_tokens(prompt)?;
-        let (text, answers) =
-            self.vicuna
-                .lesson(prompt, lesson.answer, lesson.learned, picture_tokens)?;
+        let (text, answers) = self.spoken(lesson)?;
         fits(text.ids.len(), self.context())?;
-        let pixels = prompt.pictures.first().map(|picture| self.pixels(picture));
+        let pixels = lesson.prompt.pictures.first();
+        let pixels = pixels.map(|picture| self.pixels(picture));
         Ok(JudgeLesson {
             text,
             pixels: pixels.transpose()?,
             answers,
         })
+    }
+
+    /// The tokens of a whole conversation, however many, and the places of those that are learned.
+    /// Only the header of the picture is read.
+    pub fn spoken(&self, lesson: &Lesson<'_>) -> Result<(JudgeIds, Vec<Range<usize>>), RowFault> {
+        let Lesson {
+            prompt,
+            answer,
+            learned,
+            ..
+        } = *lesson;
+        let picture_tokens = self.picture_tokens(prompt)?;
+        self.vicuna.lesson(prompt, answer, learned, picture_tokens)
     }
 
     /// The tokens by which `answer` is judged, however many.

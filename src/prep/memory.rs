@@ -3,10 +3,13 @@
 
 use super::card::{DecoderCard, OnevisionCard, RewardCard, VisionCard};
 use super::layout::part_of;
-use crate::models::{Optimizer, Room, Trained};
+use crate::models::{Optimizer, Room, Tower, Trained};
 
 /// Copies of the logits of a row that choosing its token needs at the same time, in float32.
 const LOGITS_COPIES: u64 = 6;
+
+/// The same of a token that is learned: themselves, their logarithms, and the gradients of both.
+const LEARNED_LOGITS_COPIES: u64 = 4;
 
 /// Bytes of a number in float32.
 const WHOLE: u64 = 4;
@@ -115,20 +118,77 @@ impl TrainingSizes {
             Trained::Parts(_) => all - learned,
             Trained::Lora(_) => all,
         };
+        let has_tower = matches!(trained, Trained::Parts(parts)
+            if parts.iter().any(|(part, _)| *part == crate::models::Part::VisionTower));
+        let tower_layers = card.vision_feature_layer.iter().max().copied().unwrap_or(0);
+        let tower = (
+            &card.vision_config,
+            if has_tower { tower_layers } else { 0 },
+        );
+        Self::of(
+            &card.text_config,
+            tower,
+            [frozen, learned],
+            optimizer,
+            element,
+        )
+    }
+
+    /// Of a reward model whose base learns to write, with its tower or without, in float32.
+    pub fn of_base(card: &RewardCard, tower: Tower) -> Self {
         let (text, vision) = (&card.text_config, &card.vision_config);
+        let head = (text.vocab_size * text.hidden_size) as u64;
+        let all = judge_elements(card) + head;
+        let (layers, frozen) = match tower {
+            Tower::Train => (card.mm_vision_select_layer, 0),
+            Tower::Freeze => (0, vision_elements(vision, card.mm_vision_select_layer)),
+        };
+        Self::of(
+            text,
+            (vision, layers),
+            [frozen, all - frozen],
+            Optimizer::Adamw,
+            WHOLE,
+        )
+    }
+
+    /// Of an adapter to all linear layers of a reward model's base, of this rank, and of a head; what is
+    /// adapted stays as it is. In float32.
+    pub fn of_adapter(card: &RewardCard, rank: usize) -> Self {
+        let text = &card.text_config;
+        let (hidden, inner) = (text.hidden_size, text.intermediate_size);
+        let queries = text.num_attention_heads * text.head_dim;
+        let keys = text.num_key_value_heads * text.head_dim;
+        // Inputs and outputs of q, k, v, o, gate, up and down.
+        let sides = 2 * (hidden + queries) + 2 * (hidden + keys) + 3 * (hidden + inner);
+        let learned = (text.num_hidden_layers * rank * sides + hidden + 1) as u64;
+        let weights = [judge_elements(card), learned];
+        Self::of(
+            text,
+            (&card.vision_config, 0),
+            weights,
+            Optimizer::Adamw,
+            WHOLE,
+        )
+    }
+
+    /// `tower`: how many layers of it learn. `weights`: how many stay as they are, and how many learn.
+    fn of(
+        text: &DecoderCard,
+        tower: (&VisionCard, usize),
+        weights: [u64; 2],
+        optimizer: Optimizer,
+        element: u64,
+    ) -> Self {
+        let [frozen, learned] = weights;
+        let (vision, tower_layers) = tower;
         let heads = text.num_attention_heads + 2 * text.num_key_value_heads;
         let of_layer = element
             * (4 * text.hidden_size
                 + (2 * heads + text.num_attention_heads) * text.head_dim
                 + 4 * text.intermediate_size) as u64
             + 4 * WHOLE * text.hidden_size as u64;
-        let has_tower = matches!(trained, Trained::Parts(parts)
-            if parts.iter().any(|(part, _)| *part == crate::models::Part::VisionTower));
-        let tower_layers = card.vision_feature_layer.iter().max().copied().unwrap_or(0);
-        let tile = |of_patch: usize| {
-            let layers = if has_tower { tower_layers } else { 0 };
-            element * (of_patch * layers * vision.patches()) as u64
-        };
+        let tile = |of_patch: usize| element * (of_patch * tower_layers * vision.patches()) as u64;
         let layers = text.num_hidden_layers as u64;
         Self {
             weights: frozen * element + learned * WHOLE,
@@ -166,6 +226,11 @@ impl TrainingSizes {
         let (tokens, tiles) = (tokens as u64, tiles as u64);
         self.token_inputs * tokens + self.tile_inputs * tiles + self.token / self.layers * tokens
     }
+}
+
+/// What the logits of so many learned tokens take, in float32.
+pub fn learned_logits(card: &DecoderCard, tokens: usize) -> u64 {
+    LEARNED_LOGITS_COPIES * WHOLE * (card.vocab_size * tokens) as u64
 }
 
 /// Weights of a policy.

@@ -183,18 +183,26 @@ impl PolicyPrep {
 
     /// A whole conversation to learn from; one that does not fit the context is refused.
     pub fn lesson(&self, lesson: &Lesson<'_>) -> Result<PolicyLesson, RowFault> {
-        let prompt = lesson.prompt;
-        let picture_tokens: Vec<usize> =
-            self.packings(prompt)?.iter().map(Packing::tokens).collect();
-        let (text, answers) =
-            self.chat
-                .lesson(prompt, lesson.answer, lesson.learned, &picture_tokens)?;
+        let (text, answers) = self.spoken(lesson)?;
         fits(text.ids.len(), self.context())?;
-        let pictures = self.all_tiles(prompt)?;
+        let pictures = self.all_tiles(lesson.prompt)?;
         Ok(PolicyLesson {
             prepared: Prepared { text, pictures },
             answers,
         })
+    }
+
+    /// The tokens of a whole conversation, however many, and the places of those that are learned.
+    /// Only the headers of the pictures are read.
+    pub fn spoken(&self, lesson: &Lesson<'_>) -> Result<(PromptIds, Vec<Range<usize>>), RowFault> {
+        let Lesson {
+            prompt,
+            answer,
+            learned,
+            ..
+        } = *lesson;
+        let tokens: Vec<usize> = self.packings(prompt)?.iter().map(Packing::tokens).collect();
+        self.chat.lesson(prompt, answer, learned, &tokens)
     }
 
     /// The tokens of `prompt`, however many.

@@ -1,0 +1,459 @@
+//! What a stage needs of memory, by its model's config and the rows that were counted.
+
+use std::num::NonZeroU32;
+
+use super::size;
+use crate::cli::tokens::Tokens;
+use crate::config::{Plan, PlannedStage};
+use crate::models::{
+    Checkpointing, LlavaOnevision, Mode, ModelSpec, Optimizer, Part, Room, Tower, Trained,
+};
+use crate::prep::{
+    Anyres, AtOnce, OnevisionCard, PACK_TOKENS_MAX, PICTURES_AHEAD, PICTURES_AT_ONCE_MAX,
+    Processor, RewardCard, Sizes, TrainingSizes, elements, judge_elements, learned_logits,
+};
+use crate::stages::{ModelName, StageSpec, TableName, TrainDpo, TrainReward, TrainSft};
+
+/// Bytes of a number, and the precision's name.
+pub type Precision = (u64, &'static str);
+
+/// Answers to a prompt that are judged together.
+const CANDIDATES: usize = 5;
+
+/// Answers to a prompt that are trained on, and how long they are where the pipeline does not say.
+const ANSWERS: usize = 2;
+const ANSWER_TOKENS: usize = 512;
+
+/// What a stage needs, before it is known where.
+pub struct Needs {
+    pub precision: &'static str,
+    pub items: Vec<(&'static str, u64, String)>,
+    pub model: ModelName,
+    /// The most that it takes in a room, and why it has no place there.
+    pub peak: Box<dyn Fn(Room) -> (u64, Option<String>)>,
+    pub worst: String,
+    /// Pixels of the pictures that wait for the network.
+    pub pixels: u64,
+}
+
+/// The model of a stage of which it is known what it takes: the one that is opened.
+pub fn computing<'a>(plan: &'a Plan, stage: &'a PlannedStage) -> Option<&'a ModelName> {
+    match &stage.spec {
+        StageSpec::Sample(sample) => Some(&sample.model),
+        StageSpec::Score(score) => Some(plan.speaker(&score.judge)),
+        StageSpec::Compare(compare) => Some(plan.speaker(&compare.judge)),
+        StageSpec::TrainDpo(train) => Some(&train.model),
+        StageSpec::TrainSft(train) => Some(&train.model),
+        StageSpec::TrainReward(train) => Some(&train.model),
+        _ => None,
+    }
+}
+
+pub fn of_stage(
+    plan: &Plan,
+    stage: &PlannedStage,
+    tokens: &[Tokens],
+    precision: Precision,
+) -> Option<Needs> {
+    let counted = tokens.iter().find(|one| one.is_of(stage.name.as_str()));
+    let policy = |model: &ModelName| match plan.models[model].clone().opened() {
+        ModelSpec::LlavaOnevision(spec) => Some(spec),
+        _ => None,
+    };
+    let judged = |judge: &ModelName, part: NonZeroU32| {
+        let Some(asking) = plan.models[judge].asking() else {
+            return of_judge(plan, judge, precision);
+        };
+        let model = plan.speaker(judge);
+        // Both answers of a pair are asked about twice, with each in front once.
+        let (shown, asks) = match asking.mode {
+            Mode::Pointwise => (1, CANDIDATES),
+            Mode::Pairwise => (2, CANDIDATES * (CANDIDATES - 1)),
+        };
+        let writing = Writing {
+            model,
+            answers: 1,
+            new: asking.max_new_tokens.0.get() as usize,
+            part: part.get() as usize * asks,
+            beside: shown * sampled(plan).map_or(ANSWER_TOKENS, |(_, new)| new),
+        };
+        of_writing(&writing, &policy(model)?, counted, precision)
+    };
+    match &stage.spec {
+        StageSpec::Sample(sample) => {
+            let writing = Writing {
+                model: &sample.model,
+                answers: sample.count.get() as usize,
+                new: sample.max_new_tokens.get() as usize,
+                part: sample.part.get() as usize,
+                beside: 0,
+            };
+            of_writing(&writing, &policy(&sample.model)?, counted, precision)
+        }
+        StageSpec::Score(score) => judged(&score.judge, score.part),
+        StageSpec::Compare(compare) => judged(&compare.judge, NonZeroU32::MIN),
+        StageSpec::TrainDpo(train) => match &plan.models[&train.model] {
+            ModelSpec::LlavaOnevision(spec) => of_training(plan, train, spec, tokens, precision),
+            _ => None,
+        },
+        StageSpec::TrainSft(train) => of_lessons(plan, train, counted),
+        StageSpec::TrainReward(train) => of_reward_training(plan, train, counted),
+        _ => None,
+    }
+}
+
+/// The stage that answers prompts, and how long its answers may become.
+fn sampled(plan: &Plan) -> Option<(&TableName, usize)> {
+    plan.stages.iter().find_map(|stage| match &stage.spec {
+        StageSpec::Sample(sample) => Some((&stage.name, sample.max_new_tokens.get() as usize)),
+        _ => None,
+    })
+}
+
+/// What a policy writes.
+struct Writing<'a> {
+    model: &'a ModelName,
+    /// Answers to each prompt, and how long they may become.
+    answers: usize,
+    new: usize,
+    /// Prompts that are there at once.
+    part: usize,
+    /// Tokens of a prompt beside those that were counted.
+    beside: usize,
+}
+
+fn of_writing(
+    writing: &Writing<'_>,
+    spec: &LlavaOnevision,
+    counted: Option<&Tokens>,
+    precision: Precision,
+) -> Option<Needs> {
+    let card = OnevisionCard::open(&spec.weights).ok()?;
+    let (element, precision) = precision;
+    let sizes = Sizes::new(elements(&card), &card.text_config, element);
+    let &Writing {
+        answers,
+        part,
+        beside,
+        ..
+    } = writing;
+    let new = answers * writing.new;
+    let [picture, tiles] = largest(&card, spec).unwrap_or_default();
+    let (longest, worst) = longest(counted, picture);
+    let longest = longest + beside;
+    let of_tokens = format!(
+        "{} a token; the largest picture ({picture} tokens) and its {answers} answers",
+        size(sizes.token)
+    );
+    let taken = move |rows: usize, tokens: usize, read: usize| {
+        sizes.weights
+            + rows as u64 * sizes.row
+            + tokens as u64 * sizes.token
+            + read as u64 * sizes.read
+    };
+    let peak = move |room: Room| {
+        let at_once = AtOnce::in_room(room, sizes);
+        let rows = at_once.rows.min(part * answers).max(answers);
+        let prompts = rows.div_ceil(answers).min(part);
+        let tokens = (prompts * (longest + new))
+            .min(at_once.tokens)
+            .max(longest + new);
+        let read = at_once.read_tokens.min(prompts * longest).max(longest);
+        let peak =
+            taken(rows, tokens, read).min(room.bytes.max(taken(answers, longest + new, longest)));
+        let refusal = (sizes.weights > room.bytes).then(|| {
+            format!(
+                "its weights take {}, and {} may be used; give the model a larger `memory_gb` or a \
+                 device with more",
+                size(sizes.weights),
+                size(room.bytes)
+            )
+        });
+        (peak, refusal)
+    };
+    Some(Needs {
+        precision,
+        items: vec![
+            ("weights", sizes.weights, String::new()),
+            (
+                "keys and values",
+                sizes.token * (picture + new) as u64,
+                of_tokens,
+            ),
+            ("logits", sizes.row, "an answer that grows".to_owned()),
+        ],
+        model: writing.model.clone(),
+        peak: Box::new(peak),
+        worst,
+        pixels: pixels(&card, tiles),
+    })
+}
+
+fn of_judge(plan: &Plan, judge: &ModelName, precision: Precision) -> Option<Needs> {
+    let ModelSpec::LlavaRlhf(spec) = &plan.models[judge] else {
+        return None;
+    };
+    let card = RewardCard::open(spec).ok()?;
+    let (element, precision) = precision;
+    let sizes = Sizes {
+        row: 0,
+        ..Sizes::new(judge_elements(&card), &card.text_config, element)
+    };
+    let pixels = judge_pixels(&card);
+    let peak = move |room: Room| {
+        let at_once = AtOnce::in_room(room, sizes);
+        let tokens = at_once.read_tokens.min(at_once.tokens) as u64;
+        let refusal = (sizes.weights > room.bytes).then(|| {
+            format!(
+                "the weights of the judge take {}, and {} may be used; give it a larger `memory_gb` or \
+                 a device with more",
+                size(sizes.weights),
+                size(room.bytes)
+            )
+        });
+        (sizes.weights + tokens * (sizes.read + sizes.token), refusal)
+    };
+    Some(Needs {
+        precision,
+        items: vec![
+            ("weights", sizes.weights, String::new()),
+            ("keys and values", sizes.token, "a token".to_owned()),
+            ("activations", sizes.read, "a token that is read".to_owned()),
+        ],
+        model: judge.clone(),
+        peak: Box::new(peak),
+        worst: "every picture takes as much".to_owned(),
+        pixels,
+    })
+}
+
+fn of_training(
+    plan: &Plan,
+    stage: &TrainDpo,
+    spec: &LlavaOnevision,
+    tokens: &[Tokens],
+    precision: Precision,
+) -> Option<Needs> {
+    let card = OnevisionCard::open(&spec.weights).ok()?;
+    let (element, precision) = precision;
+    let sizes = stage.sizes(&card, element);
+    let mut items = vec![
+        (
+            "weights",
+            sizes.weights,
+            "those that are trained in float32".to_owned(),
+        ),
+        ("gradients", sizes.gradients, String::new()),
+        ("moments", sizes.moments, "of AdamW".to_owned()),
+    ];
+    let [picture, tiles] = largest(&card, spec).unwrap_or_default();
+    let sampled = sampled(plan);
+    let new = ANSWERS * sampled.map_or(ANSWER_TOKENS, |(_, new)| new);
+    let largest_pair = picture + new;
+    let remark = format!(
+        "the largest picture and two answers, {largest_pair} tokens and {tiles} tiles; {} where layers \
+         are computed again",
+        size(sizes.computed_again(largest_pair, tiles))
+    );
+    items.push(("activations", sizes.remembered(largest_pair, tiles), remark));
+    let counted =
+        sampled.and_then(|(table, _)| tokens.iter().find(|one| one.is_of(table.as_str())));
+    let (longest, worst) = longest(counted, picture);
+    let checkpointing = stage.activation_checkpointing;
+    let pair = longest + new;
+    // Short pairs go side by side.
+    let at_once = pair.max(PACK_TOKENS_MAX.min(pair * 8));
+    let tiles_at_once = tiles * at_once.div_ceil(pair.max(1));
+    let peak = move |room: Room| {
+        let has_room = sizes.has_room(room.bytes, at_once, tiles_at_once);
+        let activations = match checkpointing {
+            Checkpointing::Never => sizes.remembered(at_once, tiles_at_once),
+            Checkpointing::Auto if has_room => sizes.remembered(at_once, tiles_at_once),
+            Checkpointing::Auto | Checkpointing::Always => {
+                sizes.computed_again(at_once, tiles_at_once)
+            }
+        };
+        let refusal = (sizes.state() > room.bytes).then(|| {
+            format!(
+                "weights, gradients and moments take {}, and {} may be used; train an adapter \
+                 (`lora`), fewer parts (`train`), with `optimizer: adamw_8bit`, or give the model a \
+                 larger `memory_gb`",
+                size(sizes.state()),
+                size(room.bytes)
+            )
+        });
+        (sizes.state() + activations, refusal)
+    };
+    Some(Needs {
+        precision,
+        items,
+        model: stage.model.clone(),
+        peak: Box::new(peak),
+        worst,
+        pixels: pixels(&card, tiles),
+    })
+}
+
+fn of_lessons(plan: &Plan, stage: &TrainSft, counted: Option<&Tokens>) -> Option<Needs> {
+    let (sizes, text, picture, tiles, pixels) = match &plan.models[&stage.model] {
+        ModelSpec::LlavaOnevision(spec) => {
+            let card = OnevisionCard::open(&spec.weights).ok()?;
+            let parts = Part::ALL.into_iter();
+            let parts =
+                parts.filter(|part| stage.tower == Tower::Train || *part != Part::VisionTower);
+            let trained = Trained::Parts(parts.map(|part| (part, None)).collect());
+            let [picture, tiles] = largest(&card, spec).unwrap_or_default();
+            let sizes = TrainingSizes::new(&card, &trained, Optimizer::Adamw, 4);
+            let pixels = pixels(&card, tiles);
+            (sizes, card.text_config, picture, tiles, pixels)
+        }
+        ModelSpec::LlavaRlhf(spec) => {
+            let card = RewardCard::open(spec).ok()?;
+            let sizes = TrainingSizes::of_base(&card, stage.tower);
+            let pixels = judge_pixels(&card);
+            (
+                sizes,
+                card.text_config,
+                card.vision_config.patches(),
+                1,
+                pixels,
+            )
+        }
+        _ => return None,
+    };
+    let (longest, worst) = longest(counted, picture);
+    let at_once = side_by_side(longest, stage.batch_prompts);
+    let learned = counted.map_or(ANSWER_TOKENS, |counted| counted.learned_of(at_once));
+    let remark = format!("of {learned} tokens that are learned at once");
+    let steps = Steps {
+        model: &stage.model,
+        sizes,
+        tokens: at_once,
+        tiles: tiles * at_once.div_ceil(longest.max(1)),
+        logits: Some((learned_logits(&text, learned), remark)),
+        worst,
+        pixels,
+    };
+    Some(steps.needs())
+}
+
+fn of_reward_training(plan: &Plan, stage: &TrainReward, counted: Option<&Tokens>) -> Option<Needs> {
+    let ModelSpec::LlavaRlhf(spec) = &plan.models[&stage.model] else {
+        return None;
+    };
+    let card = RewardCard::open(spec).ok()?;
+    let rank = card.adapter.as_ref().map(|adapter| adapter.r);
+    let rank = rank.unwrap_or(stage.rank.get() as usize);
+    let sizes = TrainingSizes::of_adapter(&card, rank);
+    let picture = card.vision_config.patches();
+    let (longest, worst) = if counted.is_some() {
+        longest(counted, picture)
+    } else {
+        let pair = picture + ANSWERS * ANSWER_TOKENS;
+        let words = "a picture and two answers of";
+        (
+            pair,
+            format!("{words} {ANSWER_TOKENS} tokens, no pair was counted yet"),
+        )
+    };
+    let steps = Steps {
+        model: &stage.model,
+        sizes,
+        tokens: side_by_side(longest, stage.batch_pairs),
+        tiles: 0,
+        logits: None,
+        worst,
+        pixels: judge_pixels(&card),
+    };
+    Some(steps.needs())
+}
+
+/// Tokens of rows that go side by side; short ones do.
+fn side_by_side(longest: usize, rows: NonZeroU32) -> usize {
+    let all = longest.saturating_mul(rows.get() as usize);
+    longest.max(PACK_TOKENS_MAX.min(all))
+}
+
+/// A training in float32 that remembers everything.
+struct Steps<'a> {
+    model: &'a ModelName,
+    sizes: TrainingSizes,
+    /// What goes side by side.
+    tokens: usize,
+    tiles: usize,
+    /// What it takes beside state and activations, and what that is.
+    logits: Option<(u64, String)>,
+    worst: String,
+    pixels: u64,
+}
+
+impl Steps<'_> {
+    fn needs(self) -> Needs {
+        let sizes = self.sizes;
+        let activations = sizes.remembered(self.tokens, self.tiles);
+        let remark = format!("of {} tokens at once", self.tokens);
+        let mut items = vec![
+            ("weights", sizes.weights, String::new()),
+            ("gradients", sizes.gradients, String::new()),
+            ("moments", sizes.moments, "of AdamW".to_owned()),
+            ("activations", activations, remark),
+        ];
+        let beside = self.logits.as_ref().map_or(0, |(bytes, _)| *bytes);
+        items.extend(self.logits.map(|(bytes, remark)| ("logits", bytes, remark)));
+        let peak = move |room: Room| {
+            let refusal = (sizes.state() > room.bytes).then(|| {
+                format!(
+                    "weights, gradients and moments take {}, and {} may be used; give the model a \
+                     larger `memory_gb` or a device with more",
+                    size(sizes.state()),
+                    size(room.bytes)
+                )
+            });
+            (sizes.state() + activations + beside, refusal)
+        };
+        Needs {
+            precision: "float32",
+            items,
+            model: self.model.clone(),
+            peak: Box::new(peak),
+            worst: self.worst,
+            pixels: self.pixels,
+        }
+    }
+}
+
+/// The tokens of the longest row, and which it is; of the largest picture where none was counted.
+fn longest(counted: Option<&Tokens>, picture: usize) -> (usize, String) {
+    match counted {
+        Some(counted) => (counted.longest(), counted.worst()),
+        None => (
+            picture,
+            format!("the largest picture takes {picture} tokens, no prompt was counted yet"),
+        ),
+    }
+}
+
+/// Tokens and tiles of the picture that has most.
+fn largest(card: &OnevisionCard, spec: &LlavaOnevision) -> Option<[usize; 2]> {
+    let side = card.vision_config.image_size;
+    let anyres = Anyres::new(card, &Processor::open_onevision(&spec.weights, side).ok()?);
+    let sizes = card.image_grid_pinpoints.iter();
+    let packings = sizes.map(|&[height, width]| anyres.single(height, width));
+    packings
+        .map(|packing| [packing.tokens(), packing.tiles()])
+        .max()
+}
+
+/// Bytes of the pixels of pictures that wait for the network, in float32, each of so many tiles.
+fn pixels(card: &OnevisionCard, tiles: usize) -> u64 {
+    let vision = &card.vision_config;
+    let tile = 4 * vision.num_channels * vision.image_size.pow(2);
+    ((PICTURES_AHEAD + PICTURES_AT_ONCE_MAX) * tiles * tile) as u64
+}
+
+/// The same for a reward model, which takes a picture as a whole.
+fn judge_pixels(card: &RewardCard) -> u64 {
+    let vision = &card.vision_config;
+    let picture = 4 * vision.num_channels * vision.image_size.pow(2);
+    ((PICTURES_AHEAD + PICTURES_AT_ONCE_MAX) * picture) as u64
+}
