@@ -33,16 +33,20 @@ fn a_plan_says_what_is_made_and_why_and_it_happens_so() {
     let first = planned(&scene, &[]);
     assert_eq!(those(&first, "make"), first.len());
     assert_eq!(first["candidates 1"]["rows"], 200);
+    assert_eq!(first["pairs 1"]["rows"], 40, "one a prompt at most");
+    assert_eq!(first["steps 2"]["rows"], 5);
     assert!(!scene.path("runs").exists(), "a plan writes nothing");
     scene.succeeds(&["run", "p.yaml"]);
     let done = planned(&scene, &[]);
     assert_eq!(those(&done, "reuse"), done.len());
     // A run that was never made takes about as long as such rows took here before.
     let other = planned(&scene, &["--run", "runs/other"]);
-    let candidates = &other["candidates 1"];
-    assert_eq!(candidates["plan"], "make");
-    assert!(candidates["seconds"].as_f64().unwrap() > 0.0);
-    assert!(candidates["bytes"].as_u64().unwrap() > 0);
+    for table in ["candidates 1", "pairs 2", "steps 1"] {
+        let table = &other[table];
+        assert_eq!(table["plan"], "make");
+        assert!(table["seconds"].as_f64().unwrap() > 0.0, "{table}");
+        assert!(table["bytes"].as_u64().unwrap() > 0, "{table}");
+    }
 
     // One setting: what reads its table is made again, with the setting's line.
     let changed = SCRIPTED.replace("judge, part: 5 }", "judge, part: 5 }\n  # a remark");

@@ -187,11 +187,14 @@ impl Known<'_> {
             (Some(rows), Some(_)) => Some(rows),
             _ if is_load(stage) => Some(records(stage)?),
             // A table that no rule foretells has about as many rows as it had.
-            _ => last.map(Made::rows).or_else(|| {
-                let mut earlier = self.forecasts.iter().rev();
-                let earlier = earlier.find(|other| other.table == stage.name)?;
-                earlier.estimate.rows
-            }),
+            _ => last
+                .map(Made::rows)
+                .or_else(|| {
+                    let mut earlier = self.forecasts.iter().rev();
+                    let earlier = earlier.find(|other| other.table == stage.name)?;
+                    earlier.estimate.rows
+                })
+                .or_else(|| stage.spec.as_stage().rows_at_most(rows_in)),
         };
         // A model that can't be read is what the check complains about.
         let rate = self

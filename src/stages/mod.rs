@@ -262,6 +262,12 @@ pub trait Stage {
         None
     }
 
+    /// How many rows it makes at most, where how many depends on what is in its inputs; `rows` tells
+    /// those of a table.
+    fn rows_at_most(&self, _rows: &dyn Fn(&TableName) -> Option<u64>) -> Option<u64> {
+        None
+    }
+
     /// What it waits for people to do before it can begin.
     fn waits(&self) -> Option<Waits<'_>> {
         None

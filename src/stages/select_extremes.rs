@@ -87,6 +87,10 @@ impl Stage for SelectExtremes {
         digest(SQL.as_bytes())
     }
 
+    fn rows_at_most(&self, rows: &dyn Fn(&TableName) -> Option<u64>) -> Option<u64> {
+        rows(self.prompts.as_ref()?)
+    }
+
     fn work(&self) -> Work<'_> {
         Work::Map(Box::new(Selection::new(self)))
     }

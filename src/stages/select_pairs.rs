@@ -162,6 +162,14 @@ impl Stage for SelectPairs {
         digest(self.sql().as_bytes())
     }
 
+    fn rows_at_most(&self, rows: &dyn Fn(&TableName) -> Option<u64>) -> Option<u64> {
+        let of_prompt = match (self.strategy, self.pairs_max) {
+            (Strategy::AllPairs, most) => u64::from(most?.get()),
+            _ => 1,
+        };
+        Some(rows(self.prompts.as_ref()?)? * of_prompt)
+    }
+
     fn work(&self) -> Work<'_> {
         Work::Map(Box::new(Selection::new(self)))
     }
