@@ -1,6 +1,9 @@
 //! What a judge must show before it scores.
 
-use ovchat::store::RunFolder;
+use std::sync::Arc;
+
+use arrow::array::{ArrayRef, RecordBatch, StringArray};
+use ovchat::store::{RunFolder, TableWriter};
 use serde_json::json;
 
 use crate::run::SCRIPTED;
@@ -51,6 +54,30 @@ fn a_judge_that_passes_scores_and_its_exam_is_a_table() {
         .succeeds(&["sql", "scripted", query, "--format", "csv"])
         .out;
     assert!(found.starts_with("n,agreed\n40,"), "{found}");
+}
+
+/// Labels as data sets on the hub come.
+#[test]
+fn labels_may_be_parquet() {
+    let scene = scene("accuracy_min: 0.2");
+    scene.succeeds(&["run", "p.yaml"]);
+    let agreed = "select count(*) filter (where agrees) as agreed from judge_exam";
+    let csv = |run: &str| scene.succeeds(&["sql", run, agreed, "--format", "csv"]).out;
+    let before = csv("scripted");
+    let text = std::fs::read(scene.path("labels.json")).unwrap();
+    let labels: Vec<serde_json::Value> = serde_json::from_slice(&text).unwrap();
+    let column = |name: &str| -> ArrayRef {
+        let texts = labels.iter().map(|label| label[name].as_str());
+        Arc::new(texts.collect::<StringArray>())
+    };
+    let names = ["id", "prompt", "chosen", "rejected"];
+    let rows = RecordBatch::try_from_iter(names.map(|name| (name, column(name)))).unwrap();
+    let mut writer = TableWriter::new(&scene.path(""), "labels", rows.schema(), &[]);
+    writer.write(&rows).unwrap();
+    writer.finish().unwrap();
+    let from = "models.judge.scripted.exam.from=labels.parquet";
+    scene.succeeds(&["run", "p.yaml", "--run", "runs/parquet", "--set", from]);
+    assert_eq!(csv("runs/parquet"), before);
 }
 
 #[test]

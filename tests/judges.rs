@@ -175,8 +175,10 @@ fn serve(stream: &TcpStream, rule: &Rule, heard: &Heard) {
         }
         let (status, headers, reply) = rule(&question, number);
         heard.under_way.lock().unwrap()[0] -= 1;
+        // A model that declines has no content.
+        let content = (reply != DECLINED).then_some(&reply);
         let json = json!({
-            "choices": [{ "message": { "role": "assistant", "content": reply } }],
+            "choices": [{ "message": { "role": "assistant", "content": content } }],
             "usage": { "prompt_tokens": 1000, "completion_tokens": 10 },
         });
         let text = if status == 200 {
@@ -195,6 +197,9 @@ fn serve(stream: &TcpStream, rule: &Rule, heard: &Heard) {
         }
     }
 }
+
+/// What the rule of an endpoint says that declines.
+const DECLINED: &str = "I would rather not";
 
 /// Longer answers are better.
 fn by_length(question: &str) -> String {
@@ -320,10 +325,34 @@ fn a_run_that_is_killed_asks_no_question_twice() {
     assert_eq!(rows::<Reward>(&scene, "rewards", Some(1)).len(), 36);
 }
 
+/// A fork has the calls of the rounds that it makes its own way, too.
+#[test]
+fn a_fork_asks_nothing_that_was_asked_before() {
+    let endpoint = Endpoint::new(Box::new(|question, _| (200, "", by_length(question))));
+    let scene = scene(&endpoint.judge("concurrency_max: 2"), 4);
+    scene.succeeds(&["run", "p.yaml"]);
+    let asked = endpoint.replied().len();
+    // The candidates stay as they were, and are scored in parts of another size.
+    let part = "stages.rewards.score.part=2";
+    scene.succeeds(&[
+        "fork",
+        "scripted",
+        "--at",
+        "1",
+        "--to",
+        "runs/fork",
+        "--set",
+        part,
+    ]);
+    scene.succeeds(&["run", "p.yaml", "--run", "runs/fork", "--set", part]);
+    assert_eq!(endpoint.replied().len(), asked);
+}
+
 #[test]
 fn a_reply_that_cannot_be_read_is_asked_for_again() {
     let endpoint = Endpoint::new(Box::new(|question, number| match number {
         1 => (200, "", "Hard to say.".to_owned()),
+        2 => (200, "", DECLINED.to_owned()),
         _ => (200, "", by_length(question)),
     }));
     let scene = scene(&endpoint.judge("concurrency_max: 2"), 3);
@@ -337,12 +366,12 @@ fn a_reply_that_cannot_be_read_is_asked_for_again() {
         .iter()
         .filter(|temperature| **temperature == 1.0)
         .count();
-    assert_eq!(again, 1, "{drawn:?}");
+    assert_eq!(again, 2, "{drawn:?}");
     let query = "select sum(retries) as again from telemetry";
     let found = scene
         .succeeds(&["sql", "scripted", query, "--format", "csv"])
         .out;
-    assert_eq!(found, "again\n1\n");
+    assert_eq!(found, "again\n2\n");
 }
 
 #[test]

@@ -12,10 +12,16 @@ mod exam;
 mod exec;
 /// Forks, differences, and what is set aside.
 mod fork;
+/// Weights from the Hugging Face hub.
+#[cfg(feature = "torch")]
+mod hub;
 /// Killed, stopped and doubled runs.
 mod interrupt;
 /// Judges that are asked in writing.
 mod judges;
+/// Models that a pipeline makes.
+#[cfg(feature = "torch")]
+mod made;
 /// The whole loop with networks.
 #[cfg(feature = "torch")]
 mod networks;

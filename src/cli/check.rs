@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use super::file::{PipelineFile, folder_of, warn};
 use super::memory::Taken;
 use super::out::line;
+use super::tokens::Tokens;
 use super::{Failed, engine, forecast, memory, tokens};
 use crate::config::{Complaint, LoadError, Look, Plan, PlannedStage, load};
 use crate::models::{ModelLoader, ModelSpec};
@@ -102,7 +103,7 @@ impl ShowPlan {
             json["run"] = json!(folder);
             json["tables"] = forecast::to_json(&plan, &forecasts);
             line(format_args!("{json:#}"))?;
-            return refuse(&plan, &taken);
+            return refuse(&plan, &taken, &tokens);
         }
         let mut text = String::new();
         plan.render(&mut text).expect("a string takes any text");
@@ -111,13 +112,14 @@ impl ShowPlan {
         text.push_str(&forecast::render(&plan, &folder, &forecasts));
         line(text.trim_end())?;
         warn(&plan);
-        refuse(&plan, &taken)
+        refuse(&plan, &taken, &tokens)
     }
 }
 
-/// Fails where something has no room on this machine.
-fn refuse(plan: &Plan, taken: &[Taken]) -> Result<(), Failed> {
-    let refusals = memory::refusals(plan, taken);
+/// Fails where something has no room on this machine or in a model's context.
+fn refuse(plan: &Plan, taken: &[Taken], tokens: &[Tokens]) -> Result<(), Failed> {
+    let mut refusals = memory::refusals(plan, taken);
+    refusals.extend(tokens::refusals(plan, tokens));
     if refusals.is_empty() {
         return Ok(());
     }

@@ -11,7 +11,7 @@ use super::log::{self, JsonLog};
 use super::progress::Progress;
 use super::{Failed, engine, report};
 use crate::config::{At, Complaint, KeyPath, LoadError, Look, Plan, load};
-use crate::models::ModelLoader;
+use crate::models::{Hub, ModelLoader, Repository};
 use crate::run::{Interrupt, Options, RunError, Summary, run};
 use crate::stages::{Failure, TableName};
 use crate::store::{Rates, RunFolder};
@@ -47,6 +47,7 @@ enum Log {
 
 impl Run {
     pub fn run(&self, loader: Option<&dyn ModelLoader>) -> Result<(), Failed> {
+        self.fetch()?;
         let plan = match load(&self.file.file, &self.file.sets, false) {
             Err(LoadError::Refused(complaints)) if self.log == Log::Json => {
                 let list: Vec<_> = complaints.0.iter().map(Complaint::to_json).collect();
@@ -96,6 +97,30 @@ impl Run {
                 in_json(&plan, &options, &interrupt, done)
             }
         }
+    }
+
+    /// Fetches weights that a model names on the hub and the hub's cache does not have. What is wrong with
+    /// the pipeline is said first, as far as it is known without them.
+    fn fetch(&self) -> Result<(), Failed> {
+        let Ok(plan) = load(&self.file.file, &self.file.sets, true) else {
+            return Ok(());
+        };
+        let paths = plan.models.values().flat_map(|spec| {
+            let paths = spec.paths().into_iter();
+            paths.filter_map(|(_, path)| Repository::of(path))
+        });
+        let repositories: Vec<Repository> = paths.collect();
+        let Some(hub) = Hub::of_environment().filter(|_| !repositories.is_empty()) else {
+            return Ok(());
+        };
+        let mut say = |text: &str| match self.log {
+            Log::Text => eprintln!("{text}"),
+            Log::Json => log::write("note", json!({ "text": text })),
+        };
+        for repository in repositories {
+            hub.fetch(&repository, &mut say).map_err(Failed::Words)?;
+        }
+        Ok(())
     }
 
     fn until(&self, plan: &Plan) -> Result<Option<TableName>, Failed> {

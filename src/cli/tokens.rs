@@ -7,7 +7,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::Failed;
-use crate::config::{Plan, PlannedStage};
+use crate::config::{At, Complaint, KeyPath, Plan, PlannedStage};
 use crate::models::{
     self, Learned, Lesson, Mode, ModelSpec, Picture, Questionnaire, RowFault, Shown,
 };
@@ -391,6 +391,33 @@ pub fn render(all: &[Tokens]) -> String {
         text.push('\n');
     }
     text
+}
+
+/// Complaints about stages none of whose rows fits.
+pub fn refusals(plan: &Plan, all: &[Tokens]) -> Vec<Complaint> {
+    let hopeless = all.iter().filter(|tokens| tokens.too_long == tokens.rows);
+    hopeless
+        .filter_map(|tokens| {
+            let stage = plan.all().find(|stage| tokens.is_of(stage.name.as_str()))?;
+            let Tokens {
+                row,
+                rows,
+                shortest,
+                context,
+                room,
+                ..
+            } = tokens;
+            let message = format!("`{}` has no {row} that fits into the context", stage.name);
+            let label = match room {
+                0 => format!("the shortest of {rows} takes {shortest} tokens of {context}"),
+                room => format!(
+                    "the shortest of {rows} takes {shortest} tokens, and with {room} more that is over {context}"
+                ),
+            };
+            let complaint = Complaint::new("plan::context", At::key(KeyPath::default()), message);
+            Some(complaint.label(label).placed(stage.place.clone()))
+        })
+        .collect()
 }
 
 const ANY_TEXT: &str = "a string takes any text";

@@ -204,7 +204,7 @@ fn missing(path: &Path, at: At, secrets: &Secrets) -> Option<Complaint> {
     let complaint = Complaint::new("config::missing_file", at, message);
     if let Some(repository) = Repository::of(path) {
         let help = format!(
-            "it is not in the hub's cache; fetch it: {}",
+            "it is not in the hub's cache; `pipeline run` fetches it, and so does: {}",
             repository.command()
         );
         return Some(complaint.help(help));

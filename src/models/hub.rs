@@ -1,11 +1,17 @@
 //! `hf://org/name`: weights in the cache of the Hugging Face hub.
 //!
-//! Nothing is fetched here. What `hf download org/name` (or any program that uses the hub) has put into
-//! the cache is found there, also without a network.
+//! What `hf download org/name` (or any program that uses the hub) has put into the cache is found there,
+//! also without a network. What is not there, [`Hub::fetch`] puts there, and the other programs find it.
+
+mod fetch;
+
+pub use fetch::Hub;
 
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
+
+use serde_json::Value;
 
 /// What such a path begins with.
 const SCHEME: &str = "hf://";
@@ -38,14 +44,48 @@ impl Repository {
         }
     }
 
-    /// Its folder in a cache, if it is there.
+    /// The folder of all its revisions in a cache.
+    fn folder(&self, cache: &Path) -> PathBuf {
+        cache.join(format!("models--{}", self.name.replace('/', "--")))
+    }
+
+    /// Its folder in a cache, if it is there with its weights.
     fn snapshot(&self, cache: &Path) -> Option<PathBuf> {
-        let folder = cache.join(format!("models--{}", self.name.replace('/', "--")));
+        let folder = self.folder(cache);
         let named = fs::read_to_string(folder.join("refs").join(&self.revision));
         let commit = named.map_or_else(|_| self.revision.clone(), |text| text.trim().to_owned());
         let snapshot = folder.join("snapshots").join(commit);
-        snapshot.is_dir().then_some(snapshot)
+        has_weights(&snapshot).then_some(snapshot)
     }
+}
+
+/// Whether there are weights in a folder, and, where an index names files, all of them. Programs that
+/// wanted only a config leave a folder without.
+fn has_weights(folder: &Path) -> bool {
+    let Ok(entries) = fs::read_dir(folder) else {
+        return false;
+    };
+    let mut has_some = false;
+    for path in entries.flatten().map(|entry| entry.path()) {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        has_some |= is_weights(&name) && path.is_file();
+        if name.ends_with(".index.json") {
+            let index = fs::read(&path).unwrap_or_default();
+            let index: Value = serde_json::from_slice(&index).unwrap_or_default();
+            let files = index["weight_map"].as_object().into_iter().flatten();
+            let mut files = files.filter_map(|(_, file)| file.as_str());
+            if !files.all(|file| folder.join(file).is_file()) {
+                return false;
+            }
+        }
+    }
+    has_some
+}
+
+fn is_weights(name: &str) -> bool {
+    let endings = ["safetensors", "bin", "pt", "pth"];
+    let ending = Path::new(name).extension().unwrap_or_default();
+    endings.iter().any(|one| ending == *one)
 }
 
 /// Where the hub keeps what it fetched, as `huggingface_hub` decides it (`constants.py`).
@@ -67,9 +107,13 @@ pub fn located(folder: &Path, path: &Path) -> PathBuf {
     let Some(repository) = Repository::of(path) else {
         return folder.join(path);
     };
-    let cache = cache(&|name| std::env::var_os(name).filter(|value| !value.is_empty()));
-    let snapshot = cache.and_then(|cache| repository.snapshot(&cache));
+    let snapshot = cache(&variable).and_then(|cache| repository.snapshot(&cache));
     snapshot.unwrap_or_else(|| path.to_owned())
+}
+
+/// An environment variable that is set to something.
+fn variable(name: &str) -> Option<OsString> {
+    std::env::var_os(name).filter(|value| !value.is_empty())
 }
 
 #[cfg(test)]
@@ -87,6 +131,10 @@ mod tests {
         fs::create_dir_all(folder.join("snapshots/abc")).unwrap();
         fs::create_dir_all(folder.join("refs")).unwrap();
         fs::write(folder.join("refs/main"), "abc").unwrap();
+        fs::write(folder.join("snapshots/abc/config.json"), "{}").unwrap();
+        assert_eq!(repository("hf://org/name").snapshot(cache.path()), None);
+        let weights = folder.join("snapshots/abc/model.safetensors");
+        fs::write(weights, "").unwrap();
         let found = Some(folder.join("snapshots/abc"));
         assert_eq!(repository("hf://org/name").snapshot(cache.path()), found);
         assert_eq!(

@@ -37,7 +37,8 @@ pub enum ModelSpec {
 #[serde(deny_unknown_fields)]
 pub struct LlavaOnevision {
     /// The checkpoint's folder: config.json, the weights and the tokenizer, as transformers or LLaVA-NeXT writes
-    /// them; or `hf://org/name` (`@revision`), what the Hugging Face hub's cache has of it.
+    /// them; or `hf://org/name` (`@revision`), what the Hugging Face hub's cache has of it, fetched by
+    /// `pipeline run` where it has nothing.
     pub weights: PathBuf,
     /// The folder of a LoRA adapter to these weights, as peft writes it.
     #[serde(default)]

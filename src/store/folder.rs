@@ -123,6 +123,14 @@ impl RunFolder {
                 link(&self.root, hidden, &file.file)?;
                 manifest.images.push(file.clone());
             }
+            // What was paid for once is not asked again. Journals grow, so each run has its own.
+            let calls = fs::read_dir(self.calls()).into_iter().flatten().flatten();
+            for name in calls.map(|entry| entry.file_name()) {
+                let copied = hidden.join(CALLS).join(&name);
+                create_folder(&hidden.join(CALLS))?;
+                fs::copy(self.calls().join(&name), &copied)
+                    .map_err(StoreError::io("copy", &copied))?;
+            }
             // So that no file of the user is read again.
             let known = ".cache/fingerprints.json";
             if self.root.join(known).is_file() {

@@ -1,0 +1,187 @@
+//! Weights from the Hugging Face hub: a stand-in for it on this machine.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use ovchat::store::digest;
+use serde_json::json;
+use tiny_http::{Header, Response, Server};
+
+use crate::scene::{ROOT, Said, Scene, said};
+
+const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+
+/// A hub that has the sample policy as `org/tiny`, and what was asked of it: paths with their ranges.
+struct Hub {
+    endpoint: String,
+    asked: Arc<Mutex<Vec<String>>>,
+    server: Arc<Server>,
+}
+
+impl Hub {
+    fn new() -> Self {
+        let mut files: HashMap<String, Vec<u8>> = HashMap::new();
+        for entry in fs::read_dir(format!("{ROOT}/data-samples/policy")).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+            files.insert(name, fs::read(&path).unwrap());
+        }
+        files.insert("pytorch_model.bin".to_owned(), b"for others".to_vec());
+        let listed = files.iter().map(|(name, bytes)| {
+            let hash = digest(bytes);
+            let mut file = json!({ "rfilename": name, "size": bytes.len(), "blobId": hash[..40] });
+            if name == "model.safetensors" {
+                file["lfs"] = json!({ "sha256": hash, "size": bytes.len() });
+            }
+            file
+        });
+        let listing = json!({ "sha": COMMIT, "siblings": listed.collect::<Vec<_>>() }).to_string();
+        let server = Arc::new(Server::http("127.0.0.1:0").unwrap());
+        let asked = Arc::new(Mutex::new(Vec::new()));
+        let hub = Self {
+            endpoint: format!("http://{}", server.server_addr()),
+            asked: Arc::clone(&asked),
+            server: Arc::clone(&server),
+        };
+        thread::spawn(move || {
+            for request in server.incoming_requests() {
+                let header = |name: &'static str| {
+                    let mut headers = request.headers().iter();
+                    let found = headers.find(|header| header.field.equiv(name));
+                    found.map(|header| header.value.to_string())
+                };
+                let url = request.url().to_owned();
+                let range = header("Range");
+                let token = header("Authorization").unwrap_or_default();
+                let note = format!("{url} {}", range.as_deref().unwrap_or_default());
+                asked.lock().unwrap().push(note.trim_end().to_owned());
+                let name = url.strip_prefix(&format!("/org/tiny/resolve/{COMMIT}/"));
+                let answer = if token != "Bearer secret" {
+                    Response::from_string("who are you?").with_status_code(401)
+                } else if url == "/api/models/org/tiny/revision/main?blobs=true" {
+                    Response::from_string(&*listing)
+                } else if let Some(bytes) = name.and_then(|name| files.get(name)) {
+                    let from = range.and_then(|range| {
+                        let from = range.strip_prefix("bytes=")?.strip_suffix('-')?;
+                        from.parse::<usize>().ok()
+                    });
+                    let status = if from.is_some() { 206 } else { 200 };
+                    let rest = bytes[from.unwrap_or(0)..].to_vec();
+                    let kind = Header::from_bytes("Content-Type", "application/octet-stream");
+                    Response::from_data(rest)
+                        .with_status_code(status)
+                        .with_header(kind.unwrap())
+                } else {
+                    Response::from_string("what?").with_status_code(404)
+                };
+                request.respond(answer).ok();
+            }
+        });
+        hub
+    }
+
+    fn asked(&self) -> Vec<String> {
+        self.asked.lock().unwrap().drain(..).collect()
+    }
+}
+
+impl Drop for Hub {
+    fn drop(&mut self) {
+        self.server.unblock();
+    }
+}
+
+const PIPELINE: &str = "
+pipeline: fetched
+models:
+  policy: { llava_onevision: { weights: 'hf://org/tiny', device: cpu } }
+stages:
+  prompts: { load_prompts: { from: prompts.json } }
+  candidates: { sample: { prompts: prompts, model: policy, count: 1, max_new_tokens: 4 } }
+";
+
+/// What a command says that has the hub's cache in `hub`.
+fn says(scene: &Scene, arguments: &[&str], more: &[(&str, &str)]) -> Said {
+    let mut command: Command = scene.command(arguments);
+    command
+        .env("HF_HUB_CACHE", scene.path("hub"))
+        .env("HF_TOKEN", "secret");
+    command.envs(more.iter().copied());
+    said(command.output().unwrap())
+}
+
+#[test]
+fn weights_are_fetched_once_and_used_without_a_network_after_that() {
+    let hub = Hub::new();
+    let scene = Scene::new();
+    scene.prompts(2).write("p.yaml", PIPELINE);
+    let endpoint = ("HF_ENDPOINT", hub.endpoint.as_str());
+    let run = ["run", "p.yaml"];
+
+    // Not when nobody wants the network, and not by a check.
+    let offline = says(&scene, &run, &[endpoint, ("HF_HUB_OFFLINE", "1")]);
+    assert_eq!(offline.code, Some(2), "{}", offline.err);
+    let checked = says(&scene, &["check", "p.yaml"], &[endpoint]);
+    assert!(
+        checked.err.contains("`pipeline run` fetches it"),
+        "{}",
+        checked.err
+    );
+    assert!(hub.asked().is_empty());
+    let stranger = says(&scene, &run, &[endpoint, ("HF_TOKEN", "wrong")]);
+    assert_eq!(stranger.code, Some(1));
+    assert!(stranger.err.contains("HF_TOKEN"), "{}", stranger.err);
+    assert!(!stranger.err.contains("wrong"), "{}", stranger.err);
+    hub.asked();
+
+    // A download that was cut off goes on, and one that is something else begins again.
+    let sample = |name: &str| fs::read(format!("{ROOT}/data-samples/policy/{name}")).unwrap();
+    let weights = sample("model.safetensors");
+    let blobs = scene.path("hub/models--org--tiny/blobs");
+    fs::create_dir_all(&blobs).unwrap();
+    let growing = blobs.join(format!("{}.incomplete", digest(&weights)));
+    fs::write(&growing, &weights[..1000]).unwrap();
+    let fetched = says(&scene, &run, &[endpoint]);
+    assert_eq!(fetched.code, Some(0), "{}", fetched.err);
+    assert!(
+        fetched.err.contains("fetching org/tiny: model.safetensors"),
+        "{}",
+        fetched.err
+    );
+    let asked = hub.asked();
+    let whole = format!("/org/tiny/resolve/{COMMIT}/model.safetensors");
+    assert!(asked.contains(&format!("{whole} bytes=1000-")), "{asked:?}");
+    assert!(
+        !asked.iter().any(|path| path.contains("pytorch_model.bin")),
+        "{asked:?}"
+    );
+    let snapshot = scene.path("hub/models--org--tiny/snapshots").join(COMMIT);
+    assert!(fs::read(snapshot.join("model.safetensors")).unwrap() == weights);
+    let link = fs::read_link(snapshot.join("config.json")).unwrap();
+    assert!(link.starts_with("../../blobs"), "{link:?}");
+
+    // The hub is gone.
+    drop(hub);
+    let again = says(&scene, &["run", "p.yaml", "--run", "runs/again"], &[]);
+    assert_eq!(again.code, Some(0), "{}", again.err);
+
+    // Other bytes of the right length.
+    let other = Hub::new();
+    fs::remove_dir_all(scene.path("hub")).unwrap();
+    fs::create_dir_all(&blobs).unwrap();
+    fs::write(&growing, vec![0; weights.len()]).unwrap();
+    let endpoint = ("HF_ENDPOINT", other.endpoint.as_str());
+    let mended = says(
+        &scene,
+        &["run", "p.yaml", "--run", "runs/third"],
+        &[endpoint],
+    );
+    assert_eq!(mended.code, Some(0), "{}", mended.err);
+    assert!(other.asked().contains(&whole));
+    assert!(fs::read(snapshot.join("model.safetensors")).unwrap() == weights);
+    assert!(!Path::new(&growing).exists());
+}

@@ -1,0 +1,156 @@
+//! Models that a pipeline makes of lessons and labels, and their files.
+
+use ovchat::store::RunFolder;
+use ovchat::tables::{Candidate, Comparison, Row};
+
+use crate::networks::names;
+use crate::scene::{ROOT, Scene};
+
+/// A folder of the reward model without an adapter that `tests/parity` has.
+fn folder(part: &str) -> String {
+    format!("{ROOT}/tests/parity/reward/{part}")
+}
+
+fn judge(base: &str, vision: &str, adapter: &str) -> String {
+    let prompt = folder("prompt.txt");
+    format!(
+        "judge: {{ llava_rlhf: {{ base: {base}, vision: {vision}, {adapter} prompt: {prompt}, device: cpu }} }}"
+    )
+}
+
+/// What a judge is asked about: the pairs that it was trained on.
+fn compare() -> String {
+    format!(
+        "
+  records: {{ load_feedback: {{ from: records.json, images: {} }} }}
+  agreement: {{ compare: {{ pairs: records, judge: judge }} }}
+",
+        folder("images")
+    )
+}
+
+/// A base gets its adapter, and a policy learns an answer, from nothing but what they are shown.
+fn made() -> Scene {
+    let scene = Scene::new();
+    let parity = format!("{ROOT}/tests/parity");
+    let record = |number: usize| {
+        serde_json::json!({ "id": format!("q{number}"), "image": "wide.png", "prompt": format!("Is it {number}?"),
+            "answer": "It is so.", "chosen": "It is so.", "rejected": "No." })
+    };
+    let records: Vec<_> = (0..4).map(record).collect();
+    scene.write("records.json", serde_json::to_vec(&records).unwrap());
+    let compare = compare();
+    scene.write(
+        "p.yaml",
+        format!(
+            "
+pipeline: made
+models:
+  {}
+  policy: {{ llava_onevision: {{ weights: {parity}/onevision, device: cpu }} }}
+stages:
+  lessons: {{ load_prompts: {{ from: records.json, images: {images} }} }}
+  feedback: {{ load_feedback: {{ from: records.json, images: {images} }} }}
+  sft: {{ train_sft: {{ prompts: lessons, model: judge, learning_rate: 1.0e-3, batch_prompts: 2 }} }}
+  reward: {{ train_reward: {{ pairs: feedback, model: judge, after: sft, rank: 4, learning_rate: 2.0e-2, batch_pairs: 1, epochs: 3, save_every: 2 }} }}
+  words: {{ train_sft: {{ prompts: lessons, model: policy, learning_rate: 1.0e-2, batch_prompts: 2, epochs: 20, save_every: 7 }} }}
+evaluate:{compare}  answers: {{ sample: {{ prompts: lessons, model: policy, count: 1, temperature: 0, max_new_tokens: 16 }} }}
+",
+            judge(&folder("base"), &folder("vision"), ""),
+            images = folder("images"),
+        ),
+    );
+    scene.succeeds(&["run", "p.yaml"]);
+    scene
+}
+
+#[test]
+fn a_plan_counts_what_trainings_read_and_says_what_they_take() {
+    let scene = made();
+    let plan = scene.succeeds(&["plan", "p.yaml", "--json"]).out;
+    let plan: serde_json::Value = serde_json::from_str(&plan).unwrap();
+    let of = |list: &str, table: &str| {
+        let list = plan[list].as_array().unwrap().iter();
+        let found = list.clone().find(|one| one["table"] == table);
+        found.unwrap_or_else(|| panic!("{list:?}")).clone()
+    };
+    // What both texts of a pair begin with is read once and counts once.
+    for (table, epochs) in [("sft", Some(1)), ("reward", None), ("words", Some(20))] {
+        let counted = of("tokens", table);
+        if let Some(epochs) = epochs {
+            let query = format!("select sum(tokens) / {epochs} as tokens from {table}");
+            let read = scene.succeeds(&["sql", "made", &query, "--format", "csv"]);
+            assert_eq!(read.out, format!("tokens\n{}\n", counted["sum"]));
+        }
+        let taken = of("memory", table);
+        let longest = counted["longest_id"].as_str().unwrap();
+        assert!(
+            taken["worst"].as_str().unwrap().contains(longest),
+            "{taken}"
+        );
+        assert!(taken["peak"].as_u64() > taken["bytes"]["weights"].as_u64());
+    }
+}
+
+#[test]
+fn a_reward_model_and_a_policy_are_made_and_taken_out() {
+    let scene = made();
+    let compare = compare();
+    let read = |run: &str, table: &str, round| {
+        let run = RunFolder::read(&scene.path(run)).unwrap();
+        run.reader(table, round)
+            .map(Result::unwrap)
+            .collect::<Vec<_>>()
+    };
+    let comparisons = |run: &str, round| -> Vec<Comparison> {
+        let batches = read(run, "agreement", round);
+        batches
+            .iter()
+            .flat_map(|batch| Comparison::from_batch(batch).unwrap())
+            .collect()
+    };
+    let trained = comparisons("runs/made", Some(1));
+    assert!(trained.iter().all(|row| row.agrees), "{trained:?}");
+    // A judge without an adapter is first asked after its training.
+    let run = RunFolder::read(&scene.path("runs/made")).unwrap();
+    assert!(run.manifest().find("agreement", Some(0)).is_none());
+    let answers = read("runs/made", "answers", Some(1));
+    let answers = answers
+        .iter()
+        .flat_map(|batch| Candidate::from_batch(batch).unwrap());
+    let texts: Vec<String> = answers.map(|answer| answer.text).collect();
+    assert_eq!(texts, ["It is so."; 4]);
+
+    // What is taken out scores the same.
+    let said = scene.pipeline(&["export", "made", "checkpoint", "--to", "out"]);
+    assert!(
+        said.err.contains("--model judge or --model policy"),
+        "{}",
+        said.err
+    );
+    scene.succeeds(&[
+        "export",
+        "made",
+        "checkpoint",
+        "--model",
+        "judge",
+        "--to",
+        "out",
+    ]);
+    assert_eq!(names(&scene.path("out")), ["adapter", "base", "vision"]);
+    scene.write(
+        "again.yaml",
+        format!(
+            "
+pipeline: again
+models:
+  {}
+stages:{compare}",
+            judge("out/base", "out/vision", "adapter: out/adapter,")
+        ),
+    );
+    scene.succeeds(&["run", "again.yaml"]);
+    for (first, second) in trained.iter().zip(comparisons("runs/again", None)) {
+        assert!((first.margin - second.margin).abs() < 1e-6);
+    }
+}
