@@ -19,6 +19,7 @@ mod small_world {
     pub mod render;
 
     pub mod questions;
+    pub mod spoken;
 
     pub mod lessons;
     pub mod records;

@@ -3,7 +3,7 @@
 //!
 //! The policy's conversations are written carelessly ([`Question::careless`]): it learns to see, and
 //! to make the mistakes that DPO then has to drive out. The judge's are true; then they are given by
-//! somebody who says a wrong word now and then and takes it back at once ([`questions::corrected`]): who
+//! somebody who says a wrong word now and then and takes it back at once ([`spoken::corrected`]): who
 //! is to know what to take back has to compare each word with the picture. A critic's do the same with
 //! answers that are given, and end in a verdict. The judge's preferences are a true
 //! answer against one that is not, in the records of LLaVA-Human-Preference.
@@ -20,6 +20,7 @@ use super::questions::{self, Question, Topic};
 use super::random::Random;
 use super::render::{self, Format};
 use super::scene::{Content, Place, Scene};
+use super::spoken;
 
 /// What is asked about a picture of a single shape, each in a conversation of its own: where answers
 /// stood before the question, they would be copied instead of seen.
@@ -200,14 +201,14 @@ impl Lesson {
         let mut random = Random::named(seed, &format!("{id}/corrected"));
         let mut corrected = |turns: &[[String; 2]]| {
             let mut turn = |[question, answer]: &[String; 2]| {
-                let said = questions::corrected(question, answer, &mut random);
+                let said = spoken::corrected(question, answer, &mut random);
                 [question.clone(), said]
             };
             record(turns.iter().map(&mut turn).collect())
         };
         let mut random = Random::named(seed, &format!("{id}/judged"));
         let mut judge = |[question, answer]: &[String; 2]| {
-            let [given, said] = questions::judged(question, answer, &mut random);
+            let [given, said] = spoken::judged(question, answer, &mut random);
             [format!("{question} {given} {IS_IT_TRUE}"), said]
         };
         let judged: Vec<[String; 2]> = true_turns.iter().map(&mut judge).collect();

@@ -11,19 +11,17 @@
 //! the budget; it costs a prompt its row if that prompt was alone.
 
 mod batch;
+mod beginnings;
 
 use std::collections::{HashMap, VecDeque};
-use std::ops::Range;
-use std::rc::Rc;
 use std::time::Instant;
 
 use rayon::prelude::*;
-use tch::Tensor;
 
 use self::batch::{Batch, Draft, Ends, Growing};
+use self::beginnings::Beginnings;
 use super::budget::{Budget, packs, too_large};
 use super::checkpoint::Checkpoint;
-use super::decoder::{Prefix, Wanted};
 use super::device;
 use super::edge::guarded;
 use super::llava_onevision::LlavaOnevision;
@@ -69,23 +67,6 @@ impl Waiting {
     }
 }
 
-impl Waiting {
-    /// Whether both begin with the same pictures, read once for both.
-    fn begins_like(&self, other: &Self) -> bool {
-        self.beginning > 0
-            && self.beginning == other.beginning
-            && self.shown == other.shown
-            && self.text.ids[..self.beginning] == other.text.ids[..other.beginning]
-    }
-}
-
-/// The beginning of prompts about the same pictures, which is kept as long as they come.
-struct Beginning {
-    /// One of them.
-    of: Waiting,
-    prefix: Rc<Prefix>,
-}
-
 /// A call under way.
 struct Session<'a> {
     network: &'a LlavaOnevision,
@@ -96,7 +77,7 @@ struct Session<'a> {
     waiting: VecDeque<Waiting>,
     batch: Batch<'a>,
     pictures: Pictures<'a, Tiles>,
-    beginning: Option<Beginning>,
+    beginnings: Beginnings,
     telemetry: Telemetry,
 }
 
@@ -160,7 +141,7 @@ impl OnevisionPolicy {
                 Err(fault) => faults.push((index, fault)),
             }
         }
-        share_beginnings(&mut queue);
+        beginnings::share(&mut queue);
         (queue, faults)
     }
 
@@ -187,18 +168,11 @@ impl Session<'_> {
     fn go_on(&mut self) -> Result<Option<Vec<Outcome>>, ModelError> {
         let mut outcomes = Vec::new();
         let entering = self.admit();
-        let mut before = self.beginning.as_ref().map(|beginning| &beginning.of);
-        let mut lengths = Vec::with_capacity(entering.len());
-        for one in &entering {
-            let is_known = before.is_some_and(|before| before.begins_like(one));
-            let known = if is_known { one.beginning } else { 0 };
-            lengths.push(one.text.ids.len() - known);
-            before = Some(one);
-        }
+        let lengths = self.beginnings.lengths(&entering);
         let mut entering = VecDeque::from(entering);
         for pack in packs(&lengths, self.budget.read_tokens) {
             let some: Vec<Waiting> = entering.drain(..pack.len()).collect();
-            match self.read(&some, &mut outcomes) {
+            match self.read(&some, entering.front(), &mut outcomes) {
                 Ok(()) => {}
                 Err(error @ ModelError::OutOfMemory { .. }) => {
                     let rest = some.into_iter().chain(entering).collect();
@@ -225,10 +199,7 @@ impl Session<'_> {
     /// The next prompts, as many as there is room for; one at least if nothing grows.
     fn admit(&mut self) -> Vec<Waiting> {
         let (mut rows, mut tokens) = (self.batch.rows(), self.batch.tokens());
-        tokens += self
-            .beginning
-            .as_ref()
-            .map_or(0, |beginning| beginning.of.beginning);
+        tokens += self.beginnings.tokens();
         let mut entering = Vec::new();
         while let Some(next) = self.waiting.front() {
             rows += next.drafts;
@@ -243,10 +214,12 @@ impl Session<'_> {
         entering
     }
 
-    /// Reads prompts, whose answers then are rows of the batch.
+    /// Reads prompts, whose answers then are rows of the batch. `next` is the one that is read after them,
+    /// if it has been let in.
     fn read(
         &mut self,
         entering: &[Waiting],
+        next: Option<&Waiting>,
         outcomes: &mut Vec<Outcome>,
     ) -> Result<(), ModelError> {
         let network = self.network;
@@ -276,110 +249,20 @@ impl Session<'_> {
                 Err(fault) => faults.push((waiting.index, Err(fault))),
             }
         }
-        self.read_seen(&seen)?;
+        let read = self
+            .beginnings
+            .read(network, &seen, next.or(self.waiting.front()))?;
+        self.telemetry.shared_tokens += read.shared_tokens as u64;
+        for ((waiting, _), (prefix, logits)) in seen.iter().zip(read.prompts) {
+            self.telemetry.prompt_tokens += waiting.text.ids.len() as u64;
+            let growing = Growing::new((*waiting).clone(), prefix);
+            self.batch.enter(growing, &logits);
+        }
         outcomes.append(&mut faults);
         self.telemetry.seconds_prefill += begun.elapsed().as_secs_f64();
         for waiting in entering {
             self.pictures.done(&waiting.shown);
         }
-        Ok(())
-    }
-
-    /// Reads prompts whose pictures were seen: beginnings that several have, then what is behind them, and
-    /// the others whole.
-    fn read_seen(&mut self, seen: &[(&Waiting, Vec<Tensor>)]) -> Result<(), ModelError> {
-        let network = self.network;
-        let (decoder, device) = (&network.language_model, network.device());
-        let mut beginnings: Vec<(&Waiting, Rc<Prefix>)> = Vec::new();
-        let held = self.beginning.take();
-        if let Some(held) = &held {
-            beginnings.push((&held.of, Rc::clone(&held.prefix)));
-        }
-        let mut new: Vec<&(&Waiting, Vec<Tensor>)> = Vec::new();
-        for one in seen {
-            let is_known = beginnings.iter().any(|(other, _)| other.begins_like(one.0))
-                || new.iter().any(|other| other.0.begins_like(one.0));
-            if one.0.beginning > 0 && !is_known {
-                new.push(one);
-            }
-        }
-        let all = |waiting: &&(&Waiting, Vec<Tensor>)| waiting.0.text.ids.len();
-        let tokens: usize = seen.iter().map(|one| all(&one)).sum();
-        for ((one, _), prefix) in new.iter().zip(read_beginnings(network, &new)?) {
-            beginnings.push((one, Rc::new(prefix)));
-        }
-        let (behind, whole): (Vec<_>, Vec<_>) = seen.iter().partition(|(one, _)| one.beginning > 0);
-        let mut entering: Vec<Option<(Prefix, Tensor)>> = seen.iter().map(|_| None).collect();
-        let place = |one: &Waiting| {
-            let found = seen.iter().position(|(other, _)| other.index == one.index);
-            found.expect("one of those seen")
-        };
-        for some in [behind, whole] {
-            if some.is_empty() {
-                continue;
-            }
-            let own = |one: &Waiting| one.text.ids.len() - one.beginning;
-            let lengths: Vec<i64> = some.iter().map(|(one, _)| own(one) as i64).collect();
-            let read = lengths.iter().sum::<i64>() as usize;
-            let (logits, prefixes) = guarded("reading prompts", some.len(), read, || {
-                let _no_grad = tch::no_grad_guard();
-                let embeds = some.iter().map(|(one, features)| {
-                    if one.beginning > 0 {
-                        return embed(network, &one.text.ids[one.beginning..], &[], &[]);
-                    }
-                    network.embed_prompt(&one.text, features)
-                });
-                let embeds = Tensor::cat(&embeds.collect::<Vec<_>>(), 0);
-                let (lasts, prefixes) = if some[0].0.beginning > 0 {
-                    let behind: Vec<(&Prefix, i64)> = some
-                        .iter()
-                        .zip(&lengths)
-                        .map(|((one, _), length)| {
-                            let known = beginnings.iter().rev();
-                            let known = known.map(|(other, prefix)| (other, &**prefix));
-                            let mut known = known.filter(|(other, _)| other.begins_like(one));
-                            (known.next().expect("it was read").1, *length)
-                        })
-                        .collect();
-                    decoder.read_on(&embeds, &behind, Wanted::Last)
-                } else {
-                    decoder.prefill(&embeds, &lengths, Wanted::Last)
-                };
-                let logits = network.lm_head.forward(&lasts); // [prompts, vocab]
-                let prefixes: Vec<Prefix> = prefixes.into_iter().map(Prefix::compact).collect();
-                device::wait(device);
-                (logits, prefixes)
-            })?;
-            for (number, ((one, _), prefix)) in some.iter().zip(prefixes).enumerate() {
-                let logits = logits.narrow(0, number as i64, 1);
-                entering[place(one)] = Some((prefix, logits));
-            }
-        }
-        for ((waiting, _), entering) in seen.iter().zip(entering) {
-            let (prefix, logits) = entering.expect("every prompt was read");
-            let growing = Growing::new((*waiting).clone(), prefix);
-            self.batch.enter(growing, &logits);
-        }
-        let read_once: usize = new.iter().map(|(one, _)| one.beginning).sum();
-        let begun: usize = seen.iter().map(|(one, _)| one.beginning).sum();
-        self.telemetry.prompt_tokens += tokens as u64;
-        self.telemetry.shared_tokens += (begun - read_once) as u64;
-        // Those about the same pictures come one after the other.
-        let last = seen.last().map(|(one, _)| *one);
-        let last = last.filter(|one| {
-            self.waiting
-                .front()
-                .is_some_and(|next| next.begins_like(one))
-        });
-        self.beginning = last.and_then(|last| {
-            let of_last = beginnings
-                .into_iter()
-                .find(|(one, _)| one.begins_like(last));
-            of_last.map(|(one, prefix)| Beginning {
-                of: one.clone(),
-                prefix,
-            })
-        });
         Ok(())
     }
 
@@ -414,7 +297,7 @@ impl Session<'_> {
         outcomes: &mut Vec<Outcome>,
     ) {
         let growing = self.batch.abandon();
-        self.beginning = None;
+        self.beginnings = Beginnings::default();
         for waiting in &growing {
             self.pictures.again(&waiting.shown);
         }
@@ -521,7 +404,7 @@ impl Policy for OnevisionPolicy {
                     ..Telemetry::default()
                 },
                 waiting,
-                beginning: None,
+                beginnings: Beginnings::default(),
             };
             while let Some(outcomes) = session.go_on()? {
                 for (index, outcome) in outcomes {
@@ -544,70 +427,6 @@ impl Policy for OnevisionPolicy {
 
     fn plan(&self) -> Option<String> {
         Some(self.budget.of_sampling())
-    }
-}
-
-/// The embeddings of a part of a prompt.
-fn embed(
-    network: &LlavaOnevision,
-    ids: &[i64],
-    pictures: &[Range<usize>],
-    features: &[Tensor],
-) -> Tensor {
-    let text = PromptIds {
-        ids: ids.to_vec(),
-        pictures: pictures.to_vec(),
-    };
-    network.embed_prompt(&text, features)
-}
-
-/// Reads the beginnings of prompts.
-fn read_beginnings(
-    network: &LlavaOnevision,
-    prompts: &[&(&Waiting, Vec<Tensor>)],
-) -> Result<Vec<Prefix>, ModelError> {
-    if prompts.is_empty() {
-        return Ok(Vec::new());
-    }
-    let lengths: Vec<i64> = prompts
-        .iter()
-        .map(|(one, _)| one.beginning as i64)
-        .collect();
-    let read = lengths.iter().sum::<i64>() as usize;
-    guarded("reading pictures", prompts.len(), read, || {
-        let _no_grad = tch::no_grad_guard();
-        let embeds = prompts.iter().map(|(one, features)| {
-            let text = &one.text;
-            let beginning = &text.ids[..one.beginning];
-            embed(network, beginning, &text.pictures, features)
-        });
-        let embeds = Tensor::cat(&embeds.collect::<Vec<_>>(), 0);
-        let decoder = &network.language_model;
-        let (_, prefixes) = decoder.prefill(&embeds, &lengths, Wanted::Nothing);
-        let prefixes = prefixes.into_iter().map(Prefix::compact).collect();
-        device::wait(network.device());
-        prefixes
-    })
-}
-
-/// Finds the prompts that begin with the same tokens up to the end of their last pictures, and brings
-/// them together. Prompts about the same first picture are together already.
-fn share_beginnings(queue: &mut VecDeque<Waiting>) {
-    let waiting = queue.make_contiguous();
-    for one in waiting.iter_mut() {
-        one.beginning = one.text.pictures.last().map_or(0, |picture| picture.end);
-    }
-    let first = |one: &Waiting| one.shown.first().map(|shown| shown.picture().to_owned());
-    for run in waiting.chunk_by_mut(|one, other| first(one) == first(other)) {
-        let likes = |one: &Waiting| run.iter().position(|other| other.begins_like(one));
-        let order: HashMap<usize, Option<usize>> =
-            run.iter().map(|one| (one.index, likes(one))).collect();
-        run.sort_by_key(|one| order[&one.index]);
-        for like in run.chunk_by_mut(Waiting::begins_like) {
-            if let [alone] = like {
-                alone.beginning = 0;
-            }
-        }
     }
 }
 
