@@ -305,6 +305,59 @@ fn a_flipped_bit_is_noticed_before_anything_is_made_from_it_and_mended() {
     assert_eq!(scene.tables("runs/scripted"), before);
 }
 
+/// A fork does not make what it took over; what it would make of it now would be something else.
+#[test]
+fn a_flipped_bit_in_what_a_fork_took_over_is_an_error() {
+    let (scene, _) = finished("candidates");
+    let set = "stages.candidates.sample.count=4";
+    let fork = [
+        "fork",
+        "scripted",
+        "--at",
+        "2",
+        "--to",
+        "runs/fork",
+        "--set",
+        set,
+    ];
+    scene.succeeds(&fork);
+    let weights = "runs/fork/checkpoints/round-1/scripted.json";
+    flip(&scene.path(weights));
+    let said = scene.pipeline(&["run", "p.yaml", "--run", "runs/fork", "--set", set]);
+    assert_eq!(said.code, Some(1), "{}", said.err);
+    let told = said.err.replace("\n  │ ", " ").replace("\n  | ", " ");
+    assert!(told.contains("of a round before the fork"), "{told}");
+    assert!(scene.path(weights).is_file());
+}
+
+/// What was set aside is taken over row by row, where it is what was written.
+#[test]
+fn a_flipped_bit_in_what_was_set_aside_is_not_taken_over() {
+    let (scene, _) = finished("candidates");
+    let before = scene.tables("runs/scripted");
+    let count = ["run", "p.yaml", "--set", "stages.candidates.sample.count=4"];
+    scene.succeeds(&count);
+    let mut folders = vec![scene.path("runs/scripted/.cache")];
+    let mut flipped = 0;
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap().flatten() {
+            let path = entry.path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.to_string_lossy().contains("/rewards/round=1/") {
+                flip(&path);
+                flipped += 1;
+            }
+        }
+    }
+    assert!(flipped > 0);
+    // Another size of the model's answers: some rewards could be taken over.
+    let said = scene.succeeds(&["run", "p.yaml", "--set", "stages.candidates.sample.count=3"]);
+    assert!(said.err.contains("is not what was written"), "{}", said.err);
+    scene.succeeds(&["run", "p.yaml"]);
+    assert_eq!(scene.tables("runs/scripted"), before);
+}
+
 /// The model that answers in round 2 is read from the checkpoint of round 1.
 #[test]
 fn a_flipped_bit_of_a_checkpoint_is_mended() {

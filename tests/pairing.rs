@@ -113,6 +113,29 @@ fn answers_that_nearly_read_the_same_make_a_pair_unless_they_are_dropped() {
     assert_eq!(pairs_with("drop"), 0);
 }
 
+/// Answers are read prompt by prompt.
+#[test]
+fn candidates_that_do_not_lie_together_are_refused() {
+    for verb in ["select_extremes", "select_pairs"] {
+        let scene = Scene::new();
+        let pipeline = SCRIPTED.replace(
+            "  pairs:\n    select_extremes: { rewards: rewards }",
+            &format!(
+                "  sorted:\n    sql:\n      tables: [candidates]\n      query: select * from candidates order by candidate\n  \
+                 pairs:\n    {verb}: {{ rewards: rewards, candidates: sorted, prompts: prompts }}"
+            ),
+        );
+        scene.prompts(12).write("p.yaml", &pipeline);
+        let said = scene.pipeline(&["run", "p.yaml", "--set", "rounds=1"]);
+        assert_eq!(said.code, Some(1), "{}", said.err);
+        let told = said.err.replace("\n  │ ", " ").replace("\n  | ", " ");
+        assert!(
+            told.contains("do not lie together; add `order by"),
+            "{told}"
+        );
+    }
+}
+
 /// Rewards in any order make the same pairs, and those of a prompt need not lie together.
 #[test]
 fn the_order_of_rewards_does_not_matter() {

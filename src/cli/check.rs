@@ -93,7 +93,7 @@ impl ShowPlan {
         let forecasts =
             run::forecast(&plan, &folder, loader, &Rates::open(Rates::usual_place()))
                 .map_err(|failure| Failed::Words(plan.secrets.hide(&failure.to_string())))?;
-        let tokens = tokens::count(&plan, &folder)?;
+        let tokens = tokens::count(&plan, &folder, &forecasts)?;
         let taken = memory::of_plan(&plan, &tokens, loader)
             .map_err(|error| Failed::Words(plan.secrets.hide(&error.to_string())))?;
         if self.json {

@@ -10,7 +10,7 @@ use super::file::{PipelineFile, folder_of, warn};
 use super::log::{self, JsonLog};
 use super::progress::Progress;
 use super::{Failed, engine, report};
-use crate::config::{At, Complaint, KeyPath, LoadError, Look, Plan, load};
+use crate::config::{At, Complaint, Gravity, KeyPath, LoadError, Look, NOT_FETCHED, Plan, load};
 use crate::models::{Hub, ModelLoader, Repository};
 use crate::run::{Interrupt, Options, RunError, Summary, run};
 use crate::stages::{Failure, TableName};
@@ -47,8 +47,21 @@ enum Log {
 
 impl Run {
     pub fn run(&self, loader: Option<&dyn ModelLoader>) -> Result<(), Failed> {
-        self.fetch()?;
-        let plan = match load(&self.file.file, &self.file.sets, false) {
+        let loaded = || load(&self.file.file, &self.file.sets, false);
+        let plan = match loaded() {
+            // Nothing else is wrong with it.
+            Err(LoadError::Refused(complaints))
+                if complaints
+                    .0
+                    .iter()
+                    .all(|one| one.code == NOT_FETCHED || one.gravity == Gravity::Warning) =>
+            {
+                self.fetch()?;
+                loaded()
+            }
+            loaded => loaded,
+        };
+        let plan = match plan {
             Err(LoadError::Refused(complaints)) if self.log == Log::Json => {
                 let list: Vec<_> = complaints.0.iter().map(Complaint::to_json).collect();
                 log::write("refused", json!({ "code": 2, "complaints": list }));
@@ -99,26 +112,30 @@ impl Run {
         }
     }
 
-    /// Fetches weights that a model names on the hub and the hub's cache does not have. What is wrong with
-    /// the pipeline is said first, as far as it is known without them.
+    /// Fetches weights that a model names on the hub and the hub's cache does not have.
     fn fetch(&self) -> Result<(), Failed> {
-        let Ok(plan) = load(&self.file.file, &self.file.sets, true) else {
+        let plan = load(&self.file.file, &self.file.sets, true)?;
+        self.until(&plan)?;
+        let Some(hub) = Hub::of_environment() else {
             return Ok(());
         };
         let paths = plan.models.values().flat_map(|spec| {
             let paths = spec.paths().into_iter();
             paths.filter_map(|(_, path)| Repository::of(path))
         });
-        let repositories: Vec<Repository> = paths.collect();
-        let Some(hub) = Hub::of_environment().filter(|_| !repositories.is_empty()) else {
-            return Ok(());
-        };
         let mut say = |text: &str| match self.log {
             Log::Text => eprintln!("{text}"),
             Log::Json => log::write("note", json!({ "text": text })),
         };
-        for repository in repositories {
-            hub.fetch(&repository, &mut say).map_err(Failed::Words)?;
+        for repository in paths.collect::<Vec<_>>() {
+            match (hub.fetch(&repository, &mut say), self.log) {
+                (Ok(_), _) => {}
+                (Err(words), Log::Text) => return Err(Failed::Words(words)),
+                (Err(words), Log::Json) => {
+                    log::write("failed", json!({ "code": 1, "message": words }));
+                    return Err(Failed::Code(1));
+                }
+            }
         }
         Ok(())
     }

@@ -12,6 +12,7 @@ use crate::models::{
     self, Learned, Lesson, Mode, ModelSpec, Picture, Questionnaire, RowFault, Shown,
 };
 use crate::prep::{JudgePrep, PolicyPrep};
+use crate::run::{Fate, Forecast};
 use crate::stages::{StageSpec, TableName, turns};
 use crate::store::{Images, RunFolder};
 use crate::tables::{Misfit, Pair, Prompt, Row as _};
@@ -30,6 +31,8 @@ pub struct Tokens {
     rows: usize,
     /// Whether there are more rows than were counted.
     is_sample: bool,
+    /// Whether the run would read these very rows.
+    is_current: bool,
     sum: usize,
     shortest: usize,
     longest: usize,
@@ -65,6 +68,26 @@ enum Counter {
     Pairs(JudgePrep),
 }
 
+/// The tokens of a row.
+struct Count {
+    /// All that are read.
+    tokens: usize,
+    /// How many of them are learned.
+    learned: usize,
+    /// Those that the context has to hold.
+    longest: usize,
+}
+
+impl Count {
+    fn of(tokens: usize) -> Self {
+        Self {
+            tokens,
+            learned: 0,
+            longest: tokens,
+        }
+    }
+}
+
 /// A row, whatever its table.
 struct Counted {
     id: String,
@@ -82,8 +105,8 @@ impl Counter {
         }
     }
 
-    /// The tokens of a row, and how many of them are learned.
-    fn count(&self, row: &Counted) -> Result<(usize, usize), RowFault> {
+    /// The tokens of a row.
+    fn count(&self, row: &Counted) -> Result<Count, RowFault> {
         let lesson = |learned| Lesson {
             id: &row.id,
             prompt: &row.prompt,
@@ -93,7 +116,7 @@ impl Counter {
         let all =
             |places: Vec<std::ops::Range<usize>>| places.iter().map(ExactSizeIterator::len).sum();
         Ok(match self {
-            Self::Prompts(prep) => (prep.count(&row.prompt)?, 0),
+            Self::Prompts(prep) => Count::of(prep.count(&row.prompt)?),
             Self::Questions(prep, questionnaire) => {
                 let shown = match questionnaire.mode {
                     Mode::Pointwise => Shown::One(""),
@@ -103,25 +126,37 @@ impl Counter {
                 let asked = models::Prompt {
                     question: text.map_err(RowFault)?,
                     turns: Vec::new(),
+                    system: None,
                     ..row.prompt.clone()
                 };
-                (prep.count(&asked)?, 0)
+                Count::of(prep.count(&asked)?)
             }
             Self::Lessons(prep, learned) => {
                 let (text, places) = prep.spoken(&lesson(*learned))?;
-                (text.ids.len(), all(places))
+                Count {
+                    learned: all(places),
+                    ..Count::of(text.ids.len())
+                }
             }
             Self::BaseLessons(prep, learned) => {
                 let (text, places) = prep.spoken(&lesson(*learned))?;
-                (text.ids.len(), all(places))
+                Count {
+                    learned: all(places),
+                    ..Count::of(text.ids.len())
+                }
             }
             Self::Pairs(prep) => {
-                let answers = row.answers.iter().map(String::as_str).collect();
-                let prompt = &row.prompt;
-                let ids = prep.ids(&models::Group { prompt, answers })?;
-                let alike = ids[0].ids.iter().zip(&ids[1].ids);
+                let [chosen, rejected] = [0, 1].map(|answer| {
+                    let answer: &String = &row.answers[answer];
+                    prep.sequence(&row.prompt, answer)
+                });
+                let [chosen, rejected] = [chosen?.ids, rejected?.ids];
+                let alike = chosen.iter().zip(&rejected);
                 let alike = alike.take_while(|(one, other)| one == other).count();
-                (ids[0].ids.len() + ids[1].ids.len() - alike, 0)
+                Count {
+                    longest: chosen.len().max(rejected.len()),
+                    ..Count::of(chosen.len() + rejected.len() - alike)
+                }
             }
         })
     }
@@ -224,7 +259,8 @@ fn reading<'a>(plan: &'a Plan, stage: &'a PlannedStage) -> Option<Reading<'a>> {
                     let questionnaire = Questionnaire::open(asking).ok()?;
                     Counter::Questions(policy(speaker)?, Box::new(questionnaire))
                 },
-                room: asking.max_new_tokens.0.get() as usize,
+                // A reply that is cut off may still be read.
+                room: 1,
             }
         }
         StageSpec::TrainSft(train) => {
@@ -247,7 +283,7 @@ fn reading<'a>(plan: &'a Plan, stage: &'a PlannedStage) -> Option<Reading<'a>> {
 }
 
 /// Counts the rows of every stage that reads them with a network, where its table is there already.
-pub fn count(plan: &Plan, folder: &Path) -> Result<Vec<Tokens>, Failed> {
+pub fn count(plan: &Plan, folder: &Path, forecasts: &[Forecast]) -> Result<Vec<Tokens>, Failed> {
     let Ok(run) = RunFolder::read(folder) else {
         return Ok(Vec::new());
     };
@@ -279,6 +315,9 @@ pub fn count(plan: &Plan, folder: &Path) -> Result<Vec<Tokens>, Failed> {
             },
             rows: 0,
             is_sample: false,
+            is_current: forecasts.iter().any(|made| {
+                made.table == *table && made.round == round && made.fate == Fate::Reuse
+            }),
             sum: 0,
             shortest: usize::MAX,
             longest: 0,
@@ -296,8 +335,8 @@ pub fn count(plan: &Plan, folder: &Path) -> Result<Vec<Tokens>, Failed> {
                     break 'rows;
                 }
                 // What can't be counted is set aside when it is sampled.
-                if let Ok((count, learned)) = counter.count(&row) {
-                    tokens.add(count, learned, &row.id);
+                if let Ok(count) = counter.count(&row) {
+                    tokens.add(&count, &row.id);
                 }
             }
         }
@@ -335,17 +374,24 @@ impl Tokens {
         format!("the longest {row} is `{longest_id}` with {longest} tokens")
     }
 
-    fn add(&mut self, count: usize, learned: usize, id: &str) {
+    fn add(&mut self, count: &Count, id: &str) {
+        let &Count {
+            tokens,
+            learned,
+            longest,
+        } = count;
         self.rows += 1;
-        self.sum += count;
-        self.shortest = self.shortest.min(count);
-        if count > self.longest {
-            self.longest = count;
+        self.sum += tokens;
+        self.shortest = self.shortest.min(tokens);
+        if tokens > self.longest {
+            self.longest = tokens;
             id.clone_into(&mut self.longest_id);
         }
         self.learned = self.learned.max(learned);
-        self.learned_share = self.learned_share.max(learned as f64 / count.max(1) as f64);
-        self.too_long += usize::from(count + self.room > self.context);
+        self.learned_share = self
+            .learned_share
+            .max(learned as f64 / tokens.max(1) as f64);
+        self.too_long += usize::from(longest + self.room > self.context);
     }
 }
 
@@ -395,7 +441,10 @@ pub fn render(all: &[Tokens]) -> String {
 
 /// Complaints about stages none of whose rows fits.
 pub fn refusals(plan: &Plan, all: &[Tokens]) -> Vec<Complaint> {
-    let hopeless = all.iter().filter(|tokens| tokens.too_long == tokens.rows);
+    let known = all
+        .iter()
+        .filter(|tokens| tokens.is_current && !tokens.is_sample);
+    let hopeless = known.filter(|tokens| tokens.too_long == tokens.rows);
     hopeless
         .filter_map(|tokens| {
             let stage = plan.all().find(|stage| tokens.is_of(stage.name.as_str()))?;

@@ -193,6 +193,9 @@ fn probe(spec: &ModelSpec) -> Result<(), PrepError> {
     }
 }
 
+/// The code of complaints about weights that the hub's cache does not have.
+pub const NOT_FETCHED: &str = "config::not_fetched";
+
 fn missing(path: &Path, at: At, secrets: &Secrets) -> Option<Complaint> {
     let problem = match path.try_exists() {
         Ok(true) => return None,
@@ -201,14 +204,15 @@ fn missing(path: &Path, at: At, secrets: &Secrets) -> Option<Complaint> {
     };
     let text = path.display().to_string();
     let message = format!("`{}` {problem}", shown(path, secrets));
-    let complaint = Complaint::new("config::missing_file", at, message);
     if let Some(repository) = Repository::of(path) {
+        let complaint = Complaint::new(NOT_FETCHED, at, message);
         let help = format!(
             "it is not in the hub's cache; `pipeline run` fetches it, and so does: {}",
             repository.command()
         );
         return Some(complaint.help(help));
     }
+    let complaint = Complaint::new("config::missing_file", at, message);
     let folder = path.ancestors().skip(1).find(|folder| folder.is_dir())?;
     let is_parent = Some(folder) == path.parent();
     let wanted = path

@@ -31,6 +31,7 @@ mod guess;
 
 mod schema;
 
+pub use check::NOT_FETCHED;
 pub use complaint::{At, Complaint, Complaints, Gravity, Look};
 pub use expectation::{Expectation, Otherwise};
 pub use pipeline::{Chart, KeepImages, PipelineName, Rounds, View};

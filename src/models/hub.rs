@@ -59,46 +59,60 @@ impl Repository {
     }
 }
 
-/// Whether there are weights in a folder, and, where an index names files, all of them. Programs that
-/// wanted only a config leave a folder without.
+/// Whether there are weights in a folder, and, where an index names their files, all of these. Programs
+/// that wanted only a config leave a folder without; of two formats the one that is read here counts.
 fn has_weights(folder: &Path) -> bool {
-    let Ok(entries) = fs::read_dir(folder) else {
-        return false;
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let names: Vec<String> = entries
+        .filter(|entry| entry.path().is_file())
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .collect();
+    let is_whole = |index: &String| {
+        let index = fs::read(folder.join(index)).unwrap_or_default();
+        let index: Value = serde_json::from_slice(&index).unwrap_or_default();
+        let files = index["weight_map"].as_object().into_iter().flatten();
+        let mut files = files.filter_map(|(_, file)| file.as_str());
+        files.all(|file| names.iter().any(|name| name == file))
     };
-    let mut has_some = false;
-    for path in entries.flatten().map(|entry| entry.path()) {
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        has_some |= is_weights(&name) && path.is_file();
-        if name.ends_with(".index.json") {
-            let index = fs::read(&path).unwrap_or_default();
-            let index: Value = serde_json::from_slice(&index).unwrap_or_default();
-            let files = index["weight_map"].as_object().into_iter().flatten();
-            let mut files = files.filter_map(|(_, file)| file.as_str());
-            if !files.all(|file| folder.join(file).is_file()) {
-                return false;
-            }
-        }
+    let index = |of: &str| names.iter().find(|name| name.ends_with(of));
+    if let Some(index) = index(".safetensors.index.json") {
+        return is_whole(index);
     }
-    has_some
+    let ends = |ending: &str| names.iter().any(|name| has_ending(name, ending));
+    if ends("safetensors") {
+        return true;
+    }
+    if let Some(index) = index(".bin.index.json") {
+        return is_whole(index);
+    }
+    names.iter().any(|name| is_weights(name))
+}
+
+fn has_ending(name: &str, ending: &str) -> bool {
+    Path::new(name).extension() == Some(ending.as_ref())
 }
 
 fn is_weights(name: &str) -> bool {
     let endings = ["safetensors", "bin", "pt", "pth"];
-    let ending = Path::new(name).extension().unwrap_or_default();
-    endings.iter().any(|one| ending == *one)
+    endings.iter().any(|ending| has_ending(name, ending))
 }
 
-/// Where the hub keeps what it fetched, as `huggingface_hub` decides it (`constants.py`).
+/// Where the hub's programs have their things, as `huggingface_hub` decides it (`constants.py`).
+fn home(variable: &dyn Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
+    if let Some(home) = variable("HF_HOME") {
+        return Some(home.into());
+    }
+    let caches = variable("XDG_CACHE_HOME").map(PathBuf::from);
+    let caches = caches.or_else(|| Some(PathBuf::from(variable("HOME")?).join(".cache")));
+    Some(caches?.join("huggingface"))
+}
+
+/// Where they keep what they fetched.
 fn cache(variable: &dyn Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
     if let Some(cache) = variable("HF_HUB_CACHE") {
         return Some(cache.into());
     }
-    if let Some(home) = variable("HF_HOME") {
-        return Some(PathBuf::from(home).join("hub"));
-    }
-    let caches = variable("XDG_CACHE_HOME").map(PathBuf::from);
-    let caches = caches.or_else(|| Some(PathBuf::from(variable("HOME")?).join(".cache")));
-    Some(caches?.join("huggingface/hub"))
+    Some(home(variable)?.join("hub"))
 }
 
 /// A path of the user, which starts at `folder` if it is a relative one. What the hub has is found in

@@ -123,8 +123,8 @@ impl JudgePrep {
         self.vicuna.lesson(prompt, answer, learned, picture_tokens)
     }
 
-    /// The tokens by which `answer` is judged, however many.
-    fn sequence(&self, prompt: &Prompt, answer: &str) -> Result<JudgeIds, RowFault> {
+    /// The tokens by which `answer` is judged, however many. Only the header of the picture is read.
+    pub fn sequence(&self, prompt: &Prompt, answer: &str) -> Result<JudgeIds, RowFault> {
         let picture_tokens = self.picture_tokens(prompt)?;
         self.vicuna.judged(prompt, answer, picture_tokens)
     }

@@ -212,10 +212,20 @@ impl<'a> Runner<'a> {
     }
 
     /// Puts a file aside that is not what was written, so that the next time through makes it again.
-    /// Returns whether it was a file of this run.
+    /// Returns whether it is so: a disk that can't be read just now spoils nothing.
     fn mend(&mut self, spoiled: &Path) -> Result<bool, Failure> {
         // A model that is open may have been read from it.
         self.kept = Kept::default();
+        if let Some(fork) = &self.folder.manifest().fork
+            && self.folder.is_of_the_fork(spoiled)
+        {
+            return Err(Failure::Other(format!(
+                "{} is not what was written; a disk or another program has changed it. It is of a round before \
+                 the fork, which this run does not make: put it back as it was, or fork {} again, of which it comes",
+                spoiled.display(),
+                fork.of.display()
+            )));
+        }
         let Some(aside) = self.folder.put_aside(spoiled)? else {
             return Ok(false);
         };
@@ -312,29 +322,32 @@ impl<'a> Runner<'a> {
         }
     }
 
-    /// Sees to it that the tables which a stage reads, and the checkpoints of its models, are what was
-    /// written: a bit that a disk has turned over would go into everything behind it. Each file is read
-    /// once for that.
+    /// Sees to it that the tables which a stage reads, what there is of its own, and the checkpoints of
+    /// its models are what was written: a bit that a disk has turned over would go into everything behind
+    /// it. Each file is read once for that.
     fn look_at_inputs(&mut self, stage: &PlannedStage, round: Option<u32>) -> Result<(), Failure> {
         let mut written: Vec<(PathBuf, String)> = Vec::new();
         let manifest = self.folder.manifest();
-        for (_, table) in &stage.inputs {
-            let made = manifest.find(table.as_str(), self.plan.round_of(table, round));
-            let files = made.into_iter().flat_map(Made::files);
+        let inputs = stage.inputs.iter().map(|(_, table)| table);
+        let inputs = inputs.map(|table| (table, self.plan.round_of(table, round)));
+        for (table, round) in inputs.chain([(&stage.name, round)]) {
+            let made = manifest.find(table.as_str(), round);
+            let parked = manifest.parked.iter().map(|parked| &parked.made);
+            let superseded = parked.filter(|made| {
+                *table == stage.name && made.table == table.as_str() && made.round == round
+            });
+            let files = made.into_iter().chain(superseded).flat_map(Made::files);
             written.extend(files.map(|file| (PathBuf::from(&file.file), file.sha256.clone())));
         }
         for used in stage.spec.as_stage().uses() {
-            let model = self.plan.speaker(used.model);
-            let trained = self.plan.training(stage, model, round);
-            let trained = trained.filter(|_| used.state == ModelState::Now);
-            let made =
-                trained.and_then(|(table, round)| manifest.find(table.as_str(), Some(round)));
-            let Some(checkpoint) = made.and_then(|made| made.checkpoint.as_ref()) else {
+            if used.state == ModelState::Initial {
                 continue;
-            };
-            let folder = Path::new(&checkpoint.folder);
-            let files = checkpoint.sha256.iter();
-            written.extend(files.map(|(name, sha256)| (folder.join(name), sha256.clone())));
+            }
+            for checkpoint in self.checkpoints(stage, used.model, round) {
+                let folder = Path::new(&checkpoint.folder);
+                let files = checkpoint.sha256.iter();
+                written.extend(files.map(|(name, sha256)| (folder.join(name), sha256.clone())));
+            }
         }
         written.retain(|(_, sha256)| !self.sound.contains(sha256));
         let root = self.folder.root();
@@ -457,7 +470,8 @@ impl<'a> Runner<'a> {
             let speaker = self.plan.speaker(used.model);
             let mut spec = self.plan.models[speaker].clone().opened();
             if used.state == ModelState::Now {
-                for folder in self.checkpoints(stage, used.model, round) {
+                for checkpoint in self.checkpoints(stage, used.model, round) {
+                    let folder = self.folder.root().join(&checkpoint.folder);
                     spec = spec.with_checkpoint(&folder);
                 }
             }
@@ -483,19 +497,17 @@ impl<'a> Runner<'a> {
         stage: &PlannedStage,
         model: &ModelName,
         round: Option<u32>,
-    ) -> Vec<PathBuf> {
-        let mut folders = Vec::new();
+    ) -> Vec<&CheckpointRecord> {
+        let mut checkpoints = Vec::new();
         let mut training = self.plan.training(stage, model, round);
         while let Some((table, round)) = training {
             let made = self.folder.manifest().find(table.as_str(), Some(round));
-            if let Some(checkpoint) = made.and_then(|made| made.checkpoint.as_ref()) {
-                folders.push(self.folder.root().join(&checkpoint.folder));
-            }
+            checkpoints.extend(made.and_then(|made| made.checkpoint.as_ref()));
             let stage = self.plan.stage(table).expect("the plan names every table");
             training = self.plan.training(stage, model, Some(round));
         }
-        folders.reverse();
-        folders
+        checkpoints.reverse();
+        checkpoints
     }
 
     /// Fails when more rows were set aside as faulty than the pipeline allows.

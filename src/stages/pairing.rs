@@ -184,8 +184,8 @@ impl<'r> Answers<'r> {
         let found = group.clone().find(|&row| self.candidate(row) == number);
         found.ok_or_else(|| {
             Failure::Other(format!(
-                "the candidates of prompt {} do not lie together; add `order by prompt_id, candidate` to \
-                 the query that makes them",
+                "there is a reward of candidate {number} of prompt {}, and no such candidate; score the same \
+                 candidates that are paired",
                 self.prompt_id(group.start)
             ))
         })

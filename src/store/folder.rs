@@ -10,7 +10,7 @@ use super::manifest::probe_writable;
 use super::parquet::schema_of_file;
 use super::{
     CheckpointRecord, Event, FileRecord, Fork, Lock, Made, Manifest, Parked, PartRecord,
-    StoreError, TableReader, TableWriter, create_folder, sync_folder, write_folder,
+    StoreError, TableReader, TableWriter, create_folder, hash_file, sync_folder, write_folder,
 };
 
 /// Folders for what is written beside the rows of tables.
@@ -226,21 +226,55 @@ impl RunFolder {
     }
 
     /// Puts a file aside that is not what was written, where no reader looks, and strikes out what it was
-    /// part of. Returns where it lies now, or `None` if it is no file that this run lists.
+    /// part of. Returns where it lies now, or `None` if it is no file that this run lists, or is what was
+    /// written.
     pub fn put_aside(&mut self, spoiled: &Path) -> Result<Option<PathBuf>, StoreError> {
         let Ok(name) = spoiled.strip_prefix(&self.root) else {
             return Ok(None);
         };
+        let sha256 = self.sha256(&name.to_string_lossy());
+        if sha256.is_none_or(|sha256| hash_file(spoiled).is_ok_and(|own| own == sha256)) {
+            return Ok(None);
+        }
         let aside = format!("{SPOILED}/{}.{SPOILED}", name.display());
         let aside = self.root.join(aside);
         create_folder(aside.parent().expect("a file in a folder"))?;
         fs::rename(spoiled, &aside).map_err(StoreError::io("move", spoiled))?;
-        if self.strike_out_lost().is_empty() {
-            fs::rename(&aside, spoiled).map_err(StoreError::io("move", &aside))?;
-            return Ok(None);
-        }
+        self.strike_out_lost();
         self.manifest.rewrite()?;
         Ok(Some(aside))
+    }
+
+    /// The SHA-256 of a file that the manifest lists.
+    fn sha256(&self, name: &str) -> Option<String> {
+        let parked = self.manifest.parked.iter().map(|parked| &parked.made);
+        let made: Vec<&Made> = self.manifest.made.iter().chain(parked).collect();
+        let files = made.iter().flat_map(|made| made.all_files());
+        let mut files = files.chain(&self.manifest.images);
+        if let Some(file) = files.find(|file| file.file == name) {
+            return Some(file.sha256.clone());
+        }
+        let mut checkpoints = made.iter().filter_map(|made| made.checkpoint.as_ref());
+        checkpoints.find_map(|checkpoint| {
+            let file = name.strip_prefix(&checkpoint.folder)?.strip_prefix('/')?;
+            checkpoint.sha256.get(file).cloned()
+        })
+    }
+
+    /// Whether a file belongs to a round that a fork has taken over, and does not make itself.
+    pub fn is_of_the_fork(&self, file: &Path) -> bool {
+        let Ok(name) = file.strip_prefix(&self.root) else {
+            return false;
+        };
+        let name = name.to_string_lossy();
+        let mut kept = self.manifest.made.iter();
+        kept.any(|made| {
+            let mut files = made.all_files();
+            let checkpoint = made.checkpoint.as_ref();
+            let is_of = files.any(|file| file.file == name)
+                || checkpoint.is_some_and(|one| Path::new(&*name).starts_with(&one.folder));
+            is_of && self.manifest.is_kept(made.round)
+        })
     }
 
     /// Moves what is recorded in one place and lies in the other: what a table's parking or its way

@@ -77,6 +77,8 @@ pub struct Lookup {
     by_name: ByName<Run>,
     /// Those that lie elsewhere; nearly always there are none.
     scattered: ByName<Vec<Run>>,
+    /// The first name whose rows do not lie together.
+    torn: Option<String>,
     cache: VecDeque<(usize, RecordBatch)>,
     cached_bytes: usize,
 }
@@ -92,6 +94,7 @@ impl Lookup {
             rows: 0,
             by_name: HashMap::default(),
             scattered: HashMap::default(),
+            torn: None,
             cache: VecDeque::new(),
             cached_bytes: 0,
         };
@@ -150,6 +153,7 @@ impl Lookup {
     fn index(&mut self, name: &str, count: u32) {
         let position = self.rows;
         self.rows += count;
+        let text = name;
         let name = Name::of(name);
         let Some(first) = self.by_name.get_mut(&name) else {
             self.by_name.insert(name, (position, count));
@@ -164,6 +168,7 @@ impl Lookup {
         } else {
             let more = self.scattered.entry(name).or_default();
             more.push((position, count));
+            self.torn.get_or_insert_with(|| text.to_owned());
         }
     }
 
@@ -171,6 +176,11 @@ impl Lookup {
     pub fn position(&self, name: &str) -> Option<usize> {
         let first = self.by_name.get(&Name::of(name));
         first.map(|&(position, _)| position as usize)
+    }
+
+    /// The first name whose rows do not lie together, if there is one.
+    pub fn torn(&self) -> Option<&str> {
+        self.torn.as_deref()
     }
 
     /// How many rows there are.
@@ -382,12 +392,14 @@ mod tests {
         let expected: Vec<Reward> = runs.into_iter().flatten().map(reward).collect();
         assert_eq!(rows.collect::<Vec<_>>(), expected);
         assert!(lookup.all([].into_iter()).unwrap().is_empty());
+        assert_eq!(lookup.torn(), Some("k0"));
     }
 
     #[test]
     fn rows_of_one_name_come_together_also_across_row_groups() {
         let folder = tempfile::tempdir().unwrap();
         let mut lookup = Lookup::open(written(folder.path()), "row_key").unwrap();
+        assert_eq!(lookup.torn(), None);
         let rows = Reward::from_batch(&lookup.get("k819").unwrap().unwrap()).unwrap();
         assert_eq!(rows, (4095..4100).map(reward).collect::<Vec<_>>());
     }

@@ -12,15 +12,12 @@ use crate::prep::{
     Anyres, AtOnce, OnevisionCard, PACK_TOKENS_MAX, PICTURES_AHEAD, PICTURES_AT_ONCE_MAX,
     Processor, RewardCard, Sizes, TrainingSizes, elements, judge_elements, learned_logits,
 };
-use crate::stages::{ModelName, StageSpec, TableName, TrainDpo, TrainReward, TrainSft};
+use crate::stages::{ModelName, Sample, StageSpec, TableName, TrainDpo, TrainReward, TrainSft};
 
 /// Bytes of a number, and the precision's name.
 pub type Precision = (u64, &'static str);
 
-/// Answers to a prompt that are judged together.
-const CANDIDATES: usize = 5;
-
-/// Answers to a prompt that are trained on, and how long they are where the pipeline does not say.
+/// Answers of a pair, and how long they are where the pipeline does not say.
 const ANSWERS: usize = 2;
 const ANSWER_TOKENS: usize = 512;
 
@@ -60,22 +57,22 @@ pub fn of_stage(
         ModelSpec::LlavaOnevision(spec) => Some(spec),
         _ => None,
     };
-    let judged = |judge: &ModelName, part: NonZeroU32| {
+    let judged = |judge: &ModelName, part: NonZeroU32, answers: usize| {
         let Some(asking) = plan.models[judge].asking() else {
             return of_judge(plan, judge, precision);
         };
         let model = plan.speaker(judge);
         // Both answers of a pair are asked about twice, with each in front once.
         let (shown, asks) = match asking.mode {
-            Mode::Pointwise => (1, CANDIDATES),
-            Mode::Pairwise => (2, CANDIDATES * (CANDIDATES - 1)),
+            Mode::Pointwise => (1, answers),
+            Mode::Pairwise => (2, answers * (answers - 1)),
         };
         let writing = Writing {
             model,
             answers: 1,
             new: asking.max_new_tokens.0.get() as usize,
             part: part.get() as usize * asks,
-            beside: shown * sampled(plan).map_or(ANSWER_TOKENS, |(_, new)| new),
+            beside: shown * answer_tokens(plan),
         };
         of_writing(&writing, &policy(model)?, counted, precision)
     };
@@ -90,8 +87,11 @@ pub fn of_stage(
             };
             of_writing(&writing, &policy(&sample.model)?, counted, precision)
         }
-        StageSpec::Score(score) => judged(&score.judge, score.part),
-        StageSpec::Compare(compare) => judged(&compare.judge, NonZeroU32::MIN),
+        StageSpec::Score(score) => {
+            let count = sampled(plan).map_or(ANSWERS, |(_, sample)| sample.count.get() as usize);
+            judged(&score.judge, score.part, count)
+        }
+        StageSpec::Compare(compare) => judged(&compare.judge, compare.part, ANSWERS),
         StageSpec::TrainDpo(train) => match &plan.models[&train.model] {
             ModelSpec::LlavaOnevision(spec) => of_training(plan, train, spec, tokens, precision),
             _ => None,
@@ -102,11 +102,18 @@ pub fn of_stage(
     }
 }
 
-/// The stage that answers prompts, and how long its answers may become.
-fn sampled(plan: &Plan) -> Option<(&TableName, usize)> {
+/// The stage that answers prompts.
+fn sampled(plan: &Plan) -> Option<(&TableName, &Sample)> {
     plan.stages.iter().find_map(|stage| match &stage.spec {
-        StageSpec::Sample(sample) => Some((&stage.name, sample.max_new_tokens.get() as usize)),
+        StageSpec::Sample(sample) => Some((&stage.name, sample)),
         _ => None,
+    })
+}
+
+/// How long its answers may become.
+fn answer_tokens(plan: &Plan) -> usize {
+    sampled(plan).map_or(ANSWER_TOKENS, |(_, sample)| {
+        sample.max_new_tokens.get() as usize
     })
 }
 
@@ -248,7 +255,7 @@ fn of_training(
     ];
     let [picture, tiles] = largest(&card, spec).unwrap_or_default();
     let sampled = sampled(plan);
-    let new = ANSWERS * sampled.map_or(ANSWER_TOKENS, |(_, new)| new);
+    let new = ANSWERS * answer_tokens(plan);
     let largest_pair = picture + new;
     let remark = format!(
         "the largest picture and two answers, {largest_pair} tokens and {tiles} tiles; {} where layers \

@@ -2,21 +2,41 @@
 //! (`file_download.py`): files by content in `blobs`, and in `snapshots/<commit>` links to them by name.
 //!
 //! A file is whole before it has its name: it grows as `<name>.incomplete`, goes on where it was cut off,
-//! and is compared with the hub's SHA-256 where the hub has one. The links come last, so that a commit is
-//! there with all of its files or not at all.
+//! and is compared with the hub's SHA-256 where the hub has one. Who fetches it holds the lock that
+//! `huggingface_hub` takes, too. The links come last, those to the weights behind all others: where there
+//! are weights, there is everything.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::Duration;
 
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
+use ureq::config::RedirectAuthHeaders;
 
-use super::{Repository, cache, is_weights, variable};
+use super::{Repository, cache, has_ending, home, is_weights, variable};
 
-/// How often a file is gone on with that was cut off.
+/// How often a file is gone on with that was cut off, and how long to wait before the second time; twice
+/// as long before each other.
 const TRIES: u32 = 5;
+const WAIT: Duration = Duration::from_secs(1);
+
+/// Why nothing came.
+enum Refusal {
+    /// It may come later.
+    Later(String),
+    Never(String),
+}
+
+impl Refusal {
+    fn words(self) -> String {
+        match self {
+            Self::Later(words) | Self::Never(words) => words,
+        }
+    }
+}
 
 /// The hub, and where what comes from it lies.
 pub struct Hub {
@@ -60,7 +80,7 @@ impl Hub {
         }
         let cache = cache(&variable)?;
         let left = text("HF_TOKEN_PATH").map(PathBuf::from);
-        let left = left.or_else(|| Some(cache.parent()?.join("token")));
+        let left = left.or_else(|| Some(home(&variable)?.join("token")));
         let left = left.and_then(|path| fs::read_to_string(path).ok());
         let token = text("HF_TOKEN")
             .or(left)
@@ -68,6 +88,8 @@ impl Hub {
         let agent = ureq::Agent::config_builder()
             .timeout_connect(Some(Duration::from_secs(30)))
             .timeout_recv_response(Some(Duration::from_mins(1)))
+            .timeout_per_read(Some(Duration::from_secs(30)))
+            .redirect_auth_headers(RedirectAuthHeaders::SameHost)
             .http_status_as_error(false)
             .build();
         let endpoint = text("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".to_owned());
@@ -92,7 +114,7 @@ impl Hub {
             self.endpoint,
             encoded(revision)
         );
-        let mut response = self.get(&url, 0)?;
+        let mut response = self.get(&url, 0).map_err(Refusal::words)?;
         let listing = response.body_mut().read_to_vec();
         let listing = listing.map_err(|error| format!("{url}: {error}"))?;
         let Listing { sha, siblings } = serde_json::from_slice(&listing)
@@ -116,6 +138,18 @@ impl Hub {
             }
             let at = blobs.join(&blob);
             if !at.is_file() {
+                let lock = self
+                    .cache
+                    .join(".locks")
+                    .join(folder.file_name().unwrap_or_default());
+                fs::create_dir_all(&lock).map_err(io(&lock))?;
+                let lock = lock.join(format!("{blob}.lock"));
+                let lock = File::create(&lock).and_then(|file| file.lock().map(|()| file));
+                let _held = lock.map_err(io(&at))?;
+                if at.is_file() {
+                    links.push((file.rfilename, blob));
+                    continue;
+                }
                 let size = file.size.map_or_else(String::new, |bytes| {
                     format!(" ({:.1} MB)", bytes as f64 / 1e6)
                 });
@@ -130,6 +164,7 @@ impl Hub {
             links.push((file.rfilename, blob));
         }
         let snapshot = folder.join("snapshots").join(&sha);
+        links.sort_by_key(|(name, _)| is_weights(name));
         for (name, blob) in links {
             let link = snapshot.join(&name);
             let up = "../".repeat(2 + name.matches('/').count());
@@ -152,7 +187,7 @@ impl Hub {
     }
 
     /// Asks for a file, from a byte on.
-    fn get(&self, url: &str, from: u64) -> Result<ureq::http::Response<ureq::Body>, String> {
+    fn get(&self, url: &str, from: u64) -> Result<ureq::http::Response<ureq::Body>, Refusal> {
         let mut request = self.agent.get(url);
         if let Some(token) = &self.token {
             request = request.header("Authorization", format!("Bearer {token}"));
@@ -161,26 +196,29 @@ impl Hub {
             request = request.header("Range", format!("bytes={from}-"));
         }
         let response = request.call().map_err(|error| {
-            format!(
+            Refusal::Later(format!(
                 "{url}: {error}; what is in the hub's cache is used without a network, and `hf download` on \
                  another machine fills a cache that can be copied here"
-            )
+            ))
         })?;
         match response.status().as_u16() {
             200..=299 => Ok(response),
-            401 | 403 => Err(format!(
-                "{url}: the hub does not give it to {}; look whether the name is right, whether its license is \
-                 to be accepted, and whether HF_TOKEN is set",
-                if self.token.is_some() {
-                    "the owner of this token"
-                } else {
-                    "strangers"
-                }
-            )),
-            404 => Err(format!(
+            401 | 403 => {
+                let whom = match self.token {
+                    Some(_) => "the owner of this token",
+                    None => "strangers",
+                };
+                Err(Refusal::Never(format!(
+                    "{url}: the hub does not give it to {whom}; look whether the name is right, whether its \
+                     license is to be accepted, and whether HF_TOKEN is set"
+                )))
+            }
+            404 => Err(Refusal::Never(format!(
                 "{url}: the hub does not have it; look at the name and the revision"
-            )),
-            status => Err(format!("{url}: the hub says {status}; try again later")),
+            ))),
+            status => Err(Refusal::Later(format!(
+                "{url}: the hub says {status}; try again later"
+            ))),
         }
     }
 
@@ -191,10 +229,20 @@ impl Hub {
         let growing = PathBuf::from(growing);
         let local = |error: io::Error| format!("{}: {error}", growing.display());
         let mut last = String::new();
-        for _ in 0..TRIES {
-            let mut there = fs::metadata(&growing).map_or(0, |metadata| metadata.len());
+        for number in 0..TRIES {
+            if number > 0 {
+                thread::sleep(WAIT * (1 << (number - 1)));
+            }
+            let there = fs::metadata(&growing).map_or(0, |metadata| metadata.len());
             if listed.size.is_none_or(|size| there < size) {
-                let mut response = self.get(url, there)?;
+                let mut response = match self.get(url, there) {
+                    Ok(response) => response,
+                    Err(Refusal::Later(words)) => {
+                        last = words;
+                        continue;
+                    }
+                    Err(Refusal::Never(words)) => return Err(words),
+                };
                 let goes_on = response.status().as_u16() == 206;
                 let mut file = OpenOptions::new()
                     .create(true)
@@ -203,27 +251,19 @@ impl Hub {
                     .truncate(!goes_on)
                     .open(&growing)
                     .map_err(local)?;
-                if !goes_on {
-                    there = 0;
-                }
-                let mut body = response.body_mut().as_reader();
-                let mut buffer = vec![0; 1 << 20];
-                loop {
-                    match body.read(&mut buffer) {
-                        Ok(0) => break,
-                        Ok(count) => {
-                            file.write_all(&buffer[..count]).map_err(local)?;
-                            there += count as u64;
-                        }
-                        Err(error) => {
-                            last = error.to_string();
-                            break;
-                        }
+                let cut_off = copy(&mut response.body_mut().as_reader(), &mut file);
+                file.sync_all().map_err(local)?;
+                match cut_off.map_err(local)? {
+                    None => {}
+                    Some(why) => {
+                        last = why;
+                        continue;
                     }
                 }
-                file.sync_all().map_err(local)?;
             }
+            let there = fs::metadata(&growing).map_err(local)?.len();
             if listed.size.is_some_and(|size| there < size) {
+                "it was cut off".clone_into(&mut last);
                 continue;
             }
             let hash = listed.lfs.as_ref().map(|large| &large.sha256);
@@ -241,16 +281,31 @@ impl Hub {
     }
 }
 
+/// Copies a body to the end of a file; gives the reason why it was cut off, if it was. An error is the
+/// file's.
+fn copy(from: &mut impl Read, to: &mut File) -> io::Result<Option<String>> {
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        match from.read(&mut buffer) {
+            Ok(0) => return Ok(None),
+            Ok(count) => to.write_all(&buffer[..count])?,
+            Err(error) => return Ok(Some(error.to_string())),
+        }
+    }
+}
+
 /// The files that a model here may need: no weights for other programs, and each weight once.
 fn wanted(mut files: Vec<Listed>) -> Vec<Listed> {
-    let ends = |file: &Listed, ending: &str| {
-        Path::new(&file.rfilename).extension() == Some(ending.as_ref())
-    };
-    let has_safetensors = files.iter().any(|file| ends(file, "safetensors"));
+    let has_safetensors = files
+        .iter()
+        .any(|file| has_ending(&file.rfilename, "safetensors"));
     files.retain(|file| {
+        let name = file.rfilename.as_str();
+        // An index goes with its files.
+        let of = name.strip_suffix(".index.json").unwrap_or(name);
         let foreign = ["h5", "msgpack", "ot", "onnx", "gguf", "tflite"];
-        !foreign.iter().any(|ending| ends(file, ending))
-            && (ends(file, "safetensors") || !has_safetensors || !is_weights(&file.rfilename))
+        !foreign.iter().any(|ending| has_ending(of, ending))
+            && (has_ending(of, "safetensors") || !has_safetensors || !is_weights(of))
     });
     files
 }
