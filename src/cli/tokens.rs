@@ -167,36 +167,53 @@ impl Counter {
         images: &mut Pictures,
     ) -> Result<Vec<Counted>, Failed> {
         let misfit = |misfit: Misfit| Failed::Words(misfit.to_string());
-        let mut rows = Vec::new();
-        if matches!(self, Self::Pairs(_)) {
-            for row in Pair::from_batch(batch).map_err(misfit)? {
-                let mut prompt = images.prompt(&row.prompt_id, &row.image_ids)?;
-                prompt.system = row.system;
-                prompt.turns = turns(&row.turns);
-                prompt.question = row.prompt;
-                prompt.captions = row.captions;
-                rows.push(Counted {
-                    id: row.id.unwrap_or(row.prompt_id),
-                    prompt,
-                    answers: vec![row.chosen, row.rejected],
-                });
-            }
-            return Ok(rows);
-        }
-        for row in Prompt::from_batch(batch).map_err(misfit)? {
-            let mut prompt = images.prompt(&row.prompt_id, &row.image_ids)?;
-            prompt.system = row.system;
-            prompt.turns = turns(&row.turns);
-            prompt.question = row.question;
-            prompt.captions = row.captions;
-            rows.push(Counted {
+        let rows: Vec<(Prompt, Vec<String>)> = if matches!(self, Self::Pairs(_)) {
+            let pairs = Pair::from_batch(batch).map_err(misfit)?.into_iter();
+            pairs.map(asked_and_answered).collect()
+        } else {
+            let prompts = Prompt::from_batch(batch).map_err(misfit)?.into_iter();
+            let with_answer = |mut row: Prompt| {
+                let answers = row.answer.take().into_iter().collect();
+                (row, answers)
+            };
+            prompts.map(with_answer).collect()
+        };
+        let counted = |(row, answers): (Prompt, Vec<String>)| {
+            let prompt = models::Prompt {
+                pictures: images.pictures(&row.image_ids)?,
+                id: row.prompt_id.clone(),
+                system: row.system,
+                turns: turns(&row.turns),
+                question: row.question,
+                captions: row.captions,
+                answer: None,
+                seed: 0,
+            };
+            Ok(Counted {
                 id: row.id.unwrap_or(row.prompt_id),
                 prompt,
-                answers: row.answer.into_iter().collect(),
-            });
-        }
-        Ok(rows)
+                answers,
+            })
+        };
+        rows.into_iter().map(counted).collect()
     }
+}
+
+/// The prompt of a pair, and its answers.
+fn asked_and_answered(pair: Pair) -> (Prompt, Vec<String>) {
+    let prompt = Prompt {
+        row_key: pair.row_key,
+        prompt_id: pair.prompt_id,
+        id: pair.id,
+        image: pair.image,
+        image_ids: pair.image_ids,
+        system: pair.system,
+        turns: pair.turns,
+        question: pair.prompt,
+        captions: pair.captions,
+        answer: None,
+    };
+    (prompt, vec![pair.chosen, pair.rejected])
 }
 
 /// The pictures of a run; those read last are kept, for rows about one picture lie together.
@@ -206,8 +223,7 @@ struct Pictures {
 }
 
 impl Pictures {
-    /// A prompt about some pictures, without words.
-    fn prompt(&mut self, id: &str, image_ids: &[String]) -> Result<models::Prompt, Failed> {
+    fn pictures(&mut self, image_ids: &[String]) -> Result<Vec<Picture>, Failed> {
         let mut pictures = Vec::with_capacity(image_ids.len());
         for id in image_ids {
             if !self.read.contains_key(id) {
@@ -220,16 +236,7 @@ impl Pictures {
             }
             pictures.push(self.read[id].clone());
         }
-        Ok(models::Prompt {
-            id: id.to_owned(),
-            pictures,
-            system: None,
-            turns: Vec::new(),
-            question: String::new(),
-            captions: None,
-            answer: None,
-            seed: 0,
-        })
+        Ok(pictures)
     }
 }
 

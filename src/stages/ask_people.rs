@@ -7,8 +7,8 @@ use arrow::datatypes::SchemaRef;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::pairing::Answers;
-use super::selection::{Choice, Choose, Match, Selection};
+use super::pairing::{Answers, Match};
+use super::selection::{Choice, Choose, Selection};
 use super::{Failure, Input, Scope, Stage, StageError, TableName, Waits, Work};
 use crate::store::{LabelFiles, Said, digest};
 use crate::tables::{Candidate, Pair, Prompt, RejectClass, Reward, Row};

@@ -9,7 +9,6 @@ use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, StringArray, new_null_
 use arrow::compute::{cast, interleave};
 use arrow::datatypes::Int32Type;
 
-use super::selection::Match;
 use super::{Failure, TableName};
 use crate::tables::row::Column;
 use crate::tables::{Finish, Misfit, Pair, Prompt, Row, rows};
@@ -217,6 +216,33 @@ impl Prompts {
         let &(batch, row) = self.by_id.get(prompt_id).ok_or_else(missing)?;
         let keys: &StringArray = self.rows.batches[batch][PROMPT_KEY].as_string();
         Ok(((batch, row), keys.value(row)))
+    }
+}
+
+/// Two answers that make a pair.
+#[derive(Clone, Copy)]
+pub struct Match {
+    pub chosen: i32,
+    pub rejected: i32,
+    pub scores: Option<Scores>,
+}
+
+/// What the two answers of a pair are worth.
+#[derive(Clone, Copy)]
+pub struct Scores {
+    pub chosen: f32,
+    pub rejected: f32,
+    pub margin: f32,
+}
+
+impl Match {
+    /// A pair that no judge chose.
+    pub fn unscored(chosen: i32, rejected: i32) -> Self {
+        Self {
+            chosen,
+            rejected,
+            scores: None,
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use arrow::array::RecordBatch;
 use arrow::datatypes::SchemaRef;
 
-use super::pairing::{Answer, Answers, Draft, Prompts, pairs};
+use super::pairing::{Answer, Answers, Draft, Match, Prompts, Scores, pairs};
 use super::{Failure, Input, Known, MapWork, Outcome, Scope, TableName};
 use crate::query::{self, Param};
 use crate::store::Key;
@@ -16,33 +16,6 @@ use crate::tables::{Candidate, Pair, Prompt, RejectClass, Reward, Row, rows};
 pub enum Choice {
     Pairs(Vec<Match>),
     SetAside { class: RejectClass, reason: String },
-}
-
-/// Two answers that make a pair.
-#[derive(Clone, Copy)]
-pub struct Match {
-    pub chosen: i32,
-    pub rejected: i32,
-    pub scores: Option<Scores>,
-}
-
-/// What the two answers of a pair are worth.
-#[derive(Clone, Copy)]
-pub struct Scores {
-    pub chosen: f32,
-    pub rejected: f32,
-    pub margin: f32,
-}
-
-impl Match {
-    /// A pair that no judge chose.
-    pub fn unscored(chosen: i32, rejected: i32) -> Self {
-        Self {
-            chosen,
-            rejected,
-            scores: None,
-        }
-    }
 }
 
 /// Who chooses which answers make pairs.
