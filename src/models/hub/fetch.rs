@@ -112,13 +112,16 @@ impl Hub {
         let url = format!(
             "{}/api/models/{name}/revision/{}?blobs=true",
             self.endpoint,
-            encoded(revision)
+            encoded(revision).replace('/', "%2F")
         );
         let mut response = self.get(&url, 0).map_err(Refusal::words)?;
         let listing = response.body_mut().read_to_vec();
         let listing = listing.map_err(|error| format!("{url}: {error}"))?;
         let Listing { sha, siblings } = serde_json::from_slice(&listing)
             .map_err(|error| format!("{url}: this is no list of files: {error}"))?;
+        if !sha.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
+            return Err(format!("{url}: `{sha}` is no commit"));
+        }
         let folder = repository.folder(&self.cache);
         let io = |path: &Path| {
             let path = path.display().to_string();
@@ -188,7 +191,8 @@ impl Hub {
 
     /// Asks for a file, from a byte on.
     fn get(&self, url: &str, from: u64) -> Result<ureq::http::Response<ureq::Body>, Refusal> {
-        let mut request = self.agent.get(url);
+        // What is packed on the way could not be gone on with.
+        let mut request = self.agent.get(url).header("Accept-Encoding", "identity");
         if let Some(token) = &self.token {
             request = request.header("Authorization", format!("Bearer {token}"));
         }
