@@ -358,6 +358,24 @@ fn a_flipped_bit_in_what_was_set_aside_is_not_taken_over() {
     assert_eq!(scene.tables("runs/scripted"), before);
 }
 
+/// Only what is proved to be something else is put aside.
+#[test]
+fn what_is_as_it_was_written_or_cannot_be_read_stays() {
+    let (scene, file) = finished("candidates");
+    let (mut run, lost) =
+        ovchat::store::RunFolder::open(&scene.path("runs/scripted"), "scripted").unwrap();
+    assert!(lost.is_empty());
+    assert_eq!(run.put_aside(&file).unwrap(), None);
+    assert_eq!(run.put_aside(&scene.path("p.yaml")).unwrap(), None);
+    // A folder in its place can't be read as a file.
+    let kept = scene.path("kept");
+    fs::rename(&file, &kept).unwrap();
+    fs::create_dir(&file).unwrap();
+    let failed = run.put_aside(&file).unwrap_err().to_string();
+    assert!(failed.starts_with("cannot read"), "{failed}");
+    assert!(file.is_dir() && !scene.path("runs/scripted/spoiled").exists());
+}
+
 /// The model that answers in round 2 is read from the checkpoint of round 1.
 #[test]
 fn a_flipped_bit_of_a_checkpoint_is_mended() {

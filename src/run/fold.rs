@@ -15,6 +15,7 @@ use rayon::prelude::*;
 use serde_json::Value;
 
 use super::claim::tables_of;
+use super::sound;
 use super::{Runner, took};
 use crate::config::PlannedStage;
 use crate::run::{Start, Unit};
@@ -200,13 +201,13 @@ impl Runner<'_> {
             .par_iter()
             .map(|(name, _)| Ok((name.clone(), hash_file(&folder.join(name))?)))
             .collect::<Result<_, StoreError>>()?;
-        self.sound.extend(sha256.values().cloned());
         let checkpoint = CheckpointRecord {
             model: work.model().to_string(),
             files,
             sha256,
             folder: below(self.folder.root(), &folder),
         };
+        self.sound.extend(sound::records(&checkpoint));
         let over = states(&self.folder, table, round);
         self.finish(table, round, None, Some(checkpoint))?;
         for state in over {

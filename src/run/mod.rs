@@ -125,8 +125,8 @@ struct Runner<'a> {
     said: HashSet<String>,
     /// The tables that were reached, each with its round, and whether anything of it was made.
     reached: HashMap<(TableName, Option<u32>), bool>,
-    /// Hashes of files that were found to be as they were written, and of those written since.
-    sound: HashSet<String>,
+    /// Files that were found to be as they were written, and those written since, with their SHA-256.
+    sound: HashSet<(PathBuf, String)>,
     rates: Rates,
     /// The policy that the last stage left open.
     kept: Kept,
@@ -265,7 +265,7 @@ impl<'a> Runner<'a> {
         self.remember(&stage.name, round);
         let written = self.folder.manifest().find(stage.name.as_str(), round);
         let written = written.into_iter().flat_map(Made::files);
-        self.sound.extend(written.map(|file| file.sha256.clone()));
+        self.sound.extend(written.map(sound::record));
         self.note_pace(stage, round);
         self.report_finished(&stage.name, round);
         self.expect(stage, round)?;

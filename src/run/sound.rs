@@ -5,11 +5,26 @@ use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 
+use super::claim::tables_of;
 use super::models::Kept;
 use super::{RunError, Runner};
 use crate::config::PlannedStage;
 use crate::stages::{Failure, ModelState};
-use crate::store::{Made, StoreError, hash_file};
+use crate::store::{CheckpointRecord, FileRecord, Made, StoreError, hash_file};
+
+/// A file, below the run's folder, and its SHA-256.
+pub(super) fn record(file: &FileRecord) -> (PathBuf, String) {
+    (PathBuf::from(&file.file), file.sha256.clone())
+}
+
+/// The files of a checkpoint, likewise.
+pub(super) fn records(
+    checkpoint: &CheckpointRecord,
+) -> impl Iterator<Item = (PathBuf, String)> + '_ {
+    let folder = Path::new(&checkpoint.folder);
+    let files = checkpoint.sha256.iter();
+    files.map(|(name, sha256)| (folder.join(name), sha256.clone()))
+}
 
 impl RunError {
     /// The file that was not what was written, if that is what went wrong.
@@ -34,28 +49,26 @@ impl Runner<'_> {
     ) -> Result<(), Failure> {
         let mut written: Vec<(PathBuf, String)> = Vec::new();
         let manifest = self.folder.manifest();
-        let inputs = stage.inputs.iter().map(|(_, table)| table);
-        let inputs = inputs.map(|table| (table, self.plan.round_of(table, round)));
-        for (table, round) in inputs.chain([(&stage.name, round)]) {
-            let made = manifest.find(table.as_str(), round);
-            let parked = manifest.parked.iter().map(|parked| &parked.made);
-            let superseded = parked.filter(|made| {
-                *table == stage.name && made.table == table.as_str() && made.round == round
-            });
-            let files = made.into_iter().chain(superseded).flat_map(Made::files);
-            written.extend(files.map(|file| (PathBuf::from(&file.file), file.sha256.clone())));
+        for (_, table) in &stage.inputs {
+            let made = manifest.find(table.as_str(), self.plan.round_of(table, round));
+            written.extend(made.into_iter().flat_map(Made::files).map(record));
+        }
+        let parked = manifest.parked.iter().map(|parked| &parked.made);
+        let all: Vec<&Made> = manifest.made.iter().chain(parked).collect();
+        for table in tables_of(stage) {
+            let own = all.iter().filter(|made| made.table == table.as_str());
+            let own = own.filter(|made| made.round == round);
+            written.extend(own.flat_map(|made| made.files()).map(record));
         }
         for used in stage.spec.as_stage().uses() {
             if used.state == ModelState::Initial {
                 continue;
             }
             for checkpoint in self.checkpoints(stage, used.model, round) {
-                let folder = Path::new(&checkpoint.folder);
-                let files = checkpoint.sha256.iter();
-                written.extend(files.map(|(name, sha256)| (folder.join(name), sha256.clone())));
+                written.extend(records(checkpoint));
             }
         }
-        written.retain(|(_, sha256)| !self.sound.contains(sha256));
+        written.retain(|file| !self.sound.contains(file));
         let root = self.folder.root();
         written.par_iter().try_for_each(|(file, sha256)| {
             let path = root.join(file);
@@ -64,8 +77,7 @@ impl Runner<'_> {
             }
             Err(StoreError::Spoiled { path })
         })?;
-        self.sound
-            .extend(written.into_iter().map(|(_, sha256)| sha256));
+        self.sound.extend(written);
         Ok(())
     }
 

@@ -227,13 +227,15 @@ impl RunFolder {
 
     /// Puts a file aside that is not what was written, where no reader looks, and strikes out what it was
     /// part of. Returns where it lies now, or `None` if it is no file that this run lists, or is what was
-    /// written.
+    /// written. What can't be read is not known to be something else: that fails.
     pub fn put_aside(&mut self, spoiled: &Path) -> Result<Option<PathBuf>, StoreError> {
         let Ok(name) = spoiled.strip_prefix(&self.root) else {
             return Ok(None);
         };
-        let sha256 = self.sha256(&name.to_string_lossy());
-        if sha256.is_none_or(|sha256| hash_file(spoiled).is_ok_and(|own| own == sha256)) {
+        let Some(sha256) = self.sha256(&name.to_string_lossy()) else {
+            return Ok(None);
+        };
+        if hash_file(spoiled)? == sha256 {
             return Ok(None);
         }
         let aside = format!("{SPOILED}/{}.{SPOILED}", name.display());
