@@ -119,7 +119,7 @@ impl Hub {
         let listing = listing.map_err(|error| format!("{url}: {error}"))?;
         let Listing { sha, siblings } = serde_json::from_slice(&listing)
             .map_err(|error| format!("{url}: this is no list of files: {error}"))?;
-        if !sha.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
+        if sha.is_empty() || !sha.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
             return Err(format!("{url}: `{sha}` is no commit"));
         }
         let folder = repository.folder(&self.cache);
@@ -127,43 +127,19 @@ impl Hub {
             let path = path.display().to_string();
             move |error: io::Error| format!("{path}: {error}")
         };
-        let blobs = folder.join("blobs");
-        fs::create_dir_all(&blobs).map_err(io(&blobs))?;
         let mut links = Vec::new();
         for file in wanted(siblings) {
-            let own = file.lfs.as_ref().map(|large| large.sha256.clone());
-            let Some(blob) = own.or_else(|| file.blob.clone()) else {
-                return Err(format!("{url}: `{}` has no hash", file.rfilename));
-            };
-            let safe = |part: &str| !part.is_empty() && part != ".." && part != ".";
-            if !file.rfilename.split('/').all(safe) || blob.contains(['/', '.']) {
-                return Err(format!("{url}: `{}` is no name of a file", file.rfilename));
-            }
-            let at = blobs.join(&blob);
-            if !at.is_file() {
-                let lock = self
-                    .cache
-                    .join(".locks")
-                    .join(folder.file_name().unwrap_or_default());
-                fs::create_dir_all(&lock).map_err(io(&lock))?;
-                let lock = lock.join(format!("{blob}.lock"));
-                let lock = File::create(&lock).and_then(|file| file.lock().map(|()| file));
-                let _held = lock.map_err(io(&at))?;
-                if at.is_file() {
-                    links.push((file.rfilename, blob));
-                    continue;
-                }
+            let url = format!(
+                "{}/{name}/resolve/{sha}/{}",
+                self.endpoint,
+                encoded(&file.rfilename)
+            );
+            let blob = self.blob(&folder, &url, &file, &mut || {
                 let size = file.size.map_or_else(String::new, |bytes| {
                     format!(" ({:.1} MB)", bytes as f64 / 1e6)
                 });
                 say(&format!("fetching {name}: {}{size}", file.rfilename));
-                let url = format!(
-                    "{}/{name}/resolve/{sha}/{}",
-                    self.endpoint,
-                    encoded(&file.rfilename)
-                );
-                self.file(&url, &at, &file)?;
-            }
+            })?;
             links.push((file.rfilename, blob));
         }
         let snapshot = folder.join("snapshots").join(&sha);
@@ -187,6 +163,46 @@ impl Hub {
             fs::write(&named, &sha).map_err(io(&named))?;
         }
         Ok(snapshot)
+    }
+
+    /// Sees to it that the content of a file is in `folder`; `begin` is called before it is fetched. Returns
+    /// what its content is called.
+    fn blob(
+        &self,
+        folder: &Path,
+        url: &str,
+        file: &Listed,
+        begin: &mut dyn FnMut(),
+    ) -> Result<String, String> {
+        let large = file.lfs.as_ref().map(|large| large.sha256.clone());
+        let Some(blob) = large.or_else(|| file.blob.clone()) else {
+            return Err(format!("{url}: the hub gives no hash of it"));
+        };
+        let safe = |part: &str| !part.is_empty() && part != ".." && part != ".";
+        if !file.rfilename.split('/').all(safe) || blob.contains(['/', '.']) {
+            return Err(format!("{url}: `{}` is no name of a file", file.rfilename));
+        }
+        let blobs = folder.join("blobs");
+        let at = blobs.join(&blob);
+        if at.is_file() {
+            return Ok(blob);
+        }
+        let locks = self.cache.join(".locks");
+        let locks = locks.join(folder.file_name().unwrap_or_default());
+        let locked = || {
+            fs::create_dir_all(&blobs)?;
+            fs::create_dir_all(&locks)?;
+            let lock = File::create(locks.join(format!("{blob}.lock")))?;
+            lock.lock()?;
+            Ok(lock)
+        };
+        let _lock = locked().map_err(|error: io::Error| format!("{}: {error}", at.display()))?;
+        // Another program may have been at it.
+        if !at.is_file() {
+            begin();
+            self.file(url, &at, file)?;
+        }
+        Ok(blob)
     }
 
     /// Asks for a file, from a byte on.

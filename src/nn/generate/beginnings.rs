@@ -2,7 +2,6 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
-use std::rc::Rc;
 
 use tch::Tensor;
 
@@ -57,7 +56,7 @@ pub fn share(queue: &mut VecDeque<Waiting>) {
 struct Beginning {
     /// One of them.
     of: Waiting,
-    prefix: Rc<Prefix>,
+    prefix: Prefix,
 }
 
 /// Reads prompts; keeps the last beginning as long as prompts come that have it.
@@ -112,7 +111,6 @@ impl Beginnings {
             }
         }
         for ((one, _), prefix) in new.iter().zip(read_beginnings(network, &new)?) {
-            let prefix = Rc::new(prefix);
             let of = (*one).clone();
             known.push(Beginning { of, prefix });
         }
@@ -191,7 +189,7 @@ fn read_behind(
         let (lasts, prefixes) = if prompts[0].0.beginning > 0 {
             let beginning = |one: &Waiting| {
                 let found = known.iter().rev().find(|known| known.of.begins_like(one));
-                &*found.expect("it was read").prefix
+                &found.expect("it was read").prefix
             };
             let behind = prompts.iter().zip(&lengths);
             let behind: Vec<(&Prefix, i64)> = behind
