@@ -93,7 +93,7 @@ impl<'a> Chooser<'a> {
     pub fn choose(&mut self, logits: &Tensor, numbers: &[f64]) -> Vec<Option<i64>> {
         let scores = self.scores(logits);
         let tokens = if self.how.temperature == 0.0 {
-            rows_of(&scores).iter().map(|row| greatest(row)).collect()
+            greatest(&scores)
         } else {
             self.draw(&self.probabilities(&scores), numbers)
         };
@@ -296,20 +296,14 @@ fn reach(tokens: &mut [Token], enough: impl Fn(f64) -> bool) -> Option<usize> {
     Some(start)
 }
 
-/// The token with the highest score, the lowest id among equals; `None` for scores that are not
-/// numbers.
-fn greatest(scores: &[f32]) -> Option<i64> {
-    let mut best: Option<usize> = None;
-    for (id, score) in scores.iter().enumerate() {
-        if score.is_nan() {
-            return None;
-        }
-        if best.is_none_or(|best| *score > scores[best]) {
-            best = Some(id);
-        }
-    }
-    best.filter(|&id| scores[id].is_finite())
-        .map(|id| id as i64)
+/// The token with the highest score in each row, the lowest id among equals (torch's `argmax` returns the
+/// first maximum); `None` for a row whose scores are not numbers. Two numbers a row leave the device.
+fn greatest(scores: &Tensor) -> Vec<Option<i64>> {
+    let ids = Vec::<i64>::try_from(scores.argmax(-1, false)).expect("a vector of int64");
+    let highest = scores.amax([-1i64].as_slice(), false);
+    let highest = Vec::<f32>::try_from(highest).expect("a vector of float32");
+    let rows = ids.into_iter().zip(highest);
+    rows.map(|(id, score)| score.is_finite().then_some(id)).collect()
 }
 
 fn rows_of(matrix: &Tensor) -> Vec<Vec<f32>> {
@@ -469,9 +463,14 @@ mod tests {
 
     #[test]
     fn greedy_takes_the_lowest_id_among_equals() {
-        assert_eq!(greatest(&[1.0, 5.0, 5.0]), Some(1));
-        assert_eq!(greatest(&[1.0, f32::NAN]), None);
-        assert_eq!(greatest(&[f32::INFINITY, 0.0]), None);
+        let rows = [
+            [1.0, 5.0, 5.0],
+            [5.0, f32::NAN, 1.0],
+            [f32::INFINITY, 0.0, 0.0],
+            [f32::NEG_INFINITY; 3],
+        ];
+        let scores = Tensor::from_slice(rows.as_flattened()).view([4, 3]);
+        assert_eq!(greatest(&scores), [Some(1), None, None, None]);
     }
 
     /// Chances with ties, in no order; selecting must give what sorting gives.
