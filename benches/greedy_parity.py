@@ -27,7 +27,7 @@ def rows(table):
 
 
 images = {row["image_id"]: row["image"]["bytes"] for row in rows("images")}
-answers = {row["prompt_id"]: row for row in rows(f"answers/round={round_number}")}
+answers = {row["prompt_id"]: row for row in rows(f"answers/round-{round_number}")}
 prompts = rows("heldout")
 
 tokenizer = AutoTokenizer.from_pretrained(checkpoint)

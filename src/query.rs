@@ -201,6 +201,9 @@ async fn register(context: &SessionContext, table: &QueryTable) -> Result<(), Qu
         if table.with_round {
             let value = lit(ScalarValue::Int32(round.map(u32::cast_signed)));
             frame = frame.with_column("round", value).map_err(error)?;
+        } else if table.schema.field_with_name("round").is_err() {
+            // The files' own column, see `TableWriter::in_round`.
+            frame = frame.drop_columns(&["round"]).map_err(error)?;
         }
         union = Some(match union {
             None => frame,

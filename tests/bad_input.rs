@@ -157,6 +157,7 @@ fn a_prompt_longer_than_the_context_is_set_aside_before_the_model_opens() {
         folder: scene.path("runs/scripted"),
         until: Some("answers".to_owned().try_into().unwrap()),
         rates: None,
+        command: "pipeline run p.yaml".to_owned(),
     };
     let interrupt = ovchat::run::Interrupt::default();
     ovchat::run::run(&plan, &options, None, &mut Quiet, &interrupt).unwrap();
@@ -193,7 +194,7 @@ fn a_full_disk_loses_nothing_and_the_next_run_goes_on() {
         "candidates",
     ]);
     let before = rows::<ovchat::tables::Candidate>(&scene, "candidates", Some(1));
-    let full = scene.path("runs/scripted/rewards/round=1/part-00000.parquet.new");
+    let full = scene.path("runs/scripted/rewards/round-1/part-00000.parquet.new");
     fs::create_dir_all(full.parent().unwrap()).unwrap();
     symlink("/dev/full", &full).unwrap();
     let said = scene.pipeline(&["run", "p.yaml"]);
@@ -295,7 +296,7 @@ fn a_flipped_bit_is_noticed_before_anything_is_made_from_it_and_mended() {
         "{}",
         said.err
     );
-    let aside = "runs/scripted/spoiled/candidates/round=1/all.parquet.spoiled";
+    let aside = "runs/scripted/spoiled/candidates/round-1/all.parquet.spoiled";
     assert!(
         scene.path(aside).is_file() && file.is_file(),
         "{}",
@@ -344,7 +345,7 @@ fn a_flipped_bit_in_what_was_set_aside_is_not_taken_over() {
             let path = entry.path();
             if path.is_dir() {
                 folders.push(path);
-            } else if path.to_string_lossy().contains("/rewards/round=1/") {
+            } else if path.to_string_lossy().contains("/rewards/round-1/") {
                 flip(&path);
                 flipped += 1;
             }
@@ -384,7 +385,7 @@ fn a_flipped_bit_of_a_checkpoint_is_mended() {
     let checkpoints = scene.checkpoints("runs/scripted");
     let spoiled = "runs/scripted/checkpoints/round-1/scripted.json";
     flip(&scene.path(spoiled));
-    fs::remove_file(scene.path("runs/scripted/candidates/round=2/all.parquet")).unwrap();
+    fs::remove_file(scene.path("runs/scripted/candidates/round-2/all.parquet")).unwrap();
     let said = scene.succeeds(&["run", "p.yaml"]);
     let told = format!("{spoiled} is not what was written");
     assert!(said.err.contains(&told), "{}", said.err);
@@ -403,7 +404,7 @@ fn a_flipped_bit_of_a_picture_is_mended() {
     let picture = bytes.windows(4).position(|word| word == b"IDAT").unwrap();
     bytes[picture + 20] ^= 1;
     fs::write(&file, bytes).unwrap();
-    fs::remove_file(scene.path("runs/scripted/candidates/round=1/part-00000.parquet")).unwrap();
+    fs::remove_file(scene.path("runs/scripted/candidates/round-1/part-00000.parquet")).unwrap();
     let said = scene.succeeds(&["run", "p.yaml"]);
     let told = "images/part-00000.parquet is not what was written";
     assert!(said.err.contains(told), "{}", said.err);

@@ -33,6 +33,8 @@ mod people;
 mod plan;
 /// The cookbook: an analyst's questions and their answers.
 mod query;
+/// A run's tables as other programs read them.
+mod readers;
 /// What a model in training is compared with.
 mod reference;
 /// Whole pipelines with scripted models.

@@ -32,3 +32,21 @@ pub fn folder_of(plan: &Plan, given: Option<&Path>) -> PathBuf {
         None => PathBuf::from("runs").join(plan.pipeline.as_str()),
     }
 }
+
+/// A path as seen from here.
+pub fn shown(path: &Path) -> String {
+    let here = std::env::current_dir().unwrap_or_default();
+    path.strip_prefix(&here)
+        .unwrap_or(path)
+        .display()
+        .to_string()
+}
+
+/// A word of a shell's command line.
+pub fn quoted(word: &str) -> String {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,".contains(c);
+    if word.chars().all(is_plain) {
+        return word.to_owned();
+    }
+    format!("'{}'", word.replace('\'', "'\\''"))
+}

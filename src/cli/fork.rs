@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
+use super::file::{quoted, shown};
 use super::out::line;
 use super::{Failed, run_folder};
 use crate::config::load;
@@ -79,15 +80,6 @@ impl MakeFork {
     }
 }
 
-/// A path as seen from here.
-fn shown(path: &Path) -> String {
-    let here = std::env::current_dir().unwrap_or_default();
-    path.strip_prefix(&here)
-        .unwrap_or(path)
-        .display()
-        .to_string()
-}
-
 /// `runs/demo-fork-2`, or the next name that is free.
 fn beside(folder: &Path, at: u32) -> PathBuf {
     let name = folder.file_name().unwrap_or_default().to_string_lossy();
@@ -97,13 +89,4 @@ fn beside(folder: &Path, at: u32) -> PathBuf {
     });
     let mut free = names.filter(|path| !path.exists());
     free.next().expect("there are names enough")
-}
-
-/// A word of a shell's command line.
-fn quoted(word: &str) -> String {
-    let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,".contains(c);
-    if word.chars().all(is_plain) {
-        return word.to_owned();
-    }
-    format!("'{}'", word.replace('\'', "'\\''"))
 }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::json;
 
-use super::file::{PipelineFile, folder_of, warn};
+use super::file::{PipelineFile, folder_of, quoted, shown, warn};
 use super::log::{self, JsonLog};
 use super::progress::Progress;
 use super::{Failed, engine, report};
@@ -94,6 +94,7 @@ impl Run {
         let options = Options {
             folder,
             until,
+            command: self.command(),
             rates: Rates::usual_place(),
         };
         let interrupt = Interrupt::listen()
@@ -138,6 +139,25 @@ impl Run {
             }
         }
         Ok(())
+    }
+
+    /// The command line that does the same again, without `--until`.
+    fn command(&self) -> String {
+        let file = quoted(&shown(&self.file.file));
+        let folder = self
+            .folder
+            .iter()
+            .map(|folder| quoted(&folder.to_string_lossy()));
+        let folder = folder.map(|folder| format!(" --run {folder}"));
+        let sets = self
+            .file
+            .sets
+            .iter()
+            .map(|set| format!(" --set {}", quoted(set)));
+        format!(
+            "pipeline run {file}{}",
+            folder.chain(sets).collect::<String>()
+        )
     }
 
     fn until(&self, plan: &Plan) -> Result<Option<TableName>, Failed> {

@@ -30,15 +30,17 @@ impl Status {
         let holder = lock_holder(&folder);
         let manifest = run.manifest();
         if self.json {
-            let table = |made: &Made| {
+            let table = |made: &Made, is_staged: bool| {
                 json!({
-                    "table": made.table, "round": made.round, "kind": made.kind, "complete": made.complete,
+                    "table": made.table, "staged": is_staged, "round": made.round, "kind": made.kind, "complete": made.complete,
                     "rows": made.rows(), "faults": faults(made), "dropped": dropped(made), "key": made.key,
                     "seconds": made.took().map(|took| took.seconds), "computed": made.took().map(|took| took.rows), "expected": made.expected,
                     "checkpoint": made.checkpoint.as_ref().map(|checkpoint| &checkpoint.folder),
                 })
             };
-            let tables: Vec<Value> = manifest.made.iter().map(table).collect();
+            let current = manifest.made.iter().map(|made| table(made, false));
+            let staged = manifest.staged.iter().map(|made| table(made, true));
+            let tables: Vec<Value> = current.chain(staged).collect();
             return line(format_args!(
                 "{:#}",
                 json!({ "pipeline": manifest.pipeline, "running": holder, "tables": tables })
@@ -52,15 +54,16 @@ impl Status {
             "{:<24} {:>6} {:>10} {:>10} {:>8} {:>8} {:>12} {:>12}  state",
             "table", "round", "rows", "expected", "faulty", "dropped", "time", "expected"
         ))?;
-        for made in &manifest.made {
+        let staged = manifest.staged.iter().map(|made| (made, " of a new version"));
+        for (made, of) in manifest.made.iter().map(|made| (made, "")).chain(staged) {
             let round = made
                 .round
                 .map_or_else(|| "-".to_owned(), |round| round.to_string());
             let state = match (made.complete, made.states.last(), &made.checkpoint) {
                 (true, _, Some(checkpoint)) => format!("done, {}", checkpoint.folder),
                 (true, _, None) => "done".to_owned(),
-                (false, Some(state), _) => format!("saved at step {}", state.step),
-                (false, None, _) => format!("{} parts", made.parts.len()),
+                (false, Some(state), _) => format!("saved at step {}{of}", state.step),
+                (false, None, _) => format!("{} parts{of}", made.parts.len()),
             };
             let (table, rows) = (&made.table, made.rows());
             let or_none = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());

@@ -1,9 +1,8 @@
-//! Claiming: which tables of the run are current, which are set aside, and which come back.
+//! Claiming: which tables of the run are current, which are made again, and which come back.
 //!
-//! What was made under another key, or is no longer in the plan, is parked in the store; so is all
-//! that was made from it, so that nobody queries or exports rows that no longer belong together.
-
-use std::collections::HashSet;
+//! A complete table that was made under another key stays what readers see until its new version is
+//! complete; so does all that was made from it. Tables that the plan does not have are set aside when a
+//! whole run is done.
 
 use serde_json::Value;
 
@@ -11,7 +10,7 @@ use super::keys::{explain, in_words};
 use super::{Runner, titled};
 use crate::config::PlannedStage;
 use crate::stages::{Failure, TableName, Work};
-use crate::store::{Event, Made};
+use crate::store::Made;
 
 impl Runner<'_> {
     /// Sees to it that the manifest has a table under this key, to be begun or gone on with. False
@@ -25,24 +24,38 @@ impl Runner<'_> {
         because: &Value,
     ) -> Result<bool, Failure> {
         let name = table.as_str();
-        if let Some(made) = self.folder.manifest().find(name, round)
+        let manifest = self.folder.manifest();
+        let goes_on = manifest
+            .staged(name, round)
+            .is_some_and(|made| made.key == key);
+        if let Some(made) = manifest.find(name, round)
             && made.key != key
+            && !goes_on
         {
             let reasons = in_words(&explain(&made.because, because));
+            let is_complete = made.complete;
             self.report.note(&format!(
                 "{} is made again: {reasons}",
                 titled(table, round)
             ));
-            self.folder.park(name, round)?;
-            self.park_dependents(table, round)?;
+            if !is_complete {
+                self.folder.park(name, round)?;
+            }
         }
-        if self.folder.manifest().find(name, round).is_none() {
-            self.folder.unpark(name, round, key)?;
+        if !goes_on {
+            self.folder.park_staged(name, round)?;
+            let current = self.folder.manifest().find(name, round);
+            if current.is_none_or(|made| made.key != key) {
+                self.folder.unpark(name, round, key)?;
+            }
         }
-        if let Some(made) = self.folder.manifest().find(name, round) {
+        self.folder.replace_by_staged(name, round)?;
+        if let Some(made) = self.folder.manifest().under_way(name, round)
+            && made.key == key
+        {
             return Ok(!made.complete);
         }
-        self.folder.commit(Event::Begin(Made {
+        self.folder.begin(Made {
             table: name.to_owned(),
             round,
             kind: kind.map(str::to_owned),
@@ -55,16 +68,12 @@ impl Runner<'_> {
             states: Vec::new(),
             checkpoint: None,
             expected: self.expected(table, round),
-        }))?;
+        })?;
         Ok(true)
     }
 
-    /// Sets tables aside that the pipeline no longer has, or has not in that round: nobody should
-    /// query or export them as if they belonged to it.
-    pub(super) fn park_unplanned(
-        &mut self,
-        slots: &[(&PlannedStage, Option<u32>)],
-    ) -> Result<(), Failure> {
+    /// The tables that the pipeline no longer has, or has not in that round.
+    pub(super) fn unplanned(&self, slots: &[(&PlannedStage, Option<u32>)]) -> Vec<Made> {
         let planned = |made: &Made| {
             slots.iter().any(|(stage, round)| {
                 *round == made.round
@@ -73,41 +82,20 @@ impl Runner<'_> {
                         .any(|table| table.as_str() == made.table)
             })
         };
-        let unplanned: Vec<_> = self
-            .folder
-            .manifest()
-            .made
-            .iter()
-            .filter(|made| !planned(made) && !self.folder.manifest().is_kept(made.round))
+        let manifest = self.folder.manifest();
+        let made = manifest.made.iter();
+        made.filter(|made| !planned(made) && !manifest.is_kept(made.round))
             .cloned()
-            .collect();
-        for made in unplanned {
-            self.folder.park(&made.table, made.round)?;
-        }
-        Ok(())
+            .collect()
     }
 
-    /// Sets everything aside that was made from a table which is about to be made again. What turns
-    /// out to be as before comes back without work.
-    fn park_dependents(&mut self, table: &TableName, round: Option<u32>) -> Result<(), Failure> {
-        let mut stale = HashSet::from([(table.clone(), round)]);
-        for (stage, round) in self.plan.slots() {
-            if self.folder.manifest().is_kept(round) {
-                continue;
-            }
-            let reads = stage.inputs.iter().any(|(_, input)| {
-                stale.contains(&(input.clone(), self.plan.round_of(input, round)))
-            });
-            let uses = stage.spec.as_stage().uses().iter().any(|used| {
-                let training = self.plan.training(stage, used.model, round);
-                training.is_some_and(|(table, round)| stale.contains(&(table.clone(), Some(round))))
-            });
-            if reads || uses {
-                for table in tables_of(stage) {
-                    self.folder.park(table.as_str(), round)?;
-                }
-                stale.insert((stage.name.clone(), round));
-            }
+    /// Sets these tables aside: nobody should query or export them as if they belonged to the pipeline.
+    pub(super) fn park_unplanned(
+        &mut self,
+        slots: &[(&PlannedStage, Option<u32>)],
+    ) -> Result<(), Failure> {
+        for made in self.unplanned(slots) {
+            self.folder.park(&made.table, made.round)?;
         }
         Ok(())
     }

@@ -21,7 +21,7 @@ use super::{Runner, took};
 use crate::config::PlannedStage;
 use crate::run::{Start, Unit};
 use crate::stages::{Command, Failure};
-use crate::store::{RunFolder, TableReader};
+use crate::store::TableReader;
 
 /// Between two looks at whether the run was asked to stop.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
@@ -49,8 +49,6 @@ impl Runner<'_> {
         work: &Command<'_>,
     ) -> Result<(), Failure> {
         let table = &stage.name;
-        let key = self.folder.manifest().find(table.as_str(), round);
-        let key = key.expect("a table that was begun").key.clone();
         let begun = Instant::now();
         self.report.start(Start {
             table,
@@ -71,8 +69,7 @@ impl Runner<'_> {
 
         let mut child = Running(start(work, round)?);
         let said = listen(&mut child.0, files, input_schema);
-        let stem = RunFolder::table_folder(table.as_str(), round);
-        let mut writer = self.writer(&format!("{stem}/part-00000"), &stage.schema, Some(&key));
+        let mut writer = self.writer(table, round, "part-00000", &stage.schema);
         let mut done = 0;
         let mut last_words: Vec<String> = Vec::new();
         let program = &work.words[0];

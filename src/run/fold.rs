@@ -7,7 +7,7 @@
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Instant;
 
 use arrow::array::RecordBatch;
@@ -44,7 +44,7 @@ impl Runner<'_> {
         let made = self
             .folder
             .manifest()
-            .find(table.as_str(), round)
+            .under_way(table.as_str(), round)
             .expect("a table that was begun")
             .clone();
         let input_round = self.plan.round_of(work.input(), round);
@@ -64,17 +64,10 @@ impl Runner<'_> {
         let mut shelf = self.shelf(stage, round)?;
         let interrupt = self.interrupt;
         let seed = self.plan.seed;
-        let root = self.folder.root().to_owned();
+        let place = self.folder.place(table.as_str(), round);
         let footer = self.footer(Some(&made.key));
-        let writer = |first: usize| {
-            let folder = RunFolder::table_folder(table.as_str(), round);
-            TableWriter::new(
-                &root,
-                &format!("{folder}/part-{first:05}"),
-                work.schema(),
-                &footer,
-            )
-        };
+        let writer =
+            |first: usize| place.writer(&format!("part-{first:05}"), &work.schema(), &footer);
         let report = RefCell::new(&mut *self.report);
         let said = &mut self.said;
         let mut telemetry = crate::models::Telemetry::default();
@@ -110,8 +103,7 @@ impl Runner<'_> {
                 Ok(()) => {
                     done = state.step as usize;
                     if !newest {
-                        self.folder
-                            .commit(Event::Begin(made.clone().back_at(state)))?;
+                        self.folder.begin(made.clone().back_at(state))?;
                     }
                     break;
                 }
@@ -129,7 +121,7 @@ impl Runner<'_> {
             // Steps without a state behind them are taken again.
             let mut made = made.clone();
             made.parts.clear();
-            self.folder.commit(Event::Begin(made))?;
+            self.folder.begin(made)?;
         }
         let total = Some(batches.len() as u64);
         report.borrow_mut().start(Start {
@@ -183,7 +175,9 @@ impl Runner<'_> {
                 return Err(Failure::Interrupted);
             }
         }
-        let folder = self.checkpoint_folder(stage, round);
+        let below = place.checkpoint(&self.checkpoint_name(stage, round));
+        self.folder.free_checkpoint(&below, table.as_str(), round)?;
+        let folder = self.folder.root().join(&below);
         write_folder(&folder, |to| -> Result<(), Failure> {
             let saved = training.learner().save(to);
             saved.map_err(Failure::of(work.model()))
@@ -205,11 +199,14 @@ impl Runner<'_> {
             model: work.model().to_string(),
             files,
             sha256,
-            folder: below(self.folder.root(), &folder),
+            folder: below,
         };
-        self.sound.extend(sound::records(&checkpoint));
         let over = states(&self.folder, table, round);
         self.finish(table, round, None, Some(checkpoint))?;
+        let made = self.folder.manifest().find(table.as_str(), round);
+        let written = made.and_then(|made| made.checkpoint.as_ref());
+        self.sound
+            .extend(written.into_iter().flat_map(sound::records));
         for state in over {
             let _ = fs::remove_dir_all(self.folder.root().join(state));
         }
@@ -237,12 +234,13 @@ impl Runner<'_> {
         round: Option<u32>,
     ) -> Result<(), Failure> {
         for name in tables_of(stage).iter().skip(1) {
-            if self.folder.manifest().find(name.as_str(), round).is_none() {
-                let Work::Fold(work) = stage.spec.as_stage().work() else {
-                    continue;
-                };
-                let settings = work.before_settings();
-                let (_, key) = self.because_before(stage, round, settings)?;
+            let Work::Fold(work) = stage.spec.as_stage().work() else {
+                continue;
+            };
+            let settings = work.before_settings();
+            let (_, key) = self.because_before(stage, round, settings)?;
+            let current = self.folder.manifest().find(name.as_str(), round);
+            if current.is_none_or(|made| made.key != key) {
                 self.folder.unpark(name.as_str(), round, &key)?;
             }
         }
@@ -274,21 +272,20 @@ impl Runner<'_> {
         )?))
     }
 
-    /// Where the checkpoint of a round goes: `checkpoints/round-2`, with the table's name when the
-    /// pipeline trains more than once a round.
-    fn checkpoint_folder(&self, stage: &PlannedStage, round: Option<u32>) -> PathBuf {
+    /// The name of a round's checkpoint: `round-2`, with the table's name when the pipeline trains more
+    /// than once a round.
+    fn checkpoint_name(&self, stage: &PlannedStage, round: Option<u32>) -> String {
         let round = round.unwrap_or(1);
-        let name = match self.plan.trainings().count() {
+        match self.plan.trainings().count() {
             1 => format!("round-{round}"),
             _ => format!("round-{round}-{}", stage.name),
-        };
-        self.folder.root().join("checkpoints").join(name)
+        }
     }
 }
 
 /// The folders of a training's saved states.
 fn states(folder: &RunFolder, table: &TableName, round: Option<u32>) -> BTreeSet<String> {
-    let made = folder.manifest().find(table.as_str(), round);
+    let made = folder.manifest().under_way(table.as_str(), round);
     let states = made.into_iter().flat_map(|made| &made.states);
     states.map(|state| state.folder.clone()).collect()
 }

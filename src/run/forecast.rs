@@ -95,7 +95,9 @@ pub fn forecast(
         let mut parked =
             parked.filter(|made| made.table == stage.name.as_str() && made.round == round);
         let current_fits = current.filter(|made| made.key == key);
-        let found = current_fits.or_else(|| parked.clone().find(|made| made.key == key));
+        let staged = manifest.staged(stage.name.as_str(), round);
+        let others = staged.into_iter().chain(parked.clone());
+        let found = current_fits.or_else(|| others.into_iter().find(|made| made.key == key));
         let fate = match (found, current.or_else(|| parked.next())) {
             (Some(made), _) if made.complete && current_fits.is_some() => Fate::Reuse,
             (Some(made), _) if made.complete => Fate::Return,

@@ -5,11 +5,11 @@ use std::time::Instant;
 
 use arrow::array::AsArray;
 
-use super::{Runner, count, took};
+use super::{Runner, count, took, write_beside};
 use crate::config::{KeepImages, PlannedStage};
 use crate::run::{Start, Unit};
 use crate::stages::{Failure, Load, Record, TableName, rejects};
-use crate::store::{Event, Images, Key, PartRecord, RunFolder, TableReader};
+use crate::store::{Event, Images, Key, Made, PartRecord, TableReader};
 use crate::tables::{Image, RejectClass};
 
 /// Records that are read, checked and committed as one.
@@ -25,9 +25,9 @@ impl Runner<'_> {
         let made = self
             .folder
             .manifest()
-            .find(table.as_str(), None)
+            .under_way(table.as_str(), None)
             .expect("a table that was begun");
-        let (key, parts_done) = (made.key.clone(), made.parts.clone());
+        let parts_done = made.parts.clone();
         let done_before: u64 = parts_done.iter().map(|part| part.rows_in).sum();
         self.report.start(Start {
             table,
@@ -36,6 +36,8 @@ impl Runner<'_> {
             total: None,
             done: done_before,
         });
+        let place = self.folder.place(table.as_str(), None);
+        let footer = self.footer(None);
         let mut images = Images::open(self.folder.root(), &self.folder.manifest().images)?;
         let mut records = work.records()?;
         let mut done = 0;
@@ -62,17 +64,14 @@ impl Runner<'_> {
             let loaded = work.load(next)?;
             self.add_images(&mut images, loaded.images)?;
             let rejects = rejects(table, None, loaded.rejects);
-            let stem = format!(
-                "{}/part-{part:05}",
-                RunFolder::table_folder(table.as_str(), None)
-            );
-            let mut writer = self.writer(&stem, &stage.schema, Some(&key));
+            let name = format!("part-{part:05}");
+            let mut writer = self.writer(table, None, &name, &stage.schema);
             writer.write(&loaded.rows)?;
             let record = PartRecord {
                 part,
                 rows_in,
                 files: writer.finish()?,
-                rejects: self.write_beside("rejects", table, None, part, &rejects)?,
+                rejects: write_beside(&place, "rejects", part, &footer, &rejects)?,
                 telemetry: Vec::new(),
                 faults: count(&rejects, RejectClass::Fault),
                 dropped: count(&rejects, RejectClass::Dropped),
@@ -94,7 +93,10 @@ impl Runner<'_> {
     /// A digest of a loaded table's rows.
     fn content(&self, table: &TableName) -> Result<String, Failure> {
         let mut key = Key::new("content");
-        for batch in self.folder.reader(table.as_str(), None) {
+        let made = self.folder.manifest().under_way(table.as_str(), None);
+        let files = made.into_iter().flat_map(Made::files);
+        let files = files.map(|file| self.folder.root().join(&file.file));
+        for batch in TableReader::new(files.collect()) {
             let batch = batch?;
             let keys = batch
                 .column_by_name("row_key")

@@ -1,7 +1,6 @@
 //! Mapping: parts of a table's groups are computed, committed and resumed, one after the other.
 
 use std::cell::RefCell;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -16,10 +15,8 @@ use crate::config::PlannedStage;
 use crate::models;
 use crate::run::{Start, Unit};
 use crate::stages::{Failure, MapWork, Outcome, Scope, Shelf, TableName, rejects};
-use crate::store::{
-    Event, FileRecord, Key, Lookup, Made, PartRecord, RunFolder, TableWriter, Took,
-};
-use crate::tables::{RejectClass, Row, Telemetry};
+use crate::store::{Event, FileRecord, Key, Lookup, Made, PartRecord, Place, Took};
+use crate::tables::{RejectClass, Telemetry};
 
 /// A table under way.
 struct Mapping<'w> {
@@ -76,7 +73,7 @@ impl Runner<'_> {
         let made = self
             .folder
             .manifest()
-            .find(table.as_str(), round)
+            .under_way(table.as_str(), round)
             .expect("a table that was begun")
             .clone();
         let input_round = self.plan.round_of(work.input(), round);
@@ -92,13 +89,13 @@ impl Runner<'_> {
             made.part_groups
         };
         if made.part_groups != part_groups {
-            self.folder.commit(Event::Begin(Made {
+            self.folder.begin(Made {
                 part_groups,
                 ..made.clone()
-            }))?;
+            })?;
         }
         let pen = Arc::new(Pen {
-            root: self.folder.root().to_owned(),
+            place: self.folder.place(table.as_str(), round),
             table: table.clone(),
             round,
             schema: work.schema(),
@@ -231,25 +228,29 @@ impl Runner<'_> {
         Ok(Key::new("row").with_json(&because))
     }
 
-    /// The rows of superseded makings of this table, by their keys; the latest making first. Each has
-    /// an index of its own: rows of one key lie together in one making, not in several.
+    /// The rows of superseded versions of this table, by their keys; the latest version first. Each has
+    /// an index of its own: rows of one key lie together in one version, not in several.
     fn reuse(&self, table: &TableName, round: Option<u32>) -> Result<Vec<Lookup>, Failure> {
-        let parked = self.folder.manifest().parked.iter().rev();
-        let mut makings = Vec::new();
-        for made in parked.map(|parked| &parked.made) {
+        let manifest = self.folder.manifest();
+        // The version that a staged one is going to replace is the latest.
+        let current = manifest.find(table.as_str(), round);
+        let replaced = current.filter(|_| manifest.staged(table.as_str(), round).is_some());
+        let parked = manifest.parked.iter().rev().map(|parked| &parked.made);
+        let mut versions = Vec::new();
+        for made in replaced.into_iter().chain(parked) {
             if made.table == table.as_str() && made.round == round {
                 let path = |file: &FileRecord| self.folder.root().join(&file.file);
                 let files: Vec<_> = made.files().map(path).collect();
-                makings.push(Lookup::open(files, "row_key")?);
+                versions.push(Lookup::open(files, "row_key")?);
             }
         }
-        Ok(makings)
+        Ok(versions)
     }
 }
 
 /// Writes the parts of a table.
 struct Pen {
-    root: PathBuf,
+    place: Place,
     table: TableName,
     round: Option<u32>,
     schema: SchemaRef,
@@ -260,14 +261,12 @@ struct Pen {
 impl Pen {
     fn write(&self, parcel: Parcel) -> Result<PartRecord, Failure> {
         let Parcel { part, .. } = parcel;
-        let stem = format!(
-            "{}/part-{part:05}",
-            RunFolder::table_folder(self.table.as_str(), self.round)
-        );
         let mut footer = self.footer.clone();
         footer.push(("ovchat.key", self.key.clone()));
         let footer = with_halvings(footer, parcel.halvings);
-        let mut writer = TableWriter::new(&self.root, &stem, self.schema.clone(), &footer);
+        let mut writer = self
+            .place
+            .writer(&format!("part-{part:05}"), &self.schema, &footer);
         let mut set_aside = Vec::new();
         for outcome in parcel.outcomes {
             match outcome {
@@ -277,36 +276,19 @@ impl Pen {
         }
         let rejects = rejects(&self.table, self.round, set_aside);
         let telemetry = match parcel.telemetry {
-            Some(row) => self.write_beside("telemetry", part, &[row])?,
+            Some(row) => write_beside(&self.place, "telemetry", part, &self.footer, &[row])?,
             None => Vec::new(),
         };
         Ok(PartRecord {
             part,
             rows_in: parcel.groups,
             files: writer.finish()?,
-            rejects: self.write_beside("rejects", part, &rejects)?,
+            rejects: write_beside(&self.place, "rejects", part, &self.footer, &rejects)?,
             telemetry,
             faults: count(&rejects, RejectClass::Fault),
             dropped: count(&rejects, RejectClass::Dropped),
             took: Some(parcel.took),
         })
-    }
-
-    fn write_beside<R: Row>(
-        &self,
-        folder: &str,
-        part: u32,
-        rows: &[R],
-    ) -> Result<Vec<FileRecord>, Failure> {
-        write_beside(
-            &self.root,
-            &self.footer,
-            folder,
-            &self.table,
-            self.round,
-            part,
-            rows,
-        )
     }
 }
 

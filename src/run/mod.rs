@@ -5,6 +5,7 @@
 //! finished, and one made under another key is set aside and made again, row by row from what the
 //! old one still answers. The four kinds of work (`load`, `map`, `query`, `fold`) are each one file.
 
+mod announce;
 mod claim;
 mod command;
 mod expect;
@@ -39,8 +40,8 @@ use crate::config::{Plan, PlannedStage, View};
 use crate::models::ModelLoader;
 use crate::stages::{Failure, ModelName, ModelState, Shelf, TableName, Work};
 use crate::store::{
-    CheckpointRecord, Event, FileRecord, Fingerprints, Images, Made, PartRecord, Rates, RunFolder,
-    TableWriter, Took, read_file,
+    CheckpointRecord, Event, FileRecord, Fingerprints, Images, Made, PartRecord, Place, Rates,
+    RunFolder, TableWriter, Took, read_file,
 };
 use crate::tables::{Reject, RejectClass, Row, Telemetry};
 use keys::{Keys, table_key};
@@ -52,6 +53,8 @@ pub struct Options {
     pub folder: PathBuf,
     /// Stop when this table was made for the first time.
     pub until: Option<TableName>,
+    /// The command line that does this run again, recorded so that a later run can name it.
+    pub command: String,
     /// The file of what rows take on this machine, see [`crate::store::Rates`].
     pub rates: Option<PathBuf>,
 }
@@ -94,7 +97,7 @@ pub fn run(
         round: None,
         failure: Box::new(failure),
     };
-    runner.park_unplanned(&slots).map_err(failed)?;
+    runner.announce(options, &slots).map_err(failed)?;
     let mut mended = HashSet::new();
     loop {
         let ended = runner.go_through(&slots, options.until.as_ref());
@@ -109,6 +112,9 @@ pub fn run(
             ended?;
         }
     }
+    if options.until.is_none() {
+        runner.park_unplanned(&slots).map_err(failed)?;
+    }
     Ok(runner.summary())
 }
 
@@ -116,6 +122,8 @@ pub fn run(
 struct Runner<'a> {
     plan: &'a Plan,
     folder: RunFolder,
+    /// What the manifest said of the run before this one, see [`RunFolder::set_source`].
+    before: Value,
     loader: Option<&'a dyn ModelLoader>,
     report: &'a mut dyn Report,
     interrupt: &'a Interrupt,
@@ -148,13 +156,16 @@ impl<'a> Runner<'a> {
         }
         let view = |(name, view): &(TableName, View)| json!({ "name": name.as_str(), "query": plan.secrets.hide(&view.query) });
         let views: Vec<Value> = plan.report.iter().map(view).collect();
+        let before = folder.manifest().source.clone();
         folder.set_source(json!({
-            "file": plan.path, "pipeline": plan.pipeline.as_str(), "seed": plan.seed, "views": views
+            "file": plan.path, "pipeline": plan.pipeline.as_str(), "seed": plan.seed, "views": views,
+            "command": plan.secrets.hide(&options.command)
         }))?;
         let fingerprints = Fingerprints::open(folder.cache()?.join("fingerprints.json"));
         Ok(Self {
             plan,
             folder,
+            before,
             keys: Keys::new(plan, loader, fingerprints),
             loader,
             report,
@@ -303,7 +314,7 @@ impl<'a> Runner<'a> {
         content: Option<String>,
         checkpoint: Option<CheckpointRecord>,
     ) -> Result<(), Failure> {
-        let made = self.folder.manifest().find(table.as_str(), round);
+        let made = self.folder.manifest().under_way(table.as_str(), round);
         let key = made.map(|made| made.key.clone());
         let mut halvings = 0;
         for file in made.into_iter().flat_map(Made::telemetry) {
@@ -435,7 +446,7 @@ impl<'a> Runner<'a> {
         let made = self
             .folder
             .manifest()
-            .find(table.as_str(), round)
+            .under_way(table.as_str(), round)
             .expect("a table that was begun");
         let total: u64 = made.parts.iter().map(|part| part.rows_in).sum();
         let faults: u64 = made.parts.iter().map(|part| part.faults).sum();
@@ -463,29 +474,18 @@ impl<'a> Runner<'a> {
         Ok("of an unknown row".to_owned())
     }
 
-    /// Writes rows that stand beside a table's own as files of the run.
-    fn write_beside<R: Row>(
+    /// A writer of the rows of a table that is being made; the footer says what made them.
+    fn writer(
         &self,
-        folder: &str,
         table: &TableName,
         round: Option<u32>,
-        part: u32,
-        rows: &[R],
-    ) -> Result<Vec<FileRecord>, Failure> {
-        write_beside(
-            self.folder.root(),
-            &self.footer(None),
-            folder,
-            table,
-            round,
-            part,
-            rows,
-        )
-    }
-
-    /// A writer of the run's files; the footer says what made them.
-    fn writer(&self, stem: &str, schema: &SchemaRef, key: Option<&str>) -> TableWriter {
-        TableWriter::new(self.folder.root(), stem, schema.clone(), &self.footer(key))
+        name: &str,
+        schema: &SchemaRef,
+    ) -> TableWriter {
+        let made = self.folder.manifest().under_way(table.as_str(), round);
+        let footer = self.footer(made.map(|made| made.key.as_str()));
+        let place = self.folder.place(table.as_str(), round);
+        place.writer(name, schema, &footer)
     }
 
     /// What the footer of a file says of its making.
@@ -519,19 +519,15 @@ pub fn titled(table: &TableName, round: Option<u32>) -> String {
     }
 }
 
-/// Writes rows that stand beside a table's own as files of the run in `root`.
+/// Writes rows that belong to a part of a table and are of another kind.
 fn write_beside<R: Row>(
-    root: &Path,
-    footer: &[(&'static str, String)],
-    folder: &str,
-    table: &TableName,
-    round: Option<u32>,
+    place: &Place,
+    kind: &str,
     part: u32,
+    footer: &[(&'static str, String)],
     rows: &[R],
 ) -> Result<Vec<FileRecord>, Failure> {
-    let round = round.map_or_else(String::new, |round| format!("-round-{round}"));
-    let stem = format!("{folder}/{table}{round}-{part:05}");
-    let mut writer = TableWriter::new(root, &stem, R::schema(), footer);
+    let mut writer = place.beside(kind, part, &R::schema(), footer);
     if !rows.is_empty() {
         writer.write(&R::to_batch(rows))?;
     }

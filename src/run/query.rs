@@ -11,7 +11,7 @@ use crate::config::PlannedStage;
 use crate::query::{self, QueryTable};
 use crate::run::{Start, Unit};
 use crate::stages::{Failure, Query};
-use crate::store::{RunFolder, StoreError};
+use crate::store::StoreError;
 
 impl Runner<'_> {
     pub(super) fn query(
@@ -21,13 +21,6 @@ impl Runner<'_> {
         work: &Query,
     ) -> Result<(), Failure> {
         let table = &stage.name;
-        let key = self
-            .folder
-            .manifest()
-            .find(table.as_str(), round)
-            .expect("a table that was begun")
-            .key
-            .clone();
         let begun = Instant::now();
         self.report.start(Start {
             table,
@@ -55,11 +48,7 @@ impl Runner<'_> {
                 with_round: false,
             });
         }
-        let stem = format!(
-            "{}/part-00000",
-            RunFolder::table_folder(table.as_str(), round)
-        );
-        let mut writer = self.writer(&stem, &stage.schema, Some(&key));
+        let mut writer = self.writer(table, round, "part-00000", &stage.schema);
         let mut done = 0;
         let spill = tempfile::tempdir_in(self.folder.cache()?)
             .map_err(StoreError::io("create a folder in", self.folder.root()))?;

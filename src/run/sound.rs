@@ -53,11 +53,9 @@ impl Runner<'_> {
             let made = manifest.find(table.as_str(), self.plan.round_of(table, round));
             written.extend(made.into_iter().flat_map(Made::files).map(record));
         }
-        let parked = manifest.parked.iter().map(|parked| &parked.made);
-        let all: Vec<&Made> = manifest.made.iter().chain(parked).collect();
         for table in tables_of(stage) {
-            let own = all.iter().filter(|made| made.table == table.as_str());
-            let own = own.filter(|made| made.round == round);
+            let own = manifest.versions();
+            let own = own.filter(|made| made.is(table.as_str(), round));
             written.extend(own.flat_map(|made| made.files()).map(record));
         }
         for used in stage.spec.as_stage().uses() {

@@ -8,9 +8,10 @@ use arrow::datatypes::SchemaRef;
 
 use super::manifest::probe_writable;
 use super::parquet::schema_of_file;
+use super::versions::places;
 use super::{
     CheckpointRecord, Event, FileRecord, Fork, Lock, Made, Manifest, Parked, PartRecord,
-    StoreError, TableReader, TableWriter, create_folder, hash_file, sync_folder, write_folder,
+    StoreError, TableReader, TableWriter, create_folder, hash_file, write_folder,
 };
 
 /// Folders for what is written beside the rows of tables.
@@ -23,8 +24,8 @@ const COMPACT_BELOW_ROWS: u64 = 2048;
 
 /// A run's folder, held by this process (or only read).
 pub struct RunFolder {
-    root: PathBuf,
-    manifest: Manifest,
+    pub(super) root: PathBuf,
+    pub(super) manifest: Manifest,
     _lock: Option<Lock>,
 }
 
@@ -103,6 +104,7 @@ impl RunFolder {
         write_folder(to, |hidden| {
             create_folder(hidden)?;
             let mut manifest = Manifest::new(hidden, &self.manifest.pipeline);
+            manifest.format = self.manifest.format;
             manifest.source = self.manifest.source.clone();
             let of = std::path::absolute(&self.root).unwrap_or_else(|_| self.root.clone());
             manifest.fork = Some(Fork { of, at });
@@ -170,14 +172,6 @@ impl RunFolder {
             .transpose()
     }
 
-    /// Where a table's files lie, below the root.
-    pub fn table_folder(table: &str, round: Option<u32>) -> String {
-        match round {
-            Some(round) => format!("{table}/round={round}"),
-            None => table.to_owned(),
-        }
-    }
-
     /// The folder of what was paid for: the calls of models behind endpoints.
     pub fn calls(&self) -> PathBuf {
         self.root.join(CALLS)
@@ -188,41 +182,6 @@ impl RunFolder {
         let cache = self.root.join(".cache");
         create_folder(&cache)?;
         Ok(cache)
-    }
-
-    /// Moves a table that was superseded into `.cache/<key>`, where readers do not look.
-    ///
-    /// The commit comes first: a crash between it and the moves leaves them to the next opening.
-    pub fn park(&mut self, table: &str, round: Option<u32>) -> Result<(), StoreError> {
-        let Some(made) = self.manifest.find(table, round).cloned() else {
-            return Ok(());
-        };
-        let below = format!(".cache/{}", made.key);
-        let parked = relocated(made, |file| format!("{below}/{file}"));
-        self.commit(Event::Park(parked))?;
-        self.finish_moves()
-    }
-
-    /// Makes a parked table current again, if one with this key is there.
-    pub fn unpark(
-        &mut self,
-        table: &str,
-        round: Option<u32>,
-        key: &str,
-    ) -> Result<bool, StoreError> {
-        let found = self.manifest.parked.iter().map(|parked| &parked.made);
-        let mut found =
-            found.filter(|made| made.table == table && made.round == round && made.key == key);
-        let Some(made) = found.next().cloned() else {
-            return Ok(false);
-        };
-        let below = format!(".cache/{key}/");
-        let made = relocated(made, |file| {
-            file.strip_prefix(&below).unwrap_or(file).to_owned()
-        });
-        self.commit(Event::Unpark(made))?;
-        self.finish_moves()?;
-        Ok(true)
     }
 
     /// Puts a file aside that is not what was written, where no reader looks, and strikes out what it was
@@ -249,8 +208,7 @@ impl RunFolder {
 
     /// The SHA-256 of a file that the manifest lists.
     fn sha256(&self, name: &str) -> Option<String> {
-        let parked = self.manifest.parked.iter().map(|parked| &parked.made);
-        let made: Vec<&Made> = self.manifest.made.iter().chain(parked).collect();
+        let made: Vec<&Made> = self.manifest.versions().collect();
         let files = made.iter().flat_map(|made| made.all_files());
         let mut files = files.chain(&self.manifest.images);
         if let Some(file) = files.find(|file| file.file == name) {
@@ -279,26 +237,8 @@ impl RunFolder {
         })
     }
 
-    /// Moves what is recorded in one place and lies in the other: what a table's parking or its way
-    /// back recorded, and perhaps a crash cut off.
-    fn finish_moves(&self) -> Result<(), StoreError> {
-        for parked in &self.manifest.parked {
-            let below = format!(".cache/{}/", parked.made.key);
-            for name in places(&parked.made) {
-                if let Some(before) = name.strip_prefix(&below) {
-                    self.move_below_root(before, name)?;
-                }
-            }
-        }
-        for made in &self.manifest.made {
-            for name in places(made) {
-                self.move_below_root(&format!(".cache/{}/{name}", made.key), name)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Ends a table: many small parts become few large files, and the manifest calls it complete.
+    /// Ends a table: many small parts become few large files, and the manifest calls it complete. A staged
+    /// version replaces the one that is current.
     pub fn finish(
         &mut self,
         table: &str,
@@ -307,29 +247,32 @@ impl RunFolder {
         checkpoint: Option<CheckpointRecord>,
         footer: &[(&str, String)],
     ) -> Result<(), StoreError> {
-        let made = self
-            .manifest
-            .find(table, round)
-            .expect("a table that was begun")
-            .clone();
-        let folder = Self::table_folder(table, round);
+        let made = self.manifest.under_way(table, round);
+        let made = made.expect("a table that was begun").clone();
+        let place = self.place(table, round);
         let old: Vec<FileRecord> = made.all_files().cloned().collect();
-        let files = self.compact(
-            &made.files().cloned().collect::<Vec<_>>(),
-            &format!("{folder}/all"),
-            footer,
-        )?;
-        let round_name = round.map_or(String::new(), |round| format!("-round-{round}"));
-        let rejects = self.compact(
-            &made.rejects().cloned().collect::<Vec<_>>(),
-            &format!("rejects/{table}{round_name}"),
-            footer,
-        )?;
-        let telemetry = self.compact(
-            &made.telemetry().cloned().collect::<Vec<_>>(),
-            &format!("telemetry/{table}{round_name}"),
-            footer,
-        )?;
+        // Rows are compacted where no reader looks, so that none sees them twice.
+        let hidden = format!(".cache/{}/", made.key);
+        let folder = self.table_folder(table, round);
+        let files: Vec<FileRecord> = made.files().cloned().collect();
+        let mut files = self.compact(&files, |schema| {
+            place.rows_writer(&format!("{hidden}{folder}/all"), schema, footer)
+        })?;
+        if self.manifest.staged(table, round).is_none() {
+            for file in &mut files {
+                if let Some(name) = file.file.strip_prefix(&hidden) {
+                    file.file = name.to_owned();
+                }
+            }
+        }
+        let beside = |kind: &str, files: Vec<FileRecord>| {
+            let stem = place.beside_stem(kind);
+            self.compact(&files, |schema| {
+                TableWriter::new(&self.root, &stem, schema.clone(), footer)
+            })
+        };
+        let rejects = beside("rejects", made.rejects().cloned().collect())?;
+        let telemetry = beside("telemetry", made.telemetry().cloned().collect())?;
         let whole = PartRecord {
             part: 0,
             rows_in: made.parts.iter().map(|part| part.rows_in).sum(),
@@ -349,19 +292,21 @@ impl RunFolder {
             content,
             checkpoint,
         })?;
-        self.manifest.rewrite()?;
+        if self.manifest.staged(table, round).is_none() {
+            self.put_in_place(&made)?;
+        }
         for file in old.iter().filter(|file| !kept.contains(&file.file)) {
             let _ = fs::remove_file(self.root.join(&file.file));
         }
-        Ok(())
+        self.replace_by_staged(table, round)?;
+        self.manifest.rewrite()
     }
 
     /// Rewrites small files as few large ones; returns the files to list.
     fn compact(
         &self,
         files: &[FileRecord],
-        stem: &str,
-        footer: &[(&str, String)],
+        writer: impl FnOnce(&SchemaRef) -> TableWriter,
     ) -> Result<Vec<FileRecord>, StoreError> {
         let count = files.len() as u64;
         let bytes: u64 = files.iter().map(|file| file.bytes).sum();
@@ -374,42 +319,32 @@ impl RunFolder {
             .iter()
             .map(|file| self.root.join(&file.file))
             .collect();
-        let schema = schema_of_file(&paths[0])?;
-        let mut writer = TableWriter::new(&self.root, stem, schema, footer);
+        let mut writer = writer(&schema_of_file(&paths[0])?);
         for batch in TableReader::new(paths) {
             writer.write(&batch?)?;
         }
         writer.finish()
     }
 
-    /// Moves a file or folder, if it is there and its new place is free.
-    fn move_below_root(&self, from: &str, to: &str) -> Result<(), StoreError> {
-        let (from, to) = (self.root.join(from), self.root.join(to));
-        if !from.exists() || to.exists() {
-            return Ok(());
-        }
-        let folder = to.parent().expect("a file in a folder");
-        create_folder(folder)?;
-        fs::rename(&from, &to).map_err(StoreError::io("move", &from))?;
-        sync_folder(folder)
-    }
-
     /// Removes what a killed process wrote and never committed, so that readers of `**/*.parquet`
     /// see nothing that the manifest doesn't know. Only files with our names, in our folders.
     fn sweep(&self) -> Result<(), StoreError> {
-        let made = self.manifest.made.iter();
-        let listed = made.clone().flat_map(Made::all_files);
+        let versions = || self.manifest.versions();
+        let listed = versions().flat_map(Made::all_files);
         let listed: HashSet<&str> = listed
             .chain(&self.manifest.images)
             .map(|file| file.file.as_str())
             .collect();
-        let parked = self.manifest.parked.iter().map(|parked| &parked.made);
-        let mut folders: HashSet<String> = made
-            .chain(parked)
-            .map(|made| Self::table_folder(&made.table, made.round))
+        let mut folders: HashSet<String> = versions()
+            .map(|made| self.table_folder(&made.table, made.round))
             .collect();
         folders.insert("images".to_owned());
         folders.extend(BESIDE.map(str::to_owned));
+        for made in &self.manifest.staged {
+            let below = |folder: &str| format!(".cache/{}/{folder}", made.key);
+            folders.insert(below(&self.table_folder(&made.table, made.round)));
+            folders.extend(BESIDE.map(below));
+        }
         for folder in folders {
             let Ok(entries) = fs::read_dir(self.root.join(&folder)) else {
                 continue;
@@ -419,7 +354,7 @@ impl RunFolder {
                 let name = entry.file_name().to_string_lossy().into_owned();
                 let ours = name.starts_with("part-")
                     || name.starts_with("all")
-                    || BESIDE.contains(&folder.as_str());
+                    || BESIDE.iter().any(|beside| folder.ends_with(beside));
                 let ours = ours && (name.ends_with(".parquet") || name.ends_with(".parquet.new"));
                 let is_file = entry.file_type().is_ok_and(|kind| kind.is_file());
                 if ours && is_file && !listed.contains(format!("{folder}/{name}").as_str()) {
@@ -434,12 +369,12 @@ impl RunFolder {
     /// Removes what no record names from `.cache`: states of trainings that ended, folders of queries
     /// and half-written states of a killed process.
     fn sweep_cache(&self) -> Result<(), StoreError> {
-        let made = self.manifest.made.iter();
-        let all = made.chain(self.manifest.parked.iter().map(|parked| &parked.made));
-        let named: HashSet<&str> = all
+        let versions = self.manifest.versions();
+        let mut named: HashSet<&str> = versions
             .flat_map(places)
             .filter_map(|name| name.strip_prefix(".cache/")?.split('/').next())
             .collect();
+        named.extend(self.manifest.staged.iter().map(|made| made.key.as_str()));
         let cache = self.cache()?;
         for entry in fs::read_dir(&cache).map_err(StoreError::io("read", &cache))? {
             let entry = entry.map_err(StoreError::io("read", &cache))?;
@@ -470,33 +405,39 @@ impl RunFolder {
                 && states.all(|state| folder_there(&state.folder, &state.files))
         };
         let mut lost = Vec::new();
-        let mut kept = Vec::new();
-        for made in &self.manifest.made {
+        let mut survivor = |made: &Made| {
             if made.parts.iter().all(&whole) && folders_there(made) {
-                kept.push(made.clone());
-                continue;
+                return Some(made.clone());
             }
             lost.push(made.table.clone());
             if made.complete {
-                continue;
+                return None;
             }
             let mut made = made.clone();
             if made.states.is_empty() {
                 made.parts.retain(&whole);
-                kept.push(made);
-                continue;
+                return Some(made);
             }
             // A training goes on from the newest state that is whole, as are the steps before it, or
             // begins again.
             made.states
                 .retain(|state| folder_there(&state.folder, &state.files));
-            if let Some(newest) = made.states.last().cloned() {
-                let made = made.back_at(&newest);
-                if made.parts.iter().all(&whole) {
-                    kept.push(made);
-                }
-            }
-        }
+            let newest = made.states.last().cloned()?;
+            let made = made.back_at(&newest);
+            made.parts.iter().all(&whole).then_some(made)
+        };
+        let mut kept: Vec<Made> = self
+            .manifest
+            .made
+            .iter()
+            .filter_map(&mut survivor)
+            .collect();
+        let mut staged: Vec<Made> = self
+            .manifest
+            .staged
+            .iter()
+            .filter_map(&mut survivor)
+            .collect();
         let images_there = self.manifest.images.iter().all(&there);
         let loads = |made: &Made| {
             made.round.is_none() && matches!(made.kind.as_deref(), Some("prompt" | "pair"))
@@ -507,25 +448,21 @@ impl RunFolder {
             // Without its pictures no table can be used; the loading stages bring them back.
             lost.push("images".to_owned());
             kept.retain(|made| !loads(made));
+            staged.retain(|made| !loads(made));
             parked.retain(|parked| !loads(&parked.made));
             self.manifest.images.clear();
         }
+        // A version without one that it replaces is not staged, but parked.
+        for made in staged.extract_if(.., |made| {
+            !kept.iter().any(|one| one.is(&made.table, made.round))
+        }) {
+            parked.push(Parked { made });
+        }
         self.manifest.made = kept;
+        self.manifest.staged = staged;
         self.manifest.parked = parked;
         lost
     }
-}
-
-/// The files and folders of a table, relative to the run's folder; states stay where they are.
-fn places(made: &Made) -> impl Iterator<Item = &str> {
-    let files = made.all_files().map(|file| file.file.as_str());
-    let checkpoint = made
-        .checkpoint
-        .iter()
-        .map(|checkpoint| checkpoint.folder.as_str());
-    files
-        .chain(checkpoint)
-        .chain(made.states.iter().map(|state| state.folder.as_str()))
 }
 
 /// Makes a file of one run a file of another.
@@ -536,20 +473,6 @@ fn link(from: &Path, to: &Path, name: &str) -> Result<(), StoreError> {
         fs::copy(&from, &to).map_err(StoreError::io("copy", &from))?;
     }
     Ok(())
-}
-
-/// The record of a table whose files have other names.
-fn relocated(mut made: Made, name: impl Fn(&str) -> String) -> Made {
-    for part in &mut made.parts {
-        let beside = part.rejects.iter_mut().chain(&mut part.telemetry);
-        for file in part.files.iter_mut().chain(beside) {
-            file.file = name(&file.file);
-        }
-    }
-    if let Some(checkpoint) = &mut made.checkpoint {
-        checkpoint.folder = name(&checkpoint.folder);
-    }
-    made
 }
 
 /// The files in a folder that was written and in those below it, with their sizes, for the manifest.

@@ -15,8 +15,9 @@ use serde_json::Value;
 
 use super::{StoreError, sync_folder, write_atomically};
 
-/// The version of the manifest and of the folder's layout.
-const FORMAT: u32 = 1;
+/// The version of the manifest and of the folder's layout. Format 1 names the folder of a round
+/// `round=2`, and its files have no column `round`; a run that was begun so goes on so.
+const FORMAT: u32 = 2;
 
 /// A file of the run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -115,6 +116,10 @@ pub struct Made {
 }
 
 impl Made {
+    pub fn is(&self, table: &str, round: Option<u32>) -> bool {
+        self.table == table && self.round == round
+    }
+
     /// The same training as it was when a state was saved.
     #[must_use]
     pub fn back_at(mut self, state: &StateRecord) -> Self {
@@ -209,6 +214,13 @@ pub enum Event {
         content: Option<String>,
         checkpoint: Option<CheckpointRecord>,
     },
+    /// A new version of a complete table is begun, or goes on.
+    Stage(Made),
+    /// A staged version is set aside, as far as it got. Its files stay where they are.
+    ParkStaged { table: String, round: Option<u32> },
+    /// A complete version becomes the table, and the one before is set aside. The records say where the
+    /// files of both lie afterwards.
+    Replace { old: Made, new: Made },
     /// A table was superseded; its files lie where the record now says.
     Park(Made),
     /// A superseded table is current again.
@@ -228,6 +240,10 @@ pub struct Manifest {
     /// The pipeline file that was run last, and the settings as meant.
     pub source: Value,
     pub made: Vec<Made>,
+    /// New versions, begun or complete, of tables whose complete version in `made` has another key. Their
+    /// files lie below `.cache/<key>` until the new version is complete and replaces the other.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub staged: Vec<Made>,
     pub parked: Vec<Parked>,
     pub images: Vec<FileRecord>,
     /// Where its first rounds come from, if not from here.
@@ -246,6 +262,7 @@ impl Manifest {
             pipeline: pipeline.to_owned(),
             source: Value::Null,
             made: Vec::new(),
+            staged: Vec::new(),
             parked: Vec::new(),
             images: Vec::new(),
             fork: None,
@@ -291,10 +308,11 @@ impl Manifest {
         };
         let mut manifest: Self =
             serde_json::from_slice(&text).map_err(|error| problem(error.to_string()))?;
-        if manifest.format != FORMAT {
+        if !(1..=FORMAT).contains(&manifest.format) {
             let format = manifest.format;
             return Err(problem(format!(
-                "it has format {format}, and this program writes {FORMAT}; use the version that wrote it"
+                "it has format {format}, and this version of pipeline reads formats 1 to {FORMAT}; use the \
+                 version that wrote it"
             )));
         }
         folder.clone_into(&mut manifest.folder);
@@ -363,15 +381,34 @@ impl Manifest {
 
     /// What was made of a table in a round (`None`: the static table).
     pub fn find(&self, table: &str, round: Option<u32>) -> Option<&Made> {
-        self.made
-            .iter()
-            .find(|made| made.table == table && made.round == round)
+        self.made.iter().find(|made| made.is(table, round))
     }
 
-    fn find_mut(&mut self, table: &str, round: Option<u32>) -> Option<&mut Made> {
-        self.made
-            .iter_mut()
-            .find(|made| made.table == table && made.round == round)
+    /// The staged version of a table in a round.
+    pub fn staged(&self, table: &str, round: Option<u32>) -> Option<&Made> {
+        self.staged.iter().find(|made| made.is(table, round))
+    }
+
+    /// The version of a table that is being made: the staged one, or the table itself.
+    pub fn under_way(&self, table: &str, round: Option<u32>) -> Option<&Made> {
+        self.staged(table, round)
+            .or_else(|| self.find(table, round))
+    }
+
+    fn under_way_mut(&mut self, table: &str, round: Option<u32>) -> Option<&mut Made> {
+        let all = self.staged.iter_mut().chain(&mut self.made);
+        all.into_iter().find(|made| made.is(table, round))
+    }
+
+    /// Every version of a table that has files: current, staged, parked.
+    pub fn versions(&self) -> impl Iterator<Item = &Made> {
+        let parked = self.parked.iter().map(|parked| &parked.made);
+        self.made.iter().chain(&self.staged).chain(parked)
+    }
+
+    /// Folders are named `round-2`, and files have a column `round`.
+    pub fn has_round_column(&self) -> bool {
+        self.format > 1
     }
 
     fn log_path(&self) -> PathBuf {
@@ -391,7 +428,7 @@ impl Manifest {
                 part,
                 state,
             } => {
-                if let Some(made) = self.find_mut(&table, round) {
+                if let Some(made) = self.under_way_mut(&table, round) {
                     made.parts.retain(|other| other.part != part.part);
                     made.parts.push(part);
                     made.parts.sort_by_key(|part| part.part);
@@ -409,7 +446,7 @@ impl Manifest {
                 content,
                 checkpoint,
             } => {
-                if let Some(made) = self.find_mut(&table, round) {
+                if let Some(made) = self.under_way_mut(&table, round) {
                     made.parts = parts;
                     made.content = content;
                     made.checkpoint = checkpoint;
@@ -417,19 +454,38 @@ impl Manifest {
                     made.states.clear();
                 }
             }
+            Event::Stage(made) => {
+                self.forget_parked(&made);
+                self.staged
+                    .retain(|other| !other.is(&made.table, made.round));
+                self.staged.push(made);
+            }
+            Event::ParkStaged { table, round } => {
+                let staged = self.staged.iter().position(|made| made.is(&table, round));
+                if let Some(position) = staged {
+                    let made = self.staged.remove(position);
+                    self.park(made);
+                }
+            }
+            Event::Replace { old, new } => {
+                self.forget_parked(&new);
+                self.staged.retain(|made| !made.is(&new.table, new.round));
+                let current = self
+                    .made
+                    .iter()
+                    .position(|made| made.is(&new.table, new.round));
+                match current {
+                    Some(position) => self.made[position] = new,
+                    None => self.made.push(new),
+                }
+                self.park(old);
+            }
             Event::Park(made) => {
                 self.remove(&made.table.clone(), made.round);
-                self.parked.retain(|parked| {
-                    (&parked.made.table, parked.made.round, &parked.made.key)
-                        != (&made.table, made.round, &made.key)
-                });
-                self.parked.push(Parked { made });
+                self.park(made);
             }
             Event::Unpark(made) => {
-                self.parked.retain(|parked| {
-                    (&parked.made.table, parked.made.round, &parked.made.key)
-                        != (&made.table, made.round, &made.key)
-                });
+                self.forget_parked(&made);
                 self.remove(&made.table.clone(), made.round);
                 self.made.push(made);
             }
@@ -438,8 +494,18 @@ impl Manifest {
     }
 
     fn remove(&mut self, table: &str, round: Option<u32>) {
-        self.made
-            .retain(|made| made.table != table || made.round != round);
+        self.made.retain(|made| !made.is(table, round));
+    }
+
+    fn park(&mut self, made: Made) {
+        self.forget_parked(&made);
+        self.parked.push(Parked { made });
+    }
+
+    fn forget_parked(&mut self, made: &Made) {
+        self.parked.retain(|Parked { made: other }| {
+            !(other.is(&made.table, made.round) && other.key == made.key)
+        });
     }
 }
 

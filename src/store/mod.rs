@@ -1,6 +1,6 @@
 //! Where tables lie: a run is a folder of Parquet and a manifest.
 //!
-//! `runs/<run>/{manifest.json, <table>/round=2/part-00003.parquet, <static table>/part-00000.parquet,
+//! `runs/<run>/{manifest.json, <table>/round-2/part-00003.parquet, <static table>/part-00000.parquet,
 //! images/, rejects/, checkpoints/round-2/, .cache/}`. A file's existence proves nothing: only what
 //! the manifest lists is part of the run. Files are written under a name that no reader looks at,
 //! synced, and renamed; then the manifest takes them in.
@@ -16,7 +16,9 @@ mod lock;
 mod lookup;
 mod manifest;
 mod parquet;
+mod place;
 mod rates;
+mod versions;
 
 pub use atomic::{copy_folder, create_folder, sync_folder, write_atomically, write_folder};
 pub use error::StoreError;
@@ -32,4 +34,5 @@ pub use manifest::{
     StateRecord, Took,
 };
 pub use parquet::{TableReader, TableWriter, read_file};
+pub use place::Place;
 pub use rates::Rates;

@@ -1,6 +1,7 @@
 //! Parquet files of a table: written under a name that no reader looks at, hashed on the way,
 //! synced, renamed; read as a stream of record batches.
 
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -12,8 +13,8 @@ use ::parquet::basic::{Compression, ZstdLevel};
 use ::parquet::file::metadata::KeyValue;
 use ::parquet::file::properties::{EnabledStatistics, WriterProperties};
 use ::parquet::schema::types::ColumnPath;
-use arrow::array::RecordBatch;
-use arrow::datatypes::SchemaRef;
+use arrow::array::{ArrayRef, Int32Array, RecordBatch};
+use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use sha2::{Digest, Sha256};
 
 use super::key::hex;
@@ -30,6 +31,29 @@ const IMAGE_GROUP_BYTES: usize = 1 << 20;
 const GROUP_ROWS: usize = 4096;
 /// Rows per record batch when reading.
 const BATCH_ROWS: usize = 1024;
+
+/// The column with the round of a table's rows, in files of tables that have rounds.
+///
+/// It is there for other programs: they read a file or a glob and see the rounds. This program knows the
+/// round of a file from the manifest, so its readers leave out the column, which its metadata marks.
+const ROUND: &str = "round";
+const MARK: &str = "ovchat.column";
+
+fn round_field() -> Field {
+    let metadata = HashMap::from([
+        (MARK.to_owned(), ROUND.to_owned()),
+        (
+            "doc".to_owned(),
+            "The round in which the row was made.".to_owned(),
+        ),
+    ]);
+    Field::new(ROUND, DataType::Int32, false).with_metadata(metadata)
+}
+
+/// True for the column that [`TableWriter::in_round`] adds.
+fn is_round(field: &Field) -> bool {
+    field.metadata().get(MARK).is_some_and(|name| name == ROUND)
+}
 
 /// Hashes what is written.
 struct Hashing {
@@ -67,6 +91,8 @@ pub struct TableWriter {
     schema: SchemaRef,
     /// What the footer records: how the rows were made.
     footer: Vec<(String, String)>,
+    /// The value of the column [`ROUND`], where there is one.
+    round: Option<i32>,
     open: Option<Open>,
     done: Vec<FileRecord>,
 }
@@ -83,9 +109,24 @@ impl TableWriter {
             stem: stem.to_owned(),
             schema,
             footer,
+            round: None,
             open: None,
             done: Vec::new(),
         }
+    }
+
+    /// Adds the column `round` (int32, the same value in every row) to the files.
+    #[must_use]
+    pub fn in_round(mut self, round: Option<u32>) -> Self {
+        let Some(round) = round else {
+            return self;
+        };
+        let fields = self.schema.fields().iter().cloned();
+        let fields: Vec<_> = fields.chain([Arc::new(round_field())]).collect();
+        let schema = Schema::new_with_metadata(fields, self.schema.metadata().clone());
+        self.schema = Arc::new(schema);
+        self.round = Some(round.cast_signed());
+        self
     }
 
     pub fn write(&mut self, batch: &RecordBatch) -> Result<(), StoreError> {
@@ -93,10 +134,23 @@ impl TableWriter {
         let mut start = 0;
         while start < batch.num_rows() {
             let count = GROUP_ROWS.min(batch.num_rows() - start);
-            self.write_slice(&batch.slice(start, count))?;
+            let rows = self.with_round(batch.slice(start, count))?;
+            self.write_slice(&rows)?;
             start += count;
         }
         Ok(())
+    }
+
+    fn with_round(&self, rows: RecordBatch) -> Result<RecordBatch, StoreError> {
+        let Some(round) = self.round else {
+            return Ok(rows);
+        };
+        let rounds: ArrayRef = Arc::new(Int32Array::from_value(round, rows.num_rows()));
+        let columns = rows.columns().iter().cloned().chain([rounds]).collect();
+        RecordBatch::try_new(self.schema.clone(), columns).map_err(|error| StoreError::Parquet {
+            path: self.root.join(format!("{}.parquet", self.stem)),
+            problem: error.to_string(),
+        })
     }
 
     /// Makes a file without rows, if there is none yet.
@@ -286,16 +340,17 @@ pub(super) fn typed<R: Row>(path: &Path, batch: &RecordBatch) -> Result<Vec<R>, 
     })
 }
 
-/// A reader of some columns, by their names; of all, if it doesn't say.
+/// A reader of some columns, by their names; of all, if it doesn't say. The column of
+/// [`TableWriter::in_round`] is never among them.
 pub(super) fn only(
     builder: ParquetRecordBatchReaderBuilder<File>,
     columns: Option<&SchemaRef>,
 ) -> ParquetRecordBatchReaderBuilder<File> {
-    let Some(columns) = columns else {
-        return builder;
-    };
     let fields = builder.schema().fields().iter().enumerate();
-    let wanted = fields.filter(|(_, field)| columns.field_with_name(field.name()).is_ok());
+    let wanted = fields.filter(|(_, field)| {
+        let named = columns.is_none_or(|columns| columns.field_with_name(field.name()).is_ok());
+        named && !is_round(field)
+    });
     let places: Vec<usize> = wanted.map(|(place, _)| place).collect();
     let mask = ProjectionMask::roots(builder.parquet_schema(), places);
     builder.with_projection(mask)
@@ -327,15 +382,23 @@ pub(super) fn parquet_error(path: &Path, error: ::parquet::errors::ParquetError)
     }
 }
 
-/// The schema of a file's rows.
+/// The schema of a file's rows, without the column of [`TableWriter::in_round`].
 pub(super) fn schema_of_file(path: &Path) -> Result<SchemaRef, StoreError> {
-    Ok(Arc::clone(open(path)?.schema()))
+    let builder = open(path)?;
+    let schema = builder.schema();
+    if !schema.fields().iter().any(|field| is_round(field)) {
+        return Ok(Arc::clone(schema));
+    }
+    let fields = schema.fields().iter().filter(|field| !is_round(field));
+    let fields: Vec<_> = fields.cloned().collect();
+    let schema = Schema::new_with_metadata(fields, schema.metadata().clone());
+    Ok(Arc::new(schema))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tables::{Reject, RejectClass};
+    use crate::tables::{Reject, RejectClass, Reward};
 
     fn reject(number: usize) -> Reject {
         Reject {
@@ -366,6 +429,38 @@ mod tests {
         assert_eq!(records[0].bytes, bytes.len() as u64);
         assert_eq!(records[0].sha256, super::super::digest(&bytes));
         assert_eq!(read_file::<Reject>(&path).unwrap(), rows);
+    }
+
+    #[test]
+    fn the_round_is_a_column_of_the_file_and_not_of_what_is_read_here() {
+        let folder = tempfile::tempdir().unwrap();
+        let reward = Reward {
+            row_key: "k".to_owned(),
+            prompt_id: "p".to_owned(),
+            candidate: 0,
+            judge: "judge".to_owned(),
+            reward: 0.5,
+            reply: None,
+        };
+        let rows = Reward::to_batch(&[reward]);
+        let writer = TableWriter::new(folder.path(), "a", rows.schema(), &[]);
+        let mut writer = writer.in_round(Some(3));
+        writer.write(&rows).unwrap();
+        let file = writer.finish().unwrap().remove(0).file;
+        let path = folder.path().join(file);
+
+        let mut read = TableReader::new(vec![path.clone()]);
+        assert_eq!(read.next().unwrap().unwrap().columns(), rows.columns());
+        assert_eq!(schema_of_file(&path).unwrap(), rows.schema());
+        let all = open(&path)
+            .unwrap()
+            .build()
+            .unwrap()
+            .next()
+            .unwrap()
+            .unwrap();
+        let rounds = all.column_by_name("round").unwrap();
+        assert_eq!(rounds.as_ref(), &Int32Array::from_value(3, 1));
     }
 
     #[test]

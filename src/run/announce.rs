@@ -1,0 +1,144 @@
+//! The tables that a run is going to replace, said before anything changes.
+
+use super::{Fate, Options, Reason, Runner, forecast};
+use crate::config::PlannedStage;
+use crate::stages::Failure;
+
+/// Tables and the rounds in which it is replaced; none for a table without rounds.
+type Replaced = Vec<(String, Vec<u32>)>;
+
+impl Runner<'_> {
+    /// Says which complete tables the run replaces, why, and how to get them back.
+    pub(super) fn announce(
+        &mut self,
+        options: &Options,
+        slots: &[(&PlannedStage, Option<u32>)],
+    ) -> Result<(), Failure> {
+        if !self.folder.manifest().made.iter().any(|made| made.complete) {
+            return Ok(());
+        }
+        let forecasts = forecast(self.plan, self.folder.root(), self.loader, &self.rates)?;
+        let manifest = self.folder.manifest();
+        let mut replaced = Replaced::new();
+        let mut reasons: Vec<String> = Vec::new();
+        let mut is_past = false;
+        for one in &forecasts {
+            // The rest of the first round that has the table is not made either.
+            if is_past {
+                break;
+            }
+            is_past = options.until.as_ref() == Some(&one.table);
+            let current = manifest.find(one.table.as_str(), one.round);
+            let goes_on = matches!(one.fate, Fate::Reuse | Fate::Resume { .. });
+            if goes_on || current.is_none_or(|made| !made.complete) {
+                continue;
+            }
+            add(&mut replaced, one.table.as_str(), one.round);
+            if let Fate::Make { reasons: all, .. } = &one.fate {
+                let own = all
+                    .iter()
+                    .filter(|reason| !matches!(reason, Reason::Input(_) | Reason::Model(_)));
+                for reason in own.map(ToString::to_string) {
+                    if !reasons.contains(&reason) {
+                        reasons.push(reason);
+                    }
+                }
+            }
+        }
+        let mut removed = Replaced::new();
+        if options.until.is_none() {
+            for made in self.unplanned(slots) {
+                add(&mut removed, &made.table, made.round);
+            }
+        }
+        if replaced.is_empty() && removed.is_empty() {
+            return Ok(());
+        }
+        let folder = self.folder.root().display();
+        let mut text = String::new();
+        if !replaced.is_empty() {
+            let why = match reasons[..] {
+                [] => String::new(),
+                _ => format!(" ({})", reasons.join("; ")),
+            };
+            text = format!(
+                "this run replaces tables of {folder}{why}: {}; each stays as it is until its new version is complete",
+                listed(&replaced)
+            );
+        }
+        if !removed.is_empty() {
+            if !text.is_empty() {
+                text.push('\n');
+            }
+            text.push_str(&format!(
+                "this run sets aside tables of {folder} that the pipeline no longer has, once all others are \
+                 complete: {}",
+                listed(&removed)
+            ));
+        }
+        let before = self.before["command"].as_str().map(str::to_owned);
+        let before = before.unwrap_or_else(|| {
+            let file = self.before["file"].as_str().unwrap_or("PIPELINE.yaml");
+            format!("pipeline run {file}")
+        });
+        text.push_str(&if before == options.command {
+            format!("\nto bring the old versions back, undo the change and run: {before}")
+        } else {
+            format!("\nto bring the old versions back, run: {before}")
+        });
+        self.report.note(&text);
+        Ok(())
+    }
+}
+
+fn add(tables: &mut Replaced, table: &str, round: Option<u32>) {
+    let known = tables.iter_mut().find(|(name, _)| name == table);
+    match known {
+        Some((_, rounds)) => rounds.extend(round),
+        None => tables.push((table.to_owned(), round.into_iter().collect())),
+    }
+}
+
+/// Tables with their rounds: `prompts, pairs (rounds 1 to 3), steps (round 3)`.
+fn listed(tables: &Replaced) -> String {
+    let texts = tables.iter().map(|(table, rounds)| {
+        let mut rounds = rounds.clone();
+        rounds.sort_unstable();
+        match rounds[..] {
+            [] => table.clone(),
+            [round] => format!("{table} (round {round})"),
+            [first, .., last] if last - first + 1 == rounds.len() as u32 => {
+                format!("{table} (rounds {first} to {last})")
+            }
+            _ => {
+                let rounds: Vec<String> = rounds.iter().map(ToString::to_string).collect();
+                format!("{table} (rounds {})", rounds.join(", "))
+            }
+        }
+    });
+    texts.collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_are_listed_with_their_rounds() {
+        let mut tables = Replaced::new();
+        for (table, round) in [
+            ("prompts", None),
+            ("pairs", Some(2)),
+            ("pairs", Some(1)),
+            ("steps", Some(3)),
+        ] {
+            add(&mut tables, table, round);
+        }
+        add(&mut tables, "grades", Some(0));
+        add(&mut tables, "grades", Some(2));
+        assert_eq!(
+            listed(&tables),
+            "prompts, pairs (rounds 1 to 2), steps (round 3), grades (rounds 0, 2)"
+        );
+    }
+}

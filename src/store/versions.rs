@@ -1,0 +1,402 @@
+//! Versions of a table: staged while they are made, current, parked once they are superseded.
+//!
+//! A complete table stays as it is until its new version is complete. Then the folders of the two change
+//! places in one system call, so a program that reads files by a glob sees the old rows or the new ones,
+//! never neither and never both. The commit comes first: what a crash leaves of the renames behind it is
+//! finished when the run is opened the next time.
+
+use std::collections::HashSet;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::io::Errno;
+
+use super::folder::RunFolder;
+use super::place::{Place, table_folder};
+use super::{Event, FileRecord, Made, StoreError, create_folder, hash_file, sync_folder};
+
+impl RunFolder {
+    /// The place of the version of a table that is being made, or of the current one.
+    pub fn place(&self, table: &str, round: Option<u32>) -> Place {
+        let staged = self.manifest.staged(table, round);
+        Place {
+            root: self.root.clone(),
+            prefix: staged.map_or_else(String::new, |made| below_cache(&made.key)),
+            table: table.to_owned(),
+            round,
+            has_round_column: self.manifest.has_round_column(),
+        }
+    }
+
+    /// Where a table's files lie, below the root, once they are current.
+    pub(super) fn table_folder(&self, table: &str, round: Option<u32>) -> String {
+        table_folder(table, round, self.manifest.has_round_column())
+    }
+
+    /// Records a version that is being made: staged where a complete version is current, else in its place.
+    pub fn begin(&mut self, made: Made) -> Result<(), StoreError> {
+        let current = self.manifest.find(&made.table, made.round);
+        if current.is_some_and(|current| current.complete && current.key != made.key) {
+            return self.commit(Event::Stage(made));
+        }
+        // A table that had rounds and has none now, or the reverse, would mix two folders.
+        let others = self.manifest.made.iter();
+        let others = others.filter(|other| {
+            other.table == made.table && other.round.is_some() != made.round.is_some()
+        });
+        let others: Vec<_> = others.map(|other| other.round).collect();
+        for round in others {
+            self.park(&made.table, round)?;
+        }
+        self.commit(Event::Begin(made))
+    }
+
+    /// Moves a table that was superseded into `.cache/<key>`, where readers do not look.
+    pub fn park(&mut self, table: &str, round: Option<u32>) -> Result<(), StoreError> {
+        let Some(made) = self.manifest.find(table, round).cloned() else {
+            return Ok(());
+        };
+        self.park_staged(table, round)?;
+        let below = below_cache(&made.key);
+        let parked = relocated(made, |file| format!("{below}{file}"));
+        self.commit(Event::Park(parked.clone()))?;
+        self.move_parked(&parked)
+    }
+
+    /// Sets a staged version aside, as far as it got.
+    pub fn park_staged(&mut self, table: &str, round: Option<u32>) -> Result<(), StoreError> {
+        if self.manifest.staged(table, round).is_none() {
+            return Ok(());
+        }
+        let table = table.to_owned();
+        self.commit(Event::ParkStaged { table, round })
+    }
+
+    /// Brings back the parked version with this key, if there is one: it is current again if it is
+    /// complete or if no complete version is current, else it is staged and can be gone on with.
+    pub fn unpark(
+        &mut self,
+        table: &str,
+        round: Option<u32>,
+        key: &str,
+    ) -> Result<bool, StoreError> {
+        let parked = self.manifest.parked.iter().map(|parked| &parked.made);
+        let mut found = parked.filter(|made| made.is(table, round) && made.key == key);
+        let Some(made) = found.next().cloned() else {
+            return Ok(false);
+        };
+        let current = self.manifest.find(table, round);
+        if current.is_some_and(|current| current.complete && current.key != key) {
+            if made.complete {
+                self.replace(made)?;
+            } else {
+                self.commit(Event::Stage(made))?;
+            }
+            return Ok(true);
+        }
+        if let Some(checkpoint) = &made.checkpoint {
+            let folder = in_place(&checkpoint.folder, key).to_owned();
+            self.free_checkpoint(&folder, table, round)?;
+        }
+        let made = relocated(made, |file| in_place(file, key).to_owned());
+        self.commit(Event::Unpark(made.clone()))?;
+        self.settle(&made, false)?;
+        Ok(true)
+    }
+
+    /// Makes the staged version of a table current if it is complete.
+    pub fn replace_by_staged(&mut self, table: &str, round: Option<u32>) -> Result<(), StoreError> {
+        match self.manifest.staged(table, round) {
+            Some(made) if made.complete => self.replace(made.clone()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Makes a complete version, staged or parked, the current one, and parks the one before.
+    fn replace(&mut self, new: Made) -> Result<(), StoreError> {
+        let old = self.manifest.find(&new.table, new.round).cloned();
+        let old = old.expect("a version is staged only where another one is current");
+        let key = new.key.clone();
+        let new = relocated(new, |file| in_place(file, &key).to_owned());
+        if let Some(checkpoint) = &new.checkpoint {
+            self.free_checkpoint(&checkpoint.folder, &new.table, new.round)?;
+        }
+        let below = below_cache(&old.key);
+        let old = relocated(old, |file| format!("{below}{file}"));
+        self.commit(Event::Replace {
+            old: old.clone(),
+            new: new.clone(),
+        })?;
+        self.settle(&new, false)?;
+        self.move_parked(&old)
+    }
+
+    /// Parks the tables, other than this one, whose checkpoint lies in `folder`.
+    pub fn free_checkpoint(
+        &mut self,
+        folder: &str,
+        table: &str,
+        round: Option<u32>,
+    ) -> Result<(), StoreError> {
+        let others = self.manifest.made.iter().filter(|made| {
+            let checkpoint = made.checkpoint.as_ref();
+            !made.is(table, round) && checkpoint.is_some_and(|one| one.folder == folder)
+        });
+        let others: Vec<_> = others
+            .map(|made| (made.table.clone(), made.round))
+            .collect();
+        for (table, round) in others {
+            self.park(&table, round)?;
+        }
+        Ok(())
+    }
+
+    /// Finishes the moves that commits have recorded, and that a crash may have cut off.
+    pub(super) fn finish_moves(&self) -> Result<(), StoreError> {
+        for made in &self.manifest.made {
+            self.settle(made, true)?;
+        }
+        for parked in &self.manifest.parked {
+            self.move_parked(&parked.made)?;
+        }
+        Ok(())
+    }
+
+    /// Moves the files of a current version from `.cache/<key>` to their place. The files of the version
+    /// before, if they are there, go to `.cache` under its own key. `again` if some of the moves may have
+    /// been made before a crash: then hashes tell the versions apart.
+    fn settle(&self, made: &Made, again: bool) -> Result<(), StoreError> {
+        let below = below_cache(&made.key);
+        if !self.root.join(&below).exists() {
+            return Ok(());
+        }
+        let folder = self.table_folder(&made.table, made.round);
+        let files: Vec<_> = made.files().map(name_bytes_sha256).collect();
+        self.settle_folder(made, &folder, &files, again)?;
+        if let Some(checkpoint) = &made.checkpoint {
+            let name_bytes_sha256 = |(name, bytes): (&String, &u64)| {
+                let sha256 = checkpoint.sha256.get(name).cloned();
+                (format!("{}/{name}", checkpoint.folder), *bytes, sha256)
+            };
+            let files: Vec<_> = checkpoint.files.iter().map(name_bytes_sha256).collect();
+            self.settle_folder(made, &checkpoint.folder, &files, again)?;
+        }
+        self.settle_beside(made)
+    }
+
+    fn settle_folder(
+        &self,
+        made: &Made,
+        folder: &str,
+        files: &[(String, u64, Option<String>)],
+        again: bool,
+    ) -> Result<(), StoreError> {
+        let place = self.root.join(folder);
+        let staged = self.root.join(below_cache(&made.key)).join(folder);
+        if !staged.exists() {
+            return Ok(());
+        }
+        if !(again && self.holds(files)?) {
+            create_folder(place.parent().expect("a folder below the root"))?;
+            if !place.exists() {
+                fs::rename(&staged, &place).map_err(StoreError::io("move", &staged))?;
+            } else if !exchange(&staged, &place)? {
+                // This file system can't: the version before goes out of the way first.
+                if let Some(parked) = self.free_place(made, folder) {
+                    rename_into(&place, &parked)?;
+                    rename_into(&staged, &place)?;
+                } else {
+                    merge(&staged, &place)?;
+                }
+            }
+        }
+        if staged.exists()
+            && let Some(parked) = self.free_place(made, folder)
+        {
+            rename_into(&staged, &parked)?;
+        }
+        sync_folder(place.parent().expect("a folder below the root"))
+    }
+
+    /// Where a folder of the version before this one belongs, if it is not there yet.
+    fn free_place(&self, made: &Made, folder: &str) -> Option<PathBuf> {
+        let versions = self.manifest.parked.iter().rev().map(|parked| &parked.made);
+        let mut before = versions.filter(|other| other.is(&made.table, made.round));
+        before.find_map(|other| {
+            let parked = format!("{}{folder}", below_cache(&other.key));
+            let lists = places(other).any(|name| Path::new(name).starts_with(&parked));
+            let parked = self.root.join(parked);
+            (lists && !parked.exists()).then_some(parked)
+        })
+    }
+
+    /// Files beside the rows lie in folders of several tables: each is replaced by its own rename.
+    fn settle_beside(&self, made: &Made) -> Result<(), StoreError> {
+        let below = below_cache(&made.key);
+        let new: Vec<&FileRecord> = made.rejects().chain(made.telemetry()).collect();
+        if !new
+            .iter()
+            .any(|file| self.root.join(&below).join(&file.file).exists())
+        {
+            return Ok(());
+        }
+        for parked in &self.manifest.parked {
+            let before = &parked.made;
+            if !before.is(&made.table, made.round) {
+                continue;
+            }
+            for file in before.rejects().chain(before.telemetry()) {
+                let name = in_place(&file.file, &before.key);
+                let of_before = (name.to_owned(), file.bytes, Some(file.sha256.clone()));
+                let parked = self.root.join(&file.file);
+                if !parked.exists() && self.holds(&[of_before])? {
+                    create_folder(parked.parent().expect("a file in a folder"))?;
+                    let place = self.root.join(name);
+                    if fs::hard_link(&place, &parked).is_err() {
+                        fs::rename(&place, &parked).map_err(StoreError::io("move", &place))?;
+                    }
+                }
+            }
+        }
+        for file in new {
+            let staged = self.root.join(&below).join(&file.file);
+            if staged.exists() {
+                let place = self.root.join(&file.file);
+                create_folder(place.parent().expect("a file in a folder"))?;
+                fs::rename(&staged, &place).map_err(StoreError::io("move", &staged))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// True if these files lie in their places as they were written.
+    fn holds(&self, files: &[(String, u64, Option<String>)]) -> Result<bool, StoreError> {
+        for (name, bytes, sha256) in files {
+            let path = self.root.join(name);
+            match fs::metadata(&path) {
+                Ok(metadata) if metadata.len() == *bytes => {}
+                _ => return Ok(false),
+            }
+            if let Some(sha256) = sha256
+                && hash_file(&path)? != *sha256
+            {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Moves the files of a parked version out of the places that no current version has.
+    fn move_parked(&self, parked: &Made) -> Result<(), StoreError> {
+        let current: HashSet<&str> = self.manifest.made.iter().flat_map(places).collect();
+        for name in places(parked) {
+            let before = in_place(name, &parked.key);
+            let (from, to) = (self.root.join(before), self.root.join(name));
+            if before == name || current.contains(before) || !from.exists() {
+                continue;
+            }
+            if to.exists() {
+                // A link to it is there already.
+                if from.is_file() {
+                    fs::remove_file(&from).map_err(StoreError::io("remove", &from))?;
+                }
+                continue;
+            }
+            rename_into(&from, &to)?;
+        }
+        Ok(())
+    }
+
+    /// Puts rows that were compacted in `.cache/<key>` into the place of the parts that they were made from.
+    pub(super) fn put_in_place(&self, made: &Made) -> Result<(), StoreError> {
+        let folder = self.table_folder(&made.table, made.round);
+        let staged = self.root.join(below_cache(&made.key)).join(&folder);
+        if !staged.exists() {
+            return Ok(());
+        }
+        let place = self.root.join(&folder);
+        if !exchange(&staged, &place)? {
+            return merge(&staged, &place);
+        }
+        let parts: HashSet<&str> = made.files().map(|file| file.file.as_str()).collect();
+        for entry in fs::read_dir(&staged).map_err(StoreError::io("read", &staged))? {
+            let entry = entry.map_err(StoreError::io("read", &staged))?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if parts.contains(format!("{folder}/{name}").as_str()) {
+                let path = entry.path();
+                fs::remove_file(&path).map_err(StoreError::io("remove", &path))?;
+            }
+        }
+        // What else lies there is not ours.
+        merge(&staged, &place)?;
+        sync_folder(&place)
+    }
+}
+
+fn name_bytes_sha256(file: &FileRecord) -> (String, u64, Option<String>) {
+    (file.file.clone(), file.bytes, Some(file.sha256.clone()))
+}
+
+fn below_cache(key: &str) -> String {
+    format!(".cache/{key}/")
+}
+
+/// The name that a file below `.cache/<key>` has in its place.
+fn in_place<'n>(name: &'n str, key: &str) -> &'n str {
+    name.strip_prefix(&below_cache(key)).unwrap_or(name)
+}
+
+/// The files and folders of a version, relative to the run's folder; states stay where they are.
+pub(super) fn places(made: &Made) -> impl Iterator<Item = &str> {
+    let files = made.all_files().map(|file| file.file.as_str());
+    let checkpoint = made
+        .checkpoint
+        .iter()
+        .map(|checkpoint| checkpoint.folder.as_str());
+    files
+        .chain(checkpoint)
+        .chain(made.states.iter().map(|state| state.folder.as_str()))
+}
+
+/// The record of a version whose files have other names.
+fn relocated(mut made: Made, name: impl Fn(&str) -> String) -> Made {
+    for part in &mut made.parts {
+        let beside = part.rejects.iter_mut().chain(&mut part.telemetry);
+        for file in part.files.iter_mut().chain(beside) {
+            file.file = name(&file.file);
+        }
+    }
+    if let Some(checkpoint) = &mut made.checkpoint {
+        checkpoint.folder = name(&checkpoint.folder);
+    }
+    made
+}
+
+/// Has two folders change places at once. False where the file system can't do that.
+fn exchange(one: &Path, other: &Path) -> Result<bool, StoreError> {
+    match renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE) {
+        Ok(()) => Ok(true),
+        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => Ok(false),
+        Err(error) => Err(StoreError::io("move", one)(io::Error::from(error))),
+    }
+}
+
+/// Moves everything in one folder into another one that is there, and removes the folder.
+fn merge(from: &Path, to: &Path) -> Result<(), StoreError> {
+    for entry in fs::read_dir(from).map_err(StoreError::io("read", from))? {
+        let entry = entry.map_err(StoreError::io("read", from))?;
+        let target = to.join(entry.file_name());
+        fs::rename(entry.path(), target).map_err(StoreError::io("move", &entry.path()))?;
+    }
+    fs::remove_dir(from).map_err(StoreError::io("remove", from))?;
+    sync_folder(to)
+}
+
+fn rename_into(from: &Path, to: &Path) -> Result<(), StoreError> {
+    let folder = to.parent().expect("a path below the root");
+    create_folder(folder)?;
+    fs::rename(from, to).map_err(StoreError::io("move", from))?;
+    sync_folder(folder)
+}
