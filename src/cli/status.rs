@@ -54,7 +54,10 @@ impl Status {
             "{:<24} {:>6} {:>10} {:>10} {:>8} {:>8} {:>12} {:>12}  state",
             "table", "round", "rows", "expected", "faulty", "dropped", "time", "expected"
         ))?;
-        let staged = manifest.staged.iter().map(|made| (made, " of a new version"));
+        let staged = manifest
+            .staged
+            .iter()
+            .map(|made| (made, " of a new version"));
         for (made, of) in manifest.made.iter().map(|made| (made, "")).chain(staged) {
             let round = made
                 .round

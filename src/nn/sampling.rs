@@ -303,7 +303,8 @@ fn greatest(scores: &Tensor) -> Vec<Option<i64>> {
     let highest = scores.amax([-1i64].as_slice(), false);
     let highest = Vec::<f32>::try_from(highest).expect("a vector of float32");
     let rows = ids.into_iter().zip(highest);
-    rows.map(|(id, score)| score.is_finite().then_some(id)).collect()
+    rows.map(|(id, score)| score.is_finite().then_some(id))
+        .collect()
 }
 
 fn rows_of(matrix: &Tensor) -> Vec<Vec<f32>> {

@@ -324,13 +324,14 @@ impl RunFolder {
         for entry in fs::read_dir(&staged).map_err(StoreError::io("read", &staged))? {
             let entry = entry.map_err(StoreError::io("read", &staged))?;
             let name = entry.file_name().to_string_lossy().into_owned();
-            if parts.contains(format!("{folder}/{name}").as_str()) {
-                let path = entry.path();
-                fs::remove_file(&path).map_err(StoreError::io("remove", &path))?;
+            let is_part = parts.contains(format!("{folder}/{name}").as_str());
+            let back = place.join(entry.file_name());
+            // What else lies there is not ours, unless it is what was left of a version that was lost.
+            if !is_part && !back.exists() {
+                fs::rename(entry.path(), &back).map_err(StoreError::io("move", &back))?;
             }
         }
-        // What else lies there is not ours.
-        merge(&staged, &place)?;
+        fs::remove_dir_all(&staged).map_err(StoreError::io("remove", &staged))?;
         sync_folder(&place)
     }
 }
