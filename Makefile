@@ -6,8 +6,20 @@
 LIBTORCH_PARTS := torch==2.11.0 nvidia-cuda-runtime~=13.0.0 nvidia-cuda-cupti~=13.0.0
 LIBTORCH_PYTHON := 3.12
 
+# What its CUDA half is linked to, as its METADATA says. They replace the two packages above by the same
+# versions. Fetched where the NVIDIA driver has made its device file.
+NVIDIA_FILE := /dev/nvidiactl
+NVIDIA_PARTS := 'cuda-toolkit[cublas,cudart,cufft,cufile,cupti,curand,cusolver,cusparse,nvjitlink,nvrtc,nvtx]==13.0.2' \
+  nvidia-cudnn-cu13==9.19.0.56 nvidia-cusparselt-cu13==0.8.0 nvidia-nccl-cu13==2.28.9 nvidia-nvshmem-cu13==3.4.5
+
 # Written last: without it, what lies in .libtorch may be half of a download.
 LIBTORCH_COMPLETE := .libtorch/complete-2.11.0
+NVIDIA_COMPLETE := .libtorch/complete-2.11.0-cuda-13.0.2
+
+# With --target, pip leaves the system's Python alone, and Debian's "externally managed" rule does
+# not apply.
+FETCH := python3 -m pip install --target .libtorch --no-compile --only-binary=:all: \
+  --python-version $(LIBTORCH_PYTHON) --disable-pip-version-check
 
 .PHONY: help setup demo test world parity bench
 
@@ -15,12 +27,12 @@ help: ## list what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 ifdef LIBTORCH
-setup: tools ## fetch libtorch into .libtorch, unless LIBTORCH names one (once; 0.5 GB)
+setup: tools ## fetch libtorch into .libtorch, unless LIBTORCH names one (once; 0.5 GB; with an NVIDIA driver 2.5 GB)
 	@test -e "$(LIBTORCH)/lib/libtorch_cpu.so" || { \
 	  echo "LIBTORCH is $(LIBTORCH), which holds no lib/libtorch_cpu.so: unset it, and" \
 	       "'make setup' fetches a libtorch, or point it at the folder of an installed torch" >&2; exit 1; }
 else
-setup: tools $(LIBTORCH_COMPLETE)
+setup: tools $(if $(wildcard $(NVIDIA_FILE)),$(NVIDIA_COMPLETE),$(LIBTORCH_COMPLETE))
 endif
 
 demo: setup ## build, and run pipelines/dpo.yaml: three rounds on the small world
@@ -68,11 +80,19 @@ tools:
 	@command -v cargo >/dev/null || { echo "cargo is missing: install Rust from https://rustup.rs" >&2; exit 1; }
 	@command -v c++ >/dev/null || { echo "a C++ compiler is missing: apt-get install g++" >&2; exit 1; }
 
-# With --target, pip leaves the system's Python alone, and Debian's "externally managed" rule does
-# not apply.
-$(LIBTORCH_COMPLETE):
+.PHONY: pip
+pip:
 	@python3 -m pip --version >/dev/null || { echo "pip is missing: apt-get install python3-pip" >&2; exit 1; }
+
+$(LIBTORCH_COMPLETE): | pip
+	@echo "fetching libtorch 2.11.0 into .libtorch: 0.5 GB to download, 1.2 GB on the disk"
 	rm -rf .libtorch
-	python3 -m pip install --target .libtorch --no-deps --no-compile --only-binary=:all: \
-	  --python-version $(LIBTORCH_PYTHON) --disable-pip-version-check $(LIBTORCH_PARTS)
+	$(FETCH) --no-deps $(LIBTORCH_PARTS)
+	touch $@
+
+# --upgrade: else pip leaves the folder `nvidia` as it is.
+$(NVIDIA_COMPLETE): $(LIBTORCH_COMPLETE) | pip
+	@echo "there is an NVIDIA driver ($(NVIDIA_FILE)): fetching NVIDIA's libraries for CUDA 13.0 into .libtorch, too:" \
+	  "2.0 GB to download, 2.7 GB on the disk"
+	$(FETCH) --upgrade $(NVIDIA_PARTS)
 	touch $@

@@ -27,6 +27,20 @@ fn pipeline(command: &str, columns: &str) -> String {
     SCRIPTED.replace("evaluate:", &stage)
 }
 
+/// libtorch's settings are for the engine; a program of the user may have a libtorch of its own.
+#[test]
+fn a_command_does_not_inherit_what_was_set_for_libtorch() {
+    let scene = Scene::new();
+    let command = "[sh, -c, 'echo alloc=$PYTORCH_ALLOC_CONF. cudnn=$TORCH_CUDNN_SDPA_DEPRIORITIZED. >&2; exit 3']";
+    scene.prompts(2).write("p.yaml", pipeline(command, COLUMNS));
+    let mut run = scene.command(&["run", "p.yaml"]);
+    run.env("OVCHAT_LIBTORCH_SETTINGS", "PYTORCH_ALLOC_CONF")
+        .env("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        .env("TORCH_CUDNN_SDPA_DEPRIORITIZED", "0");
+    let said = crate::scene::said(run.output().unwrap());
+    assert!(said.err.contains("alloc=. cudnn=0."), "{}", said.err);
+}
+
 const COLUMNS: &str = "prompt_id: text, candidate: int32, refuses: bool";
 
 fn fails(command: &str, columns: &str) -> Said {

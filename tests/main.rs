@@ -6,6 +6,9 @@ mod bad_input;
 mod chaos;
 /// Pipelines that must be refused, with the exact complaint.
 mod check;
+/// Devices, libtorch's version and `make setup`.
+#[cfg(feature = "torch")]
+mod devices;
 /// What a judge must show before it scores.
 mod exam;
 /// Commands of the user as stages.

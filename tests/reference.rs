@@ -6,7 +6,8 @@ use std::path::Path;
 use ovchat::models::scripted::{ScriptedJudge, ScriptedLearner, ScriptedPolicy};
 use ovchat::models::{
     DpoLearner, DpoSettings, Dtype, Finding, Judge, Layout, ModelError, ModelLoader, ModelSpec,
-    Opened, Policy, RewardLearner, RewardSettings, Room, Scripted, SftLearner, SftSettings,
+    Opened, Placement, Policy, RewardLearner, RewardSettings, Room, Scripted, SftLearner,
+    SftSettings,
 };
 use ovchat::run::{Interrupt, Options, run};
 use ovchat::tables::{DpoStep, Pair, Reference};
@@ -53,6 +54,9 @@ impl ModelLoader for Doubles {
     }
     fn precision(&self, _: &ModelSpec) -> Result<Dtype, ModelError> {
         Ok(self.0)
+    }
+    fn placement(&self, _: &ModelSpec) -> Result<Option<Placement>, ModelError> {
+        Ok(None)
     }
     fn room(&self, _: &ModelSpec) -> Result<Option<Room>, ModelError> {
         Ok(None)

@@ -1,7 +1,5 @@
 //! `pipeline doctor`: what libraries and devices are there, and what is wrong when there are none.
 
-use std::process::Command;
-
 use clap::Args;
 use serde_json::json;
 
@@ -57,9 +55,7 @@ impl Doctor {
     fn ask_engine() -> Result<(), Failed> {
         let engine = engine::path()?;
         engine::libtorch()?;
-        let mut command = Command::new(&engine);
-        command.args(std::env::args_os().skip(1));
-        let output = command
+        let output = engine::command(&engine)
             .output()
             .map_err(|error| engine::cannot_start(&engine, &error))?;
         line(String::from_utf8_lossy(&output.stdout).trim_end())?;

@@ -99,6 +99,11 @@ enum Failed {
 
 /// Runs the command line that this process was started with.
 pub fn main(loader: Option<&dyn ModelLoader>) -> ExitCode {
+    if loader.is_some()
+        && let Err(failed) = engine::settle()
+    {
+        return ExitCode::from(tell(&failed));
+    }
     let arguments = Arguments::parse();
     let done = match arguments.command {
         Command::Run(command) => command.run(loader),

@@ -8,6 +8,7 @@ mod asking;
 mod critic;
 mod http;
 mod hub;
+pub mod libtorch;
 mod orders;
 pub mod scripted;
 mod spec;
@@ -34,6 +35,6 @@ pub use traits::{
     RewardLearner, RowFault, Severity, SftLearner,
 };
 pub use types::{
-    Generation, Group, Layout, Picture, Prompt, Role, Room, Sampling, Score, Stop, Telemetry, Turn,
-    media_type,
+    Generation, Group, Layout, Picture, Placement, Prompt, Role, Room, Sampling, Score, Stop,
+    Telemetry, Turn, media_type,
 };

@@ -43,7 +43,8 @@ pub struct LlavaOnevision {
     /// The folder of a LoRA adapter to these weights, as peft writes it.
     #[serde(default)]
     pub adapter: Option<PathBuf>,
-    /// Where it computes: `auto` (the first CUDA device if there is one), `cpu`, `cuda`, `cuda:1`.
+    /// Where it computes: `auto` (the first CUDA device, or the CPU where there is no NVIDIA GPU), `cpu`,
+    /// `cuda`, `cuda:1`.
     #[serde(default)]
     pub device: DeviceSpec,
     /// Precision of what is computed. `auto` is float32 on the CPU, bfloat16 on CUDA. Weights that are

@@ -4,8 +4,9 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use super::{
-    DpoReport, DpoSettings, Dtype, Example, Generation, Group, Layout, Lesson, ModelSpec, Prompt,
-    RewardReport, RewardSettings, Room, Sampling, Score, SftReport, SftSettings, Telemetry,
+    DpoReport, DpoSettings, Dtype, Example, Generation, Group, Layout, Lesson, ModelSpec,
+    Placement, Prompt, RewardReport, RewardSettings, Room, Sampling, Score, SftReport, SftSettings,
+    Telemetry,
 };
 
 /// Takes the result or the fault of row `index` of the call, in any order; `Break` means stop early.
@@ -151,6 +152,8 @@ pub trait ModelLoader {
     /// The precision that the model's `device` and `dtype` mean here. It takes part in keys: rows in
     /// bfloat16 and rows in float32 are not the same rows.
     fn precision(&self, spec: &ModelSpec) -> Result<Dtype, ModelError>;
+    /// On which device the model computes here, and why; `None` for a model that needs none.
+    fn placement(&self, spec: &ModelSpec) -> Result<Option<Placement>, ModelError>;
     /// Where the model computes here, and what memory it may take there; `None` for a model that takes
     /// none worth telling.
     fn room(&self, spec: &ModelSpec) -> Result<Option<Room>, ModelError>;

@@ -62,6 +62,17 @@ pub struct Room {
     pub bytes: u64,
 }
 
+/// On which device a model computes, in which precision, and why there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Placement {
+    /// `the CPU`, `cuda:0 (NVIDIA H200)`.
+    pub device: String,
+    /// `float32` or `bfloat16`.
+    pub precision: &'static str,
+    /// Completes "since …".
+    pub reason: String,
+}
+
 /// Who speaks in a turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {

@@ -52,7 +52,7 @@ use self::reward_learner::LlavaRewards;
 use self::sft_learner::{LlavaStudent, OnevisionStudent, Sft};
 use crate::models::{
     DpoLearner, DpoSettings, Dtype, Finding, Judge, Layout, ModelError, ModelLoader, ModelSpec,
-    Opened, Policy, RewardLearner, RewardSettings, Room, SftLearner, SftSettings,
+    Opened, Placement, Policy, RewardLearner, RewardSettings, Room, SftLearner, SftSettings,
 };
 use crate::prep::Conversion;
 
@@ -114,6 +114,15 @@ impl ModelLoader for NetLoader {
             tch::Kind::BFloat16 => Dtype::Bfloat16,
             _ => Dtype::Float32,
         })
+    }
+
+    fn placement(&self, spec: &ModelSpec) -> Result<Option<Placement>, ModelError> {
+        let (device, dtype) = match spec {
+            ModelSpec::LlavaOnevision(spec) => (spec.device, spec.dtype),
+            ModelSpec::LlavaRlhf(spec) => (spec.device, spec.dtype),
+            _ => return Ok(None),
+        };
+        device::placement(device, dtype).map(Some)
     }
 
     fn room(&self, spec: &ModelSpec) -> Result<Option<Room>, ModelError> {

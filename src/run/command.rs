@@ -19,6 +19,7 @@ use arrow_ipc::writer::StreamWriter;
 
 use super::{Runner, took};
 use crate::config::PlannedStage;
+use crate::models::libtorch::SET_HERE;
 use crate::run::{Start, Unit};
 use crate::stages::{Command, Failure};
 use crate::store::TableReader;
@@ -156,6 +157,13 @@ fn start(work: &Command<'_>, round: Option<u32>) -> Result<Child, Failure> {
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
+    // What was set for our libtorch is not meant for the one that the program may use.
+    if let Ok(names) = std::env::var(SET_HERE) {
+        for name in names.split(',').filter(|name| !name.is_empty()) {
+            command.env_remove(name);
+        }
+        command.env_remove(SET_HERE);
+    }
     if let Some(round) = round {
         command.env("OVCHAT_ROUND", round.to_string());
     }

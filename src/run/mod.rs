@@ -37,7 +37,7 @@ use arrow::datatypes::SchemaRef;
 use serde_json::{Value, json};
 
 use crate::config::{Plan, PlannedStage, View};
-use crate::models::ModelLoader;
+use crate::models::{ModelLoader, Placement};
 use crate::stages::{Failure, ModelName, ModelState, Shelf, TableName, Work};
 use crate::store::{
     CheckpointRecord, Event, FileRecord, Fingerprints, Images, Made, PartRecord, Place, Rates,
@@ -85,6 +85,9 @@ pub fn run(
     report: &mut dyn Report,
     interrupt: &Interrupt,
 ) -> Result<Summary, RunError> {
+    if let Some(loader) = loader {
+        say_placements(plan, options.until.as_ref(), loader, report)?;
+    }
     let begun = Runner::begin(plan, options, loader, report, interrupt);
     let mut runner = begun.map_err(|failure| RunError {
         stage: None,
@@ -116,6 +119,56 @@ pub fn run(
         runner.park_unplanned(&slots).map_err(failed)?;
     }
     Ok(runner.summary())
+}
+
+/// Says on which devices the models of the run compute, and why. Fails where one can't be used, before
+/// anything is made.
+fn say_placements(
+    plan: &Plan,
+    until: Option<&TableName>,
+    loader: &dyn ModelLoader,
+    report: &mut dyn Report,
+) -> Result<(), RunError> {
+    let mut placements: Vec<(Placement, Vec<&ModelName>)> = Vec::new();
+    for (stage, round) in plan.slots() {
+        for used in stage.spec.as_stage().uses() {
+            let model = plan.speaker(used.model);
+            let spec = &plan.models[model];
+            let is_told = placements.iter().any(|(_, models)| models.contains(&model));
+            if is_told || !spec.needs_torch() {
+                continue;
+            }
+            let placement = loader.placement(&spec.clone().opened());
+            let placement = placement.map_err(|error| RunError {
+                stage: Some(stage.name.clone()),
+                round,
+                failure: Box::new(Failure::of(model)(error)),
+            })?;
+            let Some(placement) = placement else {
+                continue;
+            };
+            match placements.iter_mut().find(|(known, _)| *known == placement) {
+                Some((_, models)) => models.push(model),
+                None => placements.push((placement, vec![model])),
+            }
+        }
+        if until == Some(&stage.name) {
+            break;
+        }
+    }
+    for (placement, models) in placements {
+        let models: Vec<&str> = models.iter().map(|model| model.as_str()).collect();
+        let Placement {
+            device,
+            precision,
+            reason,
+        } = placement;
+        report.note(&format!(
+            "{}: computing on {device} in {precision}, since {reason}",
+            models.join(", ")
+        ));
+    }
+    Ok(())
 }
 
 /// A run under way.

@@ -1,0 +1,127 @@
+//! libtorch before it is loaded: its version, and the environment that it starts with.
+
+use std::fs;
+use std::path::Path;
+
+/// The version that this program was built against, as far as the libtorch of the build had one.
+pub const BUILT_AGAINST: Option<&str> = option_env!("OVCHAT_LIBTORCH_VERSION");
+
+/// The variable in which `pipeline` names those of [`environment`] that it set, so that programs of
+/// the user do not inherit them.
+pub const SET_HERE: &str = "OVCHAT_LIBTORCH_SETTINGS";
+
+/// A variable of the environment that libtorch reads, with the value that it gets here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Setting {
+    pub name: &'static str,
+    pub value: &'static str,
+    /// An older name of the same variable.
+    older: Option<&'static str>,
+}
+
+/// What libtorch must find in its environment when it starts.
+const SETTINGS: [Setting; 2] = [
+    // On Hopper and later, attention goes to cuDNN first, which builds a plan for every new length
+    // (0.02 to 0.5 s). Here nearly every prompt has a length of its own.
+    Setting {
+        name: "TORCH_CUDNN_SDPA_DEPRIORITIZED",
+        value: "1",
+        older: None,
+    },
+    // Lengths differ from batch to batch, so blocks of fixed size would leave holes in the memory.
+    Setting {
+        name: "PYTORCH_ALLOC_CONF",
+        value: "expandable_segments:True",
+        older: Some("PYTORCH_CUDA_ALLOC_CONF"),
+    },
+];
+
+/// The settings that the user has not set to something else.
+pub fn environment(is_set: &dyn Fn(&str) -> bool) -> Vec<Setting> {
+    let is_free = |setting: &&Setting| {
+        !is_set(setting.name) && !setting.older.is_some_and(|older| is_set(older))
+    };
+    SETTINGS.iter().filter(is_free).copied().collect()
+}
+
+/// All variables that [`environment`] may set.
+pub fn variables() -> impl Iterator<Item = &'static str> {
+    SETTINGS.iter().map(|setting| setting.name)
+}
+
+/// The version of the libtorch whose libraries lie in the folder `lib`, as its files say it:
+/// `version.py` of a PyTorch, `build-version` of a plain libtorch.
+pub fn version_in(lib: &Path) -> Option<String> {
+    let root = lib.parent()?;
+    if let Ok(version) = fs::read_to_string(root.join("build-version")) {
+        return Some(version.trim().to_owned());
+    }
+    let python = fs::read_to_string(root.join("version.py")).ok()?;
+    let line = python
+        .lines()
+        .find(|line| line.starts_with("__version__"))?;
+    line.split('\'').nth(1).map(str::to_owned)
+}
+
+/// What is wrong with running on a libtorch of version `found`, if anything is. Releases of one minor
+/// version (2.11.0 and 2.11.1) keep their binary interface, others do not.
+pub fn mismatch(found: &str, built: &str) -> Option<String> {
+    let minor = |version: &str| {
+        let mut numbers = version.split(['.', '+']).map(str::to_owned);
+        (numbers.next(), numbers.next())
+    };
+    if minor(found) == minor(built) {
+        return None;
+    }
+    let (Some(major), Some(second)) = minor(built) else {
+        return None;
+    };
+    Some(format!(
+        "this program was built against libtorch {built} and cannot use {found}; name the lib folder of a \
+         libtorch {major}.{second} in LD_LIBRARY_PATH (`make setup` fetches one into .libtorch/torch/lib)"
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn releases_of_another_minor_version_do_not_fit() {
+        for found in ["2.11.0", "2.11.1", "2.11.0+cu130", "2.11"] {
+            assert_eq!(mismatch(found, "2.11.0+cpu"), None, "{found}");
+        }
+        for found in ["2.12.1", "2.1.0", "3.11.0", "2.110.0"] {
+            let problem = mismatch(found, "2.11.0+cu130").unwrap();
+            let expected =
+                format!("built against libtorch 2.11.0+cu130 and cannot use {found}; name");
+            assert!(problem.contains(&expected), "{problem}");
+            assert!(problem.contains("a libtorch 2.11 in"), "{problem}");
+        }
+    }
+
+    #[test]
+    fn a_version_is_read_from_files_and_never_invented() {
+        let folder = tempfile::tempdir().unwrap();
+        let lib = folder.path().join("lib");
+        assert_eq!(version_in(&lib), None);
+        let python = "from typing import Optional\n__version__ = '2.12.1+cpu'\ndebug = False\n";
+        fs::write(folder.path().join("version.py"), python).unwrap();
+        assert_eq!(version_in(&lib).as_deref(), Some("2.12.1+cpu"));
+        fs::write(folder.path().join("build-version"), "2.11.0+cpu\n").unwrap();
+        assert_eq!(version_in(&lib).as_deref(), Some("2.11.0+cpu"));
+    }
+
+    #[test]
+    fn what_the_user_set_is_left_alone() {
+        let names = |set: &[&str]| -> Vec<&str> {
+            let settings = environment(&|name| set.contains(&name));
+            settings.iter().map(|setting| setting.name).collect()
+        };
+        let all: Vec<&str> = variables().collect();
+        assert_eq!(names(&[]), all);
+        assert_eq!(names(&["PYTORCH_ALLOC_CONF"]), all[..1]);
+        assert_eq!(names(&["PYTORCH_CUDA_ALLOC_CONF"]), all[..1]);
+        assert_eq!(names(&["TORCH_CUDNN_SDPA_DEPRIORITIZED"]), all[1..]);
+    }
+}

@@ -1,0 +1,178 @@
+//! Where networks compute, on which libtorch, and what `make setup` fetches for them.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use ovchat::config::load;
+use ovchat::models::{DeviceSpec, ModelSpec};
+
+use crate::scene::{ROOT, Said, Scene, said};
+
+/// A policy of the small world that answers four prompts.
+fn scene() -> Scene {
+    let scene = Scene::new();
+    scene.prompts(4).write(
+        "p.yaml",
+        format!(
+            "
+pipeline: devices
+models:
+  policy: {{ llava_onevision: {{ weights: {ROOT}/data-samples/policy, device: cpu }} }}
+stages:
+  prompts: {{ load_prompts: {{ from: prompts.json }} }}
+  candidates: {{ sample: {{ prompts: prompts, model: policy, count: 1, max_new_tokens: 2 }} }}
+"
+        ),
+    );
+    scene
+}
+
+/// Runs `pipeline` where no GPU is visible, whatever this machine has.
+fn without_gpu(scene: &Scene, arguments: &[&str]) -> Said {
+    let mut command = scene.command(arguments);
+    command.env("CUDA_VISIBLE_DEVICES", "");
+    said(command.output().unwrap())
+}
+
+#[test]
+fn the_first_line_of_a_run_names_the_device_and_why() {
+    let scene = scene();
+    let run = without_gpu(&scene, &["run", "p.yaml"]);
+    let first = run.err.lines().next().unwrap();
+    let expected = "policy: computing on the CPU in float32, since the pipeline says `device: cpu`";
+    assert_eq!(first, expected, "{}", run.err);
+
+    // Where a model computes is no part of what decides a table; in which precision, is.
+    let auto = ["--set", "models.policy.llava_onevision.device=auto"];
+    let again = without_gpu(&scene, &[&["run", "p.yaml"], &auto[..]].concat());
+    let first = again.err.lines().next().unwrap();
+    let expected = "policy: computing on the CPU in float32, since ";
+    assert!(first.starts_with(expected), "{}", again.err);
+    assert!(first.contains("NVIDIA driver"), "{first}");
+    assert!(
+        again.err.contains("nothing to do: all 2 tables"),
+        "{}",
+        again.err
+    );
+
+    let log = without_gpu(&scene, &["run", "p.yaml", "--log", "json"]);
+    let note = log
+        .err
+        .lines()
+        .find(|line| line.contains("computing on the CPU"));
+    assert!(note.is_some(), "{}", log.err);
+}
+
+#[test]
+fn the_pipelines_of_the_small_world_need_no_gpu() {
+    let mut models = 0;
+    for entry in fs::read_dir(format!("{ROOT}/pipelines")).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+        // The 7B model wants one.
+        if name == "llava-onevision-7b.yaml" {
+            continue;
+        }
+        let plan = load(&path, &[], true).unwrap_or_else(|error| panic!("{name}: {error}"));
+        for (model, spec) in plan.models {
+            let device = match spec.opened() {
+                ModelSpec::LlavaOnevision(spec) => spec.device,
+                ModelSpec::LlavaRlhf(spec) => spec.device,
+                _ => continue,
+            };
+            assert_eq!(device, DeviceSpec::Cpu, "{model} in {name}");
+            models += 1;
+        }
+    }
+    assert!(models >= 9, "only {models} models");
+}
+
+#[test]
+fn another_version_of_libtorch_is_refused_before_it_is_loaded() {
+    let scene = scene();
+    scene
+        .write("torch/lib/libtorch_cpu.so", "")
+        .write("torch/version.py", "__version__ = '2.12.1+cpu'\n");
+    let lib = scene.path("torch/lib");
+    for arguments in [&["doctor"][..], &["run", "p.yaml"]] {
+        let mut command = scene.command(arguments);
+        let said = said(command.env("LD_LIBRARY_PATH", &lib).output().unwrap());
+        assert_eq!(said.code, Some(1), "{}", said.err);
+        assert!(said.err.contains("cannot use 2.12.1+cpu"), "{}", said.err);
+        assert!(
+            said.err.contains("built against libtorch 2.11"),
+            "{}",
+            said.err
+        );
+    }
+    assert!(!scene.path("runs").exists());
+}
+
+/// The environment that doctor finds, as the engine has it.
+fn environment(program: &Path, more: &[(&str, &str)]) -> String {
+    let mut command = Command::new(program);
+    command
+        .arg("doctor")
+        .env_remove("OVCHAT_LIBTORCH_SETTINGS")
+        .env_remove("TORCH_CUDNN_SDPA_DEPRIORITIZED")
+        .env_remove("PYTORCH_ALLOC_CONF")
+        .env_remove("PYTORCH_CUDA_ALLOC_CONF")
+        .envs(more.iter().copied());
+    let said = said(command.output().unwrap());
+    let line = said
+        .out
+        .lines()
+        .find(|line| line.contains("environment of libtorch"));
+    line.unwrap_or_default().to_owned()
+}
+
+#[test]
+fn libtorch_finds_its_environment_unless_the_user_set_another() {
+    let pipeline = Path::new(env!("CARGO_BIN_EXE_pipeline"));
+    // The engine is started directly, too.
+    for program in [pipeline, &pipeline.with_file_name("pipeline-engine")] {
+        let all = "TORCH_CUDNN_SDPA_DEPRIORITIZED=1 PYTORCH_ALLOC_CONF=expandable_segments:True";
+        let found = environment(program, &[]);
+        assert!(found.ends_with(all), "{found}");
+        let own = [("PYTORCH_ALLOC_CONF", "backend:native")];
+        let found = environment(program, &own);
+        assert!(
+            found.ends_with("PYTORCH_ALLOC_CONF=backend:native"),
+            "{found}"
+        );
+        let older = [("PYTORCH_CUDA_ALLOC_CONF", "backend:native")];
+        let found = environment(program, &older);
+        assert!(
+            found.ends_with("TORCH_CUDNN_SDPA_DEPRIORITIZED=1"),
+            "{found}"
+        );
+    }
+}
+
+/// The commands of `make setup` in an empty folder, where the NVIDIA driver's file is this one.
+fn setup(nvidia: &str) -> String {
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = Command::new("make");
+    command
+        .args(["-n", "-f", &format!("{ROOT}/Makefile"), "setup"])
+        .arg(format!("NVIDIA_FILE={nvidia}"))
+        .current_dir(folder.path())
+        .env_remove("LIBTORCH")
+        .env_remove("MAKEFLAGS");
+    let said = said(command.output().unwrap());
+    assert_eq!(said.code, Some(0), "{}", said.err);
+    said.out
+}
+
+#[test]
+fn setup_fetches_the_libraries_of_nvidia_where_there_is_a_driver() {
+    let without = setup("/nowhere/nvidiactl");
+    assert!(without.contains("torch==2.11.0"), "{without}");
+    assert!(without.contains("0.5 GB to download"), "{without}");
+    assert!(!without.contains("nvidia-cudnn"), "{without}");
+    let with = setup("/dev/null");
+    assert!(with.contains("torch==2.11.0"), "{with}");
+    assert!(with.contains("nvidia-cudnn-cu13==9.19.0.56"), "{with}");
+    assert!(with.contains("2.0 GB to download"), "{with}");
+}
