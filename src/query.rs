@@ -263,6 +263,12 @@ pub fn with_round(schema: &SchemaRef, wanted: bool) -> SchemaRef {
     reason = "it is used as a function on errors"
 )]
 fn error(error: DataFusionError) -> QueryError {
+    // As a value in Rust's notation otherwise.
+    if let DataFusionError::SQL(error, _) = error.find_root() {
+        let text = error.to_string();
+        let text = text.strip_prefix("sql parser error: ").unwrap_or(&text);
+        return QueryError(text.to_owned());
+    }
     if let DataFusionError::ResourcesExhausted(_) = error.find_root() {
         let memory = MEMORY_BYTES >> 20;
         return QueryError(format!(

@@ -140,6 +140,18 @@ fn weights_are_fetched_once_and_used_without_a_network_after_that() {
         "{}",
         checked.err
     );
+    assert_eq!(checked.code, Some(0), "{}", checked.err);
+    let checked = says(&scene, &["check", "p.yaml", "--json"], &[endpoint]);
+    let checked: serde_json::Value = serde_json::from_str(&checked.out).unwrap();
+    assert_eq!(checked["ok"], true);
+    assert_eq!(checked["complaints"][0]["severity"], "note", "{checked}");
+    let planned = says(&scene, &["plan", "p.yaml"], &[endpoint]);
+    assert_eq!(planned.code, Some(2), "{}", planned.err);
+    assert!(
+        planned.err.contains("is not in the hub's cache"),
+        "{}",
+        planned.err
+    );
     assert!(hub.asked().is_empty());
     let stranger = says(&scene, &run, &[endpoint, ("HF_TOKEN", "wrong")]);
     assert_eq!(stranger.code, Some(1));

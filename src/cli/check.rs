@@ -79,7 +79,7 @@ impl Check {
 
 impl ShowPlan {
     pub fn run(&self, loader: Option<&dyn ModelLoader>) -> Result<(), Failed> {
-        let plan = load(&self.file.file, &self.file.sets, false)?;
+        let plan = load(&self.file.file, &self.file.sets, false)?.fetched()?;
         let folder = folder_of(&plan, self.folder.as_deref());
         // The precision that models compute in takes part in keys, and only the engine knows it; it
         // knows this machine's devices, too. Without one a plan is shown as far as it goes.

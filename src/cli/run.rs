@@ -10,7 +10,7 @@ use super::file::{PipelineFile, folder_of, quoted, shown, warn};
 use super::log::{self, JsonLog};
 use super::progress::Progress;
 use super::{Failed, engine, report};
-use crate::config::{At, Complaint, Gravity, KeyPath, LoadError, Look, NOT_FETCHED, Plan, load};
+use crate::config::{At, Complaint, KeyPath, LoadError, Look, NOT_FETCHED, Plan, load};
 use crate::models::{Hub, ModelLoader, Repository};
 use crate::run::{Interrupt, Options, RunError, Summary, run};
 use crate::stages::{Failure, TableName};
@@ -49,15 +49,10 @@ impl Run {
     pub fn run(&self, loader: Option<&dyn ModelLoader>) -> Result<(), Failed> {
         let loaded = || load(&self.file.file, &self.file.sets, false);
         let plan = match loaded() {
-            // Nothing else is wrong with it.
-            Err(LoadError::Refused(complaints))
-                if complaints
-                    .0
-                    .iter()
-                    .all(|one| one.code == NOT_FETCHED || one.gravity == Gravity::Warning) =>
-            {
-                self.fetch()?;
-                loaded()
+            // Nothing is wrong with it.
+            Ok(plan) if plan.warnings.iter().any(|one| one.code == NOT_FETCHED) => {
+                self.fetch(&plan)?;
+                loaded().and_then(Plan::fetched)
             }
             loaded => loaded,
         };
@@ -114,9 +109,8 @@ impl Run {
     }
 
     /// Fetches weights that a model names on the hub and the hub's cache does not have.
-    fn fetch(&self) -> Result<(), Failed> {
-        let plan = load(&self.file.file, &self.file.sets, true)?;
-        self.until(&plan)?;
+    fn fetch(&self, plan: &Plan) -> Result<(), Failed> {
+        self.until(plan)?;
         let Some(hub) = Hub::of_environment() else {
             return Ok(());
         };

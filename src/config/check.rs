@@ -3,11 +3,12 @@
 
 use std::path::Path;
 
-use super::complaint::{At, Complaint};
+use super::complaint::{At, Complaint, Sources};
 use super::guess::guess;
 use super::pipeline::{Entry, Written};
 use super::reference::Secrets;
 use super::source::KeyPath;
+use super::sql;
 use super::words::listed;
 use crate::models::{ModelSpec, Questionnaire, Repository, SqlReward};
 use crate::prep::{JudgePrep, PolicyPrep, PrepError, Shards};
@@ -116,13 +117,39 @@ pub fn all_stages(written: &Written) -> impl Iterator<Item = (&Entry<TableName, 
     stages.chain(written.evaluate.iter().map(|stage| (stage, true)))
 }
 
+/// The settings that name files and folders.
+pub fn path_settings(written: &Written) -> Vec<KeyPath> {
+    let of_models = written.models.iter().flat_map(|model| {
+        let paths = model.spec.iter().flat_map(ModelSpec::paths);
+        paths.map(|(field, _)| model.settings.below(field))
+    });
+    let of_stages = all_stages(written).flat_map(|(stage, _)| {
+        let files = stage.spec.iter().flat_map(|spec| spec.as_stage().files());
+        files.map(|(field, _)| stage.settings.key(field))
+    });
+    // The files of an exam are loaded by a stage that is not written.
+    let of_exams = written.models.iter().flat_map(|model| {
+        let exam = model.settings.key("exam");
+        ["from", "images"].map(|field| exam.key(field))
+    });
+    of_models.chain(of_stages).chain(of_exams).collect()
+}
+
 /// Files and folders of the user that aren't there. Paths must be absolute.
-pub fn files(written: &Written, secrets: &Secrets) -> Vec<Complaint> {
+pub fn files(written: &Written, sources: &Sources, secrets: &Secrets) -> Vec<Complaint> {
     let mut complaints = Vec::new();
     for model in &written.models {
         for (field, path) in model.spec.iter().flat_map(ModelSpec::paths) {
-            let at = At::value(model.settings.below(field));
-            complaints.extend(missing(path, at, secrets));
+            let setting = model.settings.below(field);
+            let folder = sources.folder(&setting);
+            let at = At::value(setting);
+            let found = match Repository::of(path) {
+                Some(repository) => Some(not_cached(&repository, path, at, secrets)),
+                None => missing(path, at.clone(), secrets).map(|complaint| {
+                    almost_of_the_hub(path, &folder, at, &complaint, secrets).unwrap_or(complaint)
+                }),
+            };
+            complaints.extend(found);
         }
     }
     for (stage, _) in all_stages(written) {
@@ -193,8 +220,45 @@ fn probe(spec: &ModelSpec) -> Result<(), PrepError> {
     }
 }
 
-/// The code of complaints about weights that the hub's cache does not have.
+/// The code of notes about weights that the hub's cache does not have.
 pub const NOT_FETCHED: &str = "config::not_fetched";
+
+/// What there is to say of a repository that the hub's cache does not have.
+fn not_cached(repository: &Repository, path: &Path, at: At, secrets: &Secrets) -> Complaint {
+    let shown = secrets.hide(&path.display().to_string());
+    if let Some(problem) = repository.problem() {
+        let message = format!("`{shown}` names no repository");
+        return Complaint::new("config::repository", at, message).help(problem);
+    }
+    let message = format!("`{shown}` is not in the hub's cache");
+    let command = secrets.hide(&repository.command());
+    Complaint::note(NOT_FETCHED, at, message)
+        .help(format!("`pipeline run` fetches it, and so does: {command}"))
+}
+
+/// The complaint about a path that leads nowhere and was probably meant to name a repository of the hub.
+/// A path whose folder is there, or is there under a similar name, was not.
+fn almost_of_the_hub(
+    path: &Path,
+    folder: &Path,
+    at: At,
+    complaint: &Complaint,
+    secrets: &Secrets,
+) -> Option<Complaint> {
+    let written = path.strip_prefix(folder).ok()?;
+    let first = written.iter().next()?;
+    if folder.join(first).exists() || !complaint.label.is_empty() {
+        return None;
+    }
+    let written = written.to_str()?;
+    let meant = Repository::meant(written)?;
+    let message = format!("there is no folder `{}`", secrets.hide(written));
+    let complaint = Complaint::new(complaint.code, at, message).guess(Some(&secrets.hide(&meant)));
+    Some(complaint.help(
+        "weights on the Hugging Face hub are named by `hf://org/name`; anything else is a path from the \
+         folder of the pipeline file",
+    ))
+}
 
 fn missing(path: &Path, at: At, secrets: &Secrets) -> Option<Complaint> {
     let problem = match path.try_exists() {
@@ -204,14 +268,6 @@ fn missing(path: &Path, at: At, secrets: &Secrets) -> Option<Complaint> {
     };
     let text = path.display().to_string();
     let message = format!("`{}` {problem}", shown(path, secrets));
-    if let Some(repository) = Repository::of(path) {
-        let complaint = Complaint::new(NOT_FETCHED, at, message);
-        let help = format!(
-            "it is not in the hub's cache; `pipeline run` fetches it, and so does: {}",
-            repository.command()
-        );
-        return Some(complaint.help(help));
-    }
     let complaint = Complaint::new("config::missing_file", at, message);
     let folder = path.ancestors().skip(1).find(|folder| folder.is_dir())?;
     let is_parent = Some(folder) == path.parent();
@@ -439,7 +495,8 @@ fn expressions(written: &Written, complaints: &mut Vec<Complaint>) {
         let table = (SqlReward::TABLE.to_owned(), Judged::schema());
         if let Err(error) = query::plan(&reward.sql(), &[table], &[]) {
             let at = At::value(entry.settings.key("reward"));
-            let complaint = Complaint::new("config::sql", at, error.0);
+            let complaint =
+                sql::unplanned("config::sql", at, &error.0, &reward.reward, &reward.sql());
             let help =
                 "it is an expression of text, question, answer, captions, candidate and prompt_id";
             complaints.push(complaint.help(help));

@@ -15,6 +15,7 @@ use super::overlay::Layer;
 use super::overrides::Override;
 use super::reference::Secrets;
 use super::source::{KeyPath, Place, Side, Source, around};
+use super::sql::Piece;
 
 /// Where a complaint points: a setting, or its name.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,6 +38,14 @@ impl At {
     }
 }
 
+/// The codes of complaints about names that lead nowhere.
+const NAMES: [&str; 4] = [
+    "config::unknown_table",
+    "config::unknown_model",
+    "config::unknown_variable",
+    "config::environment",
+];
+
 /// How grave a complaint is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Gravity {
@@ -44,6 +53,8 @@ pub enum Gravity {
     Error,
     /// It can, but is perhaps not what was meant.
     Warning,
+    /// It is right; something is said about it.
+    Note,
 }
 
 /// One thing that is wrong with a pipeline.
@@ -62,6 +73,8 @@ pub struct Complaint {
     pub also: Vec<(At, String)>,
     /// The way out.
     pub help: Option<String>,
+    /// The piece of the text at `at` that it is about; all of it if there is none.
+    piece: Option<Piece>,
     /// The text to underline and what to write there, the first being that of `at`.
     drawing: Vec<(Place, String)>,
 }
@@ -77,6 +90,7 @@ impl Complaint {
             label: String::new(),
             also: Vec::new(),
             help: None,
+            piece: None,
             drawing: Vec::new(),
         }
     }
@@ -85,6 +99,14 @@ impl Complaint {
     pub fn warning(code: &'static str, at: At, message: impl Into<String>) -> Self {
         Self {
             gravity: Gravity::Warning,
+            ..Self::new(code, at, message)
+        }
+    }
+
+    /// A note about `at`.
+    pub fn note(code: &'static str, at: At, message: impl Into<String>) -> Self {
+        Self {
+            gravity: Gravity::Note,
             ..Self::new(code, at, message)
         }
     }
@@ -126,6 +148,13 @@ impl Complaint {
             Some(guess) => self.label(format!("did you mean `{guess}`?")),
             None => self,
         }
+    }
+
+    /// Underlines a piece of a query only.
+    #[must_use]
+    pub fn piece(mut self, piece: Piece) -> Self {
+        self.piece = Some(piece);
+        self
     }
 
     /// Underlines a place that no path leads to.
@@ -179,6 +208,7 @@ impl Complaint {
             "severity": match self.gravity {
                 Gravity::Error => "error",
                 Gravity::Warning => "warning",
+                Gravity::Note => "note",
             },
             "message": self.message,
             "path": self.at.path.to_string(),
@@ -213,6 +243,7 @@ impl Diagnostic for Complaint {
         Some(match self.gravity {
             Gravity::Error => miette::Severity::Error,
             Gravity::Warning => miette::Severity::Warning,
+            Gravity::Note => miette::Severity::Advice,
         })
     }
 
@@ -382,6 +413,23 @@ impl Sources {
         }
     }
 
+    /// Tells a name that leads nowhere once, whatever the number of settings that say it.
+    pub fn once(complaints: Vec<Complaint>) -> Vec<Complaint> {
+        let mut told: Vec<Complaint> = Vec::new();
+        for complaint in complaints {
+            let is_same = |other: &&mut Complaint| {
+                NAMES.contains(&complaint.code)
+                    && other.code == complaint.code
+                    && other.message == complaint.message
+            };
+            match told.iter_mut().find(is_same) {
+                Some(first) => first.also.push((complaint.at, String::new())),
+                None => told.push(complaint),
+            }
+        }
+        told
+    }
+
     /// Finds what each complaint underlines, and puts them in the order of the text: those about
     /// the file first, then those about `--set`.
     pub fn place(&self, mut complaints: Vec<Complaint>) -> Vec<Complaint> {
@@ -389,7 +437,20 @@ impl Sources {
             if !complaint.drawing.is_empty() {
                 continue;
             }
-            let main = (self.find(&complaint.at), complaint.label.clone());
+            let mut place = self.find(&complaint.at);
+            if let Some(piece) = &complaint.piece {
+                match piece.find(&place.source.text[place.span.start..]) {
+                    Some(span) => {
+                        let start = place.span.start;
+                        place.span = start + span.start..start + span.end;
+                    }
+                    None => {
+                        let words = format!(" ({})", piece.words());
+                        complaint.message.push_str(&words);
+                    }
+                }
+            }
+            let main = (place, complaint.label.clone());
             complaint.drawing.push(main);
             for (at, label) in &complaint.also {
                 complaint.drawing.push((self.find(at), label.clone()));

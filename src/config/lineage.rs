@@ -3,17 +3,18 @@
 
 use std::collections::VecDeque;
 
-use arrow::datatypes::{Schema, SchemaRef};
+use arrow::datatypes::SchemaRef;
 
 use super::check::all_stages;
 use super::complaint::{At, Complaint};
 use super::guess::guess;
 use super::pipeline::{Chart, Written};
 use super::source::KeyPath;
+use super::sql;
 use super::words::listed;
 use crate::models::ModelSpec;
 use crate::query::{self, Param, is_flag, with_round};
-use crate::stages::{Input, ModelName, StageSpec, TableName};
+use crate::stages::{Input, ModelName, StageError, StageSpec, TableName};
 use crate::tables::{Image, Misfit, Reject, Row, Telemetry, fits, schema_of};
 
 /// A stage on its way to the plan.
@@ -115,10 +116,16 @@ impl Lineage {
             tables.push((draft.name.to_string(), schema));
         }
         let at = At::value(KeyPath::root().key("rounds").key("stop_when"));
-        let complaint = |message| Complaint::new("config::stop_when", at, message);
+        let complaint = |message| Complaint::new("config::stop_when", at.clone(), message);
         self.complaints.extend(
             match query::plan(query, &tables, &[("round", Param::Integer(1))]) {
-                Err(error) => Some(complaint(error.0)),
+                Err(error) => Some(sql::unplanned(
+                    "config::stop_when",
+                    at.clone(),
+                    &error.0,
+                    query,
+                    query,
+                )),
                 Ok(schema) if is_flag(&schema) => None,
                 Ok(schema) => {
                     let columns = schema.fields().iter();
@@ -168,9 +175,13 @@ impl Lineage {
                 self.complaints.push(complaint);
                 continue;
             }
-            if all_clear && let Err(error) = query::plan(&expectation.sql(), &tables, &[]) {
+            let planned = expectation.sql();
+            if all_clear && let Err(error) = query::plan(&planned, &tables, &[]) {
                 let at = At::value(entry.settings.key(expectation.field()));
-                let complaint = Complaint::new("config::expectation", at, error.0);
+                let written = expectation.query.as_ref().or(expectation.value.as_ref());
+                let written = written.map_or("", String::as_str);
+                let complaint =
+                    sql::unplanned("config::expectation", at, &error.0, written, &planned);
                 self.complaints.push(complaint);
             }
         }
@@ -210,8 +221,14 @@ impl Lineage {
                 Ok(schema) => schema,
                 Err(error) => {
                     let at = At::value(view.settings.key("query"));
-                    self.complaints
-                        .push(Complaint::new("config::report", at, error.0));
+                    let query = &spec.query;
+                    self.complaints.push(sql::unplanned(
+                        "config::report",
+                        at,
+                        &error.0,
+                        query,
+                        query,
+                    ));
                     return;
                 }
             };
@@ -520,16 +537,16 @@ impl Lineage {
         let given: Vec<_> = known
             .filter_map(|draft| Some((draft.name.clone(), draft.schema.clone()?)))
             .collect();
-        let made = stage.output(&given).unwrap_or_else(|error| {
-            let at = match error.field {
-                Some(field) => At::value(draft.settings.key(field)),
-                None => At::key(draft.settings.clone()),
-            };
-            let complaint = Complaint::new("config::stage", at, error.message);
-            self.complaints.push(complaint.maybe_help(error.help));
-            usual.unwrap_or_else(|| SchemaRef::new(Schema::empty()))
-        });
-        self.drafts[position].schema = Some(made);
+        match stage.output(&given) {
+            Ok(made) => self.drafts[position].schema = Some(made),
+            Err(error) => {
+                let complaint = wrong_stage(draft, error);
+                self.complaints.push(complaint);
+                // Whatever is wrong with the tables made from it may be wrong because of this.
+                self.drafts[position].schema = usual;
+                self.drafts[position].is_doubtful = true;
+            }
+        }
     }
 
     /// Decides when a stage runs. It is the same in all rounds if it draws no random number, uses
@@ -556,6 +573,24 @@ impl Lineage {
         };
         self.drafts[position].round_first = round_first;
     }
+}
+
+/// The complaint about a stage that can't make its table.
+fn wrong_stage(draft: &Draft, error: StageError) -> Complaint {
+    const CODE: &str = "config::stage";
+    let at = match error.field {
+        Some(field) => At::value(draft.settings.key(field)),
+        None => At::key(draft.settings.clone()),
+    };
+    let query = match &draft.spec {
+        Some(StageSpec::Sql(stage)) if error.field == Some("query") => stage.query.as_deref(),
+        _ => None,
+    };
+    let complaint = match query {
+        Some(query) => sql::unplanned(CODE, at, &error.message, query, query),
+        None => Complaint::new(CODE, at, error.message),
+    };
+    complaint.maybe_help(error.help)
 }
 
 /// Whether a table has rows of a kind. The kind of a query's table is what its columns fit.

@@ -17,6 +17,7 @@ mod exam;
 mod expectation;
 mod pipeline;
 mod reader;
+mod sql;
 mod syntax;
 mod words;
 
@@ -108,13 +109,14 @@ fn parse(
             Err(complaint) => complaints.push(*complaint),
         }
     }
-    let (mut written, secrets, found) = reader::read(tree, environment);
+    let (mut written, mut secrets, found) = reader::read(tree, environment);
     complaints.extend(found);
     complaints.extend(exam::add(&mut written));
     resolve(&mut written, &sources);
+    secrets.show_paths(&check::path_settings(&written));
     complaints.extend(check::names_and_roles(&written));
     if !offline {
-        complaints.extend(check::files(&written, &secrets));
+        complaints.extend(check::files(&written, &sources, &secrets));
         complaints.extend(check::probe_models(&written, &secrets));
     }
     let mut lineage = Lineage::trace(&written);
@@ -125,7 +127,7 @@ fn parse(
     for complaint in &mut complaints {
         complaint.hide(&secrets);
     }
-    let mut complaints = sources.place(complaints);
+    let mut complaints = sources.place(Sources::once(complaints));
     if complaints
         .iter()
         .any(|complaint| complaint.gravity == Gravity::Error)

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 
 use schemars::JsonSchema;
 use serde::de::value::MapAccessDeserializer;
-use serde::de::{self, IntoDeserializer as _, MapAccess, Visitor};
+use serde::de::{self, MapAccess, Unexpected, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::expectation::Expectation;
@@ -66,6 +66,9 @@ pub struct Written {
     /// Whether the run's `images` table holds the pictures or only where they lie.
     #[schemars(default)]
     pub keep_images: KeepImages,
+    /// The settings that are a variable and nothing else, with its name.
+    #[schemars(skip)]
+    pub uses: Vec<(KeyPath, String)>,
 }
 
 /// The top-level fields, in the order in which people write them.
@@ -161,6 +164,9 @@ impl Default for Rounds {
     }
 }
 
+/// What [`Rounds`] is in messages.
+pub const ROUNDS: &str = "a number of rounds (1 or more), or a map of `max` and `stop_when`";
+
 /// By hand, for an untagged enum would say only that no variant fits.
 impl<'de> Deserialize<'de> for Rounds {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -170,15 +176,20 @@ impl<'de> Deserialize<'de> for Rounds {
             type Value = Rounds;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a number of rounds, or `max` and `stop_when`")
+                f.write_str(ROUNDS)
             }
 
             fn visit_u64<E: de::Error>(self, count: u64) -> Result<Rounds, E> {
-                NonZeroU32::deserialize(count.into_deserializer()).map(Rounds::Count)
+                let rounds = u32::try_from(count).ok().and_then(NonZeroU32::new);
+                let rounds = rounds.map(Rounds::Count);
+                rounds.ok_or_else(|| E::invalid_value(Unexpected::Unsigned(count), &self))
             }
 
             fn visit_i64<E: de::Error>(self, count: i64) -> Result<Rounds, E> {
-                NonZeroU32::deserialize(count.into_deserializer()).map(Rounds::Count)
+                match u64::try_from(count) {
+                    Ok(count) => self.visit_u64(count),
+                    Err(_) => Err(E::invalid_value(Unexpected::Signed(count), &self)),
+                }
             }
 
             fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Rounds, A::Error> {

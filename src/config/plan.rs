@@ -11,7 +11,9 @@ use std::path::PathBuf;
 use arrow::datatypes::SchemaRef;
 use serde_json::{Value, json};
 
-use super::complaint::{At, Complaint, Sources};
+use super::LoadError;
+use super::check::NOT_FETCHED;
+use super::complaint::{At, Complaint, Complaints, Gravity, Sources};
 use super::expectation::Expectation;
 use super::lineage::{Draft, Lineage};
 use super::pipeline::{KeepImages, PipelineName, View, Written};
@@ -81,12 +83,32 @@ pub struct PlannedStage {
     /// [`crate::stages::Stage::unkeyed`]. A value from the environment is `{"written", "env"}`:
     /// the text with `${env:NAME}` in it, and the hash by name.
     pub settings: Value,
+    /// What explains a change and decides nothing: `files`, the paths as they are written, and `vars`, the
+    /// settings that are a variable and nothing else, with its name.
+    pub origins: Value,
 }
 
 impl Plan {
     /// The stage that makes a table, under `stages` or `evaluate`.
     pub fn stage(&self, name: &TableName) -> Option<&PlannedStage> {
         self.all().find(|stage| stage.name == *name)
+    }
+
+    /// Fails where weights are on the hub and not in its cache, which only `pipeline run` fetches.
+    pub fn fetched(self) -> Result<Self, LoadError> {
+        let missing = self.warnings.iter().filter(|one| one.code == NOT_FETCHED);
+        let missing: Vec<Complaint> = missing
+            .cloned()
+            .map(|mut note| {
+                note.gravity = Gravity::Error;
+                note
+            })
+            .collect();
+        if missing.is_empty() {
+            Ok(self)
+        } else {
+            Err(LoadError::Refused(Complaints(missing)))
+        }
     }
 
     /// All stages: those of the rounds, then those of the evaluation.
@@ -121,6 +143,11 @@ impl Plan {
     /// Where the text says what a setting of a stage is; where it does not, the stage.
     pub fn place_of(&self, stage: &PlannedStage, setting: &str) -> Place {
         self.sources.find(&At::key(stage.path.below(setting)))
+    }
+
+    /// Where the text says what a setting at the top of the file is: `seed`, `vars.tokens`.
+    pub fn place_at_top(&self, setting: &str) -> Place {
+        self.sources.find(&At::key(KeyPath::root().below(setting)))
     }
 
     /// Writes the plan as equations, grouped by when they run.
@@ -306,7 +333,7 @@ pub fn assemble(
         } else {
             &mut stages
         };
-        group.push(planned(draft, &names, sources, &secrets));
+        group.push(planned(draft, &names, &written.uses, sources, &secrets));
     }
     let models = written.models.into_iter();
     Plan {
@@ -343,6 +370,7 @@ pub fn assemble(
 fn planned(
     draft: Draft,
     names: &[TableName],
+    uses: &[(KeyPath, String)],
     sources: &Sources,
     secrets: &Secrets,
 ) -> PlannedStage {
@@ -364,9 +392,53 @@ fn planned(
         place: sources.find(&At::key(draft.path)),
         path: draft.settings.clone(),
         settings: keyed_settings(&spec, &draft.settings, secrets),
+        origins: origins(&spec, &draft.settings, uses, sources, secrets),
         name: draft.name,
         spec,
     }
+}
+
+/// See [`PlannedStage::origins`].
+fn origins(
+    spec: &StageSpec,
+    path: &KeyPath,
+    uses: &[(KeyPath, String)],
+    sources: &Sources,
+    secrets: &Secrets,
+) -> Value {
+    let mut files = serde_json::Map::new();
+    for (field, file) in spec.as_stage().files() {
+        let setting = path.key(field);
+        let mut from_environment = secrets.uses_in(&setting).peekable();
+        let written = match from_environment.peek() {
+            None => {
+                let folder = sources.folder(&setting);
+                let written = file.strip_prefix(folder).unwrap_or(file);
+                written.display().to_string()
+            }
+            Some(used) if used.path == setting => used.written.clone(),
+            // An element of a list, which this one may be or not.
+            Some(_) => continue,
+        };
+        let others = files.keys().filter(|name| name.starts_with(field)).count();
+        let name = match others {
+            0 => field.to_owned(),
+            _ => format!("{field}[{others}]"),
+        };
+        files.insert(name, json!(written));
+    }
+    let vars = uses.iter().filter(|(setting, _)| setting.is_in(path));
+    let vars: serde_json::Map<_, _> = vars
+        .map(|(setting, variable)| {
+            let below = &setting.steps()[path.steps().len()..];
+            let keys = below.iter().map(|step| match step {
+                Step::Key { key, .. } => key.clone(),
+                Step::Index(index) => index.to_string(),
+            });
+            (keys.collect::<Vec<_>>().join("."), json!(variable))
+        })
+        .collect();
+    json!({ "files": files, "vars": vars })
 }
 
 /// See [`PlannedStage::settings`].

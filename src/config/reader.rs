@@ -15,7 +15,7 @@ use super::node::Node;
 use super::pipeline::{Entry, FIELDS, PipelineName, Written, one_percent};
 use super::reference::{Environment, Replacer, Secrets, Variable};
 use super::source::{KeyPath, Step};
-use super::words::{Subject, listed, reword};
+use super::words::{Subject, WITHOUT_DASHES, listed, reword};
 use crate::stages::TableName;
 
 /// Reads the tree of a file. There is always a result, with defaults in place of what is wrong; it
@@ -30,6 +30,7 @@ pub fn read(tree: Node, environment: Environment<'_>) -> (Written, Secrets, Vec<
         vars: None,
         environment,
         secrets: Secrets::default(),
+        uses: Vec::new(),
         complaints: Vec::new(),
     };
     let vars = reader.variables(&mut tree, &mut replacer);
@@ -40,6 +41,7 @@ pub fn read(tree: Node, environment: Environment<'_>) -> (Written, Secrets, Vec<
         }
     }
     reader.secrets = replacer.secrets;
+    reader.uses = replacer.uses;
     reader.complaints.append(&mut replacer.complaints);
 
     reader.required_fields(&tree);
@@ -59,6 +61,7 @@ pub fn read(tree: Node, environment: Environment<'_>) -> (Written, Secrets, Vec<
             .field(&tree, "reject_share_max")
             .unwrap_or_else(one_percent),
         keep_images: reader.field(&tree, "keep_images").unwrap_or_default(),
+        uses: reader.uses.clone(),
     };
     (written, reader.secrets, reader.complaints)
 }
@@ -67,6 +70,8 @@ pub fn read(tree: Node, environment: Environment<'_>) -> (Written, Secrets, Vec<
 #[derive(Default)]
 struct Reader {
     secrets: Secrets,
+    /// The settings that are a variable and nothing else, with its name.
+    uses: Vec<(KeyPath, String)>,
     complaints: Vec<Complaint>,
     /// Top-level fields whose absence has been explained.
     excused: Vec<String>,
@@ -253,8 +258,12 @@ impl Reader {
             other => {
                 let message = format!("`{name}` has no {noun}: {} stands here", shown(&other));
                 let complaint =
-                    Complaint::new("config::wrong_type", At::value(path.clone()), message)
-                        .help(format!("write `{name}: {{ {noun}: {{ … }} }}`; {choice}"));
+                    Complaint::new("config::wrong_type", At::value(path.clone()), message).help(
+                        match &other {
+                            Node::List(_) => format!("{WITHOUT_DASHES}; {choice}"),
+                            _ => format!("write `{name}: {{ {noun}: {{ … }} }}`; {choice}"),
+                        },
+                    );
                 self.complaints.push(complaint);
                 return (path.clone(), None);
             }
@@ -316,8 +325,9 @@ impl Reader {
             other => {
                 let message = format!("`{}` is {}, not {expected}", path.name(), other.noun());
                 let at = At::key(path.clone());
-                self.complaints
-                    .push(Complaint::new("config::wrong_type", at, message));
+                let help = matches!(other, Node::List(_)).then(|| WITHOUT_DASHES.to_owned());
+                let complaint = Complaint::new("config::wrong_type", at, message);
+                self.complaints.push(complaint.maybe_help(help));
                 None
             }
         }
@@ -356,7 +366,22 @@ impl Reader {
                 (None, Some(node)) => node.text(),
                 (None, None) => None,
             };
-            let words = reword(&raw, shown.as_deref());
+            let mut words = reword(&raw, shown.as_deref());
+            if words.takes_quotes_off()
+                && let Some((_, variable)) = self.uses.iter().find(|(path, _)| *path == here)
+            {
+                let value = shown.unwrap_or_default();
+                words.help = Some(format!(
+                    "take the quotes off in `vars`: `{variable}: {value}`"
+                ));
+            }
+            if let Some(Node::List(elements)) = node.at(&steps)
+                && let [element] = &elements[..]
+                && let Some(text) = element.text()
+                && words.message.ends_with("is not a text")
+            {
+                words.help = Some(format!("write it without brackets or dash: `{text}`"));
+            }
             let mut offender = steps;
             let mut complaint = Complaint::new(words.code, At::value(here.clone()), words.message);
             match words.subject {

@@ -2,9 +2,10 @@
 //!
 //! They are replaced after parsing, so a value can't break the YAML and a comment needs no
 //! escaping. What came from the environment may be secret: [`Secrets`] remembers where it went, so
-//! that errors, plans and keys show its name and its hash instead.
+//! that errors, plans and keys show its name and its hash instead. A value that is part of paths and of
+//! nothing else is shown in messages.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use serde_yaml::Number;
@@ -30,7 +31,20 @@ pub struct EnvReference {
 pub struct Secrets {
     values: BTreeMap<String, String>,
     uses: Vec<EnvUse>,
+    /// The variables whose values are shown in messages: they are parts of paths and nothing else.
+    shown: BTreeSet<String>,
 }
+
+/// Words in the name of a variable by which its value is a secret, wherever it is used.
+const SECRET_WORDS: [&str; 7] = [
+    "KEY",
+    "TOKEN",
+    "SECRET",
+    "PASS",
+    "CREDENTIAL",
+    "AUTH",
+    "COOKIE",
+];
 
 /// A setting that holds values from the environment.
 #[derive(Clone)]
@@ -72,13 +86,33 @@ impl Secrets {
         self.uses.iter().filter(|used| used.path.is_in(path))
     }
 
-    /// `text` with `${env:NAME}` in place of each value. A value of less than four letters is
+    /// Lets messages show the values of variables that only the settings `paths` use, so that an error
+    /// about a file names the file. A variable that is called like a secret stays one.
+    pub fn show_paths(&mut self, paths: &[KeyPath]) {
+        let vars = KeyPath::root().key("vars");
+        let is_path = |name: &str| {
+            let uses = self.uses.iter().filter(|used| {
+                used.names.iter().any(|other| other == name) && !used.path.is_in(&vars)
+            });
+            let mut uses = uses.peekable();
+            uses.peek().is_some() && uses.all(|used| paths.contains(&used.path))
+        };
+        let is_secret = |name: &str| {
+            let name = name.to_uppercase();
+            SECRET_WORDS.iter().any(|word| name.contains(word))
+        };
+        let names = self.values.keys();
+        let shown = names.filter(|name| is_path(name) && !is_secret(name));
+        self.shown = shown.cloned().collect();
+    }
+
+    /// `text` with `${env:NAME}` in place of each value, but for those that are paths. A value of less than four letters is
     /// replaced only where it stands alone: `7` in `7`, not in `17`.
     pub fn hide(&self, text: &str) -> String {
         let mut by_length: Vec<_> = self
             .values
             .iter()
-            .filter(|(_, value)| !value.is_empty())
+            .filter(|(name, value)| !value.is_empty() && !self.shown.contains(*name))
             .collect();
         by_length.sort_by_key(|(_, value)| std::cmp::Reverse(value.len()));
         let mut pieces = vec![(text.to_owned(), true)];
@@ -127,6 +161,8 @@ pub struct Replacer<'a> {
     pub vars: Option<Vec<Variable>>,
     pub environment: Environment<'a>,
     pub secrets: Secrets,
+    /// The settings that are a variable of the pipeline and nothing else, with its name.
+    pub uses: Vec<(KeyPath, String)>,
     pub complaints: Vec<Complaint>,
 }
 
@@ -200,6 +236,9 @@ impl Replacer<'_> {
         if let [Piece::Reference(name)] = pieces[..] {
             let node = self.value(name, path, &mut used)?;
             self.remember(used);
+            if !name.starts_with("env:") {
+                self.uses.push((path.clone(), name.to_owned()));
+            }
             return Some(node);
         }
         for piece in pieces {
@@ -374,6 +413,7 @@ mod tests {
             ]),
             environment: &environment,
             secrets: Secrets::default(),
+            uses: Vec::new(),
             complaints: Vec::new(),
         }
     }
@@ -412,6 +452,30 @@ mod tests {
             "${}",
             Err("`${}` is not a reference: write `${name}` or `${env:NAME}`"),
         );
+    }
+
+    #[test]
+    fn only_what_is_a_path_and_nothing_else_is_shown() {
+        let root = KeyPath::root();
+        let (from, url) = (root.key("from"), root.key("url"));
+        let of = |written: &[(&KeyPath, &str)]| {
+            let mut replacer = replacer();
+            replacer.environment = &|name| Ok(format!("/{}", name.to_lowercase()));
+            for (path, written) in written {
+                replacer.replace(&mut text(written), path);
+            }
+            let mut secrets = replacer.secrets;
+            secrets.show_paths(std::slice::from_ref(&from));
+            secrets
+        };
+        let photos = of(&[(&from, "${env:PHOTOS}/a")]);
+        assert_eq!(photos.hide("no /photos/a"), "no /photos/a");
+        let both = of(&[(&from, "${env:PHOTOS}/a"), (&url, "${env:PHOTOS}")]);
+        assert_eq!(both.hide("no /photos/a"), "no ${env:PHOTOS}/a");
+        let token = of(&[(&from, "${env:HF_TOKEN}/a")]);
+        assert_eq!(token.hide("no /hf_token/a"), "no ${env:HF_TOKEN}/a");
+        let unused = of(&[(&root.key("vars").key("v"), "${env:PHOTOS}")]);
+        assert_eq!(unused.hide("/photos"), "${env:PHOTOS}");
     }
 
     #[test]

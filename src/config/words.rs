@@ -1,6 +1,7 @@
 //! serde's messages in the words of people who write pipelines.
 
 use super::guess::guess;
+use super::pipeline::ROUNDS;
 use super::source::Side;
 
 /// A complaint in the making: what a message of serde comes to.
@@ -24,6 +25,21 @@ pub enum Subject {
     Extra(String),
     /// A key in the setting at the path, which should be there.
     Missing(String),
+}
+
+/// The way out where a list stands in place of a map.
+pub const WITHOUT_DASHES: &str =
+    "take the dashes (`- `) or brackets away: a map has a name before each entry, `name: …`";
+
+/// How [`reword`] begins to tell that a text stands where something else is wanted.
+const TAKE_QUOTES_OFF: &str = "take the quotes off: ";
+
+impl Words {
+    /// Whether the way out is to take quotes off.
+    pub fn takes_quotes_off(&self) -> bool {
+        let help = self.help.as_ref();
+        help.is_some_and(|help| help.starts_with(TAKE_QUOTES_OFF))
+    }
 }
 
 /// Says what the message `raw` means for a setting of which `shown` is the written value.
@@ -51,22 +67,37 @@ pub fn reword(raw: &str, shown: Option<&str>) -> Words {
         .strip_prefix("invalid type: ")
         .or(raw.strip_prefix("invalid value: "));
     if let Some((found, expected)) = mismatch.and_then(|rest| rest.rsplit_once(", expected ")) {
+        let expected = noun(expected);
         if found == "unit value" {
-            return wrong_type(
-                format!("a value is missing: it must be {}", noun(expected)),
-                None,
-            );
+            let message = format!("a value is missing: it must be {expected}");
+            return wrong_type(message, None);
         }
+        if found.starts_with("string ")
+            && let Some(shown) = shown.filter(|shown| is_unquoted(shown, &expected))
+        {
+            let message = format!("`\"{shown}\"` is a text, not {expected}");
+            let help = format!("{TAKE_QUOTES_OFF}`{shown}`");
+            return wrong_type(message, Some(help));
+        }
+        let more = match (found, shown) {
+            ("sequence", _) if expected.starts_with("a map") => Some(WITHOUT_DASHES.to_owned()),
+            (_, Some("0")) if expected == ROUNDS => Some(
+                "a pipeline has 1 round or more; to evaluate models without training them, write \
+                 `rounds: 1` and take the `train_…` stages out"
+                    .to_owned(),
+            ),
+            _ => None,
+        };
         let found = match shown {
             _ if found == "sequence" => "a list".to_owned(),
             _ if found == "map" => "a map".to_owned(),
             Some(shown) => format!("`{shown}`"),
             None => found.to_owned(),
         };
-        let can_be_quoted = noun(expected) == "a text" && !found.starts_with("a ");
+        let can_be_quoted = expected == "a text" && !found.starts_with("a ");
         let help = can_be_quoted
             .then(|| format!("write `\"{}\"` to mean a text", found.trim_matches('`')));
-        return wrong_type(format!("{found} is not {}", noun(expected)), help);
+        return wrong_type(format!("{found} is not {expected}"), more.or(help));
     }
     Words {
         code: "config::wrong_value",
@@ -124,6 +155,19 @@ fn unknown(code: &'static str, noun: &str, found: &str, expected: &str) -> Words
     }
 }
 
+/// Whether a text would be what is expected without its quotes.
+fn is_unquoted(text: &str, expected: &str) -> bool {
+    let whole = text.parse::<i64>();
+    match expected {
+        "a number" => text.parse::<f64>().is_ok_and(f64::is_finite),
+        "a whole number" => whole.is_ok(),
+        "a whole number, 0 or more" => whole.is_ok_and(|whole| whole >= 0),
+        "a whole number, 1 or more" | ROUNDS => whole.is_ok_and(|whole| whole >= 1),
+        "`true` or `false`" => ["true", "false"].contains(&text),
+        _ => false,
+    }
+}
+
 /// What serde calls by a Rust type, in words.
 fn noun(expected: &str) -> String {
     match expected {
@@ -178,6 +222,44 @@ mod tests {
         );
         check("missing field `model`", "", "`model` is missing", None);
         check("-1 is not above 0", "-1", "-1 is not above 0", None);
+    }
+
+    #[test]
+    fn a_number_in_quotes_is_told_to_be_a_text() {
+        let words = reword("invalid type: string \"0.7\", expected f64", Some("0.7"));
+        assert_eq!(words.message, "`\"0.7\"` is a text, not a number");
+        assert_eq!(words.help.as_deref(), Some("take the quotes off: `0.7`"));
+        let words = reword(
+            "invalid type: string \"true\", expected a boolean",
+            Some("true"),
+        );
+        assert_eq!(words.message, "`\"true\"` is a text, not `true` or `false`");
+        // Without quotes it would be no better.
+        check(
+            "invalid type: string \"-3\", expected u32",
+            "-3",
+            "`-3` is not a whole number, 0 or more",
+            None,
+        );
+        check(
+            "invalid type: string \"0\", expected a nonzero u32",
+            "0",
+            "`0` is not a whole number, 1 or more",
+            None,
+        );
+    }
+
+    #[test]
+    fn lists_and_zero_rounds_are_told_the_way_out() {
+        let words = reword("invalid type: sequence, expected struct Sample", None);
+        assert_eq!(
+            words.message,
+            "a list is not a map of settings: `{ setting: value }`"
+        );
+        assert_eq!(words.help.as_deref(), Some(WITHOUT_DASHES));
+        let raw = format!("invalid value: integer `0`, expected {ROUNDS}");
+        let help = reword(&raw, Some("0")).help.unwrap();
+        assert!(help.contains("`rounds: 1`"), "{help}");
     }
 
     #[test]

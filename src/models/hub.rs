@@ -36,6 +36,59 @@ impl Repository {
         })
     }
 
+    /// Why the hub can have no such repository, if it can't.
+    pub fn problem(&self) -> Option<String> {
+        let parts: Vec<&str> = self.name.split('/').collect();
+        if parts.len() == 2
+            && parts.iter().all(|part| is_hub_name(part))
+            && !self.revision.is_empty()
+        {
+            return None;
+        }
+        Some(
+            "a repository of the hub is written `hf://org/name` or `hf://org/name@revision`"
+                .to_owned(),
+        )
+    }
+
+    /// The repository that was probably meant by a path which is none: `org/name`, or the address of its
+    /// page.
+    pub fn meant(path: &str) -> Option<String> {
+        let address = path
+            .strip_prefix("https://")
+            .or_else(|| path.strip_prefix("http://"))
+            .unwrap_or(path);
+        let address = address.strip_prefix("www.").unwrap_or(address);
+        let page = ["huggingface.co/", "hf.co/"]
+            .iter()
+            .find_map(|host| address.strip_prefix(host));
+        let slashed = ["hf:/", "hf:", "HF://"]
+            .iter()
+            .find_map(|scheme| path.strip_prefix(scheme));
+        let named = page.or(slashed).unwrap_or(path);
+        let parts: Vec<&str> = named.trim_end_matches('/').split('/').collect();
+        let (name, revision) = match (parts[..].split_first_chunk(), page) {
+            (Some(([org, name], [])), _) => (format!("{org}/{name}"), "main"),
+            (Some(([org, name], ["tree" | "blob" | "resolve", revision, ..])), Some(_)) => {
+                (format!("{org}/{name}"), *revision)
+            }
+            _ => return None,
+        };
+        let (name, revision) = match name.split_once('@') {
+            Some((name, revision)) => (name.to_owned(), revision.to_owned()),
+            None => (name, revision.to_owned()),
+        };
+        let repository = Self { name, revision };
+        if repository.problem().is_some() {
+            return None;
+        }
+        let Self { name, revision } = repository;
+        Some(match revision.as_str() {
+            "main" => format!("{SCHEME}{name}"),
+            revision => format!("{SCHEME}{name}@{revision}"),
+        })
+    }
+
     /// The command that fetches it.
     pub fn command(&self) -> String {
         match self.revision.as_str() {
@@ -57,6 +110,15 @@ impl Repository {
         let snapshot = folder.join("snapshots").join(commit);
         has_weights(&snapshot).then_some(snapshot)
     }
+}
+
+/// Whether the hub allows this name for an organization or a repository.
+fn is_hub_name(name: &str) -> bool {
+    let word = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    (1..=96).contains(&name.len())
+        && name.chars().all(word)
+        && !name.starts_with(['.', '-'])
+        && !name.ends_with(['.', '-'])
 }
 
 /// Whether there are weights in a folder, and, where an index names their files, all of these. Programs
@@ -160,6 +222,46 @@ mod tests {
         assert_eq!(Repository::of(Path::new("org/name")), None);
         let command = repository("hf://org/name@v2").command();
         assert_eq!(command, "hf download org/name --revision v2");
+    }
+
+    #[test]
+    fn what_is_written_almost_like_a_repository_is_recognized() {
+        let meant = |path: &str| Repository::meant(path).unwrap_or_default();
+        assert_eq!(meant("llava-hf/ov-7b"), "hf://llava-hf/ov-7b");
+        assert_eq!(meant("llava-hf/ov-7b@v1"), "hf://llava-hf/ov-7b@v1");
+        assert_eq!(meant("hf:llava-hf/ov-7b"), "hf://llava-hf/ov-7b");
+        let page = "https://huggingface.co/llava-hf/ov-7b";
+        assert_eq!(meant(page), "hf://llava-hf/ov-7b");
+        assert_eq!(meant("hf.co/llava-hf/ov-7b/"), "hf://llava-hf/ov-7b");
+        assert_eq!(meant(&format!("{page}/tree/main")), "hf://llava-hf/ov-7b");
+        let file = format!("{page}/blob/v1/config.json");
+        assert_eq!(meant(&file), "hf://llava-hf/ov-7b@v1");
+        let others = [
+            "policy",
+            "../models/policy",
+            "/models/policy",
+            "a/b/c",
+            "./a",
+            "../a",
+            "~/a",
+        ];
+        for path in others {
+            assert_eq!(Repository::meant(path), None, "{path}");
+        }
+        assert_eq!(
+            Repository::meant("https://huggingface.co/datasets/org/name"),
+            None
+        );
+        assert_eq!(repository("hf://org/name@v1").problem(), None);
+        for wrong in [
+            "hf://name",
+            "hf://a/b/c",
+            "hf://org/",
+            "hf://org/name@",
+            "hf:///name",
+        ] {
+            assert!(repository(wrong).problem().is_some(), "{wrong}");
+        }
     }
 
     #[test]
