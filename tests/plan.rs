@@ -7,7 +7,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use crate::run::SCRIPTED;
-use crate::scene::Scene;
+use crate::scene::{ROOT, Scene};
 
 /// What the plan says of each table and round.
 fn planned(scene: &Scene, more: &[&str]) -> BTreeMap<String, Value> {
@@ -275,4 +275,59 @@ fn copy(from: &Path, to: &Path) {
             fs::copy(&path, &to).unwrap();
         }
     }
+}
+
+/// Reasons name what was changed, where it was changed, and not what follows from it.
+#[test]
+fn the_reason_for_making_a_table_again_is_what_was_changed() {
+    let scene = Scene::new();
+    let pipeline = SCRIPTED.replace(
+        "policy, part: 7 }",
+        "policy, part: 7, max_new_tokens: \"${tokens}\" }",
+    );
+    let pipeline = format!("{pipeline}\nvars: {{ tokens: 16 }}\n");
+    assert!(pipeline.contains("${tokens}"), "{pipeline}");
+    let records: Vec<Value> = (0..6)
+        .map(|number| serde_json::json!({ "id": number, "image": "a.png", "prompt": format!("Question {number}?") }))
+        .collect();
+    let picture = fs::read_dir(format!("{ROOT}/data-samples/images/heldout"))
+        .unwrap()
+        .next();
+    let picture = fs::read(picture.unwrap().unwrap().path()).unwrap();
+    scene
+        .write("prompts.json", serde_json::to_vec(&records).unwrap())
+        .write("a.png", &picture)
+        .write("photos/a.png", [&picture[..], b" "].concat())
+        .write("p.yaml", &pipeline);
+    scene.succeeds(&["run", "p.yaml", "--until", "candidates"]);
+
+    let set = ["--set", "vars.tokens=12"];
+    let reason = "`vars.tokens` 16 → 12 (--set)";
+    let tables = planned(&scene, &set);
+    let reasons = tables["candidates 1"]["reasons"].as_array().unwrap();
+    assert_eq!(reasons.len(), 1, "{reasons:?}");
+    assert_eq!(reasons[0]["text"], "`vars.tokens` 16 → 12");
+    assert_eq!(reasons[0]["place"], "--set");
+    let text = scene
+        .succeeds(&[&["plan", "p.yaml"], &set[..]].concat())
+        .out;
+    assert!(text.contains(reason), "{text}");
+    let until = ["run", "p.yaml", "--until", "candidates"];
+    let said = scene.succeeds(&[&until, &set[..]].concat()).err;
+    assert!(
+        said.contains(&format!("candidates (round 1) is made again: {reason}\n")),
+        "{said}"
+    );
+
+    let with_images = pipeline.replace("from: prompts.json", "from: prompts.json, images: photos");
+    assert_ne!(pipeline, with_images);
+    scene.write("p.yaml", with_images);
+    let tables = planned(&scene, &[]);
+    let reasons = tables["prompts null"]["reasons"].as_array().unwrap();
+    assert_eq!(reasons.len(), 1, "{reasons:?}");
+    assert_eq!(reasons[0]["text"], "`images` was added");
+    assert!(
+        reasons[0]["place"].as_str().unwrap().starts_with("p.yaml:"),
+        "{reasons:?}"
+    );
 }

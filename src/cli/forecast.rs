@@ -114,23 +114,13 @@ fn why(plan: &Plan, forecast: &Forecast) -> String {
         Fate::Make { reasons, by_row } => {
             let mut words: Vec<String> = reasons
                 .iter()
-                .map(|reason| reason_in_words(plan, forecast, reason))
+                .map(|reason| reason.in_words(plan, &forecast.table))
                 .collect();
             if *by_row && !words.is_empty() {
                 words.push("rows whose own input is as before are taken over".to_owned());
             }
             words.join("; ")
         }
-    }
-}
-
-fn reason_in_words(plan: &Plan, forecast: &Forecast, reason: &Reason) -> String {
-    let text = plan.secrets.hide(&reason.to_string());
-    match (reason, plan.stage(&forecast.table)) {
-        (Reason::Setting { name, .. }, Some(stage)) => {
-            format!("{text} ({})", plan.place_of(stage, name))
-        }
-        _ => text,
     }
 }
 
@@ -143,13 +133,15 @@ pub fn to_json(plan: &Plan, forecasts: &[Forecast]) -> Value {
                 .map(|reason| {
                     let text = plan.secrets.hide(&reason.to_string());
                     let mut json = json!({ "text": text });
-                    if let (Reason::Setting { name, before, now }, Some(stage)) =
-                        (reason, plan.stage(&forecast.table))
+                    if let Some(place) = reason.place(plan, &forecast.table) {
+                        json["place"] = json!(place.to_string());
+                    }
+                    if let Reason::Setting { name, before, now }
+                    | Reason::Top { name, before, now } = reason
                     {
                         json["setting"] = json!(name);
                         json["before"] = before.clone();
                         json["now"] = now.clone();
-                        json["place"] = json!(plan.place_of(stage, name).to_string());
                     }
                     json
                 })

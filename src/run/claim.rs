@@ -6,7 +6,7 @@
 
 use serde_json::Value;
 
-use super::keys::{explain, in_words};
+use super::keys::{explain, explained, in_words};
 use super::{Runner, titled};
 use crate::config::PlannedStage;
 use crate::stages::{Failure, TableName, Work};
@@ -24,6 +24,7 @@ impl Runner<'_> {
         because: &Value,
     ) -> Result<bool, Failure> {
         let name = table.as_str();
+        let explained = explained(because, self.plan.stage(table));
         let manifest = self.folder.manifest();
         let goes_on = manifest
             .staged(name, round)
@@ -32,7 +33,8 @@ impl Runner<'_> {
             && made.key != key
             && !goes_on
         {
-            let reasons = in_words(&explain(&made.because, because));
+            let reasons = explain(&made.because, &explained);
+            let reasons = in_words(&reasons, self.plan, table);
             let is_complete = made.complete;
             self.report.note(&format!(
                 "{} is made again: {reasons}",
@@ -60,7 +62,7 @@ impl Runner<'_> {
             round,
             kind: kind.map(str::to_owned),
             key: key.to_owned(),
-            because: because.clone(),
+            because: explained,
             part_groups: 0,
             complete: false,
             content: None,

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use super::keys::{Keys, Reason, explain, table_key};
+use super::keys::{Keys, Reason, explain, explained, table_key};
 use super::stop::ends;
 use crate::config::{Plan, PlannedStage};
 use crate::models::ModelLoader;
@@ -107,7 +107,8 @@ pub fn forecast(
                 by_row: false,
             },
             (None, Some(before)) => {
-                let reasons = explain(&before.because, &because);
+                let now = explained(&because, Some(stage));
+                let reasons = explain(&before.because, &now);
                 let maps =
                     stage.kind.is_some() && matches!(stage.spec.as_stage().work(), Work::Map(_));
                 let only_inputs = reasons

@@ -6,7 +6,7 @@ use std::fmt;
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
-use crate::config::{Plan, PlannedStage};
+use crate::config::{Place, Plan, PlannedStage};
 use crate::models::{Asking, Dtype, ModelLoader, ModelSpec};
 use crate::stages::{Failure, Load, ModelState, Role, StageSpec, TableName, Use, Work};
 use crate::store::{Fingerprints, Key};
@@ -244,15 +244,36 @@ fn pictures(fingerprints: &Fingerprints, load: &dyn Load) -> Result<String, Fail
     Ok(key.finish())
 }
 
+/// What the manifest keeps of a making: what decided it, and what explains it to people.
+pub fn explained(because: &Value, stage: Option<&PlannedStage>) -> Value {
+    let mut explained = because.clone();
+    if let Some(stage) = stage {
+        explained[ORIGINS] = stage.origins.clone();
+    }
+    explained
+}
+
+/// The entry of a because that explains and decides nothing.
+const ORIGINS: &str = "origins";
+
 /// Why a table is made again.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Reason {
-    /// A setting of the stage, by its path below the verb, was something else.
+    /// A setting of the stage, by its path below the verb, was something else; null where it was or is
+    /// left out.
     Setting {
         name: String,
         before: Value,
         now: Value,
     },
+    /// So was a setting at the top of the file, or a variable: `seed`, `vars.tokens`.
+    Top {
+        name: String,
+        before: Value,
+        now: Value,
+    },
+    /// A setting says the same, and a variable of the environment in it was something else.
+    Environment { name: String, written: String },
     /// A table that it reads is not the one that it was made from.
     Input(String),
     /// So is the model under this setting.
@@ -266,7 +287,16 @@ pub enum Reason {
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Setting { name, before, now } => write!(f, "`{name}` {before} → {now}"),
+            Self::Setting { name, before, now } | Self::Top { name, before, now } => {
+                match (before, now) {
+                    (Value::Null, _) => write!(f, "`{name}` was added"),
+                    (_, Value::Null) => write!(f, "`{name}` was removed"),
+                    _ => write!(f, "`{name}` {before} → {now}"),
+                }
+            }
+            Self::Environment { name, written } => {
+                write!(f, "`{name}` is `{written}`, whose value changed")
+            }
             Self::Input(table) => write!(f, "its input `{table}` changed"),
             Self::Model(field) => write!(f, "the model under `{field}` changed"),
             Self::Files(words) | Self::Other(words) => f.write_str(words),
@@ -274,65 +304,153 @@ impl fmt::Display for Reason {
     }
 }
 
+impl Reason {
+    /// Where the pipeline says what is so now.
+    pub fn place(&self, plan: &Plan, table: &TableName) -> Option<Place> {
+        match self {
+            Self::Setting { name, .. } | Self::Environment { name, .. } => {
+                Some(plan.place_of(plan.stage(table)?, name))
+            }
+            Self::Top { name, .. } => Some(plan.place_at_top(name)),
+            _ => None,
+        }
+    }
+
+    /// The reason in words, with its place.
+    pub fn in_words(&self, plan: &Plan, table: &TableName) -> String {
+        let text = plan.secrets.hide(&self.to_string());
+        match self.place(plan, table) {
+            Some(place) => format!("{text} ({place})"),
+            None => text,
+        }
+    }
+}
+
 /// What differs between two becauses.
 pub fn explain(before: &Value, now: &Value) -> Vec<Reason> {
-    let mut reasons = Vec::new();
-    compare("", before, now, &mut reasons);
-    reasons
+    let mut changes = Changes {
+        origins: [&before[ORIGINS], &now[ORIGINS]],
+        reasons: Vec::new(),
+    };
+    changes.compare("", before, now);
+    changes.reasons
 }
 
 /// Reasons as one text.
-pub fn in_words(reasons: &[Reason]) -> String {
+pub fn in_words(reasons: &[Reason], plan: &Plan, table: &TableName) -> String {
     if reasons.is_empty() {
         return "it changed".to_owned();
     }
-    let texts: Vec<String> = reasons.iter().map(ToString::to_string).collect();
-    texts.join("; ")
+    let texts = reasons.iter().map(|reason| reason.in_words(plan, table));
+    texts.collect::<Vec<_>>().join("; ")
 }
 
-fn compare(path: &str, before: &Value, now: &Value, reasons: &mut Vec<Reason>) {
-    if before == now {
-        return;
-    }
-    if let (Value::Object(old), Value::Object(new)) = (before, now) {
-        for name in old
-            .keys()
-            .chain(new.keys().filter(|name| !old.contains_key(*name)))
+/// Reasons on their way, and what explains them.
+struct Changes<'a> {
+    /// Of before and of now; null in runs of earlier versions.
+    origins: [&'a Value; 2],
+    reasons: Vec<Reason>,
+}
+
+impl Changes<'_> {
+    fn compare(&mut self, path: &str, before: &Value, now: &Value) {
+        if before == now || path == ORIGINS {
+            return;
+        }
+        let is_from_environment = |value: &Value| value["written"].is_string();
+        if let (Value::Object(old), Value::Object(new)) = (before, now)
+            && !is_from_environment(before)
+            && !is_from_environment(now)
         {
-            let path = if path.is_empty() {
-                name.clone()
-            } else {
-                format!("{path}.{name}")
-            };
-            let value =
-                |object: &Map<String, Value>| object.get(name).cloned().unwrap_or(Value::Null);
-            compare(&path, &value(old), &value(new), reasons);
+            for name in old
+                .keys()
+                .chain(new.keys().filter(|name| !old.contains_key(*name)))
+            {
+                let path = if path.is_empty() {
+                    name.clone()
+                } else {
+                    format!("{path}.{name}")
+                };
+                let value =
+                    |object: &Map<String, Value>| object.get(name).cloned().unwrap_or(Value::Null);
+                self.compare(&path, &value(old), &value(new));
+            }
+            return;
         }
-        return;
+        let reason = self.reason(path, before, now);
+        if let Some(reason) = reason
+            && !self.reasons.contains(&reason)
+        {
+            self.reasons.push(reason);
+        }
     }
-    let (group, name) = path.split_once('.').unwrap_or(("", path));
-    reasons.push(match group {
-        "inputs" => Reason::Input(
-            name.split_once('.')
-                .map_or(name, |(_, table)| table)
-                .to_owned(),
-        ),
-        "models" => Reason::Model(name.to_owned()),
-        "files" if name == "pictures" => {
-            Reason::Files("a picture that it names changed".to_owned())
+
+    /// Why the values at a path differ; `None` where another reason says it.
+    fn reason(&self, path: &str, before: &Value, now: &Value) -> Option<Reason> {
+        let (group, name) = path.split_once('.').unwrap_or(("", path));
+        Some(match group {
+            "inputs" => Reason::Input(
+                name.split_once('.')
+                    .map_or(name, |(_, table)| table)
+                    .to_owned(),
+            ),
+            "models" => Reason::Model(name.to_owned()),
+            // Which pictures a source names follows from its other files.
+            "files" if name == "pictures" => match self.renamed("images") {
+                Some(reason) => reason,
+                None if self.renamed("from").is_some() => return None,
+                None => Reason::Files("a picture that it names changed".to_owned()),
+            },
+            "files" => match self.renamed(name) {
+                Some(reason) => reason,
+                None if before.is_null() || now.is_null() => setting(name, before, now),
+                None => Reason::Files(format!("the content of `{name}` changed")),
+            },
+            "settings" => {
+                let name = name.split_once('.').map_or(name, |(_, setting)| setting);
+                let [was, is] = self.origins.map(|origins| origins["vars"][name].as_str());
+                match (was, is) {
+                    (Some(was), Some(is)) if was == is => Reason::Top {
+                        name: format!("vars.{is}"),
+                        before: before.clone(),
+                        now: now.clone(),
+                    },
+                    _ => setting(name, before, now),
+                }
+            }
+            _ if path == "version" => {
+                Reason::Other("this program makes it in another way".to_owned())
+            }
+            _ if path == "seed" => Reason::Top {
+                name: path.to_owned(),
+                before: before.clone(),
+                now: now.clone(),
+            },
+            _ => Reason::Other(format!("`{path}` {before} → {now}")),
+        })
+    }
+
+    /// That a file's setting names another file, if that is known.
+    fn renamed(&self, field: &str) -> Option<Reason> {
+        let [before, now] = self.origins.map(|origins| origins.get("files"));
+        let (before, now) = (&before?[field], &now?[field]);
+        (before != now).then(|| setting(field, before, now))
+    }
+}
+
+/// That a setting was something else; values from the environment by their names.
+fn setting(name: &str, before: &Value, now: &Value) -> Reason {
+    let written = |value: &Value| match &value["written"] {
+        Value::Null => value.clone(),
+        written => written.clone(),
+    };
+    let name = name.to_owned();
+    match (written(before), written(now)) {
+        (before, Value::String(now)) if before == *now => {
+            Reason::Environment { name, written: now }
         }
-        "files" => Reason::Files(format!("the content of `{name}` changed")),
-        "settings" => Reason::Setting {
-            name: name
-                .split_once('.')
-                .map_or(name, |(_, setting)| setting)
-                .to_owned(),
-            before: before.clone(),
-            now: now.clone(),
-        },
-        _ if path == "version" => Reason::Other("this program makes it in another way".to_owned()),
-        _ => Reason::Other(format!("`{path}` {before} → {now}")),
-    });
+        (before, now) => Reason::Setting { name, before, now },
+    }
 }
 
 #[cfg(test)]
@@ -354,5 +472,60 @@ mod tests {
             ]
         );
         assert!(explain(&now, &now).is_empty());
+    }
+
+    /// The reasons for a change of settings, files and what explains them.
+    #[track_caller]
+    fn check(before: Value, now: Value, expected: &[&str]) {
+        let reasons = explain(&before, &now);
+        let texts: Vec<String> = reasons.iter().map(ToString::to_string).collect();
+        assert_eq!(texts, expected);
+    }
+
+    #[test]
+    fn a_file_that_was_added_or_is_another_one_is_no_changed_content() {
+        let of = |pictures: &str, files: Value| json!({"files": {"from": "a", "pictures": pictures}, "origins": {"files": files}});
+        let before = of("p", json!({"from": "x.json"}));
+        let added = of("q", json!({"from": "x.json", "images": "photos"}));
+        check(before.clone(), added.clone(), &["`images` was added"]);
+        check(added.clone(), before.clone(), &["`images` was removed"]);
+        let other = of("r", json!({"from": "x.json", "images": "scans"}));
+        check(added, other, &["`images` \"photos\" → \"scans\""]);
+        let changed = of("q", json!({"from": "x.json"}));
+        check(before, changed, &["a picture that it names changed"]);
+        // Runs of earlier versions do not know where their files lay.
+        let old = json!({"files": {"from": "a", "pictures": "p"}});
+        let new = of("q", json!({"from": "x.json", "images": "photos"}));
+        check(old, new, &["a picture that it names changed"]);
+        let none = json!({"files": {"from": "a"}});
+        let captions = json!({"files": {"from": "a", "captions": "b"}});
+        check(none, captions, &["`captions` was added"]);
+    }
+
+    #[test]
+    fn a_setting_that_is_a_variable_is_told_as_one() {
+        let of = |value: u32, vars: Value| json!({"settings": {"sample": {"count": value, "max_new_tokens": value}}, "origins": {"vars": vars}});
+        let both = json!({"count": "tokens", "max_new_tokens": "tokens"});
+        check(
+            of(16, both.clone()),
+            of(12, both.clone()),
+            &["`vars.tokens` 16 → 12"],
+        );
+        // Nobody knows which variable it was, if it was one.
+        let expected = ["`count` 16 → 12", "`max_new_tokens` 16 → 12"];
+        check(of(16, json!({})), of(12, both), &expected);
+    }
+
+    #[test]
+    fn values_of_the_environment_are_told_by_their_names() {
+        let of = |limit: Value| json!({"settings": {"load_prompts": {"limit": limit}}});
+        let env = |hash: &str| json!({"written": "${env:N}", "env": {"N": hash}});
+        check(
+            of(env("a")),
+            of(env("b")),
+            &["`limit` is `${env:N}`, whose value changed"],
+        );
+        check(of(json!(5)), of(env("b")), &["`limit` 5 → \"${env:N}\""]);
+        check(of(Value::Null), of(json!(5)), &["`limit` was added"]);
     }
 }
