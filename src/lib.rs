@@ -3,6 +3,7 @@
 // In the order in which a row meets them.
 pub mod cli;
 pub mod config;
+pub mod files;
 pub mod models;
 pub mod prep;
 pub mod query;

@@ -8,15 +8,16 @@ use std::process::Command;
 use crate::scene::ROOT;
 
 /// What each module may use. Neighbors on one floor do not see each other.
-const FLOORS: [(&str, &str); 10] = [
+const FLOORS: [(&str, &str); 11] = [
+    ("files", ""),
     ("tables", ""),
-    ("models", ""),
-    ("prep", "models"),
+    ("models", "files"),
+    ("prep", "files models"),
     ("nn", "models prep"),
-    ("store", "tables"),
+    ("store", "files tables"),
     ("query", "tables store"),
-    ("stages", "tables models prep store query"),
-    ("config", "tables models prep query stages"),
+    ("stages", "files tables models prep store query"),
+    ("config", "files tables models prep query stages"),
     ("run", "tables models prep store query stages config"),
     ("cli", "tables models prep store query stages config run"),
 ];

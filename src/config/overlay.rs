@@ -11,6 +11,7 @@ use super::complaint::{At, Complaint, Sources};
 use super::node::Node;
 use super::source::{KeyPath, Source};
 use super::syntax;
+use crate::files;
 
 /// The setting that names the lower file.
 const EXTENDS: &str = "extends";
@@ -98,7 +99,7 @@ fn open(
         let message = format!("`{name}` extends this file in turn");
         return Err(Complaint::new("config::extends", at, message).into());
     }
-    let text = std::fs::read_to_string(&path).map_err(|error| {
+    let text = files::read_to_string(&path).map_err(|error| {
         let message = format!("`{name}` can't be read: {error}");
         Complaint::new("config::missing_file", at, message)
             .help("relative paths start at the folder of the pipeline file")

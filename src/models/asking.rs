@@ -1,6 +1,5 @@
 //! Judges that are asked in writing: what they are asked, and how their replies are read.
 
-use std::fs;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 
@@ -10,6 +9,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Prompt, Role};
+use crate::files;
 
 /// How a judge is asked about answers in writing.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -166,7 +166,7 @@ impl Questionnaire {
             Mode::Pairwise => (PAIRWISE, NUMBERS, &["first", "second"]),
         };
         let text = match &asking.template {
-            Some(path) => fs::read_to_string(path)
+            Some(path) => files::read_to_string(path)
                 .map_err(|error| format!("{}: can't be read: {error}", path.display()))?,
             None => usual.to_owned(),
         };
@@ -274,6 +274,8 @@ impl Questionnaire {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn prompt() -> Prompt {

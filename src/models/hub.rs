@@ -13,6 +13,8 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use crate::files;
+
 /// What such a path begins with.
 const SCHEME: &str = "hf://";
 
@@ -105,7 +107,7 @@ impl Repository {
     /// Its folder in a cache, if it is there with its weights.
     fn snapshot(&self, cache: &Path) -> Option<PathBuf> {
         let folder = self.folder(cache);
-        let named = fs::read_to_string(folder.join("refs").join(&self.revision));
+        let named = files::read_to_string(&folder.join("refs").join(&self.revision));
         let commit = named.map_or_else(|_| self.revision.clone(), |text| text.trim().to_owned());
         let snapshot = folder.join("snapshots").join(commit);
         has_weights(&snapshot).then_some(snapshot)
@@ -130,7 +132,7 @@ fn has_weights(folder: &Path) -> bool {
         .filter_map(|entry| entry.file_name().into_string().ok())
         .collect();
     let is_whole = |index: &String| {
-        let index = fs::read(folder.join(index)).unwrap_or_default();
+        let index = files::read(&folder.join(index)).unwrap_or_default();
         let index: Value = serde_json::from_slice(&index).unwrap_or_default();
         let files = index["weight_map"].as_object().into_iter().flatten();
         let mut files = files.filter_map(|(_, file)| file.as_str());

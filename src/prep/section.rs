@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 
 use super::PrepError;
+use crate::files;
 
 /// A JSON object in a file: the whole file, or an object nested in it.
 #[derive(Debug, Clone)]
@@ -23,7 +24,7 @@ pub struct Section {
 impl Section {
     /// Reads the file `path`, which must hold one JSON object.
     pub fn open(path: &Path) -> Result<Self, PrepError> {
-        let text = std::fs::read(path).map_err(|error| PrepError::io(path, &error))?;
+        let text = files::read(path).map_err(|error| PrepError::io(path, &error))?;
         let value: Value = serde_json::from_slice(&text)
             .map_err(|error| PrepError::new(path, format!("is not JSON: {error}")))?;
         let Value::Object(map) = value else {

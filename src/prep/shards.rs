@@ -12,13 +12,13 @@ mod safetensors;
 mod torch;
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
 pub use pickle::write_pickle;
 
 use super::PrepError;
+use crate::files;
 
 /// The tensors of one model: those of a folder's shards, or of one file.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -250,7 +250,7 @@ impl Shards {
 /// Reads where the tensors of a file lie.
 fn places(path: &Path) -> Result<Vec<(String, Place)>, PrepError> {
     let in_file = |problem: String| PrepError::new(path, problem);
-    let mut file = File::open(path).map_err(|error| in_file(error.to_string()))?;
+    let mut file = files::open(path).map_err(|error| in_file(error.to_string()))?;
     let mut start = Vec::new();
     (&mut file)
         .take(16)
@@ -310,7 +310,7 @@ fn read_index(index: &Path) -> Result<BTreeMap<String, String>, PrepError> {
     struct Index {
         weight_map: BTreeMap<String, String>,
     }
-    let text = std::fs::read(index).map_err(|error| PrepError::new(index, error.to_string()))?;
+    let text = files::read(index).map_err(|error| PrepError::new(index, error.to_string()))?;
     let index_read: Index =
         serde_json::from_slice(&text).map_err(|error| PrepError::new(index, error.to_string()))?;
     if index_read.weight_map.is_empty() {

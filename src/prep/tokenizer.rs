@@ -9,6 +9,7 @@
 use std::path::{Path, PathBuf};
 
 use super::{PrepError, sentencepiece};
+use crate::files;
 use crate::models::RowFault;
 
 /// A tokenizer that knows no special tokens in text.
@@ -21,7 +22,7 @@ pub struct PlainTokenizer {
 impl PlainTokenizer {
     /// Reads `tokenizer.json` in `folder` or, where there is none, SentencePiece's `tokenizer.model`.
     pub fn open(folder: &Path) -> Result<Self, PrepError> {
-        let read = |path: &Path| std::fs::read(path).map_err(|error| PrepError::io(path, &error));
+        let read = |path: &Path| files::read(path).map_err(|error| PrepError::io(path, &error));
         let json = folder.join("tokenizer.json");
         let model = folder.join("tokenizer.model");
         let (path, tokenizer) = if json.exists() {

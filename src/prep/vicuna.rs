@@ -17,6 +17,7 @@ use std::path::Path;
 
 use super::PrepError;
 use super::tokenizer::PlainTokenizer;
+use crate::files;
 use crate::models::{Learned, Prompt, Role, RowFault};
 
 /// LLaVA's stand-in for a feature of the picture; no token has this id.
@@ -71,8 +72,7 @@ impl Vicuna {
                 format!("has {tokens} tokens, and config.json a vocab_size of {vocab_size}");
             return Err(tokenizer.fault(problem));
         }
-        let text =
-            std::fs::read_to_string(prompt).map_err(|error| PrepError::io(prompt, &error))?;
+        let text = files::read_to_string(prompt).map_err(|error| PrepError::io(prompt, &error))?;
         let reward_prompt = text.trim().to_owned();
         if reward_prompt.is_empty() {
             return Err(PrepError::new(

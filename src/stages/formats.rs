@@ -1,7 +1,6 @@
 //! The files that records come from: JSON lists, JSON lines, Parquet.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{SyncSender, sync_channel};
@@ -13,6 +12,7 @@ use serde::de::{DeserializeSeed, Deserializer as _, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 
 use super::work::{Failure, Record};
+use crate::files;
 use crate::store::TableReader;
 use crate::tables::ImageFile;
 
@@ -23,7 +23,7 @@ const AHEAD: usize = 256;
 
 /// The records of a file, read as they are asked for.
 pub fn records(path: &Path) -> Result<Records, Failure> {
-    let file = File::open(path).map_err(|error| input(path, "", error.to_string()))?;
+    let file = files::open(path).map_err(|error| input(path, "", error.to_string()))?;
     let mut text = BufReader::new(file);
     if path
         .extension()
@@ -286,7 +286,7 @@ fn json_rows(
 
 /// A JSON object from a picture's path to its captions.
 pub fn captions(path: &Path) -> Result<HashMap<String, Vec<String>>, Failure> {
-    let file = File::open(path).map_err(|error| input(path, "", error.to_string()))?;
+    let file = files::open(path).map_err(|error| input(path, "", error.to_string()))?;
     serde_json::from_reader(BufReader::new(file)).map_err(|error| {
         input(
             path,

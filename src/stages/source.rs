@@ -15,6 +15,7 @@ use rayon::prelude::*;
 use super::formats;
 use super::records::{Fields, read_fields};
 use super::work::{Failure, Load, Loaded, Record, shown};
+use crate::files;
 use crate::prep::{decode, probe};
 use crate::store::{Key, digest};
 use crate::tables::{Image, ImageFile, Pair, Prompt, RejectClass, Row, Turn};
@@ -293,7 +294,7 @@ impl<R: Loadable> Load for Loader<'_, R> {
 }
 
 fn open_picture(path: &Path, pixels_max: u64) -> Result<Image, String> {
-    let bytes = std::fs::read(path).map_err(|error| match error.kind() {
+    let bytes = files::read(path).map_err(|error| match error.kind() {
         std::io::ErrorKind::NotFound => format!("there is no picture {}", path.display()),
         _ => format!("the picture {} can't be read: {error}", path.display()),
     })?;

@@ -9,6 +9,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Input, Query, Stage, StageError, TableName, Work, join};
+use crate::files;
 use crate::query;
 
 /// Makes a table by a query over the tables of the pipeline; in a round, over this round's rows.
@@ -82,7 +83,7 @@ impl Stage for Sql {
     fn resolve(&mut self, folder: &dyn Fn(&str) -> PathBuf) {
         if let Some(file) = &mut self.file {
             join(folder, "file", file);
-            self.text = Some(std::fs::read_to_string(&*file).map_err(|error| error.to_string()));
+            self.text = Some(files::read_to_string(file).map_err(|error| error.to_string()));
         }
     }
 

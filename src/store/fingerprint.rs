@@ -1,7 +1,7 @@
 //! Fingerprints of the user's files: content hashes, remembered so that 15 GB are not read twice.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs;
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -14,6 +14,7 @@ use sha2::{Digest, Sha256};
 
 use super::key::hex;
 use super::{Key, StoreError, write_atomically};
+use crate::files;
 
 /// What tells, without reading a file, that it is as it was.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -127,7 +128,7 @@ fn list(root: &Path, below: &Path, files: &mut Vec<PathBuf>) -> Result<(), Store
 
 /// SHA-256 of a file's content, in hex.
 pub fn hash_file(path: &Path) -> Result<String, StoreError> {
-    let mut file = File::open(path).map_err(StoreError::io("read", path))?;
+    let mut file = files::open(path).map_err(StoreError::io("read", path))?;
     let mut hasher = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
     loop {

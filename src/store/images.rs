@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::{FileRecord, Lookup, StoreError, TableWriter, digest};
+use crate::files;
 use crate::tables::{Image, Row};
 
 /// Finds the bytes of pictures by their content's hash.
@@ -71,7 +72,8 @@ impl Images {
             .image
             .path
             .ok_or_else(|| fault("neither its bytes nor its path were kept".to_owned()))?;
-        let bytes = std::fs::read(&path).map_err(StoreError::io("read", Path::new(&path)))?;
+        let bytes =
+            files::read(Path::new(&path)).map_err(StoreError::io("read", Path::new(&path)))?;
         if digest(&bytes) != image_id {
             return Err(fault(format!(
                 "{path} has changed since it was loaded; put it back, or start a new run with `keep_images: bytes`"

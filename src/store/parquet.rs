@@ -19,6 +19,7 @@ use sha2::{Digest, Sha256};
 
 use super::key::hex;
 use super::{FileRecord, StoreError, create_folder, sync_folder};
+use crate::files;
 use crate::tables::{Image, Row};
 
 /// A file is closed and the next one begun when it has this many bytes.
@@ -357,7 +358,7 @@ pub(super) fn only(
 }
 
 pub(super) fn open(path: &Path) -> Result<ParquetRecordBatchReaderBuilder<File>, StoreError> {
-    let file = File::open(path).map_err(StoreError::io("read", path))?;
+    let file = files::open(path).map_err(StoreError::io("read", path))?;
     ParquetRecordBatchReaderBuilder::try_new(file).map_err(|error| parquet_error(path, error))
 }
 
