@@ -14,14 +14,21 @@ use serde_json::{Value, json};
 use crate::run::{SCRIPTED, rows};
 use crate::scene::Scene;
 
-/// The scripted pipeline with another judge, and fewer answers.
-fn scene(judge: &str, prompts: usize) -> Scene {
-    let scene = Scene::new();
-    let pipeline = SCRIPTED
+/// What is evaluated: the greedy answers, one to each prompt.
+const GRADES: &str = "  grades:\n    score: { candidates: answers, judge: judge }\n";
+
+/// The scripted pipeline with another judge, fewer answers, and no grades.
+fn pipeline(judge: &str) -> String {
+    SCRIPTED
         .replace("judge: { scripted: {} }", judge)
         .replace("policy, part: 7 }", "policy, part: 7, count: 3 }")
-        .replace("rounds: 2", "rounds: 1");
-    scene.prompts(prompts).write("p.yaml", pipeline);
+        .replace("rounds: 2", "rounds: 1")
+        .replace(GRADES, "")
+}
+
+fn scene(judge: &str, prompts: usize) -> Scene {
+    let scene = Scene::new();
+    scene.prompts(prompts).write("p.yaml", pipeline(judge));
     scene
 }
 
@@ -31,6 +38,11 @@ fn the_policy_is_its_own_critic() {
     let judge =
         format!("judge: {{ self: {{ model: policy, ask: {{ verdict: \"{verdict}\" }} }} }}");
     let scene = scene(&judge, 12);
+    let graded = pipeline(&judge) + GRADES;
+    scene.write(
+        "p.yaml",
+        graded.replace("count: 1, temperature: 0", "count: 2"),
+    );
     let plan = scene.succeeds(&["plan", "p.yaml"]).out;
     assert!(plan.contains("judge = self(asks policy)"), "{plan}");
     scene.succeeds(&["run", "p.yaml", "--set", "rounds=2"]);
@@ -51,8 +63,106 @@ fn the_policy_is_its_own_critic() {
     assert_eq!(replies.len(), 2, "each answer comes first twice");
     // It is trained, so its grades are those of each round's model, before the first one too.
     for round in [0, 1, 2] {
-        assert_eq!(rows::<Reward>(&scene, "grades", Some(round)).len(), 12);
+        assert_eq!(rows::<Reward>(&scene, "grades", Some(round)).len(), 24);
     }
+}
+
+/// A judge that compares can't tell anything of one answer: not before a run, and not in it.
+#[test]
+fn one_answer_alone_is_never_compared_with_nothing() {
+    let endpoint = Endpoint::new(Box::new(|question, _| (200, "", by_length(question))));
+    let judge = endpoint.judge("concurrency_max: 2");
+    let scene = scene(&judge, 4);
+    scene.write("p.yaml", pipeline(&judge) + GRADES);
+    let said = scene.pipeline(&["run", "p.yaml"]);
+    assert_eq!(said.code, Some(2), "{}", said.err);
+    let told = flat(&said.err);
+    for words in [
+        "config::one_answer",
+        "and `answers` has one answer to each",
+        "mode pointwise",
+    ] {
+        assert!(told.contains(&flat(words)), "{told}");
+    }
+    // Only the run can tell how many answers a query leaves.
+    let first = "  first:\n    sql: { tables: [candidates], query: \"select * from candidates where candidate = 0 or prompt_id <= (select min(prompt_id) from candidates)\" }\n  rewards:";
+    let of_first = pipeline(&judge).replace("  rewards:", first).replace(
+        "score: { candidates: candidates",
+        "score: { candidates: first",
+    );
+    scene.write("p.yaml", of_first);
+    let said = scene.pipeline(&["run", "p.yaml", "--until", "rewards"]);
+    assert_eq!(said.code, Some(1), "{}", said.err);
+    let told = flat(&said.err);
+    assert!(
+        told.contains("3 of 4 rows were set aside as faulty"),
+        "{told}"
+    );
+    assert!(
+        told.contains("compares the answers to a prompt with each other"),
+        "{told}"
+    );
+    let allowed = ["--set", "reject_share_max=1.0"];
+    scene.succeeds(&[&["run", "p.yaml", "--until", "rewards"], &allowed[..]].concat());
+    let rewards: Vec<Reward> = rows(&scene, "rewards", Some(1));
+    assert_eq!(rewards.len(), 3, "those of the prompt with three answers");
+    assert!(rewards.iter().any(|reward| reward.reward != 0.0));
+}
+
+/// Answers are compared with all others to the same prompt, wherever their rows lie.
+#[test]
+fn rows_of_a_prompt_need_not_be_adjacent() {
+    let endpoint = Endpoint::new(Box::new(|question, _| (200, "", by_length(question))));
+    let judge = endpoint.judge("concurrency_max: 4");
+    let scored = |order: &str| {
+        let scene = scene(&judge, 12);
+        let sorted = format!(
+            "  sorted:\n    sql: {{ tables: [candidates], query: \"select * from candidates order by {order}\" }}\n  rewards:"
+        );
+        let pipeline = pipeline(&judge).replace("  rewards:", &sorted).replace(
+            "score: { candidates: candidates",
+            "score: { candidates: sorted",
+        );
+        scene.write("p.yaml", pipeline);
+        scene.succeeds(&["run", "p.yaml", "--until", "rewards"]);
+        let mut rewards: Vec<Reward> = rows(&scene, "rewards", Some(1));
+        rewards.sort_by(|a, b| (&a.prompt_id, a.candidate).cmp(&(&b.prompt_id, b.candidate)));
+        (scene, rewards)
+    };
+    let (_, adjacent) = scored("prompt_id, candidate");
+    assert_eq!(adjacent.len(), 36);
+    assert!(adjacent.iter().any(|reward| reward.reward != 0.0));
+    let asked = endpoint.replied().len();
+    let (scene, scattered) = scored("candidate, prompt_id");
+    let reward = |row: &Reward| (row.prompt_id.clone(), row.candidate, row.reward);
+    let rewards = |rows: &[Reward]| rows.iter().map(reward).collect::<Vec<_>>();
+    assert_eq!(rewards(&scattered), rewards(&adjacent));
+    assert_eq!(endpoint.replied().len(), 2 * asked, "the same was asked");
+    assert!(
+        scene
+            .succeeds(&["run", "p.yaml", "--until", "rewards"])
+            .err
+            .contains("nothing to do")
+    );
+
+    // An earlier version cut such a table wherever the prompt changed: what it left unfinished is made
+    // again from the beginning.
+    let manifest = scene.path("runs/scripted/manifest.json");
+    let text = std::fs::read_to_string(&manifest).unwrap();
+    let mut json: Value = serde_json::from_str(&text).unwrap();
+    let made = json["made"].as_array_mut().unwrap().iter_mut();
+    let made = made.filter(|made| made["table"] == "rewards");
+    for made in made {
+        assert_eq!(made["is_gathered"], true);
+        made.as_object_mut().unwrap().remove("is_gathered");
+        made["complete"] = false.into();
+        let parts = made["parts"].as_array_mut().unwrap();
+        parts.truncate(1);
+        parts[0]["files"] = json!([]);
+    }
+    std::fs::write(&manifest, json.to_string()).unwrap();
+    scene.succeeds(&["run", "p.yaml", "--until", "rewards"]);
+    assert_eq!(rows::<Reward>(&scene, "rewards", Some(1)).len(), 36);
 }
 
 #[test]

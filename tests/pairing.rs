@@ -113,26 +113,28 @@ fn answers_that_nearly_read_the_same_make_a_pair_unless_they_are_dropped() {
     assert_eq!(pairs_with("drop"), 0);
 }
 
-/// Answers are read prompt by prompt.
+/// Answers in any order make the same pairs: the rows of a prompt need not be adjacent.
 #[test]
-fn candidates_that_do_not_lie_together_are_refused() {
+fn the_order_of_candidates_does_not_matter() {
     for verb in ["select_extremes", "select_pairs"] {
-        let scene = Scene::new();
-        let pipeline = SCRIPTED.replace(
-            "  pairs:\n    select_extremes: { rewards: rewards }",
-            &format!(
-                "  sorted:\n    sql:\n      tables: [candidates]\n      query: select * from candidates order by candidate\n  \
-                 pairs:\n    {verb}: {{ rewards: rewards, candidates: sorted, prompts: prompts }}"
-            ),
-        );
-        scene.prompts(12).write("p.yaml", &pipeline);
-        let said = scene.pipeline(&["run", "p.yaml", "--set", "rounds=1"]);
-        assert_eq!(said.code, Some(1), "{}", said.err);
-        let told = said.err.replace("\n  │ ", " ").replace("\n  | ", " ");
-        assert!(
-            told.contains("do not lie together; add `order by"),
-            "{told}"
-        );
+        let pairs_by = |order: &str| {
+            let scene = Scene::new();
+            let pipeline = SCRIPTED.replace(
+                "  pairs:\n    select_extremes: { rewards: rewards }",
+                &format!(
+                    "  sorted:\n    sql:\n      tables: [candidates]\n      query: select * from candidates order by {order}\n  \
+                     pairs:\n    {verb}: {{ rewards: rewards, candidates: sorted, prompts: prompts }}"
+                ),
+            );
+            scene
+                .prompts(12)
+                .write("p.yaml", &pipeline)
+                .succeeds(&["run", "p.yaml", "--set", "rounds=1", "--until", "pairs"]);
+            rows::<Pair>(&scene, "pairs", Some(1))
+        };
+        let adjacent = pairs_by("prompt_id, candidate");
+        assert_eq!(adjacent.len(), 12);
+        assert_eq!(pairs_by("candidate, prompt_id"), adjacent, "{verb}");
     }
 }
 

@@ -10,8 +10,11 @@ use super::reference::Secrets;
 use super::source::KeyPath;
 use super::sql;
 use super::words::listed;
-use crate::models::{ModelSpec, Questionnaire, Repository, SqlReward};
-use crate::prep::{JudgePrep, PolicyPrep, PrepError, Shards};
+use crate::files;
+use crate::models::{
+    LlavaOnevision, Mode, ModelSpec, Questionnaire, Repository, SqlReward, TEMPLATE,
+};
+use crate::prep::{AdapterCard, JudgePrep, PolicyPrep, PrepError, Shards};
 use crate::query;
 use crate::stages::{AFTER, ModelName, Role, StageSpec, TableName};
 use crate::tables::{Judged, Row as _};
@@ -107,6 +110,7 @@ pub fn names_and_roles(written: &Written) -> Vec<Complaint> {
     speakers(written, &mut complaints);
     expressions(written, &mut complaints);
     finished(written, &mut complaints);
+    compared(written, &mut complaints);
     unused(written, &mut complaints);
     complaints
 }
@@ -575,6 +579,43 @@ fn finished(written: &Written, complaints: &mut Vec<Complaint>) {
             };
             complaints.push(complaint.help(help));
         }
+    }
+}
+
+/// A judge that compares answers needs two of them.
+fn compared(written: &Written, complaints: &mut Vec<Complaint>) {
+    for (stage, _) in all_stages(written) {
+        let Some(StageSpec::Score(score)) = &stage.spec else {
+            continue;
+        };
+        let judge = written
+            .models
+            .iter()
+            .find(|entry| entry.name == score.judge);
+        let asking = judge.and_then(|entry| entry.spec.as_ref()?.asking());
+        if asking.is_none_or(|asking| asking.mode != Mode::Pairwise) {
+            continue;
+        }
+        let sampled = all_stages(written).find(|(other, _)| other.name == score.candidates);
+        let Some((candidates, StageSpec::Sample(sample))) =
+            sampled.and_then(|(other, _)| Some((other, other.spec.as_ref()?)))
+        else {
+            continue;
+        };
+        if sample.count.get() > 1 {
+            continue;
+        }
+        let message = format!(
+            "`{}` compares the answers to a prompt with each other, and `{}` has one answer to each",
+            score.judge, score.candidates
+        );
+        let at = At::value(stage.settings.key("judge"));
+        let complaint = Complaint::new("config::one_answer", at, message)
+            .also(At::value(candidates.settings.key("count")), "one answer");
+        complaints.push(complaint.help(
+            "name a judge that scores each answer by itself (`ask: { mode: pointwise }`), or sample at \
+             least two answers",
+        ));
     }
 }
 

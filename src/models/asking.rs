@@ -16,8 +16,8 @@ use crate::files;
 #[serde(default, deny_unknown_fields)]
 pub struct Asking {
     /// `pairwise`: about every two answers to a prompt, each order once; the reward of an answer is the
-    /// sum of the differences between its score and the other's. `pointwise`: about each answer by
-    /// itself; the reward is its score.
+    /// sum of the differences between its score and the other's, and a prompt needs two answers or more.
+    /// `pointwise`: about each answer by itself; the reward is its score.
     pub mode: Mode,
     /// A file with the text that asks, a minijinja template of `question`, `captions`, `turns` (each
     /// with `role` and `text`) and `answer` or, in pairs, `first` and `second`. Left out: words of our

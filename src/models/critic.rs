@@ -236,11 +236,17 @@ impl Judge for Critic {
     ) -> Result<Telemetry, ModelError> {
         let mut cases: Vec<Case> = groups.iter().map(|group| self.case(group)).collect();
         let mut telemetry = Telemetry::default();
-        // Where nothing has to be asked, all answers being equal, there is nothing to tell apart.
+        // Answers that are all equal are worth the same without a question. One answer alone has nothing
+        // to be compared with: its sum of differences would be 0, and mean nothing.
         for (index, case) in cases.iter_mut().enumerate() {
             if case.open == 0 {
                 case.is_done = true;
-                if emit(index, Ok(self.scores(case))).is_break() {
+                let scored = if case.places.len() > 1 {
+                    Ok(self.scores(case))
+                } else {
+                    Err(alone())
+                };
+                if emit(index, scored).is_break() {
                     return Ok(telemetry);
                 }
             }
@@ -331,6 +337,15 @@ impl Judge for Critic {
     fn plan(&self) -> Option<String> {
         self.writer.plan()
     }
+}
+
+/// The fault of a prompt with a single answer, where answers are compared.
+fn alone() -> RowFault {
+    RowFault(
+        "the judge compares the answers to a prompt with each other (`mode: pairwise`), and this prompt has \
+         one; sample at least two, or use a judge with `mode: pointwise`"
+            .to_owned(),
+    )
 }
 
 /// The longest part of a reply that is shown.
@@ -450,21 +465,26 @@ mod tests {
 
     #[test]
     fn a_judge_of_places_flips() {
-        let (scores, _, _) = scored(
-            Mode::Pairwise,
-            |_, _| "9 1".to_owned(),
-            &[&["a", "b"], &["c"]],
-        );
+        let (scores, _, _) = scored(Mode::Pairwise, |_, _| "9 1".to_owned(), &[&["a", "b"]]);
         let both = scores[0].as_ref().unwrap();
         assert!(
             both.iter()
                 .all(|score| score.reward == 0.0 && score.flips == Some(1.0))
         );
-        let alone = scores[1].as_ref().unwrap();
-        assert_eq!(
-            (alone[0].reward, &alone[0].reply, alone[0].flips),
-            (0.0, &None, None)
-        );
+    }
+
+    #[test]
+    fn one_answer_alone_is_a_fault_where_answers_are_compared() {
+        let rule = |_: &str, _: u32| "9 1".to_owned();
+        let (scores, _, asked) = scored(Mode::Pairwise, rule, &[&["a"], &["b", "b"]]);
+        let fault = scores[0].as_ref().unwrap_err();
+        assert!(fault.0.contains("this prompt has one"), "{fault}");
+        let equal = scores[1].as_ref().unwrap();
+        assert!(equal.iter().all(|score| score.reward == 0.0));
+        assert_eq!(asked, 0);
+        let rule = |_: &str, _: u32| "7".to_owned();
+        let (scores, _, _) = scored(Mode::Pointwise, rule, &[&["a"]]);
+        assert_eq!(scores[0].as_ref().unwrap()[0].reward, 7.0);
     }
 
     #[test]

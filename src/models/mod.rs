@@ -23,7 +23,7 @@ pub use hub::{Hub, Repository};
 pub use orders::Orders;
 pub use spec::{
     CriticSpec, DeviceSpec, Dtype, Exam, Gigabytes, Golden, Itself, LlavaOnevision, LlavaRlhf,
-    ModelSpec, Scripted, Share, SqlReward,
+    ModelSpec, Scripted, Share, SqlReward, TEMPLATE,
 };
 pub use training::{
     Answer, Checkpointing, DpoReport, DpoSettings, Example, Learned, Lesson, LoraSettings, Loss,

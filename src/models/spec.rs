@@ -577,7 +577,7 @@ impl ModelSpec {
 }
 
 /// The setting of the text that asks.
-const TEMPLATE: &str = "ask.template";
+pub const TEMPLATE: &str = "ask.template";
 
 fn template_of(asking: &Asking) -> Option<(&'static str, &Path)> {
     Some((TEMPLATE, asking.template.as_deref()?))

@@ -64,6 +64,7 @@ impl Runner<'_> {
             key: key.to_owned(),
             because: explained,
             part_groups: 0,
+            is_gathered: false,
             complete: false,
             content: None,
             parts: Vec::new(),

@@ -77,6 +77,20 @@ impl Runner<'_> {
             .expect("a table that was begun")
             .clone();
         let input_round = self.plan.round_of(work.input(), round);
+        let files = self.folder.files(work.input().as_str(), input_round);
+        let groups = Groups::open(files, work.reads())?;
+        // Parts that an earlier version cut elsewhere are made again.
+        let made = if groups.is_gathered() && !made.is_gathered {
+            let made = Made {
+                is_gathered: true,
+                parts: Vec::new(),
+                ..made
+            };
+            self.folder.commit(Event::Begin(made.clone()))?;
+            made
+        } else {
+            made
+        };
         let total = self
             .folder
             .manifest()
@@ -109,11 +123,7 @@ impl Runner<'_> {
             base,
             made,
             part_groups,
-            groups: Groups::new(
-                self.folder
-                    .reader(work.input().as_str(), input_round)
-                    .only(work.reads()),
-            ),
+            groups,
             models: self.models(stage, round)?,
             shelf: self.shelf(stage, round)?,
             reuse: self.reuse(table, round)?,

@@ -8,7 +8,7 @@ use std::rc::Rc;
 use super::formula::Formula;
 use crate::models::scripted::{ScriptedJudge, ScriptedLearner, ScriptedPolicy};
 use crate::models::{
-    Asking, Critic, DpoLearner, DpoSettings, Emit, Generation, HttpWriter, Judge, ModelError,
+    Asking, Critic, DpoLearner, DpoSettings, Emit, Generation, HttpWriter, Judge, Mode, ModelError,
     ModelLoader, ModelSpec, Opened, Optimization, Orders, Policy, PolicyWriter, Prompt,
     RewardLearner, RewardSettings, RowFault, Sampling, SftLearner, SftSettings, Telemetry, Writer,
 };
@@ -248,6 +248,13 @@ impl Models for RunModels<'_> {
             |learner| Box::new(learner) as Box<dyn RewardLearner>,
             |loader, spec| loader.reward_learner(spec, settings),
         )
+    }
+
+    fn compares(&self, model: &ModelName) -> bool {
+        let asking = &self.models[&(model.clone(), ModelState::Now)].asking;
+        asking
+            .as_ref()
+            .is_some_and(|asking| asking.mode == Mode::Pairwise)
     }
 
     fn fingerprint(&self, model: &ModelName, state: ModelState) -> &str {

@@ -138,7 +138,11 @@ impl Map for &Score {
         if let Some(answer) = &prompt.answer {
             key = key.with("answer").with(answer);
         }
-        let key = key.with(&group[0].prompt_id);
+        let mut key = key.with(&group[0].prompt_id);
+        if group.len() == 1 && scope.models.compares(&self.judge) {
+            // Earlier versions scored one answer alone as 0; such a row is not taken over.
+            key = key.with("alone");
+        }
         Ok(group.iter().fold(key, |key, answer| {
             key.with(answer.candidate.to_le_bytes()).with(&answer.text)
         }))

@@ -1,6 +1,5 @@
 //! What the stages share that pair the answers to a prompt by their rewards.
 
-use std::cell::Cell;
 use std::collections::HashMap;
 
 use arrow::array::RecordBatch;
@@ -76,8 +75,6 @@ pub fn inputs<'a>(
 /// The work of such a stage. It holds what it needs of one part, however many prompts there are.
 pub struct Selection<'a> {
     stage: &'a dyn Choose,
-    /// Whether it is known that the answers to each prompt lie together.
-    is_together: Cell<bool>,
 }
 
 /// Prompts per part.
@@ -85,8 +82,7 @@ const PART: u32 = 4096;
 
 impl<'a> Selection<'a> {
     pub fn new(stage: &'a dyn Choose) -> Self {
-        let is_together = Cell::new(false);
-        Self { stage, is_together }
+        Self { stage }
     }
 }
 
@@ -221,15 +217,6 @@ impl MapWork for Selection<'_> {
         base: &Key,
         known: Known<'_>,
     ) -> Result<(Vec<Outcome<RecordBatch>>, u64), Failure> {
-        // A part must have all answers to its prompts.
-        if !self.is_together.replace(true)
-            && let Some(prompt_id) = scope.shelf.torn(self.stage.candidates())?
-        {
-            return Err(Failure::Other(format!(
-                "the candidates of prompt {prompt_id} do not lie together; add `order by prompt_id, candidate` \
-                 to the query that makes them"
-            )));
-        }
         let answers = Answers::new(rows, lengths)?;
         let choices = self.stage.choices(scope, &answers)?;
         let table = self.stage.prompts();

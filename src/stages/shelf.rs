@@ -50,11 +50,6 @@ impl Shelf {
         Ok(lookup.all(prompt_ids)?)
     }
 
-    /// The first prompt of a table whose rows do not lie together, if there is one.
-    pub fn torn(&self, table: &TableName) -> Result<Option<String>, Failure> {
-        Ok(self.lookup(table)?.torn().map(str::to_owned))
-    }
-
     fn lookup(&self, table: &TableName) -> Result<Lookup, Failure> {
         let files = self.files.get(table).cloned().unwrap_or_default();
         Ok(Lookup::open(files, "prompt_id")?)

@@ -94,6 +94,8 @@ pub trait Models {
         state: ModelState,
         settings: &DpoSettings,
     ) -> Result<Box<dyn DpoLearner>, Failure>;
+    /// Whether the model, a judge, scores answers by comparing those to one prompt.
+    fn compares(&self, model: &ModelName) -> bool;
     /// What decides what the model computes.
     fn fingerprint(&self, model: &ModelName, state: ModelState) -> &str;
     /// Whether the prompt and `answer_tokens` more fit into the model's context, from the headers of
@@ -214,7 +216,7 @@ pub struct Task<R> {
     pub rows: Vec<R>,
 }
 
-/// Work that treats each group of rows for itself. A group is a run of rows with one `prompt_id`.
+/// Work that treats each group of rows for itself. A group is all rows with one `prompt_id`.
 pub trait Map {
     type In: Row;
     type Out: Row;

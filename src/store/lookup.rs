@@ -28,8 +28,8 @@ struct Group {
 
 /// What the index knows a name by: 128 bits of its SHA-256, as many as keys have. A table of a million
 /// prompts then takes some 50 MB.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
-struct Name(u64, u64);
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Name(u64, u64);
 
 impl Name {
     fn of(text: &str) -> Self {
@@ -212,6 +212,23 @@ impl Lookup {
         }
     }
 
+    /// All names, in the order of their first rows; each with the number of its rows.
+    pub fn names(&self) -> Vec<(Name, u32)> {
+        let mut firsts: Vec<(u32, Name)> = self
+            .by_name
+            .iter()
+            .map(|(&name, &(position, _))| (position, name))
+            .collect();
+        firsts.sort_unstable();
+        let count = |name: &Name| {
+            let scattered = self.scattered.get(name).into_iter().flatten();
+            let runs = self.by_name.get(name).into_iter().chain(scattered);
+            runs.map(|&(_, count)| count).sum()
+        };
+        let names = firsts.into_iter();
+        names.map(|(_, name)| (name, count(&name))).collect()
+    }
+
     /// The file in which the first row of that name lies.
     pub fn file_of(&self, name: &str) -> Option<&Path> {
         let group = self.group_of(self.position(name)?);
@@ -224,8 +241,16 @@ impl Lookup {
         &mut self,
         names: impl Iterator<Item = &'n str>,
     ) -> Result<Vec<RecordBatch>, StoreError> {
+        self.all_named(names.map(Name::of))
+    }
+
+    /// The same by what the index knows the names by.
+    pub fn all_named(
+        &mut self,
+        names: impl Iterator<Item = Name>,
+    ) -> Result<Vec<RecordBatch>, StoreError> {
         let mut runs: Vec<Run> = Vec::new();
-        for name in names.map(Name::of) {
+        for name in names {
             runs.extend(self.by_name.get(&name));
             runs.extend(self.scattered.get(&name).into_iter().flatten());
         }

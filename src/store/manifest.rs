@@ -101,6 +101,10 @@ pub struct Made {
     pub because: Value,
     /// Groups of input rows per part; a change of the setting applies to the next making only.
     pub part_groups: u32,
+    /// Whether the rows of some prompt were not adjacent in the input, so that the parts were cut from
+    /// gathered rows. Earlier versions cut such an input wherever the prompt changed.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub is_gathered: bool,
     pub complete: bool,
     /// Of a complete table that was loaded: a digest of its rows. Tables that read it are keyed by
     /// it, so that a file of the user may change as long as its rows do not.
@@ -529,6 +533,7 @@ mod tests {
             key: "k".to_owned(),
             because: Value::Null,
             part_groups: 64,
+            is_gathered: false,
             complete: false,
             content: None,
             parts: Vec::new(),

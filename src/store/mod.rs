@@ -28,7 +28,7 @@ pub use images::Images;
 pub use key::{Key, digest};
 pub use labels::{LABELS, Label, LabelFiles, Said, Survey};
 pub use lock::{Lock, lock_holder};
-pub use lookup::Lookup;
+pub use lookup::{Lookup, Name};
 pub use manifest::{
     CheckpointRecord, Event, Expected, FileRecord, Fork, Made, Manifest, Parked, PartRecord,
     StateRecord, Took,
