@@ -132,7 +132,7 @@ fn telemetry_shows_what_was_shared() {
     let small = "models.policy.llava_onevision.memory_gb=0.005";
     let refused = scene.pipeline(&["plan", "p.yaml", "--set", small]);
     assert_eq!(refused.code, Some(2), "{}", refused.err);
-    let title = "`steps` does not fit into the memory here";
+    let title = "`steps` has too little memory";
     assert!(refused.err.contains(title), "{}", refused.err);
     assert!(refused.err.contains("adamw_8bit"), "{}", refused.err);
     scene.succeeds(&[
@@ -144,6 +144,58 @@ fn telemetry_shows_what_was_shared() {
         "stages.candidates.sample.count=1",
     ]);
     assert_eq!(prompt_tokens(), three);
+}
+
+/// What a plan refuses a run refuses, too, by the same words and before it makes anything.
+#[test]
+fn a_run_refuses_what_its_plan_refuses() {
+    let scene = scene();
+    let flat = |said: &str| {
+        let words = said.split(|one: char| one.is_whitespace() || "│|".contains(one));
+        words
+            .filter(|word| !word.is_empty())
+            .collect::<Vec<_>>()
+            .join(" ")
+    };
+    let small = "models.policy.llava_onevision.memory_gb=0.001";
+    let planned = scene.pipeline(&["plan", "p.yaml", "--set", small]);
+    let refused = scene.pipeline(&["run", "p.yaml", "--set", small]);
+    assert_eq!(
+        (planned.code, refused.code),
+        (Some(2), Some(2)),
+        "{}",
+        refused.err
+    );
+    assert_eq!(planned.err, refused.err);
+    let told = flat(&refused.err);
+    for words in [
+        "`candidates` has too little memory: the weights of `policy` alone take 1.4 MB, and it may use 1.0 MB",
+        "raise `memory_gb` of `policy`, which is 0.001",
+    ] {
+        assert!(told.contains(words), "{told}");
+    }
+    assert!(!scene.path("runs").exists(), "nothing was run");
+    let json = scene.pipeline(&["run", "p.yaml", "--log", "json", "--set", small]);
+    let line: serde_json::Value = serde_json::from_str(json.err.lines().last().unwrap()).unwrap();
+    assert_eq!(
+        (&line["event"], &line["code"]),
+        (&"refused".into(), &2.into()),
+        "{line}"
+    );
+    // Stages that are not reached may be too large.
+    scene.succeeds(&["run", "p.yaml", "--set", small, "--until", "prompts"]);
+    let long = "stages.candidates.sample.max_new_tokens=2047";
+    let refused = scene.pipeline(&["run", "p.yaml", "--set", long]);
+    assert_eq!(refused.code, Some(2), "{}", refused.err);
+    let told = flat(&refused.err);
+    assert!(
+        told.contains("`candidates` has no prompt that fits into the context")
+            && told.contains("lower `max_new_tokens`"),
+        "{told}"
+    );
+    // What is there needs no room.
+    scene.succeeds(&["run", "p.yaml", "--until", "candidates"]);
+    scene.succeeds(&["run", "p.yaml", "--until", "candidates", "--set", small]);
 }
 
 /// With an adapter in the place of weights, each round's checkpoint is the adapter, and the next round

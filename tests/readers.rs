@@ -196,8 +196,9 @@ fn until_leaves_the_later_tables_where_they_are_and_the_start_names_what_is_repl
     ]);
     assert!(
         said.err.contains(
-            "this run replaces tables of runs/scripted (`margin_min` 0.0 → 0.5): pairs (round 1); each stays \
-             as it is until its new version is complete\nto bring the old versions back, run: pipeline run p.yaml\n"
+            "replacing tables of runs/scripted: pairs (round 1); reason: `margin_min` 0.0 → 0.5 (--set)\n\
+             the old versions stay until the new ones are complete, and then in .cache; to bring them back, run: \
+             pipeline run p.yaml\n"
         ),
         "{}",
         said.err
@@ -270,7 +271,7 @@ fn a_run_that_fails_leaves_all_tables_as_they_were() {
     let said = scene.succeeds(&["run", "p.yaml", "--set", "rounds=1"]);
     assert!(
         said.err
-            .contains("sets aside tables of runs/scripted that the pipeline no longer has"),
+            .contains("removing tables of runs/scripted that the pipeline no longer has"),
         "{}",
         said.err
     );

@@ -7,14 +7,11 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::file::{PipelineFile, folder_of, warn};
-use super::memory::Taken;
 use super::out::line;
-use super::tokens::Tokens;
+use super::outlook::Outlook;
 use super::{Failed, engine, forecast, memory, tokens};
 use crate::config::{Complaint, LoadError, Look, Plan, PlannedStage, load};
 use crate::models::{ModelLoader, ModelSpec};
-use crate::run;
-use crate::store::Rates;
 
 /// Says everything that is wrong with a pipeline, before anything runs.
 #[derive(Args)]
@@ -90,36 +87,34 @@ impl ShowPlan {
         {
             return Err(engine::become_it());
         }
-        let forecasts =
-            run::forecast(&plan, &folder, loader, &Rates::open(Rates::usual_place()))
-                .map_err(|failure| Failed::Words(plan.secrets.hide(&failure.to_string())))?;
-        let tokens = tokens::count(&plan, &folder, &forecasts)?;
-        let taken = memory::of_plan(&plan, &tokens, loader)
-            .map_err(|error| Failed::Words(plan.secrets.hide(&error.to_string())))?;
+        let outlook = Outlook::of_plan(&plan, &folder, loader)?;
+        let Outlook {
+            forecasts,
+            tokens,
+            taken,
+        } = &outlook;
         if self.json {
             let mut json = to_json(&plan);
-            json["tokens"] = tokens::to_json(&tokens);
-            json["memory"] = memory::to_json(&taken);
+            json["tokens"] = tokens::to_json(tokens);
+            json["memory"] = memory::to_json(taken);
             json["run"] = json!(folder);
-            json["tables"] = forecast::to_json(&plan, &forecasts);
+            json["tables"] = forecast::to_json(&plan, forecasts);
             line(format_args!("{json:#}"))?;
-            return refuse(&plan, &taken, &tokens);
+            return refuse(&outlook.refusals(&plan, None));
         }
         let mut text = String::new();
         plan.render(&mut text).expect("a string takes any text");
-        text.push_str(&memory::render(&taken));
-        text.push_str(&tokens::render(&tokens));
-        text.push_str(&forecast::render(&plan, &folder, &forecasts));
+        text.push_str(&memory::render(taken));
+        text.push_str(&tokens::render(tokens));
+        text.push_str(&forecast::render(&plan, &folder, forecasts));
         line(text.trim_end())?;
         warn(&plan);
-        refuse(&plan, &taken, &tokens)
+        refuse(&outlook.refusals(&plan, None))
     }
 }
 
-/// Fails where something has no room on this machine or in a model's context.
-fn refuse(plan: &Plan, taken: &[Taken], tokens: &[Tokens]) -> Result<(), Failed> {
-    let mut refusals = memory::refusals(plan, taken);
-    refusals.extend(tokens::refusals(plan, tokens));
+/// Draws what refuses a run; fails if there is something.
+pub fn refuse(refusals: &[Complaint]) -> Result<(), Failed> {
     if refusals.is_empty() {
         return Ok(());
     }

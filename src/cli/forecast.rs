@@ -5,9 +5,9 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::memory::size;
 use super::progress::duration;
 use crate::config::Plan;
+use crate::prep::size_in_words as size;
 use crate::run::{Estimate, Fate, Forecast, Reason};
 
 /// A table with one line a table and round.

@@ -5,10 +5,10 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::memory::size;
 use super::out::line;
 use super::progress::duration;
 use super::{Failed, run_folder};
+use crate::prep::size_in_words as size;
 use crate::store::{Made, RunFolder};
 
 /// Removes the tables and checkpoints that a run set aside when its pipeline changed. Says first what

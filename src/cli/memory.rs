@@ -10,7 +10,9 @@ use serde_json::{Value, json};
 use super::tokens::Tokens;
 use crate::config::{At, Complaint, KeyPath, Plan};
 use crate::models::{DeviceSpec, Dtype, ModelError, ModelLoader, ModelSpec, Room};
-use needs::{Precision, computing, of_stage};
+use crate::prep::size_in_words as size;
+use crate::stages::TableName;
+use needs::{Precision, Refusal, computing, of_stage};
 
 /// What a stage takes.
 pub struct Taken {
@@ -34,7 +36,7 @@ struct Here {
     /// The row that takes most, in words.
     worst: String,
     /// Why it can't be.
-    refusal: Option<String>,
+    refusal: Option<Refusal>,
 }
 
 /// What each stage takes that opens a network; nothing for a model whose config can't be read, which
@@ -80,15 +82,16 @@ pub fn of_plan(
 }
 
 /// Complaints about stages that have no room on this machine.
-pub fn refusals(plan: &Plan, all: &[Taken]) -> Vec<Complaint> {
+pub fn refusals(plan: &Plan, all: &[Taken]) -> Vec<(TableName, Complaint)> {
     let mut complaints = Vec::new();
     for taken in all {
         let stage = plan.all().find(|stage| stage.name.as_str() == taken.table);
         let refusal = taken.here.as_ref().and_then(|here| here.refusal.as_ref());
         if let (Some(stage), Some(refusal)) = (stage, refusal) {
-            let message = format!("`{}` does not fit into the memory here", taken.table);
+            let message = format!("`{}` has too little memory: {}", taken.table, refusal.cause);
             let complaint = Complaint::new("plan::memory", At::key(KeyPath::default()), message);
-            complaints.push(complaint.label(refusal.clone()).placed(stage.place.clone()));
+            let complaint = complaint.help(refusal.help.clone());
+            complaints.push((stage.name.clone(), complaint.placed(stage.place.clone())));
         }
     }
     complaints
@@ -147,7 +150,7 @@ pub fn to_json(all: &[Taken]) -> Value {
             json["peak"] = json!(here.peak);
             json["host"] = json!(here.host);
             json["worst"] = json!(here.worst);
-            json["refusal"] = json!(here.refusal);
+            json["refusal"] = json!(here.refusal.as_ref().map(Refusal::in_one));
         }
         json
     };
@@ -182,12 +185,4 @@ fn resident() -> Option<u64> {
     let line = lines.find_map(|line| line.strip_prefix("VmRSS:"))?;
     let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kilobytes * 1024)
-}
-
-pub fn size(bytes: u64) -> String {
-    match bytes as f64 {
-        bytes if bytes >= 1e8 => format!("{:.1} GB", bytes / 1e9),
-        bytes if bytes >= 1e5 => format!("{:.1} MB", bytes / 1e6),
-        bytes => format!("{:.0} KB", bytes / 1e3),
-    }
 }

@@ -18,6 +18,7 @@ mod label;
 mod log;
 mod memory;
 mod out;
+mod outlook;
 mod pairs;
 mod progress;
 mod report;

@@ -1,13 +1,15 @@
 //! `pipeline run`.
 
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde_json::json;
 
+use super::check::refuse;
 use super::file::{PipelineFile, folder_of, quoted, shown, warn};
 use super::log::{self, JsonLog};
+use super::outlook::Outlook;
 use super::progress::Progress;
 use super::{Failed, engine, report};
 use crate::config::{At, Complaint, KeyPath, LoadError, Look, NOT_FETCHED, Plan, load};
@@ -74,6 +76,7 @@ impl Run {
             return Err(engine::become_it());
         }
         let folder = folder_of(&plan, self.folder.as_deref());
+        self.refuse(&plan, &folder, until.as_ref(), loader)?;
         match self.log {
             Log::Text => warn(&plan),
             Log::Json => {
@@ -106,6 +109,30 @@ impl Run {
                 in_json(&plan, &options, &interrupt, done)
             }
         }
+    }
+
+    /// Refuses a run of which it is known that a stage has no room, before anything of it is made.
+    fn refuse(
+        &self,
+        plan: &Plan,
+        folder: &Path,
+        until: Option<&TableName>,
+        loader: Option<&dyn ModelLoader>,
+    ) -> Result<(), Failed> {
+        let outlook = match (Outlook::of_run(plan, folder, loader), self.log) {
+            (Err(Failed::Words(words)), Log::Json) => {
+                log::write("failed", json!({ "code": 1, "message": words }));
+                return Err(Failed::Code(1));
+            }
+            (outlook, _) => outlook?,
+        };
+        let refusals = outlook.refusals(plan, until);
+        if self.log == Log::Json && !refusals.is_empty() {
+            let list: Vec<_> = refusals.iter().map(Complaint::to_json).collect();
+            log::write("refused", json!({ "code": 2, "complaints": list }));
+            return Err(Failed::Code(2));
+        }
+        refuse(&refusals)
     }
 
     /// Fetches weights that a model names on the hub and the hub's cache does not have.

@@ -289,8 +289,22 @@ fn reading<'a>(plan: &'a Plan, stage: &'a PlannedStage) -> Option<Reading<'a>> {
     })
 }
 
+/// How many rows are counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Extent {
+    /// As many as tell what a stage takes.
+    Enough,
+    /// Up to the first that fits, of the stages that a run would make: whether there is one.
+    UntilOneFits,
+}
+
 /// Counts the rows of every stage that reads them with a network, where its table is there already.
-pub fn count(plan: &Plan, folder: &Path, forecasts: &[Forecast]) -> Result<Vec<Tokens>, Failed> {
+pub fn count(
+    plan: &Plan,
+    folder: &Path,
+    forecasts: &[Forecast],
+    extent: Extent,
+) -> Result<Vec<Tokens>, Failed> {
     let Ok(run) = RunFolder::read(folder) else {
         return Ok(Vec::new());
     };
@@ -299,7 +313,14 @@ pub fn count(plan: &Plan, folder: &Path, forecasts: &[Forecast]) -> Result<Vec<T
         read: HashMap::new(),
     };
     let mut all = Vec::new();
+    let is_made = |stage: &PlannedStage| {
+        let mut made = forecasts.iter().filter(|made| made.table == stage.name);
+        made.any(Forecast::is_work)
+    };
     for stage in plan.all() {
+        if extent == Extent::UntilOneFits && !is_made(stage) {
+            continue;
+        }
         let Some(Reading {
             table,
             counter,
@@ -337,7 +358,8 @@ pub fn count(plan: &Plan, folder: &Path, forecasts: &[Forecast]) -> Result<Vec<T
         };
         'rows: for batch in run.reader(table.as_str(), round) {
             for row in counter.rows(&batch?, &mut pictures)? {
-                if tokens.rows == COUNTED_MAX {
+                let one_fits = tokens.rows > tokens.too_long;
+                if tokens.rows == COUNTED_MAX || (extent == Extent::UntilOneFits && one_fits) {
                     tokens.is_sample = true;
                     break 'rows;
                 }
@@ -447,7 +469,7 @@ pub fn render(all: &[Tokens]) -> String {
 }
 
 /// Complaints about stages none of whose rows fits.
-pub fn refusals(plan: &Plan, all: &[Tokens]) -> Vec<Complaint> {
+pub fn refusals(plan: &Plan, all: &[Tokens]) -> Vec<(TableName, Complaint)> {
     let known = all
         .iter()
         .filter(|tokens| tokens.is_current && !tokens.is_sample);
@@ -470,8 +492,15 @@ pub fn refusals(plan: &Plan, all: &[Tokens]) -> Vec<Complaint> {
                     "the shortest of {rows} takes {shortest} tokens, and with {room} more that is over {context}"
                 ),
             };
+            let help = match stage.spec {
+                StageSpec::Sample(_) => {
+                    "lower `max_new_tokens`, or use smaller pictures or shorter prompts"
+                }
+                _ => "use smaller pictures or shorter texts",
+            };
             let complaint = Complaint::new("plan::context", At::key(KeyPath::default()), message);
-            Some(complaint.label(label).placed(stage.place.clone()))
+            let complaint = complaint.label(label).help(help).placed(stage.place.clone());
+            Some((stage.name.clone(), complaint))
         })
         .collect()
 }

@@ -383,6 +383,16 @@ impl ModelSpec {
         }
     }
 
+    /// The memory that it may take, where its settings say.
+    pub fn memory_gb(&self) -> Option<Gigabytes> {
+        match self {
+            Self::LlavaOnevision(model) => model.memory_gb,
+            Self::LlavaRlhf(model) => model.memory_gb,
+            Self::Critic(model) => model.memory_gb,
+            Self::Itself(_) | Self::Http(_) | Self::Sql(_) | Self::Scripted(_) => None,
+        }
+    }
+
     /// What it is asked, if it scores in writing.
     pub fn asking(&self) -> Option<&Asking> {
         match self {

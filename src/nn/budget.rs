@@ -12,7 +12,7 @@ use tch::Device;
 use super::chain::Keep;
 use super::device;
 use crate::models::{Checkpointing, Gigabytes, RowFault};
-use crate::prep::{AtOnce, PACK_TOKENS_MAX, Sizes, TrainingSizes};
+use crate::prep::{AtOnce, PACK_TOKENS_MAX, Sizes, TrainingSizes, size_in_words};
 
 /// How much is computed at once in sampling or scoring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,13 +72,21 @@ impl Budget {
         if needed <= self.memory {
             return Ok(());
         }
+        if self.sizes.weights > self.memory {
+            return Err(RowFault(format!(
+                "the weights of the model alone take {} of memory, and {} may be used; raise its \
+                 `memory_gb`, or use a device with more memory",
+                size_in_words(self.sizes.weights),
+                size_in_words(self.memory),
+            )));
+        }
         Err(RowFault(format!(
             "its {tokens} tokens of prompt and answers take {} of memory beside {} of weights, and \
              {} may be used; use a smaller picture, fewer or shorter answers, or a larger \
              `memory_gb`",
-            gigabytes(tokens as u64 * self.sizes.token),
-            gigabytes(self.sizes.weights),
-            gigabytes(self.memory),
+            size_in_words(tokens as u64 * self.sizes.token),
+            size_in_words(self.sizes.weights),
+            size_in_words(self.memory),
         )))
     }
 
@@ -96,7 +104,7 @@ impl Budget {
     }
 
     fn of_memory(&self) -> String {
-        let [memory, weights] = [self.memory, self.sizes.weights].map(gigabytes);
+        let [memory, weights] = [self.memory, self.sizes.weights].map(size_in_words);
         format!("{memory} of memory, {weights} of them weights")
     }
 }
@@ -124,10 +132,10 @@ impl TrainingBudget {
                 "training takes {} for weights, {} for gradients and {} for the optimizer's moments, \
                  and {} may be used; train an adapter (`lora`), fewer parts (`train`), with \
                  `optimizer: adamw_8bit`, or give the model a larger `memory_gb`",
-                gigabytes(sizes.weights),
-                gigabytes(sizes.gradients),
-                gigabytes(sizes.moments),
-                gigabytes(memory),
+                size_in_words(sizes.weights),
+                size_in_words(sizes.gradients),
+                size_in_words(sizes.moments),
+                size_in_words(memory),
             ));
         }
         Ok(Self {
@@ -149,11 +157,11 @@ impl TrainingBudget {
 
     /// How a training goes about it whose largest row has so many tokens and tiles, in words.
     pub fn in_words(&self, [tokens, tiles]: [usize; 2]) -> String {
-        let [memory, state] = [self.memory, self.sizes.state()].map(gigabytes);
+        let [memory, state] = [self.memory, self.sizes.state()].map(size_in_words);
         // Short rows go side by side.
         let at_once = tokens.max(PACK_TOKENS_MAX.min(tokens * 8));
-        let remembered = gigabytes(self.sizes.remembered(at_once, tiles));
-        let again = gigabytes(self.sizes.computed_again(at_once, tiles));
+        let remembered = size_in_words(self.sizes.remembered(at_once, tiles));
+        let again = size_in_words(self.sizes.computed_again(at_once, tiles));
         let how = match (self.checkpointing, self.keep(at_once, tiles)) {
             (Checkpointing::Auto, Keep::Inputs) => format!(
                 "{remembered} that would not fit beside them; computed again layer by layer, {again}"
@@ -174,10 +182,6 @@ pub fn too_large(error: &crate::models::ModelError) -> RowFault {
         "{error}, although it was alone; use a smaller picture, fewer or shorter answers, or a \
          device with more memory"
     ))
-}
-
-fn gigabytes(bytes: u64) -> String {
-    format!("{:.1} GB", bytes as f64 / 1e9)
 }
 
 /// Cuts consecutive texts of these lengths into packs of at most `tokens_max` tokens, or of one text
@@ -264,6 +268,11 @@ mod tests {
         );
         let none = Budget::plan(Gigabytes::try_from(1.0).ok(), Device::Cpu, sizes());
         assert_eq!((none.rows, none.tokens), (1, 0));
+        let fault = none.admit(1).unwrap_err().0;
+        assert!(
+            fault.starts_with("the weights of the model alone take 16.0 GB of memory, and 1.0 GB"),
+            "{fault}"
+        );
         let error = ModelError::OutOfMemory {
             what: "sampling".to_owned(),
             batch: 1,

@@ -24,6 +24,15 @@ pub const PICTURES_AHEAD: usize = 2;
 /// processor busy, and the activations of these few are no more than those of one large picture.
 pub const PACK_TOKENS_MAX: usize = 2048;
 
+/// Bytes in words, in the unit that shows them: `2.8 MB`.
+pub fn size_in_words(bytes: u64) -> String {
+    match bytes as f64 {
+        bytes if bytes >= 1e8 => format!("{:.1} GB", bytes / 1e9),
+        bytes if bytes >= 1e5 => format!("{:.1} MB", bytes / 1e6),
+        bytes => format!("{:.0} KB", bytes / 1e3),
+    }
+}
+
 /// How much sampling and scoring do at once where there is this much room.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AtOnce {

@@ -47,7 +47,7 @@ pub use judge::{JudgeLesson, JudgePrep, Judged};
 pub use layout::{canonical, part_of};
 pub use memory::{
     AtOnce, PACK_TOKENS_MAX, PICTURES_AHEAD, PICTURES_AT_ONCE_MAX, Sizes, TrainingSizes, elements,
-    judge_elements, learned_logits,
+    judge_elements, learned_logits, size_in_words,
 };
 pub use picture::{PIXELS_MAX, Probe, Rgb, decode, probe};
 pub use policy::{PolicyLesson, PolicyPrep, Prepared, Written};

@@ -38,7 +38,7 @@ impl Runner<'_> {
                 let own = all
                     .iter()
                     .filter(|reason| !matches!(reason, Reason::Input(_) | Reason::Model(_)));
-                for reason in own.map(ToString::to_string) {
+                for reason in own.map(|reason| reason.in_words(self.plan, &one.table)) {
                     if !reasons.contains(&reason) {
                         reasons.push(reason);
                     }
@@ -55,24 +55,20 @@ impl Runner<'_> {
             return Ok(());
         }
         let folder = self.folder.root().display();
-        let mut text = String::new();
+        let mut lines = Vec::new();
         if !replaced.is_empty() {
             let why = match reasons[..] {
                 [] => String::new(),
-                _ => format!(" ({})", reasons.join("; ")),
+                _ => format!("; reason: {}", reasons.join("; ")),
             };
-            text = format!(
-                "this run replaces tables of {folder}{why}: {}; each stays as it is until its new version is complete",
+            lines.push(format!(
+                "replacing tables of {folder}: {}{why}",
                 listed(&replaced)
-            );
+            ));
         }
         if !removed.is_empty() {
-            if !text.is_empty() {
-                text.push('\n');
-            }
-            text.push_str(&format!(
-                "this run sets aside tables of {folder} that the pipeline no longer has, once all others are \
-                 complete: {}",
+            lines.push(format!(
+                "removing tables of {folder} that the pipeline no longer has: {}",
                 listed(&removed)
             ));
         }
@@ -81,11 +77,15 @@ impl Runner<'_> {
             let file = self.before["file"].as_str().unwrap_or("PIPELINE.yaml");
             format!("pipeline run {file}")
         });
-        text.push_str(&if before == options.command {
-            format!("\nto bring the old versions back, undo the change and run: {before}")
+        let undo = if before == options.command {
+            "to bring them back, undo the change and run"
         } else {
-            format!("\nto bring the old versions back, run: {before}")
-        });
+            "to bring them back, run"
+        };
+        lines.push(format!(
+            "the old versions stay until the new ones are complete, and then in .cache; {undo}: {before}"
+        ));
+        let text = lines.join("\n");
         self.report.note(&text);
         Ok(())
     }

@@ -45,6 +45,13 @@ pub struct Forecast {
     pub estimate: Estimate,
 }
 
+impl Forecast {
+    /// Whether something of the table would be made.
+    pub fn is_work(&self) -> bool {
+        !matches!(self.fate, Fate::Reuse | Fate::Return)
+    }
+}
+
 /// What a run of the plan in `folder` would do. Nothing is written; no model is opened, but `loader`
 /// must be the one that the run would have, for it decides in what precision models compute.
 pub fn forecast(
@@ -53,6 +60,29 @@ pub fn forecast(
     loader: Option<&dyn ModelLoader>,
     rates: &Rates,
 ) -> Result<Vec<Forecast>, Failure> {
+    Ok(foresee(plan, folder, loader, rates)?.0)
+}
+
+/// The same for a run that is about to go on in `folder`: which files were read is written down there,
+/// so that the run does not read them again.
+pub fn forecast_of_run(
+    plan: &Plan,
+    folder: &Path,
+    loader: Option<&dyn ModelLoader>,
+    rates: &Rates,
+) -> Result<Vec<Forecast>, Failure> {
+    let (forecasts, keys) = foresee(plan, folder, loader, rates)?;
+    // What can't be written down is read again.
+    drop(keys.save());
+    Ok(forecasts)
+}
+
+fn foresee<'a>(
+    plan: &'a Plan,
+    folder: &Path,
+    loader: Option<&'a dyn ModelLoader>,
+    rates: &Rates,
+) -> Result<(Vec<Forecast>, Keys<'a>), Failure> {
     let run = match RunFolder::read(folder) {
         Ok(run) => Some(run),
         Err(StoreError::NotARun { .. }) => None,
@@ -152,7 +182,7 @@ pub fn forecast(
             estimate,
         });
     }
-    Ok(forecasts)
+    Ok((forecasts, keys))
 }
 
 /// What there is of a table that is there.

@@ -24,7 +24,7 @@ mod sound;
 mod stop;
 mod survey;
 
-pub use forecast::{Estimate, Fate, Forecast, forecast};
+pub use forecast::{Estimate, Fate, Forecast, forecast, forecast_of_run};
 pub use interrupt::Interrupt;
 pub use keys::{Reason, explain};
 pub use report::{Report, Start, Unit};

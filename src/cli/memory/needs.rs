@@ -2,7 +2,6 @@
 
 use std::num::NonZeroU32;
 
-use super::size;
 use crate::cli::tokens::Tokens;
 use crate::config::{Plan, PlannedStage};
 use crate::models::{
@@ -11,6 +10,7 @@ use crate::models::{
 use crate::prep::{
     Anyres, AtOnce, OnevisionCard, PACK_TOKENS_MAX, PICTURES_AHEAD, PICTURES_AT_ONCE_MAX,
     Processor, RewardCard, Sizes, TrainingSizes, elements, judge_elements, learned_logits,
+    size_in_words as size,
 };
 use crate::stages::{ModelName, Sample, StageSpec, TableName, TrainDpo, TrainReward, TrainSft};
 
@@ -27,10 +27,67 @@ pub struct Needs {
     pub items: Vec<(&'static str, u64, String)>,
     pub model: ModelName,
     /// The most that it takes in a room, and why it has no place there.
-    pub peak: Box<dyn Fn(Room) -> (u64, Option<String>)>,
+    pub peak: Box<dyn Fn(Room) -> (u64, Option<Refusal>)>,
     pub worst: String,
     /// Pixels of the pictures that wait for the network.
     pub pixels: u64,
+}
+
+/// Why a stage has no room.
+pub struct Refusal {
+    /// What takes how much, and how much there is.
+    pub cause: String,
+    /// The way out.
+    pub help: String,
+}
+
+impl Refusal {
+    /// That a model's weights alone are too large.
+    fn of_weights(model: &ModelName, weights: u64, room: Room, help: &str) -> Option<Self> {
+        (weights > room.bytes).then(|| Self {
+            cause: format!(
+                "the weights of `{model}` alone take {}, and it may use {}",
+                size(weights),
+                size(room.bytes)
+            ),
+            help: help.to_owned(),
+        })
+    }
+
+    /// That what a training needs whatever its batches are is too large.
+    fn of_state(model: &ModelName, sizes: &TrainingSizes, room: Room, help: &str) -> Option<Self> {
+        (sizes.state() > room.bytes).then(|| Self {
+            cause: format!(
+                "weights ({}), gradients ({}) and optimizer moments ({}) of `{model}` alone take {}, and \
+                 it may use {}",
+                size(sizes.weights),
+                size(sizes.gradients),
+                size(sizes.moments),
+                size(sizes.state()),
+                size(room.bytes)
+            ),
+            help: help.to_owned(),
+        })
+    }
+
+    /// In one sentence.
+    pub fn in_one(&self) -> String {
+        format!("{}; {}", self.cause, self.help)
+    }
+}
+
+/// How a model gets more memory.
+fn more_memory(plan: &Plan, model: &ModelName) -> String {
+    match plan.models[model].memory_gb() {
+        Some(limit) => format!(
+            "raise `memory_gb` of `{model}`, which is {}, or use a device with more memory",
+            f64::from(limit)
+        ),
+        None => format!(
+            "use a device with more memory, or set `memory_gb` of `{model}`: left out, it is nine tenths \
+             of a GPU's memory or half of the machine's"
+        ),
+    }
 }
 
 /// The model of a stage of which it is known what it takes: the one that is opened.
@@ -74,7 +131,7 @@ pub fn of_stage(
             part: part.get() as usize * asks,
             beside: shown * answer_tokens(plan),
         };
-        of_writing(&writing, &policy(model)?, counted, precision)
+        of_writing(plan, &writing, &policy(model)?, counted, precision)
     };
     match &stage.spec {
         StageSpec::Sample(sample) => {
@@ -85,7 +142,7 @@ pub fn of_stage(
                 part: sample.part.get() as usize,
                 beside: 0,
             };
-            of_writing(&writing, &policy(&sample.model)?, counted, precision)
+            of_writing(plan, &writing, &policy(&sample.model)?, counted, precision)
         }
         StageSpec::Score(score) => {
             let count = sampled(plan).map_or(ANSWERS, |(_, sample)| sample.count.get() as usize);
@@ -130,6 +187,7 @@ struct Writing<'a> {
 }
 
 fn of_writing(
+    plan: &Plan,
     writing: &Writing<'_>,
     spec: &LlavaOnevision,
     counted: Option<&Tokens>,
@@ -158,6 +216,7 @@ fn of_writing(
             + tokens as u64 * sizes.token
             + read as u64 * sizes.read
     };
+    let (model, help) = (writing.model.clone(), more_memory(plan, writing.model));
     let peak = move |room: Room| {
         let at_once = AtOnce::in_room(room, sizes);
         let rows = at_once.rows.min(part * answers).max(answers);
@@ -168,14 +227,7 @@ fn of_writing(
         let read = at_once.read_tokens.min(prompts * longest).max(longest);
         let peak =
             taken(rows, tokens, read).min(room.bytes.max(taken(answers, longest + new, longest)));
-        let refusal = (sizes.weights > room.bytes).then(|| {
-            format!(
-                "its weights take {}, and {} may be used; give the model a larger `memory_gb` or a \
-                 device with more",
-                size(sizes.weights),
-                size(room.bytes)
-            )
-        });
+        let refusal = Refusal::of_weights(&model, sizes.weights, room, &help);
         (peak, refusal)
     };
     Some(Needs {
@@ -207,17 +259,11 @@ fn of_judge(plan: &Plan, judge: &ModelName, precision: Precision) -> Option<Need
         ..Sizes::new(judge_elements(&card), &card.text_config, element)
     };
     let pixels = judge_pixels(&card);
+    let (model, help) = (judge.clone(), more_memory(plan, judge));
     let peak = move |room: Room| {
         let at_once = AtOnce::in_room(room, sizes);
         let tokens = at_once.read_tokens.min(at_once.tokens) as u64;
-        let refusal = (sizes.weights > room.bytes).then(|| {
-            format!(
-                "the weights of the judge take {}, and {} may be used; give it a larger `memory_gb` or \
-                 a device with more",
-                size(sizes.weights),
-                size(room.bytes)
-            )
-        });
+        let refusal = Refusal::of_weights(&model, sizes.weights, room, &help);
         (sizes.weights + tokens * (sizes.read + sizes.token), refusal)
     };
     Some(Needs {
@@ -271,6 +317,11 @@ fn of_training(
     // Short pairs go side by side.
     let at_once = pair.max(PACK_TOKENS_MAX.min(pair * 8));
     let tiles_at_once = tiles * at_once.div_ceil(pair.max(1));
+    let model = stage.model.clone();
+    let help = format!(
+        "train an adapter (`lora`) or fewer parts (`train`), use `optimizer: adamw_8bit`, or {}",
+        more_memory(plan, &model)
+    );
     let peak = move |room: Room| {
         let has_room = sizes.has_room(room.bytes, at_once, tiles_at_once);
         let activations = match checkpointing {
@@ -280,15 +331,7 @@ fn of_training(
                 sizes.computed_again(at_once, tiles_at_once)
             }
         };
-        let refusal = (sizes.state() > room.bytes).then(|| {
-            format!(
-                "weights, gradients and moments take {}, and {} may be used; train an adapter \
-                 (`lora`), fewer parts (`train`), with `optimizer: adamw_8bit`, or give the model a \
-                 larger `memory_gb`",
-                size(sizes.state()),
-                size(room.bytes)
-            )
-        });
+        let refusal = Refusal::of_state(&model, &sizes, room, &help);
         (sizes.state() + activations, refusal)
     };
     Some(Needs {
@@ -334,6 +377,7 @@ fn of_lessons(plan: &Plan, stage: &TrainSft, counted: Option<&Tokens>) -> Option
     let remark = format!("of {learned} tokens that are learned at once");
     let steps = Steps {
         model: &stage.model,
+        help: more_memory(plan, &stage.model),
         sizes,
         tokens: at_once,
         tiles: tiles * at_once.div_ceil(longest.max(1)),
@@ -365,6 +409,7 @@ fn of_reward_training(plan: &Plan, stage: &TrainReward, counted: Option<&Tokens>
     };
     let steps = Steps {
         model: &stage.model,
+        help: more_memory(plan, &stage.model),
         sizes,
         tokens: side_by_side(longest, stage.batch_pairs),
         tiles: 0,
@@ -384,6 +429,8 @@ fn side_by_side(longest: usize, rows: NonZeroU32) -> usize {
 /// A training in float32 that remembers everything.
 struct Steps<'a> {
     model: &'a ModelName,
+    /// How it gets more memory.
+    help: String,
     sizes: TrainingSizes,
     /// What goes side by side.
     tokens: usize,
@@ -407,15 +454,9 @@ impl Steps<'_> {
         ];
         let beside = self.logits.as_ref().map_or(0, |(bytes, _)| *bytes);
         items.extend(self.logits.map(|(bytes, remark)| ("logits", bytes, remark)));
+        let (model, help) = (self.model.clone(), self.help);
         let peak = move |room: Room| {
-            let refusal = (sizes.state() > room.bytes).then(|| {
-                format!(
-                    "weights, gradients and moments take {}, and {} may be used; give the model a \
-                     larger `memory_gb` or a device with more",
-                    size(sizes.state()),
-                    size(room.bytes)
-                )
-            });
+            let refusal = Refusal::of_state(&model, &sizes, room, &help);
             (sizes.state() + activations + beside, refusal)
         };
         Needs {

@@ -1,0 +1,91 @@
+//! What is known of a run before it begins, and what refuses it: `plan` shows the one, and both `plan`
+//! and `run` refuse by the other.
+
+use std::collections::HashSet;
+use std::path::Path;
+
+use super::Failed;
+use super::memory::{self, Taken};
+use super::tokens::{self, Extent, Tokens};
+use crate::config::{Complaint, Plan};
+use crate::models::ModelLoader;
+use crate::run::{self, Forecast};
+use crate::stages::{Failure, TableName};
+use crate::store::Rates;
+
+/// What a run would do, and what it takes.
+pub struct Outlook {
+    pub forecasts: Vec<Forecast>,
+    pub tokens: Vec<Tokens>,
+    pub taken: Vec<Taken>,
+}
+
+impl Outlook {
+    /// All that `plan` shows.
+    pub fn of_plan(
+        plan: &Plan,
+        folder: &Path,
+        loader: Option<&dyn ModelLoader>,
+    ) -> Result<Self, Failed> {
+        let rates = Rates::open(Rates::usual_place());
+        let forecasts = run::forecast(plan, folder, loader, &rates);
+        let forecasts = forecasts.map_err(|failure| words(plan, &failure))?;
+        let tokens = tokens::count(plan, folder, &forecasts, Extent::Enough)?;
+        Self::measured(plan, loader, forecasts, tokens)
+    }
+
+    /// As much of it as decides whether a run may begin. What can't be read of a run that is there is no
+    /// reason to refuse it: the run mends its tables, or says what is wrong with the user's files.
+    pub fn of_run(
+        plan: &Plan,
+        folder: &Path,
+        loader: Option<&dyn ModelLoader>,
+    ) -> Result<Self, Failed> {
+        let mut known = (Vec::new(), Vec::new());
+        if folder.join("manifest.json").exists() {
+            let rates = Rates::default();
+            let forecasts = run::forecast_of_run(plan, folder, loader, &rates).unwrap_or_default();
+            let counted = tokens::count(plan, folder, &forecasts, Extent::UntilOneFits);
+            known = (forecasts, counted.unwrap_or_default());
+        }
+        let (forecasts, tokens) = known;
+        Self::measured(plan, loader, forecasts, tokens)
+    }
+
+    fn measured(
+        plan: &Plan,
+        loader: Option<&dyn ModelLoader>,
+        forecasts: Vec<Forecast>,
+        tokens: Vec<Tokens>,
+    ) -> Result<Self, Failed> {
+        let taken = memory::of_plan(plan, &tokens, loader);
+        Ok(Self {
+            taken: taken.map_err(|error| Failed::Words(plan.secrets.hide(&error.to_string())))?,
+            forecasts,
+            tokens,
+        })
+    }
+
+    /// Complaints about stages, of those that are not made yet, that have no room on this machine or in a
+    /// model's context; of those up to a table, if a run stops there.
+    pub fn refusals(&self, plan: &Plan, until: Option<&TableName>) -> Vec<Complaint> {
+        let slots = plan.slots();
+        let last = slots
+            .iter()
+            .position(|(stage, _)| Some(&stage.name) == until);
+        let reached = slots.iter().take(last.map_or(slots.len(), |last| last + 1));
+        let reached: HashSet<&TableName> = reached.map(|(stage, _)| &stage.name).collect();
+        let is_there = |table: &TableName| {
+            let mut of_table = self.forecasts.iter().filter(|made| made.table == *table);
+            of_table.clone().next().is_some() && !of_table.any(Forecast::is_work)
+        };
+        let mut refusals = memory::refusals(plan, &self.taken);
+        refusals.extend(tokens::refusals(plan, &self.tokens));
+        refusals.retain(|(table, _)| reached.contains(table) && !is_there(table));
+        refusals.into_iter().map(|(_, refusal)| refusal).collect()
+    }
+}
+
+fn words(plan: &Plan, failure: &Failure) -> Failed {
+    Failed::Words(plan.secrets.hide(&failure.to_string()))
+}
