@@ -147,10 +147,16 @@ fn a_prompt_longer_than_the_context_is_set_aside_before_the_model_opens() {
     config["text_config"]["max_position_embeddings"] = 40.into();
     fs::write(policy.join("config.json"), config.to_string()).unwrap();
     // A model without its weights can't open: this run gets by without opening it.
-    let pipeline = SCRIPTED.replace(
-        "policy: { scripted: {} }",
-        "policy: { llava_onevision: { weights: policy } }",
-    );
+    let pipeline = SCRIPTED
+        .replace(
+            "policy: { scripted: {} }",
+            "policy: { llava_onevision: { weights: policy } }",
+        )
+        .replace("model: policy,", "model: policy, max_new_tokens: 39,")
+        .replace(
+            "pairs, model: policy, max_new_tokens: 39,",
+            "pairs, model: policy,",
+        );
     let plan = scene.prompts(1).write("p.yaml", pipeline).path("p.yaml");
     let plan = ovchat::config::load(&plan, &["reject_share_max=1.0".to_owned()], false).unwrap();
     let options = ovchat::run::Options {
@@ -469,4 +475,120 @@ fn a_line_that_is_no_json_costs_its_row() {
         rejects[0].0 == "line 2" && rejects[0].1.contains("it is not JSON"),
         "{rejects:?}"
     );
+}
+
+/// A FIFO blocks whoever opens it until something is written to it, and `/dev/zero` never ends.
+#[test]
+fn files_that_are_not_regular_are_refused_without_hanging() {
+    let policy = format!("{ROOT}/data-samples/policy");
+    let fifo = |scene: &Scene, name: &str| {
+        let path = scene.path(name);
+        drop(fs::remove_file(&path));
+        let made = std::process::Command::new("mkfifo").arg(&path).status();
+        assert!(made.unwrap().success());
+    };
+    let refused = |name: &str, change: &dyn Fn(&str) -> String, code: &str| {
+        let scene = Scene::new();
+        scene.prompts(3).write("p.yaml", change(SCRIPTED));
+        ovchat::store::copy_folder(policy.as_ref(), &scene.path("policy")).unwrap();
+        fifo(&scene, name);
+        let said = within_seconds(&scene, &["check", "p.yaml"]);
+        assert_eq!(said.code, Some(2), "{name}: {}", said.err);
+        let told = said.err.replace("\n  | ", " ").replace("\n  │ ", " ");
+        assert!(told.contains("is a FIFO, not a regular file"), "{told}");
+        assert!(told.contains(code), "{told}");
+    };
+    let as_it_is = |text: &str| text.to_owned();
+    refused("p.yaml", &as_it_is, "p.yaml");
+    refused("prompts.json", &as_it_is, "config::wrong_file");
+    let extends = |text: &str| format!("extends: base.yaml\n{text}");
+    refused("base.yaml", &extends, "`base.yaml` can't be read");
+    let own = |more: &str| format!("judge: {{ self: {{ model: policy, ask: {{ {more} }} }} }}");
+    let template = |text: &str| {
+        text.replace("judge: { scripted: {} }", &own("template: ask.txt"))
+            .replace("count: 1, temperature: 0", "count: 2")
+    };
+    refused("ask.txt", &template, "config::wrong_file");
+    let query = |text: &str| {
+        let stage = "  few: { sql: { file: few.sql, tables: [candidates] } }\nevaluate:";
+        text.replace("evaluate:", stage)
+    };
+    refused("few.sql", &query, "config::wrong_file");
+    let weights = |text: &str| {
+        let policy = "policy: { llava_onevision: { weights: policy } }";
+        text.replace("policy: { scripted: {} }", policy)
+    };
+    for file in ["config.json", "tokenizer.json", "preprocessor_config.json"] {
+        refused(&format!("policy/{file}"), &weights, "config::model_files");
+    }
+
+    // A picture costs its row; a device is as bad.
+    let scene = with_pictures(&["good.png", "fifo.png", "zero.png"]);
+    fifo(&scene, "images/fifo.png");
+    symlink("/dev/zero", scene.path("images/zero.png")).unwrap();
+    let allowed = ["--set", "reject_share_max=0.9"];
+    let said = within_seconds(&scene, &[&["run", "p.yaml"], &allowed[..]].concat());
+    assert_eq!(said.code, Some(0), "{}", said.err);
+    let reasons = rejects(&scene);
+    assert!(
+        reasons[0]
+            .1
+            .ends_with("fifo.png can't be read: it is a FIFO, not a regular file")
+            && reasons[1]
+                .1
+                .ends_with("zero.png can't be read: it is a device, not a regular file"),
+        "{reasons:?}"
+    );
+}
+
+/// What the program says, which must end soon.
+#[track_caller]
+fn within_seconds(scene: &Scene, arguments: &[&str]) -> crate::scene::Said {
+    let mut command = scene.command(arguments);
+    command.stdout(std::process::Stdio::piped());
+    command.stderr(std::process::Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    for _ in 0..3000 {
+        if child.try_wait().unwrap().is_some() {
+            return crate::scene::said(child.wait_with_output().unwrap());
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    child.kill().unwrap();
+    panic!("{arguments:?} hangs");
+}
+
+/// Everything that opening a reward model needs is looked for before anything runs.
+#[test]
+fn a_reward_model_without_one_of_its_files_is_refused() {
+    let scene = Scene::new();
+    let reward = scene.path("reward");
+    let samples = format!("{ROOT}/data-samples/reward");
+    let judge = "judge: { llava_rlhf: { base: reward/base, vision: reward/vision, adapter: reward/adapter, prompt: reward/prompt.txt } }";
+    scene
+        .prompts(3)
+        .write("p.yaml", SCRIPTED.replace("judge: { scripted: {} }", judge));
+    ovchat::store::copy_folder(samples.as_ref(), &reward).unwrap();
+    scene.succeeds(&["check", "p.yaml"]);
+    for (file, problem) in [
+        ("adapter/reward_head", "the file `reward_head` is missing"),
+        ("adapter/adapter_model.safetensors", "no weights"),
+        ("adapter/adapter_config.json", "can't be read"),
+        ("base/model.safetensors", "no weights"),
+        ("base/tokenizer.json", "is missing"),
+        ("vision/model.safetensors", "no weights"),
+        (
+            "vision/preprocessor_config.json",
+            "preprocessor_config.json",
+        ),
+        ("prompt.txt", "does not exist"),
+    ] {
+        let aside = scene.path("aside");
+        fs::rename(reward.join(file), &aside).unwrap();
+        let said = scene.pipeline(&["check", "p.yaml"]);
+        assert_eq!(said.code, Some(2), "{file}: {}", said.err);
+        let told = said.err.replace("\n  | ", " ").replace("\n  │ ", " ");
+        assert!(told.contains(problem), "{file}: {told}");
+        fs::rename(&aside, reward.join(file)).unwrap();
+    }
 }

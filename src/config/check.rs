@@ -1,6 +1,8 @@
 //! What only the whole file can show: names that lead nowhere, models in the wrong role, files
 //! that aren't there. Tables and their columns are followed in [`super::lineage`].
 
+use std::fs::Metadata;
+use std::io::ErrorKind;
 use std::path::Path;
 
 use super::complaint::{At, Complaint, Sources};
@@ -139,7 +141,7 @@ pub fn path_settings(written: &Written) -> Vec<KeyPath> {
     of_models.chain(of_stages).chain(of_exams).collect()
 }
 
-/// Files and folders of the user that aren't there. Paths must be absolute.
+/// Files and folders of the user that aren't there, or are something else. Paths must be absolute.
 pub fn files(written: &Written, sources: &Sources, secrets: &Secrets) -> Vec<Complaint> {
     let mut complaints = Vec::new();
     for model in &written.models {
@@ -149,7 +151,7 @@ pub fn files(written: &Written, sources: &Sources, secrets: &Secrets) -> Vec<Com
             let at = At::value(setting);
             let found = match Repository::of(path) {
                 Some(repository) => Some(not_cached(&repository, path, at, secrets)),
-                None => missing(path, at.clone(), secrets).map(|complaint| {
+                None => missing(field, path, at.clone(), secrets).map(|complaint| {
                     almost_of_the_hub(path, &folder, at, &complaint, secrets).unwrap_or(complaint)
                 }),
             };
@@ -159,7 +161,7 @@ pub fn files(written: &Written, sources: &Sources, secrets: &Secrets) -> Vec<Com
     for (stage, _) in all_stages(written) {
         for (field, path) in stage.spec.iter().flat_map(|spec| spec.as_stage().files()) {
             let at = At::value(stage.settings.key(field));
-            complaints.extend(missing(path, at, secrets));
+            complaints.extend(missing(field, path, at, secrets));
         }
     }
     complaints
@@ -175,7 +177,10 @@ pub fn probe_models(written: &Written, secrets: &Secrets) -> Vec<Complaint> {
             continue;
         };
         let paths = spec.paths();
-        if paths.iter().any(|(_, path)| !path.exists()) {
+        if paths
+            .iter()
+            .any(|(field, path)| !path.metadata().is_ok_and(|it| misfit(field, &it).is_none()))
+        {
             continue;
         }
         if let Some(asking) = spec.asking()
@@ -209,15 +214,9 @@ pub fn probe_models(written: &Written, secrets: &Secrets) -> Vec<Complaint> {
 
 fn probe(spec: &ModelSpec) -> Result<(), PrepError> {
     match spec {
-        ModelSpec::LlavaOnevision(model) => {
-            let prep = PolicyPrep::open(&model.weights)?;
-            prep.card.check(&Shards::open(&model.weights)?)
-        }
-        ModelSpec::LlavaRlhf(model) => JudgePrep::open(model).map(|_| ()),
-        ModelSpec::Critic(model) => {
-            let prep = PolicyPrep::open(&model.weights)?;
-            prep.card.check(&Shards::open(&model.weights)?)
-        }
+        ModelSpec::LlavaOnevision(model) => probe_policy(model),
+        ModelSpec::LlavaRlhf(model) => JudgePrep::open(model)?.card.check(model),
+        ModelSpec::Critic(model) => probe_policy(&model.network()),
         ModelSpec::Itself(_) | ModelSpec::Http(_) | ModelSpec::Sql(_) | ModelSpec::Scripted(_) => {
             Ok(())
         }
@@ -264,10 +263,40 @@ fn almost_of_the_hub(
     ))
 }
 
-fn missing(path: &Path, at: At, secrets: &Secrets) -> Option<Complaint> {
-    let problem = match path.try_exists() {
-        Ok(true) => return None,
-        Ok(false) => "does not exist".to_owned(),
+fn probe_policy(model: &LlavaOnevision) -> Result<(), PrepError> {
+    let prep = PolicyPrep::open(&model.weights)?;
+    prep.card.check(&Shards::open(&model.weights)?)?;
+    match &model.adapter {
+        Some(adapter) => prep.card.check_adapter(&AdapterCard::open(adapter)?),
+        None => Ok(()),
+    }
+}
+
+/// Settings that name a file, and those that name a folder; others take both.
+const FILES: [&str; 5] = ["from", "captions", "prompt", "file", TEMPLATE];
+const FOLDERS: [&str; 5] = ["weights", "base", "vision", "adapter", "images"];
+
+/// What is wrong with the kind of what is there under a setting.
+fn misfit(field: &str, found: &Metadata) -> Option<String> {
+    if let Some(kind) = files::special(found) {
+        Some(format!("is {kind}, not a regular file"))
+    } else if found.is_dir() && FILES.contains(&field) {
+        Some("is a directory, not a file".to_owned())
+    } else if found.is_file() && FOLDERS.contains(&field) {
+        Some("is a file, not a directory".to_owned())
+    } else {
+        None
+    }
+}
+
+fn missing(field: &str, path: &Path, at: At, secrets: &Secrets) -> Option<Complaint> {
+    let problem = match path.metadata() {
+        Ok(found) => {
+            let problem = misfit(field, &found)?;
+            let message = format!("`{}` {problem}", shown(path, secrets));
+            return Some(Complaint::new("config::wrong_file", at, message));
+        }
+        Err(error) if error.kind() == ErrorKind::NotFound => "does not exist".to_owned(),
         Err(error) => format!("can't be reached: {error}"),
     };
     let text = path.display().to_string();
@@ -302,7 +331,7 @@ fn missing(path: &Path, at: At, secrets: &Secrets) -> Option<Complaint> {
 }
 
 /// A path in a message: from the current folder if it lies there, values of the environment hidden.
-fn shown(path: &Path, secrets: &Secrets) -> String {
+pub(super) fn shown(path: &Path, secrets: &Secrets) -> String {
     let path = secrets.hide(&path.display().to_string());
     let here = std::env::current_dir().unwrap_or_default();
     let here = format!("{}/", secrets.hide(&here.display().to_string()));

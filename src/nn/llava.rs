@@ -16,10 +16,7 @@ use super::lora::{Adapter, Merged, Names};
 use super::vit::{Family, Vit, VitConfig};
 use super::weights::refuse;
 use crate::models::{LlavaRlhf, ModelError};
-use crate::prep::{JudgeIds, RewardCard};
-
-/// A tensor that a base has if its projector is that of LLaVA 1.5.
-pub const TWO_LAYERS: &str = "model.mm_projector.0.weight";
+use crate::prep::{JudgeIds, RewardCard, TWO_LAYERS};
 
 /// The network without a head: pictures and tokens in, hidden states out.
 #[derive(Debug)]

@@ -21,7 +21,7 @@ use super::optimizer::Parameter;
 use super::sampling::uniform;
 use super::weights::{Weights, refuse, save_safetensors};
 use crate::models::ModelError;
-use crate::prep::{AdapterCard, canonical};
+use crate::prep::{AdapterCard, canonical, is_module, lora_matrix};
 
 /// How modules are called in an adapter's file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -184,12 +184,6 @@ impl Source for Adapted<'_> {
             dropout: self.dropout.clone().map(|all| (all, stream(module))),
         }))
     }
-}
-
-/// Whether `module` is the linear layer that a config calls `target`.
-fn is_module(module: &str, target: &str) -> bool {
-    let rest = module.strip_suffix(target);
-    rest.is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
 }
 
 /// Numbers uniform within `bound` of 0, in float32, that depend on the seed, the name and the place
@@ -415,45 +409,9 @@ impl Adapter {
     }
 }
 
-/// Splits the name of a tensor in an adapter's file into the module that it adapts and whether it
-/// is `lora_A` (else `lora_B`). peft writes `base_model.model.<module>.lora_A.weight`, and with the
-/// adapter's own name, such as `lora_default` or `default`, before `weight` while it trains.
-fn lora_matrix(name: &str) -> Option<(&str, bool)> {
-    let name = name.strip_prefix("base_model.model.").unwrap_or(name);
-    let (module, rest) = name.split_once(".lora_")?;
-    let (letter, rest) = rest.split_once('.')?;
-    let is_weight = rest == "weight"
-        || rest
-            .strip_suffix(".weight")
-            .is_some_and(|own_name| !own_name.contains('.'));
-    match letter {
-        "A" if is_weight => Some((module, true)),
-        "B" if is_weight => Some((module, false)),
-        _ => None,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn peft_names_are_split_with_and_without_the_name_of_the_adapter() {
-        let module = "model.layers.0.mlp.up_proj";
-        for name in [
-            "lora_A.weight",
-            "lora_A.default.weight",
-            "lora_A.lora_default.weight",
-        ] {
-            let name = format!("base_model.model.{module}.{name}");
-            assert_eq!(lora_matrix(&name), Some((module, true)), "{name}");
-        }
-        let b = format!("{module}.lora_B.weight");
-        assert_eq!(lora_matrix(&b), Some((module, false)));
-        for name in ["lora_A.bias", "lora_C.weight", "lora_embedding_A", "weight"] {
-            assert_eq!(lora_matrix(&format!("{module}.{name}")), None, "{name}");
-        }
-    }
 
     #[test]
     fn the_update_is_added_in_float32_and_rounded_once() {

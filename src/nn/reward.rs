@@ -25,10 +25,7 @@ use super::weights::{Weights, refuse};
 use crate::models::{
     Emit, Group, Judge, LlavaRlhf, ModelError, Picture, RowFault, Score, Telemetry,
 };
-use crate::prep::{JudgeIds, JudgePrep, Sizes, judge_elements};
-
-/// The file of the head, beside the adapter.
-pub const HEAD_FILE: &str = "reward_head";
+use crate::prep::{HEAD_FILE, JudgeIds, JudgePrep, Sizes, judge_elements};
 
 /// Tokens of answers to one prompt that are compared with each other, unless one alone has more.
 const COMPARED_MAX: usize = 512;

@@ -14,17 +14,17 @@ use super::budget::packs;
 use super::checkpoint::{Checkpoint, Purpose, Reader};
 use super::device;
 use super::edge::guarded;
-use super::llava::{Llava, TWO_LAYERS};
+use super::llava::Llava;
 use super::lora::{Adapted, Adapter, AdapterConfig, Names, Start, save_adapter, seeded_uniform};
 use super::optimizer::Parameter;
-use super::reward::{HEAD_FILE, RewardHead, RewardNetwork};
+use super::reward::{RewardHead, RewardNetwork};
 use super::training::{Training, doing, not_finite, row_error};
 use super::weights::{refuse, save_torch};
 use crate::models::{
     Example, Group, Learner, LlavaRlhf, ModelError, RewardLearner, RewardReport, RewardSettings,
     RowFault,
 };
-use crate::prep::{JudgeIds, JudgePrep, Judged, PACK_TOKENS_MAX};
+use crate::prep::{HEAD_FILE, JudgeIds, JudgePrep, Judged, PACK_TOKENS_MAX, TWO_LAYERS};
 
 /// What LLaVA-RLHF adapts (`adapter_config.json` of `rm_lora_adapter_model`).
 const TARGET_MODULES: [&str; 7] = [

@@ -20,14 +20,16 @@ use super::device;
 use super::dpo::token_logps;
 use super::edge::guarded;
 use super::layers;
-use super::llava::{Llava, TWO_LAYERS};
+use super::llava::Llava;
 use super::llava_onevision::LlavaOnevision;
 use super::optimizer::Parameter;
 use super::training::{Training, doing, not_finite, row_error};
 use crate::models::{
     self, Learner, Lesson, LlavaRlhf, ModelError, RowFault, SftLearner, SftReport, SftSettings,
 };
-use crate::prep::{JudgeLesson, JudgePrep, PACK_TOKENS_MAX, PolicyLesson, PolicyPrep, Tiles};
+use crate::prep::{
+    JudgeLesson, JudgePrep, PACK_TOKENS_MAX, PolicyLesson, PolicyPrep, TWO_LAYERS, Tiles,
+};
 
 /// The head of a reward model's base, which judging never needs.
 const BASE_HEAD: &str = "lm_head.weight";

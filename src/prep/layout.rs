@@ -9,8 +9,8 @@
 use std::collections::BTreeMap;
 
 use super::PrepError;
-use super::card::OnevisionCard;
-use super::shards::Shards;
+use super::card::{DecoderCard, OnevisionCard, VisionCard};
+use super::shards::{Shards, TensorInfo};
 use crate::models::{Layout, Part};
 
 /// What the names of a decoder's tensors begin with.
@@ -111,7 +111,7 @@ impl OnevisionCard {
     /// SigLIP. The post-layernorm is not used, and so not needed.
     fn tower(&self, add: &mut impl FnMut(String, &[usize])) {
         let card = &self.vision_config;
-        let (hidden, inner, patch) = (card.hidden_size, card.intermediate_size, card.patch_size);
+        let (hidden, patch) = (card.hidden_size, card.patch_size);
         let embeddings = "vision_tower.embeddings";
         add(
             format!("{embeddings}.patch_embedding.weight"),
@@ -123,64 +123,17 @@ impl OnevisionCard {
             &[card.patches(), hidden],
         );
         let used = self.vision_feature_layer.iter().max().copied().unwrap_or(0);
-        for layer in 0..used {
-            let layer = format!("vision_tower.encoder.layers.{layer}");
-            for norm in ["layer_norm1", "layer_norm2"] {
-                add(format!("{layer}.{norm}.weight"), &[hidden]);
-                add(format!("{layer}.{norm}.bias"), &[hidden]);
-            }
-            for part in ["q", "k", "v", "out"] {
-                let part = format!("{layer}.self_attn.{part}_proj");
-                add(format!("{part}.weight"), &[hidden, hidden]);
-                add(format!("{part}.bias"), &[hidden]);
-            }
-            for (part, output, input) in [("fc1", inner, hidden), ("fc2", hidden, inner)] {
-                add(format!("{layer}.mlp.{part}.weight"), &[output, input]);
-                add(format!("{layer}.mlp.{part}.bias"), &[output]);
-            }
-        }
+        encoder(card, used, "vision_tower.", add);
     }
 
     /// Qwen2, with its head if that is not the embedding.
     fn decoder(&self, add: &mut impl FnMut(String, &[usize])) {
         let card = &self.text_config;
-        let (hidden, inner) = (card.hidden_size, card.intermediate_size);
-        let queries = card.num_attention_heads * card.head_dim;
-        let keys = card.num_key_value_heads * card.head_dim;
-        let model = "language_model.model";
-        add(
-            format!("{model}.embed_tokens.weight"),
-            &[card.vocab_size, hidden],
-        );
-        for layer in 0..card.num_hidden_layers {
-            let layer = format!("{model}.layers.{layer}");
-            add(format!("{layer}.input_layernorm.weight"), &[hidden]);
-            for (part, output) in [("q", queries), ("k", keys), ("v", keys)] {
-                let part = format!("{layer}.self_attn.{part}_proj");
-                add(format!("{part}.weight"), &[output, hidden]);
-                add(format!("{part}.bias"), &[output]);
-            }
-            add(
-                format!("{layer}.self_attn.o_proj.weight"),
-                &[hidden, queries],
-            );
-            add(
-                format!("{layer}.post_attention_layernorm.weight"),
-                &[hidden],
-            );
-            for (part, output, input) in [
-                ("gate", inner, hidden),
-                ("up", inner, hidden),
-                ("down", hidden, inner),
-            ] {
-                add(format!("{layer}.mlp.{part}_proj.weight"), &[output, input]);
-            }
-        }
-        add(format!("{model}.norm.weight"), &[hidden]);
+        decoder(card, "language_model.model", add);
         if !self.tie_word_embeddings {
             add(
                 "language_model.lm_head.weight".to_owned(),
-                &[card.vocab_size, hidden],
+                &[card.vocab_size, card.hidden_size],
             );
         }
     }
@@ -206,18 +159,91 @@ impl OnevisionCard {
                     format!("has no tensor `{name}`"),
                 ));
             };
-            let same = |(&found, &wanted): (&i64, &usize)| found == wanted as i64;
-            let sizes = tensor.shape.iter().zip(&shape);
-            if tensor.shape.len() != shape.len() || !sizes.into_iter().all(same) {
-                let problem = format!(
-                    "tensor `{name}` has shape {:?}, and config.json asks for {shape:?}",
-                    tensor.shape
-                );
-                return Err(PrepError::new(tensor.file, problem));
-            }
+            has_shape(&tensor, &name, &shape)?;
         }
         Ok(())
     }
+}
+
+/// The names below `model` and the shapes of a decoder's tensors, without its head: Qwen2 or Llama.
+pub(super) fn decoder(card: &DecoderCard, model: &str, add: &mut impl FnMut(String, &[usize])) {
+    let (hidden, inner) = (card.hidden_size, card.intermediate_size);
+    let queries = card.num_attention_heads * card.head_dim;
+    let keys = card.num_key_value_heads * card.head_dim;
+    add(
+        format!("{model}.embed_tokens.weight"),
+        &[card.vocab_size, hidden],
+    );
+    for layer in 0..card.num_hidden_layers {
+        let layer = format!("{model}.layers.{layer}");
+        add(format!("{layer}.input_layernorm.weight"), &[hidden]);
+        for (part, output) in [("q", queries), ("k", keys), ("v", keys)] {
+            let part = format!("{layer}.self_attn.{part}_proj");
+            add(format!("{part}.weight"), &[output, hidden]);
+            if card.qkv_bias {
+                add(format!("{part}.bias"), &[output]);
+            }
+        }
+        add(
+            format!("{layer}.self_attn.o_proj.weight"),
+            &[hidden, queries],
+        );
+        add(
+            format!("{layer}.post_attention_layernorm.weight"),
+            &[hidden],
+        );
+        for (part, output, input) in [
+            ("gate", inner, hidden),
+            ("up", inner, hidden),
+            ("down", hidden, inner),
+        ] {
+            add(format!("{layer}.mlp.{part}_proj.weight"), &[output, input]);
+        }
+    }
+    add(format!("{model}.norm.weight"), &[hidden]);
+}
+
+/// The names below `tower` and the shapes of the first `used` layers of SigLIP or CLIP.
+pub(super) fn encoder(
+    card: &VisionCard,
+    used: usize,
+    tower: &str,
+    add: &mut impl FnMut(String, &[usize]),
+) {
+    let (hidden, inner) = (card.hidden_size, card.intermediate_size);
+    for layer in 0..used {
+        let layer = format!("{tower}encoder.layers.{layer}");
+        for norm in ["layer_norm1", "layer_norm2"] {
+            add(format!("{layer}.{norm}.weight"), &[hidden]);
+            add(format!("{layer}.{norm}.bias"), &[hidden]);
+        }
+        for part in ["q", "k", "v", "out"] {
+            let part = format!("{layer}.self_attn.{part}_proj");
+            add(format!("{part}.weight"), &[hidden, hidden]);
+            add(format!("{part}.bias"), &[hidden]);
+        }
+        for (part, output, input) in [("fc1", inner, hidden), ("fc2", hidden, inner)] {
+            add(format!("{layer}.mlp.{part}.weight"), &[output, input]);
+            add(format!("{layer}.mlp.{part}.bias"), &[output]);
+        }
+    }
+}
+
+/// Checks that a stored tensor has the shape that a config asks for.
+pub(super) fn has_shape(
+    tensor: &TensorInfo<'_>,
+    name: &str,
+    shape: &[usize],
+) -> Result<(), PrepError> {
+    let wanted = shape.iter().map(|&size| size as i64);
+    if wanted.eq(tensor.shape.iter().copied()) {
+        return Ok(());
+    }
+    let problem = format!(
+        "tensor `{name}` has shape {:?}, and config.json asks for {shape:?}",
+        tensor.shape
+    );
+    Err(PrepError::new(tensor.file, problem))
 }
 
 #[cfg(test)]

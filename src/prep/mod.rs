@@ -11,6 +11,7 @@
 mod section;
 
 mod card;
+mod judge_layout;
 mod layout;
 mod memory;
 mod processor;
@@ -44,6 +45,7 @@ pub use chat::{Chat, PromptIds};
 pub use clip::Clip;
 pub use conversion::Conversion;
 pub use judge::{JudgeLesson, JudgePrep, Judged};
+pub use judge_layout::{HEAD_FILE, TWO_LAYERS, is_module, lora_matrix};
 pub use layout::{canonical, part_of};
 pub use memory::{
     AtOnce, PACK_TOKENS_MAX, PICTURES_AHEAD, PICTURES_AT_ONCE_MAX, Sizes, TrainingSizes, elements,
