@@ -104,14 +104,45 @@ fn a_command_that_fails_is_told_with_its_last_words() {
         "{}",
         said.err
     );
-    let said = fails("[no-such-program]", COLUMNS);
+    let said = fails("[sh, -c, \"kill -9 $$\"]", COLUMNS);
+    assert!(said.err.contains("was ended by signal 9"), "{}", said.err);
+}
+
+/// Before anything runs where the program is not there; when it is started where the system refuses it.
+#[test]
+fn a_program_that_cannot_be_started_is_named() {
+    let scene = Scene::new();
+    let run = |program: &str| {
+        let command = format!("[{program}, flag.py]");
+        scene
+            .prompts(5)
+            .write("p.yaml", pipeline(&command, COLUMNS));
+        scene.pipeline(&["run", "p.yaml"])
+    };
+    let refused = |program: &str, problem: &str| {
+        let said = run(program);
+        assert_eq!(said.code, Some(2), "{program}: {}", said.err);
+        assert!(said.err.contains("config::no_program"), "{}", said.err);
+        assert!(said.err.contains(problem), "{program}: {}", said.err);
+        assert!(!scene.path("runs").exists(), "nothing was run");
+    };
+    refused(
+        "no-such-program",
+        "there is no program `no-such-program` in the directories of PATH",
+    );
+    scene.write("flag", "#!/no/such/interpreter\n");
+    refused("flag", "write `./flag`");
+    refused("./flags", "there is no program `flags`");
+    refused("./flag", "`flag` is not executable");
+    let flag = scene.path("flag");
+    fs::set_permissions(&flag, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let said = run("./flag");
+    assert_eq!(said.code, Some(1), "{}", said.err);
     assert!(
-        said.err.contains("`no-such-program` can't be started"),
+        said.err.contains("`./flag` can't be started"),
         "{}",
         said.err
     );
-    let said = fails("[sh, -c, \"kill -9 $$\"]", COLUMNS);
-    assert!(said.err.contains("was ended by signal 9"), "{}", said.err);
 }
 
 #[test]

@@ -23,6 +23,7 @@ mod words;
 
 mod check;
 mod lineage;
+mod probe;
 
 mod plan;
 mod rounds;
@@ -120,6 +121,8 @@ fn parse(
     if !offline {
         complaints.extend(check::files(&written, &sources, &secrets));
         complaints.extend(check::probe_models(&written, &secrets));
+        complaints.extend(probe::programs(&written, &secrets));
+        complaints.extend(probe::contexts(&written));
     }
     let mut lineage = Lineage::trace(&written);
     // What is wrong with a setting is told once: a query's file that isn't there can't be planned.

@@ -183,7 +183,10 @@ impl Plan {
                 parts.insert(0, format!("asks {speaker}"));
             }
             if let ModelSpec::Http(http) = spec {
-                parts.insert(0, format!("asks {} at {}", http.model, http.base_url));
+                parts.insert(
+                    0,
+                    format!("asks {} at {}", http.model, http.base_url.as_str()),
+                );
             }
             let paths = self.secrets.hide(&parts.join(", "));
             write!(f, "  {name} = {}({paths})", spec.network())?;

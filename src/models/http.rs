@@ -34,7 +34,7 @@ use super::{Emit, Exam, ModelError, Picture, Request, RowFault, Telemetry, Write
 #[serde(deny_unknown_fields)]
 pub struct Http {
     /// Where the endpoint's paths start: `https://api.openai.com/v1`, `http://127.0.0.1:8000/v1`.
-    pub base_url: String,
+    pub base_url: BaseUrl,
     /// The name by which the endpoint knows the model. It stands for what the model says: rows are kept
     /// when only `base_url` changes.
     pub model: String,
@@ -63,6 +63,52 @@ pub struct Http {
     /// What it must show before it scores.
     #[serde(default)]
     pub exam: Option<Exam>,
+}
+
+/// An `http` or `https` URL to which the endpoint's paths are appended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct BaseUrl(String);
+
+impl BaseUrl {
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl TryFrom<String> for BaseUrl {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let wanted = "write one such as `https://api.openai.com/v1` or `http://127.0.0.1:8000/v1`";
+        let is_http = |url: &ureq::http::Uri| {
+            matches!(url.scheme_str(), Some("http" | "https")) && url.host().is_some()
+        };
+        let url = text.parse().ok().filter(is_http);
+        let url = url.ok_or_else(|| format!("`{text}` is not an http or https URL; {wanted}"))?;
+        // The paths of the endpoint would become a part of it.
+        if url.query().is_some() || text.contains('#') {
+            return Err(format!(
+                "`{text}` has a query or a fragment, and paths are appended to it; {wanted}"
+            ));
+        }
+        Ok(Self(text))
+    }
+}
+
+impl From<BaseUrl> for String {
+    fn from(url: BaseUrl) -> Self {
+        url.0
+    }
+}
+
+impl JsonSchema for BaseUrl {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "BaseUrl".into()
+    }
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({"type": "string", "format": "uri", "pattern": "^[Hh][Tt][Tt][Pp][Ss]?://"})
+    }
 }
 
 /// What calls cost, in any currency.
@@ -133,7 +179,10 @@ impl HttpWriter {
     /// `journal` is the file of the calls of this run, named after the judge. Fails when the key is not
     /// in the environment or the journal can't be opened.
     pub fn open(spec: &Http, journal: &Path) -> Result<Self, ModelError> {
-        let url = format!("{}/chat/completions", spec.base_url.trim_end_matches('/'));
+        let url = format!(
+            "{}/chat/completions",
+            spec.base_url.as_str().trim_end_matches('/')
+        );
         let key = match &spec.key_env {
             None => None,
             Some(name) => Some(std::env::var(name).map_err(|_| ModelError::Service {
@@ -484,6 +533,37 @@ fn data_url(picture: &Picture) -> Result<String, RowFault> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_an_http_url_is_a_base() {
+        let read = |text: &str| BaseUrl::try_from(text.to_owned());
+        for text in [
+            "https://api.openai.com/v1",
+            "http://127.0.0.1:8000/v1/",
+            "http://[::1]:8000",
+            "HTTPS://example.com",
+        ] {
+            assert_eq!(read(text).unwrap().as_str(), text);
+        }
+        for (text, problem) in [
+            ("api.openai.com/v1", "is not an http or https URL"),
+            ("localhost:8000/v1", "is not an http or https URL"),
+            ("htps://api.openai.com/v1", "is not an http or https URL"),
+            ("file:///etc/passwd", "is not an http or https URL"),
+            ("/v1", "is not an http or https URL"),
+            ("https://", "is not an http or https URL"),
+            ("http://a b/v1", "is not an http or https URL"),
+            ("", "is not an http or https URL"),
+            ("https://example.com/v1?key=1", "has a query or a fragment"),
+        ] {
+            let complaint = read(text).unwrap_err();
+            assert!(complaint.contains(problem), "{text}: {complaint}");
+            assert!(
+                complaint.contains("https://api.openai.com/v1"),
+                "{complaint}"
+            );
+        }
+    }
 
     #[test]
     fn pictures_are_told_by_their_first_bytes() {

@@ -18,7 +18,7 @@ mod types;
 
 pub use asking::{Asking, Mode, Questionnaire, Shown, Verdict};
 pub use critic::{Critic, PolicyWriter, Request, Writer};
-pub use http::{Http, HttpWriter, Spend};
+pub use http::{BaseUrl, Http, HttpWriter, Spend};
 pub use hub::{Hub, Repository};
 pub use orders::Orders;
 pub use spec::{

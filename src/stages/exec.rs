@@ -33,6 +33,18 @@ pub struct Exec {
     folder: PathBuf,
 }
 
+impl Exec {
+    /// The program that it starts.
+    pub fn program(&self) -> Option<&str> {
+        self.command.first().map(String::as_str)
+    }
+
+    /// The folder in which it is started.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+}
+
 /// Names and types of columns, in the written order.
 #[derive(Debug, Clone, PartialEq, JsonSchema)]
 pub struct Columns(
