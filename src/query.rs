@@ -13,6 +13,7 @@ use datafusion::common::ScalarValue;
 use datafusion::datasource::MemTable;
 use datafusion::error::DataFusionError;
 use datafusion::execution::runtime_env::RuntimeEnvBuilder;
+use datafusion::logical_expr::LogicalPlan;
 use datafusion::prelude::{
     DataFrame, JsonReadOptions, ParquetReadOptions, SQLOptions, SessionConfig, SessionContext, lit,
 };
@@ -67,6 +68,71 @@ pub fn plan(
         // The logical schema knows names and types; nullability is as wide as it may be.
         Ok(Arc::new(frame.schema().as_arrow().clone()))
     })
+}
+
+/// How many rows a query gives, as far as its form tells.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RowCount {
+    /// One at most, or a number that depends on more than one table's rows.
+    Unknown,
+    /// One for each row of a table.
+    EachOf(String),
+    /// One for each row of a table that conditions let through.
+    SomeOf(String),
+}
+
+/// The same as [`plan`], with the number of rows.
+pub fn plan_counted(
+    sql: &str,
+    tables: &[(String, SchemaRef)],
+    params: &[(&str, Param)],
+) -> Result<(SchemaRef, RowCount), QueryError> {
+    let context = SessionContext::new_with_config(config());
+    block_on(async {
+        for (name, schema) in tables {
+            register_empty(&context, name, schema)?;
+        }
+        let frame = prepare(&context, sql, params).await?;
+        let schema = Arc::new(frame.schema().as_arrow().clone());
+        Ok((schema, row_count(frame.logical_plan())))
+    })
+}
+
+fn row_count(plan: &LogicalPlan) -> RowCount {
+    let mut plan = plan;
+    let mut is_filtered = false;
+    loop {
+        plan = match plan {
+            LogicalPlan::Projection(projection) => &projection.input,
+            LogicalPlan::SubqueryAlias(alias) => &alias.input,
+            LogicalPlan::Sort(sort) if sort.fetch.is_none() => &sort.input,
+            LogicalPlan::Filter(filter) => {
+                is_filtered = true;
+                &filter.input
+            }
+            LogicalPlan::TableScan(scan) if scan.fetch.is_none() => {
+                let table = scan.table_name.table().to_owned();
+                return if is_filtered {
+                    RowCount::SomeOf(table)
+                } else {
+                    RowCount::EachOf(table)
+                };
+            }
+            _ => return RowCount::Unknown,
+        };
+    }
+}
+
+/// The names of the tables that a query reads.
+pub fn tables(sql: &str) -> Result<Vec<String>, QueryError> {
+    let state = SessionContext::new_with_config(config()).state();
+    let dialect = state.config_options().sql_parser.dialect;
+    let statement = state.sql_to_statement(sql, &dialect).map_err(error)?;
+    let tables = state.resolve_table_references(&statement).map_err(error)?;
+    Ok(tables
+        .iter()
+        .map(|table| table.table().to_owned())
+        .collect())
 }
 
 /// Runs a query over tables and views (each may read the ones before) and hands its rows to `sink`,

@@ -196,11 +196,27 @@ fn rounds_end_when_a_query_says_so() {
     scene.succeeds(&["run", "p.yaml"]);
     assert_eq!(rounds(&scene), 2, "later rounds are set aside");
 
+    // One row for each of a table is known before anything runs; what a condition leaves is not.
     scene.write("p.yaml", until("select round > 9 from rewards"));
-    let said = scene.pipeline(&["run", "p.yaml"]).err;
+    let said = scene.pipeline(&["run", "p.yaml"]);
+    assert_eq!(said.code, Some(2), "{}", said.err);
     assert!(
-        said.contains("gave 100 rows after round 1; it must give one"),
-        "{said}"
+        said.err.contains("gives one for each row of `rewards`"),
+        "{}",
+        said.err
+    );
+    scene.write(
+        "p.yaml",
+        until("select round > 9 from rewards where round = $round"),
+    );
+    let said = scene.pipeline(&["run", "p.yaml"]);
+    assert_eq!(said.code, Some(1), "{}", said.err);
+    assert!(said.err.contains("may give several"), "{}", said.err);
+    assert!(
+        said.err
+            .contains("gave 100 rows after round 1; it must give one"),
+        "{}",
+        said.err
     );
 }
 

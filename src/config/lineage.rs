@@ -13,9 +13,12 @@ use super::source::KeyPath;
 use super::sql;
 use super::words::listed;
 use crate::models::ModelSpec;
-use crate::query::{self, Param, is_flag, with_round};
+use crate::query::{self, Param, RowCount, is_flag, with_round};
 use crate::stages::{Input, ModelName, StageError, StageSpec, TableName};
 use crate::tables::{Image, Misfit, Reject, Row, Telemetry, fits, schema_of};
+
+/// The way out of a `stop_when` of several rows.
+const ONE_ROW: &str = "aggregate the rows into one, such as: select max(reward) > 0.9 from rewards where round = $round";
 
 /// A stage on its way to the plan.
 pub struct Draft {
@@ -99,6 +102,7 @@ impl Lineage {
         lineage.report(written);
         lineage.expect(written);
         lineage.stop_when(written);
+        lineage.unused(written);
         lineage
     }
 
@@ -117,31 +121,43 @@ impl Lineage {
         }
         let at = At::value(KeyPath::root().key("rounds").key("stop_when"));
         let complaint = |message| Complaint::new("config::stop_when", at.clone(), message);
-        self.complaints.extend(
-            match query::plan(query, &tables, &[("round", Param::Integer(1))]) {
-                Err(error) => Some(sql::unplanned(
-                    "config::stop_when",
-                    at.clone(),
-                    &error.0,
-                    query,
-                    query,
-                )),
-                Ok(schema) if is_flag(&schema) => None,
-                Ok(schema) => {
-                    let columns = schema.fields().iter();
-                    let columns: Vec<String> = columns
-                        .map(|field| format!("`{}` ({})", field.name(), field.data_type()))
-                        .collect();
-                    let message = format!(
-                        "the query must have one column, true or false, and has {}",
-                        columns.join(", ")
-                    );
-                    let help =
-                        "such as: select max(reward) > 0.9 from rewards where round = $round";
-                    Some(complaint(message).help(help))
-                }
-            },
-        );
+        let params = [("round", Param::Integer(1))];
+        let found = match query::plan_counted(query, &tables, &params) {
+            Err(error) => Some(sql::unplanned(
+                "config::stop_when",
+                at.clone(),
+                &error.0,
+                query,
+                query,
+            )),
+            Ok((schema, _)) if !is_flag(&schema) => {
+                let columns = schema.fields().iter();
+                let columns: Vec<String> = columns
+                    .map(|field| format!("`{}` ({})", field.name(), field.data_type()))
+                    .collect();
+                let message = format!(
+                    "the query must have one column, true or false, and has {}",
+                    columns.join(", ")
+                );
+                let help = "such as: select max(reward) > 0.9 from rewards where round = $round";
+                Some(complaint(message).help(help))
+            }
+            Ok((_, RowCount::Unknown)) => None,
+            Ok((_, RowCount::EachOf(table))) => {
+                let message =
+                    format!("the query must give one row, and gives one for each row of `{table}`");
+                Some(complaint(message).help(ONE_ROW))
+            }
+            Ok((_, RowCount::SomeOf(table))) => {
+                let message = format!(
+                    "the query must give one row, and may give several: one for each row of `{table}` \
+                     that meets its condition"
+                );
+                let warning = Complaint::warning("config::stop_when", at.clone(), message);
+                Some(warning.help(ONE_ROW))
+            }
+        };
+        self.complaints.extend(found);
     }
 
     /// Plans what is expected of tables over the columns that they have.

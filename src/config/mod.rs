@@ -24,6 +24,7 @@ mod words;
 mod check;
 mod lineage;
 mod probe;
+mod unused;
 
 mod plan;
 mod rounds;

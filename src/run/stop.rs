@@ -38,7 +38,15 @@ pub fn ends(plan: &Plan, folder: &RunFolder, round: u32) -> Result<bool, Failure
         &[],
         None,
         |batch| -> Result<(), Failure> {
-            let flags = batch.column(0).as_boolean();
+            let flags = batch
+                .column(0)
+                .as_boolean_opt()
+                .filter(|_| batch.num_columns() == 1);
+            let flags = flags.ok_or_else(|| {
+                Failure::Other(
+                    "the result of `rounds.stop_when` is not one column, true or false".to_owned(),
+                )
+            })?;
             answers.extend((0..flags.len()).map(|row| flags.is_valid(row) && flags.value(row)));
             Ok(())
         },
@@ -47,7 +55,8 @@ pub fn ends(plan: &Plan, folder: &RunFolder, round: u32) -> Result<bool, Failure
         [answer] => Ok(answer),
         [] => Ok(false),
         _ => Err(Failure::Other(format!(
-            "`rounds.stop_when` gave {} rows after round {round}; it must give one",
+            "`rounds.stop_when` gave {} rows after round {round}; it must give one: aggregate the \
+             rows into one, such as: select max(reward) > 0.9 from rewards where round = $round",
             answers.len()
         ))),
     }
