@@ -163,6 +163,7 @@ fn a_prompt_longer_than_the_context_is_set_aside_before_the_model_opens() {
         folder: scene.path("runs/scripted"),
         until: Some("answers".to_owned().try_into().unwrap()),
         rates: None,
+        forecasts: Vec::new(),
         command: "pipeline run p.yaml".to_owned(),
     };
     let interrupt = ovchat::run::Interrupt::default();

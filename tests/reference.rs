@@ -94,6 +94,7 @@ fn trained_with(settings: &str, precision: Dtype) -> (Scene, Result<(), String>)
         folder: scene.path("runs/scripted"),
         until: Some("steps".to_owned().try_into().unwrap()),
         rates: None,
+        forecasts: Vec::new(),
         command: "pipeline run p.yaml".to_owned(),
     };
     let doubles = Doubles(precision, Cell::new(0));
@@ -210,6 +211,7 @@ fn a_policy_that_judges_its_own_answers_is_opened_once() {
         folder: scene.path("runs/scripted"),
         until: Some("rewards".to_owned().try_into().unwrap()),
         rates: None,
+        forecasts: Vec::new(),
         command: "pipeline run p.yaml".to_owned(),
     };
     let doubles = Doubles(Dtype::Float32, Cell::new(0));

@@ -1,28 +1,19 @@
 //! The tables that a run is going to replace, said before anything changes.
 
-use super::{Fate, Options, Reason, Runner, forecast};
+use super::{Fate, Options, Reason, Runner};
 use crate::config::PlannedStage;
-use crate::stages::Failure;
 
-/// Tables and the rounds in which it is replaced; none for a table without rounds.
+/// Tables and the rounds in which they are replaced; none for a table without rounds.
 type Replaced = Vec<(String, Vec<u32>)>;
 
 impl Runner<'_> {
     /// Says which complete tables the run replaces, why, and how to get them back.
-    pub(super) fn announce(
-        &mut self,
-        options: &Options,
-        slots: &[(&PlannedStage, Option<u32>)],
-    ) -> Result<(), Failure> {
-        if !self.folder.manifest().made.iter().any(|made| made.complete) {
-            return Ok(());
-        }
-        let forecasts = forecast(self.plan, self.folder.root(), self.loader, &self.rates)?;
+    pub(super) fn announce(&mut self, options: &Options, slots: &[(&PlannedStage, Option<u32>)]) {
         let manifest = self.folder.manifest();
         let mut replaced = Replaced::new();
         let mut reasons: Vec<String> = Vec::new();
         let mut is_past = false;
-        for one in &forecasts {
+        for one in &options.forecasts {
             // The rest of the first round that has the table is not made either.
             if is_past {
                 break;
@@ -52,7 +43,7 @@ impl Runner<'_> {
             }
         }
         if replaced.is_empty() && removed.is_empty() {
-            return Ok(());
+            return;
         }
         let folder = self.folder.root().display();
         let mut lines = Vec::new();
@@ -87,7 +78,6 @@ impl Runner<'_> {
         ));
         let text = lines.join("\n");
         self.report.note(&text);
-        Ok(())
     }
 }
 

@@ -86,7 +86,7 @@ impl Runner<'_> {
                 parts: Vec::new(),
                 ..made
             };
-            self.folder.commit(Event::Begin(made.clone()))?;
+            self.folder.begin(made.clone())?;
             made
         } else {
             made

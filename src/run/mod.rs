@@ -53,6 +53,8 @@ pub struct Options {
     pub folder: PathBuf,
     /// Stop when this table was made for the first time.
     pub until: Option<TableName>,
+    /// What [`forecast`] says of this run, so that it can name the tables that it replaces.
+    pub forecasts: Vec<Forecast>,
     /// The command line that does this run again, recorded so that a later run can name it.
     pub command: String,
     /// The file of what rows take on this machine, see [`crate::store::Rates`].
@@ -100,7 +102,7 @@ pub fn run(
         round: None,
         failure: Box::new(failure),
     };
-    runner.announce(options, &slots).map_err(failed)?;
+    runner.announce(options, &slots);
     let mut mended = HashSet::new();
     loop {
         let ended = runner.go_through(&slots, options.until.as_ref());
