@@ -1,8 +1,10 @@
-//! SQL over tables: the only file with DataFusion, and the only one with async.
+//! SQL over tables: the home of DataFusion, and the only file with async.
 //!
 //! Every query runs on one thread with bounded memory; what does not fit is spilled to a folder of
 //! the caller's. Tables are given as lists of Parquet files, so that a reader never sees a file that
 //! the manifest doesn't list.
+
+mod unsupported;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -135,6 +137,13 @@ pub fn tables(sql: &str) -> Result<Vec<String>, QueryError> {
         .collect())
 }
 
+/// The columns of a result.
+pub struct Header {
+    pub schema: SchemaRef,
+    /// The table or alias that each column was taken from as it is, if it was.
+    pub tables: Vec<Option<String>>,
+}
+
 /// Runs a query over tables and views (each may read the ones before) and hands its rows to `sink`,
 /// batch by batch. Returns the result's schema.
 pub fn run<E: From<QueryError>>(
@@ -145,6 +154,32 @@ pub fn run<E: From<QueryError>>(
     spill: Option<&Path>,
     mut sink: impl FnMut(RecordBatch) -> Result<(), E>,
 ) -> Result<SchemaRef, E> {
+    let mut schema = None;
+    stream(sql, params, tables, views, spill, |part| -> Result<(), E> {
+        match part {
+            Part::Header(header) => schema = Some(header.schema),
+            Part::Rows(rows) => sink(rows)?,
+        }
+        Ok(())
+    })?;
+    Ok(schema.expect("the header comes first"))
+}
+
+/// A piece of a result: the header, then the rows.
+pub enum Part {
+    Header(Header),
+    Rows(RecordBatch),
+}
+
+/// The same as [`run`], with a header before the first row is computed.
+pub fn stream<E: From<QueryError>>(
+    sql: &str,
+    params: &[(&str, Param)],
+    tables: &[QueryTable],
+    views: &[View],
+    spill: Option<&Path>,
+    mut sink: impl FnMut(Part) -> Result<(), E>,
+) -> Result<(), E> {
     let context = context(spill).map_err(error)?;
     block_on(async {
         for table in tables {
@@ -159,12 +194,17 @@ pub fn run<E: From<QueryError>>(
             }
         }
         let frame = prepare(&context, sql, params).await?;
-        let schema = Arc::new(frame.schema().as_arrow().clone());
+        let columns = frame.schema().iter();
+        let tables = columns.map(|(table, _)| Some(table?.table().to_owned()));
+        sink(Part::Header(Header {
+            schema: Arc::new(frame.schema().as_arrow().clone()),
+            tables: tables.collect(),
+        }))?;
         let mut stream = frame.execute_stream().await.map_err(error)?;
         while let Some(batch) = stream.next().await {
-            sink(batch.map_err(error)?)?;
+            sink(Part::Rows(batch.map_err(error)?))?;
         }
-        Ok(schema)
+        Ok(())
     })
 }
 
@@ -222,10 +262,17 @@ async fn prepare(
         .with_allow_ddl(false)
         .with_allow_dml(false)
         .with_allow_statements(false);
-    let frame = context
-        .sql_with_options(sql, options)
-        .await
-        .map_err(error)?;
+    let state = context.state();
+    let dialect = state.config_options().sql_parser.dialect;
+    let statement = state.sql_to_statement(sql, &dialect).map_err(error)?;
+    let ignored = unsupported::find(&statement, &state);
+    let plan = state.statement_to_plan(statement).await.map_err(error)?;
+    // After the planner, which knows best what is wrong with the rest of the query.
+    if let Some(message) = ignored {
+        return Err(QueryError(message));
+    }
+    options.verify_plan(&plan).map_err(error)?;
+    let frame = context.execute_logical_plan(plan).await.map_err(error)?;
     if params.is_empty() {
         return Ok(frame);
     }

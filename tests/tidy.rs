@@ -25,7 +25,7 @@ const FLOORS: [(&str, &str); 11] = [
 /// The one place below `src` that names each of these crates.
 const HOMES: [(&str, &str); 7] = [
     ("tch", "src/nn/"),
-    ("datafusion", "src/query.rs"),
+    ("datafusion", "src/query"),
     ("tokio", "src/query.rs"),
     ("parquet", "src/store/"),
     ("serde_yaml", "src/config/"),

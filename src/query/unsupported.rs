@@ -1,0 +1,543 @@
+//! SQL clauses that DataFusion parses and then ignores. A query that has one is refused: its result
+//! would not be what it asks for.
+//!
+//! The list was made by reading datafusion-sql 55.2 (`query.rs`, `select.rs`, `cte.rs`,
+//! `relation/mod.rs`, `expr/function.rs`, `planner.rs`) beside the syntax tree of sqlparser 0.62. The
+//! structs are taken apart field by field, so that a field that a later version adds stops the build;
+//! a field that is passed over (`_`) is planned, refused by the planner, or not read in the generic
+//! dialect. Hints in comments are ignored, as comments are.
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::HashSet;
+use std::ops::ControlFlow;
+
+use datafusion::execution::session_state::SessionState;
+use datafusion::sql::parser::Statement;
+use datafusion::sql::sqlparser::ast::{
+    ArrayElemTypeDef, Cte, DataType, DuplicateTreatment, ExactNumberInfo, Expr, Function,
+    FunctionArg, FunctionArgumentClause, FunctionArgumentList, FunctionArguments, GroupByExpr,
+    Join, NamedWindowExpr, PipeOperator, Query, Select, SelectItem, SetExpr, SetOperator,
+    TableAlias, TableFactor, Visit as _, Visitor, WindowSpec, WindowType, visit_expressions,
+};
+
+/// A clause that would be ignored, as an error message with the way out.
+type Found = Option<String>;
+
+/// The first clause of a statement that would be ignored.
+pub fn find(statement: &Statement, state: &SessionState) -> Found {
+    let statement = match statement {
+        Statement::Statement(statement) => statement,
+        Statement::Explain(explain) => return find(&explain.statement, state),
+        // These are refused as a whole: queries only read.
+        Statement::CreateExternalTable(_) | Statement::CopyTo(_) | Statement::Reset(_) => {
+            return None;
+        }
+    };
+    let mut search = Search {
+        state,
+        planned_windows: HashSet::new(),
+    };
+    match statement.visit(&mut search) {
+        ControlFlow::Break(found) => Some(found),
+        ControlFlow::Continue(()) => None,
+    }
+}
+
+/// The error message about a clause.
+fn ignored(clause: &str, instead: &str) -> Found {
+    Some(format!(
+        "`{clause}` is not supported (DataFusion reads it and ignores it): {instead}"
+    ))
+}
+
+/// What to do about a clause that changes nothing here.
+const LEAVE_OUT: &str = "leave it out";
+
+/// The first of some clauses that is there; each with what to do about it.
+fn first<const N: usize>(clauses: [(bool, &str, &str); N]) -> Found {
+    let found = clauses.into_iter().find(|(is_there, ..)| *is_there);
+    found.and_then(|(_, clause, instead)| ignored(clause, instead))
+}
+
+struct Search<'s> {
+    state: &'s SessionState,
+    /// The calls `f(…) over w` that the planner gives their window: those of a select list, by their
+    /// address in the tree.
+    planned_windows: HashSet<*const Function>,
+}
+
+fn step(found: Found) -> ControlFlow<String> {
+    found.map_or(ControlFlow::Continue(()), ControlFlow::Break)
+}
+
+impl Visitor for Search<'_> {
+    type Break = String;
+
+    fn pre_visit_query(&mut self, query: &Query) -> ControlFlow<String> {
+        step(of_query(query))
+    }
+
+    fn pre_visit_select(&mut self, select: &Select) -> ControlFlow<String> {
+        for item in &select.projection {
+            let (SelectItem::UnnamedExpr(item) | SelectItem::ExprWithAlias { expr: item, .. }) =
+                item
+            else {
+                continue;
+            };
+            let _: ControlFlow<()> = visit_expressions(item, |expression| {
+                if let Expr::Function(function) = expression {
+                    self.planned_windows.insert(std::ptr::from_ref(function));
+                }
+                ControlFlow::Continue(())
+            });
+        }
+        step(of_select(select))
+    }
+
+    fn pre_visit_table_factor(&mut self, table: &TableFactor) -> ControlFlow<String> {
+        step(of_table(table))
+    }
+
+    fn pre_visit_expr(&mut self, expression: &Expr) -> ControlFlow<String> {
+        step(match expression {
+            Expr::Function(function) => self.of_function(function),
+            Expr::Cast { data_type, .. } => of_type(data_type),
+            Expr::TypedString(text) => of_type(&text.data_type),
+            Expr::Trim {
+                trim_characters: Some(characters),
+                ..
+            } => first([(
+                characters.len() > 1,
+                "trim(…, …, …)",
+                "give all characters to take away as one text: trim(both 'xy' from …)",
+            )]),
+            _ => None,
+        })
+    }
+}
+
+fn of_query(query: &Query) -> Found {
+    let Query {
+        with,
+        body: _,
+        order_by: _,
+        limit_clause: _,
+        fetch: _,
+        locks,
+        for_clause,
+        settings,
+        format_clause,
+        pipe_operators,
+    } = query;
+    let ctes = with.iter().flat_map(|with| {
+        let ctes = with.cte_tables.iter();
+        ctes.filter_map(|cte| of_cte(cte, with.recursive))
+    });
+    let for_clause = for_clause.as_ref().map(ToString::to_string);
+    first([
+        (
+            !locks.is_empty(),
+            "for update",
+            "tables are only read, so leave it out",
+        ),
+        (
+            for_clause.is_some(),
+            &for_clause.unwrap_or_default().to_lowercase(),
+            "the format is an option of the command, such as `--format json`",
+        ),
+        (settings.is_some(), "settings", LEAVE_OUT),
+        (
+            format_clause.is_some(),
+            "format",
+            "the format is an option of the command, such as `--format csv`",
+        ),
+    ])
+    .or_else(|| pipe_operators.iter().find_map(of_pipe))
+    .or_else(|| ctes.into_iter().next())
+}
+
+fn of_cte(cte: &Cte, is_recursive: bool) -> Found {
+    let Cte {
+        alias,
+        query,
+        from,
+        materialized: _,
+        closing_paren_token: _,
+    } = cte;
+    let name = &alias.name;
+    let is_union = matches!(
+        *query.body,
+        SetExpr::SetOperation {
+            op: SetOperator::Union,
+            ..
+        }
+    );
+    // Of a recursive query only the two sides of its `union` are planned.
+    let is_cut = is_recursive && is_union;
+    let outside = format!("write it in the query that reads `{name}`");
+    let behind = format!("write `from` behind `select`, not behind the query `{name}`");
+    first([
+        (is_cut && query.limit_clause.is_some(), "limit", &outside),
+        (is_cut && query.fetch.is_some(), "fetch", &outside),
+        (is_cut && query.order_by.is_some(), "order by", &outside),
+        (is_cut && !query.pipe_operators.is_empty(), "|>", &outside),
+        (
+            is_cut && query.with.is_some(),
+            "with",
+            "write it beside the recursive query",
+        ),
+        (from.is_some(), "with … from", &behind),
+    ])
+    .or_else(|| of_alias(Some(alias)))
+}
+
+fn of_pipe(operator: &PipeOperator) -> Found {
+    match operator {
+        PipeOperator::Aggregate {
+            full_table_exprs,
+            group_by_expr,
+        } => {
+            let mut all = full_table_exprs.iter().chain(group_by_expr);
+            let is_ordered =
+                all.any(|one| one.order_by.asc.is_some() || one.order_by.nulls_first.is_some());
+            first([(
+                is_ordered,
+                "|> aggregate … asc",
+                "add `|> order by …` behind it",
+            )])
+        }
+        PipeOperator::Join(join) => of_join(join),
+        _ => None,
+    }
+}
+
+fn of_select(select: &Select) -> Found {
+    let Select {
+        select_token: _,
+        optimizer_hints: _,
+        distinct: _,
+        select_modifiers: _,
+        top: _,
+        top_before_distinct: _,
+        projection: _,
+        exclude: _,
+        into,
+        from,
+        lateral_views: _,
+        prewhere,
+        selection: _,
+        connect_by,
+        group_by,
+        cluster_by: _,
+        distribute_by,
+        sort_by: _,
+        having: _,
+        named_window,
+        qualify: _,
+        window_before_qualify: _,
+        value_table_mode: _,
+        flavor: _,
+    } = select;
+    let (GroupByExpr::All(modifiers) | GroupByExpr::Expressions(_, modifiers)) = group_by;
+    let modifier = modifiers
+        .first()
+        .map(ToString::to_string)
+        .unwrap_or_default();
+    let mut windows = named_window.iter().map(|window| &window.1);
+    let mut joins = from.iter().flat_map(|table| &table.joins);
+    first([
+        (
+            into.is_some(),
+            "into",
+            "queries only read; `--format parquet` writes the rows to a file",
+        ),
+        (
+            prewhere.is_some(),
+            "prewhere",
+            "write the condition under `where`",
+        ),
+        (
+            !connect_by.is_empty(),
+            "connect by",
+            "write it as `with recursive … as (… union all …)`",
+        ),
+        (
+            !modifiers.is_empty(),
+            &format!("group by … {modifier}").to_lowercase(),
+            "write the grouping as a function: group by rollup(…), cube(…) or grouping sets (…)",
+        ),
+        (!distribute_by.is_empty(), "distribute by", LEAVE_OUT),
+    ])
+    .or_else(|| {
+        windows.find_map(|window| match window {
+            NamedWindowExpr::WindowSpec(window) => of_window(window),
+            NamedWindowExpr::NamedWindow(_) => None,
+        })
+    })
+    .or_else(|| joins.find_map(of_join))
+}
+
+fn of_join(join: &Join) -> Found {
+    let Join {
+        relation: _,
+        global,
+        join_operator: _,
+    } = join;
+    first([(*global, "global join", "leave `global` out")])
+}
+
+/// How to take a tenth of the rows.
+const SAMPLE: &str = "`where md5(prompt_id) < '1a'` takes about a tenth of the rows, the same ones \
+                      every time";
+const NUMBER_ROWS: &str = "number the rows with row_number() over ()";
+
+fn of_table(table: &TableFactor) -> Found {
+    match table {
+        TableFactor::Table {
+            name: _,
+            alias,
+            args,
+            with_hints,
+            version: _,
+            with_ordinality,
+            partitions,
+            json_path: _,
+            sample,
+            index_hints: _,
+        } => {
+            let has_settings = args.as_ref().is_some_and(|args| args.settings.is_some());
+            first([
+                (sample.is_some(), "tablesample", SAMPLE),
+                (*with_ordinality, "with ordinality", NUMBER_ROWS),
+                (!with_hints.is_empty(), "with (…) behind a table", LEAVE_OUT),
+                (
+                    !partitions.is_empty(),
+                    "partition (…)",
+                    "choose the rows under `where`",
+                ),
+                (has_settings, "settings", LEAVE_OUT),
+            ])
+            .or_else(|| of_alias(alias.as_ref()))
+        }
+        TableFactor::Derived {
+            lateral: _,
+            subquery: _,
+            alias,
+            sample,
+        } => {
+            first([(sample.is_some(), "tablesample", SAMPLE)]).or_else(|| of_alias(alias.as_ref()))
+        }
+        TableFactor::Function {
+            lateral: _,
+            name: _,
+            args,
+            with_ordinality,
+            alias,
+        } => {
+            let is_named = |arg: &FunctionArg| !matches!(arg, FunctionArg::Unnamed(_));
+            first([
+                (*with_ordinality, "with ordinality", NUMBER_ROWS),
+                (
+                    args.iter().any(is_named),
+                    "name => value",
+                    "give the arguments in their order, without names",
+                ),
+            ])
+            .or_else(|| of_alias(alias.as_ref()))
+        }
+        TableFactor::UNNEST { alias, .. } => of_alias(alias.as_ref()),
+        TableFactor::NestedJoin {
+            table_with_joins,
+            alias,
+        } => {
+            let mut joins = table_with_joins.joins.iter();
+            joins.find_map(of_join).or_else(|| of_alias(alias.as_ref()))
+        }
+        // The planner refuses all others.
+        _ => None,
+    }
+}
+
+fn of_alias(alias: Option<&TableAlias>) -> Found {
+    let TableAlias {
+        explicit: _,
+        name: _,
+        columns,
+        at: _,
+    } = alias?;
+    first([(
+        columns.iter().any(|column| column.data_type.is_some()),
+        "a type in a list of column names",
+        "cast the column under `select`",
+    )])
+}
+
+fn of_window(window: &WindowSpec) -> Found {
+    let WindowSpec {
+        window_name,
+        partition_by: _,
+        order_by: _,
+        window_frame: _,
+    } = window;
+    let name = window_name.as_ref()?;
+    let instead = format!("write out what `{name}` says");
+    ignored(&format!("({name} …) as a window"), &instead)
+}
+
+/// Types whose length or precision would be ignored.
+fn of_type(data_type: &DataType) -> Found {
+    match data_type {
+        DataType::Varchar(Some(_)) | DataType::Char(Some(_)) | DataType::String(Some(_)) => {
+            let instead = "texts have no length here; cut them with left(…, 10)";
+            ignored(&data_type.to_string().to_lowercase(), instead)
+        }
+        DataType::Float(info) if !matches!(info, ExactNumberInfo::None) => {
+            let instead = "cast to real (32 bits) or double (64 bits)";
+            ignored(&data_type.to_string().to_lowercase(), instead)
+        }
+        DataType::Array(
+            ArrayElemTypeDef::AngleBracket(element)
+            | ArrayElemTypeDef::SquareBracket(element, _)
+            | ArrayElemTypeDef::Parenthesis(element),
+        ) => of_type(element),
+        DataType::Struct(fields, _) => fields.iter().find_map(|field| of_type(&field.field_type)),
+        _ => None,
+    }
+}
+
+/// How a function is planned, which decides which of its clauses count.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Planned {
+    Scalar,
+    Aggregate,
+    /// A window function, or an aggregate that has one of its name.
+    Window,
+    /// There is none of that name.
+    Unknown,
+}
+
+/// Aggregates that take `distinct` and count equal rows all the same.
+const NO_DISTINCT: [&str; 5] = [
+    "corr",
+    "covar",
+    "regr_",
+    "approx_percentile_cont",
+    "nth_value",
+];
+/// Window functions that are another thing with `ignore nulls`.
+const WITH_NULLS: [&str; 5] = ["lag", "lead", "first_value", "last_value", "nth_value"];
+
+impl Search<'_> {
+    fn of_function(&self, function: &Function) -> Found {
+        let Function {
+            name,
+            uses_odbc_syntax: _,
+            parameters,
+            args,
+            filter,
+            null_treatment,
+            over,
+            within_group,
+        } = function;
+        let name = name.to_string().to_lowercase();
+        let mut is_distinct = false;
+        let mut has_order = false;
+        let mut has_nulls = null_treatment.is_some();
+        if let FunctionArguments::List(FunctionArgumentList {
+            duplicate_treatment,
+            args: _,
+            clauses,
+        }) = args
+        {
+            is_distinct = *duplicate_treatment == Some(DuplicateTreatment::Distinct);
+            for clause in clauses {
+                // The planner refuses the others.
+                has_order |= matches!(clause, FunctionArgumentClause::OrderBy(_));
+                has_nulls |= matches!(clause, FunctionArgumentClause::IgnoreOrRespectNulls(_));
+            }
+        }
+        match over {
+            Some(WindowType::NamedWindow(window))
+                if !self.planned_windows.contains(&std::ptr::from_ref(function)) =>
+            {
+                let instead = format!(
+                    "`{window}` is known under `select` only; name the column there and use its name, or \
+                     write the window out"
+                );
+                return ignored(&format!("{name}(…) over {window}"), &instead);
+            }
+            Some(WindowType::WindowSpec(window)) if window.window_name.is_some() => {
+                return of_window(window);
+            }
+            _ => {}
+        }
+        let planned = self.planned(&name, over.is_some());
+        let is_scalar = planned == Planned::Scalar;
+        let loses_distinct = match planned {
+            Planned::Scalar | Planned::Window => true,
+            Planned::Aggregate => NO_DISTINCT.iter().any(|one| name.starts_with(one)),
+            Planned::Unknown => false,
+        };
+        let loses_nulls = match planned {
+            Planned::Scalar => true,
+            Planned::Window => !WITH_NULLS.contains(&name.as_str()),
+            Planned::Aggregate => {
+                let aggregate = &self.state.aggregate_functions()[&name];
+                !aggregate.supports_null_handling_clause()
+            }
+            Planned::Unknown => false,
+        };
+        let instead = if is_scalar {
+            "the function computes one value for each row, so leave it out; \
+             `case when … end` computes it for some rows"
+        } else {
+            "choose the rows in a query under `from`"
+        };
+        let call = |rest: &str| format!("{name}{rest}");
+        first([
+            (
+                *parameters != FunctionArguments::None,
+                &call("(…)(…)"),
+                "give all arguments in one pair of parentheses",
+            ),
+            (is_scalar && has_order, &call("(… order by …)"), instead),
+            (
+                is_scalar && filter.is_some(),
+                &call("(…) filter (…)"),
+                instead,
+            ),
+            (is_scalar && over.is_some(), &call("(…) over (…)"), instead),
+            (
+                is_scalar && !within_group.is_empty(),
+                &call("(…) within group (…)"),
+                instead,
+            ),
+            (
+                loses_distinct && is_distinct,
+                &call("(distinct …)"),
+                instead,
+            ),
+            (loses_nulls && has_nulls, &call("(…) ignore nulls"), instead),
+        ])
+    }
+
+    /// The planner's choice among functions of one name.
+    fn planned(&self, name: &str, is_over: bool) -> Planned {
+        let has_scalar = self.state.scalar_functions().contains_key(name)
+            || self.state.higher_order_functions().contains_key(name)
+            || ["unnest", "unnest_outer"].contains(&name);
+        let has_aggregate = self.state.aggregate_functions().contains_key(name);
+        let has_window = self.state.window_functions().contains_key(name);
+        let rather_window = ["first_value", "last_value", "nth_value"].contains(&name);
+        match (has_scalar, has_aggregate, has_window) {
+            (true, ..) => Planned::Scalar,
+            (_, true, has_window) if !(is_over && has_window && rather_window) => {
+                Planned::Aggregate
+            }
+            (_, _, true) if is_over => Planned::Window,
+            _ => Planned::Unknown,
+        }
+    }
+}
