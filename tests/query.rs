@@ -59,3 +59,100 @@ fn each_question_has_the_answer_below_it() {
     let wrong = wrong.join("\n");
     assert!(wrong.is_empty(), "these have another answer now:\n{wrong}");
 }
+
+/// A run whose questions need no table: they say what they ask about.
+fn some_run() -> Scene {
+    let scene = Scene::new();
+    scene
+        .prompts(4)
+        .write("p.yaml", SCRIPTED)
+        .succeeds(&["run", "p.yaml", "--set", "rounds=1"]);
+    scene
+}
+
+/// Null and '', a number that JSON does not have, nested values, bytes.
+const TROUBLE: &str = "select * from (values
+    (1, '', 1.5, [1, null], x'6869'),
+    (2, null, cast('NaN' as double), null, null),
+    (3, 'a,\"b\"', cast('-inf' as double), [], x'')) as t(n, text, x, ids, bytes) order by n";
+
+#[test]
+fn each_format_writes_these_bytes() {
+    let scene = some_run();
+    let ask = |more: &[&str]| {
+        let arguments = [&["sql", "scripted", TROUBLE], more].concat();
+        let output = scene.command(&arguments).output().unwrap();
+        (output.status.code(), output.stdout, output.stderr)
+    };
+    let text = |more: &[&str]| {
+        let (code, out, err) = ask(more);
+        assert_eq!(code, Some(0), "{}", String::from_utf8_lossy(&err));
+        String::from_utf8(out).unwrap()
+    };
+    assert_eq!(
+        text(&["--format", "csv"]),
+        "n,text,x,ids,bytes\n1,\"\",1.5,\"[1,null]\",aGk=\n2,,NaN,,\n3,\"a,\"\"b\"\"\",-inf,[],\"\"\n"
+    );
+    let rows = [
+        r#"{"n":1,"text":"","x":1.5,"ids":[1,null],"bytes":"aGk="}"#,
+        r#"{"n":2,"text":null,"x":"NaN","ids":null,"bytes":null}"#,
+        r#"{"n":3,"text":"a,\"b\"","x":"-inf","ids":[],"bytes":""}"#,
+    ];
+    assert_eq!(
+        text(&["--format", "jsonl", "--nan", "text"]),
+        format!("{}\n", rows.join("\n"))
+    );
+    assert_eq!(
+        text(&["--format", "json", "--nan", "text"]),
+        format!("[{}]\n", rows.join(","))
+    );
+    assert_eq!(
+        text(&["--format", "markdown"]),
+        "| n | text | x | ids | bytes |\n| ---: | --- | ---: | --- | --- |\n\
+         | 1 |  | 1.5 | [1, ] | 2 bytes |\n| 2 |  | NaN |  |  |\n\
+         | 3 | a,\"b\" | -inf | [] | 0 bytes |\n"
+    );
+    for (format, mark) in [("parquet", "PAR1"), ("arrow", "ARROW1")] {
+        let (code, out, _) = ask(&["--format", format]);
+        let is_whole = out.starts_with(mark.as_bytes()) && out.ends_with(mark.as_bytes());
+        assert!(code == Some(0) && is_whole, "{format}: {out:?}");
+    }
+
+    // What a format can not hold is an error, and nothing is left out without a word.
+    let (code, out, err) = ask(&["--format", "json"]);
+    assert_eq!((code, out), (Some(1), Vec::new()));
+    assert_eq!(
+        String::from_utf8(err).unwrap(),
+        "error: the column `x` (row 2) has NaN or an infinity, which JSON can't hold: write it as text with \
+         `--nan text`, use `--format csv`, `parquet` or `arrow`, or leave such rows out in the query\n"
+    );
+    let twice = "select a.round, b.round from rewards a join pairs b using (prompt_id)";
+    let twice = scene.pipeline(&["sql", "scripted", twice, "--format", "json"]);
+    assert_eq!((twice.code, &*twice.out), (Some(1), ""));
+    assert_eq!(
+        twice.err,
+        "error: 2 columns are called `round`; give each a name of its own: \
+         select a.round as a_round, b.round as b_round\n"
+    );
+    let none = "select prompt_id, reward from rewards where false";
+    let none = |format: &str| {
+        scene
+            .succeeds(&["sql", "scripted", none, "--format", format])
+            .out
+    };
+    assert_eq!(none("csv"), "prompt_id,reward\n");
+    assert_eq!((&*none("json"), &*none("jsonl")), ("[]\n", ""));
+}
+
+#[test]
+fn a_clause_that_would_be_ignored_is_no_answer() {
+    let scene = some_run();
+    let query = "select count(*) from rewards tablesample (10 percent)";
+    let said = scene.pipeline(&["sql", "scripted", query]);
+    assert_eq!((said.code, &*said.out), (Some(1), ""));
+    assert_eq!(
+        said.err,
+        "error: `tablesample` is not supported (DataFusion reads it and ignores it): \
+         `where md5(prompt_id) < '1a'` takes about a tenth of the rows, the same ones every time\n"
+    );
+}

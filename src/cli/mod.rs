@@ -22,6 +22,7 @@ mod outlook;
 mod pairs;
 mod progress;
 mod report;
+mod rows;
 mod run;
 mod schema;
 mod sql;

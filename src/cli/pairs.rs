@@ -7,7 +7,9 @@ use serde::Deserialize as _;
 use serde::de::IntoDeserializer;
 use serde_json::{Map, Value, json};
 
-use super::sql::{Format, show};
+use super::out::{Out, line};
+use super::rows::{Format, RowFormat};
+use super::sql::show;
 use super::{Failed, run_folder};
 use crate::query::QueryTable;
 use crate::stages::{Pairs, SelectPairs};
@@ -43,8 +45,8 @@ pub struct ShowPairs {
     /// The table of pairs to compare with.
     #[arg(long, default_value = "pairs")]
     pairs: String,
-    #[arg(long, value_enum, default_value = "table")]
-    format: Format,
+    #[command(flatten)]
+    rows: RowFormat,
 }
 
 /// Of all pairs, and of the reasons why prompts make none; `{picked}` stands for the choice.
@@ -69,6 +71,12 @@ const REASONS: &str = "
 
 impl ShowPairs {
     pub fn run(&self) -> Result<(), Failed> {
+        if self.rows.is_binary() {
+            return Err(Failed::Usage(
+                "two results do not fit in one file: take --format table, markdown, csv, json or jsonl"
+                    .to_owned(),
+            ));
+        }
         let run = RunFolder::read(&run_folder(&self.run))?;
         let stage = self.stage()?;
         let rewards = Self::find(&run, &self.rewards, Reward::KIND, self.round)?;
@@ -89,12 +97,23 @@ impl ShowPairs {
             .sql()
             .replace("{rewards}", &self.rewards)
             .replace("{candidates}", &self.candidates);
-        for query in [SUMMARY, REASONS] {
-            let sql = query
+        let sql = |query: &str| {
+            query
                 .replace("{picked}", &picked)
                 .replace("{candidates}", &self.candidates)
-                .replace("{pairs}", &self.pairs);
-            show(&sql, &stage.params(0), &tables, self.format)?;
+                .replace("{pairs}", &self.pairs)
+        };
+        let params = stage.params(0);
+        if self.rows.format == Format::Json {
+            let json = |query| -> Result<Value, Failed> {
+                let text = show(&sql(query), &params, &tables, self.rows, Vec::new())?;
+                Ok(serde_json::from_slice(&text).expect("it was written as JSON"))
+            };
+            let (pairs, reasons) = (json(SUMMARY)?, json(REASONS)?);
+            return line(json!({ "pairs": pairs[0], "without_pairs": reasons }));
+        }
+        for query in [SUMMARY, REASONS] {
+            show(&sql(query), &params, &tables, self.rows, Out)?;
         }
         Ok(())
     }

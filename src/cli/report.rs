@@ -5,7 +5,8 @@ use arrow::util::pretty::pretty_format_batches;
 
 use super::chart::draw;
 use super::out::line;
-use super::sql::{ask, readable};
+use super::rows::readable;
+use super::sql::ask;
 use super::{Failed, chart};
 use crate::config::Plan;
 use crate::store::{RunFolder, create_folder, write_atomically};

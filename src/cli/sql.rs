@@ -1,19 +1,16 @@
 //! `pipeline sql`: every table of a run is a view, also while the run goes on.
 
-use std::io::{BufRead, IsTerminal, Read};
+use std::io::{BufRead, IsTerminal, Read, Write};
 use std::path::PathBuf;
-use std::sync::Arc;
 
-use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, StringArray, StructArray};
-use arrow::compute::cast;
-use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
-use arrow::error::ArrowError;
-use arrow::util::display::{ArrayFormatter, FormatOptions};
-use clap::{Args, ValueEnum};
+use arrow::array::RecordBatch;
+use arrow::datatypes::SchemaRef;
+use clap::Args;
 
-use super::out::{Out, line};
+use super::out::Out;
+use super::rows::{RowFormat, RowWriter};
 use super::{Failed, run_folder};
-use crate::query::{self, Param, QueryError, QueryTable, View};
+use crate::query::{self, Param, Part, QueryTable, View};
 use crate::store::{FileRecord, LABELS, Made, RunFolder};
 use crate::tables::{Call, Image, Label, Reject, Row, Telemetry, schema_of};
 
@@ -22,6 +19,7 @@ use crate::tables::{Call, Image, Label, Reject, Row, Telemetry, schema_of};
 #[command(
     after_help = "Examples:\n  pipeline sql runs/small-world \"select round, avg(reward) from rewards group by round order by round\"\n  \
     pipeline sql runs/small-world \"select * from rejects\" --format json\n  \
+    pipeline sql runs/small-world \"select * from rewards\" --format parquet > rewards.parquet\n  \
     pipeline sql runs/small-world < question.sql\n  \
     pipeline sql runs/small-world \"show tables\"\n\nWithout a query it reads queries from the terminal, each ended by `;`."
 )]
@@ -30,23 +28,15 @@ pub struct Sql {
     run: PathBuf,
     /// The query; read from stdin if left out.
     query: Option<String>,
-    #[arg(long, value_enum, default_value = "table")]
-    format: Format,
-}
-
-/// How rows are printed.
-#[derive(Clone, Copy, ValueEnum)]
-pub enum Format {
-    Table,
-    Csv,
-    /// A JSON list.
-    Json,
+    #[command(flatten)]
+    rows: RowFormat,
 }
 
 impl Sql {
     pub fn run(&self) -> Result<(), Failed> {
         let folder = run_folder(&self.run);
         let run = RunFolder::read(&folder)?;
+        self.rows.refuse_terminal(std::io::stdout().is_terminal())?;
         if let Some(query) = &self.query {
             return self.answer(&run, query);
         }
@@ -56,6 +46,11 @@ impl Sql {
             let read = stdin.lock().read_to_string(&mut query);
             read.map_err(|error| Failed::Words(format!("cannot read the query: {error}")))?;
             return self.answer(&run, &query);
+        }
+        if self.rows.is_binary() {
+            return Err(Failed::Usage(
+                "a file has the rows of one query: give it after the run, or on stdin".to_owned(),
+            ));
         }
         self.converse(&folder)
     }
@@ -84,24 +79,46 @@ impl Sql {
     }
 
     fn answer(&self, run: &RunFolder, query: &str) -> Result<(), Failed> {
-        let mut printer = Printer::new(self.format);
-        let schema = ask(run, query, |batch| printer.print(&batch))?;
-        printer.end(&Arc::new((*schema).clone()))
+        let spill = spill()?;
+        let views = report_views(&run.manifest().source);
+        print(query, &[], &tables(run)?, &views, &spill, self.rows, Out).map(drop)
     }
 }
 
 /// Prints what a query over some tables says.
-pub fn show(
+pub fn show<W: Write + Send>(
     query: &str,
     params: &[(&str, Param)],
     tables: &[QueryTable],
-    format: Format,
-) -> Result<(), Failed> {
-    let spill = spill()?;
-    let mut printer = Printer::new(format);
-    let sink = |batch| printer.print(&batch);
-    let schema = query::run(query, params, tables, &[], Some(spill.path()), sink)?;
-    printer.end(&Arc::new((*schema).clone()))
+    format: RowFormat,
+    out: W,
+) -> Result<W, Failed> {
+    print(query, params, tables, &[], &spill()?, format, out)
+}
+
+fn print<W: Write + Send>(
+    query: &str,
+    params: &[(&str, Param)],
+    tables: &[QueryTable],
+    views: &[View],
+    spill: &tempfile::TempDir,
+    format: RowFormat,
+    out: W,
+) -> Result<W, Failed> {
+    let mut out = Some(out);
+    let mut writer: Option<RowWriter<W>> = None;
+    query::stream(query, params, tables, views, Some(spill.path()), |part| {
+        match (part, &mut writer) {
+            (Part::Header(header), _) => {
+                let out = out.take().expect("one header");
+                writer = Some(RowWriter::begin(format, &header, out)?);
+            }
+            (Part::Rows(rows), Some(writer)) => writer.write(&rows)?,
+            (Part::Rows(_), None) => unreachable!("the header comes first"),
+        }
+        Ok::<(), Failed>(())
+    })?;
+    writer.expect("the header comes first").finish()
 }
 
 fn spill() -> Result<tempfile::TempDir, Failed> {
@@ -209,126 +226,4 @@ fn lines_in(folder: &std::path::Path) -> Vec<std::path::PathBuf> {
     files.retain(|path| path.extension() == Some("jsonl".as_ref()));
     files.sort();
     files
-}
-
-/// Prints rows in one of the formats.
-struct Printer {
-    format: Format,
-    /// For a table, whose columns are as wide as their widest value.
-    batches: Vec<RecordBatch>,
-    csv: Option<arrow::csv::Writer<Out>>,
-    json: Option<arrow::json::ArrayWriter<Out>>,
-}
-
-impl Printer {
-    fn new(format: Format) -> Self {
-        Self {
-            format,
-            batches: Vec::new(),
-            csv: None,
-            json: None,
-        }
-    }
-
-    fn print(&mut self, batch: &RecordBatch) -> Result<(), Failed> {
-        match self.format {
-            Format::Table => self.batches.push(readable(batch, false)?),
-            Format::Csv => {
-                let writer = self.csv.get_or_insert_with(|| arrow::csv::Writer::new(Out));
-                writer.write(&readable(batch, true)?)?;
-            }
-            Format::Json => {
-                let builder = || arrow::json::WriterBuilder::new().with_explicit_nulls(true);
-                let writer = self.json.get_or_insert_with(|| builder().build(Out));
-                writer.write(batch)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn end(mut self, schema: &SchemaRef) -> Result<(), Failed> {
-        match self.format {
-            Format::Table => {
-                if self.batches.is_empty() {
-                    self.batches.push(RecordBatch::new_empty(schema.clone()));
-                }
-                line(arrow::util::pretty::pretty_format_batches(&self.batches)?)
-            }
-            Format::Csv if self.csv.is_none() => {
-                let names = schema.fields().iter().map(|field| field.name().as_str());
-                line(names.collect::<Vec<_>>().join(","))
-            }
-            Format::Csv => Ok(()),
-            Format::Json => match self.json.take() {
-                Some(mut writer) => {
-                    writer.finish()?;
-                    line("")
-                }
-                None => line("[]"),
-            },
-        }
-    }
-}
-
-/// Columns that a person (or CSV) can read: bytes become their number, and, in CSV, lists and structs
-/// become text.
-pub fn readable(batch: &RecordBatch, flat: bool) -> Result<RecordBatch, ArrowError> {
-    let mut fields = Vec::new();
-    let mut columns: Vec<ArrayRef> = Vec::new();
-    for (field, column) in batch.schema().fields().iter().zip(batch.columns()) {
-        let mut column = without_bytes(column)?;
-        if flat && column.data_type().is_nested() {
-            column = as_text(&column)?;
-        }
-        fields.push(Field::new(field.name(), column.data_type().clone(), true));
-        columns.push(column);
-    }
-    RecordBatch::try_new(Arc::new(Schema::new(fields)), columns)
-}
-
-fn as_text(column: &ArrayRef) -> Result<ArrayRef, ArrowError> {
-    let options = FormatOptions::default();
-    let formatter = ArrayFormatter::try_new(column, &options)?;
-    let text = |row| (!column.is_null(row)).then(|| formatter.value(row).to_string());
-    Ok(Arc::new(
-        (0..column.len()).map(text).collect::<StringArray>(),
-    ))
-}
-
-/// `12345 bytes` in place of bytes, also inside structs: nobody reads a picture in hex.
-fn without_bytes(column: &ArrayRef) -> Result<ArrayRef, ArrowError> {
-    match column.data_type() {
-        DataType::Binary | DataType::LargeBinary | DataType::BinaryView => {
-            let column = cast(column, &DataType::LargeBinary)?;
-            let lengths = column
-                .as_binary::<i64>()
-                .iter()
-                .map(|bytes| Some(format!("{} bytes", bytes?.len())));
-            Ok(Arc::new(lengths.collect::<StringArray>()))
-        }
-        DataType::Struct(fields) => {
-            let parts = column.as_struct();
-            let columns = parts
-                .columns()
-                .iter()
-                .map(without_bytes)
-                .collect::<Result<Vec<_>, _>>()?;
-            let field = |(field, column): (&Arc<Field>, &ArrayRef)| {
-                Field::new(field.name(), column.data_type().clone(), true)
-            };
-            let fields: Vec<Field> = fields.iter().zip(&columns).map(field).collect();
-            Ok(Arc::new(StructArray::try_new(
-                fields.into(),
-                columns,
-                parts.nulls().cloned(),
-            )?))
-        }
-        _ => Ok(column.clone()),
-    }
-}
-
-impl From<ArrowError> for Failed {
-    fn from(error: ArrowError) -> Self {
-        Self::Query(QueryError(error.to_string()))
-    }
 }

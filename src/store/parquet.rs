@@ -56,6 +56,35 @@ fn is_round(field: &Field) -> bool {
     field.metadata().get(MARK).is_some_and(|name| name == ROUND)
 }
 
+/// Writes rows as one Parquet file to a stream that is no file of a run, such as stdout.
+pub struct ParquetStream<W: Write + Send>(ArrowWriter<W>);
+
+impl<W: Write + Send> ParquetStream<W> {
+    pub fn begin(out: W, schema: &SchemaRef) -> Result<Self, StoreError> {
+        let zstd = Compression::ZSTD(ZstdLevel::default());
+        let properties = WriterProperties::builder().set_compression(zstd).build();
+        let writer = ArrowWriter::try_new(out, schema.clone(), Some(properties));
+        Ok(Self(writer.map_err(of_stream)?))
+    }
+
+    pub fn write(&mut self, rows: &RecordBatch) -> Result<(), StoreError> {
+        self.0.write(rows).map_err(of_stream)?;
+        if self.0.in_progress_size() >= FILE_BYTES as usize {
+            self.0.flush().map_err(of_stream)?;
+        }
+        Ok(())
+    }
+
+    /// Ends the file and gives back the stream.
+    pub fn finish(self) -> Result<W, StoreError> {
+        self.0.into_inner().map_err(of_stream)
+    }
+}
+
+fn of_stream(error: ::parquet::errors::ParquetError) -> StoreError {
+    parquet_error(Path::new("the output"), error)
+}
+
 /// Hashes what is written.
 struct Hashing {
     file: File,
