@@ -1,7 +1,9 @@
 //! Whole pipelines with scripted models: tables, rounds, reuse, and what a second run does.
 
 use ovchat::store::RunFolder;
-use ovchat::tables::{Candidate, Pair, Prompt, Reference, Reject, RejectClass, Reward, Row};
+use ovchat::tables::{
+    Candidate, DpoStep, Pair, Prompt, Reference, Reject, RejectClass, Reward, Row,
+};
 
 use crate::scene::Scene;
 
@@ -497,4 +499,95 @@ fn a_scheduler_can_read_what_a_run_does() {
     let refused = scene.pipeline(&["run", "p.yaml", "--log", "json"]);
     let last = events(&refused.err).pop().unwrap();
     assert_eq!((refused.code, &last["event"]), (Some(2), &"refused".into()));
+}
+
+#[test]
+fn a_json_log_is_json_whatever_happens() {
+    let scene = Scene::new();
+    scene.prompts(8).write("p.yaml", SCRIPTED);
+    scene
+        .write("broken.yaml", "pipeline: [\n")
+        .write("bytes.yaml", b"pipeline: \xff\n")
+        .write("taken", "a file where the run's folder should be");
+    let report = "report: { none: { query: select round from pairs where false } }\n";
+    scene.write("report.yaml", format!("{SCRIPTED}{report}"));
+    for (arguments, code, event, words) in [
+        (
+            &["p.yaml", "--no-such-flag"][..],
+            2,
+            "refused",
+            "--no-such-flag",
+        ),
+        (&[], 2, "refused", "<FILE>"),
+        (&["p.yaml", "--set"], 2, "refused", "--set"),
+        (&["none.yaml"], 2, "refused", "can't be read"),
+        (&["bytes.yaml"], 2, "refused", "not UTF-8"),
+        (&["broken.yaml"], 2, "refused", "complaints"),
+        (&["p.yaml", "--set", "nothing"], 2, "refused", "complaints"),
+        (
+            &["p.yaml", "--until", "nothing"],
+            2,
+            "refused",
+            "there is no table `nothing`",
+        ),
+        (&["p.yaml", "--run", "taken"], 1, "failed", "taken"),
+        (&["report.yaml"], 0, "done", "made"),
+    ] {
+        for log in [&["--log", "json"][..], &["--log=json"]] {
+            let said = scene.pipeline(&[&["run"], log, arguments].concat());
+            assert_eq!(said.code, Some(code), "{arguments:?}: {}", said.err);
+            let events: Vec<serde_json::Value> = said
+                .err
+                .lines()
+                .map(|line| {
+                    serde_json::from_str(line).unwrap_or_else(|_| panic!("{arguments:?}: {line}"))
+                })
+                .collect();
+            let last = events.last().unwrap();
+            assert_eq!(
+                (&last["event"], &last["code"]),
+                (&event.into(), &code.into())
+            );
+            assert!(last.to_string().contains(words), "{last}");
+        }
+    }
+    // Help is what was asked for.
+    let help = scene.succeeds(&["run", "--log", "json", "--help"]);
+    assert!(help.out.contains("Usage: pipeline run") && help.err.is_empty());
+}
+
+#[test]
+fn a_json_log_says_what_a_table_has_come_to() {
+    let scene = Scene::new();
+    scene.prompts(8).write("p.yaml", SCRIPTED);
+    let said = scene.succeeds(&["run", "p.yaml", "--log", "json"]).err;
+    let events = said.lines().map(|line| serde_json::from_str(line).unwrap());
+    let events: Vec<serde_json::Value> = events.collect();
+    let finished = |table: &str| {
+        let mut all = events.iter().rev();
+        let found = all.find(|event| event["event"] == "finished" && event["table"] == table);
+        found.unwrap().clone()
+    };
+    let steps: Vec<DpoStep> = rows(&scene, "steps", Some(2));
+    let last = steps.last().unwrap();
+    let of_steps = finished("steps");
+    assert_eq!(of_steps["loss"], last.loss);
+    assert_eq!(of_steps["accuracy"], last.accuracy);
+    let rate = |name: &str| of_steps[name].as_f64().unwrap();
+    let pairs: Vec<Pair> = rows(&scene, "pairs", Some(2));
+    let pairs_a_step = rate("rows_per_second") / rate("per_second");
+    assert!(
+        (pairs_a_step - pairs.len() as f64 / steps.len() as f64).abs() < 1e-6,
+        "{of_steps}"
+    );
+
+    let rewards: Vec<Reward> = rows(&scene, "rewards", Some(2));
+    let mean = rewards.iter().map(|row| f64::from(row.reward)).sum::<f64>() / rewards.len() as f64;
+    let of_rewards = finished("rewards");
+    assert!(
+        (of_rewards["mean_reward"].as_f64().unwrap() - mean).abs() < 1e-9,
+        "{of_rewards}"
+    );
+    assert_eq!(of_rewards["loss"], serde_json::Value::Null);
+    assert!(of_rewards["rows_per_second"].as_f64().unwrap() > 0.0);
 }

@@ -106,7 +106,14 @@ pub fn main(loader: Option<&dyn ModelLoader>) -> ExitCode {
     {
         return ExitCode::from(tell(&failed));
     }
-    let arguments = Arguments::parse();
+    let arguments = match Arguments::try_parse() {
+        // Help and version are no errors.
+        Err(error) if error.use_stderr() && log::is_asked_for(std::env::args_os()) => {
+            log::wrong_arguments(&error);
+            return ExitCode::from(error.exit_code() as u8);
+        }
+        parsed => parsed.unwrap_or_else(|error| error.exit()),
+    };
     let done = match arguments.command {
         Command::Run(command) => command.run(loader),
         Command::Check(command) => command.run(),
@@ -141,18 +148,20 @@ pub fn main(loader: Option<&dyn ModelLoader>) -> ExitCode {
 /// Says what went wrong on stderr; returns the exit code.
 fn tell(failed: &Failed) -> u8 {
     match failed {
-        Failed::Refused(LoadError::Refused(complaints)) => {
-            eprint!("{}", render(complaints));
-            2
-        }
-        Failed::Refused(LoadError::Unreadable { .. }) | Failed::Usage(_) => {
-            eprintln!("error: {failed}");
-            2
-        }
-        Failed::Code(code) => *code,
-        _ => {
-            eprintln!("error: {failed}");
-            1
+        Failed::Refused(LoadError::Refused(complaints)) => eprint!("{}", render(complaints)),
+        Failed::Code(_) => {}
+        _ => eprintln!("error: {failed}"),
+    }
+    failed.code()
+}
+
+impl Failed {
+    /// The exit code of the program.
+    fn code(&self) -> u8 {
+        match self {
+            Self::Refused(_) | Self::Usage(_) => 2,
+            Self::Code(code) => *code,
+            Self::Run(_) | Self::Store(_) | Self::Query(_) | Self::Words(_) => 1,
         }
     }
 }

@@ -11,8 +11,9 @@ use super::{Failed, chart};
 use crate::config::Plan;
 use crate::store::{RunFolder, create_folder, write_atomically};
 
-/// Prints the views of a finished run, and writes their pictures to its folder `report`.
-pub fn print(plan: &Plan, run: &RunFolder) -> Result<(), Failed> {
+/// Prints the views of a finished run, and writes their charts to its folder `report`; `say` is told
+/// about what is not printed.
+pub fn print(plan: &Plan, run: &RunFolder, say: &mut dyn FnMut(&str)) -> Result<(), Failed> {
     for (name, view) in &plan.report {
         let mut batches: Vec<RecordBatch> = Vec::new();
         // Its own query, for a view has no order.
@@ -21,7 +22,7 @@ pub fn print(plan: &Plan, run: &RunFolder) -> Result<(), Failed> {
             Ok(())
         })?;
         if batches.is_empty() {
-            eprintln!("{name}: nothing");
+            say(&format!("{name}: nothing"));
             continue;
         }
         line(format_args!("{name}"))?;
@@ -35,7 +36,7 @@ pub fn print(plan: &Plan, run: &RunFolder) -> Result<(), Failed> {
         create_folder(&folder)?;
         let path = folder.join(format!("{name}.svg"));
         write_atomically(&path, svg.as_bytes())?;
-        eprintln!("drawn in {}", path.display());
+        say(&format!("drawn in {}", path.display()));
     }
     Ok(())
 }

@@ -49,6 +49,14 @@ enum Log {
 
 impl Run {
     pub fn run(&self, loader: Option<&dyn ModelLoader>) -> Result<(), Failed> {
+        if self.log == Log::Text {
+            return self.go(loader);
+        }
+        log::catch_panics();
+        self.go(loader).map_err(|failed| log::end(&failed))
+    }
+
+    fn go(&self, loader: Option<&dyn ModelLoader>) -> Result<(), Failed> {
         let loaded = || load(&self.file.file, &self.file.sets, false);
         let plan = match loaded() {
             // Nothing is wrong with it.
@@ -58,14 +66,7 @@ impl Run {
             }
             loaded => loaded,
         };
-        let plan = match plan {
-            Err(LoadError::Refused(complaints)) if self.log == Log::Json => {
-                let list: Vec<_> = complaints.0.iter().map(Complaint::to_json).collect();
-                log::write("refused", json!({ "code": 2, "complaints": list }));
-                return Err(Failed::Code(2));
-            }
-            loaded => loaded?,
-        };
+        let plan = plan?;
         let until = self.until(&plan)?;
         if loader.is_none()
             && plan
@@ -153,14 +154,7 @@ impl Run {
             Log::Json => log::write("note", json!({ "text": text })),
         };
         for repository in paths.collect::<Vec<_>>() {
-            match (hub.fetch(&repository, &mut say), self.log) {
-                (Ok(_), _) => {}
-                (Err(words), Log::Text) => return Err(Failed::Words(words)),
-                (Err(words), Log::Json) => {
-                    log::write("failed", json!({ "code": 1, "message": words }));
-                    return Err(Failed::Code(1));
-                }
-            }
+            hub.fetch(&repository, &mut say).map_err(Failed::Words)?;
         }
         Ok(())
     }
@@ -219,7 +213,9 @@ fn in_text(
     match done {
         Ok(summary) => {
             if options.until.is_none() {
-                report::print(plan, &RunFolder::read(&options.folder)?)?;
+                report::print(plan, &RunFolder::read(&options.folder)?, &mut |text| {
+                    eprintln!("{text}");
+                })?;
             }
             let Summary { made, reused } = summary;
             match made {
@@ -254,7 +250,9 @@ fn in_json(
     match done {
         Ok(Summary { made, reused }) => {
             if options.until.is_none() {
-                report::print(plan, &RunFolder::read(folder)?)?;
+                report::print(plan, &RunFolder::read(folder)?, &mut |text| {
+                    log::write("note", json!({ "text": text }));
+                })?;
             }
             log::write(
                 "done",

@@ -20,6 +20,7 @@ use arrow_ipc::writer::StreamWriter;
 use super::{Runner, took};
 use crate::config::PlannedStage;
 use crate::models::libtorch::SET_HERE;
+use crate::run::report::Tally;
 use crate::run::{Start, Unit};
 use crate::stages::{Command, Failure};
 use crate::store::TableReader;
@@ -72,6 +73,7 @@ impl Runner<'_> {
         let said = listen(&mut child.0, files, input_schema);
         let mut writer = self.writer(table, round, "part-00000", &stage.schema);
         let mut done = 0;
+        let mut tally = Tally::default();
         let mut last_words: Vec<String> = Vec::new();
         let program = &work.words[0];
         let ended = loop {
@@ -92,6 +94,8 @@ impl Runner<'_> {
                     Ok(batch) => {
                         done += batch.num_rows() as u64;
                         writer.write(&batch)?;
+                        tally.rewards(&batch);
+                        self.report.figures(&tally.figures);
                         self.report.progress(done);
                     }
                     Err(problem) => break Err(problem),

@@ -18,6 +18,7 @@ use super::claim::tables_of;
 use super::sound;
 use super::{Runner, took};
 use crate::config::PlannedStage;
+use crate::run::report::Tally;
 use crate::run::{Start, Unit};
 use crate::stages::{Failure, Fold, Scope, TableName, Work};
 use crate::store::{
@@ -132,14 +133,18 @@ impl Runner<'_> {
             done: done as u64,
         });
         let mut steps: Vec<RecordBatch> = Vec::new();
+        let mut tally = Tally::default();
         let mut first = done;
         let mut begun = Instant::now();
         while done < batches.len() {
             let (epoch, positions) = &batches[done];
             let batch = gather(&mut rows, positions)?;
             let number = done as u32 + 1;
-            steps.push(training.step(&mut scope, number, *epoch, &batch)?);
+            let step = training.step(&mut scope, number, *epoch, &batch)?;
             done += 1;
+            tally.step(&step, positions.len() as u64);
+            steps.push(step);
+            report.borrow_mut().figures(&tally.figures);
             report.borrow_mut().progress(done as u64);
             let last = done == batches.len();
             if !last && (done % work.save_every() as usize == 0 || interrupt.raised()) {

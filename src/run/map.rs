@@ -13,6 +13,7 @@ use super::models::RunModels;
 use super::{Runner, count, took, write_beside};
 use crate::config::PlannedStage;
 use crate::models;
+use crate::run::report::Tally;
 use crate::run::{Start, Unit};
 use crate::stages::{Failure, MapWork, Outcome, Scope, Shelf, TableName, rejects};
 use crate::store::{Event, FileRecord, Key, Lookup, Made, PartRecord, Place, Took};
@@ -35,6 +36,7 @@ struct Mapping<'w> {
     total: u64,
     done: u64,
     is_started: bool,
+    tally: Tally,
 }
 
 /// What became of a part.
@@ -130,6 +132,7 @@ impl Runner<'_> {
             total,
             done: 0,
             is_started: false,
+            tally: Tally::default(),
         };
         let mut written: Option<(u64, JoinHandle<Result<PartRecord, Failure>>)> = None;
         for part in 0.. {
@@ -213,6 +216,12 @@ impl Runner<'_> {
         let work = mapping.work;
         let (outcomes, computed) =
             work.make(&mut scope, &rows, &lengths, mapping.base, &mut known)?;
+        for outcome in &outcomes {
+            if let Outcome::Made(rows) = outcome {
+                mapping.tally.rewards(rows);
+            }
+        }
+        report.borrow_mut().figures(&mapping.tally.figures);
         let has_telemetry = telemetry.prompts > 0;
         let row = || row_of(&telemetry, table, round, part, begun.elapsed());
         Ok(Computed::Part(Box::new(Parcel {

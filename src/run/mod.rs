@@ -27,7 +27,7 @@ mod survey;
 pub use forecast::{Estimate, Fate, Forecast, forecast, forecast_of_run};
 pub use interrupt::Interrupt;
 pub use keys::{Reason, explain};
-pub use report::{Report, Start, Unit};
+pub use report::{Figures, Report, Start, Unit};
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};

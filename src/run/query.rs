@@ -9,6 +9,7 @@ use arrow::datatypes::SchemaRef;
 use super::{Runner, took};
 use crate::config::PlannedStage;
 use crate::query::{self, QueryTable};
+use crate::run::report::Tally;
 use crate::run::{Start, Unit};
 use crate::stages::{Failure, Query};
 use crate::store::StoreError;
@@ -50,6 +51,7 @@ impl Runner<'_> {
         }
         let mut writer = self.writer(table, round, "part-00000", &stage.schema);
         let mut done = 0;
+        let mut tally = Tally::default();
         let spill = tempfile::tempdir_in(self.folder.cache()?)
             .map_err(StoreError::io("create a folder in", self.folder.root()))?;
         let (report, interrupt) = (&mut *self.report, self.interrupt);
@@ -65,6 +67,8 @@ impl Runner<'_> {
                 }
                 done += batch.num_rows() as u64;
                 writer.write(&fitted(&batch, &stage.schema)?)?;
+                tally.rewards(&batch);
+                report.figures(&tally.figures);
                 report.progress(done);
                 Ok(())
             },
