@@ -591,3 +591,52 @@ fn a_json_log_says_what_a_table_has_come_to() {
     assert_eq!(of_rewards["loss"], serde_json::Value::Null);
     assert!(of_rewards["rows_per_second"].as_f64().unwrap() > 0.0);
 }
+
+#[test]
+fn one_flag_asks_every_command_for_json() {
+    let scene = Scene::new();
+    scene
+        .prompts(8)
+        .write("p.yaml", SCRIPTED)
+        .succeeds(&["run", "p.yaml"]);
+    scene.succeeds(&["run", "p.yaml", "--set", "stages.candidates.sample.count=3"]);
+    for command in [
+        &["check", "p.yaml"][..],
+        &["plan", "p.yaml"],
+        &["status", "scripted"],
+        &["diff", "scripted", "scripted"],
+    ] {
+        let new = scene.succeeds(&[command, &["--format", "json"]].concat());
+        serde_json::from_str::<serde_json::Value>(&new.out).unwrap();
+        let old = scene.succeeds(&[command, &["--json"]].concat());
+        assert_eq!(new.out, old.out, "{command:?}");
+        let both = scene.pipeline(&[command, &["--json", "--format", "json"]].concat());
+        assert_eq!(both.code, Some(2));
+    }
+    let unreadable = scene.pipeline(&["check", "none.yaml", "--format", "json"]);
+    let said: serde_json::Value = serde_json::from_str(&unreadable.out).unwrap();
+    assert_eq!((unreadable.code, &said["ok"]), (Some(2), &false.into()));
+
+    let gc = |more: &[&str]| -> serde_json::Value {
+        let arguments = [&["gc", "scripted", "--format", "json"], more].concat();
+        serde_json::from_str(&scene.succeeds(&arguments).out).unwrap()
+    };
+    let tables = gc(&[])["set_aside"].as_array().unwrap().len();
+    assert!(tables > 0);
+    assert_eq!(gc(&["--yes"])["removed"], tables);
+    assert_eq!(gc(&[])["set_aside"], serde_json::json!([]));
+
+    let pairs = [
+        "pairs",
+        "scripted",
+        "--strategy",
+        "best_worst",
+        "--format",
+        "json",
+    ];
+    let pairs: serde_json::Value = serde_json::from_str(&scene.succeeds(&pairs).out).unwrap();
+    assert!(
+        pairs["pairs"]["pairs"].is_u64() && pairs["without_pairs"].is_array(),
+        "{pairs}"
+    );
+}

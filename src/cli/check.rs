@@ -1,32 +1,30 @@
 //! `pipeline check` and `pipeline plan`: is the pipeline right, and what does it mean?
 
-use std::io::IsTerminal;
 use std::path::PathBuf;
 
 use clap::Args;
 use serde_json::{Value, json};
 
 use super::file::{PipelineFile, folder_of, warn};
-use super::out::line;
+use super::out::{Output, line};
 use super::outlook::Outlook;
 use super::{Failed, engine, forecast, memory, tokens};
-use crate::config::{Complaint, LoadError, Look, Plan, PlannedStage, load};
+use crate::config::{Complaint, Complaints, LoadError, Plan, PlannedStage, load};
 use crate::models::{ModelLoader, ModelSpec};
 
 /// Says everything that is wrong with a pipeline, before anything runs.
 #[derive(Args)]
 #[command(after_help = "Examples:\n  pipeline check pipelines/dpo.yaml\n  \
     pipeline check pipelines/dpo.yaml --set stages.candidates.sample.count=8\n  \
-    pipeline check pipelines/dpo.yaml --offline --json")]
+    pipeline check pipelines/dpo.yaml --offline --format json")]
 pub struct Check {
     #[command(flatten)]
     file: PipelineFile,
     /// Do not look for the files and folders that the pipeline names.
     #[arg(long)]
     offline: bool,
-    /// Print complaints as JSON.
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    output: Output,
 }
 
 /// Prints a pipeline as it is meant: stages in running order, with all their settings; and what a run
@@ -34,32 +32,33 @@ pub struct Check {
 #[derive(Args)]
 #[command(after_help = "Examples:\n  pipeline plan pipelines/dpo.yaml\n  \
     pipeline plan pipelines/dpo.yaml --set stages.candidates.sample.temperature=0.8\n  \
-    pipeline plan pipelines/dpo.yaml --run /data/runs/first --json")]
+    pipeline plan pipelines/dpo.yaml --run /data/runs/first --format json")]
 pub struct ShowPlan {
     #[command(flatten)]
     file: PipelineFile,
     /// The run's folder; runs/<pipeline name> if left out.
     #[arg(long = "run", value_name = "DIR")]
     folder: Option<PathBuf>,
-    /// Print the plan as JSON.
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    output: Output,
 }
 
 impl Check {
     pub fn run(&self) -> Result<(), Failed> {
         let loaded = load(&self.file.file, &self.file.sets, self.offline);
-        if self.json {
-            let complaints: &[Complaint] = match &loaded {
-                Ok(plan) => &plan.warnings,
-                Err(LoadError::Refused(complaints)) => &complaints.0,
-                Err(LoadError::Unreadable { .. }) => &[],
+        if self.output.is_json() {
+            let all = |complaints: &[Complaint]| -> Vec<Value> {
+                complaints.iter().map(Complaint::to_json).collect()
             };
-            let list: Vec<Value> = complaints.iter().map(Complaint::to_json).collect();
-            if !matches!(loaded, Err(LoadError::Unreadable { .. })) {
-                line(json!({ "ok": loaded.is_ok(), "complaints": list }))?;
-                return loaded.map(|_| ()).map_err(|_| Failed::Code(2));
-            }
+            let list = match &loaded {
+                Ok(plan) => all(&plan.warnings),
+                Err(LoadError::Refused(complaints)) => all(&complaints.0),
+                Err(unreadable) => {
+                    vec![json!({ "severity": "error", "message": unreadable.to_string() })]
+                }
+            };
+            line(json!({ "ok": loaded.is_ok(), "complaints": list }))?;
+            return loaded.map(|_| ()).map_err(|_| Failed::Code(2));
         }
         let plan = loaded?;
         warn(&plan);
@@ -93,14 +92,14 @@ impl ShowPlan {
             tokens,
             taken,
         } = &outlook;
-        if self.json {
+        if self.output.is_json() {
             let mut json = to_json(&plan);
             json["tokens"] = tokens::to_json(tokens);
             json["memory"] = memory::to_json(taken);
             json["run"] = json!(folder);
             json["tables"] = forecast::to_json(&plan, forecasts);
             line(format_args!("{json:#}"))?;
-            return refuse(&outlook.refusals(&plan, None));
+            return refuse(outlook.refusals(&plan, None));
         }
         let mut text = String::new();
         plan.render(&mut text).expect("a string takes any text");
@@ -109,20 +108,16 @@ impl ShowPlan {
         text.push_str(&forecast::render(&plan, &folder, forecasts));
         line(text.trim_end())?;
         warn(&plan);
-        refuse(&outlook.refusals(&plan, None))
+        refuse(outlook.refusals(&plan, None))
     }
 }
 
-/// Draws what refuses a run; fails if there is something.
-pub fn refuse(refusals: &[Complaint]) -> Result<(), Failed> {
+/// Fails if there is something that refuses a run.
+pub fn refuse(refusals: Vec<Complaint>) -> Result<(), Failed> {
     if refusals.is_empty() {
         return Ok(());
     }
-    let look = Look::detect(std::io::stderr().is_terminal());
-    for refusal in refusals {
-        eprint!("{}", refusal.render(look));
-    }
-    Err(Failed::Code(2))
+    Err(Failed::Refused(LoadError::Refused(Complaints(refusals))))
 }
 
 fn to_json(plan: &Plan) -> Value {

@@ -7,7 +7,7 @@ use arrow::datatypes::Int64Type;
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::out::line;
+use super::out::{Output, line};
 use super::{Failed, run_folder};
 use crate::query::{self, QueryTable};
 use crate::run::{Reason, explain};
@@ -19,16 +19,15 @@ use crate::tables::Row as _;
 #[derive(Args)]
 #[command(
     after_help = "Examples:\n  pipeline diff runs/small-world runs/small-world-fork-2\n  \
-    pipeline diff first second --json"
+    pipeline diff first second --format json"
 )]
 pub struct Diff {
     /// A run: its folder, or its name below runs/.
     a: PathBuf,
     /// Another one.
     b: PathBuf,
-    /// Print as JSON.
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    output: Output,
 }
 
 /// A table in a round, in one run or both.
@@ -62,7 +61,7 @@ impl Diff {
         for (table, round) in slots {
             compared.push(compare(&a, &b, table, round)?);
         }
-        if self.json {
+        if self.output.is_json() {
             let tables: Vec<Value> = compared.iter().map(Compared::to_json).collect();
             let json = json!({ "a": folders[0], "b": folders[1], "tables": tables });
             return line(format_args!("{json:#}"));

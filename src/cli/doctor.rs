@@ -3,7 +3,7 @@
 use clap::Args;
 use serde_json::json;
 
-use super::out::line;
+use super::out::{Output, line};
 use super::{Failed, engine};
 use crate::models::{ModelLoader, Severity};
 
@@ -13,9 +13,8 @@ use crate::models::{ModelLoader, Severity};
     after_help = "Examples:\n  pipeline doctor\n  LD_LIBRARY_PATH=/opt/torch/lib pipeline doctor"
 )]
 pub struct Doctor {
-    /// Print the findings as JSON.
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    output: Output,
 }
 
 impl Doctor {
@@ -29,7 +28,7 @@ impl Doctor {
             Severity::Note => "note",
             Severity::Bad => "bad",
         };
-        if self.json {
+        if self.output.is_json() {
             let list: Vec<_> = findings
                 .iter()
                 .map(|finding| json!({ "severity": word(finding.severity), "text": finding.text }))

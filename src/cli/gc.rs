@@ -1,11 +1,12 @@
 //! `pipeline gc`: what a run keeps of earlier settings, and away with it.
 
 use std::io::{IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
+use serde_json::{Value, json};
 
-use super::out::line;
+use super::out::{Output, line};
 use super::progress::duration;
 use super::{Failed, run_folder};
 use crate::prep::size_in_words as size;
@@ -15,7 +16,8 @@ use crate::store::{Made, RunFolder};
 /// that frees and what it would cost to make them again, and asks.
 #[derive(Args)]
 #[command(
-    after_help = "Examples:\n  pipeline gc runs/small-world\n  pipeline gc small-world --yes"
+    after_help = "Examples:\n  pipeline gc runs/small-world\n  pipeline gc small-world --yes\n  \
+    pipeline gc small-world --format json"
 )]
 pub struct Gc {
     /// The run: its folder, or its name below runs/.
@@ -23,6 +25,8 @@ pub struct Gc {
     /// Do not ask.
     #[arg(long)]
     yes: bool,
+    #[command(flatten)]
+    output: Output,
 }
 
 impl Gc {
@@ -31,6 +35,18 @@ impl Gc {
         let run = RunFolder::read(&folder)?;
         let parked = run.manifest().parked.iter().map(|parked| &parked.made);
         let parked: Vec<&Made> = parked.collect();
+        if self.output.is_json() {
+            let tables: Vec<_> = parked.iter().map(|made| to_json(made)).collect();
+            let removed = if self.yes { parked.len() } else { 0 };
+            if removed > 0 {
+                remove(&folder, &run)?;
+            }
+            let run = folder.display().to_string();
+            return line(format_args!(
+                "{:#}",
+                json!({ "run": run, "set_aside": tables, "removed": removed })
+            ));
+        }
         if parked.is_empty() {
             eprintln!("{}: nothing is set aside", folder.display());
             return Ok(());
@@ -41,11 +57,7 @@ impl Gc {
         ))?;
         let (mut bytes, mut seconds) = (0, 0.0);
         for made in &parked {
-            let checkpoint = made
-                .checkpoint
-                .iter()
-                .flat_map(|checkpoint| checkpoint.files.values());
-            let of_table = made.bytes() + checkpoint.sum::<u64>();
+            let of_table = bytes_of(made);
             let took = made.took().map_or(0.0, |took| took.seconds);
             bytes += of_table;
             seconds += took;
@@ -69,15 +81,33 @@ impl Gc {
         if !self.yes && !agreed()? {
             return Ok(());
         }
-        let pipeline = run.manifest().pipeline.clone();
-        let (mut run, lost) = RunFolder::open(&folder, &pipeline)?;
-        for table in lost {
-            eprintln!("files of `{table}` are missing or spoiled; the next run makes them again");
-        }
-        let gone = run.forget_parked()?.len();
+        let gone = remove(&folder, &run)?;
         eprintln!("{gone} tables removed");
         Ok(())
     }
+}
+
+/// Removes what is set aside; returns the number of tables.
+fn remove(folder: &Path, run: &RunFolder) -> Result<usize, Failed> {
+    let (mut run, lost) = RunFolder::open(folder, &run.manifest().pipeline)?;
+    for table in lost {
+        eprintln!("files of `{table}` are missing or spoiled; the next run makes them again");
+    }
+    Ok(run.forget_parked()?.len())
+}
+
+/// The bytes of a table and its checkpoint.
+fn bytes_of(made: &Made) -> u64 {
+    let checkpoint = made.checkpoint.iter();
+    let checkpoint = checkpoint.flat_map(|checkpoint| checkpoint.files.values());
+    made.bytes() + checkpoint.sum::<u64>()
+}
+
+fn to_json(made: &Made) -> Value {
+    json!({
+        "table": made.table, "round": made.round, "rows": made.rows(), "bytes": bytes_of(made),
+        "seconds": made.took().map(|took| took.seconds),
+    })
 }
 
 /// Asks on a terminal; elsewhere nobody answers, and the way out is said.

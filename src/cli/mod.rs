@@ -104,6 +104,10 @@ pub fn main(loader: Option<&dyn ModelLoader>) -> ExitCode {
     if loader.is_some()
         && let Err(failed) = engine::settle()
     {
+        let failed = match log::is_asked_for(std::env::args_os()) {
+            true => log::end(&failed),
+            false => failed,
+        };
         return ExitCode::from(tell(&failed));
     }
     let arguments = match Arguments::try_parse() {
@@ -177,5 +181,39 @@ fn run_folder(name: &Path) -> PathBuf {
         named
     } else {
         name.to_owned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_flag_for_programs_has_one_name() {
+        let command = Arguments::command();
+        command.clone().debug_assert();
+        let mut with_json = Vec::new();
+        for command in command.get_subcommands() {
+            let name = command.get_name();
+            let option = |id: &str| command.get_arguments().find(|option| option.get_id() == id);
+            let json = option("json");
+            assert!(
+                json.is_none_or(clap::Arg::is_hide_set),
+                "{name} shows --json"
+            );
+            let Some(format) = option("format") else {
+                continue;
+            };
+            let values = format.get_possible_values();
+            assert!(
+                values.iter().any(|value| value.matches("json", false)),
+                "{name}"
+            );
+            with_json.push(name.to_owned());
+        }
+        let expected = [
+            "check", "plan", "sql", "status", "pairs", "diff", "gc", "doctor",
+        ];
+        assert_eq!(with_json, expected);
     }
 }

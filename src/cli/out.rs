@@ -1,6 +1,33 @@
-//! Standard output, for data.
+//! Standard output, for data; and whether it is for people or for programs.
 
 use std::io::{self, ErrorKind, Write};
+
+use clap::{Args, ValueEnum};
+
+/// How a command prints what it found.
+#[derive(Debug, Args)]
+pub struct Output {
+    /// How to print it.
+    #[arg(long, value_enum, default_value = "text")]
+    format: Format,
+    /// The same as --format json, as it was called before.
+    #[arg(long, hide = true, conflicts_with = "format")]
+    json: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Format {
+    /// For people.
+    Text,
+    /// For programs.
+    Json,
+}
+
+impl Output {
+    pub fn is_json(&self) -> bool {
+        self.json || self.format == Format::Json
+    }
+}
 
 /// Writes to stdout, and ends the program quietly when nobody reads it any more (`… | head`).
 pub struct Out;

@@ -14,7 +14,7 @@ use super::progress::Progress;
 use super::{Failed, engine, report};
 use crate::config::{At, Complaint, KeyPath, LoadError, Look, NOT_FETCHED, Plan, load};
 use crate::models::{Hub, ModelLoader, Repository};
-use crate::run::{Forecast, Interrupt, Options, RunError, Summary, run};
+use crate::run::{Interrupt, Options, RunError, Summary, run};
 use crate::stages::{Failure, TableName};
 use crate::store::{Rates, RunFolder};
 
@@ -77,7 +77,8 @@ impl Run {
             return Err(engine::become_it());
         }
         let folder = folder_of(&plan, self.folder.as_deref());
-        let forecasts = self.refuse(&plan, &folder, until.as_ref(), loader)?;
+        let outlook = Outlook::of_run(&plan, &folder, loader)?;
+        refuse(outlook.refusals(&plan, until.as_ref()))?;
         match self.log {
             Log::Text => warn(&plan),
             Log::Json => {
@@ -93,7 +94,7 @@ impl Run {
         let options = Options {
             folder,
             until,
-            forecasts,
+            forecasts: outlook.forecasts,
             command: self.command(),
             rates: Rates::usual_place(),
         };
@@ -111,32 +112,6 @@ impl Run {
                 in_json(&plan, &options, &interrupt, done)
             }
         }
-    }
-
-    /// Refuses a run of which it is known that a stage has no room, before anything of it is made. Returns
-    /// what the run would do, as far as there is a run.
-    fn refuse(
-        &self,
-        plan: &Plan,
-        folder: &Path,
-        until: Option<&TableName>,
-        loader: Option<&dyn ModelLoader>,
-    ) -> Result<Vec<Forecast>, Failed> {
-        let outlook = match (Outlook::of_run(plan, folder, loader), self.log) {
-            (Err(Failed::Words(words)), Log::Json) => {
-                log::write("failed", json!({ "code": 1, "message": words }));
-                return Err(Failed::Code(1));
-            }
-            (outlook, _) => outlook?,
-        };
-        let refusals = outlook.refusals(plan, until);
-        if self.log == Log::Json && !refusals.is_empty() {
-            let list: Vec<_> = refusals.iter().map(Complaint::to_json).collect();
-            log::write("refused", json!({ "code": 2, "complaints": list }));
-            return Err(Failed::Code(2));
-        }
-        refuse(&refusals)?;
-        Ok(outlook.forecasts)
     }
 
     /// Fetches weights that a model names on the hub and the hub's cache does not have.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::out::line;
+use super::out::{Output, line};
 use super::progress::duration;
 use super::{Failed, run_folder};
 use crate::store::{Made, RunFolder, lock_holder};
@@ -13,14 +13,13 @@ use crate::store::{Made, RunFolder, lock_holder};
 /// Says what a run has made so far and whether it is running.
 #[derive(Args)]
 #[command(
-    after_help = "Examples:\n  pipeline status runs/small-world\n  pipeline status small-world --json"
+    after_help = "Examples:\n  pipeline status runs/small-world\n  pipeline status small-world --format json"
 )]
 pub struct Status {
     /// The run: its folder, or its name below runs/.
     run: PathBuf,
-    /// Print as JSON.
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    output: Output,
 }
 
 impl Status {
@@ -29,7 +28,7 @@ impl Status {
         let run = RunFolder::read(&folder)?;
         let holder = lock_holder(&folder);
         let manifest = run.manifest();
-        if self.json {
+        if self.output.is_json() {
             let table = |made: &Made, is_staged: bool| {
                 json!({
                     "table": made.table, "staged": is_staged, "round": made.round, "kind": made.kind, "complete": made.complete,
