@@ -169,7 +169,7 @@ fn a_run_refuses_what_its_plan_refuses() {
     assert_eq!(planned.err, refused.err);
     let told = flat(&refused.err);
     for words in [
-        "`candidates` has too little memory: the weights of `policy` alone take 1.4 MB, and it may use 1.0 MB",
+        "`candidates` has too little memory: the weights of `policy` alone take 2.9 MB, and it may use 1.0 MB",
         "raise `memory_gb` of `policy`, which is 0.001",
     ] {
         assert!(told.contains(words), "{told}");

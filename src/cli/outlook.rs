@@ -66,22 +66,29 @@ impl Outlook {
         })
     }
 
-    /// Complaints about stages, of those that are not made yet, that have no room on this machine or in a
-    /// model's context; of those up to a table, if a run stops there.
+    /// Complaints about stages that have no room on this machine or in a model's context, of those that a
+    /// run would make: up to a table, if it stops there.
     pub fn refusals(&self, plan: &Plan, until: Option<&TableName>) -> Vec<Complaint> {
-        let slots = plan.slots();
-        let last = slots
+        let mut slots = plan.slots();
+        if let Some(last) = slots
             .iter()
-            .position(|(stage, _)| Some(&stage.name) == until);
-        let reached = slots.iter().take(last.map_or(slots.len(), |last| last + 1));
-        let reached: HashSet<&TableName> = reached.map(|(stage, _)| &stage.name).collect();
-        let is_there = |table: &TableName| {
-            let mut of_table = self.forecasts.iter().filter(|made| made.table == *table);
-            of_table.clone().next().is_some() && !of_table.any(Forecast::is_work)
+            .position(|(stage, _)| Some(&stage.name) == until)
+        {
+            slots.truncate(last + 1);
+        }
+        // Of a run that is not there all is made.
+        let is_made = |table: &TableName, round: Option<u32>| {
+            let of_slot = |made: &&Forecast| made.table == *table && made.round == round;
+            let made = self.forecasts.iter().find(of_slot);
+            self.forecasts.is_empty() || made.is_some_and(Forecast::is_work)
         };
+        let made = slots
+            .iter()
+            .filter(|(stage, round)| is_made(&stage.name, *round));
+        let made: HashSet<&TableName> = made.map(|(stage, _)| &stage.name).collect();
         let mut refusals = memory::refusals(plan, &self.taken);
         refusals.extend(tokens::refusals(plan, &self.tokens));
-        refusals.retain(|(table, _)| reached.contains(table) && !is_there(table));
+        refusals.retain(|(table, _)| made.contains(table));
         refusals.into_iter().map(|(_, refusal)| refusal).collect()
     }
 }
