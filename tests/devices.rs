@@ -64,6 +64,55 @@ fn the_first_line_of_a_run_names_the_device_and_why() {
     assert!(note.is_some(), "{}", log.err);
 }
 
+/// A driver that shows a GPU which libtorch can't use: a library that says so, and nothing behind it.
+#[test]
+fn a_gpu_that_cannot_be_used_is_an_error_that_the_cpu_avoids() {
+    let scene = scene();
+    let driver = "extern \"C\" int cuInit(unsigned) { return 0; }
+        extern \"C\" int cuDeviceGetCount(int *count) { *count = 1; return 0; }
+        extern \"C\" int cuDriverGetVersion(int *version) { *version = 12040; return 0; }\n";
+    scene.write("driver/driver.cc", driver);
+    let folder = scene.path("driver");
+    let mut compiler = Command::new("c++");
+    compiler
+        .args(["-shared", "-fPIC", "-o", "libcuda.so.1", "driver.cc"])
+        .current_dir(&folder);
+    assert!(compiler.status().unwrap().success());
+    let with_gpu = |arguments: &[&str]| {
+        let mut command = scene.command(arguments);
+        command
+            .env("LD_LIBRARY_PATH", &folder)
+            .env_remove("CUDA_VISIBLE_DEVICES");
+        said(command.output().unwrap())
+    };
+    let auto = "models.policy.llava_onevision.device=auto";
+    let refused = with_gpu(&["run", "p.yaml", "--set", auto, "--log", "json"]);
+    assert_eq!(refused.code, Some(1), "{}", refused.err);
+    for words in [
+        "model `policy`: device `auto`: the NVIDIA driver shows 1 device, and libtorch can't use it",
+        "set `device: cpu`",
+    ] {
+        assert!(refused.err.contains(words), "{}", refused.err);
+    }
+    assert!(!scene.path("runs/devices/prompts").exists());
+    let doctor = with_gpu(&["doctor"]);
+    assert_eq!(doctor.code, Some(1), "{}", doctor.out);
+    assert!(
+        doctor
+            .out
+            .contains("NVIDIA driver: 1 device, up to CUDA 12.4"),
+        "{}",
+        doctor.out
+    );
+    assert!(
+        doctor.out.contains("BAD   `device: auto` is refused"),
+        "{}",
+        doctor.out
+    );
+    let run = with_gpu(&["run", "p.yaml"]);
+    assert_eq!(run.code, Some(0), "{}", run.err);
+}
+
 #[test]
 fn the_pipelines_of_the_small_world_need_no_gpu() {
     let mut models = 0;

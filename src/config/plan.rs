@@ -410,7 +410,10 @@ fn origins(
     secrets: &Secrets,
 ) -> Value {
     let mut files = serde_json::Map::new();
-    for (field, file) in spec.as_stage().files() {
+    // The stages of an exam are not written, and their paths stand elsewhere.
+    let is_written = matches!(path.steps().first(), Some(Step::Key { key, .. }) if key != "models");
+    let named = spec.as_stage().files().into_iter();
+    for (field, file) in named.filter(|_| is_written) {
         let setting = path.key(field);
         let mut from_environment = secrets.uses_in(&setting).peekable();
         let written = match from_environment.peek() {
