@@ -12,7 +12,7 @@ use super::log::{self, JsonLog};
 use super::outlook::Outlook;
 use super::progress::Progress;
 use super::{Failed, engine, report};
-use crate::config::{At, Complaint, KeyPath, LoadError, Look, NOT_FETCHED, Plan, load};
+use crate::config::{At, Complaint, KeyPath, Look, NOT_FETCHED, Plan, load};
 use crate::models::{Hub, ModelLoader, Repository};
 use crate::run::{Interrupt, Options, RunError, Summary, run};
 use crate::stages::{Failure, TableName};
