@@ -196,9 +196,9 @@ fn until_leaves_the_later_tables_where_they_are_and_the_start_names_what_is_repl
     ]);
     assert!(
         said.err.contains(
-            "replacing tables of runs/scripted: pairs (round 1); reason: `margin_min` 0.0 → 0.5 (--set)\n\
-             the old versions stay until the new ones are complete, and then in .cache; to bring them back, run: \
-             pipeline run p.yaml\n"
+            "replacing tables of runs/scripted: pairs (round 1); reason: `margin_min` 0.0 → 0.5 (--set); each \
+             stays until its new version is complete, and then in .cache\nto bring them back, run: pipeline run \
+             p.yaml\n"
         ),
         "{}",
         said.err

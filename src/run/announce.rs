@@ -53,13 +53,15 @@ impl Runner<'_> {
                 _ => format!("; reason: {}", reasons.join("; ")),
             };
             lines.push(format!(
-                "replacing tables of {folder}: {}{why}",
+                "replacing tables of {folder}: {}{why}; each stays until its new version is complete, and \
+                 then in .cache",
                 listed(&replaced)
             ));
         }
         if !removed.is_empty() {
             lines.push(format!(
-                "removing tables of {folder} that the pipeline no longer has: {}",
+                "removing tables of {folder} that the pipeline no longer has: {}; they stay until all others \
+                 are complete, and then in .cache",
                 listed(&removed)
             ));
         }
@@ -73,9 +75,7 @@ impl Runner<'_> {
         } else {
             "to bring them back, run"
         };
-        lines.push(format!(
-            "the old versions stay until the new ones are complete, and then in .cache; {undo}: {before}"
-        ));
+        lines.push(format!("{undo}: {before}"));
         let text = lines.join("\n");
         self.report.note(&text);
     }

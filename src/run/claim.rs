@@ -36,10 +36,16 @@ impl Runner<'_> {
             let reasons = explain(&made.because, &explained);
             let reasons = in_words(&reasons, self.plan, table);
             let is_complete = made.complete;
-            self.report.note(&format!(
-                "{} is made again: {reasons}",
-                titled(table, round)
-            ));
+            let mut parked = manifest.parked.iter().map(|parked| &parked.made);
+            let returns =
+                parked.any(|made| made.is(name, round) && made.key == key && made.complete);
+            let deed = if returns {
+                "is brought back"
+            } else {
+                "is made again"
+            };
+            let title = titled(table, round);
+            self.report.note(&format!("{title} {deed}: {reasons}"));
             if !is_complete {
                 self.folder.park(name, round)?;
             }
