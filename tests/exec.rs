@@ -145,6 +145,38 @@ fn a_program_that_cannot_be_started_is_named() {
     );
 }
 
+/// A program that stops early and exits with 0 leaves rows out.
+#[test]
+fn a_stream_that_is_cut_off_is_no_table() {
+    let flag = flag_answers();
+    let shell = |script: &str| format!("[sh, -c, \"{script}\"]");
+    for (script, words) in [
+        // The end-of-stream marker is the last eight bytes.
+        (
+            format!("{flag} | head -c -8"),
+            "without its end-of-stream marker",
+        ),
+        (format!("{flag} | head -c -40"), "stops inside a batch"),
+        ("cat > /dev/null".to_owned(), "wrote nothing"),
+        (format!("{flag}; echo done"), "as one stream"),
+        (format!("tee copy | {flag}; {flag} < copy"), "as one stream"),
+    ] {
+        let said = fails(&shell(&script), COLUMNS);
+        let told = said.err.replace("\n  │ ", " ").replace("\n  | ", " ");
+        assert!(told.contains(words), "{script}: {told}");
+    }
+    // An exit code says more than the stream that it cut off.
+    let said = fails(&shell(&format!("({flag} | head -c -8); exit 4")), COLUMNS);
+    assert!(said.err.contains("ended with exit code 4"), "{}", said.err);
+    // Arrow before 0.15 ends a stream with four bytes of 0.
+    let scene = Scene::new();
+    let script = format!("{flag} | head -c -8; head -c 4 /dev/zero");
+    scene
+        .prompts(5)
+        .write("p.yaml", pipeline(&shell(&script), COLUMNS))
+        .succeeds(&["run", "p.yaml"]);
+}
+
 #[test]
 fn columns_that_are_not_as_declared_are_named() {
     let command = format!("[{}]", flag_answers());

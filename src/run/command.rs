@@ -1,12 +1,13 @@
 //! Work of the kind command: a program of the user makes the table.
 //!
 //! Rows go to it as an Arrow IPC stream and come back as one. It may read all before it writes, write
-//! before it read all, or leave rows unread.
+//! before it read all, or leave rows unread. The stream that comes back is complete when it has its
+//! end-of-stream marker: a program that dies between two batches leaves a stream that is valid up to there.
 
-use std::io::{BufRead as _, BufReader};
+use std::io::{BufRead as _, BufReader, Read, Write};
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::PathBuf;
-use std::process::{Child, ChildStdin, ChildStdout, ExitStatus, Stdio};
+use std::process::{Child, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -28,19 +29,41 @@ use crate::store::TableReader;
 /// Between two looks at whether the run was asked to stop.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
+/// Between two looks at whether the program has ended, once its rows have.
+const EXIT_LOOK_EVERY: Duration = Duration::from_millis(10);
+
+/// For the last lines of its standard error, which something that it started may keep open.
+const LATE_LINES: Duration = Duration::from_secs(1);
+
 /// Lines of its standard error that are repeated when it fails.
 const LAST_WORDS: usize = 5;
 
 /// Batches that wait for each other.
 const QUEUE: usize = 4;
 
-/// What the program's streams hold.
+/// How to end a stream, for a program that did not.
+const CLOSE: &str = "close the stream's writer after the last batch (pyarrow: `writer.close()`)";
+
+/// A message of the threads that feed the program and read its output.
 enum Said {
     Rows(RecordBatch),
     /// A line of its standard error.
     Line(String),
-    /// The rows ended, or could not be read.
-    End(Result<(), String>),
+    /// The end of its standard output.
+    End(Ended),
+    /// The rows that it was to read could not be read.
+    Unread(Failure),
+}
+
+/// The end of the program's standard output.
+#[derive(Debug)]
+enum Ended {
+    /// A whole stream, with its end-of-stream marker.
+    Whole,
+    /// No stream, or one that stops before its end-of-stream marker; in words.
+    Cut(String),
+    /// Something else than one stream of the declared columns; in words.
+    Invalid(String),
 }
 
 impl Runner<'_> {
@@ -76,20 +99,38 @@ impl Runner<'_> {
         let mut tally = Tally::default();
         let mut last_words: Vec<String> = Vec::new();
         let program = &work.words[0];
-        let ended = loop {
+        let mut ended = None;
+        let status = loop {
             if self.interrupt.raised() {
                 return Err(Failure::Interrupted);
             }
-            match said.recv_timeout(LOOK_EVERY) {
+            if ended.is_some() {
+                let exited = child.0.try_wait();
+                let failed =
+                    |error: std::io::Error| Failure::Other(format!("`{program}`: {error}"));
+                if let Some(status) = exited.map_err(failed)? {
+                    break status;
+                }
+            }
+            let look_every = match ended {
+                None => LOOK_EVERY,
+                Some(_) => EXIT_LOOK_EVERY,
+            };
+            match said.recv_timeout(look_every) {
                 Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => break Ok(()),
+                Err(RecvTimeoutError::Disconnected) => {
+                    // Only a reader that has panicked goes without a word.
+                    let problem = "wrote an Arrow IPC stream that can't be read".to_owned();
+                    ended.get_or_insert(Ended::Invalid(problem));
+                    thread::sleep(EXIT_LOOK_EVERY);
+                }
                 Ok(Said::Line(line)) => {
                     self.report.note(&format!("{table}: {line}"));
-                    last_words.push(line);
-                    if last_words.len() > LAST_WORDS {
-                        last_words.remove(0);
-                    }
+                    keep(&mut last_words, line);
                 }
+                Ok(Said::Unread(failure)) => return Err(failure),
+                // It has failed already.
+                Ok(Said::Rows(_) | Said::End(_)) if ended.is_some() => {}
                 Ok(Said::Rows(batch)) => match fitted(&batch, &stage.schema) {
                     Ok(batch) => {
                         done += batch.num_rows() as u64;
@@ -98,24 +139,33 @@ impl Runner<'_> {
                         self.report.figures(&tally.figures);
                         self.report.progress(done);
                     }
-                    Err(problem) => break Err(problem),
+                    Err(problem) => {
+                        child.end();
+                        ended = Some(Ended::Invalid(problem));
+                    }
                 },
-                Ok(Said::End(ended)) => break ended,
+                Ok(Said::End(end)) => {
+                    if matches!(end, Ended::Invalid(_)) {
+                        // It may go on writing what nobody reads.
+                        child.end();
+                    }
+                    ended = Some(end);
+                }
             }
         };
-        if ended.is_err() {
-            // It may go on writing what nobody reads.
-            child.end();
+        let ended = ended.expect("the loop ends after it");
+        let until = Instant::now() + LATE_LINES;
+        let left = || until.saturating_duration_since(Instant::now());
+        while let Ok(late) = said.recv_timeout(left()) {
+            match late {
+                Said::Line(line) => {
+                    self.report.note(&format!("{table}: {line}"));
+                    keep(&mut last_words, line);
+                }
+                Said::Unread(failure) => return Err(failure),
+                Said::Rows(_) | Said::End(_) => {}
+            }
         }
-        let status = child
-            .0
-            .wait()
-            .map_err(|error| Failure::Other(format!("`{program}`: {error}")))?;
-        // What it said last may have come behind its rows.
-        last_words.extend(said.try_iter().filter_map(|said| match said {
-            Said::Line(line) => Some(line),
-            _ => None,
-        }));
         if let Some(problem) = problem(ended, status) {
             let mut words = format!("`{}` {problem}", work.words.join(" "));
             for line in &last_words {
@@ -132,11 +182,20 @@ impl Runner<'_> {
     }
 }
 
-/// What was wrong with how it ended, if anything was.
-fn problem(rows: Result<(), String>, status: ExitStatus) -> Option<String> {
-    match (rows, status.code()) {
-        (Err(problem), _) if !problem.is_empty() => Some(problem),
-        (_, Some(0)) => None,
+/// Keeps a line with those before it, up to [`LAST_WORDS`].
+fn keep(last_words: &mut Vec<String>, line: String) {
+    last_words.push(line);
+    if last_words.len() > LAST_WORDS {
+        last_words.remove(0);
+    }
+}
+
+/// The failure of a program by its output and its exit status, in words; `None` for a success. A stream
+/// that was cut off follows from an exit code, and so the exit code is the one to tell.
+fn problem(ended: Ended, status: ExitStatus) -> Option<String> {
+    match (ended, status.code()) {
+        (Ended::Invalid(problem), _) | (Ended::Cut(problem), Some(0)) => Some(problem),
+        (Ended::Whole, Some(0)) => None,
         (_, Some(code)) => Some(format!("ended with exit code {code}")),
         (_, None) => {
             let signal = status.signal().unwrap_or_default();
@@ -219,7 +278,13 @@ fn listen(child: &mut Child, files: Vec<PathBuf>, schema: SchemaRef) -> Receiver
     let stdin = child.stdin.take().expect("it is piped");
     let stdout = child.stdout.take().expect("it is piped");
     let stderr = child.stderr.take().expect("it is piped");
-    thread::spawn(move || feed(stdin, files, &schema));
+    let unread = sender.clone();
+    thread::spawn(move || {
+        if let Err(failure) = feed(&stdin, files, &schema) {
+            // Before the program sees the end of its input, and takes it for all.
+            drop(unread.send(Said::Unread(failure)));
+        }
+    });
     let lines = sender.clone();
     thread::spawn(move || {
         for line in BufReader::new(stderr).lines().map_while(Result::ok) {
@@ -236,41 +301,89 @@ fn listen(child: &mut Child, files: Vec<PathBuf>, schema: SchemaRef) -> Receiver
     said
 }
 
-/// Writes the rows. A program that wants no more of them is no failure.
-fn feed(stdin: ChildStdin, files: Vec<PathBuf>, schema: &SchemaRef) {
+/// Writes the rows of a table as a stream. A program that wants no more of them is no failure; a table
+/// that can't be read is.
+fn feed(stdin: impl Write, files: Vec<PathBuf>, schema: &SchemaRef) -> Result<(), Failure> {
     let Ok(mut writer) = StreamWriter::try_new(stdin, schema) else {
-        return;
+        return Ok(());
     };
     for batch in TableReader::new(files) {
-        let Ok(batch) = batch else {
-            return;
-        };
         // Files may have been written before the plan's schema had its metadata.
-        let Ok(batch) = batch.with_schema(schema.clone()) else {
-            return;
-        };
+        let batch = batch?.with_schema(schema.clone()).map_err(|error| {
+            Failure::Other(format!("the rows for the command can't be read: {error}"))
+        })?;
         if writer.write(&batch).is_err() {
-            return;
+            return Ok(());
         }
     }
     drop(writer.finish());
+    Ok(())
 }
 
-/// Reads the rows that it makes. An empty error: it ended without any.
-fn read(stdout: ChildStdout, sender: &SyncSender<Said>) -> Result<(), String> {
+/// A stream that remembers whether it was read to its end.
+struct Watched<R> {
+    stream: R,
+    is_over: bool,
+}
+
+impl<R: Read> Read for Watched<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let count = self.stream.read(buffer)?;
+        self.is_over |= count == 0 && !buffer.is_empty();
+        Ok(count)
+    }
+}
+
+/// Reads the rows that the program makes, up to the end of its output.
+fn read(stdout: impl Read, sender: &SyncSender<Said>) -> Ended {
     let mut stdout = BufReader::new(stdout);
     if stdout.fill_buf().is_ok_and(<[u8]>::is_empty) {
-        return Err(String::new());
+        return Ended::Cut(format!(
+            "wrote nothing to its standard output; for a table without rows, {CLOSE}"
+        ));
     }
-    let no_stream = |error| format!("wrote what is no Arrow IPC stream: {error}");
-    let reader = StreamReader::try_new(stdout, None).map_err(no_stream)?;
-    for batch in reader {
-        let batch = batch.map_err(no_stream)?;
-        if sender.send(Said::Rows(batch)).is_err() {
-            break;
+    let no_stream = |error| Ended::Invalid(format!("wrote what is no Arrow IPC stream: {error}"));
+    let watched = Watched {
+        stream: stdout,
+        is_over: false,
+    };
+    let mut reader = match StreamReader::try_new(watched, None) {
+        Ok(reader) => reader,
+        Err(error) => return no_stream(error),
+    };
+    loop {
+        let batch = reader.next();
+        // The reader takes an output that ends between two batches for a whole stream.
+        let is_over = reader.get_ref().is_over;
+        match batch {
+            Some(Ok(batch)) => {
+                if sender.send(Said::Rows(batch)).is_err() {
+                    return Ended::Whole;
+                }
+            }
+            Some(Err(_)) if is_over => {
+                return Ended::Cut(format!(
+                    "wrote an Arrow IPC stream that stops inside a batch: {CLOSE}"
+                ));
+            }
+            Some(Err(error)) => return no_stream(error),
+            None if is_over => {
+                return Ended::Cut(format!(
+                    "wrote an Arrow IPC stream without its end-of-stream marker, and rows may be missing: {CLOSE}"
+                ));
+            }
+            None => break,
         }
     }
-    Ok(())
+    match reader.get_mut().read(&mut [0]) {
+        Ok(0) => Ended::Whole,
+        Ok(_) => Ended::Invalid(
+            "wrote more to its standard output after the end of its Arrow IPC stream; write all rows as \
+             one stream, and messages to the standard error"
+                .to_owned(),
+        ),
+        Err(error) => Ended::Cut(format!("its standard output can't be read: {error}")),
+    }
 }
 
 /// The columns that are declared, in their order.
@@ -316,4 +429,76 @@ fn fitted(batch: &RecordBatch, schema: &SchemaRef) -> Result<RecordBatch, String
         columns.push(cast(column, field.data_type()).map_err(|error| error.to_string())?);
     }
     RecordBatch::try_new(schema.clone(), columns).map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use arrow::array::{ArrayRef, Int32Array};
+
+    use super::*;
+
+    /// A stream of two batches, and where each part of it ends.
+    fn stream() -> (Vec<u8>, SchemaRef) {
+        let numbers: ArrayRef = Arc::new(Int32Array::from(vec![1, 2, 3]));
+        let batch = RecordBatch::try_from_iter([("number", numbers)]).unwrap();
+        let mut writer = StreamWriter::try_new(Vec::new(), &batch.schema()).unwrap();
+        writer.write(&batch).unwrap();
+        writer.write(&batch).unwrap();
+        writer.finish().unwrap();
+        (writer.into_inner().unwrap(), batch.schema())
+    }
+
+    fn ending(bytes: &[u8]) -> (usize, Ended) {
+        let (sender, said) = sync_channel(8);
+        let ended = read(bytes, &sender);
+        drop(sender);
+        let rows = said.iter().map(|said| match said {
+            Said::Rows(batch) => batch.num_rows(),
+            _ => 0,
+        });
+        (rows.sum(), ended)
+    }
+
+    #[test]
+    fn a_stream_is_whole_with_its_marker_only() {
+        let (bytes, _) = stream();
+        let marker = bytes.len() - 8;
+        assert!(matches!(ending(&bytes), (6, Ended::Whole)));
+        // The marker of Arrow before 0.15.
+        let legacy = [&bytes[..marker], &[0; 4]].concat();
+        assert!(matches!(ending(&legacy), (6, Ended::Whole)));
+        for length in 1..bytes.len() {
+            let (rows, ended) = ending(&bytes[..length]);
+            assert!(
+                !matches!(ended, Ended::Whole),
+                "{length} bytes, {rows} rows"
+            );
+        }
+        let (rows, ended) = ending(&bytes[..marker]);
+        assert_eq!(rows, 6);
+        assert!(matches!(ended, Ended::Cut(words) if words.contains("end-of-stream marker")));
+    }
+
+    #[test]
+    fn what_stands_behind_a_stream_is_not_passed_over() {
+        let (bytes, _) = stream();
+        for behind in [&bytes[..], b"done\n"] {
+            let (rows, ended) = ending(&[&bytes[..], behind].concat());
+            assert_eq!(rows, 6);
+            assert!(matches!(ended, Ended::Invalid(words) if words.contains("as one stream")));
+        }
+    }
+
+    #[test]
+    fn a_table_that_cannot_be_read_is_not_fed_as_a_shorter_one() {
+        let (_, schema) = stream();
+        let folder = tempfile::tempdir().unwrap();
+        let mut fed = Vec::new();
+        let missing = vec![folder.path().join("missing.parquet")];
+        let failure = feed(&mut fed, missing, &schema).unwrap_err().to_string();
+        assert!(failure.contains("missing.parquet"), "{failure}");
+        assert!(matches!(ending(&fed), (0, Ended::Cut(_))));
+    }
 }
