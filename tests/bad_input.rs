@@ -5,6 +5,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 use ovchat::tables::{Prompt, Reject};
+use serde_json::{Value, json};
 
 use crate::run::{SCRIPTED, rows};
 use crate::scene::{Quiet, ROOT, Scene};
@@ -114,6 +115,56 @@ fn a_record_without_a_question_is_set_aside_with_its_fields() {
         rejects(&scene)[0].1,
         "it has no `prompt`; its fields are id, promt"
     );
+}
+
+/// LLaVA-NeXT's `train_dpo.py` reads one image and one question for each pair.
+#[test]
+fn pairs_that_the_training_script_would_misread_are_not_exported() {
+    let scene = with_pictures(&["good.png"]);
+    let pipeline = "pipeline: scripted\nstages:\n  pairs:\n    load_feedback: { from: pairs.json, images: images }\n";
+    scene.write("p.yaml", pipeline);
+    let pair = |more: Value| {
+        let mut pair = json!({"id": "a", "image": "good.png", "prompt": "What is it?",
+            "chosen": "A cat.", "rejected": "A dog."});
+        pair.as_object_mut()
+            .unwrap()
+            .extend(more.as_object().unwrap().clone());
+        pair
+    };
+    let export = |records: &[Value]| {
+        scene.write("pairs.json", json!(records).to_string());
+        scene.succeeds(&["run", "p.yaml"]);
+        scene.pipeline(&["export", "scripted", "pairs", "--to", "out/pairs.json"])
+    };
+    for (more, words) in [
+        (json!({"image": ["good.png", "good.png"]}), "has 2 images"),
+        (json!({"image": null}), "has no image"),
+        (json!({"system": "Be brief."}), "has a system text"),
+        (
+            json!({"chosen": "The tag <image>."}),
+            "has the text `<image>`",
+        ),
+        (
+            json!({"turns": [{"role": "user", "text": "Hello."}, {"role": "assistant", "text": "Hi."}]}),
+            "has 2 earlier turns",
+        ),
+    ] {
+        let said = export(&[pair(json!({})), pair(more)]);
+        assert_eq!(said.code, Some(1), "{}", said.err);
+        let told = said.err.replace("\n  │ ", " ").replace("\n  | ", " ");
+        assert!(
+            told.contains("1 of 2 pairs of `pairs` can't be exported"),
+            "{told}"
+        );
+        assert!(told.contains(words), "{told}");
+        assert!(!scene.path("out").exists(), "nothing was written");
+    }
+    let said = export(&[pair(json!({}))]);
+    assert_eq!(said.code, Some(0), "{}", said.err);
+    let written = fs::read(scene.path("out/pairs.json")).unwrap();
+    let written: Value = serde_json::from_slice(&written).unwrap();
+    let image = written[0]["image"].as_str().expect("the name of one file");
+    assert!(scene.path("out/images").join(image).is_file());
 }
 
 #[test]

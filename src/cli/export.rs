@@ -6,6 +6,7 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use arrow::array::RecordBatch;
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
@@ -34,8 +35,9 @@ pub struct Export {
 
 #[derive(Subcommand)]
 enum What {
-    /// The JSON list that the source document's training script reads; the pictures go to the folder
-    /// `images` beside it.
+    /// The JSON list that LLaVA-NeXT's train_dpo.py reads; the images go to the folder `images` beside
+    /// it. Pairs that the script would misread are refused: earlier turns, a system text, no image or
+    /// several.
     Pairs {
         /// The JSON file to write.
         #[arg(long)]
@@ -171,46 +173,34 @@ fn pairs(
             made.table, other.table
         )));
     }
+    let files = run.files(&made.table, made.round);
+    refuse_misread(&made.table, &files)?;
     let folder = to
         .parent()
         .filter(|folder| !folder.as_os_str().is_empty())
         .unwrap_or(Path::new("."));
     let pictures = folder.join("images");
     create_folder(&pictures)?;
-    let files = run
-        .manifest()
-        .images
-        .iter()
-        .map(|file| run.root().join(&file.file))
-        .collect();
-    let mut rows = Lookup::open(files, "image_id")?;
+    let image_files = run.manifest().images.iter();
+    let image_files = image_files.map(|file| run.root().join(&file.file));
+    let mut rows = Lookup::open(image_files.collect(), "image_id")?;
     let mut images = Images::open(run.root(), &run.manifest().images)?;
     let mut written = HashSet::new();
     let mut list = Vec::new();
-    for batch in TableReader::new(run.files(&made.table, made.round)) {
-        let pairs =
-            Pair::from_batch(&batch?).map_err(|misfit| Failed::Words(misfit.to_string()))?;
-        for pair in pairs {
-            if !pair.turns.is_empty() {
-                return Err(Failed::Words(format!(
-                    "pair {} has {} earlier turns, and the training script's format has no place for them",
-                    pair.row_key,
-                    pair.turns.len()
-                )));
-            }
-            let mut names = Vec::new();
-            for id in &pair.image_ids {
-                let row: Option<Image> = rows.row(id)?;
-                let format = row.map_or_else(|| "png".to_owned(), |row| row.format);
-                let name = format!("{id}.{format}");
-                if written.insert(name.clone()) {
-                    write_atomically(&pictures.join(&name), &images.bytes(id)?)?;
-                }
-                names.push(name);
+    for batch in TableReader::new(files) {
+        for pair in read_pairs(&batch?)? {
+            let [id] = &pair.image_ids[..] else {
+                unreachable!("pairs of no or several images were refused");
+            };
+            let row: Option<Image> = rows.row(id)?;
+            let format = row.map_or_else(|| "png".to_owned(), |row| row.format);
+            let name = format!("{id}.{format}");
+            if written.insert(name.clone()) {
+                write_atomically(&pictures.join(&name), &images.bytes(id)?)?;
             }
             list.push(json!({
                 "id": pair.id.unwrap_or(pair.prompt_id),
-                "image": if names.len() == 1 { Value::String(names.remove(0)) } else { json!(names) },
+                "image": name,
                 "prompt": pair.prompt,
                 // Without it the script's grouping by length fails.
                 "answer": "",
@@ -230,6 +220,59 @@ fn pairs(
         pictures.display()
     );
     Ok(())
+}
+
+fn read_pairs(batch: &RecordBatch) -> Result<Vec<Pair>, Failed> {
+    Pair::from_batch(batch).map_err(|misfit| Failed::Words(misfit.to_string()))
+}
+
+/// Refuses a table of pairs that the training script would read as other pairs, before anything is
+/// written.
+fn refuse_misread(table: &str, files: &[PathBuf]) -> Result<(), Failed> {
+    let (mut pairs, mut misread) = (0, 0);
+    let mut first = None;
+    for batch in TableReader::new(files.to_vec()) {
+        for pair in read_pairs(&batch?)? {
+            pairs += 1;
+            if let Some(problem) = misreading(&pair) {
+                misread += 1;
+                first.get_or_insert_with(|| format!("pair {} {problem}", pair.row_key));
+            }
+        }
+    }
+    let Some(first) = first else {
+        return Ok(());
+    };
+    Err(Failed::Words(format!(
+        "{misread} of {pairs} pairs of `{table}` can't be exported, and nothing was written: {first}. The \
+         Parquet files of `{table}` hold all of every pair, for a loader of your own"
+    )))
+}
+
+/// The part of a pair that LLaVA-NeXT's `train_dpo.py` has no place for, in words. It reads one prompt
+/// without a history, takes each `<image>` out of it, writes one before it, and reads one image for each
+/// `<image>` of the prompt and the answers.
+fn misreading(pair: &Pair) -> Option<String> {
+    let texts = [&pair.prompt, &pair.chosen, &pair.rejected];
+    Some(match (pair.turns.len(), pair.image_ids.len()) {
+        (0, 1) if pair.system.is_some() => {
+            "has a system text, and the training script's format has no place for it".to_owned()
+        }
+        (0, 1) if texts.iter().any(|text| text.contains("<image>")) => {
+            "has the text `<image>` in its prompt or an answer, which the training script takes for an \
+             image"
+                .to_owned()
+        }
+        (0, 1) => return None,
+        (0, 0) => "has no image, and the training script reads one for each pair".to_owned(),
+        (0, images) => format!(
+            "has {images} images, and the training script reads one for each pair: `chosen` would get \
+             the first and `rejected` the second"
+        ),
+        (turns, _) => format!(
+            "has {turns} earlier turns, and the training script's format has no place for them"
+        ),
+    })
 }
 
 /// The checkpoints of a model up to a round, oldest first; none is no answer.
