@@ -3,12 +3,15 @@
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use arrow::array::{ArrayRef, RecordBatch, StringArray};
+use ovchat::store::TableWriter;
 use ovchat::tables::{Prompt, Reject};
 use serde_json::{Value, json};
 
 use crate::run::{SCRIPTED, rows};
-use crate::scene::{Quiet, ROOT, Scene};
+use crate::scene::{Quiet, ROOT, Said, Scene};
 
 fn rejects(scene: &Scene) -> Vec<(String, String)> {
     let said = scene.succeeds(&[
@@ -115,6 +118,151 @@ fn a_record_without_a_question_is_set_aside_with_its_fields() {
         rejects(&scene)[0].1,
         "it has no `prompt`; its fields are id, promt"
     );
+}
+
+/// Loads records from a file as prompts; every second one may be a reject.
+fn load(scene: &Scene, file: &str) -> Said {
+    let pipeline = SCRIPTED.replace("from: prompts.json", &format!("from: {file}"));
+    let run = [
+        "run",
+        "p.yaml",
+        "--until",
+        "prompts",
+        "--set",
+        "reject_share_max=0.9",
+    ];
+    scene.write("p.yaml", pipeline).succeeds(&run)
+}
+
+#[test]
+fn a_record_with_media_that_are_not_read_is_set_aside_in_every_format() {
+    let video = json!({"id": "a", "prompt": "<video>\nWhat happens?", "video": "a.mp4"});
+    let spoken = |from: &str, value: &str, said: Value| json!({from: "user", value: said});
+    let asked = spoken("from", "value", json!("<video>\nWhat happens?"));
+    let parts =
+        json!([{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "What happens?"}]);
+    let plain = json!({"id": "b", "prompt": "Why?", "video": null, "audio": [], "image_url": ""});
+    let outputs =
+        json!({"output_1": {"value": "Yes."}, "output_2": {"value": "No."}, "preference": 1});
+    let with = |more: Value| {
+        let mut record = json!({"id": "a", "conversations": [asked]});
+        let fields = more.as_object().unwrap().clone();
+        record.as_object_mut().unwrap().extend(fields);
+        record
+    };
+    let mut preferred = with(json!({"video": "a.mp4"}));
+    let fields = outputs.as_object().unwrap().clone();
+    preferred.as_object_mut().unwrap().extend(fields);
+    let said = spoken("role", "content", parts);
+    for (record, word) in [
+        (video, "`video`"),
+        (with(json!({"videos": ["a.mp4"]})), "`videos`"),
+        (
+            with(json!({"audio": {"path": "a.wav", "bytes": null}})),
+            "`audio`",
+        ),
+        (with(json!({"sound": "a.wav"})), "`sound`"),
+        (
+            with(json!({"image_url": "https://example.com/a.png"})),
+            "`image_url`",
+        ),
+        (preferred, "`video`"),
+        (json!({"id": "a", "conversations": [said]}), "`video`"),
+    ] {
+        let list = json!([record, plain]).to_string();
+        for (file, text) in [
+            ("list.json", list),
+            ("lines.jsonl", format!("{record}\n{plain}\n")),
+        ] {
+            let scene = Scene::new();
+            let said = load(scene.write(file, text), file);
+            let rejects = rejects(&scene);
+            assert_eq!(rejects.len(), 1, "{record}: {}", said.err);
+            assert!(rejects[0].1.contains(word), "{record}: {rejects:?}");
+            let prompts: Vec<Prompt> = rows(&scene, "prompts", None);
+            assert_eq!(prompts[0].question, "Why?");
+        }
+    }
+}
+
+#[test]
+fn a_column_of_videos_sets_the_rows_aside_in_which_it_is_not_null() {
+    let texts =
+        |texts: &[Option<&str>]| -> ArrayRef { Arc::new(StringArray::from(texts.to_vec())) };
+    let batch = RecordBatch::try_from_iter_with_nullable([
+        (
+            "prompt",
+            texts(&[Some("What happens?"), Some("Why?"), Some("How?")]),
+            true,
+        ),
+        ("video", texts(&[Some("a.mp4"), None, None]), true),
+        ("category", texts(&[Some("a"), Some("b"), None]), true),
+    ]);
+    let batch = batch.unwrap();
+    let scene = Scene::new();
+    let mut writer = TableWriter::new(&scene.path(""), "prompts", batch.schema(), &[]);
+    writer.write(&batch).unwrap();
+    writer.finish().unwrap();
+    let said = load(&scene, "prompts.parquet");
+    let rejects = rejects(&scene);
+    assert_eq!(rejects.len(), 1, "{rejects:?}");
+    assert_eq!(rejects[0].0, "row 1");
+    assert!(rejects[0].1.contains("`video`"), "{rejects:?}");
+    assert_eq!(rows::<Prompt>(&scene, "prompts", None).len(), 2);
+    let told = "prompts: `category` is not read; 2 of 3 records have it\n";
+    assert!(said.err.contains(told), "{}", said.err);
+}
+
+#[test]
+fn keys_that_are_not_read_are_named_once_with_how_many_records_have_them() {
+    let scene = Scene::new();
+    // More than one part.
+    let record =
+        |number: usize| json!({"prompt": format!("{number}?"), "gpt_answer": "a", "category": 1});
+    let records: Vec<Value> = (0..600).map(record).collect();
+    scene.write("prompts.json", serde_json::to_vec(&records).unwrap());
+    let said = load(&scene, "prompts.json");
+    let told = "prompts: `category`, `gpt_answer` are not read; 600 of 600 records have them\n";
+    assert_eq!(said.err.matches("not read").count(), 1, "{}", said.err);
+    assert!(said.err.contains(told), "{}", said.err);
+    let prompts = scene.prompts(3);
+    assert!(!load(prompts, "prompts.json").err.contains("not read"));
+}
+
+#[test]
+fn as_many_placeholders_as_images_or_none() {
+    let scene = with_pictures(&["good.png"]);
+    let two = json!(["good.png", "good.png"]);
+    let records = json!([
+        {"image": two, "prompt": "Which is older?"},
+        {"image": two, "prompt": "<image> <image> Which is older?"},
+        {"image": two, "prompt": "<image> Which is older?"},
+        {"image": two, "prompt": "<image> <image> <image> Which is older?"},
+        {"prompt": "What does the tag <image> do?"},
+    ]);
+    scene.write("prompts.json", records.to_string());
+    let run = ["run", "p.yaml", "--until", "prompts", "--set"];
+    scene.succeeds(&[&run[..], &["reject_share_max=0.9"]].concat());
+    let reasons = rejects(&scene);
+    let reason =
+        |places: &str| format!("it has 2 images and {places}; write one for each image, or none");
+    let expected = [
+        ("record 3".to_owned(), reason("1 `<image>` placeholder")),
+        ("record 4".to_owned(), reason("3 `<image>` placeholders")),
+    ];
+    assert_eq!(reasons, expected);
+    let prompts: Vec<Prompt> = rows(&scene, "prompts", None);
+    let questions: Vec<&str> = prompts.iter().map(|row| row.question.as_str()).collect();
+    assert_eq!(
+        questions,
+        [
+            "Which is older?",
+            "Which is older?",
+            "What does the tag <image> do?"
+        ]
+    );
+    // Both are the same prompt, the second time.
+    assert_eq!(prompts[0].image_ids, prompts[1].image_ids);
 }
 
 /// LLaVA-NeXT's `train_dpo.py` reads one image and one question for each pair.

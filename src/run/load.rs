@@ -53,6 +53,7 @@ impl Runner<'_> {
             let rows_in = next.len() as u64;
             let begun = Instant::now();
             done += rows_in;
+            work.look_over(&next);
             if let Some(before) = parts_done.iter().find(|before| before.part == part) {
                 for file in &before.files {
                     for rows in TableReader::new(vec![self.folder.root().join(&file.file)]) {
@@ -84,6 +85,13 @@ impl Runner<'_> {
                 state: None,
             })?;
             self.report.progress(done);
+        }
+        if let Some(unread) = work.unread() {
+            let text = format!("{table}: {unread}");
+            // A table whose files are mended is loaded twice.
+            if self.said.insert(text.clone()) {
+                self.report.note(&text);
+            }
         }
         self.check_rejects(table, None)?;
         let content = self.content(table)?;

@@ -11,6 +11,7 @@ use arrow::datatypes::DataType;
 use serde::de::{DeserializeSeed, Deserializer as _, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 
+use super::unread::is_needed;
 use super::work::{Failure, Record};
 use crate::files;
 use crate::store::TableReader;
@@ -164,8 +165,8 @@ impl<'de> DeserializeSeed<'de> for AnyValue {
     }
 }
 
-/// The rows of a Parquet file. Columns of pictures (`image` or `images`: a struct of bytes and path,
-/// or a list of them) are taken out; all others become JSON, as in the other formats.
+/// The rows of a Parquet file. Columns of images (`image` or `images`: a struct of bytes and path, or a
+/// list of them) are taken out; of the others, those that are read become JSON, as in the other formats.
 fn parquet_records(
     path: &Path,
 ) -> Result<impl Iterator<Item = Result<Record, Failure>> + Send + use<>, Failure> {
@@ -191,12 +192,16 @@ fn parquet_records(
 
 fn batch_records(path: &Path, batch: &RecordBatch, first: usize) -> Result<Vec<Record>, Failure> {
     let mut plain = Vec::new();
+    let mut others = Vec::new();
     let mut embedded: Vec<Vec<ImageFile>> = vec![Vec::new(); batch.num_rows()];
-    for (field, column) in batch.schema().fields().iter().zip(batch.columns()) {
+    let schema = batch.schema();
+    for (field, column) in schema.fields().iter().zip(batch.columns()) {
         if matches!(field.name().as_str(), "image" | "images") && holds_bytes(field.data_type()) {
             for (row, files) in embedded.iter_mut().enumerate() {
                 files.extend(files_of(column, row));
             }
+        } else if !is_needed(field.name()) {
+            others.push((field.name(), column));
         } else {
             plain.push((field.name().clone(), column.clone()));
         }
@@ -204,13 +209,35 @@ fn batch_records(path: &Path, batch: &RecordBatch, first: usize) -> Result<Vec<R
     let objects = json_rows(path, batch.num_rows(), plain)?;
     let record =
         |(index, (mut fields, embedded)): (usize, (Map<String, Value>, Vec<ImageFile>))| {
+            // Their values may be large, as those of videos are, and nobody needs them.
+            for (name, column) in &others {
+                if !is_null(column, index) {
+                    let value = Value::Bool(holds_anything(column, index));
+                    fields.insert((*name).clone(), value);
+                }
+            }
+            let named = ["image", "images"].map(|name| match fields.get(name) {
+                None => 0,
+                Some(Value::Array(names)) => names.len(),
+                Some(_) => 1,
+            });
+            let mut others = named.into_iter().filter(|&count| count > 0);
+            // As many may be other names of the same images.
+            let differ = !embedded.is_empty() && others.any(|count| count != embedded.len());
             let name = embedded.first().and_then(|file| file.path.clone());
             if let Some(name) = name {
                 fields.entry("image").or_insert(Value::String(name));
             }
             Record {
                 place: format!("row {}", first + index + 1),
-                fields: Ok(Value::Object(fields)),
+                fields: if differ {
+                    Err(
+                        "`image` and `images` hold different images; keep one of the two"
+                            .to_owned(),
+                    )
+                } else {
+                    Ok(Value::Object(fields))
+                },
                 embedded,
             }
         };
@@ -230,26 +257,57 @@ fn holds_bytes(data_type: &DataType) -> bool {
     }
 }
 
+fn is_null(column: &ArrayRef, row: usize) -> bool {
+    // A column of nulls only has no bitmap of them.
+    column.is_null(row) || *column.data_type() == DataType::Null
+}
+
+/// False for null, false, empty texts and bytes, and lists and structs of nothing else.
+fn holds_anything(column: &ArrayRef, row: usize) -> bool {
+    let any = |items: ArrayRef| (0..items.len()).any(|item| holds_anything(&items, item));
+    !is_null(column, row)
+        && match column.data_type() {
+            DataType::Boolean => column.as_boolean().value(row),
+            DataType::Utf8 => !column.as_string::<i32>().value(row).trim().is_empty(),
+            DataType::LargeUtf8 => !column.as_string::<i64>().value(row).trim().is_empty(),
+            DataType::Utf8View => !column.as_string_view().value(row).trim().is_empty(),
+            DataType::Binary => !column.as_binary::<i32>().value(row).is_empty(),
+            DataType::LargeBinary => !column.as_binary::<i64>().value(row).is_empty(),
+            DataType::BinaryView => !column.as_binary_view().value(row).is_empty(),
+            DataType::List(_) => any(column.as_list::<i32>().value(row)),
+            DataType::LargeList(_) => any(column.as_list::<i64>().value(row)),
+            DataType::FixedSizeList(_, _) => any(column.as_fixed_size_list().value(row)),
+            DataType::Struct(_) => {
+                let mut fields = column.as_struct().columns().iter();
+                fields.any(|field| holds_anything(field, row))
+            }
+            _ => true,
+        }
+}
+
+/// The images in a row of a column. A null in a list is an image without bytes, which is refused.
 fn files_of(column: &ArrayRef, row: usize) -> Vec<ImageFile> {
     if column.is_null(row) {
         return Vec::new();
     }
     match column.data_type() {
         DataType::Struct(_) => vec![file_of(column.as_struct(), row)],
-        DataType::List(_) => {
-            let items = column.as_list::<i32>().value(row);
-            (0..items.len())
-                .flat_map(|item| files_of(&items, item))
-                .collect()
-        }
-        DataType::LargeList(_) => {
-            let items = column.as_list::<i64>().value(row);
-            (0..items.len())
-                .flat_map(|item| files_of(&items, item))
-                .collect()
-        }
+        DataType::List(_) => files_in(&column.as_list::<i32>().value(row)),
+        DataType::LargeList(_) => files_in(&column.as_list::<i64>().value(row)),
         _ => Vec::new(),
     }
+}
+
+fn files_in(items: &ArrayRef) -> Vec<ImageFile> {
+    let nothing = ImageFile {
+        bytes: None,
+        path: None,
+    };
+    let file = |item| match items.is_null(item) {
+        true => vec![nothing.clone()],
+        false => files_of(items, item),
+    };
+    (0..items.len()).flat_map(file).collect()
 }
 
 fn file_of(files: &StructArray, row: usize) -> ImageFile {
@@ -300,7 +358,10 @@ pub fn captions(path: &Path) -> Result<HashMap<String, Vec<String>>, Failure> {
 mod tests {
     use std::sync::Arc;
 
-    use arrow::array::StringArray;
+    use arrow::array::{BinaryArray, ListArray, NullArray, StringArray, UInt32Array};
+    use arrow::buffer::{NullBuffer, OffsetBuffer};
+    use arrow::compute::take;
+    use arrow::datatypes::Field;
 
     use super::*;
     use crate::store::TableWriter;
@@ -380,5 +441,91 @@ mod tests {
             Some(b"png".as_slice())
         );
         assert_eq!(records[1].embedded[0].bytes, None);
+    }
+
+    /// The records of a Parquet file of these columns.
+    fn parquet(columns: Vec<(&str, ArrayRef)>) -> Vec<Record> {
+        let batch = RecordBatch::try_from_iter_with_nullable(
+            columns
+                .into_iter()
+                .map(|(name, column)| (name, column, true)),
+        )
+        .unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let mut writer = TableWriter::new(folder.path(), "a", batch.schema(), &[]);
+        writer.write(&batch).unwrap();
+        writer.finish().unwrap();
+        let records = records(&folder.path().join("a.parquet")).unwrap();
+        records.map(Result::unwrap).collect()
+    }
+
+    #[test]
+    fn a_column_that_is_not_read_is_there_where_it_is_not_null() {
+        let texts =
+            |texts: &[Option<&str>]| -> ArrayRef { Arc::new(StringArray::from(texts.to_vec())) };
+        let bytes: ArrayRef = Arc::new(BinaryArray::from(vec![
+            None,
+            Some(&[1_u8; 9][..]),
+            None,
+            None,
+        ]));
+        let path = texts(&[Some("a.mp4"), None, None, None]);
+        let fields = [("bytes", bytes), ("path", path)].map(|(name, column)| {
+            (
+                Arc::new(Field::new(name, column.data_type().clone(), true)),
+                column,
+            )
+        });
+        let nulls = NullBuffer::from(vec![true, true, true, false]);
+        let (fields, columns): (Vec<_>, Vec<_>) = fields.into_iter().unzip();
+        let video: ArrayRef = Arc::new(StructArray::new(fields.into(), columns, Some(nulls)));
+        let records = parquet(vec![
+            ("prompt", texts(&[Some("What?"); 4])),
+            ("video", video),
+            ("category", texts(&[Some("a"), None, Some(""), None])),
+            ("nothing", Arc::new(NullArray::new(4))),
+        ]);
+        let fields: Vec<Value> = records
+            .into_iter()
+            .map(|record| record.fields.unwrap())
+            .collect();
+        assert_eq!(
+            fields,
+            [
+                serde_json::json!({"prompt": "What?", "video": true, "category": true}),
+                serde_json::json!({"prompt": "What?", "video": true}),
+                serde_json::json!({"prompt": "What?", "video": false, "category": false}),
+                serde_json::json!({"prompt": "What?"}),
+            ]
+        );
+    }
+
+    #[test]
+    fn an_image_that_is_null_in_a_list_is_not_passed_over() {
+        let images = Image::to_batch(&[Image {
+            image_id: String::new(),
+            image: ImageFile {
+                bytes: Some(b"png".to_vec()),
+                path: None,
+            },
+            width: 0,
+            height: 0,
+            format: String::new(),
+        }]);
+        let image = images.column(1);
+        let two = take(image, &UInt32Array::from(vec![Some(0), None]), None).unwrap();
+        let item = Arc::new(Field::new("item", two.data_type().clone(), true));
+        let lists = ListArray::new(item, OffsetBuffer::from_lengths([2]), two, None);
+        let path: ArrayRef = Arc::new(StringArray::from(vec!["b.png"]));
+        let records = parquet(vec![("images", Arc::new(lists)), ("image", path)]);
+        assert_eq!(records[0].embedded.len(), 2);
+        assert_eq!(records[0].embedded[1].bytes, None);
+        assert!(
+            records[0]
+                .fields
+                .as_ref()
+                .unwrap_err()
+                .contains("hold different images")
+        );
     }
 }

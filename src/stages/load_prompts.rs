@@ -12,7 +12,8 @@ use super::{Input, Stage, StageError, TableName, Work, join};
 use crate::tables::{Prompt, Row};
 
 /// Reads pictures and questions: a JSON list or JSON lines of `{id, image, prompt}`, LLaVA
-/// conversations, or Parquet with an image column as Hugging Face `datasets` writes it.
+/// conversations (`from` and `value`, or `role` and `content`), or Parquet with an image column as
+/// Hugging Face `datasets` writes it. A record that names video or audio is a reject.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LoadPrompts {

@@ -12,6 +12,7 @@ mod pairing;
 mod records;
 mod shelf;
 mod source;
+mod unread;
 mod values;
 mod work;
 

@@ -3,9 +3,14 @@
 
 use serde_json::{Map, Value};
 
+use super::unread::{content, refuse_media};
 use crate::tables::{Role, Turn};
 
-/// What a record says, before its pictures are opened.
+/// The word that stands for an image in a text.
+const PLACEHOLDER: &str = "<image>";
+
+/// What a record says, before its images are opened.
+#[derive(Debug)]
 pub struct Fields {
     pub id: Option<String>,
     pub paths: Vec<String>,
@@ -16,15 +21,79 @@ pub struct Fields {
     pub answer: Option<String>,
     pub chosen: Option<String>,
     pub rejected: Option<String>,
+    /// The images of the record and the places for them in its text.
+    images: Images,
 }
 
-/// The fields of a record that was read, or why there are none.
-pub fn read_fields(record: &Result<Value, String>) -> Result<Fields, String> {
-    record.as_ref().map_err(Clone::clone).and_then(fields)
+/// The images of a record, and the places for them that its text has so far.
+#[derive(Debug, Clone, Copy)]
+struct Images {
+    count: usize,
+    /// `<image>` in texts that are shown to a model.
+    placeholders: usize,
+    /// Parts of messages that are images.
+    parts: usize,
+}
+
+impl Images {
+    /// A text without its placeholders, which are counted: the images come first in any case. In a
+    /// record without images `<image>` is a word like others.
+    fn take_out(&mut self, text: &str) -> String {
+        if self.count == 0 {
+            return text.trim().to_owned();
+        }
+        self.placeholders += text.matches(PLACEHOLDER).count();
+        text.replace(PLACEHOLDER, "").trim().to_owned()
+    }
+
+    /// Refuses other numbers of images and of places for them; a text may leave the places out.
+    fn fit(self) -> Result<(), String> {
+        let plural = |count: usize, thing: &str| match count {
+            1 => format!("1 {thing}"),
+            count => format!("{count} {thing}s"),
+        };
+        let places = self.placeholders + self.parts;
+        if places == 0 || places == self.count {
+            return Ok(());
+        }
+        let images = plural(self.count, "image");
+        let places = if self.placeholders == 0 {
+            plural(self.parts, "image part")
+        } else {
+            plural(places, "`<image>` placeholder")
+        };
+        Err(format!(
+            "it has {images} and {places}; write one for each image, or none"
+        ))
+    }
+}
+
+/// The fields of a record whose file holds `embedded` images for it, or why it can't be used.
+pub fn read_fields(record: &Result<Value, String>, embedded: usize) -> Result<Fields, String> {
+    let value = record.as_ref().map_err(Clone::clone)?;
+    if let Some(object) = value.as_object() {
+        let has_images = embedded > 0 || paths(object).is_ok_and(|paths| !paths.is_empty());
+        refuse_media(object, has_images)?;
+        if embedded == 0 {
+            refuse_two_lists(object)?;
+        }
+    }
+    let fields = fields(value, embedded)?;
+    fields.images.fit()?;
+    Ok(fields)
+}
+
+/// The paths that a record names, whether it can be used or not.
+pub fn named_paths(record: &Result<Value, String>) -> Vec<String> {
+    let fields = record
+        .as_ref()
+        .map_err(Clone::clone)
+        .and_then(|record| fields(record, 0));
+    fields.map_or_else(|_| Vec::new(), |fields| fields.paths)
 }
 
 /// Reads a record of either form.
-fn fields(record: &Value) -> Result<Fields, String> {
+fn fields(record: &Value, embedded: usize) -> Result<Fields, String> {
     let Some(object) = record.as_object() else {
         return Err("it is not a JSON object".to_owned());
     };
@@ -37,39 +106,54 @@ fn fields(record: &Value) -> Result<Fields, String> {
         }
     };
     let [chosen, rejected] = preference(object)?.map_or([None, None], |outputs| outputs.map(Some));
+    let paths = paths(object)?;
+    let mut images = Images {
+        count: if embedded > 0 { embedded } else { paths.len() },
+        placeholders: 0,
+        parts: 0,
+    };
     let mut turns = Vec::new();
     let mut system = text("system")?;
     let mut last_answer = None;
-    let mut question = text("prompt")?.or(text("question")?);
-    if let Some(conversation) = object.get("conversations") {
-        question = conversation_turns(conversation, &mut system, &mut turns, &mut last_answer)?;
-    } else if let Some(history) = object.get("turns") {
-        turns = history_turns(history)?;
-    }
-    let question = question
-        .map(|text| without_placeholders(&text))
-        .filter(|text| !text.is_empty());
+    let written = text("prompt")?.or(text("question")?);
+    let question = if let Some(conversation) = there(object, "conversations") {
+        let said = Said {
+            system: &mut system,
+            turns: &mut turns,
+            answer: &mut last_answer,
+            images: &mut images,
+        };
+        conversation_turns(conversation, said)?
+    } else {
+        if let Some(history) = there(object, "turns") {
+            turns = history_turns(history, &mut images)?;
+        }
+        written.map(|text| images.take_out(&text))
+    };
+    let question = question.filter(|text| !text.is_empty());
     let names: Vec<&str> = object.keys().map(String::as_str).collect();
     let question = question
         .ok_or_else(|| format!("it has no `prompt`; its fields are {}", names.join(", ")))?;
     Ok(Fields {
         id: text("id")?,
-        paths: paths(object.get("image").or(object.get("images")))?,
+        paths,
         system,
         turns,
         question,
-        captions: object
-            .get("captions")
-            .filter(|captions| !captions.is_null())
-            .map(texts)
-            .transpose()?,
+        captions: there(object, "captions").map(texts).transpose()?,
         // An empty answer is how the document's writers say that there is none.
         answer: text("answer")?
             .or(last_answer)
             .filter(|answer| !answer.is_empty()),
         chosen: chosen.or(text("chosen")?),
         rejected: rejected.or(text("rejected")?),
+        images,
     })
+}
+
+/// A field of a record, unless it is null.
+fn there<'a>(record: &'a Map<String, Value>, name: &str) -> Option<&'a Value> {
+    record.get(name).filter(|value| !value.is_null())
 }
 
 /// The preferred and the other output of a record of LLaVA-Human-Preference
@@ -95,14 +179,32 @@ fn preference(record: &Map<String, Value>) -> Result<Option<[String; 2]>, String
     }
 }
 
-fn paths(images: Option<&Value>) -> Result<Vec<String>, String> {
-    match images {
-        None | Some(Value::Null) => Ok(Vec::new()),
+/// The paths under `image`, or those under `images` where it has none.
+fn paths(record: &Map<String, Value>) -> Result<Vec<String>, String> {
+    let image = listed(record, "image")?;
+    if image.is_empty() {
+        listed(record, "images")
+    } else {
+        Ok(image)
+    }
+}
+
+/// Refuses a record whose `image` and `images` differ: one of them would be passed over.
+fn refuse_two_lists(record: &Map<String, Value>) -> Result<(), String> {
+    let (image, images) = (listed(record, "image")?, listed(record, "images")?);
+    if image.is_empty() || images.is_empty() || image == images {
+        return Ok(());
+    }
+    Err("`image` and `images` name different files; keep one of the two".to_owned())
+}
+
+fn listed(record: &Map<String, Value>, name: &str) -> Result<Vec<String>, String> {
+    let problem = || format!("`{name}` is not a path or a list of paths");
+    match there(record, name) {
+        None => Ok(Vec::new()),
         Some(Value::String(path)) => Ok(vec![path.clone()]),
-        Some(list @ Value::Array(_)) => {
-            texts(list).map_err(|_| "`image` is not a path or a list of paths".to_owned())
-        }
-        Some(_) => Err("`image` is not a path or a list of paths".to_owned()),
+        Some(list @ Value::Array(_)) => texts(list).map_err(|_| problem()),
+        Some(_) => Err(problem()),
     }
 }
 
@@ -116,38 +218,54 @@ fn texts(list: &Value) -> Result<Vec<String>, String> {
     Ok(items.iter().map(text).collect::<Result<_, _>>()?)
 }
 
-/// Removes `<image>` wherever it stands, as the document's training script does: the pictures come
-/// first in any case.
-fn without_placeholders(text: &str) -> String {
-    text.replace("<image>", "").trim().to_owned()
+/// What a conversation is read into.
+struct Said<'a> {
+    system: &'a mut Option<String>,
+    turns: &'a mut Vec<Turn>,
+    answer: &'a mut Option<String>,
+    images: &'a mut Images,
 }
 
-/// LLaVA's `conversations`: the last thing that the human says is the question, what the model says
-/// to it is the known answer, and all before it is history.
-fn conversation_turns(
-    conversation: &Value,
-    system: &mut Option<String>,
-    turns: &mut Vec<Turn>,
-    answer: &mut Option<String>,
-) -> Result<Option<String>, String> {
+/// LLaVA's `conversations`, of `{from, value}` or of `{role, content}`: the last thing that the human
+/// says is the question, what the model says to it is the known answer, and all before it is history.
+fn conversation_turns(conversation: &Value, said: Said<'_>) -> Result<Option<String>, String> {
+    let Said {
+        system,
+        turns,
+        answer,
+        images,
+    } = said;
     let entries = conversation
         .as_array()
         .ok_or("`conversations` is not a list")?;
     for (number, entry) in entries.iter().enumerate() {
+        let has = |name: &str| entry.get(name).is_some_and(|value| !value.is_null());
+        let (from, value) = if has("role") && !has("from") {
+            ("role", "content")
+        } else {
+            ("from", "value")
+        };
         let word = |name: &str| {
             let text = entry.get(name).and_then(Value::as_str);
             text.ok_or_else(|| format!("entry {number} of `conversations` has no text `{name}`"))
         };
-        let value = without_placeholders(word("value")?);
-        match word("from")? {
-            "system" => *system = Some(value),
+        let text = if let (Some(Value::Array(parts)), "content") = (entry.get(value), value) {
+            let place = format!("entry {number} of `conversations`");
+            let (text, parts) = content(&place, parts)?;
+            images.parts += parts;
+            images.take_out(&text)
+        } else {
+            images.take_out(word(value)?)
+        };
+        match word(from)? {
+            "system" => *system = Some(text),
             "human" | "user" => turns.push(Turn {
                 role: Role::User,
-                text: value,
+                text,
             }),
             "gpt" | "assistant" => turns.push(Turn {
                 role: Role::Assistant,
-                text: value,
+                text,
             }),
             other => {
                 return Err(format!(
@@ -172,7 +290,7 @@ fn conversation_turns(
 }
 
 /// Our own `turns`: a list of `{role, text}` before the question.
-fn history_turns(history: &Value) -> Result<Vec<Turn>, String> {
+fn history_turns(history: &Value, images: &mut Images) -> Result<Vec<Turn>, String> {
     let entries = history.as_array().ok_or("`turns` is not a list")?;
     let turn = |entry: &Value| {
         let text = entry
@@ -186,7 +304,7 @@ fn history_turns(history: &Value) -> Result<Vec<Turn>, String> {
         };
         Ok(Turn {
             role,
-            text: without_placeholders(text),
+            text: images.take_out(text),
         })
     };
     Ok(entries.iter().map(turn).collect::<Result<_, _>>()?)
@@ -197,6 +315,10 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    fn fields(record: &Value) -> Result<Fields, String> {
+        read_fields(&Ok(record.clone()), 0)
+    }
 
     #[test]
     fn a_conversation_becomes_history_question_and_answer() {
@@ -239,6 +361,115 @@ mod tests {
             problem,
             "it has a `preference`, but no text `output_2.value`"
         );
+    }
+
+    #[test]
+    fn roles_and_contents_read_like_speakers_and_values() {
+        let image = json!({"type": "image", "index": 0, "text": null});
+        let record = json!({"images": ["a.png"], "conversations": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": [image, {"type": "text", "text": "What is it?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
+            {"role": "user", "content": "Which color?"}, {"role": "assistant", "content": "Gray."}]});
+        let read = fields(&record).unwrap();
+        assert_eq!(read.system.as_deref(), Some("Be brief."));
+        assert_eq!(read.turns[0].text, "What is it?");
+        assert_eq!(read.turns[1].text, "A cat.");
+        assert_eq!(
+            (read.question.as_str(), read.answer.as_deref()),
+            ("Which color?", Some("Gray."))
+        );
+        let without = json!({"conversations": record["conversations"]});
+        assert_eq!(
+            fields(&without).unwrap_err(),
+            "it has 0 images and 1 image part; write one for each image, or none"
+        );
+    }
+
+    #[test]
+    fn images_and_their_places_are_as_many() {
+        let two = json!(["a.png", "b.png"]);
+        let flat = |text: &str| fields(&json!({"images": two, "prompt": text}));
+        assert_eq!(flat("Which is older?").unwrap().question, "Which is older?");
+        assert_eq!(
+            flat("<image> or <image>?").unwrap().question,
+            "or ?",
+            "the text of the prompt ids of earlier versions"
+        );
+        assert_eq!(
+            flat("<image>\nWhich?").unwrap_err(),
+            "it has 2 images and 1 `<image>` placeholder; write one for each image, or none"
+        );
+        assert_eq!(
+            flat("<image><image><image> Which?").unwrap_err(),
+            "it has 2 images and 3 `<image>` placeholders; write one for each image, or none"
+        );
+        let told = |first: &str, answer: &str, last: &str| {
+            fields(&json!({"image": two, "conversations": [
+                {"from": "human", "value": first}, {"from": "gpt", "value": answer},
+                {"from": "human", "value": last}, {"from": "gpt", "value": "It is."}]}))
+        };
+        let read = told("<image>\nThis?", "A cat.", "And <image>").unwrap();
+        assert_eq!(
+            (read.turns[0].text.as_str(), &*read.question),
+            ("This?", "And")
+        );
+        assert!(told("<image>\nThis?", "A cat.", "And?").is_err());
+        assert!(told("<image>\nThis?", "<image>: a cat.", "And <image>").is_err());
+        let turns = json!([{"role": "user", "text": "<image>This?"}, {"role": "assistant", "text": "Yes."}]);
+        let with = |prompt: &str| fields(&json!({"image": two, "turns": turns, "prompt": prompt}));
+        assert!(with("And <image>?").is_ok());
+        assert!(with("And?").is_err());
+        let embedded = |count| read_fields(&Ok(json!({"prompt": "<image><image> Which?"})), count);
+        assert_eq!(embedded(2).unwrap().question, "Which?");
+        assert!(embedded(1).is_err() && embedded(3).is_err());
+    }
+
+    #[test]
+    fn without_images_the_text_is_left_as_it_is() {
+        let text = "What does the tag <image> do?";
+        let flat = fields(&json!({"prompt": text, "image": null, "images": []})).unwrap();
+        assert_eq!(flat.question, text);
+        let told = json!({"conversations": [
+            {"from": "human", "value": text}, {"from": "gpt", "value": "<image> embeds."},
+            {"from": "human", "value": " Since when? "}]});
+        let told = fields(&told).unwrap();
+        assert_eq!(told.turns[0].text, text);
+        assert_eq!(told.turns[1].text, "<image> embeds.");
+        assert_eq!(told.question, "Since when?");
+    }
+
+    #[test]
+    fn no_list_of_images_is_passed_over() {
+        let read = |image: Value, images: Value| {
+            let record = json!({"image": image, "images": images, "prompt": "Why?"});
+            fields(&record).map(|fields| fields.paths)
+        };
+        assert_eq!(read(json!(null), json!(["a", "b"])).unwrap(), ["a", "b"]);
+        assert_eq!(read(json!("a"), json!(["a"])).unwrap(), ["a"]);
+        assert_eq!(read(json!("a"), json!(null)).unwrap(), ["a"]);
+        assert_eq!(
+            read(json!("a"), json!(["a", "b"])).unwrap_err(),
+            "`image` and `images` name different files; keep one of the two"
+        );
+    }
+
+    /// The key of a finished table holds the images that its records name, in the way of earlier versions.
+    #[test]
+    fn a_record_that_is_refused_now_still_names_its_images() {
+        for more in [
+            json!({"video": "a.mp4"}),
+            json!({"prompt": "<image><image> Why?"}),
+            json!({"images": ["b"]}),
+        ] {
+            let mut record = json!({"prompt": "Why?", "image": "a"});
+            record
+                .as_object_mut()
+                .unwrap()
+                .extend(more.as_object().unwrap().clone());
+            assert!(fields(&record).is_err());
+            assert_eq!(named_paths(&Ok(record)), ["a"]);
+        }
     }
 
     #[test]

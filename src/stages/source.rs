@@ -13,7 +13,8 @@ use arrow::array::RecordBatch;
 use rayon::prelude::*;
 
 use super::formats;
-use super::records::{Fields, read_fields};
+use super::records::{Fields, named_paths, read_fields};
+use super::unread::Unread;
 use super::work::{Failure, Load, Loaded, Record, shown};
 use crate::files;
 use crate::prep::{decode, probe};
@@ -125,6 +126,7 @@ pub struct Loader<'a, R> {
     captions: Option<HashMap<String, Vec<String>>>,
     /// How often each prompt came so far.
     seen: HashMap<String, u32>,
+    unread: Unread,
     kind: PhantomData<R>,
 }
 
@@ -134,6 +136,7 @@ impl<'a, R: Loadable> Loader<'a, R> {
             source,
             captions: None,
             seen: HashMap::new(),
+            unread: Unread::default(),
             kind: PhantomData,
         }
     }
@@ -214,12 +217,24 @@ impl<R: Loadable> Load for Loader<'_, R> {
 
     fn pictures(&self, record: &Record) -> Vec<PathBuf> {
         let names: Vec<String> = if record.embedded.is_empty() {
-            read_fields(&record.fields).map_or_else(|_| Vec::new(), |fields| fields.paths)
+            named_paths(&record.fields)
         } else {
             let outside = record.embedded.iter().filter(|file| file.bytes.is_none());
             outside.filter_map(|file| file.path.clone()).collect()
         };
         names.iter().map(|name| self.folder().join(name)).collect()
+    }
+
+    fn look_over(&mut self, records: &[Record]) {
+        for record in records {
+            if let Ok(fields) = &record.fields {
+                self.unread.count(fields);
+            }
+        }
+    }
+
+    fn unread(&self) -> Option<String> {
+        self.unread.in_words()
     }
 
     fn resume(&mut self, rows: &RecordBatch) -> Result<(), Failure> {
@@ -235,7 +250,8 @@ impl<R: Loadable> Load for Loader<'_, R> {
         let mut read: Vec<(String, Opened)> = records
             .into_par_iter()
             .map(|record| {
-                let opened = read_fields(&record.fields).and_then(|fields| {
+                let fields = read_fields(&record.fields, record.embedded.len());
+                let opened = fields.and_then(|fields| {
                     let images = if record.embedded.is_empty() {
                         let open = |path: &String| open_picture(&folder.join(path), pixels_max);
                         fields

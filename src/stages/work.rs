@@ -367,6 +367,13 @@ pub trait Load {
     /// The files that a record names.
     fn pictures(&self, record: &Record) -> Vec<PathBuf>;
 
+    /// Takes notice of records, loaded now or before the run was interrupted: of their keys, those that
+    /// are not read.
+    fn look_over(&mut self, records: &[Record]);
+
+    /// The keys of the records so far that are not read, in words; `None` when all are.
+    fn unread(&self) -> Option<String>;
+
     /// Takes notice of rows that were loaded before the run was interrupted.
     fn resume(&mut self, rows: &RecordBatch) -> Result<(), Failure>;
 
