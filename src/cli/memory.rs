@@ -11,7 +11,7 @@ use super::tokens::Tokens;
 use crate::config::{At, Complaint, KeyPath, Plan};
 use crate::models::{DeviceSpec, Dtype, ModelError, ModelLoader, ModelSpec, Room};
 use crate::prep::size_in_words as size;
-use crate::stages::TableName;
+use crate::stages::{Failure, TableName};
 use needs::{Precision, Refusal, computing, of_stage};
 
 /// What a stage takes.
@@ -45,18 +45,22 @@ pub fn of_plan(
     plan: &Plan,
     tokens: &[Tokens],
     loader: Option<&dyn ModelLoader>,
-) -> Result<Vec<Taken>, ModelError> {
+) -> Result<Vec<Taken>, Failure> {
     let mut all = Vec::new();
     for stage in plan.all() {
         let Some(model) = computing(plan, stage) else {
             continue;
         };
-        let precision = precision(&plan.models[model].clone().opened(), loader)?;
+        let precision = precision(&plan.models[model].clone().opened(), loader);
+        let precision = precision.map_err(Failure::of(model))?;
         let Some(needs) = of_stage(plan, stage, tokens, precision) else {
             continue;
         };
         let room = match loader {
-            Some(loader) => loader.room(&plan.models[&needs.model].clone().opened())?,
+            Some(loader) => {
+                let room = loader.room(&plan.models[&needs.model].clone().opened());
+                room.map_err(Failure::of(&needs.model))?
+            }
             None => None,
         };
         let here = room.map(|room| {

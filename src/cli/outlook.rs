@@ -60,7 +60,7 @@ impl Outlook {
     ) -> Result<Self, Failed> {
         let taken = memory::of_plan(plan, &tokens, loader);
         Ok(Self {
-            taken: taken.map_err(|error| Failed::Words(plan.secrets.hide(&error.to_string())))?,
+            taken: taken.map_err(|failure| words(plan, &failure))?,
             forecasts,
             tokens,
         })

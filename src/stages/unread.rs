@@ -318,15 +318,16 @@ fn unread_of(record: &Map<String, Value>) -> BTreeSet<String> {
         &[]
     };
     let keys = record.iter().filter(|(key, value)| {
-        let is_read = READ.contains(&key.as_str()) && !instead.contains(&key.as_str());
-        let is_merely_unread = match medium(key) {
+        if READ.contains(&key.as_str()) && !instead.contains(&key.as_str()) {
+            return false;
+        }
+        match medium(key) {
             None => !value.is_null(),
             // Another name of an image that is read, or else the record is refused.
             Some(Medium::Image) => holds_anything(value),
             // Nothing, or the record is refused.
             Some(Medium::Other) => false,
-        };
-        !is_read && is_merely_unread
+        }
     });
     let mut found: BTreeSet<String> = keys.map(|(key, _)| shown(key)).collect();
     for (field, read) in READ_WITHIN {
