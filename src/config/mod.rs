@@ -24,6 +24,7 @@ mod words;
 mod check;
 mod lineage;
 mod probe;
+mod queries;
 mod unused;
 
 mod plan;
