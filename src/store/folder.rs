@@ -256,7 +256,7 @@ impl RunFolder {
         let folder = self.table_folder(table, round);
         let files: Vec<FileRecord> = made.files().cloned().collect();
         let mut files = self.compact(&files, |schema| {
-            place.rows_writer(&format!("{hidden}{folder}/all"), schema, footer)
+            place.writer_in(&format!("{hidden}{folder}"), "all", schema, footer)
         })?;
         if self.manifest.staged(table, round).is_none() {
             for file in &mut files {

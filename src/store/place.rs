@@ -12,6 +12,9 @@ pub struct Place {
     pub(super) root: PathBuf,
     /// Empty, or `.cache/<key>/` for a staged version.
     pub(super) prefix: String,
+    /// Ends the names of a staged version's files (`-` and the first digits of its key), so that a program
+    /// that opens a file twice never reads half of one version and half of another.
+    pub(super) suffix: String,
     pub(super) table: String,
     pub(super) round: Option<u32>,
     /// See [`super::Manifest::has_round_column`].
@@ -27,18 +30,19 @@ impl Place {
 
     /// A writer of `<folder>/<name>.parquet`.
     pub fn writer(&self, name: &str, schema: &SchemaRef, footer: &[(&str, String)]) -> TableWriter {
-        let stem = format!("{}/{name}", self.folder());
-        self.rows_writer(&stem, schema, footer)
+        self.writer_in(&self.folder(), name, schema, footer)
     }
 
-    pub(super) fn rows_writer(
+    pub(super) fn writer_in(
         &self,
-        stem: &str,
+        folder: &str,
+        name: &str,
         schema: &SchemaRef,
         footer: &[(&str, String)],
     ) -> TableWriter {
+        let stem = format!("{folder}/{name}{}", self.suffix);
         let round = self.round.filter(|_| self.has_round_column);
-        TableWriter::new(&self.root, stem, schema.clone(), footer).in_round(round)
+        TableWriter::new(&self.root, &stem, schema.clone(), footer).in_round(round)
     }
 
     /// A writer of rows of another kind (`rejects`, `telemetry`) that belong to the table's. These kinds

@@ -24,6 +24,9 @@ impl RunFolder {
         Place {
             root: self.root.clone(),
             prefix: staged.map_or_else(String::new, |made| below_cache(&made.key)),
+            suffix: staged.map_or_else(String::new, |made| {
+                format!("-{}", made.key.get(..8).unwrap_or(&made.key))
+            }),
             table: table.to_owned(),
             round,
             has_round_column: self.manifest.has_round_column(),
@@ -305,6 +308,10 @@ impl RunFolder {
                 continue;
             }
             rename_into(&from, &to)?;
+            if let Some(folder) = from.parent() {
+                // The last file leaves an empty folder; others stay.
+                let _ = fs::remove_dir(folder);
+            }
         }
         Ok(())
     }
