@@ -23,6 +23,7 @@ mod words;
 
 mod check;
 mod lineage;
+mod paths;
 mod probe;
 mod queries;
 mod unused;
@@ -35,9 +36,9 @@ mod guess;
 
 mod schema;
 
-pub use check::NOT_FETCHED;
 pub use complaint::{At, Complaint, Complaints, Gravity, Look};
 pub use expectation::{Expectation, Otherwise};
+pub use paths::NOT_FETCHED;
 pub use pipeline::{Chart, KeepImages, PipelineName, Rounds, View};
 pub use plan::{Plan, PlannedStage};
 pub use reference::{EnvReference, Secrets};
@@ -118,11 +119,11 @@ fn parse(
     complaints.extend(found);
     complaints.extend(exam::add(&mut written));
     resolve(&mut written, &sources);
-    secrets.show_paths(&check::path_settings(&written));
+    secrets.show_paths(&paths::settings(&written));
     complaints.extend(check::names_and_roles(&written));
     if !offline {
-        complaints.extend(check::files(&written, &sources, &secrets));
-        complaints.extend(check::probe_models(&written, &secrets));
+        complaints.extend(paths::missing_files(&written, &sources, &secrets));
+        complaints.extend(paths::probe_models(&written, &secrets));
         complaints.extend(probe::programs(&written, &secrets));
         complaints.extend(probe::contexts(&written));
     }

@@ -12,10 +12,10 @@ use arrow::datatypes::SchemaRef;
 use serde_json::{Value, json};
 
 use super::LoadError;
-use super::check::NOT_FETCHED;
 use super::complaint::{At, Complaint, Complaints, Gravity, Sources};
 use super::expectation::Expectation;
 use super::lineage::{Draft, Lineage};
+use super::paths::NOT_FETCHED;
 use super::pipeline::{KeepImages, PipelineName, View, Written};
 use super::reference::{EnvReference, Secrets};
 use super::source::{KeyPath, Place, Step};

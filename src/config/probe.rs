@@ -5,9 +5,10 @@ use std::env;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
-use super::check::{all_stages, shown};
+use super::check::all_stages;
 use super::complaint::{At, Complaint};
 use super::guess::guess;
+use super::paths::shown;
 use super::pipeline::Written;
 use super::reference::Secrets;
 use super::source::KeyPath;
