@@ -8,7 +8,7 @@ use arrow::datatypes::SchemaRef;
 
 use super::manifest::probe_writable;
 use super::parquet::schema_of_file;
-use super::versions::places;
+use super::place::places;
 use super::{
     CheckpointRecord, Event, FileRecord, Fork, Lock, Made, Manifest, Parked, PartRecord,
     StoreError, TableReader, TableWriter, create_folder, hash_file, write_folder,

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use arrow::datatypes::SchemaRef;
 
-use super::TableWriter;
+use super::{Made, TableWriter};
 
 /// Where the files of one version of a table are written.
 #[derive(Debug, Clone)]
@@ -78,4 +78,16 @@ pub(super) fn table_folder(table: &str, round: Option<u32>, has_round_column: bo
         Some(round) => format!("{table}/round={round}"),
         None => table.to_owned(),
     }
+}
+
+/// The files and folders of a version, relative to the run's folder; states stay where they are.
+pub(super) fn places(made: &Made) -> impl Iterator<Item = &str> {
+    let files = made.all_files().map(|file| file.file.as_str());
+    let checkpoint = made
+        .checkpoint
+        .iter()
+        .map(|checkpoint| checkpoint.folder.as_str());
+    files
+        .chain(checkpoint)
+        .chain(made.states.iter().map(|state| state.folder.as_str()))
 }

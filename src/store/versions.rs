@@ -14,7 +14,7 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::Errno;
 
 use super::folder::RunFolder;
-use super::place::{Place, table_folder};
+use super::place::{Place, places, table_folder};
 use super::{Event, FileRecord, Made, StoreError, create_folder, hash_file, sync_folder};
 
 impl RunFolder {
@@ -354,18 +354,6 @@ fn below_cache(key: &str) -> String {
 /// The name that a file below `.cache/<key>` has in its place.
 fn in_place<'n>(name: &'n str, key: &str) -> &'n str {
     name.strip_prefix(&below_cache(key)).unwrap_or(name)
-}
-
-/// The files and folders of a version, relative to the run's folder; states stay where they are.
-pub(super) fn places(made: &Made) -> impl Iterator<Item = &str> {
-    let files = made.all_files().map(|file| file.file.as_str());
-    let checkpoint = made
-        .checkpoint
-        .iter()
-        .map(|checkpoint| checkpoint.folder.as_str());
-    files
-        .chain(checkpoint)
-        .chain(made.states.iter().map(|state| state.folder.as_str()))
 }
 
 /// The record of a version whose files have other names.
