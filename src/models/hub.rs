@@ -41,11 +41,14 @@ impl Repository {
     /// Why the hub can have no such repository, if it can't.
     pub fn problem(&self) -> Option<String> {
         let parts: Vec<&str> = self.name.split('/').collect();
-        if parts.len() == 2
-            && parts.iter().all(|part| is_hub_name(part))
-            && !self.revision.is_empty()
-        {
-            return None;
+        if parts.len() == 2 && parts.iter().all(|part| is_hub_name(part)) {
+            if is_revision(&self.revision) {
+                return None;
+            }
+            let revision = &self.revision;
+            return Some(format!(
+                "`{revision}` is not the name of a branch, a tag or a commit; write `hf://org/name@main`, for one"
+            ));
         }
         Some(
             "a repository of the hub is written `hf://org/name` or `hf://org/name@revision`"
@@ -106,9 +109,15 @@ impl Repository {
 
     /// Its folder in a cache, if it is there with its weights.
     fn snapshot(&self, cache: &Path) -> Option<PathBuf> {
+        if self.problem().is_some() {
+            return None;
+        }
         let folder = self.folder(cache);
         let named = files::read_to_string(&folder.join("refs").join(&self.revision));
         let commit = named.map_or_else(|_| self.revision.clone(), |text| text.trim().to_owned());
+        if !is_revision(&commit) {
+            return None;
+        }
         let snapshot = folder.join("snapshots").join(commit);
         has_weights(&snapshot).then_some(snapshot)
     }
@@ -121,6 +130,14 @@ fn is_hub_name(name: &str) -> bool {
         && name.chars().all(word)
         && !name.starts_with(['.', '-'])
         && !name.ends_with(['.', '-'])
+}
+
+/// True for the name of a branch, a tag or a commit, by git's rules for names of references: no part of
+/// it leads out of the folder that it is a path in.
+fn is_revision(name: &str) -> bool {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '+' | '/');
+    let is_part = |part: &str| !part.is_empty() && !part.starts_with('.') && !part.ends_with('.');
+    name.len() <= 255 && name.chars().all(is_plain) && name.split('/').all(is_part)
 }
 
 /// Whether there are weights in a folder, and, where an index names their files, all of these. Programs
@@ -224,6 +241,39 @@ mod tests {
         assert_eq!(Repository::of(Path::new("org/name")), None);
         let command = repository("hf://org/name@v2").command();
         assert_eq!(command, "hf download org/name --revision v2");
+    }
+
+    #[test]
+    fn a_revision_never_leads_out_of_the_cache() {
+        let cache = tempfile::tempdir().unwrap();
+        let victim = cache.path().join("victim");
+        fs::create_dir_all(&victim).unwrap();
+        fs::write(victim.join("model.safetensors"), "").unwrap();
+        let folder = cache.path().join("models--org--name");
+        for folder in ["refs", "snapshots"] {
+            fs::create_dir_all(cache.path().join("models--org--name").join(folder)).unwrap();
+        }
+        for revision in [
+            "../../victim",
+            "..",
+            "a/../../../victim",
+            "/etc",
+            ".git",
+            "a//b",
+            "",
+            "a b",
+        ] {
+            let repository = repository(&format!("hf://org/name@{revision}"));
+            assert!(repository.problem().is_some(), "{revision}");
+            assert_eq!(repository.snapshot(cache.path()), None, "{revision}");
+        }
+        // A file of the cache that names no commit leads nowhere, either.
+        fs::write(folder.join("refs/main"), "../../victim").unwrap();
+        assert_eq!(repository("hf://org/name").snapshot(cache.path()), None);
+        for revision in ["main", "v1.0", "refs/pr/3", "0123abc", "feature/a_b-c+d"] {
+            let repository = repository(&format!("hf://org/name@{revision}"));
+            assert_eq!(repository.problem(), None, "{revision}");
+        }
     }
 
     #[test]

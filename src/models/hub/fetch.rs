@@ -109,6 +109,9 @@ impl Hub {
         say: &mut dyn FnMut(&str),
     ) -> Result<PathBuf, String> {
         let Repository { name, revision } = repository;
+        if let Some(problem) = repository.problem() {
+            return Err(format!("hf://{name}@{revision}: {problem}"));
+        }
         let url = format!(
             "{}/api/models/{name}/revision/{}?blobs=true",
             self.endpoint,
