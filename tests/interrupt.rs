@@ -5,8 +5,9 @@ use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use ovchat::store::RunFolder;
+use ovchat::tables::Reward;
 
-use crate::run::SCRIPTED;
+use crate::run::{SCRIPTED, rows};
 use crate::scene::Scene;
 
 /// A pipeline whose every table has many parts, so that a kill can hit the middle of each.
@@ -107,6 +108,34 @@ fn a_stopped_run_says_so_with_its_exit_code_and_goes_on() {
             .err
             .contains("nothing to do")
     );
+}
+
+/// Both find no folder; the one that comes second is told who came first, or finds all done.
+#[test]
+fn of_two_first_starts_at_once_one_is_told_of_the_other() {
+    let mut refused = 0;
+    for _ in 0..8 {
+        let scene = Scene::new();
+        scene.prompts(200).write("p.yaml", SCRIPTED);
+        let both = [(), ()].map(|()| {
+            let mut command = scene.command(&["run", "p.yaml"]);
+            command.stdout(Stdio::piped()).stderr(Stdio::piped());
+            command.spawn().unwrap()
+        });
+        let ids = both.each_ref().map(Child::id);
+        let both = both.map(|child| crate::scene::said(child.wait_with_output().unwrap()));
+        for (said, other) in both.iter().zip([ids[1], ids[0]]) {
+            if said.code == Some(0) {
+                continue;
+            }
+            refused += 1;
+            let told = format!("the run runs/scripted is in use by process {other} ");
+            assert!(said.err.contains(&told), "{}", said.err);
+        }
+        assert!(both.iter().any(|said| said.code == Some(0)));
+        assert_eq!(rows::<Reward>(&scene, "rewards", Some(2)).len(), 1000);
+    }
+    assert!(refused > 0, "they never met");
 }
 
 #[test]

@@ -40,8 +40,8 @@ impl RunFolder {
     /// the manifest lists but the disk no longer has; the tables that lost something are returned.
     pub fn open(root: &Path, pipeline: &str) -> Result<(Self, Vec<String>), StoreError> {
         create_folder(root)?;
-        probe_writable(root)?;
         let lock = Lock::take(root)?;
+        probe_writable(root)?;
         let manifest = match Manifest::read(root) {
             Ok(manifest) if manifest.pipeline == pipeline => manifest,
             Ok(manifest) => {

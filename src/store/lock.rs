@@ -3,9 +3,14 @@
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read, Seek, Write};
 use std::path::Path;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::thread;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::StoreError;
+
+/// A second in all for a holder to write its name.
+const LOOKS: u32 = 50;
+const BETWEEN_LOOKS: Duration = Duration::from_millis(20);
 
 /// Held as long as this value lives.
 #[derive(Debug)]
@@ -23,21 +28,13 @@ impl Lock {
             .create(true)
             .truncate(false)
             .open(&path)
-            .map_err(StoreError::io("open", &path))?;
+            .map_err(StoreError::io("write in", folder))?;
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
-                let mut holder = String::new();
-                let _ = file.read_to_string(&mut holder);
-                let holder = holder.trim().to_owned();
-                let holder = if holder.is_empty() {
-                    "another process".to_owned()
-                } else {
-                    holder
-                };
                 return Err(StoreError::Locked {
                     path: folder.to_owned(),
-                    holder,
+                    holder: named(&mut file),
                 });
             }
             Err(TryLockError::Error(source)) => return Err(StoreError::io("lock", &path)(source)),
@@ -56,6 +53,22 @@ impl Lock {
         written.map_err(StoreError::io("write", &path))?;
         Ok(Self { _file: file })
     }
+}
+
+/// Who holds the lock of a file, by what is written in it. A holder that has just taken it writes its name
+/// next.
+fn named(file: &mut File) -> String {
+    for _ in 0..LOOKS {
+        let mut holder = String::new();
+        let read = file
+            .rewind()
+            .and_then(|()| file.read_to_string(&mut holder));
+        if read.is_ok() && holder.ends_with('\n') {
+            return holder.trim().to_owned();
+        }
+        thread::sleep(BETWEEN_LOOKS);
+    }
+    "another process".to_owned()
 }
 
 /// Who holds the lock of the run in `folder`, if anybody does. Writes nothing.
