@@ -1,8 +1,8 @@
 //! Versions of a table: staged while they are made, current, parked once they are superseded.
 //!
 //! A complete table stays as it is until its new version is complete. Then the folders of the two change
-//! places in one system call, so a program that reads files by a glob sees the old rows or the new ones,
-//! never neither and never both. The commit comes first: what a crash leaves of the renames behind it is
+//! places in one system call, so a glob finds the old files or the new ones, never both. A program that has
+//! listed the old ones and opens them after that finds them gone. The commit comes first: what a crash leaves of the renames behind it is
 //! finished when the run is opened the next time.
 
 use std::collections::HashSet;
