@@ -72,7 +72,7 @@ pub fn plan(
     })
 }
 
-/// How many rows a query gives, as far as its form tells.
+/// The number of rows of a query, as far as its form tells.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RowCount {
     /// One at most, or a number that depends on more than one table's rows.

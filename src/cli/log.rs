@@ -95,7 +95,7 @@ pub fn wrong_arguments(error: &clap::Error) {
     );
 }
 
-/// Whether arguments ask for this log, be they right or wrong otherwise.
+/// True if arguments, valid or not, have `--log json`.
 pub fn is_asked_for(arguments: impl IntoIterator<Item = OsString>) -> bool {
     let arguments: Vec<OsString> = arguments.into_iter().collect();
     let pair = |pair: &[OsString]| pair[0] == "--log" && pair[1] == "json";
@@ -131,7 +131,7 @@ impl<W: Write> JsonLog<W> {
 }
 
 impl Current {
-    /// How fast it goes, and what it has come to.
+    /// Rows or steps a second, and the last loss, accuracy and mean reward.
     fn measures(&self) -> Value {
         let seconds = self.begun.elapsed().as_secs_f64();
         let done = self.done.saturating_sub(self.before);

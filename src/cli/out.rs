@@ -4,10 +4,10 @@ use std::io::{self, ErrorKind, Write};
 
 use clap::{Args, ValueEnum};
 
-/// How a command prints what it found.
+/// The flag of the output format.
 #[derive(Debug, Args)]
 pub struct Output {
-    /// How to print it.
+    /// The output format.
     #[arg(long, value_enum, default_value = "text")]
     format: Format,
     /// The same as --format json, as it was called before.

@@ -1,5 +1,4 @@
-//! What is known of a run before it begins, and what refuses it: `plan` shows the one, and both `plan`
-//! and `run` refuse by the other.
+//! The forecast of a run: tables, tokens, memory. `plan` prints it; `plan` and `run` refuse a pipeline by it.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -13,7 +12,7 @@ use crate::run::{self, Forecast};
 use crate::stages::{Failure, TableName};
 use crate::store::Rates;
 
-/// What a run would do, and what it takes.
+/// The tables that a run would make, with their tokens and memory.
 pub struct Outlook {
     pub forecasts: Vec<Forecast>,
     pub tokens: Vec<Tokens>,

@@ -32,7 +32,7 @@ use super::Failed;
 use crate::query::{Header, QueryError};
 use crate::store::ParquetStream;
 
-/// How rows are printed.
+/// A format for rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Format {
     /// For people: a table with borders.
@@ -45,13 +45,13 @@ pub enum Format {
     Json,
     /// A JSON object a line.
     Jsonl,
-    /// A Parquet file: lossless.
+    /// A Parquet file: lossless, but timestamps in seconds and Date64 become int64.
     Parquet,
     /// An Arrow IPC file (Feather): lossless.
     Arrow,
 }
 
-/// What JSON has in the place of NaN and infinities.
+/// The treatment of NaN and infinities in JSON.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Nan {
     /// The command fails.
@@ -63,10 +63,10 @@ pub enum Nan {
 /// The options of commands that print rows.
 #[derive(Debug, Clone, Copy, Args)]
 pub struct RowFormat {
-    /// How rows are printed. Parquet and Arrow are lossless; the others write values as text.
+    /// The format of the rows. Arrow is lossless, Parquet nearly; the others write values as text.
     #[arg(long, value_enum, default_value = "table")]
     pub format: Format,
-    /// What to do with NaN and infinities in JSON, which has no such numbers.
+    /// The treatment of NaN and infinities in JSON, which has no such numbers.
     #[arg(long, value_enum, default_value = "error")]
     pub nan: Nan,
 }

@@ -114,8 +114,8 @@ fn open(
     Ok((Arc::new(source), path))
 }
 
-/// A path without detours: `a/../b` is `b`.
-fn plain(path: &Path) -> PathBuf {
+/// A path without `.` and, where a name stands before it, `..`: `a/../b` is `b`. Links are not followed.
+pub(super) fn plain(path: &Path) -> PathBuf {
     let mut plain = PathBuf::new();
     for component in path.components() {
         match component {
@@ -171,6 +171,14 @@ mod tests {
     fn over(lower: &str, upper: &str) -> Node {
         let node = |text| Node::parse(text).unwrap().0;
         merged(node(lower), node(upper), 0, false)
+    }
+
+    #[test]
+    fn plain_paths_have_no_dots() {
+        let shown = |path: &str| plain(Path::new(path)).display().to_string();
+        assert_eq!(shown("/a/pipelines/../runs/./x.json"), "/a/runs/x.json");
+        assert_eq!(shown("../../x"), "../../x");
+        assert_eq!(shown("/a/b/../../.."), "/..");
     }
 
     #[test]

@@ -2,11 +2,12 @@
 
 use std::fs::Metadata;
 use std::io::ErrorKind;
-use std::path::{Component, Path, PathBuf};
+use std::path::Path;
 
 use super::check::all_stages;
 use super::complaint::{At, Complaint, Sources};
 use super::guess::guess;
+use super::overlay::plain;
 use super::pipeline::Written;
 use super::reference::Secrets;
 use super::source::KeyPath;
@@ -117,7 +118,7 @@ fn probe(spec: &ModelSpec) -> Result<(), PrepError> {
 /// The code of notes about weights that the hub's cache does not have.
 pub const NOT_FETCHED: &str = "config::not_fetched";
 
-/// What there is to say of a repository that the hub's cache does not have.
+/// The note about a repository that the hub's cache does not have, or the error if it can't exist.
 fn not_cached(repository: &Repository, path: &Path, at: At, secrets: &Secrets) -> Complaint {
     let shown = secrets.hide(&path.display().to_string());
     if let Some(problem) = repository.problem() {
@@ -167,7 +168,7 @@ fn probe_policy(model: &LlavaOnevision) -> Result<(), PrepError> {
 const FILES: [&str; 5] = ["from", "captions", "prompt", "file", TEMPLATE];
 const FOLDERS: [&str; 5] = ["weights", "base", "vision", "adapter", "images"];
 
-/// What is wrong with the kind of what is there under a setting.
+/// The problem with a file in place of a folder, the reverse, or a special file.
 fn misfit(field: &str, found: &Metadata) -> Option<String> {
     if let Some(kind) = files::special(found) {
         Some(format!("is {kind}, not a regular file"))
@@ -223,38 +224,8 @@ fn missing(field: &str, path: &Path, at: At, secrets: &Secrets) -> Option<Compla
 
 /// A path in a message: from the current folder if it lies there, values of the environment hidden.
 pub(super) fn shown(path: &Path, secrets: &Secrets) -> String {
-    let path = secrets.hide(&without_dots(path).display().to_string());
+    let path = secrets.hide(&plain(path).display().to_string());
     let here = std::env::current_dir().unwrap_or_default();
     let here = format!("{}/", secrets.hide(&here.display().to_string()));
     path.strip_prefix(&here).unwrap_or(&path).to_owned()
-}
-
-/// A path without `.` and, as far as names stand before them, `..`, which read badly in messages.
-fn without_dots(path: &Path) -> PathBuf {
-    let mut shown = PathBuf::new();
-    for part in path.components() {
-        match part {
-            Component::CurDir => {}
-            Component::ParentDir
-                if matches!(shown.components().next_back(), Some(Component::Normal(_))) =>
-            {
-                shown.pop();
-            }
-            part => shown.push(part),
-        }
-    }
-    shown
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn paths_in_messages_have_no_dots() {
-        let shown = |path: &str| without_dots(Path::new(path)).display().to_string();
-        assert_eq!(shown("/a/pipelines/../runs/./x.json"), "/a/runs/x.json");
-        assert_eq!(shown("../../x"), "../../x");
-        assert_eq!(shown("/a/b/../../.."), "/..");
-    }
 }

@@ -38,7 +38,7 @@ impl Repository {
         })
     }
 
-    /// Why the hub can have no such repository, if it can't.
+    /// The reason why the hub can have no such repository, or `None`.
     pub fn problem(&self) -> Option<String> {
         let parts: Vec<&str> = self.name.split('/').collect();
         if parts.len() == 2 && parts.iter().all(|part| is_hub_name(part)) {
@@ -123,7 +123,7 @@ impl Repository {
     }
 }
 
-/// Whether the hub allows this name for an organization or a repository.
+/// True if the hub allows this name for an organization or a repository.
 fn is_hub_name(name: &str) -> bool {
     let word = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     (1..=96).contains(&name.len())

@@ -34,7 +34,7 @@ const DRIVER_FILE: &str = "/dev/nvidiactl";
 /// CUDA_ERROR_NO_DEVICE: the driver works and shows no device.
 const NO_DEVICE: i32 = 100;
 
-/// How to go on without a GPU that can't be used.
+/// The advice about a GPU that can't be used.
 const WITHOUT: &str = "set `device: cpu` on the models to compute on the CPU";
 
 /// The device and the precision that a model's entry in the pipeline file means here. Fixes the
@@ -72,7 +72,7 @@ pub fn choose(device: DeviceSpec, dtype: Dtype) -> Result<(Device, Kind), ModelE
     Ok((chosen, kind))
 }
 
-/// What [`choose`] chooses, in words, and why.
+/// The choice of [`choose`] in words, with its reason.
 pub fn placement(device: DeviceSpec, dtype: Dtype) -> Result<Placement, ModelError> {
     let (chosen, kind) = choose(device, dtype)?;
     let reason = match device {
@@ -103,7 +103,7 @@ fn named(device: Device) -> String {
     }
 }
 
-/// What is known of the NVIDIA driver.
+/// The state of the NVIDIA driver.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Driver {
     /// There is none.

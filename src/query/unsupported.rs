@@ -1,5 +1,5 @@
-//! SQL clauses that DataFusion parses and then ignores. A query that has one is refused: its result
-//! would not be what it asks for.
+//! SQL clauses that DataFusion parses and then ignores, and operators that it computes as something else.
+//! A query that has one is refused: its result would not be what it asks for.
 //!
 //! The list was made by reading datafusion-sql 55.2 (`query.rs`, `select.rs`, `cte.rs`,
 //! `relation/mod.rs`, `expr/function.rs`, `planner.rs`) beside the syntax tree of sqlparser 0.62. The
@@ -19,7 +19,8 @@ use datafusion::sql::sqlparser::ast::{
     ArrayElemTypeDef, Cte, DataType, DuplicateTreatment, ExactNumberInfo, Expr, Function,
     FunctionArg, FunctionArgumentClause, FunctionArgumentList, FunctionArguments, GroupByExpr,
     Join, NamedWindowExpr, PipeOperator, Query, Select, SelectItem, SetExpr, SetOperator,
-    TableAlias, TableFactor, Visit as _, Visitor, WindowSpec, WindowType, visit_expressions,
+    SetQuantifier, TableAlias, TableFactor, Visit as _, Visitor, WindowSpec, WindowType,
+    visit_expressions,
 };
 
 /// A clause that would be ignored, as an error message with the way out.
@@ -52,7 +53,14 @@ fn ignored(clause: &str, instead: &str) -> Found {
     ))
 }
 
-/// What to do about a clause that changes nothing here.
+/// The error message about an operator.
+fn wrong(operator: &str, computed: &str, instead: &str) -> Found {
+    Some(format!(
+        "`{operator}` is not supported (DataFusion computes it as {computed}): {instead}"
+    ))
+}
+
+/// The advice about a clause that changes nothing here.
 const LEAVE_OUT: &str = "leave it out";
 
 /// The first of some clauses that is there; each with what to do about it.
@@ -103,6 +111,11 @@ impl Visitor for Search<'_> {
     fn pre_visit_expr(&mut self, expression: &Expr) -> ControlFlow<String> {
         step(match expression {
             Expr::Function(function) => self.of_function(function),
+            Expr::SimilarTo { .. } => wrong(
+                "similar to",
+                "a regular expression that may match anywhere",
+                "write `like '…%'`, or a regular expression: ~ '^(…)$'",
+            ),
             Expr::Cast { data_type, .. } => of_type(data_type),
             Expr::TypedString(text) => of_type(&text.data_type),
             Expr::Trim {
@@ -121,7 +134,7 @@ impl Visitor for Search<'_> {
 fn of_query(query: &Query) -> Found {
     let Query {
         with,
-        body: _,
+        body,
         order_by: _,
         limit_clause: _,
         fetch: _,
@@ -154,8 +167,34 @@ fn of_query(query: &Query) -> Found {
             "the format is an option of the command, such as `--format csv`",
         ),
     ])
+    .or_else(|| of_set(body))
     .or_else(|| pipe_operators.iter().find_map(of_pipe))
     .or_else(|| ctes.into_iter().next())
+}
+
+/// Set operations that keep equal rows. DataFusion plans them as joins, which do not count rows.
+fn of_set(body: &SetExpr) -> Found {
+    let SetExpr::SetOperation {
+        left,
+        op,
+        set_quantifier,
+        right,
+    } = body
+    else {
+        return None;
+    };
+    let instead = "leave `all` out, or number equal rows with row_number() over (partition by …) on both sides";
+    match (op, set_quantifier) {
+        (SetOperator::Except | SetOperator::Minus, SetQuantifier::All) => {
+            let computed = "all rows that the other side has not, however often it has them";
+            wrong("except all", computed, instead)
+        }
+        (SetOperator::Intersect, SetQuantifier::All) => {
+            let computed = "all rows that the other side has, however often it has them";
+            wrong("intersect all", computed, instead)
+        }
+        _ => of_set(left).or_else(|| of_set(right)),
+    }
 }
 
 fn of_cte(cte: &Cte, is_recursive: bool) -> Found {
@@ -288,7 +327,7 @@ fn of_join(join: &Join) -> Found {
     first([(*global, "global join", "leave `global` out")])
 }
 
-/// How to take a tenth of the rows.
+/// The advice for a sample of a tenth of the rows.
 const SAMPLE: &str = "`where md5(prompt_id) < '1a'` takes about a tenth of the rows, the same ones \
                       every time";
 const NUMBER_ROWS: &str = "number the rows with row_number() over ()";
@@ -407,7 +446,7 @@ fn of_type(data_type: &DataType) -> Found {
     }
 }
 
-/// How a function is planned, which decides which of its clauses count.
+/// The kind of a function, which decides which of its clauses count.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Planned {
     Scalar,

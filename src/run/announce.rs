@@ -1,4 +1,4 @@
-//! The tables that a run is going to replace, said before anything changes.
+//! The note that names the tables that a run replaces, printed before anything changes.
 
 use super::{Fate, Options, Reason, Runner};
 use crate::config::PlannedStage;

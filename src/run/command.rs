@@ -41,7 +41,7 @@ const LAST_WORDS: usize = 5;
 /// Batches that wait for each other.
 const QUEUE: usize = 4;
 
-/// How to end a stream, for a program that did not.
+/// The advice for a program that did not end its stream.
 const CLOSE: &str = "close the stream's writer after the last batch (pyarrow: `writer.close()`)";
 
 /// A message of the threads that feed the program and read its output.

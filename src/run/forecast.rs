@@ -46,7 +46,7 @@ pub struct Forecast {
 }
 
 impl Forecast {
-    /// Whether something of the table would be made.
+    /// True if something of the table would be made.
     pub fn is_work(&self) -> bool {
         !matches!(self.fate, Fate::Reuse | Fate::Return)
     }

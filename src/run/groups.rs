@@ -24,7 +24,7 @@ pub struct Groups {
     rest: Option<(RecordBatch, ArrayRef, usize)>,
 }
 
-/// Where rows come from, those of each prompt adjacent.
+/// A source of rows in which those of each prompt are adjacent.
 enum Rows {
     /// The table as it is.
     Adjacent(TableReader),
@@ -64,7 +64,7 @@ impl Groups {
         Ok(Self { rows, rest: None })
     }
 
-    /// Whether the rows of some prompt are not adjacent in the table.
+    /// True if the rows of some prompt are not adjacent in the table.
     pub fn is_gathered(&self) -> bool {
         matches!(self.rows, Rows::Gathered { .. })
     }

@@ -242,7 +242,7 @@ fn shown(key: &str) -> String {
     text
 }
 
-/// How many records had which keys that are not read.
+/// The keys that are not read, with the number of records that have each.
 #[derive(Debug, Default)]
 pub struct Unread {
     records: u64,

@@ -55,8 +55,8 @@ impl Lock {
     }
 }
 
-/// Who holds the lock of a file, by what is written in it. A holder that has just taken it writes its name
-/// next.
+/// The holder of a lock, as the file names it. A process writes its name after it has taken the lock, so
+/// this waits up to a second for one.
 fn named(file: &mut File) -> String {
     for _ in 0..LOOKS {
         let mut holder = String::new();

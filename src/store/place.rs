@@ -6,7 +6,7 @@ use arrow::datatypes::SchemaRef;
 
 use super::{Made, TableWriter};
 
-/// Where the files of one version of a table are written.
+/// The place of the files of one version of a table.
 #[derive(Debug, Clone)]
 pub struct Place {
     pub(super) root: PathBuf,

@@ -33,9 +33,9 @@ pub struct Needs {
     pub pixels: u64,
 }
 
-/// Why a stage has no room.
+/// The refusal of a stage that has too little memory or context.
 pub struct Refusal {
-    /// What takes how much, and how much there is.
+    /// The amount needed, by item, and the amount available.
     pub cause: String,
     /// The way out.
     pub help: String,
@@ -76,7 +76,7 @@ impl Refusal {
     }
 }
 
-/// How a model gets more memory.
+/// The advice that gives a model more memory.
 fn more_memory(plan: &Plan, model: &ModelName) -> String {
     match plan.models[model].memory_gb() {
         Some(limit) => format!(
@@ -429,7 +429,7 @@ fn side_by_side(longest: usize, rows: NonZeroU32) -> usize {
 /// A training in float32 that remembers everything.
 struct Steps<'a> {
     model: &'a ModelName,
-    /// How it gets more memory.
+    /// The advice that gives it more memory.
     help: String,
     sizes: TrainingSizes,
     /// What goes side by side.

@@ -16,7 +16,7 @@ use super::json::Cells;
 
 /// The rows of a batch as CSV (RFC 4180, with `\n` at the end of a line).
 pub fn csv_rows(batch: &RecordBatch, cells: &Cells) -> Result<String, ArrowError> {
-    /// How a column becomes text.
+    /// The conversion of a column to text.
     enum Column<'a> {
         Plain(ArrayFormatter<'a>),
         Bytes(ArrayRef),

@@ -22,7 +22,7 @@ fn planned(sql: &str) -> Result<SchemaRef, QueryError> {
     )
 }
 
-/// Each clause that DataFusion reads and ignores, and what the refusal names.
+/// Each clause that DataFusion reads and ignores, with the name that the refusal gives it.
 const IGNORED: &[(&str, &str)] = &[
     ("select * from t tablesample (10 percent)", "tablesample"),
     ("select * from t tablesample bernoulli (10)", "tablesample"),
@@ -164,12 +164,39 @@ const IGNORED: &[(&str, &str)] = &[
     ("select trim(prompt_id, 'x', 'y') from t", "trim(…, …, …)"),
 ];
 
+/// Each operator that DataFusion computes as something else.
+const COMPUTED_WRONGLY: &[(&str, &str)] = &[
+    ("select n from t except all select n from u", "except all"),
+    (
+        "select n from t union select n from t except all select n from u",
+        "except all",
+    ),
+    (
+        "select count(*) from (select n from t intersect all select n from u)",
+        "intersect all",
+    ),
+    ("select prompt_id similar to 'a%' from t", "similar to"),
+    (
+        "select * from t where prompt_id not similar to 'a'",
+        "similar to",
+    ),
+];
+
 #[test]
 fn a_clause_that_would_be_ignored_is_refused_by_name() {
+    refused(IGNORED, "DataFusion reads it and ignores it): ");
+}
+
+#[test]
+fn an_operator_that_is_computed_as_another_is_refused_by_name() {
+    refused(COMPUTED_WRONGLY, "DataFusion computes it as ");
+}
+
+#[track_caller]
+fn refused(queries: &[(&str, &str)], reason: &str) {
     let mut wrong = Vec::new();
-    for (sql, clause) in IGNORED {
-        let expected =
-            format!("`{clause}` is not supported (DataFusion reads it and ignores it): ");
+    for (sql, clause) in queries {
+        let expected = format!("`{clause}` is not supported ({reason}");
         match planned(sql) {
             Ok(_) => wrong.push(format!("{sql}\n  is planned")),
             Err(QueryError(message)) if !message.starts_with(&expected) => {
@@ -202,6 +229,8 @@ fn the_same_words_where_they_count_are_planned() {
         "select unnest(ids), trim(both 'x' from prompt_id), extract(year from now()) from t",
         "select * from t |> where n > 1 |> aggregate count(*) as c group by n |> order by c desc",
         "select /*+ a hint */ n from t -- for update",
+        "select n from t except select n from u",
+        "select n from t intersect select n from u union all select n from t",
         "show tables",
         "describe t",
     ] {
