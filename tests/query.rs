@@ -145,6 +145,51 @@ fn each_format_writes_these_bytes() {
 }
 
 #[test]
+fn a_query_that_fails_leaves_nothing_and_speaks_of_its_format() {
+    let scene = some_run();
+    let ask = |query: &str, format: &str| {
+        let said = scene.pipeline(&["sql", "scripted", query, "--format", format]);
+        assert_eq!((said.code, &*said.out), (Some(1), ""), "{}", said.err);
+        said.err
+    };
+    for format in ["csv", "markdown"] {
+        ask(
+            "select 1 / (reward - reward)::bigint as x from rewards",
+            format,
+        );
+    }
+    assert_eq!(
+        ask("select [1.0, 'nan'::double] as x", "csv"),
+        "error: the column `x` (row 1) has NaN or an infinity in a list or struct; CSV holds these as JSON, which \
+         has no such number: write it as text with `--nan text`, use `--format parquet` or `arrow`, or leave such \
+         rows out in the query\n"
+    );
+    assert_eq!(
+        ask("select interval '1 day' as i", "parquet"),
+        "error: `i` is an interval, which Parquet can't hold: write cast(i as varchar) in the query, or use \
+         `--format arrow`\n"
+    );
+    assert_eq!(
+        ask("select named_struct('x', 1, 'x', 2) as s", "json"),
+        "error: 2 fields of `s` are called `x`; give each a name of its own: named_struct('x_1', …, 'x_2', …)\n"
+    );
+    let times = "select arrow_cast(1700000000, 'Timestamp(Second, None)') as t, arrow_cast('2024-05-01', 'Date64') as d";
+    let output = scene
+        .command(&["sql", "scripted", times, "--format", "parquet"])
+        .output()
+        .unwrap();
+    scene.write("rows.parquet", output.stdout);
+    let mut rows = ovchat::store::TableReader::new(vec![scene.path("rows.parquet")]);
+    let rows = rows.next().unwrap().unwrap();
+    let types: Vec<String> = rows
+        .columns()
+        .iter()
+        .map(|column| column.data_type().to_string())
+        .collect();
+    assert_eq!(types, ["Timestamp(ms)", "Date32"]);
+}
+
+#[test]
 fn a_clause_that_would_be_ignored_is_no_answer() {
     let scene = some_run();
     let query = "select count(*) from rewards tablesample (10 percent)";

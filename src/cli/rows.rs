@@ -18,15 +18,15 @@ use std::io::{self, Write};
 use std::sync::Arc;
 
 use arrow::array::RecordBatch;
-use arrow::compute::cast;
-use arrow::datatypes::{DataType, FieldRef, Fields, Schema, SchemaRef};
+use arrow::compute::{CastOptions, cast, cast_with_options};
+use arrow::datatypes::{DataType, FieldRef, Fields, Schema, SchemaRef, TimeUnit};
 use arrow::error::ArrowError;
 use arrow::json::writer::{ArrayWriter, LineDelimitedWriter, WriterBuilder};
 use arrow::util::pretty::pretty_format_batches;
 use arrow_ipc::writer::FileWriter;
 use clap::{Args, ValueEnum};
 use json::{Cells, non_finite};
-use text::{csv_rows, markdown_header, markdown_rows, push_field};
+use text::{csv_header, csv_rows, markdown_header, markdown_rows};
 
 use super::Failed;
 use crate::query::{Header, QueryError};
@@ -45,7 +45,7 @@ pub enum Format {
     Json,
     /// A JSON object a line.
     Jsonl,
-    /// A Parquet file: lossless, but timestamps in seconds and Date64 become int64.
+    /// A Parquet file: lossless; seconds of timestamps become milliseconds, Date64 becomes Date32.
     Parquet,
     /// An Arrow IPC file (Feather): lossless.
     Arrow,
@@ -63,7 +63,7 @@ pub enum Nan {
 /// The options of commands that print rows.
 #[derive(Debug, Clone, Copy, Args)]
 pub struct RowFormat {
-    /// The format of the rows. Arrow is lossless, Parquet nearly; the others write values as text.
+    /// The format of the rows. Arrow and Parquet are lossless; the others write values as text.
     #[arg(long, value_enum, default_value = "table")]
     pub format: Format,
     /// The treatment of NaN and infinities in JSON, which has no such numbers.
@@ -98,6 +98,9 @@ pub struct RowWriter<W: Write + Send> {
     sink: Sink<W>,
     schema: SchemaRef,
     cells: Cells,
+    /// What stands before the first row; empty once it is written. A query that fails before it has a
+    /// row leaves nothing.
+    header: String,
     /// Rows written so far.
     rows: usize,
 }
@@ -114,33 +117,33 @@ enum Sink<W: Write + Send> {
 }
 
 impl<W: Write + Send> RowWriter<W> {
-    /// Writes what stands before the first row.
-    pub fn begin(format: RowFormat, header: &Header, mut out: W) -> Result<Self, Failed> {
+    /// A writer of rows with these columns.
+    pub fn begin(format: RowFormat, header: &Header, out: W) -> Result<Self, Failed> {
         if !matches!(format.format, Format::Table | Format::Markdown) {
             refuse_equal_names(header)?;
+            each_type(&header.schema, &mut refuse_equal_fields)?;
         }
         let cells = Cells::new(format.nan);
         let json = || {
             let builder = WriterBuilder::new().with_explicit_nulls(true);
             builder.with_encoder_factory(Arc::new(cells.clone()))
         };
-        let schema = without_views(&header.schema);
-        let names = schema.fields().iter().map(|field| field.name().as_str());
+        let schema = match format.format {
+            Format::Parquet => {
+                each_type(&header.schema, &mut refuse_interval)?;
+                with_plain_types(&header.schema, parquet_type)
+            }
+            _ => with_plain_types(&header.schema, DataType::clone),
+        };
+        let mut header = String::new();
         let sink = match format.format {
             Format::Table => Sink::Table(out, Vec::new()),
             Format::Markdown => {
-                out.write_all(markdown_header(&schema).as_bytes())
-                    .map_err(unwritten)?;
+                header = markdown_header(&schema);
                 Sink::Markdown(out)
             }
             Format::Csv => {
-                let mut line = String::new();
-                for (at, name) in names.enumerate() {
-                    line.push_str(if at == 0 { "" } else { "," });
-                    push_field(&mut line, name);
-                }
-                line.push('\n');
-                out.write_all(line.as_bytes()).map_err(unwritten)?;
+                header = csv_header(&schema);
                 Sink::Csv(out)
             }
             Format::Json => Sink::Json(out, json().build(Vec::new())),
@@ -152,6 +155,7 @@ impl<W: Write + Send> RowWriter<W> {
             sink,
             schema,
             cells,
+            header,
             rows: 0,
         })
     }
@@ -159,33 +163,41 @@ impl<W: Write + Send> RowWriter<W> {
     pub fn write(&mut self, batch: &RecordBatch) -> Result<(), Failed> {
         let cells = self.cells.clone();
         let first = self.rows;
-        let check = |batch: &RecordBatch, formats: &str| {
+        let check = |batch: &RecordBatch, place: &str, formats: &str| {
             if cells.take_non_finite() {
-                return Err(non_finite(batch, first, formats));
+                return Err(non_finite(batch, first, place, formats));
             }
             Ok(())
         };
+        let in_json = ", which JSON can't hold";
+        let header = std::mem::take(&mut self.header);
         match &mut self.sink {
             Sink::Table(_, batches) => batches.push(readable(batch, false)?),
             Sink::Markdown(out) => {
                 let text = markdown_rows(&readable(batch, false)?)?;
-                out.write_all(text.as_bytes()).map_err(unwritten)?;
+                out.write_all((header + &text).as_bytes())
+                    .map_err(unwritten)?;
             }
             Sink::Csv(out) => {
-                let text = csv_rows(batch, &cells)?;
+                let text = csv_rows(batch, &cells).map_err(not_csv)?;
                 let of_nested = |&at: &usize| batch.column(at).data_type().is_nested();
                 let nested: Vec<usize> = (0..batch.num_columns()).filter(of_nested).collect();
-                check(&batch.project(&nested)?, "`--format parquet` or `arrow`")?;
-                out.write_all(text.as_bytes()).map_err(unwritten)?;
+                check(
+                    &batch.project(&nested)?,
+                    " in a list or struct; CSV holds these as JSON, which has no such number",
+                    "`--format parquet` or `arrow`",
+                )?;
+                out.write_all((header + &text).as_bytes())
+                    .map_err(unwritten)?;
             }
             Sink::Json(out, writer) => {
                 writer.write(batch)?;
-                check(batch, "`--format csv`, `parquet` or `arrow`")?;
+                check(batch, in_json, "`--format csv`, `parquet` or `arrow`")?;
                 drain(writer.get_mut(), out)?;
             }
             Sink::JsonLines(out, writer) => {
                 writer.write(batch)?;
-                check(batch, "`--format csv`, `parquet` or `arrow`")?;
+                check(batch, in_json, "`--format csv`, `parquet` or `arrow`")?;
                 drain(writer.get_mut(), out)?;
             }
             Sink::Parquet(writer) => writer.write(&fitted(batch, &self.schema)?)?,
@@ -205,7 +217,10 @@ impl<W: Write + Send> RowWriter<W> {
                 writeln!(out, "{}", pretty_format_batches(&batches)?).map_err(unwritten)?;
                 out
             }
-            Sink::Markdown(out) | Sink::Csv(out) => out,
+            Sink::Markdown(mut out) | Sink::Csv(mut out) => {
+                out.write_all(self.header.as_bytes()).map_err(unwritten)?;
+                out
+            }
             Sink::Json(mut out, mut writer) => {
                 writer.finish()?;
                 drain(writer.get_mut(), &mut out)?;
@@ -234,6 +249,17 @@ impl<W: Write + Send> RowWriter<W> {
 )]
 fn unwritten(error: io::Error) -> Failed {
     Failed::Words(format!("cannot write to stdout: {error}"))
+}
+
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "it is used as a function on errors"
+)]
+fn not_csv(error: ArrowError) -> Failed {
+    Failed::Words(format!(
+        "the rows can't be written as CSV, in which lists, structs and maps are JSON: {error}; use \
+         `--format parquet` or `arrow`"
+    ))
 }
 
 fn drain(from: &mut Vec<u8>, to: &mut impl Write) -> Result<(), Failed> {
@@ -269,34 +295,107 @@ fn refuse_equal_names(header: &Header) -> Result<(), Failed> {
     Ok(())
 }
 
-/// The schema with the types that every reader of Parquet and Arrow knows: no views, no dictionaries.
-fn without_views(schema: &SchemaRef) -> SchemaRef {
-    let fields: Fields = schema.fields().iter().map(plain_field).collect();
+/// Readers of structs keep one of two fields of the same name, too.
+fn refuse_equal_fields(path: &str, of: &DataType) -> Result<(), Failed> {
+    let DataType::Struct(fields) = of else {
+        return Ok(());
+    };
+    for field in fields {
+        let name = field.name();
+        let count = fields.iter().filter(|other| other.name() == name).count();
+        if count > 1 {
+            return Err(Failed::Words(format!(
+                "{count} fields of `{path}` are called `{name}`; give each a name of its own: \
+                 named_struct('{name}_1', …, '{name}_2', …)"
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn refuse_interval(path: &str, of: &DataType) -> Result<(), Failed> {
+    if !matches!(of, DataType::Interval(_)) {
+        return Ok(());
+    }
+    Err(Failed::Words(format!(
+        "`{path}` is an interval, which Parquet can't hold: write cast({path} as varchar) in the query, or use \
+         `--format arrow`"
+    )))
+}
+
+/// Looks at the types of all columns and at those within them, each with its path: `pair.x`.
+fn each_type(
+    schema: &SchemaRef,
+    look: &mut dyn FnMut(&str, &DataType) -> Result<(), Failed>,
+) -> Result<(), Failed> {
+    let mut columns = schema.fields().iter();
+    columns.try_for_each(|column| look_within(column.name(), column.data_type(), look))
+}
+
+fn look_within(
+    path: &str,
+    of: &DataType,
+    look: &mut dyn FnMut(&str, &DataType) -> Result<(), Failed>,
+) -> Result<(), Failed> {
+    look(path, of)?;
+    match of {
+        DataType::Struct(fields) => fields.iter().try_for_each(|field| {
+            look_within(&format!("{path}.{}", field.name()), field.data_type(), look)
+        }),
+        DataType::List(item)
+        | DataType::LargeList(item)
+        | DataType::ListView(item)
+        | DataType::LargeListView(item)
+        | DataType::FixedSizeList(item, _)
+        | DataType::Map(item, _) => look_within(path, item.data_type(), look),
+        DataType::Dictionary(_, values) => look_within(path, values, look),
+        _ => Ok(()),
+    }
+}
+
+/// The type in which Parquet holds the values of a type that it does not have.
+fn parquet_type(of: &DataType) -> DataType {
+    match of {
+        DataType::Timestamp(TimeUnit::Second, zone) => {
+            DataType::Timestamp(TimeUnit::Millisecond, zone.clone())
+        }
+        DataType::Time32(TimeUnit::Second) => DataType::Time32(TimeUnit::Millisecond),
+        DataType::Date64 => DataType::Date32,
+        other => other.clone(),
+    }
+}
+
+/// The schema with the types that every reader of Parquet and Arrow knows: no views, no dictionaries, and
+/// in the place of a simple type the one that `simple` gives.
+fn with_plain_types(schema: &SchemaRef, simple: fn(&DataType) -> DataType) -> SchemaRef {
+    let fields = schema.fields().iter();
+    let fields: Fields = fields.map(|field| plain_field(field, simple)).collect();
     Arc::new(Schema::new_with_metadata(fields, schema.metadata().clone()))
 }
 
 /// Nullable, as what a query computes may be.
-fn plain_field(field: &FieldRef) -> FieldRef {
-    let plain = plain_type(field.data_type());
+fn plain_field(field: &FieldRef, simple: fn(&DataType) -> DataType) -> FieldRef {
+    let plain = plain_type(field.data_type(), simple);
     let field = field.as_ref().clone().with_data_type(plain);
     Arc::new(field.with_nullable(true))
 }
 
-fn plain_type(of: &DataType) -> DataType {
+fn plain_type(of: &DataType, simple: fn(&DataType) -> DataType) -> DataType {
+    let plain_item = |item: &FieldRef| plain_field(item, simple);
     match of {
         DataType::Utf8View => DataType::Utf8,
         DataType::BinaryView => DataType::Binary,
-        DataType::Dictionary(_, values) => plain_type(values),
-        DataType::List(item) | DataType::ListView(item) => DataType::List(plain_field(item)),
+        DataType::Dictionary(_, values) => plain_type(values, simple),
+        DataType::List(item) | DataType::ListView(item) => DataType::List(plain_item(item)),
         DataType::LargeList(item) | DataType::LargeListView(item) => {
-            DataType::LargeList(plain_field(item))
+            DataType::LargeList(plain_item(item))
         }
-        DataType::FixedSizeList(item, size) => DataType::FixedSizeList(plain_field(item), *size),
-        DataType::Struct(fields) => DataType::Struct(fields.iter().map(plain_field).collect()),
+        DataType::FixedSizeList(item, size) => DataType::FixedSizeList(plain_item(item), *size),
+        DataType::Struct(fields) => DataType::Struct(fields.iter().map(plain_item).collect()),
         DataType::Map(entries, sorted) => {
             // Neither entries nor keys may be null.
             let of_entry = |field: &FieldRef| {
-                let plain = plain_type(field.data_type());
+                let plain = plain_type(field.data_type(), simple);
                 Arc::new(field.as_ref().clone().with_data_type(plain))
             };
             let plain = match entries.data_type() {
@@ -306,14 +405,41 @@ fn plain_type(of: &DataType) -> DataType {
             let entries = entries.as_ref().clone().with_data_type(plain);
             DataType::Map(Arc::new(entries), *sorted)
         }
-        other => other.clone(),
+        other => simple(other),
     }
 }
 
-fn fitted(batch: &RecordBatch, schema: &SchemaRef) -> Result<RecordBatch, ArrowError> {
-    let columns = batch.columns().iter().zip(schema.fields());
-    let columns = columns.map(|(column, field)| cast(column, field.data_type()));
-    RecordBatch::try_new(schema.clone(), columns.collect::<Result<_, _>>()?)
+/// The rows in the types of a schema; a value that would be lost is an error.
+fn fitted(batch: &RecordBatch, schema: &SchemaRef) -> Result<RecordBatch, Failed> {
+    let options = CastOptions {
+        safe: false,
+        ..CastOptions::default()
+    };
+    let mut columns = Vec::with_capacity(batch.num_columns());
+    for (column, field) in batch.columns().iter().zip(schema.fields()) {
+        let fitted = cast_with_options(column, field.data_type(), &options)?;
+        let is_fine = !has_date64(column.data_type())
+            || field.data_type() == column.data_type()
+            || cast(&fitted, column.data_type())?.as_ref() == column.as_ref();
+        if !is_fine {
+            let name = field.name();
+            return Err(Failed::Words(format!(
+                "the column `{name}` has dates with a time of day, which Parquet can't hold: write \
+                 cast({name} as timestamp) in the query, or use `--format arrow`"
+            )));
+        }
+        columns.push(fitted);
+    }
+    Ok(RecordBatch::try_new(schema.clone(), columns)?)
+}
+
+fn has_date64(of: &DataType) -> bool {
+    let mut has = false;
+    let looked = look_within("", of, &mut |_, of| {
+        has |= *of == DataType::Date64;
+        Ok(())
+    });
+    looked.is_ok() && has
 }
 
 impl From<ArrowError> for Failed {

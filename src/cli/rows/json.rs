@@ -118,8 +118,8 @@ impl Encoder for Base64<'_> {
 }
 
 /// The error about the first number of a batch that JSON does not have. `first` is the number of rows
-/// before the batch.
-pub fn non_finite(batch: &RecordBatch, first: usize, formats: &str) -> Failed {
+/// before the batch, `why` says why the number has no place in the format that was asked for.
+pub fn non_finite(batch: &RecordBatch, first: usize, why: &str, formats: &str) -> Failed {
     let cells = Cells::new(Nan::Error);
     let options = EncoderOptions::default().with_encoder_factory(Arc::new(cells.clone()));
     let schema = batch.schema();
@@ -139,7 +139,7 @@ pub fn non_finite(batch: &RecordBatch, first: usize, formats: &str) -> Failed {
         }
     }
     Failed::Words(format!(
-        "{place} has NaN or an infinity, which JSON can't hold: write it as text with `--nan text`, use \
-         {formats}, or leave such rows out in the query"
+        "{place} has NaN or an infinity{why}: write it as text with `--nan text`, use {formats}, or leave such rows \
+         out in the query"
     ))
 }

@@ -2,9 +2,11 @@
 
 use arrow::array::builder::{Int32Builder, ListBuilder};
 use arrow::array::{
-    ArrayRef, BinaryArray, Float64Array, Int32Array, ListArray, StringViewArray, StructArray,
+    ArrayRef, AsArray, BinaryArray, Date64Array, Float64Array, Int32Array,
+    IntervalMonthDayNanoArray, ListArray, StringViewArray, StructArray, Time32SecondArray,
+    TimestampSecondArray,
 };
-use arrow::datatypes::Field;
+use arrow::datatypes::{Field, IntervalMonthDayNanoType};
 
 use super::*;
 use crate::query::{self, Part, QueryTable};
@@ -118,35 +120,156 @@ fn json_has_nan_as_text_when_it_is_asked_to() {
 
 #[test]
 fn json_names_the_column_and_the_row_of_a_number_that_it_can_not_hold() {
-    let ways =
-        "has NaN or an infinity, which JSON can't hold: write it as text with `--nan text`, use ";
+    let ways = "which JSON can't hold: write it as text with `--nan text`, use ";
     for format in [Format::Json, Format::Jsonl] {
         let problem = written(&troubled(), format, Nan::Error).unwrap_err();
         assert!(
-            problem.starts_with(&format!("the column `x` (row 3) {ways}")),
+            problem.starts_with(&format!(
+                "the column `x` (row 3) has NaN or an infinity, {ways}"
+            )),
             "{problem}"
         );
     }
     let problem = written(&troubled(), Format::Csv, Nan::Error).unwrap_err();
-    assert!(
-        problem.starts_with(&format!("the column `pair` (row 3) {ways}")),
-        "{problem}"
+    assert_eq!(
+        problem,
+        "the column `pair` (row 3) has NaN or an infinity in a list or struct; CSV holds these as JSON, \
+         which has no such number: write it as text with `--nan text`, use `--format parquet` or `arrow`, or \
+         leave such rows out in the query"
     );
     // What is null is not looked at, whatever lies below.
     let finite = troubled().slice(0, 2);
     assert!(written(&finite, Format::Json, Nan::Error).is_ok());
 }
 
+/// The rows of a Parquet file.
+fn read_back(path: &std::path::Path) -> RecordBatch {
+    let rows = crate::store::TableReader::new(vec![path.to_owned()]);
+    let rows: Vec<RecordBatch> = rows.map(Result::unwrap).collect();
+    arrow::compute::concat_batches(&rows[0].schema(), &rows).unwrap()
+}
+
+/// Two rows of a column in a column `x` and in the struct `s`.
+fn twice(column: ArrayRef) -> RecordBatch {
+    let field = Field::new("x", column.data_type().clone(), true);
+    let within = StructArray::from(vec![(Arc::new(field), column.clone())]);
+    let within: ArrayRef = Arc::new(within);
+    RecordBatch::try_from_iter_with_nullable([("x", column, true), ("s", within, true)]).unwrap()
+}
+
+#[test]
+fn times_that_parquet_does_not_have_are_times_when_they_are_read_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("rows.parquet");
+    let zone = Some("+01:00".into());
+    let columns: [(ArrayRef, DataType); 4] = [
+        (
+            Arc::new(TimestampSecondArray::from(vec![1_700_000_000, -1])),
+            DataType::Timestamp(TimeUnit::Millisecond, None),
+        ),
+        (
+            Arc::new(TimestampSecondArray::from(vec![0, 1]).with_timezone("+01:00")),
+            DataType::Timestamp(TimeUnit::Millisecond, zone),
+        ),
+        (
+            Arc::new(Date64Array::from(vec![86_400_000, -86_400_000])),
+            DataType::Date32,
+        ),
+        (
+            Arc::new(Time32SecondArray::from(vec![0, 86_399])),
+            DataType::Time32(TimeUnit::Millisecond),
+        ),
+    ];
+    for (column, expected) in columns {
+        let batch = twice(column.clone());
+        std::fs::write(&path, written(&batch, Format::Parquet, Nan::Error).unwrap()).unwrap();
+        let rows = read_back(&path);
+        for read in [rows.column(0), rows.column(1).as_struct().column(0)] {
+            assert_eq!(*read.data_type(), expected);
+            assert_eq!(
+                cast(read, column.data_type()).unwrap().as_ref(),
+                column.as_ref()
+            );
+        }
+    }
+    let noon: ArrayRef = Arc::new(Date64Array::from(vec![0, 43_200_000]));
+    assert_eq!(
+        written(&twice(noon), Format::Parquet, Nan::Error).unwrap_err(),
+        "the column `x` has dates with a time of day, which Parquet can't hold: write cast(x as timestamp) in \
+         the query, or use `--format arrow`"
+    );
+    let far: ArrayRef = Arc::new(TimestampSecondArray::from(vec![0, i64::MAX]));
+    assert!(written(&twice(far), Format::Parquet, Nan::Error).is_err());
+}
+
+#[test]
+fn an_interval_is_refused_in_parquet_with_its_column() {
+    let month = IntervalMonthDayNanoType::make_value(1, 0, 0);
+    let column: ArrayRef = Arc::new(IntervalMonthDayNanoArray::from(vec![month, month]));
+    let batch = twice(column);
+    let refusal = |path: &str| {
+        format!(
+            "`{path}` is an interval, which Parquet can't hold: write cast({path} as varchar) in the query, or \
+             use `--format arrow`"
+        )
+    };
+    let problem = |batch: &RecordBatch| written(batch, Format::Parquet, Nan::Error).unwrap_err();
+    assert_eq!(problem(&batch), refusal("x"));
+    assert_eq!(problem(&batch.project(&[1]).unwrap()), refusal("s.x"));
+    assert!(written(&batch, Format::Arrow, Nan::Error).is_ok());
+}
+
+#[test]
+fn equal_names_within_a_struct_are_refused_with_its_path() {
+    let ones: ArrayRef = Arc::new(Int32Array::from(vec![1, 1]));
+    let field = || Arc::new(Field::new("x", DataType::Int32, true));
+    let pair = StructArray::from(vec![(field(), ones.clone()), (field(), ones)]);
+    let batch = twice(Arc::new(pair)).project(&[1]).unwrap();
+    for format in [
+        Format::Json,
+        Format::Jsonl,
+        Format::Csv,
+        Format::Parquet,
+        Format::Arrow,
+    ] {
+        assert_eq!(
+            written(&batch, format, Nan::Error).unwrap_err(),
+            "2 fields of `s.x` are called `x`; give each a name of its own: \
+             named_struct('x_1', …, 'x_2', …)"
+        );
+    }
+    assert!(written(&batch, Format::Table, Nan::Error).is_ok());
+}
+
+#[test]
+fn nothing_is_written_before_the_first_row_is_there() {
+    let batch = troubled();
+    let header = Header {
+        schema: batch.schema(),
+        tables: vec![None; batch.num_columns()],
+    };
+    for (format, first) in [(Format::Csv, "n,text"), (Format::Markdown, "| n |")] {
+        let format = RowFormat {
+            format,
+            nan: Nan::Text,
+        };
+        let mut out = Vec::new();
+        drop(RowWriter::begin(format, &header, &mut out).unwrap());
+        assert_eq!(out, b"");
+        let writer = RowWriter::begin(format, &header, &mut out).unwrap();
+        writer.finish().unwrap();
+        assert!(out.starts_with(first.as_bytes()), "{out:?}");
+    }
+}
+
 #[test]
 fn parquet_and_arrow_give_back_what_they_got() {
     let batch = troubled();
-    let expected = fitted(&batch, &without_views(&batch.schema())).unwrap();
+    let expected = fitted(&batch, &with_plain_types(&batch.schema(), DataType::clone)).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("rows.parquet");
     std::fs::write(&path, written(&batch, Format::Parquet, Nan::Error).unwrap()).unwrap();
-    let rows = crate::store::TableReader::new(vec![path]);
-    let rows: Vec<RecordBatch> = rows.map(Result::unwrap).collect();
-    let rows = arrow::compute::concat_batches(&expected.schema(), &rows).unwrap();
+    let rows = read_back(&path);
     assert_eq!(format!("{rows:?}"), format!("{expected:?}"));
 
     let bytes = io::Cursor::new(written(&batch, Format::Arrow, Nan::Error).unwrap());

@@ -67,9 +67,19 @@ pub fn csv_rows(batch: &RecordBatch, cells: &Cells) -> Result<String, ArrowError
     Ok(text)
 }
 
+pub fn csv_header(schema: &SchemaRef) -> String {
+    let mut line = String::new();
+    for (at, field) in schema.fields().iter().enumerate() {
+        line.push_str(if at == 0 { "" } else { "," });
+        push_field(&mut line, field.name());
+    }
+    line.push('\n');
+    line
+}
+
 /// Appends a field of CSV, in quotes where it needs them; the empty text has them, so that it is not
 /// null.
-pub fn push_field(line: &mut String, value: &str) {
+fn push_field(line: &mut String, value: &str) {
     if !value.is_empty() && !value.contains([',', '"', '\n', '\r']) {
         line.push_str(value);
         return;
