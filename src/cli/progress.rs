@@ -122,12 +122,13 @@ impl Report for Progress {
             .as_ref()
             .map_or(Duration::ZERO, |current| current.begun.elapsed());
         let mut words = vec![format!(
-            "{}: {rows} rows in {}",
+            "{}: {rows} {} in {}",
             titled(table, round),
+            rows_word(rows),
             duration(took.as_secs_f64())
         )];
         if faults > 0 {
-            words.push(format!("{faults} faulty ones set aside"));
+            words.push(format!("{faults} faulty {} set aside", rows_word(faults)));
         }
         if dropped > 0 {
             words.push(format!("{dropped} dropped by rule"));
@@ -138,14 +139,19 @@ impl Report for Progress {
 
     fn reused(&mut self, table: &TableName, round: Option<u32>, rows: u64) {
         self.line(&format!(
-            "{}: {rows} rows, there before",
-            titled(table, round)
+            "{}: {rows} {}, there before",
+            titled(table, round),
+            rows_word(rows)
         ));
     }
 
     fn note(&mut self, text: &str) {
         self.line(text);
     }
+}
+
+fn rows_word(count: u64) -> &'static str {
+    if count == 1 { "row" } else { "rows" }
 }
 
 fn bar(title: &str, unit: &str, total: Option<u64>, done: u64) -> ProgressBar {
