@@ -3,17 +3,15 @@
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use arrow::array::{ArrayRef, RecordBatch, StringArray};
-use ovchat::store::TableWriter;
 use ovchat::tables::{Prompt, Reject};
 use serde_json::{Value, json};
 
 use crate::run::{SCRIPTED, rows};
-use crate::scene::{Quiet, ROOT, Said, Scene};
+use crate::scene::{Quiet, ROOT, Scene};
 
-fn rejects(scene: &Scene) -> Vec<(String, String)> {
+/// The id and the reason of what was set aside.
+pub fn rejects(scene: &Scene) -> Vec<(String, String)> {
     let said = scene.succeeds(&[
         "sql",
         "scripted",
@@ -29,7 +27,7 @@ fn rejects(scene: &Scene) -> Vec<(String, String)> {
 }
 
 /// A scene with one good picture and prompts about it and about others.
-fn with_pictures(names: &[&str]) -> Scene {
+pub fn with_pictures(names: &[&str]) -> Scene {
     let scene = Scene::new();
     let bytes = fs::read(format!("{ROOT}/data-samples/images/train/0001.png")).unwrap();
     scene.write("images/good.png", &bytes);
@@ -88,11 +86,7 @@ fn too_many_bad_rows_stop_the_stage_and_mending_them_goes_on() {
     let scene = with_pictures(&["good.png", "gone.png"]);
     let said = scene.pipeline(&["run", "p.yaml"]);
     assert_eq!(said.code, Some(1));
-    assert!(
-        said.err.contains("1 of 2 rows were set aside as faulty"),
-        "{}",
-        said.err
-    );
+    assert!(said.err.contains("1 of 2 rows are faulty"), "{}", said.err);
     assert!(said.err.contains("record 2"), "{}", said.err);
     fs::copy(scene.path("images/good.png"), scene.path("images/gone.png")).unwrap();
     scene.succeeds(&["run", "p.yaml"]);
@@ -102,167 +96,6 @@ fn too_many_bad_rows_stop_the_stage_and_mending_them_goes_on() {
             .iter()
             .all(|(_, reason)| !reason.contains("gone.png"))
     );
-}
-
-#[test]
-fn a_record_without_a_question_is_set_aside_with_its_fields() {
-    let scene = Scene::new();
-    scene.write(
-        "prompts.json",
-        r#"[{"id": "a", "promt": "Why?"}, {"id": "b", "prompt": "Why?"}]"#,
-    );
-    scene
-        .write("p.yaml", SCRIPTED)
-        .pipeline(&["run", "p.yaml", "--set", "reject_share_max=0.5"]);
-    assert_eq!(
-        rejects(&scene)[0].1,
-        "it has no `prompt`; its fields are id, promt"
-    );
-}
-
-/// Loads records from a file as prompts; every second one may be a reject.
-fn load(scene: &Scene, file: &str) -> Said {
-    let pipeline = SCRIPTED.replace("from: prompts.json", &format!("from: {file}"));
-    let run = [
-        "run",
-        "p.yaml",
-        "--until",
-        "prompts",
-        "--set",
-        "reject_share_max=0.9",
-    ];
-    scene.write("p.yaml", pipeline).succeeds(&run)
-}
-
-#[test]
-fn a_record_with_media_that_are_not_read_is_set_aside_in_every_format() {
-    let video = json!({"id": "a", "prompt": "<video>\nWhat happens?", "video": "a.mp4"});
-    let spoken = |from: &str, value: &str, said: Value| json!({from: "user", value: said});
-    let asked = spoken("from", "value", json!("<video>\nWhat happens?"));
-    let parts =
-        json!([{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "What happens?"}]);
-    let plain = json!({"id": "b", "prompt": "Why?", "video": null, "audio": [], "image_url": ""});
-    let outputs =
-        json!({"output_1": {"value": "Yes."}, "output_2": {"value": "No."}, "preference": 1});
-    let with = |more: Value| {
-        let mut record = json!({"id": "a", "conversations": [asked]});
-        let fields = more.as_object().unwrap().clone();
-        record.as_object_mut().unwrap().extend(fields);
-        record
-    };
-    let mut preferred = with(json!({"video": "a.mp4"}));
-    let fields = outputs.as_object().unwrap().clone();
-    preferred.as_object_mut().unwrap().extend(fields);
-    let said = spoken("role", "content", parts);
-    for (record, word) in [
-        (video, "`video`"),
-        (with(json!({"videos": ["a.mp4"]})), "`videos`"),
-        (
-            with(json!({"audio": {"path": "a.wav", "bytes": null}})),
-            "`audio`",
-        ),
-        (with(json!({"sound": "a.wav"})), "`sound`"),
-        (
-            with(json!({"image_url": "https://example.com/a.png"})),
-            "`image_url`",
-        ),
-        (preferred, "`video`"),
-        (json!({"id": "a", "conversations": [said]}), "`video`"),
-    ] {
-        let list = json!([record, plain]).to_string();
-        for (file, text) in [
-            ("list.json", list),
-            ("lines.jsonl", format!("{record}\n{plain}\n")),
-        ] {
-            let scene = Scene::new();
-            let said = load(scene.write(file, text), file);
-            let rejects = rejects(&scene);
-            assert_eq!(rejects.len(), 1, "{record}: {}", said.err);
-            assert!(rejects[0].1.contains(word), "{record}: {rejects:?}");
-            let prompts: Vec<Prompt> = rows(&scene, "prompts", None);
-            assert_eq!(prompts[0].question, "Why?");
-        }
-    }
-}
-
-#[test]
-fn a_column_of_videos_sets_the_rows_aside_in_which_it_is_not_null() {
-    let texts =
-        |texts: &[Option<&str>]| -> ArrayRef { Arc::new(StringArray::from(texts.to_vec())) };
-    let batch = RecordBatch::try_from_iter_with_nullable([
-        (
-            "prompt",
-            texts(&[Some("What happens?"), Some("Why?"), Some("How?")]),
-            true,
-        ),
-        ("video", texts(&[Some("a.mp4"), None, None]), true),
-        ("category", texts(&[Some("a"), Some("b"), None]), true),
-    ]);
-    let batch = batch.unwrap();
-    let scene = Scene::new();
-    let mut writer = TableWriter::new(&scene.path(""), "prompts", batch.schema(), &[]);
-    writer.write(&batch).unwrap();
-    writer.finish().unwrap();
-    let said = load(&scene, "prompts.parquet");
-    let rejects = rejects(&scene);
-    assert_eq!(rejects.len(), 1, "{rejects:?}");
-    assert_eq!(rejects[0].0, "row 1");
-    assert!(rejects[0].1.contains("`video`"), "{rejects:?}");
-    assert_eq!(rows::<Prompt>(&scene, "prompts", None).len(), 2);
-    let told = "prompts: `category` is not read; 2 of 3 records have it\n";
-    assert!(said.err.contains(told), "{}", said.err);
-}
-
-#[test]
-fn keys_that_are_not_read_are_named_once_with_how_many_records_have_them() {
-    let scene = Scene::new();
-    // More than one part.
-    let record =
-        |number: usize| json!({"prompt": format!("{number}?"), "gpt_answer": "a", "category": 1});
-    let records: Vec<Value> = (0..600).map(record).collect();
-    scene.write("prompts.json", serde_json::to_vec(&records).unwrap());
-    let said = load(&scene, "prompts.json");
-    let told = "prompts: `category`, `gpt_answer` are not read; 600 of 600 records have them\n";
-    assert_eq!(said.err.matches("not read").count(), 1, "{}", said.err);
-    assert!(said.err.contains(told), "{}", said.err);
-    let prompts = scene.prompts(3);
-    assert!(!load(prompts, "prompts.json").err.contains("not read"));
-}
-
-#[test]
-fn as_many_placeholders_as_images_or_none() {
-    let scene = with_pictures(&["good.png"]);
-    let two = json!(["good.png", "good.png"]);
-    let records = json!([
-        {"image": two, "prompt": "Which is older?"},
-        {"image": two, "prompt": "<image> <image> Which is older?"},
-        {"image": two, "prompt": "<image> Which is older?"},
-        {"image": two, "prompt": "<image> <image> <image> Which is older?"},
-        {"prompt": "What does the tag <image> do?"},
-    ]);
-    scene.write("prompts.json", records.to_string());
-    let run = ["run", "p.yaml", "--until", "prompts", "--set"];
-    scene.succeeds(&[&run[..], &["reject_share_max=0.9"]].concat());
-    let reasons = rejects(&scene);
-    let reason =
-        |places: &str| format!("it has 2 images and {places}; write one for each image, or none");
-    let expected = [
-        ("record 3".to_owned(), reason("1 `<image>` placeholder")),
-        ("record 4".to_owned(), reason("3 `<image>` placeholders")),
-    ];
-    assert_eq!(reasons, expected);
-    let prompts: Vec<Prompt> = rows(&scene, "prompts", None);
-    let questions: Vec<&str> = prompts.iter().map(|row| row.question.as_str()).collect();
-    assert_eq!(
-        questions,
-        [
-            "Which is older?",
-            "Which is older?",
-            "What does the tag <image> do?"
-        ]
-    );
-    // Both are the same prompt, the second time.
-    assert_eq!(prompts[0].image_ids, prompts[1].image_ids);
 }
 
 /// LLaVA-NeXT's `train_dpo.py` reads one image and one question for each pair.
@@ -313,27 +146,6 @@ fn pairs_that_the_training_script_would_misread_are_not_exported() {
     let written: Value = serde_json::from_slice(&written).unwrap();
     let image = written[0]["image"].as_str().expect("the name of one file");
     assert!(scene.path("out/images").join(image).is_file());
-}
-
-#[test]
-fn an_empty_or_broken_prompt_file_is_refused_with_its_name() {
-    for (content, words) in [
-        ("[]", "holds no records"),
-        ("", "holds no records"),
-        ("[{\"prompt\": }]", "line 1 column"),
-    ] {
-        let scene = Scene::new();
-        let said = scene
-            .write("prompts.json", content)
-            .write("p.yaml", SCRIPTED)
-            .pipeline(&["run", "p.yaml"]);
-        assert_eq!(said.code, Some(1));
-        assert!(
-            said.err.contains("prompts.json") && said.err.contains(words),
-            "{}",
-            said.err
-        );
-    }
 }
 
 #[test]
@@ -656,24 +468,6 @@ fn files_of_the_user_in_a_run_stay() {
         !scene
             .path("runs/scripted/prompts/part-99999.parquet")
             .exists()
-    );
-}
-
-#[test]
-fn a_line_that_is_no_json_costs_its_row() {
-    let scene = Scene::new();
-    scene.write(
-        "prompts.json",
-        "{\"prompt\": \"Why?\"}\n{\"prompt\": \n{\"prompt\": \"How?\"}\n",
-    );
-    scene
-        .write("p.yaml", SCRIPTED)
-        .succeeds(&["run", "p.yaml", "--set", "reject_share_max=0.5"]);
-    assert_eq!(rows::<Prompt>(&scene, "prompts", None).len(), 2);
-    let rejects = rejects(&scene);
-    assert!(
-        rejects[0].0 == "line 2" && rejects[0].1.contains("it is not JSON"),
-        "{rejects:?}"
     );
 }
 

@@ -38,6 +38,8 @@ mod plan;
 mod query;
 /// A run's tables as other programs read them.
 mod readers;
+/// What is read of records, and which are set aside.
+mod records;
 /// What a model in training is compared with.
 mod reference;
 /// Whole pipelines with scripted models.

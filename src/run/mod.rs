@@ -18,6 +18,7 @@ mod keys;
 mod load;
 mod map;
 mod models;
+mod once;
 mod query;
 mod report;
 mod sound;
@@ -315,6 +316,7 @@ impl<'a> Runner<'a> {
             return Ok(false);
         }
         self.look_at_inputs(stage, round)?;
+        self.refuse_repeated(stage, round)?;
         self.wait_for_people(stage, round)?;
         match stage.spec.as_stage().work() {
             Work::Load(mut work) => self.load(stage, &mut *work)?,
@@ -510,9 +512,13 @@ impl<'a> Runner<'a> {
             return Ok(());
         }
         let first = self.first_fault(made)?;
+        let are = match total {
+            1 => "row is",
+            _ => "rows are",
+        };
         Err(Failure::Other(format!(
-            "{faults} of {total} rows were set aside as faulty, more than reject_share_max allows ({share_max}); \
-             the first, {first}; see all with: pipeline sql {} \"select * from rejects\"; mend them, or allow more",
+            "{faults} of {total} {are} faulty, and reject_share_max allows a share of {share_max}; the first is \
+             {first}; see all: pipeline sql {} \"select * from rejects\"; mend them, or raise reject_share_max",
             self.folder.root().display()
         )))
     }
@@ -526,7 +532,7 @@ impl<'a> Runner<'a> {
                 }
             }
         }
-        Ok("of an unknown row".to_owned())
+        Ok("not recorded".to_owned())
     }
 
     /// A writer of the rows of a table that is being made; the footer says what made them.

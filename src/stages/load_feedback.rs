@@ -11,13 +11,13 @@ use super::source::{Loader, Source};
 use super::{Input, Stage, StageError, TableName, Work, join};
 use crate::tables::{Pair, Row};
 
-/// Reads pairs that people judged: a JSON list or JSON lines of
+/// Reads pairs that people judged: a JSON list, JSON lines or Parquet of
 /// `{id, image, prompt, chosen, rejected}`, or of the records of LLaVA-Human-Preference:
-/// `{id, image, conversations, output_1, output_2, preference}`.
+/// `{id, image, conversations, output_1, output_2, preference}`. An empty answer is a reject.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LoadFeedback {
-    /// The file: `.json` or `.jsonl`.
+    /// The file: `.json`, `.jsonl` or `.parquet`.
     pub from: PathBuf,
     /// The folder that the pictures' paths start at; the folder of `from` if left out.
     #[serde(default)]

@@ -12,8 +12,9 @@ use super::{Input, Stage, StageError, TableName, Work, join};
 use crate::tables::{Prompt, Row};
 
 /// Reads pictures and questions: a JSON list or JSON lines of `{id, image, prompt}`, LLaVA
-/// conversations (`from` and `value`, or `role` and `content`), or Parquet with an image column as
-/// Hugging Face `datasets` writes it. A record that names video or audio is a reject.
+/// conversations (`from` and `value`, or `role` and `content`), or Parquet with a column of images: bytes,
+/// or bytes and path as Hugging Face `datasets` writes them. A record with media that are not read, such
+/// as video or a second image under another key, is a reject.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LoadPrompts {

@@ -8,6 +8,7 @@
 //! [`StageSpec::as_stage`]; `UPDATE=1 cargo test` rewrites `schemas/`.
 
 mod formats;
+mod media;
 mod pairing;
 mod records;
 mod shelf;

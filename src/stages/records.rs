@@ -3,6 +3,7 @@
 
 use serde_json::{Map, Value};
 
+use super::media::{ReadImages, placeholder};
 use super::unread::{content, refuse_media};
 use crate::tables::{Role, Turn};
 
@@ -36,8 +37,8 @@ struct Images {
 }
 
 impl Images {
-    /// A text without its placeholders, which are counted: the images come first in any case. In a
-    /// record without images `<image>` is a word like others.
+    /// A text without its placeholders, which are counted: the images come first in any case. A text
+    /// of a record without images stays as it is.
     fn take_out(&mut self, text: &str) -> String {
         if self.count == 0 {
             return text.trim().to_owned();
@@ -72,15 +73,37 @@ impl Images {
 pub fn read_fields(record: &Result<Value, String>, embedded: usize) -> Result<Fields, String> {
     let value = record.as_ref().map_err(Clone::clone)?;
     if let Some(object) = value.as_object() {
-        let has_images = embedded > 0 || paths(object).is_ok_and(|paths| !paths.is_empty());
-        refuse_media(object, has_images)?;
+        let read = ReadImages {
+            paths: &paths(object).unwrap_or_default(),
+            embedded,
+        };
+        refuse_media(object, read)?;
         if embedded == 0 {
             refuse_two_lists(object)?;
         }
     }
     let fields = fields(value, embedded)?;
     fields.images.fit()?;
+    refuse_placeholders(&fields)?;
     Ok(fields)
+}
+
+/// Refuses a record whose question, or what was asked before it, has a placeholder for what is not
+/// there: an image that the record does not have, a video, an audio.
+fn refuse_placeholders(fields: &Fields) -> Result<(), String> {
+    let asked = fields.turns.iter().filter(|turn| turn.role == Role::User);
+    let mut texts = asked.map(|turn| &turn.text).chain([&fields.question]);
+    match texts.find_map(|text| placeholder(text)) {
+        None => Ok(()),
+        Some(PLACEHOLDER) => Err(format!(
+            "its text has the placeholder `{PLACEHOLDER}`, and the record names no image; name it in `image`, \
+             or remove the placeholder"
+        )),
+        Some(word) => Err(format!(
+            "its text has the placeholder `{word}`, and of media only images are read; remove the record, \
+             or the placeholder where the text does not need it"
+        )),
+    }
 }
 
 /// The paths that a record names, whether it can be used or not.
@@ -130,10 +153,20 @@ fn fields(record: &Value, embedded: usize) -> Result<Fields, String> {
         }
         written.map(|text| images.take_out(&text))
     };
-    let question = question.filter(|text| !text.is_empty());
-    let names: Vec<&str> = object.keys().map(String::as_str).collect();
-    let question = question
-        .ok_or_else(|| format!("it has no `prompt`; its fields are {}", names.join(", ")))?;
+    let question = question.ok_or_else(|| {
+        let names: Vec<&str> = object.keys().map(String::as_str).collect();
+        format!("it has no `prompt`; its fields are {}", names.join(", "))
+    })?;
+    if question.is_empty() {
+        let place = if there(object, "conversations").is_some() {
+            "the last text of the user in `conversations`"
+        } else if there(object, "prompt").is_some() {
+            "`prompt`"
+        } else {
+            "`question`"
+        };
+        return Err(format!("{place} is empty; write the question there"));
+    }
     Ok(Fields {
         id: text("id")?,
         paths,
@@ -437,6 +470,47 @@ mod tests {
         assert_eq!(told.turns[0].text, text);
         assert_eq!(told.turns[1].text, "<image> embeds.");
         assert_eq!(told.question, "Since when?");
+    }
+
+    #[test]
+    fn a_placeholder_for_what_is_not_there_refuses_the_record() {
+        for word in ["<image>", "<video>", "<audio>"] {
+            let flat = |text: String| fields(&json!({"prompt": text}));
+            for text in [
+                format!("{word}\nWhat happens?"),
+                format!("What happens? {word}"),
+                format!("Look.\n{word}\nWhat happens?"),
+            ] {
+                let reason = flat(text).unwrap_err();
+                let begin = format!("its text has the placeholder `{word}`, and");
+                assert!(reason.starts_with(&begin), "{reason}");
+            }
+            assert!(flat(format!("What does the {word} tag do in HTML?")).is_ok());
+            let told = json!({"conversations": [
+                {"from": "human", "value": format!("{word}\nWhat happens?")},
+                {"from": "gpt", "value": "A cat sleeps."}, {"from": "human", "value": "Why?"}]});
+            assert!(fields(&told).is_err(), "{told}");
+        }
+        let beside = json!({"image": "a.png", "prompt": "<image>\n<video>\nWhat happens?"});
+        assert!(fields(&beside).unwrap_err().contains("`<video>`"));
+    }
+
+    #[test]
+    fn an_empty_question_is_said_to_be_empty() {
+        let reason = |record| fields(&record).unwrap_err();
+        assert_eq!(
+            reason(json!({"prompt": " "})),
+            "`prompt` is empty; write the question there"
+        );
+        assert_eq!(
+            reason(json!({"question": "<image>", "image": "a.png"})),
+            "`question` is empty; write the question there"
+        );
+        let told = json!({"conversations": [{"from": "human", "value": ""}]});
+        assert_eq!(
+            reason(told),
+            "the last text of the user in `conversations` is empty; write the question there"
+        );
     }
 
     #[test]

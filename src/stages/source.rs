@@ -1,7 +1,6 @@
 //! What the loading stages share: the formats of a source, its records, and their pictures.
 //!
-//! A source is a JSON list, JSON lines, or Parquet with an image column as Hugging Face `datasets`
-//! writes it; a record is either the document's `{id, image, prompt, …}` or a LLaVA conversation. A
+//! A source is a JSON list, JSON lines, or Parquet with a column of images; a record is either the document's `{id, image, prompt, …}` or a LLaVA conversation. A
 //! file that can't be read at all is a failure; a record that can't be used is set aside.
 
 use std::collections::HashMap;
@@ -14,7 +13,7 @@ use rayon::prelude::*;
 
 use super::formats;
 use super::records::{Fields, named_paths, read_fields};
-use super::unread::Unread;
+use super::unread::{Unread, own_name};
 use super::work::{Failure, Load, Loaded, Record, shown};
 use crate::files;
 use crate::prep::{decode, probe};
@@ -69,6 +68,13 @@ impl Loadable for Pair {
     ) -> Result<Self, String> {
         let chosen = chosen.ok_or("it has no `chosen`")?;
         let rejected = rejected.ok_or("it has no `rejected`")?;
+        for (name, answer) in [("chosen", &chosen), ("rejected", &rejected)] {
+            if answer.trim().is_empty() {
+                return Err(format!(
+                    "its {name} answer is empty; write the answer, or remove the record"
+                ));
+            }
+        }
         if chosen == rejected {
             return Err("`chosen` and `rejected` are the same text".to_owned());
         }
@@ -250,6 +256,11 @@ impl<R: Loadable> Load for Loader<'_, R> {
         let mut read: Vec<(String, Opened)> = records
             .into_par_iter()
             .map(|record| {
+                let name = record.fields.as_ref().ok().and_then(own_name);
+                let place = match name {
+                    Some(name) => format!("{}, {name}", record.place),
+                    None => record.place,
+                };
                 let fields = read_fields(&record.fields, record.embedded.len());
                 let opened = fields.and_then(|fields| {
                     let images = if record.embedded.is_empty() {
@@ -273,7 +284,7 @@ impl<R: Loadable> Load for Loader<'_, R> {
                     };
                     Ok((fields, images))
                 });
-                (record.place, opened)
+                (place, opened)
             })
             .collect();
         let captions = self.captions()?;
@@ -352,15 +363,51 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn a_prompt_that_comes_twice_has_two_ids_and_a_resumed_loader_counts_on() {
-        let source = || Source {
+    fn source() -> Source<'static> {
+        Source {
             from: Path::new("p.json"),
             images: None,
             captions: None,
             limit: None,
             megapixels_max: NonZeroU32::MIN,
+        }
+    }
+
+    #[test]
+    fn a_record_that_is_set_aside_is_named_by_its_place_and_its_own_id() {
+        let set_aside = |fields: serde_json::Value| {
+            let mut loader = Loader::<Pair>::new(source());
+            let record = Record {
+                place: "line 3".to_owned(),
+                fields: Ok(fields),
+                embedded: Vec::new(),
+            };
+            let mut rejects = loader.load(vec![record]).unwrap().rejects;
+            let (id, _, reason) = rejects.remove(0);
+            (id, reason)
         };
+        let pair = |chosen: &str, rejected: &str| json!({"id": "q17", "prompt": "Why?", "chosen": chosen, "rejected": rejected});
+        let reason = |name: &str| {
+            format!("its {name} answer is empty; write the answer, or remove the record")
+        };
+        let place = "line 3, id q17".to_owned();
+        assert_eq!(
+            set_aside(pair("", "No.")),
+            (place.clone(), reason("chosen"))
+        );
+        assert_eq!(set_aside(pair("Yes.", " \n")), (place, reason("rejected")));
+        let (place, _) = set_aside(json!({"question_id": 7, "prompt": "Why?"}));
+        assert_eq!(place, "line 3, question_id 7");
+        let preferred = json!({"output_1": {"value": ""}, "output_2": {"value": "No."},
+            "prompt": "Why?", "preference": 2});
+        assert_eq!(
+            set_aside(preferred),
+            ("line 3".to_owned(), reason("rejected"))
+        );
+    }
+
+    #[test]
+    fn a_prompt_that_comes_twice_has_two_ids_and_a_resumed_loader_counts_on() {
         let record = || Record {
             place: String::new(),
             fields: Ok(json!({"prompt": "Why?"})),

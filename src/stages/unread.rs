@@ -5,6 +5,8 @@ use std::collections::{BTreeSet, HashMap};
 
 use serde_json::{Map, Value};
 
+use super::media::{Found, ReadImages, Says, found, holds_anything, says};
+
 /// The keys that are read of a record.
 const READ: [&str; 15] = [
     "id",
@@ -44,86 +46,32 @@ const SHOWN_MAX: usize = 8;
 /// Characters of a key that are shown.
 const NAME_CHARS: usize = 40;
 
+/// Keys whose value names a record for whoever made it.
+const NAMES: [&str; 5] = ["id", "question_id", "sample_id", "uid", "uuid"];
+
 /// True for the keys of a record whose values are needed; of the others it is enough to know whether
-/// they are there, and whether they hold anything.
+/// they hold anything, and whether that is media.
 pub fn is_needed(key: &str) -> bool {
-    READ.contains(&key) || key == CHAT
+    READ.contains(&key) || key == CHAT || NAMES.contains(&key)
 }
 
-/// Media that a key may name.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Medium {
-    Image,
-    /// Video or audio.
-    Other,
+/// The key and the value that name a record for whoever made it, if it has one.
+pub fn own_name(record: &Value) -> Option<String> {
+    NAMES.iter().find_map(|key| {
+        let name = match record.get(key)? {
+            Value::String(text) if !text.trim().is_empty() => shown(text),
+            Value::Number(number) => number.to_string(),
+            _ => return None,
+        };
+        Some(format!("{key} {name}"))
+    })
 }
 
-/// The words for media, the longer one first where one begins like another.
-const MEDIA: [(&str, Medium); 16] = [
-    ("videos", Medium::Other),
-    ("video", Medium::Other),
-    ("audios", Medium::Other),
-    ("audio", Medium::Other),
-    ("sounds", Medium::Other),
-    ("sound", Medium::Other),
-    ("images", Medium::Image),
-    ("image", Medium::Image),
-    ("imgs", Medium::Image),
-    ("img", Medium::Image),
-    ("pictures", Medium::Image),
-    ("picture", Medium::Image),
-    ("photos", Medium::Image),
-    ("photo", Medium::Image),
-    ("frames", Medium::Other),
-    ("pixelvalues", Medium::Image),
-];
-
-/// What may follow such a word in a key that still names the medium: `video_path` does, `video_id` and
-/// `image_width` say something about it.
-const CARRIERS: [&str; 15] = [
-    "",
-    "path",
-    "paths",
-    "url",
-    "urls",
-    "uri",
-    "uris",
-    "file",
-    "files",
-    "filename",
-    "filenames",
-    "bytes",
-    "base64",
-    "b64",
-    "data",
-];
-
-/// The medium that a key names: `video`, `Video_URL`, `image_2`, `input_audio`; `None` for `video_id`.
-fn medium(key: &str) -> Option<Medium> {
-    let word: String = key
-        .chars()
-        .filter(|c| c.is_alphanumeric())
-        .flat_map(char::to_lowercase)
-        .collect();
-    let word = word.strip_prefix("input").unwrap_or(&word);
-    let (rest, medium) = MEDIA
-        .iter()
-        .find_map(|(name, medium)| Some((word.strip_prefix(name)?, *medium)))?;
-    let without_number = rest.trim_matches(|c: char| c.is_ascii_digit());
-    let carries = CARRIERS.contains(&rest) || CARRIERS.contains(&without_number);
-    carries.then_some(medium)
-}
-
-/// False for null, false, empty texts, and lists and objects of nothing else.
-fn holds_anything(value: &Value) -> bool {
-    match value {
-        Value::Null => false,
-        Value::Bool(value) => *value,
-        Value::Number(_) => true,
-        Value::String(text) => !text.trim().is_empty(),
-        Value::Array(items) => items.iter().any(holds_anything),
-        Value::Object(fields) => fields.values().any(holds_anything),
-    }
+/// True for keys whose value names the record or something else, and no file to be read, even if it
+/// reads `000000033471.jpg`.
+fn is_id(key: &str) -> bool {
+    let small = key.to_ascii_lowercase();
+    NAMES.contains(&&*small) || small.ends_with("_id") || key.ends_with("Id")
 }
 
 /// The objects within a field of a record, each with its place in words: entries of a list, or the
@@ -143,33 +91,78 @@ fn within<'a>(
     single.into_iter().chain(entries)
 }
 
-/// Refuses a record that names media which are not read. `has_images`: it has images that are, and
-/// another name for one of them, as in `image` and `image_url`, is no loss.
-pub fn refuse_media(record: &Map<String, Value>, has_images: bool) -> Result<(), String> {
+/// Refuses a record that names media which are not read: the images in `read` are.
+pub fn refuse_media(record: &Map<String, Value>, read: ReadImages<'_>) -> Result<(), String> {
     for (key, value) in record {
-        if READ.contains(&key.as_str()) || !holds_anything(value) {
-            continue;
-        }
-        match medium(key) {
-            Some(Medium::Image) if !has_images => return Err(other_image("it", key)),
-            Some(Medium::Other) => return Err(no_image("it", key)),
-            _ => {}
+        if !READ.contains(&key.as_str()) && key != CHAT {
+            refuse_value("it", key, value, read)?;
         }
     }
-    let fields = READ_WITHIN.iter().map(|(field, _)| *field).chain([CHAT]);
-    for (place, object) in fields.flat_map(|field| within(record, field)) {
-        for (key, _) in object.iter().filter(|(_, value)| holds_anything(value)) {
-            match medium(key) {
-                Some(Medium::Image) => return Err(other_image(&place, key)),
-                Some(Medium::Other) => return Err(no_image(&place, key)),
-                None => {}
+    for (field, keys) in READ_WITHIN.into_iter().chain([(CHAT, READ_WITHIN[0].1)]) {
+        for (place, object) in within(record, field) {
+            for (key, value) in object {
+                if !keys.contains(&key.as_str()) {
+                    refuse_value(&place, key, value, read)?;
+                }
             }
-        }
-        if let Some(Value::Array(parts)) = object.get("content") {
-            content(&place, parts)?;
+            if let Some(Value::Array(parts)) = object.get("content") {
+                content(&place, parts)?;
+            }
         }
     }
     Ok(())
+}
+
+/// Refuses the value of a key that is not read, if it is a medium. Another name of an image that is
+/// read is none: the same path under a key such as `photo`; the same file name under one such as
+/// `image_url` or `source`, which say where an image lies; and under these any name of an image whose
+/// bytes the file itself holds.
+fn refuse_value(place: &str, key: &str, value: &Value, read: ReadImages<'_>) -> Result<(), String> {
+    let says = says(key);
+    let is_number = matches!(value, Value::Bool(_) | Value::Number(_));
+    if !holds_anything(value) || (says.is_none() && is_id(key)) {
+        return Ok(());
+    }
+    let media = found(value, says.is_some());
+    let is_known = |medium: &Found<'_>| match medium {
+        Found::Named(name) if says == Some(Says::Image) => read.has_path(name),
+        Found::Named(name) => read.has_file_name(name),
+        Found::Held => false,
+    };
+    let is_label = |medium: &Found<'_>| match says {
+        Some(Says::Image) => false,
+        Some(Says::PlaceOfImage) => matches!(medium, Found::Named(_)),
+        _ => medium.is_image_file(),
+    };
+    let is_read =
+        media.iter().all(is_known) || (media.len() <= read.embedded && media.iter().all(is_label));
+    let is_image = matches!(says, Some(Says::Image | Says::PlaceOfImage));
+    if says == Some(Says::Other) {
+        return Err(no_image(place, key));
+    }
+    if is_number && !(is_image && read.is_empty()) {
+        return Ok(());
+    }
+    if is_image && (read.is_empty() || media.is_empty() || !is_read) {
+        return Err(other_image(place, key));
+    }
+    if is_read {
+        Ok(())
+    } else if media.contains(&Found::Held) {
+        Err(held(place, key))
+    } else if media.iter().all(|medium| medium.is_image_file()) {
+        Err(other_image(place, key))
+    } else {
+        Err(no_image(place, key))
+    }
+}
+
+fn held(place: &str, key: &str) -> String {
+    format!(
+        "{place} holds a file in `{}`, which is not read; name an image in `image` or `images` of the record, \
+         or remove the key where the text does not need it",
+        shown(key)
+    )
 }
 
 fn no_image(place: &str, key: &str) -> String {
@@ -183,7 +176,7 @@ fn no_image(place: &str, key: &str) -> String {
 fn other_image(place: &str, key: &str) -> String {
     format!(
         "{place} names an image in `{}`, which is not read; name its file in `image` or `images` of the \
-         record",
+         record, or remove the key where the text does not need it",
         shown(key)
     )
 }
@@ -201,7 +194,7 @@ pub fn content(place: &str, parts: &[Value]) -> Result<(String, usize), String> 
         });
         match named {
             "text" => {
-                if let Some((key, _)) = others.find(|(key, _)| medium(key).is_some()) {
+                if let Some((key, _)) = others.find(|(key, _)| says(key).is_some()) {
                     return Err(no_image(&format!("a text part of {place}"), key));
                 }
                 let text = part.get("text").and_then(Value::as_str);
@@ -229,8 +222,8 @@ pub fn content(place: &str, parts: &[Value]) -> Result<(String, usize), String> 
     Ok((texts.join("\n"), images))
 }
 
-/// A key as a message shows it: it may be long, or hold control characters.
-fn shown(key: &str) -> String {
+/// A key or an id as a message shows it: it may be long, or hold control characters.
+pub fn shown(key: &str) -> String {
     let mut text: String = key
         .chars()
         .take(NAME_CHARS)
@@ -321,12 +314,12 @@ fn unread_of(record: &Map<String, Value>) -> BTreeSet<String> {
         if READ.contains(&key.as_str()) && !instead.contains(&key.as_str()) {
             return false;
         }
-        match medium(key) {
-            None => !value.is_null(),
+        match says(key) {
+            None | Some(Says::File) => !value.is_null(),
             // Another name of an image that is read, or else the record is refused.
-            Some(Medium::Image) => holds_anything(value),
+            Some(Says::Image | Says::PlaceOfImage) => holds_anything(value),
             // Nothing, or the record is refused.
-            Some(Medium::Other) => false,
+            Some(Says::Other) => false,
         }
     });
     let mut found: BTreeSet<String> = keys.map(|(key, _)| shown(key)).collect();
@@ -348,52 +341,16 @@ mod tests {
     use super::*;
 
     fn refused(record: &Value) -> Option<String> {
-        refuse_media(record.as_object().unwrap(), false).err()
+        refused_beside(record, &[], 0)
     }
 
-    #[test]
-    fn keys_name_media_or_say_something_about_them() {
-        for key in [
-            "video",
-            "videos",
-            "audio",
-            "audios",
-            "sound",
-            "video_path",
-            "videoUrl",
-            "input_audio",
-            "frames",
-            "video2",
-        ] {
-            assert_eq!(medium(key), Some(Medium::Other), "{key}");
-        }
-        for key in [
-            "image_url",
-            "image_urls",
-            "imageUrl",
-            "img",
-            "image_path",
-            "image_filename",
-            "image_1",
-            "image_b64",
-            "image_base64",
-            "pixel_values",
-        ] {
-            assert_eq!(medium(key), Some(Medium::Image), "{key}");
-        }
-        for key in [
-            "video_id",
-            "image_id",
-            "image_width",
-            "imagery",
-            "soundness",
-            "category",
-            "url",
-            "framework",
-            "",
-        ] {
-            assert_eq!(medium(key), None, "{key}");
-        }
+    fn refused_beside(record: &Value, paths: &[&str], embedded: usize) -> Option<String> {
+        let paths: Vec<String> = paths.iter().map(|&path| path.to_owned()).collect();
+        let read = ReadImages {
+            paths: &paths,
+            embedded,
+        };
+        refuse_media(record.as_object().unwrap(), read).err()
     }
 
     #[test]
@@ -442,12 +399,95 @@ mod tests {
     fn a_second_name_of_an_image_that_is_read_is_only_counted() {
         let record =
             json!({"prompt": "Why?", "image": "a.png", "image_url": "https://example.com/a.png"});
-        assert_eq!(refuse_media(record.as_object().unwrap(), true), Ok(()));
+        assert_eq!(refused_beside(&record, &["a.png"], 0), None);
         let mut unread = Unread::default();
         unread.count(&record);
         assert_eq!(
             unread.in_words().unwrap(),
             "`image_url` is not read; 1 of 1 records have it"
+        );
+    }
+
+    #[test]
+    fn an_image_beside_those_that_are_read_is_refused() {
+        let read = ["coco/000000033471.jpg"];
+        let with = |key: &str, value: Value| {
+            let record = json!({"image": read[0], key: value});
+            refused_beside(&record, &read, 0)
+        };
+        for (key, value) in [
+            ("image_2", json!("b.png")),
+            ("image_2", json!("vg/000000033471.jpg")),
+            ("photo", json!("b")),
+            ("image_url", json!("https://example.com/b.png")),
+            ("image_path", json!([read[0], "b.png"])),
+            ("mask", json!("b.png")),
+            ("raw", json!({"bytes": "aGk=", "path": null})),
+            ("image_base64", json!("aGk=")),
+            ("source", json!("talk.mp4")),
+            ("attachments", json!([{"path": "a.pdf"}])),
+        ] {
+            let reason = with(key, value).unwrap_or_else(|| panic!("{key}"));
+            assert!(reason.contains(&format!("`{key}`")), "{reason}");
+        }
+        for (key, value) in [
+            ("image_2", json!(read[0])),
+            ("image_1", json!("./coco/000000033471.jpg")),
+            ("photo", json!([read[0]])),
+            ("image_path", json!("/data/000000033471.jpg")),
+            ("image_url", json!("http://example.com/000000033471.jpg")),
+            ("file_name", json!("000000033471.jpg")),
+            ("source", json!("coco")),
+            ("question_id", json!("b.jpg")),
+            ("clip", json!(0.31)),
+            ("image_width", json!(640)),
+        ] {
+            assert_eq!(with(key, value), None, "{key}");
+        }
+        assert_eq!(
+            with("image_2", json!("b.png")).unwrap(),
+            "it names an image in `image_2`, which is not read; name its file in `image` or `images` of the \
+             record, or remove the key where the text does not need it"
+        );
+    }
+
+    /// A file that holds the bytes of its images names them as it likes.
+    #[test]
+    fn a_name_of_an_image_that_the_file_holds_is_no_loss() {
+        let beside = |key: &str, value: Value| refused_beside(&json!({key: value}), &[], 1);
+        assert_eq!(beside("file_name", json!("b.png")), None);
+        assert_eq!(beside("image_path", json!("b.png")), None);
+        assert!(beside("image_path", json!(["b.png", "c.png"])).is_some());
+        assert!(beside("image_2", json!("b.png")).is_some());
+        assert!(beside("raw", json!({"bytes": "aGk="})).is_some());
+        assert!(beside("source", json!("talk.mp4")).is_some());
+    }
+
+    #[test]
+    fn a_text_that_is_a_path_of_media_is_refused_under_any_key_but_an_id() {
+        for key in [
+            "file_name",
+            "main_image",
+            "screenshot",
+            "picture",
+            "page",
+            "document",
+        ] {
+            assert!(
+                refused(&json!({"prompt": "Why?", key: "a.png"})).is_some(),
+                "{key}"
+            );
+        }
+        for key in ["id", "question_id", "imageId"] {
+            assert_eq!(
+                refused(&json!({"prompt": "Why?", key: "a.png"})),
+                None,
+                "{key}"
+            );
+        }
+        assert_eq!(
+            refused(&json!({"prompt": "a.png", "note": "see a.png"})),
+            None
         );
     }
 

@@ -19,7 +19,8 @@ rows! {
         pub stage: String,
         /// The round; absent for a table that is made once.
         pub round: Option<i32>,
-        /// What names the row: `prompt_id` where there is one, else its place in the source.
+        /// What names the row: `prompt_id` where there is one, else its place in the source, with its own
+        /// id: `line 3, id q17`.
         pub id: String,
         /// `fault`: something is wrong with it; `dropped`: a rule left it out.
         pub class: RejectClass,

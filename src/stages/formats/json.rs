@@ -1,0 +1,201 @@
+//! JSON lists and JSON lines.
+
+use std::fmt;
+use std::io::BufRead;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{SyncSender, sync_channel};
+
+use serde::de::{DeserializeSeed, Deserializer as _, MapAccess, SeqAccess, Visitor};
+use serde_json::de::{Read, StrRead};
+use serde_json::{Map, Number, Value};
+
+use super::super::unread::shown;
+use super::super::work::{Failure, Record};
+use super::{empty, input};
+
+/// Records that a reading thread may be ahead of the one that uses them.
+const AHEAD: usize = 256;
+
+/// One JSON object a line; empty lines are passed over.
+pub fn lines<T: BufRead + Send + 'static>(
+    path: &Path,
+    text: T,
+) -> impl Iterator<Item = Result<Record, Failure>> + Send + use<T> {
+    let path = path.to_owned();
+    text.lines().enumerate().filter_map(move |(index, line)| {
+        let place = format!("line {}", index + 1);
+        let line = match line {
+            Ok(line) if line.trim().is_empty() => return None,
+            Ok(line) => line,
+            Err(error) => return Some(Err(input(&path, &format!(", {place}"), error.to_string()))),
+        };
+        // A line that is no JSON is a bad row, not a bad file: the next one may be fine.
+        let fields = whole(StrRead::new(&line))
+            .unwrap_or_else(|error| Err(format!("it is not JSON: {}", without_place(&error))));
+        Some(Ok(Record {
+            place,
+            fields,
+            embedded: Vec::new(),
+        }))
+    })
+}
+
+/// serde_json counts lines of what it was given; for JSON lines that is always line 1.
+fn without_place(error: &serde_json::Error) -> String {
+    let text = error.to_string();
+    match text.rfind(" at line ") {
+        Some(place) => format!("{} at column {}", &text[..place], error.column()),
+        None => text,
+    }
+}
+
+/// The objects of a JSON list, parsed by a thread of their own: a list of millions never lies in
+/// memory as a whole.
+pub fn list<T: BufRead + Send + 'static>(
+    path: &Path,
+    text: T,
+) -> impl Iterator<Item = Result<Record, Failure>> + Send + use<T> {
+    let (sender, receiver) = sync_channel(AHEAD);
+    let path = path.to_owned();
+    std::thread::spawn(move || {
+        let mut list = serde_json::Deserializer::from_reader(text);
+        let parsed = (&mut list).deserialize_seq(Feed {
+            sender: &sender,
+            path: &path,
+        });
+        if let Err(error) = parsed.and_then(|()| list.end()) {
+            // The receiver is gone when nobody wants more records; then there is nobody to tell.
+            let _ = sender.send(Err(input(&path, "", format!("not a JSON list: {error}"))));
+        }
+    });
+    receiver.into_iter()
+}
+
+struct Feed<'a> {
+    sender: &'a SyncSender<Result<Record, Failure>>,
+    path: &'a PathBuf,
+}
+
+impl<'de> Visitor<'de> for Feed<'_> {
+    type Value = ();
+
+    fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("a list of objects")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<(), A::Error> {
+        let mut count = 0;
+        while let Some(fields) = list.next_element_seed(Unique)? {
+            count += 1;
+            let record = Record {
+                place: format!("record {count}"),
+                fields,
+                embedded: Vec::new(),
+            };
+            if self.sender.send(Ok(record)).is_err() {
+                return Err(serde::de::Error::custom("nobody wants more records"));
+            }
+        }
+        if count == 0 {
+            let _ = self.sender.send(Err(empty(self.path)));
+        }
+        Ok(())
+    }
+}
+
+/// A text that is one JSON value, or what is wrong with its keys.
+pub fn whole<'t>(text: impl Read<'t>) -> serde_json::Result<Result<Value, String>> {
+    let mut text = serde_json::Deserializer::new(text);
+    let value = Unique.deserialize(&mut text)?;
+    text.end().map(|()| value)
+}
+
+/// Reads a value; refuses one with a key that stands twice in an object. serde_json keeps the last.
+struct Unique;
+
+impl<'de> DeserializeSeed<'de> for Unique {
+    type Value = Result<Value, String>;
+
+    fn deserialize<D: serde::Deserializer<'de>>(self, from: D) -> Result<Self::Value, D::Error> {
+        let mut twice = None;
+        let value = Parse { twice: &mut twice }.deserialize(from)?;
+        Ok(match twice {
+            None => Ok(value),
+            Some(key) => Err(format!(
+                "the key `{}` stands in it twice; keep one of the two",
+                shown(&key)
+            )),
+        })
+    }
+}
+
+/// Reads a value and notes the first key that stands twice in one of its objects.
+struct Parse<'a> {
+    twice: &'a mut Option<String>,
+}
+
+impl<'de> DeserializeSeed<'de> for Parse<'_> {
+    type Value = Value;
+
+    fn deserialize<D: serde::Deserializer<'de>>(self, from: D) -> Result<Value, D::Error> {
+        from.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Parse<'_> {
+    type Value = Value;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("any valid JSON value")
+    }
+
+    fn visit_unit<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
+        Ok(Value::Bool(value))
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_f64<E>(self, value: f64) -> Result<Value, E> {
+        Ok(Number::from_f64(value).map_or(Value::Null, Value::Number))
+    }
+
+    fn visit_str<E>(self, value: &str) -> Result<Value, E> {
+        Ok(Value::String(value.to_owned()))
+    }
+
+    fn visit_string<E>(self, value: String) -> Result<Value, E> {
+        Ok(Value::String(value))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Value, A::Error> {
+        let mut items = Vec::new();
+        let twice = self.twice;
+        while let Some(item) = list.next_element_seed(Parse { twice: &mut *twice })? {
+            items.push(item);
+        }
+        Ok(Value::Array(items))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut object: A) -> Result<Value, A::Error> {
+        let mut fields = Map::new();
+        let twice = self.twice;
+        while let Some(key) = object.next_key::<String>()? {
+            let value = object.next_value_seed(Parse { twice: &mut *twice })?;
+            if fields.contains_key(&key) {
+                twice.get_or_insert_with(|| key.clone());
+            }
+            fields.insert(key, value);
+        }
+        Ok(Value::Object(fields))
+    }
+}

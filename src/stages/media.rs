@@ -1,0 +1,369 @@
+//! Whether a key or a value of a record stands for media, and where a text has a place for them.
+
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+use serde_json::Value;
+
+/// What a key says of its value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Says {
+    /// It is an image: `photo`, `image_2`, `image_base64`.
+    Image,
+    /// It is the place of an image: `image_path`, `image_url`.
+    PlaceOfImage,
+    /// It is video or audio.
+    Other,
+    /// It is a file of some kind, unless it is a number: `clip`, `document`, `attachments`.
+    File,
+}
+
+/// The words for media, the longer one first where one begins like another.
+const MEDIA: [(&str, Says); 31] = [
+    ("videos", Says::Other),
+    ("video", Says::Other),
+    ("audios", Says::Other),
+    ("audio", Says::Other),
+    ("sounds", Says::Other),
+    ("sound", Says::Other),
+    ("frames", Says::Other),
+    ("images", Says::Image),
+    ("image", Says::Image),
+    ("imgs", Says::Image),
+    ("img", Says::Image),
+    ("pictures", Says::Image),
+    ("picture", Says::Image),
+    ("photos", Says::Image),
+    ("photo", Says::Image),
+    ("screenshots", Says::Image),
+    ("screenshot", Says::Image),
+    ("pixelvalues", Says::Image),
+    ("media", Says::File),
+    ("attachments", Says::File),
+    ("attachment", Says::File),
+    ("documents", Says::File),
+    ("document", Says::File),
+    ("clips", Says::File),
+    ("clip", Says::File),
+    ("pdfs", Says::File),
+    ("pdf", Says::File),
+    ("wavs", Says::File),
+    ("wav", Says::File),
+    ("mp3", Says::File),
+    ("mp4", Says::File),
+];
+
+/// What may stand before such a word.
+const BEFORE: [&str; 2] = ["input", "main"];
+
+/// What may follow such a word in a key that still names the medium: `video_path` does, `video_id` and
+/// `image_width` say something about it. These say where it lies.
+const PLACES: [&str; 11] = [
+    "path",
+    "paths",
+    "url",
+    "urls",
+    "uri",
+    "uris",
+    "file",
+    "files",
+    "filename",
+    "filenames",
+    "src",
+];
+
+/// These hold it.
+const CONTENTS: [&str; 4] = ["bytes", "base64", "b64", "data"];
+
+/// The endings of files with images, and with other media.
+const IMAGE_ENDINGS: [&str; 11] = [
+    "png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "heic", "avif", "svg",
+];
+const OTHER_ENDINGS: [&str; 12] = [
+    "mp4", "mov", "avi", "mkv", "webm", "m4v", "wav", "mp3", "flac", "ogg", "m4a", "pdf",
+];
+
+/// How the bytes of media begin.
+const BEGINNINGS: [&[u8]; 10] = [
+    b"\x89PNG\r\n\x1a\n",
+    b"\xff\xd8\xff",
+    b"GIF8",
+    b"RIFF",
+    b"II*\0",
+    b"MM\0*",
+    b"%PDF-",
+    b"fLaC",
+    b"OggS",
+    b"\x1aE\xdf\xa3",
+];
+
+/// Characters of a text that may be a path.
+const PATH_CHARS: usize = 1024;
+
+/// Characters of a text that may be the base64 of a file; hashes and ids are shorter.
+const BASE64_CHARS: usize = 64;
+
+/// What a key says of its value: `video`, `Video_URL`, `image_2`, `input_audio` name media, `video_id`
+/// does not.
+pub fn says(key: &str) -> Option<Says> {
+    let word = word(key);
+    let before = BEFORE.iter().find_map(|before| word.strip_prefix(before));
+    let word = before.unwrap_or(&word);
+    let (rest, medium) = MEDIA
+        .iter()
+        .find_map(|(name, medium)| Some((word.strip_prefix(name)?, *medium)))?;
+    let without_number = rest.trim_matches(|c: char| c.is_ascii_digit());
+    if PLACES.contains(&rest) && medium == Says::Image {
+        return Some(Says::PlaceOfImage);
+    }
+    let carries = without_number.is_empty() || is_carrier(rest) || is_carrier(without_number);
+    carries.then_some(medium)
+}
+
+/// A key without its case and punctuation.
+fn word(key: &str) -> String {
+    let letters = key.chars().filter(|c| c.is_alphanumeric());
+    letters.flat_map(char::to_lowercase).collect()
+}
+
+fn is_carrier(word: &str) -> bool {
+    PLACES.contains(&word) || CONTENTS.contains(&word)
+}
+
+/// False for null, false, empty texts, and lists and objects of nothing else.
+pub fn holds_anything(value: &Value) -> bool {
+    match value {
+        Value::Null => false,
+        Value::Bool(value) => *value,
+        Value::Number(_) => true,
+        Value::String(text) => !text.trim().is_empty(),
+        Value::Array(items) => items.iter().any(holds_anything),
+        Value::Object(fields) => fields.values().any(holds_anything),
+    }
+}
+
+/// A medium within a value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Found<'a> {
+    /// The path or URL of one.
+    Named(&'a str),
+    /// One that the value itself holds.
+    Held,
+}
+
+impl Found<'_> {
+    /// True for a name that ends like an image's.
+    pub fn is_image_file(self) -> bool {
+        match self {
+            Self::Named(name) => ending(name).is_some_and(|end| IMAGE_ENDINGS.contains(&&*end)),
+            Self::Held => false,
+        }
+    }
+}
+
+/// The media in a value: a text, a list, or an object with `path`, `url`, `bytes` or the like. A text
+/// is one by its ending or its beginning, or in any case if the key of the value says so.
+pub fn found(value: &Value, whatever_it_reads: bool) -> Vec<Found<'_>> {
+    match value {
+        Value::String(text) => found_in_text(text, whatever_it_reads).into_iter().collect(),
+        Value::Array(items) => {
+            let found = |item| found(item, whatever_it_reads);
+            items.iter().flat_map(found).collect()
+        }
+        Value::Object(fields) => {
+            let mut all = Vec::new();
+            for (key, value) in fields {
+                let word = word(key);
+                if matches!(word.as_str(), "bytes" | "base64" | "b64") {
+                    all.extend(holds_anything(value).then_some(Found::Held));
+                } else if is_carrier(&word) || says(key).is_some() {
+                    all.extend(found(value, whatever_it_reads));
+                }
+            }
+            all
+        }
+        _ => Vec::new(),
+    }
+}
+
+fn found_in_text(text: &str, whatever_it_reads: bool) -> Option<Found<'_>> {
+    let text = text.trim();
+    if is_data_url(text) || is_base64(text) {
+        Some(Found::Held)
+    } else if is_path(text) || (whatever_it_reads && !text.is_empty()) {
+        Some(Found::Named(text))
+    } else {
+        None
+    }
+}
+
+fn is_data_url(text: &str) -> bool {
+    const KINDS: [&str; 4] = [
+        "data:image/",
+        "data:video/",
+        "data:audio/",
+        "data:application/pdf",
+    ];
+    let begins = |kind: &&str| {
+        let start = text.get(..kind.len());
+        start.is_some_and(|start| start.eq_ignore_ascii_case(kind))
+    };
+    KINDS.iter().any(|kind| begins(&kind))
+}
+
+fn is_base64(text: &str) -> bool {
+    if text.len() < BASE64_CHARS {
+        return false;
+    }
+    let start = text.get(..16).map(|start| BASE64_STANDARD.decode(start));
+    matches!(start, Some(Ok(bytes)) if
+        BEGINNINGS.iter().any(|beginning| bytes.starts_with(beginning))
+        || bytes[4..].starts_with(b"ftyp"))
+}
+
+/// True for a path or URL that ends like a file of media. A text of several words is one only if the
+/// first of them has a slash, so that "see a.png" is none.
+fn is_path(text: &str) -> bool {
+    let is_one_word = !text.contains(char::is_whitespace)
+        || text
+            .split_once(['/', '\\'])
+            .is_some_and(|(first, _)| !first.contains(char::is_whitespace));
+    text.len() <= PATH_CHARS && !text.contains('\n') && is_one_word && ending(text).is_some()
+}
+
+/// The ending of the file of a medium, in small letters.
+fn ending(path: &str) -> Option<String> {
+    let (stem, end) = file_name(path).rsplit_once('.')?;
+    let end = end.to_ascii_lowercase();
+    let is_media = IMAGE_ENDINGS.contains(&&*end) || OTHER_ENDINGS.contains(&&*end);
+    (is_media && !stem.is_empty()).then_some(end)
+}
+
+/// The name of the file at a path or URL.
+fn file_name(path: &str) -> &str {
+    let path = match path.contains("://") {
+        true => path.split(['?', '#']).next().unwrap_or(path),
+        false => path,
+    };
+    path.rsplit(['/', '\\']).next().unwrap_or(path)
+}
+
+/// The images of a record that are read.
+#[derive(Debug, Clone, Copy)]
+pub struct ReadImages<'a> {
+    pub paths: &'a [String],
+    /// How many the file itself holds.
+    pub embedded: usize,
+}
+
+impl ReadImages<'_> {
+    pub fn is_empty(self) -> bool {
+        self.paths.is_empty() && self.embedded == 0
+    }
+
+    /// Whether a path is that of an image that is read.
+    pub fn has_path(self, path: &str) -> bool {
+        let plain = |path: &str| path.strip_prefix("./").unwrap_or(path).to_owned();
+        self.paths.iter().any(|read| plain(read) == plain(path))
+    }
+
+    /// Whether a path or URL has the file name of an image that is read.
+    pub fn has_file_name(self, path: &str) -> bool {
+        let mut read = self.paths.iter();
+        read.any(|read| file_name(read) == file_name(path))
+    }
+}
+
+/// The placeholder that a text has for a medium where LLaVA writes it: at the start or the end, or
+/// alone on a line. Elsewhere it is a word, as in "What does the tag <video> do?".
+pub fn placeholder(text: &str) -> Option<&'static str> {
+    let text = text.trim();
+    ["<image>", "<video>", "<audio>"].into_iter().find(|word| {
+        text.starts_with(word)
+            || text.ends_with(word)
+            || text.lines().any(|line| line.trim() == *word)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn keys_name_media_or_say_something_about_them() {
+        for (said, keys) in [
+            (
+                Says::Other,
+                "video videos audio audios sound video_path videoUrl input_audio frames video2",
+            ),
+            (
+                Says::PlaceOfImage,
+                "image_url image_urls imageUrl image_path image_filename main_image_path",
+            ),
+            (
+                Says::Image,
+                "img image_1 image_b64 image_base64 pixel_values image_2_url main_image screenshot photo",
+            ),
+            (
+                Says::File,
+                "media attachments attachment clip wav pdf document document_path",
+            ),
+        ] {
+            for key in keys.split(' ') {
+                assert_eq!(says(key), Some(said), "{key}");
+            }
+        }
+        for key in "video_id image_id image_width imagery soundness category url framework \
+                    document_type clip_score has_image social_media"
+            .split(' ')
+            .chain([""])
+        {
+            assert_eq!(says(key), None, "{key}");
+        }
+    }
+
+    #[test]
+    fn values_are_media_by_their_ending_or_their_beginning() {
+        let png = BASE64_STANDARD.encode([&b"\x89PNG\r\n\x1a\n"[..], &[0; 60]].concat());
+        for value in [
+            json!("a.png"),
+            json!("https://example.com/My%20cat.JPG?size=3#top"),
+            json!(["x", "clips/My cat.mp4"]),
+            json!("C:\\scans\\a.pdf"),
+            json!("data:image/png;base64,iVBOR"),
+            json!({"path": "a.wav", "bytes": null}),
+            json!({"path": null, "bytes": "aGk="}),
+            json!({"image_url": {"url": "https://example.com/a.png"}}),
+            json!(png),
+        ] {
+            assert_eq!(found(&value, false).len(), 1, "{value}");
+        }
+        for value in [
+            json!("It reads a.png"),
+            json!("It is on https://example.com/a.png"),
+            json!("Either\n/a.png"),
+            json!(".png"),
+            json!("png"),
+            json!("a.txt"),
+            json!("iVBORw0KGgoAAAANSUhEUgAA"),
+            json!({"text": "a.png"}),
+            json!(7),
+        ] {
+            assert_eq!(found(&value, false), [], "{value}");
+        }
+    }
+
+    #[test]
+    fn a_placeholder_stands_at_an_end_or_alone_on_its_line() {
+        for text in [
+            "<video>\nWhat happens?",
+            "<video> What happens?",
+            "What happens? <audio>",
+            "Look.\n <video> \nWhat happens?",
+        ] {
+            assert!(placeholder(text).is_some(), "{text}");
+        }
+        assert_eq!(placeholder("What does the <video> tag do in HTML?"), None);
+    }
+}
