@@ -176,6 +176,7 @@ fn a_prompt_longer_than_the_context_is_set_aside_before_the_model_opens() {
         rates: None,
         forecasts: Vec::new(),
         command: "pipeline run p.yaml".to_owned(),
+        sets: Vec::new(),
     };
     let interrupt = ovchat::run::Interrupt::default();
     ovchat::run::run(&plan, &options, None, &mut Quiet, &interrupt).unwrap();

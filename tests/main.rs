@@ -52,3 +52,5 @@ mod schemas;
 mod tidy;
 /// Trainings, comparisons and the report with scripted models.
 mod training;
+/// What readers see while a finished run is changed.
+mod versions;

@@ -13,12 +13,13 @@ use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use crate::run::SCRIPTED;
 use crate::scene::{ROOT, Scene};
 
-/// The files that `<folder>/**/*.parquet` finds.
-fn glob(folder: &Path) -> Vec<PathBuf> {
+/// The files that `<folder>/**/*.parquet` finds; as everywhere, hidden folders are left out.
+pub fn glob(folder: &Path) -> Vec<PathBuf> {
     let mut files = Vec::new();
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         let path = entry.path();
-        if path.is_dir() {
+        let is_hidden = entry.file_name().to_string_lossy().starts_with('.');
+        if path.is_dir() && !is_hidden {
             files.extend(glob(&path));
         } else if path.extension() == Some("parquet".as_ref()) {
             files.push(path);

@@ -96,6 +96,7 @@ fn trained_with(settings: &str, precision: Dtype) -> (Scene, Result<(), String>)
         rates: None,
         forecasts: Vec::new(),
         command: "pipeline run p.yaml".to_owned(),
+        sets: Vec::new(),
     };
     let doubles = Doubles(precision, Cell::new(0));
     let interrupt = Interrupt::default();
@@ -213,6 +214,7 @@ fn a_policy_that_judges_its_own_answers_is_opened_once() {
         rates: None,
         forecasts: Vec::new(),
         command: "pipeline run p.yaml".to_owned(),
+        sets: Vec::new(),
     };
     let doubles = Doubles(Dtype::Float32, Cell::new(0));
     let interrupt = Interrupt::default();

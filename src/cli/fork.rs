@@ -3,11 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use serde_json::{Value, json};
 
 use super::file::{quoted, shown};
 use super::out::line;
 use super::{Failed, run_folder};
 use crate::config::load;
+use crate::run::{LAST, LAST_WHOLE, listed, stale};
 use crate::store::RunFolder;
 
 /// Begins a run that has the first rounds of another one, to try something else from there on. Its files
@@ -49,7 +51,7 @@ impl MakeFork {
         let file = run.manifest().source["file"].as_str();
         let file = file.map(PathBuf::from).filter(|file| file.is_file());
         if let Some(file) = &file {
-            load(file, &self.sets, false)?;
+            load(file, &self.all_sets(&run.manifest().source), false)?;
         }
         let to = match &self.to {
             Some(to) => to.clone(),
@@ -59,24 +61,50 @@ impl MakeFork {
             let words = format!("{} exists; give another folder with --to", to.display());
             return Err(Failed::Words(words));
         }
-        run.fork(&to, self.at)?;
+        let sets = self.all_sets(&run.manifest().source);
+        let stale = stale(run.manifest()).into_iter();
+        let stale = listed(stale.filter(|made| made.round.is_some_and(|round| round < self.at)));
         let file = file.unwrap_or_else(|| PathBuf::from("PIPELINE.yaml"));
-        let sets: Vec<String> = self
-            .sets
-            .iter()
-            .map(|set| format!(" --set {}", quoted(set)))
-            .collect();
+        let quoted_sets = sets.iter().map(|set| format!(" --set {}", quoted(set)));
+        let command = format!(
+            "pipeline run {} --run {}{}",
+            quoted(&shown(&file)),
+            quoted(&to.display().to_string()),
+            quoted_sets.collect::<String>()
+        );
+        let mut source = run.manifest().source.clone();
+        source[LAST_WHOLE] = Value::Null;
+        source[LAST] = json!({ "command": command, "sets": sets });
+        run.fork(&to, self.at, source)?;
+        if !stale.is_empty() {
+            eprintln!(
+                "made from earlier versions of their inputs: {stale}; the fork keeps them as they are"
+            );
+        }
         eprintln!(
             "{} has the rounds of {} before {}; go on with:",
             to.display(),
             folder.display(),
             self.at
         );
-        let (file, to) = (quoted(&shown(&file)), quoted(&to.display().to_string()));
-        line(format_args!(
-            "pipeline run {file} --run {to}{}",
-            sets.concat()
-        ))
+        line(format_args!("{command}"))
+    }
+
+    /// The `--set` of the run, as far as the command line does not say something else, and those of the
+    /// command line.
+    fn all_sets(&self, source: &Value) -> Vec<String> {
+        let path = |set: &str| set.split('=').next().unwrap_or(set).to_owned();
+        let own: Vec<String> = self.sets.iter().map(|set| path(set)).collect();
+        let mut before = [LAST_WHOLE, LAST]
+            .into_iter()
+            .map(|run| &source[run]["sets"]);
+        let before = before.find_map(Value::as_array).into_iter().flatten();
+        let mut sets: Vec<String> = before
+            .filter_map(|set| set.as_str().map(str::to_owned))
+            .filter(|set| !own.contains(&path(set)))
+            .collect();
+        sets.extend(self.sets.iter().cloned());
+        sets
     }
 }
 

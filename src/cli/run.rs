@@ -96,6 +96,7 @@ impl Run {
             until,
             forecasts: outlook.forecasts,
             command: self.command(),
+            sets: self.file.sets.clone(),
             rates: Rates::usual_place(),
         };
         let interrupt = Interrupt::listen()

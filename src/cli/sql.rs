@@ -11,7 +11,7 @@ use super::out::Out;
 use super::rows::{RowFormat, RowWriter};
 use super::{Failed, run_folder};
 use crate::query::{self, Param, Part, QueryTable, View};
-use crate::store::{FileRecord, LABELS, Made, RunFolder};
+use crate::store::{FileRecord, LABELS, Made, RunFolder, schema_of_file};
 use crate::tables::{Call, Image, Label, Reject, Row, Telemetry, schema_of};
 
 /// Answers one SQL query over the tables of a run; tables of all rounds have a column `round`.
@@ -28,6 +28,10 @@ pub struct Sql {
     run: PathBuf,
     /// The query; read from stdin if left out.
     query: Option<String>,
+    /// Read new versions of tables that are begun, or that an expectation refused, in place of the tables
+    /// that they are to replace.
+    #[arg(long)]
+    staged: bool,
     #[command(flatten)]
     rows: RowFormat,
 }
@@ -81,7 +85,8 @@ impl Sql {
     fn answer(&self, run: &RunFolder, query: &str) -> Result<(), Failed> {
         let spill = spill()?;
         let views = report_views(&run.manifest().source);
-        print(query, &[], &tables(run)?, &views, &spill, self.rows, Out).map(drop)
+        let tables = tables(run, self.staged)?;
+        print(query, &[], &tables, &views, &spill, self.rows, Out).map(drop)
     }
 }
 
@@ -134,7 +139,8 @@ pub fn ask(
 ) -> Result<SchemaRef, Failed> {
     let spill = spill()?;
     let views = report_views(&run.manifest().source);
-    query::run(query, &[], &tables(run)?, &views, Some(spill.path()), sink)
+    let tables = tables(run, false)?;
+    query::run(query, &[], &tables, &views, Some(spill.path()), sink)
 }
 
 /// The views that the pipeline of the last run names.
@@ -163,20 +169,30 @@ pub fn run_table(run: &RunFolder, table: &str, round: Option<u32>) -> Result<Que
     })
 }
 
-/// Every table that the manifest lists, with the rounds it has so far.
-fn tables(run: &RunFolder) -> Result<Vec<QueryTable>, Failed> {
+/// Every table that the manifest lists, with the rounds it has so far; staged versions in place of the
+/// current ones, if asked for.
+fn tables(run: &RunFolder, with_staged: bool) -> Result<Vec<QueryTable>, Failed> {
     let manifest = run.manifest();
+    let staged: &[Made] = if with_staged { &manifest.staged } else { &[] };
+    let is_replaced = |made: &Made| {
+        staged.iter().any(|new| {
+            new.table == made.table
+                && (new.round == made.round || new.round.is_some() != made.round.is_some())
+        })
+    };
+    let current = manifest.made.iter().filter(|made| !is_replaced(made));
+    let versions: Vec<&Made> = current.chain(staged).collect();
     let mut tables: Vec<QueryTable> = Vec::new();
-    for made in &manifest.made {
-        let files = run.files(&made.table, made.round);
+    for made in &versions {
+        let files = run.files_of(made);
         if let Some(table) = tables.iter_mut().find(|table| table.name == made.table) {
             table.files.push((made.round, files));
             continue;
         }
         let schema = match made.kind.as_deref().and_then(schema_of) {
             Some(schema) => schema,
-            None => match run.schema(&made.table, made.round)? {
-                Some(schema) => schema,
+            None => match files.first() {
+                Some(file) => schema_of_file(file)?,
                 None => continue,
             },
         };
@@ -195,8 +211,8 @@ fn tables(run: &RunFolder) -> Result<Vec<QueryTable>, Failed> {
             .collect()
     };
     let images = paths(manifest.images.iter().collect());
-    let rejects = paths(manifest.made.iter().flat_map(Made::rejects).collect());
-    let telemetry = paths(manifest.made.iter().flat_map(Made::telemetry).collect());
+    let rejects = paths(versions.iter().flat_map(|made| made.rejects()).collect());
+    let telemetry = paths(versions.iter().flat_map(|made| made.telemetry()).collect());
     let calls = lines_in(&run.calls());
     let labels = lines_in(&run.root().join(LABELS));
     for (name, schema, files) in [

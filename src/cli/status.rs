@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use super::out::{Output, line};
 use super::progress::duration;
 use super::{Failed, run_folder};
+use crate::run::stale;
 use crate::store::{Made, RunFolder, lock_holder};
 
 /// Says what a run has made so far and whether it is running.
@@ -28,6 +29,7 @@ impl Status {
         let run = RunFolder::read(&folder)?;
         let holder = lock_holder(&folder);
         let manifest = run.manifest();
+        let stale = stale(manifest);
         if self.output.is_json() {
             let table = |made: &Made, is_staged: bool| {
                 json!({
@@ -35,6 +37,7 @@ impl Status {
                     "rows": made.rows(), "faults": faults(made), "dropped": dropped(made), "key": made.key,
                     "seconds": made.took().map(|took| took.seconds), "computed": made.took().map(|took| took.rows), "expected": made.expected,
                     "checkpoint": made.checkpoint.as_ref().map(|checkpoint| &checkpoint.folder),
+                    "inputs_changed": stale.contains(&made),
                 })
             };
             let current = manifest.made.iter().map(|made| table(made, false));
@@ -62,15 +65,20 @@ impl Status {
                 .round
                 .map_or_else(|| "-".to_owned(), |round| round.to_string());
             let state = match (made.complete, made.states.last(), &made.checkpoint) {
-                (true, _, Some(checkpoint)) => format!("done, {}", checkpoint.folder),
-                (true, _, None) => "done".to_owned(),
+                (true, _, Some(checkpoint)) => format!("done{of}, {}", checkpoint.folder),
+                (true, _, None) => format!("done{of}"),
                 (false, Some(state), _) => format!("saved at step {}{of}", state.step),
                 (false, None, _) => format!("{} parts{of}", made.parts.len()),
+            };
+            let changed = if stale.contains(&made) {
+                "; its inputs have changed"
+            } else {
+                ""
             };
             let (table, rows) = (&made.table, made.rows());
             let or_none = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
             line(format_args!(
-                "{table:<24} {round:>6} {rows:>10} {:>10} {:>8} {:>8} {:>12} {:>12}  {state}",
+                "{table:<24} {round:>6} {rows:>10} {:>10} {:>8} {:>8} {:>12} {:>12}  {state}{changed}",
                 or_none(made.expected.rows.map(|rows| rows.to_string())),
                 faults(made),
                 dropped(made),

@@ -1,16 +1,16 @@
 //! The note that names the tables that a run replaces, printed before anything changes.
 
-use super::{Fate, Options, Reason, Runner};
-use crate::config::PlannedStage;
+use super::fold::checkpoint_of;
+use super::{Fate, LAST, LAST_WHOLE, Options, Reason, Runner, Slot};
+use crate::store::Made;
 
 /// Tables and the rounds in which they are replaced; none for a table without rounds.
 type Replaced = Vec<(String, Vec<u32>)>;
 
 impl Runner<'_> {
     /// Says which complete tables the run replaces, why, and how to get them back.
-    pub(super) fn announce(&mut self, options: &Options, slots: &[(&PlannedStage, Option<u32>)]) {
-        let manifest = self.folder.manifest();
-        let mut replaced = Replaced::new();
+    pub(super) fn announce(&mut self, options: &Options, slots: &[Slot<'_>]) {
+        let mut replaced: Vec<&Made> = Vec::new();
         let mut reasons: Vec<String> = Vec::new();
         let mut is_past = false;
         for one in &options.forecasts {
@@ -19,12 +19,27 @@ impl Runner<'_> {
                 break;
             }
             is_past = options.until.as_ref() == Some(&one.table);
-            let current = manifest.find(one.table.as_str(), one.round);
-            let goes_on = matches!(one.fate, Fate::Reuse | Fate::Resume { .. });
-            if goes_on || current.is_none_or(|made| !made.complete) {
+            let Some(stage) = self.plan.stage(&one.table) else {
+                continue;
+            };
+            // A table under the same key stays.
+            if matches!(one.fate, Fate::Reuse) {
                 continue;
             }
-            add(&mut replaced, one.table.as_str(), one.round);
+            let checkpoint = checkpoint_of(self.plan, stage, one.round);
+            let table = one.table.as_str();
+            let displaced = self
+                .folder
+                .displaced(table, one.round, None, checkpoint.as_deref());
+            let displaced: Vec<&Made> = displaced.filter(|made| made.complete).collect();
+            if displaced.is_empty() {
+                continue;
+            }
+            for made in displaced {
+                if !replaced.contains(&made) {
+                    replaced.push(made);
+                }
+            }
             if let Fate::Make { reasons: all, .. } = &one.fate {
                 let own = all
                     .iter()
@@ -36,15 +51,8 @@ impl Runner<'_> {
                 }
             }
         }
-        let mut removed = Replaced::new();
-        if options.until.is_none() {
-            for made in self.unplanned(slots) {
-                add(&mut removed, &made.table, made.round);
-            }
-        }
-        if replaced.is_empty() && removed.is_empty() {
-            return;
-        }
+        let mut removed = self.unplanned(slots);
+        removed.retain(|made| options.until.is_none() && !replaced.contains(&made));
         let folder = self.folder.root().display();
         let mut lines = Vec::new();
         if !replaced.is_empty() {
@@ -55,7 +63,7 @@ impl Runner<'_> {
             lines.push(format!(
                 "replacing tables of {folder}: {}{why}; each stays until its new version is complete, and \
                  then in .cache",
-                listed(&replaced)
+                listed(replaced)
             ));
         }
         if !removed.is_empty() {
@@ -65,19 +73,45 @@ impl Runner<'_> {
                 listed(&removed)
             ));
         }
-        let before = self.before["command"].as_str().map(str::to_owned);
-        let before = before.unwrap_or_else(|| {
+        if !lines.is_empty() {
+            lines.push(self.way_back(options));
+            self.report.note(&lines.join("\n"));
+        }
+    }
+
+    /// Says which tables of later rounds go once `rounds.stop_when` has ended the rounds with `last`, before
+    /// they do.
+    pub(super) fn announce_end(&mut self, options: &Options, last: u32, reached: &[Slot<'_>]) {
+        let mut removed = self.unplanned(reached);
+        removed.retain(|made| made.round > Some(last));
+        if !removed.is_empty() {
+            let text = format!(
+                "removing tables of {} after round {last}, the last one: {}; they stay in .cache\n{}",
+                self.folder.root().display(),
+                listed(&removed),
+                self.way_back(options)
+            );
+            self.report.note(&text);
+        }
+    }
+
+    /// The line with the command that made what this run replaces: the last whole run, or the last run of
+    /// any kind where that is this very command.
+    fn way_back(&self, options: &Options) -> String {
+        let command = |run: &str| self.before[run]["command"].as_str().map(str::to_owned);
+        let of_file = || {
             let file = self.before["file"].as_str().unwrap_or("PIPELINE.yaml");
             format!("pipeline run {file}")
-        });
-        let undo = if before == options.command {
-            "to bring them back, undo the change and run"
-        } else {
-            "to bring them back, run"
         };
-        lines.push(format!("{undo}: {before}"));
-        let text = lines.join("\n");
-        self.report.note(&text);
+        let runs = [LAST_WHOLE, LAST].map(command);
+        let now = self.plan.secrets.hide(&options.command);
+        let mut known = runs.into_iter().flatten().peekable();
+        let first = known.peek().cloned().unwrap_or_else(of_file);
+        match known.find(|command| *command != now) {
+            Some(other) => format!("to bring them back, run: {other}"),
+            None if first != now => format!("to bring them back, run: {first}"),
+            None => format!("to bring them back, undo the change and run: {now}"),
+        }
     }
 }
 
@@ -89,8 +123,17 @@ fn add(tables: &mut Replaced, table: &str, round: Option<u32>) {
     }
 }
 
+/// Versions of tables in words, see [`in_words`].
+pub fn listed<'m>(versions: impl IntoIterator<Item = &'m Made>) -> String {
+    let mut tables = Replaced::new();
+    for made in versions {
+        add(&mut tables, &made.table, made.round);
+    }
+    in_words(&tables)
+}
+
 /// Tables with their rounds: `prompts, pairs (rounds 1 to 3), steps (round 3)`.
-fn listed(tables: &Replaced) -> String {
+fn in_words(tables: &Replaced) -> String {
     let texts = tables.iter().map(|(table, rounds)| {
         let mut rounds = rounds.clone();
         rounds.sort_unstable();
@@ -127,7 +170,7 @@ mod tests {
         add(&mut tables, "grades", Some(0));
         add(&mut tables, "grades", Some(2));
         assert_eq!(
-            listed(&tables),
+            in_words(&tables),
             "prompts, pairs (rounds 1 to 2), steps (round 3), grades (rounds 0, 2)"
         );
     }

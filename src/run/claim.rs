@@ -7,14 +7,14 @@
 use serde_json::Value;
 
 use super::keys::{explain, explained, in_words};
-use super::{Runner, titled};
+use super::{Runner, Slot, titled};
 use crate::config::PlannedStage;
 use crate::stages::{Failure, TableName, Work};
 use crate::store::Made;
 
 impl Runner<'_> {
-    /// Sees to it that the manifest has a table under this key, to be begun or gone on with. False
-    /// when it is complete already.
+    /// Sees to it that the manifest has a version under this key, to be begun or gone on with, whose
+    /// checkpoint will lie in the folder `checkpoint`. False when it is complete already, if only staged.
     pub(super) fn claim(
         &mut self,
         table: &TableName,
@@ -22,6 +22,7 @@ impl Runner<'_> {
         kind: Option<&str>,
         key: &str,
         because: &Value,
+        checkpoint: Option<&str>,
     ) -> Result<bool, Failure> {
         let name = table.as_str();
         let explained = explained(because, self.plan.stage(table));
@@ -35,7 +36,6 @@ impl Runner<'_> {
         {
             let reasons = explain(&made.because, &explained);
             let reasons = in_words(&reasons, self.plan, table);
-            let is_complete = made.complete;
             let mut parked = manifest.parked.iter().map(|parked| &parked.made);
             let returns =
                 parked.any(|made| made.is(name, round) && made.key == key && made.complete);
@@ -46,24 +46,25 @@ impl Runner<'_> {
             };
             let title = titled(table, round);
             self.report.note(&format!("{title} {deed}: {reasons}"));
-            if !is_complete {
-                self.folder.park(name, round)?;
-            }
         }
         if !goes_on {
             self.folder.park_staged(name, round)?;
+            let is_blocked = self.folder.is_blocked(name, round, key, checkpoint);
+            let current = self.folder.manifest().find(name, round);
+            if current.is_some_and(|made| !made.complete && (made.key != key || is_blocked)) {
+                self.folder.park(name, round)?;
+            }
             let current = self.folder.manifest().find(name, round);
             if current.is_none_or(|made| made.key != key) {
-                self.folder.unpark(name, round, key)?;
+                self.folder.unpark(name, round, key, checkpoint)?;
             }
         }
-        self.folder.replace_by_staged(name, round)?;
         if let Some(made) = self.folder.manifest().under_way(name, round)
             && made.key == key
         {
             return Ok(!made.complete);
         }
-        self.folder.begin(Made {
+        let made = Made {
             table: name.to_owned(),
             round,
             kind: kind.map(str::to_owned),
@@ -77,12 +78,13 @@ impl Runner<'_> {
             states: Vec::new(),
             checkpoint: None,
             expected: self.expected(table, round),
-        })?;
+        };
+        self.folder.begin(made, checkpoint)?;
         Ok(true)
     }
 
     /// The tables that the pipeline no longer has, or has not in that round.
-    pub(super) fn unplanned(&self, slots: &[(&PlannedStage, Option<u32>)]) -> Vec<Made> {
+    pub(super) fn unplanned(&self, slots: &[Slot<'_>]) -> Vec<Made> {
         let planned = |made: &Made| {
             slots.iter().any(|(stage, round)| {
                 *round == made.round
@@ -98,13 +100,17 @@ impl Runner<'_> {
             .collect()
     }
 
-    /// Sets these tables aside: nobody should query or export them as if they belonged to the pipeline.
-    pub(super) fn park_unplanned(
-        &mut self,
-        slots: &[(&PlannedStage, Option<u32>)],
-    ) -> Result<(), Failure> {
+    /// Sets these tables aside, and versions that a whole run did not go on with: nobody should query or export them as if they belonged to the pipeline.
+    pub(super) fn park_unplanned(&mut self, slots: &[Slot<'_>]) -> Result<(), Failure> {
         for made in self.unplanned(slots) {
             self.folder.park(&made.table, made.round)?;
+        }
+        let staged = self.folder.manifest().staged.iter();
+        let staged: Vec<_> = staged
+            .map(|made| (made.table.clone(), made.round))
+            .collect();
+        for (table, round) in staged {
+            self.folder.park_staged(&table, round)?;
         }
         Ok(())
     }

@@ -7,7 +7,7 @@ use arrow::util::pretty::pretty_format_batches;
 use super::Runner;
 use crate::config::{Expectation, Otherwise, PlannedStage};
 use crate::query::{self, QueryTable};
-use crate::stages::Failure;
+use crate::stages::{Failure, TableName};
 
 /// Rows that are shown of those that should not be there.
 const SHOWN: usize = 3;
@@ -37,14 +37,22 @@ impl Runner<'_> {
                 Otherwise::Warn => self.report.note(&format!("warning: {words}")),
                 Otherwise::Stop => {
                     return Err(Failure::Other(format!(
-                        "{words}\nnothing behind it was made; look with `pipeline sql {}`, and change \
-                         what makes the table, or what is expected",
-                        self.folder.root().display()
+                        "{words}\nto see its rows, run:\n{}\nchange what makes the table, or what is expected of it",
+                        self.sql_of(&stage.name, round, &format!("select * from {}", stage.name))
                     )));
                 }
             }
         }
         Ok(())
+    }
+
+    /// The command that queries a version that was refused: it lies in its place, or is staged beside the
+    /// table that it would have replaced.
+    pub(super) fn sql_of(&self, table: &TableName, round: Option<u32>, query: &str) -> String {
+        let staged = self.folder.manifest().staged(table.as_str(), round);
+        let flag = if staged.is_some() { "--staged " } else { "" };
+        let folder = self.folder.root().display();
+        format!("pipeline sql {flag}{folder} \"{query}\"")
     }
 
     /// What is not as expected, if anything is.
@@ -54,17 +62,20 @@ impl Runner<'_> {
         round: Option<u32>,
     ) -> Result<Option<String>, Failure> {
         let mut tables = Vec::new();
+        let manifest = self.folder.manifest();
         for stage in self.plan.all() {
+            let name = stage.name.as_str();
             let table_round = self.plan.round_of(&stage.name, round);
-            let made = self
-                .folder
-                .manifest()
-                .find(stage.name.as_str(), table_round);
-            if made.is_some_and(|made| made.complete) {
+            let made = if stage.name == expectation.table {
+                manifest.under_way(name, table_round)
+            } else {
+                manifest.find(name, table_round)
+            };
+            if let Some(made) = made.filter(|made| made.complete) {
                 tables.push(QueryTable {
-                    name: stage.name.to_string(),
+                    name: name.to_owned(),
                     schema: stage.schema.clone(),
-                    files: vec![(None, self.folder.files(stage.name.as_str(), table_round))],
+                    files: vec![(None, self.folder.files_of(made))],
                     with_round: false,
                 });
             }

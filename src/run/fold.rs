@@ -15,9 +15,8 @@ use rayon::prelude::*;
 use serde_json::Value;
 
 use super::claim::tables_of;
-use super::sound;
 use super::{Runner, took};
-use crate::config::PlannedStage;
+use crate::config::{Plan, PlannedStage};
 use crate::run::report::Tally;
 use crate::run::{Start, Unit};
 use crate::stages::{Failure, Fold, Scope, TableName, Work};
@@ -104,7 +103,7 @@ impl Runner<'_> {
                 Ok(()) => {
                     done = state.step as usize;
                     if !newest {
-                        self.folder.begin(made.clone().back_at(state))?;
+                        self.folder.record(made.clone().back_at(state))?;
                     }
                     break;
                 }
@@ -122,7 +121,7 @@ impl Runner<'_> {
             // Steps without a state behind them are taken again.
             let mut made = made.clone();
             made.parts.clear();
-            self.folder.begin(made)?;
+            self.folder.record(made)?;
         }
         let total = Some(batches.len() as u64);
         report.borrow_mut().start(Start {
@@ -180,8 +179,7 @@ impl Runner<'_> {
                 return Err(Failure::Interrupted);
             }
         }
-        let below = place.checkpoint(&self.checkpoint_name(stage, round));
-        self.folder.free_checkpoint(&below, table.as_str(), round)?;
+        let below = place.checkpoint(&checkpoint_name(self.plan, stage, round));
         let folder = self.folder.root().join(&below);
         write_folder(&folder, |to| -> Result<(), Failure> {
             let saved = training.learner().save(to);
@@ -208,10 +206,6 @@ impl Runner<'_> {
         };
         let over = states(&self.folder, table, round);
         self.finish(table, round, None, Some(checkpoint))?;
-        let made = self.folder.manifest().find(table.as_str(), round);
-        let written = made.and_then(|made| made.checkpoint.as_ref());
-        self.sound
-            .extend(written.into_iter().flat_map(sound::records));
         for state in over {
             let _ = fs::remove_dir_all(self.folder.root().join(state));
         }
@@ -246,7 +240,8 @@ impl Runner<'_> {
             let (_, key) = self.because_before(stage, round, settings)?;
             let current = self.folder.manifest().find(name.as_str(), round);
             if current.is_none_or(|made| made.key != key) {
-                self.folder.unpark(name.as_str(), round, &key)?;
+                self.folder.unpark(name.as_str(), round, &key, None)?;
+                self.folder.replace_by_staged(name.as_str(), round)?;
             }
         }
         Ok(())
@@ -265,27 +260,41 @@ impl Runner<'_> {
         let settings = work.before_settings();
         let (mut because, key) = self.because_before(stage, round, settings)?;
         let kind = map.schema().metadata().get("kind").cloned();
-        if self.claim(&name, round, kind.as_deref(), &key, &because)? {
+        if self.claim(&name, round, kind.as_deref(), &key, &because, None)? {
             because["inputs"] = Value::Null;
             let base = Key::new("row").with_json(&because);
             self.map(stage, &name, round, &*map, &base)?;
             self.finish(&name, round, None, None)?;
         }
+        self.folder.replace_by_staged(name.as_str(), round)?;
         Ok(Some(Lookup::open(
             self.folder.files(name.as_str(), round),
             "pair",
         )?))
     }
+}
 
-    /// The name of a round's checkpoint: `round-2`, with the table's name when the pipeline trains more
-    /// than once a round.
-    fn checkpoint_name(&self, stage: &PlannedStage, round: Option<u32>) -> String {
-        let round = round.unwrap_or(1);
-        match self.plan.trainings().count() {
-            1 => format!("round-{round}"),
-            _ => format!("round-{round}-{}", stage.name),
-        }
+/// The name of a round's checkpoint: `round-2`, with the table's name when the pipeline trains more
+/// than once a round.
+fn checkpoint_name(plan: &Plan, stage: &PlannedStage, round: Option<u32>) -> String {
+    let round = round.unwrap_or(1);
+    match plan.trainings().count() {
+        1 => format!("round-{round}"),
+        _ => format!("round-{round}-{}", stage.name),
     }
+}
+
+/// The folder of the checkpoint that a training writes, relative to the run's folder. `None` for other stages.
+pub(super) fn checkpoint_of(
+    plan: &Plan,
+    stage: &PlannedStage,
+    round: Option<u32>,
+) -> Option<String> {
+    stage.trained()?;
+    Some(format!(
+        "checkpoints/{}",
+        checkpoint_name(plan, stage, round)
+    ))
 }
 
 /// The folders of a training's saved states.

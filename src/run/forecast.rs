@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use super::keys::{Keys, Reason, explain, explained, table_key};
+use super::keys::{Keys, Reason, explain, explained, known_key, table_key};
 use super::stop::ends;
 use crate::config::{Plan, PlannedStage};
 use crate::models::ModelLoader;
@@ -108,7 +108,7 @@ fn foresee<'a>(
         round_before = round;
         let kept = manifest.find(stage.name.as_str(), round);
         if let Some(made) = kept.filter(|_| manifest.is_kept(round)) {
-            let key = made.content.clone().unwrap_or_else(|| made.key.clone());
+            let key = known_key(made).to_owned();
             keys.know(&stage.name, round, key);
             forecasts.push(Forecast {
                 table: stage.name.clone(),

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use crate::config::{Place, Plan, PlannedStage};
 use crate::models::{Asking, Dtype, ModelLoader, ModelSpec};
 use crate::stages::{Failure, Load, ModelState, Role, StageSpec, TableName, Use, Work};
-use crate::store::{Fingerprints, Key};
+use crate::store::{Fingerprints, Key, Made};
 
 /// Counts changes of this program that change what tables hold although nothing in the pipeline did.
 const KEY_VERSION: u32 = 1;
@@ -148,7 +148,7 @@ impl<'a> Keys<'a> {
         if let Some((table, round)) = training {
             let key = self.known.get(&(table.clone(), Some(round)));
             let key = key.expect("rounds are run in order [ref:plan_is_ordered]");
-            return Ok(Key::new("checkpoint").with(key).with(precision).finish());
+            return Ok(trained(key, precision));
         }
         let mut key = Key::new("model").with(spec.network()).with(precision);
         if let Some(asking) = asking {
@@ -203,11 +203,30 @@ impl<'a> Keys<'a> {
             None => Dtype::Auto,
         };
         Ok(match precision {
-            Dtype::Auto => "auto",
-            Dtype::Float32 => "float32",
-            Dtype::Bfloat16 => "bfloat16",
+            Dtype::Auto => PRECISIONS[0],
+            Dtype::Float32 => PRECISIONS[1],
+            Dtype::Bfloat16 => PRECISIONS[2],
         })
     }
+}
+
+/// The precisions in which a model computes, as keys have them.
+const PRECISIONS: [&str; 3] = ["auto", "float32", "bfloat16"];
+
+/// The fingerprint of a model with the checkpoint of a training.
+fn trained(key: &str, precision: &str) -> String {
+    Key::new("checkpoint").with(key).with(precision).finish()
+}
+
+/// The key by which tables know this one that they read: its content where that is known, else its key.
+pub(super) fn known_key(made: &Made) -> &str {
+    made.content.as_deref().unwrap_or(&made.key)
+}
+
+/// The fingerprints that a model with the checkpoint of this table may have. None without a checkpoint.
+pub(super) fn checkpoint_keys(made: &Made) -> impl Iterator<Item = String> + '_ {
+    let precisions = made.checkpoint.iter().flat_map(|_| PRECISIONS);
+    precisions.map(|precision| trained(known_key(made), precision))
 }
 
 /// The key of a table that is decided so.

@@ -88,7 +88,7 @@ impl Runner<'_> {
                 parts: Vec::new(),
                 ..made
             };
-            self.folder.begin(made.clone())?;
+            self.folder.record(made.clone())?;
             made
         } else {
             made
@@ -105,7 +105,7 @@ impl Runner<'_> {
             made.part_groups
         };
         if made.part_groups != part_groups {
-            self.folder.begin(Made {
+            self.folder.record(Made {
                 part_groups,
                 ..made.clone()
             })?;

@@ -22,13 +22,16 @@ mod once;
 mod query;
 mod report;
 mod sound;
+mod stale;
 mod stop;
 mod survey;
 
+pub use announce::listed;
 pub use forecast::{Estimate, Fate, Forecast, forecast, forecast_of_run};
 pub use interrupt::Interrupt;
 pub use keys::{Reason, explain};
 pub use report::{Figures, Report, Start, Unit};
+pub use stale::stale;
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -45,7 +48,7 @@ use crate::store::{
     RunFolder, TableWriter, Took, read_file,
 };
 use crate::tables::{Reject, RejectClass, Row, Telemetry};
-use keys::{Keys, table_key};
+use keys::{Keys, known_key, table_key};
 use models::{Kept, Ready, RunModels};
 
 /// How a run goes about its plan.
@@ -56,11 +59,21 @@ pub struct Options {
     pub until: Option<TableName>,
     /// What [`forecast`] says of this run, so that it can name the tables that it replaces.
     pub forecasts: Vec<Forecast>,
-    /// The command line that does this run again, recorded so that a later run can name it.
+    /// The command line that does this run again, recorded when it ends so that a later run can name it.
     pub command: String,
+    /// The `--set` of this run, recorded likewise.
+    pub sets: Vec<String>,
     /// The file of what rows take on this machine, see [`crate::store::Rates`].
     pub rates: Option<PathBuf>,
 }
+
+/// The entries of the manifest's source about the last run that made all tables, and the last one that
+/// ended without an error, with `--until` too: objects with `command` and `sets`.
+pub const LAST_WHOLE: &str = "last_whole";
+pub const LAST: &str = "last";
+
+/// A table of the plan in a round.
+type Slot<'p> = (&'p PlannedStage, Option<u32>);
 
 /// What a run did.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -105,22 +118,19 @@ pub fn run(
     };
     runner.announce(options, &slots);
     let mut mended = HashSet::new();
-    loop {
+    let last = loop {
         let ended = runner.go_through(&slots, options.until.as_ref());
         let spoiled = ended.as_ref().err().and_then(RunError::spoiled);
         // What is spoiled a second time would be so a third time, too.
         let spoiled = spoiled.filter(|path| mended.insert(path.to_path_buf()));
         let Some(spoiled) = spoiled.map(Path::to_owned) else {
-            ended?;
-            break;
+            break ended?;
         };
         if !runner.mend(&spoiled).map_err(failed)? {
             ended?;
         }
-    }
-    if options.until.is_none() {
-        runner.park_unplanned(&slots).map_err(failed)?;
-    }
+    };
+    runner.end(options, &slots, last).map_err(failed)?;
     Ok(runner.summary())
 }
 
@@ -213,10 +223,13 @@ impl<'a> Runner<'a> {
         let view = |(name, view): &(TableName, View)| json!({ "name": name.as_str(), "query": plan.secrets.hide(&view.query) });
         let views: Vec<Value> = plan.report.iter().map(view).collect();
         let before = folder.manifest().source.clone();
-        folder.set_source(json!({
-            "file": plan.path, "pipeline": plan.pipeline.as_str(), "seed": plan.seed, "views": views,
-            "command": plan.secrets.hide(&options.command)
-        }))?;
+        let mut source = json!({
+            "file": plan.path, "pipeline": plan.pipeline.as_str(), "seed": plan.seed, "views": views
+        });
+        for key in [LAST_WHOLE, LAST] {
+            source[key] = before[key].clone();
+        }
+        folder.set_source(source)?;
         let fingerprints = Fingerprints::open(folder.cache()?.join("fingerprints.json"));
         Ok(Self {
             plan,
@@ -234,12 +247,13 @@ impl<'a> Runner<'a> {
         })
     }
 
-    /// Makes all tables in their order, or those up to one.
+    /// Makes all tables in their order, or those up to one. Returns the last round if `rounds.stop_when`
+    /// ended the rounds.
     fn go_through(
         &mut self,
-        slots: &[(&PlannedStage, Option<u32>)],
+        slots: &[Slot<'_>],
         until: Option<&TableName>,
-    ) -> Result<(), RunError> {
+    ) -> Result<Option<u32>, RunError> {
         let mut round_before = None;
         for &(stage, round) in slots {
             if let Some(ended) = round_before.filter(|&ended| round > Some(ended) && ended > 0)
@@ -249,7 +263,7 @@ impl<'a> Runner<'a> {
                     failure: Box::new(failure),
                 })?
             {
-                break;
+                return Ok(Some(ended));
             }
             round_before = round;
             let made = self.make(stage, round).map_err(|failure| RunError {
@@ -263,7 +277,34 @@ impl<'a> Runner<'a> {
                 break;
             }
         }
-        Ok(())
+        Ok(None)
+    }
+
+    /// Records the end of a run. After a whole one, tables that it did not reach are parked.
+    fn end(
+        &mut self,
+        options: &Options,
+        slots: &[Slot<'_>],
+        last: Option<u32>,
+    ) -> Result<(), Failure> {
+        let is_whole = options.until.is_none();
+        if is_whole {
+            let is_reached = |slot: &&Slot<'_>| last.is_none() || slot.1 <= last;
+            let reached: Vec<Slot<'_>> = slots.iter().filter(is_reached).copied().collect();
+            if let Some(last) = last {
+                self.announce_end(options, last, &reached);
+            }
+            self.park_unplanned(&reached)?;
+        }
+        let mut source = self.folder.manifest().source.clone();
+        let hidden = |text: &String| self.plan.secrets.hide(text);
+        let sets: Vec<String> = options.sets.iter().map(hidden).collect();
+        let done = json!({ "command": hidden(&options.command), "sets": sets });
+        if is_whole {
+            source[LAST_WHOLE] = done.clone();
+        }
+        source[LAST] = done;
+        Ok(self.folder.set_source(source)?)
     }
 
     fn summary(&self) -> Summary {
@@ -303,16 +344,20 @@ impl<'a> Runner<'a> {
         let because = self.because(stage, round)?;
         let key = table_key(&because);
         let kind = stage.kind;
-        if !self.claim(&stage.name, round, kind, &key, &because)? {
-            let rows = self
-                .folder
-                .manifest()
-                .find(stage.name.as_str(), round)
-                .map_or(0, Made::rows);
+        let checkpoint = fold::checkpoint_of(self.plan, stage, round);
+        if !self.claim(
+            &stage.name,
+            round,
+            kind,
+            &key,
+            &because,
+            checkpoint.as_deref(),
+        )? {
+            self.accept(stage, round)?;
             self.unpark_before(stage, round)?;
-            self.remember(&stage.name, round);
+            let made = self.folder.manifest().find(stage.name.as_str(), round);
+            let rows = made.map_or(0, Made::rows);
             self.report_reused(&stage.name, round, rows);
-            self.expect(stage, round)?;
             return Ok(false);
         }
         self.look_at_inputs(stage, round)?;
@@ -330,19 +375,27 @@ impl<'a> Runner<'a> {
             Work::Command(work) => self.command(stage, round, &work)?,
             Work::Fold(work) => self.fold(stage, round, &*work)?,
         }
-        self.remember(&stage.name, round);
-        let written = self.folder.manifest().find(stage.name.as_str(), round);
-        let written = written.into_iter().flat_map(Made::files);
-        self.sound.extend(written.map(sound::record));
         self.note_pace(stage, round);
         self.report_finished(&stage.name, round);
-        self.expect(stage, round)?;
+        self.accept(stage, round)?;
+        let written = self.folder.manifest().find(stage.name.as_str(), round);
+        self.sound
+            .extend(written.into_iter().flat_map(sound::all_of));
         Ok(true)
+    }
+
+    /// Compares a complete version with what the pipeline expects of it, then makes it the table that
+    /// readers and later stages see.
+    fn accept(&mut self, stage: &PlannedStage, round: Option<u32>) -> Result<(), Failure> {
+        self.expect(stage, round)?;
+        self.folder.replace_by_staged(stage.name.as_str(), round)?;
+        self.remember(&stage.name, round);
+        Ok(())
     }
 
     /// Remembers what the rows of a table took. A cache that can't be written is no reason to stop.
     fn note_pace(&mut self, stage: &PlannedStage, round: Option<u32>) {
-        let made = self.folder.manifest().find(stage.name.as_str(), round);
+        let made = self.folder.manifest().under_way(stage.name.as_str(), round);
         let took = made.and_then(|made| Some((made.took()?, made.bytes(), made.rows())));
         if let (Some((took, bytes, rows)), Ok(pace)) = (took, self.keys.pace(stage)) {
             // Rows that were taken over took nothing, and lie there like the others.
@@ -351,15 +404,14 @@ impl<'a> Runner<'a> {
         }
     }
 
-    /// Notes what tables that read this one are keyed by: its content where that is known, its key
-    /// where it is not.
+    /// Notes what tables that read this one are keyed by.
     fn remember(&mut self, table: &TableName, round: Option<u32>) {
         let made = self
             .folder
             .manifest()
             .find(table.as_str(), round)
             .expect("a table that is there");
-        let key = made.content.clone().unwrap_or_else(|| made.key.clone());
+        let key = known_key(made).to_owned();
         self.keys.know(table, round, key);
     }
 
@@ -517,9 +569,13 @@ impl<'a> Runner<'a> {
             _ => "rows are",
         };
         Err(Failure::Other(format!(
-            "{faults} of {total} {are} faulty, and reject_share_max allows a share of {share_max}; the first is \
-             {first}; see all: pipeline sql {} \"select * from rejects\"; mend them, or raise reject_share_max",
-            self.folder.root().display()
+            "{faults} of {total} {are} faulty, and `reject_share_max` allows a share of {share_max}; the first is \
+             {first}\nto see all, run:\n{}\ncorrect them, or raise `reject_share_max`",
+            self.sql_of(
+                table,
+                round,
+                &format!("select * from rejects where stage = '{table}'")
+            )
         )))
     }
 
@@ -563,7 +619,7 @@ impl<'a> Runner<'a> {
     }
 
     fn report_finished(&mut self, table: &TableName, round: Option<u32>) {
-        if let Some(made) = self.folder.manifest().find(table.as_str(), round) {
+        if let Some(made) = self.folder.manifest().under_way(table.as_str(), round) {
             let faults = made.parts.iter().map(|part| part.faults).sum();
             let dropped = made.parts.iter().map(|part| part.dropped).sum();
             self.report

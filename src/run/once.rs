@@ -9,6 +9,7 @@ use std::sync::Arc;
 use arrow::array::{Array, AsArray, RecordBatch};
 use arrow::compute::cast;
 use arrow::datatypes::{DataType, Field, Int64Type, Schema};
+use sha2::{Digest, Sha256};
 
 use super::Runner;
 use crate::config::PlannedStage;
@@ -63,8 +64,8 @@ impl Runner<'_> {
             .files(table.as_str(), self.plan.round_of(table, round));
         let mut seen = HashSet::new();
         for batch in TableReader::new(files).only(columns) {
-            for name in names(&batch?, has_answers) {
-                if let Some((prompt_id, candidate)) = seen.replace(name) {
+            for (prompt_id, candidate) in names(&batch?, has_answers) {
+                if !seen.insert(digest(&prompt_id, candidate)) {
                     return Err(Failure::Other(repeated(
                         &stage.name,
                         table,
@@ -76,6 +77,12 @@ impl Runner<'_> {
         }
         Ok(())
     }
+}
+
+/// 128 bits of a name's SHA-256: 16 bytes a row are kept, however long the names are.
+fn digest(prompt_id: &str, candidate: Option<i64>) -> [u8; 16] {
+    let digest = Sha256::digest(format!("{candidate:?} {prompt_id}"));
+    digest[..16].try_into().expect("a SHA-256 has 32 bytes")
 }
 
 /// The names of rows: the prompt, and the number of the answer where rows are of answers.

@@ -13,17 +13,21 @@ use crate::stages::{Failure, ModelState};
 use crate::store::{CheckpointRecord, FileRecord, Made, StoreError, hash_file};
 
 /// A file, below the run's folder, and its SHA-256.
-pub(super) fn record(file: &FileRecord) -> (PathBuf, String) {
+fn record(file: &FileRecord) -> (PathBuf, String) {
     (PathBuf::from(&file.file), file.sha256.clone())
 }
 
 /// The files of a checkpoint, likewise.
-pub(super) fn records(
-    checkpoint: &CheckpointRecord,
-) -> impl Iterator<Item = (PathBuf, String)> + '_ {
+fn records(checkpoint: &CheckpointRecord) -> impl Iterator<Item = (PathBuf, String)> + '_ {
     let folder = Path::new(&checkpoint.folder);
     let files = checkpoint.sha256.iter();
     files.map(|(name, sha256)| (folder.join(name), sha256.clone()))
+}
+
+/// The files of a version's rows and of its checkpoint, likewise.
+pub(super) fn all_of(made: &Made) -> impl Iterator<Item = (PathBuf, String)> + '_ {
+    let checkpoint = made.checkpoint.iter().flat_map(records);
+    made.files().map(record).chain(checkpoint)
 }
 
 impl RunError {

@@ -63,20 +63,13 @@ pub fn ends(plan: &Plan, folder: &RunFolder, round: u32) -> Result<bool, Failure
 }
 
 impl Runner<'_> {
-    /// Whether there are no more rounds after this one; what an earlier run made of them is set aside.
+    /// True if `rounds.stop_when` ends the rounds with this one.
     pub(super) fn is_last(&mut self, round: u32) -> Result<bool, Failure> {
-        if !ends(self.plan, &self.folder, round)? {
-            return Ok(false);
+        let is_last = ends(self.plan, &self.folder, round)?;
+        let words = format!("round {round} is the last one: `rounds.stop_when` is true of it");
+        if is_last && self.said.insert(words.clone()) {
+            self.report.note(&words);
         }
-        self.report.note(&format!(
-            "round {round} is the last one: `rounds.stop_when` is true of it"
-        ));
-        let made = self.folder.manifest().made.iter();
-        let later = made.filter(|made| made.round.is_some_and(|of| of > round));
-        let later: Vec<_> = later.map(|made| (made.table.clone(), made.round)).collect();
-        for (table, round) in later {
-            self.folder.park(&table, round)?;
-        }
-        Ok(true)
+        Ok(is_last)
     }
 }

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Read;
-use std::os::unix::fs::MetadataExt;
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::key::hex;
-use super::{Key, StoreError, write_atomically};
+use super::{Key, StoreError};
 use crate::files;
 
 /// What tells, without reading a file, that it is as it was.
@@ -98,14 +98,25 @@ impl Fingerprints {
         Ok(key.finish())
     }
 
-    /// Writes down what was learned, for the next start.
+    /// Writes down what was learned, for the next start. Processes that do so at once, as before one of
+    /// them has the run's lock, have files of their own; the last one stays.
     pub fn save(&self) -> Result<(), StoreError> {
         if !self.is_new.swap(false, Ordering::Relaxed) {
             return Ok(());
         }
         let known = self.known.lock().expect("no panic while locked");
         let text = serde_json::to_vec(&*known).expect("paths that were read are valid text");
-        write_atomically(&self.path, &text)
+        let write = || -> io::Result<()> {
+            let folder = self.path.parent().unwrap_or(Path::new("."));
+            let mut file = tempfile::Builder::new()
+                .prefix(".new-")
+                .permissions(fs::Permissions::from_mode(0o666))
+                .tempfile_in(folder)?;
+            file.write_all(&text)?;
+            file.persist(&self.path).map(drop)?;
+            Ok(())
+        };
+        write().map_err(StoreError::io("write", &self.path))
     }
 }
 

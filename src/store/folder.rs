@@ -99,13 +99,14 @@ impl RunFolder {
     }
 
     /// Begins a run in the new folder `to` that has the tables of this one that are made once and those
-    /// of the rounds before `at`, by hard links where the file system has them.
-    pub fn fork(&self, to: &Path, at: u32) -> Result<(), StoreError> {
+    /// of the rounds before `at`, by hard links where the file system has them. For `source` see
+    /// [`Self::set_source`].
+    pub fn fork(&self, to: &Path, at: u32, source: serde_json::Value) -> Result<(), StoreError> {
         write_folder(to, |hidden| {
             create_folder(hidden)?;
             let mut manifest = Manifest::new(hidden, &self.manifest.pipeline);
             manifest.format = self.manifest.format;
-            manifest.source = self.manifest.source.clone();
+            manifest.source = source;
             let of = std::path::absolute(&self.root).unwrap_or_else(|_| self.root.clone());
             manifest.fork = Some(Fork { of, at });
             let made = self.manifest.made.iter();
@@ -153,8 +154,12 @@ impl RunFolder {
     /// The files of a table in a round.
     pub fn files(&self, table: &str, round: Option<u32>) -> Vec<PathBuf> {
         let made = self.manifest.find(table, round);
-        made.into_iter()
-            .flat_map(Made::files)
+        made.map_or_else(Vec::new, |made| self.files_of(made))
+    }
+
+    /// The files of a version of a table.
+    pub fn files_of(&self, made: &Made) -> Vec<PathBuf> {
+        made.files()
             .map(|file| self.root.join(&file.file))
             .collect()
     }
@@ -238,7 +243,7 @@ impl RunFolder {
     }
 
     /// Ends a table: many small parts become few large files, and the manifest calls it complete. A staged
-    /// version replaces the one that is current.
+    /// version stays staged until [`Self::replace_by_staged`].
     pub fn finish(
         &mut self,
         table: &str,
@@ -298,7 +303,6 @@ impl RunFolder {
         for file in old.iter().filter(|file| !kept.contains(&file.file)) {
             let _ = fs::remove_file(self.root.join(&file.file));
         }
-        self.replace_by_staged(table, round)?;
         self.manifest.rewrite()
     }
 
@@ -451,12 +455,6 @@ impl RunFolder {
             staged.retain(|made| !loads(made));
             parked.retain(|parked| !loads(&parked.made));
             self.manifest.images.clear();
-        }
-        // A version without one that it replaces is not staged, but parked.
-        for made in staged.extract_if(.., |made| {
-            !kept.iter().any(|one| one.is(&made.table, made.round))
-        }) {
-            parked.push(Parked { made });
         }
         self.manifest.made = kept;
         self.manifest.staged = staged;

@@ -222,9 +222,14 @@ pub enum Event {
     Stage(Made),
     /// A staged version is set aside, as far as it got. Its files stay where they are.
     ParkStaged { table: String, round: Option<u32> },
-    /// A complete version becomes the table, and the one before is set aside. The records say where the
-    /// files of both lie afterwards.
-    Replace { old: Made, new: Made },
+    /// A complete version becomes the table, and the one before is set aside, as are other tables in its
+    /// way. The records say where the files of all lie afterwards.
+    Replace {
+        old: Option<Made>,
+        new: Made,
+        #[serde(default)]
+        others: Vec<Made>,
+    },
     /// A table was superseded; its files lie where the record now says.
     Park(Made),
     /// A superseded table is current again.
@@ -244,8 +249,8 @@ pub struct Manifest {
     /// The pipeline file that was run last, and the settings as meant.
     pub source: Value,
     pub made: Vec<Made>,
-    /// New versions, begun or complete, of tables whose complete version in `made` has another key. Their
-    /// files lie below `.cache/<key>` until the new version is complete and replaces the other.
+    /// Versions, begun or complete, in whose way complete ones of `made` are. Their files lie below
+    /// `.cache/<key>` until they are complete and as expected, and replace the others.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub staged: Vec<Made>,
     pub parked: Vec<Parked>,
@@ -471,7 +476,7 @@ impl Manifest {
                     self.park(made);
                 }
             }
-            Event::Replace { old, new } => {
+            Event::Replace { old, new, others } => {
                 self.forget_parked(&new);
                 self.staged.retain(|made| !made.is(&new.table, new.round));
                 let current = self
@@ -482,7 +487,13 @@ impl Manifest {
                     Some(position) => self.made[position] = new,
                     None => self.made.push(new),
                 }
-                self.park(old);
+                for other in others {
+                    self.remove(&other.table.clone(), other.round);
+                    self.park(other);
+                }
+                if let Some(old) = old {
+                    self.park(old);
+                }
             }
             Event::Park(made) => {
                 self.remove(&made.table.clone(), made.round);

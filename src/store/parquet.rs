@@ -413,7 +413,7 @@ pub(super) fn parquet_error(path: &Path, error: ::parquet::errors::ParquetError)
 }
 
 /// The schema of a file's rows, without the column of [`TableWriter::in_round`].
-pub(super) fn schema_of_file(path: &Path) -> Result<SchemaRef, StoreError> {
+pub fn schema_of_file(path: &Path) -> Result<SchemaRef, StoreError> {
     let builder = open(path)?;
     let schema = builder.schema();
     if !schema.fields().iter().any(|field| is_round(field)) {

@@ -38,22 +38,72 @@ impl RunFolder {
         table_folder(table, round, self.manifest.has_round_column())
     }
 
-    /// Records a version that is being made: staged where a complete version is current, else in its place.
-    pub fn begin(&mut self, made: Made) -> Result<(), StoreError> {
-        let current = self.manifest.find(&made.table, made.round);
-        if current.is_some_and(|current| current.complete && current.key != made.key) {
-            return self.commit(Event::Stage(made));
+    /// Records a version that is begun. It is staged while complete versions are in its way, see
+    /// [`Self::displaced`]; unfinished ones are parked.
+    pub fn begin(&mut self, made: Made, checkpoint: Option<&str>) -> Result<(), StoreError> {
+        let event = if self.make_way(&made, checkpoint)? {
+            Event::Begin(made)
+        } else {
+            Event::Stage(made)
+        };
+        self.commit(event)
+    }
+
+    /// Records what changed about a version under way.
+    pub fn record(&mut self, made: Made) -> Result<(), StoreError> {
+        let is_staged = self.manifest.staged(&made.table, made.round).is_some();
+        self.commit(if is_staged {
+            Event::Stage(made)
+        } else {
+            Event::Begin(made)
+        })
+    }
+
+    /// The other current versions that a version of a table replaces: the one before; a version without
+    /// rounds where this one has a round, or the reverse, since one folder cannot hold both; and those
+    /// with a checkpoint in the folder `checkpoint`.
+    pub fn displaced(
+        &self,
+        table: &str,
+        round: Option<u32>,
+        key: Option<&str>,
+        checkpoint: Option<&str>,
+    ) -> impl Iterator<Item = &Made> {
+        self.manifest.made.iter().filter(move |other| {
+            let is_table = other.table == table
+                && (other.round == round || other.round.is_some() != round.is_some());
+            let other_checkpoint = other.checkpoint.as_ref().map(|one| one.folder.as_str());
+            let is_checkpoint = checkpoint.is_some() && checkpoint == other_checkpoint;
+            let is_itself = other.is(table, round) && Some(other.key.as_str()) == key;
+            (is_table || is_checkpoint) && !is_itself
+        })
+    }
+
+    /// True if complete versions are in the way of this one.
+    pub fn is_blocked(
+        &self,
+        table: &str,
+        round: Option<u32>,
+        key: &str,
+        checkpoint: Option<&str>,
+    ) -> bool {
+        self.displaced(table, round, Some(key), checkpoint)
+            .any(|other| other.complete)
+    }
+
+    /// Parks the unfinished versions in the way of this one. False if a complete one is in its way.
+    fn make_way(&mut self, made: &Made, checkpoint: Option<&str>) -> Result<bool, StoreError> {
+        if self.is_blocked(&made.table, made.round, &made.key, checkpoint) {
+            return Ok(false);
         }
-        // A table that had rounds and has none now, or the reverse, would mix two folders.
-        let others = self.manifest.made.iter();
-        let others = others.filter(|other| {
-            other.table == made.table && other.round.is_some() != made.round.is_some()
-        });
-        let others: Vec<_> = others.map(|other| other.round).collect();
-        for round in others {
-            self.park(&made.table, round)?;
+        let displaced = self.displaced(&made.table, made.round, Some(&made.key), checkpoint);
+        let displaced: Vec<_> = displaced
+            .map(|other| (other.table.clone(), other.round))
+            .collect();
+        for (table, round) in displaced {
+            self.park(&table, round)?;
         }
-        self.commit(Event::Begin(made))
+        Ok(true)
     }
 
     /// Moves a table that was superseded into `.cache/<key>`, where readers do not look.
@@ -77,92 +127,77 @@ impl RunFolder {
         self.commit(Event::ParkStaged { table, round })
     }
 
-    /// Brings back the parked version with this key, if there is one: it is current again if it is
-    /// complete or if no complete version is current, else it is staged and can be gone on with.
+    /// Brings back the parked version with this key, if there is one: staged while complete versions are
+    /// in its way, else in its place.
     pub fn unpark(
         &mut self,
         table: &str,
         round: Option<u32>,
         key: &str,
+        checkpoint: Option<&str>,
     ) -> Result<bool, StoreError> {
         let parked = self.manifest.parked.iter().map(|parked| &parked.made);
         let mut found = parked.filter(|made| made.is(table, round) && made.key == key);
         let Some(made) = found.next().cloned() else {
             return Ok(false);
         };
-        let current = self.manifest.find(table, round);
-        if current.is_some_and(|current| current.complete && current.key != key) {
-            if made.complete {
-                self.replace(made)?;
-            } else {
-                self.commit(Event::Stage(made))?;
-            }
-            return Ok(true);
+        let written = made.checkpoint.as_ref();
+        let written = written.map(|one| in_place(&one.folder, key).to_owned());
+        if self.make_way(&made, written.as_deref().or(checkpoint))? {
+            let made = relocated(made, |file| in_place(file, key).to_owned());
+            self.commit(Event::Unpark(made.clone()))?;
+            self.settle(&made, false)?;
+        } else {
+            self.commit(Event::Stage(made))?;
         }
-        if let Some(checkpoint) = &made.checkpoint {
-            let folder = in_place(&checkpoint.folder, key).to_owned();
-            self.free_checkpoint(&folder, table, round)?;
-        }
-        let made = relocated(made, |file| in_place(file, key).to_owned());
-        self.commit(Event::Unpark(made.clone()))?;
-        self.settle(&made, false)?;
         Ok(true)
     }
 
-    /// Makes the staged version of a table current if it is complete.
+    /// Makes the staged version of a table current if it is complete, and parks those that it displaces.
     pub fn replace_by_staged(&mut self, table: &str, round: Option<u32>) -> Result<(), StoreError> {
-        match self.manifest.staged(table, round) {
-            Some(made) if made.complete => self.replace(made.clone()),
-            _ => Ok(()),
-        }
-    }
-
-    /// Makes a complete version, staged or parked, the current one, and parks the one before.
-    fn replace(&mut self, new: Made) -> Result<(), StoreError> {
-        let old = self.manifest.find(&new.table, new.round).cloned();
-        let old = old.expect("a version is staged only where another one is current");
+        let staged = self.manifest.staged(table, round);
+        let Some(new) = staged.filter(|made| made.complete).cloned() else {
+            return Ok(());
+        };
         let key = new.key.clone();
         let new = relocated(new, |file| in_place(file, &key).to_owned());
-        if let Some(checkpoint) = &new.checkpoint {
-            self.free_checkpoint(&checkpoint.folder, &new.table, new.round)?;
+        let checkpoint = new.checkpoint.as_ref().map(|one| one.folder.as_str());
+        let displaced = self.displaced(table, round, None, checkpoint).cloned();
+        let displaced = displaced.map(|old| {
+            let below = below_cache(&old.key);
+            relocated(old, |file| format!("{below}{file}"))
+        });
+        let (old, others): (Vec<Made>, Vec<Made>) =
+            displaced.partition(|made| made.is(table, round));
+        let old = old.into_iter().next();
+        for other in &others {
+            self.park_staged(&other.table, other.round)?;
         }
-        let below = below_cache(&old.key);
-        let old = relocated(old, |file| format!("{below}{file}"));
         self.commit(Event::Replace {
             old: old.clone(),
             new: new.clone(),
+            others: others.clone(),
         })?;
-        self.settle(&new, false)?;
-        self.move_parked(&old)
-    }
-
-    /// Parks the tables, other than this one, whose checkpoint lies in `folder`.
-    pub fn free_checkpoint(
-        &mut self,
-        folder: &str,
-        table: &str,
-        round: Option<u32>,
-    ) -> Result<(), StoreError> {
-        let others = self.manifest.made.iter().filter(|made| {
-            let checkpoint = made.checkpoint.as_ref();
-            !made.is(table, round) && checkpoint.is_some_and(|one| one.folder == folder)
-        });
-        let others: Vec<_> = others
-            .map(|made| (made.table.clone(), made.round))
-            .collect();
-        for (table, round) in others {
-            self.park(&table, round)?;
+        for other in &others {
+            self.move_parked(other)?;
         }
-        Ok(())
+        self.settle(&new, false)?;
+        old.map_or(Ok(()), |old| self.move_parked(&old))
     }
 
     /// Finishes the moves that commits have recorded, and that a crash may have cut off.
     pub(super) fn finish_moves(&self) -> Result<(), StoreError> {
+        let parked = || self.manifest.parked.iter().map(|parked| &parked.made);
+        let has_current = |made: &Made| self.manifest.find(&made.table, made.round).is_some();
+        // Tables that others took the place of go first, as when they were replaced.
+        for made in parked().filter(|made| !has_current(made)) {
+            self.move_parked(made)?;
+        }
         for made in &self.manifest.made {
             self.settle(made, true)?;
         }
-        for parked in &self.manifest.parked {
-            self.move_parked(&parked.made)?;
+        for made in parked() {
+            self.move_parked(made)?;
         }
         Ok(())
     }
@@ -207,7 +242,7 @@ impl RunFolder {
                 fs::rename(&staged, &place).map_err(StoreError::io("move", &staged))?;
             } else if !exchange(&staged, &place)? {
                 // This file system can't: the version before goes out of the way first.
-                if let Some(parked) = self.free_place(made, folder) {
+                if let Some(parked) = self.free_place(folder) {
                     rename_into(&place, &parked)?;
                     rename_into(&staged, &place)?;
                 } else {
@@ -216,18 +251,17 @@ impl RunFolder {
             }
         }
         if staged.exists()
-            && let Some(parked) = self.free_place(made, folder)
+            && let Some(parked) = self.free_place(folder)
         {
             rename_into(&staged, &parked)?;
         }
         sync_folder(place.parent().expect("a folder below the root"))
     }
 
-    /// Where a folder of the version before this one belongs, if it is not there yet.
-    fn free_place(&self, made: &Made, folder: &str) -> Option<PathBuf> {
-        let versions = self.manifest.parked.iter().rev().map(|parked| &parked.made);
-        let mut before = versions.filter(|other| other.is(&made.table, made.round));
-        before.find_map(|other| {
+    /// The place of a folder in the version that was parked last with it, if it is not there yet.
+    fn free_place(&self, folder: &str) -> Option<PathBuf> {
+        let mut versions = self.manifest.parked.iter().rev().map(|parked| &parked.made);
+        versions.find_map(|other| {
             let parked = format!("{}{folder}", below_cache(&other.key));
             let lists = places(other).any(|name| Path::new(name).starts_with(&parked));
             let parked = self.root.join(parked);

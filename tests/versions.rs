@@ -1,0 +1,321 @@
+//! Versions of tables: what readers see while a finished run is changed, and after a run that failed.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::PathBuf;
+
+use ovchat::store::RunFolder;
+
+use crate::readers::glob;
+use crate::run::SCRIPTED;
+use crate::scene::{Said, Scene};
+
+/// A stage before the training that can be made to fail.
+const GATE: &str = "  gate:
+    exec: { command: [sh, gate.sh], table: candidates, columns: { prompt_id: text } }
+  rewards:
+";
+
+/// A finished run of the pipeline, with a stage before `pairs` that can be made to fail.
+fn finished(pipeline: &str) -> Scene {
+    let scene = Scene::new();
+    scene
+        .prompts(12)
+        .write("p.yaml", gated(pipeline))
+        .write("gate.sh", "cat gate.arrow\n");
+    let rows = arrow::array::RecordBatch::try_from_iter([(
+        "prompt_id",
+        std::sync::Arc::new(arrow::array::StringArray::from(vec!["a"])) as arrow::array::ArrayRef,
+    )])
+    .unwrap();
+    let mut stream = Vec::new();
+    let mut writer = arrow_ipc::writer::StreamWriter::try_new(&mut stream, &rows.schema()).unwrap();
+    writer.write(&rows).unwrap();
+    writer.finish().unwrap();
+    drop(writer);
+    scene.write("gate.arrow", stream);
+    scene.succeeds(&["run", "p.yaml"]);
+    scene
+}
+
+fn gated(pipeline: &str) -> String {
+    pipeline.replace("  rewards:\n", GATE)
+}
+
+/// Everything that readers see of a run: rows of tables, and files of checkpoints.
+type Seen = (BTreeMap<String, String>, BTreeMap<PathBuf, Vec<u8>>);
+
+fn seen(scene: &Scene, run: &str) -> Seen {
+    let root = scene.path(run);
+    let checkpoints = scene.checkpoints(run).into_iter();
+    let relative = checkpoints.map(|(path, bytes)| {
+        let path = path.strip_prefix(&root).unwrap().to_owned();
+        (path, bytes)
+    });
+    (scene.tables(run), relative.collect())
+}
+
+/// The Parquet files that a glob finds, with their bytes.
+fn files(scene: &Scene) -> BTreeMap<PathBuf, Vec<u8>> {
+    let found = glob(&scene.path("runs/scripted")).into_iter();
+    let read = found.map(|path| {
+        let bytes = fs::read(&path).unwrap();
+        (path, bytes)
+    });
+    read.collect()
+}
+
+/// Runs a changed pipeline that fails at the gate, and sees that nothing has changed.
+fn fails_and_changes_nothing(scene: &Scene, changed: &str) {
+    let before = (seen(scene, "runs/scripted"), files(scene));
+    let broken = gated(changed).replace("[sh, gate.sh]", "[\"false\"]");
+    scene.write("broken.yaml", broken);
+    let said = scene.pipeline(&["run", "broken.yaml"]);
+    assert_eq!(said.code, Some(1), "{}", said.err);
+    assert!(before == (seen(scene, "runs/scripted"), files(scene)));
+}
+
+/// Runs a changed pipeline, and sees that the tables are those of a run from nothing; then the first one
+/// again.
+fn goes_over_and_back(scene: &Scene, changed: &str) -> Said {
+    let before = seen(scene, "runs/scripted");
+    scene.write("changed.yaml", gated(changed));
+    let told = scene.succeeds(&["run", "changed.yaml"]);
+    scene.succeeds(&["run", "changed.yaml", "--run", "anew"]);
+    assert!(seen(scene, "runs/scripted") == seen(scene, "anew"));
+    let run = RunFolder::read(&scene.path("runs/scripted")).unwrap();
+    assert_eq!(run.manifest().staged, []);
+
+    scene.succeeds(&["run", "p.yaml"]);
+    assert!(before == seen(scene, "runs/scripted"));
+    told
+}
+
+/// A stage that is made once or in each round, by the table that it counts.
+const COUNTED: &str = "  counted:
+    sql: { query: \"select prompt_id, count(*) as n from TABLE group by prompt_id\", tables: [TABLE] }
+  pairs:
+";
+
+#[test]
+fn a_table_goes_from_once_to_each_round_and_back() {
+    let counted = |table: &str| SCRIPTED.replace("  pairs:\n", &COUNTED.replace("TABLE", table));
+    let (once, each) = (counted("prompts"), counted("candidates"));
+    let scene = finished(&once);
+    fails_and_changes_nothing(&scene, &each);
+    let told = goes_over_and_back(&scene, &each);
+    assert!(
+        told.err
+            .contains("replacing tables of runs/scripted: counted;"),
+        "{}",
+        told.err
+    );
+    // The other way, what is made once is complete before the gate.
+    let told = goes_over_and_back(&finished(&each), &once);
+    assert!(
+        told.err
+            .contains("replacing tables of runs/scripted: counted (rounds 1 to 2);"),
+        "{}",
+        told.err
+    );
+}
+
+#[test]
+fn a_training_that_is_renamed_keeps_the_old_table_and_checkpoint_until_the_new_one_is_complete() {
+    let renamed = SCRIPTED.replace("  steps:\n", "  dpo:\n");
+    let scene = finished(SCRIPTED);
+    fails_and_changes_nothing(&scene, &renamed);
+    let told = goes_over_and_back(&scene, &renamed);
+    assert!(
+        told.err
+            .contains("replacing tables of runs/scripted: steps (rounds 1 to 2)"),
+        "{}",
+        told.err
+    );
+
+    let before = seen(&scene, "runs/scripted");
+    scene.write("renamed.yaml", gated(&renamed));
+    scene.succeeds(&["run", "renamed.yaml", "--until", "pairs"]);
+    assert!(before == seen(&scene, "runs/scripted"));
+    // A killed training leaves a staged version, which another run does not go on with.
+    let said = scene.succeeds(&["run", "renamed.yaml", "--until", "dpo"]);
+    assert!(said.err.contains("steps (round 1)"), "{}", said.err);
+    let run = RunFolder::read(&scene.path("runs/scripted")).unwrap();
+    assert!(run.manifest().find("steps", Some(1)).is_none());
+    assert!(run.manifest().find("steps", Some(2)).is_some());
+    scene.succeeds(&["run", "p.yaml"]);
+    assert!(before == seen(&scene, "runs/scripted"));
+}
+
+#[test]
+fn rounds_that_stop_when_removes_are_named_before_they_go() {
+    let stopped = SCRIPTED.replace("rounds: 2", "rounds: { max: 2, stop_when: select true }");
+    let scene = finished(SCRIPTED);
+    let before = seen(&scene, "runs/scripted");
+    scene.write("stopped.yaml", gated(&stopped));
+    scene.succeeds(&["run", "stopped.yaml", "--until", "grades"]);
+    assert!(before == seen(&scene, "runs/scripted"));
+    let said = scene.succeeds(&["run", "stopped.yaml"]);
+    assert!(
+        said.err.contains(
+            "removing tables of runs/scripted after round 1, the last one: candidates (round 2), gate (round 2), \
+             rewards (round 2), pairs (round 2), steps (round 2), steps_reference (round 2), answers (round 2), grades (round 2); they stay in \
+             .cache\nto bring them back, run: pipeline run p.yaml\n"
+        ),
+        "{}",
+        said.err
+    );
+    scene.succeeds(&["run", "stopped.yaml", "--run", "anew"]);
+    assert!(seen(&scene, "runs/scripted") == seen(&scene, "anew"));
+    scene.succeeds(&["run", "p.yaml"]);
+    assert!(before == seen(&scene, "runs/scripted"));
+}
+
+#[test]
+fn a_version_that_is_not_as_expected_replaces_nothing_and_can_be_queried() {
+    let expecting =
+        format!("{SCRIPTED}expect:\n  some: {{ table: pairs, value: count(*), at_least: 5 }}\n");
+    let scene = finished(&expecting);
+    let before = (seen(&scene, "runs/scripted"), files(&scene));
+    let wide = [
+        "run",
+        "p.yaml",
+        "--set",
+        "stages.pairs.select_extremes.margin_min=100",
+    ];
+    // The second time, the version is complete, and still not as expected.
+    for _ in 0..2 {
+        let said = scene.pipeline(&wide);
+        assert_eq!(said.code, Some(1), "{}", said.err);
+        assert!(
+            said.err
+                .contains("pipeline sql --staged runs/scripted \"select * from pairs\"\n"),
+            "{}",
+            said.err
+        );
+        assert!(before == (seen(&scene, "runs/scripted"), files(&scene)));
+    }
+    let count = "select count(*) as n from pairs where round = 1";
+    let of = |arguments: &[&str]| {
+        scene
+            .succeeds(&[&["sql"], arguments, &["--format", "csv"]].concat())
+            .out
+    };
+    assert_eq!(of(&["--staged", "scripted", count]), "n\n0\n");
+    assert_ne!(of(&["scripted", count]), "n\n0\n");
+    scene.succeeds(&["run", "p.yaml"]);
+    assert!(before.0 == seen(&scene, "runs/scripted"));
+}
+
+#[test]
+fn rejects_of_a_version_that_was_refused_can_be_queried() {
+    let scene = finished(SCRIPTED);
+    let before = seen(&scene, "runs/scripted");
+    let records =
+        r#"[{"id": "a", "prompt": "What?"}, {"id": "b", "image": "no.png", "prompt": "What?"}]"#;
+    scene.write("bad.json", records);
+    let bad = [
+        "run",
+        "p.yaml",
+        "--set",
+        "stages.prompts.load_prompts.from=bad.json",
+    ];
+    let said = scene.pipeline(&bad);
+    assert_eq!(said.code, Some(1), "{}", said.err);
+    let query = "select * from rejects where stage = 'prompts'";
+    assert!(
+        said.err.contains(&format!(
+            "pipeline sql --staged runs/scripted \"{query}\"\n"
+        )),
+        "{}",
+        said.err
+    );
+    let rows = scene
+        .succeeds(&["sql", "--staged", "scripted", query, "--format", "jsonl"])
+        .out;
+    assert_eq!(rows.lines().count(), 1, "{rows}");
+    assert_eq!(
+        scene
+            .succeeds(&["sql", "scripted", query, "--format", "jsonl"])
+            .out,
+        ""
+    );
+    assert!(before == seen(&scene, "runs/scripted"));
+
+    // The attempt that failed is not what brings the tables back.
+    let said = scene.succeeds(&["run", "p.yaml", "--set", "seed=8"]);
+    assert!(
+        said.err
+            .contains("to bring them back, run: pipeline run p.yaml\n"),
+        "{}",
+        said.err
+    );
+    // After a run up to a table, both ways back are named rightly.
+    let other = ["run", "p.yaml", "--set", "seed=9", "--until", "pairs"];
+    let said = scene.succeeds(&other);
+    assert!(
+        said.err
+            .contains("to bring them back, run: pipeline run p.yaml --set seed=8\n"),
+        "{}",
+        said.err
+    );
+    let said = scene.succeeds(&["run", "p.yaml", "--set", "seed=8"]);
+    assert!(
+        said.err
+            .contains("to bring them back, run: pipeline run p.yaml --set seed=9\n"),
+        "{}",
+        said.err
+    );
+}
+
+#[test]
+fn status_and_fork_name_tables_that_were_made_from_earlier_versions() {
+    let scene = finished(SCRIPTED);
+    let marked = |scene: &Scene| {
+        let out = scene.succeeds(&["status", "scripted"]).out;
+        let marked = out
+            .lines()
+            .filter(|line| line.contains("its inputs have changed"));
+        let name = |line: &str| {
+            line.split_whitespace()
+                .take(2)
+                .collect::<Vec<_>>()
+                .join(" ")
+        };
+        marked.map(name).collect::<Vec<_>>()
+    };
+    assert_eq!(marked(&scene), Vec::<String>::new());
+    let margin = "stages.pairs.select_extremes.margin_min=0.5";
+    scene.succeeds(&["run", "p.yaml", "--set", margin, "--until", "pairs"]);
+    let stale = [
+        "steps 1",
+        "steps_reference 1",
+        "answers 1",
+        "grades 1",
+        "candidates 2",
+        "gate 2",
+        "rewards 2",
+        "pairs 2",
+        "steps 2",
+        "steps_reference 2",
+        "answers 2",
+        "grades 2",
+    ];
+    assert_eq!(marked(&scene), stale);
+    let said = scene.succeeds(&["fork", "scripted", "--at", "2"]);
+    assert!(
+        said.err.contains("made from earlier versions of their inputs: steps (round 1), steps_reference (round 1), answers (round 1), grades (round 1)"),
+        "{}",
+        said.err
+    );
+
+    // A fork goes on with the settings of the run.
+    scene.succeeds(&["run", "p.yaml", "--set", margin, "--set", "seed=8"]);
+    let said = scene.succeeds(&[
+        "fork", "scripted", "--at", "2", "--to", "other", "--set", "seed=9",
+    ]);
+    assert_eq!(
+        said.out,
+        format!("pipeline run p.yaml --run other --set {margin} --set seed=9\n")
+    );
+}
