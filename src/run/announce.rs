@@ -1,11 +1,65 @@
-//! The note that names the tables that a run replaces, printed before anything changes.
+//! Notes that are printed before anything changes: the tables that a run replaces, and the devices on which
+//! its models compute.
 
 use super::fold::checkpoint_of;
-use super::{Fate, LAST, LAST_WHOLE, Options, Reason, Runner, Slot};
+use super::{Fate, LAST, LAST_WHOLE, Options, Reason, Report, RunError, Runner, Slot};
+use crate::config::Plan;
+use crate::models::{ModelLoader, Placement};
+use crate::stages::{Failure, ModelName, TableName};
 use crate::store::Made;
 
 /// Tables and the rounds in which they are replaced; none for a table without rounds.
 type Replaced = Vec<(String, Vec<u32>)>;
+
+/// Says on which devices the models of the run compute, and why. Fails where one can't be used, before
+/// anything is made.
+pub(super) fn say_placements(
+    plan: &Plan,
+    until: Option<&TableName>,
+    loader: &dyn ModelLoader,
+    report: &mut dyn Report,
+) -> Result<(), RunError> {
+    let mut placements: Vec<(Placement, Vec<&ModelName>)> = Vec::new();
+    for (stage, round) in plan.slots() {
+        for used in stage.spec.as_stage().uses() {
+            let model = plan.speaker(used.model);
+            let spec = &plan.models[model];
+            let is_told = placements.iter().any(|(_, models)| models.contains(&model));
+            if is_told || !spec.needs_torch() {
+                continue;
+            }
+            let placement = loader.placement(&spec.clone().opened());
+            let placement = placement.map_err(|error| RunError {
+                stage: Some(stage.name.clone()),
+                round,
+                failure: Box::new(Failure::of(model)(error)),
+            })?;
+            let Some(placement) = placement else {
+                continue;
+            };
+            match placements.iter_mut().find(|(known, _)| *known == placement) {
+                Some((_, models)) => models.push(model),
+                None => placements.push((placement, vec![model])),
+            }
+        }
+        if until == Some(&stage.name) {
+            break;
+        }
+    }
+    for (placement, models) in placements {
+        let models: Vec<&str> = models.iter().map(|model| model.as_str()).collect();
+        let Placement {
+            device,
+            precision,
+            reason,
+        } = placement;
+        report.note(&format!(
+            "{}: computing on {device} in {precision}, since {reason}",
+            models.join(", ")
+        ));
+    }
+    Ok(())
+}
 
 impl Runner<'_> {
     /// Says which complete tables the run replaces, why, and how to get them back.

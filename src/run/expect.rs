@@ -1,4 +1,4 @@
-//! Whether tables are as the pipeline expects them.
+//! Tables are compared with what the pipeline expects of them, and with the share of rejects that it allows.
 
 use arrow::array::{Array, AsArray, RecordBatch};
 use arrow::datatypes::Float64Type;
@@ -8,6 +8,8 @@ use super::Runner;
 use crate::config::{Expectation, Otherwise, PlannedStage};
 use crate::query::{self, QueryTable};
 use crate::stages::{Failure, TableName};
+use crate::store::{Made, read_file};
+use crate::tables::{Reject, RejectClass};
 
 /// Rows that are shown of those that should not be there.
 const SHOWN: usize = 3;
@@ -44,6 +46,51 @@ impl Runner<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Fails when more rows were set aside as faulty than the pipeline allows.
+    pub(super) fn check_rejects(
+        &self,
+        table: &TableName,
+        round: Option<u32>,
+    ) -> Result<(), Failure> {
+        let made = self
+            .folder
+            .manifest()
+            .under_way(table.as_str(), round)
+            .expect("a table that was begun");
+        let total: u64 = made.parts.iter().map(|part| part.rows_in).sum();
+        let faults: u64 = made.parts.iter().map(|part| part.faults).sum();
+        let share_max = self.plan.reject_share_max.get();
+        if faults as f64 <= share_max * total as f64 {
+            return Ok(());
+        }
+        let first = self.first_fault(made)?;
+        let are = match total {
+            1 => "row is",
+            _ => "rows are",
+        };
+        Err(Failure::Other(format!(
+            "{faults} of {total} {are} faulty, and `reject_share_max` allows a share of {share_max}; the first is \
+             {first}\nto see all, run:\n{}\ncorrect them, or raise `reject_share_max`",
+            self.sql_of(
+                table,
+                round,
+                &format!("select * from rejects where stage = '{table}'")
+            )
+        )))
+    }
+
+    fn first_fault(&self, made: &Made) -> Result<String, Failure> {
+        for file in made.rejects() {
+            let path = self.folder.root().join(&file.file);
+            for row in read_file::<Reject>(&path)? {
+                if row.class == RejectClass::Fault {
+                    return Ok(format!("{}: {}", row.id, row.reason));
+                }
+            }
+        }
+        Ok("not recorded".to_owned())
     }
 
     /// The command that queries a version that was refused: it lies in its place, or is staged beside the

@@ -41,7 +41,7 @@ use arrow::datatypes::SchemaRef;
 use serde_json::{Value, json};
 
 use crate::config::{Plan, PlannedStage, View};
-use crate::models::{ModelLoader, Placement};
+use crate::models::ModelLoader;
 use crate::stages::{Failure, ModelName, ModelState, Shelf, TableName, Work};
 use crate::store::{
     CheckpointRecord, Event, FileRecord, Fingerprints, Images, Made, PartRecord, Place, Rates,
@@ -102,7 +102,7 @@ pub fn run(
     interrupt: &Interrupt,
 ) -> Result<Summary, RunError> {
     if let Some(loader) = loader {
-        say_placements(plan, options.until.as_ref(), loader, report)?;
+        announce::say_placements(plan, options.until.as_ref(), loader, report)?;
     }
     let begun = Runner::begin(plan, options, loader, report, interrupt);
     let mut runner = begun.map_err(|failure| RunError {
@@ -132,56 +132,6 @@ pub fn run(
     };
     runner.end(options, &slots, last).map_err(failed)?;
     Ok(runner.summary())
-}
-
-/// Says on which devices the models of the run compute, and why. Fails where one can't be used, before
-/// anything is made.
-fn say_placements(
-    plan: &Plan,
-    until: Option<&TableName>,
-    loader: &dyn ModelLoader,
-    report: &mut dyn Report,
-) -> Result<(), RunError> {
-    let mut placements: Vec<(Placement, Vec<&ModelName>)> = Vec::new();
-    for (stage, round) in plan.slots() {
-        for used in stage.spec.as_stage().uses() {
-            let model = plan.speaker(used.model);
-            let spec = &plan.models[model];
-            let is_told = placements.iter().any(|(_, models)| models.contains(&model));
-            if is_told || !spec.needs_torch() {
-                continue;
-            }
-            let placement = loader.placement(&spec.clone().opened());
-            let placement = placement.map_err(|error| RunError {
-                stage: Some(stage.name.clone()),
-                round,
-                failure: Box::new(Failure::of(model)(error)),
-            })?;
-            let Some(placement) = placement else {
-                continue;
-            };
-            match placements.iter_mut().find(|(known, _)| *known == placement) {
-                Some((_, models)) => models.push(model),
-                None => placements.push((placement, vec![model])),
-            }
-        }
-        if until == Some(&stage.name) {
-            break;
-        }
-    }
-    for (placement, models) in placements {
-        let models: Vec<&str> = models.iter().map(|model| model.as_str()).collect();
-        let Placement {
-            device,
-            precision,
-            reason,
-        } = placement;
-        report.note(&format!(
-            "{}: computing on {device} in {precision}, since {reason}",
-            models.join(", ")
-        ));
-    }
-    Ok(())
 }
 
 /// A run under way.
@@ -548,47 +498,6 @@ impl<'a> Runner<'a> {
         }
         checkpoints.reverse();
         checkpoints
-    }
-
-    /// Fails when more rows were set aside as faulty than the pipeline allows.
-    fn check_rejects(&self, table: &TableName, round: Option<u32>) -> Result<(), Failure> {
-        let made = self
-            .folder
-            .manifest()
-            .under_way(table.as_str(), round)
-            .expect("a table that was begun");
-        let total: u64 = made.parts.iter().map(|part| part.rows_in).sum();
-        let faults: u64 = made.parts.iter().map(|part| part.faults).sum();
-        let share_max = self.plan.reject_share_max.get();
-        if faults as f64 <= share_max * total as f64 {
-            return Ok(());
-        }
-        let first = self.first_fault(made)?;
-        let are = match total {
-            1 => "row is",
-            _ => "rows are",
-        };
-        Err(Failure::Other(format!(
-            "{faults} of {total} {are} faulty, and `reject_share_max` allows a share of {share_max}; the first is \
-             {first}\nto see all, run:\n{}\ncorrect them, or raise `reject_share_max`",
-            self.sql_of(
-                table,
-                round,
-                &format!("select * from rejects where stage = '{table}'")
-            )
-        )))
-    }
-
-    fn first_fault(&self, made: &Made) -> Result<String, Failure> {
-        for file in made.rejects() {
-            let path = self.folder.root().join(&file.file);
-            for row in read_file::<Reject>(&path)? {
-                if row.class == RejectClass::Fault {
-                    return Ok(format!("{}: {}", row.id, row.reason));
-                }
-            }
-        }
-        Ok("not recorded".to_owned())
     }
 
     /// A writer of the rows of a table that is being made; the footer says what made them.
