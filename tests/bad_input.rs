@@ -318,8 +318,8 @@ fn pairs_that_the_training_script_would_misread_are_not_exported() {
 #[test]
 fn an_empty_or_broken_prompt_file_is_refused_with_its_name() {
     for (content, words) in [
-        ("[]", "holds no records"),
-        ("", "holds no records"),
+        ("[]", "it has no records"),
+        ("", "it has no records"),
         ("[{\"prompt\": }]", "line 1 column"),
     ] {
         let scene = Scene::new();
@@ -327,7 +327,7 @@ fn an_empty_or_broken_prompt_file_is_refused_with_its_name() {
             .write("prompts.json", content)
             .write("p.yaml", SCRIPTED)
             .pipeline(&["run", "p.yaml"]);
-        assert_eq!(said.code, Some(1));
+        assert_eq!(said.code, Some(2));
         assert!(
             said.err.contains("prompts.json") && said.err.contains(words),
             "{}",
@@ -351,9 +351,9 @@ fn a_prompt_longer_than_the_context_is_set_aside_before_the_model_opens() {
             "policy: { scripted: {} }",
             "policy: { llava_onevision: { weights: policy } }",
         )
-        .replace("model: policy,", "model: policy, max_new_tokens: 39,")
+        .replace("model: policy,", "model: policy, max_new_tokens: 16,")
         .replace(
-            "pairs, model: policy, max_new_tokens: 39,",
+            "pairs, model: policy, max_new_tokens: 16,",
             "pairs, model: policy,",
         );
     let plan = scene.prompts(1).write("p.yaml", pipeline).path("p.yaml");

@@ -40,6 +40,8 @@ mod query;
 mod readers;
 /// What a model in training is compared with.
 mod reference;
+/// What a run refuses before it begins, or fails at soon.
+mod refusals;
 /// Whole pipelines with scripted models.
 mod run;
 /// The harness.

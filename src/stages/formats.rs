@@ -65,7 +65,7 @@ fn input(path: &Path, place: &str, problem: String) -> Failure {
 }
 
 fn empty(path: &Path) -> Failure {
-    input(path, "", "it holds no records".to_owned())
+    input(path, "", "it has no records".to_owned())
 }
 
 /// One JSON object a line; empty lines are passed over.
