@@ -3,7 +3,7 @@
 use std::net::TcpListener;
 
 use crate::run::SCRIPTED;
-use crate::scene::{Said, Scene};
+use crate::scene::{ROOT, Said, Scene};
 
 fn scene(pipeline: &str) -> Scene {
     let scene = Scene::new();
@@ -113,5 +113,36 @@ fn statements_that_are_no_queries_are_told_in_plain_words() {
         assert_ne!(said.code, Some(0));
         assert!(flat(&said).contains(words), "{}", said.err);
         assert!(!said.err.contains("datafusion"), "{}", said.err);
+    }
+    std::fs::remove_file(scene.path("runs/scripted/prompts/part-00000.parquet")).unwrap();
+    let said = flat(&scene.pipeline(&["sql", "scripted", "select * from prompts"]));
+    assert!(
+        said.contains("a file of the table `prompts` is not there"),
+        "{said}"
+    );
+}
+
+#[test]
+fn a_chat_template_that_writes_other_words_is_named() {
+    let scene = scene(&SCRIPTED.replace(
+        "policy: { scripted: {} }",
+        "policy: { llava_onevision: { weights: policy } }",
+    ));
+    let policy = scene.path("policy");
+    ovchat::store::copy_folder(format!("{ROOT}/data-samples/policy").as_ref(), &policy).unwrap();
+    let check = || scene.succeeds(&["check", "p.yaml"]);
+    assert!(!check().err.contains("chat template"));
+    let template = policy.join("chat_template.jinja");
+    let text = std::fs::read_to_string(&template).unwrap();
+    for (words, severity) in [("'<|user|>'", "warning"), ("'<|im_start|>' + ' '", "note")] {
+        std::fs::write(&template, text.replace("'<|im_start|>'", words)).unwrap();
+        let said = flat(&check());
+        assert!(
+            said.contains("the chat template in `policy/chat_template.jinja` is not used"),
+            "{said}"
+        );
+        let json = scene.succeeds(&["check", "p.yaml", "--format", "json"]).out;
+        let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+        assert_eq!(json["complaints"][0]["severity"], severity, "{json}");
     }
 }

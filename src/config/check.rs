@@ -142,22 +142,8 @@ fn table_names(written: &Written, complaints: &mut Vec<Complaint>) {
     for (stage, is_evaluation) in all_stages(written) {
         let name = stage.name.as_str();
         let at = At::key(stage.path.clone());
-        if SIDE_TABLES.contains(&name) {
-            let message =
-                format!("`{name}` is the name of something that every run makes by itself");
-            complaints.push(
-                Complaint::new("config::reserved_name", at, message).help("choose another name"),
-            );
-        } else if SQL_WORDS.contains(&name) {
-            let message = format!("`{name}` is a word of SQL, so no query could name this table");
-            complaints.push(
-                Complaint::new("config::reserved_name", at, message).help("choose another name"),
-            );
-        } else if let Some(training) = training_of_reference(written, name) {
-            let message = format!("the training `{}` makes a table `{name}`", training.name);
-            let complaint = Complaint::new("config::reserved_name", at, message)
-                .also(At::key(training.path.clone()), "the training");
-            complaints.push(complaint.help("choose another name"));
+        if let Some(complaint) = reserved(written, &stage.name, &at) {
+            complaints.push(complaint);
         } else if is_evaluation
             && let Some(first) = written.stages.iter().find(|first| first.name == stage.name)
         {
@@ -169,6 +155,29 @@ fn table_names(written: &Written, complaints: &mut Vec<Complaint>) {
             complaints.push(complaint);
         }
     }
+    // Views are asked by their names as tables are.
+    for view in &written.report {
+        complaints.extend(reserved(written, &view.name, &At::key(view.path.clone())));
+    }
+}
+
+/// The complaint about a name that means something else.
+fn reserved(written: &Written, name: &TableName, at: &At) -> Option<Complaint> {
+    let complaint = |message: String| Complaint::new("config::reserved_name", at.clone(), message);
+    let complaint = if SIDE_TABLES.contains(&name.as_str()) {
+        complaint(format!(
+            "`{name}` is the name of something that every run makes by itself"
+        ))
+    } else if SQL_WORDS.contains(&name.as_str()) {
+        complaint(format!(
+            "`{name}` is a word of SQL, so no query could name this table"
+        ))
+    } else {
+        let training = training_of_reference(written, name.as_str())?;
+        let message = format!("the training `{}` makes a table `{name}`", training.name);
+        complaint(message).also(At::key(training.path.clone()), "the training")
+    };
+    Some(complaint.help("choose another name"))
 }
 
 /// The training whose table of reference log-probabilities has this name.

@@ -13,6 +13,9 @@ const LOOKED_AT: usize = 20;
 /// The bytes at the end that are looked at.
 const END: i64 = 4096;
 
+/// The largest Parquet file that is looked at, in bytes.
+const PARQUET_MAX: u64 = 16 << 20;
+
 /// What is wrong with a source.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Objection {
@@ -32,6 +35,11 @@ pub fn objection(
             is_certain: true,
         })
     };
+    // Pictures may lie in it, and a thousand rows are read at once.
+    let is_large = path.metadata().is_ok_and(|found| found.len() > PARQUET_MAX);
+    if is_large && path.extension().is_some_and(|end| end == "parquet") {
+        return None;
+    }
     let records = match formats::records(path) {
         Ok(records) => records,
         Err(failure) => return certain(problem(failure)),
