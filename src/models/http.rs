@@ -28,7 +28,7 @@ use sha2::{Digest, Sha256};
 
 use self::gate::Gate;
 use self::journal::{Call, Journal};
-pub use self::settings::{BaseUrl, Price, SpendLimit};
+pub use self::settings::{BaseUrl, Price, Spend, SpendLimit};
 use super::asking::Asking;
 use super::{Emit, Exam, ModelError, Picture, Request, RowFault, Say, Telemetry, Writer};
 
@@ -79,18 +79,6 @@ impl Http {
 /// The key in an environment variable, which must hold something.
 fn key_in(name: &str) -> Option<String> {
     std::env::var(name).ok().filter(|key| !key.is_empty())
-}
-
-/// What calls cost, in any currency.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Spend {
-    /// The run stops when its calls have cost so much; calls under way may still come on top.
-    pub limit: SpendLimit,
-    /// The price of a million tokens that are read.
-    pub per_million_prompt_tokens: Price,
-    /// The price of a million tokens that are written.
-    pub per_million_reply_tokens: Price,
 }
 
 mod defaults {

@@ -74,6 +74,18 @@ impl JsonSchema for BaseUrl {
     }
 }
 
+/// What calls cost, in any currency.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Spend {
+    /// The run stops when its calls have cost so much; calls under way may still come on top.
+    pub limit: SpendLimit,
+    /// The price of a million tokens that are read.
+    pub per_million_prompt_tokens: Price,
+    /// The price of a million tokens that are written.
+    pub per_million_reply_tokens: Price,
+}
+
 /// What the calls of a run may cost; more than nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "f64", into = "f64")]
