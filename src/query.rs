@@ -4,7 +4,11 @@
 //! the caller's. Tables are given as lists of Parquet files, so that a reader never sees a file that
 //! the manifest doesn't list.
 
+mod count;
+#[cfg(test)]
+mod tests;
 mod unsupported;
+mod words;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,11 +19,14 @@ use datafusion::common::ScalarValue;
 use datafusion::datasource::MemTable;
 use datafusion::error::DataFusionError;
 use datafusion::execution::runtime_env::RuntimeEnvBuilder;
-use datafusion::logical_expr::LogicalPlan;
 use datafusion::prelude::{
     DataFrame, JsonReadOptions, ParquetReadOptions, SQLOptions, SessionConfig, SessionContext, lit,
 };
 use futures::StreamExt;
+
+pub use count::{RowCount, Several};
+pub use words::no_table;
+use words::{Allowed, error, refuse_others, refuse_unknown_params};
 
 /// Memory for sorts and joins; more is spilled to disk.
 const MEMORY_BYTES: usize = 512 << 20;
@@ -61,26 +68,7 @@ pub fn plan(
     tables: &[(String, SchemaRef)],
     params: &[(&str, Param)],
 ) -> Result<SchemaRef, QueryError> {
-    let context = SessionContext::new_with_config(config());
-    block_on(async {
-        for (name, schema) in tables {
-            register_empty(&context, name, schema)?;
-        }
-        let frame = prepare(&context, sql, params).await?;
-        // The logical schema knows names and types; nullability is as wide as it may be.
-        Ok(Arc::new(frame.schema().as_arrow().clone()))
-    })
-}
-
-/// The number of rows of a query, as far as its form tells.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum RowCount {
-    /// One at most, or a number that depends on more than one table's rows.
-    Unknown,
-    /// One for each row of a table.
-    EachOf(String),
-    /// One for each row of a table that conditions let through.
-    SomeOf(String),
+    Ok(plan_counted(sql, tables, params)?.0)
 }
 
 /// The same as [`plan`], with the number of rows.
@@ -94,35 +82,14 @@ pub fn plan_counted(
         for (name, schema) in tables {
             register_empty(&context, name, schema)?;
         }
-        let frame = prepare(&context, sql, params).await?;
+        let frame = prepare(&context, sql, params, Allowed::Queries).await?;
+        // The logical schema knows names and types; nullability is as wide as it may be.
         let schema = Arc::new(frame.schema().as_arrow().clone());
-        Ok((schema, row_count(frame.logical_plan())))
+        let count = RowCount::of(frame.logical_plan());
+        // Types are reconciled, and functions looked at, on the way to the plan that would be executed.
+        frame.create_physical_plan().await.map_err(error)?;
+        Ok((schema, count))
     })
-}
-
-fn row_count(plan: &LogicalPlan) -> RowCount {
-    let mut plan = plan;
-    let mut is_filtered = false;
-    loop {
-        plan = match plan {
-            LogicalPlan::Projection(projection) => &projection.input,
-            LogicalPlan::SubqueryAlias(alias) => &alias.input,
-            LogicalPlan::Sort(sort) if sort.fetch.is_none() => &sort.input,
-            LogicalPlan::Filter(filter) => {
-                is_filtered = true;
-                &filter.input
-            }
-            LogicalPlan::TableScan(scan) if scan.fetch.is_none() => {
-                let table = scan.table_name.table().to_owned();
-                return if is_filtered {
-                    RowCount::SomeOf(table)
-                } else {
-                    RowCount::EachOf(table)
-                };
-            }
-            _ => return RowCount::Unknown,
-        };
-    }
 }
 
 /// The names of the tables that a query reads.
@@ -187,13 +154,13 @@ pub fn stream<E: From<QueryError>>(
         }
         for view in views {
             // One that reads a table which the run has not begun yet is not there yet either.
-            if let Ok(frame) = prepare(&context, &view.query, &[]).await {
+            if let Ok(frame) = prepare(&context, &view.query, &[], Allowed::Queries).await {
                 context
                     .register_table(view.name.as_str(), frame.into_view())
                     .map_err(error)?;
             }
         }
-        let frame = prepare(&context, sql, params).await?;
+        let frame = prepare(&context, sql, params, Allowed::Looks).await?;
         let columns = frame.schema().iter();
         let tables = columns.map(|(table, _)| Some(table?.table().to_owned()));
         sink(Part::Header(Header {
@@ -222,7 +189,7 @@ pub fn over<'t>(
                 .register_table(name, Arc::new(table))
                 .map_err(error)?;
         }
-        let frame = prepare(&context, sql, params).await?;
+        let frame = prepare(&context, sql, params, Allowed::Looks).await?;
         frame.collect().await.map_err(error)
     })
 }
@@ -257,6 +224,7 @@ async fn prepare(
     context: &SessionContext,
     sql: &str,
     params: &[(&str, Param)],
+    allowed: Allowed,
 ) -> Result<DataFrame, QueryError> {
     let options = SQLOptions::new()
         .with_allow_ddl(false)
@@ -265,6 +233,7 @@ async fn prepare(
     let state = context.state();
     let dialect = state.config_options().sql_parser.dialect;
     let statement = state.sql_to_statement(sql, &dialect).map_err(error)?;
+    refuse_others(&statement, allowed)?;
     let ignored = unsupported::find(&statement, &state);
     let plan = state.statement_to_plan(statement).await.map_err(error)?;
     // After the planner, which knows best what is wrong with the rest of the query.
@@ -272,6 +241,7 @@ async fn prepare(
         return Err(QueryError(message));
     }
     options.verify_plan(&plan).map_err(error)?;
+    refuse_unknown_params(&plan, params)?;
     let frame = context.execute_logical_plan(plan).await.map_err(error)?;
     if params.is_empty() {
         return Ok(frame);
@@ -294,6 +264,13 @@ async fn register(context: &SessionContext, table: &QueryTable) -> Result<(), Qu
     for (round, files) in &table.files {
         if files.is_empty() {
             continue;
+        }
+        if let Some(missing) = files.iter().find(|file| !file.is_file()) {
+            return Err(QueryError(format!(
+                "a file of the table `{}` is not there: {}; ask again if a run goes on, else `pipeline run` makes it again",
+                table.name,
+                missing.display()
+            )));
         }
         let paths: Vec<String> = files
             .iter()
@@ -368,38 +345,4 @@ pub fn with_round(schema: &SchemaRef, wanted: bool) -> SchemaRef {
         .chain([round])
         .collect::<Vec<_>>();
     Arc::new(Schema::new(fields))
-}
-
-/// DataFusion's words, without the layers that only its developers need.
-#[expect(
-    clippy::needless_pass_by_value,
-    reason = "it is used as a function on errors"
-)]
-fn error(error: DataFusionError) -> QueryError {
-    // As a value in Rust's notation otherwise.
-    if let DataFusionError::SQL(error, _) = error.find_root() {
-        let text = error.to_string();
-        let text = text.strip_prefix("sql parser error: ").unwrap_or(&text);
-        return QueryError(text.to_owned());
-    }
-    if let DataFusionError::ResourcesExhausted(_) = error.find_root() {
-        let memory = MEMORY_BYTES >> 20;
-        return QueryError(format!(
-            "the query needs more than the {memory} MB that it may use: join or group fewer rows, or fewer \
-             and smaller columns"
-        ));
-    }
-    let text = error.strip_backtrace();
-    let text = [
-        "Error during planning: ",
-        "SQL error: ",
-        "Schema error: ",
-        "Execution error: ",
-    ]
-    .iter()
-    .fold(text.as_str(), |text, prefix| {
-        text.strip_prefix(prefix).unwrap_or(text)
-    })
-    .to_owned();
-    QueryError(text)
 }

@@ -163,9 +163,9 @@ fn a_prompt_longer_than_the_context_is_set_aside_before_the_model_opens() {
             "policy: { scripted: {} }",
             "policy: { llava_onevision: { weights: policy } }",
         )
-        .replace("model: policy,", "model: policy, max_new_tokens: 39,")
+        .replace("model: policy,", "model: policy, max_new_tokens: 16,")
         .replace(
-            "pairs, model: policy, max_new_tokens: 39,",
+            "pairs, model: policy, max_new_tokens: 16,",
             "pairs, model: policy,",
         );
     let plan = scene.prompts(1).write("p.yaml", pipeline).path("p.yaml");

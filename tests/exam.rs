@@ -109,7 +109,7 @@ fn a_judge_that_fails_scores_nothing() {
     let scene = refused(&golden("7.5"), "`judge_exam_golden` expects something else");
     refused(
         &golden("7.5").replace("label-3", "label-99"),
-        "the value is null",
+        "it gave no value (no rows, or null)",
     );
     let query = "select chosen_reward as reward from judge_exam where id = 'label-3'";
     let found = scene

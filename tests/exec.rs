@@ -136,6 +136,12 @@ fn a_program_that_cannot_be_started_is_named() {
     refused("./flag", "`flag` is not executable");
     let flag = scene.path("flag");
     fs::set_permissions(&flag, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    refused("./flag", "there is no program `/no/such/interpreter`");
+    // That the interpreter is a script without one is found out when it is started.
+    let other = scene.path("other");
+    scene.write("other", "#!/no/such/interpreter\n");
+    fs::set_permissions(&other, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    scene.write("flag", format!("#!{}\n", other.display()));
     let said = run("./flag");
     assert_eq!(said.code, Some(1), "{}", said.err);
     assert!(

@@ -510,9 +510,10 @@ fn an_endpoint_that_refuses_is_told_apart_from_one_that_is_busy() {
     }));
     let scene = scene(&endpoint.judge("key_env: OVCHAT_TEST_NO_KEY"), 2);
     let said = scene.pipeline(&["run", "p.yaml"]);
+    assert_eq!(said.code, Some(2), "{}", said.err);
     assert!(
         said.err
-            .contains("variable OVCHAT_TEST_NO_KEY, which is not set"),
+            .contains("variable `OVCHAT_TEST_NO_KEY` is not set"),
         "{}",
         said.err
     );

@@ -42,6 +42,8 @@ mod readers;
 mod records;
 /// What a model in training is compared with.
 mod reference;
+/// What a run refuses before it begins, or fails at soon.
+mod refusals;
 /// Whole pipelines with scripted models.
 mod run;
 /// The harness.

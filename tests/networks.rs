@@ -92,7 +92,7 @@ fn telemetry_shows_what_was_shared() {
            (select min(occupancy) from telemetry where stage = 'candidates') > 0.5 as occupied",
     );
     assert_eq!(sampled, "tokens,occupied\ntrue,true\n");
-    // One answer in the place of three reads no fewer tokens of prompts.
+    // Two answers in the place of three read no fewer tokens of prompts.
     let prompt_tokens =
         || sql("select sum(prompt_tokens) as tokens from telemetry where stage = 'candidates'");
     let three = prompt_tokens();
@@ -101,9 +101,9 @@ fn telemetry_shows_what_was_shared() {
     let plan: serde_json::Value = serde_json::from_str(&plan).unwrap();
     let counted = &plan["tokens"][0];
     assert_eq!(format!("tokens\n{}\n", counted["sum"]), three, "{counted}");
-    let context = ["--set", "stages.candidates.sample.max_new_tokens=2047"];
+    let context = ["--set", "stages.candidates.sample.max_new_tokens=2025"];
     let long = scene.pipeline(&[&["plan", "p.yaml"], &context[..]].concat());
-    let told = "8 leave no room for 2047 more";
+    let told = "8 leave no room for 2025 more";
     assert!(long.out.contains(told), "{}", long.out);
     let title = "`candidates` has no prompt that fits into the context";
     assert!(
@@ -141,7 +141,7 @@ fn telemetry_shows_what_was_shared() {
         "--until",
         "candidates",
         "--set",
-        "stages.candidates.sample.count=1",
+        "stages.candidates.sample.count=2",
     ]);
     assert_eq!(prompt_tokens(), three);
 }
@@ -184,7 +184,7 @@ fn a_run_refuses_what_its_plan_refuses() {
     );
     // Stages that are not reached may be too large.
     scene.succeeds(&["run", "p.yaml", "--set", small, "--until", "prompts"]);
-    let long = "stages.candidates.sample.max_new_tokens=2047";
+    let long = "stages.candidates.sample.max_new_tokens=2025";
     let refused = scene.pipeline(&["run", "p.yaml", "--set", long]);
     assert_eq!(refused.code, Some(2), "{}", refused.err);
     let told = flat(&refused.err);

@@ -185,8 +185,8 @@ fn as_many_placeholders_as_images_or_none() {
 #[test]
 fn an_empty_or_broken_prompt_file_is_refused_with_its_name() {
     for (content, words) in [
-        ("[]", "holds no records"),
-        ("", "holds no records"),
+        ("[]", "it has no records"),
+        ("", "it has no records"),
         ("[{\"prompt\": }]", "line 1 column"),
     ] {
         let scene = Scene::new();
@@ -194,7 +194,7 @@ fn an_empty_or_broken_prompt_file_is_refused_with_its_name() {
             .write("prompts.json", content)
             .write("p.yaml", SCRIPTED)
             .pipeline(&["run", "p.yaml"]);
-        assert_eq!(said.code, Some(1));
+        assert_eq!(said.code, Some(2));
         assert!(
             said.err.contains("prompts.json") && said.err.contains(words),
             "{}",
@@ -414,7 +414,7 @@ fn a_byte_order_mark_is_no_harm_and_utf16_is_refused() {
     let bytes: Vec<u8> = units.flat_map(u16::to_le_bytes).collect();
     scene.write("prompts.json", bytes);
     let said = scene.pipeline(&["run", "p.yaml"]);
-    assert_eq!(said.code, Some(1));
+    assert_eq!(said.code, Some(2));
     let told = said.err.replace("\n  │ ", " ").replace("\n  | ", " ");
     assert!(
         told.contains("it is UTF-16 or UTF-32, and JSON is read as UTF-8; convert it: iconv -f UTF-16 -t UTF-8"),

@@ -72,8 +72,8 @@ impl Gc {
             ))?;
         }
         line(format_args!(
-            "{} tables that no setting of today asks for; removing them frees {}, making them again would \
-             take {}",
+            "{} tables of earlier settings, which the run does not use now; removing them frees {}, making \
+             them again takes {}",
             parked.len(),
             size(bytes),
             duration(seconds)

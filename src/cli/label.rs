@@ -141,7 +141,7 @@ impl LabelRun {
         }
         last.ok_or_else(|| {
             Failed::Words(format!(
-                "{} waits for nobody; a stage `ask_people` waits, once the run has come to it",
+                "nobody is asked anything in {}: a stage `ask_people` asks, once the run has reached it",
                 run.root().display()
             ))
         })

@@ -6,7 +6,7 @@ use std::path::Path;
 use super::Failed;
 use super::memory::{self, Taken};
 use super::tokens::{self, Extent, Tokens};
-use crate::config::{Complaint, Plan};
+use crate::config::{Complaint, KeyPath, NO_KEY, Plan};
 use crate::models::ModelLoader;
 use crate::run::{self, Forecast};
 use crate::stages::{Failure, TableName};
@@ -68,6 +68,28 @@ impl Outlook {
     /// Complaints about stages that have no room on this machine or in a model's context, of those that a
     /// run would make: up to a table, if it stops there.
     pub fn refusals(&self, plan: &Plan, until: Option<&TableName>) -> Vec<Complaint> {
+        let made = self.made(plan, until);
+        let mut refusals = memory::refusals(plan, &self.taken);
+        refusals.extend(tokens::refusals(plan, &self.tokens));
+        refusals.retain(|(table, _)| made.contains(table));
+        refusals.into_iter().map(|(_, refusal)| refusal).collect()
+    }
+
+    /// Complaints about keys that the environment does not have, of the models that a run would use.
+    pub fn missing_keys(&self, plan: &Plan, until: Option<&TableName>) -> Vec<Complaint> {
+        let made = self.made(plan, until);
+        let stages = plan.all().filter(|stage| made.contains(&stage.name));
+        let used: Vec<KeyPath> = stages
+            .flat_map(|stage| stage.spec.as_stage().uses())
+            .map(|used| KeyPath::root().key("models").key(used.model.as_str()))
+            .collect();
+        let notes = plan.warnings.iter().filter(|one| one.code == NO_KEY);
+        let notes = notes.filter(|note| used.iter().any(|model| note.at.path.is_in(model)));
+        notes.cloned().map(Complaint::as_error).collect()
+    }
+
+    /// The tables that a run would make.
+    fn made<'p>(&self, plan: &'p Plan, until: Option<&TableName>) -> HashSet<&'p TableName> {
         let mut slots = plan.slots();
         if let Some(last) = slots
             .iter()
@@ -84,11 +106,7 @@ impl Outlook {
         let made = slots
             .iter()
             .filter(|(stage, round)| is_made(&stage.name, *round));
-        let made: HashSet<&TableName> = made.map(|(stage, _)| &stage.name).collect();
-        let mut refusals = memory::refusals(plan, &self.taken);
-        refusals.extend(tokens::refusals(plan, &self.tokens));
-        refusals.retain(|(table, _)| made.contains(table));
-        refusals.into_iter().map(|(_, refusal)| refusal).collect()
+        made.map(|(stage, _)| &stage.name).collect()
     }
 }
 

@@ -79,6 +79,7 @@ impl Run {
         let folder = folder_of(&plan, self.folder.as_deref());
         let outlook = Outlook::of_run(&plan, &folder, loader)?;
         refuse(outlook.refusals(&plan, until.as_ref()))?;
+        refuse(outlook.missing_keys(&plan, until.as_ref()))?;
         match self.log {
             Log::Text => warn(&plan),
             Log::Json => {

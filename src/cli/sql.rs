@@ -10,7 +10,8 @@ use clap::Args;
 use super::out::Out;
 use super::rows::{RowFormat, RowWriter};
 use super::{Failed, run_folder};
-use crate::query::{self, Param, Part, QueryTable, View};
+use crate::config::tables_there;
+use crate::query::{self, Param, Part, QueryError, QueryTable, View};
 use crate::store::{FileRecord, LABELS, Made, RunFolder, schema_of_file};
 use crate::tables::{Call, Image, Label, Reject, Row, Telemetry, schema_of};
 
@@ -86,7 +87,20 @@ impl Sql {
         let spill = spill()?;
         let views = report_views(&run.manifest().source);
         let tables = tables(run, self.staged)?;
-        print(query, &[], &tables, &views, &spill, self.rows, Out).map(drop)
+        let printed = print(query, &[], &tables, &views, &spill, self.rows, Out);
+        let names = tables.iter().map(|table| &table.name);
+        let names = names.chain(views.iter().map(|view| &view.name));
+        let names: Vec<&str> = names.map(String::as_str).collect();
+        printed.map(drop).map_err(|failed| match failed {
+            Failed::Query(QueryError(error)) => match tables_there(&error, &names) {
+                Some((Some(guess), all)) => {
+                    Failed::Words(format!("{error}; did you mean `{guess}`? {all}"))
+                }
+                Some((None, all)) => Failed::Words(format!("{error}; {all}")),
+                None => Failed::Query(QueryError(error)),
+            },
+            failed => failed,
+        })
     }
 }
 

@@ -1,19 +1,21 @@
 //! What only the whole file can show: names that lead nowhere, models in the wrong role. Tables and their
 //! columns are followed in [`super::lineage`], files in [`super::paths`].
 
+use super::answers;
 use super::complaint::{At, Complaint};
 use super::guess::guess;
 use super::pipeline::{Entry, Written};
+use super::queries::no_number;
 use super::source::KeyPath;
 use super::sql;
 use super::words::listed;
-use crate::models::{Mode, ModelSpec, SqlReward};
+use crate::models::{ModelSpec, SqlReward};
 use crate::query;
-use crate::stages::{AFTER, ModelName, Role, StageSpec, TableName};
+use crate::stages::{AFTER, ModelName, NAME_MAX, REFERENCE, Role, StageSpec, TableName};
 use crate::tables::{Judged, Row as _};
 
 /// Names that a run folder or a run's SQL gives to something else.
-const SIDE_TABLES: [&str; 7] = [
+const SIDE_TABLES: [&str; 10] = [
     "images",
     "rejects",
     "telemetry",
@@ -21,6 +23,9 @@ const SIDE_TABLES: [&str; 7] = [
     "checkpoints",
     "calls",
     "human_labels",
+    "report",
+    "spoiled",
+    "manifest",
 ];
 
 /// Words that can't name a table in a query without quotes.
@@ -92,6 +97,7 @@ const SQL_WORDS: [&str; 62] = [
 /// Every complaint and warning about names, roles and training.
 pub fn names_and_roles(written: &Written) -> Vec<Complaint> {
     let mut complaints = Vec::new();
+    long_names(written, &mut complaints);
     table_names(written, &mut complaints);
     for (stage, is_evaluation) in all_stages(written) {
         roles(stage, written, &mut complaints);
@@ -103,7 +109,7 @@ pub fn names_and_roles(written: &Written) -> Vec<Complaint> {
     speakers(written, &mut complaints);
     expressions(written, &mut complaints);
     finished(written, &mut complaints);
-    compared(written, &mut complaints);
+    complaints.extend(answers::too_few(written));
     unused(written, &mut complaints);
     complaints
 }
@@ -114,21 +120,30 @@ pub fn all_stages(written: &Written) -> impl Iterator<Item = (&Entry<TableName, 
     stages.chain(written.evaluate.iter().map(|stage| (stage, true)))
 }
 
+/// Names that no folder can have, or that leave no room for those that begin with them.
+fn long_names(written: &Written, complaints: &mut Vec<Complaint>) {
+    let stages = all_stages(written).map(|(stage, _)| (stage.name.as_str(), &stage.path));
+    let models = written.models.iter();
+    let models = models.map(|model| (model.name.as_str(), &model.path));
+    let views = written.report.iter();
+    let views = views.map(|view| (view.name.as_str(), &view.path));
+    for (name, path) in stages.chain(models).chain(views) {
+        if name.len() > NAME_MAX {
+            let length = name.len();
+            let message = format!("the name has {length} characters, and may have {NAME_MAX}");
+            let complaint = Complaint::new("config::name", At::key(path.clone()), message);
+            complaints
+                .push(complaint.help("choose a shorter one: folders and files are named by it"));
+        }
+    }
+}
+
 fn table_names(written: &Written, complaints: &mut Vec<Complaint>) {
     for (stage, is_evaluation) in all_stages(written) {
         let name = stage.name.as_str();
         let at = At::key(stage.path.clone());
-        if SIDE_TABLES.contains(&name) {
-            let message =
-                format!("`{name}` is the name of something that every run makes by itself");
-            complaints.push(
-                Complaint::new("config::reserved_name", at, message).help("choose another name"),
-            );
-        } else if SQL_WORDS.contains(&name) {
-            let message = format!("`{name}` is a word of SQL, so no query could name this table");
-            complaints.push(
-                Complaint::new("config::reserved_name", at, message).help("choose another name"),
-            );
+        if let Some(complaint) = reserved(written, &stage.name, &at) {
+            complaints.push(complaint);
         } else if is_evaluation
             && let Some(first) = written.stages.iter().find(|first| first.name == stage.name)
         {
@@ -140,6 +155,41 @@ fn table_names(written: &Written, complaints: &mut Vec<Complaint>) {
             complaints.push(complaint);
         }
     }
+    // Views are asked by their names as tables are.
+    for view in &written.report {
+        complaints.extend(reserved(written, &view.name, &At::key(view.path.clone())));
+    }
+}
+
+/// The complaint about a name that means something else.
+fn reserved(written: &Written, name: &TableName, at: &At) -> Option<Complaint> {
+    let complaint = |message: String| Complaint::new("config::reserved_name", at.clone(), message);
+    let complaint = if SIDE_TABLES.contains(&name.as_str()) {
+        complaint(format!(
+            "`{name}` is the name of something that every run makes by itself"
+        ))
+    } else if SQL_WORDS.contains(&name.as_str()) {
+        complaint(format!(
+            "`{name}` is a word of SQL, so no query could name this table"
+        ))
+    } else {
+        let training = training_of_reference(written, name.as_str())?;
+        let message = format!("the training `{}` makes a table `{name}`", training.name);
+        complaint(message).also(At::key(training.path.clone()), "the training")
+    };
+    Some(complaint.help("choose another name"))
+}
+
+/// The training whose table of reference log-probabilities has this name.
+fn training_of_reference<'a>(
+    written: &'a Written,
+    name: &str,
+) -> Option<&'a Entry<TableName, StageSpec>> {
+    let training = name.strip_suffix(REFERENCE)?;
+    let mut stages = written.stages.iter();
+    stages.find(|stage| {
+        stage.name.as_str() == training && matches!(stage.spec, Some(StageSpec::TrainDpo(_)))
+    })
 }
 
 fn roles(stage: &Entry<TableName, StageSpec>, written: &Written, complaints: &mut Vec<Complaint>) {
@@ -301,15 +351,28 @@ fn expressions(written: &Written, complaints: &mut Vec<Complaint>) {
         let Some(ModelSpec::Sql(reward)) = &entry.spec else {
             continue;
         };
-        let table = (SqlReward::TABLE.to_owned(), Judged::schema());
-        if let Err(error) = query::plan(&reward.sql(), &[table], &[]) {
-            let at = At::value(entry.settings.key("reward"));
-            let complaint =
-                sql::unplanned("config::sql", at, &error.0, &reward.reward, &reward.sql());
-            let help =
-                "it is an expression of text, question, answer, captions, candidate and prompt_id";
-            complaints.push(complaint.help(help));
-        }
+        let tables = [(SqlReward::TABLE.to_owned(), Judged::schema())];
+        let at = At::value(entry.settings.key("reward"));
+        let of_kind = query::plan(&reward.sql_as_it_is(), &tables, &[]);
+        let complaint = match of_kind.ok().and_then(|schema| no_number(&schema)) {
+            Some(kind) => {
+                let message = format!("the reward must be a number, and is {kind}");
+                Complaint::new("config::sql", at, message).help(
+                    "write one expression, such as: case when text = answer then 1 else 0 end",
+                )
+            }
+            None => match query::plan(&reward.sql(), &tables, &[]) {
+                Ok(_) => continue,
+                Err(error) => {
+                    let (written, planned) = (&reward.reward, reward.sql());
+                    let none = std::iter::empty();
+                    sql::unplanned("config::sql", at, &error.0, written, &planned, none).help(
+                        "it is an expression of text, question, answer, captions, candidate and prompt_id",
+                    )
+                }
+            },
+        };
+        complaints.push(complaint);
     }
 }
 
@@ -384,43 +447,6 @@ fn finished(written: &Written, complaints: &mut Vec<Complaint>) {
             };
             complaints.push(complaint.help(help));
         }
-    }
-}
-
-/// A judge that compares answers needs two of them.
-fn compared(written: &Written, complaints: &mut Vec<Complaint>) {
-    for (stage, _) in all_stages(written) {
-        let Some(StageSpec::Score(score)) = &stage.spec else {
-            continue;
-        };
-        let judge = written
-            .models
-            .iter()
-            .find(|entry| entry.name == score.judge);
-        let asking = judge.and_then(|entry| entry.spec.as_ref()?.asking());
-        if asking.is_none_or(|asking| asking.mode != Mode::Pairwise) {
-            continue;
-        }
-        let sampled = all_stages(written).find(|(other, _)| other.name == score.candidates);
-        let Some((candidates, StageSpec::Sample(sample))) =
-            sampled.and_then(|(other, _)| Some((other, other.spec.as_ref()?)))
-        else {
-            continue;
-        };
-        if sample.count.get() > 1 {
-            continue;
-        }
-        let message = format!(
-            "`{}` compares the answers to a prompt with each other, and `{}` has one answer to each",
-            score.judge, score.candidates
-        );
-        let at = At::value(stage.settings.key("judge"));
-        let complaint = Complaint::new("config::one_answer", at, message)
-            .also(At::value(candidates.settings.key("count")), "one answer");
-        complaints.push(complaint.help(
-            "name a judge that scores each answer by itself (`ask: { mode: pointwise }`), or sample at \
-             least two answers",
-        ));
     }
 }
 

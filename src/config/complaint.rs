@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::overlay::Layer;
 use super::overrides::Override;
-use super::reference::Secrets;
+use super::reference::{Secrets, UNKNOWN_VARIABLE};
 use super::source::{KeyPath, Place, Side, Source, around};
 use super::sql::Piece;
 
@@ -42,7 +42,7 @@ impl At {
 const NAMES: [&str; 4] = [
     "config::unknown_table",
     "config::unknown_model",
-    "config::unknown_variable",
+    UNKNOWN_VARIABLE,
     "config::environment",
 ];
 
@@ -108,6 +108,15 @@ impl Complaint {
         Self {
             gravity: Gravity::Note,
             ..Self::new(code, at, message)
+        }
+    }
+
+    /// The same as an error: of what is only said elsewhere.
+    #[must_use]
+    pub fn as_error(self) -> Self {
+        Self {
+            gravity: Gravity::Error,
+            ..self
         }
     }
 

@@ -119,8 +119,8 @@ fn expected(
     if let Some(most) = exam.length_correlation_max {
         // Lengths that are all equal correlate with nothing.
         let value = format!(
-            "(select coalesce(abs(corr(e.margin, cast(length(l.chosen) - length(l.rejected) as double))), 0) \
-             from {comparison} e join {labels} l on l.row_key = e.pair)"
+            "max((select coalesce(abs(corr(e.margin, cast(length(l.chosen) - length(l.rejected) as double))), 0) \
+             from {comparison} e join {labels} l on l.row_key = e.pair))"
         );
         all.push((
             "length_correlation",

@@ -18,7 +18,8 @@ pub struct Expectation {
     /// A query that must find no rows; those that it finds are shown.
     #[serde(default)]
     pub query: Option<String>,
-    /// An expression over all rows of the table, such as `avg(reward)`, for the two bounds.
+    /// An expression over all rows of the table that gives one number, such as `avg(reward)`, for the two
+    /// bounds. No number (null, or no row) is not as expected.
     #[serde(default)]
     pub value: Option<String>,
     /// The least that the value may be.
@@ -56,6 +57,12 @@ impl Expectation {
         }
     }
 
+    /// The query of the value as what it is, a number or not.
+    pub fn sql_as_it_is(&self) -> String {
+        let value = self.value.as_deref().unwrap_or("null");
+        format!("select {value} as value from {}", self.table)
+    }
+
     /// The setting that holds the SQL.
     pub fn field(&self) -> &'static str {
         if self.query.is_some() {
@@ -68,7 +75,7 @@ impl Expectation {
     /// What is wrong with a value, in words.
     pub fn judge(&self, value: Option<f64>) -> Option<String> {
         let Some(value) = value else {
-            return Some("the value is null".to_owned());
+            return Some("it gave no value (no rows, or null)".to_owned());
         };
         if let Some(least) = self
             .at_least
@@ -109,6 +116,16 @@ impl Expectation {
                 "the value may be anything",
                 "say `at_least` or `at_most`",
             ),
+            (None, Some(_))
+                if let (Some(least), Some(most)) = (self.at_least, self.at_most)
+                    && least > most =>
+            {
+                complain(
+                    At::value(path.key("at_least")),
+                    &format!("no value is at least {least} and at most {most}"),
+                    "swap the bounds, or leave one of them out",
+                )
+            }
             _ => None,
         }
     }
@@ -138,6 +155,6 @@ mod tests {
         assert_eq!(words(Some(0.25)), "0.25 is below 0.5");
         assert_eq!(words(Some(2.5)), "2.5 is above 2");
         assert_eq!(words(Some(f64::NAN)), "NaN is below 0.5");
-        assert_eq!(words(None), "the value is null");
+        assert_eq!(words(None), "it gave no value (no rows, or null)");
     }
 }

@@ -433,15 +433,18 @@ fn wrong_stage(draft: &Draft, error: StageError) -> Complaint {
         Some(field) => At::value(draft.settings.key(field)),
         None => At::key(draft.settings.clone()),
     };
-    let query = match &draft.spec {
-        Some(StageSpec::Sql(stage)) if error.field == Some("query") => stage.query.as_deref(),
-        _ => None,
+    let complaint = match &draft.spec {
+        Some(StageSpec::Sql(stage)) if error.field == Some("query") => {
+            let query = stage.query.as_deref().unwrap_or_default();
+            let tables = stage.tables.iter().map(TableName::as_str);
+            sql::unplanned(CODE, at, &error.message, query, query, tables)
+        }
+        _ => Complaint::new(CODE, at, error.message),
     };
-    let complaint = match query {
-        Some(query) => sql::unplanned(CODE, at, &error.message, query, query),
-        None => Complaint::new(CODE, at, error.message),
-    };
-    complaint.maybe_help(error.help)
+    match error.help {
+        Some(help) => complaint.help(help),
+        None => complaint,
+    }
 }
 
 /// Whether a table has rows of a kind. The kind of a query's table is what its columns fit.

@@ -21,10 +21,12 @@ mod sql;
 mod syntax;
 mod words;
 
+mod answers;
 mod check;
 mod lineage;
 mod paths;
 mod probe;
+mod programs;
 mod queries;
 mod unused;
 
@@ -41,9 +43,11 @@ pub use expectation::{Expectation, Otherwise};
 pub use paths::NOT_FETCHED;
 pub use pipeline::{Chart, KeepImages, PipelineName, Rounds, View};
 pub use plan::{Plan, PlannedStage};
+pub use probe::NO_KEY;
 pub use reference::{EnvReference, Secrets};
 pub use schema::{pipeline_schema, table_schema};
 pub use source::{KeyPath, Place, Side, Source};
+pub use sql::tables_there;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -115,17 +119,27 @@ fn parse(
             Err(complaint) => complaints.push(*complaint),
         }
     }
-    let (mut written, mut secrets, found) = reader::read(tree, environment);
-    complaints.extend(found);
+    let read = reader::read(tree, environment);
+    let (mut written, mut secrets) = (read.written, read.secrets);
+    complaints.extend(read.complaints);
+    if read.is_partial {
+        // Whatever names a piece of what was not read would be called unknown.
+        for complaint in &mut complaints {
+            complaint.hide(&secrets);
+        }
+        return refuse(&sources, complaints);
+    }
     complaints.extend(exam::add(&mut written));
     resolve(&mut written, &sources);
     secrets.show_paths(&paths::settings(&written));
     complaints.extend(check::names_and_roles(&written));
     if !offline {
         complaints.extend(paths::missing_files(&written, &sources, &secrets));
+        complaints.extend(paths::records(&written, &secrets));
         complaints.extend(paths::probe_models(&written, &secrets));
-        complaints.extend(probe::programs(&written, &secrets));
+        complaints.extend(programs::unstartable(&written, &secrets));
         complaints.extend(probe::contexts(&written));
+        complaints.extend(probe::keys(&written));
     }
     let mut lineage = Lineage::trace(&written);
     // What is wrong with a setting is told once: a query's file that isn't there can't be planned.

@@ -13,7 +13,8 @@ use super::reference::Secrets;
 use super::source::KeyPath;
 use crate::files;
 use crate::models::{LlavaOnevision, ModelSpec, Questionnaire, Repository, TEMPLATE};
-use crate::prep::{AdapterCard, JudgePrep, PolicyPrep, PrepError, Shards};
+use crate::prep::{AdapterCard, JudgePrep, OtherText, PolicyPrep, PrepError, Shards, other_text};
+use crate::stages::{Objection, StageSpec};
 
 /// The settings that name files and folders.
 pub fn settings(written: &Written) -> Vec<KeyPath> {
@@ -59,6 +60,35 @@ pub fn missing_files(written: &Written, sources: &Sources, secrets: &Secrets) ->
     complaints
 }
 
+/// Files of records that can't be loaded, as far as their beginning and their end tell. Those that can't
+/// be opened are left to [`missing_files`].
+pub fn records(written: &Written, secrets: &Secrets) -> Vec<Complaint> {
+    let mut complaints = Vec::new();
+    for (stage, _) in all_stages(written) {
+        let is_file = |path: &Path| path.metadata().is_ok_and(|found| found.is_file());
+        let (path, objection) = match &stage.spec {
+            Some(StageSpec::LoadPrompts(load)) if is_file(&load.from) => {
+                (&load.from, load.objection())
+            }
+            Some(StageSpec::LoadFeedback(load)) if is_file(&load.from) => {
+                (&load.from, load.objection())
+            }
+            _ => continue,
+        };
+        let Some(Objection { words, is_certain }) = objection else {
+            continue;
+        };
+        let words = format!("`{}`: {words}", shown(path, secrets));
+        let at = At::value(stage.settings.key("from"));
+        complaints.push(if is_certain {
+            Complaint::new("config::records", at, words)
+        } else {
+            Complaint::warning("config::records", at, words)
+        });
+    }
+    complaints
+}
+
 /// Looks into the folders of the models: configs, tokenizers, and the headers of the weights, as
 /// far as they can be read without opening a tensor. Folders that aren't there are left to
 /// [`missing_files`].
@@ -89,6 +119,7 @@ pub fn probe_models(written: &Written, secrets: &Secrets) -> Vec<Complaint> {
             let at = At::value(model.settings.below(setting));
             complaints.push(Complaint::new("config::asking", at, secrets.hide(&problem)));
         }
+        complaints.extend(other_words(spec, &model.settings, secrets));
         if let Err(error) = probe(spec) {
             // The setting whose folder holds the file at fault.
             let field = paths.iter().find(|(_, path)| error.path.starts_with(path));
@@ -102,6 +133,32 @@ pub fn probe_models(written: &Written, secrets: &Secrets) -> Vec<Complaint> {
         }
     }
     complaints
+}
+
+/// The warning about a checkpoint whose chat template writes prompts in other words than this program.
+fn other_words(spec: &ModelSpec, settings: &KeyPath, secrets: &Secrets) -> Option<Complaint> {
+    let ModelSpec::LlavaOnevision(model) = spec.clone().opened() else {
+        return None;
+    };
+    let OtherText {
+        path,
+        theirs,
+        ours,
+        is_space,
+    } = other_text(&model.weights)?;
+    let path = shown(&path, secrets);
+    let message = format!(
+        "the chat template in `{path}` is not used: it writes {theirs:?} where this program writes {ours:?}"
+    );
+    let at = At::value(settings.key("weights"));
+    let complaint = match is_space {
+        true => Complaint::note("config::chat_template", at, message),
+        false => Complaint::warning("config::chat_template", at, message),
+    };
+    Some(complaint.help(
+        "prompts are written as LLaVA-OneVision was trained to read them; a checkpoint that was trained \
+         on others may answer worse",
+    ))
 }
 
 fn probe(spec: &ModelSpec) -> Result<(), PrepError> {

@@ -135,8 +135,9 @@ pub struct Until {
     /// The most rounds.
     pub max: NonZeroU32,
     /// A query that is asked after every round and says in one row and one column, true or false,
-    /// whether it was the last. It may read every table as it is by then, with the column `round`
-    /// where a table has rounds; `$round` is the round that has just ended.
+    /// whether it was the last; null, or no row, is not true, and the rounds go on. It may read every
+    /// table as it is by then, with the column `round` where a table has rounds; `$round` is the round
+    /// that has just ended.
     pub stop_when: String,
 }
 

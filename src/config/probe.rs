@@ -1,88 +1,12 @@
-//! What a pipeline needs beside its own files: the programs of `exec`, and room in the contexts of its
-//! models.
-
-use std::env;
-use std::os::unix::fs::PermissionsExt as _;
-use std::path::{Path, PathBuf};
+//! What the environment must offer beside files: room in the contexts of models, keys of endpoints.
 
 use super::check::all_stages;
 use super::complaint::{At, Complaint};
-use super::guess::guess;
-use super::paths::shown;
 use super::pipeline::Written;
-use super::reference::Secrets;
 use super::source::KeyPath;
 use crate::models::{Asking, ModelSpec};
-use crate::prep::OnevisionCard;
-use crate::stages::{Exec, ModelName, StageSpec};
-
-/// Programs of `exec` stages that can't be started: looked for as the system will, in the stage's
-/// folder where the name holds a `/`, else in the directories of `PATH`.
-pub fn programs(written: &Written, secrets: &Secrets) -> Vec<Complaint> {
-    let mut complaints = Vec::new();
-    for (stage, _) in all_stages(written) {
-        if let Some(StageSpec::Exec(exec)) = &stage.spec
-            && let Some(program) = exec.program()
-        {
-            let at = At::value(stage.settings.key("command").index(0));
-            complaints.extend(unstartable(exec, program, at, secrets));
-        }
-    }
-    complaints
-}
-
-/// The shortest name of a program that another one is guessed for.
-const GUESSED_MIN: usize = 4;
-
-fn unstartable(exec: &Exec, program: &str, at: At, secrets: &Secrets) -> Option<Complaint> {
-    let complaint = |message: String| Complaint::new("config::no_program", at.clone(), message);
-    if program.contains('/') {
-        let path = exec.folder().join(program.trim_start_matches("./"));
-        let name = shown(&path, secrets);
-        return match path.metadata() {
-            Ok(found) if !found.is_file() => Some(complaint(format!("`{name}` is not a program"))),
-            Ok(_) if !is_executable(&path) => {
-                let help = format!("chmod +x {name}");
-                Some(complaint(format!("`{name}` is not executable")).help(help))
-            }
-            Ok(_) => None,
-            Err(_) => Some(complaint(format!("there is no program `{name}`"))),
-        };
-    }
-    let path = env::var_os("PATH")?;
-    let folders: Vec<PathBuf> = env::split_paths(&path)
-        .map(|folder| exec.folder().join(folder))
-        .collect();
-    if folders
-        .iter()
-        .any(|folder| is_executable(&folder.join(program)))
-    {
-        return None;
-    }
-    let complaint = complaint(format!(
-        "there is no program `{program}` in the directories of PATH"
-    ));
-    if exec.folder().join(program).is_file() {
-        let help = format!("for the file beside the pipeline file, write `./{program}`");
-        return Some(complaint.help(help));
-    }
-    // So many programs have short names that one of them is always near.
-    if program.len() < GUESSED_MIN {
-        return Some(complaint);
-    }
-    let entries = folders.iter().filter_map(|folder| folder.read_dir().ok());
-    let mut names: Vec<String> = entries
-        .flatten()
-        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
-        .collect();
-    names.sort();
-    Some(complaint.guess(guess(program, names.iter().map(String::as_str))))
-}
-
-fn is_executable(path: &Path) -> bool {
-    let metadata = path.metadata();
-    metadata.is_ok_and(|found| found.is_file() && found.permissions().mode() & 0o111 != 0)
-}
+use crate::prep::{OnevisionCard, PolicyPrep};
+use crate::stages::{ModelName, StageSpec};
 
 /// Answers and replies that would be longer than the whole context of their model. Models whose config
 /// can't be read are complained about elsewhere.
@@ -114,15 +38,59 @@ fn beyond(written: &Written, model: &str, tokens: u32, at: KeyPath) -> Option<Co
     let ModelSpec::LlavaOnevision(spec) = entry.spec.clone()?.opened() else {
         return None;
     };
-    let card = OnevisionCard::open(&spec.weights).ok()?;
-    let context = card.text_config.max_position_embeddings;
-    if (tokens as usize) < context {
+    let context = |context: usize| {
+        format!(
+            "the context holds prompt, pictures and answer: set `max_new_tokens` well below {context}"
+        )
+    };
+    let at = At::value(at);
+    let size = OnevisionCard::open(&spec.weights).ok()?;
+    let size = size.text_config.max_position_embeddings;
+    let left = size.saturating_sub(tokens as usize);
+    if left == 0 {
+        let message =
+            format!("`max_new_tokens` is {tokens}, and the context of `{model}` is {size} tokens");
+        return Some(Complaint::new(CONTEXT, at, message).help(context(size)));
+    }
+    // The rest takes a tokenizer, which is large.
+    if left > size / 2 {
         return None;
     }
-    let message =
-        format!("`max_new_tokens` is {tokens}, and the context of `{model}` is {context} tokens");
-    let help = format!(
-        "the context holds prompt, pictures and answer: set `max_new_tokens` well below {context}"
+    let [without, with] = PolicyPrep::open(&spec.weights).ok()?.least().ok()?;
+    let of_context = format!(
+        "`max_new_tokens` {tokens} leaves {left} of the {size} tokens of the context of `{model}`"
     );
-    Some(Complaint::new("config::context", At::value(at), message).help(help))
+    let complaint = if left < without {
+        let message = format!("{of_context}, and a prompt takes {without} before its first word");
+        Complaint::new(CONTEXT, at, message)
+    } else if left < with {
+        let message = format!("{of_context}, and a prompt with a picture takes {with} or more");
+        Complaint::warning(CONTEXT, at, message)
+    } else {
+        return None;
+    };
+    Some(complaint.help(context(size)))
+}
+
+const CONTEXT: &str = "config::context";
+
+/// The code of notes about keys that the environment does not have.
+pub const NO_KEY: &str = "config::no_key";
+
+/// Notes about keys of endpoints that the environment does not have, which only a run needs.
+pub fn keys(written: &Written) -> Vec<Complaint> {
+    let missing = written.models.iter().filter_map(|entry| {
+        let Some(ModelSpec::Http(http)) = &entry.spec else {
+            return None;
+        };
+        let name = http.missing_key()?;
+        let at = At::value(entry.settings.key("key_env"));
+        let message = format!("the environment variable `{name}` is not set");
+        let help = format!(
+            "`pipeline run` needs the key of `{}`: export {name}=…",
+            entry.name
+        );
+        Some(Complaint::note(NO_KEY, at, message).help(help))
+    });
+    missing.collect()
 }

@@ -3,7 +3,7 @@
 
 use std::collections::HashSet;
 
-use arrow::datatypes::SchemaRef;
+use arrow::datatypes::{DataType, Schema, SchemaRef};
 
 use super::complaint::{At, Complaint};
 use super::guess::guess;
@@ -12,7 +12,7 @@ use super::pipeline::{Chart, Written};
 use super::source::KeyPath;
 use super::sql;
 use super::words::listed;
-use crate::query::{self, Param, RowCount, is_flag, with_round};
+use crate::query::{self, Param, QueryError, Several, is_flag, with_round};
 use crate::tables::{Image, Reject, Row, Telemetry};
 
 /// The way out of a `stop_when` of several rows.
@@ -41,6 +41,7 @@ impl Lineage {
 
     /// Plans the query that ends the rounds.
     pub(super) fn stop_when(&mut self, written: &Written) {
+        const CODE: &str = "config::stop_when";
         let Some(query) = written.rounds.stop_when() else {
             return;
         };
@@ -49,42 +50,24 @@ impl Lineage {
             return;
         }
         let at = At::value(KeyPath::root().key("rounds").key("stop_when"));
-        let complaint = |message| Complaint::new("config::stop_when", at.clone(), message);
         let params = [("round", Param::Integer(1))];
         let found = match query::plan_counted(query, &tables, &params) {
-            Err(error) => Some(sql::unplanned(
-                "config::stop_when",
-                at.clone(),
-                &error.0,
-                query,
-                query,
-            )),
+            Err(error) => Some(unplanned(CODE, at, &error, query, query, &tables)),
             Ok((schema, _)) if !is_flag(&schema) => {
                 let columns = schema.fields().iter();
                 let columns: Vec<String> = columns
-                    .map(|field| format!("`{}` ({})", field.name(), field.data_type()))
+                    .map(|field| format!("`{}` ({})", field.name(), kind_of(field.data_type())))
                     .collect();
                 let message = format!(
                     "the query must have one column, true or false, and has {}",
                     columns.join(", ")
                 );
                 let help = "such as: select max(reward) > 0.9 from rewards where round = $round";
-                Some(complaint(message).help(help))
+                Some(Complaint::new(CODE, at, message).help(help))
             }
-            Ok((_, RowCount::Unknown)) => None,
-            Ok((_, RowCount::EachOf(table))) => {
-                let message =
-                    format!("the query must give one row, and gives one for each row of `{table}`");
-                Some(complaint(message).help(ONE_ROW))
-            }
-            Ok((_, RowCount::SomeOf(table))) => {
-                let message = format!(
-                    "the query must give one row, and may give several: one for each row of `{table}` \
-                     that meets its condition"
-                );
-                let warning = Complaint::warning("config::stop_when", at.clone(), message);
-                Some(warning.help(ONE_ROW))
-            }
+            Ok((_, count)) => count.several().map(|several| {
+                not_one(CODE, at, "the query must give one row", &several).help(ONE_ROW)
+            }),
         };
         self.complaints.extend(found);
     }
@@ -115,16 +98,35 @@ impl Lineage {
                 continue;
             }
             let planned = expectation.sql();
-            if !reads(&planned, &unclear)
-                && let Err(error) = query::plan(&planned, &tables, &[])
-            {
-                let at = At::value(entry.settings.key(expectation.field()));
-                let written = expectation.query.as_ref().or(expectation.value.as_ref());
-                let written = written.map_or("", String::as_str);
-                let complaint =
-                    sql::unplanned("config::expectation", at, &error.0, written, &planned);
-                self.complaints.push(complaint);
+            if reads(&planned, &unclear) {
+                continue;
             }
+            let at = At::value(entry.settings.key(expectation.field()));
+            let of_kind = expectation.value.as_ref().and_then(|_| {
+                let schema = query::plan(&expectation.sql_as_it_is(), &tables, &[]).ok()?;
+                no_number(&schema)
+            });
+            let found = match (of_kind, query::plan_counted(&planned, &tables, &[])) {
+                (Some(kind), _) => {
+                    let message = format!("the value must be a number, and is {kind}");
+                    let help =
+                        "write a number, such as: avg(reward), or cast it: cast(… as double)";
+                    Some(Complaint::new(EXPECT, at, message).help(help))
+                }
+                (None, Err(error)) => {
+                    let written = expectation.query.as_ref().or(expectation.value.as_ref());
+                    let written = written.map_or("", String::as_str);
+                    Some(unplanned(EXPECT, at, &error, written, &planned, &tables))
+                }
+                (None, Ok((_, count))) => {
+                    let several = count.several().filter(|_| expectation.value.is_some());
+                    several.map(|several| {
+                        let help = "aggregate the rows into one value, such as: avg(reward)";
+                        not_one(EXPECT, at, "the value must be one number", &several).help(help)
+                    })
+                }
+            };
+            self.complaints.extend(found);
         }
     }
 
@@ -159,25 +161,31 @@ impl Lineage {
                 Err(error) => {
                     let at = At::value(view.settings.key("query"));
                     let query = &spec.query;
-                    self.complaints.push(sql::unplanned(
-                        "config::report",
-                        at,
-                        &error.0,
-                        query,
-                        query,
-                    ));
+                    let complaint = unplanned("config::report", at, &error, query, query, &tables);
+                    self.complaints.push(complaint);
                     unclear.insert(name);
                     continue;
                 }
             };
             for column in spec.chart.iter().flat_map(Chart::columns) {
-                if schema.field_with_name(column).is_err() {
+                let at = At::value(view.settings.key("chart"));
+                if let Ok(field) = schema.field_with_name(column) {
+                    if !is_number(field.data_type()) {
+                        let kind = kind_of(field.data_type());
+                        let message =
+                            format!("a chart draws numbers, and the column `{column}` is {kind}");
+                        let help = format!(
+                            "leave it out, or cast it in the query: cast({column} as double) as {column}"
+                        );
+                        let complaint = Complaint::new("config::chart", at, message);
+                        self.complaints.push(complaint.help(help));
+                    }
+                } else {
                     let columns: Vec<&str> = schema
                         .fields()
                         .iter()
                         .map(|field| field.name().as_str())
                         .collect();
-                    let at = At::value(view.settings.key("chart"));
                     let message = format!("`{name}` has no column `{column}`");
                     let complaint = Complaint::new("config::chart", at, message)
                         .guess(guess(column, columns.iter().copied()));
@@ -187,6 +195,56 @@ impl Lineage {
             }
             tables.push((name, schema));
         }
+    }
+}
+
+/// The code of complaints about expectations.
+const EXPECT: &str = "config::expectation";
+
+/// The complaint about a query of a pipeline that can't be planned, over tables by their names.
+fn unplanned(
+    code: &'static str,
+    at: At,
+    error: &QueryError,
+    written: &str,
+    planned: &str,
+    tables: &[(String, SchemaRef)],
+) -> Complaint {
+    let tables = tables.iter().map(|(name, _)| name.as_str());
+    sql::unplanned(code, at, &error.0, written, planned, tables)
+}
+
+/// The complaint about a query that gives several rows where `must` says that it may not: an error if
+/// they are certain.
+fn not_one(code: &'static str, at: At, must: &str, several: &Several) -> Complaint {
+    let message = format!("{must}, and {}", several.words);
+    if several.is_certain {
+        Complaint::new(code, at, message)
+    } else {
+        Complaint::warning(code, at, message)
+    }
+}
+
+/// What the first column of a result is, if it is no number.
+pub fn no_number(schema: &Schema) -> Option<String> {
+    let kind = schema.fields().first()?.data_type();
+    (!is_number(kind)).then(|| kind_of(kind))
+}
+
+/// Whether values of a type are numbers, or become some by a cast that can't fail.
+fn is_number(kind: &DataType) -> bool {
+    kind.is_numeric() || matches!(kind, DataType::Boolean | DataType::Null)
+}
+
+/// A type in words.
+fn kind_of(kind: &DataType) -> String {
+    match kind {
+        kind if kind.is_numeric() => "a number".to_owned(),
+        kind if kind.is_string() => "a text".to_owned(),
+        kind if kind.is_list() => "a list".to_owned(),
+        DataType::Boolean => "true or false".to_owned(),
+        DataType::Struct(_) => "several values".to_owned(),
+        kind => format!("of the type {kind}"),
     }
 }
 

@@ -13,14 +13,24 @@ use super::complaint::{At, Complaint};
 use super::guess::guess;
 use super::node::Node;
 use super::pipeline::{Entry, FIELDS, PipelineName, Written, one_percent};
-use super::reference::{Environment, Replacer, Secrets, Variable};
+use super::reference::{Environment, Replacer, Secrets, UNKNOWN_VARIABLE, Variable};
 use super::source::{KeyPath, Step};
 use super::words::{Subject, WITHOUT_DASHES, listed, reword};
 use crate::stages::TableName;
 
-/// Reads the tree of a file. There is always a result, with defaults in place of what is wrong; it
-/// may be used only if there are no complaints, or to look for more.
-pub fn read(tree: Node, environment: Environment<'_>) -> (Written, Secrets, Vec<Complaint>) {
+/// A pipeline as it was read.
+pub struct Read {
+    /// With defaults in place of what is wrong; it may be used only if there are no complaints, or to
+    /// look for more.
+    pub written: Written,
+    pub secrets: Secrets,
+    pub complaints: Vec<Complaint>,
+    /// Whether a top-level field was not read because its name is misspelt: what it holds is not missing.
+    pub is_partial: bool,
+}
+
+/// Reads the tree of a file.
+pub fn read(tree: Node, environment: Environment<'_>) -> Read {
     let mut tree = tree;
     let root = KeyPath::root();
     let mut reader = Reader::default();
@@ -63,7 +73,16 @@ pub fn read(tree: Node, environment: Environment<'_>) -> (Written, Secrets, Vec<
         keep_images: reader.field(&tree, "keep_images").unwrap_or_default(),
         uses: reader.uses.clone(),
     };
-    (written, reader.secrets, reader.complaints)
+    if reader.excused.iter().any(|field| field == "vars") {
+        let complaints = &mut reader.complaints;
+        complaints.retain(|complaint| complaint.code != UNKNOWN_VARIABLE);
+    }
+    Read {
+        written,
+        secrets: reader.secrets,
+        complaints: reader.complaints,
+        is_partial: !reader.excused.is_empty(),
+    }
 }
 
 /// Reads pieces of the tree and collects what is wrong with them.
@@ -88,7 +107,7 @@ impl Reader {
             .filter(|(key, _)| !FIELDS.contains(&key.as_str()));
         for (key, _) in unknown {
             let raw = format!("unknown field `{key}`, expected one of {}", listed(FIELDS));
-            let words = reword(&raw, None);
+            let words = reword(&raw, key, None);
             let at = At::key(KeyPath::root().key(key));
             let complaint = Complaint::new(words.code, at, words.message);
             let complaint = complaint.guess(words.guess.as_deref());
@@ -256,7 +275,10 @@ impl Reader {
             Node::Map(entries) => entries,
             Node::Wrong => return (path.clone(), None),
             other => {
-                let message = format!("`{name}` has no {noun}: {} stands here", shown(&other));
+                let message = format!(
+                    "`{name}` must name a {noun} with its settings, and holds {}",
+                    shown(&other)
+                );
                 let complaint =
                     Complaint::new("config::wrong_type", At::value(path.clone()), message).help(
                         match &other {
@@ -366,7 +388,7 @@ impl Reader {
                 (None, Some(node)) => node.text(),
                 (None, None) => None,
             };
-            let mut words = reword(&raw, shown.as_deref());
+            let mut words = reword(&raw, here.name(), shown.as_deref());
             if words.takes_quotes_off()
                 && let Some((_, variable)) = self.uses.iter().find(|(path, _)| *path == here)
             {
@@ -378,7 +400,7 @@ impl Reader {
             if let Some(Node::List(elements)) = node.at(&steps)
                 && let [element] = &elements[..]
                 && let Some(text) = element.text()
-                && words.message.ends_with("is not a text")
+                && words.message.ends_with("must be a text, not a list")
             {
                 words.help = Some(format!("write it without brackets or dash: `{text}`"));
             }
@@ -494,7 +516,11 @@ mod tests {
     fn check(text: &str, expected: &[&str]) -> Written {
         let (tree, flaws) = Node::parse(text).unwrap();
         assert_eq!(flaws, []);
-        let (written, _, complaints) = read(tree, &no_environment);
+        let Read {
+            written,
+            complaints,
+            ..
+        } = read(tree, &no_environment);
         let messages: Vec<_> = complaints
             .iter()
             .map(|complaint| format!("{}: {}", complaint.at.path, complaint.message))

@@ -17,6 +17,9 @@ use super::node::Node;
 use super::source::KeyPath;
 use super::words::listed;
 
+/// The code of complaints about variables that are not there.
+pub const UNKNOWN_VARIABLE: &str = "config::unknown_variable";
+
 /// A variable of the environment that a pipeline refers to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EnvReference {
@@ -297,7 +300,7 @@ impl Replacer<'_> {
             format!("`vars` has {}", listed(known.iter().copied()))
         };
         let complaint = Complaint::new(
-            "config::unknown_variable",
+            UNKNOWN_VARIABLE,
             at,
             format!("there is no variable `{name}`"),
         );

@@ -7,6 +7,9 @@
 use std::ops::Range;
 
 use super::complaint::{At, Complaint};
+use super::guess::guess;
+use super::words::listed;
+use crate::query::no_table;
 
 /// A piece of a query: the query as YAML read it, and where the piece starts in it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -19,13 +22,14 @@ pub struct Piece {
 }
 
 /// The complaint about a query that can't be planned. `error` is what DataFusion says of `planned`, which
-/// is `written`, the text of the setting, or holds it.
-pub fn unplanned(
+/// is `written`, the text of the setting, or holds it; `tables` are those that it may read.
+pub fn unplanned<'a>(
     code: &'static str,
     at: At,
     error: &str,
     written: &str,
     planned: &str,
+    tables: impl Iterator<Item = &'a str>,
 ) -> Complaint {
     let (message, found) = syntax_error(error, planned);
     let start = planned.find(written);
@@ -35,6 +39,11 @@ pub fn unplanned(
         (Some(_), None) => None,
     };
     let complaint = Complaint::new(code, at, message);
+    let tables: Vec<&str> = tables.collect();
+    let complaint = match tables_there(error, &tables) {
+        Some((guess, help)) => complaint.guess(guess).help(help),
+        None => complaint,
+    };
     match offset {
         None => complaint,
         Some(offset) => complaint.piece(Piece {
@@ -43,6 +52,14 @@ pub fn unplanned(
             position: position(written, offset),
         }),
     }
+}
+
+/// The way out of an error about a table that is not there: a guess, and the names of all.
+pub fn tables_there<'a>(error: &str, tables: &[&'a str]) -> Option<(Option<&'a str>, String)> {
+    let table = unknown_table(error)?;
+    let guessed = guess(table, tables.iter().copied());
+    let all = format!("the tables are {}", listed(tables.iter().copied()));
+    (!tables.is_empty()).then_some((guessed, all))
 }
 
 /// What the parser says in words, and where in the query, in bytes; the error as it is if it is none of
@@ -72,8 +89,20 @@ fn syntax_error(error: &str, query: &str) -> (String, Option<usize>) {
     (format!("SQL syntax error: {words}"), Some(offset))
 }
 
-/// The column that a query names and no table has.
+/// The table that a query names and that is not there.
+fn unknown_table(error: &str) -> Option<&str> {
+    let name = error.split('`').nth(1)?;
+    (error == no_table(name)).then_some(name)
+}
+
+/// The table that is not there, the parameter without a value, or the column that no table has.
 fn unknown_name(error: &str) -> Option<&str> {
+    if let Some(rest) = error.strip_prefix("there is no `$") {
+        return rest.split('`').next();
+    }
+    if let Some(table) = unknown_table(error) {
+        return Some(table);
+    }
     let rest = error.strip_prefix("No field named ")?;
     // A dot within the name has no space behind it.
     let mut dots = rest.match_indices('.').map(|(at, _)| at);
@@ -264,6 +293,8 @@ mod tests {
             unknown_name("No field named c.txt. Did you mean 'c.text'?"),
             Some("c.txt")
         );
+        assert_eq!(unknown_name("there is no table `rewads`"), Some("rewads"));
+        assert_eq!(unknown_name("there is no `$k` here"), Some("k"));
         assert_eq!(word("select texts, text from t", "text"), Some(14));
     }
 }

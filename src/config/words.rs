@@ -42,8 +42,8 @@ impl Words {
     }
 }
 
-/// Says what the message `raw` means for a setting of which `shown` is the written value.
-pub fn reword(raw: &str, shown: Option<&str>) -> Words {
+/// Says what the message `raw` means for the setting `name` of which `shown` is the written value.
+pub fn reword(raw: &str, name: &str, shown: Option<&str>) -> Words {
     if let Some((found, expected)) = named(raw, "unknown field `") {
         return unknown("config::unknown_field", "field", found, expected);
     }
@@ -88,13 +88,16 @@ pub fn reword(raw: &str, shown: Option<&str>) -> Words {
             ),
             _ => None,
         };
-        let found = match shown {
-            _ if found == "sequence" => "a list".to_owned(),
-            _ if found == "map" => "a map".to_owned(),
-            Some(shown) => format!("`{shown}`"),
-            None => found.to_owned(),
+        let found = match (found, shown) {
+            ("sequence" | "map", _) => {
+                let found = if found == "map" { "map" } else { "list" };
+                let message = format!("`{name}` must be {expected}, not a {found}");
+                return wrong_type(message, more);
+            }
+            (_, Some(shown)) => format!("`{shown}`"),
+            (found, None) => found.to_owned(),
         };
-        let can_be_quoted = expected == "a text" && !found.starts_with("a ");
+        let can_be_quoted = expected == "a text";
         let help = can_be_quoted
             .then(|| format!("write `\"{}\"` to mean a text", found.trim_matches('`')));
         return wrong_type(format!("{found} is not {expected}"), more.or(help));
@@ -195,7 +198,7 @@ mod tests {
 
     #[track_caller]
     fn check(raw: &str, shown: &str, message: &str, guess: Option<&str>) {
-        let words = reword(raw, Some(shown));
+        let words = reword(raw, "setting", Some(shown));
         assert_eq!(words.message, message);
         assert_eq!(words.guess.as_deref(), guess);
     }
@@ -226,11 +229,16 @@ mod tests {
 
     #[test]
     fn a_number_in_quotes_is_told_to_be_a_text() {
-        let words = reword("invalid type: string \"0.7\", expected f64", Some("0.7"));
+        let words = reword(
+            "invalid type: string \"0.7\", expected f64",
+            "top_p",
+            Some("0.7"),
+        );
         assert_eq!(words.message, "`\"0.7\"` is a text, not a number");
         assert_eq!(words.help.as_deref(), Some("take the quotes off: `0.7`"));
         let words = reword(
             "invalid type: string \"true\", expected a boolean",
+            "group_by_length",
             Some("true"),
         );
         assert_eq!(words.message, "`\"true\"` is a text, not `true` or `false`");
@@ -251,14 +259,20 @@ mod tests {
 
     #[test]
     fn lists_and_zero_rounds_are_told_the_way_out() {
-        let words = reword("invalid type: sequence, expected struct Sample", None);
+        let words = reword(
+            "invalid type: sequence, expected struct Sample",
+            "sample",
+            None,
+        );
         assert_eq!(
             words.message,
-            "a list is not a map of settings: `{ setting: value }`"
+            "`sample` must be a map of settings: `{ setting: value }`, not a list"
         );
         assert_eq!(words.help.as_deref(), Some(WITHOUT_DASHES));
+        let words = reword("invalid type: map, expected a sequence", "rewards", None);
+        assert_eq!(words.message, "`rewards` must be a list, not a map");
         let raw = format!("invalid value: integer `0`, expected {ROUNDS}");
-        let help = reword(&raw, Some("0")).help.unwrap();
+        let help = reword(&raw, "rounds", Some("0")).help.unwrap();
         assert!(help.contains("`rounds: 1`"), "{help}");
     }
 

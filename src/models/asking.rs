@@ -3,12 +3,12 @@
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 
-use minijinja::{Environment, context};
+use minijinja::{Environment, ErrorKind, context};
 use regex::Regex;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Prompt, Role};
+use super::{Prompt, Role, Turn};
 use crate::files;
 
 /// How a judge is asked about answers in writing.
@@ -153,6 +153,9 @@ pub struct Questionnaire {
     verdict: Regex,
 }
 
+/// The steps that filling a template may take: what comes from a file may never end.
+const STEPS_MAX: u64 = 1_000_000;
+
 /// The name of the template.
 const TEMPLATE: &str = "template";
 
@@ -176,6 +179,7 @@ impl Questionnaire {
         };
         let mut environment = Environment::new();
         environment.set_undefined_behavior(minijinja::UndefinedBehavior::Strict);
+        environment.set_fuel(Some(STEPS_MAX));
         environment
             .add_template_owned(TEMPLATE, text)
             .map_err(|error| named(format!("not a template: {error}")))?;
@@ -213,15 +217,73 @@ impl Questionnaire {
             };
             return Err(format!("in this mode `verdict` needs groups of {wanted}"));
         }
-        Ok(Self {
+        let questionnaire = Self {
             mode,
             environment,
             verdict,
+        };
+        match questionnaire.try_out() {
+            Some(problem) => Err(named(problem)),
+            None => Ok(questionnaire),
+        }
+    }
+
+    /// Fills the template with stand-ins, and returns what is wrong with it whatever it is filled with. What
+    /// fails for these values may be right for others.
+    fn try_out(&self) -> Option<String> {
+        let some = || "some".to_owned();
+        let turn = |role| Turn { role, text: some() };
+        let bare = Prompt {
+            id: some(),
+            pictures: Vec::new(),
+            system: None,
+            turns: Vec::new(),
+            question: some(),
+            captions: None,
+            answer: None,
+            seed: 0,
+        };
+        let full = Prompt {
+            turns: vec![turn(Role::User), turn(Role::Assistant)],
+            captions: Some(vec![some(), some()]),
+            ..bare.clone()
+        };
+        let shown = match self.mode {
+            Mode::Pointwise => Shown::One("one"),
+            Mode::Pairwise => Shown::Two("one", "two"),
+        };
+        let errors = [full, bare].into_iter();
+        let mut errors = errors.filter_map(|prompt| self.fill(&prompt, shown).err());
+        let error = errors.find(|error| {
+            matches!(
+                error.kind(),
+                ErrorKind::UnknownFilter
+                    | ErrorKind::UnknownTest
+                    | ErrorKind::UnknownFunction
+                    | ErrorKind::UnknownMethod
+                    | ErrorKind::TemplateNotFound
+                    | ErrorKind::BadInclude
+                    | ErrorKind::OutOfFuel
+            )
+        })?;
+        Some(match error.kind() {
+            ErrorKind::OutOfFuel => {
+                format!("filling it takes more than {STEPS_MAX} steps; take out what it repeats")
+            }
+            ErrorKind::TemplateNotFound | ErrorKind::BadInclude => {
+                format!("{error}; a template is one file, and includes no other")
+            }
+            _ => error.to_string(),
         })
     }
 
     /// The text that asks about answers to a prompt.
     pub fn text(&self, prompt: &Prompt, shown: Shown<'_>) -> Result<String, String> {
+        let text = self.fill(prompt, shown);
+        text.map_err(|error| format!("the template can't be filled: {error}"))
+    }
+
+    fn fill(&self, prompt: &Prompt, shown: Shown<'_>) -> Result<String, minijinja::Error> {
         let role = |role| match role {
             Role::User => "user",
             Role::Assistant => "assistant",
@@ -238,9 +300,7 @@ impl Questionnaire {
         let captions = prompt.captions.as_deref().unwrap_or_default();
         let question = &prompt.question;
         let values = context! { question, captions, turns, answer, first, second };
-        let template = self.environment.get_template(TEMPLATE);
-        let text = template.and_then(|template| template.render(values));
-        text.map_err(|error| format!("the template can't be filled: {error}"))
+        self.environment.get_template(TEMPLATE)?.render(values)
     }
 
     /// The scores in a reply: of the answer, or of the first and the second. All verdicts in it must be

@@ -7,7 +7,9 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use super::asking::{Asking, Mode, Questionnaire, Shown};
-use super::{Emit, Group, Judge, ModelError, Policy, Prompt, RowFault, Sampling, Score, Telemetry};
+use super::{
+    Emit, Group, Judge, ModelError, Policy, Prompt, RowFault, Sampling, Say, Score, Telemetry,
+};
 
 /// A question to a writer.
 #[derive(Debug, Clone)]
@@ -20,11 +22,12 @@ pub struct Request {
 
 /// Something that replies to text about pictures.
 pub trait Writer {
-    /// Emits a reply to each request, in any order.
+    /// Emits a reply to each request, in any order, and tells `say` what it waits for.
     fn reply(
         &mut self,
         requests: &[Request],
         emit: Emit<'_, String>,
+        say: Say<'_>,
     ) -> Result<Telemetry, ModelError>;
 
     /// How it goes about it, in words.
@@ -51,6 +54,7 @@ impl Writer for PolicyWriter {
         &mut self,
         requests: &[Request],
         emit: Emit<'_, String>,
+        _: Say<'_>,
     ) -> Result<Telemetry, ModelError> {
         let is_first = requests.iter().all(|request| request.attempt == 0);
         let how = Sampling {
@@ -234,6 +238,15 @@ impl Judge for Critic {
         groups: &[Group<'_>],
         emit: Emit<'_, Vec<Score>>,
     ) -> Result<Telemetry, ModelError> {
+        self.score_and_say(groups, emit, &mut |_| {})
+    }
+
+    fn score_and_say(
+        &mut self,
+        groups: &[Group<'_>],
+        emit: Emit<'_, Vec<Score>>,
+        say: Say<'_>,
+    ) -> Result<Telemetry, ModelError> {
         let mut cases: Vec<Case> = groups.iter().map(|group| self.case(group)).collect();
         let mut telemetry = Telemetry::default();
         // Answers that are all equal are worth the same without a question. One answer alone has nothing
@@ -288,7 +301,7 @@ impl Judge for Critic {
             let questionnaire = &self.questionnaire;
             let mut ready = Vec::new();
             let mut stopped = false;
-            let took = self.writer.reply(&requests, &mut |request, reply| {
+            let mut hear = |request: usize, reply: Result<String, RowFault>| {
                 let (index, number) = of[request];
                 let case = &mut cases[index];
                 if case.is_done {
@@ -320,7 +333,8 @@ impl Judge for Critic {
                 };
                 stopped |= flow.is_break();
                 flow
-            })?;
+            };
+            let took = self.writer.reply(&requests, &mut hear, &mut *say)?;
             telemetry.add(&took);
             for index in ready {
                 if stopped || emit(index, Ok(self.scores(&cases[index]))).is_break() {
@@ -377,6 +391,7 @@ mod tests {
             &mut self,
             requests: &[Request],
             emit: Emit<'_, String>,
+            _: Say<'_>,
         ) -> Result<Telemetry, ModelError> {
             for (index, request) in requests.iter().enumerate() {
                 self.asked.set(self.asked.get() + 1);

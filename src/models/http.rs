@@ -7,8 +7,10 @@
 
 mod gate;
 mod journal;
+mod settings;
 
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::io::ErrorKind;
 use std::num::NonZeroU32;
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -26,8 +28,9 @@ use sha2::{Digest, Sha256};
 
 use self::gate::Gate;
 use self::journal::{Call, Journal};
+pub use self::settings::{BaseUrl, Price, Spend, SpendLimit};
 use super::asking::Asking;
-use super::{Emit, Exam, ModelError, Picture, Request, RowFault, Telemetry, Writer};
+use super::{Emit, Exam, ModelError, Picture, Request, RowFault, Say, Telemetry, Writer};
 
 /// A model behind an OpenAI-compatible endpoint, asked in writing what it thinks of answers.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -65,62 +68,17 @@ pub struct Http {
     pub exam: Option<Exam>,
 }
 
-/// An `http` or `https` URL to which the endpoint's paths are appended.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct BaseUrl(String);
-
-impl BaseUrl {
-    pub fn as_str(&self) -> &str {
-        &self.0
+impl Http {
+    /// The environment variable of the key, if it is not set.
+    pub fn missing_key(&self) -> Option<&str> {
+        let name = self.key_env.as_deref()?;
+        key_in(name).is_none().then_some(name)
     }
 }
 
-impl TryFrom<String> for BaseUrl {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        let wanted = "write one such as `https://api.openai.com/v1` or `http://127.0.0.1:8000/v1`";
-        let is_http = |url: &ureq::http::Uri| {
-            matches!(url.scheme_str(), Some("http" | "https")) && url.host().is_some()
-        };
-        let url = text.parse().ok().filter(is_http);
-        let url = url.ok_or_else(|| format!("`{text}` is not an http or https URL; {wanted}"))?;
-        // The paths of the endpoint would become a part of it.
-        if url.query().is_some() || text.contains('#') {
-            return Err(format!(
-                "`{text}` has a query or a fragment, and paths are appended to it; {wanted}"
-            ));
-        }
-        Ok(Self(text))
-    }
-}
-
-impl From<BaseUrl> for String {
-    fn from(url: BaseUrl) -> Self {
-        url.0
-    }
-}
-
-impl JsonSchema for BaseUrl {
-    fn schema_name() -> std::borrow::Cow<'static, str> {
-        "BaseUrl".into()
-    }
-    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
-        schemars::json_schema!({"type": "string", "format": "uri", "pattern": "^[Hh][Tt][Tt][Pp][Ss]?://"})
-    }
-}
-
-/// What calls cost, in any currency.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Spend {
-    /// The run stops when its calls have cost so much; calls under way may still come on top.
-    pub limit: f64,
-    /// The price of a million tokens that are read.
-    pub per_million_prompt_tokens: f64,
-    /// The price of a million tokens that are written.
-    pub per_million_reply_tokens: f64,
+/// The key in an environment variable, which must hold something.
+fn key_in(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|key| !key.is_empty())
 }
 
 mod defaults {
@@ -143,6 +101,10 @@ mod defaults {
 /// The longest wait between two tries.
 const WAIT_MAX: Duration = Duration::from_mins(2);
 
+/// For how long the first call of a run is tried where nothing listens: the address is wrong, or the server
+/// is not up.
+const FIRST_WAIT: Duration = Duration::from_secs(5);
+
 /// The longest part of an endpoint's complaint that is shown.
 const SHOWN_MAX: usize = 300;
 
@@ -155,13 +117,26 @@ enum Reply {
     Failed(ModelError),
 }
 
+/// What a call under way has to tell.
+enum Heard {
+    /// What came of the request of this number.
+    Reply(usize, Reply),
+    /// What it waits for, in words.
+    Waits(String),
+}
+
 /// What a single try gave.
 enum Try {
     Done(Reply),
     /// The endpoint can't take it now.
     Later {
         wait: Option<Duration>,
-        why: String,
+        /// What it does in place of replying: `refuses the connection`, `says 429`.
+        what: String,
+        /// What it says beside that.
+        more: String,
+        /// Whether nothing listens there.
+        is_absent: bool,
     },
 }
 
@@ -173,23 +148,20 @@ pub struct HttpWriter {
     key: Option<String>,
     judge: String,
     journal: Mutex<Journal>,
+    /// Whether the endpoint has said anything in this run.
+    was_heard: AtomicBool,
 }
 
 impl HttpWriter {
     /// `journal` is the file of the calls of this run, named after the judge. Fails when the key is not
     /// in the environment or the journal can't be opened.
     pub fn open(spec: &Http, journal: &Path) -> Result<Self, ModelError> {
-        let url = format!(
-            "{}/chat/completions",
-            spec.base_url.as_str().trim_end_matches('/')
-        );
+        let url = spec.base_url.calls();
         let key = match &spec.key_env {
             None => None,
-            Some(name) => Some(std::env::var(name).map_err(|_| ModelError::Service {
+            Some(name) => Some(key_in(name).ok_or_else(|| ModelError::Service {
                 url: url.clone(),
-                problem: format!(
-                    "its key is to be in the environment variable {name}, which is not set"
-                ),
+                problem: format!("the environment variable {name} with its key is not set"),
             })?),
         };
         let timeout = Duration::from_secs(spec.timeout_s.get().into());
@@ -197,6 +169,7 @@ impl HttpWriter {
             .timeout_global(Some(timeout))
             .http_status_as_error(false)
             .build();
+        let journal_of_run = Journal::open(journal)?;
         Ok(Self {
             spec: spec.clone(),
             url,
@@ -207,7 +180,8 @@ impl HttpWriter {
                 .unwrap_or_default()
                 .to_string_lossy()
                 .into_owned(),
-            journal: Mutex::new(Journal::open(journal)?),
+            was_heard: AtomicBool::new(!journal_of_run.replies.is_empty()),
+            journal: Mutex::new(journal_of_run),
         })
     }
 
@@ -267,13 +241,15 @@ impl HttpWriter {
         hash: &str,
         gate: &Gate,
         stopping: &AtomicBool,
+        tell: &dyn Fn(String),
     ) -> Option<Reply> {
         let body = match self.body(request) {
             Ok(body) => body,
             Err(fault) => return Some(Reply::Refused(fault)),
         };
-        let mut last = String::new();
-        for number in 0..self.spec.tries.get() {
+        let tries = self.spec.tries.get();
+        let mut waited = Duration::ZERO;
+        for number in 1..=tries {
             gate.enter();
             if stopping.load(Ordering::SeqCst) {
                 gate.leave(false);
@@ -283,8 +259,7 @@ impl HttpWriter {
                 gate.leave(false);
                 return Some(refusal);
             }
-            let tried = self.try_once(request, hash, &body);
-            let waits = match tried {
+            let (wait, what, more, is_absent) = match self.try_once(request, hash, &body) {
                 Try::Done(reply) => {
                     // Before the next one may enter.
                     if let Reply::Failed(_) = reply {
@@ -293,33 +268,64 @@ impl HttpWriter {
                     gate.leave(false);
                     return Some(reply);
                 }
-                Try::Later { wait, why } => {
-                    last = why;
-                    wait
-                }
+                Try::Later {
+                    wait,
+                    what,
+                    more,
+                    is_absent,
+                } => (wait, what, more, is_absent),
             };
             gate.leave(true);
-            if number + 1 < self.spec.tries.get() {
-                let doubled = self.spec.wait_s.max(0.0) * f64::from(1_u32 << number.min(16));
-                let usual = Duration::from_secs_f64(doubled.min(WAIT_MAX.as_secs_f64()));
-                std::thread::sleep(waits.unwrap_or(usual).min(WAIT_MAX));
+            let wait = wait
+                .unwrap_or_else(|| self.usual_wait(number))
+                .min(WAIT_MAX);
+            let is_hopeless = is_absent && !self.was_heard.load(Ordering::SeqCst);
+            if number == tries || (is_hopeless && waited + wait > FIRST_WAIT) {
+                let advice = if is_hopeless {
+                    "; is the server up, and `base_url` right?"
+                } else {
+                    ""
+                };
+                return Some(self.fails(format!(
+                    "it was tried {number} times; the last time it {what}{more}{advice}"
+                )));
             }
+            if number == 1 {
+                let longest = (1..tries).map(|number| self.usual_wait(number)).sum();
+                let longest = if is_hopeless {
+                    FIRST_WAIT.min(longest)
+                } else {
+                    longest
+                };
+                tell(format!(
+                    "{} {what}; trying again for up to {}",
+                    self.url,
+                    in_words(longest)
+                ));
+            }
+            waited += wait;
+            std::thread::sleep(wait);
         }
-        let tries = self.spec.tries;
-        Some(self.fails(format!("it was tried {tries} times; the last time: {last}")))
+        None
+    }
+
+    /// How long to wait after a try, counted from 1, where the endpoint does not say.
+    fn usual_wait(&self, number: u32) -> Duration {
+        let doubled = self.spec.wait_s.max(0.0) * f64::from(1_u32 << (number - 1).min(16));
+        Duration::from_secs_f64(doubled.min(WAIT_MAX.as_secs_f64()))
     }
 
     /// Whether so much was spent that nothing more may be asked.
     fn spent(&self) -> Option<Reply> {
         let spend = self.spec.spend?;
         let [read, written] = self.journal().tokens.map(|tokens| tokens as f64 / 1e6);
-        let cost =
-            read * spend.per_million_prompt_tokens + written * spend.per_million_reply_tokens;
-        (cost >= spend.limit).then(|| {
+        let cost = read * spend.per_million_prompt_tokens.get()
+            + written * spend.per_million_reply_tokens.get();
+        (cost >= spend.limit.get()).then(|| {
             self.fails(format!(
                 "the calls of this run have cost {cost:.4}, and `spend.limit` is {}; what was replied is \
                  kept, and with a higher limit the same command goes on",
-                spend.limit
+                spend.limit.get()
             ))
         })
     }
@@ -333,17 +339,34 @@ impl HttpWriter {
         if let Some(key) = &self.key {
             post = post.header("Authorization", format!("Bearer {key}"));
         }
-        let later = |why: String| Try::Later { wait: None, why };
+        let broken = |error: ureq::Error| {
+            let refuses = |error: &std::io::Error| error.kind() == ErrorKind::ConnectionRefused;
+            let (what, more, is_absent) = match error {
+                ureq::Error::Io(error) if refuses(&error) => {
+                    ("refuses the connection", String::new(), true)
+                }
+                ureq::Error::HostNotFound => ("has a host that is not found", String::new(), true),
+                ureq::Error::Timeout(_) => ("took too long", format!(": {error}"), false),
+                error => ("broke off", format!(": {error}"), false),
+            };
+            Try::Later {
+                wait: None,
+                what: what.to_owned(),
+                more,
+                is_absent,
+            }
+        };
         let mut response = match post.send(body) {
             Ok(response) => response,
-            Err(error) => return later(error.to_string()),
+            Err(error) => return broken(error),
         };
+        self.was_heard.store(true, Ordering::SeqCst);
         let status = response.status().as_u16();
         let wait = response.headers().get("retry-after");
         let wait = wait.and_then(|wait| wait.to_str().ok()?.trim().parse().ok());
         let text = match response.body_mut().read_to_string() {
             Ok(text) => text,
-            Err(error) => return later(error.to_string()),
+            Err(error) => return broken(error),
         };
         let complaint = || format!("it says {status}: {}", shown(&text));
         match status {
@@ -352,7 +375,9 @@ impl HttpWriter {
                 return Try::Later {
                     // What is no time is not waited for.
                     wait: wait.and_then(|wait| Duration::try_from_secs_f64(wait).ok()),
-                    why: complaint(),
+                    what: format!("says {status}"),
+                    more: format!(": {}", shown(&text)),
+                    is_absent: false,
                 };
             }
             400 | 413 | 415 | 422 => return Try::Done(Reply::Refused(RowFault(complaint()))),
@@ -400,6 +425,7 @@ impl Writer for HttpWriter {
         &mut self,
         requests: &[Request],
         emit: Emit<'_, String>,
+        say: Say<'_>,
     ) -> Result<Telemetry, ModelError> {
         let begun = Instant::now();
         let mut telemetry = Telemetry {
@@ -448,20 +474,25 @@ impl Writer for HttpWriter {
                 let (sender, waiting, stopping) = (sender.clone(), &waiting, &stopping);
                 let (hashes, gate) = (&hashes, &gate);
                 scope.spawn(move || {
+                    let tell = |text| {
+                        // Nobody is left to hear it when the run ends.
+                        let _ = sender.send(Heard::Waits(text));
+                    };
                     loop {
                         let is_over = stopping.load(Ordering::SeqCst);
                         let next = waiting.lock().expect("no panic while locked").pop_front();
                         let Some(index) = next.filter(|_| !is_over) else {
                             return;
                         };
-                        let reply = this.ask(&requests[index], &hashes[index], gate, stopping);
+                        let reply =
+                            this.ask(&requests[index], &hashes[index], gate, stopping, &tell);
                         let Some(reply) = reply else {
                             return;
                         };
                         if let Reply::Failed(_) = reply {
                             stopping.store(true, Ordering::SeqCst);
                         }
-                        if sender.send((index, reply)).is_err() {
+                        if sender.send(Heard::Reply(index, reply)).is_err() {
                             return;
                         }
                     }
@@ -469,7 +500,14 @@ impl Writer for HttpWriter {
             }
             drop(sender);
             let mut is_wanted = true;
-            for (index, reply) in replies {
+            for heard in replies {
+                let (index, reply) = match heard {
+                    Heard::Reply(index, reply) => (index, reply),
+                    Heard::Waits(text) => {
+                        say(&text);
+                        continue;
+                    }
+                };
                 let reply = match reply {
                     Reply::Written(call) => {
                         telemetry.prompt_tokens += call.prompt_tokens;
@@ -507,6 +545,14 @@ impl Writer for HttpWriter {
     }
 }
 
+/// A time in words: `4 s`, `2 min`.
+fn in_words(time: Duration) -> String {
+    match time.as_secs_f64() {
+        seconds if seconds < 100.0 => format!("{:.0} s", seconds.ceil()),
+        seconds => format!("{:.0} min", seconds / 60.0),
+    }
+}
+
 fn shown(text: &str) -> String {
     let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
     let mut shown: String = line.chars().take(SHOWN_MAX).collect();
@@ -533,37 +579,6 @@ fn data_url(picture: &Picture) -> Result<String, RowFault> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn only_an_http_url_is_a_base() {
-        let read = |text: &str| BaseUrl::try_from(text.to_owned());
-        for text in [
-            "https://api.openai.com/v1",
-            "http://127.0.0.1:8000/v1/",
-            "http://[::1]:8000",
-            "HTTPS://example.com",
-        ] {
-            assert_eq!(read(text).unwrap().as_str(), text);
-        }
-        for (text, problem) in [
-            ("api.openai.com/v1", "is not an http or https URL"),
-            ("localhost:8000/v1", "is not an http or https URL"),
-            ("htps://api.openai.com/v1", "is not an http or https URL"),
-            ("file:///etc/passwd", "is not an http or https URL"),
-            ("/v1", "is not an http or https URL"),
-            ("https://", "is not an http or https URL"),
-            ("http://a b/v1", "is not an http or https URL"),
-            ("", "is not an http or https URL"),
-            ("https://example.com/v1?key=1", "has a query or a fragment"),
-        ] {
-            let complaint = read(text).unwrap_err();
-            assert!(complaint.contains(problem), "{text}: {complaint}");
-            assert!(
-                complaint.contains("https://api.openai.com/v1"),
-                "{complaint}"
-            );
-        }
-    }
 
     #[test]
     fn pictures_are_told_by_their_first_bytes() {

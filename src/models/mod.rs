@@ -18,7 +18,7 @@ mod types;
 
 pub use asking::{Asking, Mode, Questionnaire, Shown, Verdict};
 pub use critic::{Critic, PolicyWriter, Request, Writer};
-pub use http::{BaseUrl, Http, HttpWriter, Spend};
+pub use http::{BaseUrl, Http, HttpWriter, Price, Spend, SpendLimit};
 pub use hub::{Hub, Repository};
 pub use orders::Orders;
 pub use spec::{
@@ -32,7 +32,7 @@ pub use training::{
 };
 pub use traits::{
     DpoLearner, Emit, Finding, Judge, Learner, ModelError, ModelLoader, Opened, Policy,
-    RewardLearner, RowFault, Severity, SftLearner,
+    RewardLearner, RowFault, Say, Severity, SftLearner,
 };
 pub use types::{
     Generation, Group, Layout, Picture, Placement, Prompt, Role, Room, Sampling, Score, Stop,

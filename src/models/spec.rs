@@ -171,6 +171,12 @@ impl SqlReward {
         let (reward, table) = (&self.reward, Self::TABLE);
         format!("select row, cast(({reward}) as double) as reward from {table} order by row")
     }
+
+    /// The query of the reward as what it is, a number or not.
+    pub fn sql_as_it_is(&self) -> String {
+        let (reward, table) = (&self.reward, Self::TABLE);
+        format!("select ({reward}) as reward from {table}")
+    }
 }
 
 /// Preferences that are known, and how well a judge must agree with them before it scores. What it

@@ -12,6 +12,9 @@ use super::{
 /// Takes the result or the fault of row `index` of the call, in any order; `Break` means stop early.
 pub type Emit<'a, T> = &'a mut dyn FnMut(usize, Result<T, RowFault>) -> ControlFlow<()>;
 
+/// Takes what somebody who waits should know, in words.
+pub type Say<'a> = &'a mut dyn FnMut(&str);
+
 /// Something is wrong with one row (a picture that does not decode, a prompt that is too long);
 /// the others go on.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -72,6 +75,16 @@ pub trait Judge {
         groups: &[Group<'_>],
         emit: Emit<'_, Vec<Score>>,
     ) -> Result<Telemetry, ModelError>;
+
+    /// The same, telling `say` in words what it waits for, if it waits.
+    fn score_and_say(
+        &mut self,
+        groups: &[Group<'_>],
+        emit: Emit<'_, Vec<Score>>,
+        _say: Say<'_>,
+    ) -> Result<Telemetry, ModelError> {
+        self.score(groups, emit)
+    }
 
     /// How much it computes at once and why, in words; `None` if there is nothing to say.
     fn plan(&self) -> Option<String>;

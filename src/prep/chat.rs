@@ -18,7 +18,7 @@ use super::tokenizer::PlainTokenizer;
 use crate::models::{Layout, Learned, Newlines, Prompt, Role, RowFault};
 
 /// What the system says when the prompt has no system text.
-const SYSTEM: &str = "You are a helpful assistant.";
+pub const SYSTEM: &str = "You are a helpful assistant.";
 
 /// The chat format of one checkpoint.
 #[derive(Debug, Clone)]

@@ -27,6 +27,7 @@ mod sentencepiece;
 mod tokenizer;
 
 mod chat;
+mod template;
 mod vicuna;
 
 mod judge;
@@ -56,6 +57,7 @@ pub use policy::{PolicyLesson, PolicyPrep, Prepared, Written};
 pub use processor::Processor;
 pub use resize::Bicubic;
 pub use shards::{Element, Place, Shards, TensorInfo, write_pickle};
+pub use template::{OtherText, other_text};
 pub use vicuna::{IMAGE_TOKEN_INDEX, JudgeIds, Vicuna};
 
 use crate::models::ModelError;

@@ -101,6 +101,24 @@ impl PolicyPrep {
         Ok(self.sequence(prompt)?.ids.len())
     }
 
+    /// The fewest tokens that a prompt can take: without a picture, and with one. There is no word in it,
+    /// and of its picture only the base tile.
+    pub fn least(&self) -> Result<[usize; 2], RowFault> {
+        let prompt = Prompt {
+            id: String::new(),
+            pictures: Vec::new(),
+            system: None,
+            turns: Vec::new(),
+            question: String::new(),
+            captions: None,
+            answer: None,
+            seed: 0,
+        };
+        let tokens = |pictures: &[usize]| Ok(self.chat.prompt(&prompt, pictures)?.ids.len());
+        // Of a single picture that is very thin nothing stands behind the base tile, not even a newline.
+        Ok([tokens(&[])?, tokens(&[self.anyres.several().tokens() - 1])?])
+    }
+
     /// The tokens of `prompt`; a prompt that leaves no room for an answer is refused. Only the
     /// headers of the pictures are read.
     pub fn ids(&self, prompt: &Prompt) -> Result<PromptIds, RowFault> {
@@ -236,6 +254,17 @@ mod tests {
                 assert_eq!(tiles.packing.tokens(), range.len());
                 assert_eq!(tiles.pixels.len(), tiles.packing.tiles() * 3 * 56 * 56);
             }
+        }
+    }
+
+    #[test]
+    fn no_prompt_takes_less_than_the_least() {
+        let folder = onevision_folder();
+        let prep = PolicyPrep::open(folder.path()).unwrap();
+        let [without, with] = prep.least().unwrap();
+        assert_eq!(prep.count(&prompt(vec![], "")).unwrap(), without);
+        for picture in [png(1, 300), png(300, 1), png(56, 56), png(3, 3)] {
+            assert!(prep.count(&prompt(vec![picture], "")).unwrap() >= with);
         }
     }
 

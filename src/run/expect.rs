@@ -144,6 +144,14 @@ impl Runner<'_> {
             },
         )?;
         if expectation.query.is_none() {
+            if count > 1 {
+                return Err(Failure::Other(format!(
+                    "the value that is expected of `{}` must be one number, and `{}` gave {count} rows: \
+                     aggregate them into one value, such as: avg(reward)",
+                    expectation.table,
+                    expectation.value.as_deref().unwrap_or_default()
+                )));
+            }
             let value = found.first().and_then(|batch| {
                 let values = batch.column(0).as_primitive::<Float64Type>();
                 values.is_valid(0).then(|| values.value(0))

@@ -42,7 +42,7 @@ impl Judge for Formula {
             first += group.answers.len();
             let missing = own
                 .iter()
-                .position(|reward| !reward.is_some_and(f64::is_finite));
+                .position(|reward| !reward.is_some_and(|reward| (reward as f32).is_finite()));
             let scores = match missing {
                 Some(answer) => Err(RowFault(format!(
                     "`reward` is no number for answer {answer}: {}",

@@ -364,6 +364,9 @@ pub fn in_words(reasons: &[Reason], plan: &Plan, table: &TableName) -> String {
     texts.collect::<Vec<_>>().join("; ")
 }
 
+/// What decides the random numbers of a stage that draws some.
+const DRAWN_BY: [&str; 3] = ["seed", "round", "name"];
+
 /// Reasons on their way, and what explains them.
 struct Changes<'a> {
     /// Of before and of now; null in runs of earlier versions.
@@ -440,6 +443,9 @@ impl Changes<'_> {
             _ if path == "version" => {
                 Reason::Other("this program makes it in another way".to_owned())
             }
+            // What a stage draws by: it begins or ends to draw with a setting, which is the reason.
+            _ if DRAWN_BY.contains(&path) && (before.is_null() || now.is_null()) => return None,
+            _ if path == "name" => Reason::Other(format!("its table was called {before}")),
             _ if path == "seed" => Reason::Top {
                 name: path.to_owned(),
                 before: before.clone(),
@@ -519,6 +525,24 @@ mod tests {
         let none = json!({"files": {"from": "a"}});
         let captions = json!({"files": {"from": "a", "captions": "b"}});
         check(none, captions, &["`captions` was added"]);
+    }
+
+    #[test]
+    fn a_stage_that_draws_no_more_is_explained_by_its_setting() {
+        let of = |temperature: f64| json!({"settings": {"sample": {"temperature": temperature}}});
+        let mut drawn = of(0.7);
+        for (name, value) in [
+            ("seed", json!(1)),
+            ("round", json!(1)),
+            ("name", json!("a")),
+        ] {
+            drawn[name] = value;
+        }
+        check(drawn.clone(), of(0.0), &["`temperature` 0.7 → 0.0"]);
+        check(of(0.0), drawn.clone(), &["`temperature` 0.0 → 0.7"]);
+        let mut renamed = drawn.clone();
+        renamed["name"] = json!("b");
+        check(drawn, renamed, &["its table was called \"a\""]);
     }
 
     #[test]

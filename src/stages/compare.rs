@@ -129,7 +129,7 @@ impl Map for &Compare {
         if let Some(plan) = judge.plan() {
             (scope.say)(&format!("{}: {plan}", self.judge));
         }
-        let judged = judge.score(&groups, &mut |index, scores| {
+        let mut take = |index: usize, scores: Result<Vec<Score>, RowFault>| {
             scored[index] = Some(scores);
             done += 1;
             progress(done);
@@ -138,6 +138,11 @@ impl Map for &Compare {
             } else {
                 ControlFlow::Continue(())
             }
+        };
+        let name = &self.judge;
+        let say = &mut *scope.say;
+        let judged = judge.score_and_say(&groups, &mut take, &mut |text| {
+            say(&format!("{name}: {text}"))
         });
         *scope.telemetry = judged.map_err(Failure::of(&self.judge))?;
         let mut scored = scored.into_iter();

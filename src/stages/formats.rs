@@ -86,7 +86,7 @@ fn input(path: &Path, place: &str, problem: String) -> Failure {
 }
 
 fn empty(path: &Path) -> Failure {
-    input(path, "", "it holds no records".to_owned())
+    input(path, "", "it has no records".to_owned())
 }
 
 /// A JSON object from a picture's path to its captions.

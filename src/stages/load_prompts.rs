@@ -7,6 +7,7 @@ use arrow::datatypes::SchemaRef;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::head::Objection;
 use super::source::{Loader, Source};
 use super::{Input, Stage, StageError, TableName, Work, join};
 use crate::tables::{Prompt, Row};
@@ -35,6 +36,21 @@ pub struct LoadPrompts {
 }
 
 impl LoadPrompts {
+    fn loader(&self) -> Loader<'_, Prompt> {
+        Loader::new(Source {
+            from: &self.from,
+            images: self.images.as_deref(),
+            captions: self.captions.as_deref(),
+            limit: self.limit,
+            megapixels_max: self.megapixels_max,
+        })
+    }
+
+    /// What the beginning and the end of the file say against loading it.
+    pub fn objection(&self) -> Option<Objection> {
+        self.loader().objection()
+    }
+
     fn megapixels_max() -> NonZeroU32 {
         const { NonZeroU32::new(100).unwrap() }
     }
@@ -73,13 +89,6 @@ impl Stage for LoadPrompts {
     }
 
     fn work(&self) -> Work<'_> {
-        let source = Source {
-            from: &self.from,
-            images: self.images.as_deref(),
-            captions: self.captions.as_deref(),
-            limit: self.limit,
-            megapixels_max: self.megapixels_max,
-        };
-        Work::Load(Box::new(Loader::<Prompt>::new(source)))
+        Work::Load(Box::new(self.loader()))
     }
 }

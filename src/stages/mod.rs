@@ -8,6 +8,7 @@
 //! [`StageSpec::as_stage`]; `UPDATE=1 cargo test` rewrites `schemas/`.
 
 mod formats;
+mod head;
 mod media;
 mod pairing;
 mod records;
@@ -41,6 +42,7 @@ pub use ask_people::AskPeople;
 pub use combine::{Combine, Normalize};
 pub use compare::Compare;
 pub use exec::{Column, Columns, Exec};
+pub use head::Objection;
 pub use load_feedback::LoadFeedback;
 pub use load_prompts::LoadPrompts;
 pub use sample::Sample;
@@ -52,11 +54,11 @@ pub use sql::Sql;
 pub use training::AFTER;
 
 pub use crate::models::Share;
-pub use train_dpo::TrainDpo;
+pub use train_dpo::{REFERENCE, TrainDpo};
 pub use train_reward::TrainReward;
 pub use train_sft::TrainSft;
 pub use values::{
-    ModelName, NonNegative, Positive, Probability, StopString, TableName, Temperature,
+    ModelName, NAME_MAX, NonNegative, Positive, Probability, StopString, TableName, Temperature,
 };
 
 use std::path::{Path, PathBuf};

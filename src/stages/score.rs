@@ -10,7 +10,7 @@ use super::{
     Failure, Input, Map, ModelName, ModelState, Outcome, Role, Scope, Stage, StageError, TableName,
     Task, Use, Work, shown,
 };
-use crate::models::{Group, RowFault};
+use crate::models::{self, Group, RowFault};
 use crate::store::Key;
 use crate::tables::{Candidate, Prompt, Reward, Row, rows};
 
@@ -180,11 +180,11 @@ impl Map for &Score {
         if let Some(plan) = judge.plan() {
             (scope.say)(&format!("{}: {plan}", self.judge));
         }
-        let scored = judge.score(&groups, &mut |index, result| {
+        let mut take = |index: usize, result: Result<Vec<models::Score>, RowFault>| {
             let task = &tasks[index];
             outcomes[index] = Some(match result {
                 Ok(scores) => {
-                    let row = |(answer, score): (&Answer, crate::models::Score)| Reward {
+                    let row = |(answer, score): (&Answer, models::Score)| Reward {
                         row_key: task.key.clone(),
                         prompt_id: answer.prompt_id.clone(),
                         candidate: answer.candidate,
@@ -203,6 +203,11 @@ impl Map for &Score {
             } else {
                 std::ops::ControlFlow::Continue(())
             }
+        };
+        let name = &self.judge;
+        let say = &mut *scope.say;
+        let scored = judge.score_and_say(&groups, &mut take, &mut |text| {
+            say(&format!("{name}: {text}"))
         });
         *scope.telemetry = scored.map_err(Failure::of(&self.judge))?;
         outcomes

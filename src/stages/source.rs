@@ -12,6 +12,7 @@ use arrow::array::RecordBatch;
 use rayon::prelude::*;
 
 use super::formats;
+use super::head::{self, Objection};
 use super::records::{Fields, named_paths, read_fields};
 use super::unread::{Unread, own_name};
 use super::work::{Failure, Load, Loaded, Record, shown};
@@ -145,6 +146,15 @@ impl<'a, R: Loadable> Loader<'a, R> {
             unread: Unread::default(),
             kind: PhantomData,
         }
+    }
+
+    /// What the beginning and the end of the source say against loading it. No picture is opened.
+    pub fn objection(mut self) -> Option<Objection> {
+        let from = self.source.from;
+        head::objection(from, |record| {
+            let fields = read_fields(&record.fields, record.embedded.len())?;
+            self.row(fields, &[]).map(|_| ())
+        })
     }
 
     fn folder(&self) -> &Path {

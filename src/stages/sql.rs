@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::{Input, Query, Stage, StageError, TableName, Work, join};
 use crate::files;
 use crate::query;
+use crate::store::unstorable;
 
 /// Makes a table by a query over the tables of the pipeline; in a round, over this round's rows.
 /// One of `query` and `file` must be given.
@@ -106,7 +107,7 @@ impl Stage for Sql {
             .collect();
         let schema = query::plan(sql, &tables, &[]).map_err(|error| {
             let other = given.iter().find(|(table, _)| {
-                !self.tables.contains(table) && error.0.contains(&format!("{table}' not found"))
+                !self.tables.contains(table) && error.0 == query::no_table(table.as_str())
             });
             let help = other.map(|(table, _)| format!("add `{table}` to `tables`"));
             StageError {
@@ -115,6 +116,18 @@ impl Stage for Sql {
                 help,
             }
         })?;
+        if let Some(column) = unstorable(&schema) {
+            let (column, kind) = (column.name(), column.data_type());
+            return Err(StageError {
+                field: Some(field),
+                message: format!(
+                    "the column `{column}` is of the type {kind}, which can't be stored in Parquet"
+                ),
+                help: Some(format!(
+                    "cast it, such as: cast({column} as varchar) as {column}"
+                )),
+            });
+        }
         let mut names = HashSet::new();
         for column in schema.fields() {
             if !names.insert(column.name()) || column.name() == "round" {

@@ -26,6 +26,9 @@ use crate::prep::{OnevisionCard, TrainingSizes};
 use crate::store::Lookup;
 use crate::tables::{DpoStep, Pair, Reference, Row};
 
+/// What the name of a training's table of reference log-probabilities ends with.
+pub const REFERENCE: &str = "_reference";
+
 /// Trains a model on pairs with DPO or one of its relatives. The defaults are those of the document's
 /// training script: every weight, the sigmoid loss, and for reference the model as it is at the start
 /// of the round.
@@ -218,7 +221,7 @@ impl Trains for TrainDpo {
 
     fn before(&self, table: &TableName) -> Option<(TableName, Box<dyn MapWork + '_>)> {
         self.reference_model()?;
-        let name = format!("{table}_reference")
+        let name = format!("{table}{REFERENCE}")
             .try_into()
             .expect("a name with a suffix is a name");
         Some((name, Box::new(ReferencePass::new(self))))

@@ -103,6 +103,10 @@ impl JsonSchema for StopString {
     }
 }
 
+/// The longest name that a pipeline file may give, in characters: it names folders, and names that begin
+/// with it are longer.
+pub const NAME_MAX: usize = 100;
+
 /// A name that also works in SQL without quotes.
 macro_rules! name {
     ($(#[$doc:meta])+ $name:ident) => {
@@ -146,7 +150,7 @@ macro_rules! name {
                 stringify!($name).into()
             }
             fn json_schema(_: &mut SchemaGenerator) -> Schema {
-                json_schema!({"type": "string", "pattern": "^[a-z][a-z0-9_]*$"})
+                json_schema!({"type": "string", "pattern": "^[a-z][a-z0-9_]*$", "maxLength": NAME_MAX})
             }
         }
     };

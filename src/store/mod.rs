@@ -33,6 +33,6 @@ pub use manifest::{
     CheckpointRecord, Event, Expected, FileRecord, Fork, Made, Manifest, Parked, PartRecord,
     StateRecord, Took,
 };
-pub use parquet::{ParquetStream, TableReader, TableWriter, read_file, schema_of_file};
+pub use parquet::{ParquetStream, TableReader, TableWriter, read_file, schema_of_file, unstorable};
 pub use place::Place;
 pub use rates::Rates;

@@ -13,7 +13,7 @@ use ::parquet::basic::{Compression, ZstdLevel};
 use ::parquet::file::metadata::KeyValue;
 use ::parquet::file::properties::{EnabledStatistics, WriterProperties};
 use ::parquet::schema::types::ColumnPath;
-use arrow::array::{ArrayRef, Int32Array, RecordBatch};
+use arrow::array::{ArrayRef, Int32Array, RecordBatch, new_null_array};
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use sha2::{Digest, Sha256};
 
@@ -54,6 +54,21 @@ fn round_field() -> Field {
 /// True for the column that [`TableWriter::in_round`] adds.
 fn is_round(field: &Field) -> bool {
     field.metadata().get(MARK).is_some_and(|name| name == ROUND)
+}
+
+/// The first column of a type that can't be written.
+pub fn unstorable(schema: &Schema) -> Option<&Field> {
+    let mut fields = schema.fields().iter().map(AsRef::as_ref);
+    fields.find(|field: &&Field| {
+        let column = new_null_array(field.data_type(), 1);
+        let nullable = Arc::new(Field::new(field.name(), field.data_type().clone(), true));
+        let one = Arc::new(Schema::new(vec![nullable]));
+        let written = ArrowWriter::try_new(Vec::new(), one.clone(), None).and_then(|mut writer| {
+            writer.write(&RecordBatch::try_new(one, vec![column])?)?;
+            writer.close()
+        });
+        written.is_err()
+    })
 }
 
 /// Writes rows as one Parquet file to a stream that is no file of a run, such as stdout.

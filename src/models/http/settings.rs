@@ -1,0 +1,216 @@
+//! Settings of an endpoint that check themselves.
+
+use std::borrow::Cow;
+
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::{Deserialize, Serialize};
+
+/// The path of calls, behind the base.
+const CALLS: &str = "/chat/completions";
+
+/// An `http` or `https` URL to which the endpoint's paths are appended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct BaseUrl(String);
+
+impl BaseUrl {
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The address of calls.
+    pub fn calls(&self) -> String {
+        format!("{}{CALLS}", self.0.trim_end_matches('/'))
+    }
+}
+
+impl TryFrom<String> for BaseUrl {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let wanted = "write one such as `https://api.openai.com/v1` or `http://127.0.0.1:8000/v1`";
+        let is_http = |url: &ureq::http::Uri| {
+            matches!(url.scheme_str(), Some("http" | "https")) && url.host().is_some()
+        };
+        let url = text.parse().ok().filter(is_http);
+        let url = url.ok_or_else(|| format!("`{text}` is not an http or https URL; {wanted}"))?;
+        let authority = url.authority().map_or("", |authority| authority.as_str());
+        let port = authority.rsplit_once(':').map(|(_, port)| port);
+        let is_port = |port: &&str| !port.is_empty() && port.chars().all(|c| c.is_ascii_digit());
+        if let Some(port) = port.filter(is_port)
+            && !port.parse::<u16>().is_ok_and(|port| port > 0)
+        {
+            return Err(format!(
+                "`{text}` has the port {port}, and ports go from 1 to 65535"
+            ));
+        }
+        if let Some(base) = text.trim_end_matches('/').strip_suffix(CALLS) {
+            return Err(format!(
+                "`{text}` is where calls go; write `{base}`, to which `{CALLS}` is appended"
+            ));
+        }
+        // The paths of the endpoint would become a part of it.
+        if url.query().is_some() || text.contains('#') {
+            return Err(format!(
+                "`{text}` has a query or a fragment, and paths are appended to it; {wanted}"
+            ));
+        }
+        Ok(Self(text))
+    }
+}
+
+impl From<BaseUrl> for String {
+    fn from(url: BaseUrl) -> Self {
+        url.0
+    }
+}
+
+impl JsonSchema for BaseUrl {
+    fn schema_name() -> Cow<'static, str> {
+        "BaseUrl".into()
+    }
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({"type": "string", "format": "uri", "pattern": "^[Hh][Tt][Tt][Pp][Ss]?://"})
+    }
+}
+
+/// What calls cost, in any currency.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Spend {
+    /// The run stops when its calls have cost so much; calls under way may still come on top.
+    pub limit: SpendLimit,
+    /// The price of a million tokens that are read.
+    pub per_million_prompt_tokens: Price,
+    /// The price of a million tokens that are written.
+    pub per_million_reply_tokens: Price,
+}
+
+/// What the calls of a run may cost; more than nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "f64", into = "f64")]
+pub struct SpendLimit(f64);
+
+impl SpendLimit {
+    pub fn get(self) -> f64 {
+        self.0
+    }
+}
+
+impl TryFrom<f64> for SpendLimit {
+    type Error = String;
+
+    fn try_from(limit: f64) -> Result<Self, String> {
+        if limit > 0.0 && limit.is_finite() {
+            return Ok(Self(limit));
+        }
+        Err(format!(
+            "{limit} is not above 0, and nothing could be asked"
+        ))
+    }
+}
+
+impl From<SpendLimit> for f64 {
+    fn from(limit: SpendLimit) -> Self {
+        limit.0
+    }
+}
+
+impl JsonSchema for SpendLimit {
+    fn schema_name() -> Cow<'static, str> {
+        "SpendLimit".into()
+    }
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({"type": "number", "exclusiveMinimum": 0})
+    }
+}
+
+/// The price of a million tokens; 0 or more.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "f64", into = "f64")]
+pub struct Price(f64);
+
+impl Price {
+    pub fn get(self) -> f64 {
+        self.0
+    }
+}
+
+impl TryFrom<f64> for Price {
+    type Error = String;
+
+    fn try_from(price: f64) -> Result<Self, String> {
+        if price >= 0.0 && price.is_finite() {
+            return Ok(Self(price));
+        }
+        Err(format!("{price} is not a price: 0 or more"))
+    }
+}
+
+impl From<Price> for f64 {
+    fn from(price: Price) -> Self {
+        price.0
+    }
+}
+
+impl JsonSchema for Price {
+    fn schema_name() -> Cow<'static, str> {
+        "Price".into()
+    }
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({"type": "number", "minimum": 0})
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_an_http_url_is_a_base() {
+        let read = |text: &str| BaseUrl::try_from(text.to_owned());
+        for text in [
+            "https://api.openai.com/v1",
+            "http://127.0.0.1:8000/v1/",
+            "http://[::1]:8000",
+            "HTTPS://example.com",
+        ] {
+            assert_eq!(read(text).unwrap().as_str(), text);
+        }
+        for (text, problem) in [
+            ("api.openai.com/v1", "is not an http or https URL"),
+            ("localhost:8000/v1", "is not an http or https URL"),
+            ("htps://api.openai.com/v1", "is not an http or https URL"),
+            ("file:///etc/passwd", "is not an http or https URL"),
+            ("/v1", "is not an http or https URL"),
+            ("https://", "is not an http or https URL"),
+            ("http://a b/v1", "is not an http or https URL"),
+            ("", "is not an http or https URL"),
+            ("https://example.com/v1?key=1", "has a query or a fragment"),
+        ] {
+            let complaint = read(text).unwrap_err();
+            assert!(complaint.contains(problem), "{text}: {complaint}");
+            assert!(
+                complaint.contains("https://api.openai.com/v1"),
+                "{complaint}"
+            );
+        }
+        for (text, complaint) in [
+            (
+                "http://localhost:99999/v1",
+                "`http://localhost:99999/v1` has the port 99999, and ports go from 1 to 65535",
+            ),
+            (
+                "http://[::1]:0/v1",
+                "`http://[::1]:0/v1` has the port 0, and ports go from 1 to 65535",
+            ),
+            (
+                "https://api.openai.com/v1/chat/completions/",
+                "`https://api.openai.com/v1/chat/completions/` is where calls go; write \
+                 `https://api.openai.com/v1`, to which `/chat/completions` is appended",
+            ),
+        ] {
+            assert_eq!(read(text).unwrap_err(), complaint);
+        }
+    }
+}

@@ -1,0 +1,2 @@
+#!/usr/bin/env python9
+print(1)
