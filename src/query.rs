@@ -4,13 +4,15 @@
 //! the caller's. Tables are given as lists of Parquet files, so that a reader never sees a file that
 //! the manifest doesn't list.
 
+mod checked;
 mod count;
+mod row_by_row;
 #[cfg(test)]
 mod tests;
 mod unsupported;
 mod words;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use arrow::array::RecordBatch;
@@ -18,15 +20,20 @@ use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use datafusion::common::ScalarValue;
 use datafusion::datasource::MemTable;
 use datafusion::error::DataFusionError;
+use datafusion::execution::object_store::ObjectStoreUrl;
 use datafusion::execution::runtime_env::RuntimeEnvBuilder;
 use datafusion::prelude::{
     DataFrame, JsonReadOptions, ParquetReadOptions, SQLOptions, SessionConfig, SessionContext, lit,
 };
 use futures::StreamExt;
 
+use checked::CheckedFiles;
 pub use count::{RowCount, Several};
+pub use row_by_row::reach_beyond;
 pub use words::no_table;
 use words::{Allowed, error, refuse_others, refuse_unknown_params};
+
+use crate::store::{StoreError, TableFile};
 
 /// Memory for sorts and joins; more is spilled to disk.
 const MEMORY_BYTES: usize = 512 << 20;
@@ -50,7 +57,7 @@ pub struct QueryTable {
     pub name: String,
     pub schema: SchemaRef,
     /// Its files, Parquet or, by their ending `jsonl`, JSON lines, by round; `None` where the table has no rounds.
-    pub files: Vec<(Option<u32>, Vec<PathBuf>)>,
+    pub files: Vec<(Option<u32>, Vec<TableFile>)>,
     /// Whether the rounds become a column `round`.
     pub with_round: bool,
 }
@@ -80,7 +87,7 @@ pub fn plan_counted(
     let context = SessionContext::new_with_config(config());
     block_on(async {
         for (name, schema) in tables {
-            register_empty(&context, name, schema)?;
+            register_empty(&context, name, schema).map_err(error)?;
         }
         let frame = prepare(&context, sql, params, Allowed::Queries).await?;
         // The logical schema knows names and types; nullability is as wide as it may be.
@@ -148,9 +155,27 @@ pub fn stream<E: From<QueryError>>(
     mut sink: impl FnMut(Part) -> Result<(), E>,
 ) -> Result<(), E> {
     let context = context(spill).map_err(error)?;
+    let files = tables.iter().flat_map(|table| &table.files);
+    let files = CheckedFiles::new(files.flat_map(|(_, files)| files));
+    let spoiled = files.spoiled();
+    context.register_object_store(ObjectStoreUrl::local_filesystem().as_ref(), Arc::new(files));
+    // Of a file that is not what was written, DataFusion tells less well.
+    let error = |failed: DataFusionError| {
+        let spoiled = spoiled.lock().expect("no panic while locked");
+        match &*spoiled {
+            Some(path) => {
+                let path = path.clone();
+                let spoiled = StoreError::Spoiled { path };
+                QueryError(format!(
+                    "{spoiled}; `pipeline verify` lists all such files, and `pipeline run` makes them again"
+                ))
+            }
+            None => words::error(failed),
+        }
+    };
     block_on(async {
         for table in tables {
-            register(&context, table).await?;
+            register(&context, table).await.map_err(error)?;
         }
         for view in views {
             // One that reads a table which the run has not begun yet is not there yet either.
@@ -259,26 +284,26 @@ async fn prepare(
         .map_err(error)
 }
 
-async fn register(context: &SessionContext, table: &QueryTable) -> Result<(), QueryError> {
+async fn register(context: &SessionContext, table: &QueryTable) -> Result<(), DataFusionError> {
     let mut union: Option<DataFrame> = None;
     for (round, files) in &table.files {
         if files.is_empty() {
             continue;
         }
-        if let Some(missing) = files.iter().find(|file| !file.is_file()) {
-            return Err(QueryError(format!(
+        if let Some(missing) = files.iter().find(|file| !file.path.is_file()) {
+            return Err(DataFusionError::Execution(format!(
                 "a file of the table `{}` is not there: {}; ask again if a run goes on, else `pipeline run` makes it again",
                 table.name,
-                missing.display()
+                missing.path.display()
             )));
         }
         let paths: Vec<String> = files
             .iter()
-            .map(|file| file.to_string_lossy().into_owned())
+            .map(|file| file.path.to_string_lossy().into_owned())
             .collect();
         let is_text = files
             .iter()
-            .all(|file| file.extension() == Some("jsonl".as_ref()));
+            .all(|file| file.path.extension() == Some("jsonl".as_ref()));
         let read = if is_text {
             let options = JsonReadOptions::default();
             let options = options.schema(&table.schema).file_extension(".jsonl");
@@ -287,24 +312,22 @@ async fn register(context: &SessionContext, table: &QueryTable) -> Result<(), Qu
             let options = ParquetReadOptions::default();
             context.read_parquet(paths, options).await
         };
-        let mut frame = read.map_err(error)?;
+        let mut frame = read?;
         if table.with_round {
             let value = lit(ScalarValue::Int32(round.map(u32::cast_signed)));
-            frame = frame.with_column("round", value).map_err(error)?;
+            frame = frame.with_column("round", value)?;
         } else if table.schema.field_with_name("round").is_err() {
             // The files' own column, see `TableWriter::in_round`.
-            frame = frame.drop_columns(&["round"]).map_err(error)?;
+            frame = frame.drop_columns(&["round"])?;
         }
         union = Some(match union {
             None => frame,
-            Some(others) => others.union_by_name(frame).map_err(error)?,
+            Some(others) => others.union_by_name(frame)?,
         });
     }
     match union {
         Some(frame) => {
-            context
-                .register_table(table.name.as_str(), frame.into_view())
-                .map_err(error)?;
+            context.register_table(table.name.as_str(), frame.into_view())?;
         }
         None => register_empty(
             context,
@@ -319,11 +342,9 @@ fn register_empty(
     context: &SessionContext,
     name: &str,
     schema: &SchemaRef,
-) -> Result<(), QueryError> {
-    let nothing = MemTable::try_new(schema.clone(), vec![vec![]]).map_err(error)?;
-    context
-        .register_table(name, Arc::new(nothing))
-        .map_err(error)?;
+) -> Result<(), DataFusionError> {
+    let nothing = MemTable::try_new(schema.clone(), vec![vec![]])?;
+    context.register_table(name, Arc::new(nothing))?;
     Ok(())
 }
 

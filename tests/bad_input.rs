@@ -384,7 +384,7 @@ fn what_is_as_it_was_written_or_cannot_be_read_stays() {
     let (scene, file) = finished("candidates");
     let (mut run, lost) =
         ovchat::store::RunFolder::open(&scene.path("runs/scripted"), "scripted").unwrap();
-    assert!(lost.is_empty());
+    assert!(lost.lost.is_empty());
     assert_eq!(run.put_aside(&file).unwrap(), None);
     assert_eq!(run.put_aside(&scene.path("p.yaml")).unwrap(), None);
     // A folder in its place can't be read as a file.

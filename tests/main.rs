@@ -18,6 +18,8 @@ mod fork;
 /// Weights from the Hugging Face hub.
 #[cfg(feature = "torch")]
 mod hub;
+/// Flipped bits and cut files.
+mod integrity;
 /// Killed, stopped and doubled runs.
 mod interrupt;
 /// Judges that are asked in writing.

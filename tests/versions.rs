@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 
-use ovchat::store::RunFolder;
+use ovchat::store::{Made, RunFolder};
 
 use crate::readers::glob;
 use crate::run::SCRIPTED;
@@ -65,6 +65,17 @@ fn files(scene: &Scene) -> BTreeMap<PathBuf, Vec<u8>> {
     read.collect()
 }
 
+/// True if a glob over the tables finds what the manifest lists.
+fn is_listed(scene: &Scene) -> bool {
+    let root = scene.path("runs/scripted");
+    let run = RunFolder::read(&root).unwrap();
+    let made = run.manifest().made.iter().flat_map(Made::all_files);
+    let listed = made.chain(&run.manifest().images);
+    let mut listed: Vec<PathBuf> = listed.map(|file| root.join(&file.file)).collect();
+    listed.sort();
+    listed == glob(&root)
+}
+
 /// Runs a changed pipeline that fails at the gate, and sees that nothing has changed.
 fn fails_and_changes_nothing(scene: &Scene, changed: &str) {
     let before = (seen(scene, "runs/scripted"), files(scene));
@@ -78,6 +89,10 @@ fn fails_and_changes_nothing(scene: &Scene, changed: &str) {
 /// Runs a changed pipeline, and sees that the tables are those of a run from nothing; then the first one
 /// again.
 fn goes_over_and_back(scene: &Scene, changed: &str) -> Said {
+    goes_over_and_back_from(scene, changed, "p.yaml")
+}
+
+fn goes_over_and_back_from(scene: &Scene, changed: &str, first: &str) -> Said {
     let before = seen(scene, "runs/scripted");
     scene.write("changed.yaml", gated(changed));
     let told = scene.succeeds(&["run", "changed.yaml"]);
@@ -85,8 +100,11 @@ fn goes_over_and_back(scene: &Scene, changed: &str) -> Said {
     assert!(seen(scene, "runs/scripted") == seen(scene, "anew"));
     let run = RunFolder::read(&scene.path("runs/scripted")).unwrap();
     assert_eq!(run.manifest().staged, []);
+    assert!(is_listed(scene), "files that the manifest does not list");
 
-    scene.succeeds(&["run", "p.yaml"]);
+    scene.succeeds(&["run", first]);
+    assert!(is_listed(scene), "files that the manifest does not list");
+    fs::remove_dir_all(scene.path("anew")).unwrap();
     assert!(before == seen(scene, "runs/scripted"));
     told
 }
@@ -318,4 +336,68 @@ fn status_and_fork_name_tables_that_were_made_from_earlier_versions() {
         said.out,
         format!("pipeline run p.yaml --run other --set {margin} --set seed=9\n")
     );
+}
+
+/// An answer of round 0 and one that is made once have the same key.
+#[test]
+fn a_table_of_the_evaluation_goes_from_rounds_to_once_and_back() {
+    let trained = SCRIPTED.to_owned();
+    let training = "  steps:\n    train_dpo: { pairs: pairs, model: policy, save_every: 2 }\n";
+    assert!(trained.contains(training));
+    let untrained = trained.replace(training, "");
+    goes_over_and_back(&finished(&trained), &untrained);
+    goes_over_and_back(&finished(&untrained), &trained);
+    // With the table away in between.
+    let scene = finished(&trained);
+    let before = seen(&scene, "runs/scripted");
+    let (without, _) = trained.split_once("evaluate:").unwrap();
+    scene.write("without.yaml", gated(without));
+    scene.succeeds(&["run", "without.yaml"]);
+    goes_over_and_back_from(&scene, &untrained, "without.yaml");
+    scene.succeeds(&["run", "p.yaml"]);
+    assert!(before == seen(&scene, "runs/scripted"));
+}
+
+#[test]
+fn the_reference_of_a_training_that_fails_stays() {
+    let expecting = SCRIPTED.to_owned()
+        + "expect:\n  steps: { table: steps, value: count(*), at_most: 1000 }\n";
+    let scene = finished(&expecting);
+    let before = (seen(&scene, "runs/scripted"), files(&scene));
+    let failing = expecting.replace("at_most: 1000", "at_least: 1000");
+    scene.write("failing.yaml", gated(&failing));
+    let other = "stages.pairs.select_extremes.margin_min=0.3";
+    let said = scene.pipeline(&["run", "failing.yaml", "--set", other]);
+    assert_eq!(said.code, Some(1), "{}", said.err);
+    assert!(
+        said.err.contains("steps_reference (rounds 1 to 2)"),
+        "{}",
+        said.err
+    );
+    let of_training = |seen: &Seen| {
+        let tables = seen.0.iter().filter(|(name, _)| name.starts_with("steps"));
+        tables
+            .map(|(name, rows)| (name.clone(), rows.clone()))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(
+        of_training(&before.0),
+        of_training(&seen(&scene, "runs/scripted"))
+    );
+    scene.succeeds(&["gc", "scripted", "--yes"]);
+    scene.succeeds(&["run", "p.yaml"]);
+    assert!(before.0 == seen(&scene, "runs/scripted"));
+}
+
+#[test]
+fn a_table_that_is_there_is_held_to_the_share_of_rejects_of_today() {
+    let scene = Scene::new();
+    let bad = r#"[{"prompt": "What?"}, {"prompt": ""}]"#;
+    scene.write("prompts.json", bad).write("p.yaml", SCRIPTED);
+    let said = scene.pipeline(&["run", "p.yaml"]);
+    assert_eq!(said.code, Some(1), "{}", said.err);
+    scene.succeeds(&["run", "p.yaml", "--set", "reject_share_max=0.5"]);
+    let said = scene.pipeline(&["run", "p.yaml"]);
+    assert_eq!(said.code, Some(1), "{}", said.err);
+    assert!(said.err.contains("1 of 2 rows are faulty"), "{}", said.err);
 }

@@ -8,7 +8,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::out::{Output, line};
-use super::{Failed, run_folder};
+use super::{Failed, read_run, run_folder};
 use crate::query::{self, QueryTable};
 use crate::run::{Reason, explain};
 use crate::store::{Made, RunFolder};
@@ -46,8 +46,8 @@ struct Compared<'a> {
 impl Diff {
     pub fn run(&self) -> Result<(), Failed> {
         let folders = [&self.a, &self.b].map(|run| run_folder(run));
-        let a = RunFolder::read(&folders[0])?;
-        let b = RunFolder::read(&folders[1])?;
+        let a = read_run(&folders[0])?;
+        let b = read_run(&folders[1])?;
         let mut slots: Vec<(&str, Option<u32>)> = Vec::new();
         for made in a.manifest().made.iter().chain(&b.manifest().made) {
             let slot = (made.table.as_str(), made.round);
@@ -112,7 +112,7 @@ fn compare<'a>(
         tables.push(QueryTable {
             name: name.to_owned(),
             schema,
-            files: vec![(None, run.files(table, round))],
+            files: vec![(None, run.table_files(table, round))],
             with_round: false,
         });
     }

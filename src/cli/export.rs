@@ -10,7 +10,8 @@ use arrow::array::RecordBatch;
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
-use super::{Failed, engine, run_folder};
+use super::verify::refuse_flaws;
+use super::{Failed, engine, read_run, run_folder};
 use crate::models::{Layout, ModelLoader};
 use crate::store::{
     CheckpointRecord, Images, Lookup, Made, RunFolder, StoreError, TableReader, copy_folder,
@@ -94,7 +95,7 @@ impl From<LayoutName> for Layout {
 
 impl Export {
     pub fn run(&self, loader: Option<&dyn ModelLoader>) -> Result<(), Failed> {
-        let run = RunFolder::read(&run_folder(&self.run))?;
+        let run = read_run(&run_folder(&self.run))?;
         match &self.what {
             What::Pairs { to, round, table } => pairs(&run, to, *round, table.as_deref()),
             What::Checkpoint {
@@ -114,6 +115,11 @@ impl Export {
                     let words = format!("{} exists; give another folder", to.display());
                     return Err(Failed::Words(words));
                 }
+                let is_read = |made: &&Made| {
+                    let checkpoint = made.checkpoint.as_ref();
+                    checkpoint.is_some_and(|one| trained.contains(&one))
+                };
+                refuse_flaws(&run, run.manifest().made.iter().filter(is_read), false)?;
                 let last = trained.last().expect("one was found");
                 let folder = run.root().join(&last.folder);
                 match loader.filter(|_| rewrites) {
@@ -173,6 +179,7 @@ fn pairs(
             made.table, other.table
         )));
     }
+    refuse_flaws(run, [made], true)?;
     let files = run.files(&made.table, made.round);
     refuse_misread(&made.table, &files)?;
     let folder = to

@@ -7,10 +7,11 @@ use serde_json::{Value, json};
 
 use super::file::{quoted, shown};
 use super::out::line;
-use super::{Failed, run_folder};
+use super::verify::refuse_flaws;
+use super::{Failed, read_run, run_folder};
 use crate::config::load;
 use crate::run::{LAST, LAST_WHOLE, listed, stale};
-use crate::store::RunFolder;
+use crate::store::Made;
 
 /// Begins a run that has the first rounds of another one, to try something else from there on. Its files
 /// are shared, not copied, and the other run stays as it is.
@@ -37,7 +38,7 @@ pub struct MakeFork {
 impl MakeFork {
     pub fn run(&self) -> Result<(), Failed> {
         let folder = run_folder(&self.run);
-        let run = RunFolder::read(&folder)?;
+        let run = read_run(&folder)?;
         let made = &run.manifest().made;
         let rounds = made.iter().filter(|made| made.complete);
         let last = rounds.filter_map(|made| made.round).max().unwrap_or(0);
@@ -75,6 +76,8 @@ impl MakeFork {
         let mut source = run.manifest().source.clone();
         source[LAST_WHOLE] = Value::Null;
         source[LAST] = json!({ "command": command, "sets": sets });
+        let is_shared = |made: &&Made| made.complete && made.round.is_none_or(|of| of < self.at);
+        refuse_flaws(&run, run.manifest().made.iter().filter(is_shared), true)?;
         run.fork(&to, self.at, source)?;
         if !stale.is_empty() {
             eprintln!(

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::out::{Output, line};
 use super::progress::duration;
-use super::{Failed, run_folder};
+use super::{Failed, read_run, run_folder};
 use crate::prep::size_in_words as size;
 use crate::store::{Made, RunFolder};
 
@@ -32,7 +32,7 @@ pub struct Gc {
 impl Gc {
     pub fn run(&self) -> Result<(), Failed> {
         let folder = run_folder(&self.run);
-        let run = RunFolder::read(&folder)?;
+        let run = read_run(&folder)?;
         let parked = run.manifest().parked.iter().map(|parked| &parked.made);
         let parked: Vec<&Made> = parked.collect();
         if self.output.is_json() {
@@ -89,8 +89,8 @@ impl Gc {
 
 /// Removes what is set aside; returns the number of tables.
 fn remove(folder: &Path, run: &RunFolder) -> Result<usize, Failed> {
-    let (mut run, lost) = RunFolder::open(folder, &run.manifest().pipeline)?;
-    for table in lost {
+    let (mut run, opened) = RunFolder::open(folder, &run.manifest().pipeline)?;
+    for table in opened.lost {
         eprintln!("files of `{table}` are missing or spoiled; the next run makes them again");
     }
     Ok(run.forget_parked()?.len())

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use tiny_http::{Header, Method, Request, Response, Server};
 
 use self::desk::Desk;
-use super::{Failed, run_folder};
+use super::{Failed, read_run, run_folder};
 use crate::models::media_type;
 use crate::run::Interrupt;
 use crate::store::{Images, LabelFiles, RunFolder, Said, Survey};
@@ -68,7 +68,7 @@ type Answer = (u16, &'static str, Vec<u8>);
 impl LabelRun {
     pub fn run(&self) -> Result<(), Failed> {
         let folder = run_folder(&self.run);
-        let run = RunFolder::read(&folder)?;
+        let run = read_run(&folder)?;
         let survey = self.survey(&run)?;
         let title = match survey.round {
             Some(round) => format!("`{}` (round {round})", survey.table),

@@ -28,6 +28,7 @@ mod schema;
 mod sql;
 mod status;
 mod tokens;
+mod verify;
 
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
@@ -39,7 +40,7 @@ use crate::config::{Complaints, LoadError, Look};
 use crate::models::ModelLoader;
 use crate::query::QueryError;
 use crate::run::RunError;
-use crate::store::StoreError;
+use crate::store::{RunFolder, StoreError};
 
 /// Iterative DPO of a vision-language model, as one declarative pipeline over Arrow tables.
 ///
@@ -65,6 +66,8 @@ enum Command {
     Fork(fork::MakeFork),
     Diff(diff::Diff),
     Gc(gc::Gc),
+    Verify(verify::Verify),
+    Repair(verify::Repair),
     Schema(schema::ShowSchema),
     Init(init::Init),
     Doctor(doctor::Doctor),
@@ -130,6 +133,8 @@ pub fn main(loader: Option<&dyn ModelLoader>) -> ExitCode {
         Command::Fork(command) => command.run(),
         Command::Diff(command) => command.run(),
         Command::Gc(command) => command.run(),
+        Command::Verify(command) => command.run(),
+        Command::Repair(command) => command.run(),
         Command::Schema(command) => command.run(),
         Command::Init(command) => command.run(),
         Command::Doctor(command) => command.run(loader),
@@ -174,10 +179,22 @@ fn render(complaints: &Complaints) -> String {
     complaints.render(Look::detect(std::io::stderr().is_terminal()))
 }
 
+/// Opens a run to look at it. A damaged manifest is restored in memory, with a warning.
+fn read_run(folder: &Path) -> Result<RunFolder, Failed> {
+    let run = RunFolder::read(folder)?;
+    if let Some(damage) = &run.manifest().damage {
+        eprintln!(
+            "warning: {damage}; `pipeline repair {}` writes it",
+            folder.display()
+        );
+    }
+    Ok(run)
+}
+
 /// The folder of a run as a user names it: a path, or the name of a run below `runs/`.
 fn run_folder(name: &Path) -> PathBuf {
     let named = Path::new("runs").join(name);
-    if !name.exists() && named.join("manifest.json").exists() {
+    if !name.exists() && named.is_dir() {
         named
     } else {
         name.to_owned()
@@ -212,7 +229,7 @@ mod tests {
             with_json.push(name.to_owned());
         }
         let expected = [
-            "check", "plan", "sql", "status", "pairs", "diff", "gc", "doctor",
+            "check", "plan", "sql", "status", "pairs", "diff", "gc", "verify", "doctor",
         ];
         assert_eq!(with_json, expected);
     }

@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use super::out::{Out, line};
 use super::rows::{Format, RowFormat};
 use super::sql::show;
-use super::{Failed, run_folder};
+use super::{Failed, read_run, run_folder};
 use crate::query::QueryTable;
 use crate::stages::{Pairs, SelectPairs};
 use crate::store::{Made, RunFolder};
@@ -77,7 +77,7 @@ impl ShowPairs {
                     .to_owned(),
             ));
         }
-        let run = RunFolder::read(&run_folder(&self.run))?;
+        let run = read_run(&run_folder(&self.run))?;
         let stage = self.stage()?;
         let rewards = Self::find(&run, &self.rewards, Reward::KIND, self.round)?;
         let candidates = Self::find(&run, &self.candidates, Candidate::KIND, rewards.round)?;
@@ -176,7 +176,7 @@ fn table(run: &RunFolder, made: &Made) -> Result<QueryTable, Failed> {
     Ok(QueryTable {
         name: made.table.clone(),
         schema: schema.ok_or_else(empty)?,
-        files: vec![(None, run.files(&made.table, made.round))],
+        files: vec![(None, run.table_files(&made.table, made.round))],
         with_round: false,
     })
 }

@@ -9,10 +9,10 @@ use clap::Args;
 
 use super::out::Out;
 use super::rows::{RowFormat, RowWriter};
-use super::{Failed, run_folder};
+use super::{Failed, read_run, run_folder};
 use crate::config::tables_there;
 use crate::query::{self, Param, Part, QueryError, QueryTable, View};
-use crate::store::{FileRecord, LABELS, Made, RunFolder, schema_of_file};
+use crate::store::{LABELS, Made, RunFolder, TableFile, schema_of_file};
 use crate::tables::{Call, Image, Label, Reject, Row, Telemetry, schema_of};
 
 /// Answers one SQL query over the tables of a run; tables of all rounds have a column `round`.
@@ -40,7 +40,7 @@ pub struct Sql {
 impl Sql {
     pub fn run(&self) -> Result<(), Failed> {
         let folder = run_folder(&self.run);
-        let run = RunFolder::read(&folder)?;
+        let run = read_run(&folder)?;
         self.rows.refuse_terminal(std::io::stdout().is_terminal())?;
         if let Some(query) = &self.query {
             return self.answer(&run, query);
@@ -74,7 +74,7 @@ impl Sql {
             }
             if query.trim_end().ends_with(';') {
                 // Opened anew, so that what a running pipeline makes meanwhile is seen.
-                let run = RunFolder::read(folder)?;
+                let run = read_run(folder)?;
                 if let Err(failed) = self.answer(&run, query.trim_end().trim_end_matches(';')) {
                     eprintln!("error: {failed}");
                 }
@@ -178,7 +178,7 @@ pub fn run_table(run: &RunFolder, table: &str, round: Option<u32>) -> Result<Que
     Ok(QueryTable {
         name: table.to_owned(),
         schema,
-        files: vec![(None, run.files(table, round))],
+        files: vec![(None, run.table_files(table, round))],
         with_round: false,
     })
 }
@@ -198,7 +198,7 @@ fn tables(run: &RunFolder, with_staged: bool) -> Result<Vec<QueryTable>, Failed>
     let versions: Vec<&Made> = current.chain(staged).collect();
     let mut tables: Vec<QueryTable> = Vec::new();
     for made in &versions {
-        let files = run.files_of(made);
+        let files = run.checked(made.files());
         if let Some(table) = tables.iter_mut().find(|table| table.name == made.table) {
             table.files.push((made.round, files));
             continue;
@@ -206,7 +206,7 @@ fn tables(run: &RunFolder, with_staged: bool) -> Result<Vec<QueryTable>, Failed>
         let schema = match made.kind.as_deref().and_then(schema_of) {
             Some(schema) => schema,
             None => match files.first() {
-                Some(file) => schema_of_file(file)?,
+                Some(file) => schema_of_file(&file.path)?,
                 None => continue,
             },
         };
@@ -218,15 +218,9 @@ fn tables(run: &RunFolder, with_staged: bool) -> Result<Vec<QueryTable>, Failed>
             with_round,
         });
     }
-    let paths = |files: Vec<&FileRecord>| {
-        files
-            .iter()
-            .map(|file| run.root().join(&file.file))
-            .collect()
-    };
-    let images = paths(manifest.images.iter().collect());
-    let rejects = paths(versions.iter().flat_map(|made| made.rejects()).collect());
-    let telemetry = paths(versions.iter().flat_map(|made| made.telemetry()).collect());
+    let images = run.checked(&manifest.images);
+    let rejects = run.checked(versions.iter().flat_map(|made| made.rejects()));
+    let telemetry = run.checked(versions.iter().flat_map(|made| made.telemetry()));
     let calls = lines_in(&run.calls());
     let labels = lines_in(&run.root().join(LABELS));
     for (name, schema, files) in [
@@ -248,12 +242,12 @@ fn tables(run: &RunFolder, with_staged: bool) -> Result<Vec<QueryTable>, Failed>
 }
 
 /// The files of JSON lines in a folder.
-fn lines_in(folder: &std::path::Path) -> Vec<std::path::PathBuf> {
+fn lines_in(folder: &std::path::Path) -> Vec<TableFile> {
     let entries = std::fs::read_dir(folder).into_iter().flatten();
     let mut files: Vec<_> = entries
         .filter_map(|entry| Some(entry.ok()?.path()))
         .collect();
     files.retain(|path| path.extension() == Some("jsonl".as_ref()));
     files.sort();
-    files
+    files.into_iter().map(TableFile::from).collect()
 }

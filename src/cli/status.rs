@@ -7,9 +7,9 @@ use serde_json::{Value, json};
 
 use super::out::{Output, line};
 use super::progress::duration;
-use super::{Failed, run_folder};
+use super::{Failed, read_run, run_folder};
 use crate::run::stale;
-use crate::store::{Made, RunFolder, lock_holder};
+use crate::store::{Made, lock_holder};
 
 /// Says what a run has made so far and whether it is running.
 #[derive(Args)]
@@ -26,7 +26,7 @@ pub struct Status {
 impl Status {
     pub fn run(&self) -> Result<(), Failed> {
         let folder = run_folder(&self.run);
-        let run = RunFolder::read(&folder)?;
+        let run = read_run(&folder)?;
         let holder = lock_holder(&folder);
         let manifest = run.manifest();
         let stale = stale(manifest);

@@ -353,6 +353,13 @@ fn expressions(written: &Written, complaints: &mut Vec<Complaint>) {
         };
         let tables = [(SqlReward::TABLE.to_owned(), Judged::schema())];
         let at = At::value(entry.settings.key("reward"));
+        if let Some(problem) = query::reach_beyond(&reward.sql_as_it_is(), "prompt_id") {
+            let complaint = Complaint::new("config::sql", at, problem);
+            complaints.push(complaint.help(
+                "a reward is computed part by part, from its answer and the other answers to the prompt",
+            ));
+            continue;
+        }
         let of_kind = query::plan(&reward.sql_as_it_is(), &tables, &[]);
         let complaint = match of_kind.ok().and_then(|schema| no_number(&schema)) {
             Some(kind) => {

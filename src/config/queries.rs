@@ -72,6 +72,35 @@ impl Lineage {
         self.complaints.extend(found);
     }
 
+    /// A table that a query reads and that is not there yet when the table `name` has been made, in the first
+    /// round of this one.
+    fn made_later(&self, name: &str, query: &str) -> Option<String> {
+        let rank = |position: usize| {
+            let place = self.order.iter().position(|other| *other == position);
+            (self.drafts[position].is_evaluation, place)
+        };
+        let position = |name: &str| {
+            self.drafts
+                .iter()
+                .position(|draft| draft.name.as_str() == name)
+        };
+        let own = position(name)?;
+        let is_there = |other: usize| {
+            let rounds = (self.drafts[other].round_first, self.drafts[own].round_first);
+            match rounds {
+                _ if other == own => true,
+                (None, Some(_)) => true,
+                (Some(_), None) => false,
+                (None, None) => rank(other) < rank(own),
+                (Some(first), Some(of_own)) => first <= of_own && rank(other) < rank(own),
+            }
+        };
+        let tables = query::tables(query).ok()?.into_iter();
+        let mut later =
+            tables.filter(|table| position(table).is_some_and(|other| !is_there(other)));
+        later.next()
+    }
+
     /// Plans what is expected of tables over the columns that they have.
     pub(super) fn expect(&mut self, written: &Written) {
         let (tables, unclear) = self.tables(false);
@@ -102,6 +131,15 @@ impl Lineage {
                 continue;
             }
             let at = At::value(entry.settings.key(expectation.field()));
+            if let Some(later) = self.made_later(name, &planned) {
+                let message = format!("`{later}` is made after `{name}`");
+                let help = format!(
+                    "an expectation is checked when its own table has been made; write `table: {later}`"
+                );
+                self.complaints
+                    .push(Complaint::new(EXPECT, at, message).help(help));
+                continue;
+            }
             let of_kind = expectation.value.as_ref().and_then(|_| {
                 let schema = query::plan(&expectation.sql_as_it_is(), &tables, &[]).ok()?;
                 no_number(&schema)

@@ -1,5 +1,6 @@
 //! Judges that are asked in writing: what they are asked, and how their replies are read.
 
+use std::collections::HashSet;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 
@@ -183,6 +184,7 @@ impl Questionnaire {
         environment
             .add_template_owned(TEMPLATE, text)
             .map_err(|error| named(format!("not a template: {error}")))?;
+        let globals: HashSet<&str> = environment.globals().map(|(name, _)| name).collect();
         let template = environment.get_template(TEMPLATE);
         let used = template
             .map_err(|error| named(error.to_string()))?
@@ -191,7 +193,7 @@ impl Questionnaire {
         let known: Vec<&str> = known.copied().collect();
         let mut unknown: Vec<&String> = used
             .iter()
-            .filter(|name| !known.contains(&name.as_str()))
+            .filter(|name| !known.contains(&name.as_str()) && !globals.contains(name.as_str()))
             .collect();
         unknown.sort();
         if let Some(name) = unknown.first() {

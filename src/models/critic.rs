@@ -436,6 +436,7 @@ mod tests {
             .map(|answers| Group {
                 prompt: &prompt,
                 answers: answers.to_vec(),
+                numbers: Vec::new(),
             })
             .collect();
         let mut all = vec![None; groups.len()];

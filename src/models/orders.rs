@@ -45,6 +45,7 @@ impl Judge for Orders {
             .map(|(prompt, &index)| Group {
                 prompt,
                 answers: groups[index].answers.clone(),
+                numbers: groups[index].numbers.clone(),
             })
             .collect();
         let mut open: HashMap<usize, usize> = HashMap::new();
@@ -145,6 +146,7 @@ mod tests {
         let groups = prompts.each_ref().map(|prompt| Group {
             prompt,
             answers: vec!["yes", "no"],
+            numbers: Vec::new(),
         });
         let scored = |orders: u32| {
             let mut judge = Orders::new(Box::new(First), orders.try_into().unwrap());

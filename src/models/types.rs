@@ -160,6 +160,8 @@ pub struct Generation {
 pub struct Group<'a> {
     pub prompt: &'a Prompt,
     pub answers: Vec<&'a str>,
+    /// The answers' numbers among the candidates of the prompt; empty where they have none.
+    pub numbers: Vec<i32>,
 }
 
 /// A judge's opinion of one answer. Higher is better.

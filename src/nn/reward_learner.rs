@@ -192,6 +192,7 @@ impl RewardLearner for LlavaRewards {
             prep.prepare(&Group {
                 prompt: pair.prompt,
                 answers: vec![&pair.chosen.text, &pair.rejected.text],
+                numbers: Vec::new(),
             })
         };
         let prepared: Vec<Result<Judged, RowFault>> = batch.par_iter().map(prepare).collect();

@@ -159,6 +159,7 @@ mod tests {
         let group = Group {
             prompt: &prompt,
             answers: vec!["A cat.", "A dog, I think."],
+            numbers: Vec::new(),
         };
         let judged = prep.prepare(&group).unwrap();
         assert_eq!(judged.pixels.unwrap().len(), 3 * 56 * 56);
@@ -179,6 +180,7 @@ mod tests {
         let group = Group {
             prompt: &one,
             answers: vec!["short", &long],
+            numbers: Vec::new(),
         };
         let fault = prep.ids(&group).unwrap_err();
         assert!(fault.0.starts_with("judging answer 1 takes"), "{fault}");

@@ -1,6 +1,7 @@
 //! Notes that are printed before anything changes: the tables that a run replaces, and the devices on which
 //! its models compute.
 
+use super::claim::tables_of;
 use super::fold::checkpoint_of;
 use super::{Fate, LAST, LAST_WHOLE, Options, Reason, Report, RunError, Runner, Slot};
 use crate::config::Plan;
@@ -64,6 +65,7 @@ pub(super) fn say_placements(
 impl Runner<'_> {
     /// Says which complete tables the run replaces, why, and how to get them back.
     pub(super) fn announce(&mut self, options: &Options, slots: &[Slot<'_>]) {
+        let manifest = self.folder.manifest();
         let mut replaced: Vec<&Made> = Vec::new();
         let mut reasons: Vec<String> = Vec::new();
         let mut is_past = false;
@@ -85,7 +87,17 @@ impl Runner<'_> {
             let displaced = self
                 .folder
                 .displaced(table, one.round, None, checkpoint.as_deref());
-            let displaced: Vec<&Made> = displaced.filter(|made| made.complete).collect();
+            let mut displaced: Vec<&Made> = displaced.filter(|made| made.complete).collect();
+            if let Fate::Make { reasons, .. } = &one.fate
+                && reasons
+                    .iter()
+                    .any(|reason| matches!(reason, Reason::Input(_) | Reason::Model(_)))
+            {
+                // Log-probabilities of the reference are made again with what they are of.
+                let beside = tables_of(stage).into_iter().skip(1);
+                let beside = beside.filter_map(|table| manifest.find(table.as_str(), one.round));
+                displaced.extend(beside.filter(|made| made.complete));
+            }
             if displaced.is_empty() {
                 continue;
             }

@@ -122,7 +122,7 @@ impl Runner<'_> {
                 tables.push(QueryTable {
                     name: name.to_owned(),
                     schema: stage.schema.clone(),
-                    files: vec![(None, self.folder.files_of(made))],
+                    files: vec![(None, self.folder.checked(made.files()))],
                     with_round: false,
                 });
             }

@@ -238,10 +238,16 @@ impl Runner<'_> {
             };
             let settings = work.before_settings();
             let (_, key) = self.because_before(stage, round, settings)?;
-            let current = self.folder.manifest().find(name.as_str(), round);
-            if current.is_none_or(|made| made.key != key) {
+            let manifest = self.folder.manifest();
+            let staged = manifest.staged(name.as_str(), round);
+            if staged.is_some_and(|made| made.key == key) {
+                continue;
+            }
+            let current = manifest.find(name.as_str(), round);
+            let is_there = current.is_some_and(|made| made.key == key);
+            self.folder.park_staged(name.as_str(), round)?;
+            if !is_there {
                 self.folder.unpark(name.as_str(), round, &key, None)?;
-                self.folder.replace_by_staged(name.as_str(), round)?;
             }
         }
         Ok(())
@@ -266,11 +272,11 @@ impl Runner<'_> {
             self.map(stage, &name, round, &*map, &base)?;
             self.finish(&name, round, None, None)?;
         }
-        self.folder.replace_by_staged(name.as_str(), round)?;
-        Ok(Some(Lookup::open(
-            self.folder.files(name.as_str(), round),
-            "pair",
-        )?))
+        // It becomes current together with the training that it is for.
+        let made = self.folder.manifest().under_way(name.as_str(), round);
+        let files = made.map_or_else(Vec::new, |made| self.folder.checked(made.files()));
+        let files = files.into_iter().map(|file| file.path).collect();
+        Ok(Some(Lookup::open(files, "pair")?))
     }
 }
 

@@ -77,7 +77,7 @@ fn rows_of(groups: &[Group<'_>]) -> Vec<Judged> {
             rows.push(Judged {
                 row: rows.len() as i64,
                 prompt_id: group.prompt.id.clone(),
-                candidate: number as i32,
+                candidate: group.numbers.get(number).copied().unwrap_or(number as i32),
                 text: (*text).to_owned(),
                 question: group.prompt.question.clone(),
                 answer: group.prompt.answer.clone(),

@@ -42,6 +42,10 @@ impl<'a> Keys<'a> {
         self.known.insert((table.clone(), round), key);
     }
 
+    pub fn fingerprints(&self) -> &Fingerprints {
+        &self.fingerprints
+    }
+
     /// Writes down which files were read, so that they are not read again.
     pub fn save(&self) -> Result<(), Failure> {
         Ok(self.fingerprints.save()?)

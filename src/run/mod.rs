@@ -164,8 +164,11 @@ impl<'a> Runner<'a> {
         report: &'a mut dyn Report,
         interrupt: &'a Interrupt,
     ) -> Result<Self, Failure> {
-        let (mut folder, lost) = RunFolder::open(&options.folder, plan.pipeline.as_str())?;
-        for table in lost {
+        let (mut folder, opened) = RunFolder::open(&options.folder, plan.pipeline.as_str())?;
+        if let Some(damage) = opened.damage {
+            report.note(&damage);
+        }
+        for table in opened.lost {
             report.note(&format!(
                 "files of `{table}` are missing or spoiled; they are made again"
             ));
@@ -205,6 +208,11 @@ impl<'a> Runner<'a> {
         until: Option<&TableName>,
     ) -> Result<Option<u32>, RunError> {
         let mut round_before = None;
+        self.look_at_images().map_err(|failure| RunError {
+            stage: None,
+            round: None,
+            failure: Box::new(failure),
+        })?;
         for &(stage, round) in slots {
             if let Some(ended) = round_before.filter(|&ended| round > Some(ended) && ended > 0)
                 && self.is_last(ended).map_err(|failure| RunError {
@@ -246,6 +254,7 @@ impl<'a> Runner<'a> {
             }
             self.park_unplanned(&reached)?;
         }
+        self.keys.save()?;
         let mut source = self.folder.manifest().source.clone();
         let hidden = |text: &String| self.plan.secrets.hide(text);
         let sets: Vec<String> = options.sets.iter().map(hidden).collect();
@@ -287,6 +296,7 @@ impl<'a> Runner<'a> {
             && manifest.is_kept(round)
         {
             let rows = made.rows();
+            self.look_at_own(stage, round)?;
             self.remember(&stage.name, round);
             self.report_reused(&stage.name, round, rows);
             return Ok(false);
@@ -303,8 +313,9 @@ impl<'a> Runner<'a> {
             &because,
             checkpoint.as_deref(),
         )? {
-            self.accept(stage, round)?;
+            self.look_at_own(stage, round)?;
             self.unpark_before(stage, round)?;
+            self.accept(stage, round)?;
             let made = self.folder.manifest().find(stage.name.as_str(), round);
             let rows = made.map_or(0, Made::rows);
             self.report_reused(&stage.name, round, rows);
@@ -318,7 +329,6 @@ impl<'a> Runner<'a> {
             Work::Map(work) => {
                 let base = self.row_base(stage, round)?;
                 self.map(stage, &stage.name, round, &*work, &base)?;
-                self.check_rejects(&stage.name, round)?;
                 self.finish(&stage.name, round, None, None)?;
             }
             Work::Query(work) => self.query(stage, round, &work)?,
@@ -334,12 +344,16 @@ impl<'a> Runner<'a> {
         Ok(true)
     }
 
-    /// Compares a complete version with what the pipeline expects of it, then makes it the table that
-    /// readers and later stages see.
+    /// Compares a complete version with what the pipeline expects of it and allows, then makes it the table
+    /// that readers and later stages see.
     fn accept(&mut self, stage: &PlannedStage, round: Option<u32>) -> Result<(), Failure> {
+        self.check_rejects(&stage.name, round)?;
         self.expect(stage, round)?;
-        self.folder.replace_by_staged(stage.name.as_str(), round)?;
+        for table in claim::tables_of(stage) {
+            self.folder.replace_by_staged(table.as_str(), round)?;
+        }
         self.remember(&stage.name, round);
+        self.note_stamps(stage, round);
         Ok(())
     }
 

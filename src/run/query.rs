@@ -45,7 +45,10 @@ impl Runner<'_> {
                     .expect("the plan names every table")
                     .schema
                     .clone(),
-                files: vec![(input_round, self.folder.files(input.as_str(), input_round))],
+                files: vec![(
+                    input_round,
+                    self.folder.table_files(input.as_str(), input_round),
+                )],
                 with_round: false,
             });
         }

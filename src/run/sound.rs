@@ -83,6 +83,55 @@ impl Runner<'_> {
         Ok(())
     }
 
+    /// Sees to it that what there is of a stage's own tables is what was written. A file whose size, time
+    /// and inode are those of the last look is not read again.
+    pub(super) fn look_at_own(
+        &self,
+        stage: &PlannedStage,
+        round: Option<u32>,
+    ) -> Result<(), Failure> {
+        let tables = tables_of(stage);
+        let manifest = self.folder.manifest();
+        let made = tables.iter();
+        let made = made.filter_map(|table| manifest.under_way(table.as_str(), round));
+        self.look_at(made.flat_map(Made::hashes))
+    }
+
+    /// The same for the run's images.
+    pub(super) fn look_at_images(&self) -> Result<(), Failure> {
+        let images = self.folder.manifest().images.iter();
+        self.look_at(images.map(|file| (file.file.clone(), file.sha256.as_str())))
+    }
+
+    fn look_at<'m>(&self, files: impl Iterator<Item = (String, &'m str)>) -> Result<(), Failure> {
+        let root = std::path::absolute(self.folder.root());
+        let root = root.map_err(StoreError::io("find", self.folder.root()))?;
+        let files: Vec<(String, &str)> = files.collect();
+        let fingerprints = self.keys.fingerprints();
+        let shown = self.folder.root();
+        let looked = files.par_iter().try_for_each(|(file, sha256)| {
+            if fingerprints.file(&root.join(file))? == *sha256 {
+                return Ok(());
+            }
+            let path = shown.join(file);
+            Err(StoreError::Spoiled { path })
+        });
+        Ok(looked?)
+    }
+
+    /// Notes the size, time and inode of a table's files, which have just been written or looked at.
+    pub(super) fn note_stamps(&self, stage: &PlannedStage, round: Option<u32>) {
+        let Ok(root) = std::path::absolute(self.folder.root()) else {
+            return;
+        };
+        for table in tables_of(stage) {
+            let made = self.folder.manifest().find(table.as_str(), round);
+            for (file, sha256) in made.into_iter().flat_map(Made::hashes) {
+                self.keys.fingerprints().note(&root.join(file), sha256);
+            }
+        }
+    }
+
     /// Puts a file aside that is not what was written, so that the next time through makes it again.
     /// Returns whether it is so: a disk that can't be read just now spoils nothing.
     pub(super) fn mend(&mut self, spoiled: &Path) -> Result<bool, Failure> {

@@ -19,7 +19,7 @@ pub fn ends(plan: &Plan, folder: &RunFolder, round: u32) -> Result<bool, Failure
         let mut files: Vec<_> = made
             .filter(|made| made.table == stage.name.as_str() && made.complete)
             .filter(|made| made.round.is_none_or(|of| of <= round))
-            .map(|made| (made.round, folder.files(&made.table, made.round)))
+            .map(|made| (made.round, folder.table_files(&made.table, made.round)))
             .collect();
         files.sort_by_key(|(round, _)| *round);
         tables.push(QueryTable {

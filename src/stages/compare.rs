@@ -119,6 +119,7 @@ impl Map for &Compare {
             .map(|(pair, prompt)| Group {
                 prompt,
                 answers: vec![&pair.chosen, &pair.rejected],
+                numbers: Vec::new(),
             })
             .collect();
         let mut scored: Vec<Option<Result<Vec<Score>, RowFault>>> = vec![None; pairs.len()];

@@ -202,13 +202,15 @@ fn preference(record: &Map<String, Value>) -> Result<Option<[String; 2]>, String
         text.ok_or_else(|| format!("it has a `preference`, but no text `{name}.value`"))
     };
     let outputs = [output("output_1")?, output("output_2")?];
-    match preference.as_i64() {
-        Some(1) => Ok(Some(outputs)),
-        Some(2) => {
+    // pandas writes integers beside nulls as 1.0.
+    let number = preference.as_f64();
+    match number.and_then(|number| [1.0, 2.0].iter().position(|one| *one == number)) {
+        Some(0) => Ok(Some(outputs)),
+        Some(_) => {
             let [first, second] = outputs;
             Ok(Some([second, first]))
         }
-        _ => Err(format!("`preference` is {preference}, neither 1 nor 2")),
+        None => Err(format!("`preference` is {preference}, neither 1 nor 2")),
     }
 }
 
@@ -235,6 +237,8 @@ fn listed(record: &Map<String, Value>, name: &str) -> Result<Vec<String>, String
     let problem = || format!("`{name}` is not a path or a list of paths");
     match there(record, name) {
         None => Ok(Vec::new()),
+        // Some data sets say so of a record without images.
+        Some(Value::String(path)) if path.trim().is_empty() => Ok(Vec::new()),
         Some(Value::String(path)) => Ok(vec![path.clone()]),
         Some(list @ Value::Array(_)) => texts(list).map_err(|_| problem()),
         Some(_) => Err(problem()),

@@ -170,6 +170,7 @@ impl Map for &Score {
                     .iter()
                     .map(|answer| answer.text.as_str())
                     .collect(),
+                numbers: task.rows.iter().map(|answer| answer.candidate).collect(),
             })
             .collect();
         let mut outcomes: Vec<Option<Outcome<Vec<Reward>>>> = tasks.iter().map(|_| None).collect();

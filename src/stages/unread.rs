@@ -113,10 +113,19 @@ pub fn refuse_media(record: &Map<String, Value>, read: ReadImages<'_>) -> Result
     Ok(())
 }
 
+/// True for keys that say where an image comes from or what it is called there: `url`, `flickr_url`,
+/// `image_name`, `filename`, `source`. Data sets have these beside the image under another name.
+fn is_origin(key: &str) -> bool {
+    let small = key.to_ascii_lowercase();
+    ["url", "name", "source"]
+        .iter()
+        .any(|end| small.ends_with(end))
+}
+
 /// Refuses the value of a key that is not read, if it is a medium. Another name of an image that is
 /// read is none: the same path under a key such as `photo`; the same file name under one such as
 /// `image_url` or `source`, which say where an image lies; and under these any name of an image whose
-/// bytes the file itself holds.
+/// bytes the file itself holds. As many names as there are images pass under a key that tells their origin.
 fn refuse_value(place: &str, key: &str, value: &Value, read: ReadImages<'_>) -> Result<(), String> {
     let says = says(key);
     let is_number = matches!(value, Value::Bool(_) | Value::Number(_));
@@ -134,8 +143,12 @@ fn refuse_value(place: &str, key: &str, value: &Value, read: ReadImages<'_>) -> 
         Some(Says::PlaceOfImage) => matches!(medium, Found::Named(_)),
         _ => medium.is_image_file(),
     };
+    let labels = match says {
+        None if is_origin(key) => read.embedded + read.paths.len(),
+        _ => read.embedded,
+    };
     let is_read =
-        media.iter().all(is_known) || (media.len() <= read.embedded && media.iter().all(is_label));
+        media.iter().all(is_known) || (media.len() <= labels && media.iter().all(is_label));
     let is_image = matches!(says, Some(Says::Image | Says::PlaceOfImage));
     if says == Some(Says::Other) {
         return Err(no_image(place, key));

@@ -44,6 +44,9 @@ pub enum StoreError {
     /// The folder holds something else than a run.
     #[error("{} is not the folder of a run: it has no manifest.json{hint}", path.display())]
     NotARun { path: PathBuf, hint: &'static str },
+    /// A file of the manifest is not what was written.
+    #[error("{} is damaged: {problem}", path.display())]
+    Damaged { path: PathBuf, problem: String },
     /// The manifest can't be understood.
     #[error("{} can't be understood: {problem}", path.display())]
     Manifest { path: PathBuf, problem: String },

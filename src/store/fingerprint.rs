@@ -24,6 +24,18 @@ struct Stamp {
     inode: u64,
 }
 
+impl Stamp {
+    fn of(path: &Path) -> io::Result<Self> {
+        let metadata = fs::metadata(path)?;
+        Ok(Self {
+            size: metadata.len(),
+            mtime_ns: i128::from(metadata.mtime()) * 1_000_000_000
+                + i128::from(metadata.mtime_nsec()),
+            inode: metadata.ino(),
+        })
+    }
+}
+
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Known {
     stamp: Stamp,
@@ -53,29 +65,32 @@ impl Fingerprints {
 
     /// SHA-256 of a file's content, in hex.
     pub fn file(&self, path: &Path) -> Result<String, StoreError> {
-        let metadata = fs::metadata(path).map_err(StoreError::io("read", path))?;
-        let stamp = Stamp {
-            size: metadata.len(),
-            mtime_ns: i128::from(metadata.mtime()) * 1_000_000_000
-                + i128::from(metadata.mtime_nsec()),
-            inode: metadata.ino(),
-        };
+        let stamp = Stamp::of(path).map_err(StoreError::io("read", path))?;
         if let Some(known) = self.known.lock().expect("no panic while locked").get(path)
             && known.stamp == stamp
         {
             return Ok(known.sha256.clone());
         }
         let sha256 = hash_file(path)?;
-        let known = Known {
-            stamp,
-            sha256: sha256.clone(),
-        };
-        self.known
-            .lock()
-            .expect("no panic while locked")
-            .insert(path.to_owned(), known);
-        self.is_new.store(true, Ordering::Relaxed);
+        self.remember(path, stamp, &sha256);
         Ok(sha256)
+    }
+
+    /// Takes note of the SHA-256 of a file that was just written.
+    pub fn note(&self, path: &Path, sha256: &str) {
+        if let Ok(stamp) = Stamp::of(path) {
+            self.remember(path, stamp, sha256);
+        }
+    }
+
+    fn remember(&self, path: &Path, stamp: Stamp, sha256: &str) {
+        let sha256 = sha256.to_owned();
+        let mut known = self.known.lock().expect("no panic while locked");
+        let before = known.get(path);
+        if before.is_none_or(|before| before.stamp != stamp || before.sha256 != sha256) {
+            known.insert(path.to_owned(), Known { stamp, sha256 });
+            self.is_new.store(true, Ordering::Relaxed);
+        }
     }
 
     /// Fingerprint of a folder: the names and contents of all files in it, hidden ones left out.

@@ -8,7 +8,8 @@ use arrow::datatypes::SchemaRef;
 
 use super::manifest::probe_writable;
 use super::parquet::schema_of_file;
-use super::place::places;
+use super::place::{below_cache, cache_name, places};
+use super::rebuild::{RECORDS, record_name};
 use super::{
     CheckpointRecord, Event, FileRecord, Fork, Lock, Made, Manifest, Parked, PartRecord,
     StoreError, TableReader, TableWriter, create_folder, hash_file, write_folder,
@@ -29,6 +30,29 @@ pub struct RunFolder {
     _lock: Option<Lock>,
 }
 
+/// A file of a table, as queries read it.
+#[derive(Debug, Clone)]
+pub struct TableFile {
+    pub path: PathBuf,
+    /// See [`FileRecord::crc32`]; without them, what is read is not checked.
+    pub crc32: Vec<u32>,
+}
+
+impl From<PathBuf> for TableFile {
+    fn from(path: PathBuf) -> Self {
+        let crc32 = Vec::new();
+        Self { path, crc32 }
+    }
+}
+
+/// What was found when a run was opened.
+pub struct Opened {
+    /// Tables and files that are not there as they were written, and are made again.
+    pub lost: Vec<String>,
+    /// See [`Manifest::damage`].
+    pub damage: Option<String>,
+}
+
 /// See [`RunFolder::put_aside`].
 const SPOILED: &str = "spoiled";
 
@@ -38,7 +62,7 @@ const CALLS: &str = "calls";
 impl RunFolder {
     /// Opens the run of the pipeline in `root`, or begins one. Takes the lock, and strikes out what
     /// the manifest lists but the disk no longer has; the tables that lost something are returned.
-    pub fn open(root: &Path, pipeline: &str) -> Result<(Self, Vec<String>), StoreError> {
+    pub fn open(root: &Path, pipeline: &str) -> Result<(Self, Opened), StoreError> {
         create_folder(root)?;
         let lock = Lock::take(root)?;
         probe_writable(root)?;
@@ -63,12 +87,18 @@ impl RunFolder {
             manifest,
             _lock: Some(lock),
         };
+        let damage = run.manifest.damage.clone();
         run.finish_moves()?;
-        let lost = run.strike_out_lost();
+        let mut lost = run.strike_out_lost();
         run.manifest.rewrite()?;
+        if damage.is_some() {
+            // What was restored may list files that have changed since.
+            let flaws = run.set_flaws_aside()?;
+            lost.extend(flaws.into_iter().map(|flaw| flaw.file));
+        }
         run.sweep()?;
         run.sweep_cache()?;
-        Ok((run, lost))
+        Ok((run, Opened { lost, damage }))
     }
 
     /// Opens a run to look at it, also while another process works on it.
@@ -120,6 +150,10 @@ impl RunFolder {
                         link(&self.root, hidden, &format!("{}/{name}", checkpoint.folder))?;
                     }
                 }
+                let record = format!("{RECORDS}/{}", record_name(made));
+                if self.root.join(&record).is_file() {
+                    link(&self.root, hidden, &record)?;
+                }
                 manifest.made.push(made.clone());
             }
             for file in &self.manifest.images {
@@ -153,15 +187,23 @@ impl RunFolder {
 
     /// The files of a table in a round.
     pub fn files(&self, table: &str, round: Option<u32>) -> Vec<PathBuf> {
-        let made = self.manifest.find(table, round);
-        made.map_or_else(Vec::new, |made| self.files_of(made))
+        let files = self.table_files(table, round).into_iter();
+        files.map(|file| file.path).collect()
     }
 
-    /// The files of a version of a table.
-    pub fn files_of(&self, made: &Made) -> Vec<PathBuf> {
-        made.files()
-            .map(|file| self.root.join(&file.file))
-            .collect()
+    /// The same with their checksums, for queries.
+    pub fn table_files(&self, table: &str, round: Option<u32>) -> Vec<TableFile> {
+        let made = self.manifest.find(table, round);
+        made.map_or_else(Vec::new, |made| self.checked(made.files()))
+    }
+
+    /// Files of this run with their checksums.
+    pub fn checked<'f>(&self, files: impl IntoIterator<Item = &'f FileRecord>) -> Vec<TableFile> {
+        let checked = files.into_iter().map(|file| TableFile {
+            path: self.root.join(&file.file),
+            crc32: file.crc32.clone(),
+        });
+        checked.collect()
     }
 
     /// The rows of a table in a round, in order.
@@ -257,7 +299,7 @@ impl RunFolder {
         let place = self.place(table, round);
         let old: Vec<FileRecord> = made.all_files().cloned().collect();
         // Rows are compacted where no reader looks, so that none sees them twice.
-        let hidden = format!(".cache/{}/", made.key);
+        let hidden = below_cache(&made);
         let folder = self.table_folder(table, round);
         let files: Vec<FileRecord> = made.files().cloned().collect();
         let mut files = self.compact(&files, |schema| {
@@ -303,6 +345,7 @@ impl RunFolder {
         for file in old.iter().filter(|file| !kept.contains(&file.file)) {
             let _ = fs::remove_file(self.root.join(&file.file));
         }
+        self.write_record(table, round)?;
         self.manifest.rewrite()
     }
 
@@ -345,7 +388,7 @@ impl RunFolder {
         folders.insert("images".to_owned());
         folders.extend(BESIDE.map(str::to_owned));
         for made in &self.manifest.staged {
-            let below = |folder: &str| format!(".cache/{}/{folder}", made.key);
+            let below = |folder: &str| format!("{}{folder}", below_cache(made));
             folders.insert(below(&self.table_folder(&made.table, made.round)));
             folders.extend(BESIDE.map(below));
         }
@@ -378,8 +421,21 @@ impl RunFolder {
             .flat_map(places)
             .filter_map(|name| name.strip_prefix(".cache/")?.split('/').next())
             .collect();
-        named.extend(self.manifest.staged.iter().map(|made| made.key.as_str()));
+        let staged: Vec<String> = self.manifest.staged.iter().map(cache_name).collect();
+        named.extend(staged.iter().map(String::as_str));
         let cache = self.cache()?;
+        let records: HashSet<String> = self.manifest.versions().map(record_name).collect();
+        let stale = fs::read_dir(self.root.join(RECORDS)).into_iter().flatten();
+        for entry in stale.flatten() {
+            if !records.contains(&*entry.file_name().to_string_lossy()) {
+                let _ = fs::remove_file(entry.path());
+            }
+        }
+        named.extend(
+            Path::new(RECORDS)
+                .file_name()
+                .and_then(|name| name.to_str()),
+        );
         for entry in fs::read_dir(&cache).map_err(StoreError::io("read", &cache))? {
             let entry = entry.map_err(StoreError::io("read", &cache))?;
             let path = entry.path();
@@ -391,7 +447,7 @@ impl RunFolder {
     }
 
     /// Strikes out what the manifest lists and the disk has not, or has with another size.
-    fn strike_out_lost(&mut self) -> Vec<String> {
+    pub(super) fn strike_out_lost(&mut self) -> Vec<String> {
         let has_size = |name: &str, bytes: u64| {
             fs::metadata(self.root.join(name)).is_ok_and(|metadata| metadata.len() == bytes)
         };
@@ -443,17 +499,14 @@ impl RunFolder {
             .filter_map(&mut survivor)
             .collect();
         let images_there = self.manifest.images.iter().all(&there);
-        let loads = |made: &Made| {
-            made.round.is_none() && matches!(made.kind.as_deref(), Some("prompt" | "pair"))
-        };
         let mut parked = self.manifest.parked.clone();
         parked.retain(|parked| parked.made.parts.iter().all(&whole) && folders_there(&parked.made));
         if !images_there {
             // Without its pictures no table can be used; the loading stages bring them back.
             lost.push("images".to_owned());
-            kept.retain(|made| !loads(made));
-            staged.retain(|made| !loads(made));
-            parked.retain(|parked| !loads(&parked.made));
+            kept.retain(|made| !made.is_loaded());
+            staged.retain(|made| !made.is_loaded());
+            parked.retain(|parked| !parked.made.is_loaded());
             self.manifest.images.clear();
         }
         self.manifest.made = kept;

@@ -3,7 +3,8 @@
 //! `manifest.json` is rewritten atomically whenever a stage is done. Between two rewritings each
 //! commit is a line in `manifest.<generation>.log`, synced: a run of a million prompts has tens of
 //! thousands of parts, and rewriting a list that grows with every part would cost more than the
-//! parts. A line that was cut off by a crash never happened.
+//! parts. A line that was cut off by a crash never happened. Both have checksums, and the manifest before
+//! stays with its log: the two restore one that is damaged.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
@@ -13,11 +14,14 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{StoreError, sync_folder, write_atomically};
+use super::{StoreError, sealed, sync_folder, write_atomically};
 
 /// The version of the manifest and of the folder's layout. Format 1 names the folder of a round
 /// `round=2`, and its files have no column `round`; a run that was begun so goes on so.
 const FORMAT: u32 = 2;
+
+/// The manifest before the last rewriting.
+pub(super) const PREVIOUS: &str = "manifest.previous.json";
 
 /// A file of the run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,6 +31,9 @@ pub struct FileRecord {
     pub rows: u64,
     pub bytes: u64,
     pub sha256: String,
+    /// The CRC-32 of each block of [`super::BLOCK`] bytes; none in runs of earlier versions.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub crc32: Vec<u32>,
 }
 
 /// One committed part of a table.
@@ -161,6 +168,22 @@ impl Made {
         self.files().chain(self.rejects()).chain(self.telemetry())
     }
 
+    /// The files of its rows, those beside them and those of its checkpoint, with their SHA-256.
+    pub fn hashes(&self) -> impl Iterator<Item = (String, &str)> {
+        let files = self.all_files();
+        let files = files.map(|file| (file.file.clone(), file.sha256.as_str()));
+        let checkpoint = self.checkpoint.iter().flat_map(|checkpoint| {
+            let files = checkpoint.sha256.iter();
+            files.map(|(name, sha256)| (format!("{}/{name}", checkpoint.folder), sha256.as_str()))
+        });
+        files.chain(checkpoint)
+    }
+
+    /// True for a table that was loaded from a file of the user, and so wants its pictures.
+    pub fn is_loaded(&self) -> bool {
+        self.round.is_none() && matches!(self.kind.as_deref(), Some("prompt" | "pair"))
+    }
+
     pub fn rows(&self) -> u64 {
         self.files().map(|file| file.rows).sum()
     }
@@ -258,6 +281,9 @@ pub struct Manifest {
     /// Where its first rounds come from, if not from here.
     #[serde(default)]
     pub fork: Option<Fork>,
+    /// What was wrong with the files of the manifest when it was read, and how it was restored.
+    #[serde(skip)]
+    pub damage: Option<String>,
     #[serde(skip)]
     folder: PathBuf,
 }
@@ -275,32 +301,40 @@ impl Manifest {
             parked: Vec::new(),
             images: Vec::new(),
             fork: None,
+            damage: None,
             folder: folder.to_owned(),
         }
     }
 
-    /// Reads the manifest in `folder` and what was committed since it was rewritten.
+    /// Reads the manifest in `folder` and what was committed since it was rewritten. A damaged one is
+    /// restored, see [`Self::damage`].
     pub fn read(folder: &Path) -> Result<Self, StoreError> {
         loop {
-            let manifest = Self::read_rewritten(folder)?;
-            let log = manifest.log_path();
-            let lines = match fs::read(&log) {
-                Ok(lines) => lines,
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                    // No log yet, or the run's process rewrote the manifest just now.
-                    if Self::read_rewritten(folder)?.generation != manifest.generation {
-                        continue;
-                    }
-                    Vec::new()
+            let mut manifest = match Self::read_sealed(folder, "manifest.json") {
+                Ok(manifest) => manifest,
+                Err(StoreError::NotARun { .. }) if Self::is_restorable(folder) => {
+                    return Self::restored(folder, "it is missing");
                 }
-                Err(error) => return Err(StoreError::io("read", &log)(error)),
+                Err(StoreError::Damaged { problem, .. }) => {
+                    return Self::restored(folder, &problem);
+                }
+                Err(error) => return Err(error),
             };
-            return manifest.replay(&log, &lines);
+            let generation = manifest.generation;
+            if manifest.replay_logs()? {
+                return Ok(manifest);
+            }
+            // No log yet, or the run's process rewrote the manifest, and removed the log, just now.
+            let again = Self::read_sealed(folder, "manifest.json");
+            if again.is_ok_and(|again| again.generation == generation) {
+                return Ok(manifest);
+            }
         }
     }
 
-    fn read_rewritten(folder: &Path) -> Result<Self, StoreError> {
-        let path = folder.join("manifest.json");
+    /// Reads one file of the manifest, without a log.
+    pub(super) fn read_sealed(folder: &Path, name: &str) -> Result<Self, StoreError> {
+        let path = folder.join(name);
         let text = match fs::read(&path) {
             Ok(text) => text,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
@@ -311,43 +345,80 @@ impl Manifest {
             }
             Err(error) => return Err(StoreError::io("read", &path)(error)),
         };
-        let problem = |problem: String| StoreError::Manifest {
+        let damaged = |problem: String| StoreError::Damaged {
             path: path.clone(),
             problem,
         };
+        if let Some(flaw) = sealed::flaw(&text) {
+            return Err(damaged(flaw.to_owned()));
+        }
         let mut manifest: Self =
-            serde_json::from_slice(&text).map_err(|error| problem(error.to_string()))?;
+            serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))?;
         if !(1..=FORMAT).contains(&manifest.format) {
             let format = manifest.format;
-            return Err(problem(format!(
+            let problem = format!(
                 "it has format {format}, and this version of pipeline reads formats 1 to {FORMAT}; use the \
                  version that wrote it"
-            )));
+            );
+            return Err(StoreError::Manifest { path, problem });
         }
         folder.clone_into(&mut manifest.folder);
         Ok(manifest)
     }
 
-    fn replay(mut self, log: &Path, lines: &[u8]) -> Result<Self, StoreError> {
-        for line in lines.split_inclusive(|byte| *byte == b'\n') {
-            // Only a crash leaves a line without its end, and only as the last one.
-            let Some(line) = line.strip_suffix(b"\n") else {
-                break;
+    /// Applies the log of this generation and those after it; false if there is none. What comes behind a
+    /// damaged line did not happen: it can't be known what that line changed.
+    pub(super) fn replay_logs(&mut self) -> Result<bool, StoreError> {
+        let mut generations = Self::generations(&self.folder);
+        generations.retain(|generation| *generation >= self.generation);
+        for generation in &generations {
+            self.generation = *generation;
+            let log = self.log_path();
+            let lines = match fs::read(&log) {
+                Ok(lines) => lines,
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+                Err(error) => return Err(StoreError::io("read", &log)(error)),
             };
-            let event = serde_json::from_slice(line).map_err(|error| StoreError::Manifest {
-                path: log.to_owned(),
-                problem: error.to_string(),
-            })?;
-            self.apply(event);
+            for (number, line) in lines.split_inclusive(|byte| *byte == b'\n').enumerate() {
+                // Only a crash leaves a line without its end, and only as the last one.
+                let Some(line) = line.strip_suffix(b"\n") else {
+                    break;
+                };
+                let text = sealed::unseal_line(line);
+                let event = text.and_then(|text| serde_json::from_slice(text).ok());
+                let Some(event) = event else {
+                    self.damage = Some(format!(
+                        "{}: line {} is damaged; what was committed there and later is made again",
+                        log.display(),
+                        number + 1
+                    ));
+                    return Ok(true);
+                };
+                self.apply(event);
+            }
         }
-        Ok(self)
+        Ok(!generations.is_empty())
+    }
+
+    /// The generations that have a log in `folder`, in order.
+    pub(super) fn generations(folder: &Path) -> Vec<u64> {
+        let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+        let number = |name: &str| {
+            let number = name.strip_prefix("manifest.")?.strip_suffix(".log")?;
+            number.parse().ok()
+        };
+        let numbers = entries.filter_map(|entry| number(&entry.file_name().to_string_lossy()));
+        let mut numbers: Vec<u64> = numbers.collect();
+        numbers.sort_unstable();
+        numbers
     }
 
     /// Writes one commit down, synced; when this returns, it happened.
     pub fn commit(&mut self, event: Event) -> Result<(), StoreError> {
         let path = self.log_path();
         let fresh = !path.exists();
-        let mut line = serde_json::to_vec(&event).expect("events are plain data");
+        let line = serde_json::to_vec(&event).expect("events are plain data");
+        let mut line = sealed::seal_line(&line);
         line.push(b'\n');
         let mut log = OpenOptions::new()
             .create(true)
@@ -367,19 +438,43 @@ impl Manifest {
         Ok(())
     }
 
-    /// Rewrites `manifest.json` and starts a new log.
+    /// Rewrites `manifest.json` and starts a new log. The file before and its log stay.
     pub fn rewrite(&mut self) -> Result<(), StoreError> {
-        let old_log = self.log_path();
-        self.generation += 1;
-        // A log of this number can only be what a crash left before the manifest was renamed.
-        let _ = fs::remove_file(self.log_path());
+        let before = self.generation;
+        let logs = Self::generations(&self.folder);
+        // A log of a later number is what was left of a manifest that was lost.
+        self.generation = before.max(logs.last().copied().unwrap_or(0)) + 1;
         let text = serde_json::to_vec_pretty(self).expect("a manifest is plain data");
-        if let Err(error) = write_atomically(&self.folder.join("manifest.json"), &text) {
-            self.generation -= 1;
+        let written = self.keep_previous().and_then(|()| {
+            write_atomically(&self.folder.join("manifest.json"), &sealed::seal(&text))
+        });
+        if let Err(error) = written {
+            self.generation = before;
             return Err(error);
         }
-        let _ = fs::remove_file(old_log);
+        for generation in logs.into_iter().filter(|generation| *generation < before) {
+            let _ = fs::remove_file(self.log_of(generation));
+        }
+        if self.damage.take().is_some() {
+            // So that the one before is whole, too.
+            return self.rewrite();
+        }
         Ok(())
+    }
+
+    /// Gives `manifest.json` a second name, unless it is damaged.
+    fn keep_previous(&self) -> Result<(), StoreError> {
+        let path = self.folder.join("manifest.json");
+        if self.damage.is_some() || !path.exists() {
+            return Ok(());
+        }
+        let previous = self.folder.join(PREVIOUS);
+        let hidden = self.folder.join(format!(".new-{PREVIOUS}"));
+        let _ = fs::remove_file(&hidden);
+        if fs::hard_link(&path, &hidden).is_err() {
+            fs::copy(&path, &hidden).map_err(StoreError::io("copy", &path))?;
+        }
+        fs::rename(&hidden, &previous).map_err(StoreError::io("write", &previous))
     }
 
     /// Whether a round was made by the run that this one was forked from, and stays as it is.
@@ -421,8 +516,11 @@ impl Manifest {
     }
 
     fn log_path(&self) -> PathBuf {
-        self.folder
-            .join(format!("manifest.{}.log", self.generation))
+        self.log_of(self.generation)
+    }
+
+    fn log_of(&self, generation: u64) -> PathBuf {
+        self.folder.join(format!("manifest.{generation}.log"))
     }
 
     fn apply(&mut self, event: Event) {

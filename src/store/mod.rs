@@ -18,12 +18,14 @@ mod manifest;
 mod parquet;
 mod place;
 mod rates;
+mod rebuild;
+mod sealed;
 mod versions;
 
 pub use atomic::{copy_folder, create_folder, sync_folder, write_atomically, write_folder};
 pub use error::StoreError;
 pub use fingerprint::{Fingerprints, hash_file};
-pub use folder::{RunFolder, files_in};
+pub use folder::{Opened, RunFolder, TableFile, files_in};
 pub use images::Images;
 pub use key::{Key, digest};
 pub use labels::{LABELS, Label, LabelFiles, Said, Survey};
@@ -33,6 +35,9 @@ pub use manifest::{
     CheckpointRecord, Event, Expected, FileRecord, Fork, Made, Manifest, Parked, PartRecord,
     StateRecord, Took,
 };
-pub use parquet::{ParquetStream, TableReader, TableWriter, read_file, schema_of_file, unstorable};
+pub use parquet::{
+    BLOCK, ParquetStream, TableReader, TableWriter, read_file, schema_of_file, unstorable,
+};
 pub use place::Place;
 pub use rates::Rates;
+pub use rebuild::Flaw;

@@ -100,18 +100,44 @@ fn of_stream(error: ::parquet::errors::ParquetError) -> StoreError {
     parquet_error(Path::new("the output"), error)
 }
 
+/// Bytes of a block that has a CRC-32 of its own.
+pub const BLOCK: u64 = 1 << 20;
+
 /// Hashes what is written.
 struct Hashing {
     file: File,
     sha256: Sha256,
+    /// Those of full blocks, and the one of the block that has begun.
+    crc32: Vec<u32>,
+    block: crc32fast::Hasher,
     bytes: u64,
+}
+
+impl Hashing {
+    fn add(&mut self, mut written: &[u8]) {
+        self.sha256.update(written);
+        while !written.is_empty() {
+            let left = (BLOCK - self.bytes % BLOCK) as usize;
+            let (now, later) = written.split_at(left.min(written.len()));
+            self.block.update(now);
+            self.bytes += now.len() as u64;
+            if self.bytes.is_multiple_of(BLOCK) {
+                self.end_block();
+            }
+            written = later;
+        }
+    }
+
+    fn end_block(&mut self) {
+        let block = std::mem::take(&mut self.block);
+        self.crc32.push(block.finalize());
+    }
 }
 
 impl Write for Hashing {
     fn write(&mut self, buffer: &[u8]) -> std::io::Result<usize> {
         let count = self.file.write(buffer)?;
-        self.sha256.update(&buffer[..count]);
-        self.bytes += count as u64;
+        self.add(&buffer[..count]);
         Ok(count)
     }
 
@@ -251,6 +277,8 @@ impl TableWriter {
         let sink = Hashing {
             file,
             sha256: Sha256::new(),
+            crc32: Vec::new(),
+            block: crc32fast::Hasher::new(),
             bytes: 0,
         };
         let properties = properties(&self.schema, &self.footer);
@@ -278,7 +306,11 @@ impl TableWriter {
         sink.file
             .sync_all()
             .map_err(StoreError::io("sync", &open.hidden))?;
+        if !sink.bytes.is_multiple_of(BLOCK) {
+            sink.end_block();
+        }
         let (bytes, sha256) = (sink.bytes, std::mem::take(&mut sink.sha256));
+        let crc32 = std::mem::take(&mut sink.crc32);
         let path = self.root.join(&open.name);
         fs::rename(&open.hidden, &path).map_err(StoreError::io("write", &path))?;
         sync_folder(path.parent().expect("a file in a folder"))?;
@@ -287,6 +319,7 @@ impl TableWriter {
             rows: open.rows,
             bytes,
             sha256: hex(&sha256.finalize()),
+            crc32,
         });
         Ok(())
     }

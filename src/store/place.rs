@@ -91,3 +91,51 @@ pub(super) fn places(made: &Made) -> impl Iterator<Item = &str> {
         .chain(checkpoint)
         .chain(made.states.iter().map(|state| state.folder.as_str()))
 }
+
+/// The folder of a version that is staged or parked, below `.cache`. Tables that are made once have folders
+/// of their own: the place of one holds the places of its rounds, under the same key perhaps.
+pub(super) fn cache_name(made: &Made) -> String {
+    match made.round {
+        Some(_) => made.key.clone(),
+        None => format!("{}.once", made.key),
+    }
+}
+
+/// The same relative to the run's folder, with a slash at its end.
+pub(super) fn below_cache(made: &Made) -> String {
+    format!(".cache/{}/", cache_name(made))
+}
+
+/// The name that a file of a staged or parked version has in its place.
+pub(super) fn in_place<'n>(name: &'n str, made: &Made) -> &'n str {
+    // Earlier versions had one folder for a key.
+    let of_key = || name.strip_prefix(&format!(".cache/{}/", made.key));
+    let stripped = name.strip_prefix(&below_cache(made)).or_else(of_key);
+    stripped.unwrap_or(name)
+}
+
+/// The record of a version in its place.
+pub(super) fn placed(made: Made) -> Made {
+    let staged = made.clone();
+    relocated(made, |file| in_place(file, &staged).to_owned())
+}
+
+/// The record of a version whose files have other names.
+fn relocated(mut made: Made, name: impl Fn(&str) -> String) -> Made {
+    for part in &mut made.parts {
+        let beside = part.rejects.iter_mut().chain(&mut part.telemetry);
+        for file in part.files.iter_mut().chain(beside) {
+            file.file = name(&file.file);
+        }
+    }
+    if let Some(checkpoint) = &mut made.checkpoint {
+        checkpoint.folder = name(&checkpoint.folder);
+    }
+    made
+}
+
+/// The record of a version that lies in its place, moved below `.cache/<key>`.
+pub(super) fn relocated_below_cache(made: Made) -> Made {
+    let below = below_cache(&made);
+    relocated(made, |file| format!("{below}{file}"))
+}

@@ -14,7 +14,9 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::Errno;
 
 use super::folder::RunFolder;
-use super::place::{Place, places, table_folder};
+use super::place::{
+    Place, below_cache, in_place, placed, places, relocated_below_cache, table_folder,
+};
 use super::{Event, FileRecord, Made, StoreError, create_folder, hash_file, sync_folder};
 
 impl RunFolder {
@@ -23,7 +25,7 @@ impl RunFolder {
         let staged = self.manifest.staged(table, round);
         Place {
             root: self.root.clone(),
-            prefix: staged.map_or_else(String::new, |made| below_cache(&made.key)),
+            prefix: staged.map_or_else(String::new, below_cache),
             suffix: staged.map_or_else(String::new, |made| {
                 format!("-{}", made.key.get(..8).unwrap_or(&made.key))
             }),
@@ -112,8 +114,7 @@ impl RunFolder {
             return Ok(());
         };
         self.park_staged(table, round)?;
-        let below = below_cache(&made.key);
-        let parked = relocated(made, |file| format!("{below}{file}"));
+        let parked = relocated_below_cache(made);
         self.commit(Event::Park(parked.clone()))?;
         self.move_parked(&parked)
     }
@@ -142,9 +143,9 @@ impl RunFolder {
             return Ok(false);
         };
         let written = made.checkpoint.as_ref();
-        let written = written.map(|one| in_place(&one.folder, key).to_owned());
+        let written = written.map(|one| in_place(&one.folder, &made).to_owned());
         if self.make_way(&made, written.as_deref().or(checkpoint))? {
-            let made = relocated(made, |file| in_place(file, key).to_owned());
+            let made = placed(made);
             self.commit(Event::Unpark(made.clone()))?;
             self.settle(&made, false)?;
         } else {
@@ -159,14 +160,10 @@ impl RunFolder {
         let Some(new) = staged.filter(|made| made.complete).cloned() else {
             return Ok(());
         };
-        let key = new.key.clone();
-        let new = relocated(new, |file| in_place(file, &key).to_owned());
+        let new = placed(new);
         let checkpoint = new.checkpoint.as_ref().map(|one| one.folder.as_str());
         let displaced = self.displaced(table, round, None, checkpoint).cloned();
-        let displaced = displaced.map(|old| {
-            let below = below_cache(&old.key);
-            relocated(old, |file| format!("{below}{file}"))
-        });
+        let displaced = displaced.map(relocated_below_cache);
         let (old, others): (Vec<Made>, Vec<Made>) =
             displaced.partition(|made| made.is(table, round));
         let old = old.into_iter().next();
@@ -206,7 +203,7 @@ impl RunFolder {
     /// before, if they are there, go to `.cache` under its own key. `again` if some of the moves may have
     /// been made before a crash: then hashes tell the versions apart.
     fn settle(&self, made: &Made, again: bool) -> Result<(), StoreError> {
-        let below = below_cache(&made.key);
+        let below = below_cache(made);
         if !self.root.join(&below).exists() {
             return Ok(());
         }
@@ -232,7 +229,7 @@ impl RunFolder {
         again: bool,
     ) -> Result<(), StoreError> {
         let place = self.root.join(folder);
-        let staged = self.root.join(below_cache(&made.key)).join(folder);
+        let staged = self.root.join(below_cache(made)).join(folder);
         if !staged.exists() {
             return Ok(());
         }
@@ -262,7 +259,7 @@ impl RunFolder {
     fn free_place(&self, folder: &str) -> Option<PathBuf> {
         let mut versions = self.manifest.parked.iter().rev().map(|parked| &parked.made);
         versions.find_map(|other| {
-            let parked = format!("{}{folder}", below_cache(&other.key));
+            let parked = format!("{}{folder}", below_cache(other));
             let lists = places(other).any(|name| Path::new(name).starts_with(&parked));
             let parked = self.root.join(parked);
             (lists && !parked.exists()).then_some(parked)
@@ -271,7 +268,7 @@ impl RunFolder {
 
     /// Files beside the rows lie in folders of several tables: each is replaced by its own rename.
     fn settle_beside(&self, made: &Made) -> Result<(), StoreError> {
-        let below = below_cache(&made.key);
+        let below = below_cache(made);
         let new: Vec<&FileRecord> = made.rejects().chain(made.telemetry()).collect();
         if !new
             .iter()
@@ -285,7 +282,7 @@ impl RunFolder {
                 continue;
             }
             for file in before.rejects().chain(before.telemetry()) {
-                let name = in_place(&file.file, &before.key);
+                let name = in_place(&file.file, before);
                 let of_before = (name.to_owned(), file.bytes, Some(file.sha256.clone()));
                 let parked = self.root.join(&file.file);
                 if !parked.exists() && self.holds(&[of_before])? {
@@ -329,7 +326,7 @@ impl RunFolder {
     fn move_parked(&self, parked: &Made) -> Result<(), StoreError> {
         let current: HashSet<&str> = self.manifest.made.iter().flat_map(places).collect();
         for name in places(parked) {
-            let before = in_place(name, &parked.key);
+            let before = in_place(name, parked);
             let (from, to) = (self.root.join(before), self.root.join(name));
             if before == name || current.contains(before) || !from.exists() {
                 continue;
@@ -353,7 +350,7 @@ impl RunFolder {
     /// Puts rows that were compacted in `.cache/<key>` into the place of the parts that they were made from.
     pub(super) fn put_in_place(&self, made: &Made) -> Result<(), StoreError> {
         let folder = self.table_folder(&made.table, made.round);
-        let staged = self.root.join(below_cache(&made.key)).join(&folder);
+        let staged = self.root.join(below_cache(made)).join(&folder);
         if !staged.exists() {
             return Ok(());
         }
@@ -379,29 +376,6 @@ impl RunFolder {
 
 fn name_bytes_sha256(file: &FileRecord) -> (String, u64, Option<String>) {
     (file.file.clone(), file.bytes, Some(file.sha256.clone()))
-}
-
-fn below_cache(key: &str) -> String {
-    format!(".cache/{key}/")
-}
-
-/// The name that a file below `.cache/<key>` has in its place.
-fn in_place<'n>(name: &'n str, key: &str) -> &'n str {
-    name.strip_prefix(&below_cache(key)).unwrap_or(name)
-}
-
-/// The record of a version whose files have other names.
-fn relocated(mut made: Made, name: impl Fn(&str) -> String) -> Made {
-    for part in &mut made.parts {
-        let beside = part.rejects.iter_mut().chain(&mut part.telemetry);
-        for file in part.files.iter_mut().chain(beside) {
-            file.file = name(&file.file);
-        }
-    }
-    if let Some(checkpoint) = &mut made.checkpoint {
-        checkpoint.folder = name(&checkpoint.folder);
-    }
-    made
 }
 
 /// Has two folders change places at once. False where the file system can't do that.

@@ -127,6 +127,7 @@ fn scores(folder: &Path, place: &Path, report: &mut Report) {
         .map(|(rows, prompt)| Group {
             prompt,
             answers: rows.iter().map(|row| row.answer.as_str()).collect(),
+            numbers: Vec::new(),
         })
         .collect();
     let [mut apart, mut greatest] = [0.0_f64; 2];

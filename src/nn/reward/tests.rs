@@ -126,6 +126,7 @@ fn groups<'a>(rows: &'a [Row], prompts: &'a [Prompt]) -> Vec<Group<'a>> {
             _ => groups.push(Group {
                 prompt,
                 answers: vec![&row.answer],
+                numbers: Vec::new(),
             }),
         }
     }
@@ -169,7 +170,11 @@ fn an_answer_scores_the_same_alone_and_among_others() {
         let prompt = prompt(row);
         let answers = vec![row.answer.as_str(), row.answer.as_str()];
         let prompt = &prompt;
-        let groups = [Group { prompt, answers }];
+        let groups = [Group {
+            prompt,
+            answers,
+            numbers: Vec::new(),
+        }];
         let [Ok(alone)] = &score(&mut judge, &groups)[..] else {
             panic!("one group was asked for")
         };
@@ -246,6 +251,7 @@ fn faulty_rows_are_named_and_the_others_go_on() {
     let group = |prompt, answer| Group {
         prompt,
         answers: vec![answer],
+        numbers: Vec::new(),
     };
     let groups = [
         group(&broken, "A"),
@@ -272,7 +278,14 @@ fn equal_answers_are_read_once_and_score_the_same_bits() {
     let mut judge = RewardJudge::open(&spec(&recording())).unwrap();
     let score = |judge: &mut RewardJudge, answers: Vec<&str>| {
         let prompt = &prompt;
-        let (mut scored, telemetry) = measured(judge, &[Group { prompt, answers }]);
+        let (mut scored, telemetry) = measured(
+            judge,
+            &[Group {
+                prompt,
+                answers,
+                numbers: Vec::new(),
+            }],
+        );
         (scored.remove(0).unwrap(), telemetry.answer_tokens)
     };
     let (twice, read) = score(&mut judge, vec![one, two, one, two, one]);
@@ -287,6 +300,7 @@ fn threefold<'a>(once: &[Group<'a>]) -> Vec<Group<'a>> {
     let again = groups.map(|group| Group {
         prompt: group.prompt,
         answers: group.answers.clone(),
+        numbers: Vec::new(),
     });
     again.collect()
 }
@@ -367,6 +381,7 @@ fn judging_stops_when_the_caller_says_so() {
     let group = || Group {
         prompt: &prompt,
         answers: vec!["A"],
+        numbers: Vec::new(),
     };
     let mut judge = RewardJudge::open(&spec(&recording())).unwrap();
     let mut seen = 0;

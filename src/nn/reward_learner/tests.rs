@@ -85,6 +85,7 @@ fn judged(spec: &LlavaRlhf) -> Vec<f32> {
     let group = Group {
         prompt: &prompt,
         answers: ANSWERS.to_vec(),
+        numbers: Vec::new(),
     };
     let mut rewards = Vec::new();
     RewardJudge::open(spec)

@@ -1,0 +1,115 @@
+//! `pipeline verify` and `pipeline repair`: what is there is what was written, or it is made again.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use serde_json::json;
+
+use super::out::{Output, line};
+use super::{Failed, run_folder};
+use crate::store::{Flaw, Made, Manifest, RunFolder};
+
+/// Reads every file of a run and compares it with its SHA-256. Exit code 1 if something differs.
+#[derive(Args)]
+#[command(
+    after_help = "Examples:\n  pipeline verify runs/small-world\n  pipeline verify small-world --format json"
+)]
+pub struct Verify {
+    /// The run: its folder, or its name below runs/.
+    run: PathBuf,
+    #[command(flatten)]
+    output: Output,
+}
+
+/// Restores a damaged manifest, and puts files aside that are not what was written; the next run makes again
+/// what they were part of.
+#[derive(Args)]
+#[command(after_help = "Example:\n  pipeline repair runs/small-world")]
+pub struct Repair {
+    /// The run: its folder, or its name below runs/.
+    run: PathBuf,
+}
+
+impl Verify {
+    pub fn run(&self) -> Result<(), Failed> {
+        let folder = run_folder(&self.run);
+        let run = RunFolder::read(&folder)?;
+        let mut flaws = Manifest::flaws(&folder);
+        let versions: Vec<&Made> = run.manifest().versions().collect();
+        flaws.extend(run.flaws(versions.iter().copied(), true));
+        if self.output.is_json() {
+            let shown = flaws.iter();
+            let shown = shown.map(|flaw| json!({ "file": flaw.file, "problem": flaw.problem }));
+            let shown: Vec<_> = shown.collect();
+            line(format_args!(
+                "{:#}",
+                json!({ "run": folder, "flaws": shown })
+            ))?;
+        } else {
+            for Flaw { file, problem } in &flaws {
+                line(format_args!("{file}: {problem}"))?;
+            }
+        }
+        let shown = folder.display();
+        if flaws.is_empty() {
+            eprintln!("{shown}: all files are what was written");
+            return Ok(());
+        }
+        eprintln!(
+            "{shown}: {} damaged; `pipeline run` makes again what it needs of them, `pipeline repair {shown}` puts \
+             all of them aside",
+            counted(flaws.len())
+        );
+        Err(Failed::Code(1))
+    }
+}
+
+impl Repair {
+    pub fn run(&self) -> Result<(), Failed> {
+        let folder = run_folder(&self.run);
+        let pipeline = RunFolder::read(&folder)?.manifest().pipeline.clone();
+        let (mut run, opened) = RunFolder::open(&folder, &pipeline)?;
+        for words in opened.damage.iter().chain(&opened.lost) {
+            eprintln!("{words}");
+        }
+        let flaws = run.set_flaws_aside()?;
+        for Flaw { file, problem } in &flaws {
+            eprintln!("{file}: {problem}");
+        }
+        let found = flaws.len() + opened.lost.len() + opened.damage.iter().len();
+        let shown = folder.display();
+        if found == 0 {
+            eprintln!("{shown}: nothing to repair");
+        } else {
+            eprintln!("{shown}: repaired; the next `pipeline run` makes again what is missing");
+        }
+        Ok(())
+    }
+}
+
+/// Fails if files of some versions of a run are not what was written, before they go elsewhere.
+pub fn refuse_flaws<'m>(
+    run: &RunFolder,
+    versions: impl IntoIterator<Item = &'m Made>,
+    with_images: bool,
+) -> Result<(), Failed> {
+    let flaws = run.flaws(versions, with_images);
+    let Some(Flaw { file, problem }) = flaws.first() else {
+        return Ok(());
+    };
+    let others = match flaws.len() - 1 {
+        0 => String::new(),
+        more => format!(" (and {} more)", counted(more)),
+    };
+    Err(Failed::Words(format!(
+        "{}: {problem}{others}; nothing was written. Run the pipeline again, which makes it again",
+        run.root().join(Path::new(file)).display()
+    )))
+}
+
+fn counted(files: usize) -> String {
+    match files {
+        1 => "1 file".to_owned(),
+        _ => format!("{files} files"),
+    }
+}

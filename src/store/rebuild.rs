@@ -1,0 +1,256 @@
+//! What a run has when its manifest is damaged: the manifest before with the log since, and a record of
+//! each complete table, in `.cache/records`, that its files prove.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use super::folder::RunFolder;
+use super::manifest::PREVIOUS;
+use super::place::{placed, relocated_below_cache};
+use super::{Fork, Made, Manifest, Parked, StoreError, create_folder, hash_file, sealed};
+
+/// Where records lie, below the run's folder.
+pub(super) const RECORDS: &str = ".cache/records";
+
+/// A complete version of a table, as it lies in its place, with what its run says of itself.
+#[derive(Serialize, Deserialize)]
+struct Record {
+    format: u32,
+    pipeline: String,
+    fork: Option<Fork>,
+    made: Made,
+}
+
+/// The name of a version's record.
+pub(super) fn record_name(made: &Made) -> String {
+    let round = made
+        .round
+        .map_or_else(|| "once".to_owned(), |round| round.to_string());
+    format!("{}.{}.{round}.json", made.key, made.table)
+}
+
+impl Manifest {
+    /// True if something is left that [`Self::restored`] can use.
+    pub(super) fn is_restorable(folder: &Path) -> bool {
+        folder.join(PREVIOUS).exists() || folder.join(RECORDS).exists()
+    }
+
+    /// The problems of the manifest's own files, each found by its checksum.
+    pub fn flaws(folder: &Path) -> Vec<Flaw> {
+        let mut flaws = Vec::new();
+        for name in ["manifest.json", PREVIOUS] {
+            let problem = match fs::read(folder.join(name)) {
+                Ok(text) => sealed::flaw(&text).map(str::to_owned),
+                Err(error) if error.kind() == ErrorKind::NotFound && name == PREVIOUS => None,
+                Err(error) => Some(error.to_string()),
+            };
+            flaws.extend(problem.map(|problem| Flaw::new(name, problem)));
+        }
+        for generation in Self::generations(folder) {
+            let name = format!("manifest.{generation}.log");
+            let lines = fs::read(folder.join(&name)).unwrap_or_default();
+            for (number, line) in lines.split_inclusive(|byte| *byte == b'\n').enumerate() {
+                let problem = match line.strip_suffix(b"\n") {
+                    None => "is cut off",
+                    Some(line) if sealed::unseal_line(line).is_none() => "is damaged",
+                    Some(_) => continue,
+                };
+                flaws.push(Flaw::new(&name, format!("line {} {problem}", number + 1)));
+            }
+        }
+        flaws
+    }
+
+    /// The manifest of a run whose `manifest.json` can't be read for this `problem`.
+    pub(super) fn restored(folder: &Path, problem: &str) -> Result<Self, StoreError> {
+        let path = folder.join("manifest.json");
+        if let Ok(mut manifest) = Self::read_sealed(folder, PREVIOUS) {
+            manifest.replay_logs()?;
+            if manifest.damage.is_none() {
+                manifest.damage = Some(format!(
+                    "{}: {problem}; restored from {PREVIOUS} and its log",
+                    path.display()
+                ));
+            }
+            return Ok(manifest);
+        }
+        let Some(mut manifest) = proved(folder)? else {
+            return Err(StoreError::Manifest {
+                path,
+                problem: format!(
+                    "{problem}, and neither {PREVIOUS} nor the records of tables can replace it; move the folder \
+                     away, or give this run another one with --run"
+                ),
+            });
+        };
+        manifest.damage = Some(format!(
+            "{}: {problem}; restored from the records of {} tables whose files are whole",
+            path.display(),
+            manifest.made.len()
+        ));
+        Ok(manifest)
+    }
+}
+
+/// A manifest of the tables whose records and files agree; `None` where there is no record.
+fn proved(folder: &Path) -> Result<Option<Manifest>, StoreError> {
+    let entries = fs::read_dir(folder.join(RECORDS)).into_iter().flatten();
+    let mut paths: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
+    paths.sort();
+    let mut manifest: Option<Manifest> = None;
+    for path in paths {
+        let text = fs::read(&path).map_err(StoreError::io("read", &path))?;
+        if sealed::flaw(&text).is_some() {
+            continue;
+        }
+        let Ok(record) = serde_json::from_slice::<Record>(&text) else {
+            continue;
+        };
+        let Record {
+            format,
+            pipeline,
+            fork,
+            made,
+        } = record;
+        let manifest = manifest.get_or_insert_with(|| {
+            let mut manifest = Manifest::new(folder, &pipeline);
+            manifest.format = format;
+            manifest.fork = fork;
+            let logs = Manifest::generations(folder);
+            manifest.generation = logs.last().copied().unwrap_or(0) + 1;
+            manifest
+        });
+        let parked = relocated_below_cache(made.clone());
+        if manifest.find(&made.table, made.round).is_none() && is_whole(folder, &made) {
+            manifest.made.push(made);
+        } else if is_whole(folder, &parked) {
+            manifest.parked.push(Parked { made: parked });
+        }
+    }
+    if let Some(manifest) = &mut manifest {
+        // Which files of pictures belong to the run is not recorded: loading brings them back.
+        manifest.made.retain(|made| !made.is_loaded());
+    }
+    Ok(manifest)
+}
+
+/// True if all files of a version lie there as they were written.
+fn is_whole(folder: &Path, made: &Made) -> bool {
+    let files: Vec<(String, &str)> = made.hashes().collect();
+    let is_known = made
+        .checkpoint
+        .as_ref()
+        .is_none_or(|one| one.sha256.len() == one.files.len());
+    is_known
+        && files
+            .par_iter()
+            .all(|(file, sha256)| hash_file(&folder.join(file)).is_ok_and(|found| found == *sha256))
+}
+
+/// A file of a run that is not as the manifest lists it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Flaw {
+    /// Relative to the run's folder.
+    pub file: String,
+    /// In words: `it is missing`, `it has another content`.
+    pub problem: String,
+}
+
+impl Flaw {
+    fn new(file: &str, problem: String) -> Self {
+        let file = file.to_owned();
+        Self { file, problem }
+    }
+}
+
+impl RunFolder {
+    /// Writes the record of a version that is complete.
+    pub(super) fn write_record(&self, table: &str, round: Option<u32>) -> Result<(), StoreError> {
+        let Some(made) = self.manifest.under_way(table, round) else {
+            return Ok(());
+        };
+        let record = Record {
+            format: self.manifest.format,
+            pipeline: self.manifest.pipeline.clone(),
+            fork: self.manifest.fork.clone(),
+            made: placed(made.clone()),
+        };
+        let folder = self.root.join(RECORDS);
+        create_folder(&folder)?;
+        let text = serde_json::to_vec_pretty(&record).expect("a record is plain data");
+        super::write_atomically(&folder.join(record_name(made)), &sealed::seal(&text))
+    }
+
+    /// The files of some versions, and of the pictures where `with_images`, that are not as they were
+    /// written. Each is read once.
+    pub fn flaws<'m>(
+        &self,
+        versions: impl IntoIterator<Item = &'m Made>,
+        with_images: bool,
+    ) -> Vec<Flaw> {
+        let mut files: BTreeMap<String, Option<&str>> = BTreeMap::new();
+        let mut sizes: BTreeMap<String, u64> = BTreeMap::new();
+        for made in versions {
+            files.extend(made.hashes().map(|(file, sha256)| (file, Some(sha256))));
+            let folders = made.checkpoint.iter().map(|one| (&one.folder, &one.files));
+            let states = made.states.iter().map(|one| (&one.folder, &one.files));
+            for (folder, listed) in folders.chain(states) {
+                for (name, bytes) in listed {
+                    let file = format!("{folder}/{name}");
+                    files.entry(file.clone()).or_insert(None);
+                    sizes.insert(file, *bytes);
+                }
+            }
+        }
+        if with_images {
+            let images = self.manifest.images.iter();
+            files.extend(images.map(|file| (file.file.clone(), Some(file.sha256.as_str()))));
+        }
+        let files: Vec<(String, Option<&str>)> = files.into_iter().collect();
+        let checked = files.par_iter().filter_map(|(file, sha256)| {
+            let path = self.root.join(file);
+            let problem = match (fs::metadata(&path), sha256) {
+                (Err(error), _) if error.kind() == ErrorKind::NotFound => {
+                    "it is missing".to_owned()
+                }
+                (Err(error), _) => error.to_string(),
+                (Ok(found), None) if sizes.get(file).is_some_and(|size| *size != found.len()) => {
+                    "it has another size".to_owned()
+                }
+                (Ok(_), None) => return None,
+                (Ok(_), Some(sha256)) => match hash_file(&path) {
+                    Ok(found) if found == *sha256 => return None,
+                    Ok(_) => "it is not what was written: its SHA-256 differs".to_owned(),
+                    Err(error) => error.to_string(),
+                },
+            };
+            let file = file.clone();
+            Some(Flaw { file, problem })
+        });
+        let mut flaws: Vec<Flaw> = checked.collect();
+        flaws.sort();
+        flaws
+    }
+
+    /// Puts spoiled files aside, and strikes out what the run has lost. Returns what was wrong.
+    pub fn set_flaws_aside(&mut self) -> Result<Vec<Flaw>, StoreError> {
+        let versions: Vec<Made> = self.manifest.versions().cloned().collect();
+        let flaws = self.flaws(&versions, true);
+        for flaw in &flaws {
+            let path = self.root.join(&flaw.file);
+            if path.exists() {
+                self.put_aside(&path)?;
+            }
+        }
+        if !flaws.is_empty() {
+            self.strike_out_lost();
+            self.manifest.rewrite()?;
+        }
+        Ok(flaws)
+    }
+}

@@ -1,0 +1,259 @@
+//! Flipped bits and cut files: found, restored or made again, never computed with.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use ovchat::store::{Manifest, copy_folder};
+
+use crate::run::SCRIPTED;
+use crate::scene::Scene;
+
+/// Decides the flips.
+const SEED: u64 = 20_261_128;
+
+/// Flips and cuts of the manifest's files.
+const TRIALS: usize = 200;
+
+/// Numbers that look random, the same in every run of the tests.
+struct Numbers(u64);
+
+impl Numbers {
+    fn below(&mut self, bound: usize) -> usize {
+        self.0 = self
+            .0
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) as usize % bound
+    }
+}
+
+fn finished() -> Scene {
+    let scene = Scene::new();
+    scene.prompts(6).write("p.yaml", SCRIPTED);
+    scene.succeeds(&["run", "p.yaml"]);
+    scene
+}
+
+/// Flips one bit of a file, and keeps its time.
+fn flip(path: &Path, bit: usize) {
+    let mut bytes = fs::read(path).unwrap();
+    bytes[bit / 8] ^= 1 << (bit % 8);
+    overwrite(path, &bytes);
+}
+
+fn overwrite(path: &Path, bytes: &[u8]) {
+    let time = fs::metadata(path).unwrap().modified().unwrap();
+    fs::write(path, bytes).unwrap();
+    let file = File::options().write(true).open(path).unwrap();
+    file.set_modified(time).unwrap();
+}
+
+fn manifest_files(run: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(run)
+        .unwrap()
+        .map(|entry| entry.unwrap().path());
+    let mut files: Vec<PathBuf> = entries
+        .filter(|path| {
+            let name = path.file_name().unwrap().to_string_lossy();
+            path.is_file() && name.starts_with("manifest.")
+        })
+        .collect();
+    files.sort();
+    files
+}
+
+/// The first file of a table in a round.
+fn file_of(run: &Path, table: &str) -> PathBuf {
+    let manifest = Manifest::read(run).unwrap();
+    let made = manifest.find(table, Some(1)).unwrap();
+    run.join(&made.files().next().unwrap().file)
+}
+
+#[test]
+fn no_flip_or_cut_of_the_manifest_goes_unseen_or_costs_a_run() {
+    let scene = finished();
+    let whole = scene.path("runs/scripted");
+    let before = scene.tables("runs/scripted");
+    let made = Manifest::read(&whole).unwrap().made;
+    assert!(Manifest::flaws(&whole).is_empty());
+    let damaged = scene.path("damaged");
+    let mut numbers = Numbers(SEED);
+    for trial in 0..TRIALS {
+        let _ = fs::remove_dir_all(&damaged);
+        copy_folder(&whole, &damaged).unwrap();
+        let files = manifest_files(&damaged);
+        assert!(files.len() >= 3, "manifest, the one before, its log");
+        let file = &files[numbers.below(files.len())];
+        let bytes = fs::read(file).unwrap();
+        let is_cut = numbers.below(4) == 0;
+        if is_cut {
+            overwrite(file, &bytes[..numbers.below(bytes.len())]);
+        } else {
+            flip(file, numbers.below(bytes.len() * 8));
+        }
+        let name = file.file_name().unwrap().to_string_lossy().into_owned();
+        let what = format!("trial {trial}: {name}, cut: {is_cut}");
+        // A log that ends with a whole line is that of an earlier moment; it is the older of two copies.
+        let ends_well = fs::read(file)
+            .unwrap()
+            .last()
+            .is_none_or(|byte| *byte == b'\n');
+        let is_older = is_cut && name.ends_with(".log") && ends_well;
+        assert!(is_older || !Manifest::flaws(&damaged).is_empty(), "{what}");
+        let read = Manifest::read(&damaged).unwrap();
+        assert_eq!(read.made.len(), made.len(), "{what}");
+        assert!(made.iter().all(|one| read.made.contains(one)), "{what}");
+        assert_eq!(read.damage.is_some(), name == "manifest.json", "{what}");
+        if trial % 20 == 0 {
+            let verified = scene.pipeline(&["verify", "damaged"]);
+            assert_eq!(
+                verified.code,
+                Some(i32::from(!is_older)),
+                "{what}: {}",
+                verified.out
+            );
+            scene.succeeds(&["status", "damaged"]);
+            let said = scene.succeeds(&["run", "p.yaml", "--run", "damaged"]);
+            assert!(said.err.contains("nothing to do"), "{what}: {}", said.err);
+            assert!(before == scene.tables("damaged"), "{what}");
+            scene.succeeds(&["verify", "damaged"]);
+        }
+    }
+}
+
+#[test]
+fn a_damaged_line_of_the_log_ends_what_is_known() {
+    let scene = finished();
+    let before = scene.tables("runs/scripted");
+    let run = scene.path("runs/scripted");
+    // As if the manifest had not been rewritten since.
+    fs::remove_file(run.join("manifest.json")).unwrap();
+    fs::rename(
+        run.join("manifest.previous.json"),
+        run.join("manifest.json"),
+    )
+    .unwrap();
+    let log = manifest_files(&run).into_iter();
+    let log = log.filter(|path| path.extension() == Some("log".as_ref()));
+    let log = log.last().unwrap();
+    flip(&log, 100);
+    let said = scene.succeeds(&["run", "p.yaml"]);
+    assert!(said.err.contains("line 1 is damaged"), "{}", said.err);
+    assert!(before == scene.tables("runs/scripted"));
+    scene.succeeds(&["verify", "scripted"]);
+}
+
+#[test]
+fn a_run_without_any_manifest_is_rebuilt_from_the_records_of_its_tables() {
+    let scene = finished();
+    let before = scene.tables("runs/scripted");
+    let run = scene.path("runs/scripted");
+    for file in manifest_files(&run) {
+        fs::write(&file, "{").unwrap();
+    }
+    // A table that cannot be proved whole is made again.
+    flip(&file_of_record(&run, "pairs"), 300);
+    let status = scene.succeeds(&["status", "scripted"]);
+    assert!(
+        status.err.contains("restored from the records"),
+        "{}",
+        status.err
+    );
+    let said = scene.succeeds(&["repair", "scripted"]);
+    assert!(
+        said.err.contains("restored from the records"),
+        "{}",
+        said.err
+    );
+    let said = scene.succeeds(&["run", "p.yaml"]);
+    assert!(
+        said.err
+            .contains("rewards (round 1): 30 rows, there before"),
+        "{}",
+        said.err
+    );
+    assert!(before == scene.tables("runs/scripted"));
+    scene.succeeds(&["verify", "scripted"]);
+}
+
+/// A file of a table in round 1, found without the manifest.
+fn file_of_record(run: &Path, table: &str) -> PathBuf {
+    let folder = run.join(table).join("round-1");
+    let entry = fs::read_dir(folder).unwrap().next().unwrap();
+    entry.unwrap().path()
+}
+
+#[test]
+fn a_query_never_computes_with_a_flipped_bit() {
+    let scene = finished();
+    let file = file_of(&scene.path("runs/scripted"), "rewards");
+    let query =
+        "select sum(reward) as s, count(*) as n, min(prompt_id) as p, max(judge) as j from rewards";
+    let sql = ["sql", "scripted", query, "--format", "csv"];
+    let truth = scene.succeeds(&sql).out;
+    let bytes = fs::read(&file).unwrap();
+    let mut numbers = Numbers(SEED);
+    for _ in 0..30 {
+        let bit = numbers.below(bytes.len() * 8);
+        flip(&file, bit);
+        let said = scene.pipeline(&sql);
+        assert_eq!(said.code, Some(1), "bit {bit}: {}", said.out);
+        assert!(
+            said.err.contains("is not what was written"),
+            "bit {bit}: {}",
+            said.err
+        );
+        assert_eq!(said.out, "");
+        overwrite(&file, &bytes);
+    }
+    assert_eq!(scene.succeeds(&sql).out, truth);
+}
+
+#[test]
+fn files_that_are_spoiled_do_not_leave_the_run() {
+    let scene = finished();
+    let run = scene.path("runs/scripted");
+    let weights = scene.checkpoints("runs/scripted").into_keys();
+    let weights = weights.filter(|path| path.to_string_lossy().contains("round-2"));
+    let weights = weights
+        .max_by_key(|path| fs::metadata(path).unwrap().len())
+        .unwrap();
+    let bytes = fs::read(&weights).unwrap();
+    flip(&weights, 17);
+    let verified = scene.pipeline(&["verify", "scripted"]);
+    assert_eq!(verified.code, Some(1));
+    let name = weights.strip_prefix(&run).unwrap().display().to_string();
+    assert_eq!(
+        verified.out,
+        format!("{name}: it is not what was written: its SHA-256 differs\n")
+    );
+    let said = scene.pipeline(&["export", "scripted", "checkpoint", "--to", "out"]);
+    assert_eq!(said.code, Some(1), "{}", said.err);
+    assert!(said.err.contains(&name), "{}", said.err);
+    assert!(!scene.path("out").exists());
+    overwrite(&weights, &bytes);
+    scene.succeeds(&["export", "scripted", "checkpoint", "--to", "out"]);
+
+    flip(&file_of(&run, "candidates"), 400);
+    let said = scene.pipeline(&["fork", "scripted", "--at", "2"]);
+    assert_eq!(said.code, Some(1), "{}", said.err);
+    assert!(said.err.contains("is not what was written"), "{}", said.err);
+    assert!(!scene.path("runs/scripted-fork-2").exists());
+}
+
+#[test]
+fn a_finished_run_notices_what_has_changed_and_a_copy_is_not_made_again() {
+    let scene = finished();
+    let before = scene.tables("runs/scripted");
+    let file = file_of(&scene.path("runs/scripted"), "pairs");
+    let mut bytes = fs::read(&file).unwrap();
+    bytes[200] ^= 1;
+    fs::write(&file, &bytes).unwrap();
+    let said = scene.succeeds(&["run", "p.yaml"]);
+    assert!(said.err.contains("is not what was written"), "{}", said.err);
+    assert!(before == scene.tables("runs/scripted"));
+
+    copy_folder(&scene.path("runs/scripted"), &scene.path("copy")).unwrap();
+    let said = scene.succeeds(&["run", "p.yaml", "--run", "copy"]);
+    assert!(said.err.contains("nothing to do"), "{}", said.err);
+}
