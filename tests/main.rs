@@ -15,6 +15,8 @@ mod exam;
 mod exec;
 /// Forks, differences, and what is set aside.
 mod fork;
+/// Files of strangers: where they lead, and what they hold.
+mod hostile_files;
 /// Weights from the Hugging Face hub.
 #[cfg(feature = "torch")]
 mod hub;

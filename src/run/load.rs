@@ -7,10 +7,11 @@ use arrow::array::AsArray;
 
 use super::{Runner, count, took, write_beside};
 use crate::config::{KeepImages, PlannedStage};
+use crate::files;
 use crate::run::{Start, Unit};
 use crate::stages::{Failure, Load, Record, TableName, rejects};
 use crate::store::{Event, Images, Key, Made, PartRecord, TableReader};
-use crate::tables::{Image, RejectClass};
+use crate::tables::{Image, ImageFile, RejectClass};
 
 /// Records that are read, checked and committed as one.
 const PART_RECORDS: usize = 256;
@@ -86,8 +87,8 @@ impl Runner<'_> {
             })?;
             self.report.progress(done);
         }
-        if let Some(unread) = work.unread() {
-            let text = format!("{table}: {unread}");
+        for note in work.notes() {
+            let text = format!("{table}: {note}");
             // A table whose files are mended is loaded twice.
             if self.said.insert(text.clone()) {
                 self.report.note(&text);
@@ -142,11 +143,18 @@ impl Runner<'_> {
     }
 }
 
-/// Whether a picture was read from a file of its own, so that its path can take the place of its bytes.
+/// Whether the file under a picture's path is the picture, so that the path can take the place of its
+/// bytes. The path of one that came within a file can be anything.
 fn is_on_disk(image: &Image) -> bool {
-    image
-        .image
-        .path
-        .as_ref()
-        .is_some_and(|path| Path::new(path).is_file())
+    let ImageFile {
+        bytes: Some(bytes),
+        path: Some(path),
+    } = &image.image
+    else {
+        return false;
+    };
+    let is_as_long = Path::new(path)
+        .metadata()
+        .is_ok_and(|file| file.len() == bytes.len() as u64);
+    is_as_long && files::read(Path::new(path)).is_ok_and(|there| there == *bytes)
 }

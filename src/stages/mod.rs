@@ -7,6 +7,7 @@
 //! To add a stage: write its file, add its `mod`, its variant in [`StageSpec`] and its arm in
 //! [`StageSpec::as_stage`]; `UPDATE=1 cargo test` rewrites `schemas/`.
 
+mod confines;
 mod formats;
 mod head;
 mod media;

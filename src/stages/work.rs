@@ -371,8 +371,9 @@ pub trait Load {
     /// are not read.
     fn look_over(&mut self, records: &[Record]);
 
-    /// The keys of the records so far that are not read, in words; `None` when all are.
-    fn unread(&self) -> Option<String>;
+    /// What there is to say of the records so far: their keys that are not read, their pictures that lie
+    /// elsewhere.
+    fn notes(&self) -> Vec<String>;
 
     /// Takes notice of rows that were loaded before the run was interrupted.
     fn resume(&mut self, rows: &RecordBatch) -> Result<(), Failure>;

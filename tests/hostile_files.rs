@@ -1,0 +1,126 @@
+//! Files of strangers: where they lead, and what they hold.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+
+use ovchat::tables::{Image, Prompt};
+use serde_json::json;
+
+use crate::bad_input::{rejects, with_pictures};
+use crate::run::rows;
+use crate::scene::Scene;
+
+const LOAD: [&str; 6] = [
+    "run",
+    "p.yaml",
+    "--until",
+    "prompts",
+    "--set",
+    "reject_share_max=0.99",
+];
+
+/// A picture of somebody else beside the scene of [`with_pictures`], and links to it.
+fn with_a_secret() -> (Scene, tempfile::TempDir) {
+    let scene = with_pictures(&["good.png"]);
+    let elsewhere = tempfile::tempdir().unwrap();
+    let secret = elsewhere.path().join("secret.png");
+    fs::copy(scene.path("images/good.png"), &secret).unwrap();
+    symlink(&secret, scene.path("images/link.png")).unwrap();
+    symlink(elsewhere.path(), scene.path("images/folder")).unwrap();
+    (scene, elsewhere)
+}
+
+#[test]
+fn a_picture_outside_of_its_folders_is_set_aside_unless_the_pipeline_says_otherwise() {
+    let (scene, elsewhere) = with_a_secret();
+    let secret = elsewhere.path().join("secret.png");
+    let secret = secret.to_str().unwrap();
+    let up = format!("{}{secret}", "../".repeat(20));
+    let root = format!("/proc/self/root{secret}");
+    let good = scene.path("images/good.png");
+    fs::copy(&good, scene.path("beside.png")).unwrap();
+    symlink("good.png", scene.path("images/inside.png")).unwrap();
+    let inside = [
+        "good.png",
+        "inside.png",
+        "../beside.png",
+        good.to_str().unwrap(),
+    ];
+    let outside = [secret, &up, "link.png", "folder/secret.png", &root];
+    let names = inside.iter().chain(&outside);
+    let record = |name| json!({"image": name, "prompt": format!("What is {name}?")});
+    let list: Vec<_> = names.map(record).collect();
+    scene.write("prompts.json", serde_json::to_vec(&list).unwrap());
+    let said = scene.succeeds(&LOAD);
+    let note = format!(
+        "prompts: 5 records name pictures outside of its folders, the first is {secret} (record 5); `images_anywhere: true` would read it"
+    );
+    assert!(said.err.contains(&note), "{}", said.err);
+    assert_eq!(rows::<Prompt>(&scene, "prompts", None).len(), inside.len());
+    let found = rejects(&scene);
+    assert_eq!(found.len(), outside.len());
+    for (_, reason) in &found {
+        assert!(
+            reason.contains(secret) && reason.contains("`images_anywhere: true`"),
+            "{reason}"
+        );
+    }
+
+    let anywhere = "stages.prompts.load_prompts.images_anywhere=true";
+    let said = scene.succeeds(&[&LOAD[..], &["--set", anywhere]].concat());
+    assert!(!said.err.contains("outside"), "{}", said.err);
+    assert_eq!(rows::<Prompt>(&scene, "prompts", None).len(), list.len());
+}
+
+#[test]
+fn a_picture_from_a_hub_cache_is_read_where_its_link_leads() {
+    let scene = with_pictures(&["good.png"]);
+    let snapshot = "hub/datasets--org--name/snapshots/0123/images";
+    fs::create_dir_all(scene.path(snapshot)).unwrap();
+    fs::create_dir_all(scene.path("hub/datasets--org--name/blobs")).unwrap();
+    let blob = scene.path("hub/datasets--org--name/blobs/feed");
+    fs::copy(scene.path("images/good.png"), &blob).unwrap();
+    symlink("../../../blobs/feed", scene.path(snapshot).join("good.png")).unwrap();
+    let images = format!("stages.prompts.load_prompts.images={snapshot}");
+    scene.succeeds(&[&LOAD[..], &["--set", &images]].concat());
+    assert_eq!(rows::<Prompt>(&scene, "prompts", None).len(), 1);
+}
+
+/// What Parquet embeds has a path that can name any file.
+#[test]
+fn the_bytes_of_an_embedded_picture_are_kept_where_its_path_is_another_file() {
+    use std::sync::Arc;
+
+    use arrow::array::{ArrayRef, BinaryArray, RecordBatch, StringArray, StructArray};
+    use arrow::datatypes::{DataType, Field};
+    let scene = with_pictures(&[]);
+    let bytes = fs::read(scene.path("images/good.png")).unwrap();
+    scene.write("other.png", &bytes[1..]);
+    let other = scene.path("other.png");
+    let image = StructArray::from(vec![
+        (
+            Arc::new(Field::new("bytes", DataType::Binary, true)),
+            Arc::new(BinaryArray::from(vec![Some(bytes.as_slice())])) as ArrayRef,
+        ),
+        (
+            Arc::new(Field::new("path", DataType::Utf8, true)),
+            Arc::new(StringArray::from(vec![other.to_str().unwrap()])) as ArrayRef,
+        ),
+    ]);
+    let prompt = StringArray::from(vec!["What is it?"]);
+    let batch = RecordBatch::try_from_iter([
+        ("image", Arc::new(image) as ArrayRef),
+        ("prompt", Arc::new(prompt)),
+    ])
+    .unwrap();
+    let mut writer =
+        ovchat::store::TableWriter::new(&scene.path(""), "prompts", batch.schema(), &[]);
+    writer.write(&batch).unwrap();
+    writer.finish().unwrap();
+    let text = fs::read_to_string(scene.path("p.yaml")).unwrap();
+    let text = text.replace("prompts.json", "prompts.parquet");
+    scene.write("p.yaml", format!("keep_images: reference\n{text}"));
+    scene.succeeds(&LOAD);
+    let kept = &rows::<Image>(&scene, "images", None);
+    assert!(kept.is_empty() || kept[0].image.bytes.as_deref() == Some(&bytes[..]));
+}
