@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::file::{quoted, shown};
-use super::out::line;
+use super::out::{line, say};
 use super::{Failed, run_folder};
 use crate::config::load;
 use crate::run::{LAST, LAST_WHOLE, listed, stale};
@@ -77,11 +77,11 @@ impl MakeFork {
         source[LAST] = json!({ "command": command, "sets": sets });
         run.fork(&to, self.at, source)?;
         if !stale.is_empty() {
-            eprintln!(
+            say!(
                 "made from earlier versions of their inputs: {stale}; the fork keeps them as they are"
             );
         }
-        eprintln!(
+        say!(
             "{} has the rounds of {} before {}; go on with:",
             to.display(),
             folder.display(),

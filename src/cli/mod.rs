@@ -35,6 +35,8 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
+use out::say;
+
 use crate::config::{Complaints, LoadError, Look};
 use crate::models::ModelLoader;
 use crate::query::QueryError;
@@ -154,7 +156,7 @@ fn tell(failed: &Failed) -> u8 {
     match failed {
         Failed::Refused(LoadError::Refused(complaints)) => eprint!("{}", render(complaints)),
         Failed::Code(_) => {}
-        _ => eprintln!("error: {failed}"),
+        _ => say!("error: {failed}"),
     }
     failed.code()
 }
