@@ -33,7 +33,7 @@ const FLOORS: [(&str, &str); 12] = [
 const HOMES: [(&str, &str); 7] = [
     ("tch", "src/nn/"),
     ("datafusion", "src/query"),
-    ("tokio", "src/query.rs"),
+    ("tokio", "src/query"),
     ("parquet", "src/store/"),
     ("serde_yaml", "src/config/"),
     ("miette", "src/config/"),

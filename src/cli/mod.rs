@@ -25,6 +25,7 @@ mod report;
 mod rows;
 mod run;
 mod schema;
+mod spill;
 mod sql;
 mod status;
 mod tokens;
