@@ -34,11 +34,13 @@ mod plan;
 mod rounds;
 
 mod complaint;
+mod draw;
 mod guess;
 
 mod schema;
 
-pub use complaint::{At, Complaint, Complaints, Gravity, Look};
+pub use complaint::{At, Complaint, Complaints, Gravity};
+pub use draw::Look;
 pub use expectation::{Expectation, Otherwise};
 pub use paths::NOT_FETCHED;
 pub use pipeline::{Chart, KeepImages, PipelineName, Rounds, View};
