@@ -7,6 +7,7 @@ use ovchat::tables::{Image, Prompt};
 use serde_json::json;
 
 use crate::bad_input::{rejects, with_pictures};
+use crate::hostile_text::ends_soon;
 use crate::run::rows;
 use crate::scene::Scene;
 
@@ -123,4 +124,61 @@ fn the_bytes_of_an_embedded_picture_are_kept_where_its_path_is_another_file() {
     scene.succeeds(&LOAD);
     let kept = &rows::<Image>(&scene, "images", None);
     assert!(kept.is_empty() || kept[0].image.bytes.as_deref() == Some(&bytes[..]));
+}
+
+/// A run that is asked to stop a moment after it began.
+fn is_stopped(scene: &Scene) {
+    let mut command = scene.command(&LOAD);
+    let child = command.stderr(std::process::Stdio::null()).spawn().unwrap();
+    ends_soon(child, "-INT", 130);
+}
+
+#[test]
+fn a_run_that_reads_a_large_file_hears_signals() {
+    let scene = with_pictures(&["good.png"]);
+    let captions = fs::File::create(scene.path("captions.json")).unwrap();
+    // A hole, which takes no room.
+    captions.set_len(1 << 40).unwrap();
+    let text = fs::read_to_string(scene.path("p.yaml")).unwrap();
+    let text = text.replace("images: images", "images: images, captions: captions.json");
+    scene.write("p.yaml", text);
+    is_stopped(&scene);
+}
+
+#[test]
+fn a_run_that_decodes_pictures_hears_signals_and_goes_on_later() {
+    let scene = with_pictures(&[]);
+    image::GrayImage::new(5000, 5000)
+        .save(scene.path("images/large.png"))
+        .unwrap();
+    let large = json!({"image": "large.png", "prompt": "What is it?"});
+    let many = serde_json::to_vec(&vec![large; 250]).unwrap();
+    scene.write("prompts.json", many);
+    is_stopped(&scene);
+    let few = "stages.prompts.load_prompts.limit=2";
+    scene.succeeds(&[&LOAD[..], &["--set", few]].concat());
+    assert_eq!(rows::<Prompt>(&scene, "prompts", None).len(), 2);
+    assert!(rejects(&scene).is_empty());
+}
+
+#[test]
+fn a_file_of_no_end_is_refused_by_its_size() {
+    let scene = with_pictures(&["good.png", "hole.png"]);
+    let hole = |name: &str| {
+        let file = fs::File::create(scene.path(name)).unwrap();
+        file.set_len(1 << 40).unwrap();
+    };
+    hole("images/hole.png");
+    scene.succeeds(&LOAD);
+    let reason = &rejects(&scene)[0].1;
+    assert!(
+        reason.ends_with("hole.png can't be read: it has more than 1024 MB"),
+        "{reason}"
+    );
+    hole("base.yaml");
+    let text = fs::read_to_string(scene.path("p.yaml")).unwrap();
+    scene.write("q.yaml", format!("extends: base.yaml\n{text}"));
+    let said = scene.pipeline(&["check", "q.yaml"]);
+    assert_eq!(said.code, Some(2));
+    assert!(said.err.contains("it has more than 64 MB"), "{}", said.err);
 }

@@ -17,6 +17,8 @@ mod exec;
 mod fork;
 /// Files of strangers: where they lead, and what they hold.
 mod hostile_files;
+/// Texts of strangers: beyond all measure, or meant for terminals.
+mod hostile_text;
 /// Weights from the Hugging Face hub.
 #[cfg(feature = "torch")]
 mod hub;

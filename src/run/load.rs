@@ -40,13 +40,20 @@ impl Runner<'_> {
         let place = self.folder.place(table.as_str(), None);
         let footer = self.footer(None);
         let mut images = Images::open(self.folder.root(), &self.folder.manifest().images)?;
-        let mut records = work.records()?;
+        let interrupt = self.interrupt;
+        // What was cut off in reading because somebody asked to stop is no fault of the file.
+        let stopped = |failure| match interrupt.raised() {
+            true => Failure::Interrupted,
+            false => failure,
+        };
+        let mut records = work.records().map_err(stopped)?;
         let mut done = 0;
         for part in 0.. {
             let next: Vec<Record> = records
                 .by_ref()
                 .take(PART_RECORDS)
-                .collect::<Result<_, _>>()?;
+                .collect::<Result<_, _>>()
+                .map_err(stopped)?;
             if next.is_empty() {
                 break;
             }
@@ -63,7 +70,8 @@ impl Runner<'_> {
                 }
                 continue;
             }
-            let loaded = work.load(next)?;
+            let loaded = work.load(next).map_err(stopped)?;
+            self.stop_if_asked()?;
             self.add_images(&mut images, loaded.images)?;
             let rejects = rejects(table, None, loaded.rejects);
             let name = format!("part-{part:05}");

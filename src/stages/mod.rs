@@ -51,6 +51,7 @@ pub use score::Score;
 pub use select_extremes::{SelectExtremes, Truncated};
 pub use select_pairs::SelectPairs;
 pub use selection::Pairs;
+pub use source::PICTURE_MAX;
 pub use sql::Sql;
 pub use training::AFTER;
 

@@ -23,6 +23,9 @@ use crate::prep::{decode, probe};
 use crate::store::{Key, digest};
 use crate::tables::{Image, ImageFile, Pair, Prompt, RejectClass, Row, Turn};
 
+/// The bytes that a picture's file may have.
+pub const PICTURE_MAX: u64 = 1 << 30;
+
 /// A file of the user and how it is to be read.
 pub struct Source<'a> {
     pub from: &'a Path,
@@ -325,6 +328,10 @@ impl<R: Loadable> Load for Loader<'_, R> {
         let mut read: Vec<(String, Opened)> = records
             .into_par_iter()
             .map(|record| {
+                if files::stopped() {
+                    // Nothing of this is kept.
+                    return (record.place, Err(Flaw::Other(String::new())));
+                }
                 let name = record.fields.as_ref().ok().and_then(own_name);
                 let place = match name {
                     Some(name) => format!("{}, {name}", record.place),
@@ -422,7 +429,7 @@ fn open_picture(
             }
         },
     };
-    let bytes = files::read(&file).map_err(fault)?;
+    let bytes = files::read_at_most(&file, PICTURE_MAX).map_err(fault)?;
     let path = Some(path.to_string_lossy().into_owned());
     let bytes = Some(bytes);
     Ok(check_picture(ImageFile { bytes, path }, pixels_max)?)

@@ -33,7 +33,7 @@ pub enum Work<'a> {
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
     #[error(transparent)]
-    Store(#[from] StoreError),
+    Store(StoreError),
     #[error("model `{model}`: {error}")]
     Model { model: ModelName, error: ModelError },
     #[error(transparent)]
@@ -56,6 +56,15 @@ pub enum Failure {
     /// The user or the system asked to stop.
     #[error("interrupted")]
     Interrupted,
+}
+
+impl From<StoreError> for Failure {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::Stopped => Self::Interrupted,
+            error => Self::Store(error),
+        }
+    }
 }
 
 impl Failure {

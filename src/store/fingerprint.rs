@@ -53,7 +53,16 @@ impl Fingerprints {
 
     /// SHA-256 of a file's content, in hex.
     pub fn file(&self, path: &Path) -> Result<String, StoreError> {
+        self.file_at_most(path, u64::MAX)
+    }
+
+    /// The same of a file that must not have more than so many bytes.
+    pub fn file_at_most(&self, path: &Path, most: u64) -> Result<String, StoreError> {
         let metadata = fs::metadata(path).map_err(StoreError::io("read", path))?;
+        if metadata.len() > most {
+            let too_large = io::Error::from(io::ErrorKind::FileTooLarge);
+            return Err(StoreError::io("read", path)(too_large));
+        }
         let stamp = Stamp {
             size: metadata.len(),
             mtime_ns: i128::from(metadata.mtime()) * 1_000_000_000
@@ -143,6 +152,9 @@ pub fn hash_file(path: &Path) -> Result<String, StoreError> {
     let mut hasher = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
     loop {
+        if files::stopped() {
+            return Err(StoreError::Stopped);
+        }
         let count = file
             .read(&mut buffer)
             .map_err(StoreError::io("read", path))?;
