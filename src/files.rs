@@ -2,9 +2,11 @@
 //! something writes to it, and a device may never end.
 
 use std::fs::{File, Metadata, OpenOptions};
-use std::io::{self, Read as _};
+use std::io::{self, Read};
 use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 /// Opens a regular file for reading. Anything else is an error that says what it is.
 pub fn open(path: &Path) -> io::Result<File> {
@@ -21,17 +23,84 @@ pub fn open(path: &Path) -> io::Result<File> {
 
 /// The content of a regular file.
 pub fn read(path: &Path) -> io::Result<Vec<u8>> {
+    read_at_most(path, FILE_MAX)
+}
+
+/// The content of a regular file that must not have more than so many bytes.
+pub fn read_at_most(path: &Path, most: u64) -> io::Result<Vec<u8>> {
     let mut file = open(path)?;
-    let mut bytes = Vec::with_capacity(file.metadata()?.len() as usize);
-    file.read_to_end(&mut bytes)?;
+    let too_large = || {
+        let problem = format!("it has more than {} MB", most >> 20);
+        io::Error::new(io::ErrorKind::FileTooLarge, problem)
+    };
+    let length = file.metadata()?.len();
+    if length > most {
+        return Err(too_large());
+    }
+    let mut bytes = Vec::with_capacity(length.min(PIECE) as usize);
+    // Some files have more than they say.
+    while file.by_ref().take(PIECE).read_to_end(&mut bytes)? > 0 {
+        if bytes.len() as u64 > most {
+            return Err(too_large());
+        }
+        if bytes.len() as u64 >= PIECE && stopped() {
+            return Err(stop());
+        }
+    }
     Ok(bytes)
 }
 
 /// The content of a regular file of UTF-8 text.
 pub fn read_to_string(path: &Path) -> io::Result<String> {
-    let mut text = String::new();
-    open(path)?.read_to_string(&mut text)?;
-    Ok(text)
+    let bytes = read_at_most(path, TEXT_MAX)?;
+    String::from_utf8(bytes).map_err(|_| {
+        let problem = "stream did not contain valid UTF-8";
+        io::Error::new(io::ErrorKind::InvalidData, problem)
+    })
+}
+
+/// The bytes that a file may have which is read as a whole: a picture, a list.
+const FILE_MAX: u64 = 4 << 30;
+
+/// The bytes that a text may have which somebody wrote: a pipeline, a template, a query.
+pub const TEXT_MAX: u64 = 64 << 20;
+
+/// Bytes that are read between two looks at whether somebody asked to stop.
+const PIECE: u64 = 8 << 20;
+
+static STOP: OnceLock<Arc<AtomicBool>> = OnceLock::new();
+
+/// Ends the reading of large files, here and wherever [`stopped`] is asked, when the flag is raised. The
+/// first flag of a program counts.
+pub fn stop_when(flag: Arc<AtomicBool>) {
+    let _ = STOP.set(flag);
+}
+
+/// Whether somebody asked to stop.
+pub fn stopped() -> bool {
+    STOP.get().is_some_and(|flag| flag.load(Ordering::Relaxed))
+}
+
+fn stop() -> io::Error {
+    io::Error::other("somebody asked to stop")
+}
+
+/// A regular file that is read piece by piece, until somebody asks to stop.
+pub struct Stream(File);
+
+impl Stream {
+    pub fn open(path: &Path) -> io::Result<Self> {
+        open(path).map(Self)
+    }
+}
+
+impl Read for Stream {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if stopped() {
+            return Err(stop());
+        }
+        self.0.read(buffer)
+    }
 }
 
 /// The kind of a file that is neither regular nor a directory, with its article: `a FIFO`.
@@ -82,6 +151,15 @@ mod tests {
             assert_eq!(read(path).unwrap_err().to_string(), problem);
             assert_eq!(open(path).unwrap_err().to_string(), problem);
         }
+        assert_eq!(read_at_most(&text, 5).unwrap(), b"words");
+        let large = read_at_most(&text, 4).unwrap_err();
+        assert_eq!(large.kind(), io::ErrorKind::FileTooLarge);
+        // It says that it has no bytes.
+        assert!(
+            !read_to_string(Path::new("/proc/self/status"))
+                .unwrap()
+                .is_empty()
+        );
         let missing = read(&folder.path().join("missing")).unwrap_err();
         assert_eq!(missing.kind(), io::ErrorKind::NotFound);
     }

@@ -11,3 +11,4 @@ pub mod run;
 pub mod stages;
 pub mod store;
 pub mod tables;
+pub mod visible;

@@ -1,11 +1,13 @@
-//! SQL over tables: the home of DataFusion, and the only file with async.
+//! SQL over tables: the home of DataFusion, and of async.
 //!
-//! Every query runs on one thread with bounded memory; what does not fit is spilled to a folder of
-//! the caller's. Tables are given as lists of Parquet files, so that a reader never sees a file that
+//! Every query runs on one thread of its own, with bounded memory and a deep stack; what does not fit is
+//! spilled to a folder of the caller's. Tables are given as lists of Parquet files, so that a reader never sees a file that
 //! the manifest doesn't list.
 
+mod apart;
 mod checked;
 mod count;
+mod depth;
 mod row_by_row;
 #[cfg(test)]
 mod tests;
@@ -20,13 +22,16 @@ use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use datafusion::common::ScalarValue;
 use datafusion::datasource::MemTable;
 use datafusion::error::DataFusionError;
+use datafusion::execution::SessionState;
 use datafusion::execution::object_store::ObjectStoreUrl;
 use datafusion::execution::runtime_env::RuntimeEnvBuilder;
 use datafusion::prelude::{
     DataFrame, JsonReadOptions, ParquetReadOptions, SQLOptions, SessionConfig, SessionContext, lit,
 };
+use datafusion::sql::parser::Statement;
 use futures::StreamExt;
 
+use apart::{apart, piece_by_piece};
 use checked::CheckedFiles;
 pub use count::{RowCount, Several};
 pub use row_by_row::reach_beyond;
@@ -84,8 +89,8 @@ pub fn plan_counted(
     tables: &[(String, SchemaRef)],
     params: &[(&str, Param)],
 ) -> Result<(SchemaRef, RowCount), QueryError> {
-    let context = SessionContext::new_with_config(config());
-    block_on(async {
+    apart(async || {
+        let context = SessionContext::new_with_config(config());
         for (name, schema) in tables {
             register_empty(&context, name, schema).map_err(error)?;
         }
@@ -101,14 +106,13 @@ pub fn plan_counted(
 
 /// The names of the tables that a query reads.
 pub fn tables(sql: &str) -> Result<Vec<String>, QueryError> {
-    let state = SessionContext::new_with_config(config()).state();
-    let dialect = state.config_options().sql_parser.dialect;
-    let statement = state.sql_to_statement(sql, &dialect).map_err(error)?;
-    let tables = state.resolve_table_references(&statement).map_err(error)?;
-    Ok(tables
-        .iter()
-        .map(|table| table.table().to_owned())
-        .collect())
+    apart(async || {
+        let state = SessionContext::new_with_config(config()).state();
+        let statement = parse(&state, sql)?;
+        let tables = state.resolve_table_references(&statement).map_err(error)?;
+        let names = tables.iter().map(|table| table.table().to_owned());
+        Ok(names.collect())
+    })
 }
 
 /// The columns of a result.
@@ -133,6 +137,7 @@ pub fn run<E: From<QueryError>>(
         match part {
             Part::Header(header) => schema = Some(header.schema),
             Part::Rows(rows) => sink(rows)?,
+            Part::Nothing => {}
         }
         Ok(())
     })?;
@@ -143,61 +148,81 @@ pub fn run<E: From<QueryError>>(
 pub enum Part {
     Header(Header),
     Rows(RecordBatch),
+    /// There is none for the moment; said several times a second, for those who wait to stop.
+    Nothing,
 }
 
-/// The same as [`run`], with a header before the first row is computed.
+/// The same as [`run`], with a header before the first row is computed, and word of each moment without
+/// rows. A query that `sink` ends may go on for a while by itself.
 pub fn stream<E: From<QueryError>>(
     sql: &str,
     params: &[(&str, Param)],
     tables: &[QueryTable],
     views: &[View],
     spill: Option<&Path>,
-    mut sink: impl FnMut(Part) -> Result<(), E>,
+    sink: impl FnMut(Part) -> Result<(), E>,
 ) -> Result<(), E> {
-    let context = context(spill).map_err(error)?;
-    let files = tables.iter().flat_map(|table| &table.files);
-    let files = CheckedFiles::new(files.flat_map(|(_, files)| files));
-    let spoiled = files.spoiled();
-    context.register_object_store(ObjectStoreUrl::local_filesystem().as_ref(), Arc::new(files));
-    // Of a file that is not what was written, DataFusion tells less well.
-    let error = |failed: DataFusionError| {
-        let spoiled = spoiled.lock().expect("no panic while locked");
-        match &*spoiled {
-            Some(path) => {
-                let path = path.clone();
-                let spoiled = StoreError::Spoiled { path };
-                QueryError(format!(
-                    "{spoiled}; `pipeline verify` lists all such files, and `pipeline run` makes them again"
-                ))
+    let (sql, tables, views) = (sql.to_owned(), tables.to_vec(), views.to_vec());
+    let params: Vec<(String, Param)> = params
+        .iter()
+        .map(|(name, value)| ((*name).to_owned(), value.clone()))
+        .collect();
+    let spill = spill.map(Path::to_owned);
+    piece_by_piece(
+        async move |give| {
+            let context = context(spill.as_deref()).map_err(error)?;
+            let files = tables.iter().flat_map(|table| &table.files);
+            let files = CheckedFiles::new(files.flat_map(|(_, files)| files));
+            let spoiled = files.spoiled();
+            context.register_object_store(
+                ObjectStoreUrl::local_filesystem().as_ref(),
+                Arc::new(files),
+            );
+            // Of a file that is not what was written, DataFusion tells less well.
+            let error = |failed: DataFusionError| {
+                let spoiled = spoiled.lock().expect("no panic while locked");
+                match &*spoiled {
+                    Some(path) => {
+                        let path = path.clone();
+                        let spoiled = StoreError::Spoiled { path };
+                        QueryError(format!(
+                            "{spoiled}; `pipeline verify` lists all such files, and `pipeline run` makes them again"
+                        ))
+                    }
+                    None => error(failed),
+                }
+            };
+            for table in &tables {
+                register(&context, table).await.map_err(error)?;
             }
-            None => words::error(failed),
-        }
-    };
-    block_on(async {
-        for table in tables {
-            register(&context, table).await.map_err(error)?;
-        }
-        for view in views {
-            // One that reads a table which the run has not begun yet is not there yet either.
-            if let Ok(frame) = prepare(&context, &view.query, &[], Allowed::Queries).await {
-                context
-                    .register_table(view.name.as_str(), frame.into_view())
-                    .map_err(error)?;
+            for view in &views {
+                // One that reads a table which the run has not begun yet is not there yet either.
+                if let Ok(frame) = prepare(&context, &view.query, &[], Allowed::Queries).await {
+                    context
+                        .register_table(view.name.as_str(), frame.into_view())
+                        .map_err(error)?;
+                }
             }
-        }
-        let frame = prepare(&context, sql, params, Allowed::Looks).await?;
-        let columns = frame.schema().iter();
-        let tables = columns.map(|(table, _)| Some(table?.table().to_owned()));
-        sink(Part::Header(Header {
-            schema: Arc::new(frame.schema().as_arrow().clone()),
-            tables: tables.collect(),
-        }))?;
-        let mut stream = frame.execute_stream().await.map_err(error)?;
-        while let Some(batch) = stream.next().await {
-            sink(Part::Rows(batch.map_err(error)?))?;
-        }
-        Ok(())
-    })
+            let params: Vec<(&str, Param)> = params
+                .iter()
+                .map(|(name, value)| (name.as_str(), value.clone()))
+                .collect();
+            let frame = prepare(&context, &sql, &params, Allowed::Looks).await?;
+            let columns = frame.schema().iter();
+            let tables = columns.map(|(table, _)| Some(table?.table().to_owned()));
+            let header = Header {
+                schema: Arc::new(frame.schema().as_arrow().clone()),
+                tables: tables.collect(),
+            };
+            give(Part::Header(header))?;
+            let mut stream = frame.execute_stream().await.map_err(error)?;
+            while let Some(batch) = stream.next().await {
+                give(Part::Rows(batch.map_err(error)?))?;
+            }
+            Ok(())
+        },
+        sink,
+    )
 }
 
 /// Runs a query over rows in memory: tables by name, each with at least one batch.
@@ -206,8 +231,9 @@ pub fn over<'t>(
     params: &[(&str, Param)],
     tables: impl IntoIterator<Item = (&'t str, Vec<RecordBatch>)>,
 ) -> Result<Vec<RecordBatch>, QueryError> {
-    let context = context(None).map_err(error)?;
-    block_on(async {
+    let tables: Vec<(&str, Vec<RecordBatch>)> = tables.into_iter().collect();
+    apart(async || {
+        let context = context(None).map_err(error)?;
         for (name, rows) in tables {
             let table = MemTable::try_new(rows[0].schema(), vec![rows]).map_err(error)?;
             context
@@ -217,13 +243,6 @@ pub fn over<'t>(
         let frame = prepare(&context, sql, params, Allowed::Looks).await?;
         frame.collect().await.map_err(error)
     })
-}
-
-fn block_on<T>(work: impl Future<Output = T>) -> T {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .build()
-        .expect("a thread's own runtime");
-    runtime.block_on(work)
 }
 
 fn config() -> SessionConfig {
@@ -245,6 +264,12 @@ fn context(spill: Option<&Path>) -> Result<SessionContext, DataFusionError> {
     ))
 }
 
+fn parse(state: &SessionState, sql: &str) -> Result<Statement, QueryError> {
+    depth::refuse_deep(sql)?;
+    let dialect = state.config_options().sql_parser.dialect;
+    state.sql_to_statement(sql, &dialect).map_err(error)
+}
+
 async fn prepare(
     context: &SessionContext,
     sql: &str,
@@ -256,8 +281,7 @@ async fn prepare(
         .with_allow_dml(false)
         .with_allow_statements(false);
     let state = context.state();
-    let dialect = state.config_options().sql_parser.dialect;
-    let statement = state.sql_to_statement(sql, &dialect).map_err(error)?;
+    let statement = parse(&state, sql)?;
     refuse_others(&statement, allowed)?;
     let ignored = unsupported::find(&statement, &state);
     let plan = state.statement_to_plan(statement).await.map_err(error)?;

@@ -521,8 +521,16 @@ fn files_that_are_not_regular_are_refused_without_hanging() {
     let scene = with_pictures(&["good.png", "fifo.png", "zero.png"]);
     fifo(&scene, "images/fifo.png");
     symlink("/dev/zero", scene.path("images/zero.png")).unwrap();
-    let allowed = ["--set", "reject_share_max=0.9"];
-    let said = within_seconds(&scene, &[&["run", "p.yaml"], &allowed[..]].concat());
+    let anywhere = "stages.prompts.load_prompts.images_anywhere=true";
+    let run = [
+        "run",
+        "p.yaml",
+        "--set",
+        "reject_share_max=0.9",
+        "--set",
+        anywhere,
+    ];
+    let said = within_seconds(&scene, &run);
     assert_eq!(said.code, Some(0), "{}", said.err);
     let reasons = rejects(&scene);
     assert!(
@@ -538,7 +546,7 @@ fn files_that_are_not_regular_are_refused_without_hanging() {
 
 /// What the program says, which must end soon.
 #[track_caller]
-fn within_seconds(scene: &Scene, arguments: &[&str]) -> crate::scene::Said {
+pub fn within_seconds(scene: &Scene, arguments: &[&str]) -> crate::scene::Said {
     let mut command = scene.command(arguments);
     command.stdout(std::process::Stdio::piped());
     command.stderr(std::process::Stdio::piped());

@@ -9,6 +9,7 @@ use std::thread;
 
 use ovchat::store::digest;
 use serde_json::json;
+use sha1::{Digest as _, Sha1};
 use tiny_http::{Header, Response, Server};
 
 use crate::scene::{ROOT, Said, Scene, said};
@@ -24,6 +25,11 @@ struct Hub {
 
 impl Hub {
     fn new() -> Self {
+        Self::with_changed(|_, _| {})
+    }
+
+    /// One whose files are not what it lists.
+    fn with_changed(change: impl Fn(&str, &mut Vec<u8>)) -> Self {
         let mut files: HashMap<String, Vec<u8>> = HashMap::new();
         for entry in fs::read_dir(format!("{ROOT}/data-samples/policy")).unwrap() {
             let path = entry.unwrap().path();
@@ -36,13 +42,17 @@ impl Hub {
         files.insert(name, index.to_string().into_bytes());
         let listed = files.iter().map(|(name, bytes)| {
             let hash = digest(bytes);
-            let mut file = json!({ "rfilename": name, "size": bytes.len(), "blobId": hash[..40] });
+            let mut file =
+                json!({ "rfilename": name, "size": bytes.len(), "blobId": git_hash(bytes) });
             if name == "model.safetensors" {
                 file["lfs"] = json!({ "sha256": hash, "size": bytes.len() });
             }
             file
         });
         let listing = json!({ "sha": COMMIT, "siblings": listed.collect::<Vec<_>>() }).to_string();
+        for (name, bytes) in &mut files {
+            change(name, bytes);
+        }
         let server = Arc::new(Server::http("127.0.0.1:0").unwrap());
         let asked = Arc::new(Mutex::new(Vec::new()));
         let hub = Self {
@@ -112,6 +122,14 @@ stages:
   prompts: { load_prompts: { from: prompts.json } }
   candidates: { sample: { prompts: prompts, model: policy, count: 1, max_new_tokens: 4 } }
 ";
+
+/// Git's hash of a file.
+fn git_hash(bytes: &[u8]) -> String {
+    let mut hasher = Sha1::new();
+    hasher.update(format!("blob {}\0", bytes.len()));
+    hasher.update(bytes);
+    format!("{:x}", hasher.finalize())
+}
 
 /// What a command says that has the hub's cache in `hub`.
 fn says(scene: &Scene, arguments: &[&str], more: &[(&str, &str)]) -> Said {
@@ -205,4 +223,50 @@ fn weights_are_fetched_once_and_used_without_a_network_after_that() {
     assert!(other.asked().contains(&whole));
     assert!(fs::read(snapshot.join("model.safetensors")).unwrap() == weights);
     assert!(!Path::new(&growing).exists());
+}
+
+#[test]
+fn files_that_are_not_as_listed_are_refused_and_do_not_stay() {
+    let longer = |name: &str, bytes: &mut Vec<u8>| {
+        if name == "config.json" {
+            bytes.extend(vec![b' '; 1 << 20]);
+        }
+    };
+    let other = |name: &str, bytes: &mut Vec<u8>| {
+        if name == "config.json" {
+            let last = bytes.len() - 1;
+            bytes[last] = b' ';
+        }
+    };
+    let scene = Scene::new();
+    scene.prompts(2).write("p.yaml", PIPELINE);
+    let blobs = scene.path("hub/models--org--tiny/blobs");
+    let config = fs::read(format!("{ROOT}/data-samples/policy/config.json")).unwrap();
+    let kept = |name: &str| blobs.join(name).exists();
+    let hub = Hub::with_changed(longer);
+    let said = says(
+        &scene,
+        &["run", "p.yaml"],
+        &[("HF_ENDPOINT", &hub.endpoint)],
+    );
+    assert_ne!(said.code, Some(0));
+    assert!(
+        said.err.contains("config.json: more comes than the"),
+        "{}",
+        said.err
+    );
+    let blob = git_hash(&config);
+    assert!(!kept(&blob) && !kept(&format!("{blob}.incomplete")));
+
+    let hub = Hub::with_changed(other);
+    let said = says(
+        &scene,
+        &["run", "p.yaml"],
+        &[("HF_ENDPOINT", &hub.endpoint)],
+    );
+    assert_ne!(said.code, Some(0));
+    let words =
+        "config.json: after 5 tries it is not whole: it is not what the hub says that it is";
+    assert!(said.err.contains(words), "{}", said.err);
+    assert!(!kept(&blob));
 }

@@ -15,6 +15,10 @@ mod exam;
 mod exec;
 /// Forks, differences, and what is set aside.
 mod fork;
+/// Files of strangers: where they lead, and what they hold.
+mod hostile_files;
+/// Texts of strangers: beyond all measure, or meant for terminals.
+mod hostile_text;
 /// Weights from the Hugging Face hub.
 #[cfg(feature = "torch")]
 mod hub;

@@ -8,8 +8,9 @@ use std::process::Command;
 use crate::scene::ROOT;
 
 /// What each module may use. Neighbors on one floor do not see each other.
-const FLOORS: [(&str, &str); 11] = [
+const FLOORS: [(&str, &str); 12] = [
     ("files", ""),
+    ("visible", ""),
     ("tables", ""),
     ("models", "files"),
     ("prep", "files models"),
@@ -17,16 +18,22 @@ const FLOORS: [(&str, &str); 11] = [
     ("store", "files tables"),
     ("query", "tables store"),
     ("stages", "files tables models prep store query"),
-    ("config", "files tables models prep query stages"),
-    ("run", "tables models prep store query stages config"),
-    ("cli", "tables models prep store query stages config run"),
+    ("config", "files visible tables models prep query stages"),
+    (
+        "run",
+        "files visible tables models prep store query stages config",
+    ),
+    (
+        "cli",
+        "files visible tables models prep store query stages config run",
+    ),
 ];
 
 /// The one place below `src` that names each of these crates.
 const HOMES: [(&str, &str); 7] = [
     ("tch", "src/nn/"),
     ("datafusion", "src/query"),
-    ("tokio", "src/query.rs"),
+    ("tokio", "src/query"),
     ("parquet", "src/store/"),
     ("serde_yaml", "src/config/"),
     ("miette", "src/config/"),

@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::file::{PipelineFile, folder_of, warn};
-use super::out::{Output, line};
+use super::out::{Output, line, say};
 use super::outlook::Outlook;
 use super::{Failed, engine, forecast, memory, tokens};
 use crate::config::{Complaint, Complaints, LoadError, Plan, PlannedStage, load};
@@ -65,7 +65,7 @@ impl Check {
         let stages = plan.all().count();
         let rounds = plan.rounds.get();
         let plural = if rounds == 1 { "round" } else { "rounds" };
-        eprintln!(
+        say!(
             "{}: nothing wrong ({stages} stages, {rounds} {plural})",
             self.file.file.display()
         );

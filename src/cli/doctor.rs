@@ -6,6 +6,7 @@ use serde_json::json;
 use super::out::{Output, line};
 use super::{Failed, engine};
 use crate::models::{ModelLoader, Severity};
+use crate::visible::visible_bytes;
 
 /// Says what libtorch, CUDA and devices were found, and what is missing.
 #[derive(Args)]
@@ -58,7 +59,7 @@ impl Doctor {
             .output()
             .map_err(|error| engine::cannot_start(&engine, &error))?;
         line(String::from_utf8_lossy(&output.stdout).trim_end())?;
-        eprint!("{}", String::from_utf8_lossy(&output.stderr));
+        eprint!("{}", visible_bytes(&output.stderr));
         match output.status.code() {
             Some(0) => Ok(()),
             // What the system's loader exits with when a library is missing.

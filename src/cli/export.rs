@@ -10,8 +10,10 @@ use arrow::array::RecordBatch;
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
+use super::out::say;
 use super::verify::refuse_flaws;
 use super::{Failed, engine, read_run, run_folder};
+use crate::files;
 use crate::models::{Layout, ModelLoader};
 use crate::store::{
     CheckpointRecord, Images, Lookup, Made, RunFolder, StoreError, TableReader, copy_folder,
@@ -126,7 +128,7 @@ impl Export {
                     None => {
                         write_folder(to, |to| copy(&run, to, &trained))?;
                         let (from, model) = (&last.folder, &last.model);
-                        eprintln!("wrote {from} of `{model}` to {}", to.display());
+                        say!("wrote {from} of `{model}` to {}", to.display());
                     }
                     Some(loader) => {
                         let layout = layout.map(Layout::from);
@@ -219,7 +221,7 @@ fn pairs(
     let mut text = serde_json::to_vec_pretty(&list).expect("plain data");
     text.write_all(b"\n").expect("a vector takes any bytes");
     write_atomically(to, &text)?;
-    eprintln!(
+    say!(
         "wrote {} pairs to {} and {} pictures to {}",
         list.len(),
         to.display(),
@@ -347,13 +349,13 @@ fn rewrite(
         Some(adapter) => format!(" with {} added", adapter.display()),
         None => String::new(),
     };
-    eprintln!("wrote {}{with} to {}", weights.display(), to.display());
+    say!("wrote {}{with} to {}", weights.display(), to.display());
     Ok(())
 }
 
 /// The folder of the weights that an adapter was trained beside.
 fn base_of(config: &Path, given: Option<&Path>) -> Result<PathBuf, Failed> {
-    let text = fs::read_to_string(config).map_err(StoreError::io("read", config))?;
+    let text = files::read_to_string(config).map_err(StoreError::io("read", config))?;
     let config: Value = serde_json::from_str(&text).unwrap_or_default();
     let named = config["base_model_name_or_path"].as_str().map(Path::new);
     let base = given.or(named).filter(|base| base.is_dir());

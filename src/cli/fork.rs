@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::file::{quoted, shown};
-use super::out::line;
+use super::out::{line, say};
 use super::verify::refuse_flaws;
 use super::{Failed, read_run, run_folder};
 use crate::config::load;
@@ -80,11 +80,11 @@ impl MakeFork {
         refuse_flaws(&run, run.manifest().made.iter().filter(is_shared), true)?;
         run.fork(&to, self.at, source)?;
         if !stale.is_empty() {
-            eprintln!(
+            say!(
                 "made from earlier versions of their inputs: {stale}; the fork keeps them as they are"
             );
         }
-        eprintln!(
+        say!(
             "{} has the rounds of {} before {}; go on with:",
             to.display(),
             folder.display(),

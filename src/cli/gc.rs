@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::out::{Output, line};
+use super::out::{Output, line, say};
 use super::progress::duration;
 use super::{Failed, read_run, run_folder};
 use crate::prep::size_in_words as size;
@@ -48,7 +48,7 @@ impl Gc {
             ));
         }
         if parked.is_empty() {
-            eprintln!("{}: nothing is set aside", folder.display());
+            say!("{}: nothing is set aside", folder.display());
             return Ok(());
         }
         line(format_args!(
@@ -82,7 +82,7 @@ impl Gc {
             return Ok(());
         }
         let gone = remove(&folder, &run)?;
-        eprintln!("{gone} tables removed");
+        say!("{gone} tables removed");
         Ok(())
     }
 }
@@ -91,7 +91,7 @@ impl Gc {
 fn remove(folder: &Path, run: &RunFolder) -> Result<usize, Failed> {
     let (mut run, opened) = RunFolder::open(folder, &run.manifest().pipeline)?;
     for table in opened.lost {
-        eprintln!("files of `{table}` are missing or spoiled; the next run makes them again");
+        say!("files of `{table}` are missing or spoiled; the next run makes them again");
     }
     Ok(run.forget_parked()?.len())
 }
@@ -113,7 +113,7 @@ fn to_json(made: &Made) -> Value {
 /// Asks on a terminal; elsewhere nobody answers, and the way out is said.
 fn agreed() -> Result<bool, Failed> {
     if !std::io::stdin().is_terminal() {
-        eprintln!("nothing was removed; --yes removes them");
+        say!("nothing was removed; --yes removes them");
         return Ok(false);
     }
     eprint!("remove them? [y/N] ");

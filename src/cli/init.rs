@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::Failed;
+use super::out::say;
 
 const STARTER: &str = include_str!("starter.yaml");
 
@@ -34,7 +35,7 @@ impl Init {
         })?;
         file.write_all(STARTER.as_bytes())
             .map_err(|error| Failed::Words(format!("cannot write {shown}: {error}")))?;
-        eprintln!("wrote {shown}; fill in the paths, then: pipeline check {shown}");
+        say!("wrote {shown}; fill in the paths, then: pipeline check {shown}");
         Ok(())
     }
 }

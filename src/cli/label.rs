@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 use tiny_http::{Header, Method, Request, Response, Server};
 
 use self::desk::Desk;
+use super::out::say;
 use super::{Failed, read_run, run_folder};
 use crate::models::media_type;
 use crate::run::Interrupt;
@@ -92,9 +93,9 @@ impl LabelRun {
             port: address.port(),
         };
         let (said, wanted, questions) = (desk.said(), desk.wanted(), desk.questions());
-        eprintln!("{title}: {said} of {wanted} labels so far, {questions} questions");
-        eprintln!("http://{address}/?key={key}");
-        eprintln!("this machine only; Ctrl-C ends it, what was said is kept");
+        say!("{title}: {said} of {wanted} labels so far, {questions} questions");
+        say!("http://{address}/?key={key}");
+        say!("this machine only; Ctrl-C ends it, what was said is kept");
         let interrupt = Interrupt::listen()
             .map_err(|error| Failed::Words(format!("cannot listen to signals: {error}")))?;
         while !interrupt.raised() {
@@ -108,12 +109,12 @@ impl LabelRun {
             let (status, media, body) = answer(&guard, &mut desk, &mut images, &mut request);
             let after = desk.said();
             if before < desk.wanted() && after >= desk.wanted() {
-                eprintln!("{after} labels are enough: run the pipeline again to go on");
+                say!("{after} labels are enough: run the pipeline again to go on");
             }
             // Somebody who has left hears nothing.
             drop(request.respond(response(status, media, body)));
         }
-        eprintln!("{} labels, kept in {}", desk.said(), folder.display());
+        say!("{} labels, kept in {}", desk.said(), folder.display());
         Ok(())
     }
 

@@ -25,6 +25,7 @@ mod report;
 mod rows;
 mod run;
 mod schema;
+mod spill;
 mod sql;
 mod status;
 mod tokens;
@@ -35,6 +36,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
+
+use out::say;
 
 use crate::config::{Complaints, LoadError, Look};
 use crate::models::ModelLoader;
@@ -159,7 +162,7 @@ fn tell(failed: &Failed) -> u8 {
     match failed {
         Failed::Refused(LoadError::Refused(complaints)) => eprint!("{}", render(complaints)),
         Failed::Code(_) => {}
-        _ => eprintln!("error: {failed}"),
+        _ => say!("error: {failed}"),
     }
     failed.code()
 }
@@ -183,7 +186,7 @@ fn render(complaints: &Complaints) -> String {
 fn read_run(folder: &Path) -> Result<RunFolder, Failed> {
     let run = RunFolder::read(folder)?;
     if let Some(damage) = &run.manifest().damage {
-        eprintln!(
+        out::say!(
             "warning: {damage}; `pipeline repair {}` writes it",
             folder.display()
         );

@@ -1,8 +1,10 @@
-//! Standard output, for data; and whether it is for people or for programs.
+//! Standard output, for data; whether it is for people or for programs; and words on standard error.
 
-use std::io::{self, ErrorKind, Write};
+use std::io::{self, ErrorKind, IsTerminal, Write};
 
 use clap::{Args, ValueEnum};
+
+use crate::visible::{visible, visible_bytes};
 
 /// The flag of the output format.
 #[derive(Debug, Args)]
@@ -29,11 +31,17 @@ impl Output {
     }
 }
 
-/// Writes to stdout, and ends the program quietly when nobody reads it any more (`… | head`).
+/// Writes to stdout, and ends the program quietly when nobody reads it any more (`… | head`). A terminal
+/// is shown nothing that it would obey; files and programs get the bytes as they are.
 pub struct Out;
 
 impl Write for Out {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if io::stdout().is_terminal() {
+            let shown = visible_bytes(bytes);
+            let written = io::stdout().write_all(shown.as_bytes());
+            return written.map(|()| bytes.len()).map_err(end_if_unread);
+        }
         io::stdout().write(bytes).map_err(end_if_unread)
     }
 
@@ -54,3 +62,17 @@ pub fn line(text: impl std::fmt::Display) -> Result<(), super::Failed> {
     let written = writeln!(Out, "{text}").and_then(|()| Out.flush());
     written.map_err(|error| super::Failed::Words(format!("cannot write to stdout: {error}")))
 }
+
+/// Writes a line of words to stderr.
+pub fn write_words(text: &str) {
+    // Nobody reading it any more is no reason to stop.
+    let _ = writeln!(io::stderr(), "{}", visible(text));
+}
+
+/// Says something to people on stderr, in the words of a format, as `eprintln!` would.
+macro_rules! say {
+    ($($words:tt)*) => {
+        $crate::cli::out::write_words(&format!($($words)*))
+    };
+}
+pub(super) use say;

@@ -7,6 +7,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::run::{Report, Start, Unit, titled};
 use crate::stages::TableName;
+use crate::visible::visible;
 
 /// Between two lines about one table, where there is no terminal.
 const LINE_EVERY: Duration = Duration::from_secs(30);
@@ -44,6 +45,7 @@ impl Progress {
     }
 
     fn line(&self, text: &str) {
+        let text = visible(text);
         match self
             .current
             .as_ref()

@@ -26,9 +26,10 @@ use arrow::util::pretty::pretty_format_batches;
 use arrow_ipc::writer::FileWriter;
 use clap::{Args, ValueEnum};
 use json::{Cells, non_finite};
-use text::{csv_header, csv_rows, markdown_header, markdown_rows};
+use text::{csv_header, csv_rows, markdown_header, markdown_rows, shown};
 
 use super::Failed;
+use super::out::say;
 use crate::query::{Header, QueryError};
 use crate::store::ParquetStream;
 
@@ -105,8 +106,11 @@ pub struct RowWriter<W: Write + Send> {
     rows: usize,
 }
 
+/// Rows of a table for people that are kept until they are printed, at least.
+const PIECE_ROWS: usize = 10_000;
+
 enum Sink<W: Write + Send> {
-    /// Columns are as wide as their widest value, so all rows are kept until the end.
+    /// Columns are as wide as their widest value, so rows are kept until they are a piece.
     Table(W, Vec<RecordBatch>),
     Markdown(W),
     Csv(W),
@@ -172,7 +176,18 @@ impl<W: Write + Send> RowWriter<W> {
         let in_json = ", which JSON can't hold";
         let header = std::mem::take(&mut self.header);
         match &mut self.sink {
-            Sink::Table(_, batches) => batches.push(readable(batch, false)?),
+            Sink::Table(out, batches) => {
+                let kept: usize = batches.iter().map(RecordBatch::num_rows).sum();
+                if kept >= PIECE_ROWS {
+                    if kept == self.rows {
+                        say!(
+                            "there are more than {kept} rows: the table comes in pieces with columns of their own width; --format csv writes one"
+                        );
+                    }
+                    print_table(out, &std::mem::take(batches))?;
+                }
+                batches.push(shown(batch)?);
+            }
             Sink::Markdown(out) => {
                 let text = markdown_rows(&readable(batch, false)?)?;
                 out.write_all((header + &text).as_bytes())
@@ -212,9 +227,9 @@ impl<W: Write + Send> RowWriter<W> {
         let mut out = match self.sink {
             Sink::Table(mut out, mut batches) => {
                 if batches.is_empty() {
-                    batches.push(RecordBatch::new_empty(self.schema));
+                    batches.push(shown(&RecordBatch::new_empty(self.schema))?);
                 }
-                writeln!(out, "{}", pretty_format_batches(&batches)?).map_err(unwritten)?;
+                print_table(&mut out, &batches)?;
                 out
             }
             Sink::Markdown(mut out) | Sink::Csv(mut out) => {
@@ -260,6 +275,10 @@ fn not_csv(error: ArrowError) -> Failed {
         "the rows can't be written as CSV, in which lists, structs and maps are JSON: {error}; use \
          `--format parquet` or `arrow`"
     ))
+}
+
+fn print_table(out: &mut impl Write, batches: &[RecordBatch]) -> Result<(), Failed> {
+    writeln!(out, "{}", pretty_format_batches(batches)?).map_err(unwritten)
 }
 
 fn drain(from: &mut Vec<u8>, to: &mut impl Write) -> Result<(), Failed> {

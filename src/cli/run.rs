@@ -9,6 +9,7 @@ use serde_json::json;
 use super::check::refuse;
 use super::file::{PipelineFile, folder_of, quoted, shown, warn};
 use super::log::{self, JsonLog};
+use super::out::say;
 use super::outlook::Outlook;
 use super::progress::Progress;
 use super::{Failed, engine, report};
@@ -127,7 +128,7 @@ impl Run {
             paths.filter_map(|(_, path)| Repository::of(path))
         });
         let mut say = |text: &str| match self.log {
-            Log::Text => eprintln!("{text}"),
+            Log::Text => say!("{text}"),
             Log::Json => log::write("note", json!({ "text": text })),
         };
         for repository in paths.collect::<Vec<_>>() {
@@ -191,22 +192,22 @@ fn in_text(
         Ok(summary) => {
             if options.until.is_none() {
                 report::print(plan, &RunFolder::read(&options.folder)?, &mut |text| {
-                    eprintln!("{text}");
+                    say!("{text}");
                 })?;
             }
             let Summary { made, reused } = summary;
             match made {
-                0 => eprintln!("nothing to do: all {reused} tables of {folder} are there"),
-                _ => eprintln!("done: {made} tables made, {reused} there before, in {folder}"),
+                0 => say!("nothing to do: all {reused} tables of {folder} are there"),
+                _ => say!("done: {made} tables made, {reused} there before, in {folder}"),
             }
             Ok(())
         }
         Err(error) if matches!(*error.failure, Failure::Interrupted) => {
-            eprintln!("stopped; what was made is kept in {folder}, and the same command goes on");
+            say!("stopped; what was made is kept in {folder}, and the same command goes on");
             Err(Failed::Code(interrupt.code() as u8))
         }
         Err(error) if matches!(*error.failure, Failure::Waiting(_)) => {
-            eprintln!("waiting: {error}; the same command goes on then");
+            say!("waiting: {error}; the same command goes on then");
             Err(Failed::Code(WAITING))
         }
         Err(error) => {

@@ -7,9 +7,10 @@ use arrow::array::RecordBatch;
 use arrow::datatypes::SchemaRef;
 use clap::Args;
 
-use super::out::Out;
+use super::out::{Out, say};
 use super::rows::{RowFormat, RowWriter};
-use super::{Failed, read_run, run_folder};
+use super::spill::Spill;
+use super::{Failed, read_run, run_folder, spill};
 use crate::config::tables_there;
 use crate::query::{self, Param, Part, QueryError, QueryTable, View};
 use crate::store::{LABELS, Made, RunFolder, TableFile, schema_of_file};
@@ -42,6 +43,7 @@ impl Sql {
         let folder = run_folder(&self.run);
         let run = read_run(&folder)?;
         self.rows.refuse_terminal(std::io::stdout().is_terminal())?;
+        spill::end_at_signals()?;
         if let Some(query) = &self.query {
             return self.answer(&run, query);
         }
@@ -62,21 +64,21 @@ impl Sql {
 
     /// Reads and answers queries until the end of the input.
     fn converse(&self, folder: &std::path::Path) -> Result<(), Failed> {
-        eprintln!("end a query with `;`, leave with Ctrl-D; try: show tables;");
+        say!("end a query with `;`, leave with Ctrl-D; try: show tables;");
         let mut query = String::new();
         loop {
             eprint!("{}", if query.is_empty() { "sql> " } else { "...> " });
             let read = std::io::stdin().lock().read_line(&mut query);
             if read.map_err(|error| Failed::Words(format!("cannot read the query: {error}")))? == 0
             {
-                eprintln!();
+                say!("");
                 return Ok(());
             }
             if query.trim_end().ends_with(';') {
                 // Opened anew, so that what a running pipeline makes meanwhile is seen.
                 let run = read_run(folder)?;
                 if let Err(failed) = self.answer(&run, query.trim_end().trim_end_matches(';')) {
-                    eprintln!("error: {failed}");
+                    say!("error: {failed}");
                 }
                 query.clear();
             }
@@ -84,7 +86,7 @@ impl Sql {
     }
 
     fn answer(&self, run: &RunFolder, query: &str) -> Result<(), Failed> {
-        let spill = spill()?;
+        let spill = Spill::open()?;
         let views = report_views(&run.manifest().source);
         let tables = tables(run, self.staged)?;
         let printed = print(query, &[], &tables, &views, &spill, self.rows, Out);
@@ -112,7 +114,7 @@ pub fn show<W: Write + Send>(
     format: RowFormat,
     out: W,
 ) -> Result<W, Failed> {
-    print(query, params, tables, &[], &spill()?, format, out)
+    print(query, params, tables, &[], &Spill::open()?, format, out)
 }
 
 fn print<W: Write + Send>(
@@ -120,7 +122,7 @@ fn print<W: Write + Send>(
     params: &[(&str, Param)],
     tables: &[QueryTable],
     views: &[View],
-    spill: &tempfile::TempDir,
+    spill: &Spill,
     format: RowFormat,
     out: W,
 ) -> Result<W, Failed> {
@@ -134,15 +136,11 @@ fn print<W: Write + Send>(
             }
             (Part::Rows(rows), Some(writer)) => writer.write(&rows)?,
             (Part::Rows(_), None) => unreachable!("the header comes first"),
+            (Part::Nothing, _) => {}
         }
         Ok::<(), Failed>(())
     })?;
     writer.expect("the header comes first").finish()
-}
-
-fn spill() -> Result<tempfile::TempDir, Failed> {
-    tempfile::tempdir()
-        .map_err(|error| Failed::Words(format!("no folder for temporary files: {error}")))
 }
 
 /// Runs a query over all that there is in a run: its tables, and the views of its report.
@@ -151,7 +149,7 @@ pub fn ask(
     query: &str,
     sink: impl FnMut(RecordBatch) -> Result<(), Failed>,
 ) -> Result<SchemaRef, Failed> {
-    let spill = spill()?;
+    let spill = Spill::open()?;
     let views = report_views(&run.manifest().source);
     let tables = tables(run, false)?;
     query::run(query, &[], &tables, &views, Some(spill.path()), sink)

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde_json::json;
 
-use super::out::{Output, line};
+use super::out::{Output, line, say};
 use super::{Failed, run_folder};
 use crate::store::{Flaw, Made, Manifest, RunFolder};
 
@@ -52,10 +52,10 @@ impl Verify {
         }
         let shown = folder.display();
         if flaws.is_empty() {
-            eprintln!("{shown}: all files are what was written");
+            say!("{shown}: all files are what was written");
             return Ok(());
         }
-        eprintln!(
+        say!(
             "{shown}: {} damaged; `pipeline run` makes again what it needs of them, `pipeline repair {shown}` puts \
              all of them aside",
             counted(flaws.len())
@@ -70,18 +70,18 @@ impl Repair {
         let pipeline = RunFolder::read(&folder)?.manifest().pipeline.clone();
         let (mut run, opened) = RunFolder::open(&folder, &pipeline)?;
         for words in opened.damage.iter().chain(&opened.lost) {
-            eprintln!("{words}");
+            say!("{words}");
         }
         let flaws = run.set_flaws_aside()?;
         for Flaw { file, problem } in &flaws {
-            eprintln!("{file}: {problem}");
+            say!("{file}: {problem}");
         }
         let found = flaws.len() + opened.lost.len() + opened.damage.iter().len();
         let shown = folder.display();
         if found == 0 {
-            eprintln!("{shown}: nothing to repair");
+            say!("{shown}: nothing to repair");
         } else {
-            eprintln!("{shown}: repaired; the next `pipeline run` makes again what is missing");
+            say!("{shown}: repaired; the next `pipeline run` makes again what is missing");
         }
         Ok(())
     }

@@ -1,20 +1,20 @@
 //! Complaints: what is wrong with a pipeline, where, and the way out.
 //!
 //! A complaint is made with the *path* of the setting it is about; [`Sources::place`] finds the
-//! text to underline when all complaints are there. miette draws them.
+//! text to underline when all complaints are there. [`super::draw`] draws them.
 
 use std::fmt;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use miette::{Diagnostic, GraphicalReportHandler, GraphicalTheme, LabeledSpan, SourceCode};
 use serde_json::{Value, json};
 
+use super::draw::Look;
 use super::overlay::Layer;
 use super::overrides::Override;
 use super::reference::{Secrets, UNKNOWN_VARIABLE};
-use super::source::{KeyPath, Place, Side, Source, around};
+use super::source::{KeyPath, Place, Side, around};
 use super::sql::Piece;
 
 /// Where a complaint points: a setting, or its name.
@@ -57,6 +57,9 @@ pub enum Gravity {
     Note,
 }
 
+/// Complaints that are told at once.
+pub const TOLD_MAX: usize = 50;
+
 /// One thing that is wrong with a pipeline.
 #[derive(Debug, Clone)]
 pub struct Complaint {
@@ -76,7 +79,7 @@ pub struct Complaint {
     /// The piece of the text at `at` that it is about; all of it if there is none.
     piece: Option<Piece>,
     /// The text to underline and what to write there, the first being that of `at`.
-    drawing: Vec<(Place, String)>,
+    pub(super) drawing: Vec<(Place, String)>,
 }
 
 impl Complaint {
@@ -191,25 +194,6 @@ impl Complaint {
         self.drawing.first().map(|(place, _)| place)
     }
 
-    /// Draws it with what it underlines, ending in a newline.
-    pub fn render(&self, look: Look) -> String {
-        let theme = match look {
-            Look::Color => GraphicalTheme::unicode(),
-            Look::Plain => GraphicalTheme::unicode_nocolor(),
-            Look::Ascii => GraphicalTheme::none(),
-        };
-        let drawer = GraphicalReportHandler::new_themed(theme)
-            .with_width(100)
-            .with_context_lines(1)
-            .with_urls(false)
-            .without_syntax_highlighting();
-        let mut text = String::new();
-        match drawer.render_report(&mut text, self) {
-            Ok(()) => text,
-            Err(_) => format!("{self}\n"),
-        }
-    }
-
     /// For programs: code, message, path, file, line and column (both from 1), label and help.
     pub fn to_json(&self) -> Value {
         let mut object = json!({
@@ -243,80 +227,6 @@ impl fmt::Display for Complaint {
 
 impl std::error::Error for Complaint {}
 
-impl Diagnostic for Complaint {
-    fn code<'a>(&'a self) -> Option<Box<dyn fmt::Display + 'a>> {
-        Some(Box::new(self.code))
-    }
-
-    fn severity(&self) -> Option<miette::Severity> {
-        Some(match self.gravity {
-            Gravity::Error => miette::Severity::Error,
-            Gravity::Warning => miette::Severity::Warning,
-            Gravity::Note => miette::Severity::Advice,
-        })
-    }
-
-    fn help<'a>(&'a self) -> Option<Box<dyn fmt::Display + 'a>> {
-        let help = self.help.as_ref()?;
-        Some(Box::new(help))
-    }
-
-    fn source_code(&self) -> Option<&dyn SourceCode> {
-        let place = self.place()?;
-        Some(&*place.source)
-    }
-
-    fn labels(&self) -> Option<Box<dyn Iterator<Item = LabeledSpan> + '_>> {
-        let source = &self.place()?.source;
-        let here = self
-            .drawing
-            .iter()
-            .filter(move |(place, _)| place.source == *source);
-        Some(Box::new(here.enumerate().map(
-            |(position, (place, label))| {
-                let label = Some(label.clone()).filter(|label| !label.is_empty());
-                if position == 0 {
-                    LabeledSpan::new_primary_with_span(label, place.span.clone())
-                } else {
-                    LabeledSpan::new_with_span(label, place.span.clone())
-                }
-            },
-        )))
-    }
-}
-
-impl SourceCode for Source {
-    /// miette asks with context for what it draws, and without for the line and column. What is
-    /// drawn here are the whole lines of the span and none around them.
-    fn read_span<'a>(
-        &'a self,
-        span: &miette::SourceSpan,
-        lines_before: usize,
-        lines_after: usize,
-    ) -> Result<Box<dyn miette::SpanContents<'a> + 'a>, miette::MietteError> {
-        let mut drawn = *span;
-        if lines_before + lines_after > 0 {
-            let (start, end) = (span.offset(), span.offset() + span.len());
-            let start = self.text[..start]
-                .rfind('\n')
-                .map_or(0, |newline| newline + 1);
-            let line_end = self.text[end..]
-                .find('\n')
-                .map_or(self.text.len(), |at| end + at);
-            drawn = (start..line_end).into();
-        }
-        let inner = self.text.read_span(&drawn, 0, 0)?;
-        Ok(Box::new(miette::MietteSpanContents::new_named(
-            self.name.clone(),
-            inner.data(),
-            *inner.span(),
-            inner.line(),
-            inner.column(),
-            inner.line_count(),
-        )))
-    }
-}
-
 /// Everything that is wrong with a pipeline, in the order of the text.
 #[derive(Debug, Clone)]
 pub struct Complaints(pub Vec<Complaint>);
@@ -346,28 +256,19 @@ impl fmt::Display for Complaints {
 
 impl std::error::Error for Complaints {}
 
-/// How complaints are drawn.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Look {
-    /// Colors and line-drawing characters, for a terminal.
-    Color,
-    /// Line-drawing characters only.
-    Plain,
-    /// Nothing but ASCII around the texts, for logs.
-    Ascii,
-}
-
-impl Look {
-    /// The look that fits: color on a terminal unless `NO_COLOR` is set or the terminal is `dumb`.
-    pub fn detect(is_terminal: bool) -> Self {
-        let no_color = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
-        let is_dumb = std::env::var_os("TERM").is_some_and(|value| value == "dumb");
-        match (is_terminal && !is_dumb, no_color) {
-            (false, _) => Self::Ascii,
-            (true, true) => Self::Plain,
-            (true, false) => Self::Color,
-        }
-    }
+/// Leaves the gravest of too many complaints, and tells how many there were.
+fn cut(complaints: &mut Vec<Complaint>) -> Option<Complaint> {
+    let left = complaints
+        .len()
+        .checked_sub(TOLD_MAX)
+        .filter(|left| *left > 0)?;
+    complaints.sort_by_key(|complaint| complaint.gravity);
+    complaints.truncate(TOLD_MAX);
+    let at = At::key(KeyPath::root());
+    let message = format!("at least {left} more of what there is to say is left out");
+    let mut more = Complaint::new("config::more", at, message).help("mend this and check again");
+    more.gravity = complaints.last().expect("some are left").gravity;
+    Some(more)
 }
 
 /// The texts that a pipeline was made from: its files, and what `--set` changed in them.
@@ -427,11 +328,13 @@ impl Sources {
         let mut told: Vec<Complaint> = Vec::new();
         for complaint in complaints {
             let is_same = |other: &&mut Complaint| {
-                NAMES.contains(&complaint.code)
-                    && other.code == complaint.code
-                    && other.message == complaint.message
+                other.code == complaint.code && other.message == complaint.message
             };
-            match told.iter_mut().find(is_same) {
+            let same = match NAMES.contains(&complaint.code) {
+                true => told.iter_mut().find(is_same),
+                false => None,
+            };
+            match same {
                 Some(first) => first.also.push((complaint.at, String::new())),
                 None => told.push(complaint),
             }
@@ -442,6 +345,7 @@ impl Sources {
     /// Finds what each complaint underlines, and puts them in the order of the text: those about
     /// the file first, then those about `--set`.
     pub fn place(&self, mut complaints: Vec<Complaint>) -> Vec<Complaint> {
+        let more = cut(&mut complaints);
         for complaint in &mut complaints {
             if !complaint.drawing.is_empty() {
                 continue;
@@ -477,6 +381,7 @@ impl Sources {
         });
         // An alias (`*name`) repeats the mistakes of its anchor.
         complaints.dedup_by(|b, a| a.message == b.message && a.drawing == b.drawing);
+        complaints.extend(more);
         complaints
     }
 

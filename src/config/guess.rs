@@ -1,8 +1,14 @@
 //! What somebody may have meant by a word that doesn't exist.
 
+/// Letters of a word that is compared with others; nobody means anything else by a longer one.
+const LETTERS_MAX: usize = 100;
+
 /// The known word nearest to `word`, if one is near enough to be meant: at most a third of its
 /// letters are wrong, missing, too many or swapped.
 pub fn guess<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    if word.chars().nth(LETTERS_MAX).is_some() {
+        return None;
+    }
     let allowed = (word.chars().count() / 3).max(1);
     let distance =
         |candidate: &&str| edit_distance(&word.to_lowercase(), &candidate.to_lowercase());
@@ -51,5 +57,7 @@ mod tests {
         assert_eq!(guess("Model", known), Some("model"));
         assert_eq!(guess("weights", known), None);
         assert_eq!(guess("x", []), None);
+        let long = "x".repeat(1 << 20);
+        assert_eq!(guess(&long, [long.as_str()]), None);
     }
 }

@@ -34,11 +34,13 @@ mod plan;
 mod rounds;
 
 mod complaint;
+mod draw;
 mod guess;
 
 mod schema;
 
-pub use complaint::{At, Complaint, Complaints, Gravity, Look};
+pub use complaint::{At, Complaint, Complaints, Gravity};
+pub use draw::Look;
 pub use expectation::{Expectation, Otherwise};
 pub use paths::NOT_FETCHED;
 pub use pipeline::{Chart, KeepImages, PipelineName, Rounds, View};
@@ -80,7 +82,7 @@ pub fn load(path: &Path, sets: &[String], offline: bool) -> Result<Plan, LoadErr
         path: path.to_owned(),
         problem,
     };
-    let bytes = files::read(path).map_err(unreadable)?;
+    let bytes = files::read_at_most(path, files::TEXT_MAX).map_err(unreadable)?;
     let text = String::from_utf8(bytes).map_err(|error| {
         let at = error.utf8_error().valid_up_to();
         let before = String::from_utf8_lossy(&error.as_bytes()[..at]);

@@ -5,6 +5,7 @@
 //! lists what is wrong, so that one mistake does not hide the next.
 
 use std::cell::RefCell;
+use std::collections::HashMap;
 use std::fmt;
 
 use serde::de::{
@@ -234,18 +235,18 @@ impl<'de> Visitor<'de> for Grow<'_> {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Node, A::Error> {
         let mut entries: Vec<(String, Node)> = Vec::new();
-        let mut extras: Vec<String> = Vec::new();
+        let mut times: HashMap<String, usize> = HashMap::new();
         while let Some(key) = map.next_key_seed(KeyText::default())? {
             let Some(key) = key else {
                 self.flaws.borrow_mut().push(Flaw::Key(self.path.clone()));
                 map.next_value::<IgnoredAny>()?;
                 continue;
             };
-            if entries.iter().any(|(known, _)| *known == key) {
-                let nth = 1 + extras.iter().filter(|extra| **extra == key).count();
-                let flaw = Flaw::Duplicate(self.path.nth_key(&key, nth));
+            let nth = times.entry(key.clone()).or_default();
+            *nth += 1;
+            if *nth > 1 {
+                let flaw = Flaw::Duplicate(self.path.nth_key(&key, *nth - 1));
                 self.flaws.borrow_mut().push(flaw);
-                extras.push(key);
                 map.next_value::<IgnoredAny>()?;
                 continue;
             }

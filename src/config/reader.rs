@@ -9,13 +9,13 @@ use serde_path_to_error::{Segment, Track};
 use serde_yaml::Value;
 use serde_yaml::with::singleton_map_recursive;
 
-use super::complaint::{At, Complaint};
+use super::complaint::{At, Complaint, TOLD_MAX};
 use super::guess::guess;
 use super::node::Node;
 use super::pipeline::{Entry, FIELDS, PipelineName, Written, one_percent};
 use super::reference::{Environment, Replacer, Secrets, UNKNOWN_VARIABLE, Variable};
 use super::source::{KeyPath, Step};
-use super::words::{Subject, WITHOUT_DASHES, listed, reword};
+use super::words::{Subject, WITHOUT_DASHES, listed, reword, short};
 use crate::stages::TableName;
 
 /// A pipeline as it was read.
@@ -323,7 +323,7 @@ impl Reader {
             let complaint = Complaint::new(
                 code,
                 At::key(inner.clone()),
-                format!("unknown {noun} `{word}`"),
+                format!("unknown {noun} `{}`", short(&word)),
             )
             .guess(guess(&word, words.iter().map(String::as_str)));
             self.complaints.push(complaint.help(choice));
@@ -370,7 +370,9 @@ impl Reader {
         // Settings whose absence has been explained.
         let mut excused = node.remove_wrong();
         let mut is_right = excused.is_empty();
-        loop {
+        let told_before = self.complaints.len();
+        // One more than is told, so that it is known that there are more.
+        while self.complaints.len() - told_before <= TOLD_MAX {
             let (steps, raw) = match deserialize::<T>(&node) {
                 Ok(value) => return is_right.then_some(value),
                 Err(error) => error,
@@ -442,6 +444,7 @@ impl Reader {
                 return None;
             }
         }
+        None
     }
 
     /// Whether a number or flag from the environment stands where a text is wanted; it then
@@ -496,7 +499,7 @@ fn words_of<Spec: DeserializeOwned>() -> Vec<String> {
 /// A node in a message.
 fn shown(node: &Node) -> String {
     match node.text() {
-        Some(text) => format!("`{text}`"),
+        Some(text) => format!("`{}`", short(&text)),
         None => node.noun().to_owned(),
     }
 }

@@ -1,5 +1,7 @@
 //! serde's messages in the words of people who write pipelines.
 
+use std::borrow::Cow;
+
 use super::guess::guess;
 use super::pipeline::ROUNDS;
 use super::source::Side;
@@ -88,7 +90,8 @@ pub fn reword(raw: &str, name: &str, shown: Option<&str>) -> Words {
             ),
             _ => None,
         };
-        let found = match (found, shown) {
+        let shown = shown.map(short);
+        let found = match (found, shown.as_deref()) {
             ("sequence" | "map", _) => {
                 let found = if found == "map" { "map" } else { "list" };
                 let message = format!("`{name}` must be {expected}, not a {found}");
@@ -108,6 +111,17 @@ pub fn reword(raw: &str, name: &str, shown: Option<&str>) -> Words {
         guess: None,
         help: None,
         subject: Subject::Here(Side::Value),
+    }
+}
+
+/// Letters of somebody's text that a message repeats.
+const LETTERS_MAX: usize = 200;
+
+/// Somebody's text for a message: the beginning of a long one.
+pub fn short(text: &str) -> Cow<'_, str> {
+    match text.char_indices().nth(LETTERS_MAX) {
+        Some((end, _)) => format!("{}… ({} letters)", &text[..end], text.chars().count()).into(),
+        None => text.into(),
     }
 }
 
@@ -151,7 +165,7 @@ fn unknown(code: &'static str, noun: &str, found: &str, expected: &str) -> Words
     };
     Words {
         code,
-        message: format!("unknown {noun} `{found}`{choice}"),
+        message: format!("unknown {noun} `{}`{choice}", short(found)),
         guess: guessed.map(str::to_owned),
         help: None,
         subject: Subject::Extra(found.to_owned()),

@@ -14,6 +14,7 @@ use super::{
     ModelError, Optimization, Policy, Prompt, RewardLearner, RewardReport, Sampling, Score,
     Scripted, SftLearner, SftReport, Stop, Telemetry,
 };
+use crate::files;
 
 /// What scripted answers are made of.
 const WORDS: [&str; 16] = [
@@ -218,7 +219,7 @@ fn weights_error(path: &Path) -> impl FnOnce(std::io::Error) -> ModelError {
 
 fn read(folder: &Path) -> Result<ScriptedLearner, ModelError> {
     let path = folder.join(WEIGHTS);
-    let text = fs::read(&path).map_err(weights_error(&path))?;
+    let text = files::read(&path).map_err(weights_error(&path))?;
     serde_json::from_slice(&text).map_err(|error| ModelError::Weights {
         path,
         problem: error.to_string(),

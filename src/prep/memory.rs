@@ -170,7 +170,8 @@ impl TrainingSizes {
         let keys = text.num_key_value_heads * text.head_dim;
         // Inputs and outputs of q, k, v, o, gate, up and down.
         let sides = 2 * (hidden + queries) + 2 * (hidden + keys) + 3 * (hidden + inner);
-        let learned = (text.num_hidden_layers * rank * sides + hidden + 1) as u64;
+        let of_rank = product((text.num_hidden_layers * sides) as u64, rank);
+        let learned = of_rank.saturating_add(hidden as u64 + 1);
         let weights = [judge_elements(card), learned];
         Self::of(
             text,
@@ -200,13 +201,12 @@ impl TrainingSizes {
         let tile = |of_patch: usize| element * (of_patch * tower_layers * vision.patches()) as u64;
         let layers = text.num_hidden_layers as u64;
         Self {
-            weights: frozen * element + learned * WHOLE,
-            gradients: learned * WHOLE,
-            moments: learned
-                * match optimizer {
-                    Optimizer::Adamw => 2 * WHOLE,
-                    Optimizer::Adamw8bit => 2,
-                },
+            weights: (frozen * element).saturating_add(learned.saturating_mul(WHOLE)),
+            gradients: learned.saturating_mul(WHOLE),
+            moments: learned.saturating_mul(match optimizer {
+                Optimizer::Adamw => 2 * WHOLE,
+                Optimizer::Adamw8bit => 2,
+            }),
             token: layers * of_layer,
             tile: tile(8 * vision.hidden_size + 2 * vision.intermediate_size),
             token_inputs: layers * element * text.hidden_size as u64,
@@ -217,29 +217,34 @@ impl TrainingSizes {
 
     /// Weights, gradients and moments.
     pub fn state(&self) -> u64 {
-        self.weights + self.gradients + self.moments
+        let sums = self.weights.saturating_add(self.gradients);
+        sums.saturating_add(self.moments)
     }
 
     /// Whether a pass over so many tokens and tiles may remember everything.
     pub fn has_room(&self, bytes: u64, tokens: usize, tiles: usize) -> bool {
-        self.state() + self.remembered(tokens, tiles) <= bytes
+        self.state().saturating_add(self.remembered(tokens, tiles)) <= bytes
     }
 
     /// Activations of a pass over so many tokens and tiles that remembers everything.
     pub fn remembered(&self, tokens: usize, tiles: usize) -> u64 {
-        self.token * tokens as u64 + self.tile * tiles as u64
+        product(self.token, tokens).saturating_add(product(self.tile, tiles))
     }
 
     /// The same of a pass that computes a layer again when the gradients come to it.
     pub fn computed_again(&self, tokens: usize, tiles: usize) -> u64 {
-        let (tokens, tiles) = (tokens as u64, tiles as u64);
-        self.token_inputs * tokens + self.tile_inputs * tiles + self.token / self.layers * tokens
+        let inputs = product(self.token_inputs, tokens);
+        let inputs = inputs.saturating_add(product(self.tile_inputs, tiles));
+        inputs.saturating_add(product(self.token / self.layers, tokens))
     }
 }
 
 /// What the logits of so many learned tokens take, in float32.
 pub fn learned_logits(card: &DecoderCard, tokens: usize) -> u64 {
-    LEARNED_LOGITS_COPIES * WHOLE * (card.vocab_size * tokens) as u64
+    product(
+        LEARNED_LOGITS_COPIES * WHOLE * card.vocab_size as u64,
+        tokens,
+    )
 }
 
 /// Weights of a policy.
@@ -290,9 +295,15 @@ fn learned(card: &OnevisionCard, trained: &Trained) -> u64 {
                         lora.targets.iter().any(ends)
                     })
             })
-            .map(|(_, shape)| shape.iter().sum::<usize>() as u64 * lora.rank as u64)
-            .sum(),
+            .map(|(_, shape)| product(lora.rank as u64, shape.iter().sum()))
+            .fold(0, u64::saturating_add),
     }
+}
+
+/// Bytes of so many things, as many as a number holds at most. The sizes of a network are bounded where
+/// they are read; how many tokens or tiles there are is not.
+fn product(bytes: u64, times: usize) -> u64 {
+    bytes.saturating_mul(times as u64)
 }
 
 fn count(shape: &[usize]) -> u64 {

@@ -36,6 +36,8 @@ mod policy;
 mod conversion;
 
 #[cfg(test)]
+mod hostile;
+#[cfg(test)]
 mod testbed;
 
 use std::path::{Path, PathBuf};
@@ -58,6 +60,7 @@ pub use processor::Processor;
 pub use resize::Bicubic;
 pub use shards::{Element, Place, Shards, TensorInfo, write_pickle};
 pub use template::{OtherText, other_text};
+pub use tokenizer::PlainTokenizer;
 pub use vicuna::{IMAGE_TOKEN_INDEX, JudgeIds, Vicuna};
 
 use crate::models::ModelError;

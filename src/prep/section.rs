@@ -12,6 +12,29 @@ use serde_json::{Map, Value};
 use super::PrepError;
 use crate::files;
 
+/// The bytes that a file may have.
+const FILE_MAX: u64 = 64 << 20;
+
+/// Values that a list of numbers may have.
+const LIST_MAX: usize = 1000;
+
+/// The magnitude that a number may have.
+const NUMBER_MAX: f64 = 1e12;
+
+/// The largest size that a key may name. Together they keep every product of sizes within 64 bits, and a
+/// network's list of tensors short; published models are far below all of them.
+fn most(key: &str) -> usize {
+    match key {
+        "num_hidden_layers" => 1000,
+        "vocab_size" => 1 << 24,
+        "max_position_embeddings" => 1 << 28,
+        "num_attention_heads" | "num_key_value_heads" | "head_dim" => 1 << 12,
+        "image_size" | "patch_size" | "size" | "crop_size" | "shortest_edge" | "height"
+        | "width" => 1 << 12,
+        _ => 1 << 20,
+    }
+}
+
 /// A JSON object in a file: the whole file, or an object nested in it.
 #[derive(Debug, Clone)]
 pub struct Section {
@@ -24,7 +47,8 @@ pub struct Section {
 impl Section {
     /// Reads the file `path`, which must hold one JSON object.
     pub fn open(path: &Path) -> Result<Self, PrepError> {
-        let text = files::read(path).map_err(|error| PrepError::io(path, &error))?;
+        let text =
+            files::read_at_most(path, FILE_MAX).map_err(|error| PrepError::io(path, &error))?;
         let value: Value = serde_json::from_slice(&text)
             .map_err(|error| PrepError::new(path, format!("is not JSON: {error}")))?;
         let Value::Object(map) = value else {
@@ -90,9 +114,15 @@ impl Section {
             return Ok(None);
         };
         let size = value.as_u64().and_then(|size| usize::try_from(size).ok());
-        size.filter(|&size| size > 0)
-            .map(Some)
-            .ok_or_else(|| self.fault(key, format!("must be a whole number above 0, not {value}")))
+        let most = most(key);
+        match size.filter(|&size| size > 0) {
+            Some(size) if size <= most => Ok(Some(size)),
+            Some(size) => Err(self.fault(
+                key,
+                format!("is {size}, and more than {most} is not supported"),
+            )),
+            None => Err(self.fault(key, format!("must be a whole number above 0, not {value}"))),
+        }
     }
 
     /// The whole number at `key`, if there is one; it may be negative.
@@ -109,8 +139,21 @@ impl Section {
         let Some(value) = self.get(key) else {
             return Ok(None);
         };
-        let number = value.as_f64().map(Some);
-        number.ok_or_else(|| self.fault(key, format!("must be a number, not {value}")))
+        let number = value.as_f64().filter(|number| number.abs() <= NUMBER_MAX);
+        number.map(Some).ok_or_else(|| {
+            let problem = format!("must be a number of at most {NUMBER_MAX:e}, not {value}");
+            self.fault(key, problem)
+        })
+    }
+
+    /// The number above 0 at `key`, if there is one.
+    pub fn positive(&self, key: &str) -> Result<Option<f64>, PrepError> {
+        match self.number(key)? {
+            Some(number) if number <= 0.0 => {
+                Err(self.fault(key, format!("must be above 0, not {number}")))
+            }
+            number => Ok(number),
+        }
     }
 
     /// The truth value at `key`, if there is one.
@@ -125,6 +168,13 @@ impl Section {
     /// The whole numbers at `key`: one, or a list of them. Absent is an empty list.
     pub fn integers(&self, key: &str) -> Result<Vec<i64>, PrepError> {
         match self.get(key) {
+            Some(Value::Array(items)) if items.len() > LIST_MAX => {
+                let problem = format!(
+                    "has {} values, and at most {LIST_MAX} are supported",
+                    items.len()
+                );
+                Err(self.fault(key, problem))
+            }
             Some(Value::Array(items)) => items
                 .iter()
                 .map(Value::as_i64)
@@ -138,7 +188,9 @@ impl Section {
     pub fn channels(&self, key: &str) -> Result<Option<[f64; 3]>, PrepError> {
         match self.get(key) {
             Some(Value::Array(items)) => {
-                let numbers: Option<Vec<f64>> = items.iter().map(Value::as_f64).collect();
+                let number =
+                    |value: &Value| value.as_f64().filter(|number| number.abs() <= NUMBER_MAX);
+                let numbers: Option<Vec<f64>> = items.iter().take(4).map(number).collect();
                 numbers
                     .and_then(|numbers| numbers.try_into().ok())
                     .map(Some)

@@ -6,11 +6,47 @@
 //! reference tokenizes at once falls apart at its special tokens before anything else happens
 //! (normalization included), so encoding the pieces between them gives the same ids.
 
+use std::cell::Cell;
+use std::panic::{self, AssertUnwindSafe};
 use std::path::{Path, PathBuf};
+use std::sync::Once;
 
 use super::{PrepError, sentencepiece};
 use crate::files;
 use crate::models::RowFault;
+
+/// The bytes that a tokenizer's file may have.
+const FILE_MAX: u64 = 1 << 30;
+
+thread_local! {
+    /// Whether a panic of this thread is caught, and told as an error.
+    static CAUGHT: Cell<bool> = const { Cell::new(false) };
+}
+
+/// What the tokenizers crate gives or says. It panics where it should not: at a regular expression that
+/// backtracks for too long, for one.
+fn caught<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
+    static QUIET: Once = Once::new();
+    QUIET.call_once(|| {
+        let told = panic::take_hook();
+        panic::set_hook(Box::new(move |panic| {
+            if !CAUGHT.get() {
+                told(panic);
+            }
+        }));
+    });
+    CAUGHT.set(true);
+    let done = panic::catch_unwind(AssertUnwindSafe(work));
+    CAUGHT.set(false);
+    match done {
+        Ok(done) => done.map_err(|error| error.to_string()),
+        Err(panic) => {
+            let words = panic.downcast_ref::<String>().map(String::as_str);
+            let words = words.or(panic.downcast_ref::<&str>().copied());
+            Err(words.unwrap_or("it panics").to_owned())
+        }
+    }
+}
 
 /// A tokenizer that knows no special tokens in text.
 #[derive(Debug, Clone)]
@@ -22,11 +58,14 @@ pub struct PlainTokenizer {
 impl PlainTokenizer {
     /// Reads `tokenizer.json` in `folder` or, where there is none, SentencePiece's `tokenizer.model`.
     pub fn open(folder: &Path) -> Result<Self, PrepError> {
-        let read = |path: &Path| files::read(path).map_err(|error| PrepError::io(path, &error));
+        let read = |path: &Path| {
+            files::read_at_most(path, FILE_MAX).map_err(|error| PrepError::io(path, &error))
+        };
         let json = folder.join("tokenizer.json");
         let model = folder.join("tokenizer.model");
         let (path, tokenizer) = if json.exists() {
-            let tokenizer = tokenizers::Tokenizer::from_bytes(read(&json)?)
+            let bytes = read(&json)?;
+            let tokenizer = caught(|| tokenizers::Tokenizer::from_bytes(bytes))
                 .map_err(|error| PrepError::new(&json, format!("is not a tokenizer: {error}")));
             (json, tokenizer)
         } else if model.exists() {
@@ -77,10 +116,10 @@ impl PlainTokenizer {
         if text.is_empty() {
             return Ok(());
         }
-        let encoding = self
-            .tokenizer
-            .encode_fast(text, false)
-            .map_err(|error| RowFault(format!("text can't be tokenized: {error}")))?;
+        let encoding = caught(|| self.tokenizer.encode_fast(text, false)).map_err(|error| {
+            let path = self.path.display();
+            RowFault(format!("its text can't be tokenized by {path}: {error}"))
+        })?;
         ids.extend(encoding.get_ids().iter().map(|&id| i64::from(id)));
         Ok(())
     }
@@ -91,8 +130,14 @@ impl PlainTokenizer {
             .iter()
             .filter_map(|&id| u32::try_from(id).ok())
             .collect();
-        self.tokenizer
-            .decode(&ids, true)
-            .expect("decoders of byte-level and SentencePiece tokenizers take any tokens")
+        caught(|| self.tokenizer.decode(&ids, true)).unwrap_or_else(|_| self.spelled(&ids))
+    }
+
+    /// Tokens as the vocabulary spells them, for a decoder that fails at them.
+    fn spelled(&self, ids: &[u32]) -> String {
+        let tokens = ids.iter();
+        tokens
+            .filter_map(|&id| self.tokenizer.id_to_token(id))
+            .collect()
     }
 }

@@ -6,18 +6,22 @@ use datafusion::prelude::SessionContext;
 use datafusion::sql::parser::Statement;
 use datafusion::sql::sqlparser::ast::{Expr, Function, Ident, Visit as _, Visitor, WindowType};
 
+use super::apart::apart;
+
 /// The problem with a query whose rows are computed part by part, each part with whole groups of rows of
 /// one `group` column. `None` if each row's value follows from its group, or if the query can't be parsed.
 pub fn reach_beyond(sql: &str, group: &str) -> Option<String> {
-    let state = SessionContext::new_with_config(super::config()).state();
-    let dialect = state.config_options().sql_parser.dialect;
-    let Ok(Statement::Statement(statement)) = state.sql_to_statement(sql, &dialect) else {
-        return None;
+    let search = async || {
+        let state = SessionContext::new_with_config(super::config()).state();
+        let Statement::Statement(statement) = super::parse(&state, sql)? else {
+            return Ok(None);
+        };
+        Ok(match statement.visit(&mut Search { group }) {
+            ControlFlow::Break(problem) => Some(problem),
+            ControlFlow::Continue(()) => None,
+        })
     };
-    match statement.visit(&mut Search { group }) {
-        ControlFlow::Break(problem) => Some(problem),
-        ControlFlow::Continue(()) => None,
-    }
+    apart(search).ok().flatten()
 }
 
 struct Search<'g> {

@@ -5,8 +5,9 @@ use arrow::datatypes::Float64Type;
 use arrow::util::pretty::pretty_format_batches;
 
 use super::Runner;
+use super::query::ask;
 use crate::config::{Expectation, Otherwise, PlannedStage};
-use crate::query::{self, QueryTable};
+use crate::query::QueryTable;
 use crate::stages::{Failure, TableName};
 use crate::store::{Made, read_file};
 use crate::tables::{Reject, RejectClass};
@@ -129,20 +130,13 @@ impl Runner<'_> {
         }
         let mut found: Vec<RecordBatch> = Vec::new();
         let mut count = 0;
-        query::run(
-            &expectation.sql(),
-            &[],
-            &tables,
-            &[],
-            None,
-            |batch| -> Result<(), Failure> {
-                if count < SHOWN && batch.num_rows() > 0 {
-                    found.push(batch.slice(0, batch.num_rows().min(SHOWN - count)));
-                }
-                count += batch.num_rows();
-                Ok(())
-            },
-        )?;
+        ask(self.interrupt, &expectation.sql(), &tables, None, |batch| {
+            if count < SHOWN && batch.num_rows() > 0 {
+                found.push(batch.slice(0, batch.num_rows().min(SHOWN - count)));
+            }
+            count += batch.num_rows();
+            Ok(())
+        })?;
         if expectation.query.is_none() {
             if count > 1 {
                 return Err(Failure::Other(format!(

@@ -101,7 +101,7 @@ fn foresee<'a>(
         {
             // What ends the rounds is known where nothing that it reads is made again.
             let mut so_far = forecasts.iter();
-            if so_far.all(|made| made.fate == Fate::Reuse) && ends(plan, run, ended)? {
+            if so_far.all(|made| made.fate == Fate::Reuse) && ends(plan, run, ended, || false)? {
                 break;
             }
         }

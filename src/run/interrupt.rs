@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
 
+use crate::files;
+
 /// Whether somebody asked to stop. Looked at between rows.
 #[derive(Debug, Clone, Default)]
 pub struct Interrupt {
@@ -27,6 +29,7 @@ impl Interrupt {
             flag::register(signal, interrupt.asked.clone())?;
             flag::register_usize(signal, interrupt.signal.clone(), signal as usize)?;
         }
+        files::stop_when(interrupt.asked.clone());
         Ok(interrupt)
     }
 

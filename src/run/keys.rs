@@ -7,8 +7,11 @@ use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
 use crate::config::{Place, Plan, PlannedStage};
+use crate::files;
 use crate::models::{Asking, Dtype, ModelLoader, ModelSpec};
-use crate::stages::{Failure, Load, ModelState, Role, StageSpec, TableName, Use, Work};
+use crate::stages::{
+    Failure, Load, ModelState, PICTURE_MAX, Role, StageSpec, TableName, Use, Work,
+};
 use crate::store::{Fingerprints, Key, Made};
 
 /// Counts changes of this program that change what tables hold although nothing in the pipeline did.
@@ -250,20 +253,25 @@ fn pictures(fingerprints: &Fingerprints, load: &dyn Load) -> Result<String, Fail
             .par_iter()
             .map(|path| {
                 fingerprints
-                    .file(path)
+                    .file_at_most(path, PICTURE_MAX)
                     .unwrap_or_else(|_| "missing".to_owned())
             })
             .collect();
         names.clear();
         key = hashes.iter().fold(key.clone(), Key::with);
+        // One that was not read for that is not missing.
+        if files::stopped() {
+            return Err(Failure::Interrupted);
+        }
+        Ok(())
     };
     for record in load.records()? {
         names.extend(load.pictures(&record?));
-        if names.len() >= PICTURES_AT_ONCE {
-            take(&mut names);
+        if names.len() >= PICTURES_AT_ONCE || files::stopped() {
+            take(&mut names)?;
         }
     }
-    take(&mut names);
+    take(&mut names)?;
     Ok(key.finish())
 }
 

@@ -7,10 +7,11 @@ use arrow::array::AsArray;
 
 use super::{Runner, count, took, write_beside};
 use crate::config::{KeepImages, PlannedStage};
+use crate::files;
 use crate::run::{Start, Unit};
 use crate::stages::{Failure, Load, Record, TableName, rejects};
 use crate::store::{Event, Images, Key, Made, PartRecord, TableReader};
-use crate::tables::{Image, RejectClass};
+use crate::tables::{Image, ImageFile, RejectClass};
 
 /// Records that are read, checked and committed as one.
 const PART_RECORDS: usize = 256;
@@ -39,13 +40,20 @@ impl Runner<'_> {
         let place = self.folder.place(table.as_str(), None);
         let footer = self.footer(None);
         let mut images = Images::open(self.folder.root(), &self.folder.manifest().images)?;
-        let mut records = work.records()?;
+        let interrupt = self.interrupt;
+        // What was cut off in reading because somebody asked to stop is no fault of the file.
+        let stopped = |failure| match interrupt.raised() {
+            true => Failure::Interrupted,
+            false => failure,
+        };
+        let mut records = work.records().map_err(stopped)?;
         let mut done = 0;
         for part in 0.. {
             let next: Vec<Record> = records
                 .by_ref()
                 .take(PART_RECORDS)
-                .collect::<Result<_, _>>()?;
+                .collect::<Result<_, _>>()
+                .map_err(stopped)?;
             if next.is_empty() {
                 break;
             }
@@ -62,7 +70,8 @@ impl Runner<'_> {
                 }
                 continue;
             }
-            let loaded = work.load(next)?;
+            let loaded = work.load(next).map_err(stopped)?;
+            self.stop_if_asked()?;
             self.add_images(&mut images, loaded.images)?;
             let rejects = rejects(table, None, loaded.rejects);
             let name = format!("part-{part:05}");
@@ -86,8 +95,8 @@ impl Runner<'_> {
             })?;
             self.report.progress(done);
         }
-        if let Some(unread) = work.unread() {
-            let text = format!("{table}: {unread}");
+        for note in work.notes() {
+            let text = format!("{table}: {note}");
             // A table whose files are mended is loaded twice.
             if self.said.insert(text.clone()) {
                 self.report.note(&text);
@@ -141,11 +150,18 @@ impl Runner<'_> {
     }
 }
 
-/// Whether a picture was read from a file of its own, so that its path can take the place of its bytes.
+/// Whether the file under a picture's path is the picture, so that the path can take the place of its
+/// bytes. The path of one that came within a file can be anything.
 fn is_on_disk(image: &Image) -> bool {
-    image
-        .image
-        .path
-        .as_ref()
-        .is_some_and(|path| Path::new(path).is_file())
+    let ImageFile {
+        bytes: Some(bytes),
+        path: Some(path),
+    } = &image.image
+    else {
+        return false;
+    };
+    let is_as_long = Path::new(path)
+        .metadata()
+        .is_ok_and(|file| file.len() == bytes.len() as u64);
+    is_as_long && files::read(Path::new(path)).is_ok_and(|there| there == *bytes)
 }

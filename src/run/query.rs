@@ -1,5 +1,6 @@
 //! Querying: one query makes a table.
 
+use std::path::Path;
 use std::time::Instant;
 
 use arrow::array::RecordBatch;
@@ -8,9 +9,9 @@ use arrow::datatypes::SchemaRef;
 
 use super::{Runner, took};
 use crate::config::PlannedStage;
-use crate::query::{self, QueryTable};
+use crate::query::{self, Part, QueryTable};
 use crate::run::report::Tally;
-use crate::run::{Start, Unit};
+use crate::run::{Interrupt, Start, Unit};
 use crate::stages::{Failure, Query};
 use crate::store::StoreError;
 
@@ -58,24 +59,14 @@ impl Runner<'_> {
         let spill = tempfile::tempdir_in(self.folder.cache()?)
             .map_err(StoreError::io("create a folder in", self.folder.root()))?;
         let (report, interrupt) = (&mut *self.report, self.interrupt);
-        query::run(
-            &work.sql,
-            &[],
-            &tables,
-            &[],
-            Some(spill.path()),
-            |batch| -> Result<(), Failure> {
-                if interrupt.raised() {
-                    return Err(Failure::Interrupted);
-                }
-                done += batch.num_rows() as u64;
-                writer.write(&fitted(&batch, &stage.schema)?)?;
-                tally.rewards(&batch);
-                report.figures(&tally.figures);
-                report.progress(done);
-                Ok(())
-            },
-        )?;
+        ask(interrupt, &work.sql, &tables, Some(spill.path()), |batch| {
+            done += batch.num_rows() as u64;
+            writer.write(&fitted(&batch, &stage.schema)?)?;
+            tally.rewards(&batch);
+            report.figures(&tally.figures);
+            report.progress(done);
+            Ok(())
+        })?;
         if done == 0 {
             // A table without rows still has columns, for those who query it.
             writer.write_nothing()?;
@@ -83,6 +74,25 @@ impl Runner<'_> {
         let files = writer.finish()?;
         self.finish_in_one(table, round, rows_in, files, took(begun, done))
     }
+}
+
+/// Runs a query, and stops waiting for it when somebody asks to stop.
+pub(super) fn ask(
+    interrupt: &Interrupt,
+    sql: &str,
+    tables: &[QueryTable],
+    spill: Option<&Path>,
+    mut sink: impl FnMut(RecordBatch) -> Result<(), Failure>,
+) -> Result<(), Failure> {
+    query::stream(sql, &[], tables, &[], spill, |part| {
+        if interrupt.raised() {
+            return Err(Failure::Interrupted);
+        }
+        match part {
+            Part::Rows(batch) => sink(batch),
+            Part::Header(_) | Part::Nothing => Ok(()),
+        }
+    })
 }
 
 /// The columns that the table has, in its order and its types.

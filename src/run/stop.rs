@@ -4,12 +4,17 @@ use arrow::array::{Array, AsArray};
 
 use super::Runner;
 use crate::config::Plan;
-use crate::query::{self, Param, QueryTable};
+use crate::query::{self, Param, Part, QueryTable};
 use crate::stages::Failure;
 use crate::store::RunFolder;
 
 /// Asks the plan's `stop_when` after a round over the tables of `folder` up to it.
-pub fn ends(plan: &Plan, folder: &RunFolder, round: u32) -> Result<bool, Failure> {
+pub fn ends(
+    plan: &Plan,
+    folder: &RunFolder,
+    round: u32,
+    stopping: impl Fn() -> bool,
+) -> Result<bool, Failure> {
     let Some(sql) = &plan.stop_when else {
         return Ok(false);
     };
@@ -31,13 +36,19 @@ pub fn ends(plan: &Plan, folder: &RunFolder, round: u32) -> Result<bool, Failure
     }
     let params = [("round", Param::Integer(round.into()))];
     let mut answers = Vec::new();
-    query::run(
+    query::stream(
         sql,
         &params,
         &tables,
         &[],
         None,
-        |batch| -> Result<(), Failure> {
+        |part| -> Result<(), Failure> {
+            if stopping() {
+                return Err(Failure::Interrupted);
+            }
+            let Part::Rows(batch) = part else {
+                return Ok(());
+            };
             let flags = batch
                 .column(0)
                 .as_boolean_opt()
@@ -65,7 +76,8 @@ pub fn ends(plan: &Plan, folder: &RunFolder, round: u32) -> Result<bool, Failure
 impl Runner<'_> {
     /// True if `rounds.stop_when` ends the rounds with this one.
     pub(super) fn is_last(&mut self, round: u32) -> Result<bool, Failure> {
-        let is_last = ends(self.plan, &self.folder, round)?;
+        let interrupt = self.interrupt;
+        let is_last = ends(self.plan, &self.folder, round, || interrupt.raised())?;
         let words = format!("round {round} is the last one: `rounds.stop_when` is true of it");
         if is_last && self.said.insert(words.clone()) {
             self.report.note(&words);

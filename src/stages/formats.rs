@@ -4,7 +4,6 @@ mod columns;
 mod json;
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 
@@ -52,9 +51,9 @@ pub fn records(path: &Path) -> Result<Records, Failure> {
 }
 
 /// A file of JSON, behind its byte order mark.
-fn open(path: &Path) -> Result<BufReader<File>, Failure> {
+fn open(path: &Path) -> Result<BufReader<files::Stream>, Failure> {
     let failed = |error: std::io::Error| input(path, "", error.to_string());
-    let mut text = BufReader::new(files::open(path).map_err(failed)?);
+    let mut text = BufReader::new(files::Stream::open(path).map_err(failed)?);
     let start = text.fill_buf().map_err(failed)?;
     // Of two bytes that are a character of ASCII in UTF-16, one is zero.
     if matches!(

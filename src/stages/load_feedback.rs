@@ -23,6 +23,10 @@ pub struct LoadFeedback {
     /// The folder that the pictures' paths start at; the folder of `from` if left out.
     #[serde(default)]
     pub images: Option<PathBuf>,
+    /// Read pictures wherever a record's path leads. Otherwise one that leads out of `images` and of the
+    /// folder of `from`, by a link too, makes its record a reject.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub images_anywhere: bool,
     /// JSON of captions by picture path, `{"a.png": ["…"]}`, for judges that use captions.
     #[serde(default)]
     pub captions: Option<PathBuf>,
@@ -39,6 +43,7 @@ impl LoadFeedback {
         Loader::new(Source {
             from: &self.from,
             images: self.images.as_deref(),
+            images_anywhere: self.images_anywhere,
             captions: self.captions.as_deref(),
             limit: self.limit,
             megapixels_max: self.megapixels_max,

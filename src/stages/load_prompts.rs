@@ -24,6 +24,10 @@ pub struct LoadPrompts {
     /// The folder that the pictures' paths start at; the folder of `from` if left out.
     #[serde(default)]
     pub images: Option<PathBuf>,
+    /// Read pictures wherever a record's path leads. Otherwise one that leads out of `images` and of the
+    /// folder of `from`, by a link too, makes its record a reject.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub images_anywhere: bool,
     /// A JSON object from a picture's path to a list of captions, for judges that can use them.
     #[serde(default)]
     pub captions: Option<PathBuf>,
@@ -40,6 +44,7 @@ impl LoadPrompts {
         Loader::new(Source {
             from: &self.from,
             images: self.images.as_deref(),
+            images_anywhere: self.images_anywhere,
             captions: self.captions.as_deref(),
             limit: self.limit,
             megapixels_max: self.megapixels_max,

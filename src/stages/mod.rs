@@ -7,6 +7,7 @@
 //! To add a stage: write its file, add its `mod`, its variant in [`StageSpec`] and its arm in
 //! [`StageSpec::as_stage`]; `UPDATE=1 cargo test` rewrites `schemas/`.
 
+mod confines;
 mod formats;
 mod head;
 mod media;
@@ -50,6 +51,7 @@ pub use score::Score;
 pub use select_extremes::{SelectExtremes, Truncated};
 pub use select_pairs::SelectPairs;
 pub use selection::Pairs;
+pub use source::PICTURE_MAX;
 pub use sql::Sql;
 pub use training::AFTER;
 

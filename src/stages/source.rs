@@ -4,6 +4,7 @@
 //! file that can't be read at all is a failure; a record that can't be used is set aside.
 
 use std::collections::HashMap;
+use std::io;
 use std::marker::PhantomData;
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
@@ -11,6 +12,7 @@ use std::path::{Path, PathBuf};
 use arrow::array::RecordBatch;
 use rayon::prelude::*;
 
+use super::confines::{Confines, Place};
 use super::formats;
 use super::head::{self, Objection};
 use super::records::{Fields, named_paths, read_fields};
@@ -21,17 +23,37 @@ use crate::prep::{decode, probe};
 use crate::store::{Key, digest};
 use crate::tables::{Image, ImageFile, Pair, Prompt, RejectClass, Row, Turn};
 
+/// The bytes that a picture's file may have.
+pub const PICTURE_MAX: u64 = 1 << 30;
+
 /// A file of the user and how it is to be read.
 pub struct Source<'a> {
     pub from: &'a Path,
     pub images: Option<&'a Path>,
+    pub images_anywhere: bool,
     pub captions: Option<&'a Path>,
     pub limit: Option<NonZeroU32>,
     pub megapixels_max: NonZeroU32,
 }
 
 /// A record with its pictures, or why it can't be used.
-type Opened = Result<(Fields, Vec<Image>), String>;
+type Opened = Result<(Fields, Vec<Image>), Flaw>;
+
+/// A reason to set a record aside.
+enum Flaw {
+    /// Its picture, as the record names it, lies where the stage does not read.
+    Outside {
+        picture: String,
+        reason: String,
+    },
+    Other(String),
+}
+
+impl From<String> for Flaw {
+    fn from(reason: String) -> Self {
+        Self::Other(reason)
+    }
+}
 
 /// A kind that can be loaded from a source.
 pub trait Loadable: Row {
@@ -127,6 +149,34 @@ fn prompt_base(
     shown(Key::new("prompt"), image_ids, system, turns, question).finish()
 }
 
+/// Records whose pictures lie where the stage does not read.
+#[derive(Default)]
+struct Outside {
+    count: u64,
+    /// The first of them, and its picture.
+    first: Option<(String, String)>,
+}
+
+impl Outside {
+    fn add(&mut self, place: &str, picture: String) {
+        self.count += 1;
+        self.first
+            .get_or_insert_with(|| (place.to_owned(), picture));
+    }
+
+    /// How many there are, which is the first, and the way out; `None` when there are none.
+    fn in_words(&self) -> Option<String> {
+        let (place, picture) = self.first.as_ref()?;
+        let count = match self.count {
+            1 => "1 record names a picture".to_owned(),
+            count => format!("{count} records name pictures"),
+        };
+        Some(format!(
+            "{count} outside of its folders, the first is {picture} ({place}); `images_anywhere: true` would read it"
+        ))
+    }
+}
+
 /// Loads rows of one kind from a source.
 pub struct Loader<'a, R> {
     source: Source<'a>,
@@ -134,6 +184,7 @@ pub struct Loader<'a, R> {
     /// How often each prompt came so far.
     seen: HashMap<String, u32>,
     unread: Unread,
+    outside: Outside,
     kind: PhantomData<R>,
 }
 
@@ -144,6 +195,7 @@ impl<'a, R: Loadable> Loader<'a, R> {
             captions: None,
             seen: HashMap::new(),
             unread: Unread::default(),
+            outside: Outside::default(),
             kind: PhantomData,
         }
     }
@@ -162,6 +214,12 @@ impl<'a, R: Loadable> Loader<'a, R> {
             .images
             .or(self.source.from.parent())
             .unwrap_or(Path::new("."))
+    }
+
+    /// The folders that pictures may lie in; `None` where they may lie anywhere.
+    fn confines(&self) -> Option<Confines> {
+        let beside = self.source.from.parent().unwrap_or(Path::new("."));
+        (!self.source.images_anywhere).then(|| Confines::new(&[self.folder(), beside]))
     }
 
     fn captions(&mut self) -> Result<&HashMap<String, Vec<String>>, Failure> {
@@ -249,8 +307,9 @@ impl<R: Loadable> Load for Loader<'_, R> {
         }
     }
 
-    fn unread(&self) -> Option<String> {
-        self.unread.in_words()
+    fn notes(&self) -> Vec<String> {
+        let notes = [self.outside.in_words(), self.unread.in_words()];
+        notes.into_iter().flatten().collect()
     }
 
     fn resume(&mut self, rows: &RecordBatch) -> Result<(), Failure> {
@@ -262,29 +321,34 @@ impl<R: Loadable> Load for Loader<'_, R> {
 
     fn load(&mut self, records: Vec<Record>) -> Result<Loaded, Failure> {
         let folder = self.folder().to_owned();
+        let confines = self.confines();
+        let open =
+            |name: &str, pixels_max| open_picture(&folder, name, confines.as_ref(), pixels_max);
         let pixels_max = u64::from(self.source.megapixels_max.get()) * 1_000_000;
         let mut read: Vec<(String, Opened)> = records
             .into_par_iter()
             .map(|record| {
+                if files::stopped() {
+                    // Nothing of this is kept.
+                    return (record.place, Err(Flaw::Other(String::new())));
+                }
                 let name = record.fields.as_ref().ok().and_then(own_name);
                 let place = match name {
                     Some(name) => format!("{}, {name}", record.place),
                     None => record.place,
                 };
                 let fields = read_fields(&record.fields, record.embedded.len());
-                let opened = fields.and_then(|fields| {
+                let opened = fields.map_err(Flaw::Other).and_then(|fields| {
                     let images = if record.embedded.is_empty() {
-                        let open = |path: &String| open_picture(&folder.join(path), pixels_max);
-                        fields
-                            .paths
-                            .iter()
-                            .map(open)
+                        let paths = fields.paths.iter();
+                        paths
+                            .map(|path| open(path, pixels_max))
                             .collect::<Result<Vec<_>, _>>()?
                     } else {
                         // `datasets` writes a path without bytes for pictures that it did not embed.
                         let check = |file: ImageFile| match (&file.bytes, &file.path) {
-                            (None, Some(path)) => open_picture(&folder.join(path), pixels_max),
-                            _ => check_picture(file, pixels_max),
+                            (None, Some(path)) => open(path, pixels_max),
+                            _ => Ok(check_picture(file, pixels_max)?),
                         };
                         record
                             .embedded
@@ -319,7 +383,16 @@ impl<R: Loadable> Load for Loader<'_, R> {
                     rows.push(row);
                     images.extend(pictures);
                 }
-                Err(reason) => rejects.push((place, RejectClass::Fault, reason)),
+                Err(flaw) => {
+                    let reason = match flaw {
+                        Flaw::Other(reason) => reason,
+                        Flaw::Outside { picture, reason } => {
+                            self.outside.add(&place, picture);
+                            reason
+                        }
+                    };
+                    rejects.push((place, RejectClass::Fault, reason));
+                }
             }
         }
         Ok(Loaded {
@@ -330,19 +403,36 @@ impl<R: Loadable> Load for Loader<'_, R> {
     }
 }
 
-fn open_picture(path: &Path, pixels_max: u64) -> Result<Image, String> {
-    let bytes = files::read(path).map_err(|error| match error.kind() {
-        std::io::ErrorKind::NotFound => format!("there is no picture {}", path.display()),
+fn open_picture(
+    folder: &Path,
+    name: &str,
+    confines: Option<&Confines>,
+    pixels_max: u64,
+) -> Result<Image, Flaw> {
+    let path = folder.join(name);
+    let fault = |error: io::Error| match error.kind() {
+        io::ErrorKind::NotFound => format!("there is no picture {}", path.display()),
         _ => format!("the picture {} can't be read: {error}", path.display()),
-    })?;
-    let path = Some(path.to_string_lossy().into_owned());
-    check_picture(
-        ImageFile {
-            bytes: Some(bytes),
-            path,
+    };
+    let file = match confines.map(|confines| confines.place(&path)) {
+        None => path.clone(),
+        Some(place) => match place.map_err(fault)? {
+            Place::Inside(file) => file,
+            Place::Outside(file) => {
+                let reason = format!(
+                    "the picture {} is {}, outside of the folders that this stage reads, `images` and that of `from`; move it there, or set `images_anywhere: true`",
+                    path.display(),
+                    file.display()
+                );
+                let picture = name.to_owned();
+                return Err(Flaw::Outside { picture, reason });
+            }
         },
-        pixels_max,
-    )
+    };
+    let bytes = files::read_at_most(&file, PICTURE_MAX).map_err(fault)?;
+    let path = Some(path.to_string_lossy().into_owned());
+    let bytes = Some(bytes);
+    Ok(check_picture(ImageFile { bytes, path }, pixels_max)?)
 }
 
 /// Decodes a picture once, so that a spoiled one is found here and not in the middle of sampling.
@@ -377,6 +467,7 @@ mod tests {
         Source {
             from: Path::new("p.json"),
             images: None,
+            images_anywhere: false,
             captions: None,
             limit: None,
             megapixels_max: NonZeroU32::MIN,

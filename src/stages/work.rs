@@ -33,7 +33,7 @@ pub enum Work<'a> {
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
     #[error(transparent)]
-    Store(#[from] StoreError),
+    Store(StoreError),
     #[error("model `{model}`: {error}")]
     Model { model: ModelName, error: ModelError },
     #[error(transparent)]
@@ -56,6 +56,15 @@ pub enum Failure {
     /// The user or the system asked to stop.
     #[error("interrupted")]
     Interrupted,
+}
+
+impl From<StoreError> for Failure {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::Stopped => Self::Interrupted,
+            error => Self::Store(error),
+        }
+    }
 }
 
 impl Failure {
@@ -371,8 +380,9 @@ pub trait Load {
     /// are not read.
     fn look_over(&mut self, records: &[Record]);
 
-    /// The keys of the records so far that are not read, in words; `None` when all are.
-    fn unread(&self) -> Option<String>;
+    /// What there is to say of the records so far: their keys that are not read, their pictures that lie
+    /// elsewhere.
+    fn notes(&self) -> Vec<String>;
 
     /// Takes notice of rows that were loaded before the run was interrupted.
     fn resume(&mut self, rows: &RecordBatch) -> Result<(), Failure>;

@@ -53,6 +53,9 @@ pub enum StoreError {
     /// A picture of the run is gone or has changed (only with `keep_images: reference`).
     #[error("picture {id}: {problem}")]
     Picture { id: String, problem: String },
+    /// Somebody asked to stop while a file was read.
+    #[error("interrupted")]
+    Stopped,
 }
 
 impl StoreError {

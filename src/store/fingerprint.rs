@@ -65,7 +65,16 @@ impl Fingerprints {
 
     /// SHA-256 of a file's content, in hex.
     pub fn file(&self, path: &Path) -> Result<String, StoreError> {
+        self.file_at_most(path, u64::MAX)
+    }
+
+    /// The same of a file that must not have more than so many bytes.
+    pub fn file_at_most(&self, path: &Path, most: u64) -> Result<String, StoreError> {
         let stamp = Stamp::of(path).map_err(StoreError::io("read", path))?;
+        if stamp.size > most {
+            let too_large = io::Error::from(io::ErrorKind::FileTooLarge);
+            return Err(StoreError::io("read", path)(too_large));
+        }
         if let Some(known) = self.known.lock().expect("no panic while locked").get(path)
             && known.stamp == stamp
         {
@@ -158,6 +167,9 @@ pub fn hash_file(path: &Path) -> Result<String, StoreError> {
     let mut hasher = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
     loop {
+        if files::stopped() {
+            return Err(StoreError::Stopped);
+        }
         let count = file
             .read(&mut buffer)
             .map_err(StoreError::io("read", path))?;

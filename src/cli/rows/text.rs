@@ -3,7 +3,9 @@
 use std::fmt::Write as _;
 use std::sync::Arc;
 
-use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, StringArray, StructArray};
+use arrow::array::{
+    Array, ArrayRef, AsArray, LargeStringArray, RecordBatch, StringArray, StructArray,
+};
 use arrow::compute::cast;
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use arrow::error::ArrowError;
@@ -13,6 +15,7 @@ use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 
 use super::json::Cells;
+use crate::visible::visible;
 
 /// The rows of a batch as CSV (RFC 4180, with `\n` at the end of a line).
 pub fn csv_rows(batch: &RecordBatch, cells: &Cells) -> Result<String, ArrowError> {
@@ -126,7 +129,7 @@ pub fn markdown_rows(batch: &RecordBatch) -> Result<String, ArrowError> {
 
 /// A value that stays in its cell.
 fn markdown_cell(value: &str) -> String {
-    let value = value.replace('|', "\\|").replace("\r\n", "<br>");
+    let value = visible(value).replace('|', "\\|").replace("\r\n", "<br>");
     value.replace(['\n', '\r'], "<br>")
 }
 
@@ -141,6 +144,30 @@ pub fn readable(batch: &RecordBatch, flat: bool) -> Result<RecordBatch, ArrowErr
             column = as_text(&column)?;
         }
         fields.push(Field::new(field.name(), column.data_type().clone(), true));
+        columns.push(column);
+    }
+    RecordBatch::try_new(Arc::new(Schema::new(fields)), columns)
+}
+
+/// Columns as [`readable`] makes them, without anything that a terminal would obey.
+pub fn shown(batch: &RecordBatch) -> Result<RecordBatch, ArrowError> {
+    let batch = readable(batch, true)?;
+    let mut fields = Vec::new();
+    let mut columns: Vec<ArrayRef> = Vec::new();
+    for (field, column) in batch.schema().fields().iter().zip(batch.columns()) {
+        let mut column = column.clone();
+        let of = match column.data_type() {
+            DataType::Dictionary(_, of) => &**of,
+            of => of,
+        };
+        if let DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View = of {
+            let texts = cast(&column, &DataType::LargeUtf8)?;
+            let texts = texts.as_string::<i64>().iter();
+            let visible = texts.map(|text| text.map(visible));
+            column = Arc::new(visible.collect::<LargeStringArray>());
+        }
+        let name = visible(field.name());
+        fields.push(Field::new(name, column.data_type().clone(), true));
         columns.push(column);
     }
     RecordBatch::try_new(Arc::new(Schema::new(fields)), columns)

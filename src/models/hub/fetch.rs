@@ -1,8 +1,9 @@
 //! Repositories of the hub are fetched into its cache, laid out as `huggingface_hub` lays it out
 //! (`file_download.py`): files by content in `blobs`, and in `snapshots/<commit>` links to them by name.
 //!
-//! A file is whole before it has its name: it grows as `<name>.incomplete`, goes on where it was cut off,
-//! and is compared with the hub's SHA-256 where the hub has one. Who fetches it holds the lock that
+//! A file is whole before it has its name: it grows as `<name>.incomplete` up to the size that the hub
+//! lists, goes on where it was cut off, and is compared with the hub's SHA-256 or, for one that lies in
+//! git, with git's hash. Who fetches it holds the lock that
 //! `huggingface_hub` takes, too. The links come last, those to the weights behind all others: where there
 //! are weights, there is everything.
 
@@ -13,10 +14,12 @@ use std::thread;
 use std::time::Duration;
 
 use serde::Deserialize;
+use sha1::Sha1;
 use sha2::{Digest, Sha256};
 use ureq::config::RedirectAuthHeaders;
 
 use super::{Repository, cache, has_ending, home, is_weights, variable};
+use crate::files;
 
 /// How often a file is gone on with that was cut off, and how long to wait before the second time; twice
 /// as long before each other.
@@ -81,7 +84,7 @@ impl Hub {
         let cache = cache(&variable)?;
         let left = text("HF_TOKEN_PATH").map(PathBuf::from);
         let left = left.or_else(|| Some(home(&variable)?.join("token")));
-        let left = left.and_then(|path| fs::read_to_string(path).ok());
+        let left = left.and_then(|path| files::read_to_string(&path).ok());
         let token = text("HF_TOKEN")
             .or(left)
             .map(|token| token.trim().to_owned());
@@ -182,8 +185,12 @@ impl Hub {
             return Err(format!("{url}: the hub gives no hash of it"));
         };
         let safe = |part: &str| !part.is_empty() && part != ".." && part != ".";
-        if !file.rfilename.split('/').all(safe) || blob.contains(['/', '.']) {
+        if !file.rfilename.split('/').all(safe) {
             return Err(format!("{url}: `{}` is no name of a file", file.rfilename));
+        }
+        let length = if file.lfs.is_some() { 64 } else { 40 };
+        if blob.len() != length || !blob.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+            return Err(format!("{url}: `{blob}` is no hash of a file"));
         }
         let blobs = folder.join("blobs");
         let at = blobs.join(&blob);
@@ -250,6 +257,9 @@ impl Hub {
         let mut growing = at.as_os_str().to_owned();
         growing.push(".incomplete");
         let growing = PathBuf::from(growing);
+        let Some(size) = listed.size else {
+            return Err(format!("{url}: the hub gives no size of it"));
+        };
         let local = |error: io::Error| format!("{}: {error}", growing.display());
         let mut last = String::new();
         for number in 0..TRIES {
@@ -257,7 +267,7 @@ impl Hub {
                 thread::sleep(WAIT * (1 << (number - 1)));
             }
             let there = fs::metadata(&growing).map_or(0, |metadata| metadata.len());
-            if listed.size.is_none_or(|size| there < size) {
+            if there < size {
                 let mut response = match self.get(url, there) {
                     Ok(response) => response,
                     Err(Refusal::Later(words)) => {
@@ -274,7 +284,10 @@ impl Hub {
                     .truncate(!goes_on)
                     .open(&growing)
                     .map_err(local)?;
-                let cut_off = copy(&mut response.body_mut().as_reader(), &mut file);
+                let left = size - if goes_on { there } else { 0 };
+                // A byte more tells that there is more.
+                let mut body = response.body_mut().as_reader().take(left + 1);
+                let cut_off = copy(&mut body, &mut file);
                 file.sync_all().map_err(local)?;
                 match cut_off.map_err(local)? {
                     None => {}
@@ -285,18 +298,20 @@ impl Hub {
                 }
             }
             let there = fs::metadata(&growing).map_err(local)?.len();
-            if listed.size.is_some_and(|size| there < size) {
+            if there < size {
                 "it was cut off".clone_into(&mut last);
                 continue;
             }
-            let hash = listed.lfs.as_ref().map(|large| &large.sha256);
-            if listed.size.is_none_or(|size| there == size)
-                && hash.is_none_or(|hash| sha256(&growing).is_ok_and(|own| own == *hash))
-            {
+            if there == size && at.ends_with(hash(&growing, listed).map_err(local)?) {
                 return fs::rename(&growing, at).map_err(local);
             }
-            "it is not what the hub says that it is".clone_into(&mut last);
             fs::remove_file(&growing).map_err(local)?;
+            if there > size {
+                return Err(format!(
+                    "{url}: more comes than the {size} bytes that the hub lists; nothing of it was kept, try again later"
+                ));
+            }
+            "it is not what the hub says that it is".clone_into(&mut last);
         }
         Err(format!(
             "{url}: after {TRIES} tries it is not whole: {last}; run again to go on with it"
@@ -344,9 +359,40 @@ fn encoded(path: &str) -> String {
         .collect()
 }
 
-/// SHA-256 of a file, in hex.
-fn sha256(path: &Path) -> io::Result<String> {
-    let mut hasher = Sha256::new();
-    io::copy(&mut File::open(path)?, &mut hasher)?;
+/// The hash of a file's content, in hex, of the kind that the hub lists: SHA-256, or git's for a blob.
+fn hash(path: &Path, listed: &Listed) -> io::Result<String> {
+    let mut file = File::open(path)?;
+    if listed.lfs.is_some() {
+        let mut hasher = Sha256::new();
+        io::copy(&mut file, &mut hasher)?;
+        return Ok(format!("{:x}", hasher.finalize()));
+    }
+    let mut hasher = Sha1::new();
+    hasher.update(format!("blob {}\0", file.metadata()?.len()));
+    io::copy(&mut file, &mut hasher)?;
     Ok(format!("{:x}", hasher.finalize()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn small_files_have_the_hash_that_git_gives_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        fs::write(&path, "what is up, doc?").unwrap();
+        let listed = |lfs| Listed {
+            rfilename: String::new(),
+            size: None,
+            blob: None,
+            lfs,
+        };
+        // As in the book "Pro Git".
+        let git = "bd9dbf5aae1a3862dd1526723246b20206e5fc37";
+        assert_eq!(hash(&path, &listed(None)).unwrap(), git);
+        let sha256 = String::new();
+        let large = hash(&path, &listed(Some(Large { sha256 }))).unwrap();
+        assert_eq!(large.len(), 64);
+    }
 }

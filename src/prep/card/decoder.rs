@@ -5,6 +5,9 @@ use serde_json::Value;
 use crate::prep::PrepError;
 use crate::prep::section::Section;
 
+/// The largest head, given or as the quotient of two other sizes.
+const HEAD_DIM_MAX: usize = 1 << 12;
+
 /// Sizes of a decoder, Qwen2 or Llama.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct DecoderCard {
@@ -84,6 +87,10 @@ impl DecoderCard {
                 return Err(file.fault("num_attention_heads", problem));
             }
         };
+        if head_dim > HEAD_DIM_MAX {
+            let problem = format!("is {head_dim}, and more than {HEAD_DIM_MAX} is not supported");
+            return Err(file.fault("head_dim", problem));
+        }
         if head_dim % 2 == 1 {
             return Err(file.fault("head_dim", format!("is {head_dim}, and must be even")));
         }
@@ -100,7 +107,7 @@ impl DecoderCard {
                 defaults.max_position_embeddings,
             )?,
             rms_norm_eps: file
-                .number("rms_norm_eps")?
+                .positive("rms_norm_eps")?
                 .unwrap_or(defaults.rms_norm_eps),
             rope_theta: rope_theta(file)?.unwrap_or(defaults.rope_theta),
             qkv_bias: defaults.qkv_bias,
@@ -121,9 +128,9 @@ fn rope_theta(file: &Section) -> Result<Option<f64>, PrepError> {
         }
     }
     if let Some(rope) = file.section("rope_parameters")?
-        && let Some(theta) = rope.number("rope_theta")?
+        && let Some(theta) = rope.positive("rope_theta")?
     {
         return Ok(Some(theta));
     }
-    file.number("rope_theta")
+    file.positive("rope_theta")
 }

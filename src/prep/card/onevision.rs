@@ -175,6 +175,10 @@ fn eos_token_id(folder: &Path) -> Result<Vec<i64>, PrepError> {
     Section::open(&path)?.integers("eos_token_id")
 }
 
+/// Resolutions that a picture may be fitted to, and the pixels that a side of them may have.
+const PINPOINTS_MAX: usize = 1024;
+const PINPOINT_SIDE_MAX: usize = 1 << 14;
+
 /// `image_grid_pinpoints`: pairs `[height, width]`, or LLaVA-NeXT's text `(1x1),...,(6x6)`, which
 /// means every pair between the first and the last, in tiles of `side` pixels.
 pub(in crate::prep) fn pinpoints(
@@ -187,10 +191,16 @@ pub(in crate::prep) fn pinpoints(
         Some(Value::String(text)) => grid_text(text, side),
         Some(value) => Vec::deserialize(value).ok(),
     };
-    let usable = |pairs: &Vec<[usize; 2]>| !pairs.is_empty() && !pairs.as_flattened().contains(&0);
+    let usable = |pairs: &Vec<[usize; 2]>| {
+        let mut sides = pairs.as_flattened().iter();
+        (1..=PINPOINTS_MAX).contains(&pairs.len())
+            && sides.all(|side| (1..=PINPOINT_SIDE_MAX).contains(side))
+    };
     let pairs = pairs.filter(usable).ok_or_else(|| {
-        let problem =
-            "must be a list of [height, width] in pixels, or text such as `(1x1),...,(6x6)`";
+        let problem = format!(
+            "must be a list of at most {PINPOINTS_MAX} [height, width] in pixels, each at most \
+             {PINPOINT_SIDE_MAX}, or text such as `(1x1),...,(6x6)`"
+        );
         file.fault(KEY, problem)
     })?;
     Ok(Some(pairs))
@@ -203,7 +213,8 @@ fn grid_text(text: &str, side: usize) -> Option<Vec<[usize; 2]>> {
         .filter(|part| part.contains('x'))
         .map(|part| {
             let (height, width) = part.split_once('x')?;
-            let number = |text: &str| text.trim().parse::<usize>().ok();
+            let in_bounds = |tiles: &usize| *tiles <= PINPOINTS_MAX;
+            let number = |text: &str| text.trim().parse::<usize>().ok().filter(in_bounds);
             Some([number(height)?, number(width)?])
         });
     let first = pairs.next()??;
@@ -222,13 +233,21 @@ fn default_pinpoints() -> Vec<[usize; 2]> {
         .collect()
 }
 
+/// The largest N of `anyres_max_N`.
+const ANYRES_MAX: usize = 1000;
+
 /// The N of `anyres_max_N`, which is the value of `key`.
 fn anyres_max(file: &Section, key: &str) -> Result<usize, PrepError> {
     let text = file.text(key)?.unwrap_or("anyres_max_9");
     text.strip_prefix("anyres_max_")
         .and_then(|digits| digits.parse().ok())
-        .filter(|&tiles| tiles > 0)
-        .ok_or_else(|| file.fault(key, format!("is `{text}`, and must be `anyres_max_N`")))
+        .filter(|tiles| (1..=ANYRES_MAX).contains(tiles))
+        .ok_or_else(|| {
+            file.fault(
+                key,
+                format!("is `{text}`, and must be `anyres_max_N`, N from 1 to {ANYRES_MAX}"),
+            )
+        })
 }
 
 #[cfg(test)]

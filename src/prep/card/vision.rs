@@ -96,7 +96,7 @@ impl VisionCard {
             patch_size: size("patch_size", defaults.patch_size)?,
             hidden_act: defaults.hidden_act,
             layer_norm_eps: file
-                .number("layer_norm_eps")?
+                .positive("layer_norm_eps")?
                 .unwrap_or(defaults.layer_norm_eps),
         };
         if !card.hidden_size.is_multiple_of(card.num_attention_heads) {
@@ -123,7 +123,11 @@ impl VisionCard {
     ) -> Result<Vec<usize>, PrepError> {
         let states = self.num_hidden_layers as i64 + 1;
         let layer = |&index: &i64| {
-            let from_start = if index < 0 { index + states } else { index };
+            let from_start = if index < 0 {
+                index.saturating_add(states)
+            } else {
+                index
+            };
             (0..states)
                 .contains(&from_start)
                 .then_some(from_start as usize)

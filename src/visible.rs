@@ -1,0 +1,90 @@
+//! Text of strangers as a terminal may show it: from files, models and endpoints can come escape
+//! sequences, which terminals obey, and marks that turn the direction of writing around.
+
+use std::borrow::Cow;
+use std::fmt::Write as _;
+
+/// The text with what would not be seen as itself written out: `\u{1b}`. Newlines and tabs stay.
+pub fn visible(text: &str) -> Cow<'_, str> {
+    if !text.contains(is_hidden) {
+        return Cow::Borrowed(text);
+    }
+    let mut shown = String::with_capacity(text.len());
+    let mut letters = text.chars().peekable();
+    while let Some(letter) = letters.next() {
+        let ends_line = letter == '\r' && letters.peek() == Some(&'\n');
+        if ends_line || !is_hidden(letter) {
+            shown.push(letter);
+        } else {
+            write!(shown, "{}", letter.escape_default()).expect("a string takes any text");
+        }
+    }
+    Cow::Owned(shown)
+}
+
+/// The same, with as many bytes before and after each letter, for text of which places are known.
+pub fn visible_in_place(text: &str) -> Cow<'_, str> {
+    if !text.contains(is_hidden) {
+        return Cow::Borrowed(text);
+    }
+    let mut shown = String::with_capacity(text.len());
+    let mut letters = text.chars().peekable();
+    while let Some(letter) = letters.next() {
+        let ends_line = letter == '\r' && letters.peek() == Some(&'\n');
+        shown.push(match letter.len_utf8() {
+            _ if ends_line || !is_hidden(letter) => letter,
+            1 => '?',
+            2 => '¿',
+            _ => char::REPLACEMENT_CHARACTER,
+        });
+    }
+    Cow::Owned(shown)
+}
+
+/// Bytes that should be text: those that are none are written out, as `\xff`.
+pub fn visible_bytes(bytes: &[u8]) -> String {
+    let mut shown = String::new();
+    for chunk in bytes.utf8_chunks() {
+        shown.push_str(&visible(chunk.valid()));
+        for byte in chunk.invalid() {
+            write!(shown, "\\x{byte:02x}").expect("a string takes any text");
+        }
+    }
+    shown
+}
+
+/// Controls of terminals and of the direction of writing, and the separators that Unicode has for lines.
+fn is_hidden(letter: char) -> bool {
+    match letter {
+        '\n' | '\t' => false,
+        '\u{61c}' | '\u{200e}' | '\u{200f}' => true,
+        '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => true,
+        letter => letter.is_control(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_terminals_obey_is_written_out_and_the_rest_stays() {
+        for text in ["", "words", "ä 漢 🙂\n\tnext\r\nline", "עברית"] {
+            assert_eq!(visible(text), text);
+            assert_eq!(visible_in_place(text), text);
+        }
+        for (text, shown) in [
+            ("\u{1b}[2J", "\\u{1b}[2J"),
+            ("\u{9b}31m", "\\u{9b}31m"),
+            ("over\rwritten", "over\\rwritten"),
+            ("a\u{8}\u{7f}\0", "a\\u{8}\\u{7f}\\u{0}"),
+            ("a\u{202e}b\u{2069}", "a\\u{202e}b\\u{2069}"),
+        ] {
+            assert_eq!(visible(text), shown);
+            let in_place = visible_in_place(text);
+            assert_eq!(in_place.len(), text.len());
+        }
+        assert_eq!(visible_in_place("\u{1b}\u{9b}\u{202e}"), "?¿\u{fffd}");
+        assert_eq!(visible_bytes(b"a\x1b\xff\xc3\xa4"), "a\\u{1b}\\xffä");
+    }
+}
