@@ -1,10 +1,11 @@
-//! SQL over tables: the home of DataFusion, and the only file with async.
+//! SQL over tables: the home of DataFusion, and the only file with async but for the page's server.
 //!
 //! Every query runs on one thread with bounded memory; what does not fit is spilled to a folder of
 //! the caller's. Tables are given as lists of Parquet files, so that a reader never sees a file that
 //! the manifest doesn't list.
 
 mod count;
+mod lines;
 #[cfg(test)]
 mod tests;
 mod unsupported;
@@ -20,7 +21,7 @@ use datafusion::datasource::MemTable;
 use datafusion::error::DataFusionError;
 use datafusion::execution::runtime_env::RuntimeEnvBuilder;
 use datafusion::prelude::{
-    DataFrame, JsonReadOptions, ParquetReadOptions, SQLOptions, SessionConfig, SessionContext, lit,
+    DataFrame, ParquetReadOptions, SQLOptions, SessionConfig, SessionContext, lit,
 };
 use futures::StreamExt;
 
@@ -280,9 +281,8 @@ async fn register(context: &SessionContext, table: &QueryTable) -> Result<(), Qu
             .iter()
             .all(|file| file.extension() == Some("jsonl".as_ref()));
         let read = if is_text {
-            let options = JsonReadOptions::default();
-            let options = options.schema(&table.schema).file_extension(".jsonl");
-            context.read_json(paths, options).await
+            let lines = lines::table(&table.schema, files).map_err(error)?;
+            context.read_table(Arc::new(lines))
         } else {
             let options = ParquetReadOptions::default();
             context.read_parquet(paths, options).await
