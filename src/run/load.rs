@@ -37,6 +37,7 @@ impl Runner<'_> {
             done: done_before,
         });
         let place = self.folder.place(table.as_str(), None);
+        let mask = self.plan.secrets.mask();
         let footer = self.footer(None);
         let mut images = Images::open(self.folder.root(), &self.folder.manifest().images)?;
         let mut records = work.records()?;
@@ -64,7 +65,7 @@ impl Runner<'_> {
             }
             let loaded = work.load(next)?;
             self.add_images(&mut images, loaded.images)?;
-            let rejects = rejects(table, None, loaded.rejects);
+            let rejects = rejects(table, None, loaded.rejects, &mask);
             let name = format!("part-{part:05}");
             let mut writer = self.writer(table, None, &name, &stage.schema);
             writer.write(&loaded.rows)?;
