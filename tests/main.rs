@@ -15,6 +15,10 @@ mod exam;
 mod exec;
 /// Forks, differences, and what is set aside.
 mod fork;
+/// Commands that say too much, leave others behind, or look for secrets.
+mod hostile_commands;
+/// Endpoints that say what can't be, or nothing.
+mod hostile_endpoints;
 /// Weights from the Hugging Face hub.
 #[cfg(feature = "torch")]
 mod hub;
@@ -22,6 +26,8 @@ mod hub;
 mod interrupt;
 /// Judges that are asked in writing.
 mod judges;
+/// The page for people under attack.
+mod label;
 /// Models that a pipeline makes.
 #[cfg(feature = "torch")]
 mod made;
