@@ -268,8 +268,11 @@ impl Work {
             let Some(index) = lock(&self.waiting).pop_front() else {
                 return;
             };
-            let (request, hash) = (&self.requests[index], &self.hashes[index]);
-            let asked = || self.asker.ask(request, hash, &self.gate, &tell);
+            let request = &self.requests[index];
+            let asked = || {
+                self.asker
+                    .ask(request, &self.hashes[index], &self.gate, &tell)
+            };
             let reply = match catch_unwind(AssertUnwindSafe(asked)) {
                 Ok(Some(reply)) => reply,
                 Ok(None) => return,
@@ -323,6 +326,7 @@ fn data_url(picture: &Picture) -> Result<String, RowFault> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::models::Prompt;
 
     #[test]
     fn pictures_are_told_by_their_first_bytes() {
@@ -333,5 +337,50 @@ mod tests {
         let url = data_url(&picture(b"\x89PNG\r\n")).unwrap();
         assert_eq!(url, "data:image/png;base64,iVBORw0K");
         assert!(data_url(&picture(b"BM")).is_err());
+    }
+
+    #[test]
+    fn a_thread_that_panics_ends_the_work_with_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let spec = json!({ "base_url": "http://127.0.0.1:9/v1", "model": "m" });
+        let spec: Http = serde_json::from_value(spec).unwrap();
+        let (endpoint, _) = Endpoint::open(&spec, None, Mask::default()).unwrap();
+        let journal = Journal::open(&folder.path().join("judge.jsonl")).unwrap();
+        let prompt = Prompt {
+            id: "p".to_owned(),
+            pictures: Vec::new(),
+            system: None,
+            turns: Vec::new(),
+            question: "?".to_owned(),
+            captions: None,
+            answer: None,
+            seed: 0,
+        };
+        let work = Work {
+            gate: Gate::new(spec.concurrency_max),
+            asker: Arc::new(Asker {
+                spec,
+                endpoint,
+                judge: "judge".to_owned(),
+                journal: Mutex::new(journal),
+                mask: Mask::default(),
+                was_heard: AtomicBool::new(false),
+            }),
+            requests: vec![Request { prompt, attempt: 0 }],
+            // The mistake: there is none for the request.
+            hashes: Vec::new(),
+            waiting: Mutex::new(VecDeque::from([0])),
+        };
+        let (sender, heard) = std::sync::mpsc::channel();
+        work.go(&sender);
+        let Ok(Heard::Reply(0, Reply::Failed(error))) = heard.recv() else {
+            panic!("no error is told");
+        };
+        let told = error.to_string();
+        assert!(
+            told.contains("a mistake of this program") && told.contains("index out of bounds"),
+            "{told}"
+        );
+        assert!(!work.gate.enter(), "nothing more is asked");
     }
 }
