@@ -1,5 +1,7 @@
 //! Reading the files that a user names: regular files and nothing else. Opening a FIFO blocks until
-//! something writes to it, and a device may never end.
+//! something writes to it, and a device may never end. And files that the program itself adds lines to.
+
+pub mod lines;
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Read};

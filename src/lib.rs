@@ -4,6 +4,7 @@
 pub mod cli;
 pub mod config;
 pub mod files;
+pub mod mask;
 pub mod models;
 pub mod prep;
 pub mod query;

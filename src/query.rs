@@ -1,4 +1,4 @@
-//! SQL over tables: the home of DataFusion, and of async.
+//! SQL over tables: the home of DataFusion, and of all async but for the page's server.
 //!
 //! Every query runs on one thread of its own, with bounded memory and a deep stack; what does not fit is
 //! spilled to a folder of the caller's. Tables are given as lists of Parquet files, so that a reader never sees a file that
@@ -8,6 +8,7 @@ mod apart;
 mod checked;
 mod count;
 mod depth;
+mod lines;
 mod row_by_row;
 #[cfg(test)]
 mod tests;
@@ -26,7 +27,7 @@ use datafusion::execution::SessionState;
 use datafusion::execution::object_store::ObjectStoreUrl;
 use datafusion::execution::runtime_env::RuntimeEnvBuilder;
 use datafusion::prelude::{
-    DataFrame, JsonReadOptions, ParquetReadOptions, SQLOptions, SessionConfig, SessionContext, lit,
+    DataFrame, ParquetReadOptions, SQLOptions, SessionConfig, SessionContext, lit,
 };
 use datafusion::sql::parser::Statement;
 use futures::StreamExt;
@@ -329,9 +330,9 @@ async fn register(context: &SessionContext, table: &QueryTable) -> Result<(), Da
             .iter()
             .all(|file| file.path.extension() == Some("jsonl".as_ref()));
         let read = if is_text {
-            let options = JsonReadOptions::default();
-            let options = options.schema(&table.schema).file_extension(".jsonl");
-            context.read_json(paths, options).await
+            let files = files.iter().map(|file| file.path.clone()).collect();
+            let lines = lines::table(&table.schema, files)?;
+            context.read_table(Arc::new(lines))
         } else {
             let options = ParquetReadOptions::default();
             context.read_parquet(paths, options).await

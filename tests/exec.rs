@@ -9,7 +9,7 @@ use crate::run::SCRIPTED;
 use crate::scene::{Said, Scene};
 
 /// The example program, built beside this test.
-fn flag_answers() -> String {
+pub fn flag_answers() -> String {
     let test = std::env::current_exe().unwrap();
     let built = test.parent().unwrap().parent().unwrap();
     let program = built.join("examples/flag_answers");
@@ -20,7 +20,7 @@ fn flag_answers() -> String {
     program.display().to_string()
 }
 
-fn pipeline(command: &str, columns: &str) -> String {
+pub fn pipeline(command: &str, columns: &str) -> String {
     let stage = format!(
         "  flags: {{ exec: {{ command: {command}, table: candidates, columns: {{ {columns} }} }} }}\nevaluate:"
     );
@@ -41,9 +41,9 @@ fn a_command_does_not_inherit_what_was_set_for_libtorch() {
     assert!(said.err.contains("alloc=. cudnn=0."), "{}", said.err);
 }
 
-const COLUMNS: &str = "prompt_id: text, candidate: int32, refuses: bool";
+pub const COLUMNS: &str = "prompt_id: text, candidate: int32, refuses: bool";
 
-fn fails(command: &str, columns: &str) -> Said {
+pub fn fails(command: &str, columns: &str) -> Said {
     let scene = Scene::new();
     scene.prompts(5).write("p.yaml", pipeline(command, columns));
     let said = scene.pipeline(&["run", "p.yaml"]);

@@ -18,7 +18,7 @@ use crate::scene::Scene;
 const GRADES: &str = "  grades:\n    score: { candidates: answers, judge: judge }\n";
 
 /// The scripted pipeline with another judge, fewer answers, and no grades.
-fn pipeline(judge: &str) -> String {
+pub fn pipeline(judge: &str) -> String {
     SCRIPTED
         .replace("judge: { scripted: {} }", judge)
         .replace("policy, part: 7 }", "policy, part: 7, count: 3 }")
@@ -188,7 +188,7 @@ fn replies_that_cannot_be_read_are_rejects_with_the_reply() {
 }
 
 /// What was said, without the lines that are drawn around it.
-fn flat(said: &str) -> String {
+pub fn flat(said: &str) -> String {
     let words = said.split(|one: char| one.is_whitespace() || "│|:".contains(one));
     words
         .filter(|word| !word.is_empty())
@@ -309,7 +309,7 @@ fn serve(stream: &TcpStream, rule: &Rule, heard: &Heard) {
 const DECLINED: &str = "I would rather not";
 
 /// Longer answers are better.
-fn by_length(question: &str) -> String {
+pub fn by_length(question: &str) -> String {
     let shown = question
         .lines()
         .filter_map(|line| line.split_once("nswer: "));
@@ -518,13 +518,16 @@ fn an_endpoint_that_refuses_is_told_apart_from_one_that_is_busy() {
         said.err
     );
     let mut command = scene.command(&["run", "p.yaml"]);
-    let said = command.env("OVCHAT_TEST_NO_KEY", "wrong").output().unwrap();
+    let said = command
+        .env("OVCHAT_TEST_NO_KEY", "wrong-key")
+        .output()
+        .unwrap();
     let err = String::from_utf8_lossy(&said.stderr).into_owned();
     assert!(
         err.contains("it says 401") && err.contains("OVCHAT_TEST_NO_KEY"),
         "{err}"
     );
-    assert!(!err.contains("wrong"), "{err}");
+    assert!(!err.contains("wrong-key"), "{err}");
     assert_eq!(
         endpoint.heard.requests.lock().unwrap().len(),
         1,

@@ -15,6 +15,10 @@ mod exam;
 mod exec;
 /// Forks, differences, and what is set aside.
 mod fork;
+/// Commands that say too much, leave others behind, or look for secrets.
+mod hostile_commands;
+/// Endpoints that say what can't be, or nothing.
+mod hostile_endpoints;
 /// Files of strangers: where they lead, and what they hold.
 mod hostile_files;
 /// Texts of strangers: beyond all measure, or meant for terminals.
@@ -28,6 +32,8 @@ mod integrity;
 mod interrupt;
 /// Judges that are asked in writing.
 mod judges;
+/// The page for people under attack.
+mod label;
 /// Models that a pipeline makes.
 #[cfg(feature = "torch")]
 mod made;

@@ -1,7 +1,7 @@
 //! People as judges: a run that waits for them, and the page on which they say what they think.
 
 use std::io::{BufRead, BufReader};
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use ovchat::tables::{Candidate, DpoStep, Pair};
 use serde_json::{Value, json};
@@ -10,7 +10,7 @@ use crate::run::{SCRIPTED, rows};
 use crate::scene::Scene;
 
 /// The scripted pipeline in which people choose the pairs.
-fn scene(labels: u32) -> Scene {
+pub fn scene(labels: u32) -> Scene {
     let scene = Scene::new();
     let people = format!(
         "ask_people: {{ candidates: candidates, rewards: [rewards], labels_min: {labels} }}"
@@ -23,19 +23,32 @@ fn scene(labels: u32) -> Scene {
 }
 
 /// The page's program, and what it answers.
-struct Page {
-    child: Child,
-    address: String,
-    key: String,
+pub struct Page {
+    pub child: Child,
+    pub address: String,
+    pub key: String,
+    /// What it said before its address.
+    pub before: String,
 }
 
 impl Page {
-    fn open(scene: &Scene) -> Self {
-        let mut command = scene.command(&["label", "scripted"]);
+    pub fn open(scene: &Scene) -> Self {
+        Self::open_with(scene.command(&["label", "scripted"]))
+    }
+
+    pub fn open_with(mut command: Command) -> Self {
         let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let mut before = String::new();
         let line = lines
-            .find_map(|line| line.ok().filter(|line| line.starts_with("http://")))
+            .find_map(|line| {
+                let line = line.ok()?;
+                if line.starts_with("http://") {
+                    return Some(line);
+                }
+                before.push_str(&line);
+                None
+            })
             .expect("the page has an address");
         std::thread::spawn(move || lines.count());
         let (address, key) = line.split_once("/?key=").unwrap();
@@ -43,11 +56,12 @@ impl Page {
             child,
             address: address.to_owned(),
             key: key.to_owned(),
+            before,
         }
     }
 
     /// Status and answer.
-    fn ask(&self, path: &str, body: Option<Value>, headers: &[(&str, &str)]) -> (u16, Value) {
+    pub fn ask(&self, path: &str, body: Option<Value>, headers: &[(&str, &str)]) -> (u16, Value) {
         let agent: ureq::Agent = ureq::Agent::config_builder()
             .http_status_as_error(false)
             .build()
@@ -74,11 +88,11 @@ impl Page {
         (response.status().as_u16(), said)
     }
 
-    fn next(&self, by: &str) -> Value {
+    pub fn next(&self, by: &str) -> Value {
         self.ask(&format!("/api/next?by={by}"), None, &[]).1
     }
 
-    fn say(&self, by: &str, question: &Value, said: &str) -> (u16, Value) {
+    pub fn say(&self, by: &str, question: &Value, said: &str) -> (u16, Value) {
         let number = &question["number"];
         let body = json!({ "by": by, "question": number, "said": said, "milliseconds": 900 });
         self.ask("/api/say", Some(body), &[])
@@ -198,9 +212,10 @@ fn the_page_is_closed_to_other_machines_and_other_sites() {
     let (status, _) = page.ask("/api/next?by=eve", None, &[("Host", "evil.example")]);
     assert_eq!(status, 403);
     let stranger = Page {
-        child: std::process::Command::new("true").spawn().unwrap(),
+        child: Command::new("true").spawn().unwrap(),
         address: page.address.clone(),
         key: "guessed".to_owned(),
+        before: String::new(),
     };
     assert_eq!(stranger.ask("/api/say", body(), &[]).0, 403);
     assert_eq!(stranger.ask("/", None, &[]).0, 403);

@@ -9,8 +9,10 @@ use super::file::{PipelineFile, folder_of, warn};
 use super::out::{Output, line, say};
 use super::outlook::Outlook;
 use super::{Failed, engine, forecast, memory, tokens};
-use crate::config::{Complaint, Complaints, LoadError, Plan, PlannedStage, load};
+use crate::config::{At, Complaint, Complaints, KeyPath, LoadError, Plan, PlannedStage, load};
 use crate::models::{ModelLoader, ModelSpec};
+use crate::run::withheld as withheld_from;
+use crate::stages::StageSpec;
 
 /// Says everything that is wrong with a pipeline, before anything runs.
 #[derive(Args)]
@@ -46,6 +48,10 @@ pub struct ShowPlan {
 impl Check {
     pub fn run(&self) -> Result<(), Failed> {
         let loaded = load(&self.file.file, &self.file.sets, self.offline);
+        let loaded = loaded.map(|mut plan| {
+            plan.warnings.extend(withheld(&plan));
+            plan
+        });
         if self.output.is_json() {
             let all = |complaints: &[Complaint]| -> Vec<Value> {
                 complaints.iter().map(Complaint::to_json).collect()
@@ -71,6 +77,30 @@ impl Check {
         );
         Ok(())
     }
+}
+
+/// Notes about variables that the environment has and commands of the pipeline do not inherit.
+fn withheld(plan: &Plan) -> Vec<Complaint> {
+    let notes = plan.all().filter_map(|stage| {
+        let StageSpec::Exec(exec) = &stage.spec else {
+            return None;
+        };
+        // The strict form says so itself.
+        let names = withheld_from(&exec.env, &plan.secrets);
+        if exec.env.is_only() || names.is_empty() {
+            return None;
+        }
+        let names: Vec<_> = names.iter().map(|name| name.to_string_lossy()).collect();
+        let message = format!(
+            "the command of `{}` does not get {}",
+            stage.name,
+            names.join(", ")
+        );
+        let help = format!("`env: [{}]` gives them to it", names.join(", "));
+        let note = Complaint::note("config::withheld", At::key(KeyPath::default()), message);
+        Some(note.help(help).placed(stage.place.clone()))
+    });
+    notes.collect()
 }
 
 impl ShowPlan {

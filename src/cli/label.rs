@@ -5,31 +5,25 @@
 //! elsewhere (the header `Host`) and requests from there (`Origin`) are refused.
 
 mod desk;
+mod server;
 
+use std::cell::RefCell;
 use std::io::Read;
-use std::net::Ipv4Addr;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use clap::Args;
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tiny_http::{Header, Method, Request, Response, Server};
 
 use self::desk::Desk;
+use self::server::{Answer, Asked, Server, Site};
 use super::out::say;
 use super::{Failed, read_run, run_folder};
 use crate::models::media_type;
 use crate::run::Interrupt;
-use crate::store::{Images, LabelFiles, RunFolder, Said, Survey};
+use crate::store::{Images, Label, LabelFiles, RunFolder, Said, Survey};
 
 const PAGE: &str = include_str!("label/page.html");
-
-/// The largest request that is read.
-const BODY_MAX: u64 = 64 << 10;
-
-/// Between two looks at whether to stop.
-const LOOK_EVERY: Duration = Duration::from_millis(200);
 
 /// Shows answers that a run waits to have labels for, and takes what people say of them.
 #[derive(Args)]
@@ -63,58 +57,44 @@ struct Undoing {
     by: String,
 }
 
-/// An answer to a request: status, type, body.
-type Answer = (u16, &'static str, Vec<u8>);
-
 impl LabelRun {
     pub fn run(&self) -> Result<(), Failed> {
         let folder = run_folder(&self.run);
         let run = read_run(&folder)?;
         let survey = self.survey(&run)?;
+        let files = LabelFiles::new(run.root(), &survey.table, survey.round);
         let title = match survey.round {
             Some(round) => format!("`{}` (round {round})", survey.table),
             None => format!("`{}`", survey.table),
         };
-        let mut desk = Desk::open(&run, survey)?;
-        let mut images = Images::open(run.root(), &run.manifest().images)?;
-        let server = Server::http((Ipv4Addr::LOCALHOST, self.port)).map_err(|error| {
+        let desk = Desk::open(&run, survey)?;
+        let images = Images::open(run.root(), &run.manifest().images)?;
+        let server = Server::listen(self.port).map_err(|error| {
             Failed::Words(format!(
                 "cannot serve a page on port {}: {error}",
                 self.port
             ))
         })?;
-        let address = server
-            .server_addr()
-            .to_ip()
-            .expect("it listens to an address");
+        let interrupt = Interrupt::listen()
+            .map_err(|error| Failed::Words(format!("cannot listen to signals: {error}")))?;
+        let address = server.address();
         let key = key()?;
-        let guard = Guard {
-            key: &key,
-            port: address.port(),
-        };
+        if let Some(note) = desk.note() {
+            say!("{note}");
+        }
         let (said, wanted, questions) = (desk.said(), desk.wanted(), desk.questions());
         say!("{title}: {said} of {wanted} labels so far, {questions} questions");
         say!("http://{address}/?key={key}");
         say!("this machine only; Ctrl-C ends it, what was said is kept");
-        let interrupt = Interrupt::listen()
-            .map_err(|error| Failed::Words(format!("cannot listen to signals: {error}")))?;
-        while !interrupt.raised() {
-            let request = server
-                .recv_timeout(LOOK_EVERY)
-                .map_err(|error| Failed::Words(format!("cannot serve the page: {error}")))?;
-            let Some(mut request) = request else {
-                continue;
-            };
-            let before = desk.said();
-            let (status, media, body) = answer(&guard, &mut desk, &mut images, &mut request);
-            let after = desk.said();
-            if before < desk.wanted() && after >= desk.wanted() {
-                say!("{after} labels are enough: run the pipeline again to go on");
-            }
-            // Somebody who has left hears nothing.
-            drop(request.respond(response(status, media, body)));
-        }
-        say!("{} labels, kept in {}", desk.said(), folder.display());
+        let page = Page {
+            key,
+            port: address.port(),
+            desk: RefCell::new(desk),
+            images: RefCell::new(images),
+        };
+        server.serve(page, &|| interrupt.raised());
+        let (labels, _) = files.read()?;
+        say!("{} labels, kept in {}", said_in(&labels), folder.display());
         Ok(())
     }
 
@@ -130,12 +110,8 @@ impl LabelRun {
         let mut last = None;
         for survey in surveys {
             let files = LabelFiles::new(run.root(), &survey.table, survey.round);
-            let labels = files.read()?;
-            let said = labels
-                .iter()
-                .filter(|label| label.said != Said::Skip)
-                .count() as u64;
-            if said < survey.wanted {
+            let (labels, _) = files.read()?;
+            if said_in(&labels) < survey.wanted {
                 return Ok(survey);
             }
             last = Some(survey);
@@ -158,111 +134,125 @@ fn key() -> Result<String, Failed> {
     Ok(format!("{:032x}", u128::from_le_bytes(bytes)))
 }
 
-/// Who is let in.
-struct Guard<'a> {
-    key: &'a str,
-    port: u16,
+/// How many of the labels say something.
+fn said_in(labels: &[Label]) -> u64 {
+    let said = labels.iter().filter(|label| label.said != Said::Skip);
+    said.count() as u64
 }
 
-impl Guard<'_> {
-    /// Why a request is refused, if it is.
-    fn refusal(&self, request: &Request, query: &str) -> Option<&'static str> {
-        let header = |name: &'static str| {
-            let mut headers = request.headers().iter();
-            let found = headers.find(|header| header.field.equiv(name));
-            found.map(|header| header.value.as_str())
-        };
+/// The page, and what it asks for.
+struct Page {
+    key: String,
+    port: u16,
+    desk: RefCell<Desk>,
+    images: RefCell<Images>,
+}
+
+impl Site for Page {
+    fn refusal(&self, asked: &Asked<'_>) -> Option<Answer> {
         let hosts = ["127.0.0.1", "localhost"].map(|host| format!("{host}:{}", self.port));
-        if !header("Host").is_some_and(|host| hosts.iter().any(|own| own == host)) {
-            return Some("this page is for this machine only");
+        let is_own = |name: &str| hosts.iter().any(|own| own == name);
+        if !asked.header("host").is_some_and(is_own) {
+            return Some(self.wrong(403, "this page is for this machine only"));
         }
+        let origin = asked.headers.get("origin").map(|origin| origin.as_bytes());
         let origins = hosts.map(|host| format!("http://{host}"));
-        if header("Origin").is_some_and(|origin| origins.iter().all(|own| own != origin)) {
-            return Some("pages of other sites are not answered");
+        if origin.is_some_and(|origin| origins.iter().all(|own| own.as_bytes() != origin)) {
+            return Some(self.wrong(403, "pages of other sites are not answered"));
         }
-        let in_query = query.split('&').find_map(|part| part.strip_prefix("key="));
-        if header("X-Key").or(in_query) != Some(self.key) {
-            return Some(
-                "the key is missing or wrong: open the address that `pipeline label` says",
-            );
+        let key = asked.header("x-key").or(parameter(asked.query, "key"));
+        if key != Some(self.key.as_str()) {
+            let why = "the key is missing or wrong: open the address that `pipeline label` says";
+            return Some(self.wrong(403, why));
         }
         None
     }
+
+    fn answer(&self, asked: &Asked<'_>, body: &[u8]) -> Answer {
+        let desk = &mut *self.desk.borrow_mut();
+        match (asked.method, asked.path) {
+            ("GET", "/") => Answer {
+                status: 200,
+                media: "text/html; charset=utf-8",
+                content: PAGE.into(),
+            },
+            ("GET", "/api/next") => {
+                let by = parameter(asked.query, "by");
+                found(&desk.next(&decoded(by.unwrap_or("somebody"))))
+            }
+            ("POST", "/api/say") => self.say(desk, body),
+            ("POST", "/api/undo") => match serde_json::from_slice::<Undoing>(body) {
+                Err(error) => self.wrong(400, &error.to_string()),
+                Ok(Undoing { by }) => match desk.undo(&by) {
+                    Ok(()) => found(&desk.next(&by)),
+                    Err(failed) => self.wrong(500, &failed.to_string()),
+                },
+            },
+            ("GET", path) => match path.strip_prefix("/picture/") {
+                Some(id) if desk.shows(id) => match self.images.borrow_mut().bytes(id) {
+                    Ok(bytes) => Answer {
+                        status: 200,
+                        media: media_type(&bytes).unwrap_or("application/octet-stream"),
+                        content: bytes.to_vec(),
+                    },
+                    Err(error) => self.wrong(500, &error.to_string()),
+                },
+                _ => self.wrong(404, "there is nothing here"),
+            },
+            _ => self.wrong(405, "that can't be done here"),
+        }
+    }
+
+    fn wrong(&self, status: u16, why: &str) -> Answer {
+        let content = json!({ "error": why }).to_string().into();
+        Answer {
+            status,
+            media: "application/json",
+            content,
+        }
+    }
 }
 
-fn answer(
-    guard: &Guard<'_>,
-    desk: &mut Desk,
-    images: &mut Images,
-    request: &mut Request,
-) -> Answer {
-    let url = request.url().to_owned();
-    let (path, query) = url.split_once('?').unwrap_or((&url, ""));
-    if let Some(refusal) = guard.refusal(request, query) {
-        return wrong(403, refusal);
-    }
-    let method = request.method().clone();
-    let mut body = Vec::new();
-    let read = request.as_reader().take(BODY_MAX).read_to_end(&mut body);
-    if let Err(error) = read {
-        return wrong(400, &error.to_string());
-    }
-    match (&method, path) {
-        (Method::Get, "/") => (200, "text/html; charset=utf-8", PAGE.into()),
-        (Method::Get, "/api/next") => {
-            let by = query.split('&').find_map(|part| part.strip_prefix("by="));
-            found(&desk.next(&decoded(by.unwrap_or("somebody"))))
-        }
-        (Method::Post, "/api/say") => match serde_json::from_slice::<Saying>(&body) {
-            Err(error) => wrong(400, &error.to_string()),
+impl Page {
+    /// Takes what somebody says.
+    fn say(&self, desk: &mut Desk, body: &[u8]) -> Answer {
+        let saying = match serde_json::from_slice::<Saying>(body) {
+            Err(error) => return self.wrong(400, &error.to_string()),
             Ok(Saying {
                 said: Said::Undone, ..
-            }) => wrong(400, "that is not to be said"),
-            Ok(saying) => {
-                let said = desk.say(
-                    &saying.by,
-                    saying.question,
-                    saying.said,
-                    saying.milliseconds,
-                );
-                match said {
-                    Ok(()) => found(&desk.next(&saying.by)),
-                    Err(failed) => wrong(409, &failed.to_string()),
-                }
-            }
-        },
-        (Method::Post, "/api/undo") => match serde_json::from_slice::<Undoing>(&body) {
-            Err(error) => wrong(400, &error.to_string()),
-            Ok(Undoing { by }) => match desk.undo(&by) {
-                Ok(()) => found(&desk.next(&by)),
-                Err(failed) => wrong(500, &failed.to_string()),
-            },
-        },
-        (Method::Get, path) => match path.strip_prefix("/picture/") {
-            Some(id) if desk.shows(id) => match images.bytes(id) {
-                Ok(bytes) => (
-                    200,
-                    media_type(&bytes).unwrap_or("application/octet-stream"),
-                    bytes.to_vec(),
-                ),
-                Err(error) => wrong(500, &error.to_string()),
-            },
-            _ => wrong(404, "there is nothing here"),
-        },
-        _ => wrong(405, "that can't be done here"),
+            }) => return self.wrong(400, "that is not to be said"),
+            Ok(saying) => saying,
+        };
+        let Saying {
+            by,
+            question,
+            said,
+            milliseconds,
+        } = saying;
+        let before = desk.said();
+        if let Err(failed) = desk.say(&by, question, said, milliseconds) {
+            return self.wrong(409, &failed.to_string());
+        }
+        let after = desk.said();
+        if before < desk.wanted() && after >= desk.wanted() {
+            say!("{after} labels are enough: run the pipeline again to go on");
+        }
+        found(&desk.next(&by))
     }
 }
 
 fn found(value: &Value) -> Answer {
-    (200, "application/json", value.to_string().into())
+    Answer {
+        status: 200,
+        media: "application/json",
+        content: value.to_string().into(),
+    }
 }
 
-fn wrong(status: u16, why: &str) -> Answer {
-    (
-        status,
-        "application/json",
-        json!({ "error": why }).to_string().into(),
-    )
+/// A part of a query, as it is written there.
+fn parameter<'a>(query: &'a str, name: &str) -> Option<&'a str> {
+    let mut parts = query.split('&').filter_map(|part| part.split_once('='));
+    parts.find_map(|(other, value)| (other == name).then_some(value))
 }
 
 /// A part of a query as it was meant: `%20` is a space.
@@ -284,24 +274,6 @@ fn decoded(text: &str) -> String {
         }
     }
     String::from_utf8_lossy(&bytes).into_owned()
-}
-
-fn response(status: u16, media: &str, body: Vec<u8>) -> Response<std::io::Cursor<Vec<u8>>> {
-    let policy = "default-src 'none'; img-src 'self' data:; connect-src 'self'; style-src 'unsafe-inline'; \
-                  script-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'";
-    let headers = [
-        ("Content-Type", media),
-        ("Content-Security-Policy", policy),
-        ("Referrer-Policy", "no-referrer"),
-        ("Cache-Control", "no-store"),
-        ("Cross-Origin-Resource-Policy", "same-origin"),
-    ];
-    let mut response = Response::from_data(body).with_status_code(status);
-    for (name, value) in headers {
-        let header = Header::from_bytes(name, value);
-        response.add_header(header.expect("our own headers are well formed"));
-    }
-    response
 }
 
 #[cfg(test)]

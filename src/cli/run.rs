@@ -120,7 +120,7 @@ impl Run {
     /// Fetches weights that a model names on the hub and the hub's cache does not have.
     fn fetch(&self, plan: &Plan) -> Result<(), Failed> {
         self.until(plan)?;
-        let Some(hub) = Hub::of_environment() else {
+        let Some(hub) = Hub::of_environment().map_err(Failed::Words)? else {
             return Ok(());
         };
         let paths = plan.models.values().flat_map(|spec| {

@@ -61,6 +61,7 @@ use overrides::Override;
 use pipeline::Written;
 
 use crate::files;
+use crate::models::ModelSpec;
 
 /// Why there is no plan.
 #[derive(Debug, thiserror::Error)]
@@ -123,6 +124,14 @@ fn parse(
     }
     let read = reader::read(tree, environment);
     let (mut written, mut secrets) = (read.written, read.secrets);
+    for entry in &written.models {
+        if let Some(ModelSpec::Http(http)) = &entry.spec
+            && let Some(name) = &http.key_env
+            && let Ok(key) = environment(name)
+        {
+            secrets.add_key(name, &key);
+        }
+    }
     complaints.extend(read.complaints);
     if read.is_partial {
         // Whatever names a piece of what was not read would be called unknown.

@@ -4,6 +4,7 @@ use super::check::all_stages;
 use super::complaint::{At, Complaint};
 use super::pipeline::Written;
 use super::source::KeyPath;
+use crate::mask::SECRET_MIN;
 use crate::models::{Asking, ModelSpec};
 use crate::prep::{OnevisionCard, PolicyPrep};
 use crate::stages::{ModelName, StageSpec};
@@ -77,14 +78,22 @@ const CONTEXT: &str = "config::context";
 /// The code of notes about keys that the environment does not have.
 pub const NO_KEY: &str = "config::no_key";
 
-/// Notes about keys of endpoints that the environment does not have, which only a run needs.
+/// Notes about keys of endpoints that the environment does not have, which only a run needs, and complaints
+/// about those that are none.
 pub fn keys(written: &Written) -> Vec<Complaint> {
     let missing = written.models.iter().filter_map(|entry| {
         let Some(ModelSpec::Http(http)) = &entry.spec else {
             return None;
         };
-        let name = http.missing_key()?;
         let at = At::value(entry.settings.key("key_env"));
+        if let Some(name) = http.short_key() {
+            let message = format!(
+                "what `{name}` holds is shorter than {SECRET_MIN} characters, which no key is"
+            );
+            let help = "an endpoint without a key needs no `key_env`";
+            return Some(Complaint::new("config::short_key", at, message).help(help));
+        }
+        let name = http.missing_key()?;
         let message = format!("the environment variable `{name}` is not set");
         let help = format!(
             "`pipeline run` needs the key of `{}`: export {name}=…",

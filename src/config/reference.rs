@@ -16,6 +16,7 @@ use super::guess::guess;
 use super::node::Node;
 use super::source::KeyPath;
 use super::words::listed;
+use crate::mask::{Mask, SECRET_MIN};
 
 /// The code of complaints about variables that are not there.
 pub const UNKNOWN_VARIABLE: &str = "config::unknown_variable";
@@ -33,6 +34,8 @@ pub struct EnvReference {
 #[derive(Clone, Default)]
 pub struct Secrets {
     values: BTreeMap<String, String>,
+    /// The keys of endpoints, by the names of their variables.
+    keys: BTreeMap<String, String>,
     uses: Vec<EnvUse>,
     /// The variables whose values are shown in messages: they are parts of paths and nothing else.
     shown: BTreeSet<String>,
@@ -100,55 +103,53 @@ impl Secrets {
             let mut uses = uses.peekable();
             uses.peek().is_some() && uses.all(|used| paths.contains(&used.path))
         };
-        let is_secret = |name: &str| {
-            let name = name.to_uppercase();
-            SECRET_WORDS.iter().any(|word| name.contains(word))
-        };
         let names = self.values.keys();
         let shown = names.filter(|name| is_path(name) && !is_secret(name));
         self.shown = shown.cloned().collect();
     }
 
-    /// `text` with `${env:NAME}` in place of each value, but for those that are paths. A value of less than four letters is
-    /// replaced only where it stands alone: `7` in `7`, not in `17`.
+    /// Takes the value of a variable that holds the key of an endpoint.
+    pub fn add_key(&mut self, name: &str, value: &str) {
+        self.keys.insert(name.to_owned(), value.to_owned());
+    }
+
+    /// `text` with `${env:NAME}` in place of each value, whatever its form, but for those that are paths.
     pub fn hide(&self, text: &str) -> String {
-        let mut by_length: Vec<_> = self
-            .values
-            .iter()
-            .filter(|(name, value)| !value.is_empty() && !self.shown.contains(*name))
-            .collect();
-        by_length.sort_by_key(|(_, value)| std::cmp::Reverse(value.len()));
-        let mut pieces = vec![(text.to_owned(), true)];
-        for (name, value) in by_length {
-            let mut next = Vec::new();
-            for (piece, is_open) in pieces {
-                if is_open {
-                    cut(&piece, value, &format!("${{env:{name}}}"), &mut next);
-                } else {
-                    next.push((piece, false));
-                }
-            }
-            pieces = next;
-        }
-        pieces.into_iter().map(|(piece, _)| piece).collect()
+        let values = self.values.iter();
+        let values = values.filter(|(name, _)| !self.shown.contains(*name));
+        let all = values.chain(&self.keys);
+        Mask::new(all.map(|(name, value)| (name.as_str(), value.as_str()))).hide(text)
+    }
+
+    /// What is taken out of everything that a run writes: the keys of endpoints, and the values of variables
+    /// that are called like secrets or are a part of an address. Other values stay, since data may hold them
+    /// by chance.
+    pub fn mask(&self) -> Mask {
+        let is_in_address = |name: &String| {
+            let mut uses = self.uses.iter();
+            uses.any(|used| used.path.name() == "base_url" && used.names.contains(name))
+        };
+        let is_long = |value: &str| value.chars().count() >= SECRET_MIN;
+        let values = self.values.iter();
+        let values = values.filter(|(name, _)| is_secret(name) || is_in_address(name));
+        let all = values.chain(&self.keys);
+        let all = all.filter(|(_, value)| is_long(value));
+        Mask::new(all.map(|(name, value)| (name.as_str(), value.as_str())))
+    }
+
+    /// The names of the variables, those of keys among them.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.values
+            .keys()
+            .chain(self.keys.keys())
+            .map(String::as_str)
     }
 }
 
-/// Appends `text` to `pieces`, cut at each `value`, which becomes a closed piece `name`.
-fn cut(text: &str, value: &str, name: &str, pieces: &mut Vec<(String, bool)>) {
-    let mut from = 0;
-    for (start, _) in text.match_indices(value) {
-        let end = start + value.len();
-        let is_inside = text[..start].ends_with(char::is_alphanumeric)
-            || text[end..].starts_with(char::is_alphanumeric);
-        if value.chars().count() < 4 && is_inside {
-            continue;
-        }
-        pieces.push((text[from..start].to_owned(), true));
-        pieces.push((name.to_owned(), false));
-        from = end;
-    }
-    pieces.push((text[from..].to_owned(), true));
+/// Whether a variable is called like a secret.
+fn is_secret(name: &str) -> bool {
+    let name = name.to_uppercase();
+    SECRET_WORDS.iter().any(|word| name.contains(word))
 }
 
 fn hash(value: &str) -> String {

@@ -12,6 +12,9 @@ use serde::{Deserialize, Serialize};
 use super::{Prompt, Role, Turn};
 use crate::files;
 
+/// The largest score that is one. Rewards are sums of such numbers in single precision.
+const SCORE_MAX: f64 = 1e30;
+
 /// How a judge is asked about answers in writing.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -323,9 +326,9 @@ impl Questionnaire {
             } else {
                 [number("first")?, number("second")?]
             };
-            let is_finite = verdict.iter().all(|score| score.is_finite());
+            let is_score = verdict.iter().all(|score| score.abs() <= SCORE_MAX);
             let is_other = |found: [f64; 2]| found.map(f64::to_bits) != verdict.map(f64::to_bits);
-            if !is_finite || found.is_some_and(is_other) {
+            if !is_score || found.is_some_and(is_other) {
                 return None;
             }
             found = Some(verdict);
@@ -400,6 +403,8 @@ mod tests {
             ("7/10.", Some(7.0)),
             ("7 or 8", None),
             ("good", None),
+            // Single precision would make it infinite.
+            ("1000000000000000000000000000000000000000", None),
         ] {
             assert_eq!(points.read(reply).map(|[score, _]| score), score, "{reply}");
         }

@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 
 use super::asking::{Asking, Mode, Questionnaire, Shown};
 use super::{
-    Emit, Group, Judge, ModelError, Policy, Prompt, RowFault, Sampling, Say, Score, Telemetry,
+    Emit, Group, Judge, Listener, ModelError, Policy, Prompt, RowFault, Sampling, Score, Telemetry,
 };
 
 /// A question to a writer.
@@ -22,12 +22,12 @@ pub struct Request {
 
 /// Something that replies to text about pictures.
 pub trait Writer {
-    /// Emits a reply to each request, in any order, and tells `say` what it waits for.
+    /// Emits a reply to each request, in any order; fewer, when the listener wants no more.
     fn reply(
         &mut self,
         requests: &[Request],
         emit: Emit<'_, String>,
-        say: Say<'_>,
+        listener: &mut Listener<'_>,
     ) -> Result<Telemetry, ModelError>;
 
     /// How it goes about it, in words.
@@ -54,7 +54,7 @@ impl Writer for PolicyWriter {
         &mut self,
         requests: &[Request],
         emit: Emit<'_, String>,
-        _: Say<'_>,
+        _: &mut Listener<'_>,
     ) -> Result<Telemetry, ModelError> {
         let is_first = requests.iter().all(|request| request.attempt == 0);
         let how = Sampling {
@@ -238,14 +238,18 @@ impl Judge for Critic {
         groups: &[Group<'_>],
         emit: Emit<'_, Vec<Score>>,
     ) -> Result<Telemetry, ModelError> {
-        self.score_and_say(groups, emit, &mut |_| {})
+        let mut listener = Listener {
+            say: &mut |_| {},
+            stopping: &|| false,
+        };
+        self.score_for(groups, emit, &mut listener)
     }
 
-    fn score_and_say(
+    fn score_for(
         &mut self,
         groups: &[Group<'_>],
         emit: Emit<'_, Vec<Score>>,
-        say: Say<'_>,
+        listener: &mut Listener<'_>,
     ) -> Result<Telemetry, ModelError> {
         let mut cases: Vec<Case> = groups.iter().map(|group| self.case(group)).collect();
         let mut telemetry = Telemetry::default();
@@ -334,14 +338,15 @@ impl Judge for Critic {
                 stopped |= flow.is_break();
                 flow
             };
-            let took = self.writer.reply(&requests, &mut hear, &mut *say)?;
+            let took = self.writer.reply(&requests, &mut hear, listener)?;
             telemetry.add(&took);
             for index in ready {
                 if stopped || emit(index, Ok(self.scores(&cases[index]))).is_break() {
                     return Ok(telemetry);
                 }
             }
-            if stopped {
+            // Nobody wants what would be asked next.
+            if stopped || (listener.stopping)() {
                 return Ok(telemetry);
             }
         }
@@ -391,7 +396,7 @@ mod tests {
             &mut self,
             requests: &[Request],
             emit: Emit<'_, String>,
-            _: Say<'_>,
+            _: &mut Listener<'_>,
         ) -> Result<Telemetry, ModelError> {
             for (index, request) in requests.iter().enumerate() {
                 self.asked.set(self.asked.get() + 1);

@@ -12,6 +12,7 @@ pub mod libtorch;
 mod orders;
 pub mod scripted;
 mod spec;
+mod tls;
 mod training;
 mod traits;
 mod types;
@@ -31,8 +32,8 @@ pub use training::{
     Schedule, SftReport, SftSettings, Tower, Trained,
 };
 pub use traits::{
-    DpoLearner, Emit, Finding, Judge, Learner, ModelError, ModelLoader, Opened, Policy,
-    RewardLearner, RowFault, Say, Severity, SftLearner,
+    DpoLearner, Emit, Finding, Judge, Learner, Listener, ModelError, ModelLoader, Opened, Policy,
+    RewardLearner, RowFault, Severity, SftLearner,
 };
 pub use types::{
     Generation, Group, Layout, Picture, Placement, Prompt, Role, Room, Sampling, Score, Stop,

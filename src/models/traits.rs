@@ -12,8 +12,13 @@ use super::{
 /// Takes the result or the fault of row `index` of the call, in any order; `Break` means stop early.
 pub type Emit<'a, T> = &'a mut dyn FnMut(usize, Result<T, RowFault>) -> ControlFlow<()>;
 
-/// Takes what somebody who waits should know, in words.
-pub type Say<'a> = &'a mut dyn FnMut(&str);
+/// Somebody who waits for a model.
+pub struct Listener<'a> {
+    /// Takes what they should know, in words.
+    pub say: &'a mut dyn FnMut(&str),
+    /// Whether they want no more; asked while nothing comes that could be emitted.
+    pub stopping: &'a dyn Fn() -> bool,
+}
 
 /// Something is wrong with one row (a picture that does not decode, a prompt that is too long);
 /// the others go on.
@@ -76,12 +81,12 @@ pub trait Judge {
         emit: Emit<'_, Vec<Score>>,
     ) -> Result<Telemetry, ModelError>;
 
-    /// The same, telling `say` in words what it waits for, if it waits.
-    fn score_and_say(
+    /// The same for one that may wait long for something else: it tells what for, and stops when asked to.
+    fn score_for(
         &mut self,
         groups: &[Group<'_>],
         emit: Emit<'_, Vec<Score>>,
-        _say: Say<'_>,
+        _listener: &mut Listener<'_>,
     ) -> Result<Telemetry, ModelError> {
         self.score(groups, emit)
     }

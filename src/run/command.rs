@@ -4,8 +4,14 @@
 //! before it read all, or leave rows unread. The stream that comes back is complete when it has its
 //! end-of-stream marker: a program that dies between two batches leaves a stream that is valid up to there.
 
+mod framing;
+mod lines;
+
+use std::collections::HashSet;
+use std::ffi::OsString;
 use std::io::{BufRead as _, BufReader, Read, Write};
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::process::{Child, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
@@ -18,19 +24,23 @@ use arrow::datatypes::{DataType, SchemaRef};
 use arrow_ipc::reader::StreamReader;
 use arrow_ipc::writer::StreamWriter;
 
+use self::framing::Framed;
 use super::{Runner, took};
-use crate::config::PlannedStage;
+use crate::config::{PlannedStage, Secrets};
 use crate::models::libtorch::SET_HERE;
 use crate::run::report::Tally;
 use crate::run::{Start, Unit};
-use crate::stages::{Command, Failure};
+use crate::stages::{Command, Failure, Inherited};
 use crate::store::TableReader;
 
 /// Between two looks at whether the run was asked to stop.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
-/// Between two looks at whether the program has ended, once its rows have.
+/// Between two looks at whether the program has ended, once its rows have, and the other way round.
 const EXIT_LOOK_EVERY: Duration = Duration::from_millis(10);
+
+/// For rows that come when the program has ended; something that it started may keep its output open.
+const LATE_ROWS: Duration = Duration::from_secs(2);
 
 /// For the last lines of its standard error, which something that it started may keep open.
 const LATE_LINES: Duration = Duration::from_secs(1);
@@ -44,9 +54,15 @@ const QUEUE: usize = 4;
 /// The advice for a program that did not end its stream.
 const CLOSE: &str = "close the stream's writer after the last batch (pyarrow: `writer.close()`)";
 
+/// The end of an output that does not end with the program.
+const HELD_OPEN: &str = "ended, and something that it has started keeps its standard output open without having \
+    ended the Arrow IPC stream; wait for it, or redirect its output";
+
 /// A message of the threads that feed the program and read its output.
 enum Said {
     Rows(RecordBatch),
+    /// The end-of-stream marker. The output may go on behind it.
+    Marker,
     /// A line of its standard error.
     Line(String),
     /// The end of its standard output.
@@ -92,7 +108,7 @@ impl Runner<'_> {
             .find(work.input.as_str(), input_round);
         let rows_in = made.map_or(0, crate::store::Made::rows);
 
-        let mut child = Running(start(work, round)?);
+        let mut child = Running(start(work, round, &self.plan.secrets)?);
         let said = listen(&mut child.0, files, input_schema);
         let mut writer = self.writer(table, round, "part-00000", &stage.schema);
         let mut done = 0;
@@ -100,21 +116,37 @@ impl Runner<'_> {
         let mut last_words: Vec<String> = Vec::new();
         let program = &work.words[0];
         let mut ended = None;
-        let status = loop {
+        let mut is_whole = false;
+        // Its exit decides: when it was, or when the last rows came after it.
+        let mut exited: Option<(ExitStatus, Instant)> = None;
+        let (status, ended) = loop {
             if self.interrupt.raised() {
                 return Err(Failure::Interrupted);
             }
-            if ended.is_some() {
-                let exited = child.0.try_wait();
+            if exited.is_none() {
+                let status = child.0.try_wait();
                 let failed =
                     |error: std::io::Error| Failure::Other(format!("`{program}`: {error}"));
-                if let Some(status) = exited.map_err(failed)? {
-                    break status;
+                exited = status
+                    .map_err(failed)?
+                    .map(|status| (status, Instant::now()));
+            }
+            if let Some((status, since)) = exited {
+                if let Some(ended) = ended {
+                    break (status, ended);
+                }
+                if since.elapsed() > LATE_ROWS {
+                    let ended = if is_whole {
+                        Ended::Whole
+                    } else {
+                        Ended::Cut(HELD_OPEN.to_owned())
+                    };
+                    break (status, ended);
                 }
             }
-            let look_every = match ended {
-                None => LOOK_EVERY,
-                Some(_) => EXIT_LOOK_EVERY,
+            let look_every = match (&ended, &exited) {
+                (None, None) => LOOK_EVERY,
+                _ => EXIT_LOOK_EVERY,
             };
             match said.recv_timeout(look_every) {
                 Err(RecvTimeoutError::Timeout) => {}
@@ -130,7 +162,8 @@ impl Runner<'_> {
                 }
                 Ok(Said::Unread(failure)) => return Err(failure),
                 // It has failed already.
-                Ok(Said::Rows(_) | Said::End(_)) if ended.is_some() => {}
+                Ok(Said::Rows(_) | Said::Marker | Said::End(_)) if ended.is_some() => {}
+                Ok(Said::Marker) => is_whole = true,
                 Ok(Said::Rows(batch)) => match fitted(&batch, &stage.schema) {
                     Ok(batch) => {
                         done += batch.num_rows() as u64;
@@ -138,6 +171,9 @@ impl Runner<'_> {
                         tally.rewards(&batch);
                         self.report.figures(&tally.figures);
                         self.report.progress(done);
+                        if let Some((_, since)) = &mut exited {
+                            *since = Instant::now();
+                        }
                     }
                     Err(problem) => {
                         child.end();
@@ -153,7 +189,6 @@ impl Runner<'_> {
                 }
             }
         };
-        let ended = ended.expect("the loop ends after it");
         let until = Instant::now() + LATE_LINES;
         let left = || until.saturating_duration_since(Instant::now());
         while let Ok(late) = said.recv_timeout(left()) {
@@ -163,7 +198,10 @@ impl Runner<'_> {
                     keep(&mut last_words, line);
                 }
                 Said::Unread(failure) => return Err(failure),
-                Said::Rows(_) | Said::End(_) => {}
+                Said::Rows(_) | Said::Marker | Said::End(_) => {}
+            }
+            if left().is_zero() {
+                break;
             }
         }
         if let Some(problem) = problem(ended, status) {
@@ -204,12 +242,26 @@ fn problem(ended: Ended, status: ExitStatus) -> Option<String> {
     }
 }
 
+/// The variables of this environment that a command does not inherit.
+pub fn withheld(env: &Inherited, secrets: &Secrets) -> Vec<OsString> {
+    let named: HashSet<&str> = secrets.names().collect();
+    let names = std::env::vars_os().map(|(name, _)| name);
+    let mut names: Vec<OsString> = names
+        .filter(|name| {
+            let text = name.to_string_lossy();
+            !env.takes(&text, named.contains(&*text))
+        })
+        .collect();
+    names.sort();
+    names
+}
+
 /// Starts the program.
 #[expect(
     unsafe_code,
     reason = "a program ends with the process that started it only if the kernel is told so between fork and exec"
 )]
-fn start(work: &Command<'_>, round: Option<u32>) -> Result<Child, Failure> {
+fn start(work: &Command<'_>, round: Option<u32>, secrets: &Secrets) -> Result<Child, Failure> {
     let (program, arguments) = work.words.split_first().expect("the plan checked it");
     let mut command = std::process::Command::new(program);
     command
@@ -220,6 +272,9 @@ fn start(work: &Command<'_>, round: Option<u32>) -> Result<Child, Failure> {
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
+    for name in withheld(work.env, secrets) {
+        command.env_remove(name);
+    }
     // What was set for our libtorch is not meant for the one that the program may use.
     if let Ok(names) = std::env::var(SET_HERE) {
         for name in names.split(',').filter(|name| !name.is_empty()) {
@@ -280,18 +335,20 @@ fn listen(child: &mut Child, files: Vec<PathBuf>, schema: SchemaRef) -> Receiver
     let stderr = child.stderr.take().expect("it is piped");
     let unread = sender.clone();
     thread::spawn(move || {
-        if let Err(failure) = feed(&stdin, files, &schema) {
+        let fed = catch_unwind(AssertUnwindSafe(|| feed(&stdin, files, &schema)));
+        let fed = fed.unwrap_or_else(|_| {
+            let problem =
+                "the rows for the command can't be read: this is a mistake of this program";
+            Err(Failure::Other(problem.to_owned()))
+        });
+        if let Err(failure) = fed {
             // Before the program sees the end of its input, and takes it for all.
             drop(unread.send(Said::Unread(failure)));
         }
     });
-    let lines = sender.clone();
+    let words = sender.clone();
     thread::spawn(move || {
-        for line in BufReader::new(stderr).lines().map_while(Result::ok) {
-            if lines.send(Said::Line(line)).is_err() {
-                break;
-            }
-        }
+        lines::each(stderr, |line| words.send(Said::Line(line)).is_ok());
     });
     thread::spawn(move || {
         let ended = read(stdout, &sender);
@@ -320,20 +377,6 @@ fn feed(stdin: impl Write, files: Vec<PathBuf>, schema: &SchemaRef) -> Result<()
     Ok(())
 }
 
-/// A stream that remembers whether it was read to its end.
-struct Watched<R> {
-    stream: R,
-    is_over: bool,
-}
-
-impl<R: Read> Read for Watched<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        let count = self.stream.read(buffer)?;
-        self.is_over |= count == 0 && !buffer.is_empty();
-        Ok(count)
-    }
-}
-
 /// Reads the rows that the program makes, up to the end of its output.
 fn read(stdout: impl Read, sender: &SyncSender<Said>) -> Ended {
     let mut stdout = BufReader::new(stdout);
@@ -343,31 +386,35 @@ fn read(stdout: impl Read, sender: &SyncSender<Said>) -> Ended {
         ));
     }
     let no_stream = |error| Ended::Invalid(format!("wrote what is no Arrow IPC stream: {error}"));
-    let watched = Watched {
-        stream: stdout,
-        is_over: false,
-    };
-    let mut reader = match StreamReader::try_new(watched, None) {
+    let mut framed = Framed::new(stdout);
+    let mut reader = match StreamReader::try_new(&mut framed, None) {
         Ok(reader) => reader,
-        Err(error) => return no_stream(error),
+        Err(error) => {
+            return framed
+                .refused
+                .map_or_else(|| no_stream(error), Ended::Invalid);
+        }
     };
     loop {
         let batch = reader.next();
-        // The reader takes an output that ends between two batches for a whole stream.
-        let is_over = reader.get_ref().is_over;
+        let framed = reader.get_ref();
         match batch {
             Some(Ok(batch)) => {
                 if sender.send(Said::Rows(batch)).is_err() {
                     return Ended::Whole;
                 }
             }
-            Some(Err(_)) if is_over => {
+            Some(Err(_)) if framed.is_over => {
                 return Ended::Cut(format!(
                     "wrote an Arrow IPC stream that stops inside a batch: {CLOSE}"
                 ));
             }
-            Some(Err(error)) => return no_stream(error),
-            None if is_over => {
+            Some(Err(error)) => {
+                let refused = framed.refused.clone();
+                return refused.map_or_else(|| no_stream(error), Ended::Invalid);
+            }
+            // The reader takes an output that ends between two batches for a whole stream.
+            None if !framed.is_whole => {
                 return Ended::Cut(format!(
                     "wrote an Arrow IPC stream without its end-of-stream marker, and rows may be missing: {CLOSE}"
                 ));
@@ -375,6 +422,7 @@ fn read(stdout: impl Read, sender: &SyncSender<Said>) -> Ended {
             None => break,
         }
     }
+    drop(sender.send(Said::Marker));
     match reader.get_mut().read(&mut [0]) {
         Ok(0) => Ended::Whole,
         Ok(_) => Ended::Invalid(

@@ -38,6 +38,7 @@ impl Runner<'_> {
             done: done_before,
         });
         let place = self.folder.place(table.as_str(), None);
+        let mask = self.plan.secrets.mask();
         let footer = self.footer(None);
         let mut images = Images::open(self.folder.root(), &self.folder.manifest().images)?;
         let interrupt = self.interrupt;
@@ -73,7 +74,7 @@ impl Runner<'_> {
             let loaded = work.load(next).map_err(stopped)?;
             self.stop_if_asked()?;
             self.add_images(&mut images, loaded.images)?;
-            let rejects = rejects(table, None, loaded.rejects);
+            let rejects = rejects(table, None, loaded.rejects, &mask);
             let name = format!("part-{part:05}");
             let mut writer = self.writer(table, None, &name, &stage.schema);
             writer.write(&loaded.rows)?;

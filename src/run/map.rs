@@ -12,6 +12,7 @@ use super::groups::{Groups, Taken};
 use super::models::RunModels;
 use super::{Runner, count, took, write_beside};
 use crate::config::PlannedStage;
+use crate::mask::Mask;
 use crate::models;
 use crate::run::report::Tally;
 use crate::run::{Start, Unit};
@@ -117,6 +118,7 @@ impl Runner<'_> {
             schema: work.schema(),
             footer: self.footer(None),
             key: made.key.clone(),
+            mask: self.plan.secrets.mask(),
         });
         let mut mapping = Mapping {
             table,
@@ -275,6 +277,7 @@ struct Pen {
     schema: SchemaRef,
     footer: Vec<(&'static str, String)>,
     key: String,
+    mask: Mask,
 }
 
 impl Pen {
@@ -293,7 +296,7 @@ impl Pen {
                 Outcome::SetAside { id, class, reason } => set_aside.push((id, class, reason)),
             }
         }
-        let rejects = rejects(&self.table, self.round, set_aside);
+        let rejects = rejects(&self.table, self.round, set_aside, &self.mask);
         let telemetry = match parcel.telemetry {
             Some(row) => write_beside(&self.place, "telemetry", part, &self.footer, &[row])?,
             None => Vec::new(),

@@ -27,9 +27,11 @@ mod stop;
 mod survey;
 
 pub use announce::listed;
+pub use command::withheld;
 pub use forecast::{Estimate, Fate, Forecast, forecast, forecast_of_run};
 pub use interrupt::Interrupt;
 pub use keys::{Reason, explain};
+use report::Masked;
 pub use report::{Figures, Report, Start, Unit};
 pub use stale::stale;
 
@@ -101,6 +103,10 @@ pub fn run(
     report: &mut dyn Report,
     interrupt: &Interrupt,
 ) -> Result<Summary, RunError> {
+    let report = &mut Masked {
+        report,
+        secrets: &plan.secrets,
+    };
     if let Some(loader) = loader {
         announce::say_placements(plan, options.until.as_ref(), loader, report)?;
     }
@@ -490,6 +496,7 @@ impl<'a> Runner<'a> {
             self.loader,
             models,
             self.folder.calls(),
+            self.plan.secrets.mask(),
             self.kept.clone(),
         ))
     }

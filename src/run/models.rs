@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 
 use super::formula::Formula;
+use crate::mask::Mask;
 use crate::models::scripted::{ScriptedJudge, ScriptedLearner, ScriptedPolicy};
 use crate::models::{
     Asking, Critic, DpoLearner, DpoSettings, Emit, Generation, HttpWriter, Judge, Mode, ModelError,
@@ -54,6 +55,8 @@ pub struct RunModels<'a> {
     loader: Option<&'a dyn ModelLoader>,
     /// The folder of the calls of models behind endpoints.
     calls: PathBuf,
+    /// What is taken out of what these say.
+    mask: Mask,
     models: HashMap<(ModelName, ModelState), Ready>,
     kept: Kept,
     policy: Option<(ModelName, Box<dyn Policy>)>,
@@ -66,11 +69,13 @@ impl<'a> RunModels<'a> {
         loader: Option<&'a dyn ModelLoader>,
         models: HashMap<(ModelName, ModelState), Ready>,
         calls: PathBuf,
+        mask: Mask,
         kept: Kept,
     ) -> Self {
         Self {
             loader,
             calls,
+            mask,
             kept,
             models,
             policy: None,
@@ -108,7 +113,8 @@ impl<'a> RunModels<'a> {
     fn writer(&self, model: &ModelName, asking: &Asking) -> Result<Box<dyn Writer>, Failure> {
         if let ModelSpec::Http(http) = self.spec(model) {
             let journal = self.calls.join(format!("{model}.jsonl"));
-            let writer = HttpWriter::open(http, &journal).map_err(Failure::of(model))?;
+            let writer =
+                HttpWriter::open(http, &journal, self.mask.clone()).map_err(Failure::of(model))?;
             return Ok(Box::new(writer));
         }
         let policy = self.open_policy(model)?;

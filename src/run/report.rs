@@ -4,6 +4,7 @@ use arrow::array::{Array, AsArray, RecordBatch};
 use arrow::compute::cast;
 use arrow::datatypes::{DataType, Float64Type};
 
+use crate::config::Secrets;
 use crate::stages::TableName;
 
 /// What is counted.
@@ -99,4 +100,43 @@ pub trait Report {
     fn reused(&mut self, table: &TableName, round: Option<u32>, rows: u64);
     /// Something worth a line.
     fn note(&mut self, text: &str);
+}
+
+/// Tells another report, without the secrets of the pipeline.
+pub(super) struct Masked<'a> {
+    pub(super) report: &'a mut dyn Report,
+    pub(super) secrets: &'a Secrets,
+}
+
+impl Report for Masked<'_> {
+    fn start(&mut self, start: Start<'_>) {
+        self.report.start(start);
+    }
+
+    fn figures(&mut self, figures: &Figures) {
+        self.report.figures(figures);
+    }
+
+    fn progress(&mut self, done: u64) {
+        self.report.progress(done);
+    }
+
+    fn finished(
+        &mut self,
+        table: &TableName,
+        round: Option<u32>,
+        rows: u64,
+        faults: u64,
+        dropped: u64,
+    ) {
+        self.report.finished(table, round, rows, faults, dropped);
+    }
+
+    fn reused(&mut self, table: &TableName, round: Option<u32>, rows: u64) {
+        self.report.reused(table, round, rows);
+    }
+
+    fn note(&mut self, text: &str) {
+        self.report.note(&self.secrets.hide(text));
+    }
 }

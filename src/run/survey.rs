@@ -29,7 +29,14 @@ impl Runner<'_> {
             rewards: names.map(ToString::to_string).collect(),
             wanted: waits.labels,
         })?;
-        let labels = files.read()?;
+        let (labels, spoiled) = files.read()?;
+        if spoiled > 0 {
+            self.report.note(&format!(
+                "{}: {spoiled} of its lines are cut off or can't be read, and do not count; \
+                 `pipeline label` moves them aside",
+                files.path().display()
+            ));
+        }
         let said = labels.iter().filter(|label| label.said != Said::Skip);
         let (said, wanted) = (said.count() as u64, waits.labels);
         if said >= wanted {

@@ -104,7 +104,7 @@ impl Choose for AskPeople {
         part: &Answers<'_>,
     ) -> Result<HashMap<String, Choice>, Failure> {
         let files = LabelFiles::new(&scope.shelf.root, scope.table.as_str(), scope.round);
-        let labels = files.read()?;
+        let (labels, _) = files.read()?;
         let asked: HashSet<&str> = labels.iter().map(|label| &*label.prompt_id).collect();
         let mut texts: HashMap<&str, HashMap<String, i32>> = HashMap::new();
         for group in &part.groups {

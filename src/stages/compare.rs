@@ -12,7 +12,7 @@ use super::{
     Failure, Input, Map, ModelName, ModelState, Outcome, Role, Scope, Stage, StageError, TableName,
     Task, Use, Work, shown,
 };
-use crate::models::{Group, RowFault, Score};
+use crate::models::{Group, Listener, RowFault, Score};
 use crate::store::Key;
 use crate::tables::{Comparison, Pair, Row};
 
@@ -142,9 +142,14 @@ impl Map for &Compare {
         };
         let name = &self.judge;
         let say = &mut *scope.say;
-        let judged = judge.score_and_say(&groups, &mut take, &mut |text| {
-            say(&format!("{name}: {text}"))
-        });
+        let judged = judge.score_for(
+            &groups,
+            &mut take,
+            &mut Listener {
+                say: &mut |text| say(&format!("{name}: {text}")),
+                stopping,
+            },
+        );
         *scope.telemetry = judged.map_err(Failure::of(&self.judge))?;
         let mut scored = scored.into_iter();
         let mut outcomes = Vec::with_capacity(tasks.len());

@@ -1,5 +1,7 @@
 //! `exec`: a command of the user as a stage.
 
+mod inherited;
+
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,6 +12,7 @@ use serde::de::{Error as _, MapAccess, Visitor};
 use serde::ser::SerializeMap as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+pub use self::inherited::Inherited;
 use super::{Command, Input, Stage, StageError, TableName, Work, join};
 
 /// Makes a table by a command: it gets the rows of `table` as an Arrow IPC stream on its standard input
@@ -28,6 +31,12 @@ pub struct Exec {
     /// changes, the table is made again.
     #[serde(default)]
     pub files: Vec<PathBuf>,
+    /// The variables of the environment that the command inherits: all but those whose values the pipeline
+    /// uses (`${env:…}`, `key_env`) and those that are called like secrets (`*_TOKEN`, `*_KEY`, `*_SECRET`,
+    /// `*PASSWORD*`, `AWS_*`). `[NAME]` gives some of these; `only` gives none but PATH, HOME, the language
+    /// and the like; `{ only: [NAME] }` those and the ones that it names.
+    #[serde(default, skip_serializing_if = "Inherited::is_usual")]
+    pub env: Inherited,
     /// Where the command runs.
     #[serde(skip)]
     folder: PathBuf,
@@ -174,6 +183,7 @@ impl Stage for Exec {
             words: &self.command,
             input: &self.table,
             folder: &self.folder,
+            env: &self.env,
         })
     }
 }

@@ -42,7 +42,7 @@ mod sql;
 pub use ask_people::AskPeople;
 pub use combine::{Combine, Normalize};
 pub use compare::Compare;
-pub use exec::{Column, Columns, Exec};
+pub use exec::{Column, Columns, Exec, Inherited};
 pub use head::Objection;
 pub use load_feedback::LoadFeedback;
 pub use load_prompts::LoadPrompts;

@@ -10,7 +10,7 @@ use super::{
     Failure, Input, Map, ModelName, ModelState, Outcome, Role, Scope, Stage, StageError, TableName,
     Task, Use, Work, shown,
 };
-use crate::models::{self, Group, RowFault};
+use crate::models::{self, Group, Listener, RowFault};
 use crate::store::Key;
 use crate::tables::{Candidate, Prompt, Reward, Row, rows};
 
@@ -207,9 +207,14 @@ impl Map for &Score {
         };
         let name = &self.judge;
         let say = &mut *scope.say;
-        let scored = judge.score_and_say(&groups, &mut take, &mut |text| {
-            say(&format!("{name}: {text}"))
-        });
+        let scored = judge.score_for(
+            &groups,
+            &mut take,
+            &mut Listener {
+                say: &mut |text| say(&format!("{name}: {text}")),
+                stopping,
+            },
+        );
         *scope.telemetry = scored.map_err(Failure::of(&self.judge))?;
         outcomes
             .into_iter()

@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use arrow::array::RecordBatch;
 use arrow::datatypes::SchemaRef;
 
+use super::exec::Inherited;
 use super::{ModelName, ModelState, Shelf, TableName};
+use crate::mask::Mask;
 use crate::models::{
     self, DpoLearner, DpoSettings, Judge, Learner, ModelError, Policy, RewardLearner,
     RewardSettings, RowFault, SftLearner, SftSettings, Telemetry,
@@ -404,6 +406,8 @@ pub struct Command<'a> {
     pub input: &'a TableName,
     /// Where it runs.
     pub folder: &'a Path,
+    /// What it inherits.
+    pub env: &'a Inherited,
 }
 
 /// Work that goes through its input in ordered steps and ends in a checkpoint.
@@ -514,20 +518,21 @@ fn shuffle(order: &mut [u32], seed: u64) {
     }
 }
 
-/// Rows for the table `rejects`.
+/// Rows for the table `rejects`, without what is masked.
 pub fn rejects(
     scope_table: &TableName,
     round: Option<u32>,
     set_aside: Vec<(String, RejectClass, String)>,
+    mask: &Mask,
 ) -> Vec<Reject> {
     let round = round.map(u32::cast_signed);
     let stage = scope_table.as_str();
-    let row = |(id, class, reason)| Reject {
+    let row = |(id, class, reason): (String, RejectClass, String)| Reject {
         stage: stage.to_owned(),
         round,
-        id,
+        id: mask.hide(&id),
         class,
-        reason,
+        reason: mask.hide(&reason),
     };
     set_aside.into_iter().map(row).collect()
 }

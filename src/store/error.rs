@@ -31,6 +31,11 @@ pub enum StoreError {
         path.display()
     )]
     Locked { path: PathBuf, holder: String },
+    /// Another process takes what people say.
+    #[error(
+        "`{survey}` is asked by {holder}; open the page that it serves, or stop it and start this one again"
+    )]
+    Asked { survey: String, holder: String },
     /// The folder holds the run of another pipeline.
     #[error(
         "{} holds a run of the pipeline `{found}`, not of `{wanted}`; choose another folder with --run",

@@ -2,19 +2,22 @@
 //!
 //! `human_labels/<table>-round-2.json` says what a run waits for, `human_labels/<table>-round-2.jsonl` holds what was
 //! said, a line a label, synced one by one. The last line with an id counts, so that taking a label back
-//! is a line, too.
+//! is a line, too. Who writes them holds `human_labels/<table>-round-2.lock`.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File, OpenOptions};
-use std::io::{BufRead, BufReader, Write};
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{StoreError, create_folder, write_atomically};
+use super::{Lock, StoreError, create_folder, write_atomically};
+use crate::files::lines::{self, LineFile};
 
 /// The folder, in that of a run.
 pub const LABELS: &str = "human_labels";
+
+/// The largest number in a label: every program can read it, and count on.
+pub const NUMBER_MAX: u64 = 1 << 53;
 
 /// What people are asked about the candidates of a round.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -108,56 +111,70 @@ impl LabelFiles {
         write_atomically(&self.folder.join(format!("{}.json", self.stem)), &text)
     }
 
-    /// The labels that count, in the order of their ids. A line that was cut off is none.
-    pub fn read(&self) -> Result<Vec<Label>, StoreError> {
-        let counts = |label: &Label| label.said != Said::Undone;
-        let labels = self.last_words()?.into_values();
-        Ok(labels.filter(counts).collect())
-    }
-
-    /// An id that no label has, nor one that was taken back.
-    pub fn next_id(&self) -> Result<u64, StoreError> {
-        let labels = self.last_words()?;
-        Ok(labels.last_key_value().map_or(0, |(id, _)| id + 1))
-    }
-
-    /// The last line of each id.
-    fn last_words(&self) -> Result<BTreeMap<u64, Label>, StoreError> {
+    /// The labels that count, in the order of their ids, and how many lines are none: they were cut off, or
+    /// something else has written them.
+    pub fn read(&self) -> Result<(Vec<Label>, usize), StoreError> {
         let path = self.path();
-        let file = match File::open(&path) {
-            Ok(file) => file,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                return Ok(BTreeMap::new());
-            }
-            Err(error) => return Err(StoreError::io("read", &path)(error)),
-        };
-        let mut labels = BTreeMap::new();
-        for line in BufReader::new(file).lines() {
-            let line = line.map_err(StoreError::io("read", &path))?;
-            if let Ok(label) = serde_json::from_str::<Label>(&line) {
-                labels.insert(label.id, label);
-            }
-        }
-        Ok(labels)
+        let mut words = BTreeMap::new();
+        let spoiled = lines::each(&path, |line| take(&mut words, line));
+        let spoiled = spoiled.map_err(StoreError::io("read", &path))?;
+        Ok((counting(&words), spoiled))
     }
 
-    /// Adds a label, and waits until it is on the disk.
-    pub fn add(&self, label: &Label) -> Result<(), StoreError> {
-        let path = self.path();
+    /// Opens the file of labels for the one who writes them, or says who does.
+    pub fn write(&self) -> Result<LabelWriter, StoreError> {
         create_folder(&self.folder)?;
-        let mut options = OpenOptions::new();
-        let mut file = options
-            .create(true)
-            .append(true)
-            .open(&path)
+        let path = self.path();
+        let lock = Lock::of_survey(&self.folder.join(format!("{}.lock", self.stem)), &self.stem)?;
+        let mut words = BTreeMap::new();
+        let (file, note) = LineFile::open(&path, |line| take(&mut words, line))
             .map_err(StoreError::io("write", &path))?;
-        let mut line = serde_json::to_vec(label).expect("names and numbers are valid JSON");
-        // A line that a crash cut off must not swallow this one.
-        line.insert(0, b'\n');
-        line.push(b'\n');
-        file.write_all(&line)
-            .and_then(|()| file.sync_data())
-            .map_err(StoreError::io("write", &path))
+        Ok(LabelWriter {
+            labels: counting(&words),
+            next_id: words.last_key_value().map_or(0, |(id, _)| id + 1),
+            note,
+            path,
+            file,
+            _lock: lock,
+        })
+    }
+}
+
+/// Takes a line in, as the last word on its id. Returns whether it is a label.
+fn take(words: &mut BTreeMap<u64, Label>, line: &[u8]) -> bool {
+    let label = serde_json::from_slice::<Label>(line).ok();
+    let label = label.filter(|label| {
+        let numbers = [label.id, label.at, label.milliseconds];
+        numbers.iter().all(|number| *number <= NUMBER_MAX)
+    });
+    label.map(|label| words.insert(label.id, label)).is_some()
+}
+
+/// The labels that were not taken back.
+fn counting(words: &BTreeMap<u64, Label>) -> Vec<Label> {
+    let counts = |label: &&Label| label.said != Said::Undone;
+    words.values().filter(counts).cloned().collect()
+}
+
+/// The one who writes what people say.
+pub struct LabelWriter {
+    /// The labels that counted when it was opened, in the order of their ids.
+    pub labels: Vec<Label>,
+    /// An id that no label has, nor one that was taken back.
+    pub next_id: u64,
+    /// What was set aside, in words.
+    pub note: Option<String>,
+    path: PathBuf,
+    file: LineFile,
+    _lock: Lock,
+}
+
+impl LabelWriter {
+    /// Adds a label, and waits until it is on the disk.
+    pub fn add(&mut self, label: &Label) -> Result<(), StoreError> {
+        let line = serde_json::to_vec(label).expect("names and numbers are valid JSON");
+        let added = self.file.append(&line);
+        added.map_err(StoreError::io("write", &self.path))
     }
 }
 
@@ -169,7 +186,7 @@ mod tests {
     fn the_last_word_counts_and_what_was_cut_off_does_not() {
         let folder = tempfile::tempdir().unwrap();
         let files = LabelFiles::new(folder.path(), "pairs", Some(2));
-        assert!(files.read().unwrap().is_empty());
+        assert!(files.read().unwrap().0.is_empty());
         let label = |id, said| Label {
             id,
             prompt_id: "p".to_owned(),
@@ -182,21 +199,30 @@ mod tests {
             at: 0,
             milliseconds: 10,
         };
-        files.add(&label(0, Said::Left)).unwrap();
-        files.add(&label(1, Said::Tie)).unwrap();
-        files.add(&label(0, Said::Undone)).unwrap();
+        let mut writer = files.write().unwrap();
+        let refused = files.write().err().expect("one writer").to_string();
+        let this = format!("process {}", std::process::id());
+        assert!(refused.contains(&this), "{refused}");
+        for (id, said) in [(0, Said::Left), (1, Said::Tie), (0, Said::Undone)] {
+            writer.add(&label(id, said)).unwrap();
+        }
+        drop(writer);
+        // Inside the first letter of a name.
         let mut text = fs::read(files.path()).unwrap();
-        text.extend(b"\n{\"id\": 2, \"prom");
+        text.extend(b"{\"id\": 2, \"by\": \"\xc3");
         fs::write(files.path(), text).unwrap();
-        files.add(&label(3, Said::Right)).unwrap();
-        let said: Vec<_> = files
-            .read()
-            .unwrap()
-            .into_iter()
-            .map(|label| (label.id, label.said))
-            .collect();
-        assert_eq!(said, [(1, Said::Tie), (3, Said::Right)]);
-        files.add(&label(9, Said::Undone)).unwrap();
-        assert_eq!(files.next_id().unwrap(), 10, "no id comes twice");
+        assert_eq!(files.read().unwrap().1, 1);
+        let mut writer = files.write().unwrap();
+        assert!(writer.note.is_some());
+        writer.add(&label(3, Said::Right)).unwrap();
+        let (labels, spoiled) = files.read().unwrap();
+        let said: Vec<_> = labels.iter().map(|label| (label.id, label.said)).collect();
+        assert_eq!(
+            (&said[..], spoiled),
+            (&[(1, Said::Tie), (3, Said::Right)][..], 0)
+        );
+        writer.add(&label(9, Said::Undone)).unwrap();
+        drop(writer);
+        assert_eq!(files.write().unwrap().next_id, 10, "no id comes twice");
     }
 }

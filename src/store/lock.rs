@@ -1,4 +1,4 @@
-//! One process per run. The kernel releases the lock when its holder dies, however it dies.
+//! One process per run, and one per survey. The kernel releases the lock when its holder dies, however it dies.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read, Seek, Write};
@@ -21,23 +21,33 @@ pub struct Lock {
 impl Lock {
     /// Takes the lock of the run in `folder`, or says who has it.
     pub fn take(folder: &Path) -> Result<Self, StoreError> {
-        let path = folder.join(".lock");
+        Self::of(&folder.join(".lock"), |holder| StoreError::Locked {
+            path: folder.to_owned(),
+            holder,
+        })
+    }
+
+    /// Takes the lock of a survey, or says who has it.
+    pub fn of_survey(path: &Path, survey: &str) -> Result<Self, StoreError> {
+        Self::of(path, |holder| StoreError::Asked {
+            survey: survey.to_owned(),
+            holder,
+        })
+    }
+
+    fn of(path: &Path, held: impl FnOnce(String) -> StoreError) -> Result<Self, StoreError> {
+        let folder = path.parent().expect("a file in a folder");
         let mut file = OpenOptions::new()
             .read(true)
             .write(true)
             .create(true)
             .truncate(false)
-            .open(&path)
+            .open(path)
             .map_err(StoreError::io("write in", folder))?;
         match file.try_lock() {
             Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                return Err(StoreError::Locked {
-                    path: folder.to_owned(),
-                    holder: named(&mut file),
-                });
-            }
-            Err(TryLockError::Error(source)) => return Err(StoreError::io("lock", &path)(source)),
+            Err(TryLockError::WouldBlock) => return Err(held(named(&mut file))),
+            Err(TryLockError::Error(source)) => return Err(StoreError::io("lock", path)(source)),
         }
         // The words are for people; the lock itself is the kernel's.
         let words = format!(
@@ -50,7 +60,7 @@ impl Lock {
             .set_len(0)
             .and_then(|()| file.rewind())
             .and_then(|()| file.write_all(words.as_bytes()));
-        written.map_err(StoreError::io("write", &path))?;
+        written.map_err(StoreError::io("write", path))?;
         Ok(Self { _file: file })
     }
 }

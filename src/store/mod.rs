@@ -28,7 +28,7 @@ pub use fingerprint::{Fingerprints, hash_file};
 pub use folder::{Opened, RunFolder, TableFile, files_in};
 pub use images::Images;
 pub use key::{Key, digest};
-pub use labels::{LABELS, Label, LabelFiles, Said, Survey};
+pub use labels::{LABELS, Label, LabelFiles, LabelWriter, NUMBER_MAX, Said, Survey};
 pub use lock::{Lock, lock_holder};
 pub use lookup::{Lookup, Name};
 pub use manifest::{

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::super::Failed;
 use super::super::sql::run_table;
 use crate::query;
-use crate::store::{Label, LabelFiles, RunFolder, Said, Survey, digest};
+use crate::store::{Label, LabelFiles, LabelWriter, NUMBER_MAX, RunFolder, Said, Survey, digest};
 use crate::tables::{Prompt, Role, Row, rows};
 
 /// Questions at a time; people answer some hundreds an hour.
@@ -28,15 +28,13 @@ struct Question {
 
 /// What can be asked, and what was said.
 pub struct Desk {
-    files: LabelFiles,
+    writer: LabelWriter,
     survey: Survey,
     questions: Vec<Question>,
     prompts: HashMap<String, Prompt>,
     /// Texts of candidates, and their digests.
     texts: HashMap<(String, i32), (String, String)>,
     labels: BTreeMap<u64, Label>,
-    /// Ids that were given, those of labels that were taken back among them.
-    next_id: u64,
     /// The question of each label of this survey.
     of_label: HashMap<u64, usize>,
     /// Who looks at which question, and since when.
@@ -70,7 +68,7 @@ rows! {
 impl Desk {
     /// Finds the questions of a survey and reads what was said so far.
     pub fn open(run: &RunFolder, survey: Survey) -> Result<Self, Failed> {
-        let files = LabelFiles::new(run.root(), &survey.table, survey.round);
+        let writer = LabelFiles::new(run.root(), &survey.table, survey.round).write()?;
         let mut tables = vec![run_table(run, &survey.candidates, survey.candidates_round)?];
         for rewards in &survey.rewards {
             tables.push(run_table(run, rewards, survey.round)?);
@@ -108,21 +106,20 @@ impl Desk {
         let questions: Vec<Question> = found.into_iter().map(sided).collect();
         let mut desk = Self {
             labels: BTreeMap::new(),
-            next_id: 0,
             of_label: HashMap::new(),
             open: HashMap::new(),
-            files,
+            writer,
             survey,
             questions,
             prompts,
             texts,
         };
-        desk.recall()?;
+        desk.recall();
         Ok(desk)
     }
 
     /// Reads what was said before.
-    fn recall(&mut self) -> Result<(), Failed> {
+    fn recall(&mut self) {
         let mut numbers: HashMap<[String; 3], usize> = HashMap::new();
         for (number, question) in self.questions.iter().enumerate() {
             let name = |left, right| {
@@ -135,8 +132,7 @@ impl Desk {
             numbers.insert(name(question.left, question.right), number);
             numbers.insert(name(question.right, question.left), number);
         }
-        self.next_id = self.files.next_id()?;
-        for label in self.files.read()? {
+        for label in std::mem::take(&mut self.writer.labels) {
             let name = [
                 label.prompt_id.clone(),
                 label.left_digest.clone(),
@@ -147,7 +143,11 @@ impl Desk {
             }
             self.labels.insert(label.id, label);
         }
-        Ok(())
+    }
+
+    /// What was set aside of the labels, in words.
+    pub fn note(&self) -> Option<&str> {
+        self.writer.note.as_deref()
     }
 
     fn digest(&self, question: &Question, candidate: i32) -> String {
@@ -256,7 +256,7 @@ impl Desk {
             ));
         }
         let label = Label {
-            id: self.next_id,
+            id: self.writer.next_id,
             left: question.left,
             right: question.right,
             left_digest: self.digest(&question, question.left),
@@ -265,10 +265,10 @@ impl Desk {
             said,
             by: by.to_owned(),
             at: now(),
-            milliseconds,
+            milliseconds: milliseconds.min(NUMBER_MAX),
         };
-        self.files.add(&label)?;
-        self.next_id += 1;
+        self.writer.add(&label)?;
+        self.writer.next_id += 1;
         self.of_label.insert(label.id, number);
         self.labels.insert(label.id, label);
         Ok(())
@@ -288,7 +288,7 @@ impl Desk {
         let mut label = self.labels[&id].clone();
         label.said = Said::Undone;
         label.at = now();
-        self.files.add(&label)?;
+        self.writer.add(&label)?;
         self.labels.remove(&id);
         if let Some(number) = self.of_label.remove(&id) {
             self.open.insert(by.to_owned(), (number, Instant::now()));

@@ -1,13 +1,16 @@
 //! The calls of a run, a line each.
 
 use std::collections::HashMap;
-use std::fs::{self, File, OpenOptions};
-use std::io::{BufRead, BufReader, Write};
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::files::lines::LineFile;
 use crate::models::ModelError;
+
+/// The most tokens that a call is believed to have read or written.
+pub const TOKENS_MAX: u64 = 1_000_000_000;
 
 /// A call that was replied to.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -29,17 +32,47 @@ pub struct Call {
     pub at: u64,
 }
 
+impl Call {
+    /// Whether its numbers can be. The table `calls` has them as signed integers.
+    fn is_plausible(&self) -> bool {
+        let times = [self.milliseconds, self.at];
+        [self.prompt_tokens, self.reply_tokens]
+            .iter()
+            .all(|tokens| *tokens <= TOKENS_MAX)
+            && times.iter().all(|time| i64::try_from(*time).is_ok())
+            && i32::try_from(self.attempt).is_ok()
+    }
+}
+
 /// The calls of a run.
 pub struct Journal {
     path: PathBuf,
-    file: File,
-    pub replies: HashMap<String, String>,
+    file: LineFile,
+    known: Known,
+    /// What was set aside when it was opened, in words.
+    pub note: Option<String>,
+}
+
+/// What the journal says.
+#[derive(Default)]
+struct Known {
+    replies: HashMap<String, String>,
     /// Tokens read and written so far.
-    pub tokens: [u64; 2],
+    tokens: [u64; 2],
+}
+
+impl Known {
+    fn take(&mut self, call: Call) {
+        let [read, written] = &mut self.tokens;
+        *read = read.saturating_add(call.prompt_tokens);
+        *written = written.saturating_add(call.reply_tokens);
+        self.replies.insert(call.hash, call.reply);
+    }
 }
 
 impl Journal {
-    /// Opens the journal, and begins one where there is none. A line that was cut off is none.
+    /// Opens the journal, and begins one where there is none. Lines that are no calls, the last one where
+    /// it was cut off among them, are set aside.
     pub fn open(path: &Path) -> Result<Self, ModelError> {
         let failed = |error: std::io::Error| ModelError::Weights {
             path: path.to_owned(),
@@ -48,49 +81,45 @@ impl Journal {
         if let Some(folder) = path.parent() {
             fs::create_dir_all(folder).map_err(failed)?;
         }
-        let mut options = OpenOptions::new();
-        let file = options.create(true).append(true).read(true).open(path);
-        let file = file.map_err(failed)?;
-        let mut journal = Self {
+        let mut known = Known::default();
+        let (file, note) = LineFile::open(path, |line| {
+            let call = serde_json::from_slice::<Call>(line).ok();
+            let call = call.filter(Call::is_plausible);
+            call.map(|call| known.take(call)).is_some()
+        })
+        .map_err(failed)?;
+        let note = note.map(|note| format!("{note}; what they asked is asked again"));
+        Ok(Self {
             path: path.to_owned(),
-            replies: HashMap::new(),
-            tokens: [0; 2],
             file,
-        };
-        let mut whole = 0;
-        let mut lines = BufReader::new(File::open(path).map_err(failed)?);
-        let mut line = Vec::new();
-        while lines.read_until(b'\n', &mut line).map_err(failed)? > 0 {
-            if line.last() != Some(&b'\n') {
-                break;
-            }
-            whole += line.len() as u64;
-            if let Ok(call) = serde_json::from_slice::<Call>(&line) {
-                journal.know(call);
-            }
-            line.clear();
-        }
-        journal.file.set_len(whole).map_err(failed)?;
-        Ok(journal)
+            known,
+            note,
+        })
     }
 
-    fn know(&mut self, call: Call) {
-        self.tokens[0] += call.prompt_tokens;
-        self.tokens[1] += call.reply_tokens;
-        self.replies.insert(call.hash, call.reply);
+    /// The reply to what has this hash.
+    pub fn reply(&self, hash: &str) -> Option<&String> {
+        self.known.replies.get(hash)
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.known.replies.is_empty()
+    }
+
+    /// Tokens read and written so far.
+    pub fn tokens(&self) -> [u64; 2] {
+        self.known.tokens
     }
 
     /// Adds a call, and waits until it is on the disk.
     pub fn write(&mut self, call: Call) -> Result<(), ModelError> {
-        let mut line = serde_json::to_vec(&call).expect("text and numbers are valid JSON");
-        line.push(b'\n');
-        let written = self.file.write_all(&line);
-        let written = written.and_then(|()| self.file.sync_data());
+        let line = serde_json::to_vec(&call).expect("text and numbers are valid JSON");
+        let written = self.file.append(&line);
         written.map_err(|error| ModelError::Weights {
             path: self.path.clone(),
             problem: format!("the journal of calls: {error}"),
         })?;
-        self.know(call);
+        self.known.take(call);
         Ok(())
     }
 }
@@ -121,10 +150,22 @@ mod tests {
         let text = fs::read(&path).unwrap();
         fs::write(&path, &text[..text.len() - 3]).unwrap();
         let mut again = Journal::open(&path).unwrap();
-        assert_eq!((again.replies.len(), again.tokens), (1, [10, 2]));
-        assert_eq!(again.replies["a"], "7 ü\n");
+        assert!(again.note.is_some(), "one was cut off");
+        assert_eq!((again.known.replies.len(), again.tokens()), (1, [10, 2]));
+        assert_eq!(again.reply("a").unwrap(), "7 ü\n");
         again.write(call("c")).unwrap();
+        // Numbers that can't be, and would stop every later start.
+        let mut poisoned = fs::read_to_string(&path).unwrap();
+        let line = serde_json::to_string(&call("d")).unwrap();
+        let line = line.replace(
+            "\"prompt_tokens\":10",
+            "\"prompt_tokens\":18446744073709551615",
+        );
+        poisoned.insert_str(0, &(line + "\nnonsense\n"));
+        fs::write(&path, poisoned).unwrap();
         let last = Journal::open(&path).unwrap();
-        assert_eq!((last.replies.len(), last.tokens), (2, [20, 4]));
+        assert!(last.note.is_some_and(|note| note.contains("2 lines were")));
+        assert_eq!((last.known.replies.len(), last.known.tokens), (2, [20, 4]));
+        assert_eq!(Journal::open(&path).unwrap().note, None);
     }
 }

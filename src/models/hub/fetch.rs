@@ -18,6 +18,7 @@ use sha1::Sha1;
 use sha2::{Digest, Sha256};
 use ureq::config::RedirectAuthHeaders;
 
+use super::super::tls;
 use super::{Repository, cache, has_ending, home, is_weights, variable};
 use crate::files;
 
@@ -47,6 +48,8 @@ pub struct Hub {
     token: Option<String>,
     cache: PathBuf,
     agent: ureq::Agent,
+    /// What somebody should know of the certificates, in words.
+    note: Option<String>,
 }
 
 /// What the hub says of a revision.
@@ -75,20 +78,25 @@ struct Large {
 impl Hub {
     /// The hub as the environment has it: `HF_ENDPOINT`, `HF_TOKEN` or the token that `hf auth login` left,
     /// and the cache. `None` with `HF_HUB_OFFLINE`, and where there is no place for a cache.
-    pub fn of_environment() -> Option<Self> {
+    /// Fails, in words, where its certificates can't be read.
+    pub fn of_environment() -> Result<Option<Self>, String> {
         let text = |name: &str| variable(name)?.into_string().ok();
         let offline = text("HF_HUB_OFFLINE").unwrap_or_default().to_uppercase();
         if ["1", "ON", "YES", "TRUE"].contains(&offline.as_str()) {
-            return None;
+            return Ok(None);
         }
-        let cache = cache(&variable)?;
+        let Some(cache) = cache(&variable) else {
+            return Ok(None);
+        };
         let left = text("HF_TOKEN_PATH").map(PathBuf::from);
         let left = left.or_else(|| Some(home(&variable)?.join("token")));
         let left = left.and_then(|path| files::read_to_string(&path).ok());
         let token = text("HF_TOKEN")
             .or(left)
             .map(|token| token.trim().to_owned());
+        let (tls, note) = tls::trusted()?;
         let agent = ureq::Agent::config_builder()
+            .tls_config(tls)
             .timeout_connect(Some(Duration::from_secs(30)))
             .timeout_recv_response(Some(Duration::from_mins(1)))
             .timeout_per_read(Some(Duration::from_secs(30)))
@@ -96,12 +104,13 @@ impl Hub {
             .http_status_as_error(false)
             .build();
         let endpoint = text("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".to_owned());
-        Some(Self {
+        Ok(Some(Self {
             endpoint: endpoint.trim_end_matches('/').to_owned(),
             token: token.filter(|token| !token.is_empty()),
             cache,
             agent: agent.into(),
-        })
+            note,
+        }))
     }
 
     /// Fetches what the cache does not have of a repository, and tells `say` of each file. Returns its
@@ -114,6 +123,9 @@ impl Hub {
         let Repository { name, revision } = repository;
         if let Some(problem) = repository.problem() {
             return Err(format!("hf://{name}@{revision}: {problem}"));
+        }
+        if let Some(note) = &self.note {
+            say(note);
         }
         let url = format!(
             "{}/api/models/{name}/revision/{}?blobs=true",

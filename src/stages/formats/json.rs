@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io::BufRead;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{SyncSender, sync_channel};
 
@@ -59,14 +60,21 @@ pub fn list<T: BufRead + Send + 'static>(
     let path = path.to_owned();
     std::thread::spawn(move || {
         let mut list = serde_json::Deserializer::from_reader(text);
-        let parsed = (&mut list).deserialize_seq(Feed {
-            sender: &sender,
-            path: &path,
-        });
-        if let Err(error) = parsed.and_then(|()| list.end()) {
-            // The receiver is gone when nobody wants more records; then there is nobody to tell.
-            let _ = sender.send(Err(input(&path, "", format!("not a JSON list: {error}"))));
-        }
+        let parsed = catch_unwind(AssertUnwindSafe(|| {
+            let feed = Feed {
+                sender: &sender,
+                path: &path,
+            };
+            (&mut list).deserialize_seq(feed).and_then(|()| list.end())
+        }));
+        let problem = match parsed {
+            Ok(Ok(())) => return,
+            Ok(Err(error)) => format!("not a JSON list: {error}"),
+            // The end of the records would look like that of the list.
+            Err(_) => "it can't be read, by a mistake of this program".to_owned(),
+        };
+        // The receiver is gone when nobody wants more records; then there is nobody to tell.
+        let _ = sender.send(Err(input(&path, "", problem)));
     });
     receiver.into_iter()
 }

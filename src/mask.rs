@@ -1,0 +1,200 @@
+//! Secret values, and the text that they are taken out of before it leaves the program.
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::sync::Arc;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::{STANDARD_NO_PAD, URL_SAFE_NO_PAD};
+
+/// The shortest value, in characters, that may be a key. Shorter ones would be found in any text.
+pub const SECRET_MIN: usize = 6;
+
+/// Replaces secret values by the names of the variables that hold them: as they are, percent-encoded, in
+/// base64, and as JSON escapes them.
+#[derive(Clone, Default)]
+pub struct Mask {
+    /// What is replaced, the longest first, and the words in its place.
+    forms: Arc<[(String, String)]>,
+}
+
+impl Mask {
+    /// Hides values of variables of the environment, each with its name. A value that is shorter than
+    /// [`SECRET_MIN`] is hidden only as it is; of less than four letters, only where it stands alone: `7` in
+    /// `7`, not in `17`.
+    pub fn new<'a>(secrets: impl IntoIterator<Item = (&'a str, &'a str)>) -> Self {
+        let mut all: Vec<(String, String)> = Vec::new();
+        for (name, value) in secrets {
+            if value.is_empty() {
+                continue;
+            }
+            let place = format!("${{env:{name}}}");
+            let forms = if value.chars().count() < SECRET_MIN {
+                BTreeSet::from([value.to_owned()])
+            } else {
+                forms(value)
+            };
+            all.extend(forms.into_iter().map(|form| (form, place.clone())));
+        }
+        all.sort_by_key(|(form, _)| std::cmp::Reverse(form.len()));
+        Self { forms: all.into() }
+    }
+
+    /// `text` with `${env:NAME}` in place of each secret.
+    pub fn hide(&self, text: &str) -> String {
+        let mut pieces = vec![(text.to_owned(), true)];
+        for (form, place) in &*self.forms {
+            if !pieces
+                .iter()
+                .any(|(piece, is_open)| *is_open && piece.contains(form))
+            {
+                continue;
+            }
+            let mut next = Vec::new();
+            for (piece, is_open) in pieces {
+                if is_open {
+                    cut(&piece, form, place, &mut next);
+                } else {
+                    next.push((piece, false));
+                }
+            }
+            pieces = next;
+        }
+        pieces.into_iter().map(|(piece, _)| piece).collect()
+    }
+}
+
+/// Appends `text` to `pieces`, cut at each `form`, which becomes the closed piece `place`.
+fn cut(text: &str, form: &str, place: &str, pieces: &mut Vec<(String, bool)>) {
+    let mut from = 0;
+    for (start, _) in text.match_indices(form) {
+        let end = start + form.len();
+        let is_inside = text[..start].ends_with(char::is_alphanumeric)
+            || text[end..].starts_with(char::is_alphanumeric);
+        if form.chars().count() < 4 && is_inside {
+            continue;
+        }
+        pieces.push((text[from..start].to_owned(), true));
+        pieces.push((place.to_owned(), false));
+        from = end;
+    }
+    pieces.push((text[from..].to_owned(), true));
+}
+
+/// The forms in which text may hold a value.
+fn forms(value: &str) -> BTreeSet<String> {
+    let mut forms = BTreeSet::from([value.to_owned()]);
+    for json in [escaped(value, false), escaped(value, true)] {
+        forms.insert(json.replace('/', "\\/"));
+        forms.insert(json);
+    }
+    for is_plain in [
+        // All but what RFC 3986 leaves as it is, and what programs leave beside that.
+        (|byte: u8| b"-._~".contains(&byte)) as fn(u8) -> bool,
+        |byte| b"-._~!*'()".contains(&byte),
+        |byte| b"-._~/".contains(&byte),
+        |byte| b"-._*".contains(&byte),
+        |byte| b"-._~!$&'()*+,;=:@/".contains(&byte),
+    ] {
+        let upper = percent(value, is_plain);
+        forms.insert(lower_hex(&upper));
+        forms.insert(upper.replace("%20", "+"));
+        forms.insert(upper);
+    }
+    // In base64 a text has three forms, by where in three bytes it begins; a longer text shares these
+    // characters.
+    for before in 0..3 {
+        let mut bytes = vec![0; before];
+        bytes.extend(value.as_bytes());
+        let first = (before * 8).div_ceil(6);
+        let behind = bytes.len() * 8 / 6;
+        for engine in [STANDARD_NO_PAD, URL_SAFE_NO_PAD] {
+            forms.insert(engine.encode(&bytes)[first..behind].to_owned());
+        }
+    }
+    forms
+}
+
+/// A text as JSON has it between its quotes, in ASCII if asked for.
+fn escaped(value: &str, is_ascii: bool) -> String {
+    let json = serde_json::to_string(value).expect("a text is valid JSON");
+    let mut escaped = String::new();
+    for c in json[1..json.len() - 1].chars() {
+        if c.is_ascii() || !is_ascii {
+            escaped.push(c);
+        } else {
+            for unit in c.encode_utf16(&mut [0; 2]) {
+                write!(escaped, "\\u{unit:04x}").expect("a string takes any text");
+            }
+        }
+    }
+    escaped
+}
+
+/// A text as it stands in an address.
+fn percent(value: &str, is_plain: fn(u8) -> bool) -> String {
+    let mut encoded = String::new();
+    for byte in value.bytes() {
+        if byte.is_ascii_alphanumeric() || is_plain(byte) {
+            encoded.push(char::from(byte));
+        } else {
+            write!(encoded, "%{byte:02X}").expect("a string takes any text");
+        }
+    }
+    encoded
+}
+
+/// The same with small letters behind each `%`.
+fn lower_hex(encoded: &str) -> String {
+    let mut lower = String::new();
+    let mut left = 0;
+    for c in encoded.chars() {
+        left = if c == '%' { 3 } else { left };
+        lower.push(if left > 0 { c.to_ascii_lowercase() } else { c });
+        left -= i32::from(left > 0);
+    }
+    lower
+}
+
+#[cfg(test)]
+mod tests {
+    use base64::engine::general_purpose::{STANDARD, URL_SAFE};
+
+    use super::*;
+
+    #[test]
+    fn a_secret_is_hidden_in_every_form() {
+        let key = "sk-ü/\"a b\\+?&key=7";
+        let mask = Mask::new([("KEY", key), ("SHORT", "7")]);
+        assert_eq!(
+            mask.hide(&format!("({key}) 7 17")),
+            "(${env:KEY}) ${env:SHORT} 17"
+        );
+        let json = serde_json::json!({ "echo": key }).to_string();
+        assert_eq!(mask.hide(&json), "{\"echo\":\"${env:KEY}\"}");
+        let python = json.replace('ü', "\\u00fc");
+        assert_eq!(mask.hide(&python), "{\"echo\":\"${env:KEY}\"}");
+        for encoded in [
+            "sk-%C3%BC%2F%22a%20b%5C%2B%3F%26key%3D7",
+            "sk-%c3%bc%2f%22a%20b%5c%2b%3f%26key%3d7",
+            "sk-%C3%BC%2F%22a+b%5C%2B%3F%26key%3D7",
+            "sk-%C3%BC/%22a%20b%5C%2B%3F%26key%3D7",
+        ] {
+            assert_eq!(mask.hide(encoded), "${env:KEY}");
+        }
+        for around in ["", "u", "us", "user:"] {
+            for engine in [STANDARD, URL_SAFE] {
+                let hidden = mask.hide(&engine.encode(format!("{around}{key}{around}")));
+                assert!(hidden.contains("${env:KEY}"), "{around}: {hidden}");
+                assert!(hidden.len() < 30, "{around}: {hidden}");
+            }
+        }
+        assert_eq!(Mask::default().hide("as it is"), "as it is");
+    }
+
+    #[test]
+    fn a_longer_secret_goes_first_and_names_are_not_searched() {
+        let mask = Mask::new([("A", "secret"), ("B", "secret-of-b"), ("C", "env:AA")]);
+        assert_eq!(mask.hide("secret-of-b secret"), "${env:B} ${env:A}");
+    }
+}

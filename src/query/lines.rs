@@ -1,0 +1,83 @@
+//! Files of JSON lines as a table. Lines that are no rows of it are passed over: they were cut off, or something
+//! else has written them.
+
+use std::fs::File;
+use std::io::{self, BufReader};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use arrow::array::RecordBatch;
+use arrow::datatypes::SchemaRef;
+use arrow::json::ReaderBuilder;
+use datafusion::catalog::streaming::StreamingTable;
+use datafusion::error::DataFusionError;
+use datafusion::execution::{SendableRecordBatchStream, TaskContext};
+use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
+use datafusion::physical_plan::streaming::PartitionStream;
+
+use crate::files::lines::Lines;
+
+/// Lines that become rows together.
+const TOGETHER: usize = 1024;
+
+/// A table of such files. They are read when a query asks for it.
+pub fn table(schema: &SchemaRef, files: Vec<PathBuf>) -> Result<StreamingTable, DataFusionError> {
+    let partition = JsonLines {
+        schema: schema.clone(),
+        files,
+    };
+    StreamingTable::try_new(schema.clone(), vec![Arc::new(partition)])
+}
+
+#[derive(Debug)]
+struct JsonLines {
+    schema: SchemaRef,
+    files: Vec<PathBuf>,
+}
+
+impl PartitionStream for JsonLines {
+    fn schema(&self) -> &SchemaRef {
+        &self.schema
+    }
+
+    fn execute(&self, _: Arc<TaskContext>) -> SendableRecordBatchStream {
+        let schema = self.schema.clone();
+        let lines = self.files.clone().into_iter().flat_map(lines);
+        let mut lines = lines.fuse();
+        let batches = std::iter::from_fn(move || {
+            let some: io::Result<Vec<Vec<u8>>> = lines.by_ref().take(TOGETHER).collect();
+            match some {
+                Ok(some) if some.is_empty() => None,
+                Ok(some) => Some(Ok(rows(&schema, &some))),
+                Err(error) => Some(Err(DataFusionError::IoError(error))),
+            }
+        });
+        Box::pin(RecordBatchStreamAdapter::new(
+            self.schema.clone(),
+            futures::stream::iter(batches),
+        ))
+    }
+}
+
+/// The whole lines of a file.
+fn lines(path: PathBuf) -> Box<dyn Iterator<Item = io::Result<Vec<u8>>> + Send> {
+    match File::open(path) {
+        Ok(file) => Box::new(Lines::new(BufReader::new(file))),
+        Err(error) => Box::new(std::iter::once(Err(error))),
+    }
+}
+
+/// The rows of lines.
+fn rows(schema: &SchemaRef, lines: &[Vec<u8>]) -> RecordBatch {
+    let decoded = |lines: &[Vec<u8>]| {
+        let mut decoder = ReaderBuilder::new(schema.clone()).build_decoder().ok()?;
+        let text = lines.join(&b'\n');
+        let taken = decoder.decode(&text).ok()?;
+        let rows = decoder.flush().ok()??;
+        (taken == text.len() && rows.num_rows() == lines.len()).then_some(rows)
+    };
+    decoded(lines).unwrap_or_else(|| {
+        let sound: Vec<RecordBatch> = lines.chunks(1).filter_map(decoded).collect();
+        arrow::compute::concat_batches(schema, &sound).expect("they have one schema")
+    })
+}
