@@ -15,6 +15,8 @@ mod exam;
 mod exec;
 /// Forks, differences, and what is set aside.
 mod fork;
+/// The corpus of the fuzz targets, replayed.
+mod fuzz_corpus;
 /// Files of strangers: where they lead, and what they hold.
 mod hostile_files;
 /// Texts of strangers: beyond all measure, or meant for terminals.
