@@ -41,6 +41,22 @@ pub fn visible_in_place(text: &str) -> Cow<'_, str> {
     Cow::Owned(shown)
 }
 
+/// The same of a JSON text without newlines, which means what it meant.
+pub fn visible_json(text: &str) -> Cow<'_, str> {
+    if !text.contains(is_hidden) {
+        return Cow::Borrowed(text);
+    }
+    let mut shown = String::with_capacity(text.len());
+    for letter in text.chars() {
+        if is_hidden(letter) {
+            write!(shown, "\\u{:04x}", u32::from(letter)).expect("a string takes any text");
+        } else {
+            shown.push(letter);
+        }
+    }
+    Cow::Owned(shown)
+}
+
 /// Bytes that should be text: those that are none are written out, as `\xff`.
 pub fn visible_bytes(bytes: &[u8]) -> String {
     let mut shown = String::new();
@@ -85,6 +101,9 @@ mod tests {
             assert_eq!(in_place.len(), text.len());
         }
         assert_eq!(visible_in_place("\u{1b}\u{9b}\u{202e}"), "?¿\u{fffd}");
+        let json = serde_json::json!({ "a": "\u{9b}\u{202e}\u{1b}" }).to_string();
+        let shown = visible_json(&json);
+        assert_eq!(shown, r#"{"a":"\u009b\u202e\u001b"}"#);
         assert_eq!(visible_bytes(b"a\x1b\xff\xc3\xa4"), "a\\u{1b}\\xffä");
     }
 }

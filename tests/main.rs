@@ -15,6 +15,8 @@ mod exam;
 mod exec;
 /// Forks, differences, and what is set aside.
 mod fork;
+/// The corpus of the fuzz targets, replayed.
+mod fuzz_corpus;
 /// Commands that say too much, leave others behind, or look for secrets.
 mod hostile_commands;
 /// Endpoints that say what can't be, or nothing.

@@ -16,6 +16,7 @@ use super::Failed;
 use crate::config::{Complaint, LoadError};
 use crate::run::{Figures, Report, Start, Unit};
 use crate::stages::TableName;
+use crate::visible::visible_json;
 
 /// Between two lines about the progress of one table.
 const LINE_EVERY: Duration = Duration::from_secs(10);
@@ -58,7 +59,8 @@ fn write_to(out: &mut impl Write, event: &str, mut fields: Value) {
         line.append(fields);
     }
     // In one piece, so that nothing comes in between.
-    drop(out.write_all(format!("{line}\n").as_bytes()));
+    let line = format!("{}\n", visible_json(&line.to_string()));
+    drop(out.write_all(line.as_bytes()));
 }
 
 /// Writes the last event of a run that failed, and returns what is left of the failure: its exit code.

@@ -8,7 +8,7 @@ use datafusion::sql::sqlparser::tokenizer::{Token, Tokenizer};
 use super::QueryError;
 
 /// Operators and keywords that may stand side by side.
-const CHAINED_MAX: usize = 5_000;
+const CHAINED_MAX: usize = 10_000;
 
 /// Refuses a query that chains more terms than its thread has stack for. Commas separate; parentheses
 /// within parentheses are counted by the parser.

@@ -420,7 +420,7 @@ fn open_picture(
             Place::Inside(file) => file,
             Place::Outside(file) => {
                 let reason = format!(
-                    "the picture {} is {}, outside of the folders that this stage reads, `images` and that of `from`; move it there, or set `images_anywhere: true`",
+                    "the picture {} leads to {}, outside of the folders that this stage reads, `images` and that of `from`; move it there, or set `images_anywhere: true`",
                     path.display(),
                     file.display()
                 );

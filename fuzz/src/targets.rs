@@ -1,0 +1,108 @@
+//! What is fuzzed: each target takes any bytes, and must neither panic nor hang.
+
+use std::fs;
+use std::io::{Cursor, Write as _};
+use std::path::Path;
+
+use zip::write::{SimpleFileOptions, ZipWriter};
+
+use super::tested;
+use super::tested::models::{Asking, Questionnaire};
+use super::tested::prep::{OnevisionCard, PlainTokenizer, Processor, Shards};
+
+/// A target by its name, which is that of its corpus.
+pub const TARGETS: [(&str, fn(&[u8])); 7] = [
+    ("card", card),
+    ("pickle", pickle),
+    ("record", record),
+    ("reply", reply),
+    ("safetensors", safetensors),
+    ("tokenizer", tokenizer),
+    ("yaml", yaml),
+];
+
+/// A pipeline file.
+pub fn yaml(bytes: &[u8]) {
+    if let Ok(text) = std::str::from_utf8(bytes) {
+        tested::yaml(text);
+    }
+}
+
+/// A record of a file of prompts.
+pub fn record(bytes: &[u8]) {
+    if let Ok(text) = std::str::from_utf8(bytes) {
+        tested::record(text);
+    }
+}
+
+/// Does something with bytes as a file of this name.
+fn in_file(name: &str, bytes: &[u8], work: impl FnOnce(&Path)) {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    fs::write(folder.path().join(name), bytes).expect("a temporary file");
+    work(folder.path());
+}
+
+/// The header of a safetensors file, and whatever else begins as one.
+pub fn safetensors(bytes: &[u8]) {
+    in_file("model.safetensors", bytes, |folder| {
+        if let Ok(shards) = Shards::open(folder) {
+            assert!(shards.names().all(|name| shards.place(name).is_some()));
+        }
+    });
+}
+
+/// The pickle in a file of `torch.save`, beside a storage.
+pub fn pickle(bytes: &[u8]) {
+    let mut file = ZipWriter::new(Cursor::new(Vec::new()));
+    let options = SimpleFileOptions::default().compression_method(zip::CompressionMethod::Stored);
+    for (name, content) in [("a/data.pkl", bytes), ("a/data/0", &[0; 64])] {
+        file.start_file(name, options).expect("a file in memory");
+        file.write_all(content).expect("a file in memory");
+    }
+    let file = file.finish().expect("a file in memory").into_inner();
+    in_file("pytorch_model.bin", &file, |folder| {
+        let _ = Shards::open(folder);
+    });
+}
+
+/// A tokenizer: `tokenizer.json` if it begins as JSON does, else SentencePiece's.
+pub fn tokenizer(bytes: &[u8]) {
+    let is_json = bytes.trim_ascii_start().first() == Some(&b'{');
+    let name = if is_json {
+        "tokenizer.json"
+    } else {
+        "tokenizer.model"
+    };
+    in_file(name, bytes, |folder| {
+        if let Ok(tokenizer) = PlainTokenizer::open(folder) {
+            let mut ids = Vec::new();
+            let _ = tokenizer.append("Why is it \u{e4}\n\n<image>?", &mut ids);
+            tokenizer.decode(&ids);
+        }
+    });
+}
+
+/// `config.json` of a policy, or its image processor's settings.
+pub fn card(bytes: &[u8]) {
+    in_file("config.json", bytes, |folder| {
+        if let Ok(card) = OnevisionCard::open(folder) {
+            assert!(tested::prep::elements(&card) > 0);
+        }
+        fs::rename(
+            folder.join("config.json"),
+            folder.join("preprocessor_config.json"),
+        )
+        .expect("a temporary file");
+        let _ = Processor::open_onevision(folder, 384);
+    });
+}
+
+/// What a judge writes.
+pub fn reply(bytes: &[u8]) {
+    if let Ok(text) = std::str::from_utf8(bytes) {
+        let questionnaire = Questionnaire::open(&Asking::default());
+        let _ = questionnaire
+            .expect("the default has a template")
+            .read(text);
+    }
+}
