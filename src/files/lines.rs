@@ -184,8 +184,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("numbers.jsonl");
         let mut aside: Vec<u8> = Vec::new();
-        for (there, kept, moved) in [
-            (&b""[..], &b""[..], &b""[..]),
+        let cases: [(&[u8], &[u8], &[u8]); 7] = [
+            (b"", b"", b""),
             (b"1\n2\n", b"1\n2\n", b""),
             // As earlier versions wrote them.
             (b"\n1\n\n2\n", b"\n1\n\n2\n", b""),
@@ -197,7 +197,8 @@ mod tests {
                 b"1\n2\n3\n",
                 b"x\n\xff\xfe\n4x\n",
             ),
-        ] {
+        ];
+        for (there, kept, moved) in cases {
             std::fs::write(&path, there).unwrap();
             let (mut file, note) = LineFile::open(&path, is_number).unwrap();
             assert_eq!(note.is_some(), !moved.is_empty(), "{note:?}");

@@ -55,7 +55,7 @@ const PAUSE: Duration = Duration::from_millis(20);
 
 /// The answer beyond [`CONNECTIONS_MAX`].
 const BUSY: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-After: 5\r\n\
-    Content-Type: application/json\r\nContent-Length: 50\r\n\r\n\
+    Content-Type: application/json\r\nContent-Length: 51\r\n\r\n\
     {\"error\":\"too many connections; try again in 5 s\"}\n";
 
 /// What somebody asks for.

@@ -121,7 +121,7 @@ impl<R: Read> Read for Framed<R> {
 
 #[cfg(test)]
 mod tests {
-    use arrow::array::{Int32Array, RecordBatch};
+    use arrow::array::{ArrayRef, Int32Array, RecordBatch};
     use arrow_ipc::reader::StreamReader;
     use arrow_ipc::writer::StreamWriter;
 
@@ -129,7 +129,7 @@ mod tests {
 
     fn stream() -> Vec<u8> {
         let numbers = std::sync::Arc::new(Int32Array::from(vec![1, 2, 3]));
-        let batch = RecordBatch::try_from_iter([("n", numbers as _)]).unwrap();
+        let batch = RecordBatch::try_from_iter([("n", numbers as ArrayRef)]).unwrap();
         let mut writer = StreamWriter::try_new(Vec::new(), &batch.schema()).unwrap();
         writer.write(&batch).unwrap();
         writer.write(&batch).unwrap();

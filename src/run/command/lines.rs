@@ -93,7 +93,8 @@ mod tests {
             ["one", "", "two ü\\xff\\xc3"]
         );
         let long = [b"first".as_slice(), &[b'x'; 1_000_000], b"last\nnext"].concat();
-        let [line, next] = &lines(&long)[..] else {
+        let found = lines(&long);
+        let [line, next] = &found[..] else {
             panic!("two lines");
         };
         assert!(line.starts_with("first") && line.ends_with("last"));
