@@ -138,6 +138,18 @@ fn a_query_of_any_length_has_an_answer_or_one_error() {
     );
     assert_eq!(said.code, Some(0), "{}", said.err);
     for (name, query) in [
+        (
+            "tables",
+            format!("select 1 from {}", chain(20_000, "prompts", ", ")),
+        ),
+        (
+            "with",
+            format!(
+                "with {} select 1",
+                chain(20_000, "t as (select 1, 2)", ", ")
+            ),
+        ),
+        ("wide unions", chain(20_000, "select 1, 2", " union ")),
         ("some unions", chain(700, "select 1", " union ")),
         ("long sum", format!("select {}", chain(20_000, "1", " + "))),
         (

@@ -7,54 +7,85 @@ use datafusion::sql::sqlparser::tokenizer::{Token, Tokenizer};
 
 use super::QueryError;
 
-/// Operators and keywords that may stand side by side.
-const CHAINED_MAX: usize = 10_000;
+/// How deep a tree may be.
+const DEPTH_MAX: usize = 10_000;
 
-/// Refuses a query that chains more terms than its thread has stack for. Commas separate; parentheses
-/// within parentheses are counted by the parser.
+/// What a table adds that stands beside others: planning takes memory by the square of their number.
+const TABLE: usize = 20;
+
+/// Refuses a query that chains more terms than its thread has stack for. Parentheses within parentheses
+/// are counted by the parser.
 pub fn refuse_deep(sql: &str) -> Result<(), QueryError> {
-    let longest = longest_chain(sql);
-    if longest <= CHAINED_MAX {
+    let depth = depth(sql);
+    if depth <= DEPTH_MAX {
         return Ok(());
     }
     Err(QueryError(format!(
-        "the query chains {longest} operators and keywords without a comma between them, and at most \
-         {CHAINED_MAX} can be computed: write `in (…)` for many `or`, `values` for many `union`, or put \
-         the values into a table"
+        "the query chains {depth} operators and keywords (a table counts {TABLE}), and at most {DEPTH_MAX} \
+         can be computed: write `in (…)` for many `or`, `values` for many `union`, or put the values into \
+         a table"
     )))
 }
 
-/// Zero for a text with tokens that the parser will refuse.
-fn longest_chain(sql: &str) -> usize {
-    let tokens = Tokenizer::new(&GenericDialect {}, sql).tokenize();
-    let mut longest = 0;
-    // Of each parenthesis that is open: how many stand since the last comma.
-    let mut chains = vec![0];
-    for token in tokens.unwrap_or_default() {
-        match token {
-            Token::Comma | Token::SemiColon => *chains.last_mut().expect("the outermost") = 0,
-            Token::LParen | Token::LBracket | Token::LBrace => chains.push(0),
-            Token::RParen | Token::RBracket | Token::RBrace if chains.len() > 1 => {
-                chains.pop();
-            }
-            Token::Word(word) if is_flat(word.keyword) => {}
-            Token::Whitespace(_) | Token::Number(..) | Token::SingleQuotedString(_) => {}
-            _ => {
-                let chain = chains.last_mut().expect("the outermost");
-                *chain += 1;
-                longest = longest.max(*chain);
-            }
-        }
-    }
-    longest
+/// What stands between a parenthesis and its end, so far.
+#[derive(Default)]
+struct Level {
+    /// Operators and keywords since the last comma, which separates what is no deeper for it.
+    chain: usize,
+    /// Set operations and tables.
+    sets: usize,
+    /// Whether a comma separates tables, of which each makes the tree deeper.
+    of_tables: bool,
 }
 
-/// Whether a word makes no tree deeper: a name, or one that stands beside another that does.
-fn is_flat(keyword: Keyword) -> bool {
-    matches!(
-        keyword,
-        Keyword::NoKeyword | Keyword::SELECT | Keyword::ALL | Keyword::FROM | Keyword::AS
-    )
+impl Level {
+    fn keyword(&mut self, keyword: Keyword) {
+        match keyword {
+            Keyword::NoKeyword | Keyword::ALL | Keyword::AS => {}
+            Keyword::FROM | Keyword::WITH => self.of_tables = true,
+            Keyword::SELECT | Keyword::VALUES => self.of_tables = false,
+            Keyword::UNION | Keyword::INTERSECT | Keyword::EXCEPT => self.sets += 1,
+            Keyword::JOIN => self.sets += TABLE,
+            Keyword::WHERE | Keyword::GROUP | Keyword::ORDER | Keyword::HAVING => {
+                self.of_tables = false;
+                self.chain += 1;
+            }
+            _ => self.chain += 1,
+        }
+    }
+
+    fn comma(&mut self) {
+        if self.of_tables {
+            self.sets += TABLE;
+        } else {
+            self.chain = 0;
+        }
+    }
+}
+
+/// Zero for a text with tokens that the parser will refuse.
+fn depth(sql: &str) -> usize {
+    let tokens = Tokenizer::new(&GenericDialect {}, sql).tokenize();
+    let mut deepest = 0;
+    let mut open = Vec::new();
+    let mut level = Level::default();
+    for token in tokens.unwrap_or_default() {
+        match token {
+            Token::Comma => level.comma(),
+            Token::SemiColon => level = Level::default(),
+            Token::LParen | Token::LBracket | Token::LBrace => {
+                open.push(std::mem::take(&mut level));
+            }
+            Token::RParen | Token::RBracket | Token::RBrace => {
+                level = open.pop().unwrap_or_default();
+            }
+            Token::Word(word) => level.keyword(word.keyword),
+            Token::Whitespace(_) | Token::Number(..) | Token::SingleQuotedString(_) => {}
+            _ => level.chain += 1,
+        }
+        deepest = deepest.max(level.chain + level.sets);
+    }
+    deepest
 }
 
 #[cfg(test)]
@@ -62,17 +93,31 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_stands_between_commas_is_counted() {
-        let sum = vec!["1"; 100].join(" + ");
-        assert_eq!(longest_chain(&format!("select {sum}")), 99);
-        assert_eq!(longest_chain(&format!("select {sum}, {sum}")), 99);
+    fn what_makes_a_tree_deeper_is_counted() {
+        let list = |term: &str, between: &str| vec![term; 100].join(between);
+        let sum = list("1", " + ");
+        for (sql, expected) in [
+            (format!("select {sum}"), 99),
+            (format!("select {sum}, {sum}"), 99),
+            (format!("select frob({sum}, 0) + {sum}"), 100),
+            (list("select 1 as a", " union all "), 99),
+            (list("select 1, 2", " union "), 99),
+            (format!("select 1 from {}", list("t", ", ")), 99 * TABLE),
+            (
+                format!("select 1 from t {}", list("cross join t", " ")),
+                100 * TABLE + 100,
+            ),
+            (
+                format!("with {} select 1, 2", list("t as (select 1, 2)", ", ")),
+                99 * TABLE,
+            ),
+            (format!("values {}", list("(-1, 2)", ", ")), 1),
+            ("select 'a + b".to_owned(), 0),
+            (")))".to_owned(), 0),
+        ] {
+            assert_eq!(depth(&sql), expected, "{sql}");
+        }
         let list = vec!["-1"; 30_000].join(", ");
-        assert!(longest_chain(&format!("select a in ({list}) from t")) < 10);
-        let calls = vec!["frob(a, 0)"; 200].join(" + ");
-        assert_eq!(longest_chain(&format!("select {calls}")), 199);
-        let unions = vec!["select 1 as a"; 100].join(" union all ");
-        assert_eq!(longest_chain(&unions), 99);
-        assert_eq!(longest_chain("select 'a + b"), 0);
-        assert_eq!(longest_chain(")))"), 3);
+        assert!(depth(&format!("select a in ({list}) from t")) < 10);
     }
 }
