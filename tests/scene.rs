@@ -101,7 +101,10 @@ impl Scene {
     /// Every file of the checkpoints of a run, by name.
     pub fn checkpoints(&self, run: &str) -> BTreeMap<PathBuf, Vec<u8>> {
         let mut files = BTreeMap::new();
-        collect(&self.path(run).join("checkpoints"), &mut files);
+        let folder = self.path(run).join("checkpoints");
+        if folder.exists() {
+            collect(&folder, &mut files);
+        }
         files
     }
 }
