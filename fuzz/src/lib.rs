@@ -31,7 +31,7 @@ pub mod stages {
     mod unread;
 }
 
-/// What the targets call, where a test of ovchat has its own way.
+/// The functions that the targets call; a test of ovchat has its own.
 mod tested {
     use crate::config::node::{Flaw, Node};
     use crate::config::source::{Side, Source};

@@ -1,4 +1,4 @@
-//! What is fuzzed: each target takes any bytes, and must neither panic nor hang.
+//! The fuzz targets: each takes any bytes, and must neither panic nor hang.
 
 use std::fs;
 use std::io::{Cursor, Write as _};
@@ -97,7 +97,7 @@ pub fn card(bytes: &[u8]) {
     });
 }
 
-/// What a judge writes.
+/// A reply of a judge.
 pub fn reply(bytes: &[u8]) {
     if let Ok(text) = std::str::from_utf8(bytes) {
         let questionnaire = Questionnaire::open(&Asking::default());

@@ -134,7 +134,7 @@ fn key() -> Result<String, Failed> {
     Ok(format!("{:032x}", u128::from_le_bytes(bytes)))
 }
 
-/// How many of the labels say something.
+/// The number of labels other than skips.
 fn said_in(labels: &[Label]) -> u64 {
     let said = labels.iter().filter(|label| label.said != Said::Skip);
     said.count() as u64

@@ -1,9 +1,10 @@
 //! Versions of a table: staged while they are made, current, parked once they are superseded.
 //!
-//! A complete table stays as it is until its new version is complete. Then the folders of the two change
-//! places in one system call, so a glob finds the old files or the new ones, never both. A program that has
-//! listed the old ones and opens them after that finds them gone. The commit comes first: what a crash leaves of the renames behind it is
-//! finished when the run is opened the next time.
+//! A complete version stays current until the new one is complete and accepted. Then the folders of the two
+//! change places in one system call, so a glob finds the old files or the new ones, never both; a program
+//! that has listed the old ones and opens them later finds them gone. A table that goes from once to each
+//! round, or back, is gone for a moment. The commit comes first: renames that a crash cuts off are finished
+//! when the run is opened the next time.
 
 use std::collections::HashSet;
 use std::fs;

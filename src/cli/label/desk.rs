@@ -145,7 +145,7 @@ impl Desk {
         }
     }
 
-    /// What was set aside of the labels, in words.
+    /// A note about lines of the labels that were moved aside, if any were.
     pub fn note(&self) -> Option<&str> {
         self.writer.note.as_deref()
     }

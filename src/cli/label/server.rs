@@ -58,7 +58,7 @@ const BUSY: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nR
     Content-Type: application/json\r\nContent-Length: 51\r\n\r\n\
     {\"error\":\"too many connections; try again in 5 s\"}\n";
 
-/// What somebody asks for.
+/// A request without its body.
 pub struct Asked<'a> {
     pub method: &'a str,
     pub path: &'a str,
@@ -80,7 +80,7 @@ pub struct Answer {
     pub content: Vec<u8>,
 }
 
-/// What the server serves.
+/// A site: it answers each request.
 pub trait Site {
     /// The answer to somebody who is not let in; asked before a body is read.
     fn refusal(&self, asked: &Asked<'_>) -> Option<Answer>;
@@ -117,7 +117,7 @@ impl Server {
         })
     }
 
-    /// Where it listens.
+    /// The address at which the server listens.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
