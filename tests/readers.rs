@@ -11,7 +11,7 @@ use ovchat::store::{Manifest, RunFolder};
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 
 use crate::run::SCRIPTED;
-use crate::scene::{ROOT, Scene};
+use crate::scene::{ROOT, Scene, stream_of_ids};
 
 /// The files that `<folder>/**/*.parquet` finds; as everywhere, hidden folders are left out.
 pub fn glob(folder: &Path) -> Vec<PathBuf> {
@@ -237,17 +237,7 @@ fn a_run_that_fails_leaves_all_tables_as_they_were() {
         .prompts(12)
         .write("p.yaml", &failing)
         .write("seen.sh", "exec cat seen.arrow\n");
-    let rows = RecordBatch::try_from_iter([(
-        "prompt_id",
-        std::sync::Arc::new(arrow::array::StringArray::from(vec!["a"])) as arrow::array::ArrayRef,
-    )])
-    .unwrap();
-    let mut stream = Vec::new();
-    let mut writer = arrow_ipc::writer::StreamWriter::try_new(&mut stream, &rows.schema()).unwrap();
-    writer.write(&rows).unwrap();
-    writer.finish().unwrap();
-    drop(writer);
-    scene.write("seen.arrow", stream);
+    scene.write("seen.arrow", stream_of_ids(&["a"]));
     scene.succeeds(&["run", "p.yaml"]);
     let before = scene.tables("runs/scripted");
     let said = scene.pipeline(&[

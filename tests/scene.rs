@@ -4,8 +4,10 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::Arc;
 
-use arrow::array::RecordBatch;
+use arrow::array::{ArrayRef, RecordBatch, StringArray};
+use arrow_ipc::writer::StreamWriter;
 use ovchat::store::{RunFolder, TableReader};
 use ovchat::tables::is_measured;
 
@@ -107,6 +109,16 @@ impl Scene {
         }
         files
     }
+}
+
+/// The Arrow IPC stream of a table with a column `prompt_id`.
+pub fn stream_of_ids(ids: &[&str]) -> Vec<u8> {
+    let column: ArrayRef = Arc::new(StringArray::from(ids.to_vec()));
+    let rows = RecordBatch::try_from_iter([("prompt_id", column)]).unwrap();
+    let mut writer = StreamWriter::try_new(Vec::new(), &rows.schema()).unwrap();
+    writer.write(&rows).unwrap();
+    writer.finish().unwrap();
+    writer.into_inner().unwrap()
 }
 
 /// Takes no notice of a run's progress.

@@ -8,7 +8,7 @@ use ovchat::store::{Made, RunFolder};
 
 use crate::readers::glob;
 use crate::run::SCRIPTED;
-use crate::scene::{Said, Scene};
+use crate::scene::{Said, Scene, stream_of_ids};
 
 /// A stage before the training that can be made to fail.
 const GATE: &str = "  gate:
@@ -23,17 +23,7 @@ fn finished(pipeline: &str) -> Scene {
         .prompts(12)
         .write("p.yaml", gated(pipeline))
         .write("gate.sh", "cat gate.arrow\n");
-    let rows = arrow::array::RecordBatch::try_from_iter([(
-        "prompt_id",
-        std::sync::Arc::new(arrow::array::StringArray::from(vec!["a"])) as arrow::array::ArrayRef,
-    )])
-    .unwrap();
-    let mut stream = Vec::new();
-    let mut writer = arrow_ipc::writer::StreamWriter::try_new(&mut stream, &rows.schema()).unwrap();
-    writer.write(&rows).unwrap();
-    writer.finish().unwrap();
-    drop(writer);
-    scene.write("gate.arrow", stream);
+    scene.write("gate.arrow", stream_of_ids(&["a"]));
     scene.succeeds(&["run", "p.yaml"]);
     scene
 }
