@@ -3,7 +3,9 @@
 use std::fs;
 use std::sync::Arc;
 
-use arrow::array::{ArrayRef, BinaryArray, RecordBatch, StringArray, StructArray};
+use arrow::array::{
+    ArrayRef, BinaryArray, MapBuilder, RecordBatch, StringArray, StringBuilder, StructArray,
+};
 use arrow::datatypes::{DataType, Field};
 use ovchat::store::TableWriter;
 use ovchat::tables::{Pair, Prompt};
@@ -295,6 +297,13 @@ fn media_under_any_key_set_a_record_without_images_aside() {
         ("wav", json!("a")),
         ("page", json!("scans/page 1.tiff")),
         ("question_audio", json!("https://example.com/a.flac?key=1")),
+        ("second_image", json!("b")),
+        ("leftImage", json!("b")),
+        ("cat_photo", json!("https://example.com/1")),
+        ("metadata", json!({"source": {"clip": "a.opus"}})),
+        ("metadata", json!([{"video": "a"}])),
+        ("speech", json!("a.aac")),
+        ("scan", json!("a.jp2")),
     ] {
         let (_, reason) = set_aside(&json!({"prompt": "What is it?", key: value}));
         assert!(reason.contains(&format!("`{key}`")), "{reason}");
@@ -475,4 +484,100 @@ fn a_row_that_a_query_lists_twice_is_refused_where_it_would_get_lost() {
         scene.write("p.yaml", pipeline.replace("union all", "union"));
         scene.succeeds(&["run", "p.yaml"]);
     }
+}
+
+/// What a conversation says twice is told, and what would be lost is refused.
+#[test]
+fn parts_of_a_record_that_would_be_lost_are_told() {
+    let two = json!({"conversations": [{"from": "system", "value": "Be brief."},
+        {"from": "system", "value": "Be kind."}, {"from": "human", "value": "Why?"}]});
+    let (_, reason) = set_aside(&two);
+    assert_eq!(
+        reason,
+        "entry 1 of `conversations` is a second system prompt; join the two"
+    );
+    let (_, reason) =
+        set_aside(&json!({"id": 123_456_789_012_345_678_901_234_u128 as f64, "prompt": "Why?"}));
+    assert!(reason.contains("write it in quotes"), "{reason}");
+    let scene = Scene::new();
+    let entries = json!([{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]);
+    let record = json!({"conversations": entries, "answer": "B"});
+    scene.write("prompts.json", json!([record]).to_string());
+    let said = load(&scene, "prompts.json");
+    let told = "`conversations: the answer at its end` is not read; 1 of 1 records have it";
+    assert!(said.err.contains(told), "{}", said.err);
+}
+
+#[test]
+fn a_record_that_is_too_long_ends_the_load_in_bounded_memory() {
+    let long = "x".repeat(65 << 20);
+    for (file, text, place) in [
+        (
+            "list.json",
+            format!("[{{\"id\": 1, \"prompt\": \"{long}\"}}]"),
+            "",
+        ),
+        (
+            "lines.jsonl",
+            format!("{{\"prompt\": \"Why?\"}}\n{{\"prompt\": \"{long}\"}}\n"),
+            ", line 2",
+        ),
+    ] {
+        let scene = Scene::new();
+        scene.write(file, text);
+        let pipeline = SCRIPTED.replace("from: prompts.json", &format!("from: {file}"));
+        let said = scene.write("p.yaml", pipeline).pipeline(&["run", "p.yaml"]);
+        assert_eq!(said.code, Some(1), "{}", said.err);
+        let told = format!(
+            "{file}{place}: a record of more than 64 MB; keep images and other large values in files beside"
+        );
+        assert!(said.err.contains(&told), "{}", said.err);
+    }
+}
+
+#[test]
+fn columns_that_would_be_lost_are_refused() {
+    let texts = |texts: &[&str]| -> ArrayRef { Arc::new(StringArray::from(texts.to_vec())) };
+    let png = fs::read(with_pictures(&[]).path("images/good.png")).unwrap();
+    let bytes: ArrayRef = Arc::new(BinaryArray::from(vec![&png[..]]));
+    let batch = |columns: Vec<(&str, ArrayRef)>| {
+        let columns = columns
+            .into_iter()
+            .map(|(name, column)| (name, column, true));
+        RecordBatch::try_from_iter_with_nullable(columns).unwrap()
+    };
+    let fails = |batch: &RecordBatch| {
+        let scene = with_pictures(&[]);
+        write_parquet(&scene, batch);
+        let pipeline = SCRIPTED.replace("from: prompts.json", "from: prompts.parquet");
+        let said = scene.write("p.yaml", pipeline).pipeline(&["run", "p.yaml"]);
+        assert_eq!(said.code, Some(1), "{}", said.err);
+        said.err
+    };
+    let twice = batch(vec![
+        ("prompt", texts(&["Why?"])),
+        ("prompt", texts(&["How?"])),
+    ]);
+    let told = fails(&twice);
+    assert!(
+        told.contains("the column `prompt` stands in it twice"),
+        "{told}"
+    );
+    for (name, other) in [("image", "images"), ("images", "image")] {
+        let told = fails(&batch(vec![
+            ("prompt", texts(&["Why?"])),
+            (name, bytes.clone()),
+            (other, texts(&["images/other.png"])),
+        ]));
+        assert!(told.contains("hold different images"), "{told}");
+    }
+    let mut map = MapBuilder::new(None, StringBuilder::new(), StringBuilder::new());
+    map.keys().append_value("video");
+    map.values().append_value("a.mp4");
+    map.append(true).unwrap();
+    let told = fails(&batch(vec![
+        ("prompt", texts(&["Why?"])),
+        ("extra", Arc::new(map.finish())),
+    ]));
+    assert!(told.contains("`extra`"), "{told}");
 }

@@ -1,6 +1,7 @@
 //! What the beginning and the end of a source say against loading it.
 
 use std::io::{Read as _, Seek as _, SeekFrom};
+use std::num::NonZeroU32;
 use std::path::Path;
 
 use super::formats;
@@ -9,6 +10,9 @@ use crate::files;
 
 /// The records that are looked at.
 const LOOKED_AT: usize = 20;
+
+/// The largest JSON list that is read to its end, in bytes.
+const LIST_MAX: u64 = 16 << 20;
 
 /// The bytes at the end that are looked at.
 const END: i64 = 4096;
@@ -24,9 +28,11 @@ pub struct Objection {
     pub is_certain: bool,
 }
 
-/// Looks at the first records of the source at `path`; `read` says why a record can't be used.
+/// Looks at the first records of the source at `path`, of which `limit` are loaded; `read` says why a
+/// record can't be used.
 pub fn objection(
     path: &Path,
+    limit: Option<NonZeroU32>,
     mut read: impl FnMut(&Record) -> Result<(), String>,
 ) -> Option<Objection> {
     let certain = |words: String| {
@@ -46,11 +52,20 @@ pub fn objection(
     };
     let mut count = 0;
     let mut first = None;
-    for record in records.take(LOOKED_AT) {
+    let limit = limit.map_or(usize::MAX, |limit| limit.get() as usize);
+    let is_read_whole = limit == usize::MAX;
+    let mut records = records.take(limit);
+    for record in records.by_ref().take(LOOKED_AT) {
         match record {
             Err(failure) => return certain(problem(failure)),
             Ok(record) => match read(&record) {
-                Ok(()) => return is_cut_off(path).then(cut_off),
+                Ok(()) if is_read_whole && is_cut_off(path) => return Some(cut_off()),
+                // Nothing is loaded of a list with a syntax error anywhere.
+                Ok(()) if path.metadata().is_ok_and(|found| found.len() <= LIST_MAX) => {
+                    let failure = records.find_map(Result::err)?;
+                    return certain(problem(failure));
+                }
+                Ok(()) => return None,
                 Err(reason) => {
                     count += 1;
                     first.get_or_insert_with(|| format!("{}: {reason}", record.place));
@@ -60,6 +75,7 @@ pub fn objection(
     }
     let first = first?;
     let of = match count {
+        count if count == limit => format!("none of the first {count} records can be used"),
         1 => "its only record can't be used".to_owned(),
         LOOKED_AT => format!("none of its first {LOOKED_AT} records can be used"),
         count => format!("none of its {count} records can be used"),
@@ -110,10 +126,15 @@ mod tests {
 
     #[track_caller]
     fn check(text: &str, is_certain: bool, words: &str) {
+        check_with_limit(None, text, is_certain, words);
+    }
+
+    #[track_caller]
+    fn check_with_limit(limit: Option<NonZeroU32>, text: &str, is_certain: bool, words: &str) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("prompts.json");
         std::fs::write(&path, text).unwrap();
-        let found = objection(&path, |record| match &record.fields {
+        let found = objection(&path, limit, |record| match &record.fields {
             Ok(fields) if fields["prompt"].is_string() => Ok(()),
             Ok(_) => Err("it has no `prompt`".to_owned()),
             Err(problem) => Err(problem.clone()),
@@ -126,8 +147,23 @@ mod tests {
     }
 
     #[test]
+    fn what_lies_behind_the_limit_is_not_looked_at() {
+        let two = NonZeroU32::new(2);
+        let text = r#"[{"prompt": "a"}, {"prompt": "b"}, {"prompt" "c"}]"#;
+        check_with_limit(two, text, false, "");
+        let none = "{\"x\": 1}\n{\"x\": 1}\n{\"prompt\": \"a\"}\n";
+        let words = "none of the first 2 records can be used; line 1: it has no `prompt`";
+        check_with_limit(two, none, true, words);
+    }
+
+    #[test]
     fn the_beginning_and_the_end_are_looked_at() {
         check(r#"[{"prompt": "a"}, {"image": "b"}] "#, false, "");
+        check(
+            r#"[{"prompt": "a"}, {"prompt" "b"}, {"prompt": "c"}]"#,
+            true,
+            "not a JSON list: expected `:` at line 1 column 29",
+        );
         check(r#"{"prompt": "a"}"#, false, "");
         check("{\"x\": 1}\n{\"prompt\": \"a\"}\n", false, "");
         check("", true, "it has no records");

@@ -52,8 +52,35 @@ const MEDIA: [(&str, Says); 31] = [
     ("mp4", Says::File),
 ];
 
-/// What may stand before such a word.
-const BEFORE: [&str; 2] = ["input", "main"];
+/// What may stand before such a word: which of several media it is.
+const BEFORE: [&str; 26] = [
+    "input",
+    "main",
+    "first",
+    "second",
+    "third",
+    "fourth",
+    "left",
+    "right",
+    "top",
+    "bottom",
+    "other",
+    "another",
+    "next",
+    "previous",
+    "extra",
+    "additional",
+    "reference",
+    "ref",
+    "target",
+    "query",
+    "support",
+    "before",
+    "after",
+    "start",
+    "end",
+    "new",
+];
 
 /// What may follow such a word in a key that still names the medium: `video_path` does, `video_id` and
 /// `image_width` say something about it. These say where it lies.
@@ -75,11 +102,14 @@ const PLACES: [&str; 11] = [
 const CONTENTS: [&str; 4] = ["bytes", "base64", "b64", "data"];
 
 /// The endings of files with images, and with other media.
-const IMAGE_ENDINGS: [&str; 11] = [
-    "png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "heic", "avif", "svg",
+const IMAGE_ENDINGS: [&str; 24] = [
+    "png", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "bmp", "tif", "tiff", "heic", "heif",
+    "avif", "svg", "jp2", "jxl", "ppm", "pgm", "pnm", "tga", "ico", "dds", "exr", "dcm",
 ];
-const OTHER_ENDINGS: [&str; 12] = [
-    "mp4", "mov", "avi", "mkv", "webm", "m4v", "wav", "mp3", "flac", "ogg", "m4a", "pdf",
+const OTHER_ENDINGS: [&str; 30] = [
+    "mp4", "mov", "avi", "mkv", "webm", "m4v", "mpg", "mpeg", "wmv", "flv", "ogv", "3gp", "m2ts",
+    "mts", "vob", "wav", "mp3", "flac", "ogg", "oga", "opus", "aac", "m4a", "wma", "aiff", "aif",
+    "amr", "mid", "pdf", "djvu",
 ];
 
 /// How the bytes of media begin.
@@ -119,6 +149,41 @@ pub fn says(key: &str) -> Option<Says> {
     carries.then_some(medium)
 }
 
+/// What the last word of a key says of its value, if the value is a path or URL or holds a file: one under
+/// `cat_photo` or `questionAudio` is a medium, "chart" under `type_of_image` is none.
+pub fn says_at_its_end(key: &str, value: &Value) -> Option<Says> {
+    let mut words: Vec<String> = vec![String::new()];
+    let mut was_small = false;
+    for c in key.chars() {
+        if !c.is_alphanumeric() || (was_small && c.is_uppercase()) {
+            words.push(String::new());
+        }
+        was_small = c.is_lowercase();
+        let word = words.last_mut().expect("there is one");
+        word.extend(c.to_lowercase().filter(|c| c.is_alphabetic()));
+    }
+    words.retain(|word| !word.is_empty());
+    let last = words.last().filter(|_| words.len() > 1)?;
+    let (_, medium) = MEDIA.iter().find(|(name, _)| name == last)?;
+    (*medium != Says::File && names_a_place(value)).then_some(*medium)
+}
+
+/// True for texts of one word with a slash, and for what [`found`] finds in any case.
+fn names_a_place(value: &Value) -> bool {
+    match value {
+        Value::String(text) => {
+            let text = text.trim();
+            let is_place = text.contains(['/', '\\']) && !text.contains(char::is_whitespace);
+            is_place || found_in_text(text, false).is_some()
+        }
+        Value::Array(items) => items.iter().any(names_a_place),
+        Value::Object(fields) => {
+            fields.values().any(names_a_place) || !found(value, false).is_empty()
+        }
+        _ => false,
+    }
+}
+
 /// A key without its case and punctuation.
 fn word(key: &str) -> String {
     let letters = key.chars().filter(|c| c.is_alphanumeric());
@@ -139,6 +204,16 @@ pub fn holds_anything(value: &Value) -> bool {
         Value::Array(items) => items.iter().any(holds_anything),
         Value::Object(fields) => fields.values().any(holds_anything),
     }
+}
+
+/// Keys whose value names a record for whoever made it.
+pub const NAMES: [&str; 5] = ["id", "question_id", "sample_id", "uid", "uuid"];
+
+/// True for keys whose value names the record or something else, and no file to be read, even if it
+/// reads `000000033471.jpg`.
+pub fn is_id(key: &str) -> bool {
+    let small = key.to_ascii_lowercase();
+    NAMES.contains(&&*small) || small.ends_with("_id") || key.ends_with("Id")
 }
 
 /// A medium within a value.
@@ -175,8 +250,13 @@ pub fn found(value: &Value, whatever_it_reads: bool) -> Vec<Found<'_>> {
                 let word = word(key);
                 if matches!(word.as_str(), "bytes" | "base64" | "b64") {
                     all.extend(holds_anything(value).then_some(Found::Held));
-                } else if is_carrier(&word) || says(key).is_some() {
+                } else if is_carrier(&word) {
                     all.extend(found(value, whatever_it_reads));
+                } else if says(key).or(says_at_its_end(key, value)).is_some() {
+                    let is_medium = matches!(value, Value::String(_) | Value::Array(_));
+                    all.extend(found(value, whatever_it_reads || is_medium));
+                } else if word != "text" && !is_id(key) {
+                    all.extend(found(value, false));
                 }
             }
             all
@@ -239,7 +319,7 @@ fn ending(path: &str) -> Option<String> {
 }
 
 /// The name of the file at a path or URL.
-fn file_name(path: &str) -> &str {
+pub fn file_name(path: &str) -> &str {
     let path = match path.contains("://") {
         true => path.split(['?', '#']).next().unwrap_or(path),
         false => path,

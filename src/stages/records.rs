@@ -1,7 +1,7 @@
 //! What a record of a source says: the document's `{id, image, prompt, …}`, a LLaVA conversation, or a
 //! preference of LLaVA-Human-Preference.
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Number, Value};
 
 use super::media::{ReadImages, placeholder};
 use super::unread::{content, refuse_media};
@@ -124,7 +124,7 @@ fn fields(record: &Value, embedded: usize) -> Result<Fields, String> {
         match object.get(name) {
             None | Some(Value::Null) => Ok(None),
             Some(Value::String(text)) => Ok(Some(text.clone())),
-            Some(Value::Number(number)) if name == "id" => Ok(Some(number.to_string())),
+            Some(Value::Number(number)) if name == "id" => number_as_id(number).map(Some),
             Some(_) => Err(format!("`{name}` is not a text")),
         }
     };
@@ -182,6 +182,18 @@ fn fields(record: &Value, embedded: usize) -> Result<Fields, String> {
         rejected: rejected.or(text("rejected")?),
         images,
     })
+}
+
+/// The text of a number that is an id. Of a whole number beyond 64 bits the last digits are lost already.
+fn number_as_id(number: &Number) -> Result<String, String> {
+    const EXACT_BELOW: f64 = 9_007_199_254_740_992.0; // 2^53
+    match number.as_f64() {
+        Some(value) if number.is_f64() && value.abs() >= EXACT_BELOW => Err(
+            "`id` is a number of more digits than are read exactly; write it in quotes, as a text"
+                .to_owned(),
+        ),
+        _ => Ok(number.to_string()),
+    }
 }
 
 /// A field of a record, unless it is null.
@@ -295,7 +307,14 @@ fn conversation_turns(conversation: &Value, said: Said<'_>) -> Result<Option<Str
             images.take_out(word(value)?)
         };
         match word(from)? {
-            "system" => *system = Some(text),
+            "system" => match system {
+                Some(before) if *before != text => {
+                    return Err(format!(
+                        "entry {number} of `conversations` is a second system prompt; join the two"
+                    ));
+                }
+                _ => *system = Some(text),
+            },
             "human" | "user" => turns.push(Turn {
                 role: Role::User,
                 text,

@@ -203,7 +203,7 @@ impl<'a, R: Loadable> Loader<'a, R> {
     /// What the beginning and the end of the source say against loading it. No picture is opened.
     pub fn objection(mut self) -> Option<Objection> {
         let from = self.source.from;
-        head::objection(from, |record| {
+        head::objection(from, self.source.limit, |record| {
             let fields = read_fields(&record.fields, record.embedded.len())?;
             self.row(fields, &[]).map(|_| ())
         })

@@ -5,7 +5,9 @@ use std::collections::{BTreeSet, HashMap};
 
 use serde_json::{Map, Value};
 
-use super::media::{Found, ReadImages, Says, found, holds_anything, says};
+use super::media::{
+    Found, NAMES, ReadImages, Says, found, holds_anything, is_id, says, says_at_its_end,
+};
 
 /// The keys that are read of a record.
 const READ: [&str; 15] = [
@@ -46,9 +48,6 @@ const SHOWN_MAX: usize = 8;
 /// Characters of a key that are shown.
 const NAME_CHARS: usize = 40;
 
-/// Keys whose value names a record for whoever made it.
-const NAMES: [&str; 5] = ["id", "question_id", "sample_id", "uid", "uuid"];
-
 /// True for the keys of a record whose values are needed; of the others it is enough to know whether
 /// they hold anything, and whether that is media.
 pub fn is_needed(key: &str) -> bool {
@@ -65,13 +64,6 @@ pub fn own_name(record: &Value) -> Option<String> {
         };
         Some(format!("{key} {name}"))
     })
-}
-
-/// True for keys whose value names the record or something else, and no file to be read, even if it
-/// reads `000000033471.jpg`.
-fn is_id(key: &str) -> bool {
-    let small = key.to_ascii_lowercase();
-    NAMES.contains(&&*small) || small.ends_with("_id") || key.ends_with("Id")
 }
 
 /// The objects within a field of a record, each with its place in words: entries of a list, or the
@@ -127,7 +119,7 @@ fn is_origin(key: &str) -> bool {
 /// `image_url` or `source`, which say where an image lies; and under these any name of an image whose
 /// bytes the file itself holds. As many names as there are images pass under a key that tells their origin.
 fn refuse_value(place: &str, key: &str, value: &Value, read: ReadImages<'_>) -> Result<(), String> {
-    let says = says(key);
+    let says = says(key).or(says_at_its_end(key, value));
     let is_number = matches!(value, Value::Bool(_) | Value::Number(_));
     if !holds_anything(value) || (says.is_none() && is_id(key)) {
         return Ok(());
@@ -311,18 +303,36 @@ impl Unread {
     }
 }
 
+/// True if a record has an `answer`, and its conversation ends in another one.
+fn has_second_answer(record: &Map<String, Value>) -> bool {
+    let Some(answer) = record.get("answer").and_then(Value::as_str) else {
+        return false;
+    };
+    let last = record.get("conversations").and_then(Value::as_array);
+    let Some(last) = last.and_then(|entries| entries.last()) else {
+        return false;
+    };
+    let text = |name: &str| last.get(name).and_then(Value::as_str);
+    let is_answer = matches!(text("from").or(text("role")), Some("gpt" | "assistant"));
+    let said = text("value").or(text("content"));
+    is_answer && !answer.is_empty() && said.is_some_and(|said| said.trim() != answer.trim())
+}
+
 /// The keys of a record that are neither read nor refused, each once; those within it behind the field
 /// in which they stand, as in `conversations.weight`.
 fn unread_of(record: &Map<String, Value>) -> BTreeSet<String> {
     let is_there = |key: &str| record.get(key).is_some_and(|value| !value.is_null());
     // A conversation has the question and what was said before it.
-    let instead: &[&str] = if is_there("conversations") {
-        &["prompt", "question", "turns"]
+    let mut instead: Vec<&str> = if is_there("conversations") {
+        vec!["prompt", "question", "turns"]
     } else if is_there("prompt") {
-        &["question"]
+        vec!["question"]
     } else {
-        &[]
+        Vec::new()
     };
+    if is_there("preference") {
+        instead.extend(["chosen", "rejected"]);
+    }
     let keys = record.iter().filter(|(key, value)| {
         if READ.contains(&key.as_str()) && !instead.contains(&key.as_str()) {
             return false;
@@ -336,6 +346,9 @@ fn unread_of(record: &Map<String, Value>) -> BTreeSet<String> {
         }
     });
     let mut found: BTreeSet<String> = keys.map(|(key, _)| shown(key)).collect();
+    if has_second_answer(record) {
+        found.insert("conversations: the answer at its end".to_owned());
+    }
     for (field, read) in READ_WITHIN {
         for (_, object) in within(record, field) {
             let keys = object

@@ -1,5 +1,6 @@
 //! Parquet files: columns of images, and the columns that become the fields of a record.
 
+use std::collections::HashSet;
 use std::path::Path;
 
 use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, StructArray};
@@ -9,7 +10,8 @@ use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use serde_json::{Map, Value};
 
-use super::super::unread::is_needed;
+use super::super::media::{file_name, holds_anything};
+use super::super::unread::{is_needed, shown as name_shown};
 use super::super::work::{Failure, Record};
 use super::{empty, input};
 use crate::store::TableReader;
@@ -50,6 +52,17 @@ fn batch_records(path: &Path, batch: &RecordBatch, first: usize) -> Result<Vec<R
     let mut others = Vec::new();
     let mut embedded: Vec<Vec<ImageFile>> = vec![Vec::new(); batch.num_rows()];
     let schema = batch.schema();
+    let mut names = HashSet::new();
+    if let Some(twice) = (schema.fields().iter()).find(|field| !names.insert(field.name())) {
+        return Err(input(
+            path,
+            "",
+            format!(
+                "the column `{}` stands in it twice; keep one of the two",
+                name_shown(twice.name())
+            ),
+        ));
+    }
     for (field, column) in schema.fields().iter().zip(batch.columns()) {
         if matches!(field.name().as_str(), "image" | "images") && holds_bytes(field.data_type()) {
             for (row, files) in embedded.iter_mut().enumerate() {
@@ -71,14 +84,12 @@ fn batch_records(path: &Path, batch: &RecordBatch, first: usize) -> Result<Vec<R
                     fields.insert((*name).clone(), value);
                 }
             }
-            let named = ["image", "images"].map(|name| match fields.get(name) {
-                None => 0,
-                Some(Value::Array(names)) => names.len(),
-                Some(_) => 1,
-            });
-            let mut others = named.into_iter().filter(|&count| count > 0);
-            // As many may be other names of the same images.
-            let differ = !embedded.is_empty() && others.any(|count| count != embedded.len());
+            let named = ["image", "images"].map(|name| fields.get(name));
+            let others: Vec<_> = (named.into_iter().flatten())
+                .filter(|names| holds_anything(names))
+                .collect();
+            let is_other = |names: &&Value| !are_names(names, &embedded);
+            let differ = !embedded.is_empty() && others.iter().any(is_other);
             let name = embedded.first().and_then(|file| file.path.clone());
             if let Some(name) = name {
                 fields.entry("image").or_insert(Value::String(name));
@@ -102,6 +113,19 @@ fn batch_records(path: &Path, batch: &RecordBatch, first: usize) -> Result<Vec<R
         .enumerate()
         .map(record)
         .collect())
+}
+
+/// True if these are the names of images whose bytes the file holds: the same file names, as many.
+fn are_names(names: &Value, images: &[ImageFile]) -> bool {
+    let names = match names {
+        Value::Array(names) => &names[..],
+        name => std::slice::from_ref(name),
+    };
+    let is_name = |(name, image): (&Value, &ImageFile)| match (name.as_str(), &image.path) {
+        (Some(name), Some(path)) => file_name(name) == file_name(path),
+        _ => false,
+    };
+    names.len() == images.len() && names.iter().zip(images).all(is_name)
 }
 
 fn holds_bytes(data_type: &DataType) -> bool {
@@ -150,6 +174,8 @@ fn outline(column: &ArrayRef, row: usize) -> Value {
         DataType::BinaryView => bytes(column.as_binary_view().value(row)),
         DataType::List(_) => list(column.as_list::<i32>().value(row)),
         DataType::LargeList(_) => list(column.as_list::<i64>().value(row)),
+        DataType::ListView(_) => list(column.as_list_view::<i32>().value(row)),
+        DataType::LargeListView(_) => list(column.as_list_view::<i64>().value(row)),
         DataType::FixedSizeList(_, _) => list(column.as_fixed_size_list().value(row)),
         DataType::Struct(fields) => {
             let columns = fields.iter().zip(column.as_struct().columns());
@@ -157,12 +183,23 @@ fn outline(column: &ArrayRef, row: usize) -> Value {
                 columns.map(|(field, column)| (field.name().clone(), outline(column, row)));
             Value::Object(fields.collect())
         }
+        DataType::Map(_, _) => {
+            let entries = column.as_map().value(row);
+            let entry = |entry: usize| {
+                let key = match outline(entries.column(0), entry) {
+                    Value::String(key) => key,
+                    other => other.to_string(),
+                };
+                (key, outline(entries.column(1), entry))
+            };
+            Value::Object((0..entries.len()).map(entry).collect())
+        }
         DataType::Dictionary(_, of) => match cast(&column.slice(row, 1), of) {
             Ok(value) => outline(&value, 0),
             Err(_) => Value::Bool(true),
         },
         of if of.is_primitive() => Value::Bool(true),
-        // A map or the like.
+        // A union or the like.
         _ => Value::Array(vec![Value::Bool(true)]),
     }
 }

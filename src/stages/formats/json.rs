@@ -1,13 +1,14 @@
 //! JSON lists and JSON lines.
 
+use std::cell::Cell;
 use std::fmt;
-use std::io::BufRead;
+use std::io::{self, BufRead, Read as _};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{SyncSender, sync_channel};
 
 use serde::de::{DeserializeSeed, Deserializer as _, MapAccess, SeqAccess, Visitor};
-use serde_json::de::{Read, StrRead};
+use serde_json::de::{Read as JsonRead, StrRead};
 use serde_json::{Map, Number, Value};
 
 use super::super::unread::shown;
@@ -17,28 +18,81 @@ use super::{empty, input};
 /// Records that a reading thread may be ahead of the one that uses them.
 const AHEAD: usize = 256;
 
+/// The bytes that a record may have: no more is held in memory of one that never ends.
+const RECORD_MAX: u64 = 64 << 20;
+
 /// One JSON object a line; empty lines are passed over.
 pub fn lines<T: BufRead + Send + 'static>(
     path: &Path,
     text: T,
 ) -> impl Iterator<Item = Result<Record, Failure>> + Send + use<T> {
     let path = path.to_owned();
-    text.lines().enumerate().filter_map(move |(index, line)| {
-        let place = format!("line {}", index + 1);
-        let line = match line {
-            Ok(line) if line.trim().is_empty() => return None,
-            Ok(line) => line,
-            Err(error) => return Some(Err(input(&path, &format!(", {place}"), error.to_string()))),
-        };
-        // A line that is no JSON is a bad row, not a bad file: the next one may be fine.
-        let fields = whole(StrRead::new(&line))
-            .unwrap_or_else(|error| Err(format!("it is not JSON: {}", without_place(&error))));
-        Some(Ok(Record {
-            place,
-            fields,
-            embedded: Vec::new(),
-        }))
+    let mut text = text;
+    let mut number = 0;
+    let lines = std::iter::from_fn(move || {
+        number += 1;
+        let failed = |problem| Err(input(&path, &format!(", line {number}"), problem));
+        let mut line = Vec::new();
+        let mut limited = (&mut text).take(RECORD_MAX);
+        match limited.read_until(b'\n', &mut line) {
+            Ok(0) => None,
+            Ok(_) if limited.limit() == 0 && line.last() != Some(&b'\n') => {
+                Some(failed(too_long()))
+            }
+            Ok(_) => Some(Ok((number, line))),
+            Err(error) => Some(failed(error.to_string())),
+        }
+    });
+    let mut has_failed = false;
+    // Behind a failure, what comes next is not the start of a line.
+    let lines = lines.take_while(move |line| !std::mem::replace(&mut has_failed, line.is_err()));
+    lines.filter_map(|line| match line {
+        Ok((_, line)) if line.trim_ascii().is_empty() => None,
+        Ok((number, line)) => Some(Ok(record_of(number, &line))),
+        Err(failure) => Some(Err(failure)),
     })
+}
+
+/// The record in a line. A line that is no JSON is a bad row, not a bad file: the next one may be fine.
+fn record_of(number: usize, line: &[u8]) -> Record {
+    let fields = match std::str::from_utf8(line) {
+        Ok(line) => whole(StrRead::new(line))
+            .unwrap_or_else(|error| Err(format!("it is not JSON: {}", without_place(&error)))),
+        Err(error) => Err(format!(
+            "it is not UTF-8: byte {} is wrong",
+            error.valid_up_to() + 1
+        )),
+    };
+    Record {
+        place: format!("line {number}"),
+        fields,
+        embedded: Vec::new(),
+    }
+}
+
+/// The complaint about a record that is longer than [`RECORD_MAX`].
+fn too_long() -> String {
+    format!(
+        "a record of more than {} MB; keep images and other large values in files beside",
+        RECORD_MAX >> 20
+    )
+}
+
+/// A reader that fails when more than [`RECORD_MAX`] bytes are read before `read` is set back.
+struct Limited<'a, T> {
+    text: T,
+    read: &'a Cell<u64>,
+}
+
+impl<T: io::Read> io::Read for Limited<'_, T> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.text.read(buffer)?;
+        self.read.set(self.read.get() + read as u64);
+        if self.read.get() > RECORD_MAX {
+            return Err(io::Error::other(too_long()));
+        }
+        Ok(read)
+    }
 }
 
 /// serde_json counts lines of what it was given; for JSON lines that is always line 1.
@@ -59,16 +113,20 @@ pub fn list<T: BufRead + Send + 'static>(
     let (sender, receiver) = sync_channel(AHEAD);
     let path = path.to_owned();
     std::thread::spawn(move || {
+        let read = Cell::new(0);
+        let text = Limited { text, read: &read };
         let mut list = serde_json::Deserializer::from_reader(text);
         let parsed = catch_unwind(AssertUnwindSafe(|| {
             let feed = Feed {
                 sender: &sender,
                 path: &path,
+                read: &read,
             };
             (&mut list).deserialize_seq(feed).and_then(|()| list.end())
         }));
         let problem = match parsed {
             Ok(Ok(())) => return,
+            Ok(Err(error)) if error.is_io() => error.to_string(),
             Ok(Err(error)) => format!("not a JSON list: {error}"),
             // The end of the records would look like that of the list.
             Err(_) => "it can't be read, by a mistake of this program".to_owned(),
@@ -82,6 +140,8 @@ pub fn list<T: BufRead + Send + 'static>(
 struct Feed<'a> {
     sender: &'a SyncSender<Result<Record, Failure>>,
     path: &'a PathBuf,
+    /// The bytes of the record that is being read.
+    read: &'a Cell<u64>,
 }
 
 impl<'de> Visitor<'de> for Feed<'_> {
@@ -95,6 +155,7 @@ impl<'de> Visitor<'de> for Feed<'_> {
         let mut count = 0;
         while let Some(fields) = list.next_element_seed(Unique)? {
             count += 1;
+            self.read.set(0);
             let record = Record {
                 place: format!("record {count}"),
                 fields,
@@ -112,7 +173,7 @@ impl<'de> Visitor<'de> for Feed<'_> {
 }
 
 /// A text that is one JSON value, or what is wrong with its keys.
-pub fn whole<'t>(text: impl Read<'t>) -> serde_json::Result<Result<Value, String>> {
+pub fn whole<'t>(text: impl JsonRead<'t>) -> serde_json::Result<Result<Value, String>> {
     let mut text = serde_json::Deserializer::new(text);
     let value = Unique.deserialize(&mut text)?;
     text.end().map(|()| value)
