@@ -251,6 +251,8 @@ fn config() -> SessionConfig {
         .with_target_partitions(1)
         .with_information_schema(true);
     config.options_mut().execution.parquet.pushdown_filters = true;
+    // Without it, a timestamp with a time zone would lose the zone.
+    config.options_mut().execution.time_zone = Some("+00:00".to_owned());
     config
 }
 

@@ -103,11 +103,8 @@ fn unknown_name(error: &str) -> Option<&str> {
     if let Some(table) = unknown_table(error) {
         return Some(table);
     }
-    let rest = error.strip_prefix("No field named ")?;
-    // A dot within the name has no space behind it.
-    let mut dots = rest.match_indices('.').map(|(at, _)| at);
-    let end = dots.find(|at| !rest[at + 1..].starts_with(|c: char| !c.is_whitespace()));
-    Some(&rest[..end.unwrap_or(rest.len())])
+    let rest = error.strip_prefix("there is no column `")?;
+    rest.split('`').next()
 }
 
 /// Where a name stands first in a query as a word of its own.
@@ -290,7 +287,7 @@ mod tests {
         let plain = "table 't' not found";
         assert_eq!(syntax_error(plain, query), (plain.to_owned(), None));
         assert_eq!(
-            unknown_name("No field named c.txt. Did you mean 'c.text'?"),
+            unknown_name("there is no column `c.txt`; did you mean `c.text`?"),
             Some("c.txt")
         );
         assert_eq!(unknown_name("there is no table `rewads`"), Some("rewads"));

@@ -16,11 +16,11 @@ use std::ops::ControlFlow;
 use datafusion::execution::session_state::SessionState;
 use datafusion::sql::parser::Statement;
 use datafusion::sql::sqlparser::ast::{
-    ArrayElemTypeDef, Cte, DataType, DuplicateTreatment, ExactNumberInfo, Expr, Function,
-    FunctionArg, FunctionArgumentClause, FunctionArgumentList, FunctionArguments, GroupByExpr,
-    Join, NamedWindowExpr, PipeOperator, Query, Select, SelectItem, SetExpr, SetOperator,
-    SetQuantifier, TableAlias, TableFactor, Visit as _, Visitor, WindowSpec, WindowType,
-    visit_expressions,
+    ArrayElemTypeDef, BinaryOperator, Cte, DataType, DuplicateTreatment, ExactNumberInfo, Expr,
+    Function, FunctionArg, FunctionArgumentClause, FunctionArgumentList, FunctionArguments,
+    GroupByExpr, Join, NamedWindowExpr, PipeOperator, Query, Select, SelectItem, SetExpr,
+    SetOperator, SetQuantifier, TableAlias, TableFactor, Visit as _, Visitor, WindowSpec,
+    WindowType, visit_expressions,
 };
 
 /// A clause that would be ignored, as an error message with the way out.
@@ -111,6 +111,10 @@ impl Visitor for Search<'_> {
     fn pre_visit_expr(&mut self, expression: &Expr) -> ControlFlow<String> {
         step(match expression {
             Expr::Function(function) => self.of_function(function),
+            Expr::BinaryOp {
+                op: BinaryOperator::BitwiseXor,
+                ..
+            } => wrong("^", "a bitwise xor", "for a power, write power(2, 3)"),
             Expr::SimilarTo { .. } => wrong(
                 "similar to",
                 "a regular expression that may match anywhere",

@@ -1,5 +1,6 @@
 //! What is wrong with a query, in the words of people who write pipelines.
 
+use datafusion::common::{Column, SchemaError};
 use datafusion::error::DataFusionError;
 use datafusion::logical_expr::LogicalPlan;
 use datafusion::sql::parser::Statement;
@@ -101,6 +102,14 @@ pub fn error(error: DataFusionError) -> QueryError {
                 .unwrap_or(&text)
                 .to_owned()
         }
+        DataFusionError::SchemaError(problem, _)
+            if let SchemaError::FieldNotFound {
+                field,
+                valid_fields,
+            } = &**problem =>
+        {
+            no_column(field, valid_fields, &problem.to_string())
+        }
         DataFusionError::ResourcesExhausted(_) => format!(
             "the query needs more than the {} MB that it may use: join or group fewer rows, or fewer and \
              smaller columns",
@@ -140,6 +149,38 @@ pub fn error(error: DataFusionError) -> QueryError {
             }
         }
     })
+}
+
+/// Columns that are listed.
+const COLUMNS_SHOWN: usize = 12;
+
+/// The message about a column that is not there; `told` is DataFusion's, whose guess is kept.
+fn no_column(column: &Column, columns: &[Column], told: &str) -> String {
+    let there_is_none = format!("there is no column `{}`", column.quoted_flat_name());
+    let mut others = columns.iter();
+    if let Some(other) = others.find(|other| other.name.eq_ignore_ascii_case(&column.name))
+        && other.name != column.name
+    {
+        let name = &other.name;
+        return format!("{there_is_none}; capitals count in quotes only: write \"{name}\"");
+    }
+    let guess = told
+        .split_once("Did you mean '")
+        .and_then(|(_, rest)| rest.split_once("'?"));
+    if let Some((guess, _)) = guess {
+        return format!("{there_is_none}; did you mean `{guess}`?");
+    }
+    if columns.is_empty() {
+        return there_is_none;
+    }
+    let names: Vec<String> = columns.iter().map(Column::quoted_flat_name).collect();
+    let more = if names.len() > COLUMNS_SHOWN {
+        ", …"
+    } else {
+        ""
+    };
+    let shown = names[..names.len().min(COLUMNS_SHOWN)].join(", ");
+    format!("{there_is_none}; the columns are {shown}{more}")
 }
 
 /// The message about a table that is not there.

@@ -172,6 +172,7 @@ const COMPUTED_WRONGLY: &[(&str, &str)] = &[
         "intersect all",
     ),
     ("select prompt_id similar to 'a%' from t", "similar to"),
+    ("select 2 ^ 3 as eight from t", "^"),
     (
         "select * from t where prompt_id not similar to 'a'",
         "similar to",
