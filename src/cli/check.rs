@@ -71,8 +71,14 @@ impl Check {
         let stages = plan.all().count();
         let rounds = plan.rounds.get();
         let plural = if rounds == 1 { "round" } else { "rounds" };
+        let warnings = plan.warnings.iter().filter(|one| one.is_warning()).count();
+        let found = match warnings {
+            0 => "nothing wrong".to_owned(),
+            1 => "no errors, 1 warning".to_owned(),
+            warnings => format!("no errors, {warnings} warnings"),
+        };
         say!(
-            "{}: nothing wrong ({stages} stages, {rounds} {plural})",
+            "{}: {found} ({stages} stages, {rounds} {plural})",
             self.file.file.display()
         );
         Ok(())

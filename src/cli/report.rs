@@ -17,9 +17,15 @@ pub fn print(plan: &Plan, run: &RunFolder, say: &mut dyn FnMut(&str)) -> Result<
     for (name, view) in &plan.report {
         let mut batches: Vec<RecordBatch> = Vec::new();
         // Its own query, for a view has no order.
-        ask(run, &view.query, |batch| {
+        let asked = ask(run, &view.query, |batch| {
             batches.push(readable(&batch, true)?);
             Ok(())
+        });
+        asked.map_err(|failed| match failed {
+            Failed::Query(error) => {
+                Failed::Words(format!("the view `{name}` of `report` failed: {error}"))
+            }
+            other => other,
         })?;
         if batches.is_empty() {
             say(&format!("{name}: nothing"));

@@ -114,6 +114,10 @@ impl Complaint {
         }
     }
 
+    pub fn is_warning(&self) -> bool {
+        self.gravity == Gravity::Warning
+    }
+
     /// The same as an error: of what is only said elsewhere.
     #[must_use]
     pub fn as_error(self) -> Self {

@@ -50,7 +50,8 @@ impl Expectation {
         match (&self.query, &self.value) {
             (Some(query), _) => query.clone(),
             (None, value) => format!(
-                "select cast({} as double) as value from {}",
+                // A comment may end it.
+                "select cast({}\n as double) as value from {}",
                 value.as_deref().unwrap_or("null"),
                 self.table
             ),
@@ -60,7 +61,7 @@ impl Expectation {
     /// The query of the value as what it is, a number or not.
     pub fn sql_as_it_is(&self) -> String {
         let value = self.value.as_deref().unwrap_or("null");
-        format!("select {value} as value from {}", self.table)
+        format!("select {value}\n as value from {}", self.table)
     }
 
     /// The setting that holds the SQL.
@@ -94,6 +95,15 @@ impl Expectation {
         let complain = |at: At, message: &str, help: &str| {
             Some(Complaint::new("config::expectation", at, message.to_owned()).help(help))
         };
+        let mut bounds = [("at_least", self.at_least), ("at_most", self.at_most)].into_iter();
+        let is_endless = |bound: Option<f64>| bound.is_some_and(|bound| !bound.is_finite());
+        if let Some((name, _)) = bounds.find(|(_, bound)| is_endless(*bound)) {
+            return complain(
+                At::value(path.key(name)),
+                "the bound is no finite number",
+                "write a number, or leave the bound out",
+            );
+        }
         let has_bound = self.at_least.is_some() || self.at_most.is_some();
         match (&self.query, &self.value) {
             (Some(_), Some(_)) => complain(
@@ -147,7 +157,7 @@ mod tests {
         };
         assert_eq!(
             expectation.sql(),
-            "select cast(avg(reward) as double) as value from rewards"
+            "select cast(avg(reward)\n as double) as value from rewards"
         );
         let words = |value| expectation.judge(value).unwrap_or_default();
         assert_eq!(words(Some(0.5)), "");

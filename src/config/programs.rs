@@ -17,7 +17,7 @@ use crate::stages::{Exec, StageSpec};
 
 /// Programs of `exec` stages that can't be started: looked for as the system will, in the stage's
 /// folder where the name holds a `/`, else in the directories of `PATH`.
-/// And scripts that such a program is given and that are not there.
+/// And scripts that such a program is given and that are not there, or that may change unnoticed.
 pub fn unstartable(written: &Written, secrets: &Secrets) -> Vec<Complaint> {
     let mut complaints = Vec::new();
     for (stage, _) in all_stages(written) {
@@ -26,8 +26,15 @@ pub fn unstartable(written: &Written, secrets: &Secrets) -> Vec<Complaint> {
         {
             let command = stage.settings.key("command");
             let at = At::value(command.index(0));
-            complaints.extend(no_program(exec, program, at, secrets));
-            complaints.extend(no_script(exec, &command, secrets));
+            let missing = no_program(exec, program, at, secrets);
+            let missing = missing
+                .into_iter()
+                .chain(no_script(exec, &command, secrets));
+            let before = complaints.len();
+            complaints.extend(missing);
+            if complaints.len() == before {
+                complaints.extend(unwatched(exec, &command, secrets));
+            }
         }
     }
     complaints
@@ -133,16 +140,50 @@ fn no_interpreter(exec: &Exec, path: &Path, at: At, secrets: &Secrets) -> Option
 /// The ends of the names of scripts.
 const SCRIPTS: [&str; 9] = ["py", "sh", "bash", "R", "r", "jl", "pl", "rb", "js"];
 
+/// True for an argument that names a script.
+fn is_script(word: &str) -> bool {
+    let end = Path::new(word).extension().and_then(|end| end.to_str());
+    !word.starts_with('-')
+        && !word.contains(char::is_whitespace)
+        && end.is_some_and(|end| SCRIPTS.contains(&end))
+}
+
+/// The first program or script of the user in the command that `files` does not cover: when it changes, the
+/// table is not made again.
+fn unwatched(exec: &Exec, command: &KeyPath, secrets: &Secrets) -> Option<Complaint> {
+    let is_watched = |path: &Path| {
+        let path = path.canonicalize();
+        path.is_ok_and(|path| {
+            let mut files = exec
+                .files
+                .iter()
+                .filter_map(|file| file.canonicalize().ok());
+            files.any(|file| path.starts_with(file))
+        })
+    };
+    let is_users = |number: usize, word: &str| match number {
+        0 => word.contains('/') && !Path::new(word).is_absolute(),
+        _ => is_script(word),
+    };
+    let mut words = exec.command.iter().enumerate();
+    let (number, word) = words.find(|(number, word)| {
+        let path = exec.folder().join(word);
+        is_users(*number, word) && path.is_file() && !is_watched(&path)
+    })?;
+    let name = shown(Path::new(word), secrets);
+    let message =
+        format!("`{name}` is not in `files`: when it changes, the table is not made again");
+    let complaint = Complaint::warning(
+        "config::file_not_listed",
+        At::value(command.index(number)),
+        message,
+    );
+    Some(complaint.help(format!("add it to `files`, such as `files: [{name}]`")))
+}
+
 /// The first argument that names a script, if there is no such file. Programs that run what they are given
 /// fail then; others may make the file themselves.
 fn no_script(exec: &Exec, command: &KeyPath, secrets: &Secrets) -> Option<Complaint> {
-    let is_script = |word: &str| {
-        let path = Path::new(word);
-        let end = path.extension().and_then(|end| end.to_str());
-        !word.starts_with('-')
-            && !word.contains(char::is_whitespace)
-            && end.is_some_and(|end| SCRIPTS.contains(&end))
-    };
     let mut words = exec.command.iter().enumerate().skip(1);
     let (number, script) = words.find(|(_, word)| is_script(word))?;
     let path = exec.folder().join(script);

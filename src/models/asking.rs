@@ -233,52 +233,43 @@ impl Questionnaire {
         }
     }
 
-    /// Fills the template with stand-ins, and returns what is wrong with it whatever it is filled with. What
-    /// fails for these values may be right for others.
+    /// The problem of a template that can't be filled, whatever with: one that names something that does not
+    /// exist, or fails with each of several stand-ins.
     fn try_out(&self) -> Option<String> {
-        let some = || "some".to_owned();
-        let turn = |role| Turn { role, text: some() };
-        let bare = Prompt {
-            id: some(),
-            pictures: Vec::new(),
-            system: None,
-            turns: Vec::new(),
-            question: some(),
-            captions: None,
-            answer: None,
-            seed: 0,
-        };
-        let full = Prompt {
-            turns: vec![turn(Role::User), turn(Role::Assistant)],
-            captions: Some(vec![some(), some()]),
-            ..bare.clone()
-        };
-        let shown = match self.mode {
-            Mode::Pointwise => Shown::One("one"),
-            Mode::Pairwise => Shown::Two("one", "two"),
-        };
-        let errors = [full, bare].into_iter();
-        let mut errors = errors.filter_map(|prompt| self.fill(&prompt, shown).err());
-        let error = errors.find(|error| {
-            matches!(
-                error.kind(),
+        let mut first = None;
+        let mut has_worked = false;
+        for (prompt, text) in stand_ins() {
+            let shown = match self.mode {
+                Mode::Pointwise => Shown::One(text),
+                Mode::Pairwise => Shown::Two(text, text),
+            };
+            let Err(error) = self.fill(&prompt, shown) else {
+                has_worked = true;
+                continue;
+            };
+            match error.kind() {
+                ErrorKind::OutOfFuel => {
+                    return Some(format!(
+                        "filling it takes more than {STEPS_MAX} steps; take out what it repeats"
+                    ));
+                }
+                ErrorKind::TemplateNotFound | ErrorKind::BadInclude => {
+                    return Some(format!(
+                        "{error}; a template is one file, and includes no other"
+                    ));
+                }
                 ErrorKind::UnknownFilter
-                    | ErrorKind::UnknownTest
-                    | ErrorKind::UnknownFunction
-                    | ErrorKind::UnknownMethod
-                    | ErrorKind::TemplateNotFound
-                    | ErrorKind::BadInclude
-                    | ErrorKind::OutOfFuel
+                | ErrorKind::UnknownTest
+                | ErrorKind::UnknownFunction
+                | ErrorKind::UnknownMethod => return Some(error.to_string()),
+                _ => first = first.or(Some(error)),
+            }
+        }
+        first.filter(|_| !has_worked).map(|error| {
+            format!(
+                "it can't be filled: {error}; `question` and the answers are texts, `captions` a list of texts \
+                 or none, `turns` a list of `role` and `text`"
             )
-        })?;
-        Some(match error.kind() {
-            ErrorKind::OutOfFuel => {
-                format!("filling it takes more than {STEPS_MAX} steps; take out what it repeats")
-            }
-            ErrorKind::TemplateNotFound | ErrorKind::BadInclude => {
-                format!("{error}; a template is one file, and includes no other")
-            }
-            _ => error.to_string(),
         })
     }
 
@@ -335,6 +326,38 @@ impl Questionnaire {
         }
         found
     }
+}
+
+/// Prompts with and without all that a prompt may have, whose texts can be split and read as numbers, each
+/// with a text for its answers.
+fn stand_ins() -> impl Iterator<Item = (Prompt, &'static str)> {
+    let texts = ["some", "7", "a | b | c, d; e: f / g - h\n\ni\tj\n1. k"];
+    texts.into_iter().flat_map(|text| {
+        let turn = |role| Turn {
+            role,
+            text: text.to_owned(),
+        };
+        let bare = Prompt {
+            id: text.to_owned(),
+            pictures: Vec::new(),
+            system: None,
+            turns: Vec::new(),
+            question: text.to_owned(),
+            captions: None,
+            answer: None,
+            seed: 0,
+        };
+        let full = Prompt {
+            turns: [Role::User, Role::Assistant]
+                .repeat(4)
+                .into_iter()
+                .map(turn)
+                .collect(),
+            captions: Some(vec![text.to_owned(); 8]),
+            ..bare.clone()
+        };
+        [(full, text), (bare, text)]
+    })
 }
 
 #[cfg(test)]
@@ -450,6 +473,18 @@ mod tests {
             (Mode::Pointwise, Some("{{ answer"), None, "not a template"),
             (
                 Mode::Pointwise,
+                Some("{{ answer.text }}"),
+                None,
+                "it can't be filled: undefined value",
+            ),
+            (
+                Mode::Pointwise,
+                Some("{{ answer + 1 }}"),
+                None,
+                "it can't be filled: invalid operation",
+            ),
+            (
+                Mode::Pointwise,
                 None,
                 Some("(?<tie>x)"),
                 "`verdict` needs groups of `score`",
@@ -458,6 +493,16 @@ mod tests {
             let (asking, _folder) = asking(mode, template, verdict);
             let problem = Questionnaire::open(&asking).unwrap_err();
             assert!(problem.contains(complaint), "{problem}");
+        }
+        // What fits some prompts only is filled when they come.
+        for template in [
+            "{{ answer|int }}",
+            "{{ turns[3].text }} {{ answer }}",
+            "{{ captions[4] }} {{ answer }}",
+            "{{ (question|split('|')|list)[2] }} {{ answer }}",
+        ] {
+            let (asking, _folder) = asking(Mode::Pointwise, Some(template), None);
+            assert!(Questionnaire::open(&asking).is_ok(), "{template}");
         }
         assert!(Verdict::try_from("(?<first>1)".to_owned()).is_err());
         assert!(Verdict::try_from("7".to_owned()).is_err());

@@ -118,7 +118,8 @@ impl Runner<'_> {
             }
         }
         let mut removed = self.unplanned(slots);
-        removed.retain(|made| options.until.is_none() && !replaced.contains(&made));
+        removed
+            .retain(|made| options.until.is_none() && made.complete && !replaced.contains(&made));
         let folder = self.folder.root().display();
         let mut lines = Vec::new();
         if !replaced.is_empty() {

@@ -359,12 +359,24 @@ impl Reason {
 
 /// What differs between two becauses.
 pub fn explain(before: &Value, now: &Value) -> Vec<Reason> {
+    if let (Some(was), Some(is)) = (verb(before), verb(now))
+        && was != is
+    {
+        let words = format!("it was made by `{was}`, and is made by `{is}`");
+        return vec![Reason::Other(words)];
+    }
     let mut changes = Changes {
         origins: [&before[ORIGINS], &now[ORIGINS]],
         reasons: Vec::new(),
     };
     changes.compare("", before, now);
     changes.reasons
+}
+
+/// The verb in a because.
+fn verb(because: &Value) -> Option<&str> {
+    let settings = because["settings"].as_object()?;
+    settings.keys().next().map(String::as_str)
 }
 
 /// Reasons as one text.
@@ -493,6 +505,21 @@ fn setting(name: &str, before: &Value, now: &Value) -> Reason {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn another_verb_is_the_only_reason() {
+        let because = |verb: &str, version: u32| {
+            let mut because = json!({"settings": {}, "inputs": {}, "version": [1, version]});
+            because["settings"][verb] = json!({"rewards": "rewards"});
+            because
+        };
+        let reasons = explain(&because("select_extremes", 1), &because("select_pairs", 2));
+        assert_eq!(
+            reasons[0].to_string(),
+            "it was made by `select_extremes`, and is made by `select_pairs`"
+        );
+        assert_eq!(reasons.len(), 1);
+    }
 
     #[test]
     fn a_rerun_is_explained_by_what_changed() {
