@@ -40,6 +40,11 @@ impl Mask {
         Self { forms: all.into() }
     }
 
+    /// True if there is nothing to hide.
+    pub fn is_empty(&self) -> bool {
+        self.forms.is_empty()
+    }
+
     /// `text` with `${env:NAME}` in place of each secret.
     pub fn hide(&self, text: &str) -> String {
         let mut pieces = vec![(text.to_owned(), true)];

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use crate::exec::{COLUMNS, fails, flag_answers, pipeline};
 use crate::judges::flat;
-use crate::scene::{Said, Scene, said};
+use crate::scene::{Said, Scene, said, stream_of_ids};
 
 #[test]
 fn a_line_without_an_end_is_kept_at_both_ends() {
@@ -136,4 +136,21 @@ fn a_command_gets_no_secrets_that_it_was_not_given() {
         "{}",
         told.err
     );
+}
+
+#[test]
+fn secrets_in_the_output_of_a_command_are_masked() {
+    let scene = Scene::new();
+    let secret = "one-of-the-machine";
+    scene.write("out.arrow", stream_of_ids(&["a", &format!("x{secret}y")]));
+    let base = pipeline("[sh, -c, 'cat > /dev/null; cat out.arrow']", "prompt_id: text").replace(
+        "models:",
+        "models:\n  remote: { http: { base_url: \"http://127.0.0.1:9/v1\", model: m, key_env: OVCHAT_TEST_TOKEN } }",
+    );
+    scene.prompts(2).write("p.yaml", base);
+    let told = run(&scene, &["run", "p.yaml"]);
+    assert_eq!(told.code, Some(0), "{}", told.err);
+    let query = "select prompt_id from flags where round = 1";
+    let found = scene.succeeds(&["sql", "scripted", query, "--format", "csv"]);
+    assert_eq!(found.out, "prompt_id\na\nx${env:OVCHAT_TEST_TOKEN}y\n");
 }

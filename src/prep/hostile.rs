@@ -169,6 +169,21 @@ fn the_largest_sizes_of_all_are_counted_without_overflow() {
 }
 
 #[test]
+fn a_normalizer_that_multiplies_text_is_refused() {
+    let folder = onevision_folder();
+    let path = folder.path().join("tokenizer.json");
+    let mut tokenizer: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let doubled = json!({"type": "Replace", "pattern": {"String": "a"}, "content": "aa"});
+    tokenizer["normalizer"] = json!({"type": "Sequence", "normalizers": vec![doubled; 20]});
+    fs::write(&path, tokenizer.to_string()).unwrap();
+    let error = PlainTokenizer::open(folder.path()).unwrap_err().to_string();
+    assert!(
+        error.contains("can make a text 1048576 times as long"),
+        "{error}"
+    );
+}
+
+#[test]
 fn a_pattern_that_backtracks_for_ever_costs_its_row_and_names_the_file() {
     let folder = onevision_folder();
     let path = folder.path().join("tokenizer.json");

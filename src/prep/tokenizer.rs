@@ -11,6 +11,10 @@ use std::panic::{self, AssertUnwindSafe};
 use std::path::{Path, PathBuf};
 use std::sync::Once;
 
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+use serde_json::Value;
+
 use super::{PrepError, sentencepiece};
 use crate::files;
 use crate::models::RowFault;
@@ -45,6 +49,42 @@ fn caught<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> 
             let words = words.or(panic.downcast_ref::<&str>().copied());
             Err(words.unwrap_or("it panics").to_owned())
         }
+    }
+}
+
+/// How much longer a normalizer or decoder may make a text, by [`growth`]; Llama's comes to 9.
+const GROWTH_MAX: f64 = 1024.0;
+
+/// An upper bound of how many times as long a text becomes by the steps of a normalizer or a decoder, as
+/// `tokenizer.json` has them. Unicode's own forms are left out: they lengthen a text by 11 at most.
+fn growth(step: &Value) -> f64 {
+    let bytes = |text: &Value| text.as_str().map_or(0, str::len) as f64;
+    match step["type"].as_str() {
+        Some("Sequence") => {
+            let steps = step["normalizers"].as_array();
+            let steps = steps.or(step["decoders"].as_array());
+            steps.into_iter().flatten().map(growth).product()
+        }
+        Some("Replace") => match &step["pattern"]["String"] {
+            Value::String(pattern) if !pattern.is_empty() => {
+                (bytes(&step["content"]) / pattern.len() as f64).max(1.0)
+            }
+            // It may match nothing, between any two bytes.
+            _ => bytes(&step["content"]) + 1.0,
+        },
+        Some("Prepend") => bytes(&step["prepend"]).max(1.0),
+        // A trie with its size in front, and the texts that it leads to, each with a zero at its end.
+        Some("Precompiled") => {
+            let map = step["precompiled_charsmap"].as_str().unwrap_or_default();
+            let map = BASE64_STANDARD.decode(map).unwrap_or_default();
+            let Some((size, rest)) = map.split_first_chunk() else {
+                return 1.0;
+            };
+            let texts = rest.get(u32::from_le_bytes(*size) as usize..);
+            let texts = texts.unwrap_or_default().split(|&byte| byte == 0);
+            texts.map(<[u8]>::len).max().unwrap_or(0).max(1) as f64
+        }
+        _ => 1.0,
     }
 }
 
@@ -84,6 +124,20 @@ impl PlainTokenizer {
             .with_truncation(None)
             .map_err(|error| PrepError::new(&path, error.to_string()))?;
         tokenizer.set_encode_special_tokens(true);
+        let normalizer = serde_json::to_value(tokenizer.get_normalizer()).unwrap_or_default();
+        let decoder = serde_json::to_value(tokenizer.get_decoder()).unwrap_or_default();
+        for (name, steps) in [("normalizer", normalizer), ("decoder", decoder)] {
+            let growth = growth(&steps);
+            if growth > GROWTH_MAX {
+                return Err(PrepError::new(
+                    &path,
+                    format!(
+                        "has a {name} that can make a text {growth:.0} times as long, and {GROWTH_MAX} times is \
+                         the most; take its `Replace` steps out"
+                    ),
+                ));
+            }
+        }
         Ok(Self { path, tokenizer })
     }
 
@@ -139,5 +193,37 @@ impl PlainTokenizer {
         tokens
             .filter_map(|&id| self.tokenizer.id_to_token(id))
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn the_growth_of_a_text_is_bounded_step_by_step() {
+        let replace = |pattern: Value, content: &str| json!({"type": "Replace", "pattern": pattern, "content": content});
+        let doubled = replace(json!({"String": "a"}), "aa");
+        for (step, expected) in [
+            (Value::Null, 1.0),
+            (json!({"type": "NFC"}), 1.0),
+            (doubled.clone(), 2.0),
+            (replace(json!({"String": "abc"}), ""), 1.0),
+            (replace(json!({"Regex": "x*"}), "abc"), 4.0),
+            (replace(json!({"String": ""}), "abc"), 4.0),
+            (
+                json!({"type": "Sequence", "normalizers": vec![doubled; 40]}),
+                2_f64.powi(40),
+            ),
+            (json!({"type": "Prepend", "prepend": "\u{2581}"}), 3.0),
+        ] {
+            assert_eq!(growth(&step), expected, "{step}");
+        }
+        let map = [&4_u32.to_le_bytes()[..], b"trie", b"ab\0abcdef\0"].concat();
+        let step =
+            json!({"type": "Precompiled", "precompiled_charsmap": BASE64_STANDARD.encode(map)});
+        assert_eq!(growth(&step), 6.0);
     }
 }

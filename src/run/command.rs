@@ -14,11 +14,12 @@ use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::process::{Child, ExitStatus, Stdio};
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use arrow::array::RecordBatch;
+use arrow::array::{Array as _, ArrayRef, AsArray as _, ListArray, RecordBatch, StringArray};
 use arrow::compute::cast;
 use arrow::datatypes::{DataType, SchemaRef};
 use arrow_ipc::reader::StreamReader;
@@ -27,6 +28,7 @@ use arrow_ipc::writer::StreamWriter;
 use self::framing::Framed;
 use super::{Runner, took};
 use crate::config::{PlannedStage, Secrets};
+use crate::mask::Mask;
 use crate::models::libtorch::SET_HERE;
 use crate::run::report::Tally;
 use crate::run::{Start, Unit};
@@ -111,6 +113,7 @@ impl Runner<'_> {
         let mut child = Running(start(work, round, &self.plan.secrets)?);
         let said = listen(&mut child.0, files, input_schema);
         let mut writer = self.writer(table, round, "part-00000", &stage.schema);
+        let mask = self.plan.secrets.mask();
         let mut done = 0;
         let mut tally = Tally::default();
         let mut last_words: Vec<String> = Vec::new();
@@ -166,6 +169,7 @@ impl Runner<'_> {
                 Ok(Said::Marker) => is_whole = true,
                 Ok(Said::Rows(batch)) => match fitted(&batch, &stage.schema) {
                     Ok(batch) => {
+                        let batch = masked(batch, &mask);
                         done += batch.num_rows() as u64;
                         writer.write(&batch)?;
                         tally.rewards(&batch);
@@ -432,6 +436,30 @@ fn read(stdout: impl Read, sender: &SyncSender<Said>) -> Ended {
         ),
         Err(error) => Ended::Cut(format!("its standard output can't be read: {error}")),
     }
+}
+
+/// The rows without secret values in their texts: a program may be given one, or read it somewhere.
+fn masked(batch: RecordBatch, mask: &Mask) -> RecordBatch {
+    if mask.is_empty() {
+        return batch;
+    }
+    let columns = batch.columns().iter();
+    let columns = columns.map(|column| match column.data_type() {
+        DataType::Utf8 => hidden(column, mask),
+        DataType::List(item) if *item.data_type() == DataType::Utf8 => {
+            let (item, offsets, texts, nulls) = column.as_list::<i32>().clone().into_parts();
+            Arc::new(ListArray::new(item, offsets, hidden(&texts, mask), nulls))
+        }
+        _ => column.clone(),
+    });
+    RecordBatch::try_new(batch.schema(), columns.collect()).expect("the types are as before")
+}
+
+/// A column of texts without secret values.
+fn hidden(column: &ArrayRef, mask: &Mask) -> ArrayRef {
+    let texts = column.as_string::<i32>();
+    let hide = |text: Option<&str>| text.map(|text| mask.hide(text));
+    Arc::new(texts.iter().map(hide).collect::<StringArray>())
 }
 
 /// The columns that are declared, in their order.

@@ -305,10 +305,12 @@ impl RunFolder {
         let mut files = self.compact(&files, |schema| {
             place.writer_in(&format!("{hidden}{folder}"), "all", schema, footer)
         })?;
+        let mut checkpoint = checkpoint;
         if self.manifest.staged(table, round).is_none() {
-            for file in &mut files {
-                if let Some(name) = file.file.strip_prefix(&hidden) {
-                    file.file = name.to_owned();
+            let files = files.iter_mut().map(|file| &mut file.file);
+            for name in files.chain(checkpoint.iter_mut().map(|one| &mut one.folder)) {
+                if let Some(in_place) = name.strip_prefix(&hidden) {
+                    *name = in_place.to_owned();
                 }
             }
         }
@@ -337,10 +339,10 @@ impl RunFolder {
             round,
             parts,
             content,
-            checkpoint,
+            checkpoint: checkpoint.clone(),
         })?;
         if self.manifest.staged(table, round).is_none() {
-            self.put_in_place(&made)?;
+            self.put_in_place(&made, checkpoint.as_ref())?;
         }
         for file in old.iter().filter(|file| !kept.contains(&file.file)) {
             let _ = fs::remove_file(self.root.join(&file.file));

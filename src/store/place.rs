@@ -12,6 +12,8 @@ pub struct Place {
     pub(super) root: PathBuf,
     /// Empty, or `.cache/<key>/` for a staged version.
     pub(super) prefix: String,
+    /// `.cache/<key>/`, for what is moved to its place once the version is complete.
+    pub(super) hidden: String,
     /// Ends the names of a staged version's files (`-` and the first digits of its key), so that a program
     /// that opens a file twice never reads half of one version and half of another.
     pub(super) suffix: String,
@@ -65,9 +67,10 @@ impl Place {
         format!("{}{kind}/{}{round}", self.prefix, self.table)
     }
 
-    /// The folder of a checkpoint, relative to the run's folder.
+    /// The folder that a checkpoint is written to, relative to the run's folder. It is moved to
+    /// `checkpoints/<name>` when the version that it belongs to is complete and current.
     pub fn checkpoint(&self, name: &str) -> String {
-        format!("{}checkpoints/{name}", self.prefix)
+        format!("{}checkpoints/{name}", self.hidden)
     }
 }
 

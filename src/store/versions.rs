@@ -18,7 +18,9 @@ use super::folder::RunFolder;
 use super::place::{
     Place, below_cache, in_place, placed, places, relocated_below_cache, table_folder,
 };
-use super::{Event, FileRecord, Made, StoreError, create_folder, hash_file, sync_folder};
+use super::{
+    CheckpointRecord, Event, FileRecord, Made, StoreError, create_folder, hash_file, sync_folder,
+};
 
 impl RunFolder {
     /// The place of the version of a table that is being made, or of the current one.
@@ -27,6 +29,7 @@ impl RunFolder {
         Place {
             root: self.root.clone(),
             prefix: staged.map_or_else(String::new, below_cache),
+            hidden: (self.manifest.under_way(table, round)).map_or_else(String::new, below_cache),
             suffix: staged.map_or_else(String::new, |made| {
                 format!("-{}", made.key.get(..8).unwrap_or(&made.key))
             }),
@@ -348,8 +351,22 @@ impl RunFolder {
         Ok(())
     }
 
-    /// Puts rows that were compacted in `.cache/<key>` into the place of the parts that they were made from.
-    pub(super) fn put_in_place(&self, made: &Made) -> Result<(), StoreError> {
+    /// Moves the checkpoint and the compacted rows of a version that became complete from `.cache/<key>` to
+    /// their places; `made` is the version before it was completed, and still lists the parts.
+    pub(super) fn put_in_place(
+        &self,
+        made: &Made,
+        checkpoint: Option<&CheckpointRecord>,
+    ) -> Result<(), StoreError> {
+        if let Some(checkpoint) = checkpoint {
+            let written = self.root.join(below_cache(made)).join(&checkpoint.folder);
+            let place = self.root.join(&checkpoint.folder);
+            if place.exists() {
+                // Left by a program that was killed before it could record it.
+                fs::remove_dir_all(&place).map_err(StoreError::io("replace", &place))?;
+            }
+            rename_into(&written, &place)?;
+        }
         let folder = self.table_folder(&made.table, made.round);
         let staged = self.root.join(below_cache(made)).join(&folder);
         if !staged.exists() {
