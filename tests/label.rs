@@ -271,3 +271,33 @@ fn undo_takes_back_what_one_said_oneself() {
     assert_eq!(undo("ann")["progress"]["said"], 1);
     assert_eq!(undo("ann")["progress"]["said"], 1, "Bob's stays");
 }
+
+/// Two people may have one name; each page takes back its own labels.
+#[test]
+fn undo_touches_the_labels_of_ones_own_page() {
+    let scene = waiting(4);
+    let page = Page::open(&scene);
+    let says = || {
+        let next = page.next("ann");
+        page.say("ann", &next["question"], "left").1["label"].clone()
+    };
+    let (first, second) = (says(), says());
+    assert_ne!(first, second);
+    let undo = |label: &Value| {
+        let body = serde_json::json!({ "by": "ann", "label": label });
+        page.ask("/api/undo", Some(body), &[]).1
+    };
+    assert_eq!(undo(&first)["progress"]["said"], 1);
+    assert_eq!(undo(&first)["progress"]["said"], 1, "once only");
+    let read = || {
+        let labels = scene.succeeds(&[
+            "sql",
+            "scripted",
+            "select id from human_labels",
+            "--format",
+            "csv",
+        ]);
+        labels.out
+    };
+    assert_eq!(read(), format!("id\n{second}\n"));
+}

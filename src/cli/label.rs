@@ -55,6 +55,8 @@ struct Saying {
 #[derive(Deserialize)]
 struct Undoing {
     by: String,
+    /// The label that is taken back; their last one where it is left out.
+    label: Option<u64>,
 }
 
 impl LabelRun {
@@ -183,7 +185,7 @@ impl Site for Page {
             ("POST", "/api/say") => self.say(desk, body),
             ("POST", "/api/undo") => match serde_json::from_slice::<Undoing>(body) {
                 Err(error) => self.wrong(400, &error.to_string()),
-                Ok(Undoing { by }) => match desk.undo(&by) {
+                Ok(Undoing { by, label }) => match desk.undo(&by, label) {
                     Ok(()) => found(&desk.next(&by)),
                     Err(failed) => self.wrong(500, &failed.to_string()),
                 },
@@ -230,14 +232,17 @@ impl Page {
             milliseconds,
         } = saying;
         let before = desk.said();
-        if let Err(failed) = desk.say(&by, question, said, milliseconds) {
-            return self.wrong(409, &failed.to_string());
-        }
+        let label = match desk.say(&by, question, said, milliseconds) {
+            Ok(label) => label,
+            Err(failed) => return self.wrong(409, &failed.to_string()),
+        };
         let after = desk.said();
         if before < desk.wanted() && after >= desk.wanted() {
             say!("{after} labels are enough: run the pipeline again to go on");
         }
-        found(&desk.next(&by))
+        let mut next = desk.next(&by);
+        next["label"] = json!(label);
+        found(&next)
     }
 }
 

@@ -238,14 +238,14 @@ impl Desk {
         })
     }
 
-    /// Writes down what somebody said. Says why not, if somebody else was faster.
+    /// Writes down what somebody said, and returns the label's id. Says why not, if somebody else was faster.
     pub fn say(
         &mut self,
         by: &str,
         number: usize,
         said: Said,
         milliseconds: u64,
-    ) -> Result<(), Failed> {
+    ) -> Result<u64, Failed> {
         let Some(question) = self.questions.get(number).cloned() else {
             return Err(Failed::Words("there is no such question".to_owned()));
         };
@@ -270,8 +270,9 @@ impl Desk {
         self.writer.add(&label)?;
         self.writer.next_id += 1;
         self.of_label.insert(label.id, number);
-        self.labels.insert(label.id, label);
-        Ok(())
+        let id = label.id;
+        self.labels.insert(id, label);
+        Ok(id)
     }
 
     fn last_of(&self, by: &str) -> Option<u64> {
@@ -280,9 +281,18 @@ impl Desk {
         last.map(|label| label.id)
     }
 
-    /// Takes back what somebody said last, and asks them again.
-    pub fn undo(&mut self, by: &str) -> Result<(), Failed> {
-        let Some(id) = self.last_of(by) else {
+    /// Takes back what somebody said, and asks them again: the label with this id, if it is theirs, or else
+    /// their last one. A name may be that of several people; their pages know which labels are their own.
+    pub fn undo(&mut self, by: &str, id: Option<u64>) -> Result<(), Failed> {
+        let is_own = |id: &u64| {
+            let label = self.labels.get(id);
+            label.is_some_and(|label| label.by == by) && self.of_label.contains_key(id)
+        };
+        let id = match id {
+            Some(id) => Some(id).filter(is_own),
+            None => self.last_of(by),
+        };
+        let Some(id) = id else {
             return Ok(());
         };
         let mut label = self.labels[&id].clone();
