@@ -4,7 +4,8 @@
 use std::borrow::Cow;
 use std::fmt::Write as _;
 
-/// The text with what would not be seen as itself written out: `\u{1b}`. Newlines and tabs stay.
+/// The text with what would not be seen as itself written out as JSON does: `\u001b`. So a JSON text means what
+/// it meant. Newlines and tabs stay.
 pub fn visible(text: &str) -> Cow<'_, str> {
     if !text.contains(is_hidden) {
         return Cow::Borrowed(text);
@@ -15,8 +16,10 @@ pub fn visible(text: &str) -> Cow<'_, str> {
         let ends_line = letter == '\r' && letters.peek() == Some(&'\n');
         if ends_line || !is_hidden(letter) {
             shown.push(letter);
+        } else if letter == '\r' {
+            shown.push_str("\\r");
         } else {
-            write!(shown, "{}", letter.escape_default()).expect("a string takes any text");
+            write!(shown, "\\u{:04x}", u32::from(letter)).expect("a string takes any text");
         }
     }
     Cow::Owned(shown)
@@ -37,22 +40,6 @@ pub fn visible_in_place(text: &str) -> Cow<'_, str> {
             2 => '¿',
             _ => char::REPLACEMENT_CHARACTER,
         });
-    }
-    Cow::Owned(shown)
-}
-
-/// The same of a JSON text without newlines, which means what it meant.
-pub fn visible_json(text: &str) -> Cow<'_, str> {
-    if !text.contains(is_hidden) {
-        return Cow::Borrowed(text);
-    }
-    let mut shown = String::with_capacity(text.len());
-    for letter in text.chars() {
-        if is_hidden(letter) {
-            write!(shown, "\\u{:04x}", u32::from(letter)).expect("a string takes any text");
-        } else {
-            shown.push(letter);
-        }
     }
     Cow::Owned(shown)
 }
@@ -90,11 +77,11 @@ mod tests {
             assert_eq!(visible_in_place(text), text);
         }
         for (text, shown) in [
-            ("\u{1b}[2J", "\\u{1b}[2J"),
-            ("\u{9b}31m", "\\u{9b}31m"),
+            ("\u{1b}[2J", "\\u001b[2J"),
+            ("\u{9b}31m", "\\u009b31m"),
             ("over\rwritten", "over\\rwritten"),
-            ("a\u{8}\u{7f}\0", "a\\u{8}\\u{7f}\\u{0}"),
-            ("a\u{202e}b\u{2069}", "a\\u{202e}b\\u{2069}"),
+            ("a\u{8}\u{7f}\0", "a\\u0008\\u007f\\u0000"),
+            ("a\u{202e}b\u{2069}", "a\\u202eb\\u2069"),
         ] {
             assert_eq!(visible(text), shown);
             let in_place = visible_in_place(text);
@@ -102,8 +89,8 @@ mod tests {
         }
         assert_eq!(visible_in_place("\u{1b}\u{9b}\u{202e}"), "?¿\u{fffd}");
         let json = serde_json::json!({ "a": "\u{9b}\u{202e}\u{1b}" }).to_string();
-        let shown = visible_json(&json);
+        let shown = visible(&json);
         assert_eq!(shown, r#"{"a":"\u009b\u202e\u001b"}"#);
-        assert_eq!(visible_bytes(b"a\x1b\xff\xc3\xa4"), "a\\u{1b}\\xffä");
+        assert_eq!(visible_bytes(b"a\x1b\xff\xc3\xa4"), "a\\u001b\\xffä");
     }
 }

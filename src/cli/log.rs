@@ -16,7 +16,7 @@ use super::Failed;
 use crate::config::{Complaint, LoadError};
 use crate::run::{Figures, Report, Start, Unit};
 use crate::stages::TableName;
-use crate::visible::visible_json;
+use crate::visible::visible;
 
 /// Between two lines about the progress of one table.
 const LINE_EVERY: Duration = Duration::from_secs(10);
@@ -59,7 +59,7 @@ fn write_to(out: &mut impl Write, event: &str, mut fields: Value) {
         line.append(fields);
     }
     // In one piece, so that nothing comes in between.
-    let line = format!("{}\n", visible_json(&line.to_string()));
+    let line = format!("{}\n", visible(&line.to_string()));
     drop(out.write_all(line.as_bytes()));
 }
 
