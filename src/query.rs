@@ -8,6 +8,7 @@ mod apart;
 mod checked;
 mod count;
 mod depth;
+mod expansion;
 mod lines;
 mod row_by_row;
 #[cfg(test)]
@@ -187,16 +188,18 @@ pub fn stream<E: From<QueryError>>(
                         let path = path.clone();
                         let spoiled = StoreError::Spoiled { path };
                         QueryError(format!(
-                            "{spoiled}; `pipeline verify` lists all such files, and `pipeline run` makes them again"
+                            "{spoiled}; `pipeline verify` lists all such files, and after `pipeline repair` the next \
+                             `pipeline run` makes them again"
                         ))
                     }
                     None => error(failed),
                 }
             };
-            for table in &tables {
+            let mentioned = mentioned(&sql, &views);
+            for table in tables.iter().filter(|table| mentioned(&table.name)) {
                 register(&context, table).await.map_err(error)?;
             }
-            for view in &views {
+            for view in views.iter().filter(|view| mentioned(&view.name)) {
                 // One that reads a table which the run has not begun yet is not there yet either.
                 if let Ok(frame) = prepare(&context, &view.query, &[], Allowed::Queries).await {
                     context
@@ -270,7 +273,9 @@ fn context(spill: Option<&Path>) -> Result<SessionContext, DataFusionError> {
 fn parse(state: &SessionState, sql: &str) -> Result<Statement, QueryError> {
     depth::refuse_deep(sql)?;
     let dialect = state.config_options().sql_parser.dialect;
-    state.sql_to_statement(sql, &dialect).map_err(error)
+    let statement = state.sql_to_statement(sql, &dialect).map_err(error)?;
+    expansion::refuse_large(&statement)?;
+    Ok(statement)
 }
 
 async fn prepare(
@@ -309,6 +314,24 @@ async fn prepare(
     frame
         .with_param_values(values.collect::<Vec<_>>())
         .map_err(error)
+}
+
+/// Tells which tables and views a query may read: those whose name is in its text, or in that of a view
+/// which it may read. The others need not be opened, and one of them that is damaged fails no query.
+fn mentioned(sql: &str, views: &[View]) -> impl Fn(&str) -> bool + use<> {
+    let mut text = sql.to_lowercase();
+    let mut left: Vec<&View> = views.iter().collect();
+    while let Some(found) = left
+        .iter()
+        .position(|view| text.contains(&view.name.to_lowercase()))
+    {
+        text.push(' ');
+        text.push_str(&left.swap_remove(found).query.to_lowercase());
+    }
+    let asks_for_all = ["show", "information_schema"]
+        .iter()
+        .any(|word| text.contains(word));
+    move |name| asks_for_all || text.contains(&name.to_lowercase())
 }
 
 async fn register(context: &SessionContext, table: &QueryTable) -> Result<(), DataFusionError> {

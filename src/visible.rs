@@ -19,7 +19,9 @@ pub fn visible(text: &str) -> Cow<'_, str> {
         } else if letter == '\r' {
             shown.push_str("\\r");
         } else {
-            write!(shown, "\\u{:04x}", u32::from(letter)).expect("a string takes any text");
+            for unit in letter.encode_utf16(&mut [0; 2]) {
+                write!(shown, "\\u{unit:04x}").expect("a string takes any text");
+            }
         }
     }
     Cow::Owned(shown)
@@ -56,12 +58,14 @@ pub fn visible_bytes(bytes: &[u8]) -> String {
     shown
 }
 
-/// Controls of terminals and of the direction of writing, and the separators that Unicode has for lines.
+/// Controls of terminals and of the direction of writing, the separators that Unicode has for lines, and
+/// letters without width that can hide words.
 fn is_hidden(letter: char) -> bool {
     match letter {
         '\n' | '\t' => false,
         '\u{61c}' | '\u{200e}' | '\u{200f}' => true,
-        '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => true,
+        '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' => true,
+        '\u{ad}' | '\u{200b}' | '\u{feff}' | '\u{e0000}'..='\u{e007f}' => true,
         letter => letter.is_control(),
     }
 }
@@ -79,6 +83,7 @@ mod tests {
         for (text, shown) in [
             ("\u{1b}[2J", "\\u001b[2J"),
             ("\u{9b}31m", "\\u009b31m"),
+            ("a\u{feff}b\u{e0041}", "a\\ufeffb\\udb40\\udc41"),
             ("over\rwritten", "over\\rwritten"),
             ("a\u{8}\u{7f}\0", "a\\u0008\\u007f\\u0000"),
             ("a\u{202e}b\u{2069}", "a\\u202eb\\u2069"),

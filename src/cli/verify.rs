@@ -37,6 +37,7 @@ impl Verify {
         let mut flaws = Manifest::flaws(&folder);
         let versions: Vec<&Made> = run.manifest().versions().collect();
         flaws.extend(run.flaws(versions.iter().copied(), true));
+        flaws.extend(run.record_flaws());
         if self.output.is_json() {
             let shown = flaws.iter();
             let shown = shown.map(|flaw| json!({ "file": flaw.file, "problem": flaw.problem }));
@@ -56,8 +57,8 @@ impl Verify {
             return Ok(());
         }
         say!(
-            "{shown}: {} damaged; `pipeline run` makes again what it needs of them, `pipeline repair {shown}` puts \
-             all of them aside",
+            "{shown}: {} damaged; `pipeline repair {shown}` puts them aside, and the next `pipeline run` makes \
+             again what it needs of them",
             counted(flaws.len())
         );
         Err(Failed::Code(1))
@@ -72,7 +73,8 @@ impl Repair {
         for words in opened.damage.iter().chain(&opened.lost) {
             say!("{words}");
         }
-        let flaws = run.set_flaws_aside()?;
+        let mut flaws = run.set_flaws_aside()?;
+        flaws.extend(run.mend_records()?);
         for Flaw { file, problem } in &flaws {
             say!("{file}: {problem}");
         }

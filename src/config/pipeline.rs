@@ -165,6 +165,18 @@ impl Default for Rounds {
     }
 }
 
+/// The most rounds: each is planned before the first begins.
+const ROUNDS_MAX: u64 = 1000;
+
+fn within_most<E: de::Error>(rounds: u64) -> Result<(), E> {
+    if rounds <= ROUNDS_MAX {
+        return Ok(());
+    }
+    Err(E::custom(format!(
+        "{rounds} rounds are too many: a run has at most {ROUNDS_MAX}"
+    )))
+}
+
 /// What [`Rounds`] is in messages.
 pub const ROUNDS: &str = "a number of rounds (1 or more), or a map of `max` and `stop_when`";
 
@@ -181,6 +193,7 @@ impl<'de> Deserialize<'de> for Rounds {
             }
 
             fn visit_u64<E: de::Error>(self, count: u64) -> Result<Rounds, E> {
+                within_most(count)?;
                 let rounds = u32::try_from(count).ok().and_then(NonZeroU32::new);
                 let rounds = rounds.map(Rounds::Count);
                 rounds.ok_or_else(|| E::invalid_value(Unexpected::Unsigned(count), &self))
@@ -194,7 +207,9 @@ impl<'de> Deserialize<'de> for Rounds {
             }
 
             fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Rounds, A::Error> {
-                Until::deserialize(MapAccessDeserializer::new(map)).map(Rounds::Until)
+                let until = Until::deserialize(MapAccessDeserializer::new(map))?;
+                within_most(until.max.get().into())?;
+                Ok(Rounds::Until(until))
             }
         }
 

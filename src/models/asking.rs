@@ -160,6 +160,9 @@ pub struct Questionnaire {
 /// The steps that filling a template may take: what comes from a file may never end.
 const STEPS_MAX: u64 = 1_000_000;
 
+/// The bytes of a text that a template makes.
+const TEXT_MAX: usize = 16 << 20;
+
 /// The name of the template.
 const TEMPLATE: &str = "template";
 
@@ -184,6 +187,8 @@ impl Questionnaire {
         let mut environment = Environment::new();
         environment.set_undefined_behavior(minijinja::UndefinedBehavior::Strict);
         environment.set_fuel(Some(STEPS_MAX));
+        // It writes as many spaces as it is told to.
+        environment.remove_filter("indent");
         environment
             .add_template_owned(TEMPLATE, text)
             .map_err(|error| named(format!("not a template: {error}")))?;
@@ -262,6 +267,12 @@ impl Questionnaire {
                 | ErrorKind::UnknownTest
                 | ErrorKind::UnknownFunction
                 | ErrorKind::UnknownMethod => return Some(error.to_string()),
+                ErrorKind::WriteFailure => {
+                    return Some(format!(
+                        "filled, it is longer than {} MB; take out what it repeats",
+                        TEXT_MAX >> 20
+                    ));
+                }
                 _ => first = first.or(Some(error)),
             }
         }
@@ -296,7 +307,10 @@ impl Questionnaire {
         let captions = prompt.captions.as_deref().unwrap_or_default();
         let question = &prompt.question;
         let values = context! { question, captions, turns, answer, first, second };
-        self.environment.get_template(TEMPLATE)?.render(values)
+        let mut text = Bounded(Vec::new());
+        let template = self.environment.get_template(TEMPLATE)?;
+        template.render_captured_to(values, &mut text)?;
+        Ok(String::from_utf8_lossy(&text.0).into_owned())
     }
 
     /// The scores in a reply: of the answer, or of the first and the second. All verdicts in it must be
@@ -325,6 +339,26 @@ impl Questionnaire {
             found = Some(verdict);
         }
         found
+    }
+}
+
+/// The text that a template makes, up to [`TEXT_MAX`].
+struct Bounded(Vec<u8>);
+
+impl io::Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.0.len() + bytes.len() > TEXT_MAX {
+            return Err(io::Error::other(format!(
+                "the text is longer than {} MB",
+                TEXT_MAX >> 20
+            )));
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 

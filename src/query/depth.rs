@@ -8,15 +8,23 @@ use datafusion::sql::sqlparser::tokenizer::{Token, Tokenizer};
 use super::QueryError;
 
 /// How deep a tree may be.
-const DEPTH_MAX: usize = 10_000;
+const DEPTH_MAX: usize = 4_000;
 
 /// What a table adds that stands beside others: planning takes memory by the square of their number.
 const TABLE: usize = 20;
 
+/// How often `not (` may stand within itself: the parser tries each twice.
+const NOT_MAX: usize = 16;
+
 /// Refuses a query that chains more terms than its thread has stack for. Parentheses within parentheses
 /// are counted by the parser.
 pub fn refuse_deep(sql: &str) -> Result<(), QueryError> {
-    let depth = depth(sql);
+    let (depth, nots) = depth(sql);
+    if nots > NOT_MAX {
+        return Err(QueryError(format!(
+            "`not (` stands within itself {nots} times, and at most {NOT_MAX} can be read: two of them are none"
+        )));
+    }
     if depth <= DEPTH_MAX {
         return Ok(());
     }
@@ -36,6 +44,8 @@ struct Level {
     sets: usize,
     /// Whether a comma separates tables, of which each makes the tree deeper.
     of_tables: bool,
+    /// How many `not (` it stands in.
+    nots: usize,
 }
 
 impl Level {
@@ -63,29 +73,39 @@ impl Level {
     }
 }
 
-/// Zero for a text with tokens that the parser will refuse.
-fn depth(sql: &str) -> usize {
+/// How deep a tree is, and how often `not (` stands within itself; zero for a text with tokens that the parser
+/// will refuse.
+fn depth(sql: &str) -> (usize, usize) {
     let tokens = Tokenizer::new(&GenericDialect {}, sql).tokenize();
-    let mut deepest = 0;
+    let (mut deepest, mut nots) = (0, 0);
+    let mut is_behind_not = false;
     let mut open = Vec::new();
     let mut level = Level::default();
     for token in tokens.unwrap_or_default() {
+        let is_not = matches!(&token, Token::Word(word) if word.keyword == Keyword::NOT);
         match token {
+            Token::Whitespace(_) => continue,
             Token::Comma => level.comma(),
             Token::SemiColon => level = Level::default(),
             Token::LParen | Token::LBracket | Token::LBrace => {
-                open.push(std::mem::take(&mut level));
+                let within = Level {
+                    nots: level.nots + usize::from(is_behind_not),
+                    ..Level::default()
+                };
+                nots = nots.max(within.nots);
+                open.push(std::mem::replace(&mut level, within));
             }
             Token::RParen | Token::RBracket | Token::RBrace => {
                 level = open.pop().unwrap_or_default();
             }
             Token::Word(word) => level.keyword(word.keyword),
-            Token::Whitespace(_) | Token::Number(..) | Token::SingleQuotedString(_) => {}
+            Token::Number(..) | Token::SingleQuotedString(_) => {}
             _ => level.chain += 1,
         }
+        is_behind_not = is_not;
         deepest = deepest.max(level.chain + level.sets);
     }
-    deepest
+    (deepest, nots)
 }
 
 #[cfg(test)]
@@ -115,9 +135,13 @@ mod tests {
             ("select 'a + b".to_owned(), 0),
             (")))".to_owned(), 0),
         ] {
-            assert_eq!(depth(&sql), expected, "{sql}");
+            assert_eq!(depth(&sql), (expected, 0), "{sql}");
         }
+        let nots = format!("select {}true{}", "not ( ".repeat(40), ")".repeat(40));
+        assert_eq!(depth(&nots).1, 40);
+        assert!(refuse_deep(&nots).is_err());
+        assert!(refuse_deep("select not (a or not (b and not (c))) from t").is_ok());
         let list = vec!["-1"; 30_000].join(", ");
-        assert!(depth(&format!("select a in ({list}) from t")) < 10);
+        assert!(depth(&format!("select a in ({list}) from t")).0 < 10);
     }
 }

@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io::{self, BufReader};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use arrow::array::RecordBatch;
@@ -16,6 +16,8 @@ use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
 use datafusion::physical_plan::streaming::PartitionStream;
 
 use crate::files::lines::Lines;
+use crate::store::Label;
+use crate::tables::{self, Row as _};
 
 /// Lines that become rows together.
 const TOGETHER: usize = 1024;
@@ -42,7 +44,12 @@ impl PartitionStream for JsonLines {
 
     fn execute(&self, _: Arc<TaskContext>) -> SendableRecordBatchStream {
         let schema = self.schema.clone();
-        let lines = self.files.clone().into_iter().flat_map(lines);
+        let is_of_labels = schema == tables::Label::schema();
+        let lines = self.files.clone().into_iter();
+        let lines = lines.flat_map(move |path| match is_of_labels {
+            true => counting_lines(&path),
+            false => lines(path),
+        });
         let mut lines = lines.fuse();
         let batches = std::iter::from_fn(move || {
             let some: io::Result<Vec<Vec<u8>>> = lines.by_ref().take(TOGETHER).collect();
@@ -57,6 +64,16 @@ impl PartitionStream for JsonLines {
             futures::stream::iter(batches),
         ))
     }
+}
+
+/// The labels of a file that count, as lines: those that were taken back, and earlier words on one, do not.
+fn counting_lines(path: &Path) -> Box<dyn Iterator<Item = io::Result<Vec<u8>>> + Send> {
+    let labels = match Label::read(path) {
+        Ok((labels, _)) => labels,
+        Err(error) => return Box::new(std::iter::once(Err(io::Error::other(error)))),
+    };
+    let line = |label: Label| Ok(serde_json::to_vec(&label)?);
+    Box::new(labels.into_iter().map(line))
 }
 
 /// The whole lines of a file.

@@ -481,6 +481,10 @@ fn fitted(batch: &RecordBatch, schema: &SchemaRef) -> Result<RecordBatch, String
             declared.join(", ")
         ));
     }
+    let mut names = HashSet::new();
+    if let Some(twice) = (found.fields().iter()).find(|field| !names.insert(field.name())) {
+        return Err(format!("wrote two columns `{}`", twice.name()));
+    }
     let mut columns = Vec::new();
     for field in schema.fields() {
         let Some(column) = batch.column_by_name(field.name()) else {

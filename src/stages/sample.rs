@@ -14,6 +14,9 @@ use crate::models::{self, Generation, RowFault, Sampling, Stop};
 use crate::store::Key;
 use crate::tables::{Candidate, Finish, Prompt, Row};
 
+/// The most answers to a prompt: they are in memory together.
+const COUNT_MAX: u32 = 1024;
+
 /// Samples `count` answers to each prompt, all from one reading of its pictures and its text.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -103,6 +106,16 @@ impl Stage for Sample {
     }
 
     fn output(&self, _: &[(TableName, SchemaRef)]) -> Result<SchemaRef, StageError> {
+        if self.count.get() > COUNT_MAX {
+            return Err(StageError {
+                field: Some("count"),
+                message: format!(
+                    "{} answers to each prompt are too many: at most {COUNT_MAX} are sampled",
+                    self.count
+                ),
+                help: Some("5 are the usual number".to_owned()),
+            });
+        }
         Ok(Candidate::schema())
     }
 

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::key::hex;
-use super::{Key, StoreError};
+use super::{Key, StoreError, sealed};
 use crate::files;
 
 /// What tells, without reading a file, that it is as it was.
@@ -42,6 +42,12 @@ struct Known {
     sha256: String,
 }
 
+/// The content of the file that remembers.
+#[derive(Serialize, Deserialize)]
+struct Remembered<F> {
+    files: F,
+}
+
 /// Content hashes by path; a file is read again only when its size, time or inode changed.
 pub struct Fingerprints {
     path: PathBuf,
@@ -51,11 +57,12 @@ pub struct Fingerprints {
 }
 
 impl Fingerprints {
-    /// Reads what is remembered in `path`; nothing, if the file is not there or not readable.
+    /// Reads what is remembered in `path`; nothing, if the file is not there, or not as it was written.
     pub fn open(path: PathBuf) -> Self {
-        let known = fs::read(&path)
-            .ok()
-            .and_then(|text| serde_json::from_slice(&text).ok());
+        let text = fs::read(&path).ok();
+        let text = text.filter(|text| sealed::flaw(text).is_none());
+        let known: Option<Remembered<_>> = text.and_then(|text| serde_json::from_slice(&text).ok());
+        let known = known.map(|remembered| remembered.files);
         Self {
             path,
             known: Mutex::new(known.unwrap_or_default()),
@@ -109,7 +116,7 @@ impl Fingerprints {
             return self.file(folder);
         }
         let mut files = Vec::new();
-        list(folder, Path::new(""), &mut files)?;
+        list(folder, Path::new(""), &mut Vec::new(), &mut files)?;
         files.sort();
         let hashes: Vec<_> = files
             .par_iter()
@@ -129,7 +136,10 @@ impl Fingerprints {
             return Ok(());
         }
         let known = self.known.lock().expect("no panic while locked");
-        let text = serde_json::to_vec(&*known).expect("paths that were read are valid text");
+        let remembered = Remembered { files: &*known };
+        let text =
+            serde_json::to_vec_pretty(&remembered).expect("paths that were read are valid text");
+        let text = sealed::seal(&text);
         let write = || -> io::Result<()> {
             let folder = self.path.parent().unwrap_or(Path::new("."));
             let mut file = tempfile::Builder::new()
@@ -144,8 +154,21 @@ impl Fingerprints {
     }
 }
 
-fn list(root: &Path, below: &Path, files: &mut Vec<PathBuf>) -> Result<(), StoreError> {
+/// Adds the files in a folder and in those below it to `files`. A link to one of the folders `above` is passed
+/// over: its files are listed already.
+fn list(
+    root: &Path,
+    below: &Path,
+    above: &mut Vec<(u64, u64)>,
+    files: &mut Vec<PathBuf>,
+) -> Result<(), StoreError> {
     let folder = root.join(below);
+    let itself = fs::metadata(&folder).map_err(StoreError::io("read", &folder))?;
+    let itself = (itself.dev(), itself.ino());
+    if above.contains(&itself) {
+        return Ok(());
+    }
+    above.push(itself);
     for entry in fs::read_dir(&folder).map_err(StoreError::io("read", &folder))? {
         let entry = entry.map_err(StoreError::io("read", &folder))?;
         if entry.file_name().to_string_lossy().starts_with('.') {
@@ -153,11 +176,12 @@ fn list(root: &Path, below: &Path, files: &mut Vec<PathBuf>) -> Result<(), Store
         }
         let name = below.join(entry.file_name());
         if entry.path().is_dir() {
-            list(root, &name, files)?;
+            list(root, &name, above, files)?;
         } else {
             files.push(name);
         }
     }
+    above.pop();
     Ok(())
 }
 
@@ -206,10 +230,24 @@ mod tests {
         let first = Fingerprints::open(known.clone());
         let hash = first.file(&file).unwrap();
         first.save().unwrap();
-        let text = fs::read_to_string(&known)
-            .unwrap()
-            .replace(&hash, "remembered");
-        fs::write(&known, text).unwrap();
-        assert_eq!(Fingerprints::open(known).file(&file).unwrap(), "remembered");
+        let text = fs::read_to_string(&known).unwrap();
+        let other = text.replace(&hash, "remembered");
+        fs::write(&known, &other).unwrap();
+        let read = || Fingerprints::open(known.clone()).file(&file).unwrap();
+        assert_eq!(read(), hash, "a file that was changed is not believed");
+        let rest = other.split_once(",\n").unwrap().1;
+        fs::write(&known, sealed::seal(format!("{{\n{rest}").as_bytes())).unwrap();
+        assert_eq!(read(), "remembered");
+    }
+
+    #[test]
+    fn a_link_to_a_folder_above_is_passed_over() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("a"), "one").unwrap();
+        let fingerprints = Fingerprints::open(folder.path().join(".known.json"));
+        let before = fingerprints.folder(folder.path()).unwrap();
+        fs::create_dir(folder.path().join("b")).unwrap();
+        std::os::unix::fs::symlink("..", folder.path().join("b/up")).unwrap();
+        assert_eq!(fingerprints.folder(folder.path()).unwrap(), before);
     }
 }

@@ -114,11 +114,7 @@ impl LabelFiles {
     /// The labels that count, in the order of their ids, and how many lines are none: they were cut off, or
     /// something else has written them.
     pub fn read(&self) -> Result<(Vec<Label>, usize), StoreError> {
-        let path = self.path();
-        let mut words = BTreeMap::new();
-        let spoiled = lines::each(&path, |line| take(&mut words, line));
-        let spoiled = spoiled.map_err(StoreError::io("read", &path))?;
-        Ok((counting(&words), spoiled))
+        Label::read(&self.path())
     }
 
     /// Opens the file of labels for the one who writes them, or says who does.
@@ -137,6 +133,16 @@ impl LabelFiles {
             file,
             _lock: lock,
         })
+    }
+}
+
+impl Label {
+    /// Reads a file of labels, see [`LabelFiles::read`].
+    pub fn read(path: &Path) -> Result<(Vec<Self>, usize), StoreError> {
+        let mut words = BTreeMap::new();
+        let spoiled = lines::each(path, |line| take(&mut words, line));
+        let spoiled = spoiled.map_err(StoreError::io("read", path))?;
+        Ok((counting(&words), spoiled))
     }
 }
 

@@ -171,9 +171,13 @@ impl Flaw {
 impl RunFolder {
     /// Writes the record of a version that is complete.
     pub(super) fn write_record(&self, table: &str, round: Option<u32>) -> Result<(), StoreError> {
-        let Some(made) = self.manifest.under_way(table, round) else {
-            return Ok(());
-        };
+        match self.manifest.under_way(table, round) {
+            Some(made) => self.write_record_of(made),
+            None => Ok(()),
+        }
+    }
+
+    fn write_record_of(&self, made: &Made) -> Result<(), StoreError> {
         let record = Record {
             format: self.manifest.format,
             pipeline: self.manifest.pipeline.clone(),
@@ -235,6 +239,34 @@ impl RunFolder {
         let mut flaws: Vec<Flaw> = checked.collect();
         flaws.sort();
         flaws
+    }
+
+    /// The records of complete versions that are not as they were written. Earlier versions of this program
+    /// wrote none, so that one that is missing is no flaw.
+    pub fn record_flaws(&self) -> Vec<Flaw> {
+        let made = self.manifest.made.iter();
+        let complete = made.filter(|made| made.complete);
+        let flaw = |made: &Made| {
+            let file = format!("{RECORDS}/{}", record_name(made));
+            let problem = match fs::read(self.root.join(&file)) {
+                Ok(text) => sealed::flaw(&text)?.to_owned(),
+                Err(error) if error.kind() == ErrorKind::NotFound => return None,
+                Err(error) => error.to_string(),
+            };
+            Some(Flaw { file, problem })
+        };
+        complete.filter_map(flaw).collect()
+    }
+
+    /// Writes the records of complete versions again if one is damaged. Returns what was.
+    pub fn mend_records(&self) -> Result<Vec<Flaw>, StoreError> {
+        let flaws = self.record_flaws();
+        if !flaws.is_empty() {
+            for made in self.manifest.made.iter().filter(|made| made.complete) {
+                self.write_record_of(made)?;
+            }
+        }
+        Ok(flaws)
     }
 
     /// Puts spoiled files aside, and strikes out what the run has lost. Returns what was wrong.

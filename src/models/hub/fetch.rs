@@ -21,6 +21,7 @@ use ureq::config::RedirectAuthHeaders;
 use super::super::tls;
 use super::{Repository, cache, has_ending, home, is_weights, variable};
 use crate::files;
+use crate::mask::Mask;
 
 /// How often a file is gone on with that was cut off, and how long to wait before the second time; twice
 /// as long before each other.
@@ -114,8 +115,19 @@ impl Hub {
     }
 
     /// Fetches what the cache does not have of a repository, and tells `say` of each file. Returns its
-    /// folder; fails in words that say the way out.
+    /// folder; fails in words that say the way out, without the token if the hub repeats it.
     pub fn fetch(
+        &self,
+        repository: &Repository,
+        say: &mut dyn FnMut(&str),
+    ) -> Result<PathBuf, String> {
+        let token = self.token.as_deref().map(|token| ("HF_TOKEN", token));
+        let mask = Mask::new(token);
+        let fetched = self.fetch_all(repository, &mut |words| say(&mask.hide(words)));
+        fetched.map_err(|words| mask.hide(&words))
+    }
+
+    fn fetch_all(
         &self,
         repository: &Repository,
         say: &mut dyn FnMut(&str),
@@ -278,7 +290,15 @@ impl Hub {
             if number > 0 {
                 thread::sleep(WAIT * (1 << (number - 1)));
             }
-            let there = fs::metadata(&growing).map_or(0, |metadata| metadata.len());
+            let there = match fs::symlink_metadata(&growing) {
+                Ok(metadata) if !metadata.is_file() => {
+                    return Err(format!(
+                        "{}: it is no regular file; remove it",
+                        growing.display()
+                    ));
+                }
+                found => found.map_or(0, |metadata| metadata.len()),
+            };
             if there < size {
                 let mut response = match self.get(url, there) {
                     Ok(response) => response,

@@ -45,9 +45,10 @@ impl Inherited {
 /// Whether a variable is called like a secret.
 fn is_secret(name: &str) -> bool {
     let name = name.to_uppercase();
-    let ends = ["_TOKEN", "_KEY", "_SECRET"];
+    let ends = ["_TOKEN", "_KEY", "_SECRET", "_PAT"];
+    let within = ["PASSWORD", "PASSWD", "APIKEY", "CREDENTIAL"];
     ends.iter().any(|end| name.ends_with(end))
-        || name.contains("PASSWORD")
+        || within.iter().any(|word| name.contains(word))
         || name.starts_with("AWS_")
 }
 

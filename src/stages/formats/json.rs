@@ -95,6 +95,13 @@ impl<T: io::Read> io::Read for Limited<'_, T> {
     }
 }
 
+/// The words of an error without the place that serde_json adds.
+fn without_line(error: &serde_json::Error) -> String {
+    let text = error.to_string();
+    let end = text.rfind(" at line ").unwrap_or(text.len());
+    text[..end].to_owned()
+}
+
 /// serde_json counts lines of what it was given; for JSON lines that is always line 1.
 fn without_place(error: &serde_json::Error) -> String {
     let text = error.to_string();
@@ -126,7 +133,7 @@ pub fn list<T: BufRead + Send + 'static>(
         }));
         let problem = match parsed {
             Ok(Ok(())) => return,
-            Ok(Err(error)) if error.is_io() => error.to_string(),
+            Ok(Err(error)) if error.is_io() => without_line(&error),
             Ok(Err(error)) => format!("not a JSON list: {error}"),
             // The end of the records would look like that of the list.
             Err(_) => "it can't be read, by a mistake of this program".to_owned(),

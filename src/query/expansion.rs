@@ -1,0 +1,126 @@
+//! How many tables a query reads once its common table expressions are written out, as DataFusion does: one
+//! that reads the one before it twice doubles it, and twenty of these take all memory.
+
+use std::collections::HashMap;
+use std::ops::ControlFlow;
+
+use datafusion::sql::parser::Statement;
+use datafusion::sql::sqlparser::ast::{ObjectName, Query, Visit as _, Visitor};
+
+use super::QueryError;
+
+/// How many tables a query may read.
+const TABLES_MAX: u64 = 2_000;
+
+/// Refuses a query that reads too many tables.
+pub fn refuse_large(statement: &Statement) -> Result<(), QueryError> {
+    let statement = match statement {
+        Statement::Statement(statement) => statement,
+        Statement::Explain(explain) => return refuse_large(&explain.statement),
+        // These are refused as a whole: queries only read.
+        Statement::CreateExternalTable(_) | Statement::CopyTo(_) | Statement::Reset(_) => {
+            return Ok(());
+        }
+    };
+    let mut count = Count {
+        open: vec![Level::default()],
+    };
+    let _: ControlFlow<()> = statement.visit(&mut count);
+    let tables = count.open[0].tables;
+    if tables <= TABLES_MAX {
+        return Ok(());
+    }
+    Err(QueryError(format!(
+        "the query reads {tables} tables once its `with` is written out, and at most {TABLES_MAX} can be computed: \
+         read each part of `with` once, or make a table of it by a stage `sql`"
+    )))
+}
+
+/// The queries that are open, the innermost last.
+struct Count {
+    open: Vec<Level>,
+}
+
+#[derive(Default)]
+struct Level {
+    /// The tables read so far.
+    tables: u64,
+    /// Those that each common table expression reads which can be named here.
+    known: HashMap<String, u64>,
+    /// The common table expressions of this query that are to come, the next one last.
+    to_come: Vec<(*const Query, String)>,
+}
+
+impl Visitor for Count {
+    type Break = ();
+
+    fn pre_visit_query(&mut self, query: &Query) -> ControlFlow<()> {
+        let known = self.open.last().expect("the statement").known.clone();
+        let tables = query.with.iter().flat_map(|with| &with.cte_tables).rev();
+        let to_come = tables.map(|cte| {
+            let name = cte.alias.name.value.to_lowercase();
+            (std::ptr::from_ref(&*cte.query), name)
+        });
+        self.open.push(Level {
+            tables: 0,
+            known,
+            to_come: to_come.collect(),
+        });
+        ControlFlow::Continue(())
+    }
+
+    fn post_visit_query(&mut self, query: &Query) -> ControlFlow<()> {
+        let done = self.open.pop().expect("it was opened");
+        let around = self.open.last_mut().expect("the statement");
+        if around
+            .to_come
+            .last()
+            .is_some_and(|(next, _)| *next == std::ptr::from_ref(query))
+            && let Some((_, name)) = around.to_come.pop()
+        {
+            around.known.insert(name, done.tables.max(1));
+        } else {
+            around.tables = around.tables.saturating_add(done.tables);
+        }
+        ControlFlow::Continue(())
+    }
+
+    fn pre_visit_relation(&mut self, name: &ObjectName) -> ControlFlow<()> {
+        let level = self.open.last_mut().expect("the statement");
+        let known = level.known.get(&name.to_string().to_lowercase());
+        level.tables = level.tables.saturating_add(known.copied().unwrap_or(1));
+        ControlFlow::Continue(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use datafusion::prelude::SessionContext;
+
+    use super::*;
+
+    fn is_refused(sql: &str) -> bool {
+        let state = SessionContext::new().state();
+        let statement = state.sql_to_statement(sql, &datafusion::config::Dialect::Generic);
+        refuse_large(&statement.unwrap()).is_err()
+    }
+
+    #[test]
+    fn what_doubles_is_counted_as_it_is_written_out() {
+        let doubling = |levels: usize| {
+            let ctes: Vec<String> = (1..=levels)
+                .map(|n| format!("t{n} as (select * from t{0} union all select * from t{0})", n - 1))
+                .collect();
+            format!("with {} select count(*) from t{levels}", ctes.join(", "))
+        };
+        assert!(!is_refused(&doubling(10)));
+        assert!(is_refused(&doubling(11)));
+        assert!(is_refused(&doubling(70)), "without overflow");
+        assert!(is_refused(&format!("explain {}", doubling(25))));
+        assert!(is_refused(&format!("select * from ({})", doubling(25))));
+        let once = "with a as (select 1), b as (select * from a) select * from a, b";
+        assert!(!is_refused(once));
+        let recursive = "with recursive n as (select 1 as a union all select a + 1 from n where a < 9) select * from n";
+        assert!(!is_refused(recursive));
+    }
+}
