@@ -1,9 +1,10 @@
 //! Reading the files that a user names: regular files and nothing else. Opening a FIFO blocks until
-//! something writes to it, and a device may never end. And files that the program itself adds lines to.
+//! something writes to it, and a device may never end. And files that the program itself adds lines to, and
+//! folders that a power loss leaves where they are.
 
 pub mod lines;
 
-use std::fs::{File, Metadata, OpenOptions};
+use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::path::Path;
@@ -117,6 +118,32 @@ pub fn special(metadata: &Metadata) -> Option<&'static str> {
     } else {
         Some("a device")
     }
+}
+
+/// The folder in which a file lies.
+pub fn folder_of(path: &Path) -> &Path {
+    let folder = path
+        .parent()
+        .filter(|folder| !folder.as_os_str().is_empty());
+    folder.unwrap_or(Path::new("."))
+}
+
+/// Creates a folder and those above it that are missing, so that a power loss takes none of them away.
+pub fn create_folder(folder: &Path) -> io::Result<()> {
+    if folder.is_dir() {
+        return Ok(());
+    }
+    let above = folder_of(folder);
+    create_folder(above)?;
+    match fs::create_dir(folder) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+        _ => sync_folder(above),
+    }
+}
+
+/// Makes new files, renames and removals in a folder survive a power loss.
+pub fn sync_folder(folder: &Path) -> io::Result<()> {
+    File::open(folder)?.sync_all()
 }
 
 fn regular(metadata: &Metadata) -> io::Result<()> {

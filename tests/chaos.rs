@@ -3,20 +3,37 @@
 //!
 //! The file layer that fails is `chaos/shim.c`, compiled here and preloaded into the program.
 
+/// Kills while an endpoint is asked.
+mod calls;
+/// Kills of the page for people.
+mod labels;
+/// Kills while networks answer, score and learn.
+#[cfg(feature = "torch")]
+mod networks;
+
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use ovchat::store::{Made, RunFolder};
 
 use crate::run::SCRIPTED;
-use crate::scene::{ROOT, Scene};
+use crate::scene::{Numbers, ROOT, Scene};
 
 /// Decides the random operations.
 const SEED: u64 = 20_261_126;
 
 /// Kills at random operations.
 const RANDOM_KILLS: usize = 120;
+
+/// How an operation is hit.
+const MODES: [&str; 3] = ["before", "torn", "after"];
+
+/// One thread for networks: several wait for each other, which takes minutes on a machine with other work.
+const ONE_THREAD: (&str, &str) = ("OMP_NUM_THREADS", "1");
+
+/// Tables of trainings.
+const TRAININGS: [&str; 3] = ["steps", "words", "reward"];
 
 /// A pipeline of every kind of stage, in three rounds.
 fn pipeline() -> String {
@@ -27,19 +44,21 @@ fn pipeline() -> String {
     )
 }
 
+/// A pipeline `p.yaml` whose run is killed.
 struct Chaos {
     scene: Scene,
+    /// The folder of the run.
+    run: &'static str,
     shim: PathBuf,
     kills: usize,
 }
 
 impl Chaos {
-    fn new(shim: &str) -> Self {
-        let scene = Scene::new();
-        scene.prompts(16).write("p.yaml", pipeline());
+    fn new(scene: Scene, run: &'static str, shim: &Path) -> Self {
         Self {
             scene,
-            shim: shim.into(),
+            run,
+            shim: shim.to_owned(),
             kills: 0,
         }
     }
@@ -47,12 +66,9 @@ impl Chaos {
     /// Runs the pipeline; `plan` says when it is killed. Whether it came to its end.
     fn run(&mut self, plan: &str) -> bool {
         let mut command = self.scene.command(&["run", "p.yaml"]);
-        command
-            .env("LD_PRELOAD", &self.shim)
-            .env("CHAOS_ROOT", self.scene.path("runs"))
-            .env("CHAOS_CLOCK", "1")
-            .env("CHAOS", plan);
-        let output = command.output().unwrap();
+        doom(&mut command, &self.scene, &self.shim, plan);
+        let output = command.env("CHAOS_CLOCK", "1").envs([ONE_THREAD]).output();
+        let output = output.unwrap();
         let said = String::from_utf8_lossy(&output.stderr);
         match output.status.code() {
             Some(0) => true,
@@ -67,11 +83,13 @@ impl Chaos {
     /// Tables that are complete, and rows that are committed. Those of a training are left out: steps
     /// are kept as far as there is a state behind them.
     fn finished(&self) -> (usize, u64) {
-        let run = RunFolder::read(&self.scene.path("runs/scripted"));
+        let run = RunFolder::read(&self.scene.path(self.run));
         let made = run
             .map(|run| run.manifest().made.clone())
             .unwrap_or_default();
-        let rows = made.iter().filter(|made| made.table != "steps");
+        let rows = made
+            .iter()
+            .filter(|made| !TRAININGS.contains(&made.table.as_str()));
         (
             made.iter().filter(|made| made.complete).count(),
             rows.map(Made::rows).sum(),
@@ -91,7 +109,7 @@ impl Chaos {
 
     /// Asserts that the run has what an undisturbed one has, and nothing else.
     fn is_like(&self, undisturbed: &Scene) {
-        let run = "runs/scripted";
+        let run = self.run;
         assert_eq!(self.scene.tables(run), undisturbed.tables(run));
         assert_eq!(
             self.scene.checkpoints(run).len(),
@@ -121,8 +139,26 @@ impl Chaos {
     }
 }
 
+/// Has a command killed as `plan` says.
+fn doom(command: &mut Command, scene: &Scene, shim: &Path, plan: &str) {
+    command
+        .env("LD_PRELOAD", shim)
+        .env("CHAOS_ROOT", scene.path("runs"))
+        .env("CHAOS", plan);
+}
+
+/// A plan for an operation on files of lines, each kind in turn. The power stays on where a line is torn, for
+/// it would take the line with it; even operations are writes then.
+fn line_plan(class: &str, turn: usize, operation: usize) -> String {
+    match turn % 3 {
+        0 => format!("{class} before {operation} 1"),
+        1 => format!("{class} torn {} 0", operation.next_multiple_of(2)),
+        _ => format!("{class} after {operation} 1"),
+    }
+}
+
 /// What a reader of `**/*.parquet` sees.
-fn parquet_files(folder: &std::path::Path) -> Vec<PathBuf> {
+fn parquet_files(folder: &Path) -> Vec<PathBuf> {
     let mut files = Vec::new();
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
@@ -136,20 +172,13 @@ fn parquet_files(folder: &std::path::Path) -> Vec<PathBuf> {
     files
 }
 
-fn shim(scene: &Scene) -> String {
-    let path = scene.path("shim.so").display().to_string();
+fn shim(scene: &Scene) -> PathBuf {
+    let path = scene.path("shim.so");
     let source = format!("{ROOT}/tests/chaos/shim.c");
     let compiled = Command::new("cc")
-        .args([
-            "-O1",
-            "-shared",
-            "-fPIC",
-            "-o",
-            &path,
-            &source,
-            "-ldl",
-            "-lpthread",
-        ])
+        .args(["-O1", "-shared", "-fPIC", "-o"])
+        .arg(&path)
+        .args([&source, "-ldl", "-lpthread"])
         .output()
         .expect("a C compiler, as the README asks for");
     assert!(
@@ -160,9 +189,14 @@ fn shim(scene: &Scene) -> String {
     path
 }
 
-fn undisturbed() -> Scene {
+fn scripted() -> Scene {
     let scene = Scene::new();
     scene.prompts(16).write("p.yaml", pipeline());
+    scene
+}
+
+fn undisturbed() -> Scene {
+    let scene = scripted();
     scene.succeeds(&["run", "p.yaml"]);
     scene
 }
@@ -175,7 +209,7 @@ fn killed_at_every_commit() {
     let undisturbed = undisturbed();
     let shim = shim(&undisturbed);
     for power in [0, 1] {
-        let mut chaos = Chaos::new(&shim);
+        let mut chaos = Chaos::new(scripted(), "runs/scripted", &shim);
         let mut before = (0, 0);
         'run: loop {
             for commit in 3..=6 {
@@ -202,22 +236,15 @@ fn killed_at_every_commit() {
 fn killed_at_random_operations() {
     let undisturbed = undisturbed();
     let shim = shim(&undisturbed);
-    let mut state = SEED;
-    let mut random = |below: u64| {
-        // The generator of Knuth's MMIX.
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
-        (state >> 33) % below
-    };
+    let mut numbers = Numbers(SEED);
     let mut kills = 0;
     let mut runs = 0;
     while kills < RANDOM_KILLS {
-        let mut chaos = Chaos::new(&shim);
+        let mut chaos = Chaos::new(scripted(), "runs/scripted", &shim);
         let mut before = (0, 0);
         loop {
-            let mode = ["before", "torn", "after"][random(3) as usize];
-            let (operation, power) = (1 + random(90), random(2));
+            let mode = MODES[numbers.below(3)];
+            let (operation, power) = (1 + numbers.below(90), numbers.below(2));
             let plan = format!("any {mode} {operation} {power}");
             if chaos.run(&plan) {
                 break;

@@ -75,6 +75,7 @@ fn a_run_killed_in_every_kind_of_stage_ends_as_an_undisturbed_one() {
         killed >= 6,
         "only {killed} runs were still going when they were killed"
     );
+    println!("{killed} kills in the middle of tables");
     scene.succeeds(&["run", "p.yaml"]);
     assert_eq!(
         scene.tables("runs/scripted"),

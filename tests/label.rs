@@ -152,6 +152,7 @@ fn idle_connections_keep_nobody_waiting() {
     assert_eq!(labels_soon(&page, "ann"), 1);
     drop(idle);
     assert_eq!(labels_soon(&page, "ann"), 2);
+    println!("{count} idle connections to the page");
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! The whole loop with networks: the tiny checkpoints of `data-samples`, through the engine.
 
 use std::fs;
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -410,6 +411,7 @@ fn networks_answer_score_and_learn_and_a_killed_run_ends_with_the_same_weights()
         ("candidates", 2, 2),
         ("steps", 2, 1),
     ];
+    let mut kills = 0;
     for (table, round, parts) in moments {
         let mut child = killed
             .command(&["run", "p.yaml"])
@@ -439,8 +441,9 @@ fn networks_answer_score_and_learn_and_a_killed_run_ends_with_the_same_weights()
             std::thread::yield_now();
         }
         let _ = child.kill();
-        child.wait().unwrap();
+        kills += usize::from(child.wait().unwrap().signal() == Some(9));
     }
+    println!("{kills} kills of a run with networks");
     killed.succeeds(&["run", "p.yaml"]);
     assert_eq!(
         killed.tables("runs/networks"),
@@ -598,6 +601,7 @@ fn a_training_killed_at_twenty_moments_ends_with_the_same_weights() {
         scene.tables("runs/networks"),
         undisturbed.tables("runs/networks")
     );
+    println!("{kills} kills of a training with networks");
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! People as judges: a run that waits for them, and the page on which they say what they think.
 
 use std::io::{BufRead, BufReader};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 
 use ovchat::tables::{Candidate, DpoStep, Pair};
 use serde_json::{Value, json};
@@ -36,28 +36,34 @@ impl Page {
         Self::open_with(scene.command(&["label", "scripted"]))
     }
 
-    pub fn open_with(mut command: Command) -> Self {
+    pub fn open_with(command: Command) -> Self {
+        Self::begin(command).expect("the page has an address")
+    }
+
+    /// A page, or how its program ended before it had an address.
+    pub fn begin(mut command: Command) -> Result<Self, ExitStatus> {
         let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
         let mut before = String::new();
-        let line = lines
-            .find_map(|line| {
-                let line = line.ok()?;
-                if line.starts_with("http://") {
-                    return Some(line);
-                }
-                before.push_str(&line);
-                None
-            })
-            .expect("the page has an address");
+        let line = lines.find_map(|line| {
+            let line = line.ok()?;
+            if line.starts_with("http://") {
+                return Some(line);
+            }
+            before.push_str(&line);
+            None
+        });
+        let Some(line) = line else {
+            return Err(child.wait().unwrap());
+        };
         std::thread::spawn(move || lines.count());
         let (address, key) = line.split_once("/?key=").unwrap();
-        Self {
+        Ok(Self {
             child,
             address: address.to_owned(),
             key: key.to_owned(),
             before,
-        }
+        })
     }
 
     /// Status and answer.

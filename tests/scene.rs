@@ -111,6 +111,19 @@ impl Scene {
     }
 }
 
+/// Numbers that look random, the same in every run of the tests: the generator of Knuth's MMIX.
+pub struct Numbers(pub u64);
+
+impl Numbers {
+    pub fn below(&mut self, bound: usize) -> usize {
+        self.0 = self
+            .0
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) as usize % bound
+    }
+}
+
 /// The Arrow IPC stream of a table with a column `prompt_id`.
 pub fn stream_of_ids(ids: &[&str]) -> Vec<u8> {
     let column: ArrayRef = Arc::new(StringArray::from(ids.to_vec()));

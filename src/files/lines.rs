@@ -2,12 +2,17 @@
 //! their lines. A line that is not sound is passed over by readers; the writer moves it, byte for byte, to a
 //! file beside, before the next line is appended.
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, BufRead, BufReader, Read as _, Seek as _, SeekFrom, Write as _};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, BufRead, BufReader, BufWriter, Read as _, Seek as _, Write as _};
 use std::path::{Path, PathBuf};
 
+use super::{folder_of, sync_folder};
+
 /// The ending of the file beside, which takes the spoiled lines.
-const BESIDE: &str = "torn";
+const TORN: &str = "torn";
+
+/// The ending of the file that takes the sound ones, and then the place of all.
+const NEW: &str = "new";
 
 /// The longest line; no more is held in memory of a file without line ends.
 const LINE_MAX: u64 = 64 << 20;
@@ -94,20 +99,27 @@ impl LineFile {
         mut take: impl FnMut(&[u8]) -> bool,
     ) -> io::Result<(Self, Option<String>)> {
         let mut options = OpenOptions::new();
-        let file = options.create(true).append(true).read(true).open(path)?;
+        let options = options.create(true).append(true).read(true);
+        let file = options.open(path)?;
         let mut spoiled: Vec<u8> = Vec::new();
         let mut count = 0;
-        let mut sound = tempfile::NamedTempFile::new_in(path.parent().unwrap_or(Path::new(".")))?;
         let mut lines = Lines::new(BufReader::new(&file));
-        // Whether only the end of the file is spoiled, which is cut off and leaves the rest in its place.
-        let mut is_at_end = true;
+        // The end of the sound lines before the first spoiled one.
         let mut end = 0;
+        // All sound lines, where some stand behind a spoiled one.
+        let new = beside(path, NEW);
+        let mut sound: Option<BufWriter<File>> = None;
         while let Some(line) = lines.next_line()? {
             match line {
                 Ok(line) if take(line) => {
-                    is_at_end &= count == 0;
-                    sound.write_all(line)?;
-                    sound.write_all(b"\n")?;
+                    if count > 0 {
+                        let sound = match &mut sound {
+                            Some(sound) => sound,
+                            none => none.insert(beginning(path, end, &new)?),
+                        };
+                        sound.write_all(line)?;
+                        sound.write_all(b"\n")?;
+                    }
                 }
                 Ok(line) | Err(line) => {
                     count += 1;
@@ -119,30 +131,35 @@ impl LineFile {
                 end = lines.reader.stream_position()?;
             }
         }
+        let aside = beside(path, TORN);
+        if count > 0 {
+            let mut aside = options.open(&aside)?;
+            aside.write_all(&spoiled)?;
+            aside.sync_data()?;
+        }
+        // A power loss takes no file away that is new.
+        let folder = folder_of(path);
+        sync_folder(folder)?;
         if count == 0 {
             return Ok((Self { file, end }, None));
         }
-        let beside = beside(path);
-        let mut aside = options.open(&beside)?;
-        aside.write_all(&spoiled)?;
-        aside.sync_data()?;
         let note = format!(
             "{}: {count} {} cut off or can't be read; moved to {}",
             path.display(),
             if count == 1 { "line was" } else { "lines were" },
-            beside.display()
+            aside.display()
         );
-        if is_at_end {
+        let Some(sound) = sound else {
             file.set_len(end)?;
             file.sync_data()?;
             return Ok((Self { file, end }, Some(note)));
-        }
-        sound
-            .as_file()
-            .set_permissions(file.metadata()?.permissions())?;
-        sound.as_file().sync_all()?;
-        let end = sound.as_file_mut().seek(SeekFrom::End(0))?;
-        sound.persist(path)?;
+        };
+        let sound = sound.into_inner()?;
+        sound.set_permissions(file.metadata()?.permissions())?;
+        sound.sync_all()?;
+        let end = sound.metadata()?.len();
+        fs::rename(&new, path)?;
+        sync_folder(folder)?;
         let file = options.open(path)?;
         Ok((Self { file, end }, Some(note)))
     }
@@ -163,11 +180,18 @@ impl LineFile {
     }
 }
 
+/// A new file that begins with so many bytes of another one. What a crash left of it is overwritten.
+fn beginning(path: &Path, bytes: u64, new: &Path) -> io::Result<BufWriter<File>> {
+    let mut sound = BufWriter::new(File::create(new)?);
+    io::copy(&mut File::open(path)?.take(bytes), &mut sound)?;
+    Ok(sound)
+}
+
 /// The file beside one of lines.
-fn beside(path: &Path) -> PathBuf {
+fn beside(path: &Path, ending: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(".");
-    name.push(BESIDE);
+    name.push(ending);
     name.into()
 }
 
@@ -205,6 +229,8 @@ mod tests {
             aside.extend(moved);
             let lies = std::fs::read(folder.path().join("numbers.jsonl.torn"));
             assert_eq!(lies.unwrap_or_default(), aside);
+            let names = std::fs::read_dir(folder.path()).unwrap();
+            assert_eq!(names.count(), 1 + usize::from(!aside.is_empty()));
             file.append(b"77").unwrap();
             let expected = [kept, b"77\n"].concat();
             assert_eq!(std::fs::read(&path).unwrap(), expected, "{there:?}");

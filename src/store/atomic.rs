@@ -5,13 +5,11 @@ use std::io::Write;
 use std::path::Path;
 
 use super::StoreError;
+use crate::files;
 
 /// Writes a file so that a reader sees the old content or the new one, also after a crash.
 pub fn write_atomically(path: &Path, content: &[u8]) -> Result<(), StoreError> {
-    let folder = path
-        .parent()
-        .filter(|folder| !folder.as_os_str().is_empty());
-    let folder = folder.unwrap_or(Path::new("."));
+    let folder = files::folder_of(path);
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     // What a crash left of this name is overwritten.
     let hidden = folder.join(format!(".new-{name}"));
@@ -25,26 +23,12 @@ pub fn write_atomically(path: &Path, content: &[u8]) -> Result<(), StoreError> {
 
 /// Creates a folder and those above it that are missing, so that a power loss takes none of them away.
 pub fn create_folder(folder: &Path) -> Result<(), StoreError> {
-    if folder.is_dir() {
-        return Ok(());
-    }
-    let above = folder
-        .parent()
-        .filter(|above| !above.as_os_str().is_empty());
-    let above = above.unwrap_or(Path::new("."));
-    create_folder(above)?;
-    match fs::create_dir(folder) {
-        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
-            Err(StoreError::io("create", folder)(error))
-        }
-        _ => sync_folder(above),
-    }
+    files::create_folder(folder).map_err(StoreError::io("create", folder))
 }
 
-/// Makes renames and removals in a folder survive a power loss.
+/// Makes new files, renames and removals in a folder survive a power loss.
 pub fn sync_folder(folder: &Path) -> Result<(), StoreError> {
-    let synced = File::open(folder).and_then(|handle| handle.sync_all());
-    synced.map_err(StoreError::io("sync", folder))
+    files::sync_folder(folder).map_err(StoreError::io("sync", folder))
 }
 
 /// Has the folder `to` written under another name and renames it when all of it is synced, so that it
@@ -54,8 +38,7 @@ pub fn write_folder<E: From<StoreError>>(
     write: impl FnOnce(&Path) -> Result<(), E>,
 ) -> Result<(), E> {
     let name = to.file_name().unwrap_or_default().to_string_lossy();
-    let parent = to.parent().filter(|parent| !parent.as_os_str().is_empty());
-    let parent = parent.unwrap_or(Path::new("."));
+    let parent = files::folder_of(to);
     let hidden = parent.join(format!(".new-{name}"));
     for stale in [hidden.as_path(), to] {
         if stale.exists() {

@@ -2,11 +2,13 @@
  *
  * It counts what changes files below CHAOS_ROOT and ends the process with SIGKILL at the operation that
  * CHAOS names, "<class> <mode> <number> <power>":
- *   class  any: every operation; commit: writes to a run's manifest log, their syncs, a new manifest
+ *   class  any: every operation; commit: writes to a run's manifest log, their syncs, a new manifest;
+ *          other words: those on files and folders whose path below CHAOS_ROOT has these words
  *   mode   before: the operation never happens; torn: half of a write happens; after: it happens
  *   power  1: what was not synced is lost, too, as when the power fails. A file keeps what was synced of
  *          it; renames, removals and new entries of a folder last once the folder was synced.
- * At the end of a process that nothing killed, the number of operations goes to CHAOS_COUNT.
+ * At the end of a process that nothing killed, the numbers of operations, of commits and of those of the
+ * class go to CHAOS_COUNT.
  * CHAOS_CLOCK=1: the clock jumps back by an hour at every operation.
  */
 #define _GNU_SOURCE
@@ -41,9 +43,9 @@ static struct event events[EVENTS];
 static int event_count;
 static struct file files[EVENTS];
 static int file_count;
-static char root[PATH_MAX], trash[PATH_MAX];
-static int is_commit, mode, power, is_clock; /* mode: 0 before, 1 torn, 2 after */
-static long target = -1, operations, commits, trashed;
+static char root[PATH_MAX], trash[PATH_MAX], class[64];
+static int mode, power, is_clock; /* mode: 0 before, 1 torn, 2 after */
+static long target = -1, operations, commits, of_class, trashed;
 
 #define REAL(name, type) ((type)dlsym(RTLD_NEXT, name))
 
@@ -54,11 +56,9 @@ __attribute__((constructor)) static void begin(void) {
     snprintf(trash, sizeof trash, "%s.trash", given);
     mkdir(trash, 0700);
     is_clock = getenv("CHAOS_CLOCK") != NULL;
-    char class[16], word[16];
-    if (plan && sscanf(plan, "%15s %15s %ld %d", class, word, &target, &power) == 4) {
-        is_commit = !strcmp(class, "commit");
+    char word[16];
+    if (plan && sscanf(plan, "%63s %15s %ld %d", class, word, &target, &power) == 4)
         mode = !strcmp(word, "torn") ? 1 : !strcmp(word, "after") ? 2 : 0;
-    }
 }
 
 __attribute__((destructor)) static void end(void) {
@@ -66,7 +66,7 @@ __attribute__((destructor)) static void end(void) {
     if (!count || !*root) return;
     *root = 0;
     FILE *out = fopen(count, "w");
-    if (out) { fprintf(out, "%ld %ld\n", operations, commits); fclose(out); }
+    if (out) { fprintf(out, "%ld %ld %ld\n", operations, commits, of_class); fclose(out); }
 }
 
 static int inside(const char *path) {
@@ -121,11 +121,13 @@ static void power_fails(void) {
     }
 }
 
-/* Called before an operation (`done` 0) and after it (`done` 1). */
-static int due(int commit) {
+/* Counts an operation on a path. Whether it is the one at which the process ends. */
+static int due(const char *path, int commit) {
     operations++;
     commits += commit;
-    return target >= 0 && (is_commit ? commit && commits == target : operations == target);
+    int counts = !strcmp(class, "any") ? 1 : !strcmp(class, "commit") ? commit : strstr(path + strlen(root), class) != NULL;
+    of_class += counts;
+    return target >= 0 && counts && of_class == target;
 }
 static void strike(void) { if (power) power_fails(); die(); }
 
@@ -187,7 +189,7 @@ static int open_it(int folder, const char *path, int flags, mode_t permissions) 
     struct stat before;
     int is_new = stat(mine, &before) != 0;
     int changes = writes && ((is_new && (flags & O_CREAT)) || (flags & O_TRUNC));
-    int strikes = changes && due(0);
+    int strikes = changes && due(mine, 0);
     if (strikes && mode != 2) strike();
     fd = real(folder, path, flags, permissions);
     if (fd >= 0 && fd < FDS) {
@@ -217,7 +219,7 @@ ssize_t write(int fd, const void *bytes, size_t count) {
     ssize_t (*real)(int, const void *, size_t) = REAL("write", ssize_t (*)(int, const void *, size_t));
     if (fd < 0 || fd >= FDS || !fds[fd]) return real(fd, bytes, count);
     pthread_mutex_lock(&mutex);
-    int strikes = due(is_log(fds[fd]));
+    int strikes = due(fds[fd], is_log(fds[fd]));
     if (strikes && mode == 1 && count > 1) real(fd, bytes, count / 2);
     if (strikes && mode != 2) strike();
     ssize_t written = real(fd, bytes, count);
@@ -242,7 +244,7 @@ static int sync_it(int fd, const char *name) {
     int (*real)(int) = REAL(name, int (*)(int));
     if (fd < 0 || fd >= FDS || !fds[fd]) return real(fd);
     pthread_mutex_lock(&mutex);
-    int strikes = due(is_log(fds[fd]));
+    int strikes = due(fds[fd], is_log(fds[fd]));
     if (strikes && mode != 2) strike();
     int done = real(fd);
     struct stat now;
@@ -261,7 +263,7 @@ int ftruncate64(int fd, off64_t length) {
     int (*real)(int, off64_t) = REAL("ftruncate64", int (*)(int, off64_t));
     if (fd < 0 || fd >= FDS || !fds[fd]) return real(fd, length);
     pthread_mutex_lock(&mutex);
-    int strikes = due(0);
+    int strikes = due(fds[fd], 0);
     if (strikes && mode != 2) strike();
     int done = real(fd, length);
     if (strikes) strike();
@@ -274,7 +276,7 @@ int rename(const char *from, const char *to) {
     char *mine = ours(from), *target_path = ours(to);
     if (!mine || !target_path) return real(from, to);
     pthread_mutex_lock(&mutex);
-    int strikes = due(!strcmp(strrchr(target_path, '/'), "/manifest.json"));
+    int strikes = due(target_path, !strcmp(strrchr(target_path, '/'), "/manifest.json"));
     if (strikes && mode != 2) strike();
     char *kept = keep(target_path);
     int done = real(from, to);
@@ -289,7 +291,7 @@ int unlink(const char *path) {
     char *mine = ours(path);
     if (!mine) return real(path);
     pthread_mutex_lock(&mutex);
-    int strikes = due(0);
+    int strikes = due(mine, 0);
     if (strikes && mode != 2) strike();
     char *kept = keep(mine);
     int done = real(path);
@@ -304,7 +306,7 @@ int mkdir(const char *path, mode_t permissions) {
     char *mine = ours(path);
     if (!mine) return real(path, permissions);
     pthread_mutex_lock(&mutex);
-    int strikes = due(0);
+    int strikes = due(mine, 0);
     if (strikes && mode != 2) strike();
     int done = real(path, permissions);
     if (!done && strcmp(mine, root)) happened(MADE_FOLDER, mine, NULL, NULL);

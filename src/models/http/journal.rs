@@ -1,12 +1,12 @@
 //! The calls of a run, a line each.
 
 use std::collections::HashMap;
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use crate::files::lines::LineFile;
+use crate::files::{create_folder, folder_of};
 use crate::models::ModelError;
 
 /// The most tokens that a call is believed to have read or written.
@@ -78,9 +78,7 @@ impl Journal {
             path: path.to_owned(),
             problem: format!("the journal of calls: {error}"),
         };
-        if let Some(folder) = path.parent() {
-            fs::create_dir_all(folder).map_err(failed)?;
-        }
+        create_folder(folder_of(path)).map_err(failed)?;
         let mut known = Known::default();
         let (file, note) = LineFile::open(path, |line| {
             let call = serde_json::from_slice::<Call>(line).ok();
@@ -126,6 +124,8 @@ impl Journal {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]

@@ -1,0 +1,105 @@
+//! Networks are killed while they answer, score and learn: what comes out is what an undisturbed run makes,
+//! byte for byte.
+
+use super::{Chaos, MODES, ONE_THREAD, shim};
+use crate::scene::{Numbers, ROOT, Scene, said};
+
+/// Decides the operations.
+const SEED: u64 = 20_261_129;
+
+/// Kills in all.
+const KILLS: usize = 20;
+
+/// What is hit, and how many of its operations are drawn from.
+const PLACES: [(&str, usize); 4] = [
+    ("commit", 16),
+    ("state-", 60),
+    ("checkpoints/", 60),
+    ("any", 200),
+];
+
+const RUN: &str = "runs/chaos";
+
+/// Two rounds with the smallest checkpoints: answers and rewards, and each kind of training.
+fn scene() -> Scene {
+    let scene = Scene::new();
+    let record = |number: usize| {
+        serde_json::json!({ "id": format!("q{number}"), "image": "wide.png", "prompt": format!("Is it {number}?"),
+            "answer": "It is so.", "chosen": "It is so.", "rejected": format!("No, {number}.") })
+    };
+    let records: Vec<_> = (0..6).map(record).collect();
+    scene.write("records.json", serde_json::to_vec(&records).unwrap());
+    let parity = format!("{ROOT}/tests/parity");
+    scene.write(
+        "p.yaml",
+        format!(
+            "
+pipeline: chaos
+seed: 5
+rounds: 2
+models:
+  policy: {{ llava_onevision: {{ weights: {parity}/onevision, device: cpu }} }}
+  judge:
+    llava_rlhf:
+      base: {parity}/reward/base
+      vision: {parity}/reward/vision
+      adapter: {parity}/reward/adapter
+      prompt: {parity}/reward/prompt.txt
+      device: cpu
+stages:
+  prompts: {{ load_prompts: {{ from: records.json, images: {parity}/reward/images }} }}
+  feedback: {{ load_feedback: {{ from: records.json, images: {parity}/reward/images }} }}
+  reward: {{ train_reward: {{ pairs: feedback, model: judge, learning_rate: 1.0e-2, batch_pairs: 2, save_every: 1 }} }}
+  words: {{ train_sft: {{ prompts: prompts, model: policy, learning_rate: 1.0e-3, batch_prompts: 2, save_every: 1, keep_last: 2 }} }}
+  candidates:
+    sample: {{ prompts: prompts, model: policy, count: 3, temperature: 1.5, top_p: 1.0, max_new_tokens: 4, part: 2 }}
+  rewards: {{ score: {{ candidates: candidates, judge: judge, part: 2 }} }}
+  pairs: {{ select_extremes: {{ rewards: rewards }} }}
+  steps: {{ train_dpo: {{ pairs: pairs, model: policy, after: words, learning_rate: 1.0e-3, batch_pairs: 2, save_every: 1 }} }}
+"
+        ),
+    );
+    scene
+}
+
+#[test]
+fn networks_killed_at_commits_states_and_checkpoints_end_with_the_same_weights() {
+    let undisturbed = scene();
+    let mut command = undisturbed.command(&["run", "p.yaml"]);
+    let said = said(command.envs([ONE_THREAD]).output().unwrap());
+    assert_eq!(said.code, Some(0), "{}", said.err);
+    let weights = undisturbed.checkpoints(RUN);
+    let of_trainings = ["reward", "words", "steps"].map(|name| {
+        let of_one = |round| undisturbed.path(&format!("{RUN}/checkpoints/round-{round}-{name}"));
+        [of_one(1), of_one(2)].map(|folder| weights.keys().any(|file| file.starts_with(&folder)))
+    });
+    assert_eq!(of_trainings, [[true; 2]; 3]);
+    let shim = shim(&undisturbed);
+    let mut numbers = Numbers(SEED);
+    let mut kills = [0; PLACES.len()];
+    let mut runs = 0;
+    while kills.iter().sum::<usize>() < KILLS {
+        let mut chaos = Chaos::new(scene(), RUN, &shim);
+        let mut before = (0, 0);
+        loop {
+            let place = numbers.below(PLACES.len());
+            let (class, most) = PLACES[place];
+            let mode = MODES[numbers.below(3)];
+            let (operation, power) = (1 + numbers.below(most), numbers.below(2));
+            // The last of the runs goes to its end.
+            let is_last = kills.iter().sum::<usize>() == KILLS;
+            let operation = if is_last { 0 } else { operation };
+            let plan = format!("{class} {mode} {operation} {power}");
+            if chaos.run(&plan) {
+                break;
+            }
+            kills[place] += 1;
+            before = chaos.keeps(before, &plan);
+        }
+        chaos.is_like(&undisturbed);
+        runs += 1;
+    }
+    let places = PLACES.map(|(class, _)| class);
+    println!("kills of {runs} runs with networks: {kills:?} at {places:?}, seed {SEED}");
+    assert!(kills.iter().all(|kills| *kills > 0), "{kills:?}");
+}
