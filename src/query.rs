@@ -9,6 +9,7 @@ mod checked;
 mod count;
 mod depth;
 mod expansion;
+mod intervals;
 mod lines;
 mod row_by_row;
 #[cfg(test)]
@@ -16,6 +17,7 @@ mod tests;
 mod unsupported;
 mod words;
 
+use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -40,7 +42,7 @@ pub use row_by_row::reach_beyond;
 pub use words::no_table;
 use words::{Allowed, error, refuse_others, refuse_unknown_params};
 
-use crate::store::{StoreError, TableFile};
+use crate::store::{StoreError, TableFile, schema_of_file};
 
 /// Memory for sorts and joins; more is spilled to disk.
 const MEMORY_BYTES: usize = 512 << 20;
@@ -99,6 +101,7 @@ pub fn plan_counted(
         let frame = prepare(&context, sql, params, Allowed::Queries).await?;
         // The logical schema knows names and types; nullability is as wide as it may be.
         let schema = Arc::new(frame.schema().as_arrow().clone());
+        refuse_equal_fields(&schema)?;
         let count = RowCount::of(frame.logical_plan());
         // Types are reconciled, and functions looked at, on the way to the plan that would be executed.
         frame.create_physical_plan().await.map_err(error)?;
@@ -239,7 +242,8 @@ pub fn over<'t>(
     apart(async || {
         let context = context(None).map_err(error)?;
         for (name, rows) in tables {
-            let table = MemTable::try_new(rows[0].schema(), vec![rows]).map_err(error)?;
+            let schema = nullable(&rows[0].schema());
+            let table = MemTable::try_new(schema, vec![rows]).map_err(error)?;
             context
                 .register_table(name, Arc::new(table))
                 .map_err(error)?;
@@ -298,6 +302,7 @@ async fn prepare(
         return Err(QueryError(message));
     }
     options.verify_plan(&plan).map_err(error)?;
+    intervals::refuse_compared(&plan)?;
     refuse_unknown_params(&plan, params)?;
     let frame = context.execute_logical_plan(plan).await.map_err(error)?;
     if params.is_empty() {
@@ -359,7 +364,13 @@ async fn register(context: &SessionContext, table: &QueryTable) -> Result<(), Da
             let lines = lines::table(&table.schema, files)?;
             context.read_table(Arc::new(lines))
         } else {
-            let options = ParquetReadOptions::default();
+            let schema = schema_of_file(&files[0].path).ok();
+            // Files of one table differ in their metadata.
+            let schema = schema.map(|schema| Schema::new(nullable(&schema).fields().clone()));
+            let options = ParquetReadOptions {
+                schema: schema.as_ref(),
+                ..ParquetReadOptions::default()
+            };
             context.read_parquet(paths, options).await
         };
         let mut frame = read?;
@@ -393,9 +404,43 @@ fn register_empty(
     name: &str,
     schema: &SchemaRef,
 ) -> Result<(), DataFusionError> {
-    let nothing = MemTable::try_new(schema.clone(), vec![vec![]])?;
+    let nothing = MemTable::try_new(nullable(schema), vec![vec![]])?;
     context.register_table(name, Arc::new(nothing))?;
     Ok(())
+}
+
+/// The schema with columns that may all be null: of a subquery without rows, DataFusion would say that its
+/// value is none and no null, if its column can't be null.
+fn nullable(schema: &SchemaRef) -> SchemaRef {
+    let fields = schema.fields().iter();
+    let fields = fields.map(|field| field.as_ref().clone().with_nullable(true));
+    let fields: Vec<Field> = fields.collect();
+    Arc::new(Schema::new_with_metadata(fields, schema.metadata().clone()))
+}
+
+/// Refuses structs with two fields of one name, which other programs can't read.
+fn refuse_equal_fields(schema: &Schema) -> Result<(), QueryError> {
+    fn twice(of: &DataType) -> Option<&str> {
+        match of {
+            DataType::Struct(fields) => {
+                let mut names = HashSet::new();
+                let found = fields.iter().find(|field| !names.insert(field.name()));
+                let below = || fields.iter().find_map(|field| twice(field.data_type()));
+                found.map(|field| field.name().as_str()).or_else(below)
+            }
+            DataType::List(item) | DataType::LargeList(item) | DataType::FixedSizeList(item, _) => {
+                twice(item.data_type())
+            }
+            _ => None,
+        }
+    }
+    let mut fields = schema.fields().iter();
+    let found = fields.find_map(|field| Some((field.name(), twice(field.data_type())?)));
+    found.map_or(Ok(()), |(column, name)| {
+        Err(QueryError(format!(
+            "the column `{column}` holds two fields `{name}`; give one of them another name"
+        )))
+    })
 }
 
 /// Whether a result is one column, true or false.

@@ -36,11 +36,15 @@ pub fn visible_in_place(text: &str) -> Cow<'_, str> {
     let mut letters = text.chars().peekable();
     while let Some(letter) = letters.next() {
         let ends_line = letter == '\r' && letters.peek() == Some(&'\n');
-        shown.push(match letter.len_utf8() {
-            _ if ends_line || !is_hidden(letter) => letter,
-            1 => '?',
-            2 => '¿',
-            _ => char::REPLACEMENT_CHARACTER,
+        if ends_line || !is_hidden(letter) {
+            shown.push(letter);
+            continue;
+        }
+        shown.push_str(match letter.len_utf8() {
+            1 => "?",
+            2 => "¿",
+            3 => "\u{fffd}",
+            _ => "\u{fffd}?",
         });
     }
     Cow::Owned(shown)

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
+use crate::judges::flat;
 use crate::run::SCRIPTED;
 use crate::scene::{Said, Scene};
 
@@ -137,6 +138,14 @@ fn a_query_of_any_length_has_an_answer_or_one_error() {
         format!("select count(*) as n from prompts where {ors}"),
     );
     assert_eq!(said.code, Some(0), "{}", said.err);
+    let doubling: Vec<_> = (1..=24)
+        .map(|n| {
+            format!(
+                "t{n} as (select * from t{0} union all select * from t{0})",
+                n - 1
+            )
+        })
+        .collect();
     let longer = [
         (
             "tables",
@@ -176,6 +185,21 @@ fn a_query_of_any_length_has_an_answer_or_one_error() {
         (
             "calls",
             format!("select {}1{}", "abs(".repeat(20_000), ")".repeat(20_000)),
+        ),
+        (
+            "nots in parentheses",
+            format!("select {}true{}", "not (".repeat(40), ")".repeat(40)),
+        ),
+        (
+            "doubling",
+            format!(
+                "with t0 as (select 1 as a), {} select count(*) from t24",
+                doubling.join(", ")
+            ),
+        ),
+        (
+            "repeat",
+            "select length(repeat('x', 2000000000))".to_owned(),
         ),
         (
             "joins",
@@ -277,5 +301,49 @@ fn a_result_of_any_size_is_printed_in_bounded_memory() {
         child.kill().unwrap();
         child.wait().unwrap();
         assert!(kilobytes < 600_000, "{format}: {peak}");
+    }
+}
+
+#[test]
+fn numbers_that_would_take_all_memory_are_refused_before_anything_runs() {
+    for (setting, told) in [
+        (
+            "candidates.count=4294967295",
+            "answers to each prompt are too many",
+        ),
+        (
+            "rounds=4294967295",
+            "4294967295 rounds are too many: a run has at most 1000",
+        ),
+    ] {
+        let scene = Scene::new();
+        let begun = Instant::now();
+        scene.prompts(2).write("p.yaml", SCRIPTED);
+        let setting = setting.replace("candidates.", "stages.candidates.sample.");
+        for command in ["check", "plan", "run"] {
+            let said = scene.pipeline(&[command, "p.yaml", "--set", &setting]);
+            assert_eq!(said.code, Some(2), "{command} {setting}: {}", said.err);
+            assert!(flat(&said.err).contains(&flat(told)), "{}", said.err);
+        }
+        assert!(begun.elapsed() < Duration::from_secs(20));
+    }
+}
+
+#[test]
+fn a_template_that_writes_without_end_is_refused() {
+    for template in [
+        "{% set x = 'x' * 1000000 %}{% for i in range(100000) %}{{ x }}{% endfor %}{{ answer }}",
+        "{{ 'a\nb'|indent(9999999999) }}{{ answer }}",
+    ] {
+        let scene = Scene::new();
+        scene.prompts(2).write("ask.txt", template);
+        let judge =
+            "judge: { self: { model: policy, ask: { mode: pointwise, template: ask.txt } } }";
+        let text = SCRIPTED.replace("judge: { scripted: {} }", judge);
+        assert!(text.contains("ask.txt"));
+        scene.write("p.yaml", text);
+        let said = scene.pipeline(&["check", "p.yaml"]);
+        assert_eq!(said.code, Some(2), "{}", said.err);
+        assert!(flat(&said.err).contains("ask.txt"), "{}", said.err);
     }
 }

@@ -262,3 +262,52 @@ fn a_finished_run_notices_what_has_changed_and_a_copy_is_not_made_again() {
     let said = scene.succeeds(&["run", "p.yaml", "--run", "copy"]);
     assert!(said.err.contains("nothing to do"), "{}", said.err);
 }
+
+/// What is remembered of files decides nothing by itself.
+#[test]
+fn a_damaged_memory_of_fingerprints_costs_a_look_and_nothing_else() {
+    let scene = finished();
+    let path = scene.path("runs/scripted/.cache/fingerprints.json");
+    let text = fs::read_to_string(&path).unwrap();
+    let at = text.rfind("\"sha256\": \"").unwrap() + 11;
+    let mut other = text.into_bytes();
+    other[at] = if other[at] == b'0' { b'1' } else { b'0' };
+    fs::write(&path, other).unwrap();
+    let said = scene.succeeds(&["run", "p.yaml"]);
+    assert!(said.err.contains("nothing to do"), "{}", said.err);
+}
+
+/// A file that keeps size, time and inode is not read by `run`; what the others say of it helps.
+#[test]
+fn what_is_advised_about_a_flipped_bit_helps() {
+    let scene = finished();
+    scene.succeeds(&["run", "p.yaml"]);
+    let run = scene.path("runs/scripted");
+    let before = scene.tables("runs/scripted");
+    let file = file_of(&run, "steps");
+    let end = fs::metadata(&file).unwrap().len() as usize * 8 - 200;
+    flip(&file, end);
+    // A query that does not read it is answered.
+    let count = ["sql", "scripted", "select count(*) as n from prompts"];
+    assert_eq!(scene.pipeline(&count).code, Some(0));
+    let said = scene.pipeline(&["sql", "scripted", "select * from steps"]);
+    assert_eq!(said.code, Some(1));
+    assert!(said.err.contains("pipeline repair"), "{}", said.err);
+    scene.succeeds(&["repair", "scripted"]);
+    scene.succeeds(&["run", "p.yaml"]);
+    scene.succeeds(&["verify", "scripted"]);
+    assert_eq!(scene.tables("runs/scripted"), before);
+}
+
+#[test]
+fn a_damaged_record_is_named_and_written_again() {
+    let scene = finished();
+    let records = fs::read_dir(scene.path("runs/scripted/.cache/records")).unwrap();
+    let record = records.map(|entry| entry.unwrap().path()).min().unwrap();
+    flip(&record, 4000);
+    let said = scene.pipeline(&["verify", "scripted"]);
+    assert_eq!(said.code, Some(1));
+    assert!(said.out.contains(".cache/records/"), "{}", said.out);
+    scene.succeeds(&["repair", "scripted"]);
+    scene.succeeds(&["verify", "scripted"]);
+}

@@ -201,3 +201,22 @@ fn a_clause_that_would_be_ignored_is_no_answer() {
          `where md5(prompt_id) < '1a'` takes about a tenth of the rows, the same ones every time\n"
     );
 }
+
+/// Where a column is never null, a subquery without rows is null all the same.
+#[test]
+fn a_subquery_without_rows_is_null() {
+    let scene = some_run();
+    for (query, expected) in [
+        (
+            "select (select prompt_id from prompts where prompt_id = 'x') is null as a",
+            "a\ntrue\n",
+        ),
+        (
+            "select coalesce((select prompt_id from prompts where prompt_id = 'x'), 'none') as a",
+            "a\nnone\n",
+        ),
+    ] {
+        let said = scene.succeeds(&["sql", "scripted", query, "--format", "csv"]);
+        assert_eq!(said.out, expected, "{query}");
+    }
+}

@@ -533,7 +533,8 @@ fn a_record_that_is_too_long_ends_the_load_in_bounded_memory() {
         assert_eq!(said.code, Some(code), "{}", said.err);
         let told = flat(&said.err);
         assert!(told.contains(&format!("{file}{place}")), "{told}");
-        let words = "a record of more than 64 MB; keep images and other large values in files beside";
+        let words =
+            "a record of more than 64 MB; keep images and other large values in files beside";
         assert!(told.contains(words), "{told}");
     }
 }

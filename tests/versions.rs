@@ -391,3 +391,46 @@ fn a_table_that_is_there_is_held_to_the_share_of_rejects_of_today() {
     assert_eq!(said.code, Some(1), "{}", said.err);
     assert!(said.err.contains("1 of 2 rows are faulty"), "{}", said.err);
 }
+
+/// A killed process may have recorded a replacement and not moved its files.
+#[test]
+fn moves_that_a_kill_cut_off_are_made_by_whoever_reads_next() {
+    let scene = finished(SCRIPTED);
+    let root = scene.path("runs/scripted");
+    let before = seen(&scene, "runs/scripted");
+    let made = RunFolder::read(&root).unwrap().manifest().made.clone();
+    for (table, folder) in [("pairs", "pairs/round-1"), ("steps", "checkpoints/round-2")] {
+        let round = folder[folder.len() - 1..].parse().unwrap();
+        let made = made
+            .iter()
+            .find(|made| made.is(table, Some(round)))
+            .unwrap();
+        let staged = root.join(".cache").join(&made.key).join(folder);
+        fs::create_dir_all(staged.parent().unwrap()).unwrap();
+        fs::rename(root.join(folder), staged).unwrap();
+    }
+    let query = [
+        "sql",
+        "scripted",
+        "select count(*) as n from pairs",
+        "--format",
+        "csv",
+    ];
+    assert_ne!(scene.succeeds(&query).out, "n\n0\n");
+    scene.succeeds(&["verify", "scripted"]);
+    assert_eq!(seen(&scene, "runs/scripted"), before);
+}
+
+#[test]
+fn a_run_that_fails_leaves_views_and_the_file_that_is_forked() {
+    let viewed = format!("{SCRIPTED}report:\n  r: {{ query: select count(*) as n from pairs }}\n");
+    let scene = finished(&viewed);
+    let broken = SCRIPTED.replace("from: prompts.json", "from: broken.jsonl");
+    scene
+        .write("b.yaml", broken)
+        .write("broken.jsonl", "{\"prompt\": 1}\n{\"prompt\": \"Why?\"}\n");
+    assert_eq!(scene.pipeline(&["run", "b.yaml"]).code, Some(1));
+    scene.succeeds(&["sql", "scripted", "select * from r"]);
+    let told = scene.succeeds(&["fork", "scripted", "--at", "2", "--to", "f"]);
+    assert!(told.out.contains("p.yaml"), "{}", told.out);
+}

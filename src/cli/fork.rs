@@ -49,7 +49,9 @@ impl MakeFork {
                 folder.display()
             )));
         }
-        let file = run.manifest().source["file"].as_str();
+        let source = &run.manifest().source;
+        let of_last = source[LAST_WHOLE]["file"].as_str();
+        let file = of_last.or_else(|| source["file"].as_str());
         let file = file.map(PathBuf::from).filter(|file| file.is_file());
         if let Some(file) = &file {
             load(file, &self.all_sets(&run.manifest().source), false)?;

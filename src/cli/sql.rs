@@ -13,6 +13,7 @@ use super::spill::Spill;
 use super::{Failed, read_run, run_folder, spill};
 use crate::config::tables_there;
 use crate::query::{self, Param, Part, QueryError, QueryTable, View};
+use crate::run::LAST_WHOLE;
 use crate::store::{LABELS, Made, RunFolder, TableFile, schema_of_file};
 use crate::tables::{Call, Image, Label, Reject, Row, Telemetry, schema_of};
 
@@ -155,9 +156,10 @@ pub fn ask(
     query::run(query, &[], &tables, &views, Some(spill.path()), sink)
 }
 
-/// The views that the pipeline of the last run names.
+/// The views of the pipeline of the last whole run, or of the last one where there is none.
 fn report_views(source: &serde_json::Value) -> Vec<View> {
-    let views = source.get("views").and_then(serde_json::Value::as_array);
+    let of_last = source[LAST_WHOLE]["views"].as_array();
+    let views = of_last.or_else(|| source["views"].as_array());
     let view = |view: &serde_json::Value| {
         let text = |name: &str| Some(view.get(name)?.as_str()?.to_owned());
         Some(View {

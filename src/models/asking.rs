@@ -1,6 +1,7 @@
 //! Judges that are asked in writing: what they are asked, and how their replies are read.
 
 use std::collections::HashSet;
+use std::io;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 

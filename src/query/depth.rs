@@ -8,7 +8,7 @@ use datafusion::sql::sqlparser::tokenizer::{Token, Tokenizer};
 use super::QueryError;
 
 /// How deep a tree may be.
-const DEPTH_MAX: usize = 4_000;
+const DEPTH_MAX: usize = 6_500;
 
 /// What a table adds that stands beside others: planning takes memory by the square of their number.
 const TABLE: usize = 20;
@@ -19,6 +19,7 @@ const NOT_MAX: usize = 16;
 /// Refuses a query that chains more terms than its thread has stack for. Parentheses within parentheses
 /// are counted by the parser.
 pub fn refuse_deep(sql: &str) -> Result<(), QueryError> {
+    refuse_unread_numbers(sql)?;
     let (depth, nots) = depth(sql);
     if nots > NOT_MAX {
         return Err(QueryError(format!(
@@ -33,6 +34,36 @@ pub fn refuse_deep(sql: &str) -> Result<(), QueryError> {
          can be computed: write `in (…)` for many `or`, `values` for many `union`, or put the values into \
          a table"
     )))
+}
+
+/// The digits that a number keeps.
+const DIGITS_MAX: usize = 17;
+
+/// Refuses numbers that would be read as others: `1_000` as 1, called `_000`; and those of more digits than are
+/// kept.
+fn refuse_unread_numbers(sql: &str) -> Result<(), QueryError> {
+    let tokens = Tokenizer::new(&GenericDialect {}, sql).tokenize();
+    let tokens = tokens.unwrap_or_default();
+    for (index, token) in tokens.iter().enumerate() {
+        let Token::Number(number, _) = token else {
+            continue;
+        };
+        if let Some(Token::Word(word)) = tokens.get(index + 1) {
+            return Err(QueryError(format!(
+                "`{number}{word}` is no number: write digits only, and a space before a name"
+            )));
+        }
+        let mantissa = number.split(['e', 'E']).next().unwrap_or_default();
+        let digits = mantissa.chars().filter(char::is_ascii_digit);
+        let digits = digits.skip_while(|digit| *digit == '0').count();
+        let is_exact = number.parse::<u64>().is_ok();
+        if digits > DIGITS_MAX && !is_exact {
+            return Err(QueryError(format!(
+                "`{number}` has more digits than are kept: write cast('{number}' as decimal(38, 10))"
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// What stands between a parenthesis and its end, so far.
@@ -111,6 +142,24 @@ fn depth(sql: &str) -> (usize, usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn numbers_that_would_be_read_as_others_are_refused() {
+        for sql in [
+            "select 1_000",
+            "select 1000x",
+            "select 12345678901234567890.12345",
+            "select 123456789012345678901234567890",
+        ] {
+            assert!(refuse_unread_numbers(sql).is_err(), "{sql}");
+        }
+        for sql in [
+            "select 1 as _000, 1.5e10, .5, 18446744073709551615",
+            "select 0.1234567890123456, a1, \"1_000\", '1_000' from t",
+        ] {
+            assert!(refuse_unread_numbers(sql).is_ok(), "{sql}");
+        }
+    }
 
     #[test]
     fn what_makes_a_tree_deeper_is_counted() {

@@ -109,7 +109,12 @@ mod tests {
     fn what_doubles_is_counted_as_it_is_written_out() {
         let doubling = |levels: usize| {
             let ctes: Vec<String> = (1..=levels)
-                .map(|n| format!("t{n} as (select * from t{0} union all select * from t{0})", n - 1))
+                .map(|n| {
+                    format!(
+                        "t{n} as (select * from t{0} union all select * from t{0})",
+                        n - 1
+                    )
+                })
                 .collect();
             format!("with {} select count(*) from t{levels}", ctes.join(", "))
         };

@@ -45,8 +45,8 @@ impl PartitionStream for JsonLines {
     fn execute(&self, _: Arc<TaskContext>) -> SendableRecordBatchStream {
         let schema = self.schema.clone();
         let is_of_labels = schema == tables::Label::schema();
-        let lines = self.files.clone().into_iter();
-        let lines = lines.flat_map(move |path| match is_of_labels {
+        let files = self.files.clone().into_iter();
+        let lines = files.flat_map(move |path| match is_of_labels {
             true => counting_lines(&path),
             false => lines(path),
         });

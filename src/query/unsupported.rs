@@ -17,9 +17,9 @@ use datafusion::execution::session_state::SessionState;
 use datafusion::sql::parser::Statement;
 use datafusion::sql::sqlparser::ast::{
     ArrayElemTypeDef, BinaryOperator, Cte, DataType, DuplicateTreatment, ExactNumberInfo, Expr,
-    Function, FunctionArg, FunctionArgExpr, FunctionArgumentClause, FunctionArgumentList, FunctionArguments,
-    GroupByExpr, Join, NamedWindowExpr, PipeOperator, Query, Select, SelectItem, SetExpr,
-    SetOperator, SetQuantifier, TableAlias, TableFactor, Visit as _, Visitor, WindowSpec,
+    Function, FunctionArg, FunctionArgExpr, FunctionArgumentClause, FunctionArgumentList,
+    FunctionArguments, GroupByExpr, Join, NamedWindowExpr, PipeOperator, Query, Select, SelectItem,
+    SetExpr, SetOperator, SetQuantifier, TableAlias, TableFactor, Visit as _, Visitor, WindowSpec,
     WindowType, visit_expressions,
 };
 
@@ -115,6 +115,18 @@ impl Visitor for Search<'_> {
                 op: BinaryOperator::BitwiseXor,
                 ..
             } => wrong("^", "a bitwise xor", "for a power, write power(2, 3)"),
+            Expr::BinaryOp { left, op, right }
+                if is_comparison(op)
+                    && [left, right]
+                        .iter()
+                        .any(|side| matches!(***side, Expr::Tuple(_))) =>
+            {
+                wrong(
+                    "(…, …) < (…, …)",
+                    "an order in which null comes first",
+                    "compare one value after the other: a < 1 or (a = 1 and b < 2)",
+                )
+            }
             Expr::SimilarTo { .. } => wrong(
                 "similar to",
                 "a regular expression that may match anywhere",
@@ -133,6 +145,11 @@ impl Visitor for Search<'_> {
             _ => None,
         })
     }
+}
+
+fn is_comparison(operator: &BinaryOperator) -> bool {
+    use BinaryOperator::{Eq, Gt, GtEq, Lt, LtEq, NotEq};
+    matches!(operator, Eq | NotEq | Lt | LtEq | Gt | GtEq)
 }
 
 fn of_query(query: &Query) -> Found {

@@ -1,6 +1,8 @@
 //! Notes that are printed before anything changes: the tables that a run replaces, and the devices on which
 //! its models compute.
 
+use std::path::Path;
+
 use super::claim::tables_of;
 use super::fold::checkpoint_of;
 use super::{Fate, LAST, LAST_WHOLE, Options, Reason, Report, RunError, Runner, Slot};
@@ -174,7 +176,15 @@ impl Runner<'_> {
         let now = self.plan.secrets.hide(&options.command);
         let mut known = runs.into_iter().flatten().peekable();
         let first = known.peek().cloned().unwrap_or_else(of_file);
+        let last = &self.before[LAST_WHOLE];
+        let content = self.keys.fingerprints().file(&self.plan.path).ok();
+        let is_edited = last["file"].as_str().map(Path::new) == Some(&self.plan.path)
+            && last["content"].is_string()
+            && last["content"].as_str() != content.as_deref();
         match known.find(|command| *command != now) {
+            Some(other) if is_edited => {
+                format!("to bring them back, undo the change of the file and run: {other}")
+            }
             Some(other) => format!("to bring them back, run: {other}"),
             None if first != now => format!("to bring them back, run: {first}"),
             None => format!("to bring them back, undo the change and run: {now}"),

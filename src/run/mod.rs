@@ -264,8 +264,12 @@ impl<'a> Runner<'a> {
         let mut source = self.folder.manifest().source.clone();
         let hidden = |text: &String| self.plan.secrets.hide(text);
         let sets: Vec<String> = options.sets.iter().map(hidden).collect();
-        let done = json!({ "command": hidden(&options.command), "sets": sets });
+        let mut done = json!({ "command": hidden(&options.command), "sets": sets });
+        done["content"] = json!(self.keys.fingerprints().file(&self.plan.path).ok());
         if is_whole {
+            // What a later run that fails has of its own is not what readers see.
+            done["file"] = source["file"].clone();
+            done["views"] = source["views"].clone();
             source[LAST_WHOLE] = done.clone();
         }
         source[LAST] = done;

@@ -18,7 +18,9 @@ pub enum Says {
 }
 
 /// The words for media, the longer one first where one begins like another.
-const MEDIA: [(&str, Says); 31] = [
+const MEDIA: [(&str, Says); 33] = [
+    ("waveform", Says::Other),
+    ("speech", Says::Other),
     ("videos", Says::Other),
     ("video", Says::Other),
     ("audios", Says::Other),
@@ -84,7 +86,9 @@ const BEFORE: [&str; 26] = [
 
 /// What may follow such a word in a key that still names the medium: `video_path` does, `video_id` and
 /// `image_width` say something about it. These say where it lies.
-const PLACES: [&str; 11] = [
+const PLACES: [&str; 13] = [
+    "frames",
+    "array",
     "path",
     "paths",
     "url",
@@ -106,10 +110,11 @@ const IMAGE_ENDINGS: [&str; 24] = [
     "png", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "bmp", "tif", "tiff", "heic", "heif",
     "avif", "svg", "jp2", "jxl", "ppm", "pgm", "pnm", "tga", "ico", "dds", "exr", "dcm",
 ];
-const OTHER_ENDINGS: [&str; 30] = [
+const OTHER_ENDINGS: [&str; 44] = [
     "mp4", "mov", "avi", "mkv", "webm", "m4v", "mpg", "mpeg", "wmv", "flv", "ogv", "3gp", "m2ts",
     "mts", "vob", "wav", "mp3", "flac", "ogg", "oga", "opus", "aac", "m4a", "wma", "aiff", "aif",
-    "amr", "mid", "pdf", "djvu",
+    "amr", "mid", "midi", "caf", "pdf", "djvu", "doc", "docx", "ppt", "pptx", "xls", "xlsx", "odt",
+    "epub", "npy", "ply", "glb", "nii",
 ];
 
 /// How the bytes of media begin.

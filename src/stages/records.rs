@@ -136,7 +136,7 @@ fn fields(record: &Value, embedded: usize) -> Result<Fields, String> {
         parts: 0,
     };
     let mut turns = Vec::new();
-    let mut system = text("system")?;
+    let mut system = text("system")?.map(|text| images.take_out(&text));
     let mut last_answer = None;
     let written = text("prompt")?.or(text("question")?);
     let question = if let Some(conversation) = there(object, "conversations") {
@@ -289,6 +289,11 @@ fn conversation_turns(conversation: &Value, said: Said<'_>) -> Result<Option<Str
         .ok_or("`conversations` is not a list")?;
     for (number, entry) in entries.iter().enumerate() {
         let has = |name: &str| entry.get(name).is_some_and(|value| !value.is_null());
+        if (has("from") || has("value")) && (has("role") || has("content")) {
+            return Err(format!(
+                "entry {number} of `conversations` has `from` and `value` beside `role` and `content`; keep two of them"
+            ));
+        }
         let (from, value) = if has("role") && !has("from") {
             ("role", "content")
         } else {

@@ -200,11 +200,19 @@ impl<'a, R: Loadable> Loader<'a, R> {
         }
     }
 
-    /// What the beginning and the end of the source say against loading it. No picture is opened.
+    /// What the beginning and the end of the source say against loading it. Pictures are looked for, and not
+    /// opened.
     pub fn objection(mut self) -> Option<Objection> {
         let from = self.source.from;
+        let folder = self.folder().to_owned();
         head::objection(from, self.source.limit, |record| {
             let fields = read_fields(&record.fields, record.embedded.len())?;
+            if record.embedded.is_empty() {
+                let mut pictures = fields.paths.iter().map(|name| folder.join(name));
+                if let Some(path) = pictures.find(|path| !path.exists()) {
+                    return Err(format!("there is no picture {}", path.display()));
+                }
+            }
             self.row(fields, &[]).map(|_| ())
         })
     }

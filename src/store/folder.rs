@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use arrow::datatypes::SchemaRef;
 
@@ -59,6 +60,10 @@ const SPOILED: &str = "spoiled";
 /// See [`RunFolder::calls`].
 const CALLS: &str = "calls";
 
+/// How often, and after which time, a reader looks again at a run whose files are being moved.
+const UNSETTLED_LOOKS: u32 = 20;
+const UNSETTLED_LOOK_EVERY: Duration = Duration::from_millis(50);
+
 impl RunFolder {
     /// Opens the run of the pipeline in `root`, or begins one. Takes the lock, and strikes out what
     /// the manifest lists but the disk no longer has; the tables that lost something are returned.
@@ -101,13 +106,36 @@ impl RunFolder {
         Ok((run, Opened { lost, damage }))
     }
 
-    /// Opens a run to look at it, also while another process works on it.
+    /// Opens a run to look at it, also while another process works on it. Moves that a killed process has
+    /// recorded and not made are made first, where this process may.
     pub fn read(root: &Path) -> Result<Self, StoreError> {
-        Ok(Self {
-            root: root.to_owned(),
-            manifest: Manifest::read(root)?,
-            _lock: None,
-        })
+        let read = || -> Result<Self, StoreError> {
+            Ok(Self {
+                root: root.to_owned(),
+                manifest: Manifest::read(root)?,
+                _lock: None,
+            })
+        };
+        let mut run = read()?;
+        for _ in 0..UNSETTLED_LOOKS {
+            if !run.is_unsettled() {
+                break;
+            }
+            if let Ok(lock) = Lock::take(root) {
+                run = read()?;
+                let moved = run.finish_moves();
+                drop(lock);
+                // Who may not write sees the run as it is.
+                if moved.is_err() {
+                    break;
+                }
+            } else {
+                // Whoever has the lock is about to make them.
+                std::thread::sleep(UNSETTLED_LOOK_EVERY);
+                run = read()?;
+            }
+        }
+        Ok(run)
     }
 
     pub fn root(&self) -> &Path {

@@ -186,6 +186,15 @@ impl RunFolder {
         old.map_or(Ok(()), |old| self.move_parked(&old))
     }
 
+    /// True if commits have recorded moves of current versions that are not made.
+    pub(super) fn is_unsettled(&self) -> bool {
+        let complete = self.manifest.made.iter().filter(|made| made.complete);
+        complete.into_iter().any(|made| {
+            let below = self.root.join(below_cache(made));
+            below.exists() && places(made).any(|name| below.join(name).exists())
+        })
+    }
+
     /// Finishes the moves that commits have recorded, and that a crash may have cut off.
     pub(super) fn finish_moves(&self) -> Result<(), StoreError> {
         let parked = || self.manifest.parked.iter().map(|parked| &parked.made);

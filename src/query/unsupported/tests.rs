@@ -173,6 +173,7 @@ const COMPUTED_WRONGLY: &[(&str, &str)] = &[
     ),
     ("select prompt_id similar to 'a%' from t", "similar to"),
     ("select 2 ^ 3 as eight from t", "^"),
+    ("select (n, n) < (1, 2) from t", "(…, …) < (…, …)"),
     (
         "select * from t where prompt_id not similar to 'a'",
         "similar to",

@@ -8,6 +8,7 @@ use arrow::compute::cast;
 use arrow::datatypes::DataType;
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
+use serde_json::map::Entry;
 use serde_json::{Map, Value};
 
 use super::super::media::{file_name, holds_anything};
@@ -51,6 +52,8 @@ fn batch_records(path: &Path, batch: &RecordBatch, first: usize) -> Result<Vec<R
     let mut plain = Vec::new();
     let mut others = Vec::new();
     let mut embedded: Vec<Vec<ImageFile>> = vec![Vec::new(); batch.num_rows()];
+    // Rows with other images in a second column.
+    let mut has_others = vec![false; batch.num_rows()];
     let schema = batch.schema();
     let mut names = HashSet::new();
     if let Some(twice) = (schema.fields().iter()).find(|field| !names.insert(field.name())) {
@@ -66,7 +69,15 @@ fn batch_records(path: &Path, batch: &RecordBatch, first: usize) -> Result<Vec<R
     for (field, column) in schema.fields().iter().zip(batch.columns()) {
         if matches!(field.name().as_str(), "image" | "images") && holds_bytes(field.data_type()) {
             for (row, files) in embedded.iter_mut().enumerate() {
-                files.extend(files_of(column, row));
+                let found = files_of(column, row);
+                let bytes = |files: &[ImageFile]| -> Vec<_> {
+                    files.iter().map(|file| file.bytes.clone()).collect()
+                };
+                if files.is_empty() {
+                    *files = found;
+                } else if !found.is_empty() && bytes(files) != bytes(&found) {
+                    has_others[row] = true;
+                }
             }
         } else if !is_needed(field.name()) {
             others.push((field.name(), column));
@@ -89,7 +100,7 @@ fn batch_records(path: &Path, batch: &RecordBatch, first: usize) -> Result<Vec<R
                 .filter(|names| holds_anything(names))
                 .collect();
             let is_other = |names: &&Value| !are_names(names, &embedded);
-            let differ = !embedded.is_empty() && others.iter().any(is_other);
+            let differ = has_others[index] || !embedded.is_empty() && others.iter().any(is_other);
             let name = embedded.first().and_then(|file| file.path.clone());
             if let Some(name) = name {
                 fields.entry("image").or_insert(Value::String(name));
@@ -172,6 +183,7 @@ fn outline(column: &ArrayRef, row: usize) -> Value {
         DataType::Binary => bytes(column.as_binary::<i32>().value(row)),
         DataType::LargeBinary => bytes(column.as_binary::<i64>().value(row)),
         DataType::BinaryView => bytes(column.as_binary_view().value(row)),
+        DataType::FixedSizeBinary(_) => bytes(column.as_fixed_size_binary().value(row)),
         DataType::List(_) => list(column.as_list::<i32>().value(row)),
         DataType::LargeList(_) => list(column.as_list::<i64>().value(row)),
         DataType::ListView(_) => list(column.as_list_view::<i32>().value(row)),
@@ -179,9 +191,19 @@ fn outline(column: &ArrayRef, row: usize) -> Value {
         DataType::FixedSizeList(_, _) => list(column.as_fixed_size_list().value(row)),
         DataType::Struct(fields) => {
             let columns = fields.iter().zip(column.as_struct().columns());
-            let fields =
-                columns.map(|(field, column)| (field.name().clone(), outline(column, row)));
-            Value::Object(fields.collect())
+            let mut outlined = Map::new();
+            for (field, column) in columns {
+                let value = outline(column, row);
+                // A name twice: both are looked at.
+                match outlined.entry(field.name()) {
+                    Entry::Vacant(place) => drop(place.insert(value)),
+                    Entry::Occupied(mut place) => {
+                        let before = place.get_mut().take();
+                        *place.get_mut() = Value::Array(vec![before, value]);
+                    }
+                }
+            }
+            Value::Object(outlined)
         }
         DataType::Map(_, _) => {
             let entries = column.as_map().value(row);
