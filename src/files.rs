@@ -1,6 +1,7 @@
 //! Reading the files that a user names: regular files and nothing else. Opening a FIFO blocks until
 //! something writes to it, and a device may never end. And files that the program itself adds lines to.
 
+mod caught;
 pub mod lines;
 
 use std::fs::{File, Metadata, OpenOptions};
@@ -9,6 +10,8 @@ use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
+
+pub use caught::caught;
 
 /// Opens a regular file for reading. Anything else is an error that says what it is.
 pub fn open(path: &Path) -> io::Result<File> {
