@@ -3,6 +3,7 @@
 //! ended.
 
 use std::fs::File;
+use std::io::{self, BufReader, Read, Seek as _, SeekFrom};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -14,10 +15,11 @@ use ::parquet::basic::{Encoding, Type};
 use ::parquet::column::page::{Page, PageIterator, PageMetadata, PageReader};
 use ::parquet::errors::{ParquetError, Result};
 use ::parquet::file::metadata::{ParquetMetaData, RowGroupMetaData};
-use ::parquet::file::reader::FileReader;
+use ::parquet::file::reader::{ChunkReader, FileReader, Length};
 use ::parquet::file::serialized_reader::SerializedFileReader;
 use ::parquet::schema::types::ColumnDescPtr;
 use arrow::datatypes::{DataType, FieldRef};
+use bytes::Bytes;
 
 /// The values that a file may have however small it is, and those that it may have for each of its bytes.
 const VALUES_MAX: u64 = 1 << 24;
@@ -56,7 +58,7 @@ pub(super) fn reader(
     let levels = parquet_to_arrow_field_levels(schema, columns, Some(fields))?;
     let values = VALUES_MAX.saturating_add(file.metadata()?.len().saturating_mul(VALUES_A_BYTE));
     let groups = Groups {
-        file: Arc::new(SerializedFileReader::new(file)?),
+        file: Arc::new(SerializedFileReader::new(Whole(file))?),
         values: Arc::new(AtomicU64::new(values)),
     };
     ParquetRecordBatchReader::try_new_with_row_groups(&levels, &groups, batch_rows, None)
@@ -87,6 +89,42 @@ fn length(data_type: &DataType) -> Option<i64> {
         | DataType::Map(item, _) => length(item.data_type()),
         DataType::Struct(fields) => longest(fields),
         _ => Some(1),
+    }
+}
+
+/// A file whose end is an error to whoever reads beyond it. The parquet crate passes over what it does not
+/// know of a page's head, and would do so a billion times at the end of a file.
+struct Whole(File);
+
+/// Such a file from some place on.
+struct Rest(File);
+
+impl Read for Rest {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self.0.read(buffer)? {
+            0 if !buffer.is_empty() => Err(io::ErrorKind::UnexpectedEof.into()),
+            count => Ok(count),
+        }
+    }
+}
+
+impl Length for Whole {
+    fn len(&self) -> u64 {
+        self.0.len()
+    }
+}
+
+impl ChunkReader for Whole {
+    type T = BufReader<Rest>;
+
+    fn get_read(&self, start: u64) -> Result<Self::T> {
+        let mut file = self.0.try_clone()?;
+        file.seek(SeekFrom::Start(start))?;
+        Ok(BufReader::new(Rest(file)))
+    }
+
+    fn get_bytes(&self, start: u64, length: usize) -> Result<Bytes> {
+        self.0.get_bytes(start, length)
     }
 }
 
