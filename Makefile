@@ -21,7 +21,7 @@ NVIDIA_COMPLETE := .libtorch/complete-2.11.0-cuda-13.0.2
 FETCH := python3 -m pip install --target .libtorch --no-compile --only-binary=:all: \
   --python-version $(LIBTORCH_PYTHON) --disable-pip-version-check
 
-.PHONY: help setup demo test world parity bench
+.PHONY: help setup demo test audit world parity bench
 
 help: ## list what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ demo: setup ## build, and run pipelines/dpo.yaml: three rounds on the small worl
 
 test: setup ## run the tests: code, schemas, layering, formatting
 	cargo test
+
+audit: ## check the crates: licences, sources, versions, advisories (offline: what can be)
+	.ci/audit
 
 world: setup ## make data-samples again, its three models included, from nothing (two hours)
 	cargo build --bins --example small_world

@@ -2,6 +2,7 @@
 //! something writes to it, and a device may never end. And files that the program itself adds lines to, and
 //! folders that a power loss leaves where they are.
 
+mod caught;
 pub mod lines;
 
 use std::fs::{self, File, Metadata, OpenOptions};
@@ -10,6 +11,8 @@ use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
+
+pub use caught::caught;
 
 /// Opens a regular file for reading. Anything else is an error that says what it is.
 pub fn open(path: &Path) -> io::Result<File> {

@@ -11,8 +11,16 @@ mod targets;
 
 /// What the targets call; see `fuzz/src/lib.rs`.
 mod tested {
+    use std::io::{Read as _, Write as _};
+    use std::net::TcpStream;
+    use std::path::Path;
+    use std::time::Duration;
+
     use ovchat::stages::{StageSpec, Work};
     pub use ovchat::{models, prep};
+
+    use crate::people::{Page, scene};
+    use crate::scene::Scene;
 
     /// A pipeline file, in all that follows from it without its files.
     pub fn yaml(text: &str) {
@@ -26,20 +34,49 @@ mod tested {
         }
     }
 
-    /// A line of a file of prompts.
-    pub fn record(text: &str) {
-        let folder = tempfile::tempdir().unwrap();
-        let from = folder.path().join("prompts.json");
-        std::fs::write(&from, text).unwrap();
-        let stage = serde_json::json!({ "load_prompts": { "from": from } });
+    /// A file of prompts.
+    pub fn records(path: &Path) {
+        let stage = serde_json::json!({ "load_prompts": { "from": path, "limit": 4096 } });
         let stage: StageSpec = serde_json::from_value(stage).unwrap();
         let Work::Load(mut load) = stage.as_stage().work() else {
             panic!("it loads");
         };
         if let Ok(records) = load.records() {
-            let records: Vec<_> = records.filter_map(Result::ok).collect();
+            let records: Vec<_> = records.map_while(Result::ok).collect();
+            load.look_over(&records);
             load.load(records).unwrap();
+            load.notes();
         }
+    }
+
+    thread_local! {
+        /// A page that waits for labels, and the scene of its run.
+        static PAGE: (Page, Scene) = {
+            let scene = scene(4);
+            assert_eq!(scene.pipeline(&["run", "p.yaml"]).code, Some(3));
+            (Page::open(&scene), scene)
+        };
+    }
+
+    /// Requests to the page, each on a connection of its own. It answers the next one.
+    pub fn label(requests: &[[&[u8]; 3]]) {
+        PAGE.with(|(page, _)| {
+            for [method, address, body] in requests {
+                let host = page.address.trim_start_matches("http://");
+                let (key, length) = (&page.key, body.len());
+                let fields = format!(
+                    " HTTP/1.1\r\nHost: {host}\r\nX-Key: {key}\r\nContent-Length: {length}\r\n\r\n"
+                );
+                let request = [*method, b" ", *address, fields.as_bytes(), *body].concat();
+                let mut stream = TcpStream::connect(host).unwrap();
+                let soon = Some(Duration::from_secs(2));
+                stream.set_read_timeout(soon).unwrap();
+                // What is no request may be cut off.
+                drop(stream.write_all(&request));
+                drop(stream.read_to_end(&mut Vec::new()));
+            }
+            assert!(page.next("ann")["progress"].is_object());
+        });
     }
 }
 

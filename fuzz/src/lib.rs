@@ -1,41 +1,102 @@
 //! The modules of ovchat that read strangers' files, taken from its sources without those that need
 //! DataFusion or libtorch, and the targets that are fuzzed.
-#![expect(
-    dead_code,
-    unused_imports,
-    reason = "the modules are for the whole program"
-)]
+#![expect(unused_imports, reason = "the modules are for the whole program")]
 
-#[path = "../../src/files.rs"]
-pub mod files;
+#[path = "../../src/mask.rs"]
+pub mod mask;
 #[path = "../../src/models/mod.rs"]
 pub mod models;
 #[path = "../../src/prep/mod.rs"]
 pub mod prep;
+#[path = "../../src/store/mod.rs"]
+pub mod store;
 #[path = "../../src/tables/mod.rs"]
 pub mod tables;
 
-pub mod config {
-    #[path = "../../../src/config/node.rs"]
-    pub mod node;
-    #[path = "../../../src/config/source.rs"]
-    pub mod source;
+/// Modules whose files lie beside a folder of theirs, or of which only some are taken.
+#[path = "../../src"]
+mod ovchat {
+    pub mod files;
+
+    pub mod cli {
+        /// Why a command fails, in words.
+        pub enum Failed {
+            Words(String),
+        }
+
+        impl From<crate::store::StoreError> for Failed {
+            fn from(error: crate::store::StoreError) -> Self {
+                Self::Words(error.to_string())
+            }
+        }
+
+        pub mod label {
+            pub mod desk;
+            pub mod request;
+        }
+    }
+
+    pub mod config {
+        pub mod node;
+        pub mod source;
+    }
+
+    pub mod stages {
+        pub mod formats;
+        mod media;
+        pub mod records;
+        pub mod unread;
+
+        /// What `src/stages/work.rs` has of records, without queries, models and trainings.
+        pub mod work {
+            use std::path::PathBuf;
+
+            use crate::store::StoreError;
+            use crate::tables::ImageFile;
+
+            pub enum Failure {
+                Store(StoreError),
+                Input {
+                    path: PathBuf,
+                    place: String,
+                    problem: String,
+                },
+            }
+
+            impl From<StoreError> for Failure {
+                fn from(error: StoreError) -> Self {
+                    Self::Store(error)
+                }
+            }
+
+            pub struct Record {
+                pub place: String,
+                pub fields: Result<serde_json::Value, String>,
+                pub embedded: Vec<ImageFile>,
+            }
+        }
+    }
 }
 
-pub mod stages {
-    #[path = "../../../src/stages/media.rs"]
-    mod media;
-    #[path = "../../../src/stages/records.rs"]
-    pub mod records;
-    #[path = "../../../src/stages/unread.rs"]
-    mod unread;
-}
+pub use ovchat::{cli, config, files, stages};
 
 /// The functions that the targets call; a test of ovchat has its own.
 mod tested {
+    use std::path::Path;
+
+    use crate::cli::label::desk::{Desk, Questions, sided};
+    use crate::cli::label::request::{self, Request, Saying};
     use crate::config::node::{Flaw, Node};
     use crate::config::source::{Side, Source};
+    use crate::stages::formats;
+    use crate::stages::records::{named_paths, read_fields};
+    use crate::stages::unread::{Unread, own_name};
+    use crate::store::{LabelFiles, Survey};
+    use crate::tables::Prompt;
     pub use crate::{models, prep};
+
+    /// The records that are read of a file.
+    const RECORDS_MAX: usize = 4096;
 
     /// A pipeline file as a tree, and the places of what is wrong in it.
     pub fn yaml(text: &str) {
@@ -51,12 +112,105 @@ mod tested {
         }
     }
 
-    /// A record of a file of prompts, of JSON lines.
-    pub fn record(text: &str) {
-        let record = serde_json::from_str(text).map_err(|error| error.to_string());
-        for embedded in [0, 1] {
-            let _ = crate::stages::records::read_fields(&record, embedded);
+    /// A file of prompts: its records as far as they are read without opening a picture.
+    pub fn records(path: &Path) {
+        let Ok(records) = formats::records(path) else {
+            return;
+        };
+        let mut unread = Unread::default();
+        for record in records.take(RECORDS_MAX) {
+            let Ok(record) = record else {
+                break;
+            };
+            let _ = read_fields(&record.fields, record.embedded.len());
+            named_paths(&record.fields);
+            if let Ok(fields) = &record.fields {
+                own_name(fields);
+                unread.count(fields);
+            }
         }
+        unread.in_words();
+    }
+
+    /// Requests to the page, of a survey of two questions. What was said is read again at the end.
+    pub fn label(requests: &[[&[u8]; 3]]) {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let files = LabelFiles::new(folder.path(), "pairs", Some(1));
+        let (mut desk, survey) = self::desk(&files);
+        for [method, address, body] in requests {
+            let words = [method, address].map(|word| std::str::from_utf8(word));
+            let [Ok(method), Ok(address)] = words else {
+                continue;
+            };
+            let (path, query) = address.split_once('?').unwrap_or((address, ""));
+            let by = match request::read(method, path, query, body) {
+                Ok(Request::Next(by)) => by,
+                Ok(Request::Say(saying)) => {
+                    let Saying {
+                        by,
+                        question,
+                        said,
+                        milliseconds,
+                    } = saying;
+                    let _ = desk.say(&by, question, said, milliseconds);
+                    by
+                }
+                Ok(Request::Undo { by, label }) => {
+                    assert!(desk.undo(&by, label).is_ok());
+                    by
+                }
+                Ok(Request::Picture(id)) => {
+                    desk.shows(id);
+                    continue;
+                }
+                Ok(Request::Page) | Err(_) => continue,
+            };
+            desk.next(&by);
+        }
+        let said = desk.said();
+        drop(desk);
+        let (desk, _) = self::desk(&files);
+        assert_eq!((desk.said(), desk.wanted()), (said, survey.wanted));
+        assert_eq!(desk.note(), None);
+    }
+
+    /// The desk of a survey of two questions about one prompt.
+    fn desk(files: &LabelFiles) -> (Desk, Survey) {
+        let survey = Survey {
+            table: "pairs".to_owned(),
+            round: Some(1),
+            candidates: "candidates".to_owned(),
+            candidates_round: Some(1),
+            prompts: "prompts".to_owned(),
+            prompts_round: None,
+            rewards: Vec::new(),
+            wanted: 2,
+        };
+        let prompt = Prompt {
+            row_key: "k".to_owned(),
+            prompt_id: "p".to_owned(),
+            id: None,
+            image: None,
+            image_ids: vec!["picture".to_owned()],
+            system: None,
+            turns: Vec::new(),
+            question: "Why?".to_owned(),
+            captions: None,
+            answer: None,
+        };
+        let text = |candidate: i32| {
+            let text = candidate.to_string();
+            (("p".to_owned(), candidate), (text.clone(), text))
+        };
+        let questions = Questions {
+            list: [1, 2].map(|other| sided("p".to_owned(), 0, other)).into(),
+            prompts: [("p".to_owned(), prompt)].into(),
+            texts: [0, 1, 2].map(text).into(),
+        };
+        let Ok(writer) = files.write() else {
+            panic!("the labels can't be written");
+        };
+        (Desk::new(writer, survey.clone(), questions), survey)
     }
 }
 

@@ -3,16 +3,19 @@
 use std::fs;
 use std::io::{Cursor, Write as _};
 use std::path::Path;
+use std::sync::LazyLock;
 
 use zip::write::{SimpleFileOptions, ZipWriter};
 
 use super::tested;
-use super::tested::models::{Asking, Questionnaire};
+use super::tested::models::{Asking, Mode, Questionnaire, Verdict};
 use super::tested::prep::{OnevisionCard, PlainTokenizer, Processor, Shards};
 
 /// A target by its name, which is that of its corpus.
-pub const TARGETS: [(&str, fn(&[u8])); 7] = [
+pub const TARGETS: [(&str, fn(&[u8])); 9] = [
     ("card", card),
+    ("label", label),
+    ("parquet", parquet),
     ("pickle", pickle),
     ("record", record),
     ("reply", reply),
@@ -21,6 +24,9 @@ pub const TARGETS: [(&str, fn(&[u8])); 7] = [
     ("yaml", yaml),
 ];
 
+/// The requests that are made of an input.
+const LINES_MAX: usize = 64;
+
 /// A pipeline file.
 pub fn yaml(bytes: &[u8]) {
     if let Ok(text) = std::str::from_utf8(bytes) {
@@ -28,11 +34,30 @@ pub fn yaml(bytes: &[u8]) {
     }
 }
 
-/// A record of a file of prompts.
+/// A file of prompts: a JSON list, or JSON lines.
 pub fn record(bytes: &[u8]) {
-    if let Ok(text) = std::str::from_utf8(bytes) {
-        tested::record(text);
-    }
+    in_file("prompts.json", bytes, |folder| {
+        tested::records(&folder.join("prompts.json"));
+    });
+}
+
+/// A Parquet file of prompts.
+pub fn parquet(bytes: &[u8]) {
+    in_file("prompts.parquet", bytes, |folder| {
+        tested::records(&folder.join("prompts.parquet"));
+    });
+}
+
+/// Requests to the page on which people label: a line each, of the method, the address and the body.
+pub fn label(bytes: &[u8]) {
+    let requests = bytes.split(|byte| *byte == b'\n').take(LINES_MAX);
+    let requests: Vec<[&[u8]; 3]> = requests
+        .map(|line| {
+            let mut words = line.splitn(3, |byte| *byte == b' ');
+            [(); 3].map(|()| words.next().unwrap_or_default())
+        })
+        .collect();
+    tested::label(&requests);
 }
 
 /// Does something with bytes as a file of this name.
@@ -97,12 +122,29 @@ pub fn card(bytes: &[u8]) {
     });
 }
 
+/// The ways in which replies are read: one number, two, or a word.
+static QUESTIONNAIRES: LazyLock<[Questionnaire; 3]> = LazyLock::new(|| {
+    let words = r"(?i)(?<better_first>first)|(?<better_second>second)|(?<tie>equal)";
+    let verdict = Verdict::try_from(words.to_owned()).expect("a verdict");
+    let asking = |mode, verdict| Asking {
+        mode,
+        verdict,
+        ..Asking::default()
+    };
+    let askings = [
+        asking(Mode::Pointwise, None),
+        asking(Mode::Pairwise, None),
+        asking(Mode::Pairwise, Some(verdict)),
+    ];
+    askings.map(|asking| Questionnaire::open(&asking).expect("the default has a template"))
+});
+
 /// A reply of a judge.
 pub fn reply(bytes: &[u8]) {
     if let Ok(text) = std::str::from_utf8(bytes) {
-        let questionnaire = Questionnaire::open(&Asking::default());
-        let _ = questionnaire
-            .expect("the default has a template")
-            .read(text);
+        for questionnaire in &*QUESTIONNAIRES {
+            let scores = questionnaire.read(text).unwrap_or_default();
+            assert!(scores.iter().all(|score| score.is_finite()));
+        }
     }
 }

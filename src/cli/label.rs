@@ -5,6 +5,8 @@
 //! elsewhere (the header `Host`) and requests from there (`Origin`) are refused.
 
 mod desk;
+mod questions;
+mod request;
 mod server;
 
 use std::cell::RefCell;
@@ -12,10 +14,10 @@ use std::io::Read;
 use std::path::PathBuf;
 
 use clap::Args;
-use serde::Deserialize;
 use serde_json::{Value, json};
 
 use self::desk::Desk;
+use self::request::{Request, Saying, parameter};
 use self::server::{Answer, Asked, Server, Site};
 use super::out::say;
 use super::{Failed, read_run, run_folder};
@@ -43,22 +45,6 @@ pub struct LabelRun {
     round: Option<u32>,
 }
 
-/// What the page says.
-#[derive(Deserialize)]
-struct Saying {
-    by: String,
-    question: usize,
-    said: Said,
-    milliseconds: u64,
-}
-
-#[derive(Deserialize)]
-struct Undoing {
-    by: String,
-    /// The label that is taken back; their last one where it is left out.
-    label: Option<u64>,
-}
-
 impl LabelRun {
     pub fn run(&self) -> Result<(), Failed> {
         let folder = run_folder(&self.run);
@@ -69,7 +55,9 @@ impl LabelRun {
             Some(round) => format!("`{}` (round {round})", survey.table),
             None => format!("`{}`", survey.table),
         };
-        let desk = Desk::open(&run, survey)?;
+        let writer = files.write()?;
+        let questions = questions::find(&run, &survey)?;
+        let desk = Desk::new(writer, survey, questions);
         let images = Images::open(run.root(), &run.manifest().images)?;
         let server = Server::listen(self.port).map_err(|error| {
             Failed::Words(format!(
@@ -172,36 +160,30 @@ impl Site for Page {
 
     fn answer(&self, asked: &Asked<'_>, body: &[u8]) -> Answer {
         let desk = &mut *self.desk.borrow_mut();
-        match (asked.method, asked.path) {
-            ("GET", "/") => Answer {
+        match request::read(asked.method, asked.path, asked.query, body) {
+            Ok(Request::Page) => Answer {
                 status: 200,
                 media: "text/html; charset=utf-8",
                 content: PAGE.into(),
             },
-            ("GET", "/api/next") => {
-                let by = parameter(asked.query, "by");
-                found(&desk.next(&decoded(by.unwrap_or("somebody"))))
-            }
-            ("POST", "/api/say") => self.say(desk, body),
-            ("POST", "/api/undo") => match serde_json::from_slice::<Undoing>(body) {
-                Err(error) => self.wrong(400, &error.to_string()),
-                Ok(Undoing { by, label }) => match desk.undo(&by, label) {
-                    Ok(()) => found(&desk.next(&by)),
-                    Err(failed) => self.wrong(500, &failed.to_string()),
-                },
+            Ok(Request::Next(by)) => found(&desk.next(&by)),
+            Ok(Request::Say(saying)) => self.say(desk, saying),
+            Ok(Request::Undo { by, label }) => match desk.undo(&by, label) {
+                Ok(()) => found(&desk.next(&by)),
+                Err(failed) => self.wrong(500, &failed.to_string()),
             },
-            ("GET", path) => match path.strip_prefix("/picture/") {
-                Some(id) if desk.shows(id) => match self.images.borrow_mut().bytes(id) {
+            Ok(Request::Picture(id)) if desk.shows(id) => {
+                match self.images.borrow_mut().bytes(id) {
                     Ok(bytes) => Answer {
                         status: 200,
                         media: media_type(&bytes).unwrap_or("application/octet-stream"),
                         content: bytes.to_vec(),
                     },
                     Err(error) => self.wrong(500, &error.to_string()),
-                },
-                _ => self.wrong(404, "there is nothing here"),
-            },
-            _ => self.wrong(405, "that can't be done here"),
+                }
+            }
+            Ok(Request::Picture(_)) => self.wrong(404, "there is nothing here"),
+            Err((status, why)) => self.wrong(status, &why),
         }
     }
 
@@ -217,14 +199,7 @@ impl Site for Page {
 
 impl Page {
     /// Takes what somebody says.
-    fn say(&self, desk: &mut Desk, body: &[u8]) -> Answer {
-        let saying = match serde_json::from_slice::<Saying>(body) {
-            Err(error) => return self.wrong(400, &error.to_string()),
-            Ok(Saying {
-                said: Said::Undone, ..
-            }) => return self.wrong(400, "that is not to be said"),
-            Ok(saying) => saying,
-        };
+    fn say(&self, desk: &mut Desk, saying: Saying) -> Answer {
         let Saying {
             by,
             question,
@@ -251,43 +226,5 @@ fn found(value: &Value) -> Answer {
         status: 200,
         media: "application/json",
         content: value.to_string().into(),
-    }
-}
-
-/// A part of a query, as it is written there.
-fn parameter<'a>(query: &'a str, name: &str) -> Option<&'a str> {
-    let mut parts = query.split('&').filter_map(|part| part.split_once('='));
-    parts.find_map(|(other, value)| (other == name).then_some(value))
-}
-
-/// A part of a query as it was meant: `%20` is a space.
-fn decoded(text: &str) -> String {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((&byte, behind)) = rest.split_first() {
-        rest = behind;
-        let hex = behind
-            .get(..2)
-            .and_then(|two| std::str::from_utf8(two).ok());
-        let code = hex.and_then(|hex| u8::from_str_radix(hex, 16).ok());
-        match (byte, code) {
-            (b'%', Some(code)) => {
-                bytes.push(code);
-                rest = &behind[2..];
-            }
-            _ => bytes.push(byte),
-        }
-    }
-    String::from_utf8_lossy(&bytes).into_owned()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::decoded;
-
-    #[test]
-    fn names_come_out_of_addresses_as_they_went_in() {
-        assert_eq!(decoded("Ann%20B%C3%BCrki%25"), "Ann Bürki%");
-        assert_eq!(decoded("50%"), "50%");
     }
 }

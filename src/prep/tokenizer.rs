@@ -6,10 +6,7 @@
 //! reference tokenizes at once falls apart at its special tokens before anything else happens
 //! (normalization included), so encoding the pieces between them gives the same ids.
 
-use std::cell::Cell;
-use std::panic::{self, AssertUnwindSafe};
 use std::path::{Path, PathBuf};
-use std::sync::Once;
 
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
@@ -22,34 +19,10 @@ use crate::models::RowFault;
 /// The bytes that a tokenizer's file may have.
 const FILE_MAX: u64 = 1 << 30;
 
-thread_local! {
-    /// Whether a panic of this thread is caught, and told as an error.
-    static CAUGHT: Cell<bool> = const { Cell::new(false) };
-}
-
 /// What the tokenizers crate gives or says. It panics where it should not: at a regular expression that
 /// backtracks for too long, for one.
 fn caught<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
-    static QUIET: Once = Once::new();
-    QUIET.call_once(|| {
-        let told = panic::take_hook();
-        panic::set_hook(Box::new(move |panic| {
-            if !CAUGHT.get() {
-                told(panic);
-            }
-        }));
-    });
-    CAUGHT.set(true);
-    let done = panic::catch_unwind(AssertUnwindSafe(work));
-    CAUGHT.set(false);
-    match done {
-        Ok(done) => done.map_err(|error| error.to_string()),
-        Err(panic) => {
-            let words = panic.downcast_ref::<String>().map(String::as_str);
-            let words = words.or(panic.downcast_ref::<&str>().copied());
-            Err(words.unwrap_or("it panics").to_owned())
-        }
-    }
+    files::caught(work)?.map_err(|error| error.to_string())
 }
 
 /// How much longer a normalizer or decoder may make a text, by [`growth`]; Llama's comes to 9.

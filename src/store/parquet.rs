@@ -18,7 +18,7 @@ use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use sha2::{Digest, Sha256};
 
 use super::key::hex;
-use super::{FileRecord, StoreError, create_folder, sync_folder};
+use super::{FileRecord, StoreError, create_folder, footer, pages, sync_folder};
 use crate::files;
 use crate::tables::{Image, Row};
 
@@ -362,6 +362,22 @@ impl TableReader {
         }
     }
 
+    /// Reads one file that somebody else has written; see [`super::footer`] and [`super::pages`].
+    pub fn of_others(path: &Path) -> Result<Self, StoreError> {
+        let file = files::open(path).map_err(StoreError::io("read", path))?;
+        if !footer::is_shallow(&file).map_err(StoreError::io("read", path))? {
+            let problem = "it has no sound footer, or columns too deep within one another";
+            return Err(unreadable(path, problem.to_owned()));
+        }
+        let builder = open(path)?;
+        let columns = columns(&builder, None);
+        let reader = read(path, || pages::reader(file, &builder, columns, BATCH_ROWS))?;
+        Ok(Self {
+            current: Some((path.to_owned(), reader)),
+            ..Self::new(Vec::new())
+        })
+    }
+
     /// Reads only the columns of `columns`, by their names.
     #[must_use]
     pub fn only(mut self, columns: SchemaRef) -> Self {
@@ -371,7 +387,7 @@ impl TableReader {
 
     fn open(&self, path: &Path) -> Result<ParquetRecordBatchReader, StoreError> {
         let builder = only(open(path)?, self.columns.as_ref()).with_batch_size(BATCH_ROWS);
-        builder.build().map_err(|error| parquet_error(path, error))
+        read(path, || builder.build())
     }
 }
 
@@ -380,17 +396,16 @@ impl Iterator for TableReader {
 
     fn next(&mut self) -> Option<Self::Item> {
         loop {
-            if let Some((path, reader)) = &mut self.current {
-                match reader.next() {
-                    Some(Ok(batch)) => return Some(Ok(batch)),
-                    Some(Err(error)) => {
-                        let problem = error.to_string();
-                        return Some(Err(StoreError::Parquet {
-                            path: path.clone(),
-                            problem,
-                        }));
+            if let Some((path, mut reader)) = self.current.take() {
+                let rows = files::caught(|| reader.next());
+                match rows.map_err(|words| unreadable(&path, words)) {
+                    Ok(None) => {}
+                    Ok(Some(Ok(batch))) => {
+                        self.current = Some((path, reader));
+                        return Some(Ok(batch));
                     }
-                    None => self.current = None,
+                    Ok(Some(Err(error))) => return Some(Err(unreadable(&path, error.to_string()))),
+                    Err(error) => return Some(Err(error)),
                 }
             }
             let path = self.files.next()?;
@@ -424,19 +439,42 @@ pub(super) fn only(
     builder: ParquetRecordBatchReaderBuilder<File>,
     columns: Option<&SchemaRef>,
 ) -> ParquetRecordBatchReaderBuilder<File> {
+    let mask = self::columns(&builder, columns);
+    builder.with_projection(mask)
+}
+
+/// These columns.
+fn columns(
+    builder: &ParquetRecordBatchReaderBuilder<File>,
+    columns: Option<&SchemaRef>,
+) -> ProjectionMask {
     let fields = builder.schema().fields().iter().enumerate();
     let wanted = fields.filter(|(_, field)| {
         let named = columns.is_none_or(|columns| columns.field_with_name(field.name()).is_ok());
         named && !is_round(field)
     });
-    let places: Vec<usize> = wanted.map(|(place, _)| place).collect();
-    let mask = ProjectionMask::roots(builder.parquet_schema(), places);
-    builder.with_projection(mask)
+    ProjectionMask::roots(builder.parquet_schema(), wanted.map(|(place, _)| place))
 }
 
 pub(super) fn open(path: &Path) -> Result<ParquetRecordBatchReaderBuilder<File>, StoreError> {
     let file = files::open(path).map_err(StoreError::io("read", path))?;
-    ParquetRecordBatchReaderBuilder::try_new(file).map_err(|error| parquet_error(path, error))
+    read(path, || ParquetRecordBatchReaderBuilder::try_new(file))
+}
+
+/// What the parquet crate reads of a file. It panics at some that it should refuse.
+fn read<T>(
+    path: &Path,
+    work: impl FnOnce() -> ::parquet::errors::Result<T>,
+) -> Result<T, StoreError> {
+    let read = files::caught(work).map_err(|words| unreadable(path, words))?;
+    read.map_err(|error| parquet_error(path, error))
+}
+
+fn unreadable(path: &Path, problem: String) -> StoreError {
+    StoreError::Parquet {
+        path: path.to_owned(),
+        problem,
+    }
 }
 
 pub(super) fn parquet_error(path: &Path, error: ::parquet::errors::ParquetError) -> StoreError {
@@ -448,16 +486,10 @@ pub(super) fn parquet_error(path: &Path, error: ::parquet::errors::ParquetError)
                 path: path.to_owned(),
                 source: *io,
             },
-            Err(other) => StoreError::Parquet {
-                path: path.to_owned(),
-                problem: other.to_string(),
-            },
+            Err(other) => unreadable(path, other.to_string()),
         };
     }
-    StoreError::Parquet {
-        path: path.to_owned(),
-        problem: error.to_string(),
-    }
+    unreadable(path, error.to_string())
 }
 
 /// The schema of a file's rows, without the column of [`TableWriter::in_round`].

@@ -1,29 +1,34 @@
 //! The desk at which people are asked: who has which question, and what was said.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::fmt::Write as _;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
 use super::super::Failed;
-use super::super::sql::run_table;
-use crate::query;
-use crate::store::{Label, LabelFiles, LabelWriter, NUMBER_MAX, RunFolder, Said, Survey, digest};
-use crate::tables::{Prompt, Role, Row, rows};
-
-/// Questions at a time; people answer some hundreds an hour.
-const QUESTIONS_MAX: usize = 100_000;
+use crate::store::{Label, LabelWriter, NUMBER_MAX, Said, Survey, digest};
+use crate::tables::{Prompt, Role};
 
 /// After so long a question that somebody left open goes to others.
 const LEFT_OPEN: Duration = Duration::from_mins(15);
 
 /// Two answers to a prompt, as they are shown.
 #[derive(Debug, Clone)]
-struct Question {
-    prompt_id: String,
+pub struct Question {
+    pub prompt_id: String,
     left: i32,
     right: i32,
+}
+
+/// What can be asked.
+#[derive(Default)]
+pub struct Questions {
+    /// Those that matter most first.
+    pub list: Vec<Question>,
+    /// The prompts of the questions, by their ids.
+    pub prompts: HashMap<String, Prompt>,
+    /// Texts of candidates, and their digests.
+    pub texts: HashMap<(String, i32), (String, String)>,
 }
 
 /// What can be asked, and what was said.
@@ -41,81 +46,21 @@ pub struct Desk {
     open: HashMap<String, (usize, Instant)>,
 }
 
-rows! {
-    /// A question, those that matter most first.
-    pub struct Asked: "asked" => {
-        /// The prompt.
-        pub prompt_id: String,
-        /// An answer to it.
-        pub one: i32,
-        /// Another one.
-        pub other: i32,
-    }
-}
-
-rows! {
-    /// What a candidate says.
-    pub struct Answer: "answer" => {
-        /// The prompt.
-        pub prompt_id: String,
-        /// Its number among the answers to the prompt.
-        pub candidate: i32,
-        /// What it says.
-        pub text: String,
-    }
-}
-
 impl Desk {
-    /// Finds the questions of a survey and reads what was said so far.
-    pub fn open(run: &RunFolder, survey: Survey) -> Result<Self, Failed> {
-        let writer = LabelFiles::new(run.root(), &survey.table, survey.round).write()?;
-        let mut tables = vec![run_table(run, &survey.candidates, survey.candidates_round)?];
-        for rewards in &survey.rewards {
-            tables.push(run_table(run, rewards, survey.round)?);
-        }
-        let mut found: Vec<Asked> = Vec::new();
-        query::run::<Failed>(&sql(&survey), &[], &tables, &[], None, |batch| {
-            found.extend(
-                Asked::from_batch(&batch).map_err(|misfit| Failed::Words(misfit.to_string()))?,
-            );
-            Ok(())
-        })?;
-        let asked: HashSet<String> = found.iter().map(|asked| asked.prompt_id.clone()).collect();
-        let mut texts = HashMap::new();
-        let columns = format!(
-            "select prompt_id, candidate, text from {}",
-            survey.candidates
-        );
-        query::run::<Failed>(&columns, &[], &tables, &[], None, |batch| {
-            let rows = Answer::from_batch(&batch);
-            for row in rows.map_err(|misfit| Failed::Words(misfit.to_string()))? {
-                let digest = digest(row.text.as_bytes());
-                texts.insert((row.prompt_id, row.candidate), (row.text, digest));
-            }
-            Ok(())
-        })?;
-        let mut prompts = HashMap::new();
-        for batch in run.reader(&survey.prompts, survey.prompts_round) {
-            let rows = Prompt::from_batch(&batch?);
-            for row in rows.map_err(|misfit| Failed::Words(misfit.to_string()))? {
-                if asked.contains(&row.prompt_id) {
-                    prompts.insert(row.prompt_id.clone(), row);
-                }
-            }
-        }
-        let questions: Vec<Question> = found.into_iter().map(sided).collect();
+    /// The desk of a survey; `writer` knows what was said so far.
+    pub fn new(writer: LabelWriter, survey: Survey, questions: Questions) -> Self {
         let mut desk = Self {
             labels: BTreeMap::new(),
             of_label: HashMap::new(),
             open: HashMap::new(),
             writer,
             survey,
-            questions,
-            prompts,
-            texts,
+            questions: questions.list,
+            prompts: questions.prompts,
+            texts: questions.texts,
         };
         desk.recall();
-        Ok(desk)
+        desk
     }
 
     /// Reads what was said before.
@@ -319,12 +264,7 @@ fn now() -> u64 {
 }
 
 /// Which answer stands left is drawn, and the same whoever looks and however often.
-fn sided(asked: Asked) -> Question {
-    let Asked {
-        prompt_id,
-        one,
-        other,
-    } = asked;
+pub fn sided(prompt_id: String, one: i32, other: i32) -> Question {
     let drawn = digest(format!("{prompt_id} {one} {other}").as_bytes());
     let is_turned = drawn.as_bytes()[0] % 2 == 1;
     let (left, right) = if is_turned {
@@ -337,56 +277,4 @@ fn sided(asked: Asked) -> Question {
         left,
         right,
     }
-}
-
-/// Pairs of different answers to a prompt. First come, of each prompt, the two about which the judges
-/// disagree most: how far apart they find them, in standard deviations of their rewards of the prompt's
-/// answers. A judge that is alone disagrees with itself where it finds two close.
-fn sql(survey: &Survey) -> String {
-    let mut with = Vec::new();
-    let mut joins = String::new();
-    let mut apart = Vec::new();
-    for (number, rewards) in survey.rewards.iter().enumerate() {
-        with.push(format!(
-            "z{number} as (
-                select prompt_id, candidate, case when stddev_pop(reward) over w = 0 then 0 else
-                       (reward - avg(reward) over w) / stddev_pop(reward) over w end as z
-                from {rewards} window w as (partition by prompt_id)
-             )"
-        ));
-        write!(
-            joins,
-            " left join z{number} a{number} on a{number}.prompt_id = p.prompt_id and a{number}.candidate = p.one
-              left join z{number} b{number} on b{number}.prompt_id = p.prompt_id and b{number}.candidate = p.other"
-        )
-        .expect("a string takes any text");
-        apart.push(format!("coalesce(a{number}.z - b{number}.z, 0)"));
-    }
-    let disagreement = match &apart[..] {
-        [] => "0".to_owned(),
-        [alone] => format!("-abs({alone})"),
-        several => format!("greatest({0}) - least({0})", several.join(", ")),
-    };
-    with.insert(
-        0,
-        format!(
-            "answers as (select prompt_id, min(candidate) as candidate from {} group by prompt_id, md5(text)),
-             p as (
-                select a.prompt_id, a.candidate as one, b.candidate as other
-                from answers a join answers b on a.prompt_id = b.prompt_id and a.candidate < b.candidate
-             )",
-            survey.candidates
-        ),
-    );
-    format!(
-        "with {}, weighed as (
-            select p.prompt_id, p.one, p.other, {disagreement} as disagreement,
-                   md5(concat(p.prompt_id, ' ', p.one, ' ', p.other)) as drawn
-            from p {joins}
-         ), numbered as (
-            select *, row_number() over (partition by prompt_id order by disagreement desc, drawn) as nth from weighed
-         )
-         select prompt_id, one, other from numbered order by nth, disagreement desc, drawn limit {QUESTIONS_MAX}",
-        with.join(", ")
-    )
 }

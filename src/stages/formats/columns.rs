@@ -28,7 +28,7 @@ const BYTES_SHOWN: usize = 60;
 pub fn records(
     path: &Path,
 ) -> Result<impl Iterator<Item = Result<Record, Failure>> + Send + use<>, Failure> {
-    let mut reader = TableReader::new(vec![path.to_owned()]).peekable();
+    let mut reader = TableReader::of_others(path)?.peekable();
     if reader.peek().is_none() {
         return Err(empty(path));
     }

@@ -1,0 +1,130 @@
+//! The questions of a survey, and the query that finds them.
+
+use std::collections::HashSet;
+use std::fmt::Write as _;
+
+use super::super::Failed;
+use super::super::sql::run_table;
+use super::desk::{Questions, sided};
+use crate::query;
+use crate::store::{RunFolder, Survey, digest};
+use crate::tables::{Prompt, Row, rows};
+
+/// Questions at a time; people answer some hundreds an hour.
+const QUESTIONS_MAX: usize = 100_000;
+
+rows! {
+    /// Two answers to a prompt, those that matter most first.
+    pub struct Choice: "asked" => {
+        /// The prompt.
+        pub prompt_id: String,
+        /// An answer to it.
+        pub one: i32,
+        /// Another one.
+        pub other: i32,
+    }
+}
+
+rows! {
+    /// What a candidate says.
+    pub struct Answer: "answer" => {
+        /// The prompt.
+        pub prompt_id: String,
+        /// Its number among the answers to the prompt.
+        pub candidate: i32,
+        /// What it says.
+        pub text: String,
+    }
+}
+
+/// Finds the questions of a survey, and what they show.
+pub fn find(run: &RunFolder, survey: &Survey) -> Result<Questions, Failed> {
+    let mut tables = vec![run_table(run, &survey.candidates, survey.candidates_round)?];
+    for rewards in &survey.rewards {
+        tables.push(run_table(run, rewards, survey.round)?);
+    }
+    let mut found = Questions::default();
+    query::run::<Failed>(&sql(survey), &[], &tables, &[], None, |batch| {
+        let rows = Choice::from_batch(&batch);
+        for row in rows.map_err(|misfit| Failed::Words(misfit.to_string()))? {
+            found.list.push(sided(row.prompt_id, row.one, row.other));
+        }
+        Ok(())
+    })?;
+    let columns = format!(
+        "select prompt_id, candidate, text from {}",
+        survey.candidates
+    );
+    query::run::<Failed>(&columns, &[], &tables, &[], None, |batch| {
+        let rows = Answer::from_batch(&batch);
+        for row in rows.map_err(|misfit| Failed::Words(misfit.to_string()))? {
+            let digest = digest(row.text.as_bytes());
+            let name = (row.prompt_id, row.candidate);
+            found.texts.insert(name, (row.text, digest));
+        }
+        Ok(())
+    })?;
+    let named = found.list.iter().map(|question| &question.prompt_id);
+    let named: HashSet<&String> = named.collect();
+    for batch in run.reader(&survey.prompts, survey.prompts_round) {
+        let rows = Prompt::from_batch(&batch?);
+        for row in rows.map_err(|misfit| Failed::Words(misfit.to_string()))? {
+            if named.contains(&row.prompt_id) {
+                found.prompts.insert(row.prompt_id.clone(), row);
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Pairs of different answers to a prompt. First come, of each prompt, the two about which the judges
+/// disagree most: how far apart they find them, in standard deviations of their rewards of the prompt's
+/// answers. A judge that is alone disagrees with itself where it finds two close.
+fn sql(survey: &Survey) -> String {
+    let mut with = Vec::new();
+    let mut joins = String::new();
+    let mut apart = Vec::new();
+    for (number, rewards) in survey.rewards.iter().enumerate() {
+        with.push(format!(
+            "z{number} as (
+                select prompt_id, candidate, case when stddev_pop(reward) over w = 0 then 0 else
+                       (reward - avg(reward) over w) / stddev_pop(reward) over w end as z
+                from {rewards} window w as (partition by prompt_id)
+             )"
+        ));
+        write!(
+            joins,
+            " left join z{number} a{number} on a{number}.prompt_id = p.prompt_id and a{number}.candidate = p.one
+              left join z{number} b{number} on b{number}.prompt_id = p.prompt_id and b{number}.candidate = p.other"
+        )
+        .expect("a string takes any text");
+        apart.push(format!("coalesce(a{number}.z - b{number}.z, 0)"));
+    }
+    let disagreement = match &apart[..] {
+        [] => "0".to_owned(),
+        [alone] => format!("-abs({alone})"),
+        several => format!("greatest({0}) - least({0})", several.join(", ")),
+    };
+    with.insert(
+        0,
+        format!(
+            "answers as (select prompt_id, min(candidate) as candidate from {} group by prompt_id, md5(text)),
+             p as (
+                select a.prompt_id, a.candidate as one, b.candidate as other
+                from answers a join answers b on a.prompt_id = b.prompt_id and a.candidate < b.candidate
+             )",
+            survey.candidates
+        ),
+    );
+    format!(
+        "with {}, weighed as (
+            select p.prompt_id, p.one, p.other, {disagreement} as disagreement,
+                   md5(concat(p.prompt_id, ' ', p.one, ' ', p.other)) as drawn
+            from p {joins}
+         ), numbered as (
+            select *, row_number() over (partition by prompt_id order by disagreement desc, drawn) as nth from weighed
+         )
+         select prompt_id, one, other from numbered order by nth, disagreement desc, drawn limit {QUESTIONS_MAX}",
+        with.join(", ")
+    )
+}

@@ -1,0 +1,238 @@
+//! How deep the columns of a Parquet file lie within one another, by its footer. The parquet crate goes down
+//! by recursion, and a file of 160 kB may have more levels than a thread has stack.
+//!
+//! The footer is a struct `FileMetaData` of parquet.thrift in Thrift's compact protocol; its field 2 is the
+//! list of the columns and groups of columns, each group before what is in it.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt as _;
+
+/// The most levels that are read.
+const LEVELS_MAX: usize = 100;
+
+/// How a file ends: the length of its footer, and these four bytes.
+const END: &[u8] = b"PAR1";
+
+/// What Thrift calls the types of fields.
+const I32: u8 = 5;
+const I64: u8 = 6;
+const DOUBLE: u8 = 7;
+const BINARY: u8 = 8;
+const LIST: u8 = 9;
+const SET: u8 = 10;
+const STRUCT: u8 = 12;
+
+/// The types of the first fields of the footer, and of those of a column.
+const FOOTER: [u8; 6] = [I32, LIST, I64, LIST, LIST, BINARY];
+const COLUMN: [u8; 10] = [I32, I32, I32, BINARY, I32, I32, I32, I32, I32, STRUCT];
+
+/// The fields with the list of columns, and with the number of columns in a group.
+const COLUMNS: i64 = 2;
+const CHILDREN: i64 = 5;
+
+/// Whether a file is one whose columns lie no deeper than [`LEVELS_MAX`].
+pub(super) fn is_shallow(file: &File) -> io::Result<bool> {
+    let length = file.metadata()?.len();
+    let Some(end) = length.checked_sub(8) else {
+        return Ok(false);
+    };
+    let mut tail = [0; 8];
+    file.read_exact_at(&mut tail, end)?;
+    let (size, magic) = tail.split_at(4);
+    let size = u32::from_le_bytes(size.try_into().expect("four bytes"));
+    let Some(start) = end.checked_sub(size.into()).filter(|_| magic == END) else {
+        return Ok(false);
+    };
+    let mut footer = vec![0; size as usize];
+    file.read_exact_at(&mut footer, start)?;
+    Ok(Thrift(&footer).footer().is_some())
+}
+
+/// What is left of a text in the compact protocol.
+struct Thrift<'a>(&'a [u8]);
+
+impl<'a> Thrift<'a> {
+    fn take(&mut self, count: u64) -> Option<&'a [u8]> {
+        let (taken, rest) = self.0.split_at_checked(usize::try_from(count).ok()?)?;
+        self.0 = rest;
+        Some(taken)
+    }
+
+    fn byte(&mut self) -> Option<u8> {
+        Some(self.take(1)?[0])
+    }
+
+    /// Seven bits a byte, the lowest first.
+    fn number(&mut self) -> Option<u64> {
+        let mut number = 0;
+        for place in (0..64).step_by(7) {
+            let byte = self.byte()?;
+            number |= u64::from(byte & 0x7f) << place;
+            if byte & 0x80 == 0 {
+                return Some(number);
+            }
+        }
+        None
+    }
+
+    fn signed(&mut self) -> Option<i64> {
+        let number = self.number()?;
+        Some((number >> 1).cast_signed() ^ -(number & 1).cast_signed())
+    }
+
+    /// The number of the next field of a struct, after that of the one before, and its type. The outer
+    /// `None` is a spoiled text, the inner one the end of the struct.
+    fn field(&mut self, before: i64) -> Option<Option<(i64, u8)>> {
+        let byte = self.byte()?;
+        if byte == 0 {
+            return Some(None);
+        }
+        let number = match byte >> 4 {
+            0 => self.signed()?,
+            more => before.checked_add(more.into())?,
+        };
+        Some(Some((number, byte & 15)))
+    }
+
+    /// How many items a list has, and their type.
+    fn list(&mut self) -> Option<(u64, u8)> {
+        let byte = self.byte()?;
+        let count = match byte >> 4 {
+            15 => self.number()?,
+            count => count.into(),
+        };
+        Some((count, byte & 15))
+    }
+
+    /// Passes over a value, in which others lie no deeper than `levels`.
+    fn skip(&mut self, kind: u8, levels: usize) -> Option<()> {
+        let levels = levels.checked_sub(1)?;
+        match kind {
+            // Of the two truth values, the type is the value.
+            1 | 2 => {}
+            3 => {
+                self.byte()?;
+            }
+            4..=I64 => {
+                self.number()?;
+            }
+            DOUBLE => {
+                self.take(8)?;
+            }
+            BINARY => {
+                let length = self.number()?;
+                self.take(length)?;
+            }
+            LIST | SET => {
+                let (count, kind) = self.list()?;
+                for _ in 0..count {
+                    match kind {
+                        1 | 2 => self.byte().map(|_| ())?,
+                        kind => self.skip(kind, levels)?,
+                    }
+                }
+            }
+            STRUCT => {
+                let mut before = 0;
+                while let Some((number, kind)) = self.field(before)? {
+                    self.skip(kind, levels)?;
+                    before = number;
+                }
+            }
+            _ => return None,
+        }
+        Some(())
+    }
+
+    /// Reads the footer; `None` if it is none, or if its columns lie too deep.
+    fn footer(&mut self) -> Option<()> {
+        let mut before = 0;
+        while let Some((number, kind)) = self.field(before)? {
+            fits(&FOOTER, number, kind)?;
+            if number == COLUMNS {
+                self.columns()?;
+            } else {
+                self.skip(kind, LEVELS_MAX)?;
+            }
+            before = number;
+        }
+        Some(())
+    }
+
+    fn columns(&mut self) -> Option<()> {
+        let (count, kind) = self.list()?;
+        if kind != STRUCT {
+            return None;
+        }
+        // How many columns are left in each of the groups that are open.
+        let mut open = Vec::new();
+        for _ in 0..count {
+            let children = self.column()?;
+            if let Some(left) = open.last_mut() {
+                *left -= 1;
+            }
+            if children > 0 {
+                open.push(children);
+            }
+            while open.last() == Some(&0) {
+                open.pop();
+            }
+            if open.len() > LEVELS_MAX {
+                return None;
+            }
+        }
+        Some(())
+    }
+
+    /// The number of columns in a group; none are in a column.
+    fn column(&mut self) -> Option<i64> {
+        let (mut before, mut children) = (0, 0);
+        while let Some((number, kind)) = self.field(before)? {
+            fits(&COLUMN, number, kind)?;
+            if number == CHILDREN {
+                children = self.signed()?;
+            } else {
+                self.skip(kind, LEVELS_MAX)?;
+            }
+            before = number;
+        }
+        Some(children)
+    }
+}
+
+/// Whether a field has the type that it must have.
+fn fits(kinds: &[u8], number: i64, kind: u8) -> Option<()> {
+    let place = usize::try_from(number).ok()?.checked_sub(1)?;
+    kinds
+        .get(place)
+        .is_none_or(|wanted| *wanted == kind)
+        .then_some(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A footer of a column within so many groups.
+    fn nested(groups: u8) -> Vec<u8> {
+        let mut footer = vec![0x15, 2, 0x19, 0xfc, groups + 1];
+        for _ in 0..groups {
+            footer.extend([0x48, 1, b'g', 0x15, 2, 0]);
+        }
+        footer.extend([0x15, 12, 0x25, 2, 0x18, 1, b'a', 0, 0x16, 0, 0x19, 0x0c, 0]);
+        footer
+    }
+
+    #[test]
+    fn a_footer_is_read_as_far_as_its_columns_lie_no_deeper_than_a_hundred_levels() {
+        for (groups, is_read) in [(1, true), (100, true), (101, false), (120, false)] {
+            let read = Thrift(&nested(groups)).footer();
+            assert_eq!(read.is_some(), is_read, "{groups}");
+        }
+        let whole = nested(2);
+        for length in 0..whole.len() {
+            assert!(Thrift(&whole[..length]).footer().is_none(), "{length}");
+        }
+    }
+}
