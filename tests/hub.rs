@@ -152,6 +152,17 @@ fn weights_are_fetched_once_and_used_without_a_network_after_that() {
     // Not when nobody wants the network, and not by a check.
     let offline = says(&scene, &run, &[endpoint, ("HF_HUB_OFFLINE", "1")]);
     assert_eq!(offline.code, Some(2), "{}", offline.err);
+    let checked = says(
+        &scene,
+        &["check", "p.yaml"],
+        &[endpoint, ("HF_HUB_OFFLINE", "1")],
+    );
+    assert_eq!(checked.code, Some(2), "{}", checked.err);
+    assert!(
+        checked.err.contains("unset HF_HUB_OFFLINE"),
+        "{}",
+        checked.err
+    );
     let checked = says(&scene, &["check", "p.yaml"], &[endpoint]);
     assert!(
         checked.err.contains("`pipeline run` fetches it"),

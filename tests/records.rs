@@ -585,3 +585,19 @@ fn columns_that_would_be_lost_are_refused() {
     ]));
     assert!(told.contains("`extra`"), "{told}");
 }
+
+#[test]
+fn check_finds_that_no_picture_is_there() {
+    let scene = with_pictures(&[]);
+    let record = json!([{"image": "0001.png", "prompt": "What is it?"}]);
+    scene.write("prompts.json", record.to_string());
+    let said = scene
+        .write("p.yaml", SCRIPTED)
+        .pipeline(&["check", "p.yaml"]);
+    assert_eq!(said.code, Some(2), "{}", said.err);
+    assert!(
+        flat(&said.err).contains(&flat("there is no picture 0001.png")),
+        "{}",
+        said.err
+    );
+}

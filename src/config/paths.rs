@@ -12,7 +12,7 @@ use super::pipeline::Written;
 use super::reference::Secrets;
 use super::source::KeyPath;
 use crate::files;
-use crate::models::{LlavaOnevision, ModelSpec, Questionnaire, Repository, TEMPLATE};
+use crate::models::{LlavaOnevision, ModelSpec, Questionnaire, Repository, TEMPLATE, is_offline};
 use crate::prep::{AdapterCard, JudgePrep, OtherText, PolicyPrep, PrepError, Shards, other_text};
 use crate::stages::{Objection, StageSpec};
 
@@ -184,6 +184,12 @@ fn not_cached(repository: &Repository, path: &Path, at: At, secrets: &Secrets) -
     }
     let message = format!("`{shown}` is not in the hub's cache");
     let command = secrets.hide(&repository.command());
+    if is_offline() {
+        let message = format!("{message}, and HF_HUB_OFFLINE is set: nothing is fetched");
+        return Complaint::new(NOT_FETCHED, at, message).help(format!(
+            "unset HF_HUB_OFFLINE, or fetch it where there is a network: {command}"
+        ));
+    }
     Complaint::note(NOT_FETCHED, at, message)
         .help(format!("`pipeline run` fetches it, and so does: {command}"))
 }

@@ -156,6 +156,12 @@ impl Lineage {
                     let written = written.map_or("", String::as_str);
                     Some(unplanned(EXPECT, at, &error, written, &planned, &tables))
                 }
+                (None, Ok((_, count))) if expectation.query.is_some() && count.is_never_empty() => {
+                    let message = "the query always gives a row, and it must give none";
+                    let help = "give a `value` with `at_least` or `at_most` in its place, or ask for the rows that \
+                                should not be there";
+                    Some(Complaint::new(EXPECT, at, message).help(help))
+                }
                 (None, Ok((_, count))) => {
                     let several = count.several().filter(|_| expectation.value.is_some());
                     several.map(|several| {

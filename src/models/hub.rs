@@ -5,7 +5,7 @@
 
 mod fetch;
 
-pub use fetch::Hub;
+pub use fetch::{Hub, is_offline};
 
 use std::ffi::OsString;
 use std::fs;

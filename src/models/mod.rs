@@ -20,7 +20,7 @@ mod types;
 pub use asking::{Asking, Mode, Questionnaire, Shown, Verdict};
 pub use critic::{Critic, PolicyWriter, Request, Writer};
 pub use http::{BaseUrl, Http, HttpWriter, Price, Spend, SpendLimit};
-pub use hub::{Hub, Repository};
+pub use hub::{Hub, Repository, is_offline};
 pub use orders::Orders;
 pub use spec::{
     CriticSpec, DeviceSpec, Dtype, Exam, Gigabytes, Golden, Itself, LlavaOnevision, LlavaRlhf,

@@ -31,6 +31,11 @@ impl RowCount {
         }
     }
 
+    /// True if the query gives a row whatever is in its tables.
+    pub fn is_never_empty(&self) -> bool {
+        self.rows.least > 0
+    }
+
     /// Why it may be more than one row; `None` if it is one at most, or if nobody can tell.
     pub fn several(&self) -> Option<Several> {
         self.rows.several().or_else(|| self.of_subquery.clone())

@@ -76,14 +76,20 @@ struct Large {
     sha256: String,
 }
 
+/// True if `HF_HUB_OFFLINE` forbids to fetch anything.
+pub fn is_offline() -> bool {
+    let offline = variable("HF_HUB_OFFLINE").and_then(|value| value.into_string().ok());
+    let offline = offline.unwrap_or_default().to_uppercase();
+    ["1", "ON", "YES", "TRUE"].contains(&offline.as_str())
+}
+
 impl Hub {
     /// The hub as the environment has it: `HF_ENDPOINT`, `HF_TOKEN` or the token that `hf auth login` left,
     /// and the cache. `None` with `HF_HUB_OFFLINE`, and where there is no place for a cache.
     /// Fails, in words, where its certificates can't be read.
     pub fn of_environment() -> Result<Option<Self>, String> {
         let text = |name: &str| variable(name)?.into_string().ok();
-        let offline = text("HF_HUB_OFFLINE").unwrap_or_default().to_uppercase();
-        if ["1", "ON", "YES", "TRUE"].contains(&offline.as_str()) {
+        if is_offline() {
             return Ok(None);
         }
         let Some(cache) = cache(&variable) else {
