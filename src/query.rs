@@ -8,16 +8,16 @@ mod apart;
 mod checked;
 mod count;
 mod depth;
-mod expansion;
 mod intervals;
+mod large;
 mod lines;
 mod row_by_row;
 #[cfg(test)]
 mod tests;
+pub mod types;
 mod unsupported;
 mod words;
 
-use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -101,7 +101,9 @@ pub fn plan_counted(
         let frame = prepare(&context, sql, params, Allowed::Queries).await?;
         // The logical schema knows names and types; nullability is as wide as it may be.
         let schema = Arc::new(frame.schema().as_arrow().clone());
-        refuse_equal_fields(&schema)?;
+        types::each_type(&schema, &mut |path, of| {
+            types::equal_fields(path, of).map_or(Ok(()), |words| Err(QueryError(words)))
+        })?;
         let count = RowCount::of(frame.logical_plan());
         // Types are reconciled, and functions looked at, on the way to the plan that would be executed.
         frame.create_physical_plan().await.map_err(error)?;
@@ -278,7 +280,7 @@ fn parse(state: &SessionState, sql: &str) -> Result<Statement, QueryError> {
     depth::refuse_deep(sql)?;
     let dialect = state.config_options().sql_parser.dialect;
     let statement = state.sql_to_statement(sql, &dialect).map_err(error)?;
-    expansion::refuse_large(&statement)?;
+    large::refuse_large(&statement)?;
     Ok(statement)
 }
 
@@ -416,31 +418,6 @@ fn nullable(schema: &SchemaRef) -> SchemaRef {
     let fields = fields.map(|field| field.as_ref().clone().with_nullable(true));
     let fields: Vec<Field> = fields.collect();
     Arc::new(Schema::new_with_metadata(fields, schema.metadata().clone()))
-}
-
-/// Refuses structs with two fields of one name, which other programs can't read.
-fn refuse_equal_fields(schema: &Schema) -> Result<(), QueryError> {
-    fn twice(of: &DataType) -> Option<&str> {
-        match of {
-            DataType::Struct(fields) => {
-                let mut names = HashSet::new();
-                let found = fields.iter().find(|field| !names.insert(field.name()));
-                let below = || fields.iter().find_map(|field| twice(field.data_type()));
-                found.map(|field| field.name().as_str()).or_else(below)
-            }
-            DataType::List(item) | DataType::LargeList(item) | DataType::FixedSizeList(item, _) => {
-                twice(item.data_type())
-            }
-            _ => None,
-        }
-    }
-    let mut fields = schema.fields().iter();
-    let found = fields.find_map(|field| Some((field.name(), twice(field.data_type())?)));
-    found.map_or(Ok(()), |(column, name)| {
-        Err(QueryError(format!(
-            "the column `{column}` holds two fields `{name}`; give one of them another name"
-        )))
-    })
 }
 
 /// Whether a result is one column, true or false.

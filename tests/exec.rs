@@ -3,7 +3,12 @@
 use std::fs;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use arrow::array::{ArrayRef, RecordBatch, StringArray};
+use arrow::datatypes::{DataType, Field, Schema};
+use arrow_ipc::writer::StreamWriter;
 
 use crate::run::SCRIPTED;
 use crate::scene::{Said, Scene};
@@ -268,4 +273,28 @@ fn wait_for<T>(mut look: impl FnMut() -> Option<T>) -> T {
         assert!(begun.elapsed() < Duration::from_mins(1), "it never came");
         std::thread::sleep(Duration::from_millis(20));
     }
+}
+
+#[test]
+fn a_column_that_is_written_twice_is_refused() {
+    let scene = Scene::new();
+    let ids: ArrayRef = Arc::new(StringArray::from(vec!["a"]));
+    let field = || Field::new("prompt_id", DataType::Utf8, false);
+    let schema = Arc::new(Schema::new(vec![field(), field()]));
+    let rows = RecordBatch::try_new(schema.clone(), vec![ids.clone(), ids]).unwrap();
+    let mut writer = StreamWriter::try_new(Vec::new(), &schema).unwrap();
+    writer.write(&rows).unwrap();
+    writer.finish().unwrap();
+    scene.write("out.arrow", writer.into_inner().unwrap());
+    let command = "[sh, -c, 'cat > /dev/null; cat out.arrow']";
+    scene
+        .prompts(2)
+        .write("p.yaml", pipeline(command, "prompt_id: text"));
+    let said = scene.pipeline(&["run", "p.yaml"]);
+    assert_eq!(said.code, Some(1), "{}", said.err);
+    assert!(
+        said.err.contains("wrote two columns `prompt_id`"),
+        "{}",
+        said.err
+    );
 }

@@ -11,10 +11,26 @@ use ovchat::tables::{Candidate, DpoStep, Finish, Pair, Reference, Reward, Row};
 
 use crate::scene::{ROOT, Scene};
 
+/// The models of a pipeline: a policy and a reward model, by their folders.
+pub fn models(policy: &str, reward: &str) -> String {
+    format!(
+        "models:
+  policy: {{ llava_onevision: {{ weights: {policy}, device: cpu }} }}
+  judge:
+    llava_rlhf:
+      base: {reward}/base
+      vision: {reward}/vision
+      adapter: {reward}/adapter
+      prompt: {reward}/prompt.txt
+      device: cpu"
+    )
+}
+
 /// Two short rounds on the small world.
 fn scene() -> Scene {
     let scene = Scene::new();
     let samples = format!("{ROOT}/data-samples");
+    let models = models(&format!("{samples}/policy"), &format!("{samples}/reward"));
     scene.write(
         "p.yaml",
         format!(
@@ -22,15 +38,7 @@ fn scene() -> Scene {
 pipeline: networks
 seed: 5
 rounds: 2
-models:
-  policy: {{ llava_onevision: {{ weights: {samples}/policy, device: cpu }} }}
-  judge:
-    llava_rlhf:
-      base: {samples}/reward/base
-      vision: {samples}/reward/vision
-      adapter: {samples}/reward/adapter
-      prompt: {samples}/reward/prompt.txt
-      device: cpu
+{models}
 stages:
   prompts:
     load_prompts: {{ from: {samples}/prompts.json, images: {samples}/images, limit: 8 }}

@@ -500,6 +500,17 @@ fn parts_of_a_record_that_would_be_lost_are_told() {
     let (_, reason) =
         set_aside(&json!({"id": 123_456_789_012_345_678_901_234_u128 as f64, "prompt": "Why?"}));
     assert!(reason.contains("write it in quotes"), "{reason}");
+    let (_, reason) = set_aside(
+        &json!({"conversations": [{"from": "human", "value": "Why?", "role": "user", "content": "How?"}]}),
+    );
+    assert!(reason.contains("beside `role` and `content`"), "{reason}");
+    let (_, reason) = set_aside(
+        &json!({"image": "images/good.png", "system": "<image>", "prompt": "<image>Why?"}),
+    );
+    assert!(
+        reason.contains("1 image and 2 `<image>` placeholders"),
+        "{reason}"
+    );
     let scene = Scene::new();
     let entries = json!([{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]);
     let record = json!({"conversations": entries, "answer": "B"});
@@ -563,10 +574,7 @@ fn columns_that_would_be_lost_are_refused() {
         ("prompt", texts(&["How?"])),
     ]);
     let told = fails(&twice);
-    assert!(
-        told.contains("the column `prompt` stands in it twice"),
-        "{told}"
-    );
+    assert!(told.contains("it has two columns `prompt`"), "{told}");
     for (name, other) in [("image", "images"), ("images", "image")] {
         let told = fails(&batch(vec![
             ("prompt", texts(&["Why?"])),
@@ -575,6 +583,24 @@ fn columns_that_would_be_lost_are_refused() {
         ]));
         assert!(told.contains("hold different images"), "{told}");
     }
+    let jpg: ArrayRef = Arc::new(BinaryArray::from(vec![&png[..png.len() - 1]]));
+    let told = fails(&batch(vec![
+        ("prompt", texts(&["Why?"])),
+        ("image", bytes.clone()),
+        ("images", jpg),
+    ]));
+    assert!(told.contains("hold different images"), "{told}");
+    // The same image under two names is one.
+    let scene = with_pictures(&[]);
+    let same = batch(vec![
+        ("prompt", texts(&["<image>Why?"])),
+        ("image", bytes.clone()),
+        ("images", bytes.clone()),
+    ]);
+    write_parquet(&scene, &same);
+    load(&scene, "prompts.parquet");
+    let read: Vec<Prompt> = rows(&scene, "prompts", None);
+    assert_eq!(read[0].image_ids, [ovchat::store::digest(&png)]);
     let mut map = MapBuilder::new(None, StringBuilder::new(), StringBuilder::new());
     map.keys().append_value("video");
     map.values().append_value("a.mp4");

@@ -434,3 +434,14 @@ fn a_run_that_fails_leaves_views_and_the_file_that_is_forked() {
     let told = scene.succeeds(&["fork", "scripted", "--at", "2", "--to", "f"]);
     assert!(told.out.contains("p.yaml"), "{}", told.out);
 }
+
+/// The command of the last whole run would not make its tables any more.
+#[test]
+fn the_way_back_names_a_change_of_the_file() {
+    let scene = finished(SCRIPTED);
+    let edited = gated(SCRIPTED).replace("seed: 3", "seed: 4");
+    scene.write("p.yaml", edited);
+    let said = scene.pipeline(&["run", "p.yaml", "--set", "rounds=1"]);
+    let told = "to bring them back, undo the change of the file and run: pipeline run p.yaml";
+    assert!(said.err.contains(told), "{}", said.err);
+}

@@ -47,7 +47,7 @@ mod ovchat {
         pub mod records;
         pub mod unread;
 
-        /// What `src/stages/work.rs` has of records, without queries, models and trainings.
+        /// The records and failures of `src/stages/work.rs`, without queries, models and trainings.
         pub mod work {
             use std::path::PathBuf;
 
@@ -85,7 +85,7 @@ mod tested {
     use std::path::Path;
 
     use crate::cli::label::desk::{Desk, Questions, sided};
-    use crate::cli::label::request::{self, Request, Saying};
+    use crate::cli::label::request::{self, Request};
     use crate::config::node::{Flaw, Node};
     use crate::config::source::{Side, Source};
     use crate::stages::formats;
@@ -146,14 +146,8 @@ mod tested {
             let by = match request::read(method, path, query, body) {
                 Ok(Request::Next(by)) => by,
                 Ok(Request::Say(saying)) => {
-                    let Saying {
-                        by,
-                        question,
-                        said,
-                        milliseconds,
-                    } = saying;
-                    let _ = desk.say(&by, question, said, milliseconds);
-                    by
+                    let _ = desk.say(&saying);
+                    saying.by
                 }
                 Ok(Request::Undo { by, label }) => {
                     assert!(desk.undo(&by, label).is_ok());

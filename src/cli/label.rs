@@ -167,7 +167,7 @@ impl Site for Page {
                 content: PAGE.into(),
             },
             Ok(Request::Next(by)) => found(&desk.next(&by)),
-            Ok(Request::Say(saying)) => self.say(desk, saying),
+            Ok(Request::Say(saying)) => self.say(desk, &saying),
             Ok(Request::Undo { by, label }) => match desk.undo(&by, label) {
                 Ok(()) => found(&desk.next(&by)),
                 Err(failed) => self.wrong(500, &failed.to_string()),
@@ -199,15 +199,9 @@ impl Site for Page {
 
 impl Page {
     /// Takes what somebody says.
-    fn say(&self, desk: &mut Desk, saying: Saying) -> Answer {
-        let Saying {
-            by,
-            question,
-            said,
-            milliseconds,
-        } = saying;
+    fn say(&self, desk: &mut Desk, saying: &Saying) -> Answer {
         let before = desk.said();
-        let label = match desk.say(&by, question, said, milliseconds) {
+        let label = match desk.say(saying) {
             Ok(label) => label,
             Err(failed) => return self.wrong(409, &failed.to_string()),
         };
@@ -215,7 +209,7 @@ impl Page {
         if before < desk.wanted() && after >= desk.wanted() {
             say!("{after} labels are enough: run the pipeline again to go on");
         }
-        let mut next = desk.next(&by);
+        let mut next = desk.next(&saying.by);
         next["label"] = json!(label);
         found(&next)
     }

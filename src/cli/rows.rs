@@ -30,6 +30,7 @@ use text::{csv_header, csv_rows, markdown_header, markdown_rows, shown};
 
 use super::Failed;
 use super::out::say;
+use crate::query::types::{each_type, equal_fields, look_within};
 use crate::query::{Header, QueryError};
 use crate::store::ParquetStream;
 
@@ -314,22 +315,8 @@ fn refuse_equal_names(header: &Header) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Readers of structs keep one of two fields of the same name, too.
 fn refuse_equal_fields(path: &str, of: &DataType) -> Result<(), Failed> {
-    let DataType::Struct(fields) = of else {
-        return Ok(());
-    };
-    for field in fields {
-        let name = field.name();
-        let count = fields.iter().filter(|other| other.name() == name).count();
-        if count > 1 {
-            return Err(Failed::Words(format!(
-                "{count} fields of `{path}` are called `{name}`; give each a name of its own: \
-                 named_struct('{name}_1', …, '{name}_2', …)"
-            )));
-        }
-    }
-    Ok(())
+    equal_fields(path, of).map_or(Ok(()), |words| Err(Failed::Words(words)))
 }
 
 fn refuse_interval(path: &str, of: &DataType) -> Result<(), Failed> {
@@ -340,36 +327,6 @@ fn refuse_interval(path: &str, of: &DataType) -> Result<(), Failed> {
         "`{path}` is an interval, which Parquet can't hold: write cast({path} as varchar) in the query, or use \
          `--format arrow`"
     )))
-}
-
-/// Looks at the types of all columns and at those within them, each with its path: `pair.x`.
-fn each_type(
-    schema: &SchemaRef,
-    look: &mut dyn FnMut(&str, &DataType) -> Result<(), Failed>,
-) -> Result<(), Failed> {
-    let mut columns = schema.fields().iter();
-    columns.try_for_each(|column| look_within(column.name(), column.data_type(), look))
-}
-
-fn look_within(
-    path: &str,
-    of: &DataType,
-    look: &mut dyn FnMut(&str, &DataType) -> Result<(), Failed>,
-) -> Result<(), Failed> {
-    look(path, of)?;
-    match of {
-        DataType::Struct(fields) => fields.iter().try_for_each(|field| {
-            look_within(&format!("{path}.{}", field.name()), field.data_type(), look)
-        }),
-        DataType::List(item)
-        | DataType::LargeList(item)
-        | DataType::ListView(item)
-        | DataType::LargeListView(item)
-        | DataType::FixedSizeList(item, _)
-        | DataType::Map(item, _) => look_within(path, item.data_type(), look),
-        DataType::Dictionary(_, values) => look_within(path, values, look),
-        _ => Ok(()),
-    }
 }
 
 /// The type in which Parquet holds the values of a type that it does not have.
@@ -454,7 +411,7 @@ fn fitted(batch: &RecordBatch, schema: &SchemaRef) -> Result<RecordBatch, Failed
 
 fn has_date64(of: &DataType) -> bool {
     let mut has = false;
-    let looked = look_within("", of, &mut |_, of| {
+    let looked = look_within::<Failed>("", of, &mut |_, of| {
         has |= *of == DataType::Date64;
         Ok(())
     });

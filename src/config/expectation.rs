@@ -100,7 +100,7 @@ impl Expectation {
         if let Some((name, _)) = bounds.find(|(_, bound)| is_endless(*bound)) {
             return complain(
                 At::value(path.key(name)),
-                "the bound is no finite number",
+                "the bound is not a finite number",
                 "write a number, or leave the bound out",
             );
         }

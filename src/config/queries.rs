@@ -157,7 +157,7 @@ impl Lineage {
                     Some(unplanned(EXPECT, at, &error, written, &planned, &tables))
                 }
                 (None, Ok((_, count))) if expectation.query.is_some() && count.is_never_empty() => {
-                    let message = "the query always gives a row, and it must give none";
+                    let message = "the query always returns a row, so the expectation never holds";
                     let help = "give a `value` with `at_least` or `at_most` in its place, or ask for the rows that \
                                 should not be there";
                     Some(Complaint::new(EXPECT, at, message).help(help))

@@ -9,7 +9,7 @@ thread_local! {
     static CAUGHT: Cell<bool> = const { Cell::new(false) };
 }
 
-/// What `work` gives, or the words with which it panics. What it was changing when it did so is used no more.
+/// The result of `work`, or the message of its panic. Values that it was changing must not be used after one.
 pub fn caught<T>(work: impl FnOnce() -> T) -> Result<T, String> {
     static QUIET: Once = Once::new();
     QUIET.call_once(|| {

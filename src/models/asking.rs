@@ -270,7 +270,7 @@ impl Questionnaire {
                 | ErrorKind::UnknownMethod => return Some(error.to_string()),
                 ErrorKind::WriteFailure => {
                     return Some(format!(
-                        "filled, it is longer than {} MB; take out what it repeats",
+                        "it renders more than {} MB of text; shorten its loops",
                         TEXT_MAX >> 20
                     ));
                 }

@@ -13,17 +13,18 @@ const DEPTH_MAX: usize = 6_500;
 /// What a table adds that stands beside others: planning takes memory by the square of their number.
 const TABLE: usize = 20;
 
-/// How often `not (` may stand within itself: the parser tries each twice.
+/// The most levels of nested `not (`: the parser tries each twice.
 const NOT_MAX: usize = 16;
 
 /// Refuses a query that chains more terms than its thread has stack for. Parentheses within parentheses
 /// are counted by the parser.
 pub fn refuse_deep(sql: &str) -> Result<(), QueryError> {
-    refuse_unread_numbers(sql)?;
-    let (depth, nots) = depth(sql);
+    let tokens = tokens(sql);
+    refuse_unread_numbers(&tokens)?;
+    let (depth, nots) = depth(&tokens);
     if nots > NOT_MAX {
         return Err(QueryError(format!(
-            "`not (` stands within itself {nots} times, and at most {NOT_MAX} can be read: two of them are none"
+            "`not (` is nested {nots} levels deep, and at most {NOT_MAX} can be parsed: remove pairs of `not`"
         )));
     }
     if depth <= DEPTH_MAX {
@@ -39,29 +40,45 @@ pub fn refuse_deep(sql: &str) -> Result<(), QueryError> {
 /// The digits that a number keeps.
 const DIGITS_MAX: usize = 17;
 
+/// The digits of the longest decimal number.
+const DECIMAL_MAX: usize = 38;
+
+/// The tokens of a query; none for a text with tokens that the parser will refuse.
+fn tokens(sql: &str) -> Vec<Token> {
+    let tokens = Tokenizer::new(&GenericDialect {}, sql).tokenize();
+    tokens.unwrap_or_default()
+}
+
 /// Refuses numbers that would be read as others: `1_000` as 1, called `_000`; and those of more digits than are
 /// kept.
-fn refuse_unread_numbers(sql: &str) -> Result<(), QueryError> {
-    let tokens = Tokenizer::new(&GenericDialect {}, sql).tokenize();
-    let tokens = tokens.unwrap_or_default();
+fn refuse_unread_numbers(tokens: &[Token]) -> Result<(), QueryError> {
     for (index, token) in tokens.iter().enumerate() {
         let Token::Number(number, _) = token else {
             continue;
         };
         if let Some(Token::Word(word)) = tokens.get(index + 1) {
             return Err(QueryError(format!(
-                "`{number}{word}` is no number: write digits only, and a space before a name"
+                "`{number}{word}` is not a number: write digits only, or a space before a name"
             )));
         }
         let mantissa = number.split(['e', 'E']).next().unwrap_or_default();
         let digits = mantissa.chars().filter(char::is_ascii_digit);
         let digits = digits.skip_while(|digit| *digit == '0').count();
-        let is_exact = number.parse::<u64>().is_ok();
-        if digits > DIGITS_MAX && !is_exact {
-            return Err(QueryError(format!(
-                "`{number}` has more digits than are kept: write cast('{number}' as decimal(38, 10))"
-            )));
+        if digits <= DIGITS_MAX || number.parse::<u64>().is_ok() {
+            continue;
         }
+        let lost = format!("`{number}` has more than the {DIGITS_MAX} digits that a number keeps");
+        let fraction = mantissa
+            .split_once('.')
+            .map_or(0, |(_, fraction)| fraction.len());
+        let is_plain = mantissa.len() == number.len();
+        return Err(QueryError(
+            if is_plain && digits.max(fraction) <= DECIMAL_MAX {
+                format!("{lost}: write cast('{number}' as decimal({DECIMAL_MAX}, {fraction}))")
+            } else {
+                format!("{lost}: write fewer")
+            },
+        ));
     }
     Ok(())
 }
@@ -75,7 +92,7 @@ struct Level {
     sets: usize,
     /// Whether a comma separates tables, of which each makes the tree deeper.
     of_tables: bool,
-    /// How many `not (` it stands in.
+    /// The levels of nested `not (` around it.
     nots: usize,
 }
 
@@ -104,16 +121,14 @@ impl Level {
     }
 }
 
-/// How deep a tree is, and how often `not (` stands within itself; zero for a text with tokens that the parser
-/// will refuse.
-fn depth(sql: &str) -> (usize, usize) {
-    let tokens = Tokenizer::new(&GenericDialect {}, sql).tokenize();
+/// The depth of the tree that these tokens become, and the levels of nested `not (`.
+fn depth(tokens: &[Token]) -> (usize, usize) {
     let (mut deepest, mut nots) = (0, 0);
     let mut is_behind_not = false;
     let mut open = Vec::new();
     let mut level = Level::default();
-    for token in tokens.unwrap_or_default() {
-        let is_not = matches!(&token, Token::Word(word) if word.keyword == Keyword::NOT);
+    for token in tokens {
+        let is_not = matches!(token, Token::Word(word) if word.keyword == Keyword::NOT);
         match token {
             Token::Whitespace(_) => continue,
             Token::Comma => level.comma(),
@@ -151,13 +166,20 @@ mod tests {
             "select 12345678901234567890.12345",
             "select 123456789012345678901234567890",
         ] {
-            assert!(refuse_unread_numbers(sql).is_err(), "{sql}");
+            assert!(refuse_unread_numbers(&tokens(sql)).is_err(), "{sql}");
         }
+        let advice = refuse_deep("select 123456789012345678901234.56")
+            .unwrap_err()
+            .0;
+        assert!(
+            advice.ends_with("cast('123456789012345678901234.56' as decimal(38, 2))"),
+            "{advice}"
+        );
         for sql in [
             "select 1 as _000, 1.5e10, .5, 18446744073709551615",
             "select 0.1234567890123456, a1, \"1_000\", '1_000' from t",
         ] {
-            assert!(refuse_unread_numbers(sql).is_ok(), "{sql}");
+            assert!(refuse_unread_numbers(&tokens(sql)).is_ok(), "{sql}");
         }
     }
 
@@ -184,13 +206,13 @@ mod tests {
             ("select 'a + b".to_owned(), 0),
             (")))".to_owned(), 0),
         ] {
-            assert_eq!(depth(&sql), (expected, 0), "{sql}");
+            assert_eq!(depth(&tokens(&sql)), (expected, 0), "{sql}");
         }
         let nots = format!("select {}true{}", "not ( ".repeat(40), ")".repeat(40));
-        assert_eq!(depth(&nots).1, 40);
+        assert_eq!(depth(&tokens(&nots)).1, 40);
         assert!(refuse_deep(&nots).is_err());
         assert!(refuse_deep("select not (a or not (b and not (c))) from t").is_ok());
         let list = vec!["-1"; 30_000].join(", ");
-        assert!(depth(&format!("select a in ({list}) from t")).0 < 10);
+        assert!(depth(&tokens(&format!("select a in ({list}) from t"))).0 < 10);
     }
 }

@@ -17,9 +17,9 @@ use datafusion::execution::session_state::SessionState;
 use datafusion::sql::parser::Statement;
 use datafusion::sql::sqlparser::ast::{
     ArrayElemTypeDef, BinaryOperator, Cte, DataType, DuplicateTreatment, ExactNumberInfo, Expr,
-    Function, FunctionArg, FunctionArgExpr, FunctionArgumentClause, FunctionArgumentList,
-    FunctionArguments, GroupByExpr, Join, NamedWindowExpr, PipeOperator, Query, Select, SelectItem,
-    SetExpr, SetOperator, SetQuantifier, TableAlias, TableFactor, Visit as _, Visitor, WindowSpec,
+    Function, FunctionArg, FunctionArgumentClause, FunctionArgumentList, FunctionArguments,
+    GroupByExpr, Join, NamedWindowExpr, PipeOperator, Query, Select, SelectItem, SetExpr,
+    SetOperator, SetQuantifier, TableAlias, TableFactor, Visit as _, Visitor, WindowSpec,
     WindowType, visit_expressions,
 };
 
@@ -467,41 +467,6 @@ fn of_type(data_type: &DataType) -> Found {
     }
 }
 
-/// Functions that make a value as long as one of their arguments says, in memory that is not counted.
-const MAKE_LONG: [&str; 7] = [
-    "repeat",
-    "lpad",
-    "rpad",
-    "generate_series",
-    "range",
-    "array_repeat",
-    "list_repeat",
-];
-
-/// How long such a value may be.
-const LENGTH_MAX: f64 = 10_000_000.0;
-
-/// Refuses a value that would take all memory, where the query itself says how long it is.
-fn of_length(name: &str, arguments: &FunctionArguments) -> Found {
-    let FunctionArguments::List(list) = arguments else {
-        return None;
-    };
-    if !MAKE_LONG.contains(&name) {
-        return None;
-    }
-    let length = |argument: &FunctionArg| match argument {
-        FunctionArg::Unnamed(FunctionArgExpr::Expr(Expr::Value(value))) => {
-            value.to_string().parse::<f64>().ok()
-        }
-        _ => None,
-    };
-    let mut lengths = list.args.iter().filter_map(length);
-    let length = lengths.find(|length| *length > LENGTH_MAX)?;
-    Some(format!(
-        "`{name}` up to {length} makes one value that takes too much memory; at most {LENGTH_MAX} is supported"
-    ))
-}
-
 /// The kind of a function, which decides which of its clauses count.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Planned {
@@ -537,9 +502,6 @@ impl Search<'_> {
             within_group,
         } = function;
         let name = name.to_string().to_lowercase();
-        if let Some(message) = of_length(&name, args) {
-            return Some(message);
-        }
         let mut is_distinct = false;
         let mut has_order = false;
         let mut has_nulls = null_treatment.is_some();

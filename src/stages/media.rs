@@ -54,7 +54,7 @@ const MEDIA: [(&str, Says); 33] = [
     ("mp4", Says::File),
 ];
 
-/// What may stand before such a word: which of several media it is.
+/// The words before such a word that tell which of several media it is.
 const BEFORE: [&str; 26] = [
     "input",
     "main",
@@ -154,7 +154,7 @@ pub fn says(key: &str) -> Option<Says> {
     carries.then_some(medium)
 }
 
-/// What the last word of a key says of its value, if the value is a path or URL or holds a file: one under
+/// The medium that the last word of a key names, if the value is a path or URL or holds a file: one under
 /// `cat_photo` or `questionAudio` is a medium, "chart" under `type_of_image` is none.
 pub fn says_at_its_end(key: &str, value: &Value) -> Option<Says> {
     let mut words: Vec<String> = vec![String::new()];

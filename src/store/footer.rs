@@ -14,7 +14,7 @@ const LEVELS_MAX: usize = 100;
 /// How a file ends: the length of its footer, and these four bytes.
 const END: &[u8] = b"PAR1";
 
-/// What Thrift calls the types of fields.
+/// The numbers of Thrift's types.
 const I32: u8 = 5;
 const I64: u8 = 6;
 const DOUBLE: u8 = 7;
@@ -31,7 +31,7 @@ const COLUMN: [u8; 10] = [I32, I32, I32, BINARY, I32, I32, I32, I32, I32, STRUCT
 const COLUMNS: i64 = 2;
 const CHILDREN: i64 = 5;
 
-/// Whether a file is one whose columns lie no deeper than [`LEVELS_MAX`].
+/// True if a Parquet file's columns lie no deeper than [`LEVELS_MAX`].
 pub(super) fn is_shallow(file: &File) -> io::Result<bool> {
     let length = file.metadata()?.len();
     let Some(end) = length.checked_sub(8) else {
@@ -49,7 +49,7 @@ pub(super) fn is_shallow(file: &File) -> io::Result<bool> {
     Ok(Thrift(&footer).footer().is_some())
 }
 
-/// What is left of a text in the compact protocol.
+/// The rest of a text in the compact protocol.
 struct Thrift<'a>(&'a [u8]);
 
 impl<'a> Thrift<'a> {

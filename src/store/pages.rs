@@ -64,7 +64,7 @@ pub(super) fn reader(
     ParquetRecordBatchReader::try_new_with_row_groups(&levels, &groups, batch_rows, None)
 }
 
-/// What is wrong with a column beyond [`LENGTH_MAX`].
+/// The end of the error message about a column beyond [`LENGTH_MAX`].
 const TOO_LONG: &str = "has lists or values of a fixed length that is too large";
 
 fn wrong(problem: impl Into<String>) -> ParquetError {
@@ -323,7 +323,7 @@ impl<'p> Deltas<'p> {
         })
     }
 
-    /// What stands behind them.
+    /// The bytes behind them.
     fn behind(&self) -> Option<&'p [u8]> {
         let mut rest = self.blocks;
         // The first one stands before the blocks.

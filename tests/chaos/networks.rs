@@ -2,6 +2,7 @@
 //! byte for byte.
 
 use super::{Chaos, MODES, ONE_THREAD, shim};
+use crate::networks::models;
 use crate::scene::{Numbers, ROOT, Scene, said};
 
 /// Decides the operations.
@@ -30,6 +31,7 @@ fn scene() -> Scene {
     let records: Vec<_> = (0..6).map(record).collect();
     scene.write("records.json", serde_json::to_vec(&records).unwrap());
     let parity = format!("{ROOT}/tests/parity");
+    let models = models(&format!("{parity}/onevision"), &format!("{parity}/reward"));
     scene.write(
         "p.yaml",
         format!(
@@ -37,15 +39,7 @@ fn scene() -> Scene {
 pipeline: chaos
 seed: 5
 rounds: 2
-models:
-  policy: {{ llava_onevision: {{ weights: {parity}/onevision, device: cpu }} }}
-  judge:
-    llava_rlhf:
-      base: {parity}/reward/base
-      vision: {parity}/reward/vision
-      adapter: {parity}/reward/adapter
-      prompt: {parity}/reward/prompt.txt
-      device: cpu
+{models}
 stages:
   prompts: {{ load_prompts: {{ from: records.json, images: {parity}/reward/images }} }}
   feedback: {{ load_feedback: {{ from: records.json, images: {parity}/reward/images }} }}

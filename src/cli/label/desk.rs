@@ -6,6 +6,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use serde_json::{Value, json};
 
 use super::super::Failed;
+use super::request::Saying;
 use crate::store::{Label, LabelWriter, NUMBER_MAX, Said, Survey, digest};
 use crate::tables::{Prompt, Role};
 
@@ -20,7 +21,7 @@ pub struct Question {
     right: i32,
 }
 
-/// What can be asked.
+/// The questions of a survey, with the prompts and answers that they show.
 #[derive(Default)]
 pub struct Questions {
     /// Those that matter most first.
@@ -184,18 +185,12 @@ impl Desk {
     }
 
     /// Writes down what somebody said, and returns the label's id. Says why not, if somebody else was faster.
-    pub fn say(
-        &mut self,
-        by: &str,
-        number: usize,
-        said: Said,
-        milliseconds: u64,
-    ) -> Result<u64, Failed> {
-        let Some(question) = self.questions.get(number).cloned() else {
+    pub fn say(&mut self, saying: &Saying) -> Result<u64, Failed> {
+        let Some(question) = self.questions.get(saying.question).cloned() else {
             return Err(Failed::Words("there is no such question".to_owned()));
         };
-        self.open.remove(by);
-        if self.done().contains(&number) {
+        self.open.remove(&saying.by);
+        if self.done().contains(&saying.question) {
             return Err(Failed::Words(
                 "somebody else has answered this one".to_owned(),
             ));
@@ -207,14 +202,14 @@ impl Desk {
             left_digest: self.digest(&question, question.left),
             right_digest: self.digest(&question, question.right),
             prompt_id: question.prompt_id,
-            said,
-            by: by.to_owned(),
+            said: saying.said,
+            by: saying.by.clone(),
             at: now(),
-            milliseconds: milliseconds.min(NUMBER_MAX),
+            milliseconds: saying.milliseconds.min(NUMBER_MAX),
         };
         self.writer.add(&label)?;
         self.writer.next_id += 1;
-        self.of_label.insert(label.id, number);
+        self.of_label.insert(label.id, saying.question);
         let id = label.id;
         self.labels.insert(id, label);
         Ok(id)

@@ -26,13 +26,13 @@ rows! {
 }
 
 rows! {
-    /// What a candidate says.
+    /// The text of a candidate.
     pub struct Answer: "answer" => {
         /// The prompt.
         pub prompt_id: String,
         /// Its number among the answers to the prompt.
         pub candidate: i32,
-        /// What it says.
+        /// The answer.
         pub text: String,
     }
 }

@@ -1,4 +1,4 @@
-//! What a request to the page asks for.
+//! The requests of the page.
 
 use serde::Deserialize;
 
@@ -10,15 +10,15 @@ pub enum Request<'a> {
     Page,
     /// The next question for somebody.
     Next(String),
-    /// What somebody says of a question.
+    /// An answer to a question.
     Say(Saying),
-    /// What somebody said is taken back: a label, or their last one.
+    /// Undo of a label, or of the last one of a person.
     Undo { by: String, label: Option<u64> },
     /// The picture with an id.
     Picture(&'a str),
 }
 
-/// What the page says.
+/// An answer to a question, as the page sends it.
 #[derive(Deserialize)]
 pub struct Saying {
     pub by: String,

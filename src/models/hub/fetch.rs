@@ -299,7 +299,7 @@ impl Hub {
             let there = match fs::symlink_metadata(&growing) {
                 Ok(metadata) if !metadata.is_file() => {
                     return Err(format!(
-                        "{}: it is no regular file; remove it",
+                        "{} is not a regular file; remove it",
                         growing.display()
                     ));
                 }

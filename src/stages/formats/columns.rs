@@ -61,7 +61,7 @@ fn batch_records(path: &Path, batch: &RecordBatch, first: usize) -> Result<Vec<R
             path,
             "",
             format!(
-                "the column `{}` stands in it twice; keep one of the two",
+                "it has two columns `{}`; keep one of them",
                 name_shown(twice.name())
             ),
         ));

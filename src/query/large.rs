@@ -1,18 +1,36 @@
-//! How many tables a query reads once its common table expressions are written out, as DataFusion does: one
-//! that reads the one before it twice doubles it, and twenty of these take all memory.
+//! Queries that would take all memory: those that read too many tables once their common table expressions are
+//! written out, as DataFusion does (one that reads the one before it twice doubles it), and those that ask for
+//! one value of billions of bytes, which DataFusion does not count.
 
 use std::collections::HashMap;
 use std::ops::ControlFlow;
 
 use datafusion::sql::parser::Statement;
-use datafusion::sql::sqlparser::ast::{ObjectName, Query, Visit as _, Visitor};
+use datafusion::sql::sqlparser::ast::{
+    Expr, Function, FunctionArg, FunctionArgExpr, FunctionArguments, ObjectName, Query, Visit as _,
+    Visitor,
+};
 
 use super::QueryError;
 
-/// How many tables a query may read.
+/// The most tables that a query may read.
 const TABLES_MAX: u64 = 2_000;
 
-/// Refuses a query that reads too many tables.
+/// Functions that make a value as long as one of their arguments says.
+const MAKE_LONG: [&str; 7] = [
+    "repeat",
+    "lpad",
+    "rpad",
+    "generate_series",
+    "range",
+    "array_repeat",
+    "list_repeat",
+];
+
+/// The longest value that such a function may be asked for.
+const LENGTH_MAX: f64 = 10_000_000.0;
+
+/// Refuses a query that reads too many tables, or says that one of its values is too long.
 pub fn refuse_large(statement: &Statement) -> Result<(), QueryError> {
     let statement = match statement {
         Statement::Statement(statement) => statement,
@@ -25,7 +43,9 @@ pub fn refuse_large(statement: &Statement) -> Result<(), QueryError> {
     let mut count = Count {
         open: vec![Level::default()],
     };
-    let _: ControlFlow<()> = statement.visit(&mut count);
+    if let ControlFlow::Break(message) = statement.visit(&mut count) {
+        return Err(QueryError(message));
+    }
     let tables = count.open[0].tables;
     if tables <= TABLES_MAX {
         return Ok(());
@@ -34,6 +54,28 @@ pub fn refuse_large(statement: &Statement) -> Result<(), QueryError> {
         "the query reads {tables} tables once its `with` is written out, and at most {TABLES_MAX} can be computed: \
          read each part of `with` once, or make a table of it by a stage `sql`"
     )))
+}
+
+/// The error message about a call that makes too long a value.
+fn too_long(function: &Function) -> Option<String> {
+    let name = function.name.to_string().to_lowercase();
+    let FunctionArguments::List(list) = &function.args else {
+        return None;
+    };
+    if !MAKE_LONG.contains(&name.as_str()) {
+        return None;
+    }
+    let length = |argument: &FunctionArg| match argument {
+        FunctionArg::Unnamed(FunctionArgExpr::Expr(Expr::Value(value))) => {
+            value.to_string().parse::<f64>().ok()
+        }
+        _ => None,
+    };
+    let mut lengths = list.args.iter().filter_map(length);
+    let length = lengths.find(|length| *length > LENGTH_MAX)?;
+    Some(format!(
+        "`{name}` makes a value of {length} characters or items, and at most {LENGTH_MAX} fit into memory"
+    ))
 }
 
 /// The queries that are open, the innermost last.
@@ -52,9 +94,9 @@ struct Level {
 }
 
 impl Visitor for Count {
-    type Break = ();
+    type Break = String;
 
-    fn pre_visit_query(&mut self, query: &Query) -> ControlFlow<()> {
+    fn pre_visit_query(&mut self, query: &Query) -> ControlFlow<String> {
         let known = self.open.last().expect("the statement").known.clone();
         let tables = query.with.iter().flat_map(|with| &with.cte_tables).rev();
         let to_come = tables.map(|cte| {
@@ -69,7 +111,7 @@ impl Visitor for Count {
         ControlFlow::Continue(())
     }
 
-    fn post_visit_query(&mut self, query: &Query) -> ControlFlow<()> {
+    fn post_visit_query(&mut self, query: &Query) -> ControlFlow<String> {
         let done = self.open.pop().expect("it was opened");
         let around = self.open.last_mut().expect("the statement");
         if around
@@ -85,7 +127,16 @@ impl Visitor for Count {
         ControlFlow::Continue(())
     }
 
-    fn pre_visit_relation(&mut self, name: &ObjectName) -> ControlFlow<()> {
+    fn pre_visit_expr(&mut self, expression: &Expr) -> ControlFlow<String> {
+        match expression {
+            Expr::Function(function) => {
+                too_long(function).map_or(ControlFlow::Continue(()), ControlFlow::Break)
+            }
+            _ => ControlFlow::Continue(()),
+        }
+    }
+
+    fn pre_visit_relation(&mut self, name: &ObjectName) -> ControlFlow<String> {
         let level = self.open.last_mut().expect("the statement");
         let known = level.known.get(&name.to_string().to_lowercase());
         level.tables = level.tables.saturating_add(known.copied().unwrap_or(1));
@@ -125,6 +176,13 @@ mod tests {
         assert!(is_refused(&format!("select * from ({})", doubling(25))));
         let once = "with a as (select 1), b as (select * from a) select * from a, b";
         assert!(!is_refused(once));
+        assert!(is_refused("select length(repeat('x', 2000000000))"));
+        assert!(is_refused(
+            "select cardinality(generate_series(1, 2000000000))"
+        ));
+        assert!(!is_refused(
+            "select lpad('x', 20, '0'), repeat('2000000000', 2)"
+        ));
         let recursive = "with recursive n as (select 1 as a union all select a + 1 from n where a < 9) select * from n";
         assert!(!is_refused(recursive));
     }
