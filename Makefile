@@ -1,4 +1,4 @@
-# What people do here; `make` alone lists it. Plain `cargo build` works too once `make setup` ran.
+# What people do here; `make` alone lists it. Plain `cargo build --release` works too once `make setup` ran.
 
 # tch 0.24 wants exactly this libtorch. PyPI's torch holds one, for CPU and for CUDA 13; the other
 # two packages are what it links to. Its Python files are never run, so any Python with pip will
@@ -36,26 +36,26 @@ setup: tools $(if $(wildcard $(NVIDIA_FILE)),$(NVIDIA_COMPLETE),$(LIBTORCH_COMPL
 endif
 
 demo: setup ## build, and run pipelines/dpo.yaml: three rounds on the small world
-	cargo build
-	cargo run --quiet --bin pipeline -- run pipelines/dpo.yaml
+	cargo build --release
+	cargo run --release --quiet --bin pipeline -- run pipelines/dpo.yaml
 
 test: setup ## run the tests: code, schemas, layering, formatting
-	cargo test
+	cargo test --release
 
 audit: ## check the crates: licences, sources, versions, advisories (offline: what can be)
 	.ci/audit
 
 world: setup ## make data-samples again, its three models included, from nothing (two hours)
-	cargo build --bins --example small_world
+	cargo build --release --bins --example small_world
 	rm -rf data-samples/images
-	cargo run --quiet --example small_world -- world data-samples
-	cargo run --quiet --example small_world -- lessons runs/lessons
-	cargo run --quiet --bin pipeline -- run pipelines/small-world.yaml
-	cargo run --quiet --bin pipeline -- run pipelines/small-world-critic.yaml
+	cargo run --release --quiet --example small_world -- world data-samples
+	cargo run --release --quiet --example small_world -- lessons runs/lessons
+	cargo run --release --quiet --bin pipeline -- run pipelines/small-world.yaml
+	cargo run --release --quiet --bin pipeline -- run pipelines/small-world-critic.yaml
 	rm -rf data-samples/policy data-samples/reward data-samples/critic
-	cargo run --quiet --bin pipeline -- export small-world-models checkpoint --model policy --to data-samples/policy
-	cargo run --quiet --bin pipeline -- export small-world-models checkpoint --model judge --to data-samples/reward
-	cargo run --quiet --bin pipeline -- export small-world-critic checkpoint --to data-samples/critic
+	cargo run --release --quiet --bin pipeline -- export small-world-models checkpoint --model policy --to data-samples/policy
+	cargo run --release --quiet --bin pipeline -- export small-world-models checkpoint --model judge --to data-samples/reward
+	cargo run --release --quiet --bin pipeline -- export small-world-critic checkpoint --to data-samples/critic
 	cp runs/lessons/start/reward/prompt.txt data-samples/reward/
 
 # PARITY_PYTHON may name a Python that already has what tests/parity/requirements.txt asks for.
@@ -68,7 +68,7 @@ parity: setup .parity/complete ## compare with transformers, TRL and PyTorch on 
 endif
 
 bench: setup .parity/complete ## sampling and scoring beside transformers, a table of ratios (half an hour)
-	cargo build --bins --example pictures
+	cargo build --release --bins --example pictures
 	.parity/bin/python benches/speed/bench.py
 
 # Without pip of its own, which Debian keeps in another package.

@@ -5,7 +5,7 @@ set -eu
 count=${1:-200000}
 part=${2:-4096}
 words=${3:-8}
-program=${PIPELINE:-${CARGO_TARGET_DIR:-$(dirname "$0")/../target}/debug/pipeline}
+program=${PIPELINE:-${CARGO_TARGET_DIR:-$(dirname "$0")/../target}/release/pipeline}
 program=$(realpath "$program")
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

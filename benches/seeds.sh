@@ -6,7 +6,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 folder=${1:-runs/seeds}
-pipeline() { cargo run --quiet --bin pipeline -- "$@"; }
+pipeline() { cargo run --release --quiet --bin pipeline -- "$@"; }
 
 for seed in 1 2 3 4 5; do
   pipeline run pipelines/dpo.yaml --set "seed=$seed" --run "$folder/$seed" >&2

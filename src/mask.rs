@@ -1,7 +1,8 @@
 //! Secret values, and the text that they are taken out of before it leaves the program.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
+use std::ops::Range;
 use std::sync::Arc;
 
 use base64::Engine as _;
@@ -10,8 +11,11 @@ use base64::engine::general_purpose::{STANDARD_NO_PAD, URL_SAFE_NO_PAD};
 /// The shortest value, in characters, that may be a key. Shorter ones would be found in any text.
 pub const SECRET_MIN: usize = 6;
 
+/// The shortest form, in characters, that is also found across line breaks.
+const WRAPPED_MIN: usize = 8;
+
 /// Replaces secret values by the names of the variables that hold them: as they are, percent-encoded, in
-/// base64, and as JSON escapes them.
+/// base64 or hex, as JSON escapes them, and broken into lines.
 #[derive(Clone, Default)]
 pub struct Mask {
     /// What is replaced, the longest first, and the words in its place.
@@ -47,43 +51,74 @@ impl Mask {
 
     /// `text` with `${env:NAME}` in place of each secret.
     pub fn hide(&self, text: &str) -> String {
-        let mut pieces = vec![(text.to_owned(), true)];
+        let unwrapped = text.contains('\n').then(|| Unwrapped::of(text));
+        // By where they begin; none overlaps another.
+        let mut hidden: BTreeMap<usize, (usize, &str)> = BTreeMap::new();
         for (form, place) in &*self.forms {
-            if !pieces
-                .iter()
-                .any(|(piece, is_open)| *is_open && piece.contains(form))
+            let mut found: Vec<Range<usize>> = matches(text, form).collect();
+            if let Some(unwrapped) = &unwrapped
+                && form.chars().count() >= WRAPPED_MIN
             {
-                continue;
+                found.extend(unwrapped.matches(form));
             }
-            let mut next = Vec::new();
-            for (piece, is_open) in pieces {
-                if is_open {
-                    cut(&piece, form, place, &mut next);
-                } else {
-                    next.push((piece, false));
+            for range in found {
+                let before = hidden.range(..range.end).next_back();
+                if before.is_none_or(|(_, (end, _))| *end <= range.start) {
+                    hidden.insert(range.start, (range.end, place));
                 }
             }
-            pieces = next;
         }
-        pieces.into_iter().map(|(piece, _)| piece).collect()
+        let mut shown = String::with_capacity(text.len());
+        let mut from = 0;
+        for (start, (end, place)) in hidden {
+            shown.push_str(&text[from..start]);
+            shown.push_str(place);
+            from = end;
+        }
+        shown.push_str(&text[from..]);
+        shown
     }
 }
 
-/// Appends `text` to `pieces`, cut at each `form`, which becomes the closed piece `place`.
-fn cut(text: &str, form: &str, place: &str, pieces: &mut Vec<(String, bool)>) {
-    let mut from = 0;
-    for (start, _) in text.match_indices(form) {
+/// Where `text` has `form`: one of less than four letters, only where it stands alone.
+fn matches<'a>(text: &'a str, form: &'a str) -> impl Iterator<Item = Range<usize>> + 'a {
+    let is_short = form.chars().count() < 4;
+    text.match_indices(form).filter_map(move |(start, _)| {
         let end = start + form.len();
         let is_inside = text[..start].ends_with(char::is_alphanumeric)
             || text[end..].starts_with(char::is_alphanumeric);
-        if form.chars().count() < 4 && is_inside {
-            continue;
+        (!is_short || !is_inside).then_some(start..end)
+    })
+}
+
+/// A text without its white space, which base64 and terminals break into lines.
+struct Unwrapped {
+    text: String,
+    /// Where each byte of it stands in the text as it was.
+    places: Vec<usize>,
+}
+
+impl Unwrapped {
+    fn of(wrapped: &str) -> Self {
+        let mut text = String::with_capacity(wrapped.len());
+        let mut places = Vec::with_capacity(wrapped.len());
+        for (place, c) in wrapped.char_indices() {
+            if !c.is_whitespace() {
+                text.push(c);
+                places.extend(place..place + c.len_utf8());
+            }
         }
-        pieces.push((text[from..start].to_owned(), true));
-        pieces.push((place.to_owned(), false));
-        from = end;
+        Self { text, places }
     }
-    pieces.push((text[from..].to_owned(), true));
+
+    fn matches(&self, form: &str) -> impl Iterator<Item = Range<usize>> {
+        let form: String = form.chars().filter(|c| !c.is_whitespace()).collect();
+        let found = self.text.match_indices(&form);
+        let ranges: Vec<_> = found
+            .map(|(start, _)| self.places[start]..self.places[start + form.len() - 1] + 1)
+            .collect();
+        ranges.into_iter()
+    }
 }
 
 /// The forms in which text may hold a value.
@@ -117,6 +152,9 @@ fn forms(value: &str) -> BTreeSet<String> {
             forms.insert(engine.encode(&bytes)[first..behind].to_owned());
         }
     }
+    let hex: String = value.bytes().map(|byte| format!("{byte:02x}")).collect();
+    forms.insert(hex.to_uppercase());
+    forms.insert(hex);
     forms
 }
 
@@ -194,7 +232,25 @@ mod tests {
                 assert!(hidden.len() < 30, "{around}: {hidden}");
             }
         }
+        let hex: String = key.bytes().map(|byte| format!("{byte:02X}")).collect();
+        assert_eq!(mask.hide(&format!("x{hex}x")), "x${env:KEY}x");
+        assert_eq!(mask.hide(&hex.to_lowercase()), "${env:KEY}");
         assert_eq!(Mask::default().hide("as it is"), "as it is");
+    }
+
+    #[test]
+    fn a_secret_that_is_broken_into_lines_is_hidden() {
+        let key = "hf_0123456789abcdefghijklmnopqrstuvwxyz";
+        let mask = Mask::new([("KEY", key), ("SHORT", "1234567")]);
+        assert_eq!(
+            mask.hide("key: hf_0123456789abc\r\n  defghijklmnopqrstuvwxyz\nend"),
+            "key: ${env:KEY}\nend"
+        );
+        let lines = STANDARD.encode(format!("user:{key}"));
+        let hidden = mask.hide(&format!("{}\n{}\n", &lines[..30], &lines[30..]));
+        assert!(hidden.contains("${env:KEY}"), "{hidden}");
+        // Few characters meet by chance.
+        assert_eq!(mask.hide("123\n4567"), "123\n4567");
     }
 
     #[test]

@@ -128,7 +128,7 @@ fn git_hash(bytes: &[u8]) -> String {
     let mut hasher = Sha1::new();
     hasher.update(format!("blob {}\0", bytes.len()));
     hasher.update(bytes);
-    format!("{:x}", hasher.finalize())
+    hex::encode(hasher.finalize())
 }
 
 /// What a command says that has the hub's cache in `hub`.
@@ -234,6 +234,87 @@ fn weights_are_fetched_once_and_used_without_a_network_after_that() {
     assert!(other.asked().contains(&whole));
     assert!(fs::read(snapshot.join("model.safetensors")).unwrap() == weights);
     assert!(!Path::new(&growing).exists());
+}
+
+/// A server that answers each request by `answer`, which is given its path and token.
+fn serve(
+    answer: impl Fn(&str, &str) -> Response<std::io::Cursor<Vec<u8>>> + Send + 'static,
+) -> (String, Arc<Server>) {
+    let server = Arc::new(Server::http("127.0.0.1:0").unwrap());
+    let address = format!("http://{}", server.server_addr());
+    let serving = Arc::clone(&server);
+    thread::spawn(move || {
+        for request in serving.incoming_requests() {
+            let mut headers = request.headers().iter();
+            let token = headers.find(|header| header.field.equiv("Authorization"));
+            let token = token.map_or_else(String::new, |token| token.value.to_string());
+            let answered = answer(request.url(), &token);
+            request.respond(answered).ok();
+        }
+    });
+    (address, server)
+}
+
+#[test]
+fn the_token_stays_with_the_hub_and_is_in_no_message() {
+    let scene = Scene::new();
+    scene.prompts(1).write("p.yaml", PIPELINE);
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let noted = Arc::clone(&seen);
+    let (elsewhere, behind) = serve(move |path, token| {
+        noted.lock().unwrap().push(format!("{path} {token}"));
+        // What it is told it says again.
+        Response::from_string(format!("{{ \"sha\": 1, \"you\": \"{token}\" }}"))
+    });
+    // Another port of the same machine.
+    let (endpoint, hub) = serve(move |path, token| {
+        assert_eq!(token, "Bearer hf_a_secret_token", "{path}");
+        let there = format!("{elsewhere}/listing");
+        Response::from_string("there")
+            .with_status_code(302)
+            .with_header(Header::from_bytes("Location", there).unwrap())
+    });
+    let token = ("HF_TOKEN", "hf_a_secret_token");
+    let redirected = says(
+        &scene,
+        &["run", "p.yaml"],
+        &[("HF_ENDPOINT", &endpoint), token],
+    );
+    assert_eq!(redirected.code, Some(1), "{}", redirected.err);
+    assert_eq!(*seen.lock().unwrap(), ["/listing "]);
+
+    let (endpoint, echo) = serve(|_, token| {
+        let to = format!("/{token}?again").replace(' ', "%20");
+        Response::from_string(token)
+            .with_status_code(302)
+            .with_header(Header::from_bytes("Location", to).unwrap())
+    });
+    let endless = says(
+        &scene,
+        &["run", "p.yaml"],
+        &[("HF_ENDPOINT", &endpoint), token],
+    );
+    assert!(
+        endless.err.contains("more than 10 times"),
+        "{}",
+        endless.err
+    );
+    let (endpoint, broken) = serve(|_, token| {
+        Response::from_string(format!("{{ \"sha\": \"{token}\", \"siblings\": [] }}"))
+    });
+    let echoed = says(
+        &scene,
+        &["run", "p.yaml"],
+        &[("HF_ENDPOINT", &endpoint), token],
+    );
+    assert_eq!(echoed.code, Some(1));
+    assert!(echoed.err.contains("${env:HF_TOKEN}"), "{}", echoed.err);
+    for said in [redirected, endless, echoed] {
+        assert!(!said.err.contains("hf_a_secret_token"), "{}", said.err);
+    }
+    for server in [behind, hub, echo, broken] {
+        server.unblock();
+    }
 }
 
 #[test]

@@ -103,7 +103,7 @@ pub fn qwen2(corpus: &[String]) -> Outcome<Tokenizer> {
         .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
         .build();
     tokenizer.train(&mut TrainerWrapper::from(trainer), corpus.iter())?;
-    tokenizer.add_special_tokens(&QWEN2_SPECIAL.map(special));
+    tokenizer.add_special_tokens(QWEN2_SPECIAL.map(special))?;
     Ok(tokenizer)
 }
 

@@ -153,7 +153,7 @@ fn is_secret(name: &str) -> bool {
 }
 
 fn hash(value: &str) -> String {
-    format!("{:x}", Sha256::digest(value.as_bytes()))
+    hex::encode(Sha256::digest(value.as_bytes()))
 }
 
 /// Reads a variable of the environment.

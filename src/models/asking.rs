@@ -4,6 +4,10 @@ use std::collections::HashSet;
 use std::io;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::Duration;
 
 use minijinja::{Environment, ErrorKind, context};
 use regex::Regex;
@@ -154,7 +158,7 @@ pub enum Shown<'a> {
 #[derive(Debug)]
 pub struct Questionnaire {
     pub mode: Mode,
-    environment: Environment<'static>,
+    environment: Arc<Environment<'static>>,
     verdict: Regex,
 }
 
@@ -163,6 +167,9 @@ const STEPS_MAX: u64 = 1_000_000;
 
 /// The bytes of a text that a template makes.
 const TEXT_MAX: usize = 16 << 20;
+
+/// The time between two looks at whether somebody asked to stop while a template is filled.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// The name of the template.
 const TEMPLATE: &str = "template";
@@ -230,7 +237,7 @@ impl Questionnaire {
         }
         let questionnaire = Self {
             mode,
-            environment,
+            environment: Arc::new(environment),
             verdict,
         };
         match questionnaire.try_out() {
@@ -308,10 +315,30 @@ impl Questionnaire {
         let captions = prompt.captions.as_deref().unwrap_or_default();
         let question = &prompt.question;
         let values = context! { question, captions, turns, answer, first, second };
-        let mut text = Bounded(Vec::new());
-        let template = self.environment.get_template(TEMPLATE)?;
-        template.render_captured_to(values, &mut text)?;
-        Ok(String::from_utf8_lossy(&text.0).into_owned())
+        let environment = Arc::clone(&self.environment);
+        // On a thread of its own: a step is short or, with a filter over a long list, is not, and the
+        // first Ctrl-C must end the wait for it.
+        let (done, rendered) = mpsc::channel();
+        thread::spawn(move || {
+            let mut text = Bounded(Vec::new());
+            let template = environment.get_template(TEMPLATE);
+            let written = template.and_then(|it| it.render_captured_to(values, &mut text));
+            let text = written.map(|_| String::from_utf8_lossy(&text.0).into_owned());
+            let _ = done.send(text);
+        });
+        loop {
+            match rendered.recv_timeout(LOOK) {
+                Ok(text) => return text,
+                Err(RecvTimeoutError::Timeout) if !files::stopped() => {}
+                Err(ended) => {
+                    let problem = match ended {
+                        RecvTimeoutError::Timeout => "interrupted",
+                        RecvTimeoutError::Disconnected => "it panicked",
+                    };
+                    return Err(minijinja::Error::new(ErrorKind::InvalidOperation, problem));
+                }
+            }
+        }
     }
 
     /// The scores in a reply: of the answer, or of the first and the second. All verdicts in it must be

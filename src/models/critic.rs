@@ -10,6 +10,7 @@ use super::asking::{Asking, Mode, Questionnaire, Shown};
 use super::{
     Emit, Group, Judge, Listener, ModelError, Policy, Prompt, RowFault, Sampling, Score, Telemetry,
 };
+use crate::files;
 
 /// A question to a writer.
 #[derive(Debug, Clone)]
@@ -285,6 +286,8 @@ impl Judge for Critic {
                             requests.push(request);
                             of.push((index, number));
                         }
+                        // A template that was given up says nothing about its prompt.
+                        Err(_) if files::stopped() => return Ok(telemetry),
                         Err(fault) => {
                             cases[index].is_done = true;
                             if emit(index, Err(fault)).is_break() {

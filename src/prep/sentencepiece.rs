@@ -72,6 +72,7 @@ pub(super) fn tokenizer(bytes: &[u8]) -> Result<Tokenizer, String> {
             NormalizerWrapper::Prepend(Prepend::new(SPACE.to_owned())),
             NormalizerWrapper::Replace(spaces(" ", SPACE)?),
         ])))
+        .map_err(|error| error.to_string())?
         .with_decoder(Some(Decoders::new(vec![
             DecoderWrapper::Replace(spaces(SPACE, " ")?),
             DecoderWrapper::ByteFallback(ByteFallback::new()),
@@ -85,7 +86,9 @@ pub(super) fn tokenizer(bytes: &[u8]) -> Result<Tokenizer, String> {
         .filter(special)
         .map(|piece| AddedToken::from(piece.text.clone(), true).normalized(false))
         .collect();
-    tokenizer.add_special_tokens(&special);
+    tokenizer
+        .add_special_tokens(special)
+        .map_err(|error| error.to_string())?;
     Ok(tokenizer)
 }
 

@@ -85,7 +85,7 @@ TEMPLATE = """# Parity
 
 Written by `make parity`; do not edit. Every number that leaves the networks, compared with what the reference programs
 compute from the same files: {versions}. Small random checkpoints, float32 on CPU unless said; seeds {seeds}, drawn for
-this page. `cargo test` makes the same comparisons with a committed recording (`tests/parity/recorded`).
+this page. `cargo test --release` makes the same comparisons with a committed recording (`tests/parity/recorded`).
 
 The largest difference over all seeds; relative: to the largest number expected. Where things are counted, the first
 number says how many differ.

@@ -91,7 +91,7 @@ impl Asker {
             hasher.update((part.len() as u64).to_le_bytes());
             hasher.update(part);
         }
-        format!("{:x}", hasher.finalize())
+        hex::encode(hasher.finalize())
     }
 
     fn body(&self, request: &Request) -> Result<Vec<u8>, RowFault> {

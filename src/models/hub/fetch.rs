@@ -7,6 +7,7 @@
 //! `huggingface_hub` takes, too. The links come last, those to the weights behind all others: where there
 //! are weights, there is everything.
 
+use std::fmt::Display;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
@@ -16,7 +17,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use sha1::Sha1;
 use sha2::{Digest, Sha256};
-use ureq::config::RedirectAuthHeaders;
+use url::Url;
 
 use super::super::tls;
 use super::{Repository, cache, has_ending, home, is_weights, variable};
@@ -27,6 +28,9 @@ use crate::mask::Mask;
 /// as long before each other.
 const TRIES: u32 = 5;
 const WAIT: Duration = Duration::from_secs(1);
+
+/// The most redirects that are followed for one file.
+const REDIRECTS_MAX: u32 = 10;
 
 /// Why nothing came.
 enum Refusal {
@@ -107,7 +111,8 @@ impl Hub {
             .timeout_connect(Some(Duration::from_secs(30)))
             .timeout_recv_response(Some(Duration::from_mins(1)))
             .timeout_per_read(Some(Duration::from_secs(30)))
-            .redirect_auth_headers(RedirectAuthHeaders::SameHost)
+            // Followed by `get`, which knows where the token may go.
+            .max_redirects(0)
             .http_status_as_error(false)
             .build();
         let endpoint = text("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".to_owned());
@@ -245,22 +250,59 @@ impl Hub {
         Ok(blob)
     }
 
-    /// Asks for a file, from a byte on.
+    /// Requests `url` from a byte on and follows its redirects. The token goes to the origin of the endpoint
+    /// only: not to another host, port or scheme.
     fn get(&self, url: &str, from: u64) -> Result<ureq::http::Response<ureq::Body>, Refusal> {
-        // What is packed on the way could not be gone on with.
-        let mut request = self.agent.get(url).header("Accept-Encoding", "identity");
-        if let Some(token) = &self.token {
-            request = request.header("Authorization", format!("Bearer {token}"));
-        }
-        if from > 0 {
-            request = request.header("Range", format!("bytes={from}-"));
-        }
-        let response = request.call().map_err(|error| {
-            Refusal::Later(format!(
-                "{url}: {error}; what is in the hub's cache is used without a network, and `hf download` on \
-                 another machine fills a cache that can be copied here"
-            ))
-        })?;
+        let invalid = |url: &str, problem: &dyn Display| {
+            Refusal::Never(format!("{url}: not a valid address: {problem}"))
+        };
+        let mut at = Url::parse(url).map_err(|error| invalid(url, &error))?;
+        let home = at.origin();
+        let mut redirects = 0;
+        let response = loop {
+            // A compressed body could not be resumed.
+            let mut request = self
+                .agent
+                .get(at.as_str())
+                .header("Accept-Encoding", "identity");
+            if let Some(token) = &self.token
+                && at.origin() == home
+            {
+                request = request.header("Authorization", format!("Bearer {token}"));
+            }
+            if from > 0 {
+                request = request.header("Range", format!("bytes={from}-"));
+            }
+            let response = request.call().map_err(|error| {
+                Refusal::Later(format!(
+                    "{url}: {error}; what is in the hub's cache is used without a network, and `hf download` on \
+                     another machine fills a cache that can be copied here"
+                ))
+            })?;
+            let location = response.headers().get("location");
+            if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
+                break response;
+            }
+            let Some(location) = location.and_then(|location| location.to_str().ok()) else {
+                break response;
+            };
+            redirects += 1;
+            if redirects > REDIRECTS_MAX {
+                return Err(Refusal::Never(format!(
+                    "{url}: the hub redirects more than {REDIRECTS_MAX} times"
+                )));
+            }
+            let next = at
+                .join(location)
+                .map_err(|error| invalid(location, &error))?;
+            if at.scheme() == "https" && next.scheme() != "https" {
+                return Err(Refusal::Never(format!(
+                    "{url}: the hub redirects to `{}`, which is not encrypted",
+                    next
+                )));
+            }
+            at = next;
+        };
         match response.status().as_u16() {
             200..=299 => Ok(response),
             401 | 403 => {
@@ -401,14 +443,21 @@ fn encoded(path: &str) -> String {
 fn hash(path: &Path, listed: &Listed) -> io::Result<String> {
     let mut file = File::open(path)?;
     if listed.lfs.is_some() {
-        let mut hasher = Sha256::new();
-        io::copy(&mut file, &mut hasher)?;
-        return Ok(format!("{:x}", hasher.finalize()));
+        return digest(Sha256::new(), &mut file);
     }
-    let mut hasher = Sha1::new();
-    hasher.update(format!("blob {}\0", file.metadata()?.len()));
-    io::copy(&mut file, &mut hasher)?;
-    Ok(format!("{:x}", hasher.finalize()))
+    let git = Sha1::new_with_prefix(format!("blob {}\0", file.metadata()?.len()));
+    digest(git, &mut file)
+}
+
+/// The hash of what `hasher` has seen and then of all that `file` holds, in hex.
+fn digest<D: Digest>(mut hasher: D, file: &mut File) -> io::Result<String> {
+    let mut piece = vec![0; 1 << 16];
+    loop {
+        match file.read(&mut piece)? {
+            0 => return Ok(hex::encode(hasher.finalize())),
+            bytes => hasher.update(&piece[..bytes]),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -28,9 +28,8 @@ pub(super) fn places(file: &File) -> Result<Vec<(String, Place)>, String> {
     })?;
     let root = archive
         .file_names()
-        .find_map(|name| name.strip_suffix("data.pkl"))
-        .ok_or("a zip archive, but not a torch file: it holds no `data.pkl`")?
-        .to_owned();
+        .find_map(|name| Some(name.ok()?.strip_suffix("data.pkl")?.to_owned()))
+        .ok_or("a zip archive, but not a torch file: it holds no `data.pkl`")?;
     if read_entry(&mut archive, &format!("{root}byteorder"))?.is_some_and(|order| order == b"big") {
         return Err("written on a big-endian machine, which is not read".to_owned());
     }
@@ -88,9 +87,9 @@ fn storage(
     }
     let start = entry.data_start();
     start
-        .checked_add(entry.size())
-        .filter(|end| *end <= file_bytes)
-        .map(|end| start..end)
+        .and_then(|start| Some((start, start.checked_add(entry.size())?)))
+        .filter(|(_, end)| *end <= file_bytes)
+        .map(|(start, end)| start..end)
         .ok_or_else(|| format!("truncated: `{name}` ends after the file's end"))
 }
 
