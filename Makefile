@@ -46,10 +46,10 @@ audit: ## check the crates: licences, sources, versions, advisories (offline: wh
 	.ci/audit
 
 world: setup ## make data-samples again, its three models included, from nothing (two hours)
-	cargo build --release --bins --example small_world
+	cargo build --release --bins -p ovchat -p small-world
 	rm -rf data-samples/images
-	cargo run --release --quiet --example small_world -- world data-samples
-	cargo run --release --quiet --example small_world -- lessons runs/lessons
+	cargo run --release --quiet -p small-world -- world data-samples
+	cargo run --release --quiet -p small-world -- lessons runs/lessons
 	cargo run --release --quiet --bin pipeline -- run pipelines/small-world.yaml
 	cargo run --release --quiet --bin pipeline -- run pipelines/small-world-critic.yaml
 	rm -rf data-samples/policy data-samples/reward data-samples/critic

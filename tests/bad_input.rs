@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
-use ovchat::tables::{Prompt, Reject};
+use ovchat_data::tables::{Prompt, Reject};
 use serde_json::{Value, json};
 
 use crate::run::{SCRIPTED, rows};
@@ -152,7 +152,8 @@ fn pairs_that_the_training_script_would_misread_are_not_exported() {
 fn a_prompt_longer_than_the_context_is_set_aside_before_the_model_opens() {
     let scene = Scene::new();
     let policy = scene.path("policy");
-    ovchat::store::copy_folder(format!("{ROOT}/data-samples/policy").as_ref(), &policy).unwrap();
+    ovchat_data::store::copy_folder(format!("{ROOT}/data-samples/policy").as_ref(), &policy)
+        .unwrap();
     let config = fs::read_to_string(policy.join("config.json")).unwrap();
     let mut config: serde_json::Value = serde_json::from_str(&config).unwrap();
     config["text_config"]["max_position_embeddings"] = 40.into();
@@ -169,8 +170,9 @@ fn a_prompt_longer_than_the_context_is_set_aside_before_the_model_opens() {
             "pairs, model: policy,",
         );
     let plan = scene.prompts(1).write("p.yaml", pipeline).path("p.yaml");
-    let plan = ovchat::config::load(&plan, &["reject_share_max=1.0".to_owned()], false).unwrap();
-    let options = ovchat::run::Options {
+    let plan =
+        ovchat_pipeline::config::load(&plan, &["reject_share_max=1.0".to_owned()], false).unwrap();
+    let options = ovchat_pipeline::run::Options {
         folder: scene.path("runs/scripted"),
         until: Some("answers".to_owned().try_into().unwrap()),
         rates: None,
@@ -178,8 +180,8 @@ fn a_prompt_longer_than_the_context_is_set_aside_before_the_model_opens() {
         command: "pipeline run p.yaml".to_owned(),
         sets: Vec::new(),
     };
-    let interrupt = ovchat::run::Interrupt::default();
-    ovchat::run::run(&plan, &options, None, &mut Quiet, &interrupt).unwrap();
+    let interrupt = ovchat_pipeline::run::Interrupt::default();
+    ovchat_pipeline::run::run(&plan, &options, None, &mut Quiet, &interrupt).unwrap();
     let rejects: Vec<Reject> = rejects_of(&scene);
     assert!(
         rejects[0].reason.contains("context of 40"),
@@ -189,17 +191,17 @@ fn a_prompt_longer_than_the_context_is_set_aside_before_the_model_opens() {
 }
 
 fn rejects_of(scene: &Scene) -> Vec<Reject> {
-    let run = ovchat::store::RunFolder::read(&scene.path("runs/scripted")).unwrap();
+    let run = ovchat_data::store::RunFolder::read(&scene.path("runs/scripted")).unwrap();
     let files: Vec<_> = run
         .manifest()
         .made
         .iter()
-        .flat_map(ovchat::store::Made::rejects)
+        .flat_map(ovchat_data::store::Made::rejects)
         .cloned()
         .collect();
     files
         .iter()
-        .flat_map(|file| ovchat::store::read_file(&run.root().join(&file.file)).unwrap())
+        .flat_map(|file| ovchat_data::store::read_file(&run.root().join(&file.file)).unwrap())
         .collect()
 }
 
@@ -212,7 +214,7 @@ fn a_full_disk_loses_nothing_and_the_next_run_goes_on() {
         "--until",
         "candidates",
     ]);
-    let before = rows::<ovchat::tables::Candidate>(&scene, "candidates", Some(1));
+    let before = rows::<ovchat_data::tables::Candidate>(&scene, "candidates", Some(1));
     let full = scene.path("runs/scripted/rewards/round-1/part-00000.parquet.new");
     fs::create_dir_all(full.parent().unwrap()).unwrap();
     symlink("/dev/full", &full).unwrap();
@@ -222,7 +224,7 @@ fn a_full_disk_loses_nothing_and_the_next_run_goes_on() {
     fs::remove_file(&full).unwrap();
     scene.succeeds(&["run", "p.yaml"]);
     assert_eq!(
-        rows::<ovchat::tables::Candidate>(&scene, "candidates", Some(1)),
+        rows::<ovchat_data::tables::Candidate>(&scene, "candidates", Some(1)),
         before
     );
 }
@@ -273,7 +275,7 @@ fn finished(table: &str) -> (Scene, PathBuf) {
         .prompts(10)
         .write("p.yaml", SCRIPTED)
         .succeeds(&["run", "p.yaml"]);
-    let run = ovchat::store::RunFolder::read(&scene.path("runs/scripted")).unwrap();
+    let run = ovchat_data::store::RunFolder::read(&scene.path("runs/scripted")).unwrap();
     let file = run.files(table, Some(1)).remove(0);
     (scene, file)
 }
@@ -383,7 +385,7 @@ fn a_flipped_bit_in_what_was_set_aside_is_not_taken_over() {
 fn what_is_as_it_was_written_or_cannot_be_read_stays() {
     let (scene, file) = finished("candidates");
     let (mut run, lost) =
-        ovchat::store::RunFolder::open(&scene.path("runs/scripted"), "scripted").unwrap();
+        ovchat_data::store::RunFolder::open(&scene.path("runs/scripted"), "scripted").unwrap();
     assert!(lost.lost.is_empty());
     assert_eq!(run.put_aside(&file).unwrap(), None);
     assert_eq!(run.put_aside(&scene.path("p.yaml")).unwrap(), None);
@@ -485,7 +487,7 @@ fn files_that_are_not_regular_are_refused_without_hanging() {
     let refused = |name: &str, change: &dyn Fn(&str) -> String, code: &str| {
         let scene = Scene::new();
         scene.prompts(3).write("p.yaml", change(SCRIPTED));
-        ovchat::store::copy_folder(policy.as_ref(), &scene.path("policy")).unwrap();
+        ovchat_data::store::copy_folder(policy.as_ref(), &scene.path("policy")).unwrap();
         fifo(&scene, name);
         let said = within_seconds(&scene, &["check", "p.yaml"]);
         assert_eq!(said.code, Some(2), "{name}: {}", said.err);
@@ -571,7 +573,7 @@ fn a_reward_model_without_one_of_its_files_is_refused() {
     scene
         .prompts(3)
         .write("p.yaml", SCRIPTED.replace("judge: { scripted: {} }", judge));
-    ovchat::store::copy_folder(samples.as_ref(), &reward).unwrap();
+    ovchat_data::store::copy_folder(samples.as_ref(), &reward).unwrap();
     scene.succeeds(&["check", "p.yaml"]);
     for (file, problem) in [
         ("adapter/reward_head", "the file `reward_head` is missing"),

@@ -15,7 +15,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use ovchat::store::{Made, RunFolder};
+use ovchat_data::store::{Made, RunFolder};
 
 use crate::run::SCRIPTED;
 use crate::scene::{Numbers, ROOT, Scene};

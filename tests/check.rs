@@ -7,7 +7,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use ovchat::config::{Complaints, LoadError, Look, load};
+use ovchat_pipeline::config::{Complaints, LoadError, Look, load};
 
 /// What `pipeline check` would draw for a file.
 fn rendering(path: &Path) -> String {

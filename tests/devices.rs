@@ -4,8 +4,8 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use ovchat::config::load;
-use ovchat::models::{DeviceSpec, ModelSpec};
+use ovchat_models::{DeviceSpec, ModelSpec};
+use ovchat_pipeline::config::load;
 
 use crate::scene::{ROOT, Said, Scene, said};
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use arrow::array::{ArrayRef, RecordBatch, StringArray};
-use ovchat::store::{RunFolder, TableWriter};
+use ovchat_data::store::{RunFolder, TableWriter};
 use serde_json::json;
 
 use crate::run::SCRIPTED;

@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 
-use ovchat::store::RunFolder;
+use ovchat_data::store::RunFolder;
 use serde_json::Value;
 
 use crate::run::SCRIPTED;

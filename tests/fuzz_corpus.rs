@@ -16,8 +16,8 @@ mod tested {
     use std::path::Path;
     use std::time::Duration;
 
-    use ovchat::stages::{StageSpec, Work};
-    pub use ovchat::{models, prep};
+    pub use ovchat_models::{self as models, prep};
+    use ovchat_pipeline::stages::{StageSpec, Work};
 
     use crate::people::{Page, scene};
     use crate::scene::Scene;
@@ -27,10 +27,10 @@ mod tested {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("p.yaml");
         std::fs::write(&path, text).unwrap();
-        if let Err(ovchat::config::LoadError::Refused(complaints)) =
-            ovchat::config::load(&path, &[], true)
+        if let Err(ovchat_pipeline::config::LoadError::Refused(complaints)) =
+            ovchat_pipeline::config::load(&path, &[], true)
         {
-            complaints.render(ovchat::config::Look::Ascii);
+            complaints.render(ovchat_pipeline::config::Look::Ascii);
         }
     }
 

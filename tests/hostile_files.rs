@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::fs::symlink;
 
-use ovchat::tables::{Image, Prompt};
+use ovchat_data::tables::{Image, Prompt};
 use serde_json::json;
 
 use crate::bad_input::{rejects, with_pictures};
@@ -115,7 +115,7 @@ fn the_bytes_of_an_embedded_picture_are_kept_where_its_path_is_another_file() {
     ])
     .unwrap();
     let mut writer =
-        ovchat::store::TableWriter::new(&scene.path(""), "prompts", batch.schema(), &[]);
+        ovchat_data::store::TableWriter::new(&scene.path(""), "prompts", batch.schema(), &[]);
     writer.write(&batch).unwrap();
     writer.finish().unwrap();
     let text = fs::read_to_string(scene.path("p.yaml")).unwrap();

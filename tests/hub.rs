@@ -7,7 +7,7 @@ use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use ovchat::store::digest;
+use ovchat_data::store::digest;
 use serde_json::json;
 use sha1::{Digest as _, Sha1};
 use tiny_http::{Header, Response, Server};

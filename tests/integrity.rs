@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
-use ovchat::store::{Manifest, copy_folder};
+use ovchat_data::store::{Manifest, copy_folder};
 
 use crate::run::SCRIPTED;
 use crate::scene::{Numbers, Scene};

@@ -4,8 +4,8 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
-use ovchat::store::RunFolder;
-use ovchat::tables::Reward;
+use ovchat_data::store::RunFolder;
+use ovchat_data::tables::Reward;
 
 use crate::run::{SCRIPTED, rows};
 use crate::scene::Scene;

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use ovchat::tables::{Candidate, Comparison, Reward};
+use ovchat_data::tables::{Candidate, Comparison, Reward};
 use serde_json::{Value, json};
 
 use crate::run::{SCRIPTED, rows};
@@ -564,10 +564,10 @@ fn the_exam_refuses_a_judge_of_places() {
     let said = scene.pipeline(&["run", "p.yaml"]);
     assert_eq!(said.code, Some(1));
     assert!(said.err.contains("judge_exam_flip_rate"), "{}", said.err);
-    let run = ovchat::store::RunFolder::read(&scene.path("runs/scripted")).unwrap();
+    let run = ovchat_data::store::RunFolder::read(&scene.path("runs/scripted")).unwrap();
     let exam: Vec<Comparison> = run
         .reader("judge_exam", None)
-        .flat_map(|batch| ovchat::tables::Row::from_batch(&batch.unwrap()).unwrap())
+        .flat_map(|batch| ovchat_data::tables::Row::from_batch(&batch.unwrap()).unwrap())
         .collect();
     assert!(exam.iter().all(|row: &Comparison| row.flips == Some(true)));
     assert!(

@@ -1,7 +1,7 @@
 //! Models that a pipeline makes of lessons and labels, and their files.
 
-use ovchat::store::RunFolder;
-use ovchat::tables::{Candidate, Comparison, Row};
+use ovchat_data::store::RunFolder;
+use ovchat_data::tables::{Candidate, Comparison, Row};
 
 use crate::networks::names;
 use crate::scene::{ROOT, Scene};

@@ -6,8 +6,8 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use ovchat::store::RunFolder;
-use ovchat::tables::{Candidate, DpoStep, Finish, Pair, Reference, Reward, Row};
+use ovchat_data::store::RunFolder;
+use ovchat_data::tables::{Candidate, DpoStep, Finish, Pair, Reference, Reward, Row};
 
 use crate::scene::{ROOT, Scene};
 

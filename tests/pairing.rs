@@ -1,6 +1,6 @@
 //! Ways to pair answers, what they would give, and what is expected of whoever judges them.
 
-use ovchat::tables::{DpoStep, Pair};
+use ovchat_data::tables::{DpoStep, Pair};
 
 use crate::run::{SCRIPTED, rows};
 use crate::scene::Scene;

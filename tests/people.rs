@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, ExitStatus, Stdio};
 
-use ovchat::tables::{Candidate, DpoStep, Pair};
+use ovchat_data::tables::{Candidate, DpoStep, Pair};
 use serde_json::{Value, json};
 
 use crate::run::{SCRIPTED, rows};

@@ -179,7 +179,7 @@ fn a_query_that_fails_leaves_nothing_and_speaks_of_its_format() {
         .output()
         .unwrap();
     scene.write("rows.parquet", output.stdout);
-    let mut rows = ovchat::store::TableReader::new(vec![scene.path("rows.parquet")]);
+    let mut rows = ovchat_data::store::TableReader::new(vec![scene.path("rows.parquet")]);
     let rows = rows.next().unwrap().unwrap();
     let types: Vec<String> = rows
         .columns()

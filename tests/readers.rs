@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use arrow::array::{Array, AsArray, RecordBatch};
 use arrow::datatypes::{DataType, Int32Type};
-use ovchat::store::{Manifest, RunFolder};
+use ovchat_data::store::{Manifest, RunFolder};
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 
 use crate::run::SCRIPTED;
@@ -276,7 +276,7 @@ fn a_run_of_format_1_is_whole_and_goes_on_in_its_own_form() {
     for name in ["p.yaml", "prompts.json"] {
         scene.write(name, fs::read(fixture.join(name)).unwrap());
     }
-    ovchat::store::copy_folder(&fixture.join("run"), &scene.path("runs/scripted")).unwrap();
+    ovchat_data::store::copy_folder(&fixture.join("run"), &scene.path("runs/scripted")).unwrap();
     let said = scene.succeeds(&["run", "p.yaml"]);
     assert!(
         said.err.contains("nothing to do: all 15 tables"),

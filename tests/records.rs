@@ -7,8 +7,8 @@ use arrow::array::{
     ArrayRef, BinaryArray, MapBuilder, RecordBatch, StringArray, StringBuilder, StructArray,
 };
 use arrow::datatypes::{DataType, Field};
-use ovchat::store::TableWriter;
-use ovchat::tables::{Pair, Prompt};
+use ovchat_data::store::TableWriter;
+use ovchat_data::tables::{Pair, Prompt};
 use serde_json::{Value, json};
 
 use crate::bad_input::{rejects, with_pictures};
@@ -351,7 +351,7 @@ fn a_column_of_bytes_is_read_as_images_and_a_second_column_of_files_is_refused()
     );
     load(&scene, "prompts.parquet");
     let read: Vec<Prompt> = rows(&scene, "prompts", None);
-    assert_eq!(read[0].image_ids, [ovchat::store::digest(&png)]);
+    assert_eq!(read[0].image_ids, [ovchat_data::store::digest(&png)]);
     let told = rejects(&scene);
     assert!(told[0].0 == "row 2" && told.len() == 1, "{told:?}");
 
@@ -600,7 +600,7 @@ fn columns_that_would_be_lost_are_refused() {
     write_parquet(&scene, &same);
     load(&scene, "prompts.parquet");
     let read: Vec<Prompt> = rows(&scene, "prompts", None);
-    assert_eq!(read[0].image_ids, [ovchat::store::digest(&png)]);
+    assert_eq!(read[0].image_ids, [ovchat_data::store::digest(&png)]);
     let mut map = MapBuilder::new(None, StringBuilder::new(), StringBuilder::new());
     map.keys().append_value("video");
     map.values().append_value("a.mp4");

@@ -3,14 +3,14 @@
 use std::cell::Cell;
 use std::path::Path;
 
-use ovchat::models::scripted::{ScriptedJudge, ScriptedLearner, ScriptedPolicy};
-use ovchat::models::{
+use ovchat_data::tables::{DpoStep, Pair, Reference};
+use ovchat_models::scripted::{ScriptedJudge, ScriptedLearner, ScriptedPolicy};
+use ovchat_models::{
     DpoLearner, DpoSettings, Dtype, Finding, Judge, Layout, ModelError, ModelLoader, ModelSpec,
     Opened, Placement, Policy, RewardLearner, RewardSettings, Room, Scripted, SftLearner,
     SftSettings,
 };
-use ovchat::run::{Interrupt, Options, run};
-use ovchat::tables::{DpoStep, Pair, Reference};
+use ovchat_pipeline::run::{Interrupt, Options, run};
 
 use crate::run::{SCRIPTED, rows};
 use crate::scene::{Quiet, ROOT, Scene};
@@ -89,7 +89,7 @@ fn trained_with(settings: &str, precision: Dtype) -> (Scene, Result<(), String>)
         .replace("save_every: 2", settings);
     let scene = Scene::new();
     let file = scene.prompts(12).write("p.yaml", &pipeline).path("p.yaml");
-    let plan = ovchat::config::load(&file, &["rounds=1".to_owned()], false).unwrap();
+    let plan = ovchat_pipeline::config::load(&file, &["rounds=1".to_owned()], false).unwrap();
     let options = Options {
         folder: scene.path("runs/scripted"),
         until: Some("steps".to_owned().try_into().unwrap()),
@@ -207,7 +207,7 @@ fn a_policy_that_judges_its_own_answers_is_opened_once() {
     let (pipeline, _) = pipeline.split_once("evaluate:").unwrap();
     let scene = Scene::new();
     let file = scene.prompts(6).write("p.yaml", pipeline).path("p.yaml");
-    let plan = ovchat::config::load(&file, &["rounds=1".to_owned()], false).unwrap();
+    let plan = ovchat_pipeline::config::load(&file, &["rounds=1".to_owned()], false).unwrap();
     let options = Options {
         folder: scene.path("runs/scripted"),
         until: Some("rewards".to_owned().try_into().unwrap()),

@@ -129,7 +129,8 @@ fn a_chat_template_that_writes_other_words_is_named() {
         "policy: { llava_onevision: { weights: policy } }",
     ));
     let policy = scene.path("policy");
-    ovchat::store::copy_folder(format!("{ROOT}/data-samples/policy").as_ref(), &policy).unwrap();
+    ovchat_data::store::copy_folder(format!("{ROOT}/data-samples/policy").as_ref(), &policy)
+        .unwrap();
     let check = || scene.succeeds(&["check", "p.yaml"]);
     assert!(!check().err.contains("chat template"));
     let template = policy.join("chat_template.jinja");

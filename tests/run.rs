@@ -1,7 +1,7 @@
 //! Whole pipelines with scripted models: tables, rounds, reuse, and what a second run does.
 
-use ovchat::store::RunFolder;
-use ovchat::tables::{
+use ovchat_data::store::RunFolder;
+use ovchat_data::tables::{
     Candidate, DpoStep, Pair, Prompt, Reference, Reject, RejectClass, Reward, Row,
 };
 
@@ -108,9 +108,9 @@ fn rows_of_rejects(scene: &Scene) -> Vec<Reject> {
         .manifest()
         .made
         .iter()
-        .flat_map(ovchat::store::Made::rejects);
+        .flat_map(ovchat_data::store::Made::rejects);
     files
-        .flat_map(|file| ovchat::store::read_file(&run.root().join(&file.file)).unwrap())
+        .flat_map(|file| ovchat_data::store::read_file(&run.root().join(&file.file)).unwrap())
         .collect()
 }
 
@@ -442,7 +442,7 @@ fn feedback_of_people_is_trained_on_with_a_reference_that_is_computed_and_stored
     scene.succeeds(&["run", "p.yaml"]);
     let references: Vec<Reference> = rows(&scene, "steps_reference", Some(1));
     assert_eq!(references.len(), 6);
-    let steps: Vec<ovchat::tables::DpoStep> = rows(&scene, "steps", Some(1));
+    let steps: Vec<ovchat_data::tables::DpoStep> = rows(&scene, "steps", Some(1));
     assert_eq!(
         steps
             .iter()

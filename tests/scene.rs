@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use arrow::array::{ArrayRef, RecordBatch, StringArray};
 use arrow_ipc::writer::StreamWriter;
-use ovchat::store::{RunFolder, TableReader};
-use ovchat::tables::is_measured;
+use ovchat_data::store::{RunFolder, TableReader};
+use ovchat_data::tables::is_measured;
 
 /// The project's folder.
 pub const ROOT: &str = env!("CARGO_MANIFEST_DIR");
@@ -137,11 +137,19 @@ pub fn stream_of_ids(ids: &[&str]) -> Vec<u8> {
 /// Takes no notice of a run's progress.
 pub struct Quiet;
 
-impl ovchat::run::Report for Quiet {
-    fn start(&mut self, _: ovchat::run::Start<'_>) {}
+impl ovchat_pipeline::run::Report for Quiet {
+    fn start(&mut self, _: ovchat_pipeline::run::Start<'_>) {}
     fn progress(&mut self, _: u64) {}
-    fn finished(&mut self, _: &ovchat::stages::TableName, _: Option<u32>, _: u64, _: u64, _: u64) {}
-    fn reused(&mut self, _: &ovchat::stages::TableName, _: Option<u32>, _: u64) {}
+    fn finished(
+        &mut self,
+        _: &ovchat_pipeline::stages::TableName,
+        _: Option<u32>,
+        _: u64,
+        _: u64,
+        _: u64,
+    ) {
+    }
+    fn reused(&mut self, _: &ovchat_pipeline::stages::TableName, _: Option<u32>, _: u64) {}
     fn note(&mut self, _: &str) {}
 }
 

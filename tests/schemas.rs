@@ -3,8 +3,8 @@
 use std::fs;
 use std::path::Path;
 
-use ovchat::config::{pipeline_schema, table_schema};
-use ovchat::tables::KINDS;
+use ovchat_data::tables::KINDS;
+use ovchat_pipeline::config::{pipeline_schema, table_schema};
 
 use crate::scene::ROOT;
 

@@ -1,49 +1,17 @@
-//! House rules that the compiler doesn't know: floors, crate homes, comments, the map, formatting.
+//! House rules that the compiler does not know: comments, the map of the guide, formatting.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
 use crate::scene::ROOT;
 
-/// What each module may use. Neighbors on one floor do not see each other.
-const FLOORS: [(&str, &str); 13] = [
-    ("files", ""),
-    ("visible", ""),
-    ("mask", ""),
-    ("tables", ""),
-    ("models", "files mask"),
-    ("prep", "files models"),
-    ("nn", "models prep"),
-    ("store", "files tables"),
-    ("query", "files tables store"),
-    ("stages", "files mask tables models prep store query"),
-    (
-        "config",
-        "files mask visible tables models prep query stages",
-    ),
-    (
-        "run",
-        "files mask visible tables models prep store query stages config",
-    ),
-    (
-        "cli",
-        "files mask visible tables models prep store query stages config run",
-    ),
-];
+/// The folders of the crates, in the order in which they build on each other.
+const CRATES: [&str; 7] = ["io", "data", "query", "models", "torch", "pipeline", "cli"];
 
-/// The only places below `src` that name each of these crates.
-const HOMES: [(&str, &str); 8] = [
-    ("tch", "src/nn/"),
-    ("datafusion", "src/query"),
-    ("tokio", "src/query src/cli/label/server.rs"),
-    ("hyper", "src/cli/label/server.rs"),
-    ("parquet", "src/store/"),
-    ("serde_yaml", "src/config/"),
-    ("miette", "src/config/"),
-    ("clap", "src/cli/"),
-];
+/// Where the guide has the list of all files, which is made from their first sentences.
+const MAP: (&str, &str) = ("<!-- map -->\n", "<!-- end of the map -->\n");
 
 /// Every file below a folder, as its path in the project and its text.
 fn files(folder: &str) -> Vec<(String, String)> {
@@ -81,99 +49,68 @@ fn lines() -> Vec<(String, String, String)> {
     lines
 }
 
-/// A line without its comment.
-fn code(line: &str) -> &str {
-    line.split_once("//").map_or(line, |(code, _)| code)
-}
-
-fn is_in_a_word(c: char) -> bool {
-    c.is_alphanumeric() || c == '_'
-}
-
-/// The modules of this crate that a line names, as `crate::module`.
-fn modules(line: &str) -> impl Iterator<Item = &str> {
-    let after = line.split("crate::").skip(1);
-    after.map(|rest| match rest.split(|c| !is_in_a_word(c)).next() {
-        Some("") | None => "several modules in one `use`",
-        Some(module) => module,
-    })
-}
-
-/// Whether a line names a crate, as `name::…` or `::name::…`, and not a module of that name.
-fn names_crate(line: &str, name: &str) -> bool {
-    line.match_indices(&format!("{name}::")).any(|(at, _)| {
-        let before = line[..at].trim_end_matches("::");
-        !before.ends_with(|c| is_in_a_word(c) || c == '.')
-    })
-}
-
 #[track_caller]
 fn assert_none(rule: &str, found: &[String]) {
     assert!(found.is_empty(), "{rule}:\n{}", found.join("\n"));
 }
 
 #[test]
-fn a_module_uses_only_the_floors_below_it() {
-    let mut wrong = Vec::new();
-    for (file, place, line) in lines() {
-        let module = file["src/".len()..].split(['/', '.']).next().unwrap();
-        if matches!(module, "lib" | "bin") {
-            continue;
-        }
-        let floor = FLOORS.iter().find(|(floor, _)| *floor == module);
-        let (_, below) = floor.unwrap_or_else(|| panic!("{file}: FLOORS lacks `{module}`"));
-        for used in modules(code(&line)) {
-            if used != module && !below.split(' ').any(|floor| floor == used) {
-                wrong.push(format!("{place}: `{module}` may not use `{used}`"));
-            }
-        }
-    }
-    assert_none("these look above their floor", &wrong);
-}
-
-#[test]
-fn a_crate_is_named_in_its_home_only() {
-    let mut wrong = Vec::new();
-    for (file, place, line) in lines() {
-        for (name, home) in HOMES {
-            let is_home = home.split(' ').any(|home| file.starts_with(home));
-            if !is_home && names_crate(code(&line), name) {
-                wrong.push(format!("{place}: `{name}` is at home in {home}"));
-            }
-        }
-    }
-    assert_none("these name a crate away from its home", &wrong);
-}
-
-#[test]
 fn every_file_says_what_it_is() {
     let mut silent = Vec::new();
-    for (file, text) in ["src", "tests", "examples", "benches"].map(files).concat() {
-        // The comment of the library is the guide.
-        let speaks = text.starts_with("//! ") || text.starts_with("#![doc = include_str!(");
-        if is_rust(&file) && !speaks {
+    for (file, text) in ["src", "tests", "examples", "benches", "data-samples"]
+        .map(files)
+        .concat()
+    {
+        if is_rust(&file) && !text.starts_with("//! ") {
             silent.push(file);
         }
     }
     assert_none("these do not open with `//!` and a sentence", &silent);
 }
 
-#[test]
-fn the_map_names_every_file_and_no_other() {
-    let mut there: BTreeSet<String> = files("src").into_iter().map(|(file, _)| file).collect();
-    there.remove("src/README.md");
-    let guide = fs::read_to_string(Path::new(ROOT).join("src/README.md")).unwrap();
-    let mut wrong = Vec::new();
-    for line in guide.lines() {
-        let entry = line.strip_prefix("- `").and_then(|it| it.split_once('`'));
-        if let Some((name, _)) = entry
-            && !there.remove(&format!("src/{name}"))
-        {
-            wrong.push(format!("`{name}` is not there, or named twice"));
-        }
+/// The first sentence of the comment that a file begins with.
+fn first_sentence(text: &str) -> String {
+    let lines = text.lines().map_while(|line| {
+        let (marker, rest) = line.split_once(' ')?;
+        matches!(marker, "//!" | "--" | "#" | "<!--").then_some(rest)
+    });
+    let words = lines.collect::<Vec<_>>().join(" ");
+    let end = words.find(". ").unwrap_or(words.len());
+    words[..end]
+        .trim_end_matches(['.', ' ', '-', '>'])
+        .to_owned()
+}
+
+/// The list of all files of a crate, the file of its root first.
+fn map_of(name: &str) -> String {
+    let folder = format!("src/{name}/");
+    let mut found = files(&folder);
+    found.retain(|(file, _)| !file.ends_with("Cargo.toml") && !file.ends_with("build.rs"));
+    found.sort_by_key(|(file, _)| {
+        let is_root = file.ends_with("/lib.rs");
+        let beside = file.replace("/mod.rs", "").replace(".rs", "");
+        (!is_root, beside)
+    });
+    let mut map = format!("### {name}\n\n");
+    for (file, text) in found {
+        map += &format!("- `{}`: {}\n", &file["src/".len()..], first_sentence(&text));
     }
-    wrong.extend(there.iter().map(|file| format!("{file} has no line")));
-    assert_none("the map in src/README.md is not true", &wrong);
+    map
+}
+
+#[test]
+fn the_map_is_what_the_files_say() {
+    let guide = Path::new(ROOT).join("src/README.md");
+    let text = fs::read_to_string(&guide).unwrap();
+    let (before, rest) = text.split_once(MAP.0).expect("the guide has a map");
+    let (map, behind) = rest.split_once(MAP.1).expect("the map ends");
+    let wanted = CRATES.map(map_of).join("\n");
+    if std::env::var_os("UPDATE").is_some() {
+        let text = format!("{before}{}{wanted}{}{behind}", MAP.0, MAP.1);
+        fs::write(&guide, text).unwrap();
+    } else {
+        assert!(map == wanted, "run `UPDATE=1 cargo test --release`");
+    }
 }
 
 #[test]

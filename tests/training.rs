@@ -3,8 +3,8 @@
 
 use std::fs;
 
-use ovchat::store::RunFolder;
-use ovchat::tables::{Comparison, RewardStep, Row, SftStep};
+use ovchat_data::store::RunFolder;
+use ovchat_data::tables::{Comparison, RewardStep, Row, SftStep};
 
 use crate::scene::Scene;
 

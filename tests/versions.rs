@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 
-use ovchat::store::{Made, RunFolder};
+use ovchat_data::store::{Made, RunFolder};
 
 use crate::readers::glob;
 use crate::run::SCRIPTED;

@@ -6,8 +6,8 @@
 use std::path::Path;
 use std::time::Instant;
 
-use ovchat::models::Picture;
-use ovchat::prep::PolicyPrep;
+use ovchat_models::Picture;
+use ovchat_models::prep::PolicyPrep;
 use rayon::prelude::*;
 
 fn main() {

@@ -3,11 +3,6 @@
 
 use std::process::ExitCode;
 
-use ovchat::{models, prep};
-
-#[path = "../nn/mod.rs"]
-mod nn;
-
 fn main() -> ExitCode {
-    ovchat::cli::main(Some(&nn::NetLoader))
+    ovchat_cli::main(Some(&ovchat_torch::NetLoader))
 }

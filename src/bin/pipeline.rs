@@ -4,5 +4,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    ovchat::cli::main(None)
+    ovchat_cli::main(None)
 }

@@ -6,7 +6,7 @@ use arrow::datatypes::{DataType, Float64Type};
 use plotters::prelude::*;
 
 use super::Failed;
-use crate::config::Chart;
+use ovchat_pipeline::config::Chart;
 
 /// The size of a panel, in pixels.
 const PANEL: (u32, u32) = (300, 220);

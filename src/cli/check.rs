@@ -9,10 +9,12 @@ use super::file::{PipelineFile, folder_of, warn};
 use super::out::{Output, line, say};
 use super::outlook::Outlook;
 use super::{Failed, engine, forecast, memory, tokens};
-use crate::config::{At, Complaint, Complaints, KeyPath, LoadError, Plan, PlannedStage, load};
-use crate::models::{ModelLoader, ModelSpec};
-use crate::run::withheld as withheld_from;
-use crate::stages::StageSpec;
+use ovchat_models::{ModelLoader, ModelSpec};
+use ovchat_pipeline::config::{
+    At, Complaint, Complaints, KeyPath, LoadError, Plan, PlannedStage, load,
+};
+use ovchat_pipeline::run::withheld as withheld_from;
+use ovchat_pipeline::stages::StageSpec;
 
 /// Says everything that is wrong with a pipeline, before anything runs.
 #[derive(Args)]

@@ -9,11 +9,11 @@ use serde_json::{Value, json};
 
 use super::out::{Output, line};
 use super::{Failed, read_run, run_folder};
-use crate::query::{self, QueryTable};
-use crate::run::{Reason, explain};
-use crate::store::{Made, RunFolder};
-use crate::tables::Pair;
-use crate::tables::Row as _;
+use ovchat_data::store::{Made, RunFolder};
+use ovchat_data::tables::Pair;
+use ovchat_data::tables::Row as _;
+use ovchat_pipeline::run::{Reason, explain};
+use ovchat_query::{self as query, QueryTable};
 
 /// Says which settings, rows and pairs of two runs differ, table by table.
 #[derive(Args)]

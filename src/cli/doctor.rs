@@ -5,8 +5,8 @@ use serde_json::json;
 
 use super::out::{Output, line};
 use super::{Failed, engine};
-use crate::models::{ModelLoader, Severity};
-use crate::visible::visible_bytes;
+use ovchat_io::visible::visible_bytes;
+use ovchat_models::{ModelLoader, Severity};
 
 /// Says what libtorch, CUDA and devices were found, and what is missing.
 #[derive(Args)]

@@ -5,13 +5,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::Failed;
-use crate::models::libtorch::{self, BUILT_AGAINST, SET_HERE};
+use ovchat_models::libtorch::{self, BUILT_AGAINST, BUILT_WITH, SET_HERE};
 
 /// The library that the engine can't start without.
 const LIBRARY: &str = "libtorch_cpu.so";
-
-/// Where the engine was built to find it.
-const BUILT_WITH: Option<&str> = option_env!("OVCHAT_LIBTORCH");
 
 /// The engine beside this program.
 pub fn path() -> Result<PathBuf, Failed> {

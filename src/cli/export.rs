@@ -13,13 +13,13 @@ use serde_json::{Value, json};
 use super::out::say;
 use super::verify::refuse_flaws;
 use super::{Failed, engine, read_run, run_folder};
-use crate::files;
-use crate::models::{Layout, ModelLoader};
-use crate::store::{
+use ovchat_data::store::{
     CheckpointRecord, Images, Lookup, Made, RunFolder, StoreError, TableReader, copy_folder,
     create_folder, write_atomically, write_folder,
 };
-use crate::tables::{Image, Pair, Row};
+use ovchat_data::tables::{Image, Pair, Row};
+use ovchat_io::files;
+use ovchat_models::{Layout, ModelLoader};
 
 /// Writes pairs or a checkpoint of a run for other programs.
 #[derive(Args)]

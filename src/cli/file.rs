@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use crate::config::{Look, Plan};
+use ovchat_pipeline::config::{Look, Plan};
 
 /// A pipeline file and changes to it.
 #[derive(Args)]

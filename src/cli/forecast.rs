@@ -6,9 +6,9 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::progress::duration;
-use crate::config::Plan;
-use crate::prep::size_in_words as size;
-use crate::run::{Estimate, Fate, Forecast, Reason};
+use ovchat_models::prep::size_in_words as size;
+use ovchat_pipeline::config::Plan;
+use ovchat_pipeline::run::{Estimate, Fate, Forecast, Reason};
 
 /// A table with one line a table and round.
 pub fn render(plan: &Plan, folder: &Path, forecasts: &[Forecast]) -> String {

@@ -9,9 +9,9 @@ use super::file::{quoted, shown};
 use super::out::{line, say};
 use super::verify::refuse_flaws;
 use super::{Failed, read_run, run_folder};
-use crate::config::load;
-use crate::run::{LAST, LAST_WHOLE, listed, stale};
-use crate::store::Made;
+use ovchat_data::store::Made;
+use ovchat_pipeline::config::load;
+use ovchat_pipeline::run::{LAST, LAST_WHOLE, listed, stale};
 
 /// Begins a run that has the first rounds of another one, to try something else from there on. Its files
 /// are shared, not copied, and the other run stays as it is.

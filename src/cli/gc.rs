@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 use super::out::{Output, line, say};
 use super::progress::duration;
 use super::{Failed, read_run, run_folder};
-use crate::prep::size_in_words as size;
-use crate::store::{Made, RunFolder};
+use ovchat_data::store::{Made, RunFolder};
+use ovchat_models::prep::size_in_words as size;
 
 /// Removes the tables and checkpoints that a run set aside when its pipeline changed. Says first what
 /// that frees and what it would cost to make them again, and asks.

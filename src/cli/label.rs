@@ -21,9 +21,9 @@ use self::request::{Request, Saying, parameter};
 use self::server::{Answer, Asked, Server, Site};
 use super::out::say;
 use super::{Failed, read_run, run_folder};
-use crate::models::media_type;
-use crate::run::Interrupt;
-use crate::store::{Images, Label, LabelFiles, RunFolder, Said, Survey};
+use ovchat_data::store::{Images, Label, LabelFiles, RunFolder, Said, Survey};
+use ovchat_models::media_type;
+use ovchat_pipeline::run::Interrupt;
 
 const PAGE: &str = include_str!("label/page.html");
 

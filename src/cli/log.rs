@@ -13,10 +13,10 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use serde_json::{Value, json};
 
 use super::Failed;
-use crate::config::{Complaint, LoadError};
-use crate::run::{Figures, Report, Start, Unit};
-use crate::stages::TableName;
-use crate::visible::visible;
+use ovchat_io::visible::visible;
+use ovchat_pipeline::config::{Complaint, LoadError};
+use ovchat_pipeline::run::{Figures, Report, Start, Unit};
+use ovchat_pipeline::stages::TableName;
 
 /// Between two lines about the progress of one table.
 const LINE_EVERY: Duration = Duration::from_secs(10);

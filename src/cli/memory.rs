@@ -8,11 +8,11 @@ use std::fmt::Write as _;
 use serde_json::{Value, json};
 
 use super::tokens::Tokens;
-use crate::config::{At, Complaint, KeyPath, Plan};
-use crate::models::{DeviceSpec, Dtype, ModelError, ModelLoader, ModelSpec, Room};
-use crate::prep::size_in_words as size;
-use crate::stages::{Failure, TableName};
 use needs::{Precision, Refusal, computing, of_stage};
+use ovchat_models::prep::size_in_words as size;
+use ovchat_models::{DeviceSpec, Dtype, ModelError, ModelLoader, ModelSpec, Room};
+use ovchat_pipeline::config::{At, Complaint, KeyPath, Plan};
+use ovchat_pipeline::stages::{Failure, TableName};
 
 /// What a stage takes.
 pub struct Taken {

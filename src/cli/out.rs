@@ -4,7 +4,7 @@ use std::io::{self, ErrorKind, IsTerminal, Write};
 
 use clap::{Args, ValueEnum};
 
-use crate::visible::{visible, visible_bytes};
+use ovchat_io::visible::{visible, visible_bytes};
 
 /// The flag of the output format.
 #[derive(Debug, Args)]
@@ -72,7 +72,7 @@ pub fn write_words(text: &str) {
 /// Says something to people on stderr, in the words of a format, as `eprintln!` would.
 macro_rules! say {
     ($($words:tt)*) => {
-        $crate::cli::out::write_words(&format!($($words)*))
+        $crate::out::write_words(&format!($($words)*))
     };
 }
 pub(super) use say;

@@ -6,11 +6,11 @@ use std::path::Path;
 use super::Failed;
 use super::memory::{self, Taken};
 use super::tokens::{self, Extent, Tokens};
-use crate::config::{Complaint, KeyPath, NO_KEY, Plan};
-use crate::models::ModelLoader;
-use crate::run::{self, Forecast};
-use crate::stages::{Failure, TableName};
-use crate::store::Rates;
+use ovchat_data::store::Rates;
+use ovchat_models::ModelLoader;
+use ovchat_pipeline::config::{Complaint, KeyPath, NO_KEY, Plan};
+use ovchat_pipeline::run::{self, Forecast};
+use ovchat_pipeline::stages::{Failure, TableName};
 
 /// The tables that a run would make, with their tokens and memory.
 pub struct Outlook {

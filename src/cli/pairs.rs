@@ -11,10 +11,10 @@ use super::out::{Out, line};
 use super::rows::{Format, RowFormat};
 use super::sql::show;
 use super::{Failed, read_run, run_folder};
-use crate::query::QueryTable;
-use crate::stages::{Pairs, SelectPairs};
-use crate::store::{Made, RunFolder};
-use crate::tables::{Candidate, Pair, Reward, Row, schema_of};
+use ovchat_data::store::{Made, RunFolder};
+use ovchat_data::tables::{Candidate, Pair, Reward, Row, schema_of};
+use ovchat_pipeline::stages::{Pairs, SelectPairs};
+use ovchat_query::QueryTable;
 
 /// Tries a way to pair answers on the rewards of a run, in seconds and without changing it: how many
 /// pairs there would be, how far apart, how much longer the chosen answers are, and how many of the

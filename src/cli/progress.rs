@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::run::{Report, Start, Unit, titled};
-use crate::stages::TableName;
-use crate::visible::visible;
+use ovchat_io::visible::visible;
+use ovchat_pipeline::run::{Report, Start, Unit, titled};
+use ovchat_pipeline::stages::TableName;
 
 /// Between two lines about one table, where there is no terminal.
 const LINE_EVERY: Duration = Duration::from_secs(30);

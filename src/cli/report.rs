@@ -8,8 +8,8 @@ use super::out::line;
 use super::rows::readable;
 use super::sql::ask;
 use super::{Failed, chart};
-use crate::config::Plan;
-use crate::store::{RunFolder, create_folder, write_atomically};
+use ovchat_data::store::{RunFolder, create_folder, write_atomically};
+use ovchat_pipeline::config::Plan;
 
 /// Prints the views of a finished run, and writes their charts to its folder `report`; `say` is told
 /// about what is not printed.

@@ -30,9 +30,9 @@ use text::{csv_header, csv_rows, markdown_header, markdown_rows, shown};
 
 use super::Failed;
 use super::out::say;
-use crate::query::types::{each_type, equal_fields, look_within};
-use crate::query::{Header, QueryError};
-use crate::store::ParquetStream;
+use ovchat_data::store::ParquetStream;
+use ovchat_query::types::{each_type, equal_fields, look_within};
+use ovchat_query::{Header, QueryError};
 
 /// A format for rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

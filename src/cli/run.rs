@@ -13,11 +13,11 @@ use super::out::say;
 use super::outlook::Outlook;
 use super::progress::Progress;
 use super::{Failed, engine, report};
-use crate::config::{At, Complaint, KeyPath, Look, NOT_FETCHED, Plan, load};
-use crate::models::{Hub, ModelLoader, Repository};
-use crate::run::{Interrupt, Options, RunError, Summary, run};
-use crate::stages::{Failure, TableName};
-use crate::store::{Rates, RunFolder};
+use ovchat_data::store::{Rates, RunFolder};
+use ovchat_models::{Hub, ModelLoader, Repository};
+use ovchat_pipeline::config::{At, Complaint, KeyPath, Look, NOT_FETCHED, Plan, load};
+use ovchat_pipeline::run::{Interrupt, Options, RunError, Summary, run};
+use ovchat_pipeline::stages::{Failure, TableName};
 
 /// Runs a pipeline, or goes on with a run that was stopped; what is done is not done again.
 #[derive(Args)]
@@ -73,7 +73,7 @@ impl Run {
             && plan
                 .models
                 .values()
-                .any(crate::models::ModelSpec::needs_torch)
+                .any(ovchat_models::ModelSpec::needs_torch)
         {
             return Err(engine::become_it());
         }

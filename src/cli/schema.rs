@@ -4,8 +4,8 @@ use clap::Args;
 
 use super::Failed;
 use super::out::line;
-use crate::config::{pipeline_schema, table_schema};
-use crate::tables::KINDS;
+use ovchat_data::tables::KINDS;
+use ovchat_pipeline::config::{pipeline_schema, table_schema};
 
 /// Prints the JSON Schema of pipeline files, or of a kind of table.
 #[derive(Args)]

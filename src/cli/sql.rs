@@ -11,11 +11,11 @@ use super::out::{Out, say};
 use super::rows::{RowFormat, RowWriter};
 use super::spill::Spill;
 use super::{Failed, read_run, run_folder, spill};
-use crate::config::tables_there;
-use crate::query::{self, Param, Part, QueryError, QueryTable, View};
-use crate::run::LAST_WHOLE;
-use crate::store::{LABELS, Made, RunFolder, TableFile, schema_of_file};
-use crate::tables::{Call, Image, Label, Reject, Row, Telemetry, schema_of};
+use ovchat_data::store::{LABELS, Made, RunFolder, TableFile, schema_of_file};
+use ovchat_data::tables::{Call, Image, Label, Reject, Row, Telemetry, schema_of};
+use ovchat_pipeline::config::tables_there;
+use ovchat_pipeline::run::LAST_WHOLE;
+use ovchat_query::{self as query, Param, Part, QueryError, QueryTable, View};
 
 /// Answers one SQL query over the tables of a run; tables of all rounds have a column `round`.
 #[derive(Args)]

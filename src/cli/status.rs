@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 use super::out::{Output, line};
 use super::progress::duration;
 use super::{Failed, read_run, run_folder};
-use crate::run::stale;
-use crate::store::{Made, lock_holder};
+use ovchat_data::store::{Made, lock_holder};
+use ovchat_pipeline::run::stale;
 
 /// Says what a run has made so far and whether it is running.
 #[derive(Args)]

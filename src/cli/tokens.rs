@@ -7,15 +7,15 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::Failed;
-use crate::config::{At, Complaint, KeyPath, Plan, PlannedStage};
-use crate::models::{
-    self, Learned, Lesson, Mode, ModelSpec, Picture, Questionnaire, RowFault, Shown,
+use ovchat_data::store::{Images, RunFolder};
+use ovchat_data::tables::{Misfit, Pair, Prompt, Row as _};
+use ovchat_models::prep::{JudgePrep, PolicyPrep};
+use ovchat_models::{
+    self as models, Learned, Lesson, Mode, ModelSpec, Picture, Questionnaire, RowFault, Shown,
 };
-use crate::prep::{JudgePrep, PolicyPrep};
-use crate::run::{Fate, Forecast};
-use crate::stages::{StageSpec, TableName, turns};
-use crate::store::{Images, RunFolder};
-use crate::tables::{Misfit, Pair, Prompt, Row as _};
+use ovchat_pipeline::config::{At, Complaint, KeyPath, Plan, PlannedStage};
+use ovchat_pipeline::run::{Fate, Forecast};
+use ovchat_pipeline::stages::{StageSpec, TableName, turns};
 
 /// Rows that are counted; a plan should take a second, and the first so many tell enough.
 const COUNTED_MAX: usize = 20_000;

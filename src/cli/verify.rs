@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::out::{Output, line, say};
 use super::{Failed, run_folder};
-use crate::store::{Flaw, Made, Manifest, RunFolder};
+use ovchat_data::store::{Flaw, Made, Manifest, RunFolder};
 
 /// Reads every file of a run and compares it with its SHA-256. Exit code 1 if something differs.
 #[derive(Args)]

@@ -15,7 +15,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Prompt, Role, Turn};
-use crate::files;
+use ovchat_io::files;
 
 /// The largest score that is one. Rewards are sums of such numbers in single precision.
 const SCORE_MAX: f64 = 1e30;

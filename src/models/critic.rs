@@ -10,7 +10,7 @@ use super::asking::{Asking, Mode, Questionnaire, Shown};
 use super::{
     Emit, Group, Judge, Listener, ModelError, Policy, Prompt, RowFault, Sampling, Score, Telemetry,
 };
-use crate::files;
+use ovchat_io::files;
 
 /// A question to a writer.
 #[derive(Debug, Clone)]
@@ -386,7 +386,7 @@ fn unreadable(reply: &str) -> RowFault {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::models::asking::Retries;
+    use crate::asking::Retries;
 
     /// Replies by rule, and counts.
     struct Rule {

@@ -31,7 +31,7 @@ use self::journal::Journal;
 pub use self::settings::{BaseUrl, Price, Spend, SpendLimit};
 use super::asking::Asking;
 use super::{Emit, Exam, Listener, ModelError, Request, Telemetry, Writer};
-use crate::mask::{Mask, SECRET_MIN};
+use ovchat_io::mask::{Mask, SECRET_MIN};
 
 /// A model behind an OpenAI-compatible endpoint, asked in writing what it thinks of answers.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]

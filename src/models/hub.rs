@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use crate::files;
+use ovchat_io::files;
 
 /// What such a path begins with.
 const SCHEME: &str = "hf://";

@@ -6,6 +6,9 @@ use std::path::Path;
 /// The version that this program was built against, as far as the libtorch of the build had one.
 pub const BUILT_AGAINST: Option<&str> = option_env!("OVCHAT_LIBTORCH_VERSION");
 
+/// The folder of libraries that it was built against.
+pub const BUILT_WITH: Option<&str> = option_env!("OVCHAT_LIBTORCH");
+
 /// The variable in which `pipeline` names those of [`environment`] that it set, so that programs of
 /// the user do not inherit them.
 pub const SET_HERE: &str = "OVCHAT_LIBTORCH_SETTINGS";

@@ -14,7 +14,7 @@ use super::{
     ModelError, Optimization, Policy, Prompt, RewardLearner, RewardReport, Sampling, Score,
     Scripted, SftLearner, SftReport, Stop, Telemetry,
 };
-use crate::files;
+use ovchat_io::files;
 
 /// What scripted answers are made of.
 const WORDS: [&str; 16] = [

@@ -21,7 +21,7 @@ use datafusion::object_store::{
 use futures::StreamExt;
 use futures::stream::{self, BoxStream};
 
-use crate::store::{BLOCK, StoreError, TableFile};
+use ovchat_data::store::{BLOCK, StoreError, TableFile};
 
 /// The local file system, with a CRC-32 for each block of some of its files.
 #[derive(Debug)]

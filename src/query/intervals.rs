@@ -64,7 +64,7 @@ fn compares(operator: Operator) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use crate::query::plan;
+    use crate::plan;
 
     #[test]
     fn intervals_are_computed_with_and_not_compared() {

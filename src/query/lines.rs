@@ -15,9 +15,9 @@ use datafusion::execution::{SendableRecordBatchStream, TaskContext};
 use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
 use datafusion::physical_plan::streaming::PartitionStream;
 
-use crate::files::lines::Lines;
-use crate::store::Label;
-use crate::tables::{self, Row as _};
+use ovchat_data::store::Label;
+use ovchat_data::tables::{self, Row as _};
+use ovchat_io::files::lines::Lines;
 
 /// Lines that become rows together.
 const TOGETHER: usize = 1024;

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use ovchat::store::{Label, LabelFiles, Said};
+use ovchat_data::store::{Label, LabelFiles, Said};
 use serde_json::{Value, json};
 
 use super::{doom, line_plan, shim};

@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 
 use super::super::Failed;
 use super::request::Saying;
-use crate::store::{Label, LabelWriter, NUMBER_MAX, Said, Survey, digest};
-use crate::tables::{Prompt, Role};
+use ovchat_data::store::{Label, LabelWriter, NUMBER_MAX, Said, Survey, digest};
+use ovchat_data::tables::{Prompt, Role};
 
 /// After so long a question that somebody left open goes to others.
 const LEFT_OPEN: Duration = Duration::from_mins(15);

@@ -6,9 +6,9 @@ use std::fmt::Write as _;
 use super::super::Failed;
 use super::super::sql::run_table;
 use super::desk::{Questions, sided};
-use crate::query;
-use crate::store::{RunFolder, Survey, digest};
-use crate::tables::{Prompt, Row, rows};
+use ovchat_data::store::{RunFolder, Survey, digest};
+use ovchat_data::tables::{Prompt, Row, rows};
+use ovchat_query as query;
 
 /// Questions at a time; people answer some hundreds an hour.
 const QUESTIONS_MAX: usize = 100_000;

@@ -2,7 +2,7 @@
 
 use serde::Deserialize;
 
-use crate::store::Said;
+use ovchat_data::store::Said;
 
 /// A request that can be answered.
 pub enum Request<'a> {

@@ -2,17 +2,19 @@
 
 use std::num::NonZeroU32;
 
-use crate::cli::tokens::Tokens;
-use crate::config::{Plan, PlannedStage};
-use crate::models::{
-    Checkpointing, LlavaOnevision, Mode, ModelSpec, Optimizer, Part, Room, Tower, Trained,
-};
-use crate::prep::{
+use crate::tokens::Tokens;
+use ovchat_models::prep::{
     Anyres, AtOnce, OnevisionCard, PACK_TOKENS_MAX, PICTURES_AHEAD, PICTURES_AT_ONCE_MAX,
     Processor, RewardCard, Sizes, TrainingSizes, elements, judge_elements, learned_logits,
     size_in_words as size,
 };
-use crate::stages::{ModelName, Sample, StageSpec, TableName, TrainDpo, TrainReward, TrainSft};
+use ovchat_models::{
+    Checkpointing, LlavaOnevision, Mode, ModelSpec, Optimizer, Part, Room, Tower, Trained,
+};
+use ovchat_pipeline::config::{Plan, PlannedStage};
+use ovchat_pipeline::stages::{
+    ModelName, Sample, StageSpec, TableName, TrainDpo, TrainReward, TrainSft,
+};
 
 /// Bytes of a number, and the precision's name.
 pub type Precision = (u64, &'static str);

@@ -11,7 +11,7 @@ use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 
 use super::Nan;
-use crate::cli::Failed;
+use crate::Failed;
 
 /// The JSON of values that arrow-json writes as null (NaN, infinities) or as hexadecimal digits (bytes).
 #[derive(Debug, Clone)]

@@ -9,7 +9,7 @@ use arrow::array::{
 use arrow::datatypes::{Field, IntervalMonthDayNanoType};
 
 use super::*;
-use crate::query::{self, Part, QueryTable};
+use ovchat_query::{self as query, Part, QueryTable};
 
 /// A row a kind of trouble: all set, all null, all empty or not finite, and text that needs quotes.
 fn troubled() -> RecordBatch {
@@ -144,7 +144,7 @@ fn json_names_the_column_and_the_row_of_a_number_that_it_can_not_hold() {
 
 /// The rows of a Parquet file.
 fn read_back(path: &std::path::Path) -> RecordBatch {
-    let rows = crate::store::TableReader::new(vec![path.to_owned()]);
+    let rows = ovchat_data::store::TableReader::new(vec![path.to_owned()]);
     let rows: Vec<RecordBatch> = rows.map(Result::unwrap).collect();
     arrow::compute::concat_batches(&rows[0].schema(), &rows).unwrap()
 }

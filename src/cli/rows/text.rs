@@ -15,7 +15,7 @@ use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 
 use super::json::Cells;
-use crate::visible::visible;
+use ovchat_io::visible::visible;
 
 /// The rows of a batch as CSV (RFC 4180, with `\n` at the end of a line).
 pub fn csv_rows(batch: &RecordBatch, cells: &Cells) -> Result<String, ArrowError> {

@@ -18,8 +18,8 @@ use super::Http;
 use super::endpoint::{Endpoint, Presence, Try};
 use super::gate::Gate;
 use super::journal::{Call, Journal};
-use crate::mask::Mask;
-use crate::models::{ModelError, Picture, Request, RowFault};
+use crate::{ModelError, Picture, Request, RowFault};
+use ovchat_io::mask::Mask;
 
 /// The longest wait between two tries.
 const WAIT_MAX: Duration = Duration::from_mins(2);
@@ -326,7 +326,7 @@ fn data_url(picture: &Picture) -> Result<String, RowFault> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::models::Prompt;
+    use crate::Prompt;
 
     #[test]
     fn pictures_are_told_by_their_first_bytes() {

@@ -8,8 +8,8 @@ use ureq::tls::TlsConfig;
 
 use super::Http;
 use super::journal::TOKENS_MAX;
-use crate::mask::Mask;
-use crate::models::tls;
+use crate::tls;
+use ovchat_io::mask::Mask;
 
 /// The longest part of an endpoint's complaint that is shown.
 const SHOWN_MAX: usize = 300;

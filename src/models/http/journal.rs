@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::files::lines::LineFile;
-use crate::files::{create_folder, folder_of};
-use crate::models::ModelError;
+use crate::ModelError;
+use ovchat_io::files::lines::LineFile;
+use ovchat_io::files::{create_folder, folder_of};
 
 /// The most tokens that a call is believed to have read or written.
 pub const TOKENS_MAX: u64 = 1_000_000_000;

@@ -21,8 +21,8 @@ use url::Url;
 
 use super::super::tls;
 use super::{Repository, cache, has_ending, home, is_weights, variable};
-use crate::files;
-use crate::mask::Mask;
+use ovchat_io::files;
+use ovchat_io::mask::Mask;
 
 /// How often a file is gone on with that was cut off, and how long to wait before the second time; twice
 /// as long before each other.

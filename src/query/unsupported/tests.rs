@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 
-use crate::query::{QueryError, plan};
+use crate::{QueryError, plan};
 
 fn planned(sql: &str) -> Result<SchemaRef, QueryError> {
     let field = |name: &str, of: DataType| Field::new(name, of, true);

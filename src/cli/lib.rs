@@ -1,0 +1,239 @@
+//! The command line: one subcommand a file. Data goes to stdout, words to stderr.
+//!
+//! Two programs share it. `pipeline` has no networks, and replaces itself with `pipeline-engine`
+//! when a network must open; that one brings a [`ModelLoader`].
+
+mod chart;
+mod check;
+mod diff;
+mod doctor;
+mod engine;
+mod export;
+mod file;
+mod forecast;
+mod fork;
+mod gc;
+mod init;
+mod label;
+mod log;
+mod memory;
+mod out;
+mod outlook;
+mod pairs;
+mod progress;
+mod report;
+mod rows;
+mod run;
+mod schema;
+mod spill;
+mod sql;
+mod status;
+mod tokens;
+mod verify;
+
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+use out::say;
+
+use ovchat_data::store::{RunFolder, StoreError};
+use ovchat_models::ModelLoader;
+use ovchat_pipeline::config::{Complaints, LoadError, Look};
+use ovchat_pipeline::run::RunError;
+use ovchat_query::QueryError;
+
+/// Iterative DPO of a vision-language model, as one declarative pipeline over Arrow tables.
+///
+/// Exit codes: 0 done, 1 failure, 2 the pipeline (or the command line) is wrong, 3 waiting for people,
+/// 130 and 143 stopped by SIGINT and SIGTERM.
+#[derive(Parser)]
+#[command(name = "pipeline", version, max_term_width = 100)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Run(run::Run),
+    Check(check::Check),
+    Plan(check::ShowPlan),
+    Sql(sql::Sql),
+    Status(status::Status),
+    Label(label::LabelRun),
+    Pairs(pairs::ShowPairs),
+    Export(export::Export),
+    Fork(fork::MakeFork),
+    Diff(diff::Diff),
+    Gc(gc::Gc),
+    Verify(verify::Verify),
+    Repair(verify::Repair),
+    Schema(schema::ShowSchema),
+    Init(init::Init),
+    Doctor(doctor::Doctor),
+    /// Prints completions for a shell.
+    #[command(
+        after_help = "Example:\n  pipeline completions bash > ~/.local/share/bash-completion/completions/pipeline"
+    )]
+    Completions {
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Why a command failed: decides what is printed and the exit code.
+#[derive(Debug, thiserror::Error)]
+enum Failed {
+    /// The user's pipeline is wrong.
+    #[error(transparent)]
+    Refused(#[from] LoadError),
+    #[error(transparent)]
+    Run(#[from] RunError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Query(#[from] QueryError),
+    #[error("{0}")]
+    Words(String),
+    /// The command line asks for something that is not there.
+    #[error("{0}")]
+    Usage(String),
+    /// All that is to be said has been said.
+    #[error("exit code {0}")]
+    Code(u8),
+}
+
+/// Runs the command line that this process was started with.
+pub fn main(loader: Option<&dyn ModelLoader>) -> ExitCode {
+    if loader.is_some()
+        && let Err(failed) = engine::settle()
+    {
+        let failed = match log::is_asked_for(std::env::args_os()) {
+            true => log::end(&failed),
+            false => failed,
+        };
+        return ExitCode::from(tell(&failed));
+    }
+    let arguments = match Arguments::try_parse() {
+        // Help and version are no errors.
+        Err(error) if error.use_stderr() && log::is_asked_for(std::env::args_os()) => {
+            log::wrong_arguments(&error);
+            return ExitCode::from(error.exit_code() as u8);
+        }
+        parsed => parsed.unwrap_or_else(|error| error.exit()),
+    };
+    let done = match arguments.command {
+        Command::Run(command) => command.run(loader),
+        Command::Check(command) => command.run(),
+        Command::Plan(command) => command.run(loader),
+        Command::Sql(command) => command.run(),
+        Command::Status(command) => command.run(),
+        Command::Label(command) => command.run(),
+        Command::Pairs(command) => command.run(),
+        Command::Export(command) => command.run(loader),
+        Command::Fork(command) => command.run(),
+        Command::Diff(command) => command.run(),
+        Command::Gc(command) => command.run(),
+        Command::Verify(command) => command.run(),
+        Command::Repair(command) => command.run(),
+        Command::Schema(command) => command.run(),
+        Command::Init(command) => command.run(),
+        Command::Doctor(command) => command.run(loader),
+        Command::Completions { shell } => {
+            clap_complete::generate(
+                shell,
+                &mut Arguments::command(),
+                "pipeline",
+                &mut std::io::stdout(),
+            );
+            Ok(())
+        }
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failed) => ExitCode::from(tell(&failed)),
+    }
+}
+
+/// Says what went wrong on stderr; returns the exit code.
+fn tell(failed: &Failed) -> u8 {
+    match failed {
+        Failed::Refused(LoadError::Refused(complaints)) => eprint!("{}", render(complaints)),
+        Failed::Code(_) => {}
+        _ => say!("error: {failed}"),
+    }
+    failed.code()
+}
+
+impl Failed {
+    /// The exit code of the program.
+    fn code(&self) -> u8 {
+        match self {
+            Self::Refused(_) | Self::Usage(_) => 2,
+            Self::Code(code) => *code,
+            Self::Run(_) | Self::Store(_) | Self::Query(_) | Self::Words(_) => 1,
+        }
+    }
+}
+
+fn render(complaints: &Complaints) -> String {
+    complaints.render(Look::detect(std::io::stderr().is_terminal()))
+}
+
+/// Opens a run to look at it. A damaged manifest is restored in memory, with a warning.
+fn read_run(folder: &Path) -> Result<RunFolder, Failed> {
+    let run = RunFolder::read(folder)?;
+    if let Some(damage) = &run.manifest().damage {
+        out::say!(
+            "warning: {damage}; `pipeline repair {}` writes it",
+            folder.display()
+        );
+    }
+    Ok(run)
+}
+
+/// The folder of a run as a user names it: a path, or the name of a run below `runs/`.
+fn run_folder(name: &Path) -> PathBuf {
+    let named = Path::new("runs").join(name);
+    if !name.exists() && named.is_dir() {
+        named
+    } else {
+        name.to_owned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_flag_for_programs_has_one_name() {
+        let command = Arguments::command();
+        command.clone().debug_assert();
+        let mut with_json = Vec::new();
+        for command in command.get_subcommands() {
+            let name = command.get_name();
+            let option = |id: &str| command.get_arguments().find(|option| option.get_id() == id);
+            let json = option("json");
+            assert!(
+                json.is_none_or(clap::Arg::is_hide_set),
+                "{name} shows --json"
+            );
+            let Some(format) = option("format") else {
+                continue;
+            };
+            let values = format.get_possible_values();
+            assert!(
+                values.iter().any(|value| value.matches("json", false)),
+                "{name}"
+            );
+            with_json.push(name.to_owned());
+        }
+        let expected = [
+            "check", "plan", "sql", "status", "pairs", "diff", "gc", "verify", "doctor",
+        ];
+        assert_eq!(with_json, expected);
+    }
+}

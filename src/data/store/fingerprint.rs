@@ -1,0 +1,253 @@
+//! Fingerprints of the user's files: content hashes, remembered so that 15 GB are not read twice.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use super::key::hex;
+use super::{Key, StoreError, sealed};
+use ovchat_io::files;
+
+/// What tells, without reading a file, that it is as it was.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Stamp {
+    size: u64,
+    mtime_ns: i128,
+    inode: u64,
+}
+
+impl Stamp {
+    fn of(path: &Path) -> io::Result<Self> {
+        let metadata = fs::metadata(path)?;
+        Ok(Self {
+            size: metadata.len(),
+            mtime_ns: i128::from(metadata.mtime()) * 1_000_000_000
+                + i128::from(metadata.mtime_nsec()),
+            inode: metadata.ino(),
+        })
+    }
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Known {
+    stamp: Stamp,
+    sha256: String,
+}
+
+/// The content of the file that remembers.
+#[derive(Serialize, Deserialize)]
+struct Remembered<F> {
+    files: F,
+}
+
+/// Content hashes by path; a file is read again only when its size, time or inode changed.
+pub struct Fingerprints {
+    path: PathBuf,
+    known: Mutex<BTreeMap<PathBuf, Known>>,
+    /// Whether something was learned that is not written down.
+    is_new: AtomicBool,
+}
+
+impl Fingerprints {
+    /// Reads what is remembered in `path`; nothing, if the file is not there, or not as it was written.
+    pub fn open(path: PathBuf) -> Self {
+        let text = fs::read(&path).ok();
+        let text = text.filter(|text| sealed::flaw(text).is_none());
+        let known: Option<Remembered<_>> = text.and_then(|text| serde_json::from_slice(&text).ok());
+        let known = known.map(|remembered| remembered.files);
+        Self {
+            path,
+            known: Mutex::new(known.unwrap_or_default()),
+            is_new: AtomicBool::new(false),
+        }
+    }
+
+    /// SHA-256 of a file's content, in hex.
+    pub fn file(&self, path: &Path) -> Result<String, StoreError> {
+        self.file_at_most(path, u64::MAX)
+    }
+
+    /// The same of a file that must not have more than so many bytes.
+    pub fn file_at_most(&self, path: &Path, most: u64) -> Result<String, StoreError> {
+        let stamp = Stamp::of(path).map_err(StoreError::io("read", path))?;
+        if stamp.size > most {
+            let too_large = io::Error::from(io::ErrorKind::FileTooLarge);
+            return Err(StoreError::io("read", path)(too_large));
+        }
+        if let Some(known) = self.known.lock().expect("no panic while locked").get(path)
+            && known.stamp == stamp
+        {
+            return Ok(known.sha256.clone());
+        }
+        let sha256 = hash_file(path)?;
+        self.remember(path, stamp, &sha256);
+        Ok(sha256)
+    }
+
+    /// Takes note of the SHA-256 of a file that was just written.
+    pub fn note(&self, path: &Path, sha256: &str) {
+        if let Ok(stamp) = Stamp::of(path) {
+            self.remember(path, stamp, sha256);
+        }
+    }
+
+    fn remember(&self, path: &Path, stamp: Stamp, sha256: &str) {
+        let sha256 = sha256.to_owned();
+        let mut known = self.known.lock().expect("no panic while locked");
+        let before = known.get(path);
+        if before.is_none_or(|before| before.stamp != stamp || before.sha256 != sha256) {
+            known.insert(path.to_owned(), Known { stamp, sha256 });
+            self.is_new.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Fingerprint of a folder: the names and contents of all files in it, hidden ones left out.
+    /// A file's own path gives the file's hash.
+    pub fn folder(&self, folder: &Path) -> Result<String, StoreError> {
+        if folder.is_file() {
+            return self.file(folder);
+        }
+        let mut files = Vec::new();
+        list(folder, Path::new(""), &mut Vec::new(), &mut files)?;
+        files.sort();
+        let hashes: Vec<_> = files
+            .par_iter()
+            .map(|name| self.file(&folder.join(name)))
+            .collect::<Result<_, _>>()?;
+        let mut key = Key::new("folder");
+        for (name, hash) in files.iter().zip(hashes) {
+            key = key.with(name.to_string_lossy().as_bytes()).with(hash);
+        }
+        Ok(key.finish())
+    }
+
+    /// Writes down what was learned, for the next start. Processes that do so at once, as before one of
+    /// them has the run's lock, have files of their own; the last one stays.
+    pub fn save(&self) -> Result<(), StoreError> {
+        if !self.is_new.swap(false, Ordering::Relaxed) {
+            return Ok(());
+        }
+        let known = self.known.lock().expect("no panic while locked");
+        let remembered = Remembered { files: &*known };
+        let text =
+            serde_json::to_vec_pretty(&remembered).expect("paths that were read are valid text");
+        let text = sealed::seal(&text);
+        let write = || -> io::Result<()> {
+            let folder = self.path.parent().unwrap_or(Path::new("."));
+            let mut file = tempfile::Builder::new()
+                .prefix(".new-")
+                .permissions(fs::Permissions::from_mode(0o666))
+                .tempfile_in(folder)?;
+            file.write_all(&text)?;
+            file.persist(&self.path).map(drop)?;
+            Ok(())
+        };
+        write().map_err(StoreError::io("write", &self.path))
+    }
+}
+
+/// Adds the files in a folder and in those below it to `files`. A link to one of the folders `above` is passed
+/// over: its files are listed already.
+fn list(
+    root: &Path,
+    below: &Path,
+    above: &mut Vec<(u64, u64)>,
+    files: &mut Vec<PathBuf>,
+) -> Result<(), StoreError> {
+    let folder = root.join(below);
+    let itself = fs::metadata(&folder).map_err(StoreError::io("read", &folder))?;
+    let itself = (itself.dev(), itself.ino());
+    if above.contains(&itself) {
+        return Ok(());
+    }
+    above.push(itself);
+    for entry in fs::read_dir(&folder).map_err(StoreError::io("read", &folder))? {
+        let entry = entry.map_err(StoreError::io("read", &folder))?;
+        if entry.file_name().to_string_lossy().starts_with('.') {
+            continue;
+        }
+        let name = below.join(entry.file_name());
+        if entry.path().is_dir() {
+            list(root, &name, above, files)?;
+        } else {
+            files.push(name);
+        }
+    }
+    above.pop();
+    Ok(())
+}
+
+/// SHA-256 of a file's content, in hex.
+pub fn hash_file(path: &Path) -> Result<String, StoreError> {
+    let mut file = files::open(path).map_err(StoreError::io("read", path))?;
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        if files::stopped() {
+            return Err(StoreError::Stopped);
+        }
+        let count = file
+            .read(&mut buffer)
+            .map_err(StoreError::io("read", path))?;
+        if count == 0 {
+            return Ok(hex(&hasher.finalize()));
+        }
+        hasher.update(&buffer[..count]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_changed_file_changes_its_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        let weights = folder.path().join("weights");
+        fs::create_dir(&weights).unwrap();
+        fs::write(weights.join("a"), "one").unwrap();
+        let fingerprints = Fingerprints::open(folder.path().join("known.json"));
+        let before = fingerprints.folder(&weights).unwrap();
+        assert_eq!(fingerprints.folder(&weights).unwrap(), before);
+        fs::write(weights.join("a"), "other").unwrap();
+        assert_ne!(fingerprints.folder(&weights).unwrap(), before);
+    }
+
+    #[test]
+    fn what_is_remembered_is_not_read_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("a");
+        fs::write(&file, "one").unwrap();
+        let known = folder.path().join("known.json");
+        let first = Fingerprints::open(known.clone());
+        let hash = first.file(&file).unwrap();
+        first.save().unwrap();
+        let text = fs::read_to_string(&known).unwrap();
+        let other = text.replace(&hash, "remembered");
+        fs::write(&known, &other).unwrap();
+        let read = || Fingerprints::open(known.clone()).file(&file).unwrap();
+        assert_eq!(read(), hash, "a file that was changed is not believed");
+        let rest = other.split_once(",\n").unwrap().1;
+        fs::write(&known, sealed::seal(format!("{{\n{rest}").as_bytes())).unwrap();
+        assert_eq!(read(), "remembered");
+    }
+
+    #[test]
+    fn a_link_to_a_folder_above_is_passed_over() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("a"), "one").unwrap();
+        let fingerprints = Fingerprints::open(folder.path().join(".known.json"));
+        let before = fingerprints.folder(folder.path()).unwrap();
+        fs::create_dir(folder.path().join("b")).unwrap();
+        std::os::unix::fs::symlink("..", folder.path().join("b/up")).unwrap();
+        assert_eq!(fingerprints.folder(folder.path()).unwrap(), before);
+    }
+}

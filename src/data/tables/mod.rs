@@ -1,0 +1,80 @@
+//! What a row is: the row types of every table, one kind a file.
+//!
+//! A table is named rows of one kind. The stages exchange rows as Arrow record batches; on disk
+//! they are Parquet (see [`crate::store`]). The doc comment of a field is the field's documentation
+//! everywhere: it travels in the Arrow field's metadata into every Parquet file and into
+//! `schemas/tables/<kind>.json`.
+
+#[doc(hidden)]
+pub mod row;
+
+mod call;
+mod candidate;
+mod comparison;
+mod image;
+mod judged;
+mod label;
+mod pair;
+mod prompt;
+mod reference;
+mod reject;
+mod reward;
+mod step;
+mod telemetry;
+
+pub use call::Call;
+pub use candidate::{Candidate, Finish};
+pub use comparison::Comparison;
+pub use image::{Image, ImageFile};
+pub use judged::Judged;
+pub use label::Label;
+pub use pair::Pair;
+pub use prompt::{Prompt, Role, Turn};
+pub use reference::Reference;
+pub use reject::{Reject, RejectClass};
+pub use reward::Reward;
+pub use row::rows;
+pub use row::{Misfit, Row, fits, is_measured};
+pub use step::{DpoStep, RewardStep, SftStep};
+pub use telemetry::Telemetry;
+
+use arrow::datatypes::SchemaRef;
+
+/// Every kind there is, in the order in which a row meets them.
+pub const KINDS: [&str; 14] = [
+    Image::KIND,
+    Prompt::KIND,
+    Candidate::KIND,
+    Reward::KIND,
+    Pair::KIND,
+    Reference::KIND,
+    DpoStep::KIND,
+    SftStep::KIND,
+    RewardStep::KIND,
+    Comparison::KIND,
+    Reject::KIND,
+    Telemetry::KIND,
+    Call::KIND,
+    Label::KIND,
+];
+
+/// The schema of a kind, or `None` when there is no such kind.
+pub fn schema_of(kind: &str) -> Option<SchemaRef> {
+    Some(match kind {
+        Image::KIND => Image::schema(),
+        Prompt::KIND => Prompt::schema(),
+        Candidate::KIND => Candidate::schema(),
+        Reward::KIND => Reward::schema(),
+        Pair::KIND => Pair::schema(),
+        Reference::KIND => Reference::schema(),
+        DpoStep::KIND => DpoStep::schema(),
+        SftStep::KIND => SftStep::schema(),
+        RewardStep::KIND => RewardStep::schema(),
+        Comparison::KIND => Comparison::schema(),
+        Reject::KIND => Reject::schema(),
+        Telemetry::KIND => Telemetry::schema(),
+        Call::KIND => Call::schema(),
+        Label::KIND => Label::schema(),
+        _ => return None,
+    })
+}

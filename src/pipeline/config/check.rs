@@ -1,0 +1,514 @@
+//! What only the whole file can show: names that lead nowhere, models in the wrong role. Tables and their
+//! columns are followed in [`super::lineage`], files in [`super::paths`].
+
+use super::answers;
+use super::complaint::{At, Complaint};
+use super::guess::guess;
+use super::pipeline::{Entry, Written};
+use super::queries::no_number;
+use super::source::KeyPath;
+use super::sql;
+use super::words::listed;
+use crate::stages::{AFTER, ModelName, NAME_MAX, REFERENCE, Role, StageSpec, TableName};
+use ovchat_data::tables::{Judged, Row as _};
+use ovchat_models::{ModelSpec, SqlReward};
+use ovchat_query as query;
+
+/// Names that a run folder or a run's SQL gives to something else.
+const SIDE_TABLES: [&str; 10] = [
+    "images",
+    "rejects",
+    "telemetry",
+    "references",
+    "checkpoints",
+    "calls",
+    "human_labels",
+    "report",
+    "spoiled",
+    "manifest",
+];
+
+/// Words that can't name a table in a query without quotes.
+const SQL_WORDS: [&str; 62] = [
+    "all",
+    "and",
+    "any",
+    "array",
+    "as",
+    "asc",
+    "between",
+    "by",
+    "case",
+    "cast",
+    "check",
+    "column",
+    "create",
+    "cross",
+    "current_date",
+    "default",
+    "desc",
+    "distinct",
+    "drop",
+    "else",
+    "end",
+    "except",
+    "exists",
+    "false",
+    "fetch",
+    "for",
+    "from",
+    "full",
+    "grant",
+    "group",
+    "having",
+    "in",
+    "inner",
+    "insert",
+    "intersect",
+    "into",
+    "is",
+    "join",
+    "lateral",
+    "left",
+    "like",
+    "limit",
+    "natural",
+    "not",
+    "null",
+    "offset",
+    "on",
+    "or",
+    "order",
+    "outer",
+    "right",
+    "select",
+    "set",
+    "table",
+    "then",
+    "true",
+    "union",
+    "unique",
+    "using",
+    "values",
+    "when",
+    "where",
+];
+
+/// Every complaint and warning about names, roles and training.
+pub fn names_and_roles(written: &Written) -> Vec<Complaint> {
+    let mut complaints = Vec::new();
+    long_names(written, &mut complaints);
+    table_names(written, &mut complaints);
+    for (stage, is_evaluation) in all_stages(written) {
+        roles(stage, written, &mut complaints);
+        if is_evaluation {
+            no_training(stage, &mut complaints);
+        }
+    }
+    trained_once(written, &mut complaints);
+    speakers(written, &mut complaints);
+    expressions(written, &mut complaints);
+    finished(written, &mut complaints);
+    complaints.extend(answers::too_few(written));
+    unused(written, &mut complaints);
+    complaints
+}
+
+/// The stages, then those under `evaluate`, and whether it is one of these.
+pub fn all_stages(written: &Written) -> impl Iterator<Item = (&Entry<TableName, StageSpec>, bool)> {
+    let stages = written.stages.iter().map(|stage| (stage, false));
+    stages.chain(written.evaluate.iter().map(|stage| (stage, true)))
+}
+
+/// Names that no folder can have, or that leave no room for those that begin with them.
+fn long_names(written: &Written, complaints: &mut Vec<Complaint>) {
+    let stages = all_stages(written).map(|(stage, _)| (stage.name.as_str(), &stage.path));
+    let models = written.models.iter();
+    let models = models.map(|model| (model.name.as_str(), &model.path));
+    let views = written.report.iter();
+    let views = views.map(|view| (view.name.as_str(), &view.path));
+    for (name, path) in stages.chain(models).chain(views) {
+        if name.len() > NAME_MAX {
+            let length = name.len();
+            let message = format!("the name has {length} characters, and may have {NAME_MAX}");
+            let complaint = Complaint::new("config::name", At::key(path.clone()), message);
+            complaints
+                .push(complaint.help("choose a shorter one: folders and files are named by it"));
+        }
+    }
+}
+
+fn table_names(written: &Written, complaints: &mut Vec<Complaint>) {
+    for (stage, is_evaluation) in all_stages(written) {
+        let name = stage.name.as_str();
+        let at = At::key(stage.path.clone());
+        if let Some(complaint) = reserved(written, &stage.name, &at) {
+            complaints.push(complaint);
+        } else if is_evaluation
+            && let Some(first) = written.stages.iter().find(|first| first.name == stage.name)
+        {
+            let message = format!("`{name}` is both in `stages` and in `evaluate`");
+            let complaint = Complaint::new("config::duplicate", at, message)
+                .label("the second time")
+                .also(At::key(first.path.clone()), "the first time")
+                .help("tables of both lie in one run: rename one of them");
+            complaints.push(complaint);
+        }
+    }
+    // Views are asked by their names as tables are.
+    for view in &written.report {
+        complaints.extend(reserved(written, &view.name, &At::key(view.path.clone())));
+    }
+}
+
+/// The complaint about a name that means something else.
+fn reserved(written: &Written, name: &TableName, at: &At) -> Option<Complaint> {
+    let complaint = |message: String| Complaint::new("config::reserved_name", at.clone(), message);
+    let complaint = if SIDE_TABLES.contains(&name.as_str()) {
+        complaint(format!(
+            "`{name}` is the name of something that every run makes by itself"
+        ))
+    } else if SQL_WORDS.contains(&name.as_str()) {
+        complaint(format!(
+            "`{name}` is a word of SQL, so no query could name this table"
+        ))
+    } else {
+        let training = training_of_reference(written, name.as_str())?;
+        let message = format!("the training `{}` makes a table `{name}`", training.name);
+        complaint(message).also(At::key(training.path.clone()), "the training")
+    };
+    Some(complaint.help("choose another name"))
+}
+
+/// The training whose table of reference log-probabilities has this name.
+fn training_of_reference<'a>(
+    written: &'a Written,
+    name: &str,
+) -> Option<&'a Entry<TableName, StageSpec>> {
+    let training = name.strip_suffix(REFERENCE)?;
+    let mut stages = written.stages.iter();
+    stages.find(|stage| {
+        stage.name.as_str() == training && matches!(stage.spec, Some(StageSpec::TrainDpo(_)))
+    })
+}
+
+fn roles(stage: &Entry<TableName, StageSpec>, written: &Written, complaints: &mut Vec<Complaint>) {
+    for used in stage.spec.iter().flat_map(|spec| spec.as_stage().uses()) {
+        let at = At::value(stage.settings.key(used.field));
+        let model = used.model.as_str();
+        let Some(entry) = written
+            .models
+            .iter()
+            .find(|entry| entry.name == *used.model)
+        else {
+            complaints.push(unknown_model(used.model, at, written));
+            continue;
+        };
+        let Some(spec) = &entry.spec else {
+            continue;
+        };
+        if plays(spec, used.role) {
+            continue;
+        }
+        let deed = deed(used.role);
+        let able = written.models.iter().filter(|other| {
+            other
+                .spec
+                .as_ref()
+                .is_some_and(|spec| plays(spec, used.role))
+        });
+        let able: Vec<&str> = able.map(|other| other.name.as_str()).collect();
+        let networks = listed(networks(used.role).iter().copied());
+        let help = if able.is_empty() {
+            format!("networks that can {deed}: {networks}")
+        } else {
+            format!("models that can {deed}: {}", listed(able))
+        };
+        let message = format!("`{model}` is a `{}`, which can't {deed}", spec.network());
+        let complaint = Complaint::new("config::wrong_role", at, message)
+            .also(At::key(entry.settings.clone()), "its network");
+        complaints.push(complaint.help(help));
+    }
+}
+
+fn unknown_model(model: &ModelName, at: At, written: &Written) -> Complaint {
+    let known: Vec<&str> = written
+        .models
+        .iter()
+        .map(|entry| entry.name.as_str())
+        .collect();
+    let is_table = all_stages(written).any(|(stage, _)| stage.name.as_str() == model.as_str());
+    let complaint = Complaint::new(
+        "config::unknown_model",
+        at,
+        format!("there is no model `{model}`"),
+    )
+    .guess(guess(model.as_str(), known.iter().copied()));
+    match (is_table, known.is_empty()) {
+        (true, _) => complaint.help(format!("`{model}` is a table; a model must stand here")),
+        (false, true) => complaint.help("the pipeline has no models: add them under `models`"),
+        (false, false) => complaint.help(format!("the models are {}", listed(known))),
+    }
+}
+
+fn no_training(stage: &Entry<TableName, StageSpec>, complaints: &mut Vec<Complaint>) {
+    let uses = stage.spec.iter().flat_map(|spec| spec.as_stage().uses());
+    for used in uses.filter(|used| used.role.learns()) {
+        let message = format!(
+            "`{}` trains `{}`, but an evaluation trains nothing",
+            stage.name, used.model
+        );
+        let complaint = Complaint::new(
+            "config::training_in_evaluate",
+            At::key(stage.settings.clone()),
+            message,
+        );
+        complaints.push(complaint.help("move it to `stages`"));
+    }
+}
+
+/// Trainings of one model in a round form a chain, or its name would mean two checkpoints: all but
+/// the first go on from another, no two from the same. Rounds that train nothing are all the same.
+fn trained_once(written: &Written, complaints: &mut Vec<Complaint>) {
+    struct Training<'a> {
+        table: &'a TableName,
+        model: &'a ModelName,
+        after: Option<&'a TableName>,
+        /// Where the model is named.
+        at: At,
+        /// Where `after` stands.
+        at_after: At,
+    }
+    let mut trainings: Vec<Training> = Vec::new();
+    for stage in &written.stages {
+        let Some(spec) = stage.spec.as_ref().map(StageSpec::as_stage) else {
+            continue;
+        };
+        let after = spec.inputs().into_iter().find(|input| input.field == AFTER);
+        for used in spec.uses().into_iter().filter(|used| used.role.learns()) {
+            trainings.push(Training {
+                table: &stage.name,
+                model: used.model,
+                after: after.as_ref().and_then(|input| input.table),
+                at: At::value(stage.settings.key(used.field)),
+                at_after: At::value(stage.settings.key(AFTER)),
+            });
+        }
+    }
+    for (number, training) in trainings.iter().enumerate() {
+        if let Some(after) = training.after
+            && !trainings
+                .iter()
+                .any(|other| other.table == after && other.model == training.model)
+        {
+            // An unknown table has been complained about.
+            let Some(stage) = written.stages.iter().find(|stage| stage.name == *after) else {
+                continue;
+            };
+            let message = format!(
+                "`{}` goes on from `{after}`, which does not train `{}`",
+                training.table, training.model
+            );
+            let complaint = Complaint::new("config::after", training.at_after.clone(), message)
+                .also(At::key(stage.settings.clone()), "not a training of it");
+            complaints.push(complaint.help("name a `train_…` stage of the same model"));
+            continue;
+        }
+        let rival = trainings[..number]
+            .iter()
+            .find(|other| other.model == training.model && other.after == training.after);
+        if let Some(rival) = rival {
+            let message = format!(
+                "`{}` is trained by two stages of a round that start from the same weights",
+                training.model
+            );
+            let complaint = Complaint::new("config::trained_twice", training.at.clone(), message)
+                .label("the second training")
+                .also(rival.at.clone(), "the first training");
+            complaints.push(complaint.help(format!(
+                "let the second go on where the first ends (`after: {}`), or train on the rows of \
+                 both: `sql` can unite two tables",
+                rival.table
+            )));
+        }
+    }
+    let any_training = !trainings.is_empty();
+    let is_readable = written.stages.iter().all(|stage| stage.spec.is_some());
+    if written.rounds.max().get() > 1 && !any_training && is_readable {
+        let at = At::value(KeyPath::root().key("rounds"));
+        let message = format!(
+            "{} rounds, but no stage trains a model",
+            written.rounds.max()
+        );
+        let warning = Complaint::warning("config::nothing_trained", at, message);
+        complaints.push(warning.help("rounds differ only in their random numbers then"));
+    }
+}
+
+/// A reward that is an expression must be one, and a number.
+fn expressions(written: &Written, complaints: &mut Vec<Complaint>) {
+    for entry in &written.models {
+        let Some(ModelSpec::Sql(reward)) = &entry.spec else {
+            continue;
+        };
+        let tables = [(SqlReward::TABLE.to_owned(), Judged::schema())];
+        let at = At::value(entry.settings.key("reward"));
+        if let Some(problem) = query::reach_beyond(&reward.sql_as_it_is(), "prompt_id") {
+            let complaint = Complaint::new("config::sql", at, problem);
+            complaints.push(complaint.help(
+                "a reward is computed part by part, from its answer and the other answers to the prompt",
+            ));
+            continue;
+        }
+        let of_kind = query::plan(&reward.sql_as_it_is(), &tables, &[]);
+        let complaint = match of_kind.ok().and_then(|schema| no_number(&schema)) {
+            Some(kind) => {
+                let message = format!("the reward must be a number, and is {kind}");
+                Complaint::new("config::sql", at, message).help(
+                    "write one expression, such as: case when text = answer then 1 else 0 end",
+                )
+            }
+            None => match query::plan(&reward.sql(), &tables, &[]) {
+                Ok(_) => continue,
+                Err(error) => {
+                    let (written, planned) = (&reward.reward, reward.sql());
+                    let none = std::iter::empty();
+                    sql::unplanned("config::sql", at, &error.0, written, &planned, none).help(
+                        "it is an expression of text, question, answer, captions, candidate and prompt_id",
+                    )
+                }
+            },
+        };
+        complaints.push(complaint);
+    }
+}
+
+/// A model that speaks for a judge must be there and able to.
+fn speakers(written: &Written, complaints: &mut Vec<Complaint>) {
+    for entry in &written.models {
+        let Some(named) = entry.spec.as_ref().and_then(ModelSpec::speaker) else {
+            continue;
+        };
+        let at = At::value(entry.settings.key("model"));
+        let known = written.models.iter();
+        let able = known.filter(|other| other.spec.as_ref().is_some_and(ModelSpec::answers));
+        let able: Vec<&str> = able.map(|other| other.name.as_str()).collect();
+        if able.contains(&named) {
+            continue;
+        }
+        let is_model = written
+            .models
+            .iter()
+            .any(|other| other.name.as_str() == named);
+        let message = if is_model {
+            format!("`{named}` can't answer, so it can't say what it thinks")
+        } else {
+            format!("there is no model `{named}`")
+        };
+        let complaint = Complaint::new("config::unknown_model", at, message);
+        let complaint = complaint.guess(guess(named, able.iter().copied()));
+        complaints.push(match &able[..] {
+            [] => complaint.help("add a `llava_onevision` under `models`"),
+            able => complaint.help(format!("models that can: {}", listed(able.iter().copied()))),
+        });
+    }
+}
+
+/// A model that has yet to be trained to score can score only after that: in an evaluation.
+fn finished(written: &Written, complaints: &mut Vec<Complaint>) {
+    let is_trained = |model: &ModelName| {
+        let specs = written
+            .stages
+            .iter()
+            .filter_map(|stage| stage.spec.as_ref());
+        let mut uses = specs.flat_map(|spec| spec.as_stage().uses());
+        uses.any(|used| used.role == Role::LearnsRewards && used.model == model)
+    };
+    for (stage, is_evaluation) in all_stages(written) {
+        for used in stage.spec.iter().flat_map(|spec| spec.as_stage().uses()) {
+            let entry = written
+                .models
+                .iter()
+                .find(|entry| entry.name == *used.model);
+            let Some((entry, spec)) = entry.and_then(|entry| Some((entry, entry.spec.as_ref()?)))
+            else {
+                continue;
+            };
+            if used.role != Role::Scores
+                || !spec.is_unfinished()
+                || (is_evaluation && is_trained(used.model))
+            {
+                continue;
+            }
+            let message = format!("`{}` has no adapter to score with", used.model);
+            let at = At::value(stage.settings.key(used.field));
+            let complaint = Complaint::new("config::no_adapter", at, message).also(
+                At::key(entry.settings.clone()),
+                "`adapter` is left out here",
+            );
+            let help = if is_trained(used.model) {
+                "it is trained in this very round: score with it under `evaluate`, or in a pipeline \
+                 of its own that names the adapter"
+            } else {
+                "name its `adapter`, or train one with `train_reward`"
+            };
+            complaints.push(complaint.help(help));
+        }
+    }
+}
+
+fn unused(written: &Written, complaints: &mut Vec<Complaint>) {
+    for entry in &written.models {
+        let is_used = all_stages(written).any(|(stage, _)| match &stage.spec {
+            Some(spec) => spec
+                .as_stage()
+                .uses()
+                .iter()
+                .any(|used| *used.model == entry.name),
+            None => true,
+        }) || written.models.iter().any(|other| {
+            other.spec.as_ref().and_then(ModelSpec::speaker) == Some(entry.name.as_str())
+        });
+        if !is_used {
+            let message = format!("no stage uses the model `{}`", entry.name);
+            let at = At::key(entry.path.clone());
+            complaints.push(Complaint::warning("config::unused", at, message));
+        }
+    }
+    for variable in written.vars.iter().filter(|variable| !variable.is_used) {
+        let message = format!("nothing uses the variable `{}`", variable.name);
+        let at = At::key(KeyPath::root().key("vars").key(&variable.name));
+        complaints.push(Complaint::warning("config::unused", at, message));
+    }
+}
+
+fn plays(spec: &ModelSpec, role: Role) -> bool {
+    match role {
+        Role::Answers => spec.answers(),
+        Role::Scores => spec.scores(),
+        Role::LearnsPairs | Role::Reads => spec.learns_pairs(),
+        Role::LearnsAnswers => spec.learns_answers(),
+        Role::LearnsRewards => spec.learns_rewards(),
+    }
+}
+
+fn deed(role: Role) -> &'static str {
+    match role {
+        Role::Answers => "answer prompts",
+        Role::Scores => "score answers",
+        Role::LearnsPairs => "be trained with DPO",
+        Role::LearnsAnswers => "be trained on answers",
+        Role::LearnsRewards => "be trained to score",
+        Role::Reads => "say how likely answers are",
+    }
+}
+
+/// The networks that can play a role.
+fn networks(role: Role) -> &'static [&'static str] {
+    match role {
+        Role::Answers | Role::LearnsPairs | Role::Reads => &["llava_onevision", "scripted"],
+        Role::Scores => &["llava_rlhf", "critic", "self", "http", "sql", "scripted"],
+        Role::LearnsRewards => &["llava_rlhf", "scripted"],
+        Role::LearnsAnswers => &["llava_onevision", "llava_rlhf", "scripted"],
+    }
+}

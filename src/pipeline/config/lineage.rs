@@ -1,0 +1,505 @@
+//! How tables come from tables: what each stage reads, in which order they run, and which columns
+//! arrive.
+
+use std::collections::VecDeque;
+
+use arrow::datatypes::SchemaRef;
+
+use super::check::all_stages;
+use super::complaint::{At, Complaint};
+use super::guess::guess;
+use super::pipeline::Written;
+use super::source::KeyPath;
+use super::sql;
+use super::words::listed;
+use crate::stages::{Input, ModelName, StageError, StageSpec, TableName};
+use ovchat_data::tables::{Misfit, fits, schema_of};
+use ovchat_models::ModelSpec;
+
+/// A stage on its way to the plan.
+pub struct Draft {
+    pub name: TableName,
+    /// Whether it stands under `evaluate`.
+    pub is_evaluation: bool,
+    pub path: KeyPath,
+    pub settings: KeyPath,
+    /// `None` when its text was wrong.
+    pub spec: Option<StageSpec>,
+    /// The tables that it reads, by setting; the position of each stage in [`Lineage::drafts`].
+    pub inputs: Vec<(&'static str, usize)>,
+    /// The columns that it makes, once they are known.
+    pub schema: Option<SchemaRef>,
+    /// The first round in which it runs; `None` when it is the same in all, and made once.
+    pub round_first: Option<u32>,
+    /// Whether its settings or those of a stage that it comes from were wrong.
+    pub is_doubtful: bool,
+}
+
+/// All stages, and the order in which they can run.
+pub struct Lineage {
+    /// In the written order, those of `evaluate` last.
+    pub drafts: Vec<Draft>,
+    /// Positions in `drafts`: each stage after those it reads, else as written.
+    /// `[tag:plan_is_ordered]`
+    pub order: Vec<usize>,
+    pub complaints: Vec<Complaint>,
+}
+
+impl Lineage {
+    /// Follows the tables of a pipeline.
+    pub fn trace(written: &Written) -> Self {
+        let drafts = all_stages(written).map(|(stage, is_evaluation)| Draft {
+            name: stage.name.clone(),
+            is_evaluation,
+            path: stage.path.clone(),
+            settings: stage.settings.clone(),
+            spec: stage.spec.clone(),
+            inputs: Vec::new(),
+            schema: None,
+            round_first: None,
+            is_doubtful: false,
+        });
+        let mut lineage = Self {
+            drafts: drafts.collect(),
+            order: Vec::new(),
+            complaints: Vec::new(),
+        };
+        let models: Vec<&str> = written
+            .models
+            .iter()
+            .map(|entry| entry.name.as_str())
+            .collect();
+        for position in 0..lineage.drafts.len() {
+            lineage.connect(position, &models);
+        }
+        lineage.sort();
+        let mut trained = trained(written);
+        // Whoever speaks for others changes them, too.
+        let spoken_for = written.models.iter().filter(|entry| {
+            let speaker = entry.spec.as_ref().and_then(ModelSpec::speaker);
+            speaker.is_some_and(|speaker| trained.iter().any(|model| model.as_str() == speaker))
+        });
+        let spoken_for: Vec<ModelName> = spoken_for.map(|entry| entry.name.clone()).collect();
+        trained.extend(spoken_for);
+        let unfinished: Vec<ModelName> = written
+            .models
+            .iter()
+            .filter(|entry| entry.spec.as_ref().is_some_and(ModelSpec::is_unfinished))
+            .map(|entry| entry.name.clone())
+            .collect();
+        for position in lineage.order.clone() {
+            lineage.doubt(position);
+            if lineage.inputs_fit(position) {
+                lineage.find_inputs(position);
+            }
+            lineage.make_schema(position);
+            lineage.settle(position, &trained, &unfinished);
+        }
+        lineage.report(written);
+        lineage.expect(written);
+        lineage.stop_when(written);
+        lineage.unused(written);
+        lineage
+    }
+
+    /// Resolves the tables that a stage names.
+    fn connect(&mut self, position: usize, models: &[&str]) {
+        let draft = &self.drafts[position];
+        let mut inputs = Vec::new();
+        let mut complaints = Vec::new();
+        for (nth, field, table) in named_inputs(draft) {
+            let at = At::value(input_path(draft, field, nth));
+            // The first of two tables with one name is meant; the second is complained about.
+            let Some(found) = self.drafts.iter().position(|other| other.name == *table) else {
+                complaints.push(self.unknown_table(draft, table, at, models));
+                continue;
+            };
+            if self.drafts[found].is_evaluation && !draft.is_evaluation {
+                let message = format!(
+                    "`{}` can't read `{table}`, which is made under `evaluate`",
+                    draft.name
+                );
+                let complaint = Complaint::new("config::reads_evaluate", at, message)
+                    .also(At::key(self.drafts[found].path.clone()), "made here");
+                complaints.push(
+                    complaint
+                        .help("an evaluation comes after the round: move the table to `stages`"),
+                );
+                continue;
+            }
+            inputs.push((field, found));
+        }
+        self.drafts[position].inputs = inputs;
+        self.complaints.append(&mut complaints);
+    }
+
+    fn unknown_table(
+        &self,
+        reader: &Draft,
+        table: &TableName,
+        at: At,
+        models: &[&str],
+    ) -> Complaint {
+        let readable = self.drafts.iter().filter(|draft| {
+            draft.name != reader.name && (reader.is_evaluation || !draft.is_evaluation)
+        });
+        let known: Vec<&str> = readable.map(|draft| draft.name.as_str()).collect();
+        let complaint = Complaint::new(
+            "config::unknown_table",
+            at,
+            format!("there is no table `{table}`"),
+        )
+        .guess(guess(table.as_str(), known.iter().copied()));
+        if models.contains(&table.as_str()) {
+            complaint.help(format!("`{table}` is a model; a table must stand here"))
+        } else if known.is_empty() {
+            complaint.help("there are no other tables")
+        } else {
+            complaint.help(format!("the tables are {}", listed(known)))
+        }
+    }
+
+    /// Finds the running order, and complains of every loop.
+    fn sort(&mut self) {
+        let mut is_done = vec![false; self.drafts.len()];
+        let is_ready =
+            |draft: &Draft, is_done: &[bool]| draft.inputs.iter().all(|(_, input)| is_done[*input]);
+        while let Some(next) =
+            (0..self.drafts.len()).find(|at| !is_done[*at] && is_ready(&self.drafts[*at], &is_done))
+        {
+            is_done[next] = true;
+            self.order.push(next);
+        }
+        // What is left stands in a loop or behind one. From any of these, going to an input that
+        // is left too must come back to a stage that was met.
+        let mut is_seen = is_done.clone();
+        for start in 0..self.drafts.len() {
+            let mut way: Vec<usize> = Vec::new();
+            let mut at = start;
+            while !is_seen[at] {
+                is_seen[at] = true;
+                way.push(at);
+                let left = self.drafts[at]
+                    .inputs
+                    .iter()
+                    .find(|(_, input)| !is_done[*input]);
+                at = left.map_or(at, |(_, input)| *input);
+            }
+            if let Some(from) = way.iter().position(|met| *met == at) {
+                self.complain_of_loop(&way[from..]);
+            }
+        }
+    }
+
+    fn complain_of_loop(&mut self, members: &[usize]) {
+        let names = members
+            .iter()
+            .map(|member| format!("`{}`", self.drafts[*member].name));
+        let first = &self.drafts[members[0]];
+        let message = if members.len() == 1 {
+            format!("`{}` reads itself", first.name)
+        } else {
+            let names: Vec<_> = names.collect();
+            format!("{} reads {} again: a loop", names.join(" reads "), names[0])
+        };
+        let next = members.get(1).unwrap_or(&members[0]);
+        let link = |from: &Draft, to: usize| {
+            let (field, _) = from.inputs.iter().find(|(_, input)| *input == to)?;
+            let table = &self.drafts[to].name;
+            let nth = named_inputs(from)
+                .iter()
+                .find(|(_, f, t)| f == field && *t == table)?
+                .0;
+            Some(At::value(input_path(from, field, nth)))
+        };
+        let at = link(first, *next).unwrap_or_else(|| At::key(first.path.clone()));
+        let complaint = Complaint::new("config::loop", at, message);
+        self.complaints
+            .push(complaint.help("a table must be made before it can be read"));
+    }
+
+    /// Decides whether complaints about a stage may only be echoes of earlier ones.
+    fn doubt(&mut self, position: usize) {
+        let draft = &self.drafts[position];
+        let named = inputs_of(draft)
+            .iter()
+            .filter(|input| input.table.is_some())
+            .count();
+        let is_doubtful = draft.spec.is_none()
+            || draft.inputs.len() < named
+            || draft
+                .inputs
+                .iter()
+                .any(|(_, input)| self.drafts[*input].is_doubtful);
+        self.drafts[position].is_doubtful = is_doubtful;
+    }
+
+    /// Finds the tables that a stage needs and does not name: the nearest ancestor of the kind.
+    fn find_inputs(&mut self, position: usize) {
+        let Some(mut spec) = self.drafts[position].spec.clone() else {
+            return;
+        };
+        let inputs = spec.as_stage().inputs();
+        let wanted: Vec<_> = inputs
+            .iter()
+            .filter(|input| input.table.is_none())
+            .map(|input| (input.field, input.kind))
+            .collect();
+        for (field, kind) in wanted {
+            let found = self.nearest(position, kind);
+            let draft = &self.drafts[position];
+            let at = At::key(draft.settings.clone());
+            let named = listed(found.iter().map(|at| self.drafts[*at].name.as_str()));
+            let complaint = match found[..] {
+                [one] => {
+                    spec.as_stage_mut()
+                        .find(field, self.drafts[one].name.clone());
+                    self.drafts[position].inputs.push((field, one));
+                    continue;
+                }
+                [] if draft.is_doubtful => continue,
+                [] => Complaint::new(
+                    "config::no_ancestor",
+                    at,
+                    format!(
+                        "`{}` needs `{field}`, and none of the tables it comes from is one",
+                        draft.name
+                    ),
+                ),
+                _ => Complaint::new(
+                    "config::ambiguous",
+                    at,
+                    format!(
+                        "`{}` comes from several tables that could be its `{field}`: {named}",
+                        draft.name
+                    ),
+                ),
+            };
+            self.complaints
+                .push(complaint.label(format!("add `{field}: …`")));
+        }
+        self.drafts[position].spec = Some(spec);
+    }
+
+    /// The nearest tables of a kind behind the tables that a stage names.
+    fn nearest(&self, position: usize, kind: &str) -> Vec<usize> {
+        let named = self.drafts[position].inputs.iter().map(|(_, input)| *input);
+        let mut layer: VecDeque<usize> = named.collect();
+        let mut is_seen = vec![false; self.drafts.len()];
+        while !layer.is_empty() {
+            let mut next: Vec<usize> = Vec::new();
+            for at in layer.drain(..) {
+                for (_, input) in &self.drafts[at].inputs {
+                    if !std::mem::replace(&mut is_seen[*input], true) {
+                        next.push(*input);
+                    }
+                }
+            }
+            let found: Vec<usize> = next
+                .iter()
+                .copied()
+                .filter(|at| is_of_kind(&self.drafts[*at], kind))
+                .collect();
+            if !found.is_empty() {
+                return found;
+            }
+            layer.extend(next);
+        }
+        Vec::new()
+    }
+
+    /// Checks the columns that arrive by the tables that a stage names.
+    fn inputs_fit(&mut self, position: usize) -> bool {
+        let draft = &self.drafts[position];
+        let needed: Vec<Input<'_>> = inputs_of(draft);
+        let mut complaints = Vec::new();
+        for (field, input) in &draft.inputs {
+            let given = &self.drafts[*input];
+            let needs = needed
+                .iter()
+                .find(|needs| needs.field == *field && needs.table == Some(&given.name));
+            let (Some(schema), Some(needs)) = (&given.schema, needs) else {
+                continue;
+            };
+            let misfits = fits(&needs.needs, schema);
+            if !misfits.is_empty() {
+                complaints.push(self.misfit(draft, given, needs, &misfits));
+            }
+        }
+        let fit = complaints.is_empty();
+        self.complaints.append(&mut complaints);
+        fit
+    }
+
+    fn misfit(
+        &self,
+        draft: &Draft,
+        given: &Draft,
+        needs: &Input<'_>,
+        misfits: &[Misfit],
+    ) -> Complaint {
+        let (field, kind) = (needs.field, needs.kind);
+        let made = given.spec.as_ref().and_then(|spec| spec.as_stage().kind());
+        let message = match made {
+            Some(made) => format!(
+                "`{field}` must be a table of {kind}s, but `{}` is one of {made}s",
+                given.name
+            ),
+            None => format!(
+                "`{}` can't be read as a table of {kind}s: {}",
+                given.name, misfits[0]
+            ),
+        };
+        let fitting = self.order.iter().map(|at| &self.drafts[*at]);
+        let fitting = fitting.filter(|other| other.name != draft.name && is_of_kind(other, kind));
+        let fitting: Vec<&str> = fitting.map(|other| other.name.as_str()).collect();
+        let others: Vec<_> = misfits[1..].iter().map(ToString::to_string).collect();
+        let help = if !fitting.is_empty() {
+            Some(format!("tables of {kind}s: {}", listed(fitting)))
+        } else if made.is_none() && !others.is_empty() {
+            Some(format!("also, {}", others.join("; ")))
+        } else {
+            None
+        };
+        let at = At::value(draft.settings.key(field));
+        Complaint::new("config::misfit", at, message).maybe_help(help)
+    }
+
+    /// Asks a stage for the columns that it makes.
+    fn make_schema(&mut self, position: usize) {
+        let draft = &self.drafts[position];
+        let Some(spec) = &draft.spec else {
+            return;
+        };
+        let stage = spec.as_stage();
+        // A stage whose inputs are wrong makes what its verb always makes, so that its own readers
+        // are checked; they need not hear of it.
+        let usual = stage.kind().and_then(schema_of);
+        let is_connected = draft.inputs.len() == stage.inputs().len()
+            && draft
+                .inputs
+                .iter()
+                .all(|(_, input)| self.drafts[*input].schema.is_some());
+        if !is_connected {
+            self.drafts[position].schema = usual;
+            return;
+        }
+        let known = self.order.iter().map(|at| &self.drafts[*at]);
+        let given: Vec<_> = known
+            .filter_map(|draft| Some((draft.name.clone(), draft.schema.clone()?)))
+            .collect();
+        match stage.output(&given) {
+            Ok(made) => self.drafts[position].schema = Some(made),
+            Err(error) => {
+                let complaint = wrong_stage(draft, error);
+                self.complaints.push(complaint);
+                // Whatever is wrong with the tables made from it may be wrong because of this.
+                self.drafts[position].schema = usual;
+                self.drafts[position].is_doubtful = true;
+            }
+        }
+    }
+
+    /// Decides when a stage runs. It is the same in all rounds if it draws no random number, uses
+    /// no trained model, and all that it reads is the same.
+    fn settle(&mut self, position: usize, trained: &[ModelName], unfinished: &[ModelName]) {
+        let draft = &self.drafts[position];
+        let varies = draft.spec.as_ref().is_some_and(|spec| {
+            let stage = spec.as_stage();
+            stage.draws() || stage.uses().iter().any(|used| trained.contains(used.model))
+        });
+        let inputs = draft.inputs.iter();
+        let latest = inputs
+            .filter_map(|(_, input)| self.drafts[*input].round_first)
+            .max();
+        // A judge without an adapter can't score before its first training.
+        let waits = draft.spec.as_ref().is_some_and(|spec| {
+            let uses = spec.as_stage().uses();
+            uses.iter().any(|used| unfinished.contains(used.model))
+        });
+        let own = u32::from(!draft.is_evaluation || waits);
+        let round_first = match latest {
+            Some(latest) => Some(latest.max(own)),
+            None => varies.then_some(own),
+        };
+        self.drafts[position].round_first = round_first;
+    }
+}
+
+/// The complaint about a stage that can't make its table.
+fn wrong_stage(draft: &Draft, error: StageError) -> Complaint {
+    const CODE: &str = "config::stage";
+    let at = match error.field {
+        Some(field) => At::value(draft.settings.key(field)),
+        None => At::key(draft.settings.clone()),
+    };
+    let complaint = match &draft.spec {
+        Some(StageSpec::Sql(stage)) if error.field == Some("query") => {
+            let query = stage.query.as_deref().unwrap_or_default();
+            let tables = stage.tables.iter().map(TableName::as_str);
+            sql::unplanned(CODE, at, &error.message, query, query, tables)
+        }
+        _ => Complaint::new(CODE, at, error.message),
+    };
+    match error.help {
+        Some(help) => complaint.help(help),
+        None => complaint,
+    }
+}
+
+/// Whether a table has rows of a kind. The kind of a query's table is what its columns fit.
+fn is_of_kind(draft: &Draft, kind: &str) -> bool {
+    let made = draft.spec.as_ref().map(|spec| spec.as_stage().kind());
+    match (made, &draft.schema) {
+        (Some(Some(made)), _) => made == kind,
+        (Some(None), Some(schema)) => {
+            schema_of(kind).is_some_and(|needed| fits(&needed, schema).is_empty())
+        }
+        _ => false,
+    }
+}
+
+/// The inputs of a stage; none when its text was wrong.
+fn inputs_of(draft: &Draft) -> Vec<Input<'_>> {
+    let spec = draft.spec.as_ref();
+    spec.map(|spec| spec.as_stage().inputs())
+        .unwrap_or_default()
+}
+
+/// The models that a stage of the rounds trains.
+fn trained(written: &Written) -> Vec<ModelName> {
+    let specs = written
+        .stages
+        .iter()
+        .filter_map(|stage| stage.spec.as_ref());
+    let uses = specs.flat_map(|spec| spec.as_stage().uses());
+    let learners = uses.filter(|used| used.role.learns());
+    learners.map(|used| used.model.clone()).collect()
+}
+
+/// The tables that a stage names: their number among those of the same setting, the setting, the
+/// table.
+fn named_inputs(draft: &Draft) -> Vec<(usize, &'static str, &TableName)> {
+    let mut named: Vec<(usize, &'static str, &TableName)> = Vec::new();
+    for input in draft.spec.iter().flat_map(|spec| spec.as_stage().inputs()) {
+        if let Some(table) = input.table {
+            let nth = named
+                .iter()
+                .filter(|(_, field, _)| *field == input.field)
+                .count();
+            named.push((nth, input.field, table));
+        }
+    }
+    named
+}
+
+/// Where a table is named: `stages.x.score.candidates`, `stages.y.sql.tables[1]`.
+fn input_path(draft: &Draft, field: &str, nth: usize) -> KeyPath {
+    let path = draft.settings.key(field);
+    let is_list = draft.spec.as_ref().is_some_and(|spec| match spec {
+        StageSpec::Sql(_) => field == "tables",
+        StageSpec::Combine(_) | StageSpec::AskPeople(_) => field == "rewards",
+        _ => false,
+    });
+    if is_list { path.index(nth) } else { path }
+}

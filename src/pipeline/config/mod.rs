@@ -1,0 +1,191 @@
+//! From text to plan: reads a pipeline file, checks all of it before anything runs, and says
+//! everything that is wrong with it at once, underlined.
+//!
+//! The text becomes a tree ([`node`]), with those that it extends ([`overlay`]); `--set` changes it ([`overrides`]), references are replaced
+//! ([`reference`]), and the tree is read ([`reader`]) as it is written ([`pipeline`]). Then names and roles
+//! ([`check`]) and tables ([`lineage`]) are followed through the whole file, and what is left is
+//! the pipeline as meant ([`plan`]). What is wrong is a [`Complaint`].
+
+mod source;
+
+mod node;
+mod overlay;
+mod overrides;
+mod reference;
+
+mod exam;
+mod expectation;
+mod pipeline;
+mod reader;
+mod sql;
+mod syntax;
+mod words;
+
+mod answers;
+mod check;
+mod lineage;
+mod paths;
+mod probe;
+mod programs;
+mod queries;
+mod unused;
+
+mod plan;
+mod rounds;
+
+mod complaint;
+mod draw;
+mod guess;
+
+mod schema;
+
+pub use complaint::{At, Complaint, Complaints, Gravity};
+pub use draw::Look;
+pub use expectation::{Expectation, Otherwise};
+pub use paths::NOT_FETCHED;
+pub use pipeline::{Chart, KeepImages, PipelineName, Rounds, View};
+pub use plan::{Plan, PlannedStage};
+pub use probe::NO_KEY;
+pub use reference::{EnvReference, Secrets};
+pub use schema::{pipeline_schema, table_schema};
+pub use source::{KeyPath, Place, Side, Source};
+pub use sql::tables_there;
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use complaint::Sources;
+use lineage::Lineage;
+use overrides::Override;
+use pipeline::Written;
+
+use ovchat_io::files;
+use ovchat_models::ModelSpec;
+
+/// Why there is no plan.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// The file can't be read.
+    #[error("the pipeline file `{}` can't be read: {problem}", path.display())]
+    Unreadable { path: PathBuf, problem: io::Error },
+    /// The file was read, and this is wrong with it.
+    #[error(transparent)]
+    Refused(Complaints),
+}
+
+/// Reads a pipeline file and checks it.
+///
+/// `sets` are changes from the command line, each `path=value`. With `offline`, the files and
+/// folders that the pipeline names need not be there.
+pub fn load(path: &Path, sets: &[String], offline: bool) -> Result<Plan, LoadError> {
+    let unreadable = |problem| LoadError::Unreadable {
+        path: path.to_owned(),
+        problem,
+    };
+    let bytes = files::read_at_most(path, files::TEXT_MAX).map_err(unreadable)?;
+    let text = String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        let before = String::from_utf8_lossy(&error.as_bytes()[..at]);
+        let line = 1 + before.matches('\n').count();
+        let problem = format!("line {line} is not UTF-8 text");
+        unreadable(io::Error::new(io::ErrorKind::InvalidData, problem))
+    })?;
+    let absolute = std::path::absolute(path).map_err(unreadable)?;
+    let name = path.display().to_string();
+    let file = Arc::new(Source::new(name, &text));
+    let environment = |name: &str| std::env::var(name);
+    parse(file, absolute, sets, offline, &environment).map_err(LoadError::Refused)
+}
+
+/// The plan of a text that lies at `path`.
+fn parse(
+    file: Arc<Source>,
+    path: PathBuf,
+    sets: &[String],
+    offline: bool,
+    environment: reference::Environment<'_>,
+) -> Result<Plan, Complaints> {
+    let (layers, tree, mut complaints) = overlay::read(file, &path);
+    let mut sources = Sources::of(layers);
+    let refuse = |sources: &Sources, complaints| Err(Complaints(sources.place(complaints)));
+    let Some(mut tree) = tree else {
+        return refuse(&sources, complaints);
+    };
+    for text in sets {
+        let applied = Override::parse(text).and_then(|(change, value)| {
+            change.apply(value, &mut tree)?;
+            Ok(change)
+        });
+        match applied {
+            Ok(change) => sources.overrides.push(change),
+            Err(complaint) => complaints.push(*complaint),
+        }
+    }
+    let read = reader::read(tree, environment);
+    let (mut written, mut secrets) = (read.written, read.secrets);
+    for entry in &written.models {
+        if let Some(ModelSpec::Http(http)) = &entry.spec
+            && let Some(name) = &http.key_env
+            && let Ok(key) = environment(name)
+        {
+            secrets.add_key(name, &key);
+        }
+    }
+    complaints.extend(read.complaints);
+    if read.is_partial {
+        // Whatever names a piece of what was not read would be called unknown.
+        for complaint in &mut complaints {
+            complaint.hide(&secrets);
+        }
+        return refuse(&sources, complaints);
+    }
+    complaints.extend(exam::add(&mut written));
+    resolve(&mut written, &sources);
+    secrets.show_paths(&paths::settings(&written));
+    complaints.extend(check::names_and_roles(&written));
+    if !offline {
+        complaints.extend(paths::missing_files(&written, &sources, &secrets));
+        complaints.extend(paths::records(&written, &secrets));
+        complaints.extend(paths::probe_models(&written, &secrets));
+        complaints.extend(programs::unstartable(&written, &secrets));
+        complaints.extend(probe::contexts(&written));
+        complaints.extend(probe::keys(&written));
+    }
+    let mut lineage = Lineage::trace(&written);
+    // What is wrong with a setting is told once: a query's file that isn't there can't be planned.
+    let is_news = |new: &Complaint| !complaints.iter().any(|told| told.at == new.at);
+    lineage.complaints.retain(is_news);
+    complaints.append(&mut lineage.complaints);
+    for complaint in &mut complaints {
+        complaint.hide(&secrets);
+    }
+    let mut complaints = sources.place(Sources::once(complaints));
+    if complaints
+        .iter()
+        .any(|complaint| complaint.gravity == Gravity::Error)
+    {
+        complaints.retain(|complaint| complaint.gravity == Gravity::Error);
+        return Err(Complaints(complaints));
+    }
+    Ok(plan::assemble(
+        written, lineage, &sources, secrets, complaints, path,
+    ))
+}
+
+/// Takes the relative paths of models and stages to start at the folder of the file that says them.
+fn resolve(written: &mut Written, sources: &Sources) {
+    for model in &mut written.models {
+        let folder = |field: &str| sources.folder(&model.settings.below(field));
+        if let Some(spec) = &mut model.spec {
+            spec.resolve(&folder);
+        }
+    }
+    let stages = written.stages.iter_mut().chain(&mut written.evaluate);
+    for stage in stages {
+        let folder = |field: &str| sources.folder(&stage.settings.key(field));
+        if let Some(spec) = &mut stage.spec {
+            spec.as_stage_mut().resolve(&folder);
+        }
+    }
+}

@@ -1,0 +1,296 @@
+//! The files and folders that a pipeline names, and what lies in those of its models.
+
+use std::fs::Metadata;
+use std::io::ErrorKind;
+use std::path::Path;
+
+use super::check::all_stages;
+use super::complaint::{At, Complaint, Sources};
+use super::guess::guess;
+use super::overlay::plain;
+use super::pipeline::Written;
+use super::reference::Secrets;
+use super::source::KeyPath;
+use crate::stages::{Objection, StageSpec};
+use ovchat_io::files;
+use ovchat_models::prep::{
+    AdapterCard, JudgePrep, OtherText, PolicyPrep, PrepError, Shards, other_text,
+};
+use ovchat_models::{LlavaOnevision, ModelSpec, Questionnaire, Repository, TEMPLATE, is_offline};
+
+/// The settings that name files and folders.
+pub fn settings(written: &Written) -> Vec<KeyPath> {
+    let of_models = written.models.iter().flat_map(|model| {
+        let paths = model.spec.iter().flat_map(ModelSpec::paths);
+        paths.map(|(field, _)| model.settings.below(field))
+    });
+    let of_stages = all_stages(written).flat_map(|(stage, _)| {
+        let files = stage.spec.iter().flat_map(|spec| spec.as_stage().files());
+        files.map(|(field, _)| stage.settings.key(field))
+    });
+    // The files of an exam are loaded by a stage that is not written.
+    let of_exams = written.models.iter().flat_map(|model| {
+        let exam = model.settings.key("exam");
+        ["from", "images"].map(|field| exam.key(field))
+    });
+    of_models.chain(of_stages).chain(of_exams).collect()
+}
+
+/// Files and folders of the user that aren't there, or are something else. Paths must be absolute.
+pub fn missing_files(written: &Written, sources: &Sources, secrets: &Secrets) -> Vec<Complaint> {
+    let mut complaints = Vec::new();
+    for model in &written.models {
+        for (field, path) in model.spec.iter().flat_map(ModelSpec::paths) {
+            let setting = model.settings.below(field);
+            let folder = sources.folder(&setting);
+            let at = At::value(setting);
+            let found = match Repository::of(path) {
+                Some(repository) => Some(not_cached(&repository, path, at, secrets)),
+                None => missing(field, path, at.clone(), secrets).map(|complaint| {
+                    almost_of_the_hub(path, &folder, at, &complaint, secrets).unwrap_or(complaint)
+                }),
+            };
+            complaints.extend(found);
+        }
+    }
+    for (stage, _) in all_stages(written) {
+        for (field, path) in stage.spec.iter().flat_map(|spec| spec.as_stage().files()) {
+            let at = At::value(stage.settings.key(field));
+            complaints.extend(missing(field, path, at, secrets));
+        }
+    }
+    complaints
+}
+
+/// Files of records that can't be loaded, as far as their beginning and their end tell. Those that can't
+/// be opened are left to [`missing_files`].
+pub fn records(written: &Written, secrets: &Secrets) -> Vec<Complaint> {
+    let mut complaints = Vec::new();
+    for (stage, _) in all_stages(written) {
+        let is_file = |path: &Path| path.metadata().is_ok_and(|found| found.is_file());
+        let (path, objection) = match &stage.spec {
+            Some(StageSpec::LoadPrompts(load)) if is_file(&load.from) => {
+                (&load.from, load.objection())
+            }
+            Some(StageSpec::LoadFeedback(load)) if is_file(&load.from) => {
+                (&load.from, load.objection())
+            }
+            _ => continue,
+        };
+        let Some(Objection { words, is_certain }) = objection else {
+            continue;
+        };
+        let words = format!("`{}`: {words}", shown(path, secrets));
+        let at = At::value(stage.settings.key("from"));
+        complaints.push(if is_certain {
+            Complaint::new("config::records", at, words)
+        } else {
+            Complaint::warning("config::records", at, words)
+        });
+    }
+    complaints
+}
+
+/// Looks into the folders of the models: configs, tokenizers, and the headers of the weights, as
+/// far as they can be read without opening a tensor. Folders that aren't there are left to
+/// [`missing_files`].
+pub fn probe_models(written: &Written, secrets: &Secrets) -> Vec<Complaint> {
+    let mut complaints = Vec::new();
+    for model in &written.models {
+        let Some(spec) = &model.spec else {
+            continue;
+        };
+        let paths = spec.paths();
+        if paths
+            .iter()
+            .any(|(field, path)| !path.metadata().is_ok_and(|it| misfit(field, &it).is_none()))
+        {
+            continue;
+        }
+        if let Some(asking) = spec.asking()
+            && let Err(problem) = Questionnaire::open(asking)
+        {
+            let of_template = asking.template.as_deref().and_then(|path| {
+                let rest = problem.strip_prefix(&path.display().to_string())?;
+                Some(format!("{}{rest}", shown(path, secrets)))
+            });
+            let (setting, problem) = match of_template {
+                Some(problem) => ("ask.template", problem),
+                None => ("ask", problem),
+            };
+            let at = At::value(model.settings.below(setting));
+            complaints.push(Complaint::new("config::asking", at, secrets.hide(&problem)));
+        }
+        complaints.extend(other_words(spec, &model.settings, secrets));
+        if let Err(error) = probe(spec) {
+            // The setting whose folder holds the file at fault.
+            let field = paths.iter().find(|(_, path)| error.path.starts_with(path));
+            let at = match field {
+                Some((field, _)) => At::value(model.settings.below(field)),
+                None => At::key(model.settings.clone()),
+            };
+            let path = shown(&error.path, secrets);
+            let message = format!("`{path}`: {}", secrets.hide(&error.problem));
+            complaints.push(Complaint::new("config::model_files", at, message));
+        }
+    }
+    complaints
+}
+
+/// The warning about a checkpoint whose chat template writes prompts in other words than this program.
+fn other_words(spec: &ModelSpec, settings: &KeyPath, secrets: &Secrets) -> Option<Complaint> {
+    let ModelSpec::LlavaOnevision(model) = spec.clone().opened() else {
+        return None;
+    };
+    let OtherText {
+        path,
+        theirs,
+        ours,
+        is_space,
+    } = other_text(&model.weights)?;
+    let path = shown(&path, secrets);
+    let message = format!(
+        "the chat template in `{path}` is not used: it writes {theirs:?} where this program writes {ours:?}"
+    );
+    let at = At::value(settings.key("weights"));
+    let complaint = match is_space {
+        true => Complaint::note("config::chat_template", at, message),
+        false => Complaint::warning("config::chat_template", at, message),
+    };
+    Some(complaint.help(
+        "prompts are written as LLaVA-OneVision was trained to read them; a checkpoint that was trained \
+         on others may answer worse",
+    ))
+}
+
+fn probe(spec: &ModelSpec) -> Result<(), PrepError> {
+    match spec {
+        ModelSpec::LlavaOnevision(model) => probe_policy(model),
+        ModelSpec::LlavaRlhf(model) => JudgePrep::open(model)?.card.check(model),
+        ModelSpec::Critic(model) => probe_policy(&model.network()),
+        ModelSpec::Itself(_) | ModelSpec::Http(_) | ModelSpec::Sql(_) | ModelSpec::Scripted(_) => {
+            Ok(())
+        }
+    }
+}
+
+/// The code of notes about weights that the hub's cache does not have.
+pub const NOT_FETCHED: &str = "config::not_fetched";
+
+/// The note about a repository that the hub's cache does not have, or the error if it can't exist.
+fn not_cached(repository: &Repository, path: &Path, at: At, secrets: &Secrets) -> Complaint {
+    let shown = secrets.hide(&path.display().to_string());
+    if let Some(problem) = repository.problem() {
+        let message = format!("`{shown}` names no repository");
+        return Complaint::new("config::repository", at, message).help(problem);
+    }
+    let message = format!("`{shown}` is not in the hub's cache");
+    let command = secrets.hide(&repository.command());
+    if is_offline() {
+        let message = format!("{message}, and HF_HUB_OFFLINE is set: nothing is fetched");
+        return Complaint::new(NOT_FETCHED, at, message).help(format!(
+            "unset HF_HUB_OFFLINE, or fetch it where there is a network: {command}"
+        ));
+    }
+    Complaint::note(NOT_FETCHED, at, message)
+        .help(format!("`pipeline run` fetches it, and so does: {command}"))
+}
+
+/// The complaint about a path that leads nowhere and was probably meant to name a repository of the hub.
+/// A path whose folder is there, or is there under a similar name, was not.
+fn almost_of_the_hub(
+    path: &Path,
+    folder: &Path,
+    at: At,
+    complaint: &Complaint,
+    secrets: &Secrets,
+) -> Option<Complaint> {
+    let written = path.strip_prefix(folder).ok()?;
+    let first = written.iter().next()?;
+    if folder.join(first).exists() || !complaint.label.is_empty() {
+        return None;
+    }
+    let written = written.to_str()?;
+    let meant = Repository::meant(written)?;
+    let message = format!("there is no folder `{}`", secrets.hide(written));
+    let complaint = Complaint::new(complaint.code, at, message).guess(Some(&secrets.hide(&meant)));
+    Some(complaint.help(
+        "weights on the Hugging Face hub are named by `hf://org/name`; anything else is a path from the \
+         folder of the pipeline file",
+    ))
+}
+
+fn probe_policy(model: &LlavaOnevision) -> Result<(), PrepError> {
+    let prep = PolicyPrep::open(&model.weights)?;
+    prep.card.check(&Shards::open(&model.weights)?)?;
+    match &model.adapter {
+        Some(adapter) => prep.card.check_adapter(&AdapterCard::open(adapter)?),
+        None => Ok(()),
+    }
+}
+
+/// Settings that name a file, and those that name a folder; others take both.
+const FILES: [&str; 5] = ["from", "captions", "prompt", "file", TEMPLATE];
+const FOLDERS: [&str; 5] = ["weights", "base", "vision", "adapter", "images"];
+
+/// The problem with a file in place of a folder, the reverse, or a special file.
+fn misfit(field: &str, found: &Metadata) -> Option<String> {
+    if let Some(kind) = files::special(found) {
+        Some(format!("is {kind}, not a regular file"))
+    } else if found.is_dir() && FILES.contains(&field) {
+        Some("is a directory, not a file".to_owned())
+    } else if found.is_file() && FOLDERS.contains(&field) {
+        Some("is a file, not a directory".to_owned())
+    } else {
+        None
+    }
+}
+
+fn missing(field: &str, path: &Path, at: At, secrets: &Secrets) -> Option<Complaint> {
+    let problem = match path.metadata() {
+        Ok(found) => {
+            let problem = misfit(field, &found)?;
+            let message = format!("`{}` {problem}", shown(path, secrets));
+            return Some(Complaint::new("config::wrong_file", at, message));
+        }
+        Err(error) if error.kind() == ErrorKind::NotFound => "does not exist".to_owned(),
+        Err(error) => format!("can't be reached: {error}"),
+    };
+    let text = path.display().to_string();
+    let message = format!("`{}` {problem}", shown(path, secrets));
+    let complaint = Complaint::new("config::missing_file", at, message);
+    let folder = path.ancestors().skip(1).find(|folder| folder.is_dir())?;
+    let is_parent = Some(folder) == path.parent();
+    let wanted = path
+        .strip_prefix(folder)
+        .ok()?
+        .iter()
+        .next()?
+        .to_string_lossy()
+        .into_owned();
+    let names: Vec<String> = folder
+        .read_dir()
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .collect();
+    let complaint = complaint.guess(guess(&wanted, names.iter().map(String::as_str)));
+    Some(match (is_parent, complaint.label.is_empty()) {
+        (_, false) => complaint,
+        (true, true) => complaint.help("relative paths start at the folder of the pipeline file"),
+        // A part of a path that comes from the environment would show a part of the value.
+        (false, true) if secrets.hide(&text) != text => complaint,
+        (false, true) => {
+            let folder = shown(folder, secrets);
+            complaint.help(format!("there is `{folder}`, but no `{wanted}` in it"))
+        }
+    })
+}
+
+/// A path in a message: from the current folder if it lies there, values of the environment hidden.
+pub(super) fn shown(path: &Path, secrets: &Secrets) -> String {
+    let path = secrets.hide(&plain(path).display().to_string());
+    let here = std::env::current_dir().unwrap_or_default();
+    let here = format!("{}/", secrets.hide(&here.display().to_string()));
+    path.strip_prefix(&here).unwrap_or(&path).to_owned()
+}

@@ -1,0 +1,493 @@
+//! The plan: a pipeline *as meant*. Names are resolved, paths absolute, stages in running order.
+//!
+//! A plan exists only for a pipeline without mistakes; nothing after it looks at the text again,
+//! but to underline the stage that failed.
+
+mod render;
+
+use std::collections::BTreeMap;
+use std::num::NonZeroU32;
+use std::path::PathBuf;
+
+use arrow::datatypes::SchemaRef;
+use serde_json::{Value, json};
+
+use super::LoadError;
+use super::complaint::{At, Complaint, Complaints, Sources};
+use super::expectation::Expectation;
+use super::lineage::{Draft, Lineage};
+use super::paths::NOT_FETCHED;
+use super::pipeline::{KeepImages, PipelineName, View, Written};
+use super::reference::{EnvReference, Secrets};
+use super::source::{KeyPath, Place, Step};
+use crate::stages::{AFTER, ModelName, StageSpec, TableName};
+use ovchat_models::{ModelSpec, Share};
+
+/// A pipeline as meant.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    pub pipeline: PipelineName,
+    pub seed: u64,
+    /// The stages run in rounds 1 to `rounds`.
+    pub rounds: NonZeroU32,
+    /// A query that is asked after every round whether it was the last.
+    pub stop_when: Option<String>,
+    /// The models by name, with absolute paths.
+    pub models: BTreeMap<ModelName, ModelSpec>,
+    /// The stages, each after those whose tables it reads, else in the written order.
+    pub stages: Vec<PlannedStage>,
+    /// The stages under `evaluate`, likewise; they run after those of the round.
+    pub evaluate: Vec<PlannedStage>,
+    /// What the run has to say when it ends, in the written order.
+    pub report: Vec<(TableName, View)>,
+    /// What must be true of tables, in the written order.
+    pub expect: Vec<(TableName, Expectation)>,
+    /// What is perhaps not meant, in the order of the text.
+    pub warnings: Vec<Complaint>,
+    pub reject_share_max: Share,
+    pub keep_images: KeepImages,
+    /// The pipeline file, as an absolute path.
+    pub path: PathBuf,
+    /// The variables of the environment that the pipeline refers to, with their hashes.
+    pub environment: Vec<EnvReference>,
+    /// The values of these variables. Pass what is shown or stored through [`Secrets::hide`].
+    pub secrets: Secrets,
+    /// The text, to point at settings.
+    pub sources: Sources,
+}
+
+/// A stage as meant.
+#[derive(Debug, Clone)]
+pub struct PlannedStage {
+    /// The table that it makes.
+    pub name: TableName,
+    /// The verb with all its settings; tables that were left out have been found.
+    pub spec: StageSpec,
+    /// Whether nothing in it can change from round to round (no trained model, no random number,
+    /// no input that can): it is made once and belongs to no round.
+    pub is_static: bool,
+    /// The first round in which it runs: 1 for a stage; 0 for an evaluation, but 1 when that reads
+    /// tables of the rounds; 0 for what is made once.
+    pub round_first: u32,
+    /// The tables that it reads, each with the setting that names it.
+    pub inputs: Vec<(&'static str, TableName)>,
+    /// The columns that it makes.
+    pub schema: SchemaRef,
+    /// The kind of the rows that it makes; `None` when a query decides.
+    pub kind: Option<&'static str>,
+    /// Its name in the text, to be underlined when it fails.
+    pub place: Place,
+    /// The path of its settings in the text.
+    pub path: KeyPath,
+    /// The verb and the settings that decide what comes out, for keys: without the names of
+    /// tables, models and files (their contents have fingerprints) and without
+    /// [`crate::stages::Stage::unkeyed`]. A value from the environment is `{"written", "env"}`:
+    /// the text with `${env:NAME}` in it, and the hash by name.
+    pub settings: Value,
+    /// What explains a change and decides nothing: `files`, the paths as they are written, and `vars`, the
+    /// settings that are a variable and nothing else, with its name.
+    pub origins: Value,
+}
+
+impl Plan {
+    /// The stage that makes a table, under `stages` or `evaluate`.
+    pub fn stage(&self, name: &TableName) -> Option<&PlannedStage> {
+        self.all().find(|stage| stage.name == *name)
+    }
+
+    /// Fails where weights are on the hub and not in its cache, which only `pipeline run` fetches.
+    pub fn fetched(self) -> Result<Self, LoadError> {
+        let missing = self.warnings.iter().filter(|one| one.code == NOT_FETCHED);
+        let missing: Vec<Complaint> = missing.cloned().map(Complaint::as_error).collect();
+        if missing.is_empty() {
+            Ok(self)
+        } else {
+            Err(LoadError::Refused(Complaints(missing)))
+        }
+    }
+
+    /// All stages: those of the rounds, then those of the evaluation.
+    pub fn all(&self) -> impl Iterator<Item = &PlannedStage> {
+        self.stages.iter().chain(&self.evaluate)
+    }
+
+    /// The stages that train a model, in running order.
+    pub fn trainings(&self) -> impl Iterator<Item = &PlannedStage> {
+        let trains = |stage: &&PlannedStage| stage.trained().is_some();
+        self.stages.iter().filter(trains)
+    }
+
+    /// The last stage of a round that trains a model, if one does.
+    pub fn trained_by(&self, model: &ModelName) -> Option<&TableName> {
+        let trainers = self
+            .trainings()
+            .filter(|stage| stage.trained() == Some(model));
+        // Each goes on from the one before, and so comes after it. [ref:plan_is_ordered]
+        trainers.last().map(|stage| &stage.name)
+    }
+
+    /// The model that speaks for another one, which may be the other one itself.
+    pub fn speaker<'a>(&'a self, model: &'a ModelName) -> &'a ModelName {
+        let named = self.models[model].speaker();
+        let mut models = self.models.keys();
+        named
+            .and_then(|named| models.find(|model| model.as_str() == named))
+            .unwrap_or(model)
+    }
+
+    /// Where the text says what a setting of a stage is; where it does not, the stage.
+    pub fn place_of(&self, stage: &PlannedStage, setting: &str) -> Place {
+        self.sources.find(&At::key(stage.path.below(setting)))
+    }
+
+    /// Where the text says what a setting at the top of the file is: `seed`, `vars.tokens`.
+    pub fn place_at_top(&self, setting: &str) -> Place {
+        self.sources.find(&At::key(KeyPath::root().below(setting)))
+    }
+}
+
+impl PlannedStage {
+    /// The verb: `sample`.
+    pub fn verb(&self) -> &str {
+        let settings = self
+            .settings
+            .as_object()
+            .and_then(|object| object.keys().next());
+        settings.map_or("", String::as_str)
+    }
+
+    /// The model that it trains.
+    pub fn trained(&self) -> Option<&ModelName> {
+        let mut uses = self.spec.as_stage().uses().into_iter();
+        uses.find(|used| used.role.learns()).map(|used| used.model)
+    }
+
+    /// The training of the same round that this one goes on from.
+    pub fn after(&self) -> Option<&TableName> {
+        let mut inputs = self.inputs.iter();
+        inputs
+            .find(|(field, _)| *field == AFTER)
+            .map(|(_, table)| table)
+    }
+}
+
+/// Makes the plan of a pipeline without mistakes.
+pub fn assemble(
+    written: Written,
+    lineage: Lineage,
+    sources: &Sources,
+    secrets: Secrets,
+    warnings: Vec<Complaint>,
+    path: PathBuf,
+) -> Plan {
+    let names: Vec<TableName> = lineage
+        .drafts
+        .iter()
+        .map(|draft| draft.name.clone())
+        .collect();
+    let mut drafts: Vec<Option<Draft>> = lineage.drafts.into_iter().map(Some).collect();
+    let mut stages = Vec::new();
+    let mut evaluate = Vec::new();
+    // [ref:plan_is_ordered]
+    for position in lineage.order {
+        let Some(draft) = drafts[position].take() else {
+            continue;
+        };
+        let group = if draft.is_evaluation {
+            &mut evaluate
+        } else {
+            &mut stages
+        };
+        group.push(planned(draft, &names, &written.uses, sources, &secrets));
+    }
+    let models = written.models.into_iter();
+    Plan {
+        pipeline: written.pipeline,
+        seed: written.seed,
+        rounds: written.rounds.max(),
+        stop_when: written.rounds.stop_when().map(str::to_owned),
+        models: models
+            .filter_map(|entry| Some((entry.name, entry.spec?)))
+            .collect(),
+        stages,
+        evaluate,
+        report: written
+            .report
+            .into_iter()
+            .filter_map(|entry| Some((entry.name, entry.spec?)))
+            .collect(),
+        expect: written
+            .expect
+            .into_iter()
+            .filter_map(|entry| Some((entry.name, entry.spec?)))
+            .collect(),
+        warnings,
+        reject_share_max: written.reject_share_max,
+        keep_images: written.keep_images,
+        path,
+        environment: secrets.references(),
+        secrets,
+        sources: sources.clone(),
+    }
+}
+
+/// A stage without mistakes as the plan has it.
+fn planned(
+    draft: Draft,
+    names: &[TableName],
+    uses: &[(KeyPath, String)],
+    sources: &Sources,
+    secrets: &Secrets,
+) -> PlannedStage {
+    let spec = draft
+        .spec
+        .expect("a stage that could not be read is a complaint");
+    PlannedStage {
+        is_static: draft.round_first.is_none(),
+        round_first: draft.round_first.unwrap_or_default(),
+        inputs: draft
+            .inputs
+            .iter()
+            .map(|(field, at)| (*field, names[*at].clone()))
+            .collect(),
+        schema: draft
+            .schema
+            .expect("a stage without columns is a complaint"),
+        kind: spec.as_stage().kind(),
+        place: sources.find(&At::key(draft.path)),
+        path: draft.settings.clone(),
+        settings: keyed_settings(&spec, &draft.settings, secrets),
+        origins: origins(&spec, &draft.settings, uses, sources, secrets),
+        name: draft.name,
+        spec,
+    }
+}
+
+/// See [`PlannedStage::origins`].
+fn origins(
+    spec: &StageSpec,
+    path: &KeyPath,
+    uses: &[(KeyPath, String)],
+    sources: &Sources,
+    secrets: &Secrets,
+) -> Value {
+    let mut files = serde_json::Map::new();
+    // The stages of an exam are not written, and their paths stand elsewhere.
+    let is_written = matches!(path.steps().first(), Some(Step::Key { key, .. }) if key != "models");
+    let named = spec.as_stage().files().into_iter();
+    for (field, file) in named.filter(|_| is_written) {
+        let setting = path.key(field);
+        let mut from_environment = secrets.uses_in(&setting).peekable();
+        let written = match from_environment.peek() {
+            None => {
+                let folder = sources.folder(&setting);
+                let written = file.strip_prefix(folder).unwrap_or(file);
+                written.display().to_string()
+            }
+            Some(used) if used.path == setting => used.written.clone(),
+            // An element of a list, which this one may be or not.
+            Some(_) => continue,
+        };
+        let others = files.keys().filter(|name| name.starts_with(field)).count();
+        let name = match others {
+            0 => field.to_owned(),
+            _ => format!("{field}[{others}]"),
+        };
+        files.insert(name, json!(written));
+    }
+    let vars = uses.iter().filter(|(setting, _)| setting.is_in(path));
+    let vars: serde_json::Map<_, _> = vars
+        .map(|(setting, variable)| {
+            let below = &setting.steps()[path.steps().len()..];
+            let keys = below.iter().map(|step| match step {
+                Step::Key { key, .. } => key.clone(),
+                Step::Index(index) => index.to_string(),
+            });
+            (keys.collect::<Vec<_>>().join("."), json!(variable))
+        })
+        .collect();
+    json!({ "files": files, "vars": vars })
+}
+
+/// See [`PlannedStage::settings`].
+fn keyed_settings(spec: &StageSpec, path: &KeyPath, secrets: &Secrets) -> Value {
+    let mut settings = serde_json::to_value(spec).expect("settings are plain values");
+    let above = path.steps().len() - 1;
+    for used in secrets.uses_in(path) {
+        let words = used.path.steps()[above..].iter().map(|step| match step {
+            Step::Key { key, .. } => format!("/{key}"),
+            Step::Index(index) => format!("/{index}"),
+        });
+        if let Some(value) = settings.pointer_mut(&words.collect::<String>()) {
+            let hash = |name: &String| (name.clone(), json!(secrets.hash_of(name)));
+            let hashes: serde_json::Map<_, _> = used.names.iter().map(hash).collect();
+            *value = json!({ "written": used.written, "env": hashes });
+        }
+    }
+    let stage = spec.as_stage();
+    let inputs = stage.inputs().into_iter().map(|input| input.field);
+    let models = stage.uses().into_iter().map(|used| used.field);
+    let files = stage.files().into_iter().map(|(field, _)| field);
+    let unkeyed = stage.unkeyed().iter().copied();
+    if let Some(fields) = settings.get_mut(path.name()).and_then(Value::as_object_mut) {
+        for field in inputs.chain(models).chain(files).chain(unkeyed) {
+            fields.shift_remove(field);
+        }
+    }
+    settings
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::config::{Source, parse};
+
+    const PIPELINE: &str = r#"
+pipeline: demo
+seed: 17
+rounds: 3
+vars: { k: 5 }
+models:
+  policy: { scripted: {} }
+  judge: { scripted: { words: "${env:WORDS}" } }
+stages:
+  steps: { train_dpo: { pairs: pairs, model: policy } }
+  prompts: { load_prompts: { from: data/prompts.json, limit: "${env:LIMIT}" } }
+  candidates: { sample: { prompts: prompts, model: policy, count: "${k}", part: 8 } }
+  rewards: { score: { candidates: candidates, judge: judge } }
+  pairs: { select_extremes: { rewards: rewards } }
+evaluate:
+  heldout: { load_prompts: { from: /data/heldout.json } }
+  answers: { sample: { prompts: heldout, model: policy, count: 1, temperature: 0 } }
+  again: { score: { candidates: candidates, judge: judge } }
+"#;
+
+    fn environment(name: &str) -> Result<String, std::env::VarError> {
+        match name {
+            "WORDS" | "LIMIT" => Ok("4321".to_owned()),
+            _ => Err(std::env::VarError::NotPresent),
+        }
+    }
+
+    fn plan(text: &str, sets: &[&str]) -> Plan {
+        let file = Arc::new(Source::new("demo.yaml".to_owned(), text));
+        let path = Path::new("/home/demo.yaml").to_owned();
+        let sets: Vec<String> = sets.iter().map(|set| (*set).to_owned()).collect();
+        match parse(file, path, &sets, true, &environment) {
+            Ok(plan) => plan,
+            Err(complaints) => panic!("{complaints}"),
+        }
+    }
+
+    fn stage<'a>(plan: &'a Plan, name: &str) -> &'a PlannedStage {
+        let mut all = plan.all();
+        all.find(|stage| stage.name.as_str() == name)
+            .expect("the stage is there")
+    }
+
+    #[test]
+    fn stages_run_after_those_they_read_and_else_as_written() {
+        let plan = plan(PIPELINE, &[]);
+        let names = |stages: &[PlannedStage]| -> Vec<String> {
+            stages.iter().map(|stage| stage.name.to_string()).collect()
+        };
+        assert_eq!(
+            names(&plan.stages),
+            ["prompts", "candidates", "rewards", "pairs", "steps"]
+        );
+        assert_eq!(names(&plan.evaluate), ["heldout", "answers", "again"]);
+        let trainer = plan.trained_by(&"policy".to_owned().try_into().unwrap());
+        assert_eq!(trainer.map(TableName::as_str), Some("steps"));
+        assert_eq!(
+            plan.trained_by(&"judge".to_owned().try_into().unwrap()),
+            None
+        );
+    }
+
+    #[test]
+    fn inputs_that_are_left_out_are_found_among_the_ancestors() {
+        let plan = plan(PIPELINE, &[]);
+        let inputs: Vec<_> = stage(&plan, "pairs")
+            .inputs
+            .iter()
+            .map(|(field, table)| (*field, table.as_str()))
+            .collect();
+        let expected = [
+            ("rewards", "rewards"),
+            ("candidates", "candidates"),
+            ("prompts", "prompts"),
+        ];
+        assert_eq!(inputs, expected);
+        let StageSpec::Score(score) = &stage(&plan, "rewards").spec else {
+            panic!("rewards are scored");
+        };
+        assert_eq!(
+            score.prompts.as_ref().map(TableName::as_str),
+            Some("prompts")
+        );
+    }
+
+    #[test]
+    fn only_what_can_change_belongs_to_rounds() {
+        let plan = plan(PIPELINE, &[]);
+        let runs = |name| (stage(&plan, name).is_static, stage(&plan, name).round_first);
+        assert_eq!(runs("prompts"), (true, 0));
+        assert_eq!(runs("candidates"), (false, 1));
+        assert_eq!(runs("rewards"), (false, 1));
+        assert_eq!(runs("heldout"), (true, 0));
+        assert_eq!(runs("answers"), (false, 0));
+        assert_eq!(runs("again"), (false, 1));
+    }
+
+    #[test]
+    fn keys_hold_the_settings_that_matter_and_no_value_of_the_environment() {
+        let changed = plan(PIPELINE, &["stages.candidates.sample.count=3"]);
+        let candidates = &stage(&changed, "candidates").settings["sample"];
+        assert_eq!(candidates["count"], 3);
+        for absent in ["prompts", "model", "part"] {
+            assert_eq!(candidates.get(absent), None, "{absent}");
+        }
+        let prompts = &stage(&changed, "prompts").settings["load_prompts"];
+        assert_eq!(prompts.get("from"), None);
+        assert_eq!(prompts["limit"]["written"], "${env:LIMIT}");
+        let hash = prompts["limit"]["env"]["LIMIT"].as_str().map(str::len);
+        assert_eq!(hash, Some(64));
+        let settings: Vec<_> = changed.all().map(|stage| &stage.settings).collect();
+        assert!(!format!("{settings:?}").contains("4321"));
+        let mut rendered = String::new();
+        changed.render(&mut rendered).unwrap();
+        assert!(!rendered.contains("4321"), "{rendered}");
+    }
+
+    #[test]
+    fn a_plan_reads_as_equations_in_the_order_of_their_rounds() {
+        let text = "pipeline: tiny\nmodels: { policy: { scripted: {} } }\nstages:\n  prompts: { load_prompts: { from: p.json } }\n  candidates: { sample: { prompts: prompts, model: policy } }\n";
+        let mut rendered = String::new();
+        plan(text, &[]).render(&mut rendered).unwrap();
+        let expected = "\
+tiny: 1 round, seed 0
+
+models
+  policy = scripted()
+
+once
+  prompts = load_prompts(from: /home/p.json)
+      megapixels_max: 100
+
+in round 1
+  candidates = sample(prompts: prompts, model: policy)
+      count: 5, temperature: 0.7, top_p: 0.9, top_k: 0, repetition_penalty: 1.0, max_new_tokens: 512
+";
+        assert_eq!(rendered, expected);
+    }
+
+    #[test]
+    fn a_stage_knows_its_place_in_the_text() {
+        let plan = plan(PIPELINE, &[]);
+        let place = &stage(&plan, "rewards").place;
+        assert_eq!(place.source.slice(place.span.clone()), "rewards");
+    }
+}

@@ -1,0 +1,223 @@
+//! The programs of `exec` stages, and the scripts that they are given.
+
+use std::env;
+use std::io::Read as _;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+
+use super::check::all_stages;
+use super::complaint::{At, Complaint};
+use super::guess::guess;
+use super::paths::shown;
+use super::pipeline::Written;
+use super::reference::Secrets;
+use super::source::KeyPath;
+use crate::stages::{Exec, StageSpec};
+use ovchat_io::files;
+
+/// Programs of `exec` stages that can't be started: looked for as the system will, in the stage's
+/// folder where the name holds a `/`, else in the directories of `PATH`.
+/// And scripts that such a program is given and that are not there, or that may change unnoticed.
+pub fn unstartable(written: &Written, secrets: &Secrets) -> Vec<Complaint> {
+    let mut complaints = Vec::new();
+    for (stage, _) in all_stages(written) {
+        if let Some(StageSpec::Exec(exec)) = &stage.spec
+            && let Some(program) = exec.program()
+        {
+            let command = stage.settings.key("command");
+            let at = At::value(command.index(0));
+            let missing = no_program(exec, program, at, secrets);
+            let missing = missing
+                .into_iter()
+                .chain(no_script(exec, &command, secrets));
+            let before = complaints.len();
+            complaints.extend(missing);
+            if complaints.len() == before {
+                complaints.extend(unwatched(exec, &command, secrets));
+            }
+        }
+    }
+    complaints
+}
+
+const NO_PROGRAM: &str = "config::no_program";
+
+/// The shortest name of a program that another one is guessed for.
+const GUESSED_MIN: usize = 4;
+
+fn no_program(exec: &Exec, program: &str, at: At, secrets: &Secrets) -> Option<Complaint> {
+    let complaint = |message: String| Complaint::new(NO_PROGRAM, at.clone(), message);
+    if program.contains('/') {
+        let path = exec.folder().join(program.trim_start_matches("./"));
+        let name = shown(&path, secrets);
+        return match path.metadata() {
+            Ok(found) if !found.is_file() => Some(complaint(format!("`{name}` is not a program"))),
+            Ok(_) if !is_executable(&path) => {
+                let help = format!("chmod +x {name}");
+                Some(complaint(format!("`{name}` is not executable")).help(help))
+            }
+            Ok(_) => no_interpreter(exec, &path, at.clone(), secrets),
+            Err(_) => Some(complaint(format!("there is no program `{name}`"))),
+        };
+    }
+    let folders = search_path(exec)?;
+    if is_in(&folders, program) {
+        return None;
+    }
+    let complaint = complaint(format!(
+        "there is no program `{program}` in the directories of PATH"
+    ));
+    if exec.folder().join(program).is_file() {
+        let help = format!("for the file beside the pipeline file, write `./{program}`");
+        return Some(complaint.help(help));
+    }
+    // So many programs have short names that one of them is always near.
+    if program.len() < GUESSED_MIN {
+        return Some(complaint);
+    }
+    let entries = folders.iter().filter_map(|folder| folder.read_dir().ok());
+    let mut names: Vec<String> = entries
+        .flatten()
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .collect();
+    names.sort();
+    Some(complaint.guess(guess(program, names.iter().map(String::as_str))))
+}
+
+fn is_executable(path: &Path) -> bool {
+    let metadata = path.metadata();
+    metadata.is_ok_and(|found| found.is_file() && found.permissions().mode() & 0o111 != 0)
+}
+
+/// The directories of `PATH`.
+fn search_path(exec: &Exec) -> Option<Vec<PathBuf>> {
+    let path = env::var_os("PATH")?;
+    let folders = env::split_paths(&path).map(|folder| exec.folder().join(folder));
+    Some(folders.collect())
+}
+
+fn is_in(folders: &[PathBuf], program: &str) -> bool {
+    folders
+        .iter()
+        .any(|folder| is_executable(&folder.join(program)))
+}
+
+/// The longest first line of a script that the system reads.
+const FIRST_LINE_MAX: u64 = 256;
+
+/// A script whose first line, `#!…`, names a program that is not there.
+fn no_interpreter(exec: &Exec, path: &Path, at: At, secrets: &Secrets) -> Option<Complaint> {
+    let mut start = Vec::new();
+    let file = files::open(path).ok()?;
+    file.take(FIRST_LINE_MAX).read_to_end(&mut start).ok()?;
+    let line = start
+        .strip_prefix(b"#!")?
+        .split(|&byte| byte == b'\n')
+        .next()?;
+    let line = String::from_utf8_lossy(line);
+    let name = shown(path, secrets);
+    if line.ends_with('\r') {
+        let message = format!("the first line of `{name}` ends in a carriage return (\\r)");
+        let help = "save the script with the line ends of Unix (\\n)";
+        return Some(Complaint::new(NO_PROGRAM, at, message).help(help));
+    }
+    let mut words = line.split_whitespace();
+    let interpreter = words.next()?;
+    let missing = if is_executable(&exec.folder().join(interpreter)) {
+        if Path::new(interpreter).file_name()? != "env" {
+            return None;
+        }
+        let is_program = |word: &&str| !word.starts_with('-') && !word.contains(['=', '/']);
+        let program = words.find(is_program)?;
+        (!is_in(&search_path(exec)?, program)).then_some(program)?
+    } else {
+        interpreter
+    };
+    let message = format!("`{name}` begins with `#!{line}`, and there is no program `{missing}`");
+    Some(Complaint::new(NO_PROGRAM, at, message))
+}
+
+/// The ends of the names of scripts.
+const SCRIPTS: [&str; 9] = ["py", "sh", "bash", "R", "r", "jl", "pl", "rb", "js"];
+
+/// True for an argument that names a script.
+fn is_script(word: &str) -> bool {
+    let end = Path::new(word).extension().and_then(|end| end.to_str());
+    !word.starts_with('-')
+        && !word.contains(char::is_whitespace)
+        && end.is_some_and(|end| SCRIPTS.contains(&end))
+}
+
+/// The first program or script of the user in the command that `files` does not cover: when it changes, the
+/// table is not made again.
+fn unwatched(exec: &Exec, command: &KeyPath, secrets: &Secrets) -> Option<Complaint> {
+    let is_watched = |path: &Path| {
+        let path = path.canonicalize();
+        path.is_ok_and(|path| {
+            let mut files = exec
+                .files
+                .iter()
+                .filter_map(|file| file.canonicalize().ok());
+            files.any(|file| path.starts_with(file))
+        })
+    };
+    let is_users = |number: usize, word: &str| match number {
+        0 => word.contains('/') && !Path::new(word).is_absolute(),
+        _ => is_script(word),
+    };
+    let mut words = exec.command.iter().enumerate();
+    let (number, word) = words.find(|(number, word)| {
+        let path = exec.folder().join(word);
+        is_users(*number, word) && path.is_file() && !is_watched(&path)
+    })?;
+    let name = shown(Path::new(word), secrets);
+    let message =
+        format!("`{name}` is not in `files`: when it changes, the table is not made again");
+    let complaint = Complaint::warning(
+        "config::file_not_listed",
+        At::value(command.index(number)),
+        message,
+    );
+    Some(complaint.help(format!("add it to `files`, such as `files: [{name}]`")))
+}
+
+/// The first argument that names a script, if there is no such file. Programs that run what they are given
+/// fail then; others may make the file themselves.
+fn no_script(exec: &Exec, command: &KeyPath, secrets: &Secrets) -> Option<Complaint> {
+    let mut words = exec.command.iter().enumerate().skip(1);
+    let (number, script) = words.find(|(_, word)| is_script(word))?;
+    let path = exec.folder().join(script);
+    if path.exists() {
+        return None;
+    }
+    let at = At::value(command.index(number));
+    let message = format!("there is no file `{}`", shown(&path, secrets));
+    let complaint = if number == 1 && runs_scripts(exec.program()?) {
+        Complaint::new("config::missing_file", at, message)
+    } else {
+        Complaint::warning("config::missing_file", at, message)
+    };
+    let names = path.parent()?.read_dir().into_iter().flatten();
+    let names: Vec<String> = names
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .collect();
+    let wanted = path.file_name()?.to_string_lossy().into_owned();
+    Some(
+        complaint
+            .guess(guess(&wanted, names.iter().map(String::as_str)))
+            .help("a command runs in the folder of the pipeline file"),
+    )
+}
+
+/// Whether a program runs the file that its first argument names.
+fn runs_scripts(program: &str) -> bool {
+    let name = Path::new(program)
+        .file_name()
+        .and_then(|name| name.to_str());
+    let name = name.unwrap_or_default();
+    let name = name.trim_end_matches(|c: char| c.is_ascii_digit() || c == '.');
+    let known = [
+        "python", "sh", "bash", "dash", "zsh", "Rscript", "julia", "perl", "ruby", "node",
+    ];
+    known.contains(&name)
+}

@@ -1,0 +1,502 @@
+//! References: `"${k}"` is a variable of the pipeline, `"${env:NAME}"` one of the environment.
+//!
+//! They are replaced after parsing, so a value can't break the YAML and a comment needs no
+//! escaping. What came from the environment may be secret: [`Secrets`] remembers where it went, so
+//! that errors, plans and keys show its name and its hash instead. A value that is part of paths and of
+//! nothing else is shown in messages.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+use serde_yaml::Number;
+use sha2::{Digest, Sha256};
+
+use super::complaint::{At, Complaint};
+use super::guess::guess;
+use super::node::Node;
+use super::source::KeyPath;
+use super::words::listed;
+use ovchat_io::mask::{Mask, SECRET_MIN};
+
+/// The code of complaints about variables that are not there.
+pub const UNKNOWN_VARIABLE: &str = "config::unknown_variable";
+
+/// A variable of the environment that a pipeline refers to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EnvReference {
+    /// Its name.
+    pub name: String,
+    /// SHA-256 of its value, in hex.
+    pub sha256: String,
+}
+
+/// The values that came from the environment, by name, and the settings they went to.
+#[derive(Clone, Default)]
+pub struct Secrets {
+    values: BTreeMap<String, String>,
+    /// The keys of endpoints, by the names of their variables.
+    keys: BTreeMap<String, String>,
+    uses: Vec<EnvUse>,
+    /// The variables whose values are shown in messages: they are parts of paths and nothing else.
+    shown: BTreeSet<String>,
+}
+
+/// Words in the name of a variable by which its value is a secret, wherever it is used.
+const SECRET_WORDS: [&str; 7] = [
+    "KEY",
+    "TOKEN",
+    "SECRET",
+    "PASS",
+    "CREDENTIAL",
+    "AUTH",
+    "COOKIE",
+];
+
+/// A setting that holds values from the environment.
+#[derive(Clone)]
+pub struct EnvUse {
+    /// The setting.
+    pub path: KeyPath,
+    /// The setting's text with `${env:NAME}` in place of the values.
+    pub written: String,
+    /// The setting's text with the values.
+    pub meant: String,
+    /// The names of the variables.
+    pub names: Vec<String>,
+}
+
+/// Shows names only.
+impl fmt::Debug for Secrets {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.values.keys()).finish()
+    }
+}
+
+impl Secrets {
+    /// Every variable that was used, with its hash, by name.
+    pub fn references(&self) -> Vec<EnvReference> {
+        let reference = |(name, value): (&String, &String)| EnvReference {
+            name: name.clone(),
+            sha256: hash(value),
+        };
+        self.values.iter().map(reference).collect()
+    }
+
+    /// The hash of a variable's value.
+    pub fn hash_of(&self, name: &str) -> Option<String> {
+        self.values.get(name).map(|value| hash(value))
+    }
+
+    /// The settings in `path` (or it itself) that hold values from the environment.
+    pub fn uses_in<'a>(&'a self, path: &'a KeyPath) -> impl Iterator<Item = &'a EnvUse> {
+        self.uses.iter().filter(|used| used.path.is_in(path))
+    }
+
+    /// Lets messages show the values of variables that only the settings `paths` use, so that an error
+    /// about a file names the file. A variable that is called like a secret stays one.
+    pub fn show_paths(&mut self, paths: &[KeyPath]) {
+        let vars = KeyPath::root().key("vars");
+        let is_path = |name: &str| {
+            let uses = self.uses.iter().filter(|used| {
+                used.names.iter().any(|other| other == name) && !used.path.is_in(&vars)
+            });
+            let mut uses = uses.peekable();
+            uses.peek().is_some() && uses.all(|used| paths.contains(&used.path))
+        };
+        let names = self.values.keys();
+        let shown = names.filter(|name| is_path(name) && !is_secret(name));
+        self.shown = shown.cloned().collect();
+    }
+
+    /// Takes the value of a variable that holds the key of an endpoint.
+    pub fn add_key(&mut self, name: &str, value: &str) {
+        self.keys.insert(name.to_owned(), value.to_owned());
+    }
+
+    /// `text` with `${env:NAME}` in place of each value, whatever its form, but for those that are paths.
+    pub fn hide(&self, text: &str) -> String {
+        let values = self.values.iter();
+        let values = values.filter(|(name, _)| !self.shown.contains(*name));
+        let all = values.chain(&self.keys);
+        Mask::new(all.map(|(name, value)| (name.as_str(), value.as_str()))).hide(text)
+    }
+
+    /// What is taken out of everything that a run writes: the keys of endpoints, and the values of variables
+    /// that are called like secrets or are a part of an address. Other values stay, since data may hold them
+    /// by chance.
+    pub fn mask(&self) -> Mask {
+        let is_in_address = |name: &String| {
+            let mut uses = self.uses.iter();
+            uses.any(|used| used.path.name() == "base_url" && used.names.contains(name))
+        };
+        let is_long = |value: &str| value.chars().count() >= SECRET_MIN;
+        let values = self.values.iter();
+        let values = values.filter(|(name, _)| is_secret(name) || is_in_address(name));
+        let all = values.chain(&self.keys);
+        let all = all.filter(|(_, value)| is_long(value));
+        Mask::new(all.map(|(name, value)| (name.as_str(), value.as_str())))
+    }
+
+    /// The names of the variables, those of keys among them.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.values
+            .keys()
+            .chain(self.keys.keys())
+            .map(String::as_str)
+    }
+}
+
+/// Whether a variable is called like a secret.
+fn is_secret(name: &str) -> bool {
+    let name = name.to_uppercase();
+    SECRET_WORDS.iter().any(|word| name.contains(word))
+}
+
+fn hash(value: &str) -> String {
+    hex::encode(Sha256::digest(value.as_bytes()))
+}
+
+/// Reads a variable of the environment.
+pub type Environment<'a> = &'a dyn Fn(&str) -> Result<String, std::env::VarError>;
+
+/// Replaces references, and collects what is wrong with them.
+pub struct Replacer<'a> {
+    /// The pipeline's own variables; `None` inside `vars:`, where they can't be used.
+    pub vars: Option<Vec<Variable>>,
+    pub environment: Environment<'a>,
+    pub secrets: Secrets,
+    /// The settings that are a variable of the pipeline and nothing else, with its name.
+    pub uses: Vec<(KeyPath, String)>,
+    pub complaints: Vec<Complaint>,
+}
+
+/// A variable of the pipeline.
+pub struct Variable {
+    pub name: String,
+    pub value: Node,
+    /// Whether anything refers to it.
+    pub is_used: bool,
+    /// How its value is written, when it holds values from the environment.
+    secret: Option<EnvUse>,
+}
+
+impl Variable {
+    /// A variable whose value, at `path`, has had its own references replaced.
+    pub fn new(name: &str, value: Node, path: &KeyPath, secrets: &Secrets) -> Self {
+        Self {
+            name: name.to_owned(),
+            value,
+            is_used: false,
+            secret: secrets.uses_in(path).next().cloned(),
+        }
+    }
+}
+
+/// A piece of a text: as it is, or a reference.
+enum Piece<'a> {
+    Text(&'a str),
+    Reference(&'a str),
+}
+
+impl Replacer<'_> {
+    /// Replaces every reference in the node at `path`.
+    pub fn replace(&mut self, node: &mut Node, path: &KeyPath) {
+        match node {
+            Node::List(elements) => {
+                for (index, element) in elements.iter_mut().enumerate() {
+                    self.replace(element, &path.index(index));
+                }
+            }
+            Node::Map(entries) => {
+                for (key, entry) in entries {
+                    self.replace(entry, &path.key(key));
+                }
+            }
+            Node::Text(text) if text.contains("${") => {
+                *node = self.replace_text(text, path).unwrap_or(Node::Wrong);
+            }
+            _ => {}
+        }
+    }
+
+    /// The value of a text; `None` when that has been complained about.
+    fn replace_text(&mut self, text: &str, path: &KeyPath) -> Option<Node> {
+        let pieces = match pieces(text) {
+            Ok(pieces) => pieces,
+            Err(message) => {
+                let complaint =
+                    Complaint::new("config::reference", At::value(path.clone()), message);
+                self.complaints
+                    .push(complaint.help("write `$${` to mean `${` itself"));
+                return None;
+            }
+        };
+        let mut used = EnvUse {
+            path: path.clone(),
+            written: String::new(),
+            meant: String::new(),
+            names: Vec::new(),
+        };
+        if let [Piece::Reference(name)] = pieces[..] {
+            let node = self.value(name, path, &mut used)?;
+            self.remember(used);
+            if !name.starts_with("env:") {
+                self.uses.push((path.clone(), name.to_owned()));
+            }
+            return Some(node);
+        }
+        for piece in pieces {
+            match piece {
+                Piece::Text(text) => {
+                    used.written.push_str(text);
+                    used.meant.push_str(text);
+                }
+                Piece::Reference(name) => {
+                    self.value(name, path, &mut used)?;
+                }
+            }
+        }
+        let whole = Node::Text(used.meant.clone());
+        self.remember(used);
+        Some(whole)
+    }
+
+    /// The value of a reference; its text, written and meant, goes to `used`.
+    fn value(&mut self, name: &str, path: &KeyPath, used: &mut EnvUse) -> Option<Node> {
+        if let Some(variable) = name.strip_prefix("env:") {
+            return self.environment_value(variable, path, used);
+        }
+        let at = At::value(path.clone());
+        let Some(vars) = &mut self.vars else {
+            self.complaints.push(
+                Complaint::new(
+                    "config::reference",
+                    at,
+                    "a variable can't refer to another one",
+                )
+                .help("only `${env:NAME}` can be used here"),
+            );
+            return None;
+        };
+        if let Some(variable) = vars.iter_mut().find(|variable| variable.name == name) {
+            variable.is_used = true;
+            if variable.value == Node::Wrong {
+                return None;
+            }
+            let text = variable.value.text().unwrap_or_default();
+            match &variable.secret {
+                Some(secret) => {
+                    used.written.push_str(&secret.written);
+                    used.names.extend_from_slice(&secret.names);
+                }
+                None => used.written.push_str(&text),
+            }
+            used.meant.push_str(&text);
+            return Some(variable.value.clone());
+        }
+        let known: Vec<&str> = vars.iter().map(|variable| variable.name.as_str()).collect();
+        let help = if known.is_empty() {
+            format!("define it at the top: `vars: {{ {name}: … }}`")
+        } else {
+            format!("`vars` has {}", listed(known.iter().copied()))
+        };
+        let complaint = Complaint::new(
+            UNKNOWN_VARIABLE,
+            at,
+            format!("there is no variable `{name}`"),
+        );
+        let guessed = guess(name, known).map(str::to_owned);
+        self.complaints
+            .push(complaint.guess(guessed.as_deref()).help(help));
+        None
+    }
+
+    fn environment_value(&mut self, name: &str, path: &KeyPath, used: &mut EnvUse) -> Option<Node> {
+        let problem = match (self.environment)(name) {
+            Ok(value) => {
+                used.written.push_str("${env:");
+                used.written.push_str(name);
+                used.written.push('}');
+                used.meant.push_str(&value);
+                used.names.push(name.to_owned());
+                let node = scalar(&value);
+                self.secrets.values.insert(name.to_owned(), value);
+                return Some(node);
+            }
+            Err(std::env::VarError::NotPresent) => "is not set",
+            Err(std::env::VarError::NotUnicode(_)) => "is not UTF-8 text",
+        };
+        self.complaints.push(
+            Complaint::new(
+                "config::environment",
+                At::value(path.clone()),
+                format!("the environment variable `{name}` {problem}"),
+            )
+            .help(format!("set it first: `{name}=… pipeline …`")),
+        );
+        None
+    }
+
+    fn remember(&mut self, used: EnvUse) {
+        if !used.names.is_empty() {
+            self.secrets.uses.push(used);
+        }
+    }
+}
+
+/// A text of the environment as YAML would read it: a number, true, false, else a text.
+fn scalar(text: &str) -> Node {
+    match serde_yaml::from_str::<serde_yaml::Value>(text) {
+        Ok(serde_yaml::Value::Bool(value)) => Node::Bool(value),
+        Ok(serde_yaml::Value::Number(value)) if is_plain_number(&value) => Node::Number(value),
+        _ => Node::Text(text.to_owned()),
+    }
+}
+
+fn is_plain_number(value: &Number) -> bool {
+    value.as_f64().is_some_and(f64::is_finite)
+}
+
+/// Cuts a text at its references; `$${` is the text `${`.
+fn pieces(text: &str) -> Result<Vec<Piece<'_>>, String> {
+    let mut pieces = Vec::new();
+    let mut rest = text;
+    while let Some(dollar) = rest.find("${") {
+        if rest[..dollar].ends_with('$') {
+            // Of `$${`, the first sign escapes the others, which stay.
+            pieces.push(Piece::Text(&rest[..dollar - 1]));
+            pieces.push(Piece::Text(&rest[dollar..dollar + 2]));
+            rest = &rest[dollar + 2..];
+            continue;
+        }
+        if dollar > 0 {
+            pieces.push(Piece::Text(&rest[..dollar]));
+        }
+        let inside = &rest[dollar + 2..];
+        let Some(end) = inside.find('}') else {
+            return Err("the reference `${` is not closed by `}`".to_owned());
+        };
+        let name = inside[..end].trim();
+        let bare = name.strip_prefix("env:").unwrap_or(name);
+        let word = |c: char| c.is_ascii_alphanumeric() || c == '_';
+        if bare.is_empty() || !bare.chars().all(word) {
+            return Err(format!(
+                "`${{{name}}}` is not a reference: write `${{name}}` or `${{env:NAME}}`"
+            ));
+        }
+        pieces.push(Piece::Reference(name));
+        rest = &inside[end + 1..];
+    }
+    if !rest.is_empty() {
+        pieces.push(Piece::Text(rest));
+    }
+    Ok(pieces)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KEY: &str = "hunter2";
+
+    fn environment(name: &str) -> Result<String, std::env::VarError> {
+        match name {
+            "KEY" => Ok(KEY.to_owned()),
+            "COUNT" => Ok("7".to_owned()),
+            _ => Err(std::env::VarError::NotPresent),
+        }
+    }
+
+    fn replacer() -> Replacer<'static> {
+        let secrets = Secrets::default();
+        let variable = |name, value| Variable::new(name, value, &KeyPath::root(), &secrets);
+        Replacer {
+            vars: Some(vec![
+                variable("k", Node::Number(5.into())),
+                variable("name", Node::Text("ov".to_owned())),
+            ]),
+            environment: &environment,
+            secrets: Secrets::default(),
+            uses: Vec::new(),
+            complaints: Vec::new(),
+        }
+    }
+
+    #[track_caller]
+    fn check(written: &str, expected: Result<Node, &str>) {
+        let mut replacer = replacer();
+        let mut node = Node::Text(written.to_owned());
+        replacer.replace(&mut node, &KeyPath::root().key("x"));
+        match expected {
+            Ok(expected) => assert_eq!(node, expected, "{:?}", replacer.complaints),
+            Err(message) => assert_eq!(replacer.complaints[0].message, message),
+        }
+    }
+
+    fn text(text: &str) -> Node {
+        Node::Text(text.to_owned())
+    }
+
+    #[test]
+    fn a_lone_reference_takes_the_typed_value_and_others_are_spliced() {
+        check("${k}", Ok(Node::Number(5.into())));
+        check("${env:COUNT}", Ok(Node::Number(7.into())));
+        check("${env:KEY}", Ok(text("hunter2")));
+        check("a-${k}/${name}", Ok(text("a-5/ov")));
+        check("$${k} costs $5", Ok(text("${k} costs $5")));
+        check("x$${${k}}", Ok(text("x${5}")));
+    }
+
+    #[test]
+    fn references_to_nothing_are_refused() {
+        check("${kk}", Err("there is no variable `kk`"));
+        check("${env:NO}", Err("the environment variable `NO` is not set"));
+        check("a ${k", Err("the reference `${` is not closed by `}`"));
+        check(
+            "${}",
+            Err("`${}` is not a reference: write `${name}` or `${env:NAME}`"),
+        );
+    }
+
+    #[test]
+    fn only_what_is_a_path_and_nothing_else_is_shown() {
+        let root = KeyPath::root();
+        let (from, url) = (root.key("from"), root.key("url"));
+        let of = |written: &[(&KeyPath, &str)]| {
+            let mut replacer = replacer();
+            replacer.environment = &|name| Ok(format!("/{}", name.to_lowercase()));
+            for (path, written) in written {
+                replacer.replace(&mut text(written), path);
+            }
+            let mut secrets = replacer.secrets;
+            secrets.show_paths(std::slice::from_ref(&from));
+            secrets
+        };
+        let photos = of(&[(&from, "${env:PHOTOS}/a")]);
+        assert_eq!(photos.hide("no /photos/a"), "no /photos/a");
+        let both = of(&[(&from, "${env:PHOTOS}/a"), (&url, "${env:PHOTOS}")]);
+        assert_eq!(both.hide("no /photos/a"), "no ${env:PHOTOS}/a");
+        let token = of(&[(&from, "${env:HF_TOKEN}/a")]);
+        assert_eq!(token.hide("no /hf_token/a"), "no ${env:HF_TOKEN}/a");
+        let unused = of(&[(&root.key("vars").key("v"), "${env:PHOTOS}")]);
+        assert_eq!(unused.hide("/photos"), "${env:PHOTOS}");
+    }
+
+    #[test]
+    fn a_value_of_the_environment_is_hidden_wherever_it_shows() {
+        let mut replacer = replacer();
+        let path = KeyPath::root().key("x");
+        replacer.replace(&mut text("a/${env:KEY}/${env:COUNT}"), &path);
+        let secrets = replacer.secrets;
+        assert_eq!(
+            secrets.hide("a/hunter2/7: no 17 (7)"),
+            "a/${env:KEY}/${env:COUNT}: no 17 (${env:COUNT})"
+        );
+        let used = secrets.uses_in(&path).next().unwrap();
+        assert_eq!(used.written, "a/${env:KEY}/${env:COUNT}");
+        assert_eq!(used.names, ["KEY", "COUNT"]);
+        assert!(!format!("{secrets:?}").contains(KEY));
+        assert_eq!(secrets.references()[1].sha256, hash(KEY));
+        assert_eq!(hash("abc")[..8], *"ba7816bf");
+    }
+}

@@ -1,0 +1,297 @@
+//! Complaints about SQL, and which piece of a pipeline file they are about.
+//!
+//! The parser counts lines and columns in a text that YAML has unindented, unfolded or unquoted. Apart
+//! from escapes in double quotes, YAML changes nothing but white space, so the n-th other character of the
+//! query is the n-th other character of the scalar in the file.
+
+use std::ops::Range;
+
+use super::complaint::{At, Complaint};
+use super::guess::guess;
+use super::words::listed;
+use ovchat_query::no_table;
+
+/// A piece of a query: the query as YAML read it, and where the piece starts in it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Piece {
+    query: String,
+    /// In bytes.
+    offset: usize,
+    /// Its line and column, counted from 1.
+    position: (usize, usize),
+}
+
+/// The complaint about a query that can't be planned. `error` is what DataFusion says of `planned`, which
+/// is `written`, the text of the setting, or holds it; `tables` are those that it may read.
+pub fn unplanned<'a>(
+    code: &'static str,
+    at: At,
+    error: &str,
+    written: &str,
+    planned: &str,
+    tables: impl Iterator<Item = &'a str>,
+) -> Complaint {
+    let (message, found) = syntax_error(error, planned);
+    let start = planned.find(written);
+    let offset = match (found, start) {
+        (Some(found), Some(start)) => Some(found.saturating_sub(start).min(written.len())),
+        (None, _) => unknown_name(error).and_then(|name| word(written, name)),
+        (Some(_), None) => None,
+    };
+    let complaint = Complaint::new(code, at, message);
+    let tables: Vec<&str> = tables.collect();
+    let complaint = match tables_there(error, &tables) {
+        Some((guess, help)) => complaint.guess(guess).help(help),
+        None => complaint,
+    };
+    match offset {
+        None => complaint,
+        Some(offset) => complaint.piece(Piece {
+            query: written.to_owned(),
+            offset,
+            position: position(written, offset),
+        }),
+    }
+}
+
+/// The way out of an error about a table that is not there: a guess, and the names of all.
+pub fn tables_there<'a>(error: &str, tables: &[&'a str]) -> Option<(Option<&'a str>, String)> {
+    let table = unknown_table(error)?;
+    let guessed = guess(table, tables.iter().copied());
+    let all = format!("the tables are {}", listed(tables.iter().copied()));
+    (!tables.is_empty()).then_some((guessed, all))
+}
+
+/// What the parser says in words, and where in the query, in bytes; the error as it is if it is none of
+/// the parser's.
+fn syntax_error(error: &str, query: &str) -> (String, Option<usize>) {
+    let (words, offset) = match error.rsplit_once(" at Line: ") {
+        Some((words, place)) => {
+            let numbers = place.split_once(", Column: ");
+            let numbers =
+                numbers.and_then(|(line, column)| Some((line.parse().ok()?, column.parse().ok()?)));
+            let Some((line, column)) = numbers else {
+                return (error.to_owned(), None);
+            };
+            (words, offset_of(query, line, column))
+        }
+        None if error.ends_with(", found: EOF") => (error, query.trim_end().len()),
+        None => return (error.to_owned(), None),
+    };
+    let words = match words
+        .strip_prefix("Expected: ")
+        .and_then(|rest| rest.rsplit_once(", found: "))
+    {
+        Some((expected, "EOF")) => format!("the query ends where {expected} was expected"),
+        Some((expected, found)) => format!("expected {expected}, found `{found}`"),
+        None => words.to_owned(),
+    };
+    (format!("SQL syntax error: {words}"), Some(offset))
+}
+
+/// The table that a query names and that is not there.
+fn unknown_table(error: &str) -> Option<&str> {
+    let name = error.split('`').nth(1)?;
+    (error == no_table(name)).then_some(name)
+}
+
+/// The table that is not there, the parameter without a value, or the column that no table has.
+fn unknown_name(error: &str) -> Option<&str> {
+    if let Some(rest) = error.strip_prefix("there is no `$") {
+        return rest.split('`').next();
+    }
+    if let Some(table) = unknown_table(error) {
+        return Some(table);
+    }
+    let rest = error.strip_prefix("there is no column `")?;
+    rest.split('`').next()
+}
+
+/// Where a name stands first in a query as a word of its own.
+fn word(query: &str, name: &str) -> Option<usize> {
+    let is_in_a_word = |c: char| c.is_alphanumeric() || c == '_' || c == '.';
+    let mut found = query.match_indices(name);
+    let found = found.find(|(start, name)| {
+        !query[..*start].ends_with(is_in_a_word)
+            && !query[start + name.len()..].starts_with(|c| is_in_a_word(c) && c != '.')
+    });
+    found.map(|(start, _)| start)
+}
+
+/// The byte at a line and column, counted from 1.
+fn offset_of(text: &str, line: usize, column: usize) -> usize {
+    let lines = text.split_inclusive('\n').take(line.saturating_sub(1));
+    let start: usize = lines.map(str::len).sum();
+    let rest = text[start..].chars().take(column.saturating_sub(1));
+    start + rest.map(char::len_utf8).sum::<usize>()
+}
+
+/// The line and column of a byte, counted from 1.
+fn position(text: &str, offset: usize) -> (usize, usize) {
+    let before = &text[..offset];
+    let line = before.rfind('\n').map_or(0, |newline| newline + 1);
+    (
+        1 + before.matches('\n').count(),
+        1 + before[line..].chars().count(),
+    )
+}
+
+impl Piece {
+    /// Where the piece stands in a text that starts with the scalar of the query: the word, number or
+    /// sign at the offset; the last one if the query ends there. `None` where the scalar does not say the
+    /// query letter by letter, as with a reference or an escape in it.
+    pub fn find(&self, scalar: &str) -> Option<Range<usize>> {
+        let word = |c: char| c.is_alphanumeric() || c == '_';
+        let target = match self.query[self.offset..].find(|c: char| !c.is_whitespace()) {
+            Some(more) => self.offset + more,
+            None => self.query.trim_end().char_indices().next_back()?.0,
+        };
+        let rest = &self.query[target..];
+        let length = match rest.find(|c| !word(c)) {
+            Some(0) => rest.chars().next()?.len_utf8(),
+            Some(length) => length,
+            None => rest.len(),
+        };
+        let end = target + length;
+        // Back to where the last word begins.
+        let before = self.query[..target].trim_end_matches(word).len();
+        let target = if rest.starts_with(word) {
+            before
+        } else {
+            target
+        };
+
+        let (mut at, quote) = match scalar.chars().next()? {
+            '|' | '>' => (scalar.find('\n')?, None),
+            quote @ ('"' | '\'') => (1, Some(quote)),
+            _ => (0, None),
+        };
+        let mut start = None;
+        for (offset, wanted) in self.query[..end].char_indices() {
+            if wanted.is_whitespace() {
+                continue;
+            }
+            let more = scalar[at..].find(|c: char| !c.is_whitespace())?;
+            at += more;
+            if !scalar[at..].starts_with(wanted) || (quote == Some('"') && wanted == '\\') {
+                return None;
+            }
+            if offset == target {
+                start = Some(at);
+            }
+            at += wanted.len_utf8();
+            // A single quote in single quotes is written twice.
+            at += usize::from(quote == Some('\'') && wanted == '\'');
+        }
+        Some(start?..at)
+    }
+
+    /// Where it stands, in words.
+    pub fn words(&self) -> String {
+        let (line, column) = self.position;
+        format!("line {line}, column {column} of the query")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is underlined in `scalar`, the source of `query`, for a piece at a line and column.
+    #[track_caller]
+    fn check(scalar: &str, query: &str, line: usize, column: usize, expected: Option<&str>) {
+        let offset = offset_of(query, line, column);
+        assert_eq!(position(query, offset), (line, column));
+        let query = query.to_owned();
+        let piece = Piece {
+            query,
+            offset,
+            position: (line, column),
+        };
+        let found = piece.find(scalar).map(|span| &scalar[span]);
+        assert_eq!(found, expected, "{scalar:?}");
+    }
+
+    #[test]
+    fn a_piece_is_found_in_every_style_of_scalar() {
+        check(
+            "select a form t # c",
+            "select a form t",
+            1,
+            10,
+            Some("form"),
+        );
+        check(
+            "\"select a form t\"",
+            "select a form t",
+            1,
+            10,
+            Some("form"),
+        );
+        check(
+            "|  # why\n    select a\n      form t\n  next: 1",
+            "select a\n  form t\n",
+            2,
+            3,
+            Some("form"),
+        );
+        check(
+            ">-\n    select größe\n    form t",
+            "select größe form t",
+            1,
+            14,
+            Some("form"),
+        );
+        check(
+            "'select ''x'' form t'",
+            "select 'x' form t",
+            1,
+            12,
+            Some("form"),
+        );
+        check("select (a\n  form t)", "select (a form t)", 1, 8, Some("("));
+        // Where the query ends, its last word.
+        check(
+            "|\n    select a from\n",
+            "select a from\n",
+            1,
+            14,
+            Some("from"),
+        );
+    }
+
+    #[test]
+    fn what_the_file_does_not_say_letter_by_letter_is_not_found() {
+        check("\"select ${k} form t\"", "select 5 form t", 1, 10, None);
+        check("\"select \\u0061 form t\"", "select a form t", 1, 10, None);
+    }
+
+    #[test]
+    fn errors_of_the_parser_are_told_in_words_with_their_place() {
+        let query = "select a\nform t where";
+        let (words, offset) = syntax_error(
+            "Expected: end of statement, found: form at Line: 2, Column: 1",
+            query,
+        );
+        assert_eq!(
+            words,
+            "SQL syntax error: expected end of statement, found `form`"
+        );
+        assert_eq!(offset, Some(9));
+        let (words, offset) = syntax_error("Expected: an expression, found: EOF", query);
+        assert_eq!(
+            words,
+            "SQL syntax error: the query ends where an expression was expected"
+        );
+        assert_eq!(offset, Some(query.len()));
+        let plain = "table 't' not found";
+        assert_eq!(syntax_error(plain, query), (plain.to_owned(), None));
+        assert_eq!(
+            unknown_name("there is no column `c.txt`; did you mean `c.text`?"),
+            Some("c.txt")
+        );
+        assert_eq!(unknown_name("there is no table `rewads`"), Some("rewads"));
+        assert_eq!(unknown_name("there is no `$k` here"), Some("k"));
+        assert_eq!(word("select texts, text from t", "text"), Some(14));
+    }
+}

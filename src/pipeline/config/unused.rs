@@ -1,0 +1,92 @@
+//! Tables that are made and that nothing reads.
+
+use std::collections::HashSet;
+
+use super::complaint::{At, Complaint};
+use super::lineage::{Draft, Lineage};
+use super::pipeline::Written;
+use crate::stages::StageSpec;
+use ovchat_query as query;
+
+impl Lineage {
+    /// Warns of tables that neither a stage nor a query of the pipeline reads and that are no result.
+    pub(super) fn unused(&mut self, written: &Written) {
+        if self.drafts.iter().any(|draft| draft.spec.is_none()) {
+            return;
+        }
+        let inputs = self.drafts.iter().flat_map(|draft| &draft.inputs);
+        let inputs = inputs.map(|(_, input)| self.drafts[*input].name.to_string());
+        let mut read: HashSet<String> = inputs.collect();
+        let views = written.report.iter().filter_map(|view| view.spec.as_ref());
+        let mut queries: Vec<String> = views.map(|view| view.query.clone()).collect();
+        queries.extend(written.rounds.stop_when().map(str::to_owned));
+        for expectation in written
+            .expect
+            .iter()
+            .filter_map(|entry| entry.spec.as_ref())
+        {
+            read.insert(expectation.table.to_string());
+            queries.push(expectation.sql());
+        }
+        for query in queries {
+            // A query that can't be parsed has its own complaint, and may have meant any table.
+            let Ok(tables) = query::tables(&query) else {
+                return;
+            };
+            read.extend(tables);
+        }
+        let ways: Vec<Way> = self.drafts.iter().map(Way::of).collect();
+        let is_training = ways.contains(&Way::Training);
+        let furthest = ways.iter().max().copied();
+        let is_result = |draft: &Draft, way: Way| {
+            draft.is_evaluation
+                || matches!(way, Way::Training | Way::Verdict)
+                || (!is_training && (way == Way::Own || Some(way) == furthest))
+        };
+        for (draft, way) in self.drafts.iter().zip(&ways) {
+            if read.contains(draft.name.as_str()) || is_result(draft, *way) {
+                continue;
+            }
+            let message = format!("nothing reads the table `{}`", draft.name);
+            let complaint =
+                Complaint::warning("config::unused", At::key(draft.path.clone()), message);
+            let help = "remove it, or name it where it was meant to be read";
+            self.complaints.push(complaint.help(help));
+        }
+    }
+}
+
+/// How far a table is on the way from prompts to a trained model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Way {
+    /// The user's own: a query or a command.
+    Own,
+    Prompts,
+    Answers,
+    Rewards,
+    Pairs,
+    /// What a judge thinks of pairs.
+    Verdict,
+    Training,
+}
+
+impl Way {
+    fn of(draft: &Draft) -> Self {
+        match &draft.spec {
+            Some(StageSpec::LoadPrompts(_)) => Self::Prompts,
+            Some(StageSpec::Sample(_)) => Self::Answers,
+            Some(StageSpec::Score(_) | StageSpec::Combine(_)) => Self::Rewards,
+            Some(
+                StageSpec::LoadFeedback(_)
+                | StageSpec::AskPeople(_)
+                | StageSpec::SelectExtremes(_)
+                | StageSpec::SelectPairs(_),
+            ) => Self::Pairs,
+            Some(StageSpec::Compare(_)) => Self::Verdict,
+            Some(StageSpec::TrainDpo(_) | StageSpec::TrainSft(_) | StageSpec::TrainReward(_)) => {
+                Self::Training
+            }
+            Some(StageSpec::Sql(_) | StageSpec::Exec(_)) | None => Self::Own,
+        }
+    }
+}

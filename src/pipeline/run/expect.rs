@@ -1,0 +1,168 @@
+//! Tables are compared with what the pipeline expects of them, and with the share of rejects that it allows.
+
+use arrow::array::{Array, AsArray, RecordBatch};
+use arrow::datatypes::Float64Type;
+use arrow::util::pretty::pretty_format_batches;
+
+use super::Runner;
+use super::query::ask;
+use crate::config::{Expectation, Otherwise, PlannedStage};
+use crate::stages::{Failure, TableName};
+use ovchat_data::store::{Made, read_file};
+use ovchat_data::tables::{Reject, RejectClass};
+use ovchat_query::QueryTable;
+
+/// Rows that are shown of those that should not be there.
+const SHOWN: usize = 3;
+
+impl Runner<'_> {
+    /// Checks what is expected of a table that is there. Done in every run, also for a table that an
+    /// earlier one made: what was not as expected then is not now.
+    pub(super) fn expect(
+        &mut self,
+        stage: &PlannedStage,
+        round: Option<u32>,
+    ) -> Result<(), Failure> {
+        let plan = self.plan;
+        for (name, expectation) in &plan.expect {
+            if expectation.table != stage.name {
+                continue;
+            }
+            let Some(problem) = self.problem(expectation, round)? else {
+                continue;
+            };
+            let of_round = round.map_or_else(String::new, |round| format!(" (round {round})"));
+            let words = format!(
+                "`{name}` expects something else of `{}`{of_round}: {problem}",
+                stage.name
+            );
+            match expectation.otherwise {
+                Otherwise::Warn => self.report.note(&format!("warning: {words}")),
+                Otherwise::Stop => {
+                    return Err(Failure::Other(format!(
+                        "{words}\nto see its rows, run:\n{}\nchange what makes the table, or what is expected of it",
+                        self.sql_of(&stage.name, round, &format!("select * from {}", stage.name))
+                    )));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Fails when more rows were set aside as faulty than the pipeline allows.
+    pub(super) fn check_rejects(
+        &self,
+        table: &TableName,
+        round: Option<u32>,
+    ) -> Result<(), Failure> {
+        let made = self
+            .folder
+            .manifest()
+            .under_way(table.as_str(), round)
+            .expect("a table that was begun");
+        let total: u64 = made.parts.iter().map(|part| part.rows_in).sum();
+        let faults: u64 = made.parts.iter().map(|part| part.faults).sum();
+        let share_max = self.plan.reject_share_max.get();
+        if faults as f64 <= share_max * total as f64 {
+            return Ok(());
+        }
+        let first = self.first_fault(made)?;
+        let are = match total {
+            1 => "row is",
+            _ => "rows are",
+        };
+        Err(Failure::Other(format!(
+            "{faults} of {total} {are} faulty, and `reject_share_max` allows a share of {share_max}; the first is \
+             {first}\nto see all, run:\n{}\ncorrect them, or raise `reject_share_max`",
+            self.sql_of(
+                table,
+                round,
+                &format!("select * from rejects where stage = '{table}'")
+            )
+        )))
+    }
+
+    fn first_fault(&self, made: &Made) -> Result<String, Failure> {
+        for file in made.rejects() {
+            let path = self.folder.root().join(&file.file);
+            for row in read_file::<Reject>(&path)? {
+                if row.class == RejectClass::Fault {
+                    return Ok(format!("{}: {}", row.id, row.reason));
+                }
+            }
+        }
+        Ok("not recorded".to_owned())
+    }
+
+    /// The command that queries a version that was refused: it lies in its place, or is staged beside the
+    /// table that it would have replaced.
+    pub(super) fn sql_of(&self, table: &TableName, round: Option<u32>, query: &str) -> String {
+        let staged = self.folder.manifest().staged(table.as_str(), round);
+        let flag = if staged.is_some() { "--staged " } else { "" };
+        let folder = self.folder.root().display();
+        format!("pipeline sql {flag}{folder} \"{query}\"")
+    }
+
+    /// What is not as expected, if anything is.
+    fn problem(
+        &self,
+        expectation: &Expectation,
+        round: Option<u32>,
+    ) -> Result<Option<String>, Failure> {
+        let mut tables = Vec::new();
+        let manifest = self.folder.manifest();
+        for stage in self.plan.all() {
+            let name = stage.name.as_str();
+            let table_round = self.plan.round_of(&stage.name, round);
+            let made = if stage.name == expectation.table {
+                manifest.under_way(name, table_round)
+            } else {
+                manifest.find(name, table_round)
+            };
+            if let Some(made) = made.filter(|made| made.complete) {
+                tables.push(QueryTable {
+                    name: name.to_owned(),
+                    schema: stage.schema.clone(),
+                    files: vec![(None, self.folder.checked(made.files()))],
+                    with_round: false,
+                });
+            }
+        }
+        let mut found: Vec<RecordBatch> = Vec::new();
+        let mut count = 0;
+        ask(self.interrupt, &expectation.sql(), &tables, None, |batch| {
+            if count < SHOWN && batch.num_rows() > 0 {
+                found.push(batch.slice(0, batch.num_rows().min(SHOWN - count)));
+            }
+            count += batch.num_rows();
+            Ok(())
+        })?;
+        if expectation.query.is_none() {
+            if count > 1 {
+                return Err(Failure::Other(format!(
+                    "the value that is expected of `{}` must be one number, and `{}` gave {count} rows: \
+                     aggregate them into one value, such as: avg(reward)",
+                    expectation.table,
+                    expectation.value.as_deref().unwrap_or_default()
+                )));
+            }
+            let value = found.first().and_then(|batch| {
+                let values = batch.column(0).as_primitive::<Float64Type>();
+                values.is_valid(0).then(|| values.value(0))
+            });
+            return Ok(expectation.judge(value));
+        }
+        if count == 0 {
+            return Ok(None);
+        }
+        let rows =
+            pretty_format_batches(&found).map_err(|error| Failure::Other(error.to_string()))?;
+        let plural = if count == 1 { "row" } else { "rows" };
+        let first = if count > SHOWN {
+            ", the first of them:"
+        } else {
+            ":"
+        };
+        Ok(Some(format!("{count} {plural}{first}\n{rows}")))
+    }
+}

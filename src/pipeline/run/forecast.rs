@@ -1,0 +1,313 @@
+//! What a run would do, without doing it: which tables it would take as they are, which it would
+//! make, why, how many rows that is, and how long it took before.
+
+use std::path::Path;
+
+use super::keys::{Keys, Reason, explain, explained, known_key, table_key};
+use super::stop::ends;
+use crate::config::{Plan, PlannedStage};
+use crate::stages::{Failure, TableName, Work};
+use ovchat_data::store::{Expected, Fingerprints, Made, Manifest, Rates, RunFolder, StoreError};
+use ovchat_models::ModelLoader;
+
+/// What becomes of a table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Fate {
+    /// It is there.
+    Reuse,
+    /// It was there before, was set aside since, and comes back as it is.
+    Return,
+    /// It was begun; so many of its rows are there.
+    Resume { rows: u64 },
+    /// It is made: there was none (no reasons), or what it was made from changed.
+    Make {
+        reasons: Vec<Reason>,
+        /// Whether rows whose own input is as before are taken over.
+        by_row: bool,
+    },
+}
+
+/// What to expect of a table, as far as that is known.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Estimate {
+    pub rows: Option<u64>,
+    /// Seconds to make it, by what such rows took before: in this run or else on this machine.
+    pub seconds: Option<f64>,
+    pub bytes: Option<u64>,
+}
+
+/// A table in a round, and what becomes of it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Forecast {
+    pub table: TableName,
+    pub round: Option<u32>,
+    pub fate: Fate,
+    pub estimate: Estimate,
+}
+
+impl Forecast {
+    /// True if something of the table would be made.
+    pub fn is_work(&self) -> bool {
+        !matches!(self.fate, Fate::Reuse | Fate::Return)
+    }
+}
+
+/// What a run of the plan in `folder` would do. Nothing is written; no model is opened, but `loader`
+/// must be the one that the run would have, for it decides in what precision models compute.
+pub fn forecast(
+    plan: &Plan,
+    folder: &Path,
+    loader: Option<&dyn ModelLoader>,
+    rates: &Rates,
+) -> Result<Vec<Forecast>, Failure> {
+    Ok(foresee(plan, folder, loader, rates)?.0)
+}
+
+/// The same for a run that is about to go on in `folder`: which files were read is written down there,
+/// so that the run does not read them again.
+pub fn forecast_of_run(
+    plan: &Plan,
+    folder: &Path,
+    loader: Option<&dyn ModelLoader>,
+    rates: &Rates,
+) -> Result<Vec<Forecast>, Failure> {
+    let (forecasts, keys) = foresee(plan, folder, loader, rates)?;
+    // What can't be written down is read again.
+    drop(keys.save());
+    Ok(forecasts)
+}
+
+fn foresee<'a>(
+    plan: &'a Plan,
+    folder: &Path,
+    loader: Option<&'a dyn ModelLoader>,
+    rates: &Rates,
+) -> Result<(Vec<Forecast>, Keys<'a>), Failure> {
+    let run = match RunFolder::read(folder) {
+        Ok(run) => Some(run),
+        Err(StoreError::NotARun { .. }) => None,
+        Err(error) => return Err(error.into()),
+    };
+    let nothing = Manifest::new(folder, plan.pipeline.as_str());
+    let manifest = run.as_ref().map_or(&nothing, RunFolder::manifest);
+    let fingerprints = Fingerprints::open(folder.join(".cache/fingerprints.json"));
+    let mut keys = Keys::new(plan, loader, fingerprints);
+    let mut forecasts: Vec<Forecast> = Vec::new();
+    let mut round_before = None;
+    for (stage, round) in plan.slots() {
+        if let (Some(ended), Some(run)) = (round_before, &run)
+            && round > Some(ended)
+            && ended > 0
+        {
+            // What ends the rounds is known where nothing that it reads is made again.
+            let mut so_far = forecasts.iter();
+            if so_far.all(|made| made.fate == Fate::Reuse) && ends(plan, run, ended, || false)? {
+                break;
+            }
+        }
+        round_before = round;
+        let kept = manifest.find(stage.name.as_str(), round);
+        if let Some(made) = kept.filter(|_| manifest.is_kept(round)) {
+            let key = known_key(made).to_owned();
+            keys.know(&stage.name, round, key);
+            forecasts.push(Forecast {
+                table: stage.name.clone(),
+                round,
+                fate: Fate::Reuse,
+                estimate: of_made(made),
+            });
+            continue;
+        }
+        let because = keys.because(stage, round)?;
+        let key = table_key(&because);
+        let current = manifest.find(stage.name.as_str(), round);
+        let parked = manifest.parked.iter().rev().map(|parked| &parked.made);
+        let mut parked =
+            parked.filter(|made| made.table == stage.name.as_str() && made.round == round);
+        let current_fits = current.filter(|made| made.key == key);
+        let staged = manifest.staged(stage.name.as_str(), round);
+        let others = staged.into_iter().chain(parked.clone());
+        let found = current_fits.or_else(|| others.into_iter().find(|made| made.key == key));
+        let fate = match (found, current.or_else(|| parked.next())) {
+            (Some(made), _) if made.complete && current_fits.is_some() => Fate::Reuse,
+            (Some(made), _) if made.complete => Fate::Return,
+            (Some(made), _) => Fate::Resume { rows: made.rows() },
+            (None, None) => Fate::Make {
+                reasons: Vec::new(),
+                by_row: false,
+            },
+            (None, Some(before)) => {
+                let now = explained(&because, Some(stage));
+                let reasons = explain(&before.because, &now);
+                let maps =
+                    stage.kind.is_some() && matches!(stage.spec.as_stage().work(), Work::Map(_));
+                let only_inputs = reasons
+                    .iter()
+                    .all(|reason| matches!(reason, Reason::Input(_)));
+                let by_row = maps && only_inputs;
+                Fate::Make { reasons, by_row }
+            }
+        };
+        let known = match found.filter(|made| made.complete) {
+            Some(made) => made.content.clone().unwrap_or_else(|| key.clone()),
+            None if is_load(stage) => {
+                // Its rows are not known, and may turn out to be those that it had.
+                format!("rows of {key}")
+            }
+            None => key,
+        };
+        keys.know(&stage.name, round, known);
+        let estimate = if let Some(made) = found.filter(|made| made.complete) {
+            of_made(made)
+        } else {
+            let rows_in = |table: &TableName| {
+                let round = plan.round_of(table, round);
+                let of_table = |made: &&Forecast| made.table == *table && made.round == round;
+                forecasts.iter().find(of_table)?.estimate.rows
+            };
+            {
+                let known = Known {
+                    manifest,
+                    rates,
+                    keys: &keys,
+                    forecasts: &forecasts,
+                };
+                known.estimate(stage, round, &rows_in)?
+            }
+        };
+        forecasts.push(Forecast {
+            table: stage.name.clone(),
+            round,
+            fate,
+            estimate,
+        });
+    }
+    Ok((forecasts, keys))
+}
+
+/// What there is of a table that is there.
+fn of_made(made: &Made) -> Estimate {
+    Estimate {
+        rows: Some(made.rows()),
+        seconds: Some(0.0),
+        bytes: Some(made.bytes()),
+    }
+}
+
+/// What expectations rest on.
+struct Known<'a> {
+    manifest: &'a Manifest,
+    rates: &'a Rates,
+    keys: &'a Keys<'a>,
+    /// Those of earlier rounds.
+    forecasts: &'a [Forecast],
+}
+
+impl Known<'_> {
+    /// What to expect of a table that is made. `rows_in` tells the rows of its inputs.
+    fn estimate(
+        &self,
+        stage: &PlannedStage,
+        round: Option<u32>,
+        rows_in: &dyn Fn(&TableName) -> Option<u64>,
+    ) -> Result<Estimate, Failure> {
+        let input = stage.inputs.first().and_then(|(_, table)| rows_in(table));
+        let last = last_making(self.manifest, stage, round);
+        let rows = match (
+            stage.spec.as_stage().expected_rows(input.unwrap_or(0)),
+            input,
+        ) {
+            (Some(rows), Some(_)) => Some(rows),
+            _ if is_load(stage) => Some(records(stage)?),
+            // A table that no rule foretells has about as many rows as it had.
+            _ => last
+                .map(Made::rows)
+                .or_else(|| {
+                    let mut earlier = self.forecasts.iter().rev();
+                    let earlier = earlier.find(|other| other.table == stage.name)?;
+                    earlier.estimate.rows
+                })
+                .or_else(|| stage.spec.as_stage().rows_at_most(rows_in)),
+        };
+        // A model that can't be read is what the check complains about.
+        let rate = self
+            .keys
+            .pace(stage)
+            .ok()
+            .and_then(|pace| self.rates.get(&pace));
+        let per_row = |whole: f64, of: u64| (of > 0).then(|| whole / of as f64);
+        let took = last.and_then(Made::took);
+        let pace = took.and_then(|took| per_row(took.seconds, took.rows));
+        let size = last.and_then(|made| per_row(made.bytes() as f64, made.rows()));
+        let pace = pace.or(rate.map(|rate| rate.seconds_per_row));
+        let size = size.or(rate.map(|rate| rate.bytes_per_row));
+        let times = |pace: Option<f64>| Some(pace? * rows? as f64);
+        Ok(Estimate {
+            rows,
+            seconds: times(pace),
+            bytes: times(size).map(|bytes| bytes as u64),
+        })
+    }
+}
+
+/// A query is none, and to ask for its work would read its file.
+fn is_load(stage: &PlannedStage) -> bool {
+    stage.kind.is_some() && matches!(stage.spec.as_stage().work(), Work::Load(_))
+}
+
+/// The records of a user's file; faulty ones count, for they are known only when they are loaded.
+fn records(stage: &PlannedStage) -> Result<u64, Failure> {
+    let Work::Load(load) = stage.spec.as_stage().work() else {
+        return Ok(0);
+    };
+    let mut count = 0;
+    for record in load.records()? {
+        record?;
+        count += 1;
+    }
+    Ok(count)
+}
+
+/// The latest whole making of a table, of this round where there is one.
+fn last_making<'m>(
+    manifest: &'m Manifest,
+    stage: &PlannedStage,
+    round: Option<u32>,
+) -> Option<&'m Made> {
+    let parked = manifest.parked.iter().map(|parked| &parked.made);
+    let of_table = parked.chain(&manifest.made);
+    let whole = of_table.filter(|made| made.table == stage.name.as_str() && made.complete);
+    // Makings that took rows over from others tell less.
+    whole.max_by_key(|made| {
+        let computed = made.took().is_some_and(|took| took.rows > 0);
+        (computed, made.round == round, made.round)
+    })
+}
+
+impl super::Runner<'_> {
+    /// What is expected of a table that is begun.
+    pub(super) fn expected(&self, table: &TableName, round: Option<u32>) -> Expected {
+        let Some(stage) = self.plan.stage(table) else {
+            return Expected::default();
+        };
+        let manifest = self.folder.manifest();
+        let rows_in = |input: &TableName| {
+            let made = manifest.find(input.as_str(), self.plan.round_of(input, round));
+            made.map(Made::rows)
+        };
+        if is_load(stage) {
+            return Expected::default();
+        }
+        let known = Known {
+            manifest,
+            rates: &self.rates,
+            keys: &self.keys,
+            forecasts: &[],
+        };
+        let expected = known.estimate(stage, round, &rows_in);
+        expected.map_or_else(
+            |_| Expected::default(),
+            |Estimate { rows, seconds, .. }| Expected { rows, seconds },
+        )
+    }
+}

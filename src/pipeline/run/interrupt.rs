@@ -1,0 +1,51 @@
+//! SIGINT and SIGTERM: the first asks the run to stop cleanly, the second ends it at once.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::flag;
+
+use ovchat_io::files;
+
+/// Whether somebody asked to stop. Looked at between rows.
+#[derive(Debug, Clone, Default)]
+pub struct Interrupt {
+    asked: Arc<AtomicBool>,
+    signal: Arc<AtomicUsize>,
+}
+
+impl Interrupt {
+    /// Listens to SIGINT and SIGTERM from now on.
+    pub fn listen() -> std::io::Result<Self> {
+        let interrupt = Self::default();
+        for signal in [SIGINT, SIGTERM] {
+            // In this order: a signal that comes when one came before ends the process.
+            flag::register_conditional_shutdown(
+                signal,
+                exit_code(signal),
+                interrupt.asked.clone(),
+            )?;
+            flag::register(signal, interrupt.asked.clone())?;
+            flag::register_usize(signal, interrupt.signal.clone(), signal as usize)?;
+        }
+        files::stop_when(interrupt.asked.clone());
+        Ok(interrupt)
+    }
+
+    pub fn raised(&self) -> bool {
+        self.asked.load(Ordering::Relaxed)
+    }
+
+    /// The exit code of a program that was stopped so: 130 for SIGINT, 143 for SIGTERM.
+    pub fn code(&self) -> i32 {
+        match self.signal.load(Ordering::Relaxed) {
+            0 => exit_code(SIGINT),
+            signal => exit_code(signal as i32),
+        }
+    }
+}
+
+fn exit_code(signal: i32) -> i32 {
+    128 + signal
+}

@@ -1,0 +1,613 @@
+//! What decides a table, as JSON: hashed it is the table's key, compared it explains a re-run.
+
+use std::collections::HashMap;
+use std::fmt;
+
+use rayon::prelude::*;
+use serde_json::{Map, Value, json};
+
+use crate::config::{Place, Plan, PlannedStage};
+use crate::stages::{
+    Failure, Load, ModelState, PICTURE_MAX, Role, StageSpec, TableName, Use, Work,
+};
+use ovchat_data::store::{Fingerprints, Key, Made};
+use ovchat_io::files;
+use ovchat_models::{Asking, Dtype, ModelLoader, ModelSpec};
+
+/// Counts changes of this program that change what tables hold although nothing in the pipeline did.
+const KEY_VERSION: u32 = 1;
+
+/// What decides each table of a plan.
+pub struct Keys<'a> {
+    plan: &'a Plan,
+    loader: Option<&'a dyn ModelLoader>,
+    fingerprints: Fingerprints,
+    /// What readers of a table are keyed by.
+    known: HashMap<(TableName, Option<u32>), String>,
+}
+
+impl<'a> Keys<'a> {
+    pub fn new(
+        plan: &'a Plan,
+        loader: Option<&'a dyn ModelLoader>,
+        fingerprints: Fingerprints,
+    ) -> Self {
+        Self {
+            plan,
+            loader,
+            fingerprints,
+            known: HashMap::new(),
+        }
+    }
+
+    /// Notes what readers of a table are keyed by.
+    pub fn know(&mut self, table: &TableName, round: Option<u32>, key: String) {
+        self.known.insert((table.clone(), round), key);
+    }
+
+    pub fn fingerprints(&self) -> &Fingerprints {
+        &self.fingerprints
+    }
+
+    /// Writes down which files were read, so that they are not read again.
+    pub fn save(&self) -> Result<(), Failure> {
+        Ok(self.fingerprints.save()?)
+    }
+
+    /// Everything that decides a table in a round.
+    pub fn because(&self, stage: &PlannedStage, round: Option<u32>) -> Result<Value, Failure> {
+        let spec = stage.spec.as_stage();
+        let mut inputs = Map::new();
+        for (field, table) in &stage.inputs {
+            let key = self
+                .known
+                .get(&(table.clone(), self.plan.round_of(table, round)));
+            let key = key
+                .expect("inputs are made first [ref:plan_is_ordered]")
+                .clone();
+            // Some stages read several tables under one field, and know them by name.
+            let name = if matches!(stage.spec, StageSpec::Sql(_) | StageSpec::Combine(_))
+                || (*field == "rewards" && matches!(stage.spec, StageSpec::AskPeople(_)))
+            {
+                format!("{field}.{table}")
+            } else {
+                (*field).to_owned()
+            };
+            inputs.insert(name, Value::String(key));
+        }
+        let mut models = Map::new();
+        for used in spec.uses() {
+            let fingerprint = self.model(stage, &used, round)?;
+            models.insert(used.field.to_owned(), Value::String(fingerprint));
+        }
+        let files = self.files(stage)?;
+        let mut because = json!({ "settings": stage.settings, "inputs": inputs, "models": models, "files": files });
+        because["version"] = json!([KEY_VERSION, spec.version()]);
+        if spec.draws() {
+            because["seed"] = json!(self.plan.seed);
+            because["round"] = json!(round);
+            because["name"] = json!(stage.name.as_str());
+        }
+        Ok(because)
+    }
+
+    /// Fingerprints of a stage's files: for a source that is loaded, of the pictures that it names,
+    /// not of the whole folder in which they lie.
+    fn files(&self, stage: &PlannedStage) -> Result<Map<String, Value>, Failure> {
+        let mut files = Map::new();
+        let work = stage.kind.map(|_| stage.spec.as_stage().work());
+        let load = match &work {
+            Some(Work::Load(load)) => Some(load),
+            _ => None,
+        };
+        for (field, path) in stage.spec.as_stage().files() {
+            if load.is_some() && field == "images" {
+                continue;
+            }
+            let fingerprint = Value::String(self.fingerprints.folder(path)?);
+            // A stage may name several files under one field.
+            let others = files.keys().filter(|name| name.starts_with(field)).count();
+            let name = match others {
+                0 => field.to_owned(),
+                _ => format!("{field}[{others}]"),
+            };
+            files.insert(name, fingerprint);
+        }
+        if let Some(load) = load {
+            files.insert(
+                "pictures".to_owned(),
+                Value::String(pictures(&self.fingerprints, &**load)?),
+            );
+        }
+        Ok(files)
+    }
+
+    /// What decides what a model computes, for a stage in a round: its weights and its precision,
+    /// not where its files lie, nor the device.
+    pub fn model(
+        &self,
+        stage: &PlannedStage,
+        used: &Use<'_>,
+        round: Option<u32>,
+    ) -> Result<String, Failure> {
+        let spec = &self.plan.models[used.model];
+        let asking = spec.asking().map(|asking| {
+            // The text's content counts, not where it lies.
+            json!({ "ask": Asking { template: None, ..asking.clone() } })
+        });
+        if spec.speaker().is_some() {
+            let speaks = Use {
+                model: self.plan.speaker(used.model),
+                role: Role::Answers,
+                ..*used
+            };
+            let mut key = Key::new("asked").with(self.model(stage, &speaks, round)?);
+            for (field, path) in spec.paths() {
+                key = key.with(field).with(self.fingerprints.folder(path)?);
+            }
+            return Ok(key.with_json(&asking.unwrap_or_default()).finish());
+        }
+        let precision = self.precision(spec, used)?;
+        let training = match used.state {
+            ModelState::Now => self.plan.training(stage, used.model, round),
+            ModelState::Initial => None,
+        };
+        if let Some((table, round)) = training {
+            let key = self.known.get(&(table.clone(), Some(round)));
+            let key = key.expect("rounds are run in order [ref:plan_is_ordered]");
+            return Ok(trained(key, precision));
+        }
+        let mut key = Key::new("model").with(spec.network()).with(precision);
+        if let Some(asking) = asking {
+            key = key.with_json(&asking);
+        }
+        if let ModelSpec::LlavaRlhf(judge) = spec
+            && used.role == Role::Scores
+            && judge.caption_orders.get() > 1
+        {
+            key = key.with(judge.caption_orders.get().to_le_bytes());
+        }
+        if let ModelSpec::Sql(reward) = spec {
+            key = key.with(&reward.reward);
+        }
+        if let ModelSpec::Http(http) = spec {
+            key = key.with(&http.model);
+        }
+        if let ModelSpec::Scripted(scripted) = spec {
+            key = key.with(scripted.words.to_le_bytes());
+        }
+        for (field, path) in spec.paths() {
+            key = key.with(field).with(self.fingerprints.folder(path)?);
+        }
+        Ok(key.finish())
+    }
+
+    /// What decides how long a row of a table takes: the verb, its settings, how large its models are
+    /// and in which precision and on how many threads they compute.
+    pub fn pace(&self, stage: &PlannedStage) -> Result<String, Failure> {
+        let mut key = Key::new("pace").with_json(&stage.settings);
+        for used in stage.spec.as_stage().uses() {
+            let spec = &self.plan.models[self.plan.speaker(used.model)];
+            key = key.with(spec.network()).with(self.precision(spec, &used)?);
+            for config in spec.configs() {
+                key = key.with(self.fingerprints.file(&config)?);
+            }
+        }
+        for (name, value) in self.loader.iter().flat_map(|loader| loader.build()) {
+            key = key.with(name).with(value);
+        }
+        Ok(key.finish())
+    }
+
+    /// Learning answers and learning to score are in float32, whatever the model answers in.
+    fn precision(&self, spec: &ModelSpec, used: &Use<'_>) -> Result<&'static str, Failure> {
+        let is_wide = matches!(used.role, Role::LearnsAnswers | Role::LearnsRewards);
+        let precision = match self.loader {
+            _ if is_wide || !spec.needs_torch() => Dtype::Float32,
+            Some(loader) => loader
+                .precision(&spec.clone().opened())
+                .map_err(Failure::of(used.model))?,
+            None => Dtype::Auto,
+        };
+        Ok(match precision {
+            Dtype::Auto => PRECISIONS[0],
+            Dtype::Float32 => PRECISIONS[1],
+            Dtype::Bfloat16 => PRECISIONS[2],
+        })
+    }
+}
+
+/// The precisions in which a model computes, as keys have them.
+const PRECISIONS: [&str; 3] = ["auto", "float32", "bfloat16"];
+
+/// The fingerprint of a model with the checkpoint of a training.
+fn trained(key: &str, precision: &str) -> String {
+    Key::new("checkpoint").with(key).with(precision).finish()
+}
+
+/// The key by which tables know this one that they read: its content where that is known, else its key.
+pub(super) fn known_key(made: &Made) -> &str {
+    made.content.as_deref().unwrap_or(&made.key)
+}
+
+/// The fingerprints that a model with the checkpoint of this table may have. None without a checkpoint.
+pub(super) fn checkpoint_keys(made: &Made) -> impl Iterator<Item = String> + '_ {
+    let precisions = made.checkpoint.iter().flat_map(|_| PRECISIONS);
+    precisions.map(|precision| trained(known_key(made), precision))
+}
+
+/// The key of a table that is decided so.
+pub fn table_key(because: &Value) -> String {
+    Key::new("table").with_json(because).finish()
+}
+
+/// Pictures whose fingerprints are taken at once.
+const PICTURES_AT_ONCE: usize = 4096;
+
+/// Fingerprint of all pictures that a source names; a missing one counts as missing.
+fn pictures(fingerprints: &Fingerprints, load: &dyn Load) -> Result<String, Failure> {
+    let mut key = Key::new("pictures");
+    let mut names = Vec::new();
+    let mut take = |names: &mut Vec<std::path::PathBuf>| {
+        let hashes: Vec<String> = names
+            .par_iter()
+            .map(|path| {
+                fingerprints
+                    .file_at_most(path, PICTURE_MAX)
+                    .unwrap_or_else(|_| "missing".to_owned())
+            })
+            .collect();
+        names.clear();
+        key = hashes.iter().fold(key.clone(), Key::with);
+        // One that was not read for that is not missing.
+        if files::stopped() {
+            return Err(Failure::Interrupted);
+        }
+        Ok(())
+    };
+    for record in load.records()? {
+        names.extend(load.pictures(&record?));
+        if names.len() >= PICTURES_AT_ONCE || files::stopped() {
+            take(&mut names)?;
+        }
+    }
+    take(&mut names)?;
+    Ok(key.finish())
+}
+
+/// What the manifest keeps of a making: what decided it, and what explains it to people.
+pub fn explained(because: &Value, stage: Option<&PlannedStage>) -> Value {
+    let mut explained = because.clone();
+    if let Some(stage) = stage {
+        explained[ORIGINS] = stage.origins.clone();
+    }
+    explained
+}
+
+/// The entry of a because that explains and decides nothing.
+const ORIGINS: &str = "origins";
+
+/// Why a table is made again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reason {
+    /// A setting of the stage, by its path below the verb, was something else; null where it was or is
+    /// left out.
+    Setting {
+        name: String,
+        before: Value,
+        now: Value,
+    },
+    /// So was a setting at the top of the file, or a variable: `seed`, `vars.tokens`.
+    Top {
+        name: String,
+        before: Value,
+        now: Value,
+    },
+    /// A setting says the same, and a variable of the environment in it was something else.
+    Environment { name: String, written: String },
+    /// A table that it reads is not the one that it was made from.
+    Input(String),
+    /// So is the model under this setting.
+    Model(String),
+    /// Files that the stage reads, in words.
+    Files(String),
+    /// Something else, in words.
+    Other(String),
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Setting { name, before, now } | Self::Top { name, before, now } => {
+                match (before, now) {
+                    (Value::Null, _) => write!(f, "`{name}` was added"),
+                    (_, Value::Null) => write!(f, "`{name}` was removed"),
+                    _ => write!(f, "`{name}` {before} → {now}"),
+                }
+            }
+            Self::Environment { name, written } => {
+                write!(f, "`{name}` is `{written}`, whose value changed")
+            }
+            Self::Input(table) => write!(f, "its input `{table}` changed"),
+            Self::Model(field) => write!(f, "the model under `{field}` changed"),
+            Self::Files(words) | Self::Other(words) => f.write_str(words),
+        }
+    }
+}
+
+impl Reason {
+    /// Where the pipeline says what is so now.
+    pub fn place(&self, plan: &Plan, table: &TableName) -> Option<Place> {
+        match self {
+            Self::Setting { name, .. } | Self::Environment { name, .. } => {
+                Some(plan.place_of(plan.stage(table)?, name))
+            }
+            Self::Top { name, .. } => Some(plan.place_at_top(name)),
+            _ => None,
+        }
+    }
+
+    /// The reason in words, with its place.
+    pub fn in_words(&self, plan: &Plan, table: &TableName) -> String {
+        let text = plan.secrets.hide(&self.to_string());
+        match self.place(plan, table) {
+            Some(place) => format!("{text} ({place})"),
+            None => text,
+        }
+    }
+}
+
+/// What differs between two becauses.
+pub fn explain(before: &Value, now: &Value) -> Vec<Reason> {
+    if let (Some(was), Some(is)) = (verb(before), verb(now))
+        && was != is
+    {
+        let words = format!("it was made by `{was}`, and is made by `{is}`");
+        return vec![Reason::Other(words)];
+    }
+    let mut changes = Changes {
+        origins: [&before[ORIGINS], &now[ORIGINS]],
+        reasons: Vec::new(),
+    };
+    changes.compare("", before, now);
+    changes.reasons
+}
+
+/// The verb in a because.
+fn verb(because: &Value) -> Option<&str> {
+    let settings = because["settings"].as_object()?;
+    settings.keys().next().map(String::as_str)
+}
+
+/// Reasons as one text.
+pub fn in_words(reasons: &[Reason], plan: &Plan, table: &TableName) -> String {
+    if reasons.is_empty() {
+        return "it changed".to_owned();
+    }
+    let texts = reasons.iter().map(|reason| reason.in_words(plan, table));
+    texts.collect::<Vec<_>>().join("; ")
+}
+
+/// What decides the random numbers of a stage that draws some.
+const DRAWN_BY: [&str; 3] = ["seed", "round", "name"];
+
+/// Reasons on their way, and what explains them.
+struct Changes<'a> {
+    /// Of before and of now; null in runs of earlier versions.
+    origins: [&'a Value; 2],
+    reasons: Vec<Reason>,
+}
+
+impl Changes<'_> {
+    fn compare(&mut self, path: &str, before: &Value, now: &Value) {
+        if before == now || path == ORIGINS {
+            return;
+        }
+        let is_from_environment = |value: &Value| value["written"].is_string();
+        if let (Value::Object(old), Value::Object(new)) = (before, now)
+            && !is_from_environment(before)
+            && !is_from_environment(now)
+        {
+            for name in old
+                .keys()
+                .chain(new.keys().filter(|name| !old.contains_key(*name)))
+            {
+                let path = if path.is_empty() {
+                    name.clone()
+                } else {
+                    format!("{path}.{name}")
+                };
+                let value =
+                    |object: &Map<String, Value>| object.get(name).cloned().unwrap_or(Value::Null);
+                self.compare(&path, &value(old), &value(new));
+            }
+            return;
+        }
+        let reason = self.reason(path, before, now);
+        if let Some(reason) = reason
+            && !self.reasons.contains(&reason)
+        {
+            self.reasons.push(reason);
+        }
+    }
+
+    /// Why the values at a path differ; `None` where another reason says it.
+    fn reason(&self, path: &str, before: &Value, now: &Value) -> Option<Reason> {
+        let (group, name) = path.split_once('.').unwrap_or(("", path));
+        Some(match group {
+            "inputs" => Reason::Input(
+                name.split_once('.')
+                    .map_or(name, |(_, table)| table)
+                    .to_owned(),
+            ),
+            "models" => Reason::Model(name.to_owned()),
+            // Which pictures a source names follows from its other files.
+            "files" if name == "pictures" => match self.renamed("images") {
+                Some(reason) => reason,
+                None if self.renamed("from").is_some() => return None,
+                None => Reason::Files("a picture that it names changed".to_owned()),
+            },
+            "files" => match self.renamed(name) {
+                Some(reason) => reason,
+                None if before.is_null() || now.is_null() => setting(name, before, now),
+                None => Reason::Files(format!("the content of `{name}` changed")),
+            },
+            "settings" => {
+                let name = name.split_once('.').map_or(name, |(_, setting)| setting);
+                let [was, is] = self.origins.map(|origins| origins["vars"][name].as_str());
+                match (was, is) {
+                    (Some(was), Some(is)) if was == is => Reason::Top {
+                        name: format!("vars.{is}"),
+                        before: before.clone(),
+                        now: now.clone(),
+                    },
+                    _ => setting(name, before, now),
+                }
+            }
+            _ if path == "version" => {
+                Reason::Other("this program makes it in another way".to_owned())
+            }
+            // What a stage draws by: it begins or ends to draw with a setting, which is the reason.
+            _ if DRAWN_BY.contains(&path) && (before.is_null() || now.is_null()) => return None,
+            _ if path == "name" => Reason::Other(format!("its table was called {before}")),
+            _ if path == "seed" => Reason::Top {
+                name: path.to_owned(),
+                before: before.clone(),
+                now: now.clone(),
+            },
+            _ => Reason::Other(format!("`{path}` {before} → {now}")),
+        })
+    }
+
+    /// That a file's setting names another file, if that is known.
+    fn renamed(&self, field: &str) -> Option<Reason> {
+        let [before, now] = self.origins.map(|origins| origins.get("files"));
+        let (before, now) = (&before?[field], &now?[field]);
+        (before != now).then(|| setting(field, before, now))
+    }
+}
+
+/// That a setting was something else; values from the environment by their names.
+fn setting(name: &str, before: &Value, now: &Value) -> Reason {
+    let written = |value: &Value| match &value["written"] {
+        Value::Null => value.clone(),
+        written => written.clone(),
+    };
+    let name = name.to_owned();
+    match (written(before), written(now)) {
+        (before, Value::String(now)) if before == *now => {
+            Reason::Environment { name, written: now }
+        }
+        (before, now) => Reason::Setting { name, before, now },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_verb_is_the_only_reason() {
+        let because = |verb: &str, version: u32| {
+            let mut because = json!({"settings": {}, "inputs": {}, "version": [1, version]});
+            because["settings"][verb] = json!({"rewards": "rewards"});
+            because
+        };
+        let reasons = explain(&because("select_extremes", 1), &because("select_pairs", 2));
+        assert_eq!(
+            reasons[0].to_string(),
+            "it was made by `select_extremes`, and is made by `select_pairs`"
+        );
+        assert_eq!(reasons.len(), 1);
+    }
+
+    #[test]
+    fn a_rerun_is_explained_by_what_changed() {
+        let before = json!({"settings": {"sample": {"temperature": 0.7, "count": 5}}, "inputs": {"prompts": "a"}, "seed": 1});
+        let now = json!({"settings": {"sample": {"temperature": 0.8, "count": 5}}, "inputs": {"prompts": "b"}, "seed": 2});
+        let reasons = explain(&before, &now);
+        let texts: Vec<String> = reasons.iter().map(ToString::to_string).collect();
+        assert_eq!(
+            texts,
+            [
+                "`temperature` 0.7 → 0.8",
+                "its input `prompts` changed",
+                "`seed` 1 → 2"
+            ]
+        );
+        assert!(explain(&now, &now).is_empty());
+    }
+
+    /// The reasons for a change of settings, files and what explains them.
+    #[track_caller]
+    fn check(before: Value, now: Value, expected: &[&str]) {
+        let reasons = explain(&before, &now);
+        let texts: Vec<String> = reasons.iter().map(ToString::to_string).collect();
+        assert_eq!(texts, expected);
+    }
+
+    #[test]
+    fn a_file_that_was_added_or_is_another_one_is_no_changed_content() {
+        let of = |pictures: &str, files: Value| json!({"files": {"from": "a", "pictures": pictures}, "origins": {"files": files}});
+        let before = of("p", json!({"from": "x.json"}));
+        let added = of("q", json!({"from": "x.json", "images": "photos"}));
+        check(before.clone(), added.clone(), &["`images` was added"]);
+        check(added.clone(), before.clone(), &["`images` was removed"]);
+        let other = of("r", json!({"from": "x.json", "images": "scans"}));
+        check(added, other, &["`images` \"photos\" → \"scans\""]);
+        let changed = of("q", json!({"from": "x.json"}));
+        check(before, changed, &["a picture that it names changed"]);
+        // Runs of earlier versions do not know where their files lay.
+        let old = json!({"files": {"from": "a", "pictures": "p"}});
+        let new = of("q", json!({"from": "x.json", "images": "photos"}));
+        check(old, new, &["a picture that it names changed"]);
+        let none = json!({"files": {"from": "a"}});
+        let captions = json!({"files": {"from": "a", "captions": "b"}});
+        check(none, captions, &["`captions` was added"]);
+    }
+
+    #[test]
+    fn a_stage_that_draws_no_more_is_explained_by_its_setting() {
+        let of = |temperature: f64| json!({"settings": {"sample": {"temperature": temperature}}});
+        let mut drawn = of(0.7);
+        for (name, value) in [
+            ("seed", json!(1)),
+            ("round", json!(1)),
+            ("name", json!("a")),
+        ] {
+            drawn[name] = value;
+        }
+        check(drawn.clone(), of(0.0), &["`temperature` 0.7 → 0.0"]);
+        check(of(0.0), drawn.clone(), &["`temperature` 0.0 → 0.7"]);
+        let mut renamed = drawn.clone();
+        renamed["name"] = json!("b");
+        check(drawn, renamed, &["its table was called \"a\""]);
+    }
+
+    #[test]
+    fn a_setting_that_is_a_variable_is_told_as_one() {
+        let of = |value: u32, vars: Value| json!({"settings": {"sample": {"count": value, "max_new_tokens": value}}, "origins": {"vars": vars}});
+        let both = json!({"count": "tokens", "max_new_tokens": "tokens"});
+        check(
+            of(16, both.clone()),
+            of(12, both.clone()),
+            &["`vars.tokens` 16 → 12"],
+        );
+        // Nobody knows which variable it was, if it was one.
+        let expected = ["`count` 16 → 12", "`max_new_tokens` 16 → 12"];
+        check(of(16, json!({})), of(12, both), &expected);
+    }
+
+    #[test]
+    fn values_of_the_environment_are_told_by_their_names() {
+        let of = |limit: Value| json!({"settings": {"load_prompts": {"limit": limit}}});
+        let env = |hash: &str| json!({"written": "${env:N}", "env": {"N": hash}});
+        check(
+            of(env("a")),
+            of(env("b")),
+            &["`limit` is `${env:N}`, whose value changed"],
+        );
+        check(of(json!(5)), of(env("b")), &["`limit` 5 → \"${env:N}\""]);
+        check(of(Value::Null), of(json!(5)), &["`limit` was added"]);
+    }
+}

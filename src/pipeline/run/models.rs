@@ -1,0 +1,296 @@
+//! The models as they are in a round: opened when a stage asks, dropped when it is done.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::rc::Rc;
+
+use super::formula::Formula;
+use crate::stages::{Failure, ModelName, ModelState, Models};
+use ovchat_io::mask::Mask;
+use ovchat_models::prep::PolicyPrep;
+use ovchat_models::scripted::{ScriptedJudge, ScriptedLearner, ScriptedPolicy};
+use ovchat_models::{
+    Asking, Critic, DpoLearner, DpoSettings, Emit, Generation, HttpWriter, Judge, Mode, ModelError,
+    ModelLoader, ModelSpec, Opened, Optimization, Orders, Policy, PolicyWriter, Prompt,
+    RewardLearner, RewardSettings, RowFault, Sampling, SftLearner, SftSettings, Telemetry, Writer,
+};
+
+/// A model as it is for a stage.
+pub struct Ready {
+    /// What is opened, with the checkpoints of this run in the place of the pipeline's weights.
+    pub spec: ModelSpec,
+    /// What it is asked, if it scores in writing.
+    pub asking: Option<Asking>,
+    /// What decides what it computes.
+    pub fingerprint: String,
+}
+
+/// The policy that is open, which the next stage may find as it left it: a model that answers and then
+/// judges its own answers is loaded once.
+#[derive(Clone, Default)]
+pub struct Kept(Rc<RefCell<Option<(ModelSpec, SharedPolicy)>>>);
+
+/// A policy that several use, one after the other.
+#[derive(Clone)]
+struct SharedPolicy(Rc<RefCell<Box<dyn Policy>>>);
+
+impl Policy for SharedPolicy {
+    fn sample(
+        &mut self,
+        prompts: &[Prompt],
+        how: &Sampling,
+        emit: Emit<'_, Vec<Generation>>,
+    ) -> Result<Telemetry, ModelError> {
+        self.0.borrow_mut().sample(prompts, how, emit)
+    }
+
+    fn plan(&self) -> Option<String> {
+        self.0.borrow().plan()
+    }
+}
+
+/// The models of one stage in one round.
+pub struct RunModels<'a> {
+    loader: Option<&'a dyn ModelLoader>,
+    /// The folder of the calls of models behind endpoints.
+    calls: PathBuf,
+    /// What is taken out of what these say.
+    mask: Mask,
+    models: HashMap<(ModelName, ModelState), Ready>,
+    kept: Kept,
+    policy: Option<(ModelName, Box<dyn Policy>)>,
+    judge: Option<(ModelName, Box<dyn Judge>)>,
+    prep: Option<(ModelName, PolicyPrep)>,
+}
+
+impl<'a> RunModels<'a> {
+    pub fn new(
+        loader: Option<&'a dyn ModelLoader>,
+        models: HashMap<(ModelName, ModelState), Ready>,
+        calls: PathBuf,
+        mask: Mask,
+        kept: Kept,
+    ) -> Self {
+        Self {
+            loader,
+            calls,
+            mask,
+            kept,
+            models,
+            policy: None,
+            judge: None,
+            prep: None,
+        }
+    }
+
+    fn spec(&self, model: &ModelName) -> &ModelSpec {
+        self.spec_in(model, ModelState::Now)
+    }
+
+    fn spec_in(&self, model: &ModelName, state: ModelState) -> &ModelSpec {
+        &self.models[&(model.clone(), state)].spec
+    }
+
+    /// Opens a learner: the scripted one, or that of the loader.
+    fn learner<L: ?Sized>(
+        &self,
+        model: &ModelName,
+        state: ModelState,
+        optimization: &Optimization,
+        scripted: impl FnOnce(ScriptedLearner) -> Box<L>,
+        open: impl FnOnce(&dyn ModelLoader, &ModelSpec) -> Opened<L>,
+    ) -> Result<Box<L>, Failure> {
+        self.close();
+        let learner: Result<Box<L>, ModelError> = match self.spec_in(model, state) {
+            ModelSpec::Scripted(spec) => ScriptedLearner::open(spec, optimization).map(scripted),
+            spec => open(self.loader(model)?, spec),
+        };
+        learner.map_err(Failure::of(model))
+    }
+
+    /// What writes for a judge.
+    fn writer(&self, model: &ModelName, asking: &Asking) -> Result<Box<dyn Writer>, Failure> {
+        if let ModelSpec::Http(http) = self.spec(model) {
+            let journal = self.calls.join(format!("{model}.jsonl"));
+            let writer =
+                HttpWriter::open(http, &journal, self.mask.clone()).map_err(Failure::of(model))?;
+            return Ok(Box::new(writer));
+        }
+        let policy = self.open_policy(model)?;
+        Ok(Box::new(PolicyWriter::new(policy, asking)))
+    }
+
+    /// Opens a policy, or finds it open. Whatever else was open is closed first.
+    fn open_policy(&self, model: &ModelName) -> Result<Box<dyn Policy>, Failure> {
+        let spec = self.spec(model);
+        if let ModelSpec::Scripted(spec) = spec {
+            return Ok(Box::new(ScriptedPolicy::new(spec)));
+        }
+        let mut kept = self.kept.0.borrow_mut();
+        if let Some((open, policy)) = &*kept
+            && open == spec
+        {
+            return Ok(Box::new(policy.clone()));
+        }
+        *kept = None;
+        let opened = self
+            .loader(model)?
+            .policy(spec)
+            .map_err(Failure::of(model))?;
+        let policy = SharedPolicy(Rc::new(RefCell::new(opened)));
+        *kept = Some((spec.clone(), policy.clone()));
+        Ok(Box::new(policy))
+    }
+
+    /// Closes the policy that an earlier stage left open: there is room for one model.
+    fn close(&self) {
+        self.kept.0.take();
+    }
+
+    fn loader(&self, model: &ModelName) -> Result<&'a dyn ModelLoader, Failure> {
+        self.loader.ok_or_else(|| {
+            Failure::Other(format!(
+                "model `{model}` is a network, and this program was built without networks; \
+                 build it with the feature `torch`"
+            ))
+        })
+    }
+}
+
+impl Models for RunModels<'_> {
+    fn policy(&mut self, model: &ModelName) -> Result<&mut dyn Policy, Failure> {
+        if self.policy.as_ref().is_none_or(|(open, _)| open != model) {
+            self.policy = None;
+            self.policy = Some((model.clone(), self.open_policy(model)?));
+        }
+        Ok(&mut *self.policy.as_mut().expect("just opened").1)
+    }
+
+    fn judge(&mut self, model: &ModelName) -> Result<&mut dyn Judge, Failure> {
+        if self.judge.as_ref().is_none_or(|(open, _)| open != model) {
+            self.judge = None;
+            let asking = &self.models[&(model.clone(), ModelState::Now)].asking;
+            let judge: Box<dyn Judge> =
+                match (asking, self.spec(model)) {
+                    (Some(asking), _) => {
+                        let writer = self.writer(model, asking)?;
+                        let critic = Critic::open(writer, asking);
+                        Box::new(critic.map_err(|problem| {
+                            Failure::Other(format!("model `{model}`: {problem}"))
+                        })?)
+                    }
+                    (None, ModelSpec::Sql(spec)) => Box::new(Formula::new(spec)),
+                    (None, ModelSpec::Scripted(_)) => Box::new(ScriptedJudge),
+                    (None, spec) => {
+                        self.close();
+                        let judge = self.loader(model)?.judge(spec);
+                        let judge = judge.map_err(Failure::of(model))?;
+                        match spec {
+                            ModelSpec::LlavaRlhf(spec) if spec.caption_orders.get() > 1 => {
+                                Box::new(Orders::new(judge, spec.caption_orders))
+                            }
+                            _ => judge,
+                        }
+                    }
+                };
+            self.judge = Some((model.clone(), judge));
+        }
+        Ok(&mut *self.judge.as_mut().expect("just opened").1)
+    }
+
+    fn dpo_learner(
+        &mut self,
+        model: &ModelName,
+        settings: &DpoSettings,
+    ) -> Result<Box<dyn DpoLearner>, Failure> {
+        self.learner(
+            model,
+            ModelState::Now,
+            &settings.optimization,
+            |learner| Box::new(learner) as Box<dyn DpoLearner>,
+            |loader, spec| loader.dpo_learner(spec, settings),
+        )
+    }
+
+    fn reference(
+        &mut self,
+        model: &ModelName,
+        state: ModelState,
+        settings: &DpoSettings,
+    ) -> Result<Box<dyn DpoLearner>, Failure> {
+        self.learner(
+            model,
+            state,
+            &settings.optimization,
+            |learner| Box::new(learner) as Box<dyn DpoLearner>,
+            |loader, spec| loader.dpo_learner(spec, settings),
+        )
+    }
+
+    fn sft_learner(
+        &mut self,
+        model: &ModelName,
+        settings: &SftSettings,
+    ) -> Result<Box<dyn SftLearner>, Failure> {
+        self.learner(
+            model,
+            ModelState::Now,
+            &settings.optimization,
+            |learner| Box::new(learner) as Box<dyn SftLearner>,
+            |loader, spec| loader.sft_learner(spec, settings),
+        )
+    }
+
+    fn reward_learner(
+        &mut self,
+        model: &ModelName,
+        settings: &RewardSettings,
+    ) -> Result<Box<dyn RewardLearner>, Failure> {
+        self.learner(
+            model,
+            ModelState::Now,
+            &settings.optimization,
+            |learner| Box::new(learner) as Box<dyn RewardLearner>,
+            |loader, spec| loader.reward_learner(spec, settings),
+        )
+    }
+
+    fn compares(&self, model: &ModelName) -> bool {
+        let asking = &self.models[&(model.clone(), ModelState::Now)].asking;
+        asking
+            .as_ref()
+            .is_some_and(|asking| asking.mode == Mode::Pairwise)
+    }
+
+    fn fingerprint(&self, model: &ModelName, state: ModelState) -> &str {
+        &self.models[&(model.clone(), state)].fingerprint
+    }
+
+    fn fits(
+        &mut self,
+        model: &ModelName,
+        prompt: &Prompt,
+        answer_tokens: usize,
+    ) -> Result<Result<(), RowFault>, Failure> {
+        let ModelSpec::LlavaOnevision(spec) = self.spec(model) else {
+            return Ok(Ok(()));
+        };
+        if self.prep.as_ref().is_none_or(|(open, _)| open != model) {
+            let prep = PolicyPrep::open(&spec.weights)
+                .map_err(|error| Failure::of(model)(error.into()))?;
+            self.prep = Some((model.clone(), prep));
+        }
+        let prep = &self.prep.as_ref().expect("just opened").1;
+        let context = prep.context();
+        Ok(prep.count(prompt).and_then(|tokens| {
+            if tokens + answer_tokens <= context {
+                return Ok(());
+            }
+            Err(RowFault(format!(
+                "the prompt has {tokens} tokens; with max_new_tokens {answer_tokens} it does not fit into \
+                 the model's context of {context}; use a smaller picture or a shorter text"
+            )))
+        }))
+    }
+}

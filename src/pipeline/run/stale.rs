@@ -1,0 +1,51 @@
+//! Tables that were made from versions which are no longer current.
+
+use std::collections::HashSet;
+
+use serde_json::Value;
+
+use super::keys::{checkpoint_keys, known_key};
+use ovchat_data::store::{Made, Manifest};
+
+/// The current tables that were made from a table or a checkpoint whose version has been replaced since, and
+/// those made from these. `pipeline run` makes them again; `--until` leaves them.
+pub fn stale(manifest: &Manifest) -> Vec<&Made> {
+    let complete = || manifest.made.iter().filter(|made| made.complete);
+    let mut known: HashSet<String> = complete().map(|made| known_key(made).to_owned()).collect();
+    let superseded = manifest.parked.iter().map(|parked| &parked.made);
+    // A model that is no checkpoint of this run is not replaced.
+    let mut gone: HashSet<String> = superseded.flat_map(checkpoint_keys).collect();
+    for made in complete() {
+        for key in checkpoint_keys(made) {
+            gone.remove(&key);
+        }
+    }
+    let mut stale: Vec<&Made> = Vec::new();
+    loop {
+        let is_stale = |made: &&Made| {
+            let texts = |field: &str| values(&made.because[field]);
+            texts("inputs").any(|key| !known.contains(key))
+                || texts("models").any(|key| gone.contains(key))
+        };
+        let found: Vec<&Made> = complete()
+            .filter(|made| !stale.contains(made))
+            .filter(is_stale)
+            .collect();
+        if found.is_empty() {
+            break;
+        }
+        for made in &found {
+            known.remove(known_key(made));
+            gone.extend(checkpoint_keys(made));
+        }
+        stale.extend(found);
+    }
+    let in_order = complete().filter(|made| stale.contains(made));
+    in_order.collect()
+}
+
+/// The texts among the values of an object.
+fn values(object: &Value) -> impl Iterator<Item = &str> {
+    let values = object.as_object().into_iter().flat_map(|map| map.values());
+    values.filter_map(Value::as_str)
+}

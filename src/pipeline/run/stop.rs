@@ -1,0 +1,87 @@
+//! Whether a round was the last one.
+
+use arrow::array::{Array, AsArray};
+
+use super::Runner;
+use crate::config::Plan;
+use crate::stages::Failure;
+use ovchat_data::store::RunFolder;
+use ovchat_query::{self as query, Param, Part, QueryTable};
+
+/// Asks the plan's `stop_when` after a round over the tables of `folder` up to it.
+pub fn ends(
+    plan: &Plan,
+    folder: &RunFolder,
+    round: u32,
+    stopping: impl Fn() -> bool,
+) -> Result<bool, Failure> {
+    let Some(sql) = &plan.stop_when else {
+        return Ok(false);
+    };
+    let mut tables = Vec::new();
+    for stage in plan.all() {
+        let made = folder.manifest().made.iter();
+        let mut files: Vec<_> = made
+            .filter(|made| made.table == stage.name.as_str() && made.complete)
+            .filter(|made| made.round.is_none_or(|of| of <= round))
+            .map(|made| (made.round, folder.table_files(&made.table, made.round)))
+            .collect();
+        files.sort_by_key(|(round, _)| *round);
+        tables.push(QueryTable {
+            name: stage.name.to_string(),
+            schema: stage.schema.clone(),
+            files,
+            with_round: !stage.is_static,
+        });
+    }
+    let params = [("round", Param::Integer(round.into()))];
+    let mut answers = Vec::new();
+    query::stream(
+        sql,
+        &params,
+        &tables,
+        &[],
+        None,
+        |part| -> Result<(), Failure> {
+            if stopping() {
+                return Err(Failure::Interrupted);
+            }
+            let Part::Rows(batch) = part else {
+                return Ok(());
+            };
+            let flags = batch
+                .column(0)
+                .as_boolean_opt()
+                .filter(|_| batch.num_columns() == 1);
+            let flags = flags.ok_or_else(|| {
+                Failure::Other(
+                    "the result of `rounds.stop_when` is not one column, true or false".to_owned(),
+                )
+            })?;
+            answers.extend((0..flags.len()).map(|row| flags.is_valid(row) && flags.value(row)));
+            Ok(())
+        },
+    )?;
+    match answers[..] {
+        [answer] => Ok(answer),
+        [] => Ok(false),
+        _ => Err(Failure::Other(format!(
+            "`rounds.stop_when` gave {} rows after round {round}; it must give one: aggregate the \
+             rows into one, such as: select max(reward) > 0.9 from rewards where round = $round",
+            answers.len()
+        ))),
+    }
+}
+
+impl Runner<'_> {
+    /// True if `rounds.stop_when` ends the rounds with this one.
+    pub(super) fn is_last(&mut self, round: u32) -> Result<bool, Failure> {
+        let interrupt = self.interrupt;
+        let is_last = ends(self.plan, &self.folder, round, || interrupt.raised())?;
+        let words = format!("round {round} is the last one: `rounds.stop_when` is true of it");
+        if is_last && self.said.insert(words.clone()) {
+            self.report.note(&words);
+        }
+        Ok(is_last)
+    }
+}

@@ -1,0 +1,159 @@
+//! `ask_people`: pairs that people chose.
+
+use std::collections::{HashMap, HashSet};
+use std::num::NonZeroU32;
+
+use arrow::datatypes::SchemaRef;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::pairing::{Answers, Match};
+use super::selection::{Choice, Choose, Selection};
+use super::{Failure, Input, Scope, Stage, StageError, TableName, Waits, Work};
+use ovchat_data::store::{LabelFiles, Said, digest};
+use ovchat_data::tables::{Candidate, Pair, Prompt, RejectClass, Reward, Row};
+
+/// Waits for people to say which of two answers is better, and pairs these. The run stops with an exit
+/// code of its own until there are enough labels; `pipeline label RUN` shows the answers and takes what
+/// people say, and the same run command goes on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct AskPeople {
+    /// The table of candidates.
+    pub candidates: TableName,
+    /// The table of prompts that were answered; found through `candidates` if left out.
+    #[serde(default)]
+    pub prompts: Option<TableName>,
+    /// Tables of rewards of the candidates. Asked first is about what these disagree most; with one of
+    /// them, about what it finds hardest to tell apart.
+    #[serde(default)]
+    pub rewards: Vec<TableName>,
+    /// Labels to wait for; skipped questions are none.
+    pub labels_min: NonZeroU32,
+}
+
+impl Stage for AskPeople {
+    fn inputs(&self) -> Vec<Input<'_>> {
+        let mut inputs = vec![
+            Input {
+                field: "candidates",
+                table: Some(&self.candidates),
+                needs: Candidate::schema(),
+                kind: Candidate::KIND,
+            },
+            Input {
+                field: "prompts",
+                table: self.prompts.as_ref(),
+                needs: Prompt::schema(),
+                kind: Prompt::KIND,
+            },
+        ];
+        inputs.extend(self.rewards.iter().map(|table| Input {
+            field: "rewards",
+            table: Some(table),
+            needs: Reward::schema(),
+            kind: Reward::KIND,
+        }));
+        inputs
+    }
+
+    fn find(&mut self, field: &str, table: TableName) {
+        if field == "prompts" {
+            self.prompts = Some(table);
+        }
+    }
+
+    fn kind(&self) -> Option<&'static str> {
+        Some(Pair::KIND)
+    }
+
+    fn output(&self, _: &[(TableName, SchemaRef)]) -> Result<SchemaRef, StageError> {
+        Ok(Pair::schema())
+    }
+
+    fn unkeyed(&self) -> &'static [&'static str] {
+        &["labels_min"]
+    }
+
+    fn waits(&self) -> Option<Waits<'_>> {
+        Some(Waits {
+            candidates: &self.candidates,
+            prompts: self.prompts.as_ref().expect("the plan found the prompts"),
+            rewards: &self.rewards,
+            labels: self.labels_min.get().into(),
+        })
+    }
+
+    fn work(&self) -> Work<'_> {
+        Work::Map(Box::new(Selection::new(self)))
+    }
+}
+
+impl Choose for AskPeople {
+    fn candidates(&self) -> &TableName {
+        &self.candidates
+    }
+
+    fn prompts(&self) -> &TableName {
+        self.prompts.as_ref().expect("the plan found the prompts")
+    }
+
+    fn choices(
+        &self,
+        scope: &mut Scope<'_>,
+        part: &Answers<'_>,
+    ) -> Result<HashMap<String, Choice>, Failure> {
+        let files = LabelFiles::new(&scope.shelf.root, scope.table.as_str(), scope.round);
+        let (labels, _) = files.read()?;
+        let asked: HashSet<&str> = labels.iter().map(|label| &*label.prompt_id).collect();
+        let mut texts: HashMap<&str, HashMap<String, i32>> = HashMap::new();
+        for group in &part.groups {
+            let prompt_id = part.prompt_id(group.start);
+            if !asked.contains(prompt_id) {
+                continue;
+            }
+            let known = texts.entry(prompt_id).or_default();
+            for row in group.clone() {
+                let digest = digest(part.text(row).as_bytes());
+                known.entry(digest).or_insert(part.candidate(row));
+            }
+        }
+        let mut choices: HashMap<String, Choice> = HashMap::new();
+        for label in labels {
+            let Some(known) = texts.get(&*label.prompt_id) else {
+                continue;
+            };
+            // What was said of answers that are there no more is said of none of these.
+            let (Some(&left), Some(&right)) = (
+                known.get(&label.left_digest),
+                known.get(&label.right_digest),
+            ) else {
+                continue;
+            };
+            let set_aside = |reason: &str| Choice::SetAside {
+                class: RejectClass::Dropped,
+                reason: reason.to_owned(),
+            };
+            let choice = match label.said {
+                Said::Left => Choice::Pairs(vec![Match::unscored(left, right)]),
+                Said::Right => Choice::Pairs(vec![Match::unscored(right, left)]),
+                Said::Tie => set_aside("people found both answers equally good"),
+                Said::BothBad => set_aside("people found both answers bad"),
+                Said::Skip => set_aside("people skipped it"),
+                Said::Undone => continue,
+            };
+            match (choices.get_mut(&label.prompt_id), choice) {
+                (Some(Choice::Pairs(pairs)), Choice::Pairs(more)) => pairs.extend(more),
+                (Some(Choice::Pairs(_)), Choice::SetAside { .. }) => {}
+                (_, choice) => {
+                    choices.insert(label.prompt_id, choice);
+                }
+            }
+        }
+        Ok(choices)
+    }
+
+    fn unchosen(&self) -> Option<&'static str> {
+        Some("nobody was asked about it")
+    }
+}

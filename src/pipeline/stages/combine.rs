@@ -1,0 +1,175 @@
+//! `combine`: rewards of several judges as one.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use arrow::datatypes::SchemaRef;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::{Input, NonNegative, Query, Stage, StageError, TableName, Work};
+use ovchat_data::tables::{Reward, Row};
+
+/// Adds up what several judges think of the same candidates. A candidate that one of them did not score
+/// gets no number, which selection sets aside with its prompt.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Combine {
+    /// The tables of rewards, two or more.
+    pub rewards: Vec<TableName>,
+    /// How much each counts, by the name of the table; 1 where nothing is said.
+    #[serde(default)]
+    pub weights: BTreeMap<TableName, NonNegative>,
+    /// On which scale: rewards `as_they_are`; or how far each is from the mean, in standard deviations,
+    /// among the answers to its prompt (`by_prompt`) or among all that its judge scored (`by_judge`).
+    #[serde(default)]
+    pub normalize: Normalize,
+}
+
+/// How rewards of different scales become comparable.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Normalize {
+    AsTheyAre,
+    #[default]
+    ByPrompt,
+    ByJudge,
+}
+
+impl Stage for Combine {
+    fn inputs(&self) -> Vec<Input<'_>> {
+        let input = |table| Input {
+            field: "rewards",
+            table: Some(table),
+            needs: Reward::schema(),
+            kind: Reward::KIND,
+        };
+        self.rewards.iter().map(input).collect()
+    }
+
+    fn kind(&self) -> Option<&'static str> {
+        Some(Reward::KIND)
+    }
+
+    fn output(&self, _: &[(TableName, SchemaRef)]) -> Result<SchemaRef, StageError> {
+        let fault = |field, message: String, help: &str| StageError {
+            field: Some(field),
+            message,
+            help: Some(help.to_owned()),
+        };
+        if self.rewards.len() < 2 {
+            let message = "there is nothing to combine one table with".to_owned();
+            return Err(fault(
+                "rewards",
+                message,
+                "name two tables of rewards, or more",
+            ));
+        }
+        let mut tables = self.rewards.iter().enumerate();
+        if let Some((_, twice)) = tables.find(|(at, table)| self.rewards[..*at].contains(table)) {
+            let message = format!("`{twice}` stands here twice");
+            return Err(fault(
+                "rewards",
+                message,
+                "say under `weights` how much it counts",
+            ));
+        }
+        let mut weighed = self.weights.keys();
+        if let Some(other) = weighed.find(|table| !self.rewards.contains(table)) {
+            let message = format!("`{other}` has a weight and is not among `rewards`");
+            return Err(fault("weights", message, "add it there, or remove it here"));
+        }
+        if self.rewards.iter().all(|table| self.weight(table) == 0.0) {
+            let message = "every weight is 0".to_owned();
+            return Err(fault("weights", message, "let one of them count"));
+        }
+        Ok(Reward::schema())
+    }
+
+    fn expected_rows(&self, input: u64) -> Option<u64> {
+        Some(input)
+    }
+
+    fn work(&self) -> Work<'_> {
+        Work::Query(Query { sql: self.sql() })
+    }
+}
+
+impl Combine {
+    fn weight(&self, table: &TableName) -> f64 {
+        self.weights.get(table).map_or(1.0, |weight| weight.get())
+    }
+
+    fn sql(&self) -> String {
+        let scale = match self.normalize {
+            Normalize::AsTheyAre => "reward",
+            Normalize::ByPrompt => {
+                "case when stddev_pop(reward) over of_prompt = 0 then 0 else \
+                 (reward - avg(reward) over of_prompt) / stddev_pop(reward) over of_prompt end"
+            }
+            Normalize::ByJudge => {
+                "case when stddev_pop(reward) over of_judge = 0 then 0 else \
+                 (reward - avg(reward) over of_judge) / stddev_pop(reward) over of_judge end"
+            }
+        };
+        let mut all = String::new();
+        for (number, table) in self.rewards.iter().enumerate() {
+            let (weight, union) = (
+                self.weight(table),
+                if number > 0 { "union all " } else { "" },
+            );
+            writeln!(
+                all,
+                "{union}select {number} as source, cast({weight} as double) as weight, prompt_id, candidate, \
+                 judge, cast(reward as double) as reward from {table}"
+            )
+            .expect("a string takes any text");
+        }
+        let judges = self.rewards.len();
+        format!(
+            "with every as ({all}),
+             scaled as (
+                select *, {scale} as scaled from every
+                window of_prompt as (partition by source, prompt_id), of_judge as (partition by source)
+             )
+             select
+                md5(concat(prompt_id, ' ', candidate, ' ', cast(sum(weight * scaled) as varchar))) as row_key,
+                prompt_id, candidate, string_agg(judge, '+' order by source) as judge,
+                case when count(*) = {judges} then sum(weight * scaled) else cast('nan' as double) end as reward,
+                cast(null as varchar) as reply
+             from scaled
+             group by prompt_id, candidate
+             order by prompt_id, candidate"
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn combine(text: &str) -> Combine {
+        serde_json::from_str(text).unwrap()
+    }
+
+    #[test]
+    fn weights_and_tables_must_belong_together() {
+        for (settings, complaint) in [
+            (r#"{"rewards": ["a"]}"#, "nothing to combine"),
+            (r#"{"rewards": ["a", "b", "a"]}"#, "`a` stands here twice"),
+            (
+                r#"{"rewards": ["a", "b"], "weights": {"c": 1}}"#,
+                "`c` has a weight",
+            ),
+            (
+                r#"{"rewards": ["a", "b"], "weights": {"a": 0, "b": 0}}"#,
+                "every weight is 0",
+            ),
+        ] {
+            let error = combine(settings).output(&[]).unwrap_err();
+            assert!(error.message.contains(complaint), "{error}");
+        }
+        let fine = combine(r#"{"rewards": ["a", "b"], "weights": {"a": 0.5}}"#);
+        assert!(fine.output(&[]).is_ok());
+    }
+}

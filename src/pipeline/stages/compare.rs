@@ -1,0 +1,190 @@
+//! `compare`: a judge's rewards of both answers of pairs.
+
+use std::num::NonZeroU32;
+use std::ops::ControlFlow;
+
+use arrow::datatypes::SchemaRef;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::training::prompts;
+use super::{
+    Failure, Input, Map, ModelName, ModelState, Outcome, Role, Scope, Stage, StageError, TableName,
+    Task, Use, Work, shown,
+};
+use ovchat_data::store::Key;
+use ovchat_data::tables::{Comparison, Pair, Row};
+use ovchat_models::{Group, Listener, RowFault, Score};
+
+/// Scores both answers of pairs with a judge, to see how often it agrees with whoever chose:
+/// `select avg(cast(agrees as int)) from <table>`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Compare {
+    /// The table of pairs.
+    pub pairs: TableName,
+    /// The model that scores.
+    pub judge: ModelName,
+    /// Prompts whose pairs are scored, stored and resumed as one.
+    #[serde(default = "Compare::part")]
+    pub part: NonZeroU32,
+}
+
+impl Compare {
+    fn part() -> NonZeroU32 {
+        const { NonZeroU32::new(64).unwrap() }
+    }
+}
+
+impl Stage for Compare {
+    fn inputs(&self) -> Vec<Input<'_>> {
+        vec![Input {
+            field: "pairs",
+            table: Some(&self.pairs),
+            needs: Pair::schema(),
+            kind: Pair::KIND,
+        }]
+    }
+
+    fn uses(&self) -> Vec<Use<'_>> {
+        vec![Use {
+            field: "judge",
+            model: &self.judge,
+            role: Role::Scores,
+            state: ModelState::Now,
+        }]
+    }
+
+    fn kind(&self) -> Option<&'static str> {
+        Some(Comparison::KIND)
+    }
+
+    fn output(&self, _: &[(TableName, SchemaRef)]) -> Result<SchemaRef, StageError> {
+        Ok(Comparison::schema())
+    }
+
+    fn unkeyed(&self) -> &'static [&'static str] {
+        &["part"]
+    }
+
+    fn expected_rows(&self, input: u64) -> Option<u64> {
+        Some(input)
+    }
+
+    fn work(&self) -> Work<'_> {
+        Work::Map(Box::new(self))
+    }
+}
+
+impl Map for &Compare {
+    type In = Pair;
+    type Out = Comparison;
+
+    fn input(&self) -> &TableName {
+        &self.pairs
+    }
+
+    fn part_groups(&self) -> u32 {
+        self.part.get()
+    }
+
+    fn key(&self, _: &mut Scope<'_>, group: &[Pair], mut key: Key) -> Result<Key, Failure> {
+        for pair in group {
+            let system = pair.system.as_deref();
+            let (turns, prompt) = (&pair.turns, &pair.prompt);
+            key = shown(key, &pair.image_ids, system, turns, prompt);
+            for caption in pair.captions.iter().flatten() {
+                key = key.with("caption").with(caption);
+            }
+            key = key.with(&pair.row_key);
+            key = key.with(&pair.chosen).with(&pair.rejected);
+        }
+        Ok(key)
+    }
+
+    fn map(
+        &self,
+        scope: &mut Scope<'_>,
+        tasks: &[Task<Pair>],
+    ) -> Result<Vec<Outcome<Vec<Comparison>>>, Failure> {
+        // A judge takes one group of answers for each pair, and a task may hold several pairs.
+        let pairs: Vec<&Pair> = tasks.iter().flat_map(|task| &task.rows).collect();
+        let mut shown = Vec::with_capacity(pairs.len());
+        for task in tasks {
+            shown.extend(prompts(scope, &task.rows)?);
+        }
+        let groups: Vec<Group<'_>> = pairs
+            .iter()
+            .zip(&shown)
+            .map(|(pair, prompt)| Group {
+                prompt,
+                answers: vec![&pair.chosen, &pair.rejected],
+                numbers: Vec::new(),
+            })
+            .collect();
+        let mut scored: Vec<Option<Result<Vec<Score>, RowFault>>> = vec![None; pairs.len()];
+        let stopping = scope.stopping;
+        let progress = &mut *scope.progress;
+        let mut done = 0;
+        let judge = scope.models.judge(&self.judge)?;
+        if let Some(plan) = judge.plan() {
+            (scope.say)(&format!("{}: {plan}", self.judge));
+        }
+        let mut take = |index: usize, scores: Result<Vec<Score>, RowFault>| {
+            scored[index] = Some(scores);
+            done += 1;
+            progress(done);
+            if stopping() {
+                ControlFlow::Break(())
+            } else {
+                ControlFlow::Continue(())
+            }
+        };
+        let name = &self.judge;
+        let say = &mut *scope.say;
+        let judged = judge.score_for(
+            &groups,
+            &mut take,
+            &mut Listener {
+                say: &mut |text| say(&format!("{name}: {text}")),
+                stopping,
+            },
+        );
+        *scope.telemetry = judged.map_err(Failure::of(&self.judge))?;
+        let mut scored = scored.into_iter();
+        let mut outcomes = Vec::with_capacity(tasks.len());
+        for task in tasks {
+            let mut rows = Ok(Vec::with_capacity(task.rows.len()));
+            for pair in &task.rows {
+                let scores = scored.next().flatten().ok_or(Failure::Interrupted)?;
+                rows = rows.and_then(|mut rows: Vec<Comparison>| {
+                    rows.push(self.row(&task.key, pair, &scores?));
+                    Ok(rows)
+                });
+            }
+            outcomes.push(match rows {
+                Ok(rows) => Outcome::Made(rows),
+                Err(RowFault(reason)) => Outcome::fault(&task.rows[0].prompt_id, reason),
+            });
+        }
+        Ok(outcomes)
+    }
+}
+
+impl Compare {
+    fn row(&self, key: &str, pair: &Pair, scores: &[Score]) -> Comparison {
+        let [chosen_reward, rejected_reward] = [scores[0].reward, scores[1].reward];
+        Comparison {
+            row_key: key.to_owned(),
+            pair: pair.row_key.clone(),
+            id: pair.id.clone(),
+            prompt_id: pair.prompt_id.clone(),
+            judge: self.judge.to_string(),
+            chosen_reward,
+            rejected_reward,
+            margin: chosen_reward - rejected_reward,
+            agrees: chosen_reward > rejected_reward,
+            flips: scores[0].flips.map(|share| share > 0.0),
+        }
+    }
+}

@@ -1,0 +1,209 @@
+//! The files that records come from: JSON lists, JSON lines, Parquet.
+
+mod columns;
+mod json;
+
+use std::collections::HashMap;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+
+use serde_json::de::IoRead;
+
+use super::work::{Failure, Record};
+use ovchat_io::files;
+
+type Records = Box<dyn Iterator<Item = Result<Record, Failure>> + Send>;
+
+/// What may stand before the first character of UTF-8.
+const MARK: &[u8] = b"\xef\xbb\xbf";
+
+/// The records of a file, read as they are asked for.
+pub fn records(path: &Path) -> Result<Records, Failure> {
+    if path
+        .extension()
+        .is_some_and(|extension| extension == "parquet")
+    {
+        return Ok(Box::new(columns::records(path)?));
+    }
+    // What the file is, is seen from its first character, not from its name.
+    let mut text = open(path)?;
+    let start = loop {
+        let buffer = text
+            .fill_buf()
+            .map_err(|error| input(path, "", error.to_string()))?;
+        let Some(first) = buffer.first() else {
+            return Err(empty(path));
+        };
+        if !first.is_ascii_whitespace() {
+            break *first;
+        }
+        text.consume(1);
+    };
+    match start {
+        b'[' => Ok(Box::new(json::list(path, text))),
+        b'{' => Ok(Box::new(json::lines(path, text))),
+        _ => Err(input(
+            path,
+            "",
+            "it is neither a JSON list, nor JSON lines, nor Parquet (named *.parquet)".to_owned(),
+        )),
+    }
+}
+
+/// A file of JSON, behind its byte order mark.
+fn open(path: &Path) -> Result<BufReader<files::Stream>, Failure> {
+    let failed = |error: std::io::Error| input(path, "", error.to_string());
+    let mut text = BufReader::new(files::Stream::open(path).map_err(failed)?);
+    let start = text.fill_buf().map_err(failed)?;
+    // Of two bytes that are a character of ASCII in UTF-16, one is zero.
+    if matches!(
+        start,
+        [0xff, 0xfe, ..] | [0xfe, 0xff, ..] | [0, _, ..] | [_, 0, ..]
+    ) {
+        return Err(input(
+            path,
+            "",
+            format!(
+                "it is UTF-16 or UTF-32, and JSON is read as UTF-8; convert it: iconv -f UTF-16 -t UTF-8 {} > \
+                 utf8.json",
+                path.display()
+            ),
+        ));
+    }
+    if start.starts_with(MARK) {
+        text.consume(MARK.len());
+    }
+    Ok(text)
+}
+
+fn input(path: &Path, place: &str, problem: String) -> Failure {
+    Failure::Input {
+        path: path.to_owned(),
+        place: place.to_owned(),
+        problem,
+    }
+}
+
+fn empty(path: &Path) -> Failure {
+    input(path, "", "it has no records".to_owned())
+}
+
+/// A JSON object from a picture's path to its captions.
+pub fn captions(path: &Path) -> Result<HashMap<String, Vec<String>>, Failure> {
+    let problem = |problem: String| {
+        let words = "not an object from picture paths to lists of captions";
+        input(path, "", format!("{words}: {problem}"))
+    };
+    let captions =
+        json::whole(IoRead::new(open(path)?)).map_err(|error| problem(error.to_string()))?;
+    let captions = captions.map_err(|twice| input(path, "", twice))?;
+    serde_json::from_value(captions).map_err(|error| problem(error.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Value;
+
+    use super::*;
+
+    fn read(name: &str, text: impl AsRef<[u8]>) -> Result<Vec<Value>, String> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        let records = records(&path).map_err(|error| error.to_string())?;
+        let records: Result<Vec<_>, _> = records.collect();
+        let records = records.map_err(|error| error.to_string())?;
+        records.into_iter().map(|record| record.fields).collect()
+    }
+
+    #[test]
+    fn lists_and_lines_give_the_same_records() {
+        let list = read("a.json", "\n [{\"a\": 1},\n {\"a\": 2}]\n").unwrap();
+        let lines = read("a.jsonl", "{\"a\": 1}\n\n{\"a\": 2}\n").unwrap();
+        assert_eq!(list, lines);
+        assert_eq!(list.len(), 2);
+    }
+
+    #[test]
+    fn what_is_no_source_is_refused_with_its_place() {
+        assert!(read("a.json", "").unwrap_err().contains("no records"));
+        assert!(read("a.json", "[]").unwrap_err().contains("no records"));
+        assert!(
+            read("a.json", "hello")
+                .unwrap_err()
+                .contains("neither a JSON list")
+        );
+        assert!(
+            read("a.json", "[{\"a\": 1}, {\"a\" 2}]")
+                .unwrap_err()
+                .contains("line 1 column")
+        );
+        assert!(
+            read("a.jsonl", "{\"a\": 1}\n{\"a\": \n")
+                .unwrap_err()
+                .contains("it is not JSON")
+        );
+    }
+
+    #[test]
+    fn a_byte_order_mark_is_passed_over_and_other_encodings_are_refused() {
+        let expected = [serde_json::json!({"a": "ü"})];
+        assert_eq!(
+            read("a.json", "\u{feff}[{\"a\": \"ü\"}]").unwrap(),
+            expected
+        );
+        assert_eq!(
+            read("a.jsonl", "\u{feff}{\"a\": \"ü\"}\n").unwrap(),
+            expected
+        );
+        let units = |text: &str| text.encode_utf16().collect::<Vec<u16>>();
+        let little = |text: &str| -> Vec<u8> {
+            units(text).into_iter().flat_map(u16::to_le_bytes).collect()
+        };
+        let big = |text: &str| -> Vec<u8> {
+            units(text).into_iter().flat_map(u16::to_be_bytes).collect()
+        };
+        for text in ["\u{feff}[{\"a\": 1}]", "{\"a\": 1}"] {
+            for bytes in [little(text), big(text)] {
+                let problem = read("a.json", bytes).unwrap_err();
+                assert!(problem.contains("it is UTF-16 or UTF-32"), "{problem}");
+                assert!(problem.contains("iconv -f UTF-16 -t UTF-8"), "{problem}");
+            }
+        }
+        assert!(
+            read("a.json", "\u{feff}")
+                .unwrap_err()
+                .contains("no records")
+        );
+    }
+
+    #[test]
+    fn a_key_that_stands_twice_costs_its_record() {
+        let reason = "the key `a` stands in it twice; keep one of the two";
+        for text in [
+            "[{\"a\": 1, \"b\": 2, \"a\": 1}]",
+            "{\"a\": 1, \"a\": 2}",
+            "[{\"b\": [{\"a\": 1, \"a\": 2}]}]",
+        ] {
+            assert_eq!(read("a.json", text).unwrap_err(), reason, "{text}");
+        }
+        // The next record is fine.
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.json");
+        std::fs::write(&path, "[{\"a\": 1, \"a\": 2}, {\"a\": [1.5, null, true]}]").unwrap();
+        let records: Vec<Record> = records(&path).unwrap().map(Result::unwrap).collect();
+        assert!(records[0].fields.is_err());
+        assert_eq!(
+            records[1].fields,
+            Ok(serde_json::json!({"a": [1.5, null, true]}))
+        );
+        std::fs::write(&path, "{\"a.png\": [\"A.\"], \"a.png\": [\"B.\"]}").unwrap();
+        let problem = captions(&path).unwrap_err().to_string();
+        assert!(
+            problem.contains("the key `a.png` stands in it twice"),
+            "{problem}"
+        );
+        std::fs::write(&path, "\u{feff}{\"a.png\": [\"A.\"]}").unwrap();
+        assert_eq!(captions(&path).unwrap()["a.png"], ["A."]);
+    }
+}

@@ -1,0 +1,331 @@
+//! Pairs, made column by column: what of answers and prompts goes into a pair is taken as it lies, never
+//! a row at a time.
+
+use std::collections::HashMap;
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, StringArray, new_null_array};
+use arrow::compute::{cast, interleave};
+use arrow::datatypes::Int32Type;
+
+use super::{Failure, TableName};
+use ovchat_data::tables::row::Column;
+use ovchat_data::tables::{Finish, Misfit, Pair, Prompt, Row, rows};
+
+rows! {
+    /// What of a candidate decides a pair, or goes into it.
+    pub struct Answer: "answer" => {
+        /// What decides it.
+        pub row_key: String,
+        /// The prompt.
+        pub prompt_id: String,
+        /// Its number among the answers to the prompt.
+        pub candidate: i32,
+        /// What it says.
+        pub text: String,
+        /// Its tokens.
+        pub token_ids: Vec<i32>,
+        /// Its log-probability.
+        pub logp: f64,
+        /// The model that gave it.
+        pub model: String,
+        /// Why it ended.
+        pub finish: Finish,
+    }
+}
+
+/// A row: its batch, and its place there.
+type Place = (usize, usize);
+
+/// Rows of a kind as they were read: column by column, in batches.
+struct Rows<R> {
+    batches: Vec<Vec<ArrayRef>>,
+    kind: PhantomData<R>,
+}
+
+impl<R: Row> Rows<R> {
+    fn new(rows: &[RecordBatch]) -> Result<Self, Misfit> {
+        let batches = rows.iter().map(columns::<R>).collect::<Result<_, _>>()?;
+        let kind = PhantomData;
+        Ok(Self { batches, kind })
+    }
+
+    fn number(column: &str) -> usize {
+        let schema = R::schema();
+        schema.index_of(column).expect("a column of the kind")
+    }
+
+    /// A column of text, batch by batch.
+    fn texts(&self, column: &str) -> Vec<&StringArray> {
+        let number = Self::number(column);
+        let batches = self.batches.iter();
+        batches.map(|batch| batch[number].as_string()).collect()
+    }
+
+    /// A column of some rows.
+    fn taken(&self, column: &str, rows: &[Place]) -> Result<ArrayRef, Failure> {
+        let number = Self::number(column);
+        let arrays: Vec<&dyn Array> = self.batches.iter().map(|batch| &*batch[number]).collect();
+        interleave(&arrays, rows).map_err(|error| Failure::Other(error.to_string()))
+    }
+}
+
+/// The columns of a batch, as a kind has them; with the checks of [`Row::from_batch`].
+fn columns<R: Row>(batch: &RecordBatch) -> Result<Vec<ArrayRef>, Misfit> {
+    let schema = R::schema();
+    let mut columns = Vec::with_capacity(schema.fields().len());
+    for field in schema.fields() {
+        let (column, wanted) = (field.name().clone(), field.data_type().to_string());
+        let Some(array) = batch.column_by_name(&column) else {
+            if field.is_nullable() {
+                columns.push(new_null_array(field.data_type(), batch.num_rows()));
+                continue;
+            }
+            return Err(Misfit::Missing { column, wanted });
+        };
+        let given = array.data_type().to_string();
+        let array = cast(array, field.data_type()).map_err(|_| Misfit::Type {
+            column: column.clone(),
+            wanted,
+            given,
+        })?;
+        if !field.is_nullable()
+            && let Some(nulls) = array.nulls()
+            && let Some(row) = (0..array.len()).find(|&row| nulls.is_null(row))
+        {
+            return Err(Misfit::Null { column, row });
+        }
+        columns.push(array);
+    }
+    Ok(columns)
+}
+
+/// The candidates of a part.
+pub struct Answers<'r> {
+    /// As they were read, with the columns of [`Answer`].
+    pub read: &'r [RecordBatch],
+    /// The rows of each prompt.
+    pub groups: Vec<Range<usize>>,
+    rows: Rows<Answer>,
+    /// The batch of each row, by the rows before it.
+    starts: Vec<usize>,
+}
+
+/// Columns of [`Answer`], by their places; a test compares.
+const ROW_KEY: usize = 0;
+const PROMPT_ID: usize = 1;
+const CANDIDATE: usize = 2;
+const TEXT: usize = 3;
+
+/// The column `row_key` of [`Prompt`], by its place.
+const PROMPT_KEY: usize = 0;
+
+impl<'r> Answers<'r> {
+    /// `lengths`: how many rows each prompt has.
+    pub fn new(read: &'r [RecordBatch], lengths: &[usize]) -> Result<Self, Misfit> {
+        let mut starts = Vec::with_capacity(read.len());
+        let mut start = 0;
+        for batch in read {
+            starts.push(start);
+            start += batch.num_rows();
+        }
+        let mut end = 0;
+        let group = |&length: &usize| {
+            end += length;
+            end - length..end
+        };
+        Ok(Self {
+            read,
+            groups: lengths.iter().map(group).collect(),
+            rows: Rows::new(read)?,
+            starts,
+        })
+    }
+
+    fn place(&self, row: usize) -> Place {
+        let batch = self.starts.partition_point(|&start| start <= row) - 1;
+        (batch, row - self.starts[batch])
+    }
+
+    fn text_of(&self, row: usize, column: usize) -> &str {
+        let (batch, row) = self.place(row);
+        let texts: &StringArray = self.rows.batches[batch][column].as_string();
+        texts.value(row)
+    }
+
+    pub fn prompt_id(&self, row: usize) -> &str {
+        self.text_of(row, PROMPT_ID)
+    }
+
+    /// The prompt of each group.
+    pub fn prompt_ids(&self) -> impl Iterator<Item = &str> {
+        self.groups.iter().map(|group| self.prompt_id(group.start))
+    }
+
+    pub fn row_key(&self, row: usize) -> &str {
+        self.text_of(row, ROW_KEY)
+    }
+
+    pub fn text(&self, row: usize) -> &str {
+        self.text_of(row, TEXT)
+    }
+
+    /// Its number among the answers to its prompt.
+    pub fn candidate(&self, row: usize) -> i32 {
+        let (batch, row) = self.place(row);
+        let numbers = self.rows.batches[batch][CANDIDATE].as_primitive::<Int32Type>();
+        numbers.value(row)
+    }
+
+    /// The row of the answer with a number among those of a prompt, which are the rows of `group`.
+    pub fn numbered(&self, group: &Range<usize>, number: i32) -> Result<usize, Failure> {
+        let found = group.clone().find(|&row| self.candidate(row) == number);
+        found.ok_or_else(|| {
+            Failure::Other(format!(
+                "there is a reward of candidate {number} of prompt {}, and no such candidate; score the same \
+                 candidates that are paired",
+                self.prompt_id(group.start)
+            ))
+        })
+    }
+}
+
+/// The prompts of a part.
+pub struct Prompts {
+    rows: Rows<Prompt>,
+    by_id: HashMap<String, Place>,
+}
+
+impl Prompts {
+    pub fn new(read: &[RecordBatch]) -> Result<Self, Misfit> {
+        let rows = Rows::<Prompt>::new(read)?;
+        let mut by_id = HashMap::new();
+        for (batch, ids) in rows.texts("prompt_id").into_iter().enumerate() {
+            for row in 0..ids.len() {
+                let id = ids.value(row).to_owned();
+                by_id.entry(id).or_insert((batch, row));
+            }
+        }
+        Ok(Self { rows, by_id })
+    }
+
+    /// Where the prompt lies, and what decides it; `table` is theirs.
+    pub fn find(&self, table: &TableName, prompt_id: &str) -> Result<(Place, &str), Failure> {
+        let missing = || Failure::Other(format!("table `{table}` has no prompt {prompt_id}"));
+        let &(batch, row) = self.by_id.get(prompt_id).ok_or_else(missing)?;
+        let keys: &StringArray = self.rows.batches[batch][PROMPT_KEY].as_string();
+        Ok(((batch, row), keys.value(row)))
+    }
+}
+
+/// Two answers that make a pair.
+#[derive(Clone, Copy)]
+pub struct Match {
+    pub chosen: i32,
+    pub rejected: i32,
+    pub scores: Option<Scores>,
+}
+
+/// What the two answers of a pair are worth.
+#[derive(Clone, Copy)]
+pub struct Scores {
+    pub chosen: f32,
+    pub rejected: f32,
+    pub margin: f32,
+}
+
+impl Match {
+    /// A pair that no judge chose.
+    pub fn unscored(chosen: i32, rejected: i32) -> Self {
+        Self {
+            chosen,
+            rejected,
+            scores: None,
+        }
+    }
+}
+
+/// A pair to be made.
+pub struct Draft {
+    /// Its name.
+    pub row_key: String,
+    /// Where its prompt lies.
+    pub prompt: Place,
+    pub matched: Match,
+    /// The rows of the two answers.
+    pub chosen: usize,
+    pub rejected: usize,
+}
+
+/// The pairs as rows of their table.
+pub fn pairs(
+    answers: &Answers<'_>,
+    prompts: &Prompts,
+    drafts: &[Draft],
+) -> Result<RecordBatch, Failure> {
+    fn made<C: Column>(drafts: &[Draft], of: impl Fn(&Draft) -> C) -> ArrayRef {
+        let values: Vec<C> = drafts.iter().map(of).collect();
+        C::to_array(&values.iter().collect::<Vec<_>>())
+    }
+    let places = |of: &dyn Fn(&Draft) -> Place| -> Vec<Place> { drafts.iter().map(of).collect() };
+    let asked = places(&|draft| draft.prompt);
+    let chosen = places(&|draft| answers.place(draft.chosen));
+    let rejected = places(&|draft| answers.place(draft.rejected));
+    let prompts = &prompts.rows;
+    let answers = &answers.rows;
+    let schema = Pair::schema();
+    let mut columns = Vec::with_capacity(schema.fields().len());
+    for field in schema.fields() {
+        columns.push(match field.name().as_str() {
+            "row_key" => String::to_array(
+                &drafts
+                    .iter()
+                    .map(|draft| &draft.row_key)
+                    .collect::<Vec<_>>(),
+            ),
+            "prompt" => prompts.taken("question", &asked)?,
+            name @ ("id" | "image" | "prompt_id" | "image_ids" | "system" | "turns"
+            | "captions") => prompts.taken(name, &asked)?,
+            "chosen" => answers.taken("text", &chosen)?,
+            "rejected" => answers.taken("text", &rejected)?,
+            "chosen_token_ids" => answers.taken("token_ids", &chosen)?,
+            "rejected_token_ids" => answers.taken("token_ids", &rejected)?,
+            "chosen_logp" => answers.taken("logp", &chosen)?,
+            "rejected_logp" => answers.taken("logp", &rejected)?,
+            "model" => answers.taken("model", &chosen)?,
+            "chosen_candidate" => made(drafts, |draft| Some(draft.matched.chosen)),
+            "rejected_candidate" => made(drafts, |draft| Some(draft.matched.rejected)),
+            "chosen_reward" => made(drafts, |draft| {
+                draft.matched.scores.map(|scores| scores.chosen)
+            }),
+            "rejected_reward" => made(drafts, |draft| {
+                draft.matched.scores.map(|scores| scores.rejected)
+            }),
+            "margin" => made(drafts, |draft| {
+                draft.matched.scores.map(|scores| scores.margin)
+            }),
+            other => unreachable!("a pair has no column `{other}`"),
+        });
+    }
+    RecordBatch::try_new(schema, columns).map_err(|error| Failure::Other(error.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_are_where_they_are_said_to_be() {
+        let places = [
+            (ROW_KEY, "row_key"),
+            (PROMPT_ID, "prompt_id"),
+            (CANDIDATE, "candidate"),
+            (TEXT, "text"),
+        ];
+        for (place, column) in places {
+            assert_eq!(Rows::<Answer>::number(column), place);
+        }
+        assert_eq!(Rows::<Prompt>::number("row_key"), PROMPT_KEY);
+    }
+}

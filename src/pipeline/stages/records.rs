@@ -1,0 +1,590 @@
+//! What a record of a source says: the document's `{id, image, prompt, …}`, a LLaVA conversation, or a
+//! preference of LLaVA-Human-Preference.
+
+use serde_json::{Map, Number, Value};
+
+use super::media::{ReadImages, placeholder};
+use super::unread::{content, refuse_media};
+use ovchat_data::tables::{Role, Turn};
+
+/// The word that stands for an image in a text.
+const PLACEHOLDER: &str = "<image>";
+
+/// What a record says, before its images are opened.
+#[derive(Debug)]
+pub struct Fields {
+    pub id: Option<String>,
+    pub paths: Vec<String>,
+    pub system: Option<String>,
+    pub turns: Vec<Turn>,
+    pub question: String,
+    pub captions: Option<Vec<String>>,
+    pub answer: Option<String>,
+    pub chosen: Option<String>,
+    pub rejected: Option<String>,
+    /// The images of the record and the places for them in its text.
+    images: Images,
+}
+
+/// The images of a record, and the places for them that its text has so far.
+#[derive(Debug, Clone, Copy)]
+struct Images {
+    count: usize,
+    /// `<image>` in texts that are shown to a model.
+    placeholders: usize,
+    /// Parts of messages that are images.
+    parts: usize,
+}
+
+impl Images {
+    /// A text without its placeholders, which are counted: the images come first in any case. A text
+    /// of a record without images stays as it is.
+    fn take_out(&mut self, text: &str) -> String {
+        if self.count == 0 {
+            return text.trim().to_owned();
+        }
+        self.placeholders += text.matches(PLACEHOLDER).count();
+        text.replace(PLACEHOLDER, "").trim().to_owned()
+    }
+
+    /// Refuses other numbers of images and of places for them; a text may leave the places out.
+    fn fit(self) -> Result<(), String> {
+        let plural = |count: usize, thing: &str| match count {
+            1 => format!("1 {thing}"),
+            count => format!("{count} {thing}s"),
+        };
+        let places = self.placeholders + self.parts;
+        if places == 0 || places == self.count {
+            return Ok(());
+        }
+        let images = plural(self.count, "image");
+        let places = if self.placeholders == 0 {
+            plural(self.parts, "image part")
+        } else {
+            plural(places, "`<image>` placeholder")
+        };
+        Err(format!(
+            "it has {images} and {places}; write one for each image, or none"
+        ))
+    }
+}
+
+/// The fields of a record whose file holds `embedded` images for it, or why it can't be used.
+pub fn read_fields(record: &Result<Value, String>, embedded: usize) -> Result<Fields, String> {
+    let value = record.as_ref().map_err(Clone::clone)?;
+    if let Some(object) = value.as_object() {
+        let read = ReadImages {
+            paths: &paths(object).unwrap_or_default(),
+            embedded,
+        };
+        refuse_media(object, read)?;
+        if embedded == 0 {
+            refuse_two_lists(object)?;
+        }
+    }
+    let fields = fields(value, embedded)?;
+    fields.images.fit()?;
+    refuse_placeholders(&fields)?;
+    Ok(fields)
+}
+
+/// Refuses a record whose question, or what was asked before it, has a placeholder for what is not
+/// there: an image that the record does not have, a video, an audio.
+fn refuse_placeholders(fields: &Fields) -> Result<(), String> {
+    let asked = fields.turns.iter().filter(|turn| turn.role == Role::User);
+    let mut texts = asked.map(|turn| &turn.text).chain([&fields.question]);
+    match texts.find_map(|text| placeholder(text)) {
+        None => Ok(()),
+        Some(PLACEHOLDER) => Err(format!(
+            "its text has the placeholder `{PLACEHOLDER}`, and the record names no image; name it in `image`, \
+             or remove the placeholder"
+        )),
+        Some(word) => Err(format!(
+            "its text has the placeholder `{word}`, and of media only images are read; remove the record, \
+             or the placeholder where the text does not need it"
+        )),
+    }
+}
+
+/// The paths that a record names, whether it can be used or not.
+pub fn named_paths(record: &Result<Value, String>) -> Vec<String> {
+    let fields = record
+        .as_ref()
+        .map_err(Clone::clone)
+        .and_then(|record| fields(record, 0));
+    fields.map_or_else(|_| Vec::new(), |fields| fields.paths)
+}
+
+/// Reads a record of either form.
+fn fields(record: &Value, embedded: usize) -> Result<Fields, String> {
+    let Some(object) = record.as_object() else {
+        return Err("it is not a JSON object".to_owned());
+    };
+    let text = |name: &str| -> Result<Option<String>, String> {
+        match object.get(name) {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::String(text)) => Ok(Some(text.clone())),
+            Some(Value::Number(number)) if name == "id" => number_as_id(number).map(Some),
+            Some(_) => Err(format!("`{name}` is not a text")),
+        }
+    };
+    let [chosen, rejected] = preference(object)?.map_or([None, None], |outputs| outputs.map(Some));
+    let paths = paths(object)?;
+    let mut images = Images {
+        count: if embedded > 0 { embedded } else { paths.len() },
+        placeholders: 0,
+        parts: 0,
+    };
+    let mut turns = Vec::new();
+    let mut system = text("system")?.map(|text| images.take_out(&text));
+    let mut last_answer = None;
+    let written = text("prompt")?.or(text("question")?);
+    let question = if let Some(conversation) = there(object, "conversations") {
+        let said = Said {
+            system: &mut system,
+            turns: &mut turns,
+            answer: &mut last_answer,
+            images: &mut images,
+        };
+        conversation_turns(conversation, said)?
+    } else {
+        if let Some(history) = there(object, "turns") {
+            turns = history_turns(history, &mut images)?;
+        }
+        written.map(|text| images.take_out(&text))
+    };
+    let question = question.ok_or_else(|| {
+        let names: Vec<&str> = object.keys().map(String::as_str).collect();
+        format!("it has no `prompt`; its fields are {}", names.join(", "))
+    })?;
+    if question.is_empty() {
+        let place = if there(object, "conversations").is_some() {
+            "the last text of the user in `conversations`"
+        } else if there(object, "prompt").is_some() {
+            "`prompt`"
+        } else {
+            "`question`"
+        };
+        return Err(format!("{place} is empty; write the question there"));
+    }
+    Ok(Fields {
+        id: text("id")?,
+        paths,
+        system,
+        turns,
+        question,
+        captions: there(object, "captions").map(texts).transpose()?,
+        // An empty answer is how the document's writers say that there is none.
+        answer: text("answer")?
+            .or(last_answer)
+            .filter(|answer| !answer.is_empty()),
+        chosen: chosen.or(text("chosen")?),
+        rejected: rejected.or(text("rejected")?),
+        images,
+    })
+}
+
+/// The text of a number that is an id. Of a whole number beyond 64 bits the last digits are lost already.
+fn number_as_id(number: &Number) -> Result<String, String> {
+    const EXACT_BELOW: f64 = 9_007_199_254_740_992.0; // 2^53
+    match number.as_f64() {
+        Some(value) if number.is_f64() && value.abs() >= EXACT_BELOW => Err(
+            "`id` is a number of more digits than are read exactly; write it in quotes, as a text"
+                .to_owned(),
+        ),
+        _ => Ok(number.to_string()),
+    }
+}
+
+/// A field of a record, unless it is null.
+fn there<'a>(record: &'a Map<String, Value>, name: &str) -> Option<&'a Value> {
+    record.get(name).filter(|value| !value.is_null())
+}
+
+/// The preferred and the other output of a record of LLaVA-Human-Preference
+/// (`{conversations, output_1: {value}, output_2: {value}, preference: 1 or 2}`), if it is one. The
+/// last thing that the model says in `conversations` is a stand-in for the two.
+fn preference(record: &Map<String, Value>) -> Result<Option<[String; 2]>, String> {
+    let Some(preference) = record.get("preference").filter(|value| !value.is_null()) else {
+        return Ok(None);
+    };
+    let output = |name: &str| {
+        let value = record.get(name).and_then(|output| output.get("value"));
+        let text = value.and_then(Value::as_str).map(str::to_owned);
+        text.ok_or_else(|| format!("it has a `preference`, but no text `{name}.value`"))
+    };
+    let outputs = [output("output_1")?, output("output_2")?];
+    // pandas writes integers beside nulls as 1.0.
+    let number = preference.as_f64();
+    match number.and_then(|number| [1.0, 2.0].iter().position(|one| *one == number)) {
+        Some(0) => Ok(Some(outputs)),
+        Some(_) => {
+            let [first, second] = outputs;
+            Ok(Some([second, first]))
+        }
+        None => Err(format!("`preference` is {preference}, neither 1 nor 2")),
+    }
+}
+
+/// The paths under `image`, or those under `images` where it has none.
+fn paths(record: &Map<String, Value>) -> Result<Vec<String>, String> {
+    let image = listed(record, "image")?;
+    if image.is_empty() {
+        listed(record, "images")
+    } else {
+        Ok(image)
+    }
+}
+
+/// Refuses a record whose `image` and `images` differ: one of them would be passed over.
+fn refuse_two_lists(record: &Map<String, Value>) -> Result<(), String> {
+    let (image, images) = (listed(record, "image")?, listed(record, "images")?);
+    if image.is_empty() || images.is_empty() || image == images {
+        return Ok(());
+    }
+    Err("`image` and `images` name different files; keep one of the two".to_owned())
+}
+
+fn listed(record: &Map<String, Value>, name: &str) -> Result<Vec<String>, String> {
+    let problem = || format!("`{name}` is not a path or a list of paths");
+    match there(record, name) {
+        None => Ok(Vec::new()),
+        // Some data sets say so of a record without images.
+        Some(Value::String(path)) if path.trim().is_empty() => Ok(Vec::new()),
+        Some(Value::String(path)) => Ok(vec![path.clone()]),
+        Some(list @ Value::Array(_)) => texts(list).map_err(|_| problem()),
+        Some(_) => Err(problem()),
+    }
+}
+
+fn texts(list: &Value) -> Result<Vec<String>, String> {
+    let items = list.as_array().ok_or("`captions` is not a list of texts")?;
+    let text = |item: &Value| {
+        item.as_str()
+            .map(str::to_owned)
+            .ok_or("`captions` is not a list of texts")
+    };
+    Ok(items.iter().map(text).collect::<Result<_, _>>()?)
+}
+
+/// What a conversation is read into.
+struct Said<'a> {
+    system: &'a mut Option<String>,
+    turns: &'a mut Vec<Turn>,
+    answer: &'a mut Option<String>,
+    images: &'a mut Images,
+}
+
+/// LLaVA's `conversations`, of `{from, value}` or of `{role, content}`: the last thing that the human
+/// says is the question, what the model says to it is the known answer, and all before it is history.
+fn conversation_turns(conversation: &Value, said: Said<'_>) -> Result<Option<String>, String> {
+    let Said {
+        system,
+        turns,
+        answer,
+        images,
+    } = said;
+    let entries = conversation
+        .as_array()
+        .ok_or("`conversations` is not a list")?;
+    for (number, entry) in entries.iter().enumerate() {
+        let has = |name: &str| entry.get(name).is_some_and(|value| !value.is_null());
+        if (has("from") || has("value")) && (has("role") || has("content")) {
+            return Err(format!(
+                "entry {number} of `conversations` has `from` and `value` beside `role` and `content`; keep two of them"
+            ));
+        }
+        let (from, value) = if has("role") && !has("from") {
+            ("role", "content")
+        } else {
+            ("from", "value")
+        };
+        let word = |name: &str| {
+            let text = entry.get(name).and_then(Value::as_str);
+            text.ok_or_else(|| format!("entry {number} of `conversations` has no text `{name}`"))
+        };
+        let text = if let (Some(Value::Array(parts)), "content") = (entry.get(value), value) {
+            let place = format!("entry {number} of `conversations`");
+            let (text, parts) = content(&place, parts)?;
+            images.parts += parts;
+            images.take_out(&text)
+        } else {
+            images.take_out(word(value)?)
+        };
+        match word(from)? {
+            "system" => match system {
+                Some(before) if *before != text => {
+                    return Err(format!(
+                        "entry {number} of `conversations` is a second system prompt; join the two"
+                    ));
+                }
+                _ => *system = Some(text),
+            },
+            "human" | "user" => turns.push(Turn {
+                role: Role::User,
+                text,
+            }),
+            "gpt" | "assistant" => turns.push(Turn {
+                role: Role::Assistant,
+                text,
+            }),
+            other => {
+                return Err(format!(
+                    "entry {number} of `conversations` is from `{other}`, not `human` or `gpt`"
+                ));
+            }
+        }
+    }
+    if turns
+        .last()
+        .is_some_and(|turn| turn.role == Role::Assistant)
+    {
+        *answer = turns.pop().map(|turn| turn.text);
+    }
+    match turns.pop() {
+        Some(Turn {
+            role: Role::User,
+            text,
+        }) => Ok(Some(text)),
+        _ => Err("`conversations` does not end in a question".to_owned()),
+    }
+}
+
+/// Our own `turns`: a list of `{role, text}` before the question.
+fn history_turns(history: &Value, images: &mut Images) -> Result<Vec<Turn>, String> {
+    let entries = history.as_array().ok_or("`turns` is not a list")?;
+    let turn = |entry: &Value| {
+        let text = entry
+            .get("text")
+            .and_then(Value::as_str)
+            .ok_or("a turn has no `text`")?;
+        let role = match entry.get("role").and_then(Value::as_str) {
+            Some("user") => Role::User,
+            Some("assistant") => Role::Assistant,
+            _ => return Err("the `role` of a turn is neither `user` nor `assistant`"),
+        };
+        Ok(Turn {
+            role,
+            text: images.take_out(text),
+        })
+    };
+    Ok(entries.iter().map(turn).collect::<Result<_, _>>()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn fields(record: &Value) -> Result<Fields, String> {
+        read_fields(&Ok(record.clone()), 0)
+    }
+
+    #[test]
+    fn a_conversation_becomes_history_question_and_answer() {
+        let record = json!({"id": 7, "image": "a.png", "conversations": [
+            {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."},
+            {"from": "human", "value": "Which color?"}, {"from": "gpt", "value": "Gray."}]});
+        let fields = fields(&record).unwrap();
+        assert_eq!(fields.id.as_deref(), Some("7"));
+        assert_eq!(fields.question, "Which color?");
+        assert_eq!(fields.answer.as_deref(), Some("Gray."));
+        assert_eq!(fields.turns.len(), 2);
+        assert_eq!(fields.turns[0].text, "What is it?");
+    }
+
+    #[test]
+    fn the_preferred_output_of_a_conversation_is_chosen() {
+        let record = |preference: Value| {
+            json!({"id": "1", "image": "a.jpg", "hallucination": true, "preference": preference,
+                "conversations": [
+                    {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."},
+                    {"from": "human", "value": "Which color?"}, {"from": "gpt", "value": "(either)"}],
+                "output_1": {"from": "llava", "value": "Gray."},
+                "output_2": {"from": "llava", "value": "Pink."}})
+        };
+        let first = fields(&record(json!(1))).unwrap();
+        assert_eq!(
+            (first.question.as_str(), first.turns.len()),
+            ("Which color?", 2)
+        );
+        assert_eq!(first.chosen.as_deref(), Some("Gray."));
+        assert_eq!(first.rejected.as_deref(), Some("Pink."));
+        let second = fields(&record(json!(2))).unwrap();
+        assert_eq!(second.chosen.as_deref(), Some("Pink."));
+        let problem = fields(&record(json!(3))).err().unwrap();
+        assert_eq!(problem, "`preference` is 3, neither 1 nor 2");
+        let mut record = record(json!(1));
+        record.as_object_mut().unwrap().remove("output_2");
+        let problem = fields(&record).err().unwrap();
+        assert_eq!(
+            problem,
+            "it has a `preference`, but no text `output_2.value`"
+        );
+    }
+
+    #[test]
+    fn roles_and_contents_read_like_speakers_and_values() {
+        let image = json!({"type": "image", "index": 0, "text": null});
+        let record = json!({"images": ["a.png"], "conversations": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": [image, {"type": "text", "text": "What is it?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
+            {"role": "user", "content": "Which color?"}, {"role": "assistant", "content": "Gray."}]});
+        let read = fields(&record).unwrap();
+        assert_eq!(read.system.as_deref(), Some("Be brief."));
+        assert_eq!(read.turns[0].text, "What is it?");
+        assert_eq!(read.turns[1].text, "A cat.");
+        assert_eq!(
+            (read.question.as_str(), read.answer.as_deref()),
+            ("Which color?", Some("Gray."))
+        );
+        let without = json!({"conversations": record["conversations"]});
+        assert_eq!(
+            fields(&without).unwrap_err(),
+            "it has 0 images and 1 image part; write one for each image, or none"
+        );
+    }
+
+    #[test]
+    fn images_and_their_places_are_as_many() {
+        let two = json!(["a.png", "b.png"]);
+        let flat = |text: &str| fields(&json!({"images": two, "prompt": text}));
+        assert_eq!(flat("Which is older?").unwrap().question, "Which is older?");
+        assert_eq!(
+            flat("<image> or <image>?").unwrap().question,
+            "or ?",
+            "the text of the prompt ids of earlier versions"
+        );
+        assert_eq!(
+            flat("<image>\nWhich?").unwrap_err(),
+            "it has 2 images and 1 `<image>` placeholder; write one for each image, or none"
+        );
+        assert_eq!(
+            flat("<image><image><image> Which?").unwrap_err(),
+            "it has 2 images and 3 `<image>` placeholders; write one for each image, or none"
+        );
+        let told = |first: &str, answer: &str, last: &str| {
+            fields(&json!({"image": two, "conversations": [
+                {"from": "human", "value": first}, {"from": "gpt", "value": answer},
+                {"from": "human", "value": last}, {"from": "gpt", "value": "It is."}]}))
+        };
+        let read = told("<image>\nThis?", "A cat.", "And <image>").unwrap();
+        assert_eq!(
+            (read.turns[0].text.as_str(), &*read.question),
+            ("This?", "And")
+        );
+        assert!(told("<image>\nThis?", "A cat.", "And?").is_err());
+        assert!(told("<image>\nThis?", "<image>: a cat.", "And <image>").is_err());
+        let turns = json!([{"role": "user", "text": "<image>This?"}, {"role": "assistant", "text": "Yes."}]);
+        let with = |prompt: &str| fields(&json!({"image": two, "turns": turns, "prompt": prompt}));
+        assert!(with("And <image>?").is_ok());
+        assert!(with("And?").is_err());
+        let embedded = |count| read_fields(&Ok(json!({"prompt": "<image><image> Which?"})), count);
+        assert_eq!(embedded(2).unwrap().question, "Which?");
+        assert!(embedded(1).is_err() && embedded(3).is_err());
+    }
+
+    #[test]
+    fn without_images_the_text_is_left_as_it_is() {
+        let text = "What does the tag <image> do?";
+        let flat = fields(&json!({"prompt": text, "image": null, "images": []})).unwrap();
+        assert_eq!(flat.question, text);
+        let told = json!({"conversations": [
+            {"from": "human", "value": text}, {"from": "gpt", "value": "<image> embeds."},
+            {"from": "human", "value": " Since when? "}]});
+        let told = fields(&told).unwrap();
+        assert_eq!(told.turns[0].text, text);
+        assert_eq!(told.turns[1].text, "<image> embeds.");
+        assert_eq!(told.question, "Since when?");
+    }
+
+    #[test]
+    fn a_placeholder_for_what_is_not_there_refuses_the_record() {
+        for word in ["<image>", "<video>", "<audio>"] {
+            let flat = |text: String| fields(&json!({"prompt": text}));
+            for text in [
+                format!("{word}\nWhat happens?"),
+                format!("What happens? {word}"),
+                format!("Look.\n{word}\nWhat happens?"),
+            ] {
+                let reason = flat(text).unwrap_err();
+                let begin = format!("its text has the placeholder `{word}`, and");
+                assert!(reason.starts_with(&begin), "{reason}");
+            }
+            assert!(flat(format!("What does the {word} tag do in HTML?")).is_ok());
+            let told = json!({"conversations": [
+                {"from": "human", "value": format!("{word}\nWhat happens?")},
+                {"from": "gpt", "value": "A cat sleeps."}, {"from": "human", "value": "Why?"}]});
+            assert!(fields(&told).is_err(), "{told}");
+        }
+        let beside = json!({"image": "a.png", "prompt": "<image>\n<video>\nWhat happens?"});
+        assert!(fields(&beside).unwrap_err().contains("`<video>`"));
+    }
+
+    #[test]
+    fn an_empty_question_is_said_to_be_empty() {
+        let reason = |record| fields(&record).unwrap_err();
+        assert_eq!(
+            reason(json!({"prompt": " "})),
+            "`prompt` is empty; write the question there"
+        );
+        assert_eq!(
+            reason(json!({"question": "<image>", "image": "a.png"})),
+            "`question` is empty; write the question there"
+        );
+        let told = json!({"conversations": [{"from": "human", "value": ""}]});
+        assert_eq!(
+            reason(told),
+            "the last text of the user in `conversations` is empty; write the question there"
+        );
+    }
+
+    #[test]
+    fn no_list_of_images_is_passed_over() {
+        let read = |image: Value, images: Value| {
+            let record = json!({"image": image, "images": images, "prompt": "Why?"});
+            fields(&record).map(|fields| fields.paths)
+        };
+        assert_eq!(read(json!(null), json!(["a", "b"])).unwrap(), ["a", "b"]);
+        assert_eq!(read(json!("a"), json!(["a"])).unwrap(), ["a"]);
+        assert_eq!(read(json!("a"), json!(null)).unwrap(), ["a"]);
+        assert_eq!(
+            read(json!("a"), json!(["a", "b"])).unwrap_err(),
+            "`image` and `images` name different files; keep one of the two"
+        );
+    }
+
+    /// The key of a finished table holds the images that its records name, in the way of earlier versions.
+    #[test]
+    fn a_record_that_is_refused_now_still_names_its_images() {
+        for more in [
+            json!({"video": "a.mp4"}),
+            json!({"prompt": "<image><image> Why?"}),
+            json!({"images": ["b"]}),
+        ] {
+            let mut record = json!({"prompt": "Why?", "image": "a"});
+            record
+                .as_object_mut()
+                .unwrap()
+                .extend(more.as_object().unwrap().clone());
+            assert!(fields(&record).is_err());
+            assert_eq!(named_paths(&Ok(record)), ["a"]);
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_record_is_said_with_its_fields() {
+        let reason = |record| fields(&record).err().unwrap();
+        assert_eq!(
+            reason(json!({"id": "a", "promt": "x"})),
+            "it has no `prompt`; its fields are id, promt"
+        );
+        assert_eq!(
+            reason(json!({"prompt": "x", "image": 3})),
+            "`image` is not a path or a list of paths"
+        );
+        assert_eq!(reason(json!([1])), "it is not a JSON object");
+    }
+}

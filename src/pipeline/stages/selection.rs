@@ -1,0 +1,326 @@
+//! What the stages share that pair the answers to a prompt by their rewards.
+
+use std::collections::HashMap;
+
+use arrow::array::RecordBatch;
+use arrow::datatypes::SchemaRef;
+
+use super::pairing::{Answer, Answers, Draft, Match, Prompts, Scores, pairs};
+use super::{Failure, Input, Known, MapWork, Outcome, Scope, TableName};
+use ovchat_data::store::Key;
+use ovchat_data::tables::{Candidate, Pair, Prompt, RejectClass, Reward, Row, rows};
+use ovchat_query::{self as query, Param};
+
+/// What becomes of a prompt: its pairs, or why there are none.
+pub enum Choice {
+    Pairs(Vec<Match>),
+    SetAside { class: RejectClass, reason: String },
+}
+
+/// Who chooses which answers make pairs.
+pub trait Choose {
+    fn candidates(&self) -> &TableName;
+    fn prompts(&self) -> &TableName;
+    /// What becomes of the prompts of a part, by their ids.
+    fn choices(
+        &self,
+        scope: &mut Scope<'_>,
+        part: &Answers<'_>,
+    ) -> Result<HashMap<String, Choice>, Failure>;
+    /// Why a prompt that is not among the choices is set aside; `None`: somebody else has said why.
+    fn unchosen(&self) -> Option<&'static str>;
+}
+
+/// A stage that pairs answers by a query over their rewards.
+pub trait Pairs {
+    fn rewards(&self) -> &TableName;
+    fn candidates(&self) -> &TableName;
+    fn prompts(&self) -> &TableName;
+    /// The query, which makes rows of [`Ranked`]; `{rewards}` and `{candidates}` stand for the tables.
+    /// What it says of a prompt may depend on the rows of this prompt only: it is asked for the prompts of
+    /// one part at a time.
+    fn sql(&self) -> String;
+    /// The values of its parameters. `seed` is for what it draws.
+    fn params(&self, seed: u64) -> Vec<(&'static str, Param)>;
+}
+
+/// The tables that such a stage reads; what is left out, the plan finds.
+pub fn inputs<'a>(
+    rewards: &'a TableName,
+    candidates: Option<&'a TableName>,
+    prompts: Option<&'a TableName>,
+) -> Vec<Input<'a>> {
+    vec![
+        Input {
+            field: "rewards",
+            table: Some(rewards),
+            needs: Reward::schema(),
+            kind: Reward::KIND,
+        },
+        Input {
+            field: "candidates",
+            table: candidates,
+            needs: Candidate::schema(),
+            kind: Candidate::KIND,
+        },
+        Input {
+            field: "prompts",
+            table: prompts,
+            needs: Prompt::schema(),
+            kind: Prompt::KIND,
+        },
+    ]
+}
+
+/// The work of such a stage. It holds what it needs of one part, however many prompts there are.
+pub struct Selection<'a> {
+    stage: &'a dyn Choose,
+}
+
+/// Prompts per part.
+const PART: u32 = 4096;
+
+impl<'a> Selection<'a> {
+    pub fn new(stage: &'a dyn Choose) -> Self {
+        Self { stage }
+    }
+}
+
+rows! {
+    /// What of a reward decides which answers make pairs.
+    pub struct Worth: "worth" => {
+        /// The prompt.
+        pub prompt_id: String,
+        /// The answer.
+        pub candidate: i32,
+        /// The reward.
+        pub reward: f32,
+    }
+}
+
+impl<P: Pairs> Choose for P {
+    fn candidates(&self) -> &TableName {
+        Pairs::candidates(self)
+    }
+
+    fn prompts(&self) -> &TableName {
+        Pairs::prompts(self)
+    }
+
+    fn unchosen(&self) -> Option<&'static str> {
+        None
+    }
+
+    fn choices(
+        &self,
+        scope: &mut Scope<'_>,
+        part: &Answers<'_>,
+    ) -> Result<HashMap<String, Choice>, Failure> {
+        let mut choices: HashMap<String, Choice> = HashMap::new();
+        let rewards = scope
+            .shelf
+            .rows_of(self.rewards(), &Worth::schema(), part.prompt_ids())?;
+        if rewards.is_empty() {
+            return Ok(choices);
+        }
+        let names = (self.rewards().as_str(), Pairs::candidates(self).as_str());
+        let sql = self
+            .sql()
+            .replace("{rewards}", names.0)
+            .replace("{candidates}", names.1);
+        let params = self.params(scope.seed_for("pairs"));
+        let tables = [(names.0, rewards), (names.1, part.read.to_vec())];
+        for batch in query::over(&sql, &params, tables)? {
+            for ranked in Ranked::from_batch(&batch)? {
+                let prompt_id = ranked.prompt_id.clone();
+                match (choices.get_mut(&prompt_id), ranked.choice()) {
+                    (Some(Choice::Pairs(pairs)), Choice::Pairs(more)) => pairs.extend(more),
+                    (_, choice) => {
+                        choices.insert(prompt_id, choice);
+                    }
+                }
+            }
+        }
+        Ok(choices)
+    }
+}
+
+rows! {
+    /// A row of the ranking.
+    pub struct Ranked: "ranked" => {
+        /// The prompt.
+        pub prompt_id: String,
+        /// Its best answer.
+        pub chosen_candidate: Option<i32>,
+        /// Its worst answer.
+        pub rejected_candidate: Option<i32>,
+        /// The best answer's reward.
+        pub chosen_reward: Option<f32>,
+        /// The worst answer's reward.
+        pub rejected_reward: Option<f32>,
+        /// Their difference.
+        pub margin: Option<f32>,
+        /// Why the prompt makes no pair, if it makes none.
+        pub reason: Option<String>,
+        /// `fault` or `dropped`, for the reason.
+        pub class: RejectClass,
+    }
+}
+
+impl Ranked {
+    fn choice(self) -> Choice {
+        let matched = || {
+            Some(Match {
+                chosen: self.chosen_candidate?,
+                rejected: self.rejected_candidate?,
+                scores: Some(Scores {
+                    chosen: self.chosen_reward?,
+                    rejected: self.rejected_reward?,
+                    margin: self.margin?,
+                }),
+            })
+        };
+        match (&self.reason, matched()) {
+            (None, Some(matched)) => Choice::Pairs(vec![matched]),
+            (reason, _) => Choice::SetAside {
+                class: self.class,
+                reason: reason
+                    .clone()
+                    .unwrap_or_else(|| "it has no rewards".to_owned()),
+            },
+        }
+    }
+}
+
+impl MapWork for Selection<'_> {
+    fn input(&self) -> &TableName {
+        self.stage.candidates()
+    }
+
+    fn part_groups(&self) -> u32 {
+        PART
+    }
+
+    fn schema(&self) -> SchemaRef {
+        Pair::schema()
+    }
+
+    fn reads(&self) -> SchemaRef {
+        Answer::schema()
+    }
+
+    fn make(
+        &self,
+        scope: &mut Scope<'_>,
+        rows: &[RecordBatch],
+        lengths: &[usize],
+        base: &Key,
+        known: Known<'_>,
+    ) -> Result<(Vec<Outcome<RecordBatch>>, u64), Failure> {
+        let answers = Answers::new(rows, lengths)?;
+        let choices = self.stage.choices(scope, &answers)?;
+        let table = self.stage.prompts();
+        let asked = answers
+            .prompt_ids()
+            .filter(|id| matches!(choices.get(*id), Some(Choice::Pairs(_))));
+        let asked = scope.shelf.rows_of(table, &Prompt::schema(), asked)?;
+        let prompts = Prompts::new(&asked)?;
+        let mut outcomes = Vec::new();
+        // Pairs that come one after another become one batch.
+        let mut drafts: Vec<Draft> = Vec::new();
+        let mut computed = 0;
+        for group in &answers.groups {
+            let prompt_id = answers.prompt_id(group.start);
+            let set_aside = |class, reason: &str| Outcome::SetAside {
+                id: prompt_id.to_owned(),
+                class,
+                reason: reason.to_owned(),
+            };
+            let pairs = match choices.get(prompt_id) {
+                None => {
+                    // Where its answers were not scored, whoever set it aside has said why.
+                    let reason = self.stage.unchosen();
+                    outcomes.extend(reason.map(|reason| set_aside(RejectClass::Dropped, reason)));
+                    continue;
+                }
+                Some(Choice::SetAside { class, reason }) => {
+                    outcomes.push(set_aside(*class, reason));
+                    continue;
+                }
+                Some(Choice::Pairs(pairs)) => pairs,
+            };
+            let (prompt, prompt_key) = prompts.find(table, prompt_id)?;
+            let mut key = base.clone().with(prompt_key).with(prompt_id);
+            let mut of_group = Vec::with_capacity(pairs.len());
+            let mut is_different = false;
+            for matched in pairs {
+                if let Some(scores) = &matched.scores {
+                    key = key
+                        .with(scores.chosen.to_le_bytes())
+                        .with(scores.rejected.to_le_bytes());
+                }
+                let [chosen, rejected] = [matched.chosen, matched.rejected];
+                let chosen = answers.numbered(group, chosen)?;
+                let rejected = answers.numbered(group, rejected)?;
+                for (row, number) in [(chosen, matched.chosen), (rejected, matched.rejected)] {
+                    key = key
+                        .with(answers.row_key(row))
+                        .with(answers.text(row))
+                        .with(number.to_le_bytes());
+                }
+                is_different |= answers.text(chosen) != answers.text(rejected);
+                of_group.push((matched, chosen, rejected));
+            }
+            let key = key.finish();
+            if let Some(rows) = known(&key)? {
+                flush(&answers, &prompts, &mut drafts, &mut outcomes)?;
+                outcomes.push(Outcome::Made(rows));
+                continue;
+            }
+            if !is_different {
+                let reason = "the best and the worst answer read the same";
+                outcomes.push(set_aside(RejectClass::Dropped, reason));
+                continue;
+            }
+            let several = of_group.len() > 1;
+            for (matched, chosen, rejected) in of_group {
+                // Each pair has a name of its own. The one of a prompt is named as its group, by which
+                // the next run finds it again.
+                let row_key = if several {
+                    Key::new("pair")
+                        .with(&key)
+                        .with(matched.chosen.to_le_bytes())
+                        .with(matched.rejected.to_le_bytes())
+                        .finish()
+                } else {
+                    key.clone()
+                };
+                drafts.push(Draft {
+                    row_key,
+                    prompt,
+                    matched: *matched,
+                    chosen,
+                    rejected,
+                });
+                computed += 1;
+            }
+            (scope.progress)(group.end as u64);
+        }
+        flush(&answers, &prompts, &mut drafts, &mut outcomes)?;
+        Ok((outcomes, computed))
+    }
+}
+
+/// Makes the pairs that were drafted so far.
+fn flush(
+    answers: &Answers<'_>,
+    prompts: &Prompts,
+    drafts: &mut Vec<Draft>,
+    outcomes: &mut Vec<Outcome<RecordBatch>>,
+) -> Result<(), Failure> {
+    if !drafts.is_empty() {
+        outcomes.push(Outcome::Made(pairs(answers, prompts, drafts)?));
+        drafts.clear();
+    }
+    Ok(())
+}

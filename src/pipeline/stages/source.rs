@@ -1,0 +1,536 @@
+//! What the loading stages share: the formats of a source, its records, and their pictures.
+//!
+//! A source is a JSON list, JSON lines, or Parquet with a column of images; a record is either the document's `{id, image, prompt, …}` or a LLaVA conversation. A
+//! file that can't be read at all is a failure; a record that can't be used is set aside.
+
+use std::collections::HashMap;
+use std::io;
+use std::marker::PhantomData;
+use std::num::NonZeroU32;
+use std::path::{Path, PathBuf};
+
+use arrow::array::RecordBatch;
+use rayon::prelude::*;
+
+use super::confines::{Confines, Place};
+use super::formats;
+use super::head::{self, Objection};
+use super::records::{Fields, named_paths, read_fields};
+use super::unread::{Unread, own_name};
+use super::work::{Failure, Load, Loaded, Record, shown};
+use ovchat_data::store::{Key, digest};
+use ovchat_data::tables::{Image, ImageFile, Pair, Prompt, RejectClass, Row, Turn};
+use ovchat_io::files;
+use ovchat_models::prep::{decode, probe};
+
+/// The bytes that a picture's file may have.
+pub const PICTURE_MAX: u64 = 1 << 30;
+
+/// A file of the user and how it is to be read.
+pub struct Source<'a> {
+    pub from: &'a Path,
+    pub images: Option<&'a Path>,
+    pub images_anywhere: bool,
+    pub captions: Option<&'a Path>,
+    pub limit: Option<NonZeroU32>,
+    pub megapixels_max: NonZeroU32,
+}
+
+/// A record with its pictures, or why it can't be used.
+type Opened = Result<(Fields, Vec<Image>), Flaw>;
+
+/// A reason to set a record aside.
+enum Flaw {
+    /// Its picture, as the record names it, lies where the stage does not read.
+    Outside {
+        picture: String,
+        reason: String,
+    },
+    Other(String),
+}
+
+impl From<String> for Flaw {
+    fn from(reason: String) -> Self {
+        Self::Other(reason)
+    }
+}
+
+/// A kind that can be loaded from a source.
+pub trait Loadable: Row {
+    /// Makes the row of a record; `prompt` is complete but for what only this kind has.
+    fn from_record(
+        prompt: Prompt,
+        chosen: Option<String>,
+        rejected: Option<String>,
+    ) -> Result<Self, String>;
+
+    /// The key of the row's prompt before the occurrence number, to count occurrences again.
+    fn base(&self) -> String;
+}
+
+impl Loadable for Prompt {
+    fn from_record(prompt: Prompt, _: Option<String>, _: Option<String>) -> Result<Self, String> {
+        Ok(prompt)
+    }
+
+    fn base(&self) -> String {
+        prompt_base(
+            &self.image_ids,
+            self.system.as_deref(),
+            &self.turns,
+            &self.question,
+        )
+    }
+}
+
+impl Loadable for Pair {
+    fn from_record(
+        prompt: Prompt,
+        chosen: Option<String>,
+        rejected: Option<String>,
+    ) -> Result<Self, String> {
+        let chosen = chosen.ok_or("it has no `chosen`")?;
+        let rejected = rejected.ok_or("it has no `rejected`")?;
+        for (name, answer) in [("chosen", &chosen), ("rejected", &rejected)] {
+            if answer.trim().is_empty() {
+                return Err(format!(
+                    "its {name} answer is empty; write the answer, or remove the record"
+                ));
+            }
+        }
+        if chosen == rejected {
+            return Err("`chosen` and `rejected` are the same text".to_owned());
+        }
+        Ok(Self {
+            row_key: Key::new("pair")
+                .with(&prompt.prompt_id)
+                .with(&chosen)
+                .with(&rejected)
+                .finish(),
+            id: prompt.id,
+            image: prompt.image,
+            prompt: prompt.question,
+            chosen,
+            rejected,
+            prompt_id: prompt.prompt_id,
+            image_ids: prompt.image_ids,
+            system: prompt.system,
+            turns: prompt.turns,
+            captions: prompt.captions,
+            chosen_candidate: None,
+            rejected_candidate: None,
+            chosen_reward: None,
+            rejected_reward: None,
+            margin: None,
+            chosen_token_ids: None,
+            rejected_token_ids: None,
+            chosen_logp: None,
+            rejected_logp: None,
+            model: None,
+        })
+    }
+
+    fn base(&self) -> String {
+        prompt_base(
+            &self.image_ids,
+            self.system.as_deref(),
+            &self.turns,
+            &self.prompt,
+        )
+    }
+}
+
+fn prompt_base(
+    image_ids: &[String],
+    system: Option<&str>,
+    turns: &[Turn],
+    question: &str,
+) -> String {
+    shown(Key::new("prompt"), image_ids, system, turns, question).finish()
+}
+
+/// Records whose pictures lie where the stage does not read.
+#[derive(Default)]
+struct Outside {
+    count: u64,
+    /// The first of them, and its picture.
+    first: Option<(String, String)>,
+}
+
+impl Outside {
+    fn add(&mut self, place: &str, picture: String) {
+        self.count += 1;
+        self.first
+            .get_or_insert_with(|| (place.to_owned(), picture));
+    }
+
+    /// How many there are, which is the first, and the way out; `None` when there are none.
+    fn in_words(&self) -> Option<String> {
+        let (place, picture) = self.first.as_ref()?;
+        let count = match self.count {
+            1 => "1 record names a picture".to_owned(),
+            count => format!("{count} records name pictures"),
+        };
+        Some(format!(
+            "{count} outside of its folders, the first is {picture} ({place}); `images_anywhere: true` would read it"
+        ))
+    }
+}
+
+/// Loads rows of one kind from a source.
+pub struct Loader<'a, R> {
+    source: Source<'a>,
+    captions: Option<HashMap<String, Vec<String>>>,
+    /// How often each prompt came so far.
+    seen: HashMap<String, u32>,
+    unread: Unread,
+    outside: Outside,
+    kind: PhantomData<R>,
+}
+
+impl<'a, R: Loadable> Loader<'a, R> {
+    pub fn new(source: Source<'a>) -> Self {
+        Self {
+            source,
+            captions: None,
+            seen: HashMap::new(),
+            unread: Unread::default(),
+            outside: Outside::default(),
+            kind: PhantomData,
+        }
+    }
+
+    /// What the beginning and the end of the source say against loading it. Pictures are looked for, and not
+    /// opened.
+    pub fn objection(mut self) -> Option<Objection> {
+        let from = self.source.from;
+        let folder = self.folder().to_owned();
+        head::objection(from, self.source.limit, |record| {
+            let fields = read_fields(&record.fields, record.embedded.len())?;
+            if record.embedded.is_empty()
+                && folder.is_dir()
+                && let Some(name) = fields.paths.iter().find(|name| !folder.join(name).exists())
+            {
+                return Err(format!("there is no picture {name}"));
+            }
+            self.row(fields, &[]).map(|_| ())
+        })
+    }
+
+    fn folder(&self) -> &Path {
+        self.source
+            .images
+            .or(self.source.from.parent())
+            .unwrap_or(Path::new("."))
+    }
+
+    /// The folders that pictures may lie in; `None` where they may lie anywhere.
+    fn confines(&self) -> Option<Confines> {
+        let beside = self.source.from.parent().unwrap_or(Path::new("."));
+        (!self.source.images_anywhere).then(|| Confines::new(&[self.folder(), beside]))
+    }
+
+    fn captions(&mut self) -> Result<&HashMap<String, Vec<String>>, Failure> {
+        if self.captions.is_none() {
+            let captions = match self.source.captions {
+                Some(path) => formats::captions(path)?,
+                None => HashMap::new(),
+            };
+            self.captions = Some(captions);
+        }
+        Ok(self.captions.as_ref().expect("just read"))
+    }
+
+    fn count(&mut self, base: &str) -> u32 {
+        let seen = self.seen.entry(base.to_owned()).or_insert(0);
+        *seen += 1;
+        *seen - 1
+    }
+
+    fn row(&mut self, fields: Fields, images: &[Image]) -> Result<R, String> {
+        let image_ids: Vec<String> = images.iter().map(|image| image.image_id.clone()).collect();
+        let base = prompt_base(
+            &image_ids,
+            fields.system.as_deref(),
+            &fields.turns,
+            &fields.question,
+        );
+        let prompt_id = match self.seen.get(&base) {
+            None | Some(0) => base.clone(),
+            Some(number) => Key::new("again")
+                .with(&base)
+                .with(number.to_le_bytes())
+                .finish(),
+        };
+        let mut key = Key::new("prompt row")
+            .with(&prompt_id)
+            .with(fields.id.as_deref().unwrap_or_default())
+            .with(fields.paths.first().map(String::as_str).unwrap_or_default());
+        key = key.with(fields.answer.as_deref().unwrap_or_default());
+        for caption in fields.captions.iter().flatten() {
+            key = key.with(caption);
+        }
+        let prompt = Prompt {
+            row_key: key.finish(),
+            prompt_id,
+            id: fields.id,
+            image: fields.paths.into_iter().next(),
+            image_ids,
+            system: fields.system,
+            turns: fields.turns,
+            question: fields.question,
+            captions: fields.captions,
+            answer: fields.answer,
+        };
+        let row = R::from_record(prompt, fields.chosen, fields.rejected)?;
+        self.count(&base);
+        Ok(row)
+    }
+}
+
+impl<R: Loadable> Load for Loader<'_, R> {
+    fn records(&self) -> Result<Box<dyn Iterator<Item = Result<Record, Failure>> + Send>, Failure> {
+        let records = formats::records(self.source.from)?;
+        Ok(match self.source.limit {
+            Some(limit) => Box::new(records.take(limit.get() as usize)),
+            None => records,
+        })
+    }
+
+    fn pictures(&self, record: &Record) -> Vec<PathBuf> {
+        let names: Vec<String> = if record.embedded.is_empty() {
+            named_paths(&record.fields)
+        } else {
+            let outside = record.embedded.iter().filter(|file| file.bytes.is_none());
+            outside.filter_map(|file| file.path.clone()).collect()
+        };
+        names.iter().map(|name| self.folder().join(name)).collect()
+    }
+
+    fn look_over(&mut self, records: &[Record]) {
+        for record in records {
+            if let Ok(fields) = &record.fields {
+                self.unread.count(fields);
+            }
+        }
+    }
+
+    fn notes(&self) -> Vec<String> {
+        let notes = [self.outside.in_words(), self.unread.in_words()];
+        notes.into_iter().flatten().collect()
+    }
+
+    fn resume(&mut self, rows: &RecordBatch) -> Result<(), Failure> {
+        for row in R::from_batch(rows)? {
+            self.count(&row.base());
+        }
+        Ok(())
+    }
+
+    fn load(&mut self, records: Vec<Record>) -> Result<Loaded, Failure> {
+        let folder = self.folder().to_owned();
+        let confines = self.confines();
+        let open =
+            |name: &str, pixels_max| open_picture(&folder, name, confines.as_ref(), pixels_max);
+        let pixels_max = u64::from(self.source.megapixels_max.get()) * 1_000_000;
+        let mut read: Vec<(String, Opened)> = records
+            .into_par_iter()
+            .map(|record| {
+                if files::stopped() {
+                    // Nothing of this is kept.
+                    return (record.place, Err(Flaw::Other(String::new())));
+                }
+                let name = record.fields.as_ref().ok().and_then(own_name);
+                let place = match name {
+                    Some(name) => format!("{}, {name}", record.place),
+                    None => record.place,
+                };
+                let fields = read_fields(&record.fields, record.embedded.len());
+                let opened = fields.map_err(Flaw::Other).and_then(|fields| {
+                    let images = if record.embedded.is_empty() {
+                        let paths = fields.paths.iter();
+                        paths
+                            .map(|path| open(path, pixels_max))
+                            .collect::<Result<Vec<_>, _>>()?
+                    } else {
+                        // `datasets` writes a path without bytes for pictures that it did not embed.
+                        let check = |file: ImageFile| match (&file.bytes, &file.path) {
+                            (None, Some(path)) => open(path, pixels_max),
+                            _ => Ok(check_picture(file, pixels_max)?),
+                        };
+                        record
+                            .embedded
+                            .into_iter()
+                            .map(check)
+                            .collect::<Result<Vec<_>, _>>()?
+                    };
+                    Ok((fields, images))
+                });
+                (place, opened)
+            })
+            .collect();
+        let captions = self.captions()?;
+        for (_, opened) in &mut read {
+            if let Ok((fields, _)) = opened
+                && fields.captions.is_none()
+                && let Some(path) = fields.paths.first()
+            {
+                fields.captions = captions.get(path).cloned();
+            }
+        }
+        let mut rows = Vec::new();
+        let mut images = Vec::new();
+        let mut rejects = Vec::new();
+        for (place, opened) in read {
+            let made = opened.and_then(|(fields, pictures)| {
+                let row = self.row(fields, &pictures)?;
+                Ok((row, pictures))
+            });
+            match made {
+                Ok((row, pictures)) => {
+                    rows.push(row);
+                    images.extend(pictures);
+                }
+                Err(flaw) => {
+                    let reason = match flaw {
+                        Flaw::Other(reason) => reason,
+                        Flaw::Outside { picture, reason } => {
+                            self.outside.add(&place, picture);
+                            reason
+                        }
+                    };
+                    rejects.push((place, RejectClass::Fault, reason));
+                }
+            }
+        }
+        Ok(Loaded {
+            rows: R::to_batch(&rows),
+            images,
+            rejects,
+        })
+    }
+}
+
+fn open_picture(
+    folder: &Path,
+    name: &str,
+    confines: Option<&Confines>,
+    pixels_max: u64,
+) -> Result<Image, Flaw> {
+    let path = folder.join(name);
+    let fault = |error: io::Error| match error.kind() {
+        io::ErrorKind::NotFound => format!("there is no picture {}", path.display()),
+        _ => format!("the picture {} can't be read: {error}", path.display()),
+    };
+    let file = match confines.map(|confines| confines.place(&path)) {
+        None => path.clone(),
+        Some(place) => match place.map_err(fault)? {
+            Place::Inside(file) => file,
+            Place::Outside(file) => {
+                let reason = format!(
+                    "the picture {} leads to {}, outside of the folders that this stage reads, `images` and that of `from`; move it there, or set `images_anywhere: true`",
+                    path.display(),
+                    file.display()
+                );
+                let picture = name.to_owned();
+                return Err(Flaw::Outside { picture, reason });
+            }
+        },
+    };
+    let bytes = files::read_at_most(&file, PICTURE_MAX).map_err(fault)?;
+    let path = Some(path.to_string_lossy().into_owned());
+    let bytes = Some(bytes);
+    Ok(check_picture(ImageFile { bytes, path }, pixels_max)?)
+}
+
+/// Decodes a picture once, so that a spoiled one is found here and not in the middle of sampling.
+fn check_picture(file: ImageFile, pixels_max: u64) -> Result<Image, String> {
+    let name = file
+        .path
+        .clone()
+        .unwrap_or_else(|| "held by the file itself".to_owned());
+    let bytes = file
+        .bytes
+        .as_deref()
+        .ok_or_else(|| format!("the picture {name} has no bytes"))?;
+    let named = |fault: ovchat_models::RowFault| format!("the picture {name}: {fault}");
+    let header = probe(bytes).map_err(named)?;
+    decode(bytes, pixels_max).map_err(named)?;
+    Ok(Image {
+        image_id: digest(bytes),
+        width: header.width as i32,
+        height: header.height as i32,
+        format: header.format.to_string(),
+        image: file,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn source() -> Source<'static> {
+        Source {
+            from: Path::new("p.json"),
+            images: None,
+            images_anywhere: false,
+            captions: None,
+            limit: None,
+            megapixels_max: NonZeroU32::MIN,
+        }
+    }
+
+    #[test]
+    fn a_record_that_is_set_aside_is_named_by_its_place_and_its_own_id() {
+        let set_aside = |fields: serde_json::Value| {
+            let mut loader = Loader::<Pair>::new(source());
+            let record = Record {
+                place: "line 3".to_owned(),
+                fields: Ok(fields),
+                embedded: Vec::new(),
+            };
+            let mut rejects = loader.load(vec![record]).unwrap().rejects;
+            let (id, _, reason) = rejects.remove(0);
+            (id, reason)
+        };
+        let pair = |chosen: &str, rejected: &str| json!({"id": "q17", "prompt": "Why?", "chosen": chosen, "rejected": rejected});
+        let reason = |name: &str| {
+            format!("its {name} answer is empty; write the answer, or remove the record")
+        };
+        let place = "line 3, id q17".to_owned();
+        assert_eq!(
+            set_aside(pair("", "No.")),
+            (place.clone(), reason("chosen"))
+        );
+        assert_eq!(set_aside(pair("Yes.", " \n")), (place, reason("rejected")));
+        let (place, _) = set_aside(json!({"question_id": 7, "prompt": "Why?"}));
+        assert_eq!(place, "line 3, question_id 7");
+        let preferred = json!({"output_1": {"value": ""}, "output_2": {"value": "No."},
+            "prompt": "Why?", "preference": 2});
+        assert_eq!(
+            set_aside(preferred),
+            ("line 3".to_owned(), reason("rejected"))
+        );
+    }
+
+    #[test]
+    fn a_prompt_that_comes_twice_has_two_ids_and_a_resumed_loader_counts_on() {
+        let record = || Record {
+            place: String::new(),
+            fields: Ok(json!({"prompt": "Why?"})),
+            embedded: Vec::new(),
+        };
+        let mut whole = Loader::<Prompt>::new(source());
+        let rows =
+            Prompt::from_batch(&whole.load(vec![record(), record(), record()]).unwrap().rows)
+                .unwrap();
+        assert_ne!(rows[0].prompt_id, rows[1].prompt_id);
+        assert_ne!(rows[1].prompt_id, rows[2].prompt_id);
+        let mut resumed = Loader::<Prompt>::new(source());
+        resumed.resume(&Prompt::to_batch(&rows[..2])).unwrap();
+        let rest = Prompt::from_batch(&resumed.load(vec![record()]).unwrap().rows).unwrap();
+        assert_eq!(rest[0], rows[2]);
+    }
+}

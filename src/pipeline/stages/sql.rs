@@ -1,0 +1,153 @@
+//! `sql`: any query as a stage.
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use arrow::datatypes::{Schema, SchemaRef};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::{Input, Query, Stage, StageError, TableName, Work, join};
+use ovchat_data::store::unstorable;
+use ovchat_io::files;
+use ovchat_query as query;
+
+/// Makes a table by a query over the tables of the pipeline; in a round, over this round's rows.
+/// One of `query` and `file` must be given.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Sql {
+    /// The query.
+    #[serde(default)]
+    pub query: Option<String>,
+    /// A file that holds the query.
+    #[serde(default)]
+    pub file: Option<PathBuf>,
+    /// The tables that the query reads.
+    pub tables: Vec<TableName>,
+    /// The text of `file`, once it was read.
+    #[serde(skip)]
+    text: Option<Result<String, String>>,
+}
+
+impl Sql {
+    /// The query, wherever it stands.
+    fn sql(&self) -> Result<&str, StageError> {
+        let fault = |field, message: String, help: &str| StageError {
+            field,
+            message,
+            help: (!help.is_empty()).then(|| help.to_owned()),
+        };
+        match (&self.query, &self.file, &self.text) {
+            (Some(_), Some(_), _) => Err(fault(
+                Some("file"),
+                "both `query` and `file` are given".to_owned(),
+                "keep one of them",
+            )),
+            (Some(query), None, _) => Ok(query),
+            (None, Some(_), Some(Ok(text))) => Ok(text),
+            (None, Some(file), Some(Err(problem))) => Err(fault(
+                Some("file"),
+                format!("{} can't be read: {problem}", file.display()),
+                "",
+            )),
+            (None, Some(_), None) => unreachable!("files are read when paths are resolved"),
+            (None, None, _) => Err(fault(
+                None,
+                "neither `query` nor `file` is given".to_owned(),
+                "write the query under `query`",
+            )),
+        }
+    }
+}
+
+impl Stage for Sql {
+    fn inputs(&self) -> Vec<Input<'_>> {
+        let input = |table| Input {
+            field: "tables",
+            table: Some(table),
+            needs: Arc::new(Schema::empty()),
+            kind: "table",
+        };
+        self.tables.iter().map(input).collect()
+    }
+
+    fn files(&self) -> Vec<(&'static str, &Path)> {
+        self.file
+            .as_deref()
+            .map(|path| ("file", path))
+            .into_iter()
+            .collect()
+    }
+
+    fn resolve(&mut self, folder: &dyn Fn(&str) -> PathBuf) {
+        if let Some(file) = &mut self.file {
+            join(folder, "file", file);
+            self.text = Some(files::read_to_string(file).map_err(|error| error.to_string()));
+        }
+    }
+
+    fn kind(&self) -> Option<&'static str> {
+        None
+    }
+
+    fn output(&self, given: &[(TableName, SchemaRef)]) -> Result<SchemaRef, StageError> {
+        let sql = self.sql()?;
+        let field = if self.query.is_some() {
+            "query"
+        } else {
+            "file"
+        };
+        let read = given
+            .iter()
+            .filter(|(table, _)| self.tables.contains(table));
+        let tables: Vec<(String, SchemaRef)> = read
+            .map(|(table, schema)| (table.to_string(), schema.clone()))
+            .collect();
+        let schema = query::plan(sql, &tables, &[]).map_err(|error| {
+            let other = given.iter().find(|(table, _)| {
+                !self.tables.contains(table) && error.0 == query::no_table(table.as_str())
+            });
+            let help = other.map(|(table, _)| format!("add `{table}` to `tables`"));
+            StageError {
+                field: Some(field),
+                message: error.0,
+                help,
+            }
+        })?;
+        if let Some(column) = unstorable(&schema) {
+            let (column, kind) = (column.name(), column.data_type());
+            return Err(StageError {
+                field: Some(field),
+                message: format!(
+                    "the column `{column}` is of the type {kind}, which can't be stored in Parquet"
+                ),
+                help: Some(format!(
+                    "cast it, such as: cast({column} as varchar) as {column}"
+                )),
+            });
+        }
+        let mut names = HashSet::new();
+        for column in schema.fields() {
+            if !names.insert(column.name()) || column.name() == "round" {
+                let why = match column.name().as_str() {
+                    "round" => "a column is called `round`, which is the run's own".to_owned(),
+                    name => format!("two columns are called `{name}`"),
+                };
+                let help = Some(format!("give it another name: {} as …", column.name()));
+                return Err(StageError {
+                    field: Some(field),
+                    message: why,
+                    help,
+                });
+            }
+        }
+        Ok(schema)
+    }
+
+    fn work(&self) -> Work<'_> {
+        let sql = self.sql().expect("the plan checked it").to_owned();
+        Work::Query(Query { sql })
+    }
+}

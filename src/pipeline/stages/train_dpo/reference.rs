@@ -1,0 +1,160 @@
+//! Reference log-probabilities: those that sampling left, and those that have to be computed.
+
+use std::cell::RefCell;
+
+use super::super::training::{Trains, example, prompts};
+use super::super::{Failure, Map, Outcome, Scope, TableName, Task, shown};
+use super::TrainDpo;
+use ovchat_data::store::Key;
+use ovchat_data::tables::{Pair, Reference};
+use ovchat_models::{DpoLearner, Mask, Newlines, Trained};
+
+impl TrainDpo {
+    /// The reference log-probabilities that sampling left, if the model that answered is the
+    /// reference, and what was asked and answered is all that counts.
+    pub fn sampled_reference(&self, pair: &Pair, reference: &str) -> Option<[f64; 2]> {
+        let as_sampled = pair.chosen_token_ids.is_some() && pair.rejected_token_ids.is_some();
+        let same_model = pair.model.as_deref() == Some(reference);
+        let same_tokens = (self.mask, self.newlines) == (Mask::Answer, Newlines::One);
+        (as_sampled && same_model && same_tokens).then_some(())?;
+        Some([pair.chosen_logp?, pair.rejected_logp?])
+    }
+
+    /// Whether what sampling left for a pair is computed again.
+    fn is_audited(&self, pair: &Pair) -> bool {
+        let draw = Key::new("audit").with(&pair.row_key).finish_u64();
+        (draw as f64) < self.reference_audit.share.get() * 2f64.powi(64)
+    }
+
+    /// How far the two log-probabilities of a pair are apart, per token.
+    fn drift(pair: &Pair, [sampled, found]: [[f64; 2]; 2]) -> f64 {
+        let tokens = [&pair.chosen_token_ids, &pair.rejected_token_ids]
+            .map(|ids| ids.as_ref().map_or(1, |ids| ids.len().max(1)) as f64);
+        let apart = |side: usize| (sampled[side] - found[side]).abs() / tokens[side];
+        apart(0).max(apart(1))
+    }
+}
+
+/// Computes the reference log-probabilities that sampling did not leave: those of pairs that people
+/// judged, or whose answers come from another model.
+pub struct ReferencePass<'a> {
+    stage: &'a TrainDpo,
+    /// Opened for the first pair that needs it, and kept for all parts.
+    learner: RefCell<Option<Box<dyn DpoLearner>>>,
+}
+
+impl<'a> ReferencePass<'a> {
+    pub fn new(stage: &'a TrainDpo) -> Self {
+        let learner = RefCell::new(None);
+        Self { stage, learner }
+    }
+}
+
+/// Pairs per part of the reference pass.
+const REFERENCE_PART: u32 = 64;
+
+impl Map for ReferencePass<'_> {
+    type In = Pair;
+    type Out = Reference;
+
+    fn input(&self) -> &TableName {
+        &self.stage.pairs
+    }
+
+    fn part_groups(&self) -> u32 {
+        REFERENCE_PART
+    }
+
+    fn key(&self, _: &mut Scope<'_>, group: &[Pair], key: Key) -> Result<Key, Failure> {
+        let mut key = key.with(format!("{:?} {:?}", self.stage.mask, self.stage.newlines));
+        for pair in group {
+            key = key.with([u8::from(self.stage.is_audited(pair))]);
+            let system = pair.system.as_deref();
+            key = shown(
+                key.with(&pair.row_key),
+                &pair.image_ids,
+                system,
+                &pair.turns,
+                &pair.prompt,
+            );
+            for (text, token_ids) in [
+                (&pair.chosen, &pair.chosen_token_ids),
+                (&pair.rejected, &pair.rejected_token_ids),
+            ] {
+                key = key.with(text);
+                for id in token_ids.iter().flatten() {
+                    key = key.with(id.to_le_bytes());
+                }
+            }
+        }
+        Ok(key)
+    }
+
+    fn map(
+        &self,
+        scope: &mut Scope<'_>,
+        tasks: &[Task<Pair>],
+    ) -> Result<Vec<Outcome<Vec<Reference>>>, Failure> {
+        let stage = self.stage;
+        let (model, state) = stage.reference_model().expect("made only with a reference");
+        let reference = scope.models.fingerprint(model, state).to_owned();
+        let mut outcomes = Vec::with_capacity(tasks.len());
+        let mut learner = self.learner.borrow_mut();
+        let mut done = 0;
+        for task in tasks {
+            let is_open = |pair: &&Pair| {
+                stage.sampled_reference(pair, &reference).is_none() || stage.is_audited(pair)
+            };
+            let pairs: Vec<Pair> = task.rows.iter().filter(is_open).cloned().collect();
+            let mut rows = Vec::with_capacity(pairs.len());
+            if !pairs.is_empty() {
+                if scope.go_on().is_break() {
+                    return Err(Failure::Interrupted);
+                }
+                let prompts = prompts(scope, &pairs)?;
+                let examples: Vec<_> = pairs
+                    .iter()
+                    .zip(&prompts)
+                    .map(|(pair, prompt)| example(pair, prompt, None))
+                    .collect();
+                if learner.is_none() {
+                    // Nothing is trained here, so the schedule does not matter.
+                    let optimization = stage.course().recipe.optimization(1);
+                    let settings = stage.settings(Trained::Parts(Vec::new()), optimization);
+                    *learner = Some(scope.models.reference(model, state, &settings)?);
+                }
+                let learner = learner.as_mut().expect("just opened");
+                let logps = learner
+                    .reference_logps(&examples)
+                    .map_err(Failure::of(model))?;
+                for (pair, found) in pairs.iter().zip(logps) {
+                    let sampled = stage.sampled_reference(pair, &reference);
+                    let drift = sampled.map(|sampled| TrainDpo::drift(pair, [sampled, found]));
+                    let drift_max = stage.reference_audit.drift_max.get();
+                    if let Some(drift) = drift.filter(|&drift| drift > drift_max) {
+                        return Err(Failure::Other(format!(
+                            "the log-probabilities that sampling left for pair {} are {drift:.4} a \
+                             token off what the reference says now ({sampled:?} and {found:?}), and \
+                             `reference_audit.drift_max` is {drift_max}; sample with the precision \
+                             and on the device of the training, or allow more",
+                            pair.row_key,
+                        )));
+                    }
+                    rows.push(Reference {
+                        row_key: task.key.clone(),
+                        pair: pair.row_key.clone(),
+                        prompt_id: pair.prompt_id.clone(),
+                        chosen_logp: found[0],
+                        rejected_logp: found[1],
+                        model: reference.clone(),
+                        drift,
+                    });
+                }
+            }
+            done += task.rows.len() as u64;
+            (scope.progress)(done);
+            outcomes.push(Outcome::Made(rows));
+        }
+        Ok(outcomes)
+    }
+}

@@ -1,0 +1,203 @@
+//! `train_reward`: one training of a reward model on pairs.
+
+use std::num::NonZeroU32;
+use std::time::Instant;
+
+use arrow::array::RecordBatch;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::training::{Course, Recipe, Trains, Warmup, example, prompts};
+use super::{Failure, ModelName, NonNegative, Positive, Role, Scope, TableName, Training};
+use ovchat_data::store::Lookup;
+use ovchat_data::tables::{Pair, RewardStep, Row};
+use ovchat_models::{Learner, Optimization, Optimizer, RewardLearner, RewardSettings, Schedule};
+
+/// Trains a reward model on pairs as LLaVA-RLHF does: a LoRA adapter and the head learn to score the
+/// chosen answer above the rejected one; base, projector and tower stay as they are. Its loss is
+/// `-log sigmoid(r_chosen - r_rejected)`, plus `centering` times the absolute batch mean of
+/// `r_chosen + r_rejected`. The defaults are those of its training script.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TrainReward {
+    /// The table of pairs.
+    pub pairs: TableName,
+    /// The reward model that learns: a fresh adapter and head, or those that it has. From the next
+    /// round on, and in `evaluate`, its name means what was made here.
+    pub model: ModelName,
+    /// The table of another training of the model in the same round; this one goes on where that
+    /// one ends. Left out: from the model as it is at the start of the round.
+    #[serde(default)]
+    pub after: Option<TableName>,
+    /// The rank of a fresh adapter.
+    #[serde(default = "defaults::rank")]
+    pub rank: NonZeroU32,
+    /// A fresh adapter's product is scaled by `alpha / rank`.
+    #[serde(default = "defaults::alpha")]
+    pub alpha: Positive,
+    /// Weight of the term that keeps the mean reward near 0.
+    #[serde(default = "defaults::centering")]
+    pub centering: NonNegative,
+    /// The highest learning rate, reached after warmup.
+    #[serde(default = "defaults::learning_rate")]
+    pub learning_rate: Positive,
+    /// What the learning rate does after warmup: is `constant`, or falls to 0 along a `cosine` or in a
+    /// `linear` way.
+    #[serde(default = "defaults::schedule")]
+    pub schedule: Schedule,
+    /// Passes over the pairs.
+    #[serde(default = "defaults::epochs")]
+    pub epochs: NonZeroU32,
+    /// Pairs per optimizer update.
+    #[serde(default = "defaults::batch_pairs")]
+    pub batch_pairs: NonZeroU32,
+    /// Share of the updates in which the learning rate rises from 0.
+    #[serde(default = "defaults::warmup_ratio")]
+    pub warmup_ratio: NonNegative,
+    /// AdamW's weight decay.
+    #[serde(default = "defaults::weight_decay")]
+    pub weight_decay: NonNegative,
+    /// Gradients with a larger norm are scaled down to it; 0 never clips.
+    #[serde(default = "defaults::max_grad_norm")]
+    pub max_grad_norm: NonNegative,
+    /// Updates between two saved states; a killed training goes on at the last one.
+    #[serde(default = "defaults::save_every")]
+    pub save_every: NonZeroU32,
+    /// Saved states that are kept; where the newest can't be read, the training goes on from the one
+    /// before.
+    #[serde(default = "defaults::keep_last")]
+    pub keep_last: NonZeroU32,
+}
+
+/// `RLHF/scripts/13b-v1.5-336/train_reward_model.sh` of LLaVA-RLHF; `save_every` and
+/// `keep_last` are ours.
+mod defaults {
+    use super::{NonNegative, NonZeroU32, Positive, Schedule};
+
+    pub fn schedule() -> Schedule {
+        Schedule::Constant
+    }
+    pub fn rank() -> NonZeroU32 {
+        const { NonZeroU32::new(64).unwrap() }
+    }
+    pub fn alpha() -> Positive {
+        16.0.try_into().expect("positive")
+    }
+    pub fn centering() -> NonNegative {
+        1.0e-3.try_into().expect("not negative")
+    }
+    pub fn learning_rate() -> Positive {
+        2.0e-5.try_into().expect("positive")
+    }
+    pub fn epochs() -> NonZeroU32 {
+        NonZeroU32::MIN
+    }
+    pub fn batch_pairs() -> NonZeroU32 {
+        const { NonZeroU32::new(32).unwrap() }
+    }
+    pub fn warmup_ratio() -> NonNegative {
+        0.03.try_into().expect("not negative")
+    }
+    pub fn weight_decay() -> NonNegative {
+        0.0.try_into().expect("not negative")
+    }
+    pub fn max_grad_norm() -> NonNegative {
+        0.3.try_into().expect("not negative")
+    }
+    pub fn keep_last() -> NonZeroU32 {
+        NonZeroU32::MIN
+    }
+    pub fn save_every() -> NonZeroU32 {
+        const { NonZeroU32::new(100).unwrap() }
+    }
+}
+
+impl Trains for TrainReward {
+    type Lesson = Pair;
+    type Step = RewardStep;
+    const LESSONS: &'static str = "pairs";
+    const ROLE: Role = Role::LearnsRewards;
+
+    fn course(&self) -> Course<'_> {
+        Course {
+            lessons: &self.pairs,
+            model: &self.model,
+            after: self.after.as_ref(),
+            epochs: self.epochs.get(),
+            batch: self.batch_pairs.get(),
+            save_every: self.save_every.get(),
+            keep_last: self.keep_last.get(),
+            recipe: Recipe {
+                learning_rate: self.learning_rate,
+                schedule: self.schedule,
+                warmup: Warmup::Ratio(self.warmup_ratio.get()),
+                weight_decay: self.weight_decay,
+                max_grad_norm: self.max_grad_norm,
+                optimizer: Optimizer::Adamw,
+            },
+        }
+    }
+
+    fn begin(
+        &self,
+        scope: &mut Scope<'_>,
+        optimization: Optimization,
+        _: Option<Lookup>,
+    ) -> Result<Box<dyn Training + '_>, Failure> {
+        let settings = RewardSettings {
+            rank: self.rank.get() as usize,
+            alpha: self.alpha.get(),
+            centering: self.centering.get(),
+            seed: scope.seed_for("adapter"),
+            optimization,
+        };
+        let learner = scope.models.reward_learner(&self.model, &settings)?;
+        Ok(Box::new(RewardTraining {
+            model: &self.model,
+            learner,
+        }))
+    }
+}
+
+struct RewardTraining<'a> {
+    model: &'a ModelName,
+    learner: Box<dyn RewardLearner>,
+}
+
+impl Training for RewardTraining<'_> {
+    fn step(
+        &mut self,
+        scope: &mut Scope<'_>,
+        number: u32,
+        epoch: u32,
+        rows: &RecordBatch,
+    ) -> Result<RecordBatch, Failure> {
+        let begun = Instant::now();
+        let pairs = Pair::from_batch(rows)?;
+        let prompts = prompts(scope, &pairs)?;
+        let examples: Vec<_> = pairs
+            .iter()
+            .zip(&prompts)
+            .map(|(pair, prompt)| example(pair, prompt, None))
+            .collect();
+        let report = self.learner.step(&examples);
+        let report = report.map_err(Failure::of(self.model))?;
+        Ok(RewardStep::to_batch(&[RewardStep {
+            step: number.cast_signed(),
+            epoch: epoch.cast_signed(),
+            loss: report.loss,
+            reward_chosen: report.reward_chosen,
+            reward_rejected: report.reward_rejected,
+            accuracy: report.accuracy,
+            margin: report.reward_chosen - report.reward_rejected,
+            grad_norm: report.grad_norm,
+            learning_rate: report.learning_rate,
+            tokens: report.tokens.cast_signed(),
+            seconds: begun.elapsed().as_secs_f64(),
+        }]))
+    }
+
+    fn learner(&mut self) -> &mut dyn Learner {
+        &mut *self.learner
+    }
+}

@@ -1,0 +1,198 @@
+//! `train_sft`: one training of a model on answers that are given.
+
+use std::num::NonZeroU32;
+use std::time::Instant;
+
+use arrow::array::RecordBatch;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::training::{Course, Recipe, Trains, Warmup};
+use super::{Failure, ModelName, NonNegative, Positive, Role, Scope, TableName, Training};
+use ovchat_data::store::Lookup;
+use ovchat_data::tables::{Prompt, Row, SftStep};
+use ovchat_models::{
+    Learned, Learner, Lesson, Optimization, Optimizer, Schedule, SftLearner, SftSettings, Tower,
+};
+
+/// Trains a model on the answers that prompts come with (supervised fine-tuning): the next token,
+/// given the ones before. Of a reward model it is the base and the tower that learn.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TrainSft {
+    /// The table of prompts; each must have an `answer`.
+    pub prompts: TableName,
+    /// The model that learns. From the next round on its name means the checkpoint made here.
+    pub model: ModelName,
+    /// The table of another training of the model in the same round; this one goes on where that
+    /// one ends. Left out: from the model as it is at the start of the round.
+    #[serde(default)]
+    pub after: Option<TableName>,
+    /// Which answers are learned: `all` that the assistant gives in a conversation, or the `last`.
+    #[serde(default)]
+    pub answers: Learned,
+    /// Whether the vision tower is trained with the rest (`train`) or stays as it is (`freeze`).
+    #[serde(default)]
+    pub tower: Tower,
+    /// The highest learning rate, reached after warmup.
+    #[serde(default = "defaults::learning_rate")]
+    pub learning_rate: Positive,
+    /// What the learning rate does after warmup: falls to 0 along a `cosine` or in a `linear` way, or
+    /// is `constant`.
+    #[serde(default)]
+    pub schedule: Schedule,
+    /// Passes over the prompts.
+    #[serde(default = "defaults::epochs")]
+    pub epochs: NonZeroU32,
+    /// Conversations per optimizer update.
+    #[serde(default = "defaults::batch_prompts")]
+    pub batch_prompts: NonZeroU32,
+    /// Share of the updates in which the learning rate rises from 0.
+    #[serde(default = "defaults::warmup_ratio")]
+    pub warmup_ratio: NonNegative,
+    /// AdamW's weight decay.
+    #[serde(default = "defaults::weight_decay")]
+    pub weight_decay: NonNegative,
+    /// Gradients with a larger norm are scaled down to it; 0 never clips.
+    #[serde(default = "defaults::max_grad_norm")]
+    pub max_grad_norm: NonNegative,
+    /// Updates between two saved states; a killed training goes on at the last one.
+    #[serde(default = "defaults::save_every")]
+    pub save_every: NonZeroU32,
+    /// Saved states that are kept; where the newest can't be read, the training goes on from the one
+    /// before.
+    #[serde(default = "defaults::keep_last")]
+    pub keep_last: NonZeroU32,
+}
+
+/// LLaVA-NeXT's fine-tuning of LLaVA-OneVision (`scripts/train/finetune_ov.sh`: learning rate 1e-5,
+/// cosine, warmup 0.03, no weight decay) and the Hugging Face trainer's own; `batch_prompts`,
+/// `save_every` and `keep_last` are ours.
+mod defaults {
+    use super::{NonNegative, NonZeroU32, Positive};
+
+    pub fn learning_rate() -> Positive {
+        1.0e-5.try_into().expect("positive")
+    }
+    pub fn epochs() -> NonZeroU32 {
+        NonZeroU32::MIN
+    }
+    pub fn batch_prompts() -> NonZeroU32 {
+        const { NonZeroU32::new(16).unwrap() }
+    }
+    pub fn warmup_ratio() -> NonNegative {
+        0.03.try_into().expect("not negative")
+    }
+    pub fn weight_decay() -> NonNegative {
+        0.0.try_into().expect("not negative")
+    }
+    pub fn max_grad_norm() -> NonNegative {
+        1.0.try_into().expect("not negative")
+    }
+    pub fn keep_last() -> NonZeroU32 {
+        NonZeroU32::MIN
+    }
+    pub fn save_every() -> NonZeroU32 {
+        const { NonZeroU32::new(100).unwrap() }
+    }
+}
+
+impl Trains for TrainSft {
+    type Lesson = Prompt;
+    type Step = SftStep;
+    const LESSONS: &'static str = "prompts";
+    const ROLE: Role = Role::LearnsAnswers;
+
+    fn course(&self) -> Course<'_> {
+        Course {
+            lessons: &self.prompts,
+            model: &self.model,
+            after: self.after.as_ref(),
+            epochs: self.epochs.get(),
+            batch: self.batch_prompts.get(),
+            save_every: self.save_every.get(),
+            keep_last: self.keep_last.get(),
+            recipe: Recipe {
+                learning_rate: self.learning_rate,
+                schedule: self.schedule,
+                warmup: Warmup::Ratio(self.warmup_ratio.get()),
+                weight_decay: self.weight_decay,
+                max_grad_norm: self.max_grad_norm,
+                optimizer: Optimizer::Adamw,
+            },
+        }
+    }
+
+    fn begin(
+        &self,
+        scope: &mut Scope<'_>,
+        optimization: Optimization,
+        _: Option<Lookup>,
+    ) -> Result<Box<dyn Training + '_>, Failure> {
+        let settings = SftSettings {
+            tower: self.tower,
+            optimization,
+        };
+        let learner = scope.models.sft_learner(&self.model, &settings)?;
+        Ok(Box::new(SftTraining {
+            stage: self,
+            learner,
+        }))
+    }
+}
+
+struct SftTraining<'a> {
+    stage: &'a TrainSft,
+    learner: Box<dyn SftLearner>,
+}
+
+impl Training for SftTraining<'_> {
+    fn step(
+        &mut self,
+        scope: &mut Scope<'_>,
+        number: u32,
+        epoch: u32,
+        rows: &RecordBatch,
+    ) -> Result<RecordBatch, Failure> {
+        let begun = Instant::now();
+        let rows = Prompt::from_batch(rows)?;
+        let mut prompts = Vec::with_capacity(rows.len());
+        for row in &rows {
+            prompts.push(scope.shelf.prompt(row, 0)?);
+        }
+        let mut lessons = Vec::with_capacity(rows.len());
+        for (row, prompt) in rows.iter().zip(&prompts) {
+            let missing = || {
+                let id = row.id.as_deref().unwrap_or(&row.prompt_id);
+                Failure::Other(format!(
+                    "prompt {id} of `{}` has no answer to learn; leave such prompts out: \
+                     sql: {{ query: \"select * from {} where answer is not null\", tables: [{}] }}",
+                    self.stage.prompts, self.stage.prompts, self.stage.prompts
+                ))
+            };
+            lessons.push(Lesson {
+                id: row.id.as_deref().unwrap_or(&row.prompt_id),
+                prompt,
+                answer: row.answer.as_deref().ok_or_else(missing)?,
+                learned: self.stage.answers,
+            });
+        }
+        let report = self.learner.step(&lessons);
+        let report = report.map_err(Failure::of(&self.stage.model))?;
+        Ok(SftStep::to_batch(&[SftStep {
+            step: number.cast_signed(),
+            epoch: epoch.cast_signed(),
+            loss: report.loss,
+            accuracy: report.accuracy,
+            grad_norm: report.grad_norm,
+            learning_rate: report.learning_rate,
+            tokens: report.tokens.cast_signed(),
+            learned_tokens: report.learned_tokens.cast_signed(),
+            seconds: begun.elapsed().as_secs_f64(),
+        }]))
+    }
+
+    fn learner(&mut self) -> &mut dyn Learner {
+        &mut *self.learner
+    }
+}

@@ -1,0 +1,441 @@
+//! SQL over tables: the home of DataFusion, and of all async but for the page's server.
+//!
+//! Every query runs on one thread of its own, with bounded memory and a deep stack; what does not fit is
+//! spilled to a folder of the caller's. Tables are given as lists of Parquet files, so that a reader never sees a file that
+//! the manifest doesn't list.
+
+mod apart;
+mod checked;
+mod count;
+mod depth;
+mod intervals;
+mod large;
+mod lines;
+mod row_by_row;
+#[cfg(test)]
+mod tests;
+pub mod types;
+mod unsupported;
+mod words;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use arrow::array::RecordBatch;
+use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+use datafusion::common::ScalarValue;
+use datafusion::datasource::MemTable;
+use datafusion::error::DataFusionError;
+use datafusion::execution::SessionState;
+use datafusion::execution::object_store::ObjectStoreUrl;
+use datafusion::execution::runtime_env::RuntimeEnvBuilder;
+use datafusion::prelude::{
+    DataFrame, ParquetReadOptions, SQLOptions, SessionConfig, SessionContext, lit,
+};
+use datafusion::sql::parser::Statement;
+use futures::StreamExt;
+
+use apart::{apart, piece_by_piece};
+use checked::CheckedFiles;
+pub use count::{RowCount, Several};
+pub use row_by_row::reach_beyond;
+pub use words::no_table;
+use words::{Allowed, error, refuse_others, refuse_unknown_params};
+
+use ovchat_data::store::{StoreError, TableFile, schema_of_file};
+
+/// Memory for sorts and joins; more is spilled to disk.
+const MEMORY_BYTES: usize = 512 << 20;
+
+/// A query can't be planned or run.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct QueryError(pub String);
+
+/// The value of a `$name` in a query.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Param {
+    Integer(i64),
+    Float(f64),
+    Text(String),
+}
+
+/// A table to query.
+#[derive(Debug, Clone)]
+pub struct QueryTable {
+    pub name: String,
+    pub schema: SchemaRef,
+    /// Its files, Parquet or, by their ending `jsonl`, JSON lines, by round; `None` where the table has no rounds.
+    pub files: Vec<(Option<u32>, Vec<TableFile>)>,
+    /// Whether the rounds become a column `round`.
+    pub with_round: bool,
+}
+
+/// A query that other queries can read as a table.
+#[derive(Debug, Clone)]
+pub struct View {
+    pub name: String,
+    pub query: String,
+}
+
+/// The schema that a query's result has. Nothing is read.
+pub fn plan(
+    sql: &str,
+    tables: &[(String, SchemaRef)],
+    params: &[(&str, Param)],
+) -> Result<SchemaRef, QueryError> {
+    Ok(plan_counted(sql, tables, params)?.0)
+}
+
+/// The same as [`plan`], with the number of rows.
+pub fn plan_counted(
+    sql: &str,
+    tables: &[(String, SchemaRef)],
+    params: &[(&str, Param)],
+) -> Result<(SchemaRef, RowCount), QueryError> {
+    apart(async || {
+        let context = SessionContext::new_with_config(config());
+        for (name, schema) in tables {
+            register_empty(&context, name, schema).map_err(error)?;
+        }
+        let frame = prepare(&context, sql, params, Allowed::Queries).await?;
+        // The logical schema knows names and types; nullability is as wide as it may be.
+        let schema = Arc::new(frame.schema().as_arrow().clone());
+        types::each_type(&schema, &mut |path, of| {
+            types::equal_fields(path, of).map_or(Ok(()), |words| Err(QueryError(words)))
+        })?;
+        let count = RowCount::of(frame.logical_plan());
+        // Types are reconciled, and functions looked at, on the way to the plan that would be executed.
+        frame.create_physical_plan().await.map_err(error)?;
+        Ok((schema, count))
+    })
+}
+
+/// The names of the tables that a query reads.
+pub fn tables(sql: &str) -> Result<Vec<String>, QueryError> {
+    apart(async || {
+        let state = SessionContext::new_with_config(config()).state();
+        let statement = parse(&state, sql)?;
+        let tables = state.resolve_table_references(&statement).map_err(error)?;
+        let names = tables.iter().map(|table| table.table().to_owned());
+        Ok(names.collect())
+    })
+}
+
+/// The columns of a result.
+pub struct Header {
+    pub schema: SchemaRef,
+    /// The table or alias that each column was taken from as it is, if it was.
+    pub tables: Vec<Option<String>>,
+}
+
+/// Runs a query over tables and views (each may read the ones before) and hands its rows to `sink`,
+/// batch by batch. Returns the result's schema.
+pub fn run<E: From<QueryError>>(
+    sql: &str,
+    params: &[(&str, Param)],
+    tables: &[QueryTable],
+    views: &[View],
+    spill: Option<&Path>,
+    mut sink: impl FnMut(RecordBatch) -> Result<(), E>,
+) -> Result<SchemaRef, E> {
+    let mut schema = None;
+    stream(sql, params, tables, views, spill, |part| -> Result<(), E> {
+        match part {
+            Part::Header(header) => schema = Some(header.schema),
+            Part::Rows(rows) => sink(rows)?,
+            Part::Nothing => {}
+        }
+        Ok(())
+    })?;
+    Ok(schema.expect("the header comes first"))
+}
+
+/// A piece of a result: the header, then the rows.
+pub enum Part {
+    Header(Header),
+    Rows(RecordBatch),
+    /// There is none for the moment; said several times a second, for those who wait to stop.
+    Nothing,
+}
+
+/// The same as [`run`], with a header before the first row is computed, and word of each moment without
+/// rows. A query that `sink` ends may go on for a while by itself.
+pub fn stream<E: From<QueryError>>(
+    sql: &str,
+    params: &[(&str, Param)],
+    tables: &[QueryTable],
+    views: &[View],
+    spill: Option<&Path>,
+    sink: impl FnMut(Part) -> Result<(), E>,
+) -> Result<(), E> {
+    let (sql, tables, views) = (sql.to_owned(), tables.to_vec(), views.to_vec());
+    let params: Vec<(String, Param)> = params
+        .iter()
+        .map(|(name, value)| ((*name).to_owned(), value.clone()))
+        .collect();
+    let spill = spill.map(Path::to_owned);
+    piece_by_piece(
+        async move |give| {
+            let context = context(spill.as_deref()).map_err(error)?;
+            let files = tables.iter().flat_map(|table| &table.files);
+            let files = CheckedFiles::new(files.flat_map(|(_, files)| files));
+            let spoiled = files.spoiled();
+            context.register_object_store(
+                ObjectStoreUrl::local_filesystem().as_ref(),
+                Arc::new(files),
+            );
+            // Of a file that is not what was written, DataFusion tells less well.
+            let error = |failed: DataFusionError| {
+                let spoiled = spoiled.lock().expect("no panic while locked");
+                match &*spoiled {
+                    Some(path) => {
+                        let path = path.clone();
+                        let spoiled = StoreError::Spoiled { path };
+                        QueryError(format!(
+                            "{spoiled}; `pipeline verify` lists all such files, and after `pipeline repair` the next \
+                             `pipeline run` makes them again"
+                        ))
+                    }
+                    None => error(failed),
+                }
+            };
+            let mentioned = mentioned(&sql, &views);
+            for table in tables.iter().filter(|table| mentioned(&table.name)) {
+                register(&context, table).await.map_err(error)?;
+            }
+            for view in views.iter().filter(|view| mentioned(&view.name)) {
+                // One that reads a table which the run has not begun yet is not there yet either.
+                if let Ok(frame) = prepare(&context, &view.query, &[], Allowed::Queries).await {
+                    context
+                        .register_table(view.name.as_str(), frame.into_view())
+                        .map_err(error)?;
+                }
+            }
+            let params: Vec<(&str, Param)> = params
+                .iter()
+                .map(|(name, value)| (name.as_str(), value.clone()))
+                .collect();
+            let frame = prepare(&context, &sql, &params, Allowed::Looks).await?;
+            let columns = frame.schema().iter();
+            let tables = columns.map(|(table, _)| Some(table?.table().to_owned()));
+            let header = Header {
+                schema: Arc::new(frame.schema().as_arrow().clone()),
+                tables: tables.collect(),
+            };
+            give(Part::Header(header))?;
+            let mut stream = frame.execute_stream().await.map_err(error)?;
+            while let Some(batch) = stream.next().await {
+                give(Part::Rows(batch.map_err(error)?))?;
+            }
+            Ok(())
+        },
+        sink,
+    )
+}
+
+/// Runs a query over rows in memory: tables by name, each with at least one batch.
+pub fn over<'t>(
+    sql: &str,
+    params: &[(&str, Param)],
+    tables: impl IntoIterator<Item = (&'t str, Vec<RecordBatch>)>,
+) -> Result<Vec<RecordBatch>, QueryError> {
+    let tables: Vec<(&str, Vec<RecordBatch>)> = tables.into_iter().collect();
+    apart(async || {
+        let context = context(None).map_err(error)?;
+        for (name, rows) in tables {
+            let schema = nullable(&rows[0].schema());
+            let table = MemTable::try_new(schema, vec![rows]).map_err(error)?;
+            context
+                .register_table(name, Arc::new(table))
+                .map_err(error)?;
+        }
+        let frame = prepare(&context, sql, params, Allowed::Looks).await?;
+        frame.collect().await.map_err(error)
+    })
+}
+
+fn config() -> SessionConfig {
+    let mut config = SessionConfig::new()
+        .with_target_partitions(1)
+        .with_information_schema(true);
+    config.options_mut().execution.parquet.pushdown_filters = true;
+    // Without it, a timestamp with a time zone would lose the zone.
+    config.options_mut().execution.time_zone = Some("+00:00".to_owned());
+    config
+}
+
+fn context(spill: Option<&Path>) -> Result<SessionContext, DataFusionError> {
+    let mut runtime = RuntimeEnvBuilder::new().with_memory_limit(MEMORY_BYTES, 1.0);
+    if let Some(spill) = spill {
+        runtime = runtime.with_temp_file_path(spill);
+    }
+    Ok(SessionContext::new_with_config_rt(
+        config(),
+        runtime.build_arc()?,
+    ))
+}
+
+fn parse(state: &SessionState, sql: &str) -> Result<Statement, QueryError> {
+    depth::refuse_deep(sql)?;
+    let dialect = state.config_options().sql_parser.dialect;
+    let statement = state.sql_to_statement(sql, &dialect).map_err(error)?;
+    large::refuse_large(&statement)?;
+    Ok(statement)
+}
+
+async fn prepare(
+    context: &SessionContext,
+    sql: &str,
+    params: &[(&str, Param)],
+    allowed: Allowed,
+) -> Result<DataFrame, QueryError> {
+    let options = SQLOptions::new()
+        .with_allow_ddl(false)
+        .with_allow_dml(false)
+        .with_allow_statements(false);
+    let state = context.state();
+    let statement = parse(&state, sql)?;
+    refuse_others(&statement, allowed)?;
+    let ignored = unsupported::find(&statement, &state);
+    let plan = state.statement_to_plan(statement).await.map_err(error)?;
+    // After the planner, which knows best what is wrong with the rest of the query.
+    if let Some(message) = ignored {
+        return Err(QueryError(message));
+    }
+    options.verify_plan(&plan).map_err(error)?;
+    intervals::refuse_compared(&plan)?;
+    refuse_unknown_params(&plan, params)?;
+    let frame = context.execute_logical_plan(plan).await.map_err(error)?;
+    if params.is_empty() {
+        return Ok(frame);
+    }
+    let values = params.iter().map(|(name, value)| {
+        let value = match value {
+            Param::Integer(value) => ScalarValue::Int64(Some(*value)),
+            Param::Float(value) => ScalarValue::Float64(Some(*value)),
+            Param::Text(value) => ScalarValue::Utf8(Some(value.clone())),
+        };
+        ((*name).to_owned(), value)
+    });
+    frame
+        .with_param_values(values.collect::<Vec<_>>())
+        .map_err(error)
+}
+
+/// Tells which tables and views a query may read: those whose name is in its text, or in that of a view
+/// which it may read. The others need not be opened, and one of them that is damaged fails no query.
+fn mentioned(sql: &str, views: &[View]) -> impl Fn(&str) -> bool + use<> {
+    let mut text = sql.to_lowercase();
+    let mut left: Vec<&View> = views.iter().collect();
+    while let Some(found) = left
+        .iter()
+        .position(|view| text.contains(&view.name.to_lowercase()))
+    {
+        text.push(' ');
+        text.push_str(&left.swap_remove(found).query.to_lowercase());
+    }
+    let asks_for_all = ["show", "information_schema"]
+        .iter()
+        .any(|word| text.contains(word));
+    move |name| asks_for_all || text.contains(&name.to_lowercase())
+}
+
+async fn register(context: &SessionContext, table: &QueryTable) -> Result<(), DataFusionError> {
+    let mut union: Option<DataFrame> = None;
+    for (round, files) in &table.files {
+        if files.is_empty() {
+            continue;
+        }
+        if let Some(missing) = files.iter().find(|file| !file.path.is_file()) {
+            return Err(DataFusionError::Execution(format!(
+                "a file of the table `{}` is not there: {}; ask again if a run goes on, else `pipeline run` makes it again",
+                table.name,
+                missing.path.display()
+            )));
+        }
+        let paths: Vec<String> = files
+            .iter()
+            .map(|file| file.path.to_string_lossy().into_owned())
+            .collect();
+        let is_text = files
+            .iter()
+            .all(|file| file.path.extension() == Some("jsonl".as_ref()));
+        let read = if is_text {
+            let files = files.iter().map(|file| file.path.clone()).collect();
+            let lines = lines::table(&table.schema, files)?;
+            context.read_table(Arc::new(lines))
+        } else {
+            let schema = schema_of_file(&files[0].path).ok();
+            // Files of one table differ in their metadata.
+            let schema = schema.map(|schema| Schema::new(nullable(&schema).fields().clone()));
+            let options = ParquetReadOptions {
+                schema: schema.as_ref(),
+                ..ParquetReadOptions::default()
+            };
+            context.read_parquet(paths, options).await
+        };
+        let mut frame = read?;
+        if table.with_round {
+            let value = lit(ScalarValue::Int32(round.map(u32::cast_signed)));
+            frame = frame.with_column("round", value)?;
+        } else if table.schema.field_with_name("round").is_err() {
+            // The files' own column, see `TableWriter::in_round`.
+            frame = frame.drop_columns(&["round"])?;
+        }
+        union = Some(match union {
+            None => frame,
+            Some(others) => others.union_by_name(frame)?,
+        });
+    }
+    match union {
+        Some(frame) => {
+            context.register_table(table.name.as_str(), frame.into_view())?;
+        }
+        None => register_empty(
+            context,
+            &table.name,
+            &with_round(&table.schema, table.with_round),
+        )?,
+    }
+    Ok(())
+}
+
+fn register_empty(
+    context: &SessionContext,
+    name: &str,
+    schema: &SchemaRef,
+) -> Result<(), DataFusionError> {
+    let nothing = MemTable::try_new(nullable(schema), vec![vec![]])?;
+    context.register_table(name, Arc::new(nothing))?;
+    Ok(())
+}
+
+/// The schema with columns that may all be null: of a subquery without rows, DataFusion would say that its
+/// value is none and no null, if its column can't be null.
+fn nullable(schema: &SchemaRef) -> SchemaRef {
+    let fields = schema.fields().iter();
+    let fields = fields.map(|field| field.as_ref().clone().with_nullable(true));
+    let fields: Vec<Field> = fields.collect();
+    Arc::new(Schema::new_with_metadata(fields, schema.metadata().clone()))
+}
+
+/// Whether a result is one column, true or false.
+pub fn is_flag(schema: &Schema) -> bool {
+    matches!(&*schema.fields().to_vec(), [field] if *field.data_type() == DataType::Boolean)
+}
+
+/// The columns of a table as queries see it: with `round`, where it is `wanted`.
+pub fn with_round(schema: &SchemaRef, wanted: bool) -> SchemaRef {
+    if !wanted {
+        return schema.clone();
+    }
+    let round = Arc::new(Field::new("round", DataType::Int32, true));
+    let fields = schema
+        .fields()
+        .iter()
+        .cloned()
+        .chain([round])
+        .collect::<Vec<_>>();
+    Arc::new(Schema::new(fields))
+}

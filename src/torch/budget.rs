@@ -1,0 +1,283 @@
+//! How much is computed at once.
+//!
+//! Sampling and scoring take prompts side by side: as many as the memory holds and as make a step
+//! cheaper. What the memory holds follows from the sizes of the network and from what it may take of
+//! the device, both the same in every run on a machine; never from what happens to be free, so that a
+//! part that is computed again is computed in the same order, to the same bits.
+
+use std::ops::Range;
+
+use tch::Device;
+
+use super::chain::Keep;
+use super::device;
+use ovchat_models::prep::{AtOnce, PACK_TOKENS_MAX, Sizes, TrainingSizes, size_in_words};
+use ovchat_models::{Checkpointing, Gigabytes, RowFault};
+
+/// How much is computed at once in sampling or scoring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Budget {
+    /// Answers that grow side by side; more would not make a step cheaper per answer by much.
+    pub rows: usize,
+    /// Tokens of prompts and answers whose keys and values are in memory.
+    pub tokens: usize,
+    /// Tokens that are read at once, unless one prompt alone has more.
+    pub read_tokens: usize,
+    /// What the network may take of the device's memory, in bytes, and what it needs of it.
+    memory: u64,
+    sizes: Sizes,
+    /// How often it was halved.
+    pub halvings: u64,
+}
+
+impl Budget {
+    /// What fits into the memory that may be taken: `asked` for, or else what [`device::memory`] says.
+    pub fn plan(asked: Option<Gigabytes>, device: Device, sizes: Sizes) -> Self {
+        let room = device::room(asked, device);
+        let AtOnce {
+            rows,
+            tokens,
+            read_tokens,
+        } = AtOnce::in_room(room, sizes);
+        Self {
+            rows,
+            tokens,
+            read_tokens,
+            memory: room.bytes,
+            sizes,
+            halvings: 0,
+        }
+    }
+
+    /// Half as much, after memory ran out.
+    pub fn halve(&mut self) {
+        self.rows = (self.rows / 2).max(1);
+        self.tokens /= 2;
+        self.read_tokens = (self.read_tokens / 2).max(1);
+        self.halvings += 1;
+    }
+
+    /// The same for the next call: what ran out once would do so again.
+    #[must_use]
+    pub fn for_next(self) -> Self {
+        Self {
+            halvings: 0,
+            ..self
+        }
+    }
+
+    /// Refuses what does not fit even alone: a prompt and its answers of `tokens` in all.
+    pub fn admit(&self, tokens: usize) -> Result<(), RowFault> {
+        let needed = self.sizes.weights + tokens as u64 * self.sizes.token;
+        if needed <= self.memory {
+            return Ok(());
+        }
+        if self.sizes.weights > self.memory {
+            return Err(RowFault(format!(
+                "the weights of the model alone take {} of memory, and {} may be used; raise its \
+                 `memory_gb`, or use a device with more memory",
+                size_in_words(self.sizes.weights),
+                size_in_words(self.memory),
+            )));
+        }
+        Err(RowFault(format!(
+            "its {tokens} tokens of prompt and answers take {} of memory beside {} of weights, and \
+             {} may be used; use a smaller picture, fewer or shorter answers, or a larger \
+             `memory_gb`",
+            size_in_words(tokens as u64 * self.sizes.token),
+            size_in_words(self.sizes.weights),
+            size_in_words(self.memory),
+        )))
+    }
+
+    /// How a policy goes about it, in words.
+    pub fn of_sampling(&self) -> String {
+        let (rows, tokens) = (self.rows, self.tokens);
+        let memory = self.of_memory();
+        format!("up to {rows} answers at once, {tokens} tokens with their prompts ({memory})")
+    }
+
+    /// How a judge goes about it, in words.
+    pub fn of_scoring(&self) -> String {
+        let tokens = self.read_tokens.min(self.tokens);
+        format!("reads up to {tokens} tokens at once ({})", self.of_memory())
+    }
+
+    fn of_memory(&self) -> String {
+        let [memory, weights] = [self.memory, self.sizes.weights].map(size_in_words);
+        format!("{memory} of memory, {weights} of them weights")
+    }
+}
+
+/// What a training takes of memory, and what it may.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TrainingBudget {
+    memory: u64,
+    sizes: TrainingSizes,
+    checkpointing: Checkpointing,
+}
+
+impl TrainingBudget {
+    /// Fails when weights, gradients and moments alone are more than the memory that may be taken:
+    /// `asked` for, or else what [`device::memory`] says.
+    pub fn plan(
+        asked: Option<Gigabytes>,
+        device: Device,
+        sizes: TrainingSizes,
+        checkpointing: Checkpointing,
+    ) -> Result<Self, String> {
+        let memory = device::room(asked, device).bytes;
+        if sizes.state() > memory {
+            return Err(format!(
+                "training takes {} for weights, {} for gradients and {} for the optimizer's moments, \
+                 and {} may be used; train an adapter (`lora`), fewer parts (`train`), with \
+                 `optimizer: adamw_8bit`, or give the model a larger `memory_gb`",
+                size_in_words(sizes.weights),
+                size_in_words(sizes.gradients),
+                size_in_words(sizes.moments),
+                size_in_words(memory),
+            ));
+        }
+        Ok(Self {
+            memory,
+            sizes,
+            checkpointing,
+        })
+    }
+
+    /// What is remembered of a pass over so many tokens and tiles.
+    pub fn keep(&self, tokens: usize, tiles: usize) -> Keep {
+        let fits = self.sizes.has_room(self.memory, tokens, tiles);
+        match self.checkpointing {
+            Checkpointing::Never => Keep::Everything,
+            Checkpointing::Auto if fits => Keep::Everything,
+            Checkpointing::Auto | Checkpointing::Always => Keep::Inputs,
+        }
+    }
+
+    /// How a training goes about it whose largest row has so many tokens and tiles, in words.
+    pub fn in_words(&self, [tokens, tiles]: [usize; 2]) -> String {
+        let [memory, state] = [self.memory, self.sizes.state()].map(size_in_words);
+        // Short rows go side by side.
+        let at_once = tokens.max(PACK_TOKENS_MAX.min(tokens * 8));
+        let remembered = size_in_words(self.sizes.remembered(at_once, tiles));
+        let again = size_in_words(self.sizes.computed_again(at_once, tiles));
+        let how = match (self.checkpointing, self.keep(at_once, tiles)) {
+            (Checkpointing::Auto, Keep::Inputs) => format!(
+                "{remembered} that would not fit beside them; computed again layer by layer, {again}"
+            ),
+            (_, Keep::Inputs) => format!("{again}, computed again layer by layer"),
+            _ => format!("{remembered}, all remembered"),
+        };
+        format!(
+            "{memory} of memory, {state} of it weights, gradients and moments; activations of up to \
+             {at_once} tokens: {how}"
+        )
+    }
+}
+
+/// The fault of a row at which memory ran out although it was alone.
+pub fn too_large(error: &ovchat_models::ModelError) -> RowFault {
+    RowFault(format!(
+        "{error}, although it was alone; use a smaller picture, fewer or shorter answers, or a \
+         device with more memory"
+    ))
+}
+
+/// Cuts consecutive texts of these lengths into packs of at most `tokens_max` tokens, or of one text
+/// that is longer.
+pub fn packs(lengths: &[usize], tokens_max: usize) -> Vec<Range<usize>> {
+    let mut packs: Vec<Range<usize>> = Vec::new();
+    let mut tokens = 0;
+    for (index, &length) in lengths.iter().enumerate() {
+        match packs.last_mut() {
+            Some(pack) if tokens + length <= tokens_max => {
+                pack.end = index + 1;
+                tokens += length;
+            }
+            _ => {
+                packs.push(index..index + 1);
+                tokens = length;
+            }
+        }
+    }
+    packs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ovchat_models::ModelError;
+    use ovchat_models::prep::DecoderCard;
+
+    #[test]
+    fn packs_hold_whole_texts_in_order() {
+        assert!(packs(&[], 10).is_empty());
+        assert_eq!(packs(&[4, 6, 1, 30, 2], 10), [0..2, 2..3, 3..4, 4..5]);
+    }
+
+    /// Qwen2 of 7B in bfloat16, its sizes by hand: 28 layers, 4 key-value heads of 128.
+    fn sizes() -> Sizes {
+        let card = DecoderCard {
+            vocab_size: 152_128,
+            hidden_size: 3584,
+            intermediate_size: 18_944,
+            num_hidden_layers: 28,
+            num_attention_heads: 28,
+            num_key_value_heads: 4,
+            head_dim: 128,
+            ..DecoderCard::QWEN2
+        };
+        Sizes::new(8_000_000_000, &card, 2)
+    }
+
+    #[test]
+    fn the_budget_fits_into_the_memory_beside_the_weights() {
+        let sizes = sizes();
+        assert_eq!((sizes.weights, sizes.token), (16_000_000_000, 57_344));
+        let memory = Gigabytes::try_from(40.0).unwrap();
+        let budget = Budget::plan(Some(memory), Device::Cuda(0), sizes);
+        let taken = sizes.weights
+            + budget.tokens as u64 * sizes.token
+            + budget.rows as u64 * sizes.row
+            + budget.read_tokens as u64 * sizes.read;
+        assert!(taken <= memory.bytes() && taken > memory.bytes() - sizes.token);
+        assert_eq!(budget.rows, 256);
+        let mut half = budget;
+        half.halve();
+        assert_eq!((half.rows, half.halvings), (128, 1));
+        assert_eq!(half.tokens, budget.tokens / 2);
+        assert_eq!(
+            budget.of_scoring(),
+            "reads up to 8192 tokens at once (40.0 GB of memory, 16.0 GB of them weights)"
+        );
+        let words = budget.of_sampling();
+        assert!(words.starts_with("up to 256 answers at once, "), "{words}");
+    }
+
+    #[test]
+    fn what_can_never_fit_is_refused_with_the_way_out_and_little_memory_still_takes_one() {
+        let memory = Gigabytes::try_from(16.1).unwrap();
+        let budget = Budget::plan(Some(memory), Device::Cpu, sizes());
+        assert_eq!(budget.rows, 6);
+        assert!(budget.admit(1000).is_ok());
+        let fault = budget.admit(2000).unwrap_err().0;
+        assert!(
+            fault.contains("2000 tokens") && fault.contains("memory_gb"),
+            "{fault}"
+        );
+        let none = Budget::plan(Gigabytes::try_from(1.0).ok(), Device::Cpu, sizes());
+        assert_eq!((none.rows, none.tokens), (1, 0));
+        let fault = none.admit(1).unwrap_err().0;
+        assert!(
+            fault.starts_with("the weights of the model alone take 16.0 GB of memory, and 1.0 GB"),
+            "{fault}"
+        );
+        let error = ModelError::OutOfMemory {
+            what: "sampling".to_owned(),
+            batch: 1,
+            length: 2,
+        };
+        assert!(too_large(&error).0.contains("although it was alone"));
+    }
+}

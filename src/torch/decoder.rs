@@ -1,0 +1,588 @@
+//! The decoder: Qwen2 (LLaVA-OneVision) and Llama (LLaVA-RLHF), which differ by three biases.
+//!
+//! The decoder is met in one situation only: several continuations of one long prompt, which is
+//! mostly picture. So there are four ways through it, with the same weights and the same numbers.
+//! [`Decoder::read`] reads prompts together with whole continuations, each blind to the others, and
+//! can go back with gradients (training). [`Decoder::prefill`] reads prompts once and gives their keys
+//! and values, a [`Prefix`] each. [`Decoder::branch`] reads whole continuations behind them (scoring).
+//! [`Decoder::step`] reads the next token of each continuation and remembers it in [`Continuations`]
+//! (sampling). A prefix is read by all its continuations and copied for none.
+//!
+//! [`Decoder::read_on`] is a `prefill` of prompts that begin with the same picture.
+//!
+//! All take several prompts at once. Activations are `[tokens, hidden]`, heads
+//! `[heads, tokens, head_dim]`, with the tokens of all prompts one after the other and no padding:
+//! what is done to each token is done to all in one product, and attention goes prompt by prompt.
+//!
+//! Sources: transformers' `models/qwen2/modeling_qwen2.py` and `models/llama/modeling_llama.py`.
+
+mod layer;
+mod tree;
+
+use std::rc::Rc;
+
+use tch::{Device, Kind, Tensor};
+
+use self::layer::DecoderLayer;
+use self::tree::Forest;
+pub use self::tree::Tree;
+use super::attention::{
+    KeyValue, attend_behind, attend_causally, attend_masked, attend_one, attend_to_all, branch_mask,
+};
+use super::chain::{Chain, Keep, Link};
+use super::layers::{Activation, Angles, Bias, Path, RmsNorm, Rotary};
+use ovchat_models::ModelError;
+use ovchat_models::prep::DecoderCard;
+
+/// The sizes of a decoder, named as in `config.json`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DecoderConfig {
+    pub vocab_size: i64,
+    pub hidden_size: i64,
+    pub intermediate_size: i64,
+    pub num_hidden_layers: i64,
+    pub num_attention_heads: i64,
+    /// Divides `num_attention_heads`; each serves that many consecutive query heads.
+    pub num_key_value_heads: i64,
+    pub head_dim: i64,
+    pub hidden_act: Activation,
+    pub rms_norm_eps: f64,
+    pub rope_theta: f64,
+    /// Whether `q_proj`, `k_proj` and `v_proj` have biases: Qwen2 yes, Llama no.
+    pub qkv_bias: Bias,
+}
+
+impl From<&DecoderCard> for DecoderConfig {
+    fn from(card: &DecoderCard) -> Self {
+        Self {
+            vocab_size: card.vocab_size as i64,
+            hidden_size: card.hidden_size as i64,
+            intermediate_size: card.intermediate_size as i64,
+            num_hidden_layers: card.num_hidden_layers as i64,
+            num_attention_heads: card.num_attention_heads as i64,
+            num_key_value_heads: card.num_key_value_heads as i64,
+            head_dim: card.head_dim as i64,
+            hidden_act: Activation::Silu,
+            rms_norm_eps: card.rms_norm_eps,
+            rope_theta: card.rope_theta,
+            qkv_bias: if card.qkv_bias { Bias::Yes } else { Bias::No },
+        }
+    }
+}
+
+/// Embeddings, layers and the final norm; the head is apart, see [`LmHead`].
+#[derive(Debug)]
+pub struct Decoder {
+    embed_tokens: Tensor, // [vocab, hidden]
+    layers: Vec<DecoderLayer>,
+    norm: RmsNorm,
+    rotary: Rotary,
+}
+
+/// Which hidden states are wanted. What only others need is not computed: the last layer reads keys
+/// and values of every token and goes on with the wanted ones.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wanted {
+    /// That of the last token of each prompt or continuation.
+    Last,
+    /// None; the prefix is what is wanted.
+    Nothing,
+}
+
+/// The queries of a layer, `[heads, tokens, head_dim]`.
+#[derive(Clone, Copy)]
+enum Queries<'a> {
+    /// Of every token.
+    All(&'a Tensor),
+    /// Of the last token of each text.
+    Last(&'a Tensor),
+    Nothing,
+}
+
+/// The keys and values of a prompt.
+#[derive(Debug)]
+pub struct Prefix {
+    layers: Vec<KeyValue>, // [kv_heads, tokens, head_dim]
+    tokens: i64,
+}
+
+impl Prefix {
+    /// Tokens of the prompt; the first token behind it has this position.
+    pub fn tokens(&self) -> i64 {
+        self.tokens
+    }
+
+    /// The same in memory of its own, head by head, for a prefix that stays: as they come, keys and
+    /// values lie between those of other prompts and among what reading them took.
+    #[must_use]
+    pub fn compact(self) -> Self {
+        let all = |xs: &dyn Fn(&KeyValue) -> Tensor| {
+            let layers: Vec<Tensor> = self.layers.iter().map(xs).collect();
+            Tensor::stack(&layers, 0).contiguous().unbind(0)
+        };
+        let keys = all(&|own| own.k.shallow_clone());
+        let values = all(&|own| own.v.shallow_clone());
+        let layers = keys.into_iter().zip(values);
+        Self {
+            layers: layers.map(|(k, v)| KeyValue { k, v }).collect(),
+            tokens: self.tokens,
+        }
+    }
+}
+
+/// The keys and values of continuations that grow by a token each at a time.
+#[derive(Debug)]
+pub struct Continuations {
+    layers: Vec<KeyValue>, // [kv_heads, rows, capacity, head_dim]
+    tokens: i64,
+}
+
+/// Tokens that there is room for at first; when it is full, there is twice as much.
+const CAPACITY: i64 = 16;
+
+impl Continuations {
+    /// No token yet in any row.
+    pub fn new() -> Self {
+        let layers = Vec::new();
+        Self { layers, tokens: 0 }
+    }
+
+    /// Adds the keys and values of one more token (`[kv_heads, rows, 1, head_dim]`) to those of a
+    /// layer, and gives them all, `[kv_heads, rows, tokens, head_dim]`.
+    fn append(&mut self, layer: usize, new: &KeyValue) -> KeyValue {
+        let with_room = |xs: &Tensor, room: i64| {
+            let mut size = xs.size();
+            size[2] = room;
+            Tensor::cat(&[xs, &Tensor::empty(size, (xs.kind(), xs.device()))], 2)
+        };
+        if layer == self.layers.len() {
+            let [k, v] = [&new.k, &new.v].map(|xs| with_room(xs, CAPACITY - 1));
+            self.layers.push(KeyValue { k, v });
+        }
+        let own = &mut self.layers[layer];
+        let capacity = own.k.size()[2];
+        if self.tokens == capacity {
+            *own = KeyValue {
+                k: with_room(&own.k, capacity),
+                v: with_room(&own.v, capacity),
+            };
+        }
+        let place = |xs: &Tensor, new: &Tensor| xs.narrow(2, self.tokens, 1).copy_(new);
+        place(&own.k, &new.k);
+        place(&own.v, &new.v);
+        KeyValue {
+            k: own.k.narrow(2, 0, self.tokens + 1),
+            v: own.v.narrow(2, 0, self.tokens + 1),
+        }
+    }
+
+    /// Keeps only the rows (`[kept]`, int64) that go on.
+    pub fn keep(&mut self, rows: &Tensor) {
+        for layer in &mut self.layers {
+            layer.k = layer.k.index_select(1, rows);
+            layer.v = layer.v.index_select(1, rows);
+        }
+    }
+}
+
+/// Whole continuations of one prompt.
+#[derive(Debug)]
+pub struct Texts<'a> {
+    pub prefix: &'a Prefix,
+    /// The tokens of each.
+    pub lengths: Vec<i64>,
+}
+
+/// The growing continuations of one prompt.
+#[derive(Debug)]
+pub struct Branches<'a> {
+    pub prefix: &'a Prefix,
+    pub rows: &'a mut Continuations,
+    /// How many continuations there are.
+    pub count: i64,
+}
+
+impl Default for Continuations {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Decoder {
+    /// `path` holds `embed_tokens`, `layers` and `norm`.
+    pub fn new(path: &Path, config: &DecoderConfig) -> Result<Self, ModelError> {
+        let embed_tokens =
+            (path / "embed_tokens").take("weight", &[config.vocab_size, config.hidden_size])?;
+        let layers = path / "layers";
+        let device = embed_tokens.device();
+        Ok(Self {
+            embed_tokens,
+            layers: (0..config.num_hidden_layers)
+                .map(|index| DecoderLayer::new(&(&layers / index), config))
+                .collect::<Result<_, _>>()?,
+            norm: RmsNorm::new(&(path / "norm"), config.hidden_size, config.rms_norm_eps)?,
+            rotary: Rotary::new(config.head_dim, config.rope_theta, device),
+        })
+    }
+
+    /// Every hidden state of one text, after the final norm.
+    #[cfg(test)]
+    pub fn hidden(&self, embeds: &Tensor) -> Tensor {
+        let tree = Tree {
+            prompt: embeds.size()[0],
+            branches: Vec::new(),
+            wanted_from: 0,
+        };
+        self.read(embeds, vec![tree], Keep::Nothing)
+            .output()
+            .shallow_clone()
+    }
+
+    /// Where its weights lie.
+    pub fn device(&self) -> Device {
+        self.embed_tokens.device()
+    }
+
+    /// Token ids (`[tokens]`, int64) to `[tokens, hidden]`.
+    pub fn embed(&self, ids: &Tensor) -> Tensor {
+        Tensor::embedding(&self.embed_tokens, ids, -1, false, false)
+    }
+
+    /// Reads trees; their embeddings lie one after the other in `embeds` (`[tokens of all, hidden]`),
+    /// of each tree the prompt first, then its continuations. The chain gives the wanted hidden
+    /// states after the final norm, in that order.
+    pub fn read(&self, embeds: &Tensor, trees: Vec<Tree>, keep: Keep) -> Chain<'_> {
+        let places = trees.iter().flat_map(Tree::places);
+        let angles = self.positions(places, embeds.device(), embeds.kind());
+        let forest = Rc::new(Forest::new(trees, angles, embeds));
+        let (last, before) = self.layers.split_last().expect("a layer");
+        let mut links: Vec<Link<'_>> = Vec::with_capacity(self.layers.len());
+        for layer in before {
+            let forest = Rc::clone(&forest);
+            links.push(Box::new(move |xs| {
+                let angles = &forest.angles;
+                let normed = layer.input_layernorm.forward(xs);
+                let own = layer.self_attn.keys_values(&normed, angles);
+                layer.forward(xs, &normed, angles, |q| forest.attend_all(q, &own))
+            }));
+        }
+        links.push(Box::new(move |xs| {
+            let normed = last.input_layernorm.forward(xs);
+            let own = last.self_attn.keys_values(&normed, &forest.angles);
+            let angles = forest.angles.map(|angles| forest.pick(angles));
+            let [xs, normed] = [xs, &normed].map(|xs| forest.pick(xs));
+            let xs = last.forward(&xs, &normed, &angles, |q| forest.attend_wanted(q, &own));
+            self.norm.forward(&xs)
+        }));
+        Chain::run(links, embeds, keep)
+    }
+
+    /// Reads prompts of these `lengths`, each from position 0; their embeddings lie one after the
+    /// other in `embeds` (`[tokens of all, hidden]`). Gives the wanted hidden states after the final
+    /// norm, in that order, and the prefixes.
+    pub fn prefill(
+        &self,
+        embeds: &Tensor,
+        lengths: &[i64],
+        wanted: Wanted,
+    ) -> (Tensor, Vec<Prefix>) {
+        assert_eq!(embeds.size()[0], lengths.iter().sum::<i64>());
+        let places = lengths.iter().copied().map(|length| (0, length));
+        let angles = self.positions(places, embeds.device(), embeds.kind());
+        let runs = runs(lengths);
+        let mut prefixes: Vec<Prefix> = lengths
+            .iter()
+            .map(|&tokens| Prefix {
+                layers: Vec::with_capacity(self.layers.len()),
+                tokens,
+            })
+            .collect();
+        let hidden = self.through_layers(embeds, &angles, lengths, wanted, |_, queries, own| {
+            let mut mixed = Vec::with_capacity(runs.len());
+            for (prompt, &(start, length)) in runs.iter().enumerate() {
+                let own = own.of_tokens(start, length);
+                match queries {
+                    Queries::All(q) => {
+                        mixed.push(attend_causally(&q.narrow(1, start, length), &own));
+                    }
+                    Queries::Last(q) => {
+                        mixed.push(attend_to_all(&q.narrow(1, prompt as i64, 1), &own));
+                    }
+                    Queries::Nothing => {}
+                }
+                prefixes[prompt].layers.push(own);
+            }
+            joined(mixed)
+        });
+        (hidden, prefixes)
+    }
+
+    /// Reads prompts whose beginnings were read before, each given by its beginning and the number of
+    /// its other tokens; the embeddings of these lie one after the other in `embeds`. Gives what
+    /// [`Decoder::prefill`] would for the whole prompts.
+    pub fn read_on(
+        &self,
+        embeds: &Tensor,
+        prompts: &[(&Prefix, i64)],
+        wanted: Wanted,
+    ) -> (Tensor, Vec<Prefix>) {
+        let lengths: Vec<i64> = prompts.iter().map(|(_, length)| *length).collect();
+        assert_eq!(embeds.size()[0], lengths.iter().sum::<i64>());
+        let places = prompts
+            .iter()
+            .map(|(prefix, length)| (prefix.tokens, *length));
+        let angles = self.positions(places, embeds.device(), embeds.kind());
+        let runs = runs(&lengths);
+        let mut prefixes = Vec::with_capacity(prompts.len());
+        let mut masks = Vec::with_capacity(prompts.len());
+        for (prefix, length) in prompts {
+            prefixes.push(Prefix {
+                layers: Vec::with_capacity(self.layers.len()),
+                tokens: prefix.tokens + length,
+            });
+            let mask = branch_mask(&[*length], prefix.tokens);
+            masks.push(mask.to_device(embeds.device()).to_kind(embeds.kind()));
+        }
+        let hidden =
+            self.through_layers(embeds, &angles, &lengths, wanted, |layer, queries, own| {
+                let mut mixed = Vec::with_capacity(runs.len());
+                for (prompt, &(start, length)) in runs.iter().enumerate() {
+                    let beginning = &prompts[prompt].0.layers[layer];
+                    let seen = beginning.followed_by(&own.of_tokens(start, length));
+                    match queries {
+                        Queries::All(q) => {
+                            let q = q.narrow(1, start, length);
+                            mixed.push(attend_masked(&q, &seen, &masks[prompt]));
+                        }
+                        Queries::Last(q) => {
+                            mixed.push(attend_to_all(&q.narrow(1, prompt as i64, 1), &seen));
+                        }
+                        Queries::Nothing => {}
+                    }
+                    prefixes[prompt].layers.push(seen);
+                }
+                joined(mixed)
+            });
+        (hidden, prefixes)
+    }
+
+    /// Reads whole continuations of prompts. Their embeddings lie one after the other in `embeds`
+    /// (`[tokens of all, hidden]`), `prompts` says where each ends; each starts at the position after
+    /// its prompt and sees the prompt and itself. Gives the wanted hidden states after the final
+    /// norm, in the same order.
+    pub fn branch(&self, embeds: &Tensor, prompts: &[Texts<'_>], wanted: Wanted) -> Tensor {
+        let lengths: Vec<i64> = prompts
+            .iter()
+            .flat_map(|prompt| &prompt.lengths)
+            .copied()
+            .collect();
+        assert_eq!(embeds.size()[0], lengths.iter().sum::<i64>());
+        let device = embeds.device();
+        let places = prompts.iter().flat_map(|prompt| {
+            let lengths = prompt.lengths.iter();
+            lengths.map(|&length| (prompt.prefix.tokens, length))
+        });
+        let angles = self.positions(places, device, embeds.kind());
+        let of_prompts: Vec<i64> = prompts
+            .iter()
+            .map(|prompt| prompt.lengths.iter().sum())
+            .collect();
+        let runs = runs(&of_prompts);
+        let masks: Vec<Tensor> = prompts
+            .iter()
+            .map(|prompt| {
+                branch_mask(&prompt.lengths, prompt.prefix.tokens)
+                    .to_device(device)
+                    .to_kind(embeds.kind())
+            })
+            .collect();
+        self.through_layers(embeds, &angles, &lengths, wanted, |layer, queries, own| {
+            let mut mixed = Vec::with_capacity(runs.len());
+            let mut first = 0;
+            for ((prompt, mask), &(start, length)) in prompts.iter().zip(&masks).zip(&runs) {
+                let own = own.of_tokens(start, length);
+                let shared = &prompt.prefix.layers[layer];
+                match queries {
+                    Queries::All(q) => {
+                        let q = q.narrow(1, start, length);
+                        mixed.push(attend_behind(&q, &own, shared, mask));
+                    }
+                    Queries::Last(q) => {
+                        let count = prompt.lengths.len() as i64;
+                        let lasts = last_of_each(&prompt.lengths, device);
+                        let (q, mask) = (q.narrow(1, first, count), mask.index_select(0, &lasts));
+                        mixed.push(attend_behind(&q, &own, shared, &mask));
+                        first += count;
+                    }
+                    Queries::Nothing => {}
+                }
+            }
+            joined(mixed)
+        })
+    }
+
+    /// Goes through all layers with texts of these `lengths`. `attend` is given the number of the
+    /// layer, queries, and the keys and values of every token; it mixes the values of whatever the
+    /// queries may see, if there are any. Gives the wanted hidden states after the final norm.
+    fn through_layers(
+        &self,
+        embeds: &Tensor,
+        angles: &Angles,
+        lengths: &[i64],
+        wanted: Wanted,
+        mut attend: impl FnMut(usize, Queries<'_>, KeyValue) -> Option<Tensor>,
+    ) -> Tensor {
+        const MIXED: &str = "queries are answered";
+        let (last, before) = self.layers.split_last().expect("a layer");
+        let mut xs = embeds.shallow_clone();
+        for (index, layer) in before.iter().enumerate() {
+            let normed = layer.input_layernorm.forward(&xs);
+            let own = layer.self_attn.keys_values(&normed, angles);
+            xs = layer.forward(&xs, &normed, angles, |q| {
+                attend(index, Queries::All(q), own).expect(MIXED)
+            });
+        }
+        let index = before.len();
+        let normed = last.input_layernorm.forward(&xs);
+        let own = last.self_attn.keys_values(&normed, angles);
+        match wanted {
+            Wanted::Last => {
+                let lasts = last_of_each(lengths, xs.device());
+                let [xs_there, normed] = [&xs, &normed].map(|xs| xs.index_select(0, &lasts));
+                xs = last.forward(&xs_there, &normed, &angles.of(&lasts), |q| {
+                    attend(index, Queries::Last(q), own).expect(MIXED)
+                });
+            }
+            Wanted::Nothing => {
+                let _ = attend(index, Queries::Nothing, own);
+                return xs.narrow(0, 0, 0);
+            }
+        }
+        self.norm.forward(&xs)
+    }
+
+    /// Reads the next token of each continuation of each prompt (`[rows of all, hidden]`). Gives their
+    /// hidden states after the final norm. The weights are read once for all rows, each prefix once
+    /// for the rows behind it. For inference.
+    pub fn step(&self, embeds: &Tensor, prompts: &mut [Branches<'_>]) -> Tensor {
+        let positions: Vec<i64> = prompts
+            .iter()
+            .flat_map(|prompt| {
+                let position = prompt.prefix.tokens + prompt.rows.tokens;
+                std::iter::repeat_n(position, prompt.count as usize)
+            })
+            .collect();
+        assert_eq!(embeds.size()[0], positions.len() as i64);
+        let positions = Tensor::from_slice(&positions).to_device(embeds.device());
+        let angles = self.rotary.angles(&positions, embeds.kind());
+        let mut xs = embeds.shallow_clone();
+        for (index, layer) in self.layers.iter().enumerate() {
+            let normed = layer.input_layernorm.forward(&xs);
+            let new = layer.self_attn.keys_values(&normed, &angles);
+            xs = layer.forward(&xs, &normed, &angles, |q| {
+                let mut first = 0;
+                let mut mixed = Vec::with_capacity(prompts.len());
+                for prompt in prompts.iter_mut() {
+                    let of_prompt = |xs: &Tensor| xs.narrow(1, first, prompt.count);
+                    let [k, v] = [&new.k, &new.v].map(|xs| of_prompt(xs).unsqueeze(2)); // [kv_heads, rows, 1, head_dim]
+                    let own = prompt.rows.append(index, &KeyValue { k, v });
+                    mixed.push(attend_one(
+                        &of_prompt(q),
+                        &own,
+                        &prompt.prefix.layers[index],
+                    ));
+                    first += prompt.count;
+                }
+                Tensor::cat(&mixed, 1)
+            });
+        }
+        for prompt in prompts {
+            prompt.rows.tokens += 1;
+        }
+        self.norm.forward(&xs)
+    }
+
+    /// The angles of texts one after the other, each with its first position and its length.
+    fn positions(
+        &self,
+        texts: impl Iterator<Item = (i64, i64)>,
+        device: Device,
+        kind: Kind,
+    ) -> Angles {
+        let places: Vec<Tensor> = texts
+            .map(|(first, length)| {
+                Tensor::arange_start(first, first + length, (Kind::Int64, device))
+            })
+            .collect();
+        self.rotary.angles(&Tensor::cat(&places, 0), kind)
+    }
+}
+
+/// Where each text starts among all, and its length.
+fn runs(lengths: &[i64]) -> Vec<(i64, i64)> {
+    let mut start = 0;
+    let run = |&length: &i64| {
+        start += length;
+        (start - length, length)
+    };
+    lengths.iter().map(run).collect()
+}
+
+/// The place of the last token of each text among those of all, `[texts]`, int64.
+fn last_of_each(lengths: &[i64], device: Device) -> Tensor {
+    let lasts: Vec<i64> = runs(lengths)
+        .iter()
+        .map(|(start, length)| start + length - 1)
+        .collect();
+    Tensor::from_slice(&lasts).to_device(device)
+}
+
+/// What prompts mixed, side by side; nothing if nothing was asked.
+fn joined(mut mixed: Vec<Tensor>) -> Option<Tensor> {
+    match mixed.len() {
+        0 | 1 => mixed.pop(),
+        _ => Some(Tensor::cat(&mixed, 1)),
+    }
+}
+
+/// The head that turns hidden states into logits; apart from [`Decoder`], so that logits are
+/// computed only where they are needed, and not loaded where they never are.
+#[derive(Debug)]
+pub struct LmHead {
+    weight: Tensor, // [vocab, hidden]
+}
+
+impl LmHead {
+    /// A head of its own.
+    pub fn new(path: &Path, config: &DecoderConfig) -> Result<Self, ModelError> {
+        let weight = path.take("weight", &[config.vocab_size, config.hidden_size])?;
+        Ok(Self { weight })
+    }
+
+    /// The embedding used as head; gradients of both uses meet in the one parameter.
+    pub fn tied(decoder: &Decoder) -> Self {
+        let weight = decoder.embed_tokens.shallow_clone();
+        Self { weight }
+    }
+
+    /// A head made of `weight`, `[vocab, hidden]`.
+    #[cfg(test)]
+    pub fn of(weight: Tensor) -> Self {
+        Self { weight }
+    }
+
+    /// `[rows, hidden]` to `[rows, vocab]`, in float32.
+    pub fn forward(&self, hidden: &Tensor) -> Tensor {
+        hidden
+            .linear(&self.weight.to_kind(hidden.kind()), None::<&Tensor>)
+            .to_kind(Kind::Float)
+    }
+
+    /// How many different tokens there are.
+    pub fn vocab(&self) -> i64 {
+        self.weight.size()[0]
+    }
+}
+
+#[cfg(test)]
+mod tests;

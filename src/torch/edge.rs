@@ -1,0 +1,128 @@
+//! Where libtorch's errors become ours.
+//!
+//! Inside a network a failing call is a bug and panics, which keeps the mathematics readable. Two
+//! failures are not bugs: memory runs out, or a device fails. Both can come from any call, so they
+//! are caught where a network is entered, and only they: every other panic goes on as one.
+
+use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind, set_hook, take_hook};
+use std::sync::Once;
+
+use tch::TchError;
+
+use super::device::torch_error;
+use ovchat_models::ModelError;
+
+thread_local! {
+    static GUARDED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// How a panic begins that `unwrap` of a failed libtorch call makes.
+const TORCH_PANIC: &str = "called `Result::unwrap()` on an `Err` value: Torch(";
+
+/// Runs `compute`, which calls networks. `what` completes "out of memory while …"; `batch` and
+/// `length` are the rows and tokens that are computed at once.
+///
+/// Values that `compute` was changing when it failed are as it left them.
+pub fn guarded<T>(
+    what: &str,
+    batch: usize,
+    length: usize,
+    compute: impl FnOnce() -> T,
+) -> Result<T, ModelError> {
+    #[cfg(test)]
+    if tests::runs_out() {
+        return Err(ModelError::OutOfMemory {
+            what: what.to_owned(),
+            batch,
+            length,
+        });
+    }
+    keep_quiet_when_guarded();
+    let outer = GUARDED.replace(true);
+    let outcome = catch_unwind(AssertUnwindSafe(compute));
+    GUARDED.set(outer);
+    outcome.or_else(|payload| match torch_words(&*payload) {
+        Some(words) => {
+            let error = TchError::Torch(words.to_owned());
+            Err(torch_error(what.to_owned(), batch, length, &error))
+        }
+        None => resume_unwind(payload),
+    })
+}
+
+/// What libtorch said, if it is what this panic is about.
+fn torch_words(payload: &(dyn std::any::Any + Send)) -> Option<&str> {
+    let text = payload.downcast_ref::<String>()?;
+    let quoted = text.strip_prefix(TORCH_PANIC)?;
+    // The words are quoted by `Debug`; the first line is enough, the rest is the stack of C++.
+    let words = quoted.trim_start_matches('"');
+    Some(words.split("\\n").next().unwrap_or(words))
+}
+
+/// Panics that [`guarded`] turns into errors shall not print a message first.
+fn keep_quiet_when_guarded() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let others = take_hook();
+        set_hook(Box::new(move |panic| {
+            if !GUARDED.get() || torch_words(panic.payload()).is_none() {
+                others(panic);
+            }
+        }));
+    });
+}
+
+#[cfg(test)]
+pub mod tests {
+    use tch::{Device, Kind, Tensor};
+
+    use super::*;
+
+    thread_local! {
+        static SUCCEED: Cell<Option<usize>> = const { Cell::new(None) };
+    }
+
+    /// Of this thread's calls of [`guarded`], `calls` go on and the next runs out of memory, once.
+    pub fn run_out_after(calls: usize) {
+        SUCCEED.set(Some(calls));
+    }
+
+    pub fn runs_out() -> bool {
+        match SUCCEED.get() {
+            None => false,
+            Some(0) => {
+                SUCCEED.set(None);
+                true
+            }
+            Some(calls) => {
+                SUCCEED.set(Some(calls - 1));
+                false
+            }
+        }
+    }
+
+    #[test]
+    fn too_large_a_tensor_is_out_of_memory() {
+        let error = guarded("testing", 2, 3, || {
+            Tensor::zeros([1 << 30, 1 << 16], (Kind::Float, Device::Cpu))
+        });
+        let text = error.unwrap_err().to_string();
+        assert_eq!(text, "out of memory while testing (2 rows, 3 tokens)");
+    }
+
+    #[test]
+    fn other_errors_of_libtorch_keep_their_words() {
+        let one = Tensor::from_slice(&[1.0f32, 2.0]);
+        let error = guarded("testing", 1, 1, || &one + Tensor::from_slice(&[1.0f32; 3]));
+        let text = error.unwrap_err().to_string();
+        assert!(text.contains("size of tensor a (2)"), "{text}");
+        assert!(!text.contains('\n') && !text.contains("frame #"), "{text}");
+    }
+
+    #[test]
+    #[should_panic(expected = "a bug of ours")]
+    fn bugs_still_panic() {
+        let _ = guarded("testing", 1, 1, || panic!("a bug of ours"));
+    }
+}

@@ -1,0 +1,450 @@
+//! Sampling: the k answers to a prompt from one look at its pictures and one reading of it.
+//!
+//! Each distinct picture of a call goes through the tower once, each prompt through the decoder
+//! once; what prompts about the same pictures begin with, pictures and all, once for all of them. Its
+//! answers then grow side by side behind the one prefix, a token at a time, and beside
+//! those of other prompts, so that the weights are read once for all. An answer that has ended leaves
+//! the batch; when there is room in the [`Budget`], the next prompts enter. Who is beside whom follows
+//! from the prompts of the call alone, and which numbers draw an answer from its own prompt alone.
+//!
+//! Memory that runs out nevertheless costs the answers that were growing, which begin again in half
+//! the budget; it costs a prompt its row if that prompt was alone.
+
+mod batch;
+mod beginnings;
+
+use std::collections::{HashMap, VecDeque};
+use std::time::Instant;
+
+use rayon::prelude::*;
+
+use self::batch::{Batch, Draft, Ends, Growing};
+use self::beginnings::Beginnings;
+use super::budget::{Budget, packs, too_large};
+use super::checkpoint::Checkpoint;
+use super::device;
+use super::edge::guarded;
+use super::llava_onevision::LlavaOnevision;
+use super::pictures::{Pictures, Shown};
+use super::sampling::{Chooser, answer_seed};
+use ovchat_models::prep::{PolicyPrep, PromptIds, Sizes, Tiles, elements};
+use ovchat_models::{
+    self as models, Emit, Generation, ModelError, Picture, Policy, Prompt, RowFault, Sampling,
+    Stop, Telemetry,
+};
+
+/// LLaVA-OneVision as a policy.
+#[derive(Debug)]
+pub struct OnevisionPolicy {
+    prep: PolicyPrep,
+    network: LlavaOnevision,
+    banned: Vec<i64>,
+    budget: Budget,
+}
+
+/// A prompt whose answers are still to be made.
+#[derive(Debug, Clone)]
+pub struct Waiting {
+    /// The place of the prompt in the call.
+    index: usize,
+    text: PromptIds,
+    shown: Vec<Shown>,
+    /// Tokens up to the end of its last picture, if another prompt of the call begins with the same:
+    /// they are read once for all of these.
+    beginning: usize,
+    /// Of all answers.
+    seeds: Vec<i64>,
+    /// Answers to be made; greedy ones are all the same, and one is made.
+    drafts: usize,
+    /// The longest of them.
+    tokens_max: usize,
+}
+
+impl Waiting {
+    /// Tokens that the prompt and its answers may come to.
+    fn tokens(&self) -> usize {
+        self.text.ids.len() + self.drafts * self.tokens_max
+    }
+}
+
+/// A call under way.
+struct Session<'a> {
+    network: &'a LlavaOnevision,
+    prep: &'a PolicyPrep,
+    how: &'a Sampling,
+    stops: Vec<i64>,
+    budget: Budget,
+    waiting: VecDeque<Waiting>,
+    batch: Batch<'a>,
+    pictures: Pictures<'a, Tiles>,
+    beginnings: Beginnings,
+    telemetry: Telemetry,
+}
+
+/// What becomes of a prompt: its place in the call, and its answers.
+type Outcome = (usize, Result<Vec<Generation>, RowFault>);
+
+impl OnevisionPolicy {
+    /// Opens the checkpoint of the spec.
+    pub fn open(spec: &models::LlavaOnevision) -> Result<Self, ModelError> {
+        let folder = &spec.weights;
+        let prep = PolicyPrep::open(folder)?;
+        let (device, kind) = device::choose(spec.device, spec.dtype)?;
+        let checkpoint = Checkpoint::open(folder)?;
+        let network = LlavaOnevision::open_merged(spec, &checkpoint, &prep.card, device, kind)?;
+        let element = kind.elt_size_in_bytes() as u64;
+        let sizes = Sizes::new(elements(&prep.card), &prep.card.text_config, element);
+        Ok(Self {
+            banned: prep.chat.banned(prep.card.text_config.vocab_size),
+            prep,
+            network,
+            budget: Budget::plan(spec.memory_gb, device, sizes),
+        })
+    }
+
+    /// The prompts that can be answered, in the order in which they will be: as given, but those
+    /// about the same picture together. The others with what is wrong with them.
+    fn queue(
+        &self,
+        prompts: &[Prompt],
+        how: &Sampling,
+    ) -> (VecDeque<Waiting>, Vec<(usize, RowFault)>) {
+        let (prep, budget) = (&self.prep, self.budget);
+        let waiting: Vec<Result<Waiting, RowFault>> = prompts
+            .par_iter()
+            .enumerate()
+            .map(|(index, prompt)| {
+                let text = prep.ids(prompt)?;
+                let room = prep.context() - text.ids.len();
+                let waiting = Waiting {
+                    index,
+                    text,
+                    shown: Shown::of(prompt),
+                    beginning: 0,
+                    seeds: (0..how.count)
+                        .map(|answer| answer_seed(prompt.seed, answer))
+                        .collect(),
+                    drafts: if how.temperature == 0.0 { 1 } else { how.count },
+                    tokens_max: how.max_new_tokens.min(room),
+                };
+                budget.admit(waiting.tokens())?;
+                Ok(waiting)
+            })
+            .collect();
+        let mut queue = VecDeque::with_capacity(prompts.len());
+        let mut faults = Vec::new();
+        let mut waiting: Vec<Option<Result<Waiting, RowFault>>> =
+            waiting.into_iter().map(Some).collect();
+        for index in by_first_picture(prompts) {
+            match waiting[index].take().expect("each prompt once") {
+                Ok(prompt) => queue.push_back(prompt),
+                Err(fault) => faults.push((index, fault)),
+            }
+        }
+        beginnings::share(&mut queue);
+        (queue, faults)
+    }
+
+    /// Tokens that end an answer: the model's own and those that were asked for.
+    fn stops(&self, how: &Sampling) -> Result<Vec<i64>, ModelError> {
+        let vocab = self.prep.card.text_config.vocab_size as i64;
+        let mut asked = how.stop_token_ids.iter();
+        if let Some(id) = asked.find(|id| !(0..vocab).contains(*id)) {
+            return Err(ModelError::Torch {
+                what: "sampling".to_owned(),
+                problem: format!(
+                    "`stop_token_ids` holds {id}, and the model's tokens are 0 to {}",
+                    vocab - 1
+                ),
+            });
+        }
+        Ok([self.prep.chat.stops(), &how.stop_token_ids].concat())
+    }
+}
+
+impl Session<'_> {
+    /// Brings the answers forward: reads prompts for which there is room, then adds a token to all
+    /// that grow. `None` when all are done.
+    fn go_on(&mut self) -> Result<Option<Vec<Outcome>>, ModelError> {
+        let mut outcomes = Vec::new();
+        let entering = self.admit();
+        let lengths = self.beginnings.lengths(&entering);
+        let mut entering = VecDeque::from(entering);
+        for pack in packs(&lengths, self.budget.read_tokens) {
+            let some: Vec<Waiting> = entering.drain(..pack.len()).collect();
+            match self.read(&some, entering.front(), &mut outcomes) {
+                Ok(()) => {}
+                Err(error @ ModelError::OutOfMemory { .. }) => {
+                    let rest = some.into_iter().chain(entering).collect();
+                    self.begin_again(&error, rest, &mut outcomes);
+                    return Ok(Some(outcomes));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        if self.batch.prompts.is_empty() {
+            let is_over = self.waiting.is_empty() && outcomes.is_empty();
+            return Ok((!is_over).then_some(outcomes));
+        }
+        match self.step(&mut outcomes) {
+            Ok(()) => {}
+            Err(error @ ModelError::OutOfMemory { .. }) => {
+                self.begin_again(&error, Vec::new(), &mut outcomes);
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(Some(outcomes))
+    }
+
+    /// The next prompts, as many as there is room for; one at least if nothing grows.
+    fn admit(&mut self) -> Vec<Waiting> {
+        let (mut rows, mut tokens) = (self.batch.rows(), self.batch.tokens());
+        tokens += self.beginnings.tokens();
+        let mut entering = Vec::new();
+        while let Some(next) = self.waiting.front() {
+            rows += next.drafts;
+            tokens += next.tokens();
+            let is_first = self.batch.prompts.is_empty() && entering.is_empty();
+            let has_room = rows <= self.budget.rows && tokens <= self.budget.tokens;
+            if !is_first && !has_room {
+                break;
+            }
+            entering.extend(self.waiting.pop_front());
+        }
+        entering
+    }
+
+    /// Reads prompts, whose answers then are rows of the batch. `next` is the one that is read after them,
+    /// if it has been let in.
+    fn read(
+        &mut self,
+        entering: &[Waiting],
+        next: Option<&Waiting>,
+        outcomes: &mut Vec<Outcome>,
+    ) -> Result<(), ModelError> {
+        let network = self.network;
+        let device = network.device();
+        let shown: Vec<Shown> = entering.iter().flat_map(|one| one.shown.clone()).collect();
+        let seconds_tower = &mut self.telemetry.seconds_tower;
+        self.pictures.look(&shown, |tiles| {
+            let begun = Instant::now();
+            let rows = tiles.iter().map(|tiles| tiles.packing.tiles()).sum();
+            let length = tiles.iter().map(|tiles| tiles.packing.tokens()).sum();
+            let features = guarded("looking at pictures", rows, length, || {
+                let _no_grad = tch::no_grad_guard();
+                let features = network.image_features(tiles);
+                device::wait(device);
+                features
+            });
+            *seconds_tower += begun.elapsed().as_secs_f64();
+            features
+        })?;
+
+        let begun = Instant::now();
+        let mut seen = Vec::with_capacity(entering.len());
+        let mut faults = Vec::new();
+        for waiting in entering {
+            match self.pictures.features(&waiting.shown) {
+                Ok(features) => seen.push((waiting, features)),
+                Err(fault) => faults.push((waiting.index, Err(fault))),
+            }
+        }
+        let read = self
+            .beginnings
+            .read(network, &seen, next.or(self.waiting.front()))?;
+        self.telemetry.shared_tokens += read.shared_tokens as u64;
+        for ((waiting, _), (prefix, logits)) in seen.iter().zip(read.prompts) {
+            self.telemetry.prompt_tokens += waiting.text.ids.len() as u64;
+            let growing = Growing::new((*waiting).clone(), prefix);
+            self.batch.enter(growing, &logits);
+        }
+        outcomes.append(&mut faults);
+        self.telemetry.seconds_prefill += begun.elapsed().as_secs_f64();
+        for waiting in entering {
+            self.pictures.done(&waiting.shown);
+        }
+        Ok(())
+    }
+
+    /// Adds a token to every answer that grows.
+    fn step(&mut self, outcomes: &mut Vec<Outcome>) -> Result<(), ModelError> {
+        let begun = Instant::now();
+        let rows = self.batch.rows();
+        let tokens = self.batch.tokens();
+        let ends = Ends {
+            token_ids: &self.stops,
+            strings: &self.how.stop_strings,
+            chat: &self.prep.chat,
+        };
+        let (batch, network) = (&mut self.batch, self.network);
+        let done = guarded("sampling", rows, tokens, || batch.step(network, &ends))?;
+        self.telemetry.steps += 1;
+        self.telemetry.step_rows += rows as u64;
+        for (prompt, outcome) in done {
+            let answers = outcome.map(|()| self.answers(&prompt));
+            outcomes.push((prompt.waiting.index, answers));
+        }
+        self.telemetry.seconds_decode += begun.elapsed().as_secs_f64();
+        Ok(())
+    }
+
+    /// After memory ran out: the prompts in the batch and those that were `entering` wait again, in
+    /// half the budget. One that was alone is given up.
+    fn begin_again(
+        &mut self,
+        error: &ModelError,
+        entering: Vec<Waiting>,
+        outcomes: &mut Vec<Outcome>,
+    ) {
+        let growing = self.batch.abandon();
+        self.beginnings = Beginnings::default();
+        for waiting in &growing {
+            self.pictures.again(&waiting.shown);
+        }
+        let involved = growing.len() + entering.len();
+        for waiting in growing.into_iter().chain(entering).rev() {
+            self.waiting.push_front(waiting);
+        }
+        if involved == 1 {
+            if let Some(alone) = self.waiting.pop_front() {
+                self.pictures.done(&alone.shown);
+                outcomes.push((alone.index, Err(too_large(error))));
+            }
+        } else {
+            self.budget.halve();
+        }
+    }
+
+    /// The answers to a prompt whose last token is drawn.
+    fn answers(&mut self, prompt: &Growing) -> Vec<Generation> {
+        let made = prompt.drafts.iter();
+        self.telemetry.answer_tokens += made.map(|draft| draft.token_ids.len() as u64).sum::<u64>();
+        let seeds = prompt.waiting.seeds.iter().enumerate();
+        seeds
+            .map(|(answer, &seed)| {
+                let draft = &prompt.drafts[answer.min(prompt.drafts.len() - 1)];
+                self.generation(draft, seed)
+            })
+            .collect()
+    }
+
+    fn generation(&self, draft: &Draft, seed: i64) -> Generation {
+        let stop = draft.stop.expect("a draft that ended");
+        let spoken = draft.token_ids.len() - usize::from(stop == Stop::Token);
+        let mut text = self.prep.chat.decode(&draft.token_ids[..spoken]);
+        if stop == Stop::String {
+            let strings = self.how.stop_strings.iter();
+            let end = strings.filter_map(|string| text.find(string)).min();
+            text.truncate(end.unwrap_or(text.len()));
+        }
+        Generation {
+            text,
+            token_ids: draft.token_ids.iter().map(|&id| id as i32).collect(),
+            token_logps: draft.token_logps.clone(),
+            stop,
+            seed,
+        }
+    }
+
+    /// What the call took.
+    fn telemetry(self) -> Telemetry {
+        let pictures = self.pictures.tally;
+        Telemetry {
+            pictures: pictures.pictures,
+            tower_passes: pictures.passes,
+            rows_max: self.budget.rows as u64,
+            tokens_max: self.budget.tokens as u64,
+            halvings: self.budget.halvings,
+            seconds_pictures: pictures.seconds_decoding,
+            seconds_waiting: pictures.seconds_waiting,
+            ..self.telemetry
+        }
+    }
+}
+
+impl Policy for OnevisionPolicy {
+    /// An answer is at most as long as the model's context leaves room for behind the prompt; it
+    /// then ends with [`Stop::Length`] like one that reaches `max_new_tokens`.
+    fn sample(
+        &mut self,
+        prompts: &[Prompt],
+        how: &Sampling,
+        emit: Emit<'_, Vec<Generation>>,
+    ) -> Result<Telemetry, ModelError> {
+        assert!(how.count > 0 && how.max_new_tokens > 0, "nothing to sample");
+        let stops = self.stops(how)?;
+        let (waiting, faults) = self.queue(prompts, how);
+        for (index, fault) in faults {
+            if emit(index, Err(fault)).is_break() {
+                return Ok(Telemetry::default());
+            }
+        }
+        let prep = &self.prep;
+        let decode =
+            |picture: &Picture, alone: bool| prep.tiles(picture, if alone { 1 } else { 2 });
+        let vocab = prep.card.text_config.vocab_size as i64;
+        let answers: usize = waiting.iter().map(|one| one.drafts).sum();
+        let telemetry = std::thread::scope(|scope| {
+            let shown = waiting.iter().map(|one| &prompts[one.index]);
+            let mut session = Session {
+                pictures: Pictures::begin(scope, shown, &decode),
+                network: &self.network,
+                prep,
+                how,
+                stops,
+                budget: self.budget,
+                batch: Batch::new(Chooser::new(
+                    how,
+                    vocab,
+                    &self.banned,
+                    self.network.device(),
+                )),
+                telemetry: Telemetry {
+                    prompts: waiting.len() as u64,
+                    ..Telemetry::default()
+                },
+                waiting,
+                beginnings: Beginnings::default(),
+            };
+            while let Some(outcomes) = session.go_on()? {
+                for (index, outcome) in outcomes {
+                    if emit(index, outcome).is_break() {
+                        return Ok(session.telemetry());
+                    }
+                }
+            }
+            Ok::<_, ModelError>(session.telemetry())
+        })?;
+        for _ in 0..telemetry.halvings {
+            self.budget.halve();
+        }
+        self.budget = self.budget.for_next();
+        Ok(Telemetry {
+            rows_max: telemetry.rows_max.min(answers as u64),
+            ..telemetry
+        })
+    }
+
+    fn plan(&self) -> Option<String> {
+        Some(self.budget.of_sampling())
+    }
+}
+
+/// The order in which prompts are answered: as given, but those about the same picture together, so
+/// that its features need not be kept for long.
+fn by_first_picture(prompts: &[Prompt]) -> Vec<usize> {
+    let mut first_seen = HashMap::new();
+    let mut order: Vec<(usize, usize)> = prompts
+        .iter()
+        .enumerate()
+        .map(|(index, prompt)| match prompt.pictures.first() {
+            Some(picture) => (*first_seen.entry(&picture.id).or_insert(index), index),
+            None => (index, index),
+        })
+        .collect();
+    order.sort_unstable();
+    order.into_iter().map(|(_, index)| index).collect()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,229 @@
+//! Answers that grow side by side, a token each at a time.
+
+use tch::{Device, Tensor};
+
+use super::super::decoder::{Branches, Continuations, Prefix};
+use super::super::device;
+use super::super::dpo::token_logps;
+use super::super::llava_onevision::LlavaOnevision;
+use super::super::sampling::{Chooser, uniform};
+use super::Waiting;
+use ovchat_models::prep::Chat;
+use ovchat_models::{RowFault, Stop};
+
+/// An answer in the making.
+#[derive(Debug, Clone, Default)]
+pub struct Draft {
+    pub token_ids: Vec<i64>,
+    pub token_logps: Vec<f32>,
+    /// Why it ended, if it has.
+    pub stop: Option<Stop>,
+}
+
+/// What ends answers.
+pub struct Ends<'a> {
+    pub token_ids: &'a [i64],
+    pub strings: &'a [String],
+    pub chat: &'a Chat,
+}
+
+impl Ends<'_> {
+    /// Why a draft ends with its last token, if it does.
+    fn stop(&self, draft: &Draft, tokens_max: usize) -> Option<Stop> {
+        let last = draft.token_ids.last()?;
+        if self.token_ids.contains(last) {
+            return Some(Stop::Token);
+        }
+        if !self.strings.is_empty() {
+            let text = self.chat.decode(&draft.token_ids);
+            if self.strings.iter().any(|string| text.contains(string)) {
+                return Some(Stop::String);
+            }
+        }
+        (draft.token_ids.len() >= tokens_max).then_some(Stop::Length)
+    }
+}
+
+/// A prompt whose answers grow.
+pub struct Growing {
+    pub waiting: Waiting,
+    pub drafts: Vec<Draft>,
+    /// The drafts that have not ended, in their order.
+    live: Vec<usize>,
+    prefix: Prefix,
+    continuations: Continuations,
+}
+
+impl Growing {
+    /// A prompt that was read.
+    pub fn new(waiting: Waiting, prefix: Prefix) -> Self {
+        Self {
+            drafts: vec![Draft::default(); waiting.drafts],
+            live: (0..waiting.drafts).collect(),
+            waiting,
+            prefix,
+            continuations: Continuations::new(),
+        }
+    }
+
+    /// What draws the next token of a draft.
+    fn number(&self, draft: usize) -> f64 {
+        uniform(
+            self.waiting.seeds[draft],
+            self.drafts[draft].token_ids.len(),
+        )
+    }
+
+    /// Adds a token to each live draft. Gives the places among the live ones of those that go on.
+    fn grow(&mut self, tokens: &[i64], logps: &[f32], ends: &Ends<'_>) -> Vec<i64> {
+        let mut going_on = Vec::with_capacity(self.live.len());
+        for (place, &row) in self.live.iter().enumerate() {
+            let draft = &mut self.drafts[row];
+            draft.token_ids.push(tokens[place]);
+            draft.token_logps.push(logps[place]);
+            draft.stop = ends.stop(draft, self.waiting.tokens_max);
+            if draft.stop.is_none() {
+                going_on.push(place as i64);
+            }
+        }
+        going_on
+    }
+
+    /// Goes on with the live drafts at these places.
+    fn keep(&mut self, places: &[i64], device: Device) {
+        if places.len() < self.live.len() {
+            let kept = Tensor::from_slice(places).to_device(device);
+            self.continuations.keep(&kept);
+            self.live = places
+                .iter()
+                .map(|&place| self.live[place as usize])
+                .collect();
+        }
+    }
+}
+
+/// Prompts whose answers grow side by side. Their live drafts are the rows, in this order.
+pub struct Batch<'a> {
+    pub prompts: Vec<Growing>,
+    chooser: Chooser<'a>,
+    /// What the next token of each row is chosen from, `[rows, vocab]`, float32; in pieces.
+    logits: Vec<Tensor>,
+}
+
+impl<'a> Batch<'a> {
+    pub fn new(chooser: Chooser<'a>) -> Self {
+        Self {
+            prompts: Vec::new(),
+            chooser,
+            logits: Vec::new(),
+        }
+    }
+
+    /// Answers that grow.
+    pub fn rows(&self) -> usize {
+        self.prompts.iter().map(|prompt| prompt.live.len()).sum()
+    }
+
+    /// Tokens that the prompts and their answers may come to.
+    pub fn tokens(&self) -> usize {
+        self.prompts
+            .iter()
+            .map(|prompt| prompt.waiting.tokens())
+            .sum()
+    }
+
+    /// A prompt comes, with the logits behind it, `[1, vocab]`.
+    pub fn enter(&mut self, prompt: Growing, logits: &Tensor) {
+        let rows = prompt.drafts.len();
+        self.chooser.enter(rows, &prompt.waiting.text.ids);
+        self.logits.push(logits.expand([rows as i64, -1], false));
+        self.prompts.push(prompt);
+    }
+
+    /// Gives up all that was made, and gives the prompts back.
+    pub fn abandon(&mut self) -> Vec<Waiting> {
+        self.logits.clear();
+        self.chooser.clear();
+        self.prompts
+            .drain(..)
+            .map(|prompt| prompt.waiting)
+            .collect()
+    }
+
+    /// Adds a token to all rows, and lets the network read those that go on. Gives the prompts that
+    /// are done, and for those whose logits are not numbers the fault.
+    pub fn step(
+        &mut self,
+        network: &LlavaOnevision,
+        ends: &Ends<'_>,
+    ) -> Vec<(Growing, Result<(), RowFault>)> {
+        let _no_grad = tch::no_grad_guard();
+        let device = network.device();
+        let logits = Tensor::cat(&std::mem::take(&mut self.logits), 0); // [rows, vocab]
+        let numbers: Vec<f64> = self
+            .prompts
+            .iter()
+            .flat_map(|prompt| prompt.live.iter().map(|&row| prompt.number(row)))
+            .collect();
+        let chosen = self.chooser.choose(&logits, &numbers);
+        let tokens: Vec<i64> = chosen.iter().map(|token| token.unwrap_or(0)).collect();
+        let tokens_there = Tensor::from_slice(&tokens).to_device(device);
+        let logps = token_logps(&logits, &tokens_there);
+        let logps = Vec::<f32>::try_from(logps).expect("a vector of float32");
+        drop(logits);
+
+        let mut gone = Vec::new();
+        let mut kept = Vec::with_capacity(tokens.len());
+        let mut first = 0;
+        for (index, prompt) in self.prompts.iter_mut().enumerate() {
+            let rows = first..first + prompt.live.len();
+            first = rows.end;
+            if chosen[rows.clone()].contains(&None) {
+                gone.push((index, Err(not_numbers())));
+                continue;
+            }
+            let going_on = prompt.grow(&tokens[rows.clone()], &logps[rows.clone()], ends);
+            kept.extend(going_on.iter().map(|&place| rows.start as i64 + place));
+            prompt.keep(&going_on, device);
+            if going_on.is_empty() {
+                gone.push((index, Ok(())));
+            }
+        }
+        // From the back, so that the places before stay.
+        let mut done: Vec<_> = gone
+            .into_iter()
+            .rev()
+            .map(|(index, outcome)| (self.prompts.remove(index), outcome))
+            .collect();
+        done.reverse();
+
+        let mut next = tokens_there;
+        if kept.len() < tokens.len() {
+            let kept = Tensor::from_slice(&kept).to_device(device);
+            next = next.index_select(0, &kept);
+            self.chooser.keep(&kept);
+        }
+        if !self.prompts.is_empty() {
+            let mut branches: Vec<Branches<'_>> = self
+                .prompts
+                .iter_mut()
+                .map(|prompt| Branches {
+                    prefix: &prompt.prefix,
+                    rows: &mut prompt.continuations,
+                    count: prompt.live.len() as i64,
+                })
+                .collect();
+            let decoder = &network.language_model;
+            let hidden = decoder.step(&decoder.embed(&next), &mut branches);
+            self.logits.push(network.lm_head.forward(&hidden));
+        }
+        device::wait(device);
+        done
+    }
+}
+
+fn not_numbers() -> RowFault {
+    let problem = "the model's logits are not numbers: its weights hold infinities or NaN, or the \
+                   precision does not suffice";
+    RowFault(problem.to_owned())
+}

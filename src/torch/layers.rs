@@ -1,0 +1,411 @@
+//! The small parts that every network here is built of, and how they find their weights.
+//!
+//! A part is made by `new(&Path, sizes…)`, which names its weights as Python does (`q_proj`,
+//! `layer_norm1`), and run by `forward(&self, …)`, in the precision of what it is given: weights
+//! that are trained are kept in float32 and rounded where they are used. Parts hold weights and
+//! nothing else: caches and gradients belong to whoever runs them. Sources: `nn.Linear`, `nn.LayerNorm` of PyTorch;
+//! `Qwen2RMSNorm`, `Qwen2RotaryEmbedding`, `apply_rotary_pos_emb` of transformers'
+//! `models/qwen2/modeling_qwen2.py` (the same in `models/llama/modeling_llama.py`); `ACT2FN` of
+//! transformers' `activations.py`.
+
+use std::cell::Cell;
+use std::ops::Div;
+use std::rc::Rc;
+
+use tch::{Device, Kind, Tensor};
+
+use ovchat_models::ModelError;
+
+/// Where weights come from: a checkpoint, a checkpoint with an adapter merged into it, a test.
+pub trait Source {
+    /// The tensor of that name, on the device and in the precision that the network computes in.
+    /// Fails when it is absent or of another shape.
+    fn take(&self, name: &str, shape: &[i64]) -> Result<Tensor, ModelError>;
+
+    /// What is added to the output of the linear layer `name` while it is trained, if anything is.
+    fn adapter(
+        &self,
+        _name: &str,
+        _inputs: i64,
+        _outputs: i64,
+    ) -> Result<Option<Lora>, ModelError> {
+        Ok(None)
+    }
+}
+
+/// A low-rank update of a linear layer, `scale B A` (Hu et al. 2021, *LoRA*, arXiv 2106.09685,
+/// equation 3), that is not merged into its weight.
+#[derive(Debug)]
+pub struct Lora {
+    pub a: Tensor, // [rank, in], float32
+    pub b: Tensor, // [out, rank], float32
+    pub scale: f64,
+    /// What is done to its inputs, and the number that makes its zeros differ from other layers'.
+    pub dropout: Option<(Rc<Dropout>, i64)>,
+}
+
+impl Lora {
+    /// `[.., in]` to `[.., out]`, in the precision of `xs`.
+    fn forward(&self, xs: &Tensor) -> Tensor {
+        let kind = xs.kind();
+        let dropped = self
+            .dropout
+            .as_ref()
+            .map(|(dropout, own)| dropout.forward(xs, *own));
+        let xs = dropped.as_ref().unwrap_or(xs);
+        let inner = xs.linear(&self.a.to_kind(kind), None::<&Tensor>); // [.., rank]
+        inner.linear(&self.b.to_kind(kind), None::<&Tensor>) * self.scale
+    }
+}
+
+/// Zeros at random places (Srivastava et al. 2014), which depend on the pass, the layer and the place
+/// and on nothing else: a layer that is computed again drops the same, and so does a training that
+/// goes on.
+#[derive(Debug)]
+pub struct Dropout {
+    /// The share that becomes zero; the rest is scaled up.
+    pub share: f64,
+    /// The number of the pass; `None` where nothing is dropped.
+    pub pass: Cell<Option<i64>>,
+}
+
+impl Dropout {
+    fn forward(&self, xs: &Tensor, layer: i64) -> Tensor {
+        const MASK: i64 = 0xffff_ffff;
+        let Some(pass) = self.pass.get().filter(|_| self.share > 0.0) else {
+            return xs.shallow_clone();
+        };
+        // Wellons' `lowbias32` in 64 bits, over the places from a start that the pass decides.
+        let mix = |xs: &Tensor, shift: i64, factor: i64| {
+            (xs.bitwise_xor_tensor(&xs.bitwise_right_shift_tensor_scalar(shift)) * factor)
+                .bitwise_and(MASK)
+        };
+        let places = Tensor::arange(xs.numel() as i64, (Kind::Int64, xs.device()));
+        let start = pass.wrapping_mul(0x9e37_79b9).wrapping_add(layer) & MASK;
+        let mixed = (mix(&places, 16, 0x7feb_352d) + start).bitwise_and(MASK);
+        let mixed = mix(&mix(&mixed, 15, 0x846c_a68b), 16, 0x7feb_352d);
+        let kept = mixed.ge((self.share * 4_294_967_296.0) as i64).view_as(xs);
+        xs * kept.to_kind(xs.kind()) / (1.0 - self.share)
+    }
+}
+
+/// A place in a [`Source`], as in `language_model.layers.3`.
+#[derive(Clone)]
+pub struct Path<'a> {
+    source: &'a dyn Source,
+    name: String,
+}
+
+impl<'a> Path<'a> {
+    pub fn root(source: &'a dyn Source) -> Self {
+        let name = String::new();
+        Self { source, name }
+    }
+
+    /// The weight `leaf` of this place.
+    pub fn take(&self, leaf: &str, shape: &[i64]) -> Result<Tensor, ModelError> {
+        self.source.take(&(self / leaf).name, shape)
+    }
+
+    /// What is added to the output of the linear layer of this place.
+    fn adapter(&self, inputs: i64, outputs: i64) -> Result<Option<Lora>, ModelError> {
+        self.source.adapter(&self.name, inputs, outputs)
+    }
+}
+
+impl<'a, Part: std::fmt::Display> Div<Part> for &Path<'a> {
+    type Output = Path<'a>;
+
+    /// `&path / "mlp" / 3` is the place `path.mlp.3`.
+    fn div(self, part: Part) -> Path<'a> {
+        let name = match self.name.as_str() {
+            "" => part.to_string(),
+            name => format!("{name}.{part}"),
+        };
+        Path {
+            source: self.source,
+            name,
+        }
+    }
+}
+
+impl<'a, Part: std::fmt::Display> Div<Part> for Path<'a> {
+    type Output = Path<'a>;
+
+    fn div(self, part: Part) -> Path<'a> {
+        &self / part
+    }
+}
+
+/// Whether a linear layer adds a bias.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Bias {
+    Yes,
+    No,
+}
+
+/// `x W^T + b`, and what an adapter adds.
+#[derive(Debug)]
+pub struct Linear {
+    weight: Tensor,       // [out, in]
+    bias: Option<Tensor>, // [out]
+    adapter: Option<Lora>,
+}
+
+impl Linear {
+    pub fn new(path: &Path, inputs: i64, outputs: i64, bias: Bias) -> Result<Self, ModelError> {
+        let weight = path.take("weight", &[outputs, inputs])?;
+        let bias = match bias {
+            Bias::Yes => Some(path.take("bias", &[outputs])?),
+            Bias::No => None,
+        };
+        Ok(Self {
+            weight,
+            bias,
+            adapter: path.adapter(inputs, outputs)?,
+        })
+    }
+
+    /// `[.., in]` to `[.., out]`.
+    pub fn forward(&self, xs: &Tensor) -> Tensor {
+        let bias = self.bias.as_ref().map(|bias| bias.to_kind(xs.kind()));
+        let ys = xs.linear(&self.weight.to_kind(xs.kind()), bias);
+        match &self.adapter {
+            Some(adapter) => ys + adapter.forward(xs),
+            None => ys,
+        }
+    }
+}
+
+/// Layer norm over the last dimension.
+#[derive(Debug)]
+pub struct LayerNorm {
+    weight: Tensor,
+    bias: Tensor,
+    eps: f64,
+}
+
+impl LayerNorm {
+    pub fn new(path: &Path, size: i64, eps: f64) -> Result<Self, ModelError> {
+        let weight = path.take("weight", &[size])?;
+        let bias = path.take("bias", &[size])?;
+        Ok(Self { weight, bias, eps })
+    }
+
+    pub fn forward(&self, xs: &Tensor) -> Tensor {
+        let size = self.weight.size();
+        let [weight, bias] = [&self.weight, &self.bias].map(|own| own.to_kind(xs.kind()));
+        xs.layer_norm(size, Some(&weight), Some(&bias), self.eps, false)
+    }
+}
+
+/// Root-mean-square norm over the last dimension.
+#[derive(Debug)]
+pub struct RmsNorm {
+    weight: Tensor,
+    eps: f64,
+}
+
+impl RmsNorm {
+    pub fn new(path: &Path, size: i64, eps: f64) -> Result<Self, ModelError> {
+        let weight = path.take("weight", &[size])?;
+        Ok(Self { weight, eps })
+    }
+
+    /// The norm is taken in float32, the product with the weight in the precision of `xs`. The
+    /// fused kernel of libtorch multiplies before it rounds, and differs in bfloat16.
+    pub fn forward(&self, xs: &Tensor) -> Tensor {
+        let wide = xs.to_kind(Kind::Float);
+        let variance = wide
+            .square()
+            .mean_dim([-1i64].as_slice(), true, Kind::Float);
+        let normed = wide * (variance + self.eps).rsqrt();
+        self.weight.to_kind(xs.kind()) * normed.to_kind(xs.kind())
+    }
+}
+
+/// The nonlinearities by their names in `config.json`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// `gelu`: by the error function, exact.
+    Gelu,
+    /// `gelu_pytorch_tanh`: approximated by a hyperbolic tangent.
+    GeluTanh,
+    /// `quick_gelu`: `x sigmoid(1.702 x)`.
+    QuickGelu,
+    /// `silu`: `x sigmoid(x)`.
+    Silu,
+}
+
+impl Activation {
+    pub fn forward(self, xs: &Tensor) -> Tensor {
+        match self {
+            Self::Gelu => xs.gelu("none"),
+            Self::GeluTanh => xs.gelu("tanh"),
+            Self::QuickGelu => xs * (xs * 1.702).sigmoid(),
+            Self::Silu => xs.silu(),
+        }
+    }
+}
+
+/// Rotary position embedding in the "rotate half" form.
+#[derive(Debug)]
+pub struct Rotary {
+    inverse_frequencies: Tensor, // [head_dim / 2], float32
+}
+
+/// The cosines and sines of some positions.
+#[derive(Debug)]
+pub struct Angles {
+    cos: Tensor, // [tokens, head_dim]
+    sin: Tensor, // [tokens, head_dim]
+}
+
+impl Rotary {
+    /// Frequency `j` is `theta^(-2j / head_dim)`.
+    pub fn new(head_dim: i64, theta: f64, device: Device) -> Self {
+        let exponents = Tensor::arange_start_step(0, head_dim, 2, (Kind::Float, Device::Cpu));
+        let frequencies = Tensor::pow_scalar(theta, &(exponents / head_dim as f64));
+        let inverse_frequencies = frequencies.reciprocal().to_device(device);
+        Self {
+            inverse_frequencies,
+        }
+    }
+
+    /// The angles of `positions` (`[tokens]`, any integer kind), computed in float32, kept in `kind`.
+    pub fn angles(&self, positions: &Tensor, kind: Kind) -> Angles {
+        let positions = positions.to_kind(Kind::Float).unsqueeze(-1);
+        let half = positions * &self.inverse_frequencies; // [tokens, head_dim / 2]
+        let whole = Tensor::cat(&[&half, &half], -1);
+        Angles {
+            cos: whole.cos().to_kind(kind),
+            sin: whole.sin().to_kind(kind),
+        }
+    }
+}
+
+impl Angles {
+    /// Turns `xs` (`[heads, tokens, head_dim]`) by the angles of its tokens.
+    pub fn rotate(&self, xs: &Tensor) -> Tensor {
+        let halves = xs.chunk(2, -1);
+        let turned = Tensor::cat(&[-&halves[1], halves[0].shallow_clone()], -1);
+        xs * &self.cos + turned * &self.sin
+    }
+
+    /// Those of some tokens (`[some]`, int64) only.
+    pub fn of(&self, tokens: &Tensor) -> Self {
+        self.map(|own| own.index_select(0, tokens))
+    }
+
+    /// The cosines and sines (`[tokens, head_dim]`) that `change` makes of these.
+    pub fn map(&self, change: impl Fn(&Tensor) -> Tensor) -> Self {
+        Self {
+            cos: change(&self.cos),
+            sin: change(&self.sin),
+        }
+    }
+}
+
+#[cfg(test)]
+pub mod tests {
+    use std::cell::RefCell;
+
+    use super::*;
+
+    /// Numbers in [-1, 1) that look random and depend on the seed only: libtorch's own generator is
+    /// shared by all tests that run at the same time.
+    pub fn noise(shape: &[i64], seed: i64) -> Tensor {
+        let count = shape.iter().product::<i64>();
+        let places = Tensor::arange(count, (Kind::Double, Device::Cpu));
+        let waves = (places * 12.9898 + seed * 78).sin() * 43_758.545_3;
+        ((&waves - waves.floor()) * 2.0 - 1.0)
+            .to_kind(Kind::Float)
+            .reshape(shape)
+    }
+
+    /// A source that makes up every weight that is asked for, and remembers which.
+    pub struct Made {
+        pub kind: Kind,
+        seed: i64,
+        pub names: RefCell<Vec<(String, Vec<i64>)>>,
+    }
+
+    impl Made {
+        pub fn new(kind: Kind, seed: i64) -> Self {
+            let names = RefCell::default();
+            Self { kind, seed, names }
+        }
+    }
+
+    impl Source for Made {
+        fn take(&self, name: &str, shape: &[i64]) -> Result<Tensor, ModelError> {
+            let mut names = self.names.borrow_mut();
+            names.push((name.to_owned(), shape.to_vec()));
+            Ok((noise(shape, 1000 * self.seed + names.len() as i64) * 0.5).to_kind(self.kind))
+        }
+    }
+
+    #[test]
+    fn rms_norm_rounds_before_it_multiplies_by_the_weight() {
+        let norm = RmsNorm {
+            weight: Tensor::from_slice(&[1.5f32, -0.75, 3.0]).to_kind(Kind::BFloat16),
+            eps: 1e-6,
+        };
+        let xs = Tensor::from_slice(&[1.0f32, 2.0, 3.0]).to_kind(Kind::BFloat16);
+        let scale = (14.0f32 / 3.0 + 1e-6).sqrt().recip();
+        let expected = (&norm.weight)
+            * Tensor::from_slice(&[scale, 2.0 * scale, 3.0 * scale]).to_kind(Kind::BFloat16);
+        assert_eq!(norm.forward(&xs), expected);
+    }
+
+    #[test]
+    fn rotation_keeps_lengths_and_depends_on_distance_only() {
+        let rotary = Rotary::new(8, 1e4, Device::Cpu);
+        let angles = |start: i64| {
+            let positions = Tensor::arange_start(start, start + 2, (Kind::Int64, Device::Cpu));
+            rotary.angles(&positions, Kind::Float)
+        };
+        let xs = noise(&[1, 2, 8], 3);
+        let product = |start: i64| {
+            let turned = angles(start).rotate(&xs);
+            (turned.get(0).get(0) * turned.get(0).get(1)).sum(Kind::Float)
+        };
+        assert!((product(0) - product(900)).abs().double_value(&[]) < 1e-3);
+        let lengths = |xs: &Tensor| xs.square().sum_dim_intlist([-1i64].as_slice(), false, None);
+        assert!(lengths(&angles(7).rotate(&xs)).allclose(&lengths(&xs), 1e-5, 1e-6, false));
+    }
+
+    #[test]
+    fn the_same_pass_drops_the_same_and_another_pass_or_layer_something_else() {
+        let dropout = Dropout {
+            share: 0.2,
+            pass: Cell::new(None),
+        };
+        let xs = Tensor::ones([100, 100], (Kind::Float, Device::Cpu));
+        assert_eq!(dropout.forward(&xs, 1), xs);
+        let dropped = |pass, layer| {
+            dropout.pass.set(Some(pass));
+            dropout.forward(&xs, layer)
+        };
+        let first = dropped(7, 1);
+        assert_eq!(dropped(7, 1), first);
+        assert!((first.mean(None).double_value(&[]) - 1.0).abs() < 0.02);
+        let zeros = |xs: &Tensor| xs.eq(0.0).to_kind(Kind::Float);
+        assert!((zeros(&first).mean(None).double_value(&[]) - 0.2).abs() < 0.02);
+        for other in [dropped(8, 1), dropped(7, 2)] {
+            // Independent: both drop 4 % of the places.
+            let both = (zeros(&first) * zeros(&other)).mean(None).double_value(&[]);
+            assert!((both - 0.04).abs() < 0.01, "{both}");
+        }
+    }
+
+    #[test]
+    fn a_place_is_named_with_dots() {
+        let made = Made::new(Kind::Float, 0);
+        let path = &Path::root(&made) / "layers" / 3;
+        Linear::new(&(&path / "q_proj"), 2, 4, Bias::Yes).unwrap();
+        let names = made.names.into_inner();
+        assert_eq!(names[0], ("layers.3.q_proj.weight".to_owned(), vec![4, 2]));
+        assert_eq!(names[1], ("layers.3.q_proj.bias".to_owned(), vec![4]));
+    }
+}

@@ -1,0 +1,193 @@
+//! The networks. One network, one file, with the names of the Python that it is read beside.
+//!
+//! In reading order: the machine and its errors; weights on disk; the parts that networks are made
+//! of; the networks; the roles that they play. The rest of the program meets none of these, only
+//! the traits of [`ovchat_models`], through [`NetLoader`].
+
+#![cfg(feature = "torch")]
+
+pub mod budget;
+pub mod device;
+pub mod edge;
+
+pub mod checkpoint;
+pub mod weights;
+
+pub mod attention;
+pub mod chain;
+pub mod layers;
+pub mod lora;
+
+pub mod decoder;
+pub mod vit;
+
+pub mod llava;
+pub mod llava_onevision;
+
+pub mod generate;
+pub mod pictures;
+pub mod sampling;
+
+pub mod reward;
+
+pub mod eight_bit;
+pub mod optimizer;
+pub mod training;
+
+pub mod dpo;
+pub mod dpo_learner;
+pub mod reward_learner;
+pub mod sft_learner;
+
+#[cfg(test)]
+mod parity;
+#[cfg(test)]
+mod recorded;
+
+use std::path::Path;
+
+use self::checkpoint::Checkpoint;
+use self::dpo_learner::OnevisionDpo;
+use self::generate::OnevisionPolicy;
+use self::reward::RewardJudge;
+use self::reward_learner::LlavaRewards;
+use self::sft_learner::{LlavaStudent, OnevisionStudent, Sft};
+use ovchat_models::prep::Conversion;
+use ovchat_models::{
+    DpoLearner, DpoSettings, Dtype, Finding, Judge, Layout, ModelError, ModelLoader, ModelSpec,
+    Opened, Placement, Policy, RewardLearner, RewardSettings, Room, SftLearner, SftSettings,
+};
+
+/// Opens the networks. A model that needs none (see [`ModelSpec::needs_torch`]) is not opened here.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct NetLoader;
+
+impl ModelLoader for NetLoader {
+    fn policy(&self, spec: &ModelSpec) -> Opened<dyn Policy> {
+        match spec {
+            ModelSpec::LlavaOnevision(spec) => Ok(Box::new(OnevisionPolicy::open(spec)?)),
+            other => Err(unfit(other, "answer")),
+        }
+    }
+
+    fn judge(&self, spec: &ModelSpec) -> Opened<dyn Judge> {
+        match spec {
+            ModelSpec::LlavaRlhf(spec) => Ok(Box::new(RewardJudge::open(spec)?)),
+            other => Err(unfit(other, "score")),
+        }
+    }
+
+    fn dpo_learner(&self, spec: &ModelSpec, settings: &DpoSettings) -> Opened<dyn DpoLearner> {
+        match spec {
+            ModelSpec::LlavaOnevision(spec) => Ok(Box::new(OnevisionDpo::open(spec, settings)?)),
+            other => Err(unfit(other, "learn from pairs")),
+        }
+    }
+
+    fn sft_learner(&self, spec: &ModelSpec, settings: &SftSettings) -> Opened<dyn SftLearner> {
+        match spec {
+            ModelSpec::LlavaOnevision(spec) => {
+                Ok(Box::new(Sft::<OnevisionStudent>::open(spec, settings)?))
+            }
+            ModelSpec::LlavaRlhf(spec) => Ok(Box::new(Sft::<LlavaStudent>::open(spec, settings)?)),
+            other => Err(unfit(other, "learn answers")),
+        }
+    }
+
+    fn reward_learner(
+        &self,
+        spec: &ModelSpec,
+        settings: &RewardSettings,
+    ) -> Opened<dyn RewardLearner> {
+        match spec {
+            ModelSpec::LlavaRlhf(spec) => Ok(Box::new(LlavaRewards::open(spec, settings)?)),
+            other => Err(unfit(other, "learn to score")),
+        }
+    }
+
+    fn precision(&self, spec: &ModelSpec) -> Result<Dtype, ModelError> {
+        let (device, dtype) = match spec {
+            ModelSpec::LlavaOnevision(spec) => (spec.device, spec.dtype),
+            ModelSpec::LlavaRlhf(spec) => (spec.device, spec.dtype),
+            _ => return Ok(Dtype::Float32),
+        };
+        let (_, kind) = device::choose(device, dtype)?;
+        Ok(match kind {
+            tch::Kind::BFloat16 => Dtype::Bfloat16,
+            _ => Dtype::Float32,
+        })
+    }
+
+    fn placement(&self, spec: &ModelSpec) -> Result<Option<Placement>, ModelError> {
+        let (device, dtype) = match spec {
+            ModelSpec::LlavaOnevision(spec) => (spec.device, spec.dtype),
+            ModelSpec::LlavaRlhf(spec) => (spec.device, spec.dtype),
+            _ => return Ok(None),
+        };
+        device::placement(device, dtype).map(Some)
+    }
+
+    fn room(&self, spec: &ModelSpec) -> Result<Option<Room>, ModelError> {
+        let (device, dtype, asked) = match spec {
+            ModelSpec::LlavaOnevision(spec) => (spec.device, spec.dtype, spec.memory_gb),
+            ModelSpec::LlavaRlhf(spec) => (spec.device, spec.dtype, spec.memory_gb),
+            _ => return Ok(None),
+        };
+        let (device, _) = device::choose(device, dtype)?;
+        Ok(Some(device::room(asked, device)))
+    }
+
+    fn rewrite(
+        &self,
+        weights: &Path,
+        adapter: Option<&Path>,
+        layout: Option<Layout>,
+        to: &Path,
+    ) -> Result<(), ModelError> {
+        let conversion = match layout {
+            Some(layout) => Conversion::of(weights, layout)?,
+            None => None,
+        };
+        let checkpoint = Checkpoint::open(weights)?;
+        let parameters = match adapter {
+            Some(adapter) => lora::merged(&checkpoint, adapter)?,
+            None => Vec::new(),
+        };
+        checkpoint.save_as(to, &parameters, conversion.as_ref())
+    }
+
+    fn build(&self) -> Vec<(&'static str, String)> {
+        vec![
+            ("ovchat.libtorch", device::version()),
+            ("ovchat.threads", device::threads().to_string()),
+        ]
+    }
+
+    fn doctor(&self) -> Vec<Finding> {
+        device::doctor()
+    }
+}
+
+/// The plan refuses such a use before anything opens; this is for callers that have no plan.
+fn unfit(spec: &ModelSpec, role: &str) -> ModelError {
+    ModelError::Torch {
+        what: format!("opening `{}`", spec.network()),
+        problem: format!("there is no network of this name that can {role}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ovchat_models::Scripted;
+
+    #[test]
+    fn a_model_in_a_role_that_it_cannot_play_is_refused_by_name() {
+        let spec = ModelSpec::Scripted(Scripted::default());
+        let error = NetLoader.policy(&spec).err().unwrap().to_string();
+        assert_eq!(
+            error,
+            "opening `scripted`: there is no network of this name that can answer"
+        );
+    }
+}

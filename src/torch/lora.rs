@@ -1,0 +1,457 @@
+//! LoRA adapters: merged into the weights that they adapt while those are read, or trained.
+//!
+//! An adapted weight is `W + scale B A` (Hu et al. 2021, equation 3), added in float32 and rounded
+//! once, so that nothing of the adapter is left when the network runs. Files as peft writes them
+//! (`utils/save_and_load.py`); a tensor that has no place in the network, and a module that the
+//! config names and the file lacks, are errors.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::path::Path;
+use std::rc::Rc;
+
+use serde_json::json;
+use sha2::{Digest, Sha256};
+use tch::{Device, Kind, Tensor};
+
+use super::checkpoint::{Checkpoint, Purpose, Reader};
+use super::layers::{Dropout, Lora, Source};
+use super::optimizer::Parameter;
+use super::sampling::uniform;
+use super::weights::{Weights, refuse, save_safetensors};
+use ovchat_models::ModelError;
+use ovchat_models::prep::{AdapterCard, canonical, is_module, lora_matrix};
+
+/// How modules are called in an adapter's file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Names {
+    /// As in the network.
+    Same,
+    /// As in transformers' LLaVA-OneVision in memory, where the decoder is `model.language_model`.
+    Onevision,
+}
+
+/// The decoder of LLaVA-OneVision by its names in the network.
+const DECODER: &str = "language_model.model.";
+
+impl Names {
+    /// The name in the network of a module that is called so in a file.
+    fn in_network(self, module: &str) -> String {
+        match self {
+            Self::Same => module.to_owned(),
+            Self::Onevision => canonical(module),
+        }
+    }
+
+    /// The name in a file of a module of the network.
+    fn in_file(self, module: &str) -> String {
+        match module.strip_prefix(DECODER) {
+            Some(rest) if self == Self::Onevision => format!("model.language_model.{rest}"),
+            _ => module.to_owned(),
+        }
+    }
+
+    /// Whether a fresh adapter may adapt a module: the towers' layers have the same names as the
+    /// decoder's.
+    fn may_adapt(self, module: &str) -> bool {
+        self == Self::Same || module.starts_with(DECODER)
+    }
+
+    /// `target_modules` as peft reads it.
+    fn targets(self, modules: &[&str]) -> serde_json::Value {
+        match self {
+            Self::Same => json!(modules),
+            Self::Onevision => {
+                let modules = modules.join("|").replace('.', "\\.");
+                json!(format!("model\\.language_model\\.(.*\\.)?({modules})"))
+            }
+        }
+    }
+}
+
+/// The base's weights with the adapter added to them.
+pub struct Merged<'a> {
+    pub base: Reader<'a>,
+    pub adapter: &'a Adapter,
+}
+
+impl Source for Merged<'_> {
+    fn take(&self, name: &str, shape: &[i64]) -> Result<Tensor, ModelError> {
+        let Some(module) = self.adapter.adapts(name)? else {
+            return self.base.take(name, shape);
+        };
+        let weight = self.base.take_as(name, shape, Kind::Float)?;
+        let update = self.adapter.update(module, shape, weight.device())?;
+        Ok((weight + update).to_kind(self.base.kind()))
+    }
+}
+
+/// The base's weights as they are, with an adapter in training at its target modules.
+pub struct Adapted<'a> {
+    pub base: Reader<'a>,
+    adapter: Start<'a>,
+    names: Names,
+    dropout: Option<Rc<Dropout>>,
+    parameters: RefCell<Vec<Parameter>>,
+}
+
+/// Where an adapter's training begins.
+pub enum Start<'a> {
+    /// At an adapter that there is.
+    At(&'a Adapter),
+    /// At a fresh one, which changes nothing yet: A as peft and `nn.Linear` initialize it
+    /// (Kaiming's uniform distribution with a = sqrt 5, which is uniform within one over the root of
+    /// the inputs), B zero.
+    Fresh {
+        rank: usize,
+        alpha: f64,
+        seed: u64,
+        target_modules: &'a [&'a str],
+    },
+}
+
+impl<'a> Adapted<'a> {
+    /// A fresh adapter's modules are called by `names` in its file; `dropout` is what is done to the
+    /// inputs of all.
+    pub fn new(
+        base: Reader<'a>,
+        adapter: Start<'a>,
+        names: Names,
+        dropout: Option<Rc<Dropout>>,
+    ) -> Self {
+        Self {
+            base,
+            adapter,
+            names,
+            dropout,
+            parameters: RefCell::default(),
+        }
+    }
+
+    /// The matrices of all adapted modules, by peft's names, in the order of taking.
+    pub fn into_parameters(self) -> Vec<Parameter> {
+        self.parameters.into_inner()
+    }
+}
+
+impl Source for Adapted<'_> {
+    fn take(&self, name: &str, shape: &[i64]) -> Result<Tensor, ModelError> {
+        self.base.take(name, shape)
+    }
+
+    fn adapter(&self, module: &str, inputs: i64, outputs: i64) -> Result<Option<Lora>, ModelError> {
+        let device = self.base.device();
+        let (a, b, scale) = match &self.adapter {
+            Start::At(adapter) => {
+                if adapter.adapts(&format!("{module}.weight"))?.is_none() {
+                    return Ok(None);
+                }
+                let [a, b] = adapter.matrices(module, [outputs, inputs], device)?;
+                (a, b, adapter.scale)
+            }
+            Start::Fresh {
+                rank,
+                alpha,
+                seed,
+                target_modules,
+            } => {
+                let is_target = |target: &&str| is_module(module, target);
+                if !self.names.may_adapt(module) || !target_modules.iter().any(is_target) {
+                    return Ok(None);
+                }
+                let bound = (inputs as f64).sqrt().recip();
+                let rank = *rank as i64;
+                let a = seeded_uniform(*seed, module, &[rank, inputs], bound);
+                let b = Tensor::zeros([outputs, rank], (Kind::Float, device));
+                (a.to_device(device), b, alpha / rank as f64)
+            }
+        };
+        let mut parameters = self.parameters.borrow_mut();
+        let in_file = self.names.in_file(module);
+        let mut trained = |tensor: Tensor, letter: &str| {
+            let tensor = tensor.set_requires_grad(true);
+            parameters.push(Parameter {
+                name: format!("base_model.model.{in_file}.lora_{letter}.weight"),
+                tensor: tensor.shallow_clone(),
+            });
+            tensor
+        };
+        Ok(Some(Lora {
+            a: trained(a, "A"),
+            b: trained(b, "B"),
+            scale,
+            dropout: self.dropout.clone().map(|all| (all, stream(module))),
+        }))
+    }
+}
+
+/// Numbers uniform within `bound` of 0, in float32, that depend on the seed, the name and the place
+/// and on nothing else: libtorch's generator is shared state.
+pub fn seeded_uniform(seed: u64, name: &str, shape: &[i64], bound: f64) -> Tensor {
+    let stream = digest(&[&seed.to_le_bytes(), name.as_bytes()]);
+    let count = shape.iter().product::<i64>() as usize;
+    let values: Vec<f32> = (0..count)
+        .map(|place| ((uniform(stream, place) * 2.0 - 1.0) * bound) as f32)
+        .collect();
+    Tensor::from_slice(&values).reshape(shape)
+}
+
+/// A number that stands for a module wherever random numbers are drawn for it.
+fn stream(module: &str) -> i64 {
+    digest(&[module.as_bytes()])
+}
+
+fn digest(parts: &[&[u8]]) -> i64 {
+    let hash = parts.iter().fold(Sha256::new(), Digest::chain_update);
+    let hash = hash.finalize();
+    let start = hash[..8].try_into().map(i64::from_le_bytes);
+    start.expect("eight bytes of a longer digest")
+}
+
+/// The weights of `checkpoint`, a policy's, that the adapter in the folder `adapter` changes, with it
+/// added to them.
+pub fn merged(checkpoint: &Checkpoint, adapter: &Path) -> Result<Vec<Parameter>, ModelError> {
+    let adapter = Adapter::open(&AdapterCard::open(adapter)?, Names::Onevision)?;
+    let base = Reader::new(checkpoint, Device::Cpu, Kind::Float, Purpose::Inference);
+    let merged = Merged {
+        base,
+        adapter: &adapter,
+    };
+    let mut parameters = Vec::new();
+    for module in adapter.modules.keys() {
+        let name = format!("{module}.weight");
+        let shape = checkpoint.shape(&name)?;
+        parameters.push(Parameter {
+            tensor: merged.take(&name, &shape)?,
+            name,
+        });
+    }
+    Ok(parameters)
+}
+
+/// What the config of an adapter says beside its tensors.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AdapterConfig<'a> {
+    /// The folder of the weights that it is for.
+    pub base: &'a Path,
+    pub rank: usize,
+    pub alpha: f64,
+    pub dropout: f64,
+    /// Linear layers, such as `q_proj`.
+    pub targets: Vec<&'a str>,
+}
+
+/// Writes an adapter as peft lays it out, `adapter_config.json` and `adapter_model.safetensors`, into
+/// the folder `to`, which is there.
+pub fn save_adapter(
+    to: &Path,
+    config: &AdapterConfig<'_>,
+    names: Names,
+    parameters: &[Parameter],
+    kind: Kind,
+) -> Result<(), ModelError> {
+    let path = to.join("adapter_config.json");
+    let io = |error: std::io::Error| refuse(&path, error.to_string());
+    let settings = json!({
+        "base_model_name_or_path": config.base,
+        "bias": "none",
+        "fan_in_fan_out": false,
+        "inference_mode": true,
+        "init_lora_weights": true,
+        "layers_to_transform": null,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "modules_to_save": null,
+        "peft_type": "LORA",
+        "r": config.rank,
+        "target_modules": names.targets(&config.targets),
+        "task_type": "CAUSAL_LM",
+    });
+    let text = serde_json::to_string_pretty(&settings).expect("plain data");
+    fs::write(&path, text).map_err(io)?;
+    let tensors: Vec<(String, Tensor)> = parameters
+        .iter()
+        .map(|Parameter { name, tensor }| {
+            let tensor = tensor.detach().to_device(Device::Cpu).to_kind(kind);
+            (name.clone(), tensor)
+        })
+        .collect();
+    let model = to.join("adapter_model.safetensors");
+    save_safetensors(&model, &tensors, &[("format", "pt")])?;
+    for written in [&path, to] {
+        File::open(written)
+            .and_then(|file| file.sync_all())
+            .map_err(io)?;
+    }
+    Ok(())
+}
+
+/// A LoRA adapter: two thin matrices for each adapted module.
+pub struct Adapter {
+    weights: Weights,
+    rank: i64,
+    scale: f64,
+    target_modules: Vec<String>,
+    /// The adapted modules by their names in the base, such as `model.layers.0.self_attn.q_proj`.
+    modules: BTreeMap<String, Matrices>,
+    /// Those that were merged.
+    used: RefCell<BTreeSet<String>>,
+}
+
+/// The names of a module's two tensors in the adapter's file.
+#[derive(Default)]
+struct Matrices {
+    lora_a: Option<String>, // [rank, in]
+    lora_b: Option<String>, // [out, rank]
+}
+
+impl Adapter {
+    /// Reads which modules the adapter in the folder of `card` adapts. Fails when a tensor of it is
+    /// neither of the two matrices.
+    ///
+    /// `names` say how it calls them.
+    pub fn open(card: &AdapterCard, names: Names) -> Result<Self, ModelError> {
+        let weights = Weights::open(&card.folder)?;
+        let mut modules: BTreeMap<String, Matrices> = BTreeMap::new();
+        for name in weights.names() {
+            let (module, is_a) = lora_matrix(name).ok_or_else(|| {
+                let problem = format!("`{name}` is neither a `lora_A` nor a `lora_B` matrix");
+                refuse(weights.path(), problem)
+            })?;
+            let matrices = modules.entry(names.in_network(module)).or_default();
+            let place = if is_a {
+                &mut matrices.lora_a
+            } else {
+                &mut matrices.lora_b
+            };
+            if let Some(other) = place.replace(name.to_owned()) {
+                let problem = format!("`{other}` and `{name}` adapt the same module");
+                return Err(refuse(weights.path(), problem));
+            }
+        }
+        Ok(Self {
+            rank: card.r as i64,
+            scale: card.scale(),
+            target_modules: card.target_modules.clone(),
+            modules,
+            used: RefCell::default(),
+            weights,
+        })
+    }
+
+    /// The module that the weight `name` belongs to, if it is adapted. Fails when it should be by
+    /// the config and is not.
+    fn adapts<'n>(&self, name: &'n str) -> Result<Option<&'n str>, ModelError> {
+        let Some(module) = name.strip_suffix(".weight") else {
+            return Ok(None);
+        };
+        let is_target = |target: &String| is_module(module, target);
+        if self.modules.contains_key(module) {
+            Ok(Some(module))
+        } else if self.target_modules.iter().any(is_target) {
+            let problem = format!(
+                "`{module}` has no `lora_A` and `lora_B`, though adapter_config.json names it \
+                 among its target_modules"
+            );
+            Err(refuse(self.weights.path(), problem))
+        } else {
+            Ok(None)
+        }
+    }
+
+    /// `scale B A` of a module whose weight has this shape, in float32.
+    fn update(&self, module: &str, shape: &[i64], device: Device) -> Result<Tensor, ModelError> {
+        let &[outputs, inputs] = shape else {
+            let problem = format!("`{module}` is not a linear layer");
+            return Err(refuse(self.weights.path(), problem));
+        };
+        let [a, b] = self.matrices(module, [outputs, inputs], device)?;
+        Ok(b.matmul(&a) * self.scale)
+    }
+
+    /// A (`[rank, in]`) and B (`[out, rank]`) of a module, in float32.
+    fn matrices(
+        &self,
+        module: &str,
+        [outputs, inputs]: [i64; 2],
+        device: Device,
+    ) -> Result<[Tensor; 2], ModelError> {
+        let matrices = &self.modules[module];
+        let (Some(a), Some(b)) = (&matrices.lora_a, &matrices.lora_b) else {
+            let missing = matrices.lora_a.as_ref().map_or("lora_A", |_| "lora_B");
+            let problem = format!("`{module}` has no `{missing}`");
+            return Err(refuse(self.weights.path(), problem));
+        };
+        let take = |name, shape: [i64; 2]| self.weights.take(name, &shape, Kind::Float, device);
+        let a = take(a, [self.rank, inputs])?;
+        let b = take(b, [outputs, self.rank])?;
+        self.used.borrow_mut().insert(module.to_owned());
+        Ok([a, b])
+    }
+
+    /// The element type that the adapter is stored in.
+    pub fn kind(&self) -> Option<Kind> {
+        let name = self.weights.names().next()?;
+        self.weights.kind(name)
+    }
+
+    /// Fails when a module of the adapter had no place in the network.
+    pub fn all_used(&self) -> Result<(), ModelError> {
+        let used = self.used.borrow();
+        match self.modules.keys().find(|module| !used.contains(*module)) {
+            None => Ok(()),
+            Some(module) => {
+                let problem = format!("adapts `{module}`, which the base does not have");
+                Err(refuse(self.weights.path(), problem))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_update_is_added_in_float32_and_rounded_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        std::fs::create_dir(at("adapter")).unwrap();
+        let save = |path: &std::path::Path, tensors: &[(&str, Tensor)]| {
+            let named: Vec<_> = tensors
+                .iter()
+                .map(|(name, tensor)| ((*name).to_owned(), tensor.shallow_clone()))
+                .collect();
+            save_safetensors(path, &named, &[]).unwrap();
+        };
+        // 1 + 2^-8 is a tie in bfloat16; the update, too small to be seen alone, breaks it.
+        let weight = Tensor::from_slice2(&[[1.0_f32, 1.0 + 1.0 / 256.0]]);
+        let a = Tensor::from_slice2(&[[0.0_f32, 1e-5]]);
+        let b = Tensor::from_slice2(&[[1.0_f32]]);
+        save(&at("model.safetensors"), &[("q_proj.weight", weight)]);
+        save(
+            &at("adapter/adapter_model.safetensors"),
+            &[("q_proj.lora_A.weight", a), ("q_proj.lora_B.weight", b)],
+        );
+        let card = AdapterCard {
+            folder: at("adapter"),
+            r: 1,
+            lora_alpha: 0.25,
+            use_rslora: false,
+            target_modules: vec!["q_proj".to_owned()],
+        };
+        let base = Checkpoint::open_base(folder.path()).unwrap();
+        let kind = Kind::BFloat16;
+        let merged = Merged {
+            base: Reader::new(&base, Device::Cpu, kind, Purpose::Inference),
+            adapter: &Adapter::open(&card, Names::Same).unwrap(),
+        };
+        assert!(merged.adapter.all_used().is_err());
+        let weight = merged.take("q_proj.weight", &[1, 2]).unwrap();
+        assert_eq!(weight.kind(), Kind::BFloat16);
+        let expected = Tensor::from_slice2(&[[1.0_f32, 1.0 + 1.0 / 128.0]]);
+        assert_eq!(weight.to_kind(Kind::Float), expected);
+        merged.adapter.all_used().unwrap();
+    }
+}

@@ -1,0 +1,426 @@
+//! AdamW, its learning rate and gradient clipping, as `torch.optim.AdamW`, transformers'
+//! `get_…_schedule_with_warmup` and `clip_grad_norm_` of PyTorch compute them.
+//!
+//! Ours because libtorch's optimizers, seen from Rust, can't save their state. With moments in
+//! float32 an update allocates nothing: it computes in the memory of the gradients, so it can't run
+//! out of memory halfway through the parameters. With moments in eight bits it works through a
+//! parameter in pieces, in memory that it has made sure of before the first.
+
+use tch::{Kind, Tensor};
+
+use super::eight_bit::{BLOCK, Bytes, Table};
+use ovchat_models::{Optimizer, Schedule};
+
+/// A weight that is trained, by its canonical name.
+#[derive(Debug)]
+pub struct Parameter {
+    pub name: String,
+    /// A leaf that requires a gradient, in float32.
+    pub tensor: Tensor,
+}
+
+/// Loshchilov and Hutter 2019, *Decoupled Weight Decay Regularization*, arXiv 1711.05101,
+/// algorithm 2, in PyTorch's arrangement.
+#[derive(Debug)]
+pub struct AdamW {
+    betas: [f64; 2],
+    epsilon: f64,
+    weight_decay: f64,
+    /// Of each parameter, in the order of the parameters.
+    moments: Vec<Moments>,
+    /// What bytes stand for, in the first and in the second moment; where they are stored in bytes.
+    tables: Option<[Table; 2]>,
+}
+
+/// What AdamW remembers of one parameter.
+#[derive(Debug)]
+pub struct Moments {
+    /// Decaying mean of the gradient.
+    pub exp_avg: Moment,
+    /// Decaying mean of the gradient's square; in bytes, its root.
+    pub exp_avg_sq: Moment,
+    /// Updates that this parameter has seen; one without a gradient is not updated.
+    pub steps: i64,
+}
+
+/// A number for each weight.
+#[derive(Debug)]
+pub enum Moment {
+    /// In float32, in the shape of the weights.
+    Whole(Tensor),
+    InBytes(Bytes),
+}
+
+impl Moment {
+    /// What it is stored in, with the ends of the tensors' names.
+    pub fn tensors(&self) -> Vec<(&'static str, &Tensor)> {
+        match self {
+            Self::Whole(tensor) => vec![("", tensor)],
+            Self::InBytes(Bytes { codes, scales }) => vec![(".codes", codes), (".scales", scales)],
+        }
+    }
+
+    /// The numbers in float32.
+    #[cfg(test)]
+    pub fn whole(&self) -> &Tensor {
+        match self {
+            Self::Whole(tensor) => tensor,
+            Self::InBytes(_) => panic!("it is in bytes"),
+        }
+    }
+}
+
+/// Blocks of a parameter that an update in eight bits takes at once: 16 MB in float32.
+const BLOCKS_AT_ONCE: i64 = (1 << 22) / BLOCK;
+
+impl AdamW {
+    /// A fresh optimizer of `parameters`, on their device.
+    pub fn new(
+        parameters: &[Parameter],
+        betas: [f64; 2],
+        epsilon: f64,
+        weight_decay: f64,
+        optimizer: Optimizer,
+    ) -> Self {
+        let device = parameters.first().map(|first| first.tensor.device());
+        let tables = device
+            .filter(|_| optimizer == Optimizer::Adamw8bit)
+            .map(|device| [true, false].map(|signed| Table::new(signed, device)));
+        let zeros = |parameter: &Parameter| match &tables {
+            None => [0, 1].map(|_| Moment::Whole(parameter.tensor.zeros_like())),
+            Some(tables) => {
+                let count = parameter.tensor.numel() as i64;
+                tables
+                    .each_ref()
+                    .map(|table| Moment::InBytes(Bytes::zeros(count, table)))
+            }
+        };
+        let moments = parameters.iter().map(|parameter| {
+            let [exp_avg, exp_avg_sq] = zeros(parameter);
+            Moments {
+                exp_avg,
+                exp_avg_sq,
+                steps: 0,
+            }
+        });
+        Self {
+            betas,
+            epsilon,
+            weight_decay,
+            moments: moments.collect(),
+            tables,
+        }
+    }
+
+    /// The state, in the order of the parameters.
+    pub fn moments(&self) -> &[Moments] {
+        &self.moments
+    }
+
+    /// Replaces the state.
+    pub fn set_moments(&mut self, moments: Vec<Moments>) {
+        assert_eq!(moments.len(), self.moments.len());
+        self.moments = moments;
+    }
+
+    /// Makes sure of the memory that [`AdamW::step`] needs beside the gradients.
+    pub fn reserve(&self, parameters: &[Parameter]) {
+        if let (Some(_), Some(first)) = (&self.tables, parameters.first()) {
+            let size = [8, BLOCKS_AT_ONCE, BLOCK];
+            let _ = Tensor::empty(size, (Kind::Float, first.tensor.device()));
+        }
+    }
+
+    /// Updates those `parameters` that have a learning rate in `rates`. Their gradients are used up:
+    /// they hold something else afterwards.
+    pub fn step(&mut self, parameters: &[Parameter], rates: &[Option<f64>]) {
+        let _no_grad = tch::no_grad_guard();
+        for ((parameter, moments), &rate) in parameters.iter().zip(&mut self.moments).zip(rates) {
+            let gradient = parameter.tensor.grad();
+            let (Some(rate), true) = (rate, gradient.defined()) else {
+                continue;
+            };
+            moments.steps += 1;
+            let [beta1, beta2] = self.betas;
+            let update = Update {
+                betas: self.betas,
+                corrections: [beta1, beta2].map(|beta| 1.0 - beta.powi(moments.steps as i32)),
+                epsilon: self.epsilon,
+                rate,
+                decay: 1.0 - rate * self.weight_decay,
+            };
+            let weight = parameter.tensor.shallow_clone();
+            match (&mut moments.exp_avg, &mut moments.exp_avg_sq, &self.tables) {
+                (Moment::Whole(exp_avg), Moment::Whole(exp_avg_sq), _) => {
+                    update.apply(&weight, &gradient, exp_avg, exp_avg_sq);
+                }
+                (Moment::InBytes(exp_avg), Moment::InBytes(root), Some(tables)) => {
+                    update.apply_in_bytes(&weight, &gradient, [exp_avg, root], tables);
+                }
+                _ => unreachable!("both moments are stored in one way"),
+            }
+        }
+    }
+}
+
+/// One update of one parameter.
+struct Update {
+    betas: [f64; 2],
+    /// For the zeros that the moments began with.
+    corrections: [f64; 2],
+    epsilon: f64,
+    rate: f64,
+    /// What the weight is multiplied by.
+    decay: f64,
+}
+
+impl Update {
+    /// Computes in the memory of `gradient`.
+    fn apply(&self, weight: &Tensor, gradient: &Tensor, exp_avg: &Tensor, exp_avg_sq: &Tensor) {
+        let [beta1, beta2] = self.betas;
+        let [mut weight, mut gradient, mut exp_avg, mut exp_avg_sq] =
+            [weight, gradient, exp_avg, exp_avg_sq].map(Tensor::shallow_clone);
+        let _ = weight.g_mul_scalar_(self.decay);
+        let _ = exp_avg.lerp_(&gradient, 1.0 - beta1);
+        // exp_avg_sq = beta2 exp_avg_sq + (1 - beta2) gradient^2
+        let _ = gradient.square_();
+        let _ = gradient.g_mul_scalar_(1.0 - beta2);
+        let _ = exp_avg_sq.g_mul_scalar_(beta2);
+        let _ = exp_avg_sq.g_add_(&gradient);
+        // weight -= (rate / correction1) exp_avg / (sqrt(exp_avg_sq / correction2) + epsilon)
+        gradient.copy_(&exp_avg_sq);
+        let _ = gradient.sqrt_();
+        let _ = gradient.g_div_scalar_(self.corrections[1].sqrt());
+        let _ = gradient.g_add_scalar_(self.epsilon);
+        let _ = exp_avg.div_out(&gradient.shallow_clone(), &gradient);
+        let _ = gradient.g_mul_scalar_(-self.rate / self.corrections[0]);
+        let _ = weight.g_add_(&gradient);
+    }
+
+    /// The same, piece by piece, with moments that are read from bytes and written back.
+    fn apply_in_bytes(
+        &self,
+        weight: &Tensor,
+        gradient: &Tensor,
+        [exp_avg, root]: [&mut Bytes; 2],
+        [signed, unsigned]: &[Table; 2],
+    ) {
+        let (weight, gradient) = (weight.view([-1]), gradient.reshape([-1]));
+        let count = weight.size()[0];
+        let blocks = exp_avg.scales.size()[0];
+        for first in (0..blocks).step_by(BLOCKS_AT_ONCE as usize) {
+            let piece = BLOCKS_AT_ONCE.min(blocks - first);
+            let start = first * BLOCK;
+            let length = (piece * BLOCK).min(count - start);
+            // The last block is filled up with zeros.
+            let fill = |xs: &Tensor| {
+                let padding = piece * BLOCK - length;
+                let xs = xs.narrow(0, start, length).constant_pad_nd([0, padding]);
+                xs.view([piece, BLOCK])
+            };
+            let (whole, gradient) = (fill(&weight), fill(&gradient).copy());
+            let mean = exp_avg.read(signed, first, piece);
+            let square = root.read(unsigned, first, piece).square();
+            self.apply(&whole, &gradient, &mean, &square);
+            exp_avg.write(signed, first, &mean);
+            root.write(unsigned, first, &square.sqrt());
+            let updated = whole.view([-1]).narrow(0, 0, length);
+            weight.narrow(0, start, length).copy_(&updated);
+        }
+    }
+}
+
+/// A learning rate that rises linearly from 0 and then does what its schedule says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LearningRate {
+    schedule: Schedule,
+    warmup_steps: usize,
+    steps: usize,
+}
+
+impl LearningRate {
+    /// For a training of `steps` updates, `warmup_steps` of them with a rising rate.
+    pub fn new(schedule: Schedule, warmup_steps: usize, steps: usize) -> Self {
+        Self {
+            schedule,
+            warmup_steps,
+            steps,
+        }
+    }
+
+    /// The share of the highest rate that update `step` has, counted from 0. With any warmup the
+    /// first update has the rate 0.
+    pub fn of_step(&self, step: usize) -> f64 {
+        if step < self.warmup_steps {
+            return step as f64 / self.warmup_steps as f64;
+        }
+        let falling = self.steps.saturating_sub(self.warmup_steps).max(1);
+        let progress = (step - self.warmup_steps) as f64 / falling as f64;
+        match self.schedule {
+            Schedule::Constant => 1.0,
+            Schedule::Linear => (1.0 - progress).max(0.0),
+            Schedule::Cosine => (0.5 * (1.0 + (std::f64::consts::PI * progress).cos())).max(0.0),
+        }
+    }
+}
+
+/// The Euclidean norm of all gradients together, in float32 as PyTorch takes it.
+pub fn grad_norm(parameters: &[Parameter]) -> f64 {
+    let _no_grad = tch::no_grad_guard();
+    let norms: Vec<Tensor> = parameters
+        .iter()
+        .map(|parameter| parameter.tensor.grad())
+        .filter(Tensor::defined)
+        .map(|gradient| gradient.norm())
+        .collect();
+    if norms.is_empty() {
+        return 0.0;
+    }
+    Tensor::stack(&norms, 0)
+        .norm()
+        .to_kind(Kind::Double)
+        .double_value(&[])
+}
+
+/// Scales all gradients, whose norm is `norm`, so that their norm is at most `norm_max`.
+pub fn clip_gradients(parameters: &[Parameter], norm: f64, norm_max: f64) {
+    let _no_grad = tch::no_grad_guard();
+    let scale = norm_max / (norm + 1e-6);
+    if scale >= 1.0 {
+        return;
+    }
+    for parameter in parameters {
+        let mut gradient = parameter.tensor.grad();
+        if gradient.defined() {
+            let _ = gradient.g_mul_scalar_(scale);
+        }
+    }
+}
+
+/// Sets all gradients to zero.
+pub fn zero_gradients(parameters: &mut [Parameter]) {
+    for parameter in parameters {
+        parameter.tensor.zero_grad();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parameter(values: &[f32]) -> Parameter {
+        Parameter {
+            name: "w".to_owned(),
+            tensor: Tensor::from_slice(values).set_requires_grad(true),
+        }
+    }
+
+    fn set_gradient(parameter: &mut Parameter, gradient: &[f32]) {
+        parameter.tensor.zero_grad();
+        let gradient = Tensor::from_slice(gradient);
+        (&parameter.tensor * gradient).sum(Kind::Float).backward();
+    }
+
+    /// `torch.optim.AdamW([w], lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)` after the
+    /// same three gradients, PyTorch 2.11.
+    #[test]
+    fn three_updates_equal_those_of_pytorch() {
+        let mut parameters = [parameter(&[1.0, -2.0, 0.5])];
+        let mut adam = AdamW::new(&parameters, [0.9, 0.99], 1e-8, 0.1, Optimizer::Adamw);
+        for gradient in [[0.1, -0.2, 3.0], [0.3, 0.0, -1.0], [-0.5, 0.7, 0.25]] {
+            set_gradient(&mut parameters[0], &gradient);
+            adam.step(&parameters, &[Some(0.01)]);
+        }
+        let expected = [0.979_475_2, -1.982_020_3, 0.480_913_5];
+        let found = Vec::<f32>::try_from(parameters[0].tensor.detach()).unwrap();
+        for (found, expected) in found.iter().zip(expected) {
+            assert!((found - expected).abs() < 1e-6, "{found} {expected}");
+        }
+    }
+
+    #[test]
+    fn a_parameter_that_the_loss_does_not_touch_stays_as_it_is() {
+        let mut parameters = [parameter(&[1.0]), parameter(&[1.0])];
+        for parameter in &mut parameters {
+            set_gradient(parameter, &[0.5]);
+        }
+        let mut adam = AdamW::new(&parameters, [0.9, 0.999], 1e-8, 0.1, Optimizer::Adamw);
+        adam.step(&parameters, &[Some(0.1), None]);
+        assert!(parameters[0].tensor.double_value(&[0]) < 0.95);
+        assert!((parameters[1].tensor.double_value(&[0]) - 1.0).abs() < f64::EPSILON);
+        assert_eq!(adam.moments()[1].steps, 0);
+    }
+
+    /// A parameter of several blocks, the last one not full, with gradients over four orders of
+    /// magnitude, and the same with moments in float32: after ten updates they have come the same way.
+    #[test]
+    fn moments_in_eight_bits_lead_the_same_way() {
+        let count = 700;
+        let start = vec![0.5f32; count];
+        let way = |optimizer| {
+            let mut parameters = [parameter(&start)];
+            let mut adam = AdamW::new(&parameters, [0.9, 0.999], 1e-8, 0.01, optimizer);
+            for step in 0..10 {
+                let gradient: Vec<f32> = (0..count)
+                    .map(|index| {
+                        let wave = ((index * 7 + step * 3) as f32).sin() + 0.5;
+                        wave * 10f32.powi((index % 5) as i32 - 4)
+                    })
+                    .collect();
+                set_gradient(&mut parameters[0], &gradient);
+                adam.reserve(&parameters);
+                adam.step(&parameters, &[Some(0.01)]);
+            }
+            let weights = parameters[0].tensor.detach() - 0.5;
+            (weights, adam)
+        };
+        let (whole, _) = way(Optimizer::Adamw);
+        let (in_bytes, adam) = way(Optimizer::Adamw8bit);
+        let scale = whole.abs().mean(Kind::Float).double_value(&[]);
+        let error = (in_bytes - whole).abs().mean(Kind::Float).double_value(&[]);
+        assert!(scale > 0.01 && error < 0.03 * scale, "{error} {scale}");
+        let stored: usize = [&adam.moments()[0].exp_avg, &adam.moments()[0].exp_avg_sq]
+            .iter()
+            .flat_map(|moment| moment.tensors())
+            .map(|(_, tensor)| tensor.numel() * tensor.kind().elt_size_in_bytes())
+            .sum();
+        assert_eq!(stored, 2 * (3 * 256 + 3 * 4));
+    }
+
+    #[test]
+    fn the_rate_rises_from_zero_and_falls_to_zero() {
+        let rates = |schedule, warmup, steps| {
+            let rate = LearningRate::new(schedule, warmup, steps);
+            (0..=steps)
+                .map(|step| rate.of_step(step))
+                .collect::<Vec<f64>>()
+        };
+        let near = |found: f64, expected: f64| assert!((found - expected).abs() < 1e-12);
+        let cosine = rates(Schedule::Cosine, 2, 10);
+        let linear = rates(Schedule::Linear, 2, 10);
+        for rates in [&cosine, &linear] {
+            for (step, expected) in [(0, 0.0), (1, 0.5), (2, 1.0), (6, 0.5), (10, 0.0)] {
+                near(rates[step], expected);
+            }
+        }
+        near(linear[4], 0.75);
+        near(cosine[4], 0.5 + 0.125f64.sqrt());
+        near(rates(Schedule::Cosine, 0, 1)[0], 1.0);
+        let constant = rates(Schedule::Constant, 2, 10);
+        near(constant[1], 0.5);
+        near(constant[9], 1.0);
+    }
+
+    #[test]
+    fn clipping_scales_all_gradients_by_one_number() {
+        let mut parameters = [parameter(&[1.0, 1.0]), parameter(&[1.0])];
+        set_gradient(&mut parameters[0], &[3.0, 0.0]);
+        set_gradient(&mut parameters[1], &[4.0]);
+        let norm = grad_norm(&parameters);
+        assert!((norm - 5.0).abs() < 1e-6);
+        clip_gradients(&parameters, norm, 10.0);
+        assert!((grad_norm(&parameters) - 5.0).abs() < 1e-6);
+        clip_gradients(&parameters, norm, 1.0);
+        assert!((grad_norm(&parameters) - 1.0).abs() < 1e-6);
+    }
+}

@@ -1,0 +1,216 @@
+//! What leaves the networks, compared with what the reference programs compute
+//! (`tests/parity/record.py`): pixels, token ids, hidden states, logits, rewards, gradients, weights.
+//!
+//! A block of the recording is a folder, and here a module and a test. `cargo test` compares with the
+//! committed recording. `make parity` records anew with other seeds, sets `OVCHAT_PARITY` to that
+//! folder and `OVCHAT_PARITY_REPORT` to one where each test leaves its lines, of which
+//! `benches/PARITY.md` is made. Blocks that such a recording lacks are passed over.
+
+mod networks;
+mod packing;
+mod pixels;
+mod rewards;
+mod sampling;
+mod text;
+mod training;
+
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::de::DeserializeOwned;
+use serde_json::json;
+use tch::{Device, Kind, Tensor};
+
+use super::weights::Weights;
+use ovchat_models::{Picture, Prompt, Role, Turn};
+
+/// One comparison.
+#[derive(Debug)]
+struct Line {
+    case: String,
+    /// The largest difference.
+    absolute: f64,
+    /// The largest difference, relative to the largest number that was expected.
+    relative: f64,
+    bound: String,
+    holds: bool,
+}
+
+/// The comparisons of a block.
+#[derive(Debug)]
+struct Report {
+    block: &'static str,
+    lines: Vec<Line>,
+}
+
+/// Compares the block `name`, whose part of the recording is the folder `place`.
+fn compare(name: &'static str, place: &str, block: impl FnOnce(&Path, &mut Report)) {
+    let fresh = env::var_os("OVCHAT_PARITY").map(PathBuf::from);
+    let committed =
+        || Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../..")).join("tests/parity/recorded");
+    let is_fresh = fresh.is_some();
+    let folder = fresh.unwrap_or_else(committed).join(place);
+    if is_fresh && !folder.exists() {
+        return;
+    }
+    let mut report = Report {
+        block: name,
+        lines: Vec::new(),
+    };
+    block(&folder, &mut report);
+    report.end();
+}
+
+impl Report {
+    /// Compares all elements of two tensors, which may be `bound` apart.
+    fn tensor(&mut self, case: impl Into<String>, found: &Tensor, expected: &Tensor, bound: f64) {
+        let case = case.into();
+        let apart = differences(found, expected);
+        let allowed = match bound {
+            0.0 => "equal".to_owned(),
+            _ => format!("{bound:.0e}"),
+        };
+        self.line(case, apart, allowed, apart[0] <= bound);
+    }
+
+    /// Notes how many of a number of things differ, of which none may.
+    fn equal(&mut self, case: impl Into<String>, different: usize, all: usize) {
+        assert!(all > 0, "{}: nothing was compared", self.block);
+        let different = different as f64;
+        let bound = format!("equal, {all} compared");
+        self.line(
+            case,
+            [different, different / all as f64],
+            bound,
+            different == 0.0,
+        );
+    }
+
+    /// Notes a comparison that was made elsewhere: the differences `[absolute, relative]`.
+    fn line(
+        &mut self,
+        case: impl Into<String>,
+        [absolute, relative]: [f64; 2],
+        bound: impl Into<String>,
+        holds: bool,
+    ) {
+        self.lines.push(Line {
+            case: case.into(),
+            absolute,
+            relative,
+            bound: bound.into(),
+            // A difference that is not a number is no equality.
+            holds: holds && absolute.is_finite(),
+        });
+    }
+
+    /// Writes the lines where they are wanted, and fails if one does not hold.
+    fn end(self) {
+        assert!(
+            !self.lines.is_empty(),
+            "{}: nothing was compared",
+            self.block
+        );
+        if let Some(folder) = env::var_os("OVCHAT_PARITY_REPORT") {
+            let lines = self.lines.iter().map(|line| {
+                json!({
+                    "block": self.block, "case": line.case, "absolute": line.absolute,
+                    "relative": line.relative, "bound": line.bound, "holds": line.holds,
+                })
+            });
+            let lines: Vec<_> = lines.collect();
+            let path = Path::new(&folder).join(format!("{}.json", self.block));
+            fs::write(path, json!(lines).to_string()).unwrap();
+        }
+        let failed: Vec<_> = self.lines.iter().filter(|line| !line.holds).collect();
+        assert!(failed.is_empty(), "{}: {failed:#?}", self.block);
+    }
+}
+
+/// The largest difference of two tensors: absolute, and relative to the largest number expected;
+/// infinite when they have not even the same shape.
+fn differences(found: &Tensor, expected: &Tensor) -> [f64; 2] {
+    if found.size() != expected.size() {
+        return [f64::INFINITY; 2];
+    }
+    let [found, expected] = [found, expected].map(|tensor| tensor.to_kind(Kind::Double));
+    let absolute = greatest(&(found - &expected));
+    [
+        absolute,
+        absolute / greatest(&expected).max(f64::MIN_POSITIVE),
+    ]
+}
+
+/// The largest absolute value, or NaN if there is one.
+fn greatest(tensor: &Tensor) -> f64 {
+    if tensor.numel() == 0 {
+        return 0.0;
+    }
+    tensor.abs().max().double_value(&[])
+}
+
+/// Reads JSON of the recording.
+fn json<T: DeserializeOwned>(path: &Path) -> T {
+    let text = fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    serde_json::from_slice(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// Tensors of the recording.
+struct Recorded(Weights);
+
+impl Recorded {
+    fn open(path: &Path) -> Self {
+        Self(Weights::open_file(path).unwrap_or_else(|error| panic!("{error}")))
+    }
+
+    fn tensor(&self, name: &str) -> Tensor {
+        self.0
+            .read(name, Device::Cpu)
+            .unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    fn integers(&self, name: &str) -> Vec<i64> {
+        Vec::try_from(self.tensor(name)).expect("one dimension of integers")
+    }
+
+    fn number(&self, name: &str) -> f64 {
+        self.tensor(name).double_value(&[])
+    }
+
+    fn numbers(&self, name: &str) -> Vec<f64> {
+        let numbers = self.tensor(name).to_kind(Kind::Double);
+        Vec::try_from(numbers).expect("one dimension")
+    }
+}
+
+/// A picture file of the recording.
+fn picture(path: &Path) -> Picture {
+    let bytes = fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    Picture {
+        id: path.display().to_string(),
+        bytes: bytes.into(),
+    }
+}
+
+/// A prompt of the recording; its turns are pairs of role and text.
+fn prompt(question: &str, turns: &[[String; 2]], pictures: Vec<Picture>) -> Prompt {
+    let turn = |[role, text]: &[String; 2]| Turn {
+        role: if role == "user" {
+            Role::User
+        } else {
+            Role::Assistant
+        },
+        text: text.clone(),
+    };
+    Prompt {
+        id: question.to_owned(),
+        pictures,
+        system: None,
+        turns: turns.iter().map(turn).collect(),
+        question: question.to_owned(),
+        captions: None,
+        answer: None,
+        seed: 0,
+    }
+}

@@ -1,0 +1,330 @@
+//! Tower, projector, decoder and logits of every layout; greedy answers; sampled answers.
+
+use std::ops::ControlFlow;
+use std::path::Path;
+
+use tch::{Device, Kind, Tensor};
+
+use super::super::checkpoint::{Checkpoint, Purpose};
+use super::super::generate::OnevisionPolicy;
+use super::super::llava_onevision::LlavaOnevision;
+use super::super::weights::Weights;
+use super::{Recorded, Report, compare, differences, greatest, json, picture};
+use ovchat_models::prep::PolicyPrep;
+use ovchat_models::{self as models, DeviceSpec, Dtype, Generation, Policy as _, Prompt, Sampling};
+
+#[derive(serde::Deserialize)]
+struct Cases {
+    /// Logits are recorded at the last position and at every so many before it.
+    logits_every: i64,
+    cases: Vec<Case>,
+}
+
+#[derive(serde::Deserialize)]
+struct Case {
+    title: String,
+    folder: String,
+    /// How far the reference's bfloat16 logits are from its float32 ones: root of the mean square, and
+    /// greatest.
+    bfloat16: Option<[f64; 2]>,
+}
+
+#[derive(serde::Deserialize)]
+struct Asked {
+    pictures: Vec<String>,
+    question: String,
+}
+
+#[derive(serde::Deserialize)]
+struct Sampled {
+    temperature: f64,
+    top_p: f64,
+    max_new_tokens: usize,
+    count: usize,
+    seeds: Vec<u64>,
+}
+
+const BOUND: f64 = 1e-4;
+
+#[test]
+fn networks_compute_what_the_reference_computes() {
+    compare("networks", "onevision", |folder, report| {
+        if folder.join("cases.json").exists() {
+            block(folder, report);
+        }
+    });
+}
+
+fn block(folder: &Path, report: &mut Report) {
+    let Cases {
+        logits_every,
+        cases,
+    } = json(&folder.join("cases.json"));
+    let prompts = prompts(folder, &folder.join("prompts.json"));
+    for case in &cases {
+        let place = folder.join(&case.folder);
+        forward(&place, &prompts, case, logits_every, report);
+        written(folder, &place, case, report);
+        if case.bfloat16.is_some() {
+            greedy(folder, &place, &case.title, report);
+            sampled(&place, &prompts, &case.title, report);
+        }
+    }
+}
+
+fn prompts(folder: &Path, list: &Path) -> Vec<Prompt> {
+    let asked: Vec<Asked> = json(list);
+    let file = |name: &String| picture(&folder.join(format!("{name}.png")));
+    let prompt = |asked: Asked| {
+        super::prompt(
+            &asked.question,
+            &[],
+            asked.pictures.iter().map(file).collect(),
+        )
+    };
+    asked.into_iter().map(prompt).collect()
+}
+
+fn open(place: &Path, kind: Kind) -> (PolicyPrep, LlavaOnevision) {
+    let prep = PolicyPrep::open(place).unwrap_or_else(|error| panic!("{error}"));
+    let checkpoint = Checkpoint::open(place).unwrap_or_else(|error| panic!("{error}"));
+    let opened = LlavaOnevision::open(
+        &checkpoint,
+        &prep.card,
+        Device::Cpu,
+        kind,
+        Purpose::Inference,
+    );
+    let (network, _) = opened.unwrap_or_else(|error| panic!("{error}"));
+    (prep, network)
+}
+
+/// The largest differences over all prompts, `[absolute, relative]`.
+#[derive(Default)]
+struct Apart([f64; 2]);
+
+impl Apart {
+    fn add(&mut self, found: &Tensor, expected: &Tensor) {
+        let [absolute, relative] = differences(found, expected);
+        self.0 = [self.0[0].max(absolute), self.0[1].max(relative)];
+    }
+}
+
+fn forward(place: &Path, prompts: &[Prompt], case: &Case, logits_every: i64, report: &mut Report) {
+    let _no_grad = tch::no_grad_guard();
+    let expected = Recorded::open(&place.join("expected.safetensors"));
+    let (prep, network) = open(place, Kind::Float);
+    let mut apart: [Apart; 4] = Default::default();
+    let mut other_ids = 0;
+    let mut logits_apart = Vec::new();
+    let bfloat16 = case.bfloat16.map(|_| open(place, Kind::BFloat16).1);
+    for (index, prompt) in prompts.iter().enumerate() {
+        let prepared = prep.prepare(prompt).unwrap();
+        // A tokenizer without `<image>` has another id for it, so pictures are compared by place.
+        let image = prep.card.image_token_index;
+        let words = |ids: &[i64], image: i64| -> Vec<Option<i64>> {
+            ids.iter().map(|&id| (id != image).then_some(id)).collect()
+        };
+        let ids = expected.integers(&format!("ids.{index}"));
+        let theirs = prepared
+            .text
+            .pictures
+            .first()
+            .map_or(-1, |range| ids[range.start]);
+        other_ids += usize::from(words(&prepared.text.ids, image) != words(&ids, theirs));
+
+        let mut towers = Vec::new();
+        for tiles in &prepared.pictures {
+            let side = tiles.side as i64;
+            let pixels = Tensor::from_slice(&tiles.pixels).view([-1, 3, side, side]);
+            let pixels = pixels.to_kind(network.kind());
+            towers.push(network.vision_tower.forward(&pixels));
+        }
+        if !towers.is_empty() {
+            let tower = Tensor::cat(&towers, 0);
+            apart[0].add(&tower, &expected.tensor(&format!("tower.{index}")));
+            let projected = network.multi_modal_projector.forward(&tower);
+            apart[1].add(&projected, &expected.tensor(&format!("projector.{index}")));
+        }
+        let logits = |network: &LlavaOnevision| {
+            let pictures: Vec<_> = prepared.pictures.iter().collect();
+            let features = network.image_features(&pictures);
+            let embeds = network.embed_prompt(&prepared.text, &features);
+            let hidden = network.language_model.hidden(&embeds);
+            let logits = network.lm_head.forward(&hidden);
+            let kept = logits.flip([0]).slice(0, None, None, logits_every);
+            (hidden, kept)
+        };
+        let (hidden, found) = logits(&network);
+        apart[2].add(&hidden, &expected.tensor(&format!("hidden.{index}")));
+        let wanted = expected.tensor(&format!("logits.{index}"));
+        apart[3].add(&found, &wanted);
+        if let Some(network) = &bfloat16 {
+            let found = logits(network).1;
+            if found.size() == wanted.size() {
+                logits_apart.push((found - wanted).flatten(0, 1));
+            }
+        }
+    }
+    report.equal(
+        format!("{}: token ids", case.title),
+        other_ids,
+        prompts.len(),
+    );
+    let names = ["tower", "projector", "decoder's hidden states", "logits"];
+    for (name, Apart(apart)) in names.iter().zip(apart) {
+        let holds = apart[0] <= BOUND;
+        report.line(format!("{}: {name}", case.title), apart, "1e-4", holds);
+    }
+    if let Some([spread, most]) = case.bfloat16
+        && !logits_apart.is_empty()
+    {
+        let apart = Tensor::cat(&logits_apart, 0);
+        let found = apart.square().mean(Kind::Double).sqrt().double_value(&[]);
+        let bound = format!("the reference's own spread, {spread:.2e} (root of the mean square)");
+        // Two independent roundings of equal size differ from the truth equally, up to chance; the
+        // committed recording comes from another machine, whose products may round otherwise.
+        let chance = if std::env::var_os("OVCHAT_PARITY").is_some() {
+            1.1
+        } else {
+            1.25
+        };
+        let holds = found <= chance * spread && greatest(&apart) <= 1.5 * most;
+        let title = format!("{}: logits in bfloat16", case.title);
+        report.line(title, [found, found / spread], bound, holds);
+    }
+}
+
+/// A checkpoint that was read for training and written again has the same tensors under the same names.
+/// Of a fresh recording the copy stays, for transformers to read.
+fn written(folder: &Path, place: &Path, case: &Case, report: &mut Report) {
+    let scratch = tempfile::tempdir().unwrap();
+    let to = if std::env::var_os("OVCHAT_PARITY").is_some() {
+        let kept = folder.join("../written");
+        std::fs::create_dir_all(&kept).unwrap();
+        kept.join(&case.folder)
+    } else {
+        scratch.path().join("written")
+    };
+    let _ = std::fs::remove_dir_all(&to);
+    let checkpoint = Checkpoint::open(place).unwrap();
+    let card = PolicyPrep::open(place).unwrap().card;
+    let purpose = Purpose::Training(models::Tower::Train.into());
+    let opened = LlavaOnevision::open(&checkpoint, &card, Device::Cpu, Kind::Float, purpose);
+    let (_, parameters) = opened.unwrap();
+    checkpoint.save(&to, &parameters).unwrap();
+
+    let [before, after] = [place, &to].map(|folder| Weights::open(folder).unwrap());
+    assert!(before.names().eq(after.names()), "{}", case.title);
+    let differs = |name: &&str| {
+        let [before, after] = [&before, &after].map(|from| from.read(name, Device::Cpu).unwrap());
+        before.kind() != after.kind() || !before.equal(&after)
+    };
+    let different = before.names().filter(differs).count();
+    let all = before.names().count();
+    report.equal(
+        format!("{}: tensors read and written", case.title),
+        different,
+        all,
+    );
+}
+
+fn answers(place: &Path, prompts: &[Prompt], how: &Sampling) -> Vec<Vec<Generation>> {
+    let spec = models::LlavaOnevision {
+        weights: place.to_owned(),
+        adapter: None,
+        device: DeviceSpec::Cpu,
+        dtype: Dtype::Float32,
+        memory_gb: None,
+    };
+    let mut policy = OnevisionPolicy::open(&spec).unwrap();
+    let mut answers = vec![Vec::new(); prompts.len()];
+    policy
+        .sample(prompts, how, &mut |index, made| {
+            answers[index] = made.unwrap_or_else(|fault| panic!("{fault}"));
+            ControlFlow::Continue(())
+        })
+        .unwrap();
+    answers
+}
+
+/// Greedy answers are equal up to the first place where two tokens were equally good.
+fn greedy(folder: &Path, place: &Path, title: &str, report: &mut Report) {
+    let prompts = prompts(folder, &place.join("greedy.json"));
+    let expected = Recorded::open(&place.join("greedy.safetensors"));
+    let how = Sampling {
+        count: 1,
+        temperature: 0.0,
+        top_p: 1.0,
+        top_k: 0,
+        min_p: 0.0,
+        stop_strings: Vec::new(),
+        stop_token_ids: Vec::new(),
+        repetition_penalty: 1.0,
+        max_new_tokens: 64,
+    };
+    let answers = answers(place, &prompts, &how);
+    let mut different = 0;
+    for (index, answers) in answers.iter().enumerate() {
+        let ids = expected.integers(&format!("ids.{index}"));
+        let gaps = expected.numbers(&format!("gaps.{index}"));
+        let (same, ends) = agreement(&answers[0], &ids);
+        different += usize::from(!ends && gaps.get(same).is_none_or(|gap| *gap > BOUND));
+    }
+    report.equal(
+        format!("{title}: greedy answers of 64 tokens"),
+        different,
+        prompts.len(),
+    );
+}
+
+/// Sampled answers are those that the same numbers draw from the reference's logits, and so are
+/// their log-probabilities.
+fn sampled(place: &Path, prompts: &[Prompt], title: &str, report: &mut Report) {
+    let sampled: Sampled = json(&place.join("sampled.json"));
+    let expected = Recorded::open(&place.join("sampled.safetensors"));
+    let how = Sampling {
+        count: sampled.count,
+        temperature: sampled.temperature,
+        top_p: sampled.top_p,
+        top_k: 0,
+        min_p: 0.0,
+        stop_strings: Vec::new(),
+        stop_token_ids: Vec::new(),
+        repetition_penalty: 1.0,
+        max_new_tokens: sampled.max_new_tokens,
+    };
+    let mut prompts = prompts.to_vec();
+    for (prompt, &seed) in prompts.iter_mut().zip(&sampled.seeds) {
+        prompt.seed = seed;
+    }
+    let answers = answers(place, &prompts, &how);
+    let (mut different, mut all) = (0, 0);
+    let mut apart = Apart::default();
+    for (index, answers) in answers.iter().enumerate() {
+        for (number, answer) in answers.iter().enumerate() {
+            let ids = expected.integers(&format!("ids.{index}.{number}"));
+            let margins = expected.numbers(&format!("margins.{index}.{number}"));
+            let (same, ends) = agreement(answer, &ids);
+            different +=
+                usize::from(!ends && margins.get(same).is_none_or(|margin| *margin > 1e-5));
+            all += 1;
+            let logps = expected.tensor(&format!("logps.{index}.{number}"));
+            let found = Tensor::from_slice(&answer.token_logps[..same]);
+            apart.add(&found, &logps.narrow(0, 0, same as i64));
+        }
+    }
+    report.equal(format!("{title}: sampled answers"), different, all);
+    let holds = apart.0[0] <= BOUND;
+    report.line(format!("{title}: token_logps"), apart.0, "1e-4", holds);
+}
+
+/// How many tokens an answer begins with as expected, and whether those are all.
+fn agreement(answer: &Generation, expected: &[i64]) -> (usize, bool) {
+    let found = &answer.token_ids;
+    let pairs = found.iter().zip(expected);
+    let same = pairs
+        .take_while(|(one, two)| i64::from(**one) == **two)
+        .count();
+    (same, same == expected.len() && same == found.len())
+}

@@ -1,0 +1,27 @@
+//! How many tokens pictures of thousands of sizes take, and the grids of their features.
+
+use std::path::Path;
+
+use super::{Report, compare, json};
+use ovchat_models::prep::PolicyPrep;
+
+#[test]
+fn packing_is_that_of_the_reference() {
+    compare("packing", "packing", block);
+}
+
+fn block(folder: &Path, report: &mut Report) {
+    let prep = PolicyPrep::open(&folder.join("../onevision/packing")).unwrap();
+    // Height, width, tiles down and across, rows and columns after unpadding, tokens.
+    let rows: Vec<[usize; 7]> = json(&folder.join("rows.json"));
+    let [mut grids, mut counts] = [0, 0];
+    for row in &rows {
+        let packing = prep.anyres.single(row[0], row[1]);
+        let grid = packing.grid.as_ref().expect("a single picture has a grid");
+        let found = [grid.tiles, [grid.rows.len(), grid.columns.len()]].concat();
+        grids += usize::from(found != row[2..6]);
+        counts += usize::from(packing.tokens() != row[6]);
+    }
+    report.equal("best resolution and unpadding", grids, rows.len());
+    report.equal("tokens", counts, rows.len());
+}

@@ -1,0 +1,578 @@
+//! Losses, gradients and weights of trainings; LLaVA-NeXT's mask.
+//!
+//! Weights are compared by what training did to them: the norm of the difference of both changes over
+//! the norm of the reference's change, for each tensor.
+
+use std::path::Path;
+
+use tch::{Kind, Tensor};
+
+use super::super::dpo_learner::OnevisionDpo;
+use super::super::sft_learner::{OnevisionStudent, Sft};
+use super::super::training::Training;
+use super::{Recorded, Report, compare, greatest, json, picture};
+use ovchat_models::prep::PolicyPrep;
+use ovchat_models::{
+    self as models, Answer, Checkpointing, DeviceSpec, DpoLearner as _, DpoSettings, Dtype,
+    Example, Learned, Lesson, LlavaOnevision, Loss, Mask, Newlines, Objective, Optimization,
+    Optimizer, Prompt, Schedule, SftLearner as _, SftSettings, Tower,
+};
+
+/// Rows of an update.
+pub(super) const BATCH: usize = 4;
+const STEPS: usize = 20;
+const BETA: f64 = 0.1;
+
+/// How far the changes of a tensor may be apart, relative to the reference's.
+const CHANGE: f64 = 1e-2;
+/// How far losses and what is logged may be apart.
+const LOGGED: f64 = 1e-5;
+/// How far gradients may be apart, relative to the largest of a parameter.
+const GRADIENT: f64 = 1e-4;
+
+/// What `training.py` trains with.
+pub(super) fn optimization() -> Optimization {
+    Optimization {
+        learning_rate: 1e-4,
+        schedule: Schedule::Cosine,
+        warmup_steps: (0.12 * STEPS as f64).ceil() as usize,
+        optimizer: Optimizer::Adamw,
+        steps: STEPS,
+        weight_decay: 0.0,
+        adam_betas: [0.9, 0.999],
+        adam_epsilon: 1e-8,
+        max_grad_norm: 1.0,
+    }
+}
+
+#[derive(serde::Deserialize)]
+struct Pair {
+    pictures: Vec<String>,
+    question: String,
+    chosen: String,
+    rejected: String,
+}
+
+#[derive(serde::Deserialize)]
+struct Conversation {
+    pictures: Vec<String>,
+    turns: Vec<[String; 2]>,
+    question: String,
+    answer: String,
+}
+
+#[derive(serde::Deserialize)]
+struct Masked {
+    question: String,
+    answer: String,
+    pictures: Vec<usize>,
+    ids: Vec<i64>,
+    labels: Vec<u8>,
+}
+
+#[test]
+fn trainings_do_what_the_reference_does() {
+    compare("training", "training", block);
+}
+
+fn block(folder: &Path, report: &mut Report) {
+    let pairs: Vec<Pair> = json(&folder.join("pairs.json"));
+    for title in ["untied", "tied"] {
+        dpo(folder, title, &pairs, report);
+    }
+    trl(folder, &pairs, report);
+    losses(folder, &pairs, report);
+    adapter(folder, &pairs, report);
+    sft(folder, report);
+    masks(folder, report);
+}
+
+/// A training beside the recorded one.
+pub(super) struct Trained<'a> {
+    case: &'static str,
+    expected: &'a Recorded,
+    /// The weights at the start.
+    before: Vec<Tensor>,
+    /// From names of parameters to recorded ones.
+    canonical: fn(&str) -> String,
+    loss_apart: f64,
+    gradient_apart: [f64; 2],
+}
+
+impl<'a> Trained<'a> {
+    pub(super) fn new(
+        case: &'static str,
+        training: &Training,
+        expected: &'a Recorded,
+        canonical: fn(&str) -> String,
+    ) -> Self {
+        Self {
+            case,
+            expected,
+            before: weights(training),
+            canonical,
+            loss_apart: 0.0,
+            gradient_apart: [0.0; 2],
+        }
+    }
+
+    pub(super) fn loss(&mut self, step: usize, found: f64) {
+        let expected = self.expected.numbers("losses")[step];
+        self.loss_apart = self.loss_apart.max((found - expected).abs());
+    }
+
+    /// Compares the gradients of the first update, before clipping.
+    pub(super) fn gradients(&mut self, training: &Training) {
+        let expected = |name: &str| self.expected.tensor(&format!("gradient.{name}"));
+        let (names, found) = first_gradients(training);
+        // AdamW remembers the clipped gradient; the recorded one is not clipped.
+        let squares = |name: &String| {
+            let norm = expected(&(self.canonical)(name)).norm().double_value(&[]);
+            norm * norm
+        };
+        let norm = names.iter().map(squares).sum::<f64>().sqrt();
+        let clipped = (1.0 / norm).min(1.0);
+        for (name, found) in names.iter().zip(found) {
+            let expected = expected(&(self.canonical)(name)) * clipped;
+            let absolute = greatest(&(found - &expected));
+            let relative = absolute / greatest(&expected).max(f64::MIN_POSITIVE);
+            if !is_zero_in_truth(name) {
+                let [a, r] = self.gradient_apart;
+                self.gradient_apart = [a.max(absolute), r.max(relative)];
+            }
+        }
+    }
+
+    /// Compares the weights at the end, and reports everything.
+    pub(super) fn weights(self, training: &Training, report: &mut Report) {
+        let case = self.case;
+        report.line(
+            format!("{case}: losses"),
+            [self.loss_apart; 2],
+            "1e-5",
+            self.loss_apart <= LOGGED,
+        );
+        let [absolute, relative] = self.gradient_apart;
+        let holds = relative <= GRADIENT;
+        let bound = "1e-4, relative";
+        report.line(
+            format!("{case}: first gradients"),
+            [absolute, relative],
+            bound,
+            holds,
+        );
+        changes(
+            case,
+            &self.before,
+            training,
+            self.expected,
+            self.canonical,
+            report,
+        );
+    }
+}
+
+/// The true gradient of a tower's `k_proj.bias` is zero, what is computed is rounding: softmax does not
+/// change when all scores of a query do.
+fn is_zero_in_truth(name: &str) -> bool {
+    name.ends_with("self_attn.k_proj.bias")
+}
+
+/// The names of the parameters and the gradients of the first update as AdamW's mean has them.
+fn first_gradients(training: &Training) -> (Vec<String>, Vec<Tensor>) {
+    let names = training
+        .parameters
+        .iter()
+        .map(|parameter| parameter.name.clone());
+    let moments = training.moments().iter();
+    (
+        names.collect(),
+        moments
+            .map(|moments| moments.exp_avg.whole() / 0.1)
+            .collect(),
+    )
+}
+
+/// Copies of all weights, in float64.
+fn weights(training: &Training) -> Vec<Tensor> {
+    let parameters = training.parameters.iter();
+    let copy = |tensor: &Tensor| tensor.detach().to_dtype(Kind::Double, false, true);
+    parameters
+        .map(|parameter| copy(&parameter.tensor))
+        .collect()
+}
+
+/// Compares what became of the weights `before` with what the reference made of them.
+fn changes(
+    case: &str,
+    before: &[Tensor],
+    training: &Training,
+    expected: &Recorded,
+    recorded_name: fn(&str) -> String,
+    report: &mut Report,
+) {
+    let mut worst = ([0.0_f64; 2], String::new());
+    for ((parameter, before), after) in training
+        .parameters
+        .iter()
+        .zip(before)
+        .zip(weights(training))
+    {
+        if is_zero_in_truth(&parameter.name) && parameter.name.starts_with("vision_tower.") {
+            continue;
+        }
+        let name = recorded_name(&parameter.name);
+        let theirs = expected
+            .tensor(&format!("after.{name}"))
+            .to_kind(Kind::Double)
+            - before;
+        let ours = after - before;
+        let apart = (&ours - &theirs).norm().double_value(&[]);
+        let relative = apart / theirs.norm().double_value(&[]).max(f64::MIN_POSITIVE);
+        if relative > worst.0[1] || relative.is_nan() {
+            worst = ([apart, relative], name);
+        }
+    }
+    let (apart, name) = worst;
+    let case = format!("{case}: changes of the weights (worst: `{name}`)");
+    report.line(case, apart, "1e-2, relative", apart[1] <= CHANGE);
+}
+
+fn spec(folder: &Path, name: &str) -> LlavaOnevision {
+    LlavaOnevision {
+        weights: folder.join("../onevision").join(name),
+        adapter: None,
+        device: DeviceSpec::Cpu,
+        dtype: Dtype::Float32,
+        memory_gb: None,
+    }
+}
+
+fn prompt(folder: &Path, pictures: &[String], question: &str, turns: &[[String; 2]]) -> Prompt {
+    let file = |name: &String| picture(&folder.join(format!("{name}.png")));
+    super::prompt(question, turns, pictures.iter().map(file).collect())
+}
+
+fn examples<'a>(
+    pairs: &[Pair],
+    prompts: &'a [Prompt],
+    references: &[[f64; 2]],
+) -> Vec<Example<'a>> {
+    let written = |text: &String| Answer {
+        text: text.clone(),
+        token_ids: None,
+    };
+    let rows = pairs.iter().zip(prompts).enumerate();
+    rows.map(|(index, (pair, prompt))| Example {
+        id: "pair",
+        prompt,
+        chosen: written(&pair.chosen),
+        rejected: written(&pair.rejected),
+        reference: references.get(index).copied(),
+    })
+    .collect()
+}
+
+/// The parameters' names in the recording: those of transformers in memory, without prefixes.
+fn in_memory(name: &str) -> String {
+    name.replace("language_model.model.", "language_model.")
+        .replace("language_model.lm_head.", "lm_head.")
+}
+
+/// A batch: log-probabilities, what is logged, the loss, and the gradient of every parameter.
+fn dpo(folder: &Path, title: &str, pairs: &[Pair], report: &mut Report) {
+    let expected = Recorded::open(&folder.join(format!("dpo-{title}.safetensors")));
+    let settings = DpoSettings {
+        objective: Objective::of(Loss::Sigmoid, BETA),
+        mask: Mask::Answer,
+        newlines: Newlines::One,
+        trained: models::Trained::all(),
+        checkpointing: Checkpointing::Never,
+        optimization: Optimization {
+            max_grad_norm: 0.0,
+            ..optimization()
+        },
+    };
+    let spec = spec(folder, &format!("training-{title}"));
+    let mut learner = OnevisionDpo::open(&spec, &settings).unwrap();
+    let pairs = &pairs[..BATCH];
+    let prompts: Vec<Prompt> = pairs
+        .iter()
+        .map(|pair| prompt(folder, &pair.pictures, &pair.question, &[]))
+        .collect();
+    let matrix = |name: &str| {
+        let numbers = expected.tensor(name).to_kind(Kind::Double);
+        Vec::<Vec<f64>>::try_from(numbers).unwrap()
+    };
+    let references: Vec<[f64; 2]> = matrix("reference")
+        .iter()
+        .map(|pair| [pair[0], pair[1]])
+        .collect();
+    let examples = examples(pairs, &prompts, &references);
+    let logps = learner.reference_logps(&examples).unwrap();
+    let flat = |rows: &[[f64; 2]]| Tensor::from_slice(rows.as_flattened());
+    let wanted = expected.tensor("logps").flatten(0, -1);
+    let case = |what: &str| format!("DPO, {title}: {what}");
+    report.tensor(
+        case("log-probabilities of answers"),
+        &flat(&logps),
+        &wanted,
+        1e-4,
+    );
+
+    let found = learner.step(&examples).unwrap();
+    let mean = |side: usize| {
+        let rewards = matrix("rewards");
+        rewards.iter().map(|pair| pair[side]).sum::<f64>() / rewards.len() as f64
+    };
+    let logged = [found.loss, found.rewards_chosen, found.rewards_rejected];
+    let wanted = [expected.number("loss"), mean(0), mean(1)];
+    report.tensor(
+        case("loss and rewards"),
+        &Tensor::from_slice(&logged),
+        &Tensor::from_slice(&wanted),
+        LOGGED,
+    );
+    let (names, gradients) = first_gradients(learner.training());
+    let mut apart = [0.0_f64; 2];
+    for (name, found) in names.iter().zip(gradients) {
+        let expected = expected.tensor(&format!("gradient.{}", in_memory(name)));
+        let absolute = greatest(&(found - &expected));
+        let relative = absolute / greatest(&expected).max(f64::MIN_POSITIVE);
+        if !is_zero_in_truth(name) {
+            apart = [apart[0].max(absolute), apart[1].max(relative)];
+        }
+    }
+    let case = case(&format!("gradients of {} parameters", names.len()));
+    report.line(case, apart, "1e-4, relative", apart[1] <= GRADIENT);
+}
+
+/// Twenty updates beside TRL's.
+fn trl(folder: &Path, pairs: &[Pair], report: &mut Report) {
+    let expected = Recorded::open(&folder.join("trl.safetensors"));
+    let settings = DpoSettings {
+        objective: Objective::of(Loss::Sigmoid, BETA),
+        mask: Mask::Trl,
+        newlines: Newlines::One,
+        trained: models::Trained::all(),
+        checkpointing: Checkpointing::Never,
+        optimization: optimization(),
+    };
+    let mut learner = OnevisionDpo::open(&spec(folder, "training-trl"), &settings).unwrap();
+    let prompts: Vec<Prompt> = pairs
+        .iter()
+        .map(|pair| prompt(folder, &pair.pictures, &pair.question, &[]))
+        .collect();
+    let references = learner
+        .reference_logps(&examples(pairs, &prompts, &[]))
+        .unwrap();
+    let examples = examples(pairs, &prompts, &references);
+    let before = weights(learner.training());
+    let mut logged: [Vec<f64>; 7] = Default::default();
+    for batch in examples.chunks(BATCH) {
+        let found = learner.step(batch).unwrap();
+        let numbers = [
+            found.loss,
+            found.rewards_chosen,
+            found.rewards_rejected,
+            found.logps_chosen,
+            found.logps_rejected,
+            found.grad_norm,
+            found.learning_rate,
+        ];
+        for (log, number) in logged.iter_mut().zip(numbers) {
+            log.push(number);
+        }
+    }
+    let names = [
+        ("loss", LOGGED),
+        ("rewards_chosen", LOGGED),
+        ("rewards_rejected", LOGGED),
+        ("logps_chosen", 1e-4),
+        ("logps_rejected", 1e-4),
+        ("grad_norm", 1e-4),
+        ("learning_rate", 1e-12),
+    ];
+    for ((name, bound), found) in names.into_iter().zip(&logged) {
+        let expected = expected.tensor(&format!("log.{name}"));
+        let case = format!("TRL's 20 updates: {name}");
+        report.tensor(case, &Tensor::from_slice(found), &expected, bound);
+    }
+    changes(
+        "TRL's 20 updates",
+        &before,
+        learner.training(),
+        &expected,
+        in_memory,
+        report,
+    );
+}
+
+/// The loss of a batch and the norm of its gradient, by each loss of TRL's.
+fn losses(folder: &Path, pairs: &[Pair], report: &mut Report) {
+    let expected = Recorded::open(&folder.join("losses.safetensors"));
+    let reference = expected.tensor("reference").to_kind(Kind::Double);
+    let references: Vec<[f64; 2]> = Vec::<Vec<f64>>::try_from(reference)
+        .unwrap()
+        .iter()
+        .map(|pair| [pair[0], pair[1]])
+        .collect();
+    let pairs = &pairs[..BATCH];
+    let prompts: Vec<Prompt> = pairs
+        .iter()
+        .map(|pair| prompt(folder, &pair.pictures, &pair.question, &[]))
+        .collect();
+    let with_terms =
+        |name: &str, terms: Vec<(Loss, f64)>, label_smoothing: f64, report: &mut Report| {
+            let settings = DpoSettings {
+                objective: Objective {
+                    terms,
+                    label_smoothing,
+                    ..Objective::of(Loss::Sigmoid, BETA)
+                },
+                mask: Mask::Trl,
+                newlines: Newlines::One,
+                trained: models::Trained::all(),
+                checkpointing: Checkpointing::Always,
+                optimization: optimization(),
+            };
+            let mut learner = OnevisionDpo::open(&spec(folder, "training-trl"), &settings).unwrap();
+            let found = learner
+                .step(&examples(pairs, &prompts, &references))
+                .unwrap();
+            let found = Tensor::from_slice(&[found.loss, found.grad_norm]);
+            let expected = expected.tensor(name);
+            let apart = ((found - &expected) / &expected)
+                .abs()
+                .max()
+                .double_value(&[]);
+            let case = format!("TRL's loss {name}: value and gradient");
+            report.line(case, [apart; 2], "1e-4, relative", apart <= 1e-4);
+        };
+    for loss in Loss::ALL.into_iter().filter(|loss| *loss != Loss::Simpo) {
+        let name = serde_json::to_value(loss).unwrap();
+        // TRL takes no label smoothing in its sigmoid loss.
+        let smoothing = match loss {
+            Loss::ExoPair | Loss::Robust | Loss::Aot => 0.1,
+            _ => 0.0,
+        };
+        with_terms(name.as_str().unwrap(), vec![(loss, 1.0)], smoothing, report);
+    }
+    let both = vec![(Loss::Sigmoid, 1.0), (Loss::Sft, 0.3)];
+    with_terms("sigmoid and sft", both, 0.0, report);
+}
+
+/// Twenty updates of an adapter that peft wrote.
+fn adapter(folder: &Path, pairs: &[Pair], report: &mut Report) {
+    let expected = Recorded::open(&folder.join("adapter.safetensors"));
+    let lora = models::LoraSettings {
+        rank: 4,
+        alpha: 8.0,
+        dropout: 0.0,
+        targets: ["q_proj", "down_proj"].map(str::to_owned).to_vec(),
+        seed: 0,
+    };
+    let settings = DpoSettings {
+        objective: Objective::of(Loss::Sigmoid, BETA),
+        mask: Mask::Answer,
+        newlines: Newlines::One,
+        trained: models::Trained::Lora(lora),
+        checkpointing: Checkpointing::Always,
+        optimization: optimization(),
+    };
+    let spec = LlavaOnevision {
+        adapter: Some(folder.join("adapter")),
+        ..spec(folder, "training-trl")
+    };
+    let mut learner = OnevisionDpo::open(&spec, &settings).unwrap();
+    let prompts: Vec<Prompt> = pairs
+        .iter()
+        .map(|pair| prompt(folder, &pair.pictures, &pair.question, &[]))
+        .collect();
+    let references = expected.tensor("reference").to_kind(Kind::Double);
+    let references: Vec<[f64; 2]> = Vec::<Vec<f64>>::try_from(references)
+        .unwrap()
+        .iter()
+        .map(|pair| [pair[0], pair[1]])
+        .collect();
+    let mut trained = Trained::new(
+        "a policy's adapter, 20 updates",
+        learner.training(),
+        &expected,
+        ToOwned::to_owned,
+    );
+    for (step, batch) in examples(pairs, &prompts, &references)
+        .chunks(BATCH)
+        .enumerate()
+    {
+        let found = learner.step(batch).unwrap();
+        trained.loss(step, found.loss);
+        if step == 0 {
+            trained.gradients(learner.training());
+        }
+    }
+    trained.weights(learner.training(), report);
+}
+
+fn sft(folder: &Path, report: &mut Report) {
+    let lessons: Vec<Conversation> = json(&folder.join("lessons.json"));
+    let expected = Recorded::open(&folder.join("sft.safetensors"));
+    let settings = SftSettings {
+        tower: Tower::Train,
+        optimization: optimization(),
+    };
+    let spec = spec(folder, "training-sft");
+    let mut learner = Sft::<OnevisionStudent>::open(&spec, &settings).unwrap();
+    let prompts: Vec<Prompt> = lessons
+        .iter()
+        .map(|lesson| prompt(folder, &lesson.pictures, &lesson.question, &lesson.turns))
+        .collect();
+    let rows: Vec<Lesson<'_>> = lessons
+        .iter()
+        .zip(&prompts)
+        .map(|(lesson, prompt)| Lesson {
+            id: "lesson",
+            prompt,
+            answer: &lesson.answer,
+            learned: Learned::All,
+        })
+        .collect();
+    let mut trained = Trained::new(
+        "20 updates of fine-tuning",
+        learner.training(),
+        &expected,
+        in_memory,
+    );
+    for (step, batch) in rows.chunks(BATCH).enumerate() {
+        let found = learner.step(batch).unwrap();
+        trained.loss(step, found.loss);
+        if step == 0 {
+            trained.gradients(learner.training());
+        }
+    }
+    trained.weights(learner.training(), report);
+}
+
+/// The ids and the counted tokens of LLaVA-NeXT's DPO script.
+fn masks(folder: &Path, report: &mut Report) {
+    let cases: Vec<Masked> = json(&folder.join("masks.json"));
+    let prep = PolicyPrep::open(&spec(folder, "training-mask").weights).unwrap();
+    let differs = |case: &&Masked| {
+        let prompt = prompt(folder, &[], &case.question, &[]);
+        let written = prep
+            .chat
+            .prompt_of_llava_next(&prompt, &case.pictures, Newlines::Two);
+        let (text, mut counted) = written.unwrap();
+        let mut ids = text.ids;
+        let start = ids.len();
+        ids.extend(prep.chat.answer(&case.answer).unwrap());
+        ids.extend(prep.chat.newline().unwrap());
+        counted.extend(start..ids.len());
+        let labels: Vec<u8> = (0..ids.len())
+            .map(|at| u8::from(counted.contains(&at)))
+            .collect();
+        ids != case.ids || labels != case.labels
+    };
+    let different = cases.iter().filter(differs).count();
+    report.equal("LLaVA-NeXT's mask and two newlines", different, cases.len());
+}

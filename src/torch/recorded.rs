@@ -1,0 +1,88 @@
+//! The tiny LLaVA-OneVision of `tests/parity/onevision`, and what transformers computes with it
+//! (`tests/parity/record_onevision.py`), for the tests of this floor.
+
+use std::path::{Path, PathBuf};
+
+use tch::{Device, Kind, Tensor};
+
+use super::weights::Weights;
+use ovchat_models::{DeviceSpec, Dtype, LlavaOnevision, Picture, Prompt};
+
+/// The checkpoint's folder.
+pub fn folder() -> PathBuf {
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../..")).join("tests/parity/onevision")
+}
+
+pub fn spec(dtype: Dtype) -> LlavaOnevision {
+    LlavaOnevision {
+        weights: folder(),
+        adapter: None,
+        device: DeviceSpec::Cpu,
+        dtype,
+        memory_gb: None,
+    }
+}
+
+/// The recorded prompts: a large picture, a small one, two, none.
+pub fn prompts() -> Vec<Prompt> {
+    let texts: [(&[&str], &str); 4] = [
+        (&["large.png"], "What is this?"),
+        (&["small.png"], "Why?"),
+        (&["large.png", "wide.png"], "Which is wider?"),
+        (&[], "Say something."),
+    ];
+    let prompts = texts
+        .iter()
+        .enumerate()
+        .map(|(index, (names, question))| Prompt {
+            id: format!("prompt {index}"),
+            pictures: names.iter().map(|name| picture(name)).collect(),
+            system: None,
+            turns: Vec::new(),
+            question: (*question).to_owned(),
+            captions: None,
+            answer: None,
+            seed: 40 + index as u64,
+        });
+    prompts.collect()
+}
+
+fn picture(name: &str) -> Picture {
+    Picture {
+        id: name.to_owned(),
+        bytes: std::fs::read(folder().join(name)).unwrap().into(),
+    }
+}
+
+/// What transformers computed.
+pub struct Expected(Weights);
+
+impl Expected {
+    pub fn open() -> Self {
+        Self(Weights::open_file(&folder().join("expected.safetensors")).unwrap())
+    }
+
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.0.names()
+    }
+
+    pub fn tensor(&self, name: &str) -> Tensor {
+        self.0.read(name, Device::Cpu).unwrap()
+    }
+
+    pub fn integers(&self, name: &str) -> Vec<i64> {
+        Vec::try_from(self.tensor(name)).unwrap()
+    }
+
+    pub fn numbers(&self, name: &str) -> Vec<f32> {
+        Vec::try_from(self.tensor(name)).unwrap()
+    }
+}
+
+/// Fails unless all elements are within `tolerance` of each other.
+pub fn assert_close(what: &str, found: &Tensor, expected: &Tensor, tolerance: f64) {
+    assert_eq!(found.size(), expected.size(), "{what}");
+    let apart = (found.to_kind(Kind::Double) - expected.to_kind(Kind::Double)).abs();
+    let apart = apart.max().double_value(&[]);
+    assert!(apart <= tolerance, "{what}: {apart} apart");
+}

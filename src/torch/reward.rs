@@ -1,0 +1,375 @@
+//! The reward model of LLaVA-RLHF as a judge: its network, a head of one number, and the order in
+//! which answers are read.
+//!
+//! The score is what a linear layer makes of the hidden state, after the final norm, at the last
+//! token of the request to judge (github llava-rlhf/LLaVA-RLHF, `RLHF/models/reward_model.py`). All
+//! answers to a prompt begin with the same tokens, most of them the picture's, so these are read
+//! once, and those of several prompts side by side: the longest common beginning of the tokenized texts, for the tokens of an answer depend on
+//! what stands before it, becomes a prefix in memory that every answer continues. Equal answers are
+//! one.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::time::Instant;
+
+use rayon::prelude::*;
+use tch::{Device, Kind, Tensor};
+
+use super::budget::{Budget, packs, too_large};
+use super::decoder::{Texts, Wanted};
+use super::device;
+use super::edge::guarded;
+use super::llava::{Llava, no_adapter};
+use super::pictures::{Pictures, Shown};
+use super::weights::{Weights, refuse};
+use ovchat_models::prep::{HEAD_FILE, JudgeIds, JudgePrep, Sizes, judge_elements};
+use ovchat_models::{
+    Emit, Group, Judge, LlavaRlhf, ModelError, Picture, RowFault, Score, Telemetry,
+};
+
+/// Tokens of answers to one prompt that are compared with each other, unless one alone has more.
+const COMPARED_MAX: usize = 512;
+
+/// A reward model of LLaVA-RLHF with its weights.
+#[derive(Debug)]
+pub struct RewardJudge {
+    prep: JudgePrep,
+    network: RewardNetwork,
+    budget: Budget,
+}
+
+/// The network and its head: pictures and texts in, rewards out.
+#[derive(Debug)]
+pub struct RewardNetwork {
+    pub llava: Llava,
+    pub head: RewardHead,
+    pub kind: Kind,
+    pub device: Device,
+}
+
+impl RewardJudge {
+    /// Reads the three folders and the request of `spec` onto its device, in its precision.
+    ///
+    /// Fails when the device does not exist, a file is missing or not what it must be, or a tensor
+    /// is missing, of another shape, or has no place in the network.
+    pub fn open(spec: &LlavaRlhf) -> Result<Self, ModelError> {
+        let (device, kind) = device::choose(spec.device, spec.dtype)?;
+        let prep = JudgePrep::open(spec)?;
+        let hidden = prep.card.text_config.hidden_size as i64;
+        let adapter = spec.adapter.as_deref().ok_or_else(|| no_adapter(spec))?;
+        // The head first: it is small, and the file that is most often forgotten.
+        let head = RewardHead::open(adapter, hidden, device)?;
+        let llava = Llava::open(spec, &prep.card, kind, device)?;
+        let element = kind.elt_size_in_bytes() as u64;
+        let sizes = Sizes {
+            // An answer that is read leaves one number.
+            row: 0,
+            ..Sizes::new(judge_elements(&prep.card), &prep.card.text_config, element)
+        };
+        let network = RewardNetwork {
+            llava,
+            head,
+            kind,
+            device,
+        };
+        Ok(Self {
+            prep,
+            network,
+            budget: Budget::plan(spec.memory_gb, device, sizes),
+        })
+    }
+
+    /// The groups that can be scored, with their tokens. The others with what is wrong with them.
+    fn queue(&self, groups: &[Group<'_>]) -> (VecDeque<Waiting>, Vec<(usize, RowFault)>) {
+        let (prep, budget) = (&self.prep, self.budget);
+        let prepared: Vec<Result<Waiting, RowFault>> = groups
+            .par_iter()
+            .enumerate()
+            .map(|(index, group)| {
+                let (answers, places) = distinct(prep.ids(group)?);
+                let shared = shared_tokens(&answers);
+                let own = answers.iter().map(|answer| answer.ids.len() - shared);
+                let waiting = Waiting {
+                    index,
+                    shown: Shown::of(group.prompt),
+                    tokens: [shared, own.sum()],
+                    answers,
+                    places,
+                };
+                budget.admit(waiting.tokens.iter().sum())?;
+                Ok(waiting)
+            })
+            .collect();
+        let mut queue = VecDeque::with_capacity(groups.len());
+        let mut faults = Vec::new();
+        for (index, waiting) in prepared.into_iter().enumerate() {
+            match waiting {
+                Ok(waiting) => queue.push_back(waiting),
+                Err(fault) => faults.push((index, fault)),
+            }
+        }
+        (queue, faults)
+    }
+
+    /// The next groups, as many as are read at once.
+    fn next(waiting: &mut VecDeque<Waiting>, budget: &Budget) -> Vec<Waiting> {
+        let tokens_max = budget.read_tokens.min(budget.tokens);
+        let lengths: Vec<usize> = waiting.iter().map(|one| one.tokens.iter().sum()).collect();
+        let first = packs(&lengths, tokens_max).first().map_or(0, Range::len);
+        waiting.drain(..first).collect()
+    }
+
+    /// The scores of groups that are read at once, in their order; the fault of a group whose picture
+    /// is none.
+    fn judge(
+        &self,
+        groups: &[Waiting],
+        pictures: &mut Pictures<'_, Vec<f32>>,
+        telemetry: &mut Telemetry,
+    ) -> Result<Vec<Result<Vec<Score>, RowFault>>, ModelError> {
+        let shown: Vec<Shown> = groups.iter().flat_map(|one| one.shown.clone()).collect();
+        let patches = self.prep.card.vision_config.patches();
+        pictures.look(&shown, |pixels| {
+            let begun = Instant::now();
+            let features = guarded("looking at pictures", pixels.len(), patches, || {
+                let features = self.network.features(pixels);
+                device::wait(self.network.device);
+                features
+            });
+            telemetry.seconds_tower += begun.elapsed().as_secs_f64();
+            features
+        })?;
+        let begun = Instant::now();
+        let features: Vec<Result<Vec<Tensor>, RowFault>> = groups
+            .iter()
+            .map(|group| pictures.features(&group.shown))
+            .collect();
+        let seen: Vec<(&[JudgeIds], Option<&Tensor>)> = groups
+            .iter()
+            .zip(&features)
+            .filter_map(|(group, features)| {
+                let features = features.as_ref().ok()?;
+                Some((group.answers.as_slice(), features.first()))
+            })
+            .collect();
+        let rows = seen.iter().map(|(answers, _)| answers.len()).sum();
+        let tokens = groups.iter().flat_map(|group| group.tokens).sum();
+        let rewards: Vec<f32> = if seen.is_empty() {
+            Vec::new()
+        } else {
+            guarded("judging", rows, tokens, || {
+                let rewards = self.network.rewards(&seen).to_device(Device::Cpu);
+                Vec::try_from(rewards).expect("float32, one dimension")
+            })?
+        };
+        let mut rewards = rewards.into_iter();
+        let scored = groups.iter().zip(features).map(|(group, features)| {
+            features?;
+            let [prompt, answers] = group.tokens.map(|tokens| tokens as u64);
+            telemetry.prompt_tokens += prompt;
+            telemetry.answer_tokens += answers;
+            let rewards: Vec<f32> = rewards.by_ref().take(group.answers.len()).collect();
+            let score = |&place: &usize| Score {
+                reward: rewards[place],
+                reply: None,
+                flips: None,
+            };
+            Ok(group.places.iter().map(score).collect())
+        });
+        let scored = scored.collect();
+        telemetry.seconds_decode += begun.elapsed().as_secs_f64();
+        Ok(scored)
+    }
+}
+
+/// A group that is still to be scored.
+struct Waiting {
+    /// Its place in the call.
+    index: usize,
+    shown: Vec<Shown>,
+    /// The distinct ones.
+    answers: Vec<JudgeIds>,
+    /// Where in `answers` each of the group's stands.
+    places: Vec<usize>,
+    /// Tokens: those that all answers begin with, and all others.
+    tokens: [usize; 2],
+}
+
+impl RewardNetwork {
+    /// The features of pictures whose pixels are `[3, side, side]`, `[patches, hidden]` each.
+    pub fn features<P: AsRef<[f32]>>(&self, pictures: &[P]) -> Vec<Tensor> {
+        let pixels: Vec<Tensor> = pictures
+            .iter()
+            .map(|pixels| {
+                let pixels = pixels.as_ref();
+                let side = (pixels.len() as f64 / 3.0).sqrt() as i64;
+                Tensor::from_slice(pixels).view([1, 3, side, side])
+            })
+            .collect();
+        let pixels = Tensor::cat(&pixels, 0)
+            .to_device(self.device)
+            .to_kind(self.kind);
+        self.llava.encode_images(&pixels).unbind(0)
+    }
+
+    /// The rewards of answers to prompts, prompt by prompt, in their order: `[answers of all]`,
+    /// float32, with their gradients.
+    pub fn rewards(&self, prompts: &[(&[JudgeIds], Option<&Tensor>)]) -> Tensor {
+        let decoder = self.llava.decoder();
+        let mut beginnings = Vec::with_capacity(prompts.len());
+        let mut shared_lengths = Vec::with_capacity(prompts.len());
+        for (answers, features) in prompts {
+            let shared = shared_tokens(answers);
+            beginnings.push(self.llava.embed(&answers[0], shared, *features));
+            shared_lengths.push(shared as i64);
+        }
+        let beginnings = Tensor::cat(&beginnings, 0);
+        let (_, prefixes) = decoder.prefill(&beginnings, &shared_lengths, Wanted::Nothing);
+        let mut ids: Vec<i64> = Vec::new();
+        let mut texts = Vec::new();
+        for ((answers, _), prefix) in prompts.iter().zip(&prefixes) {
+            let own = |answer: &JudgeIds| answer.ids[prefix.tokens() as usize..].to_vec();
+            let own: Vec<Vec<i64>> = answers.iter().map(own).collect();
+            let lengths: Vec<usize> = own.iter().map(Vec::len).collect();
+            // Each token is compared with all others of its pack, whether or not they belong to one
+            // answer.
+            texts.extend(packs(&lengths, COMPARED_MAX).into_iter().map(|pack| Texts {
+                prefix,
+                lengths: lengths[pack].iter().map(|&length| length as i64).collect(),
+            }));
+            ids.extend(own.concat());
+        }
+        let embeds = decoder.embed(&Tensor::from_slice(&ids).to_device(self.device));
+        self.head
+            .forward(&decoder.branch(&embeds, &texts, Wanted::Last))
+    }
+}
+
+impl Judge for RewardJudge {
+    fn score(
+        &mut self,
+        groups: &[Group<'_>],
+        emit: Emit<'_, Vec<Score>>,
+    ) -> Result<Telemetry, ModelError> {
+        let _no_grad = tch::no_grad_guard();
+        let mut telemetry = Telemetry::default();
+        let (mut waiting, faults) = self.queue(groups);
+        telemetry.prompts = waiting.len() as u64;
+        for (index, fault) in faults {
+            if emit(index, Err(fault)).is_break() {
+                return Ok(telemetry);
+            }
+        }
+        let prep = &self.prep;
+        let decode = |picture: &Picture, _: bool| prep.pixels(picture);
+        let mut budget = self.budget;
+        std::thread::scope(|scope| {
+            let shown = waiting.iter().map(|one| groups[one.index].prompt);
+            let mut pictures = Pictures::begin(scope, shown, &decode);
+            'groups: while !waiting.is_empty() {
+                let some = Self::next(&mut waiting, &budget);
+                let scored = match self.judge(&some, &mut pictures, &mut telemetry) {
+                    Ok(scored) => scored,
+                    Err(error @ ModelError::OutOfMemory { .. }) if some.len() == 1 => {
+                        vec![Err(too_large(&error))]
+                    }
+                    Err(ModelError::OutOfMemory { .. }) => {
+                        budget.halve();
+                        for group in some.into_iter().rev() {
+                            waiting.push_front(group);
+                        }
+                        continue;
+                    }
+                    Err(error) => return Err(error),
+                };
+                for (group, scored) in some.iter().zip(scored) {
+                    pictures.done(&group.shown);
+                    if emit(group.index, scored).is_break() {
+                        break 'groups;
+                    }
+                }
+            }
+            telemetry.pictures = pictures.tally.pictures;
+            telemetry.tower_passes = pictures.tally.passes;
+            telemetry.seconds_pictures = pictures.tally.seconds_decoding;
+            telemetry.seconds_waiting = pictures.tally.seconds_waiting;
+            Ok::<_, ModelError>(())
+        })?;
+        telemetry.tokens_max = budget.read_tokens.min(budget.tokens) as u64;
+        telemetry.halvings = budget.halvings;
+        self.budget = budget.for_next();
+        Ok(telemetry)
+    }
+
+    fn plan(&self) -> Option<String> {
+        Some(self.budget.of_scoring())
+    }
+}
+
+/// Distinct texts in the order in which they first come, and the place of each text among them. Equal
+/// answers are read once, and their rewards are equal to the bit.
+fn distinct(texts: Vec<JudgeIds>) -> (Vec<JudgeIds>, Vec<usize>) {
+    let mut distinct: Vec<JudgeIds> = Vec::with_capacity(texts.len());
+    let mut places = Vec::with_capacity(texts.len());
+    for text in texts {
+        let place = distinct.iter().position(|known| *known == text);
+        places.push(place.unwrap_or(distinct.len()));
+        if place.is_none() {
+            distinct.push(text);
+        }
+    }
+    (distinct, places)
+}
+
+/// How many tokens all texts begin with, short of the last token of the shortest: that of the
+/// reward, which each must read for itself.
+fn shared_tokens(answers: &[JudgeIds]) -> usize {
+    let Some((first, others)) = answers.split_first() else {
+        return 0;
+    };
+    others.iter().fold(first.ids.len() - 1, |shared, other| {
+        let both = first.ids[..shared].iter().zip(&other.ids);
+        let common = both.take_while(|(one, two)| one == two).count();
+        common.min(other.ids.len() - 1)
+    })
+}
+
+/// A linear layer from a hidden state to the reward.
+#[derive(Debug)]
+pub struct RewardHead {
+    pub weight: Tensor, // [1, hidden]
+    pub bias: Tensor,   // [1]
+}
+
+impl RewardHead {
+    /// Reads the head beside the adapter in `folder`, in the precision that it was saved in.
+    pub fn open(folder: &std::path::Path, hidden: i64, device: Device) -> Result<Self, ModelError> {
+        let path = folder.join(HEAD_FILE);
+        if !path.is_file() {
+            let problem = format!(
+                "the file `{HEAD_FILE}` is missing; a reward model of LLaVA-RLHF has it beside \
+                 its adapter"
+            );
+            return Err(refuse(folder, problem));
+        }
+        let weights = Weights::open_file(&path)?;
+        let kind = weights.kind("weight").unwrap_or(Kind::Float);
+        let take = |name, shape: &[i64]| weights.take(name, shape, kind, device);
+        Ok(Self {
+            weight: take("weight", &[1, hidden])?,
+            bias: take("bias", &[1])?,
+        })
+    }
+
+    /// `[rows, hidden]` to one reward for each row, `[rows]`, in float32.
+    fn forward(&self, hidden: &Tensor) -> Tensor {
+        hidden
+            .to_kind(self.weight.kind())
+            .linear(&self.weight, Some(&self.bias)) // [rows, 1]
+            .to_kind(Kind::Float)
+            .squeeze_dim(1)
+    }
+}
+
+#[cfg(test)]
+mod tests;

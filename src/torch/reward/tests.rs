@@ -1,0 +1,495 @@
+//! The judge against what transformers' modules say of the same tiny model
+//! (`tests/parity/record_reward.py`), and against files that are not what they should be.
+
+use std::io::Write as _;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+use tempfile::TempDir;
+
+use super::super::weights::save_safetensors;
+use super::*;
+use ovchat_models::{DeviceSpec, Dtype, Prompt, Role, Turn};
+
+/// A row of the recording.
+#[derive(serde::Deserialize)]
+struct Row {
+    image: String,
+    question: String,
+    answer: String,
+    captions: Option<Vec<String>>,
+    reward: f32,
+}
+
+fn recording() -> PathBuf {
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../..")).join("tests/parity/reward")
+}
+
+fn rows() -> Vec<Row> {
+    let text = std::fs::read(recording().join("rows.json")).unwrap();
+    serde_json::from_slice(&text).unwrap()
+}
+
+fn picture(name: &str) -> Picture {
+    Picture {
+        id: name.to_owned(),
+        bytes: std::fs::read(recording().join("images").join(name))
+            .unwrap()
+            .into(),
+    }
+}
+
+fn prompt(row: &Row) -> Prompt {
+    Prompt {
+        id: row.image.clone(),
+        pictures: vec![picture(&row.image)],
+        system: None,
+        turns: Vec::new(),
+        question: row.question.clone(),
+        captions: row.captions.clone(),
+        answer: None,
+        seed: 0,
+    }
+}
+
+fn spec(root: &Path) -> LlavaRlhf {
+    LlavaRlhf {
+        caption_orders: std::num::NonZeroU32::MIN,
+        base: root.join("base"),
+        vision: root.join("vision"),
+        adapter: Some(root.join("adapter")),
+        prompt: root.join("prompt.txt"),
+        device: DeviceSpec::Cpu,
+        dtype: Dtype::Auto,
+        memory_gb: None,
+        exam: None,
+    }
+}
+
+/// A copy of the recorded model that a test may change.
+fn copy() -> TempDir {
+    let copy = tempfile::tempdir().unwrap();
+    for folder in ["base", "vision", "adapter"] {
+        std::fs::create_dir(copy.path().join(folder)).unwrap();
+        for entry in std::fs::read_dir(recording().join(folder)).unwrap() {
+            let from = entry.unwrap().path();
+            let to = copy.path().join(folder).join(from.file_name().unwrap());
+            std::fs::copy(from, to).unwrap();
+        }
+    }
+    std::fs::copy(
+        recording().join("prompt.txt"),
+        copy.path().join("prompt.txt"),
+    )
+    .unwrap();
+    copy
+}
+
+/// Rewrites a file of weights as safetensors, with other names if `rename` says so.
+fn rewrite(from: &Path, to: &Path, rename: impl Fn(&str) -> String) {
+    let weights = Weights::open_file(from).unwrap();
+    let tensors: Vec<(String, Tensor)> = weights
+        .names()
+        .map(|name| (rename(name), weights.read(name, Device::Cpu).unwrap()))
+        .collect();
+    std::fs::remove_file(from).unwrap();
+    save_safetensors(to, &tensors, &[("format", "pt")]).unwrap();
+}
+
+fn score(judge: &mut RewardJudge, groups: &[Group<'_>]) -> Vec<Result<Vec<f32>, RowFault>> {
+    measured(judge, groups).0
+}
+
+fn measured(
+    judge: &mut RewardJudge,
+    groups: &[Group<'_>],
+) -> (Vec<Result<Vec<f32>, RowFault>>, Telemetry) {
+    let mut all: Vec<Option<_>> = groups.iter().map(|_| None).collect();
+    let telemetry = judge
+        .score(groups, &mut |index, scores| {
+            assert!(all[index].is_none(), "row {index} comes twice");
+            let rewards = |scores: Vec<Score>| scores.iter().map(|score| score.reward).collect();
+            all[index] = Some(scores.map(rewards));
+            ControlFlow::Continue(())
+        })
+        .unwrap();
+    let all = all.into_iter().map(|row| row.expect("every row comes"));
+    (all.collect(), telemetry)
+}
+
+/// The answers to one prompt in one group.
+fn groups<'a>(rows: &'a [Row], prompts: &'a [Prompt]) -> Vec<Group<'a>> {
+    let mut groups: Vec<Group> = Vec::new();
+    for (row, prompt) in rows.iter().zip(prompts) {
+        match groups.last_mut() {
+            Some(group) if group.prompt.id == prompt.id => group.answers.push(&row.answer),
+            _ => groups.push(Group {
+                prompt,
+                answers: vec![&row.answer],
+                numbers: Vec::new(),
+            }),
+        }
+    }
+    assert_eq!(groups.len(), 2);
+    groups
+}
+
+/// The rewards of all recorded rows.
+fn rewards(spec: &LlavaRlhf) -> Vec<f32> {
+    let rows = rows();
+    let prompts: Vec<Prompt> = rows.iter().map(prompt).collect();
+    let mut judge = RewardJudge::open(spec).unwrap();
+    let scored = score(&mut judge, &groups(&rows, &prompts));
+    scored.into_iter().flat_map(Result::unwrap).collect()
+}
+
+fn assert_near(found: &[f32], expected: &[f32], difference_max: f32) {
+    assert_eq!(found.len(), expected.len());
+    for (found, expected) in found.iter().zip(expected) {
+        let near = (found - expected).abs() <= difference_max;
+        assert!(near, "{found} is not {expected}");
+    }
+}
+
+fn complaint(root: &Path) -> String {
+    RewardJudge::open(&spec(root)).unwrap_err().to_string()
+}
+
+#[test]
+fn rewards_are_those_of_the_reference() {
+    let expected: Vec<f32> = rows().iter().map(|row| row.reward).collect();
+    assert_near(&rewards(&spec(&recording())), &expected, 1e-5);
+}
+
+#[test]
+fn an_answer_scores_the_same_alone_and_among_others() {
+    let rows = rows();
+    let expected = rewards(&spec(&recording()));
+    let mut judge = RewardJudge::open(&spec(&recording())).unwrap();
+    for (row, expected) in rows.iter().zip(expected) {
+        let prompt = prompt(row);
+        let answers = vec![row.answer.as_str(), row.answer.as_str()];
+        let prompt = &prompt;
+        let groups = [Group {
+            prompt,
+            answers,
+            numbers: Vec::new(),
+        }];
+        let [Ok(alone)] = &score(&mut judge, &groups)[..] else {
+            panic!("one group was asked for")
+        };
+        assert_near(alone, &[expected, expected], 1e-5);
+    }
+}
+
+#[test]
+fn bfloat16_stays_near_float32() {
+    let expected: Vec<f32> = rows().iter().map(|row| row.reward).collect();
+    let dtype = Dtype::Bfloat16;
+    let found = rewards(&LlavaRlhf {
+        dtype,
+        ..spec(&recording())
+    });
+    assert_near(&found, &expected, 0.1);
+    assert_ne!(found, expected);
+}
+
+#[test]
+fn every_published_layout_gives_the_same_bits() {
+    let expected = rewards(&spec(&recording()));
+    let copy = copy();
+    let at = |name: &str| copy.path().join(name);
+    let same = |name: &str| name.to_owned();
+    rewrite(
+        &at("base/pytorch_model.bin"),
+        &at("base/model.safetensors"),
+        same,
+    );
+    // transformers up to 4.x names the tower of CLIP.
+    let (old, new) = (at("vision/model.safetensors"), at("vision/other"));
+    rewrite(&old, &new, |name| format!("vision_model.{name}"));
+    std::fs::rename(&new, &old).unwrap();
+    // A training checkpoint: the adapter two folders deeper, its own name in its tensors' names.
+    let deep = at("adapter/adapter_model/lora_default");
+    std::fs::create_dir_all(&deep).unwrap();
+    let config = "adapter_config.json";
+    std::fs::rename(at("adapter").join(config), deep.join(config)).unwrap();
+    rewrite(
+        &at("adapter/adapter_model.bin"),
+        &deep.join("adapter_model.safetensors"),
+        |name| name.replace(".weight", ".lora_default.weight"),
+    );
+    assert_eq!(rewards(&spec(copy.path())), expected);
+}
+
+#[test]
+fn faulty_rows_are_named_and_the_others_go_on() {
+    let rows = rows();
+    let good = prompt(&rows[0]);
+    let broken = Prompt {
+        pictures: vec![Picture {
+            id: "broken".to_owned(),
+            bytes: picture("wide.png").bytes[..300].into(),
+        }],
+        ..good.clone()
+    };
+    let talk = Prompt {
+        pictures: Vec::new(),
+        turns: vec![
+            Turn {
+                role: Role::User,
+                text: "Hello.".to_owned(),
+            },
+            Turn {
+                role: Role::Assistant,
+                text: "Hello.".to_owned(),
+            },
+        ],
+        ..good.clone()
+    };
+    let long = "in ".repeat(2000);
+    let group = |prompt, answer| Group {
+        prompt,
+        answers: vec![answer],
+        numbers: Vec::new(),
+    };
+    let groups = [
+        group(&broken, "A"),
+        group(&good, long.as_str()),
+        group(&broken, "A"),
+        group(&talk, "A"),
+        group(&good, rows[0].answer.as_str()),
+    ];
+    let mut judge = RewardJudge::open(&spec(&recording())).unwrap();
+    let scored = score(&mut judge, &groups);
+    let fault = |index: usize| scored[index].as_ref().unwrap_err().to_string();
+    assert!(fault(0).contains("broken"), "{}", fault(0));
+    assert_eq!(fault(0), fault(2));
+    assert!(fault(1).contains("1024"), "{}", fault(1));
+    assert!(scored[3].as_ref().unwrap()[0].is_finite());
+    assert_near(scored[4].as_ref().unwrap(), &[rows[0].reward], 1e-5);
+}
+
+#[test]
+fn equal_answers_are_read_once_and_score_the_same_bits() {
+    let rows = rows();
+    let prompt = prompt(&rows[0]);
+    let [one, two] = [&*rows[0].answer, "Something else."];
+    let mut judge = RewardJudge::open(&spec(&recording())).unwrap();
+    let score = |judge: &mut RewardJudge, answers: Vec<&str>| {
+        let prompt = &prompt;
+        let (mut scored, telemetry) = measured(
+            judge,
+            &[Group {
+                prompt,
+                answers,
+                numbers: Vec::new(),
+            }],
+        );
+        (scored.remove(0).unwrap(), telemetry.answer_tokens)
+    };
+    let (twice, read) = score(&mut judge, vec![one, two, one, two, one]);
+    let (once, read_once) = score(&mut judge, vec![one, two]);
+    assert_eq!(twice, [once[0], once[1], once[0], once[1], once[0]]);
+    assert_eq!(read, read_once);
+}
+
+/// Six groups, of which the first two differ.
+fn threefold<'a>(once: &[Group<'a>]) -> Vec<Group<'a>> {
+    let groups = (0..3).flat_map(|_| once);
+    let again = groups.map(|group| Group {
+        prompt: group.prompt,
+        answers: group.answers.clone(),
+        numbers: Vec::new(),
+    });
+    again.collect()
+}
+
+#[test]
+fn pictures_and_prompts_are_read_once_whatever_the_budget_and_the_rewards_are_the_same() {
+    let rows = rows();
+    let prompts: Vec<Prompt> = rows.iter().map(prompt).collect();
+    let groups = threefold(&groups(&rows, &prompts));
+    let mut judge = RewardJudge::open(&spec(&recording())).unwrap();
+    let expected: Vec<f32> = (0..3)
+        .flat_map(|_| rows.iter().map(|row| row.reward))
+        .collect();
+    let pictures = groups.iter().flat_map(|group| &group.prompt.pictures);
+    let seen: std::collections::BTreeSet<&str> =
+        pictures.map(|picture| picture.id.as_str()).collect();
+    let mut shared = 0;
+    let mut own = 0;
+    for group in &groups {
+        let (ids, _) = distinct(judge.prep.ids(group).unwrap());
+        shared += shared_tokens(&ids);
+        own += ids
+            .iter()
+            .map(|one| one.ids.len() - shared_tokens(&ids))
+            .sum::<usize>();
+    }
+    for read_tokens in [usize::MAX, 400, 1] {
+        judge.budget.read_tokens = read_tokens;
+        let (found, telemetry) = measured(&mut judge, &groups);
+        let found: Vec<f32> = found.into_iter().flat_map(Result::unwrap).collect();
+        assert_near(&found, &expected, 1e-5);
+        let counts = [
+            telemetry.prompts,
+            telemetry.pictures,
+            telemetry.tower_passes,
+        ];
+        assert_eq!(counts, [6, seen.len() as u64, seen.len() as u64]);
+        let tokens = [telemetry.prompt_tokens, telemetry.answer_tokens];
+        assert_eq!(tokens, [shared as u64, own as u64], "not once an answer");
+    }
+}
+
+#[test]
+fn memory_that_runs_out_costs_time_or_the_group_that_was_alone() {
+    let rows = rows();
+    let prompts: Vec<Prompt> = rows.iter().map(prompt).collect();
+    let groups = threefold(&groups(&rows, &prompts));
+    let mut judge = RewardJudge::open(&spec(&recording())).unwrap();
+    let budget = judge.budget;
+    let (expected, _) = measured(&mut judge, &groups);
+    for calls in 0..2 {
+        judge.budget = budget;
+        super::super::edge::tests::run_out_after(calls);
+        let (found, telemetry) = measured(&mut judge, &groups);
+        assert_eq!(telemetry.halvings, 1);
+        for (found, expected) in found.iter().zip(&expected) {
+            assert_near(found.as_ref().unwrap(), expected.as_ref().unwrap(), 1e-5);
+        }
+    }
+    judge.budget.read_tokens = 1;
+    super::super::edge::tests::run_out_after(1);
+    let (found, telemetry) = measured(&mut judge, &groups);
+    assert!(
+        found[0]
+            .as_ref()
+            .unwrap_err()
+            .0
+            .contains("although it was alone")
+    );
+    assert!(found[1..].iter().all(Result::is_ok));
+    assert_eq!(telemetry.halvings, 0);
+}
+
+#[test]
+fn judging_stops_when_the_caller_says_so() {
+    let rows = rows();
+    let prompt = prompt(&rows[0]);
+    let group = || Group {
+        prompt: &prompt,
+        answers: vec!["A"],
+        numbers: Vec::new(),
+    };
+    let mut judge = RewardJudge::open(&spec(&recording())).unwrap();
+    let mut seen = 0;
+    judge
+        .score(&[group(), group(), group()], &mut |_, _| {
+            seen += 1;
+            ControlFlow::Break(())
+        })
+        .unwrap();
+    assert_eq!(seen, 1);
+}
+
+#[test]
+fn a_missing_head_is_named_with_its_folder() {
+    let copy = copy();
+    std::fs::remove_file(copy.path().join("adapter/reward_head")).unwrap();
+    let text = complaint(copy.path());
+    assert!(
+        text.contains("adapter: the file `reward_head` is missing"),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_head_that_would_run_a_program_is_refused() {
+    let copy = copy();
+    let path = copy.path().join("adapter/reward_head");
+    let exploit = b"\x80\x02cposix\nsystem\nX\x04\x00\x00\x00true\x85R.";
+    let mut archive = zip::ZipWriter::new(std::fs::File::create(&path).unwrap());
+    let stored = zip::write::SimpleFileOptions::default();
+    archive.start_file("head/data.pkl", stored).unwrap();
+    archive.write_all(exploit).unwrap();
+    archive.finish().unwrap();
+    let text = complaint(copy.path());
+    assert!(text.contains("reward_head: holds `posix.system`"), "{text}");
+}
+
+#[test]
+fn a_base_of_another_size_and_an_adapter_of_another_base_are_refused() {
+    let copy = copy();
+    let config = copy.path().join("base/config.json");
+    let original = std::fs::read_to_string(&config).unwrap();
+    let change = |from: &str, to: &str| {
+        assert!(original.contains(from));
+        std::fs::write(&config, original.replace(from, to)).unwrap();
+        complaint(copy.path())
+    };
+    let text = change("\"intermediate_size\": 24", "\"intermediate_size\": 20");
+    for part in [
+        "pytorch_model.bin",
+        "gate_proj.weight`",
+        "[24, 16]",
+        "[20, 16]",
+    ] {
+        assert!(text.contains(part), "{text}");
+    }
+    let text = change("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 3");
+    assert!(
+        text.contains("layers.2.input_layernorm.weight` is missing"),
+        "{text}"
+    );
+    let text = change("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 1");
+    assert!(text.contains("adapts `model.layers.1."), "{text}");
+}
+
+#[test]
+fn an_incomplete_adapter_is_refused() {
+    let copy = copy();
+    let at = |name: &str| copy.path().join(name);
+    let lacking = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight";
+    let weights = Weights::open(&at("adapter")).unwrap();
+    let tensors = |keep: &dyn Fn(&str) -> bool| -> Vec<(String, Tensor)> {
+        let kept = weights.names().filter(|name| keep(name));
+        kept.map(|name| (name.to_owned(), weights.read(name, Device::Cpu).unwrap()))
+            .collect()
+    };
+    let check = |tensors: &[(String, Tensor)], expected: &str| {
+        let path = at("adapter/adapter_model.safetensors");
+        save_safetensors(&path, tensors, &[]).unwrap();
+        let text = complaint(copy.path());
+        std::fs::remove_file(path).unwrap();
+        assert!(text.contains(expected), "{text}");
+    };
+    check(
+        &tensors(&|name| name != lacking),
+        "`model.layers.1.mlp.up_proj` has no `lora_A`",
+    );
+    check(
+        &tensors(&|name| !name.contains("layers.0.self_attn.v_proj")),
+        "`model.layers.0.self_attn.v_proj` has no `lora_A` and `lora_B`",
+    );
+    let mut foreign = tensors(&|_| true);
+    foreign.push(("score.weight".to_owned(), Tensor::from_slice(&[1.0_f32])));
+    check(&foreign, "`score.weight` is neither");
+}
+
+#[test]
+fn answers_share_all_tokens_but_the_last_of_the_shortest() {
+    let text = |ids: &[i64]| JudgeIds {
+        ids: ids.to_vec(),
+        picture: None,
+    };
+    assert_eq!(shared_tokens(&[]), 0);
+    assert_eq!(shared_tokens(&[text(&[1, 2, 3])]), 2);
+    assert_eq!(shared_tokens(&[text(&[1, 2, 3]), text(&[1, 2, 3])]), 2);
+    assert_eq!(
+        shared_tokens(&[text(&[1, 2, 3, 4]), text(&[1, 2, 5]), text(&[1, 2])]),
+        1
+    );
+    assert_eq!(shared_tokens(&[text(&[1, 7, 3]), text(&[1, 2, 3])]), 1);
+}
