@@ -268,7 +268,10 @@ mod tests {
         assert!(found.is_space, "{found:?}");
         assert_eq!(found.theirs, "im_start|>system \nYou are a help");
         fs::copy(
-            "data-samples/policy/chat_template.jinja",
+            concat!(
+                env!("CARGO_MANIFEST_DIR"),
+                "/../../data-samples/policy/chat_template.jinja"
+            ),
             path.join("chat_template.jinja"),
         )
         .unwrap();
