@@ -27,7 +27,7 @@ pub fn rejects(scene: &Scene) -> Vec<(String, String)> {
 }
 
 /// A scene with one good picture and prompts about it and about others.
-pub fn with_pictures(names: &[&str]) -> Scene {
+pub fn with_images(names: &[&str]) -> Scene {
     let scene = Scene::new();
     let bytes = fs::read(format!("{ROOT}/data-samples/images/train/0001.png")).unwrap();
     scene.write("images/good.png", &bytes);
@@ -45,7 +45,7 @@ pub fn with_pictures(names: &[&str]) -> Scene {
 
 #[test]
 fn a_bad_picture_costs_its_row_and_the_reason_names_the_file() {
-    let scene = with_pictures(&["good.png", "gone.png", "cut.png", "words.png"]);
+    let scene = with_images(&["good.png", "gone.png", "cut.png", "words.png"]);
     scene.succeeds(&["run", "p.yaml", "--set", "reject_share_max=0.9"]);
     assert_eq!(rows::<Prompt>(&scene, "prompts", None).len(), 1);
     let rejects = rejects(&scene);
@@ -66,7 +66,7 @@ fn a_bad_picture_costs_its_row_and_the_reason_names_the_file() {
 
 #[test]
 fn a_picture_larger_than_the_bound_is_set_aside_before_it_is_decoded() {
-    let scene = with_pictures(&["large.ppm"]);
+    let scene = with_images(&["large.ppm"]);
     // A header that claims 20,000 x 20,000 pixels, and nothing behind it.
     scene.write("images/large.ppm", "P6 20000 20000 255\n");
     scene.pipeline(&[
@@ -83,7 +83,7 @@ fn a_picture_larger_than_the_bound_is_set_aside_before_it_is_decoded() {
 
 #[test]
 fn too_many_bad_rows_stop_the_stage_and_mending_them_goes_on() {
-    let scene = with_pictures(&["good.png", "gone.png"]);
+    let scene = with_images(&["good.png", "gone.png"]);
     let said = scene.pipeline(&["run", "p.yaml"]);
     assert_eq!(said.code, Some(1));
     assert!(said.err.contains("1 of 2 rows are faulty"), "{}", said.err);
@@ -101,7 +101,7 @@ fn too_many_bad_rows_stop_the_stage_and_mending_them_goes_on() {
 /// LLaVA-NeXT's `train_dpo.py` reads one image and one question for each pair.
 #[test]
 fn pairs_that_the_training_script_would_misread_are_not_exported() {
-    let scene = with_pictures(&["good.png"]);
+    let scene = with_images(&["good.png"]);
     let pipeline = "pipeline: scripted\nstages:\n  pairs:\n    load_feedback: { from: pairs.json, images: images }\n";
     scene.write("p.yaml", pipeline);
     let pair = |more: Value| {
@@ -196,7 +196,7 @@ fn rejects_of(scene: &Scene) -> Vec<Reject> {
         .manifest()
         .made
         .iter()
-        .flat_map(ovchat_data::store::Made::rejects)
+        .flat_map(ovchat_data::store::TableVersion::rejects)
         .cloned()
         .collect();
     files
@@ -417,13 +417,13 @@ fn a_flipped_bit_of_a_checkpoint_is_mended() {
 /// Pictures lie in the run, known by their content; the loading stages bring them back.
 #[test]
 fn a_flipped_bit_of_a_picture_is_mended() {
-    let scene = with_pictures(&["good.png"]);
+    let scene = with_images(&["good.png"]);
     scene.succeeds(&["run", "p.yaml"]);
     let before = scene.tables("runs/scripted");
     let file = scene.path("runs/scripted/images/part-00000.parquet");
     let mut bytes = fs::read(&file).unwrap();
-    let picture = bytes.windows(4).position(|word| word == b"IDAT").unwrap();
-    bytes[picture + 20] ^= 1;
+    let encoded = bytes.windows(4).position(|word| word == b"IDAT").unwrap();
+    bytes[encoded + 20] ^= 1;
     fs::write(&file, bytes).unwrap();
     fs::remove_file(scene.path("runs/scripted/candidates/round-1/part-00000.parquet")).unwrap();
     let said = scene.succeeds(&["run", "p.yaml"]);
@@ -520,7 +520,7 @@ fn files_that_are_not_regular_are_refused_without_hanging() {
     }
 
     // A picture costs its row; a device is as bad.
-    let scene = with_pictures(&["good.png", "fifo.png", "zero.png"]);
+    let scene = with_images(&["good.png", "fifo.png", "zero.png"]);
     fifo(&scene, "images/fifo.png");
     symlink("/dev/zero", scene.path("images/zero.png")).unwrap();
     let anywhere = "stages.prompts.load_prompts.images_anywhere=true";
@@ -548,7 +548,7 @@ fn files_that_are_not_regular_are_refused_without_hanging() {
 
 /// What the program says, which must end soon.
 #[track_caller]
-pub fn within_seconds(scene: &Scene, arguments: &[&str]) -> crate::scene::Said {
+pub fn within_seconds(scene: &Scene, arguments: &[&str]) -> crate::scene::CommandOutput {
     let mut command = scene.command(arguments);
     command.stdout(std::process::Stdio::piped());
     command.stderr(std::process::Stdio::piped());

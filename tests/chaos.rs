@@ -15,7 +15,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use ovchat_data::store::{Made, RunFolder};
+use ovchat_data::store::{RunFolder, TableVersion};
 
 use crate::run::SCRIPTED;
 use crate::scene::{Numbers, ROOT, Scene};
@@ -92,7 +92,7 @@ impl Chaos {
             .filter(|made| !TRAININGS.contains(&made.table.as_str()));
         (
             made.iter().filter(|made| made.complete).count(),
-            rows.map(Made::rows).sum(),
+            rows.map(TableVersion::rows).sum(),
         )
     }
 

@@ -7,7 +7,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use ovchat_pipeline::config::{Complaints, LoadError, Look, load};
+use ovchat_pipeline::config::{Diagnostics, LoadError, RenderStyle, load};
 
 /// What `pipeline check` would draw for a file.
 fn rendering(path: &Path) -> String {
@@ -20,8 +20,8 @@ fn rendering(path: &Path) -> String {
         .map(|(_, set)| set.trim().to_owned());
     let sets: Vec<String> = set.into_iter().collect();
     match load(path, &sets, offline) {
-        Ok(plan) => Complaints(plan.warnings).render(Look::Plain),
-        Err(LoadError::Refused(complaints)) => complaints.render(Look::Plain),
+        Ok(plan) => Diagnostics(plan.warnings).render(RenderStyle::Plain),
+        Err(LoadError::Refused(diagnostics)) => diagnostics.render(RenderStyle::Plain),
         Err(error) => panic!("{}: {error}", path.display()),
     }
 }

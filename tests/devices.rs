@@ -7,7 +7,7 @@ use std::process::Command;
 use ovchat_models::{DeviceSpec, ModelSpec};
 use ovchat_pipeline::config::load;
 
-use crate::scene::{ROOT, Said, Scene, said};
+use crate::scene::{CommandOutput, ROOT, Scene, said};
 
 /// A policy of the small world that answers four prompts.
 fn scene() -> Scene {
@@ -29,7 +29,7 @@ stages:
 }
 
 /// Runs `pipeline` where no GPU is visible, whatever this machine has.
-fn without_gpu(scene: &Scene, arguments: &[&str]) -> Said {
+fn without_gpu(scene: &Scene, arguments: &[&str]) -> CommandOutput {
     let mut command = scene.command(arguments);
     command.env("CUDA_VISIBLE_DEVICES", "");
     said(command.output().unwrap())

@@ -11,7 +11,7 @@ use arrow::datatypes::{DataType, Field, Schema};
 use arrow_ipc::writer::StreamWriter;
 
 use crate::run::SCRIPTED;
-use crate::scene::{Said, Scene};
+use crate::scene::{CommandOutput, Scene};
 
 /// The example program, built beside this test.
 pub fn flag_answers() -> String {
@@ -48,7 +48,7 @@ fn a_command_does_not_inherit_what_was_set_for_libtorch() {
 
 pub const COLUMNS: &str = "prompt_id: text, candidate: int32, refuses: bool";
 
-pub fn fails(command: &str, columns: &str) -> Said {
+pub fn fails(command: &str, columns: &str) -> CommandOutput {
     let scene = Scene::new();
     scene.prompts(5).write("p.yaml", pipeline(command, columns));
     let said = scene.pipeline(&["run", "p.yaml"]);

@@ -16,8 +16,8 @@ mod tested {
     use std::path::Path;
     use std::time::Duration;
 
-    pub use ovchat_models::{self as models, prep};
-    use ovchat_pipeline::stages::{StageSpec, Work};
+    pub use ovchat_models as models;
+    use ovchat_pipeline::stages::{StageKind, StageSpec};
 
     use crate::people::{Page, scene};
     use crate::scene::Scene;
@@ -27,10 +27,10 @@ mod tested {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("p.yaml");
         std::fs::write(&path, text).unwrap();
-        if let Err(ovchat_pipeline::config::LoadError::Refused(complaints)) =
+        if let Err(ovchat_pipeline::config::LoadError::Refused(diagnostics)) =
             ovchat_pipeline::config::load(&path, &[], true)
         {
-            complaints.render(ovchat_pipeline::config::Look::Ascii);
+            diagnostics.render(ovchat_pipeline::config::RenderStyle::Ascii);
         }
     }
 
@@ -38,12 +38,12 @@ mod tested {
     pub fn records(path: &Path) {
         let stage = serde_json::json!({ "load_prompts": { "from": path, "limit": 4096 } });
         let stage: StageSpec = serde_json::from_value(stage).unwrap();
-        let Work::Load(mut load) = stage.as_stage().work() else {
+        let StageKind::Load(mut load) = stage.as_stage().work() else {
             panic!("it loads");
         };
         if let Ok(records) = load.records() {
             let records: Vec<_> = records.map_while(Result::ok).collect();
-            load.look_over(&records);
+            load.validate(&records);
             load.load(records).unwrap();
             load.notes();
         }

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use crate::exec::{COLUMNS, fails, flag_answers, pipeline};
 use crate::judges::flat;
-use crate::scene::{Said, Scene, said, stream_of_ids};
+use crate::scene::{CommandOutput, Scene, said, stream_of_ids};
 
 #[test]
 fn a_line_without_an_end_is_kept_at_both_ends() {
@@ -52,7 +52,7 @@ fn what_a_command_leaves_behind_keeps_nobody_waiting() {
 /// Prints its environment and fails.
 const PRINTS: &str = "[sh, -c, 'cat > /dev/null; env >&2; exit 3']";
 
-fn run(scene: &Scene, arguments: &[&str]) -> Said {
+fn run(scene: &Scene, arguments: &[&str]) -> CommandOutput {
     let mut command = scene.command(arguments);
     command
         .env("OVCHAT_TEST_JUDGE", "http://127.0.0.1:9/v1")

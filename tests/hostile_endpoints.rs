@@ -14,7 +14,7 @@ use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 
 use crate::judges::{by_length, flat, pipeline};
-use crate::scene::{Said, Scene, said};
+use crate::scene::{CommandOutput, Scene, said};
 
 /// What is written on a connection for a request: its head and its question.
 type Rule = Arc<dyn Fn(&mut dyn Write, &str, &str) + Send + Sync>;
@@ -255,7 +255,7 @@ fn neither_questions_nor_keys_are_sent_elsewhere() {
     assert_eq!(other.met.load(Ordering::SeqCst), 0);
 }
 
-fn with_key(scene: &Scene, arguments: &[&str], key: &str) -> Said {
+fn with_key(scene: &Scene, arguments: &[&str], key: &str) -> CommandOutput {
     let mut command = scene.command(arguments);
     command
         .env("OVCHAT_TEST_KEY", key)

@@ -6,7 +6,7 @@ use std::os::unix::fs::symlink;
 use ovchat_data::tables::{Image, Prompt};
 use serde_json::json;
 
-use crate::bad_input::{rejects, with_pictures};
+use crate::bad_input::{rejects, with_images};
 use crate::hostile_text::ends_soon;
 use crate::run::rows;
 use crate::scene::Scene;
@@ -20,9 +20,9 @@ const LOAD: [&str; 6] = [
     "reject_share_max=0.99",
 ];
 
-/// A picture of somebody else beside the scene of [`with_pictures`], and links to it.
+/// A picture of somebody else beside the scene of [`with_images`], and links to it.
 fn with_a_secret() -> (Scene, tempfile::TempDir) {
-    let scene = with_pictures(&["good.png"]);
+    let scene = with_images(&["good.png"]);
     let elsewhere = tempfile::tempdir().unwrap();
     let secret = elsewhere.path().join("secret.png");
     fs::copy(scene.path("images/good.png"), &secret).unwrap();
@@ -75,7 +75,7 @@ fn a_picture_outside_of_its_folders_is_set_aside_unless_the_pipeline_says_otherw
 
 #[test]
 fn a_picture_from_a_hub_cache_is_read_where_its_link_leads() {
-    let scene = with_pictures(&["good.png"]);
+    let scene = with_images(&["good.png"]);
     let snapshot = "hub/datasets--org--name/snapshots/0123/images";
     fs::create_dir_all(scene.path(snapshot)).unwrap();
     fs::create_dir_all(scene.path("hub/datasets--org--name/blobs")).unwrap();
@@ -94,7 +94,7 @@ fn the_bytes_of_an_embedded_picture_are_kept_where_its_path_is_another_file() {
 
     use arrow::array::{ArrayRef, BinaryArray, RecordBatch, StringArray, StructArray};
     use arrow::datatypes::{DataType, Field};
-    let scene = with_pictures(&[]);
+    let scene = with_images(&[]);
     let bytes = fs::read(scene.path("images/good.png")).unwrap();
     scene.write("other.png", &bytes[1..]);
     let other = scene.path("other.png");
@@ -135,7 +135,7 @@ fn is_stopped(scene: &Scene) {
 
 #[test]
 fn a_run_that_reads_a_large_file_hears_signals() {
-    let scene = with_pictures(&["good.png"]);
+    let scene = with_images(&["good.png"]);
     let captions = fs::File::create(scene.path("captions.json")).unwrap();
     // A hole, which takes no room.
     captions.set_len(1 << 40).unwrap();
@@ -147,7 +147,7 @@ fn a_run_that_reads_a_large_file_hears_signals() {
 
 #[test]
 fn a_run_that_decodes_pictures_hears_signals_and_goes_on_later() {
-    let scene = with_pictures(&[]);
+    let scene = with_images(&[]);
     image::GrayImage::new(5000, 5000)
         .save(scene.path("images/large.png"))
         .unwrap();
@@ -163,7 +163,7 @@ fn a_run_that_decodes_pictures_hears_signals_and_goes_on_later() {
 
 #[test]
 fn a_file_of_no_end_is_refused_by_its_size() {
-    let scene = with_pictures(&["good.png", "hole.png"]);
+    let scene = with_images(&["good.png", "hole.png"]);
     let hole = |name: &str| {
         let file = fs::File::create(scene.path(name)).unwrap();
         file.set_len(1 << 40).unwrap();

@@ -9,10 +9,10 @@ use serde_json::json;
 
 use crate::judges::flat;
 use crate::run::SCRIPTED;
-use crate::scene::{Said, Scene};
+use crate::scene::{CommandOutput, Scene};
 
 /// The complaints about a pipeline, which must come soon.
-fn refused(text: &str) -> Said {
+fn refused(text: &str) -> CommandOutput {
     let scene = Scene::new();
     let begun = Instant::now();
     let said = scene

@@ -12,7 +12,7 @@ use serde_json::json;
 use sha1::{Digest as _, Sha1};
 use tiny_http::{Header, Response, Server};
 
-use crate::scene::{ROOT, Said, Scene, said};
+use crate::scene::{CommandOutput, ROOT, Scene, said};
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
@@ -132,7 +132,7 @@ fn git_hash(bytes: &[u8]) -> String {
 }
 
 /// What a command says that has the hub's cache in `hub`.
-fn says(scene: &Scene, arguments: &[&str], more: &[(&str, &str)]) -> Said {
+fn says(scene: &Scene, arguments: &[&str], more: &[(&str, &str)]) -> CommandOutput {
     let mut command: Command = scene.command(arguments);
     command
         .env("HF_HUB_CACHE", scene.path("hub"))

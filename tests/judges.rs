@@ -170,8 +170,8 @@ fn replies_that_cannot_be_read_are_rejects_with_the_reply() {
     let scene = scene(&judge, 4);
     let said = scene.pipeline(&["run", "p.yaml"]);
     assert_eq!(said.code, Some(1));
-    let complaint = "no verdict can be read in the judge's reply: \"";
-    assert!(flat(&said.err).contains(&flat(complaint)), "{}", said.err);
+    let diagnostic = "no verdict can be read in the judge's reply: \"";
+    assert!(flat(&said.err).contains(&flat(diagnostic)), "{}", said.err);
     scene.succeeds(&[
         "run",
         "p.yaml",

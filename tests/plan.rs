@@ -306,14 +306,14 @@ fn the_reason_for_making_a_table_again_is_what_was_changed() {
     let records: Vec<Value> = (0..6)
         .map(|number| serde_json::json!({ "id": number, "image": "a.png", "prompt": format!("Question {number}?") }))
         .collect();
-    let picture = fs::read_dir(format!("{ROOT}/data-samples/images/heldout"))
+    let image = fs::read_dir(format!("{ROOT}/data-samples/images/heldout"))
         .unwrap()
         .next();
-    let picture = fs::read(picture.unwrap().unwrap().path()).unwrap();
+    let image = fs::read(image.unwrap().unwrap().path()).unwrap();
     scene
         .write("prompts.json", serde_json::to_vec(&records).unwrap())
-        .write("a.png", &picture)
-        .write("photos/a.png", [&picture[..], b" "].concat())
+        .write("a.png", &image)
+        .write("photos/a.png", [&image[..], b" "].concat())
         .write("p.yaml", &pipeline);
     scene.succeeds(&["run", "p.yaml", "--until", "candidates"]);
 

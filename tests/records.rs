@@ -11,10 +11,10 @@ use ovchat_data::store::TableWriter;
 use ovchat_data::tables::{Pair, Prompt};
 use serde_json::{Value, json};
 
-use crate::bad_input::{rejects, with_pictures};
+use crate::bad_input::{rejects, with_images};
 use crate::judges::flat;
 use crate::run::{SCRIPTED, rows};
-use crate::scene::{Said, Scene};
+use crate::scene::{CommandOutput, Scene};
 
 #[test]
 fn a_record_without_a_question_is_set_aside_with_its_fields() {
@@ -33,7 +33,7 @@ fn a_record_without_a_question_is_set_aside_with_its_fields() {
 }
 
 /// Loads records from a file as prompts; every second one may be a reject.
-fn load(scene: &Scene, file: &str) -> Said {
+fn load(scene: &Scene, file: &str) -> CommandOutput {
     let pipeline = SCRIPTED.replace("from: prompts.json", &format!("from: {file}"));
     let run = [
         "run",
@@ -147,7 +147,7 @@ fn keys_that_are_not_read_are_named_once_with_how_many_records_have_them() {
 
 #[test]
 fn as_many_placeholders_as_images_or_none() {
-    let scene = with_pictures(&["good.png"]);
+    let scene = with_images(&["good.png"]);
     let two = json!(["good.png", "good.png"]);
     let records = json!([
         {"image": two, "prompt": "Which is older?"},
@@ -233,7 +233,7 @@ fn set_aside(record: &Value) -> (String, String) {
         ("list.json", json!([record, fine]).to_string()),
         ("lines.jsonl", format!("{record}\n{fine}\n")),
     ] {
-        let scene = with_pictures(&[]);
+        let scene = with_images(&[]);
         scene.write(file, text);
         let said = load(&scene, file);
         let mut rejects = rejects(&scene);
@@ -266,7 +266,7 @@ fn an_image_beside_the_one_that_is_read_sets_the_record_aside() {
         assert!(reason.contains(&format!("`{key}`")), "{reason}");
     }
     // Other names of the image that is read, and what only looks like one.
-    let scene = with_pictures(&[]);
+    let scene = with_images(&[]);
     let record = json!({"id": "good.png", "image": "images/good.png", "image_1": "images/good.png",
         "image_url": "https://example.com/good.png", "file_name": "good.png", "source": "coco",
         "note": "it reads b.png", "prompt": "What is it?"});
@@ -329,7 +329,7 @@ fn a_placeholder_without_its_medium_sets_the_record_aside() {
 
 #[test]
 fn a_column_of_bytes_is_read_as_images_and_a_second_column_of_files_is_refused() {
-    let scene = with_pictures(&[]);
+    let scene = with_images(&[]);
     let png = fs::read(scene.path("images/good.png")).unwrap();
     let texts = |texts: [&str; 2]| -> ArrayRef { Arc::new(StringArray::from(texts.to_vec())) };
     let bytes = |values: [Option<&[u8]>; 2]| -> ArrayRef {
@@ -553,7 +553,7 @@ fn a_record_that_is_too_long_ends_the_load_in_bounded_memory() {
 #[test]
 fn columns_that_would_be_lost_are_refused() {
     let texts = |texts: &[&str]| -> ArrayRef { Arc::new(StringArray::from(texts.to_vec())) };
-    let png = fs::read(with_pictures(&[]).path("images/good.png")).unwrap();
+    let png = fs::read(with_images(&[]).path("images/good.png")).unwrap();
     let bytes: ArrayRef = Arc::new(BinaryArray::from(vec![&png[..]]));
     let batch = |columns: Vec<(&str, ArrayRef)>| {
         let columns = columns
@@ -562,7 +562,7 @@ fn columns_that_would_be_lost_are_refused() {
         RecordBatch::try_from_iter_with_nullable(columns).unwrap()
     };
     let fails = |batch: &RecordBatch| {
-        let scene = with_pictures(&[]);
+        let scene = with_images(&[]);
         write_parquet(&scene, batch);
         let pipeline = SCRIPTED.replace("from: prompts.json", "from: prompts.parquet");
         let said = scene.write("p.yaml", pipeline).pipeline(&["run", "p.yaml"]);
@@ -591,7 +591,7 @@ fn columns_that_would_be_lost_are_refused() {
     ]));
     assert!(told.contains("hold different images"), "{told}");
     // The same image under two names is one.
-    let scene = with_pictures(&[]);
+    let scene = with_images(&[]);
     let same = batch(vec![
         ("prompt", texts(&["<image>Why?"])),
         ("image", bytes.clone()),
@@ -614,7 +614,7 @@ fn columns_that_would_be_lost_are_refused() {
 
 #[test]
 fn check_finds_that_no_picture_is_there() {
-    let scene = with_pictures(&[]);
+    let scene = with_images(&[]);
     let record = json!([{"image": "0001.png", "prompt": "What is it?"}]);
     scene.write("prompts.json", record.to_string());
     let said = scene

@@ -4,11 +4,11 @@ use std::cell::Cell;
 use std::path::Path;
 
 use ovchat_data::tables::{DpoStep, Pair, Reference};
-use ovchat_models::scripted::{ScriptedJudge, ScriptedLearner, ScriptedPolicy};
+use ovchat_models::scripted::{ScriptedJudge, ScriptedPolicy, ScriptedTrainer};
 use ovchat_models::{
-    DpoLearner, DpoSettings, Dtype, Finding, Judge, Layout, ModelError, ModelLoader, ModelSpec,
-    Opened, Placement, Policy, RewardLearner, RewardSettings, Room, Scripted, SftLearner,
-    SftSettings,
+    DpoSettings, DpoTrainer, Dtype, Finding, Judge, Layout, ModelError, ModelLoader, ModelSpec,
+    Opened, Placement, Policy, RewardSettings, RewardTrainer, Room, Scripted, SftSettings,
+    SftTrainer,
 };
 use ovchat_pipeline::run::{Interrupt, Options, run};
 
@@ -27,27 +27,27 @@ impl ModelLoader for Doubles {
     fn judge(&self, _: &ModelSpec) -> Opened<dyn Judge> {
         Ok(Box::new(ScriptedJudge))
     }
-    fn dpo_learner(&self, _: &ModelSpec, settings: &DpoSettings) -> Opened<dyn DpoLearner> {
+    fn dpo_trainer(&self, _: &ModelSpec, settings: &DpoSettings) -> Opened<dyn DpoTrainer> {
         let spec = Scripted::default();
-        Ok(Box::new(ScriptedLearner::open(
+        Ok(Box::new(ScriptedTrainer::open(
             &spec,
             &settings.optimization,
         )?))
     }
-    fn sft_learner(&self, _: &ModelSpec, settings: &SftSettings) -> Opened<dyn SftLearner> {
+    fn sft_trainer(&self, _: &ModelSpec, settings: &SftSettings) -> Opened<dyn SftTrainer> {
         let spec = Scripted::default();
-        Ok(Box::new(ScriptedLearner::open(
+        Ok(Box::new(ScriptedTrainer::open(
             &spec,
             &settings.optimization,
         )?))
     }
-    fn reward_learner(
+    fn reward_trainer(
         &self,
         _: &ModelSpec,
         settings: &RewardSettings,
-    ) -> Opened<dyn RewardLearner> {
+    ) -> Opened<dyn RewardTrainer> {
         let spec = Scripted::default();
-        Ok(Box::new(ScriptedLearner::open(
+        Ok(Box::new(ScriptedTrainer::open(
             &spec,
             &settings.optimization,
         )?))

@@ -3,7 +3,7 @@
 use std::net::TcpListener;
 
 use crate::run::SCRIPTED;
-use crate::scene::{ROOT, Said, Scene};
+use crate::scene::{CommandOutput, ROOT, Scene};
 
 fn scene(pipeline: &str) -> Scene {
     let scene = Scene::new();
@@ -12,7 +12,7 @@ fn scene(pipeline: &str) -> Scene {
 }
 
 /// What was said, on one line and without the frame of errors.
-fn flat(said: &Said) -> String {
+fn flat(said: &CommandOutput) -> String {
     let words = said
         .err
         .split(|one: char| one.is_whitespace() || "│|".contains(one));

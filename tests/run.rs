@@ -108,7 +108,7 @@ fn rows_of_rejects(scene: &Scene) -> Vec<Reject> {
         .manifest()
         .made
         .iter()
-        .flat_map(ovchat_data::store::Made::rejects);
+        .flat_map(ovchat_data::store::TableVersion::rejects);
     files
         .flat_map(|file| ovchat_data::store::read_file(&run.root().join(&file.file)).unwrap())
         .collect()

@@ -21,7 +21,7 @@ pub struct Scene {
 
 /// What a program said and how it ended.
 #[derive(Debug)]
-pub struct Said {
+pub struct CommandOutput {
     pub code: Option<i32>,
     pub out: String,
     pub err: String,
@@ -66,7 +66,7 @@ impl Scene {
 
     /// Runs `pipeline` in this folder.
     #[track_caller]
-    pub fn pipeline(&self, arguments: &[&str]) -> Said {
+    pub fn pipeline(&self, arguments: &[&str]) -> CommandOutput {
         said(
             self.command(arguments)
                 .output()
@@ -76,7 +76,7 @@ impl Scene {
 
     /// Runs `pipeline`, which must succeed.
     #[track_caller]
-    pub fn succeeds(&self, arguments: &[&str]) -> Said {
+    pub fn succeeds(&self, arguments: &[&str]) -> CommandOutput {
         let said = self.pipeline(arguments);
         assert_eq!(said.code, Some(0), "{}", said.err);
         said
@@ -153,9 +153,9 @@ impl ovchat_pipeline::run::Report for Quiet {
     fn note(&mut self, _: &str) {}
 }
 
-pub fn said(output: Output) -> Said {
+pub fn said(output: Output) -> CommandOutput {
     let text = |bytes| String::from_utf8(bytes).expect("text");
-    Said {
+    CommandOutput {
         code: output.status.code(),
         out: text(output.stdout),
         err: text(output.stderr),

@@ -31,9 +31,9 @@ report:
 /// Twelve questions with answers, and six records of LLaVA-Human-Preference.
 fn scene() -> Scene {
     let scene = Scene::new();
-    let lesson = |number| serde_json::json!({ "id": format!("q{number}"), "prompt": format!("Question {number}?"), "answer": format!("Answer {number}.") });
-    let lessons: Vec<_> = (0..12).map(lesson).collect();
-    scene.write("lessons.json", serde_json::to_vec(&lessons).unwrap());
+    let example = |number| serde_json::json!({ "id": format!("q{number}"), "prompt": format!("Question {number}?"), "answer": format!("Answer {number}.") });
+    let examples: Vec<_> = (0..12).map(example).collect();
+    scene.write("lessons.json", serde_json::to_vec(&examples).unwrap());
     let preference = |number| {
         serde_json::json!({ "id": format!("f{number}"), "preference": 1 + number % 2,
             "conversations": [{ "from": "human", "value": format!("Question {number}?") }, { "from": "gpt", "value": "" }],

@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 
-use ovchat_data::store::{Made, RunFolder};
+use ovchat_data::store::{RunFolder, TableVersion};
 
 use crate::readers::glob;
 use crate::run::SCRIPTED;
-use crate::scene::{Said, Scene, stream_of_ids};
+use crate::scene::{CommandOutput, Scene, stream_of_ids};
 
 /// A stage before the training that can be made to fail.
 const GATE: &str = "  gate:
@@ -59,7 +59,7 @@ fn files(scene: &Scene) -> BTreeMap<PathBuf, Vec<u8>> {
 fn is_listed(scene: &Scene) -> bool {
     let root = scene.path("runs/scripted");
     let run = RunFolder::read(&root).unwrap();
-    let made = run.manifest().made.iter().flat_map(Made::all_files);
+    let made = run.manifest().made.iter().flat_map(TableVersion::all_files);
     let listed = made.chain(&run.manifest().images);
     let mut listed: Vec<PathBuf> = listed.map(|file| root.join(&file.file)).collect();
     listed.sort();
@@ -78,11 +78,11 @@ fn fails_and_changes_nothing(scene: &Scene, changed: &str) {
 
 /// Runs a changed pipeline, and sees that the tables are those of a run from nothing; then the first one
 /// again.
-fn goes_over_and_back(scene: &Scene, changed: &str) -> Said {
+fn goes_over_and_back(scene: &Scene, changed: &str) -> CommandOutput {
     goes_over_and_back_from(scene, changed, "p.yaml")
 }
 
-fn goes_over_and_back_from(scene: &Scene, changed: &str, first: &str) -> Said {
+fn goes_over_and_back_from(scene: &Scene, changed: &str, first: &str) -> CommandOutput {
     let before = seen(scene, "runs/scripted");
     scene.write("changed.yaml", gated(changed));
     let told = scene.succeeds(&["run", "changed.yaml"]);

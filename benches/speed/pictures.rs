@@ -6,8 +6,8 @@
 use std::path::Path;
 use std::time::Instant;
 
-use ovchat_models::Picture;
-use ovchat_models::prep::PolicyPrep;
+use ovchat_models::EncodedImage;
+use ovchat_models::preprocess::LlavaOnevisionProcessor;
 use rayon::prelude::*;
 
 fn main() {
@@ -15,7 +15,7 @@ fn main() {
     let [_, model, folder] = &arguments[..] else {
         panic!("usage: pictures MODEL FOLDER")
     };
-    let prep = PolicyPrep::open(Path::new(model)).expect("a checkpoint");
+    let prep = LlavaOnevisionProcessor::open(Path::new(model)).expect("a checkpoint");
     let files: Vec<_> = std::fs::read_dir(folder)
         .expect("a folder")
         .map(|entry| entry.expect("a file").path())
@@ -24,14 +24,14 @@ fn main() {
     let tiles: usize = files
         .par_iter()
         .map(|path| {
-            let picture = Picture {
+            let image = EncodedImage {
                 id: path.display().to_string(),
                 bytes: std::fs::read(path).expect("a picture").into(),
             };
-            let tiles = prep.tiles(&picture, 1).expect("a picture");
+            let tiles = prep.tiles(&image, 1).expect("a picture");
             tiles.packing.tiles()
         })
         .sum();
-    let (pictures, seconds) = (files.len(), begun.elapsed().as_secs_f64());
-    println!("{{\"pictures\": {pictures}, \"tiles\": {tiles}, \"seconds\": {seconds}}}");
+    let (images, seconds) = (files.len(), begun.elapsed().as_secs_f64());
+    println!("{{\"pictures\": {images}, \"tiles\": {tiles}, \"seconds\": {seconds}}}");
 }

@@ -1,2 +1,2 @@
 #![no_main]
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| ovchat_fuzz::targets::card(bytes));
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| ovchat_fuzz::targets::config(bytes));

@@ -2,57 +2,46 @@
 //! DataFusion or libtorch, and the targets that are fuzzed.
 #![expect(unused_imports, reason = "the modules are for the whole program")]
 
-#[path = "../../src/mask.rs"]
-pub mod mask;
-#[path = "../../src/models/mod.rs"]
-pub mod models;
-#[path = "../../src/prep/mod.rs"]
-pub mod prep;
-#[path = "../../src/store/mod.rs"]
-pub mod store;
-#[path = "../../src/tables/mod.rs"]
-pub mod tables;
-
-/// Modules whose files lie beside a folder of theirs, or of which only some are taken.
+/// The modules that are taken of crates which need DataFusion.
 #[path = "../../src"]
 mod ovchat {
-    pub mod files;
-
     pub mod cli {
         /// Why a command fails, in words.
         pub enum Failed {
             Words(String),
         }
 
-        impl From<crate::store::StoreError> for Failed {
-            fn from(error: crate::store::StoreError) -> Self {
+        impl From<ovchat_data::store::StoreError> for Failed {
+            fn from(error: ovchat_data::store::StoreError) -> Self {
                 Self::Words(error.to_string())
             }
         }
 
         pub mod label {
-            pub mod desk;
+            pub mod queue;
             pub mod request;
         }
     }
 
+    #[path = "pipeline/config"]
     pub mod config {
         pub mod node;
         pub mod source;
     }
 
+    #[path = "pipeline/stages"]
     pub mod stages {
         pub mod formats;
         mod media;
         pub mod records;
         pub mod unread;
 
-        /// The records and failures of `src/stages/work.rs`, without queries, models and trainings.
+        /// The records and failures of `src/pipeline/stages/work.rs`, without queries, models and trainings.
         pub mod work {
             use std::path::PathBuf;
 
-            use crate::store::StoreError;
-            use crate::tables::ImageFile;
+            use ovchat_data::store::StoreError;
+            use ovchat_data::tables::ImageFile;
 
             pub enum Failure {
                 Store(StoreError),
@@ -78,22 +67,22 @@ mod ovchat {
     }
 }
 
-pub use ovchat::{cli, config, files, stages};
+pub use ovchat::{cli, config, stages};
 
 /// The functions that the targets call; a test of ovchat has its own.
 mod tested {
     use std::path::Path;
 
-    use crate::cli::label::desk::{Desk, Questions, sided};
+    use crate::cli::label::queue::{LabelQueue, Questions, sided};
     use crate::cli::label::request::{self, Request};
     use crate::config::node::{Flaw, Node};
-    use crate::config::source::{Side, Source};
+    use crate::config::source::{Side, SourceText};
     use crate::stages::formats;
     use crate::stages::records::{named_paths, read_fields};
     use crate::stages::unread::{Unread, own_name};
-    use crate::store::{LabelFiles, Survey};
-    use crate::tables::Prompt;
-    pub use crate::{models, prep};
+    use ovchat_data::store::{LabelFiles, LabelTask};
+    use ovchat_data::tables::Prompt;
+    pub use ovchat_models as models;
 
     /// The records that are read of a file.
     const RECORDS_MAX: usize = 4096;
@@ -103,7 +92,7 @@ mod tested {
         let Ok((_, flaws)) = Node::parse(text) else {
             return;
         };
-        let source = Source::new("p.yaml".to_owned(), text);
+        let source = SourceText::new("p.yaml".to_owned(), text);
         for flaw in flaws.iter().take(4) {
             let (Flaw::Duplicate(path) | Flaw::Tag(path) | Flaw::Key(path)) = flaw;
             for side in [Side::Key, Side::Value] {
@@ -136,7 +125,7 @@ mod tested {
     pub fn label(requests: &[[&[u8]; 3]]) {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let files = LabelFiles::new(folder.path(), "pairs", Some(1));
-        let (mut desk, survey) = self::desk(&files);
+        let (mut queue, task) = self::queue(&files);
         for [method, address, body] in requests {
             let words = [method, address].map(|word| std::str::from_utf8(word));
             let [Ok(method), Ok(address)] = words else {
@@ -146,31 +135,31 @@ mod tested {
             let by = match request::read(method, path, query, body) {
                 Ok(Request::Next(by)) => by,
                 Ok(Request::Say(saying)) => {
-                    let _ = desk.say(&saying);
+                    let _ = queue.say(&saying);
                     saying.by
                 }
                 Ok(Request::Undo { by, label }) => {
-                    assert!(desk.undo(&by, label).is_ok());
+                    assert!(queue.undo(&by, label).is_ok());
                     by
                 }
-                Ok(Request::Picture(id)) => {
-                    desk.shows(id);
+                Ok(Request::EncodedImage(id)) => {
+                    queue.shows(id);
                     continue;
                 }
                 Ok(Request::Page) | Err(_) => continue,
             };
-            desk.next(&by);
+            queue.next(&by);
         }
-        let said = desk.said();
-        drop(desk);
-        let (desk, _) = self::desk(&files);
-        assert_eq!((desk.said(), desk.wanted()), (said, survey.wanted));
-        assert_eq!(desk.note(), None);
+        let said = queue.said();
+        drop(queue);
+        let (queue, _) = self::queue(&files);
+        assert_eq!((queue.said(), queue.wanted()), (said, task.wanted));
+        assert_eq!(queue.note(), None);
     }
 
     /// The desk of a survey of two questions about one prompt.
-    fn desk(files: &LabelFiles) -> (Desk, Survey) {
-        let survey = Survey {
+    fn queue(files: &LabelFiles) -> (LabelQueue, LabelTask) {
+        let task = LabelTask {
             table: "pairs".to_owned(),
             round: Some(1),
             candidates: "candidates".to_owned(),
@@ -204,7 +193,7 @@ mod tested {
         let Ok(writer) = files.write() else {
             panic!("the labels can't be written");
         };
-        (Desk::new(writer, survey.clone(), questions), survey)
+        (LabelQueue::new(writer, task.clone(), questions), task)
     }
 }
 

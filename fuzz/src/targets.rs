@@ -8,12 +8,13 @@ use std::sync::LazyLock;
 use zip::write::{SimpleFileOptions, ZipWriter};
 
 use super::tested;
-use super::tested::models::{Asking, Mode, Questionnaire, Verdict};
-use super::tested::prep::{OnevisionCard, PlainTokenizer, Processor, Shards};
+use super::tested::models::checkpoint::{LlavaOnevisionConfig, Shards};
+use super::tested::models::preprocess::{ImageProcessorConfig, PlainTokenizer};
+use super::tested::models::{JudgePrompt, JudgePromptSettings, Mode, Verdict};
 
 /// A target by its name, which is that of its corpus.
 pub const TARGETS: [(&str, fn(&[u8])); 9] = [
-    ("card", card),
+    ("card", config),
     ("label", label),
     ("parquet", parquet),
     ("pickle", pickle),
@@ -108,42 +109,42 @@ pub fn tokenizer(bytes: &[u8]) {
 }
 
 /// `config.json` of a policy, or its image processor's settings.
-pub fn card(bytes: &[u8]) {
+pub fn config(bytes: &[u8]) {
     in_file("config.json", bytes, |folder| {
-        if let Ok(card) = OnevisionCard::open(folder) {
-            assert!(tested::prep::elements(&card) > 0);
+        if let Ok(config) = LlavaOnevisionConfig::open(folder) {
+            assert!(tested::models::checkpoint::elements(&config) > 0);
         }
         fs::rename(
             folder.join("config.json"),
             folder.join("preprocessor_config.json"),
         )
         .expect("a temporary file");
-        let _ = Processor::open_onevision(folder, 384);
+        let _ = ImageProcessorConfig::open_onevision(folder, 384);
     });
 }
 
 /// The ways in which replies are read: one number, two, or a word.
-static QUESTIONNAIRES: LazyLock<[Questionnaire; 3]> = LazyLock::new(|| {
+static QUESTIONNAIRES: LazyLock<[JudgePrompt; 3]> = LazyLock::new(|| {
     let words = r"(?i)(?<better_first>first)|(?<better_second>second)|(?<tie>equal)";
     let verdict = Verdict::try_from(words.to_owned()).expect("a verdict");
-    let asking = |mode, verdict| Asking {
+    let asking = |mode, verdict| JudgePromptSettings {
         mode,
         verdict,
-        ..Asking::default()
+        ..JudgePromptSettings::default()
     };
     let askings = [
         asking(Mode::Pointwise, None),
         asking(Mode::Pairwise, None),
         asking(Mode::Pairwise, Some(verdict)),
     ];
-    askings.map(|asking| Questionnaire::open(&asking).expect("the default has a template"))
+    askings.map(|asking| JudgePrompt::open(&asking).expect("the default has a template"))
 });
 
 /// A reply of a judge.
 pub fn reply(bytes: &[u8]) {
     if let Ok(text) = std::str::from_utf8(bytes) {
-        for questionnaire in &*QUESTIONNAIRES {
-            let scores = questionnaire.read(text).unwrap_or_default();
+        for judge_prompt in &*QUESTIONNAIRES {
+            let scores = judge_prompt.read(text).unwrap_or_default();
             assert!(scores.iter().all(|score| score.is_finite()));
         }
     }

@@ -7,11 +7,11 @@ use serde_json::{Value, json};
 
 use super::file::{PipelineFile, folder_of, warn};
 use super::out::{Output, line, say};
-use super::outlook::Outlook;
+use super::preflight::Preflight;
 use super::{Failed, engine, forecast, memory, tokens};
 use ovchat_models::{ModelLoader, ModelSpec};
 use ovchat_pipeline::config::{
-    At, Complaint, Complaints, KeyPath, LoadError, Plan, PlannedStage, load,
+    At, Diagnostic, Diagnostics, KeyPath, LoadError, Plan, PlannedStage, load,
 };
 use ovchat_pipeline::run::withheld as withheld_from;
 use ovchat_pipeline::stages::StageSpec;
@@ -55,12 +55,12 @@ impl Check {
             plan
         });
         if self.output.is_json() {
-            let all = |complaints: &[Complaint]| -> Vec<Value> {
-                complaints.iter().map(Complaint::to_json).collect()
+            let all = |diagnostics: &[Diagnostic]| -> Vec<Value> {
+                diagnostics.iter().map(Diagnostic::to_json).collect()
             };
             let list = match &loaded {
                 Ok(plan) => all(&plan.warnings),
-                Err(LoadError::Refused(complaints)) => all(&complaints.0),
+                Err(LoadError::Refused(diagnostics)) => all(&diagnostics.0),
                 Err(unreadable) => {
                     vec![json!({ "severity": "error", "message": unreadable.to_string() })]
                 }
@@ -88,7 +88,7 @@ impl Check {
 }
 
 /// Notes about variables that the environment has and commands of the pipeline do not inherit.
-fn withheld(plan: &Plan) -> Vec<Complaint> {
+fn withheld(plan: &Plan) -> Vec<Diagnostic> {
     let notes = plan.all().filter_map(|stage| {
         let StageSpec::Exec(exec) = &stage.spec else {
             return None;
@@ -105,7 +105,7 @@ fn withheld(plan: &Plan) -> Vec<Complaint> {
             names.join(", ")
         );
         let help = format!("`env: [{}]` gives them to it", names.join(", "));
-        let note = Complaint::note("config::withheld", At::key(KeyPath::default()), message);
+        let note = Diagnostic::note("config::withheld", At::key(KeyPath::default()), message);
         Some(note.help(help).placed(stage.place.clone()))
     });
     notes.collect()
@@ -124,12 +124,12 @@ impl ShowPlan {
         {
             return Err(engine::become_it());
         }
-        let outlook = Outlook::of_plan(&plan, &folder, loader)?;
-        let Outlook {
+        let preflight = Preflight::of_plan(&plan, &folder, loader)?;
+        let Preflight {
             forecasts,
             tokens,
             taken,
-        } = &outlook;
+        } = &preflight;
         if self.output.is_json() {
             let mut json = to_json(&plan);
             json["tokens"] = tokens::to_json(tokens);
@@ -137,7 +137,7 @@ impl ShowPlan {
             json["run"] = json!(folder);
             json["tables"] = forecast::to_json(&plan, forecasts);
             line(format_args!("{json:#}"))?;
-            return refuse(outlook.refusals(&plan, None));
+            return refuse(preflight.refusals(&plan, None));
         }
         let mut text = String::new();
         plan.render(&mut text).expect("a string takes any text");
@@ -146,16 +146,16 @@ impl ShowPlan {
         text.push_str(&forecast::render(&plan, &folder, forecasts));
         line(text.trim_end())?;
         warn(&plan);
-        refuse(outlook.refusals(&plan, None))
+        refuse(preflight.refusals(&plan, None))
     }
 }
 
 /// Fails if there is something that refuses a run.
-pub fn refuse(refusals: Vec<Complaint>) -> Result<(), Failed> {
+pub fn refuse(refusals: Vec<Diagnostic>) -> Result<(), Failed> {
     if refusals.is_empty() {
         return Ok(());
     }
-    Err(Failed::Refused(LoadError::Refused(Complaints(refusals))))
+    Err(Failed::Refused(LoadError::Refused(Diagnostics(refusals))))
 }
 
 fn to_json(plan: &Plan) -> Value {
@@ -181,6 +181,6 @@ fn to_json(plan: &Plan) -> Value {
         "models": plan.models.iter().map(|(name, spec)| (name.to_string(), json!(spec.network()))).collect::<serde_json::Map<_, _>>(),
         "stages": plan.stages.iter().map(stage).collect::<Vec<_>>(),
         "evaluate": plan.evaluate.iter().map(stage).collect::<Vec<_>>(),
-        "warnings": plan.warnings.iter().map(Complaint::to_json).collect::<Vec<_>>(),
+        "warnings": plan.warnings.iter().map(Diagnostic::to_json).collect::<Vec<_>>(),
     })
 }

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::out::{Output, line};
 use super::{Failed, read_run, run_folder};
-use ovchat_data::store::{Made, RunFolder};
+use ovchat_data::store::{RunFolder, TableVersion};
 use ovchat_data::tables::Pair;
 use ovchat_data::tables::Row as _;
 use ovchat_pipeline::run::{Reason, explain};
@@ -84,7 +84,7 @@ fn compare<'a>(
     round: Option<u32>,
 ) -> Result<Compared<'a>, Failed> {
     let both = [a, b].map(|run| run.manifest().find(table, round));
-    let rows = both.map(|made| made.map(Made::rows));
+    let rows = both.map(|made| made.map(TableVersion::rows));
     let mut compared = Compared {
         table,
         round,

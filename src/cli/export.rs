@@ -14,8 +14,8 @@ use super::out::say;
 use super::verify::refuse_flaws;
 use super::{Failed, engine, read_run, run_folder};
 use ovchat_data::store::{
-    CheckpointRecord, Images, Lookup, Made, RunFolder, StoreError, TableReader, copy_folder,
-    create_folder, write_atomically, write_folder,
+    CheckpointRecord, Images, Lookup, RunFolder, StoreError, TableReader, TableVersion,
+    copy_folder, create_folder, write_atomically, write_folder,
 };
 use ovchat_data::tables::{Image, Pair, Row};
 use ovchat_io::files;
@@ -117,7 +117,7 @@ impl Export {
                     let words = format!("{} exists; give another folder", to.display());
                     return Err(Failed::Words(words));
                 }
-                let is_read = |made: &&Made| {
+                let is_read = |made: &&TableVersion| {
                     let checkpoint = made.checkpoint.as_ref();
                     checkpoint.is_some_and(|one| trained.contains(&one))
                 };
@@ -146,8 +146,8 @@ fn find<'a>(
     run: &'a RunFolder,
     what: &str,
     round: Option<u32>,
-    test: impl Fn(&Made) -> bool,
-) -> Result<&'a Made, Failed> {
+    test: impl Fn(&TableVersion) -> bool,
+) -> Result<&'a TableVersion, Failed> {
     let fitting = run
         .manifest()
         .made
@@ -172,7 +172,7 @@ fn pairs(
     let made = find(run, "pairs", round, |made| {
         made.kind.as_deref() == Some(Pair::KIND) && table.is_none_or(|table| made.table == table)
     })?;
-    let of_kind = |other: &&Made| other.kind == made.kind && other.table != made.table;
+    let of_kind = |other: &&TableVersion| other.kind == made.kind && other.table != made.table;
     if let Some(other) = run.manifest().made.iter().find(of_kind)
         && table.is_none()
     {
@@ -188,8 +188,8 @@ fn pairs(
         .parent()
         .filter(|folder| !folder.as_os_str().is_empty())
         .unwrap_or(Path::new("."));
-    let pictures = folder.join("images");
-    create_folder(&pictures)?;
+    let encoded_images = folder.join("images");
+    create_folder(&encoded_images)?;
     let image_files = run.manifest().images.iter();
     let image_files = image_files.map(|file| run.root().join(&file.file));
     let mut rows = Lookup::open(image_files.collect(), "image_id")?;
@@ -205,7 +205,7 @@ fn pairs(
             let format = row.map_or_else(|| "png".to_owned(), |row| row.format);
             let name = format!("{id}.{format}");
             if written.insert(name.clone()) {
-                write_atomically(&pictures.join(&name), &images.bytes(id)?)?;
+                write_atomically(&encoded_images.join(&name), &images.bytes(id)?)?;
             }
             list.push(json!({
                 "id": pair.id.unwrap_or(pair.prompt_id),
@@ -226,7 +226,7 @@ fn pairs(
         list.len(),
         to.display(),
         written.len(),
-        pictures.display()
+        encoded_images.display()
     );
     Ok(())
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use ovchat_pipeline::config::{Look, Plan};
+use ovchat_pipeline::config::{Plan, RenderStyle};
 
 /// A pipeline file and changes to it.
 #[derive(Args)]
@@ -19,7 +19,7 @@ pub struct PipelineFile {
 
 /// Prints what is perhaps not meant.
 pub fn warn(plan: &Plan) {
-    let look = Look::detect(std::io::stderr().is_terminal());
+    let look = RenderStyle::detect(std::io::stderr().is_terminal());
     for warning in &plan.warnings {
         eprint!("{}", warning.render(look));
     }

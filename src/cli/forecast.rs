@@ -6,14 +6,14 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::progress::duration;
-use ovchat_models::prep::size_in_words as size;
+use ovchat_models::checkpoint::size_in_words as size;
 use ovchat_pipeline::config::Plan;
-use ovchat_pipeline::run::{Estimate, Fate, Forecast, Reason};
+use ovchat_pipeline::run::{Action, Estimate, Forecast, Reason};
 
 /// A table with one line a table and round.
 pub fn render(plan: &Plan, folder: &Path, forecasts: &[Forecast]) -> String {
     let mut text = String::new();
-    let there = forecasts.iter().filter(|one| is_there(&one.fate)).count();
+    let there = forecasts.iter().filter(|one| is_there(&one.action)).count();
     let (all, folder) = (forecasts.len(), folder.display());
     writeln!(text, "\nin {folder}: {there} of {all} tables are there").expect(ANY_TEXT);
     if there == all {
@@ -39,7 +39,7 @@ pub fn render(plan: &Plan, folder: &Path, forecasts: &[Forecast]) -> String {
         let Forecast {
             table,
             round,
-            fate,
+            action,
             estimate,
         } = forecast;
         let round = round.map_or_else(|| "-".to_owned(), |round| round.to_string());
@@ -47,7 +47,7 @@ pub fn render(plan: &Plan, folder: &Path, forecasts: &[Forecast]) -> String {
             .rows
             .map_or_else(|| "?".to_owned(), |rows| rows.to_string());
         let [mut time, mut disk] = [String::new(), String::new()];
-        if !is_there(fate) {
+        if !is_there(action) {
             time = estimate.seconds.map_or_else(|| "?".to_owned(), duration);
             disk = estimate.bytes.map_or_else(|| "?".to_owned(), size);
             unknown += u32::from(estimate.seconds.is_none());
@@ -58,7 +58,7 @@ pub fn render(plan: &Plan, folder: &Path, forecasts: &[Forecast]) -> String {
         let cells = [
             table.as_str(),
             &round,
-            word(fate),
+            word(action),
             &rows,
             &time,
             &disk,
@@ -92,26 +92,26 @@ pub fn render(plan: &Plan, folder: &Path, forecasts: &[Forecast]) -> String {
 
 const ANY_TEXT: &str = "a string takes any text";
 
-fn is_there(fate: &Fate) -> bool {
-    matches!(fate, Fate::Reuse | Fate::Return)
+fn is_there(action: &Action) -> bool {
+    matches!(action, Action::Reuse | Action::Return)
 }
 
-fn word(fate: &Fate) -> &'static str {
-    match fate {
-        Fate::Reuse => "reuse",
-        Fate::Return => "return",
-        Fate::Resume { .. } => "go on",
-        Fate::Make { .. } => "make",
+fn word(action: &Action) -> &'static str {
+    match action {
+        Action::Reuse => "reuse",
+        Action::Return => "return",
+        Action::Resume { .. } => "go on",
+        Action::Make { .. } => "make",
     }
 }
 
 /// The reasons in words, each setting with its line.
 fn why(plan: &Plan, forecast: &Forecast) -> String {
-    match &forecast.fate {
-        Fate::Reuse => String::new(),
-        Fate::Return => "it was made so before".to_owned(),
-        Fate::Resume { rows } => format!("{rows} rows are there"),
-        Fate::Make { reasons, by_row } => {
+    match &forecast.action {
+        Action::Reuse => String::new(),
+        Action::Return => "it was made so before".to_owned(),
+        Action::Resume { rows } => format!("{rows} rows are there"),
+        Action::Make { reasons, by_row } => {
             let mut words: Vec<String> = reasons
                 .iter()
                 .map(|reason| reason.in_words(plan, &forecast.table))
@@ -127,8 +127,8 @@ fn why(plan: &Plan, forecast: &Forecast) -> String {
 /// The same for programs.
 pub fn to_json(plan: &Plan, forecasts: &[Forecast]) -> Value {
     let one = |forecast: &Forecast| {
-        let reasons: Vec<Value> = match &forecast.fate {
-            Fate::Make { reasons, .. } => reasons
+        let reasons: Vec<Value> = match &forecast.action {
+            Action::Make { reasons, .. } => reasons
                 .iter()
                 .map(|reason| {
                     let text = plan.secrets.hide(&reason.to_string());
@@ -151,7 +151,7 @@ pub fn to_json(plan: &Plan, forecasts: &[Forecast]) -> Value {
         json!({
             "table": forecast.table.as_str(),
             "round": forecast.round,
-            "plan": word(&forecast.fate).replace(' ', "_"),
+            "plan": word(&forecast.action).replace(' ', "_"),
             "reasons": reasons,
             "rows": forecast.estimate.rows,
             "seconds": forecast.estimate.seconds,

@@ -9,7 +9,7 @@ use super::file::{quoted, shown};
 use super::out::{line, say};
 use super::verify::refuse_flaws;
 use super::{Failed, read_run, run_folder};
-use ovchat_data::store::Made;
+use ovchat_data::store::TableVersion;
 use ovchat_pipeline::config::load;
 use ovchat_pipeline::run::{LAST, LAST_WHOLE, listed, stale};
 
@@ -78,7 +78,8 @@ impl MakeFork {
         let mut source = run.manifest().source.clone();
         source[LAST_WHOLE] = Value::Null;
         source[LAST] = json!({ "command": command, "sets": sets });
-        let is_shared = |made: &&Made| made.complete && made.round.is_none_or(|of| of < self.at);
+        let is_shared =
+            |made: &&TableVersion| made.complete && made.round.is_none_or(|of| of < self.at);
         refuse_flaws(&run, run.manifest().made.iter().filter(is_shared), true)?;
         run.fork(&to, self.at, source)?;
         if !stale.is_empty() {

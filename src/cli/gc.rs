@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 use super::out::{Output, line, say};
 use super::progress::duration;
 use super::{Failed, read_run, run_folder};
-use ovchat_data::store::{Made, RunFolder};
-use ovchat_models::prep::size_in_words as size;
+use ovchat_data::store::{RunFolder, TableVersion};
+use ovchat_models::checkpoint::size_in_words as size;
 
 /// Removes the tables and checkpoints that a run set aside when its pipeline changed. Says first what
 /// that frees and what it would cost to make them again, and asks.
@@ -34,7 +34,7 @@ impl Gc {
         let folder = run_folder(&self.run);
         let run = read_run(&folder)?;
         let parked = run.manifest().parked.iter().map(|parked| &parked.made);
-        let parked: Vec<&Made> = parked.collect();
+        let parked: Vec<&TableVersion> = parked.collect();
         if self.output.is_json() {
             let tables: Vec<_> = parked.iter().map(|made| to_json(made)).collect();
             let removed = if self.yes { parked.len() } else { 0 };
@@ -93,17 +93,17 @@ fn remove(folder: &Path, run: &RunFolder) -> Result<usize, Failed> {
     for table in opened.lost {
         say!("files of `{table}` are missing or spoiled; the next run makes them again");
     }
-    Ok(run.forget_parked()?.len())
+    Ok(run.forget_archived()?.len())
 }
 
 /// The bytes of a table and its checkpoint.
-fn bytes_of(made: &Made) -> u64 {
+fn bytes_of(made: &TableVersion) -> u64 {
     let checkpoint = made.checkpoint.iter();
     let checkpoint = checkpoint.flat_map(|checkpoint| checkpoint.files.values());
     made.bytes() + checkpoint.sum::<u64>()
 }
 
-fn to_json(made: &Made) -> Value {
+fn to_json(made: &TableVersion) -> Value {
     json!({
         "table": made.table, "round": made.round, "rows": made.rows(), "bytes": bytes_of(made),
         "seconds": made.took().map(|took| took.seconds),

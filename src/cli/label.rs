@@ -4,8 +4,8 @@
 //! to those who know the key in its address, and to no page of another site: names that lead here from
 //! elsewhere (the header `Host`) and requests from there (`Origin`) are refused.
 
-mod desk;
 mod questions;
+mod queue;
 mod request;
 mod server;
 
@@ -16,12 +16,12 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::{Value, json};
 
-use self::desk::Desk;
+use self::queue::LabelQueue;
 use self::request::{Request, Saying, parameter};
-use self::server::{Answer, Asked, Server, Site};
+use self::server::{Asked, HttpResponse, Server, Site};
 use super::out::say;
 use super::{Failed, read_run, run_folder};
-use ovchat_data::store::{Images, Label, LabelFiles, RunFolder, Said, Survey};
+use ovchat_data::store::{Images, LabelFiles, LabelLine, LabelTask, LabelVerdict, RunFolder};
 use ovchat_models::media_type;
 use ovchat_pipeline::run::Interrupt;
 
@@ -49,15 +49,15 @@ impl LabelRun {
     pub fn run(&self) -> Result<(), Failed> {
         let folder = run_folder(&self.run);
         let run = read_run(&folder)?;
-        let survey = self.survey(&run)?;
-        let files = LabelFiles::new(run.root(), &survey.table, survey.round);
-        let title = match survey.round {
-            Some(round) => format!("`{}` (round {round})", survey.table),
-            None => format!("`{}`", survey.table),
+        let task = self.task(&run)?;
+        let files = LabelFiles::new(run.root(), &task.table, task.round);
+        let title = match task.round {
+            Some(round) => format!("`{}` (round {round})", task.table),
+            None => format!("`{}`", task.table),
         };
         let writer = files.write()?;
-        let questions = questions::find(&run, &survey)?;
-        let desk = Desk::new(writer, survey, questions);
+        let questions = questions::find(&run, &task)?;
+        let queue = LabelQueue::new(writer, task, questions);
         let images = Images::open(run.root(), &run.manifest().images)?;
         let server = Server::listen(self.port).map_err(|error| {
             Failed::Words(format!(
@@ -69,17 +69,17 @@ impl LabelRun {
             .map_err(|error| Failed::Words(format!("cannot listen to signals: {error}")))?;
         let address = server.address();
         let key = key()?;
-        if let Some(note) = desk.note() {
+        if let Some(note) = queue.note() {
             say!("{note}");
         }
-        let (said, wanted, questions) = (desk.said(), desk.wanted(), desk.questions());
+        let (said, wanted, questions) = (queue.said(), queue.wanted(), queue.questions());
         say!("{title}: {said} of {wanted} labels so far, {questions} questions");
         say!("http://{address}/?key={key}");
         say!("this machine only; Ctrl-C ends it, what was said is kept");
         let page = Page {
             key,
             port: address.port(),
-            desk: RefCell::new(desk),
+            queue: RefCell::new(queue),
             images: RefCell::new(images),
         };
         server.serve(page, &|| interrupt.raised());
@@ -89,22 +89,20 @@ impl LabelRun {
     }
 
     /// What is asked: what was named, or the first that still waits.
-    fn survey(&self, run: &RunFolder) -> Result<Survey, Failed> {
+    fn task(&self, run: &RunFolder) -> Result<LabelTask, Failed> {
         let mut surveys = LabelFiles::surveys(run.root());
-        surveys.retain(|survey| {
-            self.table
-                .as_ref()
-                .is_none_or(|table| *table == survey.table)
-                && (self.round.is_none() || self.round == survey.round)
+        surveys.retain(|task| {
+            self.table.as_ref().is_none_or(|table| *table == task.table)
+                && (self.round.is_none() || self.round == task.round)
         });
         let mut last = None;
-        for survey in surveys {
-            let files = LabelFiles::new(run.root(), &survey.table, survey.round);
+        for task in surveys {
+            let files = LabelFiles::new(run.root(), &task.table, task.round);
             let (labels, _) = files.read()?;
-            if said_in(&labels) < survey.wanted {
-                return Ok(survey);
+            if said_in(&labels) < task.wanted {
+                return Ok(task);
             }
-            last = Some(survey);
+            last = Some(task);
         }
         last.ok_or_else(|| {
             Failed::Words(format!(
@@ -125,8 +123,10 @@ fn key() -> Result<String, Failed> {
 }
 
 /// The number of labels other than skips.
-fn said_in(labels: &[Label]) -> u64 {
-    let said = labels.iter().filter(|label| label.said != Said::Skip);
+fn said_in(labels: &[LabelLine]) -> u64 {
+    let said = labels
+        .iter()
+        .filter(|label| label.said != LabelVerdict::Skip);
     said.count() as u64
 }
 
@@ -134,12 +134,12 @@ fn said_in(labels: &[Label]) -> u64 {
 struct Page {
     key: String,
     port: u16,
-    desk: RefCell<Desk>,
+    queue: RefCell<LabelQueue>,
     images: RefCell<Images>,
 }
 
 impl Site for Page {
-    fn refusal(&self, asked: &Asked<'_>) -> Option<Answer> {
+    fn refusal(&self, asked: &Asked<'_>) -> Option<HttpResponse> {
         let hosts = ["127.0.0.1", "localhost"].map(|host| format!("{host}:{}", self.port));
         let is_own = |name: &str| hosts.iter().any(|own| own == name);
         if !asked.header("host").is_some_and(is_own) {
@@ -158,23 +158,23 @@ impl Site for Page {
         None
     }
 
-    fn answer(&self, asked: &Asked<'_>, body: &[u8]) -> Answer {
-        let desk = &mut *self.desk.borrow_mut();
+    fn answer(&self, asked: &Asked<'_>, body: &[u8]) -> HttpResponse {
+        let queue = &mut *self.queue.borrow_mut();
         match request::read(asked.method, asked.path, asked.query, body) {
-            Ok(Request::Page) => Answer {
+            Ok(Request::Page) => HttpResponse {
                 status: 200,
                 media: "text/html; charset=utf-8",
                 content: PAGE.into(),
             },
-            Ok(Request::Next(by)) => found(&desk.next(&by)),
-            Ok(Request::Say(saying)) => self.say(desk, &saying),
-            Ok(Request::Undo { by, label }) => match desk.undo(&by, label) {
-                Ok(()) => found(&desk.next(&by)),
+            Ok(Request::Next(by)) => found(&queue.next(&by)),
+            Ok(Request::Say(saying)) => self.say(queue, &saying),
+            Ok(Request::Undo { by, label }) => match queue.undo(&by, label) {
+                Ok(()) => found(&queue.next(&by)),
                 Err(failed) => self.wrong(500, &failed.to_string()),
             },
-            Ok(Request::Picture(id)) if desk.shows(id) => {
+            Ok(Request::EncodedImage(id)) if queue.shows(id) => {
                 match self.images.borrow_mut().bytes(id) {
-                    Ok(bytes) => Answer {
+                    Ok(bytes) => HttpResponse {
                         status: 200,
                         media: media_type(&bytes).unwrap_or("application/octet-stream"),
                         content: bytes.to_vec(),
@@ -182,14 +182,14 @@ impl Site for Page {
                     Err(error) => self.wrong(500, &error.to_string()),
                 }
             }
-            Ok(Request::Picture(_)) => self.wrong(404, "there is nothing here"),
+            Ok(Request::EncodedImage(_)) => self.wrong(404, "there is nothing here"),
             Err((status, why)) => self.wrong(status, &why),
         }
     }
 
-    fn wrong(&self, status: u16, why: &str) -> Answer {
+    fn wrong(&self, status: u16, why: &str) -> HttpResponse {
         let content = json!({ "error": why }).to_string().into();
-        Answer {
+        HttpResponse {
             status,
             media: "application/json",
             content,
@@ -199,24 +199,24 @@ impl Site for Page {
 
 impl Page {
     /// Takes what somebody says.
-    fn say(&self, desk: &mut Desk, saying: &Saying) -> Answer {
-        let before = desk.said();
-        let label = match desk.say(saying) {
+    fn say(&self, queue: &mut LabelQueue, saying: &Saying) -> HttpResponse {
+        let before = queue.said();
+        let label = match queue.say(saying) {
             Ok(label) => label,
             Err(failed) => return self.wrong(409, &failed.to_string()),
         };
-        let after = desk.said();
-        if before < desk.wanted() && after >= desk.wanted() {
+        let after = queue.said();
+        if before < queue.wanted() && after >= queue.wanted() {
             say!("{after} labels are enough: run the pipeline again to go on");
         }
-        let mut next = desk.next(&saying.by);
+        let mut next = queue.next(&saying.by);
         next["label"] = json!(label);
         found(&next)
     }
 }
 
-fn found(value: &Value) -> Answer {
-    Answer {
+fn found(value: &Value) -> HttpResponse {
+    HttpResponse {
         status: 200,
         media: "application/json",
         content: value.to_string().into(),

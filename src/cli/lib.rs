@@ -18,8 +18,8 @@ mod label;
 mod log;
 mod memory;
 mod out;
-mod outlook;
 mod pairs;
+mod preflight;
 mod progress;
 mod report;
 mod rows;
@@ -41,7 +41,7 @@ use out::say;
 
 use ovchat_data::store::{RunFolder, StoreError};
 use ovchat_models::ModelLoader;
-use ovchat_pipeline::config::{Complaints, LoadError, Look};
+use ovchat_pipeline::config::{Diagnostics, LoadError, RenderStyle};
 use ovchat_pipeline::run::RunError;
 use ovchat_query::QueryError;
 
@@ -160,7 +160,7 @@ pub fn main(loader: Option<&dyn ModelLoader>) -> ExitCode {
 /// Says what went wrong on stderr; returns the exit code.
 fn tell(failed: &Failed) -> u8 {
     match failed {
-        Failed::Refused(LoadError::Refused(complaints)) => eprint!("{}", render(complaints)),
+        Failed::Refused(LoadError::Refused(diagnostics)) => eprint!("{}", render(diagnostics)),
         Failed::Code(_) => {}
         _ => say!("error: {failed}"),
     }
@@ -178,8 +178,8 @@ impl Failed {
     }
 }
 
-fn render(complaints: &Complaints) -> String {
-    complaints.render(Look::detect(std::io::stderr().is_terminal()))
+fn render(diagnostics: &Diagnostics) -> String {
+    diagnostics.render(RenderStyle::detect(std::io::stderr().is_terminal()))
 }
 
 /// Opens a run to look at it. A damaged manifest is restored in memory, with a warning.

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use super::Failed;
 use ovchat_io::visible::visible;
-use ovchat_pipeline::config::{Complaint, LoadError};
+use ovchat_pipeline::config::{Diagnostic, LoadError};
 use ovchat_pipeline::run::{Figures, Report, Start, Unit};
 use ovchat_pipeline::stages::TableName;
 
@@ -69,8 +69,8 @@ pub fn end(failed: &Failed) -> Failed {
     match failed {
         // It was written where more was known about it.
         Failed::Code(_) => {}
-        Failed::Refused(LoadError::Refused(complaints)) => {
-            let list: Vec<_> = complaints.0.iter().map(Complaint::to_json).collect();
+        Failed::Refused(LoadError::Refused(diagnostics)) => {
+            let list: Vec<_> = diagnostics.0.iter().map(Diagnostic::to_json).collect();
             write("refused", json!({ "code": code, "complaints": list }));
         }
         Failed::Refused(_) | Failed::Usage(_) => {

@@ -7,11 +7,11 @@ use std::fmt::Write as _;
 
 use serde_json::{Value, json};
 
-use super::tokens::Tokens;
+use super::tokens::TokenCounts;
 use needs::{Precision, Refusal, computing, of_stage};
-use ovchat_models::prep::size_in_words as size;
+use ovchat_models::checkpoint::size_in_words as size;
 use ovchat_models::{DeviceSpec, Dtype, ModelError, ModelLoader, ModelSpec, Room};
-use ovchat_pipeline::config::{At, Complaint, KeyPath, Plan};
+use ovchat_pipeline::config::{At, Diagnostic, KeyPath, Plan};
 use ovchat_pipeline::stages::{Failure, TableName};
 
 /// What a stage takes.
@@ -43,7 +43,7 @@ struct Here {
 /// is what the check complains about. Without a `loader` nothing is known of this machine.
 pub fn of_plan(
     plan: &Plan,
-    tokens: &[Tokens],
+    tokens: &[TokenCounts],
     loader: Option<&dyn ModelLoader>,
 ) -> Result<Vec<Taken>, Failure> {
     let mut all = Vec::new();
@@ -86,19 +86,19 @@ pub fn of_plan(
 }
 
 /// Complaints about stages that have no room on this machine.
-pub fn refusals(plan: &Plan, all: &[Taken]) -> Vec<(TableName, Complaint)> {
-    let mut complaints = Vec::new();
+pub fn refusals(plan: &Plan, all: &[Taken]) -> Vec<(TableName, Diagnostic)> {
+    let mut diagnostics = Vec::new();
     for taken in all {
         let stage = plan.all().find(|stage| stage.name.as_str() == taken.table);
         let refusal = taken.here.as_ref().and_then(|here| here.refusal.as_ref());
         if let (Some(stage), Some(refusal)) = (stage, refusal) {
             let message = format!("`{}` has too little memory: {}", taken.table, refusal.cause);
-            let complaint = Complaint::new("plan::memory", At::key(KeyPath::default()), message);
-            let complaint = complaint.help(refusal.help.clone());
-            complaints.push((stage.name.clone(), complaint.placed(stage.place.clone())));
+            let diagnostic = Diagnostic::new("plan::memory", At::key(KeyPath::default()), message);
+            let diagnostic = diagnostic.help(refusal.help.clone());
+            diagnostics.push((stage.name.clone(), diagnostic.placed(stage.place.clone())));
         }
     }
-    complaints
+    diagnostics
 }
 
 pub fn render(all: &[Taken]) -> String {

@@ -11,7 +11,7 @@ use super::out::{Out, line};
 use super::rows::{Format, RowFormat};
 use super::sql::show;
 use super::{Failed, read_run, run_folder};
-use ovchat_data::store::{Made, RunFolder};
+use ovchat_data::store::{RunFolder, TableVersion};
 use ovchat_data::tables::{Candidate, Pair, Reward, Row, schema_of};
 use ovchat_pipeline::stages::{Pairs, SelectPairs};
 use ovchat_query::QueryTable;
@@ -144,10 +144,11 @@ impl ShowPairs {
         name: &str,
         kind: &str,
         round: Option<u32>,
-    ) -> Result<&'a Made, Failed> {
+    ) -> Result<&'a TableVersion, Failed> {
         // What a query made is of no kind, and may have the columns.
-        let of_kind =
-            |made: &&Made| made.complete && made.kind.as_deref().is_none_or(|other| other == kind);
+        let of_kind = |made: &&TableVersion| {
+            made.complete && made.kind.as_deref().is_none_or(|other| other == kind)
+        };
         let made = run.manifest().made.iter().filter(of_kind);
         let named = made.clone().filter(|made| made.table == name);
         let named = named.filter(|made| round.is_none() || made.round == round);
@@ -167,7 +168,7 @@ impl ShowPairs {
     }
 }
 
-fn table(run: &RunFolder, made: &Made) -> Result<QueryTable, Failed> {
+fn table(run: &RunFolder, made: &TableVersion) -> Result<QueryTable, Failed> {
     let schema = match made.kind.as_deref().and_then(schema_of) {
         Some(schema) => Some(schema),
         None => run.schema(&made.table, made.round)?,

@@ -10,12 +10,12 @@ use super::check::refuse;
 use super::file::{PipelineFile, folder_of, quoted, shown, warn};
 use super::log::{self, JsonLog};
 use super::out::say;
-use super::outlook::Outlook;
+use super::preflight::Preflight;
 use super::progress::Progress;
 use super::{Failed, engine, report};
 use ovchat_data::store::{Rates, RunFolder};
 use ovchat_models::{Hub, ModelLoader, Repository};
-use ovchat_pipeline::config::{At, Complaint, KeyPath, Look, NOT_FETCHED, Plan, load};
+use ovchat_pipeline::config::{At, Diagnostic, KeyPath, NOT_FETCHED, Plan, RenderStyle, load};
 use ovchat_pipeline::run::{Interrupt, Options, RunError, Summary, run};
 use ovchat_pipeline::stages::{Failure, TableName};
 
@@ -78,9 +78,9 @@ impl Run {
             return Err(engine::become_it());
         }
         let folder = folder_of(&plan, self.folder.as_deref());
-        let outlook = Outlook::of_run(&plan, &folder, loader)?;
-        refuse(outlook.refusals(&plan, until.as_ref()))?;
-        refuse(outlook.missing_keys(&plan, until.as_ref()))?;
+        let preflight = Preflight::of_run(&plan, &folder, loader)?;
+        refuse(preflight.refusals(&plan, until.as_ref()))?;
+        refuse(preflight.missing_keys(&plan, until.as_ref()))?;
         match self.log {
             Log::Text => warn(&plan),
             Log::Json => {
@@ -96,7 +96,7 @@ impl Run {
         let options = Options {
             folder,
             until,
-            forecasts: outlook.forecasts,
+            forecasts: preflight.forecasts,
             command: self.command(),
             sets: self.file.sets.clone(),
             rates: Rates::usual_place(),
@@ -275,8 +275,8 @@ fn underlined(plan: &Plan, error: &RunError) -> String {
     let round = error
         .round
         .map_or_else(String::new, |round| format!(" in round {round}"));
-    let complaint = Complaint::new("run::failed", At::key(KeyPath::default()), message)
+    let diagnostic = Diagnostic::new("run::failed", At::key(KeyPath::default()), message)
         .label(format!("failed here{round}; what was made before is kept"))
         .placed(stage.place.clone());
-    complaint.render(Look::detect(std::io::stderr().is_terminal()))
+    diagnostic.render(RenderStyle::detect(std::io::stderr().is_terminal()))
 }

@@ -11,7 +11,7 @@ use super::out::{Out, say};
 use super::rows::{RowFormat, RowWriter};
 use super::spill::Spill;
 use super::{Failed, read_run, run_folder, spill};
-use ovchat_data::store::{LABELS, Made, RunFolder, TableFile, schema_of_file};
+use ovchat_data::store::{LABELS, RunFolder, TableFile, TableVersion, schema_of_file};
 use ovchat_data::tables::{Call, Image, Label, Reject, Row, Telemetry, schema_of};
 use ovchat_pipeline::config::tables_there;
 use ovchat_pipeline::run::LAST_WHOLE;
@@ -96,8 +96,8 @@ impl Sql {
         let names: Vec<&str> = names.map(String::as_str).collect();
         printed.map(drop).map_err(|failed| match failed {
             Failed::Query(QueryError(error)) => match tables_there(&error, &names) {
-                Some((Some(guess), all)) => {
-                    Failed::Words(format!("{error}; did you mean `{guess}`? {all}"))
+                Some((Some(suggest), all)) => {
+                    Failed::Words(format!("{error}; did you mean `{suggest}`? {all}"))
                 }
                 Some((None, all)) => Failed::Words(format!("{error}; {all}")),
                 None => Failed::Query(QueryError(error)),
@@ -187,15 +187,15 @@ pub fn run_table(run: &RunFolder, table: &str, round: Option<u32>) -> Result<Que
 /// current ones, if asked for.
 fn tables(run: &RunFolder, with_staged: bool) -> Result<Vec<QueryTable>, Failed> {
     let manifest = run.manifest();
-    let staged: &[Made] = if with_staged { &manifest.staged } else { &[] };
-    let is_replaced = |made: &Made| {
+    let staged: &[TableVersion] = if with_staged { &manifest.staged } else { &[] };
+    let is_replaced = |made: &TableVersion| {
         staged.iter().any(|new| {
             new.table == made.table
                 && (new.round == made.round || new.round.is_some() != made.round.is_some())
         })
     };
     let current = manifest.made.iter().filter(|made| !is_replaced(made));
-    let versions: Vec<&Made> = current.chain(staged).collect();
+    let versions: Vec<&TableVersion> = current.chain(staged).collect();
     let mut tables: Vec<QueryTable> = Vec::new();
     for made in &versions {
         let files = run.checked(made.files());

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::out::{Output, line};
 use super::progress::duration;
 use super::{Failed, read_run, run_folder};
-use ovchat_data::store::{Made, lock_holder};
+use ovchat_data::store::{TableVersion, lock_holder};
 use ovchat_pipeline::run::stale;
 
 /// Says what a run has made so far and whether it is running.
@@ -31,7 +31,7 @@ impl Status {
         let manifest = run.manifest();
         let stale = stale(manifest);
         if self.output.is_json() {
-            let table = |made: &Made, is_staged: bool| {
+            let table = |made: &TableVersion, is_staged: bool| {
                 json!({
                     "table": made.table, "staged": is_staged, "round": made.round, "kind": made.kind, "complete": made.complete,
                     "rows": made.rows(), "faults": faults(made), "dropped": dropped(made), "key": made.key,
@@ -90,10 +90,10 @@ impl Status {
     }
 }
 
-fn faults(made: &Made) -> u64 {
+fn faults(made: &TableVersion) -> u64 {
     made.parts.iter().map(|part| part.faults).sum()
 }
 
-fn dropped(made: &Made) -> u64 {
+fn dropped(made: &TableVersion) -> u64 {
     made.parts.iter().map(|part| part.dropped).sum()
 }

@@ -9,22 +9,23 @@ use serde_json::{Value, json};
 use super::Failed;
 use ovchat_data::store::{Images, RunFolder};
 use ovchat_data::tables::{Misfit, Pair, Prompt, Row as _};
-use ovchat_models::prep::{JudgePrep, PolicyPrep};
+use ovchat_models::preprocess::{LlavaOnevisionProcessor, LlavaRlhfProcessor};
 use ovchat_models::{
-    self as models, Learned, Lesson, Mode, ModelSpec, Picture, Questionnaire, RowFault, Shown,
+    self as models, EncodedImage, JudgeInput, JudgePrompt, Mode, ModelSpec, RowFault, SftExample,
+    TrainOn,
 };
-use ovchat_pipeline::config::{At, Complaint, KeyPath, Plan, PlannedStage};
-use ovchat_pipeline::run::{Fate, Forecast};
+use ovchat_pipeline::config::{At, Diagnostic, KeyPath, Plan, PlannedStage};
+use ovchat_pipeline::run::{Action, Forecast};
 use ovchat_pipeline::stages::{StageSpec, TableName, turns};
 
 /// Rows that are counted; a plan should take a second, and the first so many tell enough.
 const COUNTED_MAX: usize = 20_000;
 
 /// Pictures that are kept in memory.
-const PICTURES_KEPT: usize = 256;
+const IMAGES_KEPT: usize = 256;
 
 /// The tokens of the rows that a stage reads with a network, pictures included.
-pub struct Tokens {
+pub struct TokenCounts {
     stage: String,
     /// What a row is: `prompt` or `pair`.
     row: &'static str,
@@ -57,15 +58,15 @@ struct Reading<'a> {
 
 enum Counter {
     /// Prompts that are answered.
-    Prompts(PolicyPrep),
+    Prompts(LlavaOnevisionProcessor),
     /// What is written about prompts and answers of no tokens.
-    Questions(PolicyPrep, Box<Questionnaire>),
+    Questions(LlavaOnevisionProcessor, Box<JudgePrompt>),
     /// Answers that are learned.
-    Lessons(PolicyPrep, Learned),
+    Lessons(LlavaOnevisionProcessor, TrainOn),
     /// The same, by the base of a reward model.
-    BaseLessons(JudgePrep, Learned),
+    BaseLessons(LlavaRlhfProcessor, TrainOn),
     /// Both answers of a pair, as they are judged: what they begin with alike counts once.
-    Pairs(JudgePrep),
+    Pairs(LlavaRlhfProcessor),
 }
 
 /// The tokens of a row.
@@ -91,7 +92,7 @@ impl Count {
 /// A row, whatever its table.
 struct Counted {
     id: String,
-    prompt: models::Prompt,
+    prompt: models::ChatPrompt,
     answers: Vec<String>,
 }
 
@@ -107,7 +108,7 @@ impl Counter {
 
     /// The tokens of a row.
     fn count(&self, row: &Counted) -> Result<Count, RowFault> {
-        let lesson = |learned| Lesson {
+        let example = |learned| SftExample {
             id: &row.id,
             prompt: &row.prompt,
             answer: row.answers.first().map_or("", String::as_str),
@@ -117,13 +118,13 @@ impl Counter {
             |places: Vec<std::ops::Range<usize>>| places.iter().map(ExactSizeIterator::len).sum();
         Ok(match self {
             Self::Prompts(prep) => Count::of(prep.count(&row.prompt)?),
-            Self::Questions(prep, questionnaire) => {
-                let shown = match questionnaire.mode {
-                    Mode::Pointwise => Shown::One(""),
-                    Mode::Pairwise => Shown::Two("", ""),
+            Self::Questions(prep, judge_prompt) => {
+                let shown = match judge_prompt.mode {
+                    Mode::Pointwise => JudgeInput::One(""),
+                    Mode::Pairwise => JudgeInput::Two("", ""),
                 };
-                let text = questionnaire.text(&row.prompt, shown);
-                let asked = models::Prompt {
+                let text = judge_prompt.text(&row.prompt, shown);
+                let asked = models::ChatPrompt {
                     question: text.map_err(RowFault)?,
                     turns: Vec::new(),
                     system: None,
@@ -132,14 +133,14 @@ impl Counter {
                 Count::of(prep.count(&asked)?)
             }
             Self::Lessons(prep, learned) => {
-                let (text, places) = prep.spoken(&lesson(*learned))?;
+                let (text, places) = prep.spoken(&example(*learned))?;
                 Count {
                     learned: all(places),
                     ..Count::of(text.ids.len())
                 }
             }
             Self::BaseLessons(prep, learned) => {
-                let (text, places) = prep.spoken(&lesson(*learned))?;
+                let (text, places) = prep.spoken(&example(*learned))?;
                 Count {
                     learned: all(places),
                     ..Count::of(text.ids.len())
@@ -164,7 +165,7 @@ impl Counter {
     fn rows(
         &self,
         batch: &arrow::array::RecordBatch,
-        images: &mut Pictures,
+        images: &mut ImageStore,
     ) -> Result<Vec<Counted>, Failed> {
         let misfit = |misfit: Misfit| Failed::Words(misfit.to_string());
         let rows: Vec<(Prompt, Vec<String>)> = if matches!(self, Self::Pairs(_)) {
@@ -179,8 +180,8 @@ impl Counter {
             prompts.map(with_answer).collect()
         };
         let counted = |(row, answers): (Prompt, Vec<String>)| {
-            let prompt = models::Prompt {
-                pictures: images.pictures(&row.image_ids)?,
+            let prompt = models::ChatPrompt {
+                images: images.images(&row.image_ids)?,
                 id: row.prompt_id.clone(),
                 system: row.system,
                 turns: turns(&row.turns),
@@ -217,26 +218,26 @@ fn asked_and_answered(pair: Pair) -> (Prompt, Vec<String>) {
 }
 
 /// The pictures of a run; those read last are kept, for rows about one picture lie together.
-struct Pictures {
+struct ImageStore {
     images: Images,
-    read: HashMap<String, Picture>,
+    read: HashMap<String, EncodedImage>,
 }
 
-impl Pictures {
-    fn pictures(&mut self, image_ids: &[String]) -> Result<Vec<Picture>, Failed> {
-        let mut pictures = Vec::with_capacity(image_ids.len());
+impl ImageStore {
+    fn images(&mut self, image_ids: &[String]) -> Result<Vec<EncodedImage>, Failed> {
+        let mut images = Vec::with_capacity(image_ids.len());
         for id in image_ids {
             if !self.read.contains_key(id) {
-                if self.read.len() >= PICTURES_KEPT {
+                if self.read.len() >= IMAGES_KEPT {
                     self.read.clear();
                 }
                 let bytes = self.images.bytes(id)?;
                 let id = id.clone();
-                self.read.insert(id.clone(), Picture { id, bytes });
+                self.read.insert(id.clone(), EncodedImage { id, bytes });
             }
-            pictures.push(self.read[id].clone());
+            images.push(self.read[id].clone());
         }
-        Ok(pictures)
+        Ok(images)
     }
 }
 
@@ -244,11 +245,11 @@ impl Pictures {
 /// is what the check complains about.
 fn reading<'a>(plan: &'a Plan, stage: &'a PlannedStage) -> Option<Reading<'a>> {
     let policy = |spec: &ModelSpec| match spec.clone().opened() {
-        ModelSpec::LlavaOnevision(spec) => PolicyPrep::open(&spec.weights).ok(),
+        ModelSpec::LlavaOnevision(spec) => LlavaOnevisionProcessor::open(&spec.weights).ok(),
         _ => None,
     };
     let judge = |spec: &ModelSpec| match spec {
-        ModelSpec::LlavaRlhf(spec) => JudgePrep::open(spec).ok(),
+        ModelSpec::LlavaRlhf(spec) => LlavaRlhfProcessor::open(spec).ok(),
         _ => None,
     };
     Some(match &stage.spec {
@@ -259,12 +260,12 @@ fn reading<'a>(plan: &'a Plan, stage: &'a PlannedStage) -> Option<Reading<'a>> {
         },
         StageSpec::Score(score) => {
             let asking = plan.models[&score.judge].asking()?;
-            let speaker = &plan.models[plan.speaker(&score.judge)];
+            let backing_model = &plan.models[plan.backing_model(&score.judge)];
             Reading {
                 table: score.prompts.as_ref()?,
                 counter: {
-                    let questionnaire = Questionnaire::open(asking).ok()?;
-                    Counter::Questions(policy(speaker)?, Box::new(questionnaire))
+                    let judge_prompt = JudgePrompt::open(asking).ok()?;
+                    Counter::Questions(policy(backing_model)?, Box::new(judge_prompt))
                 },
                 // A reply that is cut off may still be read.
                 room: 1,
@@ -272,11 +273,11 @@ fn reading<'a>(plan: &'a Plan, stage: &'a PlannedStage) -> Option<Reading<'a>> {
         }
         StageSpec::TrainSft(train) => {
             let spec = &plan.models[&train.model];
-            let lessons = policy(spec).map(|prep| Counter::Lessons(prep, train.answers));
+            let examples = policy(spec).map(|prep| Counter::Lessons(prep, train.answers));
             let base = || Some(Counter::BaseLessons(judge(spec)?, train.answers));
             Reading {
                 table: &train.prompts,
-                counter: lessons.or_else(base)?,
+                counter: examples.or_else(base)?,
                 room: 0,
             }
         }
@@ -304,11 +305,11 @@ pub fn count(
     folder: &Path,
     forecasts: &[Forecast],
     extent: Extent,
-) -> Result<Vec<Tokens>, Failed> {
+) -> Result<Vec<TokenCounts>, Failed> {
     let Ok(run) = RunFolder::read(folder) else {
         return Ok(Vec::new());
     };
-    let mut pictures = Pictures {
+    let mut images = ImageStore {
         images: Images::open(run.root(), &run.manifest().images)?,
         read: HashMap::new(),
     };
@@ -334,7 +335,7 @@ pub fn count(
         if made.is_none_or(|made| !made.complete) {
             continue;
         }
-        let mut tokens = Tokens {
+        let mut tokens = TokenCounts {
             stage: stage.name.to_string(),
             row: if matches!(counter, Counter::Pairs(_)) {
                 "pair"
@@ -344,7 +345,7 @@ pub fn count(
             rows: 0,
             is_sample: false,
             is_current: forecasts.iter().any(|made| {
-                made.table == *table && made.round == round && made.fate == Fate::Reuse
+                made.table == *table && made.round == round && made.action == Action::Reuse
             }),
             sum: 0,
             shortest: usize::MAX,
@@ -357,7 +358,7 @@ pub fn count(
             room,
         };
         'rows: for batch in run.reader(table.as_str(), round) {
-            for row in counter.rows(&batch?, &mut pictures)? {
+            for row in counter.rows(&batch?, &mut images)? {
                 let one_fits = tokens.rows > tokens.too_long;
                 if tokens.rows == COUNTED_MAX || (extent == Extent::UntilOneFits && one_fits) {
                     tokens.is_sample = true;
@@ -376,7 +377,7 @@ pub fn count(
     Ok(all)
 }
 
-impl Tokens {
+impl TokenCounts {
     /// Whether they are of what this stage reads.
     pub fn is_of(&self, stage: &str) -> bool {
         self.stage == stage
@@ -425,10 +426,10 @@ impl Tokens {
 }
 
 /// A line for each stage.
-pub fn render(all: &[Tokens]) -> String {
+pub fn render(all: &[TokenCounts]) -> String {
     let mut text = String::new();
     for tokens in all {
-        let Tokens {
+        let TokenCounts {
             stage,
             row,
             rows,
@@ -469,7 +470,7 @@ pub fn render(all: &[Tokens]) -> String {
 }
 
 /// Complaints about stages none of whose rows fits.
-pub fn refusals(plan: &Plan, all: &[Tokens]) -> Vec<(TableName, Complaint)> {
+pub fn refusals(plan: &Plan, all: &[TokenCounts]) -> Vec<(TableName, Diagnostic)> {
     let known = all
         .iter()
         .filter(|tokens| tokens.is_current && !tokens.is_sample);
@@ -477,7 +478,7 @@ pub fn refusals(plan: &Plan, all: &[Tokens]) -> Vec<(TableName, Complaint)> {
     hopeless
         .filter_map(|tokens| {
             let stage = plan.all().find(|stage| tokens.is_of(stage.name.as_str()))?;
-            let Tokens {
+            let TokenCounts {
                 row,
                 rows,
                 shortest,
@@ -498,9 +499,9 @@ pub fn refusals(plan: &Plan, all: &[Tokens]) -> Vec<(TableName, Complaint)> {
                 }
                 _ => "use smaller pictures or shorter texts",
             };
-            let complaint = Complaint::new("plan::context", At::key(KeyPath::default()), message);
-            let complaint = complaint.label(label).help(help).placed(stage.place.clone());
-            Some((stage.name.clone(), complaint))
+            let diagnostic = Diagnostic::new("plan::context", At::key(KeyPath::default()), message);
+            let diagnostic = diagnostic.label(label).help(help).placed(stage.place.clone());
+            Some((stage.name.clone(), diagnostic))
         })
         .collect()
 }
@@ -508,8 +509,8 @@ pub fn refusals(plan: &Plan, all: &[Tokens]) -> Vec<(TableName, Complaint)> {
 const ANY_TEXT: &str = "a string takes any text";
 
 /// The same for programs.
-pub fn to_json(all: &[Tokens]) -> Value {
-    let one = |tokens: &Tokens| {
+pub fn to_json(all: &[TokenCounts]) -> Value {
+    let one = |tokens: &TokenCounts| {
         json!({
             "table": tokens.stage, "row": tokens.row, "rows": tokens.rows, "all": !tokens.is_sample,
             "shortest": tokens.shortest, "longest": tokens.longest, "longest_id": tokens.longest_id,

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::out::{Output, line, say};
 use super::{Failed, run_folder};
-use ovchat_data::store::{Flaw, Made, Manifest, RunFolder};
+use ovchat_data::store::{Flaw, Manifest, RunFolder, TableVersion};
 
 /// Reads every file of a run and compares it with its SHA-256. Exit code 1 if something differs.
 #[derive(Args)]
@@ -35,7 +35,7 @@ impl Verify {
         let folder = run_folder(&self.run);
         let run = RunFolder::read(&folder)?;
         let mut flaws = Manifest::flaws(&folder);
-        let versions: Vec<&Made> = run.manifest().versions().collect();
+        let versions: Vec<&TableVersion> = run.manifest().versions().collect();
         flaws.extend(run.flaws(versions.iter().copied(), true));
         flaws.extend(run.record_flaws());
         if self.output.is_json() {
@@ -92,7 +92,7 @@ impl Repair {
 /// Fails if files of some versions of a run are not what was written, before they go elsewhere.
 pub fn refuse_flaws<'m>(
     run: &RunFolder,
-    versions: impl IntoIterator<Item = &'m Made>,
+    versions: impl IntoIterator<Item = &'m TableVersion>,
     with_images: bool,
 ) -> Result<(), Failed> {
     let flaws = run.flaws(versions, with_images);

@@ -6,9 +6,10 @@ use std::ops::ControlFlow;
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
-use super::asking::{Asking, Mode, Questionnaire, Shown};
+use super::judge_prompt::{JudgeInput, JudgePrompt, JudgePromptSettings, Mode};
 use super::{
-    Emit, Group, Judge, Listener, ModelError, Policy, Prompt, RowFault, Sampling, Score, Telemetry,
+    AnswerGroup, ChatPrompt, Emit, Judge, JudgeScore, Listener, ModelError, ModelTelemetry, Policy,
+    RowFault, Sampling,
 };
 use ovchat_io::files;
 
@@ -16,7 +17,7 @@ use ovchat_io::files;
 #[derive(Debug, Clone)]
 pub struct Request {
     /// The pictures, and the text as the question.
-    pub prompt: Prompt,
+    pub prompt: ChatPrompt,
     /// How often it was asked before and the reply could not be read.
     pub attempt: u32,
 }
@@ -29,7 +30,7 @@ pub trait Writer {
         requests: &[Request],
         emit: Emit<'_, String>,
         listener: &mut Listener<'_>,
-    ) -> Result<Telemetry, ModelError>;
+    ) -> Result<ModelTelemetry, ModelError>;
 
     /// How it goes about it, in words.
     fn plan(&self) -> Option<String>;
@@ -42,7 +43,7 @@ pub struct PolicyWriter {
 }
 
 impl PolicyWriter {
-    pub fn new(policy: Box<dyn Policy>, asking: &Asking) -> Self {
+    pub fn new(policy: Box<dyn Policy>, asking: &JudgePromptSettings) -> Self {
         Self {
             policy,
             max_new_tokens: asking.max_new_tokens.0.get() as usize,
@@ -56,7 +57,7 @@ impl Writer for PolicyWriter {
         requests: &[Request],
         emit: Emit<'_, String>,
         _: &mut Listener<'_>,
-    ) -> Result<Telemetry, ModelError> {
+    ) -> Result<ModelTelemetry, ModelError> {
         let is_first = requests.iter().all(|request| request.attempt == 0);
         let how = Sampling {
             count: 1,
@@ -69,7 +70,7 @@ impl Writer for PolicyWriter {
             stop_strings: Vec::new(),
             stop_token_ids: Vec::new(),
         };
-        let prompts: Vec<Prompt> = requests.iter().map(|one| one.prompt.clone()).collect();
+        let prompts: Vec<ChatPrompt> = requests.iter().map(|one| one.prompt.clone()).collect();
         self.policy.sample(&prompts, &how, &mut |index, answers| {
             emit(index, answers.map(|mut answers| answers.remove(0).text))
         })
@@ -83,7 +84,7 @@ impl Writer for PolicyWriter {
 /// A judge that a writer speaks for.
 pub struct Critic {
     writer: Box<dyn Writer>,
-    questionnaire: Questionnaire,
+    judge_prompt: JudgePrompt,
     retries: u32,
 }
 
@@ -107,15 +108,15 @@ struct Ask {
 
 impl Critic {
     /// Fails, in words, when the asking can't be read.
-    pub fn open(writer: Box<dyn Writer>, asking: &Asking) -> Result<Self, String> {
+    pub fn open(writer: Box<dyn Writer>, asking: &JudgePromptSettings) -> Result<Self, String> {
         Ok(Self {
             writer,
-            questionnaire: Questionnaire::open(asking)?,
+            judge_prompt: JudgePrompt::open(asking)?,
             retries: asking.retries.0,
         })
     }
 
-    fn case(&self, group: &Group<'_>) -> Case {
+    fn case(&self, group: &AnswerGroup<'_>) -> Case {
         let mut distinct: Vec<(usize, usize)> = Vec::new();
         let mut known: HashMap<&str, usize> = HashMap::new();
         let mut places = Vec::with_capacity(group.answers.len());
@@ -129,7 +130,7 @@ impl Critic {
         }
         let count = distinct.len();
         let ask = |shown| Ask { shown, reply: None };
-        let asks: Vec<Ask> = match self.questionnaire.mode {
+        let asks: Vec<Ask> = match self.judge_prompt.mode {
             Mode::Pointwise => (0..count).map(|one| ask([one, one])).collect(),
             Mode::Pairwise => (0..count)
                 .flat_map(|first| (0..count).map(move |second| [first, second]))
@@ -148,29 +149,29 @@ impl Critic {
 
     fn request(
         &self,
-        group: &Group<'_>,
+        group: &AnswerGroup<'_>,
         case: &Case,
         ask: &Ask,
         attempt: u32,
     ) -> Result<Request, RowFault> {
         let places = ask.shown.map(|number| case.distinct[number].0);
         let [first, second] = places.map(|place| group.answers[place]);
-        let shown = match self.questionnaire.mode {
-            Mode::Pointwise => Shown::One(first),
-            Mode::Pairwise => Shown::Two(first, second),
+        let shown = match self.judge_prompt.mode {
+            Mode::Pointwise => JudgeInput::One(first),
+            Mode::Pairwise => JudgeInput::Two(first, second),
         };
-        let text = self.questionnaire.text(group.prompt, shown);
+        let text = self.judge_prompt.text(group.prompt, shown);
         let text = text.map_err(RowFault)?;
         // What is drawn depends on what is asked and on nothing beside it.
         let digest = Sha256::digest(format!("{attempt} {text}"));
         let seed = digest[..8].try_into().map(u64::from_le_bytes);
         Ok(Request {
-            prompt: Prompt {
+            prompt: ChatPrompt {
                 id: format!(
                     "{}, answers {} and {}",
                     group.prompt.id, places[0], places[1]
                 ),
-                pictures: group.prompt.pictures.clone(),
+                images: group.prompt.images.clone(),
                 system: None,
                 turns: Vec::new(),
                 question: text,
@@ -183,7 +184,7 @@ impl Critic {
     }
 
     /// The rewards of a group whose replies are all there.
-    fn scores(&self, case: &Case) -> Vec<Score> {
+    fn scores(&self, case: &Case) -> Vec<JudgeScore> {
         let count = case.distinct.len();
         let mut rewards = vec![0.0; count];
         let mut replies: Vec<Vec<serde_json::Value>> = vec![Vec::new(); count];
@@ -191,7 +192,7 @@ impl Critic {
         for ask in &case.asks {
             let (reply, [one, other]) = ask.reply.as_ref().expect("every reply is there");
             let [first, second] = ask.shown;
-            if self.questionnaire.mode == Mode::Pointwise {
+            if self.judge_prompt.mode == Mode::Pointwise {
                 rewards[first] = *one;
                 replies[first].push(json!(reply));
                 continue;
@@ -218,12 +219,12 @@ impl Critic {
             .collect();
         let score = |&number: &usize| {
             let replies = &replies[number];
-            let reply = match (self.questionnaire.mode, &replies[..]) {
+            let reply = match (self.judge_prompt.mode, &replies[..]) {
                 (Mode::Pointwise, [serde_json::Value::String(reply)]) => Some(reply.clone()),
                 (_, []) => None,
                 _ => Some(json!(replies).to_string()),
             };
-            Score {
+            JudgeScore {
                 reward: rewards[number] as f32,
                 reply,
                 flips: flips[number],
@@ -236,9 +237,9 @@ impl Critic {
 impl Judge for Critic {
     fn score(
         &mut self,
-        groups: &[Group<'_>],
-        emit: Emit<'_, Vec<Score>>,
-    ) -> Result<Telemetry, ModelError> {
+        groups: &[AnswerGroup<'_>],
+        emit: Emit<'_, Vec<JudgeScore>>,
+    ) -> Result<ModelTelemetry, ModelError> {
         let mut listener = Listener {
             say: &mut |_| {},
             stopping: &|| false,
@@ -248,12 +249,12 @@ impl Judge for Critic {
 
     fn score_for(
         &mut self,
-        groups: &[Group<'_>],
-        emit: Emit<'_, Vec<Score>>,
+        groups: &[AnswerGroup<'_>],
+        emit: Emit<'_, Vec<JudgeScore>>,
         listener: &mut Listener<'_>,
-    ) -> Result<Telemetry, ModelError> {
+    ) -> Result<ModelTelemetry, ModelError> {
         let mut cases: Vec<Case> = groups.iter().map(|group| self.case(group)).collect();
-        let mut telemetry = Telemetry::default();
+        let mut telemetry = ModelTelemetry::default();
         // Answers that are all equal are worth the same without a question. One answer alone has nothing
         // to be compared with: its sum of differences would be 0, and mean nothing.
         for (index, case) in cases.iter_mut().enumerate() {
@@ -305,7 +306,7 @@ impl Judge for Critic {
                 telemetry.retries += requests.len() as u64;
             }
             let is_last = attempt == self.retries;
-            let questionnaire = &self.questionnaire;
+            let judge_prompt = &self.judge_prompt;
             let mut ready = Vec::new();
             let mut stopped = false;
             let mut hear = |request: usize, reply: Result<String, RowFault>| {
@@ -316,7 +317,7 @@ impl Judge for Critic {
                 }
                 let outcome = match reply {
                     Err(fault) => Some(Err(fault)),
-                    Ok(text) => match questionnaire.read(&text) {
+                    Ok(text) => match judge_prompt.read(&text) {
                         Some(scores) => {
                             case.asks[number].reply = Some((text, scores));
                             case.open -= 1;
@@ -386,7 +387,7 @@ fn unreadable(reply: &str) -> RowFault {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::asking::Retries;
+    use crate::judge_prompt::Retries;
 
     /// Replies by rule, and counts.
     struct Rule {
@@ -400,7 +401,7 @@ mod tests {
             requests: &[Request],
             emit: Emit<'_, String>,
             _: &mut Listener<'_>,
-        ) -> Result<Telemetry, ModelError> {
+        ) -> Result<ModelTelemetry, ModelError> {
             for (index, request) in requests.iter().enumerate() {
                 self.asked.set(self.asked.get() + 1);
                 let reply = (self.rule)(&request.prompt.question, request.attempt);
@@ -408,20 +409,24 @@ mod tests {
                     break;
                 }
             }
-            Ok(Telemetry::default())
+            Ok(ModelTelemetry::default())
         }
         fn plan(&self) -> Option<String> {
             None
         }
     }
 
-    type Scored = (Vec<Result<Vec<Score>, RowFault>>, Telemetry, usize);
+    type Scored = (
+        Vec<Result<Vec<JudgeScore>, RowFault>>,
+        ModelTelemetry,
+        usize,
+    );
 
     fn scored(mode: Mode, rule: fn(&str, u32) -> String, answers: &[&[&str]]) -> Scored {
-        let asking = Asking {
+        let asking = JudgePromptSettings {
             mode,
             retries: Retries(1),
-            ..Asking::default()
+            ..JudgePromptSettings::default()
         };
         let asked = std::rc::Rc::new(std::cell::Cell::new(0));
         let writer = Rule {
@@ -429,9 +434,9 @@ mod tests {
             asked: std::rc::Rc::clone(&asked),
         };
         let mut critic = Critic::open(Box::new(writer), &asking).unwrap();
-        let prompt = Prompt {
+        let prompt = ChatPrompt {
             id: "p".to_owned(),
-            pictures: Vec::new(),
+            images: Vec::new(),
             system: None,
             turns: Vec::new(),
             question: "?".to_owned(),
@@ -439,9 +444,9 @@ mod tests {
             answer: None,
             seed: 0,
         };
-        let groups: Vec<Group<'_>> = answers
+        let groups: Vec<AnswerGroup<'_>> = answers
             .iter()
-            .map(|answers| Group {
+            .map(|answers| AnswerGroup {
                 prompt: &prompt,
                 answers: answers.to_vec(),
                 numbers: Vec::new(),

@@ -5,10 +5,10 @@
 //! endpoint can take: one more with every reply, until it says that this is too many; then half as many,
 //! and one more with every round of replies.
 
-mod asker;
+mod call_log;
+mod client;
 mod endpoint;
-mod gate;
-mod journal;
+mod limiter;
 mod settings;
 
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -24,13 +24,13 @@ use std::time::{Duration, Instant};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use self::asker::{Asker, Heard, Reply, Work, lock};
+use self::call_log::CallLog;
+use self::client::{EndpointClient, Heard, Reply, Work, lock};
 use self::endpoint::Endpoint;
-use self::gate::Gate;
-use self::journal::Journal;
+use self::limiter::CallLimiter;
 pub use self::settings::{BaseUrl, Price, Spend, SpendLimit};
-use super::asking::Asking;
-use super::{Emit, Exam, Listener, ModelError, Request, Telemetry, Writer};
+use super::judge_prompt::JudgePromptSettings;
+use super::{Emit, Exam, Listener, ModelError, ModelTelemetry, Request, Writer};
 use ovchat_io::mask::{Mask, SECRET_MIN};
 
 /// A model behind an OpenAI-compatible endpoint, asked in writing what it thinks of answers.
@@ -48,7 +48,7 @@ pub struct Http {
     pub key_env: Option<String>,
     /// What it is asked, and how its replies are read.
     #[serde(default)]
-    pub ask: Asking,
+    pub ask: JudgePromptSettings,
     /// The most calls that are under way at once.
     #[serde(default = "defaults::concurrency_max")]
     pub concurrency_max: NonZeroU32,
@@ -114,7 +114,7 @@ const GRACE: Duration = Duration::from_secs(1);
 
 /// The endpoint as a writer.
 pub struct HttpWriter {
-    asker: Arc<Asker>,
+    asker: Arc<EndpointClient>,
     /// What is to be said before the first question, in words.
     notes: Vec<String>,
 }
@@ -141,9 +141,9 @@ impl HttpWriter {
             )));
         }
         let (endpoint, tls) = Endpoint::open(spec, key, mask.clone()).map_err(fails)?;
-        let mut journal_of_run = Journal::open(journal)?;
+        let mut journal_of_run = CallLog::open(journal)?;
         let notes = [tls, journal_of_run.note.take()];
-        let asker = Asker {
+        let asker = EndpointClient {
             spec: spec.clone(),
             endpoint,
             judge: journal
@@ -168,14 +168,14 @@ impl Writer for HttpWriter {
         requests: &[Request],
         emit: Emit<'_, String>,
         listener: &mut Listener<'_>,
-    ) -> Result<Telemetry, ModelError> {
+    ) -> Result<ModelTelemetry, ModelError> {
         for note in self.notes.drain(..) {
             (listener.say)(&note);
         }
         let begun = Instant::now();
-        let mut telemetry = Telemetry {
+        let mut telemetry = ModelTelemetry {
             prompts: requests.len() as u64,
-            ..Telemetry::default()
+            ..ModelTelemetry::default()
         };
         let hash = |request: &Request| self.asker.hash(request);
         let hashes: Vec<String> = requests.iter().map(hash).collect();
@@ -215,7 +215,7 @@ impl Writer for HttpWriter {
             requests: requests.to_vec(),
             hashes: hashes.clone(),
             waiting: Mutex::new(waiting),
-            gate: Gate::new(self.asker.spec.concurrency_max),
+            gate: CallLimiter::new(self.asker.spec.concurrency_max),
         });
         let (sender, replies) = channel();
         for number in 0..threads {
@@ -273,9 +273,9 @@ impl Writer for HttpWriter {
             }
         }
         telemetry.seconds_decode = begun.elapsed().as_secs_f64();
-        let pictures = requests.iter().flat_map(|request| &request.prompt.pictures);
-        let distinct: HashSet<&str> = pictures.map(|picture| picture.id.as_str()).collect();
-        telemetry.pictures = distinct.len() as u64;
+        let images = requests.iter().flat_map(|request| &request.prompt.images);
+        let distinct: HashSet<&str> = images.map(|image| image.id.as_str()).collect();
+        telemetry.images = distinct.len() as u64;
         failed.map_or(Ok(telemetry), Err)
     }
 

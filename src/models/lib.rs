@@ -4,14 +4,15 @@
 //! the networks without Arrow. All traits take many rows at once: an implementation batches and
 //! shares as it likes, and hands each row's result to `emit` as soon as it is known.
 
-pub mod prep;
+pub mod checkpoint;
+pub mod preprocess;
 
-mod asking;
+mod caption_permutations;
 mod critic;
 mod http;
 mod hub;
+mod judge_prompt;
 pub mod libtorch;
-mod orders;
 pub mod scripted;
 mod spec;
 mod tls;
@@ -19,25 +20,30 @@ mod training;
 mod traits;
 mod types;
 
-pub use asking::{Asking, Mode, Questionnaire, Shown, Verdict};
+#[cfg(test)]
+mod hostile;
+#[cfg(test)]
+mod test_util;
+
+pub use caption_permutations::CaptionPermutations;
 pub use critic::{Critic, PolicyWriter, Request, Writer};
 pub use http::{BaseUrl, Http, HttpWriter, Price, Spend, SpendLimit};
 pub use hub::{Hub, Repository, is_offline};
-pub use orders::Orders;
+pub use judge_prompt::{JudgeInput, JudgePrompt, JudgePromptSettings, Mode, Verdict};
 pub use spec::{
-    CriticSpec, DeviceSpec, Dtype, Exam, Gigabytes, Golden, Itself, LlavaOnevision, LlavaRlhf,
-    ModelSpec, Scripted, Share, SqlReward, TEMPLATE,
+    CriticSpec, DeviceSpec, Dtype, Exam, Gigabytes, Golden, LlavaOnevisionSpec, LlavaRlhfSpec,
+    ModelSpec, Scripted, SelfJudge, Share, SqlReward, TEMPLATE,
 };
 pub use training::{
-    Answer, Checkpointing, DpoReport, DpoSettings, Example, Learned, Lesson, LoraSettings, Loss,
-    Mask, Newlines, Objective, Optimization, Optimizer, Part, RewardReport, RewardSettings,
-    Schedule, SftReport, SftSettings, Tower, Trained,
+    Checkpointing, DpoReport, DpoSettings, Example, LoraSettings, Loss, Mask, Newlines, Objective,
+    Optimization, Optimizer, Part, RewardReport, RewardSettings, Schedule, SftExample, SftReport,
+    SftSettings, Tower, TrainOn, Trained, TrainingAnswer,
 };
 pub use traits::{
-    DpoLearner, Emit, Finding, Judge, Learner, Listener, ModelError, ModelLoader, Opened, Policy,
-    RewardLearner, RowFault, Severity, SftLearner,
+    DpoTrainer, Emit, Finding, Judge, Listener, ModelError, ModelLoader, Opened, Policy,
+    RewardTrainer, RowFault, Severity, SftTrainer, Trainer,
 };
 pub use types::{
-    Generation, Group, Layout, Picture, Placement, Prompt, Role, Room, Sampling, Score, Stop,
-    Telemetry, Turn, media_type,
+    AnswerGroup, ChatPrompt, ChatRole, ChatTurn, EncodedImage, Generation, JudgeScore, Layout,
+    ModelTelemetry, Placement, Room, Sampling, Stop, media_type,
 };

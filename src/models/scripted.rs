@@ -10,9 +10,9 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::{
-    Answer, DpoLearner, DpoReport, Emit, Example, Generation, Group, Judge, Learner, Lesson,
-    ModelError, Optimization, Policy, Prompt, RewardLearner, RewardReport, Sampling, Score,
-    Scripted, SftLearner, SftReport, Stop, Telemetry,
+    AnswerGroup, ChatPrompt, DpoReport, DpoTrainer, Emit, Example, Generation, Judge, JudgeScore,
+    ModelError, ModelTelemetry, Optimization, Policy, RewardReport, RewardTrainer, Sampling,
+    Scripted, SftExample, SftReport, SftTrainer, Stop, Trainer, TrainingAnswer,
 };
 use ovchat_io::files;
 
@@ -64,7 +64,7 @@ impl ScriptedPolicy {
         Self { words: spec.words }
     }
 
-    fn answer(&self, prompt: &Prompt, how: &Sampling, candidate: u64) -> Generation {
+    fn answer(&self, prompt: &ChatPrompt, how: &Sampling, candidate: u64) -> Generation {
         // Greedy answers do not depend on the seed or the candidate.
         let (seed, draw) = if how.temperature > 0.0 {
             (prompt.seed, candidate)
@@ -106,10 +106,10 @@ impl ScriptedPolicy {
 impl Policy for ScriptedPolicy {
     fn sample(
         &mut self,
-        prompts: &[Prompt],
+        prompts: &[ChatPrompt],
         how: &Sampling,
         emit: Emit<'_, Vec<Generation>>,
-    ) -> Result<Telemetry, ModelError> {
+    ) -> Result<ModelTelemetry, ModelError> {
         for (index, prompt) in prompts.iter().enumerate() {
             let answers = (0..how.count as u64)
                 .map(|candidate| self.answer(prompt, how, candidate))
@@ -118,7 +118,7 @@ impl Policy for ScriptedPolicy {
                 break;
             }
         }
-        Ok(Telemetry::default())
+        Ok(ModelTelemetry::default())
     }
 
     fn plan(&self) -> Option<String> {
@@ -137,11 +137,11 @@ pub struct ScriptedJudge;
 impl Judge for ScriptedJudge {
     fn score(
         &mut self,
-        groups: &[Group<'_>],
-        emit: Emit<'_, Vec<Score>>,
-    ) -> Result<Telemetry, ModelError> {
+        groups: &[AnswerGroup<'_>],
+        emit: Emit<'_, Vec<JudgeScore>>,
+    ) -> Result<ModelTelemetry, ModelError> {
         for (index, group) in groups.iter().enumerate() {
-            let score = |text: &&str| Score {
+            let score = |text: &&str| JudgeScore {
                 reward: scripted_reward(&group.prompt.id, text),
                 reply: None,
                 flips: None,
@@ -151,7 +151,7 @@ impl Judge for ScriptedJudge {
                 break;
             }
         }
-        Ok(Telemetry::default())
+        Ok(ModelTelemetry::default())
     }
 
     fn plan(&self) -> Option<String> {
@@ -162,25 +162,25 @@ impl Judge for ScriptedJudge {
 /// Learns nothing but remembers exactly what it was shown, so that a resumed training can be
 /// compared with an undisturbed one.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct ScriptedLearner {
+pub struct ScriptedTrainer {
     settings: (f64, usize),
     step: u64,
     /// A digest of all steps so far: two learners are equal if and only if they saw the same.
     memory: u64,
 }
 
-impl ScriptedLearner {
+impl ScriptedTrainer {
     /// Starts from a checkpoint, or from nothing.
     pub fn open(spec: &Scripted, optimization: &Optimization) -> Result<Self, ModelError> {
-        let mut learner = Self {
+        let mut trainer = Self {
             settings: (optimization.learning_rate, optimization.steps),
             step: 0,
             memory: 0,
         };
         if let Some(folder) = &spec.checkpoint {
-            learner.memory = read(folder)?.memory;
+            trainer.memory = read(folder)?.memory;
         }
-        Ok(learner)
+        Ok(trainer)
     }
 
     /// Takes notice of one row of a step.
@@ -194,7 +194,7 @@ impl ScriptedLearner {
     }
 
     /// Of sampled tokens what the scripted policy says of them.
-    fn logp(&self, example: &Example<'_>, answer: &Answer) -> f64 {
+    fn logp(&self, example: &Example<'_>, answer: &TrainingAnswer) -> f64 {
         if let Some(ids) = &answer.token_ids {
             return -(ids.len() as f64) * f64::from((WORDS.len() as f32).ln());
         }
@@ -217,7 +217,7 @@ fn weights_error(path: &Path) -> impl FnOnce(std::io::Error) -> ModelError {
     }
 }
 
-fn read(folder: &Path) -> Result<ScriptedLearner, ModelError> {
+fn read(folder: &Path) -> Result<ScriptedTrainer, ModelError> {
     let path = folder.join(WEIGHTS);
     let text = files::read(&path).map_err(weights_error(&path))?;
     serde_json::from_slice(&text).map_err(|error| ModelError::Weights {
@@ -226,7 +226,7 @@ fn read(folder: &Path) -> Result<ScriptedLearner, ModelError> {
     })
 }
 
-impl DpoLearner for ScriptedLearner {
+impl DpoTrainer for ScriptedTrainer {
     fn reference_logps(&mut self, pairs: &[Example<'_>]) -> Result<Vec<[f64; 2]>, ModelError> {
         Ok(pairs
             .iter()
@@ -260,7 +260,7 @@ impl DpoLearner for ScriptedLearner {
         Ok(report)
     }
 
-    fn look_over(&mut self, _: &[Example<'_>]) -> Result<(), ModelError> {
+    fn validate(&mut self, _: &[Example<'_>]) -> Result<(), ModelError> {
         Ok(())
     }
 
@@ -269,11 +269,14 @@ impl DpoLearner for ScriptedLearner {
     }
 }
 
-impl SftLearner for ScriptedLearner {
-    fn step(&mut self, batch: &[Lesson<'_>]) -> Result<SftReport, ModelError> {
-        let words: usize = batch.iter().map(|lesson| words(lesson.answer)).sum();
-        for lesson in batch {
-            self.remember(lesson.id, lesson.answer);
+impl SftTrainer for ScriptedTrainer {
+    fn step(&mut self, batch: &[SftExample<'_>]) -> Result<SftReport, ModelError> {
+        let words: usize = batch
+            .iter()
+            .map(|sft_example| words(sft_example.answer))
+            .sum();
+        for sft_example in batch {
+            self.remember(sft_example.id, sft_example.answer);
         }
         self.step += 1;
         Ok(SftReport {
@@ -287,9 +290,9 @@ impl SftLearner for ScriptedLearner {
     }
 }
 
-impl RewardLearner for ScriptedLearner {
+impl RewardTrainer for ScriptedTrainer {
     fn step(&mut self, batch: &[Example<'_>]) -> Result<RewardReport, ModelError> {
-        let score = |pair: &Example<'_>, answer: &Answer| {
+        let score = |pair: &Example<'_>, answer: &TrainingAnswer| {
             f64::from(scripted_reward(&pair.prompt.id, &answer.text))
         };
         let reward_chosen = mean(batch, |pair| score(pair, &pair.chosen));
@@ -326,7 +329,7 @@ fn tokens_of(batch: &[Example<'_>]) -> u64 {
     batch.iter().map(tokens).sum::<usize>() as u64
 }
 
-impl Learner for ScriptedLearner {
+impl Trainer for ScriptedTrainer {
     fn save(&mut self, to: &Path) -> Result<(), ModelError> {
         self.save_state(to)
     }
@@ -348,10 +351,10 @@ impl Learner for ScriptedLearner {
 mod tests {
     use super::*;
 
-    fn prompt(seed: u64) -> Prompt {
-        Prompt {
+    fn prompt(seed: u64) -> ChatPrompt {
+        ChatPrompt {
             id: "p".to_owned(),
-            pictures: Vec::new(),
+            images: Vec::new(),
             system: None,
             turns: Vec::new(),
             question: "Why?".to_owned(),

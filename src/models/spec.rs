@@ -6,24 +6,24 @@ use std::path::{Path, PathBuf};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::asking::Asking;
 use super::http::Http;
 use super::hub::located;
+use super::judge_prompt::JudgePromptSettings;
 
 /// A model: what network it is and where its weights lie.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ModelSpec {
     /// LLaVA-OneVision (SigLIP, Qwen2), in the folder layout of transformers. Answers and learns.
-    LlavaOnevision(LlavaOnevision),
+    LlavaOnevision(LlavaOnevisionSpec),
     /// The reward model of LLaVA-RLHF (CLIP, Llama, LoRA, reward head). Scores.
-    LlavaRlhf(LlavaRlhf),
+    LlavaRlhf(LlavaRlhfSpec),
     /// A LLaVA-OneVision checkpoint that scores in writing, as LLaVA-Critic does.
     Critic(CriticSpec),
     /// A model of this pipeline, as it is in the round, that scores in writing: the policy as its own
     /// critic.
     #[serde(rename = "self")]
-    Itself(Itself),
+    SelfJudge(SelfJudge),
     /// A model behind an OpenAI-compatible endpoint, that scores in writing.
     Http(Http),
     /// An expression of SQL, that scores.
@@ -35,7 +35,7 @@ pub enum ModelSpec {
 /// A LLaVA-OneVision checkpoint.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct LlavaOnevision {
+pub struct LlavaOnevisionSpec {
     /// The checkpoint's folder: config.json, the weights and the tokenizer, as transformers or LLaVA-NeXT writes
     /// them; or `hf://org/name` (`@revision`), what the Hugging Face hub's cache has of it, fetched by
     /// `pipeline run` where it has nothing.
@@ -60,7 +60,7 @@ pub struct LlavaOnevision {
 /// A LLaVA-RLHF reward model.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct LlavaRlhf {
+pub struct LlavaRlhfSpec {
     /// The LLaVA folder that the adapter was trained on (`sft_model`): Llama and projector.
     pub base: PathBuf,
     /// The CLIP folder.
@@ -72,7 +72,7 @@ pub struct LlavaRlhf {
     /// The text file that asks for the score, with the placeholder `{factual_prompt}` for captions.
     pub prompt: PathBuf,
     /// Orders of a picture's captions over which a reward is averaged; 1 takes them as they stand.
-    #[serde(default = "LlavaRlhf::caption_orders")]
+    #[serde(default = "LlavaRlhfSpec::caption_orders")]
     pub caption_orders: NonZeroU32,
     /// Where it computes: `auto`, `cpu`, `cuda`, `cuda:1`.
     #[serde(default)]
@@ -89,7 +89,7 @@ pub struct LlavaRlhf {
     pub exam: Option<Exam>,
 }
 
-impl LlavaRlhf {
+impl LlavaRlhfSpec {
     fn caption_orders() -> NonZeroU32 {
         const { NonZeroU32::new(1).unwrap() }
     }
@@ -116,7 +116,7 @@ pub struct CriticSpec {
     pub memory_gb: Option<Gigabytes>,
     /// What it is asked, and how its replies are read.
     #[serde(default)]
-    pub ask: Asking,
+    pub ask: JudgePromptSettings,
     /// What it must show before it scores.
     #[serde(default)]
     pub exam: Option<Exam>,
@@ -124,8 +124,8 @@ pub struct CriticSpec {
 
 impl CriticSpec {
     /// The network that writes.
-    pub fn network(&self) -> LlavaOnevision {
-        LlavaOnevision {
+    pub fn network(&self) -> LlavaOnevisionSpec {
+        LlavaOnevisionSpec {
             weights: self.weights.clone(),
             adapter: self.adapter.clone(),
             device: self.device,
@@ -138,12 +138,12 @@ impl CriticSpec {
 /// A model of the pipeline that is asked in writing what it thinks of answers.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct Itself {
+pub struct SelfJudge {
     /// The name of the model; it is asked as it is in the round.
     pub model: String,
     /// What it is asked, and how its replies are read.
     #[serde(default)]
-    pub ask: Asking,
+    pub ask: JudgePromptSettings,
     /// What it must show before it scores.
     #[serde(default)]
     pub exam: Option<Exam>,
@@ -382,7 +382,7 @@ impl ModelSpec {
             Self::LlavaOnevision(_) => "llava_onevision",
             Self::LlavaRlhf(_) => "llava_rlhf",
             Self::Critic(_) => "critic",
-            Self::Itself(_) => "self",
+            Self::SelfJudge(_) => "self",
             Self::Http(_) => "http",
             Self::Sql(_) => "sql",
             Self::Scripted(_) => "scripted",
@@ -395,24 +395,24 @@ impl ModelSpec {
             Self::LlavaOnevision(model) => model.memory_gb,
             Self::LlavaRlhf(model) => model.memory_gb,
             Self::Critic(model) => model.memory_gb,
-            Self::Itself(_) | Self::Http(_) | Self::Sql(_) | Self::Scripted(_) => None,
+            Self::SelfJudge(_) | Self::Http(_) | Self::Sql(_) | Self::Scripted(_) => None,
         }
     }
 
     /// What it is asked, if it scores in writing.
-    pub fn asking(&self) -> Option<&Asking> {
+    pub fn asking(&self) -> Option<&JudgePromptSettings> {
         match self {
             Self::Critic(model) => Some(&model.ask),
-            Self::Itself(model) => Some(&model.ask),
+            Self::SelfJudge(model) => Some(&model.ask),
             Self::Http(model) => Some(&model.ask),
             Self::LlavaOnevision(_) | Self::LlavaRlhf(_) | Self::Sql(_) | Self::Scripted(_) => None,
         }
     }
 
     /// The name of the model in the pipeline that speaks for it.
-    pub fn speaker(&self) -> Option<&str> {
+    pub fn backing_model(&self) -> Option<&str> {
         match self {
-            Self::Itself(model) => Some(&model.model),
+            Self::SelfJudge(model) => Some(&model.model),
             _ => None,
         }
     }
@@ -488,7 +488,7 @@ impl ModelSpec {
                 paths.extend(template_of(&model.ask));
                 paths
             }
-            Self::Itself(model) => template_of(&model.ask).into_iter().collect(),
+            Self::SelfJudge(model) => template_of(&model.ask).into_iter().collect(),
             Self::Http(model) => template_of(&model.ask).into_iter().collect(),
             Self::Sql(_) | Self::Scripted(_) => Vec::new(),
         }
@@ -500,7 +500,7 @@ impl ModelSpec {
             Self::LlavaOnevision(model) => &[&model.weights],
             Self::LlavaRlhf(model) => &[&model.base, &model.vision],
             Self::Critic(model) => &[&model.weights],
-            Self::Itself(_) | Self::Http(_) | Self::Sql(_) | Self::Scripted(_) => &[],
+            Self::SelfJudge(_) | Self::Http(_) | Self::Sql(_) | Self::Scripted(_) => &[],
         };
         let config = |folder: &&Path| folder.join("config.json");
         folders.iter().map(config).collect()
@@ -512,7 +512,7 @@ impl ModelSpec {
             Self::LlavaOnevision(_) => None,
             Self::LlavaRlhf(model) => model.exam.as_ref(),
             Self::Critic(model) => model.exam.as_ref(),
-            Self::Itself(model) => model.exam.as_ref(),
+            Self::SelfJudge(model) => model.exam.as_ref(),
             Self::Http(model) => model.exam.as_ref(),
             Self::Sql(model) => model.exam.as_ref(),
             Self::Scripted(model) => model.exam.as_ref(),
@@ -552,7 +552,7 @@ impl ModelSpec {
                 let template = model.ask.template.iter_mut();
                 template.for_each(|path| join(TEMPLATE, path));
             }
-            Self::Itself(model) => {
+            Self::SelfJudge(model) => {
                 let template = model.ask.template.iter_mut();
                 template.for_each(|path| join(TEMPLATE, path));
             }
@@ -586,7 +586,7 @@ impl ModelSpec {
             }
             Self::Scripted(model) => model.checkpoint = Some(checkpoint.to_owned()),
             // These are trained by no pipeline; it is the model that speaks for them that is.
-            Self::Critic(_) | Self::Itself(_) | Self::Http(_) | Self::Sql(_) => {}
+            Self::Critic(_) | Self::SelfJudge(_) | Self::Http(_) | Self::Sql(_) => {}
         }
         self
     }
@@ -595,6 +595,6 @@ impl ModelSpec {
 /// The setting of the text that asks.
 pub const TEMPLATE: &str = "ask.template";
 
-fn template_of(asking: &Asking) -> Option<(&'static str, &Path)> {
+fn template_of(asking: &JudgePromptSettings) -> Option<(&'static str, &Path)> {
     Some((TEMPLATE, asking.template.as_deref()?))
 }

@@ -3,11 +3,11 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::Prompt;
+use super::ChatPrompt;
 
 /// An answer to train on.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Answer {
+pub struct TrainingAnswer {
     pub text: String,
     /// The tokens as sampled. `None`: `text` is tokenized and followed by the stop token.
     pub token_ids: Option<Vec<i32>>,
@@ -18,31 +18,31 @@ pub struct Answer {
 pub struct Example<'a> {
     /// Names the pair in errors.
     pub id: &'a str,
-    pub prompt: &'a Prompt,
-    pub chosen: Answer,
-    pub rejected: Answer,
+    pub prompt: &'a ChatPrompt,
+    pub chosen: TrainingAnswer,
+    pub rejected: TrainingAnswer,
     /// Log-probabilities of `chosen` and `rejected` under the reference; not needed by
-    /// [`super::DpoLearner::reference_logps`] and reward models, needed by
-    /// [`super::DpoLearner::step`].
+    /// [`super::DpoTrainer::reference_logps`] and reward models, needed by
+    /// [`super::DpoTrainer::step`].
     pub reference: Option<[f64; 2]>,
 }
 
 /// A conversation to learn answers from.
 #[derive(Debug)]
-pub struct Lesson<'a> {
+pub struct SftExample<'a> {
     /// Names the conversation in errors.
     pub id: &'a str,
     /// Its earlier turns may hold answers, too.
-    pub prompt: &'a Prompt,
+    pub prompt: &'a ChatPrompt,
     /// The answer to the question.
     pub answer: &'a str,
-    pub learned: Learned,
+    pub learned: TrainOn,
 }
 
 /// Which answers of a conversation are learned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum Learned {
+pub enum TrainOn {
     /// Every turn of the assistant.
     #[default]
     All,

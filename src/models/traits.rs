@@ -4,9 +4,9 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use super::{
-    DpoReport, DpoSettings, Dtype, Example, Generation, Group, Layout, Lesson, ModelSpec,
-    Placement, Prompt, RewardReport, RewardSettings, Room, Sampling, Score, SftReport, SftSettings,
-    Telemetry,
+    AnswerGroup, ChatPrompt, DpoReport, DpoSettings, Dtype, Example, Generation, JudgeScore,
+    Layout, ModelSpec, ModelTelemetry, Placement, RewardReport, RewardSettings, Room, Sampling,
+    SftExample, SftReport, SftSettings,
 };
 
 /// Takes the result or the fault of row `index` of the call, in any order; `Break` means stop early.
@@ -62,10 +62,10 @@ pub trait Policy {
     /// is too much for the memory is a fault of its row.
     fn sample(
         &mut self,
-        prompts: &[Prompt],
+        prompts: &[ChatPrompt],
         how: &Sampling,
         emit: Emit<'_, Vec<Generation>>,
-    ) -> Result<Telemetry, ModelError>;
+    ) -> Result<ModelTelemetry, ModelError>;
 
     /// How much it computes at once and why, in words; `None` if there is nothing to say.
     fn plan(&self) -> Option<String>;
@@ -77,17 +77,17 @@ pub trait Judge {
     /// fault of its row.
     fn score(
         &mut self,
-        groups: &[Group<'_>],
-        emit: Emit<'_, Vec<Score>>,
-    ) -> Result<Telemetry, ModelError>;
+        groups: &[AnswerGroup<'_>],
+        emit: Emit<'_, Vec<JudgeScore>>,
+    ) -> Result<ModelTelemetry, ModelError>;
 
     /// The same for one that may wait long for something else: it tells what for, and stops when asked to.
     fn score_for(
         &mut self,
-        groups: &[Group<'_>],
-        emit: Emit<'_, Vec<Score>>,
+        groups: &[AnswerGroup<'_>],
+        emit: Emit<'_, Vec<JudgeScore>>,
         _listener: &mut Listener<'_>,
-    ) -> Result<Telemetry, ModelError> {
+    ) -> Result<ModelTelemetry, ModelError> {
         self.score(groups, emit)
     }
 
@@ -97,12 +97,12 @@ pub trait Judge {
 
 /// What every training has in common: weights that change, and a state to go on from. When a step
 /// fails, weights and optimizer are as before.
-pub trait Learner {
+pub trait Trainer {
     /// Writes a checkpoint into the new folder `to`, in the layout that was read, with everything
     /// that is needed to load what was trained.
     fn save(&mut self, to: &Path) -> Result<(), ModelError>;
 
-    /// Writes everything that [`Learner::load_state`] needs to go on exactly here (weights,
+    /// Writes everything that [`Trainer::load_state`] needs to go on exactly here (weights,
     /// optimizer, step count) into the new folder `to`.
     fn save_state(&mut self, to: &Path) -> Result<(), ModelError>;
 
@@ -110,7 +110,7 @@ pub trait Learner {
 }
 
 /// Learns from pairs with direct preference optimization.
-pub trait DpoLearner: Learner {
+pub trait DpoTrainer: Trainer {
     /// Log-probabilities of `[chosen, rejected]` under the weights as they are now.
     fn reference_logps(&mut self, pairs: &[Example<'_>]) -> Result<Vec<[f64; 2]>, ModelError>;
 
@@ -119,7 +119,7 @@ pub trait DpoLearner: Learner {
 
     /// Looks pairs over that will be trained on, without decoding their pictures; fails at one that
     /// can't be.
-    fn look_over(&mut self, pairs: &[Example<'_>]) -> Result<(), ModelError>;
+    fn validate(&mut self, pairs: &[Example<'_>]) -> Result<(), ModelError>;
 
     /// What it takes of memory and how it goes about it, by the pairs that it looked over, in words;
     /// `None` if there is nothing to say.
@@ -127,13 +127,13 @@ pub trait DpoLearner: Learner {
 }
 
 /// Learns answers by heart: the next token, given the ones before.
-pub trait SftLearner: Learner {
+pub trait SftTrainer: Trainer {
     /// One optimizer update over the batch (the mean over its learned tokens).
-    fn step(&mut self, batch: &[Lesson<'_>]) -> Result<SftReport, ModelError>;
+    fn step(&mut self, batch: &[SftExample<'_>]) -> Result<SftReport, ModelError>;
 }
 
 /// Learns to score chosen answers above rejected ones.
-pub trait RewardLearner: Learner {
+pub trait RewardTrainer: Trainer {
     /// One optimizer update over the batch (the mean of its pairs' losses).
     fn step(&mut self, batch: &[Example<'_>]) -> Result<RewardReport, ModelError>;
 }
@@ -160,13 +160,13 @@ pub struct Finding {
 pub trait ModelLoader {
     fn policy(&self, spec: &ModelSpec) -> Opened<dyn Policy>;
     fn judge(&self, spec: &ModelSpec) -> Opened<dyn Judge>;
-    fn dpo_learner(&self, spec: &ModelSpec, settings: &DpoSettings) -> Opened<dyn DpoLearner>;
-    fn sft_learner(&self, spec: &ModelSpec, settings: &SftSettings) -> Opened<dyn SftLearner>;
-    fn reward_learner(
+    fn dpo_trainer(&self, spec: &ModelSpec, settings: &DpoSettings) -> Opened<dyn DpoTrainer>;
+    fn sft_trainer(&self, spec: &ModelSpec, settings: &SftSettings) -> Opened<dyn SftTrainer>;
+    fn reward_trainer(
         &self,
         spec: &ModelSpec,
         settings: &RewardSettings,
-    ) -> Opened<dyn RewardLearner>;
+    ) -> Opened<dyn RewardTrainer>;
     /// The precision that the model's `device` and `dtype` mean here. It takes part in keys: rows in
     /// bfloat16 and rows in float32 are not the same rows.
     fn precision(&self, spec: &ModelSpec) -> Result<Dtype, ModelError>;

@@ -4,14 +4,14 @@ use std::sync::Arc;
 
 /// A picture as the bytes of its file.
 #[derive(Debug, Clone)]
-pub struct Picture {
+pub struct EncodedImage {
     /// SHA-256 of the bytes, in hex; equal ids are equal pictures.
     pub id: String,
     /// The file's bytes (PNG, JPEG, …).
     pub bytes: Arc<[u8]>,
 }
 
-impl Picture {
+impl EncodedImage {
     /// What browsers and endpoints call its format, by its first bytes; `None` for one that they do not
     /// take.
     pub fn media_type(&self) -> Option<&'static str> {
@@ -19,7 +19,7 @@ impl Picture {
     }
 }
 
-/// See [`Picture::media_type`].
+/// See [`EncodedImage::media_type`].
 pub fn media_type(bytes: &[u8]) -> Option<&'static str> {
     Some(match bytes {
         [0x89, b'P', b'N', b'G', ..] => "image/png",
@@ -75,27 +75,27 @@ pub struct Placement {
 
 /// Who speaks in a turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Role {
+pub enum ChatRole {
     User,
     Assistant,
 }
 
 /// One turn of the conversation before the question.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Turn {
-    pub role: Role,
+pub struct ChatTurn {
+    pub role: ChatRole,
     pub text: String,
 }
 
 /// A question about pictures. The pictures stand before the first thing that the user says.
 #[derive(Debug, Clone)]
-pub struct Prompt {
+pub struct ChatPrompt {
     /// Names the prompt in errors.
     pub id: String,
-    pub pictures: Vec<Picture>,
+    pub images: Vec<EncodedImage>,
     /// `None`: the model's usual system text.
     pub system: Option<String>,
-    pub turns: Vec<Turn>,
+    pub turns: Vec<ChatTurn>,
     pub question: String,
     /// Descriptions of the picture, for judges that can use them.
     pub captions: Option<Vec<String>>,
@@ -157,8 +157,8 @@ pub struct Generation {
 
 /// One prompt and the answers to be scored.
 #[derive(Debug)]
-pub struct Group<'a> {
-    pub prompt: &'a Prompt,
+pub struct AnswerGroup<'a> {
+    pub prompt: &'a ChatPrompt,
     pub answers: Vec<&'a str>,
     /// The answers' numbers among the candidates of the prompt; empty where they have none.
     pub numbers: Vec<i32>,
@@ -166,7 +166,7 @@ pub struct Group<'a> {
 
 /// A judge's opinion of one answer. Higher is better.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Score {
+pub struct JudgeScore {
     pub reward: f32,
     /// What a judge that writes wrote.
     pub reply: Option<String>,
@@ -177,11 +177,11 @@ pub struct Score {
 
 /// What sampling or scoring some prompts took, and how much of it was shared.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Telemetry {
+pub struct ModelTelemetry {
     /// Prompts that were read.
     pub prompts: u64,
     /// Distinct pictures that they show.
-    pub pictures: u64,
+    pub images: u64,
     /// Pictures that went through the vision tower.
     pub tower_passes: u64,
     /// Tokens of prompts that the decoder read, pictures included.
@@ -202,7 +202,7 @@ pub struct Telemetry {
     /// Replies that could not be read and were asked for again.
     pub retries: u64,
     /// How often these two were halved because memory ran out.
-    pub halvings: u64,
+    pub oom_retries: u64,
     /// Decoding and resizing pictures, most of it beside the network.
     pub seconds_pictures: f64,
     /// The network waiting for pictures.
@@ -214,7 +214,7 @@ pub struct Telemetry {
     pub seconds_decode: f64,
 }
 
-impl Telemetry {
+impl ModelTelemetry {
     /// Adds what another call took; of what is a limit, the lesser one.
     pub fn add(&mut self, other: &Self) {
         let least = |one: u64, other: u64| match (one, other) {
@@ -224,7 +224,7 @@ impl Telemetry {
         };
         *self = Self {
             prompts: self.prompts + other.prompts,
-            pictures: self.pictures + other.pictures,
+            images: self.images + other.images,
             tower_passes: self.tower_passes + other.tower_passes,
             prompt_tokens: self.prompt_tokens + other.prompt_tokens,
             shared_tokens: self.shared_tokens + other.shared_tokens,
@@ -234,7 +234,7 @@ impl Telemetry {
             rows_max: least(self.rows_max, other.rows_max),
             tokens_max: least(self.tokens_max, other.tokens_max),
             retries: self.retries + other.retries,
-            halvings: self.halvings + other.halvings,
+            oom_retries: self.oom_retries + other.oom_retries,
             seconds_pictures: self.seconds_pictures + other.seconds_pictures,
             seconds_waiting: self.seconds_waiting + other.seconds_waiting,
             seconds_tower: self.seconds_tower + other.seconds_tower,

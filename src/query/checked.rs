@@ -63,15 +63,15 @@ impl CheckedFiles {
         let opened = File::open(&file.path).map_err(failed)?;
         let length = opened.metadata().map_err(failed)?.len();
         if length.div_ceil(BLOCK) != file.crc32.len() as u64 {
-            return Err(self.found_spoiled(file));
+            return Err(self.found_corrupt(file));
         }
         let blocks = range.start / BLOCK..range.end.min(length).div_ceil(BLOCK);
-        let is_sound = {
+        let is_intact = {
             let sound = self.sound.lock().expect("no panic while locked");
             let mut blocks = blocks.clone();
             blocks.all(|block| sound.contains(&(location.clone(), block)))
         };
-        let read = if is_sound {
+        let read = if is_intact {
             range.start..range.end.min(length)
         } else {
             blocks.start * BLOCK..(blocks.end * BLOCK).min(length)
@@ -80,12 +80,12 @@ impl CheckedFiles {
         opened
             .read_exact_at(&mut bytes, read.start)
             .map_err(failed)?;
-        if is_sound {
+        if is_intact {
             return Ok(bytes.into());
         }
         for (block, bytes) in blocks.clone().zip(bytes.chunks(BLOCK as usize)) {
             if crc32fast::hash(bytes) != file.crc32[block as usize] {
-                return Err(self.found_spoiled(file));
+                return Err(self.found_corrupt(file));
             }
         }
         let mut sound = self.sound.lock().expect("no panic while locked");
@@ -95,7 +95,7 @@ impl CheckedFiles {
         Ok(Bytes::from(bytes).slice(start..end))
     }
 
-    fn found_spoiled(&self, file: &TableFile) -> Error {
+    fn found_corrupt(&self, file: &TableFile) -> Error {
         let path = file.path.clone();
         *self.spoiled.lock().expect("no panic while locked") = Some(path.clone());
         Error::Generic {

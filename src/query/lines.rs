@@ -15,7 +15,7 @@ use datafusion::execution::{SendableRecordBatchStream, TaskContext};
 use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
 use datafusion::physical_plan::streaming::PartitionStream;
 
-use ovchat_data::store::Label;
+use ovchat_data::store::LabelLine;
 use ovchat_data::tables::{self, Row as _};
 use ovchat_io::files::lines::Lines;
 
@@ -68,11 +68,11 @@ impl PartitionStream for JsonLines {
 
 /// The labels of a file that count, as lines: those that were taken back, and earlier words on one, do not.
 fn counting_lines(path: &Path) -> Box<dyn Iterator<Item = io::Result<Vec<u8>>> + Send> {
-    let labels = match Label::read(path) {
+    let labels = match LabelLine::read(path) {
         Ok((labels, _)) => labels,
         Err(error) => return Box::new(std::iter::once(Err(io::Error::other(error)))),
     };
-    let line = |label: Label| Ok(serde_json::to_vec(&label)?);
+    let line = |label: LabelLine| Ok(serde_json::to_vec(&label)?);
     Box::new(labels.into_iter().map(line))
 }
 

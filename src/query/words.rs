@@ -164,11 +164,11 @@ fn no_column(column: &Column, columns: &[Column], told: &str) -> String {
         let name = &other.name;
         return format!("{there_is_none}; capitals count in quotes only: write \"{name}\"");
     }
-    let guess = told
+    let suggest = told
         .split_once("Did you mean '")
         .and_then(|(_, rest)| rest.split_once("'?"));
-    if let Some((guess, _)) = guess {
-        return format!("{there_is_none}; did you mean `{guess}`?");
+    if let Some((suggest, _)) = suggest {
+        return format!("{there_is_none}; did you mean `{suggest}`?");
     }
     if columns.is_empty() {
         return there_is_none;

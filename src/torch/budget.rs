@@ -9,9 +9,9 @@ use std::ops::Range;
 
 use tch::Device;
 
-use super::chain::Keep;
 use super::device;
-use ovchat_models::prep::{AtOnce, PACK_TOKENS_MAX, Sizes, TrainingSizes, size_in_words};
+use super::layer_stack::SavedActivations;
+use ovchat_models::checkpoint::{AtOnce, PACK_TOKENS_MAX, Sizes, TrainingSizes, size_in_words};
 use ovchat_models::{Checkpointing, Gigabytes, RowFault};
 
 /// How much is computed at once in sampling or scoring.
@@ -27,7 +27,7 @@ pub struct Budget {
     memory: u64,
     sizes: Sizes,
     /// How often it was halved.
-    pub halvings: u64,
+    pub oom_retries: u64,
 }
 
 impl Budget {
@@ -45,7 +45,7 @@ impl Budget {
             read_tokens,
             memory: room.bytes,
             sizes,
-            halvings: 0,
+            oom_retries: 0,
         }
     }
 
@@ -54,14 +54,14 @@ impl Budget {
         self.rows = (self.rows / 2).max(1);
         self.tokens /= 2;
         self.read_tokens = (self.read_tokens / 2).max(1);
-        self.halvings += 1;
+        self.oom_retries += 1;
     }
 
     /// The same for the next call: what ran out once would do so again.
     #[must_use]
     pub fn for_next(self) -> Self {
         Self {
-            halvings: 0,
+            oom_retries: 0,
             ..self
         }
     }
@@ -146,12 +146,12 @@ impl TrainingBudget {
     }
 
     /// What is remembered of a pass over so many tokens and tiles.
-    pub fn keep(&self, tokens: usize, tiles: usize) -> Keep {
+    pub fn keep(&self, tokens: usize, tiles: usize) -> SavedActivations {
         let fits = self.sizes.has_room(self.memory, tokens, tiles);
         match self.checkpointing {
-            Checkpointing::Never => Keep::Everything,
-            Checkpointing::Auto if fits => Keep::Everything,
-            Checkpointing::Auto | Checkpointing::Always => Keep::Inputs,
+            Checkpointing::Never => SavedActivations::Everything,
+            Checkpointing::Auto if fits => SavedActivations::Everything,
+            Checkpointing::Auto | Checkpointing::Always => SavedActivations::Inputs,
         }
     }
 
@@ -163,10 +163,10 @@ impl TrainingBudget {
         let remembered = size_in_words(self.sizes.remembered(at_once, tiles));
         let again = size_in_words(self.sizes.computed_again(at_once, tiles));
         let how = match (self.checkpointing, self.keep(at_once, tiles)) {
-            (Checkpointing::Auto, Keep::Inputs) => format!(
+            (Checkpointing::Auto, SavedActivations::Inputs) => format!(
                 "{remembered} that would not fit beside them; computed again layer by layer, {again}"
             ),
-            (_, Keep::Inputs) => format!("{again}, computed again layer by layer"),
+            (_, SavedActivations::Inputs) => format!("{again}, computed again layer by layer"),
             _ => format!("{remembered}, all remembered"),
         };
         format!(
@@ -208,7 +208,7 @@ pub fn packs(lengths: &[usize], tokens_max: usize) -> Vec<Range<usize>> {
 mod tests {
     use super::*;
     use ovchat_models::ModelError;
-    use ovchat_models::prep::DecoderCard;
+    use ovchat_models::checkpoint::DecoderConfig;
 
     #[test]
     fn packs_hold_whole_texts_in_order() {
@@ -218,7 +218,7 @@ mod tests {
 
     /// Qwen2 of 7B in bfloat16, its sizes by hand: 28 layers, 4 key-value heads of 128.
     fn sizes() -> Sizes {
-        let card = DecoderCard {
+        let config = DecoderConfig {
             vocab_size: 152_128,
             hidden_size: 3584,
             intermediate_size: 18_944,
@@ -226,9 +226,9 @@ mod tests {
             num_attention_heads: 28,
             num_key_value_heads: 4,
             head_dim: 128,
-            ..DecoderCard::QWEN2
+            ..DecoderConfig::QWEN2
         };
-        Sizes::new(8_000_000_000, &card, 2)
+        Sizes::new(8_000_000_000, &config, 2)
     }
 
     #[test]
@@ -245,7 +245,7 @@ mod tests {
         assert_eq!(budget.rows, 256);
         let mut half = budget;
         half.halve();
-        assert_eq!((half.rows, half.halvings), (128, 1));
+        assert_eq!((half.rows, half.oom_retries), (128, 1));
         assert_eq!(half.tokens, budget.tokens / 2);
         assert_eq!(
             budget.of_scoring(),

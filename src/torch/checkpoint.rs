@@ -16,10 +16,10 @@ use std::path::Path;
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
-use super::layers::Source;
+use super::layers::WeightSource;
 use super::optimizer::Parameter;
 use super::weights::{Weights, save_safetensors};
-use ovchat_models::prep::{Conversion, canonical, part_of};
+use ovchat_models::checkpoint::{Conversion, canonical, part_of};
 use ovchat_models::{ModelError, Part, Tower};
 
 /// The canonical names of the embedding and of the head, which may be one parameter.
@@ -275,7 +275,7 @@ fn problem_with(path: &Path, problem: &str) -> ModelError {
 pub enum Purpose {
     Inference,
     /// Those of some parts are trained, in float32.
-    Training(Parts),
+    TrainingState(Parts),
 }
 
 /// Some parts of a network.
@@ -347,11 +347,11 @@ impl<'a> Reader<'a> {
     }
 }
 
-impl Source for Reader<'_> {
+impl WeightSource for Reader<'_> {
     fn take(&self, name: &str, shape: &[i64]) -> Result<Tensor, ModelError> {
         let is_trained = match self.purpose {
             Purpose::Inference => false,
-            Purpose::Training(parts) => parts.has(part_of(name)),
+            Purpose::TrainingState(parts) => parts.has(part_of(name)),
         };
         if !is_trained {
             return self.take_as(name, shape, self.kind);
@@ -401,7 +401,7 @@ mod tests {
             &checkpoint,
             Device::Cpu,
             Kind::Float,
-            Purpose::Training(Tower::Train.into()),
+            Purpose::TrainingState(Tower::Train.into()),
         );
         let newline = reader.take("image_newline", &[2]).unwrap();
         let embedding = reader.take(EMBEDDING, &[1]).unwrap();

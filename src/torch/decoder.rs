@@ -4,8 +4,8 @@
 //! mostly picture. So there are four ways through it, with the same weights and the same numbers.
 //! [`Decoder::read`] reads prompts together with whole continuations, each blind to the others, and
 //! can go back with gradients (training). [`Decoder::prefill`] reads prompts once and gives their keys
-//! and values, a [`Prefix`] each. [`Decoder::branch`] reads whole continuations behind them (scoring).
-//! [`Decoder::step`] reads the next token of each continuation and remembers it in [`Continuations`]
+//! and values, a [`PrefixKv`] each. [`Decoder::branch`] reads whole continuations behind them (scoring).
+//! [`Decoder::step`] reads the next token of each continuation and remembers it in [`SuffixKv`]
 //! (sampling). A prefix is read by all its continuations and copied for none.
 //!
 //! [`Decoder::read_on`] is a `prefill` of prompts that begin with the same picture.
@@ -17,26 +17,26 @@
 //! Sources: transformers' `models/qwen2/modeling_qwen2.py` and `models/llama/modeling_llama.py`.
 
 mod layer;
-mod tree;
+mod packing;
 
 use std::rc::Rc;
 
 use tch::{Device, Kind, Tensor};
 
 use self::layer::DecoderLayer;
-use self::tree::Forest;
-pub use self::tree::Tree;
+use self::packing::PackedBatch;
+pub use self::packing::PackedSequence;
 use super::attention::{
     KeyValue, attend_behind, attend_causally, attend_masked, attend_one, attend_to_all, branch_mask,
 };
-use super::chain::{Chain, Keep, Link};
-use super::layers::{Activation, Angles, Bias, Path, RmsNorm, Rotary};
+use super::layer_stack::{Layer, LayerStack, SavedActivations};
+use super::layers::{Activation, Bias, Path, RmsNorm, Rotary, RotaryCosSin};
 use ovchat_models::ModelError;
-use ovchat_models::prep::DecoderCard;
+use ovchat_models::checkpoint::DecoderConfig;
 
 /// The sizes of a decoder, named as in `config.json`.
 #[derive(Debug, Clone, PartialEq)]
-pub struct DecoderConfig {
+pub struct DecoderSizes {
     pub vocab_size: i64,
     pub hidden_size: i64,
     pub intermediate_size: i64,
@@ -52,20 +52,24 @@ pub struct DecoderConfig {
     pub qkv_bias: Bias,
 }
 
-impl From<&DecoderCard> for DecoderConfig {
-    fn from(card: &DecoderCard) -> Self {
+impl From<&DecoderConfig> for DecoderSizes {
+    fn from(model_config: &DecoderConfig) -> Self {
         Self {
-            vocab_size: card.vocab_size as i64,
-            hidden_size: card.hidden_size as i64,
-            intermediate_size: card.intermediate_size as i64,
-            num_hidden_layers: card.num_hidden_layers as i64,
-            num_attention_heads: card.num_attention_heads as i64,
-            num_key_value_heads: card.num_key_value_heads as i64,
-            head_dim: card.head_dim as i64,
+            vocab_size: model_config.vocab_size as i64,
+            hidden_size: model_config.hidden_size as i64,
+            intermediate_size: model_config.intermediate_size as i64,
+            num_hidden_layers: model_config.num_hidden_layers as i64,
+            num_attention_heads: model_config.num_attention_heads as i64,
+            num_key_value_heads: model_config.num_key_value_heads as i64,
+            head_dim: model_config.head_dim as i64,
             hidden_act: Activation::Silu,
-            rms_norm_eps: card.rms_norm_eps,
-            rope_theta: card.rope_theta,
-            qkv_bias: if card.qkv_bias { Bias::Yes } else { Bias::No },
+            rms_norm_eps: model_config.rms_norm_eps,
+            rope_theta: model_config.rope_theta,
+            qkv_bias: if model_config.qkv_bias {
+                Bias::Yes
+            } else {
+                Bias::No
+            },
         }
     }
 }
@@ -101,12 +105,12 @@ enum Queries<'a> {
 
 /// The keys and values of a prompt.
 #[derive(Debug)]
-pub struct Prefix {
+pub struct PrefixKv {
     layers: Vec<KeyValue>, // [kv_heads, tokens, head_dim]
     tokens: i64,
 }
 
-impl Prefix {
+impl PrefixKv {
     /// Tokens of the prompt; the first token behind it has this position.
     pub fn tokens(&self) -> i64 {
         self.tokens
@@ -132,7 +136,7 @@ impl Prefix {
 
 /// The keys and values of continuations that grow by a token each at a time.
 #[derive(Debug)]
-pub struct Continuations {
+pub struct SuffixKv {
     layers: Vec<KeyValue>, // [kv_heads, rows, capacity, head_dim]
     tokens: i64,
 }
@@ -140,7 +144,7 @@ pub struct Continuations {
 /// Tokens that there is room for at first; when it is full, there is twice as much.
 const CAPACITY: i64 = 16;
 
-impl Continuations {
+impl SuffixKv {
     /// No token yet in any row.
     pub fn new() -> Self {
         let layers = Vec::new();
@@ -188,7 +192,7 @@ impl Continuations {
 /// Whole continuations of one prompt.
 #[derive(Debug)]
 pub struct Texts<'a> {
-    pub prefix: &'a Prefix,
+    pub prefix: &'a PrefixKv,
     /// The tokens of each.
     pub lengths: Vec<i64>,
 }
@@ -196,13 +200,13 @@ pub struct Texts<'a> {
 /// The growing continuations of one prompt.
 #[derive(Debug)]
 pub struct Branches<'a> {
-    pub prefix: &'a Prefix,
-    pub rows: &'a mut Continuations,
+    pub prefix: &'a PrefixKv,
+    pub rows: &'a mut SuffixKv,
     /// How many continuations there are.
     pub count: i64,
 }
 
-impl Default for Continuations {
+impl Default for SuffixKv {
     fn default() -> Self {
         Self::new()
     }
@@ -210,7 +214,7 @@ impl Default for Continuations {
 
 impl Decoder {
     /// `path` holds `embed_tokens`, `layers` and `norm`.
-    pub fn new(path: &Path, config: &DecoderConfig) -> Result<Self, ModelError> {
+    pub fn new(path: &Path, config: &DecoderSizes) -> Result<Self, ModelError> {
         let embed_tokens =
             (path / "embed_tokens").take("weight", &[config.vocab_size, config.hidden_size])?;
         let layers = path / "layers";
@@ -228,12 +232,12 @@ impl Decoder {
     /// Every hidden state of one text, after the final norm.
     #[cfg(test)]
     pub fn hidden(&self, embeds: &Tensor) -> Tensor {
-        let tree = Tree {
+        let tree = PackedSequence {
             prompt: embeds.size()[0],
             branches: Vec::new(),
             wanted_from: 0,
         };
-        self.read(embeds, vec![tree], Keep::Nothing)
+        self.read(embeds, vec![tree], SavedActivations::Nothing)
             .output()
             .shallow_clone()
     }
@@ -251,30 +255,35 @@ impl Decoder {
     /// Reads trees; their embeddings lie one after the other in `embeds` (`[tokens of all, hidden]`),
     /// of each tree the prompt first, then its continuations. The chain gives the wanted hidden
     /// states after the final norm, in that order.
-    pub fn read(&self, embeds: &Tensor, trees: Vec<Tree>, keep: Keep) -> Chain<'_> {
-        let places = trees.iter().flat_map(Tree::places);
+    pub fn read(
+        &self,
+        embeds: &Tensor,
+        trees: Vec<PackedSequence>,
+        keep: SavedActivations,
+    ) -> LayerStack<'_> {
+        let places = trees.iter().flat_map(PackedSequence::places);
         let angles = self.positions(places, embeds.device(), embeds.kind());
-        let forest = Rc::new(Forest::new(trees, angles, embeds));
+        let batch = Rc::new(PackedBatch::new(trees, angles, embeds));
         let (last, before) = self.layers.split_last().expect("a layer");
-        let mut links: Vec<Link<'_>> = Vec::with_capacity(self.layers.len());
+        let mut links: Vec<Layer<'_>> = Vec::with_capacity(self.layers.len());
         for layer in before {
-            let forest = Rc::clone(&forest);
+            let batch = Rc::clone(&batch);
             links.push(Box::new(move |xs| {
-                let angles = &forest.angles;
+                let angles = &batch.angles;
                 let normed = layer.input_layernorm.forward(xs);
                 let own = layer.self_attn.keys_values(&normed, angles);
-                layer.forward(xs, &normed, angles, |q| forest.attend_all(q, &own))
+                layer.forward(xs, &normed, angles, |q| batch.attend_all(q, &own))
             }));
         }
         links.push(Box::new(move |xs| {
             let normed = last.input_layernorm.forward(xs);
-            let own = last.self_attn.keys_values(&normed, &forest.angles);
-            let angles = forest.angles.map(|angles| forest.pick(angles));
-            let [xs, normed] = [xs, &normed].map(|xs| forest.pick(xs));
-            let xs = last.forward(&xs, &normed, &angles, |q| forest.attend_wanted(q, &own));
+            let own = last.self_attn.keys_values(&normed, &batch.angles);
+            let angles = batch.angles.map(|angles| batch.pick(angles));
+            let [xs, normed] = [xs, &normed].map(|xs| batch.pick(xs));
+            let xs = last.forward(&xs, &normed, &angles, |q| batch.attend_wanted(q, &own));
             self.norm.forward(&xs)
         }));
-        Chain::run(links, embeds, keep)
+        LayerStack::run(links, embeds, keep)
     }
 
     /// Reads prompts of these `lengths`, each from position 0; their embeddings lie one after the
@@ -285,14 +294,14 @@ impl Decoder {
         embeds: &Tensor,
         lengths: &[i64],
         wanted: Wanted,
-    ) -> (Tensor, Vec<Prefix>) {
+    ) -> (Tensor, Vec<PrefixKv>) {
         assert_eq!(embeds.size()[0], lengths.iter().sum::<i64>());
         let places = lengths.iter().copied().map(|length| (0, length));
         let angles = self.positions(places, embeds.device(), embeds.kind());
         let runs = runs(lengths);
-        let mut prefixes: Vec<Prefix> = lengths
+        let mut prefixes: Vec<PrefixKv> = lengths
             .iter()
-            .map(|&tokens| Prefix {
+            .map(|&tokens| PrefixKv {
                 layers: Vec::with_capacity(self.layers.len()),
                 tokens,
             })
@@ -323,9 +332,9 @@ impl Decoder {
     pub fn read_on(
         &self,
         embeds: &Tensor,
-        prompts: &[(&Prefix, i64)],
+        prompts: &[(&PrefixKv, i64)],
         wanted: Wanted,
-    ) -> (Tensor, Vec<Prefix>) {
+    ) -> (Tensor, Vec<PrefixKv>) {
         let lengths: Vec<i64> = prompts.iter().map(|(_, length)| *length).collect();
         assert_eq!(embeds.size()[0], lengths.iter().sum::<i64>());
         let places = prompts
@@ -336,7 +345,7 @@ impl Decoder {
         let mut prefixes = Vec::with_capacity(prompts.len());
         let mut masks = Vec::with_capacity(prompts.len());
         for (prefix, length) in prompts {
-            prefixes.push(Prefix {
+            prefixes.push(PrefixKv {
                 layers: Vec::with_capacity(self.layers.len()),
                 tokens: prefix.tokens + length,
             });
@@ -347,8 +356,8 @@ impl Decoder {
             self.through_layers(embeds, &angles, &lengths, wanted, |layer, queries, own| {
                 let mut mixed = Vec::with_capacity(runs.len());
                 for (prompt, &(start, length)) in runs.iter().enumerate() {
-                    let beginning = &prompts[prompt].0.layers[layer];
-                    let seen = beginning.followed_by(&own.of_tokens(start, length));
+                    let prefix = &prompts[prompt].0.layers[layer];
+                    let seen = prefix.followed_by(&own.of_tokens(start, length));
                     match queries {
                         Queries::All(q) => {
                             let q = q.narrow(1, start, length);
@@ -427,7 +436,7 @@ impl Decoder {
     fn through_layers(
         &self,
         embeds: &Tensor,
-        angles: &Angles,
+        angles: &RotaryCosSin,
         lengths: &[i64],
         wanted: Wanted,
         mut attend: impl FnMut(usize, Queries<'_>, KeyValue) -> Option<Tensor>,
@@ -508,7 +517,7 @@ impl Decoder {
         texts: impl Iterator<Item = (i64, i64)>,
         device: Device,
         kind: Kind,
-    ) -> Angles {
+    ) -> RotaryCosSin {
         let places: Vec<Tensor> = texts
             .map(|(first, length)| {
                 Tensor::arange_start(first, first + length, (Kind::Int64, device))
@@ -554,7 +563,7 @@ pub struct LmHead {
 
 impl LmHead {
     /// A head of its own.
-    pub fn new(path: &Path, config: &DecoderConfig) -> Result<Self, ModelError> {
+    pub fn new(path: &Path, config: &DecoderSizes) -> Result<Self, ModelError> {
         let weight = path.take("weight", &[config.vocab_size, config.hidden_size])?;
         Ok(Self { weight })
     }

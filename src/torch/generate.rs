@@ -11,32 +11,33 @@
 //! the budget; it costs a prompt its row if that prompt was alone.
 
 mod batch;
-mod beginnings;
+mod prefix_cache;
 
 use std::collections::{HashMap, VecDeque};
 use std::time::Instant;
 
 use rayon::prelude::*;
 
-use self::batch::{Batch, Draft, Ends, Growing};
-use self::beginnings::Beginnings;
+use self::batch::{Batch, Ends, Growing, PartialAnswer};
+use self::prefix_cache::PrefixCache;
 use super::budget::{Budget, packs, too_large};
 use super::checkpoint::Checkpoint;
 use super::device;
-use super::edge::guarded;
+use super::error::guarded;
+use super::images::{DecodedImage, PromptImages};
 use super::llava_onevision::LlavaOnevision;
-use super::pictures::{Pictures, Shown};
 use super::sampling::{Chooser, answer_seed};
-use ovchat_models::prep::{PolicyPrep, PromptIds, Sizes, Tiles, elements};
+use ovchat_models::checkpoint::{Sizes, elements};
+use ovchat_models::preprocess::{LlavaOnevisionProcessor, PromptIds, Tiles};
 use ovchat_models::{
-    self as models, Emit, Generation, ModelError, Picture, Policy, Prompt, RowFault, Sampling,
-    Stop, Telemetry,
+    self as models, ChatPrompt, Emit, EncodedImage, Generation, ModelError, ModelTelemetry, Policy,
+    RowFault, Sampling, Stop,
 };
 
 /// LLaVA-OneVision as a policy.
 #[derive(Debug)]
-pub struct OnevisionPolicy {
-    prep: PolicyPrep,
+pub struct LlavaOnevisionPolicy {
+    prep: LlavaOnevisionProcessor,
     network: LlavaOnevision,
     banned: Vec<i64>,
     budget: Budget,
@@ -44,14 +45,14 @@ pub struct OnevisionPolicy {
 
 /// A prompt whose answers are still to be made.
 #[derive(Debug, Clone)]
-pub struct Waiting {
+pub struct PendingPrompt {
     /// The place of the prompt in the call.
     index: usize,
     text: PromptIds,
-    shown: Vec<Shown>,
+    shown: Vec<DecodedImage>,
     /// Tokens up to the end of its last picture, if another prompt of the call begins with the same:
     /// they are read once for all of these.
-    beginning: usize,
+    prefix: usize,
     /// Of all answers.
     seeds: Vec<i64>,
     /// Answers to be made; greedy ones are all the same, and one is made.
@@ -60,7 +61,7 @@ pub struct Waiting {
     tokens_max: usize,
 }
 
-impl Waiting {
+impl PendingPrompt {
     /// Tokens that the prompt and its answers may come to.
     fn tokens(&self) -> usize {
         self.text.ids.len() + self.drafts * self.tokens_max
@@ -70,32 +71,32 @@ impl Waiting {
 /// A call under way.
 struct Session<'a> {
     network: &'a LlavaOnevision,
-    prep: &'a PolicyPrep,
+    prep: &'a LlavaOnevisionProcessor,
     how: &'a Sampling,
     stops: Vec<i64>,
     budget: Budget,
-    waiting: VecDeque<Waiting>,
+    waiting: VecDeque<PendingPrompt>,
     batch: Batch<'a>,
-    pictures: Pictures<'a, Tiles>,
-    beginnings: Beginnings,
-    telemetry: Telemetry,
+    images: PromptImages<'a, Tiles>,
+    prefixes: PrefixCache,
+    telemetry: ModelTelemetry,
 }
 
 /// What becomes of a prompt: its place in the call, and its answers.
 type Outcome = (usize, Result<Vec<Generation>, RowFault>);
 
-impl OnevisionPolicy {
+impl LlavaOnevisionPolicy {
     /// Opens the checkpoint of the spec.
-    pub fn open(spec: &models::LlavaOnevision) -> Result<Self, ModelError> {
+    pub fn open(spec: &models::LlavaOnevisionSpec) -> Result<Self, ModelError> {
         let folder = &spec.weights;
-        let prep = PolicyPrep::open(folder)?;
+        let prep = LlavaOnevisionProcessor::open(folder)?;
         let (device, kind) = device::choose(spec.device, spec.dtype)?;
         let checkpoint = Checkpoint::open(folder)?;
-        let network = LlavaOnevision::open_merged(spec, &checkpoint, &prep.card, device, kind)?;
+        let network = LlavaOnevision::open_merged(spec, &checkpoint, &prep.config, device, kind)?;
         let element = kind.elt_size_in_bytes() as u64;
-        let sizes = Sizes::new(elements(&prep.card), &prep.card.text_config, element);
+        let sizes = Sizes::new(elements(&prep.config), &prep.config.text_config, element);
         Ok(Self {
-            banned: prep.chat.banned(prep.card.text_config.vocab_size),
+            banned: prep.chat.banned(prep.config.text_config.vocab_size),
             prep,
             network,
             budget: Budget::plan(spec.memory_gb, device, sizes),
@@ -106,21 +107,21 @@ impl OnevisionPolicy {
     /// about the same picture together. The others with what is wrong with them.
     fn queue(
         &self,
-        prompts: &[Prompt],
+        prompts: &[ChatPrompt],
         how: &Sampling,
-    ) -> (VecDeque<Waiting>, Vec<(usize, RowFault)>) {
+    ) -> (VecDeque<PendingPrompt>, Vec<(usize, RowFault)>) {
         let (prep, budget) = (&self.prep, self.budget);
-        let waiting: Vec<Result<Waiting, RowFault>> = prompts
+        let waiting: Vec<Result<PendingPrompt, RowFault>> = prompts
             .par_iter()
             .enumerate()
             .map(|(index, prompt)| {
                 let text = prep.ids(prompt)?;
                 let room = prep.context() - text.ids.len();
-                let waiting = Waiting {
+                let waiting = PendingPrompt {
                     index,
                     text,
-                    shown: Shown::of(prompt),
-                    beginning: 0,
+                    shown: DecodedImage::of(prompt),
+                    prefix: 0,
                     seeds: (0..how.count)
                         .map(|answer| answer_seed(prompt.seed, answer))
                         .collect(),
@@ -133,21 +134,21 @@ impl OnevisionPolicy {
             .collect();
         let mut queue = VecDeque::with_capacity(prompts.len());
         let mut faults = Vec::new();
-        let mut waiting: Vec<Option<Result<Waiting, RowFault>>> =
+        let mut waiting: Vec<Option<Result<PendingPrompt, RowFault>>> =
             waiting.into_iter().map(Some).collect();
-        for index in by_first_picture(prompts) {
+        for index in by_first_image(prompts) {
             match waiting[index].take().expect("each prompt once") {
                 Ok(prompt) => queue.push_back(prompt),
                 Err(fault) => faults.push((index, fault)),
             }
         }
-        beginnings::share(&mut queue);
+        prefix_cache::share(&mut queue);
         (queue, faults)
     }
 
     /// Tokens that end an answer: the model's own and those that were asked for.
     fn stops(&self, how: &Sampling) -> Result<Vec<i64>, ModelError> {
-        let vocab = self.prep.card.text_config.vocab_size as i64;
+        let vocab = self.prep.config.text_config.vocab_size as i64;
         let mut asked = how.stop_token_ids.iter();
         if let Some(id) = asked.find(|id| !(0..vocab).contains(*id)) {
             return Err(ModelError::Torch {
@@ -168,10 +169,10 @@ impl Session<'_> {
     fn go_on(&mut self) -> Result<Option<Vec<Outcome>>, ModelError> {
         let mut outcomes = Vec::new();
         let entering = self.admit();
-        let lengths = self.beginnings.lengths(&entering);
+        let lengths = self.prefixes.lengths(&entering);
         let mut entering = VecDeque::from(entering);
         for pack in packs(&lengths, self.budget.read_tokens) {
-            let some: Vec<Waiting> = entering.drain(..pack.len()).collect();
+            let some: Vec<PendingPrompt> = entering.drain(..pack.len()).collect();
             match self.read(&some, entering.front(), &mut outcomes) {
                 Ok(()) => {}
                 Err(error @ ModelError::OutOfMemory { .. }) => {
@@ -197,9 +198,9 @@ impl Session<'_> {
     }
 
     /// The next prompts, as many as there is room for; one at least if nothing grows.
-    fn admit(&mut self) -> Vec<Waiting> {
+    fn admit(&mut self) -> Vec<PendingPrompt> {
         let (mut rows, mut tokens) = (self.batch.rows(), self.batch.tokens());
-        tokens += self.beginnings.tokens();
+        tokens += self.prefixes.tokens();
         let mut entering = Vec::new();
         while let Some(next) = self.waiting.front() {
             rows += next.drafts;
@@ -218,15 +219,15 @@ impl Session<'_> {
     /// if it has been let in.
     fn read(
         &mut self,
-        entering: &[Waiting],
-        next: Option<&Waiting>,
+        entering: &[PendingPrompt],
+        next: Option<&PendingPrompt>,
         outcomes: &mut Vec<Outcome>,
     ) -> Result<(), ModelError> {
         let network = self.network;
         let device = network.device();
-        let shown: Vec<Shown> = entering.iter().flat_map(|one| one.shown.clone()).collect();
+        let shown: Vec<DecodedImage> = entering.iter().flat_map(|one| one.shown.clone()).collect();
         let seconds_tower = &mut self.telemetry.seconds_tower;
-        self.pictures.look(&shown, |tiles| {
+        self.images.look(&shown, |tiles| {
             let begun = Instant::now();
             let rows = tiles.iter().map(|tiles| tiles.packing.tiles()).sum();
             let length = tiles.iter().map(|tiles| tiles.packing.tokens()).sum();
@@ -244,13 +245,13 @@ impl Session<'_> {
         let mut seen = Vec::with_capacity(entering.len());
         let mut faults = Vec::new();
         for waiting in entering {
-            match self.pictures.features(&waiting.shown) {
+            match self.images.features(&waiting.shown) {
                 Ok(features) => seen.push((waiting, features)),
                 Err(fault) => faults.push((waiting.index, Err(fault))),
             }
         }
         let read = self
-            .beginnings
+            .prefixes
             .read(network, &seen, next.or(self.waiting.front()))?;
         self.telemetry.shared_tokens += read.shared_tokens as u64;
         for ((waiting, _), (prefix, logits)) in seen.iter().zip(read.prompts) {
@@ -261,7 +262,7 @@ impl Session<'_> {
         outcomes.append(&mut faults);
         self.telemetry.seconds_prefill += begun.elapsed().as_secs_f64();
         for waiting in entering {
-            self.pictures.done(&waiting.shown);
+            self.images.done(&waiting.shown);
         }
         Ok(())
     }
@@ -293,13 +294,13 @@ impl Session<'_> {
     fn begin_again(
         &mut self,
         error: &ModelError,
-        entering: Vec<Waiting>,
+        entering: Vec<PendingPrompt>,
         outcomes: &mut Vec<Outcome>,
     ) {
         let growing = self.batch.abandon();
-        self.beginnings = Beginnings::default();
+        self.prefixes = PrefixCache::default();
         for waiting in &growing {
-            self.pictures.again(&waiting.shown);
+            self.images.again(&waiting.shown);
         }
         let involved = growing.len() + entering.len();
         for waiting in growing.into_iter().chain(entering).rev() {
@@ -307,7 +308,7 @@ impl Session<'_> {
         }
         if involved == 1 {
             if let Some(alone) = self.waiting.pop_front() {
-                self.pictures.done(&alone.shown);
+                self.images.done(&alone.shown);
                 outcomes.push((alone.index, Err(too_large(error))));
             }
         } else {
@@ -328,7 +329,7 @@ impl Session<'_> {
             .collect()
     }
 
-    fn generation(&self, draft: &Draft, seed: i64) -> Generation {
+    fn generation(&self, draft: &PartialAnswer, seed: i64) -> Generation {
         let stop = draft.stop.expect("a draft that ended");
         let spoken = draft.token_ids.len() - usize::from(stop == Stop::Token);
         let mut text = self.prep.chat.decode(&draft.token_ids[..spoken]);
@@ -347,47 +348,47 @@ impl Session<'_> {
     }
 
     /// What the call took.
-    fn telemetry(self) -> Telemetry {
-        let pictures = self.pictures.tally;
-        Telemetry {
-            pictures: pictures.pictures,
-            tower_passes: pictures.passes,
+    fn telemetry(self) -> ModelTelemetry {
+        let images = self.images.tally;
+        ModelTelemetry {
+            images: images.images,
+            tower_passes: images.passes,
             rows_max: self.budget.rows as u64,
             tokens_max: self.budget.tokens as u64,
-            halvings: self.budget.halvings,
-            seconds_pictures: pictures.seconds_decoding,
-            seconds_waiting: pictures.seconds_waiting,
+            oom_retries: self.budget.oom_retries,
+            seconds_pictures: images.seconds_decoding,
+            seconds_waiting: images.seconds_waiting,
             ..self.telemetry
         }
     }
 }
 
-impl Policy for OnevisionPolicy {
+impl Policy for LlavaOnevisionPolicy {
     /// An answer is at most as long as the model's context leaves room for behind the prompt; it
     /// then ends with [`Stop::Length`] like one that reaches `max_new_tokens`.
     fn sample(
         &mut self,
-        prompts: &[Prompt],
+        prompts: &[ChatPrompt],
         how: &Sampling,
         emit: Emit<'_, Vec<Generation>>,
-    ) -> Result<Telemetry, ModelError> {
+    ) -> Result<ModelTelemetry, ModelError> {
         assert!(how.count > 0 && how.max_new_tokens > 0, "nothing to sample");
         let stops = self.stops(how)?;
         let (waiting, faults) = self.queue(prompts, how);
         for (index, fault) in faults {
             if emit(index, Err(fault)).is_break() {
-                return Ok(Telemetry::default());
+                return Ok(ModelTelemetry::default());
             }
         }
         let prep = &self.prep;
         let decode =
-            |picture: &Picture, alone: bool| prep.tiles(picture, if alone { 1 } else { 2 });
-        let vocab = prep.card.text_config.vocab_size as i64;
+            |image: &EncodedImage, alone: bool| prep.tiles(image, if alone { 1 } else { 2 });
+        let vocab = prep.config.text_config.vocab_size as i64;
         let answers: usize = waiting.iter().map(|one| one.drafts).sum();
         let telemetry = std::thread::scope(|scope| {
             let shown = waiting.iter().map(|one| &prompts[one.index]);
             let mut session = Session {
-                pictures: Pictures::begin(scope, shown, &decode),
+                images: PromptImages::begin(scope, shown, &decode),
                 network: &self.network,
                 prep,
                 how,
@@ -399,12 +400,12 @@ impl Policy for OnevisionPolicy {
                     &self.banned,
                     self.network.device(),
                 )),
-                telemetry: Telemetry {
+                telemetry: ModelTelemetry {
                     prompts: waiting.len() as u64,
-                    ..Telemetry::default()
+                    ..ModelTelemetry::default()
                 },
                 waiting,
-                beginnings: Beginnings::default(),
+                prefixes: PrefixCache::default(),
             };
             while let Some(outcomes) = session.go_on()? {
                 for (index, outcome) in outcomes {
@@ -415,11 +416,11 @@ impl Policy for OnevisionPolicy {
             }
             Ok::<_, ModelError>(session.telemetry())
         })?;
-        for _ in 0..telemetry.halvings {
+        for _ in 0..telemetry.oom_retries {
             self.budget.halve();
         }
         self.budget = self.budget.for_next();
-        Ok(Telemetry {
+        Ok(ModelTelemetry {
             rows_max: telemetry.rows_max.min(answers as u64),
             ..telemetry
         })
@@ -432,13 +433,13 @@ impl Policy for OnevisionPolicy {
 
 /// The order in which prompts are answered: as given, but those about the same picture together, so
 /// that its features need not be kept for long.
-fn by_first_picture(prompts: &[Prompt]) -> Vec<usize> {
+fn by_first_image(prompts: &[ChatPrompt]) -> Vec<usize> {
     let mut first_seen = HashMap::new();
     let mut order: Vec<(usize, usize)> = prompts
         .iter()
         .enumerate()
-        .map(|(index, prompt)| match prompt.pictures.first() {
-            Some(picture) => (*first_seen.entry(&picture.id).or_insert(index), index),
+        .map(|(index, prompt)| match prompt.images.first() {
+            Some(image) => (*first_seen.entry(&image.id).or_insert(index), index),
             None => (index, index),
         })
         .collect();

@@ -17,7 +17,7 @@ use tch::{Device, Kind, Tensor};
 use ovchat_models::ModelError;
 
 /// Where weights come from: a checkpoint, a checkpoint with an adapter merged into it, a test.
-pub trait Source {
+pub trait WeightSource {
     /// The tensor of that name, on the device and in the precision that the network computes in.
     /// Fails when it is absent or of another shape.
     fn take(&self, name: &str, shape: &[i64]) -> Result<Tensor, ModelError>;
@@ -89,15 +89,15 @@ impl Dropout {
     }
 }
 
-/// A place in a [`Source`], as in `language_model.layers.3`.
+/// A place in a [`WeightSource`], as in `language_model.layers.3`.
 #[derive(Clone)]
 pub struct Path<'a> {
-    source: &'a dyn Source,
+    source: &'a dyn WeightSource,
     name: String,
 }
 
 impl<'a> Path<'a> {
-    pub fn root(source: &'a dyn Source) -> Self {
+    pub fn root(source: &'a dyn WeightSource) -> Self {
         let name = String::new();
         Self { source, name }
     }
@@ -256,7 +256,7 @@ pub struct Rotary {
 
 /// The cosines and sines of some positions.
 #[derive(Debug)]
-pub struct Angles {
+pub struct RotaryCosSin {
     cos: Tensor, // [tokens, head_dim]
     sin: Tensor, // [tokens, head_dim]
 }
@@ -273,18 +273,18 @@ impl Rotary {
     }
 
     /// The angles of `positions` (`[tokens]`, any integer kind), computed in float32, kept in `kind`.
-    pub fn angles(&self, positions: &Tensor, kind: Kind) -> Angles {
+    pub fn angles(&self, positions: &Tensor, kind: Kind) -> RotaryCosSin {
         let positions = positions.to_kind(Kind::Float).unsqueeze(-1);
         let half = positions * &self.inverse_frequencies; // [tokens, head_dim / 2]
         let whole = Tensor::cat(&[&half, &half], -1);
-        Angles {
+        RotaryCosSin {
             cos: whole.cos().to_kind(kind),
             sin: whole.sin().to_kind(kind),
         }
     }
 }
 
-impl Angles {
+impl RotaryCosSin {
     /// Turns `xs` (`[heads, tokens, head_dim]`) by the angles of its tokens.
     pub fn rotate(&self, xs: &Tensor) -> Tensor {
         let halves = xs.chunk(2, -1);
@@ -324,20 +324,20 @@ pub mod tests {
     }
 
     /// A source that makes up every weight that is asked for, and remembers which.
-    pub struct Made {
+    pub struct FakeSource {
         pub kind: Kind,
         seed: i64,
         pub names: RefCell<Vec<(String, Vec<i64>)>>,
     }
 
-    impl Made {
+    impl FakeSource {
         pub fn new(kind: Kind, seed: i64) -> Self {
             let names = RefCell::default();
             Self { kind, seed, names }
         }
     }
 
-    impl Source for Made {
+    impl WeightSource for FakeSource {
         fn take(&self, name: &str, shape: &[i64]) -> Result<Tensor, ModelError> {
             let mut names = self.names.borrow_mut();
             names.push((name.to_owned(), shape.to_vec()));
@@ -401,7 +401,7 @@ pub mod tests {
 
     #[test]
     fn a_place_is_named_with_dots() {
-        let made = Made::new(Kind::Float, 0);
+        let made = FakeSource::new(Kind::Float, 0);
         let path = &Path::root(&made) / "layers" / 3;
         Linear::new(&(&path / "q_proj"), 2, 4, Bias::Yes).unwrap();
         let names = made.names.into_inner();

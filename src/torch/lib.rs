@@ -8,13 +8,13 @@
 
 pub mod budget;
 pub mod device;
-pub mod edge;
+pub mod error;
 
 pub mod checkpoint;
 pub mod weights;
 
 pub mod attention;
-pub mod chain;
+pub mod layer_stack;
 pub mod layers;
 pub mod lora;
 
@@ -25,19 +25,19 @@ pub mod llava;
 pub mod llava_onevision;
 
 pub mod generate;
-pub mod pictures;
+pub mod images;
 pub mod sampling;
 
 pub mod reward;
 
-pub mod eight_bit;
+pub mod blockwise_quant;
 pub mod optimizer;
 pub mod training;
 
 pub mod dpo;
-pub mod dpo_learner;
-pub mod reward_learner;
-pub mod sft_learner;
+pub mod dpo_trainer;
+pub mod reward_trainer;
+pub mod sft_trainer;
 
 #[cfg(test)]
 mod parity;
@@ -47,15 +47,15 @@ mod recorded;
 use std::path::Path;
 
 use self::checkpoint::Checkpoint;
-use self::dpo_learner::OnevisionDpo;
-use self::generate::OnevisionPolicy;
+use self::dpo_trainer::LlavaOnevisionDpo;
+use self::generate::LlavaOnevisionPolicy;
 use self::reward::RewardJudge;
-use self::reward_learner::LlavaRewards;
-use self::sft_learner::{LlavaStudent, OnevisionStudent, Sft};
-use ovchat_models::prep::Conversion;
+use self::reward_trainer::LlavaRewardTrainer;
+use self::sft_trainer::{LlavaOnevisionSft, LlavaSft, Sft};
+use ovchat_models::checkpoint::Conversion;
 use ovchat_models::{
-    DpoLearner, DpoSettings, Dtype, Finding, Judge, Layout, ModelError, ModelLoader, ModelSpec,
-    Opened, Placement, Policy, RewardLearner, RewardSettings, Room, SftLearner, SftSettings,
+    DpoSettings, DpoTrainer, Dtype, Finding, Judge, Layout, ModelError, ModelLoader, ModelSpec,
+    Opened, Placement, Policy, RewardSettings, RewardTrainer, Room, SftSettings, SftTrainer,
 };
 
 /// Opens the networks. A model that needs none (see [`ModelSpec::needs_torch`]) is not opened here.
@@ -65,7 +65,7 @@ pub struct NetLoader;
 impl ModelLoader for NetLoader {
     fn policy(&self, spec: &ModelSpec) -> Opened<dyn Policy> {
         match spec {
-            ModelSpec::LlavaOnevision(spec) => Ok(Box::new(OnevisionPolicy::open(spec)?)),
+            ModelSpec::LlavaOnevision(spec) => Ok(Box::new(LlavaOnevisionPolicy::open(spec)?)),
             other => Err(unfit(other, "answer")),
         }
     }
@@ -77,30 +77,32 @@ impl ModelLoader for NetLoader {
         }
     }
 
-    fn dpo_learner(&self, spec: &ModelSpec, settings: &DpoSettings) -> Opened<dyn DpoLearner> {
+    fn dpo_trainer(&self, spec: &ModelSpec, settings: &DpoSettings) -> Opened<dyn DpoTrainer> {
         match spec {
-            ModelSpec::LlavaOnevision(spec) => Ok(Box::new(OnevisionDpo::open(spec, settings)?)),
+            ModelSpec::LlavaOnevision(spec) => {
+                Ok(Box::new(LlavaOnevisionDpo::open(spec, settings)?))
+            }
             other => Err(unfit(other, "learn from pairs")),
         }
     }
 
-    fn sft_learner(&self, spec: &ModelSpec, settings: &SftSettings) -> Opened<dyn SftLearner> {
+    fn sft_trainer(&self, spec: &ModelSpec, settings: &SftSettings) -> Opened<dyn SftTrainer> {
         match spec {
             ModelSpec::LlavaOnevision(spec) => {
-                Ok(Box::new(Sft::<OnevisionStudent>::open(spec, settings)?))
+                Ok(Box::new(Sft::<LlavaOnevisionSft>::open(spec, settings)?))
             }
-            ModelSpec::LlavaRlhf(spec) => Ok(Box::new(Sft::<LlavaStudent>::open(spec, settings)?)),
+            ModelSpec::LlavaRlhf(spec) => Ok(Box::new(Sft::<LlavaSft>::open(spec, settings)?)),
             other => Err(unfit(other, "learn answers")),
         }
     }
 
-    fn reward_learner(
+    fn reward_trainer(
         &self,
         spec: &ModelSpec,
         settings: &RewardSettings,
-    ) -> Opened<dyn RewardLearner> {
+    ) -> Opened<dyn RewardTrainer> {
         match spec {
-            ModelSpec::LlavaRlhf(spec) => Ok(Box::new(LlavaRewards::open(spec, settings)?)),
+            ModelSpec::LlavaRlhf(spec) => Ok(Box::new(LlavaRewardTrainer::open(spec, settings)?)),
             other => Err(unfit(other, "learn to score")),
         }
     }

@@ -10,13 +10,14 @@
 use tch::{Device, Kind, Tensor};
 
 use super::checkpoint::{Checkpoint, Purpose, Reader, TOWER};
-use super::decoder::{Decoder, DecoderConfig};
-use super::layers::{Activation, Bias, Linear, Path, Source};
+use super::decoder::{Decoder, DecoderSizes};
+use super::layers::{Activation, Bias, Linear, Path, WeightSource};
 use super::lora::{Adapter, Merged, Names};
-use super::vit::{Family, Vit, VitConfig};
+use super::vit::{Family, Vit, VitSizes};
 use super::weights::refuse;
-use ovchat_models::prep::{JudgeIds, RewardCard, TWO_LAYERS};
-use ovchat_models::{LlavaRlhf, ModelError};
+use ovchat_models::checkpoint::{LlavaRlhfConfig, TWO_LAYERS};
+use ovchat_models::preprocess::JudgeIds;
+use ovchat_models::{LlavaRlhfSpec, ModelError};
 
 /// The network without a head: pictures and tokens in, hidden states out.
 #[derive(Debug)]
@@ -27,28 +28,28 @@ pub struct Llava {
 }
 
 impl Llava {
-    /// Reads the weights of the three folders of `spec`, whose config files `card` describes, the
+    /// Reads the weights of the three folders of `spec`, whose config files `config` describes, the
     /// adapter merged into the base's.
     ///
     /// Fails when a tensor is missing or has another shape than the config says, when there is no
     /// adapter, and when it lacks one of its target modules or holds anything that has no place in
     /// Llama.
     pub fn open(
-        spec: &LlavaRlhf,
-        card: &RewardCard,
+        spec: &LlavaRlhfSpec,
+        config: &LlavaRlhfConfig,
         kind: Kind,
         device: Device,
     ) -> Result<Self, ModelError> {
         let tower = Checkpoint::open_clip(&spec.vision)?;
         let vision = Reader::new(&tower, device, kind, Purpose::Inference);
-        let adapter = card.adapter.as_ref().ok_or_else(|| no_adapter(spec))?;
+        let adapter = config.adapter.as_ref().ok_or_else(|| no_adapter(spec))?;
         let adapter = Adapter::open(adapter, Names::Same)?;
         let base = Checkpoint::open_base(&spec.base)?;
         let merged = Merged {
             base: Reader::new(&base, device, kind, Purpose::Inference),
             adapter: &adapter,
         };
-        let network = Self::new(&vision, &merged, base.has(TWO_LAYERS), card)?;
+        let network = Self::new(&vision, &merged, base.has(TWO_LAYERS), config)?;
         adapter.all_used()?;
         Ok(network)
     }
@@ -56,19 +57,19 @@ impl Llava {
     /// The network with its tower from `vision` and the rest from `base`. A projector of two layers
     /// has other names than one of one.
     pub fn new(
-        vision: &dyn Source,
-        base: &dyn Source,
+        vision: &dyn WeightSource,
+        base: &dyn WeightSource,
         two_layers: bool,
-        card: &RewardCard,
+        config: &LlavaRlhfConfig,
     ) -> Result<Self, ModelError> {
         let model = &Path::root(base) / "model";
-        let text = DecoderConfig::from(&card.text_config);
-        let features = card.vision_config.hidden_size as i64;
+        let text = DecoderSizes::from(&config.text_config);
+        let features = config.vision_config.hidden_size as i64;
         Ok(Self {
             vision_tower: Vit::new(
                 &(&Path::root(vision) / TOWER.trim_end_matches('.')),
-                &VitConfig::new(Family::Clip, &card.vision_config),
-                &[card.mm_vision_select_layer],
+                &VitSizes::new(Family::Clip, &config.vision_config),
+                &[config.mm_vision_select_layer],
             )?,
             mm_projector: Projector::new(&model, two_layers, features, text.hidden_size)?,
             model: Decoder::new(&model, &text)?,
@@ -90,10 +91,10 @@ impl Llava {
             let ids = Tensor::from_slice(ids).to_device(self.model.device());
             self.model.embed(&ids)
         };
-        match (&text.picture, features) {
-            (Some(picture), Some(features)) => {
-                let before = embed(&text.ids[..picture.start]);
-                let after = embed(&text.ids[picture.end..tokens]);
+        match (&text.image, features) {
+            (Some(image), Some(features)) => {
+                let before = embed(&text.ids[..image.start]);
+                let after = embed(&text.ids[image.end..tokens]);
                 Tensor::cat(&[&before, features, &after], 0)
             }
             _ => embed(&text.ids[..tokens]),
@@ -136,19 +137,19 @@ impl Projector {
 }
 
 /// The complaint about a reward model that is to score before it was trained to.
-pub fn no_adapter(spec: &LlavaRlhf) -> ModelError {
+pub fn no_adapter(spec: &LlavaRlhfSpec) -> ModelError {
     let problem = "this reward model has no adapter yet; name one, or train it with `train_reward`";
     refuse(&spec.base, problem.to_owned())
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::layers::tests::Made;
+    use super::super::layers::tests::FakeSource;
     use super::*;
 
     #[test]
     fn the_projector_of_llava_1_5_has_two_layers_with_an_exact_gelu_between() {
-        let made = Made::new(Kind::Float, 4);
+        let made = FakeSource::new(Kind::Float, 4);
         let model = &Path::root(&made) / "model";
         let projector = Projector::new(&model, true, 3, 5).unwrap();
         let shapes = made.names.into_inner();

@@ -9,14 +9,15 @@ use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
-use super::chain::{Chain, Keep, Link};
 use super::checkpoint::{Checkpoint, HEAD, Parts, Purpose, Reader};
-use super::decoder::{Decoder, DecoderConfig, LmHead};
-use super::layers::{Activation, Bias, Linear, Path, Source};
+use super::decoder::{Decoder, DecoderSizes, LmHead};
+use super::layer_stack::{Layer, LayerStack, SavedActivations};
+use super::layers::{Activation, Bias, Linear, Path, WeightSource};
 use super::lora::{Adapter, Merged, Names};
 use super::optimizer::Parameter;
-use super::vit::{Family, Vit, VitConfig};
-use ovchat_models::prep::{AdapterCard, OnevisionCard, Packing, PromptIds, Tiles};
+use super::vit::{Family, Vit, VitSizes};
+use ovchat_models::checkpoint::{AdapterConfig, LlavaOnevisionConfig};
+use ovchat_models::preprocess::{Packing, PromptIds, Tiles};
 use ovchat_models::{self as models, ModelError, Part};
 
 /// Tiles that go through the tower at once. The widest activation of the tower is that of its MLP,
@@ -40,42 +41,42 @@ pub struct Seen<'a> {
     /// Of each picture, `[tokens, hidden]`.
     pub features: Vec<Tensor>,
     /// The tiles' ways through tower and projector.
-    pub chains: Vec<Chain<'a>>,
+    pub chains: Vec<LayerStack<'a>>,
 }
 
 impl LlavaOnevision {
     /// Reads the network from `checkpoint`. For training, gives its parameters, too.
     pub fn open(
         checkpoint: &Checkpoint,
-        card: &OnevisionCard,
+        config: &LlavaOnevisionConfig,
         device: Device,
         kind: Kind,
         purpose: Purpose,
     ) -> Result<(Self, Vec<Parameter>), ModelError> {
         let reader = Reader::new(checkpoint, device, kind, purpose);
-        let network = Self::new(&reader, card, is_tied(checkpoint, card), kind)?;
+        let network = Self::new(&reader, config, is_tied(checkpoint, config), kind)?;
         Ok((network, reader.into_parameters()))
     }
 
     /// Reads the network of a spec for inference, its adapter, if it has one, merged in.
     pub fn open_merged(
-        spec: &models::LlavaOnevision,
+        spec: &models::LlavaOnevisionSpec,
         checkpoint: &Checkpoint,
-        card: &OnevisionCard,
+        config: &LlavaOnevisionConfig,
         device: Device,
         kind: Kind,
     ) -> Result<Self, ModelError> {
         let base = Reader::new(checkpoint, device, kind, Purpose::Inference);
-        let tied = is_tied(checkpoint, card);
+        let tied = is_tied(checkpoint, config);
         let Some(folder) = &spec.adapter else {
-            return Self::new(&base, card, tied, kind);
+            return Self::new(&base, config, tied, kind);
         };
-        let adapter = Adapter::open(&AdapterCard::open(folder)?, Names::Onevision)?;
+        let adapter = Adapter::open(&AdapterConfig::open(folder)?, Names::Onevision)?;
         let merged = Merged {
             base,
             adapter: &adapter,
         };
-        let network = Self::new(&merged, card, tied, kind)?;
+        let network = Self::new(&merged, config, tied, kind)?;
         adapter.all_used()?;
         Ok(network)
     }
@@ -83,27 +84,27 @@ impl LlavaOnevision {
     /// Builds the network of the weights of `source`, to compute in precision `kind`. `tied`: the
     /// embedding is the head, too.
     pub fn new(
-        source: &dyn Source,
-        card: &OnevisionCard,
+        source: &dyn WeightSource,
+        config: &LlavaOnevisionConfig,
         tied: bool,
         kind: Kind,
     ) -> Result<Self, ModelError> {
         let path = &Path::root(source);
-        let hidden = card.text_config.hidden_size as i64;
-        let config = DecoderConfig::from(&card.text_config);
-        let language_model = Decoder::new(&(path / "language_model" / "model"), &config)?;
+        let hidden = config.text_config.hidden_size as i64;
+        let sizes = DecoderSizes::from(&config.text_config);
+        let language_model = Decoder::new(&(path / "language_model" / "model"), &sizes)?;
         let lm_head = if tied {
             LmHead::tied(&language_model)
         } else {
-            LmHead::new(&(path / "language_model" / "lm_head"), &config)?
+            LmHead::new(&(path / "language_model" / "lm_head"), &sizes)?
         };
         Ok(Self {
             vision_tower: Vit::new(
                 &(path / "vision_tower"),
-                &VitConfig::new(Family::Siglip, &card.vision_config),
-                &card.vision_feature_layer,
+                &VitSizes::new(Family::Siglip, &config.vision_config),
+                &config.vision_feature_layer,
             )?,
-            multi_modal_projector: Projector::new(&(path / "multi_modal_projector"), card)?,
+            multi_modal_projector: Projector::new(&(path / "multi_modal_projector"), config)?,
             image_newline: path.take("image_newline", &[hidden])?,
             language_model,
             lm_head,
@@ -113,13 +114,19 @@ impl LlavaOnevision {
 
     /// Pictures' tiles to the features that stand for each in the sequence, `[tokens, hidden]`. Tiles
     /// go through the tower side by side, whichever picture they are of. For inference.
-    pub fn image_features<T: Borrow<Tiles>>(&self, pictures: &[T]) -> Vec<Tensor> {
-        self.see(pictures, Keep::Nothing, Parts::NONE).features
+    pub fn image_features<T: Borrow<Tiles>>(&self, images: &[T]) -> Vec<Tensor> {
+        self.see(images, SavedActivations::Nothing, Parts::NONE)
+            .features
     }
 
     /// The same for training of some `parts`.
-    pub fn see<T: Borrow<Tiles>>(&self, pictures: &[T], keep: Keep, parts: Parts) -> Seen<'_> {
-        let pixels: Vec<Tensor> = pictures
+    pub fn see<T: Borrow<Tiles>>(
+        &self,
+        images: &[T],
+        keep: SavedActivations,
+        parts: Parts,
+    ) -> Seen<'_> {
+        let pixels: Vec<Tensor> = images
             .iter()
             .map(|tiles| {
                 let tiles = tiles.borrow();
@@ -135,10 +142,10 @@ impl LlavaOnevision {
             let pixels = pixels.to_device(self.device()).to_kind(self.kind);
             chains.push(self.look(&pixels, keep, parts));
         }
-        let projected: Vec<&Tensor> = chains.iter().map(Chain::output).collect();
+        let projected: Vec<&Tensor> = chains.iter().map(LayerStack::output).collect();
         let projected = Tensor::cat(&projected, 0); // [tiles of all, patches, hidden]
         let mut first = 0;
-        for tiles in pictures {
+        for tiles in images {
             let tiles = tiles.borrow();
             let count = tiles.packing.tiles() as i64;
             let own = projected.narrow(0, first, count);
@@ -151,20 +158,20 @@ impl LlavaOnevision {
 
     /// Tiles through tower and projector, `[tiles, patches, hidden]`. Through what is not trained go no
     /// gradients.
-    fn look(&self, pixels: &Tensor, keep: Keep, parts: Parts) -> Chain<'_> {
-        let project: Link<'_> = Box::new(|features| self.multi_modal_projector.forward(features));
+    fn look(&self, pixels: &Tensor, keep: SavedActivations, parts: Parts) -> LayerStack<'_> {
+        let project: Layer<'_> = Box::new(|features| self.multi_modal_projector.forward(features));
         if parts.has(Part::VisionTower) {
             let mut links = self.vision_tower.links();
             links.push(project);
-            return Chain::run(links, pixels, keep);
+            return LayerStack::run(links, pixels, keep);
         }
         let features = tch::no_grad(|| self.vision_tower.forward(pixels));
         let keep = if parts.has(Part::Projector) {
             keep
         } else {
-            Keep::Nothing
+            SavedActivations::Nothing
         };
-        Chain::run(vec![project], &features, keep)
+        LayerStack::run(vec![project], &features, keep)
     }
 
     /// The embeddings of a text, `[tokens, hidden]`; `features` are those of its pictures.
@@ -177,7 +184,7 @@ impl LlavaOnevision {
         // Slices and one `cat` rather than a scatter by index: their gradients are deterministic.
         let mut runs = Vec::new();
         let mut next = 0;
-        for (place, features) in text.pictures.iter().zip(features) {
+        for (place, features) in text.images.iter().zip(features) {
             assert_eq!(features.size()[0], place.len() as i64, "a feature a token");
             runs.push(words(next..place.start));
             runs.push(features.shallow_clone());
@@ -199,8 +206,8 @@ impl LlavaOnevision {
 }
 
 /// Whether the embedding of a checkpoint is its head, too.
-pub fn is_tied(checkpoint: &Checkpoint, card: &OnevisionCard) -> bool {
-    card.tie_word_embeddings || !checkpoint.has(HEAD)
+pub fn is_tied(checkpoint: &Checkpoint, config: &LlavaOnevisionConfig) -> bool {
+    config.tie_word_embeddings || !checkpoint.has(HEAD)
 }
 
 /// `linear_2(gelu(linear_1(features)))`.
@@ -211,14 +218,14 @@ pub struct Projector {
 }
 
 impl Projector {
-    fn new(path: &Path, card: &OnevisionCard) -> Result<Self, ModelError> {
-        let bias = if card.multimodal_projector_bias {
+    fn new(path: &Path, config: &LlavaOnevisionConfig) -> Result<Self, ModelError> {
+        let bias = if config.multimodal_projector_bias {
             Bias::Yes
         } else {
             Bias::No
         };
-        let hidden = card.text_config.hidden_size as i64;
-        let features = card.feature_size() as i64;
+        let hidden = config.text_config.hidden_size as i64;
+        let features = config.feature_size() as i64;
         Ok(Self {
             linear_1: Linear::new(&(path / "linear_1"), features, hidden, bias)?,
             linear_2: Linear::new(&(path / "linear_2"), hidden, hidden, bias)?,
@@ -264,7 +271,7 @@ fn pack(features: &Tensor, packing: &Packing, newline: &Tensor) -> Tensor {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ovchat_models::prep::Grid;
+    use ovchat_models::preprocess::Grid;
 
     /// A feature per patch, in the tower's order: tile by tile, row by row in a tile.
     fn numbered(tiles: i64, side: i64) -> Tensor {

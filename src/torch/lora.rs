@@ -16,12 +16,12 @@ use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
 
 use super::checkpoint::{Checkpoint, Purpose, Reader};
-use super::layers::{Dropout, Lora, Source};
+use super::layers::{Dropout, Lora, WeightSource};
 use super::optimizer::Parameter;
 use super::sampling::uniform;
 use super::weights::{Weights, refuse, save_safetensors};
 use ovchat_models::ModelError;
-use ovchat_models::prep::{AdapterCard, canonical, is_module, lora_matrix};
+use ovchat_models::checkpoint::{AdapterConfig, canonical, is_module, lora_matrix};
 
 /// How modules are called in an adapter's file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,7 +76,7 @@ pub struct Merged<'a> {
     pub adapter: &'a Adapter,
 }
 
-impl Source for Merged<'_> {
+impl WeightSource for Merged<'_> {
     fn take(&self, name: &str, shape: &[i64]) -> Result<Tensor, ModelError> {
         let Some(module) = self.adapter.adapts(name)? else {
             return self.base.take(name, shape);
@@ -135,7 +135,7 @@ impl<'a> Adapted<'a> {
     }
 }
 
-impl Source for Adapted<'_> {
+impl WeightSource for Adapted<'_> {
     fn take(&self, name: &str, shape: &[i64]) -> Result<Tensor, ModelError> {
         self.base.take(name, shape)
     }
@@ -212,7 +212,7 @@ fn digest(parts: &[&[u8]]) -> i64 {
 /// The weights of `checkpoint`, a policy's, that the adapter in the folder `adapter` changes, with it
 /// added to them.
 pub fn merged(checkpoint: &Checkpoint, adapter: &Path) -> Result<Vec<Parameter>, ModelError> {
-    let adapter = Adapter::open(&AdapterCard::open(adapter)?, Names::Onevision)?;
+    let adapter = Adapter::open(&AdapterConfig::open(adapter)?, Names::Onevision)?;
     let base = Reader::new(checkpoint, Device::Cpu, Kind::Float, Purpose::Inference);
     let merged = Merged {
         base,
@@ -232,7 +232,7 @@ pub fn merged(checkpoint: &Checkpoint, adapter: &Path) -> Result<Vec<Parameter>,
 
 /// What the config of an adapter says beside its tensors.
 #[derive(Debug, Clone, PartialEq)]
-pub struct AdapterConfig<'a> {
+pub struct SavedAdapterConfig<'a> {
     /// The folder of the weights that it is for.
     pub base: &'a Path,
     pub rank: usize,
@@ -246,7 +246,7 @@ pub struct AdapterConfig<'a> {
 /// the folder `to`, which is there.
 pub fn save_adapter(
     to: &Path,
-    config: &AdapterConfig<'_>,
+    config: &SavedAdapterConfig<'_>,
     names: Names,
     parameters: &[Parameter],
     kind: Kind,
@@ -307,12 +307,12 @@ struct Matrices {
 }
 
 impl Adapter {
-    /// Reads which modules the adapter in the folder of `card` adapts. Fails when a tensor of it is
+    /// Reads which modules the adapter in the folder of `model_config` adapts. Fails when a tensor of it is
     /// neither of the two matrices.
     ///
     /// `names` say how it calls them.
-    pub fn open(card: &AdapterCard, names: Names) -> Result<Self, ModelError> {
-        let weights = Weights::open(&card.folder)?;
+    pub fn open(model_config: &AdapterConfig, names: Names) -> Result<Self, ModelError> {
+        let weights = Weights::open(&model_config.folder)?;
         let mut modules: BTreeMap<String, Matrices> = BTreeMap::new();
         for name in weights.names() {
             let (module, is_a) = lora_matrix(name).ok_or_else(|| {
@@ -331,9 +331,9 @@ impl Adapter {
             }
         }
         Ok(Self {
-            rank: card.r as i64,
-            scale: card.scale(),
-            target_modules: card.target_modules.clone(),
+            rank: model_config.r as i64,
+            scale: model_config.scale(),
+            target_modules: model_config.target_modules.clone(),
             modules,
             used: RefCell::default(),
             weights,
@@ -434,7 +434,7 @@ mod tests {
             &at("adapter/adapter_model.safetensors"),
             &[("q_proj.lora_A.weight", a), ("q_proj.lora_B.weight", b)],
         );
-        let card = AdapterCard {
+        let model_config = AdapterConfig {
             folder: at("adapter"),
             r: 1,
             lora_alpha: 0.25,
@@ -445,7 +445,7 @@ mod tests {
         let kind = Kind::BFloat16;
         let merged = Merged {
             base: Reader::new(&base, Device::Cpu, kind, Purpose::Inference),
-            adapter: &Adapter::open(&card, Names::Same).unwrap(),
+            adapter: &Adapter::open(&model_config, Names::Same).unwrap(),
         };
         assert!(merged.adapter.all_used().is_err());
         let weight = merged.take("q_proj.weight", &[1, 2]).unwrap();

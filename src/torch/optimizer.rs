@@ -8,7 +8,7 @@
 
 use tch::{Kind, Tensor};
 
-use super::eight_bit::{BLOCK, Bytes, Table};
+use super::blockwise_quant::{BLOCK, Codebook, QuantizedTensor};
 use ovchat_models::{Optimizer, Schedule};
 
 /// A weight that is trained, by its canonical name.
@@ -29,7 +29,7 @@ pub struct AdamW {
     /// Of each parameter, in the order of the parameters.
     moments: Vec<Moments>,
     /// What bytes stand for, in the first and in the second moment; where they are stored in bytes.
-    tables: Option<[Table; 2]>,
+    tables: Option<[Codebook; 2]>,
 }
 
 /// What AdamW remembers of one parameter.
@@ -48,7 +48,7 @@ pub struct Moments {
 pub enum Moment {
     /// In float32, in the shape of the weights.
     Whole(Tensor),
-    InBytes(Bytes),
+    InBytes(QuantizedTensor),
 }
 
 impl Moment {
@@ -56,7 +56,9 @@ impl Moment {
     pub fn tensors(&self) -> Vec<(&'static str, &Tensor)> {
         match self {
             Self::Whole(tensor) => vec![("", tensor)],
-            Self::InBytes(Bytes { codes, scales }) => vec![(".codes", codes), (".scales", scales)],
+            Self::InBytes(QuantizedTensor { codes, scales }) => {
+                vec![(".codes", codes), (".scales", scales)]
+            }
         }
     }
 
@@ -85,14 +87,14 @@ impl AdamW {
         let device = parameters.first().map(|first| first.tensor.device());
         let tables = device
             .filter(|_| optimizer == Optimizer::Adamw8bit)
-            .map(|device| [true, false].map(|signed| Table::new(signed, device)));
+            .map(|device| [true, false].map(|signed| Codebook::new(signed, device)));
         let zeros = |parameter: &Parameter| match &tables {
             None => [0, 1].map(|_| Moment::Whole(parameter.tensor.zeros_like())),
             Some(tables) => {
                 let count = parameter.tensor.numel() as i64;
                 tables
                     .each_ref()
-                    .map(|table| Moment::InBytes(Bytes::zeros(count, table)))
+                    .map(|table| Moment::InBytes(QuantizedTensor::zeros(count, table)))
             }
         };
         let moments = parameters.iter().map(|parameter| {
@@ -202,8 +204,8 @@ impl Update {
         &self,
         weight: &Tensor,
         gradient: &Tensor,
-        [exp_avg, root]: [&mut Bytes; 2],
-        [signed, unsigned]: &[Table; 2],
+        [exp_avg, root]: [&mut QuantizedTensor; 2],
+        [signed, unsigned]: &[Codebook; 2],
     ) {
         let (weight, gradient) = (weight.view([-1]), gradient.reshape([-1]));
         let count = weight.size()[0];

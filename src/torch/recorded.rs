@@ -6,15 +6,15 @@ use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 
 use super::weights::Weights;
-use ovchat_models::{DeviceSpec, Dtype, LlavaOnevision, Picture, Prompt};
+use ovchat_models::{ChatPrompt, DeviceSpec, Dtype, EncodedImage, LlavaOnevisionSpec};
 
 /// The checkpoint's folder.
 pub fn folder() -> PathBuf {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../..")).join("tests/parity/onevision")
 }
 
-pub fn spec(dtype: Dtype) -> LlavaOnevision {
-    LlavaOnevision {
+pub fn spec(dtype: Dtype) -> LlavaOnevisionSpec {
+    LlavaOnevisionSpec {
         weights: folder(),
         adapter: None,
         device: DeviceSpec::Cpu,
@@ -24,7 +24,7 @@ pub fn spec(dtype: Dtype) -> LlavaOnevision {
 }
 
 /// The recorded prompts: a large picture, a small one, two, none.
-pub fn prompts() -> Vec<Prompt> {
+pub fn prompts() -> Vec<ChatPrompt> {
     let texts: [(&[&str], &str); 4] = [
         (&["large.png"], "What is this?"),
         (&["small.png"], "Why?"),
@@ -34,9 +34,9 @@ pub fn prompts() -> Vec<Prompt> {
     let prompts = texts
         .iter()
         .enumerate()
-        .map(|(index, (names, question))| Prompt {
+        .map(|(index, (names, question))| ChatPrompt {
             id: format!("prompt {index}"),
-            pictures: names.iter().map(|name| picture(name)).collect(),
+            images: names.iter().map(|name| image(name)).collect(),
             system: None,
             turns: Vec::new(),
             question: (*question).to_owned(),
@@ -47,8 +47,8 @@ pub fn prompts() -> Vec<Prompt> {
     prompts.collect()
 }
 
-fn picture(name: &str) -> Picture {
-    Picture {
+fn image(name: &str) -> EncodedImage {
+    EncodedImage {
         id: name.to_owned(),
         bytes: std::fs::read(folder().join(name)).unwrap().into(),
     }

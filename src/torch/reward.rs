@@ -18,13 +18,15 @@ use tch::{Device, Kind, Tensor};
 use super::budget::{Budget, packs, too_large};
 use super::decoder::{Texts, Wanted};
 use super::device;
-use super::edge::guarded;
+use super::error::guarded;
+use super::images::{DecodedImage, PromptImages};
 use super::llava::{Llava, no_adapter};
-use super::pictures::{Pictures, Shown};
 use super::weights::{Weights, refuse};
-use ovchat_models::prep::{HEAD_FILE, JudgeIds, JudgePrep, Sizes, judge_elements};
+use ovchat_models::checkpoint::{HEAD_FILE, Sizes, judge_elements};
+use ovchat_models::preprocess::{JudgeIds, LlavaRlhfProcessor};
 use ovchat_models::{
-    Emit, Group, Judge, LlavaRlhf, ModelError, Picture, RowFault, Score, Telemetry,
+    AnswerGroup, Emit, EncodedImage, Judge, JudgeScore, LlavaRlhfSpec, ModelError, ModelTelemetry,
+    RowFault,
 };
 
 /// Tokens of answers to one prompt that are compared with each other, unless one alone has more.
@@ -33,7 +35,7 @@ const COMPARED_MAX: usize = 512;
 /// A reward model of LLaVA-RLHF with its weights.
 #[derive(Debug)]
 pub struct RewardJudge {
-    prep: JudgePrep,
+    prep: LlavaRlhfProcessor,
     network: RewardNetwork,
     budget: Budget,
 }
@@ -52,19 +54,23 @@ impl RewardJudge {
     ///
     /// Fails when the device does not exist, a file is missing or not what it must be, or a tensor
     /// is missing, of another shape, or has no place in the network.
-    pub fn open(spec: &LlavaRlhf) -> Result<Self, ModelError> {
+    pub fn open(spec: &LlavaRlhfSpec) -> Result<Self, ModelError> {
         let (device, kind) = device::choose(spec.device, spec.dtype)?;
-        let prep = JudgePrep::open(spec)?;
-        let hidden = prep.card.text_config.hidden_size as i64;
+        let prep = LlavaRlhfProcessor::open(spec)?;
+        let hidden = prep.config.text_config.hidden_size as i64;
         let adapter = spec.adapter.as_deref().ok_or_else(|| no_adapter(spec))?;
         // The head first: it is small, and the file that is most often forgotten.
         let head = RewardHead::open(adapter, hidden, device)?;
-        let llava = Llava::open(spec, &prep.card, kind, device)?;
+        let llava = Llava::open(spec, &prep.config, kind, device)?;
         let element = kind.elt_size_in_bytes() as u64;
         let sizes = Sizes {
             // An answer that is read leaves one number.
             row: 0,
-            ..Sizes::new(judge_elements(&prep.card), &prep.card.text_config, element)
+            ..Sizes::new(
+                judge_elements(&prep.config),
+                &prep.config.text_config,
+                element,
+            )
         };
         let network = RewardNetwork {
             llava,
@@ -80,18 +86,21 @@ impl RewardJudge {
     }
 
     /// The groups that can be scored, with their tokens. The others with what is wrong with them.
-    fn queue(&self, groups: &[Group<'_>]) -> (VecDeque<Waiting>, Vec<(usize, RowFault)>) {
+    fn queue(
+        &self,
+        groups: &[AnswerGroup<'_>],
+    ) -> (VecDeque<PendingGroup>, Vec<(usize, RowFault)>) {
         let (prep, budget) = (&self.prep, self.budget);
-        let prepared: Vec<Result<Waiting, RowFault>> = groups
+        let prepared: Vec<Result<PendingGroup, RowFault>> = groups
             .par_iter()
             .enumerate()
             .map(|(index, group)| {
                 let (answers, places) = distinct(prep.ids(group)?);
                 let shared = shared_tokens(&answers);
                 let own = answers.iter().map(|answer| answer.ids.len() - shared);
-                let waiting = Waiting {
+                let waiting = PendingGroup {
                     index,
-                    shown: Shown::of(group.prompt),
+                    shown: DecodedImage::of(group.prompt),
                     tokens: [shared, own.sum()],
                     answers,
                     places,
@@ -112,7 +121,7 @@ impl RewardJudge {
     }
 
     /// The next groups, as many as are read at once.
-    fn next(waiting: &mut VecDeque<Waiting>, budget: &Budget) -> Vec<Waiting> {
+    fn next(waiting: &mut VecDeque<PendingGroup>, budget: &Budget) -> Vec<PendingGroup> {
         let tokens_max = budget.read_tokens.min(budget.tokens);
         let lengths: Vec<usize> = waiting.iter().map(|one| one.tokens.iter().sum()).collect();
         let first = packs(&lengths, tokens_max).first().map_or(0, Range::len);
@@ -123,13 +132,13 @@ impl RewardJudge {
     /// is none.
     fn judge(
         &self,
-        groups: &[Waiting],
-        pictures: &mut Pictures<'_, Vec<f32>>,
-        telemetry: &mut Telemetry,
-    ) -> Result<Vec<Result<Vec<Score>, RowFault>>, ModelError> {
-        let shown: Vec<Shown> = groups.iter().flat_map(|one| one.shown.clone()).collect();
-        let patches = self.prep.card.vision_config.patches();
-        pictures.look(&shown, |pixels| {
+        groups: &[PendingGroup],
+        images: &mut PromptImages<'_, Vec<f32>>,
+        telemetry: &mut ModelTelemetry,
+    ) -> Result<Vec<Result<Vec<JudgeScore>, RowFault>>, ModelError> {
+        let shown: Vec<DecodedImage> = groups.iter().flat_map(|one| one.shown.clone()).collect();
+        let patches = self.prep.config.vision_config.patches();
+        images.look(&shown, |pixels| {
             let begun = Instant::now();
             let features = guarded("looking at pictures", pixels.len(), patches, || {
                 let features = self.network.features(pixels);
@@ -142,7 +151,7 @@ impl RewardJudge {
         let begun = Instant::now();
         let features: Vec<Result<Vec<Tensor>, RowFault>> = groups
             .iter()
-            .map(|group| pictures.features(&group.shown))
+            .map(|group| images.features(&group.shown))
             .collect();
         let seen: Vec<(&[JudgeIds], Option<&Tensor>)> = groups
             .iter()
@@ -169,7 +178,7 @@ impl RewardJudge {
             telemetry.prompt_tokens += prompt;
             telemetry.answer_tokens += answers;
             let rewards: Vec<f32> = rewards.by_ref().take(group.answers.len()).collect();
-            let score = |&place: &usize| Score {
+            let score = |&place: &usize| JudgeScore {
                 reward: rewards[place],
                 reply: None,
                 flips: None,
@@ -183,10 +192,10 @@ impl RewardJudge {
 }
 
 /// A group that is still to be scored.
-struct Waiting {
+struct PendingGroup {
     /// Its place in the call.
     index: usize,
-    shown: Vec<Shown>,
+    shown: Vec<DecodedImage>,
     /// The distinct ones.
     answers: Vec<JudgeIds>,
     /// Where in `answers` each of the group's stands.
@@ -197,8 +206,8 @@ struct Waiting {
 
 impl RewardNetwork {
     /// The features of pictures whose pixels are `[3, side, side]`, `[patches, hidden]` each.
-    pub fn features<P: AsRef<[f32]>>(&self, pictures: &[P]) -> Vec<Tensor> {
-        let pixels: Vec<Tensor> = pictures
+    pub fn features<P: AsRef<[f32]>>(&self, images: &[P]) -> Vec<Tensor> {
+        let pixels: Vec<Tensor> = images
             .iter()
             .map(|pixels| {
                 let pixels = pixels.as_ref();
@@ -216,15 +225,15 @@ impl RewardNetwork {
     /// float32, with their gradients.
     pub fn rewards(&self, prompts: &[(&[JudgeIds], Option<&Tensor>)]) -> Tensor {
         let decoder = self.llava.decoder();
-        let mut beginnings = Vec::with_capacity(prompts.len());
+        let mut prefixes = Vec::with_capacity(prompts.len());
         let mut shared_lengths = Vec::with_capacity(prompts.len());
         for (answers, features) in prompts {
             let shared = shared_tokens(answers);
-            beginnings.push(self.llava.embed(&answers[0], shared, *features));
+            prefixes.push(self.llava.embed(&answers[0], shared, *features));
             shared_lengths.push(shared as i64);
         }
-        let beginnings = Tensor::cat(&beginnings, 0);
-        let (_, prefixes) = decoder.prefill(&beginnings, &shared_lengths, Wanted::Nothing);
+        let prefixes = Tensor::cat(&prefixes, 0);
+        let (_, prefixes) = decoder.prefill(&prefixes, &shared_lengths, Wanted::Nothing);
         let mut ids: Vec<i64> = Vec::new();
         let mut texts = Vec::new();
         for ((answers, _), prefix) in prompts.iter().zip(&prefixes) {
@@ -248,11 +257,11 @@ impl RewardNetwork {
 impl Judge for RewardJudge {
     fn score(
         &mut self,
-        groups: &[Group<'_>],
-        emit: Emit<'_, Vec<Score>>,
-    ) -> Result<Telemetry, ModelError> {
+        groups: &[AnswerGroup<'_>],
+        emit: Emit<'_, Vec<JudgeScore>>,
+    ) -> Result<ModelTelemetry, ModelError> {
         let _no_grad = tch::no_grad_guard();
-        let mut telemetry = Telemetry::default();
+        let mut telemetry = ModelTelemetry::default();
         let (mut waiting, faults) = self.queue(groups);
         telemetry.prompts = waiting.len() as u64;
         for (index, fault) in faults {
@@ -261,14 +270,14 @@ impl Judge for RewardJudge {
             }
         }
         let prep = &self.prep;
-        let decode = |picture: &Picture, _: bool| prep.pixels(picture);
+        let decode = |image: &EncodedImage, _: bool| prep.pixels(image);
         let mut budget = self.budget;
         std::thread::scope(|scope| {
             let shown = waiting.iter().map(|one| groups[one.index].prompt);
-            let mut pictures = Pictures::begin(scope, shown, &decode);
+            let mut images = PromptImages::begin(scope, shown, &decode);
             'groups: while !waiting.is_empty() {
                 let some = Self::next(&mut waiting, &budget);
-                let scored = match self.judge(&some, &mut pictures, &mut telemetry) {
+                let scored = match self.judge(&some, &mut images, &mut telemetry) {
                     Ok(scored) => scored,
                     Err(error @ ModelError::OutOfMemory { .. }) if some.len() == 1 => {
                         vec![Err(too_large(&error))]
@@ -283,20 +292,20 @@ impl Judge for RewardJudge {
                     Err(error) => return Err(error),
                 };
                 for (group, scored) in some.iter().zip(scored) {
-                    pictures.done(&group.shown);
+                    images.done(&group.shown);
                     if emit(group.index, scored).is_break() {
                         break 'groups;
                     }
                 }
             }
-            telemetry.pictures = pictures.tally.pictures;
-            telemetry.tower_passes = pictures.tally.passes;
-            telemetry.seconds_pictures = pictures.tally.seconds_decoding;
-            telemetry.seconds_waiting = pictures.tally.seconds_waiting;
+            telemetry.images = images.tally.images;
+            telemetry.tower_passes = images.tally.passes;
+            telemetry.seconds_pictures = images.tally.seconds_decoding;
+            telemetry.seconds_waiting = images.tally.seconds_waiting;
             Ok::<_, ModelError>(())
         })?;
         telemetry.tokens_max = budget.read_tokens.min(budget.tokens) as u64;
-        telemetry.halvings = budget.halvings;
+        telemetry.oom_retries = budget.oom_retries;
         self.budget = budget.for_next();
         Ok(telemetry)
     }

@@ -5,15 +5,15 @@ use std::path::Path;
 
 use tch::{Device, Kind, Tensor};
 
-use super::edge::guarded;
-use super::eight_bit::Bytes;
+use super::blockwise_quant::QuantizedTensor;
+use super::error::guarded;
 use super::optimizer::{
     AdamW, LearningRate, Moment, Moments, Parameter, clip_gradients, grad_norm, zero_gradients,
 };
 use super::weights::{Weights, save_safetensors};
 use ovchat_models::{ModelError, Optimization};
 
-/// The file in the folder of [`ovchat_models::Learner::save_state`].
+/// The file in the folder of [`ovchat_models::Trainer::save_state`].
 pub const STATE_FILE: &str = "state.safetensors";
 
 /// What completes "out of memory while …": what is done, with one row or several of a kind.
@@ -26,7 +26,7 @@ pub fn doing(what: &str, kind: &str, rows: &[&str]) -> String {
 
 /// The trained weights of a network and what trains them.
 #[derive(Debug)]
-pub struct Training {
+pub struct TrainingState {
     pub parameters: Vec<Parameter>,
     /// The highest learning rate of each parameter.
     rates: Vec<f64>,
@@ -47,7 +47,7 @@ pub struct Update {
     pub learning_rate: f64,
 }
 
-impl Training {
+impl TrainingState {
     /// Fails when the optimizer's state does not fit into the device's memory.
     pub fn new(parameters: Vec<Parameter>, settings: &Optimization) -> Result<Self, ModelError> {
         let optimizer = guarded("making the optimizer's state", 1, 0, || {
@@ -178,10 +178,12 @@ impl Training {
             let moment = |kind: &str, fresh: &Moment| {
                 Ok::<_, ModelError>(match fresh {
                     Moment::Whole(like) => Moment::Whole(read(&format!("{kind}.{name}"), like)?),
-                    Moment::InBytes(Bytes { codes, scales }) => Moment::InBytes(Bytes {
-                        codes: read(&format!("{kind}.{name}.codes"), codes)?,
-                        scales: read(&format!("{kind}.{name}.scales"), scales)?,
-                    }),
+                    Moment::InBytes(QuantizedTensor { codes, scales }) => {
+                        Moment::InBytes(QuantizedTensor {
+                            codes: read(&format!("{kind}.{name}.codes"), codes)?,
+                            scales: read(&format!("{kind}.{name}.scales"), scales)?,
+                        })
+                    }
                 })
             };
             moments.push(Moments {

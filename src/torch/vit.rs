@@ -8,10 +8,10 @@
 
 use tch::Tensor;
 
-use super::chain::Link;
+use super::layer_stack::Layer;
 use super::layers::{Activation, Bias, LayerNorm, Linear, Path};
 use ovchat_models::ModelError;
-use ovchat_models::prep::{self, VisionCard};
+use ovchat_models::checkpoint::VisionConfig;
 
 /// Which of the two ways in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,7 +24,7 @@ pub enum Family {
 
 /// The sizes of a tower, named as in `config.json`.
 #[derive(Debug, Clone, PartialEq)]
-pub struct VitConfig {
+pub struct VitSizes {
     pub family: Family,
     pub hidden_size: i64,
     pub intermediate_size: i64,
@@ -37,23 +37,23 @@ pub struct VitConfig {
     pub layer_norm_eps: f64,
 }
 
-impl VitConfig {
+impl VitSizes {
     /// The sizes that a checkpoint's config tells.
-    pub fn new(family: Family, card: &VisionCard) -> Self {
+    pub fn new(family: Family, model_config: &VisionConfig) -> Self {
         Self {
             family,
-            hidden_size: card.hidden_size as i64,
-            intermediate_size: card.intermediate_size as i64,
-            num_hidden_layers: card.num_hidden_layers as i64,
-            num_attention_heads: card.num_attention_heads as i64,
-            num_channels: card.num_channels as i64,
-            image_size: card.image_size as i64,
-            patch_size: card.patch_size as i64,
-            hidden_act: match card.hidden_act {
-                prep::Activation::GeluTanh => Activation::GeluTanh,
-                prep::Activation::QuickGelu => Activation::QuickGelu,
+            hidden_size: model_config.hidden_size as i64,
+            intermediate_size: model_config.intermediate_size as i64,
+            num_hidden_layers: model_config.num_hidden_layers as i64,
+            num_attention_heads: model_config.num_attention_heads as i64,
+            num_channels: model_config.num_channels as i64,
+            image_size: model_config.image_size as i64,
+            patch_size: model_config.patch_size as i64,
+            hidden_act: match model_config.hidden_act {
+                ovchat_models::checkpoint::Activation::GeluTanh => Activation::GeluTanh,
+                ovchat_models::checkpoint::Activation::QuickGelu => Activation::QuickGelu,
             },
-            layer_norm_eps: card.layer_norm_eps,
+            layer_norm_eps: model_config.layer_norm_eps,
         }
     }
 
@@ -77,7 +77,7 @@ impl Vit {
     /// layer `n` of those counted from 1 gives.
     pub fn new(
         path: &Path,
-        config: &VitConfig,
+        config: &VitSizes,
         hidden_states: &[usize],
     ) -> Result<Self, ModelError> {
         let pre_layrnorm = match config.family {
@@ -101,11 +101,11 @@ impl Vit {
     }
 
     /// [`Vit::forward`] layer by layer; at once where other hidden states than the last are wanted.
-    pub fn links(&self) -> Vec<Link<'_>> {
+    pub fn links(&self) -> Vec<Layer<'_>> {
         if self.hidden_states != [self.layers.len()] {
             return vec![Box::new(|pixels| self.forward(pixels))];
         }
-        let mut links: Vec<Link<'_>> = vec![Box::new(|pixels| self.embed(pixels))];
+        let mut links: Vec<Layer<'_>> = vec![Box::new(|pixels| self.embed(pixels))];
         for layer in &self.layers {
             links.push(Box::new(|xs| layer.forward(xs)));
         }
@@ -155,7 +155,7 @@ struct Embeddings {
 }
 
 impl Embeddings {
-    fn new(path: &Path, config: &VitConfig) -> Result<Self, ModelError> {
+    fn new(path: &Path, config: &VitSizes) -> Result<Self, ModelError> {
         let hidden = config.hidden_size;
         let patch = config.patch_size;
         let patch_embedding = path / "patch_embedding";
@@ -205,7 +205,7 @@ struct EncoderLayer {
 }
 
 impl EncoderLayer {
-    fn new(path: &Path, config: &VitConfig) -> Result<Self, ModelError> {
+    fn new(path: &Path, config: &VitSizes) -> Result<Self, ModelError> {
         let norm = |name| LayerNorm::new(&(path / name), config.hidden_size, config.layer_norm_eps);
         Ok(Self {
             layer_norm1: norm("layer_norm1")?,
@@ -232,7 +232,7 @@ struct Attention {
 }
 
 impl Attention {
-    fn new(path: &Path, config: &VitConfig) -> Result<Self, ModelError> {
+    fn new(path: &Path, config: &VitSizes) -> Result<Self, ModelError> {
         let size = config.hidden_size;
         let linear = |name| Linear::new(&(path / name), size, size, Bias::Yes);
         Ok(Self {
@@ -274,7 +274,7 @@ struct Mlp {
 }
 
 impl Mlp {
-    fn new(path: &Path, config: &VitConfig) -> Result<Self, ModelError> {
+    fn new(path: &Path, config: &VitSizes) -> Result<Self, ModelError> {
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
         Ok(Self {
             fc1: Linear::new(&(path / "fc1"), hidden, inner, Bias::Yes)?,
@@ -293,11 +293,11 @@ impl Mlp {
 mod tests {
     use tch::Kind;
 
-    use super::super::layers::tests::{Made, noise};
+    use super::super::layers::tests::{FakeSource, noise};
     use super::*;
 
-    fn config(family: Family) -> VitConfig {
-        VitConfig {
+    fn config(family: Family) -> VitSizes {
+        VitSizes {
             family,
             hidden_size: 8,
             intermediate_size: 12,
@@ -312,7 +312,7 @@ mod tests {
     }
 
     fn forward(family: Family, hidden_states: &[usize]) -> Tensor {
-        let made = Made::new(Kind::Float, 2);
+        let made = FakeSource::new(Kind::Float, 2);
         let vit = Vit::new(&Path::root(&made), &config(family), hidden_states).unwrap();
         vit.forward(&noise(&[2, 3, 11, 11], 9))
     }
@@ -334,7 +334,7 @@ mod tests {
 
     #[test]
     fn layers_beyond_the_last_that_is_used_are_not_asked_for() {
-        let made = Made::new(Kind::Float, 2);
+        let made = FakeSource::new(Kind::Float, 2);
         Vit::new(&Path::root(&made), &config(Family::Siglip), &[2]).unwrap();
         let names = made.names.into_inner();
         let asked = |name: &str| names.iter().any(|(asked, _)| asked.starts_with(name));

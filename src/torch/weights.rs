@@ -14,7 +14,7 @@ use tch::{Device, Kind, TchError, Tensor};
 
 use super::device::torch_error;
 use ovchat_models::ModelError;
-use ovchat_models::prep::{Element, Place, Shards, TensorInfo};
+use ovchat_models::checkpoint::{Element, Shards, TensorInfo, TensorLocation};
 
 pub use self::save::{save_safetensors, save_torch};
 
@@ -104,7 +104,7 @@ impl Weights {
         self.load(name, file, place, kind(place.element), device)
     }
 
-    fn find(&self, name: &str) -> Result<(usize, &Place), ModelError> {
+    fn find(&self, name: &str) -> Result<(usize, &TensorLocation), ModelError> {
         let missing = || refuse(self.path(), format!("the tensor `{name}` is missing"));
         self.shards.place(name).ok_or_else(missing)
     }
@@ -118,7 +118,7 @@ impl Weights {
         &self,
         name: &str,
         file: usize,
-        place: &Place,
+        place: &TensorLocation,
         wanted: Kind,
         device: Device,
     ) -> Result<Tensor, ModelError> {

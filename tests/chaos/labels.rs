@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use ovchat_data::store::{Label, LabelFiles, Said};
+use ovchat_data::store::{LabelFiles, LabelLine, LabelVerdict};
 use serde_json::{Value, json};
 
 use super::{doom, line_plan, shim};
@@ -91,7 +91,7 @@ struct Own {
     question: u64,
     /// Names it: the milliseconds that it took.
     name: u64,
-    said: Said,
+    said: LabelVerdict,
     /// Whether it was acknowledged, and nothing was heard against it since. Of the others nobody knows
     /// whether they were written, or taken back.
     is_sure: bool,
@@ -144,7 +144,8 @@ impl<'p> Labeler<'p> {
         let question = question.expect("there are questions for all");
         // Who hears nothing says it again, to the next server.
         loop {
-            let said = [Said::Left, Said::Right, Said::Tie][self.numbers.below(3)];
+            let said =
+                [LabelVerdict::Left, LabelVerdict::Right, LabelVerdict::Tie][self.numbers.below(3)];
             self.sent += 1;
             let name = self.sent;
             let body =
@@ -290,28 +291,30 @@ fn what_was_acknowledged_is_there_once_however_often_the_server_is_killed() {
     let (labels, spoiled) = files.read().unwrap();
     assert_eq!(spoiled, 0);
     let lines = std::fs::read_to_string(files.path()).unwrap();
-    let lines: Vec<Label> = lines
+    let lines: Vec<LabelLine> = lines
         .lines()
         .map(|line| serde_json::from_str(line).unwrap())
         .collect();
     let mut possible = 0;
     for Labeler { by, own, .. } in &labelers {
         for own in own {
-            let is_it = |label: &&Label| label.by == *by && label.milliseconds == own.name;
-            let said: Vec<Said> = labels
+            let is_it = |label: &&LabelLine| label.by == *by && label.milliseconds == own.name;
+            let said: Vec<LabelVerdict> = labels
                 .iter()
                 .filter(is_it)
                 .map(|label| label.said)
                 .collect();
             let all = [own.said];
-            let expected: &[Said] = if own.is_sure || !said.is_empty() {
+            let expected: &[LabelVerdict] = if own.is_sure || !said.is_empty() {
                 &all
             } else {
                 &[]
             };
             assert_eq!(said, expected, "{by}: {own:?}");
             let written = lines.iter().filter(is_it);
-            let written = written.filter(|label| label.said != Said::Undone).count();
+            let written = written
+                .filter(|label| label.said != LabelVerdict::Undone)
+                .count();
             assert!(written <= 1, "{by}: {own:?} is there {written} times");
             possible += said.len();
         }
@@ -321,7 +324,7 @@ fn what_was_acknowledged_is_there_once_however_often_the_server_is_killed() {
         labels.len(),
         "a label that was taken back is there"
     );
-    let of = |label: &Label| (label.prompt_id.clone(), label.left, label.right);
+    let of = |label: &LabelLine| (label.prompt_id.clone(), label.left, label.right);
     let mut questions: Vec<_> = labels.iter().map(of).collect();
     questions.sort();
     questions.dedup();

@@ -5,8 +5,8 @@ use std::fmt::Write as _;
 
 use super::super::Failed;
 use super::super::sql::run_table;
-use super::desk::{Questions, sided};
-use ovchat_data::store::{RunFolder, Survey, digest};
+use super::queue::{Questions, sided};
+use ovchat_data::store::{LabelTask, RunFolder, digest};
 use ovchat_data::tables::{Prompt, Row, rows};
 use ovchat_query as query;
 
@@ -15,7 +15,7 @@ const QUESTIONS_MAX: usize = 100_000;
 
 rows! {
     /// Two answers to a prompt, those that matter most first.
-    pub struct Choice: "asked" => {
+    pub struct AnswerPair: "asked" => {
         /// The prompt.
         pub prompt_id: String,
         /// An answer to it.
@@ -27,7 +27,7 @@ rows! {
 
 rows! {
     /// The text of a candidate.
-    pub struct Answer: "answer" => {
+    pub struct CandidateText: "answer" => {
         /// The prompt.
         pub prompt_id: String,
         /// Its number among the answers to the prompt.
@@ -38,25 +38,22 @@ rows! {
 }
 
 /// Finds the questions of a survey, and what they show.
-pub fn find(run: &RunFolder, survey: &Survey) -> Result<Questions, Failed> {
-    let mut tables = vec![run_table(run, &survey.candidates, survey.candidates_round)?];
-    for rewards in &survey.rewards {
-        tables.push(run_table(run, rewards, survey.round)?);
+pub fn find(run: &RunFolder, task: &LabelTask) -> Result<Questions, Failed> {
+    let mut tables = vec![run_table(run, &task.candidates, task.candidates_round)?];
+    for rewards in &task.rewards {
+        tables.push(run_table(run, rewards, task.round)?);
     }
     let mut found = Questions::default();
-    query::run::<Failed>(&sql(survey), &[], &tables, &[], None, |batch| {
-        let rows = Choice::from_batch(&batch);
+    query::run::<Failed>(&sql(task), &[], &tables, &[], None, |batch| {
+        let rows = AnswerPair::from_batch(&batch);
         for row in rows.map_err(|misfit| Failed::Words(misfit.to_string()))? {
             found.list.push(sided(row.prompt_id, row.one, row.other));
         }
         Ok(())
     })?;
-    let columns = format!(
-        "select prompt_id, candidate, text from {}",
-        survey.candidates
-    );
+    let columns = format!("select prompt_id, candidate, text from {}", task.candidates);
     query::run::<Failed>(&columns, &[], &tables, &[], None, |batch| {
-        let rows = Answer::from_batch(&batch);
+        let rows = CandidateText::from_batch(&batch);
         for row in rows.map_err(|misfit| Failed::Words(misfit.to_string()))? {
             let digest = digest(row.text.as_bytes());
             let name = (row.prompt_id, row.candidate);
@@ -66,7 +63,7 @@ pub fn find(run: &RunFolder, survey: &Survey) -> Result<Questions, Failed> {
     })?;
     let named = found.list.iter().map(|question| &question.prompt_id);
     let named: HashSet<&String> = named.collect();
-    for batch in run.reader(&survey.prompts, survey.prompts_round) {
+    for batch in run.reader(&task.prompts, task.prompts_round) {
         let rows = Prompt::from_batch(&batch?);
         for row in rows.map_err(|misfit| Failed::Words(misfit.to_string()))? {
             if named.contains(&row.prompt_id) {
@@ -80,11 +77,11 @@ pub fn find(run: &RunFolder, survey: &Survey) -> Result<Questions, Failed> {
 /// Pairs of different answers to a prompt. First come, of each prompt, the two about which the judges
 /// disagree most: how far apart they find them, in standard deviations of their rewards of the prompt's
 /// answers. A judge that is alone disagrees with itself where it finds two close.
-fn sql(survey: &Survey) -> String {
+fn sql(task: &LabelTask) -> String {
     let mut with = Vec::new();
     let mut joins = String::new();
     let mut apart = Vec::new();
-    for (number, rewards) in survey.rewards.iter().enumerate() {
+    for (number, rewards) in task.rewards.iter().enumerate() {
         with.push(format!(
             "z{number} as (
                 select prompt_id, candidate, case when stddev_pop(reward) over w = 0 then 0 else
@@ -113,7 +110,7 @@ fn sql(survey: &Survey) -> String {
                 select a.prompt_id, a.candidate as one, b.candidate as other
                 from answers a join answers b on a.prompt_id = b.prompt_id and a.candidate < b.candidate
              )",
-            survey.candidates
+            task.candidates
         ),
     );
     format!(

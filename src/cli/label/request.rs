@@ -2,7 +2,7 @@
 
 use serde::Deserialize;
 
-use ovchat_data::store::Said;
+use ovchat_data::store::LabelVerdict;
 
 /// A request that can be answered.
 pub enum Request<'a> {
@@ -15,7 +15,7 @@ pub enum Request<'a> {
     /// Undo of a label, or of the last one of a person.
     Undo { by: String, label: Option<u64> },
     /// The picture with an id.
-    Picture(&'a str),
+    EncodedImage(&'a str),
 }
 
 /// An answer to a question, as the page sends it.
@@ -23,7 +23,7 @@ pub enum Request<'a> {
 pub struct Saying {
     pub by: String,
     pub question: usize,
-    pub said: Said,
+    pub said: LabelVerdict,
     pub milliseconds: u64,
 }
 
@@ -49,7 +49,8 @@ pub fn read<'a>(
         }
         ("POST", "/api/say") => match serde_json::from_slice(body).map_err(malformed)? {
             Saying {
-                said: Said::Undone, ..
+                said: LabelVerdict::Undone,
+                ..
             } => Err((400, "that is not to be said".to_owned())),
             saying => Ok(Request::Say(saying)),
         },
@@ -58,7 +59,7 @@ pub fn read<'a>(
             Ok(Request::Undo { by, label })
         }
         ("GET", path) => match path.strip_prefix("/picture/") {
-            Some(id) => Ok(Request::Picture(id)),
+            Some(id) => Ok(Request::EncodedImage(id)),
             None => Err((404, "there is nothing here".to_owned())),
         },
         _ => Err((405, "that can't be done here".to_owned())),

@@ -74,7 +74,7 @@ impl Asked<'_> {
 }
 
 /// An answer: status, type, content.
-pub struct Answer {
+pub struct HttpResponse {
     pub status: u16,
     pub media: &'static str,
     pub content: Vec<u8>,
@@ -83,13 +83,13 @@ pub struct Answer {
 /// A site: it answers each request.
 pub trait Site {
     /// The answer to somebody who is not let in; asked before a body is read.
-    fn refusal(&self, asked: &Asked<'_>) -> Option<Answer>;
+    fn refusal(&self, asked: &Asked<'_>) -> Option<HttpResponse>;
 
     /// The answer to a request.
-    fn answer(&self, asked: &Asked<'_>, body: &[u8]) -> Answer;
+    fn answer(&self, asked: &Asked<'_>, body: &[u8]) -> HttpResponse;
 
     /// The answer to a request that is refused by its form.
-    fn wrong(&self, status: u16, why: &str) -> Answer;
+    fn wrong(&self, status: u16, why: &str) -> HttpResponse;
 }
 
 /// A server that listens.

@@ -2,14 +2,15 @@
 
 use std::num::NonZeroU32;
 
-use crate::tokens::Tokens;
-use ovchat_models::prep::{
-    Anyres, AtOnce, OnevisionCard, PACK_TOKENS_MAX, PICTURES_AHEAD, PICTURES_AT_ONCE_MAX,
-    Processor, RewardCard, Sizes, TrainingSizes, elements, judge_elements, learned_logits,
+use crate::tokens::TokenCounts;
+use ovchat_models::checkpoint::{
+    AtOnce, IMAGES_AHEAD, IMAGES_AT_ONCE_MAX, LlavaOnevisionConfig, LlavaRlhfConfig,
+    PACK_TOKENS_MAX, Sizes, TrainingSizes, elements, judge_elements, learned_logits,
     size_in_words as size,
 };
+use ovchat_models::preprocess::{Anyres, ImageProcessorConfig};
 use ovchat_models::{
-    Checkpointing, LlavaOnevision, Mode, ModelSpec, Optimizer, Part, Room, Tower, Trained,
+    Checkpointing, LlavaOnevisionSpec, Mode, ModelSpec, Optimizer, Part, Room, Tower, Trained,
 };
 use ovchat_pipeline::config::{Plan, PlannedStage};
 use ovchat_pipeline::stages::{
@@ -96,8 +97,8 @@ fn more_memory(plan: &Plan, model: &ModelName) -> String {
 pub fn computing<'a>(plan: &'a Plan, stage: &'a PlannedStage) -> Option<&'a ModelName> {
     match &stage.spec {
         StageSpec::Sample(sample) => Some(&sample.model),
-        StageSpec::Score(score) => Some(plan.speaker(&score.judge)),
-        StageSpec::Compare(compare) => Some(plan.speaker(&compare.judge)),
+        StageSpec::Score(score) => Some(plan.backing_model(&score.judge)),
+        StageSpec::Compare(compare) => Some(plan.backing_model(&compare.judge)),
         StageSpec::TrainDpo(train) => Some(&train.model),
         StageSpec::TrainSft(train) => Some(&train.model),
         StageSpec::TrainReward(train) => Some(&train.model),
@@ -108,7 +109,7 @@ pub fn computing<'a>(plan: &'a Plan, stage: &'a PlannedStage) -> Option<&'a Mode
 pub fn of_stage(
     plan: &Plan,
     stage: &PlannedStage,
-    tokens: &[Tokens],
+    tokens: &[TokenCounts],
     precision: Precision,
 ) -> Option<Needs> {
     let counted = tokens.iter().find(|one| one.is_of(stage.name.as_str()));
@@ -120,7 +121,7 @@ pub fn of_stage(
         let Some(asking) = plan.models[judge].asking() else {
             return of_judge(plan, judge, precision);
         };
-        let model = plan.speaker(judge);
+        let model = plan.backing_model(judge);
         // Both answers of a pair are asked about twice, with each in front once.
         let (shown, asks) = match asking.mode {
             Mode::Pointwise => (1, answers),
@@ -191,13 +192,13 @@ struct Writing<'a> {
 fn of_writing(
     plan: &Plan,
     writing: &Writing<'_>,
-    spec: &LlavaOnevision,
-    counted: Option<&Tokens>,
+    spec: &LlavaOnevisionSpec,
+    counted: Option<&TokenCounts>,
     precision: Precision,
 ) -> Option<Needs> {
-    let card = OnevisionCard::open(&spec.weights).ok()?;
+    let config = LlavaOnevisionConfig::open(&spec.weights).ok()?;
     let (element, precision) = precision;
-    let sizes = Sizes::new(elements(&card), &card.text_config, element);
+    let sizes = Sizes::new(elements(&config), &config.text_config, element);
     let &Writing {
         answers,
         part,
@@ -205,11 +206,11 @@ fn of_writing(
         ..
     } = writing;
     let new = answers * writing.new;
-    let [picture, tiles] = largest(&card, spec).unwrap_or_default();
-    let (longest, worst) = longest(counted, picture);
+    let [image, tiles] = largest(&config, spec).unwrap_or_default();
+    let (longest, worst) = longest(counted, image);
     let longest = longest + beside;
     let of_tokens = format!(
-        "{} a token; the largest picture ({picture} tokens) and its {answers} answers",
+        "{} a token; the largest picture ({image} tokens) and its {answers} answers",
         size(sizes.token)
     );
     let taken = move |rows: usize, tokens: usize, read: usize| {
@@ -238,7 +239,7 @@ fn of_writing(
             ("weights", sizes.weights, String::new()),
             (
                 "keys and values",
-                sizes.token * (picture + new) as u64,
+                sizes.token * (image + new) as u64,
                 of_tokens,
             ),
             ("logits", sizes.row, "an answer that grows".to_owned()),
@@ -246,7 +247,7 @@ fn of_writing(
         model: writing.model.clone(),
         peak: Box::new(peak),
         worst,
-        pixels: pixels(&card, tiles),
+        pixels: pixels(&config, tiles),
     })
 }
 
@@ -254,13 +255,13 @@ fn of_judge(plan: &Plan, judge: &ModelName, precision: Precision) -> Option<Need
     let ModelSpec::LlavaRlhf(spec) = &plan.models[judge] else {
         return None;
     };
-    let card = RewardCard::open(spec).ok()?;
+    let config = LlavaRlhfConfig::open(spec).ok()?;
     let (element, precision) = precision;
     let sizes = Sizes {
         row: 0,
-        ..Sizes::new(judge_elements(&card), &card.text_config, element)
+        ..Sizes::new(judge_elements(&config), &config.text_config, element)
     };
-    let pixels = judge_pixels(&card);
+    let pixels = judge_pixels(&config);
     let (model, help) = (judge.clone(), more_memory(plan, judge));
     let peak = move |room: Room| {
         let at_once = AtOnce::in_room(room, sizes);
@@ -285,13 +286,13 @@ fn of_judge(plan: &Plan, judge: &ModelName, precision: Precision) -> Option<Need
 fn of_training(
     plan: &Plan,
     stage: &TrainDpo,
-    spec: &LlavaOnevision,
-    tokens: &[Tokens],
+    spec: &LlavaOnevisionSpec,
+    tokens: &[TokenCounts],
     precision: Precision,
 ) -> Option<Needs> {
-    let card = OnevisionCard::open(&spec.weights).ok()?;
+    let config = LlavaOnevisionConfig::open(&spec.weights).ok()?;
     let (element, precision) = precision;
-    let sizes = stage.sizes(&card, element);
+    let sizes = stage.sizes(&config, element);
     let mut items = vec![
         (
             "weights",
@@ -301,10 +302,10 @@ fn of_training(
         ("gradients", sizes.gradients, String::new()),
         ("moments", sizes.moments, "of AdamW".to_owned()),
     ];
-    let [picture, tiles] = largest(&card, spec).unwrap_or_default();
+    let [image, tiles] = largest(&config, spec).unwrap_or_default();
     let sampled = sampled(plan);
     let new = ANSWERS * answer_tokens(plan);
-    let largest_pair = picture + new;
+    let largest_pair = image + new;
     let remark = format!(
         "the largest picture and two answers, {largest_pair} tokens and {tiles} tiles; {} where layers \
          are computed again",
@@ -313,7 +314,7 @@ fn of_training(
     items.push(("activations", sizes.remembered(largest_pair, tiles), remark));
     let counted =
         sampled.and_then(|(table, _)| tokens.iter().find(|one| one.is_of(table.as_str())));
-    let (longest, worst) = longest(counted, picture);
+    let (longest, worst) = longest(counted, image);
     let checkpointing = stage.activation_checkpointing;
     let pair = longest + new;
     // Short pairs go side by side.
@@ -342,38 +343,38 @@ fn of_training(
         model: stage.model.clone(),
         peak: Box::new(peak),
         worst,
-        pixels: pixels(&card, tiles),
+        pixels: pixels(&config, tiles),
     })
 }
 
-fn of_lessons(plan: &Plan, stage: &TrainSft, counted: Option<&Tokens>) -> Option<Needs> {
-    let (sizes, text, picture, tiles, pixels) = match &plan.models[&stage.model] {
+fn of_lessons(plan: &Plan, stage: &TrainSft, counted: Option<&TokenCounts>) -> Option<Needs> {
+    let (sizes, text, image, tiles, pixels) = match &plan.models[&stage.model] {
         ModelSpec::LlavaOnevision(spec) => {
-            let card = OnevisionCard::open(&spec.weights).ok()?;
+            let config = LlavaOnevisionConfig::open(&spec.weights).ok()?;
             let parts = Part::ALL.into_iter();
             let parts =
                 parts.filter(|part| stage.tower == Tower::Train || *part != Part::VisionTower);
             let trained = Trained::Parts(parts.map(|part| (part, None)).collect());
-            let [picture, tiles] = largest(&card, spec).unwrap_or_default();
-            let sizes = TrainingSizes::new(&card, &trained, Optimizer::Adamw, 4);
-            let pixels = pixels(&card, tiles);
-            (sizes, card.text_config, picture, tiles, pixels)
+            let [image, tiles] = largest(&config, spec).unwrap_or_default();
+            let sizes = TrainingSizes::new(&config, &trained, Optimizer::Adamw, 4);
+            let pixels = pixels(&config, tiles);
+            (sizes, config.text_config, image, tiles, pixels)
         }
         ModelSpec::LlavaRlhf(spec) => {
-            let card = RewardCard::open(spec).ok()?;
-            let sizes = TrainingSizes::of_base(&card, stage.tower);
-            let pixels = judge_pixels(&card);
+            let config = LlavaRlhfConfig::open(spec).ok()?;
+            let sizes = TrainingSizes::of_base(&config, stage.tower);
+            let pixels = judge_pixels(&config);
             (
                 sizes,
-                card.text_config,
-                card.vision_config.patches(),
+                config.text_config,
+                config.vision_config.patches(),
                 1,
                 pixels,
             )
         }
         _ => return None,
     };
-    let (longest, worst) = longest(counted, picture);
+    let (longest, worst) = longest(counted, image);
     let at_once = side_by_side(longest, stage.batch_prompts);
     let learned = counted.map_or(ANSWER_TOKENS, |counted| counted.learned_of(at_once));
     let remark = format!("of {learned} tokens that are learned at once");
@@ -390,19 +391,23 @@ fn of_lessons(plan: &Plan, stage: &TrainSft, counted: Option<&Tokens>) -> Option
     Some(steps.needs())
 }
 
-fn of_reward_training(plan: &Plan, stage: &TrainReward, counted: Option<&Tokens>) -> Option<Needs> {
+fn of_reward_training(
+    plan: &Plan,
+    stage: &TrainReward,
+    counted: Option<&TokenCounts>,
+) -> Option<Needs> {
     let ModelSpec::LlavaRlhf(spec) = &plan.models[&stage.model] else {
         return None;
     };
-    let card = RewardCard::open(spec).ok()?;
-    let rank = card.adapter.as_ref().map(|adapter| adapter.r);
+    let config = LlavaRlhfConfig::open(spec).ok()?;
+    let rank = config.adapter.as_ref().map(|adapter| adapter.r);
     let rank = rank.unwrap_or(stage.rank.get() as usize);
-    let sizes = TrainingSizes::of_adapter(&card, rank);
-    let picture = card.vision_config.patches();
+    let sizes = TrainingSizes::of_adapter(&config, rank);
+    let image = config.vision_config.patches();
     let (longest, worst) = if counted.is_some() {
-        longest(counted, picture)
+        longest(counted, image)
     } else {
-        let pair = picture + ANSWERS * ANSWER_TOKENS;
+        let pair = image + ANSWERS * ANSWER_TOKENS;
         let words = "a picture and two answers of";
         (
             pair,
@@ -417,7 +422,7 @@ fn of_reward_training(plan: &Plan, stage: &TrainReward, counted: Option<&Tokens>
         tiles: 0,
         logits: None,
         worst,
-        pixels: judge_pixels(&card),
+        pixels: judge_pixels(&config),
     };
     Some(steps.needs())
 }
@@ -473,21 +478,24 @@ impl Steps<'_> {
 }
 
 /// The tokens of the longest row, and which it is; of the largest picture where none was counted.
-fn longest(counted: Option<&Tokens>, picture: usize) -> (usize, String) {
+fn longest(counted: Option<&TokenCounts>, image: usize) -> (usize, String) {
     match counted {
         Some(counted) => (counted.longest(), counted.worst()),
         None => (
-            picture,
-            format!("the largest picture takes {picture} tokens, no prompt was counted yet"),
+            image,
+            format!("the largest picture takes {image} tokens, no prompt was counted yet"),
         ),
     }
 }
 
 /// Tokens and tiles of the picture that has most.
-fn largest(card: &OnevisionCard, spec: &LlavaOnevision) -> Option<[usize; 2]> {
-    let side = card.vision_config.image_size;
-    let anyres = Anyres::new(card, &Processor::open_onevision(&spec.weights, side).ok()?);
-    let sizes = card.image_grid_pinpoints.iter();
+fn largest(config: &LlavaOnevisionConfig, spec: &LlavaOnevisionSpec) -> Option<[usize; 2]> {
+    let side = config.vision_config.image_size;
+    let anyres = Anyres::new(
+        config,
+        &ImageProcessorConfig::open_onevision(&spec.weights, side).ok()?,
+    );
+    let sizes = config.image_grid_pinpoints.iter();
     let packings = sizes.map(|&[height, width]| anyres.single(height, width));
     packings
         .map(|packing| [packing.tokens(), packing.tiles()])
@@ -495,15 +503,15 @@ fn largest(card: &OnevisionCard, spec: &LlavaOnevision) -> Option<[usize; 2]> {
 }
 
 /// Bytes of the pixels of pictures that wait for the network, in float32, each of so many tiles.
-fn pixels(card: &OnevisionCard, tiles: usize) -> u64 {
-    let vision = &card.vision_config;
+fn pixels(config: &LlavaOnevisionConfig, tiles: usize) -> u64 {
+    let vision = &config.vision_config;
     let tile = 4 * vision.num_channels * vision.image_size.pow(2);
-    ((PICTURES_AHEAD + PICTURES_AT_ONCE_MAX) * tiles * tile) as u64
+    ((IMAGES_AHEAD + IMAGES_AT_ONCE_MAX) * tiles * tile) as u64
 }
 
 /// The same for a reward model, which takes a picture as a whole.
-fn judge_pixels(card: &RewardCard) -> u64 {
-    let vision = &card.vision_config;
-    let picture = 4 * vision.num_channels * vision.image_size.pow(2);
-    ((PICTURES_AHEAD + PICTURES_AT_ONCE_MAX) * picture) as u64
+fn judge_pixels(config: &LlavaRlhfConfig) -> u64 {
+    let vision = &config.vision_config;
+    let image = 4 * vision.num_channels * vision.image_size.pow(2);
+    ((IMAGES_AHEAD + IMAGES_AT_ONCE_MAX) * image) as u64
 }

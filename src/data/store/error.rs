@@ -33,9 +33,9 @@ pub enum StoreError {
     Locked { path: PathBuf, holder: String },
     /// Another process takes what people say.
     #[error(
-        "`{survey}` is asked by {holder}; open the page that it serves, or stop it and start this one again"
+        "`{task}` is asked by {holder}; open the page that it serves, or stop it and start this one again"
     )]
-    Asked { survey: String, holder: String },
+    Asked { task: String, holder: String },
     /// The folder holds the run of another pipeline.
     #[error(
         "{} holds a run of the pipeline `{found}`, not of `{wanted}`; choose another folder with --run",
@@ -57,7 +57,7 @@ pub enum StoreError {
     Manifest { path: PathBuf, problem: String },
     /// A picture of the run is gone or has changed (only with `keep_images: reference`).
     #[error("picture {id}: {problem}")]
-    Picture { id: String, problem: String },
+    EncodedImage { id: String, problem: String },
     /// Somebody asked to stop while a file was read.
     #[error("interrupted")]
     Stopped,

@@ -12,8 +12,8 @@ use super::parquet::schema_of_file;
 use super::place::{below_cache, cache_name, places};
 use super::rebuild::{RECORDS, record_name};
 use super::{
-    CheckpointRecord, Event, FileRecord, Fork, Lock, Made, Manifest, Parked, PartRecord,
-    StoreError, TableReader, TableWriter, create_folder, hash_file, write_folder,
+    ArchivedTable, CheckpointRecord, Event, FileRecord, Fork, Lock, Manifest, PartRecord,
+    StoreError, TableReader, TableVersion, TableWriter, create_folder, hash_file, write_folder,
 };
 
 /// Folders for what is written beside the rows of tables.
@@ -206,7 +206,7 @@ impl RunFolder {
     }
 
     /// Strikes out what is parked, and removes its files. What it was is returned.
-    pub fn forget_parked(&mut self) -> Result<Vec<Parked>, StoreError> {
+    pub fn forget_archived(&mut self) -> Result<Vec<ArchivedTable>, StoreError> {
         let parked = std::mem::take(&mut self.manifest.parked);
         self.manifest.rewrite()?;
         self.sweep_cache()?;
@@ -283,7 +283,7 @@ impl RunFolder {
 
     /// The SHA-256 of a file that the manifest lists.
     fn sha256(&self, name: &str) -> Option<String> {
-        let made: Vec<&Made> = self.manifest.versions().collect();
+        let made: Vec<&TableVersion> = self.manifest.versions().collect();
         let files = made.iter().flat_map(|made| made.all_files());
         let mut files = files.chain(&self.manifest.images);
         if let Some(file) = files.find(|file| file.file == name) {
@@ -407,7 +407,7 @@ impl RunFolder {
     /// see nothing that the manifest doesn't know. Only files with our names, in our folders.
     fn sweep(&self) -> Result<(), StoreError> {
         let versions = || self.manifest.versions();
-        let listed = versions().flat_map(Made::all_files);
+        let listed = versions().flat_map(TableVersion::all_files);
         let listed: HashSet<&str> = listed
             .chain(&self.manifest.images)
             .map(|file| file.file.as_str())
@@ -488,14 +488,14 @@ impl RunFolder {
                 .all(|(name, bytes)| has_size(&format!("{folder}/{name}"), *bytes))
         };
         let whole = |part: &PartRecord| part.all_files().all(&there);
-        let folders_there = |made: &Made| {
+        let folders_there = |made: &TableVersion| {
             let mut checkpoint = made.checkpoint.iter();
             let mut states = made.states.iter();
             checkpoint.all(|checkpoint| folder_there(&checkpoint.folder, &checkpoint.files))
                 && states.all(|state| folder_there(&state.folder, &state.files))
         };
         let mut lost = Vec::new();
-        let mut survivor = |made: &Made| {
+        let mut survivor = |made: &TableVersion| {
             if made.parts.iter().all(&whole) && folders_there(made) {
                 return Some(made.clone());
             }
@@ -516,13 +516,13 @@ impl RunFolder {
             let made = made.back_at(&newest);
             made.parts.iter().all(&whole).then_some(made)
         };
-        let mut kept: Vec<Made> = self
+        let mut kept: Vec<TableVersion> = self
             .manifest
             .made
             .iter()
             .filter_map(&mut survivor)
             .collect();
-        let mut staged: Vec<Made> = self
+        let mut staged: Vec<TableVersion> = self
             .manifest
             .staged
             .iter()

@@ -51,7 +51,7 @@ impl Images {
 
     /// The bytes of a picture, from the run or, with `keep_images: reference`, from where it lay.
     pub fn bytes(&mut self, image_id: &str) -> Result<Arc<[u8]>, StoreError> {
-        let fault = |problem: String| StoreError::Picture {
+        let fault = |problem: String| StoreError::EncodedImage {
             id: image_id.to_owned(),
             problem,
         };

@@ -21,7 +21,7 @@ pub const NUMBER_MAX: u64 = 1 << 53;
 
 /// What people are asked about the candidates of a round.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Survey {
+pub struct LabelTask {
     /// The table that waits.
     pub table: String,
     pub round: Option<u32>,
@@ -39,7 +39,7 @@ pub struct Survey {
 /// What somebody said.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Said {
+pub enum LabelVerdict {
     Left,
     Right,
     Tie,
@@ -52,7 +52,7 @@ pub enum Said {
 
 /// A label: two answers side by side, and what somebody said of them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Label {
+pub struct LabelLine {
     /// Its number among those of the survey.
     pub id: u64,
     pub prompt_id: String,
@@ -61,7 +61,7 @@ pub struct Label {
     pub right: i32,
     pub left_digest: String,
     pub right_digest: String,
-    pub said: Said,
+    pub said: LabelVerdict,
     /// Who said it.
     pub by: String,
     /// When, in seconds since 1970.
@@ -88,7 +88,7 @@ impl LabelFiles {
     }
 
     /// Every survey of a run.
-    pub fn surveys(root: &Path) -> Vec<Survey> {
+    pub fn surveys(root: &Path) -> Vec<LabelTask> {
         let entries = fs::read_dir(root.join(LABELS)).into_iter().flatten();
         let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
         let mut paths: Vec<PathBuf> = paths
@@ -105,16 +105,16 @@ impl LabelFiles {
     }
 
     /// Says what people are to be asked.
-    pub fn ask(&self, survey: &Survey) -> Result<(), StoreError> {
+    pub fn ask(&self, task: &LabelTask) -> Result<(), StoreError> {
         create_folder(&self.folder)?;
-        let text = serde_json::to_vec_pretty(survey).expect("names and numbers are valid JSON");
+        let text = serde_json::to_vec_pretty(task).expect("names and numbers are valid JSON");
         write_atomically(&self.folder.join(format!("{}.json", self.stem)), &text)
     }
 
     /// The labels that count, in the order of their ids, and how many lines are none: they were cut off, or
     /// something else has written them.
-    pub fn read(&self) -> Result<(Vec<Label>, usize), StoreError> {
-        Label::read(&self.path())
+    pub fn read(&self) -> Result<(Vec<LabelLine>, usize), StoreError> {
+        LabelLine::read(&self.path())
     }
 
     /// Opens the file of labels for the one who writes them, or says who does.
@@ -136,7 +136,7 @@ impl LabelFiles {
     }
 }
 
-impl Label {
+impl LabelLine {
     /// Reads a file of labels, see [`LabelFiles::read`].
     pub fn read(path: &Path) -> Result<(Vec<Self>, usize), StoreError> {
         let mut words = BTreeMap::new();
@@ -147,8 +147,8 @@ impl Label {
 }
 
 /// Takes a line in, as the last word on its id. Returns whether it is a label.
-fn take(words: &mut BTreeMap<u64, Label>, line: &[u8]) -> bool {
-    let label = serde_json::from_slice::<Label>(line).ok();
+fn take(words: &mut BTreeMap<u64, LabelLine>, line: &[u8]) -> bool {
+    let label = serde_json::from_slice::<LabelLine>(line).ok();
     let label = label.filter(|label| {
         let numbers = [label.id, label.at, label.milliseconds];
         numbers.iter().all(|number| *number <= NUMBER_MAX)
@@ -157,15 +157,15 @@ fn take(words: &mut BTreeMap<u64, Label>, line: &[u8]) -> bool {
 }
 
 /// The labels that were not taken back.
-fn counting(words: &BTreeMap<u64, Label>) -> Vec<Label> {
-    let counts = |label: &&Label| label.said != Said::Undone;
+fn counting(words: &BTreeMap<u64, LabelLine>) -> Vec<LabelLine> {
+    let counts = |label: &&LabelLine| label.said != LabelVerdict::Undone;
     words.values().filter(counts).cloned().collect()
 }
 
 /// The one who writes what people say.
 pub struct LabelWriter {
     /// The labels that counted when it was opened, in the order of their ids.
-    pub labels: Vec<Label>,
+    pub labels: Vec<LabelLine>,
     /// An id that no label has, nor one that was taken back.
     pub next_id: u64,
     /// What was set aside, in words.
@@ -177,7 +177,7 @@ pub struct LabelWriter {
 
 impl LabelWriter {
     /// Adds a label, and waits until it is on the disk.
-    pub fn add(&mut self, label: &Label) -> Result<(), StoreError> {
+    pub fn add(&mut self, label: &LabelLine) -> Result<(), StoreError> {
         let line = serde_json::to_vec(label).expect("names and numbers are valid JSON");
         let added = self.file.append(&line);
         added.map_err(StoreError::io("write", &self.path))
@@ -193,7 +193,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let files = LabelFiles::new(folder.path(), "pairs", Some(2));
         assert!(files.read().unwrap().0.is_empty());
-        let label = |id, said| Label {
+        let label = |id, said| LabelLine {
             id,
             prompt_id: "p".to_owned(),
             left: 0,
@@ -209,7 +209,11 @@ mod tests {
         let refused = files.write().err().expect("one writer").to_string();
         let this = format!("process {}", std::process::id());
         assert!(refused.contains(&this), "{refused}");
-        for (id, said) in [(0, Said::Left), (1, Said::Tie), (0, Said::Undone)] {
+        for (id, said) in [
+            (0, LabelVerdict::Left),
+            (1, LabelVerdict::Tie),
+            (0, LabelVerdict::Undone),
+        ] {
             writer.add(&label(id, said)).unwrap();
         }
         drop(writer);
@@ -220,14 +224,14 @@ mod tests {
         assert_eq!(files.read().unwrap().1, 1);
         let mut writer = files.write().unwrap();
         assert!(writer.note.is_some());
-        writer.add(&label(3, Said::Right)).unwrap();
+        writer.add(&label(3, LabelVerdict::Right)).unwrap();
         let (labels, spoiled) = files.read().unwrap();
         let said: Vec<_> = labels.iter().map(|label| (label.id, label.said)).collect();
         assert_eq!(
             (&said[..], spoiled),
-            (&[(1, Said::Tie), (3, Said::Right)][..], 0)
+            (&[(1, LabelVerdict::Tie), (3, LabelVerdict::Right)][..], 0)
         );
-        writer.add(&label(9, Said::Undone)).unwrap();
+        writer.add(&label(9, LabelVerdict::Undone)).unwrap();
         drop(writer);
         assert_eq!(files.write().unwrap().next_id, 10, "no id comes twice");
     }

@@ -28,9 +28,9 @@ impl Lock {
     }
 
     /// Takes the lock of a survey, or says who has it.
-    pub fn of_survey(path: &Path, survey: &str) -> Result<Self, StoreError> {
+    pub fn of_survey(path: &Path, task: &str) -> Result<Self, StoreError> {
         Self::of(path, |holder| StoreError::Asked {
-            survey: survey.to_owned(),
+            task: task.to_owned(),
             holder,
         })
     }

@@ -98,7 +98,7 @@ pub struct CheckpointRecord {
 
 /// A table in one round: what decided it and what was made of it so far.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Made {
+pub struct TableVersion {
     pub table: String,
     /// `None` for a static table.
     pub round: Option<u32>,
@@ -126,7 +126,7 @@ pub struct Made {
     pub expected: Expected,
 }
 
-impl Made {
+impl TableVersion {
     pub fn is(&self, table: &str, round: Option<u32>) -> bool {
         self.table == table && self.round == round
     }
@@ -150,7 +150,7 @@ impl PartRecord {
     }
 }
 
-impl Made {
+impl TableVersion {
     pub fn files(&self) -> impl Iterator<Item = &FileRecord> {
         self.parts.iter().flat_map(|part| &part.files)
     }
@@ -215,8 +215,8 @@ pub struct Fork {
 
 /// A superseded table, kept in `.cache` in case its settings come back.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Parked {
-    pub made: Made,
+pub struct ArchivedTable {
+    pub made: TableVersion,
 }
 
 /// One commit.
@@ -224,7 +224,7 @@ pub struct Parked {
 #[serde(rename_all = "snake_case")]
 pub enum Event {
     /// A table is begun.
-    Begin(Made),
+    Begin(TableVersion),
     /// A part is done.
     Part {
         table: String,
@@ -242,21 +242,21 @@ pub enum Event {
         checkpoint: Option<CheckpointRecord>,
     },
     /// A new version of a complete table is begun, or goes on.
-    Stage(Made),
+    Stage(TableVersion),
     /// A staged version is set aside, as far as it got. Its files stay where they are.
     ParkStaged { table: String, round: Option<u32> },
     /// A complete version becomes the table, and the one before is set aside, as are other tables in its
     /// way. The records say where the files of all lie afterwards.
     Replace {
-        old: Option<Made>,
-        new: Made,
+        old: Option<TableVersion>,
+        new: TableVersion,
         #[serde(default)]
-        others: Vec<Made>,
+        others: Vec<TableVersion>,
     },
     /// A table was superseded; its files lie where the record now says.
-    Park(Made),
+    Park(TableVersion),
     /// A superseded table is current again.
-    Unpark(Made),
+    Unpark(TableVersion),
     /// New pictures.
     Images(FileRecord),
 }
@@ -271,12 +271,12 @@ pub struct Manifest {
     pub pipeline: String,
     /// The pipeline file that was run last, and the settings as meant.
     pub source: Value,
-    pub made: Vec<Made>,
+    pub made: Vec<TableVersion>,
     /// Versions, begun or complete, in whose way complete ones of `made` are. Their files lie below
     /// `.cache/<key>` until they are complete and as expected, and replace the others.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub staged: Vec<Made>,
-    pub parked: Vec<Parked>,
+    pub staged: Vec<TableVersion>,
+    pub parked: Vec<ArchivedTable>,
     pub images: Vec<FileRecord>,
     /// Where its first rounds come from, if not from here.
     #[serde(default)]
@@ -484,28 +484,28 @@ impl Manifest {
     }
 
     /// What was made of a table in a round (`None`: the static table).
-    pub fn find(&self, table: &str, round: Option<u32>) -> Option<&Made> {
+    pub fn find(&self, table: &str, round: Option<u32>) -> Option<&TableVersion> {
         self.made.iter().find(|made| made.is(table, round))
     }
 
     /// The staged version of a table in a round.
-    pub fn staged(&self, table: &str, round: Option<u32>) -> Option<&Made> {
+    pub fn staged(&self, table: &str, round: Option<u32>) -> Option<&TableVersion> {
         self.staged.iter().find(|made| made.is(table, round))
     }
 
     /// The version of a table that is being made: the staged one, or the table itself.
-    pub fn under_way(&self, table: &str, round: Option<u32>) -> Option<&Made> {
+    pub fn under_way(&self, table: &str, round: Option<u32>) -> Option<&TableVersion> {
         self.staged(table, round)
             .or_else(|| self.find(table, round))
     }
 
-    fn under_way_mut(&mut self, table: &str, round: Option<u32>) -> Option<&mut Made> {
+    fn under_way_mut(&mut self, table: &str, round: Option<u32>) -> Option<&mut TableVersion> {
         let all = self.staged.iter_mut().chain(&mut self.made);
         all.into_iter().find(|made| made.is(table, round))
     }
 
     /// Every version of a table that has files: current, staged, parked.
-    pub fn versions(&self) -> impl Iterator<Item = &Made> {
+    pub fn versions(&self) -> impl Iterator<Item = &TableVersion> {
         let parked = self.parked.iter().map(|parked| &parked.made);
         self.made.iter().chain(&self.staged).chain(parked)
     }
@@ -562,7 +562,7 @@ impl Manifest {
                 }
             }
             Event::Stage(made) => {
-                self.forget_parked(&made);
+                self.forget_archived(&made);
                 self.staged
                     .retain(|other| !other.is(&made.table, made.round));
                 self.staged.push(made);
@@ -571,11 +571,11 @@ impl Manifest {
                 let staged = self.staged.iter().position(|made| made.is(&table, round));
                 if let Some(position) = staged {
                     let made = self.staged.remove(position);
-                    self.park(made);
+                    self.archive(made);
                 }
             }
             Event::Replace { old, new, others } => {
-                self.forget_parked(&new);
+                self.forget_archived(&new);
                 self.staged.retain(|made| !made.is(&new.table, new.round));
                 let current = self
                     .made
@@ -587,18 +587,18 @@ impl Manifest {
                 }
                 for other in others {
                     self.remove(&other.table.clone(), other.round);
-                    self.park(other);
+                    self.archive(other);
                 }
                 if let Some(old) = old {
-                    self.park(old);
+                    self.archive(old);
                 }
             }
             Event::Park(made) => {
                 self.remove(&made.table.clone(), made.round);
-                self.park(made);
+                self.archive(made);
             }
             Event::Unpark(made) => {
-                self.forget_parked(&made);
+                self.forget_archived(&made);
                 self.remove(&made.table.clone(), made.round);
                 self.made.push(made);
             }
@@ -610,13 +610,13 @@ impl Manifest {
         self.made.retain(|made| !made.is(table, round));
     }
 
-    fn park(&mut self, made: Made) {
-        self.forget_parked(&made);
-        self.parked.push(Parked { made });
+    fn archive(&mut self, made: TableVersion) {
+        self.forget_archived(&made);
+        self.parked.push(ArchivedTable { made });
     }
 
-    fn forget_parked(&mut self, made: &Made) {
-        self.parked.retain(|Parked { made: other }| {
+    fn forget_archived(&mut self, made: &TableVersion) {
+        self.parked.retain(|ArchivedTable { made: other }| {
             !(other.is(&made.table, made.round) && other.key == made.key)
         });
     }
@@ -634,8 +634,8 @@ pub(super) fn probe_writable(folder: &Path) -> Result<(), StoreError> {
 mod tests {
     use super::*;
 
-    fn made(table: &str) -> Made {
-        Made {
+    fn made(table: &str) -> TableVersion {
+        TableVersion {
             table: table.to_owned(),
             round: Some(1),
             kind: None,

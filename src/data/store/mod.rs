@@ -30,12 +30,12 @@ pub use fingerprint::{Fingerprints, hash_file};
 pub use folder::{Opened, RunFolder, TableFile, files_in};
 pub use images::Images;
 pub use key::{Key, digest};
-pub use labels::{LABELS, Label, LabelFiles, LabelWriter, NUMBER_MAX, Said, Survey};
+pub use labels::{LABELS, LabelFiles, LabelLine, LabelTask, LabelVerdict, LabelWriter, NUMBER_MAX};
 pub use lock::{Lock, lock_holder};
 pub use lookup::{Lookup, Name};
 pub use manifest::{
-    CheckpointRecord, Event, Expected, FileRecord, Fork, Made, Manifest, Parked, PartRecord,
-    StateRecord, Took,
+    ArchivedTable, CheckpointRecord, Event, Expected, FileRecord, Fork, Manifest, PartRecord,
+    StateRecord, TableVersion, Took,
 };
 pub use parquet::{
     BLOCK, ParquetStream, TableReader, TableWriter, read_file, schema_of_file, unstorable,

@@ -235,7 +235,7 @@ impl Pages {
                 "its columns up to `{path}` claim more values than a file of its size has"
             )));
         }
-        let is_sound = match page.encoding() {
+        let is_intact = match page.encoding() {
             Encoding::DELTA_BINARY_PACKED | Encoding::DELTA_LENGTH_BYTE_ARRAY => self
                 .values_of(page)
                 .and_then(Deltas::read)
@@ -251,7 +251,7 @@ impl Pages {
             }
             _ => true,
         };
-        if is_sound {
+        if is_intact {
             Ok(())
         } else {
             Err(wrong(format!(

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use arrow::datatypes::SchemaRef;
 
-use super::{Made, TableWriter};
+use super::{TableVersion, TableWriter};
 
 /// The place of the files of one version of a table.
 #[derive(Debug, Clone)]
@@ -84,7 +84,7 @@ pub(super) fn table_folder(table: &str, round: Option<u32>, has_round_column: bo
 }
 
 /// The files and folders of a version, relative to the run's folder; states stay where they are.
-pub(super) fn places(made: &Made) -> impl Iterator<Item = &str> {
+pub(super) fn places(made: &TableVersion) -> impl Iterator<Item = &str> {
     let files = made.all_files().map(|file| file.file.as_str());
     let checkpoint = made
         .checkpoint
@@ -97,7 +97,7 @@ pub(super) fn places(made: &Made) -> impl Iterator<Item = &str> {
 
 /// The folder of a version that is staged or parked, below `.cache`. Tables that are made once have folders
 /// of their own: the place of one holds the places of its rounds, under the same key perhaps.
-pub(super) fn cache_name(made: &Made) -> String {
+pub(super) fn cache_name(made: &TableVersion) -> String {
     match made.round {
         Some(_) => made.key.clone(),
         None => format!("{}.once", made.key),
@@ -105,12 +105,12 @@ pub(super) fn cache_name(made: &Made) -> String {
 }
 
 /// The same relative to the run's folder, with a slash at its end.
-pub(super) fn below_cache(made: &Made) -> String {
+pub(super) fn below_cache(made: &TableVersion) -> String {
     format!(".cache/{}/", cache_name(made))
 }
 
 /// The name that a file of a staged or parked version has in its place.
-pub(super) fn in_place<'n>(name: &'n str, made: &Made) -> &'n str {
+pub(super) fn in_place<'n>(name: &'n str, made: &TableVersion) -> &'n str {
     // Earlier versions had one folder for a key.
     let of_key = || name.strip_prefix(&format!(".cache/{}/", made.key));
     let stripped = name.strip_prefix(&below_cache(made)).or_else(of_key);
@@ -118,13 +118,13 @@ pub(super) fn in_place<'n>(name: &'n str, made: &Made) -> &'n str {
 }
 
 /// The record of a version in its place.
-pub(super) fn placed(made: Made) -> Made {
+pub(super) fn placed(made: TableVersion) -> TableVersion {
     let staged = made.clone();
     relocated(made, |file| in_place(file, &staged).to_owned())
 }
 
 /// The record of a version whose files have other names.
-fn relocated(mut made: Made, name: impl Fn(&str) -> String) -> Made {
+fn relocated(mut made: TableVersion, name: impl Fn(&str) -> String) -> TableVersion {
     for part in &mut made.parts {
         let beside = part.rejects.iter_mut().chain(&mut part.telemetry);
         for file in part.files.iter_mut().chain(beside) {
@@ -138,7 +138,7 @@ fn relocated(mut made: Made, name: impl Fn(&str) -> String) -> Made {
 }
 
 /// The record of a version that lies in its place, moved below `.cache/<key>`.
-pub(super) fn relocated_below_cache(made: Made) -> Made {
+pub(super) fn relocated_below_cache(made: TableVersion) -> TableVersion {
     let below = below_cache(&made);
     relocated(made, |file| format!("{below}{file}"))
 }

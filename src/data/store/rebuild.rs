@@ -12,7 +12,9 @@ use serde::{Deserialize, Serialize};
 use super::folder::RunFolder;
 use super::manifest::PREVIOUS;
 use super::place::{placed, relocated_below_cache};
-use super::{Fork, Made, Manifest, Parked, StoreError, create_folder, hash_file, sealed};
+use super::{
+    ArchivedTable, Fork, Manifest, StoreError, TableVersion, create_folder, hash_file, sealed,
+};
 
 /// Where records lie, below the run's folder.
 pub(super) const RECORDS: &str = ".cache/records";
@@ -23,11 +25,11 @@ struct Record {
     format: u32,
     pipeline: String,
     fork: Option<Fork>,
-    made: Made,
+    made: TableVersion,
 }
 
 /// The name of a version's record.
-pub(super) fn record_name(made: &Made) -> String {
+pub(super) fn record_name(made: &TableVersion) -> String {
     let round = made
         .round
         .map_or_else(|| "once".to_owned(), |round| round.to_string());
@@ -129,7 +131,7 @@ fn proved(folder: &Path) -> Result<Option<Manifest>, StoreError> {
         if manifest.find(&made.table, made.round).is_none() && is_whole(folder, &made) {
             manifest.made.push(made);
         } else if is_whole(folder, &parked) {
-            manifest.parked.push(Parked { made: parked });
+            manifest.parked.push(ArchivedTable { made: parked });
         }
     }
     if let Some(manifest) = &mut manifest {
@@ -140,7 +142,7 @@ fn proved(folder: &Path) -> Result<Option<Manifest>, StoreError> {
 }
 
 /// True if all files of a version lie there as they were written.
-fn is_whole(folder: &Path, made: &Made) -> bool {
+fn is_whole(folder: &Path, made: &TableVersion) -> bool {
     let files: Vec<(String, &str)> = made.hashes().collect();
     let is_known = made
         .checkpoint
@@ -177,7 +179,7 @@ impl RunFolder {
         }
     }
 
-    fn write_record_of(&self, made: &Made) -> Result<(), StoreError> {
+    fn write_record_of(&self, made: &TableVersion) -> Result<(), StoreError> {
         let record = Record {
             format: self.manifest.format,
             pipeline: self.manifest.pipeline.clone(),
@@ -194,7 +196,7 @@ impl RunFolder {
     /// written. Each is read once.
     pub fn flaws<'m>(
         &self,
-        versions: impl IntoIterator<Item = &'m Made>,
+        versions: impl IntoIterator<Item = &'m TableVersion>,
         with_images: bool,
     ) -> Vec<Flaw> {
         let mut files: BTreeMap<String, Option<&str>> = BTreeMap::new();
@@ -246,7 +248,7 @@ impl RunFolder {
     pub fn record_flaws(&self) -> Vec<Flaw> {
         let made = self.manifest.made.iter();
         let complete = made.filter(|made| made.complete);
-        let flaw = |made: &Made| {
+        let flaw = |made: &TableVersion| {
             let file = format!("{RECORDS}/{}", record_name(made));
             let problem = match fs::read(self.root.join(&file)) {
                 Ok(text) => sealed::flaw(&text)?.to_owned(),
@@ -271,7 +273,7 @@ impl RunFolder {
 
     /// Puts spoiled files aside, and strikes out what the run has lost. Returns what was wrong.
     pub fn set_flaws_aside(&mut self) -> Result<Vec<Flaw>, StoreError> {
-        let versions: Vec<Made> = self.manifest.versions().cloned().collect();
+        let versions: Vec<TableVersion> = self.manifest.versions().cloned().collect();
         let flaws = self.flaws(&versions, true);
         for flaw in &flaws {
             let path = self.root.join(&flaw.file);

@@ -19,7 +19,8 @@ use super::place::{
     Place, below_cache, in_place, placed, places, relocated_below_cache, table_folder,
 };
 use super::{
-    CheckpointRecord, Event, FileRecord, Made, StoreError, create_folder, hash_file, sync_folder,
+    CheckpointRecord, Event, FileRecord, StoreError, TableVersion, create_folder, hash_file,
+    sync_folder,
 };
 
 impl RunFolder {
@@ -46,7 +47,11 @@ impl RunFolder {
 
     /// Records a version that is begun. It is staged while complete versions are in its way, see
     /// [`Self::displaced`]; unfinished ones are parked.
-    pub fn begin(&mut self, made: Made, checkpoint: Option<&str>) -> Result<(), StoreError> {
+    pub fn begin(
+        &mut self,
+        made: TableVersion,
+        checkpoint: Option<&str>,
+    ) -> Result<(), StoreError> {
         let event = if self.make_way(&made, checkpoint)? {
             Event::Begin(made)
         } else {
@@ -56,7 +61,7 @@ impl RunFolder {
     }
 
     /// Records what changed about a version under way.
-    pub fn record(&mut self, made: Made) -> Result<(), StoreError> {
+    pub fn record(&mut self, made: TableVersion) -> Result<(), StoreError> {
         let is_staged = self.manifest.staged(&made.table, made.round).is_some();
         self.commit(if is_staged {
             Event::Stage(made)
@@ -74,7 +79,7 @@ impl RunFolder {
         round: Option<u32>,
         key: Option<&str>,
         checkpoint: Option<&str>,
-    ) -> impl Iterator<Item = &Made> {
+    ) -> impl Iterator<Item = &TableVersion> {
         self.manifest.made.iter().filter(move |other| {
             let is_table = other.table == table
                 && (other.round == round || other.round.is_some() != round.is_some());
@@ -98,7 +103,11 @@ impl RunFolder {
     }
 
     /// Parks the unfinished versions in the way of this one. False if a complete one is in its way.
-    fn make_way(&mut self, made: &Made, checkpoint: Option<&str>) -> Result<bool, StoreError> {
+    fn make_way(
+        &mut self,
+        made: &TableVersion,
+        checkpoint: Option<&str>,
+    ) -> Result<bool, StoreError> {
         if self.is_blocked(&made.table, made.round, &made.key, checkpoint) {
             return Ok(false);
         }
@@ -107,24 +116,24 @@ impl RunFolder {
             .map(|other| (other.table.clone(), other.round))
             .collect();
         for (table, round) in displaced {
-            self.park(&table, round)?;
+            self.archive(&table, round)?;
         }
         Ok(true)
     }
 
     /// Moves a table that was superseded into `.cache/<key>`, where readers do not look.
-    pub fn park(&mut self, table: &str, round: Option<u32>) -> Result<(), StoreError> {
+    pub fn archive(&mut self, table: &str, round: Option<u32>) -> Result<(), StoreError> {
         let Some(made) = self.manifest.find(table, round).cloned() else {
             return Ok(());
         };
-        self.park_staged(table, round)?;
+        self.archive_staged(table, round)?;
         let parked = relocated_below_cache(made);
         self.commit(Event::Park(parked.clone()))?;
-        self.move_parked(&parked)
+        self.move_archived(&parked)
     }
 
     /// Sets a staged version aside, as far as it got.
-    pub fn park_staged(&mut self, table: &str, round: Option<u32>) -> Result<(), StoreError> {
+    pub fn archive_staged(&mut self, table: &str, round: Option<u32>) -> Result<(), StoreError> {
         if self.manifest.staged(table, round).is_none() {
             return Ok(());
         }
@@ -134,7 +143,7 @@ impl RunFolder {
 
     /// Brings back the parked version with this key, if there is one: staged while complete versions are
     /// in its way, else in its place.
-    pub fn unpark(
+    pub fn restore(
         &mut self,
         table: &str,
         round: Option<u32>,
@@ -168,11 +177,11 @@ impl RunFolder {
         let checkpoint = new.checkpoint.as_ref().map(|one| one.folder.as_str());
         let displaced = self.displaced(table, round, None, checkpoint).cloned();
         let displaced = displaced.map(relocated_below_cache);
-        let (old, others): (Vec<Made>, Vec<Made>) =
+        let (old, others): (Vec<TableVersion>, Vec<TableVersion>) =
             displaced.partition(|made| made.is(table, round));
         let old = old.into_iter().next();
         for other in &others {
-            self.park_staged(&other.table, other.round)?;
+            self.archive_staged(&other.table, other.round)?;
         }
         self.commit(Event::Replace {
             old: old.clone(),
@@ -180,10 +189,10 @@ impl RunFolder {
             others: others.clone(),
         })?;
         for other in &others {
-            self.move_parked(other)?;
+            self.move_archived(other)?;
         }
         self.settle(&new, false)?;
-        old.map_or(Ok(()), |old| self.move_parked(&old))
+        old.map_or(Ok(()), |old| self.move_archived(&old))
     }
 
     /// True if commits have recorded moves of current versions that are not made.
@@ -198,16 +207,17 @@ impl RunFolder {
     /// Finishes the moves that commits have recorded, and that a crash may have cut off.
     pub(super) fn finish_moves(&self) -> Result<(), StoreError> {
         let parked = || self.manifest.parked.iter().map(|parked| &parked.made);
-        let has_current = |made: &Made| self.manifest.find(&made.table, made.round).is_some();
+        let has_current =
+            |made: &TableVersion| self.manifest.find(&made.table, made.round).is_some();
         // Tables that others took the place of go first, as when they were replaced.
         for made in parked().filter(|made| !has_current(made)) {
-            self.move_parked(made)?;
+            self.move_archived(made)?;
         }
         for made in &self.manifest.made {
             self.settle(made, true)?;
         }
         for made in parked() {
-            self.move_parked(made)?;
+            self.move_archived(made)?;
         }
         Ok(())
     }
@@ -215,7 +225,7 @@ impl RunFolder {
     /// Moves the files of a current version from `.cache/<key>` to their place. The files of the version
     /// before, if they are there, go to `.cache` under its own key. `again` if some of the moves may have
     /// been made before a crash: then hashes tell the versions apart.
-    fn settle(&self, made: &Made, again: bool) -> Result<(), StoreError> {
+    fn settle(&self, made: &TableVersion, again: bool) -> Result<(), StoreError> {
         let below = below_cache(made);
         if !self.root.join(&below).exists() {
             return Ok(());
@@ -236,7 +246,7 @@ impl RunFolder {
 
     fn settle_folder(
         &self,
-        made: &Made,
+        made: &TableVersion,
         folder: &str,
         files: &[(String, u64, Option<String>)],
         again: bool,
@@ -280,7 +290,7 @@ impl RunFolder {
     }
 
     /// Files beside the rows lie in folders of several tables: each is replaced by its own rename.
-    fn settle_beside(&self, made: &Made) -> Result<(), StoreError> {
+    fn settle_beside(&self, made: &TableVersion) -> Result<(), StoreError> {
         let below = below_cache(made);
         let new: Vec<&FileRecord> = made.rejects().chain(made.telemetry()).collect();
         if !new
@@ -336,7 +346,7 @@ impl RunFolder {
     }
 
     /// Moves the files of a parked version out of the places that no current version has.
-    fn move_parked(&self, parked: &Made) -> Result<(), StoreError> {
+    fn move_archived(&self, parked: &TableVersion) -> Result<(), StoreError> {
         let current: HashSet<&str> = self.manifest.made.iter().flat_map(places).collect();
         for name in places(parked) {
             let before = in_place(name, parked);
@@ -364,7 +374,7 @@ impl RunFolder {
     /// their places; `made` is the version before it was completed, and still lists the parts.
     pub(super) fn put_in_place(
         &self,
-        made: &Made,
+        made: &TableVersion,
         checkpoint: Option<&CheckpointRecord>,
     ) -> Result<(), StoreError> {
         if let Some(checkpoint) = checkpoint {

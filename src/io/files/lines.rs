@@ -115,7 +115,7 @@ impl LineFile {
                     if count > 0 {
                         let sound = match &mut sound {
                             Some(sound) => sound,
-                            none => none.insert(beginning(path, end, &new)?),
+                            none => none.insert(prefix(path, end, &new)?),
                         };
                         sound.write_all(line)?;
                         sound.write_all(b"\n")?;
@@ -181,7 +181,7 @@ impl LineFile {
 }
 
 /// A new file that begins with so many bytes of another one. What a crash left of it is overwritten.
-fn beginning(path: &Path, bytes: u64, new: &Path) -> io::Result<BufWriter<File>> {
+fn prefix(path: &Path, bytes: u64, new: &Path) -> io::Result<BufWriter<File>> {
     let mut sound = BufWriter::new(File::create(new)?);
     io::copy(&mut File::open(path)?.take(bytes), &mut sound)?;
     Ok(sound)

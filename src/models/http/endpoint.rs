@@ -7,7 +7,7 @@ use serde_json::Value;
 use ureq::tls::TlsConfig;
 
 use super::Http;
-use super::journal::TOKENS_MAX;
+use super::call_log::TOKENS_MAX;
 use crate::tls;
 use ovchat_io::mask::Mask;
 
@@ -16,7 +16,7 @@ const SHOWN_MAX: usize = 300;
 
 /// What a try gave. Texts of the endpoint are masked.
 pub enum Try {
-    Replied(Said),
+    Replied(EndpointReply),
     /// This question can't be put, others can; in words.
     Refused(String),
     /// Nothing can be asked any more; in words.
@@ -53,7 +53,7 @@ impl Try {
 }
 
 /// A reply.
-pub struct Said {
+pub struct EndpointReply {
     pub text: String,
     /// Tokens that were read and written, as far as the endpoint says so and it can be.
     pub tokens: [u64; 2],
@@ -134,7 +134,7 @@ impl Endpoint {
             Ok(text) => text,
             Err(error) => return self.broken(&error),
         };
-        let complaint = || format!("it says {status}: {}", self.shown(&text));
+        let diagnostic = || format!("it says {status}: {}", self.shown(&text));
         match status {
             200..=299 => self.read(&text),
             300..=399 => Try::Failed(format!(
@@ -149,15 +149,15 @@ impl Endpoint {
                 more: format!(": {}", self.shown(&text)),
                 presence: Presence::Speaks,
             },
-            400 | 413 | 415 | 422 => Try::Refused(complaint()),
+            400 | 413 | 415 | 422 => Try::Refused(diagnostic()),
             401 | 403 => {
                 let key = match &self.key_env {
                     Some(name) => format!("; the key is that of {name}"),
                     None => "; `key_env` names the variable with the key".to_owned(),
                 };
-                Try::Failed(complaint() + &key)
+                Try::Failed(diagnostic() + &key)
             }
-            _ => Try::Failed(complaint()),
+            _ => Try::Failed(diagnostic()),
         }
     }
 
@@ -182,7 +182,7 @@ impl Endpoint {
             ));
             0
         });
-        Try::Replied(Said {
+        Try::Replied(EndpointReply {
             text: self.mask.hide(reply),
             tokens,
             note,

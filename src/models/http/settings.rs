@@ -188,14 +188,14 @@ mod tests {
             ("", "is not an http or https URL"),
             ("https://example.com/v1?key=1", "has a query or a fragment"),
         ] {
-            let complaint = read(text).unwrap_err();
-            assert!(complaint.contains(problem), "{text}: {complaint}");
+            let diagnostic = read(text).unwrap_err();
+            assert!(diagnostic.contains(problem), "{text}: {diagnostic}");
             assert!(
-                complaint.contains("https://api.openai.com/v1"),
-                "{complaint}"
+                diagnostic.contains("https://api.openai.com/v1"),
+                "{diagnostic}"
             );
         }
-        for (text, complaint) in [
+        for (text, diagnostic) in [
             (
                 "http://localhost:99999/v1",
                 "`http://localhost:99999/v1` has the port 99999, and ports go from 1 to 65535",
@@ -210,7 +210,7 @@ mod tests {
                  `https://api.openai.com/v1`, to which `/chat/completions` is appended",
             ),
         ] {
-            assert_eq!(read(text).unwrap_err(), complaint);
+            assert_eq!(read(text).unwrap_err(), diagnostic);
         }
     }
 }

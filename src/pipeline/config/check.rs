@@ -1,15 +1,15 @@
 //! What only the whole file can show: names that lead nowhere, models in the wrong role. Tables and their
 //! columns are followed in [`super::lineage`], files in [`super::paths`].
 
-use super::answers;
-use super::complaint::{At, Complaint};
-use super::guess::guess;
-use super::pipeline::{Entry, Written};
+use super::answer_counts;
+use super::diagnostic::{At, Diagnostic};
+use super::pipeline::{Entry, PipelineSpec};
 use super::queries::no_number;
+use super::serde_messages::listed;
 use super::source::KeyPath;
 use super::sql;
-use super::words::listed;
-use crate::stages::{AFTER, ModelName, NAME_MAX, REFERENCE, Role, StageSpec, TableName};
+use super::suggest::suggest;
+use crate::stages::{AFTER, ModelName, ModelRole, NAME_MAX, REFERENCE, StageSpec, TableName};
 use ovchat_data::tables::{Judged, Row as _};
 use ovchat_models::{ModelSpec, SqlReward};
 use ovchat_query as query;
@@ -95,33 +95,35 @@ const SQL_WORDS: [&str; 62] = [
 ];
 
 /// Every complaint and warning about names, roles and training.
-pub fn names_and_roles(written: &Written) -> Vec<Complaint> {
-    let mut complaints = Vec::new();
-    long_names(written, &mut complaints);
-    table_names(written, &mut complaints);
+pub fn names_and_roles(written: &PipelineSpec) -> Vec<Diagnostic> {
+    let mut diagnostics = Vec::new();
+    long_names(written, &mut diagnostics);
+    table_names(written, &mut diagnostics);
     for (stage, is_evaluation) in all_stages(written) {
-        roles(stage, written, &mut complaints);
+        roles(stage, written, &mut diagnostics);
         if is_evaluation {
-            no_training(stage, &mut complaints);
+            no_training(stage, &mut diagnostics);
         }
     }
-    trained_once(written, &mut complaints);
-    speakers(written, &mut complaints);
-    expressions(written, &mut complaints);
-    finished(written, &mut complaints);
-    complaints.extend(answers::too_few(written));
-    unused(written, &mut complaints);
-    complaints
+    trained_once(written, &mut diagnostics);
+    backing_models(written, &mut diagnostics);
+    expressions(written, &mut diagnostics);
+    finished(written, &mut diagnostics);
+    diagnostics.extend(answer_counts::too_few(written));
+    unused(written, &mut diagnostics);
+    diagnostics
 }
 
 /// The stages, then those under `evaluate`, and whether it is one of these.
-pub fn all_stages(written: &Written) -> impl Iterator<Item = (&Entry<TableName, StageSpec>, bool)> {
+pub fn all_stages(
+    written: &PipelineSpec,
+) -> impl Iterator<Item = (&Entry<TableName, StageSpec>, bool)> {
     let stages = written.stages.iter().map(|stage| (stage, false));
     stages.chain(written.evaluate.iter().map(|stage| (stage, true)))
 }
 
 /// Names that no folder can have, or that leave no room for those that begin with them.
-fn long_names(written: &Written, complaints: &mut Vec<Complaint>) {
+fn long_names(written: &PipelineSpec, diagnostics: &mut Vec<Diagnostic>) {
     let stages = all_stages(written).map(|(stage, _)| (stage.name.as_str(), &stage.path));
     let models = written.models.iter();
     let models = models.map(|model| (model.name.as_str(), &model.path));
@@ -131,58 +133,59 @@ fn long_names(written: &Written, complaints: &mut Vec<Complaint>) {
         if name.len() > NAME_MAX {
             let length = name.len();
             let message = format!("the name has {length} characters, and may have {NAME_MAX}");
-            let complaint = Complaint::new("config::name", At::key(path.clone()), message);
-            complaints
-                .push(complaint.help("choose a shorter one: folders and files are named by it"));
+            let diagnostic = Diagnostic::new("config::name", At::key(path.clone()), message);
+            diagnostics
+                .push(diagnostic.help("choose a shorter one: folders and files are named by it"));
         }
     }
 }
 
-fn table_names(written: &Written, complaints: &mut Vec<Complaint>) {
+fn table_names(written: &PipelineSpec, diagnostics: &mut Vec<Diagnostic>) {
     for (stage, is_evaluation) in all_stages(written) {
         let name = stage.name.as_str();
         let at = At::key(stage.path.clone());
-        if let Some(complaint) = reserved(written, &stage.name, &at) {
-            complaints.push(complaint);
+        if let Some(diagnostic) = reserved(written, &stage.name, &at) {
+            diagnostics.push(diagnostic);
         } else if is_evaluation
             && let Some(first) = written.stages.iter().find(|first| first.name == stage.name)
         {
             let message = format!("`{name}` is both in `stages` and in `evaluate`");
-            let complaint = Complaint::new("config::duplicate", at, message)
+            let diagnostic = Diagnostic::new("config::duplicate", at, message)
                 .label("the second time")
                 .also(At::key(first.path.clone()), "the first time")
                 .help("tables of both lie in one run: rename one of them");
-            complaints.push(complaint);
+            diagnostics.push(diagnostic);
         }
     }
     // Views are asked by their names as tables are.
     for view in &written.report {
-        complaints.extend(reserved(written, &view.name, &At::key(view.path.clone())));
+        diagnostics.extend(reserved(written, &view.name, &At::key(view.path.clone())));
     }
 }
 
 /// The complaint about a name that means something else.
-fn reserved(written: &Written, name: &TableName, at: &At) -> Option<Complaint> {
-    let complaint = |message: String| Complaint::new("config::reserved_name", at.clone(), message);
-    let complaint = if SIDE_TABLES.contains(&name.as_str()) {
-        complaint(format!(
+fn reserved(written: &PipelineSpec, name: &TableName, at: &At) -> Option<Diagnostic> {
+    let diagnostic =
+        |message: String| Diagnostic::new("config::reserved_name", at.clone(), message);
+    let diagnostic = if SIDE_TABLES.contains(&name.as_str()) {
+        diagnostic(format!(
             "`{name}` is the name of something that every run makes by itself"
         ))
     } else if SQL_WORDS.contains(&name.as_str()) {
-        complaint(format!(
+        diagnostic(format!(
             "`{name}` is a word of SQL, so no query could name this table"
         ))
     } else {
         let training = training_of_reference(written, name.as_str())?;
         let message = format!("the training `{}` makes a table `{name}`", training.name);
-        complaint(message).also(At::key(training.path.clone()), "the training")
+        diagnostic(message).also(At::key(training.path.clone()), "the training")
     };
-    Some(complaint.help("choose another name"))
+    Some(diagnostic.help("choose another name"))
 }
 
 /// The training whose table of reference log-probabilities has this name.
 fn training_of_reference<'a>(
-    written: &'a Written,
+    written: &'a PipelineSpec,
     name: &str,
 ) -> Option<&'a Entry<TableName, StageSpec>> {
     let training = name.strip_suffix(REFERENCE)?;
@@ -192,7 +195,11 @@ fn training_of_reference<'a>(
     })
 }
 
-fn roles(stage: &Entry<TableName, StageSpec>, written: &Written, complaints: &mut Vec<Complaint>) {
+fn roles(
+    stage: &Entry<TableName, StageSpec>,
+    written: &PipelineSpec,
+    diagnostics: &mut Vec<Diagnostic>,
+) {
     for used in stage.spec.iter().flat_map(|spec| spec.as_stage().uses()) {
         let at = At::value(stage.settings.key(used.field));
         let model = used.model.as_str();
@@ -201,7 +208,7 @@ fn roles(stage: &Entry<TableName, StageSpec>, written: &Written, complaints: &mu
             .iter()
             .find(|entry| entry.name == *used.model)
         else {
-            complaints.push(unknown_model(used.model, at, written));
+            diagnostics.push(unknown_model(used.model, at, written));
             continue;
         };
         let Some(spec) = &entry.spec else {
@@ -225,52 +232,52 @@ fn roles(stage: &Entry<TableName, StageSpec>, written: &Written, complaints: &mu
             format!("models that can {deed}: {}", listed(able))
         };
         let message = format!("`{model}` is a `{}`, which can't {deed}", spec.network());
-        let complaint = Complaint::new("config::wrong_role", at, message)
+        let diagnostic = Diagnostic::new("config::wrong_role", at, message)
             .also(At::key(entry.settings.clone()), "its network");
-        complaints.push(complaint.help(help));
+        diagnostics.push(diagnostic.help(help));
     }
 }
 
-fn unknown_model(model: &ModelName, at: At, written: &Written) -> Complaint {
+fn unknown_model(model: &ModelName, at: At, written: &PipelineSpec) -> Diagnostic {
     let known: Vec<&str> = written
         .models
         .iter()
         .map(|entry| entry.name.as_str())
         .collect();
     let is_table = all_stages(written).any(|(stage, _)| stage.name.as_str() == model.as_str());
-    let complaint = Complaint::new(
+    let diagnostic = Diagnostic::new(
         "config::unknown_model",
         at,
         format!("there is no model `{model}`"),
     )
-    .guess(guess(model.as_str(), known.iter().copied()));
+    .suggest(suggest(model.as_str(), known.iter().copied()));
     match (is_table, known.is_empty()) {
-        (true, _) => complaint.help(format!("`{model}` is a table; a model must stand here")),
-        (false, true) => complaint.help("the pipeline has no models: add them under `models`"),
-        (false, false) => complaint.help(format!("the models are {}", listed(known))),
+        (true, _) => diagnostic.help(format!("`{model}` is a table; a model must stand here")),
+        (false, true) => diagnostic.help("the pipeline has no models: add them under `models`"),
+        (false, false) => diagnostic.help(format!("the models are {}", listed(known))),
     }
 }
 
-fn no_training(stage: &Entry<TableName, StageSpec>, complaints: &mut Vec<Complaint>) {
+fn no_training(stage: &Entry<TableName, StageSpec>, diagnostics: &mut Vec<Diagnostic>) {
     let uses = stage.spec.iter().flat_map(|spec| spec.as_stage().uses());
     for used in uses.filter(|used| used.role.learns()) {
         let message = format!(
             "`{}` trains `{}`, but an evaluation trains nothing",
             stage.name, used.model
         );
-        let complaint = Complaint::new(
+        let diagnostic = Diagnostic::new(
             "config::training_in_evaluate",
             At::key(stage.settings.clone()),
             message,
         );
-        complaints.push(complaint.help("move it to `stages`"));
+        diagnostics.push(diagnostic.help("move it to `stages`"));
     }
 }
 
 /// Trainings of one model in a round form a chain, or its name would mean two checkpoints: all but
 /// the first go on from another, no two from the same. Rounds that train nothing are all the same.
-fn trained_once(written: &Written, complaints: &mut Vec<Complaint>) {
-    struct Training<'a> {
+fn trained_once(written: &PipelineSpec, diagnostics: &mut Vec<Diagnostic>) {
+    struct TrainedModel<'a> {
         table: &'a TableName,
         model: &'a ModelName,
         after: Option<&'a TableName>,
@@ -279,14 +286,14 @@ fn trained_once(written: &Written, complaints: &mut Vec<Complaint>) {
         /// Where `after` stands.
         at_after: At,
     }
-    let mut trainings: Vec<Training> = Vec::new();
+    let mut trainings: Vec<TrainedModel> = Vec::new();
     for stage in &written.stages {
         let Some(spec) = stage.spec.as_ref().map(StageSpec::as_stage) else {
             continue;
         };
         let after = spec.inputs().into_iter().find(|input| input.field == AFTER);
         for used in spec.uses().into_iter().filter(|used| used.role.learns()) {
-            trainings.push(Training {
+            trainings.push(TrainedModel {
                 table: &stage.name,
                 model: used.model,
                 after: after.as_ref().and_then(|input| input.table),
@@ -309,9 +316,9 @@ fn trained_once(written: &Written, complaints: &mut Vec<Complaint>) {
                 "`{}` goes on from `{after}`, which does not train `{}`",
                 training.table, training.model
             );
-            let complaint = Complaint::new("config::after", training.at_after.clone(), message)
+            let diagnostic = Diagnostic::new("config::after", training.at_after.clone(), message)
                 .also(At::key(stage.settings.clone()), "not a training of it");
-            complaints.push(complaint.help("name a `train_…` stage of the same model"));
+            diagnostics.push(diagnostic.help("name a `train_…` stage of the same model"));
             continue;
         }
         let rival = trainings[..number]
@@ -322,10 +329,10 @@ fn trained_once(written: &Written, complaints: &mut Vec<Complaint>) {
                 "`{}` is trained by two stages of a round that start from the same weights",
                 training.model
             );
-            let complaint = Complaint::new("config::trained_twice", training.at.clone(), message)
+            let diagnostic = Diagnostic::new("config::trained_twice", training.at.clone(), message)
                 .label("the second training")
                 .also(rival.at.clone(), "the first training");
-            complaints.push(complaint.help(format!(
+            diagnostics.push(diagnostic.help(format!(
                 "let the second go on where the first ends (`after: {}`), or train on the rows of \
                  both: `sql` can unite two tables",
                 rival.table
@@ -340,13 +347,13 @@ fn trained_once(written: &Written, complaints: &mut Vec<Complaint>) {
             "{} rounds, but no stage trains a model",
             written.rounds.max()
         );
-        let warning = Complaint::warning("config::nothing_trained", at, message);
-        complaints.push(warning.help("rounds differ only in their random numbers then"));
+        let warning = Diagnostic::warning("config::nothing_trained", at, message);
+        diagnostics.push(warning.help("rounds differ only in their random numbers then"));
     }
 }
 
 /// A reward that is an expression must be one, and a number.
-fn expressions(written: &Written, complaints: &mut Vec<Complaint>) {
+fn expressions(written: &PipelineSpec, diagnostics: &mut Vec<Diagnostic>) {
     for entry in &written.models {
         let Some(ModelSpec::Sql(reward)) = &entry.spec else {
             continue;
@@ -354,17 +361,17 @@ fn expressions(written: &Written, complaints: &mut Vec<Complaint>) {
         let tables = [(SqlReward::TABLE.to_owned(), Judged::schema())];
         let at = At::value(entry.settings.key("reward"));
         if let Some(problem) = query::reach_beyond(&reward.sql_as_it_is(), "prompt_id") {
-            let complaint = Complaint::new("config::sql", at, problem);
-            complaints.push(complaint.help(
+            let diagnostic = Diagnostic::new("config::sql", at, problem);
+            diagnostics.push(diagnostic.help(
                 "a reward is computed part by part, from its answer and the other answers to the prompt",
             ));
             continue;
         }
         let of_kind = query::plan(&reward.sql_as_it_is(), &tables, &[]);
-        let complaint = match of_kind.ok().and_then(|schema| no_number(&schema)) {
+        let diagnostic = match of_kind.ok().and_then(|schema| no_number(&schema)) {
             Some(kind) => {
                 let message = format!("the reward must be a number, and is {kind}");
-                Complaint::new("config::sql", at, message).help(
+                Diagnostic::new("config::sql", at, message).help(
                     "write one expression, such as: case when text = answer then 1 else 0 end",
                 )
             }
@@ -379,14 +386,14 @@ fn expressions(written: &Written, complaints: &mut Vec<Complaint>) {
                 }
             },
         };
-        complaints.push(complaint);
+        diagnostics.push(diagnostic);
     }
 }
 
 /// A model that speaks for a judge must be there and able to.
-fn speakers(written: &Written, complaints: &mut Vec<Complaint>) {
+fn backing_models(written: &PipelineSpec, diagnostics: &mut Vec<Diagnostic>) {
     for entry in &written.models {
-        let Some(named) = entry.spec.as_ref().and_then(ModelSpec::speaker) else {
+        let Some(named) = entry.spec.as_ref().and_then(ModelSpec::backing_model) else {
             continue;
         };
         let at = At::value(entry.settings.key("model"));
@@ -405,24 +412,24 @@ fn speakers(written: &Written, complaints: &mut Vec<Complaint>) {
         } else {
             format!("there is no model `{named}`")
         };
-        let complaint = Complaint::new("config::unknown_model", at, message);
-        let complaint = complaint.guess(guess(named, able.iter().copied()));
-        complaints.push(match &able[..] {
-            [] => complaint.help("add a `llava_onevision` under `models`"),
-            able => complaint.help(format!("models that can: {}", listed(able.iter().copied()))),
+        let diagnostic = Diagnostic::new("config::unknown_model", at, message);
+        let diagnostic = diagnostic.suggest(suggest(named, able.iter().copied()));
+        diagnostics.push(match &able[..] {
+            [] => diagnostic.help("add a `llava_onevision` under `models`"),
+            able => diagnostic.help(format!("models that can: {}", listed(able.iter().copied()))),
         });
     }
 }
 
 /// A model that has yet to be trained to score can score only after that: in an evaluation.
-fn finished(written: &Written, complaints: &mut Vec<Complaint>) {
+fn finished(written: &PipelineSpec, diagnostics: &mut Vec<Diagnostic>) {
     let is_trained = |model: &ModelName| {
         let specs = written
             .stages
             .iter()
             .filter_map(|stage| stage.spec.as_ref());
         let mut uses = specs.flat_map(|spec| spec.as_stage().uses());
-        uses.any(|used| used.role == Role::LearnsRewards && used.model == model)
+        uses.any(|used| used.role == ModelRole::LearnsRewards && used.model == model)
     };
     for (stage, is_evaluation) in all_stages(written) {
         for used in stage.spec.iter().flat_map(|spec| spec.as_stage().uses()) {
@@ -434,7 +441,7 @@ fn finished(written: &Written, complaints: &mut Vec<Complaint>) {
             else {
                 continue;
             };
-            if used.role != Role::Scores
+            if used.role != ModelRole::Scores
                 || !spec.is_unfinished()
                 || (is_evaluation && is_trained(used.model))
             {
@@ -442,7 +449,7 @@ fn finished(written: &Written, complaints: &mut Vec<Complaint>) {
             }
             let message = format!("`{}` has no adapter to score with", used.model);
             let at = At::value(stage.settings.key(used.field));
-            let complaint = Complaint::new("config::no_adapter", at, message).also(
+            let diagnostic = Diagnostic::new("config::no_adapter", at, message).also(
                 At::key(entry.settings.clone()),
                 "`adapter` is left out here",
             );
@@ -452,12 +459,12 @@ fn finished(written: &Written, complaints: &mut Vec<Complaint>) {
             } else {
                 "name its `adapter`, or train one with `train_reward`"
             };
-            complaints.push(complaint.help(help));
+            diagnostics.push(diagnostic.help(help));
         }
     }
 }
 
-fn unused(written: &Written, complaints: &mut Vec<Complaint>) {
+fn unused(written: &PipelineSpec, diagnostics: &mut Vec<Diagnostic>) {
     for entry in &written.models {
         let is_used = all_stages(written).any(|(stage, _)| match &stage.spec {
             Some(spec) => spec
@@ -467,48 +474,50 @@ fn unused(written: &Written, complaints: &mut Vec<Complaint>) {
                 .any(|used| *used.model == entry.name),
             None => true,
         }) || written.models.iter().any(|other| {
-            other.spec.as_ref().and_then(ModelSpec::speaker) == Some(entry.name.as_str())
+            other.spec.as_ref().and_then(ModelSpec::backing_model) == Some(entry.name.as_str())
         });
         if !is_used {
             let message = format!("no stage uses the model `{}`", entry.name);
             let at = At::key(entry.path.clone());
-            complaints.push(Complaint::warning("config::unused", at, message));
+            diagnostics.push(Diagnostic::warning("config::unused", at, message));
         }
     }
     for variable in written.vars.iter().filter(|variable| !variable.is_used) {
         let message = format!("nothing uses the variable `{}`", variable.name);
         let at = At::key(KeyPath::root().key("vars").key(&variable.name));
-        complaints.push(Complaint::warning("config::unused", at, message));
+        diagnostics.push(Diagnostic::warning("config::unused", at, message));
     }
 }
 
-fn plays(spec: &ModelSpec, role: Role) -> bool {
+fn plays(spec: &ModelSpec, role: ModelRole) -> bool {
     match role {
-        Role::Answers => spec.answers(),
-        Role::Scores => spec.scores(),
-        Role::LearnsPairs | Role::Reads => spec.learns_pairs(),
-        Role::LearnsAnswers => spec.learns_answers(),
-        Role::LearnsRewards => spec.learns_rewards(),
+        ModelRole::Answers => spec.answers(),
+        ModelRole::Scores => spec.scores(),
+        ModelRole::LearnsPairs | ModelRole::Reads => spec.learns_pairs(),
+        ModelRole::LearnsAnswers => spec.learns_answers(),
+        ModelRole::LearnsRewards => spec.learns_rewards(),
     }
 }
 
-fn deed(role: Role) -> &'static str {
+fn deed(role: ModelRole) -> &'static str {
     match role {
-        Role::Answers => "answer prompts",
-        Role::Scores => "score answers",
-        Role::LearnsPairs => "be trained with DPO",
-        Role::LearnsAnswers => "be trained on answers",
-        Role::LearnsRewards => "be trained to score",
-        Role::Reads => "say how likely answers are",
+        ModelRole::Answers => "answer prompts",
+        ModelRole::Scores => "score answers",
+        ModelRole::LearnsPairs => "be trained with DPO",
+        ModelRole::LearnsAnswers => "be trained on answers",
+        ModelRole::LearnsRewards => "be trained to score",
+        ModelRole::Reads => "say how likely answers are",
     }
 }
 
 /// The networks that can play a role.
-fn networks(role: Role) -> &'static [&'static str] {
+fn networks(role: ModelRole) -> &'static [&'static str] {
     match role {
-        Role::Answers | Role::LearnsPairs | Role::Reads => &["llava_onevision", "scripted"],
-        Role::Scores => &["llava_rlhf", "critic", "self", "http", "sql", "scripted"],
-        Role::LearnsRewards => &["llava_rlhf", "scripted"],
-        Role::LearnsAnswers => &["llava_onevision", "llava_rlhf", "scripted"],
+        ModelRole::Answers | ModelRole::LearnsPairs | ModelRole::Reads => {
+            &["llava_onevision", "scripted"]
+        }
+        ModelRole::Scores => &["llava_rlhf", "critic", "self", "http", "sql", "scripted"],
+        ModelRole::LearnsRewards => &["llava_rlhf", "scripted"],
+        ModelRole::LearnsAnswers => &["llava_onevision", "llava_rlhf", "scripted"],
     }
 }

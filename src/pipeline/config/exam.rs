@@ -6,32 +6,32 @@
 
 use serde_json::json;
 
-use super::complaint::{At, Complaint};
+use super::diagnostic::{At, Diagnostic};
 use super::expectation::{Expectation, Otherwise};
-use super::pipeline::{Entry, Written};
+use super::pipeline::{Entry, PipelineSpec};
 use super::source::KeyPath;
 use crate::stages::{StageSpec, TableName};
 use ovchat_models::{Exam, ModelSpec};
 
 /// Adds the tables of every exam, and what is expected of them.
-pub fn add(written: &mut Written) -> Vec<Complaint> {
-    let mut complaints = Vec::new();
+pub fn add(written: &mut PipelineSpec) -> Vec<Diagnostic> {
+    let mut diagnostics = Vec::new();
     let mut stages = Vec::new();
     for model in &written.models {
         let Some(exam) = model.spec.as_ref().and_then(ModelSpec::exam) else {
             continue;
         };
         let path = model.settings.key("exam");
-        let speaker = model.spec.as_ref().and_then(ModelSpec::speaker);
-        if is_trained(written, speaker.unwrap_or(model.name.as_str())) {
+        let backing_model = model.spec.as_ref().and_then(ModelSpec::backing_model);
+        if is_trained(written, backing_model.unwrap_or(model.name.as_str())) {
             let message = format!(
                 "`{}` is trained here, and an exam comes before that",
                 model.name
             );
-            let complaint = Complaint::new("config::exam", At::key(path), message);
+            let diagnostic = Diagnostic::new("config::exam", At::key(path), message);
             let help =
                 "compare it with labels under `evaluate`, and say under `expect` what must be true";
-            complaints.push(complaint.help(help));
+            diagnostics.push(diagnostic.help(help));
             continue;
         }
         // A model's name is a table's name, too.
@@ -47,8 +47,8 @@ pub fn add(written: &mut Written) -> Vec<Complaint> {
                 "the exam of `{}` makes a table `{}`",
                 model.name, other.name
             );
-            let complaint = Complaint::new("config::duplicate", at, message);
-            complaints.push(complaint.help("give this one another name"));
+            let diagnostic = Diagnostic::new("config::duplicate", at, message);
+            diagnostics.push(diagnostic.help("give this one another name"));
             continue;
         }
         let load = json!({ "load_feedback": { "from": exam.from, "images": exam.images } });
@@ -70,7 +70,7 @@ pub fn add(written: &mut Written) -> Vec<Complaint> {
     }
     stages.append(&mut written.stages);
     written.stages = stages;
-    complaints
+    diagnostics
 }
 
 fn entry(
@@ -88,7 +88,7 @@ fn entry(
     }
 }
 
-fn is_trained(written: &Written, model: &str) -> bool {
+fn is_trained(written: &PipelineSpec, model: &str) -> bool {
     let specs = written
         .stages
         .iter()

@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::complaint::{At, Complaint};
+use super::diagnostic::{At, Diagnostic};
 use super::source::KeyPath;
 use crate::stages::TableName;
 
@@ -91,9 +91,9 @@ impl Expectation {
     }
 
     /// What its settings say against each other.
-    pub fn check(&self, path: &KeyPath) -> Option<Complaint> {
+    pub fn check(&self, path: &KeyPath) -> Option<Diagnostic> {
         let complain = |at: At, message: &str, help: &str| {
-            Some(Complaint::new("config::expectation", at, message.to_owned()).help(help))
+            Some(Diagnostic::new("config::expectation", at, message.to_owned()).help(help))
         };
         let mut bounds = [("at_least", self.at_least), ("at_most", self.at_most)].into_iter();
         let is_endless = |bound: Option<f64>| bound.is_some_and(|bound| !bound.is_finite());

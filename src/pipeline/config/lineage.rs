@@ -6,18 +6,18 @@ use std::collections::VecDeque;
 use arrow::datatypes::SchemaRef;
 
 use super::check::all_stages;
-use super::complaint::{At, Complaint};
-use super::guess::guess;
-use super::pipeline::Written;
+use super::diagnostic::{At, Diagnostic};
+use super::pipeline::PipelineSpec;
+use super::serde_messages::listed;
 use super::source::KeyPath;
 use super::sql;
-use super::words::listed;
+use super::suggest::suggest;
 use crate::stages::{Input, ModelName, StageError, StageSpec, TableName};
 use ovchat_data::tables::{Misfit, fits, schema_of};
 use ovchat_models::ModelSpec;
 
 /// A stage on its way to the plan.
-pub struct Draft {
+pub struct StageDraft {
     pub name: TableName,
     /// Whether it stands under `evaluate`.
     pub is_evaluation: bool,
@@ -38,17 +38,17 @@ pub struct Draft {
 /// All stages, and the order in which they can run.
 pub struct Lineage {
     /// In the written order, those of `evaluate` last.
-    pub drafts: Vec<Draft>,
+    pub drafts: Vec<StageDraft>,
     /// Positions in `drafts`: each stage after those it reads, else as written.
     /// `[tag:plan_is_ordered]`
     pub order: Vec<usize>,
-    pub complaints: Vec<Complaint>,
+    pub diagnostics: Vec<Diagnostic>,
 }
 
 impl Lineage {
     /// Follows the tables of a pipeline.
-    pub fn trace(written: &Written) -> Self {
-        let drafts = all_stages(written).map(|(stage, is_evaluation)| Draft {
+    pub fn trace(written: &PipelineSpec) -> Self {
+        let drafts = all_stages(written).map(|(stage, is_evaluation)| StageDraft {
             name: stage.name.clone(),
             is_evaluation,
             path: stage.path.clone(),
@@ -62,7 +62,7 @@ impl Lineage {
         let mut lineage = Self {
             drafts: drafts.collect(),
             order: Vec::new(),
-            complaints: Vec::new(),
+            diagnostics: Vec::new(),
         };
         let models: Vec<&str> = written
             .models
@@ -76,8 +76,10 @@ impl Lineage {
         let mut trained = trained(written);
         // Whoever speaks for others changes them, too.
         let spoken_for = written.models.iter().filter(|entry| {
-            let speaker = entry.spec.as_ref().and_then(ModelSpec::speaker);
-            speaker.is_some_and(|speaker| trained.iter().any(|model| model.as_str() == speaker))
+            let backing_model = entry.spec.as_ref().and_then(ModelSpec::backing_model);
+            backing_model.is_some_and(|backing_model| {
+                trained.iter().any(|model| model.as_str() == backing_model)
+            })
         });
         let spoken_for: Vec<ModelName> = spoken_for.map(|entry| entry.name.clone()).collect();
         trained.extend(spoken_for);
@@ -106,12 +108,12 @@ impl Lineage {
     fn connect(&mut self, position: usize, models: &[&str]) {
         let draft = &self.drafts[position];
         let mut inputs = Vec::new();
-        let mut complaints = Vec::new();
+        let mut diagnostics = Vec::new();
         for (nth, field, table) in named_inputs(draft) {
             let at = At::value(input_path(draft, field, nth));
             // The first of two tables with one name is meant; the second is complained about.
             let Some(found) = self.drafts.iter().position(|other| other.name == *table) else {
-                complaints.push(self.unknown_table(draft, table, at, models));
+                diagnostics.push(self.unknown_table(draft, table, at, models));
                 continue;
             };
             if self.drafts[found].is_evaluation && !draft.is_evaluation {
@@ -119,10 +121,10 @@ impl Lineage {
                     "`{}` can't read `{table}`, which is made under `evaluate`",
                     draft.name
                 );
-                let complaint = Complaint::new("config::reads_evaluate", at, message)
+                let diagnostic = Diagnostic::new("config::reads_evaluate", at, message)
                     .also(At::key(self.drafts[found].path.clone()), "made here");
-                complaints.push(
-                    complaint
+                diagnostics.push(
+                    diagnostic
                         .help("an evaluation comes after the round: move the table to `stages`"),
                 );
                 continue;
@@ -130,40 +132,41 @@ impl Lineage {
             inputs.push((field, found));
         }
         self.drafts[position].inputs = inputs;
-        self.complaints.append(&mut complaints);
+        self.diagnostics.append(&mut diagnostics);
     }
 
     fn unknown_table(
         &self,
-        reader: &Draft,
+        reader: &StageDraft,
         table: &TableName,
         at: At,
         models: &[&str],
-    ) -> Complaint {
+    ) -> Diagnostic {
         let readable = self.drafts.iter().filter(|draft| {
             draft.name != reader.name && (reader.is_evaluation || !draft.is_evaluation)
         });
         let known: Vec<&str> = readable.map(|draft| draft.name.as_str()).collect();
-        let complaint = Complaint::new(
+        let diagnostic = Diagnostic::new(
             "config::unknown_table",
             at,
             format!("there is no table `{table}`"),
         )
-        .guess(guess(table.as_str(), known.iter().copied()));
+        .suggest(suggest(table.as_str(), known.iter().copied()));
         if models.contains(&table.as_str()) {
-            complaint.help(format!("`{table}` is a model; a table must stand here"))
+            diagnostic.help(format!("`{table}` is a model; a table must stand here"))
         } else if known.is_empty() {
-            complaint.help("there are no other tables")
+            diagnostic.help("there are no other tables")
         } else {
-            complaint.help(format!("the tables are {}", listed(known)))
+            diagnostic.help(format!("the tables are {}", listed(known)))
         }
     }
 
     /// Finds the running order, and complains of every loop.
     fn sort(&mut self) {
         let mut is_done = vec![false; self.drafts.len()];
-        let is_ready =
-            |draft: &Draft, is_done: &[bool]| draft.inputs.iter().all(|(_, input)| is_done[*input]);
+        let is_ready = |draft: &StageDraft, is_done: &[bool]| {
+            draft.inputs.iter().all(|(_, input)| is_done[*input])
+        };
         while let Some(next) =
             (0..self.drafts.len()).find(|at| !is_done[*at] && is_ready(&self.drafts[*at], &is_done))
         {
@@ -203,7 +206,7 @@ impl Lineage {
             format!("{} reads {} again: a loop", names.join(" reads "), names[0])
         };
         let next = members.get(1).unwrap_or(&members[0]);
-        let link = |from: &Draft, to: usize| {
+        let link = |from: &StageDraft, to: usize| {
             let (field, _) = from.inputs.iter().find(|(_, input)| *input == to)?;
             let table = &self.drafts[to].name;
             let nth = named_inputs(from)
@@ -213,9 +216,9 @@ impl Lineage {
             Some(At::value(input_path(from, field, nth)))
         };
         let at = link(first, *next).unwrap_or_else(|| At::key(first.path.clone()));
-        let complaint = Complaint::new("config::loop", at, message);
-        self.complaints
-            .push(complaint.help("a table must be made before it can be read"));
+        let diagnostic = Diagnostic::new("config::loop", at, message);
+        self.diagnostics
+            .push(diagnostic.help("a table must be made before it can be read"));
     }
 
     /// Decides whether complaints about a stage may only be echoes of earlier ones.
@@ -250,7 +253,7 @@ impl Lineage {
             let draft = &self.drafts[position];
             let at = At::key(draft.settings.clone());
             let named = listed(found.iter().map(|at| self.drafts[*at].name.as_str()));
-            let complaint = match found[..] {
+            let diagnostic = match found[..] {
                 [one] => {
                     spec.as_stage_mut()
                         .find(field, self.drafts[one].name.clone());
@@ -258,7 +261,7 @@ impl Lineage {
                     continue;
                 }
                 [] if draft.is_doubtful => continue,
-                [] => Complaint::new(
+                [] => Diagnostic::new(
                     "config::no_ancestor",
                     at,
                     format!(
@@ -266,7 +269,7 @@ impl Lineage {
                         draft.name
                     ),
                 ),
-                _ => Complaint::new(
+                _ => Diagnostic::new(
                     "config::ambiguous",
                     at,
                     format!(
@@ -275,8 +278,8 @@ impl Lineage {
                     ),
                 ),
             };
-            self.complaints
-                .push(complaint.label(format!("add `{field}: …`")));
+            self.diagnostics
+                .push(diagnostic.label(format!("add `{field}: …`")));
         }
         self.drafts[position].spec = Some(spec);
     }
@@ -312,7 +315,7 @@ impl Lineage {
     fn inputs_fit(&mut self, position: usize) -> bool {
         let draft = &self.drafts[position];
         let needed: Vec<Input<'_>> = inputs_of(draft);
-        let mut complaints = Vec::new();
+        let mut diagnostics = Vec::new();
         for (field, input) in &draft.inputs {
             let given = &self.drafts[*input];
             let needs = needed
@@ -323,21 +326,21 @@ impl Lineage {
             };
             let misfits = fits(&needs.needs, schema);
             if !misfits.is_empty() {
-                complaints.push(self.misfit(draft, given, needs, &misfits));
+                diagnostics.push(self.misfit(draft, given, needs, &misfits));
             }
         }
-        let fit = complaints.is_empty();
-        self.complaints.append(&mut complaints);
+        let fit = diagnostics.is_empty();
+        self.diagnostics.append(&mut diagnostics);
         fit
     }
 
     fn misfit(
         &self,
-        draft: &Draft,
-        given: &Draft,
+        draft: &StageDraft,
+        given: &StageDraft,
         needs: &Input<'_>,
         misfits: &[Misfit],
-    ) -> Complaint {
+    ) -> Diagnostic {
         let (field, kind) = (needs.field, needs.kind);
         let made = given.spec.as_ref().and_then(|spec| spec.as_stage().kind());
         let message = match made {
@@ -362,7 +365,7 @@ impl Lineage {
             None
         };
         let at = At::value(draft.settings.key(field));
-        Complaint::new("config::misfit", at, message).maybe_help(help)
+        Diagnostic::new("config::misfit", at, message).maybe_help(help)
     }
 
     /// Asks a stage for the columns that it makes.
@@ -391,8 +394,8 @@ impl Lineage {
         match stage.output(&given) {
             Ok(made) => self.drafts[position].schema = Some(made),
             Err(error) => {
-                let complaint = wrong_stage(draft, error);
-                self.complaints.push(complaint);
+                let diagnostic = wrong_stage(draft, error);
+                self.diagnostics.push(diagnostic);
                 // Whatever is wrong with the tables made from it may be wrong because of this.
                 self.drafts[position].schema = usual;
                 self.drafts[position].is_doubtful = true;
@@ -427,28 +430,28 @@ impl Lineage {
 }
 
 /// The complaint about a stage that can't make its table.
-fn wrong_stage(draft: &Draft, error: StageError) -> Complaint {
+fn wrong_stage(draft: &StageDraft, error: StageError) -> Diagnostic {
     const CODE: &str = "config::stage";
     let at = match error.field {
         Some(field) => At::value(draft.settings.key(field)),
         None => At::key(draft.settings.clone()),
     };
-    let complaint = match &draft.spec {
+    let diagnostic = match &draft.spec {
         Some(StageSpec::Sql(stage)) if error.field == Some("query") => {
             let query = stage.query.as_deref().unwrap_or_default();
             let tables = stage.tables.iter().map(TableName::as_str);
             sql::unplanned(CODE, at, &error.message, query, query, tables)
         }
-        _ => Complaint::new(CODE, at, error.message),
+        _ => Diagnostic::new(CODE, at, error.message),
     };
     match error.help {
-        Some(help) => complaint.help(help),
-        None => complaint,
+        Some(help) => diagnostic.help(help),
+        None => diagnostic,
     }
 }
 
 /// Whether a table has rows of a kind. The kind of a query's table is what its columns fit.
-fn is_of_kind(draft: &Draft, kind: &str) -> bool {
+fn is_of_kind(draft: &StageDraft, kind: &str) -> bool {
     let made = draft.spec.as_ref().map(|spec| spec.as_stage().kind());
     match (made, &draft.schema) {
         (Some(Some(made)), _) => made == kind,
@@ -460,26 +463,26 @@ fn is_of_kind(draft: &Draft, kind: &str) -> bool {
 }
 
 /// The inputs of a stage; none when its text was wrong.
-fn inputs_of(draft: &Draft) -> Vec<Input<'_>> {
+fn inputs_of(draft: &StageDraft) -> Vec<Input<'_>> {
     let spec = draft.spec.as_ref();
     spec.map(|spec| spec.as_stage().inputs())
         .unwrap_or_default()
 }
 
 /// The models that a stage of the rounds trains.
-fn trained(written: &Written) -> Vec<ModelName> {
+fn trained(written: &PipelineSpec) -> Vec<ModelName> {
     let specs = written
         .stages
         .iter()
         .filter_map(|stage| stage.spec.as_ref());
     let uses = specs.flat_map(|spec| spec.as_stage().uses());
-    let learners = uses.filter(|used| used.role.learns());
-    learners.map(|used| used.model.clone()).collect()
+    let trainers = uses.filter(|used| used.role.learns());
+    trainers.map(|used| used.model.clone()).collect()
 }
 
 /// The tables that a stage names: their number among those of the same setting, the setting, the
 /// table.
-fn named_inputs(draft: &Draft) -> Vec<(usize, &'static str, &TableName)> {
+fn named_inputs(draft: &StageDraft) -> Vec<(usize, &'static str, &TableName)> {
     let mut named: Vec<(usize, &'static str, &TableName)> = Vec::new();
     for input in draft.spec.iter().flat_map(|spec| spec.as_stage().inputs()) {
         if let Some(table) = input.table {
@@ -494,7 +497,7 @@ fn named_inputs(draft: &Draft) -> Vec<(usize, &'static str, &TableName)> {
 }
 
 /// Where a table is named: `stages.x.score.candidates`, `stages.y.sql.tables[1]`.
-fn input_path(draft: &Draft, field: &str, nth: usize) -> KeyPath {
+fn input_path(draft: &StageDraft, field: &str, nth: usize) -> KeyPath {
     let path = draft.settings.key(field);
     let is_list = draft.spec.as_ref().is_some_and(|spec| match spec {
         StageSpec::Sql(_) => field == "tables",

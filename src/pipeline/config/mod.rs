@@ -4,12 +4,12 @@
 //! The text becomes a tree ([`node`]), with those that it extends ([`overlay`]); `--set` changes it ([`overrides`]), references are replaced
 //! ([`reference`]), and the tree is read ([`reader`]) as it is written ([`pipeline`]). Then names and roles
 //! ([`check`]) and tables ([`lineage`]) are followed through the whole file, and what is left is
-//! the pipeline as meant ([`plan`]). What is wrong is a [`Complaint`].
+//! the pipeline as meant ([`plan`]). What is wrong is a [`Diagnostic`].
 
 mod source;
 
+mod extends;
 mod node;
-mod overlay;
 mod overrides;
 mod reference;
 
@@ -17,11 +17,11 @@ mod exam;
 mod expectation;
 mod pipeline;
 mod reader;
+mod serde_messages;
 mod sql;
 mod syntax;
-mod words;
 
-mod answers;
+mod answer_counts;
 mod check;
 mod lineage;
 mod paths;
@@ -33,32 +33,32 @@ mod unused;
 mod plan;
 mod rounds;
 
-mod complaint;
-mod draw;
-mod guess;
+mod diagnostic;
+mod render;
+mod suggest;
 
 mod schema;
 
-pub use complaint::{At, Complaint, Complaints, Gravity};
-pub use draw::Look;
+pub use diagnostic::{At, Diagnostic, Diagnostics, Severity};
 pub use expectation::{Expectation, Otherwise};
 pub use paths::NOT_FETCHED;
 pub use pipeline::{Chart, KeepImages, PipelineName, Rounds, View};
 pub use plan::{Plan, PlannedStage};
 pub use probe::NO_KEY;
 pub use reference::{EnvReference, Secrets};
+pub use render::RenderStyle;
 pub use schema::{pipeline_schema, table_schema};
-pub use source::{KeyPath, Place, Side, Source};
+pub use source::{KeyPath, Side, SourceText, Span};
 pub use sql::tables_there;
 
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use complaint::Sources;
+use diagnostic::SourceTexts;
 use lineage::Lineage;
 use overrides::Override;
-use pipeline::Written;
+use pipeline::PipelineSpec;
 
 use ovchat_io::files;
 use ovchat_models::ModelSpec;
@@ -71,7 +71,7 @@ pub enum LoadError {
     Unreadable { path: PathBuf, problem: io::Error },
     /// The file was read, and this is wrong with it.
     #[error(transparent)]
-    Refused(Complaints),
+    Refused(Diagnostics),
 }
 
 /// Reads a pipeline file and checks it.
@@ -93,24 +93,24 @@ pub fn load(path: &Path, sets: &[String], offline: bool) -> Result<Plan, LoadErr
     })?;
     let absolute = std::path::absolute(path).map_err(unreadable)?;
     let name = path.display().to_string();
-    let file = Arc::new(Source::new(name, &text));
+    let file = Arc::new(SourceText::new(name, &text));
     let environment = |name: &str| std::env::var(name);
     parse(file, absolute, sets, offline, &environment).map_err(LoadError::Refused)
 }
 
 /// The plan of a text that lies at `path`.
 fn parse(
-    file: Arc<Source>,
+    file: Arc<SourceText>,
     path: PathBuf,
     sets: &[String],
     offline: bool,
     environment: reference::Environment<'_>,
-) -> Result<Plan, Complaints> {
-    let (layers, tree, mut complaints) = overlay::read(file, &path);
-    let mut sources = Sources::of(layers);
-    let refuse = |sources: &Sources, complaints| Err(Complaints(sources.place(complaints)));
+) -> Result<Plan, Diagnostics> {
+    let (layers, tree, mut diagnostics) = extends::read(file, &path);
+    let mut sources = SourceTexts::of(layers);
+    let refuse = |sources: &SourceTexts, diagnostics| Err(Diagnostics(sources.place(diagnostics)));
     let Some(mut tree) = tree else {
-        return refuse(&sources, complaints);
+        return refuse(&sources, diagnostics);
     };
     for text in sets {
         let applied = Override::parse(text).and_then(|(change, value)| {
@@ -119,7 +119,7 @@ fn parse(
         });
         match applied {
             Ok(change) => sources.overrides.push(change),
-            Err(complaint) => complaints.push(*complaint),
+            Err(diagnostic) => diagnostics.push(*diagnostic),
         }
     }
     let read = reader::read(tree, environment);
@@ -132,49 +132,54 @@ fn parse(
             secrets.add_key(name, &key);
         }
     }
-    complaints.extend(read.complaints);
+    diagnostics.extend(read.diagnostics);
     if read.is_partial {
         // Whatever names a piece of what was not read would be called unknown.
-        for complaint in &mut complaints {
-            complaint.hide(&secrets);
+        for diagnostic in &mut diagnostics {
+            diagnostic.hide(&secrets);
         }
-        return refuse(&sources, complaints);
+        return refuse(&sources, diagnostics);
     }
-    complaints.extend(exam::add(&mut written));
+    diagnostics.extend(exam::add(&mut written));
     resolve(&mut written, &sources);
     secrets.show_paths(&paths::settings(&written));
-    complaints.extend(check::names_and_roles(&written));
+    diagnostics.extend(check::names_and_roles(&written));
     if !offline {
-        complaints.extend(paths::missing_files(&written, &sources, &secrets));
-        complaints.extend(paths::records(&written, &secrets));
-        complaints.extend(paths::probe_models(&written, &secrets));
-        complaints.extend(programs::unstartable(&written, &secrets));
-        complaints.extend(probe::contexts(&written));
-        complaints.extend(probe::keys(&written));
+        diagnostics.extend(paths::missing_files(&written, &sources, &secrets));
+        diagnostics.extend(paths::records(&written, &secrets));
+        diagnostics.extend(paths::probe_models(&written, &secrets));
+        diagnostics.extend(programs::unstartable(&written, &secrets));
+        diagnostics.extend(probe::contexts(&written));
+        diagnostics.extend(probe::keys(&written));
     }
     let mut lineage = Lineage::trace(&written);
     // What is wrong with a setting is told once: a query's file that isn't there can't be planned.
-    let is_news = |new: &Complaint| !complaints.iter().any(|told| told.at == new.at);
-    lineage.complaints.retain(is_news);
-    complaints.append(&mut lineage.complaints);
-    for complaint in &mut complaints {
-        complaint.hide(&secrets);
+    let is_news = |new: &Diagnostic| !diagnostics.iter().any(|told| told.at == new.at);
+    lineage.diagnostics.retain(is_news);
+    diagnostics.append(&mut lineage.diagnostics);
+    for diagnostic in &mut diagnostics {
+        diagnostic.hide(&secrets);
     }
-    let mut complaints = sources.place(Sources::once(complaints));
-    if complaints
+    let mut diagnostics = sources.place(SourceTexts::once(diagnostics));
+    if diagnostics
         .iter()
-        .any(|complaint| complaint.gravity == Gravity::Error)
+        .any(|diagnostic| diagnostic.severity == Severity::Error)
     {
-        complaints.retain(|complaint| complaint.gravity == Gravity::Error);
-        return Err(Complaints(complaints));
+        diagnostics.retain(|diagnostic| diagnostic.severity == Severity::Error);
+        return Err(Diagnostics(diagnostics));
     }
     Ok(plan::assemble(
-        written, lineage, &sources, secrets, complaints, path,
+        written,
+        lineage,
+        &sources,
+        secrets,
+        diagnostics,
+        path,
     ))
 }
 
 /// Takes the relative paths of models and stages to start at the folder of the file that says them.
-fn resolve(written: &mut Written, sources: &Sources) {
+fn resolve(written: &mut PipelineSpec, sources: &SourceTexts) {
     for model in &mut written.models {
         let folder = |field: &str| sources.folder(&model.settings.below(field));
         if let Some(spec) = &mut model.spec {

@@ -3,11 +3,11 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::complaint::{At, Complaint};
-use super::guess::guess;
+use super::diagnostic::{At, Diagnostic};
 use super::node::Node;
-use super::source::{KeyPath, Place, Side, Source, Step};
-use super::words::listed;
+use super::serde_messages::listed;
+use super::source::{KeyPath, Side, SourceText, Span, Step};
+use super::suggest::suggest;
 
 /// One `--set`, as read.
 #[derive(Debug, Clone)]
@@ -15,7 +15,7 @@ pub struct Override {
     /// The setting.
     pub path: KeyPath,
     /// The whole text, under the name `--set`.
-    source: Arc<Source>,
+    source: Arc<SourceText>,
     /// Where in the text each step of the path stands.
     steps: Vec<Range<usize>>,
     /// Where in the text the value stands.
@@ -24,14 +24,14 @@ pub struct Override {
 
 impl Override {
     /// Reads `path=value`. The value is YAML.
-    pub fn parse(text: &str) -> Result<(Self, Node), Box<Complaint>> {
-        let source = Arc::new(Source::new("--set".to_owned(), text));
+    pub fn parse(text: &str) -> Result<(Self, Node), Box<Diagnostic>> {
+        let source = Arc::new(SourceText::new("--set".to_owned(), text));
         let complain = |message: String, span: Range<usize>| {
             let source = Arc::clone(&source);
-            let complaint = Complaint::new("config::set", At::key(KeyPath::root()), message)
+            let diagnostic = Diagnostic::new("config::set", At::key(KeyPath::root()), message)
                 .help("write `--set path=value`, as in `--set stages.candidates.sample.count=3`")
-                .placed(Place { source, span });
-            Box::new(complaint)
+                .placed(Span { source, span });
+            Box::new(diagnostic)
         };
         let Some((left, right)) = source.text.split_once('=') else {
             return Err(complain(
@@ -86,7 +86,7 @@ impl Override {
     }
 
     /// Puts the value into the tree. All but the last step must be there already.
-    pub fn apply(&self, value: Node, tree: &mut Node) -> Result<(), Box<Complaint>> {
+    pub fn apply(&self, value: Node, tree: &mut Node) -> Result<(), Box<Diagnostic>> {
         let steps = self.path.steps();
         let last = steps.len() - 1;
         let mut here = tree;
@@ -119,7 +119,7 @@ impl Override {
     }
 
     /// The complaint that `here` has no entry for the step at `depth`.
-    fn leads_nowhere(&self, depth: usize, here: &Node) -> Complaint {
+    fn leads_nowhere(&self, depth: usize, here: &Node) -> Diagnostic {
         let known: Vec<&str> = match here {
             Node::Map(entries) => entries.iter().map(|(key, _)| key.as_str()).collect(),
             _ => Vec::new(),
@@ -129,25 +129,25 @@ impl Override {
         let help =
             (!known.is_empty()).then(|| format!("there are {}", listed(known.iter().copied())));
         self.complain(depth, format!("the pipeline has no `{path}`"))
-            .guess(guess(path.name(), known))
+            .suggest(suggest(path.name(), known))
             .maybe_help(help)
     }
 
     /// The part of the text that a complaint about the setting (or about something in it) means.
-    pub fn place(&self, at: &At) -> Place {
+    pub fn place(&self, at: &At) -> Span {
         let is_key = at.side == Side::Key && at.path == self.path;
         let step = self.steps.last().filter(|_| is_key);
-        Place {
+        Span {
             source: Arc::clone(&self.source),
             span: step.unwrap_or(&self.value).clone(),
         }
     }
 
-    fn complain(&self, depth: usize, message: String) -> Complaint {
+    fn complain(&self, depth: usize, message: String) -> Diagnostic {
         let span = self.steps.get(depth).unwrap_or(&self.value).clone();
         let source = Arc::clone(&self.source);
         let at = At::key(self.path.clone());
-        Complaint::new("config::set", at, message).placed(Place { source, span })
+        Diagnostic::new("config::set", at, message).placed(Span { source, span })
     }
 }
 
@@ -162,7 +162,7 @@ mod tests {
             Override::parse(text).and_then(|(change, value)| change.apply(value, &mut tree));
         match (outcome, expected) {
             (Ok(()), Ok(yaml)) => assert_eq!(tree, Node::parse(yaml).unwrap().0),
-            (Err(complaint), Err(message)) => assert_eq!(complaint.message, message),
+            (Err(diagnostic), Err(message)) => assert_eq!(diagnostic.message, message),
             (outcome, _) => panic!("{outcome:?}"),
         }
     }

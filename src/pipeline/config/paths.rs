@@ -5,21 +5,22 @@ use std::io::ErrorKind;
 use std::path::Path;
 
 use super::check::all_stages;
-use super::complaint::{At, Complaint, Sources};
-use super::guess::guess;
-use super::overlay::plain;
-use super::pipeline::Written;
+use super::diagnostic::{At, Diagnostic, SourceTexts};
+use super::extends::plain;
+use super::pipeline::PipelineSpec;
 use super::reference::Secrets;
 use super::source::KeyPath;
-use crate::stages::{Objection, StageSpec};
+use super::suggest::suggest;
+use crate::stages::{SourceProblem, StageSpec};
 use ovchat_io::files;
-use ovchat_models::prep::{
-    AdapterCard, JudgePrep, OtherText, PolicyPrep, PrepError, Shards, other_text,
+use ovchat_models::checkpoint::{AdapterConfig, CheckpointError, Shards};
+use ovchat_models::preprocess::{
+    LlavaOnevisionProcessor, LlavaRlhfProcessor, OtherText, other_text,
 };
-use ovchat_models::{LlavaOnevision, ModelSpec, Questionnaire, Repository, TEMPLATE, is_offline};
+use ovchat_models::{JudgePrompt, LlavaOnevisionSpec, ModelSpec, Repository, TEMPLATE, is_offline};
 
 /// The settings that name files and folders.
-pub fn settings(written: &Written) -> Vec<KeyPath> {
+pub fn settings(written: &PipelineSpec) -> Vec<KeyPath> {
     let of_models = written.models.iter().flat_map(|model| {
         let paths = model.spec.iter().flat_map(ModelSpec::paths);
         paths.map(|(field, _)| model.settings.below(field))
@@ -37,8 +38,12 @@ pub fn settings(written: &Written) -> Vec<KeyPath> {
 }
 
 /// Files and folders of the user that aren't there, or are something else. Paths must be absolute.
-pub fn missing_files(written: &Written, sources: &Sources, secrets: &Secrets) -> Vec<Complaint> {
-    let mut complaints = Vec::new();
+pub fn missing_files(
+    written: &PipelineSpec,
+    sources: &SourceTexts,
+    secrets: &Secrets,
+) -> Vec<Diagnostic> {
+    let mut diagnostics = Vec::new();
     for model in &written.models {
         for (field, path) in model.spec.iter().flat_map(ModelSpec::paths) {
             let setting = model.settings.below(field);
@@ -46,26 +51,26 @@ pub fn missing_files(written: &Written, sources: &Sources, secrets: &Secrets) ->
             let at = At::value(setting);
             let found = match Repository::of(path) {
                 Some(repository) => Some(not_cached(&repository, path, at, secrets)),
-                None => missing(field, path, at.clone(), secrets).map(|complaint| {
-                    almost_of_the_hub(path, &folder, at, &complaint, secrets).unwrap_or(complaint)
+                None => missing(field, path, at.clone(), secrets).map(|diagnostic| {
+                    almost_of_the_hub(path, &folder, at, &diagnostic, secrets).unwrap_or(diagnostic)
                 }),
             };
-            complaints.extend(found);
+            diagnostics.extend(found);
         }
     }
     for (stage, _) in all_stages(written) {
         for (field, path) in stage.spec.iter().flat_map(|spec| spec.as_stage().files()) {
             let at = At::value(stage.settings.key(field));
-            complaints.extend(missing(field, path, at, secrets));
+            diagnostics.extend(missing(field, path, at, secrets));
         }
     }
-    complaints
+    diagnostics
 }
 
 /// Files of records that can't be loaded, as far as their beginning and their end tell. Those that can't
 /// be opened are left to [`missing_files`].
-pub fn records(written: &Written, secrets: &Secrets) -> Vec<Complaint> {
-    let mut complaints = Vec::new();
+pub fn records(written: &PipelineSpec, secrets: &Secrets) -> Vec<Diagnostic> {
+    let mut diagnostics = Vec::new();
     for (stage, _) in all_stages(written) {
         let is_file = |path: &Path| path.metadata().is_ok_and(|found| found.is_file());
         let (path, objection) = match &stage.spec {
@@ -77,25 +82,25 @@ pub fn records(written: &Written, secrets: &Secrets) -> Vec<Complaint> {
             }
             _ => continue,
         };
-        let Some(Objection { words, is_certain }) = objection else {
+        let Some(SourceProblem { words, is_certain }) = objection else {
             continue;
         };
         let words = format!("`{}`: {words}", shown(path, secrets));
         let at = At::value(stage.settings.key("from"));
-        complaints.push(if is_certain {
-            Complaint::new("config::records", at, words)
+        diagnostics.push(if is_certain {
+            Diagnostic::new("config::records", at, words)
         } else {
-            Complaint::warning("config::records", at, words)
+            Diagnostic::warning("config::records", at, words)
         });
     }
-    complaints
+    diagnostics
 }
 
 /// Looks into the folders of the models: configs, tokenizers, and the headers of the weights, as
 /// far as they can be read without opening a tensor. Folders that aren't there are left to
 /// [`missing_files`].
-pub fn probe_models(written: &Written, secrets: &Secrets) -> Vec<Complaint> {
-    let mut complaints = Vec::new();
+pub fn probe_models(written: &PipelineSpec, secrets: &Secrets) -> Vec<Diagnostic> {
+    let mut diagnostics = Vec::new();
     for model in &written.models {
         let Some(spec) = &model.spec else {
             continue;
@@ -108,7 +113,7 @@ pub fn probe_models(written: &Written, secrets: &Secrets) -> Vec<Complaint> {
             continue;
         }
         if let Some(asking) = spec.asking()
-            && let Err(problem) = Questionnaire::open(asking)
+            && let Err(problem) = JudgePrompt::open(asking)
         {
             let of_template = asking.template.as_deref().and_then(|path| {
                 let rest = problem.strip_prefix(&path.display().to_string())?;
@@ -119,9 +124,13 @@ pub fn probe_models(written: &Written, secrets: &Secrets) -> Vec<Complaint> {
                 None => ("ask", problem),
             };
             let at = At::value(model.settings.below(setting));
-            complaints.push(Complaint::new("config::asking", at, secrets.hide(&problem)));
+            diagnostics.push(Diagnostic::new(
+                "config::asking",
+                at,
+                secrets.hide(&problem),
+            ));
         }
-        complaints.extend(other_words(spec, &model.settings, secrets));
+        diagnostics.extend(other_words(spec, &model.settings, secrets));
         if let Err(error) = probe(spec) {
             // The setting whose folder holds the file at fault.
             let field = paths.iter().find(|(_, path)| error.path.starts_with(path));
@@ -131,14 +140,14 @@ pub fn probe_models(written: &Written, secrets: &Secrets) -> Vec<Complaint> {
             };
             let path = shown(&error.path, secrets);
             let message = format!("`{path}`: {}", secrets.hide(&error.problem));
-            complaints.push(Complaint::new("config::model_files", at, message));
+            diagnostics.push(Diagnostic::new("config::model_files", at, message));
         }
     }
-    complaints
+    diagnostics
 }
 
 /// The warning about a checkpoint whose chat template writes prompts in other words than this program.
-fn other_words(spec: &ModelSpec, settings: &KeyPath, secrets: &Secrets) -> Option<Complaint> {
+fn other_words(spec: &ModelSpec, settings: &KeyPath, secrets: &Secrets) -> Option<Diagnostic> {
     let ModelSpec::LlavaOnevision(model) = spec.clone().opened() else {
         return None;
     };
@@ -153,24 +162,25 @@ fn other_words(spec: &ModelSpec, settings: &KeyPath, secrets: &Secrets) -> Optio
         "the chat template in `{path}` is not used: it writes {theirs:?} where this program writes {ours:?}"
     );
     let at = At::value(settings.key("weights"));
-    let complaint = match is_space {
-        true => Complaint::note("config::chat_template", at, message),
-        false => Complaint::warning("config::chat_template", at, message),
+    let diagnostic = match is_space {
+        true => Diagnostic::note("config::chat_template", at, message),
+        false => Diagnostic::warning("config::chat_template", at, message),
     };
-    Some(complaint.help(
+    Some(diagnostic.help(
         "prompts are written as LLaVA-OneVision was trained to read them; a checkpoint that was trained \
          on others may answer worse",
     ))
 }
 
-fn probe(spec: &ModelSpec) -> Result<(), PrepError> {
+fn probe(spec: &ModelSpec) -> Result<(), CheckpointError> {
     match spec {
         ModelSpec::LlavaOnevision(model) => probe_policy(model),
-        ModelSpec::LlavaRlhf(model) => JudgePrep::open(model)?.card.check(model),
+        ModelSpec::LlavaRlhf(model) => LlavaRlhfProcessor::open(model)?.config.check(model),
         ModelSpec::Critic(model) => probe_policy(&model.network()),
-        ModelSpec::Itself(_) | ModelSpec::Http(_) | ModelSpec::Sql(_) | ModelSpec::Scripted(_) => {
-            Ok(())
-        }
+        ModelSpec::SelfJudge(_)
+        | ModelSpec::Http(_)
+        | ModelSpec::Sql(_)
+        | ModelSpec::Scripted(_) => Ok(()),
     }
 }
 
@@ -178,21 +188,21 @@ fn probe(spec: &ModelSpec) -> Result<(), PrepError> {
 pub const NOT_FETCHED: &str = "config::not_fetched";
 
 /// The note about a repository that the hub's cache does not have, or the error if it can't exist.
-fn not_cached(repository: &Repository, path: &Path, at: At, secrets: &Secrets) -> Complaint {
+fn not_cached(repository: &Repository, path: &Path, at: At, secrets: &Secrets) -> Diagnostic {
     let shown = secrets.hide(&path.display().to_string());
     if let Some(problem) = repository.problem() {
         let message = format!("`{shown}` names no repository");
-        return Complaint::new("config::repository", at, message).help(problem);
+        return Diagnostic::new("config::repository", at, message).help(problem);
     }
     let message = format!("`{shown}` is not in the hub's cache");
     let command = secrets.hide(&repository.command());
     if is_offline() {
         let message = format!("{message}, and HF_HUB_OFFLINE is set: nothing is fetched");
-        return Complaint::new(NOT_FETCHED, at, message).help(format!(
+        return Diagnostic::new(NOT_FETCHED, at, message).help(format!(
             "unset HF_HUB_OFFLINE, or fetch it where there is a network: {command}"
         ));
     }
-    Complaint::note(NOT_FETCHED, at, message)
+    Diagnostic::note(NOT_FETCHED, at, message)
         .help(format!("`pipeline run` fetches it, and so does: {command}"))
 }
 
@@ -202,29 +212,30 @@ fn almost_of_the_hub(
     path: &Path,
     folder: &Path,
     at: At,
-    complaint: &Complaint,
+    diagnostic: &Diagnostic,
     secrets: &Secrets,
-) -> Option<Complaint> {
+) -> Option<Diagnostic> {
     let written = path.strip_prefix(folder).ok()?;
     let first = written.iter().next()?;
-    if folder.join(first).exists() || !complaint.label.is_empty() {
+    if folder.join(first).exists() || !diagnostic.label.is_empty() {
         return None;
     }
     let written = written.to_str()?;
     let meant = Repository::meant(written)?;
     let message = format!("there is no folder `{}`", secrets.hide(written));
-    let complaint = Complaint::new(complaint.code, at, message).guess(Some(&secrets.hide(&meant)));
-    Some(complaint.help(
+    let diagnostic =
+        Diagnostic::new(diagnostic.code, at, message).suggest(Some(&secrets.hide(&meant)));
+    Some(diagnostic.help(
         "weights on the Hugging Face hub are named by `hf://org/name`; anything else is a path from the \
          folder of the pipeline file",
     ))
 }
 
-fn probe_policy(model: &LlavaOnevision) -> Result<(), PrepError> {
-    let prep = PolicyPrep::open(&model.weights)?;
-    prep.card.check(&Shards::open(&model.weights)?)?;
+fn probe_policy(model: &LlavaOnevisionSpec) -> Result<(), CheckpointError> {
+    let prep = LlavaOnevisionProcessor::open(&model.weights)?;
+    prep.config.check(&Shards::open(&model.weights)?)?;
     match &model.adapter {
-        Some(adapter) => prep.card.check_adapter(&AdapterCard::open(adapter)?),
+        Some(adapter) => prep.config.check_adapter(&AdapterConfig::open(adapter)?),
         None => Ok(()),
     }
 }
@@ -246,19 +257,19 @@ fn misfit(field: &str, found: &Metadata) -> Option<String> {
     }
 }
 
-fn missing(field: &str, path: &Path, at: At, secrets: &Secrets) -> Option<Complaint> {
+fn missing(field: &str, path: &Path, at: At, secrets: &Secrets) -> Option<Diagnostic> {
     let problem = match path.metadata() {
         Ok(found) => {
             let problem = misfit(field, &found)?;
             let message = format!("`{}` {problem}", shown(path, secrets));
-            return Some(Complaint::new("config::wrong_file", at, message));
+            return Some(Diagnostic::new("config::wrong_file", at, message));
         }
         Err(error) if error.kind() == ErrorKind::NotFound => "does not exist".to_owned(),
         Err(error) => format!("can't be reached: {error}"),
     };
     let text = path.display().to_string();
     let message = format!("`{}` {problem}", shown(path, secrets));
-    let complaint = Complaint::new("config::missing_file", at, message);
+    let diagnostic = Diagnostic::new("config::missing_file", at, message);
     let folder = path.ancestors().skip(1).find(|folder| folder.is_dir())?;
     let is_parent = Some(folder) == path.parent();
     let wanted = path
@@ -274,15 +285,15 @@ fn missing(field: &str, path: &Path, at: At, secrets: &Secrets) -> Option<Compla
         .flatten()
         .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
         .collect();
-    let complaint = complaint.guess(guess(&wanted, names.iter().map(String::as_str)));
-    Some(match (is_parent, complaint.label.is_empty()) {
-        (_, false) => complaint,
-        (true, true) => complaint.help("relative paths start at the folder of the pipeline file"),
+    let diagnostic = diagnostic.suggest(suggest(&wanted, names.iter().map(String::as_str)));
+    Some(match (is_parent, diagnostic.label.is_empty()) {
+        (_, false) => diagnostic,
+        (true, true) => diagnostic.help("relative paths start at the folder of the pipeline file"),
         // A part of a path that comes from the environment would show a part of the value.
-        (false, true) if secrets.hide(&text) != text => complaint,
+        (false, true) if secrets.hide(&text) != text => diagnostic,
         (false, true) => {
             let folder = shown(folder, secrets);
-            complaint.help(format!("there is `{folder}`, but no `{wanted}` in it"))
+            diagnostic.help(format!("there is `{folder}`, but no `{wanted}` in it"))
         }
     })
 }

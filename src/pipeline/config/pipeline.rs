@@ -22,7 +22,7 @@ use ovchat_models::{ModelSpec, Share};
 /// A pipeline: tables, each made by one verb, and the models that the verbs use.
 #[derive(JsonSchema)]
 #[schemars(rename = "Pipeline", deny_unknown_fields)]
-pub struct Written {
+pub struct PipelineSpec {
     /// A pipeline file from which this one differs: its settings are meant where this one says nothing
     /// else. `null` takes an entry away.
     #[schemars(default)]

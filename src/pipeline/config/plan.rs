@@ -13,13 +13,13 @@ use arrow::datatypes::SchemaRef;
 use serde_json::{Value, json};
 
 use super::LoadError;
-use super::complaint::{At, Complaint, Complaints, Sources};
+use super::diagnostic::{At, Diagnostic, Diagnostics, SourceTexts};
 use super::expectation::Expectation;
-use super::lineage::{Draft, Lineage};
+use super::lineage::{Lineage, StageDraft};
 use super::paths::NOT_FETCHED;
-use super::pipeline::{KeepImages, PipelineName, View, Written};
+use super::pipeline::{KeepImages, PipelineName, PipelineSpec, View};
 use super::reference::{EnvReference, Secrets};
-use super::source::{KeyPath, Place, Step};
+use super::source::{KeyPath, Span, Step};
 use crate::stages::{AFTER, ModelName, StageSpec, TableName};
 use ovchat_models::{ModelSpec, Share};
 
@@ -43,7 +43,7 @@ pub struct Plan {
     /// What must be true of tables, in the written order.
     pub expect: Vec<(TableName, Expectation)>,
     /// What is perhaps not meant, in the order of the text.
-    pub warnings: Vec<Complaint>,
+    pub warnings: Vec<Diagnostic>,
     pub reject_share_max: Share,
     pub keep_images: KeepImages,
     /// The pipeline file, as an absolute path.
@@ -53,7 +53,7 @@ pub struct Plan {
     /// The values of these variables. Pass what is shown or stored through [`Secrets::hide`].
     pub secrets: Secrets,
     /// The text, to point at settings.
-    pub sources: Sources,
+    pub sources: SourceTexts,
 }
 
 /// A stage as meant.
@@ -76,7 +76,7 @@ pub struct PlannedStage {
     /// The kind of the rows that it makes; `None` when a query decides.
     pub kind: Option<&'static str>,
     /// Its name in the text, to be underlined when it fails.
-    pub place: Place,
+    pub place: Span,
     /// The path of its settings in the text.
     pub path: KeyPath,
     /// The verb and the settings that decide what comes out, for keys: without the names of
@@ -98,11 +98,11 @@ impl Plan {
     /// Fails where weights are on the hub and not in its cache, which only `pipeline run` fetches.
     pub fn fetched(self) -> Result<Self, LoadError> {
         let missing = self.warnings.iter().filter(|one| one.code == NOT_FETCHED);
-        let missing: Vec<Complaint> = missing.cloned().map(Complaint::as_error).collect();
+        let missing: Vec<Diagnostic> = missing.cloned().map(Diagnostic::as_error).collect();
         if missing.is_empty() {
             Ok(self)
         } else {
-            Err(LoadError::Refused(Complaints(missing)))
+            Err(LoadError::Refused(Diagnostics(missing)))
         }
     }
 
@@ -127,8 +127,8 @@ impl Plan {
     }
 
     /// The model that speaks for another one, which may be the other one itself.
-    pub fn speaker<'a>(&'a self, model: &'a ModelName) -> &'a ModelName {
-        let named = self.models[model].speaker();
+    pub fn backing_model<'a>(&'a self, model: &'a ModelName) -> &'a ModelName {
+        let named = self.models[model].backing_model();
         let mut models = self.models.keys();
         named
             .and_then(|named| models.find(|model| model.as_str() == named))
@@ -136,12 +136,12 @@ impl Plan {
     }
 
     /// Where the text says what a setting of a stage is; where it does not, the stage.
-    pub fn place_of(&self, stage: &PlannedStage, setting: &str) -> Place {
+    pub fn place_of(&self, stage: &PlannedStage, setting: &str) -> Span {
         self.sources.find(&At::key(stage.path.below(setting)))
     }
 
     /// Where the text says what a setting at the top of the file is: `seed`, `vars.tokens`.
-    pub fn place_at_top(&self, setting: &str) -> Place {
+    pub fn place_at_top(&self, setting: &str) -> Span {
         self.sources.find(&At::key(KeyPath::root().below(setting)))
     }
 }
@@ -173,11 +173,11 @@ impl PlannedStage {
 
 /// Makes the plan of a pipeline without mistakes.
 pub fn assemble(
-    written: Written,
+    written: PipelineSpec,
     lineage: Lineage,
-    sources: &Sources,
+    sources: &SourceTexts,
     secrets: Secrets,
-    warnings: Vec<Complaint>,
+    warnings: Vec<Diagnostic>,
     path: PathBuf,
 ) -> Plan {
     let names: Vec<TableName> = lineage
@@ -185,7 +185,7 @@ pub fn assemble(
         .iter()
         .map(|draft| draft.name.clone())
         .collect();
-    let mut drafts: Vec<Option<Draft>> = lineage.drafts.into_iter().map(Some).collect();
+    let mut drafts: Vec<Option<StageDraft>> = lineage.drafts.into_iter().map(Some).collect();
     let mut stages = Vec::new();
     let mut evaluate = Vec::new();
     // [ref:plan_is_ordered]
@@ -233,10 +233,10 @@ pub fn assemble(
 
 /// A stage without mistakes as the plan has it.
 fn planned(
-    draft: Draft,
+    draft: StageDraft,
     names: &[TableName],
     uses: &[(KeyPath, String)],
-    sources: &Sources,
+    sources: &SourceTexts,
     secrets: &Secrets,
 ) -> PlannedStage {
     let spec = draft
@@ -268,7 +268,7 @@ fn origins(
     spec: &StageSpec,
     path: &KeyPath,
     uses: &[(KeyPath, String)],
-    sources: &Sources,
+    sources: &SourceTexts,
     secrets: &Secrets,
 ) -> Value {
     let mut files = serde_json::Map::new();
@@ -343,7 +343,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::config::{Source, parse};
+    use crate::config::{SourceText, parse};
 
     const PIPELINE: &str = r#"
 pipeline: demo
@@ -373,12 +373,12 @@ evaluate:
     }
 
     fn plan(text: &str, sets: &[&str]) -> Plan {
-        let file = Arc::new(Source::new("demo.yaml".to_owned(), text));
+        let file = Arc::new(SourceText::new("demo.yaml".to_owned(), text));
         let path = Path::new("/home/demo.yaml").to_owned();
         let sets: Vec<String> = sets.iter().map(|set| (*set).to_owned()).collect();
         match parse(file, path, &sets, true, &environment) {
             Ok(plan) => plan,
-            Err(complaints) => panic!("{complaints}"),
+            Err(diagnostics) => panic!("{diagnostics}"),
         }
     }
 

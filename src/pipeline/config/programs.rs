@@ -6,20 +6,20 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use super::check::all_stages;
-use super::complaint::{At, Complaint};
-use super::guess::guess;
+use super::diagnostic::{At, Diagnostic};
 use super::paths::shown;
-use super::pipeline::Written;
+use super::pipeline::PipelineSpec;
 use super::reference::Secrets;
 use super::source::KeyPath;
+use super::suggest::suggest;
 use crate::stages::{Exec, StageSpec};
 use ovchat_io::files;
 
 /// Programs of `exec` stages that can't be started: looked for as the system will, in the stage's
 /// folder where the name holds a `/`, else in the directories of `PATH`.
 /// And scripts that such a program is given and that are not there, or that may change unnoticed.
-pub fn unstartable(written: &Written, secrets: &Secrets) -> Vec<Complaint> {
-    let mut complaints = Vec::new();
+pub fn unstartable(written: &PipelineSpec, secrets: &Secrets) -> Vec<Diagnostic> {
+    let mut diagnostics = Vec::new();
     for (stage, _) in all_stages(written) {
         if let Some(StageSpec::Exec(exec)) = &stage.spec
             && let Some(program) = exec.program()
@@ -30,14 +30,14 @@ pub fn unstartable(written: &Written, secrets: &Secrets) -> Vec<Complaint> {
             let missing = missing
                 .into_iter()
                 .chain(no_script(exec, &command, secrets));
-            let before = complaints.len();
-            complaints.extend(missing);
-            if complaints.len() == before {
-                complaints.extend(unwatched(exec, &command, secrets));
+            let before = diagnostics.len();
+            diagnostics.extend(missing);
+            if diagnostics.len() == before {
+                diagnostics.extend(unwatched(exec, &command, secrets));
             }
         }
     }
-    complaints
+    diagnostics
 }
 
 const NO_PROGRAM: &str = "config::no_program";
@@ -45,35 +45,35 @@ const NO_PROGRAM: &str = "config::no_program";
 /// The shortest name of a program that another one is guessed for.
 const GUESSED_MIN: usize = 4;
 
-fn no_program(exec: &Exec, program: &str, at: At, secrets: &Secrets) -> Option<Complaint> {
-    let complaint = |message: String| Complaint::new(NO_PROGRAM, at.clone(), message);
+fn no_program(exec: &Exec, program: &str, at: At, secrets: &Secrets) -> Option<Diagnostic> {
+    let diagnostic = |message: String| Diagnostic::new(NO_PROGRAM, at.clone(), message);
     if program.contains('/') {
         let path = exec.folder().join(program.trim_start_matches("./"));
         let name = shown(&path, secrets);
         return match path.metadata() {
-            Ok(found) if !found.is_file() => Some(complaint(format!("`{name}` is not a program"))),
+            Ok(found) if !found.is_file() => Some(diagnostic(format!("`{name}` is not a program"))),
             Ok(_) if !is_executable(&path) => {
                 let help = format!("chmod +x {name}");
-                Some(complaint(format!("`{name}` is not executable")).help(help))
+                Some(diagnostic(format!("`{name}` is not executable")).help(help))
             }
             Ok(_) => no_interpreter(exec, &path, at.clone(), secrets),
-            Err(_) => Some(complaint(format!("there is no program `{name}`"))),
+            Err(_) => Some(diagnostic(format!("there is no program `{name}`"))),
         };
     }
     let folders = search_path(exec)?;
     if is_in(&folders, program) {
         return None;
     }
-    let complaint = complaint(format!(
+    let diagnostic = diagnostic(format!(
         "there is no program `{program}` in the directories of PATH"
     ));
     if exec.folder().join(program).is_file() {
         let help = format!("for the file beside the pipeline file, write `./{program}`");
-        return Some(complaint.help(help));
+        return Some(diagnostic.help(help));
     }
     // So many programs have short names that one of them is always near.
     if program.len() < GUESSED_MIN {
-        return Some(complaint);
+        return Some(diagnostic);
     }
     let entries = folders.iter().filter_map(|folder| folder.read_dir().ok());
     let mut names: Vec<String> = entries
@@ -81,7 +81,7 @@ fn no_program(exec: &Exec, program: &str, at: At, secrets: &Secrets) -> Option<C
         .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
         .collect();
     names.sort();
-    Some(complaint.guess(guess(program, names.iter().map(String::as_str))))
+    Some(diagnostic.suggest(suggest(program, names.iter().map(String::as_str))))
 }
 
 fn is_executable(path: &Path) -> bool {
@@ -106,7 +106,7 @@ fn is_in(folders: &[PathBuf], program: &str) -> bool {
 const FIRST_LINE_MAX: u64 = 256;
 
 /// A script whose first line, `#!…`, names a program that is not there.
-fn no_interpreter(exec: &Exec, path: &Path, at: At, secrets: &Secrets) -> Option<Complaint> {
+fn no_interpreter(exec: &Exec, path: &Path, at: At, secrets: &Secrets) -> Option<Diagnostic> {
     let mut start = Vec::new();
     let file = files::open(path).ok()?;
     file.take(FIRST_LINE_MAX).read_to_end(&mut start).ok()?;
@@ -119,7 +119,7 @@ fn no_interpreter(exec: &Exec, path: &Path, at: At, secrets: &Secrets) -> Option
     if line.ends_with('\r') {
         let message = format!("the first line of `{name}` ends in a carriage return (\\r)");
         let help = "save the script with the line ends of Unix (\\n)";
-        return Some(Complaint::new(NO_PROGRAM, at, message).help(help));
+        return Some(Diagnostic::new(NO_PROGRAM, at, message).help(help));
     }
     let mut words = line.split_whitespace();
     let interpreter = words.next()?;
@@ -134,7 +134,7 @@ fn no_interpreter(exec: &Exec, path: &Path, at: At, secrets: &Secrets) -> Option
         interpreter
     };
     let message = format!("`{name}` begins with `#!{line}`, and there is no program `{missing}`");
-    Some(Complaint::new(NO_PROGRAM, at, message))
+    Some(Diagnostic::new(NO_PROGRAM, at, message))
 }
 
 /// The ends of the names of scripts.
@@ -150,7 +150,7 @@ fn is_script(word: &str) -> bool {
 
 /// The first program or script of the user in the command that `files` does not cover: when it changes, the
 /// table is not made again.
-fn unwatched(exec: &Exec, command: &KeyPath, secrets: &Secrets) -> Option<Complaint> {
+fn unwatched(exec: &Exec, command: &KeyPath, secrets: &Secrets) -> Option<Diagnostic> {
     let is_watched = |path: &Path| {
         let path = path.canonicalize();
         path.is_ok_and(|path| {
@@ -173,17 +173,17 @@ fn unwatched(exec: &Exec, command: &KeyPath, secrets: &Secrets) -> Option<Compla
     let name = shown(Path::new(word), secrets);
     let message =
         format!("`{name}` is not in `files`: when it changes, the table is not made again");
-    let complaint = Complaint::warning(
+    let diagnostic = Diagnostic::warning(
         "config::file_not_listed",
         At::value(command.index(number)),
         message,
     );
-    Some(complaint.help(format!("add it to `files`, such as `files: [{name}]`")))
+    Some(diagnostic.help(format!("add it to `files`, such as `files: [{name}]`")))
 }
 
 /// The first argument that names a script, if there is no such file. Programs that run what they are given
 /// fail then; others may make the file themselves.
-fn no_script(exec: &Exec, command: &KeyPath, secrets: &Secrets) -> Option<Complaint> {
+fn no_script(exec: &Exec, command: &KeyPath, secrets: &Secrets) -> Option<Diagnostic> {
     let mut words = exec.command.iter().enumerate().skip(1);
     let (number, script) = words.find(|(_, word)| is_script(word))?;
     let path = exec.folder().join(script);
@@ -192,10 +192,10 @@ fn no_script(exec: &Exec, command: &KeyPath, secrets: &Secrets) -> Option<Compla
     }
     let at = At::value(command.index(number));
     let message = format!("there is no file `{}`", shown(&path, secrets));
-    let complaint = if number == 1 && runs_scripts(exec.program()?) {
-        Complaint::new("config::missing_file", at, message)
+    let diagnostic = if number == 1 && runs_scripts(exec.program()?) {
+        Diagnostic::new("config::missing_file", at, message)
     } else {
-        Complaint::warning("config::missing_file", at, message)
+        Diagnostic::warning("config::missing_file", at, message)
     };
     let names = path.parent()?.read_dir().into_iter().flatten();
     let names: Vec<String> = names
@@ -203,8 +203,8 @@ fn no_script(exec: &Exec, command: &KeyPath, secrets: &Secrets) -> Option<Compla
         .collect();
     let wanted = path.file_name()?.to_string_lossy().into_owned();
     Some(
-        complaint
-            .guess(guess(&wanted, names.iter().map(String::as_str)))
+        diagnostic
+            .suggest(suggest(&wanted, names.iter().map(String::as_str)))
             .help("a command runs in the folder of the pipeline file"),
     )
 }

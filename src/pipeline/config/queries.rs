@@ -5,13 +5,13 @@ use std::collections::HashSet;
 
 use arrow::datatypes::{DataType, Schema, SchemaRef};
 
-use super::complaint::{At, Complaint};
-use super::guess::guess;
+use super::diagnostic::{At, Diagnostic};
 use super::lineage::Lineage;
-use super::pipeline::{Chart, Written};
+use super::pipeline::{Chart, PipelineSpec};
+use super::serde_messages::listed;
 use super::source::KeyPath;
 use super::sql;
-use super::words::listed;
+use super::suggest::suggest;
 use ovchat_data::tables::{Image, Reject, Row, Telemetry};
 use ovchat_query::{self as query, Param, QueryError, Several, is_flag, with_round};
 
@@ -40,7 +40,7 @@ impl Lineage {
     }
 
     /// Plans the query that ends the rounds.
-    pub(super) fn stop_when(&mut self, written: &Written) {
+    pub(super) fn stop_when(&mut self, written: &PipelineSpec) {
         const CODE: &str = "config::stop_when";
         let Some(query) = written.rounds.stop_when() else {
             return;
@@ -63,13 +63,13 @@ impl Lineage {
                     columns.join(", ")
                 );
                 let help = "such as: select max(reward) > 0.9 from rewards where round = $round";
-                Some(Complaint::new(CODE, at, message).help(help))
+                Some(Diagnostic::new(CODE, at, message).help(help))
             }
             Ok((_, count)) => count.several().map(|several| {
                 not_one(CODE, at, "the query must give one row", &several).help(ONE_ROW)
             }),
         };
-        self.complaints.extend(found);
+        self.diagnostics.extend(found);
     }
 
     /// A table that a query reads and that is not there yet when the table `name` has been made, in the first
@@ -102,7 +102,7 @@ impl Lineage {
     }
 
     /// Plans what is expected of tables over the columns that they have.
-    pub(super) fn expect(&mut self, written: &Written) {
+    pub(super) fn expect(&mut self, written: &PipelineSpec) {
         let (tables, unclear) = self.tables(false);
         for entry in &written.expect {
             let Some(expectation) = &entry.spec else {
@@ -112,18 +112,18 @@ impl Lineage {
             let names = self.drafts.iter().map(|draft| draft.name.as_str());
             if !names.clone().any(|other| other == name) {
                 let at = At::value(entry.settings.key("table"));
-                let complaint = Complaint::new(
+                let diagnostic = Diagnostic::new(
                     "config::unknown_table",
                     at,
                     format!("there is no table `{name}`"),
                 )
-                .guess(guess(name, names.clone()));
+                .suggest(suggest(name, names.clone()));
                 let help = format!("the tables are {}", listed(names));
-                self.complaints.push(complaint.help(help));
+                self.diagnostics.push(diagnostic.help(help));
                 continue;
             }
-            if let Some(complaint) = expectation.check(&entry.settings) {
-                self.complaints.push(complaint);
+            if let Some(diagnostic) = expectation.check(&entry.settings) {
+                self.diagnostics.push(diagnostic);
                 continue;
             }
             let planned = expectation.sql();
@@ -136,8 +136,8 @@ impl Lineage {
                 let help = format!(
                     "an expectation is checked when its own table has been made; write `table: {later}`"
                 );
-                self.complaints
-                    .push(Complaint::new(EXPECT, at, message).help(help));
+                self.diagnostics
+                    .push(Diagnostic::new(EXPECT, at, message).help(help));
                 continue;
             }
             let of_kind = expectation.value.as_ref().and_then(|_| {
@@ -149,7 +149,7 @@ impl Lineage {
                     let message = format!("the value must be a number, and is {kind}");
                     let help =
                         "write a number, such as: avg(reward), or cast it: cast(… as double)";
-                    Some(Complaint::new(EXPECT, at, message).help(help))
+                    Some(Diagnostic::new(EXPECT, at, message).help(help))
                 }
                 (None, Err(error)) => {
                     let written = expectation.query.as_ref().or(expectation.value.as_ref());
@@ -160,7 +160,7 @@ impl Lineage {
                     let message = "the query always returns a row, so the expectation never holds";
                     let help = "give a `value` with `at_least` or `at_most` in its place, or ask for the rows that \
                                 should not be there";
-                    Some(Complaint::new(EXPECT, at, message).help(help))
+                    Some(Diagnostic::new(EXPECT, at, message).help(help))
                 }
                 (None, Ok((_, count))) => {
                     let several = count.several().filter(|_| expectation.value.is_some());
@@ -170,12 +170,12 @@ impl Lineage {
                     })
                 }
             };
-            self.complaints.extend(found);
+            self.diagnostics.extend(found);
         }
     }
 
     /// Plans the queries of the report over the columns that arrive.
-    pub(super) fn report(&mut self, written: &Written) {
+    pub(super) fn report(&mut self, written: &PipelineSpec) {
         let mut tables: Vec<(String, SchemaRef)> = vec![
             ("images".to_owned(), Image::schema()),
             ("rejects".to_owned(), Reject::schema()),
@@ -191,9 +191,9 @@ impl Lineage {
             if tables.iter().any(|(table, _)| *table == name) {
                 let message = format!("there is a table `{name}` already");
                 let at = At::key(view.path.clone());
-                let complaint = Complaint::new("config::duplicate", at, message);
-                self.complaints
-                    .push(complaint.help("views and tables are named side by side"));
+                let diagnostic = Diagnostic::new("config::duplicate", at, message);
+                self.diagnostics
+                    .push(diagnostic.help("views and tables are named side by side"));
                 continue;
             }
             if reads(&spec.query, &unclear) {
@@ -205,8 +205,8 @@ impl Lineage {
                 Err(error) => {
                     let at = At::value(view.settings.key("query"));
                     let query = &spec.query;
-                    let complaint = unplanned("config::report", at, &error, query, query, &tables);
-                    self.complaints.push(complaint);
+                    let diagnostic = unplanned("config::report", at, &error, query, query, &tables);
+                    self.diagnostics.push(diagnostic);
                     unclear.insert(name);
                     continue;
                 }
@@ -221,8 +221,8 @@ impl Lineage {
                         let help = format!(
                             "leave it out, or cast it in the query: cast({column} as double) as {column}"
                         );
-                        let complaint = Complaint::new("config::chart", at, message);
-                        self.complaints.push(complaint.help(help));
+                        let diagnostic = Diagnostic::new("config::chart", at, message);
+                        self.diagnostics.push(diagnostic.help(help));
                     }
                 } else {
                     let columns: Vec<&str> = schema
@@ -231,10 +231,10 @@ impl Lineage {
                         .map(|field| field.name().as_str())
                         .collect();
                     let message = format!("`{name}` has no column `{column}`");
-                    let complaint = Complaint::new("config::chart", at, message)
-                        .guess(guess(column, columns.iter().copied()));
+                    let diagnostic = Diagnostic::new("config::chart", at, message)
+                        .suggest(suggest(column, columns.iter().copied()));
                     let help = format!("its columns are {}", listed(columns));
-                    self.complaints.push(complaint.help(help));
+                    self.diagnostics.push(diagnostic.help(help));
                 }
             }
             tables.push((name, schema));
@@ -253,19 +253,19 @@ fn unplanned(
     written: &str,
     planned: &str,
     tables: &[(String, SchemaRef)],
-) -> Complaint {
+) -> Diagnostic {
     let tables = tables.iter().map(|(name, _)| name.as_str());
     sql::unplanned(code, at, &error.0, written, planned, tables)
 }
 
 /// The complaint about a query that gives several rows where `must` says that it may not: an error if
 /// they are certain.
-fn not_one(code: &'static str, at: At, must: &str, several: &Several) -> Complaint {
+fn not_one(code: &'static str, at: At, must: &str, several: &Several) -> Diagnostic {
     let message = format!("{must}, and {}", several.words);
     if several.is_certain {
-        Complaint::new(code, at, message)
+        Diagnostic::new(code, at, message)
     } else {
-        Complaint::warning(code, at, message)
+        Diagnostic::warning(code, at, message)
     }
 }
 

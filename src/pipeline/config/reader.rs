@@ -9,22 +9,22 @@ use serde_path_to_error::{Segment, Track};
 use serde_yaml::Value;
 use serde_yaml::with::singleton_map_recursive;
 
-use super::complaint::{At, Complaint, TOLD_MAX};
-use super::guess::guess;
+use super::diagnostic::{At, Diagnostic, TOLD_MAX};
 use super::node::Node;
-use super::pipeline::{Entry, FIELDS, PipelineName, Written, one_percent};
+use super::pipeline::{Entry, FIELDS, PipelineName, PipelineSpec, one_percent};
 use super::reference::{Environment, Replacer, Secrets, UNKNOWN_VARIABLE, Variable};
+use super::serde_messages::{Subject, WITHOUT_DASHES, listed, reword, short};
 use super::source::{KeyPath, Step};
-use super::words::{Subject, WITHOUT_DASHES, listed, reword, short};
+use super::suggest::suggest;
 use crate::stages::TableName;
 
 /// A pipeline as it was read.
 pub struct Read {
     /// With defaults in place of what is wrong; it may be used only if there are no complaints, or to
     /// look for more.
-    pub written: Written,
+    pub written: PipelineSpec,
     pub secrets: Secrets,
-    pub complaints: Vec<Complaint>,
+    pub diagnostics: Vec<Diagnostic>,
     /// Whether a top-level field was not read because its name is misspelt: what it holds is not missing.
     pub is_partial: bool,
 }
@@ -41,7 +41,7 @@ pub fn read(tree: Node, environment: Environment<'_>) -> Read {
         environment,
         secrets: Secrets::default(),
         uses: Vec::new(),
-        complaints: Vec::new(),
+        diagnostics: Vec::new(),
     };
     let vars = reader.variables(&mut tree, &mut replacer);
     replacer.vars = Some(vars);
@@ -52,11 +52,11 @@ pub fn read(tree: Node, environment: Environment<'_>) -> Read {
     }
     reader.secrets = replacer.secrets;
     reader.uses = replacer.uses;
-    reader.complaints.append(&mut replacer.complaints);
+    reader.diagnostics.append(&mut replacer.diagnostics);
 
     reader.required_fields(&tree);
     let unnamed = || PipelineName("unnamed".to_owned());
-    let written = Written {
+    let written = PipelineSpec {
         extends: reader.field(&tree, "extends").unwrap_or_default(),
         pipeline: reader.field(&tree, "pipeline").unwrap_or_else(unnamed),
         seed: reader.field(&tree, "seed").unwrap_or_default(),
@@ -74,13 +74,13 @@ pub fn read(tree: Node, environment: Environment<'_>) -> Read {
         uses: reader.uses.clone(),
     };
     if reader.excused.iter().any(|field| field == "vars") {
-        let complaints = &mut reader.complaints;
-        complaints.retain(|complaint| complaint.code != UNKNOWN_VARIABLE);
+        let diagnostics = &mut reader.diagnostics;
+        diagnostics.retain(|diagnostic| diagnostic.code != UNKNOWN_VARIABLE);
     }
     Read {
         written,
         secrets: reader.secrets,
-        complaints: reader.complaints,
+        diagnostics: reader.diagnostics,
         is_partial: !reader.excused.is_empty(),
     }
 }
@@ -91,7 +91,7 @@ struct Reader {
     secrets: Secrets,
     /// The settings that are a variable and nothing else, with its name.
     uses: Vec<(KeyPath, String)>,
-    complaints: Vec<Complaint>,
+    diagnostics: Vec<Diagnostic>,
     /// Top-level fields whose absence has been explained.
     excused: Vec<String>,
 }
@@ -109,10 +109,10 @@ impl Reader {
             let raw = format!("unknown field `{key}`, expected one of {}", listed(FIELDS));
             let words = reword(&raw, key, None);
             let at = At::key(KeyPath::root().key(key));
-            let complaint = Complaint::new(words.code, at, words.message);
-            let complaint = complaint.guess(words.guess.as_deref());
-            self.complaints.push(complaint);
-            self.excused.extend(words.guess);
+            let diagnostic = Diagnostic::new(words.code, at, words.message);
+            let diagnostic = diagnostic.suggest(words.suggest.as_deref());
+            self.diagnostics.push(diagnostic);
+            self.excused.extend(words.suggest);
         }
     }
 
@@ -139,8 +139,8 @@ impl Reader {
                 None => format!("`{field}` is missing"),
                 Some(_) => format!("`{field}` holds nothing"),
             };
-            let complaint = Complaint::new("config::missing_field", at, message);
-            self.complaints.push(complaint.help(help));
+            let diagnostic = Diagnostic::new("config::missing_field", at, message);
+            self.diagnostics.push(diagnostic.help(help));
         }
     }
 
@@ -162,8 +162,8 @@ impl Reader {
             if name.is_empty() || !name.chars().all(word) {
                 let message = format!("`{name}` is not a name for a variable: use a-z, 0-9 and _");
                 let at = At::key(path.clone());
-                self.complaints
-                    .push(Complaint::new("config::name", at, message));
+                self.diagnostics
+                    .push(Diagnostic::new("config::name", at, message));
             }
             if matches!(value, Node::Null | Node::List(_) | Node::Map(_)) {
                 let message = format!(
@@ -171,8 +171,8 @@ impl Reader {
                     value.noun()
                 );
                 let at = At::value(path.clone());
-                self.complaints
-                    .push(Complaint::new("config::wrong_type", at, message));
+                self.diagnostics
+                    .push(Diagnostic::new("config::wrong_type", at, message));
             }
             variables.push(Variable::new(&name, value, &path, &replacer.secrets));
         }
@@ -216,8 +216,8 @@ impl Reader {
                     spec,
                 }),
                 Err(message) => {
-                    let complaint = Complaint::new("config::name", At::key(path), message);
-                    self.complaints.push(complaint);
+                    let diagnostic = Diagnostic::new("config::name", At::key(path), message);
+                    self.diagnostics.push(diagnostic);
                 }
             }
         }
@@ -250,8 +250,8 @@ impl Reader {
                     spec,
                 }),
                 Err(message) => {
-                    let complaint = Complaint::new("config::name", At::key(path), message);
-                    self.complaints.push(complaint);
+                    let diagnostic = Diagnostic::new("config::name", At::key(path), message);
+                    self.diagnostics.push(diagnostic);
                 }
             }
         }
@@ -279,14 +279,14 @@ impl Reader {
                     "`{name}` must name a {noun} with its settings, and holds {}",
                     shown(&other)
                 );
-                let complaint =
-                    Complaint::new("config::wrong_type", At::value(path.clone()), message).help(
+                let diagnostic =
+                    Diagnostic::new("config::wrong_type", At::value(path.clone()), message).help(
                         match &other {
                             Node::List(_) => format!("{WITHOUT_DASHES}; {choice}"),
                             _ => format!("write `{name}: {{ {noun}: {{ … }} }}`; {choice}"),
                         },
                     );
-                self.complaints.push(complaint);
+                self.diagnostics.push(diagnostic);
                 return (path.clone(), None);
             }
         };
@@ -300,17 +300,17 @@ impl Reader {
             } else {
                 format!("if `{second}` is a setting of `{first}`, indent it more than `{first}`")
             };
-            self.complaints
-                .push(Complaint::new("config::one_word", at, message).help(help));
+            self.diagnostics
+                .push(Diagnostic::new("config::one_word", at, message).help(help));
             return (path.key(first), None);
         }
         let Some((word, settings)) = entries.pop() else {
-            let complaint = Complaint::new(
+            let diagnostic = Diagnostic::new(
                 "config::one_word",
                 At::key(path.clone()),
                 format!("`{name}` has no {noun}"),
             );
-            self.complaints.push(complaint.help(choice));
+            self.diagnostics.push(diagnostic.help(choice));
             return (path.clone(), None);
         };
         let inner = path.key(&word);
@@ -320,13 +320,13 @@ impl Reader {
             } else {
                 "config::unknown_network"
             };
-            let complaint = Complaint::new(
+            let diagnostic = Diagnostic::new(
                 code,
                 At::key(inner.clone()),
                 format!("unknown {noun} `{}`", short(&word)),
             )
-            .guess(guess(&word, words.iter().map(String::as_str)));
-            self.complaints.push(complaint.help(choice));
+            .suggest(suggest(&word, words.iter().map(String::as_str)));
+            self.diagnostics.push(diagnostic.help(choice));
             return (inner, None);
         }
         // `scripted:` with nothing behind it means no settings.
@@ -348,8 +348,8 @@ impl Reader {
                 let message = format!("`{}` is {}, not {expected}", path.name(), other.noun());
                 let at = At::key(path.clone());
                 let help = matches!(other, Node::List(_)).then(|| WITHOUT_DASHES.to_owned());
-                let complaint = Complaint::new("config::wrong_type", at, message);
-                self.complaints.push(complaint.maybe_help(help));
+                let diagnostic = Diagnostic::new("config::wrong_type", at, message);
+                self.diagnostics.push(diagnostic.maybe_help(help));
                 None
             }
         }
@@ -370,9 +370,9 @@ impl Reader {
         // Settings whose absence has been explained.
         let mut excused = node.remove_wrong();
         let mut is_right = excused.is_empty();
-        let told_before = self.complaints.len();
+        let told_before = self.diagnostics.len();
         // One more than is told, so that it is known that there are more.
-        while self.complaints.len() - told_before <= TOLD_MAX {
+        while self.diagnostics.len() - told_before <= TOLD_MAX {
             let (steps, raw) = match deserialize::<T>(&node) {
                 Ok(value) => return is_right.then_some(value),
                 Err(error) => error,
@@ -407,10 +407,11 @@ impl Reader {
                 words.help = Some(format!("write it without brackets or dash: `{text}`"));
             }
             let mut offender = steps;
-            let mut complaint = Complaint::new(words.code, At::value(here.clone()), words.message);
+            let mut diagnostic =
+                Diagnostic::new(words.code, At::value(here.clone()), words.message);
             match words.subject {
                 Subject::Here(side) => {
-                    complaint.at.side = side;
+                    diagnostic.at.side = side;
                     excused.push(here.name().to_owned());
                 }
                 Subject::Extra(key) => {
@@ -419,27 +420,27 @@ impl Reader {
                         offender.push(Step::Key { key, nth: 0 });
                     }
                     let steps = offender.iter();
-                    complaint.at =
+                    diagnostic.at =
                         At::key(steps.fold(path.clone(), |path, step| path.then(step.clone())));
-                    excused.extend(words.guess.clone());
+                    excused.extend(words.suggest.clone());
                 }
                 Subject::Missing(field) => {
                     if !excused.contains(&field) {
-                        complaint.at = At::key(here.clone());
-                        complaint.message = format!("`{}` has no `{field}`", here.name());
-                        complaint.label = format!("add `{field}: …`");
-                        self.complaints.push(complaint);
+                        diagnostic.at = At::key(here.clone());
+                        diagnostic.message = format!("`{}` has no `{field}`", here.name());
+                        diagnostic.label = format!("add `{field}: …`");
+                        self.diagnostics.push(diagnostic);
                     }
                     return None;
                 }
             }
             if let Some(secret) = secret {
-                complaint.message = complaint.message.replace(&secret.meant, &secret.written);
+                diagnostic.message = diagnostic.message.replace(&secret.meant, &secret.written);
             }
-            let complaint = complaint
-                .guess(words.guess.as_deref())
+            let diagnostic = diagnostic
+                .suggest(words.suggest.as_deref())
                 .maybe_help(words.help);
-            self.complaints.push(complaint);
+            self.diagnostics.push(diagnostic);
             if offender.len() <= fixed || !node.remove(&offender) {
                 return None;
             }
@@ -516,17 +517,17 @@ mod tests {
     }
 
     #[track_caller]
-    fn check(text: &str, expected: &[&str]) -> Written {
+    fn check(text: &str, expected: &[&str]) -> PipelineSpec {
         let (tree, flaws) = Node::parse(text).unwrap();
         assert_eq!(flaws, []);
         let Read {
             written,
-            complaints,
+            diagnostics,
             ..
         } = read(tree, &no_environment);
-        let messages: Vec<_> = complaints
+        let messages: Vec<_> = diagnostics
             .iter()
-            .map(|complaint| format!("{}: {}", complaint.at.path, complaint.message))
+            .map(|diagnostic| format!("{}: {}", diagnostic.at.path, diagnostic.message))
             .collect();
         assert_eq!(messages, expected);
         written
@@ -587,7 +588,7 @@ mod tests {
 
     #[test]
     fn the_reader_knows_the_fields_of_the_schema() {
-        let schema = schemars::schema_for!(Written);
+        let schema = schemars::schema_for!(PipelineSpec);
         let properties = schema.get("properties").unwrap().as_object().unwrap();
         let names: Vec<_> = properties.keys().map(String::as_str).collect();
         assert_eq!(names, FIELDS);

@@ -11,11 +11,11 @@ use std::fmt;
 use serde_yaml::Number;
 use sha2::{Digest, Sha256};
 
-use super::complaint::{At, Complaint};
-use super::guess::guess;
+use super::diagnostic::{At, Diagnostic};
 use super::node::Node;
+use super::serde_messages::listed;
 use super::source::KeyPath;
-use super::words::listed;
+use super::suggest::suggest;
 use ovchat_io::mask::{Mask, SECRET_MIN};
 
 /// The code of complaints about variables that are not there.
@@ -167,7 +167,7 @@ pub struct Replacer<'a> {
     pub secrets: Secrets,
     /// The settings that are a variable of the pipeline and nothing else, with its name.
     pub uses: Vec<(KeyPath, String)>,
-    pub complaints: Vec<Complaint>,
+    pub diagnostics: Vec<Diagnostic>,
 }
 
 /// A variable of the pipeline.
@@ -224,10 +224,10 @@ impl Replacer<'_> {
         let pieces = match pieces(text) {
             Ok(pieces) => pieces,
             Err(message) => {
-                let complaint =
-                    Complaint::new("config::reference", At::value(path.clone()), message);
-                self.complaints
-                    .push(complaint.help("write `$${` to mean `${` itself"));
+                let diagnostic =
+                    Diagnostic::new("config::reference", At::value(path.clone()), message);
+                self.diagnostics
+                    .push(diagnostic.help("write `$${` to mean `${` itself"));
                 return None;
             }
         };
@@ -268,8 +268,8 @@ impl Replacer<'_> {
         }
         let at = At::value(path.clone());
         let Some(vars) = &mut self.vars else {
-            self.complaints.push(
-                Complaint::new(
+            self.diagnostics.push(
+                Diagnostic::new(
                     "config::reference",
                     at,
                     "a variable can't refer to another one",
@@ -300,14 +300,14 @@ impl Replacer<'_> {
         } else {
             format!("`vars` has {}", listed(known.iter().copied()))
         };
-        let complaint = Complaint::new(
+        let diagnostic = Diagnostic::new(
             UNKNOWN_VARIABLE,
             at,
             format!("there is no variable `{name}`"),
         );
-        let guessed = guess(name, known).map(str::to_owned);
-        self.complaints
-            .push(complaint.guess(guessed.as_deref()).help(help));
+        let suggested = suggest(name, known).map(str::to_owned);
+        self.diagnostics
+            .push(diagnostic.suggest(suggested.as_deref()).help(help));
         None
     }
 
@@ -326,8 +326,8 @@ impl Replacer<'_> {
             Err(std::env::VarError::NotPresent) => "is not set",
             Err(std::env::VarError::NotUnicode(_)) => "is not UTF-8 text",
         };
-        self.complaints.push(
-            Complaint::new(
+        self.diagnostics.push(
+            Diagnostic::new(
                 "config::environment",
                 At::value(path.clone()),
                 format!("the environment variable `{name}` {problem}"),
@@ -418,7 +418,7 @@ mod tests {
             environment: &environment,
             secrets: Secrets::default(),
             uses: Vec::new(),
-            complaints: Vec::new(),
+            diagnostics: Vec::new(),
         }
     }
 
@@ -428,8 +428,8 @@ mod tests {
         let mut node = Node::Text(written.to_owned());
         replacer.replace(&mut node, &KeyPath::root().key("x"));
         match expected {
-            Ok(expected) => assert_eq!(node, expected, "{:?}", replacer.complaints),
-            Err(message) => assert_eq!(replacer.complaints[0].message, message),
+            Ok(expected) => assert_eq!(node, expected, "{:?}", replacer.diagnostics),
+            Err(message) => assert_eq!(replacer.diagnostics[0].message, message),
         }
     }
 

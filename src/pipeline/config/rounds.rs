@@ -37,7 +37,7 @@ impl Plan {
             let after = self.stage(after).expect("the plan names every table");
             return Some((&after.name, round?));
         }
-        let trainer = self.trained_by(self.speaker(model))?;
+        let trainer = self.trained_by(self.backing_model(model))?;
         let evaluates = self.evaluate.iter().any(|other| other.name == stage.name);
         let trained = if evaluates {
             round?

@@ -3,14 +3,16 @@
 use schemars::generate::SchemaSettings;
 use serde_json::{Map, Value, json};
 
-use super::pipeline::Written;
+use super::pipeline::PipelineSpec;
 use ovchat_data::tables::{is_measured, schema_of};
 
 /// The JSON Schema of a pipeline file. Its descriptions are the doc comments of the settings, which
 /// editors show on hovering.
 pub fn pipeline_schema() -> Value {
     let settings = SchemaSettings::draft07();
-    let schema = settings.into_generator().into_root_schema_for::<Written>();
+    let schema = settings
+        .into_generator()
+        .into_root_schema_for::<PipelineSpec>();
     let mut schema = schema.to_value();
     if let Value::Object(root) = &mut schema {
         root.insert("title".to_owned(), json!("ovchat pipeline"));

@@ -1,7 +1,7 @@
 //! The text of a pipeline file, and where in it a setting stands.
 //!
 //! serde_yaml tells positions only through errors. So a complaint carries a [`KeyPath`], and
-//! [`Source::find`] turns the path into a span by reading the text once more with a seed that
+//! [`SourceText::find`] turns the path into a span by reading the text once more with a seed that
 //! follows the path and fails on arrival: the error it gets back holds the position.
 
 use std::cell::RefCell;
@@ -115,7 +115,7 @@ pub enum Side {
 
 /// A text that a complaint can underline, and what it is called.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Source {
+pub struct SourceText {
     /// What errors call it: the path of the file as the user gave it.
     pub name: String,
     /// The text, without a byte order mark.
@@ -124,15 +124,15 @@ pub struct Source {
 
 /// A piece of a source, in bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Place {
-    pub source: Arc<Source>,
+pub struct Span {
+    pub source: Arc<SourceText>,
     pub span: Range<usize>,
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for Span {
     /// `pipeline.yaml:12`; a change from the command line by itself.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Source { name, text } = &*self.source;
+        let SourceText { name, text } = &*self.source;
         let line = 1 + text[..self.span.start].matches('\n').count();
         if text.lines().nth(1).is_none() && name.starts_with("--") {
             return f.write_str(name);
@@ -141,7 +141,7 @@ impl fmt::Display for Place {
     }
 }
 
-impl Source {
+impl SourceText {
     /// `text` under a name; a byte order mark in front is dropped, for YAML's positions don't
     /// count it.
     pub fn new(name: String, text: &str) -> Self {
@@ -425,7 +425,7 @@ mod tests {
     /// What `find` underlines in `text` for the path `a.b[1].c` (written with spaces between steps).
     #[track_caller]
     fn check(text: &str, path: &str, side: Side, expected: &str) {
-        let source = Source::new("test.yaml".to_owned(), text);
+        let source = SourceText::new("test.yaml".to_owned(), text);
         let mut key_path = KeyPath::root();
         for step in path.split_whitespace() {
             key_path = match step.parse() {

@@ -6,9 +6,9 @@
 
 use std::ops::Range;
 
-use super::complaint::{At, Complaint};
-use super::guess::guess;
-use super::words::listed;
+use super::diagnostic::{At, Diagnostic};
+use super::serde_messages::listed;
+use super::suggest::suggest;
 use ovchat_query::no_table;
 
 /// A piece of a query: the query as YAML read it, and where the piece starts in it.
@@ -30,7 +30,7 @@ pub fn unplanned<'a>(
     written: &str,
     planned: &str,
     tables: impl Iterator<Item = &'a str>,
-) -> Complaint {
+) -> Diagnostic {
     let (message, found) = syntax_error(error, planned);
     let start = planned.find(written);
     let offset = match (found, start) {
@@ -38,15 +38,15 @@ pub fn unplanned<'a>(
         (None, _) => unknown_name(error).and_then(|name| word(written, name)),
         (Some(_), None) => None,
     };
-    let complaint = Complaint::new(code, at, message);
+    let diagnostic = Diagnostic::new(code, at, message);
     let tables: Vec<&str> = tables.collect();
-    let complaint = match tables_there(error, &tables) {
-        Some((guess, help)) => complaint.guess(guess).help(help),
-        None => complaint,
+    let diagnostic = match tables_there(error, &tables) {
+        Some((suggest, help)) => diagnostic.suggest(suggest).help(help),
+        None => diagnostic,
     };
     match offset {
-        None => complaint,
-        Some(offset) => complaint.piece(Piece {
+        None => diagnostic,
+        Some(offset) => diagnostic.piece(Piece {
             query: written.to_owned(),
             offset,
             position: position(written, offset),
@@ -57,9 +57,9 @@ pub fn unplanned<'a>(
 /// The way out of an error about a table that is not there: a guess, and the names of all.
 pub fn tables_there<'a>(error: &str, tables: &[&'a str]) -> Option<(Option<&'a str>, String)> {
     let table = unknown_table(error)?;
-    let guessed = guess(table, tables.iter().copied());
+    let suggested = suggest(table, tables.iter().copied());
     let all = format!("the tables are {}", listed(tables.iter().copied()));
-    (!tables.is_empty()).then_some((guessed, all))
+    (!tables.is_empty()).then_some((suggested, all))
 }
 
 /// What the parser says in words, and where in the query, in bytes; the error as it is if it is none of

@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use super::complaint::{At, Complaint};
+use super::diagnostic::{At, Diagnostic};
 use super::node::{Flaw, Node};
-use super::source::{KeyPath, Place, Source};
+use super::source::{KeyPath, SourceText, Span};
 
 /// A text that is not YAML.
-pub fn not_yaml(error: &serde_yaml::Error, file: &Arc<Source>) -> Complaint {
+pub fn not_yaml(error: &serde_yaml::Error, file: &Arc<SourceText>) -> Diagnostic {
     let raw = error.to_string();
     let message = match (raw.find(" at line "), raw.find(", ")) {
         // "A at line 3 column 1, while parsing B at line 2 column 5": the first is underlined.
@@ -40,17 +40,17 @@ pub fn not_yaml(error: &serde_yaml::Error, file: &Arc<Source>) -> Complaint {
     } else {
         "check brackets, quotes and indentation"
     };
-    let place = Place {
+    let place = Span {
         source: Arc::clone(file),
         span: start..start + length,
     };
-    Complaint::new("config::yaml", At::key(KeyPath::root()), message)
+    Diagnostic::new("config::yaml", At::key(KeyPath::root()), message)
         .help(help)
         .placed(place)
 }
 
 /// A file that holds something other than settings.
-pub fn no_map(tree: &Node) -> Option<Complaint> {
+pub fn no_map(tree: &Node) -> Option<Diagnostic> {
     let message = match tree {
         Node::Map(_) => return None,
         Node::Null => "the file holds nothing".to_owned(),
@@ -58,15 +58,15 @@ pub fn no_map(tree: &Node) -> Option<Complaint> {
     };
     let at = At::key(KeyPath::root());
     let help = "a pipeline starts with `pipeline: name`; `pipeline init` writes an example";
-    Some(Complaint::new("config::empty", at, message).help(help))
+    Some(Diagnostic::new("config::empty", at, message).help(help))
 }
 
 /// Complaints about what YAML allows and a pipeline file does not.
-pub fn flawed(flaws: &[Flaw]) -> Vec<Complaint> {
-    let complaint = |flaw: &Flaw| match flaw {
+pub fn flawed(flaws: &[Flaw]) -> Vec<Diagnostic> {
+    let diagnostic = |flaw: &Flaw| match flaw {
         Flaw::Duplicate(path) => {
             let first = path.parent().unwrap_or_default().key(path.name());
-            Complaint::new(
+            Diagnostic::new(
                 "config::duplicate",
                 At::key(path.clone()),
                 format!("`{}` is here twice", path.name()),
@@ -75,18 +75,18 @@ pub fn flawed(flaws: &[Flaw]) -> Vec<Complaint> {
             .also(At::key(first), "the first time")
             .help("rename one of them, or take it out")
         }
-        Flaw::Tag(path) => Complaint::new(
+        Flaw::Tag(path) => Diagnostic::new(
             "config::tag",
             At::value(path.clone()),
             "YAML tags have no meaning here",
         )
         .help("write a stage as `name: { verb: { … } }`"),
-        Flaw::Key(path) => Complaint::new(
+        Flaw::Key(path) => Diagnostic::new(
             "config::key",
             At::value(path.clone()),
             "a list or a map can't be a key",
         )
         .help("a reference must be quoted: `\"${name}\"`"),
     };
-    flaws.iter().map(complaint).collect()
+    flaws.iter().map(diagnostic).collect()
 }

@@ -2,15 +2,15 @@
 
 use std::collections::HashSet;
 
-use super::complaint::{At, Complaint};
-use super::lineage::{Draft, Lineage};
-use super::pipeline::Written;
+use super::diagnostic::{At, Diagnostic};
+use super::lineage::{Lineage, StageDraft};
+use super::pipeline::PipelineSpec;
 use crate::stages::StageSpec;
 use ovchat_query as query;
 
 impl Lineage {
     /// Warns of tables that neither a stage nor a query of the pipeline reads and that are no result.
-    pub(super) fn unused(&mut self, written: &Written) {
+    pub(super) fn unused(&mut self, written: &PipelineSpec) {
         if self.drafts.iter().any(|draft| draft.spec.is_none()) {
             return;
         }
@@ -36,11 +36,11 @@ impl Lineage {
             read.extend(tables);
         }
         let ways: Vec<Way> = self.drafts.iter().map(Way::of).collect();
-        let is_training = ways.contains(&Way::Training);
+        let is_training = ways.contains(&Way::TrainedModel);
         let furthest = ways.iter().max().copied();
-        let is_result = |draft: &Draft, way: Way| {
+        let is_result = |draft: &StageDraft, way: Way| {
             draft.is_evaluation
-                || matches!(way, Way::Training | Way::Verdict)
+                || matches!(way, Way::TrainedModel | Way::Verdict)
                 || (!is_training && (way == Way::Own || Some(way) == furthest))
         };
         for (draft, way) in self.drafts.iter().zip(&ways) {
@@ -48,10 +48,10 @@ impl Lineage {
                 continue;
             }
             let message = format!("nothing reads the table `{}`", draft.name);
-            let complaint =
-                Complaint::warning("config::unused", At::key(draft.path.clone()), message);
+            let diagnostic =
+                Diagnostic::warning("config::unused", At::key(draft.path.clone()), message);
             let help = "remove it, or name it where it was meant to be read";
-            self.complaints.push(complaint.help(help));
+            self.diagnostics.push(diagnostic.help(help));
         }
     }
 }
@@ -67,11 +67,11 @@ enum Way {
     Pairs,
     /// What a judge thinks of pairs.
     Verdict,
-    Training,
+    TrainedModel,
 }
 
 impl Way {
-    fn of(draft: &Draft) -> Self {
+    fn of(draft: &StageDraft) -> Self {
         match &draft.spec {
             Some(StageSpec::LoadPrompts(_)) => Self::Prompts,
             Some(StageSpec::Sample(_)) => Self::Answers,
@@ -84,7 +84,7 @@ impl Way {
             ) => Self::Pairs,
             Some(StageSpec::Compare(_)) => Self::Verdict,
             Some(StageSpec::TrainDpo(_) | StageSpec::TrainSft(_) | StageSpec::TrainReward(_)) => {
-                Self::Training
+                Self::TrainedModel
             }
             Some(StageSpec::Sql(_) | StageSpec::Exec(_)) | None => Self::Own,
         }

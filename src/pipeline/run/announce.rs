@@ -3,12 +3,12 @@
 
 use std::path::Path;
 
-use super::claim::tables_of;
-use super::fold::checkpoint_of;
-use super::{Fate, LAST, LAST_WHOLE, Options, Reason, Report, RunError, Runner, Slot};
+use super::reconcile::tables_of;
+use super::train::checkpoint_of;
+use super::{Action, LAST, LAST_WHOLE, Options, Reason, Report, RunError, Runner, Slot};
 use crate::config::Plan;
 use crate::stages::{Failure, ModelName, TableName};
-use ovchat_data::store::Made;
+use ovchat_data::store::TableVersion;
 use ovchat_models::{ModelLoader, Placement};
 
 /// Tables and the rounds in which they are replaced; none for a table without rounds.
@@ -25,7 +25,7 @@ pub(super) fn say_placements(
     let mut placements: Vec<(Placement, Vec<&ModelName>)> = Vec::new();
     for (stage, round) in plan.slots() {
         for used in stage.spec.as_stage().uses() {
-            let model = plan.speaker(used.model);
+            let model = plan.backing_model(used.model);
             let spec = &plan.models[model];
             let is_told = placements.iter().any(|(_, models)| models.contains(&model));
             if is_told || !spec.needs_torch() {
@@ -68,7 +68,7 @@ impl Runner<'_> {
     /// Says which complete tables the run replaces, why, and how to get them back.
     pub(super) fn announce(&mut self, options: &Options, slots: &[Slot<'_>]) {
         let manifest = self.folder.manifest();
-        let mut replaced: Vec<&Made> = Vec::new();
+        let mut replaced: Vec<&TableVersion> = Vec::new();
         let mut reasons: Vec<String> = Vec::new();
         let mut is_past = false;
         for one in &options.forecasts {
@@ -81,7 +81,7 @@ impl Runner<'_> {
                 continue;
             };
             // A table under the same key stays.
-            if matches!(one.fate, Fate::Reuse) {
+            if matches!(one.action, Action::Reuse) {
                 continue;
             }
             let checkpoint = checkpoint_of(self.plan, stage, one.round);
@@ -89,8 +89,9 @@ impl Runner<'_> {
             let displaced = self
                 .folder
                 .displaced(table, one.round, None, checkpoint.as_deref());
-            let mut displaced: Vec<&Made> = displaced.filter(|made| made.complete).collect();
-            if let Fate::Make { reasons, .. } = &one.fate
+            let mut displaced: Vec<&TableVersion> =
+                displaced.filter(|made| made.complete).collect();
+            if let Action::Make { reasons, .. } = &one.action
                 && reasons
                     .iter()
                     .any(|reason| matches!(reason, Reason::Input(_) | Reason::Model(_)))
@@ -108,7 +109,7 @@ impl Runner<'_> {
                     replaced.push(made);
                 }
             }
-            if let Fate::Make { reasons: all, .. } = &one.fate {
+            if let Action::Make { reasons: all, .. } = &one.action {
                 let own = all
                     .iter()
                     .filter(|reason| !matches!(reason, Reason::Input(_) | Reason::Model(_)));
@@ -201,7 +202,7 @@ fn add(tables: &mut Replaced, table: &str, round: Option<u32>) {
 }
 
 /// Versions of tables in words, see [`in_words`].
-pub fn listed<'m>(versions: impl IntoIterator<Item = &'m Made>) -> String {
+pub fn listed<'m>(versions: impl IntoIterator<Item = &'m TableVersion>) -> String {
     let mut tables = Replaced::new();
     for made in versions {
         add(&mut tables, &made.table, made.round);

@@ -61,7 +61,7 @@ const HELD_OPEN: &str = "ended, and something that it has started keeps its stan
     ended the Arrow IPC stream; wait for it, or redirect its output";
 
 /// A message of the threads that feed the program and read its output.
-enum Said {
+enum PipeMessage {
     Rows(RecordBatch),
     /// The end-of-stream marker. The output may go on behind it.
     Marker,
@@ -108,7 +108,7 @@ impl Runner<'_> {
             .folder
             .manifest()
             .find(work.input.as_str(), input_round);
-        let rows_in = made.map_or(0, ovchat_data::store::Made::rows);
+        let rows_in = made.map_or(0, ovchat_data::store::TableVersion::rows);
 
         let mut child = Running(start(work, round, &self.plan.secrets)?);
         let said = listen(&mut child.0, files, input_schema);
@@ -159,15 +159,16 @@ impl Runner<'_> {
                     ended.get_or_insert(Ended::Invalid(problem));
                     thread::sleep(EXIT_LOOK_EVERY);
                 }
-                Ok(Said::Line(line)) => {
+                Ok(PipeMessage::Line(line)) => {
                     self.report.note(&format!("{table}: {line}"));
                     keep(&mut last_words, line);
                 }
-                Ok(Said::Unread(failure)) => return Err(failure),
+                Ok(PipeMessage::Unread(failure)) => return Err(failure),
                 // It has failed already.
-                Ok(Said::Rows(_) | Said::Marker | Said::End(_)) if ended.is_some() => {}
-                Ok(Said::Marker) => is_whole = true,
-                Ok(Said::Rows(batch)) => match fitted(&batch, &stage.schema) {
+                Ok(PipeMessage::Rows(_) | PipeMessage::Marker | PipeMessage::End(_))
+                    if ended.is_some() => {}
+                Ok(PipeMessage::Marker) => is_whole = true,
+                Ok(PipeMessage::Rows(batch)) => match fitted(&batch, &stage.schema) {
                     Ok(batch) => {
                         let batch = masked(batch, &mask);
                         done += batch.num_rows() as u64;
@@ -184,7 +185,7 @@ impl Runner<'_> {
                         ended = Some(Ended::Invalid(problem));
                     }
                 },
-                Ok(Said::End(end)) => {
+                Ok(PipeMessage::End(end)) => {
                     if matches!(end, Ended::Invalid(_)) {
                         // It may go on writing what nobody reads.
                         child.end();
@@ -197,12 +198,12 @@ impl Runner<'_> {
         let left = || until.saturating_duration_since(Instant::now());
         while let Ok(late) = said.recv_timeout(left()) {
             match late {
-                Said::Line(line) => {
+                PipeMessage::Line(line) => {
                     self.report.note(&format!("{table}: {line}"));
                     keep(&mut last_words, line);
                 }
-                Said::Unread(failure) => return Err(failure),
-                Said::Rows(_) | Said::Marker | Said::End(_) => {}
+                PipeMessage::Unread(failure) => return Err(failure),
+                PipeMessage::Rows(_) | PipeMessage::Marker | PipeMessage::End(_) => {}
             }
             if left().is_zero() {
                 break;
@@ -332,7 +333,7 @@ impl Drop for Running {
 }
 
 /// Feeds the program and listens to it.
-fn listen(child: &mut Child, files: Vec<PathBuf>, schema: SchemaRef) -> Receiver<Said> {
+fn listen(child: &mut Child, files: Vec<PathBuf>, schema: SchemaRef) -> Receiver<PipeMessage> {
     let (sender, said) = sync_channel(QUEUE);
     let stdin = child.stdin.take().expect("it is piped");
     let stdout = child.stdout.take().expect("it is piped");
@@ -347,17 +348,17 @@ fn listen(child: &mut Child, files: Vec<PathBuf>, schema: SchemaRef) -> Receiver
         });
         if let Err(failure) = fed {
             // Before the program sees the end of its input, and takes it for all.
-            drop(unread.send(Said::Unread(failure)));
+            drop(unread.send(PipeMessage::Unread(failure)));
         }
     });
     let words = sender.clone();
     thread::spawn(move || {
-        lines::each(stderr, |line| words.send(Said::Line(line)).is_ok());
+        lines::each(stderr, |line| words.send(PipeMessage::Line(line)).is_ok());
     });
     thread::spawn(move || {
         let ended = read(stdout, &sender);
         // Whoever does not listen any more has ended the program.
-        drop(sender.send(Said::End(ended)));
+        drop(sender.send(PipeMessage::End(ended)));
     });
     said
 }
@@ -382,7 +383,7 @@ fn feed(stdin: impl Write, files: Vec<PathBuf>, schema: &SchemaRef) -> Result<()
 }
 
 /// Reads the rows that the program makes, up to the end of its output.
-fn read(stdout: impl Read, sender: &SyncSender<Said>) -> Ended {
+fn read(stdout: impl Read, sender: &SyncSender<PipeMessage>) -> Ended {
     let mut stdout = BufReader::new(stdout);
     if stdout.fill_buf().is_ok_and(<[u8]>::is_empty) {
         return Ended::Cut(format!(
@@ -404,7 +405,7 @@ fn read(stdout: impl Read, sender: &SyncSender<Said>) -> Ended {
         let framed = reader.get_ref();
         match batch {
             Some(Ok(batch)) => {
-                if sender.send(Said::Rows(batch)).is_err() {
+                if sender.send(PipeMessage::Rows(batch)).is_err() {
                     return Ended::Whole;
                 }
             }
@@ -426,7 +427,7 @@ fn read(stdout: impl Read, sender: &SyncSender<Said>) -> Ended {
             None => break,
         }
     }
-    drop(sender.send(Said::Marker));
+    drop(sender.send(PipeMessage::Marker));
     match reader.get_mut().read(&mut [0]) {
         Ok(0) => Ended::Whole,
         Ok(_) => Ended::Invalid(
@@ -535,7 +536,7 @@ mod tests {
         let ended = read(bytes, &sender);
         drop(sender);
         let rows = said.iter().map(|said| match said {
-            Said::Rows(batch) => batch.num_rows(),
+            PipeMessage::Rows(batch) => batch.num_rows(),
             _ => 0,
         });
         (rows.sum(), ended)

@@ -8,7 +8,7 @@ use super::Runner;
 use super::query::ask;
 use crate::config::{Expectation, Otherwise, PlannedStage};
 use crate::stages::{Failure, TableName};
-use ovchat_data::store::{Made, read_file};
+use ovchat_data::store::{TableVersion, read_file};
 use ovchat_data::tables::{Reject, RejectClass};
 use ovchat_query::QueryTable;
 
@@ -82,7 +82,7 @@ impl Runner<'_> {
         )))
     }
 
-    fn first_fault(&self, made: &Made) -> Result<String, Failure> {
+    fn first_fault(&self, made: &TableVersion) -> Result<String, Failure> {
         for file in made.rejects() {
             let path = self.folder.root().join(&file.file);
             for row in read_file::<Reject>(&path)? {

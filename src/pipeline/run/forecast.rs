@@ -6,13 +6,15 @@ use std::path::Path;
 use super::keys::{Keys, Reason, explain, explained, known_key, table_key};
 use super::stop::ends;
 use crate::config::{Plan, PlannedStage};
-use crate::stages::{Failure, TableName, Work};
-use ovchat_data::store::{Expected, Fingerprints, Made, Manifest, Rates, RunFolder, StoreError};
+use crate::stages::{Failure, StageKind, TableName};
+use ovchat_data::store::{
+    Expected, Fingerprints, Manifest, Rates, RunFolder, StoreError, TableVersion,
+};
 use ovchat_models::ModelLoader;
 
 /// What becomes of a table.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Fate {
+pub enum Action {
     /// It is there.
     Reuse,
     /// It was there before, was set aside since, and comes back as it is.
@@ -41,14 +43,14 @@ pub struct Estimate {
 pub struct Forecast {
     pub table: TableName,
     pub round: Option<u32>,
-    pub fate: Fate,
+    pub action: Action,
     pub estimate: Estimate,
 }
 
 impl Forecast {
     /// True if something of the table would be made.
     pub fn is_work(&self) -> bool {
-        !matches!(self.fate, Fate::Reuse | Fate::Return)
+        !matches!(self.action, Action::Reuse | Action::Return)
     }
 }
 
@@ -101,7 +103,8 @@ fn foresee<'a>(
         {
             // What ends the rounds is known where nothing that it reads is made again.
             let mut so_far = forecasts.iter();
-            if so_far.all(|made| made.fate == Fate::Reuse) && ends(plan, run, ended, || false)? {
+            if so_far.all(|made| made.action == Action::Reuse) && ends(plan, run, ended, || false)?
+            {
                 break;
             }
         }
@@ -113,7 +116,7 @@ fn foresee<'a>(
             forecasts.push(Forecast {
                 table: stage.name.clone(),
                 round,
-                fate: Fate::Reuse,
+                action: Action::Reuse,
                 estimate: of_made(made),
             });
             continue;
@@ -128,24 +131,24 @@ fn foresee<'a>(
         let staged = manifest.staged(stage.name.as_str(), round);
         let others = staged.into_iter().chain(parked.clone());
         let found = current_fits.or_else(|| others.into_iter().find(|made| made.key == key));
-        let fate = match (found, current.or_else(|| parked.next())) {
-            (Some(made), _) if made.complete && current_fits.is_some() => Fate::Reuse,
-            (Some(made), _) if made.complete => Fate::Return,
-            (Some(made), _) => Fate::Resume { rows: made.rows() },
-            (None, None) => Fate::Make {
+        let action = match (found, current.or_else(|| parked.next())) {
+            (Some(made), _) if made.complete && current_fits.is_some() => Action::Reuse,
+            (Some(made), _) if made.complete => Action::Return,
+            (Some(made), _) => Action::Resume { rows: made.rows() },
+            (None, None) => Action::Make {
                 reasons: Vec::new(),
                 by_row: false,
             },
             (None, Some(before)) => {
                 let now = explained(&because, Some(stage));
                 let reasons = explain(&before.because, &now);
-                let maps =
-                    stage.kind.is_some() && matches!(stage.spec.as_stage().work(), Work::Map(_));
+                let maps = stage.kind.is_some()
+                    && matches!(stage.spec.as_stage().work(), StageKind::Rows(_));
                 let only_inputs = reasons
                     .iter()
                     .all(|reason| matches!(reason, Reason::Input(_)));
                 let by_row = maps && only_inputs;
-                Fate::Make { reasons, by_row }
+                Action::Make { reasons, by_row }
             }
         };
         let known = match found.filter(|made| made.complete) {
@@ -178,7 +181,7 @@ fn foresee<'a>(
         forecasts.push(Forecast {
             table: stage.name.clone(),
             round,
-            fate,
+            action,
             estimate,
         });
     }
@@ -186,7 +189,7 @@ fn foresee<'a>(
 }
 
 /// What there is of a table that is there.
-fn of_made(made: &Made) -> Estimate {
+fn of_made(made: &TableVersion) -> Estimate {
     Estimate {
         rows: Some(made.rows()),
         seconds: Some(0.0),
@@ -221,7 +224,7 @@ impl Known<'_> {
             _ if is_load(stage) => Some(records(stage)?),
             // A table that no rule foretells has about as many rows as it had.
             _ => last
-                .map(Made::rows)
+                .map(TableVersion::rows)
                 .or_else(|| {
                     let mut earlier = self.forecasts.iter().rev();
                     let earlier = earlier.find(|other| other.table == stage.name)?;
@@ -236,7 +239,7 @@ impl Known<'_> {
             .ok()
             .and_then(|pace| self.rates.get(&pace));
         let per_row = |whole: f64, of: u64| (of > 0).then(|| whole / of as f64);
-        let took = last.and_then(Made::took);
+        let took = last.and_then(TableVersion::took);
         let pace = took.and_then(|took| per_row(took.seconds, took.rows));
         let size = last.and_then(|made| per_row(made.bytes() as f64, made.rows()));
         let pace = pace.or(rate.map(|rate| rate.seconds_per_row));
@@ -252,12 +255,12 @@ impl Known<'_> {
 
 /// A query is none, and to ask for its work would read its file.
 fn is_load(stage: &PlannedStage) -> bool {
-    stage.kind.is_some() && matches!(stage.spec.as_stage().work(), Work::Load(_))
+    stage.kind.is_some() && matches!(stage.spec.as_stage().work(), StageKind::Load(_))
 }
 
 /// The records of a user's file; faulty ones count, for they are known only when they are loaded.
 fn records(stage: &PlannedStage) -> Result<u64, Failure> {
-    let Work::Load(load) = stage.spec.as_stage().work() else {
+    let StageKind::Load(load) = stage.spec.as_stage().work() else {
         return Ok(0);
     };
     let mut count = 0;
@@ -273,7 +276,7 @@ fn last_making<'m>(
     manifest: &'m Manifest,
     stage: &PlannedStage,
     round: Option<u32>,
-) -> Option<&'m Made> {
+) -> Option<&'m TableVersion> {
     let parked = manifest.parked.iter().map(|parked| &parked.made);
     let of_table = parked.chain(&manifest.made);
     let whole = of_table.filter(|made| made.table == stage.name.as_str() && made.complete);
@@ -293,7 +296,7 @@ impl super::Runner<'_> {
         let manifest = self.folder.manifest();
         let rows_in = |input: &TableName| {
             let made = manifest.find(input.as_str(), self.plan.round_of(input, round));
-            made.map(Made::rows)
+            made.map(TableVersion::rows)
         };
         if is_load(stage) {
             return Expected::default();

@@ -6,13 +6,13 @@ use std::fmt;
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
-use crate::config::{Place, Plan, PlannedStage};
+use crate::config::{Plan, PlannedStage, Span};
 use crate::stages::{
-    Failure, Load, ModelState, PICTURE_MAX, Role, StageSpec, TableName, Use, Work,
+    Failure, IMAGE_MAX, LoadStage, ModelRole, ModelState, StageKind, StageSpec, TableName, Use,
 };
-use ovchat_data::store::{Fingerprints, Key, Made};
+use ovchat_data::store::{Fingerprints, Key, TableVersion};
 use ovchat_io::files;
-use ovchat_models::{Asking, Dtype, ModelLoader, ModelSpec};
+use ovchat_models::{Dtype, JudgePromptSettings, ModelLoader, ModelSpec};
 
 /// Counts changes of this program that change what tables hold although nothing in the pipeline did.
 const KEY_VERSION: u32 = 1;
@@ -97,7 +97,7 @@ impl<'a> Keys<'a> {
         let mut files = Map::new();
         let work = stage.kind.map(|_| stage.spec.as_stage().work());
         let load = match &work {
-            Some(Work::Load(load)) => Some(load),
+            Some(StageKind::Load(load)) => Some(load),
             _ => None,
         };
         for (field, path) in stage.spec.as_stage().files() {
@@ -116,7 +116,7 @@ impl<'a> Keys<'a> {
         if let Some(load) = load {
             files.insert(
                 "pictures".to_owned(),
-                Value::String(pictures(&self.fingerprints, &**load)?),
+                Value::String(images(&self.fingerprints, &**load)?),
             );
         }
         Ok(files)
@@ -133,12 +133,12 @@ impl<'a> Keys<'a> {
         let spec = &self.plan.models[used.model];
         let asking = spec.asking().map(|asking| {
             // The text's content counts, not where it lies.
-            json!({ "ask": Asking { template: None, ..asking.clone() } })
+            json!({ "ask": JudgePromptSettings { template: None, ..asking.clone() } })
         });
-        if spec.speaker().is_some() {
+        if spec.backing_model().is_some() {
             let speaks = Use {
-                model: self.plan.speaker(used.model),
-                role: Role::Answers,
+                model: self.plan.backing_model(used.model),
+                role: ModelRole::Answers,
                 ..*used
             };
             let mut key = Key::new("asked").with(self.model(stage, &speaks, round)?);
@@ -162,7 +162,7 @@ impl<'a> Keys<'a> {
             key = key.with_json(&asking);
         }
         if let ModelSpec::LlavaRlhf(judge) = spec
-            && used.role == Role::Scores
+            && used.role == ModelRole::Scores
             && judge.caption_orders.get() > 1
         {
             key = key.with(judge.caption_orders.get().to_le_bytes());
@@ -187,7 +187,7 @@ impl<'a> Keys<'a> {
     pub fn pace(&self, stage: &PlannedStage) -> Result<String, Failure> {
         let mut key = Key::new("pace").with_json(&stage.settings);
         for used in stage.spec.as_stage().uses() {
-            let spec = &self.plan.models[self.plan.speaker(used.model)];
+            let spec = &self.plan.models[self.plan.backing_model(used.model)];
             key = key.with(spec.network()).with(self.precision(spec, &used)?);
             for config in spec.configs() {
                 key = key.with(self.fingerprints.file(&config)?);
@@ -201,7 +201,10 @@ impl<'a> Keys<'a> {
 
     /// Learning answers and learning to score are in float32, whatever the model answers in.
     fn precision(&self, spec: &ModelSpec, used: &Use<'_>) -> Result<&'static str, Failure> {
-        let is_wide = matches!(used.role, Role::LearnsAnswers | Role::LearnsRewards);
+        let is_wide = matches!(
+            used.role,
+            ModelRole::LearnsAnswers | ModelRole::LearnsRewards
+        );
         let precision = match self.loader {
             _ if is_wide || !spec.needs_torch() => Dtype::Float32,
             Some(loader) => loader
@@ -226,12 +229,12 @@ fn trained(key: &str, precision: &str) -> String {
 }
 
 /// The key by which tables know this one that they read: its content where that is known, else its key.
-pub(super) fn known_key(made: &Made) -> &str {
+pub(super) fn known_key(made: &TableVersion) -> &str {
     made.content.as_deref().unwrap_or(&made.key)
 }
 
 /// The fingerprints that a model with the checkpoint of this table may have. None without a checkpoint.
-pub(super) fn checkpoint_keys(made: &Made) -> impl Iterator<Item = String> + '_ {
+pub(super) fn checkpoint_keys(made: &TableVersion) -> impl Iterator<Item = String> + '_ {
     let precisions = made.checkpoint.iter().flat_map(|_| PRECISIONS);
     precisions.map(|precision| trained(known_key(made), precision))
 }
@@ -242,10 +245,10 @@ pub fn table_key(because: &Value) -> String {
 }
 
 /// Pictures whose fingerprints are taken at once.
-const PICTURES_AT_ONCE: usize = 4096;
+const IMAGES_AT_ONCE: usize = 4096;
 
 /// Fingerprint of all pictures that a source names; a missing one counts as missing.
-fn pictures(fingerprints: &Fingerprints, load: &dyn Load) -> Result<String, Failure> {
+fn images(fingerprints: &Fingerprints, load: &dyn LoadStage) -> Result<String, Failure> {
     let mut key = Key::new("pictures");
     let mut names = Vec::new();
     let mut take = |names: &mut Vec<std::path::PathBuf>| {
@@ -253,7 +256,7 @@ fn pictures(fingerprints: &Fingerprints, load: &dyn Load) -> Result<String, Fail
             .par_iter()
             .map(|path| {
                 fingerprints
-                    .file_at_most(path, PICTURE_MAX)
+                    .file_at_most(path, IMAGE_MAX)
                     .unwrap_or_else(|_| "missing".to_owned())
             })
             .collect();
@@ -266,8 +269,8 @@ fn pictures(fingerprints: &Fingerprints, load: &dyn Load) -> Result<String, Fail
         Ok(())
     };
     for record in load.records()? {
-        names.extend(load.pictures(&record?));
-        if names.len() >= PICTURES_AT_ONCE || files::stopped() {
+        names.extend(load.images(&record?));
+        if names.len() >= IMAGES_AT_ONCE || files::stopped() {
             take(&mut names)?;
         }
     }
@@ -337,7 +340,7 @@ impl fmt::Display for Reason {
 
 impl Reason {
     /// Where the pipeline says what is so now.
-    pub fn place(&self, plan: &Plan, table: &TableName) -> Option<Place> {
+    pub fn place(&self, plan: &Plan, table: &TableName) -> Option<Span> {
         match self {
             Self::Setting { name, .. } | Self::Environment { name, .. } => {
                 Some(plan.place_of(plan.stage(table)?, name))
@@ -548,7 +551,7 @@ mod tests {
 
     #[test]
     fn a_file_that_was_added_or_is_another_one_is_no_changed_content() {
-        let of = |pictures: &str, files: Value| json!({"files": {"from": "a", "pictures": pictures}, "origins": {"files": files}});
+        let of = |images: &str, files: Value| json!({"files": {"from": "a", "pictures": images}, "origins": {"files": files}});
         let before = of("p", json!({"from": "x.json"}));
         let added = of("q", json!({"from": "x.json", "images": "photos"}));
         check(before.clone(), added.clone(), &["`images` was added"]);

@@ -8,8 +8,8 @@ use arrow::array::AsArray;
 use super::{Runner, count, took, write_beside};
 use crate::config::{KeepImages, PlannedStage};
 use crate::run::{Start, Unit};
-use crate::stages::{Failure, Load, Record, TableName, rejects};
-use ovchat_data::store::{Event, Images, Key, Made, PartRecord, TableReader};
+use crate::stages::{Failure, LoadStage, Record, TableName, rejects};
+use ovchat_data::store::{Event, Images, Key, PartRecord, TableReader, TableVersion};
 use ovchat_data::tables::{Image, ImageFile, RejectClass};
 use ovchat_io::files;
 
@@ -20,7 +20,7 @@ impl Runner<'_> {
     pub(super) fn load(
         &mut self,
         stage: &PlannedStage,
-        work: &mut dyn Load,
+        work: &mut dyn LoadStage,
     ) -> Result<(), Failure> {
         let table = &stage.name;
         let made = self
@@ -62,7 +62,7 @@ impl Runner<'_> {
             let rows_in = next.len() as u64;
             let begun = Instant::now();
             done += rows_in;
-            work.look_over(&next);
+            work.validate(&next);
             if let Some(before) = parts_done.iter().find(|before| before.part == part) {
                 for file in &before.files {
                     for rows in TableReader::new(vec![self.folder.root().join(&file.file)]) {
@@ -111,7 +111,7 @@ impl Runner<'_> {
     fn content(&self, table: &TableName) -> Result<String, Failure> {
         let mut key = Key::new("content");
         let made = self.folder.manifest().under_way(table.as_str(), None);
-        let files = made.into_iter().flat_map(Made::files);
+        let files = made.into_iter().flat_map(TableVersion::files);
         let files = files.map(|file| self.folder.root().join(&file.file));
         for batch in TableReader::new(files.collect()) {
             let batch = batch?;

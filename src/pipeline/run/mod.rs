@@ -6,29 +6,29 @@
 //! old one still answers. The four kinds of work (`load`, `map`, `query`, `fold`) are each one file.
 
 mod announce;
-mod claim;
+mod await_labels;
 mod command;
+mod duplicates;
 mod expect;
-mod fold;
 mod forecast;
-mod formula;
 mod groups;
+mod integrity;
 mod interrupt;
 mod keys;
 mod load;
-mod map;
 mod models;
-mod once;
 mod query;
+mod reconcile;
 mod report;
-mod sound;
+mod rows;
+mod sql_judge;
 mod stale;
 mod stop;
-mod survey;
+mod train;
 
 pub use announce::listed;
 pub use command::withheld;
-pub use forecast::{Estimate, Fate, Forecast, forecast, forecast_of_run};
+pub use forecast::{Action, Estimate, Forecast, forecast, forecast_of_run};
 pub use interrupt::Interrupt;
 pub use keys::{Reason, explain};
 use report::Masked;
@@ -43,12 +43,12 @@ use arrow::datatypes::SchemaRef;
 use serde_json::{Value, json};
 
 use crate::config::{Plan, PlannedStage, View};
-use crate::stages::{Failure, ModelName, ModelState, Shelf, TableName, Work};
+use crate::stages::{Failure, InputTables, ModelName, ModelState, StageKind, TableName};
 use keys::{Keys, known_key, table_key};
 use models::{Kept, Ready, RunModels};
 use ovchat_data::store::{
-    CheckpointRecord, Event, FileRecord, Fingerprints, Images, Made, PartRecord, Place, Rates,
-    RunFolder, TableWriter, Took, read_file,
+    CheckpointRecord, Event, FileRecord, Fingerprints, Images, PartRecord, Place, Rates, RunFolder,
+    TableVersion, TableWriter, Took, read_file,
 };
 use ovchat_data::tables::{Reject, RejectClass, Row, Telemetry};
 use ovchat_models::ModelLoader;
@@ -258,7 +258,7 @@ impl<'a> Runner<'a> {
             if let Some(last) = last {
                 self.announce_end(options, last, &reached);
             }
-            self.park_unplanned(&reached)?;
+            self.archive_unplanned(&reached)?;
         }
         self.keys.save()?;
         let mut source = self.folder.manifest().source.clone();
@@ -314,7 +314,7 @@ impl<'a> Runner<'a> {
         let because = self.because(stage, round)?;
         let key = table_key(&because);
         let kind = stage.kind;
-        let checkpoint = fold::checkpoint_of(self.plan, stage, round);
+        let checkpoint = train::checkpoint_of(self.plan, stage, round);
         if !self.claim(
             &stage.name,
             round,
@@ -324,10 +324,10 @@ impl<'a> Runner<'a> {
             checkpoint.as_deref(),
         )? {
             self.look_at_own(stage, round)?;
-            self.unpark_before(stage, round)?;
+            self.restore_before(stage, round)?;
             self.accept(stage, round)?;
             let made = self.folder.manifest().find(stage.name.as_str(), round);
-            let rows = made.map_or(0, Made::rows);
+            let rows = made.map_or(0, TableVersion::rows);
             self.report_reused(&stage.name, round, rows);
             return Ok(false);
         }
@@ -335,22 +335,22 @@ impl<'a> Runner<'a> {
         self.refuse_repeated(stage, round)?;
         self.wait_for_people(stage, round)?;
         match stage.spec.as_stage().work() {
-            Work::Load(mut work) => self.load(stage, &mut *work)?,
-            Work::Map(work) => {
+            StageKind::Load(mut work) => self.load(stage, &mut *work)?,
+            StageKind::Rows(work) => {
                 let base = self.row_base(stage, round)?;
                 self.map(stage, &stage.name, round, &*work, &base)?;
                 self.finish(&stage.name, round, None, None)?;
             }
-            Work::Query(work) => self.query(stage, round, &work)?,
-            Work::Command(work) => self.command(stage, round, &work)?,
-            Work::Fold(work) => self.fold(stage, round, &*work)?,
+            StageKind::Query(work) => self.query(stage, round, &work)?,
+            StageKind::Command(work) => self.command(stage, round, &work)?,
+            StageKind::Train(work) => self.fold(stage, round, &*work)?,
         }
         self.note_pace(stage, round);
         self.report_finished(&stage.name, round);
         self.accept(stage, round)?;
         let written = self.folder.manifest().find(stage.name.as_str(), round);
         self.sound
-            .extend(written.into_iter().flat_map(sound::all_of));
+            .extend(written.into_iter().flat_map(integrity::all_of));
         Ok(true)
     }
 
@@ -359,7 +359,7 @@ impl<'a> Runner<'a> {
     fn accept(&mut self, stage: &PlannedStage, round: Option<u32>) -> Result<(), Failure> {
         self.check_rejects(&stage.name, round)?;
         self.expect(stage, round)?;
-        for table in claim::tables_of(stage) {
+        for table in reconcile::tables_of(stage) {
             self.folder.replace_by_staged(table.as_str(), round)?;
         }
         self.remember(&stage.name, round);
@@ -399,15 +399,15 @@ impl<'a> Runner<'a> {
     ) -> Result<(), Failure> {
         let made = self.folder.manifest().under_way(table.as_str(), round);
         let key = made.map(|made| made.key.clone());
-        let mut halvings = 0;
-        for file in made.into_iter().flat_map(Made::telemetry) {
+        let mut oom_retries = 0;
+        for file in made.into_iter().flat_map(TableVersion::telemetry) {
             let rows = read_file::<Telemetry>(&self.folder.root().join(&file.file))?;
-            halvings += rows
+            oom_retries += rows
                 .iter()
                 .map(|row| row.halvings.cast_unsigned())
                 .sum::<u64>();
         }
-        let footer = map::with_halvings(self.footer(key.as_deref()), halvings);
+        let footer = rows::with_halvings(self.footer(key.as_deref()), oom_retries);
         Ok(self
             .folder
             .finish(table.as_str(), round, content, checkpoint, &footer)?)
@@ -466,9 +466,13 @@ impl<'a> Runner<'a> {
             .collect()
     }
 
-    fn shelf(&self, stage: &PlannedStage, round: Option<u32>) -> Result<Shelf, Failure> {
+    fn input_tables(
+        &self,
+        stage: &PlannedStage,
+        round: Option<u32>,
+    ) -> Result<InputTables, Failure> {
         let images = Images::open(self.folder.root(), &self.folder.manifest().images)?;
-        Ok(Shelf::new(
+        Ok(InputTables::new(
             images,
             self.input_files(stage, round),
             self.folder.root().to_owned(),
@@ -481,8 +485,8 @@ impl<'a> Runner<'a> {
         for used in stage.spec.as_stage().uses() {
             let fingerprint = self.keys.model(stage, &used, round)?;
             let named = &self.plan.models[used.model];
-            let speaker = self.plan.speaker(used.model);
-            let mut spec = self.plan.models[speaker].clone().opened();
+            let backing_model = self.plan.backing_model(used.model);
+            let mut spec = self.plan.models[backing_model].clone().opened();
             if used.state == ModelState::Now {
                 for checkpoint in self.checkpoints(stage, used.model, round) {
                     let folder = self.folder.root().join(&checkpoint.folder);

@@ -5,15 +5,16 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::rc::Rc;
 
-use super::formula::Formula;
+use super::sql_judge::SqlJudge;
 use crate::stages::{Failure, ModelName, ModelState, Models};
 use ovchat_io::mask::Mask;
-use ovchat_models::prep::PolicyPrep;
-use ovchat_models::scripted::{ScriptedJudge, ScriptedLearner, ScriptedPolicy};
+use ovchat_models::preprocess::LlavaOnevisionProcessor;
+use ovchat_models::scripted::{ScriptedJudge, ScriptedPolicy, ScriptedTrainer};
 use ovchat_models::{
-    Asking, Critic, DpoLearner, DpoSettings, Emit, Generation, HttpWriter, Judge, Mode, ModelError,
-    ModelLoader, ModelSpec, Opened, Optimization, Orders, Policy, PolicyWriter, Prompt,
-    RewardLearner, RewardSettings, RowFault, Sampling, SftLearner, SftSettings, Telemetry, Writer,
+    CaptionPermutations, ChatPrompt, Critic, DpoSettings, DpoTrainer, Emit, Generation, HttpWriter,
+    Judge, JudgePromptSettings, Mode, ModelError, ModelLoader, ModelSpec, ModelTelemetry, Opened,
+    Optimization, Policy, PolicyWriter, RewardSettings, RewardTrainer, RowFault, Sampling,
+    SftSettings, SftTrainer, Writer,
 };
 
 /// A model as it is for a stage.
@@ -21,7 +22,7 @@ pub struct Ready {
     /// What is opened, with the checkpoints of this run in the place of the pipeline's weights.
     pub spec: ModelSpec,
     /// What it is asked, if it scores in writing.
-    pub asking: Option<Asking>,
+    pub asking: Option<JudgePromptSettings>,
     /// What decides what it computes.
     pub fingerprint: String,
 }
@@ -38,10 +39,10 @@ struct SharedPolicy(Rc<RefCell<Box<dyn Policy>>>);
 impl Policy for SharedPolicy {
     fn sample(
         &mut self,
-        prompts: &[Prompt],
+        prompts: &[ChatPrompt],
         how: &Sampling,
         emit: Emit<'_, Vec<Generation>>,
-    ) -> Result<Telemetry, ModelError> {
+    ) -> Result<ModelTelemetry, ModelError> {
         self.0.borrow_mut().sample(prompts, how, emit)
     }
 
@@ -61,7 +62,7 @@ pub struct RunModels<'a> {
     kept: Kept,
     policy: Option<(ModelName, Box<dyn Policy>)>,
     judge: Option<(ModelName, Box<dyn Judge>)>,
-    prep: Option<(ModelName, PolicyPrep)>,
+    prep: Option<(ModelName, LlavaOnevisionProcessor)>,
 }
 
 impl<'a> RunModels<'a> {
@@ -93,24 +94,28 @@ impl<'a> RunModels<'a> {
     }
 
     /// Opens a learner: the scripted one, or that of the loader.
-    fn learner<L: ?Sized>(
+    fn trainer<L: ?Sized>(
         &self,
         model: &ModelName,
         state: ModelState,
         optimization: &Optimization,
-        scripted: impl FnOnce(ScriptedLearner) -> Box<L>,
+        scripted: impl FnOnce(ScriptedTrainer) -> Box<L>,
         open: impl FnOnce(&dyn ModelLoader, &ModelSpec) -> Opened<L>,
     ) -> Result<Box<L>, Failure> {
         self.close();
-        let learner: Result<Box<L>, ModelError> = match self.spec_in(model, state) {
-            ModelSpec::Scripted(spec) => ScriptedLearner::open(spec, optimization).map(scripted),
+        let trainer: Result<Box<L>, ModelError> = match self.spec_in(model, state) {
+            ModelSpec::Scripted(spec) => ScriptedTrainer::open(spec, optimization).map(scripted),
             spec => open(self.loader(model)?, spec),
         };
-        learner.map_err(Failure::of(model))
+        trainer.map_err(Failure::of(model))
     }
 
     /// What writes for a judge.
-    fn writer(&self, model: &ModelName, asking: &Asking) -> Result<Box<dyn Writer>, Failure> {
+    fn writer(
+        &self,
+        model: &ModelName,
+        asking: &JudgePromptSettings,
+    ) -> Result<Box<dyn Writer>, Failure> {
         if let ModelSpec::Http(http) = self.spec(model) {
             let journal = self.calls.join(format!("{model}.jsonl"));
             let writer =
@@ -180,7 +185,7 @@ impl Models for RunModels<'_> {
                             Failure::Other(format!("model `{model}`: {problem}"))
                         })?)
                     }
-                    (None, ModelSpec::Sql(spec)) => Box::new(Formula::new(spec)),
+                    (None, ModelSpec::Sql(spec)) => Box::new(SqlJudge::new(spec)),
                     (None, ModelSpec::Scripted(_)) => Box::new(ScriptedJudge),
                     (None, spec) => {
                         self.close();
@@ -188,7 +193,7 @@ impl Models for RunModels<'_> {
                         let judge = judge.map_err(Failure::of(model))?;
                         match spec {
                             ModelSpec::LlavaRlhf(spec) if spec.caption_orders.get() > 1 => {
-                                Box::new(Orders::new(judge, spec.caption_orders))
+                                Box::new(CaptionPermutations::new(judge, spec.caption_orders))
                             }
                             _ => judge,
                         }
@@ -199,17 +204,17 @@ impl Models for RunModels<'_> {
         Ok(&mut *self.judge.as_mut().expect("just opened").1)
     }
 
-    fn dpo_learner(
+    fn dpo_trainer(
         &mut self,
         model: &ModelName,
         settings: &DpoSettings,
-    ) -> Result<Box<dyn DpoLearner>, Failure> {
-        self.learner(
+    ) -> Result<Box<dyn DpoTrainer>, Failure> {
+        self.trainer(
             model,
             ModelState::Now,
             &settings.optimization,
-            |learner| Box::new(learner) as Box<dyn DpoLearner>,
-            |loader, spec| loader.dpo_learner(spec, settings),
+            |trainer| Box::new(trainer) as Box<dyn DpoTrainer>,
+            |loader, spec| loader.dpo_trainer(spec, settings),
         )
     }
 
@@ -218,41 +223,41 @@ impl Models for RunModels<'_> {
         model: &ModelName,
         state: ModelState,
         settings: &DpoSettings,
-    ) -> Result<Box<dyn DpoLearner>, Failure> {
-        self.learner(
+    ) -> Result<Box<dyn DpoTrainer>, Failure> {
+        self.trainer(
             model,
             state,
             &settings.optimization,
-            |learner| Box::new(learner) as Box<dyn DpoLearner>,
-            |loader, spec| loader.dpo_learner(spec, settings),
+            |trainer| Box::new(trainer) as Box<dyn DpoTrainer>,
+            |loader, spec| loader.dpo_trainer(spec, settings),
         )
     }
 
-    fn sft_learner(
+    fn sft_trainer(
         &mut self,
         model: &ModelName,
         settings: &SftSettings,
-    ) -> Result<Box<dyn SftLearner>, Failure> {
-        self.learner(
+    ) -> Result<Box<dyn SftTrainer>, Failure> {
+        self.trainer(
             model,
             ModelState::Now,
             &settings.optimization,
-            |learner| Box::new(learner) as Box<dyn SftLearner>,
-            |loader, spec| loader.sft_learner(spec, settings),
+            |trainer| Box::new(trainer) as Box<dyn SftTrainer>,
+            |loader, spec| loader.sft_trainer(spec, settings),
         )
     }
 
-    fn reward_learner(
+    fn reward_trainer(
         &mut self,
         model: &ModelName,
         settings: &RewardSettings,
-    ) -> Result<Box<dyn RewardLearner>, Failure> {
-        self.learner(
+    ) -> Result<Box<dyn RewardTrainer>, Failure> {
+        self.trainer(
             model,
             ModelState::Now,
             &settings.optimization,
-            |learner| Box::new(learner) as Box<dyn RewardLearner>,
-            |loader, spec| loader.reward_learner(spec, settings),
+            |trainer| Box::new(trainer) as Box<dyn RewardTrainer>,
+            |loader, spec| loader.reward_trainer(spec, settings),
         )
     }
 
@@ -270,14 +275,14 @@ impl Models for RunModels<'_> {
     fn fits(
         &mut self,
         model: &ModelName,
-        prompt: &Prompt,
+        prompt: &ChatPrompt,
         answer_tokens: usize,
     ) -> Result<Result<(), RowFault>, Failure> {
         let ModelSpec::LlavaOnevision(spec) = self.spec(model) else {
             return Ok(Ok(()));
         };
         if self.prep.as_ref().is_none_or(|(open, _)| open != model) {
-            let prep = PolicyPrep::open(&spec.weights)
+            let prep = LlavaOnevisionProcessor::open(&spec.weights)
                 .map_err(|error| Failure::of(model)(error.into()))?;
             self.prep = Some((model.clone(), prep));
         }

@@ -5,11 +5,11 @@ use std::collections::HashSet;
 use serde_json::Value;
 
 use super::keys::{checkpoint_keys, known_key};
-use ovchat_data::store::{Made, Manifest};
+use ovchat_data::store::{Manifest, TableVersion};
 
 /// The current tables that were made from a table or a checkpoint whose version has been replaced since, and
 /// those made from these. `pipeline run` makes them again; `--until` leaves them.
-pub fn stale(manifest: &Manifest) -> Vec<&Made> {
+pub fn stale(manifest: &Manifest) -> Vec<&TableVersion> {
     let complete = || manifest.made.iter().filter(|made| made.complete);
     let mut known: HashSet<String> = complete().map(|made| known_key(made).to_owned()).collect();
     let superseded = manifest.parked.iter().map(|parked| &parked.made);
@@ -20,14 +20,14 @@ pub fn stale(manifest: &Manifest) -> Vec<&Made> {
             gone.remove(&key);
         }
     }
-    let mut stale: Vec<&Made> = Vec::new();
+    let mut stale: Vec<&TableVersion> = Vec::new();
     loop {
-        let is_stale = |made: &&Made| {
+        let is_stale = |made: &&TableVersion| {
             let texts = |field: &str| values(&made.because[field]);
             texts("inputs").any(|key| !known.contains(key))
                 || texts("models").any(|key| gone.contains(key))
         };
-        let found: Vec<&Made> = complete()
+        let found: Vec<&TableVersion> = complete()
             .filter(|made| !stale.contains(made))
             .filter(is_stale)
             .collect();

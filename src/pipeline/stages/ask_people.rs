@@ -7,10 +7,10 @@ use arrow::datatypes::SchemaRef;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::pairing::{Answers, Match};
-use super::selection::{Choice, Choose, Selection};
-use super::{Failure, Input, Scope, Stage, StageError, TableName, Waits, Work};
-use ovchat_data::store::{LabelFiles, Said, digest};
+use super::pairing::{Answers, CandidatePair};
+use super::selection::{PairChoice, PairSelector, Selection};
+use super::{Failure, Input, Stage, StageContext, StageError, StageKind, TableName, Waits};
+use ovchat_data::store::{LabelFiles, LabelVerdict, digest};
 use ovchat_data::tables::{Candidate, Pair, Prompt, RejectClass, Reward, Row};
 
 /// Waits for people to say which of two answers is better, and pairs these. The run stops with an exit
@@ -84,12 +84,12 @@ impl Stage for AskPeople {
         })
     }
 
-    fn work(&self) -> Work<'_> {
-        Work::Map(Box::new(Selection::new(self)))
+    fn work(&self) -> StageKind<'_> {
+        StageKind::Rows(Box::new(Selection::new(self)))
     }
 }
 
-impl Choose for AskPeople {
+impl PairSelector for AskPeople {
     fn candidates(&self) -> &TableName {
         &self.candidates
     }
@@ -100,10 +100,10 @@ impl Choose for AskPeople {
 
     fn choices(
         &self,
-        scope: &mut Scope<'_>,
+        ctx: &mut StageContext<'_>,
         part: &Answers<'_>,
-    ) -> Result<HashMap<String, Choice>, Failure> {
-        let files = LabelFiles::new(&scope.shelf.root, scope.table.as_str(), scope.round);
+    ) -> Result<HashMap<String, PairChoice>, Failure> {
+        let files = LabelFiles::new(&ctx.input_tables.root, ctx.table.as_str(), ctx.round);
         let (labels, _) = files.read()?;
         let asked: HashSet<&str> = labels.iter().map(|label| &*label.prompt_id).collect();
         let mut texts: HashMap<&str, HashMap<String, i32>> = HashMap::new();
@@ -118,7 +118,7 @@ impl Choose for AskPeople {
                 known.entry(digest).or_insert(part.candidate(row));
             }
         }
-        let mut choices: HashMap<String, Choice> = HashMap::new();
+        let mut choices: HashMap<String, PairChoice> = HashMap::new();
         for label in labels {
             let Some(known) = texts.get(&*label.prompt_id) else {
                 continue;
@@ -130,21 +130,23 @@ impl Choose for AskPeople {
             ) else {
                 continue;
             };
-            let set_aside = |reason: &str| Choice::SetAside {
+            let set_aside = |reason: &str| PairChoice::SetAside {
                 class: RejectClass::Dropped,
                 reason: reason.to_owned(),
             };
             let choice = match label.said {
-                Said::Left => Choice::Pairs(vec![Match::unscored(left, right)]),
-                Said::Right => Choice::Pairs(vec![Match::unscored(right, left)]),
-                Said::Tie => set_aside("people found both answers equally good"),
-                Said::BothBad => set_aside("people found both answers bad"),
-                Said::Skip => set_aside("people skipped it"),
-                Said::Undone => continue,
+                LabelVerdict::Left => PairChoice::Pairs(vec![CandidatePair::unscored(left, right)]),
+                LabelVerdict::Right => {
+                    PairChoice::Pairs(vec![CandidatePair::unscored(right, left)])
+                }
+                LabelVerdict::Tie => set_aside("people found both answers equally good"),
+                LabelVerdict::BothBad => set_aside("people found both answers bad"),
+                LabelVerdict::Skip => set_aside("people skipped it"),
+                LabelVerdict::Undone => continue,
             };
             match (choices.get_mut(&label.prompt_id), choice) {
-                (Some(Choice::Pairs(pairs)), Choice::Pairs(more)) => pairs.extend(more),
-                (Some(Choice::Pairs(_)), Choice::SetAside { .. }) => {}
+                (Some(PairChoice::Pairs(pairs)), PairChoice::Pairs(more)) => pairs.extend(more),
+                (Some(PairChoice::Pairs(_)), PairChoice::SetAside { .. }) => {}
                 (_, choice) => {
                     choices.insert(label.prompt_id, choice);
                 }

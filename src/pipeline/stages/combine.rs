@@ -7,7 +7,7 @@ use arrow::datatypes::SchemaRef;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Input, NonNegative, Query, Stage, StageError, TableName, Work};
+use super::{Input, NonNegative, Query, Stage, StageError, StageKind, TableName};
 use ovchat_data::tables::{Reward, Row};
 
 /// Adds up what several judges think of the same candidates. A candidate that one of them did not score
@@ -90,8 +90,8 @@ impl Stage for Combine {
         Some(input)
     }
 
-    fn work(&self) -> Work<'_> {
-        Work::Query(Query { sql: self.sql() })
+    fn work(&self) -> StageKind<'_> {
+        StageKind::Query(Query { sql: self.sql() })
     }
 }
 
@@ -154,7 +154,7 @@ mod tests {
 
     #[test]
     fn weights_and_tables_must_belong_together() {
-        for (settings, complaint) in [
+        for (settings, diagnostic) in [
             (r#"{"rewards": ["a"]}"#, "nothing to combine"),
             (r#"{"rewards": ["a", "b", "a"]}"#, "`a` stands here twice"),
             (
@@ -167,7 +167,7 @@ mod tests {
             ),
         ] {
             let error = combine(settings).output(&[]).unwrap_err();
-            assert!(error.message.contains(complaint), "{error}");
+            assert!(error.message.contains(diagnostic), "{error}");
         }
         let fine = combine(r#"{"rewards": ["a", "b"], "weights": {"a": 0.5}}"#);
         assert!(fine.output(&[]).is_ok());

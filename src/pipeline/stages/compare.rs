@@ -9,12 +9,12 @@ use serde::{Deserialize, Serialize};
 
 use super::training::prompts;
 use super::{
-    Failure, Input, Map, ModelName, ModelState, Outcome, Role, Scope, Stage, StageError, TableName,
-    Task, Use, Work, shown,
+    Failure, Input, ModelName, ModelRole, ModelState, Outcome, RowStage, Stage, StageContext,
+    StageError, StageKind, TableName, Task, Use, shown,
 };
 use ovchat_data::store::Key;
 use ovchat_data::tables::{Comparison, Pair, Row};
-use ovchat_models::{Group, Listener, RowFault, Score};
+use ovchat_models::{AnswerGroup, JudgeScore, Listener, RowFault};
 
 /// Scores both answers of pairs with a judge, to see how often it agrees with whoever chose:
 /// `select avg(cast(agrees as int)) from <table>`.
@@ -50,7 +50,7 @@ impl Stage for Compare {
         vec![Use {
             field: "judge",
             model: &self.judge,
-            role: Role::Scores,
+            role: ModelRole::Scores,
             state: ModelState::Now,
         }]
     }
@@ -71,12 +71,12 @@ impl Stage for Compare {
         Some(input)
     }
 
-    fn work(&self) -> Work<'_> {
-        Work::Map(Box::new(self))
+    fn work(&self) -> StageKind<'_> {
+        StageKind::Rows(Box::new(self))
     }
 }
 
-impl Map for &Compare {
+impl RowStage for &Compare {
     type In = Pair;
     type Out = Comparison;
 
@@ -88,7 +88,7 @@ impl Map for &Compare {
         self.part.get()
     }
 
-    fn key(&self, _: &mut Scope<'_>, group: &[Pair], mut key: Key) -> Result<Key, Failure> {
+    fn key(&self, _: &mut StageContext<'_>, group: &[Pair], mut key: Key) -> Result<Key, Failure> {
         for pair in group {
             let system = pair.system.as_deref();
             let (turns, prompt) = (&pair.turns, &pair.prompt);
@@ -104,33 +104,33 @@ impl Map for &Compare {
 
     fn map(
         &self,
-        scope: &mut Scope<'_>,
+        ctx: &mut StageContext<'_>,
         tasks: &[Task<Pair>],
     ) -> Result<Vec<Outcome<Vec<Comparison>>>, Failure> {
         // A judge takes one group of answers for each pair, and a task may hold several pairs.
         let pairs: Vec<&Pair> = tasks.iter().flat_map(|task| &task.rows).collect();
         let mut shown = Vec::with_capacity(pairs.len());
         for task in tasks {
-            shown.extend(prompts(scope, &task.rows)?);
+            shown.extend(prompts(ctx, &task.rows)?);
         }
-        let groups: Vec<Group<'_>> = pairs
+        let groups: Vec<AnswerGroup<'_>> = pairs
             .iter()
             .zip(&shown)
-            .map(|(pair, prompt)| Group {
+            .map(|(pair, prompt)| AnswerGroup {
                 prompt,
                 answers: vec![&pair.chosen, &pair.rejected],
                 numbers: Vec::new(),
             })
             .collect();
-        let mut scored: Vec<Option<Result<Vec<Score>, RowFault>>> = vec![None; pairs.len()];
-        let stopping = scope.stopping;
-        let progress = &mut *scope.progress;
+        let mut scored: Vec<Option<Result<Vec<JudgeScore>, RowFault>>> = vec![None; pairs.len()];
+        let stopping = ctx.stopping;
+        let progress = &mut *ctx.progress;
         let mut done = 0;
-        let judge = scope.models.judge(&self.judge)?;
+        let judge = ctx.models.judge(&self.judge)?;
         if let Some(plan) = judge.plan() {
-            (scope.say)(&format!("{}: {plan}", self.judge));
+            (ctx.say)(&format!("{}: {plan}", self.judge));
         }
-        let mut take = |index: usize, scores: Result<Vec<Score>, RowFault>| {
+        let mut take = |index: usize, scores: Result<Vec<JudgeScore>, RowFault>| {
             scored[index] = Some(scores);
             done += 1;
             progress(done);
@@ -141,7 +141,7 @@ impl Map for &Compare {
             }
         };
         let name = &self.judge;
-        let say = &mut *scope.say;
+        let say = &mut *ctx.say;
         let judged = judge.score_for(
             &groups,
             &mut take,
@@ -150,7 +150,7 @@ impl Map for &Compare {
                 stopping,
             },
         );
-        *scope.telemetry = judged.map_err(Failure::of(&self.judge))?;
+        *ctx.telemetry = judged.map_err(Failure::of(&self.judge))?;
         let mut scored = scored.into_iter();
         let mut outcomes = Vec::with_capacity(tasks.len());
         for task in tasks {
@@ -163,7 +163,7 @@ impl Map for &Compare {
                 });
             }
             outcomes.push(match rows {
-                Ok(rows) => Outcome::Made(rows),
+                Ok(rows) => Outcome::TableVersion(rows),
                 Err(RowFault(reason)) => Outcome::fault(&task.rows[0].prompt_id, reason),
             });
         }
@@ -172,7 +172,7 @@ impl Map for &Compare {
 }
 
 impl Compare {
-    fn row(&self, key: &str, pair: &Pair, scores: &[Score]) -> Comparison {
+    fn row(&self, key: &str, pair: &Pair, scores: &[JudgeScore]) -> Comparison {
         let [chosen_reward, rejected_reward] = [scores[0].reward, scores[1].reward];
         Comparison {
             row_key: key.to_owned(),

@@ -13,7 +13,7 @@ use serde::ser::SerializeMap as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 pub use self::inherited::Inherited;
-use super::{Command, Input, Stage, StageError, TableName, Work, join};
+use super::{Command, Input, Stage, StageError, StageKind, TableName, join};
 
 /// Makes a table by a command: it gets the rows of `table` as an Arrow IPC stream on its standard input
 /// and writes the rows of this table as one to its standard output. What it says on its standard error
@@ -178,8 +178,8 @@ impl Stage for Exec {
         )))
     }
 
-    fn work(&self) -> Work<'_> {
-        Work::Command(Command {
+    fn work(&self) -> StageKind<'_> {
+        StageKind::Command(Command {
             words: &self.command,
             input: &self.table,
             folder: &self.folder,

@@ -7,9 +7,9 @@ use arrow::datatypes::SchemaRef;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::head::Objection;
-use super::source::{Loader, Source};
-use super::{Input, Stage, StageError, TableName, Work, join};
+use super::source::{Loader, RecordSource};
+use super::source_check::SourceProblem;
+use super::{Input, Stage, StageError, StageKind, TableName, join};
 use ovchat_data::tables::{Pair, Row};
 
 /// Reads pairs that people judged: a JSON list, JSON lines or Parquet of
@@ -40,7 +40,7 @@ pub struct LoadFeedback {
 
 impl LoadFeedback {
     fn loader(&self) -> Loader<'_, Pair> {
-        Loader::new(Source {
+        Loader::new(RecordSource {
             from: &self.from,
             images: self.images.as_deref(),
             images_anywhere: self.images_anywhere,
@@ -51,7 +51,7 @@ impl LoadFeedback {
     }
 
     /// What the beginning and the end of the file say against loading it.
-    pub fn objection(&self) -> Option<Objection> {
+    pub fn objection(&self) -> Option<SourceProblem> {
         self.loader().objection()
     }
 
@@ -92,7 +92,7 @@ impl Stage for LoadFeedback {
         Ok(Pair::schema())
     }
 
-    fn work(&self) -> Work<'_> {
-        Work::Load(Box::new(self.loader()))
+    fn work(&self) -> StageKind<'_> {
+        StageKind::Load(Box::new(self.loader()))
     }
 }

@@ -7,9 +7,9 @@ use arrow::datatypes::SchemaRef;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::head::Objection;
-use super::source::{Loader, Source};
-use super::{Input, Stage, StageError, TableName, Work, join};
+use super::source::{Loader, RecordSource};
+use super::source_check::SourceProblem;
+use super::{Input, Stage, StageError, StageKind, TableName, join};
 use ovchat_data::tables::{Prompt, Row};
 
 /// Reads pictures and questions: a JSON list or JSON lines of `{id, image, prompt}`, LLaVA
@@ -41,7 +41,7 @@ pub struct LoadPrompts {
 
 impl LoadPrompts {
     fn loader(&self) -> Loader<'_, Prompt> {
-        Loader::new(Source {
+        Loader::new(RecordSource {
             from: &self.from,
             images: self.images.as_deref(),
             images_anywhere: self.images_anywhere,
@@ -52,7 +52,7 @@ impl LoadPrompts {
     }
 
     /// What the beginning and the end of the file say against loading it.
-    pub fn objection(&self) -> Option<Objection> {
+    pub fn objection(&self) -> Option<SourceProblem> {
         self.loader().objection()
     }
 
@@ -93,7 +93,7 @@ impl Stage for LoadPrompts {
         Ok(Prompt::schema())
     }
 
-    fn work(&self) -> Work<'_> {
-        Work::Load(Box::new(self.loader()))
+    fn work(&self) -> StageKind<'_> {
+        StageKind::Load(Box::new(self.loader()))
     }
 }

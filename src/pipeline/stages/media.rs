@@ -301,7 +301,7 @@ fn is_base64(text: &str) -> bool {
     }
     let start = text.get(..16).map(|start| BASE64_STANDARD.decode(start));
     matches!(start, Some(Ok(bytes)) if
-        BEGINNINGS.iter().any(|beginning| bytes.starts_with(beginning))
+        BEGINNINGS.iter().any(|prefix| bytes.starts_with(prefix))
         || bytes[4..].starts_with(b"ftyp"))
 }
 

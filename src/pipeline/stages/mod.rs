@@ -1,20 +1,20 @@
 //! The verbs: one file each, with its settings, its checks, its work and its tests, in that order.
 //!
 //! A stage never loops over its table, resumes, reports progress or writes a file: it says what
-//! work it is ([`Work`]), and the runner (`run/`) cuts parts, skips what is done, commits and
+//! work it is ([`StageKind`]), and the runner (`run/`) cuts parts, skips what is done, commits and
 //! answers signals. That is what makes these things the same for every stage.
 //!
 //! To add a stage: write its file, add its `mod`, its variant in [`StageSpec`] and its arm in
 //! [`StageSpec::as_stage`]; `UPDATE=1 cargo test` rewrites `schemas/`.
 
-mod confines;
+mod allowed_folders;
 mod formats;
-mod head;
+mod input_tables;
 mod media;
 mod pairing;
 mod records;
-mod shelf;
 mod source;
+mod source_check;
 mod unread;
 mod values;
 mod work;
@@ -43,7 +43,6 @@ pub use ask_people::AskPeople;
 pub use combine::{Combine, Normalize};
 pub use compare::Compare;
 pub use exec::{Column, Columns, Exec, Inherited};
-pub use head::Objection;
 pub use load_feedback::LoadFeedback;
 pub use load_prompts::LoadPrompts;
 pub use sample::Sample;
@@ -51,7 +50,8 @@ pub use score::Score;
 pub use select_extremes::{SelectExtremes, Truncated};
 pub use select_pairs::SelectPairs;
 pub use selection::Pairs;
-pub use source::PICTURE_MAX;
+pub use source::IMAGE_MAX;
+pub use source_check::SourceProblem;
 pub use sql::Sql;
 pub use training::AFTER;
 
@@ -158,7 +158,7 @@ pub struct Input<'a> {
 
 /// What a stage does with a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Role {
+pub enum ModelRole {
     Answers,
     Scores,
     /// Is trained with DPO.
@@ -171,7 +171,7 @@ pub enum Role {
     Reads,
 }
 
-impl Role {
+impl ModelRole {
     /// Whether the model changes.
     pub fn learns(self) -> bool {
         !matches!(self, Self::Answers | Self::Scores | Self::Reads)
@@ -193,7 +193,7 @@ pub struct Use<'a> {
     /// The setting that names it: `model`.
     pub field: &'static str,
     pub model: &'a ModelName,
-    pub role: Role,
+    pub role: ModelRole,
     pub state: ModelState,
 }
 
@@ -280,10 +280,10 @@ pub trait Stage {
     }
 
     /// The work, for the runner.
-    fn work(&self) -> Work<'_>;
+    fn work(&self) -> StageKind<'_>;
 }
 
-pub use shelf::Shelf;
+pub use input_tables::InputTables;
 pub use work::*;
 
 /// Joins the path of the setting `field` to the folder at which it starts.

@@ -15,7 +15,7 @@ use ovchat_data::tables::{Finish, Misfit, Pair, Prompt, Row, rows};
 
 rows! {
     /// What of a candidate decides a pair, or goes into it.
-    pub struct Answer: "answer" => {
+    pub struct PairingCandidate: "answer" => {
         /// What decides it.
         pub row_key: String,
         /// The prompt.
@@ -103,16 +103,16 @@ fn columns<R: Row>(batch: &RecordBatch) -> Result<Vec<ArrayRef>, Misfit> {
 
 /// The candidates of a part.
 pub struct Answers<'r> {
-    /// As they were read, with the columns of [`Answer`].
+    /// As they were read, with the columns of [`PairingCandidate`].
     pub read: &'r [RecordBatch],
     /// The rows of each prompt.
     pub groups: Vec<Range<usize>>,
-    rows: Rows<Answer>,
+    rows: Rows<PairingCandidate>,
     /// The batch of each row, by the rows before it.
     starts: Vec<usize>,
 }
 
-/// Columns of [`Answer`], by their places; a test compares.
+/// Columns of [`PairingCandidate`], by their places; a test compares.
 const ROW_KEY: usize = 0;
 const PROMPT_ID: usize = 1;
 const CANDIDATE: usize = 2;
@@ -221,7 +221,7 @@ impl Prompts {
 
 /// Two answers that make a pair.
 #[derive(Clone, Copy)]
-pub struct Match {
+pub struct CandidatePair {
     pub chosen: i32,
     pub rejected: i32,
     pub scores: Option<Scores>,
@@ -235,7 +235,7 @@ pub struct Scores {
     pub margin: f32,
 }
 
-impl Match {
+impl CandidatePair {
     /// A pair that no judge chose.
     pub fn unscored(chosen: i32, rejected: i32) -> Self {
         Self {
@@ -247,12 +247,12 @@ impl Match {
 }
 
 /// A pair to be made.
-pub struct Draft {
+pub struct PairDraft {
     /// Its name.
     pub row_key: String,
     /// Where its prompt lies.
     pub prompt: Place,
-    pub matched: Match,
+    pub matched: CandidatePair,
     /// The rows of the two answers.
     pub chosen: usize,
     pub rejected: usize,
@@ -262,13 +262,14 @@ pub struct Draft {
 pub fn pairs(
     answers: &Answers<'_>,
     prompts: &Prompts,
-    drafts: &[Draft],
+    drafts: &[PairDraft],
 ) -> Result<RecordBatch, Failure> {
-    fn made<C: Column>(drafts: &[Draft], of: impl Fn(&Draft) -> C) -> ArrayRef {
+    fn made<C: Column>(drafts: &[PairDraft], of: impl Fn(&PairDraft) -> C) -> ArrayRef {
         let values: Vec<C> = drafts.iter().map(of).collect();
         C::to_array(&values.iter().collect::<Vec<_>>())
     }
-    let places = |of: &dyn Fn(&Draft) -> Place| -> Vec<Place> { drafts.iter().map(of).collect() };
+    let places =
+        |of: &dyn Fn(&PairDraft) -> Place| -> Vec<Place> { drafts.iter().map(of).collect() };
     let asked = places(&|draft| draft.prompt);
     let chosen = places(&|draft| answers.place(draft.chosen));
     let rejected = places(&|draft| answers.place(draft.rejected));
@@ -324,7 +325,7 @@ mod tests {
             (TEXT, "text"),
         ];
         for (place, column) in places {
-            assert_eq!(Rows::<Answer>::number(column), place);
+            assert_eq!(Rows::<PairingCandidate>::number(column), place);
         }
         assert_eq!(Rows::<Prompt>::number("row_key"), PROMPT_KEY);
     }

@@ -140,7 +140,7 @@ fn fields(record: &Value, embedded: usize) -> Result<Fields, String> {
     let mut last_answer = None;
     let written = text("prompt")?.or(text("question")?);
     let question = if let Some(conversation) = there(object, "conversations") {
-        let said = Said {
+        let said = Conversation {
             system: &mut system,
             turns: &mut turns,
             answer: &mut last_answer,
@@ -268,7 +268,7 @@ fn texts(list: &Value) -> Result<Vec<String>, String> {
 }
 
 /// What a conversation is read into.
-struct Said<'a> {
+struct Conversation<'a> {
     system: &'a mut Option<String>,
     turns: &'a mut Vec<Turn>,
     answer: &'a mut Option<String>,
@@ -277,8 +277,11 @@ struct Said<'a> {
 
 /// LLaVA's `conversations`, of `{from, value}` or of `{role, content}`: the last thing that the human
 /// says is the question, what the model says to it is the known answer, and all before it is history.
-fn conversation_turns(conversation: &Value, said: Said<'_>) -> Result<Option<String>, String> {
-    let Said {
+fn conversation_turns(
+    conversation: &Value,
+    said: Conversation<'_>,
+) -> Result<Option<String>, String> {
+    let Conversation {
         system,
         turns,
         answer,

@@ -7,8 +7,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Failure, Input, Map, ModelName, ModelState, Outcome, Positive, Probability, Role, Scope, Share,
-    Stage, StageError, StopString, TableName, Task, Temperature, Use, Work, shown,
+    Failure, Input, ModelName, ModelRole, ModelState, Outcome, Positive, Probability, RowStage,
+    Share, Stage, StageContext, StageError, StageKind, StopString, TableName, Task, Temperature,
+    Use, shown,
 };
 use ovchat_data::store::Key;
 use ovchat_data::tables::{Candidate, Finish, Prompt, Row};
@@ -96,7 +97,7 @@ impl Stage for Sample {
         vec![Use {
             field: "model",
             model: &self.model,
-            role: Role::Answers,
+            role: ModelRole::Answers,
             state: ModelState::Now,
         }]
     }
@@ -131,8 +132,8 @@ impl Stage for Sample {
         Some(input * u64::from(self.count.get()))
     }
 
-    fn work(&self) -> Work<'_> {
-        Work::Map(Box::new(self))
+    fn work(&self) -> StageKind<'_> {
+        StageKind::Rows(Box::new(self))
     }
 }
 
@@ -152,7 +153,7 @@ impl Sample {
     }
 }
 
-impl Map for &Sample {
+impl RowStage for &Sample {
     type In = Prompt;
     type Out = Candidate;
 
@@ -164,7 +165,7 @@ impl Map for &Sample {
         self.part.get()
     }
 
-    fn key(&self, _: &mut Scope<'_>, group: &[Prompt], key: Key) -> Result<Key, Failure> {
+    fn key(&self, _: &mut StageContext<'_>, group: &[Prompt], key: Key) -> Result<Key, Failure> {
         let prompt = &group[0];
         // The id decides the seed.
         let key = key.with(&prompt.prompt_id);
@@ -180,18 +181,18 @@ impl Map for &Sample {
 
     fn map(
         &self,
-        scope: &mut Scope<'_>,
+        ctx: &mut StageContext<'_>,
         tasks: &[Task<Prompt>],
     ) -> Result<Vec<Outcome<Vec<Candidate>>>, Failure> {
         let mut outcomes: Vec<Option<Outcome<Vec<Candidate>>>> = Vec::new();
-        let mut prompts: Vec<models::Prompt> = Vec::new();
+        let mut prompts: Vec<models::ChatPrompt> = Vec::new();
         let mut places = Vec::new();
         for (place, task) in tasks.iter().enumerate() {
             let row = &task.rows[0];
-            let prompt = scope.shelf.prompt(row, scope.seed_for(&row.prompt_id))?;
+            let prompt = ctx.input_tables.prompt(row, ctx.seed_for(&row.prompt_id))?;
             // Before the model is opened: a prompt that can't be answered costs its row, not the run.
             let room = self.max_new_tokens.get() as usize;
-            if let Err(RowFault(reason)) = scope.models.fits(&self.model, &prompt, room)? {
+            if let Err(RowFault(reason)) = ctx.models.fits(&self.model, &prompt, room)? {
                 outcomes.push(Some(Outcome::fault(&row.prompt_id, reason)));
                 continue;
             }
@@ -200,22 +201,22 @@ impl Map for &Sample {
             places.push(place);
         }
         if !prompts.is_empty() {
-            let fingerprint = scope
+            let fingerprint = ctx
                 .models
                 .fingerprint(&self.model, ModelState::Now)
                 .to_owned();
-            let stopping = scope.stopping;
-            let progress = &mut *scope.progress;
+            let stopping = ctx.stopping;
+            let progress = &mut *ctx.progress;
             let mut done = 0;
-            let policy = scope.models.policy(&self.model)?;
+            let policy = ctx.models.policy(&self.model)?;
             if let Some(plan) = policy.plan() {
-                (scope.say)(&format!("{}: {plan}", self.model));
+                (ctx.say)(&format!("{}: {plan}", self.model));
             }
             let sampled = policy.sample(&prompts, &self.sampling(), &mut |index, result| {
                 let place = places[index];
                 let task = &tasks[place];
                 outcomes[place] = Some(match result {
-                    Ok(answers) => Outcome::Made(candidates(task, answers, &fingerprint)),
+                    Ok(answers) => Outcome::TableVersion(candidates(task, answers, &fingerprint)),
                     Err(RowFault(reason)) => Outcome::fault(&task.rows[0].prompt_id, reason),
                 });
                 done += 1;
@@ -226,7 +227,7 @@ impl Map for &Sample {
                     std::ops::ControlFlow::Continue(())
                 }
             });
-            *scope.telemetry = sampled.map_err(Failure::of(&self.model))?;
+            *ctx.telemetry = sampled.map_err(Failure::of(&self.model))?;
         }
         // A model that was told to stop leaves prompts unanswered.
         outcomes

@@ -7,12 +7,12 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Failure, Input, Map, ModelName, ModelState, Outcome, Role, Scope, Stage, StageError, TableName,
-    Task, Use, Work, shown,
+    Failure, Input, ModelName, ModelRole, ModelState, Outcome, RowStage, Stage, StageContext,
+    StageError, StageKind, TableName, Task, Use, shown,
 };
 use ovchat_data::store::Key;
 use ovchat_data::tables::{Candidate, Prompt, Reward, Row, rows};
-use ovchat_models::{self as models, Group, Listener, RowFault};
+use ovchat_models::{self as models, AnswerGroup, Listener, RowFault};
 
 /// Scores candidates with a judge; higher is better.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -64,7 +64,7 @@ impl Stage for Score {
         vec![Use {
             field: "judge",
             model: &self.judge,
-            role: Role::Scores,
+            role: ModelRole::Scores,
             state: ModelState::Now,
         }]
     }
@@ -85,8 +85,8 @@ impl Stage for Score {
         Some(input)
     }
 
-    fn work(&self) -> Work<'_> {
-        Work::Map(Box::new(self))
+    fn work(&self) -> StageKind<'_> {
+        StageKind::Rows(Box::new(self))
     }
 }
 
@@ -98,7 +98,7 @@ impl Score {
 
 rows! {
     /// What of a candidate is judged.
-    pub struct Answer: "answer" => {
+    pub struct JudgedAnswer: "answer" => {
         /// The prompt.
         pub prompt_id: String,
         /// Its number among the answers to the prompt.
@@ -108,8 +108,8 @@ rows! {
     }
 }
 
-impl Map for &Score {
-    type In = Answer;
+impl RowStage for &Score {
+    type In = JudgedAnswer;
     type Out = Reward;
 
     fn input(&self) -> &TableName {
@@ -120,9 +120,14 @@ impl Map for &Score {
         self.part.get()
     }
 
-    fn key(&self, scope: &mut Scope<'_>, group: &[Answer], key: Key) -> Result<Key, Failure> {
-        let prompt = scope
-            .shelf
+    fn key(
+        &self,
+        ctx: &mut StageContext<'_>,
+        group: &[JudgedAnswer],
+        key: Key,
+    ) -> Result<Key, Failure> {
+        let prompt = ctx
+            .input_tables
             .prompt_row(self.prompts(), &group[0].prompt_id)?;
         let system = prompt.system.as_deref();
         let mut key = shown(
@@ -139,7 +144,7 @@ impl Map for &Score {
             key = key.with("answer").with(answer);
         }
         let mut key = key.with(&group[0].prompt_id);
-        if group.len() == 1 && scope.models.compares(&self.judge) {
+        if group.len() == 1 && ctx.models.compares(&self.judge) {
             // Earlier versions scored one answer alone as 0; such a row is not taken over.
             key = key.with("alone");
         }
@@ -150,20 +155,20 @@ impl Map for &Score {
 
     fn map(
         &self,
-        scope: &mut Scope<'_>,
-        tasks: &[Task<Answer>],
+        ctx: &mut StageContext<'_>,
+        tasks: &[Task<JudgedAnswer>],
     ) -> Result<Vec<Outcome<Vec<Reward>>>, Failure> {
         let mut prompts = Vec::with_capacity(tasks.len());
         for task in tasks {
-            let row = scope
-                .shelf
+            let row = ctx
+                .input_tables
                 .prompt_row(self.prompts(), &task.rows[0].prompt_id)?;
-            prompts.push(scope.shelf.prompt(&row, 0)?);
+            prompts.push(ctx.input_tables.prompt(&row, 0)?);
         }
-        let groups: Vec<Group<'_>> = tasks
+        let groups: Vec<AnswerGroup<'_>> = tasks
             .iter()
             .zip(&prompts)
-            .map(|(task, prompt)| Group {
+            .map(|(task, prompt)| AnswerGroup {
                 prompt,
                 answers: task
                     .rows
@@ -174,18 +179,18 @@ impl Map for &Score {
             })
             .collect();
         let mut outcomes: Vec<Option<Outcome<Vec<Reward>>>> = tasks.iter().map(|_| None).collect();
-        let stopping = scope.stopping;
-        let progress = &mut *scope.progress;
+        let stopping = ctx.stopping;
+        let progress = &mut *ctx.progress;
         let mut done = 0;
-        let judge = scope.models.judge(&self.judge)?;
+        let judge = ctx.models.judge(&self.judge)?;
         if let Some(plan) = judge.plan() {
-            (scope.say)(&format!("{}: {plan}", self.judge));
+            (ctx.say)(&format!("{}: {plan}", self.judge));
         }
-        let mut take = |index: usize, result: Result<Vec<models::Score>, RowFault>| {
+        let mut take = |index: usize, result: Result<Vec<models::JudgeScore>, RowFault>| {
             let task = &tasks[index];
             outcomes[index] = Some(match result {
                 Ok(scores) => {
-                    let row = |(answer, score): (&Answer, models::Score)| Reward {
+                    let row = |(answer, score): (&JudgedAnswer, models::JudgeScore)| Reward {
                         row_key: task.key.clone(),
                         prompt_id: answer.prompt_id.clone(),
                         candidate: answer.candidate,
@@ -193,7 +198,7 @@ impl Map for &Score {
                         reward: score.reward,
                         reply: score.reply,
                     };
-                    Outcome::Made(task.rows.iter().zip(scores).map(row).collect())
+                    Outcome::TableVersion(task.rows.iter().zip(scores).map(row).collect())
                 }
                 Err(RowFault(reason)) => Outcome::fault(&task.rows[0].prompt_id, reason),
             });
@@ -206,7 +211,7 @@ impl Map for &Score {
             }
         };
         let name = &self.judge;
-        let say = &mut *scope.say;
+        let say = &mut *ctx.say;
         let scored = judge.score_for(
             &groups,
             &mut take,
@@ -215,7 +220,7 @@ impl Map for &Score {
                 stopping,
             },
         );
-        *scope.telemetry = scored.map_err(Failure::of(&self.judge))?;
+        *ctx.telemetry = scored.map_err(Failure::of(&self.judge))?;
         outcomes
             .into_iter()
             .map(|outcome| outcome.ok_or(Failure::Interrupted))

@@ -5,7 +5,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::selection::{Pairs, Selection, inputs};
-use super::{Input, NonNegative, Stage, StageError, TableName, Work};
+use super::{Input, NonNegative, Stage, StageError, StageKind, TableName};
 use ovchat_data::store::digest;
 use ovchat_data::tables::{Pair, Row};
 use ovchat_query::Param;
@@ -91,8 +91,8 @@ impl Stage for SelectExtremes {
         rows(self.prompts.as_ref()?)
     }
 
-    fn work(&self) -> Work<'_> {
-        Work::Map(Box::new(Selection::new(self)))
+    fn work(&self) -> StageKind<'_> {
+        StageKind::Rows(Box::new(Selection::new(self)))
     }
 }
 

@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::selection::{Pairs, Selection, inputs};
-use super::{Input, NonNegative, Stage, StageError, TableName, Truncated, Work};
+use super::{Input, NonNegative, Stage, StageError, StageKind, TableName, Truncated};
 use ovchat_data::store::digest;
 use ovchat_data::tables::{Pair, Row};
 use ovchat_query::Param;
@@ -170,8 +170,8 @@ impl Stage for SelectPairs {
         Some(rows(self.prompts.as_ref()?)? * of_prompt)
     }
 
-    fn work(&self) -> Work<'_> {
-        Work::Map(Box::new(Selection::new(self)))
+    fn work(&self) -> StageKind<'_> {
+        StageKind::Rows(Box::new(Selection::new(self)))
     }
 }
 

@@ -5,28 +5,28 @@ use std::collections::HashMap;
 use arrow::array::RecordBatch;
 use arrow::datatypes::SchemaRef;
 
-use super::pairing::{Answer, Answers, Draft, Match, Prompts, Scores, pairs};
-use super::{Failure, Input, Known, MapWork, Outcome, Scope, TableName};
+use super::pairing::{Answers, CandidatePair, PairDraft, PairingCandidate, Prompts, Scores, pairs};
+use super::{BatchStage, Failure, Input, Known, Outcome, StageContext, TableName};
 use ovchat_data::store::Key;
 use ovchat_data::tables::{Candidate, Pair, Prompt, RejectClass, Reward, Row, rows};
 use ovchat_query::{self as query, Param};
 
 /// What becomes of a prompt: its pairs, or why there are none.
-pub enum Choice {
-    Pairs(Vec<Match>),
+pub enum PairChoice {
+    Pairs(Vec<CandidatePair>),
     SetAside { class: RejectClass, reason: String },
 }
 
 /// Who chooses which answers make pairs.
-pub trait Choose {
+pub trait PairSelector {
     fn candidates(&self) -> &TableName;
     fn prompts(&self) -> &TableName;
     /// What becomes of the prompts of a part, by their ids.
     fn choices(
         &self,
-        scope: &mut Scope<'_>,
+        ctx: &mut StageContext<'_>,
         part: &Answers<'_>,
-    ) -> Result<HashMap<String, Choice>, Failure>;
+    ) -> Result<HashMap<String, PairChoice>, Failure>;
     /// Why a prompt that is not among the choices is set aside; `None`: somebody else has said why.
     fn unchosen(&self) -> Option<&'static str>;
 }
@@ -74,21 +74,21 @@ pub fn inputs<'a>(
 
 /// The work of such a stage. It holds what it needs of one part, however many prompts there are.
 pub struct Selection<'a> {
-    stage: &'a dyn Choose,
+    stage: &'a dyn PairSelector,
 }
 
 /// Prompts per part.
 const PART: u32 = 4096;
 
 impl<'a> Selection<'a> {
-    pub fn new(stage: &'a dyn Choose) -> Self {
+    pub fn new(stage: &'a dyn PairSelector) -> Self {
         Self { stage }
     }
 }
 
 rows! {
     /// What of a reward decides which answers make pairs.
-    pub struct Worth: "worth" => {
+    pub struct CandidateScore: "worth" => {
         /// The prompt.
         pub prompt_id: String,
         /// The answer.
@@ -98,7 +98,7 @@ rows! {
     }
 }
 
-impl<P: Pairs> Choose for P {
+impl<P: Pairs> PairSelector for P {
     fn candidates(&self) -> &TableName {
         Pairs::candidates(self)
     }
@@ -113,13 +113,15 @@ impl<P: Pairs> Choose for P {
 
     fn choices(
         &self,
-        scope: &mut Scope<'_>,
+        ctx: &mut StageContext<'_>,
         part: &Answers<'_>,
-    ) -> Result<HashMap<String, Choice>, Failure> {
-        let mut choices: HashMap<String, Choice> = HashMap::new();
-        let rewards = scope
-            .shelf
-            .rows_of(self.rewards(), &Worth::schema(), part.prompt_ids())?;
+    ) -> Result<HashMap<String, PairChoice>, Failure> {
+        let mut choices: HashMap<String, PairChoice> = HashMap::new();
+        let rewards = ctx.input_tables.rows_of(
+            self.rewards(),
+            &CandidateScore::schema(),
+            part.prompt_ids(),
+        )?;
         if rewards.is_empty() {
             return Ok(choices);
         }
@@ -128,13 +130,13 @@ impl<P: Pairs> Choose for P {
             .sql()
             .replace("{rewards}", names.0)
             .replace("{candidates}", names.1);
-        let params = self.params(scope.seed_for("pairs"));
+        let params = self.params(ctx.seed_for("pairs"));
         let tables = [(names.0, rewards), (names.1, part.read.to_vec())];
         for batch in query::over(&sql, &params, tables)? {
             for ranked in Ranked::from_batch(&batch)? {
                 let prompt_id = ranked.prompt_id.clone();
                 match (choices.get_mut(&prompt_id), ranked.choice()) {
-                    (Some(Choice::Pairs(pairs)), Choice::Pairs(more)) => pairs.extend(more),
+                    (Some(PairChoice::Pairs(pairs)), PairChoice::Pairs(more)) => pairs.extend(more),
                     (_, choice) => {
                         choices.insert(prompt_id, choice);
                     }
@@ -168,9 +170,9 @@ rows! {
 }
 
 impl Ranked {
-    fn choice(self) -> Choice {
+    fn choice(self) -> PairChoice {
         let matched = || {
-            Some(Match {
+            Some(CandidatePair {
                 chosen: self.chosen_candidate?,
                 rejected: self.rejected_candidate?,
                 scores: Some(Scores {
@@ -181,8 +183,8 @@ impl Ranked {
             })
         };
         match (&self.reason, matched()) {
-            (None, Some(matched)) => Choice::Pairs(vec![matched]),
-            (reason, _) => Choice::SetAside {
+            (None, Some(matched)) => PairChoice::Pairs(vec![matched]),
+            (reason, _) => PairChoice::SetAside {
                 class: self.class,
                 reason: reason
                     .clone()
@@ -192,7 +194,7 @@ impl Ranked {
     }
 }
 
-impl MapWork for Selection<'_> {
+impl BatchStage for Selection<'_> {
     fn input(&self) -> &TableName {
         self.stage.candidates()
     }
@@ -206,28 +208,28 @@ impl MapWork for Selection<'_> {
     }
 
     fn reads(&self) -> SchemaRef {
-        Answer::schema()
+        PairingCandidate::schema()
     }
 
     fn make(
         &self,
-        scope: &mut Scope<'_>,
+        ctx: &mut StageContext<'_>,
         rows: &[RecordBatch],
         lengths: &[usize],
         base: &Key,
         known: Known<'_>,
     ) -> Result<(Vec<Outcome<RecordBatch>>, u64), Failure> {
         let answers = Answers::new(rows, lengths)?;
-        let choices = self.stage.choices(scope, &answers)?;
+        let choices = self.stage.choices(ctx, &answers)?;
         let table = self.stage.prompts();
         let asked = answers
             .prompt_ids()
-            .filter(|id| matches!(choices.get(*id), Some(Choice::Pairs(_))));
-        let asked = scope.shelf.rows_of(table, &Prompt::schema(), asked)?;
+            .filter(|id| matches!(choices.get(*id), Some(PairChoice::Pairs(_))));
+        let asked = ctx.input_tables.rows_of(table, &Prompt::schema(), asked)?;
         let prompts = Prompts::new(&asked)?;
         let mut outcomes = Vec::new();
         // Pairs that come one after another become one batch.
-        let mut drafts: Vec<Draft> = Vec::new();
+        let mut drafts: Vec<PairDraft> = Vec::new();
         let mut computed = 0;
         for group in &answers.groups {
             let prompt_id = answers.prompt_id(group.start);
@@ -243,11 +245,11 @@ impl MapWork for Selection<'_> {
                     outcomes.extend(reason.map(|reason| set_aside(RejectClass::Dropped, reason)));
                     continue;
                 }
-                Some(Choice::SetAside { class, reason }) => {
+                Some(PairChoice::SetAside { class, reason }) => {
                     outcomes.push(set_aside(*class, reason));
                     continue;
                 }
-                Some(Choice::Pairs(pairs)) => pairs,
+                Some(PairChoice::Pairs(pairs)) => pairs,
             };
             let (prompt, prompt_key) = prompts.find(table, prompt_id)?;
             let mut key = base.clone().with(prompt_key).with(prompt_id);
@@ -274,7 +276,7 @@ impl MapWork for Selection<'_> {
             let key = key.finish();
             if let Some(rows) = known(&key)? {
                 flush(&answers, &prompts, &mut drafts, &mut outcomes)?;
-                outcomes.push(Outcome::Made(rows));
+                outcomes.push(Outcome::TableVersion(rows));
                 continue;
             }
             if !is_different {
@@ -295,7 +297,7 @@ impl MapWork for Selection<'_> {
                 } else {
                     key.clone()
                 };
-                drafts.push(Draft {
+                drafts.push(PairDraft {
                     row_key,
                     prompt,
                     matched: *matched,
@@ -304,7 +306,7 @@ impl MapWork for Selection<'_> {
                 });
                 computed += 1;
             }
-            (scope.progress)(group.end as u64);
+            (ctx.progress)(group.end as u64);
         }
         flush(&answers, &prompts, &mut drafts, &mut outcomes)?;
         Ok((outcomes, computed))
@@ -315,11 +317,11 @@ impl MapWork for Selection<'_> {
 fn flush(
     answers: &Answers<'_>,
     prompts: &Prompts,
-    drafts: &mut Vec<Draft>,
+    drafts: &mut Vec<PairDraft>,
     outcomes: &mut Vec<Outcome<RecordBatch>>,
 ) -> Result<(), Failure> {
     if !drafts.is_empty() {
-        outcomes.push(Outcome::Made(pairs(answers, prompts, drafts)?));
+        outcomes.push(Outcome::TableVersion(pairs(answers, prompts, drafts)?));
         drafts.clear();
     }
     Ok(())

@@ -12,22 +12,22 @@ use std::path::{Path, PathBuf};
 use arrow::array::RecordBatch;
 use rayon::prelude::*;
 
-use super::confines::{Confines, Place};
+use super::allowed_folders::{AllowedFolders, Place};
 use super::formats;
-use super::head::{self, Objection};
 use super::records::{Fields, named_paths, read_fields};
+use super::source_check::{self, SourceProblem};
 use super::unread::{Unread, own_name};
-use super::work::{Failure, Load, Loaded, Record, shown};
+use super::work::{Failure, LoadStage, Loaded, Record, shown};
 use ovchat_data::store::{Key, digest};
 use ovchat_data::tables::{Image, ImageFile, Pair, Prompt, RejectClass, Row, Turn};
 use ovchat_io::files;
-use ovchat_models::prep::{decode, probe};
+use ovchat_models::preprocess::{decode, probe};
 
 /// The bytes that a picture's file may have.
-pub const PICTURE_MAX: u64 = 1 << 30;
+pub const IMAGE_MAX: u64 = 1 << 30;
 
 /// A file of the user and how it is to be read.
-pub struct Source<'a> {
+pub struct RecordSource<'a> {
     pub from: &'a Path,
     pub images: Option<&'a Path>,
     pub images_anywhere: bool,
@@ -43,7 +43,7 @@ type Opened = Result<(Fields, Vec<Image>), Flaw>;
 enum Flaw {
     /// Its picture, as the record names it, lies where the stage does not read.
     Outside {
-        picture: String,
+        image: String,
         reason: String,
     },
     Other(String),
@@ -158,28 +158,27 @@ struct Outside {
 }
 
 impl Outside {
-    fn add(&mut self, place: &str, picture: String) {
+    fn add(&mut self, place: &str, image: String) {
         self.count += 1;
-        self.first
-            .get_or_insert_with(|| (place.to_owned(), picture));
+        self.first.get_or_insert_with(|| (place.to_owned(), image));
     }
 
     /// How many there are, which is the first, and the way out; `None` when there are none.
     fn in_words(&self) -> Option<String> {
-        let (place, picture) = self.first.as_ref()?;
+        let (place, image) = self.first.as_ref()?;
         let count = match self.count {
             1 => "1 record names a picture".to_owned(),
             count => format!("{count} records name pictures"),
         };
         Some(format!(
-            "{count} outside of its folders, the first is {picture} ({place}); `images_anywhere: true` would read it"
+            "{count} outside of its folders, the first is {image} ({place}); `images_anywhere: true` would read it"
         ))
     }
 }
 
 /// Loads rows of one kind from a source.
 pub struct Loader<'a, R> {
-    source: Source<'a>,
+    source: RecordSource<'a>,
     captions: Option<HashMap<String, Vec<String>>>,
     /// How often each prompt came so far.
     seen: HashMap<String, u32>,
@@ -189,7 +188,7 @@ pub struct Loader<'a, R> {
 }
 
 impl<'a, R: Loadable> Loader<'a, R> {
-    pub fn new(source: Source<'a>) -> Self {
+    pub fn new(source: RecordSource<'a>) -> Self {
         Self {
             source,
             captions: None,
@@ -202,10 +201,10 @@ impl<'a, R: Loadable> Loader<'a, R> {
 
     /// What the beginning and the end of the source say against loading it. Pictures are looked for, and not
     /// opened.
-    pub fn objection(mut self) -> Option<Objection> {
+    pub fn objection(mut self) -> Option<SourceProblem> {
         let from = self.source.from;
         let folder = self.folder().to_owned();
-        head::objection(from, self.source.limit, |record| {
+        source_check::objection(from, self.source.limit, |record| {
             let fields = read_fields(&record.fields, record.embedded.len())?;
             if record.embedded.is_empty()
                 && folder.is_dir()
@@ -225,9 +224,9 @@ impl<'a, R: Loadable> Loader<'a, R> {
     }
 
     /// The folders that pictures may lie in; `None` where they may lie anywhere.
-    fn confines(&self) -> Option<Confines> {
+    fn allowed(&self) -> Option<AllowedFolders> {
         let beside = self.source.from.parent().unwrap_or(Path::new("."));
-        (!self.source.images_anywhere).then(|| Confines::new(&[self.folder(), beside]))
+        (!self.source.images_anywhere).then(|| AllowedFolders::new(&[self.folder(), beside]))
     }
 
     fn captions(&mut self) -> Result<&HashMap<String, Vec<String>>, Failure> {
@@ -288,7 +287,7 @@ impl<'a, R: Loadable> Loader<'a, R> {
     }
 }
 
-impl<R: Loadable> Load for Loader<'_, R> {
+impl<R: Loadable> LoadStage for Loader<'_, R> {
     fn records(&self) -> Result<Box<dyn Iterator<Item = Result<Record, Failure>> + Send>, Failure> {
         let records = formats::records(self.source.from)?;
         Ok(match self.source.limit {
@@ -297,7 +296,7 @@ impl<R: Loadable> Load for Loader<'_, R> {
         })
     }
 
-    fn pictures(&self, record: &Record) -> Vec<PathBuf> {
+    fn images(&self, record: &Record) -> Vec<PathBuf> {
         let names: Vec<String> = if record.embedded.is_empty() {
             named_paths(&record.fields)
         } else {
@@ -307,7 +306,7 @@ impl<R: Loadable> Load for Loader<'_, R> {
         names.iter().map(|name| self.folder().join(name)).collect()
     }
 
-    fn look_over(&mut self, records: &[Record]) {
+    fn validate(&mut self, records: &[Record]) {
         for record in records {
             if let Ok(fields) = &record.fields {
                 self.unread.count(fields);
@@ -329,9 +328,8 @@ impl<R: Loadable> Load for Loader<'_, R> {
 
     fn load(&mut self, records: Vec<Record>) -> Result<Loaded, Failure> {
         let folder = self.folder().to_owned();
-        let confines = self.confines();
-        let open =
-            |name: &str, pixels_max| open_picture(&folder, name, confines.as_ref(), pixels_max);
+        let allowed = self.allowed();
+        let open = |name: &str, pixels_max| open_image(&folder, name, allowed.as_ref(), pixels_max);
         let pixels_max = u64::from(self.source.megapixels_max.get()) * 1_000_000;
         let mut read: Vec<(String, Opened)> = records
             .into_par_iter()
@@ -356,7 +354,7 @@ impl<R: Loadable> Load for Loader<'_, R> {
                         // `datasets` writes a path without bytes for pictures that it did not embed.
                         let check = |file: ImageFile| match (&file.bytes, &file.path) {
                             (None, Some(path)) => open(path, pixels_max),
-                            _ => Ok(check_picture(file, pixels_max)?),
+                            _ => Ok(check_image(file, pixels_max)?),
                         };
                         record
                             .embedded
@@ -382,20 +380,20 @@ impl<R: Loadable> Load for Loader<'_, R> {
         let mut images = Vec::new();
         let mut rejects = Vec::new();
         for (place, opened) in read {
-            let made = opened.and_then(|(fields, pictures)| {
-                let row = self.row(fields, &pictures)?;
-                Ok((row, pictures))
+            let made = opened.and_then(|(fields, opened_images)| {
+                let row = self.row(fields, &opened_images)?;
+                Ok((row, opened_images))
             });
             match made {
-                Ok((row, pictures)) => {
+                Ok((row, opened_images)) => {
                     rows.push(row);
-                    images.extend(pictures);
+                    images.extend(opened_images);
                 }
                 Err(flaw) => {
                     let reason = match flaw {
                         Flaw::Other(reason) => reason,
-                        Flaw::Outside { picture, reason } => {
-                            self.outside.add(&place, picture);
+                        Flaw::Outside { image, reason } => {
+                            self.outside.add(&place, image);
                             reason
                         }
                     };
@@ -411,10 +409,10 @@ impl<R: Loadable> Load for Loader<'_, R> {
     }
 }
 
-fn open_picture(
+fn open_image(
     folder: &Path,
     name: &str,
-    confines: Option<&Confines>,
+    allowed: Option<&AllowedFolders>,
     pixels_max: u64,
 ) -> Result<Image, Flaw> {
     let path = folder.join(name);
@@ -422,7 +420,7 @@ fn open_picture(
         io::ErrorKind::NotFound => format!("there is no picture {}", path.display()),
         _ => format!("the picture {} can't be read: {error}", path.display()),
     };
-    let file = match confines.map(|confines| confines.place(&path)) {
+    let file = match allowed.map(|allowed| allowed.place(&path)) {
         None => path.clone(),
         Some(place) => match place.map_err(fault)? {
             Place::Inside(file) => file,
@@ -432,19 +430,19 @@ fn open_picture(
                     path.display(),
                     file.display()
                 );
-                let picture = name.to_owned();
-                return Err(Flaw::Outside { picture, reason });
+                let image = name.to_owned();
+                return Err(Flaw::Outside { image, reason });
             }
         },
     };
-    let bytes = files::read_at_most(&file, PICTURE_MAX).map_err(fault)?;
+    let bytes = files::read_at_most(&file, IMAGE_MAX).map_err(fault)?;
     let path = Some(path.to_string_lossy().into_owned());
     let bytes = Some(bytes);
-    Ok(check_picture(ImageFile { bytes, path }, pixels_max)?)
+    Ok(check_image(ImageFile { bytes, path }, pixels_max)?)
 }
 
 /// Decodes a picture once, so that a spoiled one is found here and not in the middle of sampling.
-fn check_picture(file: ImageFile, pixels_max: u64) -> Result<Image, String> {
+fn check_image(file: ImageFile, pixels_max: u64) -> Result<Image, String> {
     let name = file
         .path
         .clone()
@@ -471,8 +469,8 @@ mod tests {
 
     use super::*;
 
-    fn source() -> Source<'static> {
-        Source {
+    fn source() -> RecordSource<'static> {
+        RecordSource {
             from: Path::new("p.json"),
             images: None,
             images_anywhere: false,

@@ -8,7 +8,7 @@ use arrow::datatypes::{Schema, SchemaRef};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Input, Query, Stage, StageError, TableName, Work, join};
+use super::{Input, Query, Stage, StageError, StageKind, TableName, join};
 use ovchat_data::store::unstorable;
 use ovchat_io::files;
 use ovchat_query as query;
@@ -146,8 +146,8 @@ impl Stage for Sql {
         Ok(schema)
     }
 
-    fn work(&self) -> Work<'_> {
+    fn work(&self) -> StageKind<'_> {
         let sql = self.sql().expect("the plan checked it").to_owned();
-        Work::Query(Query { sql })
+        StageKind::Query(Query { sql })
     }
 }

@@ -13,17 +13,19 @@ use serde::{Deserialize, Serialize};
 
 use self::options::{Lora, LossSum, ReferenceAudit, ReferenceModel};
 use self::reference::ReferencePass;
-use super::training::{Course, Recipe, Trains, Warmup, example, prompts};
+use super::training::{
+    OptimizerSettings, TrainingSettings, TrainingStage, Warmup, example, prompts,
+};
 use super::{
-    Failure, MapWork, ModelName, ModelState, NonNegative, Positive, Role, Scope, Share, StageError,
-    TableName, Training, Use,
+    BatchStage, Failure, ModelName, ModelRole, ModelState, NonNegative, Positive, Share,
+    StageContext, StageError, TableName, TrainingRun, Use,
 };
 use ovchat_data::store::Lookup;
 use ovchat_data::tables::{DpoStep, Pair, Reference, Row};
-use ovchat_models::prep::{OnevisionCard, TrainingSizes};
+use ovchat_models::checkpoint::{LlavaOnevisionConfig, TrainingSizes};
 use ovchat_models::{
-    Checkpointing, DpoLearner, DpoSettings, Learner, LoraSettings, Mask, Newlines, Objective,
-    Optimization, Optimizer, Part, Schedule, Trained,
+    Checkpointing, DpoSettings, DpoTrainer, LoraSettings, Mask, Newlines, Objective, Optimization,
+    Optimizer, Part, Schedule, Trained, Trainer,
 };
 
 /// What the name of a training's table of reference log-probabilities ends with.
@@ -164,22 +166,22 @@ mod defaults {
 /// SimPO's margin in TRL's `CPOConfig`.
 const SIMPO_GAMMA: f64 = 0.5;
 
-impl Trains for TrainDpo {
-    type Lesson = Pair;
+impl TrainingStage for TrainDpo {
+    type Example = Pair;
     type Step = DpoStep;
     const LESSONS: &'static str = "pairs";
-    const ROLE: Role = Role::LearnsPairs;
+    const ROLE: ModelRole = ModelRole::LearnsPairs;
 
-    fn course(&self) -> Course<'_> {
-        Course {
-            lessons: &self.pairs,
+    fn training(&self) -> TrainingSettings<'_> {
+        TrainingSettings {
+            examples: &self.pairs,
             model: &self.model,
             after: self.after.as_ref(),
             epochs: self.epochs.get(),
             batch: self.batch_pairs.get(),
             save_every: self.save_every.get(),
             keep_last: self.keep_last.get(),
-            recipe: Recipe {
+            optimizer_settings: OptimizerSettings {
                 learning_rate: self.learning_rate,
                 schedule: self.schedule,
                 warmup: match (self.warmup_steps, self.warmup_ratio) {
@@ -201,7 +203,7 @@ impl Trains for TrainDpo {
         is_another.then_some(Use {
             field: "reference",
             model,
-            role: Role::Reads,
+            role: ModelRole::Reads,
             state,
         })
     }
@@ -219,7 +221,7 @@ impl Trains for TrainDpo {
         self.group_by_length.then_some(words)
     }
 
-    fn before(&self, table: &TableName) -> Option<(TableName, Box<dyn MapWork + '_>)> {
+    fn before(&self, table: &TableName) -> Option<(TableName, Box<dyn BatchStage + '_>)> {
         self.reference_model()?;
         let name = format!("{table}{REFERENCE}")
             .try_into()
@@ -233,20 +235,20 @@ impl Trains for TrainDpo {
 
     fn begin(
         &self,
-        scope: &mut Scope<'_>,
+        ctx: &mut StageContext<'_>,
         optimization: Optimization,
         before: Option<Lookup>,
-    ) -> Result<Box<dyn Training + '_>, Failure> {
-        let settings = self.settings(self.trained(scope.seed_for("adapter")), optimization);
+    ) -> Result<Box<dyn TrainingRun + '_>, Failure> {
+        let settings = self.settings(self.trained(ctx.seed_for("adapter")), optimization);
         let start = self.reference_model().map(|(model, state)| {
-            let fingerprint = scope.models.fingerprint(model, state);
+            let fingerprint = ctx.models.fingerprint(model, state);
             fingerprint.to_owned()
         });
-        let learner = scope.models.dpo_learner(&self.model, &settings)?;
+        let trainer = ctx.models.dpo_trainer(&self.model, &settings)?;
         Ok(Box::new(DpoTraining {
             stage: self,
             reference: start.zip(before),
-            learner,
+            trainer,
         }))
     }
 }
@@ -268,10 +270,10 @@ impl TrainDpo {
         }
     }
 
-    /// What it takes of memory to train the model of `card`, whose numbers take `element` bytes where
+    /// What it takes of memory to train the model of `config`, whose numbers take `element` bytes where
     /// they are computed with.
-    pub fn sizes(&self, card: &OnevisionCard, element: u64) -> TrainingSizes {
-        TrainingSizes::new(card, &self.trained(0), self.optimizer, element)
+    pub fn sizes(&self, config: &LlavaOnevisionConfig, element: u64) -> TrainingSizes {
+        TrainingSizes::new(config, &self.trained(0), self.optimizer, element)
     }
 
     /// What is trained; `seed` is for a fresh adapter.
@@ -316,36 +318,36 @@ struct DpoTraining<'a> {
     /// The fingerprint of the reference, if there is one, and the log-probabilities that had to be
     /// computed with it.
     reference: Option<(String, Lookup)>,
-    learner: Box<dyn DpoLearner>,
+    trainer: Box<dyn DpoTrainer>,
 }
 
-impl Training for DpoTraining<'_> {
-    fn look_over(&mut self, scope: &mut Scope<'_>, rows: &RecordBatch) -> Result<(), Failure> {
+impl TrainingRun for DpoTraining<'_> {
+    fn validate(&mut self, ctx: &mut StageContext<'_>, rows: &RecordBatch) -> Result<(), Failure> {
         let pairs = Pair::from_batch(rows)?;
-        let prompts = prompts(scope, &pairs)?;
+        let prompts = prompts(ctx, &pairs)?;
         let pairs = pairs.iter().zip(&prompts);
         let examples: Vec<_> = pairs
             .map(|(pair, prompt)| example(pair, prompt, None))
             .collect();
-        let looked = self.learner.look_over(&examples);
+        let looked = self.trainer.validate(&examples);
         looked.map_err(Failure::of(&self.stage.model))
     }
 
     fn plan(&self) -> Option<String> {
-        let plan = self.learner.plan()?;
+        let plan = self.trainer.plan()?;
         Some(format!("{}: {plan}", self.stage.model))
     }
 
     fn step(
         &mut self,
-        scope: &mut Scope<'_>,
+        ctx: &mut StageContext<'_>,
         number: u32,
         epoch: u32,
         rows: &RecordBatch,
     ) -> Result<RecordBatch, Failure> {
         let begun = Instant::now();
         let pairs = Pair::from_batch(rows)?;
-        let prompts = prompts(scope, &pairs)?;
+        let prompts = prompts(ctx, &pairs)?;
         let mut examples = Vec::with_capacity(pairs.len());
         for (pair, prompt) in pairs.iter().zip(&prompts) {
             let reference = match &mut self.reference {
@@ -365,7 +367,7 @@ impl Training for DpoTraining<'_> {
             };
             examples.push(example(pair, prompt, Some(reference)));
         }
-        let report = self.learner.step(&examples);
+        let report = self.trainer.step(&examples);
         let report = report.map_err(Failure::of(&self.stage.model))?;
         Ok(DpoStep::to_batch(&[DpoStep {
             step: number.cast_signed(),
@@ -384,7 +386,7 @@ impl Training for DpoTraining<'_> {
         }]))
     }
 
-    fn learner(&mut self) -> &mut dyn Learner {
-        &mut *self.learner
+    fn trainer(&mut self) -> &mut dyn Trainer {
+        &mut *self.trainer
     }
 }

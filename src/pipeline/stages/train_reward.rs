@@ -7,11 +7,15 @@ use arrow::array::RecordBatch;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::training::{Course, Recipe, Trains, Warmup, example, prompts};
-use super::{Failure, ModelName, NonNegative, Positive, Role, Scope, TableName, Training};
+use super::training::{
+    OptimizerSettings, TrainingSettings, TrainingStage, Warmup, example, prompts,
+};
+use super::{
+    Failure, ModelName, ModelRole, NonNegative, Positive, StageContext, TableName, TrainingRun,
+};
 use ovchat_data::store::Lookup;
 use ovchat_data::tables::{Pair, RewardStep, Row};
-use ovchat_models::{Learner, Optimization, Optimizer, RewardLearner, RewardSettings, Schedule};
+use ovchat_models::{Optimization, Optimizer, RewardSettings, RewardTrainer, Schedule, Trainer};
 
 /// Trains a reward model on pairs as LLaVA-RLHF does: a LoRA adapter and the head learn to score the
 /// chosen answer above the rejected one; base, projector and tower stay as they are. Its loss is
@@ -112,22 +116,22 @@ mod defaults {
     }
 }
 
-impl Trains for TrainReward {
-    type Lesson = Pair;
+impl TrainingStage for TrainReward {
+    type Example = Pair;
     type Step = RewardStep;
     const LESSONS: &'static str = "pairs";
-    const ROLE: Role = Role::LearnsRewards;
+    const ROLE: ModelRole = ModelRole::LearnsRewards;
 
-    fn course(&self) -> Course<'_> {
-        Course {
-            lessons: &self.pairs,
+    fn training(&self) -> TrainingSettings<'_> {
+        TrainingSettings {
+            examples: &self.pairs,
             model: &self.model,
             after: self.after.as_ref(),
             epochs: self.epochs.get(),
             batch: self.batch_pairs.get(),
             save_every: self.save_every.get(),
             keep_last: self.keep_last.get(),
-            recipe: Recipe {
+            optimizer_settings: OptimizerSettings {
                 learning_rate: self.learning_rate,
                 schedule: self.schedule,
                 warmup: Warmup::Ratio(self.warmup_ratio.get()),
@@ -140,47 +144,47 @@ impl Trains for TrainReward {
 
     fn begin(
         &self,
-        scope: &mut Scope<'_>,
+        ctx: &mut StageContext<'_>,
         optimization: Optimization,
         _: Option<Lookup>,
-    ) -> Result<Box<dyn Training + '_>, Failure> {
+    ) -> Result<Box<dyn TrainingRun + '_>, Failure> {
         let settings = RewardSettings {
             rank: self.rank.get() as usize,
             alpha: self.alpha.get(),
             centering: self.centering.get(),
-            seed: scope.seed_for("adapter"),
+            seed: ctx.seed_for("adapter"),
             optimization,
         };
-        let learner = scope.models.reward_learner(&self.model, &settings)?;
+        let trainer = ctx.models.reward_trainer(&self.model, &settings)?;
         Ok(Box::new(RewardTraining {
             model: &self.model,
-            learner,
+            trainer,
         }))
     }
 }
 
 struct RewardTraining<'a> {
     model: &'a ModelName,
-    learner: Box<dyn RewardLearner>,
+    trainer: Box<dyn RewardTrainer>,
 }
 
-impl Training for RewardTraining<'_> {
+impl TrainingRun for RewardTraining<'_> {
     fn step(
         &mut self,
-        scope: &mut Scope<'_>,
+        ctx: &mut StageContext<'_>,
         number: u32,
         epoch: u32,
         rows: &RecordBatch,
     ) -> Result<RecordBatch, Failure> {
         let begun = Instant::now();
         let pairs = Pair::from_batch(rows)?;
-        let prompts = prompts(scope, &pairs)?;
+        let prompts = prompts(ctx, &pairs)?;
         let examples: Vec<_> = pairs
             .iter()
             .zip(&prompts)
             .map(|(pair, prompt)| example(pair, prompt, None))
             .collect();
-        let report = self.learner.step(&examples);
+        let report = self.trainer.step(&examples);
         let report = report.map_err(Failure::of(self.model))?;
         Ok(RewardStep::to_batch(&[RewardStep {
             step: number.cast_signed(),
@@ -197,7 +201,7 @@ impl Training for RewardTraining<'_> {
         }]))
     }
 
-    fn learner(&mut self) -> &mut dyn Learner {
-        &mut *self.learner
+    fn trainer(&mut self) -> &mut dyn Trainer {
+        &mut *self.trainer
     }
 }

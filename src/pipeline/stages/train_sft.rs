@@ -7,12 +7,14 @@ use arrow::array::RecordBatch;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::training::{Course, Recipe, Trains, Warmup};
-use super::{Failure, ModelName, NonNegative, Positive, Role, Scope, TableName, Training};
+use super::training::{OptimizerSettings, TrainingSettings, TrainingStage, Warmup};
+use super::{
+    Failure, ModelName, ModelRole, NonNegative, Positive, StageContext, TableName, TrainingRun,
+};
 use ovchat_data::store::Lookup;
 use ovchat_data::tables::{Prompt, Row, SftStep};
 use ovchat_models::{
-    Learned, Learner, Lesson, Optimization, Optimizer, Schedule, SftLearner, SftSettings, Tower,
+    Optimization, Optimizer, Schedule, SftExample, SftSettings, SftTrainer, Tower, TrainOn, Trainer,
 };
 
 /// Trains a model on the answers that prompts come with (supervised fine-tuning): the next token,
@@ -30,7 +32,7 @@ pub struct TrainSft {
     pub after: Option<TableName>,
     /// Which answers are learned: `all` that the assistant gives in a conversation, or the `last`.
     #[serde(default)]
-    pub answers: Learned,
+    pub answers: TrainOn,
     /// Whether the vision tower is trained with the rest (`train`) or stays as it is (`freeze`).
     #[serde(default)]
     pub tower: Tower,
@@ -97,22 +99,22 @@ mod defaults {
     }
 }
 
-impl Trains for TrainSft {
-    type Lesson = Prompt;
+impl TrainingStage for TrainSft {
+    type Example = Prompt;
     type Step = SftStep;
     const LESSONS: &'static str = "prompts";
-    const ROLE: Role = Role::LearnsAnswers;
+    const ROLE: ModelRole = ModelRole::LearnsAnswers;
 
-    fn course(&self) -> Course<'_> {
-        Course {
-            lessons: &self.prompts,
+    fn training(&self) -> TrainingSettings<'_> {
+        TrainingSettings {
+            examples: &self.prompts,
             model: &self.model,
             after: self.after.as_ref(),
             epochs: self.epochs.get(),
             batch: self.batch_prompts.get(),
             save_every: self.save_every.get(),
             keep_last: self.keep_last.get(),
-            recipe: Recipe {
+            optimizer_settings: OptimizerSettings {
                 learning_rate: self.learning_rate,
                 schedule: self.schedule,
                 warmup: Warmup::Ratio(self.warmup_ratio.get()),
@@ -125,31 +127,31 @@ impl Trains for TrainSft {
 
     fn begin(
         &self,
-        scope: &mut Scope<'_>,
+        ctx: &mut StageContext<'_>,
         optimization: Optimization,
         _: Option<Lookup>,
-    ) -> Result<Box<dyn Training + '_>, Failure> {
+    ) -> Result<Box<dyn TrainingRun + '_>, Failure> {
         let settings = SftSettings {
             tower: self.tower,
             optimization,
         };
-        let learner = scope.models.sft_learner(&self.model, &settings)?;
+        let trainer = ctx.models.sft_trainer(&self.model, &settings)?;
         Ok(Box::new(SftTraining {
             stage: self,
-            learner,
+            trainer,
         }))
     }
 }
 
 struct SftTraining<'a> {
     stage: &'a TrainSft,
-    learner: Box<dyn SftLearner>,
+    trainer: Box<dyn SftTrainer>,
 }
 
-impl Training for SftTraining<'_> {
+impl TrainingRun for SftTraining<'_> {
     fn step(
         &mut self,
-        scope: &mut Scope<'_>,
+        ctx: &mut StageContext<'_>,
         number: u32,
         epoch: u32,
         rows: &RecordBatch,
@@ -158,9 +160,9 @@ impl Training for SftTraining<'_> {
         let rows = Prompt::from_batch(rows)?;
         let mut prompts = Vec::with_capacity(rows.len());
         for row in &rows {
-            prompts.push(scope.shelf.prompt(row, 0)?);
+            prompts.push(ctx.input_tables.prompt(row, 0)?);
         }
-        let mut lessons = Vec::with_capacity(rows.len());
+        let mut examples = Vec::with_capacity(rows.len());
         for (row, prompt) in rows.iter().zip(&prompts) {
             let missing = || {
                 let id = row.id.as_deref().unwrap_or(&row.prompt_id);
@@ -170,14 +172,14 @@ impl Training for SftTraining<'_> {
                     self.stage.prompts, self.stage.prompts, self.stage.prompts
                 ))
             };
-            lessons.push(Lesson {
+            examples.push(SftExample {
                 id: row.id.as_deref().unwrap_or(&row.prompt_id),
                 prompt,
                 answer: row.answer.as_deref().ok_or_else(missing)?,
                 learned: self.stage.answers,
             });
         }
-        let report = self.learner.step(&lessons);
+        let report = self.trainer.step(&examples);
         let report = report.map_err(Failure::of(&self.stage.model))?;
         Ok(SftStep::to_batch(&[SftStep {
             step: number.cast_signed(),
@@ -192,7 +194,7 @@ impl Training for SftTraining<'_> {
         }]))
     }
 
-    fn learner(&mut self) -> &mut dyn Learner {
-        &mut *self.learner
+    fn trainer(&mut self) -> &mut dyn Trainer {
+        &mut *self.trainer
     }
 }

@@ -3,24 +3,25 @@
 use arrow::datatypes::{Schema, SchemaRef};
 
 use super::{
-    Failure, Fold, Input, MapWork, ModelName, ModelState, NonNegative, Positive, Role, Scope,
-    Stage, StageError, TableName, Training, Use, Work, shuffled_batches, turns,
+    BatchStage, Failure, Input, ModelName, ModelRole, ModelState, NonNegative, Positive, Stage,
+    StageContext, StageError, StageKind, TableName, TrainStage, TrainingRun, Use, shuffled_batches,
+    turns,
 };
 use ovchat_data::store::Lookup;
 use ovchat_data::tables::{Pair, Row};
-use ovchat_models::{self as models, Answer, Example, Optimization, Optimizer, Schedule};
+use ovchat_models::{self as models, Example, Optimization, Optimizer, Schedule, TrainingAnswer};
 
-/// A stage that trains a model. [`Stage`] and [`Fold`] are the same for all of them.
-pub trait Trains {
+/// A stage that trains a model. [`Stage`] and [`TrainStage`] are the same for all of them.
+pub trait TrainingStage {
     /// What it learns from.
-    type Lesson: Row;
+    type Example: Row;
     /// What it reports of each step.
     type Step: Row;
     /// The setting that names the table of lessons.
     const LESSONS: &'static str;
-    const ROLE: Role;
+    const ROLE: ModelRole;
 
-    fn course(&self) -> Course<'_>;
+    fn training(&self) -> TrainingSettings<'_>;
 
     /// A model that it uses beside the one that learns.
     fn also_uses(&self) -> Option<Use<'_>> {
@@ -33,12 +34,12 @@ pub trait Trains {
     }
 
     /// Roughly how long a lesson is, if those of similar length go into a step.
-    fn length(&self) -> Option<fn(&Self::Lesson) -> usize> {
+    fn length(&self) -> Option<fn(&Self::Example) -> usize> {
         None
     }
 
     /// A table that has to be there before the first step: its name and the work that makes it.
-    fn before(&self, _table: &TableName) -> Option<(TableName, Box<dyn MapWork + '_>)> {
+    fn before(&self, _table: &TableName) -> Option<(TableName, Box<dyn BatchStage + '_>)> {
         None
     }
 
@@ -51,15 +52,15 @@ pub trait Trains {
     /// had to be there.
     fn begin(
         &self,
-        scope: &mut Scope<'_>,
+        ctx: &mut StageContext<'_>,
         optimization: Optimization,
         before: Option<Lookup>,
-    ) -> Result<Box<dyn Training + '_>, Failure>;
+    ) -> Result<Box<dyn TrainingRun + '_>, Failure>;
 }
 
 /// The settings that every training has.
-pub struct Course<'a> {
-    pub lessons: &'a TableName,
+pub struct TrainingSettings<'a> {
+    pub examples: &'a TableName,
     pub model: &'a ModelName,
     pub after: Option<&'a TableName>,
     pub epochs: u32,
@@ -68,31 +69,31 @@ pub struct Course<'a> {
     pub save_every: u32,
     /// Saved states that are kept.
     pub keep_last: u32,
-    pub recipe: Recipe,
+    pub optimizer_settings: OptimizerSettings,
 }
 
-impl<T: Trains> Stage for T {
+impl<T: TrainingStage> Stage for T {
     fn inputs(&self) -> Vec<Input<'_>> {
-        let course = self.course();
-        let lessons = Input {
+        let training = self.training();
+        let examples = Input {
             field: T::LESSONS,
-            table: Some(course.lessons),
-            needs: T::Lesson::schema(),
-            kind: T::Lesson::KIND,
+            table: Some(training.examples),
+            needs: T::Example::schema(),
+            kind: T::Example::KIND,
         };
-        let after = course.after.map(|table| Input {
+        let after = training.after.map(|table| Input {
             field: AFTER,
             table: Some(table),
             needs: SchemaRef::new(Schema::empty()),
             kind: "training",
         });
-        std::iter::once(lessons).chain(after).collect()
+        std::iter::once(examples).chain(after).collect()
     }
 
     fn uses(&self) -> Vec<Use<'_>> {
         let learns = Use {
             field: "model",
-            model: self.course().model,
+            model: self.training().model,
             role: T::ROLE,
             state: ModelState::Now,
         };
@@ -104,8 +105,8 @@ impl<T: Trains> Stage for T {
     }
 
     fn output(&self, _: &[(TableName, SchemaRef)]) -> Result<SchemaRef, StageError> {
-        self.course().recipe.check()?;
-        Trains::check(self)?;
+        self.training().optimizer_settings.check()?;
+        TrainingStage::check(self)?;
         Ok(T::Step::schema())
     }
 
@@ -118,45 +119,45 @@ impl<T: Trains> Stage for T {
     }
 
     fn expected_rows(&self, input: u64) -> Option<u64> {
-        let course = self.course();
-        let steps = input.div_ceil(u64::from(course.batch));
-        Some(steps * u64::from(course.epochs))
+        let training = self.training();
+        let steps = input.div_ceil(u64::from(training.batch));
+        Some(steps * u64::from(training.epochs))
     }
 
-    fn work(&self) -> Work<'_> {
-        Work::Fold(Box::new(self))
+    fn work(&self) -> StageKind<'_> {
+        StageKind::Train(Box::new(self))
     }
 }
 
-impl<T: Trains> Fold for &T {
+impl<T: TrainingStage> TrainStage for &T {
     fn input(&self) -> &TableName {
-        self.course().lessons
+        self.training().examples
     }
 
     fn model(&self) -> &ModelName {
-        self.course().model
+        self.training().model
     }
 
     fn batches(
         &self,
-        scope: &Scope<'_>,
+        ctx: &StageContext<'_>,
         rows: &mut Lookup,
     ) -> Result<Vec<(u32, Vec<u32>)>, Failure> {
-        let course = self.course();
+        let training = self.training();
         let lengths = match self.length() {
             None => None,
             Some(length) => {
                 let mut lengths = Vec::with_capacity(rows.len());
                 for start in (0..rows.len()).step_by(ROWS_AT_ONCE) {
                     let batch = rows.range(start, ROWS_AT_ONCE.min(rows.len() - start))?;
-                    lengths.extend(T::Lesson::from_batch(&batch)?.iter().map(length));
+                    lengths.extend(T::Example::from_batch(&batch)?.iter().map(length));
                 }
                 Some(lengths)
             }
         };
-        let (epochs, batch) = (course.epochs, course.batch);
+        let (epochs, batch) = (training.epochs, training.batch);
         Ok(shuffled_batches(
-            scope,
+            ctx,
             rows.len(),
             epochs,
             batch,
@@ -165,33 +166,33 @@ impl<T: Trains> Fold for &T {
     }
 
     fn save_every(&self) -> u32 {
-        self.course().save_every
+        self.training().save_every
     }
 
     fn keep_last(&self) -> u32 {
-        self.course().keep_last
+        self.training().keep_last
     }
 
     fn schema(&self) -> SchemaRef {
         T::Step::schema()
     }
 
-    fn before(&self, table: &TableName) -> Option<(TableName, Box<dyn MapWork + '_>)> {
-        Trains::before(*self, table)
+    fn before(&self, table: &TableName) -> Option<(TableName, Box<dyn BatchStage + '_>)> {
+        TrainingStage::before(*self, table)
     }
 
     fn before_settings(&self) -> serde_json::Value {
-        Trains::before_settings(*self)
+        TrainingStage::before_settings(*self)
     }
 
     fn begin(
         &self,
-        scope: &mut Scope<'_>,
+        ctx: &mut StageContext<'_>,
         steps: usize,
         before: Option<Lookup>,
-    ) -> Result<Box<dyn Training + '_>, Failure> {
-        let optimization = self.course().recipe.optimization(steps);
-        Trains::begin(*self, scope, optimization, before)
+    ) -> Result<Box<dyn TrainingRun + '_>, Failure> {
+        let optimization = self.training().optimizer_settings.optimization(steps);
+        TrainingStage::begin(*self, ctx, optimization, before)
     }
 }
 
@@ -203,7 +204,7 @@ const ROWS_AT_ONCE: usize = 1024;
 
 /// The settings of the optimizer, which every training has under these names.
 #[derive(Debug, Clone, Copy)]
-pub struct Recipe {
+pub struct OptimizerSettings {
     pub learning_rate: Positive,
     pub schedule: Schedule,
     pub warmup: Warmup,
@@ -220,7 +221,7 @@ pub enum Warmup {
     Steps(u32),
 }
 
-impl Recipe {
+impl OptimizerSettings {
     /// What no single setting shows.
     fn check(&self) -> Result<(), StageError> {
         match self.warmup {
@@ -256,10 +257,10 @@ impl Recipe {
 /// A pair as learners take it.
 pub fn example<'a>(
     pair: &'a Pair,
-    prompt: &'a models::Prompt,
+    prompt: &'a models::ChatPrompt,
     reference: Option<[f64; 2]>,
 ) -> Example<'a> {
-    let answer = |text: &str, token_ids: &Option<Vec<i32>>| Answer {
+    let answer = |text: &str, token_ids: &Option<Vec<i32>>| TrainingAnswer {
         text: text.to_owned(),
         token_ids: token_ids.clone(),
     };
@@ -273,12 +274,15 @@ pub fn example<'a>(
 }
 
 /// The prompts of pairs, with the bytes of their pictures.
-pub fn prompts(scope: &mut Scope<'_>, pairs: &[Pair]) -> Result<Vec<models::Prompt>, Failure> {
+pub fn prompts(
+    ctx: &mut StageContext<'_>,
+    pairs: &[Pair],
+) -> Result<Vec<models::ChatPrompt>, Failure> {
     let mut prompts = Vec::with_capacity(pairs.len());
     for pair in pairs {
-        prompts.push(models::Prompt {
+        prompts.push(models::ChatPrompt {
             id: pair.prompt_id.clone(),
-            pictures: scope.shelf.pictures(&pair.image_ids)?,
+            images: ctx.input_tables.images(&pair.image_ids)?,
             system: pair.system.clone(),
             turns: turns(&pair.turns),
             question: pair.prompt.clone(),

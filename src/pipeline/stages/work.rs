@@ -7,26 +7,26 @@ use arrow::array::RecordBatch;
 use arrow::datatypes::SchemaRef;
 
 use super::exec::Inherited;
-use super::{ModelName, ModelState, Shelf, TableName};
+use super::{InputTables, ModelName, ModelState, TableName};
 use ovchat_data::store::{Key, Lookup, StoreError};
 use ovchat_data::tables::{self, Image, Misfit, Reject, RejectClass, Row};
 use ovchat_io::mask::Mask;
 use ovchat_models::{
-    self as models, DpoLearner, DpoSettings, Judge, Learner, ModelError, Policy, RewardLearner,
-    RewardSettings, RowFault, SftLearner, SftSettings, Telemetry,
+    self as models, DpoSettings, DpoTrainer, Judge, ModelError, ModelTelemetry, Policy,
+    RewardSettings, RewardTrainer, RowFault, SftSettings, SftTrainer, Trainer,
 };
 use ovchat_query::QueryError;
 
 /// What the runner has to do to make a stage's table.
-pub enum Work<'a> {
+pub enum StageKind<'a> {
     /// Records of a user's file become rows.
-    Load(Box<dyn Load + 'a>),
+    Load(Box<dyn LoadStage + 'a>),
     /// Groups of rows in, groups of rows out, each group for itself.
-    Map(Box<dyn MapWork + 'a>),
+    Rows(Box<dyn BatchStage + 'a>),
     /// One query makes the table.
     Query(Query),
     /// Ordered steps that end in a checkpoint.
-    Fold(Box<dyn Fold + 'a>),
+    Train(Box<dyn TrainStage + 'a>),
     /// A program of the user makes the table.
     Command(Command<'a>),
 }
@@ -83,28 +83,28 @@ pub trait Models {
     fn policy(&mut self, model: &ModelName) -> Result<&mut dyn Policy, Failure>;
     fn judge(&mut self, model: &ModelName) -> Result<&mut dyn Judge, Failure>;
     /// A learner that starts from the model as it is for this stage in this round.
-    fn dpo_learner(
+    fn dpo_trainer(
         &mut self,
         model: &ModelName,
         settings: &DpoSettings,
-    ) -> Result<Box<dyn DpoLearner>, Failure>;
-    fn sft_learner(
+    ) -> Result<Box<dyn DpoTrainer>, Failure>;
+    fn sft_trainer(
         &mut self,
         model: &ModelName,
         settings: &SftSettings,
-    ) -> Result<Box<dyn SftLearner>, Failure>;
-    fn reward_learner(
+    ) -> Result<Box<dyn SftTrainer>, Failure>;
+    fn reward_trainer(
         &mut self,
         model: &ModelName,
         settings: &RewardSettings,
-    ) -> Result<Box<dyn RewardLearner>, Failure>;
+    ) -> Result<Box<dyn RewardTrainer>, Failure>;
     /// A learner that learns nothing: a model in one of its states, which a learner is compared with.
     fn reference(
         &mut self,
         model: &ModelName,
         state: ModelState,
         settings: &DpoSettings,
-    ) -> Result<Box<dyn DpoLearner>, Failure>;
+    ) -> Result<Box<dyn DpoTrainer>, Failure>;
     /// Whether the model, a judge, scores answers by comparing those to one prompt.
     fn compares(&self, model: &ModelName) -> bool;
     /// What decides what the model computes.
@@ -114,13 +114,13 @@ pub trait Models {
     fn fits(
         &mut self,
         model: &ModelName,
-        prompt: &models::Prompt,
+        prompt: &models::ChatPrompt,
         answer_tokens: usize,
     ) -> Result<Result<(), RowFault>, Failure>;
 }
 
 /// What a stage works with.
-pub struct Scope<'a> {
+pub struct StageContext<'a> {
     /// The table being made.
     pub table: &'a TableName,
     /// `None` when it is made once for all rounds.
@@ -128,18 +128,18 @@ pub struct Scope<'a> {
     /// The pipeline's seed.
     pub seed: u64,
     pub models: &'a mut dyn Models,
-    pub shelf: &'a mut Shelf,
+    pub input_tables: &'a mut InputTables,
     /// Whether somebody asked to stop.
     pub stopping: &'a dyn Fn() -> bool,
     /// Told how many rows of the input are done, for the progress bar.
     pub progress: &'a mut dyn FnMut(u64),
     /// Takes what a network did.
-    pub telemetry: &'a mut Telemetry,
+    pub telemetry: &'a mut ModelTelemetry,
     /// Told, before a network begins, how much it computes at once; shown once a run.
     pub say: &'a mut dyn FnMut(&str),
 }
 
-impl Scope<'_> {
+impl StageContext<'_> {
     /// A seed that depends on the pipeline's seed, the table, the round and what is drawn for.
     pub fn seed_for(&self, what: &str) -> u64 {
         let round = self
@@ -185,14 +185,14 @@ pub fn shown(
 }
 
 /// Turns of a table's row as models take them.
-pub fn turns(turns: &[tables::Turn]) -> Vec<models::Turn> {
+pub fn turns(turns: &[tables::Turn]) -> Vec<models::ChatTurn> {
     let role = |role| match role {
-        tables::Role::User => models::Role::User,
-        tables::Role::Assistant => models::Role::Assistant,
+        tables::Role::User => models::ChatRole::User,
+        tables::Role::Assistant => models::ChatRole::Assistant,
     };
     turns
         .iter()
-        .map(|turn| models::Turn {
+        .map(|turn| models::ChatTurn {
             role: role(turn.role),
             text: turn.text.clone(),
         })
@@ -201,7 +201,7 @@ pub fn turns(turns: &[tables::Turn]) -> Vec<models::Turn> {
 
 /// What became of one group of rows.
 pub enum Outcome<T> {
-    Made(T),
+    TableVersion(T),
     /// The group was set aside.
     SetAside {
         id: String,
@@ -228,7 +228,7 @@ pub struct Task<R> {
 }
 
 /// Work that treats each group of rows for itself. A group is all rows with one `prompt_id`.
-pub trait Map {
+pub trait RowStage {
     type In: Row;
     type Out: Row;
 
@@ -240,12 +240,13 @@ pub trait Map {
 
     /// Takes into `key` everything of the group that decides its output. Settings, models and, where
     /// the stage draws, seed and round are in it already.
-    fn key(&self, scope: &mut Scope<'_>, group: &[Self::In], key: Key) -> Result<Key, Failure>;
+    fn key(&self, ctx: &mut StageContext<'_>, group: &[Self::In], key: Key)
+    -> Result<Key, Failure>;
 
     /// One outcome per task, in order.
     fn map(
         &self,
-        scope: &mut Scope<'_>,
+        ctx: &mut StageContext<'_>,
         tasks: &[Task<Self::In>],
     ) -> Result<Vec<Outcome<Vec<Self::Out>>>, Failure>;
 }
@@ -253,8 +254,8 @@ pub trait Map {
 /// Hands out the rows of earlier makings by their keys.
 pub type Known<'a> = &'a mut dyn FnMut(&str) -> Result<Option<RecordBatch>, Failure>;
 
-/// A [`Map`] as the runner sees it: record batches in and out.
-pub trait MapWork {
+/// A [`RowStage`] as the runner sees it: record batches in and out.
+pub trait BatchStage {
     fn input(&self) -> &TableName;
     fn part_groups(&self) -> u32;
     fn schema(&self) -> SchemaRef;
@@ -266,7 +267,7 @@ pub trait MapWork {
     /// groups, and how many rows of it were computed.
     fn make(
         &self,
-        scope: &mut Scope<'_>,
+        ctx: &mut StageContext<'_>,
         rows: &[RecordBatch],
         lengths: &[usize],
         base: &Key,
@@ -274,13 +275,13 @@ pub trait MapWork {
     ) -> Result<(Vec<Outcome<RecordBatch>>, u64), Failure>;
 }
 
-impl<M: Map> MapWork for M {
+impl<M: RowStage> BatchStage for M {
     fn input(&self) -> &TableName {
-        Map::input(self)
+        RowStage::input(self)
     }
 
     fn part_groups(&self) -> u32 {
-        Map::part_groups(self)
+        RowStage::part_groups(self)
     }
 
     fn schema(&self) -> SchemaRef {
@@ -293,7 +294,7 @@ impl<M: Map> MapWork for M {
 
     fn make(
         &self,
-        scope: &mut Scope<'_>,
+        ctx: &mut StageContext<'_>,
         rows: &[RecordBatch],
         lengths: &[usize],
         base: &Key,
@@ -308,7 +309,7 @@ impl<M: Map> MapWork for M {
         let mut found = Vec::with_capacity(lengths.len());
         for &length in lengths {
             let rows: Vec<M::In> = inputs.by_ref().take(length).collect();
-            let key = self.key(scope, &rows, base.clone())?.finish();
+            let key = self.key(ctx, &rows, base.clone())?.finish();
             let earlier = known(&key)?;
             if earlier.is_none() {
                 tasks.push(Task { key, rows });
@@ -318,7 +319,7 @@ impl<M: Map> MapWork for M {
         let made = if tasks.is_empty() {
             Vec::new()
         } else {
-            self.map(scope, &tasks)?
+            self.map(ctx, &tasks)?
         };
         assert_eq!(made.len(), tasks.len(), "one outcome per task");
         let mut made = made.into_iter();
@@ -329,14 +330,14 @@ impl<M: Map> MapWork for M {
         for earlier in found {
             if let Some(rows) = earlier {
                 if !waiting.is_empty() {
-                    outcomes.push(Outcome::Made(M::Out::to_batch(&waiting)));
+                    outcomes.push(Outcome::TableVersion(M::Out::to_batch(&waiting)));
                     waiting.clear();
                 }
-                outcomes.push(Outcome::Made(rows));
+                outcomes.push(Outcome::TableVersion(rows));
                 continue;
             }
             match made.next().expect("one outcome per task") {
-                Outcome::Made(rows) => {
+                Outcome::TableVersion(rows) => {
                     computed += rows.len() as u64;
                     waiting.extend(rows);
                 }
@@ -346,7 +347,7 @@ impl<M: Map> MapWork for M {
             }
         }
         if !waiting.is_empty() {
-            outcomes.push(Outcome::Made(M::Out::to_batch(&waiting)));
+            outcomes.push(Outcome::TableVersion(M::Out::to_batch(&waiting)));
         }
         Ok((outcomes, computed))
     }
@@ -371,16 +372,16 @@ pub struct Loaded {
 }
 
 /// Work that reads a user's file.
-pub trait Load {
+pub trait LoadStage {
     /// The records in their order, read as they are asked for.
     fn records(&self) -> Result<Box<dyn Iterator<Item = Result<Record, Failure>> + Send>, Failure>;
 
     /// The files that a record names.
-    fn pictures(&self, record: &Record) -> Vec<PathBuf>;
+    fn images(&self, record: &Record) -> Vec<PathBuf>;
 
     /// Takes notice of records, loaded now or before the run was interrupted: of their keys, those that
     /// are not read.
-    fn look_over(&mut self, records: &[Record]);
+    fn validate(&mut self, records: &[Record]);
 
     /// What there is to say of the records so far: their keys that are not read, their pictures that lie
     /// elsewhere.
@@ -411,7 +412,7 @@ pub struct Command<'a> {
 }
 
 /// Work that goes through its input in ordered steps and ends in a checkpoint.
-pub trait Fold {
+pub trait TrainStage {
     /// The table whose rows are learned from.
     fn input(&self) -> &TableName;
 
@@ -420,7 +421,7 @@ pub trait Fold {
     /// The positions of the rows of each step; with the epoch, from 1.
     fn batches(
         &self,
-        scope: &Scope<'_>,
+        ctx: &StageContext<'_>,
         rows: &mut Lookup,
     ) -> Result<Vec<(u32, Vec<u32>)>, Failure>;
 
@@ -433,7 +434,7 @@ pub trait Fold {
     fn schema(&self) -> SchemaRef;
 
     /// A table that has to be there before the first step: its name and the work that makes it.
-    fn before(&self, _table: &TableName) -> Option<(TableName, Box<dyn MapWork + '_>)> {
+    fn before(&self, _table: &TableName) -> Option<(TableName, Box<dyn BatchStage + '_>)> {
         None
     }
 
@@ -446,16 +447,20 @@ pub trait Fold {
     /// had to be there.
     fn begin(
         &self,
-        scope: &mut Scope<'_>,
+        ctx: &mut StageContext<'_>,
         steps: usize,
         before: Option<Lookup>,
-    ) -> Result<Box<dyn Training + '_>, Failure>;
+    ) -> Result<Box<dyn TrainingRun + '_>, Failure>;
 }
 
 /// A training under way.
-pub trait Training {
+pub trait TrainingRun {
     /// Looks rows over that will be trained on, before the first step; fails at one that can't be.
-    fn look_over(&mut self, _scope: &mut Scope<'_>, _rows: &RecordBatch) -> Result<(), Failure> {
+    fn validate(
+        &mut self,
+        _scope: &mut StageContext<'_>,
+        _rows: &RecordBatch,
+    ) -> Result<(), Failure> {
         Ok(())
     }
 
@@ -467,14 +472,14 @@ pub trait Training {
     /// One optimizer update on `rows` of the input; its report is a row of the table.
     fn step(
         &mut self,
-        scope: &mut Scope<'_>,
+        ctx: &mut StageContext<'_>,
         number: u32,
         epoch: u32,
         rows: &RecordBatch,
     ) -> Result<RecordBatch, Failure>;
 
     /// The learner, to be saved and to be set back to a saved state.
-    fn learner(&mut self) -> &mut dyn Learner;
+    fn trainer(&mut self) -> &mut dyn Trainer;
 }
 
 /// Steps whose rows are sorted together where similar lengths are grouped, as in the Hugging Face
@@ -485,7 +490,7 @@ const STEPS_SORTED: usize = 50;
 /// `lengths` of all rows, those of many steps are sorted, the longest first, before they are cut into
 /// steps.
 pub fn shuffled_batches(
-    scope: &Scope<'_>,
+    ctx: &StageContext<'_>,
     rows: usize,
     epochs: u32,
     batch: u32,
@@ -494,7 +499,7 @@ pub fn shuffled_batches(
     let mut batches = Vec::new();
     for epoch in 1..=epochs {
         let mut order: Vec<u32> = (0..rows as u32).collect();
-        shuffle(&mut order, scope.seed_for(&format!("epoch {epoch}")));
+        shuffle(&mut order, ctx.seed_for(&format!("epoch {epoch}")));
         if let Some(lengths) = lengths {
             for some in order.chunks_mut(batch as usize * STEPS_SORTED) {
                 some.sort_by_key(|&row| std::cmp::Reverse(lengths[row as usize]));

@@ -3,8 +3,8 @@
 use tch::Tensor;
 
 use super::super::attention::KeyValue;
-use super::super::layers::{Activation, Angles, Bias, Linear, Path, RmsNorm};
-use super::DecoderConfig;
+use super::super::layers::{Activation, Bias, Linear, Path, RmsNorm, RotaryCosSin};
+use super::DecoderSizes;
 use ovchat_models::ModelError;
 
 /// A layer: attention, then a gated feed-forward part.
@@ -17,7 +17,7 @@ pub struct DecoderLayer {
 }
 
 impl DecoderLayer {
-    pub fn new(path: &Path, config: &DecoderConfig) -> Result<Self, ModelError> {
+    pub fn new(path: &Path, config: &DecoderSizes) -> Result<Self, ModelError> {
         let norm = |name| RmsNorm::new(&(path / name), config.hidden_size, config.rms_norm_eps);
         Ok(Self {
             input_layernorm: norm("input_layernorm")?,
@@ -34,7 +34,7 @@ impl DecoderLayer {
         &self,
         xs: &Tensor,
         normed: &Tensor,
-        angles: &Angles,
+        angles: &RotaryCosSin,
         attend: impl FnOnce(&Tensor) -> Tensor,
     ) -> Tensor {
         let xs = xs + self.self_attn.forward(normed, angles, attend);
@@ -55,7 +55,7 @@ pub struct Attention {
 }
 
 impl Attention {
-    fn new(path: &Path, config: &DecoderConfig) -> Result<Self, ModelError> {
+    fn new(path: &Path, config: &DecoderSizes) -> Result<Self, ModelError> {
         let hidden = config.hidden_size;
         let all = config.num_attention_heads * config.head_dim;
         let shared = config.num_key_value_heads * config.head_dim;
@@ -70,7 +70,7 @@ impl Attention {
     }
 
     /// The keys and values of tokens, `[kv_heads, tokens, head_dim]`, with their positions.
-    pub fn keys_values(&self, xs: &Tensor, angles: &Angles) -> KeyValue {
+    pub fn keys_values(&self, xs: &Tensor, angles: &RotaryCosSin) -> KeyValue {
         KeyValue {
             k: angles.rotate(&self.heads(&self.k_proj.forward(xs))),
             v: self.heads(&self.v_proj.forward(xs)),
@@ -80,7 +80,7 @@ impl Attention {
     fn forward(
         &self,
         xs: &Tensor,
-        angles: &Angles,
+        angles: &RotaryCosSin,
         attend: impl FnOnce(&Tensor) -> Tensor,
     ) -> Tensor {
         let q = angles.rotate(&self.heads(&self.q_proj.forward(xs)));
@@ -103,7 +103,7 @@ struct Mlp {
 }
 
 impl Mlp {
-    fn new(path: &Path, config: &DecoderConfig) -> Result<Self, ModelError> {
+    fn new(path: &Path, config: &DecoderSizes) -> Result<Self, ModelError> {
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
         Ok(Self {
             gate_proj: Linear::new(&(path / "gate_proj"), hidden, inner, Bias::No)?,

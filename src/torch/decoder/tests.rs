@@ -2,11 +2,11 @@
 
 use tch::IndexOp;
 
-use super::super::layers::tests::{Made, noise};
+use super::super::layers::tests::{FakeSource, noise};
 use super::*;
 
-fn config() -> DecoderConfig {
-    DecoderConfig {
+fn config() -> DecoderSizes {
+    DecoderSizes {
         vocab_size: 40,
         hidden_size: 24,
         intermediate_size: 48,
@@ -22,7 +22,7 @@ fn config() -> DecoderConfig {
 }
 
 fn decoder(kind: Kind) -> Decoder {
-    let made = Made::new(kind, 5);
+    let made = FakeSource::new(kind, 5);
     Decoder::new(&(Path::root(&made) / "model"), &config()).unwrap()
 }
 
@@ -43,7 +43,7 @@ fn whole(decoder: &Decoder, prompt: &[i64], answer: &[i64]) -> Tensor {
 }
 
 /// The prefix of one prompt.
-fn prefix_of(decoder: &Decoder, prompt: &[i64]) -> Prefix {
+fn prefix_of(decoder: &Decoder, prompt: &[i64]) -> PrefixKv {
     let embeds = decoder.embed(&ids(prompt));
     let (_, mut prefixes) = decoder.prefill(&embeds, &[prompt.len() as i64], Wanted::Nothing);
     prefixes.remove(0)
@@ -71,12 +71,12 @@ fn branches_equal_their_own_causal_passes() {
 #[test]
 fn trees_equal_their_own_causal_passes() {
     let decoder = decoder(Kind::Float);
-    let tree = |wanted_from| Tree {
+    let tree = |wanted_from| PackedSequence {
         prompt: 5,
         branches: vec![3, 1, 4],
         wanted_from,
     };
-    let alone = |wanted_from| Tree {
+    let alone = |wanted_from| PackedSequence {
         prompt: 3,
         branches: Vec::new(),
         wanted_from,
@@ -87,7 +87,7 @@ fn trees_equal_their_own_causal_passes() {
     expected.extend(ANSWERS.map(|answer| whole(&decoder, &PROMPT, answer)));
     expected.push(whole(&decoder, &[], &PROMPT[1..4]));
     let expected = Tensor::cat(&expected, 0);
-    let read = |trees| decoder.read(&embeds, trees, Keep::Nothing);
+    let read = |trees| decoder.read(&embeds, trees, SavedActivations::Nothing);
     let all = read(vec![tree(0), alone(0)]);
     assert_close(all.output(), &expected, 1e-5);
     let some = read(vec![tree(3), alone(1)]);
@@ -125,10 +125,10 @@ fn several_prompts_are_read_as_each_alone() {
 #[test]
 fn prompts_with_one_beginning_are_read_as_each_alone() {
     let decoder = decoder(Kind::Float);
-    let beginning = prefix_of(&decoder, &PROMPT);
+    let prefix = prefix_of(&decoder, &PROMPT);
     let other = prefix_of(&decoder, &PROMPT[1..4]);
     let embeds = decoder.embed(&ids(&[ANSWERS[0], ANSWERS[1], ANSWERS[2]].concat()));
-    let behind = [(&beginning, 3), (&other, 1), (&beginning, 4)];
+    let behind = [(&prefix, 3), (&other, 1), (&prefix, 4)];
     let (lasts, prefixes) = decoder.read_on(&embeds, &behind, Wanted::Last);
     let prompts = [&PROMPT[..], &PROMPT[1..4], &PROMPT[..]];
     let alone = [0, 1, 2].map(|text| whole(&decoder, prompts[text], ANSWERS[text]).i(-1));
@@ -150,8 +150,8 @@ fn prompts_with_one_beginning_are_read_as_each_alone() {
 fn steps_equal_causal_passes_also_after_a_row_has_left() {
     let decoder = decoder(Kind::Float);
     let prefix = prefix_of(&decoder, &PROMPT);
-    let mut rows = Continuations::new();
-    let step = |tokens: &[i64], rows: &mut Continuations| {
+    let mut rows = SuffixKv::new();
+    let step = |tokens: &[i64], rows: &mut SuffixKv| {
         let count = tokens.len() as i64;
         let prefix = &prefix;
         let prompt = Branches {
@@ -182,7 +182,7 @@ fn continuations_of_several_prompts_go_side_by_side() {
     let decoder = decoder(Kind::Float);
     let prompts: [&[i64]; 2] = [&PROMPT, &PROMPT[..3]];
     let prefixes = prompts.map(|prompt| prefix_of(&decoder, prompt));
-    let mut rows = [Continuations::new(), Continuations::new()];
+    let mut rows = [SuffixKv::new(), SuffixKv::new()];
     let mut found = Tensor::new();
     // The second prompt's answer begins a token later.
     for tokens in [&[9, 5][..], &[2, 6, 4], &[3, 1, 8]] {
@@ -212,7 +212,7 @@ fn trees_give_the_prompt_the_gradients_of_all_continuations() {
     let shared = |keep| {
         let prompt = leaf();
         let embeds = Tensor::cat(&[&prompt, &decoder.embed(&ids(&ANSWERS.concat()))], 0);
-        let tree = Tree {
+        let tree = PackedSequence {
             prompt: 5,
             branches: vec![3, 1, 4],
             wanted_from: 4,
@@ -224,19 +224,19 @@ fn trees_give_the_prompt_the_gradients_of_all_continuations() {
     };
     let prompt = leaf();
     for answer in ANSWERS {
-        let tree = Tree {
+        let tree = PackedSequence {
             prompt: (5 + answer.len()) as i64,
             branches: Vec::new(),
             wanted_from: 0,
         };
         let embeds = Tensor::cat(&[&prompt, &decoder.embed(&ids(answer))], 0);
-        let chain = decoder.read(&embeds, vec![tree], Keep::Everything);
+        let chain = decoder.read(&embeds, vec![tree], SavedActivations::Everything);
         square(&chain.output().i(5..));
         chain.backward();
     }
     let apart = prompt.grad();
     let scale = apart.abs().max().double_value(&[]);
-    let shared = [Keep::Everything, Keep::Inputs].map(shared);
+    let shared = [SavedActivations::Everything, SavedActivations::Inputs].map(shared);
     assert_close(&(&shared[0] / scale), &(apart / scale), 1e-5);
     assert_eq!(shared[1], shared[0]);
 }

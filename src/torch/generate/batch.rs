@@ -2,18 +2,18 @@
 
 use tch::{Device, Tensor};
 
-use super::super::decoder::{Branches, Continuations, Prefix};
+use super::super::decoder::{Branches, PrefixKv, SuffixKv};
 use super::super::device;
 use super::super::dpo::token_logps;
 use super::super::llava_onevision::LlavaOnevision;
 use super::super::sampling::{Chooser, uniform};
-use super::Waiting;
-use ovchat_models::prep::Chat;
+use super::PendingPrompt;
+use ovchat_models::preprocess::Chat;
 use ovchat_models::{RowFault, Stop};
 
 /// An answer in the making.
 #[derive(Debug, Clone, Default)]
-pub struct Draft {
+pub struct PartialAnswer {
     pub token_ids: Vec<i64>,
     pub token_logps: Vec<f32>,
     /// Why it ended, if it has.
@@ -29,7 +29,7 @@ pub struct Ends<'a> {
 
 impl Ends<'_> {
     /// Why a draft ends with its last token, if it does.
-    fn stop(&self, draft: &Draft, tokens_max: usize) -> Option<Stop> {
+    fn stop(&self, draft: &PartialAnswer, tokens_max: usize) -> Option<Stop> {
         let last = draft.token_ids.last()?;
         if self.token_ids.contains(last) {
             return Some(Stop::Token);
@@ -46,23 +46,23 @@ impl Ends<'_> {
 
 /// A prompt whose answers grow.
 pub struct Growing {
-    pub waiting: Waiting,
-    pub drafts: Vec<Draft>,
+    pub waiting: PendingPrompt,
+    pub drafts: Vec<PartialAnswer>,
     /// The drafts that have not ended, in their order.
     live: Vec<usize>,
-    prefix: Prefix,
-    continuations: Continuations,
+    prefix: PrefixKv,
+    continuations: SuffixKv,
 }
 
 impl Growing {
     /// A prompt that was read.
-    pub fn new(waiting: Waiting, prefix: Prefix) -> Self {
+    pub fn new(waiting: PendingPrompt, prefix: PrefixKv) -> Self {
         Self {
-            drafts: vec![Draft::default(); waiting.drafts],
+            drafts: vec![PartialAnswer::default(); waiting.drafts],
             live: (0..waiting.drafts).collect(),
             waiting,
             prefix,
-            continuations: Continuations::new(),
+            continuations: SuffixKv::new(),
         }
     }
 
@@ -141,7 +141,7 @@ impl<'a> Batch<'a> {
     }
 
     /// Gives up all that was made, and gives the prompts back.
-    pub fn abandon(&mut self) -> Vec<Waiting> {
+    pub fn abandon(&mut self) -> Vec<PendingPrompt> {
         self.logits.clear();
         self.chooser.clear();
         self.prompts

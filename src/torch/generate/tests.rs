@@ -9,8 +9,8 @@ use super::super::recorded::{self, Expected, assert_close};
 use super::*;
 use ovchat_models::Dtype;
 
-fn policy(dtype: Dtype) -> OnevisionPolicy {
-    OnevisionPolicy::open(&recorded::spec(dtype)).unwrap()
+fn policy(dtype: Dtype) -> LlavaOnevisionPolicy {
+    LlavaOnevisionPolicy::open(&recorded::spec(dtype)).unwrap()
 }
 
 fn how(count: usize, temperature: f64) -> Sampling {
@@ -37,18 +37,18 @@ fn clear(count: usize) -> Sampling {
 }
 
 fn sample(
-    policy: &mut OnevisionPolicy,
-    prompts: &[Prompt],
+    policy: &mut LlavaOnevisionPolicy,
+    prompts: &[ChatPrompt],
     how: &Sampling,
 ) -> Vec<Result<Vec<Generation>, RowFault>> {
     measured(policy, prompts, how).0
 }
 
 fn measured(
-    policy: &mut OnevisionPolicy,
-    prompts: &[Prompt],
+    policy: &mut LlavaOnevisionPolicy,
+    prompts: &[ChatPrompt],
     how: &Sampling,
-) -> (Vec<Result<Vec<Generation>, RowFault>>, Telemetry) {
+) -> (Vec<Result<Vec<Generation>, RowFault>>, ModelTelemetry) {
     let mut rows: Vec<_> = prompts.iter().map(|_| None).collect();
     let mut emit = |index: usize, answers| {
         assert!(rows[index].is_none(), "row {index} comes twice");
@@ -88,7 +88,7 @@ fn token_ids_and_hidden_states_equal_those_of_transformers() {
             expected.integers(&format!("ids.{index}"))
         );
         let _no_grad = tch::no_grad_guard();
-        let tiles: Vec<_> = prepared.pictures.iter().collect();
+        let tiles: Vec<_> = prepared.images.iter().collect();
         let features = policy.network.image_features(&tiles);
         let embeds = policy.network.embed_prompt(&prepared.text, &features);
         let tokens = embeds.size()[0];
@@ -234,8 +234,8 @@ fn an_answer_that_stops_ends_in_the_stop_token_and_its_text_does_not() {
 #[test]
 fn a_picture_that_does_not_decode_is_the_fault_of_its_row_only() {
     let mut prompts = recorded::prompts();
-    prompts[0].pictures[0].bytes = b"no picture".to_vec().into();
-    prompts[0].pictures[0].id = "broken".to_owned();
+    prompts[0].images[0].bytes = b"no picture".to_vec().into();
+    prompts[0].images[0].id = "broken".to_owned();
     let rows = sample(&mut policy(Dtype::Float32), &prompts, &how(1, 0.0));
     assert!(rows[0].as_ref().unwrap_err().0.contains("broken"));
     assert!(rows[1..].iter().all(Result::is_ok));
@@ -279,7 +279,7 @@ fn weights_that_are_not_numbers_are_a_fault_in_words() {
 }
 
 /// Twelve prompts about three pictures, in no order.
-fn many() -> Vec<Prompt> {
+fn many() -> Vec<ChatPrompt> {
     let mut prompts = Vec::new();
     for round in 0..3 {
         for mut prompt in recorded::prompts() {
@@ -297,7 +297,7 @@ fn pictures_and_prompts_are_read_once_whatever_the_budget_and_the_answers_are_th
     let how = clear(5);
     let mut policy = policy(Dtype::Float32);
     let (expected, telemetry) = measured(&mut policy, &prompts, &how);
-    let lengths = |policy: &OnevisionPolicy| -> usize {
+    let lengths = |policy: &LlavaOnevisionPolicy| -> usize {
         let ids = prompts
             .iter()
             .map(|prompt| policy.prep.count(prompt).unwrap());
@@ -308,12 +308,12 @@ fn pictures_and_prompts_are_read_once_whatever_the_budget_and_the_answers_are_th
         answers.map(|answer| answer.token_ids.len()).sum()
     };
     // Three prompts begin with the same pictures each time; what they begin with is read once.
-    let beginning = |prompt: &Prompt| {
+    let prefix = |prompt: &ChatPrompt| {
         let ids = policy.prep.ids(prompt).unwrap();
-        ids.pictures.last().map_or(0, |picture| picture.end)
+        ids.images.last().map_or(0, |encoded| encoded.end)
     };
-    let beginnings: usize = prompts.iter().map(beginning).sum();
-    let shared = beginnings as u64 / 3 * 2;
+    let prefixes: usize = prompts.iter().map(prefix).sum();
+    let shared = prefixes as u64 / 3 * 2;
     assert_eq!(telemetry.shared_tokens, shared);
     for (rows, tokens_max, read_tokens) in [
         (usize::MAX, usize::MAX, usize::MAX),
@@ -326,11 +326,7 @@ fn pictures_and_prompts_are_read_once_whatever_the_budget_and_the_answers_are_th
         policy.budget.read_tokens = read_tokens;
         let (found, telemetry) = measured(&mut policy, &prompts, &how);
         assert_same(&found, &expected);
-        let counts = [
-            telemetry.prompts,
-            telemetry.pictures,
-            telemetry.tower_passes,
-        ];
+        let counts = [telemetry.prompts, telemetry.images, telemetry.tower_passes];
         // Two pictures alone, two that stand beside each other.
         assert_eq!(
             counts,
@@ -345,7 +341,7 @@ fn pictures_and_prompts_are_read_once_whatever_the_budget_and_the_answers_are_th
         assert_eq!(telemetry.shared_tokens, shared, "whatever is read at once");
         assert_eq!(telemetry.answer_tokens, tokens(&found) as u64);
         assert!(telemetry.step_rows <= telemetry.steps * telemetry.rows_max.max(5));
-        assert_eq!(telemetry.halvings, 0);
+        assert_eq!(telemetry.oom_retries, 0);
     }
     // 60 answers of at most 12 tokens, all side by side.
     assert_eq!((telemetry.rows_max, telemetry.steps), (60, 12));
@@ -353,10 +349,10 @@ fn pictures_and_prompts_are_read_once_whatever_the_budget_and_the_answers_are_th
 }
 
 /// The policy of the small world and twelve of its questions.
-fn small_world() -> (OnevisionPolicy, Vec<Prompt>) {
+fn small_world() -> (LlavaOnevisionPolicy, Vec<ChatPrompt>) {
     let samples =
         std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../..")).join("data-samples");
-    let spec = models::LlavaOnevision {
+    let spec = models::LlavaOnevisionSpec {
         weights: samples.join("policy"),
         adapter: None,
         ..recorded::spec(Dtype::Float32)
@@ -365,8 +361,8 @@ fn small_world() -> (OnevisionPolicy, Vec<Prompt>) {
     let records: Vec<serde_json::Value> = serde_json::from_slice(&text).unwrap();
     let prompts = records[..12].iter().enumerate().map(|(number, record)| {
         let name = record["image"].as_str().unwrap();
-        Prompt {
-            pictures: vec![Picture {
+        ChatPrompt {
+            images: vec![EncodedImage {
                 id: name.to_owned(),
                 bytes: std::fs::read(samples.join("images").join(name))
                     .unwrap()
@@ -377,7 +373,10 @@ fn small_world() -> (OnevisionPolicy, Vec<Prompt>) {
             ..recorded::prompts().remove(3)
         }
     });
-    (OnevisionPolicy::open(&spec).unwrap(), prompts.collect())
+    (
+        LlavaOnevisionPolicy::open(&spec).unwrap(),
+        prompts.collect(),
+    )
 }
 
 #[test]
@@ -406,7 +405,7 @@ fn sharing_gives_the_tokens_and_log_probabilities_that_each_answer_has_alone() {
             let first = prepared.text.ids.len() as i64 - 1;
             let ids: Vec<i64> = answer.token_ids.iter().map(|&id| id.into()).collect();
             prepared.text.ids.extend(&ids);
-            let features = network.image_features(&prepared.pictures);
+            let features = network.image_features(&prepared.images);
             let embeds = network.embed_prompt(&prepared.text, &features);
             let hidden = network.language_model.hidden(&embeds);
             let hidden = hidden.narrow(0, first, ids.len() as i64);
@@ -430,11 +429,11 @@ fn memory_that_runs_out_costs_time_and_no_answer() {
     let (expected, _) = measured(&mut policy, &prompts, &how);
     for calls in 0..14 {
         policy.budget = budget;
-        super::super::edge::tests::run_out_after(calls);
+        super::super::error::tests::run_out_after(calls);
         let (found, telemetry) = measured(&mut policy, &prompts, &how);
-        assert_eq!(telemetry.halvings, 1, "{calls}");
+        assert_eq!(telemetry.oom_retries, 1, "{calls}");
         assert_same(&found, &expected);
-        assert_eq!((policy.budget.rows, policy.budget.halvings), (32, 0));
+        assert_eq!((policy.budget.rows, policy.budget.oom_retries), (32, 0));
     }
 }
 
@@ -445,7 +444,7 @@ fn a_prompt_that_is_too_much_alone_costs_its_row_only() {
     policy.budget.rows = 1;
     // The tower, then reading, of the first prompt; sampling of the next one.
     for (calls, lost) in [(1, 0), (14 + 2, 2)] {
-        super::super::edge::tests::run_out_after(calls);
+        super::super::error::tests::run_out_after(calls);
         let rows = sample(&mut policy, &prompts, &how(2, 3.0));
         for (index, row) in rows.iter().enumerate() {
             match row {
@@ -461,11 +460,11 @@ fn a_prompt_that_is_too_much_alone_costs_its_row_only() {
 
 #[test]
 fn a_prompt_that_can_never_fit_is_refused_before_it_is_read() {
-    let spec = models::LlavaOnevision {
+    let spec = models::LlavaOnevisionSpec {
         memory_gb: Some(models::Gigabytes::try_from(125e-6).unwrap()),
         ..recorded::spec(Dtype::Float32)
     };
-    let mut policy = OnevisionPolicy::open(&spec).unwrap();
+    let mut policy = LlavaOnevisionPolicy::open(&spec).unwrap();
     let (rows, telemetry) = measured(&mut policy, &recorded::prompts(), &how(5, 1.0));
     let fault = rows[0].as_ref().unwrap_err();
     assert!(fault.0.contains("memory_gb"), "{fault}");
@@ -536,7 +535,7 @@ fn stop_strings_and_stop_tokens_end_answers() {
 }
 
 /// The tiny checkpoint with the published grids of up to 6 x 6 tiles and a long context.
-fn large_grids() -> (tempfile::TempDir, models::LlavaOnevision) {
+fn large_grids() -> (tempfile::TempDir, models::LlavaOnevisionSpec) {
     let folder = tempfile::tempdir().unwrap();
     for entry in std::fs::read_dir(recorded::folder()).unwrap() {
         let entry = entry.unwrap();
@@ -556,7 +555,7 @@ fn large_grids() -> (tempfile::TempDir, models::LlavaOnevision) {
         }
         std::fs::write(&path, value.to_string()).unwrap();
     }
-    let spec = models::LlavaOnevision {
+    let spec = models::LlavaOnevisionSpec {
         weights: folder.path().to_owned(),
         adapter: None,
         ..recorded::spec(Dtype::Float32)
@@ -564,7 +563,7 @@ fn large_grids() -> (tempfile::TempDir, models::LlavaOnevision) {
     (folder, spec)
 }
 
-fn drawn(id: &str, width: u32, height: u32) -> Picture {
+fn drawn(id: &str, width: u32, height: u32) -> EncodedImage {
     let pixels = image::RgbImage::from_fn(width, height, |x, y| {
         image::Rgb([(x * 7) as u8, (y * 5) as u8, (x * y) as u8])
     });
@@ -572,7 +571,7 @@ fn drawn(id: &str, width: u32, height: u32) -> Picture {
     pixels
         .write_to(&mut bytes, image::ImageFormat::Png)
         .unwrap();
-    Picture {
+    EncodedImage {
         id: id.to_owned(),
         bytes: bytes.into_inner().into(),
     }
@@ -582,9 +581,9 @@ fn drawn(id: &str, width: u32, height: u32) -> Picture {
 #[test]
 fn every_prompt_of_an_adversarial_part_comes_out_right() {
     let (_folder, spec) = large_grids();
-    let mut policy = OnevisionPolicy::open(&spec).unwrap();
-    let ask = |pictures: &[&Picture], question: String, seed| Prompt {
-        pictures: pictures.iter().map(|&picture| picture.clone()).collect(),
+    let mut policy = LlavaOnevisionPolicy::open(&spec).unwrap();
+    let ask = |images: &[&EncodedImage], question: String, seed| ChatPrompt {
+        images: images.iter().map(|&encoded| encoded.clone()).collect(),
         question,
         seed,
         ..recorded::prompts().remove(3)
@@ -608,7 +607,7 @@ fn every_prompt_of_an_adversarial_part_comes_out_right() {
             ..clear(count)
         };
         let (rows, telemetry) = measured(&mut policy, &prompts, &how);
-        assert_eq!((telemetry.pictures, telemetry.tower_passes), (5, 5));
+        assert_eq!((telemetry.images, telemetry.tower_passes), (5, 5));
         for (index, row) in rows.iter().enumerate() {
             assert_eq!(row.as_ref().unwrap().len(), count);
             if index < 6 {
@@ -621,13 +620,13 @@ fn every_prompt_of_an_adversarial_part_comes_out_right() {
     }
 }
 
-fn prompt(picture: Option<&str>) -> Prompt {
-    let pictures = picture.into_iter().map(|id| Picture {
+fn prompt(encoded: Option<&str>) -> ChatPrompt {
+    let images = encoded.into_iter().map(|id| EncodedImage {
         id: id.to_owned(),
         bytes: [].into(),
     });
-    Prompt {
-        pictures: pictures.collect(),
+    ChatPrompt {
+        images: images.collect(),
         ..recorded::prompts().remove(3)
     }
 }
@@ -635,7 +634,7 @@ fn prompt(picture: Option<&str>) -> Prompt {
 #[test]
 fn prompts_about_one_picture_are_answered_together() {
     let prompts = ["a", "b", "a"].map(|id| prompt(Some(id)));
-    assert_eq!(by_first_picture(&prompts), [0, 2, 1]);
+    assert_eq!(by_first_image(&prompts), [0, 2, 1]);
     let wordy = [prompt(Some("a")), prompt(None), prompt(Some("a"))];
-    assert_eq!(by_first_picture(&wordy), [0, 2, 1]);
+    assert_eq!(by_first_image(&wordy), [0, 2, 1]);
 }

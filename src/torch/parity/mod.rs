@@ -23,7 +23,7 @@ use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
 use super::weights::Weights;
-use ovchat_models::{Picture, Prompt, Role, Turn};
+use ovchat_models::{ChatPrompt, ChatRole, ChatTurn, EncodedImage};
 
 /// One comparison.
 #[derive(Debug)]
@@ -185,27 +185,27 @@ impl Recorded {
 }
 
 /// A picture file of the recording.
-fn picture(path: &Path) -> Picture {
+fn image_file(path: &Path) -> EncodedImage {
     let bytes = fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    Picture {
+    EncodedImage {
         id: path.display().to_string(),
         bytes: bytes.into(),
     }
 }
 
 /// A prompt of the recording; its turns are pairs of role and text.
-fn prompt(question: &str, turns: &[[String; 2]], pictures: Vec<Picture>) -> Prompt {
-    let turn = |[role, text]: &[String; 2]| Turn {
+fn prompt(question: &str, turns: &[[String; 2]], images: Vec<EncodedImage>) -> ChatPrompt {
+    let turn = |[role, text]: &[String; 2]| ChatTurn {
         role: if role == "user" {
-            Role::User
+            ChatRole::User
         } else {
-            Role::Assistant
+            ChatRole::Assistant
         },
         text: text.clone(),
     };
-    Prompt {
+    ChatPrompt {
         id: question.to_owned(),
-        pictures,
+        images,
         system: None,
         turns: turns.iter().map(turn).collect(),
         question: question.to_owned(),

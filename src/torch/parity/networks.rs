@@ -6,12 +6,14 @@ use std::path::Path;
 use tch::{Device, Kind, Tensor};
 
 use super::super::checkpoint::{Checkpoint, Purpose};
-use super::super::generate::OnevisionPolicy;
+use super::super::generate::LlavaOnevisionPolicy;
 use super::super::llava_onevision::LlavaOnevision;
 use super::super::weights::Weights;
-use super::{Recorded, Report, compare, differences, greatest, json, picture};
-use ovchat_models::prep::PolicyPrep;
-use ovchat_models::{self as models, DeviceSpec, Dtype, Generation, Policy as _, Prompt, Sampling};
+use super::{Recorded, Report, compare, differences, greatest, image_file, json};
+use ovchat_models::preprocess::LlavaOnevisionProcessor;
+use ovchat_models::{
+    self as models, ChatPrompt, DeviceSpec, Dtype, Generation, Policy as _, Sampling,
+};
 
 #[derive(serde::Deserialize)]
 struct Cases {
@@ -31,7 +33,8 @@ struct Case {
 
 #[derive(serde::Deserialize)]
 struct Asked {
-    pictures: Vec<String>,
+    #[serde(rename = "pictures")]
+    images: Vec<String>,
     question: String,
 }
 
@@ -72,25 +75,25 @@ fn block(folder: &Path, report: &mut Report) {
     }
 }
 
-fn prompts(folder: &Path, list: &Path) -> Vec<Prompt> {
+fn prompts(folder: &Path, list: &Path) -> Vec<ChatPrompt> {
     let asked: Vec<Asked> = json(list);
-    let file = |name: &String| picture(&folder.join(format!("{name}.png")));
+    let file = |name: &String| image_file(&folder.join(format!("{name}.png")));
     let prompt = |asked: Asked| {
         super::prompt(
             &asked.question,
             &[],
-            asked.pictures.iter().map(file).collect(),
+            asked.images.iter().map(file).collect(),
         )
     };
     asked.into_iter().map(prompt).collect()
 }
 
-fn open(place: &Path, kind: Kind) -> (PolicyPrep, LlavaOnevision) {
-    let prep = PolicyPrep::open(place).unwrap_or_else(|error| panic!("{error}"));
+fn open(place: &Path, kind: Kind) -> (LlavaOnevisionProcessor, LlavaOnevision) {
+    let prep = LlavaOnevisionProcessor::open(place).unwrap_or_else(|error| panic!("{error}"));
     let checkpoint = Checkpoint::open(place).unwrap_or_else(|error| panic!("{error}"));
     let opened = LlavaOnevision::open(
         &checkpoint,
-        &prep.card,
+        &prep.config,
         Device::Cpu,
         kind,
         Purpose::Inference,
@@ -110,7 +113,13 @@ impl Apart {
     }
 }
 
-fn forward(place: &Path, prompts: &[Prompt], case: &Case, logits_every: i64, report: &mut Report) {
+fn forward(
+    place: &Path,
+    prompts: &[ChatPrompt],
+    case: &Case,
+    logits_every: i64,
+    report: &mut Report,
+) {
     let _no_grad = tch::no_grad_guard();
     let expected = Recorded::open(&place.join("expected.safetensors"));
     let (prep, network) = open(place, Kind::Float);
@@ -121,20 +130,20 @@ fn forward(place: &Path, prompts: &[Prompt], case: &Case, logits_every: i64, rep
     for (index, prompt) in prompts.iter().enumerate() {
         let prepared = prep.prepare(prompt).unwrap();
         // A tokenizer without `<image>` has another id for it, so pictures are compared by place.
-        let image = prep.card.image_token_index;
+        let image = prep.config.image_token_index;
         let words = |ids: &[i64], image: i64| -> Vec<Option<i64>> {
             ids.iter().map(|&id| (id != image).then_some(id)).collect()
         };
         let ids = expected.integers(&format!("ids.{index}"));
         let theirs = prepared
             .text
-            .pictures
+            .images
             .first()
             .map_or(-1, |range| ids[range.start]);
         other_ids += usize::from(words(&prepared.text.ids, image) != words(&ids, theirs));
 
         let mut towers = Vec::new();
-        for tiles in &prepared.pictures {
+        for tiles in &prepared.images {
             let side = tiles.side as i64;
             let pixels = Tensor::from_slice(&tiles.pixels).view([-1, 3, side, side]);
             let pixels = pixels.to_kind(network.kind());
@@ -147,8 +156,8 @@ fn forward(place: &Path, prompts: &[Prompt], case: &Case, logits_every: i64, rep
             apart[1].add(&projected, &expected.tensor(&format!("projector.{index}")));
         }
         let logits = |network: &LlavaOnevision| {
-            let pictures: Vec<_> = prepared.pictures.iter().collect();
-            let features = network.image_features(&pictures);
+            let images: Vec<_> = prepared.images.iter().collect();
+            let features = network.image_features(&images);
             let embeds = network.embed_prompt(&prepared.text, &features);
             let hidden = network.language_model.hidden(&embeds);
             let logits = network.lm_head.forward(&hidden);
@@ -208,9 +217,9 @@ fn written(folder: &Path, place: &Path, case: &Case, report: &mut Report) {
     };
     let _ = std::fs::remove_dir_all(&to);
     let checkpoint = Checkpoint::open(place).unwrap();
-    let card = PolicyPrep::open(place).unwrap().card;
-    let purpose = Purpose::Training(models::Tower::Train.into());
-    let opened = LlavaOnevision::open(&checkpoint, &card, Device::Cpu, Kind::Float, purpose);
+    let config = LlavaOnevisionProcessor::open(place).unwrap().config;
+    let purpose = Purpose::TrainingState(models::Tower::Train.into());
+    let opened = LlavaOnevision::open(&checkpoint, &config, Device::Cpu, Kind::Float, purpose);
     let (_, parameters) = opened.unwrap();
     checkpoint.save(&to, &parameters).unwrap();
 
@@ -229,15 +238,15 @@ fn written(folder: &Path, place: &Path, case: &Case, report: &mut Report) {
     );
 }
 
-fn answers(place: &Path, prompts: &[Prompt], how: &Sampling) -> Vec<Vec<Generation>> {
-    let spec = models::LlavaOnevision {
+fn answers(place: &Path, prompts: &[ChatPrompt], how: &Sampling) -> Vec<Vec<Generation>> {
+    let spec = models::LlavaOnevisionSpec {
         weights: place.to_owned(),
         adapter: None,
         device: DeviceSpec::Cpu,
         dtype: Dtype::Float32,
         memory_gb: None,
     };
-    let mut policy = OnevisionPolicy::open(&spec).unwrap();
+    let mut policy = LlavaOnevisionPolicy::open(&spec).unwrap();
     let mut answers = vec![Vec::new(); prompts.len()];
     policy
         .sample(prompts, how, &mut |index, made| {
@@ -280,7 +289,7 @@ fn greedy(folder: &Path, place: &Path, title: &str, report: &mut Report) {
 
 /// Sampled answers are those that the same numbers draw from the reference's logits, and so are
 /// their log-probabilities.
-fn sampled(place: &Path, prompts: &[Prompt], title: &str, report: &mut Report) {
+fn sampled(place: &Path, prompts: &[ChatPrompt], title: &str, report: &mut Report) {
     let sampled: Sampled = json(&place.join("sampled.json"));
     let expected = Recorded::open(&place.join("sampled.safetensors"));
     let how = Sampling {

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::{Report, compare, json};
-use ovchat_models::prep::PolicyPrep;
+use ovchat_models::preprocess::LlavaOnevisionProcessor;
 
 #[test]
 fn packing_is_that_of_the_reference() {
@@ -11,7 +11,7 @@ fn packing_is_that_of_the_reference() {
 }
 
 fn block(folder: &Path, report: &mut Report) {
-    let prep = PolicyPrep::open(&folder.join("../onevision/packing")).unwrap();
+    let prep = LlavaOnevisionProcessor::open(&folder.join("../onevision/packing")).unwrap();
     // Height, width, tiles down and across, rows and columns after unpadding, tokens.
     let rows: Vec<[usize; 7]> = json(&folder.join("rows.json"));
     let [mut grids, mut counts] = [0, 0];

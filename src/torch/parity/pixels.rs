@@ -2,8 +2,10 @@
 
 use std::path::Path;
 
-use super::{Recorded, Report, compare, json, picture};
-use ovchat_models::prep::{Clip, PIXELS_MAX, PolicyPrep, Processor, decode};
+use super::{Recorded, Report, compare, image_file, json};
+use ovchat_models::preprocess::{
+    Clip, ImageProcessorConfig, LlavaOnevisionProcessor, PIXELS_MAX, decode,
+};
 
 #[derive(serde::Deserialize)]
 struct Case {
@@ -20,21 +22,21 @@ fn pixels_are_those_of_the_reference() {
 }
 
 fn block(folder: &Path, report: &mut Report) {
-    let policy = PolicyPrep::open(&folder.join("../onevision/pixels")).unwrap();
-    let processor = Processor::open_clip(&folder.join("clip"), 14).unwrap();
+    let policy = LlavaOnevisionProcessor::open(&folder.join("../onevision/pixels")).unwrap();
+    let processor = ImageProcessorConfig::open_clip(&folder.join("clip"), 14).unwrap();
     let clip = Clip::new(&processor);
     let expected = Recorded::open(&folder.join("expected.safetensors"));
     let cases: Vec<Case> = json(&folder.join("cases.json"));
     let mut lossless = [Apart::default(); 3];
     let mut lossy = [Apart::default(); 3];
     for (index, case) in cases.iter().enumerate() {
-        let picture = picture(&folder.join(&case.file));
-        let rgb = decode(&picture.bytes, PIXELS_MAX).unwrap();
+        let image = image_file(&folder.join(&case.file));
+        let rgb = decode(&image.bytes, PIXELS_MAX).unwrap();
         let found = [
             (
                 "one",
                 levels(
-                    &policy.tiles(&picture, 1).unwrap().pixels,
+                    &policy.tiles(&image, 1).unwrap().pixels,
                     policy.anyres.side(),
                     [0.5; 3],
                     [0.5; 3],
@@ -43,7 +45,7 @@ fn block(folder: &Path, report: &mut Report) {
             (
                 "several",
                 levels(
-                    &policy.tiles(&picture, 2).unwrap().pixels,
+                    &policy.tiles(&image, 2).unwrap().pixels,
                     policy.anyres.side(),
                     [0.5; 3],
                     [0.5; 3],
@@ -93,7 +95,7 @@ fn block(folder: &Path, report: &mut Report) {
     }
     for number in 0..2 {
         let tiles = policy
-            .tiles(&picture(&folder.join(format!("ramp-{number}.png"))), 1)
+            .tiles(&image_file(&folder.join(format!("ramp-{number}.png"))), 1)
             .unwrap();
         let found = tch::Tensor::from_slice(&tiles.pixels);
         let name = format!("floats.{number}");
@@ -103,7 +105,7 @@ fn block(folder: &Path, report: &mut Report) {
             &expected.tensor(&name).flatten(0, -1),
             0.0,
         );
-        let file = picture(&folder.join(format!("clip-ramp-{number}.png")));
+        let file = image_file(&folder.join(format!("clip-ramp-{number}.png")));
         let found = clip.pixels(decode(&file.bytes, PIXELS_MAX).unwrap());
         report.tensor(
             format!("all gray levels as the judge's floats, part {}", number + 1),

@@ -7,13 +7,13 @@ use tch::{Device, Kind, Tensor};
 
 use super::super::llava::Llava;
 use super::super::reward::RewardJudge;
-use super::super::reward_learner::LlavaRewards;
+use super::super::reward_trainer::LlavaRewardTrainer;
 use super::training::{BATCH, Trained, optimization};
-use super::{Recorded, Report, compare, differences, json, picture};
-use ovchat_models::prep::JudgePrep;
+use super::{Recorded, Report, compare, differences, image_file, json};
+use ovchat_models::preprocess::LlavaRlhfProcessor;
 use ovchat_models::{
-    Answer, DeviceSpec, Dtype, Example, Group, Judge as _, LlavaRlhf, Prompt, RewardLearner as _,
-    RewardSettings,
+    AnswerGroup, ChatPrompt, DeviceSpec, Dtype, Example, Judge as _, LlavaRlhfSpec, RewardSettings,
+    RewardTrainer as _, TrainingAnswer,
 };
 
 #[derive(serde::Deserialize)]
@@ -53,8 +53,8 @@ fn block(folder: &Path, report: &mut Report) {
     trained(folder, &folder.join("one"), report);
 }
 
-fn spec(place: &Path) -> LlavaRlhf {
-    LlavaRlhf {
+fn spec(place: &Path) -> LlavaRlhfSpec {
+    LlavaRlhfSpec {
         caption_orders: std::num::NonZeroU32::MIN,
         base: place.join("base"),
         vision: place.join("vision"),
@@ -72,9 +72,9 @@ fn prompt(
     image: Option<&String>,
     question: &str,
     captions: Option<&Vec<String>>,
-) -> Prompt {
-    let file = |name: &String| picture(&folder.join(format!("{name}.png")));
-    Prompt {
+) -> ChatPrompt {
+    let file = |name: &String| image_file(&folder.join(format!("{name}.png")));
+    ChatPrompt {
         captions: captions.cloned(),
         answer: None,
         ..super::prompt(question, &[], image.map(file).into_iter().collect())
@@ -85,13 +85,13 @@ fn prompt(
 fn features(folder: &Path, place: &Path, title: &str, report: &mut Report) {
     let expected = Recorded::open(&place.join("features.safetensors"));
     let spec = spec(place);
-    let prep = JudgePrep::open(&spec).unwrap();
-    let llava = Llava::open(&spec, &prep.card, Kind::Float, Device::Cpu).unwrap();
+    let prep = LlavaRlhfProcessor::open(&spec).unwrap();
+    let llava = Llava::open(&spec, &prep.config, Kind::Float, Device::Cpu).unwrap();
     let side = prep.clip.side() as i64;
     let mut worst = [0.0_f64; 2];
     for name in ["wide", "tall", "square", "dot"] {
         let pixels = prep
-            .pixels(&picture(&folder.join(format!("{name}.png"))))
+            .pixels(&image_file(&folder.join(format!("{name}.png"))))
             .unwrap();
         let pixels = Tensor::from_slice(&pixels).view([1, 3, side, side]);
         let found = llava.encode_images(&pixels).squeeze_dim(0);
@@ -109,7 +109,7 @@ fn scores(folder: &Path, place: &Path, report: &mut Report) {
     // Answers to one prompt are judged together, whatever their lengths.
     let same = |one: &Row, other: &Row| one.image == other.image && one.question == other.question;
     let groups: Vec<&[Row]> = cases.rows.chunk_by(same).collect();
-    let prompts: Vec<Prompt> = groups
+    let prompts: Vec<ChatPrompt> = groups
         .iter()
         .map(|rows| {
             let row = &rows[0];
@@ -121,10 +121,10 @@ fn scores(folder: &Path, place: &Path, report: &mut Report) {
             )
         })
         .collect();
-    let asked: Vec<Group<'_>> = groups
+    let asked: Vec<AnswerGroup<'_>> = groups
         .iter()
         .zip(&prompts)
-        .map(|(rows, prompt)| Group {
+        .map(|(rows, prompt)| AnswerGroup {
             prompt,
             answers: rows.iter().map(|row| row.answer.as_str()).collect(),
             numbers: Vec::new(),
@@ -158,8 +158,8 @@ fn trained(folder: &Path, place: &Path, report: &mut Report) {
         seed: 0,
         optimization: optimization(),
     };
-    let mut learner = LlavaRewards::open(&spec(place), &settings).unwrap();
-    let prompts: Vec<Prompt> = pairs
+    let mut trainer = LlavaRewardTrainer::open(&spec(place), &settings).unwrap();
+    let prompts: Vec<ChatPrompt> = pairs
         .iter()
         .map(|pair| {
             prompt(
@@ -170,7 +170,7 @@ fn trained(folder: &Path, place: &Path, report: &mut Report) {
             )
         })
         .collect();
-    let written = |text: &String| Answer {
+    let written = |text: &String| TrainingAnswer {
         text: text.clone(),
         token_ids: None,
     };
@@ -187,16 +187,16 @@ fn trained(folder: &Path, place: &Path, report: &mut Report) {
         .collect();
     let mut trained = Trained::new(
         "a reward model's 20 updates",
-        learner.training(),
+        trainer.training(),
         &expected,
         ToOwned::to_owned,
     );
     for (step, batch) in examples.chunks(BATCH).enumerate() {
-        let found = learner.step(batch).unwrap();
+        let found = trainer.step(batch).unwrap();
         trained.loss(step, found.loss);
         if step == 0 {
-            trained.gradients(learner.training());
+            trained.gradients(trainer.training());
         }
     }
-    trained.weights(learner.training(), report);
+    trained.weights(trainer.training(), report);
 }

@@ -3,15 +3,16 @@
 use std::path::Path;
 
 use super::{Report, compare, json, prompt};
-use ovchat_models::Prompt;
-use ovchat_models::prep::{PolicyPrep, Vicuna};
+use ovchat_models::ChatPrompt;
+use ovchat_models::preprocess::{LlavaOnevisionProcessor, Vicuna};
 
 #[derive(serde::Deserialize)]
 struct ChatCase {
     question: String,
     turns: Vec<[String; 2]>,
     system: Option<String>,
-    pictures: Vec<usize>,
+    #[serde(rename = "pictures")]
+    images: Vec<usize>,
     ids: Vec<i64>,
 }
 
@@ -20,7 +21,8 @@ struct VicunaCase {
     question: String,
     turns: Vec<[String; 2]>,
     answer: String,
-    picture: Option<usize>,
+    #[serde(rename = "picture")]
+    image: Option<usize>,
     captions: Option<Vec<String>>,
     ids: Vec<i64>,
 }
@@ -31,14 +33,14 @@ fn token_ids_are_those_of_the_reference() {
 }
 
 fn block(folder: &Path, report: &mut Report) {
-    let prep = PolicyPrep::open(&folder.join("../onevision/text")).unwrap();
+    let prep = LlavaOnevisionProcessor::open(&folder.join("../onevision/text")).unwrap();
     let cases: Vec<ChatCase> = json(&folder.join("chat.json"));
     let differs = |case: &&ChatCase| {
-        let prompt = Prompt {
+        let prompt = ChatPrompt {
             system: case.system.clone(),
             ..prompt(&case.question, &case.turns, Vec::new())
         };
-        prep.chat.prompt(&prompt, &case.pictures).unwrap().ids != case.ids
+        prep.chat.prompt(&prompt, &case.images).unwrap().ids != case.ids
     };
     report.equal(
         "LLaVA-OneVision's chat",
@@ -50,13 +52,13 @@ fn block(folder: &Path, report: &mut Report) {
     let vicuna = Vicuna::open(&base, 1000, &base.join("prompt.txt")).unwrap();
     let cases: Vec<VicunaCase> = json(&folder.join("vicuna.json"));
     let differs = |case: &&VicunaCase| {
-        let prompt = Prompt {
+        let prompt = ChatPrompt {
             captions: case.captions.clone(),
             answer: None,
             ..prompt(&case.question, &case.turns, Vec::new())
         };
         vicuna
-            .judged(&prompt, &case.answer, case.picture)
+            .judged(&prompt, &case.answer, case.image)
             .unwrap()
             .ids
             != case.ids

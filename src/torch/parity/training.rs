@@ -7,15 +7,15 @@ use std::path::Path;
 
 use tch::{Kind, Tensor};
 
-use super::super::dpo_learner::OnevisionDpo;
-use super::super::sft_learner::{OnevisionStudent, Sft};
-use super::super::training::Training;
-use super::{Recorded, Report, compare, greatest, json, picture};
-use ovchat_models::prep::PolicyPrep;
+use super::super::dpo_trainer::LlavaOnevisionDpo;
+use super::super::sft_trainer::{LlavaOnevisionSft, Sft};
+use super::super::training::TrainingState;
+use super::{Recorded, Report, compare, greatest, image_file, json};
+use ovchat_models::preprocess::LlavaOnevisionProcessor;
 use ovchat_models::{
-    self as models, Answer, Checkpointing, DeviceSpec, DpoLearner as _, DpoSettings, Dtype,
-    Example, Learned, Lesson, LlavaOnevision, Loss, Mask, Newlines, Objective, Optimization,
-    Optimizer, Prompt, Schedule, SftLearner as _, SftSettings, Tower,
+    self as models, ChatPrompt, Checkpointing, DeviceSpec, DpoSettings, DpoTrainer as _, Dtype,
+    Example, LlavaOnevisionSpec, Loss, Mask, Newlines, Objective, Optimization, Optimizer,
+    Schedule, SftExample, SftSettings, SftTrainer as _, Tower, TrainOn, TrainingAnswer,
 };
 
 /// Rows of an update.
@@ -47,7 +47,8 @@ pub(super) fn optimization() -> Optimization {
 
 #[derive(serde::Deserialize)]
 struct Pair {
-    pictures: Vec<String>,
+    #[serde(rename = "pictures")]
+    images: Vec<String>,
     question: String,
     chosen: String,
     rejected: String,
@@ -55,7 +56,8 @@ struct Pair {
 
 #[derive(serde::Deserialize)]
 struct Conversation {
-    pictures: Vec<String>,
+    #[serde(rename = "pictures")]
+    images: Vec<String>,
     turns: Vec<[String; 2]>,
     question: String,
     answer: String,
@@ -65,7 +67,8 @@ struct Conversation {
 struct Masked {
     question: String,
     answer: String,
-    pictures: Vec<usize>,
+    #[serde(rename = "pictures")]
+    images: Vec<usize>,
     ids: Vec<i64>,
     labels: Vec<u8>,
 }
@@ -102,7 +105,7 @@ pub(super) struct Trained<'a> {
 impl<'a> Trained<'a> {
     pub(super) fn new(
         case: &'static str,
-        training: &Training,
+        training: &TrainingState,
         expected: &'a Recorded,
         canonical: fn(&str) -> String,
     ) -> Self {
@@ -122,7 +125,7 @@ impl<'a> Trained<'a> {
     }
 
     /// Compares the gradients of the first update, before clipping.
-    pub(super) fn gradients(&mut self, training: &Training) {
+    pub(super) fn gradients(&mut self, training: &TrainingState) {
         let expected = |name: &str| self.expected.tensor(&format!("gradient.{name}"));
         let (names, found) = first_gradients(training);
         // AdamW remembers the clipped gradient; the recorded one is not clipped.
@@ -144,7 +147,7 @@ impl<'a> Trained<'a> {
     }
 
     /// Compares the weights at the end, and reports everything.
-    pub(super) fn weights(self, training: &Training, report: &mut Report) {
+    pub(super) fn weights(self, training: &TrainingState, report: &mut Report) {
         let case = self.case;
         report.line(
             format!("{case}: losses"),
@@ -179,7 +182,7 @@ fn is_zero_in_truth(name: &str) -> bool {
 }
 
 /// The names of the parameters and the gradients of the first update as AdamW's mean has them.
-fn first_gradients(training: &Training) -> (Vec<String>, Vec<Tensor>) {
+fn first_gradients(training: &TrainingState) -> (Vec<String>, Vec<Tensor>) {
     let names = training
         .parameters
         .iter()
@@ -194,7 +197,7 @@ fn first_gradients(training: &Training) -> (Vec<String>, Vec<Tensor>) {
 }
 
 /// Copies of all weights, in float64.
-fn weights(training: &Training) -> Vec<Tensor> {
+fn weights(training: &TrainingState) -> Vec<Tensor> {
     let parameters = training.parameters.iter();
     let copy = |tensor: &Tensor| tensor.detach().to_dtype(Kind::Double, false, true);
     parameters
@@ -206,7 +209,7 @@ fn weights(training: &Training) -> Vec<Tensor> {
 fn changes(
     case: &str,
     before: &[Tensor],
-    training: &Training,
+    training: &TrainingState,
     expected: &Recorded,
     recorded_name: fn(&str) -> String,
     report: &mut Report,
@@ -238,8 +241,8 @@ fn changes(
     report.line(case, apart, "1e-2, relative", apart[1] <= CHANGE);
 }
 
-fn spec(folder: &Path, name: &str) -> LlavaOnevision {
-    LlavaOnevision {
+fn spec(folder: &Path, name: &str) -> LlavaOnevisionSpec {
+    LlavaOnevisionSpec {
         weights: folder.join("../onevision").join(name),
         adapter: None,
         device: DeviceSpec::Cpu,
@@ -248,17 +251,17 @@ fn spec(folder: &Path, name: &str) -> LlavaOnevision {
     }
 }
 
-fn prompt(folder: &Path, pictures: &[String], question: &str, turns: &[[String; 2]]) -> Prompt {
-    let file = |name: &String| picture(&folder.join(format!("{name}.png")));
-    super::prompt(question, turns, pictures.iter().map(file).collect())
+fn prompt(folder: &Path, images: &[String], question: &str, turns: &[[String; 2]]) -> ChatPrompt {
+    let file = |name: &String| image_file(&folder.join(format!("{name}.png")));
+    super::prompt(question, turns, images.iter().map(file).collect())
 }
 
 fn examples<'a>(
     pairs: &[Pair],
-    prompts: &'a [Prompt],
+    prompts: &'a [ChatPrompt],
     references: &[[f64; 2]],
 ) -> Vec<Example<'a>> {
-    let written = |text: &String| Answer {
+    let written = |text: &String| TrainingAnswer {
         text: text.clone(),
         token_ids: None,
     };
@@ -294,11 +297,11 @@ fn dpo(folder: &Path, title: &str, pairs: &[Pair], report: &mut Report) {
         },
     };
     let spec = spec(folder, &format!("training-{title}"));
-    let mut learner = OnevisionDpo::open(&spec, &settings).unwrap();
+    let mut trainer = LlavaOnevisionDpo::open(&spec, &settings).unwrap();
     let pairs = &pairs[..BATCH];
-    let prompts: Vec<Prompt> = pairs
+    let prompts: Vec<ChatPrompt> = pairs
         .iter()
-        .map(|pair| prompt(folder, &pair.pictures, &pair.question, &[]))
+        .map(|pair| prompt(folder, &pair.images, &pair.question, &[]))
         .collect();
     let matrix = |name: &str| {
         let numbers = expected.tensor(name).to_kind(Kind::Double);
@@ -309,7 +312,7 @@ fn dpo(folder: &Path, title: &str, pairs: &[Pair], report: &mut Report) {
         .map(|pair| [pair[0], pair[1]])
         .collect();
     let examples = examples(pairs, &prompts, &references);
-    let logps = learner.reference_logps(&examples).unwrap();
+    let logps = trainer.reference_logps(&examples).unwrap();
     let flat = |rows: &[[f64; 2]]| Tensor::from_slice(rows.as_flattened());
     let wanted = expected.tensor("logps").flatten(0, -1);
     let case = |what: &str| format!("DPO, {title}: {what}");
@@ -320,7 +323,7 @@ fn dpo(folder: &Path, title: &str, pairs: &[Pair], report: &mut Report) {
         1e-4,
     );
 
-    let found = learner.step(&examples).unwrap();
+    let found = trainer.step(&examples).unwrap();
     let mean = |side: usize| {
         let rewards = matrix("rewards");
         rewards.iter().map(|pair| pair[side]).sum::<f64>() / rewards.len() as f64
@@ -333,7 +336,7 @@ fn dpo(folder: &Path, title: &str, pairs: &[Pair], report: &mut Report) {
         &Tensor::from_slice(&wanted),
         LOGGED,
     );
-    let (names, gradients) = first_gradients(learner.training());
+    let (names, gradients) = first_gradients(trainer.training());
     let mut apart = [0.0_f64; 2];
     for (name, found) in names.iter().zip(gradients) {
         let expected = expected.tensor(&format!("gradient.{}", in_memory(name)));
@@ -358,19 +361,19 @@ fn trl(folder: &Path, pairs: &[Pair], report: &mut Report) {
         checkpointing: Checkpointing::Never,
         optimization: optimization(),
     };
-    let mut learner = OnevisionDpo::open(&spec(folder, "training-trl"), &settings).unwrap();
-    let prompts: Vec<Prompt> = pairs
+    let mut trainer = LlavaOnevisionDpo::open(&spec(folder, "training-trl"), &settings).unwrap();
+    let prompts: Vec<ChatPrompt> = pairs
         .iter()
-        .map(|pair| prompt(folder, &pair.pictures, &pair.question, &[]))
+        .map(|pair| prompt(folder, &pair.images, &pair.question, &[]))
         .collect();
-    let references = learner
+    let references = trainer
         .reference_logps(&examples(pairs, &prompts, &[]))
         .unwrap();
     let examples = examples(pairs, &prompts, &references);
-    let before = weights(learner.training());
+    let before = weights(trainer.training());
     let mut logged: [Vec<f64>; 7] = Default::default();
     for batch in examples.chunks(BATCH) {
-        let found = learner.step(batch).unwrap();
+        let found = trainer.step(batch).unwrap();
         let numbers = [
             found.loss,
             found.rewards_chosen,
@@ -401,7 +404,7 @@ fn trl(folder: &Path, pairs: &[Pair], report: &mut Report) {
     changes(
         "TRL's 20 updates",
         &before,
-        learner.training(),
+        trainer.training(),
         &expected,
         in_memory,
         report,
@@ -418,9 +421,9 @@ fn losses(folder: &Path, pairs: &[Pair], report: &mut Report) {
         .map(|pair| [pair[0], pair[1]])
         .collect();
     let pairs = &pairs[..BATCH];
-    let prompts: Vec<Prompt> = pairs
+    let prompts: Vec<ChatPrompt> = pairs
         .iter()
-        .map(|pair| prompt(folder, &pair.pictures, &pair.question, &[]))
+        .map(|pair| prompt(folder, &pair.images, &pair.question, &[]))
         .collect();
     let with_terms =
         |name: &str, terms: Vec<(Loss, f64)>, label_smoothing: f64, report: &mut Report| {
@@ -436,8 +439,9 @@ fn losses(folder: &Path, pairs: &[Pair], report: &mut Report) {
                 checkpointing: Checkpointing::Always,
                 optimization: optimization(),
             };
-            let mut learner = OnevisionDpo::open(&spec(folder, "training-trl"), &settings).unwrap();
-            let found = learner
+            let mut trainer =
+                LlavaOnevisionDpo::open(&spec(folder, "training-trl"), &settings).unwrap();
+            let found = trainer
                 .step(&examples(pairs, &prompts, &references))
                 .unwrap();
             let found = Tensor::from_slice(&[found.loss, found.grad_norm]);
@@ -480,14 +484,14 @@ fn adapter(folder: &Path, pairs: &[Pair], report: &mut Report) {
         checkpointing: Checkpointing::Always,
         optimization: optimization(),
     };
-    let spec = LlavaOnevision {
+    let spec = LlavaOnevisionSpec {
         adapter: Some(folder.join("adapter")),
         ..spec(folder, "training-trl")
     };
-    let mut learner = OnevisionDpo::open(&spec, &settings).unwrap();
-    let prompts: Vec<Prompt> = pairs
+    let mut trainer = LlavaOnevisionDpo::open(&spec, &settings).unwrap();
+    let prompts: Vec<ChatPrompt> = pairs
         .iter()
-        .map(|pair| prompt(folder, &pair.pictures, &pair.question, &[]))
+        .map(|pair| prompt(folder, &pair.images, &pair.question, &[]))
         .collect();
     let references = expected.tensor("reference").to_kind(Kind::Double);
     let references: Vec<[f64; 2]> = Vec::<Vec<f64>>::try_from(references)
@@ -497,7 +501,7 @@ fn adapter(folder: &Path, pairs: &[Pair], report: &mut Report) {
         .collect();
     let mut trained = Trained::new(
         "a policy's adapter, 20 updates",
-        learner.training(),
+        trainer.training(),
         &expected,
         ToOwned::to_owned,
     );
@@ -505,63 +509,63 @@ fn adapter(folder: &Path, pairs: &[Pair], report: &mut Report) {
         .chunks(BATCH)
         .enumerate()
     {
-        let found = learner.step(batch).unwrap();
+        let found = trainer.step(batch).unwrap();
         trained.loss(step, found.loss);
         if step == 0 {
-            trained.gradients(learner.training());
+            trained.gradients(trainer.training());
         }
     }
-    trained.weights(learner.training(), report);
+    trained.weights(trainer.training(), report);
 }
 
 fn sft(folder: &Path, report: &mut Report) {
-    let lessons: Vec<Conversation> = json(&folder.join("lessons.json"));
+    let sft_examples: Vec<Conversation> = json(&folder.join("lessons.json"));
     let expected = Recorded::open(&folder.join("sft.safetensors"));
     let settings = SftSettings {
         tower: Tower::Train,
         optimization: optimization(),
     };
     let spec = spec(folder, "training-sft");
-    let mut learner = Sft::<OnevisionStudent>::open(&spec, &settings).unwrap();
-    let prompts: Vec<Prompt> = lessons
+    let mut trainer = Sft::<LlavaOnevisionSft>::open(&spec, &settings).unwrap();
+    let prompts: Vec<ChatPrompt> = sft_examples
         .iter()
-        .map(|lesson| prompt(folder, &lesson.pictures, &lesson.question, &lesson.turns))
+        .map(|example| prompt(folder, &example.images, &example.question, &example.turns))
         .collect();
-    let rows: Vec<Lesson<'_>> = lessons
+    let rows: Vec<SftExample<'_>> = sft_examples
         .iter()
         .zip(&prompts)
-        .map(|(lesson, prompt)| Lesson {
+        .map(|(example, prompt)| SftExample {
             id: "lesson",
             prompt,
-            answer: &lesson.answer,
-            learned: Learned::All,
+            answer: &example.answer,
+            learned: TrainOn::All,
         })
         .collect();
     let mut trained = Trained::new(
         "20 updates of fine-tuning",
-        learner.training(),
+        trainer.training(),
         &expected,
         in_memory,
     );
     for (step, batch) in rows.chunks(BATCH).enumerate() {
-        let found = learner.step(batch).unwrap();
+        let found = trainer.step(batch).unwrap();
         trained.loss(step, found.loss);
         if step == 0 {
-            trained.gradients(learner.training());
+            trained.gradients(trainer.training());
         }
     }
-    trained.weights(learner.training(), report);
+    trained.weights(trainer.training(), report);
 }
 
 /// The ids and the counted tokens of LLaVA-NeXT's DPO script.
 fn masks(folder: &Path, report: &mut Report) {
     let cases: Vec<Masked> = json(&folder.join("masks.json"));
-    let prep = PolicyPrep::open(&spec(folder, "training-mask").weights).unwrap();
+    let prep = LlavaOnevisionProcessor::open(&spec(folder, "training-mask").weights).unwrap();
     let differs = |case: &&Masked| {
         let prompt = prompt(folder, &[], &case.question, &[]);
         let written = prep
             .chat
-            .prompt_of_llava_next(&prompt, &case.pictures, Newlines::Two);
+            .prompt_of_llava_next(&prompt, &case.images, Newlines::Two);
         let (text, mut counted) = written.unwrap();
         let mut ids = text.ids;
         let start = ids.len();

@@ -9,7 +9,7 @@ use tempfile::TempDir;
 
 use super::super::weights::save_safetensors;
 use super::*;
-use ovchat_models::{DeviceSpec, Dtype, Prompt, Role, Turn};
+use ovchat_models::{ChatPrompt, ChatRole, ChatTurn, DeviceSpec, Dtype};
 
 /// A row of the recording.
 #[derive(serde::Deserialize)]
@@ -30,8 +30,8 @@ fn rows() -> Vec<Row> {
     serde_json::from_slice(&text).unwrap()
 }
 
-fn picture(name: &str) -> Picture {
-    Picture {
+fn encoded(name: &str) -> EncodedImage {
+    EncodedImage {
         id: name.to_owned(),
         bytes: std::fs::read(recording().join("images").join(name))
             .unwrap()
@@ -39,10 +39,10 @@ fn picture(name: &str) -> Picture {
     }
 }
 
-fn prompt(row: &Row) -> Prompt {
-    Prompt {
+fn prompt(row: &Row) -> ChatPrompt {
+    ChatPrompt {
         id: row.image.clone(),
-        pictures: vec![picture(&row.image)],
+        images: vec![encoded(&row.image)],
         system: None,
         turns: Vec::new(),
         question: row.question.clone(),
@@ -52,8 +52,8 @@ fn prompt(row: &Row) -> Prompt {
     }
 }
 
-fn spec(root: &Path) -> LlavaRlhf {
-    LlavaRlhf {
+fn spec(root: &Path) -> LlavaRlhfSpec {
+    LlavaRlhfSpec {
         caption_orders: std::num::NonZeroU32::MIN,
         base: root.join("base"),
         vision: root.join("vision"),
@@ -96,19 +96,20 @@ fn rewrite(from: &Path, to: &Path, rename: impl Fn(&str) -> String) {
     save_safetensors(to, &tensors, &[("format", "pt")]).unwrap();
 }
 
-fn score(judge: &mut RewardJudge, groups: &[Group<'_>]) -> Vec<Result<Vec<f32>, RowFault>> {
+fn score(judge: &mut RewardJudge, groups: &[AnswerGroup<'_>]) -> Vec<Result<Vec<f32>, RowFault>> {
     measured(judge, groups).0
 }
 
 fn measured(
     judge: &mut RewardJudge,
-    groups: &[Group<'_>],
-) -> (Vec<Result<Vec<f32>, RowFault>>, Telemetry) {
+    groups: &[AnswerGroup<'_>],
+) -> (Vec<Result<Vec<f32>, RowFault>>, ModelTelemetry) {
     let mut all: Vec<Option<_>> = groups.iter().map(|_| None).collect();
     let telemetry = judge
         .score(groups, &mut |index, scores| {
             assert!(all[index].is_none(), "row {index} comes twice");
-            let rewards = |scores: Vec<Score>| scores.iter().map(|score| score.reward).collect();
+            let rewards =
+                |scores: Vec<JudgeScore>| scores.iter().map(|score| score.reward).collect();
             all[index] = Some(scores.map(rewards));
             ControlFlow::Continue(())
         })
@@ -118,12 +119,12 @@ fn measured(
 }
 
 /// The answers to one prompt in one group.
-fn groups<'a>(rows: &'a [Row], prompts: &'a [Prompt]) -> Vec<Group<'a>> {
-    let mut groups: Vec<Group> = Vec::new();
+fn groups<'a>(rows: &'a [Row], prompts: &'a [ChatPrompt]) -> Vec<AnswerGroup<'a>> {
+    let mut groups: Vec<AnswerGroup> = Vec::new();
     for (row, prompt) in rows.iter().zip(prompts) {
         match groups.last_mut() {
             Some(group) if group.prompt.id == prompt.id => group.answers.push(&row.answer),
-            _ => groups.push(Group {
+            _ => groups.push(AnswerGroup {
                 prompt,
                 answers: vec![&row.answer],
                 numbers: Vec::new(),
@@ -135,9 +136,9 @@ fn groups<'a>(rows: &'a [Row], prompts: &'a [Prompt]) -> Vec<Group<'a>> {
 }
 
 /// The rewards of all recorded rows.
-fn rewards(spec: &LlavaRlhf) -> Vec<f32> {
+fn rewards(spec: &LlavaRlhfSpec) -> Vec<f32> {
     let rows = rows();
-    let prompts: Vec<Prompt> = rows.iter().map(prompt).collect();
+    let prompts: Vec<ChatPrompt> = rows.iter().map(prompt).collect();
     let mut judge = RewardJudge::open(spec).unwrap();
     let scored = score(&mut judge, &groups(&rows, &prompts));
     scored.into_iter().flat_map(Result::unwrap).collect()
@@ -151,7 +152,7 @@ fn assert_near(found: &[f32], expected: &[f32], difference_max: f32) {
     }
 }
 
-fn complaint(root: &Path) -> String {
+fn diagnostic(root: &Path) -> String {
     RewardJudge::open(&spec(root)).unwrap_err().to_string()
 }
 
@@ -170,7 +171,7 @@ fn an_answer_scores_the_same_alone_and_among_others() {
         let prompt = prompt(row);
         let answers = vec![row.answer.as_str(), row.answer.as_str()];
         let prompt = &prompt;
-        let groups = [Group {
+        let groups = [AnswerGroup {
             prompt,
             answers,
             numbers: Vec::new(),
@@ -186,7 +187,7 @@ fn an_answer_scores_the_same_alone_and_among_others() {
 fn bfloat16_stays_near_float32() {
     let expected: Vec<f32> = rows().iter().map(|row| row.reward).collect();
     let dtype = Dtype::Bfloat16;
-    let found = rewards(&LlavaRlhf {
+    let found = rewards(&LlavaRlhfSpec {
         dtype,
         ..spec(&recording())
     });
@@ -226,29 +227,29 @@ fn every_published_layout_gives_the_same_bits() {
 fn faulty_rows_are_named_and_the_others_go_on() {
     let rows = rows();
     let good = prompt(&rows[0]);
-    let broken = Prompt {
-        pictures: vec![Picture {
+    let broken = ChatPrompt {
+        images: vec![EncodedImage {
             id: "broken".to_owned(),
-            bytes: picture("wide.png").bytes[..300].into(),
+            bytes: encoded("wide.png").bytes[..300].into(),
         }],
         ..good.clone()
     };
-    let talk = Prompt {
-        pictures: Vec::new(),
+    let talk = ChatPrompt {
+        images: Vec::new(),
         turns: vec![
-            Turn {
-                role: Role::User,
+            ChatTurn {
+                role: ChatRole::User,
                 text: "Hello.".to_owned(),
             },
-            Turn {
-                role: Role::Assistant,
+            ChatTurn {
+                role: ChatRole::Assistant,
                 text: "Hello.".to_owned(),
             },
         ],
         ..good.clone()
     };
     let long = "in ".repeat(2000);
-    let group = |prompt, answer| Group {
+    let group = |prompt, answer| AnswerGroup {
         prompt,
         answers: vec![answer],
         numbers: Vec::new(),
@@ -280,7 +281,7 @@ fn equal_answers_are_read_once_and_score_the_same_bits() {
         let prompt = &prompt;
         let (mut scored, telemetry) = measured(
             judge,
-            &[Group {
+            &[AnswerGroup {
                 prompt,
                 answers,
                 numbers: Vec::new(),
@@ -295,9 +296,9 @@ fn equal_answers_are_read_once_and_score_the_same_bits() {
 }
 
 /// Six groups, of which the first two differ.
-fn threefold<'a>(once: &[Group<'a>]) -> Vec<Group<'a>> {
+fn threefold<'a>(once: &[AnswerGroup<'a>]) -> Vec<AnswerGroup<'a>> {
     let groups = (0..3).flat_map(|_| once);
-    let again = groups.map(|group| Group {
+    let again = groups.map(|group| AnswerGroup {
         prompt: group.prompt,
         answers: group.answers.clone(),
         numbers: Vec::new(),
@@ -308,15 +309,15 @@ fn threefold<'a>(once: &[Group<'a>]) -> Vec<Group<'a>> {
 #[test]
 fn pictures_and_prompts_are_read_once_whatever_the_budget_and_the_rewards_are_the_same() {
     let rows = rows();
-    let prompts: Vec<Prompt> = rows.iter().map(prompt).collect();
+    let prompts: Vec<ChatPrompt> = rows.iter().map(prompt).collect();
     let groups = threefold(&groups(&rows, &prompts));
     let mut judge = RewardJudge::open(&spec(&recording())).unwrap();
     let expected: Vec<f32> = (0..3)
         .flat_map(|_| rows.iter().map(|row| row.reward))
         .collect();
-    let pictures = groups.iter().flat_map(|group| &group.prompt.pictures);
+    let images = groups.iter().flat_map(|group| &group.prompt.images);
     let seen: std::collections::BTreeSet<&str> =
-        pictures.map(|picture| picture.id.as_str()).collect();
+        images.map(|encoded| encoded.id.as_str()).collect();
     let mut shared = 0;
     let mut own = 0;
     for group in &groups {
@@ -332,11 +333,7 @@ fn pictures_and_prompts_are_read_once_whatever_the_budget_and_the_rewards_are_th
         let (found, telemetry) = measured(&mut judge, &groups);
         let found: Vec<f32> = found.into_iter().flat_map(Result::unwrap).collect();
         assert_near(&found, &expected, 1e-5);
-        let counts = [
-            telemetry.prompts,
-            telemetry.pictures,
-            telemetry.tower_passes,
-        ];
+        let counts = [telemetry.prompts, telemetry.images, telemetry.tower_passes];
         assert_eq!(counts, [6, seen.len() as u64, seen.len() as u64]);
         let tokens = [telemetry.prompt_tokens, telemetry.answer_tokens];
         assert_eq!(tokens, [shared as u64, own as u64], "not once an answer");
@@ -346,22 +343,22 @@ fn pictures_and_prompts_are_read_once_whatever_the_budget_and_the_rewards_are_th
 #[test]
 fn memory_that_runs_out_costs_time_or_the_group_that_was_alone() {
     let rows = rows();
-    let prompts: Vec<Prompt> = rows.iter().map(prompt).collect();
+    let prompts: Vec<ChatPrompt> = rows.iter().map(prompt).collect();
     let groups = threefold(&groups(&rows, &prompts));
     let mut judge = RewardJudge::open(&spec(&recording())).unwrap();
     let budget = judge.budget;
     let (expected, _) = measured(&mut judge, &groups);
     for calls in 0..2 {
         judge.budget = budget;
-        super::super::edge::tests::run_out_after(calls);
+        super::super::error::tests::run_out_after(calls);
         let (found, telemetry) = measured(&mut judge, &groups);
-        assert_eq!(telemetry.halvings, 1);
+        assert_eq!(telemetry.oom_retries, 1);
         for (found, expected) in found.iter().zip(&expected) {
             assert_near(found.as_ref().unwrap(), expected.as_ref().unwrap(), 1e-5);
         }
     }
     judge.budget.read_tokens = 1;
-    super::super::edge::tests::run_out_after(1);
+    super::super::error::tests::run_out_after(1);
     let (found, telemetry) = measured(&mut judge, &groups);
     assert!(
         found[0]
@@ -371,14 +368,14 @@ fn memory_that_runs_out_costs_time_or_the_group_that_was_alone() {
             .contains("although it was alone")
     );
     assert!(found[1..].iter().all(Result::is_ok));
-    assert_eq!(telemetry.halvings, 0);
+    assert_eq!(telemetry.oom_retries, 0);
 }
 
 #[test]
 fn judging_stops_when_the_caller_says_so() {
     let rows = rows();
     let prompt = prompt(&rows[0]);
-    let group = || Group {
+    let group = || AnswerGroup {
         prompt: &prompt,
         answers: vec!["A"],
         numbers: Vec::new(),
@@ -398,7 +395,7 @@ fn judging_stops_when_the_caller_says_so() {
 fn a_missing_head_is_named_with_its_folder() {
     let copy = copy();
     std::fs::remove_file(copy.path().join("adapter/reward_head")).unwrap();
-    let text = complaint(copy.path());
+    let text = diagnostic(copy.path());
     assert!(
         text.contains("adapter: the file `reward_head` is missing"),
         "{text}"
@@ -415,7 +412,7 @@ fn a_head_that_would_run_a_program_is_refused() {
     archive.start_file("head/data.pkl", stored).unwrap();
     archive.write_all(exploit).unwrap();
     archive.finish().unwrap();
-    let text = complaint(copy.path());
+    let text = diagnostic(copy.path());
     assert!(text.contains("reward_head: holds `posix.system`"), "{text}");
 }
 
@@ -427,7 +424,7 @@ fn a_base_of_another_size_and_an_adapter_of_another_base_are_refused() {
     let change = |from: &str, to: &str| {
         assert!(original.contains(from));
         std::fs::write(&config, original.replace(from, to)).unwrap();
-        complaint(copy.path())
+        diagnostic(copy.path())
     };
     let text = change("\"intermediate_size\": 24", "\"intermediate_size\": 20");
     for part in [
@@ -461,7 +458,7 @@ fn an_incomplete_adapter_is_refused() {
     let check = |tensors: &[(String, Tensor)], expected: &str| {
         let path = at("adapter/adapter_model.safetensors");
         save_safetensors(&path, tensors, &[]).unwrap();
-        let text = complaint(copy.path());
+        let text = diagnostic(copy.path());
         std::fs::remove_file(path).unwrap();
         assert!(text.contains(expected), "{text}");
     };
@@ -482,7 +479,7 @@ fn an_incomplete_adapter_is_refused() {
 fn answers_share_all_tokens_but_the_last_of_the_shortest() {
     let text = |ids: &[i64]| JudgeIds {
         ids: ids.to_vec(),
-        picture: None,
+        image: None,
     };
     assert_eq!(shared_tokens(&[]), 0);
     assert_eq!(shared_tokens(&[text(&[1, 2, 3])]), 2);

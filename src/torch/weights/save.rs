@@ -13,7 +13,7 @@ use zip::{CompressionMethod, DateTime, ZipWriter};
 use super::{kind, refuse};
 use crate::device::torch_error;
 use ovchat_models::ModelError;
-use ovchat_models::prep::{Element, write_pickle};
+use ovchat_models::checkpoint::{Element, write_pickle};
 
 /// Bytes that are copied from a tensor to the file at a time.
 const CHUNK_BYTES: usize = 16 << 20;

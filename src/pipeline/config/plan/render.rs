@@ -38,8 +38,8 @@ impl Plan {
                 .map(|(field, path)| format!("{field}: {}", path.display()))
                 .collect();
             let mut parts = paths;
-            if let Some(speaker) = spec.speaker() {
-                parts.insert(0, format!("asks {speaker}"));
+            if let Some(backing_model) = spec.backing_model() {
+                parts.insert(0, format!("asks {backing_model}"));
             }
             if let ModelSpec::Http(http) = spec {
                 parts.insert(

@@ -2,12 +2,12 @@
 
 use std::cell::RefCell;
 
-use super::super::training::{Trains, example, prompts};
-use super::super::{Failure, Map, Outcome, Scope, TableName, Task, shown};
+use super::super::training::{TrainingStage, example, prompts};
+use super::super::{Failure, Outcome, RowStage, StageContext, TableName, Task, shown};
 use super::TrainDpo;
 use ovchat_data::store::Key;
 use ovchat_data::tables::{Pair, Reference};
-use ovchat_models::{DpoLearner, Mask, Newlines, Trained};
+use ovchat_models::{DpoTrainer, Mask, Newlines, Trained};
 
 impl TrainDpo {
     /// The reference log-probabilities that sampling left, if the model that answered is the
@@ -40,20 +40,20 @@ impl TrainDpo {
 pub struct ReferencePass<'a> {
     stage: &'a TrainDpo,
     /// Opened for the first pair that needs it, and kept for all parts.
-    learner: RefCell<Option<Box<dyn DpoLearner>>>,
+    trainer: RefCell<Option<Box<dyn DpoTrainer>>>,
 }
 
 impl<'a> ReferencePass<'a> {
     pub fn new(stage: &'a TrainDpo) -> Self {
-        let learner = RefCell::new(None);
-        Self { stage, learner }
+        let trainer = RefCell::new(None);
+        Self { stage, trainer }
     }
 }
 
 /// Pairs per part of the reference pass.
 const REFERENCE_PART: u32 = 64;
 
-impl Map for ReferencePass<'_> {
+impl RowStage for ReferencePass<'_> {
     type In = Pair;
     type Out = Reference;
 
@@ -65,7 +65,7 @@ impl Map for ReferencePass<'_> {
         REFERENCE_PART
     }
 
-    fn key(&self, _: &mut Scope<'_>, group: &[Pair], key: Key) -> Result<Key, Failure> {
+    fn key(&self, _: &mut StageContext<'_>, group: &[Pair], key: Key) -> Result<Key, Failure> {
         let mut key = key.with(format!("{:?} {:?}", self.stage.mask, self.stage.newlines));
         for pair in group {
             key = key.with([u8::from(self.stage.is_audited(pair))]);
@@ -92,14 +92,14 @@ impl Map for ReferencePass<'_> {
 
     fn map(
         &self,
-        scope: &mut Scope<'_>,
+        ctx: &mut StageContext<'_>,
         tasks: &[Task<Pair>],
     ) -> Result<Vec<Outcome<Vec<Reference>>>, Failure> {
         let stage = self.stage;
         let (model, state) = stage.reference_model().expect("made only with a reference");
-        let reference = scope.models.fingerprint(model, state).to_owned();
+        let reference = ctx.models.fingerprint(model, state).to_owned();
         let mut outcomes = Vec::with_capacity(tasks.len());
-        let mut learner = self.learner.borrow_mut();
+        let mut trainer = self.trainer.borrow_mut();
         let mut done = 0;
         for task in tasks {
             let is_open = |pair: &&Pair| {
@@ -108,23 +108,23 @@ impl Map for ReferencePass<'_> {
             let pairs: Vec<Pair> = task.rows.iter().filter(is_open).cloned().collect();
             let mut rows = Vec::with_capacity(pairs.len());
             if !pairs.is_empty() {
-                if scope.go_on().is_break() {
+                if ctx.go_on().is_break() {
                     return Err(Failure::Interrupted);
                 }
-                let prompts = prompts(scope, &pairs)?;
+                let prompts = prompts(ctx, &pairs)?;
                 let examples: Vec<_> = pairs
                     .iter()
                     .zip(&prompts)
                     .map(|(pair, prompt)| example(pair, prompt, None))
                     .collect();
-                if learner.is_none() {
+                if trainer.is_none() {
                     // Nothing is trained here, so the schedule does not matter.
-                    let optimization = stage.course().recipe.optimization(1);
+                    let optimization = stage.training().optimizer_settings.optimization(1);
                     let settings = stage.settings(Trained::Parts(Vec::new()), optimization);
-                    *learner = Some(scope.models.reference(model, state, &settings)?);
+                    *trainer = Some(ctx.models.reference(model, state, &settings)?);
                 }
-                let learner = learner.as_mut().expect("just opened");
-                let logps = learner
+                let trainer = trainer.as_mut().expect("just opened");
+                let logps = trainer
                     .reference_logps(&examples)
                     .map_err(Failure::of(model))?;
                 for (pair, found) in pairs.iter().zip(logps) {
@@ -152,8 +152,8 @@ impl Map for ReferencePass<'_> {
                 }
             }
             done += task.rows.len() as u64;
-            (scope.progress)(done);
-            outcomes.push(Outcome::Made(rows));
+            (ctx.progress)(done);
+            outcomes.push(Outcome::TableVersion(rows));
         }
         Ok(outcomes)
     }

@@ -1,0 +1,275 @@
+//! The desk at which people are asked: who has which question, and what was said.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use serde_json::{Value, json};
+
+use super::super::Failed;
+use super::request::Saying;
+use ovchat_data::store::{LabelLine, LabelTask, LabelVerdict, LabelWriter, NUMBER_MAX, digest};
+use ovchat_data::tables::{Prompt, Role};
+
+/// After so long a question that somebody left open goes to others.
+const LEFT_OPEN: Duration = Duration::from_mins(15);
+
+/// Two answers to a prompt, as they are shown.
+#[derive(Debug, Clone)]
+pub struct Question {
+    pub prompt_id: String,
+    left: i32,
+    right: i32,
+}
+
+/// The questions of a survey, with the prompts and answers that they show.
+#[derive(Default)]
+pub struct Questions {
+    /// Those that matter most first.
+    pub list: Vec<Question>,
+    /// The prompts of the questions, by their ids.
+    pub prompts: HashMap<String, Prompt>,
+    /// Texts of candidates, and their digests.
+    pub texts: HashMap<(String, i32), (String, String)>,
+}
+
+/// What can be asked, and what was said.
+pub struct LabelQueue {
+    writer: LabelWriter,
+    task: LabelTask,
+    questions: Vec<Question>,
+    prompts: HashMap<String, Prompt>,
+    /// Texts of candidates, and their digests.
+    texts: HashMap<(String, i32), (String, String)>,
+    labels: BTreeMap<u64, LabelLine>,
+    /// The question of each label of this survey.
+    of_label: HashMap<u64, usize>,
+    /// Who looks at which question, and since when.
+    open: HashMap<String, (usize, Instant)>,
+}
+
+impl LabelQueue {
+    /// The desk of a survey; `writer` knows what was said so far.
+    pub fn new(writer: LabelWriter, task: LabelTask, questions: Questions) -> Self {
+        let mut queue = Self {
+            labels: BTreeMap::new(),
+            of_label: HashMap::new(),
+            open: HashMap::new(),
+            writer,
+            task,
+            questions: questions.list,
+            prompts: questions.prompts,
+            texts: questions.texts,
+        };
+        queue.recall();
+        queue
+    }
+
+    /// Reads what was said before.
+    fn recall(&mut self) {
+        let mut numbers: HashMap<[String; 3], usize> = HashMap::new();
+        for (number, question) in self.questions.iter().enumerate() {
+            let name = |left, right| {
+                [
+                    question.prompt_id.clone(),
+                    self.digest(question, left),
+                    self.digest(question, right),
+                ]
+            };
+            numbers.insert(name(question.left, question.right), number);
+            numbers.insert(name(question.right, question.left), number);
+        }
+        for label in std::mem::take(&mut self.writer.labels) {
+            let name = [
+                label.prompt_id.clone(),
+                label.left_digest.clone(),
+                label.right_digest.clone(),
+            ];
+            if let Some(&number) = numbers.get(&name) {
+                self.of_label.insert(label.id, number);
+            }
+            self.labels.insert(label.id, label);
+        }
+    }
+
+    /// A note about lines of the labels that were moved aside, if any were.
+    pub fn note(&self) -> Option<&str> {
+        self.writer.note.as_deref()
+    }
+
+    fn digest(&self, question: &Question, candidate: i32) -> String {
+        let text = self.texts.get(&(question.prompt_id.clone(), candidate));
+        text.map(|(_, digest)| digest.clone()).unwrap_or_default()
+    }
+
+    /// Questions about which something was said, skipping apart.
+    fn done(&self) -> HashSet<usize> {
+        let said = self
+            .labels
+            .values()
+            .filter(|label| label.said != LabelVerdict::Skip);
+        said.filter_map(|label| self.of_label.get(&label.id).copied())
+            .collect()
+    }
+
+    /// Labels so far.
+    pub fn said(&self) -> u64 {
+        let said = self
+            .labels
+            .values()
+            .filter(|label| label.said != LabelVerdict::Skip);
+        said.count() as u64
+    }
+
+    pub fn wanted(&self) -> u64 {
+        self.task.wanted
+    }
+
+    /// How many questions there are.
+    pub fn questions(&self) -> usize {
+        self.questions.len()
+    }
+
+    /// The question for somebody: the one that they have, or the first that nobody else has.
+    pub fn next(&mut self, by: &str) -> Value {
+        let done = self.done();
+        let own = self.open.get(by).map(|(number, _)| *number);
+        let own = own.filter(|number| !done.contains(number));
+        let number = own.or_else(|| {
+            let skipped = self
+                .labels
+                .values()
+                .filter(|label| label.said == LabelVerdict::Skip && label.by == by);
+            let skipped: HashSet<usize> = skipped
+                .filter_map(|label| self.of_label.get(&label.id).copied())
+                .collect();
+            let others = self
+                .open
+                .iter()
+                .filter(|(other, (_, since))| other.as_str() != by && since.elapsed() < LEFT_OPEN);
+            let others: HashSet<usize> = others.map(|(_, (number, _))| *number).collect();
+            (0..self.questions.len()).find(|number| {
+                !done.contains(number) && !skipped.contains(number) && !others.contains(number)
+            })
+        });
+        match number {
+            Some(number) => self.open.insert(by.to_owned(), (number, Instant::now())),
+            None => self.open.remove(by),
+        };
+        let left = self.questions.len() - done.len();
+        json!({
+            "question": number.map(|number| self.shown(number)),
+            "progress": { "said": self.said(), "wanted": self.task.wanted, "left": left },
+            "can_undo": self.last_of(by).is_some(),
+        })
+    }
+
+    fn shown(&self, number: usize) -> Value {
+        let question = &self.questions[number];
+        let prompt = &self.prompts[&question.prompt_id];
+        let text = |candidate| &self.texts[&(question.prompt_id.clone(), candidate)].0;
+        let turns = prompt.turns.iter().map(|turn| {
+            let role = match turn.role {
+                Role::User => "before that, user",
+                Role::Assistant => "assistant",
+            };
+            json!({ "role": role, "text": turn.text })
+        });
+        json!({
+            "number": number,
+            "pictures": prompt.image_ids,
+            "turns": turns.collect::<Vec<_>>(),
+            "text": prompt.question,
+            "left": text(question.left),
+            "right": text(question.right),
+        })
+    }
+
+    /// Writes down what somebody said, and returns the label's id. Says why not, if somebody else was faster.
+    pub fn say(&mut self, saying: &Saying) -> Result<u64, Failed> {
+        let Some(question) = self.questions.get(saying.question).cloned() else {
+            return Err(Failed::Words("there is no such question".to_owned()));
+        };
+        self.open.remove(&saying.by);
+        if self.done().contains(&saying.question) {
+            return Err(Failed::Words(
+                "somebody else has answered this one".to_owned(),
+            ));
+        }
+        let label = LabelLine {
+            id: self.writer.next_id,
+            left: question.left,
+            right: question.right,
+            left_digest: self.digest(&question, question.left),
+            right_digest: self.digest(&question, question.right),
+            prompt_id: question.prompt_id,
+            said: saying.said,
+            by: saying.by.clone(),
+            at: now(),
+            milliseconds: saying.milliseconds.min(NUMBER_MAX),
+        };
+        self.writer.add(&label)?;
+        self.writer.next_id += 1;
+        self.of_label.insert(label.id, saying.question);
+        let id = label.id;
+        self.labels.insert(id, label);
+        Ok(id)
+    }
+
+    fn last_of(&self, by: &str) -> Option<u64> {
+        let mut own = self.labels.values().rev();
+        let last = own.find(|label| label.by == by && self.of_label.contains_key(&label.id));
+        last.map(|label| label.id)
+    }
+
+    /// Takes back what somebody said, and asks them again: the label with this id, if it is theirs, or else
+    /// their last one. A name may be that of several people; their pages know which labels are their own.
+    pub fn undo(&mut self, by: &str, id: Option<u64>) -> Result<(), Failed> {
+        let is_own = |id: &u64| {
+            let label = self.labels.get(id);
+            label.is_some_and(|label| label.by == by) && self.of_label.contains_key(id)
+        };
+        let id = match id {
+            Some(id) => Some(id).filter(is_own),
+            None => self.last_of(by),
+        };
+        let Some(id) = id else {
+            return Ok(());
+        };
+        let mut label = self.labels[&id].clone();
+        label.said = LabelVerdict::Undone;
+        label.at = now();
+        self.writer.add(&label)?;
+        self.labels.remove(&id);
+        if let Some(number) = self.of_label.remove(&id) {
+            self.open.insert(by.to_owned(), (number, Instant::now()));
+        }
+        Ok(())
+    }
+
+    /// Whether a question shows the picture.
+    pub fn shows(&self, image: &str) -> bool {
+        let mut prompts = self.prompts.values();
+        prompts.any(|prompt| prompt.image_ids.iter().any(|id| id == image))
+    }
+}
+
+fn now() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.map_or(0, |since| since.as_secs())
+}
+
+/// Which answer stands left is drawn, and the same whoever looks and however often.
+pub fn sided(prompt_id: String, one: i32, other: i32) -> Question {
+    let drawn = digest(format!("{prompt_id} {one} {other}").as_bytes());
+    let is_turned = drawn.as_bytes()[0] % 2 == 1;
+    let (left, right) = if is_turned {
+        (other, one)
+    } else {
+        (one, other)
+    };
+    Question {
+        prompt_id,
+        left,
+        right,
+    }
+}

@@ -1,0 +1,380 @@
+//! What networks take of a device's memory, in bytes, from their configs alone: before anything is
+//! opened, and the same for whoever asks.
+
+use crate::checkpoint::config::{
+    DecoderConfig, LlavaOnevisionConfig, LlavaRlhfConfig, VisionConfig,
+};
+use crate::checkpoint::names::part_of;
+use crate::{Optimizer, Room, Tower, Trained};
+
+/// Copies of the logits of a row that choosing its token needs at the same time, in float32.
+const LOGITS_COPIES: u64 = 6;
+
+/// The same of a token that is learned: themselves, their logarithms, and the gradients of both.
+const LEARNED_LOGITS_COPIES: u64 = 4;
+
+/// Bytes of a number in float32.
+const WHOLE: u64 = 4;
+
+/// Pictures that are decoded at once, by as many threads as there are.
+pub const IMAGES_AT_ONCE_MAX: usize = 8;
+
+/// Decoded pictures that wait for the network, beside those being decoded.
+pub const IMAGES_AHEAD: usize = 2;
+
+/// Tokens that are read at once in training, unless one row alone has more: small products keep no
+/// processor busy, and the activations of these few are no more than those of one large picture.
+pub const PACK_TOKENS_MAX: usize = 2048;
+
+/// Bytes in words, in the unit that shows them: `2.8 MB`.
+pub fn size_in_words(bytes: u64) -> String {
+    match bytes as f64 {
+        bytes if bytes >= 1e8 => format!("{:.1} GB", bytes / 1e9),
+        bytes if bytes >= 1e5 => format!("{:.1} MB", bytes / 1e6),
+        bytes => format!("{:.0} KB", bytes / 1e3),
+    }
+}
+
+/// How much sampling and scoring do at once where there is this much room.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AtOnce {
+    /// Answers that grow side by side; more would not make a step cheaper per answer by much.
+    pub rows: usize,
+    /// Tokens of prompts and answers whose keys and values are in memory.
+    pub tokens: usize,
+    /// Tokens that are read at once, unless one prompt alone has more.
+    pub read_tokens: usize,
+}
+
+impl AtOnce {
+    pub fn in_room(room: Room, sizes: Sizes) -> Self {
+        let (rows, read_tokens) = if room.on_gpu { (256, 8192) } else { (64, 2048) };
+        let beside_weights = room.bytes.saturating_sub(sizes.weights);
+        // Rows may take a quarter; no fewer than those of one prompt go in any case.
+        let rows = rows.min(beside_weights / 4 / sizes.row.max(1)).max(1);
+        let working = rows * sizes.row + read_tokens * sizes.read;
+        let tokens = beside_weights.saturating_sub(working) / sizes.token.max(1);
+        Self {
+            rows: rows as usize,
+            tokens: tokens as usize,
+            read_tokens: read_tokens as usize,
+        }
+    }
+}
+
+/// What sampling and scoring take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sizes {
+    pub weights: u64,
+    /// Keys and values of a token in all layers.
+    pub token: u64,
+    /// Activations of a token that is being read.
+    pub read: u64,
+    /// What an answer needs in a step beside its keys and values.
+    pub row: u64,
+}
+
+impl Sizes {
+    /// Those of a decoder whose numbers take `element` bytes, in a network of `elements` weights.
+    pub fn new(elements: u64, config: &DecoderConfig, element: u64) -> Self {
+        let size = |length: usize| length as u64 * element;
+        let heads = config.num_attention_heads + 2 * config.num_key_value_heads;
+        Self {
+            weights: elements * element,
+            token: 2 * size(
+                config.num_hidden_layers * config.num_key_value_heads * config.head_dim,
+            ),
+            // Input, its norm and their sum; queries, keys and values before and after they are
+            // turned; gate, its activation, the other half and their product.
+            read: size(
+                4 * config.hidden_size + 3 * heads * config.head_dim + 4 * config.intermediate_size,
+            ),
+            row: LOGITS_COPIES * config.vocab_size as u64 * WHOLE,
+        }
+    }
+}
+
+/// What a training takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TrainingSizes {
+    /// Those that are trained in float32, the others as they are computed with.
+    pub weights: u64,
+    pub gradients: u64,
+    /// What the optimizer remembers.
+    pub moments: u64,
+    /// Activations of a token in the decoder and of a tile in the tower that are remembered for the
+    /// gradients.
+    pub token: u64,
+    pub tile: u64,
+    /// The same where only what goes into layers is remembered.
+    pub token_inputs: u64,
+    pub tile_inputs: u64,
+    layers: u64,
+}
+
+impl TrainingSizes {
+    /// Of a policy of which `trained` is trained, and whose numbers take `element` bytes where they are
+    /// computed with.
+    ///
+    /// What is remembered was counted operation by operation: inputs and results of norms (two of them
+    /// in float32, whatever is computed in), queries, keys and values before and after they are
+    /// turned, what attention gives, gates and their products.
+    pub fn new(
+        config: &LlavaOnevisionConfig,
+        trained: &Trained,
+        optimizer: Optimizer,
+        element: u64,
+    ) -> Self {
+        let all = elements(config);
+        let learned = learned(config, trained);
+        let frozen = match trained {
+            Trained::Parts(_) => all - learned,
+            Trained::Lora(_) => all,
+        };
+        let has_tower = matches!(trained, Trained::Parts(parts)
+            if parts.iter().any(|(part, _)| *part == crate::Part::VisionTower));
+        let tower_layers = config
+            .vision_feature_layer
+            .iter()
+            .max()
+            .copied()
+            .unwrap_or(0);
+        let tower = (
+            &config.vision_config,
+            if has_tower { tower_layers } else { 0 },
+        );
+        Self::of(
+            &config.text_config,
+            tower,
+            [frozen, learned],
+            optimizer,
+            element,
+        )
+    }
+
+    /// Of a reward model whose base learns to write, with its tower or without, in float32.
+    pub fn of_base(config: &LlavaRlhfConfig, tower: Tower) -> Self {
+        let (text, vision) = (&config.text_config, &config.vision_config);
+        let head = (text.vocab_size * text.hidden_size) as u64;
+        let all = judge_elements(config) + head;
+        let (layers, frozen) = match tower {
+            Tower::Train => (config.mm_vision_select_layer, 0),
+            Tower::Freeze => (0, vision_elements(vision, config.mm_vision_select_layer)),
+        };
+        Self::of(
+            text,
+            (vision, layers),
+            [frozen, all - frozen],
+            Optimizer::Adamw,
+            WHOLE,
+        )
+    }
+
+    /// Of an adapter to all linear layers of a reward model's base, of this rank, and of a head; what is
+    /// adapted stays as it is. In float32.
+    pub fn of_adapter(config: &LlavaRlhfConfig, rank: usize) -> Self {
+        let text = &config.text_config;
+        let (hidden, inner) = (text.hidden_size, text.intermediate_size);
+        let queries = text.num_attention_heads * text.head_dim;
+        let keys = text.num_key_value_heads * text.head_dim;
+        // Inputs and outputs of q, k, v, o, gate, up and down.
+        let sides = 2 * (hidden + queries) + 2 * (hidden + keys) + 3 * (hidden + inner);
+        let of_rank = product((text.num_hidden_layers * sides) as u64, rank);
+        let learned = of_rank.saturating_add(hidden as u64 + 1);
+        let weights = [judge_elements(config), learned];
+        Self::of(
+            text,
+            (&config.vision_config, 0),
+            weights,
+            Optimizer::Adamw,
+            WHOLE,
+        )
+    }
+
+    /// `tower`: how many layers of it learn. `weights`: how many stay as they are, and how many learn.
+    fn of(
+        text: &DecoderConfig,
+        tower: (&VisionConfig, usize),
+        weights: [u64; 2],
+        optimizer: Optimizer,
+        element: u64,
+    ) -> Self {
+        let [frozen, learned] = weights;
+        let (vision, tower_layers) = tower;
+        let heads = text.num_attention_heads + 2 * text.num_key_value_heads;
+        let of_layer = element
+            * (4 * text.hidden_size
+                + (2 * heads + text.num_attention_heads) * text.head_dim
+                + 4 * text.intermediate_size) as u64
+            + 4 * WHOLE * text.hidden_size as u64;
+        let tile = |of_patch: usize| element * (of_patch * tower_layers * vision.patches()) as u64;
+        let layers = text.num_hidden_layers as u64;
+        Self {
+            weights: (frozen * element).saturating_add(learned.saturating_mul(WHOLE)),
+            gradients: learned.saturating_mul(WHOLE),
+            moments: learned.saturating_mul(match optimizer {
+                Optimizer::Adamw => 2 * WHOLE,
+                Optimizer::Adamw8bit => 2,
+            }),
+            token: layers * of_layer,
+            tile: tile(8 * vision.hidden_size + 2 * vision.intermediate_size),
+            token_inputs: layers * element * text.hidden_size as u64,
+            tile_inputs: tile(vision.hidden_size),
+            layers,
+        }
+    }
+
+    /// Weights, gradients and moments.
+    pub fn state(&self) -> u64 {
+        let sums = self.weights.saturating_add(self.gradients);
+        sums.saturating_add(self.moments)
+    }
+
+    /// Whether a pass over so many tokens and tiles may remember everything.
+    pub fn has_room(&self, bytes: u64, tokens: usize, tiles: usize) -> bool {
+        self.state().saturating_add(self.remembered(tokens, tiles)) <= bytes
+    }
+
+    /// Activations of a pass over so many tokens and tiles that remembers everything.
+    pub fn remembered(&self, tokens: usize, tiles: usize) -> u64 {
+        product(self.token, tokens).saturating_add(product(self.tile, tiles))
+    }
+
+    /// The same of a pass that computes a layer again when the gradients come to it.
+    pub fn computed_again(&self, tokens: usize, tiles: usize) -> u64 {
+        let inputs = product(self.token_inputs, tokens);
+        let inputs = inputs.saturating_add(product(self.tile_inputs, tiles));
+        inputs.saturating_add(product(self.token / self.layers, tokens))
+    }
+}
+
+/// What the logits of so many learned tokens take, in float32.
+pub fn learned_logits(config: &DecoderConfig, tokens: usize) -> u64 {
+    product(
+        LEARNED_LOGITS_COPIES * WHOLE * config.vocab_size as u64,
+        tokens,
+    )
+}
+
+/// Weights of a policy.
+pub fn elements(config: &LlavaOnevisionConfig) -> u64 {
+    config.tensors().iter().map(|(_, shape)| count(shape)).sum()
+}
+
+/// Weights of a reward model, its adapter merged in: Llama without a head, CLIP and a projector.
+pub fn judge_elements(config: &LlavaRlhfConfig) -> u64 {
+    let (text, vision) = (&config.text_config, &config.vision_config);
+    let projector = (vision.hidden_size + 1) * text.hidden_size;
+    decoder_elements(text)
+        + vision_elements(vision, config.mm_vision_select_layer)
+        + projector as u64
+}
+
+fn decoder_elements(config: &DecoderConfig) -> u64 {
+    let hidden = config.hidden_size;
+    let queries = config.num_attention_heads * config.head_dim;
+    let keys = config.num_key_value_heads * config.head_dim;
+    let biases = if config.qkv_bias {
+        queries + 2 * keys
+    } else {
+        0
+    };
+    let of_layer =
+        2 * hidden * (queries + keys) + biases + 3 * hidden * config.intermediate_size + 2 * hidden;
+    (config.num_hidden_layers * of_layer + (config.vocab_size + 1) * hidden) as u64
+}
+
+fn vision_elements(config: &VisionConfig, layers: usize) -> u64 {
+    let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+    let of_layer =
+        4 * (hidden + 1) * hidden + (hidden + 1) * inner + (inner + 1) * hidden + 4 * hidden;
+    let patch = config.num_channels * config.patch_size.pow(2);
+    (layers * of_layer + (patch + config.patches() + 1) * hidden) as u64
+}
+
+/// Weights that are trained.
+fn learned(config: &LlavaOnevisionConfig, trained: &Trained) -> u64 {
+    let tensors = config.tensors();
+    let tensors = tensors.iter();
+    match trained {
+        Trained::Parts(parts) => tensors
+            .filter(|(name, _)| parts.iter().any(|(part, _)| *part == part_of(name)))
+            .map(|(_, shape)| count(shape))
+            .sum(),
+        Trained::Lora(lora) => tensors
+            .filter(|(name, _)| {
+                let module = name.strip_suffix(".weight");
+                name.starts_with("language_model.model.")
+                    && module.is_some_and(|module| {
+                        let ends = |target: &String| module.ends_with(&format!(".{target}"));
+                        lora.targets.iter().any(ends)
+                    })
+            })
+            .map(|(_, shape)| product(lora.rank as u64, shape.iter().sum()))
+            .fold(0, u64::saturating_add),
+    }
+}
+
+/// Bytes of so many things, as many as a number holds at most. The sizes of a network are bounded where
+/// they are read; how many tokens or tiles there are is not.
+fn product(bytes: u64, times: usize) -> u64 {
+    bytes.saturating_mul(times as u64)
+}
+
+fn count(shape: &[usize]) -> u64 {
+    shape.iter().product::<usize>() as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test_util::onevision_folder;
+    use crate::{LoraSettings, Part};
+
+    fn config() -> LlavaOnevisionConfig {
+        LlavaOnevisionConfig::open(onevision_folder().path()).unwrap()
+    }
+
+    #[test]
+    fn all_parts_together_are_the_whole_network() {
+        let config = config();
+        let of = |parts: &[Part]| {
+            let parts = parts.iter().map(|&part| (part, None)).collect();
+            learned(&config, &Trained::Parts(parts))
+        };
+        assert_eq!(of(&Part::ALL), elements(&config));
+        let sum: u64 = Part::ALL.iter().map(|&part| of(&[part])).sum();
+        assert_eq!(sum, elements(&config));
+        let head = if config.tie_word_embeddings {
+            0
+        } else {
+            config.text_config.vocab_size * config.text_config.hidden_size
+        };
+        let decoder = decoder_elements(&config.text_config) + head as u64;
+        assert_eq!(of(&[Part::LanguageModel]), decoder);
+    }
+
+    #[test]
+    fn a_training_of_everything_takes_sixteen_bytes_a_weight_and_lighter_ones_less() {
+        let config = config();
+        let all = elements(&config);
+        let whole = TrainingSizes::new(&config, &Trained::all(), Optimizer::Adamw, 2);
+        assert_eq!(whole.state(), 16 * all);
+        let light = TrainingSizes::new(&config, &Trained::all(), Optimizer::Adamw8bit, 2);
+        assert_eq!(light.state(), 10 * all);
+        let lora = Trained::Lora(LoraSettings {
+            rank: 2,
+            alpha: 1.0,
+            dropout: 0.0,
+            targets: vec!["o_proj".to_owned()],
+            seed: 0,
+        });
+        let adapted = TrainingSizes::new(&config, &lora, Optimizer::Adamw, 2);
+        let text = &config.text_config;
+        let sides = text.hidden_size + text.num_attention_heads * text.head_dim;
+        let adapter = (2 * sides * text.num_hidden_layers) as u64;
+        assert_eq!(adapted.state(), 2 * all + 16 * adapter);
+        assert_eq!(adapted.tile, 0);
+        assert!(whole.remembered(100, 1) > 4 * whole.computed_again(100, 1) / 2);
+    }
+}

@@ -1,0 +1,375 @@
+//! Names and shapes of LLaVA-OneVision's tensors, whichever program wrote the files.
+//!
+//! The same tensor has four names in the wild: in the files of transformers 4.45 to 4.57, in those of
+//! 5.x, as it is in memory there (some third parties write that), and as LLaVA-NeXT names it. Here
+//! each has one canonical name, that of transformers' files with prefixes taken off:
+//! `vision_tower.encoder.layers.0.…`, `multi_modal_projector.linear_1.weight`, `image_newline`,
+//! `language_model.model.layers.0.…`, `language_model.lm_head.weight`.
+
+use std::collections::BTreeMap;
+
+use crate::checkpoint::CheckpointError;
+use crate::checkpoint::config::{DecoderConfig, LlavaOnevisionConfig, VisionConfig};
+use crate::checkpoint::shards::{Shards, TensorInfo};
+use crate::{Layout, Part};
+
+/// What the names of a decoder's tensors begin with.
+const DECODER: [&str; 3] = ["embed_tokens.", "layers.", "norm."];
+
+/// The projector's layers, by their numbers in LLaVA-NeXT and their names in transformers.
+const PROJECTOR: [(&str, &str); 2] = [("0", "linear_1"), ("2", "linear_2")];
+
+/// The canonical name of a tensor as transformers 4.45 to 5.x name it in files and in memory, and as
+/// LLaVA-NeXT does.
+pub fn canonical(name: &str) -> String {
+    let name = name.strip_prefix("model.").unwrap_or(name);
+    if let Some(rest) = name.strip_prefix("vision_tower.") {
+        // LLaVA-NeXT wraps the tower of transformers in one of its own.
+        let rest = rest.strip_prefix("vision_tower.").unwrap_or(rest);
+        let rest = rest.strip_prefix("vision_model.").unwrap_or(rest);
+        return format!("vision_tower.{rest}");
+    }
+    for (number, layer) in PROJECTOR {
+        if let Some(rest) = name.strip_prefix(&format!("mm_projector.{number}.")) {
+            return format!("multi_modal_projector.{layer}.{rest}");
+        }
+    }
+    match name.strip_prefix("language_model.") {
+        Some(rest) if rest.starts_with("model.") || rest.starts_with("lm_head.") => name.to_owned(),
+        // In memory since 4.52 the decoder is `model.language_model`, without an inner `model`.
+        Some(rest) => format!("language_model.model.{rest}"),
+        None if name.starts_with("lm_head.") => format!("language_model.{name}"),
+        // In LLaVA-NeXT the whole model is the decoder.
+        None if DECODER.iter().any(|part| name.starts_with(part)) => {
+            format!("language_model.model.{name}")
+        }
+        None => name.to_owned(),
+    }
+}
+
+/// What files of a layout call the tensor of this canonical name: those that transformers 4.45 to 4.57
+/// wrote, which 5.x reads, too, or LLaVA-NeXT's.
+pub fn stored(canonical: &str, layout: Layout) -> String {
+    let tower = canonical.strip_prefix("vision_tower.");
+    let is_of_tower = tower.filter(|rest| !rest.starts_with("vision_model."));
+    match (layout, is_of_tower) {
+        (Layout::Transformers, Some(rest)) => format!("vision_tower.vision_model.{rest}"),
+        (Layout::Transformers, None) => canonical.to_owned(),
+        (Layout::LlavaNext, Some(rest)) => {
+            format!("model.vision_tower.vision_tower.vision_model.{rest}")
+        }
+        (Layout::LlavaNext, None) => {
+            for (number, layer) in PROJECTOR {
+                let layer = format!("multi_modal_projector.{layer}.");
+                if let Some(rest) = canonical.strip_prefix(&layer) {
+                    return format!("model.mm_projector.{number}.{rest}");
+                }
+            }
+            match canonical.strip_prefix("language_model.") {
+                Some(rest) => rest.to_owned(),
+                None => format!("model.{canonical}"),
+            }
+        }
+    }
+}
+
+/// The part of a network that the tensor of this canonical name belongs to.
+pub fn part_of(name: &str) -> Part {
+    if name.starts_with("vision_tower.") {
+        Part::VisionTower
+    } else if name.contains("projector.") {
+        Part::Projector
+    } else if name == "image_newline" {
+        Part::Newline
+    } else {
+        Part::LanguageModel
+    }
+}
+
+impl LlavaOnevisionConfig {
+    /// The canonical name and the shape of every tensor that the network needs, in the order in
+    /// which a picture and its text meet them.
+    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        let mut tensors = Vec::new();
+        let mut add = |name: String, shape: &[usize]| tensors.push((name, shape.to_vec()));
+        self.tower(&mut add);
+        let hidden = self.text_config.hidden_size;
+        for (layer, input) in [("linear_1", self.feature_size()), ("linear_2", hidden)] {
+            add(
+                format!("multi_modal_projector.{layer}.weight"),
+                &[hidden, input],
+            );
+            if self.multimodal_projector_bias {
+                add(format!("multi_modal_projector.{layer}.bias"), &[hidden]);
+            }
+        }
+        add("image_newline".to_owned(), &[hidden]);
+        self.decoder(&mut add);
+        tensors
+    }
+
+    /// SigLIP. The post-layernorm is not used, and so not needed.
+    fn tower(&self, add: &mut impl FnMut(String, &[usize])) {
+        let config = &self.vision_config;
+        let (hidden, patch) = (config.hidden_size, config.patch_size);
+        let embeddings = "vision_tower.embeddings";
+        add(
+            format!("{embeddings}.patch_embedding.weight"),
+            &[hidden, config.num_channels, patch, patch],
+        );
+        add(format!("{embeddings}.patch_embedding.bias"), &[hidden]);
+        add(
+            format!("{embeddings}.position_embedding.weight"),
+            &[config.patches(), hidden],
+        );
+        let used = self.vision_feature_layer.iter().max().copied().unwrap_or(0);
+        encoder(config, used, "vision_tower.", add);
+    }
+
+    /// Qwen2, with its head if that is not the embedding.
+    fn decoder(&self, add: &mut impl FnMut(String, &[usize])) {
+        let config = &self.text_config;
+        decoder(config, "language_model.model", add);
+        if !self.tie_word_embeddings {
+            add(
+                "language_model.lm_head.weight".to_owned(),
+                &[config.vocab_size, config.hidden_size],
+            );
+        }
+    }
+
+    /// Checks by the headers that every needed tensor is in the files, once, in the right shape.
+    pub fn check(&self, shards: &Shards) -> Result<(), CheckpointError> {
+        let mut found = BTreeMap::new();
+        for name in shards.names() {
+            if let Some(other) = found.insert(canonical(name), name) {
+                let problem = format!("holds `{other}` and `{name}`, two names of one tensor");
+                return Err(CheckpointError::new(shards.path(), problem));
+            }
+        }
+        // A checkpoint may leave out a head that equals the embedding even if it does not say so.
+        let optional = "language_model.lm_head.weight";
+        for (name, shape) in self.tensors() {
+            let Some(tensor) = found.get(&name).and_then(|stored| shards.info(stored)) else {
+                if name == optional {
+                    continue;
+                }
+                return Err(CheckpointError::new(
+                    shards.path(),
+                    format!("has no tensor `{name}`"),
+                ));
+            };
+            has_shape(&tensor, &name, &shape)?;
+        }
+        Ok(())
+    }
+}
+
+/// The names below `model` and the shapes of a decoder's tensors, without its head: Qwen2 or Llama.
+pub(super) fn decoder(config: &DecoderConfig, model: &str, add: &mut impl FnMut(String, &[usize])) {
+    let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+    let queries = config.num_attention_heads * config.head_dim;
+    let keys = config.num_key_value_heads * config.head_dim;
+    add(
+        format!("{model}.embed_tokens.weight"),
+        &[config.vocab_size, hidden],
+    );
+    for layer in 0..config.num_hidden_layers {
+        let layer = format!("{model}.layers.{layer}");
+        add(format!("{layer}.input_layernorm.weight"), &[hidden]);
+        for (part, output) in [("q", queries), ("k", keys), ("v", keys)] {
+            let part = format!("{layer}.self_attn.{part}_proj");
+            add(format!("{part}.weight"), &[output, hidden]);
+            if config.qkv_bias {
+                add(format!("{part}.bias"), &[output]);
+            }
+        }
+        add(
+            format!("{layer}.self_attn.o_proj.weight"),
+            &[hidden, queries],
+        );
+        add(
+            format!("{layer}.post_attention_layernorm.weight"),
+            &[hidden],
+        );
+        for (part, output, input) in [
+            ("gate", inner, hidden),
+            ("up", inner, hidden),
+            ("down", hidden, inner),
+        ] {
+            add(format!("{layer}.mlp.{part}_proj.weight"), &[output, input]);
+        }
+    }
+    add(format!("{model}.norm.weight"), &[hidden]);
+}
+
+/// The names below `tower` and the shapes of the first `used` layers of SigLIP or CLIP.
+pub(super) fn encoder(
+    config: &VisionConfig,
+    used: usize,
+    tower: &str,
+    add: &mut impl FnMut(String, &[usize]),
+) {
+    let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+    for layer in 0..used {
+        let layer = format!("{tower}encoder.layers.{layer}");
+        for norm in ["layer_norm1", "layer_norm2"] {
+            add(format!("{layer}.{norm}.weight"), &[hidden]);
+            add(format!("{layer}.{norm}.bias"), &[hidden]);
+        }
+        for part in ["q", "k", "v", "out"] {
+            let part = format!("{layer}.self_attn.{part}_proj");
+            add(format!("{part}.weight"), &[hidden, hidden]);
+            add(format!("{part}.bias"), &[hidden]);
+        }
+        for (part, output, input) in [("fc1", inner, hidden), ("fc2", hidden, inner)] {
+            add(format!("{layer}.mlp.{part}.weight"), &[output, input]);
+            add(format!("{layer}.mlp.{part}.bias"), &[output]);
+        }
+    }
+}
+
+/// Checks that a stored tensor has the shape that a config asks for.
+pub(super) fn has_shape(
+    tensor: &TensorInfo<'_>,
+    name: &str,
+    shape: &[usize],
+) -> Result<(), CheckpointError> {
+    let wanted = shape.iter().map(|&size| size as i64);
+    if wanted.eq(tensor.shape.iter().copied()) {
+        return Ok(());
+    }
+    let problem = format!(
+        "tensor `{name}` has shape {:?}, and config.json asks for {shape:?}",
+        tensor.shape
+    );
+    Err(CheckpointError::new(tensor.file, problem))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::test_util::onevision_folder;
+
+    #[test]
+    fn the_names_of_every_version_become_one() {
+        let names = [
+            ("model.image_newline", "image_newline"),
+            (
+                "model.multi_modal_projector.linear_1.bias",
+                "multi_modal_projector.linear_1.bias",
+            ),
+            (
+                "vision_tower.vision_model.embeddings.patch_embedding.bias",
+                "vision_tower.embeddings.patch_embedding.bias",
+            ),
+            (
+                "model.vision_tower.vision_model.post_layernorm.bias",
+                "vision_tower.post_layernorm.bias",
+            ),
+            (
+                "vision_tower.post_layernorm.bias",
+                "vision_tower.post_layernorm.bias",
+            ),
+            (
+                "language_model.model.norm.weight",
+                "language_model.model.norm.weight",
+            ),
+            (
+                "model.language_model.norm.weight",
+                "language_model.model.norm.weight",
+            ),
+            ("lm_head.weight", "language_model.lm_head.weight"),
+            (
+                "model.vision_tower.vision_tower.vision_model.encoder.layers.0.mlp.fc1.bias",
+                "vision_tower.encoder.layers.0.mlp.fc1.bias",
+            ),
+            (
+                "model.mm_projector.2.bias",
+                "multi_modal_projector.linear_2.bias",
+            ),
+            (
+                "model.layers.0.mlp.up_proj.weight",
+                "language_model.model.layers.0.mlp.up_proj.weight",
+            ),
+            ("model.norm.weight", "language_model.model.norm.weight"),
+            (
+                "language_model.lm_head.weight",
+                "language_model.lm_head.weight",
+            ),
+        ];
+        for (name, expected) in names {
+            assert_eq!(canonical(name), expected);
+        }
+    }
+
+    #[test]
+    fn every_layout_has_one_name_for_each_tensor() {
+        let folder = onevision_folder();
+        let config = LlavaOnevisionConfig::open(folder.path()).unwrap();
+        let unused = "vision_tower.post_layernorm.weight".to_owned();
+        let names = config.tensors().into_iter().map(|(name, _)| name);
+        for name in names.chain([unused]) {
+            for layout in [Layout::Transformers, Layout::LlavaNext] {
+                assert_eq!(canonical(&stored(&name, layout)), name, "{layout:?}");
+            }
+        }
+        let norm = stored("language_model.model.norm.weight", Layout::LlavaNext);
+        assert_eq!(norm, "model.norm.weight");
+        let head = stored("language_model.lm_head.weight", Layout::LlavaNext);
+        assert_eq!(head, "lm_head.weight");
+    }
+
+    /// The tensors that `config` asks for, as a file might hold them.
+    fn tensors(config: &LlavaOnevisionConfig) -> BTreeMap<String, Vec<i64>> {
+        let size = |shape: Vec<usize>| shape.into_iter().map(|size| size as i64).collect();
+        let tensors = config.tensors().into_iter();
+        tensors.map(|(name, shape)| (name, size(shape))).collect()
+    }
+
+    fn check(
+        config: &LlavaOnevisionConfig,
+        tensors: &BTreeMap<String, Vec<i64>>,
+    ) -> Result<(), CheckpointError> {
+        config.check(&Shards::of(Path::new("folder"), tensors))
+    }
+
+    #[test]
+    fn a_missing_or_misshapen_tensor_is_named() {
+        let folder = onevision_folder();
+        let config = LlavaOnevisionConfig::open(folder.path()).unwrap();
+        let whole = tensors(&config);
+        check(&config, &whole).unwrap();
+
+        let name = "language_model.model.layers.1.self_attn.k_proj.weight";
+        assert_eq!(whole[name], [4, 8], "two heads of two");
+        let mut missing = whole.clone();
+        missing.remove(name);
+        let diagnostic = check(&config, &missing).unwrap_err();
+        assert_eq!(diagnostic.problem, format!("has no tensor `{name}`"));
+
+        for shape in [vec![8, 4], vec![4], vec![4, 8, 1]] {
+            let mut misshapen = whole.clone();
+            let expected = format!("has shape {shape:?}, and config.json asks for [4, 8]");
+            misshapen.insert(name.to_owned(), shape);
+            let diagnostic = check(&config, &misshapen).unwrap_err();
+            assert!(diagnostic.problem.contains(&expected), "{diagnostic}");
+        }
+    }
+
+    #[test]
+    fn a_head_may_be_left_out_but_no_tensor_may_come_twice() {
+        let folder = onevision_folder();
+        let config = LlavaOnevisionConfig::open(folder.path()).unwrap();
+        let mut tensors = tensors(&config);
+        let head = tensors.remove("language_model.lm_head.weight").unwrap();
+        check(&config, &tensors).unwrap();
+        tensors.insert("lm_head.weight".to_owned(), head.clone());
+        check(&config, &tensors).unwrap();
+        tensors.insert("model.lm_head.weight".to_owned(), head);
+        let diagnostic = check(&config, &tensors).unwrap_err();
+        assert!(diagnostic.problem.contains("two names of one tensor"));
+    }
+}

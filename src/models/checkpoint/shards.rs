@@ -1,0 +1,393 @@
+//! Where the tensors of a checkpoint lie: safetensors and torch files, single or in shards.
+//!
+//! Only directories are read here (the header of a safetensors file; the zip directory and the pickle
+//! of a torch file), so a folder of 15 GB is listed in milliseconds, and a missing, truncated or
+//! damaged file is found before anything runs. What is listed is proved to lie inside its file.
+//!
+//! A torch file holds a pickle, which in Python may run any code. Here nothing is ever executed:
+//! [`pickle`] knows the few words that a dictionary of tensors is made of and refuses all others.
+
+mod pickle;
+mod safetensors;
+mod torch;
+
+use std::collections::BTreeMap;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+pub use pickle::write_pickle;
+
+use crate::checkpoint::CheckpointError;
+use ovchat_io::files;
+
+/// The tensors of one model: those of a folder's shards, or of one file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Shards {
+    /// What was opened, for errors about the whole.
+    path: PathBuf,
+    files: Vec<PathBuf>,
+    /// Where each tensor lies: the index of its file, and the place in it.
+    tensors: BTreeMap<String, (usize, TensorLocation)>,
+}
+
+/// What a file says about one of its tensors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TensorInfo<'a> {
+    pub element: Element,
+    /// Its shape, outermost dimension first.
+    pub shape: &'a [i64],
+    /// The file that holds it.
+    pub file: &'a Path,
+}
+
+/// The type of a tensor's elements, as stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Element {
+    F64,
+    F32,
+    F16,
+    Bf16,
+    I64,
+    I32,
+    I16,
+    I8,
+    U8,
+    Bool,
+}
+
+/// Where a tensor lies in its file. The readers of both formats promise that every byte of it is
+/// inside the file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorLocation {
+    pub element: Element,
+    pub shape: Vec<i64>,
+    /// Steps in elements, one for each dimension.
+    pub strides: Vec<i64>,
+    /// The file's byte at which element 0 begins.
+    pub start: u64,
+    /// Elements from element 0 to the last one, both included, the gaps between them too.
+    pub span: u64,
+}
+
+impl Element {
+    /// All types, with their names in safetensors files.
+    pub const NAMES: [(&'static str, Self); 10] = [
+        ("F64", Self::F64),
+        ("F32", Self::F32),
+        ("F16", Self::F16),
+        ("BF16", Self::Bf16),
+        ("I64", Self::I64),
+        ("I32", Self::I32),
+        ("I16", Self::I16),
+        ("I8", Self::I8),
+        ("U8", Self::U8),
+        ("BOOL", Self::Bool),
+    ];
+
+    fn named(dtype: &str) -> Option<Self> {
+        let (_, element) = Self::NAMES.iter().find(|(name, _)| *name == dtype)?;
+        Some(*element)
+    }
+
+    /// Bytes of one element.
+    pub fn bytes(self) -> u64 {
+        match self {
+            Self::F64 | Self::I64 => 8,
+            Self::F32 | Self::I32 => 4,
+            Self::F16 | Self::Bf16 | Self::I16 => 2,
+            Self::I8 | Self::U8 | Self::Bool => 1,
+        }
+    }
+}
+
+/// The files that may hold a model, in the order in which transformers and peft look for them; an
+/// index names the shards.
+const SINGLE_OR_INDEX: [(&str, bool); 6] = [
+    ("model.safetensors", false),
+    ("model.safetensors.index.json", true),
+    ("pytorch_model.bin", false),
+    ("pytorch_model.bin.index.json", true),
+    ("adapter_model.safetensors", false),
+    ("adapter_model.bin", false),
+];
+
+impl Shards {
+    /// Opens the weights in `folder`: the first there is of `model.safetensors`, its shards,
+    /// `pytorch_model.bin`, its shards, `adapter_model.safetensors` and `adapter_model.bin`.
+    ///
+    /// Fails when none is there, a shard is missing, truncated or damaged, or a torch file holds
+    /// anything but tensors.
+    pub fn open(folder: &Path) -> Result<Self, CheckpointError> {
+        for (name, is_index) in SINGLE_OR_INDEX {
+            let path = folder.join(name);
+            if path.is_file() {
+                let weights = if is_index {
+                    Self::open_index(folder, &path)
+                } else {
+                    Self::open_file(&path)
+                };
+                return weights.map(|weights| Self {
+                    path: folder.to_owned(),
+                    ..weights
+                });
+            }
+        }
+        let wanted = SINGLE_OR_INDEX.map(|(name, _)| name).join(", ");
+        Err(CheckpointError::new(
+            folder,
+            format!("no weights; expected one of {wanted}"),
+        ))
+    }
+
+    /// Opens one file, whatever its name: safetensors or torch (told apart by how it begins).
+    pub fn open_file(path: &Path) -> Result<Self, CheckpointError> {
+        let places = places(path)?.into_iter();
+        Ok(Self {
+            path: path.to_owned(),
+            files: vec![path.to_owned()],
+            tensors: places.map(|(name, place)| (name, (0, place))).collect(),
+        })
+    }
+
+    /// Opens the shards that an index file names. A tensor that lies in several shards is taken
+    /// from the one that the index names.
+    fn open_index(folder: &Path, index: &Path) -> Result<Self, CheckpointError> {
+        let shard_of = read_index(index)?;
+        let mut names: Vec<&str> = shard_of.values().map(String::as_str).collect();
+        names.sort_unstable();
+        names.dedup();
+        let mut files = Vec::new();
+        let mut tensors = BTreeMap::new();
+        for name in names {
+            let path = folder.join(name);
+            if Path::new(name).file_name() != Some(name.as_ref()) {
+                return Err(CheckpointError::new(
+                    index,
+                    format!("`{name}` is not the name of a shard"),
+                ));
+            }
+            if !path.is_file() {
+                let problem = format!("the shard `{name}` is missing from {}", folder.display());
+                return Err(CheckpointError::new(index, problem));
+            }
+            for (tensor, place) in places(&path)? {
+                if shard_of.get(&tensor).is_none_or(|owner| owner == name) {
+                    tensors.insert(tensor, (files.len(), place));
+                }
+            }
+            files.push(path);
+        }
+        for (tensor, shard) in &shard_of {
+            if !tensors.contains_key(tensor) {
+                let problem = format!("`{tensor}` is not in the shard `{shard}`");
+                return Err(CheckpointError::new(index, problem));
+            }
+        }
+        Ok(Self {
+            path: folder.to_owned(),
+            files,
+            tensors,
+        })
+    }
+
+    /// A folder whose one file holds float32 tensors of these shapes.
+    #[cfg(test)]
+    pub(super) fn of(folder: &Path, tensors: &BTreeMap<String, Vec<i64>>) -> Self {
+        let place = |shape: &Vec<i64>| TensorLocation {
+            element: Element::F32,
+            shape: shape.clone(),
+            strides: TensorLocation::row_major(shape).expect("small"),
+            start: 0,
+            span: shape.iter().product::<i64>() as u64,
+        };
+        let tensors = tensors.iter();
+        Self {
+            path: folder.to_owned(),
+            files: vec![folder.join("model.safetensors")],
+            tensors: tensors
+                .map(|(name, shape)| (name.clone(), (0, place(shape))))
+                .collect(),
+        }
+    }
+
+    /// The folder or file that was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The names of all tensors, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// Whether there is a tensor of this name.
+    pub fn has(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// The files that hold the weights, sorted by name.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.files.iter().map(PathBuf::as_path)
+    }
+
+    /// The stored type, the shape and the file of a tensor.
+    pub fn info(&self, name: &str) -> Option<TensorInfo<'_>> {
+        let (shard, place) = self.tensors.get(name)?;
+        Some(TensorInfo {
+            element: place.element,
+            shape: &place.shape,
+            file: &self.files[*shard],
+        })
+    }
+
+    /// The index of a tensor's file in [`Shards::files`], and where it lies in that file.
+    pub fn place(&self, name: &str) -> Option<(usize, &TensorLocation)> {
+        let (file, place) = self.tensors.get(name)?;
+        Some((*file, place))
+    }
+}
+
+/// Reads where the tensors of a file lie.
+fn places(path: &Path) -> Result<Vec<(String, TensorLocation)>, CheckpointError> {
+    let in_file = |problem: String| CheckpointError::new(path, problem);
+    let mut file = files::open(path).map_err(|error| in_file(error.to_string()))?;
+    let mut start = Vec::new();
+    (&mut file)
+        .take(16)
+        .read_to_end(&mut start)
+        .map_err(|error| in_file(error.to_string()))?;
+    let places = match start.as_slice() {
+        // A header's length in eight bytes, little-endian, then the header, which is JSON.
+        [_, _, _, _, 0, 0, 0, 0, b'{', ..] => safetensors::places(&file),
+        [b'P', b'K', 3, 4, ..] => torch::places(&file),
+        [0x80, 2..=5, ..] => Err(
+            "a torch file in the form from before torch 1.6, which is not \
+             read; load it with a current torch and save it again, best with safetensors"
+                .to_owned(),
+        ),
+        b"version https://" => {
+            Err("a Git LFS pointer, not the file itself; run `git lfs pull`".to_owned())
+        }
+        [] => Err("the file is empty".to_owned()),
+        _ => Err("neither a safetensors nor a torch file, or its beginning is damaged".into()),
+    };
+    places.map_err(in_file)
+}
+
+impl TensorLocation {
+    /// The steps of a tensor of this shape whose elements follow each other, last dimension
+    /// fastest; `None` when the shape is negative or has more elements than can be counted.
+    fn row_major(shape: &[i64]) -> Option<Vec<i64>> {
+        let mut strides = vec![0; shape.len()];
+        let mut elements = 1_i64;
+        for (stride, &size) in strides.iter_mut().zip(shape).rev() {
+            *stride = elements;
+            elements = elements.checked_mul(size).filter(|_| size >= 0)?;
+        }
+        Some(strides)
+    }
+
+    /// Elements from the first to the last of a tensor, both included; `None` when a number is
+    /// negative or the sum is too large to be counted.
+    fn span(shape: &[i64], strides: &[i64]) -> Option<u64> {
+        if shape.len() != strides.len() || shape.iter().chain(strides).any(|&n| n < 0) {
+            return None;
+        }
+        if shape.contains(&0) {
+            return Some(0);
+        }
+        let mut last = 0_i64;
+        for (size, stride) in shape.iter().zip(strides) {
+            last = last.checked_add((size - 1).checked_mul(*stride)?)?;
+        }
+        Some(last as u64 + 1)
+    }
+}
+
+/// Reads `weight_map` of an index: which shard holds which tensor.
+fn read_index(index: &Path) -> Result<BTreeMap<String, String>, CheckpointError> {
+    #[derive(serde::Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    let text =
+        files::read(index).map_err(|error| CheckpointError::new(index, error.to_string()))?;
+    let index_read: Index = serde_json::from_slice(&text)
+        .map_err(|error| CheckpointError::new(index, error.to_string()))?;
+    if index_read.weight_map.is_empty() {
+        return Err(CheckpointError::new(
+            index,
+            "`weight_map` is empty".to_owned(),
+        ));
+    }
+    Ok(index_read.weight_map)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::test_util::shard;
+
+    /// What `open` says about a folder, as a user would read it.
+    fn diagnostic(folder: &Path) -> String {
+        Shards::open(folder).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_missing_tensor_a_missing_shard_and_an_empty_folder_are_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        assert!(diagnostic(folder.path()).contains("model.safetensors.index.json"));
+        shard(&at("one.safetensors"), &[("a", &[1])]);
+        let write_index = |map: &str| {
+            let text = format!(r#"{{"weight_map": {map}}}"#);
+            std::fs::write(at("model.safetensors.index.json"), text).unwrap();
+        };
+        write_index(r#"{"a": "one.safetensors", "b": "two.safetensors"}"#);
+        assert!(diagnostic(folder.path()).contains("the shard `two.safetensors` is missing"));
+        write_index(r#"{"a": "one.safetensors", "b": "one.safetensors"}"#);
+        assert!(diagnostic(folder.path()).contains("`b` is not in the shard `one.safetensors`"));
+        write_index(r#"{"a": "../one.safetensors"}"#);
+        assert!(diagnostic(folder.path()).contains("is not the name of a shard"));
+        write_index(r#"{"a": "one.safetensors"}"#);
+    }
+
+    #[test]
+    fn files_that_hold_no_weights_say_what_they_are() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("pytorch_model.bin");
+        let check = |bytes: &[u8], expected: &str| {
+            std::fs::write(&path, bytes).unwrap();
+            let text = diagnostic(folder.path());
+            assert!(text.contains(expected), "{text}");
+            assert!(text.contains("pytorch_model.bin"), "{text}");
+        };
+        check(b"", "empty");
+        check(b"version https://git-lfs.github.com/spec/v1\n", "Git LFS");
+        check(
+            b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.",
+            "before torch 1.6",
+        );
+        check(b"hello, world", "neither a safetensors nor a torch file");
+        check(b"PK\x03\x04 and then nothing", "truncated");
+    }
+
+    #[test]
+    fn all_shards_are_listed_with_types_shapes_and_places() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        shard(&at("a.safetensors"), &[("x", &[2, 3])]);
+        shard(&at("b.safetensors"), &[("y", &[4]), ("z", &[])]);
+        let index = json!({"weight_map": {"x": "a.safetensors", "y": "b.safetensors", "z": "b.safetensors"}});
+        std::fs::write(at("model.safetensors.index.json"), index.to_string()).unwrap();
+        let shards = Shards::open(folder.path()).unwrap();
+        assert_eq!(shards.names().collect::<Vec<_>>(), ["x", "y", "z"]);
+        assert_eq!(shards.info("x").unwrap().shape, [2, 3]);
+        let (file, z) = shards.place("z").unwrap();
+        assert_eq!((file, z.element, z.span), (1, Element::F32, 1));
+        let bytes = std::fs::metadata(at("b.safetensors")).unwrap().len();
+        assert_eq!(z.start + 4, bytes);
+    }
+}

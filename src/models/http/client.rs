@@ -1,0 +1,382 @@
+//! Questions on their way: put again where the endpoint can't take them now, and written down when they were
+//! replied to. This happens on threads, which may outlive the run that asked.
+
+use std::any::Any;
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use serde_json::json;
+use sha2::{Digest, Sha256};
+
+use super::Http;
+use super::call_log::{Call, CallLog};
+use super::endpoint::{Endpoint, Presence, Try};
+use super::limiter::CallLimiter;
+use crate::{EncodedImage, ModelError, Request, RowFault};
+use ovchat_io::mask::Mask;
+
+/// The longest wait between two tries.
+const WAIT_MAX: Duration = Duration::from_mins(2);
+
+/// The try from which on the usual wait grows no more.
+const DOUBLINGS: u32 = 16;
+
+/// For how long the first call of a run is tried where nothing listens: the address is wrong, or the server
+/// is not up.
+const FIRST_WAIT: Duration = Duration::from_secs(5);
+
+/// What came of a call.
+pub enum Reply {
+    Written(Call),
+    /// This question can't be put; others can.
+    Refused(RowFault),
+    /// Nothing can be asked any more.
+    Failed(ModelError),
+}
+
+/// What a call under way has to tell.
+pub enum Heard {
+    /// What came of the request of this number.
+    Reply(usize, Reply),
+    /// What it waits for, or found odd, in words.
+    Note(String),
+}
+
+/// Puts questions. Its threads share it, and may outlive the run that asked: a reply that nobody waits for
+/// is still written down.
+pub struct EndpointClient {
+    pub spec: Http,
+    pub endpoint: Endpoint,
+    pub judge: String,
+    pub journal: Mutex<CallLog>,
+    pub mask: Mask,
+    /// Whether the endpoint has said anything in this run.
+    pub was_heard: AtomicBool,
+}
+
+/// Questions that are put together.
+pub struct Work {
+    pub asker: Arc<EndpointClient>,
+    pub requests: Vec<Request>,
+    pub hashes: Vec<String>,
+    /// The numbers of those that were not put yet.
+    pub waiting: Mutex<VecDeque<usize>>,
+    pub gate: CallLimiter,
+}
+
+/// A thread that has panicked leaves nothing half-done behind.
+pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl EndpointClient {
+    /// What decides a reply.
+    pub fn hash(&self, request: &Request) -> String {
+        let mut hasher = Sha256::new();
+        let images = request.prompt.images.iter().map(|image| image.id.as_str());
+        let limit = self.spec.ask.max_new_tokens.0.to_string();
+        let attempt = request.attempt.to_string();
+        let parts = [&self.spec.model, &request.prompt.question, &limit, &attempt];
+        for part in parts.into_iter().map(String::as_str).chain(images) {
+            hasher.update((part.len() as u64).to_le_bytes());
+            hasher.update(part);
+        }
+        hex::encode(hasher.finalize())
+    }
+
+    fn body(&self, request: &Request) -> Result<Vec<u8>, RowFault> {
+        let mut content = Vec::new();
+        for image in &request.prompt.images {
+            let url = data_url(image)?;
+            content.push(json!({ "type": "image_url", "image_url": { "url": url } }));
+        }
+        content.push(json!({ "type": "text", "text": request.prompt.question }));
+        let mut body = json!({
+            "model": self.spec.model,
+            "messages": [{ "role": "user", "content": content }],
+            "max_tokens": self.spec.ask.max_new_tokens.0,
+            "temperature": if request.attempt == 0 { 0.0 } else { 1.0 },
+        });
+        if request.attempt > 0 {
+            body["seed"] = json!(request.attempt);
+        }
+        Ok(serde_json::to_vec(&body).expect("text and numbers are valid JSON"))
+    }
+
+    fn fails(&self, problem: impl Into<String>) -> Reply {
+        Reply::Failed(ModelError::Service {
+            url: self.endpoint.url().to_owned(),
+            problem: problem.into(),
+        })
+    }
+
+    /// Puts a question until it is replied to, refused, or was put often enough; gives up, without a
+    /// reply, when nothing is to be asked any more.
+    fn ask(
+        &self,
+        request: &Request,
+        hash: &str,
+        gate: &CallLimiter,
+        tell: &dyn Fn(String),
+    ) -> Option<Reply> {
+        let body = match self.body(request) {
+            Ok(body) => body,
+            Err(fault) => return Some(Reply::Refused(fault)),
+        };
+        let tries = self.spec.tries.get();
+        let mut waited = Duration::ZERO;
+        for number in 1..=tries {
+            if !gate.enter() {
+                return None;
+            }
+            if let Some(refusal) = self.spent() {
+                gate.close();
+                return Some(refusal);
+            }
+            let begun = Instant::now();
+            let tried = self.endpoint.ask(&body);
+            if tried.is_heard() {
+                self.was_heard.store(true, Ordering::SeqCst);
+            }
+            let reply = match tried {
+                Try::Replied(said) => {
+                    if let Some(note) = &said.note {
+                        tell(note.clone());
+                    }
+                    let [prompt_tokens, reply_tokens] = said.tokens;
+                    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+                    self.write(Call {
+                        judge: self.judge.clone(),
+                        hash: hash.to_owned(),
+                        about: self.mask.hide(&request.prompt.id),
+                        model: self.mask.hide(&self.spec.model),
+                        attempt: request.attempt,
+                        reply: said.text,
+                        prompt_tokens,
+                        reply_tokens,
+                        milliseconds: begun.elapsed().as_millis() as u64,
+                        at: now.map_or(0, |since| since.as_secs()),
+                    })
+                }
+                Try::Refused(why) => Reply::Refused(RowFault(why)),
+                Try::Failed(why) => self.fails(why),
+                Try::Later {
+                    wait,
+                    what,
+                    more,
+                    presence,
+                } => {
+                    gate.leave(true);
+                    let wait = wait
+                        .unwrap_or_else(|| self.usual_wait(number))
+                        .min(WAIT_MAX);
+                    let is_hopeless =
+                        presence == Presence::Absent && !self.was_heard.load(Ordering::SeqCst);
+                    if number == tries || (is_hopeless && waited + wait > FIRST_WAIT) {
+                        let advice = if is_hopeless {
+                            "; is the server up, and `base_url` right?"
+                        } else {
+                            ""
+                        };
+                        return Some(self.fails(format!(
+                            "it was tried {number} times; the last time it {what}{more}{advice}"
+                        )));
+                    }
+                    if number == 1 {
+                        let longest = self.usual_waits(tries);
+                        let longest = if is_hopeless {
+                            FIRST_WAIT.min(longest)
+                        } else {
+                            longest
+                        };
+                        let url = self.endpoint.url();
+                        let longest = in_words(longest);
+                        tell(format!("{url} {what}; trying again for up to {longest}"));
+                    }
+                    waited += wait;
+                    gate.rest(wait);
+                    continue;
+                }
+            };
+            // Before the next one may enter.
+            if let Reply::Failed(_) = reply {
+                gate.close();
+            }
+            gate.leave(false);
+            return Some(reply);
+        }
+        None
+    }
+
+    /// Nobody hears of a reply that would be lost.
+    fn write(&self, call: Call) -> Reply {
+        match lock(&self.journal).write(call.clone()) {
+            Ok(()) => Reply::Written(call),
+            Err(error) => Reply::Failed(error),
+        }
+    }
+
+    /// How long to wait after a try, counted from 1, where the endpoint does not say.
+    fn usual_wait(&self, number: u32) -> Duration {
+        let doubled = self.spec.wait_s.max(0.0) * f64::from(1_u32 << (number - 1).min(DOUBLINGS));
+        Duration::from_secs_f64(doubled.min(WAIT_MAX.as_secs_f64()))
+    }
+
+    /// How long so many tries wait in all.
+    fn usual_waits(&self, tries: u32) -> Duration {
+        let growing = tries.min(DOUBLINGS);
+        let early: Duration = (1..growing).map(|number| self.usual_wait(number)).sum();
+        let late = self.usual_wait(DOUBLINGS + 1);
+        early.saturating_add(late.saturating_mul(tries - growing))
+    }
+
+    /// Whether so much was spent that nothing more may be asked.
+    fn spent(&self) -> Option<Reply> {
+        let spend = self.spec.spend?;
+        let tokens = lock(&self.journal).tokens();
+        let [read, written] = tokens.map(|tokens| tokens as f64 / 1e6);
+        let cost = read * spend.per_million_prompt_tokens.get()
+            + written * spend.per_million_reply_tokens.get();
+        (cost >= spend.limit.get()).then(|| {
+            self.fails(format!(
+                "the calls of this run have cost {cost:.4}, and `spend.limit` is {}; what was replied is \
+                 kept, and with a higher limit the same command goes on",
+                spend.limit.get()
+            ))
+        })
+    }
+}
+
+impl Work {
+    /// Puts one question after the other until none is left, or nothing is to be asked any more.
+    pub fn go(&self, sender: &Sender<Heard>) {
+        let tell = |text| {
+            // Nobody is left to hear it when the run ends.
+            drop(sender.send(Heard::Note(text)));
+        };
+        while !self.gate.is_closed() {
+            let Some(index) = lock(&self.waiting).pop_front() else {
+                return;
+            };
+            let request = &self.requests[index];
+            let asked = || {
+                self.asker
+                    .ask(request, &self.hashes[index], &self.gate, &tell)
+            };
+            let reply = match catch_unwind(AssertUnwindSafe(asked)) {
+                Ok(Some(reply)) => reply,
+                Ok(None) => return,
+                Err(panic) => {
+                    let about = self.asker.mask.hide(&request.prompt.id);
+                    let words = words_of(&*panic);
+                    self.asker.fails(format!(
+                        "the call about {about} ended in a mistake of this program, which is worth a report: {words}"
+                    ))
+                }
+            };
+            if let Reply::Failed(_) = reply {
+                self.gate.close();
+            }
+            if sender.send(Heard::Reply(index, reply)).is_err() {
+                return;
+            }
+        }
+    }
+}
+
+/// What a thread said when it panicked.
+fn words_of(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or(panic.downcast_ref::<&str>().copied())
+        .unwrap_or("it does not say what")
+}
+
+/// A time in words: `4 s`, `2 min`.
+fn in_words(time: Duration) -> String {
+    match time.as_secs_f64() {
+        seconds if seconds < 100.0 => format!("{:.0} s", seconds.ceil()),
+        seconds => format!("{:.0} min", seconds / 60.0),
+    }
+}
+
+/// A picture as part of a request.
+fn data_url(image: &EncodedImage) -> Result<String, RowFault> {
+    let Some(media) = image.media_type() else {
+        return Err(RowFault(format!(
+            "picture {}: endpoints take PNG, JPEG, WebP and GIF, and it is none of these",
+            image.id
+        )));
+    };
+    Ok(format!(
+        "data:{media};base64,{}",
+        STANDARD.encode(&image.bytes)
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ChatPrompt;
+
+    #[test]
+    fn pictures_are_told_by_their_first_bytes() {
+        let image = |bytes: &[u8]| EncodedImage {
+            id: "p".to_owned(),
+            bytes: bytes.into(),
+        };
+        let url = data_url(&image(b"\x89PNG\r\n")).unwrap();
+        assert_eq!(url, "data:image/png;base64,iVBORw0K");
+        assert!(data_url(&image(b"BM")).is_err());
+    }
+
+    #[test]
+    fn a_thread_that_panics_ends_the_work_with_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let spec = json!({ "base_url": "http://127.0.0.1:9/v1", "model": "m" });
+        let spec: Http = serde_json::from_value(spec).unwrap();
+        let (endpoint, _) = Endpoint::open(&spec, None, Mask::default()).unwrap();
+        let journal = CallLog::open(&folder.path().join("judge.jsonl")).unwrap();
+        let prompt = ChatPrompt {
+            id: "p".to_owned(),
+            images: Vec::new(),
+            system: None,
+            turns: Vec::new(),
+            question: "?".to_owned(),
+            captions: None,
+            answer: None,
+            seed: 0,
+        };
+        let work = Work {
+            gate: CallLimiter::new(spec.concurrency_max),
+            asker: Arc::new(EndpointClient {
+                spec,
+                endpoint,
+                judge: "judge".to_owned(),
+                journal: Mutex::new(journal),
+                mask: Mask::default(),
+                was_heard: AtomicBool::new(false),
+            }),
+            requests: vec![Request { prompt, attempt: 0 }],
+            // The mistake: there is none for the request.
+            hashes: Vec::new(),
+            waiting: Mutex::new(VecDeque::from([0])),
+        };
+        let (sender, heard) = std::sync::mpsc::channel();
+        work.go(&sender);
+        let Ok(Heard::Reply(0, Reply::Failed(error))) = heard.recv() else {
+            panic!("no error is told");
+        };
+        let told = error.to_string();
+        assert!(
+            told.contains("a mistake of this program") && told.contains("index out of bounds"),
+            "{told}"
+        );
+        assert!(!work.gate.enter(), "nothing more is asked");
+    }
+}

@@ -1,0 +1,431 @@
+//! From the bytes of a picture file to red, green and blue.
+//!
+//! Pixels are those of Pillow's `Image.open(file).convert("RGB")`, which the reference programs call:
+//! alpha is dropped, not blended; palettes are looked up, transparent entries too; 16-bit color keeps
+//! the high byte, while 16-bit gray is clipped at 255 (Pillow's mode `I;16`); an EXIF rotation is not
+//! applied. JPEG goes through the library that Pillow itself has (libjpeg-turbo, here in Mozilla's
+//! edition), for decoders differ in how they round colors. Lossy WebP is decoded by another library.
+
+use std::io::{Cursor, ErrorKind};
+use std::panic::catch_unwind;
+
+use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Limits};
+use mozjpeg::ColorSpace;
+
+use crate::RowFault;
+
+/// The most pixels that are decoded: where Pillow itself refuses (twice its `MAX_IMAGE_PIXELS`). As
+/// RGB they take 512 MiB.
+pub const PIXELS_MAX: u64 = 178_956_970;
+
+/// A decoded picture.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rgb {
+    pub width: usize,
+    pub height: usize,
+    /// `height * width * 3` bytes, row by row, red first.
+    pub data: Vec<u8>,
+}
+
+impl Rgb {
+    /// A picture of one color.
+    pub fn filled(width: usize, height: usize, color: [u8; 3]) -> Self {
+        let data = color.repeat(width * height);
+        Self {
+            width,
+            height,
+            data,
+        }
+    }
+
+    /// Copies `image` into this one, its upper left corner at column `left`, row `top`.
+    ///
+    /// # Panics
+    ///
+    /// Panics when it does not fit.
+    pub fn paste(&mut self, image: &Self, left: usize, top: usize) {
+        assert!(left + image.width <= self.width, "too wide to paste");
+        let rows = self.data.chunks_exact_mut(3 * self.width).skip(top);
+        let source = image.data.chunks_exact(3 * image.width);
+        assert!(rows.len() >= source.len(), "too high to paste");
+        for (row, source) in rows.zip(source) {
+            row[3 * left..][..source.len()].copy_from_slice(source);
+        }
+    }
+
+    /// Writes `side` x `side` pixels, from column `left`, row `top` on, to `planes` as
+    /// `[3, side, side]` floats; `levels` says what each gray level of each channel becomes.
+    ///
+    /// # Panics
+    ///
+    /// Panics when the square reaches beyond the picture.
+    pub fn planes(
+        &self,
+        left: usize,
+        top: usize,
+        side: usize,
+        levels: &[[f32; 256]; 3],
+        planes: &mut [f32],
+    ) {
+        let (red, rest) = planes.split_at_mut(side * side);
+        let (green, blue) = rest.split_at_mut(side * side);
+        let rows = red
+            .chunks_exact_mut(side)
+            .zip(green.chunks_exact_mut(side))
+            .zip(blue.chunks_exact_mut(side));
+        for (row, ((red, green), blue)) in (top..).zip(rows) {
+            let row = &self.data[3 * (row * self.width + left)..][..3 * side];
+            let places = red.iter_mut().zip(green).zip(blue);
+            for (pixel, ((red, green), blue)) in row.chunks_exact(3).zip(places) {
+                *red = levels[0][usize::from(pixel[0])];
+                *green = levels[1][usize::from(pixel[1])];
+                *blue = levels[2][usize::from(pixel[2])];
+            }
+        }
+    }
+
+    /// Pads with `background` to a square, the picture in the middle (half a pixel up or left when
+    /// the rest is odd).
+    #[must_use]
+    pub fn squared(self, background: [u8; 3]) -> Self {
+        if self.width == self.height {
+            return self;
+        }
+        let side = self.width.max(self.height);
+        let mut square = Self::filled(side, side, background);
+        square.paste(&self, (side - self.width) / 2, (side - self.height) / 2);
+        square
+    }
+}
+
+/// What the header of a picture file says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Probe {
+    /// Pixels from left to right.
+    pub width: usize,
+    /// Pixels from top to bottom.
+    pub height: usize,
+    /// `png`, `jpeg`, `webp`, `gif`, `bmp`, `tiff` or `pnm`, by content.
+    pub format: &'static str,
+}
+
+/// Reads the header of a picture file, and refuses a picture of more than [`PIXELS_MAX`] pixels.
+pub fn probe(bytes: &[u8]) -> Result<Probe, RowFault> {
+    open(bytes, PIXELS_MAX).map(|(probe, _)| probe)
+}
+
+/// Decodes a picture file, if it has at most `pixels_max` pixels by its header.
+///
+/// A file that ends too early is refused, however much of the picture could be shown.
+pub fn decode(bytes: &[u8], pixels_max: u64) -> Result<Rgb, RowFault> {
+    let (probe, decoder) = open(bytes, pixels_max)?;
+    let whole = match probe.format {
+        "jpeg" => jpeg_is_whole(bytes),
+        "webp" => webp_is_whole(bytes),
+        _ => true,
+    };
+    if !whole {
+        return Err(RowFault("is truncated: the file ends too early".to_owned()));
+    }
+    if probe.format == "jpeg" {
+        return Ok(Rgb {
+            width: probe.width,
+            height: probe.height,
+            data: decode_jpeg(bytes)?,
+        });
+    }
+    let image = DynamicImage::from_decoder(decoder).map_err(|error| fault(&error))?;
+    let data = match image {
+        DynamicImage::ImageRgb8(rgb) => rgb.into_raw(),
+        DynamicImage::ImageRgba8(rgba) => first_three(&rgba, 4, |level| level),
+        DynamicImage::ImageLuma8(gray) => gray_to_rgb(&gray, 1, |level| level),
+        DynamicImage::ImageLumaA8(gray) => gray_to_rgb(&gray, 2, |level| level),
+        DynamicImage::ImageRgb16(rgb) => first_three(&rgb, 3, high_byte),
+        DynamicImage::ImageRgba16(rgba) => first_three(&rgba, 4, high_byte),
+        DynamicImage::ImageLuma16(gray) => gray_to_rgb(&gray, 1, |level: u16| level.min(255) as u8),
+        DynamicImage::ImageLumaA16(gray) => gray_to_rgb(&gray, 2, high_byte),
+        // Casts of floats cut off the fraction and clip, as Pillow does with its mode `F`.
+        DynamicImage::ImageRgb32F(rgb) => first_three(&rgb, 3, |level: f32| level as u8),
+        DynamicImage::ImageRgba32F(rgba) => first_three(&rgba, 4, |level: f32| level as u8),
+        _ => return Err(RowFault("has a pixel format that is not known".to_owned())),
+    };
+    Ok(Rgb {
+        width: probe.width,
+        height: probe.height,
+        data,
+    })
+}
+
+/// A decoder that has read the header.
+fn open(bytes: &[u8], pixels_max: u64) -> Result<(Probe, impl ImageDecoder), RowFault> {
+    let mut reader = ImageReader::new(Cursor::new(bytes))
+        .with_guessed_format()
+        .expect("memory can be read");
+    let format = match reader.format() {
+        Some(ImageFormat::Png) => "png",
+        Some(ImageFormat::Jpeg) => "jpeg",
+        Some(ImageFormat::WebP) => "webp",
+        Some(ImageFormat::Gif) => "gif",
+        Some(ImageFormat::Bmp) => "bmp",
+        Some(ImageFormat::Tiff) => "tiff",
+        Some(ImageFormat::Pnm) => "pnm",
+        _ => {
+            let problem = if bytes.is_empty() {
+                "is empty"
+            } else {
+                "is not a picture"
+            };
+            let known = "known are png, jpeg, webp, gif, bmp, tiff and pnm";
+            return Err(RowFault(format!("{problem} ({known})")));
+        }
+    };
+    // The header is checked below; this bounds what a decoder takes on the side, such as profiles.
+    let mut limits = Limits::no_limits();
+    limits.max_alloc = Some(8 * pixels_max + (64 << 20));
+    reader.limits(limits);
+    let decoder = reader.into_decoder().map_err(|error| fault(&error))?;
+    let (width, height) = decoder.dimensions();
+    if width == 0 || height == 0 {
+        return Err(RowFault(format!("has no pixels ({width} x {height})")));
+    }
+    if u64::from(width) * u64::from(height) > pixels_max {
+        let problem = format!("has {width} x {height} pixels, more than the bound of {pixels_max}");
+        return Err(RowFault(format!("{problem}; scale it down")));
+    }
+    let probe = Probe {
+        width: width as usize,
+        height: height as usize,
+        format,
+    };
+    Ok((probe, decoder))
+}
+
+/// Decodes a JPEG to red, green and blue.
+fn decode_jpeg(bytes: &[u8]) -> Result<Vec<u8>, RowFault> {
+    let decode = || -> std::io::Result<Vec<u8>> {
+        let jpeg = mozjpeg::Decompress::new_mem(bytes)?;
+        match jpeg.color_space() {
+            ColorSpace::JCS_CMYK | ColorSpace::JCS_YCCK => {
+                let mut lines = jpeg.to_colorspace(ColorSpace::JCS_CMYK)?;
+                let inks: Vec<[u8; 4]> = lines.read_scanlines()?;
+                lines.finish()?;
+                Ok(inks.into_iter().flat_map(inks_to_rgb).collect())
+            }
+            _ => {
+                let mut lines = jpeg.rgb()?;
+                let pixels: Vec<[u8; 3]> = lines.read_scanlines()?;
+                lines.finish()?;
+                Ok(pixels.into_flattened())
+            }
+        }
+    };
+    // The library reports errors by unwinding through its C.
+    let decoded = catch_unwind(decode).unwrap_or_else(|panic| {
+        let problem = panic.downcast::<String>();
+        Err(std::io::Error::other(
+            problem.map_or_else(|_| String::new(), |text| *text),
+        ))
+    });
+    decoded.map_err(|error| RowFault(format!("is truncated or damaged: {error}")))
+}
+
+/// Cyan, magenta, yellow and black as JPEG files have them (Adobe's way, 255 for no ink), as Pillow
+/// converts them (`src/libImaging/Convert.c`, `cmyk2rgb`).
+fn inks_to_rgb([cyan, magenta, yellow, black]: [u8; 4]) -> [u8; 3] {
+    [cyan, magenta, yellow].map(|ink| {
+        let product = (255 - u32::from(ink)) * u32::from(black) + 128;
+        black - (((product >> 8) + product) >> 8) as u8
+    })
+}
+
+/// Says in one line why a decoder gave up.
+fn fault(error: &ImageError) -> RowFault {
+    RowFault(match error {
+        ImageError::IoError(io) if io.kind() == ErrorKind::UnexpectedEof => {
+            "is truncated: the file ends too early".to_owned()
+        }
+        ImageError::Unsupported(_) => format!("can't be decoded: {error}"),
+        _ => format!("is truncated or damaged: {error}"),
+    })
+}
+
+/// The first three of every `step` samples.
+fn first_three<S: Copy>(samples: &[S], step: usize, level: impl Fn(S) -> u8) -> Vec<u8> {
+    let pixels = samples.chunks_exact(step);
+    pixels
+        .flat_map(|pixel| [level(pixel[0]), level(pixel[1]), level(pixel[2])])
+        .collect()
+}
+
+/// The first of every `step` samples, three times.
+fn gray_to_rgb<S: Copy>(samples: &[S], step: usize, level: impl Fn(S) -> u8) -> Vec<u8> {
+    let pixels = samples.iter().step_by(step);
+    pixels.flat_map(|&sample| [level(sample); 3]).collect()
+}
+
+fn high_byte(level: u16) -> u8 {
+    (level >> 8) as u8
+}
+
+/// Whether a JPEG goes on to its end marker. Decoders fill what is missing with gray and say
+/// nothing, so the segments are walked here: each says its length, and the coded data behind a start
+/// of scan goes on to the first marker that is neither a stuffed zero nor a restart.
+fn jpeg_is_whole(bytes: &[u8]) -> bool {
+    let mut at = 2;
+    while let Some(found) = bytes.get(at..).and_then(|rest| position(rest, 0xFF)) {
+        at += found + 1;
+        match bytes.get(at..) {
+            Some([0xD9, ..]) => return true,
+            // A stuffed zero, a restart, a second start of image.
+            Some([0x00 | 0x01 | 0xD0..=0xD8, ..]) => at += 1,
+            // Fill before a marker.
+            Some([0xFF, ..]) => {}
+            Some([_, high, low, ..]) => at += 1 + usize::from(u16::from_be_bytes([*high, *low])),
+            _ => return false,
+        }
+    }
+    false
+}
+
+/// Whether a WebP is as long as its RIFF header says; its decoder makes up a few missing bytes.
+fn webp_is_whole(bytes: &[u8]) -> bool {
+    let length = bytes.get(4..8).and_then(|length| length.try_into().ok());
+    length.is_some_and(|length| bytes.len() as u64 >= 8 + u64::from(u32::from_le_bytes(length)))
+}
+
+/// Where the first `wanted` is.
+fn position(bytes: &[u8], wanted: u8) -> Option<usize> {
+    bytes.iter().position(|&byte| byte == wanted)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Cursor;
+
+    use image::{GrayAlphaImage, GrayImage, ImageBuffer, Luma, Rgb as Color, RgbImage, RgbaImage};
+
+    use super::*;
+
+    fn file(image: impl Into<DynamicImage>, format: ImageFormat) -> Vec<u8> {
+        let mut bytes = Cursor::new(Vec::new());
+        image
+            .into()
+            .write_to(&mut bytes, format)
+            .expect("written to memory");
+        bytes.into_inner()
+    }
+
+    fn photograph() -> RgbImage {
+        RgbImage::from_fn(64, 48, |x, y| {
+            image::Rgb([(4 * x) as u8, (5 * y) as u8, (x * y) as u8])
+        })
+    }
+
+    fn pixels(bytes: &[u8]) -> Vec<u8> {
+        decode(bytes, PIXELS_MAX).expect("a picture").data
+    }
+
+    fn diagnostic(bytes: &[u8], pixels_max: u64) -> String {
+        decode(bytes, pixels_max).expect_err("refused").0
+    }
+
+    #[test]
+    fn alpha_is_dropped_not_blended() {
+        let rgba = RgbaImage::from_raw(2, 1, vec![10, 20, 30, 0, 40, 50, 60, 128]).unwrap();
+        assert_eq!(
+            pixels(&file(rgba, ImageFormat::Png)),
+            [10, 20, 30, 40, 50, 60]
+        );
+        let gray = GrayAlphaImage::from_raw(2, 1, vec![10, 0, 200, 255]).unwrap();
+        assert_eq!(
+            pixels(&file(gray, ImageFormat::Png)),
+            [10, 10, 10, 200, 200, 200]
+        );
+    }
+
+    #[test]
+    fn gray_is_repeated() {
+        let gray = GrayImage::from_raw(2, 1, vec![0, 77]).unwrap();
+        assert_eq!(pixels(&file(gray, ImageFormat::Png)), [0, 0, 0, 77, 77, 77]);
+    }
+
+    #[test]
+    fn sixteen_bit_gray_is_clipped_and_sixteen_bit_color_keeps_the_high_byte() {
+        let gray: ImageBuffer<Luma<u16>, _> =
+            ImageBuffer::from_raw(3, 1, vec![100_u16, 255, 4369]).unwrap();
+        assert_eq!(
+            pixels(&file(gray, ImageFormat::Png)),
+            [100, 100, 100, 255, 255, 255, 255, 255, 255]
+        );
+        let color: ImageBuffer<Color<u16>, _> =
+            ImageBuffer::from_raw(1, 1, vec![0x00FF_u16, 0x0100, 0xFFFF]).unwrap();
+        assert_eq!(pixels(&file(color, ImageFormat::Png)), [0, 1, 255]);
+    }
+
+    #[test]
+    fn the_header_tells_size_and_format_by_content() {
+        let formats = [
+            (ImageFormat::Png, "png"),
+            (ImageFormat::Jpeg, "jpeg"),
+            (ImageFormat::WebP, "webp"),
+            (ImageFormat::Gif, "gif"),
+            (ImageFormat::Bmp, "bmp"),
+            (ImageFormat::Tiff, "tiff"),
+            (ImageFormat::Pnm, "pnm"),
+        ];
+        for (format, name) in formats {
+            let found = probe(&file(photograph(), format)).expect("a picture");
+            let (width, height) = (found.width, found.height);
+            assert_eq!((width, height, found.format), (64, 48, name));
+        }
+    }
+
+    #[test]
+    fn a_truncated_file_is_refused_in_every_format() {
+        for format in [
+            ImageFormat::Png,
+            ImageFormat::Jpeg,
+            ImageFormat::WebP,
+            ImageFormat::Gif,
+            ImageFormat::Bmp,
+            ImageFormat::Tiff,
+            ImageFormat::Pnm,
+        ] {
+            let whole = file(photograph(), format);
+            assert!(decode(&whole, PIXELS_MAX).is_ok(), "{format:?}");
+            let truncated = diagnostic(&whole[..whole.len() * 7 / 10], PIXELS_MAX);
+            assert!(truncated.contains("truncated"), "{format:?}: {truncated}");
+        }
+    }
+
+    #[test]
+    fn a_jpeg_without_its_end_is_refused() {
+        let whole = file(photograph(), ImageFormat::Jpeg);
+        assert!(diagnostic(&whole[..whole.len() - 2], PIXELS_MAX).contains("truncated"));
+    }
+
+    #[test]
+    fn the_end_of_a_thumbnail_is_not_the_end_of_its_jpeg() {
+        let mut bytes = file(photograph(), ImageFormat::Jpeg);
+        // An application segment that holds an end marker, as EXIF thumbnails do.
+        bytes.splice(2..2, [0xFF, 0xE1, 0x00, 0x06, 0xFF, 0xD9, 0x00, 0x00]);
+        assert!(decode(&bytes, PIXELS_MAX).is_ok());
+        bytes.truncate(bytes.len() - 2);
+        assert!(decode(&bytes, PIXELS_MAX).is_err());
+    }
+
+    #[test]
+    fn what_is_not_a_picture_is_said_to_be_none() {
+        assert!(diagnostic(b"hello, this is text", PIXELS_MAX).contains("is not a picture"));
+        assert!(diagnostic(b"", PIXELS_MAX).contains("is empty"));
+    }
+
+    #[test]
+    fn a_picture_beyond_the_bound_is_refused_by_its_header() {
+        let whole = file(photograph(), ImageFormat::Png);
+        // Only the header is left, so decoding would have failed in another way.
+        let header = &whole[..60];
+        assert!(diagnostic(header, 64 * 48 - 1).contains("64 x 48 pixels, more than the bound"));
+        assert!(decode(&whole, 64 * 48).is_ok());
+    }
+}

@@ -1,0 +1,188 @@
+//! Everything that the reward model's network is fed with, from its folders.
+
+use std::ops::Range;
+
+use crate::checkpoint::CheckpointError;
+use crate::checkpoint::config::LlavaRlhfConfig;
+use crate::preprocess::clip::Clip;
+use crate::preprocess::image::{PIXELS_MAX, decode, probe};
+use crate::preprocess::image_processor::ImageProcessorConfig;
+use crate::preprocess::llava_onevision::{fits, named};
+use crate::preprocess::vicuna::{JudgeIds, Vicuna};
+use crate::{AnswerGroup, ChatPrompt, EncodedImage, LlavaRlhfSpec, RowFault, SftExample};
+
+/// A LLaVA-RLHF reward model without its weights.
+#[derive(Debug, Clone)]
+pub struct LlavaRlhfProcessor {
+    pub config: LlavaRlhfConfig,
+    pub vicuna: Vicuna,
+    pub clip: Clip,
+}
+
+/// A prompt and its answers as the network takes them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Judged {
+    /// For each answer, in their order.
+    pub answers: Vec<JudgeIds>,
+    /// The picture, if there is one: `[3, side, side]`, normalized.
+    pub pixels: Option<Vec<f32>>,
+}
+
+/// A conversation as the network takes it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RewardSftTokens {
+    pub text: JudgeIds,
+    /// The picture, if there is one: `[3, side, side]`, normalized.
+    pub pixels: Option<Vec<f32>>,
+    /// Where the tokens stand that are to be learned.
+    pub answers: Vec<Range<usize>>,
+}
+
+impl LlavaRlhfProcessor {
+    /// Reads the config files, the tokenizer and the reward prompt.
+    pub fn open(spec: &LlavaRlhfSpec) -> Result<Self, CheckpointError> {
+        let config = LlavaRlhfConfig::open(spec)?;
+        let processor =
+            ImageProcessorConfig::open_clip(&spec.vision, config.vision_config.image_size)?;
+        Ok(Self {
+            vicuna: Vicuna::open(&spec.base, config.text_config.vocab_size, &spec.prompt)?,
+            clip: Clip::new(&processor),
+            config,
+        })
+    }
+
+    /// The longest sequence, in tokens: conversation, picture and reward prompt together.
+    pub fn context(&self) -> usize {
+        self.config.text_config.max_position_embeddings
+    }
+
+    /// How many tokens judging `answer` takes, the picture included, however many that is. Only the
+    /// header of the picture is read.
+    pub fn count(&self, prompt: &ChatPrompt, answer: &str) -> Result<usize, RowFault> {
+        Ok(self.sequence(prompt, answer)?.ids.len())
+    }
+
+    /// The tokens by which each answer is judged; one that does not fit the context is refused, with
+    /// its number. Only the header of the picture is read.
+    pub fn ids(&self, group: &AnswerGroup<'_>) -> Result<Vec<JudgeIds>, RowFault> {
+        let context = self.context();
+        let fitting = |(index, answer): (usize, &&str)| {
+            let judged = self.sequence(group.prompt, answer)?;
+            let tokens = judged.ids.len();
+            if tokens > context {
+                return Err(RowFault(format!(
+                    "judging answer {index} takes {tokens} tokens, and the judge's context is {context}"
+                )));
+            }
+            Ok(judged)
+        };
+        group.answers.iter().enumerate().map(fitting).collect()
+    }
+
+    /// Decodes a picture: `[3, side, side]`, normalized.
+    pub fn pixels(&self, image: &EncodedImage) -> Result<Vec<f32>, RowFault> {
+        let rgb = decode(&image.bytes, PIXELS_MAX).map_err(|fault| named(image, &fault))?;
+        Ok(self.clip.pixels(rgb))
+    }
+
+    /// The whole group: the tokens of its answers and the pixels of its picture.
+    pub fn prepare(&self, group: &AnswerGroup<'_>) -> Result<Judged, RowFault> {
+        let pixels = group.prompt.images.first().map(|image| self.pixels(image));
+        Ok(Judged {
+            answers: self.ids(group)?,
+            pixels: pixels.transpose()?,
+        })
+    }
+
+    /// A whole conversation to learn from; one that does not fit the context is refused.
+    pub fn example(&self, example: &SftExample<'_>) -> Result<RewardSftTokens, RowFault> {
+        let (text, answers) = self.spoken(example)?;
+        fits(text.ids.len(), self.context())?;
+        let pixels = example.prompt.images.first();
+        let pixels = pixels.map(|image| self.pixels(image));
+        Ok(RewardSftTokens {
+            text,
+            pixels: pixels.transpose()?,
+            answers,
+        })
+    }
+
+    /// The tokens of a whole conversation, however many, and the places of those that are learned.
+    /// Only the header of the picture is read.
+    pub fn spoken(
+        &self,
+        example: &SftExample<'_>,
+    ) -> Result<(JudgeIds, Vec<Range<usize>>), RowFault> {
+        let SftExample {
+            prompt,
+            answer,
+            learned,
+            ..
+        } = *example;
+        let picture_tokens = self.picture_tokens(prompt)?;
+        self.vicuna.example(prompt, answer, learned, picture_tokens)
+    }
+
+    /// The tokens by which `answer` is judged, however many. Only the header of the picture is read.
+    pub fn sequence(&self, prompt: &ChatPrompt, answer: &str) -> Result<JudgeIds, RowFault> {
+        let picture_tokens = self.picture_tokens(prompt)?;
+        self.vicuna.judged(prompt, answer, picture_tokens)
+    }
+
+    /// The tokens that the prompt's picture takes, if there is one.
+    fn picture_tokens(&self, prompt: &ChatPrompt) -> Result<Option<usize>, RowFault> {
+        match prompt.images.as_slice() {
+            [] => Ok(None),
+            [image] => {
+                probe(&image.bytes).map_err(|fault| named(image, &fault))?;
+                Ok(Some(self.config.vision_config.patches()))
+            }
+            several => {
+                let count = several.len();
+                let problem = format!("has {count} pictures, and LLaVA-RLHF judges by one");
+                Err(RowFault(problem))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test_util::{png, prompt, reward_folder};
+
+    #[test]
+    fn all_answers_of_a_prompt_are_judged_by_one_picture() {
+        let (_folder, spec) = reward_folder();
+        let prep = LlavaRlhfProcessor::open(&spec).unwrap();
+        let prompt = prompt(vec![png(100, 61)], "What?");
+        let group = AnswerGroup {
+            prompt: &prompt,
+            answers: vec!["A cat.", "A dog, I think."],
+            numbers: Vec::new(),
+        };
+        let judged = prep.prepare(&group).unwrap();
+        assert_eq!(judged.pixels.unwrap().len(), 3 * 56 * 56);
+        for (answer, judged) in group.answers.iter().zip(&judged.answers) {
+            assert_eq!(judged.image.clone().unwrap().len(), 16);
+            assert_eq!(prep.count(&prompt, answer).unwrap(), judged.ids.len());
+        }
+    }
+
+    #[test]
+    fn two_pictures_and_an_answer_beyond_the_context_are_faults() {
+        let (_folder, spec) = reward_folder();
+        let prep = LlavaRlhfProcessor::open(&spec).unwrap();
+        let two = prompt(vec![png(9, 9), png(9, 9)], "What?");
+        assert!(prep.count(&two, "A.").unwrap_err().0.contains("2 pictures"));
+        let one = prompt(vec![png(9, 9)], "What?");
+        let long = "x".repeat(512);
+        let group = AnswerGroup {
+            prompt: &one,
+            answers: vec!["short", &long],
+            numbers: Vec::new(),
+        };
+        let fault = prep.ids(&group).unwrap_err();
+        assert!(fault.0.starts_with("judging answer 1 takes"), "{fault}");
+    }
+}

@@ -1,0 +1,130 @@
+//! Claiming: which tables of the run are current, which are made again, and which come back.
+//!
+//! A complete table that was made under another key stays what readers see until its new version is
+//! complete; so does all that was made from it. Tables that the plan does not have are set aside when a
+//! whole run is done.
+
+use serde_json::Value;
+
+use super::keys::{explain, explained, in_words};
+use super::{Runner, Slot, titled};
+use crate::config::PlannedStage;
+use crate::stages::{Failure, StageKind, TableName};
+use ovchat_data::store::TableVersion;
+
+impl Runner<'_> {
+    /// Sees to it that the manifest has a version under this key, to be begun or gone on with, whose
+    /// checkpoint will lie in the folder `checkpoint`. False when it is complete already, if only staged.
+    pub(super) fn claim(
+        &mut self,
+        table: &TableName,
+        round: Option<u32>,
+        kind: Option<&str>,
+        key: &str,
+        because: &Value,
+        checkpoint: Option<&str>,
+    ) -> Result<bool, Failure> {
+        let name = table.as_str();
+        let explained = explained(because, self.plan.stage(table));
+        let manifest = self.folder.manifest();
+        let goes_on = manifest
+            .staged(name, round)
+            .is_some_and(|made| made.key == key);
+        if let Some(made) = manifest.find(name, round)
+            && made.key != key
+            && !goes_on
+        {
+            let reasons = explain(&made.because, &explained);
+            let reasons = in_words(&reasons, self.plan, table);
+            let mut parked = manifest.parked.iter().map(|parked| &parked.made);
+            let returns =
+                parked.any(|made| made.is(name, round) && made.key == key && made.complete);
+            let deed = if returns {
+                "is brought back"
+            } else {
+                "is made again"
+            };
+            let title = titled(table, round);
+            self.report.note(&format!("{title} {deed}: {reasons}"));
+        }
+        if !goes_on {
+            self.folder.archive_staged(name, round)?;
+            let is_blocked = self.folder.is_blocked(name, round, key, checkpoint);
+            let current = self.folder.manifest().find(name, round);
+            if current.is_some_and(|made| !made.complete && (made.key != key || is_blocked)) {
+                self.folder.archive(name, round)?;
+            }
+            let current = self.folder.manifest().find(name, round);
+            if current.is_none_or(|made| made.key != key) {
+                self.folder.restore(name, round, key, checkpoint)?;
+            }
+        }
+        if let Some(made) = self.folder.manifest().under_way(name, round)
+            && made.key == key
+        {
+            return Ok(!made.complete);
+        }
+        let made = TableVersion {
+            table: name.to_owned(),
+            round,
+            kind: kind.map(str::to_owned),
+            key: key.to_owned(),
+            because: explained,
+            part_groups: 0,
+            is_gathered: false,
+            complete: false,
+            content: None,
+            parts: Vec::new(),
+            states: Vec::new(),
+            checkpoint: None,
+            expected: self.expected(table, round),
+        };
+        self.folder.begin(made, checkpoint)?;
+        Ok(true)
+    }
+
+    /// The tables that the pipeline no longer has, or has not in that round.
+    pub(super) fn unplanned(&self, slots: &[Slot<'_>]) -> Vec<TableVersion> {
+        let planned = |made: &TableVersion| {
+            slots.iter().any(|(stage, round)| {
+                *round == made.round
+                    && tables_of(stage)
+                        .iter()
+                        .any(|table| table.as_str() == made.table)
+            })
+        };
+        let manifest = self.folder.manifest();
+        let made = manifest.made.iter();
+        made.filter(|made| !planned(made) && !manifest.is_kept(made.round))
+            .cloned()
+            .collect()
+    }
+
+    /// Sets these tables aside, and versions that a whole run did not go on with: nobody should query or export them as if they belonged to the pipeline.
+    pub(super) fn archive_unplanned(&mut self, slots: &[Slot<'_>]) -> Result<(), Failure> {
+        for made in self.unplanned(slots) {
+            self.folder.archive(&made.table, made.round)?;
+        }
+        let staged = self.folder.manifest().staged.iter();
+        let staged: Vec<_> = staged
+            .map(|made| (made.table.clone(), made.round))
+            .collect();
+        for (table, round) in staged {
+            self.folder.archive_staged(&table, round)?;
+        }
+        Ok(())
+    }
+}
+
+/// The tables that a stage makes: its own, and the one that a training needs before its first step.
+pub(super) fn tables_of(stage: &PlannedStage) -> Vec<TableName> {
+    let mut tables = vec![stage.name.clone()];
+    // A query's SQL may be read from a file; only trainings have a second table.
+    if stage.kind.is_some()
+        && let StageKind::Train(work) = stage.spec.as_stage().work()
+        && let Some((before, _)) = work.before(&stage.name)
+    {
+        tables.push(before);
+    }
+    tables
+}

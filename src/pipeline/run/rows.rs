@@ -1,0 +1,372 @@
+//! Mapping: parts of a table's groups are computed, committed and resumed, one after the other.
+
+use std::cell::RefCell;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use arrow::array::RecordBatch;
+use arrow::datatypes::SchemaRef;
+
+use super::groups::{Groups, Taken};
+use super::models::RunModels;
+use super::{Runner, count, took, write_beside};
+use crate::config::PlannedStage;
+use crate::run::report::Tally;
+use crate::run::{Start, Unit};
+use crate::stages::{BatchStage, Failure, InputTables, Outcome, StageContext, TableName, rejects};
+use ovchat_data::store::{Event, FileRecord, Key, Lookup, PartRecord, Place, TableVersion, Took};
+use ovchat_data::tables::{RejectClass, Telemetry};
+use ovchat_io::mask::Mask;
+use ovchat_models as models;
+
+/// A table under way.
+struct Mapping<'w> {
+    table: &'w TableName,
+    round: Option<u32>,
+    work: &'w dyn BatchStage,
+    base: &'w Key,
+    /// What there was of it when this run took it up.
+    made: TableVersion,
+    part_groups: u32,
+    groups: Groups,
+    models: RunModels<'w>,
+    inputs: InputTables,
+    reuse: Vec<Lookup>,
+    /// Rows of the input, and how many of them are done.
+    total: u64,
+    done: u64,
+    is_started: bool,
+    tally: Tally,
+}
+
+/// What became of a part.
+enum Computed {
+    /// There are no more rows.
+    End,
+    /// It is there already.
+    There,
+    Part(Box<Parcel>),
+}
+
+/// A part that was computed and is not written.
+struct Parcel {
+    part: u32,
+    /// Groups of the input that went in.
+    groups: u64,
+    outcomes: Vec<Outcome<RecordBatch>>,
+    telemetry: Option<Telemetry>,
+    oom_retries: u64,
+    took: Took,
+    /// Rows of the input that are done with it.
+    done: u64,
+}
+
+impl Runner<'_> {
+    /// Makes what is missing of `table`, the stage's own table or one that it needs before. A part is
+    /// written while the next is computed.
+    pub(super) fn map(
+        &mut self,
+        stage: &PlannedStage,
+        table: &TableName,
+        round: Option<u32>,
+        work: &dyn BatchStage,
+        base: &Key,
+    ) -> Result<(), Failure> {
+        let made = self
+            .folder
+            .manifest()
+            .under_way(table.as_str(), round)
+            .expect("a table that was begun")
+            .clone();
+        let input_round = self.plan.round_of(work.input(), round);
+        let files = self.folder.files(work.input().as_str(), input_round);
+        let groups = Groups::open(files, work.reads())?;
+        // Parts that an earlier version cut elsewhere are made again.
+        let made = if groups.is_gathered() && !made.is_gathered {
+            let made = TableVersion {
+                is_gathered: true,
+                parts: Vec::new(),
+                ..made
+            };
+            self.folder.record(made.clone())?;
+            made
+        } else {
+            made
+        };
+        let total = self
+            .folder
+            .manifest()
+            .find(work.input().as_str(), input_round)
+            .map_or(0, TableVersion::rows);
+        // Parts that exist were cut as the run that began them was told to.
+        let part_groups = if made.parts.is_empty() {
+            work.part_groups()
+        } else {
+            made.part_groups
+        };
+        if made.part_groups != part_groups {
+            self.folder.record(TableVersion {
+                part_groups,
+                ..made.clone()
+            })?;
+        }
+        let pen = Arc::new(Pen {
+            place: self.folder.place(table.as_str(), round),
+            table: table.clone(),
+            round,
+            schema: work.schema(),
+            footer: self.footer(None),
+            key: made.key.clone(),
+            mask: self.plan.secrets.mask(),
+        });
+        let mut mapping = Mapping {
+            table,
+            round,
+            work,
+            base,
+            made,
+            part_groups,
+            groups,
+            models: self.models(stage, round)?,
+            inputs: self.input_tables(stage, round)?,
+            reuse: self.reuse(table, round)?,
+            total,
+            done: 0,
+            is_started: false,
+            tally: Tally::default(),
+        };
+        let mut written: Option<(u64, JoinHandle<Result<PartRecord, Failure>>)> = None;
+        for part in 0.. {
+            let computed = self.compute(&mut mapping, part);
+            // Whatever became of this part, the one before is finished work.
+            if let Some((done, writing)) = written.take() {
+                let record = writing.join().expect("a part is written without a panic")?;
+                self.folder.commit(Event::Part {
+                    table: table.to_string(),
+                    round,
+                    part: record,
+                    state: None,
+                })?;
+                self.report.progress(done);
+            }
+            match computed? {
+                Computed::End => break,
+                Computed::There => {}
+                Computed::Part(parcel) => {
+                    let pen = Arc::clone(&pen);
+                    written = Some((parcel.done, thread::spawn(move || pen.write(*parcel))));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Computes the next part.
+    fn compute(&mut self, mapping: &mut Mapping<'_>, part: u32) -> Result<Computed, Failure> {
+        let (table, round) = (mapping.table, mapping.round);
+        let Taken { rows, lengths } = mapping.groups.take(mapping.part_groups as usize)?;
+        if lengths.is_empty() {
+            return Ok(Computed::End);
+        }
+        let part_rows = lengths.iter().sum::<usize>() as u64;
+        let done_before = mapping.done;
+        mapping.done += part_rows;
+        if mapping.made.parts.iter().any(|done| done.part == part) {
+            return Ok(Computed::There);
+        }
+        if !mapping.is_started {
+            mapping.is_started = true;
+            self.report.start(Start {
+                table,
+                round,
+                unit: Unit::Rows,
+                total: Some(mapping.total),
+                done: done_before,
+            });
+        }
+        self.stop_if_asked()?;
+        let begun = Instant::now();
+        let report = RefCell::new(&mut *self.report);
+        let interrupt = self.interrupt;
+        let said = &mut self.said;
+        let mut telemetry = models::ModelTelemetry::default();
+        let mut ctx = StageContext {
+            table,
+            round,
+            seed: self.plan.seed,
+            models: &mut mapping.models,
+            input_tables: &mut mapping.inputs,
+            stopping: &|| interrupt.raised(),
+            progress: &mut |rows| report.borrow_mut().progress(done_before + rows),
+            telemetry: &mut telemetry,
+            say: &mut |text| {
+                if said.insert(text.to_owned()) {
+                    report.borrow_mut().note(text);
+                }
+            },
+        };
+        let reuse = &mut mapping.reuse;
+        let mut known = |key: &str| {
+            for making in reuse.iter_mut() {
+                if let Some(rows) = making.get(key)? {
+                    return Ok(Some(rows));
+                }
+            }
+            Ok(None)
+        };
+        let work = mapping.work;
+        let (outcomes, computed) =
+            work.make(&mut ctx, &rows, &lengths, mapping.base, &mut known)?;
+        for outcome in &outcomes {
+            if let Outcome::TableVersion(rows) = outcome {
+                mapping.tally.rewards(rows);
+            }
+        }
+        report.borrow_mut().figures(&mapping.tally.figures);
+        let has_telemetry = telemetry.prompts > 0;
+        let row = || row_of(&telemetry, table, round, part, begun.elapsed());
+        Ok(Computed::Part(Box::new(Parcel {
+            part,
+            groups: lengths.len() as u64,
+            outcomes,
+            telemetry: has_telemetry.then(row),
+            oom_retries: telemetry.oom_retries,
+            took: took(begun, computed),
+            done: mapping.done,
+        })))
+    }
+
+    /// What decides a row beside its group: the stage's settings and models and, where it draws,
+    /// seed, round and table.
+    pub(super) fn row_base(
+        &mut self,
+        stage: &PlannedStage,
+        round: Option<u32>,
+    ) -> Result<Key, Failure> {
+        let mut because = self.because(stage, round)?;
+        because["inputs"] = serde_json::Value::Null;
+        Ok(Key::new("row").with_json(&because))
+    }
+
+    /// The rows of superseded versions of this table, by their keys; the latest version first. Each has
+    /// an index of its own: rows of one key lie together in one version, not in several.
+    fn reuse(&self, table: &TableName, round: Option<u32>) -> Result<Vec<Lookup>, Failure> {
+        let manifest = self.folder.manifest();
+        // The version that a staged one is going to replace is the latest.
+        let current = manifest.find(table.as_str(), round);
+        let replaced = current.filter(|_| manifest.staged(table.as_str(), round).is_some());
+        let parked = manifest.parked.iter().rev().map(|parked| &parked.made);
+        let mut versions = Vec::new();
+        for made in replaced.into_iter().chain(parked) {
+            if made.table == table.as_str() && made.round == round {
+                let path = |file: &FileRecord| self.folder.root().join(&file.file);
+                let files: Vec<_> = made.files().map(path).collect();
+                versions.push(Lookup::open(files, "row_key")?);
+            }
+        }
+        Ok(versions)
+    }
+}
+
+/// Writes the parts of a table.
+struct Pen {
+    place: Place,
+    table: TableName,
+    round: Option<u32>,
+    schema: SchemaRef,
+    footer: Vec<(&'static str, String)>,
+    key: String,
+    mask: Mask,
+}
+
+impl Pen {
+    fn write(&self, parcel: Parcel) -> Result<PartRecord, Failure> {
+        let Parcel { part, .. } = parcel;
+        let mut footer = self.footer.clone();
+        footer.push(("ovchat.key", self.key.clone()));
+        let footer = with_halvings(footer, parcel.oom_retries);
+        let mut writer = self
+            .place
+            .writer(&format!("part-{part:05}"), &self.schema, &footer);
+        let mut set_aside = Vec::new();
+        for outcome in parcel.outcomes {
+            match outcome {
+                Outcome::TableVersion(rows) => writer.write(&rows)?,
+                Outcome::SetAside { id, class, reason } => set_aside.push((id, class, reason)),
+            }
+        }
+        let rejects = rejects(&self.table, self.round, set_aside, &self.mask);
+        let telemetry = match parcel.telemetry {
+            Some(row) => write_beside(&self.place, "telemetry", part, &self.footer, &[row])?,
+            None => Vec::new(),
+        };
+        Ok(PartRecord {
+            part,
+            rows_in: parcel.groups,
+            files: writer.finish()?,
+            rejects: write_beside(&self.place, "rejects", part, &self.footer, &rejects)?,
+            telemetry,
+            faults: count(&rejects, RejectClass::Fault),
+            dropped: count(&rejects, RejectClass::Dropped),
+            took: Some(parcel.took),
+        })
+    }
+}
+
+fn row_of(
+    telemetry: &models::ModelTelemetry,
+    table: &TableName,
+    round: Option<u32>,
+    part: u32,
+    took: Duration,
+) -> Telemetry {
+    let count = |number: u64| number as i64;
+    let places = telemetry.steps * telemetry.rows_max;
+    Telemetry {
+        stage: table.to_string(),
+        round: round.map(u32::cast_signed),
+        part: part.cast_signed(),
+        prompts: count(telemetry.prompts),
+        pictures: count(telemetry.images),
+        tower_passes: count(telemetry.tower_passes),
+        prompt_tokens: count(telemetry.prompt_tokens),
+        shared_tokens: count(telemetry.shared_tokens),
+        answer_tokens: count(telemetry.answer_tokens),
+        steps: count(telemetry.steps),
+        occupancy: (places > 0).then(|| telemetry.step_rows as f64 / places as f64),
+        retries: count(telemetry.retries),
+        rows_max: count(telemetry.rows_max),
+        tokens_max: count(telemetry.tokens_max),
+        halvings: count(telemetry.oom_retries),
+        seconds_pictures: telemetry.seconds_pictures,
+        seconds_waiting: telemetry.seconds_waiting,
+        seconds_tower: telemetry.seconds_tower,
+        seconds_prefill: telemetry.seconds_prefill,
+        seconds_decode: telemetry.seconds_decode,
+        seconds: took.as_secs_f64(),
+        peak_memory: peak_memory(),
+    }
+}
+
+/// A footer that says that memory ran out, if it did: answers then had other neighbors than planned,
+/// which shows in the last bits of their log-probabilities.
+pub(super) fn with_halvings(
+    mut footer: Vec<(&'static str, String)>,
+    oom_retries: u64,
+) -> Vec<(&'static str, String)> {
+    if oom_retries > 0 {
+        footer.push(("ovchat.halvings", oom_retries.to_string()));
+    }
+    footer
+}
+
+/// The most memory that this process took so far, in bytes, where Linux tells.
+fn peak_memory() -> Option<i64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kilobytes: i64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kilobytes * 1024)
+}

@@ -1,0 +1,197 @@
+//! What the beginning and the end of a source say against loading it.
+
+use std::io::{Read as _, Seek as _, SeekFrom};
+use std::num::NonZeroU32;
+use std::path::Path;
+
+use super::formats;
+use super::work::{Failure, Record};
+use ovchat_io::files;
+
+/// The records that are looked at.
+const LOOKED_AT: usize = 20;
+
+/// The largest JSON list that is read to its end, in bytes.
+const LIST_MAX: u64 = 16 << 20;
+
+/// The bytes at the end that are looked at.
+const END: i64 = 4096;
+
+/// The largest Parquet file that is looked at, in bytes.
+const PARQUET_MAX: u64 = 16 << 20;
+
+/// What is wrong with a source.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SourceProblem {
+    pub words: String,
+    /// Whether nothing of it can be loaded; records behind those that were looked at may be better.
+    pub is_certain: bool,
+}
+
+/// Looks at the first records of the source at `path`, of which `limit` are loaded; `read` says why a
+/// record can't be used.
+pub fn objection(
+    path: &Path,
+    limit: Option<NonZeroU32>,
+    mut read: impl FnMut(&Record) -> Result<(), String>,
+) -> Option<SourceProblem> {
+    let certain = |words: String| {
+        Some(SourceProblem {
+            words,
+            is_certain: true,
+        })
+    };
+    // Pictures may lie in it, and a thousand rows are read at once.
+    let is_large = path.metadata().is_ok_and(|found| found.len() > PARQUET_MAX);
+    if is_large && path.extension().is_some_and(|end| end == "parquet") {
+        return None;
+    }
+    let records = match formats::records(path) {
+        Ok(records) => records,
+        Err(failure) => return certain(problem(failure)),
+    };
+    let mut count = 0;
+    let mut first = None;
+    let limit = limit.map_or(usize::MAX, |limit| limit.get() as usize);
+    let is_read_whole = limit == usize::MAX;
+    let mut records = records.take(limit);
+    for record in records.by_ref().take(LOOKED_AT) {
+        match record {
+            Err(failure) => return certain(problem(failure)),
+            Ok(record) => match read(&record) {
+                Ok(()) if is_read_whole && is_cut_off(path) => return Some(cut_off()),
+                // Nothing is loaded of a list with a syntax error anywhere.
+                Ok(()) if path.metadata().is_ok_and(|found| found.len() <= LIST_MAX) => {
+                    let failure = records.find_map(Result::err)?;
+                    return certain(problem(failure));
+                }
+                Ok(()) => return None,
+                Err(reason) => {
+                    count += 1;
+                    first.get_or_insert_with(|| format!("{}: {reason}", record.place));
+                }
+            },
+        }
+    }
+    let first = first?;
+    let of = match count {
+        count if count == limit => format!("none of the first {count} records can be used"),
+        1 => "its only record can't be used".to_owned(),
+        LOOKED_AT => format!("none of its first {LOOKED_AT} records can be used"),
+        count => format!("none of its {count} records can be used"),
+    };
+    Some(SourceProblem {
+        words: format!("{of}; {first}"),
+        is_certain: count < LOOKED_AT,
+    })
+}
+
+/// A problem without the name of the file.
+fn problem(failure: Failure) -> String {
+    match failure {
+        Failure::Input { problem, .. } => problem,
+        other => other.to_string(),
+    }
+}
+
+fn cut_off() -> SourceProblem {
+    SourceProblem {
+        words: "it begins as a JSON list and has no `]` at its end: it is cut off".to_owned(),
+        is_certain: true,
+    }
+}
+
+/// Whether a file begins as a JSON list does, and does not end as one.
+fn is_cut_off(path: &Path) -> bool {
+    let ends = || -> std::io::Result<bool> {
+        let mut file = files::open(path)?;
+        let mut start = Vec::new();
+        file.by_ref().take(END as u64).read_to_end(&mut start)?;
+        if start.trim_ascii_start().first() != Some(&b'[') {
+            return Ok(true);
+        }
+        let length = file.seek(SeekFrom::End(0))?.cast_signed();
+        file.seek(SeekFrom::End(-END.min(length)))?;
+        let mut end = Vec::new();
+        file.read_to_end(&mut end)?;
+        let end = end.trim_ascii_end();
+        Ok(end.is_empty() || end.ends_with(b"]"))
+    };
+    ends().is_ok_and(|ends| !ends)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(text: &str, is_certain: bool, words: &str) {
+        check_with_limit(None, text, is_certain, words);
+    }
+
+    #[track_caller]
+    fn check_with_limit(limit: Option<NonZeroU32>, text: &str, is_certain: bool, words: &str) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("prompts.json");
+        std::fs::write(&path, text).unwrap();
+        let found = objection(&path, limit, |record| match &record.fields {
+            Ok(fields) if fields["prompt"].is_string() => Ok(()),
+            Ok(_) => Err("it has no `prompt`".to_owned()),
+            Err(problem) => Err(problem.clone()),
+        });
+        let found = found.unwrap_or(SourceProblem {
+            words: String::new(),
+            is_certain: false,
+        });
+        assert_eq!((found.is_certain, &*found.words), (is_certain, words));
+    }
+
+    #[test]
+    fn what_lies_behind_the_limit_is_not_looked_at() {
+        let two = NonZeroU32::new(2);
+        let text = r#"[{"prompt": "a"}, {"prompt": "b"}, {"prompt" "c"}]"#;
+        check_with_limit(two, text, false, "");
+        let none = "{\"x\": 1}\n{\"x\": 1}\n{\"prompt\": \"a\"}\n";
+        let words = "none of the first 2 records can be used; line 1: it has no `prompt`";
+        check_with_limit(two, none, true, words);
+    }
+
+    #[test]
+    fn the_beginning_and_the_end_are_looked_at() {
+        check(r#"[{"prompt": "a"}, {"image": "b"}] "#, false, "");
+        check(
+            r#"[{"prompt": "a"}, {"prompt" "b"}, {"prompt": "c"}]"#,
+            true,
+            "not a JSON list: expected `:` at line 1 column 29",
+        );
+        check(r#"{"prompt": "a"}"#, false, "");
+        check("{\"x\": 1}\n{\"prompt\": \"a\"}\n", false, "");
+        check("", true, "it has no records");
+        check(" [ ]", true, "it has no records");
+        check(
+            r#"[{"prompt": "a"}, {"prompt": "#,
+            true,
+            "it begins as a JSON list and has no `]` at its end: it is cut off",
+        );
+        check(
+            r#"[{"prompt": "#,
+            true,
+            "not a JSON list: EOF while parsing a value at line 1 column 12",
+        );
+        check(
+            r#"{"data": [{"prompt": "a"}]}"#,
+            true,
+            "its only record can't be used; line 1: it has no `prompt`",
+        );
+        check(
+            &"{\"x\": 1}\n".repeat(50),
+            false,
+            "none of its first 20 records can be used; line 1: it has no `prompt`",
+        );
+        check(
+            "prompt,image\n",
+            true,
+            "it is neither a JSON list, nor JSON lines, nor Parquet (named *.parquet)",
+        );
+    }
+}

@@ -1,0 +1,123 @@
+//! Prompts with their continuations, read in one pass.
+
+use tch::Tensor;
+
+use super::super::attention::{KeyValue, attend_causally, attend_masked, branch_mask, tree_mask};
+use super::super::layers::RotaryCosSin;
+use super::{joined, runs};
+
+/// A prompt with whole continuations of it, which are blind to each other.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PackedSequence {
+    /// Tokens of the prompt.
+    pub prompt: i64,
+    /// The tokens of each continuation.
+    pub branches: Vec<i64>,
+    /// The first token of the prompt whose hidden state is wanted; all behind it are, too.
+    pub wanted_from: i64,
+}
+
+impl PackedSequence {
+    /// Tokens of the prompt and its continuations.
+    pub fn tokens(&self) -> i64 {
+        self.prompt + self.branches.iter().sum::<i64>()
+    }
+
+    /// The first position and the length of the prompt, and of each continuation.
+    pub fn places(&self) -> impl Iterator<Item = (i64, i64)> {
+        let branches = self.branches.iter().map(|&length| (self.prompt, length));
+        std::iter::once((0, self.prompt)).chain(branches)
+    }
+
+    /// How many hidden states are wanted.
+    pub fn wanted(&self) -> i64 {
+        self.tokens() - self.wanted_from
+    }
+}
+
+/// Trees of tokens one after the other, with what attention needs to know of them.
+pub struct PackedBatch {
+    trees: Vec<PackedSequence>,
+    /// Where each tree starts among the tokens of all, and its tokens.
+    runs: Vec<(i64, i64)>,
+    pub angles: RotaryCosSin,
+    /// Of each tree, what its continuations see; `None` where there are none.
+    branches: Vec<Option<Tensor>>,
+    /// Of each tree, what the wanted tokens see; `None` where all are wanted.
+    wanted: Vec<Option<Tensor>>,
+}
+
+impl PackedBatch {
+    /// `angles` are those of the tokens of all, `embeds` their embeddings.
+    pub fn new(trees: Vec<PackedSequence>, angles: RotaryCosSin, embeds: &Tensor) -> Self {
+        let lengths: Vec<i64> = trees.iter().map(PackedSequence::tokens).collect();
+        assert_eq!(embeds.size()[0], lengths.iter().sum::<i64>());
+        let on_device = |mask: Tensor| mask.to_device(embeds.device()).to_kind(embeds.kind());
+        let of_branches = |tree: &PackedSequence| {
+            let mask = || on_device(branch_mask(&tree.branches, tree.prompt));
+            (tree.tokens() > tree.prompt).then(mask)
+        };
+        let of_wanted = |tree: &PackedSequence| {
+            let mask = || on_device(tree_mask(&tree.branches, tree.prompt, tree.wanted_from));
+            (tree.wanted_from > 0).then(mask)
+        };
+        Self {
+            runs: runs(&lengths),
+            angles,
+            branches: trees.iter().map(of_branches).collect(),
+            wanted: trees.iter().map(of_wanted).collect(),
+            trees,
+        }
+    }
+
+    /// Attention of every token of a tree, of which alone `q` and `own` are.
+    fn attend_whole(&self, tree: usize, q: &Tensor, own: &KeyValue) -> Tensor {
+        let PackedSequence { prompt, .. } = self.trees[tree];
+        let on_prompt = attend_causally(&q.narrow(1, 0, prompt), &own.of_tokens(0, prompt));
+        match &self.branches[tree] {
+            None => on_prompt,
+            Some(mask) => {
+                let q = q.narrow(1, prompt, q.size()[1] - prompt);
+                Tensor::cat(&[on_prompt, attend_masked(&q, own, mask)], 1)
+            }
+        }
+    }
+
+    /// The queries of all tokens to what they mix.
+    pub fn attend_all(&self, q: &Tensor, own: &KeyValue) -> Tensor {
+        let of_tree = |(tree, &(start, length)): (usize, &(i64, i64))| {
+            let q = q.narrow(1, start, length);
+            self.attend_whole(tree, &q, &own.of_tokens(start, length))
+        };
+        let mixed = self.runs.iter().enumerate().map(of_tree).collect();
+        joined(mixed).expect("a tree")
+    }
+
+    /// The wanted rows of `xs`, which has one for each token of all.
+    pub fn pick(&self, xs: &Tensor) -> Tensor {
+        let wanted = |(tree, &(start, _)): (&PackedSequence, &(i64, i64))| {
+            xs.narrow(0, start + tree.wanted_from, tree.wanted())
+        };
+        let picked: Vec<Tensor> = self.trees.iter().zip(&self.runs).map(wanted).collect();
+        Tensor::cat(&picked, 0)
+    }
+
+    /// The queries of the wanted tokens to what they mix.
+    pub fn attend_wanted(&self, q: &Tensor, own: &KeyValue) -> Tensor {
+        let mut first = 0;
+        let mut mixed = Vec::with_capacity(self.trees.len());
+        for (index, tree) in self.trees.iter().enumerate() {
+            let (start, length) = self.runs[index];
+            let (q, own) = (
+                q.narrow(1, first, tree.wanted()),
+                own.of_tokens(start, length),
+            );
+            mixed.push(match &self.wanted[index] {
+                Some(mask) => attend_masked(&q, &own, mask),
+                None => self.attend_whole(index, &q, &own),
+            });
+            first += tree.wanted();
+        }
+        joined(mixed).expect("a tree")
+    }
+}

@@ -1,0 +1,476 @@
+//! DPO training of a policy: of all of its network, of parts of it, or of an adapter.
+//!
+//! A pair is one pass over `[prompt | chosen | rejected]`: the prompt is read once, both answers
+//! behind it, and logits are computed only where they predict an answer's token. Short pairs go side
+//! by side, long ones one by one; their gradients add up. Weights that are trained are in float32; what
+//! they are used in is computed in the precision of the model's spec. Dropout there is none in any
+//! published config (`attention_dropout` 0), so training and inference compute the same.
+//!
+//! Which tokens count is the answer's and its stop token, or what other programs count ([`Mask`]).
+
+mod pass;
+
+use std::fs;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use rayon::prelude::*;
+use tch::{Device, Kind};
+
+use self::pass::{Counting, PairTokens, Pass, measure, prepare};
+use super::budget::{TrainingBudget, packs};
+use super::checkpoint::{Checkpoint, Parts, Purpose, Reader};
+use super::device;
+use super::dpo::{PairLogps, PairLoss, losses};
+use super::error::guarded;
+use super::layer_stack::SavedActivations;
+use super::layers::Dropout;
+use super::llava_onevision::{LlavaOnevision, is_tied};
+use super::lora::{Adapted, Adapter, Names, SavedAdapterConfig, Start, save_adapter};
+use super::optimizer::Parameter;
+use super::training::{TrainingState, doing, not_finite, row_error};
+use super::weights::refuse;
+use ovchat_models::checkpoint::{
+    AdapterConfig, LlavaOnevisionConfig, PACK_TOKENS_MAX, TrainingSizes, part_of,
+};
+use ovchat_models::preprocess::LlavaOnevisionProcessor;
+use ovchat_models::{
+    self as models, DpoReport, DpoSettings, DpoTrainer, Example, LoraSettings, Loss, ModelError,
+    Objective, Part, Trained, Trainer,
+};
+
+/// Pairs whose pictures are decoded and cut before the first of them is read.
+const PREPARED_MAX: usize = 8;
+
+/// Logits that are in memory at once: 256 MB in float32, and again for their gradients.
+const LOGITS_MAX: i64 = 1 << 26;
+
+/// LLaVA-OneVision as a learner.
+pub struct LlavaOnevisionDpo {
+    prep: LlavaOnevisionProcessor,
+    network: LlavaOnevision,
+    training: TrainingState,
+    objective: Objective,
+    counting: Counting,
+    /// The parts that gradients go to.
+    parts: Parts,
+    budget: TrainingBudget,
+    /// Tokens and tiles of the largest pair that is known.
+    largest: [usize; 2],
+    /// Logits that are in memory at once.
+    logits_max: i64,
+    written: TrainingOutput,
+}
+
+/// What comes out of the training.
+enum TrainingOutput {
+    /// The checkpoint, with the trained weights in the place of its own.
+    Checkpoint(Checkpoint),
+    /// An adapter to the weights in the folder `base`.
+    Adapter {
+        base: PathBuf,
+        settings: LoraSettings,
+        dropout: Rc<Dropout>,
+    },
+}
+
+/// Sums over the pairs of a step.
+#[derive(Debug, Default)]
+struct Sums {
+    loss: f64,
+    rewards: [f64; 2],
+    accurate: f64,
+    logps: [f64; 2],
+    tokens: u64,
+}
+
+impl Sums {
+    fn add(&mut self, pair: &PairLogps, loss: &PairLoss, beta: f64, tokens: usize) {
+        let rewards = pair.rewards(beta);
+        self.loss += loss.loss;
+        self.accurate += f64::from(u8::from(rewards[0] > rewards[1]));
+        self.tokens += tokens as u64;
+        let add = |sums: &mut [f64; 2], [chosen, rejected]: [f64; 2]| {
+            sums[0] += chosen;
+            sums[1] += rejected;
+        };
+        add(&mut self.rewards, rewards);
+        add(&mut self.logps, pair.policy);
+    }
+}
+
+impl LlavaOnevisionDpo {
+    /// What trains it.
+    #[cfg(test)]
+    pub fn training(&self) -> &TrainingState {
+        &self.training
+    }
+
+    /// Opens the checkpoint, and an adapter: the one that `spec` names, or a fresh one.
+    pub fn open(
+        spec: &models::LlavaOnevisionSpec,
+        settings: &DpoSettings,
+    ) -> Result<Self, ModelError> {
+        let prep = LlavaOnevisionProcessor::open(&spec.weights)?;
+        let (device, kind) = device::choose(spec.device, spec.dtype)?;
+        let (config, on) = (&prep.config, (device, kind));
+        let optimizer = settings.optimization.optimizer;
+        let element = kind.elt_size_in_bytes() as u64;
+        let sizes = TrainingSizes::new(config, &settings.trained, optimizer, element);
+        let budget = TrainingBudget::plan(spec.memory_gb, device, sizes, settings.checkpointing);
+        let budget = budget.map_err(|problem| refuse(&spec.weights, problem))?;
+        let checkpoint = Checkpoint::open(&spec.weights)?;
+        let opened = match &settings.trained {
+            Trained::Parts(parts) => open_parts(spec, checkpoint, config, on, parts)?,
+            Trained::Lora(lora) => open_lora(spec, &checkpoint, config, on, lora)?,
+        };
+        let mut training = TrainingState::new(opened.parameters, &settings.optimization)?;
+        if let Trained::Parts(trained) = &settings.trained {
+            training.set_rates(|name| {
+                let own = trained.iter().find(|(part, _)| *part == part_of(name));
+                own.and_then(|&(_, rate)| rate)
+            });
+        }
+        Ok(Self {
+            prep,
+            network: opened.network,
+            training,
+            objective: settings.objective.clone(),
+            counting: Counting {
+                mask: settings.mask,
+                newlines: settings.newlines,
+            },
+            parts: opened.parts,
+            budget,
+            largest: [0; 2],
+            logits_max: LOGITS_MAX,
+            written: opened.written,
+        })
+    }
+
+    /// Goes through pairs in what goes side by side: `visit` is given the places of some, and these
+    /// as the network takes them.
+    fn in_packs(
+        &self,
+        pairs: &[Example<'_>],
+        mut visit: impl FnMut(Range<usize>, &[PairTokens]) -> Result<(), ModelError>,
+    ) -> Result<(), ModelError> {
+        let (prep, counting) = (&self.prep, self.counting);
+        for (chunk, pairs) in pairs.chunks(PREPARED_MAX).enumerate() {
+            let tokens: Vec<Result<PairTokens, ModelError>> = pairs
+                .par_iter()
+                .map(|pair| prepare(prep, counting, pair))
+                .collect();
+            let tokens: Vec<PairTokens> = tokens.into_iter().collect::<Result<_, _>>()?;
+            let counts: Vec<usize> = tokens.iter().map(PairTokens::count).collect();
+            for pack in packs(&counts, PACK_TOKENS_MAX) {
+                let first = chunk * PREPARED_MAX;
+                visit(first + pack.start..first + pack.end, &tokens[pack])?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Forward and backward of some pairs of a batch of `pairs`; adds to the gradients and to `sums`.
+    /// `known` are their losses where these depend on the whole batch. Stops before the gradients at a
+    /// loss that is not finite, and gives the number of its pair.
+    fn learn_from(
+        &self,
+        tokens: &[PairTokens],
+        references: &[[f64; 2]],
+        known: Option<&[PairLoss]>,
+        pairs: usize,
+        sums: &mut Sums,
+    ) -> Result<(), usize> {
+        let count = tokens.iter().map(PairTokens::count).sum();
+        let keep = self
+            .budget
+            .keep(count, tokens.iter().map(PairTokens::tiles).sum());
+        let pass = Pass::new(self, tokens, keep);
+        let counts = pass.counts.clone();
+        pass.learn(|logps| {
+            let all = as_pairs(logps, references, &counts);
+            let found = known.map_or_else(|| losses(&all, &self.objective), <[_]>::to_vec);
+            for (number, ((pair, loss), tokens)) in all.iter().zip(&found).zip(tokens).enumerate() {
+                sums.add(pair, loss, self.objective.beta, tokens.count());
+                if !sums.loss.is_finite() {
+                    return Err(number);
+                }
+            }
+            let mean = |loss: &PairLoss| loss.slopes.map(|slope| slope / pairs as f64);
+            Ok(found.iter().map(mean).collect())
+        })
+    }
+
+    /// Log-probabilities of `[chosen, rejected]` and how many tokens count in each.
+    fn read(&self, pairs: &[Example<'_>]) -> Result<Vec<PairLogps>, ModelError> {
+        let ids: Vec<&str> = pairs.iter().map(|pair| pair.id).collect();
+        let mut all = Vec::with_capacity(pairs.len());
+        self.in_packs(pairs, |places, tokens| {
+            let count = tokens.iter().map(PairTokens::count).sum();
+            let references: Vec<[f64; 2]> = pairs[places.clone()]
+                .iter()
+                .map(|pair| pair.reference.unwrap_or_default())
+                .collect();
+            let what = doing("reading", "pair", &ids[places]);
+            all.extend(guarded(&what, tokens.len(), count, || {
+                let _no_grad = tch::no_grad_guard();
+                let pass = Pass::new(self, tokens, SavedActivations::Nothing);
+                as_pairs(&pass.logps(), &references, &pass.counts)
+            })?);
+            Ok(())
+        })?;
+        for (pair, logps) in pairs.iter().zip(&all) {
+            if !logps.policy.iter().all(|logp| logp.is_finite()) {
+                let what = format!("a log-probability of pair {}", pair.id);
+                return Err(not_finite(what, vec![pair.id.to_owned()]));
+            }
+        }
+        Ok(all)
+    }
+
+    /// Begins a pass of a step, in which an adapter drops inputs.
+    fn drop_inputs(&self, pass: Option<usize>) {
+        if let TrainingOutput::Adapter {
+            dropout, settings, ..
+        } = &self.written
+        {
+            let of_step = (self.training.steps() as i64) << 20;
+            let number = |pass: usize| settings.seed as i64 ^ (of_step + pass as i64);
+            dropout.pass.set(pass.map(number));
+        }
+    }
+}
+
+/// A network, and what of it is trained.
+struct Opened {
+    network: LlavaOnevision,
+    parameters: Vec<Parameter>,
+    parts: Parts,
+    written: TrainingOutput,
+}
+
+/// Opens a network of which some parts are trained, or none.
+fn open_parts(
+    spec: &models::LlavaOnevisionSpec,
+    checkpoint: Checkpoint,
+    config: &LlavaOnevisionConfig,
+    (device, kind): (Device, Kind),
+    trained: &[(Part, Option<f64>)],
+) -> Result<Opened, ModelError> {
+    let parts = Parts::which(|part| trained.iter().any(|&(other, _)| other == part));
+    let (network, parameters) = if trained.is_empty() {
+        let network = LlavaOnevision::open_merged(spec, &checkpoint, config, device, kind)?;
+        (network, Vec::new())
+    } else if let Some(adapter) = &spec.adapter {
+        let problem = "is an adapter, and what is trained is the network; train with `lora`, or \
+                       merge it first with `pipeline export --merge`";
+        return Err(refuse(adapter, problem.to_owned()));
+    } else {
+        let purpose = Purpose::TrainingState(parts);
+        LlavaOnevision::open(&checkpoint, config, device, kind, purpose)?
+    };
+    Ok(Opened {
+        network,
+        parameters,
+        parts,
+        written: TrainingOutput::Checkpoint(checkpoint),
+    })
+}
+
+/// Opens a network with an adapter that is trained.
+fn open_lora(
+    spec: &models::LlavaOnevisionSpec,
+    checkpoint: &Checkpoint,
+    config: &LlavaOnevisionConfig,
+    (device, kind): (Device, Kind),
+    lora: &LoraSettings,
+) -> Result<Opened, ModelError> {
+    let existing = spec
+        .adapter
+        .as_deref()
+        .map(|folder| open_adapter(folder, lora));
+    let existing = existing.transpose()?;
+    let targets: Vec<&str> = lora.targets.iter().map(String::as_str).collect();
+    let start = match &existing {
+        Some(adapter) => Start::At(adapter),
+        None => Start::Fresh {
+            rank: lora.rank,
+            alpha: lora.alpha,
+            seed: lora.seed,
+            target_modules: &targets,
+        },
+    };
+    let dropout = Rc::new(Dropout {
+        share: lora.dropout,
+        pass: None.into(),
+    });
+    let reader = Reader::new(checkpoint, device, kind, Purpose::Inference);
+    let own = (lora.dropout > 0.0).then(|| Rc::clone(&dropout));
+    let adapted = Adapted::new(reader, start, Names::Onevision, own);
+    let network = LlavaOnevision::new(&adapted, config, is_tied(checkpoint, config), kind)?;
+    let parameters = adapted.into_parameters();
+    if let Some(adapter) = &existing {
+        adapter.all_used()?;
+    }
+    if parameters.is_empty() {
+        let problem = format!("has no linear layer called {}", targets.join(" or "));
+        return Err(refuse(&spec.weights, problem));
+    }
+    Ok(Opened {
+        network,
+        parameters,
+        parts: Parts::NONE,
+        written: TrainingOutput::Adapter {
+            // For whoever reads the adapter's config elsewhere.
+            base: spec
+                .weights
+                .canonicalize()
+                .unwrap_or_else(|_| spec.weights.clone()),
+            settings: lora.clone(),
+            dropout,
+        },
+    })
+}
+
+fn as_pairs(logps: &[[f64; 2]], references: &[[f64; 2]], counts: &[[usize; 2]]) -> Vec<PairLogps> {
+    let all = logps.iter().zip(references).zip(counts);
+    all.map(|((&policy, &reference), counts)| PairLogps {
+        policy,
+        reference,
+        tokens: counts.map(|count| count as f64),
+    })
+    .collect()
+}
+
+/// Opens an adapter to go on with, which has to be as the settings say.
+fn open_adapter(folder: &Path, settings: &LoraSettings) -> Result<Adapter, ModelError> {
+    let config = AdapterConfig::open(folder)?;
+    let asked = settings.alpha / settings.rank as f64;
+    if config.r != settings.rank || (config.scale() - asked).abs() > 1e-9 {
+        let problem = format!(
+            "has rank {} and is scaled by {}, and the training asks for rank {} scaled by {asked}; \
+             give `lora` the adapter's own `rank` and `alpha`",
+            config.r,
+            config.scale(),
+            settings.rank,
+        );
+        return Err(refuse(folder, problem));
+    }
+    Adapter::open(&config, Names::Onevision)
+}
+
+impl DpoTrainer for LlavaOnevisionDpo {
+    fn reference_logps(&mut self, pairs: &[Example<'_>]) -> Result<Vec<[f64; 2]>, ModelError> {
+        self.drop_inputs(None);
+        let read = self.read(pairs)?;
+        Ok(read.into_iter().map(|pair| pair.policy).collect())
+    }
+
+    fn step(&mut self, batch: &[Example<'_>]) -> Result<DpoReport, ModelError> {
+        assert!(!batch.is_empty(), "a step needs pairs");
+        let ids: Vec<&str> = batch.iter().map(|pair| pair.id).collect();
+        let rows = || batch.iter().map(|pair| pair.id.to_owned()).collect();
+        let reference = |pair: &Example<'_>| {
+            let problem = "its log-probabilities under the reference are not known";
+            pair.reference.ok_or_else(|| row_error(pair.id, problem))
+        };
+        let references: Vec<[f64; 2]> = batch.iter().map(reference).collect::<Result<_, _>>()?;
+        // Where a pair's loss depends on the others', all are read before the first is learned from.
+        let joined = self
+            .objective
+            .terms
+            .iter()
+            .any(|(loss, _)| *loss == Loss::Aot);
+        let known = if joined && batch.len() > 1 {
+            self.drop_inputs(None);
+            Some(losses(&self.read(batch)?, &self.objective))
+        } else {
+            None
+        };
+        self.training.begin_step();
+        let mut sums = Sums::default();
+        self.in_packs(batch, |places, tokens| {
+            let references = &references[places.clone()];
+            let known = known.as_ref().map(|known| &known[places.clone()]);
+            let count = tokens.iter().map(PairTokens::count).sum();
+            let what = doing("training on", "pair", &ids[places.clone()]);
+            self.drop_inputs(Some(places.start));
+            let learned = guarded(&what, tokens.len(), count, || {
+                self.learn_from(tokens, references, known, batch.len(), &mut sums)
+            })?;
+            if let Err(number) = learned {
+                let pair = batch[places.start + number].id;
+                return Err(not_finite(format!("the loss of pair {pair}"), rows()));
+            }
+            Ok(())
+        })?;
+        let has_images = batch.iter().any(|one| !one.prompt.images.is_empty());
+        let has_gradient =
+            |parameter: &Parameter| has_images || part_of(&parameter.name) == Part::LanguageModel;
+        let update = self.training.update(rows, has_gradient)?;
+
+        let pairs = batch.len() as f64;
+        Ok(DpoReport {
+            loss: sums.loss / pairs,
+            rewards_chosen: sums.rewards[0] / pairs,
+            rewards_rejected: sums.rewards[1] / pairs,
+            accuracy: sums.accurate / pairs,
+            logps_chosen: sums.logps[0] / pairs,
+            logps_rejected: sums.logps[1] / pairs,
+            grad_norm: update.grad_norm,
+            learning_rate: update.learning_rate,
+            tokens: sums.tokens,
+        })
+    }
+
+    fn validate(&mut self, pairs: &[Example<'_>]) -> Result<(), ModelError> {
+        let (prep, counting) = (&self.prep, self.counting);
+        let sizes: Vec<Result<[usize; 2], ModelError>> = pairs
+            .par_iter()
+            .map(|pair| measure(prep, counting, pair))
+            .collect();
+        for size in sizes {
+            self.largest = self.largest.max(size?);
+        }
+        Ok(())
+    }
+
+    fn plan(&self) -> Option<String> {
+        Some(self.budget.in_words(self.largest))
+    }
+}
+
+impl Trainer for LlavaOnevisionDpo {
+    /// The checkpoint; of an adapter, the folder as peft lays it out.
+    fn save(&mut self, to: &Path) -> Result<(), ModelError> {
+        let parameters = &self.training.parameters;
+        match &self.written {
+            TrainingOutput::Checkpoint(checkpoint) => checkpoint.save(to, parameters),
+            TrainingOutput::Adapter { base, settings, .. } => {
+                fs::create_dir(to).map_err(|error| refuse(to, error.to_string()))?;
+                let config = SavedAdapterConfig {
+                    base,
+                    rank: settings.rank,
+                    alpha: settings.alpha,
+                    dropout: settings.dropout,
+                    targets: settings.targets.iter().map(String::as_str).collect(),
+                };
+                // Small, and to be gone on with: nothing is rounded away.
+                save_adapter(to, &config, Names::Onevision, parameters, Kind::Float)
+            }
+        }
+    }
+
+    fn save_state(&mut self, to: &Path) -> Result<(), ModelError> {
+        self.training.save_state(to)
+    }
+
+    fn load_state(&mut self, from: &Path) -> Result<(), ModelError> {
+        self.training.load_state(from)
+    }
+}
+
+#[cfg(test)]
+mod tests;

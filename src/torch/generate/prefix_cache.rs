@@ -1,0 +1,226 @@
+//! What prompts about the same pictures begin with, pictures and all, is read once for all of them.
+
+use std::collections::{HashMap, VecDeque};
+use std::ops::Range;
+
+use tch::Tensor;
+
+use super::PendingPrompt;
+use crate::decoder::{PrefixKv, Wanted};
+use crate::device;
+use crate::error::guarded;
+use crate::llava_onevision::LlavaOnevision;
+use ovchat_models::ModelError;
+use ovchat_models::preprocess::PromptIds;
+
+/// A prompt, and the features of its pictures.
+pub type Seen<'w> = (&'w PendingPrompt, Vec<Tensor>);
+
+impl PendingPrompt {
+    /// Whether both begin with the same pictures, read once for both.
+    fn begins_like(&self, other: &Self) -> bool {
+        self.prefix > 0
+            && self.prefix == other.prefix
+            && self.shown == other.shown
+            && self.text.ids[..self.prefix] == other.text.ids[..other.prefix]
+    }
+
+    /// Tokens behind its beginning.
+    fn behind(&self) -> usize {
+        self.text.ids.len() - self.prefix
+    }
+}
+
+/// Finds the prompts that begin with the same tokens up to the end of their last pictures, and brings
+/// them together. Prompts about the same first picture are together already.
+pub fn share(queue: &mut VecDeque<PendingPrompt>) {
+    let waiting = queue.make_contiguous();
+    for one in waiting.iter_mut() {
+        one.prefix = one.text.images.last().map_or(0, |image| image.end);
+    }
+    let first = |one: &PendingPrompt| one.shown.first().map(|shown| shown.image().to_owned());
+    for run in waiting.chunk_by_mut(|one, other| first(one) == first(other)) {
+        let likes = |one: &PendingPrompt| run.iter().position(|other| other.begins_like(one));
+        let order: HashMap<usize, Option<usize>> =
+            run.iter().map(|one| (one.index, likes(one))).collect();
+        run.sort_by_key(|one| order[&one.index]);
+        for like in run.chunk_by_mut(PendingPrompt::begins_like) {
+            if let [alone] = like {
+                alone.prefix = 0;
+            }
+        }
+    }
+}
+
+/// The beginning of some prompts.
+struct CachedPrefix {
+    /// One of them.
+    of: PendingPrompt,
+    prefix: PrefixKv,
+}
+
+/// Reads prompts; keeps the last beginning as long as prompts come that have it.
+#[derive(Default)]
+pub struct PrefixCache {
+    held: Option<CachedPrefix>,
+}
+
+/// Prompts that were read.
+pub struct Read {
+    /// Of each, in their order: its keys and values, and the logits of what follows, `[1, vocab]`.
+    pub prompts: Vec<(PrefixKv, Tensor)>,
+    /// Tokens that did not have to be read, because another prompt has them, too.
+    pub shared_tokens: usize,
+}
+
+impl PrefixCache {
+    /// Tokens of what is kept.
+    pub fn tokens(&self) -> usize {
+        self.held.as_ref().map_or(0, |held| held.of.prefix)
+    }
+
+    /// How many tokens of each of these prompts are read, one after the other.
+    pub fn lengths(&self, prompts: &[PendingPrompt]) -> Vec<usize> {
+        let mut before = self.held.as_ref().map(|held| &held.of);
+        let length = |one| {
+            let before = before.replace(one);
+            if before.is_some_and(|before| before.begins_like(one)) {
+                one.behind()
+            } else {
+                one.text.ids.len()
+            }
+        };
+        prompts.iter().map(length).collect()
+    }
+
+    /// Reads prompts whose pictures were seen: beginnings that several have, then what is behind them,
+    /// and the others whole. `next` is the prompt that comes after them.
+    pub fn read(
+        &mut self,
+        network: &LlavaOnevision,
+        seen: &[Seen<'_>],
+        next: Option<&PendingPrompt>,
+    ) -> Result<Read, ModelError> {
+        let mut known: Vec<CachedPrefix> = self.held.take().into_iter().collect();
+        let mut new: Vec<&Seen<'_>> = Vec::new();
+        for one in seen {
+            let is_known = known.iter().any(|other| other.of.begins_like(one.0))
+                || new.iter().any(|other| other.0.begins_like(one.0));
+            if one.0.prefix > 0 && !is_known {
+                new.push(one);
+            }
+        }
+        for ((one, _), prefix) in new.iter().zip(read_beginnings(network, &new)?) {
+            let of = (*one).clone();
+            known.push(CachedPrefix { of, prefix });
+        }
+        let (behind, whole): (Vec<usize>, Vec<usize>) =
+            (0..seen.len()).partition(|&place| seen[place].0.prefix > 0);
+        let mut prompts: Vec<Option<(PrefixKv, Tensor)>> = seen.iter().map(|_| None).collect();
+        for places in [behind, whole].into_iter().filter(|some| !some.is_empty()) {
+            let some: Vec<&Seen<'_>> = places.iter().map(|&place| &seen[place]).collect();
+            for (place, read) in places.iter().zip(read_behind(network, &some, &known)?) {
+                prompts[*place] = Some(read);
+            }
+        }
+        let begun: usize = seen.iter().map(|(one, _)| one.prefix).sum();
+        let read_once: usize = new.iter().map(|(one, _)| one.prefix).sum();
+        // Those about the same pictures come one after the other.
+        let last = seen.last().map(|(one, _)| *one);
+        let last = last.filter(|last| next.is_some_and(|next| next.begins_like(last)));
+        self.held = last.and_then(|last| known.into_iter().find(|one| one.of.begins_like(last)));
+        let prompts = prompts.into_iter();
+        Ok(Read {
+            prompts: prompts
+                .map(|read| read.expect("every prompt was read"))
+                .collect(),
+            shared_tokens: begun - read_once,
+        })
+    }
+}
+
+/// Reads the beginnings of prompts.
+fn read_beginnings(
+    network: &LlavaOnevision,
+    prompts: &[&Seen<'_>],
+) -> Result<Vec<PrefixKv>, ModelError> {
+    if prompts.is_empty() {
+        return Ok(Vec::new());
+    }
+    let lengths = prompts.iter().map(|(one, _)| one.prefix as i64);
+    let lengths: Vec<i64> = lengths.collect();
+    let read = lengths.iter().sum::<i64>() as usize;
+    guarded("reading pictures", prompts.len(), read, || {
+        let _no_grad = tch::no_grad_guard();
+        let embeds = prompts.iter().map(|(one, features)| {
+            let text = &one.text;
+            let prefix = &text.ids[..one.prefix];
+            embed(network, prefix, &text.images, features)
+        });
+        let embeds = Tensor::cat(&embeds.collect::<Vec<_>>(), 0);
+        let decoder = &network.language_model;
+        let (_, prefixes) = decoder.prefill(&embeds, &lengths, Wanted::Nothing);
+        let prefixes = prefixes.into_iter().map(PrefixKv::compact).collect();
+        device::wait(network.device());
+        prefixes
+    })
+}
+
+/// Reads what is behind the beginnings of prompts, which are `known`; or, where they have none, the
+/// prompts whole. All of them have one, or none has.
+fn read_behind(
+    network: &LlavaOnevision,
+    prompts: &[&Seen<'_>],
+    known: &[CachedPrefix],
+) -> Result<Vec<(PrefixKv, Tensor)>, ModelError> {
+    let decoder = &network.language_model;
+    let lengths = prompts.iter().map(|(one, _)| one.behind() as i64);
+    let lengths: Vec<i64> = lengths.collect();
+    let read = lengths.iter().sum::<i64>() as usize;
+    guarded("reading prompts", prompts.len(), read, || {
+        let _no_grad = tch::no_grad_guard();
+        let embeds = prompts.iter().map(|(one, features)| {
+            if one.prefix > 0 {
+                return embed(network, &one.text.ids[one.prefix..], &[], &[]);
+            }
+            network.embed_prompt(&one.text, features)
+        });
+        let embeds = Tensor::cat(&embeds.collect::<Vec<_>>(), 0);
+        let (lasts, prefixes) = if prompts[0].0.prefix > 0 {
+            let prefix = |one: &PendingPrompt| {
+                let found = known.iter().rev().find(|known| known.of.begins_like(one));
+                &found.expect("it was read").prefix
+            };
+            let behind = prompts.iter().zip(&lengths);
+            let behind: Vec<(&PrefixKv, i64)> = behind
+                .map(|((one, _), length)| (prefix(one), *length))
+                .collect();
+            decoder.read_on(&embeds, &behind, Wanted::Last)
+        } else {
+            decoder.prefill(&embeds, &lengths, Wanted::Last)
+        };
+        let logits = network.lm_head.forward(&lasts); // [prompts, vocab]
+        let prefixes = prefixes.into_iter().map(PrefixKv::compact);
+        let read = prefixes.enumerate().map(|(number, prefix)| {
+            let logits = logits.narrow(0, number as i64, 1);
+            (prefix, logits)
+        });
+        let read = read.collect();
+        device::wait(network.device());
+        read
+    })
+}
+
+/// The embeddings of a part of a prompt.
+fn embed(
+    network: &LlavaOnevision,
+    ids: &[i64],
+    images: &[Range<usize>],
+    features: &[Tensor],
+) -> Tensor {
+    let text = PromptIds {
+        ids: ids.to_vec(),
+        images: images.to_vec(),
+    };
+    network.embed_prompt(&text, features)
+}

@@ -1,0 +1,421 @@
+//! Supervised fine-tuning: next-token loss on the answers of conversations, for every network here
+//! that writes text.
+//!
+//! A conversation is one causal pass, whatever number of its answers is learned; logits are computed
+//! only where they predict a learned token. Short conversations go side by side, long ones one by
+//! one; their gradients add up, so that the loss of a step is the mean over all learned tokens of its
+//! batch, as in transformers' trainer.
+
+use std::fs;
+use std::path::Path;
+
+use rayon::prelude::*;
+use tch::{Device, Kind, Tensor};
+
+use super::budget::packs;
+use super::checkpoint::{Checkpoint, Parts, Purpose, Reader, TOWER};
+use super::decoder::{Decoder, DecoderSizes, LmHead, PackedSequence};
+use super::device;
+use super::dpo::token_logps;
+use super::error::guarded;
+use super::layer_stack::{Layer, LayerStack, SavedActivations};
+use super::layers;
+use super::llava::Llava;
+use super::llava_onevision::LlavaOnevision;
+use super::optimizer::Parameter;
+use super::training::{TrainingState, doing, not_finite, row_error};
+use ovchat_models::checkpoint::{PACK_TOKENS_MAX, TWO_LAYERS};
+use ovchat_models::preprocess::{
+    LlavaOnevisionProcessor, LlavaRlhfProcessor, RewardSftTokens, SftTokens, Tiles,
+};
+use ovchat_models::{
+    self as models, LlavaRlhfSpec, ModelError, RowFault, SftExample, SftReport, SftSettings,
+    SftTrainer, Trainer,
+};
+
+/// The head of a reward model's base, which judging never needs.
+const BASE_HEAD: &str = "lm_head.weight";
+
+/// A network that learns to write.
+pub trait SftModel {
+    /// What turns conversations into [`SftModel::Prepared`]; shared by threads.
+    type Prep: Sync;
+    /// A conversation as the network takes it.
+    type Prepared: Send;
+
+    fn prep(&self) -> &Self::Prep;
+
+    /// Decodes, cuts and tokenizes.
+    fn prepare(prep: &Self::Prep, example: &SftExample<'_>) -> Result<Self::Prepared, RowFault>;
+
+    /// The whole sequences (`[tokens, hidden]`), and what gradients go through on from them.
+    fn embed(&self, examples: &[Self::Prepared]) -> (Vec<Tensor>, Vec<LayerStack<'_>>);
+
+    /// The ids of the whole sequence, and where in it the tokens stand that are learned.
+    fn tokens(example: &Self::Prepared) -> (&[i64], &[std::ops::Range<usize>]);
+
+    fn decoder(&self) -> &Decoder;
+
+    fn lm_head(&self) -> &LmHead;
+
+    /// Whether the loss depends on a parameter also when there are no pictures.
+    fn reads_without_images(parameter: &Parameter) -> bool;
+
+    /// Writes the parameters as a checkpoint into the new folder `to`.
+    fn save(&self, to: &Path, parameters: &[Parameter]) -> Result<(), ModelError>;
+}
+
+/// A student and what trains it.
+pub struct Sft<S> {
+    model: S,
+    training: TrainingState,
+}
+
+/// Sums over the conversations of a step.
+#[derive(Default)]
+struct Sums {
+    loss: f64,
+    accurate: f64,
+    tokens: u64,
+}
+
+impl<S: SftModel> Sft<S> {
+    /// What trains it.
+    #[cfg(test)]
+    pub fn training(&self) -> &TrainingState {
+        &self.training
+    }
+
+    /// Forward and backward of some conversations of a batch with `learned` learned tokens. Stops
+    /// before the gradients at a loss that is not finite, and gives the number of its conversation.
+    fn learn_from(
+        &self,
+        examples: &[S::Prepared],
+        learned: usize,
+        sums: &mut Sums,
+    ) -> Result<(), usize> {
+        let device = self.model.decoder().device();
+        let on_device = |ids: &[i64]| Tensor::from_slice(ids).to_device(device);
+        let mut read = Vec::with_capacity(examples.len());
+        let mut trees = Vec::with_capacity(examples.len());
+        let mut counts = Vec::with_capacity(examples.len());
+        let (mut places, mut wanted) = (Vec::new(), Vec::new());
+        let mut first = 0;
+        let (embedded, images) = self.model.embed(examples);
+        for (example, embeds) in examples.iter().zip(embedded) {
+            let (ids, answers) = S::tokens(example);
+            // A token is predicted where the one before it is read; the last one predicts nothing.
+            let tree = PackedSequence {
+                prompt: ids.len() as i64 - 1,
+                branches: Vec::new(),
+                wanted_from: answers.first().map_or(1, |answer| answer.start) as i64 - 1,
+            };
+            for answer in answers {
+                let answer_read = answer.start as i64 - 1..answer.end as i64 - 1;
+                places.extend(answer_read.map(|place| first + place - tree.wanted_from));
+                wanted.extend_from_slice(&ids[answer.clone()]);
+            }
+            counts.push(answers.iter().map(|answer| answer.len() as i64).sum());
+            read.push(embeds.narrow(0, 0, tree.prompt));
+            first += tree.wanted();
+            trees.push(tree);
+            sums.tokens += ids.len() as u64;
+        }
+        let decoder = self.model.decoder();
+        let chain = decoder.read(&Tensor::cat(&read, 0), trees, SavedActivations::Everything);
+        let hidden = chain.output().index_select(0, &on_device(&places)); // [learned, hidden]
+        let logits = self.model.lm_head().forward(&hidden); // [learned, vocab]
+        let wanted = on_device(&wanted);
+        let losses = -token_logps(&logits, &wanted); // [learned]
+        let of_lessons = losses.detach().split_with_sizes(counts, 0);
+        for (number, losses) in of_lessons.iter().enumerate() {
+            let loss = losses.sum(Kind::Double).double_value(&[]);
+            if !loss.is_finite() {
+                return Err(number);
+            }
+            sums.loss += loss;
+        }
+        (losses.sum(Kind::Double) / learned as f64).backward();
+        chain.backward();
+        for chain in images {
+            chain.backward();
+        }
+        let likeliest = logits.detach().argmax(-1, false);
+        let accurate = likeliest.eq_tensor(&wanted).sum(Kind::Double);
+        sums.accurate += accurate.double_value(&[]);
+        Ok(())
+    }
+}
+
+impl<S: SftModel> SftTrainer for Sft<S> {
+    fn step(&mut self, batch: &[SftExample<'_>]) -> Result<SftReport, ModelError> {
+        assert!(!batch.is_empty(), "a step needs conversations");
+        let rows = || batch.iter().map(|example| example.id.to_owned()).collect();
+        let prep = self.model.prep();
+        let prepared: Vec<Result<S::Prepared, RowFault>> = batch
+            .par_iter()
+            .map(|example| S::prepare(prep, example))
+            .collect();
+        let mut examples = Vec::with_capacity(batch.len());
+        for (example, prepared) in batch.iter().zip(prepared) {
+            examples.push(prepared.map_err(|fault| row_error(example.id, fault.to_string()))?);
+        }
+        let learned: usize = examples
+            .iter()
+            .flat_map(|example| S::tokens(example).1)
+            .map(ExactSizeIterator::len)
+            .sum();
+        self.training.begin_step();
+        let mut sums = Sums::default();
+        let ids: Vec<&str> = batch.iter().map(|example| example.id).collect();
+        let lengths: Vec<usize> = examples
+            .iter()
+            .map(|example| S::tokens(example).0.len())
+            .collect();
+        for pack in packs(&lengths, PACK_TOKENS_MAX) {
+            let what = doing("training on", "prompt", &ids[pack.clone()]);
+            let length = lengths[pack.clone()].iter().sum();
+            let learned = guarded(&what, pack.len(), length, || {
+                self.learn_from(&examples[pack.clone()], learned, &mut sums)
+            })?;
+            if let Err(number) = learned {
+                let prompt = batch[pack.start + number].id;
+                return Err(not_finite(format!("the loss of prompt {prompt}"), rows()));
+            }
+        }
+        let has_images = batch.iter().any(|row| !row.prompt.images.is_empty());
+        let has_gradient = |parameter: &Parameter| has_images || S::reads_without_images(parameter);
+        let update = self.training.update(rows, has_gradient)?;
+        Ok(SftReport {
+            loss: sums.loss / learned as f64,
+            accuracy: sums.accurate / learned as f64,
+            grad_norm: update.grad_norm,
+            learning_rate: update.learning_rate,
+            tokens: sums.tokens,
+            learned_tokens: learned as u64,
+        })
+    }
+}
+
+impl<S: SftModel> Trainer for Sft<S> {
+    fn save(&mut self, to: &Path) -> Result<(), ModelError> {
+        self.model.save(to, &self.training.parameters)
+    }
+
+    fn save_state(&mut self, to: &Path) -> Result<(), ModelError> {
+        self.training.save_state(to)
+    }
+
+    fn load_state(&mut self, from: &Path) -> Result<(), ModelError> {
+        self.training.load_state(from)
+    }
+}
+
+/// LLaVA-OneVision as a student.
+pub struct LlavaOnevisionSft {
+    prep: LlavaOnevisionProcessor,
+    checkpoint: Checkpoint,
+    network: LlavaOnevision,
+    parts: Parts,
+}
+
+impl Sft<LlavaOnevisionSft> {
+    /// Opens the checkpoint; training is in float32.
+    pub fn open(
+        spec: &models::LlavaOnevisionSpec,
+        settings: &SftSettings,
+    ) -> Result<Self, ModelError> {
+        if let Some(adapter) = &spec.adapter {
+            let problem = "is an adapter, and what is trained is the network; merge it first with \
+                           `pipeline export --merge`";
+            return Err(super::weights::refuse(adapter, problem.to_owned()));
+        }
+        let prep = LlavaOnevisionProcessor::open(&spec.weights)?;
+        let (device, _) = device::choose(spec.device, spec.dtype)?;
+        let checkpoint = Checkpoint::open(&spec.weights)?;
+        let parts = settings.tower.into();
+        let purpose = Purpose::TrainingState(parts);
+        let (network, parameters) =
+            LlavaOnevision::open(&checkpoint, &prep.config, device, Kind::Float, purpose)?;
+        Ok(Self {
+            model: LlavaOnevisionSft {
+                prep,
+                checkpoint,
+                network,
+                parts,
+            },
+            training: TrainingState::new(parameters, &settings.optimization)?,
+        })
+    }
+}
+
+impl SftModel for LlavaOnevisionSft {
+    type Prep = LlavaOnevisionProcessor;
+    type Prepared = SftTokens;
+
+    fn prep(&self) -> &LlavaOnevisionProcessor {
+        &self.prep
+    }
+
+    fn prepare(
+        prep: &LlavaOnevisionProcessor,
+        example: &SftExample<'_>,
+    ) -> Result<SftTokens, RowFault> {
+        prep.example(example)
+    }
+
+    fn embed(&self, examples: &[SftTokens]) -> (Vec<Tensor>, Vec<LayerStack<'_>>) {
+        let images: Vec<&Tiles> = examples
+            .iter()
+            .flat_map(|example| &example.prepared.images)
+            .collect();
+        let seen = self
+            .network
+            .see(&images, SavedActivations::Everything, self.parts);
+        let mut features = seen.features.into_iter();
+        let embedded = examples.iter().map(|example| {
+            let count = example.prepared.images.len();
+            let features: Vec<Tensor> = features.by_ref().take(count).collect();
+            self.network.embed_prompt(&example.prepared.text, &features)
+        });
+        (embedded.collect(), seen.chains)
+    }
+
+    fn tokens(example: &SftTokens) -> (&[i64], &[std::ops::Range<usize>]) {
+        (&example.prepared.text.ids, &example.answers)
+    }
+
+    fn decoder(&self) -> &Decoder {
+        &self.network.language_model
+    }
+
+    fn lm_head(&self) -> &LmHead {
+        &self.network.lm_head
+    }
+
+    fn reads_without_images(parameter: &Parameter) -> bool {
+        parameter.name.starts_with("language_model.")
+    }
+
+    fn save(&self, to: &Path, parameters: &[Parameter]) -> Result<(), ModelError> {
+        self.checkpoint.save(to, parameters)
+    }
+}
+
+/// The base and the tower of a LLaVA-RLHF reward model as a student.
+pub struct LlavaSft {
+    prep: LlavaRlhfProcessor,
+    base: Checkpoint,
+    vision: Checkpoint,
+    network: Llava,
+    lm_head: LmHead,
+    device: Device,
+}
+
+impl Sft<LlavaSft> {
+    /// Opens base and tower; an adapter, if there is one, has no part in this. Training is in
+    /// float32.
+    pub fn open(spec: &LlavaRlhfSpec, settings: &SftSettings) -> Result<Self, ModelError> {
+        let prep = LlavaRlhfProcessor::open(spec)?;
+        let (device, _) = device::choose(spec.device, spec.dtype)?;
+        let base = Checkpoint::open_base(&spec.base)?;
+        let vision = Checkpoint::open_clip(&spec.vision)?;
+        let purpose = Purpose::TrainingState(settings.tower.into());
+        let (network, lm_head, parameters) = {
+            let base_reader = Reader::new(&base, device, Kind::Float, purpose);
+            let vision_reader = Reader::new(&vision, device, Kind::Float, purpose);
+            let two_layers = base.has(TWO_LAYERS);
+            let network = Llava::new(&vision_reader, &base_reader, two_layers, &prep.config)?;
+            let lm_head = if base.has(BASE_HEAD) {
+                let config = DecoderSizes::from(&prep.config.text_config);
+                LmHead::new(&(&layers::Path::root(&base_reader) / "lm_head"), &config)?
+            } else {
+                LmHead::tied(network.decoder())
+            };
+            let mut parameters = vision_reader.into_parameters();
+            parameters.extend(base_reader.into_parameters());
+            (network, lm_head, parameters)
+        };
+        Ok(Self {
+            model: LlavaSft {
+                prep,
+                base,
+                vision,
+                network,
+                lm_head,
+                device,
+            },
+            training: TrainingState::new(parameters, &settings.optimization)?,
+        })
+    }
+}
+
+impl SftModel for LlavaSft {
+    type Prep = LlavaRlhfProcessor;
+    type Prepared = RewardSftTokens;
+
+    fn prep(&self) -> &LlavaRlhfProcessor {
+        &self.prep
+    }
+
+    fn prepare(
+        prep: &LlavaRlhfProcessor,
+        example: &SftExample<'_>,
+    ) -> Result<RewardSftTokens, RowFault> {
+        prep.example(example)
+    }
+
+    fn embed(&self, examples: &[RewardSftTokens]) -> (Vec<Tensor>, Vec<LayerStack<'_>>) {
+        let side = self.prep.clip.side() as i64;
+        let pixels: Vec<f32> = examples
+            .iter()
+            .filter_map(|example| example.pixels.as_deref())
+            .flatten()
+            .copied()
+            .collect();
+        let chain = (!pixels.is_empty()).then(|| {
+            let pixels = Tensor::from_slice(&pixels)
+                .view([-1, 3, side, side])
+                .to_device(self.device);
+            let look: Layer<'_> = Box::new(|pixels| self.network.encode_images(pixels));
+            LayerStack::run(vec![look], &pixels, SavedActivations::Everything)
+        });
+        let features = chain.as_ref().map(LayerStack::output); // [pictures, patches, hidden]
+        let mut image = 0;
+        let embedded = examples.iter().map(|example| {
+            let features = features.filter(|_| example.pixels.is_some());
+            let features = features.map(|features| features.get(image));
+            image += i64::from(example.pixels.is_some());
+            let tokens = example.text.ids.len();
+            self.network.embed(&example.text, tokens, features.as_ref())
+        });
+        (embedded.collect(), chain.into_iter().collect())
+    }
+
+    fn tokens(example: &RewardSftTokens) -> (&[i64], &[std::ops::Range<usize>]) {
+        (&example.text.ids, &example.answers)
+    }
+
+    fn decoder(&self) -> &Decoder {
+        self.network.decoder()
+    }
+
+    fn lm_head(&self) -> &LmHead {
+        &self.lm_head
+    }
+
+    fn reads_without_images(parameter: &Parameter) -> bool {
+        !parameter.name.starts_with(TOWER) && !parameter.name.contains("mm_projector")
+    }
+
+    /// The folder `base`, and the folder `vision` beside it.
+    fn save(&self, to: &Path, parameters: &[Parameter]) -> Result<(), ModelError> {
+        let made = fs::create_dir(to);
+        made.map_err(|error| super::weights::refuse(to, error.to_string()))?;
+        self.base.save(&to.join("base"), parameters)?;
+        self.vision.save(&to.join("vision"), parameters)
+    }
+}
+
+#[cfg(test)]
+mod tests;

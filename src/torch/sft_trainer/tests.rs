@@ -1,0 +1,207 @@
+//! The next-token loss against the log-probabilities that the DPO learner is tested by.
+
+use super::super::recorded;
+use super::*;
+use crate::dpo_trainer::LlavaOnevisionDpo;
+use ovchat_models::{
+    ChatPrompt, ChatRole, ChatTurn, Checkpointing, DpoSettings, DpoTrainer, Dtype, Example, Loss,
+    Mask, Newlines, Objective, Optimization, Optimizer, Schedule, Tower, TrainOn, Trained,
+    TrainingAnswer,
+};
+
+fn optimization() -> Optimization {
+    Optimization {
+        learning_rate: 1e-3,
+        schedule: Schedule::Cosine,
+        warmup_steps: 0,
+        optimizer: Optimizer::Adamw,
+        steps: 8,
+        weight_decay: 0.0,
+        adam_betas: [0.9, 0.999],
+        adam_epsilon: 1e-8,
+        max_grad_norm: 1.0,
+    }
+}
+
+fn model(tower: Tower) -> Sft<LlavaOnevisionSft> {
+    let settings = SftSettings {
+        tower,
+        optimization: optimization(),
+    };
+    Sft::<LlavaOnevisionSft>::open(&recorded::spec(Dtype::Auto), &settings).unwrap()
+}
+
+fn sft_example<'a>(prompt: &'a ChatPrompt, answer: &'a str, learned: TrainOn) -> SftExample<'a> {
+    SftExample {
+        id: "the lesson",
+        prompt,
+        answer,
+        learned,
+    }
+}
+
+/// The log-probability of an answer, the stop token behind it included.
+fn logp(prompt: &ChatPrompt, answer: &str) -> f64 {
+    let settings = DpoSettings {
+        objective: Objective::of(Loss::Sigmoid, 0.1),
+        mask: Mask::default(),
+        newlines: Newlines::default(),
+        trained: Trained::all(),
+        checkpointing: Checkpointing::Never,
+        optimization: optimization(),
+    };
+    let mut trainer = LlavaOnevisionDpo::open(&recorded::spec(Dtype::Auto), &settings).unwrap();
+    let written = || TrainingAnswer {
+        text: answer.to_owned(),
+        token_ids: None,
+    };
+    let example = Example {
+        id: "the answer",
+        prompt,
+        chosen: written(),
+        rejected: written(),
+        reference: None,
+    };
+    trainer.reference_logps(&[example]).unwrap()[0][0]
+}
+
+/// A conversation in which "a cat" was answered before the question.
+fn conversation() -> (ChatPrompt, ChatPrompt) {
+    let first = recorded::prompts()[0].clone();
+    let turn = |role, text: &str| ChatTurn {
+        role,
+        text: text.to_owned(),
+    };
+    let second = ChatPrompt {
+        turns: vec![
+            turn(ChatRole::User, &first.question),
+            turn(ChatRole::Assistant, "a cat"),
+        ],
+        question: "Which color?".to_owned(),
+        ..first.clone()
+    };
+    (first, second)
+}
+
+#[test]
+fn the_loss_is_the_mean_of_the_learned_tokens() {
+    let (first, second) = conversation();
+    let [one, two] = [logp(&first, "a cat"), logp(&second, "gray")];
+    // A token a letter, and one for the end.
+    for (learned, logp, tokens) in [(TrainOn::Last, two, 5), (TrainOn::All, one + two, 11)] {
+        let report = model(Tower::Train)
+            .step(&[sft_example(&second, "gray", learned)])
+            .unwrap();
+        assert_eq!(report.learned_tokens, tokens);
+        let expected = -logp / tokens as f64;
+        assert!(
+            (report.loss - expected).abs() < 1e-5,
+            "{} {expected}",
+            report.loss
+        );
+    }
+    let both = [
+        sft_example(&first, "a cat", TrainOn::All),
+        sft_example(&second, "gray", TrainOn::Last),
+    ];
+    let report = model(Tower::Train).step(&both).unwrap();
+    let expected = -(one + two) / 11.0;
+    assert!((report.loss - expected).abs() < 1e-5, "{}", report.loss);
+}
+
+#[test]
+fn training_makes_the_answer_likelier_and_what_was_saved_answers_so() {
+    let (first, _) = conversation();
+    let mut model = model(Tower::Train);
+    let before = logp(&first, "a cat");
+    for _ in 0..4 {
+        model
+            .step(&[sft_example(&first, "a cat", TrainOn::All)])
+            .unwrap();
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let to = folder.path().join("checkpoint");
+    model.save(&to).unwrap();
+    let mut spec = recorded::spec(Dtype::Auto);
+    spec.weights = to;
+    let settings = SftSettings {
+        tower: Tower::Train,
+        optimization: optimization(),
+    };
+    let mut saved = Sft::<LlavaOnevisionSft>::open(&spec, &settings).unwrap();
+    let again = saved
+        .step(&[sft_example(&first, "a cat", TrainOn::All)])
+        .unwrap();
+    assert!(-again.loss * 6.0 > before + 1.0, "{} {before}", again.loss);
+}
+
+#[test]
+fn a_frozen_tower_stays_and_the_rest_learns() {
+    let (first, _) = conversation();
+    let mut model = model(Tower::Freeze);
+    let names: Vec<String> = model
+        .training
+        .parameters
+        .iter()
+        .map(|parameter| parameter.name.clone())
+        .collect();
+    assert!(!names.iter().any(|name| name.starts_with(TOWER)));
+    assert!(names.iter().any(|name| name.contains("projector")));
+    model
+        .step(&[sft_example(&first, "a cat", TrainOn::All)])
+        .unwrap();
+}
+
+#[test]
+fn a_resumed_training_is_equal_to_the_bit() {
+    let (first, second) = conversation();
+    let steps = [
+        sft_example(&first, "a cat", TrainOn::All),
+        sft_example(&second, "gray", TrainOn::All),
+    ];
+    let folder = tempfile::tempdir().unwrap();
+    let bytes = |model: &mut Sft<LlavaOnevisionSft>, name: &str| {
+        let to = folder.path().join(name);
+        model.save_state(&to).unwrap();
+        fs::read(to.join(super::super::training::STATE_FILE)).unwrap()
+    };
+    let mut undisturbed = model(Tower::Train);
+    undisturbed.step(&steps[..1]).unwrap();
+    bytes(&mut undisturbed, "after one");
+    undisturbed.step(&steps[1..]).unwrap();
+    let mut resumed = model(Tower::Train);
+    resumed
+        .load_state(&folder.path().join("after one"))
+        .unwrap();
+    resumed.step(&steps[1..]).unwrap();
+    assert!(bytes(&mut resumed, "resumed") == bytes(&mut undisturbed, "undisturbed"));
+}
+
+#[test]
+fn conversations_beyond_the_context_are_refused_by_name() {
+    let (first, _) = conversation();
+    let long = "x".repeat(200);
+    let error = model(Tower::Train)
+        .step(&[sft_example(&first, &long, TrainOn::All)])
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.starts_with("row the lesson: the conversation takes 313 tokens"),
+        "{error}"
+    );
+}
+
+#[test]
+fn an_adapter_is_merged_before_the_network_is_trained() {
+    let mut spec = recorded::spec(Dtype::Auto);
+    spec.adapter = Some("lora".into());
+    let settings = SftSettings {
+        tower: Tower::Train,
+        optimization: optimization(),
+    };
+    let error = Sft::<LlavaOnevisionSft>::open(&spec, &settings)
+        .err()
+        .unwrap()
+        .to_string();
+    assert!(error.contains("export --merge"), "{error}");
+}
