@@ -191,9 +191,17 @@ fn in_text(
     match done {
         Ok(summary) => {
             if options.until.is_none() {
-                report::print(plan, &RunFolder::read(&options.folder)?, &mut |text| {
-                    say!("{text}");
-                })?;
+                let reported =
+                    report::print(plan, &RunFolder::read(&options.folder)?, &mut |text| {
+                        say!("{text}");
+                    });
+                if reported.is_err() && interrupt.raised() {
+                    say!(
+                        "interrupted; all tables are built, and the same command prints the report"
+                    );
+                    return Err(Failed::Code(interrupt.code() as u8));
+                }
+                reported?;
             }
             let Summary { made, reused } = summary;
             match made {
@@ -228,9 +236,15 @@ fn in_json(
     match done {
         Ok(Summary { made, reused }) => {
             if options.until.is_none() {
-                report::print(plan, &RunFolder::read(folder)?, &mut |text| {
+                let reported = report::print(plan, &RunFolder::read(folder)?, &mut |text| {
                     log::write("note", json!({ "text": text }));
-                })?;
+                });
+                if reported.is_err() && interrupt.raised() {
+                    let code = interrupt.code() as u8;
+                    log::write("stopped", json!({ "code": code, "run": folder }));
+                    return Err(Failed::Code(code));
+                }
+                reported?;
             }
             log::write(
                 "done",

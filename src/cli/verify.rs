@@ -35,6 +35,14 @@ impl Verify {
         let folder = run_folder(&self.run);
         let run = RunFolder::read(&folder)?;
         let mut flaws = Manifest::flaws(&folder);
+        if let Some(damage) = &run.manifest().damage
+            && flaws.is_empty()
+        {
+            flaws.push(Flaw {
+                file: "manifest.json".to_owned(),
+                problem: damage.clone(),
+            });
+        }
         let versions: Vec<&TableVersion> = run.manifest().versions().collect();
         flaws.extend(run.flaws(versions.iter().copied(), true));
         flaws.extend(run.record_flaws());

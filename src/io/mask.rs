@@ -7,19 +7,35 @@ use std::sync::Arc;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD_NO_PAD, URL_SAFE_NO_PAD};
+use memchr::memmem;
 
 /// The shortest value, in characters, that may be a key. Shorter ones would be found in any text.
 pub const SECRET_MIN: usize = 6;
 
-/// The shortest form, in characters, that is also found across line breaks.
-const WRAPPED_MIN: usize = 8;
+/// The shortest form, in bytes, that is also found where escapes or line breaks are in it.
+const DECODED_MIN: usize = 8;
+
+/// The times that a text is decoded: JSON within JSON within a percent-encoded text.
+const DECODED_TIMES: usize = 3;
+
+/// The most bytes that a text has for each byte of a form that it holds: `\\\\u0026` and a line break.
+const BYTES_A_BYTE: usize = 16;
 
 /// Replaces secret values by the names of the variables that hold them: as they are, percent-encoded, in
 /// base64 or hex, as JSON escapes them, and broken into lines.
 #[derive(Clone, Default)]
 pub struct Mask {
-    /// What is replaced, the longest first, and the words in its place.
-    forms: Arc<[(String, String)]>,
+    /// The longest first.
+    forms: Arc<[Form]>,
+}
+
+/// A text that is hidden.
+struct Form {
+    text: String,
+    /// The same as [`Decoded`] has it.
+    bytes: Vec<u8>,
+    /// The text in its place.
+    place: String,
 }
 
 impl Mask {
@@ -36,12 +52,25 @@ impl Mask {
             let forms = if value.chars().count() < SECRET_MIN {
                 BTreeSet::from([value.to_owned()])
             } else {
-                forms(value)
+                // Programs print a value without the line break at its end, or line by line.
+                let lines = value.lines().map(str::trim);
+                let lines = lines.filter(|line| line.chars().count() >= SECRET_MIN);
+                std::iter::once(value)
+                    .chain(lines)
+                    .flat_map(forms)
+                    .collect()
             };
             all.extend(forms.into_iter().map(|form| (form, place.clone())));
         }
         all.sort_by_key(|(form, _)| std::cmp::Reverse(form.len()));
-        Self { forms: all.into() }
+        let forms = all.into_iter().map(|(text, place)| Form {
+            bytes: Decoded::of(&text).bytes,
+            text,
+            place,
+        });
+        Self {
+            forms: forms.collect(),
+        }
     }
 
     /// True if there is nothing to hide.
@@ -49,17 +78,29 @@ impl Mask {
         self.forms.is_empty()
     }
 
+    /// The most bytes of a text that stand for a secret, whatever its escapes.
+    pub fn longest(&self) -> usize {
+        let longest = self.forms.first();
+        longest.map_or(0, |form| form.text.len() * BYTES_A_BYTE)
+    }
+
     /// `text` with `${env:NAME}` in place of each secret.
     pub fn hide(&self, text: &str) -> String {
-        let unwrapped = text.contains('\n').then(|| Unwrapped::of(text));
+        let is_plain = |byte: &u8| !matches!(byte, b'\\' | b'%' | b'\n' | b'\r');
+        let decoded = (!text.as_bytes().iter().all(is_plain)).then(|| Decoded::of(text));
         // By where they begin; none overlaps another.
         let mut hidden: BTreeMap<usize, (usize, &str)> = BTreeMap::new();
-        for (form, place) in &*self.forms {
+        for Form {
+            text: form,
+            bytes,
+            place,
+        } in &*self.forms
+        {
             let mut found: Vec<Range<usize>> = matches(text, form).collect();
-            if let Some(unwrapped) = &unwrapped
-                && form.chars().count() >= WRAPPED_MIN
+            if let Some(decoded) = &decoded
+                && bytes.len() >= DECODED_MIN
             {
-                found.extend(unwrapped.matches(form));
+                found.extend(decoded.matches(bytes));
             }
             for range in found {
                 let before = hidden.range(..range.end).next_back();
@@ -91,33 +132,105 @@ fn matches<'a>(text: &'a str, form: &'a str) -> impl Iterator<Item = Range<usize
     })
 }
 
-/// A text without its white space, which base64 and terminals break into lines.
-struct Unwrapped {
-    text: String,
-    /// Where each byte of it stands in the text as it was.
-    places: Vec<usize>,
+/// A text with its escapes decoded and its white space left out: JSON's escapes in JSON, percent encoding,
+/// and lines that base64, terminals or formatters broke.
+struct Decoded {
+    bytes: Vec<u8>,
+    /// The range of the original text that each byte stands for.
+    ranges: Vec<Range<usize>>,
 }
 
-impl Unwrapped {
-    fn of(wrapped: &str) -> Self {
-        let mut text = String::with_capacity(wrapped.len());
-        let mut places = Vec::with_capacity(wrapped.len());
-        for (place, c) in wrapped.char_indices() {
-            if !c.is_whitespace() {
-                text.push(c);
-                places.extend(place..place + c.len_utf8());
+impl Decoded {
+    fn of(text: &str) -> Self {
+        let mut decoded = Self {
+            bytes: text.as_bytes().to_vec(),
+            ranges: (0..text.len()).map(|at| at..at + 1).collect(),
+        };
+        for _ in 0..DECODED_TIMES {
+            let length = decoded.bytes.len();
+            decoded = decoded.once();
+            if decoded.bytes.len() == length {
+                break;
             }
         }
-        Self { text, places }
+        decoded
     }
 
-    fn matches(&self, form: &str) -> impl Iterator<Item = Range<usize>> {
-        let form: String = form.chars().filter(|c| !c.is_whitespace()).collect();
-        let found = self.text.match_indices(&form);
-        let ranges: Vec<_> = found
-            .map(|(start, _)| self.places[start]..self.places[start + form.len() - 1] + 1)
-            .collect();
-        ranges.into_iter()
+    fn once(&self) -> Self {
+        let mut next = Self {
+            bytes: Vec::with_capacity(self.bytes.len()),
+            ranges: Vec::with_capacity(self.bytes.len()),
+        };
+        let mut at = 0;
+        while at < self.bytes.len() {
+            let (character, length) = escape(&self.bytes[at..]);
+            let range = self.ranges[at].start..self.ranges[at + length - 1].end;
+            let mut buffer = [0; 4];
+            let new: &[u8] = match &character {
+                Escape::None if self.bytes[at].is_ascii_whitespace() => &[],
+                Escape::None => &self.bytes[at..=at],
+                Escape::Byte(byte) => std::slice::from_ref(byte),
+                Escape::Char(c) => c.encode_utf8(&mut buffer).as_bytes(),
+                Escape::Space => &[],
+            };
+            next.bytes.extend(new);
+            next.ranges.extend(std::iter::repeat_n(range, new.len()));
+            at += length;
+        }
+        next
+    }
+
+    /// The ranges of the original text that stand for `form`.
+    fn matches(&self, form: &[u8]) -> Vec<Range<usize>> {
+        memmem::find_iter(&self.bytes, form)
+            .map(|start| {
+                let end = start + form.len() - 1;
+                self.ranges[start].start..self.ranges[end].end
+            })
+            .collect()
+    }
+}
+
+/// The meaning of the bytes at the start of a text.
+enum Escape {
+    /// The first byte stands for itself.
+    None,
+    Byte(u8),
+    Char(char),
+    /// White space.
+    Space,
+}
+
+/// The escape that a text begins with, and its length in bytes.
+fn escape(bytes: &[u8]) -> (Escape, usize) {
+    let hex = |range: Range<usize>| {
+        let digits = std::str::from_utf8(bytes.get(range)?).ok()?;
+        u32::from_str_radix(digits, 16).ok()
+    };
+    match bytes {
+        [b'%', ..] => match hex(1..3) {
+            Some(byte) => (Escape::Byte(byte as u8), 3),
+            None => (Escape::None, 1),
+        },
+        [b'\\', b'u' | b'U', ..] => match (hex(2..6), bytes.get(6..8), hex(8..12)) {
+            (Some(high @ 0xd800..=0xdbff), Some(b"\\u" | b"\\U"), Some(low @ 0xdc00..=0xdfff)) => {
+                let code = 0x1_0000 + ((high - 0xd800) << 10) + (low - 0xdc00);
+                (char::from_u32(code).map_or(Escape::None, Escape::Char), 12)
+            }
+            (Some(code), ..) => match char::from_u32(code) {
+                Some(c) if c.is_whitespace() => (Escape::Space, 6),
+                Some(c) => (Escape::Char(c), 6),
+                None => (Escape::None, 1),
+            },
+            _ => (Escape::None, 1),
+        },
+        [b'\\', b'x', ..] => match hex(2..4) {
+            Some(byte) => (Escape::Byte(byte as u8), 4),
+            None => (Escape::None, 1),
+        },
+        [b'\\', b'n' | b'r' | b't', ..] => (Escape::Space, 2),
+        [b'\\', escaped @ (b'"' | b'\\' | b'/' | b'\''), ..] => (Escape::Byte(*escaped), 2),
+        _ => (Escape::None, 1),
     }
 }
 
@@ -251,6 +364,32 @@ mod tests {
         assert!(hidden.contains("${env:KEY}"), "{hidden}");
         // Few characters meet by chance.
         assert_eq!(mask.hide("123\n4567"), "123\n4567");
+        // A value that ends in a line break is printed without it, one of several lines line by line.
+        let mask = Mask::new([
+            ("KEY", "plainSecretValue1234\r\n"),
+            ("TWO", "lineOne77\nlineTwo88"),
+        ]);
+        assert_eq!(
+            mask.hide("plainSecretValue1234; lineOne77; lineTwo88"),
+            "${env:KEY}; ${env:TWO}; ${env:TWO}"
+        );
+    }
+
+    #[test]
+    fn a_secret_is_hidden_behind_the_escapes_of_other_languages() {
+        let key = "sk-<Ab>&\"q/+=ü99";
+        let mask = Mask::new([("KEY", key)]);
+        for echo in [
+            r#"sk-\u003cAb\u003e\u0026\"q/+=ü99"#,
+            r#"sk-\u003CAb\u003E\u0026\u0022q\/+=\u00FC99"#,
+            r#"sk-<Ab>&\\\"q/+=\\u00fc99"#,
+            "%73%6B-%3CAb%3E%26%22q%2F%2B%3D%C3%BC99",
+        ] {
+            assert_eq!(mask.hide(&format!("[{echo}]")), "[${env:KEY}]", "{echo}");
+        }
+        let one = "\\ud83d\\ude00";
+        let mask = Mask::new([("KEY", "smile😀smile")]);
+        assert_eq!(mask.hide(&format!("smile{one}smile")), "${env:KEY}");
     }
 
     #[test]

@@ -84,6 +84,20 @@ impl Http {
     }
 }
 
+/// The problem of a key that no HTTP header can carry, and its fix.
+pub const INVALID_KEY: &str = "holds a line break, white space at an end, or characters beyond ASCII, which no key \
+     has; set it to the key alone";
+
+impl Http {
+    /// The environment variable of the key, if it holds characters that no HTTP header can carry.
+    pub fn invalid_key(&self) -> Option<&str> {
+        let name = self.key_env.as_deref()?;
+        let key = key_in(name)?;
+        let is_valid = key.bytes().all(|byte| (b' '..=b'~').contains(&byte));
+        (!is_valid || key.trim() != key).then_some(name)
+    }
+}
+
 /// The key in an environment variable, which must hold something.
 fn key_in(name: &str) -> Option<String> {
     std::env::var(name).ok().filter(|key| !key.is_empty())
@@ -135,6 +149,11 @@ impl HttpWriter {
                 ))
             })?),
         };
+        if let Some(name) = spec.invalid_key() {
+            return Err(fails(format!(
+                "the environment variable {name} {INVALID_KEY}"
+            )));
+        }
         if let Some(name) = spec.short_key() {
             return Err(fails(format!(
                 "what {name} holds is shorter than {SECRET_MIN} characters, which no key is"

@@ -27,7 +27,7 @@ mod test_util;
 
 pub use caption_permutations::CaptionPermutations;
 pub use critic::{Critic, PolicyWriter, Request, Writer};
-pub use http::{BaseUrl, Http, HttpWriter, Price, Spend, SpendLimit};
+pub use http::{BaseUrl, Http, HttpWriter, INVALID_KEY, Price, Spend, SpendLimit};
 pub use hub::{Hub, Repository, is_offline};
 pub use judge_prompt::{JudgeInput, JudgePrompt, JudgePromptSettings, Mode, Verdict};
 pub use spec::{

@@ -6,6 +6,7 @@ use std::thread::{self, Builder};
 use std::time::Duration;
 
 use super::{Part, QueryError};
+use ovchat_io::files::caught;
 
 /// The stack of a query's thread. A chain of terms becomes a tree as deep as it is long, through which
 /// DataFusion walks by recursion, and which it drops so, too. Only what is used of it takes memory.
@@ -19,9 +20,9 @@ pub fn apart<T: Send>(
     work: impl AsyncFnOnce() -> Result<T, QueryError> + Send,
 ) -> Result<T, QueryError> {
     thread::scope(|scope| {
-        let thread = builder().spawn_scoped(scope, || block_on(work()));
+        let thread = builder().spawn_scoped(scope, || unless_it_panics(|| block_on(work())));
         let thread = thread.map_err(|error| no_thread(&error))?;
-        thread.join().unwrap_or_else(|_| Err(panicked()))
+        thread.join().unwrap_or_else(|_| Err(panicked("it ended")))
     })
 }
 
@@ -36,7 +37,7 @@ pub fn piece_by_piece<E: From<QueryError>>(
     let (sender, receiver) = sync_channel(1);
     let thread = builder().spawn(move || {
         let give = |part| give(&sender, part);
-        block_on(work(&give))
+        unless_it_panics(|| block_on(work(&give)))
     });
     let thread = thread.map_err(|error| no_thread(&error))?;
     loop {
@@ -46,7 +47,9 @@ pub fn piece_by_piece<E: From<QueryError>>(
             Err(RecvTimeoutError::Disconnected) => break,
         }
     }
-    Ok(thread.join().unwrap_or_else(|_| Err(panicked()))?)
+    Ok(thread
+        .join()
+        .unwrap_or_else(|_| Err(panicked("it ended")))?)
 }
 
 fn give(sender: &SyncSender<Part>, part: Part) -> Result<(), QueryError> {
@@ -64,9 +67,15 @@ fn no_thread(error: &std::io::Error) -> QueryError {
     QueryError(format!("there is no thread for the query: {error}"))
 }
 
-/// The panic itself has been printed.
-fn panicked() -> QueryError {
-    QueryError("DataFusion panicked at this query; write it in another way".to_owned())
+/// The result of a query, or the message of its panic as an error.
+fn unless_it_panics<T>(work: impl FnOnce() -> Result<T, QueryError>) -> Result<T, QueryError> {
+    caught(work).unwrap_or_else(|message| Err(panicked(&message)))
+}
+
+fn panicked(message: &str) -> QueryError {
+    QueryError(format!(
+        "DataFusion failed at this query ({message}); write it in another way"
+    ))
 }
 
 fn block_on<T>(work: impl Future<Output = T>) -> T {

@@ -5,6 +5,7 @@
 //! the manifest doesn't list.
 
 mod apart;
+mod bounded;
 mod checked;
 mod count;
 mod depth;
@@ -43,6 +44,7 @@ pub use words::no_table;
 use words::{Allowed, error, refuse_others, refuse_unknown_params};
 
 use ovchat_data::store::{StoreError, TableFile, schema_of_file};
+use ovchat_io::files;
 
 /// Memory for sorts and joins; more is spilled to disk.
 const MEMORY_BYTES: usize = 512 << 20;
@@ -95,6 +97,7 @@ pub fn plan_counted(
 ) -> Result<(SchemaRef, RowCount), QueryError> {
     apart(async || {
         let context = SessionContext::new_with_config(config());
+        bounded::register(&context);
         for (name, schema) in tables {
             register_empty(&context, name, schema).map_err(error)?;
         }
@@ -141,6 +144,9 @@ pub fn run<E: From<QueryError>>(
 ) -> Result<SchemaRef, E> {
     let mut schema = None;
     stream(sql, params, tables, views, spill, |part| -> Result<(), E> {
+        if files::stopped() {
+            return Err(QueryError("interrupted".to_owned()).into());
+        }
         match part {
             Part::Header(header) => schema = Some(header.schema),
             Part::Rows(rows) => sink(rows)?,
@@ -270,10 +276,9 @@ fn context(spill: Option<&Path>) -> Result<SessionContext, DataFusionError> {
     if let Some(spill) = spill {
         runtime = runtime.with_temp_file_path(spill);
     }
-    Ok(SessionContext::new_with_config_rt(
-        config(),
-        runtime.build_arc()?,
-    ))
+    let context = SessionContext::new_with_config_rt(config(), runtime.build_arc()?);
+    bounded::register(&context);
+    Ok(context)
 }
 
 fn parse(state: &SessionState, sql: &str) -> Result<Statement, QueryError> {

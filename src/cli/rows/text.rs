@@ -1,5 +1,6 @@
 //! Rows as text: CSV, Markdown, and the columns of tables for people.
 
+use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::sync::Arc;
 
@@ -163,7 +164,8 @@ pub fn shown(batch: &RecordBatch) -> Result<RecordBatch, ArrowError> {
         if let DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View = of {
             let texts = cast(&column, &DataType::LargeUtf8)?;
             let texts = texts.as_string::<i64>().iter();
-            let visible = texts.map(|text| text.map(visible));
+            let visible =
+                texts.map(|text| text.map(|text| visible(cut(text).as_ref()).into_owned()));
             column = Arc::new(visible.collect::<LargeStringArray>());
         }
         let name = visible(field.name());
@@ -171,6 +173,23 @@ pub fn shown(batch: &RecordBatch) -> Result<RecordBatch, ArrowError> {
         columns.push(column);
     }
     RecordBatch::try_new(Arc::new(Schema::new(fields)), columns)
+}
+
+/// The longest text of a cell, in characters. Wider ones are for the formats that programs read.
+const CELL_MAX: usize = 10_000;
+
+/// A text that fits into a cell: of a longer one the beginning, and how much is left out.
+fn cut(text: &str) -> Cow<'_, str> {
+    match text.char_indices().nth(CELL_MAX) {
+        None => Cow::Borrowed(text),
+        Some((end, _)) => {
+            let left_out = text[end..].chars().count();
+            Cow::Owned(format!(
+                "{} … {left_out} characters left out; --format jsonl shows all",
+                &text[..end]
+            ))
+        }
+    }
 }
 
 fn as_text(column: &ArrayRef) -> Result<ArrayRef, ArrowError> {

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -178,6 +179,15 @@ pub struct LabelWriter {
 impl LabelWriter {
     /// Adds a label, and waits until it is on the disk.
     pub fn add(&mut self, label: &LabelLine) -> Result<(), StoreError> {
+        if label.id > NUMBER_MAX {
+            let problem = format!(
+                "label ids are used up: a line has the id {}; remove that line",
+                label.id - 1
+            );
+            return Err(StoreError::io("write", &self.path)(io::Error::other(
+                problem,
+            )));
+        }
         let line = serde_json::to_vec(label).expect("names and numbers are valid JSON");
         let added = self.file.append(&line);
         added.map_err(StoreError::io("write", &self.path))
@@ -234,5 +244,18 @@ mod tests {
         writer.add(&label(9, LabelVerdict::Undone)).unwrap();
         drop(writer);
         assert_eq!(files.write().unwrap().next_id, 10, "no id comes twice");
+
+        // A label that the reader would not take is not acknowledged.
+        let mut writer = files.write().unwrap();
+        writer.add(&label(NUMBER_MAX, LabelVerdict::Left)).unwrap();
+        drop(writer);
+        let mut writer = files.write().unwrap();
+        let refused = writer.add(&label(writer.next_id, LabelVerdict::Left));
+        assert!(
+            refused
+                .unwrap_err()
+                .to_string()
+                .contains("9007199254740992")
+        );
     }
 }

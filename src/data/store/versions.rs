@@ -200,7 +200,11 @@ impl RunFolder {
         let complete = self.manifest.made.iter().filter(|made| made.complete);
         complete.into_iter().any(|made| {
             let below = self.root.join(below_cache(made));
-            below.exists() && places(made).any(|name| below.join(name).exists())
+            // After the exchange of the folders, the version before lies below this one's key.
+            let folder = self.table_folder(&made.table, made.round);
+            below.exists()
+                && (below.join(folder).exists()
+                    || places(made).any(|name| below.join(name).exists()))
         })
     }
 

@@ -8,7 +8,7 @@ use crate::stages::{ModelName, StageSpec};
 use ovchat_io::mask::SECRET_MIN;
 use ovchat_models::checkpoint::LlavaOnevisionConfig;
 use ovchat_models::preprocess::LlavaOnevisionProcessor;
-use ovchat_models::{JudgePromptSettings, ModelSpec};
+use ovchat_models::{INVALID_KEY, JudgePromptSettings, ModelSpec};
 
 /// Answers and replies that would be longer than the whole context of their model. Models whose config
 /// can't be read are complained about elsewhere.
@@ -96,6 +96,10 @@ pub fn keys(written: &PipelineSpec) -> Vec<Diagnostic> {
             );
             let help = "an endpoint without a key needs no `key_env`";
             return Some(Diagnostic::new("config::short_key", at, message).help(help));
+        }
+        if let Some(name) = http.invalid_key() {
+            let message = format!("the environment variable `{name}` {INVALID_KEY}");
+            return Some(Diagnostic::new("config::invalid_key", at, message));
         }
         let name = http.missing_key()?;
         let message = format!("the environment variable `{name}` is not set");

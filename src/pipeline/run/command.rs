@@ -32,6 +32,7 @@ use crate::run::report::Tally;
 use crate::run::{Start, Unit};
 use crate::stages::{Command, Failure, Inherited};
 use ovchat_data::store::TableReader;
+use ovchat_io::files::caught;
 use ovchat_io::mask::Mask;
 use ovchat_models::libtorch::SET_HERE;
 
@@ -111,9 +112,9 @@ impl Runner<'_> {
         let rows_in = made.map_or(0, ovchat_data::store::TableVersion::rows);
 
         let mut child = Running(start(work, round, &self.plan.secrets)?);
-        let said = listen(&mut child.0, files, input_schema);
-        let mut writer = self.writer(table, round, "part-00000", &stage.schema);
         let mask = self.plan.secrets.mask();
+        let said = listen(&mut child.0, files, input_schema, mask.clone());
+        let mut writer = self.writer(table, round, "part-00000", &stage.schema);
         let mut done = 0;
         let mut tally = Tally::default();
         let mut last_words: Vec<String> = Vec::new();
@@ -333,7 +334,12 @@ impl Drop for Running {
 }
 
 /// Feeds the program and listens to it.
-fn listen(child: &mut Child, files: Vec<PathBuf>, schema: SchemaRef) -> Receiver<PipeMessage> {
+fn listen(
+    child: &mut Child,
+    files: Vec<PathBuf>,
+    schema: SchemaRef,
+    mask: Mask,
+) -> Receiver<PipeMessage> {
     let (sender, said) = sync_channel(QUEUE);
     let stdin = child.stdin.take().expect("it is piped");
     let stdout = child.stdout.take().expect("it is piped");
@@ -353,10 +359,14 @@ fn listen(child: &mut Child, files: Vec<PathBuf>, schema: SchemaRef) -> Receiver
     });
     let words = sender.clone();
     thread::spawn(move || {
-        lines::each(stderr, |line| words.send(PipeMessage::Line(line)).is_ok());
+        lines::each(stderr, &mask, |line| {
+            words.send(PipeMessage::Line(line)).is_ok()
+        });
     });
     thread::spawn(move || {
-        let ended = read(stdout, &sender);
+        let ended = caught(|| read(stdout, &sender)).unwrap_or_else(|message| {
+            Ended::Invalid(format!("wrote an invalid Arrow IPC stream: {message}"))
+        });
         // Whoever does not listen any more has ended the program.
         drop(sender.send(PipeMessage::End(ended)));
     });

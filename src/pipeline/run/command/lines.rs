@@ -2,15 +2,26 @@
 
 use std::io::{ErrorKind, Read};
 
+use ovchat_io::mask::Mask;
+
 /// What is kept of the beginning of a line, and of its end.
 const HEAD: usize = 16 << 10;
 const TAIL: usize = 16 << 10;
 
+/// The longest line that is kept as a whole.
+const MIDDLE: u64 = (HEAD + TAIL) as u64;
+
 /// Hands the lines of a stream to `take` until there are no more, or none is wanted. The middle of one that is
 /// very long is left out.
-pub fn each(mut stream: impl Read, mut take: impl FnMut(String) -> bool) {
+/// Secrets are hidden before a line is cut, so that no part of one stays at the cut.
+pub fn each(mut stream: impl Read, mask: &Mask, mut take: impl FnMut(String) -> bool) {
     let mut buffer = [0; 8 << 10];
-    let mut line = Line::default();
+    let margin = mask.longest();
+    let new = || Line {
+        margin,
+        ..Line::default()
+    };
+    let mut line = new();
     loop {
         let count = match stream.read(&mut buffer) {
             Ok(0) => break,
@@ -21,13 +32,13 @@ pub fn each(mut stream: impl Read, mut take: impl FnMut(String) -> bool) {
         for piece in buffer[..count].split_inclusive(|byte| *byte == b'\n') {
             let end = piece.strip_suffix(b"\n");
             line.add(end.unwrap_or(piece));
-            if end.is_some() && !take(std::mem::take(&mut line).text()) {
+            if end.is_some() && !take(std::mem::replace(&mut line, new()).text(mask)) {
                 return;
             }
         }
     }
     if line.length > 0 {
-        take(line.text());
+        take(line.text(mask));
     }
 }
 
@@ -35,6 +46,8 @@ pub fn each(mut stream: impl Read, mut take: impl FnMut(String) -> bool) {
 #[derive(Default)]
 struct Line {
     length: u64,
+    /// The bytes beyond head and tail that are kept, so that a secret at their ends is whole.
+    margin: usize,
     head: Vec<u8>,
     tail: Vec<u8>,
 }
@@ -42,24 +55,32 @@ struct Line {
 impl Line {
     fn add(&mut self, bytes: &[u8]) {
         self.length += bytes.len() as u64;
-        let (first, rest) = bytes.split_at(bytes.len().min(HEAD - self.head.len()));
+        let room = HEAD + self.margin - self.head.len();
+        let (first, rest) = bytes.split_at(bytes.len().min(room));
         self.head.extend(first);
         self.tail.extend(rest);
-        if self.tail.len() > 2 * TAIL {
-            self.tail.drain(..self.tail.len() - TAIL);
+        let kept = TAIL + self.margin;
+        if self.tail.len() > 2 * kept {
+            self.tail.drain(..self.tail.len() - kept);
         }
     }
 
-    fn text(mut self) -> String {
-        if self.tail.len() > TAIL {
-            self.tail.drain(..self.tail.len() - TAIL);
-        }
-        let left_out = self.length - (self.head.len() + self.tail.len()) as u64;
-        if left_out == 0 {
+    fn text(mut self, mask: &Mask) -> String {
+        if self.length <= (self.head.len() + self.tail.len()) as u64 && self.length <= MIDDLE {
             self.head.append(&mut self.tail);
-            return shown(self.head.strip_suffix(b"\r").unwrap_or(&self.head));
+            let text = shown(self.head.strip_suffix(b"\r").unwrap_or(&self.head));
+            return mask.hide(&text);
         }
-        let (head, tail) = (shown(&self.head), shown(&self.tail));
+        let kept = TAIL + self.margin;
+        self.tail.drain(..self.tail.len().saturating_sub(kept));
+        let left_out = self.length - (HEAD + TAIL) as u64;
+        // A secret that is cut at the far end of what was kept lies within the margin, which goes.
+        let head = mask.hide(&shown(&self.head));
+        let tail = mask.hide(&shown(&self.tail));
+        let head_end = head.len().saturating_sub(self.margin).min(HEAD);
+        let tail_start = tail.len() - tail.len().saturating_sub(self.margin).min(TAIL);
+        let head = &head[..head.floor_char_boundary(head_end)];
+        let tail = &tail[tail.ceil_char_boundary(tail_start)..];
         format!("{head} … {left_out} bytes left out … {tail}")
     }
 }
@@ -82,7 +103,7 @@ mod tests {
     fn lines_are_whole_but_for_the_middle_of_long_ones() {
         let lines = |bytes: &[u8]| {
             let mut lines = Vec::new();
-            each(bytes, |line| {
+            each(bytes, &Mask::default(), |line| {
                 lines.push(line);
                 true
             });
@@ -105,5 +126,24 @@ mod tests {
         );
         assert!(line.len() < HEAD + TAIL + 60);
         assert_eq!(next, "next");
+    }
+
+    #[test]
+    fn a_secret_at_the_cut_of_a_long_line_is_hidden() {
+        let secret = "plainSecretValue1234";
+        let mask = Mask::new([("KEY", secret)]);
+        for before in HEAD - 30..HEAD + 10 {
+            let long = ["x".repeat(before), secret.to_owned(), "y".repeat(100_000)].concat();
+            let mirrored = ["y".repeat(100_000), secret.to_owned(), "x".repeat(before)].concat();
+            for line in [long, mirrored] {
+                each(line.as_bytes(), &mask, |found| {
+                    assert!(
+                        !found.contains("plain") && !found.contains("1234"),
+                        "{before}"
+                    );
+                    true
+                });
+            }
+        }
     }
 }
