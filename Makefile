@@ -1,36 +1,36 @@
-# What people do here; `make` alone lists it. Plain `cargo build --release` works too once `make setup` ran.
+# Common tasks; `make` lists them. After `make setup`, plain `cargo build --release` works too.
 
-# tch 0.24 wants exactly this libtorch. PyPI's torch holds one, for CPU and for CUDA 13; the other
-# two packages are what it links to. Its Python files are never run, so any Python with pip will
-# do, and the wheels for one version are taken whatever version that Python has.
+# tch 0.24 requires exactly this libtorch. PyPI's torch contains it, for CPU and for CUDA 13; it links
+# to the other two packages. Its Python files never run, so any Python with pip works, and the wheels
+# for one Python version are used regardless of its version.
 LIBTORCH_PARTS := torch==2.11.0 nvidia-cuda-runtime~=13.0.0 nvidia-cuda-cupti~=13.0.0
 LIBTORCH_PYTHON := 3.12
 
-# What its CUDA half is linked to, as its METADATA says. They replace the two packages above by the same
-# versions. Fetched where the NVIDIA driver has made its device file.
+# The dependencies of its CUDA half, from its METADATA. They replace the two packages above by the same
+# versions. Downloaded if the device file of the NVIDIA driver exists.
 NVIDIA_FILE := /dev/nvidiactl
 NVIDIA_PARTS := 'cuda-toolkit[cublas,cudart,cufft,cufile,cupti,curand,cusolver,cusparse,nvjitlink,nvrtc,nvtx]==13.0.2' \
   nvidia-cudnn-cu13==9.19.0.56 nvidia-cusparselt-cu13==0.8.0 nvidia-nccl-cu13==2.28.9 nvidia-nvshmem-cu13==3.4.5
 
-# Written last: without it, what lies in .libtorch may be half of a download.
+# Created last: without it, .libtorch may be an incomplete download.
 LIBTORCH_COMPLETE := .libtorch/complete-2.11.0
 NVIDIA_COMPLETE := .libtorch/complete-2.11.0-cuda-13.0.2
 
-# With --target, pip leaves the system's Python alone, and Debian's "externally managed" rule does
+# With --target, pip does not touch the system's Python, and Debian's "externally managed" rule does
 # not apply.
 FETCH := python3 -m pip install --target .libtorch --no-compile --only-binary=:all: \
   --python-version $(LIBTORCH_PYTHON) --disable-pip-version-check
 
 .PHONY: help setup demo test audit world parity bench
 
-help: ## list what can be made
+help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 ifdef LIBTORCH
-setup: tools ## fetch libtorch into .libtorch, unless LIBTORCH names one (once; 0.5 GB; with an NVIDIA driver 2.5 GB)
+setup: tools ## download libtorch into .libtorch, unless LIBTORCH is set (once; 0.5 GB, or 2.5 GB with an NVIDIA driver)
 	@test -e "$(LIBTORCH)/lib/libtorch_cpu.so" || { \
-	  echo "LIBTORCH is $(LIBTORCH), which holds no lib/libtorch_cpu.so: unset it, and" \
-	       "'make setup' fetches a libtorch, or point it at the folder of an installed torch" >&2; exit 1; }
+	  echo "LIBTORCH is $(LIBTORCH), which has no lib/libtorch_cpu.so: unset it, and" \
+	       "'make setup' downloads libtorch, or set it to the folder of an installed torch" >&2; exit 1; }
 else
 setup: tools $(if $(wildcard $(NVIDIA_FILE)),$(NVIDIA_COMPLETE),$(LIBTORCH_COMPLETE))
 endif
@@ -42,10 +42,10 @@ demo: setup ## build, and run pipelines/dpo.yaml: three rounds on the small worl
 test: setup ## run the tests: code, schemas, layering, formatting
 	cargo test --release
 
-audit: ## check the crates: licences, sources, versions, advisories (offline: what can be)
+audit: ## check the crates: licenses, sources, versions, advisories (skips what it cannot download)
 	.ci/audit
 
-world: setup ## make data-samples again, its three models included, from nothing (two hours)
+world: setup ## rebuild data-samples with its three models from scratch (two hours)
 	cargo build --release --bins -p ovchat -p small-world
 	rm -rf data-samples/images
 	cargo run --release --quiet -p small-world -- world data-samples
@@ -58,7 +58,7 @@ world: setup ## make data-samples again, its three models included, from nothing
 	cargo run --release --quiet --bin pipeline -- export small-world-critic checkpoint --to data-samples/critic
 	cp runs/lessons/start/reward/prompt.txt data-samples/reward/
 
-# PARITY_PYTHON may name a Python that already has what tests/parity/requirements.txt asks for.
+# PARITY_PYTHON can name a Python that already has the packages of tests/parity/requirements.txt.
 ifdef PARITY_PYTHON
 parity: setup
 	$(PARITY_PYTHON) tests/parity/run.py
@@ -67,11 +67,11 @@ parity: setup .parity/complete ## compare with transformers, TRL and PyTorch on 
 	.parity/bin/python tests/parity/run.py
 endif
 
-bench: setup .parity/complete ## sampling and scoring beside transformers, a table of ratios (half an hour)
+bench: setup .parity/complete ## compare the speed of sampling and scoring with transformers (half an hour)
 	cargo build --release --bins --example pictures
 	.parity/bin/python benches/speed/bench.py
 
-# Without pip of its own, which Debian keeps in another package.
+# Without its own pip, which Debian ships in a separate package.
 .parity/complete: tests/parity/requirements.txt
 	rm -rf .parity
 	python3 -m venv --without-pip .parity
@@ -88,14 +88,14 @@ pip:
 	@python3 -m pip --version >/dev/null || { echo "pip is missing: apt-get install python3-pip" >&2; exit 1; }
 
 $(LIBTORCH_COMPLETE): | pip
-	@echo "fetching libtorch 2.11.0 into .libtorch: 0.5 GB to download, 1.2 GB on the disk"
+	@echo "downloading libtorch 2.11.0 into .libtorch: 0.5 GB to download, 1.2 GB on disk"
 	rm -rf .libtorch
 	$(FETCH) --no-deps $(LIBTORCH_PARTS)
 	touch $@
 
-# --upgrade: else pip leaves the folder `nvidia` as it is.
+# Without --upgrade, pip does not touch the existing folder `nvidia`.
 $(NVIDIA_COMPLETE): $(LIBTORCH_COMPLETE) | pip
-	@echo "there is an NVIDIA driver ($(NVIDIA_FILE)): fetching NVIDIA's libraries for CUDA 13.0 into .libtorch, too:" \
-	  "2.0 GB to download, 2.7 GB on the disk"
+	@echo "found an NVIDIA driver ($(NVIDIA_FILE)): downloading NVIDIA's libraries for CUDA 13.0 into .libtorch:" \
+	  "2.0 GB to download, 2.7 GB on disk"
 	$(FETCH) --upgrade $(NVIDIA_PARTS)
 	touch $@

@@ -1,7 +1,8 @@
-//! A program for an `exec` stage: of each answer, whether it refuses, in a few words that say so.
+//! A program for an `exec` stage: flags answers that are refusals.
 //!
-//! Reads candidates as an Arrow IPC stream, writes `prompt_id`, `candidate` and `refuses`. In Python the
-//! same is `pyarrow.ipc.open_stream(sys.stdin.buffer)` and `pyarrow.ipc.new_stream(sys.stdout.buffer, schema)`.
+//! Reads candidates as an Arrow IPC stream and writes `prompt_id`, `candidate` and `refuses`. In
+//! Python, use `pyarrow.ipc.open_stream(sys.stdin.buffer)` and
+//! `pyarrow.ipc.new_stream(sys.stdout.buffer, schema)`.
 
 use std::error::Error;
 use std::io::{BufReader, BufWriter};
@@ -12,7 +13,7 @@ use arrow::datatypes::{DataType, Field, Schema};
 use arrow_ipc::reader::StreamReader;
 use arrow_ipc::writer::StreamWriter;
 
-/// What refusals begin with.
+/// The prefixes of refusals.
 const PHRASES: [&str; 3] = ["sorry", "i can't", "i cannot"];
 
 fn main() -> Result<(), Box<dyn Error>> {

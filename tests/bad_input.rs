@@ -1,4 +1,4 @@
-//! Bad input: one clear error that names file, line or row and the way out; what was made stays.
+//! Bad input: one clear error with file, line or row and a fix; finished tables stay.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use crate::run::{SCRIPTED, rows};
 use crate::scene::{Quiet, ROOT, Scene};
 
-/// The id and the reason of what was set aside.
+/// Returns the id and the reason of each rejected row.
 pub fn rejects(scene: &Scene) -> Vec<(String, String)> {
     let said = scene.succeeds(&[
         "sql",
@@ -26,7 +26,7 @@ pub fn rejects(scene: &Scene) -> Vec<(String, String)> {
         .collect()
 }
 
-/// A scene with one good picture and prompts about it and about others.
+/// Returns a scene with one good image, and prompts about it and about the images `names`.
 pub fn with_images(names: &[&str]) -> Scene {
     let scene = Scene::new();
     let bytes = fs::read(format!("{ROOT}/data-samples/images/train/0001.png")).unwrap();
@@ -44,7 +44,7 @@ pub fn with_images(names: &[&str]) -> Scene {
 }
 
 #[test]
-fn a_bad_picture_costs_its_row_and_the_reason_names_the_file() {
+fn a_bad_image_costs_its_row_and_the_reason_names_the_file() {
     let scene = with_images(&["good.png", "gone.png", "cut.png", "words.png"]);
     scene.succeeds(&["run", "p.yaml", "--set", "reject_share_max=0.9"]);
     assert_eq!(rows::<Prompt>(&scene, "prompts", None).len(), 1);
@@ -57,7 +57,7 @@ fn a_bad_picture_costs_its_row_and_the_reason_names_the_file() {
         ["record 2", "record 3", "record 4"]
     );
     assert!(
-        rejects[0].1.contains("there is no picture") && rejects[0].1.contains("gone.png"),
+        rejects[0].1.contains("image not found") && rejects[0].1.contains("gone.png"),
         "{rejects:?}"
     );
     assert!(rejects[1].1.contains("cut.png"), "{rejects:?}");
@@ -65,9 +65,9 @@ fn a_bad_picture_costs_its_row_and_the_reason_names_the_file() {
 }
 
 #[test]
-fn a_picture_larger_than_the_bound_is_set_aside_before_it_is_decoded() {
+fn a_image_larger_than_the_bound_is_set_aside_before_it_is_decoded() {
     let scene = with_images(&["large.ppm"]);
-    // A header that claims 20,000 x 20,000 pixels, and nothing behind it.
+    // A header that claims 20,000 x 20,000 pixels, without data.
     scene.write("images/large.ppm", "P6 20000 20000 255\n");
     scene.pipeline(&[
         "run",
@@ -98,7 +98,7 @@ fn too_many_bad_rows_stop_the_stage_and_mending_them_goes_on() {
     );
 }
 
-/// LLaVA-NeXT's `train_dpo.py` reads one image and one question for each pair.
+/// LLaVA-NeXT's `train_dpo.py` reads one image and one question per pair.
 #[test]
 fn pairs_that_the_training_script_would_misread_are_not_exported() {
     let scene = with_images(&["good.png"]);
@@ -120,7 +120,7 @@ fn pairs_that_the_training_script_would_misread_are_not_exported() {
     for (more, words) in [
         (json!({"image": ["good.png", "good.png"]}), "has 2 images"),
         (json!({"image": null}), "has no image"),
-        (json!({"system": "Be brief."}), "has a system text"),
+        (json!({"system": "Be brief."}), "has a system prompt"),
         (
             json!({"chosen": "The tag <image>."}),
             "has the text `<image>`",
@@ -134,7 +134,7 @@ fn pairs_that_the_training_script_would_misread_are_not_exported() {
         assert_eq!(said.code, Some(1), "{}", said.err);
         let told = said.err.replace("\n  │ ", " ").replace("\n  | ", " ");
         assert!(
-            told.contains("1 of 2 pairs of `pairs` can't be exported"),
+            told.contains("cannot export 1 of 2 pairs of `pairs`"),
             "{told}"
         );
         assert!(told.contains(words), "{told}");
@@ -158,7 +158,7 @@ fn a_prompt_longer_than_the_context_is_set_aside_before_the_model_opens() {
     let mut config: serde_json::Value = serde_json::from_str(&config).unwrap();
     config["text_config"]["max_position_embeddings"] = 40.into();
     fs::write(policy.join("config.json"), config.to_string()).unwrap();
-    // A model without its weights can't open: this run gets by without opening it.
+    // A model without weights cannot be loaded; this run succeeds without loading it.
     let pipeline = SCRIPTED
         .replace(
             "policy: { scripted: {} }",
@@ -243,18 +243,14 @@ fn a_folder_that_is_no_folder_of_this_run_is_refused() {
     let said = scene.pipeline(&["run", "other.yaml", "--run", "runs/scripted"]);
     assert!(
         said.err
-            .contains("holds a run of the pipeline `scripted`, not of `other`"),
+            .contains("contains a run of pipeline `scripted`, expected `other`"),
         "{}",
         said.err
     );
     let said = scene
         .write("work/notes.txt", "mine")
         .pipeline(&["run", "p.yaml", "--run", "work"]);
-    assert!(
-        said.err.contains("is not the folder of a run"),
-        "{}",
-        said.err
-    );
+    assert!(said.err.contains("is not a run folder"), "{}", said.err);
     assert_eq!(
         fs::read_to_string(scene.path("work/notes.txt")).unwrap(),
         "mine"
@@ -268,7 +264,7 @@ fn a_folder_that_is_no_folder_of_this_run_is_refused() {
     );
 }
 
-/// A finished run, and the file of a table in its first round.
+/// Returns a finished run and the file of a table in its first round.
 fn finished(table: &str) -> (Scene, PathBuf) {
     let scene = Scene::new();
     scene
@@ -289,14 +285,14 @@ fn a_lost_file_is_noticed_and_made_again() {
     let said = scene.succeeds(&["run", "p.yaml"]);
     assert!(
         said.err
-            .contains("files of `rewards` are missing or spoiled"),
+            .contains("files of `rewards` are missing or corrupt"),
         "{}",
         said.err
     );
     assert_eq!(scene.tables("runs/scripted"), before);
 }
 
-/// Turns one bit of a file over, which leaves its size as it was.
+/// Flips one bit of a file and keeps its size.
 fn flip(file: &Path) {
     let mut bytes = fs::read(file).unwrap();
     let middle = bytes.len() / 2;
@@ -304,7 +300,7 @@ fn flip(file: &Path) {
     fs::write(file, &bytes).unwrap();
 }
 
-/// Whatever reads a file in which a bit has turned over notices, and the run makes it again.
+/// Every reader of a file with a flipped bit detects it, and the run rebuilds the table.
 #[test]
 fn a_flipped_bit_is_noticed_before_anything_is_made_from_it_and_mended() {
     let (scene, file) = finished("candidates");
@@ -313,7 +309,7 @@ fn a_flipped_bit_is_noticed_before_anything_is_made_from_it_and_mended() {
     let margin = "stages.pairs.select_extremes.margin_min=0.01";
     let said = scene.succeeds(&["run", "p.yaml", "--set", margin]);
     assert!(
-        said.err.contains("all.parquet is not what was written"),
+        said.err.contains("all.parquet: checksum mismatch"),
         "{}",
         said.err
     );
@@ -327,7 +323,7 @@ fn a_flipped_bit_is_noticed_before_anything_is_made_from_it_and_mended() {
     assert_eq!(scene.tables("runs/scripted"), before);
 }
 
-/// A fork does not make what it took over; what it would make of it now would be something else.
+/// A fork does not rebuild the tables that it shares: the result would differ.
 #[test]
 fn a_flipped_bit_in_what_a_fork_took_over_is_an_error() {
     let (scene, _) = finished("candidates");
@@ -348,11 +344,11 @@ fn a_flipped_bit_in_what_a_fork_took_over_is_an_error() {
     let said = scene.pipeline(&["run", "p.yaml", "--run", "runs/fork", "--set", set]);
     assert_eq!(said.code, Some(1), "{}", said.err);
     let told = said.err.replace("\n  │ ", " ").replace("\n  | ", " ");
-    assert!(told.contains("of a round before the fork"), "{told}");
+    assert!(told.contains("to a round before the fork"), "{told}");
     assert!(scene.path(weights).is_file());
 }
 
-/// What was set aside is taken over row by row, where it is what was written.
+/// Rows of an archived table are reused only if they are intact.
 #[test]
 fn a_flipped_bit_in_what_was_set_aside_is_not_taken_over() {
     let (scene, _) = finished("candidates");
@@ -373,14 +369,14 @@ fn a_flipped_bit_in_what_was_set_aside_is_not_taken_over() {
         }
     }
     assert!(flipped > 0);
-    // Another size of the model's answers: some rewards could be taken over.
+    // Another number of answers: some rewards could be reused.
     let said = scene.succeeds(&["run", "p.yaml", "--set", "stages.candidates.sample.count=3"]);
-    assert!(said.err.contains("is not what was written"), "{}", said.err);
+    assert!(said.err.contains("checksum mismatch"), "{}", said.err);
     scene.succeeds(&["run", "p.yaml"]);
     assert_eq!(scene.tables("runs/scripted"), before);
 }
 
-/// Only what is proved to be something else is put aside.
+/// Only a file that is proved corrupt moves aside.
 #[test]
 fn what_is_as_it_was_written_or_cannot_be_read_stays() {
     let (scene, file) = finished("candidates");
@@ -389,7 +385,7 @@ fn what_is_as_it_was_written_or_cannot_be_read_stays() {
     assert!(lost.lost.is_empty());
     assert_eq!(run.put_aside(&file).unwrap(), None);
     assert_eq!(run.put_aside(&scene.path("p.yaml")).unwrap(), None);
-    // A folder in its place can't be read as a file.
+    // A folder in place of the file cannot be read.
     let kept = scene.path("kept");
     fs::rename(&file, &kept).unwrap();
     fs::create_dir(&file).unwrap();
@@ -398,25 +394,25 @@ fn what_is_as_it_was_written_or_cannot_be_read_stays() {
     assert!(file.is_dir() && !scene.path("runs/scripted/spoiled").exists());
 }
 
-/// The model that answers in round 2 is read from the checkpoint of round 1.
+/// Round 2 samples from the checkpoint of round 1.
 #[test]
 fn a_flipped_bit_of_a_checkpoint_is_mended() {
     let (scene, _) = finished("steps");
     let tables = scene.tables("runs/scripted");
     let checkpoints = scene.checkpoints("runs/scripted");
-    let spoiled = "runs/scripted/checkpoints/round-1/scripted.json";
-    flip(&scene.path(spoiled));
+    let corrupt = "runs/scripted/checkpoints/round-1/scripted.json";
+    flip(&scene.path(corrupt));
     fs::remove_file(scene.path("runs/scripted/candidates/round-2/all.parquet")).unwrap();
     let said = scene.succeeds(&["run", "p.yaml"]);
-    let told = format!("{spoiled} is not what was written");
+    let told = format!("{corrupt}: checksum mismatch");
     assert!(said.err.contains(&told), "{}", said.err);
     assert_eq!(scene.checkpoints("runs/scripted"), checkpoints);
     assert_eq!(scene.tables("runs/scripted"), tables);
 }
 
-/// Pictures lie in the run, known by their content; the loading stages bring them back.
+/// The run stores images by content; the loading stages restore them.
 #[test]
-fn a_flipped_bit_of_a_picture_is_mended() {
+fn a_flipped_bit_of_a_image_is_mended() {
     let scene = with_images(&["good.png"]);
     scene.succeeds(&["run", "p.yaml"]);
     let before = scene.tables("runs/scripted");
@@ -427,13 +423,13 @@ fn a_flipped_bit_of_a_picture_is_mended() {
     fs::write(&file, bytes).unwrap();
     fs::remove_file(scene.path("runs/scripted/candidates/round-1/part-00000.parquet")).unwrap();
     let said = scene.succeeds(&["run", "p.yaml"]);
-    let told = "images/part-00000.parquet is not what was written";
+    let told = "images/part-00000.parquet: checksum mismatch";
     assert!(said.err.contains(told), "{}", said.err);
     assert_eq!(scene.tables("runs/scripted"), before);
 }
 
 #[test]
-fn a_spoiled_checkpoint_is_noticed_and_made_again() {
+fn a_corrupt_checkpoint_is_noticed_and_made_again() {
     let scene = Scene::new();
     scene
         .prompts(6)
@@ -443,7 +439,7 @@ fn a_spoiled_checkpoint_is_noticed_and_made_again() {
     scene.write("runs/scripted/checkpoints/round-1/scripted.json", "{");
     let said = scene.succeeds(&["run", "p.yaml"]);
     assert!(
-        said.err.contains("files of `steps` are missing or spoiled"),
+        said.err.contains("files of `steps` are missing or corrupt"),
         "{}",
         said.err
     );
@@ -474,7 +470,7 @@ fn files_of_the_user_in_a_run_stay() {
     );
 }
 
-/// A FIFO blocks whoever opens it until something is written to it, and `/dev/zero` never ends.
+/// Opening a FIFO blocks until something is written to it, and `/dev/zero` never ends.
 #[test]
 fn files_that_are_not_regular_are_refused_without_hanging() {
     let policy = format!("{ROOT}/data-samples/policy");
@@ -499,7 +495,7 @@ fn files_that_are_not_regular_are_refused_without_hanging() {
     refused("p.yaml", &as_it_is, "p.yaml");
     refused("prompts.json", &as_it_is, "config::wrong_file");
     let extends = |text: &str| format!("extends: base.yaml\n{text}");
-    refused("base.yaml", &extends, "`base.yaml` can't be read");
+    refused("base.yaml", &extends, "cannot read `base.yaml`");
     let own = |more: &str| format!("judge: {{ self: {{ model: policy, ask: {{ {more} }} }} }}");
     let template = |text: &str| {
         text.replace("judge: { scripted: {} }", &own("template: ask.txt"))
@@ -519,7 +515,7 @@ fn files_that_are_not_regular_are_refused_without_hanging() {
         refused(&format!("policy/{file}"), &weights, "config::model_files");
     }
 
-    // A picture costs its row; a device is as bad.
+    // An unreadable image rejects its row only; a device is treated the same.
     let scene = with_images(&["good.png", "fifo.png", "zero.png"]);
     fifo(&scene, "images/fifo.png");
     symlink("/dev/zero", scene.path("images/zero.png")).unwrap();
@@ -538,15 +534,15 @@ fn files_that_are_not_regular_are_refused_without_hanging() {
     assert!(
         reasons[0]
             .1
-            .ends_with("fifo.png can't be read: it is a FIFO, not a regular file")
+            .ends_with("fifo.png: it is a FIFO, not a regular file")
             && reasons[1]
                 .1
-                .ends_with("zero.png can't be read: it is a device, not a regular file"),
+                .ends_with("zero.png: it is a device, not a regular file"),
         "{reasons:?}"
     );
 }
 
-/// What the program says, which must end soon.
+/// Runs the program, which must end soon, and returns its output.
 #[track_caller]
 pub fn within_seconds(scene: &Scene, arguments: &[&str]) -> crate::scene::CommandOutput {
     let mut command = scene.command(arguments);
@@ -563,7 +559,7 @@ pub fn within_seconds(scene: &Scene, arguments: &[&str]) -> crate::scene::Comman
     panic!("{arguments:?} hangs");
 }
 
-/// Everything that opening a reward model needs is looked for before anything runs.
+/// All files of a reward model are checked before anything runs.
 #[test]
 fn a_reward_model_without_one_of_its_files_is_refused() {
     let scene = Scene::new();
@@ -578,9 +574,9 @@ fn a_reward_model_without_one_of_its_files_is_refused() {
     for (file, problem) in [
         ("adapter/reward_head", "the file `reward_head` is missing"),
         ("adapter/adapter_model.safetensors", "no weights"),
-        ("adapter/adapter_config.json", "can't be read"),
+        ("adapter/adapter_config.json", "cannot be read"),
         ("base/model.safetensors", "no weights"),
-        ("base/tokenizer.json", "is missing"),
+        ("base/tokenizer.json", "file not found"),
         ("vision/model.safetensors", "no weights"),
         (
             "vision/preprocessor_config.json",

@@ -1,13 +1,13 @@
-//! Kills and power losses at every commit and at random operations: finished work stays, nothing
-//! half-made is ever read, and what comes out is what an undisturbed run makes.
+//! Kills and power losses at every commit and at random operations: finished work stays, incomplete
+//! files are never read, and the result equals that of an undisturbed run.
 //!
-//! The file layer that fails is `chaos/shim.c`, compiled here and preloaded into the program.
+//! The failing file layer is `chaos/shim.c`, compiled here and preloaded into the program.
 
-/// Kills while an endpoint is asked.
+/// Kills during calls to an endpoint.
 mod calls;
-/// Kills of the page for people.
+/// Kills of the labeling page.
 mod labels;
-/// Kills while networks answer, score and learn.
+/// Kills while networks sample, score and train.
 #[cfg(feature = "torch")]
 mod networks;
 
@@ -20,22 +20,23 @@ use ovchat_data::store::{RunFolder, TableVersion};
 use crate::run::SCRIPTED;
 use crate::scene::{Numbers, ROOT, Scene};
 
-/// Decides the random operations.
+/// The seed of the random operations.
 const SEED: u64 = 20_261_126;
 
-/// Kills at random operations.
+/// The number of kills at random operations.
 const RANDOM_KILLS: usize = 120;
 
-/// How an operation is hit.
+/// The moments of a kill relative to its operation.
 const MODES: [&str; 3] = ["before", "torn", "after"];
 
-/// One thread for networks: several wait for each other, which takes minutes on a machine with other work.
+/// One thread for networks: several threads wait for each other, which takes minutes on a busy
+/// machine.
 const ONE_THREAD: (&str, &str) = ("OMP_NUM_THREADS", "1");
 
-/// Tables of trainings.
+/// The tables of training stages.
 const TRAININGS: [&str; 3] = ["steps", "words", "reward"];
 
-/// A pipeline of every kind of stage, in three rounds.
+/// A pipeline with every kind of stage, in three rounds.
 fn pipeline() -> String {
     let pipeline = SCRIPTED.replace("rounds: 2", "rounds: 3");
     pipeline.replace(
@@ -44,10 +45,10 @@ fn pipeline() -> String {
     )
 }
 
-/// A pipeline `p.yaml` whose run is killed.
+/// A scene with a pipeline `p.yaml` whose run is killed.
 struct Chaos {
     scene: Scene,
-    /// The folder of the run.
+    /// The run folder.
     run: &'static str,
     shim: PathBuf,
     kills: usize,
@@ -63,7 +64,7 @@ impl Chaos {
         }
     }
 
-    /// Runs the pipeline; `plan` says when it is killed. Whether it came to its end.
+    /// Runs the pipeline, which is killed as `plan` specifies. Returns true if it ran to the end.
     fn run(&mut self, plan: &str) -> bool {
         let mut command = self.scene.command(&["run", "p.yaml"]);
         doom(&mut command, &self.scene, &self.shim, plan);
@@ -80,8 +81,8 @@ impl Chaos {
         }
     }
 
-    /// Tables that are complete, and rows that are committed. Those of a training are left out: steps
-    /// are kept as far as there is a state behind them.
+    /// Returns the number of complete tables and of committed rows. Rows of training stages do not
+    /// count: steps are kept only up to the last saved state.
     fn finished(&self) -> (usize, u64) {
         let run = RunFolder::read(&self.scene.path(self.run));
         let made = run
@@ -96,7 +97,7 @@ impl Chaos {
         )
     }
 
-    /// Asserts that nothing that was finished is gone; returns what is now.
+    /// Asserts that no finished work is lost; returns the new counts.
     fn keeps(&self, before: (usize, u64), plan: &str) -> (usize, u64) {
         let now = self.finished();
         assert!(
@@ -107,7 +108,7 @@ impl Chaos {
         now
     }
 
-    /// Asserts that the run has what an undisturbed one has, and nothing else.
+    /// Asserts that the run has the same content as an undisturbed one, and nothing else.
     fn is_like(&self, undisturbed: &Scene) {
         let run = self.run;
         assert_eq!(self.scene.tables(run), undisturbed.tables(run));
@@ -139,7 +140,7 @@ impl Chaos {
     }
 }
 
-/// Has a command killed as `plan` says.
+/// Prepares a command that is killed as `plan` specifies.
 fn doom(command: &mut Command, scene: &Scene, shim: &Path, plan: &str) {
     command
         .env("LD_PRELOAD", shim)
@@ -147,8 +148,8 @@ fn doom(command: &mut Command, scene: &Scene, shim: &Path, plan: &str) {
         .env("CHAOS", plan);
 }
 
-/// A plan for an operation on files of lines, each kind in turn. The power stays on where a line is torn, for
-/// it would take the line with it; even operations are writes then.
+/// Returns a plan for an operation on line files, each kind in turn. The power stays on for a torn
+/// line, because a power loss would remove the line; even operations are writes then.
 fn line_plan(class: &str, turn: usize, operation: usize) -> String {
     match turn % 3 {
         0 => format!("{class} before {operation} 1"),
@@ -157,7 +158,7 @@ fn line_plan(class: &str, turn: usize, operation: usize) -> String {
     }
 }
 
-/// What a reader of `**/*.parquet` sees.
+/// Lists the files that `**/*.parquet` matches.
 fn parquet_files(folder: &Path) -> Vec<PathBuf> {
     let mut files = Vec::new();
     for entry in fs::read_dir(folder).unwrap() {
@@ -201,9 +202,9 @@ fn undisturbed() -> Scene {
     scene
 }
 
-/// Before, in the middle of and after each commit, with and without what was not synced. A process
-/// commits its start twice, then goes on; so the next commits are hit, and one more process takes the
-/// run two commits further.
+/// Kills before, during and after each commit, with and without losing unsynced data. A process
+/// commits its start twice before it continues, so the kills hit the commits after that, and one
+/// more process advances the run by two commits.
 #[test]
 fn killed_at_every_commit() {
     let undisturbed = undisturbed();
@@ -231,7 +232,7 @@ fn killed_at_every_commit() {
     }
 }
 
-/// At any operation on a file, also those of a run's first moments.
+/// Kills at any file operation, including those at the start of a run.
 #[test]
 fn killed_at_random_operations() {
     let undisturbed = undisturbed();

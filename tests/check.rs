@@ -1,15 +1,15 @@
-//! Pipelines that must be refused, and those that only earn a warning.
+//! Invalid pipelines, and pipelines with warnings.
 //!
-//! Each `tests/check/*.yaml` starts with a comment: the exact rendering, without color, of what is
-//! wrong with it. `UPDATE=1 cargo test` writes the comments anew. A first line `# with: …` gives
-//! arguments: `--set path=value` (once), `--offline`.
+//! Each `tests/check/*.yaml` starts with a comment: the exact diagnostics, without color. `UPDATE=1
+//! cargo test --release` rewrites the comments. A first line `# with: …` gives arguments: `--set
+//! path=value` (once), `--offline`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use ovchat_pipeline::config::{Diagnostics, LoadError, RenderStyle, load};
 
-/// What `pipeline check` would draw for a file.
+/// Returns the diagnostics that `pipeline check` prints for a file.
 fn rendering(path: &Path) -> String {
     let text = fs::read_to_string(path).expect("the test files are readable");
     let first = text.lines().next().unwrap_or_default();
@@ -26,7 +26,7 @@ fn rendering(path: &Path) -> String {
     }
 }
 
-/// The lines of the comment that a file should start with.
+/// Returns the lines of the expected comment of a file.
 fn comment(first: &str, drawn: &str) -> Vec<String> {
     let with = first.starts_with("# with: ").then(|| first.to_owned());
     let lines = drawn
@@ -35,7 +35,7 @@ fn comment(first: &str, drawn: &str) -> Vec<String> {
     with.into_iter().chain(lines).collect()
 }
 
-/// Rewrites the comment of a file until the line numbers in it are right.
+/// Rewrites the comment of a file until its line numbers are right.
 fn update(path: &Path) {
     for _ in 0..4 {
         let text = fs::read_to_string(path).expect("the test files are readable");

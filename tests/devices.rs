@@ -1,4 +1,4 @@
-//! Where networks compute, on which libtorch, and what `make setup` fetches for them.
+//! Devices of models, the libtorch version, and the downloads of `make setup`.
 
 use std::fs;
 use std::path::Path;
@@ -28,7 +28,7 @@ stages:
     scene
 }
 
-/// Runs `pipeline` where no GPU is visible, whatever this machine has.
+/// Runs `pipeline` with all GPUs hidden.
 fn without_gpu(scene: &Scene, arguments: &[&str]) -> CommandOutput {
     let mut command = scene.command(arguments);
     command.env("CUDA_VISIBLE_DEVICES", "");
@@ -40,14 +40,14 @@ fn the_first_line_of_a_run_names_the_device_and_why() {
     let scene = scene();
     let run = without_gpu(&scene, &["run", "p.yaml"]);
     let first = run.err.lines().next().unwrap();
-    let expected = "policy: computing on the CPU in float32, since the pipeline says `device: cpu`";
+    let expected = "policy: computing on the CPU in float32 (the pipeline sets `device: cpu`)";
     assert_eq!(first, expected, "{}", run.err);
 
-    // Where a model computes is no part of what decides a table; in which precision, is.
+    // The device of a model does not affect its tables, but the precision does.
     let auto = ["--set", "models.policy.llava_onevision.device=auto"];
     let again = without_gpu(&scene, &[&["run", "p.yaml"], &auto[..]].concat());
     let first = again.err.lines().next().unwrap();
-    let expected = "policy: computing on the CPU in float32, since ";
+    let expected = "policy: computing on the CPU in float32 (";
     assert!(first.starts_with(expected), "{}", again.err);
     assert!(first.contains("NVIDIA driver"), "{first}");
     assert!(
@@ -64,7 +64,8 @@ fn the_first_line_of_a_run_names_the_device_and_why() {
     assert!(note.is_some(), "{}", log.err);
 }
 
-/// A driver that shows a GPU which libtorch can't use: a library that says so, and nothing behind it.
+/// A driver that reports a GPU which libtorch cannot use: a library that claims a device, without
+/// an implementation.
 #[test]
 fn a_gpu_that_cannot_be_used_is_an_error_that_the_cpu_avoids() {
     let scene = scene();
@@ -89,7 +90,7 @@ fn a_gpu_that_cannot_be_used_is_an_error_that_the_cpu_avoids() {
     let refused = with_gpu(&["run", "p.yaml", "--set", auto, "--log", "json"]);
     assert_eq!(refused.code, Some(1), "{}", refused.err);
     for words in [
-        "model `policy`: device `auto`: the NVIDIA driver shows 1 device, and libtorch can't use it",
+        "model `policy`: device `auto`: the NVIDIA driver reports 1 device, but libtorch cannot use it",
         "set `device: cpu`",
     ] {
         assert!(refused.err.contains(words), "{}", refused.err);
@@ -105,7 +106,7 @@ fn a_gpu_that_cannot_be_used_is_an_error_that_the_cpu_avoids() {
         doctor.out
     );
     assert!(
-        doctor.out.contains("BAD   `device: auto` is refused"),
+        doctor.out.contains("BAD   `device: auto` is not available"),
         "{}",
         doctor.out
     );
@@ -119,7 +120,7 @@ fn the_pipelines_of_the_small_world_need_no_gpu() {
     for entry in fs::read_dir(format!("{ROOT}/pipelines")).unwrap() {
         let path = entry.unwrap().path();
         let name = path.file_name().unwrap().to_str().unwrap().to_owned();
-        // The 7B model wants one.
+        // The 7B model needs a GPU.
         if name == "llava-onevision-7b.yaml" {
             continue;
         }
@@ -158,7 +159,7 @@ fn another_version_of_libtorch_is_refused_before_it_is_loaded() {
     assert!(!scene.path("runs").exists());
 }
 
-/// The environment that doctor finds, as the engine has it.
+/// Returns the environment that doctor reports.
 fn environment(program: &Path, more: &[(&str, &str)]) -> String {
     let mut command = Command::new(program);
     command
@@ -172,14 +173,14 @@ fn environment(program: &Path, more: &[(&str, &str)]) -> String {
     let line = said
         .out
         .lines()
-        .find(|line| line.contains("environment of libtorch"));
+        .find(|line| line.contains("libtorch environment"));
     line.unwrap_or_default().to_owned()
 }
 
 #[test]
 fn libtorch_finds_its_environment_unless_the_user_set_another() {
     let pipeline = Path::new(env!("CARGO_BIN_EXE_pipeline"));
-    // The engine is started directly, too.
+    // The engine can be started directly, too.
     for program in [pipeline, &pipeline.with_file_name("pipeline-engine")] {
         let all = "TORCH_CUDNN_SDPA_DEPRIORITIZED=1 PYTORCH_ALLOC_CONF=expandable_segments:True";
         let found = environment(program, &[]);
@@ -199,7 +200,8 @@ fn libtorch_finds_its_environment_unless_the_user_set_another() {
     }
 }
 
-/// The commands of `make setup` in an empty folder, where the NVIDIA driver's file is this one.
+/// Returns the commands of `make setup` in an empty folder, with this path for the NVIDIA driver's
+/// file.
 fn setup(nvidia: &str) -> String {
     let folder = tempfile::tempdir().unwrap();
     let mut command = Command::new("make");

@@ -1,4 +1,4 @@
-//! What a judge must show before it scores.
+//! Exams of judges before they score.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use serde_json::json;
 use crate::run::SCRIPTED;
 use crate::scene::Scene;
 
-/// Forty labels: the scripted judge, which scores by a hash, agrees with about half of them.
+/// Forty labels; the scripted judge, which scores by a hash, agrees with about half of them.
 fn scene(exam: &str) -> Scene {
     let scene = Scene::new();
     let label = |number: usize| {
@@ -56,7 +56,7 @@ fn a_judge_that_passes_scores_and_its_exam_is_a_table() {
     assert!(found.starts_with("n,agreed\n40,"), "{found}");
 }
 
-/// Labels as data sets on the hub come.
+/// Labels in the format of hub data sets.
 #[test]
 fn labels_may_be_parquet() {
     let scene = scene("accuracy_min: 0.2");
@@ -100,16 +100,16 @@ fn a_judge_that_fails_scores_nothing() {
     };
     refused(
         "accuracy_min: 0.95",
-        "`judge_exam_accuracy` expects something else",
+        "expectation `judge_exam_accuracy` failed",
     );
     refused("accuracy_min: 0, length_correlation_max: 0", "is above 0");
     let golden = |reward: &str| {
         format!("accuracy_min: 0, golden: {{ id: label-3, chosen_reward: {reward} }}")
     };
-    let scene = refused(&golden("7.5"), "`judge_exam_golden` expects something else");
+    let scene = refused(&golden("7.5"), "expectation `judge_exam_golden` failed");
     refused(
         &golden("7.5").replace("label-3", "label-99"),
-        "it gave no value (no rows, or null)",
+        "the value is null, or there are no rows",
     );
     let query = "select chosen_reward as reward from judge_exam where id = 'label-3'";
     let found = scene
@@ -123,7 +123,7 @@ fn a_judge_that_fails_scores_nothing() {
         &format!("models.judge.scripted.exam.golden.chosen_reward={reward}"),
     ]);
     assert!(
-        said.err.contains("judge_exam: 40 rows, there before"),
+        said.err.contains("judge_exam: 40 rows, up to date"),
         "{}",
         said.err
     );

@@ -1,4 +1,4 @@
-//! Commands of the user as stages.
+//! User programs as `exec` stages.
 
 use std::fs;
 use std::path::PathBuf;
@@ -13,7 +13,7 @@ use arrow_ipc::writer::StreamWriter;
 use crate::run::SCRIPTED;
 use crate::scene::{CommandOutput, Scene};
 
-/// The example program, built beside this test.
+/// The example program, built with this test.
 pub fn flag_answers() -> String {
     let test = std::env::current_exe().unwrap();
     let built = test.parent().unwrap().parent().unwrap();
@@ -32,7 +32,7 @@ pub fn pipeline(command: &str, columns: &str) -> String {
     SCRIPTED.replace("evaluate:", &stage)
 }
 
-/// libtorch's settings are for the engine; a program of the user may have a libtorch of its own.
+/// libtorch's settings are for the engine only; a user program may use its own libtorch.
 #[test]
 fn a_command_does_not_inherit_what_was_set_for_libtorch() {
     let scene = Scene::new();
@@ -76,7 +76,7 @@ fn a_command_makes_a_table_that_others_read() {
             .contains("nothing to do")
     );
 
-    // What decides it: its words, and the files that it names.
+    // The key depends on the arguments of the command and on the listed files.
     let named = command.replace(']', ", --strict]");
     scene.write("p.yaml", pipeline(&named, COLUMNS));
     let plan = scene.succeeds(&["plan", "p.yaml"]).out;
@@ -96,7 +96,7 @@ fn a_command_that_fails_is_told_with_its_last_words() {
         "[sh, -c, \"cat > /dev/null; echo first >&2; echo it broke >&2; exit 3\"]",
         COLUMNS,
     );
-    assert!(said.err.contains("ended with exit code 3"), "{}", said.err);
+    assert!(said.err.contains("exited with code 3"), "{}", said.err);
     assert!(
         said.err.contains("it broke") && said.err.contains("flags:"),
         "{}",
@@ -105,15 +105,16 @@ fn a_command_that_fails_is_told_with_its_last_words() {
     assert!(said.err.contains("failed here in round 1"), "{}", said.err);
     let said = fails("[sh, -c, \"cat > /dev/null; echo hello\"]", COLUMNS);
     assert!(
-        said.err.contains("wrote what is no Arrow IPC stream"),
+        said.err.contains("wrote an invalid Arrow IPC stream"),
         "{}",
         said.err
     );
     let said = fails("[sh, -c, \"kill -9 $$\"]", COLUMNS);
-    assert!(said.err.contains("was ended by signal 9"), "{}", said.err);
+    assert!(said.err.contains("was killed by signal 9"), "{}", said.err);
 }
 
-/// Before anything runs where the program is not there; when it is started where the system refuses it.
+/// A missing program is an error before anything runs; a program that cannot be started is an error
+/// when it starts.
 #[test]
 fn a_program_that_cannot_be_started_is_named() {
     let scene = Scene::new();
@@ -133,30 +134,26 @@ fn a_program_that_cannot_be_started_is_named() {
     };
     refused(
         "no-such-program",
-        "there is no program `no-such-program` in the directories of PATH",
+        "program `no-such-program` was not found in PATH",
     );
     scene.write("flag", "#!/no/such/interpreter\n");
     refused("flag", "write `./flag`");
-    refused("./flags", "there is no program `flags`");
+    refused("./flags", "program `flags` does not exist");
     refused("./flag", "`flag` is not executable");
     let flag = scene.path("flag");
     fs::set_permissions(&flag, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-    refused("./flag", "there is no program `/no/such/interpreter`");
-    // That the interpreter is a script without one is found out when it is started.
+    refused("./flag", "program `/no/such/interpreter`");
+    // A missing interpreter of the interpreter script is only found on start.
     let other = scene.path("other");
     scene.write("other", "#!/no/such/interpreter\n");
     fs::set_permissions(&other, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     scene.write("flag", format!("#!{}\n", other.display()));
     let said = run("./flag");
     assert_eq!(said.code, Some(1), "{}", said.err);
-    assert!(
-        said.err.contains("`./flag` can't be started"),
-        "{}",
-        said.err
-    );
+    assert!(said.err.contains("cannot start `./flag`"), "{}", said.err);
 }
 
-/// A program that stops early and exits with 0 leaves rows out.
+/// A program that stops early with exit code 0 omits rows.
 #[test]
 fn a_stream_that_is_cut_off_is_no_table() {
     let flag = flag_answers();
@@ -165,9 +162,9 @@ fn a_stream_that_is_cut_off_is_no_table() {
         // The end-of-stream marker is the last eight bytes.
         (
             format!("{flag} | head -c -8"),
-            "without its end-of-stream marker",
+            "without an end-of-stream marker",
         ),
-        (format!("{flag} | head -c -40"), "stops inside a batch"),
+        (format!("{flag} | head -c -40"), "ends inside a batch"),
         ("cat > /dev/null".to_owned(), "wrote nothing"),
         (format!("{flag}; echo done"), "as one stream"),
         (format!("tee copy | {flag}; {flag} < copy"), "as one stream"),
@@ -176,11 +173,11 @@ fn a_stream_that_is_cut_off_is_no_table() {
         let told = said.err.replace("\n  │ ", " ").replace("\n  | ", " ");
         assert!(told.contains(words), "{script}: {told}");
     }
-    // An exit code says more than the stream that it cut off.
+    // An exit code is more informative than the truncated stream.
     let said = fails(&shell(&format!("({flag} | head -c -8); exit 4")), COLUMNS);
     let told = said.err.replace("\n  │ ", " ").replace("\n  | ", " ");
-    assert!(told.contains("ended with exit code 4"), "{told}");
-    // Arrow before 0.15 ends a stream with four bytes of 0.
+    assert!(told.contains("exited with code 4"), "{told}");
+    // Arrow before 0.15 ends a stream with four zero bytes.
     let scene = Scene::new();
     let script = format!("{flag} | head -c -8; head -c 4 /dev/zero");
     scene
@@ -197,21 +194,17 @@ fn columns_that_are_not_as_declared_are_named() {
         "prompt_id: text, candidate: int32, refuses: int64",
     );
     assert!(
-        said.err.contains("wrote `refuses` as Boolean, and"),
+        said.err.contains("wrote `refuses` as Boolean, but"),
         "{}",
         said.err
     );
     let said = fails(&command, "prompt_id: text, candidate: int32");
-    assert!(
-        said.err.contains("wrote a column `refuses`,"),
-        "{}",
-        said.err
-    );
+    assert!(said.err.contains("wrote column `refuses`,"), "{}", said.err);
     let said = fails(&command, &format!("{COLUMNS}, score: float32"));
     assert!(said.err.contains("wrote no column `score`"), "{}", said.err);
 }
 
-/// A command that never ends is killed with its run, however that is killed.
+/// A command that never ends is killed with its run, however the run ends.
 #[test]
 fn a_command_ends_with_its_run() {
     for signal in ["-TERM", "-KILL"] {
@@ -235,7 +228,7 @@ fn a_command_ends_with_its_run() {
     }
 }
 
-/// So is what it has started in turn, where the run has the time to see to it.
+/// Child processes end too, if the run has time to stop them.
 #[test]
 fn what_a_command_has_started_ends_with_it() {
     let scene = Scene::new();
@@ -257,7 +250,7 @@ fn what_a_command_has_started_ends_with_it() {
 /// Waits for the end of a process.
 fn ends(pid: &str) {
     let process = PathBuf::from("/proc").join(pid.trim());
-    // One that ended may wait as a zombie for somebody to ask.
+    // An ended process can remain as a zombie until its parent reaps it.
     wait_for(|| {
         let state = fs::read_to_string(process.join("stat")).unwrap_or_default();
         (state.is_empty() || state.contains(") Z ")).then_some(())
@@ -293,7 +286,7 @@ fn a_column_that_is_written_twice_is_refused() {
     let said = scene.pipeline(&["run", "p.yaml"]);
     assert_eq!(said.code, Some(1), "{}", said.err);
     assert!(
-        said.err.contains("wrote two columns `prompt_id`"),
+        said.err.contains("wrote column `prompt_id` twice"),
         "{}",
         said.err
     );

@@ -1,4 +1,4 @@
-//! Runs that go on from others, what two runs do not share, and what is kept of earlier settings.
+//! Forks, diffs between runs, and archived versions.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -37,7 +37,7 @@ fn a_fork_shares_the_rounds_before_and_makes_the_others_its_own_way() {
         ]
     );
     let plan = scene.succeeds(&[&["plan"], &command[1..]].concat()).out;
-    assert!(plan.contains("9 of 21 tables are there"), "{plan}");
+    assert!(plan.contains("9 of 21 tables up to date"), "{plan}");
     scene.succeeds(&command);
     let fork = scene.tables("runs/scripted-fork-2");
     for (table, rows) in &fork {
@@ -68,7 +68,7 @@ fn a_fork_shares_the_rounds_before_and_makes_the_others_its_own_way() {
     );
     assert!(scene.succeeds(&command).err.contains("nothing to do"));
 
-    // What a fork cannot begin with.
+    // Rounds from which a fork cannot start.
     let late = scene.pipeline(&["fork", "scripted", "--at", "5"]);
     assert!(
         late.err.contains("the last round of runs/scripted is 3"),
@@ -85,7 +85,7 @@ fn a_fork_shares_the_rounds_before_and_makes_the_others_its_own_way() {
     ]);
     assert_eq!(wrong.code, Some(2), "{}", wrong.err);
 
-    // Table by table, what the two do not share.
+    // The differences, table by table.
     let diff = scene
         .succeeds(&["diff", "scripted", "scripted-fork-2", "--json"])
         .out;
@@ -110,27 +110,27 @@ fn a_fork_shares_the_rounds_before_and_makes_the_others_its_own_way() {
 fn what_was_set_aside_goes_when_it_is_told_to() {
     let scene = scene();
     let none = scene.succeeds(&["gc", "scripted"]);
-    assert!(none.err.contains("nothing is set aside"), "{}", none.err);
+    assert!(none.err.contains("no archived tables"), "{}", none.err);
     scene.succeeds(&["run", "p.yaml", "--set", "stages.candidates.sample.count=4"]);
     let now = scene.tables("runs/scripted");
     let asked = scene.succeeds(&["gc", "scripted"]);
+    assert!(asked.out.contains("21 archived tables"), "{}", asked.out);
     assert!(
-        asked.out.contains("21 tables of earlier settings"),
+        asked.err.contains("pass --yes to remove them"),
         "{}",
-        asked.out
+        asked.err
     );
-    assert!(asked.err.contains("--yes removes them"), "{}", asked.err);
-    let parked = || {
+    let archived = || {
         let folder = RunFolder::read(&scene.path("runs/scripted")).unwrap();
         let folders = fs::read_dir(scene.path("runs/scripted/.cache")).unwrap();
         let folders = folders.map(|entry| entry.unwrap().path());
         let folders = folders.filter(|path| path.is_dir() && !path.ends_with("records"));
-        (folder.manifest().parked.len(), folders.count())
+        (folder.manifest().archived.len(), folders.count())
     };
-    assert!(parked().0 == 21 && parked().1 > 0, "{:?}", parked());
+    assert!(archived().0 == 21 && archived().1 > 0, "{:?}", archived());
     scene.succeeds(&["gc", "scripted", "--yes"]);
-    assert_eq!(parked(), (0, 0));
+    assert_eq!(archived(), (0, 0));
     assert_eq!(scene.tables("runs/scripted"), now);
     let said = scene.succeeds(&["run", "p.yaml"]).err;
-    assert!(said.contains("done: 18 tables made"), "{said}");
+    assert!(said.contains("done: 18 built"), "{said}");
 }

@@ -1,4 +1,4 @@
-//! What the fuzz targets found or began with: each must be read or refused again, within seconds.
+//! Replay of the fuzz corpus: each file is read or rejected within seconds.
 
 use std::fs;
 use std::path::Path;
@@ -9,7 +9,7 @@ use crate::scene::ROOT;
 #[path = "../fuzz/src/targets.rs"]
 mod targets;
 
-/// What the targets call; see `fuzz/src/lib.rs`.
+/// The functions that the targets call; see `fuzz/src/lib.rs`.
 mod tested {
     use std::io::{Read as _, Write as _};
     use std::net::TcpStream;
@@ -22,7 +22,7 @@ mod tested {
     use crate::people::{Page, scene};
     use crate::scene::Scene;
 
-    /// A pipeline file, in all that follows from it without its files.
+    /// Reads a pipeline file and everything that depends on it, without its files.
     pub fn yaml(text: &str) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("p.yaml");
@@ -34,7 +34,7 @@ mod tested {
         }
     }
 
-    /// A file of prompts.
+    /// Reads a file of prompts.
     pub fn records(path: &Path) {
         let stage = serde_json::json!({ "load_prompts": { "from": path, "limit": 4096 } });
         let stage: StageSpec = serde_json::from_value(stage).unwrap();
@@ -58,7 +58,8 @@ mod tested {
         };
     }
 
-    /// Requests to the page, each on a connection of its own. It answers the next one.
+    /// Sends requests to the page, each on its own connection; the page must still answer the next
+    /// one.
     pub fn label(requests: &[[&[u8]; 3]]) {
         PAGE.with(|(page, _)| {
             for [method, address, body] in requests {
@@ -71,7 +72,7 @@ mod tested {
                 let mut stream = TcpStream::connect(host).unwrap();
                 let soon = Some(Duration::from_secs(2));
                 stream.set_read_timeout(soon).unwrap();
-                // What is no request may be cut off.
+                // The page may close an invalid request early.
                 drop(stream.write_all(&request));
                 drop(stream.read_to_end(&mut Vec::new()));
             }

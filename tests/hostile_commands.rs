@@ -1,4 +1,4 @@
-//! Commands of `exec` stages that say too much, leave others behind, or look for secrets.
+//! Commands of `exec` stages that flood their output, leave processes behind, or look for secrets.
 
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,11 @@ use crate::scene::{CommandOutput, Scene, said, stream_of_ids};
 fn a_line_without_an_end_is_kept_at_both_ends() {
     let script = "cat > /dev/null; (echo first words; head -c 400000000 /dev/zero | tr '\\\\0' x; echo last words) >&2; exit 3";
     let told = fails(&format!("[sh, -c, \"{script}\"]"), COLUMNS);
-    assert!(told.err.contains("exit code 3"), "{}", told.err.len());
+    assert!(
+        told.err.contains("exited with code 3"),
+        "{}",
+        told.err.len()
+    );
     for words in ["first words", "last words", "bytes left out"] {
         assert!(flat(&told.err).contains(words), "{words}");
     }
@@ -25,7 +29,7 @@ fn bytes_that_are_no_text_are_shown_as_what_they_are() {
     assert!(told.err.contains("and more"), "{}", told.err);
 }
 
-/// The program's exit decides.
+/// The exit code of the program decides.
 #[test]
 fn what_a_command_leaves_behind_keeps_nobody_waiting() {
     let begun = Instant::now();
@@ -40,12 +44,12 @@ fn what_a_command_leaves_behind_keeps_nobody_waiting() {
     assert_eq!(found.out, "n\n25\n");
     let told = fails("[sh, -c, \"cat > /dev/null; sleep 600 &\"]", COLUMNS);
     assert!(
-        flat(&told.err).contains("keeps its standard output open"),
+        flat(&told.err).contains("holds its standard output open"),
         "{}",
         told.err
     );
     let told = fails("[sh, -c, \"cat > /dev/null; sleep 600 & exit 4\"]", COLUMNS);
-    assert!(told.err.contains("ended with exit code 4"), "{}", told.err);
+    assert!(told.err.contains("exited with code 4"), "{}", told.err);
     assert!(begun.elapsed() < Duration::from_mins(1));
 }
 
@@ -112,7 +116,7 @@ fn a_command_gets_no_secrets_that_it_was_not_given() {
         assert_eq!(notes, gets_plain, "{env}: {}", told.err);
         if notes {
             assert!(
-                flat(&told.err).contains("the command of `flags` does not get "),
+                flat(&told.err).contains("the command of `flags` does not inherit "),
                 "{}",
                 told.err
             );

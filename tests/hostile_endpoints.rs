@@ -1,4 +1,4 @@
-//! Endpoints that say what can't be, say nothing, send elsewhere, or repeat the key that they were sent.
+//! Endpoints that reply with impossible values, stall, redirect, or echo the key.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read, Write};
@@ -16,13 +16,13 @@ use serde_json::{Value, json};
 use crate::judges::{by_length, flat, pipeline};
 use crate::scene::{CommandOutput, Scene, said};
 
-/// What is written on a connection for a request: its head and its question.
+/// A rule that writes to a connection, given the head of the request and its question.
 type Rule = Arc<dyn Fn(&mut dyn Write, &str, &str) + Send + Sync>;
 
-/// An endpoint that writes by rule whatever it likes.
+/// An endpoint that writes arbitrary bytes by a rule.
 pub struct Endpoint {
     address: String,
-    /// Connections so far.
+    /// The number of connections so far.
     met: Arc<AtomicUsize>,
 }
 
@@ -80,7 +80,7 @@ fn serve(stream: impl Read + Write, rule: &Rule) {
     rule(reader.get_mut(), &head, question);
 }
 
-/// A whole answer.
+/// Returns a complete response.
 fn answer(status: u16, headers: &str, text: &str) -> Vec<u8> {
     let length = text.len();
     format!("HTTP/1.1 {status} so\r\nContent-Length: {length}\r\nConnection: close\r\n{headers}\r\n{text}")
@@ -118,7 +118,7 @@ fn numbers_that_cannot_be_count_as_nothing() {
     let spend = "spend: { limit: 1, per_million_prompt_tokens: 1, per_million_reply_tokens: 1 }";
     let scene = scene(&endpoint.judge(spend), 3);
     let said = scene.succeeds(&["run", "p.yaml"]);
-    let note = "took 18446744073709551615 `prompt_tokens`, which can't be";
+    let note = "reported an implausible 18446744073709551615 `prompt_tokens`";
     assert!(said.err.contains(note), "{}", said.err);
     assert_eq!(
         asked(
@@ -131,7 +131,7 @@ fn numbers_that_cannot_be_count_as_nothing() {
     assert!(again.err.contains("nothing to do"), "{}", again.err);
 }
 
-/// As an earlier version left it that panicked at the first line.
+/// A call log as left by an earlier version that panicked at the first line.
 #[test]
 fn a_poisoned_journal_is_mended() {
     let endpoint = Endpoint::new(|out, _, question| {
@@ -159,8 +159,7 @@ fn a_poisoned_journal_is_mended() {
         "n\n3\n"
     );
     let said = scene.succeeds(&["run", "p.yaml"]);
-    let note =
-        "3 lines were cut off or can't be read; moved to runs/scripted/calls/judge.jsonl.torn";
+    let note = "moved 3 corrupt lines to runs/scripted/calls/judge.jsonl.torn";
     assert!(said.err.contains(note), "{}", said.err);
     let torn = fs::read(scene.path("runs/scripted/calls/judge.jsonl.torn")).unwrap();
     assert!(torn.ends_with(b"{\"judge\": \"\xc3\n"), "byte for byte");
@@ -246,7 +245,7 @@ fn neither_questions_nor_keys_are_sent_elsewhere() {
         let said = with_key(&scene, &["run", "p.yaml"], "sk-of-the-tests");
         assert_eq!(said.code, Some(1), "{}", said.err);
         let words = format!(
-            "it says {status} and sends to `http //{}/v1",
+            "HTTP {status} redirects to `http //{}/v1",
             other.address.replace(':', " ")
         );
         assert!(flat(&said.err).contains(&words), "{}", said.err);
@@ -275,7 +274,7 @@ fn what_is_too_short_for_a_key_is_refused() {
     assert_eq!(endpoint.met.load(Ordering::SeqCst), 0);
 }
 
-/// The key of a request, as it is and in other forms.
+/// Returns the key of a request, verbatim and encoded.
 fn echo(head: &str) -> String {
     let mut lines = head.lines();
     let line = lines.find_map(|line| {
@@ -311,7 +310,7 @@ fn a_key_that_an_endpoint_repeats_is_stored_and_shown_nowhere() {
             .judge(more)
             .replace("/v1", "/${env:OVCHAT_TEST_PART}/v1")
     };
-    // It refuses: rejects, and the complaint about them.
+    // A rejection: rejects and their error.
     let endpoint = Endpoint::new(|out, head, _| {
         out.write_all(&answer(400, "", &echo(head))).unwrap();
     });
@@ -335,7 +334,7 @@ fn a_key_that_an_endpoint_repeats_is_stored_and_shown_nowhere() {
     ];
     with_key(&scene, &all, KEY);
     clean("rejects", &asked(&scene, "select * from rejects"));
-    // It has no time, or no use for the key.
+    // Busy or unauthorized.
     for status in [503, 401, 418] {
         let endpoint = Endpoint::new(move |out, head, _| {
             out.write_all(&answer(status, "", &echo(head))).unwrap();
@@ -354,7 +353,7 @@ fn a_key_that_an_endpoint_repeats_is_stored_and_shown_nowhere() {
             );
         }
     }
-    // It replies: the journal, and what is made of it.
+    // A reply: the call log and the tables.
     let endpoint = Endpoint::new(|out, head, question| {
         let text = format!("{} {}", by_length(question), echo(head));
         out.write_all(&reply(&text, &json!({}))).unwrap();
@@ -372,7 +371,7 @@ fn a_key_that_an_endpoint_repeats_is_stored_and_shown_nowhere() {
     clean("the journal", &fs::read_to_string(journal).unwrap());
 }
 
-/// A company's own certificates are trusted, others are not.
+/// A private certificate authority is trusted, others are not.
 #[test]
 fn an_endpoint_is_believed_by_the_certificates_of_the_machine() {
     let authority = rcgen::KeyPair::generate().unwrap();
@@ -424,11 +423,11 @@ fn an_endpoint_is_believed_by_the_certificates_of_the_machine() {
     assert_eq!(said.code, Some(1), "{}", said.err);
     let said = run("SSL_CERT_FILE", "nowhere.pem");
     assert_eq!(said.code, Some(1), "{}", said.err);
-    let words = "no certificate can be read from `nowhere.pem`, which SSL_CERT_FILE names";
+    let words = "cannot read certificates from `nowhere.pem` (set by SSL_CERT_FILE)";
     assert!(flat(&said.err).contains(words), "{}", said.err);
     let said = run("SSL_CERT_DIR", "none");
     assert_eq!(said.code, Some(1), "{}", said.err);
-    let words = "this machine has no certificates of its own";
+    let words = "this machine has no root certificates";
     assert!(said.err.contains(words), "{}", said.err);
     let said = run("SSL_CERT_FILE", "company.pem");
     assert_eq!(said.code, Some(0), "{}", said.err);

@@ -1,4 +1,4 @@
-//! Files of strangers: where they lead, and what they hold.
+//! Untrusted files: their paths and contents.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -20,7 +20,7 @@ const LOAD: [&str; 6] = [
     "reject_share_max=0.99",
 ];
 
-/// A picture of somebody else beside the scene of [`with_images`], and links to it.
+/// An image outside the scene of [`with_images`], and links to it.
 fn with_a_secret() -> (Scene, tempfile::TempDir) {
     let scene = with_images(&["good.png"]);
     let elsewhere = tempfile::tempdir().unwrap();
@@ -32,7 +32,7 @@ fn with_a_secret() -> (Scene, tempfile::TempDir) {
 }
 
 #[test]
-fn a_picture_outside_of_its_folders_is_set_aside_unless_the_pipeline_says_otherwise() {
+fn a_image_outside_of_its_folders_is_set_aside_unless_the_pipeline_says_otherwise() {
     let (scene, elsewhere) = with_a_secret();
     let secret = elsewhere.path().join("secret.png");
     let secret = secret.to_str().unwrap();
@@ -54,7 +54,7 @@ fn a_picture_outside_of_its_folders_is_set_aside_unless_the_pipeline_says_otherw
     scene.write("prompts.json", serde_json::to_vec(&list).unwrap());
     let said = scene.succeeds(&LOAD);
     let note = format!(
-        "prompts: 5 records name pictures outside of its folders, the first is {secret} (record 5); `images_anywhere: true` would read it"
+        "prompts: 5 records name images outside the allowed folders, first {secret} (record 5); set `images_anywhere: true` to read from any folder"
     );
     assert!(said.err.contains(&note), "{}", said.err);
     assert_eq!(rows::<Prompt>(&scene, "prompts", None).len(), inside.len());
@@ -74,7 +74,7 @@ fn a_picture_outside_of_its_folders_is_set_aside_unless_the_pipeline_says_otherw
 }
 
 #[test]
-fn a_picture_from_a_hub_cache_is_read_where_its_link_leads() {
+fn a_image_from_a_hub_cache_is_read_where_its_link_leads() {
     let scene = with_images(&["good.png"]);
     let snapshot = "hub/datasets--org--name/snapshots/0123/images";
     fs::create_dir_all(scene.path(snapshot)).unwrap();
@@ -87,9 +87,9 @@ fn a_picture_from_a_hub_cache_is_read_where_its_link_leads() {
     assert_eq!(rows::<Prompt>(&scene, "prompts", None).len(), 1);
 }
 
-/// What Parquet embeds has a path that can name any file.
+/// Images embedded in Parquet have a path that can name any file.
 #[test]
-fn the_bytes_of_an_embedded_picture_are_kept_where_its_path_is_another_file() {
+fn the_bytes_of_an_embedded_image_are_kept_where_its_path_is_another_file() {
     use std::sync::Arc;
 
     use arrow::array::{ArrayRef, BinaryArray, RecordBatch, StringArray, StructArray};
@@ -126,7 +126,7 @@ fn the_bytes_of_an_embedded_picture_are_kept_where_its_path_is_another_file() {
     assert!(kept.is_empty() || kept[0].image.bytes.as_deref() == Some(&bytes[..]));
 }
 
-/// A run that is asked to stop a moment after it began.
+/// Asserts that a run can be stopped shortly after it starts.
 fn is_stopped(scene: &Scene) {
     let mut command = scene.command(&LOAD);
     let child = command.stderr(std::process::Stdio::null()).spawn().unwrap();
@@ -137,7 +137,7 @@ fn is_stopped(scene: &Scene) {
 fn a_run_that_reads_a_large_file_hears_signals() {
     let scene = with_images(&["good.png"]);
     let captions = fs::File::create(scene.path("captions.json")).unwrap();
-    // A hole, which takes no room.
+    // A sparse file, which takes no disk space.
     captions.set_len(1 << 40).unwrap();
     let text = fs::read_to_string(scene.path("p.yaml")).unwrap();
     let text = text.replace("images: images", "images: images, captions: captions.json");
@@ -146,7 +146,7 @@ fn a_run_that_reads_a_large_file_hears_signals() {
 }
 
 #[test]
-fn a_run_that_decodes_pictures_hears_signals_and_goes_on_later() {
+fn a_run_that_decodes_images_hears_signals_and_goes_on_later() {
     let scene = with_images(&[]);
     image::GrayImage::new(5000, 5000)
         .save(scene.path("images/large.png"))
@@ -172,7 +172,7 @@ fn a_file_of_no_end_is_refused_by_its_size() {
     scene.succeeds(&LOAD);
     let reason = &rejects(&scene)[0].1;
     assert!(
-        reason.ends_with("hole.png can't be read: it has more than 1024 MB"),
+        reason.ends_with("hole.png: it is larger than 1024 MB"),
         "{reason}"
     );
     hole("base.yaml");
@@ -180,5 +180,5 @@ fn a_file_of_no_end_is_refused_by_its_size() {
     scene.write("q.yaml", format!("extends: base.yaml\n{text}"));
     let said = scene.pipeline(&["check", "q.yaml"]);
     assert_eq!(said.code, Some(2));
-    assert!(said.err.contains("it has more than 64 MB"), "{}", said.err);
+    assert!(said.err.contains("it is larger than 64 MB"), "{}", said.err);
 }

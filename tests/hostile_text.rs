@@ -1,4 +1,4 @@
-//! Texts of strangers: configurations and queries beyond all measure, and what terminals would obey.
+//! Untrusted text: oversized configurations and queries, and escape sequences for terminals.
 
 use std::io::Read as _;
 use std::os::unix::process::ExitStatusExt as _;
@@ -11,7 +11,7 @@ use crate::judges::flat;
 use crate::run::SCRIPTED;
 use crate::scene::{CommandOutput, Scene};
 
-/// The complaints about a pipeline, which must come soon.
+/// Returns the diagnostics of an invalid pipeline, which must appear soon.
 fn refused(text: &str) -> CommandOutput {
     let scene = Scene::new();
     let begun = Instant::now();
@@ -39,7 +39,7 @@ fn thousands_of_unknown_keys_are_told_soon_and_in_few_words() {
     let below = format!("{stage}{}", keys("      "));
     let said = refused(&below);
     assert!(said.err.contains("unknown field `key_0`"), "{}", said.err);
-    assert!(said.err.contains("more of what there is to say"));
+    assert!(said.err.contains("more are not shown"));
     let twice = keys("").replace("key_1", "key_2");
     refused(&format!("{SCRIPTED}{twice}"));
 }
@@ -48,23 +48,27 @@ fn thousands_of_unknown_keys_are_told_soon_and_in_few_words() {
 fn long_texts_are_cut_where_they_are_shown() {
     let key = "k".repeat(65_536);
     let said = refused(&format!("{SCRIPTED}? {key}\n: 1\n"));
-    assert!(said.err.contains("(65536 letters)"), "{}", said.err);
+    assert!(said.err.contains("(65536 characters)"), "{}", said.err);
     refused(&SCRIPTED.replace("seed: 3", &format!("seed: {key}")));
     let line =
         format!("{{pipeline: p, vars: {{a: \"{key}{key}\"}}, stages: {{x: {{nonsense: 1}}}}}}");
     let said = refused(&line);
-    assert!(said.err.contains("unknown verb `nonsense`"), "{}", said.err);
+    assert!(
+        said.err.contains("unknown stage type `nonsense`"),
+        "{}",
+        said.err
+    );
     refused(&format!("{line} }}"));
 }
 
 #[test]
-fn a_complaint_shows_no_control_of_terminals() {
+fn a_diagnostic_shows_no_control_of_terminals() {
     let said = refused(&format!("{SCRIPTED}\"a\\e[2Jb\": \u{202e}1\n"));
     assert!(!said.err.contains(['\u{1b}', '\u{202e}']), "{}", said.err);
     assert!(said.err.contains("a\\u001b[2Jb"), "{}", said.err);
 }
 
-/// A run whose rows hold what terminals would obey.
+/// A run whose rows contain escape sequences.
 fn with_escapes() -> Scene {
     let scene = Scene::new();
     let record = json!({"id": "\u{1b}]0;owned\u{7}", "prompt": "\u{202e}Why\r?"});
@@ -215,7 +219,8 @@ fn a_query_of_any_length_has_an_answer_or_one_error() {
     }
 }
 
-/// Sends a signal, and sees that the program ends within two seconds with the exit code of that signal.
+/// Sends a signal and asserts that the program ends within two seconds with the exit code of that
+/// signal.
 #[track_caller]
 pub fn ends_soon(mut child: Child, signal: &str, code: i32) {
     std::thread::sleep(Duration::from_millis(1500));
@@ -236,7 +241,7 @@ pub fn ends_soon(mut child: Child, signal: &str, code: i32) {
     assert_eq!(child.wait().unwrap().code(), Some(code));
 }
 
-/// A query that takes for ever and gives no row.
+/// A query that never ends and returns no rows.
 const ENDLESS: &str = "select a.id from prompts a cross join prompts b cross join prompts c \
     cross join prompts d where a.id || b.id || c.id || d.id = 'x'";
 
@@ -309,11 +314,11 @@ fn numbers_that_would_take_all_memory_are_refused_before_anything_runs() {
     for (setting, told) in [
         (
             "candidates.count=4294967295",
-            "answers to each prompt are too many",
+            "answers per prompt exceed the maximum",
         ),
         (
             "rounds=4294967295",
-            "4294967295 rounds are too many: a run has at most 1000",
+            "too many rounds: 4294967295 (at most 1000)",
         ),
     ] {
         let scene = Scene::new();

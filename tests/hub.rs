@@ -1,4 +1,4 @@
-//! Weights from the Hugging Face hub: a stand-in for it on this machine.
+//! Weights from the Hugging Face hub, simulated on this machine.
 
 use std::collections::HashMap;
 use std::fs;
@@ -16,7 +16,7 @@ use crate::scene::{CommandOutput, ROOT, Scene, said};
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
-/// A hub that has the sample policy as `org/tiny`, and what was asked of it: paths with their ranges.
+/// A hub with the sample policy as `org/tiny`, and a log of the requests: paths with their ranges.
 struct Hub {
     endpoint: String,
     asked: Arc<Mutex<Vec<String>>>,
@@ -28,7 +28,7 @@ impl Hub {
         Self::with_changed(|_, _| {})
     }
 
-    /// One whose files are not what it lists.
+    /// Starts a hub whose files differ from its listing.
     fn with_changed(change: impl Fn(&str, &mut Vec<u8>)) -> Self {
         let mut files: HashMap<String, Vec<u8>> = HashMap::new();
         for entry in fs::read_dir(format!("{ROOT}/data-samples/policy")).unwrap() {
@@ -76,7 +76,7 @@ impl Hub {
                 let answer = if token != "Bearer secret" {
                     Response::from_string("who are you?").with_status_code(401)
                 } else if url == "/api/models/org/tiny/revision/main?blobs=true" {
-                    // It has another name today.
+                    // The repository was renamed.
                     let there = Header::from_bytes("Location", "/api/models/org/new/revision/main");
                     Response::from_string("there")
                         .with_status_code(307)
@@ -123,7 +123,7 @@ stages:
   candidates: { sample: { prompts: prompts, model: policy, count: 1, max_new_tokens: 4 } }
 ";
 
-/// Git's hash of a file.
+/// Returns Git's hash of a file.
 fn git_hash(bytes: &[u8]) -> String {
     let mut hasher = Sha1::new();
     hasher.update(format!("blob {}\0", bytes.len()));
@@ -131,7 +131,7 @@ fn git_hash(bytes: &[u8]) -> String {
     hex::encode(hasher.finalize())
 }
 
-/// What a command says that has the hub's cache in `hub`.
+/// Runs a command with the hub's cache in `hub`.
 fn says(scene: &Scene, arguments: &[&str], more: &[(&str, &str)]) -> CommandOutput {
     let mut command: Command = scene.command(arguments);
     command
@@ -149,7 +149,7 @@ fn weights_are_fetched_once_and_used_without_a_network_after_that() {
     let endpoint = ("HF_ENDPOINT", hub.endpoint.as_str());
     let run = ["run", "p.yaml"];
 
-    // Not when nobody wants the network, and not by a check.
+    // Nothing is downloaded offline or by `check`.
     let offline = says(&scene, &run, &[endpoint, ("HF_HUB_OFFLINE", "1")]);
     assert_eq!(offline.code, Some(2), "{}", offline.err);
     let checked = says(
@@ -165,7 +165,7 @@ fn weights_are_fetched_once_and_used_without_a_network_after_that() {
     );
     let checked = says(&scene, &["check", "p.yaml"], &[endpoint]);
     assert!(
-        checked.err.contains("`pipeline run` fetches it"),
+        checked.err.contains("`pipeline run` downloads it"),
         "{}",
         checked.err
     );
@@ -177,7 +177,7 @@ fn weights_are_fetched_once_and_used_without_a_network_after_that() {
     let planned = says(&scene, &["plan", "p.yaml"], &[endpoint]);
     assert_eq!(planned.code, Some(2), "{}", planned.err);
     assert!(
-        planned.err.contains("is not in the hub's cache"),
+        planned.err.contains("is not in the Hugging Face cache"),
         "{}",
         planned.err
     );
@@ -188,7 +188,7 @@ fn weights_are_fetched_once_and_used_without_a_network_after_that() {
     assert!(!stranger.err.contains("wrong"), "{}", stranger.err);
     hub.asked();
 
-    // A download that was cut off goes on, and one that is something else begins again.
+    // An interrupted download resumes; a different file starts over.
     let sample = |name: &str| fs::read(format!("{ROOT}/data-samples/policy/{name}")).unwrap();
     let weights = sample("model.safetensors");
     let blobs = scene.path("hub/models--org--tiny/blobs");
@@ -214,12 +214,12 @@ fn weights_are_fetched_once_and_used_without_a_network_after_that() {
     let link = fs::read_link(snapshot.join("config.json")).unwrap();
     assert!(link.starts_with("../../blobs"), "{link:?}");
 
-    // The hub is gone.
+    // The hub is offline.
     drop(hub);
     let again = says(&scene, &["run", "p.yaml", "--run", "runs/again"], &[]);
     assert_eq!(again.code, Some(0), "{}", again.err);
 
-    // Other bytes of the right length.
+    // Other bytes of the same length.
     let other = Hub::new();
     fs::remove_dir_all(scene.path("hub")).unwrap();
     fs::create_dir_all(&blobs).unwrap();
@@ -236,7 +236,7 @@ fn weights_are_fetched_once_and_used_without_a_network_after_that() {
     assert!(!Path::new(&growing).exists());
 }
 
-/// A server that answers each request by `answer`, which is given its path and token.
+/// Starts a server that answers each request by `answer`, which gets its path and token.
 fn serve(
     answer: impl Fn(&str, &str) -> Response<std::io::Cursor<Vec<u8>>> + Send + 'static,
 ) -> (String, Arc<Server>) {
@@ -263,7 +263,7 @@ fn the_token_stays_with_the_hub_and_is_in_no_message() {
     let noted = Arc::clone(&seen);
     let (elsewhere, behind) = serve(move |path, token| {
         noted.lock().unwrap().push(format!("{path} {token}"));
-        // What it is told it says again.
+        // Echoes the token.
         Response::from_string(format!("{{ \"sha\": 1, \"you\": \"{token}\" }}"))
     });
     // Another port of the same machine.
@@ -295,7 +295,7 @@ fn the_token_stays_with_the_hub_and_is_in_no_message() {
         &[("HF_ENDPOINT", &endpoint), token],
     );
     assert!(
-        endless.err.contains("more than 10 times"),
+        endless.err.contains("more than 10 redirects"),
         "{}",
         endless.err
     );
@@ -343,7 +343,8 @@ fn files_that_are_not_as_listed_are_refused_and_do_not_stay() {
     );
     assert_ne!(said.code, Some(0));
     assert!(
-        said.err.contains("config.json: more comes than the"),
+        said.err
+            .contains("config.json: the download is larger than the"),
         "{}",
         said.err
     );
@@ -357,8 +358,7 @@ fn files_that_are_not_as_listed_are_refused_and_do_not_stay() {
         &[("HF_ENDPOINT", &hub.endpoint)],
     );
     assert_ne!(said.code, Some(0));
-    let words =
-        "config.json: after 5 tries it is not whole: it is not what the hub says that it is";
+    let words = "config.json: download failed after 5 attempts: checksum mismatch";
     assert!(said.err.contains(words), "{}", said.err);
     assert!(!kept(&blob));
 }

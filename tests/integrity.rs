@@ -1,4 +1,4 @@
-//! Flipped bits and cut files: found, restored or made again, never computed with.
+//! Flipped bits and truncated files: detected, restored or rebuilt, never used.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -8,13 +8,13 @@ use ovchat_data::store::{Manifest, copy_folder};
 use crate::run::SCRIPTED;
 use crate::scene::{Numbers, Scene};
 
-/// Decides the flips.
+/// The seed of the flips.
 const SEED: u64 = 20_261_128;
 
-/// Flips and cuts of the manifest's files.
+/// The number of flips and cuts of the manifest's files.
 const TRIALS: usize = 200;
 
-/// Flips of a table that a query reads.
+/// The number of flips of a table that a query reads.
 const FLIPS: usize = 30;
 
 fn finished() -> Scene {
@@ -24,7 +24,7 @@ fn finished() -> Scene {
     scene
 }
 
-/// Flips one bit of a file, and keeps its time.
+/// Flips one bit of a file and keeps its modification time.
 fn flip(path: &Path, bit: usize) {
     let mut bytes = fs::read(path).unwrap();
     bytes[bit / 8] ^= 1 << (bit % 8);
@@ -52,7 +52,7 @@ fn manifest_files(run: &Path) -> Vec<PathBuf> {
     files
 }
 
-/// The first file of a table in a round.
+/// Returns the first file of a table in a round.
 fn file_of(run: &Path, table: &str) -> PathBuf {
     let manifest = Manifest::read(run).unwrap();
     let made = manifest.find(table, Some(1)).unwrap();
@@ -83,7 +83,7 @@ fn no_flip_or_cut_of_the_manifest_goes_unseen_or_costs_a_run() {
         }
         let name = file.file_name().unwrap().to_string_lossy().into_owned();
         let what = format!("trial {trial}: {name}, cut: {is_cut}");
-        // A log that ends with a whole line is that of an earlier moment; it is the older of two copies.
+        // A log that ends with a whole line is an earlier state, the older of two copies.
         let ends_well = fs::read(file)
             .unwrap()
             .last()
@@ -131,15 +131,15 @@ fn a_damaged_line_of_the_log_ends_what_is_known() {
     let before = complete();
     let log = manifest_files(&run).into_iter();
     let log = log.filter(|path| path.extension() == Some("log".as_ref()));
-    // The latest has the largest number.
+    // The latest log has the largest number.
     let log = log.max_by_key(|path| (path.as_os_str().len(), path.clone()));
     let log = log.expect("the gate was begun");
     flip(&log, 100);
     assert_eq!(scene.pipeline(&["verify", "scripted"]).code, Some(1));
     let said = scene.pipeline(&["run", "p.yaml"]);
-    assert!(said.err.contains("line 1 is damaged"), "{}", said.err);
+    assert!(said.err.contains("line 1 is corrupt"), "{}", said.err);
     assert!(
-        said.err.contains("pairs (round 1): 6 rows, there before"),
+        said.err.contains("pairs (round 1): 6 rows, up to date"),
         "{}",
         said.err
     );
@@ -155,7 +155,7 @@ fn a_run_without_any_manifest_is_rebuilt_from_the_records_of_its_tables() {
     for file in manifest_files(&run) {
         fs::write(&file, "{").unwrap();
     }
-    // A table that cannot be proved whole is made again.
+    // A table that cannot be verified is rebuilt.
     flip(&file_of_record(&run, "pairs"), 300);
     let status = scene.succeeds(&["status", "scripted"]);
     assert!(
@@ -171,8 +171,7 @@ fn a_run_without_any_manifest_is_rebuilt_from_the_records_of_its_tables() {
     );
     let said = scene.succeeds(&["run", "p.yaml"]);
     assert!(
-        said.err
-            .contains("rewards (round 1): 30 rows, there before"),
+        said.err.contains("rewards (round 1): 30 rows, up to date"),
         "{}",
         said.err
     );
@@ -180,7 +179,7 @@ fn a_run_without_any_manifest_is_rebuilt_from_the_records_of_its_tables() {
     scene.succeeds(&["verify", "scripted"]);
 }
 
-/// A file of a table in round 1, found without the manifest.
+/// Returns a file of a table in round 1 without using the manifest.
 fn file_of_record(run: &Path, table: &str) -> PathBuf {
     let folder = run.join(table).join("round-1");
     let entry = fs::read_dir(folder).unwrap().next().unwrap();
@@ -203,7 +202,7 @@ fn a_query_never_computes_with_a_flipped_bit() {
         let said = scene.pipeline(&sql);
         assert_eq!(said.code, Some(1), "bit {bit}: {}", said.out);
         assert!(
-            said.err.contains("is not what was written"),
+            said.err.contains("checksum mismatch"),
             "bit {bit}: {}",
             said.err
         );
@@ -215,7 +214,7 @@ fn a_query_never_computes_with_a_flipped_bit() {
 }
 
 #[test]
-fn files_that_are_spoiled_do_not_leave_the_run() {
+fn files_that_are_corrupt_do_not_leave_the_run() {
     let scene = finished();
     let run = scene.path("runs/scripted");
     let weights = scene.checkpoints("runs/scripted").into_keys();
@@ -230,7 +229,7 @@ fn files_that_are_spoiled_do_not_leave_the_run() {
     let name = weights.strip_prefix(&run).unwrap().display().to_string();
     assert_eq!(
         verified.out,
-        format!("{name}: it is not what was written: its SHA-256 differs\n")
+        format!("{name}: checksum mismatch: the file changed after it was written\n")
     );
     let said = scene.pipeline(&["export", "scripted", "checkpoint", "--to", "out"]);
     assert_eq!(said.code, Some(1), "{}", said.err);
@@ -242,7 +241,7 @@ fn files_that_are_spoiled_do_not_leave_the_run() {
     flip(&file_of(&run, "candidates"), 400);
     let said = scene.pipeline(&["fork", "scripted", "--at", "2"]);
     assert_eq!(said.code, Some(1), "{}", said.err);
-    assert!(said.err.contains("is not what was written"), "{}", said.err);
+    assert!(said.err.contains("checksum mismatch"), "{}", said.err);
     assert!(!scene.path("runs/scripted-fork-2").exists());
 }
 
@@ -255,7 +254,7 @@ fn a_finished_run_notices_what_has_changed_and_a_copy_is_not_made_again() {
     bytes[200] ^= 1;
     fs::write(&file, &bytes).unwrap();
     let said = scene.succeeds(&["run", "p.yaml"]);
-    assert!(said.err.contains("is not what was written"), "{}", said.err);
+    assert!(said.err.contains("checksum mismatch"), "{}", said.err);
     assert!(before == scene.tables("runs/scripted"));
 
     copy_folder(&scene.path("runs/scripted"), &scene.path("copy")).unwrap();
@@ -263,7 +262,7 @@ fn a_finished_run_notices_what_has_changed_and_a_copy_is_not_made_again() {
     assert!(said.err.contains("nothing to do"), "{}", said.err);
 }
 
-/// What is remembered of files decides nothing by itself.
+/// A corrupt fingerprint cache only costs time.
 #[test]
 fn a_damaged_memory_of_fingerprints_costs_a_look_and_nothing_else() {
     let scene = finished();
@@ -277,7 +276,8 @@ fn a_damaged_memory_of_fingerprints_costs_a_look_and_nothing_else() {
     assert!(said.err.contains("nothing to do"), "{}", said.err);
 }
 
-/// A file that keeps size, time and inode is not read by `run`; what the others say of it helps.
+/// `run` does not read a file whose size, time and inode are unchanged; the other commands report
+/// it with a fix that works.
 #[test]
 fn what_is_advised_about_a_flipped_bit_helps() {
     let scene = finished();
@@ -287,7 +287,7 @@ fn what_is_advised_about_a_flipped_bit_helps() {
     let file = file_of(&run, "steps");
     let end = fs::metadata(&file).unwrap().len() as usize * 8 - 200;
     flip(&file, end);
-    // A query that does not read it is answered.
+    // A query that does not read the file succeeds.
     let count = ["sql", "scripted", "select count(*) as n from prompts"];
     assert_eq!(scene.pipeline(&count).code, Some(0));
     let said = scene.pipeline(&["sql", "scripted", "select * from steps"]);

@@ -1,4 +1,5 @@
-//! Killed runs, stopped runs, two runs at once: what was made stays, and the next run ends the same.
+//! Killed, stopped and concurrent runs: finished work stays, and the next run gives the same
+//! result.
 
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Stdio};
@@ -10,7 +11,7 @@ use ovchat_data::tables::Reward;
 use crate::run::{SCRIPTED, rows};
 use crate::scene::Scene;
 
-/// A pipeline whose every table has many parts, so that a kill can hit the middle of each.
+/// A pipeline with many parts in every table, so that a kill can hit the middle of each.
 fn slow() -> String {
     SCRIPTED
         .replace("part: 7", "part: 1")
@@ -26,7 +27,7 @@ fn start(scene: &Scene) -> Child {
         .expect("the program starts")
 }
 
-/// Waits until a table was begun (and, for a table with parts, some of them were made).
+/// Waits until a table is started and has at least `parts` parts.
 fn wait_for(scene: &Scene, child: &mut Child, table: &str, round: Option<u32>, parts: usize) {
     let begun = Instant::now();
     while begun.elapsed() < Duration::from_mins(1) {
@@ -111,7 +112,8 @@ fn a_stopped_run_says_so_with_its_exit_code_and_goes_on() {
     );
 }
 
-/// Both find no folder; the one that comes second is told who came first, or finds all done.
+/// Both find no folder; the second one gets an error that names the first, or finds everything up
+/// to date.
 #[test]
 fn of_two_first_starts_at_once_one_is_told_of_the_other() {
     let mut refused = 0;

@@ -1,4 +1,4 @@
-//! Judges that are asked in writing: a model of the pipeline, and an endpoint on this machine.
+//! Judges that reply in text: a model of the pipeline, and an endpoint on this machine.
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use crate::run::{SCRIPTED, rows};
 use crate::scene::Scene;
 
-/// What is evaluated: the greedy answers, one to each prompt.
+/// The evaluation stage: scores of the greedy answers, one per prompt.
 const GRADES: &str = "  grades:\n    score: { candidates: answers, judge: judge }\n";
 
 /// The scripted pipeline with another judge, fewer answers, and no grades.
@@ -44,7 +44,10 @@ fn the_policy_is_its_own_critic() {
         graded.replace("count: 1, temperature: 0", "count: 2"),
     );
     let plan = scene.succeeds(&["plan", "p.yaml"]).out;
-    assert!(plan.contains("judge = self(asks policy)"), "{plan}");
+    assert!(
+        plan.contains("judge = self(backing model: policy)"),
+        "{plan}"
+    );
     scene.succeeds(&["run", "p.yaml", "--set", "rounds=2"]);
     let candidates: Vec<Candidate> = rows(&scene, "candidates", Some(1));
     let rewards: Vec<Reward> = rows(&scene, "rewards", Some(1));
@@ -61,13 +64,13 @@ fn the_policy_is_its_own_critic() {
     let replies = rewards[0].reply.as_deref().unwrap();
     let replies: Vec<Value> = serde_json::from_str(replies).unwrap();
     assert_eq!(replies.len(), 2, "each answer comes first twice");
-    // It is trained, so its grades are those of each round's model, before the first one too.
+    // The model is trained, so its grades are those of each round's model, including round 0.
     for round in [0, 1, 2] {
         assert_eq!(rows::<Reward>(&scene, "grades", Some(round)).len(), 24);
     }
 }
 
-/// A judge that compares can't tell anything of one answer: not before a run, and not in it.
+/// A pairwise judge cannot score a single answer: an error in `check`, and a reject in a run.
 #[test]
 fn one_answer_alone_is_never_compared_with_nothing() {
     let endpoint = Endpoint::new(Box::new(|question, _| (200, "", by_length(question))));
@@ -79,12 +82,12 @@ fn one_answer_alone_is_never_compared_with_nothing() {
     let told = flat(&said.err);
     for words in [
         "config::one_answer",
-        "and `answers` has one answer to each",
+        "but `answers` has only one answer per prompt",
         "mode pointwise",
     ] {
         assert!(told.contains(&flat(words)), "{told}");
     }
-    // Only the run can tell how many answers a query leaves.
+    // Only the run knows the number of answers after a query.
     let first = "  first:\n    sql: { tables: [candidates], query: \"select * from candidates where candidate = 0 or prompt_id <= (select min(prompt_id) from candidates)\" }\n  rewards:";
     let of_first = pipeline(&judge).replace("  rewards:", first).replace(
         "score: { candidates: candidates",
@@ -96,7 +99,7 @@ fn one_answer_alone_is_never_compared_with_nothing() {
     let told = flat(&said.err);
     assert!(told.contains("3 of 4 rows are faulty"), "{told}");
     assert!(
-        told.contains("compares the answers to a prompt with each other"),
+        told.contains("compares at least two answers to a prompt"),
         "{told}"
     );
     let allowed = ["--set", "reject_share_max=1.0"];
@@ -106,7 +109,7 @@ fn one_answer_alone_is_never_compared_with_nothing() {
     assert!(rewards.iter().any(|reward| reward.reward != 0.0));
 }
 
-/// Answers are compared with all others to the same prompt, wherever their rows lie.
+/// Answers are compared with all others to the same prompt, wherever their rows are.
 #[test]
 fn rows_of_a_prompt_need_not_be_adjacent() {
     let endpoint = Endpoint::new(Box::new(|question, _| (200, "", by_length(question))));
@@ -142,8 +145,8 @@ fn rows_of_a_prompt_need_not_be_adjacent() {
             .contains("nothing to do")
     );
 
-    // An earlier version cut such a table wherever the prompt changed: what it left unfinished is made
-    // again from the beginning.
+    // An earlier version started a new part wherever the prompt changed: its unfinished tables are
+    // rebuilt from the start.
     let manifest = scene.path("runs/scripted/manifest.json");
     let text = std::fs::read_to_string(&manifest).unwrap();
     let mut json: Value = serde_json::from_str(&text).unwrap();
@@ -170,7 +173,7 @@ fn replies_that_cannot_be_read_are_rejects_with_the_reply() {
     let scene = scene(&judge, 4);
     let said = scene.pipeline(&["run", "p.yaml"]);
     assert_eq!(said.code, Some(1));
-    let diagnostic = "no verdict can be read in the judge's reply: \"";
+    let diagnostic = "no verdict found in the judge's reply: \"";
     assert!(flat(&said.err).contains(&flat(diagnostic)), "{}", said.err);
     scene.succeeds(&[
         "run",
@@ -187,7 +190,7 @@ fn replies_that_cannot_be_read_are_rejects_with_the_reply() {
     assert_eq!(found, "n,of_replies\n4,4\n");
 }
 
-/// What was said, without the lines that are drawn around it.
+/// Returns a message without the frame around it.
 pub fn flat(said: &str) -> String {
     let words = said.split(|one: char| one.is_whitespace() || "│|:".contains(one));
     words
@@ -196,10 +199,10 @@ pub fn flat(said: &str) -> String {
         .join(" ")
 }
 
-/// How the endpoint treats a question: status, headers, and what it replies.
+/// The rule of an endpoint: status, headers and reply to a question.
 type Rule = Box<dyn Fn(&str, usize) -> (u16, &'static str, String) + Send + Sync>;
 
-/// An OpenAI-compatible endpoint that replies by rule.
+/// An OpenAI-compatible endpoint that replies by a rule.
 struct Endpoint {
     url: String,
     heard: Arc<Heard>,
@@ -207,11 +210,11 @@ struct Endpoint {
 
 #[derive(Default)]
 struct Heard {
-    /// Questions that were replied to.
+    /// The questions that were answered.
     replied: Mutex<Vec<String>>,
-    /// Every request, with its headers.
+    /// Every request with its headers.
     requests: Mutex<Vec<(String, Value)>>,
-    /// Replies to nobody while this is set.
+    /// While true, the endpoint does not reply.
     is_silent: AtomicBool,
     under_way: Mutex<[usize; 2]>,
 }
@@ -282,7 +285,7 @@ fn serve(stream: &TcpStream, rule: &Rule, heard: &Heard) {
         }
         let (status, headers, reply) = rule(&question, number);
         heard.under_way.lock().unwrap()[0] -= 1;
-        // A model that declines has no content.
+        // A model that declines returns no content.
         let content = (reply != DECLINED).then_some(&reply);
         let json = json!({
             "choices": [{ "message": { "role": "assistant", "content": content } }],
@@ -305,10 +308,10 @@ fn serve(stream: &TcpStream, rule: &Rule, heard: &Heard) {
     }
 }
 
-/// What the rule of an endpoint says that declines.
+/// The reply of a rule that stands for a declining model.
 const DECLINED: &str = "I would rather not";
 
-/// Longer answers are better.
+/// Prefers longer answers.
 pub fn by_length(question: &str) -> String {
     let shown = question
         .lines()
@@ -384,7 +387,7 @@ fn an_endpoint_is_asked_each_question_once_and_its_key_goes_nowhere_else() {
         found,
         format!("calls,questions,tokens\n{all},{all},{}\n", all * 1000)
     );
-    // Nothing is left to ask, and the key is in no file.
+    // A second run calls nothing, and no file contains the key.
     assert!(run(&["run", "p.yaml"]).status.success());
     assert_eq!(endpoint.replied().len(), all);
     let mut folders = vec![scene.path("")];
@@ -412,13 +415,13 @@ fn a_run_that_is_killed_asks_no_question_twice() {
             thread::sleep(Duration::from_millis(1));
         }
         endpoint.heard.is_silent.store(true, Ordering::SeqCst);
-        // What was said is heard and written down; what is asked now gets no reply.
+        // Earlier replies have arrived and are logged; new questions get no reply.
         thread::sleep(Duration::from_millis(300));
         let before = endpoint.replied().len();
         child.kill().unwrap();
         child.wait().unwrap();
         assert_eq!(endpoint.replied().len(), before);
-        // To those who asked then, nobody listens any more.
+        // The callers of these questions are gone.
         endpoint.heard.is_silent.store(false, Ordering::SeqCst);
         thread::sleep(Duration::from_millis(100));
         endpoint.heard.replied.lock().unwrap().truncate(before);
@@ -432,14 +435,14 @@ fn a_run_that_is_killed_asks_no_question_twice() {
     assert_eq!(rows::<Reward>(&scene, "rewards", Some(1)).len(), 36);
 }
 
-/// A fork has the calls of the rounds that it makes its own way, too.
+/// A fork keeps the calls of its own rounds, too.
 #[test]
 fn a_fork_asks_nothing_that_was_asked_before() {
     let endpoint = Endpoint::new(Box::new(|question, _| (200, "", by_length(question))));
     let scene = scene(&endpoint.judge("concurrency_max: 2"), 4);
     scene.succeeds(&["run", "p.yaml"]);
     let asked = endpoint.replied().len();
-    // The candidates stay as they were, and are scored in parts of another size.
+    // The candidates stay the same and are scored in parts of another size.
     let part = "stages.rewards.score.part=2";
     scene.succeeds(&[
         "fork",
@@ -484,13 +487,13 @@ fn a_reply_that_cannot_be_read_is_asked_for_again() {
 #[test]
 fn money_runs_out_without_a_loss() {
     let endpoint = Endpoint::new(Box::new(|question, _| (200, "", by_length(question))));
-    // A thousandth a call.
+    // A thousandth per call.
     let spend = "spend: { limit: 0.02, per_million_prompt_tokens: 1, per_million_reply_tokens: 0 }";
     let scene = scene(&endpoint.judge(&format!("concurrency_max: 1, {spend}")), 8);
     let said = scene.pipeline(&["run", "p.yaml"]);
     assert_eq!(said.code, Some(1));
     assert!(
-        flat(&said.err).contains("have cost 0.0200, and `spend.limit` is 0.02"),
+        flat(&said.err).contains("have cost 0.0200 and reached `spend.limit` (0.02)"),
         "{}",
         said.err
     );
@@ -524,7 +527,7 @@ fn an_endpoint_that_refuses_is_told_apart_from_one_that_is_busy() {
         .unwrap();
     let err = String::from_utf8_lossy(&said.stderr).into_owned();
     assert!(
-        err.contains("it says 401") && err.contains("OVCHAT_TEST_NO_KEY"),
+        err.contains("the endpoint returned HTTP 401") && err.contains("OVCHAT_TEST_NO_KEY"),
         "{err}"
     );
     assert!(!err.contains("wrong-key"), "{err}");
@@ -538,12 +541,12 @@ fn an_endpoint_that_refuses_is_told_apart_from_one_that_is_busy() {
     let scene = self::scene(&busy.judge("tries: 3, concurrency_max: 1"), 1);
     let said = scene.pipeline(&["run", "p.yaml"]);
     assert!(
-        flat(&said.err).contains("it was tried 3 times"),
+        flat(&said.err).contains("failed after 3 attempts"),
         "{}",
         said.err
     );
     assert!(
-        flat(&said.err).contains("it says 503 come again"),
+        flat(&said.err).contains("the endpoint returned HTTP 503 come again"),
         "{}",
         said.err
     );
@@ -598,7 +601,7 @@ fn a_reward_may_be_an_expression_and_several_may_be_one() {
          join candidates c on c.round = r.round and c.prompt_id = r.prompt_id and c.candidate = r.candidate",
     );
     assert_eq!(short, "n,other\n100,0\n");
-    // By hand: each judge's distance from its mean, in standard deviations, among the answers to a prompt.
+    // Computed by SQL: the z-score of each judge's reward among the answers to a prompt.
     let apart = query(
         "with a as (select round, prompt_id, candidate, (reward - avg(reward) over w) / stddev_pop(reward) over w as z
                     from rewards window w as (partition by round, prompt_id)),
@@ -616,12 +619,13 @@ fn a_reward_may_be_an_expression_and_several_may_be_one() {
         "some\ntrue\n"
     );
 
-    // What is no number sets its prompt aside, and what is no expression is refused before.
+    // A reward that is not a number rejects its prompt; an invalid expression is an error before
+    // the run.
     let faulty = pipeline.replace("-length(text) +", "nullif(length(text), length(text)) +");
     scene.write("p.yaml", &faulty);
     let said = scene.pipeline(&["run", "p.yaml"]);
     assert!(
-        flat(&said.err).contains("`reward` is no number for answer 0 null"),
+        flat(&said.err).contains("`reward` is not a finite number for answer 0 null"),
         "{}",
         said.err
     );

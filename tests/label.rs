@@ -1,4 +1,4 @@
-//! The page for people under attack: what was acknowledged is kept, and somebody who labels is served.
+//! The labeling page under attack: acknowledged labels are kept, and annotators are served.
 
 use std::fs;
 use std::io::{Read as _, Write as _};
@@ -11,10 +11,10 @@ use serde_json::Value;
 use crate::people::{Page, scene};
 use crate::scene::Scene;
 
-/// The longest that somebody who labels may wait.
+/// The longest wait of an annotator.
 const SOON: Duration = Duration::from_secs(1);
 
-/// A scene whose run waits for people.
+/// A scene whose run waits for labels.
 fn waiting(labels: u32) -> Scene {
     let scene = scene(labels);
     assert_eq!(scene.pipeline(&["run", "p.yaml"]).code, Some(3));
@@ -25,14 +25,14 @@ fn address(page: &Page) -> String {
     page.address.trim_start_matches("http://").to_owned()
 }
 
-/// A connection to the page on which something was sent.
+/// Opens a connection to the page and sends a text.
 fn sent(page: &Page, text: &[u8]) -> TcpStream {
     let mut stream = TcpStream::connect(address(page)).unwrap();
     stream.write_all(text).unwrap();
     stream
 }
 
-/// What comes before the connection ends.
+/// Reads until the connection ends.
 fn heard(mut stream: TcpStream) -> String {
     stream
         .set_read_timeout(Some(Duration::from_secs(20)))
@@ -47,7 +47,7 @@ fn head(page: &Page, more: &str) -> String {
     format!("POST /api/say HTTP/1.1\r\nHost: {host}\r\nX-Key: {key}\r\n{more}\r\n")
 }
 
-/// A question is asked and answered soon. Returns the labels so far.
+/// Asserts that a question is answered quickly. Returns the number of labels so far.
 #[track_caller]
 fn labels_soon(page: &Page, by: &str) -> u64 {
     let begun = Instant::now();
@@ -87,18 +87,18 @@ fn half_sent_requests_and_garbage_keep_nobody_waiting() {
     );
     let mut endless = sent(&page, b"GET / HTTP/1.1\r\n");
     let line = format!("X: {}\r\n", "x".repeat(1000));
-    // The buffers of two sockets take some megabytes before the sender hears of it.
+    // Two socket buffers take some megabytes before the sender notices.
     let refused = (0..100_000).any(|_| endless.write_all(line.as_bytes()).is_err());
     assert!(refused, "a head of 100 MB was taken");
     assert_eq!(labels_soon(&page, "ann"), 1);
-    // Strangers are told before their body is read, and so are those whose body is too large.
+    // Unauthorized requests and oversized bodies are rejected before the body is read.
     let begun = Instant::now();
     assert!(heard(stranger).starts_with("HTTP/1.1 403 "));
     assert!(heard(large).starts_with("HTTP/1.1 413 "));
     assert!(heard(chunked).starts_with("HTTP/1.1 413 "));
     assert!(heard(garbage).starts_with("HTTP/1.1 400 "));
     assert!(begun.elapsed() < SOON);
-    // Those who send no more are cut off.
+    // Stalled requests time out.
     assert!(heard(half).starts_with("HTTP/1.1 408 "));
     assert_eq!(heard(headless), "");
     assert!(begun.elapsed() < Duration::from_secs(15));
@@ -131,7 +131,7 @@ fn ends_soon(child: &mut Child, signal: &str) -> bool {
     false
 }
 
-/// As many as this process may open.
+/// Opens as many connections as this process can.
 #[test]
 fn idle_connections_keep_nobody_waiting() {
     let scene = waiting(4);
@@ -183,14 +183,17 @@ fn beyond_the_open_files_that_are_left_there_is_a_503() {
     assert_eq!(labels_soon(&page, "ann"), 1);
 }
 
-/// One who writes, and the other is told who; forty labels of two people are all there.
+/// One server writes, and the second names it; all forty labels of two annotators are kept.
 #[test]
 fn a_second_server_is_told_of_the_first_and_no_label_is_lost() {
     let scene = waiting(40);
     let page = Page::open(&scene);
     let second = scene.pipeline(&["label", "scripted"]);
     assert_eq!(second.code, Some(1), "{}", second.err);
-    let holder = format!("is asked by process {} ", page.child.id());
+    let holder = format!(
+        "are already being collected by process {} ",
+        page.child.id()
+    );
     assert!(second.err.contains(&holder), "{}", second.err);
     std::thread::scope(|scope| {
         for by in ["ann", "bob"] {
@@ -213,7 +216,7 @@ fn count(scene: &Scene) -> String {
         .out
 }
 
-/// A crash may cut a line anywhere, inside of a letter, too.
+/// A crash can truncate a line anywhere, even within a character.
 #[test]
 fn a_line_that_was_cut_off_is_set_aside_and_blocks_nothing() {
     let scene = waiting(4);
@@ -238,7 +241,7 @@ fn a_line_that_was_cut_off_is_set_aside_and_blocks_nothing() {
         assert_eq!(said.code, Some(3), "{}", said.err);
         assert!(said.err.contains("has 1 of 4 labels"), "{}", said.err);
         assert!(
-            said.err.contains("1 of its lines are cut off"),
+            said.err.contains("ignoring 1 truncated or invalid lines"),
             "{}",
             said.err
         );
@@ -257,7 +260,7 @@ fn a_line_that_was_cut_off_is_set_aside_and_blocks_nothing() {
     assert_eq!(count(&scene), "n\n2\n");
 }
 
-/// What somebody said is taken back by those only who said it.
+/// Annotators can only undo their own labels.
 #[test]
 fn undo_takes_back_what_one_said_oneself() {
     let scene = waiting(4);
@@ -273,7 +276,7 @@ fn undo_takes_back_what_one_said_oneself() {
     assert_eq!(undo("ann")["progress"]["said"], 1, "Bob's stays");
 }
 
-/// Two people may have one name; each page takes back its own labels.
+/// Two annotators may share a name; each page undoes its own labels only.
 #[test]
 fn undo_touches_the_labels_of_ones_own_page() {
     let scene = waiting(4);

@@ -1,4 +1,4 @@
-//! Models that a pipeline makes of lessons and labels, and their files.
+//! Models that a pipeline trains from examples and labels, and their files.
 
 use ovchat_data::store::RunFolder;
 use ovchat_data::tables::{Candidate, Comparison, Row};
@@ -6,7 +6,7 @@ use ovchat_data::tables::{Candidate, Comparison, Row};
 use crate::networks::names;
 use crate::scene::{ROOT, Scene};
 
-/// A folder of the reward model without an adapter that `tests/parity` has.
+/// The folder of the reward model without an adapter in `tests/parity`.
 fn folder(part: &str) -> String {
     format!("{ROOT}/tests/parity/reward/{part}")
 }
@@ -18,7 +18,7 @@ fn judge(base: &str, vision: &str, adapter: &str) -> String {
     )
 }
 
-/// What a judge is asked about: the pairs that it was trained on.
+/// A `compare` stage over the pairs that the judge was trained on.
 fn compare() -> String {
     format!(
         "
@@ -29,7 +29,7 @@ fn compare() -> String {
     )
 }
 
-/// A base gets its adapter, and a policy learns an answer, from nothing but what they are shown.
+/// Trains an adapter for a reward model's base, and a policy on one answer, from a few examples.
 fn made() -> Scene {
     let scene = Scene::new();
     let parity = format!("{ROOT}/tests/parity");
@@ -83,7 +83,7 @@ fn a_plan_counts_what_trainings_read_and_says_what_they_take() {
         let read: u64 = read.lines().nth(1).unwrap().parse().unwrap();
         let sum = counted["sum"].as_u64().unwrap();
         match table {
-            // The steps count both texts of a pair whole.
+            // Both texts of a pair count in full.
             "reward" => assert!(read / 2 < sum && sum < read, "{sum} of {read}"),
             _ => assert_eq!(sum, read),
         }
@@ -116,7 +116,7 @@ fn a_reward_model_and_a_policy_are_made_and_taken_out() {
     };
     let trained = comparisons("runs/made", Some(1));
     assert!(trained.iter().all(|row| row.agrees), "{trained:?}");
-    // A judge without an adapter is first asked after its training.
+    // A judge without an adapter scores only after its training.
     let run = RunFolder::read(&scene.path("runs/made")).unwrap();
     assert!(run.manifest().find("agreement", Some(0)).is_none());
     let answers = read("runs/made", "answers", Some(1));
@@ -126,7 +126,7 @@ fn a_reward_model_and_a_policy_are_made_and_taken_out() {
     let texts: Vec<String> = answers.map(|answer| answer.text).collect();
     assert_eq!(texts, ["It is so."; 4]);
 
-    // What is taken out scores the same.
+    // The exported model gives the same scores.
     let said = scene.pipeline(&["export", "made", "checkpoint", "--to", "out"]);
     assert!(
         said.err.contains("--model judge or --model policy"),

@@ -1,72 +1,72 @@
-//! The one integration-test binary: each more would link DataFusion again.
+//! The integration tests, in one binary: each additional one would link DataFusion again.
 
-/// What is refused or set aside while running.
+/// Bad input: errors, rejects and corrupt files.
 mod bad_input;
 /// Kills and power losses at every commit.
 mod chaos;
-/// Pipelines that must be refused, with the exact complaint.
+/// Invalid pipelines and their exact diagnostics.
 mod check;
-/// Devices, libtorch's version and `make setup`.
+/// Devices, the libtorch version and `make setup`.
 #[cfg(feature = "torch")]
 mod devices;
-/// What a judge must show before it scores.
+/// Exams of judges.
 mod exam;
-/// Commands of the user as stages.
+/// User programs as `exec` stages.
 mod exec;
-/// Forks, differences, and what is set aside.
+/// Forks, diffs and archived versions.
 mod fork;
-/// The corpus of the fuzz targets, replayed.
+/// Replay of the fuzz corpus.
 mod fuzz_corpus;
-/// Commands that say too much, leave others behind, or look for secrets.
+/// Commands that flood their output, leave processes behind, or look for secrets.
 mod hostile_commands;
-/// Endpoints that say what can't be, or nothing.
+/// Endpoints that reply with impossible values, or not at all.
 mod hostile_endpoints;
-/// Files of strangers: where they lead, and what they hold.
+/// Untrusted files: paths and contents.
 mod hostile_files;
-/// Texts of strangers: beyond all measure, or meant for terminals.
+/// Untrusted text: oversized input and terminal escape sequences.
 mod hostile_text;
 /// Weights from the Hugging Face hub.
 #[cfg(feature = "torch")]
 mod hub;
-/// Flipped bits and cut files.
+/// Flipped bits and truncated files.
 mod integrity;
-/// Killed, stopped and doubled runs.
+/// Killed, stopped and concurrent runs.
 mod interrupt;
-/// Judges that are asked in writing.
+/// Judges that reply in text.
 mod judges;
-/// The page for people under attack.
+/// The labeling page under attack.
 mod label;
-/// Models that a pipeline makes.
+/// Models that a pipeline trains from scratch.
 #[cfg(feature = "torch")]
 mod made;
 /// The whole loop with networks.
 #[cfg(feature = "torch")]
 mod networks;
-/// Ways to pair answers.
+/// Pairing strategies.
 mod pairing;
-/// People as judges.
+/// Human labels.
 mod people;
-/// What a run would do, and that it does so.
+/// Plans and their accuracy.
 mod plan;
-/// The cookbook: an analyst's questions and their answers.
+/// The cookbook: an analyst's queries and their results.
 mod query;
-/// A run's tables as other programs read them.
+/// The tables of a run as other programs read them.
 mod readers;
-/// What is read of records, and which are set aside.
+/// Records that are read and records that are rejected.
 mod records;
-/// What a model in training is compared with.
+/// Reference log-probabilities of DPO.
 mod reference;
-/// What a run refuses before it begins, or fails at soon.
+/// Errors before or early in a run.
 mod refusals;
 /// Whole pipelines with scripted models.
 mod run;
-/// The harness.
+/// The test harness.
 mod scene;
-/// `schemas/` is what the code would write.
+/// `schemas/` is up to date.
 mod schemas;
-/// House rules: floors, headings, the map, formatting.
+/// House rules: file headings, the map of the guide, formatting.
 mod tidy;
-/// Trainings, comparisons and the report with scripted models.
+/// Training stages, comparisons and the report with scripted models.
 mod training;
-/// What readers see while a finished run is changed.
+/// Readers during a change of a finished run.
 mod versions;

@@ -11,7 +11,7 @@ use ovchat_data::tables::{Candidate, DpoStep, Finish, Pair, Reference, Reward, R
 
 use crate::scene::{ROOT, Scene};
 
-/// The models of a pipeline: a policy and a reward model, by their folders.
+/// A policy and a reward model of a pipeline, by their folders.
 pub fn models(policy: &str, reward: &str) -> String {
     format!(
         "models:
@@ -72,13 +72,13 @@ pub fn names(folder: &Path) -> Vec<String> {
     names
 }
 
-/// Each picture goes through a tower once a part, each prompt through a decoder once, whatever the
-/// number of answers; SQL says so.
+/// Each image passes through a vision tower once per part, and each prompt through a decoder once,
+/// regardless of the number of answers; `telemetry` shows it.
 #[test]
 fn telemetry_shows_what_was_shared() {
     let scene = scene();
     let said = scene.succeeds(&["run", "p.yaml", "--until", "rewards"]);
-    let words = "policy: up to 64 answers";
+    let words = "policy: batches of up to 64 answers";
     assert_eq!(said.err.matches(words).count(), 1, "{}", said.err);
     let sql = |query: &str| {
         scene
@@ -101,26 +101,26 @@ fn telemetry_shows_what_was_shared() {
            (select min(occupancy) from telemetry where stage = 'candidates') > 0.5 as occupied",
     );
     assert_eq!(sampled, "tokens,occupied\ntrue,true\n");
-    // Two answers in the place of three read no fewer tokens of prompts.
+    // Two answers instead of three read the same number of prompt tokens.
     let prompt_tokens =
         || sql("select sum(prompt_tokens) as tokens from telemetry where stage = 'candidates'");
     let three = prompt_tokens();
-    // A plan counts them beforehand.
+    // `plan` predicts the token counts.
     let plan = scene.succeeds(&["plan", "p.yaml", "--json"]).out;
     let plan: serde_json::Value = serde_json::from_str(&plan).unwrap();
     let counted = &plan["tokens"][0];
     assert_eq!(format!("tokens\n{}\n", counted["sum"]), three, "{counted}");
     let context = ["--set", "stages.candidates.sample.max_new_tokens=2025"];
     let long = scene.pipeline(&[&["plan", "p.yaml"], &context[..]].concat());
-    let told = "8 leave no room for 2025 more";
+    let told = "8 leave no room for 2025 new tokens";
     assert!(long.out.contains(told), "{}", long.out);
-    let title = "`candidates` has no prompt that fits into the context";
+    let title = "no prompt of `candidates` fits into the context";
     assert!(
         long.code == Some(2) && long.err.contains(title),
         "{}",
         long.err
     );
-    // So does what that takes here, and what has no room is refused before it runs.
+    // `plan` predicts the memory, and a stage that does not fit is an error before it runs.
     let memory = plan["memory"].as_array().unwrap();
     let sampling = &memory[0];
     assert_eq!(sampling["device"], "cpu");
@@ -141,7 +141,7 @@ fn telemetry_shows_what_was_shared() {
     let small = "models.policy.llava_onevision.memory_gb=0.005";
     let refused = scene.pipeline(&["plan", "p.yaml", "--set", small]);
     assert_eq!(refused.code, Some(2), "{}", refused.err);
-    let title = "`steps` has too little memory";
+    let title = "not enough memory for `steps`";
     assert!(refused.err.contains(title), "{}", refused.err);
     assert!(refused.err.contains("adamw_8bit"), "{}", refused.err);
     scene.succeeds(&[
@@ -155,7 +155,7 @@ fn telemetry_shows_what_was_shared() {
     assert_eq!(prompt_tokens(), three);
 }
 
-/// What a plan refuses a run refuses, too, by the same words and before it makes anything.
+/// `run` fails with the same errors as `plan`, before it builds anything.
 #[test]
 fn a_run_refuses_what_its_plan_refuses() {
     let scene = scene();
@@ -178,8 +178,8 @@ fn a_run_refuses_what_its_plan_refuses() {
     assert_eq!(planned.err, refused.err);
     let told = flat(&refused.err);
     for words in [
-        "`candidates` has too little memory: the weights of `policy` alone take 2.9 MB, and it may use 1.0 MB",
-        "raise `memory_gb` of `policy`, which is 0.001",
+        "not enough memory for `candidates`: the weights of `policy` alone take 2.9 MB, but only 1.0 MB is available",
+        "raise `memory_gb` of `policy` (now 0.001)",
     ] {
         assert!(told.contains(words), "{told}");
     }
@@ -198,17 +198,17 @@ fn a_run_refuses_what_its_plan_refuses() {
     assert_eq!(refused.code, Some(2), "{}", refused.err);
     let told = flat(&refused.err);
     assert!(
-        told.contains("`candidates` has no prompt that fits into the context")
+        told.contains("no prompt of `candidates` fits into the context")
             && told.contains("lower `max_new_tokens`"),
         "{told}"
     );
-    // What is there needs no room.
+    // Tables that are up to date need no memory.
     scene.succeeds(&["run", "p.yaml", "--until", "candidates"]);
     scene.succeeds(&["run", "p.yaml", "--until", "candidates", "--set", small]);
 }
 
-/// With an adapter in the place of weights, each round's checkpoint is the adapter, and the next round
-/// answers with it and goes on from it.
+/// With a LoRA adapter, the checkpoint of each round is the adapter, and the next round samples
+/// with it and continues its training.
 #[test]
 fn an_adapter_is_trained_round_after_round() {
     let scene = scene();
@@ -247,8 +247,8 @@ fn an_adapter_is_trained_round_after_round() {
     assert!(weights(&scene.path("out")) != weights(&samples));
 }
 
-/// A slip in the file that asks for the score, which no check of files can see: the judge still gives
-/// numbers, but other ones.
+/// A mistake in the prompt file of the judge, which no file check detects: the judge still gives
+/// numbers, but different ones.
 #[test]
 fn an_exam_finds_a_judge_that_is_asked_wrongly() {
     let scene = scene();
@@ -299,8 +299,8 @@ fn an_exam_finds_a_judge_that_is_asked_wrongly() {
     );
 }
 
-/// A policy that is laid out for LLaVA-NeXT and back again answers and learns as it did: what differs
-/// is the names of its tensors and its other files.
+/// A policy that is converted to the layout of LLaVA-NeXT and back samples and trains as before;
+/// only its tensor names and other files differ.
 #[test]
 fn a_policy_is_laid_out_for_another_program_and_back() {
     let scene = scene();
@@ -356,7 +356,7 @@ fn a_policy_is_laid_out_for_another_program_and_back() {
         "--layout",
         "transformers",
     ]);
-    assert!(again.err.contains("back exists"), "{}", again.err);
+    assert!(again.err.contains("back already exists"), "{}", again.err);
 }
 
 #[test]
@@ -378,8 +378,8 @@ fn networks_answer_score_and_learn_and_a_killed_run_ends_with_the_same_weights()
         assert!(pairs.iter().all(|pair| pair.margin.unwrap() > 0.0));
         let steps: Vec<DpoStep> = rows(&undisturbed, "steps", round);
         assert_eq!(steps.len(), pairs.len().div_ceil(2));
-        // The round starts at its reference, whose log-probabilities sampling left: what is read again
-        // is the same, and the loss is exactly log 2 but for float32.
+        // The round starts at its reference, whose log-probabilities come from sampling: the
+        // recomputed ones are equal, and the loss is log 2 within float32.
         let audited: Vec<Reference> = rows(&undisturbed, "steps_reference", round);
         assert_eq!(audited.len(), pairs.len());
         assert!(
@@ -460,7 +460,7 @@ fn networks_answer_score_and_learn_and_a_killed_run_ends_with_the_same_weights()
     assert_eq!(weights(&killed), weights(&undisturbed));
 }
 
-/// A training that saves its state after every step.
+/// A training stage that saves its state after every step.
 fn saving_every_step() -> String {
     let samples = Path::new(ROOT).join("data-samples");
     let samples = samples.display();
@@ -479,13 +479,12 @@ stages:
     )
 }
 
-/// The files of a run's checkpoints.
+/// Returns the checkpoint files of a run.
 fn weights_of(scene: &Scene) -> Vec<Vec<u8>> {
     scene.checkpoints("runs/networks").into_values().collect()
 }
 
-/// A file may grow to 4 MB here, which is less than a saved state has: what writing says then is what it
-/// says when the disk is full.
+/// Limits files to 4 MB, less than a saved state: the error is the same as with a full disk.
 #[test]
 fn a_state_that_finds_no_room_stops_the_training_and_costs_nothing() {
     let pipeline = saving_every_step();
@@ -516,10 +515,10 @@ fn a_state_that_finds_no_room_stops_the_training_and_costs_nothing() {
     );
 }
 
-/// The newest state is spoiled without its size changing, or is cut short: the one before it is gone on
-/// from, and the end is the same.
+/// The newest state is corrupt with its size unchanged, or truncated: training resumes from the
+/// previous one, with the same result.
 #[test]
-fn a_spoiled_state_costs_the_steps_since_the_one_before() {
+fn a_corrupt_state_costs_the_steps_since_the_one_before() {
     let pipeline = saving_every_step().replace("save_every: 1", "save_every: 1, keep_last: 3");
     let undisturbed = Scene::new();
     undisturbed
@@ -555,9 +554,9 @@ fn a_spoiled_state_costs_the_steps_since_the_one_before() {
         fs::write(&file, bytes).unwrap();
         let again = scene.succeeds(&["run", "p.yaml"]);
         let words = if cut {
-            "missing or spoiled"
+            "missing or corrupt"
         } else {
-            "going on from the state before"
+            "resuming from the previous state"
         };
         assert!(again.err.contains(words), "{}", again.err);
         assert!(weights_of(&scene) == weights_of(&undisturbed));
@@ -568,7 +567,7 @@ fn a_spoiled_state_costs_the_steps_since_the_one_before() {
     }
 }
 
-/// Weights are written after every step here, so that kills hit steps, saved states and checkpoints.
+/// States are saved after every step, so that kills hit steps, saved states and checkpoints.
 #[test]
 fn a_training_killed_at_twenty_moments_ends_with_the_same_weights() {
     const KILLS: u32 = 20;
@@ -587,12 +586,12 @@ fn a_training_killed_at_twenty_moments_ends_with_the_same_weights() {
     for attempt in 0.. {
         let mut command = scene.command(&["run", "p.yaml"]);
         let mut child = command.stderr(std::process::Stdio::null()).spawn().unwrap();
-        // A golden-ratio sequence: anywhere in a run, evenly.
+        // A golden-ratio sequence covers the run evenly.
         std::thread::sleep(whole.mul_f64((f64::from(attempt) * 0.618_034).fract()));
         let _ = child.kill();
         if child.wait().unwrap().success() {
             assert!(weights_of(&scene) == expected);
-            // The machine has become faster.
+            // The machine is faster now.
             whole = whole.mul_f64(0.8);
             scene = Scene::new();
             scene.write("p.yaml", &pipeline);

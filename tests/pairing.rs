@@ -1,11 +1,11 @@
-//! Ways to pair answers, what they would give, and what is expected of whoever judges them.
+//! Pairing strategies, their previews, and exams of judges.
 
 use ovchat_data::tables::{DpoStep, Pair};
 
 use crate::run::{SCRIPTED, rows};
 use crate::scene::Scene;
 
-/// The pairs of round 1 with these settings of `select_pairs`; the run trains on them.
+/// Returns the pairs of round 1 with these settings of `select_pairs`; the run trains on them.
 fn selected(settings: &str) -> Vec<Pair> {
     let scene = Scene::new();
     let pipeline = SCRIPTED.replace(
@@ -51,7 +51,7 @@ fn each_strategy_pairs_what_its_name_says() {
     assert_eq!(keys.len(), all.len(), "each pair has a name of its own");
     let two = selected("strategy: all_pairs, pairs_max: 2");
     assert_eq!(two.len(), 24);
-    // The two of a prompt with the largest margins, the largest first.
+    // The two pairs of a prompt with the largest margins, the largest first.
     for (pair, extreme) in two.chunks(2).zip(&extremes) {
         assert_eq!(pair[0].margin, extreme.margin);
         assert!(pair[1].margin <= pair[0].margin);
@@ -82,13 +82,13 @@ fn pairs_are_matched_in_length_and_margin_when_asked_for() {
     }
     let wide = selected("strategy: all_pairs, margin_min: 0.5");
     assert!(!wide.is_empty() && wide.iter().all(|pair| pair.margin.unwrap() >= 0.5));
-    // With so large a penalty the shortest answer is the best.
+    // With such a large penalty, the shortest answer wins.
     for pair in selected("strategy: best_worst, length_penalty: 1000") {
         assert!(tokens(&pair.chosen_token_ids) <= tokens(&pair.rejected_token_ids));
     }
 }
 
-/// Every answer says one of two things that differ in case and punctuation only.
+/// Every answer is one of two texts that differ in case and punctuation only.
 #[test]
 fn answers_that_nearly_read_the_same_make_a_pair_unless_they_are_dropped() {
     let pairs_with = |near_equal: &str| {
@@ -113,17 +113,17 @@ fn answers_that_nearly_read_the_same_make_a_pair_unless_they_are_dropped() {
     assert_eq!(pairs_with("drop"), 0);
 }
 
-/// Answers in any order make the same pairs: the rows of a prompt need not be adjacent.
+/// Answers in any order give the same pairs: the rows of a prompt need not be adjacent.
 #[test]
 fn the_order_of_candidates_does_not_matter() {
-    for verb in ["select_extremes", "select_pairs"] {
+    for stage_type in ["select_extremes", "select_pairs"] {
         let pairs_by = |order: &str| {
             let scene = Scene::new();
             let pipeline = SCRIPTED.replace(
                 "  pairs:\n    select_extremes: { rewards: rewards }",
                 &format!(
                     "  sorted:\n    sql:\n      tables: [candidates]\n      query: select * from candidates order by {order}\n  \
-                     pairs:\n    {verb}: {{ rewards: rewards, candidates: sorted, prompts: prompts }}"
+                     pairs:\n    {stage_type}: {{ rewards: rewards, candidates: sorted, prompts: prompts }}"
                 ),
             );
             scene
@@ -134,11 +134,11 @@ fn the_order_of_candidates_does_not_matter() {
         };
         let adjacent = pairs_by("prompt_id, candidate");
         assert_eq!(adjacent.len(), 12);
-        assert_eq!(pairs_by("candidate, prompt_id"), adjacent, "{verb}");
+        assert_eq!(pairs_by("candidate, prompt_id"), adjacent, "{stage_type}");
     }
 }
 
-/// Rewards in any order make the same pairs, and those of a prompt need not lie together.
+/// Rewards in any order give the same pairs; those of a prompt need not be adjacent.
 #[test]
 fn the_order_of_rewards_does_not_matter() {
     let pairs_by = |order: &str| {
@@ -197,7 +197,7 @@ fn another_way_to_pair_is_shown_without_changing_the_run() {
         (&["--strategy", "best"][..], "best_worst"),
         (
             &["--strategy", "best_worst", "--rewards", "reward"],
-            "it has: ",
+            "; found: ",
         ),
         (
             &["--strategy", "best_worst", "--set", "margin"],
@@ -213,7 +213,8 @@ fn another_way_to_pair_is_shown_without_changing_the_run() {
     }
 }
 
-/// The exam of a judge: what people prefer is judged first, and nothing is scored by one that fails.
+/// A pipeline with an exam: the judge scores human preferences first, and a judge that fails scores
+/// nothing else.
 const EXAM: &str = "
 pipeline: scripted
 seed: 3
@@ -246,7 +247,7 @@ fn a_judge_that_fails_its_exam_scores_nothing_until_it_passes() {
         };
         serde_json::to_vec(&(0..10).map(label).collect::<Vec<_>>()).unwrap()
     };
-    // The scripted judge likes one of the two more often than not.
+    // The scripted judge prefers one of the two more often than not.
     let [one, other] = ["It is so.", "No, it is not."];
     scene
         .prompts(12)
@@ -268,13 +269,13 @@ fn a_judge_that_fails_its_exam_scores_nothing_until_it_passes() {
         passed.err
     );
     for words in [
-        "`a_judge_that_agrees` expects something else of `exam`: 0.",
+        "expectation `a_judge_that_agrees` failed for `exam`: 0.",
         " is below 0.62",
     ] {
         assert!(failed.err.contains(words), "{}", failed.err);
     }
     assert!(!failed.err.contains("rewards (round 1)"), "{}", failed.err);
-    let warning = "warning: `short_answers` expects something else of `candidates`";
+    let warning = "warning: expectation `short_answers` failed for `candidates`";
     assert!(
         passed.err.contains(warning) && passed.err.contains("| text"),
         "{}",

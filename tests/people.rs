@@ -1,4 +1,4 @@
-//! People as judges: a run that waits for them, and the page on which they say what they think.
+//! Human labels: a run that waits for them, and the page that collects them.
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::run::{SCRIPTED, rows};
 use crate::scene::Scene;
 
-/// The scripted pipeline in which people choose the pairs.
+/// The scripted pipeline with human labels for the pairs.
 pub fn scene(labels: u32) -> Scene {
     let scene = Scene::new();
     let people = format!(
@@ -22,12 +22,12 @@ pub fn scene(labels: u32) -> Scene {
     scene
 }
 
-/// The page's program, and what it answers.
+/// The process of the page, and its API.
 pub struct Page {
     pub child: Child,
     pub address: String,
     pub key: String,
-    /// What it said before its address.
+    /// The output before the address.
     pub before: String,
 }
 
@@ -40,7 +40,7 @@ impl Page {
         Self::begin(command).expect("the page has an address")
     }
 
-    /// A page, or how its program ended before it had an address.
+    /// Starts a page, or returns the exit status of a process that ended before it had an address.
     pub fn begin(mut command: Command) -> Result<Self, ExitStatus> {
         let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
@@ -66,7 +66,7 @@ impl Page {
         })
     }
 
-    /// Status and answer.
+    /// Returns status and body.
     pub fn ask(&self, path: &str, body: Option<Value>, headers: &[(&str, &str)]) -> (u16, Value) {
         let agent: ureq::Agent = ureq::Agent::config_builder()
             .http_status_as_error(false)
@@ -135,7 +135,7 @@ fn a_run_waits_for_people_and_goes_on_with_what_they_said() {
     let mut chosen: Vec<[String; 2]> = Vec::new();
     let text = |question: &Value, side: &str| question[side].as_str().unwrap().to_owned();
 
-    // Ann: left, taken back, right. Bob: skips, a tie, left.
+    // Ann: left, undone, right. Bob: a skip, a tie, left.
     let question = first["question"].clone();
     page.say("ann", &question, "left");
     let (_, again) = page.ask("/api/undo", Some(json!({ "by": "ann" })), &[]);
@@ -157,7 +157,7 @@ fn a_run_waits_for_people_and_goes_on_with_what_they_said() {
     assert!(said.err.contains("has 3 of 4 labels"), "{}", said.err);
     drop(page);
 
-    // Another page, after the first was killed: what was said is there.
+    // A new page after the first one was killed has the labels.
     let page = Page::open(&scene);
     let fourth = page.next("cid");
     assert_eq!(fourth["progress"]["said"], 3);
@@ -185,13 +185,12 @@ fn a_run_waits_for_people_and_goes_on_with_what_they_said() {
         assert_eq!(pair.margin, None, "no judge said how much better");
     }
     assert!(!rows::<DpoStep>(&scene, "steps", Some(1)).is_empty());
-    // Cid was asked what Bob had skipped.
+    // Cid got the question that Bob had skipped.
     let query = "select reason, count(*) as n from rejects where stage = 'pairs' group by reason order by reason";
     let found = scene
         .succeeds(&["sql", "scripted", query, "--format", "csv"])
         .out;
-    let expected = "reason,n\nnobody was asked about it,8\npeople found both answers bad,1\n\
-                    people found both answers equally good,1\n";
+    let expected = "reason,n\nlabeled as a tie,1\nlabeled as both bad,1\nnot labeled,8\n";
     assert_eq!(found, expected);
     let query = "select said, count(*) as n from human_labels group by said order by said";
     let found = scene
@@ -201,7 +200,7 @@ fn a_run_waits_for_people_and_goes_on_with_what_they_said() {
         found,
         "said,n\nboth_bad,1\nleft,1\nright,1\nskip,1\ntie,1\n"
     );
-    // What is done is done.
+    // A finished run has nothing to do.
     let again = scene.succeeds(&["run", "p.yaml"]).err;
     assert!(again.contains("nothing to do"), "{again}");
 }
@@ -229,7 +228,7 @@ fn the_page_is_closed_to_other_machines_and_other_sites() {
     assert_eq!(page.next("ann")["progress"]["said"], 0, "nothing was said");
     let own = page.address.clone();
     assert_eq!(page.ask("/api/say", body(), &[("Origin", &own)]).0, 200);
-    // A run that asks nobody has no page.
+    // A run without `ask_people` has no page.
     scene.succeeds(&["run", "p.yaml"]);
     let other = Scene::new();
     other
@@ -237,9 +236,5 @@ fn the_page_is_closed_to_other_machines_and_other_sites() {
         .write("p.yaml", SCRIPTED)
         .succeeds(&["run", "p.yaml"]);
     let said = other.pipeline(&["label", "scripted"]);
-    assert!(
-        said.err.contains("nobody is asked anything in"),
-        "{}",
-        said.err
-    );
+    assert!(said.err.contains("no labeling task in"), "{}", said.err);
 }

@@ -1,4 +1,4 @@
-//! What `pipeline plan` says of a run before it happens, and that it happens so.
+//! Plans of `pipeline plan`, compared with the run that follows.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::run::SCRIPTED;
 use crate::scene::{ROOT, Scene};
 
-/// What the plan says of each table and round.
+/// Returns the plan of each table and round.
 fn planned(scene: &Scene, more: &[&str]) -> BTreeMap<String, Value> {
     let said = scene.succeeds(&[&["plan", "p.yaml", "--json"], more].concat());
     let plan: Value = serde_json::from_str(&said.out).unwrap();
@@ -18,7 +18,7 @@ fn planned(scene: &Scene, more: &[&str]) -> BTreeMap<String, Value> {
     tables.map(|table| (name(table), table.clone())).collect()
 }
 
-/// The tables of which the plan says so.
+/// Counts the tables with this action.
 fn those(tables: &BTreeMap<String, Value>, plan: &str) -> usize {
     tables
         .values()
@@ -39,7 +39,7 @@ fn a_plan_says_what_is_made_and_why_and_it_happens_so() {
     scene.succeeds(&["run", "p.yaml"]);
     let done = planned(&scene, &[]);
     assert_eq!(those(&done, "reuse"), done.len());
-    // A run that was never made takes about as long as such rows took here before.
+    // The estimate of a new run comes from earlier rows on this machine.
     let other = planned(&scene, &["--run", "runs/other"]);
     for table in ["candidates 1", "pairs 2", "steps 1"] {
         let table = &other[table];
@@ -48,7 +48,8 @@ fn a_plan_says_what_is_made_and_why_and_it_happens_so() {
         assert!(table["bytes"].as_u64().unwrap() > 0, "{table}");
     }
 
-    // One setting: what reads its table is made again, with the setting's line.
+    // A changed setting rebuilds the tables that depend on it, with the line of the setting as the
+    // reason.
     let changed = SCRIPTED.replace("judge, part: 5 }", "judge, part: 5 }\n  # a remark");
     let changed = changed.replace("policy, part: 7 }", "policy, part: 7, count: 4 }");
     scene.write("p.yaml", &changed);
@@ -68,24 +69,24 @@ fn a_plan_says_what_is_made_and_why_and_it_happens_so() {
     );
     assert_eq!(
         tables["answers 1"]["reasons"][0]["text"],
-        "the model under `model` changed"
+        "its model `model` changed"
     );
     let text = scene.succeeds(&["plan", "p.yaml"]).out;
     assert!(text.contains("`count` 5 → 4 (p.yaml:12)"), "{text}");
     let said = scene.succeeds(&["run", "p.yaml"]).err;
     let make = those(&tables, "make");
     let reuse = those(&tables, "reuse");
-    let expected = format!("done: {make} tables made, {reuse} there before");
+    let expected = format!("done: {make} built, {reuse} up to date");
     assert!(said.contains(&expected), "{said}\n{expected}");
 
-    // What was set aside comes back.
+    // An archived table is restored.
     scene.write("p.yaml", SCRIPTED);
     let back = planned(&scene, &[]);
     assert_eq!(those(&back, "return"), make);
     let said = scene.succeeds(&["run", "p.yaml"]).err;
     assert!(said.contains("nothing to do"), "{said}");
 
-    // The command line is a place, too.
+    // A setting on the command line is a reason, too.
     let set = ["--set", "stages.rewards.score.part=9", "--set", "seed=4"];
     let seeded = planned(&scene, &set);
     assert_eq!(seeded["candidates 1"]["reasons"][0]["text"], "`seed` 3 → 4");
@@ -105,8 +106,7 @@ fn a_plan_says_what_is_made_and_why_and_it_happens_so() {
     assert!(candidates["expected"]["seconds"].is_f64(), "by round 1");
 }
 
-/// What a file says of another one: relative paths start at the file that says them, and the meaning
-/// is what a single file would have.
+/// `extends`: relative paths start at their own file, and the result equals that of a single file.
 #[test]
 fn a_file_says_what_differs_from_another() {
     let scene = Scene::new();
@@ -127,7 +127,7 @@ fn a_file_says_what_differs_from_another() {
         "{said}"
     );
     assert!(
-        said.contains("8 of 8 tables are there") || said.contains("7 of 7"),
+        said.contains("8 of 8 tables up to date") || said.contains("7 of 7"),
         "{said}"
     );
     assert!(!said.contains("grades ="), "an entry is taken away");
@@ -143,7 +143,7 @@ fn a_file_says_what_differs_from_another() {
     assert!(said.contains("rows"), "{said}");
 }
 
-/// The scripted policy's answers get no better, so a round that brings less than a bit is the last.
+/// The scripted policy does not improve, so a round with a gain below the threshold is the last.
 #[test]
 fn rounds_end_when_a_query_says_so() {
     let scene = Scene::new();
@@ -161,7 +161,7 @@ fn rounds_end_when_a_query_says_so() {
         4
     );
     let said = scene.succeeds(&["run", "p.yaml"]).err;
-    assert!(said.contains("round 2 is the last one"), "{said}");
+    assert!(said.contains("stopping after round 2"), "{said}");
     let rounds = |scene: &Scene| {
         let tables = scene.tables("runs/scripted");
         tables
@@ -179,7 +179,7 @@ fn rounds_end_when_a_query_says_so() {
             .contains("nothing to do")
     );
 
-    // Another query goes on from there, and back.
+    // Another query continues from there, and back.
     scene.write(
         "p.yaml",
         until("select avg(reward) < 0 from rewards where round = $round"),
@@ -196,12 +196,13 @@ fn rounds_end_when_a_query_says_so() {
     scene.succeeds(&["run", "p.yaml"]);
     assert_eq!(rounds(&scene), 2, "later rounds are set aside");
 
-    // One row for each of a table is known before anything runs; what a condition leaves is not.
+    // An aggregate without conditions is known to give one row before anything runs; a filter is
+    // not.
     scene.write("p.yaml", until("select round > 9 from rewards"));
     let said = scene.pipeline(&["run", "p.yaml"]);
     assert_eq!(said.code, Some(2), "{}", said.err);
     assert!(
-        said.err.contains("gives one for each row of `rewards`"),
+        said.err.contains("returns one per row of `rewards`"),
         "{}",
         said.err
     );
@@ -211,10 +212,10 @@ fn rounds_end_when_a_query_says_so() {
     );
     let said = scene.pipeline(&["run", "p.yaml"]);
     assert_eq!(said.code, Some(1), "{}", said.err);
-    assert!(said.err.contains("may give several"), "{}", said.err);
+    assert!(said.err.contains("may return several"), "{}", said.err);
     assert!(
         said.err
-            .contains("gave 100 rows after round 1; it must give one"),
+            .contains("returned 100 rows after round 1, expected one"),
         "{}",
         said.err
     );
@@ -229,7 +230,7 @@ fn only_what_has_a_meaning_makes_a_table_anew() {
         .prompts(12)
         .write("p.yaml", &before)
         .succeeds(&["run", "p.yaml"]);
-    // Whitespace, remarks, order, names of variables, how the work is cut.
+    // Whitespace, comments, order, names of variables, part sizes.
     let after = "
 # rewritten
 seed: 3
@@ -252,7 +253,7 @@ stages:
     let tables = planned(&scene, &[]);
     assert_eq!(those(&tables, "reuse"), tables.len(), "{tables:?}");
 
-    // Nor does it matter where the files lie.
+    // The location of the files does not matter, either.
     let moved = Scene::new();
     copy(&scene.path(""), &moved.path(""));
     let tables = planned(&moved, &[]);
@@ -260,7 +261,7 @@ stages:
     let said = moved.succeeds(&["run", "p.yaml"]).err;
     assert!(said.contains("nothing to do"), "{said}");
 
-    // Three prompts more cost three prompts.
+    // Three more prompts cost three prompts.
     moved.prompts(15);
     let tables = planned(&moved, &[]);
     assert_eq!(
@@ -293,7 +294,7 @@ fn copy(from: &Path, to: &Path) {
     }
 }
 
-/// Reasons name what was changed, where it was changed, and not what follows from it.
+/// Reasons name the change and its location, not its consequences.
 #[test]
 fn the_reason_for_making_a_table_again_is_what_was_changed() {
     let scene = Scene::new();
@@ -331,7 +332,7 @@ fn the_reason_for_making_a_table_again_is_what_was_changed() {
     let until = ["run", "p.yaml", "--until", "candidates"];
     let said = scene.succeeds(&[&until, &set[..]].concat()).err;
     assert!(
-        said.contains(&format!("candidates (round 1) is made again: {reason}\n")),
+        said.contains(&format!("rebuilding candidates (round 1): {reason}\n")),
         "{said}"
     );
 

@@ -1,9 +1,9 @@
-//! The cookbook: questions of analysts, and what `pipeline sql` answers.
+//! The cookbook: an analyst's queries, and the results of `pipeline sql`.
 //!
-//! Each `tests/query/*.sql` is a question as a comment, the query, a line `----`, and the answer
-//! exactly as it is printed. `UPDATE=1 cargo test` writes the answers anew. They are all asked of one
-//! run of the scripted pipeline, with settings by which some answers are cut off, some pairs are
-//! dropped, and the answers of the evaluation differ from round to round.
+//! Each `tests/query/*.sql` has a question as a comment, the query, a line `----`, and the exact
+//! output. `UPDATE=1 cargo test --release` rewrites the outputs. All queries run on one run of the
+//! scripted pipeline, with settings by which some answers are truncated, some pairs are dropped,
+//! and the evaluation answers differ from round to round.
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -17,7 +17,7 @@ const SETTINGS: [&str; 3] = [
     "evaluate.answers.sample.temperature=0.7",
 ];
 
-/// The line between a query and its answer.
+/// The line between a query and its output.
 const LINE: &str = "\n----\n";
 
 fn answer(scene: &Scene, query: &str) -> String {
@@ -60,7 +60,7 @@ fn each_question_has_the_answer_below_it() {
     assert!(wrong.is_empty(), "these have another answer now:\n{wrong}");
 }
 
-/// A run whose questions need no table: they say what they ask about.
+/// A run for queries that need no table.
 fn some_run() -> Scene {
     let scene = Scene::new();
     scene
@@ -70,7 +70,7 @@ fn some_run() -> Scene {
     scene
 }
 
-/// Null and '', a number that JSON does not have, nested values, bytes.
+/// Null and '', a number that JSON cannot represent, nested values, bytes.
 const TROUBLE: &str = "select * from (values
     (1, '', 1.5, [1, null], x'6869'),
     (2, null, cast('NaN' as double), null, null),
@@ -118,20 +118,20 @@ fn each_format_writes_these_bytes() {
         assert!(code == Some(0) && is_whole, "{format}: {out:?}");
     }
 
-    // What a format can not hold is an error, and nothing is left out without a word.
+    // A value that a format cannot represent is an error, never dropped silently.
     let (code, out, err) = ask(&["--format", "json"]);
     assert_eq!((code, out), (Some(1), Vec::new()));
     assert_eq!(
         String::from_utf8(err).unwrap(),
-        "error: the column `x` (row 2) has NaN or an infinity, which JSON can't hold: write it as text with \
-         `--nan text`, use `--format csv`, `parquet` or `arrow`, or leave such rows out in the query\n"
+        "error: column `x` (row 2) has NaN or an infinity, which JSON cannot represent: write it as text with \
+         `--nan text`, use `--format csv`, `parquet` or `arrow`, or exclude such rows in the query\n"
     );
     let twice = "select a.round, b.round from rewards a join pairs b using (prompt_id)";
     let twice = scene.pipeline(&["sql", "scripted", twice, "--format", "json"]);
     assert_eq!((twice.code, &*twice.out), (Some(1), ""));
     assert_eq!(
         twice.err,
-        "error: 2 columns are called `round`; give each a name of its own: \
+        "error: 2 columns are named `round`; give each an alias: \
          select a.round as a_round, b.round as b_round\n"
     );
     let none = "select prompt_id, reward from rewards where false";
@@ -160,18 +160,18 @@ fn a_query_that_fails_leaves_nothing_and_speaks_of_its_format() {
     }
     assert_eq!(
         ask("select [1.0, 'nan'::double] as x", "csv"),
-        "error: the column `x` (row 1) has NaN or an infinity in a list or struct; CSV holds these as JSON, which \
-         has no such number: write it as text with `--nan text`, use `--format parquet` or `arrow`, or leave such \
-         rows out in the query\n"
+        "error: column `x` (row 1) has NaN or an infinity in a list or struct, which CSV stores as JSON, and JSON \
+         cannot represent it: write it as text with `--nan text`, use `--format parquet` or `arrow`, or exclude \
+         such rows in the query\n"
     );
     assert_eq!(
         ask("select interval '1 day' as i", "parquet"),
-        "error: `i` is an interval, which Parquet can't hold: write cast(i as varchar) in the query, or use \
+        "error: `i` is an interval, which Parquet cannot store: use cast(i as varchar) in the query, or use \
          `--format arrow`\n"
     );
     assert_eq!(
         ask("select named_struct('x', 1, 'x', 2) as s", "json"),
-        "error: 2 fields of `s` are called `x`; give each a name of its own: named_struct('x_1', …, 'x_2', …)\n"
+        "error: 2 fields of `s` are called `x`; give each a unique name: named_struct('x_1', …, 'x_2', …)\n"
     );
     let times = "select arrow_cast(1700000000, 'Timestamp(Second, None)') as t, arrow_cast('2024-05-01', 'Date64') as d";
     let output = scene
@@ -197,12 +197,12 @@ fn a_clause_that_would_be_ignored_is_no_answer() {
     assert_eq!((said.code, &*said.out), (Some(1), ""));
     assert_eq!(
         said.err,
-        "error: `tablesample` is not supported (DataFusion reads it and ignores it): \
+        "error: `tablesample` is not supported (DataFusion parses and ignores it): \
          `where md5(prompt_id) < '1a'` takes about a tenth of the rows, the same ones every time\n"
     );
 }
 
-/// Where a column is never null, a subquery without rows is null all the same.
+/// A subquery without rows is null even if its column is never null.
 #[test]
 fn a_subquery_without_rows_is_null() {
     let scene = some_run();

@@ -1,4 +1,4 @@
-//! A run's tables as other programs read them: files found by a glob, while the run goes on.
+//! The tables of a run as other programs read them: files found by a glob, during a run.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -13,7 +13,7 @@ use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use crate::run::SCRIPTED;
 use crate::scene::{ROOT, Scene, stream_of_ids};
 
-/// The files that `<folder>/**/*.parquet` finds; as everywhere, hidden folders are left out.
+/// Lists the files that `<folder>/**/*.parquet` finds; hidden folders are skipped, as usual.
 pub fn glob(folder: &Path) -> Vec<PathBuf> {
     let mut files = Vec::new();
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
@@ -29,15 +29,15 @@ pub fn glob(folder: &Path) -> Vec<PathBuf> {
     files
 }
 
-/// The rows of a file as a program without our manifest reads them; `None` for a file that is gone.
+/// Reads the rows of a file without the manifest; `None` for a file that is gone.
 fn read(path: &Path) -> Option<Vec<RecordBatch>> {
     let reader = ParquetRecordBatchReaderBuilder::try_new(File::open(path).ok()?);
     let reader = reader.unwrap().build().unwrap();
     Some(reader.map(Result::unwrap).collect())
 }
 
-/// How often each row is there, by round and the columns that name it; `None` if a file went away
-/// between the listing and the reading.
+/// Counts each row by round and its key columns `names`; `None` if a file disappeared after the
+/// listing.
 fn rows(folder: &Path, names: &[&str]) -> Option<BTreeMap<(i32, String), usize>> {
     let mut rows = BTreeMap::new();
     for path in glob(folder) {
@@ -90,7 +90,7 @@ fn files_hold_the_round_as_a_column_and_folders_have_no_equals_sign() {
             .iter()
             .any(|path| path.to_string_lossy().contains('='))
     );
-    // SQL sees one column of that name, also in queries over several tables.
+    // SQL sees a single `round` column, also in queries over several tables.
     let said = scene.succeeds(&[
         "sql", "scripted", "--format", "csv",
         "select c.round, count(*) as n from candidates c join rewards r using (round, prompt_id, candidate) \
@@ -99,8 +99,8 @@ fn files_hold_the_round_as_a_column_and_folders_have_no_equals_sign() {
     assert_eq!(said.out, "round,n\n1,40\n2,40\n");
 }
 
-/// Looks at the tables over and over while `work` goes on: no round that was there is ever missing, and
-/// no row is there twice. Returns how often it looked.
+/// Reads the tables repeatedly while `work` runs: no existing round is ever missing, and no row
+/// appears twice. Returns the number of readings.
 fn watched(scene: &Scene, work: impl FnOnce()) -> usize {
     let tables: [(&str, &[&str]); 4] = [
         ("candidates", &["prompt_id", "candidate"]),
@@ -152,7 +152,7 @@ fn a_finished_run_is_seen_whole_while_it_is_made_again() {
     assert!(looks > 20, "looked {looks} times");
     let after = scene.tables("runs/scripted");
     assert_ne!(before, after);
-    // What is made again is what a run from nothing makes.
+    // The rebuilt tables equal those of a run from scratch.
     let mut anew = warmer.to_vec();
     anew.extend(["--run", "anew"]);
     scene.succeeds(&anew);
@@ -164,7 +164,7 @@ fn a_finished_run_is_seen_whole_while_it_is_made_again() {
             .collect::<Vec<_>>(),
         scene.checkpoints("anew").into_values().collect::<Vec<_>>()
     );
-    // And the way back costs nothing.
+    // Restoring costs nothing.
     let looks = watched(&scene, || {
         let said = scene.succeeds(&["run", "p.yaml"]);
         assert!(said.err.contains("nothing to do"), "{}", said.err);
@@ -173,7 +173,7 @@ fn a_finished_run_is_seen_whole_while_it_is_made_again() {
     assert_eq!(before, scene.tables("runs/scripted"));
 }
 
-/// Rows of every table by round, as `pipeline sql` sees them.
+/// Counts the rows of every table by round, as `pipeline sql` sees them.
 fn counts(scene: &Scene) -> BTreeMap<(String, Option<u32>), u64> {
     let run = RunFolder::read(&scene.path("runs/scripted")).unwrap();
     let made = run.manifest().made.iter();
@@ -198,8 +198,8 @@ fn until_leaves_the_later_tables_where_they_are_and_the_start_names_what_is_repl
     assert!(
         said.err.contains(
             "replacing tables of runs/scripted: pairs (round 1); reason: `margin_min` 0.0 → 0.5 (--set); each \
-             stays until its new version is complete, and then in .cache\nto bring them back, run: pipeline run \
-             p.yaml\n"
+             stays readable until its new version is complete, and is then archived in .cache\nto restore them, run: \
+             pipeline run p.yaml\n"
         ),
         "{}",
         said.err
@@ -220,7 +220,7 @@ fn until_leaves_the_later_tables_where_they_are_and_the_start_names_what_is_repl
         after[&("steps".to_owned(), Some(2))],
         before[&("steps".to_owned(), Some(2))]
     );
-    // The command that was named brings all of it back.
+    // The command that the run named restores everything.
     let said = scene.succeeds(&["run", "p.yaml"]);
     assert!(said.err.contains("nothing to do"), "{}", said.err);
     assert_eq!(before, counts(&scene));
@@ -248,7 +248,7 @@ fn a_run_that_fails_leaves_all_tables_as_they_were() {
     ]);
     assert_eq!(said.code, Some(1), "{}", said.err);
     assert_eq!(before, scene.tables("runs/scripted"));
-    // A pipeline that lacks tables takes them away only when all of it is done.
+    // A pipeline with fewer tables removes them only when it is complete.
     let said = scene.pipeline(&[
         "run",
         "p.yaml",
@@ -262,7 +262,7 @@ fn a_run_that_fails_leaves_all_tables_as_they_were() {
     let said = scene.succeeds(&["run", "p.yaml", "--set", "rounds=1"]);
     assert!(
         said.err
-            .contains("removing tables of runs/scripted that the pipeline no longer has"),
+            .contains("removing tables of runs/scripted that are no longer in the pipeline"),
         "{}",
         said.err
     );
@@ -305,7 +305,7 @@ fn a_run_of_format_1_is_whole_and_goes_on_in_its_own_form() {
     assert_eq!(said.out, "round,n\n1,30\n2,30\n3,30\n");
     assert!(!Manifest::read(&run).unwrap().has_round_column());
 
-    // A fork goes on in the form of the run that it shares files with.
+    // A fork keeps the folder layout of the run that it shares files with.
     scene.succeeds(&["fork", "scripted", "--at", "2", "--to", "forked"]);
     scene.succeeds(&[
         "run",

@@ -1,4 +1,4 @@
-//! Records of every format: what is read of them, and what is set aside because it would get lost.
+//! Records of every format: the fields that are read, and rejects of records that would lose data.
 
 use std::fs;
 use std::sync::Arc;
@@ -28,11 +28,11 @@ fn a_record_without_a_question_is_set_aside_with_its_fields() {
         .pipeline(&["run", "p.yaml", "--set", "reject_share_max=0.5"]);
     assert_eq!(
         rejects(&scene)[0].1,
-        "it has no `prompt`; its fields are id, promt"
+        "missing field `prompt`; the record has the fields id, promt"
     );
 }
 
-/// Loads records from a file as prompts; every second one may be a reject.
+/// Loads records from a file as prompts; up to half of them may be rejects.
 fn load(scene: &Scene, file: &str) -> CommandOutput {
     let pipeline = SCRIPTED.replace("from: prompts.json", &format!("from: {file}"));
     let run = [
@@ -125,7 +125,7 @@ fn a_column_of_videos_sets_the_rows_aside_in_which_it_is_not_null() {
     assert_eq!(rejects[0].0, "row 1");
     assert!(rejects[0].1.contains("`video`"), "{rejects:?}");
     assert_eq!(rows::<Prompt>(&scene, "prompts", None).len(), 2);
-    let told = "prompts: `category` is not read; 2 of 3 records have it\n";
+    let told = "prompts: `category` is ignored; 2 of 3 records have it\n";
     assert!(said.err.contains(told), "{}", said.err);
 }
 
@@ -138,11 +138,11 @@ fn keys_that_are_not_read_are_named_once_with_how_many_records_have_them() {
     let records: Vec<Value> = (0..600).map(record).collect();
     scene.write("prompts.json", serde_json::to_vec(&records).unwrap());
     let said = load(&scene, "prompts.json");
-    let told = "prompts: `category`, `gpt_answer` are not read; 600 of 600 records have them\n";
-    assert_eq!(said.err.matches("not read").count(), 1, "{}", said.err);
+    let told = "prompts: `category`, `gpt_answer` are ignored; 600 of 600 records have them\n";
+    assert_eq!(said.err.matches("are ignored").count(), 1, "{}", said.err);
     assert!(said.err.contains(told), "{}", said.err);
     let prompts = scene.prompts(3);
-    assert!(!load(prompts, "prompts.json").err.contains("not read"));
+    assert!(!load(prompts, "prompts.json").err.contains("are ignored"));
 }
 
 #[test]
@@ -162,8 +162,8 @@ fn as_many_placeholders_as_images_or_none() {
     scene.succeeds(&[&run[..], &["reject_share_max=0.9"]].concat());
     let reasons = rejects(&scene);
     let reason =
-        |places: &str| format!("it has 2 images and {places}; write one for each image, or none");
-    let lost = "its text has the placeholder `<image>`, and the record names no image; name it in `image`, \
+        |places: &str| format!("found 2 images but {places}; write one for each image, or none");
+    let lost = "the text contains the placeholder `<image>`, but the record has no image; name it in `image`, \
                 or remove the placeholder";
     let expected = [
         ("record 3".to_owned(), reason("1 `<image>` placeholder")),
@@ -181,15 +181,15 @@ fn as_many_placeholders_as_images_or_none() {
             "What does the tag <image> do?"
         ]
     );
-    // Both are the same prompt, the second time.
+    // The second run gives the same prompts.
     assert_eq!(prompts[0].image_ids, prompts[1].image_ids);
 }
 
 #[test]
 fn an_empty_or_broken_prompt_file_is_refused_with_its_name() {
     for (content, words) in [
-        ("[]", "it has no records"),
-        ("", "it has no records"),
+        ("[]", "no records found"),
+        ("", "no records found"),
         ("[{\"prompt\": }]", "line 1 column"),
     ] {
         let scene = Scene::new();
@@ -219,12 +219,12 @@ fn a_line_that_is_no_json_costs_its_row() {
     assert_eq!(rows::<Prompt>(&scene, "prompts", None).len(), 2);
     let rejects = rejects(&scene);
     assert!(
-        rejects[0].0 == "line 2" && rejects[0].1.contains("it is not JSON"),
+        rejects[0].0 == "line 2" && rejects[0].1.contains("invalid JSON"),
         "{rejects:?}"
     );
 }
 
-/// Sets a record aside, whichever of the two formats of JSON it comes in, and returns id and reason.
+/// Asserts that a record is a reject in both JSON formats, and returns its id and reason.
 #[track_caller]
 fn set_aside(record: &Value) -> (String, String) {
     let fine = json!({"id": "fine", "prompt": "Why?"});
@@ -238,7 +238,7 @@ fn set_aside(record: &Value) -> (String, String) {
         let said = load(&scene, file);
         let mut rejects = rejects(&scene);
         assert_eq!(rejects.len(), 1, "{record}: {}", said.err);
-        assert!(said.err.contains("1 faulty row set aside"), "{}", said.err);
+        assert!(said.err.contains("1 faulty row rejected"), "{}", said.err);
         assert_eq!(rows::<Prompt>(&scene, "prompts", None).len(), 1);
         let (id, reason) = rejects.remove(0);
         told.push((id.replace("line", "record"), reason));
@@ -265,7 +265,7 @@ fn an_image_beside_the_one_that_is_read_sets_the_record_aside() {
         assert_eq!(id, "record 1, id 7");
         assert!(reason.contains(&format!("`{key}`")), "{reason}");
     }
-    // Other names of the image that is read, and what only looks like one.
+    // Other names of an image that is read, and values that only look like one.
     let scene = with_images(&[]);
     let record = json!({"id": "good.png", "image": "images/good.png", "image_1": "images/good.png",
         "image_url": "https://example.com/good.png", "file_name": "good.png", "source": "coco",
@@ -277,7 +277,7 @@ fn an_image_beside_the_one_that_is_read_sets_the_record_aside() {
         rows::<Prompt>(&scene, "prompts", None)[0].image_ids.len(),
         1
     );
-    let told = "`file_name`, `image_1`, `image_url`, `note`, `source` are not read; 1 of 1 records have them";
+    let told = "`file_name`, `image_1`, `image_url`, `note`, `source` are ignored; 1 of 1 records have them";
     assert!(said.err.contains(told), "{}", said.err);
 }
 
@@ -355,7 +355,7 @@ fn a_column_of_bytes_is_read_as_images_and_a_second_column_of_files_is_refused()
     let told = rejects(&scene);
     assert!(told[0].0 == "row 2" && told.len() == 1, "{told:?}");
 
-    // The bytes of a second column, whatever it is called.
+    // The bytes of a second column, under any name.
     let field = Arc::new(Field::new("bytes", DataType::Binary, true));
     let other: ArrayRef = Arc::new(StructArray::from(vec![(field, bytes([None, Some(&png)]))]));
     for (name, other) in [("scan", other), ("raw", bytes([None, Some(&png)]))] {
@@ -368,7 +368,7 @@ fn a_column_of_bytes_is_read_as_images_and_a_second_column_of_files_is_refused()
         let told = rejects(&scene);
         assert_eq!(told[0].0, "row 2");
         assert!(
-            told[0].1.contains(&format!("holds a file in `{name}`")),
+            told[0].1.contains(&format!("embeds a file in `{name}`")),
             "{told:?}"
         );
     }
@@ -387,8 +387,7 @@ fn an_empty_answer_is_no_feedback() {
     let pipeline = "pipeline: scripted\nreject_share_max: 0.9\nstages:\n  pairs:\n    load_feedback: { from: pairs.json }\n";
     scene.write("p.yaml", pipeline).succeeds(&["run", "p.yaml"]);
     assert_eq!(rows::<Pair>(&scene, "pairs", None).len(), 1);
-    let reason =
-        |name: &str| format!("its {name} answer is empty; write the answer, or remove the record");
+    let reason = |name: &str| format!("`{name}` is empty; write the answer, or remove the record");
     let expected = [
         ("record 1, id a".to_owned(), reason("chosen")),
         ("record 2, id b".to_owned(), reason("rejected")),
@@ -408,7 +407,7 @@ fn a_key_that_stands_twice_sets_the_record_aside() {
     ] {
         let scene = Scene::new();
         load(scene.write(file, text), file);
-        let reason = "the key `image` stands in it twice; keep one of the two";
+        let reason = "duplicate key `image`; keep one of the two";
         assert_eq!(rejects(&scene)[0].1, reason);
         assert_eq!(rows::<Prompt>(&scene, "prompts", None)[0].question, "How?");
     }
@@ -427,12 +426,12 @@ fn a_byte_order_mark_is_no_harm_and_utf16_is_refused() {
     assert_eq!(said.code, Some(2));
     let told = said.err.replace("\n  │ ", " ").replace("\n  | ", " ");
     assert!(
-        told.contains("it is UTF-16 or UTF-32, and JSON is read as UTF-8; convert it: iconv -f UTF-16 -t UTF-8"),
+        told.contains("the file is UTF-16 or UTF-32, but JSON must be UTF-8; convert it: iconv -f UTF-16 -t UTF-8"),
         "{told}"
     );
 }
 
-/// A query that lists a prompt or an answer twice: whoever looks it up by its name would find one.
+/// A query that lists a prompt or an answer twice: a lookup by its id would find only one.
 #[test]
 fn a_row_that_a_query_lists_twice_is_refused_where_it_would_get_lost() {
     let again = |table: &str| {
@@ -465,13 +464,13 @@ fn a_row_that_a_query_lists_twice_is_refused_where_it_would_get_lost() {
     for (pipeline, words, reader) in [
         (
             prompts,
-            "`asked` has several rows of the prompt ",
-            "`candidates` reads one for each prompt_id",
+            "`asked` has several rows for prompt ",
+            "`candidates` needs one per prompt_id",
         ),
         (
             candidates,
-            "`both` has several rows of the candidate 0 of the prompt ",
-            "`rewards` reads one for each",
+            "`both` has several rows for candidate 0 of prompt ",
+            "`rewards` needs one per",
         ),
     ] {
         assert!(pipeline.contains("union all"), "{pipeline}");
@@ -481,13 +480,13 @@ fn a_row_that_a_query_lists_twice_is_refused_where_it_would_get_lost() {
         let told = said.err.replace("\n  │ ", " ").replace("\n  | ", " ");
         assert_eq!(said.code, Some(1), "{told}");
         assert!(told.contains(words) && told.contains(reader), "{told}");
-        assert!(told.contains("write `select distinct`"), "{told}");
+        assert!(told.contains("use `select distinct`"), "{told}");
         scene.write("p.yaml", pipeline.replace("union all", "union"));
         scene.succeeds(&["run", "p.yaml"]);
     }
 }
 
-/// What a conversation says twice is told, and what would be lost is refused.
+/// Duplicate parts of a conversation are reported, and data that would be lost is an error.
 #[test]
 fn parts_of_a_record_that_would_be_lost_are_told() {
     let two = json!({"conversations": [{"from": "system", "value": "Be brief."},
@@ -495,20 +494,23 @@ fn parts_of_a_record_that_would_be_lost_are_told() {
     let (_, reason) = set_aside(&two);
     assert_eq!(
         reason,
-        "entry 1 of `conversations` is a second system prompt; join the two"
+        "entry 1 of `conversations` is a second system prompt; merge the two"
     );
     let (_, reason) =
         set_aside(&json!({"id": 123_456_789_012_345_678_901_234_u128 as f64, "prompt": "Why?"}));
-    assert!(reason.contains("write it in quotes"), "{reason}");
+    assert!(reason.contains("quote it to make it a string"), "{reason}");
     let (_, reason) = set_aside(
         &json!({"conversations": [{"from": "human", "value": "Why?", "role": "user", "content": "How?"}]}),
     );
-    assert!(reason.contains("beside `role` and `content`"), "{reason}");
+    assert!(
+        reason.contains("mixes `from`/`value` with `role`/`content`"),
+        "{reason}"
+    );
     let (_, reason) = set_aside(
         &json!({"image": "images/good.png", "system": "<image>", "prompt": "<image>Why?"}),
     );
     assert!(
-        reason.contains("1 image and 2 `<image>` placeholders"),
+        reason.contains("1 image but 2 `<image>` placeholders"),
         "{reason}"
     );
     let scene = Scene::new();
@@ -516,7 +518,7 @@ fn parts_of_a_record_that_would_be_lost_are_told() {
     let record = json!({"conversations": entries, "answer": "B"});
     scene.write("prompts.json", json!([record]).to_string());
     let said = load(&scene, "prompts.json");
-    let told = "`conversations: the answer at its end` is not read; 1 of 1 records have it";
+    let told = "`conversations: the final answer` is ignored; 1 of 1 records have it";
     assert!(said.err.contains(told), "{}", said.err);
 }
 
@@ -544,8 +546,7 @@ fn a_record_that_is_too_long_ends_the_load_in_bounded_memory() {
         assert_eq!(said.code, Some(code), "{}", said.err);
         let told = flat(&said.err);
         assert!(told.contains(&format!("{file}{place}")), "{told}");
-        let words =
-            "a record of more than 64 MB; keep images and other large values in files beside";
+        let words = "a record exceeds 64 MB; keep images and other large values in separate files";
         assert!(told.contains(words), "{told}");
     }
 }
@@ -574,7 +575,7 @@ fn columns_that_would_be_lost_are_refused() {
         ("prompt", texts(&["How?"])),
     ]);
     let told = fails(&twice);
-    assert!(told.contains("it has two columns `prompt`"), "{told}");
+    assert!(told.contains("duplicate column `prompt`"), "{told}");
     for (name, other) in [("image", "images"), ("images", "image")] {
         let told = fails(&batch(vec![
             ("prompt", texts(&["Why?"])),
@@ -590,7 +591,7 @@ fn columns_that_would_be_lost_are_refused() {
         ("images", jpg),
     ]));
     assert!(told.contains("hold different images"), "{told}");
-    // The same image under two names is one.
+    // The same image under two names counts once.
     let scene = with_images(&[]);
     let same = batch(vec![
         ("prompt", texts(&["<image>Why?"])),
@@ -613,7 +614,7 @@ fn columns_that_would_be_lost_are_refused() {
 }
 
 #[test]
-fn check_finds_that_no_picture_is_there() {
+fn check_finds_that_no_image_is_there() {
     let scene = with_images(&[]);
     let record = json!([{"image": "0001.png", "prompt": "What is it?"}]);
     scene.write("prompts.json", record.to_string());
@@ -622,7 +623,7 @@ fn check_finds_that_no_picture_is_there() {
         .pipeline(&["check", "p.yaml"]);
     assert_eq!(said.code, Some(2), "{}", said.err);
     assert!(
-        flat(&said.err).contains(&flat("there is no picture 0001.png")),
+        flat(&said.err).contains(&flat("image not found: 0001.png")),
         "{}",
         said.err
     );

@@ -1,4 +1,4 @@
-//! What a run refuses before it begins, or fails at soon, and what `check` says of it.
+//! Errors before or early in a run, and the matching diagnostics of `check`.
 
 use std::net::TcpListener;
 
@@ -11,7 +11,7 @@ fn scene(pipeline: &str) -> Scene {
     scene
 }
 
-/// What was said, on one line and without the frame of errors.
+/// Returns the error output on one line, without the frame around it.
 fn flat(said: &CommandOutput) -> String {
     let words = said
         .err
@@ -29,13 +29,13 @@ fn a_key_that_is_not_set_is_a_note_of_check_and_an_error_of_run() {
             .replace("judge: { scripted: {} }", judge)
             .replace(grades, ""),
     );
-    let words = "the environment variable `OVCHAT_TEST_UNSET` is not set";
+    let words = "environment variable `OVCHAT_TEST_UNSET` is not set";
     assert!(flat(&scene.succeeds(&["check", "p.yaml"])).contains(words));
     let said = scene.pipeline(&["run", "p.yaml"]);
     assert_eq!(said.code, Some(2), "{}", said.err);
     assert!(flat(&said).contains(words), "{}", said.err);
     assert!(!scene.path("runs").exists(), "nothing was begun");
-    // What stops before the judge needs no key.
+    // A run that stops before the judge needs no key.
     scene.succeeds(&["run", "p.yaml", "--until", "candidates"]);
 }
 
@@ -60,9 +60,9 @@ fn an_address_where_nothing_listens_is_given_up_after_seconds() {
     let said = flat(&said);
     for words in [
         &*format!(
-            "judge: {url}/chat/completions refuses the connection; trying again for up to 5 s"
+            "judge: {url}/chat/completions: the connection was refused; retrying for up to 5 s"
         ),
-        "it was tried 2 times; the last time it refuses the connection; is the server up, and `base_url` right?",
+        "failed after 2 attempts; in the last one, the connection was refused; check that the server is up and that `base_url` is correct",
     ] {
         assert!(said.contains(words), "{said}");
     }
@@ -81,11 +81,11 @@ fn a_value_of_several_rows_or_none_is_not_as_expected() {
         assert_eq!(said.code, Some(1), "{}", said.err);
         assert!(flat(&said).contains(words), "{}", said.err);
     };
-    // Nobody can tell from its form how many rows it gives.
-    fails("unnest(array_agg(reward))", "must be one number, and");
+    // The number of rows is not apparent from the query.
+    fails("unnest(array_agg(reward))", "must be one number, but");
     fails(
         "max(reward) filter (where candidate > 99)",
-        "it gave no value (no rows, or null)",
+        "the value is null, or there are no rows",
     );
 }
 
@@ -97,12 +97,12 @@ fn statements_that_are_no_queries_are_told_in_plain_words() {
     for (sql, words) in [
         (
             "create table a as select 1",
-            "`create table` is not supported: write a query, which begins with `select` or `with`; \
-             `--format parquet` writes its rows to a file",
+            "`create table` is not supported: write a query that begins with `select` or `with`; \
+             to write its rows to a file, use `--format parquet`",
         ),
         (
             "select * from promts",
-            "there is no table `promts`; did you mean `prompts`? the tables are",
+            "there is no table `promts`; did you mean `prompts`? available tables:",
         ),
         (
             "select * from prompts where 1 = $round",
@@ -117,7 +117,7 @@ fn statements_that_are_no_queries_are_told_in_plain_words() {
     std::fs::remove_file(scene.path("runs/scripted/prompts/part-00000.parquet")).unwrap();
     let said = flat(&scene.pipeline(&["sql", "scripted", "select * from prompts"]));
     assert!(
-        said.contains("a file of the table `prompts` is not there"),
+        said.contains("a file of table `prompts` is missing"),
         "{said}"
     );
 }
@@ -139,7 +139,7 @@ fn a_chat_template_that_writes_other_words_is_named() {
         std::fs::write(&template, text.replace("'<|im_start|>'", words)).unwrap();
         let said = flat(&check());
         assert!(
-            said.contains("the chat template in `policy/chat_template.jinja` is not used"),
+            said.contains("the chat template in `policy/chat_template.jinja` is ignored"),
             "{said}"
         );
         let json = scene.succeeds(&["check", "p.yaml", "--format", "json"]).out;

@@ -1,4 +1,4 @@
-//! Whole pipelines with scripted models: tables, rounds, reuse, and what a second run does.
+//! Whole pipelines with scripted models: tables, rounds, reuse, and a second run.
 
 use ovchat_data::store::RunFolder;
 use ovchat_data::tables::{
@@ -32,7 +32,7 @@ evaluate:
     score: { candidates: answers, judge: judge }
 ";
 
-/// The rows of a table of a run.
+/// Returns the rows of a table of a run.
 pub fn rows<R: Row>(scene: &Scene, table: &str, round: Option<u32>) -> Vec<R> {
     let run = RunFolder::read(&scene.path("runs/scripted")).unwrap();
     run.reader(table, round)
@@ -174,13 +174,12 @@ fn comments_and_order_rerun_nothing_and_a_setting_reruns_what_depends_on_it() {
     ]);
     assert!(
         said.err
-            .contains("pairs (round 1) is made again: `margin_min` 0.0 → 0.1"),
+            .contains("rebuilding pairs (round 1): `margin_min` 0.0 → 0.1"),
         "{}",
         said.err
     );
     assert!(
-        said.err
-            .contains("rewards (round 1): 25 rows, there before"),
+        said.err.contains("rewards (round 1): 25 rows, up to date"),
         "{}",
         said.err
     );
@@ -200,7 +199,7 @@ fn three_new_prompts_cost_three_prompts() {
         .write("p.yaml", SCRIPTED)
         .succeeds(&["run", "p.yaml", "--until", "rewards"]);
     let before: Vec<Candidate> = rows(&scene, "candidates", Some(1));
-    // The old rows are taken over, not made again: what is changed in them by hand stays.
+    // The old rows are reused, not recomputed: manual changes to them stay.
     scene
         .prompts(23)
         .succeeds(&["run", "p.yaml", "--until", "rewards"]);
@@ -238,11 +237,11 @@ fn a_source_that_changes_without_changing_a_row_reruns_nothing_behind_it() {
     let said = scene.succeeds(&["run", "p.yaml"]);
     assert!(
         said.err
-            .contains("prompts is made again: the content of `from` changed"),
+            .contains("rebuilding prompts: the content of `from` changed"),
         "{}",
         said.err
     );
-    assert!(said.err.contains("done: 1 tables made"), "{}", said.err);
+    assert!(said.err.contains("done: 1 built"), "{}", said.err);
 }
 
 #[test]
@@ -393,7 +392,7 @@ fn until_stops_after_the_table_and_an_unknown_table_is_refused() {
     let said = scene.pipeline(&["run", "p.yaml", "--until", "candidate"]);
     assert_eq!(said.code, Some(2));
     assert!(
-        said.err.contains("the tables are prompts, candidates"),
+        said.err.contains("available tables: prompts, candidates"),
         "{}",
         said.err
     );
@@ -481,7 +480,7 @@ fn a_scheduler_can_read_what_a_run_does() {
         15
     );
 
-    // It asks for a query that finds rows where none must be.
+    // An expectation that fails: its query finds rows.
     let stops =
         format!("{SCRIPTED}expect: {{ none: {{ table: pairs, query: select * from pairs }} }}\n");
     scene.write("p.yaml", stops);
@@ -520,15 +519,15 @@ fn a_json_log_is_json_whatever_happens() {
         ),
         (&[], 2, "refused", "<FILE>"),
         (&["p.yaml", "--set"], 2, "refused", "--set"),
-        (&["none.yaml"], 2, "refused", "can't be read"),
-        (&["bytes.yaml"], 2, "refused", "not UTF-8"),
+        (&["none.yaml"], 2, "refused", "cannot read"),
+        (&["bytes.yaml"], 2, "refused", "not valid UTF-8"),
         (&["broken.yaml"], 2, "refused", "complaints"),
         (&["p.yaml", "--set", "nothing"], 2, "refused", "complaints"),
         (
             &["p.yaml", "--until", "nothing"],
             2,
             "refused",
-            "there is no table `nothing`",
+            "no table `nothing`",
         ),
         (&["p.yaml", "--run", "taken"], 1, "failed", "taken"),
         (&["report.yaml"], 0, "done", "made"),
@@ -551,7 +550,7 @@ fn a_json_log_is_json_whatever_happens() {
             assert!(last.to_string().contains(words), "{last}");
         }
     }
-    // Help is what was asked for.
+    // `--help` is not an error.
     let help = scene.succeeds(&["run", "--log", "json", "--help"]);
     assert!(help.out.contains("Usage: pipeline run") && help.err.is_empty());
 }

@@ -1,4 +1,4 @@
-//! The harness: a temporary folder, a pipeline in it, the programs, and what a run left.
+//! The test harness: a temporary folder, a pipeline in it, the programs, and the results of a run.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -11,15 +11,15 @@ use arrow_ipc::writer::StreamWriter;
 use ovchat_data::store::{RunFolder, TableReader};
 use ovchat_data::tables::is_measured;
 
-/// The project's folder.
+/// The root folder of the project.
 pub const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
-/// A temporary folder with pipelines and runs; gone when the test ends.
+/// A temporary folder with pipelines and runs, deleted at the end of the test.
 pub struct Scene {
     folder: tempfile::TempDir,
 }
 
-/// What a program said and how it ended.
+/// The output and the exit code of a program.
 #[derive(Debug)]
 pub struct CommandOutput {
     pub code: Option<i32>,
@@ -46,14 +46,14 @@ impl Scene {
         self
     }
 
-    /// Writes `prompts.json`: so many questions without pictures.
+    /// Writes `prompts.json` with `count` questions without images.
     pub fn prompts(&self, count: usize) -> &Self {
         let record = |number| serde_json::json!({ "id": format!("q{number}"), "prompt": format!("Question {number}?") });
         let list: Vec<_> = (0..count).map(record).collect();
         self.write("prompts.json", serde_json::to_vec(&list).unwrap())
     }
 
-    /// A command line of `pipeline` in this folder.
+    /// Returns a `pipeline` command in this folder.
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_pipeline"));
         command
@@ -82,7 +82,7 @@ impl Scene {
         said
     }
 
-    /// The rows of every table of a run, as text, without what was measured.
+    /// Returns the rows of every table of a run as text, without measured columns.
     pub fn tables(&self, run: &str) -> BTreeMap<String, String> {
         let folder = RunFolder::read(&self.path(run)).expect("a run");
         let mut tables = BTreeMap::new();
@@ -100,7 +100,7 @@ impl Scene {
         tables
     }
 
-    /// Every file of the checkpoints of a run, by name.
+    /// Returns every checkpoint file of a run, by name.
     pub fn checkpoints(&self, run: &str) -> BTreeMap<PathBuf, Vec<u8>> {
         let mut files = BTreeMap::new();
         let folder = self.path(run).join("checkpoints");
@@ -111,7 +111,7 @@ impl Scene {
     }
 }
 
-/// Numbers that look random, the same in every run of the tests: the generator of Knuth's MMIX.
+/// Reproducible pseudorandom numbers: the generator of Knuth's MMIX.
 pub struct Numbers(pub u64);
 
 impl Numbers {
@@ -124,7 +124,7 @@ impl Numbers {
     }
 }
 
-/// The Arrow IPC stream of a table with a column `prompt_id`.
+/// Returns the Arrow IPC stream of a table with a column `prompt_id`.
 pub fn stream_of_ids(ids: &[&str]) -> Vec<u8> {
     let column: ArrayRef = Arc::new(StringArray::from(ids.to_vec()));
     let rows = RecordBatch::try_from_iter([("prompt_id", column)]).unwrap();
@@ -134,7 +134,7 @@ pub fn stream_of_ids(ids: &[&str]) -> Vec<u8> {
     writer.into_inner().unwrap()
 }
 
-/// Takes no notice of a run's progress.
+/// A progress listener that ignores everything.
 pub struct Quiet;
 
 impl ovchat_pipeline::run::Report for Quiet {

@@ -1,4 +1,4 @@
-//! `schemas/` is what the code would write. `UPDATE=1 cargo test` writes it.
+//! `schemas/` is up to date with the code. `UPDATE=1 cargo test --release` rewrites it.
 
 use std::fs;
 use std::path::Path;

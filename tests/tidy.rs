@@ -1,4 +1,4 @@
-//! House rules that the compiler does not know: comments, the map of the guide, formatting.
+//! House rules that the compiler does not check: comments, the map of the guide, formatting.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -7,13 +7,14 @@ use std::process::Command;
 
 use crate::scene::ROOT;
 
-/// The folders of the crates, in the order in which they build on each other.
+/// The folders of the crates, in dependency order.
 const CRATES: [&str; 7] = ["io", "data", "query", "models", "torch", "pipeline", "cli"];
 
-/// Where the guide has the list of all files, which is made from their first sentences.
+/// The markers around the list of all files in the guide, which is generated from their first
+/// sentences.
 const MAP: (&str, &str) = ("<!-- map -->\n", "<!-- end of the map -->\n");
 
-/// Every file below a folder, as its path in the project and its text.
+/// Returns every file below a folder: its path in the project and its text.
 fn files(folder: &str) -> Vec<(String, String)> {
     let mut open = vec![Path::new(ROOT).join(folder)];
     let mut found = Vec::new();
@@ -25,7 +26,7 @@ fn files(folder: &str) -> Vec<(String, String)> {
                 continue;
             }
             let name = path.strip_prefix(ROOT).unwrap().to_str().unwrap();
-            // Pictures and tensors are no text; nothing here asks for theirs.
+            // Binary files read as empty text.
             let text = fs::read_to_string(&path).unwrap_or_default();
             found.push((name.to_owned(), text));
         }
@@ -38,7 +39,7 @@ fn is_rust(file: &str) -> bool {
     Path::new(file).extension().is_some_and(|end| end == "rs")
 }
 
-/// The lines of the Rust files below `src`: file, `file:number`, text.
+/// Returns the lines of the Rust files below `src`: file, `file:number`, text.
 fn lines() -> Vec<(String, String, String)> {
     let mut lines = Vec::new();
     for (file, text) in files("src").iter().filter(|(file, _)| is_rust(file)) {
@@ -68,7 +69,112 @@ fn every_file_says_what_it_is() {
     assert_none("these do not open with `//!` and a sentence", &silent);
 }
 
-/// The first sentence of the comment that a file begins with.
+/// Words that no program of the field uses for what they named here; the guide's glossary has better ones.
+const RETIRED: [&str; 34] = [
+    "picture",
+    "pictures",
+    "verb",
+    "verbs",
+    "desk",
+    "survey",
+    "surveys",
+    "parked",
+    "unparked",
+    "spoiled",
+    "beginnings",
+    "lesson",
+    "lessons",
+    "student",
+    "students",
+    "learner",
+    "learners",
+    "halvings",
+    "complaint",
+    "complaints",
+    "gravity",
+    "questionnaire",
+    "asking",
+    "speaker",
+    "shelf",
+    "card",
+    "cards",
+    "fate",
+    "sound",
+    "outlook",
+    "confines",
+    "objection",
+    "stranger",
+    "strangers",
+];
+
+/// Retired words in serialized names, recorded texts and others' formats: the end of the file's path, and the word.
+const SERIALIZED: [(&str, &str); 26] = [
+    ("cli/check.rs", "complaints"),
+    ("cli/log.rs", "complaints"),
+    ("label/queue.rs", "pictures"),
+    ("label/request.rs", "picture"),
+    ("store/folder.rs", "spoiled"),
+    ("store/manifest.rs", "parked"),
+    ("tables/telemetry.rs", "halvings"),
+    ("tables/telemetry.rs", "pictures"),
+    ("models/judge_prompt.rs", "picture"),
+    ("config/check.rs", "spoiled"),
+    ("config/paths.rs", "asking"),
+    ("config/reader.rs", "verb"),
+    ("run/keys.rs", "pictures"),
+    ("run/mod.rs", "halvings"),
+    ("run/rows.rs", "halvings"),
+    ("run/rows.rs", "pictures"),
+    ("stages/media.rs", "picture"),
+    ("stages/media.rs", "pictures"),
+    ("stages/media.rs", "sound"),
+    ("stages/unread.rs", "picture"),
+    ("stages/unread.rs", "sound"),
+    ("parity/networks.rs", "pictures"),
+    ("parity/text.rs", "picture"),
+    ("parity/text.rs", "pictures"),
+    ("parity/training.rs", "lessons"),
+    ("parity/training.rs", "pictures"),
+];
+
+/// The openings of a relative clause, which says that something exists and not what it is.
+const RELATIVES: [&str; 9] = [
+    "What", "Whether", "How", "Where", "Which", "Of", "Who", "Why", "When",
+];
+
+#[test]
+fn retired_words_stay_away() {
+    let mut wrong = Vec::new();
+    for (file, place, line) in lines() {
+        for word in line.split(|c: char| !c.is_ascii_alphanumeric()) {
+            let word = word.to_ascii_lowercase();
+            let is_serialized = |(end, one): &(&str, &str)| file.ends_with(end) && *one == word;
+            if RETIRED.contains(&word.as_str()) && !SERIALIZED.iter().any(is_serialized) {
+                wrong.push(format!("{place}: `{word}`"));
+            }
+        }
+    }
+    assert_none(
+        "these words have better ones in the guide's glossary",
+        &wrong,
+    );
+}
+
+#[test]
+fn a_comment_says_what_something_is() {
+    let mut wrong = Vec::new();
+    for (_, place, line) in lines() {
+        let line = line.trim_start();
+        let doc = line.strip_prefix("/// ").or(line.strip_prefix("//! "));
+        let first = doc.and_then(|doc| doc.split(' ').next());
+        if first.is_some_and(|first| RELATIVES.contains(&first)) {
+            wrong.push(format!("{place}: {line}"));
+        }
+    }
+    assert_none("these doc lines begin with a relative clause", &wrong);
+}
+
+/// Returns the first sentence of the comment at the start of a file.
 fn first_sentence(text: &str) -> String {
     let lines = text.lines().map_while(|line| {
         let (marker, rest) = line.split_once(' ')?;
@@ -81,7 +187,7 @@ fn first_sentence(text: &str) -> String {
         .to_owned()
 }
 
-/// The list of all files of a crate, the file of its root first.
+/// Returns the list of all files of a crate, its root file first.
 fn map_of(name: &str) -> String {
     let folder = format!("src/{name}/");
     let mut found = files(&folder);
@@ -142,7 +248,7 @@ fn every_reference_to_an_invariant_leads_to_its_one_proof() {
     assert_none("these references and tags do not match", &wrong);
 }
 
-/// What stands between an opening and the next bracket, as often as it does.
+/// Returns the texts between each `opening` and the next `]`.
 fn bracketed<'a>(line: &'a str, opening: &'a str) -> impl Iterator<Item = &'a str> {
     let after = line.split(opening).skip(1);
     after.filter_map(|rest| Some(rest.split_once(']')?.0))
@@ -174,7 +280,7 @@ fn only_the_engine_loads_libtorch() {
     let loaded = libraries(env!("CARGO_BIN_EXE_pipeline"));
     assert!(loaded.contains("libc.so"), "{loaded}");
     assert!(!loaded.contains("libtorch"), "{loaded}");
-    // It is there with the feature `torch` only.
+    // The engine exists only with the feature `torch`.
     if let Some(engine) = option_env!("CARGO_BIN_EXE_pipeline-engine") {
         assert!(libraries(engine).contains("libtorch_cpu.so"));
     }
@@ -183,7 +289,7 @@ fn only_the_engine_loads_libtorch() {
 #[test]
 fn every_pipeline_that_comes_with_the_project_is_right() {
     let mut pipelines = files("pipelines");
-    // Runs that somebody made there lie in folders of their own.
+    // Folders below `pipelines` are runs.
     pipelines.retain(|(file, _)| file.matches('/').count() == 1);
     assert!(!pipelines.is_empty(), "there are no pipelines");
     for (file, text) in pipelines {

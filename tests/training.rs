@@ -1,4 +1,4 @@
-//! Trainings that go on from each other, comparisons, and the report at the end, with scripted
+//! Training stages that continue each other, comparisons, and the final report, with scripted
 //! models.
 
 use std::fs;
@@ -28,7 +28,7 @@ report:
     chart: { x: round, lines: [share] }
 ";
 
-/// Twelve questions with answers, and six records of LLaVA-Human-Preference.
+/// A scene with twelve questions with answers, and six records of LLaVA-Human-Preference.
 fn scene() -> Scene {
     let scene = Scene::new();
     let example = |number| serde_json::json!({ "id": format!("q{number}"), "prompt": format!("Question {number}?"), "answer": format!("Answer {number}.") });
@@ -52,7 +52,7 @@ fn rows<R: Row>(scene: &Scene, table: &str, round: u32) -> Vec<R> {
         .collect()
 }
 
-/// What a scripted learner remembers of all that it was shown.
+/// Returns the memory of a scripted trainer: all examples that it has seen.
 fn memory(scene: &Scene, checkpoint: &str) -> String {
     let path = format!("runs/trained/checkpoints/{checkpoint}/scripted.json");
     fs::read_to_string(scene.path(&path)).unwrap()
@@ -79,7 +79,7 @@ fn a_training_goes_on_where_the_one_it_names_ended_and_rounds_go_on_from_the_las
     for (number, memory) in memories.iter().enumerate() {
         assert!(!memories[..number].contains(memory), "{memories:?}");
     }
-    // A reward model that was shown other answers before is another one.
+    // A reward model trained on other answers is a different model.
     scene.write(
         "p.yaml",
         PIPELINE.replace("batch_prompts: 4", "batch_prompts: 3"),
@@ -87,12 +87,12 @@ fn a_training_goes_on_where_the_one_it_names_ended_and_rounds_go_on_from_the_las
     let said = scene.succeeds(&["run", "p.yaml"]);
     assert!(
         said.err
-            .contains("sft (round 1) is made again: `batch_prompts` 4 → 3"),
+            .contains("rebuilding sft (round 1): `batch_prompts` 4 → 3"),
         "{}",
         said.err
     );
     assert_ne!(memory(&scene, "round-1-reward"), memories[1]);
-    // Going back costs nothing.
+    // Restoring costs nothing.
     scene.write("p.yaml", PIPELINE);
     scene.succeeds(&["run", "p.yaml"]);
     assert_eq!(memory(&scene, "round-2-reward"), memories[3]);
@@ -124,7 +124,7 @@ fn the_report_is_printed_drawn_and_there_for_queries() {
     let query = "select round from rounds where share >= 0 order by round";
     let said = scene.succeeds(&["sql", "trained", query, "--format", "csv"]);
     assert_eq!(said.out, "round\n0\n1\n2\n");
-    // A finished run says it again, and a report that changed makes nothing again.
+    // A finished run prints the report again, and a changed report rebuilds nothing.
     scene.write(
         "p.yaml",
         PIPELINE.replace(
@@ -146,7 +146,7 @@ fn a_prompt_without_an_answer_stops_the_training_by_name() {
     );
     let said = scene.pipeline(&["run", "p.yaml"]);
     assert_eq!(said.code, Some(1));
-    let words = "prompt b of `lessons` has no answer to learn";
+    let words = "prompt b of `lessons` has no `answer` to train on";
     assert!(
         said.err.replace("\n  │ ", " ").contains(words),
         "{}",

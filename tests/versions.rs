@@ -1,4 +1,4 @@
-//! Versions of tables: what readers see while a finished run is changed, and after a run that failed.
+//! Versions of tables: readers during a change of a finished run, and after a failed run.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -10,13 +10,13 @@ use crate::readers::glob;
 use crate::run::SCRIPTED;
 use crate::scene::{CommandOutput, Scene, stream_of_ids};
 
-/// A stage before the training that can be made to fail.
+/// A stage before the training stage that can fail on demand.
 const GATE: &str = "  gate:
     exec: { command: [sh, gate.sh], table: candidates, columns: { prompt_id: text } }
   rewards:
 ";
 
-/// A finished run of the pipeline, with a stage before `pairs` that can be made to fail.
+/// A finished run of the pipeline, with a stage before `pairs` that can fail on demand.
 fn finished(pipeline: &str) -> Scene {
     let scene = Scene::new();
     scene
@@ -32,7 +32,7 @@ fn gated(pipeline: &str) -> String {
     pipeline.replace("  rewards:\n", GATE)
 }
 
-/// Everything that readers see of a run: rows of tables, and files of checkpoints.
+/// The state that readers see: rows of tables, and checkpoint files.
 type Seen = (BTreeMap<String, String>, BTreeMap<PathBuf, Vec<u8>>);
 
 fn seen(scene: &Scene, run: &str) -> Seen {
@@ -45,7 +45,7 @@ fn seen(scene: &Scene, run: &str) -> Seen {
     (scene.tables(run), relative.collect())
 }
 
-/// The Parquet files that a glob finds, with their bytes.
+/// Returns the Parquet files that a glob finds, with their bytes.
 fn files(scene: &Scene) -> BTreeMap<PathBuf, Vec<u8>> {
     let found = glob(&scene.path("runs/scripted")).into_iter();
     let read = found.map(|path| {
@@ -55,7 +55,7 @@ fn files(scene: &Scene) -> BTreeMap<PathBuf, Vec<u8>> {
     read.collect()
 }
 
-/// True if a glob over the tables finds what the manifest lists.
+/// True if a glob over the tables finds the files in the manifest.
 fn is_listed(scene: &Scene) -> bool {
     let root = scene.path("runs/scripted");
     let run = RunFolder::read(&root).unwrap();
@@ -66,7 +66,7 @@ fn is_listed(scene: &Scene) -> bool {
     listed == glob(&root)
 }
 
-/// Runs a changed pipeline that fails at the gate, and sees that nothing has changed.
+/// Runs a changed pipeline that fails at the gate, and asserts that readers see no change.
 fn fails_and_changes_nothing(scene: &Scene, changed: &str) {
     let before = (seen(scene, "runs/scripted"), files(scene));
     let broken = gated(changed).replace("[sh, gate.sh]", "[\"false\"]");
@@ -76,8 +76,8 @@ fn fails_and_changes_nothing(scene: &Scene, changed: &str) {
     assert!(before == (seen(scene, "runs/scripted"), files(scene)));
 }
 
-/// Runs a changed pipeline, and sees that the tables are those of a run from nothing; then the first one
-/// again.
+/// Runs a changed pipeline, asserts that its tables equal those of a run from scratch, then returns
+/// to the first pipeline.
 fn goes_over_and_back(scene: &Scene, changed: &str) -> CommandOutput {
     goes_over_and_back_from(scene, changed, "p.yaml")
 }
@@ -99,7 +99,7 @@ fn goes_over_and_back_from(scene: &Scene, changed: &str, first: &str) -> Command
     told
 }
 
-/// A stage that is made once or in each round, by the table that it counts.
+/// A stage that is built once or in each round, depending on the table that it counts.
 const COUNTED: &str = "  counted:
     sql: { query: \"select prompt_id, count(*) as n from TABLE group by prompt_id\", tables: [TABLE] }
   pairs:
@@ -118,7 +118,7 @@ fn a_table_goes_from_once_to_each_round_and_back() {
         "{}",
         told.err
     );
-    // The other way, what is made once is complete before the gate.
+    // In the other direction, the table that is built once is complete before the gate.
     let told = goes_over_and_back(&finished(&each), &once);
     assert!(
         told.err
@@ -145,7 +145,7 @@ fn a_training_that_is_renamed_keeps_the_old_table_and_checkpoint_until_the_new_o
     scene.write("renamed.yaml", gated(&renamed));
     scene.succeeds(&["run", "renamed.yaml", "--until", "pairs"]);
     assert!(before == seen(&scene, "runs/scripted"));
-    // A killed training leaves a staged version, which another run does not go on with.
+    // Killed training leaves a staged version, from which a different pipeline does not resume.
     let said = scene.succeeds(&["run", "renamed.yaml", "--until", "dpo"]);
     assert!(said.err.contains("steps (round 1)"), "{}", said.err);
     let run = RunFolder::read(&scene.path("runs/scripted")).unwrap();
@@ -167,8 +167,8 @@ fn rounds_that_stop_when_removes_are_named_before_they_go() {
     assert!(
         said.err.contains(
             "removing tables of runs/scripted after round 1, the last one: candidates (round 2), gate (round 2), \
-             rewards (round 2), pairs (round 2), steps (round 2), steps_reference (round 2), answers (round 2), grades (round 2); they stay in \
-             .cache\nto bring them back, run: pipeline run p.yaml\n"
+             rewards (round 2), pairs (round 2), steps (round 2), steps_reference (round 2), answers (round 2), grades (round 2); they are archived in \
+             .cache\nto restore them, run: pipeline run p.yaml\n"
         ),
         "{}",
         said.err
@@ -191,7 +191,7 @@ fn a_version_that_is_not_as_expected_replaces_nothing_and_can_be_queried() {
         "--set",
         "stages.pairs.select_extremes.margin_min=100",
     ];
-    // The second time, the version is complete, and still not as expected.
+    // The second time, the version is complete but still fails `expect`.
     for _ in 0..2 {
         let said = scene.pipeline(&wide);
         assert_eq!(said.code, Some(1), "{}", said.err);
@@ -250,27 +250,27 @@ fn rejects_of_a_version_that_was_refused_can_be_queried() {
     );
     assert!(before == seen(&scene, "runs/scripted"));
 
-    // The attempt that failed is not what brings the tables back.
+    // The failed attempt is not the run that restores the tables.
     let said = scene.succeeds(&["run", "p.yaml", "--set", "seed=8"]);
     assert!(
         said.err
-            .contains("to bring them back, run: pipeline run p.yaml\n"),
+            .contains("to restore them, run: pipeline run p.yaml\n"),
         "{}",
         said.err
     );
-    // After a run up to a table, both ways back are named rightly.
+    // After a run with `--until`, both restore commands are right.
     let other = ["run", "p.yaml", "--set", "seed=9", "--until", "pairs"];
     let said = scene.succeeds(&other);
     assert!(
         said.err
-            .contains("to bring them back, run: pipeline run p.yaml --set seed=8\n"),
+            .contains("to restore them, run: pipeline run p.yaml --set seed=8\n"),
         "{}",
         said.err
     );
     let said = scene.succeeds(&["run", "p.yaml", "--set", "seed=8"]);
     assert!(
         said.err
-            .contains("to bring them back, run: pipeline run p.yaml --set seed=9\n"),
+            .contains("to restore them, run: pipeline run p.yaml --set seed=9\n"),
         "{}",
         said.err
     );
@@ -283,7 +283,7 @@ fn status_and_fork_name_tables_that_were_made_from_earlier_versions() {
         let out = scene.succeeds(&["status", "scripted"]).out;
         let marked = out
             .lines()
-            .filter(|line| line.contains("its inputs have changed"));
+            .filter(|line| line.contains("its inputs changed"));
         let name = |line: &str| {
             line.split_whitespace()
                 .take(2)
@@ -312,12 +312,12 @@ fn status_and_fork_name_tables_that_were_made_from_earlier_versions() {
     assert_eq!(marked(&scene), stale);
     let said = scene.succeeds(&["fork", "scripted", "--at", "2"]);
     assert!(
-        said.err.contains("made from earlier versions of their inputs: steps (round 1), steps_reference (round 1), answers (round 1), grades (round 1)"),
+        said.err.contains("built from earlier versions of their inputs: steps (round 1), steps_reference (round 1), answers (round 1), grades (round 1)"),
         "{}",
         said.err
     );
 
-    // A fork goes on with the settings of the run.
+    // A fork keeps the settings of the run.
     scene.succeeds(&["run", "p.yaml", "--set", margin, "--set", "seed=8"]);
     let said = scene.succeeds(&[
         "fork", "scripted", "--at", "2", "--to", "other", "--set", "seed=9",
@@ -328,7 +328,7 @@ fn status_and_fork_name_tables_that_were_made_from_earlier_versions() {
     );
 }
 
-/// An answer of round 0 and one that is made once have the same key.
+/// An answer of round 0 and one that is built once have the same key.
 #[test]
 fn a_table_of_the_evaluation_goes_from_rounds_to_once_and_back() {
     let trained = SCRIPTED.to_owned();
@@ -337,7 +337,7 @@ fn a_table_of_the_evaluation_goes_from_rounds_to_once_and_back() {
     let untrained = trained.replace(training, "");
     goes_over_and_back(&finished(&trained), &untrained);
     goes_over_and_back(&finished(&untrained), &trained);
-    // With the table away in between.
+    // With the table removed in between.
     let scene = finished(&trained);
     let before = seen(&scene, "runs/scripted");
     let (without, _) = trained.split_once("evaluate:").unwrap();
@@ -392,7 +392,7 @@ fn a_table_that_is_there_is_held_to_the_share_of_rejects_of_today() {
     assert!(said.err.contains("1 of 2 rows are faulty"), "{}", said.err);
 }
 
-/// A killed process may have recorded a replacement and not moved its files.
+/// A killed process may have recorded a replacement without moving its files.
 #[test]
 fn moves_that_a_kill_cut_off_are_made_by_whoever_reads_next() {
     let scene = finished(SCRIPTED);
@@ -435,13 +435,13 @@ fn a_run_that_fails_leaves_views_and_the_file_that_is_forked() {
     assert!(told.out.contains("p.yaml"), "{}", told.out);
 }
 
-/// The command of the last whole run would not make its tables any more.
+/// The command of the last whole run no longer builds its tables.
 #[test]
 fn the_way_back_names_a_change_of_the_file() {
     let scene = finished(SCRIPTED);
     let edited = gated(SCRIPTED).replace("seed: 3", "seed: 4");
     scene.write("p.yaml", edited);
     let said = scene.pipeline(&["run", "p.yaml", "--set", "rounds=1"]);
-    let told = "to bring them back, undo the change of the file and run: pipeline run p.yaml";
+    let told = "to restore them, undo the change to the file and run: pipeline run p.yaml";
     assert!(said.err.contains(told), "{}", said.err);
 }

@@ -1,7 +1,7 @@
-//! How fast pictures are decoded, resized, cut and normalized, with no network beside it.
+//! Speed of image preprocessing (decoding, resizing, tiling, normalizing) without a network.
 //!
-//! usage: pictures MODEL FOLDER: the checkpoint that says how, and the pictures. Prints a line of JSON.
-//! Uses `RAYON_NUM_THREADS` threads.
+//! usage: pictures MODEL FOLDER: the checkpoint with the settings, and the images. Prints a line of
+//! JSON. Uses `RAYON_NUM_THREADS` threads.
 
 use std::path::Path;
 use std::time::Instant;
@@ -26,9 +26,9 @@ fn main() {
         .map(|path| {
             let image = EncodedImage {
                 id: path.display().to_string(),
-                bytes: std::fs::read(path).expect("a picture").into(),
+                bytes: std::fs::read(path).expect("an image").into(),
             };
-            let tiles = prep.tiles(&image, 1).expect("a picture");
+            let tiles = prep.tiles(&image, 1).expect("an image");
             tiles.packing.tiles()
         })
         .sum();

@@ -1,15 +1,16 @@
-//! Writes the small world: everything in `data-samples/` but its README and the two models, and what
-//! those are trained on.
+//! Writes the small world: everything in `data-samples/` except its README and the models, and the
+//! training data of these models.
 //!
-//! `make world` makes all of it from nothing. Pictures of colored shapes come with questions whose
-//! true answers are known, because the picture was drawn from the answer. The models begin with
-//! random weights in the layouts of the real ones; `pipelines/small-world.yaml` trains them.
+//! `make world` generates all of it from scratch. Images of colored shapes come with questions
+//! whose true answers are known, because each image is drawn from its answers. The models start
+//! with random weights in the layouts of the real ones; `pipelines/small-world.yaml` trains them.
 //!
-//! Every random number comes from a stream that is named after what it is for ([`Random::named`]),
-//! so asking for more pictures leaves the first ones as they were. All arithmetic is `+ - * /` and
+//! Every random number comes from a stream that is named after its purpose ([`Random::named`]), so
+//! a larger number of images leaves the first ones unchanged. All arithmetic is `+ - * /` and
 //! square roots, which IEEE 754 fixes to the last bit: the bytes do not depend on a math library.
 
-/// The parts, in the order in which a picture meets them; their files lie in `small_world/`.
+/// The modules, in the order in which an image passes through them; their files lie in
+/// `small_world/`.
 mod small_world {
     pub mod files;
     pub mod random;
@@ -41,7 +42,7 @@ use small_world::files::Outcome;
 use small_world::records::{Counts, Split, World};
 use small_world::{judge, lessons, policy, records, tokenizers};
 
-/// Writes the small world, or what its models learn from.
+/// Writes the small world, or the training data of its models.
 #[derive(Parser)]
 struct Arguments {
     #[command(subcommand)]
@@ -52,19 +53,20 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum What {
-    /// The pictures of both splits, their questions and preferences.
+    /// Writes the images of both splits, their questions and preferences.
     World {
         /// The folder to write to; files of the same names are replaced.
         to: PathBuf,
     },
-    /// Other pictures, conversations and preferences about them, and two models with random weights.
+    /// Writes the training data: other images, conversations and preferences about them, and two
+    /// models with random weights.
     Lessons {
         /// The folder to write to; files of the same names are replaced.
         to: PathBuf,
-        /// Pictures of a single shape, to begin with.
+        /// Number of images of a single shape, for the first training stage.
         #[arg(long, default_value_t = 8_000)]
         first_steps: usize,
-        /// The other pictures.
+        /// Number of other images.
         #[arg(long, default_value_t = 10_000)]
         pictures: usize,
     },
@@ -72,19 +74,19 @@ enum What {
 
 #[derive(Args)]
 struct WorldArguments {
-    /// Pictures to train on.
+    /// Number of training images.
     #[arg(long, default_value_t = 400, global = true)]
     train: usize,
-    /// Pictures that are held out: none shows a scene that a training picture or a lesson shows.
+    /// Number of held-out images; no training image or training data shows one of their scenes.
     #[arg(long, default_value_t = 100, global = true)]
     held_out: usize,
-    /// Questions about each picture, 1 to 5, each on another topic; fewer where a topic does not fit.
+    /// Questions per image, 1 to 5, each on another topic; fewer if a topic does not fit.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=5), global = true)]
     questions: u8,
-    /// Human-style preferences about each picture.
+    /// Preferences per image.
     #[arg(long, default_value_t = 3, global = true)]
     preferences: usize,
-    /// Another seed makes another world.
+    /// The seed of all random numbers.
     #[arg(long, default_value_t = 17, global = true)]
     seed: u64,
 }
@@ -105,7 +107,7 @@ fn write(arguments: &Arguments) -> Outcome<()> {
         What::World { to } => {
             world.write(to)?;
             println!(
-                "{} pictures to train on, {} held out, written with their questions to {}",
+                "{} training images and {} held-out images written with their questions to {}",
                 world.pictures(Split::Train).count(),
                 world.pictures(Split::HeldOut).count(),
                 to.display()
@@ -123,7 +125,7 @@ fn write(arguments: &Arguments) -> Outcome<()> {
             policy::write(&to.join("start/policy"), seed, &corpus)?;
             judge::write(&to.join("start/reward"), seed, &corpus)?;
             println!(
-                "{} pictures written with their lessons and two untrained models to {}",
+                "{} images written with their training data and two untrained models to {}",
                 first_steps + pictures,
                 to.display()
             );

@@ -127,17 +127,19 @@ pub fn config(bytes: &[u8]) {
 static QUESTIONNAIRES: LazyLock<[JudgePrompt; 3]> = LazyLock::new(|| {
     let words = r"(?i)(?<better_first>first)|(?<better_second>second)|(?<tie>equal)";
     let verdict = Verdict::try_from(words.to_owned()).expect("a verdict");
-    let asking = |mode, verdict| JudgePromptSettings {
+    let prompt_settings = |mode, verdict| JudgePromptSettings {
         mode,
         verdict,
         ..JudgePromptSettings::default()
     };
     let askings = [
-        asking(Mode::Pointwise, None),
-        asking(Mode::Pairwise, None),
-        asking(Mode::Pairwise, Some(verdict)),
+        prompt_settings(Mode::Pointwise, None),
+        prompt_settings(Mode::Pairwise, None),
+        prompt_settings(Mode::Pairwise, Some(verdict)),
     ];
-    askings.map(|asking| JudgePrompt::open(&asking).expect("the default has a template"))
+    askings.map(|prompt_settings| {
+        JudgePrompt::open(&prompt_settings).expect("the default has a template")
+    })
 });
 
 /// A reply of a judge.

@@ -1,5 +1,5 @@
-//! The engine: the same command line as `pipeline`, with the networks. The only place that names
-//! them, so that nothing else links libtorch.
+//! The `pipeline-engine` program: the command line with networks. Only this program depends on the
+//! networks, so that nothing else links libtorch.
 
 use std::process::ExitCode;
 

@@ -1,5 +1,5 @@
-//! The program that people call. It has no networks and links no libtorch, so that it starts at
-//! once; when a network must open it becomes `pipeline-engine`.
+//! The `pipeline` program: the command line without networks. It does not link libtorch, so that it
+//! starts quickly; when a network has to be opened, it replaces itself with `pipeline-engine`.
 
 use std::process::ExitCode;
 

@@ -1,4 +1,4 @@
-//! A view as an SVG: a panel for each column, side by side, over the same column.
+//! Charts: a view as an SVG, with one panel per column, side by side, over the same x column.
 
 use arrow::array::{Array, ArrayRef, AsArray, RecordBatch};
 use arrow::compute::cast;
@@ -11,23 +11,23 @@ use ovchat_pipeline::config::Chart;
 /// The size of a panel, in pixels.
 const PANEL: (u32, u32) = (300, 220);
 
-/// Most panels in a row.
+/// The maximum number of panels in a row.
 const ACROSS: usize = 4;
 
 const LINE: RGBColor = RGBColor(38, 108, 210);
 const GRID: RGBColor = RGBColor(226, 228, 232);
 const TEXT: RGBColor = RGBColor(60, 64, 72);
 
-/// One column over another.
+/// One column plotted over another.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Panel {
     pub title: String,
     pub x: String,
-    /// Rows in which both have a value, from left to right.
+    /// The points of all rows in which both columns have a value, from left to right.
     pub points: Vec<(f64, f64)>,
 }
 
-/// The panels that `chart` asks for, of the rows of its view. Fails when a column is not of numbers.
+/// Returns the panels of a chart over the rows of its view. Fails if a column is not numeric.
 pub fn panels(rows: &[RecordBatch], chart: &Chart) -> Result<Vec<Panel>, Failed> {
     let xs = numbers(rows, &chart.x)?;
     let panel = |line: &String| {
@@ -47,14 +47,12 @@ pub fn panels(rows: &[RecordBatch], chart: &Chart) -> Result<Vec<Panel>, Failed>
 fn numbers(rows: &[RecordBatch], name: &str) -> Result<Vec<Option<f64>>, Failed> {
     let mut all = Vec::new();
     for batch in rows {
-        let column: &ArrayRef = batch.column_by_name(name).ok_or_else(|| {
-            Failed::Words(format!(
-                "the chart names the column `{name}`, which is not there"
-            ))
-        })?;
+        let column: &ArrayRef = batch
+            .column_by_name(name)
+            .ok_or_else(|| Failed::Words(format!("the chart's column `{name}` does not exist")))?;
         let numbers = cast(column, &DataType::Float64)?;
         if numbers.null_count() > column.null_count() {
-            let problem = format!("the chart's column `{name}` does not hold numbers");
+            let problem = format!("the chart's column `{name}` is not numeric");
             return Err(Failed::Words(problem));
         }
         all.extend(numbers.as_primitive::<Float64Type>().iter());
@@ -62,7 +60,7 @@ fn numbers(rows: &[RecordBatch], name: &str) -> Result<Vec<Option<f64>>, Failed>
     Ok(all)
 }
 
-/// Draws the panels.
+/// Draws the panels as an SVG.
 pub fn draw(panels: &[Panel]) -> Result<String, DrawingAreaErrorKind<std::io::Error>> {
     let across = panels.len().clamp(1, ACROSS);
     let down = panels.len().div_ceil(across).max(1);
@@ -94,7 +92,7 @@ fn draw_panel(
         let room = [0.03, 0.15][axis] * (high - low).max(1e-3 * high.abs()).max(1e-9);
         low - room..high + room
     });
-    // Whole numbers, such as rounds, get a mark each.
+    // Whole numbers, such as rounds, get one label each.
     let is_whole = panel.points.iter().all(|(x, _)| x.fract() == 0.0);
     let marks = if is_whole {
         ((x.end - x.start) as usize + 1).min(10)
@@ -170,9 +168,9 @@ mod tests {
     #[test]
     fn what_is_no_number_is_not_drawn() {
         let Err(Failed::Words(problem)) = panels(&[rows()], &chart("word")) else {
-            panic!("words are no numbers");
+            panic!("a text column is not numeric");
         };
-        assert_eq!(problem, "the chart's column `word` does not hold numbers");
+        assert_eq!(problem, "the chart's column `word` is not numeric");
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! `pipeline check` and `pipeline plan`: is the pipeline right, and what does it mean?
+//! `pipeline check` and `pipeline plan`: validate a pipeline, and show what a run would do.
 
 use std::path::PathBuf;
 
@@ -16,7 +16,7 @@ use ovchat_pipeline::config::{
 use ovchat_pipeline::run::withheld as withheld_from;
 use ovchat_pipeline::stages::StageSpec;
 
-/// Says everything that is wrong with a pipeline, before anything runs.
+/// Validate a pipeline: report all errors before anything runs.
 #[derive(Args)]
 #[command(after_help = "Examples:\n  pipeline check pipelines/dpo.yaml\n  \
     pipeline check pipelines/dpo.yaml --set stages.candidates.sample.count=8\n  \
@@ -24,15 +24,15 @@ use ovchat_pipeline::stages::StageSpec;
 pub struct Check {
     #[command(flatten)]
     file: PipelineFile,
-    /// Do not look for the files and folders that the pipeline names.
+    /// Do not check that the files and folders in the pipeline exist.
     #[arg(long)]
     offline: bool,
     #[command(flatten)]
     output: Output,
 }
 
-/// Prints a pipeline as it is meant: stages in running order, with all their settings; and what a run
-/// of it would take over, what it would make, and why.
+/// Show the plan of a pipeline: its stages in execution order with all settings, the tables that a
+/// run would reuse or build, and why.
 #[derive(Args)]
 #[command(after_help = "Examples:\n  pipeline plan pipelines/dpo.yaml\n  \
     pipeline plan pipelines/dpo.yaml --set stages.candidates.sample.temperature=0.8\n  \
@@ -40,7 +40,7 @@ pub struct Check {
 pub struct ShowPlan {
     #[command(flatten)]
     file: PipelineFile,
-    /// The run's folder; runs/<pipeline name> if left out.
+    /// The run's folder [default: runs/<pipeline name>].
     #[arg(long = "run", value_name = "DIR")]
     folder: Option<PathBuf>,
     #[command(flatten)]
@@ -75,7 +75,7 @@ impl Check {
         let plural = if rounds == 1 { "round" } else { "rounds" };
         let warnings = plan.warnings.iter().filter(|one| one.is_warning()).count();
         let found = match warnings {
-            0 => "nothing wrong".to_owned(),
+            0 => "no errors".to_owned(),
             1 => "no errors, 1 warning".to_owned(),
             warnings => format!("no errors, {warnings} warnings"),
         };
@@ -87,24 +87,24 @@ impl Check {
     }
 }
 
-/// Notes about variables that the environment has and commands of the pipeline do not inherit.
+/// Returns notes about environment variables that the pipeline's commands do not inherit.
 fn withheld(plan: &Plan) -> Vec<Diagnostic> {
     let notes = plan.all().filter_map(|stage| {
         let StageSpec::Exec(exec) = &stage.spec else {
             return None;
         };
-        // The strict form says so itself.
+        // With an `only` list, this is evident from the pipeline.
         let names = withheld_from(&exec.env, &plan.secrets);
         if exec.env.is_only() || names.is_empty() {
             return None;
         }
         let names: Vec<_> = names.iter().map(|name| name.to_string_lossy()).collect();
         let message = format!(
-            "the command of `{}` does not get {}",
+            "the command of `{}` does not inherit {}",
             stage.name,
             names.join(", ")
         );
-        let help = format!("`env: [{}]` gives them to it", names.join(", "));
+        let help = format!("pass them with `env: [{}]`", names.join(", "));
         let note = Diagnostic::note("config::withheld", At::key(KeyPath::default()), message);
         Some(note.help(help).placed(stage.place.clone()))
     });
@@ -115,8 +115,8 @@ impl ShowPlan {
     pub fn run(&self, loader: Option<&dyn ModelLoader>) -> Result<(), Failed> {
         let plan = load(&self.file.file, &self.file.sets, false)?.fetched()?;
         let folder = folder_of(&plan, self.folder.as_deref());
-        // The precision that models compute in takes part in keys, and only the engine knows it; it
-        // knows this machine's devices, too. Without one a plan is shown as far as it goes.
+        // The precision of models is part of keys, and only the engine knows it; it also knows this
+        // machine's devices. Without an engine, the plan is shown as far as possible.
         let has_networks = plan.models.values().any(ModelSpec::needs_torch);
         if loader.is_none()
             && has_networks
@@ -140,7 +140,8 @@ impl ShowPlan {
             return refuse(preflight.refusals(&plan, None));
         }
         let mut text = String::new();
-        plan.render(&mut text).expect("a string takes any text");
+        plan.render(&mut text)
+            .expect("writing to a string does not fail");
         text.push_str(&memory::render(taken));
         text.push_str(&tokens::render(tokens));
         text.push_str(&forecast::render(&plan, &folder, forecasts));
@@ -150,7 +151,7 @@ impl ShowPlan {
     }
 }
 
-/// Fails if there is something that refuses a run.
+/// Fails if there are diagnostics that refuse a run.
 pub fn refuse(refusals: Vec<Diagnostic>) -> Result<(), Failed> {
     if refusals.is_empty() {
         return Ok(());

@@ -1,4 +1,4 @@
-//! `pipeline diff`: what two runs do not share.
+//! `pipeline diff`: compare two runs.
 
 use std::path::PathBuf;
 
@@ -15,16 +15,16 @@ use ovchat_data::tables::Row as _;
 use ovchat_pipeline::run::{Reason, explain};
 use ovchat_query::{self as query, QueryTable};
 
-/// Says which settings, rows and pairs of two runs differ, table by table.
+/// Compare the settings, rows and pairs of two runs, table by table.
 #[derive(Args)]
 #[command(
     after_help = "Examples:\n  pipeline diff runs/small-world runs/small-world-fork-2\n  \
     pipeline diff first second --format json"
 )]
 pub struct Diff {
-    /// A run: its folder, or its name below runs/.
+    /// The first run: its folder, or its name below runs/.
     a: PathBuf,
-    /// Another one.
+    /// The second run.
     b: PathBuf,
     #[command(flatten)]
     output: Output,
@@ -35,10 +35,9 @@ struct Compared<'a> {
     table: &'a str,
     round: Option<u32>,
     rows: [Option<u64>; 2],
-    /// Rows of one key, where the tables have keys.
+    /// The number of rows with the same key, if the tables have keys.
     shared: Option<u64>,
-    /// Of the prompts that both pair answers of: how many there are, and for how many the answers are
-    /// others.
+    /// The number of prompts that have pairs in both runs, and of those whose pairs differ.
     pairs: Option<[u64; 2]>,
     reasons: Vec<Reason>,
 }
@@ -55,7 +54,7 @@ impl Diff {
                 slots.push(slot);
             }
         }
-        // What is made once, then round by round; within a round as it was made.
+        // Static tables first, then round by round; within a round in build order.
         slots.sort_by_key(|(_, round)| *round);
         let mut compared = Vec::new();
         for (table, round) in slots {
@@ -67,7 +66,7 @@ impl Diff {
             return line(format_args!("{json:#}"));
         }
         line(format_args!(
-            "{:<22} {:>5} {:>9} {:>9} {:>9}  what differs",
+            "{:<22} {:>5} {:>9} {:>9} {:>9}  differences",
             "table", "round", "rows of a", "rows of b", "shared"
         ))?;
         for one in &compared {
@@ -124,7 +123,7 @@ fn compare<'a>(
     Ok(compared)
 }
 
-/// The numbers of a query's only row.
+/// Returns the numbers in a query's only row.
 fn numbers(sql: &str, tables: &[QueryTable]) -> Result<Vec<u64>, Failed> {
     let mut numbers = Vec::new();
     query::run(sql, &[], tables, &[], None, |batch| -> Result<(), Failed> {
@@ -158,7 +157,7 @@ impl Compared<'_> {
             _ => self.reasons.iter().map(ToString::to_string).collect(),
         };
         if let Some([prompts, other]) = self.pairs {
-            words.push(format!("{other} of {prompts} prompts have other pairs"));
+            words.push(format!("{other} of {prompts} prompts have different pairs"));
         }
         let [a, b] = self.rows.map(or_none);
         let text = format!(

@@ -1,4 +1,4 @@
--- Of the prompts that both tables of pairs have: for how many they pair other answers.
+-- The number of prompts in both tables of pairs, and of those with different pairs.
 select count(*) as prompts,
        count(*) filter (where a.texts <> b.texts) as other
 from (select prompt_id, string_agg(chosen || chr(0) || rejected, chr(1) order by chosen, rejected) as texts

@@ -1,4 +1,4 @@
-//! `pipeline doctor`: what libraries and devices are there, and what is wrong when there are none.
+//! `pipeline doctor`: check libtorch and the compute devices.
 
 use clap::Args;
 use serde_json::json;
@@ -8,7 +8,7 @@ use super::{Failed, engine};
 use ovchat_io::visible::visible_bytes;
 use ovchat_models::{ModelLoader, Severity};
 
-/// Says what libtorch, CUDA and devices were found, and what is missing.
+/// Check the libtorch, CUDA and compute devices of this machine, and report what is missing.
 #[derive(Args)]
 #[command(
     after_help = "Examples:\n  pipeline doctor\n  LD_LIBRARY_PATH=/opt/torch/lib pipeline doctor"
@@ -51,7 +51,8 @@ impl Doctor {
         if bad { Err(Failed::Code(1)) } else { Ok(()) }
     }
 
-    /// The engine may not even start; then this program is the one to say why.
+    /// Runs the engine's doctor. The engine may not even start; then this program reports the
+    /// reason.
     fn ask_engine() -> Result<(), Failed> {
         let engine = engine::path()?;
         engine::libtorch()?;
@@ -62,10 +63,10 @@ impl Doctor {
         eprint!("{}", visible_bytes(&output.stderr));
         match output.status.code() {
             Some(0) => Ok(()),
-            // What the system's loader exits with when a library is missing.
+            // The dynamic linker exits with this code when a library is missing.
             Some(127) => Err(Failed::Words(
-                "the engine does not start: the libtorch that was found lacks a library that it is linked to \
-                 (named above); run `make setup` again, or use the lib folder of a torch 2.11"
+                "the engine does not start: a library that libtorch is linked to is missing \
+                 (named above); run `make setup` again, or use the lib folder of torch 2.11"
                     .to_owned(),
             )),
             code => Err(Failed::Code(code.map_or(1, |code| code as u8))),

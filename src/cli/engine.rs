@@ -1,4 +1,5 @@
-//! The engine: the same command line, with the networks. `pipeline` becomes it when a network opens.
+//! The engine: the same command line, with networks; `pipeline` replaces itself with it when a
+//! network has to be opened.
 
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -7,25 +8,28 @@ use std::process::Command;
 use super::Failed;
 use ovchat_models::libtorch::{self, BUILT_AGAINST, BUILT_WITH, SET_HERE};
 
-/// The library that the engine can't start without.
+/// The library that the engine requires.
 const LIBRARY: &str = "libtorch_cpu.so";
 
-/// The engine beside this program.
+/// Returns the path of the engine, next to this program.
 pub fn path() -> Result<PathBuf, Failed> {
-    let program = std::env::current_exe()
-        .map_err(|error| Failed::Words(format!("cannot find this program: {error}")))?;
+    let program = std::env::current_exe().map_err(|error| {
+        Failed::Words(format!(
+            "cannot determine the path of this program: {error}"
+        ))
+    })?;
     let engine = program.with_file_name("pipeline-engine");
     if engine.is_file() {
         return Ok(engine);
     }
     Err(Failed::Words(format!(
-        "this pipeline opens a network, and there is no {}; build it with `cargo build`",
+        "this pipeline needs a network, but {} does not exist; build it with `cargo build`",
         engine.display()
     )))
 }
 
-/// The folder in which the engine will find libtorch, looked for where the system's loader will look.
-/// Fails if it is another version than the one that was built against.
+/// Returns the folder in which the engine will find libtorch, searched like the dynamic linker
+/// does. Fails if its version differs from the one that the engine was built against.
 pub fn libtorch() -> Result<PathBuf, Failed> {
     let searched: Vec<PathBuf> = std::env::var_os("LD_LIBRARY_PATH")
         .iter()
@@ -42,8 +46,8 @@ pub fn libtorch() -> Result<PathBuf, Failed> {
             .map(|folder| folder.display().to_string())
             .collect();
         return Err(Failed::Words(format!(
-            "libtorch is missing: there is no {LIBRARY} in {}; run `make setup` in the project, or name the lib \
-             folder of a torch 2.11 in LD_LIBRARY_PATH",
+            "libtorch not found: no {LIBRARY} in {}; run `make setup` in the project, or add the lib folder \
+             of torch 2.11 to LD_LIBRARY_PATH",
             if folders.is_empty() {
                 "any folder of LD_LIBRARY_PATH".to_owned()
             } else {
@@ -51,7 +55,7 @@ pub fn libtorch() -> Result<PathBuf, Failed> {
             }
         )));
     };
-    // Where no file says the version, the engine asks libtorch itself.
+    // If no file states the version, the engine asks libtorch itself.
     let version = libtorch::version_in(folder);
     let problem = version
         .zip(BUILT_AGAINST)
@@ -65,7 +69,8 @@ pub fn libtorch() -> Result<PathBuf, Failed> {
     }
 }
 
-/// The engine with the arguments of this process and the environment that libtorch needs.
+/// Returns the engine's command, with the arguments of this process and the environment that
+/// libtorch needs.
 pub fn command(engine: &Path) -> Command {
     let is_set = |name: &str| std::env::var_os(name).is_some();
     let settings = libtorch::environment(&is_set);
@@ -78,7 +83,7 @@ pub fn command(engine: &Path) -> Command {
     command
 }
 
-/// Replaces this process with the engine, with the same arguments. Returns only to say why not.
+/// Replaces this process with the engine, with the same arguments. Only returns on failure.
 pub fn become_it() -> Failed {
     match (path(), libtorch()) {
         (Err(failed), _) | (_, Err(failed)) => failed,
@@ -89,14 +94,17 @@ pub fn become_it() -> Failed {
     }
 }
 
-/// Called by the engine before anything else: one that was not started by `pipeline` starts itself
-/// again with the environment that libtorch needs, which it reads only once.
+/// Restarts the engine with the environment that libtorch needs, unless it was started by
+/// `pipeline`. Called before anything else, because libtorch reads the environment only once.
 pub fn settle() -> Result<(), Failed> {
     if std::env::var_os(SET_HERE).is_some() {
         return Ok(());
     }
-    let engine = std::env::current_exe()
-        .map_err(|error| Failed::Words(format!("cannot find this program: {error}")))?;
+    let engine = std::env::current_exe().map_err(|error| {
+        Failed::Words(format!(
+            "cannot determine the path of this program: {error}"
+        ))
+    })?;
     let error = command(&engine).exec();
     Err(cannot_start(&engine, &error))
 }

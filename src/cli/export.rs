@@ -1,4 +1,4 @@
-//! `pipeline export`: pairs and checkpoints for other programs.
+//! `pipeline export`: write pairs or checkpoints for other programs.
 
 use std::collections::{BTreeMap, HashSet};
 use std::ffi::OsString;
@@ -21,7 +21,7 @@ use ovchat_data::tables::{Image, Pair, Row};
 use ovchat_io::files;
 use ovchat_models::{Layout, ModelLoader};
 
-/// Writes pairs or a checkpoint of a run for other programs.
+/// Export pairs or a checkpoint of a run for other programs.
 #[derive(Args)]
 #[command(
     after_help = "Examples:\n  pipeline export runs/small-world pairs --to export/pairs.json\n  \
@@ -38,51 +38,50 @@ pub struct Export {
 
 #[derive(Subcommand)]
 enum What {
-    /// The JSON list that LLaVA-NeXT's train_dpo.py reads; the images go to the folder `images` beside
-    /// it. Pairs that the script would misread are refused: earlier turns, a system text, no image or
-    /// several.
+    /// Export pairs as the JSON list that LLaVA-NeXT's train_dpo.py reads. Images go to the folder
+    /// `images` next to it. Pairs that the script would misread are refused: those with earlier
+    /// turns, a system prompt, no image or several images.
     Pairs {
         /// The JSON file to write.
         #[arg(long)]
         to: PathBuf,
-        /// The round; the last one if left out.
+        /// The round [default: the last one].
         #[arg(long)]
         round: Option<u32>,
-        /// The table, if the run has several of pairs.
+        /// The table, if the run has several tables of pairs.
         #[arg(long)]
         table: Option<String>,
     },
-    /// A trained model: a policy as transformers loads it; of a reward model those of the folders
-    /// `base`, `vision` and `adapter` that were trained.
+    /// Export a trained model: a policy in the format of transformers; of a reward model the
+    /// trained ones of the folders `base`, `vision` and `adapter`.
     Checkpoint {
         /// The folder to write; it must not exist.
         #[arg(long)]
         to: PathBuf,
-        /// The round; the last one if left out.
+        /// The round [default: the last one].
         #[arg(long)]
         round: Option<u32>,
         /// The model, if the run trains several.
         #[arg(long)]
         model: Option<String>,
-        /// Of an adapter, the whole model with the adapter added to its weights.
+        /// Merge an adapter into its base weights, and write the full model.
         #[arg(long)]
         merge: bool,
-        /// The folder of the weights that an adapter is merged into, where it no longer is where it
-        /// was in training.
+        /// The folder of the base weights to merge into, if it has moved since training.
         #[arg(long, requires = "merge")]
         base: Option<PathBuf>,
-        /// For which program a policy is laid out; as it was before training if left out.
+        /// The checkpoint layout of a policy [default: the same as before training].
         #[arg(long)]
         layout: Option<LayoutName>,
     },
 }
 
-/// A program that reads policies.
+/// A program whose checkpoint layout to use.
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
 enum LayoutName {
-    /// transformers, 4.45 or later; whatever serves its models.
+    /// transformers 4.45 or later, and programs that serve its models.
     Transformers,
-    /// LLaVA-NeXT, as the checkpoints of lmms-lab.
+    /// LLaVA-NeXT, like the checkpoints of lmms-lab.
     LlavaNext,
 }
 
@@ -114,7 +113,7 @@ impl Export {
                 }
                 let trained = trained(&run, *round, model.as_deref())?;
                 if to.exists() {
-                    let words = format!("{} exists; give another folder", to.display());
+                    let words = format!("{} already exists; choose another folder", to.display());
                     return Err(Failed::Words(words));
                 }
                 let is_read = |made: &&TableVersion| {
@@ -122,7 +121,7 @@ impl Export {
                     checkpoint.is_some_and(|one| trained.contains(&one))
                 };
                 refuse_flaws(&run, run.manifest().made.iter().filter(is_read), false)?;
-                let last = trained.last().expect("one was found");
+                let last = trained.last().expect("there is at least one");
                 let folder = run.root().join(&last.folder);
                 match loader.filter(|_| rewrites) {
                     None => {
@@ -141,7 +140,7 @@ impl Export {
     }
 }
 
-/// The finished table of a round (the last one that has it) that passes a test.
+/// Returns the complete table of a round (default: the last one that has it) that passes a test.
 fn find<'a>(
     run: &'a RunFolder,
     what: &str,
@@ -157,7 +156,7 @@ fn find<'a>(
     fitting.max_by_key(|made| made.round).ok_or_else(|| {
         let of_round = round.map_or_else(String::new, |round| format!(" of round {round}"));
         Failed::Words(format!(
-            "{} has no finished {what}{of_round}; see: pipeline status",
+            "{} has no complete {what}{of_round}; see `pipeline status`",
             run.root().display()
         ))
     })
@@ -177,7 +176,7 @@ fn pairs(
         && table.is_none()
     {
         return Err(Failed::Usage(format!(
-            "the run has several tables of pairs; name one: --table {} or --table {}",
+            "the run has several tables of pairs; choose one: --table {} or --table {}",
             made.table, other.table
         )));
     }
@@ -199,7 +198,7 @@ fn pairs(
     for batch in TableReader::new(files) {
         for pair in read_pairs(&batch?)? {
             let [id] = &pair.image_ids[..] else {
-                unreachable!("pairs of no or several images were refused");
+                unreachable!("pairs with no or several images were refused");
             };
             let row: Option<Image> = rows.row(id)?;
             let format = row.map_or_else(|| "png".to_owned(), |row| row.format);
@@ -211,18 +210,19 @@ fn pairs(
                 "id": pair.id.unwrap_or(pair.prompt_id),
                 "image": name,
                 "prompt": pair.prompt,
-                // Without it the script's grouping by length fails.
+                // Without it, the script's grouping by length fails.
                 "answer": "",
                 "chosen": pair.chosen,
                 "rejected": pair.rejected,
             }));
         }
     }
-    let mut text = serde_json::to_vec_pretty(&list).expect("plain data");
-    text.write_all(b"\n").expect("a vector takes any bytes");
+    let mut text = serde_json::to_vec_pretty(&list).expect("plain data serializes");
+    text.write_all(b"\n")
+        .expect("writing to a vector does not fail");
     write_atomically(to, &text)?;
     say!(
-        "wrote {} pairs to {} and {} pictures to {}",
+        "wrote {} pairs to {} and {} images to {}",
         list.len(),
         to.display(),
         written.len(),
@@ -235,8 +235,7 @@ fn read_pairs(batch: &RecordBatch) -> Result<Vec<Pair>, Failed> {
     Pair::from_batch(batch).map_err(|misfit| Failed::Words(misfit.to_string()))
 }
 
-/// Refuses a table of pairs that the training script would read as other pairs, before anything is
-/// written.
+/// Refuses a table of pairs that the training script would misread, before anything is written.
 fn refuse_misread(table: &str, files: &[PathBuf]) -> Result<(), Failed> {
     let (mut pairs, mut misread) = (0, 0);
     let mut first = None;
@@ -253,38 +252,38 @@ fn refuse_misread(table: &str, files: &[PathBuf]) -> Result<(), Failed> {
         return Ok(());
     };
     Err(Failed::Words(format!(
-        "{misread} of {pairs} pairs of `{table}` can't be exported, and nothing was written: {first}. The \
-         Parquet files of `{table}` hold all of every pair, for a loader of your own"
+        "cannot export {misread} of {pairs} pairs of `{table}`, nothing was written: {first}. The \
+         Parquet files of `{table}` contain every pair in full, for use with your own loader"
     )))
 }
 
-/// The part of a pair that LLaVA-NeXT's `train_dpo.py` has no place for, in words. It reads one prompt
-/// without a history, takes each `<image>` out of it, writes one before it, and reads one image for each
-/// `<image>` of the prompt and the answers.
+/// Returns the part of a pair that LLaVA-NeXT's `train_dpo.py` cannot represent, as a message. The
+/// script reads one prompt without history, removes each `<image>` from it, prepends one, and reads
+/// one image for each `<image>` of the prompt and the responses.
 fn misreading(pair: &Pair) -> Option<String> {
     let texts = [&pair.prompt, &pair.chosen, &pair.rejected];
     Some(match (pair.turns.len(), pair.image_ids.len()) {
         (0, 1) if pair.system.is_some() => {
-            "has a system text, and the training script's format has no place for it".to_owned()
+            "has a system prompt, which the training script's format cannot represent".to_owned()
         }
         (0, 1) if texts.iter().any(|text| text.contains("<image>")) => {
-            "has the text `<image>` in its prompt or an answer, which the training script takes for an \
+            "has the text `<image>` in its prompt or an answer, which the training script would read as an \
              image"
                 .to_owned()
         }
         (0, 1) => return None,
-        (0, 0) => "has no image, and the training script reads one for each pair".to_owned(),
+        (0, 0) => "has no image, but the training script reads one for each pair".to_owned(),
         (0, images) => format!(
-            "has {images} images, and the training script reads one for each pair: `chosen` would get \
+            "has {images} images, but the training script reads one for each pair: `chosen` would get \
              the first and `rejected` the second"
         ),
         (turns, _) => format!(
-            "has {turns} earlier turns, and the training script's format has no place for them"
+            "has {turns} earlier turns, which the training script's format cannot represent"
         ),
     })
 }
 
-/// The checkpoints of a model up to a round, oldest first; none is no answer.
+/// Returns the checkpoints of a model up to a round, oldest first. Fails if there are none.
 fn trained<'a>(
     run: &'a RunFolder,
     round: Option<u32>,
@@ -302,13 +301,13 @@ fn trained<'a>(
         .filter_map(|made| Some((made.round, made.checkpoint.as_ref()?)))
         .filter(|(_, record)| is_of(record))
         .collect();
-    // Within a round they lie in the order of their making.
+    // Within a round, the manifest lists them in the order of training.
     trained.sort_by_key(|(round, _)| *round);
     let trained: Vec<&CheckpointRecord> = trained.into_iter().map(|(_, record)| record).collect();
-    let last = trained.last().expect("one was found");
+    let last = trained.last().expect("there is at least one");
     if let Some(other) = trained.iter().find(|other| other.model != last.model) {
         return Err(Failed::Usage(format!(
-            "the run trains several models; name one: --model {} or --model {}",
+            "the run trains several models; choose one: --model {} or --model {}",
             other.model, last.model
         )));
     }
@@ -328,13 +327,17 @@ fn rewrite(
     let is_adapter = config.is_file();
     let refuse = |words: &str| Err(Failed::Usage(words.to_owned()));
     if !is_adapter && !folder.join("config.json").is_file() {
-        return refuse("the checkpoint is a reward model's, which is written as it is");
+        return refuse(
+            "the checkpoint is of a reward model, which cannot be converted; leave out --merge and --layout",
+        );
     }
     if !is_adapter && merge {
-        return refuse("the checkpoint is a whole model, no adapter; leave out --merge");
+        return refuse("the checkpoint is a full model, not an adapter; leave out --merge");
     }
     if is_adapter && !merge {
-        return refuse("the checkpoint is an adapter, which has one layout; or add --merge");
+        return refuse(
+            "the checkpoint is an adapter, which has only one layout; leave out --layout or add --merge",
+        );
     }
     let (weights, adapter) = if is_adapter {
         (base_of(&config, base)?, Some(folder))
@@ -346,36 +349,36 @@ fn rewrite(
         written.map_err(|error| Failed::Words(error.to_string()))
     })?;
     let with = match adapter {
-        Some(adapter) => format!(" with {} added", adapter.display()),
+        Some(adapter) => format!(" merged with {}", adapter.display()),
         None => String::new(),
     };
     say!("wrote {}{with} to {}", weights.display(), to.display());
     Ok(())
 }
 
-/// The folder of the weights that an adapter was trained beside.
+/// Returns the folder of the base weights of an adapter.
 fn base_of(config: &Path, given: Option<&Path>) -> Result<PathBuf, Failed> {
     let text = files::read_to_string(config).map_err(StoreError::io("read", config))?;
     let config: Value = serde_json::from_str(&text).unwrap_or_default();
     let named = config["base_model_name_or_path"].as_str().map(Path::new);
     let base = given.or(named).filter(|base| base.is_dir());
     base.map(Path::to_owned).ok_or_else(|| {
-        let named = named.unwrap_or(Path::new("nowhere")).display();
+        let named = named.unwrap_or(Path::new("(unknown path)")).display();
         Failed::Words(format!(
-            "the weights that the adapter belongs to are not in {named}; say with --base where they are"
+            "the base weights of the adapter are not in {named}; pass their folder with --base"
         ))
     })
 }
 
-/// Copies a checkpoint as it lies in the run.
+/// Copies a checkpoint unchanged.
 fn copy(run: &RunFolder, to: &Path, trained: &[&CheckpointRecord]) -> Result<(), Failed> {
     let last = run
         .root()
-        .join(&trained.last().expect("one was found").folder);
+        .join(&trained.last().expect("there is at least one").folder);
     if last.join("config.json").is_file() {
         return Ok(copy_folder(&last, to)?);
     }
-    // Trainings of a reward model write a part of it each: the last of each part is meant.
+    // Each training of a reward model writes a part of it: export the last of each part.
     let mut parts: BTreeMap<OsString, PathBuf> = BTreeMap::new();
     for record in trained {
         let folder = run.root().join(&record.folder);

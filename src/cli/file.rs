@@ -1,4 +1,4 @@
-//! The pipeline file that a command is about, and the folder of its run.
+//! The pipeline file argument of commands, and the folder of its run.
 
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
@@ -7,17 +7,17 @@ use clap::Args;
 
 use ovchat_pipeline::config::{Plan, RenderStyle};
 
-/// A pipeline file and changes to it.
+/// The pipeline file, and changes to it.
 #[derive(Args)]
 pub struct PipelineFile {
     /// The pipeline file.
     pub file: PathBuf,
-    /// Change a value: --set stages.pairs.select_extremes.margin_min=0.1 (may be given again).
+    /// Change a value: --set stages.pairs.select_extremes.margin_min=0.1 (can be repeated).
     #[arg(long = "set", value_name = "PATH=VALUE")]
     pub sets: Vec<String>,
 }
 
-/// Prints what is perhaps not meant.
+/// Prints the warnings of a plan.
 pub fn warn(plan: &Plan) {
     let look = RenderStyle::detect(std::io::stderr().is_terminal());
     for warning in &plan.warnings {
@@ -25,7 +25,7 @@ pub fn warn(plan: &Plan) {
     }
 }
 
-/// The folder of a plan's run, unless another is given.
+/// Returns the folder of a plan's run: the given one, or `runs/<pipeline name>`.
 pub fn folder_of(plan: &Plan, given: Option<&Path>) -> PathBuf {
     match given {
         Some(folder) => folder.to_owned(),
@@ -33,7 +33,7 @@ pub fn folder_of(plan: &Plan, given: Option<&Path>) -> PathBuf {
     }
 }
 
-/// A path as seen from here.
+/// Returns a path relative to the current folder, if it is below it.
 pub fn shown(path: &Path) -> String {
     let here = std::env::current_dir().unwrap_or_default();
     path.strip_prefix(&here)
@@ -42,7 +42,7 @@ pub fn shown(path: &Path) -> String {
         .to_string()
 }
 
-/// A word of a shell's command line.
+/// Quotes a word for the shell if necessary.
 pub fn quoted(word: &str) -> String {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,".contains(c);
     if word.chars().all(is_plain) {

@@ -1,4 +1,4 @@
-//! What a run would do, as `pipeline plan` shows it.
+//! The forecast of a run, as `pipeline plan` prints it.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -10,12 +10,12 @@ use ovchat_models::checkpoint::size_in_words as size;
 use ovchat_pipeline::config::Plan;
 use ovchat_pipeline::run::{Action, Estimate, Forecast, Reason};
 
-/// A table with one line a table and round.
+/// Formats the forecast as text, one line per table and round.
 pub fn render(plan: &Plan, folder: &Path, forecasts: &[Forecast]) -> String {
     let mut text = String::new();
     let there = forecasts.iter().filter(|one| is_there(&one.action)).count();
     let (all, folder) = (forecasts.len(), folder.display());
-    writeln!(text, "\nin {folder}: {there} of {all} tables are there").expect(ANY_TEXT);
+    writeln!(text, "\n{folder}: {there} of {all} tables up to date").expect(ANY_TEXT);
     if there == all {
         return text;
     }
@@ -70,27 +70,27 @@ pub fn render(plan: &Plan, folder: &Path, forecasts: &[Forecast]) -> String {
     let seconds = duration(total.seconds.unwrap_or(0.0));
     let disk = size(total.bytes.unwrap_or(0));
     let tables = if to_make == 1 { "table" } else { "tables" };
-    write!(text, "  to make: {to_make} {tables}").expect(ANY_TEXT);
+    write!(text, "  to build: {to_make} {tables}").expect(ANY_TEXT);
     match to_make as u32 - unknown {
         0 => writeln!(
             text,
-            "; how long they take is known once such rows were made on this machine"
+            "; no estimate of the time yet: no such rows have been computed on this machine"
         ),
         _ if unknown == 0 => writeln!(
             text,
-            ", about {seconds} and {disk} by what such rows took on this machine before"
+            ", about {seconds} and {disk}, estimated from earlier runs on this machine"
         ),
         _ => writeln!(
             text,
-            ", about {seconds} and {disk} by what such rows took on this machine before, and {unknown} \
-             that were never made here"
+            ", about {seconds} and {disk}, estimated from earlier runs on this machine, plus {unknown} \
+             without an estimate"
         ),
     }
     .expect(ANY_TEXT);
     text
 }
 
-const ANY_TEXT: &str = "a string takes any text";
+const ANY_TEXT: &str = "writing to a string does not fail";
 
 fn is_there(action: &Action) -> bool {
     matches!(action, Action::Reuse | Action::Return)
@@ -105,26 +105,26 @@ fn word(action: &Action) -> &'static str {
     }
 }
 
-/// The reasons in words, each setting with its line.
+/// Formats the reasons as a message, each setting with its line.
 fn why(plan: &Plan, forecast: &Forecast) -> String {
     match &forecast.action {
         Action::Reuse => String::new(),
-        Action::Return => "it was made so before".to_owned(),
-        Action::Resume { rows } => format!("{rows} rows are there"),
+        Action::Return => "an archived version matches".to_owned(),
+        Action::Resume { rows } => format!("{rows} rows exist"),
         Action::Make { reasons, by_row } => {
             let mut words: Vec<String> = reasons
                 .iter()
                 .map(|reason| reason.in_words(plan, &forecast.table))
                 .collect();
             if *by_row && !words.is_empty() {
-                words.push("rows whose own input is as before are taken over".to_owned());
+                words.push("rows with unchanged inputs are reused".to_owned());
             }
             words.join("; ")
         }
     }
 }
 
-/// The same for programs.
+/// Returns the forecast as JSON.
 pub fn to_json(plan: &Plan, forecasts: &[Forecast]) -> Value {
     let one = |forecast: &Forecast| {
         let reasons: Vec<Value> = match &forecast.action {

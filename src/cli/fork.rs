@@ -1,4 +1,4 @@
-//! `pipeline fork`: a run that goes on from a round of another one.
+//! `pipeline fork`: a new run that shares the first rounds of another one.
 
 use std::path::{Path, PathBuf};
 
@@ -13,8 +13,8 @@ use ovchat_data::store::TableVersion;
 use ovchat_pipeline::config::load;
 use ovchat_pipeline::run::{LAST, LAST_WHOLE, listed, stale};
 
-/// Begins a run that has the first rounds of another one, to try something else from there on. Its files
-/// are shared, not copied, and the other run stays as it is.
+/// Fork a run: start a new run from a round of an existing one, to try other settings. Files are
+/// shared, not copied, and the existing run is unchanged.
 #[derive(Args)]
 #[command(
     after_help = "Examples:\n  pipeline fork runs/small-world --at 2 --set stages.steps.train_dpo.beta=0.3\n  \
@@ -24,13 +24,13 @@ use ovchat_pipeline::run::{LAST, LAST_WHOLE, listed, stale};
 pub struct MakeFork {
     /// The run: its folder, or its name below runs/.
     run: PathBuf,
-    /// The first round that the new run makes itself; those before stay as they are.
+    /// The first round that the new run builds itself; earlier rounds are shared.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     at: u32,
-    /// What is different from there on (may be given again).
+    /// Change a value from that round on (can be repeated).
     #[arg(long = "set", value_name = "PATH=VALUE")]
     sets: Vec<String>,
-    /// The folder of the new run; beside the other one if left out.
+    /// The folder of the new run [default: next to the existing run].
     #[arg(long)]
     to: Option<PathBuf>,
 }
@@ -61,7 +61,10 @@ impl MakeFork {
             None => beside(&folder, self.at),
         };
         if to.exists() {
-            let words = format!("{} exists; give another folder with --to", to.display());
+            let words = format!(
+                "{} already exists; choose another folder with --to",
+                to.display()
+            );
             return Err(Failed::Words(words));
         }
         let sets = self.all_sets(&run.manifest().source);
@@ -84,11 +87,11 @@ impl MakeFork {
         run.fork(&to, self.at, source)?;
         if !stale.is_empty() {
             say!(
-                "made from earlier versions of their inputs: {stale}; the fork keeps them as they are"
+                "built from earlier versions of their inputs: {stale}; the fork keeps them unchanged"
             );
         }
         say!(
-            "{} has the rounds of {} before {}; go on with:",
+            "{} shares the rounds of {} before {}; to continue, run:",
             to.display(),
             folder.display(),
             self.at
@@ -96,8 +99,8 @@ impl MakeFork {
         line(format_args!("{command}"))
     }
 
-    /// The `--set` of the run, as far as the command line does not say something else, and those of the
-    /// command line.
+    /// Returns the `--set` arguments of the run, except those that the command line overrides,
+    /// followed by those of the command line.
     fn all_sets(&self, source: &Value) -> Vec<String> {
         let path = |set: &str| set.split('=').next().unwrap_or(set).to_owned();
         let own: Vec<String> = self.sets.iter().map(|set| path(set)).collect();
@@ -114,7 +117,7 @@ impl MakeFork {
     }
 }
 
-/// `runs/demo-fork-2`, or the next name that is free.
+/// Returns `runs/demo-fork-2`, or the next unused name.
 fn beside(folder: &Path, at: u32) -> PathBuf {
     let name = folder.file_name().unwrap_or_default().to_string_lossy();
     let names = (1..).map(|number| match number {
@@ -122,5 +125,5 @@ fn beside(folder: &Path, at: u32) -> PathBuf {
         _ => folder.with_file_name(format!("{name}-fork-{at}-{number}")),
     });
     let mut free = names.filter(|path| !path.exists());
-    free.next().expect("there are names enough")
+    free.next().expect("the numbers do not run out")
 }

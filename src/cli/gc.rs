@@ -1,4 +1,4 @@
-//! `pipeline gc`: what a run keeps of earlier settings, and away with it.
+//! `pipeline gc`: remove the archived tables of a run.
 
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -12,8 +12,8 @@ use super::{Failed, read_run, run_folder};
 use ovchat_data::store::{RunFolder, TableVersion};
 use ovchat_models::checkpoint::size_in_words as size;
 
-/// Removes the tables and checkpoints that a run set aside when its pipeline changed. Says first what
-/// that frees and what it would cost to make them again, and asks.
+/// Remove archived tables and checkpoints, which a run keeps when its pipeline changes. Shows the
+/// space that this frees and the time to rebuild them, and asks for confirmation.
 #[derive(Args)]
 #[command(
     after_help = "Examples:\n  pipeline gc runs/small-world\n  pipeline gc small-world --yes\n  \
@@ -22,7 +22,7 @@ use ovchat_models::checkpoint::size_in_words as size;
 pub struct Gc {
     /// The run: its folder, or its name below runs/.
     run: PathBuf,
-    /// Do not ask.
+    /// Do not ask for confirmation.
     #[arg(long)]
     yes: bool,
     #[command(flatten)]
@@ -33,11 +33,15 @@ impl Gc {
     pub fn run(&self) -> Result<(), Failed> {
         let folder = run_folder(&self.run);
         let run = read_run(&folder)?;
-        let parked = run.manifest().parked.iter().map(|parked| &parked.made);
-        let parked: Vec<&TableVersion> = parked.collect();
+        let archived = run
+            .manifest()
+            .archived
+            .iter()
+            .map(|archived| &archived.made);
+        let archived: Vec<&TableVersion> = archived.collect();
         if self.output.is_json() {
-            let tables: Vec<_> = parked.iter().map(|made| to_json(made)).collect();
-            let removed = if self.yes { parked.len() } else { 0 };
+            let tables: Vec<_> = archived.iter().map(|made| to_json(made)).collect();
+            let removed = if self.yes { archived.len() } else { 0 };
             if removed > 0 {
                 remove(&folder, &run)?;
             }
@@ -47,8 +51,8 @@ impl Gc {
                 json!({ "run": run, "set_aside": tables, "removed": removed })
             ));
         }
-        if parked.is_empty() {
-            say!("{}: nothing is set aside", folder.display());
+        if archived.is_empty() {
+            say!("{}: no archived tables", folder.display());
             return Ok(());
         }
         line(format_args!(
@@ -56,7 +60,7 @@ impl Gc {
             "table", "round", "rows", "frees", "took"
         ))?;
         let (mut bytes, mut seconds) = (0, 0.0);
-        for made in &parked {
+        for made in &archived {
             let of_table = bytes_of(made);
             let took = made.took().map_or(0.0, |took| took.seconds);
             bytes += of_table;
@@ -72,9 +76,9 @@ impl Gc {
             ))?;
         }
         line(format_args!(
-            "{} tables of earlier settings, which the run does not use now; removing them frees {}, making \
-             them again takes {}",
-            parked.len(),
+            "{} archived tables that the run does not use now; removing them frees {}, rebuilding \
+             them takes about {}",
+            archived.len(),
             size(bytes),
             duration(seconds)
         ))?;
@@ -82,21 +86,21 @@ impl Gc {
             return Ok(());
         }
         let gone = remove(&folder, &run)?;
-        say!("{gone} tables removed");
+        say!("removed {gone} tables");
         Ok(())
     }
 }
 
-/// Removes what is set aside; returns the number of tables.
+/// Removes the archived tables; returns their number.
 fn remove(folder: &Path, run: &RunFolder) -> Result<usize, Failed> {
     let (mut run, opened) = RunFolder::open(folder, &run.manifest().pipeline)?;
     for table in opened.lost {
-        say!("files of `{table}` are missing or spoiled; the next run makes them again");
+        say!("files of `{table}` are missing or corrupt; the next run rebuilds them");
     }
     Ok(run.forget_archived()?.len())
 }
 
-/// The bytes of a table and its checkpoint.
+/// Returns the bytes of a table and its checkpoint.
 fn bytes_of(made: &TableVersion) -> u64 {
     let checkpoint = made.checkpoint.iter();
     let checkpoint = checkpoint.flat_map(|checkpoint| checkpoint.files.values());
@@ -110,10 +114,10 @@ fn to_json(made: &TableVersion) -> Value {
     })
 }
 
-/// Asks on a terminal; elsewhere nobody answers, and the way out is said.
+/// Asks for confirmation on a terminal; elsewhere points to --yes and returns false.
 fn agreed() -> Result<bool, Failed> {
     if !std::io::stdin().is_terminal() {
-        say!("nothing was removed; --yes removes them");
+        say!("nothing removed; pass --yes to remove them");
         return Ok(false);
     }
     eprint!("remove them? [y/N] ");

@@ -1,4 +1,4 @@
-//! `pipeline init`: a pipeline file to start from.
+//! `pipeline init`: write a commented pipeline file.
 
 use std::fs::OpenOptions;
 use std::io::Write;
@@ -11,7 +11,7 @@ use super::out::say;
 
 const STARTER: &str = include_str!("starter.yaml");
 
-/// Writes a commented pipeline file to start from.
+/// Write a commented pipeline file to start from.
 #[derive(Args)]
 #[command(after_help = "Example:\n  pipeline init dpo.yaml")]
 pub struct Init {
@@ -29,13 +29,13 @@ impl Init {
             .open(&self.file);
         let mut file = created.map_err(|error| match error.kind() {
             std::io::ErrorKind::AlreadyExists => {
-                Failed::Words(format!("{shown} exists; give another name"))
+                Failed::Words(format!("{shown} already exists; choose another name"))
             }
             _ => Failed::Words(format!("cannot write {shown}: {error}")),
         })?;
         file.write_all(STARTER.as_bytes())
             .map_err(|error| Failed::Words(format!("cannot write {shown}: {error}")))?;
-        say!("wrote {shown}; fill in the paths, then: pipeline check {shown}");
+        say!("wrote {shown}; fill in the paths, then run: pipeline check {shown}");
         Ok(())
     }
 }

@@ -1,8 +1,8 @@
-//! `pipeline label`: a page on which people say which of two answers is better.
+//! `pipeline label`: a local web page on which annotators choose the better of two responses.
 //!
-//! The page is a file of this program and asks nobody else for anything. It is served to this machine only,
-//! to those who know the key in its address, and to no page of another site: names that lead here from
-//! elsewhere (the header `Host`) and requests from there (`Origin`) are refused.
+//! The page is embedded in this program and loads nothing from elsewhere. It is served on localhost
+//! only, to clients that know the key in its address, and never to pages of other sites: requests
+//! with a foreign `Host` or `Origin` header are rejected.
 
 mod questions;
 mod queue;
@@ -27,20 +27,20 @@ use ovchat_pipeline::run::Interrupt;
 
 const PAGE: &str = include_str!("label/page.html");
 
-/// Shows answers that a run waits to have labels for, and takes what people say of them.
+/// Serve a labeling page for the responses that a run needs labels for.
 #[derive(Args)]
 #[command(after_help = "Examples:\n  pipeline label runs/small-world\n  \
     pipeline label small-world --port 8080\n  pipeline label small-world --table pairs --round 2")]
 pub struct LabelRun {
     /// The run: its folder, or its name below runs/.
     run: PathBuf,
-    /// The port of this machine to serve the page on; 0 takes a free one.
+    /// The port on localhost to serve the page on; 0 picks a free port.
     #[arg(long, default_value_t = 0)]
     port: u16,
-    /// The table that waits, if several do.
+    /// The table to label, if several need labels.
     #[arg(long)]
     table: Option<String>,
-    /// The round that waits, if several do.
+    /// The round to label, if several need labels.
     #[arg(long)]
     round: Option<u32>,
 }
@@ -75,7 +75,9 @@ impl LabelRun {
         let (said, wanted, questions) = (queue.said(), queue.wanted(), queue.questions());
         say!("{title}: {said} of {wanted} labels so far, {questions} questions");
         say!("http://{address}/?key={key}");
-        say!("this machine only; Ctrl-C ends it, what was said is kept");
+        say!(
+            "serving on localhost only; press Ctrl-C to stop (labels are saved as they are given)"
+        );
         let page = Page {
             key,
             port: address.port(),
@@ -84,19 +86,19 @@ impl LabelRun {
         };
         server.serve(page, &|| interrupt.raised());
         let (labels, _) = files.read()?;
-        say!("{} labels, kept in {}", said_in(&labels), folder.display());
+        say!("{} labels saved in {}", said_in(&labels), folder.display());
         Ok(())
     }
 
-    /// What is asked: what was named, or the first that still waits.
+    /// Returns the requested labeling task, or the first one that still needs labels.
     fn task(&self, run: &RunFolder) -> Result<LabelTask, Failed> {
-        let mut surveys = LabelFiles::surveys(run.root());
-        surveys.retain(|task| {
+        let mut tasks = LabelFiles::tasks(run.root());
+        tasks.retain(|task| {
             self.table.as_ref().is_none_or(|table| *table == task.table)
                 && (self.round.is_none() || self.round == task.round)
         });
         let mut last = None;
-        for task in surveys {
+        for task in tasks {
             let files = LabelFiles::new(run.root(), &task.table, task.round);
             let (labels, _) = files.read()?;
             if said_in(&labels) < task.wanted {
@@ -106,23 +108,23 @@ impl LabelRun {
         }
         last.ok_or_else(|| {
             Failed::Words(format!(
-                "nobody is asked anything in {}: a stage `ask_people` asks, once the run has reached it",
+                "no labeling task in {}: tasks are created when the run reaches an `ask_people` stage",
                 run.root().display()
             ))
         })
     }
 }
 
-/// A key that nobody guesses.
+/// Returns a random access key.
 fn key() -> Result<String, Failed> {
     let mut bytes = [0; 16];
     std::fs::File::open("/dev/urandom")
         .and_then(|mut random| random.read_exact(&mut bytes))
-        .map_err(|error| Failed::Words(format!("no random numbers: {error}")))?;
+        .map_err(|error| Failed::Words(format!("cannot read random bytes: {error}")))?;
     Ok(format!("{:032x}", u128::from_le_bytes(bytes)))
 }
 
-/// The number of labels other than skips.
+/// Counts the labels other than skips.
 fn said_in(labels: &[LabelLine]) -> u64 {
     let said = labels
         .iter()
@@ -130,7 +132,7 @@ fn said_in(labels: &[LabelLine]) -> u64 {
     said.count() as u64
 }
 
-/// The page, and what it asks for.
+/// The page, and the data behind it.
 struct Page {
     key: String,
     port: u16,
@@ -143,16 +145,16 @@ impl Site for Page {
         let hosts = ["127.0.0.1", "localhost"].map(|host| format!("{host}:{}", self.port));
         let is_own = |name: &str| hosts.iter().any(|own| own == name);
         if !asked.header("host").is_some_and(is_own) {
-            return Some(self.wrong(403, "this page is for this machine only"));
+            return Some(self.wrong(403, "this page is only served on localhost"));
         }
         let origin = asked.headers.get("origin").map(|origin| origin.as_bytes());
         let origins = hosts.map(|host| format!("http://{host}"));
         if origin.is_some_and(|origin| origins.iter().all(|own| own.as_bytes() != origin)) {
-            return Some(self.wrong(403, "pages of other sites are not answered"));
+            return Some(self.wrong(403, "requests from other sites are rejected"));
         }
         let key = asked.header("x-key").or(parameter(asked.query, "key"));
         if key != Some(self.key.as_str()) {
-            let why = "the key is missing or wrong: open the address that `pipeline label` says";
+            let why = "the key is missing or wrong; open the address that `pipeline label` printed";
             return Some(self.wrong(403, why));
         }
         None
@@ -182,7 +184,7 @@ impl Site for Page {
                     Err(error) => self.wrong(500, &error.to_string()),
                 }
             }
-            Ok(Request::EncodedImage(_)) => self.wrong(404, "there is nothing here"),
+            Ok(Request::EncodedImage(_)) => self.wrong(404, "not found"),
             Err((status, why)) => self.wrong(status, &why),
         }
     }
@@ -198,7 +200,7 @@ impl Site for Page {
 }
 
 impl Page {
-    /// Takes what somebody says.
+    /// Records a label.
     fn say(&self, queue: &mut LabelQueue, saying: &Saying) -> HttpResponse {
         let before = queue.said();
         let label = match queue.say(saying) {
@@ -207,7 +209,7 @@ impl Page {
         };
         let after = queue.said();
         if before < queue.wanted() && after >= queue.wanted() {
-            say!("{after} labels are enough: run the pipeline again to go on");
+            say!("{after} labels: enough for the run; run the pipeline again to resume");
         }
         let mut next = queue.next(&saying.by);
         next["label"] = json!(label);

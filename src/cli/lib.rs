@@ -1,7 +1,7 @@
-//! The command line: one subcommand a file. Data goes to stdout, words to stderr.
+//! The command line: one file per subcommand. Data goes to stdout, messages to stderr.
 //!
 //! Two programs share it. `pipeline` has no networks, and replaces itself with `pipeline-engine`
-//! when a network must open; that one brings a [`ModelLoader`].
+//! when a network has to be opened; the engine brings a [`ModelLoader`].
 
 mod chart;
 mod check;
@@ -47,8 +47,8 @@ use ovchat_query::QueryError;
 
 /// Iterative DPO of a vision-language model, as one declarative pipeline over Arrow tables.
 ///
-/// Exit codes: 0 done, 1 failure, 2 the pipeline (or the command line) is wrong, 3 waiting for people,
-/// 130 and 143 stopped by SIGINT and SIGTERM.
+/// Exit codes: 0 success, 1 failure, 2 invalid pipeline or command line, 3 waiting for labels, 130
+/// and 143 interrupted by SIGINT and SIGTERM.
 #[derive(Parser)]
 #[command(name = "pipeline", version, max_term_width = 100)]
 struct Arguments {
@@ -74,7 +74,7 @@ enum Command {
     Schema(schema::ShowSchema),
     Init(init::Init),
     Doctor(doctor::Doctor),
-    /// Prints completions for a shell.
+    /// Print shell completions.
     #[command(
         after_help = "Example:\n  pipeline completions bash > ~/.local/share/bash-completion/completions/pipeline"
     )]
@@ -83,10 +83,10 @@ enum Command {
     },
 }
 
-/// Why a command failed: decides what is printed and the exit code.
+/// The failure of a command: decides the message and the exit code.
 #[derive(Debug, thiserror::Error)]
 enum Failed {
-    /// The user's pipeline is wrong.
+    /// The user's pipeline is invalid.
     #[error(transparent)]
     Refused(#[from] LoadError),
     #[error(transparent)]
@@ -97,15 +97,15 @@ enum Failed {
     Query(#[from] QueryError),
     #[error("{0}")]
     Words(String),
-    /// The command line asks for something that is not there.
+    /// The command line refers to something that does not exist.
     #[error("{0}")]
     Usage(String),
-    /// All that is to be said has been said.
+    /// The message has already been printed.
     #[error("exit code {0}")]
     Code(u8),
 }
 
-/// Runs the command line that this process was started with.
+/// Runs the command line of this process.
 pub fn main(loader: Option<&dyn ModelLoader>) -> ExitCode {
     if loader.is_some()
         && let Err(failed) = engine::settle()
@@ -117,7 +117,7 @@ pub fn main(loader: Option<&dyn ModelLoader>) -> ExitCode {
         return ExitCode::from(tell(&failed));
     }
     let arguments = match Arguments::try_parse() {
-        // Help and version are no errors.
+        // Help and version are not errors.
         Err(error) if error.use_stderr() && log::is_asked_for(std::env::args_os()) => {
             log::wrong_arguments(&error);
             return ExitCode::from(error.exit_code() as u8);
@@ -157,7 +157,7 @@ pub fn main(loader: Option<&dyn ModelLoader>) -> ExitCode {
     }
 }
 
-/// Says what went wrong on stderr; returns the exit code.
+/// Prints a failure to stderr; returns the exit code.
 fn tell(failed: &Failed) -> u8 {
     match failed {
         Failed::Refused(LoadError::Refused(diagnostics)) => eprint!("{}", render(diagnostics)),
@@ -182,19 +182,19 @@ fn render(diagnostics: &Diagnostics) -> String {
     diagnostics.render(RenderStyle::detect(std::io::stderr().is_terminal()))
 }
 
-/// Opens a run to look at it. A damaged manifest is restored in memory, with a warning.
+/// Opens a run for reading. A damaged manifest is restored in memory, with a warning.
 fn read_run(folder: &Path) -> Result<RunFolder, Failed> {
     let run = RunFolder::read(folder)?;
     if let Some(damage) = &run.manifest().damage {
         out::say!(
-            "warning: {damage}; `pipeline repair {}` writes it",
+            "warning: {damage}; to write the restored manifest, run `pipeline repair {}`",
             folder.display()
         );
     }
     Ok(run)
 }
 
-/// The folder of a run as a user names it: a path, or the name of a run below `runs/`.
+/// Returns the folder of a run given by the user: a path, or the name of a run below `runs/`.
 fn run_folder(name: &Path) -> PathBuf {
     let named = Path::new("runs").join(name);
     if !name.exists() && named.is_dir() {

@@ -1,10 +1,11 @@
-//! `pipeline run --log json`: what a run does, a JSON object a line on stderr, for schedulers and log
-//! collectors. Nothing else goes to stderr then: neither what is wrong with the command line nor a panic.
+//! `pipeline run --log json`: the events of a run as JSON Lines on stderr, for schedulers and log
+//! collectors.
 //!
-//! Every line has `time` (UTC, RFC 3339) and `event`: `begin`, `start` and `progress` and `finished` of a
-//! table, `reused`, `note`, and last `done`, `stopped`, `waiting`, `failed` or `refused`, with the exit
-//! code. `progress` and `finished` say `per_second` and `rows_per_second`, and of a training the `loss` and
-//! `accuracy` of its last step, of rewards their mean so far, `mean_reward`.
+//! Nothing else is written to stderr then: command line errors and panics are events, too. Every
+//! line has `time` (UTC, RFC 3339) and `event`: `begin`; `start`, `progress` and `finished` of a
+//! table; `reused`; `note`; and last `done`, `stopped`, `waiting`, `failed` or `refused`, with the
+//! exit code. `progress` and `finished` have `per_second` and `rows_per_second`; for a training
+//! also the `loss` and `accuracy` of its last step, for rewards their mean so far, `mean_reward`.
 
 use std::ffi::OsString;
 use std::io::{Stderr, Write};
@@ -18,13 +19,13 @@ use ovchat_pipeline::config::{Diagnostic, LoadError};
 use ovchat_pipeline::run::{Figures, Report, Start, Unit};
 use ovchat_pipeline::stages::TableName;
 
-/// Between two lines about the progress of one table.
+/// The interval between progress lines of a table.
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
-/// Writes a run's events.
+/// A report that writes a run's events.
 pub struct JsonLog<W: Write> {
     out: W,
-    /// Between two lines about the progress of one table.
+    /// The interval between progress lines of a table.
     every: Duration,
     current: Option<Current>,
 }
@@ -52,22 +53,22 @@ pub fn write(event: &str, fields: Value) {
     write_to(&mut std::io::stderr(), event, fields);
 }
 
-/// Writes one event. A log that nobody reads any more is no reason to stop a run.
+/// Writes one event. A closed stderr is no reason to stop a run.
 fn write_to(out: &mut impl Write, event: &str, mut fields: Value) {
     let mut line = json!({ "time": now(), "event": event });
     if let (Some(line), Some(fields)) = (line.as_object_mut(), fields.as_object_mut()) {
         line.append(fields);
     }
-    // In one piece, so that nothing comes in between.
+    // One write, so that lines are not interleaved.
     let line = format!("{}\n", visible(&line.to_string()));
     drop(out.write_all(line.as_bytes()));
 }
 
-/// Writes the last event of a run that failed, and returns what is left of the failure: its exit code.
+/// Writes the last event of a failed run, and returns the remaining failure: its exit code.
 pub fn end(failed: &Failed) -> Failed {
     let code = failed.code();
     match failed {
-        // It was written where more was known about it.
+        // The event has already been written, with more detail.
         Failed::Code(_) => {}
         Failed::Refused(LoadError::Refused(diagnostics)) => {
             let list: Vec<_> = diagnostics.0.iter().map(Diagnostic::to_json).collect();
@@ -87,7 +88,7 @@ pub fn end(failed: &Failed) -> Failed {
     Failed::Code(code)
 }
 
-/// Writes a command line that is wrong as an event.
+/// Writes a command line error as an event.
 pub fn wrong_arguments(error: &clap::Error) {
     let message = error.to_string();
     let message = message.trim().trim_start_matches("error: ");
@@ -97,22 +98,22 @@ pub fn wrong_arguments(error: &clap::Error) {
     );
 }
 
-/// True if arguments, valid or not, have `--log json`.
+/// Returns true if the arguments, valid or not, contain `--log json`.
 pub fn is_asked_for(arguments: impl IntoIterator<Item = OsString>) -> bool {
     let arguments: Vec<OsString> = arguments.into_iter().collect();
     let pair = |pair: &[OsString]| pair[0] == "--log" && pair[1] == "json";
     arguments.iter().any(|argument| argument == "--log=json") || arguments.windows(2).any(pair)
 }
 
-/// From now on a panic is an event. The exit code stays 101.
+/// Installs a panic hook that writes panics as events. The exit code stays 101.
 pub fn catch_panics() {
     std::panic::set_hook(Box::new(|panic| {
-        let message = format!("this is a mistake in ovchat, please report it: {panic}");
+        let message = format!("internal error, please report it: {panic}");
         write("failed", json!({ "code": 101, "message": message }));
     }));
 }
 
-/// The time, as in `2026-11-26T03:57:33Z`.
+/// Returns the current time, like `2026-11-26T03:57:33Z`.
 fn now() -> String {
     let seconds = SystemTime::now().duration_since(UNIX_EPOCH);
     let seconds = seconds.map_or(0, |since| since.as_secs().cast_signed());
@@ -133,7 +134,7 @@ impl<W: Write> JsonLog<W> {
 }
 
 impl Current {
-    /// Rows or steps a second, and the last loss, accuracy and mean reward.
+    /// Returns the rows or steps per second, and the last loss, accuracy and mean reward.
     fn measures(&self) -> Value {
         let seconds = self.begun.elapsed().as_secs_f64();
         let done = self.done.saturating_sub(self.before);

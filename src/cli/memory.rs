@@ -1,5 +1,5 @@
-//! What the stages of a pipeline take of memory, computed from the models' configs and the prompts
-//! that were counted, beside what there is here.
+//! Memory estimates for the stages of a pipeline, computed from the models' configs and the token
+//! counts, compared with the memory of this machine.
 
 mod needs;
 
@@ -14,33 +14,33 @@ use ovchat_models::{DeviceSpec, Dtype, ModelError, ModelLoader, ModelSpec, Room}
 use ovchat_pipeline::config::{At, Diagnostic, KeyPath, Plan};
 use ovchat_pipeline::stages::{Failure, TableName};
 
-/// What a stage takes.
+/// The memory of a stage.
 pub struct Taken {
     table: String,
-    verb: String,
+    stage_type: String,
     precision: &'static str,
-    /// Parts of it with their bytes and remarks.
+    /// The parts of the estimate, each with its bytes and a remark.
     items: Vec<(&'static str, u64, String)>,
-    /// Where there is a device to ask, how it goes about it there.
+    /// The estimate on this machine, if its devices are known.
     here: Option<Here>,
 }
 
-/// What a stage takes on this machine.
+/// The memory of a stage on this machine.
 struct Here {
     room: Room,
-    /// The most that the model and what is computed at once take on the device.
+    /// The peak memory of the model and its computation on the compute device.
     peak: u64,
-    /// The most that this process takes of the machine's memory, as far as it is known: what it takes
-    /// as it is, what is on the CPU, pictures that wait.
+    /// The peak memory of this process on the host, as far as it is known: its current memory, the
+    /// peak if the model is on the CPU, and images that wait.
     host: Option<u64>,
-    /// The row that takes most, in words.
+    /// A description of the longest row.
     worst: String,
-    /// Why it can't be.
+    /// The reason why the stage does not fit.
     refusal: Option<Refusal>,
 }
 
-/// What each stage takes that opens a network; nothing for a model whose config can't be read, which
-/// is what the check complains about. Without a `loader` nothing is known of this machine.
+/// Estimates the memory of each stage that opens a network; skips models whose config cannot be
+/// read, which `check` reports. Without a `loader`, nothing is known about this machine.
 pub fn of_plan(
     plan: &Plan,
     tokens: &[TokenCounts],
@@ -76,7 +76,7 @@ pub fn of_plan(
         });
         all.push(Taken {
             table: stage.name.to_string(),
-            verb: stage.verb().to_owned(),
+            stage_type: stage.stage_type().to_owned(),
             precision: needs.precision,
             items: needs.items,
             here,
@@ -85,14 +85,14 @@ pub fn of_plan(
     Ok(all)
 }
 
-/// Complaints about stages that have no room on this machine.
+/// Returns diagnostics for stages that do not fit this machine's memory.
 pub fn refusals(plan: &Plan, all: &[Taken]) -> Vec<(TableName, Diagnostic)> {
     let mut diagnostics = Vec::new();
     for taken in all {
         let stage = plan.all().find(|stage| stage.name.as_str() == taken.table);
         let refusal = taken.here.as_ref().and_then(|here| here.refusal.as_ref());
         if let (Some(stage), Some(refusal)) = (stage, refusal) {
-            let message = format!("`{}` has too little memory: {}", taken.table, refusal.cause);
+            let message = format!("not enough memory for `{}`: {}", taken.table, refusal.cause);
             let diagnostic = Diagnostic::new("plan::memory", At::key(KeyPath::default()), message);
             let diagnostic = diagnostic.help(refusal.help.clone());
             diagnostics.push((stage.name.clone(), diagnostic.placed(stage.place.clone())));
@@ -105,16 +105,16 @@ pub fn render(all: &[Taken]) -> String {
     let mut text = String::new();
     for taken in all {
         if text.is_empty() {
-            text.push_str("\nmemory, computed (one model is open at a time)\n");
+            text.push_str("\nestimated memory (one model is open at a time)\n");
         }
         let Taken {
             table,
-            verb,
+            stage_type,
             precision,
             items,
             here,
         } = taken;
-        writeln!(text, "  {table} = {verb}, in {precision}").expect(ANY_TEXT);
+        writeln!(text, "  {table} = {stage_type}, in {precision}").expect(ANY_TEXT);
         let mut item = |name: &str, bytes: String, remark: &str| {
             let line = format!("      {name:<18} {bytes:>9}   {remark}");
             writeln!(text, "{}", line.trim_end()).expect(ANY_TEXT);
@@ -129,17 +129,21 @@ pub fn render(all: &[Taken]) -> String {
                 "the CPU"
             };
             let room = size(here.room.bytes);
-            let remark = format!("of the {room} that it may take on {device}; {}", here.worst);
+            let remark = format!("of the {room} available on {device}; {}", here.worst);
             item("peak, at most", size(here.peak), &remark);
             if let Some(host) = here.host {
-                item("process, about", size(host), "with libraries and pictures");
+                item(
+                    "process, about",
+                    size(host),
+                    "including libraries and images",
+                );
             }
         }
     }
     text
 }
 
-/// The same for programs.
+/// Returns the estimates as JSON.
 pub fn to_json(all: &[Taken]) -> Value {
     let one = |taken: &Taken| {
         let items = taken.items.iter();
@@ -161,10 +165,10 @@ pub fn to_json(all: &[Taken]) -> Value {
     all.iter().map(one).collect()
 }
 
-const ANY_TEXT: &str = "a string takes any text";
+const ANY_TEXT: &str = "writing to a string does not fail";
 
-/// What a model computes in. `auto` is bfloat16 on a GPU, which may be there or not: only the engine
-/// knows.
+/// Returns the precision in which a model computes. `auto` is bfloat16 on a GPU, and only the
+/// engine knows if there is one.
 fn precision(spec: &ModelSpec, loader: Option<&dyn ModelLoader>) -> Result<Precision, ModelError> {
     let (device, dtype) = match spec {
         ModelSpec::LlavaOnevision(spec) => (spec.device, spec.dtype),
@@ -182,7 +186,7 @@ fn precision(spec: &ModelSpec, loader: Option<&dyn ModelLoader>) -> Result<Preci
     })
 }
 
-/// What this process takes of the machine's memory now, in bytes, where Linux tells.
+/// Returns the resident memory of this process, in bytes; `None` outside Linux.
 fn resident() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let mut lines = status.lines();

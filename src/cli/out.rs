@@ -1,4 +1,4 @@
-//! Standard output, for data; whether it is for people or for programs; and words on standard error.
+//! Standard output for data, its output format, and messages on standard error.
 
 use std::io::{self, ErrorKind, IsTerminal, Write};
 
@@ -6,22 +6,22 @@ use clap::{Args, ValueEnum};
 
 use ovchat_io::visible::{visible, visible_bytes};
 
-/// The flag of the output format.
+/// The option for the output format.
 #[derive(Debug, Args)]
 pub struct Output {
     /// The output format.
     #[arg(long, value_enum, default_value = "text")]
     format: Format,
-    /// The same as --format json, as it was called before.
+    /// An alias of --format json, from earlier versions.
     #[arg(long, hide = true, conflicts_with = "format")]
     json: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Format {
-    /// For people.
+    /// Human-readable text.
     Text,
-    /// For programs.
+    /// JSON.
     Json,
 }
 
@@ -31,8 +31,8 @@ impl Output {
     }
 }
 
-/// Writes to stdout, and ends the program quietly when nobody reads it any more (`… | head`). A terminal
-/// is shown nothing that it would obey; files and programs get the bytes as they are.
+/// A writer to stdout that exits quietly when the reader closes it (`… | head`). Control sequences
+/// are escaped on a terminal; files and programs get the bytes unchanged.
 pub struct Out;
 
 impl Write for Out {
@@ -63,13 +63,13 @@ pub fn line(text: impl std::fmt::Display) -> Result<(), super::Failed> {
     written.map_err(|error| super::Failed::Words(format!("cannot write to stdout: {error}")))
 }
 
-/// Writes a line of words to stderr.
+/// Writes a message to stderr.
 pub fn write_words(text: &str) {
-    // Nobody reading it any more is no reason to stop.
+    // A closed stderr is no reason to stop.
     let _ = writeln!(io::stderr(), "{}", visible(text));
 }
 
-/// Says something to people on stderr, in the words of a format, as `eprintln!` would.
+/// Prints a formatted message to stderr, like `eprintln!`.
 macro_rules! say {
     ($($words:tt)*) => {
         $crate::out::write_words(&format!($($words)*))

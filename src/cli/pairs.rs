@@ -1,4 +1,4 @@
-//! `pipeline pairs`: what another way to pair answers would give, on rewards that are there.
+//! `pipeline pairs`: try a pairing strategy on existing rewards.
 
 use std::path::PathBuf;
 
@@ -16,9 +16,9 @@ use ovchat_data::tables::{Candidate, Pair, Reward, Row, schema_of};
 use ovchat_pipeline::stages::{Pairs, SelectPairs};
 use ovchat_query::QueryTable;
 
-/// Tries a way to pair answers on the rewards of a run, in seconds and without changing it: how many
-/// pairs there would be, how far apart, how much longer the chosen answers are, and how many of the
-/// pairs are those that the run has.
+/// Try a pairing strategy on the rewards of a run, in seconds and without changing the run. Prints
+/// the number of pairs, their margins, how much longer the chosen responses are, and how many of
+/// the pairs the run already has.
 #[derive(Args)]
 #[command(
     after_help = "Examples:\n  pipeline pairs runs/small-world --strategy best_second\n  \
@@ -27,13 +27,13 @@ use ovchat_query::QueryTable;
 pub struct ShowPairs {
     /// The run: its folder, or its name below runs/.
     run: PathBuf,
-    /// best_worst, best_second, best_random or all_pairs.
+    /// The strategy: best_worst, best_second, best_random or all_pairs.
     #[arg(long)]
     strategy: String,
-    /// A setting of `select_pairs`: --set length_ratio_max=1.5 (may be given again).
+    /// A setting of `select_pairs`: --set length_ratio_max=1.5 (can be repeated).
     #[arg(long = "set", value_name = "SETTING=VALUE")]
     sets: Vec<String>,
-    /// The round; the last one that has rewards if left out.
+    /// The round [default: the last one with rewards].
     #[arg(long)]
     round: Option<u32>,
     /// The table of rewards.
@@ -49,7 +49,8 @@ pub struct ShowPairs {
     rows: RowFormat,
 }
 
-/// Of all pairs, and of the reasons why prompts make none; `{picked}` stands for the choice.
+/// The queries for the statistics of all pairs, and for the reasons why prompts yield none;
+/// `{picked}` stands for the selection.
 const SUMMARY: &str = "
     select count(*) as pairs, count(distinct p.prompt_id) as prompts,
            round(avg(p.margin), 4) as margin_mean, round(min(p.margin), 4) as margin_min,
@@ -73,7 +74,7 @@ impl ShowPairs {
     pub fn run(&self) -> Result<(), Failed> {
         if self.rows.is_binary() {
             return Err(Failed::Usage(
-                "two results do not fit in one file: take --format table, markdown, csv, json or jsonl"
+                "two results do not fit in one file; use --format table, markdown, csv, json or jsonl"
                     .to_owned(),
             ));
         }
@@ -82,7 +83,7 @@ impl ShowPairs {
         let rewards = Self::find(&run, &self.rewards, Reward::KIND, self.round)?;
         let candidates = Self::find(&run, &self.candidates, Candidate::KIND, rewards.round)?;
         let mut tables = vec![table(&run, rewards)?, table(&run, candidates)?];
-        // A run that has no pairs yet has none that are the same.
+        // A run without pairs has none in common.
         let now = Self::find(&run, &self.pairs, Pair::KIND, rewards.round);
         tables.push(match now {
             Ok(made) => table(&run, made)?,
@@ -107,7 +108,7 @@ impl ShowPairs {
         if self.rows.format == Format::Json {
             let json = |query| -> Result<Value, Failed> {
                 let text = show(&sql(query), &params, &tables, self.rows, Vec::new())?;
-                Ok(serde_json::from_slice(&text).expect("it was written as JSON"))
+                Ok(serde_json::from_slice(&text).expect("the output is JSON"))
             };
             let (pairs, reasons) = (json(SUMMARY)?, json(REASONS)?);
             return line(json!({ "pairs": pairs[0], "without_pairs": reasons }));
@@ -118,7 +119,7 @@ impl ShowPairs {
         Ok(())
     }
 
-    /// The settings as a stage would have them.
+    /// Returns the settings as a stage would have them.
     fn stage(&self) -> Result<SelectPairs, Failed> {
         let mut settings = Map::new();
         settings.insert("rewards".to_owned(), json!(self.rewards));
@@ -127,7 +128,7 @@ impl ShowPairs {
         for set in &self.sets {
             let (name, value) = set.split_once('=').ok_or_else(|| {
                 Failed::Usage(format!(
-                    "`{set}` is no SETTING=VALUE, such as margin_min=0.5"
+                    "expected `SETTING=VALUE` (such as margin_min=0.5), got `{set}`"
                 ))
             })?;
             let text = || Value::String(value.to_owned());
@@ -138,14 +139,14 @@ impl ShowPairs {
         stage.map_err(|error| Failed::Usage(error.to_string()))
     }
 
-    /// The finished table of that name and kind, in a round or the last one.
+    /// Returns the complete table with that name and kind, in the given round or the last one.
     fn find<'a>(
         run: &'a RunFolder,
         name: &str,
         kind: &str,
         round: Option<u32>,
     ) -> Result<&'a TableVersion, Failed> {
-        // What a query made is of no kind, and may have the columns.
+        // Tables of queries have no kind, but may have the columns.
         let of_kind = |made: &&TableVersion| {
             made.complete && made.kind.as_deref().is_none_or(|other| other == kind)
         };
@@ -156,7 +157,7 @@ impl ShowPairs {
             let mut others: Vec<&str> = made.map(|made| made.table.as_str()).collect();
             others.dedup();
             Failed::Usage(format!(
-                "{} has no finished table `{name}` of the kind {kind}; it has: {}",
+                "{} has no complete table `{name}` of kind {kind}; found: {}",
                 run.root().display(),
                 if others.is_empty() {
                     "none".to_owned()
@@ -173,7 +174,7 @@ fn table(run: &RunFolder, made: &TableVersion) -> Result<QueryTable, Failed> {
         Some(schema) => Some(schema),
         None => run.schema(&made.table, made.round)?,
     };
-    let empty = || Failed::Words(format!("the table `{}` has no rows", made.table));
+    let empty = || Failed::Words(format!("table `{}` has no rows", made.table));
     Ok(QueryTable {
         name: made.table.clone(),
         schema: schema.ok_or_else(empty)?,

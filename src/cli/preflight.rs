@@ -1,4 +1,5 @@
-//! The forecast of a run: tables, tokens, memory. `plan` prints it; `plan` and `run` refuse a pipeline by it.
+//! The preflight of a run: its forecast, token counts and memory estimates. `plan` prints it;
+//! `plan` and `run` reject a pipeline by it.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -12,7 +13,7 @@ use ovchat_pipeline::config::{Diagnostic, KeyPath, NO_KEY, Plan};
 use ovchat_pipeline::run::{self, Forecast};
 use ovchat_pipeline::stages::{Failure, TableName};
 
-/// The tables that a run would make, with their tokens and memory.
+/// The tables that a run would build, with their tokens and memory.
 pub struct Preflight {
     pub forecasts: Vec<Forecast>,
     pub tokens: Vec<TokenCounts>,
@@ -20,7 +21,7 @@ pub struct Preflight {
 }
 
 impl Preflight {
-    /// All that `plan` shows.
+    /// Returns everything that `plan` shows.
     pub fn of_plan(
         plan: &Plan,
         folder: &Path,
@@ -33,8 +34,9 @@ impl Preflight {
         Self::measured(plan, loader, forecasts, tokens)
     }
 
-    /// As much of it as decides whether a run may begin. What can't be read of a run that is there is no
-    /// reason to refuse it: the run mends its tables, or says what is wrong with the user's files.
+    /// Returns as much as is needed to decide whether a run may start. Data of an existing run that
+    /// cannot be read is no reason to refuse it: the run repairs its tables, or reports the errors
+    /// in the user's files.
     pub fn of_run(
         plan: &Plan,
         folder: &Path,
@@ -65,8 +67,8 @@ impl Preflight {
         })
     }
 
-    /// Complaints about stages that have no room on this machine or in a model's context, of those that a
-    /// run would make: up to a table, if it stops there.
+    /// Returns diagnostics for stages that do not fit this machine's memory or a model's context,
+    /// among the stages that a run would build, up to `until`.
     pub fn refusals(&self, plan: &Plan, until: Option<&TableName>) -> Vec<Diagnostic> {
         let made = self.made(plan, until);
         let mut refusals = memory::refusals(plan, &self.taken);
@@ -75,7 +77,8 @@ impl Preflight {
         refusals.into_iter().map(|(_, refusal)| refusal).collect()
     }
 
-    /// Complaints about keys that the environment does not have, of the models that a run would use.
+    /// Returns diagnostics for API keys missing from the environment, of the models that a run
+    /// would use.
     pub fn missing_keys(&self, plan: &Plan, until: Option<&TableName>) -> Vec<Diagnostic> {
         let made = self.made(plan, until);
         let stages = plan.all().filter(|stage| made.contains(&stage.name));
@@ -88,7 +91,7 @@ impl Preflight {
         notes.cloned().map(Diagnostic::as_error).collect()
     }
 
-    /// The tables that a run would make.
+    /// Returns the tables that a run would build.
     fn made<'p>(&self, plan: &'p Plan, until: Option<&TableName>) -> HashSet<&'p TableName> {
         let mut slots = plan.slots();
         if let Some(last) = slots
@@ -97,7 +100,7 @@ impl Preflight {
         {
             slots.truncate(last + 1);
         }
-        // Of a run that is not there all is made.
+        // A new run builds everything.
         let is_made = |table: &TableName, round: Option<u32>| {
             let of_slot = |made: &&Forecast| made.table == *table && made.round == round;
             let made = self.forecasts.iter().find(of_slot);

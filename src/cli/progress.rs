@@ -1,4 +1,4 @@
-//! Progress: a bar on a terminal, plain lines elsewhere.
+//! Progress output: a bar on a terminal, plain lines elsewhere.
 
 use std::io::Write;
 use std::time::{Duration, Instant};
@@ -9,10 +9,10 @@ use ovchat_io::visible::visible;
 use ovchat_pipeline::run::{Report, Start, Unit, titled};
 use ovchat_pipeline::stages::TableName;
 
-/// Between two lines about one table, where there is no terminal.
+/// The interval between lines about a table, without a terminal.
 const LINE_EVERY: Duration = Duration::from_secs(30);
 
-/// Shows a run's progress on stderr.
+/// A report that shows a run's progress on stderr.
 pub struct Progress {
     is_terminal: bool,
     current: Option<Current>,
@@ -22,7 +22,7 @@ struct Current {
     title: String,
     unit: &'static str,
     total: Option<u64>,
-    /// What an earlier run had done: it counts for the bar, not for the rate.
+    /// The number done by an earlier run: it counts for the bar, not for the rate.
     before: u64,
     begun: Instant,
     last_line: Instant,
@@ -37,7 +37,7 @@ impl Progress {
         }
     }
 
-    /// Takes the bar away.
+    /// Removes the bar.
     pub fn clear(&mut self) {
         if let Some(bar) = self.current.take().and_then(|current| current.bar) {
             bar.finish_and_clear();
@@ -52,7 +52,7 @@ impl Progress {
             .and_then(|current| current.bar.as_ref())
         {
             Some(bar) => bar.println(text),
-            // A log that nobody reads any more is no reason to stop a run.
+            // A closed stderr is no reason to stop a run.
             None => drop(writeln!(std::io::stderr(), "{text}")),
         }
     }
@@ -130,10 +130,10 @@ impl Report for Progress {
             duration(took.as_secs_f64())
         )];
         if faults > 0 {
-            words.push(format!("{faults} faulty {} set aside", rows_word(faults)));
+            words.push(format!("{faults} faulty {} rejected", rows_word(faults)));
         }
         if dropped > 0 {
-            words.push(format!("{dropped} dropped by rule"));
+            words.push(format!("{dropped} dropped"));
         }
         self.line(&words.join(", "));
         self.clear();
@@ -141,7 +141,7 @@ impl Report for Progress {
 
     fn reused(&mut self, table: &TableName, round: Option<u32>, rows: u64) {
         self.line(&format!(
-            "{}: {rows} {}, there before",
+            "{}: {rows} {}, up to date",
             titled(table, round),
             rows_word(rows)
         ));
@@ -163,7 +163,7 @@ fn bar(title: &str, unit: &str, total: Option<u64>, done: u64) -> ProgressBar {
         }
         None => format!("{{prefix:24}} {{spinner}} {{pos}} {unit}  {{per_sec}}"),
     };
-    let style = ProgressStyle::with_template(&template).expect("a template without mistakes");
+    let style = ProgressStyle::with_template(&template).expect("the template is valid");
     let bar = match total {
         Some(total) => ProgressBar::new(total),
         None => ProgressBar::new_spinner(),
@@ -176,7 +176,7 @@ fn bar(title: &str, unit: &str, total: Option<u64>, done: u64) -> ProgressBar {
     bar
 }
 
-/// `8.4 s`, `3 min 20 s`, `2 h 5 min`.
+/// Formats a duration: `8.4 s`, `3 min 20 s`, `2 h 5 min`.
 pub fn duration(seconds: f64) -> String {
     let whole = seconds.round() as u64;
     match whole {

@@ -1,4 +1,4 @@
-//! What a run has to say when it ends: the views under `report`, as tables and pictures.
+//! The report at the end of a run: the views of `report`, as tables and charts.
 
 use arrow::array::RecordBatch;
 use arrow::util::pretty::pretty_format_batches;
@@ -11,24 +11,24 @@ use super::{Failed, chart};
 use ovchat_data::store::{RunFolder, create_folder, write_atomically};
 use ovchat_pipeline::config::Plan;
 
-/// Prints the views of a finished run, and writes their charts to its folder `report`; `say` is told
-/// about what is not printed.
+/// Prints the views of a complete run, and writes their charts to its folder `report`. `say`
+/// receives messages about everything that is not printed.
 pub fn print(plan: &Plan, run: &RunFolder, say: &mut dyn FnMut(&str)) -> Result<(), Failed> {
     for (name, view) in &plan.report {
         let mut batches: Vec<RecordBatch> = Vec::new();
-        // Its own query, for a view has no order.
+        // The query itself, because a view has no order.
         let asked = ask(run, &view.query, |batch| {
             batches.push(readable(&batch, true)?);
             Ok(())
         });
         asked.map_err(|failed| match failed {
             Failed::Query(error) => {
-                Failed::Words(format!("the view `{name}` of `report` failed: {error}"))
+                Failed::Words(format!("view `{name}` of `report` failed: {error}"))
             }
             other => other,
         })?;
         if batches.is_empty() {
-            say(&format!("{name}: nothing"));
+            say(&format!("{name}: no rows"));
             continue;
         }
         line(format_args!("{name}"))?;
@@ -42,7 +42,7 @@ pub fn print(plan: &Plan, run: &RunFolder, say: &mut dyn FnMut(&str)) -> Result<
         create_folder(&folder)?;
         let path = folder.join(format!("{name}.svg"));
         write_atomically(&path, svg.as_bytes())?;
-        say(&format!("drawn in {}", path.display()));
+        say(&format!("wrote chart to {}", path.display()));
     }
     Ok(())
 }

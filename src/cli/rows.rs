@@ -37,28 +37,29 @@ use ovchat_query::{Header, QueryError};
 /// A format for rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Format {
-    /// For people: a table with borders.
+    /// A table with borders, for people.
     Table,
-    /// For people: a Markdown table.
+    /// A Markdown table, for people.
     Markdown,
-    /// Null is empty, '' is "", lists and structs are JSON, bytes are base64.
+    /// CSV: null is empty, '' is "", lists and structs are JSON, bytes are base64.
     Csv,
     /// A JSON list of objects; bytes are base64.
     Json,
-    /// A JSON object a line.
+    /// One JSON object per line.
     Jsonl,
-    /// A Parquet file: lossless; seconds of timestamps become milliseconds, Date64 becomes Date32.
+    /// A Parquet file. Lossless, except that timestamps in seconds become milliseconds and Date64
+    /// becomes Date32.
     Parquet,
-    /// An Arrow IPC file (Feather): lossless.
+    /// An Arrow IPC file (Feather). Lossless.
     Arrow,
 }
 
 /// The treatment of NaN and infinities in JSON.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Nan {
-    /// The command fails.
+    /// Fail with an error.
     Error,
-    /// The texts "NaN", "inf" and "-inf".
+    /// Write the strings "NaN", "inf" and "-inf".
     Text,
 }
 
@@ -68,7 +69,7 @@ pub struct RowFormat {
     /// The format of the rows. Arrow and Parquet are lossless; the others write values as text.
     #[arg(long, value_enum, default_value = "table")]
     pub format: Format,
-    /// The treatment of NaN and infinities in JSON, which has no such numbers.
+    /// The treatment of NaN and infinities in JSON, which cannot represent them.
     #[arg(long, value_enum, default_value = "error")]
     pub nan: Nan,
 }
@@ -89,29 +90,30 @@ impl RowFormat {
             return Ok(());
         }
         Err(Failed::Usage(format!(
-            "--format {name} is binary, and stdout is a terminal; write it to a file: \
+            "--format {name} is binary, but stdout is a terminal; write it to a file: \
              pipeline sql RUN \"…\" --format {name} > rows.{name}"
         )))
     }
 }
 
-/// Writes the rows of one result.
+/// A writer of the rows of one result.
 pub struct RowWriter<W: Write + Send> {
     sink: Sink<W>,
     schema: SchemaRef,
     cells: Cells,
-    /// What stands before the first row; empty once it is written. A query that fails before it has a
-    /// row leaves nothing.
+    /// The text before the first row; empty once it is written. A query that fails before its first
+    /// row writes nothing.
     header: String,
-    /// Rows written so far.
+    /// The number of rows written so far.
     rows: usize,
 }
 
-/// Rows of a table for people that are kept until they are printed, at least.
+/// The minimum number of rows of a printed table that are buffered before they are printed.
 const PIECE_ROWS: usize = 10_000;
 
 enum Sink<W: Write + Send> {
-    /// Columns are as wide as their widest value, so rows are kept until they are a piece.
+    /// Columns are as wide as their widest value, so rows are buffered until there are
+    /// [`PIECE_ROWS`].
     Table(W, Vec<RecordBatch>),
     Markdown(W),
     Csv(W),
@@ -122,7 +124,7 @@ enum Sink<W: Write + Send> {
 }
 
 impl<W: Write + Send> RowWriter<W> {
-    /// A writer of rows with these columns.
+    /// Returns a writer of rows with these columns.
     pub fn begin(format: RowFormat, header: &Header, out: W) -> Result<Self, Failed> {
         if !matches!(format.format, Format::Table | Format::Markdown) {
             refuse_equal_names(header)?;
@@ -174,7 +176,7 @@ impl<W: Write + Send> RowWriter<W> {
             }
             Ok(())
         };
-        let in_json = ", which JSON can't hold";
+        let in_json = ", which JSON cannot represent";
         let header = std::mem::take(&mut self.header);
         match &mut self.sink {
             Sink::Table(out, batches) => {
@@ -182,7 +184,7 @@ impl<W: Write + Send> RowWriter<W> {
                 if kept >= PIECE_ROWS {
                     if kept == self.rows {
                         say!(
-                            "there are more than {kept} rows: the table comes in pieces with columns of their own width; --format csv writes one"
+                            "more than {kept} rows: printing the table in pieces, each with its own column widths; use --format csv for a single table"
                         );
                     }
                     print_table(out, &std::mem::take(batches))?;
@@ -200,7 +202,7 @@ impl<W: Write + Send> RowWriter<W> {
                 let nested: Vec<usize> = (0..batch.num_columns()).filter(of_nested).collect();
                 check(
                     &batch.project(&nested)?,
-                    " in a list or struct; CSV holds these as JSON, which has no such number",
+                    " in a list or struct, which CSV stores as JSON, and JSON cannot represent it",
                     "`--format parquet` or `arrow`",
                 )?;
                 out.write_all((header + &text).as_bytes())
@@ -223,7 +225,7 @@ impl<W: Write + Send> RowWriter<W> {
         Ok(())
     }
 
-    /// Writes what stands behind the last row.
+    /// Writes the text after the last row.
     pub fn finish(self) -> Result<W, Failed> {
         let mut out = match self.sink {
             Sink::Table(mut out, mut batches) => {
@@ -261,7 +263,7 @@ impl<W: Write + Send> RowWriter<W> {
 
 #[expect(
     clippy::needless_pass_by_value,
-    reason = "it is used as a function on errors"
+    reason = "used as a function with map_err"
 )]
 fn unwritten(error: io::Error) -> Failed {
     Failed::Words(format!("cannot write to stdout: {error}"))
@@ -269,11 +271,11 @@ fn unwritten(error: io::Error) -> Failed {
 
 #[expect(
     clippy::needless_pass_by_value,
-    reason = "it is used as a function on errors"
+    reason = "used as a function with map_err"
 )]
 fn not_csv(error: ArrowError) -> Failed {
     Failed::Words(format!(
-        "the rows can't be written as CSV, in which lists, structs and maps are JSON: {error}; use \
+        "cannot write the rows as CSV, in which lists, structs and maps are JSON: {error}; use \
          `--format parquet` or `arrow`"
     ))
 }
@@ -288,7 +290,8 @@ fn drain(from: &mut Vec<u8>, to: &mut impl Write) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Readers of files keep one of two columns of the same name, or rename one; JSON can't have two.
+/// Rejects duplicate column names: readers of files drop or rename one of them, and JSON cannot
+/// have two.
 fn refuse_equal_names(header: &Header) -> Result<(), Failed> {
     let fields = header.schema.fields();
     for field in fields {
@@ -309,7 +312,7 @@ fn refuse_equal_names(header: &Header) -> Result<(), Failed> {
         );
         let count = equal.len();
         return Err(Failed::Words(format!(
-            "{count} columns are called `{name}`; give each a name of its own: select {aliases}"
+            "{count} columns are named `{name}`; give each an alias: select {aliases}"
         )));
     }
     Ok(())
@@ -324,12 +327,12 @@ fn refuse_interval(path: &str, of: &DataType) -> Result<(), Failed> {
         return Ok(());
     }
     Err(Failed::Words(format!(
-        "`{path}` is an interval, which Parquet can't hold: write cast({path} as varchar) in the query, or use \
-         `--format arrow`"
+        "`{path}` is an interval, which Parquet cannot store: use cast({path} as varchar) in the query, or \
+         use `--format arrow`"
     )))
 }
 
-/// The type in which Parquet holds the values of a type that it does not have.
+/// Returns the type in which Parquet stores values of a type that it lacks.
 fn parquet_type(of: &DataType) -> DataType {
     match of {
         DataType::Timestamp(TimeUnit::Second, zone) => {
@@ -341,15 +344,15 @@ fn parquet_type(of: &DataType) -> DataType {
     }
 }
 
-/// The schema with the types that every reader of Parquet and Arrow knows: no views, no dictionaries, and
-/// in the place of a simple type the one that `simple` gives.
+/// Returns the schema with types that every reader of Parquet and Arrow supports: without views and
+/// dictionaries, and with simple types replaced by the result of `simple`.
 fn with_plain_types(schema: &SchemaRef, simple: fn(&DataType) -> DataType) -> SchemaRef {
     let fields = schema.fields().iter();
     let fields: Fields = fields.map(|field| plain_field(field, simple)).collect();
     Arc::new(Schema::new_with_metadata(fields, schema.metadata().clone()))
 }
 
-/// Nullable, as what a query computes may be.
+/// Returns the field with its plain type, and nullable, as computed columns may be.
 fn plain_field(field: &FieldRef, simple: fn(&DataType) -> DataType) -> FieldRef {
     let plain = plain_type(field.data_type(), simple);
     let field = field.as_ref().clone().with_data_type(plain);
@@ -385,7 +388,7 @@ fn plain_type(of: &DataType, simple: fn(&DataType) -> DataType) -> DataType {
     }
 }
 
-/// The rows in the types of a schema; a value that would be lost is an error.
+/// Casts the rows to the types of a schema; a lossy cast is an error.
 fn fitted(batch: &RecordBatch, schema: &SchemaRef) -> Result<RecordBatch, Failed> {
     let options = CastOptions {
         safe: false,
@@ -400,7 +403,7 @@ fn fitted(batch: &RecordBatch, schema: &SchemaRef) -> Result<RecordBatch, Failed
         if !is_fine {
             let name = field.name();
             return Err(Failed::Words(format!(
-                "the column `{name}` has dates with a time of day, which Parquet can't hold: write \
+                "column `{name}` has dates with a time of day, which Parquet cannot store: use \
                  cast({name} as timestamp) in the query, or use `--format arrow`"
             )));
         }

@@ -1,4 +1,4 @@
-//! `pipeline run`.
+//! `pipeline run`: run a pipeline.
 
 use std::io::IsTerminal;
 use std::path::PathBuf;
@@ -19,7 +19,7 @@ use ovchat_pipeline::config::{At, Diagnostic, KeyPath, NOT_FETCHED, Plan, Render
 use ovchat_pipeline::run::{Interrupt, Options, RunError, Summary, run};
 use ovchat_pipeline::stages::{Failure, TableName};
 
-/// Runs a pipeline, or goes on with a run that was stopped; what is done is not done again.
+/// Run a pipeline, or resume an interrupted run; tables that are up to date are reused.
 #[derive(Args)]
 #[command(after_help = "Examples:\n  pipeline run pipelines/dpo.yaml\n  \
     pipeline run pipelines/dpo.yaml --run /data/runs/first --set rounds=1\n  \
@@ -28,23 +28,23 @@ use ovchat_pipeline::stages::{Failure, TableName};
 pub struct Run {
     #[command(flatten)]
     file: PipelineFile,
-    /// The run's folder; runs/<pipeline name> if left out.
+    /// The run's folder [default: runs/<pipeline name>].
     #[arg(long = "run", value_name = "DIR")]
     folder: Option<PathBuf>,
-    /// Stop when this table was made for the first time.
+    /// Stop once this table has been built for the first time.
     #[arg(long, value_name = "TABLE")]
     until: Option<String>,
-    /// How to tell on stderr what the run does.
+    /// The format of progress output on stderr.
     #[arg(long, value_enum, default_value_t = Log::Text)]
     log: Log,
 }
 
-/// How a run tells what it does.
+/// The format of progress output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 enum Log {
-    /// A bar on a terminal, plain lines elsewhere.
+    /// A progress bar on a terminal, plain lines elsewhere.
     Text,
-    /// A JSON object a line.
+    /// One JSON object per line.
     Json,
 }
 
@@ -60,7 +60,7 @@ impl Run {
     fn go(&self, loader: Option<&dyn ModelLoader>) -> Result<(), Failed> {
         let loaded = || load(&self.file.file, &self.file.sets, false);
         let plan = match loaded() {
-            // Nothing is wrong with it.
+            // The pipeline itself is valid.
             Ok(plan) if plan.warnings.iter().any(|one| one.code == NOT_FETCHED) => {
                 self.fetch(&plan)?;
                 loaded().and_then(Plan::fetched)
@@ -102,7 +102,7 @@ impl Run {
             rates: Rates::usual_place(),
         };
         let interrupt = Interrupt::listen()
-            .map_err(|error| Failed::Words(format!("cannot listen to signals: {error}")))?;
+            .map_err(|error| Failed::Words(format!("cannot listen for signals: {error}")))?;
         match self.log {
             Log::Text => {
                 let mut progress = Progress::new(std::io::stderr().is_terminal());
@@ -117,7 +117,7 @@ impl Run {
         }
     }
 
-    /// Fetches weights that a model names on the hub and the hub's cache does not have.
+    /// Fetches the weights that models name on the hub and that are missing from the hub's cache.
     fn fetch(&self, plan: &Plan) -> Result<(), Failed> {
         self.until(plan)?;
         let Some(hub) = Hub::of_environment().map_err(Failed::Words)? else {
@@ -137,7 +137,7 @@ impl Run {
         Ok(())
     }
 
-    /// The command line that does the same again, without `--until`.
+    /// Returns the command line that repeats this run, without `--until`.
     fn command(&self) -> String {
         let file = quoted(&shown(&self.file.file));
         let folder = self
@@ -170,17 +170,17 @@ impl Run {
         match found {
             Some(stage) => Ok(Some(stage.name.clone())),
             None => Err(Failed::Usage(format!(
-                "--until: there is no table `{name}`; the tables are {}",
+                "--until: no table `{name}`; available tables: {}",
                 names()
             ))),
         }
     }
 }
 
-/// The exit code of a run that waits for people.
+/// The exit code of a run that waits for labels.
 const WAITING: u8 = 3;
 
-/// Says how a run ended.
+/// Reports the end of a run as text.
 fn in_text(
     plan: &Plan,
     options: &Options,
@@ -205,17 +205,17 @@ fn in_text(
             }
             let Summary { made, reused } = summary;
             match made {
-                0 => say!("nothing to do: all {reused} tables of {folder} are there"),
-                _ => say!("done: {made} tables made, {reused} there before, in {folder}"),
+                0 => say!("nothing to do: all {reused} tables in {folder} are up to date"),
+                _ => say!("done: {made} built, {reused} up to date, in {folder}"),
             }
             Ok(())
         }
         Err(error) if matches!(*error.failure, Failure::Interrupted) => {
-            say!("stopped; what was made is kept in {folder}, and the same command goes on");
+            say!("interrupted; progress is saved in {folder}; run the same command to resume");
             Err(Failed::Code(interrupt.code() as u8))
         }
         Err(error) if matches!(*error.failure, Failure::Waiting(_)) => {
-            say!("waiting: {error}; the same command goes on then");
+            say!("waiting: {error}; then run the same command to resume");
             Err(Failed::Code(WAITING))
         }
         Err(error) => {
@@ -225,7 +225,7 @@ fn in_text(
     }
 }
 
-/// The same as a line of the log; the report still goes to stdout.
+/// Reports the end of a run as an event of the log; the report still goes to stdout.
 fn in_json(
     plan: &Plan,
     options: &Options,
@@ -280,7 +280,7 @@ fn in_json(
     }
 }
 
-/// A failure, with the stage that asked for it underlined in the pipeline file.
+/// Renders a failure, with its stage underlined in the pipeline file.
 fn underlined(plan: &Plan, error: &RunError) -> String {
     let message = plan.secrets.hide(&error.to_string());
     let Some(stage) = error.stage.as_ref().and_then(|name| plan.stage(name)) else {
@@ -290,7 +290,7 @@ fn underlined(plan: &Plan, error: &RunError) -> String {
         .round
         .map_or_else(String::new, |round| format!(" in round {round}"));
     let diagnostic = Diagnostic::new("run::failed", At::key(KeyPath::default()), message)
-        .label(format!("failed here{round}; what was made before is kept"))
+        .label(format!("failed here{round}; completed work is kept"))
         .placed(stage.place.clone());
     diagnostic.render(RenderStyle::detect(std::io::stderr().is_terminal()))
 }

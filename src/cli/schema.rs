@@ -7,13 +7,13 @@ use super::out::line;
 use ovchat_data::tables::KINDS;
 use ovchat_pipeline::config::{pipeline_schema, table_schema};
 
-/// Prints the JSON Schema of pipeline files, or of a kind of table.
+/// Print the JSON Schema of pipeline files, or of a kind of table.
 #[derive(Args)]
 #[command(
     after_help = "Examples:\n  pipeline schema > pipeline.schema.json\n  pipeline schema candidate"
 )]
 pub struct ShowSchema {
-    /// A kind of table; the pipeline file itself if left out.
+    /// The kind of table [default: the pipeline file itself].
     kind: Option<String>,
 }
 
@@ -23,7 +23,7 @@ impl ShowSchema {
             None => pipeline_schema(),
             Some(kind) => table_schema(kind).ok_or_else(|| {
                 Failed::Usage(format!(
-                    "there is no kind `{kind}`; the kinds are {}",
+                    "unknown kind `{kind}`; available kinds: {}",
                     KINDS.join(", ")
                 ))
             })?,

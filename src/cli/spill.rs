@@ -1,5 +1,5 @@
-//! The folder for what a query of the command line does not hold in memory. It goes with the program,
-//! also by Ctrl-C and SIGTERM; those of programs that were killed go when the next one starts.
+//! The temporary folder into which queries spill. It is removed on exit, also on Ctrl-C and
+//! SIGTERM; folders of killed programs are removed by the next program that starts.
 
 use std::fs::{self, File};
 use std::io;
@@ -14,10 +14,11 @@ use tempfile::TempDir;
 
 use super::Failed;
 
-/// How the names of these folders begin.
+/// The prefix of the names of these folders.
 const PREFIX: &str = "ovchat-sql-";
 
-/// A younger folder may belong to a program that has not locked it yet.
+/// The minimum age of a stale folder: a younger one may belong to a program that has not locked it
+/// yet.
 const YOUNG: Duration = Duration::from_secs(10);
 
 /// The folder of this program while a query runs.
@@ -46,7 +47,7 @@ impl Spill {
         let place = place.display();
         open().map_err(|error| {
             Failed::Words(format!(
-                "there is no folder for temporary files in {place}: {error}; TMPDIR names another place"
+                "cannot create a temporary folder in {place}: {error}; set TMPDIR to use another place"
             ))
         })
     }
@@ -62,11 +63,11 @@ impl Drop for Spill {
     }
 }
 
-/// Ends the program at SIGINT and SIGTERM, whatever it does or waits for, without its folder.
+/// Exits on SIGINT and SIGTERM, whatever the program is doing, and removes its folder.
 pub fn end_at_signals() -> Result<(), Failed> {
     let signals = Signals::new([SIGINT, SIGTERM]);
     let mut signals =
-        signals.map_err(|error| Failed::Words(format!("cannot listen to signals: {error}")))?;
+        signals.map_err(|error| Failed::Words(format!("cannot listen for signals: {error}")))?;
     thread::spawn(move || {
         if let Some(signal) = signals.forever().next() {
             if let Ok(folder) = CURRENT.lock()
@@ -80,7 +81,7 @@ pub fn end_at_signals() -> Result<(), Failed> {
     Ok(())
 }
 
-/// Removes a folder into which a thread may still write.
+/// Removes a folder into which a thread may still be writing.
 fn remove(folder: &Path) {
     for _ in 0..10 {
         if fs::remove_dir_all(folder).is_ok() || !folder.exists() {
@@ -89,7 +90,8 @@ fn remove(folder: &Path) {
     }
 }
 
-/// Removes the folders that no program holds. One that can't be removed is somebody else's.
+/// Removes the folders that no program has locked. Folders of other users cannot be removed, and
+/// stay.
 fn remove_stale(place: &Path) {
     let entries = fs::read_dir(place).into_iter().flatten().flatten();
     let folders = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(PREFIX));

@@ -1,4 +1,4 @@
-//! `pipeline sql`: every table of a run is a view, also while the run goes on.
+//! `pipeline sql`: query the tables of a run with SQL, also while it is running.
 
 use std::io::{BufRead, IsTerminal, Read, Write};
 use std::path::PathBuf;
@@ -17,22 +17,22 @@ use ovchat_pipeline::config::tables_there;
 use ovchat_pipeline::run::LAST_WHOLE;
 use ovchat_query::{self as query, Param, Part, QueryError, QueryTable, View};
 
-/// Answers one SQL query over the tables of a run; tables of all rounds have a column `round`.
+/// Query the tables of a run with SQL; tables of all rounds have a column `round`.
 #[derive(Args)]
 #[command(
     after_help = "Examples:\n  pipeline sql runs/small-world \"select round, avg(reward) from rewards group by round order by round\"\n  \
     pipeline sql runs/small-world \"select * from rejects\" --format json\n  \
     pipeline sql runs/small-world \"select * from rewards\" --format parquet > rewards.parquet\n  \
     pipeline sql runs/small-world < question.sql\n  \
-    pipeline sql runs/small-world \"show tables\"\n\nWithout a query it reads queries from the terminal, each ended by `;`."
+    pipeline sql runs/small-world \"show tables\"\n\nWithout a query, an interactive prompt reads queries, each ended by `;`."
 )]
 pub struct Sql {
     /// The run: its folder, or its name below runs/.
     run: PathBuf,
-    /// The query; read from stdin if left out.
+    /// The query [default: read from stdin].
     query: Option<String>,
-    /// Read new versions of tables that are begun, or that an expectation refused, in place of the tables
-    /// that they are to replace.
+    /// Read staged versions (unfinished, or refused by an expectation) in place of the tables that
+    /// they will replace.
     #[arg(long)]
     staged: bool,
     #[command(flatten)]
@@ -57,15 +57,15 @@ impl Sql {
         }
         if self.rows.is_binary() {
             return Err(Failed::Usage(
-                "a file has the rows of one query: give it after the run, or on stdin".to_owned(),
+                "--format writes the rows of one query to a file; pass the query as an argument or on stdin".to_owned(),
             ));
         }
         self.converse(&folder)
     }
 
-    /// Reads and answers queries until the end of the input.
+    /// Reads and answers queries until the end of input.
     fn converse(&self, folder: &std::path::Path) -> Result<(), Failed> {
-        say!("end a query with `;`, leave with Ctrl-D; try: show tables;");
+        say!("end a query with `;`, exit with Ctrl-D; try: show tables;");
         let mut query = String::new();
         loop {
             eprint!("{}", if query.is_empty() { "sql> " } else { "...> " });
@@ -76,7 +76,7 @@ impl Sql {
                 return Ok(());
             }
             if query.trim_end().ends_with(';') {
-                // Opened anew, so that what a running pipeline makes meanwhile is seen.
+                // Reopened each time, so that tables built in the meantime are visible.
                 let run = read_run(folder)?;
                 if let Err(failed) = self.answer(&run, query.trim_end().trim_end_matches(';')) {
                     say!("error: {failed}");
@@ -107,7 +107,7 @@ impl Sql {
     }
 }
 
-/// Prints what a query over some tables says.
+/// Prints the result of a query over some tables.
 pub fn show<W: Write + Send>(
     query: &str,
     params: &[(&str, Param)],
@@ -144,7 +144,7 @@ fn print<W: Write + Send>(
     writer.expect("the header comes first").finish()
 }
 
-/// Runs a query over all that there is in a run: its tables, and the views of its report.
+/// Runs a query over everything in a run: its tables, and the views of its report.
 pub fn ask(
     run: &RunFolder,
     query: &str,
@@ -156,7 +156,7 @@ pub fn ask(
     query::run(query, &[], &tables, &views, Some(spill.path()), sink)
 }
 
-/// The views of the pipeline of the last whole run, or of the last one where there is none.
+/// Returns the views of the pipeline of the last complete run, or else of the last run.
 fn report_views(source: &serde_json::Value) -> Vec<View> {
     let of_last = source[LAST_WHOLE]["views"].as_array();
     let views = of_last.or_else(|| source["views"].as_array());
@@ -170,7 +170,7 @@ fn report_views(source: &serde_json::Value) -> Vec<View> {
     views.into_iter().flatten().filter_map(view).collect()
 }
 
-/// A table of a run in one round, for queries of our own.
+/// Returns a table of a run in one round, for built-in queries.
 pub fn run_table(run: &RunFolder, table: &str, round: Option<u32>) -> Result<QueryTable, Failed> {
     let schema = run.schema(table, round)?;
     let schema = schema
@@ -183,8 +183,8 @@ pub fn run_table(run: &RunFolder, table: &str, round: Option<u32>) -> Result<Que
     })
 }
 
-/// Every table that the manifest lists, with the rounds it has so far; staged versions in place of the
-/// current ones, if asked for.
+/// Returns every table in the manifest, with its rounds so far; with `with_staged`, staged versions
+/// replace the current ones.
 fn tables(run: &RunFolder, with_staged: bool) -> Result<Vec<QueryTable>, Failed> {
     let manifest = run.manifest();
     let staged: &[TableVersion] = if with_staged { &manifest.staged } else { &[] };
@@ -241,7 +241,7 @@ fn tables(run: &RunFolder, with_staged: bool) -> Result<Vec<QueryTable>, Failed>
     Ok(tables)
 }
 
-/// The files of JSON lines in a folder.
+/// Returns the JSON Lines files in a folder.
 fn lines_in(folder: &std::path::Path) -> Vec<TableFile> {
     let entries = std::fs::read_dir(folder).into_iter().flatten();
     let mut files: Vec<_> = entries

@@ -1,4 +1,4 @@
-//! `pipeline status`: how far a run is, from another shell too.
+//! `pipeline status`: show the progress of a run, also from another shell.
 
 use std::path::PathBuf;
 
@@ -11,7 +11,7 @@ use super::{Failed, read_run, run_folder};
 use ovchat_data::store::{TableVersion, lock_holder};
 use ovchat_pipeline::run::stale;
 
-/// Says what a run has made so far and whether it is running.
+/// Show what a run has built so far, and if it is running.
 #[derive(Args)]
 #[command(
     after_help = "Examples:\n  pipeline status runs/small-world\n  pipeline status small-world --format json"
@@ -56,10 +56,7 @@ impl Status {
             "{:<24} {:>6} {:>10} {:>10} {:>8} {:>8} {:>12} {:>12}  state",
             "table", "round", "rows", "expected", "faulty", "dropped", "time", "expected"
         ))?;
-        let staged = manifest
-            .staged
-            .iter()
-            .map(|made| (made, " of a new version"));
+        let staged = manifest.staged.iter().map(|made| (made, " (new version)"));
         for (made, of) in manifest.made.iter().map(|made| (made, "")).chain(staged) {
             let round = made
                 .round
@@ -71,7 +68,7 @@ impl Status {
                 (false, None, _) => format!("{} parts{of}", made.parts.len()),
             };
             let changed = if stale.contains(&made) {
-                "; its inputs have changed"
+                "; stale: its inputs changed"
             } else {
                 ""
             };

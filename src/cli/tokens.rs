@@ -1,4 +1,4 @@
-//! How many tokens prompts take, counted as the networks will, for `pipeline plan`.
+//! Token counts of prompts, as the networks will see them, for `pipeline plan`.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -18,64 +18,66 @@ use ovchat_pipeline::config::{At, Diagnostic, KeyPath, Plan, PlannedStage};
 use ovchat_pipeline::run::{Action, Forecast};
 use ovchat_pipeline::stages::{StageSpec, TableName, turns};
 
-/// Rows that are counted; a plan should take a second, and the first so many tell enough.
+/// The number of rows that are counted: planning should take about a second, and this sample is
+/// large enough.
 const COUNTED_MAX: usize = 20_000;
 
-/// Pictures that are kept in memory.
+/// The number of images that are kept in memory.
 const IMAGES_KEPT: usize = 256;
 
-/// The tokens of the rows that a stage reads with a network, pictures included.
+/// The tokens of the rows that a stage reads with a network, including images.
 pub struct TokenCounts {
     stage: String,
-    /// What a row is: `prompt` or `pair`.
+    /// The kind of row: `prompt` or `pair`.
     row: &'static str,
     rows: usize,
-    /// Whether there are more rows than were counted.
+    /// True if there are more rows than were counted.
     is_sample: bool,
-    /// Whether the run would read these very rows.
+    /// True if the run would read exactly these rows.
     is_current: bool,
     sum: usize,
     shortest: usize,
     longest: usize,
-    /// The id of the longest.
+    /// The id of the longest row.
     longest_id: String,
-    /// The most that are learned of one, and the largest share of one that is.
+    /// The largest number of trained tokens in a row, and the largest share of a row that is
+    /// trained.
     learned: usize,
     learned_share: f64,
-    /// Rows that leave no room for an answer of `room` tokens.
+    /// The number of rows that leave no room for `room` new tokens.
     too_long: usize,
     context: usize,
     room: usize,
 }
 
-/// What a stage reads, and how it is counted.
+/// The table that a stage reads, and the method of counting it.
 struct Reading<'a> {
     table: &'a TableName,
     counter: Counter,
-    /// Tokens that are wanted behind it.
+    /// The number of new tokens wanted after the row.
     room: usize,
 }
 
 enum Counter {
-    /// Prompts that are answered.
+    /// Prompts to sample from.
     Prompts(LlavaOnevisionProcessor),
-    /// What is written about prompts and answers of no tokens.
+    /// Judge prompts about prompts, with empty responses.
     Questions(LlavaOnevisionProcessor, Box<JudgePrompt>),
-    /// Answers that are learned.
-    Lessons(LlavaOnevisionProcessor, TrainOn),
-    /// The same, by the base of a reward model.
-    BaseLessons(LlavaRlhfProcessor, TrainOn),
-    /// Both answers of a pair, as they are judged: what they begin with alike counts once.
+    /// SFT examples of a policy.
+    Examples(LlavaOnevisionProcessor, TrainOn),
+    /// SFT examples of the base of a reward model.
+    BaseExamples(LlavaRlhfProcessor, TrainOn),
+    /// Both responses of a pair, as they are judged: their common prefix counts once.
     Pairs(LlavaRlhfProcessor),
 }
 
 /// The tokens of a row.
 struct Count {
-    /// All that are read.
+    /// All tokens that are read.
     tokens: usize,
-    /// How many of them are learned.
+    /// The number of trained tokens.
     learned: usize,
-    /// Those that the context has to hold.
+    /// The number of tokens that the context has to hold.
     longest: usize,
 }
 
@@ -89,7 +91,7 @@ impl Count {
     }
 }
 
-/// A row, whatever its table.
+/// A row of any of these tables.
 struct Counted {
     id: String,
     prompt: models::ChatPrompt,
@@ -99,14 +101,14 @@ struct Counted {
 impl Counter {
     fn context(&self) -> usize {
         match self {
-            Self::Prompts(prep) | Self::Questions(prep, _) | Self::Lessons(prep, _) => {
+            Self::Prompts(prep) | Self::Questions(prep, _) | Self::Examples(prep, _) => {
                 prep.context()
             }
-            Self::BaseLessons(prep, _) | Self::Pairs(prep) => prep.context(),
+            Self::BaseExamples(prep, _) | Self::Pairs(prep) => prep.context(),
         }
     }
 
-    /// The tokens of a row.
+    /// Counts the tokens of a row.
     fn count(&self, row: &Counted) -> Result<Count, RowFault> {
         let example = |learned| SftExample {
             id: &row.id,
@@ -132,14 +134,14 @@ impl Counter {
                 };
                 Count::of(prep.count(&asked)?)
             }
-            Self::Lessons(prep, learned) => {
+            Self::Examples(prep, learned) => {
                 let (text, places) = prep.spoken(&example(*learned))?;
                 Count {
                     learned: all(places),
                     ..Count::of(text.ids.len())
                 }
             }
-            Self::BaseLessons(prep, learned) => {
+            Self::BaseExamples(prep, learned) => {
                 let (text, places) = prep.spoken(&example(*learned))?;
                 Count {
                     learned: all(places),
@@ -200,7 +202,7 @@ impl Counter {
     }
 }
 
-/// The prompt of a pair, and its answers.
+/// Returns the prompt of a pair, and its responses.
 fn asked_and_answered(pair: Pair) -> (Prompt, Vec<String>) {
     let prompt = Prompt {
         row_key: pair.row_key,
@@ -217,7 +219,8 @@ fn asked_and_answered(pair: Pair) -> (Prompt, Vec<String>) {
     (prompt, vec![pair.chosen, pair.rejected])
 }
 
-/// The pictures of a run; those read last are kept, for rows about one picture lie together.
+/// The images of a run; the last ones read are cached, because rows with the same image are
+/// adjacent.
 struct ImageStore {
     images: Images,
     read: HashMap<String, EncodedImage>,
@@ -241,8 +244,8 @@ impl ImageStore {
     }
 }
 
-/// What a stage reads with a network; `None` where that is not known, or a folder can't be read, which
-/// is what the check complains about.
+/// Returns the rows that a stage reads with a network. `None` if they are unknown, or if a folder
+/// cannot be read, which `check` reports.
 fn reading<'a>(plan: &'a Plan, stage: &'a PlannedStage) -> Option<Reading<'a>> {
     let policy = |spec: &ModelSpec| match spec.clone().opened() {
         ModelSpec::LlavaOnevision(spec) => LlavaOnevisionProcessor::open(&spec.weights).ok(),
@@ -259,22 +262,22 @@ fn reading<'a>(plan: &'a Plan, stage: &'a PlannedStage) -> Option<Reading<'a>> {
             room: sample.max_new_tokens.get() as usize,
         },
         StageSpec::Score(score) => {
-            let asking = plan.models[&score.judge].asking()?;
+            let prompt_settings = plan.models[&score.judge].prompt_settings()?;
             let backing_model = &plan.models[plan.backing_model(&score.judge)];
             Reading {
                 table: score.prompts.as_ref()?,
                 counter: {
-                    let judge_prompt = JudgePrompt::open(asking).ok()?;
+                    let judge_prompt = JudgePrompt::open(prompt_settings).ok()?;
                     Counter::Questions(policy(backing_model)?, Box::new(judge_prompt))
                 },
-                // A reply that is cut off may still be read.
+                // A truncated reply may still be parsed.
                 room: 1,
             }
         }
         StageSpec::TrainSft(train) => {
             let spec = &plan.models[&train.model];
-            let examples = policy(spec).map(|prep| Counter::Lessons(prep, train.answers));
-            let base = || Some(Counter::BaseLessons(judge(spec)?, train.answers));
+            let examples = policy(spec).map(|prep| Counter::Examples(prep, train.answers));
+            let base = || Some(Counter::BaseExamples(judge(spec)?, train.answers));
             Reading {
                 table: &train.prompts,
                 counter: examples.or_else(base)?,
@@ -290,16 +293,18 @@ fn reading<'a>(plan: &'a Plan, stage: &'a PlannedStage) -> Option<Reading<'a>> {
     })
 }
 
-/// How many rows are counted.
+/// The number of rows to count.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Extent {
-    /// As many as tell what a stage takes.
+    /// As many as are needed for an estimate.
     Enough,
-    /// Up to the first that fits, of the stages that a run would make: whether there is one.
+    /// Up to the first row that fits, for the stages that a run would build: tests whether there is
+    /// one.
     UntilOneFits,
 }
 
-/// Counts the rows of every stage that reads them with a network, where its table is there already.
+/// Counts the rows of every stage that reads them with a network, if its input table exists
+/// already.
 pub fn count(
     plan: &Plan,
     folder: &Path,
@@ -364,7 +369,7 @@ pub fn count(
                     tokens.is_sample = true;
                     break 'rows;
                 }
-                // What can't be counted is set aside when it is sampled.
+                // A row that cannot be counted is rejected when it is sampled.
                 if let Ok(count) = counter.count(&row) {
                     tokens.add(&count, &row.id);
                 }
@@ -378,7 +383,7 @@ pub fn count(
 }
 
 impl TokenCounts {
-    /// Whether they are of what this stage reads.
+    /// Returns true if these are the counts of this stage's input.
     pub fn is_of(&self, stage: &str) -> bool {
         self.stage == stage
     }
@@ -387,13 +392,13 @@ impl TokenCounts {
         self.longest
     }
 
-    /// The most tokens that are learned of rows of so many tokens that go side by side.
+    /// Returns the largest number of trained tokens in a packed batch of `tokens` tokens.
     pub fn learned_of(&self, tokens: usize) -> usize {
         let share = (self.learned_share * tokens as f64) as usize;
         share.max(self.learned)
     }
 
-    /// The row that takes most, in words.
+    /// Describes the longest row.
     pub fn worst(&self) -> String {
         let Self {
             row,
@@ -425,7 +430,7 @@ impl TokenCounts {
     }
 }
 
-/// A line for each stage.
+/// Formats one line per stage.
 pub fn render(all: &[TokenCounts]) -> String {
     let mut text = String::new();
     for tokens in all {
@@ -442,24 +447,24 @@ pub fn render(all: &[TokenCounts]) -> String {
             ..
         } = tokens;
         if text.is_empty() {
-            text.push_str("\ntokens of a row, its pictures included\n");
+            text.push_str("\ntokens per row, including images\n");
         }
         let of = if tokens.is_sample { "the first " } else { "" };
         let mean = tokens.sum / rows;
         let mut line = format!(
-            "  {stage:<20} {of}{rows} {row}s: {shortest} to {longest}, {mean} on average; the longest is \
+            "  {stage:<20} {of}{rows} {row}s: {shortest} to {longest}, mean {mean}; the longest is \
              `{longest_id}`"
         );
         match (too_long, room) {
             (0, _) => {}
             (_, 0) => write!(
                 line,
-                "; {too_long} do not fit the context of {context} and stop the training"
+                "; {too_long} exceed the context of {context} and stop the training"
             )
             .expect(ANY_TEXT),
             _ => write!(
                 line,
-                "; {too_long} leave no room for {room} more in the context of {context} and will be set aside"
+                "; {too_long} leave no room for {room} new tokens in the context of {context} and will be rejected"
             )
             .expect(ANY_TEXT),
         }
@@ -469,7 +474,7 @@ pub fn render(all: &[TokenCounts]) -> String {
     text
 }
 
-/// Complaints about stages none of whose rows fits.
+/// Returns diagnostics for stages none of whose rows fits.
 pub fn refusals(plan: &Plan, all: &[TokenCounts]) -> Vec<(TableName, Diagnostic)> {
     let known = all
         .iter()
@@ -486,18 +491,18 @@ pub fn refusals(plan: &Plan, all: &[TokenCounts]) -> Vec<(TableName, Diagnostic)
                 room,
                 ..
             } = tokens;
-            let message = format!("`{}` has no {row} that fits into the context", stage.name);
+            let message = format!("no {row} of `{}` fits into the context", stage.name);
             let label = match room {
-                0 => format!("the shortest of {rows} takes {shortest} tokens of {context}"),
+                0 => format!("the shortest of {rows} has {shortest} tokens, and the context is {context}"),
                 room => format!(
-                    "the shortest of {rows} takes {shortest} tokens, and with {room} more that is over {context}"
+                    "the shortest of {rows} has {shortest} tokens, which with {room} new tokens exceeds the context of {context}"
                 ),
             };
             let help = match stage.spec {
                 StageSpec::Sample(_) => {
-                    "lower `max_new_tokens`, or use smaller pictures or shorter prompts"
+                    "lower `max_new_tokens`, or use smaller images or shorter prompts"
                 }
-                _ => "use smaller pictures or shorter texts",
+                _ => "use smaller images or shorter texts",
             };
             let diagnostic = Diagnostic::new("plan::context", At::key(KeyPath::default()), message);
             let diagnostic = diagnostic.label(label).help(help).placed(stage.place.clone());
@@ -506,9 +511,9 @@ pub fn refusals(plan: &Plan, all: &[TokenCounts]) -> Vec<(TableName, Diagnostic)
         .collect()
 }
 
-const ANY_TEXT: &str = "a string takes any text";
+const ANY_TEXT: &str = "writing to a string does not fail";
 
-/// The same for programs.
+/// Returns the counts as JSON.
 pub fn to_json(all: &[TokenCounts]) -> Value {
     let one = |tokens: &TokenCounts| {
         json!({

@@ -1,4 +1,5 @@
-//! `pipeline verify` and `pipeline repair`: what is there is what was written, or it is made again.
+//! `pipeline verify` and `pipeline repair`: check the integrity of a run's files, and quarantine
+//! corrupt ones.
 
 use std::path::{Path, PathBuf};
 
@@ -9,7 +10,7 @@ use super::out::{Output, line, say};
 use super::{Failed, run_folder};
 use ovchat_data::store::{Flaw, Manifest, RunFolder, TableVersion};
 
-/// Reads every file of a run and compares it with its SHA-256. Exit code 1 if something differs.
+/// Verify the SHA-256 checksum of every file of a run. Exits with code 1 on a mismatch.
 #[derive(Args)]
 #[command(
     after_help = "Examples:\n  pipeline verify runs/small-world\n  pipeline verify small-world --format json"
@@ -21,7 +22,7 @@ pub struct Verify {
     output: Output,
 }
 
-/// Restores a damaged manifest, and puts files aside that are not what was written; the next run makes again
+/// Repair a run: restore a damaged manifest and quarantine corrupt files; the next run rebuilds
 /// what they were part of.
 #[derive(Args)]
 #[command(after_help = "Example:\n  pipeline repair runs/small-world")]
@@ -61,12 +62,12 @@ impl Verify {
         }
         let shown = folder.display();
         if flaws.is_empty() {
-            say!("{shown}: all files are what was written");
+            say!("{shown}: all checksums match");
             return Ok(());
         }
         say!(
-            "{shown}: {} damaged; `pipeline repair {shown}` puts them aside, and the next `pipeline run` makes \
-             again what it needs of them",
+            "{shown}: {} damaged; run `pipeline repair {shown}` to quarantine them, then `pipeline run` to \
+             rebuild what is missing",
             counted(flaws.len())
         );
         Err(Failed::Code(1))
@@ -91,13 +92,13 @@ impl Repair {
         if found == 0 {
             say!("{shown}: nothing to repair");
         } else {
-            say!("{shown}: repaired; the next `pipeline run` makes again what is missing");
+            say!("{shown}: repaired; the next `pipeline run` rebuilds what is missing");
         }
         Ok(())
     }
 }
 
-/// Fails if files of some versions of a run are not what was written, before they go elsewhere.
+/// Fails if files of the given versions are corrupt, before they are copied elsewhere.
 pub fn refuse_flaws<'m>(
     run: &RunFolder,
     versions: impl IntoIterator<Item = &'m TableVersion>,
@@ -112,7 +113,7 @@ pub fn refuse_flaws<'m>(
         more => format!(" (and {} more)", counted(more)),
     };
     Err(Failed::Words(format!(
-        "{}: {problem}{others}; nothing was written. Run the pipeline again, which makes it again",
+        "{}: {problem}{others}; nothing was written. Run the pipeline again to rebuild it",
         run.root().join(Path::new(file)).display()
     )))
 }

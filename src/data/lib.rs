@@ -1,5 +1,5 @@
-//! Tables: the row types and their Arrow columns ([`tables`]), and the folder of a run in which they lie as
-//! Parquet files under a manifest ([`store`]).
+//! Row types and storage of tables: the rows and their Arrow columns ([`tables`]), and the run
+//! folder that stores them as Parquet files under a manifest ([`store`]).
 
 pub mod store;
 pub mod tables;

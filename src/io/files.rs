@@ -1,6 +1,5 @@
-//! Reading the files that a user names: regular files and nothing else. Opening a FIFO blocks until
-//! something writes to it, and a device may never end. And files that the program itself adds lines to, and
-//! folders that a power loss leaves where they are.
+//! Reading files that a user names, appending to line files, and durable folders. Only regular
+//! files are read: opening a FIFO blocks until a writer appears, and a device may never end.
 
 mod caught;
 pub mod lines;
@@ -14,10 +13,11 @@ use std::sync::{Arc, OnceLock};
 
 pub use caught::caught;
 
-/// Opens a regular file for reading. Anything else is an error that says what it is.
+/// Opens a regular file for reading. For anything else, the error names the kind of file.
 pub fn open(path: &Path) -> io::Result<File> {
-    // Opening a device can already change its state, so it is looked at first; what took its place in
-    // between is refused below, without waiting for it.
+    // Opening a device can change its state, so the metadata is checked first. If the file is
+    // replaced in between, the second check rejects the new one; `O_NONBLOCK` keeps the open from
+    // blocking.
     regular(&path.metadata()?)?;
     let file = OpenOptions::new()
         .read(true)
@@ -27,16 +27,16 @@ pub fn open(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-/// The content of a regular file.
+/// Reads a regular file.
 pub fn read(path: &Path) -> io::Result<Vec<u8>> {
     read_at_most(path, FILE_MAX)
 }
 
-/// The content of a regular file that must not have more than so many bytes.
+/// Reads a regular file of at most `most` bytes.
 pub fn read_at_most(path: &Path, most: u64) -> io::Result<Vec<u8>> {
     let mut file = open(path)?;
     let too_large = || {
-        let problem = format!("it has more than {} MB", most >> 20);
+        let problem = format!("it is larger than {} MB", most >> 20);
         io::Error::new(io::ErrorKind::FileTooLarge, problem)
     };
     let length = file.metadata()?.len();
@@ -44,7 +44,7 @@ pub fn read_at_most(path: &Path, most: u64) -> io::Result<Vec<u8>> {
         return Err(too_large());
     }
     let mut bytes = Vec::with_capacity(length.min(PIECE) as usize);
-    // Some files have more than they say.
+    // Some files, such as those in /proc, are longer than their reported size.
     while file.by_ref().take(PIECE).read_to_end(&mut bytes)? > 0 {
         if bytes.len() as u64 > most {
             return Err(too_large());
@@ -56,7 +56,7 @@ pub fn read_at_most(path: &Path, most: u64) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// The content of a regular file of UTF-8 text.
+/// Reads a regular file as UTF-8 text.
 pub fn read_to_string(path: &Path) -> io::Result<String> {
     let bytes = read_at_most(path, TEXT_MAX)?;
     String::from_utf8(bytes).map_err(|_| {
@@ -65,33 +65,33 @@ pub fn read_to_string(path: &Path) -> io::Result<String> {
     })
 }
 
-/// The bytes that a file may have which is read as a whole: a picture, a list.
+/// The maximum size in bytes of a file that is read as a whole, such as an image or a list.
 const FILE_MAX: u64 = 4 << 30;
 
-/// The bytes that a text may have which somebody wrote: a pipeline, a template, a query.
+/// The maximum size in bytes of a hand-written text file: a pipeline, a template, a query.
 pub const TEXT_MAX: u64 = 64 << 20;
 
-/// Bytes that are read between two looks at whether somebody asked to stop.
+/// Bytes read between two checks of the stop flag.
 const PIECE: u64 = 8 << 20;
 
 static STOP: OnceLock<Arc<AtomicBool>> = OnceLock::new();
 
-/// Ends the reading of large files, here and wherever [`stopped`] is asked, when the flag is raised. The
-/// first flag of a program counts.
+/// Registers the flag that interrupts reads of large files, here and wherever [`stopped`] is
+/// checked. Only the first registered flag is used.
 pub fn stop_when(flag: Arc<AtomicBool>) {
     let _ = STOP.set(flag);
 }
 
-/// Whether somebody asked to stop.
+/// True if a stop was requested.
 pub fn stopped() -> bool {
     STOP.get().is_some_and(|flag| flag.load(Ordering::Relaxed))
 }
 
 fn stop() -> io::Error {
-    io::Error::other("somebody asked to stop")
+    io::Error::other("interrupted")
 }
 
-/// A regular file that is read piece by piece, until somebody asks to stop.
+/// A reader of a regular file that fails once a stop is requested.
 pub struct Stream(File);
 
 impl Stream {
@@ -109,7 +109,7 @@ impl Read for Stream {
     }
 }
 
-/// The kind of a file that is neither regular nor a directory, with its article: `a FIFO`.
+/// The kind of a file that is neither a regular file nor a folder, with its article: `a FIFO`.
 pub fn special(metadata: &Metadata) -> Option<&'static str> {
     let kind = metadata.file_type();
     if kind.is_file() || kind.is_dir() {
@@ -123,7 +123,7 @@ pub fn special(metadata: &Metadata) -> Option<&'static str> {
     }
 }
 
-/// The folder in which a file lies.
+/// Returns the folder that contains a file.
 pub fn folder_of(path: &Path) -> &Path {
     let folder = path
         .parent()
@@ -131,7 +131,7 @@ pub fn folder_of(path: &Path) -> &Path {
     folder.unwrap_or(Path::new("."))
 }
 
-/// Creates a folder and those above it that are missing, so that a power loss takes none of them away.
+/// Creates a folder and its missing ancestors, synced so that they survive a power loss.
 pub fn create_folder(folder: &Path) -> io::Result<()> {
     if folder.is_dir() {
         return Ok(());
@@ -144,7 +144,7 @@ pub fn create_folder(folder: &Path) -> io::Result<()> {
     }
 }
 
-/// Makes new files, renames and removals in a folder survive a power loss.
+/// Syncs a folder, so that new files, renames and removals in it survive a power loss.
 pub fn sync_folder(folder: &Path) -> io::Result<()> {
     File::open(folder)?.sync_all()
 }
@@ -186,7 +186,7 @@ mod tests {
         assert_eq!(read_at_most(&text, 5).unwrap(), b"words");
         let large = read_at_most(&text, 4).unwrap_err();
         assert_eq!(large.kind(), io::ErrorKind::FileTooLarge);
-        // It says that it has no bytes.
+        // Its reported size is 0.
         assert!(
             !read_to_string(Path::new("/proc/self/status"))
                 .unwrap()

@@ -1,5 +1,6 @@
-//! What every other crate reads and writes through: files that a user names ([`files`]), secrets that leave in
-//! no text ([`mask`]), and strangers' text on a terminal ([`visible`](mod@visible)).
+//! File access, secret masking and terminal-safe text for all other crates: reading files that
+//! users name ([`files`]), removing secrets from text ([`mask`]), and escaping untrusted text for
+//! terminals ([`visible`](mod@visible)).
 
 pub mod files;
 pub mod mask;

@@ -1,4 +1,4 @@
-//! Secret values, and the text that they are taken out of before it leaves the program.
+//! Masking of secret values in text before it leaves the program.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -9,7 +9,8 @@ use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD_NO_PAD, URL_SAFE_NO_PAD};
 use memchr::memmem;
 
-/// The shortest value, in characters, that may be a key. Shorter ones would be found in any text.
+/// The minimum length, in characters, of a value that is treated as a secret. Shorter values would
+/// match in any text.
 pub const SECRET_MIN: usize = 6;
 
 /// The shortest form, in bytes, that is also found where escapes or line breaks are in it.
@@ -21,8 +22,9 @@ const DECODED_TIMES: usize = 3;
 /// The most bytes that a text has for each byte of a form that it holds: `\\\\u0026` and a line break.
 const BYTES_A_BYTE: usize = 16;
 
-/// Replaces secret values by the names of the variables that hold them: as they are, percent-encoded, in
-/// base64 or hex, as JSON escapes them, and broken into lines.
+/// A mask that replaces secret values with the names of the environment variables that hold them.
+/// It matches them verbatim, percent-encoded, in base64 or hex, JSON-escaped, and broken across
+/// lines.
 #[derive(Clone, Default)]
 pub struct Mask {
     /// The longest first.
@@ -39,9 +41,9 @@ struct Form {
 }
 
 impl Mask {
-    /// Hides values of variables of the environment, each with its name. A value that is shorter than
-    /// [`SECRET_MIN`] is hidden only as it is; of less than four letters, only where it stands alone: `7` in
-    /// `7`, not in `17`.
+    /// Creates a mask for pairs of a variable's name and value. A value shorter than [`SECRET_MIN`]
+    /// is matched only verbatim; a value of fewer than four characters only as a separate word: `7`
+    /// in `7`, not in `17`.
     pub fn new<'a>(secrets: impl IntoIterator<Item = (&'a str, &'a str)>) -> Self {
         let mut all: Vec<(String, String)> = Vec::new();
         for (name, value) in secrets {
@@ -121,7 +123,8 @@ impl Mask {
     }
 }
 
-/// Where `text` has `form`: one of less than four letters, only where it stands alone.
+/// Returns the byte ranges of `form` in `text`. A form of fewer than four characters matches only
+/// as a separate word.
 fn matches<'a>(text: &'a str, form: &'a str) -> impl Iterator<Item = Range<usize>> + 'a {
     let is_short = form.chars().count() < 4;
     text.match_indices(form).filter_map(move |(start, _)| {
@@ -234,7 +237,7 @@ fn escape(bytes: &[u8]) -> (Escape, usize) {
     }
 }
 
-/// The forms in which text may hold a value.
+/// Returns the encoded forms in which a text may contain a value.
 fn forms(value: &str) -> BTreeSet<String> {
     let mut forms = BTreeSet::from([value.to_owned()]);
     for json in [escaped(value, false), escaped(value, true)] {
@@ -242,7 +245,8 @@ fn forms(value: &str) -> BTreeSet<String> {
         forms.insert(json);
     }
     for is_plain in [
-        // All but what RFC 3986 leaves as it is, and what programs leave beside that.
+        // The unreserved characters of RFC 3986, then the sets that common programs leave
+        // unescaped.
         (|byte: u8| b"-._~".contains(&byte)) as fn(u8) -> bool,
         |byte| b"-._~!*'()".contains(&byte),
         |byte| b"-._~/".contains(&byte),
@@ -254,8 +258,8 @@ fn forms(value: &str) -> BTreeSet<String> {
         forms.insert(upper.replace("%20", "+"));
         forms.insert(upper);
     }
-    // In base64 a text has three forms, by where in three bytes it begins; a longer text shares these
-    // characters.
+    // Base64 encodes a value in three ways, depending on its offset within a group of three bytes.
+    // A longer text that contains the value shares these characters.
     for before in 0..3 {
         let mut bytes = vec![0; before];
         bytes.extend(value.as_bytes());
@@ -271,36 +275,37 @@ fn forms(value: &str) -> BTreeSet<String> {
     forms
 }
 
-/// A text as JSON has it between its quotes, in ASCII if asked for.
+/// Escapes a text as in a JSON string, without the quotes. If `is_ascii`, non-ASCII characters
+/// become `\u` escapes.
 fn escaped(value: &str, is_ascii: bool) -> String {
-    let json = serde_json::to_string(value).expect("a text is valid JSON");
+    let json = serde_json::to_string(value).expect("strings serialize");
     let mut escaped = String::new();
     for c in json[1..json.len() - 1].chars() {
         if c.is_ascii() || !is_ascii {
             escaped.push(c);
         } else {
             for unit in c.encode_utf16(&mut [0; 2]) {
-                write!(escaped, "\\u{unit:04x}").expect("a string takes any text");
+                write!(escaped, "\\u{unit:04x}").expect("writing to a string cannot fail");
             }
         }
     }
     escaped
 }
 
-/// A text as it stands in an address.
+/// Percent-encodes a text, as in a URL.
 fn percent(value: &str, is_plain: fn(u8) -> bool) -> String {
     let mut encoded = String::new();
     for byte in value.bytes() {
         if byte.is_ascii_alphanumeric() || is_plain(byte) {
             encoded.push(char::from(byte));
         } else {
-            write!(encoded, "%{byte:02X}").expect("a string takes any text");
+            write!(encoded, "%{byte:02X}").expect("writing to a string cannot fail");
         }
     }
     encoded
 }
 
-/// The same with small letters behind each `%`.
+/// Converts the hex digits of percent escapes to lower case.
 fn lower_hex(encoded: &str) -> String {
     let mut lower = String::new();
     let mut left = 0;
@@ -362,7 +367,7 @@ mod tests {
         let lines = STANDARD.encode(format!("user:{key}"));
         let hidden = mask.hide(&format!("{}\n{}\n", &lines[..30], &lines[30..]));
         assert!(hidden.contains("${env:KEY}"), "{hidden}");
-        // Few characters meet by chance.
+        // Short values could match by chance.
         assert_eq!(mask.hide("123\n4567"), "123\n4567");
         // A value that ends in a line break is printed without it, one of several lines line by line.
         let mask = Mask::new([

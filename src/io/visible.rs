@@ -1,11 +1,11 @@
-//! Text of strangers as a terminal may show it: from files, models and endpoints can come escape
-//! sequences, which terminals obey, and marks that turn the direction of writing around.
+//! Escaping of untrusted text for terminals. Text from files, models and endpoints may contain
+//! escape sequences, which terminals execute, and bidirectional controls.
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
 
-/// The text with what would not be seen as itself written out as JSON does: `\u001b`. So a JSON text means what
-/// it meant. Newlines and tabs stay.
+/// Escapes invisible and control characters as JSON does: `\u001b`. A JSON text keeps its meaning.
+/// Newlines and tabs are kept.
 pub fn visible(text: &str) -> Cow<'_, str> {
     if !text.contains(is_hidden) {
         return Cow::Borrowed(text);
@@ -20,14 +20,15 @@ pub fn visible(text: &str) -> Cow<'_, str> {
             shown.push_str("\\r");
         } else {
             for unit in letter.encode_utf16(&mut [0; 2]) {
-                write!(shown, "\\u{unit:04x}").expect("a string takes any text");
+                write!(shown, "\\u{unit:04x}").expect("writing to a string cannot fail");
             }
         }
     }
     Cow::Owned(shown)
 }
 
-/// The same, with as many bytes before and after each letter, for text of which places are known.
+/// Replaces invisible and control characters with visible ones of the same UTF-8 length, so that
+/// byte offsets into the text stay valid.
 pub fn visible_in_place(text: &str) -> Cow<'_, str> {
     if !text.contains(is_hidden) {
         return Cow::Borrowed(text);
@@ -50,20 +51,20 @@ pub fn visible_in_place(text: &str) -> Cow<'_, str> {
     Cow::Owned(shown)
 }
 
-/// Bytes that should be text: those that are none are written out, as `\xff`.
+/// Decodes bytes as UTF-8 and escapes them for a terminal. Invalid bytes become `\xff`.
 pub fn visible_bytes(bytes: &[u8]) -> String {
     let mut shown = String::new();
     for chunk in bytes.utf8_chunks() {
         shown.push_str(&visible(chunk.valid()));
         for byte in chunk.invalid() {
-            write!(shown, "\\x{byte:02x}").expect("a string takes any text");
+            write!(shown, "\\x{byte:02x}").expect("writing to a string cannot fail");
         }
     }
     shown
 }
 
-/// Controls of terminals and of the direction of writing, the separators that Unicode has for lines, and
-/// letters without width that can hide words.
+/// True for terminal and bidirectional controls, Unicode line separators, and zero-width characters
+/// that can hide text.
 fn is_hidden(letter: char) -> bool {
     match letter {
         '\n' | '\t' => false,

@@ -1,9 +1,10 @@
-//! Tells this crate which libtorch the programs are built against: its folder and version.
+//! Build script that records the folder and version of the libtorch that the programs are built
+//! against.
 
 use std::fs;
 use std::path::Path;
 
-/// The files of a libtorch that say its version, each with what stands before it and behind it.
+/// Files of a libtorch that contain its version, each with the text before and after it.
 const VERSION_FILES: [(&str, &str, &str); 3] = [
     ("build-version", "", "\n"),
     ("version.py", "__version__ = '", "'"),
@@ -20,7 +21,7 @@ fn main() {
     if let Some(libtorch) = std::env::var_os("LIBTORCH") {
         let libtorch = Path::new(&libtorch);
         let lib = libtorch.join("lib");
-        // `pipeline` looks here, too, before it starts the engine.
+        // `pipeline` also searches this folder before it starts the engine.
         println!("cargo:rustc-env=OVCHAT_LIBTORCH={}", lib.display());
         if let Some(version) = version(libtorch) {
             println!("cargo:rustc-env=OVCHAT_LIBTORCH_VERSION={version}");
@@ -28,7 +29,7 @@ fn main() {
     }
 }
 
-/// The version of the libtorch in a folder.
+/// Returns the version of the libtorch in a folder.
 fn version(libtorch: &Path) -> Option<String> {
     VERSION_FILES.iter().find_map(|(name, before, behind)| {
         let path = libtorch.join(name);

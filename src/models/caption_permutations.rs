@@ -1,7 +1,8 @@
-//! A judge that hears a picture's captions in several orders.
+//! A judge that averages another judge's scores over several orders of an image's captions.
 //!
 //! LLaVA-RLHF's training shows the captions in a random order (github llava-rlhf/LLaVA-RLHF,
-//! `RLHF/data_utils`), so a reward depends on it; the mean over some orders depends on it less.
+//! `RLHF/data_utils`), so rewards depend on the order; the mean over several orders depends on it
+//! less.
 
 use std::collections::HashMap;
 use std::num::NonZeroU32;
@@ -13,7 +14,7 @@ use super::{
     AnswerGroup, ChatPrompt, Emit, Judge, JudgeScore, ModelError, ModelTelemetry, RowFault,
 };
 
-/// Another judge, asked once for each of some orders of the captions; the first is that of the file.
+/// A judge that calls another judge once per caption order; the first order is the given one.
 pub struct CaptionPermutations {
     judge: Box<dyn Judge>,
     orders: NonZeroU32,
@@ -72,13 +73,13 @@ impl Judge for CaptionPermutations {
     }
 }
 
-/// The prompt with its captions in the order of this number; 0 is that in which they stand.
+/// Returns the prompt with its captions in order number `order`; 0 is the given order.
 fn in_order(prompt: &ChatPrompt, order: u32) -> ChatPrompt {
     let mut prompt = prompt.clone();
     if let Some(captions) = &mut prompt.captions
         && order > 0
     {
-        // By a hash of number and caption: the same wherever and whenever it is drawn.
+        // Sorted by a hash of number and caption, so that an order is the same everywhere.
         captions.sort_by_cached_key(|caption| Sha256::digest(format!("{order} {caption}")));
     }
     prompt
@@ -99,7 +100,7 @@ fn mean(all: Vec<Result<Vec<JudgeScore>, RowFault>>) -> Result<Vec<JudgeScore>, 
 mod tests {
     use super::*;
 
-    /// Scores by the first caption.
+    /// A judge that scores by the first caption.
     struct First;
 
     impl Judge for First {
@@ -166,7 +167,7 @@ mod tests {
         assert_eq!(
             bits(scored(1)),
             bits([1.0, 5.0, 0.0]),
-            "one order is that of the file"
+            "one order is the given one"
         );
         let many = scored(400);
         assert!((many[0] - 4.0).abs() < 0.5, "{many:?}");

@@ -1,5 +1,5 @@
-//! The files of a checkpoint, read without opening a tensor: configs, shards, names and shapes of tensors, sizes in
-//! memory, and the conversion between the layouts of transformers and LLaVA-NeXT.
+//! The files of a checkpoint, read without loading tensors: configs, shards, names and shapes of
+//! tensors, memory sizes, and the conversion between the layouts of transformers and LLaVA-NeXT.
 
 pub(crate) mod config;
 pub(crate) mod conversion;
@@ -25,13 +25,13 @@ pub use shards::{Element, Shards, TensorInfo, TensorLocation, write_pickle};
 
 use crate::ModelError;
 
-/// A file of a checkpoint is missing or does not say what it must.
+/// A missing or invalid file of a checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{}: {problem}", path.display())]
 pub struct CheckpointError {
-    /// The file, or the folder when a file is missing from it.
+    /// The file, or the folder that lacks a file.
     pub path: PathBuf,
-    /// What is wrong, and the way out where there is one.
+    /// The problem, and the fix if there is one.
     pub problem: String,
 }
 
@@ -44,7 +44,7 @@ impl CheckpointError {
     }
 
     pub(crate) fn io(path: &Path, error: &std::io::Error) -> Self {
-        Self::new(path, format!("can't be read: {error}"))
+        Self::new(path, format!("cannot be read: {error}"))
     }
 }
 

@@ -1,4 +1,4 @@
-//! A judge that replies in writing: what it is asked is text, and so is what it says.
+//! Judges that reply in text: sending judge prompts and turning replies into scores.
 
 use std::collections::HashMap;
 use std::ops::ControlFlow;
@@ -13,18 +13,18 @@ use super::{
 };
 use ovchat_io::files;
 
-/// A question to a writer.
+/// A request to a [`Writer`].
 #[derive(Debug, Clone)]
 pub struct Request {
-    /// The pictures, and the text as the question.
+    /// The images, and the judge prompt as the question.
     pub prompt: ChatPrompt,
-    /// How often it was asked before and the reply could not be read.
+    /// Earlier attempts whose replies were not readable.
     pub attempt: u32,
 }
 
-/// Something that replies to text about pictures.
+/// A model that replies in text to text and images.
 pub trait Writer {
-    /// Emits a reply to each request, in any order; fewer, when the listener wants no more.
+    /// Emits a reply to each request, in any order; stops early if the listener asks it to.
     fn reply(
         &mut self,
         requests: &[Request],
@@ -32,21 +32,21 @@ pub trait Writer {
         listener: &mut Listener<'_>,
     ) -> Result<ModelTelemetry, ModelError>;
 
-    /// How it goes about it, in words.
+    /// Describes batch sizes and settings, if there is something to tell.
     fn plan(&self) -> Option<String>;
 }
 
-/// A policy as a writer: greedy the first time, drawing at random after that.
+/// A [`Writer`] on top of a policy: greedy on the first attempt, sampling at random on retries.
 pub struct PolicyWriter {
     policy: Box<dyn Policy>,
     max_new_tokens: usize,
 }
 
 impl PolicyWriter {
-    pub fn new(policy: Box<dyn Policy>, asking: &JudgePromptSettings) -> Self {
+    pub fn new(policy: Box<dyn Policy>, prompt_settings: &JudgePromptSettings) -> Self {
         Self {
             policy,
-            max_new_tokens: asking.max_new_tokens.0.get() as usize,
+            max_new_tokens: prompt_settings.max_new_tokens.0.get() as usize,
         }
     }
 }
@@ -81,22 +81,22 @@ impl Writer for PolicyWriter {
     }
 }
 
-/// A judge that a writer speaks for.
+/// A judge that reads its scores from the replies of a [`Writer`].
 pub struct Critic {
     writer: Box<dyn Writer>,
     judge_prompt: JudgePrompt,
     retries: u32,
 }
 
-/// What is asked about a group of answers.
+/// The comparisons of a group of answers.
 struct Case {
-    /// Distinct answers: the place of each in the group, and how often it comes.
+    /// Distinct answers: the index of each in the group, and its multiplicity.
     distinct: Vec<(usize, usize)>,
-    /// Where among `distinct` each answer of the group stands.
+    /// For each answer of the group, its index in `distinct`.
     places: Vec<usize>,
-    /// What is shown, by numbers of distinct answers, and the reply with its scores.
+    /// The judge prompts: indices of distinct answers, and the reply with its scores.
     asks: Vec<Ask>,
-    /// Asks without a readable reply.
+    /// Number of judge prompts without a readable reply.
     open: usize,
     is_done: bool,
 }
@@ -107,12 +107,15 @@ struct Ask {
 }
 
 impl Critic {
-    /// Fails, in words, when the asking can't be read.
-    pub fn open(writer: Box<dyn Writer>, asking: &JudgePromptSettings) -> Result<Self, String> {
+    /// Opens a judge. Fails, with a message, if the judge prompt cannot be loaded.
+    pub fn open(
+        writer: Box<dyn Writer>,
+        prompt_settings: &JudgePromptSettings,
+    ) -> Result<Self, String> {
         Ok(Self {
             writer,
-            judge_prompt: JudgePrompt::open(asking)?,
-            retries: asking.retries.0,
+            judge_prompt: JudgePrompt::open(prompt_settings)?,
+            retries: prompt_settings.retries.0,
         })
     }
 
@@ -162,7 +165,7 @@ impl Critic {
         };
         let text = self.judge_prompt.text(group.prompt, shown);
         let text = text.map_err(RowFault)?;
-        // What is drawn depends on what is asked and on nothing beside it.
+        // The seed depends only on the text and the attempt.
         let digest = Sha256::digest(format!("{attempt} {text}"));
         let seed = digest[..8].try_into().map(u64::from_le_bytes);
         Ok(Request {
@@ -183,7 +186,7 @@ impl Critic {
         })
     }
 
-    /// The rewards of a group whose replies are all there.
+    /// Computes the rewards of a group with all replies.
     fn scores(&self, case: &Case) -> Vec<JudgeScore> {
         let count = case.distinct.len();
         let mut rewards = vec![0.0; count];
@@ -255,8 +258,8 @@ impl Judge for Critic {
     ) -> Result<ModelTelemetry, ModelError> {
         let mut cases: Vec<Case> = groups.iter().map(|group| self.case(group)).collect();
         let mut telemetry = ModelTelemetry::default();
-        // Answers that are all equal are worth the same without a question. One answer alone has nothing
-        // to be compared with: its sum of differences would be 0, and mean nothing.
+        // Answers that are all equal get equal rewards without a call. A single answer has nothing
+        // to be compared with: its sum of differences would be a meaningless 0.
         for (index, case) in cases.iter_mut().enumerate() {
             if case.open == 0 {
                 case.is_done = true;
@@ -287,7 +290,7 @@ impl Judge for Critic {
                             requests.push(request);
                             of.push((index, number));
                         }
-                        // A template that was given up says nothing about its prompt.
+                        // An interrupted rendering is not a fault of the prompt.
                         Err(_) if files::stopped() => return Ok(telemetry),
                         Err(fault) => {
                             cases[index].is_done = true;
@@ -332,7 +335,7 @@ impl Judge for Critic {
                 };
                 case.is_done = true;
                 let flow = match outcome {
-                    // Rewards are computed when the writer is free again.
+                    // Rewards are computed once the writer is no longer borrowed.
                     Ok(()) => {
                         ready.push(index);
                         ControlFlow::Continue(())
@@ -349,7 +352,7 @@ impl Judge for Critic {
                     return Ok(telemetry);
                 }
             }
-            // Nobody wants what would be asked next.
+            // The listener needs no further replies.
             if stopped || (listener.stopping)() {
                 return Ok(telemetry);
             }
@@ -362,16 +365,16 @@ impl Judge for Critic {
     }
 }
 
-/// The fault of a prompt with a single answer, where answers are compared.
+/// The fault of a prompt with a single answer in pairwise mode.
 fn alone() -> RowFault {
     RowFault(
-        "the judge compares the answers to a prompt with each other (`mode: pairwise`), and this prompt has \
-         one; sample at least two, or use a judge with `mode: pointwise`"
+        "a pairwise judge (`mode: pairwise`) compares at least two answers to a prompt, but this prompt has \
+         one; sample at least two answers, or use a judge with `mode: pointwise`"
             .to_owned(),
     )
 }
 
-/// The longest part of a reply that is shown.
+/// Maximum length of a reply in errors, in characters.
 const SHOWN_MAX: usize = 200;
 
 fn unreadable(reply: &str) -> RowFault {
@@ -379,9 +382,7 @@ fn unreadable(reply: &str) -> RowFault {
     if shown.len() < reply.len() {
         shown.push('…');
     }
-    RowFault(format!(
-        "no verdict can be read in the judge's reply: {shown:?}"
-    ))
+    RowFault(format!("no verdict found in the judge's reply: {shown:?}"))
 }
 
 #[cfg(test)]
@@ -389,7 +390,7 @@ mod tests {
     use super::*;
     use crate::judge_prompt::Retries;
 
-    /// Replies by rule, and counts.
+    /// A writer that replies by rule and counts its calls.
     struct Rule {
         rule: fn(&str, u32) -> String,
         asked: std::rc::Rc<std::cell::Cell<usize>>,
@@ -423,7 +424,7 @@ mod tests {
     );
 
     fn scored(mode: Mode, rule: fn(&str, u32) -> String, answers: &[&[&str]]) -> Scored {
-        let asking = JudgePromptSettings {
+        let prompt_settings = JudgePromptSettings {
             mode,
             retries: Retries(1),
             ..JudgePromptSettings::default()
@@ -433,7 +434,7 @@ mod tests {
             rule,
             asked: std::rc::Rc::clone(&asked),
         };
-        let mut critic = Critic::open(Box::new(writer), &asking).unwrap();
+        let mut critic = Critic::open(Box::new(writer), &prompt_settings).unwrap();
         let prompt = ChatPrompt {
             id: "p".to_owned(),
             images: Vec::new(),
@@ -454,7 +455,7 @@ mod tests {
             .collect();
         let mut all = vec![None; groups.len()];
         let telemetry = critic.score(&groups, &mut |index, scores| {
-            assert!(all[index].is_none(), "each group once");
+            assert!(all[index].is_none(), "each group is emitted once");
             all[index] = Some(scores);
             ControlFlow::Continue(())
         });
@@ -462,7 +463,7 @@ mod tests {
         (all, telemetry.unwrap(), asked.get())
     }
 
-    /// The length of each answer that is shown.
+    /// Returns the length of each answer in the judge prompt.
     fn lengths(question: &str) -> Vec<usize> {
         let lines = question.lines();
         let shown = lines.filter_map(|line| line.split_once("nswer: "));
@@ -473,7 +474,7 @@ mod tests {
     fn in_pairs_the_reward_is_the_sum_of_differences_over_both_orders() {
         let rule = |question: &str, _: u32| {
             let shown = lengths(question);
-            // The second one of two gets one point more.
+            // The second of two answers gets one more point.
             format!("{} {}", shown[0], shown[1] + 1)
         };
         let (scores, telemetry, asked) =
@@ -481,7 +482,8 @@ mod tests {
         let scores = scores[0].as_ref().unwrap();
         assert_eq!(asked, 6, "three distinct answers, both orders");
         assert_eq!(telemetry.retries, 0);
-        // By hand: a (1) against bbb (3) is -3 when first and -1 when second; against cccc -4, -2.
+        // By hand: a (1) against bbb (3) is -3 when shown first and -1 when second; against cccc
+        // -4, -2.
         let rewards: Vec<f32> = scores.iter().map(|score| score.reward).collect();
         assert_eq!(rewards, [-10.0, 4.0 * 2.0 - 2.0, -10.0, 6.0 * 2.0 + 2.0]);
         assert_eq!(scores[0].flips, Some(0.0));
@@ -535,7 +537,7 @@ mod tests {
         let fault = scores[2].as_ref().unwrap_err();
         assert_eq!(
             fault.0,
-            "no verdict can be read in the judge's reply: \"It is good.\""
+            "no verdict found in the judge's reply: \"It is good.\""
         );
         assert_eq!((telemetry.retries, asked), (2, 6));
     }

@@ -1,5 +1,5 @@
-//! Files that no program would write: numbers beyond all bounds, and patterns that never end. Each is
-//! refused with the file's name, or taken, and nothing panics.
+//! Tests that untrusted checkpoint files (numbers out of range, patterns that never finish) are
+//! rejected with the file's name or accepted, and never cause a panic.
 
 use std::fs;
 use std::path::Path;
@@ -15,7 +15,7 @@ use crate::preprocess::tokenizer::PlainTokenizer;
 use crate::test_util::{onevision_folder, reward_folder};
 use crate::{LoraSettings, Optimizer, Tower, Trained};
 
-/// What a program would not write in the place of a size.
+/// Returns values that are invalid or out of range for most settings.
 fn strange() -> Vec<Value> {
     vec![
         json!(0),
@@ -36,7 +36,7 @@ fn strange() -> Vec<Value> {
     ]
 }
 
-/// Pointers to all values below.
+/// Collects JSON pointers to all values below.
 fn pointers(value: &Value, here: &str, found: &mut Vec<String>) {
     let mut below = |key: &str, value: &Value| {
         let pointer = format!("{here}/{key}");
@@ -44,7 +44,7 @@ fn pointers(value: &Value, here: &str, found: &mut Vec<String>) {
         pointers(value, &pointer, found);
     };
     match value {
-        // Of a vocabulary a few.
+        // Only a few entries of a vocabulary.
         Value::Object(map) => {
             let entries = map.iter().take(if map.len() > 50 { 3 } else { map.len() });
             entries.for_each(|(key, value)| below(key, value));
@@ -56,7 +56,7 @@ fn pointers(value: &Value, here: &str, found: &mut Vec<String>) {
     }
 }
 
-/// Gives each value of a JSON file each strange value in turn, and `read`s it.
+/// Replaces each value of a JSON file by each of [`strange`] in turn and calls `read`.
 fn vary(path: &Path, read: &dyn Fn() -> Result<(), CheckpointError>) -> usize {
     let text = fs::read(path).unwrap();
     let file: Value = serde_json::from_slice(&text).unwrap();
@@ -167,7 +167,7 @@ fn the_largest_sizes_of_all_are_counted_without_overflow() {
         .unwrap_err()
         .to_string();
     assert!(
-        error.ends_with("config.json: `text_config.num_hidden_layers` is 1000000000, and more than 1000 is not supported"),
+        error.ends_with("config.json: `text_config.num_hidden_layers` is 1000000000, but at most 1000 is supported"),
         "{error}"
     );
 }

@@ -1,9 +1,9 @@
-//! A writer behind an OpenAI-compatible endpoint (`POST <base_url>/chat/completions`).
+//! Judges behind an OpenAI-compatible endpoint (`POST <base_url>/chat/completions`).
 //!
-//! Every reply is a line of the journal, synced before anybody hears of it, so that no question is
-//! paid for twice, whatever happens to the process. How many calls are under way adapts to what the
-//! endpoint can take: one more with every reply, until it says that this is too many; then half as many,
-//! and one more with every round of replies.
+//! Every reply is appended to the call log and synced before it is used, so no request is paid for
+//! twice even if the process is killed. The number of concurrent calls adapts to the endpoint: it
+//! grows by one with every reply until the endpoint rejects a call as too many; then it is halved,
+//! and grows by one with every round of replies.
 
 mod call_log;
 mod client;
@@ -33,50 +33,54 @@ use super::judge_prompt::JudgePromptSettings;
 use super::{Emit, Exam, Listener, ModelError, ModelTelemetry, Request, Writer};
 use ovchat_io::mask::{Mask, SECRET_MIN};
 
-/// A model behind an OpenAI-compatible endpoint, asked in writing what it thinks of answers.
+/// Settings of a judge behind an OpenAI-compatible endpoint.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Http {
-    /// Where the endpoint's paths start: `https://api.openai.com/v1`, `http://127.0.0.1:8000/v1`.
+    /// Base URL of the endpoint, to which `/chat/completions` is appended:
+    /// `https://api.openai.com/v1`, `http://127.0.0.1:8000/v1`.
     pub base_url: BaseUrl,
-    /// The name by which the endpoint knows the model. It stands for what the model says: rows are kept
-    /// when only `base_url` changes.
+    /// Name of the model at the endpoint. The name identifies the model in keys, so changing only
+    /// `base_url` keeps the rows that were scored.
     pub model: String,
-    /// The environment variable that holds the key. Its value is sent to the endpoint and goes nowhere
-    /// else.
+    /// Environment variable that holds the API key. Default: none, requests carry no key. The key
+    /// is sent only to this endpoint and is masked in logs and files.
     #[serde(default)]
     pub key_env: Option<String>,
-    /// What it is asked, and how its replies are read.
+    /// Judge prompt, and how verdicts are read from the replies. Default: pairwise with the
+    /// built-in prompt.
     #[serde(default)]
     pub ask: JudgePromptSettings,
-    /// The most calls that are under way at once.
+    /// Maximum number of concurrent calls. Default: 8.
     #[serde(default = "defaults::concurrency_max")]
     pub concurrency_max: NonZeroU32,
-    /// Seconds that a call may take.
+    /// Timeout of a call, in seconds. Default: 120.
     #[serde(default = "defaults::timeout_s")]
     pub timeout_s: NonZeroU32,
-    /// How often a call is tried that the endpoint can't take just now, waiting longer each time.
+    /// Maximum number of attempts at a call while the endpoint is unavailable or rate-limited. The
+    /// wait doubles with each attempt, up to two minutes. Default: 8.
     #[serde(default = "defaults::tries")]
     pub tries: NonZeroU32,
-    /// Seconds of the first of these waits, unless the endpoint says how long.
+    /// Wait after the first failed attempt, in seconds. Default: 1. A `Retry-After` header of the
+    /// endpoint takes precedence.
     #[serde(default = "defaults::wait_s")]
     pub wait_s: f64,
-    /// What calls cost, and how much they may in a run.
+    /// Prices of tokens, and a spending limit for the run. Default: no limit.
     #[serde(default)]
     pub spend: Option<Spend>,
-    /// What it must show before it scores.
+    /// Exam on known preferences that the judge must pass before it scores. Default: no exam.
     #[serde(default)]
     pub exam: Option<Exam>,
 }
 
 impl Http {
-    /// The environment variable of the key, if it is not set.
+    /// Returns the environment variable of the key, if it is not set.
     pub fn missing_key(&self) -> Option<&str> {
         let name = self.key_env.as_deref()?;
         key_in(name).is_none().then_some(name)
     }
 
-    /// The environment variable of the key, if what it holds is too short to be one.
+    /// Returns the environment variable of the key, if its value is too short to be a key.
     pub fn short_key(&self) -> Option<&str> {
         let name = self.key_env.as_deref()?;
         let key = key_in(name)?;
@@ -98,7 +102,7 @@ impl Http {
     }
 }
 
-/// The key in an environment variable, which must hold something.
+/// Reads the key from an environment variable, which must not be empty.
 fn key_in(name: &str) -> Option<String> {
     std::env::var(name).ok().filter(|key| !key.is_empty())
 }
@@ -120,22 +124,23 @@ mod defaults {
     }
 }
 
-/// Between two looks at whether the run was asked to stop.
+/// Interval at which the writer checks for an interruption.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
-/// For replies that are on their way when the run is asked to stop. Who asked does not wait for others.
+/// Time that an interrupted run still waits for replies in flight.
 const GRACE: Duration = Duration::from_secs(1);
 
-/// The endpoint as a writer.
+/// A [`Writer`] that calls an endpoint.
 pub struct HttpWriter {
     asker: Arc<EndpointClient>,
-    /// What is to be said before the first question, in words.
+    /// Notes to show before the first request.
     notes: Vec<String>,
 }
 
 impl HttpWriter {
-    /// `journal` is the file of the calls of this run, named after the judge; what is written there and told
-    /// is masked. Fails when the key is not in the environment or the journal can't be opened.
+    /// Opens an endpoint. `journal` is the path of the judge's call log for this run; logged texts
+    /// and notes are masked. Fails if the key is not in the environment or the call log cannot be
+    /// opened.
     pub fn open(spec: &Http, journal: &Path, mask: Mask) -> Result<Self, ModelError> {
         let fails = |problem: String| ModelError::Service {
             url: spec.base_url.calls(),
@@ -145,7 +150,7 @@ impl HttpWriter {
             None => None,
             Some(name) => Some(key_in(name).ok_or_else(|| {
                 fails(format!(
-                    "the environment variable {name} with its key is not set"
+                    "the environment variable {name}, which `key_env` names, is not set"
                 ))
             })?),
         };
@@ -156,7 +161,7 @@ impl HttpWriter {
         }
         if let Some(name) = spec.short_key() {
             return Err(fails(format!(
-                "what {name} holds is shorter than {SECRET_MIN} characters, which no key is"
+                "the value of {name} is shorter than {SECRET_MIN} characters and cannot be an API key"
             )));
         }
         let (endpoint, tls) = Endpoint::open(spec, key, mask.clone()).map_err(fails)?;
@@ -207,7 +212,7 @@ impl Writer for HttpWriter {
             }
             same.push(index);
         }
-        // Those that were replied to before.
+        // Replies that are already in the call log.
         let mut known = Vec::new();
         {
             let journal = lock(&self.asker.journal);
@@ -244,10 +249,10 @@ impl Writer for HttpWriter {
                 Ok(_) => {}
                 Err(error) if number == 0 => {
                     let url = self.asker.endpoint.url().to_owned();
-                    let problem = format!("no thread can be started for a call: {error}");
+                    let problem = format!("cannot start a thread for calls: {error}");
                     return Err(ModelError::Service { url, problem });
                 }
-                // Those that were started ask everything.
+                // The threads already started handle all requests.
                 Err(_) => break,
             }
         }
@@ -284,7 +289,7 @@ impl Writer for HttpWriter {
                 }
             };
             for &same in &of[hashes[index].as_str()] {
-                // Calls under way are still waited for a while, and go to the journal.
+                // Calls in flight still get a short time to finish and enter the call log.
                 if asked_to_stop.is_none() && emit(same, reply.clone()) == ControlFlow::Break(()) {
                     asked_to_stop = Some(Instant::now());
                     work.gate.close();
@@ -301,7 +306,7 @@ impl Writer for HttpWriter {
     fn plan(&self) -> Option<String> {
         let (model, most) = (&self.asker.spec.model, self.asker.spec.concurrency_max);
         Some(format!(
-            "asks {model} at {}, up to {most} calls at once",
+            "{model} at {}, up to {most} concurrent calls",
             self.asker.endpoint.url()
         ))
     }

@@ -1,7 +1,8 @@
-//! `hf://org/name`: weights in the cache of the Hugging Face hub.
+//! `hf://org/name` paths: checkpoints in the Hugging Face cache.
 //!
-//! What `hf download org/name` (or any program that uses the hub) has put into the cache is found there,
-//! also without a network. What is not there, [`Hub::fetch`] puts there, and the other programs find it.
+//! Repositories that `hf download org/name` (or any program that uses the hub) has put into the
+//! cache are found without a network. [`Hub::fetch`] downloads missing ones into the same cache,
+//! where other programs find them.
 
 mod fetch;
 
@@ -15,20 +16,20 @@ use serde_json::Value;
 
 use ovchat_io::files;
 
-/// What such a path begins with.
+/// The prefix of such a path.
 const SCHEME: &str = "hf://";
 
-/// A repository of the hub, and perhaps a revision: `hf://org/name@v1.0`.
+/// A repository of the hub, with an optional revision: `hf://org/name@v1.0`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Repository {
-    /// `org/name`.
+    /// The name: `org/name`.
     pub name: String,
     /// A branch, a tag or a commit.
     pub revision: String,
 }
 
 impl Repository {
-    /// What a path names, if it is one of the hub.
+    /// Parses an `hf://` path; `None` for any other path.
     pub fn of(path: &Path) -> Option<Self> {
         let text = path.to_str()?.strip_prefix(SCHEME)?;
         let (name, revision) = text.split_once('@').unwrap_or((text, "main"));
@@ -38,7 +39,7 @@ impl Repository {
         })
     }
 
-    /// The reason why the hub can have no such repository, or `None`.
+    /// Returns the reason why the name or revision is invalid, or `None` if it is valid.
     pub fn problem(&self) -> Option<String> {
         let parts: Vec<&str> = self.name.split('/').collect();
         if parts.len() == 2 && parts.iter().all(|part| is_hub_name(part)) {
@@ -47,17 +48,14 @@ impl Repository {
             }
             let revision = &self.revision;
             return Some(format!(
-                "`{revision}` is not the name of a branch, a tag or a commit; write `hf://org/name@main`, for one"
+                "`{revision}` is not a valid branch, tag or commit; write, for example, `hf://org/name@main`"
             ));
         }
-        Some(
-            "a repository of the hub is written `hf://org/name` or `hf://org/name@revision`"
-                .to_owned(),
-        )
+        Some("expected `hf://org/name` or `hf://org/name@revision`".to_owned())
     }
 
-    /// The repository that was probably meant by a path which is none: `org/name`, or the address of its
-    /// page.
+    /// Suggests the `hf://` path that was probably meant by another path: `org/name`, or the URL of
+    /// the repository's page.
     pub fn meant(path: &str) -> Option<String> {
         let address = path
             .strip_prefix("https://")
@@ -94,7 +92,7 @@ impl Repository {
         })
     }
 
-    /// The command that fetches it.
+    /// Returns the command that downloads the repository.
     pub fn command(&self) -> String {
         match self.revision.as_str() {
             "main" => format!("hf download {}", self.name),
@@ -102,12 +100,12 @@ impl Repository {
         }
     }
 
-    /// The folder of all its revisions in a cache.
+    /// Returns the folder of all revisions of the repository in a cache.
     fn folder(&self, cache: &Path) -> PathBuf {
         cache.join(format!("models--{}", self.name.replace('/', "--")))
     }
 
-    /// Its folder in a cache, if it is there with its weights.
+    /// Returns the folder of the revision in a cache, if it is there with its weights.
     fn snapshot(&self, cache: &Path) -> Option<PathBuf> {
         if self.problem().is_some() {
             return None;
@@ -132,16 +130,17 @@ fn is_hub_name(name: &str) -> bool {
         && !name.ends_with(['.', '-'])
 }
 
-/// True for the name of a branch, a tag or a commit, by git's rules for names of references: no part of
-/// it leads out of the folder that it is a path in.
+/// True for a valid name of a branch, a tag or a commit, by git's rules for reference names. No
+/// part of it leads out of the folder that it is a path in.
 fn is_revision(name: &str) -> bool {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '+' | '/');
     let is_part = |part: &str| !part.is_empty() && !part.starts_with('.') && !part.ends_with('.');
     name.len() <= 255 && name.chars().all(is_plain) && name.split('/').all(is_part)
 }
 
-/// Whether there are weights in a folder, and, where an index names their files, all of these. Programs
-/// that wanted only a config leave a folder without; of two formats the one that is read here counts.
+/// True if a folder contains weights and, if an index lists their files, all of these. Programs
+/// that needed only a config leave a folder without weights. If both formats are there, the one
+/// that this program reads counts.
 fn has_weights(folder: &Path) -> bool {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     let names: Vec<String> = entries
@@ -178,7 +177,8 @@ fn is_weights(name: &str) -> bool {
     endings.iter().any(|ending| has_ending(name, ending))
 }
 
-/// Where the hub's programs have their things, as `huggingface_hub` decides it (`constants.py`).
+/// Returns the home folder of the Hugging Face programs, as `huggingface_hub` determines it
+/// (`constants.py`).
 fn home(variable: &dyn Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
     if let Some(home) = variable("HF_HOME") {
         return Some(home.into());
@@ -188,7 +188,7 @@ fn home(variable: &dyn Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
     Some(caches?.join("huggingface"))
 }
 
-/// Where they keep what they fetched.
+/// Returns the cache folder of the hub.
 fn cache(variable: &dyn Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
     if let Some(cache) = variable("HF_HUB_CACHE") {
         return Some(cache.into());
@@ -196,8 +196,9 @@ fn cache(variable: &dyn Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
     Some(home(variable)?.join("hub"))
 }
 
-/// A path of the user, which starts at `folder` if it is a relative one. What the hub has is found in
-/// its cache; what it has not keeps its name, for whoever looks for it to say how it is fetched.
+/// Resolves a path from the user: a relative path is joined to `folder`, and an `hf://` path
+/// becomes its folder in the cache. An `hf://` path that is not in the cache stays as it is, so
+/// that the caller can tell how to download it.
 pub fn located(folder: &Path, path: &Path) -> PathBuf {
     let Some(repository) = Repository::of(path) else {
         return folder.join(path);
@@ -206,7 +207,7 @@ pub fn located(folder: &Path, path: &Path) -> PathBuf {
     snapshot.unwrap_or_else(|| path.to_owned())
 }
 
-/// An environment variable that is set to something.
+/// Returns an environment variable that is set and not empty.
 fn variable(name: &str) -> Option<OsString> {
     std::env::var_os(name).filter(|value| !value.is_empty())
 }
@@ -267,7 +268,7 @@ mod tests {
             assert!(repository.problem().is_some(), "{revision}");
             assert_eq!(repository.snapshot(cache.path()), None, "{revision}");
         }
-        // A file of the cache that names no commit leads nowhere, either.
+        // A cache file that does not name a commit must not lead out of the cache, either.
         fs::write(folder.join("refs/main"), "../../victim").unwrap();
         assert_eq!(repository("hf://org/name").snapshot(cache.path()), None);
         for revision in ["main", "v1.0", "refs/pr/3", "0123abc", "feature/a_b-c+d"] {

@@ -1,4 +1,5 @@
-//! Judges that are asked in writing: what they are asked, and how their replies are read.
+//! Judge prompts: rendering the prompt of a judge that replies in text, and reading verdicts from
+//! its replies.
 
 use std::collections::HashSet;
 use std::io;
@@ -17,33 +18,39 @@ use serde::{Deserialize, Serialize};
 use super::{ChatPrompt, ChatRole, ChatTurn};
 use ovchat_io::files;
 
-/// The largest score that is one. Rewards are sums of such numbers in single precision.
+/// Maximum magnitude of a score. Rewards are sums of scores in single precision.
 const SCORE_MAX: f64 = 1e30;
 
-/// How a judge is asked about answers in writing.
+/// Settings of a judge prompt.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct JudgePromptSettings {
-    /// `pairwise`: about every two answers to a prompt, each order once; the reward of an answer is the
-    /// sum of the differences between its score and the other's, and a prompt needs two answers or more.
-    /// `pointwise`: about each answer by itself; the reward is its score.
+    /// Mode of judging: `pairwise` or `pointwise`. Default: `pairwise`.
+    ///
+    /// `pairwise` shows every two answers to a prompt, once in each order; the reward of an answer
+    /// is the sum of the differences between its score and the other answer's. A prompt needs at
+    /// least two answers. `pointwise` shows one answer at a time; its score is the reward.
     pub mode: Mode,
-    /// A file with the text that asks, a minijinja template of `question`, `captions`, `turns` (each
-    /// with `role` and `text`) and `answer` or, in pairs, `first` and `second`. Left out: words of our
-    /// own, which ask for numbers from 1 to 10 and nothing else.
+    /// File with a minijinja template of the judge prompt. Default: the built-in prompt, which asks
+    /// for numbers from 1 to 10 and nothing else.
+    ///
+    /// The template can use `question`, `captions` and `turns` (each with `role` and `text`), and
+    /// must use `answer` (pointwise) or `first` and `second` (pairwise).
     pub template: Option<PathBuf>,
-    /// A regular expression that finds the verdict in a reply by its groups: `score`; `first` and
-    /// `second` (two scores); or `better_first`, `better_second` and `tie`, of which one must match.
-    /// Left out: the reply must begin with one number, or two.
+    /// Regular expression that finds the verdict in a reply. Default: the reply must begin with one
+    /// number (pointwise) or two numbers (pairwise).
+    ///
+    /// Its named groups are `score` (pointwise), `first` and `second` (two scores), or
+    /// `better_first`, `better_second` and `tie`, one of which must match.
     pub verdict: Option<Verdict>,
-    /// The longest reply, in tokens.
+    /// Maximum length of a reply, in tokens. Default: 16.
     pub max_new_tokens: ReplyTokens,
-    /// How often it is asked again, drawing at random, when a reply can't be read. A prompt with a reply
-    /// that can't be read in the end is set aside.
+    /// Number of retries, with sampling at random, if a reply has no readable verdict. Default: 2.
+    /// If the last retry fails as well, the prompt is rejected.
     pub retries: Retries,
 }
 
-/// Whether answers are judged one by one or two by two.
+/// The number of answers that a judge sees at a time.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Mode {
@@ -52,7 +59,7 @@ pub enum Mode {
     Pointwise,
 }
 
-/// Tokens of a reply.
+/// A reply length in tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(transparent)]
 pub struct ReplyTokens(pub NonZeroU32);
@@ -63,7 +70,7 @@ impl Default for ReplyTokens {
     }
 }
 
-/// A count of retries.
+/// A number of retries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(transparent)]
 pub struct Retries(pub u32);
@@ -74,12 +81,12 @@ impl Default for Retries {
     }
 }
 
-/// A regular expression with the groups of a verdict.
+/// A regular expression with the named groups of a verdict.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Verdict(String);
 
-/// The groups that a verdict may have, those of each kind together.
+/// The named groups of each kind of verdict.
 const GROUPS: [&[&str]; 3] = [
     &["score"],
     &["first", "second"],
@@ -91,7 +98,7 @@ impl TryFrom<String> for Verdict {
 
     fn try_from(text: String) -> Result<Self, String> {
         let regex =
-            Regex::new(&text).map_err(|error| format!("not a regular expression: {error}"))?;
+            Regex::new(&text).map_err(|error| format!("invalid regular expression: {error}"))?;
         let named: Vec<&str> = regex.capture_names().flatten().collect();
         let kind = GROUPS
             .iter()
@@ -99,7 +106,7 @@ impl TryFrom<String> for Verdict {
         let is_whole = kind.is_some_and(|kind| kind.len() != 2 || named.len() == 2);
         if !is_whole {
             return Err(
-                "the groups of a verdict are `(?<score>…)`; `(?<first>…)` and `(?<second>…)`; or \
+                "expected the named groups `(?<score>…)`; `(?<first>…)` and `(?<second>…)`; or \
                  `(?<better_first>…)`, `(?<better_second>…)` and `(?<tie>…)`"
                     .to_owned(),
             );
@@ -123,7 +130,7 @@ impl JsonSchema for Verdict {
     }
 }
 
-/// Asks for a number. The words are ours.
+/// The built-in pointwise prompt, which asks for one number.
 const POINTWISE: &str = "\
 How good is an answer to a question about the picture? What is true of the picture counts first, then \
 what helps whoever asked; length and style count nothing.
@@ -132,7 +139,7 @@ Question: {{ question }}
 {% endfor %}Answer: {{ answer }}
 Reply with one number from 1 to 10 and nothing else.";
 
-/// Asks for two numbers. The words are ours.
+/// The built-in pairwise prompt, which asks for two numbers.
 const PAIRWISE: &str = "\
 How good are two answers to a question about the picture? What is true of the picture counts first, \
 then what helps whoever asked; length, style and order count nothing.
@@ -142,19 +149,19 @@ Question: {{ question }}
 Second answer: {{ second }}
 Reply with two numbers from 1 to 10, for the first and for the second answer, and nothing else.";
 
-/// What begins a reply to these.
+/// Default verdicts of the built-in prompts: the number or numbers at the start of a reply.
 const NUMBER: &str = r"^\s*(?<score>-?\d+(?:\.\d+)?)(?:\s*/\s*\d+)?[\s.]*(?:$|\n)";
 const NUMBERS: &str =
     r"^\s*(?<first>-?\d+(?:\.\d+)?)[\s,;]+(?<second>-?\d+(?:\.\d+)?)[\s.]*(?:$|\n)";
 
-/// What is asked about: an answer by itself, or two in the order in which they are shown.
+/// The judged answers: one answer, or two in the order in which they are shown.
 #[derive(Debug, Clone, Copy)]
 pub enum JudgeInput<'a> {
     One(&'a str),
     Two(&'a str, &'a str),
 }
 
-/// An [`JudgePromptSettings`] that was read: its text and its verdict.
+/// A loaded judge prompt: the template and the verdict expression.
 #[derive(Debug)]
 pub struct JudgePrompt {
     pub mode: Mode,
@@ -162,44 +169,45 @@ pub struct JudgePrompt {
     verdict: Regex,
 }
 
-/// The steps that filling a template may take: what comes from a file may never end.
+/// Maximum number of minijinja steps for rendering a template, since a template from a file might
+/// loop forever.
 const STEPS_MAX: u64 = 1_000_000;
 
-/// The bytes of a text that a template makes.
+/// Maximum size of a rendered template, in bytes.
 const TEXT_MAX: usize = 16 << 20;
 
-/// The time between two looks at whether somebody asked to stop while a template is filled.
+/// Interval at which rendering checks for an interruption.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// The name of the template.
+/// The name of the template in the minijinja environment.
 const TEMPLATE: &str = "template";
 
 impl JudgePrompt {
-    /// Fails, in words, when the template can't be read, is none, or misses what is asked about; when
-    /// the verdict has groups that the mode has no use for.
-    pub fn open(asking: &JudgePromptSettings) -> Result<Self, String> {
-        let mode = asking.mode;
+    /// Loads a judge prompt. Fails, with a message, if the template cannot be read or parsed or
+    /// does not use the judged answers, or if the groups of the verdict do not fit the mode.
+    pub fn open(prompt_settings: &JudgePromptSettings) -> Result<Self, String> {
+        let mode = prompt_settings.mode;
         let (usual, usual_verdict, shown): (_, _, &[&str]) = match mode {
             Mode::Pointwise => (POINTWISE, NUMBER, &["answer"]),
             Mode::Pairwise => (PAIRWISE, NUMBERS, &["first", "second"]),
         };
-        let text = match &asking.template {
+        let text = match &prompt_settings.template {
             Some(path) => files::read_to_string(path)
-                .map_err(|error| format!("{}: can't be read: {error}", path.display()))?,
+                .map_err(|error| format!("{}: cannot be read: {error}", path.display()))?,
             None => usual.to_owned(),
         };
-        let named = |problem: String| match &asking.template {
+        let named = |problem: String| match &prompt_settings.template {
             Some(path) => format!("{}: {problem}", path.display()),
             None => problem,
         };
         let mut environment = Environment::new();
         environment.set_undefined_behavior(minijinja::UndefinedBehavior::Strict);
         environment.set_fuel(Some(STEPS_MAX));
-        // It writes as many spaces as it is told to.
+        // `indent` writes any number of spaces in a single step.
         environment.remove_filter("indent");
         environment
             .add_template_owned(TEMPLATE, text)
-            .map_err(|error| named(format!("not a template: {error}")))?;
+            .map_err(|error| named(format!("invalid template: {error}")))?;
         let globals: HashSet<&str> = environment.globals().map(|(name, _)| name).collect();
         let template = environment.get_template(TEMPLATE);
         let used = template
@@ -214,14 +222,14 @@ impl JudgePrompt {
         unknown.sort();
         if let Some(name) = unknown.first() {
             return Err(named(format!(
-                "there is no `{name}` here; a template has {}",
+                "unknown variable `{name}`, expected one of {}",
                 known.join(", ")
             )));
         }
         if let Some(name) = shown.iter().find(|name| !used.contains(**name)) {
-            return Err(named(format!("it never shows `{{{{ {name} }}}}`")));
+            return Err(named(format!("the template never uses `{{{{ {name} }}}}`")));
         }
-        let verdict = asking.verdict.as_ref();
+        let verdict = prompt_settings.verdict.as_ref();
         let verdict = verdict.map_or(usual_verdict, |verdict| verdict.0.as_str());
         let verdict = Regex::new(verdict).map_err(|error| format!("`verdict`: {error}"))?;
         let is_of_one = verdict
@@ -231,9 +239,13 @@ impl JudgePrompt {
         if is_of_one != (mode == Mode::Pointwise) {
             let wanted = match mode {
                 Mode::Pointwise => "`score`",
-                Mode::Pairwise => "two scores or of what is better",
+                Mode::Pairwise => {
+                    "`first` and `second`, or `better_first`, `better_second` and `tie`"
+                }
             };
-            return Err(format!("in this mode `verdict` needs groups of {wanted}"));
+            return Err(format!(
+                "`verdict` must have the named group or groups {wanted} in this mode"
+            ));
         }
         let judge_prompt = Self {
             mode,
@@ -246,8 +258,8 @@ impl JudgePrompt {
         }
     }
 
-    /// The problem of a template that can't be filled, whatever with: one that names something that does not
-    /// exist, or fails with each of several stand-ins.
+    /// Returns the problem of a template that cannot be rendered for any prompt: one that uses an
+    /// unknown name, or that fails for each of several sample prompts.
     fn try_out(&self) -> Option<String> {
         let mut first = None;
         let mut has_worked = false;
@@ -263,12 +275,12 @@ impl JudgePrompt {
             match error.kind() {
                 ErrorKind::OutOfFuel => {
                     return Some(format!(
-                        "filling it takes more than {STEPS_MAX} steps; take out what it repeats"
+                        "rendering takes more than {STEPS_MAX} steps; shorten the template's loops"
                     ));
                 }
                 ErrorKind::TemplateNotFound | ErrorKind::BadInclude => {
                     return Some(format!(
-                        "{error}; a template is one file, and includes no other"
+                        "{error}; a template must be a single file without includes"
                     ));
                 }
                 ErrorKind::UnknownFilter
@@ -277,7 +289,7 @@ impl JudgePrompt {
                 | ErrorKind::UnknownMethod => return Some(error.to_string()),
                 ErrorKind::WriteFailure => {
                     return Some(format!(
-                        "it renders more than {} MB of text; shorten its loops",
+                        "the rendered text is longer than {} MB; shorten the template's loops",
                         TEXT_MAX >> 20
                     ));
                 }
@@ -286,16 +298,16 @@ impl JudgePrompt {
         }
         first.filter(|_| !has_worked).map(|error| {
             format!(
-                "it can't be filled: {error}; `question` and the answers are texts, `captions` a list of texts \
-                 or none, `turns` a list of `role` and `text`"
+                "cannot render the template: {error}; `question` and the answers are strings, `captions` is a list of strings \
+                 or none, `turns` is a list of objects with `role` and `text`"
             )
         })
     }
 
-    /// The text that asks about answers to a prompt.
+    /// Renders the judge prompt for answers to a prompt.
     pub fn text(&self, prompt: &ChatPrompt, shown: JudgeInput<'_>) -> Result<String, String> {
         let text = self.fill(prompt, shown);
-        text.map_err(|error| format!("the template can't be filled: {error}"))
+        text.map_err(|error| format!("cannot render the template: {error}"))
     }
 
     fn fill(&self, prompt: &ChatPrompt, shown: JudgeInput<'_>) -> Result<String, minijinja::Error> {
@@ -316,8 +328,8 @@ impl JudgePrompt {
         let question = &prompt.question;
         let values = context! { question, captions, turns, answer, first, second };
         let environment = Arc::clone(&self.environment);
-        // On a thread of its own: a step is short or, with a filter over a long list, is not, and the
-        // first Ctrl-C must end the wait for it.
+        // Rendering gets a thread of its own: a single step can take long (a filter over a long
+        // list), and the first Ctrl-C must end the wait for it.
         let (done, rendered) = mpsc::channel();
         thread::spawn(move || {
             let mut text = Bounded(Vec::new());
@@ -333,7 +345,7 @@ impl JudgePrompt {
                 Err(ended) => {
                     let problem = match ended {
                         RecvTimeoutError::Timeout => "interrupted",
-                        RecvTimeoutError::Disconnected => "it panicked",
+                        RecvTimeoutError::Disconnected => "the template engine panicked",
                     };
                     return Err(minijinja::Error::new(ErrorKind::InvalidOperation, problem));
                 }
@@ -341,8 +353,8 @@ impl JudgePrompt {
         }
     }
 
-    /// The scores in a reply: of the answer, or of the first and the second. All verdicts in it must be
-    /// the same; `None` if there is none, or if they are not.
+    /// Reads the scores in a reply: of the answer, or of the first and the second answer. `None` if
+    /// there is no verdict, or if several verdicts differ.
     pub fn read(&self, reply: &str) -> Option<[f64; 2]> {
         let mut found: Option<[f64; 2]> = None;
         for captures in self.verdict.captures_iter(reply) {
@@ -370,14 +382,14 @@ impl JudgePrompt {
     }
 }
 
-/// The text that a template makes, up to [`TEXT_MAX`].
+/// The rendered text, limited to [`TEXT_MAX`] bytes.
 struct Bounded(Vec<u8>);
 
 impl io::Write for Bounded {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if self.0.len() + bytes.len() > TEXT_MAX {
             return Err(io::Error::other(format!(
-                "the text is longer than {} MB",
+                "the rendered text is longer than {} MB",
                 TEXT_MAX >> 20
             )));
         }
@@ -390,8 +402,8 @@ impl io::Write for Bounded {
     }
 }
 
-/// Prompts with and without all that a prompt may have, whose texts can be split and read as numbers, each
-/// with a text for its answers.
+/// Returns sample prompts with and without each optional part, whose texts can be split and parsed
+/// as numbers, each with a sample answer.
 fn stand_ins() -> impl Iterator<Item = (ChatPrompt, &'static str)> {
     let texts = ["some", "7", "a | b | c, d; e: f / g - h\n\ni\tj\n1. k"];
     texts.into_iter().flat_map(|text| {
@@ -441,7 +453,7 @@ mod tests {
         }
     }
 
-    fn asking(
+    fn prompt_settings(
         mode: Mode,
         template: Option<&str>,
         verdict: Option<&str>,
@@ -453,18 +465,18 @@ mod tests {
             path
         });
         let verdict = verdict.map(|text| Verdict::try_from(text.to_owned()).unwrap());
-        let asking = JudgePromptSettings {
+        let prompt_settings = JudgePromptSettings {
             mode,
             template,
             verdict,
             ..JudgePromptSettings::default()
         };
-        (asking, folder)
+        (prompt_settings, folder)
     }
 
     #[test]
     fn our_own_words_show_what_is_judged_and_read_numbers_strictly() {
-        let (pairs, _) = asking(Mode::Pairwise, None, None);
+        let (pairs, _) = prompt_settings(Mode::Pairwise, None, None);
         let pairs = JudgePrompt::open(&pairs).unwrap();
         let text = pairs
             .text(&prompt(), JudgeInput::Two("A cat.", "A dog."))
@@ -481,14 +493,14 @@ mod tests {
         ] {
             assert_eq!(pairs.read(reply), scores, "{reply}");
         }
-        let (points, _) = asking(Mode::Pointwise, None, None);
+        let (points, _) = prompt_settings(Mode::Pointwise, None, None);
         let points = JudgePrompt::open(&points).unwrap();
         for (reply, score) in [
             ("7", Some(7.0)),
             ("7/10.", Some(7.0)),
             ("7 or 8", None),
             ("good", None),
-            // Single precision would make it infinite.
+            // In single precision this would be infinite.
             ("1000000000000000000000000000000000000000", None),
         ] {
             assert_eq!(points.read(reply).map(|[score, _]| score), score, "{reply}");
@@ -498,12 +510,12 @@ mod tests {
     #[test]
     fn verdicts_in_words_must_not_contradict_themselves() {
         let words = "(?i)(?<better_first>first response is better)|(?<better_second>second response is better)|(?<tie>equally good)";
-        let (asking, _folder) = asking(
+        let (prompt_settings, _folder) = prompt_settings(
             Mode::Pairwise,
             Some("{{ first }} or {{ second }}?"),
             Some(words),
         );
-        let asked = JudgePrompt::open(&asking).unwrap();
+        let asked = JudgePrompt::open(&prompt_settings).unwrap();
         assert_eq!(
             asked.text(&prompt(), JudgeInput::Two("a", "b")).unwrap(),
             "a or b?"
@@ -524,47 +536,47 @@ mod tests {
                 Mode::Pairwise,
                 Some("{{ first }} or {{ secnd }}?"),
                 None,
-                "there is no `secnd` here",
+                "unknown variable `secnd`",
             ),
             (
                 Mode::Pairwise,
                 Some("{{ first }}?"),
                 None,
-                "it never shows `{{ second }}`",
+                "the template never uses `{{ second }}`",
             ),
-            (Mode::Pointwise, Some("{{ answer"), None, "not a template"),
+            (Mode::Pointwise, Some("{{ answer"), None, "invalid template"),
             (
                 Mode::Pointwise,
                 Some("{{ answer.text }}"),
                 None,
-                "it can't be filled: undefined value",
+                "cannot render the template: undefined value",
             ),
             (
                 Mode::Pointwise,
                 Some("{{ answer + 1 }}"),
                 None,
-                "it can't be filled: invalid operation",
+                "cannot render the template: invalid operation",
             ),
             (
                 Mode::Pointwise,
                 None,
                 Some("(?<tie>x)"),
-                "`verdict` needs groups of `score`",
+                "`verdict` must have the named group or groups `score`",
             ),
         ] {
-            let (asking, _folder) = asking(mode, template, verdict);
-            let problem = JudgePrompt::open(&asking).unwrap_err();
+            let (prompt_settings, _folder) = prompt_settings(mode, template, verdict);
+            let problem = JudgePrompt::open(&prompt_settings).unwrap_err();
             assert!(problem.contains(diagnostic), "{problem}");
         }
-        // What fits some prompts only is filled when they come.
+        // A template that renders only for some prompts is accepted here.
         for template in [
             "{{ answer|int }}",
             "{{ turns[3].text }} {{ answer }}",
             "{{ captions[4] }} {{ answer }}",
             "{{ (question|split('|')|list)[2] }} {{ answer }}",
         ] {
-            let (asking, _folder) = asking(Mode::Pointwise, Some(template), None);
-            assert!(JudgePrompt::open(&asking).is_ok(), "{template}");
+            let (prompt_settings, _folder) = prompt_settings(Mode::Pointwise, Some(template), None);
+            assert!(JudgePrompt::open(&prompt_settings).is_ok(), "{template}");
         }
         assert!(Verdict::try_from("(?<first>1)".to_owned()).is_err());
         assert!(Verdict::try_from("7".to_owned()).is_err());

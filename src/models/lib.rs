@@ -1,8 +1,8 @@
-//! What a model promises: text and pictures in, text and numbers out.
+//! The interface of models: text and images in, text and numbers out.
 //!
-//! No tensors and no tables cross this line, so the dataflow builds and runs without libtorch and
-//! the networks without Arrow. All traits take many rows at once: an implementation batches and
-//! shares as it likes, and hands each row's result to `emit` as soon as it is known.
+//! No tensors and no tables cross this interface, so the dataflow builds and runs without libtorch
+//! and the networks without Arrow. All traits take many rows at once: an implementation batches and
+//! shares work as it likes, and hands each row's result to `emit` as soon as it is known.
 
 pub mod checkpoint;
 pub mod preprocess;

@@ -1,19 +1,20 @@
-//! libtorch before it is loaded: its version, and the environment that it starts with.
+//! Settings of libtorch before it is loaded: its version and its environment variables.
 
 use std::fs;
 use std::path::Path;
 
-/// The version that this program was built against, as far as the libtorch of the build had one.
+/// The version of libtorch that this program was built against, if the libtorch of the build had
+/// one.
 pub const BUILT_AGAINST: Option<&str> = option_env!("OVCHAT_LIBTORCH_VERSION");
 
-/// The folder of libraries that it was built against.
+/// The folder of the libraries that this program was built against.
 pub const BUILT_WITH: Option<&str> = option_env!("OVCHAT_LIBTORCH");
 
-/// The variable in which `pipeline` names those of [`environment`] that it set, so that programs of
-/// the user do not inherit them.
+/// The environment variable in which `pipeline` lists those of [`environment`] that it has set, so
+/// that user programs do not inherit them.
 pub const SET_HERE: &str = "OVCHAT_LIBTORCH_SETTINGS";
 
-/// A variable of the environment that libtorch reads, with the value that it gets here.
+/// An environment variable that libtorch reads, with the value to set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Setting {
     pub name: &'static str,
@@ -22,16 +23,16 @@ pub struct Setting {
     older: Option<&'static str>,
 }
 
-/// What libtorch must find in its environment when it starts.
+/// The environment variables that libtorch needs when it starts.
 const SETTINGS: [Setting; 2] = [
-    // On Hopper and later, attention goes to cuDNN first, which builds a plan for every new length
-    // (0.02 to 0.5 s). Here nearly every prompt has a length of its own.
+    // On Hopper and later, attention defaults to cuDNN, which builds a plan for every new length
+    // (0.02 to 0.5 s). Here nearly every prompt has a different length.
     Setting {
         name: "TORCH_CUDNN_SDPA_DEPRIORITIZED",
         value: "1",
         older: None,
     },
-    // Lengths differ from batch to batch, so blocks of fixed size would leave holes in the memory.
+    // Lengths differ from batch to batch, so blocks of fixed size would fragment the memory.
     Setting {
         name: "PYTORCH_ALLOC_CONF",
         value: "expandable_segments:True",
@@ -39,7 +40,7 @@ const SETTINGS: [Setting; 2] = [
     },
 ];
 
-/// The settings that the user has not set to something else.
+/// Returns the settings that the user has not overridden.
 pub fn environment(is_set: &dyn Fn(&str) -> bool) -> Vec<Setting> {
     let is_free = |setting: &&Setting| {
         !is_set(setting.name) && !setting.older.is_some_and(|older| is_set(older))
@@ -47,13 +48,13 @@ pub fn environment(is_set: &dyn Fn(&str) -> bool) -> Vec<Setting> {
     SETTINGS.iter().filter(is_free).copied().collect()
 }
 
-/// All variables that [`environment`] may set.
+/// Returns all variables that [`environment`] may set.
 pub fn variables() -> impl Iterator<Item = &'static str> {
     SETTINGS.iter().map(|setting| setting.name)
 }
 
-/// The version of the libtorch whose libraries lie in the folder `lib`, as its files say it:
-/// `version.py` of a PyTorch, `build-version` of a plain libtorch.
+/// Returns the version of the libtorch in the library folder `lib`, read from `version.py` of a
+/// PyTorch or `build-version` of a plain libtorch.
 pub fn version_in(lib: &Path) -> Option<String> {
     let root = lib.parent()?;
     if let Ok(version) = fs::read_to_string(root.join("build-version")) {
@@ -66,7 +67,7 @@ pub fn version_in(lib: &Path) -> Option<String> {
     line.split('\'').nth(1).map(str::to_owned)
 }
 
-/// What is wrong with running on a libtorch of version `found`, if anything is. Releases of one minor
+/// Returns the error of running on libtorch `found`, if it is not compatible. Releases of one minor
 /// version (2.11.0 and 2.11.1) keep their binary interface, others do not.
 pub fn mismatch(found: &str, built: &str) -> Option<String> {
     let minor = |version: &str| {
@@ -80,8 +81,8 @@ pub fn mismatch(found: &str, built: &str) -> Option<String> {
         return None;
     };
     Some(format!(
-        "this program was built against libtorch {built} and cannot use {found}; name the lib folder of a \
-         libtorch {major}.{second} in LD_LIBRARY_PATH (`make setup` fetches one into .libtorch/torch/lib)"
+        "this program was built against libtorch {built} and cannot use {found}; add the lib folder of a \
+         libtorch {major}.{second} to LD_LIBRARY_PATH (`make setup` downloads one to .libtorch/torch/lib)"
     ))
 }
 
@@ -97,9 +98,9 @@ mod tests {
         for found in ["2.12.1", "2.1.0", "3.11.0", "2.110.0"] {
             let problem = mismatch(found, "2.11.0+cu130").unwrap();
             let expected =
-                format!("built against libtorch 2.11.0+cu130 and cannot use {found}; name");
+                format!("built against libtorch 2.11.0+cu130 and cannot use {found}; add");
             assert!(problem.contains(&expected), "{problem}");
-            assert!(problem.contains("a libtorch 2.11 in"), "{problem}");
+            assert!(problem.contains("a libtorch 2.11 to"), "{problem}");
         }
     }
 

@@ -1,9 +1,9 @@
-//! Images and text as the networks take them, without tensors.
+//! Preprocessing of images and text for the networks, without tensors.
 //!
-//! An image is decoded ([`image`]), resized and cut into tiles ([`anyres`] for LLaVA-OneVision, [`clip`] for
-//! LLaVA-RLHF); the text around it becomes token ids ([`tokenizer`], [`chat`], [`vicuna`]).
-//! [`LlavaOnevisionProcessor`] and [`LlavaRlhfProcessor`] do all of this for one checkpoint, so `check` and `plan`
-//! count tokens by the code that the networks run on.
+//! An image is decoded ([`image`]), resized and cut into tiles ([`anyres`] for LLaVA-OneVision,
+//! [`clip`] for LLaVA-RLHF); the text around it becomes token ids ([`tokenizer`], [`chat`],
+//! [`vicuna`]). [`LlavaOnevisionProcessor`] and [`LlavaRlhfProcessor`] do all of this for one
+//! checkpoint, so `check` and `plan` count tokens with the same code that feeds the networks.
 
 pub(crate) mod anyres;
 pub(crate) mod chat;

@@ -1,6 +1,5 @@
-//! Models that answer, score and learn by rule: the doubles that let the dataflow run without a
-//! network. A pipeline tries them by `scripted: {}`; everything they give depends on what they are
-//! given and on nothing else.
+//! Scripted models: test doubles that answer, score and train by rule without a network. A pipeline
+//! uses them with `scripted: {}`. Every output depends only on the inputs.
 
 use std::fs;
 use std::ops::ControlFlow;
@@ -16,16 +15,16 @@ use super::{
 };
 use ovchat_io::files;
 
-/// What scripted answers are made of.
+/// The vocabulary of scripted answers.
 const WORDS: [&str; 16] = [
     "a", "red", "blue", "green", "circle", "square", "star", "left", "right", "above", "below",
     "two", "three", "of", "and", "the",
 ];
 
-/// The file that stands for the weights of a scripted learner.
+/// The file that stands in for the weights of a scripted model.
 const WEIGHTS: &str = "scripted.json";
 
-/// A number that depends on the parts alone.
+/// Returns a number that depends only on the parts.
 fn number(parts: &[&[u8]]) -> u64 {
     let mut hasher = Sha256::new();
     for part in parts {
@@ -40,8 +39,8 @@ fn number(parts: &[&[u8]]) -> u64 {
     )
 }
 
-/// The numbers of a sequence, by SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number
-/// generators", 2014).
+/// Returns a number of a pseudorandom sequence, by SplitMix64 (Steele, Lea, Flood: "Fast splittable
+/// pseudorandom number generators", 2014).
 fn mixed(first: u64, position: u64) -> u64 {
     let mut mixed = first.wrapping_add(position.wrapping_mul(0x9e37_79b9_7f4a_7c15));
     mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -49,12 +48,12 @@ fn mixed(first: u64, position: u64) -> u64 {
     mixed ^ (mixed >> 31)
 }
 
-/// A number from 0 to 1.
+/// Maps a number to the range from 0 to 1.
 fn share(number: u64) -> f64 {
     (number >> 11) as f64 / (1_u64 << 53) as f64
 }
 
-/// Answers with words drawn by the prompt's seed.
+/// A policy that answers with words drawn by the prompt's seed.
 pub struct ScriptedPolicy {
     words: u32,
 }
@@ -65,7 +64,7 @@ impl ScriptedPolicy {
     }
 
     fn answer(&self, prompt: &ChatPrompt, how: &Sampling, candidate: u64) -> Generation {
-        // Greedy answers do not depend on the seed or the candidate.
+        // Greedy answers depend on neither the seed nor the candidate.
         let (seed, draw) = if how.temperature > 0.0 {
             (prompt.seed, candidate)
         } else {
@@ -126,12 +125,12 @@ impl Policy for ScriptedPolicy {
     }
 }
 
-/// From 0 to 1, by the prompt and the text of the answer alone.
+/// Returns a reward from 0 to 1 that depends only on the prompt and the text of the answer.
 fn scripted_reward(prompt: &str, answer: &str) -> f32 {
     share(number(&[prompt.as_bytes(), answer.as_bytes()])) as f32
 }
 
-/// Scores an answer by its text and its prompt.
+/// A judge that scores an answer by its text and its prompt.
 pub struct ScriptedJudge;
 
 impl Judge for ScriptedJudge {
@@ -159,18 +158,19 @@ impl Judge for ScriptedJudge {
     }
 }
 
-/// Learns nothing but remembers exactly what it was shown, so that a resumed training can be
-/// compared with an undisturbed one.
+/// A trainer that trains nothing but records exactly what it was shown, so that a resumed training
+/// can be compared with an uninterrupted one.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ScriptedTrainer {
     settings: (f64, usize),
     step: u64,
-    /// A digest of all steps so far: two learners are equal if and only if they saw the same.
+    /// A digest of all steps so far: two trainers are equal if and only if they saw the same
+    /// examples.
     memory: u64,
 }
 
 impl ScriptedTrainer {
-    /// Starts from a checkpoint, or from nothing.
+    /// Opens a trainer from a checkpoint, or a new one.
     pub fn open(spec: &Scripted, optimization: &Optimization) -> Result<Self, ModelError> {
         let mut trainer = Self {
             settings: (optimization.learning_rate, optimization.steps),
@@ -183,7 +183,7 @@ impl ScriptedTrainer {
         Ok(trainer)
     }
 
-    /// Takes notice of one row of a step.
+    /// Records one row of a step.
     fn remember(&mut self, id: &str, text: &str) {
         self.memory = number(&[
             &self.memory.to_le_bytes(),
@@ -193,7 +193,8 @@ impl ScriptedTrainer {
         ]);
     }
 
-    /// Of sampled tokens what the scripted policy says of them.
+    /// Returns the log-probability; for sampled tokens, the one that the scripted policy gives
+    /// them.
     fn logp(&self, example: &Example<'_>, answer: &TrainingAnswer) -> f64 {
         if let Some(ids) = &answer.token_ids {
             return -(ids.len() as f64) * f64::from((WORDS.len() as f32).ln());
@@ -319,7 +320,7 @@ fn mean<T>(batch: &[T], value: impl Fn(&T) -> f64) -> f64 {
     batch.iter().map(value).sum::<f64>() / batch.len() as f64
 }
 
-/// The words of a text, and one for its end.
+/// Returns the number of words of a text, plus one for its end.
 fn words(text: &str) -> usize {
     text.split_whitespace().count() + 1
 }

@@ -1,4 +1,4 @@
-//! Models as a pipeline file names them.
+//! Model settings in a pipeline file: policies, judges and reward models.
 
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
@@ -10,81 +10,89 @@ use super::http::Http;
 use super::hub::located;
 use super::judge_prompt::JudgePromptSettings;
 
-/// A model: what network it is and where its weights lie.
+/// A model: its kind, with the settings of that kind.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ModelSpec {
-    /// LLaVA-OneVision (SigLIP, Qwen2), in the folder layout of transformers. Answers and learns.
+    /// A LLaVA-OneVision model (SigLIP, Qwen2) in the folder layout of transformers or LLaVA-NeXT.
+    /// Answers prompts and can be trained.
     LlavaOnevision(LlavaOnevisionSpec),
-    /// The reward model of LLaVA-RLHF (CLIP, Llama, LoRA, reward head). Scores.
+    /// A LLaVA-RLHF reward model (CLIP, Llama, LoRA, reward head). Scores answers.
     LlavaRlhf(LlavaRlhfSpec),
-    /// A LLaVA-OneVision checkpoint that scores in writing, as LLaVA-Critic does.
+    /// A LLaVA-OneVision checkpoint that judges in text, as LLaVA-Critic does.
     Critic(CriticSpec),
-    /// A model of this pipeline, as it is in the round, that scores in writing: the policy as its own
+    /// A model of this pipeline that judges in text with its current weights: the policy as its own
     /// critic.
     #[serde(rename = "self")]
     SelfJudge(SelfJudge),
-    /// A model behind an OpenAI-compatible endpoint, that scores in writing.
+    /// A model behind an OpenAI-compatible endpoint that judges in text.
     Http(Http),
-    /// An expression of SQL, that scores.
+    /// A reward computed by a SQL expression.
     Sql(SqlReward),
-    /// No network: answers and scores by rule, to try a pipeline without weights.
+    /// A model without a network that answers and scores by rule, for trying a pipeline without
+    /// weights.
     Scripted(Scripted),
 }
 
-/// A LLaVA-OneVision checkpoint.
+/// Settings of a LLaVA-OneVision model.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LlavaOnevisionSpec {
-    /// The checkpoint's folder: config.json, the weights and the tokenizer, as transformers or LLaVA-NeXT writes
-    /// them; or `hf://org/name` (`@revision`), what the Hugging Face hub's cache has of it, fetched by
-    /// `pipeline run` where it has nothing.
+    /// Checkpoint folder with config.json, the weights and the tokenizer, in the layout of
+    /// transformers or LLaVA-NeXT; or `hf://org/name` (optionally `hf://org/name@revision`), which
+    /// is read from the Hugging Face cache. `pipeline run` downloads what the cache lacks.
     pub weights: PathBuf,
-    /// The folder of a LoRA adapter to these weights, as peft writes it.
+    /// Folder of a LoRA adapter for these weights, in the format of peft. Default: no adapter.
     #[serde(default)]
     pub adapter: Option<PathBuf>,
-    /// Where it computes: `auto` (the first CUDA device, or the CPU where there is no NVIDIA GPU), `cpu`,
-    /// `cuda`, `cuda:1`.
+    /// Compute device: `auto`, `cpu`, `cuda` (same as `cuda:0`) or `cuda:N`. Default: `auto`, the
+    /// first CUDA device, or the CPU if there is no NVIDIA GPU.
     #[serde(default)]
     pub device: DeviceSpec,
-    /// Precision of what is computed. `auto` is float32 on the CPU, bfloat16 on CUDA. Weights that are
-    /// trained are in float32 in any case.
+    /// Compute dtype: `auto`, `float32` or `bfloat16`. Default: `auto`, bfloat16 on CUDA and
+    /// float32 on the CPU. Weights being trained are kept in float32 in any case.
     #[serde(default)]
     pub dtype: Dtype,
-    /// Memory, in GB, that the weights and what is computed at once may take in sampling and
-    /// scoring. Left out: nine tenths of the GPU's; half of the machine's or the container's.
+    /// Memory limit for sampling and scoring (weights, KV cache and activations), in GB of 10⁹
+    /// bytes. Default: 90 % of the GPU's memory, or on the CPU half of the memory of the machine or
+    /// container.
     #[serde(default)]
     pub memory_gb: Option<Gigabytes>,
 }
 
-/// A LLaVA-RLHF reward model.
+/// Settings of a LLaVA-RLHF reward model.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LlavaRlhfSpec {
-    /// The LLaVA folder that the adapter was trained on (`sft_model`): Llama and projector.
+    /// Folder of the LLaVA model that the adapter was trained on (`sft_model`): Llama and the
+    /// projector.
     pub base: PathBuf,
-    /// The CLIP folder.
+    /// Folder of the CLIP vision tower.
     pub vision: PathBuf,
-    /// The LoRA adapter's folder, with the file `reward_head` beside the adapter. Without one the
-    /// model can't score before `train_reward` has made one.
+    /// Folder of the LoRA adapter, with the file `reward_head` in it. Default: none; the model can
+    /// then score only after a `train_reward` stage has trained an adapter and head.
     #[serde(default)]
     pub adapter: Option<PathBuf>,
-    /// The text file that asks for the score, with the placeholder `{factual_prompt}` for captions.
+    /// Text file with the reward prompt that asks for the score. Its placeholder `{factual_prompt}`
+    /// is replaced by the captions.
     pub prompt: PathBuf,
-    /// Orders of a picture's captions over which a reward is averaged; 1 takes them as they stand.
+    /// Number of caption orders over which a reward is averaged. Default: 1, the captions in their
+    /// given order.
     #[serde(default = "LlavaRlhfSpec::caption_orders")]
     pub caption_orders: NonZeroU32,
-    /// Where it computes: `auto`, `cpu`, `cuda`, `cuda:1`.
+    /// Compute device: `auto`, `cpu`, `cuda` (same as `cuda:0`) or `cuda:N`. Default: `auto`, the
+    /// first CUDA device, or the CPU if there is no NVIDIA GPU.
     #[serde(default)]
     pub device: DeviceSpec,
-    /// Precision. `auto` is float32 on the CPU, bfloat16 on CUDA.
+    /// Compute dtype: `auto`, `float32` or `bfloat16`. Default: `auto`, bfloat16 on CUDA and
+    /// float32 on the CPU.
     #[serde(default)]
     pub dtype: Dtype,
-    /// Memory, in GB, that the weights and what is computed at once may take in sampling and
-    /// scoring. Left out: nine tenths of the GPU's; half of the machine's or the container's.
+    /// Memory limit for scoring (weights, KV cache and activations), in GB of 10⁹ bytes. Default:
+    /// 90 % of the GPU's memory, or on the CPU half of the memory of the machine or container.
     #[serde(default)]
     pub memory_gb: Option<Gigabytes>,
-    /// What it must show before it scores.
+    /// Exam on known preferences that the judge must pass before it scores. Default: no exam.
     #[serde(default)]
     pub exam: Option<Exam>,
 }
@@ -95,35 +103,38 @@ impl LlavaRlhfSpec {
     }
 }
 
-/// A LLaVA-OneVision checkpoint that is asked in writing what it thinks of answers.
+/// Settings of a LLaVA-OneVision checkpoint that judges answers in text.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CriticSpec {
-    /// The checkpoint's folder, as that of a `llava_onevision`.
+    /// Checkpoint folder or `hf://org/name`, as for `llava_onevision`.
     pub weights: PathBuf,
-    /// The folder of a LoRA adapter to these weights, as peft writes it.
+    /// Folder of a LoRA adapter for these weights, in the format of peft. Default: no adapter.
     #[serde(default)]
     pub adapter: Option<PathBuf>,
-    /// Where it computes: `auto`, `cpu`, `cuda`, `cuda:1`.
+    /// Compute device: `auto`, `cpu`, `cuda` (same as `cuda:0`) or `cuda:N`. Default: `auto`, the
+    /// first CUDA device, or the CPU if there is no NVIDIA GPU.
     #[serde(default)]
     pub device: DeviceSpec,
-    /// Precision. `auto` is float32 on the CPU, bfloat16 on CUDA.
+    /// Compute dtype: `auto`, `float32` or `bfloat16`. Default: `auto`, bfloat16 on CUDA and
+    /// float32 on the CPU.
     #[serde(default)]
     pub dtype: Dtype,
-    /// Memory, in GB, that the weights and what is computed at once may take. Left out: nine tenths of
-    /// the GPU's; half of the machine's or the container's.
+    /// Memory limit for weights, KV cache and activations, in GB of 10⁹ bytes. Default: 90 % of the
+    /// GPU's memory, or on the CPU half of the memory of the machine or container.
     #[serde(default)]
     pub memory_gb: Option<Gigabytes>,
-    /// What it is asked, and how its replies are read.
+    /// Judge prompt, and how verdicts are read from the replies. Default: pairwise with the
+    /// built-in prompt.
     #[serde(default)]
     pub ask: JudgePromptSettings,
-    /// What it must show before it scores.
+    /// Exam on known preferences that the judge must pass before it scores. Default: no exam.
     #[serde(default)]
     pub exam: Option<Exam>,
 }
 
 impl CriticSpec {
-    /// The network that writes.
+    /// Returns the settings of the network that generates the replies.
     pub fn network(&self) -> LlavaOnevisionSpec {
         LlavaOnevisionSpec {
             weights: self.weights.clone(),
@@ -135,84 +146,87 @@ impl CriticSpec {
     }
 }
 
-/// A model of the pipeline that is asked in writing what it thinks of answers.
+/// Settings of a judge whose replies are generated by a model of the pipeline.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SelfJudge {
-    /// The name of the model; it is asked as it is in the round.
+    /// Name of the backing model in `models`, used with its current weights in each round.
     pub model: String,
-    /// What it is asked, and how its replies are read.
+    /// Judge prompt, and how verdicts are read from the replies. Default: pairwise with the
+    /// built-in prompt.
     #[serde(default)]
     pub ask: JudgePromptSettings,
-    /// What it must show before it scores.
+    /// Exam on known preferences that the judge must pass before it scores. Default: no exam.
     #[serde(default)]
     pub exam: Option<Exam>,
 }
 
-/// A reward that is an expression over what is known of an answer.
+/// Settings of a reward computed by a SQL expression.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SqlReward {
-    /// The expression, a number, of `text` (what the answer says), `question`, `answer` (the true one,
-    /// where it is known), `captions` (a list, where there are some), `candidate` and `prompt_id`:
-    /// `case when text = answer then 1 else 0 end - 0.01 * length(text)`.
+    /// Numeric SQL expression for the reward of one answer, such as `case when text = answer then 1
+    /// else 0 end - 0.01 * length(text)`. It can use `text` (the answer being scored), `question`,
+    /// `answer` (the reference answer, or null), `captions` (a list, or null), `candidate` and
+    /// `prompt_id`.
     pub reward: String,
-    /// What it must show before it scores.
+    /// Exam on known preferences that the judge must pass before it scores. Default: no exam.
     #[serde(default)]
     pub exam: Option<Exam>,
 }
 
 impl SqlReward {
-    /// The table that the expression is about.
+    /// The table that the expression is evaluated over.
     pub const TABLE: &str = "answers";
 
-    /// The query that gives the reward of each of its rows, in their order.
+    /// Returns the query for the rewards of all rows, in row order.
     pub fn sql(&self) -> String {
         let (reward, table) = (&self.reward, Self::TABLE);
         format!("select row, cast(({reward}) as double) as reward from {table} order by row")
     }
 
-    /// The query of the reward as what it is, a number or not.
+    /// Returns the query for the rewards without a cast, to check the type of the expression.
     pub fn sql_as_it_is(&self) -> String {
         let (reward, table) = (&self.reward, Self::TABLE);
         format!("select ({reward}) as reward from {table}")
     }
 }
 
-/// Preferences that are known, and how well a judge must agree with them before it scores. What it
-/// thinks of each is the table `<judge>_exam`.
+/// An exam: known preferences, and the agreement that a judge must reach before it scores. The
+/// judge's result on each label is a row of the table `<judge>_exam`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Exam {
-    /// The file of labels: JSON that `load_feedback` reads.
+    /// File of labels, in the JSON format that `load_feedback` reads.
     pub from: PathBuf,
-    /// The folder that the pictures' paths start at; the folder of `from` if left out.
+    /// Folder that image paths in the labels are relative to. Default: the folder of `from`.
     #[serde(default)]
     pub images: Option<PathBuf>,
-    /// The least share of the labels that it must agree with.
+    /// Minimum share of the labels that the judge must agree with, from 0 to 1.
     pub accuracy_min: Share,
-    /// The most that its margins may correlate (Pearson, either way) with how much longer, in
-    /// characters, the preferred answer is.
+    /// Maximum absolute Pearson correlation, from 0 to 1, between the judge's margins and the
+    /// length difference of the two answers in characters (chosen minus rejected). Default: not
+    /// checked.
     #[serde(default)]
     pub length_correlation_max: Option<Share>,
-    /// The largest share of the labels about which a judge that sees two answers at once may change its
-    /// mind when they are shown in the other order.
+    /// Maximum share of the labels, from 0 to 1, on which a pairwise judge's verdict changes when
+    /// the two answers are shown in the other order. Default: not checked.
     #[serde(default)]
     pub flip_rate_max: Option<Share>,
-    /// A label whose reward is known.
+    /// A label with a known reward, to check that the judge is set up correctly. Default: none.
     #[serde(default)]
     pub golden: Option<Golden>,
 }
 
-/// A reward that is known, from where the judge is known to work.
+/// A label with a known reward, taken from a setup where the judge is known to work.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Golden {
     /// The `id` of the label.
     pub id: String,
-    /// The reward of its preferred answer.
+    /// Expected reward of the label's preferred answer.
     pub chosen_reward: f64,
-    /// How far the reward may be from it.
+    /// Maximum absolute difference from `chosen_reward`. Default: 0.01.
     #[serde(default = "Golden::tolerance")]
     pub tolerance: f32,
 }
@@ -235,7 +249,7 @@ impl Share {
         self.0
     }
 
-    /// Whether it says nothing.
+    /// True if the share is 0.
     pub fn is_zero(&self) -> bool {
         self.0 == 0.0
     }
@@ -248,7 +262,7 @@ impl TryFrom<f64> for Share {
         if (0.0..=1.0).contains(&share) {
             Ok(Self(share))
         } else {
-            Err(format!("{share} is not from 0 to 1"))
+            Err(format!("{share} is out of range, expected 0 to 1"))
         }
     }
 }
@@ -259,15 +273,16 @@ impl From<Share> for f64 {
     }
 }
 
-/// Answers made by rule from the prompt and the seed; scores made by rule from the answer.
+/// Settings of a scripted model: answers are computed by rule from the prompt and its seed, scores
+/// from the answer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Scripted {
-    /// The most words that an answer has.
+    /// Maximum number of words in an answer. Default: 8.
     pub words: u32,
-    /// What it must show before it scores.
+    /// Exam on known preferences that the judge must pass before it scores. Default: no exam.
     pub exam: Option<Exam>,
-    /// What a scripted training wrote, once there was one.
+    /// The checkpoint written by a scripted training stage, if there is one.
     #[serde(skip)]
     pub checkpoint: Option<PathBuf>,
 }
@@ -282,7 +297,7 @@ impl Default for Scripted {
     }
 }
 
-/// Where a model computes: `auto`, `cpu`, `cuda` or `cuda:N`.
+/// A compute device: `auto`, `cpu`, `cuda` or `cuda:N`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum DeviceSpec {
@@ -346,7 +361,9 @@ impl TryFrom<f64> for Gigabytes {
         if value > 0.0 && value.is_finite() {
             return Ok(Self(value));
         }
-        Err(format!("{value} is not above 0"))
+        Err(format!(
+            "{value} is out of range, expected a number above 0"
+        ))
     }
 }
 
@@ -365,7 +382,7 @@ impl JsonSchema for Gigabytes {
     }
 }
 
-/// Precision of the arithmetic.
+/// The dtype of the computation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Dtype {
@@ -376,7 +393,7 @@ pub enum Dtype {
 }
 
 impl ModelSpec {
-    /// The word that stands for this network in a pipeline file.
+    /// Returns the key for this kind of model in a pipeline file.
     pub fn network(&self) -> &'static str {
         match self {
             Self::LlavaOnevision(_) => "llava_onevision",
@@ -389,7 +406,7 @@ impl ModelSpec {
         }
     }
 
-    /// The memory that it may take, where its settings say.
+    /// Returns the memory limit, if one is set.
     pub fn memory_gb(&self) -> Option<Gigabytes> {
         match self {
             Self::LlavaOnevision(model) => model.memory_gb,
@@ -399,8 +416,8 @@ impl ModelSpec {
         }
     }
 
-    /// What it is asked, if it scores in writing.
-    pub fn asking(&self) -> Option<&JudgePromptSettings> {
+    /// Returns the judge prompt settings, for judges that reply in text.
+    pub fn prompt_settings(&self) -> Option<&JudgePromptSettings> {
         match self {
             Self::Critic(model) => Some(&model.ask),
             Self::SelfJudge(model) => Some(&model.ask),
@@ -409,7 +426,7 @@ impl ModelSpec {
         }
     }
 
-    /// The name of the model in the pipeline that speaks for it.
+    /// Returns the name of the backing model in the pipeline.
     pub fn backing_model(&self) -> Option<&str> {
         match self {
             Self::SelfJudge(model) => Some(&model.model),
@@ -417,7 +434,7 @@ impl ModelSpec {
         }
     }
 
-    /// The model that is opened for it: the network that a critic writes with.
+    /// Returns the model to load: for a critic, the network that generates its replies.
     #[must_use]
     pub fn opened(self) -> Self {
         match self {
@@ -426,27 +443,27 @@ impl ModelSpec {
         }
     }
 
-    /// Whether it can answer prompts.
+    /// True if the model can answer prompts.
     pub fn answers(&self) -> bool {
         matches!(self, Self::LlavaOnevision(_) | Self::Scripted(_))
     }
 
-    /// Whether it can score answers.
+    /// True if the model can score answers.
     pub fn scores(&self) -> bool {
         !matches!(self, Self::LlavaOnevision(_))
     }
 
-    /// Whether it lacks a part that a training has to make before it can score.
+    /// True if the model lacks a part that must be trained before it can score.
     pub fn is_unfinished(&self) -> bool {
         matches!(self, Self::LlavaRlhf(model) if model.adapter.is_none())
     }
 
-    /// Whether it can be trained with DPO.
+    /// True if the model can be trained with DPO.
     pub fn learns_pairs(&self) -> bool {
         matches!(self, Self::LlavaOnevision(_) | Self::Scripted(_))
     }
 
-    /// Whether it can be trained on answers.
+    /// True if the model can be trained with SFT.
     pub fn learns_answers(&self) -> bool {
         matches!(
             self,
@@ -454,12 +471,12 @@ impl ModelSpec {
         )
     }
 
-    /// Whether it can be trained to score.
+    /// True if the model can be trained as a reward model.
     pub fn learns_rewards(&self) -> bool {
         matches!(self, Self::LlavaRlhf(_) | Self::Scripted(_))
     }
 
-    /// Whether libtorch is needed to open it.
+    /// True if loading the model requires libtorch.
     pub fn needs_torch(&self) -> bool {
         matches!(
             self,
@@ -467,7 +484,7 @@ impl ModelSpec {
         )
     }
 
-    /// The files and folders that hold the model, with the YAML field that names each.
+    /// Returns the files and folders of the model, each with its YAML field.
     pub fn paths(&self) -> Vec<(&'static str, &Path)> {
         match self {
             Self::LlavaOnevision(model) => {
@@ -494,7 +511,7 @@ impl ModelSpec {
         }
     }
 
-    /// The files that say how large the network is.
+    /// Returns the paths of the `config.json` files that determine the size of the network.
     pub fn configs(&self) -> Vec<PathBuf> {
         let folders: &[&Path] = match self {
             Self::LlavaOnevision(model) => &[&model.weights],
@@ -506,7 +523,7 @@ impl ModelSpec {
         folders.iter().map(config).collect()
     }
 
-    /// What it must show before it scores.
+    /// Returns the exam settings, if there are any.
     pub fn exam(&self) -> Option<&Exam> {
         match self {
             Self::LlavaOnevision(_) => None,
@@ -519,7 +536,8 @@ impl ModelSpec {
         }
     }
 
-    /// Takes the relative path of every setting to start at the folder that `folder` gives for it.
+    /// Resolves relative paths: each setting is joined to the folder that `folder` returns for its
+    /// field.
     pub fn resolve(&mut self, folder: &dyn Fn(&str) -> PathBuf) {
         let join = |field: &str, path: &mut PathBuf| *path = located(&folder(field), path);
         match self {
@@ -560,9 +578,9 @@ impl ModelSpec {
         }
     }
 
-    /// The model with the parts that a training wrote into `checkpoint` in the place of its own: the
-    /// whole of a policy, or its adapter; of a reward model those of the folders `base`, `vision` and `adapter` that
-    /// are there.
+    /// Returns the model with the parts in `checkpoint` in place of its own: for a policy all
+    /// weights or the adapter, for a reward model those of the folders `base`, `vision` and
+    /// `adapter` that exist.
     #[must_use]
     pub fn with_checkpoint(mut self, checkpoint: &Path) -> Self {
         match &mut self {
@@ -585,16 +603,16 @@ impl ModelSpec {
                 model.adapter = part("adapter").or(model.adapter.take());
             }
             Self::Scripted(model) => model.checkpoint = Some(checkpoint.to_owned()),
-            // These are trained by no pipeline; it is the model that speaks for them that is.
+            // These are not trained themselves; a judge's backing model is.
             Self::Critic(_) | Self::SelfJudge(_) | Self::Http(_) | Self::Sql(_) => {}
         }
         self
     }
 }
 
-/// The setting of the text that asks.
+/// The YAML field of the judge prompt's template.
 pub const TEMPLATE: &str = "ask.template";
 
-fn template_of(asking: &JudgePromptSettings) -> Option<(&'static str, &Path)> {
-    Some((TEMPLATE, asking.template.as_deref()?))
+fn template_of(prompt_settings: &JudgePromptSettings) -> Option<(&'static str, &Path)> {
+    Some((TEMPLATE, prompt_settings.template.as_deref()?))
 }

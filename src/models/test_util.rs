@@ -1,5 +1,7 @@
-//! What the tests of this floor share: pictures made by a formula, and checkpoint folders without
-//! weights whose tokenizers have a token per character, so that tokens can be read.
+//! Helpers shared by this crate's tests: images made by a formula, and checkpoint folders without
+//! weights.
+//!
+//! The tokenizers in these folders have a token per character, so that tokens are readable.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -12,8 +14,8 @@ use tempfile::TempDir;
 use crate::preprocess::image::Rgb;
 use crate::{ChatPrompt, DeviceSpec, Dtype, EncodedImage, LlavaRlhfSpec};
 
-/// The picture whose recorded hashes the tests hold:
-/// `(7 x + 13 y + 50 channel + x y) mod 256`.
+/// Returns the image whose recorded hashes the tests use: `(7 x + 13 y + 50 channel + x y) mod
+/// 256`.
 pub fn pattern(width: usize, height: usize) -> Rgb {
     let mut data = Vec::new();
     for y in 0..height {
@@ -28,7 +30,7 @@ pub fn pattern(width: usize, height: usize) -> Rgb {
     }
 }
 
-/// [`pattern`] as a PNG file.
+/// Encodes [`pattern`] as a PNG file.
 pub fn png(width: usize, height: usize) -> EncodedImage {
     let rgb = image::RgbImage::from_raw(width as u32, height as u32, pattern(width, height).data);
     let mut bytes = std::io::Cursor::new(Vec::new());
@@ -41,7 +43,7 @@ pub fn png(width: usize, height: usize) -> EncodedImage {
     }
 }
 
-/// SHA-256 of bytes, in hex.
+/// Returns the SHA-256 of bytes, in hex.
 pub fn sha256(bytes: &[u8]) -> String {
     let digest = Sha256::digest(bytes);
     let mut hex = String::new();
@@ -51,7 +53,7 @@ pub fn sha256(bytes: &[u8]) -> String {
     hex
 }
 
-/// SHA-256 of floats in little endian, as numpy's `tobytes` has them.
+/// Returns the SHA-256 of floats in little endian, as in numpy's `tobytes`.
 pub fn sha256_floats(floats: &[f32]) -> String {
     let bytes: Vec<u8> = floats
         .iter()
@@ -60,7 +62,7 @@ pub fn sha256_floats(floats: &[f32]) -> String {
     sha256(&bytes)
 }
 
-/// A prompt with nothing but pictures and a question.
+/// Returns a prompt with only images and a question.
 pub fn prompt(images: Vec<EncodedImage>, question: &str) -> ChatPrompt {
     ChatPrompt {
         id: "test".to_owned(),
@@ -91,12 +93,13 @@ pub fn shard(path: &Path, tensors: &[(&str, &[usize])]) {
     std::fs::write(path, bytes).unwrap();
 }
 
-/// Writes JSON.
+/// Writes a JSON file.
 pub fn write(folder: &Path, name: &str, value: &Value) {
     std::fs::write(folder.join(name), value.to_string()).expect("written");
 }
 
-/// `config.json` of a LLaVA-OneVision checkpoint with tiles of 56 pixels, 16 patches each.
+/// Returns the `config.json` of a LLaVA-OneVision checkpoint with tiles of 56 pixels, 16 patches
+/// each.
 pub fn onevision_config() -> Value {
     let sides = || (1..=6).map(|n| 56 * n);
     let pinpoints: Vec<_> = sides().flat_map(|h| sides().map(move |w| [h, w])).collect();
@@ -117,8 +120,8 @@ pub fn onevision_config() -> Value {
     })
 }
 
-/// A LLaVA-OneVision folder without weights. Its tokenizer has a token per byte (0 to 255), `\n\n`
-/// (256), and the special tokens from 257 on.
+/// Creates a LLaVA-OneVision folder without weights. Its tokenizer has a token per byte (0 to 255),
+/// `\n\n` (256), and the special tokens from 257 on.
 pub fn onevision_folder() -> TempDir {
     let folder = tempfile::tempdir().expect("temporary folder");
     let path = folder.path();
@@ -159,8 +162,8 @@ pub fn onevision_folder() -> TempDir {
     folder
 }
 
-/// A LLaVA-RLHF reward model without weights. Its tokenizer marks the start of every piece, as
-/// Llama's does, and has a token per printable ASCII character.
+/// Creates a LLaVA-RLHF reward model without weights. Its tokenizer marks the start of every piece,
+/// as Llama's does, and has a token per printable ASCII character.
 pub fn reward_folder() -> (TempDir, LlavaRlhfSpec) {
     let folder = tempfile::tempdir().expect("temporary folder");
     let spec = LlavaRlhfSpec {
@@ -219,7 +222,7 @@ pub fn reward_folder() -> (TempDir, LlavaRlhfSpec) {
     (folder, spec)
 }
 
-/// Special tokens with ids from `first` on.
+/// Returns special tokens with ids from `first` on.
 fn added(first: usize, tokens: &[&str]) -> Value {
     let token = |(index, token): (usize, &&str)| {
         json!({"id": first + index, "content": token, "single_word": false, "lstrip": false,
@@ -228,8 +231,8 @@ fn added(first: usize, tokens: &[&str]) -> Value {
     tokens.iter().enumerate().map(token).collect()
 }
 
-/// The tokens of [`onevision_folder`] and [`reward_folder`] written out, special ones by name; the
-/// stand-ins for features as `[n]`.
+/// Writes out the tokens of [`onevision_folder`] and [`reward_folder`], special ones by name, and
+/// feature placeholders as `[n]`.
 pub fn shown(folder: &Path, ids: &[i64], feature: i64) -> String {
     let path = folder.join("tokenizer.json");
     let tokenizer = tokenizers::Tokenizer::from_file(path).expect("a tokenizer");

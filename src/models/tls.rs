@@ -1,13 +1,14 @@
-//! The certificates by which a server is believed to be the one that it says.
+//! TLS root certificates.
 
 use rustls_native_certs::load_native_certs;
 use ureq::tls::{Certificate, RootCerts, TlsConfig};
 
-/// The variable that names a file of certificates, which are then the only ones.
+/// The environment variable for a file of certificates that replaces all others.
 const FILE: &str = "SSL_CERT_FILE";
 
-/// The certificates of this machine, or of `SSL_CERT_FILE` and `SSL_CERT_DIR`. Where the machine has none, as
-/// in slim containers, those that come with the program, and words that say so.
+/// Returns a TLS configuration with the root certificates of this machine, or of `SSL_CERT_FILE`
+/// and `SSL_CERT_DIR`. If the machine has none, as in slim containers, the certificates built into
+/// the program are used, and a note says so.
 pub fn trusted() -> Result<(TlsConfig, Option<String>), String> {
     let found = load_native_certs();
     let reasons: Vec<String> = found.errors.iter().map(ToString::to_string).collect();
@@ -16,13 +17,13 @@ pub fn trusted() -> Result<(TlsConfig, Option<String>), String> {
     let roots = if found.certs.is_empty() {
         if let Some(file) = std::env::var_os(FILE).filter(|file| !file.is_empty()) {
             return Err(format!(
-                "no certificate can be read from `{}`, which {FILE} names: {reasons}",
+                "cannot read certificates from `{}` (set by {FILE}): {reasons}",
                 file.to_string_lossy()
             ));
         }
         note = Some(format!(
-            "this machine has no certificates of its own, and those that come with the program are trusted; \
-             install ca-certificates, or name a file of yours with {FILE}"
+            "this machine has no root certificates; using those built into the program; \
+             install ca-certificates, or set {FILE} to a certificate file"
         ));
         RootCerts::WebPki
     } else {

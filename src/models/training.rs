@@ -1,177 +1,182 @@
-//! What trainings are given, how they are to go about it, and what they report.
+//! Inputs, settings and metrics of training.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::ChatPrompt;
 
-/// An answer to train on.
+/// An answer in a training example.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TrainingAnswer {
     pub text: String,
-    /// The tokens as sampled. `None`: `text` is tokenized and followed by the stop token.
+    /// The token ids as sampled. `None`: `text` is tokenized and a stop token is appended.
     pub token_ids: Option<Vec<i32>>,
 }
 
-/// A pair to train on.
+/// A preference pair.
 #[derive(Debug)]
 pub struct Example<'a> {
-    /// Names the pair in errors.
+    /// The id of the pair, for errors.
     pub id: &'a str,
     pub prompt: &'a ChatPrompt,
     pub chosen: TrainingAnswer,
     pub rejected: TrainingAnswer,
-    /// Log-probabilities of `chosen` and `rejected` under the reference; not needed by
-    /// [`super::DpoTrainer::reference_logps`] and reward models, needed by
-    /// [`super::DpoTrainer::step`].
+    /// Log-probabilities of `chosen` and `rejected` under the reference model. Required by
+    /// [`super::DpoTrainer::step`]; not used by [`super::DpoTrainer::reference_logps`] and reward
+    /// models.
     pub reference: Option<[f64; 2]>,
 }
 
-/// A conversation to learn answers from.
+/// An SFT example: a conversation and its final answer.
 #[derive(Debug)]
 pub struct SftExample<'a> {
-    /// Names the conversation in errors.
+    /// The id of the conversation, for errors.
     pub id: &'a str,
-    /// Its earlier turns may hold answers, too.
+    /// The prompt; its earlier turns may contain answers as well.
     pub prompt: &'a ChatPrompt,
-    /// The answer to the question.
+    /// The answer to the final question.
     pub answer: &'a str,
     pub learned: TrainOn,
 }
 
-/// Which answers of a conversation are learned.
+/// The assistant turns of a conversation that contribute to the loss.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum TrainOn {
-    /// Every turn of the assistant.
+    /// Every assistant turn.
     #[default]
     All,
-    /// Only the answer to the last question.
+    /// Only the answer to the final question.
     Last,
 }
 
-/// What becomes of the vision tower while the rest is trained.
+/// Treatment of the vision tower in training.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Tower {
-    /// It is trained with the rest.
+    /// The vision tower is trained with the rest of the model.
     #[default]
     Train,
-    /// It stays as it is.
+    /// The vision tower is frozen.
     Freeze,
 }
 
-/// What all trainings have in common.
+/// Optimizer settings common to all training stages.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Optimization {
-    /// The highest learning rate, reached after warmup.
+    /// Peak learning rate, reached after warmup.
     pub learning_rate: f64,
-    /// What the rate does after warmup.
+    /// Learning rate schedule after warmup.
     pub schedule: Schedule,
-    /// Updates in which the rate rises from 0.
+    /// Optimizer updates over which the learning rate rises linearly from 0.
     pub warmup_steps: usize,
-    /// Optimizer updates of the whole training.
+    /// Total number of optimizer updates.
     pub steps: usize,
     pub optimizer: Optimizer,
     pub weight_decay: f64,
-    /// AdamW's decay of the first and second moment.
+    /// AdamW's decay rates of the first and second moment.
     pub adam_betas: [f64; 2],
     pub adam_epsilon: f64,
-    /// Gradients with a larger Euclidean norm are scaled down to it; 0 never clips.
+    /// Maximum Euclidean norm of the gradients; larger ones are scaled down. 0 disables clipping.
     pub max_grad_norm: f64,
 }
 
-/// The learning rate after warmup.
+/// Learning rate schedule after warmup.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Schedule {
-    /// Falls to 0 along half a cosine.
+    /// Cosine decay to 0 (half a cosine).
     #[default]
     Cosine,
-    /// Falls to 0 in a straight line.
+    /// Linear decay to 0.
     Linear,
-    /// Stays.
+    /// Constant learning rate.
     Constant,
 }
 
-/// What turns gradients into updates.
+/// The optimizer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Optimizer {
-    /// AdamW with its two moments in float32: eight bytes a weight.
+    /// AdamW with both moments in float32: 8 bytes of optimizer state per weight.
     #[default]
     Adamw,
-    /// AdamW with its two moments in eight bits each, block by block: two bytes a weight.
+    /// AdamW with both moments quantized block-wise to 8 bits: 2 bytes of optimizer state per
+    /// weight.
     #[serde(rename = "adamw_8bit")]
     Adamw8bit,
 }
 
-/// Which tokens of a pair count, by the conventions of several programs.
+/// The tokens of a pair that contribute to its log-probabilities, following the convention of one
+/// of several programs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Mask {
-    /// The answer and its stop token: what the model says.
+    /// The answer and its stop token, which is what the model generates.
     #[default]
     Answer,
-    /// As TRL with the chat template: the newline behind the stop token, too.
+    /// As TRL with the chat template: also the newline after the stop token.
     Trl,
-    /// As LLaVA-NeXT's DPO script: besides, `<|im_start|>` of every message and `<|im_end|>\n` of
-    /// every question. Equal in both answers, they change what is logged but not the loss.
+    /// As LLaVA-NeXT's DPO script: also the `<|im_start|>` of every message and the
+    /// `<|im_end|>\n` of every question. These are equal in both answers, so they change logged
+    /// values but not the loss.
     LlavaNext,
 }
 
-/// Newlines between a picture and the text behind it.
+/// Newlines between an image and the text after it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Newlines {
-    /// As in sampling, and as LLaVA-OneVision was first trained.
+    /// One newline, as in sampling and in the original training of LLaVA-OneVision.
     #[default]
     One,
-    /// As LLaVA-NeXT's DPO script has it: two, each a token of its own.
+    /// Two newlines, each a token of its own, as in LLaVA-NeXT's DPO script.
     Two,
 }
 
-/// A loss of a pair, by the name that TRL has for it. With c and r for how much likelier the policy
-/// finds chosen and rejected than the reference (log p - log p_ref), d for c - r, s for the sigmoid,
-/// L for tokens that count, and e for `label_smoothing`:
+/// A preference loss, by TRL's name for it. Notation: c and r are the log-probability ratios log p
+/// - log p_ref between policy and reference of the chosen and the rejected answer, d is c - r, s is
+/// the sigmoid, L is the number of tokens in the mask, and e is `label_smoothing`.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
 )]
 #[serde(rename_all = "snake_case")]
 pub enum Loss {
     /// DPO: -(1 - e) log s(beta d) - e log s(-beta d); arXiv 2305.18290, equation 7, and 2310.12036
-    /// for e. TRL from 1.0 on takes no e here, LLaVA-NeXT and TRL before do.
+    /// for e. TRL before 1.0 and LLaVA-NeXT support e here; TRL from 1.0 on does not.
     Sigmoid,
     /// SLiC: max(0, 1 - beta d); arXiv 2305.10425.
     Hinge,
     /// IPO: (c / L_c - r / L_r - 1 / (2 beta))^2; arXiv 2310.12036, with means over tokens as its
-    /// authors meant it. TRL and LLaVA-NeXT agree, but LLaVA-NeXT's mask counts other tokens.
+    /// authors intended. TRL and LLaVA-NeXT agree, except that LLaVA-NeXT's mask counts other
+    /// tokens.
     Ipo,
-    /// EXO on pairs: KL(s(beta d), s(-beta d) || 1 - e, e); arXiv 2402.00856, equation 16. Needs e.
+    /// EXO for pairs: KL(s(beta d), s(-beta d) || 1 - e, e); arXiv 2402.00856, equation 16.
+    /// Requires e.
     ExoPair,
     /// NCA: -log s(beta c) - log s(-beta c) / 2 - log s(-beta r) / 2; arXiv 2402.05369.
     NcaPair,
     /// Robust DPO: (-(1 - e) log s(beta d) + e log s(-beta d)) / (1 - 2 e); arXiv 2403.00409.
     Robust,
-    /// BCO without its moving mean, as in TRL from 1.0 on: -log s(beta c) - log s(-beta r);
+    /// BCO without its moving average, as in TRL from 1.0 on: -log s(beta c) - log s(-beta r);
     /// arXiv 2404.04656.
     BcoPair,
     /// SPPO with hard labels: (c - 1 / (2 beta))^2 + (r + 1 / (2 beta))^2; arXiv 2405.00675.
     SppoHard,
-    /// Distributional alignment by optimal transport: as `sigmoid`, of the batch's log p_c - log p_r
-    /// and of its references', each sorted; arXiv 2406.05882.
+    /// AOT (distributional alignment by optimal transport): `sigmoid` applied to the batch's values
+    /// of log p_c - log p_r and of the same under the reference, each sorted; arXiv 2406.05882.
     Aot,
     /// APO-zero: 1 - s(beta c) + s(beta r); arXiv 2408.06266, equation 7.
     ApoZero,
     /// APO-down: s(beta c) + 1 - s(beta d); arXiv 2408.06266, equation 8.
     ApoDown,
-    /// The mean of -log p of the chosen answer's tokens, pair by pair. TRL and LLaVA-NeXT take the mean
-    /// over the tokens of a micro-batch, which is the same where that is one pair.
+    /// SFT: the mean of -log p over the tokens of the chosen answer, per pair. TRL and LLaVA-NeXT
+    /// average over all tokens of a micro-batch, which is the same if it holds one pair.
     Sft,
-    /// `sigmoid` of means over tokens: -log s(beta (c / L_c - r / L_r)).
+    /// `sigmoid` on per-token means: -log s(beta (c / L_c - r / L_r)).
     SigmoidNorm,
-    /// SimPO: -log s(beta (log p_c / L_c - log p_r / L_r) - gamma), smoothed by e as `sigmoid`, with
-    /// `simpo_gamma` for gamma; arXiv 2405.14734, equation 6. Knows no reference.
+    /// SimPO: -log s(beta (log p_c / L_c - log p_r / L_r) - gamma), smoothed by e as in `sigmoid`,
+    /// with gamma from `simpo_gamma`; arXiv 2405.14734, equation 6. Uses no reference.
     Simpo,
 }
 
@@ -193,32 +198,32 @@ impl Loss {
         Self::Simpo,
     ];
 
-    /// Whether it asks what the reference thinks.
+    /// True if the loss uses the reference model.
     pub fn has_reference(self) -> bool {
         !matches!(self, Self::Sft | Self::Simpo)
     }
 
-    /// Whether `label_smoothing` has a part in it.
+    /// True if the loss uses `label_smoothing`.
     pub fn has_smoothing(self) -> bool {
         use Loss::{Aot, ExoPair, Robust, Sigmoid, Simpo};
         matches!(self, Sigmoid | ExoPair | Robust | Aot | Simpo)
     }
 }
 
-/// What is made small: a weighted sum of losses.
+/// The training objective: a weighted sum of losses.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Objective {
     pub terms: Vec<(Loss, f64)>,
-    /// DPO's beta: how strongly the reference holds the policy.
+    /// DPO's beta, the strength of the regularization toward the reference.
     pub beta: f64,
-    /// The share of pairs that are assumed to be the wrong way round.
+    /// Assumed share of pairs whose labels are flipped.
     pub label_smoothing: f64,
-    /// The margin that [`Loss::Simpo`] asks for.
+    /// Target margin of [`Loss::Simpo`].
     pub simpo_gamma: f64,
 }
 
 impl Objective {
-    /// One loss without smoothing.
+    /// Returns the objective of a single loss without label smoothing.
     pub fn of(loss: Loss, beta: f64) -> Self {
         Self {
             terms: vec![(loss, 1.0)],
@@ -229,18 +234,18 @@ impl Objective {
     }
 }
 
-/// A part of a policy's network, as LLaVA-NeXT's `mm_tunable_parts` divides it.
+/// A part of a policy's network, divided as in LLaVA-NeXT's `mm_tunable_parts`.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
 )]
 #[serde(rename_all = "snake_case")]
 pub enum Part {
     VisionTower,
-    /// What turns the tower's features into the decoder's.
+    /// The projector from vision features to decoder inputs.
     Projector,
-    /// The embedding that ends a row of a picture.
+    /// The newline embedding at the end of each row of image features.
     Newline,
-    /// The decoder with its embeddings and head.
+    /// The decoder, including its embeddings and head.
     LanguageModel,
 }
 
@@ -253,48 +258,48 @@ impl Part {
     ];
 }
 
-/// A low-rank adapter that is trained in the place of weights.
+/// Settings of a LoRA adapter that is trained in place of the full weights.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LoraSettings {
     pub rank: usize,
-    /// The adapter's product is scaled by `alpha / rank`.
+    /// LoRA alpha: the adapter's output is scaled by `alpha / rank`.
     pub alpha: f64,
-    /// Share of the adapter's inputs that is set to zero at random in each pass.
+    /// Dropout on the adapter's inputs, as a share from 0 to 1.
     pub dropout: f64,
-    /// Linear layers of the language model, such as `q_proj`.
+    /// Names of the linear layers of the language model that get an adapter, such as `q_proj`.
     pub targets: Vec<String>,
-    /// Seeds the weights of a fresh adapter, and what is dropped.
+    /// Seed for the initial weights of a new adapter and for dropout.
     pub seed: u64,
 }
 
-/// What of a policy is trained.
+/// The weights that a training updates.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Trained {
-    /// These parts, each with a learning rate of its own or the training's.
+    /// These parts, each with its own learning rate or, with `None`, the training's.
     Parts(Vec<(Part, Option<f64>)>),
-    /// An adapter beside the language model's linear layers.
+    /// A LoRA adapter on the language model's linear layers.
     Lora(LoraSettings),
 }
 
 impl Trained {
-    /// Everything, at the training's learning rate.
+    /// All parts, at the training's learning rate.
     pub fn all() -> Self {
         Self::Parts(Part::ALL.map(|part| (part, None)).to_vec())
     }
 }
 
-/// When activations are computed again for the gradients instead of being remembered.
+/// Use of activation checkpointing: recomputing activations in the backward pass to save memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Checkpointing {
-    /// When remembering those of a batch's largest pair would not fit into memory.
+    /// Only if the saved activations of the largest pair in a batch would not fit in memory.
     #[default]
     Auto,
     Always,
     Never,
 }
 
-/// How a learner is trained with DPO.
+/// Settings of DPO training.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DpoSettings {
     pub objective: Objective,
@@ -305,71 +310,71 @@ pub struct DpoSettings {
     pub optimization: Optimization,
 }
 
-/// How a learner is trained on answers.
+/// Settings of SFT.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SftSettings {
     pub tower: Tower,
     pub optimization: Optimization,
 }
 
-/// How a reward model is trained.
+/// Settings of reward model training.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RewardSettings {
-    /// Rank of a fresh adapter.
+    /// Rank of a new adapter.
     pub rank: usize,
-    /// A fresh adapter's product is scaled by `alpha / rank`.
+    /// LoRA alpha of a new adapter: its output is scaled by `alpha / rank`.
     pub alpha: f64,
-    /// Weight of the term that keeps the mean reward near 0.
+    /// Weight of the centering term, which keeps the mean reward near 0.
     pub centering: f64,
-    /// Seeds the weights of a fresh adapter and head.
+    /// Seed for the initial weights of a new adapter and reward head.
     pub seed: u64,
     pub optimization: Optimization,
 }
 
-/// What one optimizer update of DPO saw, before the update. Means are over the pairs of the batch.
+/// Metrics of one DPO update, computed before it. Means are over the pairs of the batch.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DpoReport {
     pub loss: f64,
     pub rewards_chosen: f64,
     pub rewards_rejected: f64,
-    /// Share of pairs with a chosen reward above the rejected one.
+    /// Share of pairs whose chosen reward is above the rejected one.
     pub accuracy: f64,
     pub logps_chosen: f64,
     pub logps_rejected: f64,
-    /// Before clipping.
+    /// Gradient norm before clipping.
     pub grad_norm: f64,
     pub learning_rate: f64,
-    /// Tokens through the decoder.
+    /// Tokens processed by the decoder.
     pub tokens: u64,
 }
 
-/// What one optimizer update on answers saw, before the update.
+/// Metrics of one SFT update, computed before it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SftReport {
-    /// Mean cross entropy of the learned tokens of the batch, natural log.
+    /// Mean cross entropy of the batch's target tokens, in nats.
     pub loss: f64,
-    /// Share of the learned tokens that were the likeliest.
+    /// Share of target tokens that were the most likely token.
     pub accuracy: f64,
-    /// Before clipping.
+    /// Gradient norm before clipping.
     pub grad_norm: f64,
     pub learning_rate: f64,
-    /// Tokens through the decoder.
+    /// Tokens processed by the decoder.
     pub tokens: u64,
-    /// Those of them that were learned.
+    /// Tokens that contributed to the loss.
     pub learned_tokens: u64,
 }
 
-/// What one optimizer update of a reward model saw, before the update. Means are over the pairs.
+/// Metrics of one reward model update, computed before it. Means are over the pairs of the batch.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RewardReport {
     pub loss: f64,
     pub reward_chosen: f64,
     pub reward_rejected: f64,
-    /// Share of pairs with a chosen reward above the rejected one.
+    /// Share of pairs whose chosen reward is above the rejected one.
     pub accuracy: f64,
-    /// Before clipping.
+    /// Gradient norm before clipping.
     pub grad_norm: f64,
     pub learning_rate: f64,
-    /// Tokens through the decoder.
+    /// Tokens processed by the decoder.
     pub tokens: u64,
 }

@@ -1,4 +1,4 @@
-//! The traits by which the dataflow meets the networks, and how they fail.
+//! The traits of models (policies, judges, trainers) and their errors.
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -9,30 +9,31 @@ use super::{
     SftExample, SftReport, SftSettings,
 };
 
-/// Takes the result or the fault of row `index` of the call, in any order; `Break` means stop early.
+/// A callback that takes the result or the fault of row `index` of the call, in any order; it
+/// returns `Break` to stop early.
 pub type Emit<'a, T> = &'a mut dyn FnMut(usize, Result<T, RowFault>) -> ControlFlow<()>;
 
-/// Somebody who waits for a model.
+/// The caller that waits for a model.
 pub struct Listener<'a> {
-    /// Takes what they should know, in words.
+    /// Shows a note to the user.
     pub say: &'a mut dyn FnMut(&str),
-    /// Whether they want no more; asked while nothing comes that could be emitted.
+    /// True if the caller wants to stop; polled while there is no result to emit.
     pub stopping: &'a dyn Fn() -> bool,
 }
 
-/// Something is wrong with one row (a picture that does not decode, a prompt that is too long);
-/// the others go on.
+/// A fault of a single row, such as an image that cannot be decoded or a prompt that is too long.
+/// Other rows are not affected.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct RowFault(pub String);
 
-/// A model fails as a whole.
+/// A failure of a model as a whole.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
-    /// A file of the model can't be read or doesn't hold what it must.
+    /// A file of the model cannot be read or is invalid.
     #[error("{}: {problem}", path.display())]
     Weights { path: PathBuf, problem: String },
-    /// The device does not exist or can't be used.
+    /// The device does not exist or cannot be used.
     #[error("device `{device}`: {problem}")]
     Device { device: String, problem: String },
     /// The device ran out of memory.
@@ -42,24 +43,24 @@ pub enum ModelError {
         batch: usize,
         length: usize,
     },
-    /// A model behind an endpoint can't be asked.
+    /// The endpoint of a model cannot be used.
     #[error("{url}: {problem}")]
     Service { url: String, problem: String },
-    /// A loss or gradient is infinite or not a number; no weight was changed by this step.
+    /// A loss or gradient is infinite or not a number; the step changed no weights.
     #[error("{what} is not finite; the rows of this step: {}", rows.join(", "))]
     NotFinite { what: String, rows: Vec<String> },
-    /// A row that can't be trained on.
+    /// A row that cannot be trained on.
     #[error("row {row}: {problem}")]
     Row { row: String, problem: String },
-    /// libtorch reported an error that has no better name.
+    /// Any other error reported by libtorch.
     #[error("{what}: {problem}")]
     Torch { what: String, problem: String },
 }
 
-/// Answers prompts.
+/// A model that answers prompts.
 pub trait Policy {
-    /// Emits `how.count` answers for each prompt, in the order of their number. A prompt that alone
-    /// is too much for the memory is a fault of its row.
+    /// Emits `how.count` answers for each prompt, in candidate order. A prompt that does not fit in
+    /// memory on its own is a fault of its row.
     fn sample(
         &mut self,
         prompts: &[ChatPrompt],
@@ -67,21 +68,22 @@ pub trait Policy {
         emit: Emit<'_, Vec<Generation>>,
     ) -> Result<ModelTelemetry, ModelError>;
 
-    /// How much it computes at once and why, in words; `None` if there is nothing to say.
+    /// Describes batch sizes and the reasons for them; `None` if there is nothing to tell.
     fn plan(&self) -> Option<String>;
 }
 
-/// Scores answers.
+/// A model that scores answers.
 pub trait Judge {
-    /// Emits one score per answer for each group. A group that alone is too much for the memory is a
-    /// fault of its row.
+    /// Emits one score per answer for each group. A group that does not fit in memory on its own is
+    /// a fault of its row.
     fn score(
         &mut self,
         groups: &[AnswerGroup<'_>],
         emit: Emit<'_, Vec<JudgeScore>>,
     ) -> Result<ModelTelemetry, ModelError>;
 
-    /// The same for one that may wait long for something else: it tells what for, and stops when asked to.
+    /// Scores like [`Judge::score`], for judges that may wait long for an external service: tells
+    /// the listener about waits, and stops when the listener asks it to.
     fn score_for(
         &mut self,
         groups: &[AnswerGroup<'_>],
@@ -91,57 +93,57 @@ pub trait Judge {
         self.score(groups, emit)
     }
 
-    /// How much it computes at once and why, in words; `None` if there is nothing to say.
+    /// Describes batch sizes and the reasons for them; `None` if there is nothing to tell.
     fn plan(&self) -> Option<String>;
 }
 
-/// What every training has in common: weights that change, and a state to go on from. When a step
-/// fails, weights and optimizer are as before.
+/// The common part of all trainers: weights that change, and a state to resume from. If a step
+/// fails, weights and optimizer are unchanged.
 pub trait Trainer {
-    /// Writes a checkpoint into the new folder `to`, in the layout that was read, with everything
-    /// that is needed to load what was trained.
+    /// Writes a checkpoint into the new folder `to`, in the layout of the original, with everything
+    /// needed to load the trained model.
     fn save(&mut self, to: &Path) -> Result<(), ModelError>;
 
-    /// Writes everything that [`Trainer::load_state`] needs to go on exactly here (weights,
+    /// Writes everything that [`Trainer::load_state`] needs to resume at this step (weights,
     /// optimizer, step count) into the new folder `to`.
     fn save_state(&mut self, to: &Path) -> Result<(), ModelError>;
 
     fn load_state(&mut self, from: &Path) -> Result<(), ModelError>;
 }
 
-/// Learns from pairs with direct preference optimization.
+/// A trainer for direct preference optimization.
 pub trait DpoTrainer: Trainer {
-    /// Log-probabilities of `[chosen, rejected]` under the weights as they are now.
+    /// Returns the log-probabilities of `[chosen, rejected]` under the current weights.
     fn reference_logps(&mut self, pairs: &[Example<'_>]) -> Result<Vec<[f64; 2]>, ModelError>;
 
-    /// One optimizer update over the batch (the mean of its pairs' losses).
+    /// Performs one optimizer update on a batch; the loss is the mean over its pairs.
     fn step(&mut self, batch: &[Example<'_>]) -> Result<DpoReport, ModelError>;
 
-    /// Looks pairs over that will be trained on, without decoding their pictures; fails at one that
-    /// can't be.
+    /// Validates the pairs of a training without decoding their images; fails for the first one
+    /// that cannot be trained on.
     fn validate(&mut self, pairs: &[Example<'_>]) -> Result<(), ModelError>;
 
-    /// What it takes of memory and how it goes about it, by the pairs that it looked over, in words;
-    /// `None` if there is nothing to say.
+    /// Describes memory use and batching, based on the validated pairs; `None` if there is nothing
+    /// to tell.
     fn plan(&self) -> Option<String>;
 }
 
-/// Learns answers by heart: the next token, given the ones before.
+/// A trainer for supervised fine-tuning on answers (next-token prediction).
 pub trait SftTrainer: Trainer {
-    /// One optimizer update over the batch (the mean over its learned tokens).
+    /// Performs one optimizer update on a batch; the loss is the mean over its target tokens.
     fn step(&mut self, batch: &[SftExample<'_>]) -> Result<SftReport, ModelError>;
 }
 
-/// Learns to score chosen answers above rejected ones.
+/// A trainer for reward models, which score chosen answers above rejected ones.
 pub trait RewardTrainer: Trainer {
-    /// One optimizer update over the batch (the mean of its pairs' losses).
+    /// Performs one optimizer update on a batch; the loss is the mean over its pairs.
     fn step(&mut self, batch: &[Example<'_>]) -> Result<RewardReport, ModelError>;
 }
 
-/// A model that was opened.
+/// The result of opening a model.
 pub type Opened<T> = Result<Box<T>, ModelError>;
 
-/// How grave a finding of `doctor` is.
+/// The severity of a finding of `doctor`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Severity {
     Good,
@@ -149,14 +151,14 @@ pub enum Severity {
     Bad,
 }
 
-/// One thing that `doctor` found, in words.
+/// A finding of `doctor`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Finding {
     pub severity: Severity,
     pub text: String,
 }
 
-/// Opens models. Implemented by the networks and, for tests, by nothing but the scripted doubles.
+/// A loader of models, implemented by the networks and, for tests, by the scripted models.
 pub trait ModelLoader {
     fn policy(&self, spec: &ModelSpec) -> Opened<dyn Policy>;
     fn judge(&self, spec: &ModelSpec) -> Opened<dyn Judge>;
@@ -167,16 +169,17 @@ pub trait ModelLoader {
         spec: &ModelSpec,
         settings: &RewardSettings,
     ) -> Opened<dyn RewardTrainer>;
-    /// The precision that the model's `device` and `dtype` mean here. It takes part in keys: rows in
-    /// bfloat16 and rows in float32 are not the same rows.
+    /// Returns the dtype that the model's `device` and `dtype` resolve to on this machine. It is a
+    /// key input: rows in bfloat16 and rows in float32 are different rows.
     fn precision(&self, spec: &ModelSpec) -> Result<Dtype, ModelError>;
-    /// On which device the model computes here, and why; `None` for a model that needs none.
+    /// Returns the model's placement on this machine; `None` for a model that needs no compute
+    /// device.
     fn placement(&self, spec: &ModelSpec) -> Result<Option<Placement>, ModelError>;
-    /// Where the model computes here, and what memory it may take there; `None` for a model that takes
-    /// none worth telling.
+    /// Returns the memory available to the model on this machine; `None` for a model whose memory
+    /// use is negligible.
     fn room(&self, spec: &ModelSpec) -> Result<Option<Room>, ModelError>;
-    /// Writes the policy in the folder `weights` into the new folder `to`: with an adapter added to
-    /// it, for programs that know no adapters, or laid out for another program, or both.
+    /// Writes the policy in the folder `weights` into the new folder `to`: with an adapter merged
+    /// into it, for programs that do not support adapters, or converted to another layout, or both.
     fn rewrite(
         &self,
         weights: &Path,
@@ -184,9 +187,9 @@ pub trait ModelLoader {
         layout: Option<Layout>,
         to: &Path,
     ) -> Result<(), ModelError>;
-    /// What decides the last bits of what the models compute (library, threads), for the footers of
-    /// the files made with them.
+    /// Returns what affects the models' results down to the last bit (library version, threads),
+    /// for the footers of the files made with them.
     fn build(&self) -> Vec<(&'static str, String)>;
-    /// What libraries and devices there are.
+    /// Lists libraries and devices.
     fn doctor(&self) -> Vec<Finding>;
 }

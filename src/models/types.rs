@@ -1,25 +1,25 @@
-//! The plain types that models take and give.
+//! Plain input and output types of models.
 
 use std::sync::Arc;
 
-/// A picture as the bytes of its file.
+/// An image as the encoded bytes of its file.
 #[derive(Debug, Clone)]
 pub struct EncodedImage {
-    /// SHA-256 of the bytes, in hex; equal ids are equal pictures.
+    /// SHA-256 of the bytes, in hex; equal ids mean equal images.
     pub id: String,
-    /// The file's bytes (PNG, JPEG, …).
+    /// The bytes of the file (PNG, JPEG, …).
     pub bytes: Arc<[u8]>,
 }
 
 impl EncodedImage {
-    /// What browsers and endpoints call its format, by its first bytes; `None` for one that they do not
-    /// take.
+    /// Returns the media type of the image, detected from its first bytes; `None` for a format that
+    /// browsers and endpoints do not accept.
     pub fn media_type(&self) -> Option<&'static str> {
         media_type(&self.bytes)
     }
 }
 
-/// See [`EncodedImage::media_type`].
+/// Returns the media type of encoded image bytes; see [`EncodedImage::media_type`].
 pub fn media_type(bytes: &[u8]) -> Option<&'static str> {
     Some(match bytes {
         [0x89, b'P', b'N', b'G', ..] => "image/png",
@@ -44,36 +44,36 @@ pub fn media_type(bytes: &[u8]) -> Option<&'static str> {
     })
 }
 
-/// How a LLaVA-OneVision checkpoint is laid out: names of tensors, config, tokenizer.
+/// The layout of a LLaVA-OneVision checkpoint: names of tensors, config, tokenizer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Layout {
-    /// As transformers reads it, 4.45 or later.
+    /// The layout of transformers, 4.45 or later.
     Transformers,
-    /// As LLaVA-NeXT reads it; the checkpoints of lmms-lab.
+    /// The layout of LLaVA-NeXT, as in the checkpoints of lmms-lab.
     LlavaNext,
 }
 
-/// Where a model computes, and what it may take there.
+/// The memory available to a model on its compute device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Room {
-    /// On a GPU; else in the memory of the machine.
+    /// True for GPU memory; false for the memory of the machine.
     pub on_gpu: bool,
-    /// Bytes that weights and what is computed at once may take.
+    /// Bytes available for weights, KV cache and activations.
     pub bytes: u64,
 }
 
-/// On which device a model computes, in which precision, and why there.
+/// The compute device and dtype of a model, with the reason for them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Placement {
-    /// `the CPU`, `cuda:0 (NVIDIA H200)`.
+    /// The name of the device: `the CPU`, `cuda:0 (NVIDIA H200)`.
     pub device: String,
-    /// `float32` or `bfloat16`.
+    /// The dtype: `float32` or `bfloat16`.
     pub precision: &'static str,
-    /// Completes "since …".
+    /// The reason, as a clause that completes "since …".
     pub reason: String,
 }
 
-/// Who speaks in a turn.
+/// The role of a chat turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ChatRole {
     User,
@@ -87,135 +87,139 @@ pub struct ChatTurn {
     pub text: String,
 }
 
-/// A question about pictures. The pictures stand before the first thing that the user says.
+/// A question about images. The images are placed before the user's first text.
 #[derive(Debug, Clone)]
 pub struct ChatPrompt {
-    /// Names the prompt in errors.
+    /// The id of the prompt, for errors.
     pub id: String,
     pub images: Vec<EncodedImage>,
-    /// `None`: the model's usual system text.
+    /// The system text; `None` for the model's default.
     pub system: Option<String>,
     pub turns: Vec<ChatTurn>,
     pub question: String,
-    /// Descriptions of the picture, for judges that can use them.
+    /// Captions of the image, for judges that use them.
     pub captions: Option<Vec<String>>,
-    /// The true or reference answer, if one is known, for judges that compare with it.
+    /// The reference answer, if one is known, for judges that compare with it.
     pub answer: Option<String>,
-    /// Seeds the random numbers of this prompt's answers: answer `i` draws its `n`-th token with a
-    /// number that depends on (`seed`, `i`, `n`) and on nothing else.
+    /// Seed of the random numbers for this prompt's answers: token `n` of answer `i` is drawn with
+    /// a number that depends only on (`seed`, `i`, `n`).
     pub seed: u64,
 }
 
-/// How answers are drawn.
+/// Sampling parameters.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sampling {
-    /// Answers per prompt.
+    /// Number of answers per prompt.
     pub count: usize,
-    /// 0 means greedy.
+    /// Sampling temperature; 0 is greedy decoding.
     pub temperature: f64,
-    /// The smallest set of most likely tokens whose probabilities sum to this; 1 keeps all.
+    /// Top-p: sample from the smallest set of most likely tokens whose probabilities sum to at
+    /// least this; 1 keeps all.
     pub top_p: f64,
-    /// The most likely tokens only; 0 keeps all.
+    /// Top-k: sample from the k most likely tokens; 0 keeps all.
     pub top_k: usize,
-    /// Only tokens at least this share as likely as the most likely one; 0 keeps all.
+    /// Min-p: keep tokens at least this share as likely as the most likely one; 0 keeps all.
     pub min_p: f64,
-    /// Divides positive logits (multiplies negative ones) of tokens that occurred; 1 is off.
+    /// Repetition penalty: divides positive logits (multiplies negative ones) of tokens that
+    /// already occurred; 1 disables it.
     pub repetition_penalty: f64,
-    /// The longest answer, in tokens, the stop token included.
+    /// Maximum length of an answer, in tokens, including the stop token.
     pub max_new_tokens: usize,
-    /// Texts that end an answer.
+    /// Strings that end an answer.
     pub stop_strings: Vec<String>,
-    /// Tokens that end an answer, beside the model's own.
+    /// Ids of tokens that end an answer, in addition to the model's own.
     pub stop_token_ids: Vec<i64>,
 }
 
-/// Why an answer ended.
+/// The reason why an answer ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stop {
-    /// The model chose a stop token.
+    /// The model sampled a stop token.
     Token,
-    /// The text held one of the stop strings.
+    /// The text contained a stop string.
     String,
-    /// `max_new_tokens` was reached.
+    /// The answer reached `max_new_tokens`.
     Length,
 }
 
-/// One sampled answer.
+/// A sampled answer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Generation {
-    /// Without the stop token; up to the stop string, where there is one.
+    /// The text without the stop token, up to the stop string if there is one.
     pub text: String,
-    /// As sampled, with the tokens of a stop string; ends in a stop token if and only if `stop` is
-    /// [`Stop::Token`].
+    /// The tokens as sampled, including those of a stop string; the last one is a stop token if and
+    /// only if `stop` is [`Stop::Token`].
     pub token_ids: Vec<i32>,
-    /// Natural log, raw logits, whole vocabulary, temperature 1, in float32.
+    /// Log-probabilities of the tokens: natural log of the softmax of the raw logits over the whole
+    /// vocabulary, at temperature 1, in float32.
     pub token_logps: Vec<f32>,
     pub stop: Stop,
-    /// The seed that this answer's numbers came from.
+    /// The seed of the random numbers for this answer.
     pub seed: i64,
 }
 
-/// One prompt and the answers to be scored.
+/// A prompt and the answers to score.
 #[derive(Debug)]
 pub struct AnswerGroup<'a> {
     pub prompt: &'a ChatPrompt,
     pub answers: Vec<&'a str>,
-    /// The answers' numbers among the candidates of the prompt; empty where they have none.
+    /// Candidate numbers of the answers; empty if they have none.
     pub numbers: Vec<i32>,
 }
 
-/// A judge's opinion of one answer. Higher is better.
+/// A judge's score of one answer. Higher is better.
 #[derive(Debug, Clone, PartialEq)]
 pub struct JudgeScore {
     pub reward: f32,
-    /// What a judge that writes wrote.
+    /// The reply of a judge that replies in text.
     pub reply: Option<String>,
-    /// Share of the other answers about which it says something else when the two are shown in the
-    /// other order, where it sees two at once.
+    /// For pairwise judges, the share of the other answers for which the verdict changes when the
+    /// two answers are shown in the other order.
     pub flips: Option<f32>,
 }
 
-/// What sampling or scoring some prompts took, and how much of it was shared.
+/// Counters and timings of sampling or scoring.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct ModelTelemetry {
-    /// Prompts that were read.
+    /// Prompts processed.
     pub prompts: u64,
-    /// Distinct pictures that they show.
+    /// Distinct images in the prompts.
     pub images: u64,
-    /// Pictures that went through the vision tower.
+    /// Images that went through the vision tower.
     pub tower_passes: u64,
-    /// Tokens of prompts that the decoder read, pictures included.
+    /// Prompt tokens processed by the decoder, including image tokens.
     pub prompt_tokens: u64,
-    /// Those of them that were not read again, being the beginning of several prompts about the same
-    /// pictures.
+    /// Prompt tokens among these that were reused from the prefix cache, as the common prefix of
+    /// several prompts about the same images.
     pub shared_tokens: u64,
-    /// Tokens of answers that were sampled, or read to be scored.
+    /// Answer tokens that were sampled, or read for scoring.
     pub answer_tokens: u64,
-    /// Passes of growing answers through the decoder, a token of each.
+    /// Decoding steps; each adds one token to every answer of the batch.
     pub steps: u64,
-    /// Answers in all steps, summed.
+    /// Answers summed over all decoding steps.
     pub step_rows: u64,
-    /// Answers that may grow side by side.
+    /// Maximum number of answers decoded in one batch.
     pub rows_max: u64,
-    /// Tokens of prompts and answers that may be in memory at once.
+    /// Maximum number of prompt and answer tokens in the KV cache.
     pub tokens_max: u64,
-    /// Replies that could not be read and were asked for again.
+    /// Retries after replies without a readable verdict.
     pub retries: u64,
-    /// How often these two were halved because memory ran out.
+    /// OOM retries, each of which halves these two limits.
     pub oom_retries: u64,
-    /// Decoding and resizing pictures, most of it beside the network.
-    pub seconds_pictures: f64,
-    /// The network waiting for pictures.
+    /// Time for decoding and resizing images, in seconds; most of it runs in parallel to the
+    /// network.
+    pub seconds_images: f64,
+    /// Time that the network waited for images, in seconds.
     pub seconds_waiting: f64,
     pub seconds_tower: f64,
-    /// Reading prompts.
+    /// Prefill time (processing prompts), in seconds.
     pub seconds_prefill: f64,
-    /// Sampling or reading answers.
+    /// Decoding time (sampling or reading answers), in seconds.
     pub seconds_decode: f64,
 }
 
 impl ModelTelemetry {
-    /// Adds what another call took; of what is a limit, the lesser one.
+    /// Adds the telemetry of another call; limits become the lower of the two.
     pub fn add(&mut self, other: &Self) {
         let least = |one: u64, other: u64| match (one, other) {
             (0, other) => other,
@@ -235,7 +239,7 @@ impl ModelTelemetry {
             tokens_max: least(self.tokens_max, other.tokens_max),
             retries: self.retries + other.retries,
             oom_retries: self.oom_retries + other.oom_retries,
-            seconds_pictures: self.seconds_pictures + other.seconds_pictures,
+            seconds_images: self.seconds_images + other.seconds_images,
             seconds_waiting: self.seconds_waiting + other.seconds_waiting,
             seconds_tower: self.seconds_tower + other.seconds_tower,
             seconds_prefill: self.seconds_prefill + other.seconds_prefill,

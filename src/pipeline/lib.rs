@@ -1,5 +1,5 @@
-//! Pipelines: what a file says ([`config`]), what each stage type does ([`stages`]), and the runner that makes
-//! the tables, round after round ([`run`]).
+//! Pipelines: the YAML configuration ([`config`]), the stage types ([`stages`]), and the runner
+//! that builds the tables round by round ([`run`]).
 
 pub mod config;
 pub mod run;

@@ -1,5 +1,5 @@
-//! A thread for each query: its stack is deep enough for any query that is not refused, and whoever
-//! waits for rows is free to do something else.
+//! One thread per query, with a stack deep enough for any accepted query, so that the consumer of
+//! the rows is free for other work.
 
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::thread::{self, Builder};
@@ -8,14 +8,15 @@ use std::time::Duration;
 use super::{Part, QueryError};
 use ovchat_io::files::caught;
 
-/// The stack of a query's thread. A chain of terms becomes a tree as deep as it is long, through which
-/// DataFusion walks by recursion, and which it drops so, too. Only what is used of it takes memory.
+/// The stack size of a query's thread, in bytes. A chain of terms becomes a tree as deep as it is
+/// long, which DataFusion walks and drops recursively. Only the used part of the stack takes
+/// memory.
 const STACK_BYTES: usize = 1 << 30;
 
-/// The longest time without word from a query.
+/// The maximum time without a message from a query.
 const PATIENCE: Duration = Duration::from_millis(100);
 
-/// Does something in a thread of its own and waits for it.
+/// Runs `work` in its own thread and waits for it.
 pub fn apart<T: Send>(
     work: impl AsyncFnOnce() -> Result<T, QueryError> + Send,
 ) -> Result<T, QueryError> {
@@ -26,8 +27,8 @@ pub fn apart<T: Send>(
     })
 }
 
-/// Does something in a thread of its own that gives one piece after the other, and hands them to `sink`
-/// in this thread. It holds two pieces at most. When `sink` fails, the thread is left to end by itself.
+/// Runs `work` in its own thread and passes its parts to `sink` in this thread. At most two parts
+/// are buffered. If `sink` fails, the thread is detached and ends by itself.
 pub fn piece_by_piece<E: From<QueryError>>(
     work: impl AsyncFnOnce(&dyn Fn(Part) -> Result<(), QueryError>) -> Result<(), QueryError>
     + Send
@@ -53,7 +54,7 @@ pub fn piece_by_piece<E: From<QueryError>>(
 }
 
 fn give(sender: &SyncSender<Part>, part: Part) -> Result<(), QueryError> {
-    let is_unheard = |_| QueryError("nobody waits for the rows".to_owned());
+    let is_unheard = |_| QueryError("the receiver of the rows is gone".to_owned());
     sender.send(part).map_err(is_unheard)
 }
 
@@ -64,7 +65,7 @@ fn builder() -> Builder {
 }
 
 fn no_thread(error: &std::io::Error) -> QueryError {
-    QueryError(format!("there is no thread for the query: {error}"))
+    QueryError(format!("cannot start a thread for the query: {error}"))
 }
 
 /// The result of a query, or the message of its panic as an error.
@@ -74,13 +75,13 @@ fn unless_it_panics<T>(work: impl FnOnce() -> Result<T, QueryError>) -> Result<T
 
 fn panicked(message: &str) -> QueryError {
     QueryError(format!(
-        "DataFusion failed at this query ({message}); write it in another way"
+        "DataFusion failed at this query ({message}); rewrite the query"
     ))
 }
 
 fn block_on<T>(work: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .build()
-        .expect("a thread's own runtime");
+        .expect("a current-thread runtime builds");
     runtime.block_on(work)
 }

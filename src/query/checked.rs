@@ -1,5 +1,4 @@
-//! Files that are compared with their checksums while they are read: a query never computes with bytes
-//! that are not what was written.
+//! File reads with checksum verification: a query never computes with corrupt data.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -28,10 +27,10 @@ use ovchat_data::store::{BLOCK, StoreError, TableFile};
 pub struct CheckedFiles {
     inner: LocalFileSystem,
     files: HashMap<Path, TableFile>,
-    /// Blocks that were found to be as they were written.
-    sound: Mutex<HashSet<(Path, u64)>>,
-    /// The file that was not.
-    spoiled: Arc<Mutex<Option<PathBuf>>>,
+    /// Blocks that passed verification.
+    intact: Mutex<HashSet<(Path, u64)>>,
+    /// The corrupt file, once one was found.
+    corrupt: Arc<Mutex<Option<PathBuf>>>,
 }
 
 impl CheckedFiles {
@@ -44,17 +43,17 @@ impl CheckedFiles {
         Self {
             inner: LocalFileSystem::new(),
             files: files.collect(),
-            sound: Mutex::default(),
-            spoiled: Arc::default(),
+            intact: Mutex::default(),
+            corrupt: Arc::default(),
         }
     }
 
-    /// The file that made a query fail, once one has.
-    pub fn spoiled(&self) -> Arc<Mutex<Option<PathBuf>>> {
-        Arc::clone(&self.spoiled)
+    /// Returns the corrupt file that made a query fail, once one has.
+    pub fn corrupt(&self) -> Arc<Mutex<Option<PathBuf>>> {
+        Arc::clone(&self.corrupt)
     }
 
-    /// Bytes of a file, from the first to the last block that they touch, after these were checked.
+    /// Reads a range of a file after verifying all blocks that it touches.
     fn read(&self, location: &Path, file: &TableFile, range: &Range<u64>) -> Result<Bytes> {
         let failed = |error: io::Error| Error::Generic {
             store: "run",
@@ -67,9 +66,9 @@ impl CheckedFiles {
         }
         let blocks = range.start / BLOCK..range.end.min(length).div_ceil(BLOCK);
         let is_intact = {
-            let sound = self.sound.lock().expect("no panic while locked");
+            let intact = self.intact.lock().expect("no panic while locked");
             let mut blocks = blocks.clone();
-            blocks.all(|block| sound.contains(&(location.clone(), block)))
+            blocks.all(|block| intact.contains(&(location.clone(), block)))
         };
         let read = if is_intact {
             range.start..range.end.min(length)
@@ -88,8 +87,8 @@ impl CheckedFiles {
                 return Err(self.found_corrupt(file));
             }
         }
-        let mut sound = self.sound.lock().expect("no panic while locked");
-        sound.extend(blocks.map(|block| (location.clone(), block)));
+        let mut intact = self.intact.lock().expect("no panic while locked");
+        intact.extend(blocks.map(|block| (location.clone(), block)));
         let start = (range.start - read.start) as usize;
         let end = (range.end.min(length) - read.start) as usize;
         Ok(Bytes::from(bytes).slice(start..end))
@@ -97,10 +96,10 @@ impl CheckedFiles {
 
     fn found_corrupt(&self, file: &TableFile) -> Error {
         let path = file.path.clone();
-        *self.spoiled.lock().expect("no panic while locked") = Some(path.clone());
+        *self.corrupt.lock().expect("no panic while locked") = Some(path.clone());
         Error::Generic {
             store: "run",
-            source: StoreError::Spoiled { path }.into(),
+            source: StoreError::Corrupt { path }.into(),
         }
     }
 }

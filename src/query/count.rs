@@ -1,4 +1,4 @@
-//! How many rows a query gives, as far as its form tells.
+//! Static bounds on the number of rows that a query returns.
 
 use std::ops::ControlFlow;
 
@@ -6,20 +6,20 @@ use datafusion::common::tree_node::{TreeNode, TreeNodeRecursion};
 use datafusion::logical_expr::utils::split_conjunction;
 use datafusion::logical_expr::{Expr, FetchType, JoinType, LogicalPlan, Operator};
 
-/// The number of rows of a query.
+/// The bounds on a query's number of rows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RowCount {
     rows: Rows,
-    /// Why a subquery that stands for one value may give several rows.
+    /// The reason why a scalar subquery may return several rows.
     of_subquery: Option<Several>,
 }
 
-/// Why a query that should give one row does not, or may not.
+/// The reason why a query that must return one row does not, or may not.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Several {
-    /// Continues "the query must give one row, and …".
+    /// The continuation of "the query must return one row, and …".
     pub words: String,
-    /// Whether it gives several rows whenever its tables have some.
+    /// True if it returns several rows whenever its tables have several.
     pub is_certain: bool,
 }
 
@@ -31,18 +31,19 @@ impl RowCount {
         }
     }
 
-    /// True if the query gives a row whatever is in its tables.
+    /// True if the query returns at least one row for any content of its tables.
     pub fn is_never_empty(&self) -> bool {
         self.rows.least > 0
     }
 
-    /// Why it may be more than one row; `None` if it is one at most, or if nobody can tell.
+    /// Returns the reason why there may be several rows; `None` if there is at most one, or if this
+    /// is unknown.
     pub fn several(&self) -> Option<Several> {
         self.rows.several().or_else(|| self.of_subquery.clone())
     }
 }
 
-/// The least and the most rows of a plan.
+/// The lower and upper bound on the rows of a plan.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Rows {
     least: usize,
@@ -54,9 +55,10 @@ enum Most {
     Number(usize),
     /// One for each row of a table.
     EachOf(String),
-    /// Several, for a reason in words.
+    /// Several, with the reason as text.
     Several(String),
-    /// It depends on more than the form tells, such as how many rows of two tables match.
+    /// Unknown: it depends on more than the plan shows, such as the number of matching rows of two
+    /// tables.
     Unknown,
 }
 
@@ -98,9 +100,9 @@ impl Rows {
             LogicalPlan::Aggregate(it) if is_one_group(&it.group_expr, &it.input) => {
                 Self::up_to(Most::Number(1))
             }
-            LogicalPlan::Aggregate(it) => Self::of(&it.input).grouped("one for each group"),
-            LogicalPlan::Distinct(it) => Self::of(it.input()).grouped("one for each distinct row"),
-            LogicalPlan::Unnest(it) => Self::of(&it.input).grouped("one for each item of a list"),
+            LogicalPlan::Aggregate(it) => Self::of(&it.input).grouped("one per group"),
+            LogicalPlan::Distinct(it) => Self::of(it.input()).grouped("one per distinct row"),
+            LogicalPlan::Unnest(it) => Self::of(&it.input).grouped("one per item of a list"),
             LogicalPlan::Values(it) => Self::exactly(it.values.len()),
             LogicalPlan::EmptyRelation(it) => Self::exactly(it.produce_one_row.into()),
             LogicalPlan::Union(it) => {
@@ -134,13 +136,13 @@ impl Rows {
     fn filtered(self) -> Self {
         Self::up_to(match self.most {
             Most::EachOf(table) => Most::Several(format!(
-                "one for each row of `{table}` that meets its condition"
+                "one per row of `{table}` that matches the condition"
             )),
             most => most,
         })
     }
 
-    /// Rows of which some become one, or one becomes some.
+    /// Applies an operation that merges rows or multiplies them.
     fn grouped(self, reason: &str) -> Self {
         match self.most {
             Most::Number(0 | 1) if !reason.ends_with("list") => self,
@@ -148,12 +150,12 @@ impl Rows {
         }
     }
 
-    /// The rows of both sides of a `union`.
+    /// Adds the rows of both sides of a `union`.
     fn and(self, other: Self) -> Self {
         let most = match (self.most, other.most) {
             (Most::Number(one), Most::Number(two)) => Most::Number(one + two),
             (Most::Unknown, _) | (_, Most::Unknown) => Most::Unknown,
-            _ => Most::Several("those of both sides of `union`".to_owned()),
+            _ => Most::Several("the rows of both sides of `union`".to_owned()),
         };
         Self {
             least: self.least + other.least,
@@ -181,18 +183,18 @@ impl Rows {
         let said = |is_certain: bool, words: String| Some(Several { words, is_certain });
         match (self.least, &self.most) {
             (_, Most::Number(0 | 1)) => None,
-            (least, Most::Number(most)) if least == *most => said(true, format!("gives {most}")),
-            (_, Most::EachOf(table)) => said(true, format!("gives one for each row of `{table}`")),
-            (2.., _) => said(true, "gives several".to_owned()),
-            (_, Most::Number(most)) => said(false, format!("may give {most}")),
-            (_, Most::Several(reason)) => said(false, format!("may give several: {reason}")),
+            (least, Most::Number(most)) if least == *most => said(true, format!("returns {most}")),
+            (_, Most::EachOf(table)) => said(true, format!("returns one per row of `{table}`")),
+            (2.., _) => said(true, "returns several".to_owned()),
+            (_, Most::Number(most)) => said(false, format!("may return {most}")),
+            (_, Most::Several(reason)) => said(false, format!("may return several: {reason}")),
             (_, Most::Unknown) => None,
         }
     }
 }
 
-/// Whether a condition on the rows that are grouped leaves one group: each column that they are grouped
-/// by equals something that no row decides.
+/// True if a condition on the grouped rows leaves a single group: each grouping column equals an
+/// expression that does not depend on the row.
 fn is_one_group(group: &[Expr], input: &LogicalPlan) -> bool {
     let LogicalPlan::Filter(filter) = input else {
         return false;
@@ -212,7 +214,7 @@ fn is_one_group(group: &[Expr], input: &LogicalPlan) -> bool {
     })
 }
 
-/// The first subquery that stands for one value and may give several.
+/// Returns the first scalar subquery that may return several rows.
 fn of_subqueries(plan: &LogicalPlan) -> Option<Several> {
     let mut found = None;
     let mut look = |expression: &Expr| {
@@ -220,7 +222,7 @@ fn of_subqueries(plan: &LogicalPlan) -> Option<Several> {
             && let Some(several) = Rows::of(&subquery.subquery).several()
         {
             found = Some(Several {
-                words: format!("a subquery in it {}", several.words),
+                words: format!("a subquery {}", several.words),
                 is_certain: several.is_certain,
             });
             return ControlFlow::Break(());
@@ -237,6 +239,6 @@ fn of_subqueries(plan: &LogicalPlan) -> Option<Several> {
             })
         })
     });
-    walked.expect("nothing fails on the way");
+    walked.expect("the visitor never fails");
     found
 }

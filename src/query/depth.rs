@@ -1,5 +1,5 @@
-//! How deep the tree of a query is, told by its tokens: before the parser builds it, for a tree that is
-//! too deep ends the program.
+//! Depth of a query's syntax tree, estimated from its tokens before the parser builds it, because a
+//! tree that is too deep overflows the stack and aborts the program.
 
 use datafusion::sql::sqlparser::dialect::GenericDialect;
 use datafusion::sql::sqlparser::keywords::Keyword;
@@ -7,50 +7,50 @@ use datafusion::sql::sqlparser::tokenizer::{Token, Tokenizer};
 
 use super::QueryError;
 
-/// How deep a tree may be.
+/// The maximum depth of a tree.
 const DEPTH_MAX: usize = 6_500;
 
-/// What a table adds that stands beside others: planning takes memory by the square of their number.
+/// The depth added by each joined table: planning takes memory quadratic in their number.
 const TABLE: usize = 20;
 
-/// The most levels of nested `not (`: the parser tries each twice.
+/// The maximum nesting of `not (`; the parser tries each level twice, so its time is exponential.
 const NOT_MAX: usize = 16;
 
-/// Refuses a query that chains more terms than its thread has stack for. Parentheses within parentheses
-/// are counted by the parser.
+/// Rejects a query that chains more terms than its thread's stack can hold. Nested parentheses are
+/// limited by the parser.
 pub fn refuse_deep(sql: &str) -> Result<(), QueryError> {
     let tokens = tokens(sql);
     refuse_unread_numbers(&tokens)?;
     let (depth, nots) = depth(&tokens);
     if nots > NOT_MAX {
         return Err(QueryError(format!(
-            "`not (` is nested {nots} levels deep, and at most {NOT_MAX} can be parsed: remove pairs of `not`"
+            "`not (` is nested {nots} levels deep, the maximum is {NOT_MAX}: remove pairs of `not`"
         )));
     }
     if depth <= DEPTH_MAX {
         return Ok(());
     }
     Err(QueryError(format!(
-        "the query chains {depth} operators and keywords (a table counts {TABLE}), and at most {DEPTH_MAX} \
-         can be computed: write `in (…)` for many `or`, `values` for many `union`, or put the values into \
+        "the query chains {depth} operators and keywords (a table counts {TABLE}), the maximum is \
+         {DEPTH_MAX}: write `in (…)` for many `or`, `values` for many `union`, or put the values into \
          a table"
     )))
 }
 
-/// The digits that a number keeps.
+/// The number of significant digits of a number literal.
 const DIGITS_MAX: usize = 17;
 
-/// The digits of the longest decimal number.
+/// The number of digits of the longest decimal.
 const DECIMAL_MAX: usize = 38;
 
-/// The tokens of a query; none for a text with tokens that the parser will refuse.
+/// Returns the tokens of a query; none for a text with tokens that the parser will reject.
 fn tokens(sql: &str) -> Vec<Token> {
     let tokens = Tokenizer::new(&GenericDialect {}, sql).tokenize();
     tokens.unwrap_or_default()
 }
 
-/// Refuses numbers that would be read as others: `1_000` as 1, called `_000`; and those of more digits than are
-/// kept.
+/// Rejects number literals that would be parsed as something else (`1_000` is parsed as 1 with the
+/// alias `_000`), and those with more digits than are kept.
 fn refuse_unread_numbers(tokens: &[Token]) -> Result<(), QueryError> {
     for (index, token) in tokens.iter().enumerate() {
         let Token::Number(number, _) = token else {
@@ -58,7 +58,7 @@ fn refuse_unread_numbers(tokens: &[Token]) -> Result<(), QueryError> {
         };
         if let Some(Token::Word(word)) = tokens.get(index + 1) {
             return Err(QueryError(format!(
-                "`{number}{word}` is not a number: write digits only, or a space before a name"
+                "`{number}{word}` is not a number: use digits only, or put a space before an alias"
             )));
         }
         let mantissa = number.split(['e', 'E']).next().unwrap_or_default();
@@ -67,7 +67,7 @@ fn refuse_unread_numbers(tokens: &[Token]) -> Result<(), QueryError> {
         if digits <= DIGITS_MAX || number.parse::<u64>().is_ok() {
             continue;
         }
-        let lost = format!("`{number}` has more than the {DIGITS_MAX} digits that a number keeps");
+        let lost = format!("`{number}` exceeds the precision of {DIGITS_MAX} digits");
         let fraction = mantissa
             .split_once('.')
             .map_or(0, |(_, fraction)| fraction.len());
@@ -76,23 +76,23 @@ fn refuse_unread_numbers(tokens: &[Token]) -> Result<(), QueryError> {
             if is_plain && digits.max(fraction) <= DECIMAL_MAX {
                 format!("{lost}: write cast('{number}' as decimal({DECIMAL_MAX}, {fraction}))")
             } else {
-                format!("{lost}: write fewer")
+                format!("{lost}: use fewer digits")
             },
         ));
     }
     Ok(())
 }
 
-/// What stands between a parenthesis and its end, so far.
+/// The state within one pair of parentheses, so far.
 #[derive(Default)]
 struct Level {
-    /// Operators and keywords since the last comma, which separates what is no deeper for it.
+    /// Operators and keywords since the last comma; items separated by commas do not add depth.
     chain: usize,
     /// Set operations and tables.
     sets: usize,
-    /// Whether a comma separates tables, of which each makes the tree deeper.
+    /// True if commas separate tables, each of which makes the tree deeper.
     of_tables: bool,
-    /// The levels of nested `not (` around it.
+    /// Nesting levels of `not (` around it.
     nots: usize,
 }
 
@@ -121,7 +121,7 @@ impl Level {
     }
 }
 
-/// The depth of the tree that these tokens become, and the levels of nested `not (`.
+/// Returns the depth of the tree for these tokens, and the nesting levels of `not (`.
 fn depth(tokens: &[Token]) -> (usize, usize) {
     let (mut deepest, mut nots) = (0, 0);
     let mut is_behind_not = false;

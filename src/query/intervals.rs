@@ -1,5 +1,5 @@
-//! Comparisons of intervals: DataFusion compares months, days and the rest one by one, so that 25 hours are
-//! less than a day.
+//! Rejection of interval comparisons: DataFusion compares months, days and the rest separately, so
+//! that 25 hours are less than a day.
 
 use arrow::datatypes::DataType;
 use datafusion::common::DFSchema;
@@ -9,7 +9,8 @@ use datafusion::logical_expr::{Expr, ExprSchemable as _, LogicalPlan, Operator};
 use super::QueryError;
 use super::words::error;
 
-/// Refuses a plan that compares intervals, orders or groups by them, or takes the least or the most of them.
+/// Rejects a plan that compares, sorts by, or groups by intervals, or takes their minimum or
+/// maximum.
 pub fn refuse_compared(plan: &LogicalPlan) -> Result<(), QueryError> {
     let mut is_compared = false;
     let walked = plan.apply_with_subqueries(|node| {
@@ -46,7 +47,7 @@ pub fn refuse_compared(plan: &LogicalPlan) -> Result<(), QueryError> {
     walked.map_err(error)?;
     if is_compared {
         return Err(QueryError(
-            "comparing intervals is not supported (DataFusion compares their months, days and hours one by one): \
+            "comparing intervals is not supported (DataFusion compares their months, days and hours separately): \
              compare numbers, such as date_part('epoch', …)"
                 .to_owned(),
         ));

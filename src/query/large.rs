@@ -1,6 +1,7 @@
-//! Queries that would take all memory: those that read too many tables once their common table expressions are
-//! written out, as DataFusion does (one that reads the one before it twice doubles it), and those that ask for
-//! one value of billions of bytes, which DataFusion does not count.
+//! Rejection of queries that would exhaust memory: those that read too many tables once their
+//! common table expressions are inlined, as DataFusion does (a chain in which each reads the
+//! previous one twice doubles at every step), and those that request a single value of billions of
+//! bytes, which DataFusion does not account for.
 
 use std::collections::HashMap;
 use std::ops::ControlFlow;
@@ -13,10 +14,10 @@ use datafusion::sql::sqlparser::ast::{
 
 use super::QueryError;
 
-/// The most tables that a query may read.
+/// The maximum number of tables that a query may read.
 const TABLES_MAX: u64 = 2_000;
 
-/// Functions that make a value as long as one of their arguments says.
+/// Functions whose result is as long as one of their arguments.
 const MAKE_LONG: [&str; 7] = [
     "repeat",
     "lpad",
@@ -27,15 +28,15 @@ const MAKE_LONG: [&str; 7] = [
     "list_repeat",
 ];
 
-/// The longest value that such a function may be asked for.
+/// The maximum length requested from such a function.
 const LENGTH_MAX: f64 = 10_000_000.0;
 
-/// Refuses a query that reads too many tables, or says that one of its values is too long.
+/// Rejects a query that reads too many tables or requests a value that is too long.
 pub fn refuse_large(statement: &Statement) -> Result<(), QueryError> {
     let statement = match statement {
         Statement::Statement(statement) => statement,
         Statement::Explain(explain) => return refuse_large(&explain.statement),
-        // These are refused as a whole: queries only read.
+        // These are rejected as a whole: queries are read-only.
         Statement::CreateExternalTable(_) | Statement::CopyTo(_) | Statement::Reset(_) => {
             return Ok(());
         }
@@ -51,12 +52,12 @@ pub fn refuse_large(statement: &Statement) -> Result<(), QueryError> {
         return Ok(());
     }
     Err(QueryError(format!(
-        "the query reads {tables} tables once its `with` is written out, and at most {TABLES_MAX} can be computed: \
-         read each part of `with` once, or make a table of it by a stage `sql`"
+        "the query reads {tables} tables once its `with` clauses are inlined, the maximum is {TABLES_MAX}: \
+         read each of them once, or build it as a table in an `sql` stage"
     )))
 }
 
-/// The error message about a call that makes too long a value.
+/// Returns the error message for a call whose result is too long.
 fn too_long(function: &Function) -> Option<String> {
     let name = function.name.to_string().to_lowercase();
     let FunctionArguments::List(list) = &function.args else {
@@ -74,11 +75,11 @@ fn too_long(function: &Function) -> Option<String> {
     let mut lengths = list.args.iter().filter_map(length);
     let length = lengths.find(|length| *length > LENGTH_MAX)?;
     Some(format!(
-        "`{name}` makes a value of {length} characters or items, and at most {LENGTH_MAX} fit into memory"
+        "`{name}` requests a value of {length} characters or items, the maximum is {LENGTH_MAX}"
     ))
 }
 
-/// The queries that are open, the innermost last.
+/// The enclosing queries, innermost last.
 struct Count {
     open: Vec<Level>,
 }
@@ -87,9 +88,9 @@ struct Count {
 struct Level {
     /// The tables read so far.
     tables: u64,
-    /// Those that each common table expression reads which can be named here.
+    /// The number of tables that each visible common table expression reads.
     known: HashMap<String, u64>,
-    /// The common table expressions of this query that are to come, the next one last.
+    /// The common table expressions of this query not yet visited, the next one last.
     to_come: Vec<(*const Query, String)>,
 }
 

@@ -1,8 +1,9 @@
-//! SQL over tables: the home of DataFusion, and of all async but for the page's server.
+//! SQL queries over tables, with DataFusion.
 //!
-//! Every query runs on one thread of its own, with bounded memory and a deep stack; what does not fit is
-//! spilled to a folder of the caller's. Tables are given as lists of Parquet files, so that a reader never sees a file that
-//! the manifest doesn't list.
+//! This crate contains all use of DataFusion, and all async code except the labeling page's server.
+//! Every query runs on its own thread, with bounded memory and a deep stack, and spills to a folder
+//! of the caller's. Tables are given as lists of Parquet files, so that a query never reads a file
+//! that the manifest does not list.
 
 mod apart;
 mod bounded;
@@ -46,10 +47,10 @@ use words::{Allowed, error, refuse_others, refuse_unknown_params};
 use ovchat_data::store::{StoreError, TableFile, schema_of_file};
 use ovchat_io::files;
 
-/// Memory for sorts and joins; more is spilled to disk.
+/// The memory limit for sorts and joins, in bytes; the rest is spilled to disk.
 const MEMORY_BYTES: usize = 512 << 20;
 
-/// A query can't be planned or run.
+/// A query that cannot be planned or run.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct QueryError(pub String);
@@ -67,9 +68,10 @@ pub enum Param {
 pub struct QueryTable {
     pub name: String,
     pub schema: SchemaRef,
-    /// Its files, Parquet or, by their ending `jsonl`, JSON lines, by round; `None` where the table has no rounds.
+    /// The files per round, Parquet or, with the extension `jsonl`, JSON lines; `None` if the table
+    /// has no rounds.
     pub files: Vec<(Option<u32>, Vec<TableFile>)>,
-    /// Whether the rounds become a column `round`.
+    /// True if the rounds become a column `round`.
     pub with_round: bool,
 }
 
@@ -80,7 +82,7 @@ pub struct View {
     pub query: String,
 }
 
-/// The schema that a query's result has. Nothing is read.
+/// Returns the schema of a query's result. Reads no data.
 pub fn plan(
     sql: &str,
     tables: &[(String, SchemaRef)],
@@ -89,7 +91,7 @@ pub fn plan(
     Ok(plan_counted(sql, tables, params)?.0)
 }
 
-/// The same as [`plan`], with the number of rows.
+/// Returns the schema of a query's result, as [`plan`], with the bounds on its number of rows.
 pub fn plan_counted(
     sql: &str,
     tables: &[(String, SchemaRef)],
@@ -102,19 +104,19 @@ pub fn plan_counted(
             register_empty(&context, name, schema).map_err(error)?;
         }
         let frame = prepare(&context, sql, params, Allowed::Queries).await?;
-        // The logical schema knows names and types; nullability is as wide as it may be.
+        // The logical schema has the names and types; nullability is as wide as possible.
         let schema = Arc::new(frame.schema().as_arrow().clone());
         types::each_type(&schema, &mut |path, of| {
             types::equal_fields(path, of).map_or(Ok(()), |words| Err(QueryError(words)))
         })?;
         let count = RowCount::of(frame.logical_plan());
-        // Types are reconciled, and functions looked at, on the way to the plan that would be executed.
+        // Types are coerced and functions resolved while the physical plan is created.
         frame.create_physical_plan().await.map_err(error)?;
         Ok((schema, count))
     })
 }
 
-/// The names of the tables that a query reads.
+/// Returns the names of the tables that a query reads.
 pub fn tables(sql: &str) -> Result<Vec<String>, QueryError> {
     apart(async || {
         let state = SessionContext::new_with_config(config()).state();
@@ -128,12 +130,12 @@ pub fn tables(sql: &str) -> Result<Vec<String>, QueryError> {
 /// The columns of a result.
 pub struct Header {
     pub schema: SchemaRef,
-    /// The table or alias that each column was taken from as it is, if it was.
+    /// The table or alias that each column was taken from unchanged, if it was.
     pub tables: Vec<Option<String>>,
 }
 
-/// Runs a query over tables and views (each may read the ones before) and hands its rows to `sink`,
-/// batch by batch. Returns the result's schema.
+/// Runs a query over tables and views (each view may read the previous ones) and passes its rows to
+/// `sink`, batch by batch. Returns the result's schema.
 pub fn run<E: From<QueryError>>(
     sql: &str,
     params: &[(&str, Param)],
@@ -161,12 +163,13 @@ pub fn run<E: From<QueryError>>(
 pub enum Part {
     Header(Header),
     Rows(RecordBatch),
-    /// There is none for the moment; said several times a second, for those who wait to stop.
+    /// No rows yet; sent several times a second, so that the caller can check for a stop request.
     Nothing,
 }
 
-/// The same as [`run`], with a header before the first row is computed, and word of each moment without
-/// rows. A query that `sink` ends may go on for a while by itself.
+/// Runs a query as [`run`] does, but passes a header before the first row is computed, and
+/// [`Part::Nothing`] while there are no rows. If `sink` ends a query, its thread may run on for a
+/// while.
 pub fn stream<E: From<QueryError>>(
     sql: &str,
     params: &[(&str, Param)],
@@ -186,21 +189,21 @@ pub fn stream<E: From<QueryError>>(
             let context = context(spill.as_deref()).map_err(error)?;
             let files = tables.iter().flat_map(|table| &table.files);
             let files = CheckedFiles::new(files.flat_map(|(_, files)| files));
-            let spoiled = files.spoiled();
+            let corrupt = files.corrupt();
             context.register_object_store(
                 ObjectStoreUrl::local_filesystem().as_ref(),
                 Arc::new(files),
             );
-            // Of a file that is not what was written, DataFusion tells less well.
+            // For a corrupt file, this message is better than DataFusion's.
             let error = |failed: DataFusionError| {
-                let spoiled = spoiled.lock().expect("no panic while locked");
-                match &*spoiled {
+                let corrupt = corrupt.lock().expect("no panic while locked");
+                match &*corrupt {
                     Some(path) => {
                         let path = path.clone();
-                        let spoiled = StoreError::Spoiled { path };
+                        let corrupt = StoreError::Corrupt { path };
                         QueryError(format!(
-                            "{spoiled}; `pipeline verify` lists all such files, and after `pipeline repair` the next \
-                             `pipeline run` makes them again"
+                            "{corrupt}; `pipeline verify` lists corrupt files, and after `pipeline repair` the next \
+                             `pipeline run` rebuilds them"
                         ))
                     }
                     None => error(failed),
@@ -211,7 +214,7 @@ pub fn stream<E: From<QueryError>>(
                 register(&context, table).await.map_err(error)?;
             }
             for view in views.iter().filter(|view| mentioned(&view.name)) {
-                // One that reads a table which the run has not begun yet is not there yet either.
+                // A view over a table that the run has not begun yet cannot be planned yet.
                 if let Ok(frame) = prepare(&context, &view.query, &[], Allowed::Queries).await {
                     context
                         .register_table(view.name.as_str(), frame.into_view())
@@ -240,7 +243,7 @@ pub fn stream<E: From<QueryError>>(
     )
 }
 
-/// Runs a query over rows in memory: tables by name, each with at least one batch.
+/// Runs a query over in-memory tables, each with at least one batch.
 pub fn over<'t>(
     sql: &str,
     params: &[(&str, Param)],
@@ -266,7 +269,7 @@ fn config() -> SessionConfig {
         .with_target_partitions(1)
         .with_information_schema(true);
     config.options_mut().execution.parquet.pushdown_filters = true;
-    // Without it, a timestamp with a time zone would lose the zone.
+    // Without it, timestamps with a time zone would lose the zone.
     config.options_mut().execution.time_zone = Some("+00:00".to_owned());
     config
 }
@@ -304,7 +307,8 @@ async fn prepare(
     refuse_others(&statement, allowed)?;
     let ignored = unsupported::find(&statement, &state);
     let plan = state.statement_to_plan(statement).await.map_err(error)?;
-    // After the planner, which knows best what is wrong with the rest of the query.
+    // Reported after planning, because the planner has better messages for other errors in the
+    // query.
     if let Some(message) = ignored {
         return Err(QueryError(message));
     }
@@ -328,8 +332,9 @@ async fn prepare(
         .map_err(error)
 }
 
-/// Tells which tables and views a query may read: those whose name is in its text, or in that of a view
-/// which it may read. The others need not be opened, and one of them that is damaged fails no query.
+/// Returns a predicate for the tables and views that a query may read: those whose name is in its
+/// text, or in the text of a view that it may read. The others are not opened, so that a corrupt
+/// one does not fail the query.
 fn mentioned(sql: &str, views: &[View]) -> impl Fn(&str) -> bool + use<> {
     let mut text = sql.to_lowercase();
     let mut left: Vec<&View> = views.iter().collect();
@@ -354,7 +359,7 @@ async fn register(context: &SessionContext, table: &QueryTable) -> Result<(), Da
         }
         if let Some(missing) = files.iter().find(|file| !file.path.is_file()) {
             return Err(DataFusionError::Execution(format!(
-                "a file of the table `{}` is not there: {}; ask again if a run goes on, else `pipeline run` makes it again",
+                "a file of table `{}` is missing: {}; if a run is in progress, try again, else `pipeline run` rebuilds it",
                 table.name,
                 missing.path.display()
             )));
@@ -385,7 +390,7 @@ async fn register(context: &SessionContext, table: &QueryTable) -> Result<(), Da
             let value = lit(ScalarValue::Int32(round.map(u32::cast_signed)));
             frame = frame.with_column("round", value)?;
         } else if table.schema.field_with_name("round").is_err() {
-            // The files' own column, see `TableWriter::in_round`.
+            // The column `round` in the files, see `TableWriter::in_round`.
             frame = frame.drop_columns(&["round"])?;
         }
         union = Some(match union {
@@ -416,8 +421,8 @@ fn register_empty(
     Ok(())
 }
 
-/// The schema with columns that may all be null: of a subquery without rows, DataFusion would say that its
-/// value is none and no null, if its column can't be null.
+/// Returns the schema with all columns nullable. If the column of an empty scalar subquery is not
+/// nullable, DataFusion does not treat its value as null.
 fn nullable(schema: &SchemaRef) -> SchemaRef {
     let fields = schema.fields().iter();
     let fields = fields.map(|field| field.as_ref().clone().with_nullable(true));
@@ -425,12 +430,12 @@ fn nullable(schema: &SchemaRef) -> SchemaRef {
     Arc::new(Schema::new_with_metadata(fields, schema.metadata().clone()))
 }
 
-/// Whether a result is one column, true or false.
+/// True if a result is a single Boolean column.
 pub fn is_flag(schema: &Schema) -> bool {
     matches!(&*schema.fields().to_vec(), [field] if *field.data_type() == DataType::Boolean)
 }
 
-/// The columns of a table as queries see it: with `round`, where it is `wanted`.
+/// Returns the columns of a table as queries see them: with `round` if `wanted`.
 pub fn with_round(schema: &SchemaRef, wanted: bool) -> SchemaRef {
     if !wanted {
         return schema.clone();

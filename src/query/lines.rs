@@ -1,5 +1,5 @@
-//! Files of JSON lines as a table. Lines that are no rows of it are passed over: they were cut off, or something
-//! else has written them.
+//! JSON Lines files as a table. Corrupt lines, which are truncated or were written by another
+//! program, are skipped.
 
 use std::fs::File;
 use std::io::{self, BufReader};
@@ -19,10 +19,10 @@ use ovchat_data::store::LabelLine;
 use ovchat_data::tables::{self, Row as _};
 use ovchat_io::files::lines::Lines;
 
-/// Lines that become rows together.
+/// The number of lines per record batch.
 const TOGETHER: usize = 1024;
 
-/// A table of such files. They are read when a query asks for it.
+/// Returns a table of JSON Lines files. They are read when a query scans the table.
 pub fn table(schema: &SchemaRef, files: Vec<PathBuf>) -> Result<StreamingTable, DataFusionError> {
     let partition = JsonLines {
         schema: schema.clone(),
@@ -66,7 +66,8 @@ impl PartitionStream for JsonLines {
     }
 }
 
-/// The labels of a file that count, as lines: those that were taken back, and earlier words on one, do not.
+/// Returns the labels in effect as lines, without retracted labels and earlier lines with the same
+/// ID.
 fn counting_lines(path: &Path) -> Box<dyn Iterator<Item = io::Result<Vec<u8>>> + Send> {
     let labels = match LabelLine::read(path) {
         Ok((labels, _)) => labels,
@@ -76,7 +77,7 @@ fn counting_lines(path: &Path) -> Box<dyn Iterator<Item = io::Result<Vec<u8>>> +
     Box::new(labels.into_iter().map(line))
 }
 
-/// The whole lines of a file.
+/// Returns the complete lines of a file.
 fn lines(path: PathBuf) -> Box<dyn Iterator<Item = io::Result<Vec<u8>>> + Send> {
     match File::open(path) {
         Ok(file) => Box::new(Lines::new(BufReader::new(file))),
@@ -84,7 +85,7 @@ fn lines(path: PathBuf) -> Box<dyn Iterator<Item = io::Result<Vec<u8>>> + Send> 
     }
 }
 
-/// The rows of lines.
+/// Decodes lines into rows, skipping lines that are not valid rows.
 fn rows(schema: &SchemaRef, lines: &[Vec<u8>]) -> RecordBatch {
     let decoded = |lines: &[Vec<u8>]| {
         let mut decoder = ReaderBuilder::new(schema.clone()).build_decoder().ok()?;
@@ -94,7 +95,7 @@ fn rows(schema: &SchemaRef, lines: &[Vec<u8>]) -> RecordBatch {
         (taken == text.len() && rows.num_rows() == lines.len()).then_some(rows)
     };
     decoded(lines).unwrap_or_else(|| {
-        let sound: Vec<RecordBatch> = lines.chunks(1).filter_map(decoded).collect();
-        arrow::compute::concat_batches(schema, &sound).expect("they have one schema")
+        let intact: Vec<RecordBatch> = lines.chunks(1).filter_map(decoded).collect();
+        arrow::compute::concat_batches(schema, &intact).expect("they have one schema")
     })
 }

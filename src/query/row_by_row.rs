@@ -1,4 +1,4 @@
-//! Expressions that give each row a value of its own, whatever rows lie beside it in a part.
+//! Detection of expressions whose value depends on which other rows are in the same part.
 
 use std::ops::ControlFlow;
 
@@ -8,8 +8,9 @@ use datafusion::sql::sqlparser::ast::{Expr, Function, Ident, Visit as _, Visitor
 
 use super::apart::apart;
 
-/// The problem with a query whose rows are computed part by part, each part with whole groups of rows of
-/// one `group` column. `None` if each row's value follows from its group, or if the query can't be parsed.
+/// Returns the problem with a query that is computed part by part, each part with complete groups
+/// of one `group` column. `None` if each row's value depends only on its group, or if the query
+/// cannot be parsed.
 pub fn reach_beyond(sql: &str, group: &str) -> Option<String> {
     let search = async || {
         let state = SessionContext::new_with_config(super::config()).state();
@@ -32,7 +33,7 @@ impl Search<'_> {
     fn of_function(&self, function: &Function) -> Option<String> {
         let name = function.name.to_string().to_lowercase();
         if name == "unnest" {
-            return Some("`unnest` makes several rows of one".to_owned());
+            return Some("`unnest` turns one row into several".to_owned());
         }
         let is_group = |expression: &Expr| {
             let is_named = |name: &Ident| name.value.eq_ignore_ascii_case(self.group);
@@ -47,7 +48,7 @@ impl Search<'_> {
                 None
             }
             Some(_) => Some(format!(
-                "`{name}(…) over` sees the rows of a part: write `over (partition by {} …)`",
+                "`{name}(…) over` only sees the rows of a part: use `over (partition by {} …)`",
                 self.group
             )),
             None => None,
@@ -62,7 +63,7 @@ impl Visitor for Search<'_> {
         let found = match expression {
             Expr::Function(function) => self.of_function(function),
             Expr::Subquery(_) | Expr::Exists { .. } | Expr::InSubquery { .. } => {
-                Some("a query within it sees the rows of a part".to_owned())
+                Some("a subquery only sees the rows of a part".to_owned())
             }
             _ => None,
         };
@@ -84,12 +85,12 @@ mod tests {
                 "rank() over (order by length(text))",
                 "partition by prompt_id",
             ),
-            ("(select count(*) from t)", "a query within it"),
+            ("(select count(*) from t)", "a subquery"),
             (
                 "case when text in (select text from t) then 1 else 0 end",
-                "a query within it",
+                "a subquery",
             ),
-            ("unnest([0, 1])", "several rows"),
+            ("unnest([0, 1])", "into several"),
         ] {
             let problem = found(expression);
             assert!(

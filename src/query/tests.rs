@@ -1,4 +1,4 @@
-//! How many rows a query gives, what is no query, and what is said of it.
+//! Tests of row counts, of rejected statements, and of error messages.
 
 use std::sync::Arc;
 
@@ -40,7 +40,7 @@ fn one_row_at_most_is_seen() {
         "select a.m - b.m from (select max(reward) m from t) a, (select min(reward) m from u) b",
         "with a as (select max(reward) m from t) select m > 1 from a where m is not null",
         "values (1)",
-        // Nobody can tell, and the run says it if they are more.
+        // Unknown when planning; the run reports it if there are several.
         "select t.reward from t join u on t.round = u.round",
     ] {
         assert_eq!(count(sql).several(), None, "{sql}");
@@ -50,57 +50,53 @@ fn one_row_at_most_is_seen() {
 #[test]
 fn several_rows_are_seen_with_the_reason() {
     for (sql, is_certain, words) in [
-        (
-            "select reward from t",
-            true,
-            "gives one for each row of `t`",
-        ),
+        ("select reward from t", true, "returns one per row of `t`"),
         (
             "select reward from t where reward > 1",
             false,
-            "may give several: one for each row of `t` that meets its condition",
+            "may return several: one per row of `t` that matches the condition",
         ),
-        ("select reward from t limit 2", false, "may give 2"),
-        ("values (1), (2)", true, "gives 2"),
+        ("select reward from t limit 2", false, "may return 2"),
+        ("values (1), (2)", true, "returns 2"),
         (
             "select max(reward) from t union all select 1.0",
             true,
-            "gives 2",
+            "returns 2",
         ),
         (
             "select reward from t union all select 1.0",
             false,
-            "may give several: those of both sides of `union`",
+            "may return several: the rows of both sides of `union`",
         ),
         (
             "select max(reward) from t group by text",
             false,
-            "may give several: one for each group",
+            "may return several: one per group",
         ),
         (
             "select max(reward) from t where round > $round group by round",
             false,
-            "may give several: one for each group",
+            "may return several: one per group",
         ),
         (
             "select distinct reward from t",
             false,
-            "may give several: one for each distinct row",
+            "may return several: one per distinct row",
         ),
         (
             "select unnest(make_array(1, 2))",
             false,
-            "may give several: one for each item of a list",
+            "may return several: one per item of a list",
         ),
         (
             "select (select reward from t) > 1",
             true,
-            "a subquery in it gives one for each row of `t`",
+            "a subquery returns one per row of `t`",
         ),
         (
             "select max(reward) from t where reward > (select reward from u limit 3)",
             false,
-            "a subquery in it may give 3",
+            "a subquery may return 3",
         ),
     ] {
         let several = count(sql).several().unwrap_or_else(|| panic!("{sql}"));
@@ -112,7 +108,7 @@ fn several_rows_are_seen_with_the_reason() {
     }
 }
 
-/// What is said of a query as a part of a pipeline.
+/// Returns the message for a query that is rejected in a pipeline.
 fn refused(sql: &str) -> String {
     match plan(sql, &tables(), &[]) {
         Ok(_) => panic!("{sql} is planned"),
@@ -135,9 +131,8 @@ fn what_is_no_query_is_refused_by_its_name() {
         ("set a = 1", "set"),
     ] {
         let message = refused(sql);
-        let expected = format!(
-            "`{name}` is not supported: write a query, which begins with `select` or `with`"
-        );
+        let expected =
+            format!("`{name}` is not supported: write a query that begins with `select` or `with`");
         assert!(message.starts_with(&expected), "{sql}: {message}");
     }
 }
@@ -156,8 +151,8 @@ fn who_asks_by_hand_may_look_around_and_change_nothing() {
     let QueryError(message) = ask("create table a as select 1").unwrap_err();
     assert_eq!(
         message,
-        "`create table` is not supported: write a query, which begins with `select` or `with`; \
-         `--format parquet` writes its rows to a file"
+        "`create table` is not supported: write a query that begins with `select` or `with`; \
+         to write its rows to a file, use `--format parquet`"
     );
     let QueryError(message) = ask("explain select * from t tablesample (1 rows)").unwrap_err();
     assert!(message.starts_with("`tablesample`"), "{message}");
@@ -171,20 +166,20 @@ fn errors_are_told_without_the_words_of_developers() {
     );
     assert_eq!(
         refused("select * from t where round = $round"),
-        "there is no `$round` here: `rounds.stop_when` has `$round`, and other queries have no such names"
+        "there is no `$round` here: only `rounds.stop_when` has a parameter, `$round`"
     );
     let params = [("round", Param::Integer(1))];
     let QueryError(message) = plan("select $a", &tables(), &params).unwrap_err();
     assert_eq!(message, "there is no `$a` here, only `$round`");
     assert_eq!(
         refused("select sum(text) from t"),
-        "there is no function sum(Utf8); there is sum(Decimal), sum(UInt64), sum(Int64), sum(Float64), …"
+        "there is no function sum(Utf8); the signatures are sum(Decimal), sum(UInt64), sum(Int64), sum(Float64), …"
     );
     assert!(
         refused("select * from t cross join unnest(make_array(t.reward))")
-            .contains("write `unnest` under")
+            .contains("put `unnest` in")
     );
-    // Only the analyzer, behind the planner, sees these.
+    // These are only detected by the analyzer, after planning.
     for sql in [
         "select sum(text) from t",
         "select reward + interval '1 day' from t",

@@ -1,8 +1,8 @@
-//! The types within the columns of a result.
+//! Traversal of the nested types of a result's columns.
 
 use arrow::datatypes::{DataType, SchemaRef};
 
-/// Looks at the types of all columns and at those within them, each with its path: `pair.x`.
+/// Visits the types of all columns and their nested types, each with its path: `pair.x`.
 pub fn each_type<E>(
     schema: &SchemaRef,
     look: &mut dyn FnMut(&str, &DataType) -> Result<(), E>,
@@ -11,7 +11,7 @@ pub fn each_type<E>(
     columns.try_for_each(|column| look_within(column.name(), column.data_type(), look))
 }
 
-/// Looks at a type and at those within it, each with its path.
+/// Visits a type and its nested types, each with its path.
 pub fn look_within<E>(
     path: &str,
     of: &DataType,
@@ -33,8 +33,8 @@ pub fn look_within<E>(
     }
 }
 
-/// The error message about a struct with two fields of the same name: readers of files keep one of them, or
-/// rename one.
+/// Returns the error message for a struct with two fields of the same name, since file readers keep
+/// only one of them, or rename one.
 pub fn equal_fields(path: &str, of: &DataType) -> Option<String> {
     let DataType::Struct(fields) = of else {
         return None;
@@ -44,7 +44,7 @@ pub fn equal_fields(path: &str, of: &DataType) -> Option<String> {
         let count = fields.iter().filter(|other| other.name() == name).count();
         (count > 1).then(|| {
             format!(
-                "{count} fields of `{path}` are called `{name}`; give each a name of its own: \
+                "{count} fields of `{path}` are called `{name}`; give each a unique name: \
                  named_struct('{name}_1', …, '{name}_2', …)"
             )
         })

@@ -1,11 +1,11 @@
-//! SQL clauses that DataFusion parses and then ignores, and operators that it computes as something else.
-//! A query that has one is refused: its result would not be what it asks for.
+//! Rejection of SQL clauses that DataFusion parses and then ignores, and of operators that it
+//! computes incorrectly. The result of such a query would not be what it asks for.
 //!
-//! The list was made by reading datafusion-sql 55.2 (`query.rs`, `select.rs`, `cte.rs`,
-//! `relation/mod.rs`, `expr/function.rs`, `planner.rs`) beside the syntax tree of sqlparser 0.62. The
-//! structs are taken apart field by field, so that a field that a later version adds stops the build;
-//! a field that is passed over (`_`) is planned, refused by the planner, or not read in the generic
-//! dialect. Hints in comments are ignored, as comments are.
+//! The list comes from reading datafusion-sql 55.2 (`query.rs`, `select.rs`, `cte.rs`,
+//! `relation/mod.rs`, `expr/function.rs`, `planner.rs`) along with the syntax tree of sqlparser
+//! 0.62. The structs are destructured field by field, so that a field added by a later version
+//! breaks the build; a field that is skipped (`_`) is planned, rejected by the planner, or not
+//! parsed in the generic dialect. Hints in comments are ignored, as comments are.
 
 #[cfg(test)]
 mod tests;
@@ -23,15 +23,15 @@ use datafusion::sql::sqlparser::ast::{
     WindowType, visit_expressions,
 };
 
-/// A clause that would be ignored, as an error message with the way out.
+/// An ignored clause, as an error message with a fix.
 type Found = Option<String>;
 
-/// The first clause of a statement that would be ignored.
+/// Returns the first clause of a statement that would be ignored.
 pub fn find(statement: &Statement, state: &SessionState) -> Found {
     let statement = match statement {
         Statement::Statement(statement) => statement,
         Statement::Explain(explain) => return find(&explain.statement, state),
-        // These are refused as a whole: queries only read.
+        // These are rejected as a whole: queries are read-only.
         Statement::CreateExternalTable(_) | Statement::CopyTo(_) | Statement::Reset(_) => {
             return None;
         }
@@ -46,24 +46,24 @@ pub fn find(statement: &Statement, state: &SessionState) -> Found {
     }
 }
 
-/// The error message about a clause.
+/// Returns the error message for an ignored clause.
 fn ignored(clause: &str, instead: &str) -> Found {
     Some(format!(
-        "`{clause}` is not supported (DataFusion reads it and ignores it): {instead}"
+        "`{clause}` is not supported (DataFusion parses and ignores it): {instead}"
     ))
 }
 
-/// The error message about an operator.
+/// Returns the error message for an operator that is computed incorrectly.
 fn wrong(operator: &str, computed: &str, instead: &str) -> Found {
     Some(format!(
         "`{operator}` is not supported (DataFusion computes it as {computed}): {instead}"
     ))
 }
 
-/// The advice about a clause that changes nothing here.
+/// The fix for a clause that has no effect here.
 const LEAVE_OUT: &str = "leave it out";
 
-/// The first of some clauses that is there; each with what to do about it.
+/// Returns the error for the first clause that is present; each has its fix.
 fn first<const N: usize>(clauses: [(bool, &str, &str); N]) -> Found {
     let found = clauses.into_iter().find(|(is_there, ..)| *is_there);
     found.and_then(|(_, clause, instead)| ignored(clause, instead))
@@ -71,7 +71,7 @@ fn first<const N: usize>(clauses: [(bool, &str, &str); N]) -> Found {
 
 struct Search<'s> {
     state: &'s SessionState,
-    /// The calls `f(…) over w` that the planner gives their window: those of a select list, by their
+    /// The calls `f(…) over w` whose window the planner resolves: those of a select list, by their
     /// address in the tree.
     planned_windows: HashSet<*const Function>,
 }
@@ -123,8 +123,8 @@ impl Visitor for Search<'_> {
             {
                 wrong(
                     "(…, …) < (…, …)",
-                    "an order in which null comes first",
-                    "compare one value after the other: a < 1 or (a = 1 and b < 2)",
+                    "a comparison in which null sorts first",
+                    "compare the values one by one: a < 1 or (a = 1 and b < 2)",
                 )
             }
             Expr::SimilarTo { .. } => wrong(
@@ -140,7 +140,7 @@ impl Visitor for Search<'_> {
             } => first([(
                 characters.len() > 1,
                 "trim(…, …, …)",
-                "give all characters to take away as one text: trim(both 'xy' from …)",
+                "pass all characters to remove as one string: trim(both 'xy' from …)",
             )]),
             _ => None,
         })
@@ -174,7 +174,7 @@ fn of_query(query: &Query) -> Found {
         (
             !locks.is_empty(),
             "for update",
-            "tables are only read, so leave it out",
+            "tables are read-only, so leave it out",
         ),
         (
             for_clause.is_some(),
@@ -193,7 +193,8 @@ fn of_query(query: &Query) -> Found {
     .or_else(|| ctes.into_iter().next())
 }
 
-/// Set operations that keep equal rows. DataFusion plans them as joins, which do not count rows.
+/// Checks for set operations that keep duplicate rows. DataFusion plans them as joins, which do not
+/// count duplicates.
 fn of_set(body: &SetExpr) -> Found {
     let SetExpr::SetOperation {
         left,
@@ -204,14 +205,14 @@ fn of_set(body: &SetExpr) -> Found {
     else {
         return None;
     };
-    let instead = "leave `all` out, or number equal rows with row_number() over (partition by …) on both sides";
+    let instead = "leave out `all`, or number duplicate rows with row_number() over (partition by …) on both sides";
     match (op, set_quantifier) {
         (SetOperator::Except | SetOperator::Minus, SetQuantifier::All) => {
-            let computed = "all rows that the other side has not, however often it has them";
+            let computed = "all rows that are not on the other side, regardless of their counts";
             wrong("except all", computed, instead)
         }
         (SetOperator::Intersect, SetQuantifier::All) => {
-            let computed = "all rows that the other side has, however often it has them";
+            let computed = "all rows that are also on the other side, regardless of their counts";
             wrong("intersect all", computed, instead)
         }
         _ => of_set(left).or_else(|| of_set(right)),
@@ -234,10 +235,10 @@ fn of_cte(cte: &Cte, is_recursive: bool) -> Found {
             ..
         }
     );
-    // Of a recursive query only the two sides of its `union` are planned.
+    // In a recursive query, only the two sides of its `union` are planned.
     let is_cut = is_recursive && is_union;
-    let outside = format!("write it in the query that reads `{name}`");
-    let behind = format!("write `from` behind `select`, not behind the query `{name}`");
+    let outside = format!("put it into the query that reads `{name}`");
+    let behind = format!("put `from` after `select`, not after the query `{name}`");
     first([
         (is_cut && query.limit_clause.is_some(), "limit", &outside),
         (is_cut && query.fetch.is_some(), "fetch", &outside),
@@ -246,7 +247,7 @@ fn of_cte(cte: &Cte, is_recursive: bool) -> Found {
         (
             is_cut && query.with.is_some(),
             "with",
-            "write it beside the recursive query",
+            "put it next to the recursive query",
         ),
         (from.is_some(), "with … from", &behind),
     ])
@@ -265,7 +266,7 @@ fn of_pipe(operator: &PipeOperator) -> Found {
             first([(
                 is_ordered,
                 "|> aggregate … asc",
-                "add `|> order by …` behind it",
+                "add `|> order by …` after it",
             )])
         }
         PipeOperator::Join(join) => of_join(join),
@@ -311,12 +312,12 @@ fn of_select(select: &Select) -> Found {
         (
             into.is_some(),
             "into",
-            "queries only read; `--format parquet` writes the rows to a file",
+            "queries are read-only; to write the rows to a file, use `--format parquet`",
         ),
         (
             prewhere.is_some(),
             "prewhere",
-            "write the condition under `where`",
+            "put the condition into `where`",
         ),
         (
             !connect_by.is_empty(),
@@ -326,7 +327,7 @@ fn of_select(select: &Select) -> Found {
         (
             !modifiers.is_empty(),
             &format!("group by … {modifier}").to_lowercase(),
-            "write the grouping as a function: group by rollup(…), cube(…) or grouping sets (…)",
+            "use the function syntax: group by rollup(…), cube(…) or grouping sets (…)",
         ),
         (!distribute_by.is_empty(), "distribute by", LEAVE_OUT),
     ])
@@ -345,10 +346,10 @@ fn of_join(join: &Join) -> Found {
         global,
         join_operator: _,
     } = join;
-    first([(*global, "global join", "leave `global` out")])
+    first([(*global, "global join", "leave out `global`")])
 }
 
-/// The advice for a sample of a tenth of the rows.
+/// The fix that samples a tenth of the rows.
 const SAMPLE: &str = "`where md5(prompt_id) < '1a'` takes about a tenth of the rows, the same ones \
                       every time";
 const NUMBER_ROWS: &str = "number the rows with row_number() over ()";
@@ -371,11 +372,11 @@ fn of_table(table: &TableFactor) -> Found {
             first([
                 (sample.is_some(), "tablesample", SAMPLE),
                 (*with_ordinality, "with ordinality", NUMBER_ROWS),
-                (!with_hints.is_empty(), "with (…) behind a table", LEAVE_OUT),
+                (!with_hints.is_empty(), "with (…) after a table", LEAVE_OUT),
                 (
                     !partitions.is_empty(),
                     "partition (…)",
-                    "choose the rows under `where`",
+                    "filter the rows with `where`",
                 ),
                 (has_settings, "settings", LEAVE_OUT),
             ])
@@ -402,7 +403,7 @@ fn of_table(table: &TableFactor) -> Found {
                 (
                     args.iter().any(is_named),
                     "name => value",
-                    "give the arguments in their order, without names",
+                    "pass the arguments by position, without names",
                 ),
             ])
             .or_else(|| of_alias(alias.as_ref()))
@@ -415,7 +416,7 @@ fn of_table(table: &TableFactor) -> Found {
             let mut joins = table_with_joins.joins.iter();
             joins.find_map(of_join).or_else(|| of_alias(alias.as_ref()))
         }
-        // The planner refuses all others.
+        // The planner rejects all others.
         _ => None,
     }
 }
@@ -430,7 +431,7 @@ fn of_alias(alias: Option<&TableAlias>) -> Found {
     first([(
         columns.iter().any(|column| column.data_type.is_some()),
         "a type in a list of column names",
-        "cast the column under `select`",
+        "cast the column in the `select` list",
     )])
 }
 
@@ -442,15 +443,15 @@ fn of_window(window: &WindowSpec) -> Found {
         window_frame: _,
     } = window;
     let name = window_name.as_ref()?;
-    let instead = format!("write out what `{name}` says");
+    let instead = format!("write out the definition of `{name}`");
     ignored(&format!("({name} …) as a window"), &instead)
 }
 
-/// Types whose length or precision would be ignored.
+/// Checks for types whose length or precision would be ignored.
 fn of_type(data_type: &DataType) -> Found {
     match data_type {
         DataType::Varchar(Some(_)) | DataType::Char(Some(_)) | DataType::String(Some(_)) => {
-            let instead = "texts have no length here; cut them with left(…, 10)";
+            let instead = "strings have no maximum length here; truncate them with left(…, 10)";
             ignored(&data_type.to_string().to_lowercase(), instead)
         }
         DataType::Float(info) if !matches!(info, ExactNumberInfo::None) => {
@@ -467,18 +468,18 @@ fn of_type(data_type: &DataType) -> Found {
     }
 }
 
-/// The kind of a function, which decides which of its clauses count.
+/// The kind of a function, which determines the clauses that have an effect.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Planned {
     Scalar,
     Aggregate,
-    /// A window function, or an aggregate that has one of its name.
+    /// A window function, or an aggregate with a window function of the same name.
     Window,
-    /// There is none of that name.
+    /// An unknown function.
     Unknown,
 }
 
-/// Aggregates that take `distinct` and count equal rows all the same.
+/// Aggregates that accept `distinct` and ignore it.
 const NO_DISTINCT: [&str; 5] = [
     "corr",
     "covar",
@@ -486,7 +487,7 @@ const NO_DISTINCT: [&str; 5] = [
     "approx_percentile_cont",
     "nth_value",
 ];
-/// Window functions that are another thing with `ignore nulls`.
+/// Window functions for which `ignore nulls` has an effect.
 const WITH_NULLS: [&str; 5] = ["lag", "lead", "first_value", "last_value", "nth_value"];
 
 impl Search<'_> {
@@ -513,7 +514,7 @@ impl Search<'_> {
         {
             is_distinct = *duplicate_treatment == Some(DuplicateTreatment::Distinct);
             for clause in clauses {
-                // The planner refuses the others.
+                // The planner rejects the others.
                 has_order |= matches!(clause, FunctionArgumentClause::OrderBy(_));
                 has_nulls |= matches!(clause, FunctionArgumentClause::IgnoreOrRespectNulls(_));
             }
@@ -523,8 +524,8 @@ impl Search<'_> {
                 if !self.planned_windows.contains(&std::ptr::from_ref(function)) =>
             {
                 let instead = format!(
-                    "`{window}` is known under `select` only; name the column there and use its name, or \
-                     write the window out"
+                    "`{window}` is only known in the `select` list; use an alias of the column there, or \
+                     write out the window"
                 );
                 return ignored(&format!("{name}(…) over {window}"), &instead);
             }
@@ -553,14 +554,14 @@ impl Search<'_> {
             "the function computes one value for each row, so leave it out; \
              `case when … end` computes it for some rows"
         } else {
-            "choose the rows in a query under `from`"
+            "select the rows in a subquery in `from`"
         };
         let call = |rest: &str| format!("{name}{rest}");
         first([
             (
                 *parameters != FunctionArguments::None,
                 &call("(…)(…)"),
-                "give all arguments in one pair of parentheses",
+                "pass all arguments in one pair of parentheses",
             ),
             (is_scalar && has_order, &call("(… order by …)"), instead),
             (
@@ -583,7 +584,7 @@ impl Search<'_> {
         ])
     }
 
-    /// The planner's choice among functions of one name.
+    /// Returns the planner's choice among functions of one name.
     fn planned(&self, name: &str, is_over: bool) -> Planned {
         let has_scalar = self.state.scalar_functions().contains_key(name)
             || self.state.higher_order_functions().contains_key(name)

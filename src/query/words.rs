@@ -1,4 +1,4 @@
-//! What is wrong with a query, in the words of people who write pipelines.
+//! Error messages of queries, in terms of pipelines.
 
 use datafusion::common::{Column, SchemaError};
 use datafusion::error::DataFusionError;
@@ -8,16 +8,16 @@ use datafusion::sql::sqlparser::ast::Statement as Sql;
 
 use super::{MEMORY_BYTES, Param, QueryError};
 
-/// Which statements may stand where a query is expected.
+/// The statements that are allowed in place of a query.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Allowed {
-    /// Those that give the rows of a table.
+    /// Statements that return the rows of a table.
     Queries,
-    /// These, and those that show what there is and how it is computed.
+    /// Queries, and statements that show tables, settings and plans.
     Looks,
 }
 
-/// Refuses a statement that is no query.
+/// Rejects a statement that is not a query.
 pub fn refuse_others(statement: &Statement, allowed: Allowed) -> Result<(), QueryError> {
     let looks = match statement {
         Statement::Explain(explain) => return refuse_shown(&explain.statement, allowed),
@@ -46,21 +46,21 @@ fn refuse_shown(statement: &Statement, allowed: Allowed) -> Result<(), QueryErro
     }
 }
 
-/// The refusal of a statement, named by the keywords that it begins with.
+/// Returns the error for a statement, named by its leading keywords.
 fn refusal(statement: &str, allowed: Allowed) -> QueryError {
     let is_keyword = |word: &&str| word.chars().all(|c| c.is_ascii_uppercase());
     let words = statement.split_whitespace().take_while(is_keyword).take(2);
     let name = words.collect::<Vec<_>>().join(" ").to_lowercase();
     let more = match allowed {
         Allowed::Queries => "",
-        Allowed::Looks => "; `--format parquet` writes its rows to a file",
+        Allowed::Looks => "; to write its rows to a file, use `--format parquet`",
     };
     QueryError(format!(
-        "`{name}` is not supported: write a query, which begins with `select` or `with`{more}"
+        "`{name}` is not supported: write a query that begins with `select` or `with`{more}"
     ))
 }
 
-/// Refuses a `$name` that has no value here.
+/// Rejects a `$name` that has no value.
 pub fn refuse_unknown_params(
     plan: &LogicalPlan,
     params: &[(&str, Param)],
@@ -80,22 +80,20 @@ pub fn refuse_unknown_params(
         .map(|(name, _)| format!("`${name}`"))
         .collect();
     Err(QueryError(if known.is_empty() {
-        format!(
-            "there is no `{name}` here: `rounds.stop_when` has `$round`, and other queries have no such names"
-        )
+        format!("there is no `{name}` here: only `rounds.stop_when` has a parameter, `$round`")
     } else {
         format!("there is no `{name}` here, only {}", known.join(", "))
     }))
 }
 
-/// DataFusion's words, without the layers that only its developers need.
+/// Converts an error of DataFusion, without the layers that only its developers need.
 #[expect(
     clippy::needless_pass_by_value,
     reason = "it is used as a function on errors"
 )]
 pub fn error(error: DataFusionError) -> QueryError {
     QueryError(match error.find_root() {
-        // As a value in Rust's notation otherwise.
+        // Its `Display` adds the error in Rust's debug notation.
         DataFusionError::SQL(error, _) => {
             let text = error.to_string();
             text.strip_prefix("sql parser error: ")
@@ -111,14 +109,14 @@ pub fn error(error: DataFusionError) -> QueryError {
             no_column(field, valid_fields, &problem.to_string())
         }
         DataFusionError::ResourcesExhausted(_) => format!(
-            "the query needs more than the {} MB that it may use: join or group fewer rows, or fewer and \
+            "the query exceeds its memory limit of {} MB: join or group fewer rows, or fewer and \
              smaller columns",
             MEMORY_BYTES >> 20
         ),
         DataFusionError::Internal(problem) => {
             let problem = problem.split(DataFusionError::BACK_TRACE_SEP).next();
             format!(
-                "DataFusion can't compute this query: {}; write it in another way",
+                "DataFusion cannot run this query: {}; rewrite the query",
                 problem.unwrap_or_default().trim_end_matches('.')
             )
         }
@@ -137,12 +135,11 @@ pub fn error(error: DataFusionError) -> QueryError {
             } else if let Some(message) = wrong_arguments(text) {
                 message
             } else if text.contains("OuterReferenceColumn") {
-                "a subquery here can't read columns of the tables around it: join them, or write `unnest` \
-                 under `select`"
+                "a subquery here cannot read columns of the outer tables: join them, or put `unnest` \
+                 in the `select` list"
                     .to_owned()
             } else if text.contains("are supported in tuples") {
-                "several values in parentheses are not supported here: write one expression"
-                    .to_owned()
+                "tuples are not supported here: write one expression".to_owned()
             } else {
                 let text = text.replace("This feature is not implemented: ", "not supported: ");
                 text.split(BUG).next().unwrap_or_default().to_owned()
@@ -151,10 +148,11 @@ pub fn error(error: DataFusionError) -> QueryError {
     })
 }
 
-/// Columns that are listed.
+/// The maximum number of columns to list.
 const COLUMNS_SHOWN: usize = 12;
 
-/// The message about a column that is not there; `told` is DataFusion's, whose guess is kept.
+/// Returns the message for an unknown column; `told` is DataFusion's message, whose suggestion is
+/// kept.
 fn no_column(column: &Column, columns: &[Column], told: &str) -> String {
     let there_is_none = format!("there is no column `{}`", column.quoted_flat_name());
     let mut others = columns.iter();
@@ -162,7 +160,7 @@ fn no_column(column: &Column, columns: &[Column], told: &str) -> String {
         && other.name != column.name
     {
         let name = &other.name;
-        return format!("{there_is_none}; capitals count in quotes only: write \"{name}\"");
+        return format!("{there_is_none}; names without quotes are lower-cased: write \"{name}\"");
     }
     let suggest = told
         .split_once("Did you mean '")
@@ -183,18 +181,18 @@ fn no_column(column: &Column, columns: &[Column], told: &str) -> String {
     format!("{there_is_none}; the columns are {shown}{more}")
 }
 
-/// The message about a table that is not there.
+/// Returns the message for an unknown table.
 pub fn no_table(table: &str) -> String {
     format!("there is no table `{table}`")
 }
 
-/// What DataFusion asks its users to do about its own mistakes.
+/// The start of DataFusion's request to report a bug.
 const BUG: &str = "\nThis issue was likely caused by a bug";
 
-/// Forms of a function that are listed.
+/// The maximum number of function signatures to list.
 const FORMS_SHOWN: usize = 4;
 
-/// The message about a function that does not take such arguments.
+/// Returns the message for a function call with unsupported argument types.
 fn wrong_arguments(text: &str) -> Option<String> {
     let (_, rest) = text.split_once("No function matches the given name and argument types '")?;
     let (call, rest) = rest.split_once('\'')?;
@@ -215,12 +213,12 @@ fn wrong_arguments(text: &str) -> Option<String> {
     let there = if shown.is_empty() {
         String::new()
     } else {
-        format!("; there is {shown}{more}")
+        format!("; the signatures are {shown}{more}")
     };
     Some(format!("there is no function {call}{there}"))
 }
 
-/// The table that a query names and that is not there, in DataFusion's message about it.
+/// Returns the unknown table named in DataFusion's message.
 fn unknown_table(text: &str) -> Option<&str> {
     let name = text.strip_prefix("table '")?.strip_suffix("' not found")?;
     Some(name.strip_prefix("datafusion.public.").unwrap_or(name))

@@ -1,10 +1,10 @@
-//! Attention of a prompt and of its continuations, in which key-value heads serve groups of query
-//! heads (Ainslie et al. 2023, *GQA*, arXiv 2305.13245).
+//! Attention over a prompt and its continuations, with grouped key-value heads.
 //!
-//! One function for each way through the decoder. Keys and values are read by the heads and the
-//! continuations that share them, never repeated for each. Queries are `[heads, tokens, head_dim]`, keys and values
-//! `[kv_heads, tokens, head_dim]`, all with their positions already; each key-value head serves
-//! `heads / kv_heads` consecutive query heads; what comes back has the shape of the queries.
+//! Grouped-query attention is that of Ainslie et al. 2023, *GQA*, arXiv 2305.13245. There is one
+//! function for each forward pass of the decoder. Keys and values are shared by heads and
+//! continuations, never repeated for each. Queries are `[heads, tokens, head_dim]`, keys and values
+//! `[kv_heads, tokens, head_dim]`, all with rotary embeddings already applied; each key-value head
+//! serves `heads / kv_heads` consecutive query heads. The result has the shape of the queries.
 
 use tch::{IndexOp, Kind, Tensor};
 
@@ -16,7 +16,7 @@ pub struct KeyValue {
 }
 
 impl KeyValue {
-    /// These tokens and others behind them, in memory of their own.
+    /// Returns these tokens followed by `other`, copied into a new tensor.
     pub fn followed_by(&self, other: &Self) -> Self {
         Self {
             k: Tensor::cat(&[&self.k, &other.k], 1),
@@ -24,7 +24,7 @@ impl KeyValue {
         }
     }
 
-    /// Those of a run of the tokens.
+    /// Returns a view of `length` tokens from `start` on.
     pub fn of_tokens(&self, start: i64, length: i64) -> Self {
         Self {
             k: self.k.narrow(1, start, length),
@@ -33,28 +33,29 @@ impl KeyValue {
     }
 }
 
-/// The prompt's tokens among themselves.
+/// Causal attention of a prompt's tokens to each other.
 pub fn attend_causally(q: &Tensor, own: &KeyValue) -> Tensor {
     grouped_attention(q, own, None, true)
 }
 
-/// Tokens that see all of `own`.
+/// Attention of tokens that see all of `own`.
 pub fn attend_to_all(q: &Tensor, own: &KeyValue) -> Tensor {
     grouped_attention(q, own, None, false)
 }
 
-/// Tokens of continuations, which see the prompt and what `mask` leaves of each other.
+/// Attention of the tokens of continuations, which see the prompt and, subject to `mask`, each
+/// other.
 pub fn attend_behind(q: &Tensor, own: &KeyValue, shared: &KeyValue, mask: &Tensor) -> Tensor {
     grouped_attention(q, &shared.followed_by(own), Some(mask), false)
 }
 
-/// Some tokens of a text and its continuations, which see what `mask` leaves of all of them.
+/// Attention of some tokens of a prompt and its continuations to all of them, subject to `mask`.
 pub fn attend_masked(q: &Tensor, seen: &KeyValue, mask: &Tensor) -> Tensor {
     grouped_attention(q, seen, Some(mask), false)
 }
 
-/// Fused attention in which each key-value head serves a group of query heads. The key-value heads
-/// take the place of the batch, so that none is copied for its group.
+/// Fused attention with grouped key-value heads. The key-value heads take the batch dimension, so
+/// that none is copied for its group.
 fn grouped_attention(q: &Tensor, seen: &KeyValue, mask: Option<&Tensor>, causal: bool) -> Tensor {
     let KeyValue { k, v } = seen;
     let kv_heads = k.size()[0];
@@ -65,16 +66,16 @@ fn grouped_attention(q: &Tensor, seen: &KeyValue, mask: Option<&Tensor>, causal:
         .flatten(0, 1)
 }
 
-/// One token of each continuation (`q`: `[heads, rows, head_dim]`), which sees the prompt and its
-/// own row of `own`. Softmax over the scores of both, side by side; one product per key-value head
-/// reads the prompt for all rows and heads that share it.
+/// Attention of one token of each continuation (`q`: `[heads, rows, head_dim]`), which sees the
+/// prompt and its own row of `own`. One softmax covers the scores of both, concatenated; one matrix
+/// product per key-value head reads the prompt for all rows and heads that share it.
 pub fn attend_one(q: &Tensor, own: &KeyValue, shared: &KeyValue) -> Tensor {
     let kv_heads = shared.k.size()[0];
     let [_, rows, head_dim] = q.size()[..] else {
         panic!("queries are [heads, rows, head_dim]")
     };
     let q = (q * (head_dim as f64).powf(-0.5)).unflatten(0, [kv_heads, -1]); // [kv_heads, group, rows, head_dim]
-    let by_row = |xs: &Tensor| xs.transpose(1, 2); // exchanges group and rows
+    let by_row = |xs: &Tensor| xs.transpose(1, 2); // swaps group and rows
     let prompt = shared.k.size()[1];
     let own_tokens = own.k.size()[2];
 
@@ -92,9 +93,9 @@ pub fn attend_one(q: &Tensor, own: &KeyValue, shared: &KeyValue) -> Tensor {
     (from_prompt.unflatten(1, [-1, rows]) + from_own).flatten(0, 1)
 }
 
-/// What is added to the scores of continuations of these `lengths` behind a prompt,
-/// `[tokens of all, prompt + tokens of all]`: 0 for the prompt and for what came before in the same
-/// continuation, minus infinity for the rest.
+/// The additive attention mask of continuations of these `lengths` after a prompt,
+/// `[tokens of all, prompt + tokens of all]`: 0 for the prompt and for earlier tokens of the same
+/// continuation, minus infinity elsewhere.
 pub fn branch_mask(lengths: &[i64], prompt: i64) -> Tensor {
     let owners: Vec<i64> = (0..)
         .zip(lengths)
@@ -110,8 +111,8 @@ pub fn branch_mask(lengths: &[i64], prompt: i64) -> Tensor {
     mask
 }
 
-/// What is added to the scores of the last tokens of a prompt, from `from` on, and of continuations of
-/// these `lengths` behind it, `[tokens from there on, prompt + tokens of all]`.
+/// The additive attention mask of a prompt's tokens from `from` on and of the continuations of
+/// these `lengths` after it, `[tokens from there on, prompt + tokens of all]`.
 pub fn tree_mask(lengths: &[i64], prompt: i64, from: i64) -> Tensor {
     let branches = branch_mask(lengths, prompt);
     let tokens = branches.size()[1];

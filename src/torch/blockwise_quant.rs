@@ -1,35 +1,36 @@
-//! Numbers in eight bits each, block by block, for what an optimizer remembers.
+//! Blockwise 8-bit quantization of optimizer state.
 //!
-//! Dettmers et al. 2021, *8-bit Optimizers via Block-wise Quantization*, arXiv 2110.02861: a block of
-//! 256 numbers is divided by the largest of them, and each is stored as the place of the nearest
-//! number in a fixed table whose steps are finer near 0 (`create_dynamic_map` of bitsandbytes'
-//! `functional.py`, seven exponent bits). The second moment is stored as its root: the table's range
-//! is that of gradients, not of their squares, and a small one is not stored as 0 and then divided by.
+//! Dettmers et al. 2021, *8-bit Optimizers via Block-wise Quantization*, arXiv 2110.02861: each
+//! block of 256 numbers is divided by its largest absolute value, and each number is stored as the
+//! index of the nearest entry in a fixed table whose steps are finer near 0 (`create_dynamic_map`
+//! of bitsandbytes' `functional.py`, seven exponent bits). The second moment is stored as its
+//! square root: the table covers the range of gradients, not of their squares, and a small value
+//! must not be stored as 0 and then divided by.
 
 use tch::{Device, Kind, Tensor};
 
-/// Numbers that share a scale.
+/// The number of values that share a scale.
 pub const BLOCK: i64 = 256;
 
 /// Exponents of the table: its smallest step is about `10^-EXPONENTS`.
 const EXPONENTS: i32 = 7;
 
-/// The numbers that a byte can stand for.
+/// The values that the 256 codes stand for.
 #[derive(Debug)]
 pub struct Codebook {
     values: Tensor, // [256], ascending, at most 1
-    bounds: Tensor, // [255], halfway between neighbors
+    bounds: Tensor, // [255], midpoints between neighbors
 }
 
 impl Codebook {
-    /// With both signs, or without the negative ones and twice as fine.
+    /// The signed table, or the unsigned one, which is twice as fine.
     pub fn new(signed: bool, device: Device) -> Self {
         let mut values = vec![0.0, 1.0];
         for exponent in 0..EXPONENTS {
             let scale = 10f64.powi(exponent + 1 - EXPONENTS);
             let count = 1 << (exponent + i32::from(!signed));
             for index in 0..count {
-                // The middle of one of `count` equal parts of [0.1, 1].
+                // The midpoint of one of `count` equal parts of [0.1, 1].
                 let middle = 0.1 + 0.9 * (f64::from(index) + 0.5) / f64::from(count);
                 values.push(scale * middle);
                 if signed {
@@ -50,17 +51,17 @@ impl Codebook {
     }
 }
 
-/// Numbers in eight bits.
+/// A tensor quantized to eight bits per value.
 #[derive(Debug)]
 pub struct QuantizedTensor {
-    /// Places in the table, `[numbers, up to a whole block]`, uint8.
+    /// Indices into the table, `[numbers, padded to whole blocks]`, uint8.
     pub codes: Tensor,
     /// The largest absolute value of each block, `[blocks]`, float32.
     pub scales: Tensor,
 }
 
 impl QuantizedTensor {
-    /// `count` zeros.
+    /// Returns `count` zeros.
     pub fn zeros(count: i64, table: &Codebook) -> Self {
         let blocks = (count + BLOCK - 1) / BLOCK;
         let device = table.values.device();
@@ -71,7 +72,7 @@ impl QuantizedTensor {
         }
     }
 
-    /// The numbers of `blocks` blocks from block `first` on, `[blocks, BLOCK]`, float32.
+    /// Dequantizes `blocks` blocks from block `first` on, `[blocks, BLOCK]`, float32.
     pub fn read(&self, table: &Codebook, first: i64, blocks: i64) -> Tensor {
         let codes = self.codes.narrow(0, first * BLOCK, blocks * BLOCK);
         let values = table.values.index_select(0, &codes.to_kind(Kind::Int));
@@ -79,11 +80,11 @@ impl QuantizedTensor {
         values.view([blocks, BLOCK]) * scales
     }
 
-    /// Replaces those from block `first` on by `values`, `[blocks, BLOCK]`.
+    /// Replaces the blocks from `first` on with `values`, `[blocks, BLOCK]`.
     pub fn write(&mut self, table: &Codebook, first: i64, values: &Tensor) {
         let blocks = values.size()[0];
         let scales = values.abs().amax([1i64].as_slice(), false);
-        // A block of zeros has no scale; its numbers stay 0.
+        // A block of zeros has no scale; its values stay 0.
         let divisors = scales.clamp_min(f64::from(f32::MIN_POSITIVE)).unsqueeze(1);
         let codes = (values / divisors).bucketize(&table.bounds, true, false);
         self.codes
@@ -123,12 +124,12 @@ mod tests {
             let mut values = noise(&[4, BLOCK], 1).abs() * 0.9 + 0.1;
             values *= scale;
             let _ = values.get(2).g_mul_scalar_(1e20);
-            // The largest of a block is exact and sets its scale.
+            // The largest value of a block is exact and sets its scale.
             values
                 .narrow(1, 0, 1)
                 .copy_(&values.amax([1i64].as_slice(), true));
             let error = ((through(&values, false) - &values) / &values).abs().max();
-            // Half of a 128th of the decade, seen from its lower end.
+            // Half of a 128th of the decade, relative to its lower end.
             assert!(error.double_value(&[]) < 0.036, "{error:?}");
             let error = ((through(&-&values, true) + &values) / &values).abs().max();
             assert!(error.double_value(&[]) < 0.071, "{error:?}");

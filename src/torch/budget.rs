@@ -1,9 +1,9 @@
-//! How much is computed at once.
+//! Memory budgets: batch sizes of sampling, scoring and training.
 //!
-//! Sampling and scoring take prompts side by side: as many as the memory holds and as make a step
-//! cheaper. What the memory holds follows from the sizes of the network and from what it may take of
-//! the device, both the same in every run on a machine; never from what happens to be free, so that a
-//! part that is computed again is computed in the same order, to the same bits.
+//! Sampling and scoring batch as many prompts as fit into memory and still make a step cheaper. The
+//! budget follows from the sizes of the network and the memory that it may use on the device. Both
+//! are the same in every run on a machine, whatever memory happens to be free, so a part that is
+//! recomputed is batched the same way and gives bitwise the same result.
 
 use std::ops::Range;
 
@@ -14,24 +14,24 @@ use super::layer_stack::SavedActivations;
 use ovchat_models::checkpoint::{AtOnce, PACK_TOKENS_MAX, Sizes, TrainingSizes, size_in_words};
 use ovchat_models::{Checkpointing, Gigabytes, RowFault};
 
-/// How much is computed at once in sampling or scoring.
+/// The batch limits of sampling or scoring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Budget {
-    /// Answers that grow side by side; more would not make a step cheaper per answer by much.
+    /// Answers that are decoded at once; beyond this a step hardly gets cheaper per answer.
     pub rows: usize,
-    /// Tokens of prompts and answers whose keys and values are in memory.
+    /// Tokens of prompts and answers in the KV cache.
     pub tokens: usize,
-    /// Tokens that are read at once, unless one prompt alone has more.
+    /// Tokens per prefill, unless a single prompt has more.
     pub read_tokens: usize,
-    /// What the network may take of the device's memory, in bytes, and what it needs of it.
+    /// The memory that the network may use on the device, in bytes.
     memory: u64,
     sizes: Sizes,
-    /// How often it was halved.
+    /// The number of OOM retries, each of which halved the budget.
     pub oom_retries: u64,
 }
 
 impl Budget {
-    /// What fits into the memory that may be taken: `asked` for, or else what [`device::memory`] says.
+    /// The budget that fits into `asked`, or by default into [`device::memory`].
     pub fn plan(asked: Option<Gigabytes>, device: Device, sizes: Sizes) -> Self {
         let room = device::room(asked, device);
         let AtOnce {
@@ -49,7 +49,7 @@ impl Budget {
         }
     }
 
-    /// Half as much, after memory ran out.
+    /// Halves the budget after running out of memory.
     pub fn halve(&mut self) {
         self.rows = (self.rows / 2).max(1);
         self.tokens /= 2;
@@ -57,7 +57,8 @@ impl Budget {
         self.oom_retries += 1;
     }
 
-    /// The same for the next call: what ran out once would do so again.
+    /// The budget for the next call; it stays halved, since the same load would run out of memory
+    /// again.
     #[must_use]
     pub fn for_next(self) -> Self {
         Self {
@@ -66,7 +67,7 @@ impl Budget {
         }
     }
 
-    /// Refuses what does not fit even alone: a prompt and its answers of `tokens` in all.
+    /// Rejects a prompt and its answers, `tokens` in all, that do not fit even alone.
     pub fn admit(&self, tokens: usize) -> Result<(), RowFault> {
         let needed = self.sizes.weights + tokens as u64 * self.sizes.token;
         if needed <= self.memory {
@@ -74,42 +75,42 @@ impl Budget {
         }
         if self.sizes.weights > self.memory {
             return Err(RowFault(format!(
-                "the weights of the model alone take {} of memory, and {} may be used; raise its \
-                 `memory_gb`, or use a device with more memory",
+                "the model's weights take {} of memory, more than the limit of {}; increase the \
+                 model's `memory_gb`, or use a device with more memory",
                 size_in_words(self.sizes.weights),
                 size_in_words(self.memory),
             )));
         }
         Err(RowFault(format!(
-            "its {tokens} tokens of prompt and answers take {} of memory beside {} of weights, and \
-             {} may be used; use a smaller picture, fewer or shorter answers, or a larger \
-             `memory_gb`",
+            "its {tokens} tokens of prompt and answers take {} of memory, in addition to {} of \
+             weights, more than the limit of {}; use a smaller image, fewer or shorter answers, or \
+             a larger `memory_gb`",
             size_in_words(tokens as u64 * self.sizes.token),
             size_in_words(self.sizes.weights),
             size_in_words(self.memory),
         )))
     }
 
-    /// How a policy goes about it, in words.
+    /// Describes the batches of a policy.
     pub fn of_sampling(&self) -> String {
         let (rows, tokens) = (self.rows, self.tokens);
         let memory = self.of_memory();
-        format!("up to {rows} answers at once, {tokens} tokens with their prompts ({memory})")
+        format!("batches of up to {rows} answers and {tokens} tokens, prompts included ({memory})")
     }
 
-    /// How a judge goes about it, in words.
+    /// Describes the batches of a judge.
     pub fn of_scoring(&self) -> String {
         let tokens = self.read_tokens.min(self.tokens);
-        format!("reads up to {tokens} tokens at once ({})", self.of_memory())
+        format!("batches of up to {tokens} tokens ({})", self.of_memory())
     }
 
     fn of_memory(&self) -> String {
         let [memory, weights] = [self.memory, self.sizes.weights].map(size_in_words);
-        format!("{memory} of memory, {weights} of them weights")
+        format!("{memory} of memory, {weights} for weights")
     }
 }
 
-/// What a training takes of memory, and what it may.
+/// The memory that a training stage needs and may use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TrainingBudget {
     memory: u64,
@@ -118,8 +119,8 @@ pub struct TrainingBudget {
 }
 
 impl TrainingBudget {
-    /// Fails when weights, gradients and moments alone are more than the memory that may be taken:
-    /// `asked` for, or else what [`device::memory`] says.
+    /// Plans for the memory `asked`, or by default [`device::memory`]. Fails if weights, gradients
+    /// and moments alone exceed it.
     pub fn plan(
         asked: Option<Gigabytes>,
         device: Device,
@@ -130,8 +131,8 @@ impl TrainingBudget {
         if sizes.state() > memory {
             return Err(format!(
                 "training takes {} for weights, {} for gradients and {} for the optimizer's moments, \
-                 and {} may be used; train an adapter (`lora`), fewer parts (`train`), with \
-                 `optimizer: adamw_8bit`, or give the model a larger `memory_gb`",
+                 more than the limit of {}; train an adapter (`lora`) or fewer parts (`train`), use \
+                 `optimizer: adamw_8bit`, or increase the model's `memory_gb`",
                 size_in_words(sizes.weights),
                 size_in_words(sizes.gradients),
                 size_in_words(sizes.moments),
@@ -145,7 +146,7 @@ impl TrainingBudget {
         })
     }
 
-    /// What is remembered of a pass over so many tokens and tiles.
+    /// The activations to save in a pass over this many tokens and tiles.
     pub fn keep(&self, tokens: usize, tiles: usize) -> SavedActivations {
         let fits = self.sizes.has_room(self.memory, tokens, tiles);
         match self.checkpointing {
@@ -155,37 +156,37 @@ impl TrainingBudget {
         }
     }
 
-    /// How a training goes about it whose largest row has so many tokens and tiles, in words.
+    /// Describes the training memory, given the tokens and tiles of the largest row.
     pub fn in_words(&self, [tokens, tiles]: [usize; 2]) -> String {
         let [memory, state] = [self.memory, self.sizes.state()].map(size_in_words);
-        // Short rows go side by side.
+        // Short rows are packed into one batch.
         let at_once = tokens.max(PACK_TOKENS_MAX.min(tokens * 8));
         let remembered = size_in_words(self.sizes.remembered(at_once, tiles));
         let again = size_in_words(self.sizes.computed_again(at_once, tiles));
         let how = match (self.checkpointing, self.keep(at_once, tiles)) {
-            (Checkpointing::Auto, SavedActivations::Inputs) => format!(
-                "{remembered} that would not fit beside them; computed again layer by layer, {again}"
-            ),
-            (_, SavedActivations::Inputs) => format!("{again}, computed again layer by layer"),
-            _ => format!("{remembered}, all remembered"),
+            (Checkpointing::Auto, SavedActivations::Inputs) => {
+                format!("{remembered} do not fit; {again} with recompute layer by layer")
+            }
+            (_, SavedActivations::Inputs) => format!("{again} with recompute layer by layer"),
+            _ => format!("{remembered}, all saved"),
         };
         format!(
-            "{memory} of memory, {state} of it weights, gradients and moments; activations of up to \
+            "{memory} of memory, {state} for weights, gradients and moments; activations of up to \
              {at_once} tokens: {how}"
         )
     }
 }
 
-/// The fault of a row at which memory ran out although it was alone.
+/// The fault of a row that ran out of memory in a batch of its own.
 pub fn too_large(error: &ovchat_models::ModelError) -> RowFault {
     RowFault(format!(
-        "{error}, although it was alone; use a smaller picture, fewer or shorter answers, or a \
+        "{error}, even in a batch of its own; use a smaller image, fewer or shorter answers, or a \
          device with more memory"
     ))
 }
 
-/// Cuts consecutive texts of these lengths into packs of at most `tokens_max` tokens, or of one text
-/// that is longer.
+/// Groups consecutive sequences of these lengths into packs of at most `tokens_max` tokens; a
+/// longer sequence is a pack of its own.
 pub fn packs(lengths: &[usize], tokens_max: usize) -> Vec<Range<usize>> {
     let mut packs: Vec<Range<usize>> = Vec::new();
     let mut tokens = 0;
@@ -216,7 +217,7 @@ mod tests {
         assert_eq!(packs(&[4, 6, 1, 30, 2], 10), [0..2, 2..3, 3..4, 4..5]);
     }
 
-    /// Qwen2 of 7B in bfloat16, its sizes by hand: 28 layers, 4 key-value heads of 128.
+    /// Qwen2 7B in bfloat16, its sizes computed by hand: 28 layers, 4 key-value heads of 128.
     fn sizes() -> Sizes {
         let config = DecoderConfig {
             vocab_size: 152_128,
@@ -249,10 +250,13 @@ mod tests {
         assert_eq!(half.tokens, budget.tokens / 2);
         assert_eq!(
             budget.of_scoring(),
-            "reads up to 8192 tokens at once (40.0 GB of memory, 16.0 GB of them weights)"
+            "batches of up to 8192 tokens (40.0 GB of memory, 16.0 GB for weights)"
         );
         let words = budget.of_sampling();
-        assert!(words.starts_with("up to 256 answers at once, "), "{words}");
+        assert!(
+            words.starts_with("batches of up to 256 answers and "),
+            "{words}"
+        );
     }
 
     #[test]
@@ -270,7 +274,9 @@ mod tests {
         assert_eq!((none.rows, none.tokens), (1, 0));
         let fault = none.admit(1).unwrap_err().0;
         assert!(
-            fault.starts_with("the weights of the model alone take 16.0 GB of memory, and 1.0 GB"),
+            fault.starts_with(
+                "the model's weights take 16.0 GB of memory, more than the limit of 1.0 GB"
+            ),
             "{fault}"
         );
         let error = ModelError::OutOfMemory {
@@ -278,6 +284,6 @@ mod tests {
             batch: 1,
             length: 2,
         };
-        assert!(too_large(&error).0.contains("although it was alone"));
+        assert!(too_large(&error).0.contains("in a batch of its own"));
     }
 }

@@ -1,7 +1,7 @@
-//! Bakes the place of libtorch into this crate's tests as a run path.
+//! Embeds the path of libtorch in this crate's tests as a RUNPATH.
 //!
-//! A run path (not an rpath) is searched after LD_LIBRARY_PATH, so a user can still point the same
-//! binary at another libtorch 2.11, such as the one of an installed PyTorch with CUDA.
+//! A RUNPATH (unlike an RPATH) is searched after LD_LIBRARY_PATH, so the same binary can still be
+//! pointed at another libtorch 2.11, such as that of an installed PyTorch with CUDA.
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");

@@ -1,12 +1,12 @@
-//! A checkpoint as it lies on disk: read by canonical names, written back as it was.
+//! Checkpoints on disk: reading tensors by canonical names and writing them back.
 //!
-//! Of LLaVA-OneVision, the same weights are found under several names (transformers 4.45 to 4.57 has
-//! `vision_tower.vision_model.…`, 5.x no `vision_model`, third parties what they are in memory, with a
-//! leading `model.`, and LLaVA-NeXT names of its own). Networks ask by one name each; the checkpoint
-//! remembers what each is called in its files. Writing keeps those names, the shards, the element
-//! types, every tensor that no network asked for, and every other file of the folder, so whatever
-//! could load the original can load the copy. The folders of a reward model's base and tower are kept
-//! likewise. What is in torch files is written as safetensors.
+//! The weights of LLaVA-OneVision come under several naming schemes (transformers 4.45 to 4.57
+//! writes `vision_tower.vision_model.…`, 5.x omits `vision_model`, third parties write the names in
+//! memory with a leading `model.`, and LLaVA-NeXT has names of its own). Networks ask for one
+//! canonical name each; the checkpoint maps it to the name in its files. Writing keeps the stored
+//! names, the shards, the dtypes, every tensor that no network asked for and every other file of
+//! the folder, so whatever can load the original can load the copy. The folders of a reward model's
+//! base and tower are kept in the same way. Torch files are written as safetensors.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
@@ -22,23 +22,23 @@ use super::weights::{Weights, save_safetensors};
 use ovchat_models::checkpoint::{Conversion, canonical, part_of};
 use ovchat_models::{ModelError, Part, Tower};
 
-/// The canonical names of the embedding and of the head, which may be one parameter.
+/// The canonical names of the embedding and the head, which may be one parameter.
 pub const EMBEDDING: &str = "language_model.model.embed_tokens.weight";
 pub const HEAD: &str = "language_model.lm_head.weight";
 
-/// What the names of a tower's weights begin with.
+/// The prefix of a vision tower's tensor names.
 pub const TOWER: &str = "vision_tower.";
 
-/// An opened checkpoint.
+/// An open checkpoint.
 #[derive(Debug)]
 pub struct Checkpoint {
     weights: Weights,
-    /// From canonical names to those in the files.
+    /// Maps canonical names to those in the files.
     names: BTreeMap<String, String>,
 }
 
 impl Checkpoint {
-    /// Opens the weights of `folder`; reads their headers only.
+    /// Opens the weights of `folder`; reads only their headers.
     pub fn open(folder: &Path) -> Result<Self, ModelError> {
         let weights = Weights::open(folder)?;
         let names = weights
@@ -48,7 +48,7 @@ impl Checkpoint {
         Ok(Self { weights, names })
     }
 
-    /// Opens the base of a reward model: Llama and a projector, by the names that they have.
+    /// Opens the base of a reward model, Llama and a projector, whose stored names are canonical.
     pub fn open_base(folder: &Path) -> Result<Self, ModelError> {
         let weights = Weights::open(folder)?;
         let names = weights
@@ -58,8 +58,9 @@ impl Checkpoint {
         Ok(Self { weights, names })
     }
 
-    /// Opens a folder with CLIP's tower. Its tensors are asked for below [`TOWER`]; a whole CLIP and
-    /// transformers up to 4.x write them below `vision_model.`, transformers 5.x as they are.
+    /// Opens a folder with a CLIP tower. Its canonical names begin with [`TOWER`]; a whole CLIP and
+    /// transformers up to 4.x store the tensors below `vision_model.`, transformers 5.x without a
+    /// prefix.
     pub fn open_clip(folder: &Path) -> Result<Self, ModelError> {
         let weights = Weights::open(folder)?;
         let is_there = |prefix: &&str| weights.has(&format!("{prefix}embeddings.class_embedding"));
@@ -80,13 +81,13 @@ impl Checkpoint {
         Ok(Self { weights, names })
     }
 
-    /// The element type that a tensor of this canonical name is stored in.
+    /// The dtype of the stored tensor with this canonical name.
     pub fn kind(&self, name: &str) -> Option<Kind> {
         let stored = self.names.get(name)?;
         self.weights.kind(stored)
     }
 
-    /// The shape of the tensor of this canonical name.
+    /// The shape of the stored tensor with this canonical name.
     pub fn shape(&self, name: &str) -> Result<Vec<i64>, ModelError> {
         let stored = self.names.get(name);
         let info = stored.and_then(|stored| self.weights.info(stored));
@@ -94,19 +95,18 @@ impl Checkpoint {
         Ok(info.ok_or_else(missing)?.shape.to_vec())
     }
 
-    /// Whether a tensor of this canonical name is stored.
+    /// True if a tensor with this canonical name is stored.
     pub fn has(&self, name: &str) -> bool {
         self.names.contains_key(name)
     }
 
-    /// Writes the checkpoint into the new folder `to`, with the values of `parameters` in the place
-    /// of those that were read, each rounded to the element type that it was stored in. Returns when
-    /// everything is on disk.
+    /// Writes the checkpoint to the new folder `to`, with the values of `parameters` in place of
+    /// the stored ones, each cast to its stored dtype. Returns when everything is on disk.
     pub fn save(&self, to: &Path, parameters: &[Parameter]) -> Result<(), ModelError> {
         self.save_as(to, parameters, None)
     }
 
-    /// The same, in another layout.
+    /// Like [`Checkpoint::save`], converted to another checkpoint layout.
     pub fn save_as(
         &self,
         to: &Path,
@@ -118,7 +118,7 @@ impl Checkpoint {
         self.copy_other_files(to, conversion)?;
         for (name, text) in conversion.iter().flat_map(|conversion| &conversion.files) {
             let path = to.join(name);
-            let folder = path.parent().expect("a file lies in a folder");
+            let folder = path.parent().expect("a file has a parent folder");
             fs::create_dir_all(folder)
                 .and_then(|()| write_synced(&path, text))
                 .and_then(|()| File::open(folder)?.sync_all())
@@ -128,7 +128,7 @@ impl Checkpoint {
             .iter()
             .map(|parameter| (parameter.name.as_str(), &parameter.tensor))
             .collect();
-        // A tied head that is stored nevertheless is stored as the embedding.
+        // A tied head that is stored nevertheless gets the values of the embedding.
         if let (None, Some(&embedding)) = (values.get(HEAD), values.get(EMBEDDING)) {
             values.insert(HEAD, embedding);
         }
@@ -154,7 +154,7 @@ impl Checkpoint {
             .map_err(io)
     }
 
-    /// The tensors of one shard under their names in it.
+    /// The tensors of one shard under their stored names.
     fn tensors_of(
         &self,
         file: &Path,
@@ -178,9 +178,9 @@ impl Checkpoint {
         Ok(tensors)
     }
 
-    /// Copies config, tokenizer, processor and whatever else lies beside the weights: every file
-    /// that does not hold weights itself, but for those that a conversion replaces; and the config of
-    /// a folder below, which may be the tower that a config of LLaVA-NeXT names.
+    /// Copies the config, tokenizer, processor and every other file that holds no weights, except
+    /// those that a conversion replaces; also copies `config.json` of subfolders, since a
+    /// LLaVA-NeXT config may name one as its tower.
     fn copy_other_files(
         &self,
         to: &Path,
@@ -220,7 +220,7 @@ impl Checkpoint {
     }
 }
 
-/// Tensors of a file under the names of another layout, with rows for its placeholders.
+/// Renames the tensors of a file to another layout and adds rows for its placeholder tokens.
 fn converted(tensors: Vec<(String, Tensor)>, conversion: &Conversion) -> Vec<(String, Tensor)> {
     let named = tensors.into_iter().filter_map(|(name, tensor)| {
         let canonical = canonical(&name);
@@ -249,7 +249,7 @@ fn write_synced(path: &Path, text: &str) -> std::io::Result<()> {
     File::open(path)?.sync_all()
 }
 
-/// The name of a shard once it is safetensors: `pytorch_model-00001-of-00002.bin` becomes
+/// The name of a shard as a safetensors file: `pytorch_model-00001-of-00002.bin` becomes
 /// `model-00001-of-00002.safetensors`.
 fn safetensors_name(file: &Path) -> String {
     let name = file.file_name().expect("a shard is a file");
@@ -270,22 +270,22 @@ fn problem_with(path: &Path, problem: &str) -> ModelError {
     }
 }
 
-/// Whether the weights that are taken will be trained.
+/// The purpose that weights are loaded for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Purpose {
     Inference,
-    /// Those of some parts are trained, in float32.
+    /// Training of some parts, whose weights are in float32.
     TrainingState(Parts),
 }
 
-/// Some parts of a network.
+/// A set of parts of a network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Parts([bool; Part::ALL.len()]);
 
 impl Parts {
     pub const NONE: Self = Self([false; Part::ALL.len()]);
 
-    /// Those that `wanted` says.
+    /// The parts for which `wanted` returns true.
     pub fn which(wanted: impl Fn(Part) -> bool) -> Self {
         Self(Part::ALL.map(wanted))
     }
@@ -301,8 +301,8 @@ impl From<Tower> for Parts {
     }
 }
 
-/// A checkpoint as a source of weights, on one device; in one precision, but for those that are
-/// trained. Keeps what was taken for training.
+/// A checkpoint as a source of weights on one device. Trained weights are in float32, all others in
+/// one dtype. Collects the parameters that were taken for training.
 #[derive(Debug)]
 pub struct Reader<'a> {
     checkpoint: &'a Checkpoint,
@@ -328,15 +328,15 @@ impl<'a> Reader<'a> {
         self.device
     }
 
-    /// The precision of what is not trained.
+    /// The dtype of weights that are not trained.
     pub fn kind(&self) -> Kind {
         self.kind
     }
 
-    /// The tensor of that canonical name, in the precision `kind`, not to be trained.
+    /// Returns the tensor with this canonical name in dtype `kind`, without gradients.
     pub fn take_as(&self, name: &str, shape: &[i64], kind: Kind) -> Result<Tensor, ModelError> {
         let Checkpoint { weights, names } = self.checkpoint;
-        // An unknown name is asked for as it is, for the error to say that it is missing.
+        // An unknown name is looked up unchanged, so that the error names it as missing.
         let stored = names.get(name).map_or(name, String::as_str);
         weights.take(stored, shape, kind, self.device)
     }

@@ -1,18 +1,19 @@
-//! The decoder: Qwen2 (LLaVA-OneVision) and Llama (LLaVA-RLHF), which differ by three biases.
+//! The language model: Qwen2 (LLaVA-OneVision) and Llama (LLaVA-RLHF), which differ in three
+//! biases.
 //!
-//! The decoder is met in one situation only: several continuations of one long prompt, which is
-//! mostly picture. So there are four ways through it, with the same weights and the same numbers.
-//! [`Decoder::read`] reads prompts together with whole continuations, each blind to the others, and
-//! can go back with gradients (training). [`Decoder::prefill`] reads prompts once and gives their keys
-//! and values, a [`PrefixKv`] each. [`Decoder::branch`] reads whole continuations behind them (scoring).
-//! [`Decoder::step`] reads the next token of each continuation and remembers it in [`SuffixKv`]
-//! (sampling). A prefix is read by all its continuations and copied for none.
+//! It serves a single workload: several continuations of one long prompt, most of which is image
+//! tokens. There are four forward passes, with the same weights and equal results.
+//! [`Decoder::read`] processes prompts packed with whole continuations that do not see each other,
+//! and supports gradients (training). [`Decoder::prefill`] processes prompts once and returns the
+//! keys and values of each, a [`PrefixKv`]. [`Decoder::branch`] processes whole continuations of
+//! these (scoring). [`Decoder::step`] processes the next token of each continuation and appends it
+//! to [`SuffixKv`] (sampling). All continuations of a prefix share it; it is never copied.
 //!
-//! [`Decoder::read_on`] is a `prefill` of prompts that begin with the same picture.
+//! [`Decoder::read_on`] is a `prefill` of prompts that begin with a cached prefix.
 //!
-//! All take several prompts at once. Activations are `[tokens, hidden]`, heads
-//! `[heads, tokens, head_dim]`, with the tokens of all prompts one after the other and no padding:
-//! what is done to each token is done to all in one product, and attention goes prompt by prompt.
+//! All of them take several prompts at once. Activations are `[tokens, hidden]`, heads
+//! `[heads, tokens, head_dim]`, with the tokens of all prompts concatenated, without padding:
+//! operations on single tokens run once over all tokens, and attention runs prompt by prompt.
 //!
 //! Sources: transformers' `models/qwen2/modeling_qwen2.py` and `models/llama/modeling_llama.py`.
 
@@ -42,13 +43,14 @@ pub struct DecoderSizes {
     pub intermediate_size: i64,
     pub num_hidden_layers: i64,
     pub num_attention_heads: i64,
-    /// Divides `num_attention_heads`; each serves that many consecutive query heads.
+    /// Divides `num_attention_heads`; each key-value head serves
+    /// `num_attention_heads / num_key_value_heads` consecutive query heads.
     pub num_key_value_heads: i64,
     pub head_dim: i64,
     pub hidden_act: Activation,
     pub rms_norm_eps: f64,
     pub rope_theta: f64,
-    /// Whether `q_proj`, `k_proj` and `v_proj` have biases: Qwen2 yes, Llama no.
+    /// The biases of `q_proj`, `k_proj` and `v_proj`: Qwen2 has them, Llama does not.
     pub qkv_bias: Bias,
 }
 
@@ -74,7 +76,7 @@ impl From<&DecoderConfig> for DecoderSizes {
     }
 }
 
-/// Embeddings, layers and the final norm; the head is apart, see [`LmHead`].
+/// Embeddings, layers and the final norm; the head is separate, see [`LmHead`].
 #[derive(Debug)]
 pub struct Decoder {
     embed_tokens: Tensor, // [vocab, hidden]
@@ -83,22 +85,22 @@ pub struct Decoder {
     rotary: Rotary,
 }
 
-/// Which hidden states are wanted. What only others need is not computed: the last layer reads keys
-/// and values of every token and goes on with the wanted ones.
+/// The hidden states that a pass returns. The last layer computes keys and values of every token,
+/// but everything else for these tokens only.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Wanted {
-    /// That of the last token of each prompt or continuation.
+    /// The last token's hidden state, for each prompt or continuation.
     Last,
-    /// None; the prefix is what is wanted.
+    /// No hidden states; only the prefix is wanted.
     Nothing,
 }
 
 /// The queries of a layer, `[heads, tokens, head_dim]`.
 #[derive(Clone, Copy)]
 enum Queries<'a> {
-    /// Of every token.
+    /// The queries of every token.
     All(&'a Tensor),
-    /// Of the last token of each text.
+    /// The queries of the last token of each sequence.
     Last(&'a Tensor),
     Nothing,
 }
@@ -111,13 +113,14 @@ pub struct PrefixKv {
 }
 
 impl PrefixKv {
-    /// Tokens of the prompt; the first token behind it has this position.
+    /// The number of tokens of the prompt, which is the position of the first token after it.
     pub fn tokens(&self) -> i64 {
         self.tokens
     }
 
-    /// The same in memory of its own, head by head, for a prefix that stays: as they come, keys and
-    /// values lie between those of other prompts and among what reading them took.
+    /// Copies the keys and values into contiguous memory of their own, head by head, for a prefix
+    /// that is kept: as computed, they are views into tensors shared with other prompts and
+    /// intermediate results.
     #[must_use]
     pub fn compact(self) -> Self {
         let all = |xs: &dyn Fn(&KeyValue) -> Tensor| {
@@ -134,25 +137,25 @@ impl PrefixKv {
     }
 }
 
-/// The keys and values of continuations that grow by a token each at a time.
+/// The KV cache of continuations that grow by one token at a time.
 #[derive(Debug)]
 pub struct SuffixKv {
     layers: Vec<KeyValue>, // [kv_heads, rows, capacity, head_dim]
     tokens: i64,
 }
 
-/// Tokens that there is room for at first; when it is full, there is twice as much.
+/// The initial capacity in tokens; it doubles when full.
 const CAPACITY: i64 = 16;
 
 impl SuffixKv {
-    /// No token yet in any row.
+    /// An empty cache without rows.
     pub fn new() -> Self {
         let layers = Vec::new();
         Self { layers, tokens: 0 }
     }
 
-    /// Adds the keys and values of one more token (`[kv_heads, rows, 1, head_dim]`) to those of a
-    /// layer, and gives them all, `[kv_heads, rows, tokens, head_dim]`.
+    /// Appends the keys and values of one more token (`[kv_heads, rows, 1, head_dim]`) to those of
+    /// a layer, and returns them all, `[kv_heads, rows, tokens, head_dim]`.
     fn append(&mut self, layer: usize, new: &KeyValue) -> KeyValue {
         let with_room = |xs: &Tensor, room: i64| {
             let mut size = xs.size();
@@ -180,7 +183,7 @@ impl SuffixKv {
         }
     }
 
-    /// Keeps only the rows (`[kept]`, int64) that go on.
+    /// Keeps only these rows (`[kept]`, int64).
     pub fn keep(&mut self, rows: &Tensor) {
         for layer in &mut self.layers {
             layer.k = layer.k.index_select(1, rows);
@@ -193,7 +196,7 @@ impl SuffixKv {
 #[derive(Debug)]
 pub struct Texts<'a> {
     pub prefix: &'a PrefixKv,
-    /// The tokens of each.
+    /// The number of tokens of each continuation.
     pub lengths: Vec<i64>,
 }
 
@@ -202,7 +205,7 @@ pub struct Texts<'a> {
 pub struct Branches<'a> {
     pub prefix: &'a PrefixKv,
     pub rows: &'a mut SuffixKv,
-    /// How many continuations there are.
+    /// The number of continuations.
     pub count: i64,
 }
 
@@ -213,7 +216,7 @@ impl Default for SuffixKv {
 }
 
 impl Decoder {
-    /// `path` holds `embed_tokens`, `layers` and `norm`.
+    /// Loads `embed_tokens`, `layers` and `norm` from `path`.
     pub fn new(path: &Path, config: &DecoderSizes) -> Result<Self, ModelError> {
         let embed_tokens =
             (path / "embed_tokens").take("weight", &[config.vocab_size, config.hidden_size])?;
@@ -229,7 +232,7 @@ impl Decoder {
         })
     }
 
-    /// Every hidden state of one text, after the final norm.
+    /// The hidden states of all tokens of one sequence, after the final norm.
     #[cfg(test)]
     pub fn hidden(&self, embeds: &Tensor) -> Tensor {
         let tree = PackedSequence {
@@ -242,19 +245,19 @@ impl Decoder {
             .shallow_clone()
     }
 
-    /// Where its weights lie.
+    /// The device of the weights.
     pub fn device(&self) -> Device {
         self.embed_tokens.device()
     }
 
-    /// Token ids (`[tokens]`, int64) to `[tokens, hidden]`.
+    /// Embeds token ids (`[tokens]`, int64) as `[tokens, hidden]`.
     pub fn embed(&self, ids: &Tensor) -> Tensor {
         Tensor::embedding(&self.embed_tokens, ids, -1, false, false)
     }
 
-    /// Reads trees; their embeddings lie one after the other in `embeds` (`[tokens of all, hidden]`),
-    /// of each tree the prompt first, then its continuations. The chain gives the wanted hidden
-    /// states after the final norm, in that order.
+    /// Processes packed sequences, whose embeddings are concatenated in `embeds`
+    /// (`[tokens of all, hidden]`); each has the prompt first, then its continuations. The returned
+    /// stack outputs the wanted hidden states after the final norm, in that order.
     pub fn read(
         &self,
         embeds: &Tensor,
@@ -286,9 +289,9 @@ impl Decoder {
         LayerStack::run(links, embeds, keep)
     }
 
-    /// Reads prompts of these `lengths`, each from position 0; their embeddings lie one after the
-    /// other in `embeds` (`[tokens of all, hidden]`). Gives the wanted hidden states after the final
-    /// norm, in that order, and the prefixes.
+    /// Processes prompts of these `lengths`, each from position 0, whose embeddings are
+    /// concatenated in `embeds` (`[tokens of all, hidden]`). Returns the wanted hidden states after
+    /// the final norm, in that order, and the prefixes.
     pub fn prefill(
         &self,
         embeds: &Tensor,
@@ -326,8 +329,8 @@ impl Decoder {
         (hidden, prefixes)
     }
 
-    /// Reads prompts whose beginnings were read before, each given by its beginning and the number of
-    /// its other tokens; the embeddings of these lie one after the other in `embeds`. Gives what
+    /// Processes prompts that begin with cached prefixes. Each is given by its prefix and the
+    /// number of its remaining tokens, whose embeddings are concatenated in `embeds`. Returns what
     /// [`Decoder::prefill`] would for the whole prompts.
     pub fn read_on(
         &self,
@@ -375,10 +378,10 @@ impl Decoder {
         (hidden, prefixes)
     }
 
-    /// Reads whole continuations of prompts. Their embeddings lie one after the other in `embeds`
-    /// (`[tokens of all, hidden]`), `prompts` says where each ends; each starts at the position after
-    /// its prompt and sees the prompt and itself. Gives the wanted hidden states after the final
-    /// norm, in the same order.
+    /// Processes whole continuations of prompts. Their embeddings are concatenated in `embeds`
+    /// (`[tokens of all, hidden]`), with the lengths given in `prompts`; each starts at the
+    /// position after its prompt and sees the prompt and itself. Returns the wanted hidden states
+    /// after the final norm, in the same order.
     pub fn branch(&self, embeds: &Tensor, prompts: &[Texts<'_>], wanted: Wanted) -> Tensor {
         let lengths: Vec<i64> = prompts
             .iter()
@@ -430,9 +433,9 @@ impl Decoder {
         })
     }
 
-    /// Goes through all layers with texts of these `lengths`. `attend` is given the number of the
-    /// layer, queries, and the keys and values of every token; it mixes the values of whatever the
-    /// queries may see, if there are any. Gives the wanted hidden states after the final norm.
+    /// Runs all layers on sequences of these `lengths`. `attend` gets the layer's index, the
+    /// queries, and the keys and values of every token; it returns the attention output, or `None`
+    /// without queries. Returns the wanted hidden states after the final norm.
     fn through_layers(
         &self,
         embeds: &Tensor,
@@ -441,7 +444,7 @@ impl Decoder {
         wanted: Wanted,
         mut attend: impl FnMut(usize, Queries<'_>, KeyValue) -> Option<Tensor>,
     ) -> Tensor {
-        const MIXED: &str = "queries are answered";
+        const MIXED: &str = "attention of the queries";
         let (last, before) = self.layers.split_last().expect("a layer");
         let mut xs = embeds.shallow_clone();
         for (index, layer) in before.iter().enumerate() {
@@ -470,9 +473,9 @@ impl Decoder {
         self.norm.forward(&xs)
     }
 
-    /// Reads the next token of each continuation of each prompt (`[rows of all, hidden]`). Gives their
-    /// hidden states after the final norm. The weights are read once for all rows, each prefix once
-    /// for the rows behind it. For inference.
+    /// Decodes the next token of each continuation of each prompt (`[rows of all, hidden]`).
+    /// Returns the hidden states after the final norm. The weights are read once for all rows, each
+    /// prefix once for the rows that share it. For inference.
     pub fn step(&self, embeds: &Tensor, prompts: &mut [Branches<'_>]) -> Tensor {
         let positions: Vec<i64> = prompts
             .iter()
@@ -511,7 +514,7 @@ impl Decoder {
         self.norm.forward(&xs)
     }
 
-    /// The angles of texts one after the other, each with its first position and its length.
+    /// The rotary angles of concatenated sequences, each given by its first position and length.
     fn positions(
         &self,
         texts: impl Iterator<Item = (i64, i64)>,
@@ -527,7 +530,7 @@ impl Decoder {
     }
 }
 
-/// Where each text starts among all, and its length.
+/// The start of each sequence in the concatenation, and its length.
 fn runs(lengths: &[i64]) -> Vec<(i64, i64)> {
     let mut start = 0;
     let run = |&length: &i64| {
@@ -537,7 +540,7 @@ fn runs(lengths: &[i64]) -> Vec<(i64, i64)> {
     lengths.iter().map(run).collect()
 }
 
-/// The place of the last token of each text among those of all, `[texts]`, int64.
+/// The index of the last token of each sequence in the concatenation, `[texts]`, int64.
 fn last_of_each(lengths: &[i64], device: Device) -> Tensor {
     let lasts: Vec<i64> = runs(lengths)
         .iter()
@@ -546,7 +549,7 @@ fn last_of_each(lengths: &[i64], device: Device) -> Tensor {
     Tensor::from_slice(&lasts).to_device(device)
 }
 
-/// What prompts mixed, side by side; nothing if nothing was asked.
+/// Concatenates the attention outputs of prompts; `None` if there are none.
 fn joined(mut mixed: Vec<Tensor>) -> Option<Tensor> {
     match mixed.len() {
         0 | 1 => mixed.pop(),
@@ -554,40 +557,40 @@ fn joined(mut mixed: Vec<Tensor>) -> Option<Tensor> {
     }
 }
 
-/// The head that turns hidden states into logits; apart from [`Decoder`], so that logits are
-/// computed only where they are needed, and not loaded where they never are.
+/// The head that turns hidden states into logits. It is separate from [`Decoder`], so that logits
+/// are computed only where they are needed, and it is not loaded where they never are.
 #[derive(Debug)]
 pub struct LmHead {
     weight: Tensor, // [vocab, hidden]
 }
 
 impl LmHead {
-    /// A head of its own.
+    /// Loads an untied head.
     pub fn new(path: &Path, config: &DecoderSizes) -> Result<Self, ModelError> {
         let weight = path.take("weight", &[config.vocab_size, config.hidden_size])?;
         Ok(Self { weight })
     }
 
-    /// The embedding used as head; gradients of both uses meet in the one parameter.
+    /// Uses the embedding as the head; gradients of both uses accumulate in the one parameter.
     pub fn tied(decoder: &Decoder) -> Self {
         let weight = decoder.embed_tokens.shallow_clone();
         Self { weight }
     }
 
-    /// A head made of `weight`, `[vocab, hidden]`.
+    /// A head with the given `weight`, `[vocab, hidden]`.
     #[cfg(test)]
     pub fn of(weight: Tensor) -> Self {
         Self { weight }
     }
 
-    /// `[rows, hidden]` to `[rows, vocab]`, in float32.
+    /// Maps `[rows, hidden]` to logits `[rows, vocab]`, in float32.
     pub fn forward(&self, hidden: &Tensor) -> Tensor {
         hidden
             .linear(&self.weight.to_kind(hidden.kind()), None::<&Tensor>)
             .to_kind(Kind::Float)
     }
 
-    /// How many different tokens there are.
+    /// The size of the vocabulary.
     pub fn vocab(&self) -> i64 {
         self.weight.size()[0]
     }

@@ -1,9 +1,9 @@
-//! The device that networks compute on, and what libtorch is able to do here.
+//! The compute device and the state of libtorch on this machine.
 //!
-//! Our programs link libtorch's CPU half only, so that one binary runs with and without CUDA. The
-//! CUDA half registers itself with the CPU half when it is loaded, which must happen before libtorch
-//! is first asked about devices: it asks its register once and remembers the answer. So every
-//! question about CUDA goes through [`choose`] or [`doctor`], which load it first.
+//! The programs link only libtorch's CPU libraries, so that one binary runs with and without CUDA.
+//! The CUDA library registers itself with the CPU library when it is loaded, which must happen
+//! before the first query about devices: libtorch looks at its registry once and caches the result.
+//! Every query about CUDA therefore goes through [`choose`] or [`doctor`], which load it first.
 
 use std::ffi::{CStr, OsStr, c_char};
 use std::path::{Path, PathBuf};
@@ -15,34 +15,35 @@ use tch::{Cuda, Device, Kind, TchError};
 use ovchat_models::libtorch::{BUILT_AGAINST, mismatch, variables, version_in};
 use ovchat_models::{DeviceSpec, Dtype, Finding, Gigabytes, ModelError, Placement, Room, Severity};
 
-/// The most threads that a computation on the CPU is spread over. The matrices of one prompt keep
-/// no more busy, and a run is repeated to the bit only with the same number.
+/// The maximum number of CPU threads. The matrices of one prompt keep no more busy, and a run is
+/// bitwise reproducible only with the same number.
 const THREADS_MAX: usize = 64;
 
-/// What a device is taken to have that does not say.
+/// The assumed memory of a device whose size cannot be determined.
 const UNKNOWN_MEMORY: u64 = 8 << 30;
 
-/// The name of libtorch's CUDA half.
+/// The file name of libtorch's CUDA library.
 const CUDA_LIBRARY: &str = "libtorch_cuda.so";
 
 /// The NVIDIA driver's library.
 const DRIVER_LIBRARY: &str = "libcuda.so.1";
 
-/// The device file that every NVIDIA driver of Linux makes.
+/// The device file that every NVIDIA driver on Linux creates.
 const DRIVER_FILE: &str = "/dev/nvidiactl";
 
-/// CUDA_ERROR_NO_DEVICE: the driver works and shows no device.
+/// CUDA_ERROR_NO_DEVICE: the driver works and reports no device.
 const NO_DEVICE: i32 = 100;
 
-/// The advice about a GPU that can't be used.
+/// The advice on a GPU that cannot be used.
 const WITHOUT: &str = "set `device: cpu` on the models to compute on the CPU";
 
-/// The device and the precision that a model's entry in the pipeline file means here. Fixes the
-/// number of threads, too, so nothing is computed before it is.
+/// Resolves the `device` and `dtype` of a model in the pipeline file. Also fixes the number of
+/// threads, so call it before computing anything.
 ///
-/// `auto` is the first CUDA device if there is one, else the CPU; bfloat16 on CUDA, float32 on the
-/// CPU. Fails when a CUDA device is named that does not exist, when `auto` finds an NVIDIA GPU that
-/// can't be used, and when this is another libtorch than the one that was built against.
+/// `auto` is the first CUDA device if there is one, otherwise the CPU; bfloat16 on CUDA, float32 on
+/// the CPU. Fails if the named CUDA device does not exist, if `auto` finds an NVIDIA GPU that
+/// cannot be used, or if the libtorch version differs from the one that the program was built
+/// against.
 pub fn choose(device: DeviceSpec, dtype: Dtype) -> Result<(Device, Kind), ModelError> {
     fitting_version()?;
     threads();
@@ -59,7 +60,7 @@ pub fn choose(device: DeviceSpec, dtype: Dtype) -> Result<(Device, Kind), ModelE
         DeviceSpec::Cuda(index) => {
             let count = cuda_devices().map_err(refuse)?;
             if index >= count {
-                let problem = format!("there are {count} CUDA devices, counted from 0");
+                let problem = format!("found {count} CUDA devices, numbered from 0");
                 return Err(refuse(problem));
             }
             Device::Cuda(index)
@@ -72,13 +73,13 @@ pub fn choose(device: DeviceSpec, dtype: Dtype) -> Result<(Device, Kind), ModelE
     Ok((chosen, kind))
 }
 
-/// The choice of [`choose`] in words, with its reason.
+/// Describes the choice of [`choose`] and its reason.
 pub fn placement(device: DeviceSpec, dtype: Dtype) -> Result<Placement, ModelError> {
     let (chosen, kind) = choose(device, dtype)?;
     let reason = match device {
         DeviceSpec::Auto => auto().as_ref().map(|(_, reason)| reason.clone()),
         device => Ok(format!(
-            "the pipeline says `device: {}`",
+            "the pipeline sets `device: {}`",
             String::from(device)
         )),
     };
@@ -92,7 +93,7 @@ pub fn placement(device: DeviceSpec, dtype: Dtype) -> Result<Placement, ModelErr
     })
 }
 
-/// The name of a device: `the CPU`, `cuda:0 (NVIDIA H200)`.
+/// The display name of a device: `the CPU`, `cuda:0 (NVIDIA H200)`.
 fn named(device: Device) -> String {
     match device {
         Device::Cuda(index) => match device_name(index) {
@@ -106,37 +107,37 @@ fn named(device: Device) -> String {
 /// The state of the NVIDIA driver.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Driver {
-    /// There is none.
+    /// No driver is installed.
     Missing,
-    /// It is installed and can't be used, for this reason.
+    /// A driver is installed but cannot be used, for this reason.
     Broken(String),
-    /// It works, and shows so many devices to this process.
+    /// A working driver that reports this many devices to the process.
     Shows(usize),
 }
 
 impl Driver {
-    /// What it means that the driver's device file is there or not, that its library could be loaded
-    /// or not, and that this told the number of devices or failed with an error code of CUDA.
+    /// Derives the state from the presence of the driver's device file and the outcome of loading
+    /// its library: a load error, the number of devices, or a CUDA error code.
     fn of(has_file: bool, library: Result<Result<usize, i32>, String>) -> Self {
         match library {
             Ok(Ok(devices)) => Self::Shows(devices),
             Ok(Err(NO_DEVICE)) => Self::Shows(0),
-            // CUDA's images for containers hold the library even where the machine has no driver.
+            // CUDA container images include the library even if the host has no driver.
             Err(_) | Ok(Err(_)) if !has_file => Self::Missing,
             Ok(Err(code)) => Self::Broken(format!(
-                "the NVIDIA driver fails with CUDA error {code}; see `nvidia-smi`"
+                "the NVIDIA driver failed with CUDA error {code}; check `nvidia-smi`"
             )),
             Err(error) => Self::Broken(format!(
-                "the NVIDIA driver is loaded ({DRIVER_FILE}), but its library can't be: {error}; \
+                "the NVIDIA driver is loaded ({DRIVER_FILE}), but its library cannot be loaded: {error}; \
                  install the driver's user-space libraries, or pass them to the container"
             )),
         }
     }
 }
 
-/// The device of `auto` and why, by the driver and by what libtorch's CUDA half then says of itself:
-/// the number of its devices (at least one), or why it has none. An NVIDIA GPU that can't be used is
-/// an error.
+/// The device of `auto` and the reason, from the driver's state and the CUDA library's own answer:
+/// the number of devices (at least one), or the reason why there are none. An NVIDIA GPU that
+/// cannot be used is an error.
 fn device_of_auto(
     driver: &Driver,
     cuda: impl FnOnce() -> Result<usize, String>,
@@ -147,7 +148,7 @@ fn device_of_auto(
             let hidden = std::env::var("CUDA_VISIBLE_DEVICES")
                 .map(|value| format!(" (CUDA_VISIBLE_DEVICES is `{value}`)"))
                 .unwrap_or_default();
-            let reason = format!("the NVIDIA driver shows no device{hidden}");
+            let reason = format!("the NVIDIA driver reports no device{hidden}");
             Ok((Device::Cpu, reason))
         }
         Driver::Shows(devices) => match cuda() {
@@ -159,7 +160,7 @@ fn device_of_auto(
             Err(problem) => {
                 let devices = counted(*devices);
                 Err(format!(
-                    "the NVIDIA driver shows {devices}, and libtorch can't use it: {problem}; or {WITHOUT}"
+                    "the NVIDIA driver reports {devices}, but libtorch cannot use it: {problem}; or {WITHOUT}"
                 ))
             }
         },
@@ -167,13 +168,13 @@ fn device_of_auto(
     }
 }
 
-/// The device of `auto`, found once.
+/// The device of `auto`, determined once.
 fn auto() -> &'static Result<(Device, String), String> {
     static AUTO: OnceLock<Result<(Device, String), String>> = OnceLock::new();
     AUTO.get_or_init(|| device_of_auto(driver(), cuda_devices))
 }
 
-/// The driver, asked once.
+/// The state of the driver, determined once.
 fn driver() -> &'static Driver {
     static DRIVER: OnceLock<Driver> = OnceLock::new();
     DRIVER.get_or_init(|| {
@@ -192,7 +193,7 @@ fn counted(devices: usize) -> String {
     }
 }
 
-/// Fails when this is another libtorch than the one that was built against.
+/// Fails if the libtorch version differs from the one that the program was built against.
 fn fitting_version() -> Result<(), ModelError> {
     let found = libtorch_version();
     match found
@@ -207,10 +208,10 @@ fn fitting_version() -> Result<(), ModelError> {
     }
 }
 
-/// The number of threads that libtorch computes with on the CPU, fixed by the first call for the
-/// life of the process: `OMP_NUM_THREADS` if it is set, else the processors that this process may
-/// use, at most 64. Sums are split among threads, so results repeat to the bit only with the same
-/// number; whoever records a run records it.
+/// The number of CPU threads of libtorch, fixed by the first call for the life of the process:
+/// `OMP_NUM_THREADS` if it is set, otherwise the processors available to this process, at most 64.
+/// Sums are split among threads, so results are bitwise reproducible only with the same number;
+/// callers that record a run record it.
 pub fn threads() -> usize {
     static THREADS: OnceLock<usize> = OnceLock::new();
     *THREADS.get_or_init(|| {
@@ -222,15 +223,15 @@ pub fn threads() -> usize {
             .unwrap_or(1)
             .min(THREADS_MAX);
         tch::set_num_threads(threads as i32);
-        // Trying out kernels and keeping the fastest would make the choice depend on the moment.
+        // Benchmarking kernels and keeping the fastest would make the choice nondeterministic.
         Cuda::cudnn_set_benchmark(false);
         threads
     })
 }
 
-/// The memory of a device that a model may take, in bytes, where nobody says how much: nine tenths
-/// of a GPU's; on the CPU half of the machine's or, if that is less, of what this process is limited
-/// to. The same in every run.
+/// The default memory limit of a model on a device, in bytes: nine tenths of a GPU's memory; on the
+/// CPU, half of the machine's memory or, if that is less, of the process's limit. The same in every
+/// run.
 pub fn memory(device: Device) -> u64 {
     match device {
         Device::Cuda(index) => cuda_memory(index).map_or(UNKNOWN_MEMORY, |total| total / 10 * 9),
@@ -238,8 +239,7 @@ pub fn memory(device: Device) -> u64 {
     }
 }
 
-/// Where a model computes on this device, and what it may take there: `asked` for, or else what
-/// [`memory`] says.
+/// The device of a model and the memory that it may use there: `asked`, or by default [`memory`].
 pub fn room(asked: Option<Gigabytes>, device: Device) -> Room {
     Room {
         on_gpu: device != Device::Cpu,
@@ -247,7 +247,7 @@ pub fn room(asked: Option<Gigabytes>, device: Device) -> Room {
     }
 }
 
-/// Waits until the device has done what it was told, so that time is told right.
+/// Waits until the device has finished its queued work, so that timings are correct.
 pub fn wait(device: Device) {
     if let Device::Cuda(index) = device {
         Cuda::synchronize(index as i64);
@@ -285,8 +285,8 @@ fn address_space_limit(limits: &str) -> Option<u64> {
     line.split_whitespace().next()?.parse().ok()
 }
 
-/// The files that may hold the memory limits of a process's control group and of those above it, of
-/// both versions.
+/// The files that may hold the memory limits of a process's control group and its parents, for
+/// cgroup v1 and v2.
 fn cgroup_files(cgroup: &str) -> Vec<String> {
     let mut files = Vec::new();
     for line in cgroup.lines() {
@@ -311,10 +311,10 @@ fn cgroup_files(cgroup: &str) -> Vec<String> {
     files
 }
 
-/// The memory of a CUDA device, in bytes, by the runtime that libtorch's CUDA half brought along.
+/// The memory of a CUDA device in bytes, from the CUDA runtime that ships with libtorch.
 #[expect(
     unsafe_code,
-    reason = "libtorch's interface to Rust does not tell how large a device is; CUDA's does"
+    reason = "tch does not expose the memory size of a device; the CUDA runtime does"
 )]
 fn cuda_memory(index: usize) -> Option<u64> {
     type SetDevice = unsafe extern "C" fn(i32) -> i32;
@@ -331,7 +331,7 @@ fn cuda_memory(index: usize) -> Option<u64> {
     succeeded.then_some(total as u64)
 }
 
-/// What libtorch and its devices are like here, in plain words.
+/// Reports on libtorch and the devices of this machine.
 pub fn doctor() -> Vec<Finding> {
     let finding = |severity, text| Finding { severity, text };
     let folder = libtorch_folder();
@@ -344,11 +344,11 @@ pub fn doctor() -> Vec<Finding> {
         .filter_map(|name| Some(format!("{name}={}", std::env::var(name).ok()?)))
         .collect();
     if !settings.is_empty() {
-        let text = format!("environment of libtorch: {}", settings.join(" "));
+        let text = format!("libtorch environment: {}", settings.join(" "));
         findings.push(finding(Severity::Good, text));
     }
     let text = format!(
-        "{} threads on the CPU (OMP_NUM_THREADS sets another number)",
+        "{} CPU threads (set OMP_NUM_THREADS to change this)",
         threads()
     );
     findings.push(finding(Severity::Good, text));
@@ -370,40 +370,40 @@ pub fn doctor() -> Vec<Finding> {
     let half = cuda_library();
     findings.push(match (half, driver()) {
         (Ok(path), _) => {
-            let text = format!("CUDA half of libtorch: {}", path.display());
+            let text = format!("CUDA library of libtorch: {}", path.display());
             finding(Severity::Good, text)
         }
         (Err(problem), Driver::Shows(1..)) => finding(Severity::Bad, problem.clone()),
-        // Nobody could use it.
+        // No device could use it.
         (Err(problem), _) => finding(Severity::Note, problem.clone()),
     });
     findings.push(match auto() {
         Ok((Device::Cpu, reason)) => {
             let text = format!(
-                "`device: auto` computes on the CPU, in float32, since {reason}; bfloat16 halves the memory \
-                 of weights there, and is slow on processors without AMX or AVX512-BF16"
+                "`device: auto` uses the CPU in float32, since {reason}; bfloat16 halves the memory \
+                 of the weights, but is slow on processors without AMX or AVX512-BF16"
             );
             finding(Severity::Note, text)
         }
         Ok((device, reason)) => {
             let device = named(*device);
-            let text = format!("`device: auto` computes on {device}, in bfloat16, since {reason}");
+            let text = format!("`device: auto` uses {device} in bfloat16, since {reason}");
             finding(Severity::Good, text)
         }
-        Err(problem) => finding(Severity::Bad, format!("`device: auto` is refused: {problem}")),
+        Err(problem) => finding(Severity::Bad, format!("`device: auto` is not available: {problem}")),
     });
     findings
 }
 
-/// What a libtorch in a folder is, beside the version that was built against. An unknown version is
-/// said to be unknown.
+/// Compares the loaded libtorch with the version that the program was built against. An unknown
+/// version is reported as unknown.
 fn version_finding(folder: Option<&Path>, found: Option<&str>, built: Option<&str>) -> Finding {
     let place = folder.map_or_else(
         || "linked statically".to_owned(),
         |folder| format!("in {}", folder.display()),
     );
     let built_against = built.map_or_else(
-        || "the version that this program was built against is not known, either".to_owned(),
+        || "the version that this program was built against is unknown, too".to_owned(),
         |built| format!("this program was built against {built}"),
     );
     let (severity, text) = match (found, built) {
@@ -422,9 +422,9 @@ fn version_finding(folder: Option<&Path>, found: Option<&str>, built: Option<&st
     Finding { severity, text }
 }
 
-/// The error that a failed call into libtorch is for the dataflow: out of memory, or its own words
-/// (without the C++ stack). `what` completes "out of memory while …"; `batch` and `length` are the
-/// rows and tokens that were computed at once.
+/// Converts an error of libtorch: out of memory, or its own message (without the C++ stack trace).
+/// `what` completes "out of memory while …"; `batch` and `length` are the rows and tokens that were
+/// computed at once.
 pub(super) fn torch_error(
     what: String,
     batch: usize,
@@ -454,7 +454,7 @@ pub(super) fn torch_error(
     ModelError::Torch { what, problem }
 }
 
-/// How many CUDA devices there are: at least one, or the reason why there is none.
+/// The number of CUDA devices, at least one, or the reason why there are none.
 fn cuda_devices() -> Result<usize, String> {
     cuda_library().as_ref().map_err(Clone::clone)?;
     match (Cuda::device_count(), driver()) {
@@ -462,33 +462,33 @@ fn cuda_devices() -> Result<usize, String> {
         (_, Driver::Missing) => Err("there is no NVIDIA driver".to_owned()),
         (_, Driver::Broken(problem)) => Err(problem.clone()),
         (_, Driver::Shows(0)) => Err(
-            "the NVIDIA driver shows no device; see `nvidia-smi` and CUDA_VISIBLE_DEVICES"
+            "the NVIDIA driver reports no device; check `nvidia-smi` and CUDA_VISIBLE_DEVICES"
                 .to_owned(),
         ),
         (_, Driver::Shows(_)) => {
             let newest = driver_version().map_or_else(String::new, |version| {
-                format!(" (this one is for CUDA {version} and older)")
+                format!(" (this one supports CUDA up to {version})")
             });
             Err(format!(
-                "its CUDA half finds no device that it can use; update the NVIDIA driver{newest}"
+                "libtorch found no CUDA device that it can use; update the NVIDIA driver{newest}"
             ))
         }
     }
 }
 
-/// Loads the CUDA half of libtorch, once, and returns its path, or says why it can't be loaded.
+/// Loads libtorch's CUDA library once and returns its path, or the reason why it cannot be loaded.
 fn cuda_library() -> &'static Result<PathBuf, String> {
     static LIBRARY: OnceLock<Result<PathBuf, String>> = OnceLock::new();
     LIBRARY.get_or_init(|| {
         let path = cuda_library_path().ok_or(
-            "libtorch has no CUDA half (libtorch_cuda.so) here; name the `torch/lib` folder of a \
-             PyTorch 2.11 with CUDA in LD_LIBRARY_PATH",
+            "libtorch has no CUDA library (libtorch_cuda.so) here; add the `torch/lib` folder of a \
+             PyTorch 2.11 with CUDA to LD_LIBRARY_PATH",
         )?;
         load(path.as_os_str()).map_err(|error| {
             format!(
-                "{} can't be loaded ({error}); run `make setup` in the project, which fetches NVIDIA's \
-                 libraries where there is an NVIDIA driver, or name the `torch/lib` folder of a PyTorch 2.11 \
-                 with CUDA in LD_LIBRARY_PATH",
+                "{} cannot be loaded ({error}); run `make setup` in the project, which downloads NVIDIA's \
+                 libraries if there is an NVIDIA driver, or add the `torch/lib` folder of a PyTorch 2.11 \
+                 with CUDA to LD_LIBRARY_PATH",
                 path.display()
             )
         })?;
@@ -496,7 +496,7 @@ fn cuda_library() -> &'static Result<PathBuf, String> {
     })
 }
 
-/// The CUDA half beside the CPU half that this process runs with, else the first in
+/// The path of the CUDA library: next to the loaded CPU library, otherwise the first in
 /// LD_LIBRARY_PATH.
 fn cuda_library_path() -> Option<PathBuf> {
     let search_path = std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
@@ -517,21 +517,21 @@ fn libtorch_folder() -> Option<PathBuf> {
         .map(Path::to_owned)
 }
 
-/// The version of the libtorch that this process runs with, as far as it is known.
+/// The version of the loaded libtorch, or `unknown`.
 pub fn version() -> String {
     libtorch_version().unwrap_or_else(|| "unknown".to_owned())
 }
 
-/// That version: as the files beside it say, else as it says itself.
+/// The version according to the files of libtorch, otherwise according to the library itself.
 fn libtorch_version() -> Option<String> {
     let named = libtorch_folder().and_then(|folder| version_in(&folder));
     named.or_else(own_version)
 }
 
-/// The version that libtorch tells by itself, since 2.9.
+/// The version that the library itself reports, since 2.9.
 #[expect(
     unsafe_code,
-    reason = "libtorch's interface to Rust does not tell its version; its C interface does"
+    reason = "tch does not expose libtorch's version; its C interface does"
 )]
 fn own_version() -> Option<String> {
     type AbiVersion = unsafe extern "C" fn() -> u64;
@@ -545,10 +545,10 @@ fn own_version() -> Option<String> {
     Some(format!("{major}.{minor}.{patch}"))
 }
 
-/// The number of devices that the driver shows, or its error code. The driver must be loaded.
+/// The number of devices that the driver reports, or its error code. The driver must be loaded.
 #[expect(
     unsafe_code,
-    reason = "libtorch asks the driver only once its CUDA half is loaded, and does not tell why there is none"
+    reason = "libtorch queries the driver only once its CUDA library is loaded, and does not say why there is none"
 )]
 fn count_of_driver() -> Result<usize, i32> {
     type Init = unsafe extern "C" fn(u32) -> i32;
@@ -566,7 +566,7 @@ fn count_of_driver() -> Result<usize, i32> {
                 0 => get_count(&raw mut count),
                 code => code,
             },
-            // A library of that name which is not the driver's shows nothing.
+            // Another library with the driver's file name reports no device.
             _ => NO_DEVICE,
         }
     };
@@ -577,8 +577,8 @@ fn count_of_driver() -> Result<usize, i32> {
     }
 }
 
-/// The newest version of CUDA that the driver is for: `13.0`.
-#[expect(unsafe_code, reason = "only the driver knows it")]
+/// The newest CUDA version that the driver supports, such as `13.0`.
+#[expect(unsafe_code, reason = "only the driver's C interface exposes it")]
 fn driver_version() -> Option<String> {
     type Version = unsafe extern "C" fn(*mut i32) -> i32;
     let driver = Library::this();
@@ -592,8 +592,8 @@ fn driver_version() -> Option<String> {
     (code == 0).then(|| format!("{}.{}", version / 1000, version % 1000 / 10))
 }
 
-/// The name of a CUDA device, by the driver, which must have been asked for the number of its devices.
-#[expect(unsafe_code, reason = "libtorch's interface to Rust does not tell it")]
+/// The name of a CUDA device, from the driver, whose devices must have been counted before.
+#[expect(unsafe_code, reason = "tch does not expose it")]
 fn device_name(index: usize) -> Option<String> {
     type Get = unsafe extern "C" fn(*mut i32, i32) -> i32;
     type Name = unsafe extern "C" fn(*mut c_char, i32, i32) -> i32;
@@ -602,8 +602,8 @@ fn device_name(index: usize) -> Option<String> {
     let mut name: [c_char; 256] = [0; 256];
     let mut device = 0;
     let index = i32::try_from(index).ok()?;
-    // SAFETY: the signatures are those of the driver since CUDA 2 (group__CUDA__DEVICE); the name is
-    // cut to the length that is given and ends in 0.
+    // SAFETY: the signatures are those of the driver since CUDA 2 (group__CUDA__DEVICE); the name
+    // is truncated to the given length and NUL-terminated.
     let name = unsafe {
         let get = driver.get::<Get>(b"cuDeviceGet\0").ok()?;
         let get_name = driver.get::<Name>(b"cuDeviceGetName\0").ok()?;
@@ -615,15 +615,15 @@ fn device_name(index: usize) -> Option<String> {
     Some(name.to_string_lossy().into_owned())
 }
 
-/// Loads a shared library for good, its symbols visible to all others.
+/// Loads a shared library permanently, with its symbols visible to all others.
 #[expect(
     unsafe_code,
-    reason = "loading a library runs its initializers; libtorch's CUDA half and the NVIDIA driver \
+    reason = "loading a library runs its initializers; libtorch's CUDA library and the NVIDIA driver \
               are made to be loaded this way, as PyTorch does"
 )]
 fn load(library: &OsStr) -> Result<(), libloading::Error> {
-    // SAFETY: the initializers of these two libraries register kernels and open the driver; they
-    // touch nothing of ours, and the library is never unloaded.
+    // SAFETY: the initializers of these two libraries register kernels and open the driver; they do
+    // not touch this program's memory, and the library is never unloaded.
     let loaded = unsafe { Library::open(Some(library), RTLD_NOW | RTLD_GLOBAL) }?;
     std::mem::forget(loaded);
     Ok(())
@@ -654,7 +654,10 @@ mod tests {
         let words: Vec<String> = doctor().into_iter().map(|finding| finding.text).collect();
         let words = words.join("\n");
         assert!(words.contains("libtorch 2.11"), "{words}");
-        assert!(words.contains(&format!("{} threads", threads())), "{words}");
+        assert!(
+            words.contains(&format!("{} CPU threads", threads())),
+            "{words}"
+        );
         assert!(words.contains("`device: auto` "), "{words}");
         assert_eq!(tch::get_num_threads() as usize, threads());
         let own = own_version().unwrap();
@@ -687,7 +690,7 @@ mod tests {
     fn the_driver_is_missing_only_where_nothing_of_it_is_there() {
         let gone = || Err("libcuda.so.1: no such file".to_owned());
         assert_eq!(Driver::of(false, gone()), Driver::Missing);
-        // A container with CUDA's libraries on a machine without a driver.
+        // A container with CUDA's libraries on a host without a driver.
         assert_eq!(Driver::of(false, Ok(Err(803))), Driver::Missing);
         assert!(
             matches!(Driver::of(true, gone()), Driver::Broken(problem) if problem.contains("no such file"))
@@ -709,14 +712,14 @@ mod tests {
         );
         let (device, reason) = device_of_auto(&Driver::Shows(0), unasked).unwrap();
         assert_eq!(device, Device::Cpu);
-        assert!(reason.contains("shows no device"), "{reason}");
+        assert!(reason.contains("reports no device"), "{reason}");
         let (device, reason) = device_of_auto(&Driver::Shows(2), || Ok(2)).unwrap();
         assert_eq!(device, Device::Cuda(0));
         assert_eq!(reason, "it is the first of 2 CUDA devices");
-        // A GPU that is there and can't be used is never passed over in silence.
+        // A GPU that is present but unusable is never skipped silently.
         let broken = || Err("libcudnn.so.9 is missing; install it".to_owned());
         let problem = device_of_auto(&Driver::Shows(1), broken).unwrap_err();
-        let expected = "the NVIDIA driver shows 1 device, and libtorch can't use it: libcudnn.so.9 is missing; \
+        let expected = "the NVIDIA driver reports 1 device, but libtorch cannot use it: libcudnn.so.9 is missing; \
                         install it; or set `device: cpu` on the models to compute on the CPU";
         assert_eq!(problem, expected);
         let old = Driver::Broken("the driver is too old".to_owned());
@@ -732,7 +735,7 @@ mod tests {
         let placement = placement(DeviceSpec::Cpu, Dtype::Auto).unwrap();
         assert_eq!(placement.device, "the CPU");
         assert_eq!(placement.precision, "float32");
-        assert_eq!(placement.reason, "the pipeline says `device: cpu`");
+        assert_eq!(placement.reason, "the pipeline sets `device: cpu`");
     }
 
     #[test]

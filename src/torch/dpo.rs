@@ -1,12 +1,13 @@
-//! Learning from pairs: log-probabilities, and what a training makes of them.
+//! Preference losses: log-probabilities of answers, and the DPO loss and its variants.
 //!
 //! Rafailov et al. 2023, *Direct Preference Optimization: Your Language Model is Secretly a Reward
-//! Model*, arXiv 2305.18290. The policy itself is the reward model: an answer's implicit reward is
-//! how much likelier the policy finds it than the reference does, times beta. Other losses put other
-//! functions of the same numbers in the place of the paper's.
+//! Model*, arXiv 2305.18290. The policy itself is the reward model: the implicit reward of an
+//! answer is beta times the difference of its log-probabilities under the policy and the reference.
+//! Other losses replace the paper's function by other functions of the same numbers.
 //!
-//! A loss sees a pair as two log-probabilities, so its gradient is two slopes. They are computed here,
-//! in float64, with the value ([`Dual`]); the network only carries them on.
+//! A loss depends on a pair through two log-probabilities, so its gradient has two components. They
+//! are computed here in float64 along with the value ([`Dual`]); the network only backpropagates
+//! them.
 
 use std::ops::{Add, Mul, Neg, Sub};
 
@@ -14,39 +15,42 @@ use tch::Tensor;
 
 use ovchat_models::{Loss, Objective};
 
-/// Natural-log probabilities of tokens: `logits` (`[tokens, vocab]`, float32) at the positions that
-/// predict them, `ids` (`[tokens]`, int64) as they then came. Gives `[tokens]`, float32.
+/// Log-probabilities (natural) of tokens: `logits` (`[tokens, vocab]`, float32) are those that
+/// predict the tokens `ids` (`[tokens]`, int64). Returns `[tokens]`, float32.
 pub fn token_logps(logits: &Tensor, ids: &Tensor) -> Tensor {
     let chosen = logits.gather(-1, &ids.unsqueeze(-1), false).squeeze_dim(-1);
     chosen - logits.logsumexp([-1i64].as_slice(), false)
 }
 
-/// What a loss knows of a pair; of everything the chosen answer's, then the rejected one's.
+/// The inputs of a loss for one pair; each array holds the chosen answer's value, then the rejected
+/// one's.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PairLogps {
     /// Log-probabilities under the policy.
     pub policy: [f64; 2],
-    /// The same under the reference; 0 without one.
+    /// Log-probabilities under the reference; 0 without one.
     pub reference: [f64; 2],
-    /// Tokens that count.
+    /// The numbers of counted tokens.
     pub tokens: [f64; 2],
 }
 
 impl PairLogps {
-    /// beta (log p - log p_reference) of both answers.
+    /// The implicit rewards of both answers, beta (log p - log p_reference).
     pub fn rewards(&self, beta: f64) -> [f64; 2] {
         [0, 1].map(|side| beta * (self.policy[side] - self.reference[side]))
     }
 }
 
-/// The loss of a pair and its slopes along the two log-probabilities of the policy.
+/// The loss of a pair and its partial derivatives with respect to the two log-probabilities of the
+/// policy.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PairLoss {
     pub loss: f64,
     pub slopes: [f64; 2],
 }
 
-/// A number and how it changes with the policy's log-probabilities of chosen and rejected.
+/// A number and its partial derivatives with respect to the policy's log-probabilities of chosen
+/// and rejected.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Dual {
     value: f64,
@@ -59,7 +63,7 @@ impl Dual {
         Self { value, slopes }
     }
 
-    /// A function of this number, by its value and its slope here.
+    /// Applies a function, given its value and its derivative at this number.
     fn map(self, value: f64, slope: f64) -> Self {
         let slopes = self.slopes.map(|own| own * slope);
         Self { value, slopes }
@@ -144,10 +148,7 @@ impl Mul<f64> for Dual {
 impl Mul for Dual {
     type Output = Self;
 
-    #[expect(
-        clippy::suspicious_arithmetic_impl,
-        reason = "the rule for slopes of products"
-    )]
+    #[expect(clippy::suspicious_arithmetic_impl, reason = "the product rule")]
     fn mul(self, other: Self) -> Self {
         let slope = |side: usize| self.slopes[side] * other.value + self.value * other.slopes[side];
         Self {
@@ -157,8 +158,8 @@ impl Mul for Dual {
     }
 }
 
-/// The losses of a batch of pairs, each the weighted sum of the objective's terms. All terms but
-/// [`Loss::Aot`] see their own pair only.
+/// The losses of a batch of pairs, each the weighted sum of the objective's terms. All terms except
+/// [`Loss::Aot`] depend on their own pair only.
 pub fn losses(pairs: &[PairLogps], objective: &Objective) -> Vec<PairLoss> {
     let mut sums = vec![Dual::constant(0.0); pairs.len()];
     for &(loss, weight) in &objective.terms {
@@ -180,7 +181,7 @@ pub fn losses(pairs: &[PairLogps], objective: &Objective) -> Vec<PairLoss> {
     sums.into_iter().map(plain).collect()
 }
 
-/// One term of one pair. The variants of [`Loss`] say where each formula comes from.
+/// One term of one pair. The variants of [`Loss`] document the source of each formula.
 fn of_pair(loss: Loss, pair: &PairLogps, objective: &Objective) -> Dual {
     let Objective {
         beta,
@@ -229,18 +230,19 @@ fn of_pair(loss: Loss, pair: &PairLogps, objective: &Objective) -> Dual {
                 chosen_logp * chosen_tokens.recip() - rejected_logp * rejected_tokens.recip();
             smoothed(mean * beta - simpo_gamma)
         }
-        Loss::Aot => unreachable!("is computed for the batch"),
+        Loss::Aot => unreachable!("AOT is computed for the whole batch"),
     }
 }
 
-/// The policy's log-probabilities as what the loss depends on.
+/// The policy's log-probabilities as the variables of the loss.
 fn logps(pair: &PairLogps) -> [Dual; 2] {
     let [chosen, rejected] = pair.policy;
     [(chosen, [1.0, 0.0]), (rejected, [0.0, 1.0])].map(|(value, slopes)| Dual { value, slopes })
 }
 
-/// [`Loss::Aot`]: the margins of the policy and of the reference are sorted apart, and the loss is of
-/// the differences; each belongs to the pair whose margin of the policy is in it.
+/// [`Loss::Aot`]: the margins of the policy and of the reference are sorted separately, and the
+/// loss is a function of the differences; each loss belongs to the pair whose policy margin it
+/// contains.
 fn aot(pairs: &[PairLogps], objective: &Objective) -> Vec<Dual> {
     let margins: Vec<Dual> = pairs
         .iter()
@@ -287,14 +289,14 @@ mod tests {
         tokens: [4.0, 5.0],
     };
 
-    /// With s(x) = 1 / (1 + e^-x), from the formulas of the papers with a calculator:
+    /// With s(x) = 1 / (1 + e^-x), computed from the papers' formulas with a calculator:
     /// s(0.15) = 0.537429845, s(0.1) = 0.524979187, s(0.05) = 0.512497396.
     #[test]
     fn each_loss_is_what_its_paper_says_by_hand() {
         let table = [
             // -ln s(0.15)
             (Loss::Sigmoid, 0.0, 0.620_957_048),
-            // 0.9 of that and 0.1 of -ln s(-0.15) = 0.770957048
+            // 0.9 of that plus 0.1 of -ln s(-0.15) = 0.770957048
             (Loss::Sigmoid, 0.1, 0.635_957_048),
             // 1 - 0.15
             (Loss::Hinge, 0.0, 0.85),
@@ -320,7 +322,7 @@ mod tests {
             (Loss::SigmoidNorm, 0.0, 0.675_800_298),
             // -ln s(0.1 (-2.5 + 2.4) - 0.5) = -ln s(-0.51)
             (Loss::Simpo, 0.0, 0.980_313_318),
-            // alone, it is the sigmoid loss
+            // for a single pair, the sigmoid loss
             (Loss::Aot, 0.0, 0.620_957_048),
         ];
         for (loss, smoothing, expected) in table {
@@ -370,8 +372,8 @@ mod tests {
         assert!((found.slopes[0] - slope).abs() < 1e-12);
     }
 
-    /// The policy's margins are 2 and 0.5, the reference's 0.5 and -1: sorted, 0.5 meets -1 and 2
-    /// meets 0.5, so that both differences are 1.5.
+    /// The policy's margins are 2 and 0.5, the reference's 0.5 and -1. Sorted, 0.5 is matched with
+    /// -1 and 2 with 0.5, so that both differences are 1.5.
     #[test]
     fn aot_sorts_the_margins_of_a_batch_apart() {
         let other = PairLogps {

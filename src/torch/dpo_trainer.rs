@@ -1,12 +1,13 @@
-//! DPO training of a policy: of all of its network, of parts of it, or of an adapter.
+//! The DPO trainer: full, partial or LoRA training of a policy.
 //!
-//! A pair is one pass over `[prompt | chosen | rejected]`: the prompt is read once, both answers
-//! behind it, and logits are computed only where they predict an answer's token. Short pairs go side
-//! by side, long ones one by one; their gradients add up. Weights that are trained are in float32; what
-//! they are used in is computed in the precision of the model's spec. Dropout there is none in any
-//! published config (`attention_dropout` 0), so training and inference compute the same.
+//! A pair takes one pass over `[prompt | chosen | rejected]`: the prompt is processed once,
+//! followed by both answers, and logits are computed only where they predict an answer's token.
+//! Short pairs are packed together, long ones run one by one; their gradients accumulate. Trained
+//! weights are in float32; activations have the dtype of the model's spec. No published config uses
+//! dropout (`attention_dropout` is 0), so training and inference compute the same.
 //!
-//! Which tokens count is the answer's and its stop token, or what other programs count ([`Mask`]).
+//! The counted tokens are those of the answer and its stop token, or those that other programs
+//! count ([`Mask`]).
 
 mod pass;
 
@@ -40,34 +41,35 @@ use ovchat_models::{
     Objective, Part, Trained, Trainer,
 };
 
-/// Pairs whose pictures are decoded and cut before the first of them is read.
+/// The number of pairs whose images are preprocessed ahead.
 const PREPARED_MAX: usize = 8;
 
-/// Logits that are in memory at once: 256 MB in float32, and again for their gradients.
+/// The number of logits in memory at once: 256 MB in float32, and as much again for their
+/// gradients.
 const LOGITS_MAX: i64 = 1 << 26;
 
-/// LLaVA-OneVision as a learner.
+/// A LLaVA-OneVision policy in DPO training.
 pub struct LlavaOnevisionDpo {
     prep: LlavaOnevisionProcessor,
     network: LlavaOnevision,
     training: TrainingState,
     objective: Objective,
     counting: Counting,
-    /// The parts that gradients go to.
+    /// The parts that are trained.
     parts: Parts,
     budget: TrainingBudget,
-    /// Tokens and tiles of the largest pair that is known.
+    /// Tokens and tiles of the largest known pair.
     largest: [usize; 2],
-    /// Logits that are in memory at once.
+    /// The maximum number of logits in memory at once.
     logits_max: i64,
     written: TrainingOutput,
 }
 
-/// What comes out of the training.
+/// The result of the training.
 enum TrainingOutput {
-    /// The checkpoint, with the trained weights in the place of its own.
+    /// The checkpoint, with the trained weights in place of its own.
     Checkpoint(Checkpoint),
-    /// An adapter to the weights in the folder `base`.
+    /// An adapter for the weights in the folder `base`.
     Adapter {
         base: PathBuf,
         settings: LoraSettings,
@@ -101,13 +103,13 @@ impl Sums {
 }
 
 impl LlavaOnevisionDpo {
-    /// What trains it.
+    /// The training state.
     #[cfg(test)]
     pub fn training(&self) -> &TrainingState {
         &self.training
     }
 
-    /// Opens the checkpoint, and an adapter: the one that `spec` names, or a fresh one.
+    /// Opens the checkpoint and an adapter: the one that `spec` names, or a new one.
     pub fn open(
         spec: &models::LlavaOnevisionSpec,
         settings: &DpoSettings,
@@ -149,8 +151,8 @@ impl LlavaOnevisionDpo {
         })
     }
 
-    /// Goes through pairs in what goes side by side: `visit` is given the places of some, and these
-    /// as the network takes them.
+    /// Splits pairs into packed batches and calls `visit` for each, with the range of its pairs and
+    /// their tokens.
     fn in_packs(
         &self,
         pairs: &[Example<'_>],
@@ -172,9 +174,9 @@ impl LlavaOnevisionDpo {
         Ok(())
     }
 
-    /// Forward and backward of some pairs of a batch of `pairs`; adds to the gradients and to `sums`.
-    /// `known` are their losses where these depend on the whole batch. Stops before the gradients at a
-    /// loss that is not finite, and gives the number of its pair.
+    /// Runs forward and backward passes for one packed batch out of a batch of `pairs`; adds to the
+    /// gradients and to `sums`. `known` holds the losses if they depend on the whole batch. Stops
+    /// before the backward pass at a loss that is not finite, and returns the index of its pair.
     fn learn_from(
         &self,
         tokens: &[PairTokens],
@@ -203,7 +205,8 @@ impl LlavaOnevisionDpo {
         })
     }
 
-    /// Log-probabilities of `[chosen, rejected]` and how many tokens count in each.
+    /// Computes the log-probabilities of `[chosen, rejected]` and the number of counted tokens in
+    /// each.
     fn read(&self, pairs: &[Example<'_>]) -> Result<Vec<PairLogps>, ModelError> {
         let ids: Vec<&str> = pairs.iter().map(|pair| pair.id).collect();
         let mut all = Vec::with_capacity(pairs.len());
@@ -213,7 +216,7 @@ impl LlavaOnevisionDpo {
                 .iter()
                 .map(|pair| pair.reference.unwrap_or_default())
                 .collect();
-            let what = doing("reading", "pair", &ids[places]);
+            let what = doing("evaluating", "pair", &ids[places]);
             all.extend(guarded(&what, tokens.len(), count, || {
                 let _no_grad = tch::no_grad_guard();
                 let pass = Pass::new(self, tokens, SavedActivations::Nothing);
@@ -230,7 +233,7 @@ impl LlavaOnevisionDpo {
         Ok(all)
     }
 
-    /// Begins a pass of a step, in which an adapter drops inputs.
+    /// Starts a pass of a training step with adapter dropout, or with `None` one without dropout.
     fn drop_inputs(&self, pass: Option<usize>) {
         if let TrainingOutput::Adapter {
             dropout, settings, ..
@@ -243,7 +246,7 @@ impl LlavaOnevisionDpo {
     }
 }
 
-/// A network, and what of it is trained.
+/// A network and the parameters of it that are trained.
 struct Opened {
     network: LlavaOnevision,
     parameters: Vec<Parameter>,
@@ -251,7 +254,7 @@ struct Opened {
     written: TrainingOutput,
 }
 
-/// Opens a network of which some parts are trained, or none.
+/// Opens a network for training some parts, or none.
 fn open_parts(
     spec: &models::LlavaOnevisionSpec,
     checkpoint: Checkpoint,
@@ -264,8 +267,8 @@ fn open_parts(
         let network = LlavaOnevision::open_merged(spec, &checkpoint, config, device, kind)?;
         (network, Vec::new())
     } else if let Some(adapter) = &spec.adapter {
-        let problem = "is an adapter, and what is trained is the network; train with `lora`, or \
-                       merge it first with `pipeline export --merge`";
+        let problem = "is an adapter, but this stage trains the network itself; train with `lora`, \
+                       or merge the adapter first with `pipeline export --merge`";
         return Err(refuse(adapter, problem.to_owned()));
     } else {
         let purpose = Purpose::TrainingState(parts);
@@ -279,7 +282,7 @@ fn open_parts(
     })
 }
 
-/// Opens a network with an adapter that is trained.
+/// Opens a network for training an adapter.
 fn open_lora(
     spec: &models::LlavaOnevisionSpec,
     checkpoint: &Checkpoint,
@@ -315,7 +318,7 @@ fn open_lora(
         adapter.all_used()?;
     }
     if parameters.is_empty() {
-        let problem = format!("has no linear layer called {}", targets.join(" or "));
+        let problem = format!("has no linear layer named {}", targets.join(" or "));
         return Err(refuse(&spec.weights, problem));
     }
     Ok(Opened {
@@ -323,7 +326,7 @@ fn open_lora(
         parameters,
         parts: Parts::NONE,
         written: TrainingOutput::Adapter {
-            // For whoever reads the adapter's config elsewhere.
+            // For other programs that read the adapter's config.
             base: spec
                 .weights
                 .canonicalize()
@@ -344,14 +347,14 @@ fn as_pairs(logps: &[[f64; 2]], references: &[[f64; 2]], counts: &[[usize; 2]]) 
     .collect()
 }
 
-/// Opens an adapter to go on with, which has to be as the settings say.
+/// Opens an adapter to continue training it; its config must match the settings.
 fn open_adapter(folder: &Path, settings: &LoraSettings) -> Result<Adapter, ModelError> {
     let config = AdapterConfig::open(folder)?;
     let asked = settings.alpha / settings.rank as f64;
     if config.r != settings.rank || (config.scale() - asked).abs() > 1e-9 {
         let problem = format!(
-            "has rank {} and is scaled by {}, and the training asks for rank {} scaled by {asked}; \
-             give `lora` the adapter's own `rank` and `alpha`",
+            "has rank {} and scale {}, but `lora` sets rank {} and scale {asked}; set the adapter's \
+             own `rank` and `alpha`",
             config.r,
             config.scale(),
             settings.rank,
@@ -369,15 +372,16 @@ impl DpoTrainer for LlavaOnevisionDpo {
     }
 
     fn step(&mut self, batch: &[Example<'_>]) -> Result<DpoReport, ModelError> {
-        assert!(!batch.is_empty(), "a step needs pairs");
+        assert!(!batch.is_empty(), "a step needs at least one pair");
         let ids: Vec<&str> = batch.iter().map(|pair| pair.id).collect();
         let rows = || batch.iter().map(|pair| pair.id.to_owned()).collect();
         let reference = |pair: &Example<'_>| {
-            let problem = "its log-probabilities under the reference are not known";
+            let problem = "its log-probabilities under the reference are missing";
             pair.reference.ok_or_else(|| row_error(pair.id, problem))
         };
         let references: Vec<[f64; 2]> = batch.iter().map(reference).collect::<Result<_, _>>()?;
-        // Where a pair's loss depends on the others', all are read before the first is learned from.
+        // If the loss of a pair depends on the other pairs, all are evaluated before any backward
+        // pass.
         let joined = self
             .objective
             .terms
@@ -443,7 +447,7 @@ impl DpoTrainer for LlavaOnevisionDpo {
 }
 
 impl Trainer for LlavaOnevisionDpo {
-    /// The checkpoint; of an adapter, the folder as peft lays it out.
+    /// Saves the checkpoint, or the adapter in peft's folder structure.
     fn save(&mut self, to: &Path) -> Result<(), ModelError> {
         let parameters = &self.training.parameters;
         match &self.written {
@@ -457,7 +461,7 @@ impl Trainer for LlavaOnevisionDpo {
                     dropout: settings.dropout,
                     targets: settings.targets.iter().map(String::as_str).collect(),
                 };
-                // Small, and to be gone on with: nothing is rounded away.
+                // It is small and training resumes from it, so it is saved without rounding.
                 save_adapter(to, &config, Names::Onevision, parameters, Kind::Float)
             }
         }

@@ -1,8 +1,8 @@
-//! Where libtorch's errors become ours.
+//! Conversion of libtorch's panics into [`ModelError`].
 //!
-//! Inside a network a failing call is a bug and panics, which keeps the mathematics readable. Two
-//! failures are not bugs: memory runs out, or a device fails. Both can come from any call, so they
-//! are caught where a network is entered, and only they: every other panic goes on as one.
+//! A failing libtorch call inside a network is a bug and panics, which keeps the math readable. Two
+//! failures are not bugs: running out of memory and a failing device. Any call can cause them, so
+//! they are caught at the entry to a network; every other panic is resumed.
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind, set_hook, take_hook};
@@ -17,13 +17,13 @@ thread_local! {
     static GUARDED: Cell<bool> = const { Cell::new(false) };
 }
 
-/// How a panic begins that `unwrap` of a failed libtorch call makes.
+/// The prefix of the panic message of an `unwrap` on a failed libtorch call.
 const TORCH_PANIC: &str = "called `Result::unwrap()` on an `Err` value: Torch(";
 
 /// Runs `compute`, which calls networks. `what` completes "out of memory while …"; `batch` and
 /// `length` are the rows and tokens that are computed at once.
 ///
-/// Values that `compute` was changing when it failed are as it left them.
+/// After a failure, values that `compute` was changing may be partially updated.
 pub fn guarded<T>(
     what: &str,
     batch: usize,
@@ -51,16 +51,16 @@ pub fn guarded<T>(
     })
 }
 
-/// What libtorch said, if it is what this panic is about.
+/// Returns libtorch's error message if the panic came from a failed libtorch call.
 fn torch_words(payload: &(dyn std::any::Any + Send)) -> Option<&str> {
     let text = payload.downcast_ref::<String>()?;
     let quoted = text.strip_prefix(TORCH_PANIC)?;
-    // The words are quoted by `Debug`; the first line is enough, the rest is the stack of C++.
+    // The message is quoted by `Debug`; the first line is enough, the rest is the C++ stack trace.
     let words = quoted.trim_start_matches('"');
     Some(words.split("\\n").next().unwrap_or(words))
 }
 
-/// Panics that [`guarded`] turns into errors shall not print a message first.
+/// Suppresses the panic message of panics that [`guarded`] turns into errors.
 fn keep_quiet_when_guarded() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
@@ -83,7 +83,8 @@ pub mod tests {
         static SUCCEED: Cell<Option<usize>> = const { Cell::new(None) };
     }
 
-    /// Of this thread's calls of [`guarded`], `calls` go on and the next runs out of memory, once.
+    /// Lets the next `calls` calls of [`guarded`] on this thread succeed and the one after them run
+    /// out of memory, once.
     pub fn run_out_after(calls: usize) {
         SUCCEED.set(Some(calls));
     }
@@ -121,8 +122,8 @@ pub mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "a bug of ours")]
+    #[should_panic(expected = "a bug of this crate")]
     fn bugs_still_panic() {
-        let _ = guarded("testing", 1, 1, || panic!("a bug of ours"));
+        let _ = guarded("testing", 1, 1, || panic!("a bug of this crate"));
     }
 }

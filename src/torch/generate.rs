@@ -1,14 +1,14 @@
-//! Sampling: the k answers to a prompt from one look at its pictures and one reading of it.
+//! Sampling of k answers per prompt, with one vision pass per image and one prefill per prompt.
 //!
-//! Each distinct picture of a call goes through the tower once, each prompt through the decoder
-//! once; what prompts about the same pictures begin with, pictures and all, once for all of them. Its
-//! answers then grow side by side behind the one prefix, a token at a time, and beside
-//! those of other prompts, so that the weights are read once for all. An answer that has ended leaves
-//! the batch; when there is room in the [`Budget`], the next prompts enter. Who is beside whom follows
-//! from the prompts of the call alone, and which numbers draw an answer from its own prompt alone.
+//! Each distinct image of a call goes through the tower once and each prompt through the decoder
+//! once; a prefix that prompts about the same images share is also computed once. The answers to a
+//! prompt then share its KV cache and are decoded one token at a time, batched with those of other
+//! prompts, so that the weights are read once for all. A finished answer leaves the batch; as the
+//! [`Budget`] permits, the next prompts enter. The composition of batches depends only on the
+//! prompts of the call, and the random numbers of an answer only on its own prompt.
 //!
-//! Memory that runs out nevertheless costs the answers that were growing, which begin again in half
-//! the budget; it costs a prompt its row if that prompt was alone.
+//! If memory runs out nevertheless, the answers in progress start over with half the budget; a
+//! prompt that was alone becomes a rejected row.
 
 mod batch;
 mod prefix_cache;
@@ -34,7 +34,7 @@ use ovchat_models::{
     RowFault, Sampling, Stop,
 };
 
-/// LLaVA-OneVision as a policy.
+/// A LLaVA-OneVision policy.
 #[derive(Debug)]
 pub struct LlavaOnevisionPolicy {
     prep: LlavaOnevisionProcessor,
@@ -43,32 +43,32 @@ pub struct LlavaOnevisionPolicy {
     budget: Budget,
 }
 
-/// A prompt whose answers are still to be made.
+/// A prompt that waits to be answered.
 #[derive(Debug, Clone)]
 pub struct PendingPrompt {
-    /// The place of the prompt in the call.
+    /// The index of the prompt in the call.
     index: usize,
     text: PromptIds,
     shown: Vec<DecodedImage>,
-    /// Tokens up to the end of its last picture, if another prompt of the call begins with the same:
-    /// they are read once for all of these.
+    /// Tokens up to the end of the last image, if another prompt of the call has the same prefix;
+    /// they are prefilled once for all of these.
     prefix: usize,
-    /// Of all answers.
+    /// The seeds of all answers.
     seeds: Vec<i64>,
-    /// Answers to be made; greedy ones are all the same, and one is made.
+    /// The number of answers to generate; greedy answers are all equal, so only one is.
     drafts: usize,
-    /// The longest of them.
+    /// The maximum number of tokens of an answer.
     tokens_max: usize,
 }
 
 impl PendingPrompt {
-    /// Tokens that the prompt and its answers may come to.
+    /// The maximum number of tokens of the prompt and its answers.
     fn tokens(&self) -> usize {
         self.text.ids.len() + self.drafts * self.tokens_max
     }
 }
 
-/// A call under way.
+/// A call in progress.
 struct Session<'a> {
     network: &'a LlavaOnevision,
     prep: &'a LlavaOnevisionProcessor,
@@ -82,7 +82,7 @@ struct Session<'a> {
     telemetry: ModelTelemetry,
 }
 
-/// What becomes of a prompt: its place in the call, and its answers.
+/// The outcome of a prompt: its index in the call, and its answers.
 type Outcome = (usize, Result<Vec<Generation>, RowFault>);
 
 impl LlavaOnevisionPolicy {
@@ -103,8 +103,8 @@ impl LlavaOnevisionPolicy {
         })
     }
 
-    /// The prompts that can be answered, in the order in which they will be: as given, but those
-    /// about the same picture together. The others with what is wrong with them.
+    /// The prompts that can be answered, in processing order (see [`by_first_image`]), and the
+    /// faults of the others.
     fn queue(
         &self,
         prompts: &[ChatPrompt],
@@ -146,7 +146,7 @@ impl LlavaOnevisionPolicy {
         (queue, faults)
     }
 
-    /// Tokens that end an answer: the model's own and those that were asked for.
+    /// The tokens that end an answer: the model's own and those of the settings.
     fn stops(&self, how: &Sampling) -> Result<Vec<i64>, ModelError> {
         let vocab = self.prep.config.text_config.vocab_size as i64;
         let mut asked = how.stop_token_ids.iter();
@@ -154,7 +154,7 @@ impl LlavaOnevisionPolicy {
             return Err(ModelError::Torch {
                 what: "sampling".to_owned(),
                 problem: format!(
-                    "`stop_token_ids` holds {id}, and the model's tokens are 0 to {}",
+                    "`stop_token_ids` contains {id}, but the model's token ids are 0 to {}",
                     vocab - 1
                 ),
             });
@@ -164,8 +164,8 @@ impl LlavaOnevisionPolicy {
 }
 
 impl Session<'_> {
-    /// Brings the answers forward: reads prompts for which there is room, then adds a token to all
-    /// that grow. `None` when all are done.
+    /// Advances all answers: prefills prompts that fit into the budget, then decodes one token of
+    /// each answer. `None` when all are done.
     fn go_on(&mut self) -> Result<Option<Vec<Outcome>>, ModelError> {
         let mut outcomes = Vec::new();
         let entering = self.admit();
@@ -197,7 +197,7 @@ impl Session<'_> {
         Ok(Some(outcomes))
     }
 
-    /// The next prompts, as many as there is room for; one at least if nothing grows.
+    /// The next prompts that fit into the budget; at least one if the batch is empty.
     fn admit(&mut self) -> Vec<PendingPrompt> {
         let (mut rows, mut tokens) = (self.batch.rows(), self.batch.tokens());
         tokens += self.prefixes.tokens();
@@ -215,8 +215,8 @@ impl Session<'_> {
         entering
     }
 
-    /// Reads prompts, whose answers then are rows of the batch. `next` is the one that is read after them,
-    /// if it has been let in.
+    /// Prefills prompts and adds their answers to the batch. `next` is the prompt that is prefilled
+    /// after them, if it has been admitted.
     fn read(
         &mut self,
         entering: &[PendingPrompt],
@@ -231,7 +231,7 @@ impl Session<'_> {
             let begun = Instant::now();
             let rows = tiles.iter().map(|tiles| tiles.packing.tiles()).sum();
             let length = tiles.iter().map(|tiles| tiles.packing.tokens()).sum();
-            let features = guarded("looking at pictures", rows, length, || {
+            let features = guarded("encoding images", rows, length, || {
                 let _no_grad = tch::no_grad_guard();
                 let features = network.image_features(tiles);
                 device::wait(device);
@@ -267,7 +267,7 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// Adds a token to every answer that grows.
+    /// Decodes one token of every answer in the batch.
     fn step(&mut self, outcomes: &mut Vec<Outcome>) -> Result<(), ModelError> {
         let begun = Instant::now();
         let rows = self.batch.rows();
@@ -289,8 +289,8 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// After memory ran out: the prompts in the batch and those that were `entering` wait again, in
-    /// half the budget. One that was alone is given up.
+    /// Handles an OOM: the prompts in the batch and those `entering` return to the queue, and the
+    /// budget is halved. A prompt that was alone is given up.
     fn begin_again(
         &mut self,
         error: &ModelError,
@@ -316,7 +316,7 @@ impl Session<'_> {
         }
     }
 
-    /// The answers to a prompt whose last token is drawn.
+    /// The answers to a prompt, all of whose tokens are sampled.
     fn answers(&mut self, prompt: &Growing) -> Vec<Generation> {
         let made = prompt.drafts.iter();
         self.telemetry.answer_tokens += made.map(|draft| draft.token_ids.len() as u64).sum::<u64>();
@@ -330,7 +330,7 @@ impl Session<'_> {
     }
 
     fn generation(&self, draft: &PartialAnswer, seed: i64) -> Generation {
-        let stop = draft.stop.expect("a draft that ended");
+        let stop = draft.stop.expect("a finished draft");
         let spoken = draft.token_ids.len() - usize::from(stop == Stop::Token);
         let mut text = self.prep.chat.decode(&draft.token_ids[..spoken]);
         if stop == Stop::String {
@@ -347,7 +347,7 @@ impl Session<'_> {
         }
     }
 
-    /// What the call took.
+    /// The resource usage of the call.
     fn telemetry(self) -> ModelTelemetry {
         let images = self.images.tally;
         ModelTelemetry {
@@ -356,7 +356,7 @@ impl Session<'_> {
             rows_max: self.budget.rows as u64,
             tokens_max: self.budget.tokens as u64,
             oom_retries: self.budget.oom_retries,
-            seconds_pictures: images.seconds_decoding,
+            seconds_images: images.seconds_decoding,
             seconds_waiting: images.seconds_waiting,
             ..self.telemetry
         }
@@ -364,8 +364,8 @@ impl Session<'_> {
 }
 
 impl Policy for LlavaOnevisionPolicy {
-    /// An answer is at most as long as the model's context leaves room for behind the prompt; it
-    /// then ends with [`Stop::Length`] like one that reaches `max_new_tokens`.
+    /// The length of an answer is limited by the context that the prompt leaves; it then ends with
+    /// [`Stop::Length`], as an answer that reaches `max_new_tokens` does.
     fn sample(
         &mut self,
         prompts: &[ChatPrompt],
@@ -431,8 +431,8 @@ impl Policy for LlavaOnevisionPolicy {
     }
 }
 
-/// The order in which prompts are answered: as given, but those about the same picture together, so
-/// that its features need not be kept for long.
+/// The order in which prompts are answered: as given, but with prompts about the same image
+/// together, so that its features need not be kept for long.
 fn by_first_image(prompts: &[ChatPrompt]) -> Vec<usize> {
     let mut first_seen = HashMap::new();
     let mut order: Vec<(usize, usize)> = prompts

@@ -1,8 +1,8 @@
-//! The pictures of a call: decoded ahead of the network, seen by it once each, and kept as long as
-//! they are needed.
+//! The images of a call: preprocessed ahead of the network, encoded once each, and released after
+//! their last use.
 //!
-//! A thread decodes, resizes and cuts in the order in which the pictures will be asked for, a few
-//! ahead, while the network computes.
+//! A thread decodes, resizes and tiles the images in the order of their use, a few ahead, while the
+//! network computes.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::mpsc::{Receiver, sync_channel};
@@ -15,8 +15,8 @@ use tch::Tensor;
 use ovchat_models::checkpoint::{IMAGES_AHEAD, IMAGES_AT_ONCE_MAX};
 use ovchat_models::{ChatPrompt, EncodedImage, ModelError, RowFault};
 
-/// What decides a picture's features: the picture, and whether it is the only one of its prompt
-/// (then the policy cuts it into tiles).
+/// The key of an image's features: the image, and whether it is the only one of its prompt (the
+/// policy then splits it into tiles).
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct DecodedImage {
     image: String,
@@ -24,7 +24,7 @@ pub struct DecodedImage {
 }
 
 impl DecodedImage {
-    /// The pictures of a prompt.
+    /// The images of a prompt.
     pub fn of(prompt: &ChatPrompt) -> Vec<Self> {
         let alone = prompt.images.len() == 1;
         let shown = |image: &EncodedImage| Self {
@@ -34,54 +34,54 @@ impl DecodedImage {
         prompt.images.iter().map(shown).collect()
     }
 
-    /// The id of the picture.
+    /// The id of the image.
     pub fn image(&self) -> &str {
         &self.image
     }
 }
 
-/// What turns a picture into what the network looks at; it is told whether the picture is the only
-/// one of its prompt.
+/// Converts an image into the network's input; the flag is true if it is the only image of its
+/// prompt.
 pub type Decode<'a, P> = &'a (dyn Fn(&EncodedImage, bool) -> Result<P, RowFault> + Sync);
 
-/// A picture from the thread that decodes.
+/// A preprocessed image from the decoding thread.
 struct Arrival<P> {
     shown: DecodedImage,
     pixels: Result<P, RowFault>,
-    /// Its share of the time that decoding it and those beside it took.
+    /// Its share of the time that decoding a group of images took.
     seconds: f64,
 }
 
-/// The pictures of the prompts of a call.
+/// The images of the prompts of a call.
 pub struct PromptImages<'a, P> {
     decode: Decode<'a, P>,
     sources: HashMap<DecodedImage, &'a EncodedImage>,
-    /// Those that will arrive, in this order.
+    /// The images that the thread has yet to deliver, in order.
     ahead: VecDeque<DecodedImage>,
     arriving: Receiver<Arrival<P>>,
-    /// Those that arrived before they were asked for.
+    /// The images that were delivered before they were needed.
     early: HashMap<DecodedImage, Result<P, RowFault>>,
     features: HashMap<DecodedImage, Result<Tensor, RowFault>>,
-    /// How many prompts still need each.
+    /// The number of prompts that still need each image.
     uses: HashMap<DecodedImage, usize>,
     pub tally: Tally,
 }
 
-/// What the pictures cost.
+/// The costs of the images.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Tally {
-    /// Distinct ones.
+    /// Distinct images.
     pub images: u64,
-    /// Pictures that the network looked at.
+    /// Images that were encoded by the network.
     pub passes: u64,
-    /// Time that decoding took, most of it beside the network.
+    /// Seconds spent on decoding, most of it in parallel with the network.
     pub seconds_decoding: f64,
-    /// Time that the network waited for pictures.
+    /// Seconds that the network waited for images.
     pub seconds_waiting: f64,
 }
 
 impl<'a, P: Send + 'a> PromptImages<'a, P> {
-    /// The pictures of `prompts`, which will be asked for in this order.
+    /// Starts decoding the images of `prompts`, in the order of their use.
     pub fn begin<'scope>(
         scope: &'scope Scope<'scope, 'a>,
         prompts: impl Iterator<Item = &'a ChatPrompt>,
@@ -116,7 +116,7 @@ impl<'a, P: Send + 'a> PromptImages<'a, P> {
                         pixels,
                         seconds,
                     };
-                    // Nobody waits for the rest of a call that was broken off.
+                    // The receiver is gone if the call was aborted.
                     if sender.send(arrival).is_err() {
                         return;
                     }
@@ -138,8 +138,8 @@ impl<'a, P: Send + 'a> PromptImages<'a, P> {
         }
     }
 
-    /// Has the network look at those of `shown` that it has not seen: `tower` makes features of
-    /// pixels, of each in its turn.
+    /// Encodes those images of `shown` that have no features yet; `tower` computes features from
+    /// pixels, in order.
     pub fn look(
         &mut self,
         shown: &[DecodedImage],
@@ -174,7 +174,7 @@ impl<'a, P: Send + 'a> PromptImages<'a, P> {
         Ok(())
     }
 
-    /// The features of pictures that were looked at, `[tokens, hidden]` each.
+    /// The features of encoded images, `[tokens, hidden]` each.
     pub fn features(&self, shown: &[DecodedImage]) -> Result<Vec<Tensor>, RowFault> {
         let features = |shown: &DecodedImage| match &self.features[shown] {
             Ok(features) => Ok(features.shallow_clone()),
@@ -183,10 +183,10 @@ impl<'a, P: Send + 'a> PromptImages<'a, P> {
         shown.iter().map(features).collect()
     }
 
-    /// A prompt needs its pictures no more; the last one that does lets them go.
+    /// Releases a prompt's images; the features of an image are dropped after its last use.
     pub fn done(&mut self, shown: &[DecodedImage]) {
         for shown in shown {
-            let uses = self.uses.get_mut(shown).expect("a picture of the call");
+            let uses = self.uses.get_mut(shown).expect("an image of the call");
             *uses -= 1;
             if *uses == 0 {
                 self.features.remove(shown);
@@ -194,14 +194,14 @@ impl<'a, P: Send + 'a> PromptImages<'a, P> {
         }
     }
 
-    /// A prompt that was done needs its pictures again.
+    /// Undoes [`PromptImages::done`] for a prompt that has to run again.
     pub fn again(&mut self, shown: &[DecodedImage]) {
         for shown in shown {
-            *self.uses.get_mut(shown).expect("a picture of the call") += 1;
+            *self.uses.get_mut(shown).expect("an image of the call") += 1;
         }
     }
 
-    /// A picture's pixels: from the thread, or, if it is not the first time, decoded here.
+    /// The pixels of an image: from the thread, or decoded here if it was delivered before.
     fn decoded(&mut self, wanted: &DecodedImage) -> Result<P, RowFault> {
         if let Some(pixels) = self.early.remove(wanted) {
             return pixels;
@@ -241,13 +241,13 @@ mod tests {
     }
 
     #[test]
-    fn each_picture_is_decoded_and_seen_once_and_kept_while_it_is_needed() {
+    fn each_image_is_decoded_and_seen_once_and_kept_while_it_is_needed() {
         let prompts = [&["a"][..], &["b", "a", "b"], &["a"], &["broken"], &[]].map(prompt);
         let decodings = AtomicUsize::new(0);
         let decode = |image: &EncodedImage, alone: bool| {
             decodings.fetch_add(1, Ordering::Relaxed);
             if image.id == "broken" {
-                return Err(RowFault("no picture".to_owned()));
+                return Err(RowFault("not an image".to_owned()));
             }
             Ok((image.id.clone(), alone))
         };
@@ -272,7 +272,7 @@ mod tests {
                 images.done(&shown[index]);
             }
             assert!(images.features.is_empty());
-            // `a` alone, `a` and `b` beside others, and the broken one.
+            // `a` as a single image, `a` and `b` with others, and the broken one.
             assert_eq!((images.tally.images, images.tally.passes), (4, 3));
             images.again(&shown[0]);
             images.look(&shown[0], tower).unwrap();

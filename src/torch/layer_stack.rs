@@ -1,40 +1,40 @@
-//! Layers one after the other, and gradients back through them.
+//! A stack of layers with optional recompute in the backward pass.
 //!
-//! Libtorch remembers what every operation of a pass needs for its gradients. Where that is too much,
-//! only what goes into each layer is remembered, and a layer is computed once more when the gradients
-//! come to it (Chen et al. 2016, *Training Deep Nets with Sublinear Memory Cost*, arXiv 1604.06174):
-//! a third more to compute, for a fraction of the memory.
+//! Libtorch saves the activations that every operation of a pass needs for its gradients. Where
+//! they do not fit into memory, only the input of each layer is saved, and a layer is recomputed
+//! when the backward pass reaches it (Chen et al. 2016, *Training Deep Nets with Sublinear Memory
+//! Cost*, arXiv 1604.06174): a third more compute for a fraction of the memory.
 
 use tch::Tensor;
 
-/// What is remembered of a pass for its gradients.
+/// The activations that a pass saves for the backward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SavedActivations {
-    /// Nothing; there will be none.
+    /// Nothing; there is no backward pass.
     Nothing,
-    /// What goes into each layer.
+    /// The input of each layer; the rest is recomputed.
     Inputs,
-    /// What each operation needs.
+    /// Everything that each operation needs.
     Everything,
 }
 
-/// A layer, with everything that it is given beside its input.
+/// A layer as a function of its input.
 pub type Layer<'a> = Box<dyn Fn(&Tensor) -> Tensor + 'a>;
 
-/// A pass through layers.
+/// A forward pass through a stack of layers.
 pub struct LayerStack<'a> {
     links: Vec<Layer<'a>>,
-    /// What went into the layers: each, or only the first.
+    /// The inputs of all layers, or only of the first.
     inputs: Vec<Tensor>,
-    /// What came out, with its history where everything is remembered.
+    /// The output with its autograd graph, if everything is saved.
     end: Tensor,
-    /// What came out, without a history; gradients of it collect here.
+    /// The output, detached; its gradient accumulates here.
     output: Tensor,
     keep: SavedActivations,
 }
 
 impl<'a> LayerStack<'a> {
-    /// Sends `xs` through `links`. Gradients go on from `xs` into whatever it was made of.
+    /// Runs `links` on `xs`. Gradients propagate through `xs` into whatever it was computed from.
     pub fn run(links: Vec<Layer<'a>>, xs: &Tensor, keep: SavedActivations) -> Self {
         let through = |inputs: &mut Vec<Tensor>| {
             let mut xs = xs.shallow_clone();
@@ -66,13 +66,13 @@ impl<'a> LayerStack<'a> {
         }
     }
 
-    /// What came out. It has no history: [`LayerStack::backward`] takes the gradients that it was given
+    /// The detached output. [`LayerStack::backward`] propagates the gradient that it accumulates
     /// back through the layers.
     pub fn output(&self) -> &Tensor {
         &self.output
     }
 
-    /// Adds to the gradients of all parameters of the layers, and of what went in.
+    /// Adds to the gradients of all parameters of the layers and of the input.
     pub fn backward(self) {
         let mut gradient = self.output.grad();
         if !gradient.defined() {
@@ -85,7 +85,7 @@ impl<'a> LayerStack<'a> {
                 drop((self.end, self.output));
                 let mut inputs = self.inputs;
                 for link in self.links.iter().skip(1).rev() {
-                    let input = inputs.pop().expect("an input a layer");
+                    let input = inputs.pop().expect("one input per layer");
                     let input = input.detach().set_requires_grad(true);
                     push_back(&link(&input), &gradient);
                     gradient = input.grad();
@@ -97,7 +97,7 @@ impl<'a> LayerStack<'a> {
     }
 }
 
-/// Backward from `end`, whose gradient is `gradient`.
+/// Runs the backward pass from `end`, whose gradient is `gradient`.
 fn push_back(end: &Tensor, gradient: &Tensor) {
     if end.requires_grad() {
         (end * gradient).sum(end.kind()).backward();
@@ -111,7 +111,7 @@ mod tests {
     use super::super::layers::tests::noise;
     use super::*;
 
-    /// Two linear layers with a nonlinearity behind a doubled input; gives all gradients.
+    /// Two linear layers with a nonlinearity, applied to a doubled input; returns all gradients.
     fn gradients(keep: SavedActivations) -> [Tensor; 3] {
         let leaf = |shape: &[i64], seed| noise(shape, seed).set_requires_grad(true);
         let (xs, first, second) = (leaf(&[3, 4], 1), leaf(&[5, 4], 2), leaf(&[2, 5], 3));

@@ -1,10 +1,10 @@
-//! The small parts that every network here is built of, and how they find their weights.
+//! The basic layers of all networks, and the sources that they load weights from.
 //!
-//! A part is made by `new(&Path, sizes…)`, which names its weights as Python does (`q_proj`,
-//! `layer_norm1`), and run by `forward(&self, …)`, in the precision of what it is given: weights
-//! that are trained are kept in float32 and rounded where they are used. Parts hold weights and
-//! nothing else: caches and gradients belong to whoever runs them. Sources: `nn.Linear`, `nn.LayerNorm` of PyTorch;
-//! `Qwen2RMSNorm`, `Qwen2RotaryEmbedding`, `apply_rotary_pos_emb` of transformers'
+//! A layer is created by `new(&Path, sizes…)`, with the weight names of the Python implementation
+//! (`q_proj`, `layer_norm1`), and run by `forward(&self, …)`, in the dtype of its input: trained
+//! weights are stored in float32 and cast where they are used. Layers hold weights and nothing
+//! else; caches and gradients belong to the caller. Sources: `nn.Linear`, `nn.LayerNorm` of
+//! PyTorch; `Qwen2RMSNorm`, `Qwen2RotaryEmbedding`, `apply_rotary_pos_emb` of transformers'
 //! `models/qwen2/modeling_qwen2.py` (the same in `models/llama/modeling_llama.py`); `ACT2FN` of
 //! transformers' `activations.py`.
 
@@ -16,13 +16,13 @@ use tch::{Device, Kind, Tensor};
 
 use ovchat_models::ModelError;
 
-/// Where weights come from: a checkpoint, a checkpoint with an adapter merged into it, a test.
+/// A source of weights: a checkpoint, a checkpoint with an adapter merged into it, or a test.
 pub trait WeightSource {
-    /// The tensor of that name, on the device and in the precision that the network computes in.
-    /// Fails when it is absent or of another shape.
+    /// Returns the tensor `name`, on the device and in the dtype that the network computes in.
+    /// Fails if it is missing or has another shape.
     fn take(&self, name: &str, shape: &[i64]) -> Result<Tensor, ModelError>;
 
-    /// What is added to the output of the linear layer `name` while it is trained, if anything is.
+    /// Returns the unmerged adapter of the linear layer `name`, if one is being trained.
     fn adapter(
         &self,
         _name: &str,
@@ -40,12 +40,13 @@ pub struct Lora {
     pub a: Tensor, // [rank, in], float32
     pub b: Tensor, // [out, rank], float32
     pub scale: f64,
-    /// What is done to its inputs, and the number that makes its zeros differ from other layers'.
+    /// The dropout of its inputs, and the number that distinguishes its mask from those of other
+    /// layers.
     pub dropout: Option<(Rc<Dropout>, i64)>,
 }
 
 impl Lora {
-    /// `[.., in]` to `[.., out]`, in the precision of `xs`.
+    /// Maps `[.., in]` to `[.., out]`, in the dtype of `xs`.
     fn forward(&self, xs: &Tensor) -> Tensor {
         let kind = xs.kind();
         let dropped = self
@@ -58,14 +59,13 @@ impl Lora {
     }
 }
 
-/// Zeros at random places (Srivastava et al. 2014), which depend on the pass, the layer and the place
-/// and on nothing else: a layer that is computed again drops the same, and so does a training that
-/// goes on.
+/// Dropout (Srivastava et al. 2014) whose mask depends only on the pass, the layer and the
+/// position, so that a recomputed layer and a resumed training drop the same values.
 #[derive(Debug)]
 pub struct Dropout {
-    /// The share that becomes zero; the rest is scaled up.
+    /// The probability of dropping a value; the others are scaled up.
     pub share: f64,
-    /// The number of the pass; `None` where nothing is dropped.
+    /// The number of the pass; `None` disables dropout.
     pub pass: Cell<Option<i64>>,
 }
 
@@ -75,7 +75,8 @@ impl Dropout {
         let Some(pass) = self.pass.get().filter(|_| self.share > 0.0) else {
             return xs.shallow_clone();
         };
-        // Wellons' `lowbias32` in 64 bits, over the places from a start that the pass decides.
+        // Wellons' `lowbias32` in 64 bits, applied to the positions with a start that depends on
+        // the pass.
         let mix = |xs: &Tensor, shift: i64, factor: i64| {
             (xs.bitwise_xor_tensor(&xs.bitwise_right_shift_tensor_scalar(shift)) * factor)
                 .bitwise_and(MASK)
@@ -89,7 +90,7 @@ impl Dropout {
     }
 }
 
-/// A place in a [`WeightSource`], as in `language_model.layers.3`.
+/// A path in a [`WeightSource`], such as `language_model.layers.3`.
 #[derive(Clone)]
 pub struct Path<'a> {
     source: &'a dyn WeightSource,
@@ -102,12 +103,12 @@ impl<'a> Path<'a> {
         Self { source, name }
     }
 
-    /// The weight `leaf` of this place.
+    /// Takes the weight `leaf` below this path.
     pub fn take(&self, leaf: &str, shape: &[i64]) -> Result<Tensor, ModelError> {
         self.source.take(&(self / leaf).name, shape)
     }
 
-    /// What is added to the output of the linear layer of this place.
+    /// The unmerged adapter of the linear layer at this path.
     fn adapter(&self, inputs: i64, outputs: i64) -> Result<Option<Lora>, ModelError> {
         self.source.adapter(&self.name, inputs, outputs)
     }
@@ -116,7 +117,7 @@ impl<'a> Path<'a> {
 impl<'a, Part: std::fmt::Display> Div<Part> for &Path<'a> {
     type Output = Path<'a>;
 
-    /// `&path / "mlp" / 3` is the place `path.mlp.3`.
+    /// `&path / "mlp" / 3` is the path `path.mlp.3`.
     fn div(self, part: Part) -> Path<'a> {
         let name = match self.name.as_str() {
             "" => part.to_string(),
@@ -137,14 +138,14 @@ impl<'a, Part: std::fmt::Display> Div<Part> for Path<'a> {
     }
 }
 
-/// Whether a linear layer adds a bias.
+/// The presence of a bias in a linear layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Bias {
     Yes,
     No,
 }
 
-/// `x W^T + b`, and what an adapter adds.
+/// `x W^T + b`, plus the output of an adapter.
 #[derive(Debug)]
 pub struct Linear {
     weight: Tensor,       // [out, in]
@@ -166,7 +167,7 @@ impl Linear {
         })
     }
 
-    /// `[.., in]` to `[.., out]`.
+    /// Maps `[.., in]` to `[.., out]`.
     pub fn forward(&self, xs: &Tensor) -> Tensor {
         let bias = self.bias.as_ref().map(|bias| bias.to_kind(xs.kind()));
         let ys = xs.linear(&self.weight.to_kind(xs.kind()), bias);
@@ -212,8 +213,8 @@ impl RmsNorm {
         Ok(Self { weight, eps })
     }
 
-    /// The norm is taken in float32, the product with the weight in the precision of `xs`. The
-    /// fused kernel of libtorch multiplies before it rounds, and differs in bfloat16.
+    /// Computes the norm in float32 and the product with the weight in the dtype of `xs`.
+    /// Libtorch's fused kernel multiplies before it rounds, which differs in bfloat16.
     pub fn forward(&self, xs: &Tensor) -> Tensor {
         let wide = xs.to_kind(Kind::Float);
         let variance = wide
@@ -224,12 +225,12 @@ impl RmsNorm {
     }
 }
 
-/// The nonlinearities by their names in `config.json`.
+/// Activation functions by their names in `config.json`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
-    /// `gelu`: by the error function, exact.
+    /// `gelu`: exact, with the error function.
     Gelu,
-    /// `gelu_pytorch_tanh`: approximated by a hyperbolic tangent.
+    /// `gelu_pytorch_tanh`: the tanh approximation.
     GeluTanh,
     /// `quick_gelu`: `x sigmoid(1.702 x)`.
     QuickGelu,
@@ -272,7 +273,8 @@ impl Rotary {
         }
     }
 
-    /// The angles of `positions` (`[tokens]`, any integer kind), computed in float32, kept in `kind`.
+    /// The cosines and sines of `positions` (`[tokens]`, any integer kind), computed in float32 and
+    /// stored in `kind`.
     pub fn angles(&self, positions: &Tensor, kind: Kind) -> RotaryCosSin {
         let positions = positions.to_kind(Kind::Float).unsqueeze(-1);
         let half = positions * &self.inverse_frequencies; // [tokens, head_dim / 2]
@@ -285,19 +287,19 @@ impl Rotary {
 }
 
 impl RotaryCosSin {
-    /// Turns `xs` (`[heads, tokens, head_dim]`) by the angles of its tokens.
+    /// Rotates `xs` (`[heads, tokens, head_dim]`) by the angles of its tokens.
     pub fn rotate(&self, xs: &Tensor) -> Tensor {
         let halves = xs.chunk(2, -1);
         let turned = Tensor::cat(&[-&halves[1], halves[0].shallow_clone()], -1);
         xs * &self.cos + turned * &self.sin
     }
 
-    /// Those of some tokens (`[some]`, int64) only.
+    /// Selects some tokens (`[some]`, int64).
     pub fn of(&self, tokens: &Tensor) -> Self {
         self.map(|own| own.index_select(0, tokens))
     }
 
-    /// The cosines and sines (`[tokens, head_dim]`) that `change` makes of these.
+    /// Applies `change` to the cosines and the sines (`[tokens, head_dim]`).
     pub fn map(&self, change: impl Fn(&Tensor) -> Tensor) -> Self {
         Self {
             cos: change(&self.cos),
@@ -312,8 +314,8 @@ pub mod tests {
 
     use super::*;
 
-    /// Numbers in [-1, 1) that look random and depend on the seed only: libtorch's own generator is
-    /// shared by all tests that run at the same time.
+    /// Pseudorandom numbers in [-1, 1) that depend only on the seed: libtorch's own generator is
+    /// shared by all tests that run concurrently.
     pub fn noise(shape: &[i64], seed: i64) -> Tensor {
         let count = shape.iter().product::<i64>();
         let places = Tensor::arange(count, (Kind::Double, Device::Cpu));
@@ -323,7 +325,7 @@ pub mod tests {
             .reshape(shape)
     }
 
-    /// A source that makes up every weight that is asked for, and remembers which.
+    /// A source that fabricates every requested weight and records the requests.
     pub struct FakeSource {
         pub kind: Kind,
         seed: i64,
@@ -393,7 +395,7 @@ pub mod tests {
         let zeros = |xs: &Tensor| xs.eq(0.0).to_kind(Kind::Float);
         assert!((zeros(&first).mean(None).double_value(&[]) - 0.2).abs() < 0.02);
         for other in [dropped(8, 1), dropped(7, 2)] {
-            // Independent: both drop 4 % of the places.
+            // Independent: both drop the same position in 4 % of the cases.
             let both = (zeros(&first) * zeros(&other)).mean(None).double_value(&[]);
             assert!((both - 0.04).abs() < 0.01, "{both}");
         }

@@ -1,8 +1,9 @@
-//! The networks. One network, one file, with the names of the Python that it is read beside.
+//! Networks on libtorch: loading, sampling, scoring and training. Each network has a file of its
+//! own and keeps the names of the Python implementation that it follows.
 //!
-//! In reading order: the machine and its errors; weights on disk; the parts that networks are made
-//! of; the networks; the roles that they play. The rest of the program meets none of these, only
-//! the traits of [`ovchat_models`], through [`NetLoader`].
+//! In reading order: the device and libtorch's errors; weights on disk; building blocks; the
+//! networks; sampling, scoring and training. The rest of the program depends only on the traits of
+//! [`ovchat_models`] and gets their implementations from [`NetLoader`].
 
 #![cfg(feature = "torch")]
 
@@ -58,7 +59,8 @@ use ovchat_models::{
     Opened, Placement, Policy, RewardSettings, RewardTrainer, Room, SftSettings, SftTrainer,
 };
 
-/// Opens the networks. A model that needs none (see [`ModelSpec::needs_torch`]) is not opened here.
+/// Opens networks as policies, judges and trainers. Models that need no network (see
+/// [`ModelSpec::needs_torch`]) are opened elsewhere.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct NetLoader;
 
@@ -82,7 +84,7 @@ impl ModelLoader for NetLoader {
             ModelSpec::LlavaOnevision(spec) => {
                 Ok(Box::new(LlavaOnevisionDpo::open(spec, settings)?))
             }
-            other => Err(unfit(other, "learn from pairs")),
+            other => Err(unfit(other, "be trained on pairs")),
         }
     }
 
@@ -92,7 +94,7 @@ impl ModelLoader for NetLoader {
                 Ok(Box::new(Sft::<LlavaOnevisionSft>::open(spec, settings)?))
             }
             ModelSpec::LlavaRlhf(spec) => Ok(Box::new(Sft::<LlavaSft>::open(spec, settings)?)),
-            other => Err(unfit(other, "learn answers")),
+            other => Err(unfit(other, "be fine-tuned")),
         }
     }
 
@@ -103,7 +105,7 @@ impl ModelLoader for NetLoader {
     ) -> Opened<dyn RewardTrainer> {
         match spec {
             ModelSpec::LlavaRlhf(spec) => Ok(Box::new(LlavaRewardTrainer::open(spec, settings)?)),
-            other => Err(unfit(other, "learn to score")),
+            other => Err(unfit(other, "be trained as a reward model")),
         }
     }
 
@@ -170,11 +172,12 @@ impl ModelLoader for NetLoader {
     }
 }
 
-/// The plan refuses such a use before anything opens; this is for callers that have no plan.
+/// The error for a model type that does not support a role. Planning rejects such a use before
+/// anything is opened; this covers callers without a plan.
 fn unfit(spec: &ModelSpec, role: &str) -> ModelError {
     ModelError::Torch {
         what: format!("opening `{}`", spec.network()),
-        problem: format!("there is no network of this name that can {role}"),
+        problem: format!("this model type cannot {role}"),
     }
 }
 
@@ -187,9 +190,6 @@ mod tests {
     fn a_model_in_a_role_that_it_cannot_play_is_refused_by_name() {
         let spec = ModelSpec::Scripted(Scripted::default());
         let error = NetLoader.policy(&spec).err().unwrap().to_string();
-        assert_eq!(
-            error,
-            "opening `scripted`: there is no network of this name that can answer"
-        );
+        assert_eq!(error, "opening `scripted`: this model type cannot answer");
     }
 }

@@ -1,11 +1,11 @@
-//! LLaVA-RLHF's network: CLIP, a projector, and Llama with a LoRA adapter merged in.
+//! The LLaVA-RLHF network: a CLIP tower, a projector, and Llama with a merged LoRA adapter.
 //!
-//! It is LLaVA as it was before version 1.5 (github llava-rlhf/LLaVA-RLHF,
-//! `llava_setup/README.md`): pictures are padded to squares, CLIP's last layer is left out, the class
-//! token is dropped, and the projector is one linear layer. The two-layer projector of LLaVA 1.5 is
-//! read as well; the names of the tensors tell which it is.
+//! It follows LLaVA before version 1.5 (github llava-rlhf/LLaVA-RLHF, `llava_setup/README.md`):
+//! images are padded to squares, CLIP's last layer is left out, the class token is dropped, and the
+//! projector is one linear layer. The two-layer projector of LLaVA 1.5 is supported as well; the
+//! tensor names tell which one it is.
 //!
-//! The adapter touches Llama only, and is merged into it while the weights are read ([`super::lora`]).
+//! The adapter applies to Llama only and is merged while the weights are loaded ([`super::lora`]).
 
 use tch::{Device, Kind, Tensor};
 
@@ -19,7 +19,7 @@ use ovchat_models::checkpoint::{LlavaRlhfConfig, TWO_LAYERS};
 use ovchat_models::preprocess::JudgeIds;
 use ovchat_models::{LlavaRlhfSpec, ModelError};
 
-/// The network without a head: pictures and tokens in, hidden states out.
+/// The network without a head; maps images and tokens to hidden states.
 #[derive(Debug)]
 pub struct Llava {
     vision_tower: Vit,
@@ -28,12 +28,12 @@ pub struct Llava {
 }
 
 impl Llava {
-    /// Reads the weights of the three folders of `spec`, whose config files `config` describes, the
-    /// adapter merged into the base's.
+    /// Loads the weights from the three folders of `spec`, whose config files are in `config`, with
+    /// the adapter merged into the base.
     ///
-    /// Fails when a tensor is missing or has another shape than the config says, when there is no
-    /// adapter, and when it lacks one of its target modules or holds anything that has no place in
-    /// Llama.
+    /// Fails if a tensor is missing or its shape differs from the config, if there is no adapter,
+    /// or if the adapter lacks one of its target modules or contains a tensor that does not belong
+    /// to Llama.
     pub fn open(
         spec: &LlavaRlhfSpec,
         config: &LlavaRlhfConfig,
@@ -54,8 +54,8 @@ impl Llava {
         Ok(network)
     }
 
-    /// The network with its tower from `vision` and the rest from `base`. A projector of two layers
-    /// has other names than one of one.
+    /// Loads the tower from `vision` and the rest from `base`. The tensor names of a two-layer
+    /// projector differ from those of a one-layer projector.
     pub fn new(
         vision: &dyn WeightSource,
         base: &dyn WeightSource,
@@ -76,15 +76,15 @@ impl Llava {
         })
     }
 
-    /// Pixels `[pictures, 3, side, side]` to the features that stand for `<image>`,
-    /// `[pictures, patches, hidden]`.
+    /// Encodes pixels `[images, 3, side, side]` as the features that replace `<image>`,
+    /// `[images, patches, hidden]`.
     pub fn encode_images(&self, pixels: &Tensor) -> Tensor {
-        let states = self.vision_tower.forward(pixels); // [pictures, 1 + patches, features]
+        let states = self.vision_tower.forward(pixels); // [images, 1 + patches, features]
         let patches = states.size()[1] - 1;
         self.mm_projector.forward(&states.narrow(1, 1, patches))
     }
 
-    /// The first `tokens` of a text, with the picture's features where it belongs,
+    /// Embeds the first `tokens` of a text, with the image's features in their place,
     /// `[tokens, hidden]`.
     pub fn embed(&self, text: &JudgeIds, tokens: usize, features: Option<&Tensor>) -> Tensor {
         let embed = |ids: &[i64]| {
@@ -101,17 +101,17 @@ impl Llava {
         }
     }
 
-    /// Llama, which reads features and embeddings of tokens.
+    /// The Llama decoder, which takes features and token embeddings.
     pub fn decoder(&self) -> &Decoder {
         &self.model
     }
 }
 
-/// CLIP's features to Llama's embeddings.
+/// The projector from CLIP's features to Llama's embeddings.
 #[derive(Debug)]
 enum Projector {
     Linear(Linear),
-    /// `mlp2x_gelu`: two layers and an exact GELU between them.
+    /// `mlp2x_gelu`: two layers with an exact GELU in between.
     Mlp(Linear, Linear),
 }
 
@@ -136,9 +136,10 @@ impl Projector {
     }
 }
 
-/// The complaint about a reward model that is to score before it was trained to.
+/// The error for a reward model that is used for scoring before it was trained.
 pub fn no_adapter(spec: &LlavaRlhfSpec) -> ModelError {
-    let problem = "this reward model has no adapter yet; name one, or train it with `train_reward`";
+    let problem =
+        "this reward model has no adapter yet; set `adapter`, or train one with `train_reward`";
     refuse(&spec.base, problem.to_owned())
 }
 
@@ -164,7 +165,7 @@ mod tests {
             ]
         );
         let Projector::Mlp(first, second) = &projector else {
-            panic!("two layers were there")
+            panic!("the file has two layers")
         };
         let xs = Tensor::randn([2, 3], (Kind::Float, Device::Cpu));
         let expected = second.forward(&first.forward(&xs).gelu("none"));

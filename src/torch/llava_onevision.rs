@@ -1,4 +1,5 @@
-//! LLaVA-OneVision: SigLIP's tower, a projector, the packing of tiles and the Qwen2 decoder.
+//! The LLaVA-OneVision network: a SigLIP tower, a projector, the packing of tiles, and a Qwen2
+//! decoder.
 //!
 //! Li et al. 2024, *LLaVA-OneVision: Easy Visual Task Transfer*, arXiv 2408.03326; transformers'
 //! `models/llava_onevision/modeling_llava_onevision.py` (`get_image_features`,
@@ -20,11 +21,11 @@ use ovchat_models::checkpoint::{AdapterConfig, LlavaOnevisionConfig};
 use ovchat_models::preprocess::{Packing, PromptIds, Tiles};
 use ovchat_models::{self as models, ModelError, Part};
 
-/// Tiles that go through the tower at once. The widest activation of the tower is that of its MLP,
-/// 12.5 MB a tile in float32 for the published tower.
+/// The number of tiles that go through the tower at once. The widest activation of the tower is
+/// that of its MLP, 12.5 MB per tile in float32 for the published tower.
 const TILES_AT_ONCE: i64 = 8;
 
-/// The network, without a cache or any other state.
+/// The network; it has no cache or other state.
 #[derive(Debug)]
 pub struct LlavaOnevision {
     pub vision_tower: Vit,
@@ -32,20 +33,20 @@ pub struct LlavaOnevision {
     image_newline: Tensor, // [hidden]
     pub language_model: Decoder,
     pub lm_head: LmHead,
-    /// The precision that it computes in; weights that are trained are in float32.
+    /// The dtype that it computes in; trained weights are in float32.
     kind: Kind,
 }
 
-/// Features of pictures, and the way back for their gradients.
+/// Image features, and the layer stacks for their backward pass.
 pub struct Seen<'a> {
-    /// Of each picture, `[tokens, hidden]`.
+    /// The features of each image, `[tokens, hidden]`.
     pub features: Vec<Tensor>,
-    /// The tiles' ways through tower and projector.
+    /// The passes of the tiles through tower and projector.
     pub chains: Vec<LayerStack<'a>>,
 }
 
 impl LlavaOnevision {
-    /// Reads the network from `checkpoint`. For training, gives its parameters, too.
+    /// Loads the network from `checkpoint`; returns the parameters that are trained, too.
     pub fn open(
         checkpoint: &Checkpoint,
         config: &LlavaOnevisionConfig,
@@ -58,7 +59,7 @@ impl LlavaOnevision {
         Ok((network, reader.into_parameters()))
     }
 
-    /// Reads the network of a spec for inference, its adapter, if it has one, merged in.
+    /// Loads the network of a spec for inference, with its adapter, if any, merged.
     pub fn open_merged(
         spec: &models::LlavaOnevisionSpec,
         checkpoint: &Checkpoint,
@@ -81,8 +82,8 @@ impl LlavaOnevision {
         Ok(network)
     }
 
-    /// Builds the network of the weights of `source`, to compute in precision `kind`. `tied`: the
-    /// embedding is the head, too.
+    /// Builds the network from the weights of `source`, to compute in dtype `kind`. With `tied`,
+    /// the embedding is also the head.
     pub fn new(
         source: &dyn WeightSource,
         config: &LlavaOnevisionConfig,
@@ -112,14 +113,14 @@ impl LlavaOnevision {
         })
     }
 
-    /// Pictures' tiles to the features that stand for each in the sequence, `[tokens, hidden]`. Tiles
-    /// go through the tower side by side, whichever picture they are of. For inference.
+    /// Encodes the tiles of images as the features that represent each in the sequence,
+    /// `[tokens, hidden]`. Tiles are batched through the tower across images. For inference.
     pub fn image_features<T: Borrow<Tiles>>(&self, images: &[T]) -> Vec<Tensor> {
         self.see(images, SavedActivations::Nothing, Parts::NONE)
             .features
     }
 
-    /// The same for training of some `parts`.
+    /// Like [`LlavaOnevision::image_features`], for training some `parts`.
     pub fn see<T: Borrow<Tiles>>(
         &self,
         images: &[T],
@@ -156,8 +157,8 @@ impl LlavaOnevision {
         Seen { features, chains }
     }
 
-    /// Tiles through tower and projector, `[tiles, patches, hidden]`. Through what is not trained go no
-    /// gradients.
+    /// Runs tiles through tower and projector, `[tiles, patches, hidden]`. No gradients propagate
+    /// through parts that are not trained.
     fn look(&self, pixels: &Tensor, keep: SavedActivations, parts: Parts) -> LayerStack<'_> {
         let project: Layer<'_> = Box::new(|features| self.multi_modal_projector.forward(features));
         if parts.has(Part::VisionTower) {
@@ -174,18 +175,22 @@ impl LlavaOnevision {
         LayerStack::run(vec![project], &features, keep)
     }
 
-    /// The embeddings of a text, `[tokens, hidden]`; `features` are those of its pictures.
+    /// The embeddings of a prompt, `[tokens, hidden]`; `features` are those of its images.
     pub fn embed_prompt(&self, text: &PromptIds, features: &[Tensor]) -> Tensor {
         let ids = Tensor::from_slice(&text.ids).to_device(self.device());
         let words = |range: Range<usize>| {
             let ids = ids.narrow(0, range.start as i64, range.len() as i64);
             self.language_model.embed(&ids).to_kind(self.kind)
         };
-        // Slices and one `cat` rather than a scatter by index: their gradients are deterministic.
+        // Slices and one `cat` instead of a scatter by index: their gradients are deterministic.
         let mut runs = Vec::new();
         let mut next = 0;
         for (place, features) in text.images.iter().zip(features) {
-            assert_eq!(features.size()[0], place.len() as i64, "a feature a token");
+            assert_eq!(
+                features.size()[0],
+                place.len() as i64,
+                "one feature per token"
+            );
             runs.push(words(next..place.start));
             runs.push(features.shallow_clone());
             next = place.end;
@@ -198,14 +203,14 @@ impl LlavaOnevision {
         self.image_newline.device()
     }
 
-    /// The precision that it computes in.
+    /// The dtype that it computes in.
     #[cfg(test)]
     pub fn kind(&self) -> Kind {
         self.kind
     }
 }
 
-/// Whether the embedding of a checkpoint is its head, too.
+/// True if the checkpoint's embedding is also its head.
 pub fn is_tied(checkpoint: &Checkpoint, config: &LlavaOnevisionConfig) -> bool {
     config.tie_word_embeddings || !checkpoint.has(HEAD)
 }
@@ -232,14 +237,14 @@ impl Projector {
         })
     }
 
-    /// `[tiles, patches, features]` to `[tiles, patches, hidden]`.
+    /// Maps `[tiles, patches, features]` to `[tiles, patches, hidden]`.
     pub fn forward(&self, features: &Tensor) -> Tensor {
         let inner = Activation::Gelu.forward(&self.linear_1.forward(features));
         self.linear_2.forward(&inner)
     }
 }
 
-/// Lays out the features of a picture's tiles (`[tiles, patches², hidden]`) as its tokens
+/// Arranges the features of an image's tiles (`[tiles, patches², hidden]`) as its tokens
 /// (`[tokens, hidden]`): the base tile, then the grid row by row, each row ended by `newline`.
 fn pack(features: &Tensor, packing: &Packing, newline: &Tensor) -> Tensor {
     let base = features.get(0); // [patches², hidden]
@@ -273,7 +278,8 @@ mod tests {
     use super::*;
     use ovchat_models::preprocess::Grid;
 
-    /// A feature per patch, in the tower's order: tile by tile, row by row in a tile.
+    /// Numbered features, one per patch, in the tower's order: tile by tile, row by row within a
+    /// tile.
     fn numbered(tiles: i64, side: i64) -> Tensor {
         Tensor::arange(tiles * side * side, (Kind::Float, Device::Cpu)).view([
             tiles,
@@ -320,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn one_of_several_pictures_is_its_base_tile_and_a_newline() {
+    fn one_of_several_images_is_its_base_tile_and_a_newline() {
         let packing = Packing {
             patches: 2,
             grid: None,

@@ -1,9 +1,9 @@
-//! LoRA adapters: merged into the weights that they adapt while those are read, or trained.
+//! LoRA adapters: merged into weights during loading, or trained.
 //!
 //! An adapted weight is `W + scale B A` (Hu et al. 2021, equation 3), added in float32 and rounded
-//! once, so that nothing of the adapter is left when the network runs. Files as peft writes them
-//! (`utils/save_and_load.py`); a tensor that has no place in the network, and a module that the
-//! config names and the file lacks, are errors.
+//! once, so that running the network involves no adapter. Files are in peft's format
+//! (`utils/save_and_load.py`); a tensor that does not belong to the network, and a module that the
+//! config names but the file lacks, are errors.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -23,20 +23,21 @@ use super::weights::{Weights, refuse, save_safetensors};
 use ovchat_models::ModelError;
 use ovchat_models::checkpoint::{AdapterConfig, canonical, is_module, lora_matrix};
 
-/// How modules are called in an adapter's file.
+/// The naming scheme of modules in an adapter's file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Names {
-    /// As in the network.
+    /// The names in the network.
     Same,
-    /// As in transformers' LLaVA-OneVision in memory, where the decoder is `model.language_model`.
+    /// The names of transformers' LLaVA-OneVision in memory, where the decoder is
+    /// `model.language_model`.
     Onevision,
 }
 
-/// The decoder of LLaVA-OneVision by its names in the network.
+/// The prefix of LLaVA-OneVision's decoder in the network.
 const DECODER: &str = "language_model.model.";
 
 impl Names {
-    /// The name in the network of a module that is called so in a file.
+    /// Converts a module's name in a file to its name in the network.
     fn in_network(self, module: &str) -> String {
         match self {
             Self::Same => module.to_owned(),
@@ -44,7 +45,7 @@ impl Names {
         }
     }
 
-    /// The name in a file of a module of the network.
+    /// Converts a module's name in the network to its name in a file.
     fn in_file(self, module: &str) -> String {
         match module.strip_prefix(DECODER) {
             Some(rest) if self == Self::Onevision => format!("model.language_model.{rest}"),
@@ -52,13 +53,13 @@ impl Names {
         }
     }
 
-    /// Whether a fresh adapter may adapt a module: the towers' layers have the same names as the
+    /// True if a new adapter may target the module: the towers' layers have the same names as the
     /// decoder's.
     fn may_adapt(self, module: &str) -> bool {
         self == Self::Same || module.starts_with(DECODER)
     }
 
-    /// `target_modules` as peft reads it.
+    /// `target_modules` in the form that peft reads.
     fn targets(self, modules: &[&str]) -> serde_json::Value {
         match self {
             Self::Same => json!(modules),
@@ -70,7 +71,7 @@ impl Names {
     }
 }
 
-/// The base's weights with the adapter added to them.
+/// The base's weights with the adapter merged into them.
 pub struct Merged<'a> {
     pub base: Reader<'a>,
     pub adapter: &'a Adapter,
@@ -87,7 +88,7 @@ impl WeightSource for Merged<'_> {
     }
 }
 
-/// The base's weights as they are, with an adapter in training at its target modules.
+/// The base's weights unchanged, with an adapter in training at its target modules.
 pub struct Adapted<'a> {
     pub base: Reader<'a>,
     adapter: Start<'a>,
@@ -96,13 +97,12 @@ pub struct Adapted<'a> {
     parameters: RefCell<Vec<Parameter>>,
 }
 
-/// Where an adapter's training begins.
+/// The initial state of an adapter's training.
 pub enum Start<'a> {
-    /// At an adapter that there is.
+    /// An existing adapter.
     At(&'a Adapter),
-    /// At a fresh one, which changes nothing yet: A as peft and `nn.Linear` initialize it
-    /// (Kaiming's uniform distribution with a = sqrt 5, which is uniform within one over the root of
-    /// the inputs), B zero.
+    /// A new adapter, which changes nothing yet: A is initialized as by peft and `nn.Linear`
+    /// (Kaiming uniform with a = sqrt 5, which is uniform within 1 / sqrt(inputs)), B is zero.
     Fresh {
         rank: usize,
         alpha: f64,
@@ -112,8 +112,8 @@ pub enum Start<'a> {
 }
 
 impl<'a> Adapted<'a> {
-    /// A fresh adapter's modules are called by `names` in its file; `dropout` is what is done to the
-    /// inputs of all.
+    /// Module names of a new adapter's file follow `names`; `dropout` applies to the inputs of all
+    /// modules.
     pub fn new(
         base: Reader<'a>,
         adapter: Start<'a>,
@@ -186,8 +186,8 @@ impl WeightSource for Adapted<'_> {
     }
 }
 
-/// Numbers uniform within `bound` of 0, in float32, that depend on the seed, the name and the place
-/// and on nothing else: libtorch's generator is shared state.
+/// Uniform numbers within `bound` of 0, in float32, that depend only on the seed, the name and the
+/// position: libtorch's generator is shared state.
 pub fn seeded_uniform(seed: u64, name: &str, shape: &[i64], bound: f64) -> Tensor {
     let stream = digest(&[&seed.to_le_bytes(), name.as_bytes()]);
     let count = shape.iter().product::<i64>() as usize;
@@ -197,7 +197,7 @@ pub fn seeded_uniform(seed: u64, name: &str, shape: &[i64], bound: f64) -> Tenso
     Tensor::from_slice(&values).reshape(shape)
 }
 
-/// A number that stands for a module wherever random numbers are drawn for it.
+/// The random stream of a module.
 fn stream(module: &str) -> i64 {
     digest(&[module.as_bytes()])
 }
@@ -209,8 +209,8 @@ fn digest(parts: &[&[u8]]) -> i64 {
     start.expect("eight bytes of a longer digest")
 }
 
-/// The weights of `checkpoint`, a policy's, that the adapter in the folder `adapter` changes, with it
-/// added to them.
+/// The weights of a policy's `checkpoint` that the adapter in the folder `adapter` changes, with
+/// the adapter merged into them.
 pub fn merged(checkpoint: &Checkpoint, adapter: &Path) -> Result<Vec<Parameter>, ModelError> {
     let adapter = Adapter::open(&AdapterConfig::open(adapter)?, Names::Onevision)?;
     let base = Reader::new(checkpoint, Device::Cpu, Kind::Float, Purpose::Inference);
@@ -230,20 +230,20 @@ pub fn merged(checkpoint: &Checkpoint, adapter: &Path) -> Result<Vec<Parameter>,
     Ok(parameters)
 }
 
-/// What the config of an adapter says beside its tensors.
+/// The settings in an adapter's config.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SavedAdapterConfig<'a> {
-    /// The folder of the weights that it is for.
+    /// The folder of the base weights.
     pub base: &'a Path,
     pub rank: usize,
     pub alpha: f64,
     pub dropout: f64,
-    /// Linear layers, such as `q_proj`.
+    /// Names of linear layers, such as `q_proj`.
     pub targets: Vec<&'a str>,
 }
 
-/// Writes an adapter as peft lays it out, `adapter_config.json` and `adapter_model.safetensors`, into
-/// the folder `to`, which is there.
+/// Writes an adapter in peft's format, `adapter_config.json` and `adapter_model.safetensors`, to
+/// the existing folder `to`.
 pub fn save_adapter(
     to: &Path,
     config: &SavedAdapterConfig<'_>,
@@ -287,7 +287,7 @@ pub fn save_adapter(
     Ok(())
 }
 
-/// A LoRA adapter: two thin matrices for each adapted module.
+/// A LoRA adapter: two low-rank matrices for each adapted module.
 pub struct Adapter {
     weights: Weights,
     rank: i64,
@@ -295,7 +295,7 @@ pub struct Adapter {
     target_modules: Vec<String>,
     /// The adapted modules by their names in the base, such as `model.layers.0.self_attn.q_proj`.
     modules: BTreeMap<String, Matrices>,
-    /// Those that were merged.
+    /// The modules that were taken.
     used: RefCell<BTreeSet<String>>,
 }
 
@@ -307,10 +307,8 @@ struct Matrices {
 }
 
 impl Adapter {
-    /// Reads which modules the adapter in the folder of `model_config` adapts. Fails when a tensor of it is
-    /// neither of the two matrices.
-    ///
-    /// `names` say how it calls them.
+    /// Reads the tensor names of the adapter in the folder of `model_config`, which follow `names`.
+    /// Fails if a tensor is neither of the two matrices.
     pub fn open(model_config: &AdapterConfig, names: Names) -> Result<Self, ModelError> {
         let weights = Weights::open(&model_config.folder)?;
         let mut modules: BTreeMap<String, Matrices> = BTreeMap::new();
@@ -340,8 +338,8 @@ impl Adapter {
         })
     }
 
-    /// The module that the weight `name` belongs to, if it is adapted. Fails when it should be by
-    /// the config and is not.
+    /// The module of the weight `name`, if it is adapted. Fails if the config targets the module
+    /// but the file does not contain it.
     fn adapts<'n>(&self, name: &'n str) -> Result<Option<&'n str>, ModelError> {
         let Some(module) = name.strip_suffix(".weight") else {
             return Ok(None);
@@ -390,13 +388,13 @@ impl Adapter {
         Ok([a, b])
     }
 
-    /// The element type that the adapter is stored in.
+    /// The dtype of the stored adapter.
     pub fn kind(&self) -> Option<Kind> {
         let name = self.weights.names().next()?;
         self.weights.kind(name)
     }
 
-    /// Fails when a module of the adapter had no place in the network.
+    /// Fails if a module of the adapter does not exist in the network.
     pub fn all_used(&self) -> Result<(), ModelError> {
         let used = self.used.borrow();
         match self.modules.keys().find(|module| !used.contains(*module)) {
@@ -425,7 +423,7 @@ mod tests {
                 .collect();
             save_safetensors(path, &named, &[]).unwrap();
         };
-        // 1 + 2^-8 is a tie in bfloat16; the update, too small to be seen alone, breaks it.
+        // 1 + 2^-8 is a tie in bfloat16; the update, too small to have an effect alone, breaks it.
         let weight = Tensor::from_slice2(&[[1.0_f32, 1.0 + 1.0 / 256.0]]);
         let a = Tensor::from_slice2(&[[0.0_f32, 1e-5]]);
         let b = Tensor::from_slice2(&[[1.0_f32]]);

@@ -1,49 +1,50 @@
-//! AdamW, its learning rate and gradient clipping, as `torch.optim.AdamW`, transformers'
-//! `get_…_schedule_with_warmup` and `clip_grad_norm_` of PyTorch compute them.
+//! AdamW, learning-rate schedules and gradient clipping, equivalent to `torch.optim.AdamW`,
+//! transformers' `get_…_schedule_with_warmup` and PyTorch's `clip_grad_norm_`.
 //!
-//! Ours because libtorch's optimizers, seen from Rust, can't save their state. With moments in
-//! float32 an update allocates nothing: it computes in the memory of the gradients, so it can't run
-//! out of memory halfway through the parameters. With moments in eight bits it works through a
-//! parameter in pieces, in memory that it has made sure of before the first.
+//! libtorch's optimizers cannot save their state through tch, hence this implementation. With
+//! float32 moments an update allocates nothing: it reuses the memory of the gradients, so it cannot
+//! run out of memory halfway through the parameters. With 8-bit moments it processes a parameter in
+//! pieces, in memory reserved before the first.
 
 use tch::{Kind, Tensor};
 
 use super::blockwise_quant::{BLOCK, Codebook, QuantizedTensor};
 use ovchat_models::{Optimizer, Schedule};
 
-/// A weight that is trained, by its canonical name.
+/// A trained weight with its canonical name.
 #[derive(Debug)]
 pub struct Parameter {
     pub name: String,
-    /// A leaf that requires a gradient, in float32.
+    /// A leaf tensor that requires gradients, in float32.
     pub tensor: Tensor,
 }
 
-/// Loshchilov and Hutter 2019, *Decoupled Weight Decay Regularization*, arXiv 1711.05101,
-/// algorithm 2, in PyTorch's arrangement.
+/// Loshchilov and Hutter 2019, *Decoupled Weight Decay Regularization*, arXiv 1711.05101, algorithm
+/// 2, in PyTorch's arrangement.
 #[derive(Debug)]
 pub struct AdamW {
     betas: [f64; 2],
     epsilon: f64,
     weight_decay: f64,
-    /// Of each parameter, in the order of the parameters.
+    /// The moments of each parameter, in the order of the parameters.
     moments: Vec<Moments>,
-    /// What bytes stand for, in the first and in the second moment; where they are stored in bytes.
+    /// The quantization tables of the first and the second moment, if they are stored in eight
+    /// bits.
     tables: Option<[Codebook; 2]>,
 }
 
-/// What AdamW remembers of one parameter.
+/// The optimizer state of one parameter.
 #[derive(Debug)]
 pub struct Moments {
     /// Decaying mean of the gradient.
     pub exp_avg: Moment,
-    /// Decaying mean of the gradient's square; in bytes, its root.
+    /// Decaying mean of the squared gradient; in eight bits, its square root.
     pub exp_avg_sq: Moment,
-    /// Updates that this parameter has seen; one without a gradient is not updated.
+    /// The number of updates of this parameter; one without a gradient is not updated.
     pub steps: i64,
 }
 
-/// A number for each weight.
+/// A moment of a parameter, one number per weight.
 #[derive(Debug)]
 pub enum Moment {
     /// In float32, in the shape of the weights.
@@ -52,7 +53,7 @@ pub enum Moment {
 }
 
 impl Moment {
-    /// What it is stored in, with the ends of the tensors' names.
+    /// The tensors that it is stored in, with the suffixes of their names.
     pub fn tensors(&self) -> Vec<(&'static str, &Tensor)> {
         match self {
             Self::Whole(tensor) => vec![("", tensor)],
@@ -62,21 +63,21 @@ impl Moment {
         }
     }
 
-    /// The numbers in float32.
+    /// The moment in float32.
     #[cfg(test)]
     pub fn whole(&self) -> &Tensor {
         match self {
             Self::Whole(tensor) => tensor,
-            Self::InBytes(_) => panic!("it is in bytes"),
+            Self::InBytes(_) => panic!("the moment is quantized"),
         }
     }
 }
 
-/// Blocks of a parameter that an update in eight bits takes at once: 16 MB in float32.
+/// Blocks of a parameter that an 8-bit update processes at once: 16 MB in float32.
 const BLOCKS_AT_ONCE: i64 = (1 << 22) / BLOCK;
 
 impl AdamW {
-    /// A fresh optimizer of `parameters`, on their device.
+    /// A new optimizer of `parameters`, on their device.
     pub fn new(
         parameters: &[Parameter],
         betas: [f64; 2],
@@ -125,7 +126,7 @@ impl AdamW {
         self.moments = moments;
     }
 
-    /// Makes sure of the memory that [`AdamW::step`] needs beside the gradients.
+    /// Reserves the memory that [`AdamW::step`] needs in addition to the gradients.
     pub fn reserve(&self, parameters: &[Parameter]) {
         if let (Some(_), Some(first)) = (&self.tables, parameters.first()) {
             let size = [8, BLOCKS_AT_ONCE, BLOCK];
@@ -133,8 +134,7 @@ impl AdamW {
         }
     }
 
-    /// Updates those `parameters` that have a learning rate in `rates`. Their gradients are used up:
-    /// they hold something else afterwards.
+    /// Updates those `parameters` that have a learning rate in `rates`. Overwrites their gradients.
     pub fn step(&mut self, parameters: &[Parameter], rates: &[Option<f64>]) {
         let _no_grad = tch::no_grad_guard();
         for ((parameter, moments), &rate) in parameters.iter().zip(&mut self.moments).zip(rates) {
@@ -159,7 +159,7 @@ impl AdamW {
                 (Moment::InBytes(exp_avg), Moment::InBytes(root), Some(tables)) => {
                     update.apply_in_bytes(&weight, &gradient, [exp_avg, root], tables);
                 }
-                _ => unreachable!("both moments are stored in one way"),
+                _ => unreachable!("both moments have the same format"),
             }
         }
     }
@@ -168,16 +168,16 @@ impl AdamW {
 /// One update of one parameter.
 struct Update {
     betas: [f64; 2],
-    /// For the zeros that the moments began with.
+    /// The bias corrections.
     corrections: [f64; 2],
     epsilon: f64,
     rate: f64,
-    /// What the weight is multiplied by.
+    /// The factor of the weight decay.
     decay: f64,
 }
 
 impl Update {
-    /// Computes in the memory of `gradient`.
+    /// Updates the weight in place, using the memory of `gradient`.
     fn apply(&self, weight: &Tensor, gradient: &Tensor, exp_avg: &Tensor, exp_avg_sq: &Tensor) {
         let [beta1, beta2] = self.betas;
         let [mut weight, mut gradient, mut exp_avg, mut exp_avg_sq] =
@@ -199,7 +199,8 @@ impl Update {
         let _ = weight.g_add_(&gradient);
     }
 
-    /// The same, piece by piece, with moments that are read from bytes and written back.
+    /// The same for 8-bit moments, piece by piece: each is dequantized, updated and quantized
+    /// again.
     fn apply_in_bytes(
         &self,
         weight: &Tensor,
@@ -214,7 +215,7 @@ impl Update {
             let piece = BLOCKS_AT_ONCE.min(blocks - first);
             let start = first * BLOCK;
             let length = (piece * BLOCK).min(count - start);
-            // The last block is filled up with zeros.
+            // The last block is padded with zeros.
             let fill = |xs: &Tensor| {
                 let padding = piece * BLOCK - length;
                 let xs = xs.narrow(0, start, length).constant_pad_nd([0, padding]);
@@ -232,7 +233,7 @@ impl Update {
     }
 }
 
-/// A learning rate that rises linearly from 0 and then does what its schedule says.
+/// A learning rate with linear warmup, followed by its schedule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LearningRate {
     schedule: Schedule,
@@ -241,7 +242,7 @@ pub struct LearningRate {
 }
 
 impl LearningRate {
-    /// For a training of `steps` updates, `warmup_steps` of them with a rising rate.
+    /// For a training of `steps` updates, of which `warmup_steps` are warmup.
     pub fn new(schedule: Schedule, warmup_steps: usize, steps: usize) -> Self {
         Self {
             schedule,
@@ -250,8 +251,8 @@ impl LearningRate {
         }
     }
 
-    /// The share of the highest rate that update `step` has, counted from 0. With any warmup the
-    /// first update has the rate 0.
+    /// The fraction of the peak rate in update `step`, counted from 0. With any warmup, the first
+    /// update has the rate 0.
     pub fn of_step(&self, step: usize) -> f64 {
         if step < self.warmup_steps {
             return step as f64 / self.warmup_steps as f64;
@@ -266,7 +267,7 @@ impl LearningRate {
     }
 }
 
-/// The Euclidean norm of all gradients together, in float32 as PyTorch takes it.
+/// The Euclidean norm of all gradients together, in float32 as in PyTorch.
 pub fn grad_norm(parameters: &[Parameter]) -> f64 {
     let _no_grad = tch::no_grad_guard();
     let norms: Vec<Tensor> = parameters
@@ -284,7 +285,7 @@ pub fn grad_norm(parameters: &[Parameter]) -> f64 {
         .double_value(&[])
 }
 
-/// Scales all gradients, whose norm is `norm`, so that their norm is at most `norm_max`.
+/// Scales all gradients, whose norm is `norm`, to a norm of at most `norm_max`.
 pub fn clip_gradients(parameters: &[Parameter], norm: f64, norm_max: f64) {
     let _no_grad = tch::no_grad_guard();
     let scale = norm_max / (norm + 1e-6);
@@ -323,6 +324,7 @@ mod tests {
         (&parameter.tensor * gradient).sum(Kind::Float).backward();
     }
 
+    /// The result of
     /// `torch.optim.AdamW([w], lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)` after the
     /// same three gradients, PyTorch 2.11.
     #[test]
@@ -353,8 +355,8 @@ mod tests {
         assert_eq!(adam.moments()[1].steps, 0);
     }
 
-    /// A parameter of several blocks, the last one not full, with gradients over four orders of
-    /// magnitude, and the same with moments in float32: after ten updates they have come the same way.
+    /// A parameter of several blocks, the last one partial, with gradients over four orders of
+    /// magnitude, and the same with float32 moments: after ten updates they agree.
     #[test]
     fn moments_in_eight_bits_lead_the_same_way() {
         let count = 700;

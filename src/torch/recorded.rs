@@ -1,5 +1,5 @@
-//! The tiny LLaVA-OneVision of `tests/parity/onevision`, and what transformers computes with it
-//! (`tests/parity/record_onevision.py`), for the tests of this floor.
+//! The tiny LLaVA-OneVision of `tests/parity/onevision`, and its outputs in transformers
+//! (`tests/parity/record_onevision.py`), for the tests of this crate.
 
 use std::path::{Path, PathBuf};
 
@@ -23,7 +23,7 @@ pub fn spec(dtype: Dtype) -> LlavaOnevisionSpec {
     }
 }
 
-/// The recorded prompts: a large picture, a small one, two, none.
+/// The recorded prompts: with a large image, a small one, two, and none.
 pub fn prompts() -> Vec<ChatPrompt> {
     let texts: [(&[&str], &str); 4] = [
         (&["large.png"], "What is this?"),
@@ -54,7 +54,7 @@ fn image(name: &str) -> EncodedImage {
     }
 }
 
-/// What transformers computed.
+/// The outputs of transformers.
 pub struct Expected(Weights);
 
 impl Expected {
@@ -79,7 +79,7 @@ impl Expected {
     }
 }
 
-/// Fails unless all elements are within `tolerance` of each other.
+/// Asserts that all elements differ by at most `tolerance`.
 pub fn assert_close(what: &str, found: &Tensor, expected: &Tensor, tolerance: f64) {
     assert_eq!(found.size(), expected.size(), "{what}");
     let apart = (found.to_kind(Kind::Double) - expected.to_kind(Kind::Double)).abs();

@@ -1,12 +1,12 @@
-//! The reward model of LLaVA-RLHF as a judge: its network, a head of one number, and the order in
-//! which answers are read.
+//! The LLaVA-RLHF reward model as a judge: its network, its scalar head, and the batching of
+//! answers.
 //!
-//! The score is what a linear layer makes of the hidden state, after the final norm, at the last
-//! token of the request to judge (github llava-rlhf/LLaVA-RLHF, `RLHF/models/reward_model.py`). All
-//! answers to a prompt begin with the same tokens, most of them the picture's, so these are read
-//! once, and those of several prompts side by side: the longest common beginning of the tokenized texts, for the tokens of an answer depend on
-//! what stands before it, becomes a prefix in memory that every answer continues. Equal answers are
-//! one.
+//! The score is the output of a linear layer for the hidden state, after the final norm, of the
+//! last token of the judge prompt with the answer (github llava-rlhf/LLaVA-RLHF,
+//! `RLHF/models/reward_model.py`). All answers to a prompt share their first tokens, most of which
+//! are the image's, so these are prefilled once, batched with those of other prompts. The shared
+//! prefix is the longest common prefix of the tokenized texts, since the tokens of an answer depend
+//! on the text before it; every answer continues from its KV cache. Equal answers are scored once.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -29,10 +29,10 @@ use ovchat_models::{
     RowFault,
 };
 
-/// Tokens of answers to one prompt that are compared with each other, unless one alone has more.
+/// Tokens of answers to one prompt per pack, unless a single answer has more.
 const COMPARED_MAX: usize = 512;
 
-/// A reward model of LLaVA-RLHF with its weights.
+/// A LLaVA-RLHF reward model with its weights.
 #[derive(Debug)]
 pub struct RewardJudge {
     prep: LlavaRlhfProcessor,
@@ -40,7 +40,7 @@ pub struct RewardJudge {
     budget: Budget,
 }
 
-/// The network and its head: pictures and texts in, rewards out.
+/// The network and its head; maps images and texts to rewards.
 #[derive(Debug)]
 pub struct RewardNetwork {
     pub llava: Llava,
@@ -50,21 +50,21 @@ pub struct RewardNetwork {
 }
 
 impl RewardJudge {
-    /// Reads the three folders and the request of `spec` onto its device, in its precision.
+    /// Loads the three folders and the judge prompt of `spec` onto its device, in its dtype.
     ///
-    /// Fails when the device does not exist, a file is missing or not what it must be, or a tensor
-    /// is missing, of another shape, or has no place in the network.
+    /// Fails if the device does not exist, a file is missing or invalid, or a tensor is missing,
+    /// has another shape, or does not belong to the network.
     pub fn open(spec: &LlavaRlhfSpec) -> Result<Self, ModelError> {
         let (device, kind) = device::choose(spec.device, spec.dtype)?;
         let prep = LlavaRlhfProcessor::open(spec)?;
         let hidden = prep.config.text_config.hidden_size as i64;
         let adapter = spec.adapter.as_deref().ok_or_else(|| no_adapter(spec))?;
-        // The head first: it is small, and the file that is most often forgotten.
+        // The head first: it is small, and the file that is most often missing.
         let head = RewardHead::open(adapter, hidden, device)?;
         let llava = Llava::open(spec, &prep.config, kind, device)?;
         let element = kind.elt_size_in_bytes() as u64;
         let sizes = Sizes {
-            // An answer that is read leaves one number.
+            // A scored answer leaves only one number.
             row: 0,
             ..Sizes::new(
                 judge_elements(&prep.config),
@@ -85,7 +85,7 @@ impl RewardJudge {
         })
     }
 
-    /// The groups that can be scored, with their tokens. The others with what is wrong with them.
+    /// The groups that can be scored, with their tokens, and the faults of the others.
     fn queue(
         &self,
         groups: &[AnswerGroup<'_>],
@@ -120,7 +120,7 @@ impl RewardJudge {
         (queue, faults)
     }
 
-    /// The next groups, as many as are read at once.
+    /// The next groups that fit into one batch.
     fn next(waiting: &mut VecDeque<PendingGroup>, budget: &Budget) -> Vec<PendingGroup> {
         let tokens_max = budget.read_tokens.min(budget.tokens);
         let lengths: Vec<usize> = waiting.iter().map(|one| one.tokens.iter().sum()).collect();
@@ -128,8 +128,8 @@ impl RewardJudge {
         waiting.drain(..first).collect()
     }
 
-    /// The scores of groups that are read at once, in their order; the fault of a group whose picture
-    /// is none.
+    /// The scores of the groups of one batch, in order, or the fault of a group whose image cannot
+    /// be decoded.
     fn judge(
         &self,
         groups: &[PendingGroup],
@@ -140,7 +140,7 @@ impl RewardJudge {
         let patches = self.prep.config.vision_config.patches();
         images.look(&shown, |pixels| {
             let begun = Instant::now();
-            let features = guarded("looking at pictures", pixels.len(), patches, || {
+            let features = guarded("encoding images", pixels.len(), patches, || {
                 let features = self.network.features(pixels);
                 device::wait(self.network.device);
                 features
@@ -191,21 +191,21 @@ impl RewardJudge {
     }
 }
 
-/// A group that is still to be scored.
+/// A group that waits to be scored.
 struct PendingGroup {
-    /// Its place in the call.
+    /// Its index in the call.
     index: usize,
     shown: Vec<DecodedImage>,
-    /// The distinct ones.
+    /// The distinct answers.
     answers: Vec<JudgeIds>,
-    /// Where in `answers` each of the group's stands.
+    /// The index in `answers` of each answer of the group.
     places: Vec<usize>,
-    /// Tokens: those that all answers begin with, and all others.
+    /// The number of tokens that all answers share, and of all other tokens.
     tokens: [usize; 2],
 }
 
 impl RewardNetwork {
-    /// The features of pictures whose pixels are `[3, side, side]`, `[patches, hidden]` each.
+    /// Encodes images with pixels `[3, side, side]` as features, `[patches, hidden]` each.
     pub fn features<P: AsRef<[f32]>>(&self, images: &[P]) -> Vec<Tensor> {
         let pixels: Vec<Tensor> = images
             .iter()
@@ -221,8 +221,8 @@ impl RewardNetwork {
         self.llava.encode_images(&pixels).unbind(0)
     }
 
-    /// The rewards of answers to prompts, prompt by prompt, in their order: `[answers of all]`,
-    /// float32, with their gradients.
+    /// The rewards of answers to prompts, prompt by prompt, in order: `[answers of all]`, float32,
+    /// with gradients.
     pub fn rewards(&self, prompts: &[(&[JudgeIds], Option<&Tensor>)]) -> Tensor {
         let decoder = self.llava.decoder();
         let mut prefixes = Vec::with_capacity(prompts.len());
@@ -240,8 +240,8 @@ impl RewardNetwork {
             let own = |answer: &JudgeIds| answer.ids[prefix.tokens() as usize..].to_vec();
             let own: Vec<Vec<i64>> = answers.iter().map(own).collect();
             let lengths: Vec<usize> = own.iter().map(Vec::len).collect();
-            // Each token is compared with all others of its pack, whether or not they belong to one
-            // answer.
+            // Attention compares each token with all others of its pack, whether or not they belong
+            // to the same answer.
             texts.extend(packs(&lengths, COMPARED_MAX).into_iter().map(|pack| Texts {
                 prefix,
                 lengths: lengths[pack].iter().map(|&length| length as i64).collect(),
@@ -300,7 +300,7 @@ impl Judge for RewardJudge {
             }
             telemetry.images = images.tally.images;
             telemetry.tower_passes = images.tally.passes;
-            telemetry.seconds_pictures = images.tally.seconds_decoding;
+            telemetry.seconds_images = images.tally.seconds_decoding;
             telemetry.seconds_waiting = images.tally.seconds_waiting;
             Ok::<_, ModelError>(())
         })?;
@@ -315,8 +315,8 @@ impl Judge for RewardJudge {
     }
 }
 
-/// Distinct texts in the order in which they first come, and the place of each text among them. Equal
-/// answers are read once, and their rewards are equal to the bit.
+/// Returns the distinct texts in order of first occurrence, and the index of each text among them.
+/// Equal answers are scored once, so their rewards are bitwise equal.
 fn distinct(texts: Vec<JudgeIds>) -> (Vec<JudgeIds>, Vec<usize>) {
     let mut distinct: Vec<JudgeIds> = Vec::with_capacity(texts.len());
     let mut places = Vec::with_capacity(texts.len());
@@ -330,8 +330,8 @@ fn distinct(texts: Vec<JudgeIds>) -> (Vec<JudgeIds>, Vec<usize>) {
     (distinct, places)
 }
 
-/// How many tokens all texts begin with, short of the last token of the shortest: that of the
-/// reward, which each must read for itself.
+/// The length of the longest common prefix, at most up to the last token of the shortest text: the
+/// reward is read from that token, which each text must process itself.
 fn shared_tokens(answers: &[JudgeIds]) -> usize {
     let Some((first, others)) = answers.split_first() else {
         return 0;
@@ -343,7 +343,7 @@ fn shared_tokens(answers: &[JudgeIds]) -> usize {
     })
 }
 
-/// A linear layer from a hidden state to the reward.
+/// The linear layer from a hidden state to the reward.
 #[derive(Debug)]
 pub struct RewardHead {
     pub weight: Tensor, // [1, hidden]
@@ -351,7 +351,7 @@ pub struct RewardHead {
 }
 
 impl RewardHead {
-    /// Reads the head beside the adapter in `folder`, in the precision that it was saved in.
+    /// Loads the head next to the adapter in `folder`, in the dtype that it was saved in.
     pub fn open(folder: &std::path::Path, hidden: i64, device: Device) -> Result<Self, ModelError> {
         let path = folder.join(HEAD_FILE);
         if !path.is_file() {
@@ -370,7 +370,7 @@ impl RewardHead {
         })
     }
 
-    /// `[rows, hidden]` to one reward for each row, `[rows]`, in float32.
+    /// Maps `[rows, hidden]` to one reward per row, `[rows]`, in float32.
     fn forward(&self, hidden: &Tensor) -> Tensor {
         hidden
             .to_kind(self.weight.kind())

@@ -1,8 +1,8 @@
-//! Training of a reward model: a LoRA adapter and a head learn to score chosen answers above rejected
-//! ones, as `RLHF/models/reward_model.py` of LLaVA-RLHF trains them.
+//! The reward trainer: a LoRA adapter and a head learn to score chosen answers above rejected ones,
+//! as in `RLHF/models/reward_model.py` of LLaVA-RLHF.
 //!
-//! A pair is one pass over what its two texts have in common and one over the rest of both, as when
-//! they are judged. Base, projector and tower stay as they are. Training is in float32.
+//! A pair takes one pass over the common prefix of its two texts and one over the rest of both, as
+//! in scoring. Base, projector and tower are frozen. Training is in float32.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -29,7 +29,7 @@ use ovchat_models::{
     RowFault, Trainer,
 };
 
-/// What LLaVA-RLHF adapts (`adapter_config.json` of `rm_lora_adapter_model`).
+/// The target modules of LLaVA-RLHF (`adapter_config.json` of `rm_lora_adapter_model`).
 const TARGET_MODULES: [&str; 7] = [
     "q_proj",
     "k_proj",
@@ -40,19 +40,19 @@ const TARGET_MODULES: [&str; 7] = [
     "down_proj",
 ];
 
-/// The parameters of the head, behind those of the adapter.
+/// The parameters of the head, after those of the adapter.
 const HEAD: [&str; 2] = ["reward_head.weight", "reward_head.bias"];
 
-/// A LLaVA-RLHF reward model as a learner.
+/// A LLaVA-RLHF reward model in training.
 pub struct LlavaRewardTrainer {
     prep: LlavaRlhfProcessor,
     network: RewardNetwork,
     training: TrainingState,
     centering: f64,
-    /// The element type that the adapter is written in: that of the adapter it began with, or of the
-    /// base's weights.
+    /// The dtype in which the adapter is saved: that of the initial adapter, or of the base's
+    /// weights.
     stored: Kind,
-    /// The folder of the adapter that it began with, whose config is kept.
+    /// The folder of the initial adapter, whose config is kept.
     adapter: Option<PathBuf>,
     rank: usize,
     alpha: f64,
@@ -60,13 +60,13 @@ pub struct LlavaRewardTrainer {
 }
 
 impl LlavaRewardTrainer {
-    /// What trains it.
+    /// The training state.
     #[cfg(test)]
     pub fn training(&self) -> &TrainingState {
         &self.training
     }
 
-    /// Opens the base and the tower, and an adapter: the one that `spec` names, or a fresh one.
+    /// Opens the base and the tower, and an adapter: the one that `spec` names, or a new one.
     pub fn open(spec: &LlavaRlhfSpec, settings: &RewardSettings) -> Result<Self, ModelError> {
         let (device, _) = device::choose(spec.device, spec.dtype)?;
         let prep = LlavaRlhfProcessor::open(spec)?;
@@ -90,7 +90,7 @@ impl LlavaRewardTrainer {
             let head = RewardHead::open(adapter, hidden, device)?;
             [head.weight, head.bias].map(|tensor| tensor.to_kind(Kind::Float))
         } else {
-            // As `nn.Linear` begins, with a bias of 0.
+            // Initialized as by `nn.Linear`, with a bias of 0.
             let bound = (hidden as f64).sqrt().recip();
             let weight = seeded_uniform(settings.seed, HEAD[0], &[1, hidden], bound);
             let bias = Tensor::zeros([1], (Kind::Float, device));
@@ -137,8 +137,8 @@ impl LlavaRewardTrainer {
         })
     }
 
-    /// The rewards of the chosen and of the rejected answer of each pair, `[pairs, 2]` in float64, with
-    /// their gradients.
+    /// The rewards of the chosen and the rejected answer of each pair, `[pairs, 2]` in float64,
+    /// with gradients.
     fn rewards(&self, pairs: &[Judged]) -> Tensor {
         let pixels: Vec<&[f32]> = pairs
             .iter()
@@ -163,13 +163,13 @@ impl LlavaRewardTrainer {
     }
 }
 
-/// The losses of a batch by its rewards: `-log sigmoid(r_chosen - r_rejected)`, in the mean, plus
-/// `centering` times the absolute value of the mean of `r_chosen + r_rejected`; and the slopes of
-/// that loss along each pair's two rewards.
+/// The loss of a batch of rewards, the mean of `-log sigmoid(r_chosen - r_rejected)` plus
+/// `centering` times the absolute value of the mean of `r_chosen + r_rejected`, and its partial
+/// derivatives with respect to the two rewards of each pair.
 fn loss_and_slopes(rewards: &[[f64; 2]], centering: f64) -> (f64, Vec<[f64; 2]>) {
     let count = rewards.len() as f64;
     let center = rewards.iter().flatten().sum::<f64>() / count;
-    // ln(1 + e^-margin), which is the same and does not overflow.
+    // ln(1 + e^-margin), which is equal and does not overflow.
     let softplus = |x: f64| x.max(0.0) + (-x.abs()).exp().ln_1p();
     let preference = rewards
         .iter()
@@ -188,11 +188,11 @@ fn loss_and_slopes(rewards: &[[f64; 2]], centering: f64) -> (f64, Vec<[f64; 2]>)
 }
 
 impl RewardTrainer for LlavaRewardTrainer {
-    /// The centering term joins all pairs of a batch, so they are judged before the slope of the loss
-    /// at any reward is known. Pairs that do not go side by side are judged once more, in parts, for
-    /// their gradients.
+    /// The centering term depends on all pairs of a batch, so they are scored before the loss
+    /// gradient of any reward is known. Pairs that do not fit into one pass are scored again, in
+    /// parts, for the backward pass.
     fn step(&mut self, batch: &[Example<'_>]) -> Result<RewardReport, ModelError> {
-        assert!(!batch.is_empty(), "a step needs pairs");
+        assert!(!batch.is_empty(), "a step needs at least one pair");
         let rows = || batch.iter().map(|pair| pair.id.to_owned()).collect();
         let prep = &self.prep;
         let prepare = |pair: &Example<'_>| {
@@ -266,8 +266,8 @@ impl RewardTrainer for LlavaRewardTrainer {
 }
 
 impl Trainer for LlavaRewardTrainer {
-    /// The folder `adapter`, as peft and LLaVA-RLHF lay it out: `adapter_config.json`,
-    /// `adapter_model.safetensors`, and `reward_head` as `torch.save` writes it.
+    /// Writes the folder `adapter` in the format of peft and LLaVA-RLHF: `adapter_config.json`,
+    /// `adapter_model.safetensors`, and `reward_head` as written by `torch.save`.
     fn save(&mut self, to: &Path) -> Result<(), ModelError> {
         let folder = to.join("adapter");
         let io = |error: std::io::Error| refuse(&folder, error.to_string());
@@ -285,13 +285,13 @@ impl Trainer for LlavaRewardTrainer {
         };
         save_adapter(&folder, &config, Names::Same, adapter, self.stored)?;
         if let Some(begun) = &self.adapter {
-            // Its own says more, and is as true as before.
+            // The original config has more fields, and they are still valid.
             let name = "adapter_config.json";
             fs::copy(begun.join(name), folder.join(name)).map_err(io)?;
             let copied = File::open(folder.join(name)).and_then(|file| file.sync_all());
             copied.map_err(io)?;
         }
-        // In float32, as it is small and decides the last digits of every reward.
+        // In float32, since it is small and determines the last digits of every reward.
         let head: Vec<(&str, Tensor)> = ["weight", "bias"]
             .into_iter()
             .zip(head)

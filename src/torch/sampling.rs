@@ -1,10 +1,10 @@
-//! How the next token is chosen from logits.
+//! Sampling the next token from logits.
 //!
-//! In the order of transformers' `generate`: repetition penalty, temperature, `top_k`, `top_p`,
-//! `min_p`, draw.
-//! Before all of them, tokens that must never be written are banned. The draw takes its number from
-//! a counter, not from a generator with a state: it depends on the prompt's seed, the answer's
-//! number and the token's position, and so on nothing that batching or resuming could change.
+//! The order is that of transformers' `generate`: repetition penalty, temperature, `top_k`,
+//! `top_p`, `min_p`, draw. Tokens that must never be generated are banned before all of these. The
+//! random number of a draw comes from a counter, not from a stateful generator: it depends on the
+//! prompt's seed, the answer's index and the token's position, and so on nothing that batching or
+//! resuming could change.
 
 use std::cmp::Ordering;
 
@@ -14,8 +14,8 @@ use tch::{Device, Kind, Tensor};
 
 use ovchat_models::Sampling;
 
-/// The most likely tokens that are fetched from a device at first; the rest follow only if the draw
-/// goes beyond them.
+/// The number of most likely tokens that are first copied from a device; the rest follow only if
+/// the draw needs them.
 const CANDIDATES: i64 = 512;
 
 /// The seed of answer `answer`: the first eight bytes, little-endian, of
@@ -24,7 +24,7 @@ pub fn answer_seed(prompt_seed: u64, answer: usize) -> i64 {
     i64::from_le_bytes(hashed(b"answer", prompt_seed, answer as u64))
 }
 
-/// The number in [0, 1) that draws token `position` of the answer with this seed: the first eight
+/// The random number in [0, 1) for token `position` of the answer with this seed: the first eight
 /// bytes, little-endian, of `SHA-256("token", seed, position)`, their upper 53 bits over 2^53.
 pub fn uniform(answer_seed: i64, position: usize) -> f64 {
     let bytes = hashed(b"token", answer_seed.cast_unsigned(), position as u64);
@@ -40,18 +40,19 @@ fn hashed(purpose: &[u8], seed: u64, counter: u64) -> [u8; 8] {
     std::array::from_fn(|index| hash[index])
 }
 
-/// Chooses tokens for rows, the answers to prompts, which come and go.
+/// Samples tokens for rows, the answers to prompts, which enter and leave.
 #[derive(Debug)]
 pub struct Chooser<'a> {
     how: &'a Sampling,
     /// 0, or minus infinity for a banned token; `[vocab]`, float32.
     ban: Tensor,
-    /// Whether each token occurred in a row; `[rows, vocab]`, bool. Kept only for a penalty.
+    /// True for each token that occurred in a row; `[rows, vocab]`, bool. Kept only for a
+    /// repetition penalty.
     occurred: Option<Tensor>,
 }
 
 impl<'a> Chooser<'a> {
-    /// For a vocabulary of `vocab` tokens, of which `banned` are never chosen.
+    /// A sampler for a vocabulary of `vocab` tokens, of which `banned` are never sampled.
     pub fn new(how: &'a Sampling, vocab: i64, banned: &[i64], device: Device) -> Self {
         let ban = Tensor::zeros([vocab], (Kind::Float, device)).index_fill(
             0,
@@ -63,7 +64,7 @@ impl<'a> Chooser<'a> {
         Self { how, ban, occurred }
     }
 
-    /// `rows` answers to a prompt of these `ids` come, behind the rows that are there.
+    /// Adds `rows` answers to a prompt with these `ids`, after the existing rows.
     pub fn enter(&mut self, rows: usize, ids: &[i64]) {
         if let Some(occurred) = &mut self.occurred {
             let device = occurred.device();
@@ -74,22 +75,22 @@ impl<'a> Chooser<'a> {
         }
     }
 
-    /// Goes on with some rows only (`[kept]`, int64).
+    /// Keeps only these rows (`[kept]`, int64).
     pub fn keep(&mut self, rows: &Tensor) {
         if let Some(occurred) = &mut self.occurred {
             *occurred = occurred.index_select(0, rows);
         }
     }
 
-    /// All rows go.
+    /// Removes all rows.
     pub fn clear(&mut self) {
         if let Some(occurred) = &mut self.occurred {
             *occurred = occurred.narrow(0, 0, 0);
         }
     }
 
-    /// One token for each row of `logits` (`[rows, vocab]`, float32), drawn with the row's number
-    /// in [0, 1). `None` for a row whose logits are not numbers.
+    /// Samples one token for each row of `logits` (`[rows, vocab]`, float32), with the row's random
+    /// number in [0, 1). `None` for a row whose logits are NaN.
     pub fn choose(&mut self, logits: &Tensor, numbers: &[f64]) -> Vec<Option<i64>> {
         let scores = self.scores(logits);
         let tokens = if self.how.temperature == 0.0 {
@@ -107,7 +108,7 @@ impl<'a> Chooser<'a> {
         tokens
     }
 
-    /// The logits with banned tokens at minus infinity and the penalty applied.
+    /// The logits with banned tokens at minus infinity and the repetition penalty applied.
     fn scores(&self, logits: &Tensor) -> Tensor {
         let scores = logits + &self.ban;
         let Some(occurred) = &self.occurred else {
@@ -118,9 +119,9 @@ impl<'a> Chooser<'a> {
         penalized.where_self(occurred, &scores)
     }
 
-    /// Probabilities after temperature and `top_k`, `[rows, vocab]`.
+    /// The probabilities after temperature and `top_k`, `[rows, vocab]`.
     fn probabilities(&self, scores: &Tensor) -> Tensor {
-        // Minus the maximum first, so that no temperature makes infinities.
+        // Subtract the maximum first, so that no temperature causes infinities.
         let highest = scores.amax([-1i64].as_slice(), true);
         let mut scaled = (scores - highest) / self.how.temperature;
         let top_k = self.how.top_k as i64;
@@ -132,7 +133,7 @@ impl<'a> Chooser<'a> {
         scaled.softmax(-1, Kind::Float)
     }
 
-    /// The probability of each token that [`Chooser::choose`] would draw, by row.
+    /// The probability of each token in [`Chooser::choose`], by row.
     #[cfg(test)]
     pub fn distribution(&self, logits: &Tensor) -> Vec<Vec<f64>> {
         let rows = rows_of(&self.probabilities(&self.scores(logits)));
@@ -173,7 +174,7 @@ impl<'a> Chooser<'a> {
             let pairs = chances.into_iter().zip(ids);
             let mut few: Vec<Token> = pairs.map(|(chance, id)| Token { chance, id }).collect();
             let sum: f64 = few.iter().map(|token| f64::from(token.chance)).sum();
-            // The most likely suffice if all that may be drawn lie among them. They come in order.
+            // The most likely tokens suffice if they include all eligible ones. They come in order.
             let least = few.last().map_or(0.0, |token| token.chance);
             let most = few.first().map_or(0.0, |token| token.chance);
             if sum >= how.top_p || least < least_chance(most, how.min_p) {
@@ -186,7 +187,7 @@ impl<'a> Chooser<'a> {
     }
 }
 
-/// A token and how likely it is.
+/// A token and its probability.
 #[derive(Debug, Clone, Copy)]
 struct Token {
     chance: f32,
@@ -194,15 +195,15 @@ struct Token {
 }
 
 impl Token {
-    /// All tokens of a vocabulary that have a chance.
+    /// All tokens of a vocabulary with nonzero probability.
     fn all(chances: &[f32]) -> Vec<Self> {
         let tokens = (0..).zip(chances);
-        // A chance that is not a number stays, to be found.
+        // A NaN probability is kept, to be detected later.
         let likely = tokens.filter(|(_, chance)| **chance > 0.0 || chance.is_nan());
         likely.map(|(id, &chance)| Self { chance, id }).collect()
     }
 
-    /// The most likely first, of equal ones that of the lower id.
+    /// Orders by descending probability, then by ascending id.
     fn order(&self, other: &Self) -> Ordering {
         other
             .chance
@@ -211,8 +212,8 @@ impl Token {
     }
 }
 
-/// The token that `number` draws from those that may be drawn, by the inverse of the cumulated
-/// chances. `None` when the chances are not numbers.
+/// Draws from the eligible tokens with `number`, by inverse transform sampling. `None` if the
+/// probabilities are NaN.
 fn draw(tokens: &mut [Token], how: &Sampling, number: f64) -> Option<i64> {
     let kept = eligible(tokens, how)?;
     let some_are_out = how.top_p < 1.0 || kept < tokens.len();
@@ -222,13 +223,13 @@ fn draw(tokens: &mut [Token], how: &Sampling, number: f64) -> Option<i64> {
     } else {
         1.0
     };
-    // Rounding may put the draw beyond the last one.
+    // Rounding may put the draw past the last token.
     let place = reach(tokens, |sum| sum > number * whole).unwrap_or(kept - 1);
     Some(tokens[place].id)
 }
 
-/// Brings the tokens that may be drawn to the front, those of the nucleus that `min_p` leaves, and
-/// gives their number. `None` when the chances are not numbers or there are none.
+/// Moves the eligible tokens to the front, those of the nucleus that pass `min_p`, and returns
+/// their number. `None` if the probabilities are NaN or there are none.
 fn eligible(tokens: &mut [Token], how: &Sampling) -> Option<usize> {
     let kept = nucleus(tokens, how.top_p)?;
     if how.min_p == 0.0 {
@@ -247,13 +248,13 @@ fn eligible(tokens: &mut [Token], how: &Sampling) -> Option<usize> {
     Some(front)
 }
 
-/// The least chance that a token may have beside one of `most`; in float32, as transformers has it.
+/// The lowest eligible probability if the highest is `most`; in float32, as in transformers.
 fn least_chance(most: f32, min_p: f64) -> f32 {
     most * min_p as f32
 }
 
-/// Brings the nucleus to the front, the smallest set of most likely tokens whose chances sum to
-/// `top_p`, and gives its size. `None` when the chances are not numbers or there are none.
+/// Moves the nucleus to the front, the smallest set of most likely tokens whose probabilities sum
+/// to `top_p`, and returns its size. `None` if the probabilities are NaN or there are none.
 fn nucleus(tokens: &mut [Token], top_p: f64) -> Option<usize> {
     if tokens.is_empty() || tokens.iter().any(|token| !token.chance.is_finite()) {
         return None;
@@ -265,16 +266,16 @@ fn nucleus(tokens: &mut [Token], top_p: f64) -> Option<usize> {
     Some(last.map_or(tokens.len(), |last| last + 1))
 }
 
-/// Orders `tokens` as far as needed to find the first, most likely first, at which the cumulated
-/// chances are `enough`: all before it are then in front of it. Takes time in proportion to their
-/// number, where sorting would take more: like quickselect, by sums in place of counts.
+/// Orders `tokens` as far as needed to find the first one, by descending probability, at which the
+/// cumulative probability is `enough`; all more likely tokens are then before it. Takes linear
+/// time, unlike sorting: a quickselect by sums instead of counts.
 fn reach(tokens: &mut [Token], enough: impl Fn(f64) -> bool) -> Option<usize> {
     let (mut start, mut end) = (0, tokens.len());
     let mut before = 0.0;
     let sum =
         |tokens: &[Token]| -> f64 { tokens.iter().map(|token| f64::from(token.chance)).sum() };
     if !enough(sum(tokens)) {
-        // The last one, which has the least chance, is then the one to take or to leave.
+        // The least likely token goes last, since it is the next one to include or exclude.
         let least = (0..tokens.len()).max_by(|&one, &two| tokens[one].order(&tokens[two]))?;
         tokens.swap(least, end - 1);
         return None;
@@ -296,8 +297,9 @@ fn reach(tokens: &mut [Token], enough: impl Fn(f64) -> bool) -> Option<usize> {
     Some(start)
 }
 
-/// The token with the highest score in each row, the lowest id among equals (torch's `argmax` returns the
-/// first maximum); `None` for a row whose scores are not numbers. Two numbers a row leave the device.
+/// The token with the highest score in each row, the lowest id among equals (torch's `argmax`
+/// returns the first maximum); `None` for a row whose scores are NaN. Only two numbers per row are
+/// copied from the device.
 fn greatest(scores: &Tensor) -> Vec<Option<i64>> {
     let ids = Vec::<i64>::try_from(scores.argmax(-1, false)).expect("a vector of int64");
     let highest = scores.amax([-1i64].as_slice(), false);
@@ -329,7 +331,7 @@ mod tests {
         }
     }
 
-    /// The shares of the tokens that evenly spread numbers draw.
+    /// The frequencies of tokens drawn with evenly spaced numbers.
     fn shares(how: &Sampling, logits: &[f32], ids: &[i64], banned: &[i64]) -> Vec<f64> {
         const DRAWS: usize = 2000;
         let vocab = logits.len() as i64;
@@ -355,7 +357,7 @@ mod tests {
         }
     }
 
-    /// Logits whose probabilities are these.
+    /// Logits with these probabilities.
     fn logits(chances: &[f32]) -> Vec<f32> {
         chances.iter().map(|chance| chance.ln()).collect()
     }
@@ -400,7 +402,7 @@ mod tests {
         check(&least(0.6, 1.0), &[0., 4. / 7., 0., 3. / 7.]);
         check(&least(0.3, 1.0), &[0., 4. / 9., 2. / 9., 3. / 9.]);
         check(&least(1.0, 1.0), &[0., 1., 0., 0.]);
-        // The narrower of the two decides.
+        // The stricter of the two applies.
         check(&least(0.3, 0.65), &[0., 4. / 7., 0., 3. / 7.]);
         check(&least(0.6, 0.85), &[0., 4. / 7., 0., 3. / 7.]);
     }
@@ -474,7 +476,7 @@ mod tests {
         assert_eq!(greatest(&scores), [Some(1), None, None, None]);
     }
 
-    /// Chances with ties, in no order; selecting must give what sorting gives.
+    /// Probabilities with ties, in no order; selection must give the same result as sorting.
     #[test]
     fn selecting_gives_what_sorting_gives() {
         let chances: Vec<f32> = (0..997)

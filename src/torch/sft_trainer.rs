@@ -1,10 +1,9 @@
-//! Supervised fine-tuning: next-token loss on the answers of conversations, for every network here
-//! that writes text.
+//! The SFT trainer: next-token loss on the answers of conversations, for every generative network.
 //!
-//! A conversation is one causal pass, whatever number of its answers is learned; logits are computed
-//! only where they predict a learned token. Short conversations go side by side, long ones one by
-//! one; their gradients add up, so that the loss of a step is the mean over all learned tokens of its
-//! batch, as in transformers' trainer.
+//! A conversation takes one causal pass, however many of its answers are trained on; logits are
+//! computed only where they predict a trained token. Short conversations are packed together, long
+//! ones run one by one; their gradients accumulate, so that the loss of a step is the mean over all
+//! trained tokens of its batch, as in transformers' `Trainer`.
 
 use std::fs;
 use std::path::Path;
@@ -33,39 +32,40 @@ use ovchat_models::{
     SftTrainer, Trainer,
 };
 
-/// The head of a reward model's base, which judging never needs.
+/// The LM head of a reward model's base, which scoring does not use.
 const BASE_HEAD: &str = "lm_head.weight";
 
-/// A network that learns to write.
+/// A network that can be fine-tuned.
 pub trait SftModel {
-    /// What turns conversations into [`SftModel::Prepared`]; shared by threads.
+    /// The preprocessor, which converts SFT examples to [`SftModel::Prepared`]; shared by threads.
     type Prep: Sync;
-    /// A conversation as the network takes it.
+    /// A preprocessed SFT example.
     type Prepared: Send;
 
     fn prep(&self) -> &Self::Prep;
 
-    /// Decodes, cuts and tokenizes.
+    /// Decodes, tiles and tokenizes.
     fn prepare(prep: &Self::Prep, example: &SftExample<'_>) -> Result<Self::Prepared, RowFault>;
 
-    /// The whole sequences (`[tokens, hidden]`), and what gradients go through on from them.
+    /// The embeddings of the whole sequences (`[tokens, hidden]`), and the layer stacks that
+    /// continue their backward pass.
     fn embed(&self, examples: &[Self::Prepared]) -> (Vec<Tensor>, Vec<LayerStack<'_>>);
 
-    /// The ids of the whole sequence, and where in it the tokens stand that are learned.
+    /// The ids of the whole sequence, and the ranges of its trained tokens.
     fn tokens(example: &Self::Prepared) -> (&[i64], &[std::ops::Range<usize>]);
 
     fn decoder(&self) -> &Decoder;
 
     fn lm_head(&self) -> &LmHead;
 
-    /// Whether the loss depends on a parameter also when there are no pictures.
+    /// True if the loss depends on the parameter even without images.
     fn reads_without_images(parameter: &Parameter) -> bool;
 
-    /// Writes the parameters as a checkpoint into the new folder `to`.
+    /// Writes the parameters as a checkpoint to the new folder `to`.
     fn save(&self, to: &Path, parameters: &[Parameter]) -> Result<(), ModelError>;
 }
 
-/// A student and what trains it.
+/// A network in SFT and its training state.
 pub struct Sft<S> {
     model: S,
     training: TrainingState,
@@ -80,14 +80,15 @@ struct Sums {
 }
 
 impl<S: SftModel> Sft<S> {
-    /// What trains it.
+    /// The training state.
     #[cfg(test)]
     pub fn training(&self) -> &TrainingState {
         &self.training
     }
 
-    /// Forward and backward of some conversations of a batch with `learned` learned tokens. Stops
-    /// before the gradients at a loss that is not finite, and gives the number of its conversation.
+    /// Runs forward and backward passes for some conversations of a batch with `learned` trained
+    /// tokens. Stops before the backward pass at a loss that is not finite, and returns the index
+    /// of its conversation.
     fn learn_from(
         &self,
         examples: &[S::Prepared],
@@ -104,7 +105,7 @@ impl<S: SftModel> Sft<S> {
         let (embedded, images) = self.model.embed(examples);
         for (example, embeds) in examples.iter().zip(embedded) {
             let (ids, answers) = S::tokens(example);
-            // A token is predicted where the one before it is read; the last one predicts nothing.
+            // A token is predicted at the token before it; the last one predicts nothing.
             let tree = PackedSequence {
                 prompt: ids.len() as i64 - 1,
                 branches: Vec::new(),
@@ -127,8 +128,8 @@ impl<S: SftModel> Sft<S> {
         let logits = self.model.lm_head().forward(&hidden); // [learned, vocab]
         let wanted = on_device(&wanted);
         let losses = -token_logps(&logits, &wanted); // [learned]
-        let of_lessons = losses.detach().split_with_sizes(counts, 0);
-        for (number, losses) in of_lessons.iter().enumerate() {
+        let of_examples = losses.detach().split_with_sizes(counts, 0);
+        for (number, losses) in of_examples.iter().enumerate() {
             let loss = losses.sum(Kind::Double).double_value(&[]);
             if !loss.is_finite() {
                 return Err(number);
@@ -149,7 +150,7 @@ impl<S: SftModel> Sft<S> {
 
 impl<S: SftModel> SftTrainer for Sft<S> {
     fn step(&mut self, batch: &[SftExample<'_>]) -> Result<SftReport, ModelError> {
-        assert!(!batch.is_empty(), "a step needs conversations");
+        assert!(!batch.is_empty(), "a step needs at least one conversation");
         let rows = || batch.iter().map(|example| example.id.to_owned()).collect();
         let prep = self.model.prep();
         let prepared: Vec<Result<S::Prepared, RowFault>> = batch
@@ -211,7 +212,7 @@ impl<S: SftModel> Trainer for Sft<S> {
     }
 }
 
-/// LLaVA-OneVision as a student.
+/// A LLaVA-OneVision network in SFT.
 pub struct LlavaOnevisionSft {
     prep: LlavaOnevisionProcessor,
     checkpoint: Checkpoint,
@@ -226,8 +227,8 @@ impl Sft<LlavaOnevisionSft> {
         settings: &SftSettings,
     ) -> Result<Self, ModelError> {
         if let Some(adapter) = &spec.adapter {
-            let problem = "is an adapter, and what is trained is the network; merge it first with \
-                           `pipeline export --merge`";
+            let problem = "is an adapter, but this stage trains the network itself; merge the \
+                           adapter first with `pipeline export --merge`";
             return Err(super::weights::refuse(adapter, problem.to_owned()));
         }
         let prep = LlavaOnevisionProcessor::open(&spec.weights)?;
@@ -302,7 +303,7 @@ impl SftModel for LlavaOnevisionSft {
     }
 }
 
-/// The base and the tower of a LLaVA-RLHF reward model as a student.
+/// The base and the tower of a LLaVA-RLHF reward model in SFT.
 pub struct LlavaSft {
     prep: LlavaRlhfProcessor,
     base: Checkpoint,
@@ -313,8 +314,7 @@ pub struct LlavaSft {
 }
 
 impl Sft<LlavaSft> {
-    /// Opens base and tower; an adapter, if there is one, has no part in this. Training is in
-    /// float32.
+    /// Opens base and tower; an adapter, if there is one, is not used. Training is in float32.
     pub fn open(spec: &LlavaRlhfSpec, settings: &SftSettings) -> Result<Self, ModelError> {
         let prep = LlavaRlhfProcessor::open(spec)?;
         let (device, _) = device::choose(spec.device, spec.dtype)?;
@@ -380,7 +380,7 @@ impl SftModel for LlavaSft {
             let look: Layer<'_> = Box::new(|pixels| self.network.encode_images(pixels));
             LayerStack::run(vec![look], &pixels, SavedActivations::Everything)
         });
-        let features = chain.as_ref().map(LayerStack::output); // [pictures, patches, hidden]
+        let features = chain.as_ref().map(LayerStack::output); // [images, patches, hidden]
         let mut image = 0;
         let embedded = examples.iter().map(|example| {
             let features = features.filter(|_| example.pixels.is_some());
@@ -408,7 +408,7 @@ impl SftModel for LlavaSft {
         !parameter.name.starts_with(TOWER) && !parameter.name.contains("mm_projector")
     }
 
-    /// The folder `base`, and the folder `vision` beside it.
+    /// Writes the folders `base` and `vision`.
     fn save(&self, to: &Path, parameters: &[Parameter]) -> Result<(), ModelError> {
         let made = fs::create_dir(to);
         made.map_err(|error| super::weights::refuse(to, error.to_string()))?;

@@ -1,4 +1,5 @@
-//! What all trainings share: parameters, optimizer, learning rate, and the state to go on from.
+//! The state that all trainers share: parameters, optimizer, learning rate, and saving for a
+//! resume.
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -16,7 +17,7 @@ use ovchat_models::{ModelError, Optimization};
 /// The file in the folder of [`ovchat_models::Trainer::save_state`].
 pub const STATE_FILE: &str = "state.safetensors";
 
-/// What completes "out of memory while …": what is done, with one row or several of a kind.
+/// Completes "out of memory while …" with an action on one row or several of a kind.
 pub fn doing(what: &str, kind: &str, rows: &[&str]) -> String {
     match rows {
         [one] => format!("{what} {kind} {one}"),
@@ -24,22 +25,22 @@ pub fn doing(what: &str, kind: &str, rows: &[&str]) -> String {
     }
 }
 
-/// The trained weights of a network and what trains them.
+/// The trained parameters of a network and their optimizer.
 #[derive(Debug)]
 pub struct TrainingState {
     pub parameters: Vec<Parameter>,
-    /// The highest learning rate of each parameter.
+    /// The peak learning rate of each parameter.
     rates: Vec<f64>,
     optimizer: AdamW,
-    /// Of the training; what parts with a rate of their own have, has the same course.
+    /// The peak learning rate of the training; parts with their own rate follow the same schedule.
     peak: f64,
     schedule: LearningRate,
     max_grad_norm: f64,
-    /// Updates that were made.
+    /// The number of updates so far.
     step: usize,
 }
 
-/// What an update did.
+/// The outcome of an update.
 #[derive(Debug, Clone, Copy)]
 pub struct Update {
     /// The Euclidean norm of the gradient before clipping.
@@ -48,9 +49,9 @@ pub struct Update {
 }
 
 impl TrainingState {
-    /// Fails when the optimizer's state does not fit into the device's memory.
+    /// Fails if the optimizer state does not fit into the device's memory.
     pub fn new(parameters: Vec<Parameter>, settings: &Optimization) -> Result<Self, ModelError> {
-        let optimizer = guarded("making the optimizer's state", 1, 0, || {
+        let optimizer = guarded("allocating the optimizer state", 1, 0, || {
             let (betas, epsilon) = (settings.adam_betas, settings.adam_epsilon);
             let (decay, optimizer) = (settings.weight_decay, settings.optimizer);
             AdamW::new(&parameters, betas, epsilon, decay, optimizer)
@@ -67,32 +68,32 @@ impl TrainingState {
         })
     }
 
-    /// Gives parameters highest learning rates of their own, by their names.
+    /// Sets peak learning rates for some parameters, by name.
     pub fn set_rates(&mut self, of: impl Fn(&str) -> Option<f64>) {
         for (rate, parameter) in self.rates.iter_mut().zip(&self.parameters) {
             *rate = of(&parameter.name).unwrap_or(self.peak);
         }
     }
 
-    /// Updates that were made.
+    /// The number of updates so far.
     pub fn steps(&self) -> usize {
         self.step
     }
 
-    /// Forgets the gradients of the last step.
+    /// Clears the gradients of the last step.
     pub fn begin_step(&mut self) {
         zero_gradients(&mut self.parameters);
     }
 
-    /// Updates those parameters that `has_gradient` says the loss depends on: one that nothing
-    /// touched has a gradient of zero here, and PyTorch would leave it alone. `rows` names the rows
-    /// of the step, for errors. Fails, and changes nothing, when a gradient is not finite.
+    /// Updates those parameters for which `has_gradient` says that the loss depends on them: an
+    /// unused parameter has a gradient of zero here, and PyTorch would not update it. `rows` names
+    /// the rows of the step, for errors. Fails, and changes nothing, if a gradient is not finite.
     pub fn update(
         &mut self,
         rows: impl Fn() -> Vec<String>,
         has_gradient: impl Fn(&Parameter) -> bool,
     ) -> Result<Update, ModelError> {
-        let norm = guarded("taking the gradient's norm", 1, 0, || {
+        let norm = guarded("computing the gradient norm", 1, 0, || {
             self.optimizer.reserve(&self.parameters);
             grad_norm(&self.parameters)
         })?;
@@ -117,15 +118,15 @@ impl TrainingState {
         })
     }
 
-    /// What the optimizer remembers of each parameter.
+    /// The optimizer state of each parameter.
     #[cfg(test)]
     pub fn moments(&self) -> &[Moments] {
         self.optimizer.moments()
     }
 
-    /// One safetensors file: of each parameter `weight.…`, `exp_avg.…` and `exp_avg_sq.…` in
-    /// float32, or the latter two in bytes, its updates in `parameter_steps`, and the updates of the
-    /// training in `step`.
+    /// Writes one safetensors file: for each parameter `weight.…`, `exp_avg.…` and `exp_avg_sq.…`
+    /// in float32, or the latter two in eight bits; its number of updates in `parameter_steps`; and
+    /// the number of updates of the training in `step`.
     pub fn save_state(&self, to: &Path) -> Result<(), ModelError> {
         let io = |error: std::io::Error| state_error(to, error.to_string());
         fs::create_dir(to).map_err(io)?;
@@ -165,7 +166,7 @@ impl TrainingState {
         };
         let step = integers("step", 1)?[0];
         let steps = integers("parameter_steps", self.parameters.len())?;
-        // As each tensor is now, which is how it was saved.
+        // The saved tensors have the same shapes and dtypes as the current ones.
         let read =
             |name: &str, like: &Tensor| state.take(name, &like.size(), like.kind(), like.device());
         let mut moments = Vec::with_capacity(self.parameters.len());
@@ -198,7 +199,7 @@ impl TrainingState {
     }
 }
 
-/// A number that is not one; `rows` are those of the step.
+/// The error for a value that is not finite; `rows` are those of the step.
 pub fn not_finite(what: impl Into<String>, rows: Vec<String>) -> ModelError {
     ModelError::NotFinite {
         what: what.into(),
@@ -206,7 +207,7 @@ pub fn not_finite(what: impl Into<String>, rows: Vec<String>) -> ModelError {
     }
 }
 
-/// A row that can't be trained on.
+/// The error for a row that cannot be trained on.
 pub fn row_error(row: &str, problem: impl Into<String>) -> ModelError {
     ModelError::Row {
         row: row.to_owned(),

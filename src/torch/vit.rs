@@ -1,10 +1,9 @@
-//! The vision transformers: SigLIP's tower (LLaVA-OneVision) and CLIP's (LLaVA-RLHF).
+//! SigLIP (LLaVA-OneVision) and CLIP (LLaVA-RLHF) vision towers.
 //!
-//! Both are the same network but for the way in: CLIP puts a class token before the patches,
-//! normalizes the embeddings and has no bias in the patch convolution. A tower gives the hidden
-//! states after the layers that are asked for, before any post-layernorm, and holds no layer beyond
-//! the last of them. Sources: transformers' `models/siglip/modeling_siglip.py` and
-//! `models/clip/modeling_clip.py`.
+//! Both are the same network except for the embeddings: CLIP prepends a class token to the patches,
+//! normalizes the embeddings and has no bias in the patch convolution. A tower outputs the
+//! requested hidden states, before any post-layernorm, and holds no layer beyond the last of them.
+//! Sources: transformers' `models/siglip/modeling_siglip.py` and `models/clip/modeling_clip.py`.
 
 use tch::Tensor;
 
@@ -13,7 +12,7 @@ use super::layers::{Activation, Bias, LayerNorm, Linear, Path};
 use ovchat_models::ModelError;
 use ovchat_models::checkpoint::VisionConfig;
 
-/// Which of the two ways in.
+/// The family of a tower, which decides its embeddings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Family {
     /// Patches only, a bias in the patch convolution.
@@ -38,7 +37,7 @@ pub struct VitSizes {
 }
 
 impl VitSizes {
-    /// The sizes that a checkpoint's config tells.
+    /// The sizes from a checkpoint's config.
     pub fn new(family: Family, model_config: &VisionConfig) -> Self {
         Self {
             family,
@@ -57,7 +56,7 @@ impl VitSizes {
         }
     }
 
-    /// Patches of a picture; pixels that do not fill a patch at the right and bottom are left out.
+    /// The number of patches of an image; partial patches at the right and bottom are dropped.
     pub fn num_patches(&self) -> i64 {
         (self.image_size / self.patch_size).pow(2)
     }
@@ -73,8 +72,8 @@ pub struct Vit {
 }
 
 impl Vit {
-    /// `hidden_states` are the states that [`Vit::forward`] gives: 0 is what enters layer 0, `n` what
-    /// layer `n` of those counted from 1 gives.
+    /// `hidden_states` are the states that [`Vit::forward`] returns: 0 is the input of the first
+    /// layer, `n` the output of the `n`th.
     pub fn new(
         path: &Path,
         config: &VitSizes,
@@ -100,7 +99,8 @@ impl Vit {
         })
     }
 
-    /// [`Vit::forward`] layer by layer; at once where other hidden states than the last are wanted.
+    /// The layers of [`Vit::forward`] separately; a single one if hidden states other than the last
+    /// are wanted.
     pub fn links(&self) -> Vec<Layer<'_>> {
         if self.hidden_states != [self.layers.len()] {
             return vec![Box::new(|pixels| self.forward(pixels))];
@@ -112,7 +112,7 @@ impl Vit {
         links
     }
 
-    /// Pixels to what enters the first layer, `[tiles, tokens, hidden]`.
+    /// Embeds pixels as the input of the first layer, `[tiles, tokens, hidden]`.
     fn embed(&self, pixels: &Tensor) -> Tensor {
         let xs = self.embeddings.forward(pixels);
         match &self.pre_layrnorm {
@@ -121,15 +121,15 @@ impl Vit {
         }
     }
 
-    /// Pixels `[tiles, channels, image_size, image_size]` to the chosen hidden states side by side,
-    /// `[tiles, tokens, hidden * states]`; the class token, if any, is token 0.
+    /// Maps pixels `[tiles, channels, image_size, image_size]` to the selected hidden states,
+    /// concatenated, `[tiles, tokens, hidden * states]`; the class token, if any, is token 0.
     pub fn forward(&self, pixels: &Tensor) -> Tensor {
         let xs = self.embed(pixels);
         let mut states = vec![xs];
         for layer in &self.layers {
             let next = layer.forward(&states[states.len() - 1]);
             if !self.hidden_states.contains(&(states.len() - 1)) {
-                // Nobody asks for this one again; free it before the next is made.
+                // This state is not needed again; free it before the next is computed.
                 let last = states.len() - 1;
                 states[last] = Tensor::new();
             }
@@ -144,7 +144,7 @@ impl Vit {
     }
 }
 
-/// Patches (and the class token) with their positions.
+/// Embeddings of patches (and the class token) with their positions.
 #[derive(Debug)]
 struct Embeddings {
     class_embedding: Option<Tensor>,      // [hidden]
@@ -244,7 +244,7 @@ impl Attention {
         })
     }
 
-    /// Every token of a tile sees every other; `[tiles, tokens, hidden]`.
+    /// Every token of a tile attends to every other; `[tiles, tokens, hidden]`.
     fn forward(&self, xs: &Tensor) -> Tensor {
         let heads = |projected: Tensor| {
             projected.unflatten(-1, [self.heads, -1]).transpose(1, 2) // [tiles, heads, tokens, head_dim]
@@ -328,7 +328,8 @@ mod tests {
         let both = forward(Family::Siglip, &[3, 1]);
         assert_eq!(both.narrow(-1, 0, 8), forward(Family::Siglip, &[3]));
         assert_eq!(both.size(), [2, 4, 16]);
-        // The weights are made in the order of asking, so a shorter tower has the same first layers.
+        // The weights are fabricated in the order of the requests, so a shorter tower has the same
+        // first layers.
         assert_eq!(both.narrow(-1, 8, 8), forward(Family::Siglip, &[1]));
     }
 

@@ -1,8 +1,8 @@
-//! Weights on disk: the tensors of [`Shards`] as libtorch has them, read one at a time.
+//! Weights on disk: the tensors of [`Shards`] as libtorch tensors, read one at a time.
 //!
-//! Opening reads the directories only; [`Weights::take`] then reads the bytes of one tensor. So never
-//! more than one tensor lies in memory beside the model that is being built, and a reader that names
-//! the shapes it expects finds a wrong checkpoint before it has copied a byte of it.
+//! Opening reads only the directories; [`Weights::take`] then reads the bytes of one tensor. Thus
+//! at most one tensor is in memory in addition to the model that is being built, and a caller that
+//! expects certain shapes detects a wrong checkpoint before any of its bytes are copied.
 
 mod save;
 
@@ -22,17 +22,17 @@ pub use self::save::{save_safetensors, save_torch};
 #[derive(Debug)]
 pub struct Weights {
     shards: Shards,
-    /// The opened files of `shards`.
+    /// The open files of `shards`.
     files: Vec<File>,
 }
 
 impl Weights {
-    /// Opens the weights in `folder`, see [`Shards::open`].
+    /// Opens the weights in `folder`; see [`Shards::open`].
     pub fn open(folder: &Path) -> Result<Self, ModelError> {
         Self::of(Shards::open(folder)?)
     }
 
-    /// Opens one file, see [`Shards::open_file`].
+    /// Opens one file; see [`Shards::open_file`].
     pub fn open_file(path: &Path) -> Result<Self, ModelError> {
         Self::of(Shards::open_file(path)?)
     }
@@ -55,7 +55,7 @@ impl Weights {
         self.shards.names()
     }
 
-    /// Whether there is a tensor of this name.
+    /// True if there is a tensor of this name.
     pub fn has(&self, name: &str) -> bool {
         self.shards.has(name)
     }
@@ -65,20 +65,20 @@ impl Weights {
         self.shards.files()
     }
 
-    /// The stored type, the shape and the file of a tensor.
+    /// The stored dtype, the shape and the file of a tensor.
     pub fn info(&self, name: &str) -> Option<TensorInfo<'_>> {
         self.shards.info(name)
     }
 
-    /// The type that a tensor is stored in.
+    /// The dtype that a tensor is stored in.
     pub fn kind(&self, name: &str) -> Option<Kind> {
         self.info(name).map(|info| kind(info.element))
     }
 
-    /// Reads the tensor `name`, which must have the shape `shape`, as `kind` onto `device`.
+    /// Reads the tensor `name` with the expected `shape` onto `device` as `kind`.
     ///
-    /// Fails when it is missing or has another shape (both shapes are named), can't be read, or
-    /// does not fit into the device's memory.
+    /// Fails if it is missing or has another shape (the error names both shapes), cannot be read,
+    /// or does not fit into the device's memory.
     pub fn take(
         &self,
         name: &str,
@@ -89,7 +89,7 @@ impl Weights {
         let (file, place) = self.find(name)?;
         if place.shape != shape {
             let problem = format!(
-                "`{name}` has the shape {:?}, expected {shape:?}; does config.json belong to \
+                "`{name}` has shape {:?}, expected {shape:?}; does config.json belong to \
                  these weights?",
                 place.shape
             );
@@ -98,7 +98,7 @@ impl Weights {
         self.load(name, file, place, kind, device)
     }
 
-    /// Reads the tensor `name` onto `device` in the type and shape that are stored.
+    /// Reads the tensor `name` onto `device` with its stored dtype and shape.
     pub fn read(&self, name: &str, device: Device) -> Result<Tensor, ModelError> {
         let (file, place) = self.find(name)?;
         self.load(name, file, place, kind(place.element), device)
@@ -111,7 +111,9 @@ impl Weights {
 
     fn path_of(&self, file: usize) -> &Path {
         let mut files = self.shards.files();
-        files.nth(file).expect("a place is in one of the files")
+        files
+            .nth(file)
+            .expect("the index refers to one of the files")
     }
 
     fn load(
@@ -139,7 +141,7 @@ impl Weights {
     }
 }
 
-/// What libtorch calls a type of elements.
+/// The libtorch kind of an element type.
 fn kind(element: Element) -> Kind {
     match element {
         Element::F64 => Kind::Double,

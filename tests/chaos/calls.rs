@@ -1,5 +1,5 @@
-//! A run is killed while an endpoint is asked: what was paid for is never asked again, and the rewards are
-//! those of an undisturbed run.
+//! Kills of a run during calls to an endpoint: an answered call is never repeated, and the rewards
+//! equal those of an undisturbed run.
 
 use std::collections::{BTreeSet, HashSet};
 use std::os::unix::process::ExitStatusExt as _;
@@ -15,20 +15,20 @@ use crate::hostile_endpoints::{Endpoint, reply};
 use crate::judges::{by_length, pipeline};
 use crate::scene::{Numbers, Scene};
 
-/// Decides the moments.
+/// The seed of the moments.
 const SEED: u64 = 20_261_129;
 
-/// Kills in all, every other one at an operation on the journal of calls.
+/// The number of kills, every other one at an operation on the call log.
 const KILLS: usize = 16;
 
-/// Calls that are under way at once.
+/// Concurrent calls.
 const CONCURRENCY: usize = 6;
 
-/// The longest that a run may go on.
+/// The longest duration of a run.
 const LIMIT: Duration = Duration::from_mins(1);
 
-/// The numbers of the calls in a run's journal, by the tokens that the endpoint said they took, and their
-/// questions' hashes.
+/// Returns the numbers of the calls in the call log, from the reported token counts, and the hashes
+/// of their questions.
 fn journaled(scene: &Scene) -> (BTreeSet<usize>, HashSet<String>) {
     let text = std::fs::read(scene.path("runs/scripted/calls/judge.jsonl")).unwrap_or_default();
     let whole = text.split_inclusive(|byte| *byte == b'\n');
@@ -45,7 +45,7 @@ fn journaled(scene: &Scene) -> (BTreeSet<usize>, HashSet<String>) {
 
 #[test]
 fn what_was_paid_for_is_asked_once_however_often_the_run_is_killed() {
-    // Every question, in the order in which it came.
+    // All questions in the order of their arrival.
     let heard: Arc<Mutex<Vec<String>>> = Arc::default();
     let there = Arc::clone(&heard);
     let endpoint = Endpoint::new(move |out, _, question| {
@@ -56,7 +56,7 @@ fn what_was_paid_for_is_asked_once_however_often_the_run_is_killed() {
         };
         thread::sleep(Duration::from_millis(10 + (number as u64 * 7) % 30));
         let usage = json!({ "prompt_tokens": number, "completion_tokens": 1 });
-        // Nobody listens after a kill.
+        // The connection is closed after a kill.
         drop(out.write_all(&reply(&by_length(question), &usage)));
     });
     let judge = endpoint.judge(&format!("concurrency_max: {CONCURRENCY}"));
@@ -80,7 +80,7 @@ fn what_was_paid_for_is_asked_once_however_often_the_run_is_killed() {
         let mut command = scene.command(&["run", "p.yaml"]);
         command.stderr(Stdio::null());
         let is_planned = kill % 2 == 0;
-        // The first one finds a journal that is new.
+        // The first kill hits a new call log.
         let plan = line_plan("/calls", kill / 2, 10 + numbers.below(14));
         if is_planned {
             doom(&mut command, &scene, &shim, &plan);
@@ -99,7 +99,7 @@ fn what_was_paid_for_is_asked_once_however_often_the_run_is_killed() {
         }
         let ended = child.wait().unwrap();
         assert_eq!(ended.signal(), Some(9), "kill {kill} ({plan}): {ended}");
-        // What was sent is heard.
+        // Gives the run time to read the replies that were sent.
         thread::sleep(Duration::from_millis(200));
         let (now, _) = journaled(&scene);
         assert!(

@@ -1,5 +1,5 @@
-//! The page's server is killed again and again while six people label and take back: what was acknowledged
-//! is there once, and what was taken back is not.
+//! Kills of the page's server while six annotators label and undo: every acknowledged label exists
+//! once, and a label that was taken back does not.
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
@@ -16,28 +16,28 @@ use super::{doom, line_plan, shim};
 use crate::people::{Page, scene};
 use crate::scene::{Numbers, Scene};
 
-/// Decides the moments, and who says what.
+/// The seed of the moments and of the annotators' choices.
 const SEED: u64 = 20_261_129;
 
 const LABELERS: usize = 6;
 
-/// Kills in all, every other one at an operation on the files of labels.
+/// The number of kills, every other one at an operation on the label files.
 const KILLS: usize = 24;
 
-/// The longest that this may take, and the longest wait for an answer.
+/// The longest duration of the test, and the longest wait for a response.
 const LIMIT: Duration = Duration::from_mins(2);
 const ANSWER: Duration = Duration::from_secs(20);
 
-/// Where the page is, and what it counts.
+/// The state that annotators share: the page's address and its counters.
 #[derive(Default)]
 struct Place {
-    /// Address and key; none while there is no server.
+    /// Address and key; `None` while no server runs.
     server: Mutex<Option<(String, String)>>,
     acknowledged: AtomicUsize,
     is_over: AtomicBool,
 }
 
-/// Ends the work of the labelers, also where a test fails.
+/// Stops the annotators, also if the test fails.
 struct Closing<'p>(&'p Place);
 
 impl Drop for Closing<'_> {
@@ -47,11 +47,11 @@ impl Drop for Closing<'_> {
     }
 }
 
-/// How a request went.
+/// The outcome of a request.
 enum Went {
-    /// There was nobody to take it.
+    /// No server was running.
     Unsent,
-    /// It was sent, and no whole answer came.
+    /// The request was sent, but no complete response arrived.
     Unanswered,
     Answered(u16, Value),
 }
@@ -85,15 +85,15 @@ impl Place {
     }
 }
 
-/// A label, as the one who said it knows it.
+/// A label from the annotator's point of view.
 #[derive(Debug)]
 struct Own {
     question: u64,
-    /// Names it: the milliseconds that it took.
+    /// The milliseconds that the label took; they identify it.
     name: u64,
     said: LabelVerdict,
-    /// Whether it was acknowledged, and nothing was heard against it since. Of the others nobody knows
-    /// whether they were written, or taken back.
+    /// True if the label was acknowledged and not taken back since. It is unknown if the other
+    /// labels were written or taken back.
     is_sure: bool,
 }
 
@@ -101,7 +101,7 @@ struct Labeler<'p> {
     place: &'p Place,
     by: String,
     numbers: Numbers,
-    /// Those that may be there, in the order in which they were said.
+    /// The labels that may exist, in the order in which they were sent.
     own: Vec<Own>,
     sent: u64,
     taken_back: usize,
@@ -142,7 +142,7 @@ impl<'p> Labeler<'p> {
         };
         let question = next["question"]["number"].as_u64();
         let question = question.expect("there are questions for all");
-        // Who hears nothing says it again, to the next server.
+        // Without a response, the label goes to the next server again.
         loop {
             let said =
                 [LabelVerdict::Left, LabelVerdict::Right, LabelVerdict::Tie][self.numbers.below(3)];
@@ -164,7 +164,7 @@ impl<'p> Labeler<'p> {
                     self.own.push(own(true));
                     return;
                 }
-                // Somebody else was faster, or it was written the time before.
+                // Another annotator was faster, or an earlier attempt was written.
                 Went::Answered(409, _) | Went::Unsent => return,
                 Went::Answered(status, why) => panic!("{status}: {why}"),
                 Went::Unanswered => {
@@ -219,7 +219,7 @@ impl<'p> Labeler<'p> {
         }
     }
 
-    /// Something was acknowledged about a question: labels before that nobody was sure of are not there.
+    /// Forgets the uncertain labels of a question, which a later acknowledgment rules out.
     fn forget(&mut self, question: u64) {
         let is_it = |own: &&Own| own.question == question && own.is_sure;
         let lost = self.own.iter().find(is_it);
@@ -228,7 +228,7 @@ impl<'p> Labeler<'p> {
     }
 }
 
-/// Kills servers one after the other. Returns how many set a line aside.
+/// Kills servers one after another. Returns the number of servers that moved a torn line aside.
 fn kill_servers(scene: &Scene, place: &Place) -> usize {
     let _closing = Closing(place);
     let shim = shim(scene);
@@ -237,7 +237,7 @@ fn kill_servers(scene: &Scene, place: &Place) -> usize {
     for kill in 0..KILLS {
         let mut command = scene.command(&["label", "scripted"]);
         let is_planned = kill % 2 == 0;
-        // The first one finds no file of labels.
+        // The first server finds no label file.
         let least = if kill == 0 { 20 } else { 1 };
         let plan = line_plan("/human_labels", kill / 2, least + numbers.below(40));
         if is_planned {
@@ -285,11 +285,11 @@ fn what_was_acknowledged_is_there_once_however_often_the_server_is_killed() {
         let labelers = labelers.into_iter().map(|labeler| labeler.join().unwrap());
         (labelers.collect::<Vec<_>>(), torn)
     });
-    // Once more, for what the last kill cut off.
+    // One more server repairs the line that the last kill truncated.
     drop(Page::open(&scene));
     let files = LabelFiles::new(&scene.path("runs/scripted"), "pairs", Some(1));
-    let (labels, spoiled) = files.read().unwrap();
-    assert_eq!(spoiled, 0);
+    let (labels, corrupt) = files.read().unwrap();
+    assert_eq!(corrupt, 0);
     let lines = std::fs::read_to_string(files.path()).unwrap();
     let lines: Vec<LabelLine> = lines
         .lines()

@@ -1,17 +1,17 @@
-//! Networks are killed while they answer, score and learn: what comes out is what an undisturbed run makes,
-//! byte for byte.
+//! Kills while networks sample, score and train: the result is byte-identical to that of an
+//! undisturbed run.
 
 use super::{Chaos, MODES, ONE_THREAD, shim};
 use crate::networks::models;
 use crate::scene::{Numbers, ROOT, Scene, said};
 
-/// Decides the operations.
+/// The seed of the operations.
 const SEED: u64 = 20_261_129;
 
-/// Kills in all.
+/// The number of kills.
 const KILLS: usize = 20;
 
-/// What is hit, and how many of its operations are drawn from.
+/// The classes of operations that a kill hits, and the number of operations to draw from.
 const PLACES: [(&str, usize); 4] = [
     ("commit", 16),
     ("state-", 60),
@@ -21,7 +21,7 @@ const PLACES: [(&str, usize); 4] = [
 
 const RUN: &str = "runs/chaos";
 
-/// Two rounds with the smallest checkpoints: answers and rewards, and each kind of training.
+/// Two rounds with the smallest checkpoints: answers, rewards, and each kind of training stage.
 fn scene() -> Scene {
     let scene = Scene::new();
     let record = |number: usize| {
@@ -80,7 +80,7 @@ fn networks_killed_at_commits_states_and_checkpoints_end_with_the_same_weights()
             let (class, most) = PLACES[place];
             let mode = MODES[numbers.below(3)];
             let (operation, power) = (1 + numbers.below(most), numbers.below(2));
-            // The last of the runs goes to its end.
+            // The last run is not killed.
             let is_last = kills.iter().sum::<usize>() == KILLS;
             let operation = if is_last { 0 } else { operation };
             let plan = format!("{class} {mode} {operation} {power}");

@@ -7,10 +7,10 @@ use serde::Serialize;
 use serde_json::Serializer;
 use serde_json::ser::PrettyFormatter;
 
-/// What this program does or why it could not; the error is for a person to read.
+/// The result of a step of this program; the error is meant for the user.
 pub type Outcome<T> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
-/// Writes `bytes` to `path`, making its folder first.
+/// Writes `bytes` to `path` and creates its folder first.
 pub fn write(path: &Path, bytes: &[u8]) -> Outcome<()> {
     if let Some(folder) = path.parent() {
         fs::create_dir_all(folder).map_err(|error| format!("{}: {error}", folder.display()))?;

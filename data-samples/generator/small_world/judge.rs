@@ -1,8 +1,8 @@
-//! The judge: a LLaVA-RLHF reward model with random weights, in the layout of the published one.
+//! The judge: a LLaVA-RLHF reward model with random weights, in the published layout.
 //!
 //! `base` is the LLaVA folder (Llama and a single linear projector), `vision` the CLIP folder as
-//! transformers 5 writes it, and `prompt.txt` the text that asks for the score. The LoRA adapter and
-//! the reward head are what training adds.
+//! transformers 5 writes it, and `prompt.txt` the prompt for the score. Training adds the LoRA
+//! adapter and the reward head.
 
 use std::path::Path;
 
@@ -19,7 +19,7 @@ const LAYERS: usize = 8;
 const HEADS: usize = 4;
 const CONTEXT: usize = 2048;
 
-// The tower (CLIP), whose last layer is not used.
+// The vision tower (CLIP); its last layer is not used.
 const VISION_HIDDEN: usize = 96;
 const VISION_INTERMEDIATE: usize = 192;
 const VISION_LAYERS: usize = 4;
@@ -38,8 +38,8 @@ const LINEAR: [(&str, usize, usize); 7] = [
     ("mlp.down_proj", INTERMEDIATE, HIDDEN),
 ];
 
-/// A reward prompt in our own words: what the base is asked about answers in its lessons, so that it
-/// knows what the score is to say. (The published adapter was trained with other words.)
+/// A reward prompt of this project: the base is trained on the same question about answers, so that
+/// it knows the meaning of the score. (The published adapter was trained with a different prompt.)
 pub const PROMPT: &str = "USER: Is that true? ASSISTANT:";
 
 /// Writes the reward model to the folder `to`.
@@ -103,8 +103,8 @@ fn write_base(to: &Path, seed: u64, corpus: &[String]) -> Outcome<()> {
     tensors.save(&to.join("model.safetensors"))
 }
 
-/// Names the class that takes `tokenizer.json` as it is; transformers 5 would rebuild a
-/// `LlamaTokenizer` with other rules for spaces.
+/// Writes a tokenizer config whose class reads `tokenizer.json` unchanged; transformers 5 would
+/// rebuild a `LlamaTokenizer` with other rules for spaces.
 fn tokenizer_config() -> Value {
     json!({
         "bos_token": "<s>",

@@ -1,12 +1,12 @@
-//! What the models of the small world learned from: pictures that no split shows, conversations about
-//! them, and preferences. None of it is committed; `pipelines/small-world.yaml` trains on it.
+//! The training data of the models of the small world: images outside both splits, conversations
+//! about them, and preferences. None of it is committed; `pipelines/small-world.yaml` trains on it.
 //!
-//! The policy's conversations are written carelessly ([`Question::careless`]): it learns to see, and
-//! to make the mistakes that DPO then has to drive out. The judge's are true; then they are given by
-//! somebody who says a wrong word now and then and takes it back at once ([`spoken::corrected`]): who
-//! is to know what to take back has to compare each word with the picture. A critic's do the same with
-//! answers that are given, and end in a verdict. The judge's preferences are a true
-//! answer against one that is not, in the records of LLaVA-Human-Preference.
+//! The policy's conversations have careless answers ([`Question::careless`]): it learns to see, and
+//! to make the mistakes that DPO then corrects. The judge's conversations are true at first. Then
+//! they contain wrong words that are corrected at once ([`spoken::corrected`]): to predict a
+//! correction, the model has to compare each word with the image. The critic's conversations
+//! correct given answers in the same way and end in a verdict. The judge's preferences are a true
+//! answer against a false one, in the format of LLaVA-Human-Preference.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -22,20 +22,21 @@ use super::render::{self, Format};
 use super::scene::{Content, Place, Scene};
 use super::spoken;
 
-/// What is asked about a picture of a single shape, each in a conversation of its own: where answers
-/// stood before the question, they would be copied instead of seen.
+/// Topics of the questions about an image of a single shape, each in a conversation of its own:
+/// with earlier answers in the context, the model would copy them instead of looking at the image.
 const FIRST_TOPICS: [Topic; 3] = [Topic::Kind, Topic::Color, Topic::Description];
 
 /// Turns of a conversation of the policy.
 const TURNS: usize = 6;
 
-/// What a critic is asked behind a question and an answer; `data-samples/critic.txt` asks the same.
+/// The question to the critic after a question and an answer; the same as in
+/// `data-samples/critic.txt`.
 const IS_IT_TRUE: &str = "Is that true?";
 
-/// Preferences about a picture.
+/// Preferences per image.
 const PREFERENCES: usize = 4;
 
-/// A conversation, or a preference, in LLaVA's JSON.
+/// A conversation or a preference in LLaVA's JSON.
 #[derive(Clone, Serialize)]
 struct Record {
     id: String,
@@ -50,13 +51,13 @@ struct Record {
 struct Preference {
     output_1: Value,
     output_2: Value,
-    /// 1 or 2.
+    /// The preferred output, 1 or 2.
     preference: u8,
     hallucination: bool,
 }
 
-/// Writes pictures, none of which shows one of `taken`, and what is said about them, to the folder
-/// `to`: `first_steps` of a single shape, and `count` others.
+/// Writes images and the records about them to the folder `to`: `first_steps` images of a single
+/// shape, and `count` others. No image shows a scene in `taken`.
 pub fn write(
     to: &Path,
     seed: u64,
@@ -105,7 +106,8 @@ pub fn write(
     files::write_json(&to.join("preferences.json"), &preferences)
 }
 
-/// Draws and writes a picture of shapes of one kind and color, with true answers to questions about it.
+/// Draws and writes an image of shapes of one kind and color, with true answers to questions about
+/// it.
 fn first_step(
     to: &Path,
     seed: u64,
@@ -122,7 +124,7 @@ fn first_step(
         loop {
             let question = questions::ask(&scene, topic, &mut random);
             let question = question.expect("these topics fit every scene");
-            // A shape that takes the whole picture is at no place of it.
+            // A shape that fills the image is at no place of it.
             if !question.text.contains(Place::all()[0].name()) {
                 return question;
             }
@@ -137,7 +139,7 @@ fn first_step(
     Ok(asked.iter().map(record).collect())
 }
 
-/// Draws a scene that is not one of `taken`.
+/// Draws a scene that is not in `taken`.
 fn draw(scene: fn(&mut Random) -> Scene, taken: &BTreeSet<Content>, random: &mut Random) -> Scene {
     loop {
         let scene = scene(random);
@@ -147,24 +149,24 @@ fn draw(scene: fn(&mut Random) -> Scene, taken: &BTreeSet<Content>, random: &mut
     }
 }
 
-/// What is said about one picture.
+/// The records about one image.
 struct Lesson {
     scan: Record,
-    /// The same as it is said by somebody who corrects themselves.
+    /// The scan with corrected mistakes.
     corrected_scan: Record,
-    /// Where each lone shape is, if there is one.
+    /// The place of each unique shape, if there is one.
     positions: Option<Record>,
     conversation: Record,
     /// Questions with true answers, if any.
     true_conversation: Option<Record>,
     corrected_conversation: Option<Record>,
-    /// What a critic says of answers.
+    /// A critic's judgments of answers.
     judgments: Option<Record>,
     preferences: Vec<Record>,
 }
 
 impl Lesson {
-    /// Draws and writes a picture, and has it talked about.
+    /// Draws and writes an image, and builds the records about it.
     fn write(to: &Path, seed: u64, number: usize, taken: &BTreeSet<Content>) -> Outcome<Self> {
         let id = format!("lesson-{number:05}");
         let mut random = Random::named(seed, &id);
@@ -226,7 +228,7 @@ impl Lesson {
     }
 }
 
-/// Questions on random topics, no two of the same text.
+/// Returns questions on random topics, no two with the same text.
 fn ask(scene: &Scene, count: usize, random: &mut Random) -> Vec<Question> {
     let mut asked: Vec<Question> = Vec::new();
     for _ in 0..count * 4 {

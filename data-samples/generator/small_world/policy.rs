@@ -1,7 +1,7 @@
 //! The policy: a LLaVA-OneVision checkpoint with random weights, as transformers 5 writes it.
 //!
-//! The code that reads it is the code that reads the 7B model; only the numbers differ. Linear layers
-//! get LeCun's initialization, so that pictures make a difference from the start.
+//! The code that reads it also reads the 7B model; only the numbers differ. Linear layers use
+//! LeCun's initialization, so that images affect the output from the start.
 
 use std::path::Path;
 
@@ -20,7 +20,7 @@ const HEADS: usize = 4;
 const KEY_VALUE_HEADS: usize = 2;
 const CONTEXT: usize = 2048;
 
-// The tower (SigLIP).
+// The vision tower (SigLIP).
 const VISION_HIDDEN: usize = 96;
 const VISION_INTERMEDIATE: usize = 192;
 const VISION_LAYERS: usize = 3;
@@ -28,7 +28,7 @@ const VISION_HEADS: usize = 4;
 const TILE: usize = 56;
 const PATCH: usize = 14;
 
-/// Tiles on a side of the largest grid.
+/// Tiles along a side of the largest grid.
 const GRID: usize = 2;
 
 const CHAT_TEMPLATE: &str = "\
@@ -43,7 +43,7 @@ const CHAT_TEMPLATE: &str = "\
 /// Writes the checkpoint to the folder `to`.
 pub fn write(to: &Path, seed: u64, corpus: &[String]) -> Outcome<()> {
     let tokenizer = vocabularies::qwen2(corpus)?;
-    // As in the real conversion, the embedding is larger than the tokenizer: a multiple of 64.
+    // As in the real conversion, the embedding is larger than the vocabulary: a multiple of 64.
     let vocabulary = (tokenizer.get_vocab_size(true) + 2).next_multiple_of(64);
 
     files::write_json(&to.join("config.json"), &config(&tokenizer, vocabulary)?)?;
@@ -194,7 +194,7 @@ fn grid_pinpoints() -> Vec<[usize; 2]> {
         .collect()
 }
 
-/// Patches of a tile.
+/// Patches per tile.
 const fn patches() -> usize {
     (TILE / PATCH) * (TILE / PATCH)
 }
@@ -234,7 +234,7 @@ fn tower(tensors: &mut Tensors) {
         tensors.linear(&name("mlp.fc1"), hidden, VISION_INTERMEDIATE);
         tensors.linear(&name("mlp.fc2"), VISION_INTERMEDIATE, hidden);
     }
-    // In every checkpoint, though LLaVA's features are taken before it.
+    // Present in every checkpoint, although LLaVA takes the features before it.
     tensors.layer_norm(&name("post_layernorm"), hidden);
 }
 

@@ -1,10 +1,10 @@
-//! Questions about a scene, each with its true answer, a false one, and what a careless writer says.
+//! Questions about a scene, each with a true, a false and a careless answer.
 
 use super::random::Random;
 use super::scene::{COLORS, GROUPS_MAX, Group, Object, Paint, Place, Scene};
 use super::shape::Kind;
 
-/// What a question is about.
+/// The topic of a question.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Topic {
     Kind,
@@ -23,7 +23,7 @@ impl Topic {
         Self::Description,
     ];
 
-    /// The topic's word in the ids of records.
+    /// The topic's name in the ids of records.
     pub fn name(self) -> &'static str {
         match self {
             Self::Kind => "kind",
@@ -35,7 +35,7 @@ impl Topic {
     }
 }
 
-/// How often a careless writer makes the mistake of [`Question::slip`].
+/// The probability that a careless answer has the mistake of [`Question::slip`].
 const CARELESSNESS: f64 = 0.55;
 
 /// A question with its answers.
@@ -43,15 +43,15 @@ const CARELESSNESS: f64 = 0.55;
 pub struct Question {
     pub topic: Topic,
     pub text: String,
-    /// True of the scene.
+    /// The answer that is true of the scene.
     pub answer: String,
-    /// Reads like `answer`, and is not true of the scene.
+    /// An answer of the same form that is not true of the scene.
     pub wrong: String,
-    /// The mistake that careless writers make, always the same for a scene: confused kinds and
-    /// colors, one too many, left for right, a shape that is not there.
+    /// The mistake in careless answers, always the same for a scene: confused kinds and colors, one
+    /// too many, left for right, an absent shape.
     pub slip: String,
     /// A false answer that the text alone does not give away: over many scenes, it and the true one
-    /// come as often the other way round. `None`: this time there is none.
+    /// occur equally often the other way round. `None` if there is none for this scene.
     pub fair: Option<String>,
 }
 
@@ -68,7 +68,7 @@ impl Question {
         }
     }
 
-    /// What a careless writer answers.
+    /// Returns a careless answer.
     pub fn careless(&self, random: &mut Random) -> &str {
         if random.chance(CARELESSNESS) {
             &self.slip
@@ -78,7 +78,7 @@ impl Question {
     }
 }
 
-/// Asks about `topic`. `None`: the scene has nothing that can be asked for without ambiguity.
+/// Asks about `topic`. Returns `None` if the scene allows no unambiguous question about it.
 pub fn ask(scene: &Scene, topic: Topic, random: &mut Random) -> Option<Question> {
     match topic {
         Topic::Kind => Some(ask_kind(scene, random)),
@@ -89,7 +89,7 @@ pub fn ask(scene: &Scene, topic: Topic, random: &mut Random) -> Option<Question>
     }
 }
 
-/// What is at each place, truly answered. No answer tells anything of another place.
+/// Returns a question about each place with its true answer. No answer reveals another place.
 pub fn places(scene: &Scene) -> [[String; 2]; 4] {
     Place::all().map(|place| {
         let text = format!("What is in the {}?", place.name());
@@ -105,7 +105,7 @@ pub fn places(scene: &Scene) -> [[String; 2]; 4] {
     })
 }
 
-/// Where each shape is that has no double, truly answered.
+/// Returns a question about the place of each unique shape, with its true answer.
 pub fn positions(scene: &Scene) -> Vec<[String; 2]> {
     let lone = lone_objects(scene).into_iter();
     let turn = |object: &Object| {
@@ -116,7 +116,7 @@ pub fn positions(scene: &Scene) -> Vec<[String; 2]> {
     lone.map(turn).collect()
 }
 
-/// What kind of shape is at a place, or what kind the shapes of a color are.
+/// Asks for the kind of the shape at a place, or of the shapes of a color.
 fn ask_kind(scene: &Scene, random: &mut Random) -> Question {
     let colors_of_one_kind: Vec<&Group> = scene
         .groups
@@ -152,7 +152,7 @@ fn ask_kind(scene: &Scene, random: &mut Random) -> Question {
     even(Topic::Kind, text, answers, random)
 }
 
-/// What color the shape at a place is, or what color the shapes of a kind are.
+/// Asks for the color of the shape at a place, or of the shapes of a kind.
 fn ask_color(scene: &Scene, random: &mut Random) -> Question {
     let kinds_of_one_color: Vec<&Group> = scene
         .groups
@@ -184,13 +184,13 @@ fn ask_color(scene: &Scene, random: &mut Random) -> Question {
     even(Topic::Color, text, answers, random)
 }
 
-/// How many shapes there are of a kind, of a color, or at all.
+/// Asks for the number of shapes of a kind, of a color, or in total.
 fn ask_count(scene: &Scene, random: &mut Random) -> Question {
     let group = random.pick(&scene.groups);
     let count = |wanted: &dyn Fn(&Object) -> bool| {
         scene.objects.iter().filter(|object| wanted(object)).count()
     };
-    // What is counted is as frequent in any other scene.
+    // The count in another scene: over many scenes, it is as frequent as the true one.
     let mut aside = random.clone();
     let other = Scene::draw(&mut aside);
     let theirs = aside.pick(&other.groups);
@@ -235,7 +235,7 @@ fn ask_count(scene: &Scene, random: &mut Random) -> Question {
     )
 }
 
-/// Where a shape is that has no double.
+/// Asks for the place of a unique shape.
 fn ask_position(scene: &Scene, random: &mut Random) -> Option<Question> {
     let lone = lone_objects(scene);
     if lone.is_empty() {
@@ -256,7 +256,7 @@ fn ask_position(scene: &Scene, random: &mut Random) -> Option<Question> {
     Some(even(Topic::Position, text, answers, random))
 }
 
-/// What there is to see at all. The false answer has one group wrong.
+/// Asks for a description of the scene. The false answer has one wrong group.
 fn ask_description(scene: &Scene, random: &mut Random) -> Question {
     let mut wrong = scene.groups.clone();
     let changed = random.below(wrong.len());
@@ -276,7 +276,7 @@ fn ask_description(scene: &Scene, random: &mut Random) -> Question {
                 ..group
             },
         };
-        // Two groups of one kind and color would be an odd way to say something.
+        // Two groups of one kind and color would read oddly.
         let same = |(index, given): (usize, &Group)| {
             index != changed && given.kind == other.kind && given.color == other.color
         };
@@ -297,8 +297,8 @@ fn ask_description(scene: &Scene, random: &mut Random) -> Question {
     Question::new(Topic::Description, text, answers, fair)
 }
 
-/// The groups with one more, one less, or one of another kind or color. `None` where this scene can't
-/// be changed in the way that was drawn: only what can be undone is done.
+/// Returns the groups with one more, one less, or one of another kind or color. `None` if the drawn
+/// change does not fit the scene: only reversible changes are made.
 fn changed_evenly(scene: &Scene, random: &mut Random) -> Option<Vec<Group>> {
     let mut groups = scene.groups.clone();
     let changed = random.below(groups.len());
@@ -314,14 +314,15 @@ fn changed_evenly(scene: &Scene, random: &mut Random) -> Option<Vec<Group>> {
     Some(groups)
 }
 
-/// A question whose possible answers are all equally frequent, so that any false one is fair.
+/// Builds a question whose possible answers are all equally frequent, so that any false one is
+/// fair.
 fn even(topic: Topic, text: String, answers: [String; 3], random: &Random) -> Question {
     let fair = answers[1 + random.clone().below(2)].clone();
     Question::new(topic, text, answers, Some(fair))
 }
 
-/// A single shape that the scene does not have: what its first shape is to an eye that confuses both
-/// kind and color, in the next color that is free.
+/// A single shape that the scene does not have: its first shape with confused kind and color, in
+/// the next color that is free.
 fn not_there(scene: &Scene) -> Group {
     let first = scene.groups[0];
     let kind = first.kind.confused();
@@ -347,12 +348,12 @@ fn not_there(scene: &Scene) -> Group {
     }
 }
 
-/// The kind, another one, and the one that it is taken for.
+/// The kind, another one, and the one that it is confused with.
 fn kinds(kind: Kind, random: &mut Random) -> [Kind; 3] {
     [kind, other_than(&Kind::ALL, kind, random), kind.confused()]
 }
 
-/// The color, another one, and the one that it is taken for.
+/// The color, another one, and the one that it is confused with.
 fn colors(color: Paint, random: &mut Random) -> [Paint; 3] {
     [color, other_than(&COLORS, color, random), color.confused()]
 }
@@ -378,7 +379,7 @@ fn there_are(count: usize, one: &str, many: &str) -> String {
     }
 }
 
-/// "three red circles, one blue star and two green rings".
+/// Lists groups in words: "three red circles, one blue star and two green rings".
 fn list(groups: &[Group]) -> String {
     let named: Vec<String> = groups
         .iter()
@@ -402,7 +403,7 @@ fn number(count: usize) -> &'static str {
     WORDS[count]
 }
 
-/// One of `items` that is not `given`.
+/// Returns one of `items` other than `given`.
 fn other_than<T: Copy + PartialEq>(items: &[T], given: T, random: &mut Random) -> T {
     let others: Vec<T> = items
         .iter()
@@ -416,7 +417,7 @@ fn other_than<T: Copy + PartialEq>(items: &[T], given: T, random: &mut Random) -
 mod tests {
     use super::*;
 
-    /// A scene of the given shapes; where in a place they lie is nothing that questions look at.
+    /// A scene of the given shapes; questions do not depend on the position within a place.
     fn scene(groups: &[(Kind, usize, usize)]) -> Scene {
         let mut scene = Scene::draw(&mut Random::named(0, "any"));
         scene.groups = groups

@@ -1,11 +1,11 @@
-//! The random numbers: SplitMix64 (Steele, Lea and Flood 2014) in named streams.
+//! Random numbers: SplitMix64 (Steele, Lea and Flood 2014) in named streams.
 
 /// A stream of random numbers.
 #[derive(Debug, Clone)]
 pub struct Random(u64);
 
 impl Random {
-    /// The stream `name` of `seed`. Different names give unrelated streams.
+    /// Returns the stream `name` of `seed`. Different names give unrelated streams.
     pub fn named(seed: u64, name: &str) -> Self {
         // FNV-1a over the name; the first draw mixes the seed in.
         let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
@@ -15,7 +15,7 @@ impl Random {
         Self(seeded.bits() ^ hash)
     }
 
-    /// 64 random bits.
+    /// Returns 64 random bits.
     pub fn bits(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut mixed = self.0;
@@ -24,41 +24,41 @@ impl Random {
         mixed ^ (mixed >> 31)
     }
 
-    /// A number from 0 to 1, 1 excluded.
+    /// Returns a number from 0 to 1, 1 excluded.
     pub fn unit(&mut self) -> f64 {
         (self.bits() >> 11) as f64 / (1_u64 << 53) as f64
     }
 
-    /// A number from `low` to `high`, `high` excluded.
+    /// Returns a number from `low` to `high`, `high` excluded.
     pub fn between(&mut self, low: f64, high: f64) -> f64 {
         low + (high - low) * self.unit()
     }
 
-    /// A whole number below `end`, which must not be 0.
+    /// Returns a whole number below `end`, which must not be 0.
     pub fn below(&mut self, end: usize) -> usize {
         ((u128::from(self.bits()) * end as u128) >> 64) as usize
     }
 
-    /// True with the given probability.
+    /// Returns true with the given probability.
     pub fn chance(&mut self, probability: f64) -> bool {
         self.unit() < probability
     }
 
-    /// One of `items`, of which there must be some.
+    /// Returns one of `items`, which must not be empty.
     pub fn pick<T: Copy>(&mut self, items: &[T]) -> T {
         items[self.below(items.len())]
     }
 
-    /// Puts `items` in random order (Fisher-Yates).
+    /// Shuffles `items` (Fisher-Yates).
     pub fn shuffle<T>(&mut self, items: &mut [T]) {
         for last in (1..items.len()).rev() {
             items.swap(last, self.below(last + 1));
         }
     }
 
-    /// A number that is very nearly normal, with mean 0 and variance 1: the sum of twelve uniform
-    /// numbers less 6. Box and Muller's method needs logarithms and cosines, whose last bit
-    /// differs between math libraries.
+    /// Returns an approximately normal number with mean 0 and variance 1: the sum of twelve uniform
+    /// numbers less 6. Box and Muller's method needs logarithms and cosines, whose last bit differs
+    /// between math libraries.
     pub fn normal(&mut self) -> f64 {
         (0..12).map(|_| self.unit()).sum::<f64>() - 6.0
     }

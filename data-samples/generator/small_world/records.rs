@@ -1,4 +1,4 @@
-//! The pictures of both splits and the JSON files that tell about them.
+//! The images of both splits, and the JSON files about them.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -11,7 +11,7 @@ use super::random::Random;
 use super::render::{self, Format};
 use super::scene::{Content, Scene};
 
-/// What a picture is for.
+/// The split of an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Split {
     Train,
@@ -21,7 +21,7 @@ pub enum Split {
 impl Split {
     const ALL: [Self; 2] = [Self::Train, Self::HeldOut];
 
-    /// The name of its folder of pictures, and the beginning of its ids.
+    /// The name of the image folder, and the prefix of the ids.
     fn name(self) -> &'static str {
         match self {
             Self::Train => "train",
@@ -30,35 +30,35 @@ impl Split {
     }
 }
 
-/// How much of everything there is to be.
+/// The numbers of images, questions and preferences.
 #[derive(Debug, Clone, Copy)]
 pub struct Counts {
-    /// To train on, held out.
+    /// Training images, held-out images.
     pub pictures: [usize; 2],
-    /// About each picture, one a topic; fewer where a topic cannot be asked about.
+    /// Questions per image, one per topic; fewer if a topic does not fit.
     pub questions: usize,
-    /// About each picture.
+    /// Preferences per image.
     pub preferences: usize,
 }
 
-/// A picture and all that is asked about it.
+/// An image with its questions and preferences.
 pub struct Picture {
     split: Split,
-    /// `train-0001`.
+    /// The id, such as `train-0001`.
     id: String,
-    /// Below the folder `images`: `train/0001.png`.
+    /// The path below the folder `images`, such as `train/0001.png`.
     path: String,
     bytes: Vec<u8>,
     questions: Vec<Question>,
-    /// Each with the answer that was rejected.
+    /// Each with its rejected answer.
     preferences: Vec<(Question, String)>,
     content: Content,
 }
 
-/// All pictures.
+/// All images.
 pub struct World(Vec<Picture>);
 
-/// A question in the document's JSON format; `answer` is the true one.
+/// A question in the JSON format of the demo; `answer` is the true one.
 #[derive(Serialize)]
 struct PromptRecord<'a> {
     id: String,
@@ -67,7 +67,7 @@ struct PromptRecord<'a> {
     answer: &'a str,
 }
 
-/// A preference in the document's JSON format.
+/// A preference in the JSON format of the demo.
 #[derive(Serialize)]
 struct PreferenceRecord<'a> {
     id: String,
@@ -77,10 +77,10 @@ struct PreferenceRecord<'a> {
     rejected: &'a str,
 }
 
-/// Draws all pictures, no two of them of the same content. Those that are held out come first, so that
-/// they are the same however many there are to train on.
+/// Draws all images, no two with the same content. The held-out images come first, so that they do
+/// not depend on the number of training images.
 pub fn draw_world(seed: u64, counts: Counts) -> Outcome<World> {
-    /// Scenes to try for one picture before there seem to be no more.
+    /// Scenes to try per image before the scenes are considered exhausted.
     const TRIES: usize = 1000;
 
     let mut shown = BTreeSet::new();
@@ -93,8 +93,8 @@ pub fn draw_world(seed: u64, counts: Counts) -> Outcome<World> {
                 let scene = Scene::draw(&mut random);
                 shown.insert(scene.content()).then_some((scene, random))
             });
-            let (scene, mut random) =
-                drawn.ok_or_else(|| format!("{id}: no scene is left that was not shown before"))?;
+            let (scene, mut random) = drawn
+                .ok_or_else(|| format!("{id}: no unused scene is left; ask for fewer images"))?;
             pictures.push(draw_picture(
                 split,
                 number,
@@ -108,7 +108,7 @@ pub fn draw_world(seed: u64, counts: Counts) -> Outcome<World> {
     Ok(World(pictures))
 }
 
-/// Renders a scene and asks about it, each picture's questions beginning with another topic.
+/// Renders a scene and asks about it; the topic of the first question differs from image to image.
 fn draw_picture(
     split: Split,
     number: usize,
@@ -134,7 +134,7 @@ fn draw_picture(
         .filter_map(&mut ask)
         .take(counts.questions)
         .collect();
-    // Preferences begin with the topics that the questions of this picture leave out.
+    // Preferences start with the topics that the questions of this image leave out.
     let judged: Vec<Question> = topics
         .skip(counts.questions)
         .filter_map(ask)
@@ -157,12 +157,12 @@ fn draw_picture(
 }
 
 impl World {
-    /// The pictures of one split.
+    /// The images of one split.
     pub fn pictures(&self, split: Split) -> impl Iterator<Item = &Picture> {
         self.0.iter().filter(move |picture| picture.split == split)
     }
 
-    /// Writes the pictures and their records to the folder `to`.
+    /// Writes the images and their records to the folder `to`.
     pub fn write(&self, to: &Path) -> Outcome<()> {
         for picture in &self.0 {
             files::write(&to.join("images").join(&picture.path), &picture.bytes)?;
@@ -174,7 +174,7 @@ impl World {
         files::write_json(&to.join("heldout_feedback.json"), &feedback(Split::HeldOut))
     }
 
-    /// What the held-out pictures show; lessons show none of it.
+    /// The scenes of the held-out images; the training data shows none of them.
     pub fn held_out(&self) -> BTreeSet<Content> {
         let pictures = self.pictures(Split::HeldOut);
         pictures.map(|picture| picture.content.clone()).collect()
@@ -245,7 +245,7 @@ mod tests {
                 assert!(ids.insert(record.id.clone()), "{} comes twice", record.id);
             }
         }
-        // Scenes without a lone shape are not asked for a position.
+        // Scenes without a unique shape have no question about positions.
         assert!((25 * 4..=25 * 5).contains(&ids.len()));
     }
 }

@@ -1,4 +1,4 @@
-//! From a scene to the bytes of a picture file.
+//! Rendering of a scene to the bytes of an image file.
 
 use image::codecs::jpeg::JpegEncoder;
 use image::codecs::png::{CompressionType, FilterType, PngEncoder};
@@ -8,20 +8,20 @@ use super::files::Outcome;
 use super::random::Random;
 use super::scene::{Object, Paint, Pattern, Scene};
 
-/// A color while it is mixed: sRGB, 0 to 255.
+/// A color during blending: sRGB, 0 to 255.
 type Color = [f64; 3];
 
-/// How a picture is stored.
+/// The format of an image file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
     Png,
-    /// Larger, and packed in a tenth of the time.
+    /// PNG with fast compression: larger files in a tenth of the time.
     QuickPng,
     Jpeg,
 }
 
 impl Format {
-    /// What the names of its files end in.
+    /// The file extension.
     pub fn extension(self) -> &'static str {
         match self {
             Self::Png | Self::QuickPng => "png",
@@ -30,7 +30,7 @@ impl Format {
     }
 }
 
-/// Renders `scene` and packs it as `format`. `random` decides the details of the background.
+/// Renders `scene` and encodes it as `format`. `random` decides the details of the background.
 pub fn picture(scene: &Scene, format: Format, random: &mut Random) -> Outcome<Vec<u8>> {
     let pixels = render(scene, random);
     let mut bytes = Vec::new();
@@ -62,7 +62,7 @@ fn render(scene: &Scene, random: &mut Random) -> RgbImage {
     })
 }
 
-/// Lays `object` and its soft shadow over `below` at `point`.
+/// Draws `object` and its soft shadow over `below` at `point`.
 fn shade(below: Color, object: &Object, point: [f64; 2]) -> Color {
     let softness = object.radius * 0.22;
     let shadow_at = [
@@ -72,7 +72,7 @@ fn shade(below: Color, object: &Object, point: [f64; 2]) -> Color {
     let shadow = 0.22 * smooth_step(softness, -softness, edge_distance(object, shadow_at));
     let below = mix(below, [30.0, 34.0, 48.0], shadow);
 
-    // A pixel at the edge is covered as far as the edge runs through it.
+    // Antialiasing: a pixel at the edge is covered in part.
     let covered = (0.5 - edge_distance(object, point)).clamp(0.0, 1.0);
     let height = (point[1] - object.center[1]) / object.radius;
     let light = 1.0 - 0.09 * height.clamp(-1.0, 1.0);
@@ -86,7 +86,7 @@ fn shade(below: Color, object: &Object, point: [f64; 2]) -> Color {
 /// The distance from `point` to the object's edge, in pixels, negative inside.
 fn edge_distance(object: &Object, point: [f64; 2]) -> f64 {
     let [x, y] = [0, 1].map(|axis| (point[axis] - object.center[axis]) / object.radius);
-    // Beyond this the shadow has faded too, and nearly all pixels are beyond.
+    // Nearly all pixels are farther away, where the shadow has faded too.
     if x.abs().max(y.abs()) > 1.5 {
         return object.radius;
     }
@@ -102,11 +102,11 @@ struct Ground {
     base: Color,
     pattern: Pattern,
     height: f64,
-    /// The distance at which the pattern repeats, in pixels.
+    /// The period of the pattern, in pixels.
     period: f64,
-    /// Levels by which the pattern darkens or lightens.
+    /// The amplitude of the pattern, in color levels.
     strength: f64,
-    /// Random numbers from 0 to 1 on a grid of 16 by 16, which repeats: the corners of clouds.
+    /// Random numbers from 0 to 1 on a periodic grid of 16 by 16: the corners of clouds.
     corners: Vec<f64>,
 }
 
@@ -140,7 +140,7 @@ impl Ground {
         self.base.map(|level| level + shade * self.strength * 1.5)
     }
 
-    /// Value noise: smooth between random corners.
+    /// Value noise: smooth interpolation between random corners.
     fn cloud(&self, point: [f64; 2]) -> f64 {
         let scaled = point.map(|at| at / (self.period * 1.5));
         let [column, row] = scaled.map(|at| at as usize);
@@ -156,12 +156,12 @@ fn levels(paint: Paint) -> Color {
     paint.rgb.map(f64::from)
 }
 
-/// `share` of `over` and the rest of `under`.
+/// Blends `share` of `over` with the rest of `under`.
 fn mix(under: Color, over: Color, share: f64) -> Color {
     std::array::from_fn(|channel| under[channel] + (over[channel] - under[channel]) * share)
 }
 
-/// Goes smoothly from 0 at `from` to 1 at `to`.
+/// Smoothstep: rises from 0 at `from` to 1 at `to`.
 fn smooth_step(from: f64, to: f64, at: f64) -> f64 {
     let share = ((at - from) / (to - from)).clamp(0.0, 1.0);
     share * share * (3.0 - 2.0 * share)

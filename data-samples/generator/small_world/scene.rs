@@ -1,9 +1,9 @@
-//! What a picture shows, before any pixel of it: shapes on a grid of two by two places.
+//! Scenes: the shapes of an image on a grid of two by two places, before rendering.
 
 use super::random::Random;
 use super::shape::Kind;
 
-/// A color and the word for it.
+/// A color and its name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Paint {
     pub name: &'static str,
@@ -16,8 +16,8 @@ const fn paint(name: &'static str, rgb: [u8; 3]) -> Paint {
 }
 
 impl Paint {
-    /// The color that a careless eye takes it for: red and orange, yellow and brown, green and blue,
-    /// purple and black are taken for each other.
+    /// The color that it is confused with: red and orange, yellow and brown, green and blue, purple
+    /// and black are confused with each other.
     pub fn confused(self) -> Self {
         const PAIRS: [usize; 8] = [1, 0, 6, 4, 3, 7, 2, 5];
         let index = COLORS.iter().position(|color| *color == self);
@@ -47,11 +47,11 @@ pub const GROUNDS: [Paint; 6] = [
     paint("sky", [205, 228, 248]),
 ];
 
-/// How a background is decorated, softly. Questions never ask about it.
+/// A soft background pattern. Questions never ask about it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pattern {
     Plain,
-    /// Lighter above, darker below.
+    /// A gradient, lighter at the top.
     Gradient,
     Dots,
     Stripes,
@@ -67,7 +67,7 @@ const PATTERNS: [Pattern; 5] = [
     Pattern::Clouds,
 ];
 
-/// Sizes of pictures, width before height, in many aspect ratios, so that their tilings differ.
+/// Image sizes, width before height, in many aspect ratios, so that their tilings differ.
 const SIZES: [[u32; 2]; 9] = [
     [144, 108],
     [108, 144],
@@ -80,26 +80,26 @@ const SIZES: [[u32; 2]; 9] = [
     [112, 112],
 ];
 
-/// The longer side of a picture of a single shape.
+/// The longer side of an image of a single shape.
 const SIMPLE_SIDE: u32 = 56;
 
-/// Most groups in a picture.
+/// The maximum number of groups in an image.
 pub const GROUPS_MAX: usize = 3;
 
-/// Most shapes in a picture.
+/// The maximum number of shapes in an image.
 pub const SHAPES_MAX: usize = 4;
 
-/// One of the four places of a picture.
+/// One of the four places of an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Place {
-    /// 0 is the top.
+    /// The row, 0 is the top.
     pub row: usize,
-    /// 0 is the left.
+    /// The column, 0 is the left.
     pub column: usize,
 }
 
 impl Place {
-    /// All four, row by row.
+    /// All four places, row by row.
     pub fn all() -> [Self; 4] {
         std::array::from_fn(|index| Self {
             row: index / 2,
@@ -107,7 +107,7 @@ impl Place {
         })
     }
 
-    /// The same height on the other side.
+    /// The place on the other side of the same row.
     pub fn mirrored(self) -> Self {
         Self {
             column: 1 - self.column,
@@ -115,28 +115,28 @@ impl Place {
         }
     }
 
-    /// What people call it.
+    /// The name of the place in questions and answers.
     pub fn name(self) -> &'static str {
         const NAMES: [[&str; 2]; 2] = [["top left", "top right"], ["bottom left", "bottom right"]];
         NAMES[self.row][self.column]
     }
 }
 
-/// One shape where it is.
+/// A shape and its position.
 #[derive(Debug, Clone)]
 pub struct Object {
     pub kind: Kind,
     pub color: Paint,
     pub place: Place,
-    /// The middle, in pixels from the top left corner.
+    /// The center, in pixels from the top left corner.
     pub center: [f64; 2],
-    /// In pixels.
+    /// The radius, in pixels.
     pub radius: f64,
-    /// Cosine and sine of the angle by which it is turned.
+    /// Cosine and sine of the rotation angle.
     pub turn: [f64; 2],
 }
 
-/// All shapes of one kind and color in a picture.
+/// All shapes of one kind and color in an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Group {
     pub kind: Kind,
@@ -144,18 +144,18 @@ pub struct Group {
     pub count: usize,
 }
 
-/// Which shape in which color is at which place, sorted.
+/// The sorted list of shapes with their colors and places.
 pub type Content = Vec<(Place, Kind, Paint)>;
 
-/// A whole picture.
+/// A whole image.
 #[derive(Debug, Clone)]
 pub struct Scene {
     pub width: u32,
     pub height: u32,
     pub ground: Paint,
     pub pattern: Pattern,
-    /// The groups that the shapes make, no two of the same kind and color, in reading order: by the
-    /// first place of each.
+    /// The groups of shapes, no two of the same kind and color, in reading order of their first
+    /// places.
     pub groups: Vec<Group>,
     /// From back to front; they do not overlap.
     pub objects: Vec<Object>,
@@ -167,13 +167,12 @@ impl Scene {
         Self::draw_of(draw_groups, 2, random)
     }
 
-    /// Draws a scene of a single shape that takes the whole picture, as large as a place of a larger
-    /// one.
+    /// Draws a scene of a single shape that fills the image, as large as a place of a larger one.
     pub fn draw_simple(random: &mut Random) -> Self {
         Self::draw_of(|random| vec![draw_group(random, 1)], 1, random)
     }
 
-    /// Draws a scene of one shape at all four places.
+    /// Draws a scene of one shape repeated at all four places.
     pub fn draw_even(random: &mut Random) -> Self {
         Self::draw_of(|random| vec![draw_group(random, SHAPES_MAX)], 2, random)
     }
@@ -222,7 +221,7 @@ impl Scene {
         }
     }
 
-    /// What the picture shows as far as questions go: which shape in which color at which place.
+    /// The content of the image that questions can ask about: shapes with their colors and places.
     /// Two scenes of the same content have the same answers.
     pub fn content(&self) -> Content {
         let mut content: Vec<_> = self
@@ -241,7 +240,7 @@ fn draw_groups(random: &mut Random) -> Vec<Group> {
     let mut groups: Vec<Group> = Vec::new();
     let mut free = SHAPES_MAX;
     while groups.len() < wanted && free > 0 {
-        // Single shapes are the most frequent: only they can be asked for their place.
+        // Single shapes are the most frequent, because questions about positions need them.
         let count = random.pick(&[1, 1, 1, 1, 2, 2, 3]).min(free);
         let group = draw_group(random, count);
         if groups
@@ -264,7 +263,7 @@ fn draw_group(random: &mut Random, count: usize) -> Group {
     }
 }
 
-/// Puts a shape of `group` somewhere about the middle of `place`, turned a little.
+/// Puts a shape of `group` near the middle of `place`, rotated a little.
 fn put(random: &mut Random, group: &Group, place: Place, size: [u32; 2], cells: u32) -> Object {
     let cell = size.map(|side| f64::from(side) / f64::from(cells));
     let room = cell[0].min(cell[1]) / 2.0;

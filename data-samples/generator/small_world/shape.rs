@@ -1,7 +1,7 @@
-//! The geometry of the shapes: how far a point is from a shape's edge.
+//! The geometry of the shapes: distances from a point to the edge of a shape.
 //!
-//! Every shape has about the same area and fits into the circle of radius 1 around the origin,
-//! y pointing down as in a picture. Distances are negative inside.
+//! Every shape has about the same area and fits into the circle of radius 1 around the origin, y
+//! pointing down as in an image. Distances are negative inside.
 
 /// A kind of shape.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -24,7 +24,7 @@ impl Kind {
         Self::Ring,
     ];
 
-    /// The kind that a careless eye takes it for.
+    /// The kind that it is confused with.
     pub fn confused(self) -> Self {
         match self {
             Self::Circle => Self::Ring,
@@ -36,7 +36,7 @@ impl Kind {
         }
     }
 
-    /// The word for one of them.
+    /// The singular name.
     pub fn singular(self) -> &'static str {
         match self {
             Self::Circle => "circle",
@@ -48,7 +48,7 @@ impl Kind {
         }
     }
 
-    /// The word for several of them.
+    /// The plural name.
     pub fn plural(self) -> &'static str {
         match self {
             Self::Circle => "circles",
@@ -74,7 +74,7 @@ impl Kind {
     }
 }
 
-/// Corners are rounded off a little, by growing a smaller polygon by this.
+/// The radius of rounded corners: a smaller polygon grows by this.
 const ROUND: f64 = 0.05;
 
 const SQUARE: [[f64; 2]; 4] = [[-0.74, -0.74], [0.74, -0.74], [0.74, 0.74], [-0.74, 0.74]];

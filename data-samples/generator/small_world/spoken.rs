@@ -1,19 +1,19 @@
-//! How somebody speaks an answer who says a wrong word now and then, and how a critic speaks about one.
+//! Answers with corrected mistakes, and the judgments of a critic.
 
 use super::random::Random;
 use super::scene::COLORS;
 use super::shape::Kind;
 
-/// How often a word is said wrongly before it is said rightly, see [`corrected`]; of words that only
-/// hold a sentence together, a share of that.
+/// The probability that a wrong word precedes the right one, see [`corrected`]; `SMALL_SLIPS` is
+/// that of function words.
 const SLIPS: f64 = 0.4;
 const SMALL_SLIPS: f64 = 0.4 * SLIPS;
 
-/// The word that takes back the one before it.
+/// The word that retracts the previous word.
 const TAKEN_BACK: &str = "No";
 
-/// A true answer as somebody gives it who now and then says a wrong word and takes it back at once:
-/// "The star is blue No red." Words that the question gives are not in doubt.
+/// Returns a true answer with wrong words now and then, each corrected at once: "The star is blue
+/// No red." Words that the question gives are always right.
 pub fn corrected(question: &str, answer: &str, random: &mut Random) -> String {
     let spoken = speak(question, answer, random);
     let said = spoken.iter().flat_map(|word| match word.instead {
@@ -23,10 +23,10 @@ pub fn corrected(question: &str, answer: &str, random: &mut Random) -> String {
     sentence(said)
 }
 
-/// An answer that is as often true as not, and what a critic says of it: the answer again, its wrong
-/// words taken back, and whether it is true: 1 or 0.
+/// Returns an answer that is true half of the time, and a critic's judgment of it: the answer with
+/// its wrong words corrected, and 1 if it is true or 0 if not.
 pub fn judged(question: &str, answer: &str, random: &mut Random) -> [String; 2] {
-    /// Attempts at a slip before the answer is left as it is.
+    /// Attempts to introduce a mistake before the answer stays as it is.
     const TRIES: usize = 20;
     let untouched = || {
         let words = words_of(answer).into_iter();
@@ -57,7 +57,7 @@ pub fn judged(question: &str, answer: &str, random: &mut Random) -> [String; 2] 
         }
         given.push(word.instead.unwrap_or(word.right));
         match word.instead {
-            // The answer says less than there is, or more.
+            // The answer describes fewer or more shapes than there are.
             Some(".") => is_cut_off = true,
             Some("and") => {
                 let more = [
@@ -76,7 +76,7 @@ pub fn judged(question: &str, answer: &str, random: &mut Random) -> [String; 2] 
     [sentence(given), format!("{} {verdict}", sentence(said))]
 }
 
-/// A word of an answer, and what somebody said instead.
+/// A word of an answer, and the wrong word in its place, if any.
 struct Spoken<'a> {
     right: &'a str,
     instead: Option<&'a str>,
@@ -114,7 +114,7 @@ fn sentence<'a>(words: impl IntoIterator<Item = &'a str>) -> String {
     words.join(" ").replace(" .", ".").replace(" ,", ",")
 }
 
-/// Words, and the marks behind them.
+/// Splits a text into words and punctuation marks.
 fn words_of(text: &str) -> Vec<&str> {
     let mut words = Vec::new();
     for word in text.split_whitespace() {
@@ -127,7 +127,7 @@ fn words_of(text: &str) -> Vec<&str> {
     words
 }
 
-/// Another word that could stand where `word` stands.
+/// Returns another word of the same class as `word`.
 fn others_of(word: &str, random: &mut Random) -> Option<&'static str> {
     let alike: [Vec<&'static str>; 6] = [
         COLORS.iter().map(|color| color.name).collect(),

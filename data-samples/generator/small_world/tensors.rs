@@ -1,4 +1,4 @@
-//! Random weights by name, and the safetensors file that holds them, in bfloat16.
+//! Named random weights, and the bfloat16 safetensors file that holds them.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -9,15 +9,15 @@ use safetensors::tensor::TensorView;
 use super::files::{self, Outcome};
 use super::random::Random;
 
-/// The nearest bfloat16, ties to even; `value` must be finite.
+/// Returns the nearest bfloat16, ties to even; `value` must be finite.
 fn bfloat16(value: f32) -> [u8; 2] {
     let bits = value.to_bits();
     let rounded = bits + 0x7fff + (bits >> 16 & 1);
     ((rounded >> 16) as u16).to_le_bytes()
 }
 
-/// Random tensors with names. Each has a random stream of its own, so a change of one leaves the
-/// others as they were.
+/// Named random tensors. Each has its own random stream, so a change of one leaves the others
+/// unchanged.
 pub struct Tensors {
     seed: u64,
     model: &'static str,
@@ -31,7 +31,7 @@ struct Entry {
 }
 
 impl Tensors {
-    /// No tensors yet, of the model that `model` names.
+    /// Returns an empty set of tensors of the model `model`.
     pub fn new(seed: u64, model: &'static str) -> Self {
         Self {
             seed,
@@ -65,7 +65,7 @@ impl Tensors {
         self.constant(&format!("{name}.bias"), &[size], 0.0);
     }
 
-    /// The numbers that a tensor of this name holds.
+    /// Returns the numbers of the tensor `name`.
     pub fn normal_values(&self, name: &str, count: usize, deviation: f64) -> Vec<f32> {
         let mut random = Random::named(self.seed, &format!("{}/{name}", self.model));
         (0..count)
@@ -89,7 +89,7 @@ impl Tensors {
             let view = TensorView::new(Dtype::BF16, shape, &entry.bytes)?;
             views.push((entry.name.as_str(), view));
         }
-        // transformers refuses files that do not name their format.
+        // transformers rejects files that do not declare their format.
         let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
         files::write(path, &safetensors::serialize(views, Some(metadata))?)
     }

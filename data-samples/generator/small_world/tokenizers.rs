@@ -1,7 +1,7 @@
-//! The two tokenizers, trained on the small world's own text.
+//! The two tokenizers, trained on text of the small world.
 //!
 //! Each starts as the `tokenizer.json` of its family with an empty vocabulary, which training
-//! fills; so what surrounds the vocabulary is the family's own.
+//! fills; everything around the vocabulary is the family's own.
 
 use std::collections::HashSet;
 use std::iter;
@@ -18,7 +18,7 @@ use super::questions::{self, Topic};
 use super::random::Random;
 use super::scene::Scene;
 
-/// The special tokens of LLaVA-OneVision's tokenizer, in the order of their ids, which follow the
+/// The special tokens of LLaVA-OneVision's tokenizer in the order of their ids, which follow the
 /// vocabulary.
 pub const QWEN2_SPECIAL: [&str; 5] = [
     "<|endoftext|>",
@@ -28,10 +28,10 @@ pub const QWEN2_SPECIAL: [&str; 5] = [
     "<video>",
 ];
 
-/// Entries of the policy's vocabulary before its special tokens: 256 bytes and the merges.
+/// The size of the policy's vocabulary without special tokens: 256 bytes and the merges.
 const QWEN2_VOCABULARY: usize = 507;
 
-/// Entries of the judge's vocabulary: 3 special tokens, 256 bytes, ASCII and the merges.
+/// The size of the judge's vocabulary: 3 special tokens, 256 bytes, ASCII and the merges.
 const LLAMA_VOCABULARY: usize = 640;
 
 /// The text around questions that both models read, and plain English for everything else.
@@ -54,8 +54,8 @@ The first answer was good, but the second was better because it was true and sho
 They have been here for a long time, and we will see them when we get there.
 ";
 
-/// Text to train tokenizers on: questions and answers about scenes that no split shows, and plain
-/// English, a line each.
+/// The training text of the tokenizers: questions and answers about scenes outside both splits, and
+/// plain English, one per line.
 pub fn corpus(seed: u64) -> Vec<String> {
     let mut lines: Vec<String> = PLAIN_ENGLISH.lines().map(str::to_owned).collect();
     for number in 0..1000 {
@@ -74,7 +74,7 @@ pub fn corpus(seed: u64) -> Vec<String> {
 
 /// Qwen2's tokenizer with a small vocabulary: byte-level BPE, special tokens last.
 pub fn qwen2(corpus: &[String]) -> Outcome<Tokenizer> {
-    // How Qwen2 cuts text before merging; transformers `tokenization_qwen2.py`.
+    // Qwen2's pre-tokenization; see transformers `tokenization_qwen2.py`.
     const WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
     let bytes = json!({
         "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false,
@@ -107,8 +107,8 @@ pub fn qwen2(corpus: &[String]) -> Outcome<Tokenizer> {
     Ok(tokenizer)
 }
 
-/// Llama's tokenizer with a small vocabulary: spaces become U+2581, what is not in the vocabulary
-/// falls back to bytes, and `<s>` begins each text.
+/// Llama's tokenizer with a small vocabulary: spaces become U+2581, text outside the vocabulary
+/// falls back to bytes, and `<s>` starts each text.
 pub fn llama(corpus: &[String]) -> Outcome<Tokenizer> {
     let mut tokenizer = untrained(&json!({
         "version": "1.0",
@@ -179,7 +179,7 @@ fn special(text: &str) -> AddedToken {
     AddedToken::from(text, true).normalized(false)
 }
 
-/// The id of a special token.
+/// Returns the id of a special token.
 pub fn id(tokenizer: &Tokenizer, token: &str) -> Outcome<u32> {
     Ok(tokenizer
         .token_to_id(token)

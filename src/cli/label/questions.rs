@@ -1,4 +1,4 @@
-//! The questions of a survey, and the query that finds them.
+//! The questions of a labeling task, and the query that selects them.
 
 use std::collections::HashSet;
 use std::fmt::Write as _;
@@ -10,17 +10,17 @@ use ovchat_data::store::{LabelTask, RunFolder, digest};
 use ovchat_data::tables::{Prompt, Row, rows};
 use ovchat_query as query;
 
-/// Questions at a time; people answer some hundreds an hour.
+/// The maximum number of questions loaded at once; annotators label some hundreds an hour.
 const QUESTIONS_MAX: usize = 100_000;
 
 rows! {
-    /// Two answers to a prompt, those that matter most first.
+    /// Two responses to a prompt, most informative pairs first.
     pub struct AnswerPair: "asked" => {
         /// The prompt.
         pub prompt_id: String,
-        /// An answer to it.
+        /// The number of a response to the prompt.
         pub one: i32,
-        /// Another one.
+        /// The number of another response to the prompt.
         pub other: i32,
     }
 }
@@ -30,14 +30,14 @@ rows! {
     pub struct CandidateText: "answer" => {
         /// The prompt.
         pub prompt_id: String,
-        /// Its number among the answers to the prompt.
+        /// The number of the response among those to the prompt.
         pub candidate: i32,
-        /// The answer.
+        /// The response.
         pub text: String,
     }
 }
 
-/// Finds the questions of a survey, and what they show.
+/// Finds the questions of a labeling task, and the texts that they show.
 pub fn find(run: &RunFolder, task: &LabelTask) -> Result<Questions, Failed> {
     let mut tables = vec![run_table(run, &task.candidates, task.candidates_round)?];
     for rewards in &task.rewards {
@@ -74,9 +74,9 @@ pub fn find(run: &RunFolder, task: &LabelTask) -> Result<Questions, Failed> {
     Ok(found)
 }
 
-/// Pairs of different answers to a prompt. First come, of each prompt, the two about which the judges
-/// disagree most: how far apart they find them, in standard deviations of their rewards of the prompt's
-/// answers. A judge that is alone disagrees with itself where it finds two close.
+/// Returns the query for pairs of different responses to a prompt. First come, for each prompt, the
+/// two that the judges disagree on most: the difference of their rewards in standard deviations
+/// over the prompt's responses. With a single judge, the closest two come first.
 fn sql(task: &LabelTask) -> String {
     let mut with = Vec::new();
     let mut joins = String::new();
@@ -94,7 +94,7 @@ fn sql(task: &LabelTask) -> String {
             " left join z{number} a{number} on a{number}.prompt_id = p.prompt_id and a{number}.candidate = p.one
               left join z{number} b{number} on b{number}.prompt_id = p.prompt_id and b{number}.candidate = p.other"
         )
-        .expect("a string takes any text");
+        .expect("writing to a string does not fail");
         apart.push(format!("coalesce(a{number}.z - b{number}.z, 0)"));
     }
     let disagreement = match &apart[..] {

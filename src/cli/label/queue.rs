@@ -1,4 +1,4 @@
-//! The desk at which people are asked: who has which question, and what was said.
+//! The label queue: which annotator has which question, and the labels given so far.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -10,10 +10,10 @@ use super::request::Saying;
 use ovchat_data::store::{LabelLine, LabelTask, LabelVerdict, LabelWriter, NUMBER_MAX, digest};
 use ovchat_data::tables::{Prompt, Role};
 
-/// After so long a question that somebody left open goes to others.
+/// The time after which a question that an annotator left open goes to others.
 const LEFT_OPEN: Duration = Duration::from_mins(15);
 
-/// Two answers to a prompt, as they are shown.
+/// Two responses to a prompt, in display order.
 #[derive(Debug, Clone)]
 pub struct Question {
     pub prompt_id: String,
@@ -21,34 +21,34 @@ pub struct Question {
     right: i32,
 }
 
-/// The questions of a survey, with the prompts and answers that they show.
+/// The questions of a labeling task, with the prompts and responses that they show.
 #[derive(Default)]
 pub struct Questions {
-    /// Those that matter most first.
+    /// The questions, most informative first.
     pub list: Vec<Question>,
     /// The prompts of the questions, by their ids.
     pub prompts: HashMap<String, Prompt>,
-    /// Texts of candidates, and their digests.
+    /// The texts of candidates, with their digests.
     pub texts: HashMap<(String, i32), (String, String)>,
 }
 
-/// What can be asked, and what was said.
+/// The questions that can be asked, and the labels given.
 pub struct LabelQueue {
     writer: LabelWriter,
     task: LabelTask,
     questions: Vec<Question>,
     prompts: HashMap<String, Prompt>,
-    /// Texts of candidates, and their digests.
+    /// The texts of candidates, with their digests.
     texts: HashMap<(String, i32), (String, String)>,
     labels: BTreeMap<u64, LabelLine>,
-    /// The question of each label of this survey.
+    /// The question of each label of this task.
     of_label: HashMap<u64, usize>,
-    /// Who looks at which question, and since when.
+    /// The open question of each annotator, and since when it is open.
     open: HashMap<String, (usize, Instant)>,
 }
 
 impl LabelQueue {
-    /// The desk of a survey; `writer` knows what was said so far.
+    /// Creates the queue of a labeling task; `writer` holds the labels given so far.
     pub fn new(writer: LabelWriter, task: LabelTask, questions: Questions) -> Self {
         let mut queue = Self {
             labels: BTreeMap::new(),
@@ -64,7 +64,7 @@ impl LabelQueue {
         queue
     }
 
-    /// Reads what was said before.
+    /// Reads the labels given so far.
     fn recall(&mut self) {
         let mut numbers: HashMap<[String; 3], usize> = HashMap::new();
         for (number, question) in self.questions.iter().enumerate() {
@@ -91,7 +91,7 @@ impl LabelQueue {
         }
     }
 
-    /// A note about lines of the labels that were moved aside, if any were.
+    /// Returns a note about label lines that were moved to another file, if any.
     pub fn note(&self) -> Option<&str> {
         self.writer.note.as_deref()
     }
@@ -101,7 +101,7 @@ impl LabelQueue {
         text.map(|(_, digest)| digest.clone()).unwrap_or_default()
     }
 
-    /// Questions about which something was said, skipping apart.
+    /// Returns the questions that have a label other than a skip.
     fn done(&self) -> HashSet<usize> {
         let said = self
             .labels
@@ -111,7 +111,7 @@ impl LabelQueue {
             .collect()
     }
 
-    /// Labels so far.
+    /// Returns the number of labels so far.
     pub fn said(&self) -> u64 {
         let said = self
             .labels
@@ -124,12 +124,13 @@ impl LabelQueue {
         self.task.wanted
     }
 
-    /// How many questions there are.
+    /// Returns the number of questions.
     pub fn questions(&self) -> usize {
         self.questions.len()
     }
 
-    /// The question for somebody: the one that they have, or the first that nobody else has.
+    /// Returns the next question for an annotator: the one that they have open, or the first that
+    /// nobody else has.
     pub fn next(&mut self, by: &str) -> Value {
         let done = self.done();
         let own = self.open.get(by).map(|(number, _)| *number);
@@ -169,7 +170,7 @@ impl LabelQueue {
         let text = |candidate| &self.texts[&(question.prompt_id.clone(), candidate)].0;
         let turns = prompt.turns.iter().map(|turn| {
             let role = match turn.role {
-                Role::User => "before that, user",
+                Role::User => "user (earlier)",
                 Role::Assistant => "assistant",
             };
             json!({ "role": role, "text": turn.text })
@@ -184,15 +185,15 @@ impl LabelQueue {
         })
     }
 
-    /// Writes down what somebody said, and returns the label's id. Says why not, if somebody else was faster.
+    /// Records a label and returns its id. Fails if another annotator was faster.
     pub fn say(&mut self, saying: &Saying) -> Result<u64, Failed> {
         let Some(question) = self.questions.get(saying.question).cloned() else {
-            return Err(Failed::Words("there is no such question".to_owned()));
+            return Err(Failed::Words("no such question".to_owned()));
         };
         self.open.remove(&saying.by);
         if self.done().contains(&saying.question) {
             return Err(Failed::Words(
-                "somebody else has answered this one".to_owned(),
+                "another annotator has already labeled this question".to_owned(),
             ));
         }
         let label = LabelLine {
@@ -221,8 +222,9 @@ impl LabelQueue {
         last.map(|label| label.id)
     }
 
-    /// Takes back what somebody said, and asks them again: the label with this id, if it is theirs, or else
-    /// their last one. A name may be that of several people; their pages know which labels are their own.
+    /// Undoes an annotator's label and asks the question again: the label with this id if it is
+    /// theirs, or else their last one. Several annotators may share a name; their pages track which
+    /// labels are their own.
     pub fn undo(&mut self, by: &str, id: Option<u64>) -> Result<(), Failed> {
         let is_own = |id: &u64| {
             let label = self.labels.get(id);
@@ -246,7 +248,7 @@ impl LabelQueue {
         Ok(())
     }
 
-    /// Whether a question shows the picture.
+    /// Returns true if a question shows the image.
     pub fn shows(&self, image: &str) -> bool {
         let mut prompts = self.prompts.values();
         prompts.any(|prompt| prompt.image_ids.iter().any(|id| id == image))
@@ -258,7 +260,7 @@ fn now() -> u64 {
     now.map_or(0, |since| since.as_secs())
 }
 
-/// Which answer stands left is drawn, and the same whoever looks and however often.
+/// Returns a question with its sides in an order that is random, but depends only on the question.
 pub fn sided(prompt_id: String, one: i32, other: i32) -> Question {
     let drawn = digest(format!("{prompt_id} {one} {other}").as_bytes());
     let is_turned = drawn.as_bytes()[0] % 2 == 1;

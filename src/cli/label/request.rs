@@ -1,24 +1,24 @@
-//! The requests of the page.
+//! The requests of the labeling page.
 
 use serde::Deserialize;
 
 use ovchat_data::store::LabelVerdict;
 
-/// A request that can be answered.
+/// A valid request.
 pub enum Request<'a> {
     /// The page itself.
     Page,
-    /// The next question for somebody.
+    /// The next question for an annotator.
     Next(String),
-    /// An answer to a question.
+    /// A label for a question.
     Say(Saying),
-    /// Undo of a label, or of the last one of a person.
+    /// Undo of a label, or of an annotator's last one.
     Undo { by: String, label: Option<u64> },
-    /// The picture with an id.
+    /// The image with an id.
     EncodedImage(&'a str),
 }
 
-/// An answer to a question, as the page sends it.
+/// A label for a question, as the page sends it.
 #[derive(Deserialize)]
 pub struct Saying {
     pub by: String,
@@ -33,7 +33,7 @@ struct Undoing {
     label: Option<u64>,
 }
 
-/// Reads a request. Says with which status it is refused, and why, if it is none of the page's.
+/// Parses a request. Fails with a status and a message if it is not one of the page's.
 pub fn read<'a>(
     method: &str,
     path: &'a str,
@@ -44,14 +44,14 @@ pub fn read<'a>(
     match (method, path) {
         ("GET", "/") => Ok(Request::Page),
         ("GET", "/api/next") => {
-            let by = parameter(query, "by").unwrap_or("somebody");
+            let by = parameter(query, "by").unwrap_or("anonymous");
             Ok(Request::Next(decoded(by)))
         }
         ("POST", "/api/say") => match serde_json::from_slice(body).map_err(malformed)? {
             Saying {
                 said: LabelVerdict::Undone,
                 ..
-            } => Err((400, "that is not to be said".to_owned())),
+            } => Err((400, "`undone` is not a valid label".to_owned())),
             saying => Ok(Request::Say(saying)),
         },
         ("POST", "/api/undo") => {
@@ -60,25 +60,25 @@ pub fn read<'a>(
         }
         ("GET", path) => match path.strip_prefix("/picture/") {
             Some(id) => Ok(Request::EncodedImage(id)),
-            None => Err((404, "there is nothing here".to_owned())),
+            None => Err((404, "not found".to_owned())),
         },
-        _ => Err((405, "that can't be done here".to_owned())),
+        _ => Err((405, "method not allowed".to_owned())),
     }
 }
 
-/// A part of a query, as it is written there.
+/// Returns a parameter of a query string, still encoded.
 pub fn parameter<'a>(query: &'a str, name: &str) -> Option<&'a str> {
     let mut parts = query.split('&').filter_map(|part| part.split_once('='));
     parts.find_map(|(other, value)| (other == name).then_some(value))
 }
 
-/// A part of a query as it was meant: `%20` is a space.
+/// Decodes a percent-encoded parameter: `%20` is a space.
 fn decoded(text: &str) -> String {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
     while let Some((&byte, behind)) = rest.split_first() {
         rest = behind;
-        // Digits alone: a number may also begin with a sign.
+        // `from_str_radix` would also accept a sign.
         let hex = behind
             .get(..2)
             .filter(|two| two.iter().all(u8::is_ascii_hexdigit));

@@ -1,8 +1,8 @@
-//! The page's server: HTTP on this machine, with limits to what a connection may take.
+//! The HTTP server of the labeling page: localhost only, with limits on each connection.
 //!
-//! A connection is one request. It has [`HEAD_TIME`] to say what it wants, [`BODY_TIME`] to send the rest,
-//! and [`WHOLE_TIME`] in all; a body is read only for those who are let in. So many are served at once as
-//! the process may have open files; beyond that they hear 503.
+//! A connection carries one request. It has [`HEAD_TIME`] to send its header, [`BODY_TIME`] to send
+//! its body, and [`WHOLE_TIME`] in total; the body is only read for accepted requests. As many
+//! connections are served at once as the process may have open files; further ones get a 503.
 
 use std::convert::Infallible;
 use std::io::{self, Read as _, Write as _};
@@ -23,37 +23,37 @@ use tokio::runtime::Runtime;
 use tokio::task::LocalSet;
 use tokio::time::timeout;
 
-/// The time to send the head of a request.
+/// The time limit for the header of a request.
 const HEAD_TIME: Duration = Duration::from_secs(5);
 
-/// The time to send its body.
+/// The time limit for the body of a request.
 const BODY_TIME: Duration = Duration::from_secs(5);
 
-/// The time of a connection, in which it also takes the answer.
+/// The time limit for a connection, including its response.
 const WHOLE_TIME: Duration = Duration::from_secs(30);
 
-/// The largest body.
+/// The largest body, in bytes.
 const BODY_MAX: usize = 64 << 10;
 
-/// The largest head, and the most that is read ahead.
+/// The largest header, and the most that is read ahead, in bytes.
 const HEAD_MAX: usize = 32 << 10;
 
-/// The most header fields.
+/// The maximum number of header fields.
 const FIELDS_MAX: usize = 64;
 
-/// Open files that are not for connections: those of the run, and of the connections that hear 503.
+/// The number of file descriptors kept back: for the run, and for connections that get a 503.
 const FILES_KEPT: u64 = 64;
 
-/// The most connections that are served at once, however many files may be open.
+/// The maximum number of connections that are served at once, regardless of the file limit.
 const CONNECTIONS_MAX: u64 = 16_384;
 
-/// Between two looks at whether to stop.
+/// The interval between checks for a stop request.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
-/// After a connection could not be taken, for lack of files.
+/// The pause after a connection could not be accepted for lack of file descriptors.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// The answer beyond [`CONNECTIONS_MAX`].
+/// The response beyond [`CONNECTIONS_MAX`].
 const BUSY: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-After: 5\r\n\
     Content-Type: application/json\r\nContent-Length: 51\r\n\r\n\
     {\"error\":\"too many connections; try again in 5 s\"}\n";
@@ -67,32 +67,32 @@ pub struct Asked<'a> {
 }
 
 impl Asked<'_> {
-    /// The text of a header field.
+    /// Returns the value of a header field.
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers.get(name)?.to_str().ok()
     }
 }
 
-/// An answer: status, type, content.
+/// A response: status, media type, content.
 pub struct HttpResponse {
     pub status: u16,
     pub media: &'static str,
     pub content: Vec<u8>,
 }
 
-/// A site: it answers each request.
+/// A site that answers requests.
 pub trait Site {
-    /// The answer to somebody who is not let in; asked before a body is read.
+    /// Returns the response to a rejected client; called before the body is read.
     fn refusal(&self, asked: &Asked<'_>) -> Option<HttpResponse>;
 
-    /// The answer to a request.
+    /// Returns the response to a request.
     fn answer(&self, asked: &Asked<'_>, body: &[u8]) -> HttpResponse;
 
-    /// The answer to a request that is refused by its form.
+    /// Returns the response to a malformed request.
     fn wrong(&self, status: u16, why: &str) -> HttpResponse;
 }
 
-/// A server that listens.
+/// A listening server.
 pub struct Server {
     runtime: Runtime,
     listener: TcpListener,
@@ -101,7 +101,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// Listens to a port of this machine; 0 takes a free one.
+    /// Listens on a port of localhost; 0 picks a free port.
     pub fn listen(port: u16) -> io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_io()
@@ -117,28 +117,29 @@ impl Server {
         })
     }
 
-    /// The address at which the server listens.
+    /// Returns the address on which the server listens.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Serves until `stopping` says so, which is asked all the while.
+    /// Serves until `stopping` returns true; it is polled continuously.
     pub fn serve(self, site: impl Site + 'static, stopping: &dyn Fn() -> bool) {
         let site = Rc::new(site);
-        // As many copies as connections are open.
+        // The reference count is the number of open connections.
         let open = Rc::new(());
         let tasks = LocalSet::new();
         tasks.block_on(&self.runtime, async {
             while !stopping() {
                 match timeout(LOOK_EVERY, self.listener.accept()).await {
                     Err(_) => {}
-                    // What goes wrong with one connection, or for lack of files, passes.
+                    // Errors of a single connection, or for lack of file descriptors, are
+                    // temporary.
                     Ok(Err(_)) => tokio::time::sleep(PAUSE).await,
                     Ok(Ok((stream, _))) if Rc::strong_count(&open) > self.most => busy(stream),
                     Ok(Ok((stream, _))) => {
                         let (site, open) = (Rc::clone(&site), Rc::clone(&open));
                         tasks.spawn_local(async move {
-                            // Somebody who has left, or is too slow, hears nothing.
+                            // A client that has left or is too slow gets no response.
                             drop(timeout(WHOLE_TIME, connection(stream, site)).await);
                             drop(open);
                         });
@@ -149,8 +150,8 @@ impl Server {
     }
 }
 
-/// How many connections may be open at once: as many as files, of which the process is given all that it may
-/// have.
+/// Returns the maximum number of open connections, after raising the process's file limit as far as
+/// allowed.
 fn connections() -> usize {
     let limit = getrlimit(Resource::Nofile);
     let wanted = CONNECTIONS_MAX + FILES_KEPT;
@@ -169,14 +170,14 @@ fn connections() -> usize {
     left.clamp(1, CONNECTIONS_MAX) as usize
 }
 
-/// Says that there are too many connections. Nothing is waited for.
+/// Responds that there are too many connections, without waiting.
 fn busy(stream: TcpStream) {
     let Ok(mut stream) = stream.into_std() else {
         return;
     };
-    // A new connection has room for so little.
+    // A new connection always has room for these few bytes.
     drop(stream.write(BUSY));
-    // What was asked and not read would reset the connection.
+    // Unread request data would reset the connection.
     drop(stream.shutdown(Shutdown::Write));
     drop(stream.read(&mut [0; HEAD_MAX]));
 }
@@ -194,7 +195,7 @@ async fn connection(stream: TcpStream, site: Rc<impl Site + 'static>) {
         .max_headers(FIELDS_MAX)
         .serve_connection(TokioIo::new(stream), service)
         .await;
-    // What is no HTTP was answered with 400.
+    // Anything but HTTP was answered with a 400.
     drop(served);
 }
 
@@ -216,7 +217,7 @@ async fn response(request: Request<Incoming>, site: &impl Site) -> Response<Full
     let policy = "default-src 'none'; img-src 'self' data:; connect-src 'self'; style-src 'unsafe-inline'; \
                   script-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'";
     let mut response = Response::new(Full::new(Bytes::from(answer.content)));
-    *response.status_mut() = StatusCode::from_u16(answer.status).expect("a status of ours");
+    *response.status_mut() = StatusCode::from_u16(answer.status).expect("a valid status");
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static(answer.media));
     for (name, value) in [
@@ -234,9 +235,9 @@ async fn response(request: Request<Incoming>, site: &impl Site) -> Response<Full
     response
 }
 
-/// The body of a request, or why there is none: status and words.
+/// Reads the body of a request; on failure returns a status and a message.
 async fn read(method: &Method, body: Incoming) -> Result<Bytes, (u16, String)> {
-    let too_large = || (413, format!("a request has at most {BODY_MAX} bytes"));
+    let too_large = || (413, format!("the request body exceeds {BODY_MAX} bytes"));
     if method != Method::POST {
         return Ok(Bytes::new());
     }
@@ -248,7 +249,10 @@ async fn read(method: &Method, body: Incoming) -> Result<Bytes, (u16, String)> {
         Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
         Ok(Err(error)) => Err((400, error.to_string())),
         Err(_) => {
-            let why = format!("the request was not sent within {} s", BODY_TIME.as_secs());
+            let why = format!(
+                "the request was not received within {} s",
+                BODY_TIME.as_secs()
+            );
             Err((408, why))
         }
     }

@@ -1,4 +1,4 @@
-//! What a stage needs of memory, by its model's config and the rows that were counted.
+//! The memory needs of a stage, computed from its model's config and the token counts.
 
 use std::num::NonZeroU32;
 
@@ -17,22 +17,22 @@ use ovchat_pipeline::stages::{
     ModelName, Sample, StageSpec, TableName, TrainDpo, TrainReward, TrainSft,
 };
 
-/// Bytes of a number, and the precision's name.
+/// The bytes of an element, and the name of the precision.
 pub type Precision = (u64, &'static str);
 
-/// Answers of a pair, and how long they are where the pipeline does not say.
+/// The number of responses of a pair, and their assumed length if the pipeline does not set one.
 const ANSWERS: usize = 2;
 const ANSWER_TOKENS: usize = 512;
 
-/// What a stage needs, before it is known where.
+/// The memory needs of a stage, independent of the machine.
 pub struct Needs {
     pub precision: &'static str,
     pub items: Vec<(&'static str, u64, String)>,
     pub model: ModelName,
-    /// The most that it takes in a room, and why it has no place there.
+    /// Returns the peak memory with a given amount available, and the refusal if it does not fit.
     pub peak: Box<dyn Fn(Room) -> (u64, Option<Refusal>)>,
     pub worst: String,
-    /// Pixels of the pictures that wait for the network.
+    /// The bytes of the pixels of images that wait for the network.
     pub pixels: u64,
 }
 
@@ -40,16 +40,16 @@ pub struct Needs {
 pub struct Refusal {
     /// The amount needed, by item, and the amount available.
     pub cause: String,
-    /// The way out.
+    /// The advice for fixing it.
     pub help: String,
 }
 
 impl Refusal {
-    /// That a model's weights alone are too large.
+    /// Returns a refusal if a model's weights alone do not fit.
     fn of_weights(model: &ModelName, weights: u64, room: Room, help: &str) -> Option<Self> {
         (weights > room.bytes).then(|| Self {
             cause: format!(
-                "the weights of `{model}` alone take {}, and it may use {}",
+                "the weights of `{model}` alone take {}, but only {} is available",
                 size(weights),
                 size(room.bytes)
             ),
@@ -57,12 +57,12 @@ impl Refusal {
         })
     }
 
-    /// That what a training needs whatever its batches are is too large.
+    /// Returns a refusal if the training state, which is independent of the batches, does not fit.
     fn of_state(model: &ModelName, sizes: &TrainingSizes, room: Room, help: &str) -> Option<Self> {
         (sizes.state() > room.bytes).then(|| Self {
             cause: format!(
-                "weights ({}), gradients ({}) and optimizer moments ({}) of `{model}` alone take {}, and \
-                 it may use {}",
+                "weights ({}), gradients ({}) and optimizer moments ({}) of `{model}` alone take {}, but \
+                 only {} is available",
                 size(sizes.weights),
                 size(sizes.gradients),
                 size(sizes.moments),
@@ -73,27 +73,27 @@ impl Refusal {
         })
     }
 
-    /// In one sentence.
+    /// Returns the refusal as one sentence.
     pub fn in_one(&self) -> String {
         format!("{}; {}", self.cause, self.help)
     }
 }
 
-/// The advice that gives a model more memory.
+/// Returns the advice that gives a model more memory.
 fn more_memory(plan: &Plan, model: &ModelName) -> String {
     match plan.models[model].memory_gb() {
         Some(limit) => format!(
-            "raise `memory_gb` of `{model}`, which is {}, or use a device with more memory",
+            "raise `memory_gb` of `{model}` (now {}), or use a device with more memory",
             f64::from(limit)
         ),
         None => format!(
-            "use a device with more memory, or set `memory_gb` of `{model}`: left out, it is nine tenths \
-             of a GPU's memory or half of the machine's"
+            "use a device with more memory, or set `memory_gb` of `{model}` (default: 90 % \
+             of the GPU's memory, or half of the machine's)"
         ),
     }
 }
 
-/// The model of a stage of which it is known what it takes: the one that is opened.
+/// Returns the model that a stage opens, if its memory needs are known.
 pub fn computing<'a>(plan: &'a Plan, stage: &'a PlannedStage) -> Option<&'a ModelName> {
     match &stage.spec {
         StageSpec::Sample(sample) => Some(&sample.model),
@@ -118,19 +118,19 @@ pub fn of_stage(
         _ => None,
     };
     let judged = |judge: &ModelName, part: NonZeroU32, answers: usize| {
-        let Some(asking) = plan.models[judge].asking() else {
+        let Some(prompt_settings) = plan.models[judge].prompt_settings() else {
             return of_judge(plan, judge, precision);
         };
         let model = plan.backing_model(judge);
-        // Both answers of a pair are asked about twice, with each in front once.
-        let (shown, asks) = match asking.mode {
+        // Both responses of a pair are judged twice, once in each order.
+        let (shown, asks) = match prompt_settings.mode {
             Mode::Pointwise => (1, answers),
             Mode::Pairwise => (2, answers * (answers - 1)),
         };
         let writing = Writing {
             model,
             answers: 1,
-            new: asking.max_new_tokens.0.get() as usize,
+            new: prompt_settings.max_new_tokens.0.get() as usize,
             part: part.get() as usize * asks,
             beside: shown * answer_tokens(plan),
         };
@@ -156,13 +156,13 @@ pub fn of_stage(
             ModelSpec::LlavaOnevision(spec) => of_training(plan, train, spec, tokens, precision),
             _ => None,
         },
-        StageSpec::TrainSft(train) => of_lessons(plan, train, counted),
+        StageSpec::TrainSft(train) => of_examples(plan, train, counted),
         StageSpec::TrainReward(train) => of_reward_training(plan, train, counted),
         _ => None,
     }
 }
 
-/// The stage that answers prompts.
+/// Returns the stage that samples responses.
 fn sampled(plan: &Plan) -> Option<(&TableName, &Sample)> {
     plan.stages.iter().find_map(|stage| match &stage.spec {
         StageSpec::Sample(sample) => Some((&stage.name, sample)),
@@ -170,22 +170,22 @@ fn sampled(plan: &Plan) -> Option<(&TableName, &Sample)> {
     })
 }
 
-/// How long its answers may become.
+/// Returns the maximum length of its responses.
 fn answer_tokens(plan: &Plan) -> usize {
     sampled(plan).map_or(ANSWER_TOKENS, |(_, sample)| {
         sample.max_new_tokens.get() as usize
     })
 }
 
-/// What a policy writes.
+/// The text that a policy generates.
 struct Writing<'a> {
     model: &'a ModelName,
-    /// Answers to each prompt, and how long they may become.
+    /// The number of responses per prompt, and their maximum length.
     answers: usize,
     new: usize,
-    /// Prompts that are there at once.
+    /// The number of prompts in a part.
     part: usize,
-    /// Tokens of a prompt beside those that were counted.
+    /// The tokens of a prompt in addition to the counted ones.
     beside: usize,
 }
 
@@ -210,7 +210,7 @@ fn of_writing(
     let (longest, worst) = longest(counted, image);
     let longest = longest + beside;
     let of_tokens = format!(
-        "{} a token; the largest picture ({image} tokens) and its {answers} answers",
+        "{} per token, for the largest image ({image} tokens) and its {answers} responses",
         size(sizes.token)
     );
     let taken = move |rows: usize, tokens: usize, read: usize| {
@@ -242,7 +242,7 @@ fn of_writing(
                 sizes.token * (image + new) as u64,
                 of_tokens,
             ),
-            ("logits", sizes.row, "an answer that grows".to_owned()),
+            ("logits", sizes.row, "per response in progress".to_owned()),
         ],
         model: writing.model.clone(),
         peak: Box::new(peak),
@@ -273,12 +273,16 @@ fn of_judge(plan: &Plan, judge: &ModelName, precision: Precision) -> Option<Need
         precision,
         items: vec![
             ("weights", sizes.weights, String::new()),
-            ("keys and values", sizes.token, "a token".to_owned()),
-            ("activations", sizes.read, "a token that is read".to_owned()),
+            ("keys and values", sizes.token, "per token".to_owned()),
+            (
+                "activations",
+                sizes.read,
+                "per token of a prompt".to_owned(),
+            ),
         ],
         model: judge.clone(),
         peak: Box::new(peak),
-        worst: "every picture takes as much".to_owned(),
+        worst: "every image takes the same".to_owned(),
         pixels,
     })
 }
@@ -297,18 +301,18 @@ fn of_training(
         (
             "weights",
             sizes.weights,
-            "those that are trained in float32".to_owned(),
+            "trained weights in float32".to_owned(),
         ),
         ("gradients", sizes.gradients, String::new()),
-        ("moments", sizes.moments, "of AdamW".to_owned()),
+        ("moments", sizes.moments, "AdamW".to_owned()),
     ];
     let [image, tiles] = largest(&config, spec).unwrap_or_default();
     let sampled = sampled(plan);
     let new = ANSWERS * answer_tokens(plan);
     let largest_pair = image + new;
     let remark = format!(
-        "the largest picture and two answers, {largest_pair} tokens and {tiles} tiles; {} where layers \
-         are computed again",
+        "for the largest image and two responses ({largest_pair} tokens, {tiles} tiles); {} with layers \
+         recomputed",
         size(sizes.computed_again(largest_pair, tiles))
     );
     items.push(("activations", sizes.remembered(largest_pair, tiles), remark));
@@ -317,7 +321,7 @@ fn of_training(
     let (longest, worst) = longest(counted, image);
     let checkpointing = stage.activation_checkpointing;
     let pair = longest + new;
-    // Short pairs go side by side.
+    // Short pairs are packed.
     let at_once = pair.max(PACK_TOKENS_MAX.min(pair * 8));
     let tiles_at_once = tiles * at_once.div_ceil(pair.max(1));
     let model = stage.model.clone();
@@ -347,7 +351,7 @@ fn of_training(
     })
 }
 
-fn of_lessons(plan: &Plan, stage: &TrainSft, counted: Option<&TokenCounts>) -> Option<Needs> {
+fn of_examples(plan: &Plan, stage: &TrainSft, counted: Option<&TokenCounts>) -> Option<Needs> {
     let (sizes, text, image, tiles, pixels) = match &plan.models[&stage.model] {
         ModelSpec::LlavaOnevision(spec) => {
             let config = LlavaOnevisionConfig::open(&spec.weights).ok()?;
@@ -377,7 +381,7 @@ fn of_lessons(plan: &Plan, stage: &TrainSft, counted: Option<&TokenCounts>) -> O
     let (longest, worst) = longest(counted, image);
     let at_once = side_by_side(longest, stage.batch_prompts);
     let learned = counted.map_or(ANSWER_TOKENS, |counted| counted.learned_of(at_once));
-    let remark = format!("of {learned} tokens that are learned at once");
+    let remark = format!("for {learned} trained tokens at once");
     let steps = Steps {
         model: &stage.model,
         help: more_memory(plan, &stage.model),
@@ -408,10 +412,10 @@ fn of_reward_training(
         longest(counted, image)
     } else {
         let pair = image + ANSWERS * ANSWER_TOKENS;
-        let words = "a picture and two answers of";
+        let words = "an image and two responses of";
         (
             pair,
-            format!("{words} {ANSWER_TOKENS} tokens, no pair was counted yet"),
+            format!("{words} {ANSWER_TOKENS} tokens (no pairs to count yet)"),
         )
     };
     let steps = Steps {
@@ -427,22 +431,22 @@ fn of_reward_training(
     Some(steps.needs())
 }
 
-/// Tokens of rows that go side by side; short ones do.
+/// Returns the tokens of a packed batch of rows; short rows are packed.
 fn side_by_side(longest: usize, rows: NonZeroU32) -> usize {
     let all = longest.saturating_mul(rows.get() as usize);
     longest.max(PACK_TOKENS_MAX.min(all))
 }
 
-/// A training in float32 that remembers everything.
+/// A training in float32 that keeps all activations.
 struct Steps<'a> {
     model: &'a ModelName,
     /// The advice that gives it more memory.
     help: String,
     sizes: TrainingSizes,
-    /// What goes side by side.
+    /// The tokens and tiles of a packed batch.
     tokens: usize,
     tiles: usize,
-    /// What it takes beside state and activations, and what that is.
+    /// The memory in addition to state and activations, and a remark.
     logits: Option<(u64, String)>,
     worst: String,
     pixels: u64,
@@ -452,11 +456,11 @@ impl Steps<'_> {
     fn needs(self) -> Needs {
         let sizes = self.sizes;
         let activations = sizes.remembered(self.tokens, self.tiles);
-        let remark = format!("of {} tokens at once", self.tokens);
+        let remark = format!("for {} tokens at once", self.tokens);
         let mut items = vec![
             ("weights", sizes.weights, String::new()),
             ("gradients", sizes.gradients, String::new()),
-            ("moments", sizes.moments, "of AdamW".to_owned()),
+            ("moments", sizes.moments, "AdamW".to_owned()),
             ("activations", activations, remark),
         ];
         let beside = self.logits.as_ref().map_or(0, |(bytes, _)| *bytes);
@@ -477,18 +481,19 @@ impl Steps<'_> {
     }
 }
 
-/// The tokens of the longest row, and which it is; of the largest picture where none was counted.
+/// Returns the tokens of the longest row and its description; without counts, those of the largest
+/// image.
 fn longest(counted: Option<&TokenCounts>, image: usize) -> (usize, String) {
     match counted {
         Some(counted) => (counted.longest(), counted.worst()),
         None => (
             image,
-            format!("the largest picture takes {image} tokens, no prompt was counted yet"),
+            format!("the largest image takes {image} tokens (no prompts to count yet)"),
         ),
     }
 }
 
-/// Tokens and tiles of the picture that has most.
+/// Returns the tokens and tiles of the largest image.
 fn largest(config: &LlavaOnevisionConfig, spec: &LlavaOnevisionSpec) -> Option<[usize; 2]> {
     let side = config.vision_config.image_size;
     let anyres = Anyres::new(
@@ -502,14 +507,15 @@ fn largest(config: &LlavaOnevisionConfig, spec: &LlavaOnevisionSpec) -> Option<[
         .max()
 }
 
-/// Bytes of the pixels of pictures that wait for the network, in float32, each of so many tiles.
+/// Returns the bytes of the pixels of images that wait for the network, in float32, each with
+/// `tiles` tiles.
 fn pixels(config: &LlavaOnevisionConfig, tiles: usize) -> u64 {
     let vision = &config.vision_config;
     let tile = 4 * vision.num_channels * vision.image_size.pow(2);
     ((IMAGES_AHEAD + IMAGES_AT_ONCE_MAX) * tiles * tile) as u64
 }
 
-/// The same for a reward model, which takes a picture as a whole.
+/// Returns the same for a reward model, which does not tile images.
 fn judge_pixels(config: &LlavaRlhfConfig) -> u64 {
     let vision = &config.vision_config;
     let image = 4 * vision.num_channels * vision.image_size.pow(2);

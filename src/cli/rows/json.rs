@@ -1,4 +1,4 @@
-//! Values as JSON: arrow-json's, but for numbers that JSON does not have, and bytes.
+//! Values as JSON: arrow-json, except for non-finite numbers and bytes.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock};
@@ -13,11 +13,11 @@ use base64::prelude::BASE64_STANDARD;
 use super::Nan;
 use crate::Failed;
 
-/// The JSON of values that arrow-json writes as null (NaN, infinities) or as hexadecimal digits (bytes).
+/// The encoders of values that arrow-json would write as null (NaN, infinities) or as hex (bytes).
 #[derive(Debug, Clone)]
 pub struct Cells {
     nan: Nan,
-    /// Set by a number that JSON does not have and `nan` does not allow: an encoder can't fail.
+    /// Set on a non-finite number if `nan` does not allow them: an encoder cannot fail.
     has_non_finite: Arc<AtomicBool>,
 }
 
@@ -30,7 +30,7 @@ impl Cells {
         }
     }
 
-    /// Whether there was a number that JSON does not have since this was last asked.
+    /// Returns true if there was a non-finite number since the last call.
     pub fn take_non_finite(&self) -> bool {
         self.has_non_finite.swap(false, Ordering::Relaxed)
     }
@@ -78,7 +78,7 @@ impl Cells {
         array: &'a dyn Array,
         value: impl Fn(usize) -> f64 + 'a,
     ) -> Result<Box<dyn Encoder + 'a>, ArrowError> {
-        /// arrow-json as it comes, for finite numbers.
+        /// The default options of arrow-json, for finite numbers.
         static PLAIN: LazyLock<EncoderOptions> = LazyLock::new(EncoderOptions::default);
         Ok(Box::new(Number {
             value,
@@ -117,8 +117,8 @@ impl Encoder for Base64<'_> {
     }
 }
 
-/// The error about the first number of a batch that JSON does not have. `first` is the number of rows
-/// before the batch, `why` says why the number has no place in the format that was asked for.
+/// Returns the error for the first non-finite number of a batch. `first` is the number of rows
+/// before the batch; `why` explains why the requested format cannot hold it.
 pub fn non_finite(batch: &RecordBatch, first: usize, why: &str, formats: &str) -> Failed {
     let cells = Cells::new(Nan::Error);
     let options = EncoderOptions::default().with_encoder_factory(Arc::new(cells.clone()));
@@ -133,13 +133,13 @@ pub fn non_finite(batch: &RecordBatch, first: usize, why: &str, formats: &str) -
                 encoder.encode(row, &mut Vec::new());
             }
             if cells.take_non_finite() {
-                place = format!("the column `{}` (row {})", field.name(), first + row + 1);
+                place = format!("column `{}` (row {})", field.name(), first + row + 1);
                 break 'columns;
             }
         }
     }
     Failed::Words(format!(
-        "{place} has NaN or an infinity{why}: write it as text with `--nan text`, use {formats}, or leave such rows \
-         out in the query"
+        "{place} has NaN or an infinity{why}: write it as text with `--nan text`, use {formats}, or exclude such \
+         rows in the query"
     ))
 }

@@ -1,4 +1,4 @@
-//! The bytes of each format.
+//! Tests of the output of each row format.
 
 use arrow::array::builder::{Int32Builder, ListBuilder};
 use arrow::array::{
@@ -11,7 +11,7 @@ use arrow::datatypes::{Field, IntervalMonthDayNanoType};
 use super::*;
 use ovchat_query::{self as query, Part, QueryTable};
 
-/// A row a kind of trouble: all set, all null, all empty or not finite, and text that needs quotes.
+/// One row per difficulty: all set, all null, all empty or not finite, and text that needs quotes.
 fn troubled() -> RecordBatch {
     let floats = Float64Array::from(vec![Some(0.5), None, Some(f64::NAN), Some(f64::INFINITY)]);
     let small = Field::new("x", DataType::Float64, true);
@@ -120,12 +120,12 @@ fn json_has_nan_as_text_when_it_is_asked_to() {
 
 #[test]
 fn json_names_the_column_and_the_row_of_a_number_that_it_can_not_hold() {
-    let ways = "which JSON can't hold: write it as text with `--nan text`, use ";
+    let ways = "which JSON cannot represent: write it as text with `--nan text`, use ";
     for format in [Format::Json, Format::Jsonl] {
         let problem = written(&troubled(), format, Nan::Error).unwrap_err();
         assert!(
             problem.starts_with(&format!(
-                "the column `x` (row 3) has NaN or an infinity, {ways}"
+                "column `x` (row 3) has NaN or an infinity, {ways}"
             )),
             "{problem}"
         );
@@ -133,23 +133,23 @@ fn json_names_the_column_and_the_row_of_a_number_that_it_can_not_hold() {
     let problem = written(&troubled(), Format::Csv, Nan::Error).unwrap_err();
     assert_eq!(
         problem,
-        "the column `pair` (row 3) has NaN or an infinity in a list or struct; CSV holds these as JSON, \
-         which has no such number: write it as text with `--nan text`, use `--format parquet` or `arrow`, or \
-         leave such rows out in the query"
+        "column `pair` (row 3) has NaN or an infinity in a list or struct, which CSV stores as JSON, \
+         and JSON cannot represent it: write it as text with `--nan text`, use `--format parquet` or `arrow`, or \
+         exclude such rows in the query"
     );
-    // What is null is not looked at, whatever lies below.
+    // Values below a null are not checked.
     let finite = troubled().slice(0, 2);
     assert!(written(&finite, Format::Json, Nan::Error).is_ok());
 }
 
-/// The rows of a Parquet file.
+/// Reads the rows of a Parquet file.
 fn read_back(path: &std::path::Path) -> RecordBatch {
     let rows = ovchat_data::store::TableReader::new(vec![path.to_owned()]);
     let rows: Vec<RecordBatch> = rows.map(Result::unwrap).collect();
     arrow::compute::concat_batches(&rows[0].schema(), &rows).unwrap()
 }
 
-/// Two rows of a column in a column `x` and in the struct `s`.
+/// Returns two rows with a column both as `x` and in the struct `s`.
 fn twice(column: ArrayRef) -> RecordBatch {
     let field = Field::new("x", column.data_type().clone(), true);
     let within = StructArray::from(vec![(Arc::new(field), column.clone())]);
@@ -195,7 +195,7 @@ fn times_that_parquet_does_not_have_are_times_when_they_are_read_back() {
     let noon: ArrayRef = Arc::new(Date64Array::from(vec![0, 43_200_000]));
     assert_eq!(
         written(&twice(noon), Format::Parquet, Nan::Error).unwrap_err(),
-        "the column `x` has dates with a time of day, which Parquet can't hold: write cast(x as timestamp) in \
+        "column `x` has dates with a time of day, which Parquet cannot store: use cast(x as timestamp) in \
          the query, or use `--format arrow`"
     );
     let far: ArrayRef = Arc::new(TimestampSecondArray::from(vec![0, i64::MAX]));
@@ -209,7 +209,7 @@ fn an_interval_is_refused_in_parquet_with_its_column() {
     let batch = twice(column);
     let refusal = |path: &str| {
         format!(
-            "`{path}` is an interval, which Parquet can't hold: write cast({path} as varchar) in the query, or \
+            "`{path}` is an interval, which Parquet cannot store: use cast({path} as varchar) in the query, or \
              use `--format arrow`"
         )
     };
@@ -234,7 +234,7 @@ fn equal_names_within_a_struct_are_refused_with_its_path() {
     ] {
         assert_eq!(
             written(&batch, format, Nan::Error).unwrap_err(),
-            "2 fields of `s.x` are called `x`; give each a name of its own: \
+            "2 fields of `s.x` are called `x`; give each a unique name: \
              named_struct('x_1', …, 'x_2', …)"
         );
     }
@@ -320,7 +320,7 @@ fn equal_names_are_refused_with_the_aliases_to_write() {
             Ok(())
         });
         let words = begun.err().map(|failed| failed.to_string());
-        let refusal = "2 columns are called `round`; give each a name of its own: \
+        let refusal = "2 columns are named `round`; give each an alias: \
                        select a.round as a_round, b.round as b_round";
         assert_eq!(words.as_deref(), (!is_fine).then_some(refusal));
     }
@@ -338,7 +338,7 @@ fn binary_formats_are_refused_on_a_terminal() {
     };
     assert_eq!(
         refused(Format::Parquet, true).unwrap(),
-        "--format parquet is binary, and stdout is a terminal; write it to a file: \
+        "--format parquet is binary, but stdout is a terminal; write it to a file: \
          pipeline sql RUN \"…\" --format parquet > rows.parquet"
     );
     assert!(refused(Format::Arrow, true).is_some());

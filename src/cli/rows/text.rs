@@ -1,4 +1,4 @@
-//! Rows as text: CSV, Markdown, and the columns of tables for people.
+//! Rows as text: CSV, Markdown, and readable tables.
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
@@ -18,7 +18,7 @@ use base64::prelude::BASE64_STANDARD;
 use super::json::Cells;
 use ovchat_io::visible::visible;
 
-/// The rows of a batch as CSV (RFC 4180, with `\n` at the end of a line).
+/// Formats the rows of a batch as CSV (RFC 4180, with `\n` line endings).
 pub fn csv_rows(batch: &RecordBatch, cells: &Cells) -> Result<String, ArrowError> {
     /// The conversion of a column to text.
     enum Column<'a> {
@@ -42,7 +42,7 @@ pub fn csv_rows(batch: &RecordBatch, cells: &Cells) -> Result<String, ArrowError
             _ => Column::Plain(ArrayFormatter::try_new(array, &display)?),
         });
     }
-    // A dictionary and a run have their nulls in their values.
+    // Dictionary and run-end encoded arrays keep their nulls in their values.
     let nulls: Vec<_> = batch.columns().iter().map(Array::logical_nulls).collect();
     let mut text = String::new();
     for row in 0..batch.num_rows() {
@@ -81,7 +81,7 @@ pub fn csv_header(schema: &SchemaRef) -> String {
     line
 }
 
-/// Appends a field of CSV, in quotes where it needs them; the empty text has them, so that it is not
+/// Appends a CSV field, quoted if necessary; the empty string is quoted, to distinguish it from
 /// null.
 fn push_field(line: &mut String, value: &str) {
     if !value.is_empty() && !value.contains([',', '"', '\n', '\r']) {
@@ -108,7 +108,7 @@ pub fn markdown_header(schema: &SchemaRef) -> String {
     format!("{names}\n{rule}\n")
 }
 
-const ANY_TEXT: &str = "a string takes any text";
+const ANY_TEXT: &str = "writing to a string does not fail";
 
 pub fn markdown_rows(batch: &RecordBatch) -> Result<String, ArrowError> {
     let options = FormatOptions::default();
@@ -128,14 +128,14 @@ pub fn markdown_rows(batch: &RecordBatch) -> Result<String, ArrowError> {
     Ok(text)
 }
 
-/// A value that stays in its cell.
+/// Escapes a value so that it stays in its Markdown cell.
 fn markdown_cell(value: &str) -> String {
     let value = visible(value).replace('|', "\\|").replace("\r\n", "<br>");
     value.replace(['\n', '\r'], "<br>")
 }
 
-/// Columns that a person can read: bytes become their number, and, where it must be `flat`, lists and
-/// structs become text.
+/// Makes columns human-readable: bytes become their length and, if `flat`, lists and structs become
+/// text.
 pub fn readable(batch: &RecordBatch, flat: bool) -> Result<RecordBatch, ArrowError> {
     let mut fields = Vec::new();
     let mut columns: Vec<ArrayRef> = Vec::new();
@@ -150,7 +150,7 @@ pub fn readable(batch: &RecordBatch, flat: bool) -> Result<RecordBatch, ArrowErr
     RecordBatch::try_new(Arc::new(Schema::new(fields)), columns)
 }
 
-/// Columns as [`readable`] makes them, without anything that a terminal would obey.
+/// Makes columns readable like [`readable`], and escapes terminal control sequences.
 pub fn shown(batch: &RecordBatch) -> Result<RecordBatch, ArrowError> {
     let batch = readable(batch, true)?;
     let mut fields = Vec::new();
@@ -201,7 +201,7 @@ fn as_text(column: &ArrayRef) -> Result<ArrayRef, ArrowError> {
     ))
 }
 
-/// `12345 bytes` in place of bytes, also inside structs: nobody reads a picture in hex.
+/// Replaces bytes by `12345 bytes`, also inside structs: an image in hex is not readable.
 fn without_bytes(column: &ArrayRef) -> Result<ArrayRef, ArrowError> {
     match column.data_type() {
         DataType::Binary | DataType::LargeBinary | DataType::BinaryView => {

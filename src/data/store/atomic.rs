@@ -1,4 +1,4 @@
-//! Files and folders that are there whole or not at all.
+//! Atomic writes of files and folders.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -7,11 +7,11 @@ use std::path::Path;
 use super::StoreError;
 use ovchat_io::files;
 
-/// Writes a file so that a reader sees the old content or the new one, also after a crash.
+/// Writes a file atomically: a reader sees the old content or the new one, even after a crash.
 pub fn write_atomically(path: &Path, content: &[u8]) -> Result<(), StoreError> {
     let folder = files::folder_of(path);
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    // What a crash left of this name is overwritten.
+    // Overwrites a leftover of a crash.
     let hidden = folder.join(format!(".new-{name}"));
     let mut file = File::create(&hidden).map_err(StoreError::io("write", path))?;
     file.write_all(content)
@@ -21,18 +21,18 @@ pub fn write_atomically(path: &Path, content: &[u8]) -> Result<(), StoreError> {
     sync_folder(folder)
 }
 
-/// Creates a folder and those above it that are missing, so that a power loss takes none of them away.
+/// Creates a folder and its missing ancestors, synced so that they survive a power loss.
 pub fn create_folder(folder: &Path) -> Result<(), StoreError> {
     files::create_folder(folder).map_err(StoreError::io("create", folder))
 }
 
-/// Makes new files, renames and removals in a folder survive a power loss.
+/// Syncs a folder, so that new files, renames and removals in it survive a power loss.
 pub fn sync_folder(folder: &Path) -> Result<(), StoreError> {
     files::sync_folder(folder).map_err(StoreError::io("sync", folder))
 }
 
-/// Has the folder `to` written under another name and renames it when all of it is synced, so that it
-/// is there whole or not at all. What was there before is replaced.
+/// Writes the folder `to` atomically: `write` fills a temporary folder, which is synced and then
+/// renamed. An existing folder `to` is replaced.
 pub fn write_folder<E: From<StoreError>>(
     to: &Path,
     write: impl FnOnce(&Path) -> Result<(), E>,
@@ -52,7 +52,7 @@ pub fn write_folder<E: From<StoreError>>(
     Ok(sync_folder(parent)?)
 }
 
-/// Syncs a folder with everything in it.
+/// Syncs a folder and its contents recursively.
 fn sync_all(folder: &Path) -> Result<(), StoreError> {
     for entry in fs::read_dir(folder).map_err(StoreError::io("read", folder))? {
         let path = entry.map_err(StoreError::io("read", folder))?.path();
@@ -66,7 +66,7 @@ fn sync_all(folder: &Path) -> Result<(), StoreError> {
     sync_folder(folder)
 }
 
-/// Copies a folder with everything in it into the new folder `to`, synced.
+/// Copies a folder and its contents into the new folder `to`, synced.
 pub fn copy_folder(from: &Path, to: &Path) -> Result<(), StoreError> {
     create_folder(to)?;
     for entry in fs::read_dir(from).map_err(StoreError::io("read", from))? {

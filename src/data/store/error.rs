@@ -1,11 +1,11 @@
-//! How the store fails. Every error names its path.
+//! Errors of the store. Every error names its path.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::tables::Misfit;
 
-/// Reading or writing a run went wrong.
+/// A failure to read or write a run.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     #[error("cannot {action} {}: {}", path.display(), plain(source))]
@@ -14,31 +14,31 @@ pub enum StoreError {
         path: PathBuf,
         source: io::Error,
     },
-    /// The file is not the Parquet that was written.
-    #[error("{} can't be read as Parquet: {problem}", path.display())]
+    /// The file is not valid Parquet.
+    #[error("cannot read {} as Parquet: {problem}", path.display())]
     Parquet { path: PathBuf, problem: String },
-    /// The file is not the one that was written.
+    /// The file does not match its checksum.
     #[error(
-        "{} is not what was written: its SHA-256 is not the manifest's; a disk or another program has changed it",
+        "checksum mismatch: {} changed after it was written (a disk fault or another program)",
         path.display()
     )]
-    Spoiled { path: PathBuf },
+    Corrupt { path: PathBuf },
     #[error("{}: {misfit}", path.display())]
     Misfit { path: PathBuf, misfit: Misfit },
-    /// Another process works on the run.
+    /// Another process holds the lock of the run.
     #[error(
-        "the run {} is in use by {holder}; wait for it, stop it, or give this run another folder with --run",
+        "the run {} is in use by {holder}; wait for it, stop it, or choose another folder with --run",
         path.display()
     )]
     Locked { path: PathBuf, holder: String },
-    /// Another process takes what people say.
+    /// Another process is collecting labels for the table.
     #[error(
-        "`{task}` is asked by {holder}; open the page that it serves, or stop it and start this one again"
+        "labels for `{task}` are already being collected by {holder}; use the page that it serves, or stop it and try again"
     )]
     Asked { task: String, holder: String },
-    /// The folder holds the run of another pipeline.
+    /// The folder contains a run of another pipeline.
     #[error(
-        "{} holds a run of the pipeline `{found}`, not of `{wanted}`; choose another folder with --run",
+        "{} contains a run of pipeline `{found}`, expected `{wanted}`; choose another folder with --run",
         path.display()
     )]
     OtherPipeline {
@@ -46,25 +46,25 @@ pub enum StoreError {
         found: String,
         wanted: String,
     },
-    /// The folder holds something else than a run.
-    #[error("{} is not the folder of a run: it has no manifest.json{hint}", path.display())]
+    /// The folder is not a run folder.
+    #[error("{} is not a run folder: manifest.json not found{hint}", path.display())]
     NotARun { path: PathBuf, hint: &'static str },
-    /// A file of the manifest is not what was written.
-    #[error("{} is damaged: {problem}", path.display())]
+    /// A file of the manifest is corrupt.
+    #[error("{} is corrupt: {problem}", path.display())]
     Damaged { path: PathBuf, problem: String },
-    /// The manifest can't be understood.
-    #[error("{} can't be understood: {problem}", path.display())]
+    /// The manifest is corrupt or of an unsupported format.
+    #[error("cannot load {}: {problem}", path.display())]
     Manifest { path: PathBuf, problem: String },
-    /// A picture of the run is gone or has changed (only with `keep_images: reference`).
-    #[error("picture {id}: {problem}")]
+    /// An image of the run is missing or has changed (only with `keep_images: reference`).
+    #[error("image {id}: {problem}")]
     EncodedImage { id: String, problem: String },
-    /// Somebody asked to stop while a file was read.
+    /// A stop was requested while a file was read.
     #[error("interrupted")]
     Stopped,
 }
 
 impl StoreError {
-    /// Puts the path and what was tried to an I/O error.
+    /// Adds the path and the failed action to an I/O error.
     pub fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self::Io {
@@ -75,14 +75,14 @@ impl StoreError {
     }
 }
 
-/// The system's words for what people meet most, with the way out.
+/// Formats an I/O error, with a fix for the most common ones.
 fn plain(error: &io::Error) -> String {
     match error.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-            "the disk is full; free some space and run again, what was made is kept".to_owned()
+            "the disk is full; free some space and run again (finished work is kept)".to_owned()
         }
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
-            format!("{error}; choose a folder that you may write to with --run")
+            format!("{error}; choose a writable folder with --run")
         }
         _ => error.to_string(),
     }

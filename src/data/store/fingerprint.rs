@@ -1,4 +1,4 @@
-//! Fingerprints of the user's files: content hashes, remembered so that 15 GB are not read twice.
+//! Fingerprints of the user's files: content hashes, cached so that 15 GB are not read twice.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -16,7 +16,7 @@ use super::key::hex;
 use super::{Key, StoreError, sealed};
 use ovchat_io::files;
 
-/// What tells, without reading a file, that it is as it was.
+/// File metadata that detects a change without reading the file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Stamp {
     size: u64,
@@ -42,22 +42,23 @@ struct Known {
     sha256: String,
 }
 
-/// The content of the file that remembers.
+/// The content of the cache file.
 #[derive(Serialize, Deserialize)]
 struct Remembered<F> {
     files: F,
 }
 
-/// Content hashes by path; a file is read again only when its size, time or inode changed.
+/// A cache of content hashes by path. A file is read again only if its size, modification time or
+/// inode changed.
 pub struct Fingerprints {
     path: PathBuf,
     known: Mutex<BTreeMap<PathBuf, Known>>,
-    /// Whether something was learned that is not written down.
+    /// True if there are hashes that have not been saved.
     is_new: AtomicBool,
 }
 
 impl Fingerprints {
-    /// Reads what is remembered in `path`; nothing, if the file is not there, or not as it was written.
+    /// Reads the cache in `path`; empty if the file is missing or corrupt.
     pub fn open(path: PathBuf) -> Self {
         let text = fs::read(&path).ok();
         let text = text.filter(|text| sealed::flaw(text).is_none());
@@ -70,12 +71,12 @@ impl Fingerprints {
         }
     }
 
-    /// SHA-256 of a file's content, in hex.
+    /// Returns the SHA-256 of a file's content, in hex.
     pub fn file(&self, path: &Path) -> Result<String, StoreError> {
         self.file_at_most(path, u64::MAX)
     }
 
-    /// The same of a file that must not have more than so many bytes.
+    /// Returns the SHA-256 of a file of at most `most` bytes.
     pub fn file_at_most(&self, path: &Path, most: u64) -> Result<String, StoreError> {
         let stamp = Stamp::of(path).map_err(StoreError::io("read", path))?;
         if stamp.size > most {
@@ -92,7 +93,7 @@ impl Fingerprints {
         Ok(sha256)
     }
 
-    /// Takes note of the SHA-256 of a file that was just written.
+    /// Records the SHA-256 of a file that was just written.
     pub fn note(&self, path: &Path, sha256: &str) {
         if let Ok(stamp) = Stamp::of(path) {
             self.remember(path, stamp, sha256);
@@ -109,8 +110,8 @@ impl Fingerprints {
         }
     }
 
-    /// Fingerprint of a folder: the names and contents of all files in it, hidden ones left out.
-    /// A file's own path gives the file's hash.
+    /// Returns the fingerprint of a folder: a hash of the names and contents of all files in it
+    /// except hidden ones. For the path of a file, returns the file's hash.
     pub fn folder(&self, folder: &Path) -> Result<String, StoreError> {
         if folder.is_file() {
             return self.file(folder);
@@ -129,16 +130,15 @@ impl Fingerprints {
         Ok(key.finish())
     }
 
-    /// Writes down what was learned, for the next start. Processes that do so at once, as before one of
-    /// them has the run's lock, have files of their own; the last one stays.
+    /// Saves new hashes for the next start. Each process writes its own temporary file, as several
+    /// may save before one of them takes the run's lock; the last one wins.
     pub fn save(&self) -> Result<(), StoreError> {
         if !self.is_new.swap(false, Ordering::Relaxed) {
             return Ok(());
         }
         let known = self.known.lock().expect("no panic while locked");
         let remembered = Remembered { files: &*known };
-        let text =
-            serde_json::to_vec_pretty(&remembered).expect("paths that were read are valid text");
+        let text = serde_json::to_vec_pretty(&remembered).expect("paths that were read serialize");
         let text = sealed::seal(&text);
         let write = || -> io::Result<()> {
             let folder = self.path.parent().unwrap_or(Path::new("."));
@@ -154,8 +154,8 @@ impl Fingerprints {
     }
 }
 
-/// Adds the files in a folder and in those below it to `files`. A link to one of the folders `above` is passed
-/// over: its files are listed already.
+/// Adds the files in a folder and its subfolders to `files`. A link to one of the folders `above`
+/// is skipped, because its files are already listed.
 fn list(
     root: &Path,
     below: &Path,
@@ -185,7 +185,7 @@ fn list(
     Ok(())
 }
 
-/// SHA-256 of a file's content, in hex.
+/// Returns the SHA-256 of a file's content, in hex.
 pub fn hash_file(path: &Path) -> Result<String, StoreError> {
     let mut file = files::open(path).map_err(StoreError::io("read", path))?;
     let mut hasher = Sha256::new();

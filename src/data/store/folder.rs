@@ -1,4 +1,4 @@
-//! The folder of a run: opening, committing, superseding, compacting.
+//! The run folder: opening, committing, archiving, compacting.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
@@ -16,26 +16,27 @@ use super::{
     StoreError, TableReader, TableVersion, TableWriter, create_folder, hash_file, write_folder,
 };
 
-/// Folders for what is written beside the rows of tables.
+/// Folders of rows that stages write in addition to their tables.
 const BESIDE: [&str; 2] = ["rejects", "telemetry"];
 
-/// Parts are compacted when they are small, by bytes and by rows: a file of some thousand rows, about a
-/// row group, is read as fast as a part of a larger one, and to write it again costs as much as it did.
+/// Parts are compacted if they are small, both by bytes and by rows: a file of some thousand rows,
+/// about a row group, is read as fast as a part of a larger one, and rewriting it costs as much as
+/// writing it did.
 const COMPACT_BELOW_BYTES: u64 = 64 << 20;
 const COMPACT_BELOW_ROWS: u64 = 2048;
 
-/// A run's folder, held by this process (or only read).
+/// A run folder, either locked by this process or opened read-only.
 pub struct RunFolder {
     pub(super) root: PathBuf,
     pub(super) manifest: Manifest,
     _lock: Option<Lock>,
 }
 
-/// A file of a table, as queries read it.
+/// A file of a table, as read by queries.
 #[derive(Debug, Clone)]
 pub struct TableFile {
     pub path: PathBuf,
-    /// See [`FileRecord::crc32`]; without them, what is read is not checked.
+    /// See [`FileRecord::crc32`]; if empty, reads are not verified.
     pub crc32: Vec<u32>,
 }
 
@@ -46,27 +47,27 @@ impl From<PathBuf> for TableFile {
     }
 }
 
-/// What was found when a run was opened.
+/// Problems found when a run was opened.
 pub struct Opened {
-    /// Tables and files that are not there as they were written, and are made again.
+    /// Tables and files that are missing or corrupt, and are rebuilt.
     pub lost: Vec<String>,
     /// See [`Manifest::damage`].
     pub damage: Option<String>,
 }
 
 /// See [`RunFolder::put_aside`].
-const SPOILED: &str = "spoiled";
+const CORRUPT: &str = "spoiled";
 
 /// See [`RunFolder::calls`].
 const CALLS: &str = "calls";
 
-/// How often, and after which time, a reader looks again at a run whose files are being moved.
+/// Number and interval of a reader's retries on a run whose files are being moved.
 const UNSETTLED_LOOKS: u32 = 20;
 const UNSETTLED_LOOK_EVERY: Duration = Duration::from_millis(50);
 
 impl RunFolder {
-    /// Opens the run of the pipeline in `root`, or begins one. Takes the lock, and strikes out what
-    /// the manifest lists but the disk no longer has; the tables that lost something are returned.
+    /// Opens the run of the pipeline in `root`, or creates it. Takes the lock, and removes manifest
+    /// entries whose files are missing; the tables that lost files are returned.
     pub fn open(root: &Path, pipeline: &str) -> Result<(Self, Opened), StoreError> {
         create_folder(root)?;
         let lock = Lock::take(root)?;
@@ -82,7 +83,7 @@ impl RunFolder {
             }
             Err(StoreError::NotARun { .. }) if is_fresh(root)? => Manifest::new(root, pipeline),
             Err(StoreError::NotARun { path, .. }) => {
-                let hint = ", and other files; choose an empty folder with --run";
+                let hint = "; the folder contains other files, choose an empty one with --run";
                 return Err(StoreError::NotARun { path, hint });
             }
             Err(error) => return Err(error),
@@ -97,7 +98,7 @@ impl RunFolder {
         let mut lost = run.strike_out_lost();
         run.manifest.rewrite()?;
         if damage.is_some() {
-            // What was restored may list files that have changed since.
+            // A restored manifest may list files that have changed since.
             let flaws = run.set_flaws_aside()?;
             lost.extend(flaws.into_iter().map(|flaw| flaw.file));
         }
@@ -106,8 +107,8 @@ impl RunFolder {
         Ok((run, Opened { lost, damage }))
     }
 
-    /// Opens a run to look at it, also while another process works on it. Moves that a killed process has
-    /// recorded and not made are made first, where this process may.
+    /// Opens a run read-only, also while another process works on it. Moves that a killed process
+    /// committed but did not perform are performed first, if this process has the permissions.
     pub fn read(root: &Path) -> Result<Self, StoreError> {
         let read = || -> Result<Self, StoreError> {
             Ok(Self {
@@ -125,12 +126,12 @@ impl RunFolder {
                 run = read()?;
                 let moved = run.finish_moves();
                 drop(lock);
-                // Who may not write sees the run as it is.
+                // Without write permission, use the run as it is.
                 if moved.is_err() {
                     break;
                 }
             } else {
-                // Whoever has the lock is about to make them.
+                // The holder of the lock is about to perform them.
                 std::thread::sleep(UNSETTLED_LOOK_EVERY);
                 run = read()?;
             }
@@ -150,14 +151,14 @@ impl RunFolder {
         self.manifest.commit(event)
     }
 
-    /// Records what was run last, and rewrites the manifest.
+    /// Records the pipeline that was run last, and rewrites the manifest.
     pub fn set_source(&mut self, source: serde_json::Value) -> Result<(), StoreError> {
         self.manifest.source = source;
         self.manifest.rewrite()
     }
 
-    /// Begins a run in the new folder `to` that has the tables of this one that are made once and those
-    /// of the rounds before `at`, by hard links where the file system has them. For `source` see
+    /// Creates a run in the new folder `to` with the static tables of this run and those of the
+    /// rounds before `at`, as hard links if the file system supports them. For `source` see
     /// [`Self::set_source`].
     pub fn fork(&self, to: &Path, at: u32, source: serde_json::Value) -> Result<(), StoreError> {
         write_folder(to, |hidden| {
@@ -188,7 +189,7 @@ impl RunFolder {
                 link(&self.root, hidden, &file.file)?;
                 manifest.images.push(file.clone());
             }
-            // What was paid for once is not asked again. Journals grow, so each run has its own.
+            // Replies that were paid for are reused. Call logs grow, so each run has its own copy.
             let calls = fs::read_dir(self.calls()).into_iter().flatten().flatten();
             for name in calls.map(|entry| entry.file_name()) {
                 let copied = hidden.join(CALLS).join(&name);
@@ -196,7 +197,7 @@ impl RunFolder {
                 fs::copy(self.calls().join(&name), &copied)
                     .map_err(StoreError::io("copy", &copied))?;
             }
-            // So that no file of the user is read again.
+            // Avoids reading the user's files again.
             let known = ".cache/fingerprints.json";
             if self.root.join(known).is_file() {
                 link(&self.root, hidden, known)?;
@@ -205,27 +206,27 @@ impl RunFolder {
         })
     }
 
-    /// Strikes out what is parked, and removes its files. What it was is returned.
+    /// Removes all archived tables and their files. Returns the removed entries.
     pub fn forget_archived(&mut self) -> Result<Vec<ArchivedTable>, StoreError> {
-        let parked = std::mem::take(&mut self.manifest.parked);
+        let archived = std::mem::take(&mut self.manifest.archived);
         self.manifest.rewrite()?;
         self.sweep_cache()?;
-        Ok(parked)
+        Ok(archived)
     }
 
-    /// The files of a table in a round.
+    /// Returns the files of a table in a round.
     pub fn files(&self, table: &str, round: Option<u32>) -> Vec<PathBuf> {
         let files = self.table_files(table, round).into_iter();
         files.map(|file| file.path).collect()
     }
 
-    /// The same with their checksums, for queries.
+    /// Returns the files of a table in a round with their checksums, for queries.
     pub fn table_files(&self, table: &str, round: Option<u32>) -> Vec<TableFile> {
         let made = self.manifest.find(table, round);
         made.map_or_else(Vec::new, |made| self.checked(made.files()))
     }
 
-    /// Files of this run with their checksums.
+    /// Adds paths to files of this run, with their checksums.
     pub fn checked<'f>(&self, files: impl IntoIterator<Item = &'f FileRecord>) -> Vec<TableFile> {
         let checked = files.into_iter().map(|file| TableFile {
             path: self.root.join(&file.file),
@@ -234,12 +235,12 @@ impl RunFolder {
         checked.collect()
     }
 
-    /// The rows of a table in a round, in order.
+    /// Returns a reader of the rows of a table in a round, in order.
     pub fn reader(&self, table: &str, round: Option<u32>) -> TableReader {
         TableReader::new(self.files(table, round))
     }
 
-    /// The schema of a table's files, `None` when it has none.
+    /// Returns the schema of a table's files, or `None` if it has none.
     pub fn schema(&self, table: &str, round: Option<u32>) -> Result<Option<SchemaRef>, StoreError> {
         self.files(table, round)
             .first()
@@ -247,41 +248,42 @@ impl RunFolder {
             .transpose()
     }
 
-    /// The folder of what was paid for: the calls of models behind endpoints.
+    /// Returns the folder of the call logs of models behind endpoints.
     pub fn calls(&self) -> PathBuf {
         self.root.join(CALLS)
     }
 
-    /// A folder for what is not part of any table; `.cache` is no reader's business.
+    /// Returns the folder `.cache`, for files that are not part of any table and not meant for
+    /// readers.
     pub fn cache(&self) -> Result<PathBuf, StoreError> {
         let cache = self.root.join(".cache");
         create_folder(&cache)?;
         Ok(cache)
     }
 
-    /// Puts a file aside that is not what was written, where no reader looks, and strikes out what it was
-    /// part of. Returns where it lies now, or `None` if it is no file that this run lists, or is what was
-    /// written. What can't be read is not known to be something else: that fails.
-    pub fn put_aside(&mut self, spoiled: &Path) -> Result<Option<PathBuf>, StoreError> {
-        let Ok(name) = spoiled.strip_prefix(&self.root) else {
+    /// Moves a corrupt file to a folder that readers ignore, and removes the table parts it
+    /// belonged to from the manifest. Returns the new path, or `None` if the run does not list the
+    /// file or the file is intact. An unreadable file is not known to be corrupt: that is an error.
+    pub fn put_aside(&mut self, corrupt: &Path) -> Result<Option<PathBuf>, StoreError> {
+        let Ok(name) = corrupt.strip_prefix(&self.root) else {
             return Ok(None);
         };
         let Some(sha256) = self.sha256(&name.to_string_lossy()) else {
             return Ok(None);
         };
-        if hash_file(spoiled)? == sha256 {
+        if hash_file(corrupt)? == sha256 {
             return Ok(None);
         }
-        let aside = format!("{SPOILED}/{}.{SPOILED}", name.display());
+        let aside = format!("{CORRUPT}/{}.{CORRUPT}", name.display());
         let aside = self.root.join(aside);
         create_folder(aside.parent().expect("a file in a folder"))?;
-        fs::rename(spoiled, &aside).map_err(StoreError::io("move", spoiled))?;
+        fs::rename(corrupt, &aside).map_err(StoreError::io("move", corrupt))?;
         self.strike_out_lost();
         self.manifest.rewrite()?;
         Ok(Some(aside))
     }
 
-    /// The SHA-256 of a file that the manifest lists.
+    /// Returns the SHA-256 of a file listed in the manifest.
     fn sha256(&self, name: &str) -> Option<String> {
         let made: Vec<&TableVersion> = self.manifest.versions().collect();
         let files = made.iter().flat_map(|made| made.all_files());
@@ -296,7 +298,7 @@ impl RunFolder {
         })
     }
 
-    /// Whether a file belongs to a round that a fork has taken over, and does not make itself.
+    /// True if a file belongs to a round that a fork took over and does not build itself.
     pub fn is_of_the_fork(&self, file: &Path) -> bool {
         let Ok(name) = file.strip_prefix(&self.root) else {
             return false;
@@ -312,8 +314,8 @@ impl RunFolder {
         })
     }
 
-    /// Ends a table: many small parts become few large files, and the manifest calls it complete. A staged
-    /// version stays staged until [`Self::replace_by_staged`].
+    /// Completes a table: compacts many small parts into a few large files, and marks the table
+    /// complete in the manifest. A staged version stays staged until [`Self::replace_by_staged`].
     pub fn finish(
         &mut self,
         table: &str,
@@ -323,10 +325,10 @@ impl RunFolder {
         footer: &[(&str, String)],
     ) -> Result<(), StoreError> {
         let made = self.manifest.under_way(table, round);
-        let made = made.expect("a table that was begun").clone();
+        let made = made.expect("a table under way").clone();
         let place = self.place(table, round);
         let old: Vec<FileRecord> = made.all_files().cloned().collect();
-        // Rows are compacted where no reader looks, so that none sees them twice.
+        // Rows are compacted in `.cache`, so that no reader sees them twice.
         let hidden = below_cache(&made);
         let folder = self.table_folder(table, round);
         let files: Vec<FileRecord> = made.files().cloned().collect();
@@ -379,7 +381,7 @@ impl RunFolder {
         self.manifest.rewrite()
     }
 
-    /// Rewrites small files as few large ones; returns the files to list.
+    /// Rewrites small files as a few large ones, and returns the files to list.
     fn compact(
         &self,
         files: &[FileRecord],
@@ -403,8 +405,9 @@ impl RunFolder {
         writer.finish()
     }
 
-    /// Removes what a killed process wrote and never committed, so that readers of `**/*.parquet`
-    /// see nothing that the manifest doesn't know. Only files with our names, in our folders.
+    /// Removes files that a killed process wrote but never committed, so that readers of
+    /// `**/*.parquet` only see files listed in the manifest. Affects only files with names of this
+    /// program, in its own folders.
     fn sweep(&self) -> Result<(), StoreError> {
         let versions = || self.manifest.versions();
         let listed = versions().flat_map(TableVersion::all_files);
@@ -443,8 +446,8 @@ impl RunFolder {
         Ok(())
     }
 
-    /// Removes what no record names from `.cache`: states of trainings that ended, folders of queries
-    /// and half-written states of a killed process.
+    /// Removes entries of `.cache` that no record refers to: states of finished trainings, folders
+    /// of queries, and half-written states of a killed process.
     fn sweep_cache(&self) -> Result<(), StoreError> {
         let versions = self.manifest.versions();
         let mut named: HashSet<&str> = versions
@@ -476,7 +479,8 @@ impl RunFolder {
         Ok(())
     }
 
-    /// Strikes out what the manifest lists and the disk has not, or has with another size.
+    /// Removes manifest entries whose files are missing or differ in size. Returns the names of the
+    /// affected tables.
     pub(super) fn strike_out_lost(&mut self) -> Vec<String> {
         let has_size = |name: &str, bytes: u64| {
             fs::metadata(self.root.join(name)).is_ok_and(|metadata| metadata.len() == bytes)
@@ -508,8 +512,8 @@ impl RunFolder {
                 made.parts.retain(&whole);
                 return Some(made);
             }
-            // A training goes on from the newest state that is whole, as are the steps before it, or
-            // begins again.
+            // Training resumes from the newest state that is intact, along with the steps before
+            // it, or starts over.
             made.states
                 .retain(|state| folder_there(&state.folder, &state.files));
             let newest = made.states.last().cloned()?;
@@ -529,24 +533,26 @@ impl RunFolder {
             .filter_map(&mut survivor)
             .collect();
         let images_there = self.manifest.images.iter().all(&there);
-        let mut parked = self.manifest.parked.clone();
-        parked.retain(|parked| parked.made.parts.iter().all(&whole) && folders_there(&parked.made));
+        let mut archived = self.manifest.archived.clone();
+        archived.retain(|archived| {
+            archived.made.parts.iter().all(&whole) && folders_there(&archived.made)
+        });
         if !images_there {
-            // Without its pictures no table can be used; the loading stages bring them back.
+            // No table can be used without its images; the loading stages restore them.
             lost.push("images".to_owned());
             kept.retain(|made| !made.is_loaded());
             staged.retain(|made| !made.is_loaded());
-            parked.retain(|parked| !parked.made.is_loaded());
+            archived.retain(|archived| !archived.made.is_loaded());
             self.manifest.images.clear();
         }
         self.manifest.made = kept;
         self.manifest.staged = staged;
-        self.manifest.parked = parked;
+        self.manifest.archived = archived;
         lost
     }
 }
 
-/// Makes a file of one run a file of another.
+/// Hard-links a file of one run into another, or copies it.
 fn link(from: &Path, to: &Path, name: &str) -> Result<(), StoreError> {
     let (from, to) = (from.join(name), to.join(name));
     create_folder(to.parent().expect("a file in a folder"))?;
@@ -556,7 +562,7 @@ fn link(from: &Path, to: &Path, name: &str) -> Result<(), StoreError> {
     Ok(())
 }
 
-/// The files in a folder that was written and in those below it, with their sizes, for the manifest.
+/// Returns the files in a folder and its subfolders, with their sizes, for the manifest.
 pub fn files_in(folder: &Path) -> Result<BTreeMap<String, u64>, StoreError> {
     let mut files = BTreeMap::new();
     for entry in fs::read_dir(folder).map_err(StoreError::io("read", folder))? {
@@ -573,8 +579,8 @@ pub fn files_in(folder: &Path) -> Result<BTreeMap<String, u64>, StoreError> {
     Ok(files)
 }
 
-/// Whether a folder without a manifest may become a run: nothing in it but what a run begun and
-/// killed at once leaves.
+/// True if a folder without a manifest may become a run: it contains nothing but leftovers of a run
+/// that was killed right after its start.
 fn is_fresh(root: &Path) -> Result<bool, StoreError> {
     for entry in fs::read_dir(root).map_err(StoreError::io("read", root))? {
         let entry = entry.map_err(StoreError::io("read", root))?;

@@ -1,20 +1,20 @@
-//! How deep the columns of a Parquet file lie within one another, by its footer. The parquet crate goes down
-//! by recursion, and a file of 160 kB may have more levels than a thread has stack.
+//! Nesting depth of the columns of a Parquet file, read from its footer. The parquet crate descends
+//! by recursion, and a file of 160 kB may have more levels than fit on a thread's stack.
 //!
-//! The footer is a struct `FileMetaData` of parquet.thrift in Thrift's compact protocol; its field 2 is the
-//! list of the columns and groups of columns, each group before what is in it.
+//! The footer is a struct `FileMetaData` of parquet.thrift in Thrift's compact protocol; its field
+//! 2 is the list of columns and groups in depth-first order, each group before its members.
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
 
-/// The most levels that are read.
+/// The maximum nesting depth.
 const LEVELS_MAX: usize = 100;
 
-/// How a file ends: the length of its footer, and these four bytes.
+/// The magic bytes at the end of a file, after the length of the footer.
 const END: &[u8] = b"PAR1";
 
-/// The numbers of Thrift's types.
+/// Type IDs of Thrift's compact protocol.
 const I32: u8 = 5;
 const I64: u8 = 6;
 const DOUBLE: u8 = 7;
@@ -23,15 +23,16 @@ const LIST: u8 = 9;
 const SET: u8 = 10;
 const STRUCT: u8 = 12;
 
-/// The types of the first fields of the footer, and of those of a column.
+/// Types of the first fields of the footer, and of those of a column.
 const FOOTER: [u8; 6] = [I32, LIST, I64, LIST, LIST, BINARY];
 const COLUMN: [u8; 10] = [I32, I32, I32, BINARY, I32, I32, I32, I32, I32, STRUCT];
 
-/// The fields with the list of columns, and with the number of columns in a group.
+/// IDs of the field with the list of columns, and of the field with the number of members of a
+/// group.
 const COLUMNS: i64 = 2;
 const CHILDREN: i64 = 5;
 
-/// True if a Parquet file's columns lie no deeper than [`LEVELS_MAX`].
+/// True if a Parquet file's columns are nested no deeper than [`LEVELS_MAX`].
 pub(super) fn is_shallow(file: &File) -> io::Result<bool> {
     let length = file.metadata()?.len();
     let Some(end) = length.checked_sub(8) else {
@@ -49,7 +50,7 @@ pub(super) fn is_shallow(file: &File) -> io::Result<bool> {
     Ok(Thrift(&footer).footer().is_some())
 }
 
-/// The rest of a text in the compact protocol.
+/// The unread rest of a buffer in the compact protocol.
 struct Thrift<'a>(&'a [u8]);
 
 impl<'a> Thrift<'a> {
@@ -63,7 +64,7 @@ impl<'a> Thrift<'a> {
         Some(self.take(1)?[0])
     }
 
-    /// Seven bits a byte, the lowest first.
+    /// Reads a varint: seven bits per byte, lowest first.
     fn number(&mut self) -> Option<u64> {
         let mut number = 0;
         for place in (0..64).step_by(7) {
@@ -81,8 +82,8 @@ impl<'a> Thrift<'a> {
         Some((number >> 1).cast_signed() ^ -(number & 1).cast_signed())
     }
 
-    /// The number of the next field of a struct, after that of the one before, and its type. The outer
-    /// `None` is a spoiled text, the inner one the end of the struct.
+    /// Reads the ID and the type of the next field of a struct; `before` is the previous ID. The
+    /// outer `None` is malformed input, the inner one the end of the struct.
     fn field(&mut self, before: i64) -> Option<Option<(i64, u8)>> {
         let byte = self.byte()?;
         if byte == 0 {
@@ -95,7 +96,7 @@ impl<'a> Thrift<'a> {
         Some(Some((number, byte & 15)))
     }
 
-    /// How many items a list has, and their type.
+    /// Reads the header of a list: the number of items and their type.
     fn list(&mut self) -> Option<(u64, u8)> {
         let byte = self.byte()?;
         let count = match byte >> 4 {
@@ -105,11 +106,11 @@ impl<'a> Thrift<'a> {
         Some((count, byte & 15))
     }
 
-    /// Passes over a value, in which others lie no deeper than `levels`.
+    /// Skips a value that is nested at most `levels` deep.
     fn skip(&mut self, kind: u8, levels: usize) -> Option<()> {
         let levels = levels.checked_sub(1)?;
         match kind {
-            // Of the two truth values, the type is the value.
+            // For booleans, the type is the value.
             1 | 2 => {}
             3 => {
                 self.byte()?;
@@ -145,7 +146,7 @@ impl<'a> Thrift<'a> {
         Some(())
     }
 
-    /// Reads the footer; `None` if it is none, or if its columns lie too deep.
+    /// Reads the footer; `None` if it is malformed or its columns are nested too deep.
     fn footer(&mut self) -> Option<()> {
         let mut before = 0;
         while let Some((number, kind)) = self.field(before)? {
@@ -165,7 +166,7 @@ impl<'a> Thrift<'a> {
         if kind != STRUCT {
             return None;
         }
-        // How many columns are left in each of the groups that are open.
+        // Number of members still to come in each open group.
         let mut open = Vec::new();
         for _ in 0..count {
             let children = self.column()?;
@@ -185,7 +186,7 @@ impl<'a> Thrift<'a> {
         Some(())
     }
 
-    /// The number of columns in a group; none are in a column.
+    /// Reads a schema element and returns its number of members, 0 for a column.
     fn column(&mut self) -> Option<i64> {
         let (mut before, mut children) = (0, 0);
         while let Some((number, kind)) = self.field(before)? {
@@ -201,7 +202,7 @@ impl<'a> Thrift<'a> {
     }
 }
 
-/// Whether a field has the type that it must have.
+/// Returns `Some` if a field has the required type.
 fn fits(kinds: &[u8], number: i64, kind: u8) -> Option<()> {
     let place = usize::try_from(number).ok()?.checked_sub(1)?;
     kinds
@@ -214,7 +215,7 @@ fn fits(kinds: &[u8], number: i64, kind: u8) -> Option<()> {
 mod tests {
     use super::*;
 
-    /// A footer of a column within so many groups.
+    /// Returns a footer of a column within `groups` nested groups.
     fn nested(groups: u8) -> Vec<u8> {
         let mut footer = vec![0x15, 2, 0x19, 0xfc, groups + 1];
         for _ in 0..groups {

@@ -1,5 +1,5 @@
-//! The pictures of a run, by content. They are only ever added to: a picture that no prompt of
-//! today uses may be used again tomorrow, and dropping it would save little.
+//! Storage of a run's images, identified by content. Images are never removed: an image that no
+//! current prompt uses may be used again later, and dropping it would save little.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use super::{FileRecord, Lookup, StoreError, TableWriter, digest};
 use crate::tables::{Image, Row};
 use ovchat_io::files;
 
-/// Finds the bytes of pictures by their content's hash.
+/// An index of images by content hash.
 pub struct Images {
     lookup: Lookup,
 }
@@ -25,7 +25,8 @@ impl Images {
         self.lookup.contains(image_id)
     }
 
-    /// Writes new pictures; the records go into the manifest, then [`Images::added`] is called.
+    /// Writes new images. The returned records go into the manifest; then [`Images::added`] is
+    /// called.
     pub fn write(
         root: &Path,
         number: usize,
@@ -38,18 +39,19 @@ impl Images {
             &[],
         );
         for image in images {
-            // One row at a time, so that row groups are cut by bytes: pictures may be large.
+            // One row at a time, so that row groups are split by bytes: images may be large.
             writer.write(&Image::to_batch(std::slice::from_ref(image)))?;
         }
         writer.finish()
     }
 
-    /// Takes a file that the manifest has taken in into the index.
+    /// Adds a committed file to the index.
     pub fn added(&mut self, root: &Path, file: &FileRecord) -> Result<(), StoreError> {
         self.lookup.add_file(root.join(&file.file))
     }
 
-    /// The bytes of a picture, from the run or, with `keep_images: reference`, from where it lay.
+    /// Returns the bytes of an image, from the run or, with `keep_images: reference`, from its
+    /// original path.
     pub fn bytes(&mut self, image_id: &str) -> Result<Arc<[u8]>, StoreError> {
         let fault = |problem: String| StoreError::EncodedImage {
             id: image_id.to_owned(),
@@ -58,11 +60,11 @@ impl Images {
         let row: Image = self
             .lookup
             .row(image_id)?
-            .ok_or_else(|| fault("it is not in this run".to_owned()))?;
+            .ok_or_else(|| fault("not found in this run".to_owned()))?;
         if let Some(bytes) = row.image.bytes {
             if digest(&bytes) != image_id {
                 let path = self.lookup.file_of(image_id).expect("it was just read");
-                return Err(StoreError::Spoiled {
+                return Err(StoreError::Corrupt {
                     path: path.to_owned(),
                 });
             }
@@ -71,12 +73,12 @@ impl Images {
         let path = row
             .image
             .path
-            .ok_or_else(|| fault("neither its bytes nor its path were kept".to_owned()))?;
+            .ok_or_else(|| fault("neither its bytes nor its path are stored".to_owned()))?;
         let bytes =
             files::read(Path::new(&path)).map_err(StoreError::io("read", Path::new(&path)))?;
         if digest(&bytes) != image_id {
             return Err(fault(format!(
-                "{path} has changed since it was loaded; put it back, or start a new run with `keep_images: bytes`"
+                "{path} has changed since it was loaded; restore the file, or start a new run with `keep_images: bytes`"
             )));
         }
         Ok(bytes.into())

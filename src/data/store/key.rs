@@ -1,23 +1,24 @@
-//! Keys: the hash of everything that decides a table or a row.
+//! Keys of tables and rows: hashes of all their key inputs.
 
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-/// Characters of a key: 128 bits in hex, so that no two of a trillion rows share one by chance.
+/// Length of a key in hex characters: 128 bits, so that a collision among a trillion rows is very
+/// unlikely.
 const KEY_CHARS: usize = 32;
 
-/// Builds a key from its parts. Each part is hashed with its length, so `("ab", "c")` and
-/// `("a", "bc")` differ.
+/// A hash builder for keys. Each part is hashed with its length, so `("ab", "c")` and `("a", "bc")`
+/// differ.
 #[derive(Clone)]
 pub struct Key(Sha256);
 
 impl Key {
-    /// A key of the given purpose; keys of different purposes never meet.
+    /// Starts a key for the given purpose; keys of different purposes never collide.
     pub fn new(purpose: &str) -> Self {
         Self(Sha256::new()).with(purpose)
     }
 
-    /// Takes one more part into the key.
+    /// Adds a part to the key.
     #[must_use]
     pub fn with(mut self, part: impl AsRef<[u8]>) -> Self {
         let part = part.as_ref();
@@ -26,18 +27,18 @@ impl Key {
         self
     }
 
-    /// Takes a JSON value into the key; the order of an object's fields does not matter.
+    /// Adds a JSON value to the key; the order of an object's fields does not matter.
     #[must_use]
     pub fn with_json(self, value: &Value) -> Self {
         self.with(sorted(value).to_string())
     }
 
-    /// The key as text.
+    /// Returns the key as a hex string.
     pub fn finish(self) -> String {
         hex(&self.0.finalize()[..KEY_CHARS / 2])
     }
 
-    /// The key as a number, for seeds.
+    /// Returns the key as a number, for seeds.
     pub fn finish_u64(self) -> u64 {
         let digest = self.0.finalize();
         u64::from_le_bytes(
@@ -48,7 +49,7 @@ impl Key {
     }
 }
 
-/// SHA-256 of some bytes, in hex.
+/// Returns the SHA-256 of `bytes`, in hex.
 pub fn digest(bytes: &[u8]) -> String {
     hex(&Sha256::digest(bytes))
 }

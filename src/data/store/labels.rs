@@ -1,8 +1,9 @@
-//! What people said of answers, and what they are asked.
+//! Storage of labels and labeling tasks.
 //!
-//! `human_labels/<table>-round-2.json` says what a run waits for, `human_labels/<table>-round-2.jsonl` holds what was
-//! said, a line a label, synced one by one. The last line with an id counts, so that taking a label back
-//! is a line, too. Who writes them holds `human_labels/<table>-round-2.lock`.
+//! `human_labels/<table>-round-2.json` is the labeling task that a run waits for, and
+//! `human_labels/<table>-round-2.jsonl` contains its labels, one per line, each synced. The last
+//! line with an ID is used, so that retracting a label also appends a line. The writer holds
+//! `human_labels/<table>-round-2.lock`.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -14,30 +15,30 @@ use serde::{Deserialize, Serialize};
 use super::{Lock, StoreError, create_folder, write_atomically};
 use ovchat_io::files::lines::{self, LineFile};
 
-/// The folder, in that of a run.
+/// The name of the labels folder within a run.
 pub const LABELS: &str = "human_labels";
 
-/// The largest number in a label: every program can read it, and count on.
+/// The largest number in a label. All programs can represent it exactly and increment it.
 pub const NUMBER_MAX: u64 = 1 << 53;
 
-/// What people are asked about the candidates of a round.
+/// A labeling task: the candidates of a round to be compared by annotators.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LabelTask {
-    /// The table that waits.
+    /// The table that waits for the labels.
     pub table: String,
     pub round: Option<u32>,
     pub candidates: String,
-    /// The round of the candidates, where they have one.
+    /// The round of the candidates, if they have one.
     pub candidates_round: Option<u32>,
     pub prompts: String,
     pub prompts_round: Option<u32>,
-    /// Tables of rewards: those about which they disagree most are asked first.
+    /// Reward tables; candidates on which they disagree most are shown first.
     pub rewards: Vec<String>,
-    /// Labels that are wanted.
+    /// The number of labels wanted.
     pub wanted: u64,
 }
 
-/// What somebody said.
+/// The verdict of an annotator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LabelVerdict {
@@ -45,33 +46,33 @@ pub enum LabelVerdict {
     Right,
     Tie,
     BothBad,
-    /// Somebody else may say.
+    /// Left to another annotator.
     Skip,
-    /// It was taken back.
+    /// The label was retracted.
     Undone,
 }
 
-/// A label: two answers side by side, and what somebody said of them.
+/// A label: an annotator's verdict on two responses.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LabelLine {
-    /// Its number among those of the survey.
+    /// The number of the label within its labeling task.
     pub id: u64,
     pub prompt_id: String,
-    /// The candidates that were shown, and SHA-256 of their texts.
+    /// The two candidates, and the SHA-256 of their texts.
     pub left: i32,
     pub right: i32,
     pub left_digest: String,
     pub right_digest: String,
     pub said: LabelVerdict,
-    /// Who said it.
+    /// The name of the annotator.
     pub by: String,
-    /// When, in seconds since 1970.
+    /// The time of the label, in seconds since the Unix epoch.
     pub at: u64,
-    /// How long it took.
+    /// The time that the annotator took, in milliseconds.
     pub milliseconds: u64,
 }
 
-/// The files of a survey.
+/// The files of a labeling task.
 #[derive(Debug, Clone)]
 pub struct LabelFiles {
     folder: PathBuf,
@@ -79,7 +80,7 @@ pub struct LabelFiles {
 }
 
 impl LabelFiles {
-    /// Those of a table in a round, in the run's folder `root`.
+    /// Returns the files of a table in a round, in the run folder `root`.
     pub fn new(root: &Path, table: &str, round: Option<u32>) -> Self {
         let round = round.map_or_else(String::new, |round| format!("-round-{round}"));
         Self {
@@ -88,8 +89,8 @@ impl LabelFiles {
         }
     }
 
-    /// Every survey of a run.
-    pub fn surveys(root: &Path) -> Vec<LabelTask> {
+    /// Returns all labeling tasks of a run.
+    pub fn tasks(root: &Path) -> Vec<LabelTask> {
         let entries = fs::read_dir(root.join(LABELS)).into_iter().flatten();
         let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
         let mut paths: Vec<PathBuf> = paths
@@ -100,29 +101,29 @@ impl LabelFiles {
         paths.iter().filter_map(read).collect()
     }
 
-    /// The file of labels.
+    /// Returns the path of the label file.
     pub fn path(&self) -> PathBuf {
         self.folder.join(format!("{}.jsonl", self.stem))
     }
 
-    /// Says what people are to be asked.
+    /// Writes the labeling task.
     pub fn ask(&self, task: &LabelTask) -> Result<(), StoreError> {
         create_folder(&self.folder)?;
-        let text = serde_json::to_vec_pretty(task).expect("names and numbers are valid JSON");
+        let text = serde_json::to_vec_pretty(task).expect("names and numbers serialize");
         write_atomically(&self.folder.join(format!("{}.json", self.stem)), &text)
     }
 
-    /// The labels that count, in the order of their ids, and how many lines are none: they were cut off, or
-    /// something else has written them.
+    /// Reads the labels that are in effect, in the order of their IDs, and the number of corrupt
+    /// lines, which are truncated or were written by another program.
     pub fn read(&self) -> Result<(Vec<LabelLine>, usize), StoreError> {
         LabelLine::read(&self.path())
     }
 
-    /// Opens the file of labels for the one who writes them, or says who does.
+    /// Opens the label file for writing. The error names the process that already has it open.
     pub fn write(&self) -> Result<LabelWriter, StoreError> {
         create_folder(&self.folder)?;
         let path = self.path();
-        let lock = Lock::of_survey(&self.folder.join(format!("{}.lock", self.stem)), &self.stem)?;
+        let lock = Lock::of_task(&self.folder.join(format!("{}.lock", self.stem)), &self.stem)?;
         let mut words = BTreeMap::new();
         let (file, note) = LineFile::open(&path, |line| take(&mut words, line))
             .map_err(StoreError::io("write", &path))?;
@@ -138,16 +139,16 @@ impl LabelFiles {
 }
 
 impl LabelLine {
-    /// Reads a file of labels, see [`LabelFiles::read`].
+    /// Reads a label file, see [`LabelFiles::read`].
     pub fn read(path: &Path) -> Result<(Vec<Self>, usize), StoreError> {
         let mut words = BTreeMap::new();
-        let spoiled = lines::each(path, |line| take(&mut words, line));
-        let spoiled = spoiled.map_err(StoreError::io("read", path))?;
-        Ok((counting(&words), spoiled))
+        let corrupt = lines::each(path, |line| take(&mut words, line));
+        let corrupt = corrupt.map_err(StoreError::io("read", path))?;
+        Ok((counting(&words), corrupt))
     }
 }
 
-/// Takes a line in, as the last word on its id. Returns whether it is a label.
+/// Adds a line as the latest one for its ID. Returns true if it is a valid label.
 fn take(words: &mut BTreeMap<u64, LabelLine>, line: &[u8]) -> bool {
     let label = serde_json::from_slice::<LabelLine>(line).ok();
     let label = label.filter(|label| {
@@ -157,19 +158,19 @@ fn take(words: &mut BTreeMap<u64, LabelLine>, line: &[u8]) -> bool {
     label.map(|label| words.insert(label.id, label)).is_some()
 }
 
-/// The labels that were not taken back.
+/// Returns the labels that were not retracted.
 fn counting(words: &BTreeMap<u64, LabelLine>) -> Vec<LabelLine> {
     let counts = |label: &&LabelLine| label.said != LabelVerdict::Undone;
     words.values().filter(counts).cloned().collect()
 }
 
-/// The one who writes what people say.
+/// A writer of labels, which holds the lock of the labeling task.
 pub struct LabelWriter {
-    /// The labels that counted when it was opened, in the order of their ids.
+    /// The labels in effect when the file was opened, in the order of their IDs.
     pub labels: Vec<LabelLine>,
-    /// An id that no label has, nor one that was taken back.
+    /// An ID that is unused, also by retracted labels.
     pub next_id: u64,
-    /// What was set aside, in words.
+    /// A note about corrupt lines that were set aside.
     pub note: Option<String>,
     path: PathBuf,
     file: LineFile,
@@ -177,7 +178,7 @@ pub struct LabelWriter {
 }
 
 impl LabelWriter {
-    /// Adds a label, and waits until it is on the disk.
+    /// Appends a label and syncs it to disk.
     pub fn add(&mut self, label: &LabelLine) -> Result<(), StoreError> {
         if label.id > NUMBER_MAX {
             let problem = format!(
@@ -188,7 +189,7 @@ impl LabelWriter {
                 problem,
             )));
         }
-        let line = serde_json::to_vec(label).expect("names and numbers are valid JSON");
+        let line = serde_json::to_vec(label).expect("names and numbers serialize");
         let added = self.file.append(&line);
         added.map_err(StoreError::io("write", &self.path))
     }
@@ -227,7 +228,7 @@ mod tests {
             writer.add(&label(id, said)).unwrap();
         }
         drop(writer);
-        // Inside the first letter of a name.
+        // Truncated inside a multi-byte character of a name.
         let mut text = fs::read(files.path()).unwrap();
         text.extend(b"{\"id\": 2, \"by\": \"\xc3");
         fs::write(files.path(), text).unwrap();
@@ -235,10 +236,10 @@ mod tests {
         let mut writer = files.write().unwrap();
         assert!(writer.note.is_some());
         writer.add(&label(3, LabelVerdict::Right)).unwrap();
-        let (labels, spoiled) = files.read().unwrap();
+        let (labels, corrupt) = files.read().unwrap();
         let said: Vec<_> = labels.iter().map(|label| (label.id, label.said)).collect();
         assert_eq!(
-            (&said[..], spoiled),
+            (&said[..], corrupt),
             (&[(1, LabelVerdict::Tie), (3, LabelVerdict::Right)][..], 0)
         );
         writer.add(&label(9, LabelVerdict::Undone)).unwrap();

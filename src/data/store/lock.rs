@@ -1,4 +1,5 @@
-//! One process per run, and one per survey. The kernel releases the lock when its holder dies, however it dies.
+//! Locks for exclusive access: one process per run, and one per labeling task. The kernel releases
+//! a lock when its holder exits, however it exits.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read, Seek, Write};
@@ -8,18 +9,18 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::StoreError;
 
-/// A second in all for a holder to write its name.
+/// Checks for the holder's name, one second in total.
 const LOOKS: u32 = 50;
 const BETWEEN_LOOKS: Duration = Duration::from_millis(20);
 
-/// Held as long as this value lives.
+/// A lock, held as long as this value lives.
 #[derive(Debug)]
 pub struct Lock {
     _file: File,
 }
 
 impl Lock {
-    /// Takes the lock of the run in `folder`, or says who has it.
+    /// Takes the lock of the run in `folder`. The error names the current holder.
     pub fn take(folder: &Path) -> Result<Self, StoreError> {
         Self::of(&folder.join(".lock"), |holder| StoreError::Locked {
             path: folder.to_owned(),
@@ -27,8 +28,8 @@ impl Lock {
         })
     }
 
-    /// Takes the lock of a survey, or says who has it.
-    pub fn of_survey(path: &Path, task: &str) -> Result<Self, StoreError> {
+    /// Takes the lock of a labeling task. The error names the current holder.
+    pub fn of_task(path: &Path, task: &str) -> Result<Self, StoreError> {
         Self::of(path, |holder| StoreError::Asked {
             task: task.to_owned(),
             holder,
@@ -49,7 +50,7 @@ impl Lock {
             Err(TryLockError::WouldBlock) => return Err(held(named(&mut file))),
             Err(TryLockError::Error(source)) => return Err(StoreError::io("lock", path)(source)),
         }
-        // The words are for people; the lock itself is the kernel's.
+        // The text is for error messages; the kernel holds the lock itself.
         let words = format!(
             "process {} on {} (since {})\n",
             std::process::id(),
@@ -65,8 +66,8 @@ impl Lock {
     }
 }
 
-/// The holder of a lock, as the file names it. A process writes its name after it has taken the lock, so
-/// this waits up to a second for one.
+/// Returns the holder named in a lock file. A process writes its name after it has taken the lock,
+/// so this waits up to a second for it.
 fn named(file: &mut File) -> String {
     for _ in 0..LOOKS {
         let mut holder = String::new();
@@ -81,7 +82,7 @@ fn named(file: &mut File) -> String {
     "another process".to_owned()
 }
 
-/// Who holds the lock of the run in `folder`, if anybody does. Writes nothing.
+/// Returns the holder of the lock of the run in `folder`, if it is locked. Writes nothing.
 pub fn lock_holder(folder: &Path) -> Option<String> {
     let mut file = File::open(folder.join(".lock")).ok()?;
     match file.try_lock_shared() {
@@ -103,7 +104,7 @@ fn host() -> String {
     }
 }
 
-/// The time as seconds since 1970 turned into a UTC date, in ISO 8601.
+/// Returns the current UTC time in ISO 8601.
 fn now() -> String {
     let seconds = SystemTime::now()
         .duration_since(UNIX_EPOCH)

@@ -1,4 +1,4 @@
-//! Rows by name: an index in memory, the rows on disk.
+//! Row lookup by name, with an index in memory and the rows on disk.
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
@@ -14,20 +14,20 @@ use super::StoreError;
 use super::parquet::{only, open, parquet_error, typed};
 use crate::tables::Row;
 
-/// Bytes of row groups that are kept in memory. Most stages ask for rows in the order in which they
-/// lie, more or less; trainings ask for them in any order.
+/// The size in bytes of the cache of row groups. Most stages read rows roughly in file order;
+/// training reads them in any order.
 const CACHE_BYTES: usize = 64 << 20;
 
 /// A row group of a file, and the position of its first row in the table.
 struct Group {
     file: u32,
-    /// Its number in the file.
+    /// The index of the row group in the file.
     number: u32,
     start: u32,
 }
 
-/// What the index knows a name by: 128 bits of its SHA-256, as many as keys have. A table of a million
-/// prompts then takes some 50 MB.
+/// A name in the index: 128 bits of its SHA-256, as many as keys have. The index of a million
+/// prompts takes about 50 MB.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Name(u64, u64);
 
@@ -42,7 +42,7 @@ impl Name {
     }
 }
 
-/// A name is a digest already: half of it is its hash.
+/// A hasher that uses half of a [`Name`], which is a digest already.
 #[derive(Default)]
 struct Half(u64);
 
@@ -62,29 +62,29 @@ impl Hasher for Half {
 
 type ByName<T> = HashMap<Name, T, BuildHasherDefault<Half>>;
 
-/// Consecutive rows: the position of the first, and how many they are.
+/// A range of consecutive rows: the position of the first, and their number.
 type Run = (u32, u32);
 
-/// Finds rows by the value of one text column, or by their position in the table.
+/// An index of rows by the value of one text column, and by their position in the table.
 pub struct Lookup {
     column: String,
-    /// The columns that rows are read with; all, if it doesn't say.
+    /// The columns to read; `None` for all.
     columns: Option<SchemaRef>,
     files: Vec<PathBuf>,
     groups: Vec<Group>,
     rows: u32,
-    /// The first rows of that name.
+    /// The first range of rows of each name.
     by_name: ByName<Run>,
-    /// Those that lie elsewhere; nearly always there are none.
+    /// Further ranges of a name; rarely any.
     scattered: ByName<Vec<Run>>,
-    /// The first name whose rows do not lie together.
+    /// The first name whose rows are not adjacent.
     torn: Option<String>,
     cache: VecDeque<(usize, RecordBatch)>,
     cached_bytes: usize,
 }
 
 impl Lookup {
-    /// Reads the names of all rows in `files`: the values of `column`.
+    /// Builds the index of `files` from the values of `column`.
     pub fn open(files: Vec<PathBuf>, column: &str) -> Result<Self, StoreError> {
         let mut lookup = Self {
             column: column.to_owned(),
@@ -104,14 +104,14 @@ impl Lookup {
         Ok(lookup)
     }
 
-    /// Reads only the columns of `columns`, by their names.
+    /// Restricts reading to the columns of `columns`, matched by name.
     #[must_use]
     pub fn only(mut self, columns: SchemaRef) -> Self {
         self.columns = Some(columns);
         self
     }
 
-    /// Takes one more file into the index. A name that was there before keeps its rows.
+    /// Adds a file to the index. Existing names keep their rows.
     pub fn add_file(&mut self, path: PathBuf) -> Result<(), StoreError> {
         let file = self.files.len() as u32;
         for group in 0..open(&path)?.metadata().num_row_groups() {
@@ -149,7 +149,7 @@ impl Lookup {
         Ok(())
     }
 
-    /// Takes the next rows in, all of one name.
+    /// Adds the next `count` rows, all with the same name.
     fn index(&mut self, name: &str, count: u32) {
         let position = self.rows;
         self.rows += count;
@@ -160,7 +160,7 @@ impl Lookup {
             return;
         };
         let last = match self.scattered.get_mut(&name) {
-            Some(more) => more.last_mut().expect("a run begins with a row"),
+            Some(more) => more.last_mut().expect("a range has a row"),
             None => first,
         };
         if last.0 + last.1 == position {
@@ -172,18 +172,18 @@ impl Lookup {
         }
     }
 
-    /// Where the first row of that name lies.
+    /// Returns the position of the first row with a name.
     pub fn position(&self, name: &str) -> Option<usize> {
         let first = self.by_name.get(&Name::of(name));
         first.map(|&(position, _)| position as usize)
     }
 
-    /// The first name whose rows do not lie together, if there is one.
+    /// Returns the first name whose rows are not adjacent, if any.
     pub fn torn(&self) -> Option<&str> {
         self.torn.as_deref()
     }
 
-    /// How many rows there are.
+    /// Returns the number of rows.
     pub fn len(&self) -> usize {
         self.rows as usize
     }
@@ -196,7 +196,7 @@ impl Lookup {
         self.by_name.contains_key(&Name::of(name))
     }
 
-    /// The first rows of that name, as far as they lie together.
+    /// Returns the first range of rows with a name.
     pub fn get(&mut self, name: &str) -> Result<Option<RecordBatch>, StoreError> {
         let Some(&(start, count)) = self.by_name.get(&Name::of(name)) else {
             return Ok(None);
@@ -204,7 +204,7 @@ impl Lookup {
         self.range(start as usize, count as usize).map(Some)
     }
 
-    /// The first row of that name.
+    /// Returns the first row with a name.
     pub fn row<R: Row>(&mut self, name: &str) -> Result<Option<R>, StoreError> {
         match self.position(name) {
             Some(position) => self.at(position).map(Some),
@@ -212,7 +212,7 @@ impl Lookup {
         }
     }
 
-    /// All names, in the order of their first rows; each with the number of its rows.
+    /// Returns all names in the order of their first rows, each with its number of rows.
     pub fn names(&self) -> Vec<(Name, u32)> {
         let mut firsts: Vec<(u32, Name)> = self
             .by_name
@@ -229,14 +229,14 @@ impl Lookup {
         names.map(|(_, name)| (name, count(&name))).collect()
     }
 
-    /// The file in which the first row of that name lies.
+    /// Returns the file that contains the first row with a name.
     pub fn file_of(&self, name: &str) -> Option<&Path> {
         let group = self.group_of(self.position(name)?);
         let file = self.groups[group].file as usize;
         Some(&self.files[file])
     }
 
-    /// All rows of some names, wherever they lie, in the order of the table.
+    /// Returns all rows with the given names, adjacent or not, in table order.
     pub fn all<'n>(
         &mut self,
         names: impl Iterator<Item = &'n str>,
@@ -244,7 +244,7 @@ impl Lookup {
         self.all_named(names.map(Name::of))
     }
 
-    /// The same by what the index knows the names by.
+    /// Returns all rows with the given names, as [`Self::all`].
     pub fn all_named(
         &mut self,
         names: impl Iterator<Item = Name>,
@@ -279,7 +279,7 @@ impl Lookup {
         Ok(batches)
     }
 
-    /// The row at a position, in the order of the table.
+    /// Returns the row at a position, in table order.
     pub fn at<R: Row>(&mut self, position: usize) -> Result<R, StoreError> {
         let batch = self.range(position, 1)?;
         let file = self.groups[self.group_of(position)].file;
@@ -287,7 +287,7 @@ impl Lookup {
         Ok(rows.into_iter().next().expect("one row was asked for"))
     }
 
-    /// `count` rows from a position on.
+    /// Returns `count` rows from a position on.
     pub fn range(&mut self, start: usize, count: usize) -> Result<RecordBatch, StoreError> {
         let mut pieces = Vec::new();
         let mut position = start;
@@ -405,7 +405,7 @@ mod tests {
     fn all_rows_of_some_names_come_in_the_order_of_the_table() {
         let folder = tempfile::tempdir().unwrap();
         let files = written(folder.path());
-        // What lies in the first file lies a second time behind all others.
+        // The rows of the first file appear a second time after all others.
         let again = [files[0].clone(), files[1].clone(), files[0].clone()].to_vec();
         let mut lookup = Lookup::open(again, "row_key").unwrap();
         let wanted = ["k819", "k3", "k3", "k1800", "no such name"];

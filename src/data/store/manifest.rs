@@ -1,10 +1,10 @@
-//! The record of what a run made.
+//! The manifest: the record of a run's tables.
 //!
-//! `manifest.json` is rewritten atomically whenever a stage is done. Between two rewritings each
-//! commit is a line in `manifest.<generation>.log`, synced: a run of a million prompts has tens of
+//! `manifest.json` is rewritten atomically whenever a stage is done. Between two rewrites each
+//! commit is a synced line in `manifest.<generation>.log`: a run of a million prompts has tens of
 //! thousands of parts, and rewriting a list that grows with every part would cost more than the
-//! parts. A line that was cut off by a crash never happened. Both have checksums, and the manifest before
-//! stays with its log: the two restore one that is damaged.
+//! parts. A line truncated by a crash was never committed. Manifest and log have checksums, and the
+//! previous manifest is kept with its log, so that a corrupt manifest can be restored from the two.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
@@ -16,22 +16,22 @@ use serde_json::Value;
 
 use super::{StoreError, sealed, sync_folder, write_atomically};
 
-/// The version of the manifest and of the folder's layout. Format 1 names the folder of a round
-/// `round=2`, and its files have no column `round`; a run that was begun so goes on so.
+/// The version of the manifest and of the folder layout. Format 1 names the folder of a round
+/// `round=2`, and its files have no column `round`; a run keeps the format it was created with.
 const FORMAT: u32 = 2;
 
-/// The manifest before the last rewriting.
+/// The manifest before the last rewrite.
 pub(super) const PREVIOUS: &str = "manifest.previous.json";
 
 /// A file of the run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileRecord {
-    /// Relative to the run's folder.
+    /// Path relative to the run folder.
     pub file: String,
     pub rows: u64,
     pub bytes: u64,
     pub sha256: String,
-    /// The CRC-32 of each block of [`super::BLOCK`] bytes; none in runs of earlier versions.
+    /// The CRC-32 of each block of [`super::BLOCK`] bytes; empty in runs of earlier versions.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub crc32: Vec<u32>,
 }
@@ -40,45 +40,45 @@ pub struct FileRecord {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PartRecord {
     pub part: u32,
-    /// Rows of the input that went in.
+    /// The number of input rows.
     pub rows_in: u64,
     pub files: Vec<FileRecord>,
     pub rejects: Vec<FileRecord>,
-    /// What a network did for it.
+    /// Telemetry of the part.
     #[serde(default)]
     pub telemetry: Vec<FileRecord>,
-    /// Rejects of class `fault`.
+    /// The number of rejects of class `fault`.
     pub faults: u64,
-    /// Rejects of class `dropped`.
+    /// The number of rejects of class `dropped`.
     pub dropped: u64,
-    /// What it took to make, where that is known.
+    /// The cost of building it, if known.
     #[serde(default)]
     pub took: Option<Took>,
 }
 
-/// How long something took, and for how much.
+/// The duration of some work, and the number of rows.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Took {
     pub seconds: f64,
-    /// Rows that were computed; others were taken over.
+    /// Rows that were computed, without reused ones.
     pub rows: u64,
 }
 
-/// What was expected of a table when it was begun.
+/// The forecast for a table when it was begun.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Expected {
     pub rows: Option<u64>,
     pub seconds: Option<f64>,
 }
 
-/// The saved state of a training.
+/// A saved training state.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StateRecord {
-    /// Steps done when it was saved.
+    /// The number of steps done when it was saved.
     pub step: u64,
-    /// The folder of the state, relative to the run's folder.
+    /// The folder of the state, relative to the run folder.
     pub folder: String,
-    /// The files in it, by name, with their sizes.
+    /// The files in it, by name, with their sizes in bytes.
     pub files: BTreeMap<String, u64>,
 }
 
@@ -87,16 +87,16 @@ pub struct StateRecord {
 pub struct CheckpointRecord {
     /// The name of the model in the pipeline.
     pub model: String,
-    /// Relative to the run's folder.
+    /// Path relative to the run folder.
     pub folder: String,
-    /// The files in it, by name, with their sizes.
+    /// The files in it, by name, with their sizes in bytes.
     pub files: BTreeMap<String, u64>,
-    /// Their SHA-256; runs of earlier versions have none.
+    /// The SHA-256 of the files; empty in runs of earlier versions.
     #[serde(default)]
     pub sha256: BTreeMap<String, String>,
 }
 
-/// A table in one round: what decided it and what was made of it so far.
+/// A version of a table in one round: its key inputs, and the rows built so far.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TableVersion {
     pub table: String,
@@ -104,24 +104,25 @@ pub struct TableVersion {
     pub round: Option<u32>,
     pub kind: Option<String>,
     pub key: String,
-    /// What the key was hashed from, so that a re-run can be explained.
+    /// The key inputs, so that a rebuild can be explained.
     pub because: Value,
-    /// Groups of input rows per part; a change of the setting applies to the next making only.
+    /// The number of groups of input rows per part; a change of the setting only applies to the
+    /// next table version.
     pub part_groups: u32,
-    /// Whether the rows of some prompt were not adjacent in the input, so that the parts were cut from
-    /// gathered rows. Earlier versions cut such an input wherever the prompt changed.
+    /// True if the rows of some prompt were not adjacent in the input, so that the parts were cut
+    /// from gathered rows. Earlier versions cut such an input wherever the prompt changed.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub is_gathered: bool,
     pub complete: bool,
-    /// Of a complete table that was loaded: a digest of its rows. Tables that read it are keyed by
-    /// it, so that a file of the user may change as long as its rows do not.
+    /// For a complete table that was loaded: a digest of its rows. Tables that read it are keyed by
+    /// the digest, so that a user's file may change as long as its rows do not.
     pub content: Option<String>,
     pub parts: Vec<PartRecord>,
-    /// Of a training under way: its saved states, the newest last.
+    /// For a training under way: its saved states, newest last.
     #[serde(default)]
     pub states: Vec<StateRecord>,
     pub checkpoint: Option<CheckpointRecord>,
-    /// What was expected of it when it was begun.
+    /// The forecast when it was begun.
     #[serde(default)]
     pub expected: Expected,
 }
@@ -131,7 +132,7 @@ impl TableVersion {
         self.table == table && self.round == round
     }
 
-    /// The same training as it was when a state was saved.
+    /// Returns the version as it was when a training state was saved.
     #[must_use]
     pub fn back_at(mut self, state: &StateRecord) -> Self {
         self.states.retain(|other| other.step <= state.step);
@@ -141,7 +142,7 @@ impl TableVersion {
 }
 
 impl PartRecord {
-    /// The files of its rows, and those beside them.
+    /// Returns the files of its rows, its rejects and its telemetry.
     pub fn all_files(&self) -> impl Iterator<Item = &FileRecord> {
         self.files
             .iter()
@@ -163,12 +164,12 @@ impl TableVersion {
         self.parts.iter().flat_map(|part| &part.telemetry)
     }
 
-    /// The files of its rows, and those beside them.
+    /// Returns the files of its rows, its rejects and its telemetry.
     pub fn all_files(&self) -> impl Iterator<Item = &FileRecord> {
         self.files().chain(self.rejects()).chain(self.telemetry())
     }
 
-    /// The files of its rows, those beside them and those of its checkpoint, with their SHA-256.
+    /// Returns the files of its rows, rejects, telemetry and checkpoint, with their SHA-256.
     pub fn hashes(&self) -> impl Iterator<Item = (String, &str)> {
         let files = self.all_files();
         let files = files.map(|file| (file.file.clone(), file.sha256.as_str()));
@@ -179,7 +180,7 @@ impl TableVersion {
         files.chain(checkpoint)
     }
 
-    /// True for a table that was loaded from a file of the user, and so wants its pictures.
+    /// True for a table that was loaded from a user's file, and therefore needs its images.
     pub fn is_loaded(&self) -> bool {
         self.round.is_none() && matches!(self.kind.as_deref(), Some("prompt" | "pair"))
     }
@@ -192,7 +193,7 @@ impl TableVersion {
         self.all_files().map(|file| file.bytes).sum()
     }
 
-    /// What its parts took together; `None` where none says.
+    /// Returns the total cost of its parts; `None` if no part has one recorded.
     pub fn took(&self) -> Option<Took> {
         let mut parts = self.parts.iter().filter_map(|part| part.took);
         let first = parts.next()?;
@@ -203,17 +204,17 @@ impl TableVersion {
     }
 }
 
-/// A run that goes on from another one.
+/// The origin of a forked run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fork {
-    /// The folder of the other run.
+    /// The folder of the original run.
     pub of: PathBuf,
-    /// The first round that is this run's own. Those before are taken as they are, whatever the
-    /// pipeline says now.
+    /// The first round that this run builds itself. Earlier rounds are kept as they are, whatever
+    /// the pipeline says now.
     pub at: u32,
 }
 
-/// A superseded table, kept in `.cache` in case its settings come back.
+/// A superseded table, kept in `.cache` in case its settings return.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ArchivedTable {
     pub made: TableVersion,
@@ -230,10 +231,10 @@ pub enum Event {
         table: String,
         round: Option<u32>,
         part: PartRecord,
-        /// A state of the training behind it, and how many of its states stay.
+        /// The training state saved after the part, and the number of states to keep.
         state: Option<(StateRecord, u32)>,
     },
-    /// A table is done. `parts` replaces what was listed (they may have been compacted).
+    /// A table is complete. `parts` replaces the listed parts, which may have been compacted.
     Finish {
         table: String,
         round: Option<u32>,
@@ -241,47 +242,49 @@ pub enum Event {
         content: Option<String>,
         checkpoint: Option<CheckpointRecord>,
     },
-    /// A new version of a complete table is begun, or goes on.
+    /// A new version of a complete table is begun or resumed.
     Stage(TableVersion),
-    /// A staged version is set aside, as far as it got. Its files stay where they are.
+    /// A staged version is archived in its present state. Its files stay where they are.
     ParkStaged { table: String, round: Option<u32> },
-    /// A complete version becomes the table, and the one before is set aside, as are other tables in its
-    /// way. The records say where the files of all lie afterwards.
+    /// A complete version becomes current; the previous version and other conflicting tables are
+    /// archived. The records contain the paths after the moves.
     Replace {
         old: Option<TableVersion>,
         new: TableVersion,
         #[serde(default)]
         others: Vec<TableVersion>,
     },
-    /// A table was superseded; its files lie where the record now says.
+    /// A table was superseded; the record contains the new paths of its files.
     Park(TableVersion),
-    /// A superseded table is current again.
+    /// An archived table is current again.
     Unpark(TableVersion),
-    /// New pictures.
+    /// New images.
     Images(FileRecord),
 }
 
-/// Everything the run knows about itself.
+/// The manifest of a run.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Manifest {
     pub format: u32,
-    /// Counts rewritings; the log that continues this manifest carries the same number.
+    /// The number of rewrites; the log that continues this manifest has the same number.
     pub generation: u64,
-    /// The name in the pipeline file.
+    /// The pipeline name in the pipeline file.
     pub pipeline: String,
-    /// The pipeline file that was run last, and the settings as meant.
+    /// The pipeline file that was run last, and its effective settings.
     pub source: Value,
     pub made: Vec<TableVersion>,
-    /// Versions, begun or complete, in whose way complete ones of `made` are. Their files lie below
-    /// `.cache/<key>` until they are complete and as expected, and replace the others.
+    /// Versions, begun or complete, that conflict with complete ones of `made`. Their files are
+    /// below `.cache/<key>` until they are complete, pass their expectations and replace the
+    /// others.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub staged: Vec<TableVersion>,
-    pub parked: Vec<ArchivedTable>,
+    #[serde(rename = "parked")]
+    pub archived: Vec<ArchivedTable>,
     pub images: Vec<FileRecord>,
-    /// Where its first rounds come from, if not from here.
+    /// The origin of its first rounds, for a forked run.
     #[serde(default)]
     pub fork: Option<Fork>,
-    /// What was wrong with the files of the manifest when it was read, and how it was restored.
+    /// The problem found in the files of the manifest when it was read, and how it was restored.
     #[serde(skip)]
     pub damage: Option<String>,
     #[serde(skip)]
@@ -289,7 +292,7 @@ pub struct Manifest {
 }
 
 impl Manifest {
-    /// A manifest of nothing, not yet written.
+    /// Creates an empty manifest, not yet written.
     pub fn new(folder: &Path, pipeline: &str) -> Self {
         Self {
             format: FORMAT,
@@ -298,7 +301,7 @@ impl Manifest {
             source: Value::Null,
             made: Vec::new(),
             staged: Vec::new(),
-            parked: Vec::new(),
+            archived: Vec::new(),
             images: Vec::new(),
             fork: None,
             damage: None,
@@ -306,14 +309,14 @@ impl Manifest {
         }
     }
 
-    /// Reads the manifest in `folder` and what was committed since it was rewritten. A damaged one is
+    /// Reads the manifest in `folder` and the commits since its last rewrite. A corrupt manifest is
     /// restored, see [`Self::damage`].
     pub fn read(folder: &Path) -> Result<Self, StoreError> {
         loop {
             let mut manifest = match Self::read_sealed(folder, "manifest.json") {
                 Ok(manifest) => manifest,
                 Err(StoreError::NotARun { .. }) if Self::is_restorable(folder) => {
-                    return Self::restored(folder, "it is missing");
+                    return Self::restored(folder, "missing");
                 }
                 Err(StoreError::Damaged { problem, .. }) => {
                     return Self::restored(folder, &problem);
@@ -324,7 +327,8 @@ impl Manifest {
             if manifest.replay_logs()? {
                 return Ok(manifest);
             }
-            // No log yet, or the run's process rewrote the manifest, and removed the log, just now.
+            // There is no log yet, or the run's process has just rewritten the manifest and removed
+            // the log.
             let again = Self::read_sealed(folder, "manifest.json");
             if again.is_ok_and(|again| again.generation == generation) {
                 return Ok(manifest);
@@ -332,7 +336,7 @@ impl Manifest {
         }
     }
 
-    /// Reads one file of the manifest, without a log.
+    /// Reads one file of the manifest, without its log.
     pub(super) fn read_sealed(folder: &Path, name: &str) -> Result<Self, StoreError> {
         let path = folder.join(name);
         let text = match fs::read(&path) {
@@ -357,7 +361,7 @@ impl Manifest {
         if !(1..=FORMAT).contains(&manifest.format) {
             let format = manifest.format;
             let problem = format!(
-                "it has format {format}, and this version of pipeline reads formats 1 to {FORMAT}; use the \
+                "format {format} is not supported (this version of pipeline reads formats 1 to {FORMAT}); use the \
                  version that wrote it"
             );
             return Err(StoreError::Manifest { path, problem });
@@ -366,8 +370,8 @@ impl Manifest {
         Ok(manifest)
     }
 
-    /// Applies the log of this generation and those after it; false if there is none. What comes behind a
-    /// damaged line did not happen: it can't be known what that line changed.
+    /// Applies the log of this generation and later ones; returns false if there is none. Commits
+    /// after a corrupt line are ignored, because the change in that line is unknown.
     pub(super) fn replay_logs(&mut self) -> Result<bool, StoreError> {
         let mut generations = Self::generations(&self.folder);
         generations.retain(|generation| *generation >= self.generation);
@@ -380,7 +384,7 @@ impl Manifest {
                 Err(error) => return Err(StoreError::io("read", &log)(error)),
             };
             for (number, line) in lines.split_inclusive(|byte| *byte == b'\n').enumerate() {
-                // Only a crash leaves a line without its end, and only as the last one.
+                // Only a crash leaves an incomplete line, and only as the last one.
                 let Some(line) = line.strip_suffix(b"\n") else {
                     break;
                 };
@@ -388,7 +392,7 @@ impl Manifest {
                 let event = text.and_then(|text| serde_json::from_slice(text).ok());
                 let Some(event) = event else {
                     self.damage = Some(format!(
-                        "{}: line {} is damaged; what was committed there and later is made again",
+                        "{}: line {} is corrupt; later commits are discarded, and what they built is rebuilt",
                         log.display(),
                         number + 1
                     ));
@@ -400,7 +404,7 @@ impl Manifest {
         Ok(!generations.is_empty())
     }
 
-    /// The generations that have a log in `folder`, in order.
+    /// Returns the generations that have a log in `folder`, in order.
     pub(super) fn generations(folder: &Path) -> Vec<u64> {
         let entries = fs::read_dir(folder).into_iter().flatten().flatten();
         let number = |name: &str| {
@@ -413,7 +417,7 @@ impl Manifest {
         numbers
     }
 
-    /// Writes one commit down, synced; when this returns, it happened.
+    /// Commits an event: appends it to the log and syncs. The event is durable when this returns.
     pub fn commit(&mut self, event: Event) -> Result<(), StoreError> {
         let path = self.log_path();
         let fresh = !path.exists();
@@ -427,7 +431,7 @@ impl Manifest {
             .map_err(StoreError::io("write", &path))?;
         let before = log.metadata().map_err(StoreError::io("read", &path))?.len();
         if let Err(error) = log.write_all(&line).and_then(|()| log.sync_all()) {
-            // Take a half-written line back, so that the next commit does not continue it.
+            // Remove a half-written line, so that the next commit does not continue it.
             let _ = log.set_len(before);
             return Err(StoreError::io("write", &path)(error));
         }
@@ -438,11 +442,11 @@ impl Manifest {
         Ok(())
     }
 
-    /// Rewrites `manifest.json` and starts a new log. The file before and its log stay.
+    /// Rewrites `manifest.json` and starts a new log. The previous manifest and its log are kept.
     pub fn rewrite(&mut self) -> Result<(), StoreError> {
         let before = self.generation;
         let logs = Self::generations(&self.folder);
-        // A log of a later number is what was left of a manifest that was lost.
+        // A log with a later number is a leftover of a lost manifest.
         self.generation = before.max(logs.last().copied().unwrap_or(0)) + 1;
         let text = serde_json::to_vec_pretty(self).expect("a manifest is plain data");
         let written = self.keep_previous().and_then(|()| {
@@ -456,13 +460,13 @@ impl Manifest {
             let _ = fs::remove_file(self.log_of(generation));
         }
         if self.damage.take().is_some() {
-            // So that the one before is whole, too.
+            // Rewrites once more, so that the previous manifest is intact, too.
             return self.rewrite();
         }
         Ok(())
     }
 
-    /// Gives `manifest.json` a second name, unless it is damaged.
+    /// Links `manifest.json` as the previous manifest, unless it is corrupt.
     fn keep_previous(&self) -> Result<(), StoreError> {
         let path = self.folder.join("manifest.json");
         if self.damage.is_some() || !path.exists() {
@@ -477,23 +481,23 @@ impl Manifest {
         fs::rename(&hidden, &previous).map_err(StoreError::io("write", &previous))
     }
 
-    /// Whether a round was made by the run that this one was forked from, and stays as it is.
+    /// True if a round was built by the run that this one was forked from, and is kept as it is.
     pub fn is_kept(&self, round: Option<u32>) -> bool {
         let own = self.fork.as_ref().map_or(0, |fork| fork.at);
         round.is_some_and(|round| round < own)
     }
 
-    /// What was made of a table in a round (`None`: the static table).
+    /// Returns the current version of a table in a round (`None`: the static table).
     pub fn find(&self, table: &str, round: Option<u32>) -> Option<&TableVersion> {
         self.made.iter().find(|made| made.is(table, round))
     }
 
-    /// The staged version of a table in a round.
+    /// Returns the staged version of a table in a round.
     pub fn staged(&self, table: &str, round: Option<u32>) -> Option<&TableVersion> {
         self.staged.iter().find(|made| made.is(table, round))
     }
 
-    /// The version of a table that is being made: the staged one, or the table itself.
+    /// Returns the version of a table that is being built: the staged one, or the table itself.
     pub fn under_way(&self, table: &str, round: Option<u32>) -> Option<&TableVersion> {
         self.staged(table, round)
             .or_else(|| self.find(table, round))
@@ -504,13 +508,13 @@ impl Manifest {
         all.into_iter().find(|made| made.is(table, round))
     }
 
-    /// Every version of a table that has files: current, staged, parked.
+    /// Returns all table versions that have files: current, staged, archived.
     pub fn versions(&self) -> impl Iterator<Item = &TableVersion> {
-        let parked = self.parked.iter().map(|parked| &parked.made);
-        self.made.iter().chain(&self.staged).chain(parked)
+        let archived = self.archived.iter().map(|archived| &archived.made);
+        self.made.iter().chain(&self.staged).chain(archived)
     }
 
-    /// Folders are named `round-2`, and files have a column `round`.
+    /// True if folders are named `round-2` and files have a column `round`.
     pub fn has_round_column(&self) -> bool {
         self.format > 1
     }
@@ -612,18 +616,18 @@ impl Manifest {
 
     fn archive(&mut self, made: TableVersion) {
         self.forget_archived(&made);
-        self.parked.push(ArchivedTable { made });
+        self.archived.push(ArchivedTable { made });
     }
 
     fn forget_archived(&mut self, made: &TableVersion) {
-        self.parked.retain(|ArchivedTable { made: other }| {
+        self.archived.retain(|ArchivedTable { made: other }| {
             !(other.is(&made.table, made.round) && other.key == made.key)
         });
     }
 }
 
-/// Opens a file for appending and reports whether it could be; used to refuse a folder that can't
-/// be written to before any work is done.
+/// Creates and removes a file in `folder`, to reject a folder without write permission before any
+/// work is done.
 pub(super) fn probe_writable(folder: &Path) -> Result<(), StoreError> {
     let path = folder.join(".writable");
     File::create(&path).map_err(StoreError::io("write in", folder))?;

@@ -1,9 +1,10 @@
-//! Where tables lie: a run is a folder of Parquet and a manifest.
+//! Storage of a run: a folder of Parquet files and a manifest.
 //!
-//! `runs/<run>/{manifest.json, <table>/round-2/part-00003.parquet, <static table>/part-00000.parquet,
-//! images/, rejects/, checkpoints/round-2/, .cache/}`. A file's existence proves nothing: only what
-//! the manifest lists is part of the run. Files are written under a name that no reader looks at,
-//! synced, and renamed; then the manifest takes them in.
+//! `runs/<run>/{manifest.json, <table>/round-2/part-00003.parquet, <static
+//! table>/part-00000.parquet, images/, rejects/, checkpoints/round-2/, .cache/}`. Only files listed
+//! in the manifest are part of the run; a file on disk that is not listed is ignored. Files are
+//! written under a temporary name that readers ignore, synced and renamed, and then committed to
+//! the manifest.
 
 mod atomic;
 mod error;

@@ -1,6 +1,5 @@
-//! Parquet files that somebody else has written, looked at before they are decoded: a few bytes can claim
-//! billions of values, and the parquet crate asks for the memory of what is claimed until the process is
-//! ended.
+//! Validation of untrusted Parquet files before decoding. A few bytes can declare billions of
+//! values, and the parquet crate allocates memory for what is declared until the process is killed.
 
 use std::fs::File;
 use std::io::{self, BufReader, Read, Seek as _, SeekFrom};
@@ -21,17 +20,18 @@ use ::parquet::schema::types::ColumnDescPtr;
 use arrow::datatypes::{DataType, FieldRef};
 use bytes::Bytes;
 
-/// The values that a file may have however small it is, and those that it may have for each of its bytes.
+/// The maximum number of values in a file: a base that is always allowed, plus a number per byte of
+/// the file.
 const VALUES_MAX: u64 = 1 << 24;
 const VALUES_A_BYTE: u64 = 32;
 
-/// The most bytes of a value, or items of a list, whose length the schema says.
+/// The maximum length of fixed-length values in bytes, or of fixed-size lists in items.
 const LENGTH_MAX: i64 = 1 << 18;
 
-/// The longest number of a page, in bytes.
+/// The maximum length of a varint, in bytes.
 const NUMBER_BYTES_MAX: usize = 10;
 
-/// A reader of some columns of a file that somebody else has written.
+/// Returns a validating reader of some columns of an untrusted file.
 pub(super) fn reader(
     file: File,
     builder: &ParquetRecordBatchReaderBuilder<File>,
@@ -65,13 +65,14 @@ pub(super) fn reader(
 }
 
 /// The end of the error message about a column beyond [`LENGTH_MAX`].
-const TOO_LONG: &str = "has lists or values of a fixed length that is too large";
+const TOO_LONG: &str = "has fixed-size lists or values that are too long";
 
 fn wrong(problem: impl Into<String>) -> ParquetError {
     ParquetError::General(problem.into())
 }
 
-/// How many items and bytes a null of this type takes, by the lengths that the schema says.
+/// Returns the number of items and bytes that a null of this type takes, by the fixed lengths in
+/// the schema; `None` on overflow.
 fn length(data_type: &DataType) -> Option<i64> {
     let longest = |fields: &[FieldRef]| {
         let mut lengths = fields.iter().map(|field| length(field.data_type()));
@@ -92,11 +93,11 @@ fn length(data_type: &DataType) -> Option<i64> {
     }
 }
 
-/// A file whose end is an error to whoever reads beyond it. The parquet crate passes over what it does not
-/// know of a page's head, and would do so a billion times at the end of a file.
+/// A file that fails on reads past its end. The parquet crate skips unknown fields of a page
+/// header, and would do so a billion times at the end of a file.
 struct Whole(File);
 
-/// Such a file from some place on.
+/// A [`Whole`] file from an offset on.
 struct Rest(File);
 
 impl Read for Rest {
@@ -128,10 +129,10 @@ impl ChunkReader for Whole {
     }
 }
 
-/// The row groups of such a file.
+/// The row groups of an untrusted file.
 struct Groups {
     file: Arc<dyn FileReader>,
-    /// The values that its pages may still have.
+    /// The number of values that its pages may still contain.
     values: Arc<AtomicU64>,
 }
 
@@ -161,7 +162,7 @@ impl RowGroups for Groups {
     }
 }
 
-/// The parts of a column, one of each row group.
+/// The column chunks of a column, one per row group.
 struct Chunks {
     column: ColumnDescPtr,
     chunks: Box<dyn PageIterator>,
@@ -186,7 +187,7 @@ impl Iterator for Chunks {
 
 impl PageIterator for Chunks {}
 
-/// The pages of such a part.
+/// The pages of a column chunk.
 struct Pages {
     column: ColumnDescPtr,
     pages: Box<dyn PageReader>,
@@ -224,7 +225,7 @@ impl PageReader for Pages {
 }
 
 impl Pages {
-    /// Fails at a page that claims what it can't hold.
+    /// Fails if a page declares more values than it can contain.
     fn look_at(&self, page: &Page) -> Result<()> {
         let count = u64::from(page.num_values());
         let path = self.column.path();
@@ -232,7 +233,7 @@ impl Pages {
         let order = Ordering::Relaxed;
         if self.values.fetch_update(order, order, taken).is_err() {
             return Err(wrong(format!(
-                "its columns up to `{path}` claim more values than a file of its size has"
+                "its columns up to `{path}` declare more values than a file of its size can contain"
             )));
         }
         let is_intact = match page.encoding() {
@@ -240,7 +241,8 @@ impl Pages {
                 .values_of(page)
                 .and_then(Deltas::read)
                 .is_some_and(|deltas| deltas.count <= count),
-            // Lengths of what values share with the one before, then those of the rest.
+            // The lengths of the prefixes shared with the previous value, then the lengths of the
+            // suffixes.
             Encoding::DELTA_BYTE_ARRAY => {
                 let shared = self.values_of(page).and_then(Deltas::read);
                 let rest = shared.as_ref().and_then(Deltas::behind);
@@ -255,12 +257,12 @@ impl Pages {
             Ok(())
         } else {
             Err(wrong(format!(
-                "a page of its column `{path}` does not hold the {count} values that it claims"
+                "a page of its column `{path}` does not contain the {count} values that it declares"
             )))
         }
     }
 
-    /// The values of a page, behind the levels that say which of them are null or begin a list.
+    /// Returns the values of a page, which follow its repetition and definition levels.
     fn values_of<'p>(&self, page: &'p Page) -> Option<&'p [u8]> {
         match page {
             Page::DictionaryPage { buf, .. } => Some(buf),
@@ -301,7 +303,7 @@ impl Pages {
     }
 }
 
-/// Numbers that are written as differences in blocks; each block has parts, each with a width in bits.
+/// Delta-encoded integers: blocks of miniblocks (`parts`), each with its own bit width.
 struct Deltas<'p> {
     count: u64,
     parts: u64,
@@ -310,7 +312,7 @@ struct Deltas<'p> {
 }
 
 impl<'p> Deltas<'p> {
-    /// Reads how many there are.
+    /// Reads the header.
     fn read(mut bytes: &'p [u8]) -> Option<Self> {
         let [block_count, parts, count, _first] = [(); 4].map(|()| number(&mut bytes));
         let (block_count, parts) = (block_count?, parts?);
@@ -323,10 +325,10 @@ impl<'p> Deltas<'p> {
         })
     }
 
-    /// The bytes behind them.
+    /// Returns the bytes after the last block.
     fn behind(&self) -> Option<&'p [u8]> {
         let mut rest = self.blocks;
-        // The first one stands before the blocks.
+        // The first value is in the header.
         let mut left = self.count.saturating_sub(1);
         while left > 0 {
             number(&mut rest)?;
@@ -345,7 +347,7 @@ impl<'p> Deltas<'p> {
     }
 }
 
-/// Takes a number off the front: seven bits a byte, the lowest first.
+/// Reads a varint: seven bits per byte, lowest first.
 fn number(bytes: &mut &[u8]) -> Option<u64> {
     let mut number = 0;
     for place in 0..NUMBER_BYTES_MAX {

@@ -1,5 +1,6 @@
-//! Parquet files of a table: written under a name that no reader looks at, hashed on the way,
-//! synced, renamed; read as a stream of record batches.
+//! Reading and writing the Parquet files of a table. Files are written under a temporary name that
+//! readers ignore, hashed while they are written, synced and renamed; they are read as a stream of
+//! record batches.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -22,12 +23,12 @@ use super::{FileRecord, StoreError, create_folder, footer, pages, sync_folder};
 use crate::tables::{Image, Row};
 use ovchat_io::files;
 
-/// A file is closed and the next one begun when it has this many bytes.
+/// The size in bytes at which a file is closed and the next one started.
 const FILE_BYTES: u64 = 128 << 20;
-/// Row groups are bounded so that reading one of them takes little memory.
+/// The maximum size of a row group, so that reading one takes little memory.
 const GROUP_BYTES: usize = 8 << 20;
-/// Those of pictures are smaller: training asks for one picture at a time, in any order, and each
-/// costs its whole group.
+/// The maximum size of a row group of images. It is smaller because training reads single images in
+/// any order, and each read decodes a whole row group.
 const IMAGE_GROUP_BYTES: usize = 1 << 20;
 const GROUP_ROWS: usize = 4096;
 /// Rows per record batch when reading.
@@ -35,18 +36,16 @@ const BATCH_ROWS: usize = 1024;
 
 /// The column with the round of a table's rows, in files of tables that have rounds.
 ///
-/// It is there for other programs: they read a file or a glob and see the rounds. This program knows the
-/// round of a file from the manifest, so its readers leave out the column, which its metadata marks.
+/// It is for other programs, which read a file or a glob and see the rounds. This program knows the
+/// round of a file from the manifest, so its readers skip the column, which is marked in its
+/// metadata.
 const ROUND: &str = "round";
 const MARK: &str = "ovchat.column";
 
 fn round_field() -> Field {
     let metadata = HashMap::from([
         (MARK.to_owned(), ROUND.to_owned()),
-        (
-            "doc".to_owned(),
-            "The round in which the row was made.".to_owned(),
-        ),
+        ("doc".to_owned(), "Round of the row.".to_owned()),
     ]);
     Field::new(ROUND, DataType::Int32, false).with_metadata(metadata)
 }
@@ -56,7 +55,7 @@ fn is_round(field: &Field) -> bool {
     field.metadata().get(MARK).is_some_and(|name| name == ROUND)
 }
 
-/// The first column of a type that can't be written.
+/// Returns the first column of a type that Parquet cannot store.
 pub fn unstorable(schema: &Schema) -> Option<&Field> {
     let mut fields = schema.fields().iter().map(AsRef::as_ref);
     fields.find(|field: &&Field| {
@@ -71,7 +70,7 @@ pub fn unstorable(schema: &Schema) -> Option<&Field> {
     })
 }
 
-/// Writes rows as one Parquet file to a stream that is no file of a run, such as stdout.
+/// A writer of one Parquet file to a stream outside of a run, such as stdout.
 pub struct ParquetStream<W: Write + Send>(ArrowWriter<W>);
 
 impl<W: Write + Send> ParquetStream<W> {
@@ -90,7 +89,7 @@ impl<W: Write + Send> ParquetStream<W> {
         Ok(())
     }
 
-    /// Ends the file and gives back the stream.
+    /// Finishes the file and returns the stream.
     pub fn finish(self) -> Result<W, StoreError> {
         self.0.into_inner().map_err(of_stream)
     }
@@ -100,14 +99,14 @@ fn of_stream(error: ::parquet::errors::ParquetError) -> StoreError {
     parquet_error(Path::new("the output"), error)
 }
 
-/// Bytes of a block that has a CRC-32 of its own.
+/// The size in bytes of a block with its own CRC-32.
 pub const BLOCK: u64 = 1 << 20;
 
-/// Hashes what is written.
+/// A file writer that hashes all written bytes.
 struct Hashing {
     file: File,
     sha256: Sha256,
-    /// Those of full blocks, and the one of the block that has begun.
+    /// The checksums of full blocks.
     crc32: Vec<u32>,
     block: crc32fast::Hasher,
     bytes: u64,
@@ -148,28 +147,29 @@ impl Write for Hashing {
 
 struct Open {
     writer: ArrowWriter<Hashing>,
-    /// Where it is written, and where it will lie.
+    /// The temporary path, and the final name.
     hidden: PathBuf,
     name: String,
     rows: u64,
 }
 
-/// Writes the rows of one part, as one file or, when they are many, several.
+/// A writer of the rows of one part, as one file or, if they are many, several.
 pub struct TableWriter {
     root: PathBuf,
-    /// The files' name below the root, without the number of a second file and `.parquet`.
+    /// The path of the files relative to the root, without the number of a second file and
+    /// `.parquet`.
     stem: String,
     schema: SchemaRef,
-    /// What the footer records: how the rows were made.
+    /// Footer metadata that records how the rows were built.
     footer: Vec<(String, String)>,
-    /// The value of the column [`ROUND`], where there is one.
+    /// The value of the column [`ROUND`], if there is one.
     round: Option<i32>,
     open: Option<Open>,
     done: Vec<FileRecord>,
 }
 
 impl TableWriter {
-    /// A writer of `<root>/<stem>.parquet`. Nothing is created before the first row.
+    /// Creates a writer of `<root>/<stem>.parquet`. No file is created before the first row.
     pub fn new(root: &Path, stem: &str, schema: SchemaRef, footer: &[(&str, String)]) -> Self {
         let footer = footer
             .iter()
@@ -201,7 +201,7 @@ impl TableWriter {
     }
 
     pub fn write(&mut self, batch: &RecordBatch) -> Result<(), StoreError> {
-        // Large batches are cut, so that a row group stays within its bounds.
+        // Large batches are split, so that a row group stays within its limits.
         let mut start = 0;
         while start < batch.num_rows() {
             let count = GROUP_ROWS.min(batch.num_rows() - start);
@@ -224,7 +224,7 @@ impl TableWriter {
         })
     }
 
-    /// Makes a file without rows, if there is none yet.
+    /// Creates a file without rows, if there is no file yet.
     pub fn write_nothing(&mut self) -> Result<(), StoreError> {
         if self.open.is_none() && self.done.is_empty() {
             self.open = Some(self.create()?);
@@ -255,8 +255,8 @@ impl TableWriter {
         Ok(())
     }
 
-    /// Ends the last file. The records go into the manifest; before that, the files are not part of
-    /// the run.
+    /// Finishes the last file. The returned records go into the manifest; before that, the files
+    /// are not part of the run.
     pub fn finish(mut self) -> Result<Vec<FileRecord>, StoreError> {
         self.close()?;
         Ok(std::mem::take(&mut self.done))
@@ -298,7 +298,7 @@ impl TableWriter {
         };
         let failed = |error| parquet_error(&open.hidden, error);
         open.writer.finish().map_err(failed)?;
-        // Empties the writer's buffer; `into_inner` would do it too, but hide the system's error.
+        // Flushes the writer's buffer. `into_inner` would do so, too, but hide the system's error.
         open.writer
             .sync()
             .map_err(StoreError::io("write", &open.hidden))?;
@@ -334,8 +334,8 @@ fn properties(schema: &SchemaRef, footer: &[(String, String)]) -> WriterProperti
         .set_compression(Compression::ZSTD(ZstdLevel::default()))
         .set_key_value_metadata(Some(footer));
     if *schema == Image::schema() {
-        // Pictures are compressed already, and statistics on them would be as large as they are:
-        // pyarrow refuses page headers above 16 MiB.
+        // Images are already compressed, and statistics on them would be as large as the images:
+        // pyarrow rejects page headers above 16 MiB.
         let bytes = ColumnPath::from(vec!["image".to_owned(), "bytes".to_owned()]);
         properties = properties
             .set_column_compression(bytes.clone(), Compression::UNCOMPRESSED)
@@ -345,11 +345,11 @@ fn properties(schema: &SchemaRef, footer: &[(String, String)]) -> WriterProperti
     properties.build()
 }
 
-/// Streams the rows of some files of one table, in order.
+/// An iterator over the rows of the files of one table, in order.
 pub struct TableReader {
     files: std::vec::IntoIter<PathBuf>,
     current: Option<(PathBuf, ParquetRecordBatchReader)>,
-    /// The columns that are read; all, if it doesn't say.
+    /// The columns to read; `None` for all.
     columns: Option<SchemaRef>,
 }
 
@@ -362,11 +362,11 @@ impl TableReader {
         }
     }
 
-    /// Reads one file that somebody else has written; see [`super::footer`] and [`super::pages`].
+    /// Reads one untrusted file; see [`super::footer`] and [`super::pages`].
     pub fn of_others(path: &Path) -> Result<Self, StoreError> {
         let file = files::open(path).map_err(StoreError::io("read", path))?;
         if !footer::is_shallow(&file).map_err(StoreError::io("read", path))? {
-            let problem = "it has no sound footer, or columns too deep within one another";
+            let problem = "its footer is invalid, or its columns are nested too deep";
             return Err(unreadable(path, problem.to_owned()));
         }
         let builder = open(path)?;
@@ -378,7 +378,7 @@ impl TableReader {
         })
     }
 
-    /// Reads only the columns of `columns`, by their names.
+    /// Restricts reading to the columns of `columns`, matched by name.
     #[must_use]
     pub fn only(mut self, columns: SchemaRef) -> Self {
         self.columns = Some(columns);
@@ -417,7 +417,7 @@ impl Iterator for TableReader {
     }
 }
 
-/// All rows of one small file.
+/// Reads all rows of one small file.
 pub fn read_file<R: Row>(path: &Path) -> Result<Vec<R>, StoreError> {
     let mut rows = Vec::new();
     for batch in TableReader::new(vec![path.to_owned()]) {
@@ -433,8 +433,8 @@ pub(super) fn typed<R: Row>(path: &Path, batch: &RecordBatch) -> Result<Vec<R>, 
     })
 }
 
-/// A reader of some columns, by their names; of all, if it doesn't say. The column of
-/// [`TableWriter::in_round`] is never among them.
+/// Restricts a reader to the columns of `columns`, matched by name, or to all if `None`. The column
+/// of [`TableWriter::in_round`] is always excluded.
 pub(super) fn only(
     builder: ParquetRecordBatchReaderBuilder<File>,
     columns: Option<&SchemaRef>,
@@ -443,7 +443,7 @@ pub(super) fn only(
     builder.with_projection(mask)
 }
 
-/// These columns.
+/// Returns the projection for [`only`].
 fn columns(
     builder: &ParquetRecordBatchReaderBuilder<File>,
     columns: Option<&SchemaRef>,
@@ -461,7 +461,7 @@ pub(super) fn open(path: &Path) -> Result<ParquetRecordBatchReaderBuilder<File>,
     read(path, || ParquetRecordBatchReaderBuilder::try_new(file))
 }
 
-/// What the parquet crate reads of a file. It panics at some that it should refuse.
+/// Runs a read of the parquet crate, which panics at some files that it should reject.
 fn read<T>(
     path: &Path,
     work: impl FnOnce() -> ::parquet::errors::Result<T>,
@@ -492,7 +492,7 @@ pub(super) fn parquet_error(path: &Path, error: ::parquet::errors::ParquetError)
     unreadable(path, error.to_string())
 }
 
-/// The schema of a file's rows, without the column of [`TableWriter::in_round`].
+/// Returns the schema of a file's rows, without the column of [`TableWriter::in_round`].
 pub fn schema_of_file(path: &Path) -> Result<SchemaRef, StoreError> {
     let builder = open(path)?;
     let schema = builder.schema();

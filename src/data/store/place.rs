@@ -1,4 +1,4 @@
-//! The place of a table's files within a run.
+//! Paths of a table's files within a run.
 
 use std::path::PathBuf;
 
@@ -6,16 +6,16 @@ use arrow::datatypes::SchemaRef;
 
 use super::{TableVersion, TableWriter};
 
-/// The place of the files of one version of a table.
+/// The paths of the files of one table version.
 #[derive(Debug, Clone)]
 pub struct Place {
     pub(super) root: PathBuf,
     /// Empty, or `.cache/<key>/` for a staged version.
     pub(super) prefix: String,
-    /// `.cache/<key>/`, for what is moved to its place once the version is complete.
+    /// `.cache/<key>/`, for files that are moved into place once the version is complete.
     pub(super) hidden: String,
-    /// Ends the names of a staged version's files (`-` and the first digits of its key), so that a program
-    /// that opens a file twice never reads half of one version and half of another.
+    /// Suffix of the file names of a staged version (`-` and the first digits of its key), so that
+    /// a program that opens a file twice never reads half of one version and half of another.
     pub(super) suffix: String,
     pub(super) table: String,
     pub(super) round: Option<u32>,
@@ -24,13 +24,13 @@ pub struct Place {
 }
 
 impl Place {
-    /// The folder of the table's rows, relative to the run's folder.
+    /// Returns the folder of the table's rows, relative to the run folder.
     pub fn folder(&self) -> String {
         let folder = table_folder(&self.table, self.round, self.has_round_column);
         format!("{}{folder}", self.prefix)
     }
 
-    /// A writer of `<folder>/<name>.parquet`.
+    /// Returns a writer of `<folder>/<name>.parquet`.
     pub fn writer(&self, name: &str, schema: &SchemaRef, footer: &[(&str, String)]) -> TableWriter {
         self.writer_in(&self.folder(), name, schema, footer)
     }
@@ -47,8 +47,8 @@ impl Place {
         TableWriter::new(&self.root, &stem, schema.clone(), footer).in_round(round)
     }
 
-    /// A writer of rows of another kind (`rejects`, `telemetry`) that belong to the table's. These kinds
-    /// have a column `round` of their own.
+    /// Returns a writer of rows of another kind (`rejects`, `telemetry`) that belong to the
+    /// table's. These kinds have a column `round` of their own.
     pub fn beside(
         &self,
         kind: &str,
@@ -67,14 +67,15 @@ impl Place {
         format!("{}{kind}/{}{round}", self.prefix, self.table)
     }
 
-    /// The folder that a checkpoint is written to, relative to the run's folder. It is moved to
-    /// `checkpoints/<name>` when the version that it belongs to is complete and current.
+    /// Returns the folder that a checkpoint is written to, relative to the run folder. The folder
+    /// is moved to `checkpoints/<name>` when the version it belongs to is complete and current.
     pub fn checkpoint(&self, name: &str) -> String {
         format!("{}checkpoints/{name}", self.hidden)
     }
 }
 
-/// The folder of a table in its place: `rewards/round-2`, `round=2` in runs of format 1.
+/// Returns the folder of a current table: `rewards/round-2`, or `rewards/round=2` in runs of format
+/// 1.
 pub(super) fn table_folder(table: &str, round: Option<u32>, has_round_column: bool) -> String {
     match round {
         Some(round) if has_round_column => format!("{table}/round-{round}"),
@@ -83,7 +84,8 @@ pub(super) fn table_folder(table: &str, round: Option<u32>, has_round_column: bo
     }
 }
 
-/// The files and folders of a version, relative to the run's folder; states stay where they are.
+/// Returns the files and folders of a version, relative to the run folder. Saved states are never
+/// moved.
 pub(super) fn places(made: &TableVersion) -> impl Iterator<Item = &str> {
     let files = made.all_files().map(|file| file.file.as_str());
     let checkpoint = made
@@ -95,8 +97,9 @@ pub(super) fn places(made: &TableVersion) -> impl Iterator<Item = &str> {
         .chain(made.states.iter().map(|state| state.folder.as_str()))
 }
 
-/// The folder of a version that is staged or parked, below `.cache`. Tables that are made once have folders
-/// of their own: the place of one holds the places of its rounds, under the same key perhaps.
+/// Returns the name of the folder below `.cache` of a staged or archived version. Static tables
+/// have their own folders, because the folder of a static table would contain those of its rounds,
+/// possibly under the same key.
 pub(super) fn cache_name(made: &TableVersion) -> String {
     match made.round {
         Some(_) => made.key.clone(),
@@ -104,26 +107,26 @@ pub(super) fn cache_name(made: &TableVersion) -> String {
     }
 }
 
-/// The same relative to the run's folder, with a slash at its end.
+/// Returns the cache folder of a version relative to the run folder, with a trailing slash.
 pub(super) fn below_cache(made: &TableVersion) -> String {
     format!(".cache/{}/", cache_name(made))
 }
 
-/// The name that a file of a staged or parked version has in its place.
+/// Returns the final path of a file of a staged or archived version.
 pub(super) fn in_place<'n>(name: &'n str, made: &TableVersion) -> &'n str {
-    // Earlier versions had one folder for a key.
+    // Earlier versions used one folder per key.
     let of_key = || name.strip_prefix(&format!(".cache/{}/", made.key));
     let stripped = name.strip_prefix(&below_cache(made)).or_else(of_key);
     stripped.unwrap_or(name)
 }
 
-/// The record of a version in its place.
+/// Returns the record of a version with its final paths.
 pub(super) fn placed(made: TableVersion) -> TableVersion {
     let staged = made.clone();
     relocated(made, |file| in_place(file, &staged).to_owned())
 }
 
-/// The record of a version whose files have other names.
+/// Returns the record of a version with each path mapped by `name`.
 fn relocated(mut made: TableVersion, name: impl Fn(&str) -> String) -> TableVersion {
     for part in &mut made.parts {
         let beside = part.rejects.iter_mut().chain(&mut part.telemetry);
@@ -137,7 +140,7 @@ fn relocated(mut made: TableVersion, name: impl Fn(&str) -> String) -> TableVers
     made
 }
 
-/// The record of a version that lies in its place, moved below `.cache/<key>`.
+/// Returns the record of a current version, moved below `.cache/<key>`.
 pub(super) fn relocated_below_cache(made: TableVersion) -> TableVersion {
     let below = below_cache(&made);
     relocated(made, |file| format!("{below}{file}"))

@@ -1,5 +1,5 @@
-//! What rows of a kind took on this machine, in whichever run: remembered beside the user's other
-//! caches, so that a plan can say how long something takes that its run has never made.
+//! Measured processing rates on this machine, over all runs. They are cached with the user's other
+//! caches, so that a plan can estimate durations for tables that its run has never built.
 
 use std::collections::BTreeMap;
 use std::env;
@@ -11,28 +11,28 @@ use serde::{Deserialize, Serialize};
 
 use super::{StoreError, write_atomically};
 
-/// Rates that are remembered; the oldest go first.
+/// The maximum number of cached rates; the oldest are evicted first.
 const REMEMBERED_MAX: usize = 2000;
 
-/// What a row took, averaged over the last table that was made so.
+/// Cost per row, averaged over the last table that was built with the same inputs.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Rate {
     pub seconds_per_row: f64,
     pub bytes_per_row: f64,
-    /// Seconds since 1970.
+    /// Time of measurement, in seconds since the Unix epoch.
     at: u64,
 }
 
-/// Rates by what decides them: verb, settings, sizes of models, precision, threads.
+/// Rates, keyed by what determines them: stage type, settings, model sizes, precision, threads.
 #[derive(Debug, Clone, Default)]
 pub struct Rates {
-    /// `None`: nothing is remembered.
+    /// The cache file; `None` disables the cache.
     path: Option<PathBuf>,
     known: BTreeMap<String, Rate>,
 }
 
 impl Rates {
-    /// Reads what is remembered in `path`; nothing, if the file is not there or not readable.
+    /// Reads the rates cached in `path`; empty if the file is missing or unreadable.
     pub fn open(path: Option<PathBuf>) -> Self {
         let text = path.as_deref().and_then(|path| fs::read(path).ok());
         let known = text.and_then(|text| serde_json::from_slice(&text).ok());
@@ -42,8 +42,8 @@ impl Rates {
         }
     }
 
-    /// Where rates are remembered: `ovchat/rates.json` in the folder of caches, by the XDG base
-    /// directory specification. `None`: there is no such folder.
+    /// Returns the default path: `ovchat/rates.json` in the user's cache folder, by the XDG base
+    /// directory specification. `None` if there is no such folder.
     pub fn usual_place() -> Option<PathBuf> {
         let folder = |name: &str| env::var_os(name).map(PathBuf::from);
         let caches = folder("XDG_CACHE_HOME").filter(|path| path.is_absolute());
@@ -55,8 +55,8 @@ impl Rates {
         self.known.get(key).copied()
     }
 
-    /// Notes what `rows` rows took. Other processes may do so at the same time; one of two notes may
-    /// be lost.
+    /// Records the cost of `rows` rows. If other processes record at the same time, one of the
+    /// records may be lost.
     pub fn note(
         &mut self,
         key: String,
@@ -83,9 +83,9 @@ impl Rates {
             self.known.remove(&oldest);
         }
         if let Some(folder) = path.parent() {
-            fs::create_dir_all(folder).map_err(StoreError::io("make", folder))?;
+            fs::create_dir_all(folder).map_err(StoreError::io("create", folder))?;
         }
-        let text = serde_json::to_vec(&self.known).expect("numbers and names are valid text");
+        let text = serde_json::to_vec(&self.known).expect("names and numbers serialize");
         write_atomically(&path, &text)
     }
 }

@@ -1,5 +1,5 @@
-//! What a run has when its manifest is damaged: the manifest before with the log since, and a record of
-//! each complete table, in `.cache/records`, that its files prove.
+//! Recovery of a corrupt manifest: from the previous manifest with its log, or from the record of
+//! each complete table in `.cache/records`, verified against the table's files.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -16,10 +16,10 @@ use super::{
     ArchivedTable, Fork, Manifest, StoreError, TableVersion, create_folder, hash_file, sealed,
 };
 
-/// Where records lie, below the run's folder.
+/// The folder of records, relative to the run folder.
 pub(super) const RECORDS: &str = ".cache/records";
 
-/// A complete version of a table, as it lies in its place, with what its run says of itself.
+/// A complete table version with its final paths, and the metadata of its run.
 #[derive(Serialize, Deserialize)]
 struct Record {
     format: u32,
@@ -28,7 +28,7 @@ struct Record {
     made: TableVersion,
 }
 
-/// The name of a version's record.
+/// Returns the file name of a version's record.
 pub(super) fn record_name(made: &TableVersion) -> String {
     let round = made
         .round
@@ -37,12 +37,12 @@ pub(super) fn record_name(made: &TableVersion) -> String {
 }
 
 impl Manifest {
-    /// True if something is left that [`Self::restored`] can use.
+    /// True if there are files that [`Self::restored`] can use.
     pub(super) fn is_restorable(folder: &Path) -> bool {
         folder.join(PREVIOUS).exists() || folder.join(RECORDS).exists()
     }
 
-    /// The problems of the manifest's own files, each found by its checksum.
+    /// Returns the corrupt files of the manifest itself, detected by their checksums.
     pub fn flaws(folder: &Path) -> Vec<Flaw> {
         let mut flaws = Vec::new();
         for name in ["manifest.json", PREVIOUS] {
@@ -58,8 +58,8 @@ impl Manifest {
             let lines = fs::read(folder.join(&name)).unwrap_or_default();
             for (number, line) in lines.split_inclusive(|byte| *byte == b'\n').enumerate() {
                 let problem = match line.strip_suffix(b"\n") {
-                    None => "is cut off",
-                    Some(line) if sealed::unseal_line(line).is_none() => "is damaged",
+                    None => "is truncated",
+                    Some(line) if sealed::unseal_line(line).is_none() => "is corrupt",
                     Some(_) => continue,
                 };
                 flaws.push(Flaw::new(&name, format!("line {} {problem}", number + 1)));
@@ -68,7 +68,7 @@ impl Manifest {
         flaws
     }
 
-    /// The manifest of a run whose `manifest.json` can't be read for this `problem`.
+    /// Restores the manifest of a run whose `manifest.json` cannot be read because of `problem`.
     pub(super) fn restored(folder: &Path, problem: &str) -> Result<Self, StoreError> {
         let path = folder.join("manifest.json");
         if let Ok(mut manifest) = Self::read_sealed(folder, PREVIOUS) {
@@ -85,13 +85,13 @@ impl Manifest {
             return Err(StoreError::Manifest {
                 path,
                 problem: format!(
-                    "{problem}, and neither {PREVIOUS} nor the records of tables can replace it; move the folder \
-                     away, or give this run another one with --run"
+                    "{problem}, and it cannot be restored from {PREVIOUS} or from table records; move the \
+                     folder away, or choose another one with --run"
                 ),
             });
         };
         manifest.damage = Some(format!(
-            "{}: {problem}; restored from the records of {} tables whose files are whole",
+            "{}: {problem}; restored from the records of {} tables with intact files",
             path.display(),
             manifest.made.len()
         ));
@@ -99,7 +99,8 @@ impl Manifest {
     }
 }
 
-/// A manifest of the tables whose records and files agree; `None` where there is no record.
+/// Returns a manifest of the tables whose files match their records; `None` if there are no
+/// records.
 fn proved(folder: &Path) -> Result<Option<Manifest>, StoreError> {
     let entries = fs::read_dir(folder.join(RECORDS)).into_iter().flatten();
     let mut paths: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
@@ -127,21 +128,21 @@ fn proved(folder: &Path) -> Result<Option<Manifest>, StoreError> {
             manifest.generation = logs.last().copied().unwrap_or(0) + 1;
             manifest
         });
-        let parked = relocated_below_cache(made.clone());
+        let archived = relocated_below_cache(made.clone());
         if manifest.find(&made.table, made.round).is_none() && is_whole(folder, &made) {
             manifest.made.push(made);
-        } else if is_whole(folder, &parked) {
-            manifest.parked.push(ArchivedTable { made: parked });
+        } else if is_whole(folder, &archived) {
+            manifest.archived.push(ArchivedTable { made: archived });
         }
     }
     if let Some(manifest) = &mut manifest {
-        // Which files of pictures belong to the run is not recorded: loading brings them back.
+        // Image files are not recorded; the loading stages restore them.
         manifest.made.retain(|made| !made.is_loaded());
     }
     Ok(manifest)
 }
 
-/// True if all files of a version lie there as they were written.
+/// True if all files of a version exist and match their checksums.
 fn is_whole(folder: &Path, made: &TableVersion) -> bool {
     let files: Vec<(String, &str)> = made.hashes().collect();
     let is_known = made
@@ -154,12 +155,12 @@ fn is_whole(folder: &Path, made: &TableVersion) -> bool {
             .all(|(file, sha256)| hash_file(&folder.join(file)).is_ok_and(|found| found == *sha256))
 }
 
-/// A file of a run that is not as the manifest lists it.
+/// A file of a run that does not match the manifest.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Flaw {
-    /// Relative to the run's folder.
+    /// Path relative to the run folder.
     pub file: String,
-    /// In words: `it is missing`, `it has another content`.
+    /// Description of the problem: `missing`, `size mismatch`.
     pub problem: String,
 }
 
@@ -171,7 +172,7 @@ impl Flaw {
 }
 
 impl RunFolder {
-    /// Writes the record of a version that is complete.
+    /// Writes the record of a complete version.
     pub(super) fn write_record(&self, table: &str, round: Option<u32>) -> Result<(), StoreError> {
         match self.manifest.under_way(table, round) {
             Some(made) => self.write_record_of(made),
@@ -192,8 +193,8 @@ impl RunFolder {
         super::write_atomically(&folder.join(record_name(made)), &sealed::seal(&text))
     }
 
-    /// The files of some versions, and of the pictures where `with_images`, that are not as they were
-    /// written. Each is read once.
+    /// Returns the files of `versions`, and of the images if `with_images`, that are missing or
+    /// corrupt. Each file is read once.
     pub fn flaws<'m>(
         &self,
         versions: impl IntoIterator<Item = &'m TableVersion>,
@@ -221,17 +222,15 @@ impl RunFolder {
         let checked = files.par_iter().filter_map(|(file, sha256)| {
             let path = self.root.join(file);
             let problem = match (fs::metadata(&path), sha256) {
-                (Err(error), _) if error.kind() == ErrorKind::NotFound => {
-                    "it is missing".to_owned()
-                }
+                (Err(error), _) if error.kind() == ErrorKind::NotFound => "missing".to_owned(),
                 (Err(error), _) => error.to_string(),
                 (Ok(found), None) if sizes.get(file).is_some_and(|size| *size != found.len()) => {
-                    "it has another size".to_owned()
+                    "size mismatch".to_owned()
                 }
                 (Ok(_), None) => return None,
                 (Ok(_), Some(sha256)) => match hash_file(&path) {
                     Ok(found) if found == *sha256 => return None,
-                    Ok(_) => "it is not what was written: its SHA-256 differs".to_owned(),
+                    Ok(_) => "checksum mismatch: the file changed after it was written".to_owned(),
                     Err(error) => error.to_string(),
                 },
             };
@@ -243,8 +242,8 @@ impl RunFolder {
         flaws
     }
 
-    /// The records of complete versions that are not as they were written. Earlier versions of this program
-    /// wrote none, so that one that is missing is no flaw.
+    /// Returns the corrupt records of complete versions. Earlier versions of this program wrote no
+    /// records, so a missing one is not a flaw.
     pub fn record_flaws(&self) -> Vec<Flaw> {
         let made = self.manifest.made.iter();
         let complete = made.filter(|made| made.complete);
@@ -260,7 +259,7 @@ impl RunFolder {
         complete.filter_map(flaw).collect()
     }
 
-    /// Writes the records of complete versions again if one is damaged. Returns what was.
+    /// Rewrites the records of all complete versions if one is corrupt. Returns the corrupt ones.
     pub fn mend_records(&self) -> Result<Vec<Flaw>, StoreError> {
         let flaws = self.record_flaws();
         if !flaws.is_empty() {
@@ -271,7 +270,8 @@ impl RunFolder {
         Ok(flaws)
     }
 
-    /// Puts spoiled files aside, and strikes out what the run has lost. Returns what was wrong.
+    /// Sets corrupt files aside, and removes the affected entries from the manifest. Returns the
+    /// flaws.
     pub fn set_flaws_aside(&mut self) -> Result<Vec<Flaw>, StoreError> {
         let versions: Vec<TableVersion> = self.manifest.versions().cloned().collect();
         let flaws = self.flaws(&versions, true);

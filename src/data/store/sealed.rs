@@ -1,23 +1,23 @@
-//! Text with its own checksum: a JSON file whose first entry is the SHA-256 of the rest, and lines that
-//! begin with their CRC-32. A flipped bit or a cut is found, and a program that knows nothing of it still
-//! reads JSON.
+//! Sealed text, which contains its own checksum: a JSON file whose first entry is the SHA-256 of
+//! the rest, and lines that begin with their CRC-32. Bit flips and truncation are detected, and
+//! programs that do not know the format still read JSON.
 
 use super::digest;
 
-/// The beginning of a sealed file, before the digest.
+/// The text of a sealed file before the digest.
 const HEAD: &[u8] = b"{\n  \"checksum\": \"";
 /// The text between the digest and the rest.
 const TAIL: &[u8] = b"\",\n";
 const DIGEST: usize = 64;
 
-/// Seals a JSON object, as `serde_json::to_vec_pretty` writes it.
+/// Seals a JSON object serialized by `serde_json::to_vec_pretty`.
 pub(super) fn seal(object: &[u8]) -> Vec<u8> {
     let rest = object.strip_prefix(b"{\n").expect("an object with entries");
     [HEAD, digest(rest).as_bytes(), TAIL, rest].concat()
 }
 
-/// The problem with a sealed file, if it is not what was sealed. Files of earlier versions begin with
-/// `"format"`; they have no checksum and pass.
+/// Returns the problem with a sealed file, or `None` if it is intact. Files of earlier versions
+/// begin with `"format"` and have no checksum; they are accepted.
 pub(super) fn flaw(text: &[u8]) -> Option<&'static str> {
     if text.starts_with(b"{\n  \"format\": ") {
         return None;
@@ -25,22 +25,22 @@ pub(super) fn flaw(text: &[u8]) -> Option<&'static str> {
     let rest = text.strip_prefix(HEAD);
     let rest = rest.and_then(|rest| rest.split_at_checked(DIGEST));
     let Some((sealed, rest)) = rest else {
-        return Some("its beginning is damaged");
+        return Some("invalid header");
     };
     match rest.strip_prefix(TAIL) {
         Some(rest) if digest(rest).as_bytes() == sealed => None,
-        _ => Some("it does not match its checksum"),
+        _ => Some("checksum mismatch"),
     }
 }
 
-/// Seals a line, without its end.
+/// Seals a line, without its line end.
 pub(super) fn seal_line(line: &[u8]) -> Vec<u8> {
     let sum = format!("{:08x} ", crc32fast::hash(line));
     [sum.as_bytes(), line].concat()
 }
 
-/// The text of a sealed line; `None` if it is not what was sealed. Lines of earlier versions are JSON
-/// without a checksum.
+/// Returns the text of a sealed line, or `None` if it is corrupt. Lines of earlier versions are
+/// JSON without a checksum; they are accepted.
 pub(super) fn unseal_line(line: &[u8]) -> Option<&[u8]> {
     if line.starts_with(b"{") {
         return Some(line);

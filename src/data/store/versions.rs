@@ -1,10 +1,11 @@
-//! Versions of a table: staged while they are made, current, parked once they are superseded.
+//! Versions of a table: staged while they are built, current, and archived once they are
+//! superseded.
 //!
-//! A complete version stays current until the new one is complete and accepted. Then the folders of the two
-//! change places in one system call, so a glob finds the old files or the new ones, never both; a program
-//! that has listed the old ones and opens them later finds them gone. A table that goes from once to each
-//! round, or back, is gone for a moment. The commit comes first: renames that a crash cuts off are finished
-//! when the run is opened the next time.
+//! A complete version stays current until the new one is complete and accepted. Then the folders of
+//! the two are swapped in one system call, so that a glob finds the old files or the new ones,
+//! never both; a program that listed the old files and opens them later does not find them. A table
+//! that changes from static to one with rounds, or back, is missing for a moment. The commit comes
+//! first: renames that were interrupted by a crash are finished the next time the run is opened.
 
 use std::collections::HashSet;
 use std::fs;
@@ -24,7 +25,7 @@ use super::{
 };
 
 impl RunFolder {
-    /// The place of the version of a table that is being made, or of the current one.
+    /// Returns the place of the table version under way, or else of the current one.
     pub fn place(&self, table: &str, round: Option<u32>) -> Place {
         let staged = self.manifest.staged(table, round);
         Place {
@@ -40,13 +41,13 @@ impl RunFolder {
         }
     }
 
-    /// Where a table's files lie, below the root, once they are current.
+    /// Returns the folder of a table's files once they are current, relative to the run folder.
     pub(super) fn table_folder(&self, table: &str, round: Option<u32>) -> String {
         table_folder(table, round, self.manifest.has_round_column())
     }
 
-    /// Records a version that is begun. It is staged while complete versions are in its way, see
-    /// [`Self::displaced`]; unfinished ones are parked.
+    /// Commits the start of a version. It is staged if it conflicts with complete versions, see
+    /// [`Self::displaced`]; conflicting unfinished versions are archived.
     pub fn begin(
         &mut self,
         made: TableVersion,
@@ -60,7 +61,7 @@ impl RunFolder {
         self.commit(event)
     }
 
-    /// Records what changed about a version under way.
+    /// Commits a change to a version under way.
     pub fn record(&mut self, made: TableVersion) -> Result<(), StoreError> {
         let is_staged = self.manifest.staged(&made.table, made.round).is_some();
         self.commit(if is_staged {
@@ -70,9 +71,9 @@ impl RunFolder {
         })
     }
 
-    /// The other current versions that a version of a table replaces: the one before; a version without
-    /// rounds where this one has a round, or the reverse, since one folder cannot hold both; and those
-    /// with a checkpoint in the folder `checkpoint`.
+    /// Returns the other current versions that a version of a table replaces: the previous version
+    /// of the same round; versions without rounds if this one has a round, or the reverse, since
+    /// one folder cannot hold both; and versions with a checkpoint in the folder `checkpoint`.
     pub fn displaced(
         &self,
         table: &str,
@@ -90,7 +91,7 @@ impl RunFolder {
         })
     }
 
-    /// True if complete versions are in the way of this one.
+    /// True if a version conflicts with complete versions.
     pub fn is_blocked(
         &self,
         table: &str,
@@ -102,7 +103,8 @@ impl RunFolder {
             .any(|other| other.complete)
     }
 
-    /// Parks the unfinished versions in the way of this one. False if a complete one is in its way.
+    /// Archives the unfinished versions that conflict with this one. Returns false if a complete
+    /// one conflicts.
     fn make_way(
         &mut self,
         made: &TableVersion,
@@ -121,18 +123,18 @@ impl RunFolder {
         Ok(true)
     }
 
-    /// Moves a table that was superseded into `.cache/<key>`, where readers do not look.
+    /// Moves a superseded table into `.cache/<key>`, where readers do not look.
     pub fn archive(&mut self, table: &str, round: Option<u32>) -> Result<(), StoreError> {
         let Some(made) = self.manifest.find(table, round).cloned() else {
             return Ok(());
         };
         self.archive_staged(table, round)?;
-        let parked = relocated_below_cache(made);
-        self.commit(Event::Park(parked.clone()))?;
-        self.move_archived(&parked)
+        let archived = relocated_below_cache(made);
+        self.commit(Event::Park(archived.clone()))?;
+        self.move_archived(&archived)
     }
 
-    /// Sets a staged version aside, as far as it got.
+    /// Archives a staged version in its present state.
     pub fn archive_staged(&mut self, table: &str, round: Option<u32>) -> Result<(), StoreError> {
         if self.manifest.staged(table, round).is_none() {
             return Ok(());
@@ -141,8 +143,8 @@ impl RunFolder {
         self.commit(Event::ParkStaged { table, round })
     }
 
-    /// Brings back the parked version with this key, if there is one: staged while complete versions are
-    /// in its way, else in its place.
+    /// Restores the archived version with this key, if there is one: as a staged version if it
+    /// conflicts with complete ones, else as the current version.
     pub fn restore(
         &mut self,
         table: &str,
@@ -150,8 +152,8 @@ impl RunFolder {
         key: &str,
         checkpoint: Option<&str>,
     ) -> Result<bool, StoreError> {
-        let parked = self.manifest.parked.iter().map(|parked| &parked.made);
-        let mut found = parked.filter(|made| made.is(table, round) && made.key == key);
+        let archived = self.manifest.archived.iter().map(|archived| &archived.made);
+        let mut found = archived.filter(|made| made.is(table, round) && made.key == key);
         let Some(made) = found.next().cloned() else {
             return Ok(false);
         };
@@ -167,7 +169,8 @@ impl RunFolder {
         Ok(true)
     }
 
-    /// Makes the staged version of a table current if it is complete, and parks those that it displaces.
+    /// Makes the staged version of a table current if it is complete, and archives the versions
+    /// that it displaces.
     pub fn replace_by_staged(&mut self, table: &str, round: Option<u32>) -> Result<(), StoreError> {
         let staged = self.manifest.staged(table, round);
         let Some(new) = staged.filter(|made| made.complete).cloned() else {
@@ -195,7 +198,7 @@ impl RunFolder {
         old.map_or(Ok(()), |old| self.move_archived(&old))
     }
 
-    /// True if commits have recorded moves of current versions that are not made.
+    /// True if committed moves of current versions have not been performed.
     pub(super) fn is_unsettled(&self) -> bool {
         let complete = self.manifest.made.iter().filter(|made| made.complete);
         complete.into_iter().any(|made| {
@@ -208,27 +211,27 @@ impl RunFolder {
         })
     }
 
-    /// Finishes the moves that commits have recorded, and that a crash may have cut off.
+    /// Finishes committed moves that a crash may have interrupted.
     pub(super) fn finish_moves(&self) -> Result<(), StoreError> {
-        let parked = || self.manifest.parked.iter().map(|parked| &parked.made);
+        let archived = || self.manifest.archived.iter().map(|archived| &archived.made);
         let has_current =
             |made: &TableVersion| self.manifest.find(&made.table, made.round).is_some();
-        // Tables that others took the place of go first, as when they were replaced.
-        for made in parked().filter(|made| !has_current(made)) {
+        // Displaced tables are moved first, in the same order as when they were replaced.
+        for made in archived().filter(|made| !has_current(made)) {
             self.move_archived(made)?;
         }
         for made in &self.manifest.made {
             self.settle(made, true)?;
         }
-        for made in parked() {
+        for made in archived() {
             self.move_archived(made)?;
         }
         Ok(())
     }
 
-    /// Moves the files of a current version from `.cache/<key>` to their place. The files of the version
-    /// before, if they are there, go to `.cache` under its own key. `again` if some of the moves may have
-    /// been made before a crash: then hashes tell the versions apart.
+    /// Moves the files of a current version from `.cache/<key>` to their final paths. Files of the
+    /// previous version, if present, are moved to `.cache` under its own key. With `again`, some of
+    /// the moves may have been performed before a crash; then hashes tell the versions apart.
     fn settle(&self, made: &TableVersion, again: bool) -> Result<(), StoreError> {
         let below = below_cache(made);
         if !self.root.join(&below).exists() {
@@ -265,9 +268,10 @@ impl RunFolder {
             if !place.exists() {
                 fs::rename(&staged, &place).map_err(StoreError::io("move", &staged))?;
             } else if !exchange(&staged, &place)? {
-                // This file system can't: the version before goes out of the way first.
-                if let Some(parked) = self.free_place(folder) {
-                    rename_into(&place, &parked)?;
+                // This file system cannot swap folders, so the previous version is moved away
+                // first.
+                if let Some(archived) = self.free_place(folder) {
+                    rename_into(&place, &archived)?;
                     rename_into(&staged, &place)?;
                 } else {
                     merge(&staged, &place)?;
@@ -275,25 +279,32 @@ impl RunFolder {
             }
         }
         if staged.exists()
-            && let Some(parked) = self.free_place(folder)
+            && let Some(archived) = self.free_place(folder)
         {
-            rename_into(&staged, &parked)?;
+            rename_into(&staged, &archived)?;
         }
         sync_folder(place.parent().expect("a folder below the root"))
     }
 
-    /// The place of a folder in the version that was parked last with it, if it is not there yet.
+    /// Returns the target path of a folder in the most recently archived version that lists it and
+    /// does not have it yet.
     fn free_place(&self, folder: &str) -> Option<PathBuf> {
-        let mut versions = self.manifest.parked.iter().rev().map(|parked| &parked.made);
+        let mut versions = self
+            .manifest
+            .archived
+            .iter()
+            .rev()
+            .map(|archived| &archived.made);
         versions.find_map(|other| {
-            let parked = format!("{}{folder}", below_cache(other));
-            let lists = places(other).any(|name| Path::new(name).starts_with(&parked));
-            let parked = self.root.join(parked);
-            (lists && !parked.exists()).then_some(parked)
+            let archived = format!("{}{folder}", below_cache(other));
+            let lists = places(other).any(|name| Path::new(name).starts_with(&archived));
+            let archived = self.root.join(archived);
+            (lists && !archived.exists()).then_some(archived)
         })
     }
 
-    /// Files beside the rows lie in folders of several tables: each is replaced by its own rename.
+    /// Rejects and telemetry are in folders shared by several tables, so each file is replaced by
+    /// its own rename.
     fn settle_beside(&self, made: &TableVersion) -> Result<(), StoreError> {
         let below = below_cache(made);
         let new: Vec<&FileRecord> = made.rejects().chain(made.telemetry()).collect();
@@ -303,20 +314,20 @@ impl RunFolder {
         {
             return Ok(());
         }
-        for parked in &self.manifest.parked {
-            let before = &parked.made;
+        for archived in &self.manifest.archived {
+            let before = &archived.made;
             if !before.is(&made.table, made.round) {
                 continue;
             }
             for file in before.rejects().chain(before.telemetry()) {
                 let name = in_place(&file.file, before);
                 let of_before = (name.to_owned(), file.bytes, Some(file.sha256.clone()));
-                let parked = self.root.join(&file.file);
-                if !parked.exists() && self.holds(&[of_before])? {
-                    create_folder(parked.parent().expect("a file in a folder"))?;
+                let archived = self.root.join(&file.file);
+                if !archived.exists() && self.holds(&[of_before])? {
+                    create_folder(archived.parent().expect("a file in a folder"))?;
                     let place = self.root.join(name);
-                    if fs::hard_link(&place, &parked).is_err() {
-                        fs::rename(&place, &parked).map_err(StoreError::io("move", &place))?;
+                    if fs::hard_link(&place, &archived).is_err() {
+                        fs::rename(&place, &archived).map_err(StoreError::io("move", &place))?;
                     }
                 }
             }
@@ -332,7 +343,7 @@ impl RunFolder {
         Ok(())
     }
 
-    /// True if these files lie in their places as they were written.
+    /// True if these files exist at their paths and match their checksums.
     fn holds(&self, files: &[(String, u64, Option<String>)]) -> Result<bool, StoreError> {
         for (name, bytes, sha256) in files {
             let path = self.root.join(name);
@@ -349,17 +360,17 @@ impl RunFolder {
         Ok(true)
     }
 
-    /// Moves the files of a parked version out of the places that no current version has.
-    fn move_archived(&self, parked: &TableVersion) -> Result<(), StoreError> {
+    /// Moves the files of an archived version away from paths that no current version uses.
+    fn move_archived(&self, archived: &TableVersion) -> Result<(), StoreError> {
         let current: HashSet<&str> = self.manifest.made.iter().flat_map(places).collect();
-        for name in places(parked) {
-            let before = in_place(name, parked);
+        for name in places(archived) {
+            let before = in_place(name, archived);
             let (from, to) = (self.root.join(before), self.root.join(name));
             if before == name || current.contains(before) || !from.exists() {
                 continue;
             }
             if to.exists() {
-                // A link to it is there already.
+                // It is already there as a link.
                 if from.is_file() {
                     fs::remove_file(&from).map_err(StoreError::io("remove", &from))?;
                 }
@@ -367,15 +378,16 @@ impl RunFolder {
             }
             rename_into(&from, &to)?;
             if let Some(folder) = from.parent() {
-                // The last file leaves an empty folder; others stay.
+                // Removes the folder if it is empty.
                 let _ = fs::remove_dir(folder);
             }
         }
         Ok(())
     }
 
-    /// Moves the checkpoint and the compacted rows of a version that became complete from `.cache/<key>` to
-    /// their places; `made` is the version before it was completed, and still lists the parts.
+    /// Moves the checkpoint and the compacted rows of a version that became complete from
+    /// `.cache/<key>` to their final paths. `made` is the version before completion, which still
+    /// lists the parts.
     pub(super) fn put_in_place(
         &self,
         made: &TableVersion,
@@ -385,7 +397,7 @@ impl RunFolder {
             let written = self.root.join(below_cache(made)).join(&checkpoint.folder);
             let place = self.root.join(&checkpoint.folder);
             if place.exists() {
-                // Left by a program that was killed before it could record it.
+                // A leftover of a process that was killed before it could commit.
                 fs::remove_dir_all(&place).map_err(StoreError::io("replace", &place))?;
             }
             rename_into(&written, &place)?;
@@ -405,7 +417,7 @@ impl RunFolder {
             let name = entry.file_name().to_string_lossy().into_owned();
             let is_part = parts.contains(format!("{folder}/{name}").as_str());
             let back = place.join(entry.file_name());
-            // What else lies there is not ours, unless it is what was left of a version that was lost.
+            // Other files are not ours, unless they are leftovers of a lost version.
             if !is_part && !back.exists() {
                 fs::rename(entry.path(), &back).map_err(StoreError::io("move", &back))?;
             }
@@ -419,7 +431,7 @@ fn name_bytes_sha256(file: &FileRecord) -> (String, u64, Option<String>) {
     (file.file.clone(), file.bytes, Some(file.sha256.clone()))
 }
 
-/// Has two folders change places at once. False where the file system can't do that.
+/// Swaps two folders atomically. Returns false if the file system does not support it.
 fn exchange(one: &Path, other: &Path) -> Result<bool, StoreError> {
     match renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE) {
         Ok(()) => Ok(true),
@@ -428,7 +440,7 @@ fn exchange(one: &Path, other: &Path) -> Result<bool, StoreError> {
     }
 }
 
-/// Moves everything in one folder into another one that is there, and removes the folder.
+/// Moves the contents of a folder into an existing one, and removes the folder.
 fn merge(from: &Path, to: &Path) -> Result<(), StoreError> {
     for entry in fs::read_dir(from).map_err(StoreError::io("read", from))? {
         let entry = entry.map_err(StoreError::io("read", from))?;

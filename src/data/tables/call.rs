@@ -1,29 +1,29 @@
-//! Calls: what models behind endpoints were asked.
+//! Row type of the call log: requests to models behind endpoints.
 
 use super::row::rows;
 
 rows! {
-    /// A call of a model behind an endpoint that was replied to, as its journal has it.
+    /// A completed call of a model behind an endpoint, as recorded in the call log.
     pub struct Call: "call" => {
-        /// The judge, by its name in the pipeline.
+        /// Name of the judge in the pipeline.
         pub judge: String,
-        /// SHA-256 of what was asked: model, text, pictures, how the reply is drawn.
+        /// SHA-256 of the request: model, text, images and sampling settings.
         pub hash: String,
-        /// What it was about: the prompt, and the answers beside each other.
+        /// Subject of the call: the prompt ID, and the candidates if two are compared.
         pub about: String,
-        /// The name by which the endpoint knows the model.
+        /// Model name at the endpoint.
         pub model: String,
-        /// How often it was asked before without a readable reply.
+        /// Number of earlier attempts without a parseable reply.
         pub attempt: i32,
-        /// What it replied.
+        /// Reply text.
         pub reply: String,
-        /// Tokens that were read, by what the endpoint says.
+        /// Prompt tokens, as reported by the endpoint.
         pub prompt_tokens: i64,
-        /// Tokens that were written.
+        /// Reply tokens, as reported by the endpoint.
         pub reply_tokens: i64,
-        /// How long the call took.
+        /// Duration of the call, in milliseconds.
         pub milliseconds: i64,
-        /// When it was replied to, in seconds since 1970.
+        /// Time of the reply, in seconds since the Unix epoch.
         pub at: i64,
     }
 }

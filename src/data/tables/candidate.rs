@@ -1,41 +1,41 @@
-//! Candidates: the k sampled answers to a prompt.
+//! Row type of candidates: the k sampled responses to a prompt.
 
 use super::row::{rows, word_column};
 
-/// Why an answer ended.
+/// The reason why a response ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Finish {
-    /// The model chose a stop token.
+    /// The model sampled a stop token.
     Stop,
-    /// `max_new_tokens` was reached.
+    /// The response reached `max_new_tokens`.
     Length,
 }
 word_column!(Finish { Stop = "stop", Length = "length" });
 
 rows! {
-    /// One sampled answer to a prompt, with the tokens as they were sampled.
+    /// One sampled response to a prompt, with its tokens as sampled.
     pub struct Candidate: "candidate" => {
-        /// What decides this row: the prompt, the model, the settings, the seed. All answers to a
-        /// prompt share it.
+        /// Hash of the key inputs: prompt, model, settings and seed. Shared by all responses to a
+        /// prompt.
         pub row_key: String,
-        /// The prompt that is answered.
+        /// ID of the prompt.
         pub prompt_id: String,
-        /// 0 to k - 1.
+        /// Index of the response, from 0 to k - 1.
         pub candidate: i32,
-        /// The answer, without the stop token.
+        /// Text of the response, without the stop token.
         pub text: String,
-        /// The tokens as sampled; the stop token is there if and only if `finish` is `stop`.
+        /// Token IDs as sampled; the last one is the stop token if and only if `finish` is `stop`.
         pub token_ids: Vec<i32>,
-        /// Natural-log probability of each token under the raw logits over the whole vocabulary
-        /// (temperature 1, nothing cut off).
+        /// Natural-log probability of each token under the raw logits over the full vocabulary
+        /// (temperature 1, no truncation).
         pub token_logps: Vec<f32>,
-        /// The sum of `token_logps`.
+        /// Sum of `token_logps`.
         pub logp: f64,
-        /// `stop`, or `length` when the answer was cut off at `max_new_tokens`.
+        /// Finish reason: `stop`, or `length` if the response was truncated at `max_new_tokens`.
         pub finish: Finish,
-        /// The seed of this answer's random numbers.
+        /// Random seed of this response.
         pub seed: i64,
-        /// Fingerprint of the model that answered.
+        /// Fingerprint of the model that sampled the response.
         pub model: String,
     }
 }

@@ -1,30 +1,30 @@
-//! Comparisons: what a judge thinks of the two answers of a pair.
+//! Row type of comparisons: a judge's rewards for the two responses of a pair.
 
 use super::row::rows;
 
 rows! {
-    /// A judge's rewards of the chosen and the rejected answer of a pair.
+    /// A judge's rewards for the chosen and the rejected response of a pair.
     pub struct Comparison: "comparison" => {
-        /// What decides this row: the pair and the judge.
+        /// Hash of the key inputs: the pair and the judge.
         pub row_key: String,
-        /// The `row_key` of the pair.
+        /// `row_key` of the pair.
         pub pair: String,
-        /// The `id` that the source gave the pair, if any.
+        /// `id` of the pair in the source, if any.
         pub id: Option<String>,
-        /// The prompt of the pair.
+        /// ID of the pair's prompt.
         pub prompt_id: String,
-        /// The judge, by its name in the pipeline.
+        /// Name of the judge in the pipeline.
         pub judge: String,
-        /// The reward of the chosen answer.
+        /// Reward of the chosen response.
         pub chosen_reward: f32,
-        /// The reward of the rejected answer.
+        /// Reward of the rejected response.
         pub rejected_reward: f32,
-        /// `chosen_reward - rejected_reward`.
+        /// Reward margin: `chosen_reward - rejected_reward`.
         pub margin: f32,
-        /// Whether the chosen answer has the higher reward.
+        /// True if the chosen response has the higher reward.
         pub agrees: bool,
-        /// Whether the judge prefers the other one when the two are shown in the other order; absent
-        /// where it sees one at a time.
+        /// True if the judge's preference flips when the responses are shown in the opposite order;
+        /// null for judges that see one response at a time.
         pub flips: Option<bool>,
     }
 }

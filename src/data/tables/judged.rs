@@ -1,23 +1,23 @@
-//! What a reward that is an expression of SQL is about; never stored.
+//! Row type of the input of a reward defined by a SQL expression; never stored.
 
 use super::row::rows;
 
 rows! {
-    /// An answer that is judged, with what is known of its prompt.
+    /// A response to be judged, with the fields of its prompt.
     pub struct Judged: "judged" => {
-        /// Its number among those that are judged at once.
+        /// Index of the response within the batch that is judged.
         pub row: i64,
-        /// The prompt that was answered.
+        /// ID of the prompt.
         pub prompt_id: String,
-        /// Its number among the answers to the prompt.
+        /// Index of the response among the candidates of the prompt.
         pub candidate: i32,
-        /// What the answer says.
+        /// Text of the response.
         pub text: String,
-        /// The question.
+        /// Question text.
         pub question: String,
-        /// The true or reference answer, if one is known.
+        /// Ground-truth or reference answer, if known.
         pub answer: Option<String>,
-        /// Descriptions of the picture, if there are some.
+        /// Descriptions of the image, if any.
         pub captions: Option<Vec<String>>,
     }
 }

@@ -1,29 +1,30 @@
-//! Labels: what people said of two answers side by side.
+//! Row type of labels: human preferences between two responses.
 
 use super::row::rows;
 
 rows! {
-    /// What somebody said, as the page wrote it down. Of lines with one `id` the last counts.
+    /// One label from the labeling page. If several lines share an `id`, the last one is used.
     pub struct Label: "label" => {
-        /// Its number among those of the table that waits.
+        /// Number of the label within its labeling task.
         pub id: i64,
-        /// The prompt.
+        /// ID of the prompt.
         pub prompt_id: String,
-        /// The candidate that was shown left.
+        /// Candidate shown on the left.
         pub left: i32,
-        /// The candidate that was shown right.
+        /// Candidate shown on the right.
         pub right: i32,
-        /// SHA-256 of the text of the left one.
+        /// SHA-256 of the left response's text.
         pub left_digest: String,
-        /// SHA-256 of the text of the right one.
+        /// SHA-256 of the right response's text.
         pub right_digest: String,
-        /// `left` or `right` is better, `tie`, `both_bad`, `skip`; `undone`: it was taken back.
+        /// Verdict: `left` or `right` for the better response, `tie`, `both_bad`, `skip`, or
+        /// `undone` for a retracted label.
         pub said: String,
-        /// Who said it.
+        /// Name of the annotator.
         pub by: String,
-        /// When, in seconds since 1970.
+        /// Time of the label, in seconds since the Unix epoch.
         pub at: i64,
-        /// How long it took.
+        /// Time that the annotator took, in milliseconds.
         pub milliseconds: i64,
     }
 }

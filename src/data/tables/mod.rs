@@ -1,8 +1,8 @@
-//! What a row is: the row types of every table, one kind a file.
+//! Row types of all tables, one module per kind.
 //!
-//! A table is named rows of one kind. The stages exchange rows as Arrow record batches; on disk
-//! they are Parquet (see [`crate::store`]). The doc comment of a field is the field's documentation
-//! everywhere: it travels in the Arrow field's metadata into every Parquet file and into
+//! A table is a named sequence of rows of one kind. Stages exchange rows as Arrow record batches;
+//! on disk they are Parquet (see [`crate::store`]). The doc comment of a field is the documentation
+//! of its column: it is part of the Arrow field's metadata in every Parquet file, and of
 //! `schemas/tables/<kind>.json`.
 
 #[doc(hidden)]
@@ -40,7 +40,7 @@ pub use telemetry::Telemetry;
 
 use arrow::datatypes::SchemaRef;
 
-/// Every kind there is, in the order in which a row meets them.
+/// All kinds, in pipeline order.
 pub const KINDS: [&str; 14] = [
     Image::KIND,
     Prompt::KIND,
@@ -58,7 +58,7 @@ pub const KINDS: [&str; 14] = [
     Label::KIND,
 ];
 
-/// The schema of a kind, or `None` when there is no such kind.
+/// Returns the schema of a kind, or `None` for an unknown kind.
 pub fn schema_of(kind: &str) -> Option<SchemaRef> {
     Some(match kind {
         Image::KIND => Image::schema(),

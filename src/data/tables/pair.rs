@@ -1,52 +1,56 @@
-//! Pairs: of two answers to a prompt, the preferred one and the other.
+//! Row type of preference pairs: a chosen and a rejected response to a prompt.
 
 use super::prompt::Turn;
 use super::row::rows;
 
 rows! {
-    /// A chosen and a rejected answer. With `images`, a pair is all that training needs.
+    /// A chosen and a rejected response. Together with table `images`, a pair contains everything
+    /// that training needs.
     pub struct Pair: "pair" => {
-        /// What decides this row; it names the pair.
+        /// Hash of the key inputs; identifies the pair.
         pub row_key: String,
-        /// The `id` that the source gave its prompt, if any.
+        /// `id` of the prompt in the source, if any.
         pub id: Option<String>,
-        /// The picture's path as the source wrote it.
+        /// Image path as written in the source.
         pub image: Option<String>,
-        /// The question, without picture placeholders.
+        /// Question text, without image placeholders.
         pub prompt: String,
-        /// The preferred answer.
+        /// Text of the preferred response.
         pub chosen: String,
-        /// The other answer.
+        /// Text of the other response.
         pub rejected: String,
-        /// The prompt that is answered.
+        /// ID of the prompt.
         pub prompt_id: String,
-        /// The pictures, by content.
+        /// IDs of the images.
         pub image_ids: Vec<String>,
-        /// System text; absent: the model's usual one.
+        /// System text; null: the model's default.
         pub system: Option<String>,
-        /// What was said before the question, oldest first.
+        /// Turns before the question, oldest first.
         pub turns: Vec<Turn>,
-        /// Sentences that are true of the pictures, for judges that use them.
+        /// True statements about the images, for judges that use them.
         pub captions: Option<Vec<String>>,
-        /// Which candidate was chosen; absent for pairs that people wrote.
+        /// Index of the chosen candidate; null for human-written pairs.
         pub chosen_candidate: Option<i32>,
-        /// Which candidate was rejected.
+        /// Index of the rejected candidate; null for human-written pairs.
         pub rejected_candidate: Option<i32>,
-        /// The reward of the chosen answer.
+        /// Reward of the chosen response.
         pub chosen_reward: Option<f32>,
-        /// The reward of the rejected answer.
+        /// Reward of the rejected response.
         pub rejected_reward: Option<f32>,
-        /// `chosen_reward - rejected_reward`.
+        /// Reward margin: `chosen_reward - rejected_reward`.
         pub margin: Option<f32>,
-        /// The chosen answer as it was sampled; absent: `chosen` is tokenized and ends in a stop token.
+        /// Token IDs of the chosen response as sampled; null: `chosen` is tokenized, with a stop
+        /// token appended.
         pub chosen_token_ids: Option<Vec<i32>>,
-        /// The rejected answer as it was sampled.
+        /// Token IDs of the rejected response as sampled; null: `rejected` is tokenized, with a
+        /// stop token appended.
         pub rejected_token_ids: Option<Vec<i32>>,
-        /// Log-probability of the chosen answer under `model`, in natural log.
+        /// Natural-log probability of the chosen response under `model`.
         pub chosen_logp: Option<f64>,
-        /// Log-probability of the rejected answer under `model`.
+        /// Natural-log probability of the rejected response under `model`.
         pub rejected_logp: Option<f64>,
-        /// Fingerprint of the model that sampled the answers and whose log-probabilities these are.
+        /// Fingerprint of the model that sampled the responses and computed their
+        /// log-probabilities.
         pub model: Option<String>,
     }
 }

@@ -1,8 +1,8 @@
-//! Prompts: pictures and a question, with what was said before it.
+//! Row type of prompts: images, a question, and the conversation before it.
 
 use super::row::{rows, struct_column, word_column};
 
-/// Who speaks.
+/// The role of a turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
     User,
@@ -13,9 +13,9 @@ word_column!(Role { User = "user", Assistant = "assistant" });
 /// One turn of the conversation before the question.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Turn {
-    /// `user` or `assistant`.
+    /// Role: `user` or `assistant`.
     pub role: Role,
-    /// What was said, without picture placeholders.
+    /// Text of the turn, without image placeholders.
     pub text: String,
 }
 struct_column!(Turn {
@@ -24,28 +24,28 @@ struct_column!(Turn {
 });
 
 rows! {
-    /// A question about pictures.
+    /// A question about images.
     pub struct Prompt: "prompt" => {
-        /// What decides this row; equal keys mean equal rows.
+        /// Hash of the key inputs; equal keys mean equal rows.
         pub row_key: String,
-        /// Hash of pictures, system text, turns, question, and how often they came before. Unlike
-        /// the document's `id`, which names a picture, it is unique in the table.
+        /// Hash of images, system text, turns, question, and the number of earlier occurrences.
+        /// Unique within the table, unlike the source's `id`, which identifies an image.
         pub prompt_id: String,
-        /// The `id` that the source gave, if any.
+        /// `id` in the source, if any.
         pub id: Option<String>,
-        /// The picture's path as the source wrote it (the first, if there are several).
+        /// Image path as written in the source (the first one, if there are several).
         pub image: Option<String>,
-        /// The pictures, by content, in the order of the conversation.
+        /// IDs of the images, in the order of the conversation.
         pub image_ids: Vec<String>,
-        /// System text; absent: the model's usual one.
+        /// System text; null: the model's default.
         pub system: Option<String>,
-        /// What was said before the question, oldest first.
+        /// Turns before the question, oldest first.
         pub turns: Vec<Turn>,
-        /// The question, without picture placeholders.
+        /// Question text, without image placeholders.
         pub question: String,
-        /// Descriptions of the picture that a judge may be given.
+        /// Descriptions of the image, for judges that use them.
         pub captions: Option<Vec<String>>,
-        /// The true or reference answer, if one is known.
+        /// Ground-truth or reference answer, if known.
         pub answer: Option<String>,
     }
 }

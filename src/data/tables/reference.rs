@@ -1,25 +1,25 @@
-//! Reference log-probabilities that were computed: where sampling did not leave them, and to audit
-//! those that it left.
+//! Row type of computed reference log-probabilities, for pairs that have none from sampling and to
+//! audit those that do.
 
 use super::row::rows;
 
 rows! {
-    /// What the reference model of a training stage thinks of a pair's two answers.
+    /// Log-probabilities of a pair's two responses under the reference model of a training stage.
     pub struct Reference: "reference" => {
-        /// What decides this row: the pair and the reference model.
+        /// Hash of the key inputs: the pair and the reference model.
         pub row_key: String,
-        /// The `row_key` of the pair.
+        /// `row_key` of the pair.
         pub pair: String,
-        /// The prompt of the pair.
+        /// ID of the pair's prompt.
         pub prompt_id: String,
-        /// Log-probability of the chosen answer, in natural log.
+        /// Natural-log probability of the chosen response.
         pub chosen_logp: f64,
-        /// Log-probability of the rejected answer.
+        /// Natural-log probability of the rejected response.
         pub rejected_logp: f64,
         /// Fingerprint of the reference model.
         pub model: String,
-        /// How far the log-probabilities that sampling left are off these, per token, in an audit;
-        /// null where sampling left none.
+        /// Difference per token from the log-probabilities recorded at sampling, in an audit; null
+        /// if there are none.
         pub drift: Option<f64>,
     }
 }

@@ -1,30 +1,30 @@
-//! Rejects: rows set aside, and why. Nothing is skipped silently.
+//! Row type of rejects: rows set aside, each with a reason. No row is skipped silently.
 
 use super::row::{rows, word_column};
 
-/// Whether something is wrong with a row, or a rule left it out.
+/// The class of a reject: a faulty row, or one that a rule excluded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RejectClass {
-    /// Something is wrong with it; counts towards `reject_share_max`.
+    /// The row is faulty; counts towards `reject_share_max`.
     Fault,
-    /// A rule left it out, such as a tie.
+    /// A rule excluded the row, for example a tie.
     Dropped,
 }
 word_column!(RejectClass { Fault = "fault", Dropped = "dropped" });
 
 rows! {
-    /// A row that a stage set aside.
+    /// A row that a stage rejected.
     pub struct Reject: "reject" => {
-        /// The stage that set it aside.
+        /// Name of the stage.
         pub stage: String,
-        /// The round; absent for a table that is made once.
+        /// Round; null for a static table.
         pub round: Option<i32>,
-        /// What names the row: `prompt_id` where there is one, else its place in the source, with its own
-        /// id: `line 3, id q17`.
+        /// Identifier of the row: `prompt_id` if there is one, else its position and ID in the
+        /// source, such as `line 3, id q17`.
         pub id: String,
-        /// `fault`: something is wrong with it; `dropped`: a rule left it out.
+        /// Class: `fault` for a faulty row, `dropped` for a row that a rule excluded.
         pub class: RejectClass,
-        /// Why, in words.
+        /// Reason, as text.
         pub reason: String,
     }
 }

@@ -1,21 +1,21 @@
-//! Rewards: what a judge thinks of each candidate.
+//! Row type of rewards: a judge's score for each candidate.
 
 use super::row::rows;
 
 rows! {
-    /// A judge's score of one candidate.
+    /// A judge's score for one candidate.
     pub struct Reward: "reward" => {
-        /// What decides this row: the prompt, its answers, the judge, the settings.
+        /// Hash of the key inputs: the prompt, its responses, the judge and its settings.
         pub row_key: String,
-        /// The prompt that was answered.
+        /// ID of the prompt.
         pub prompt_id: String,
-        /// The answer that is scored, 0 to k - 1.
+        /// Index of the scored response, from 0 to k - 1.
         pub candidate: i32,
-        /// The judge's name in the pipeline.
+        /// Name of the judge in the pipeline.
         pub judge: String,
-        /// Higher is better. The scale is the judge's own.
+        /// Reward; higher is better, on the judge's own scale.
         pub reward: f32,
-        /// What a judge that writes wrote.
+        /// Reply of the judge, for judges that generate text.
         pub reply: Option<String>,
     }
 }

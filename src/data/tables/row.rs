@@ -1,7 +1,7 @@
-//! From Rust rows to Arrow columns and back.
+//! Conversion between Rust rows and Arrow columns.
 //!
 //! [`rows!`] declares a row type once: the struct, its Arrow schema with the doc comments as
-//! metadata, and both conversions come from the same list of fields.
+//! metadata, and both conversions are generated from the same list of fields.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -16,45 +16,45 @@ use arrow::datatypes::{
     DataType, Field, FieldRef, Float32Type, Float64Type, Int32Type, Int64Type, Schema, SchemaRef,
 };
 
-/// The metadata key under which a field's documentation lies.
+/// Metadata key of a field's documentation.
 const DOC: &str = "doc";
-/// The metadata key of columns that can never be equal twice, such as seconds.
+/// Metadata key of measured columns, such as seconds, which differ from run to run.
 const MEASURED: &str = "measured";
 
 /// A row type: one kind of table.
 pub trait Row: Sized + Send + Sync + 'static {
-    /// The name of the kind, in the singular: `candidate`.
+    /// Name of the kind, in the singular: `candidate`.
     const KIND: &'static str;
 
-    /// The columns, each with its documentation as metadata.
+    /// Returns the columns, each with its documentation as metadata.
     fn schema() -> SchemaRef;
 
-    /// The rows as one record batch with exactly [`Row::schema`].
+    /// Converts rows to one record batch with exactly [`Row::schema`].
     fn to_batch(rows: &[Self]) -> RecordBatch;
 
-    /// The rows of a batch. Columns are found by name and cast where Arrow can cast (DataFusion
-    /// hands back view types); columns that the kind does not have are ignored.
+    /// Reads the rows of a batch. Columns are found by name and cast where Arrow can cast
+    /// (DataFusion returns view types); columns that the kind does not have are ignored.
     fn from_batch(batch: &RecordBatch) -> Result<Vec<Self>, Misfit>;
 }
 
-/// Why a table can't be read as a kind: one column, and what is the matter with it.
+/// A mismatch between a table and a kind, in one column.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Misfit {
-    /// A column that the kind needs isn't there.
-    #[error("column `{column}` ({wanted}) is missing")]
+    /// A required column is missing.
+    #[error("missing column `{column}` ({wanted})")]
     Missing { column: String, wanted: String },
-    /// The column has a type that can't be cast to what the kind needs.
-    #[error("column `{column}` is {given}, but must be {wanted}")]
+    /// The column has a type that cannot be cast to the expected one.
+    #[error("column `{column}` has type {given}, expected {wanted}")]
     Type {
         column: String,
         wanted: String,
         given: String,
     },
-    /// A null in a column that must always have a value.
-    #[error("column `{column}` has no value in row {row}, but must have one")]
+    /// A null in a column that is not nullable.
+    #[error("column `{column}` is not nullable, but row {row} is null")]
     Null { column: String, row: usize },
-    /// A text that isn't one of the values that the column may hold.
-    #[error("column `{column}` holds `{value}`, but must hold one of {wanted}")]
+    /// A text that is not one of the column's allowed values.
+    #[error("column `{column}` contains `{value}`, expected one of {wanted}")]
     Value {
         column: String,
         value: String,
@@ -63,7 +63,7 @@ pub enum Misfit {
 }
 
 impl Misfit {
-    /// The column that doesn't fit.
+    /// Returns the name of the mismatched column.
     pub fn column(&self) -> &str {
         match self {
             Self::Missing { column, .. }
@@ -74,7 +74,8 @@ impl Misfit {
     }
 }
 
-/// Whether a table with the schema `given` can be read as `needed`; every misfit, not just the first.
+/// Checks that a table with the schema `given` can be read as `needed`. Returns all misfits, not
+/// just the first.
 pub fn fits(needed: &Schema, given: &Schema) -> Vec<Misfit> {
     let mut misfits = Vec::new();
     for want in needed.fields() {
@@ -96,22 +97,23 @@ pub fn fits(needed: &Schema, given: &Schema) -> Vec<Misfit> {
     misfits
 }
 
-/// Whether a column holds something that no two runs have in common (seconds, bytes of memory).
+/// True for a measured column, whose values differ from run to run (seconds, bytes of memory).
 pub fn is_measured(field: &Field) -> bool {
     field.metadata().contains_key(MEASURED)
 }
 
-/// A field of a row type: how its values become a column and back.
+/// The type of a row's field: conversion of its values to a column and back.
 pub trait Column: Sized {
-    /// Whether a value may be absent.
+    /// True if a value may be null.
     const NULLABLE: bool = false;
     fn data_type() -> DataType;
     fn to_array(values: &[&Self]) -> ArrayRef;
-    /// The values of an array of [`Column::data_type`]; nulls only where [`Column::NULLABLE`].
+    /// Reads the values of an array of type [`Column::data_type`]; nulls are allowed only if
+    /// [`Column::NULLABLE`].
     fn from_array(column: &str, array: &ArrayRef) -> Result<Vec<Self>, Misfit>;
 }
 
-/// The Arrow field of a column, with its documentation.
+/// Returns the Arrow field of a column, with its documentation.
 pub fn field<C: Column>(name: &str, doc: &str, measured: bool) -> Field {
     let mut metadata = HashMap::from([(DOC.to_owned(), paragraph(doc))]);
     if measured {
@@ -120,13 +122,13 @@ pub fn field<C: Column>(name: &str, doc: &str, measured: bool) -> Field {
     Field::new(name, C::data_type(), C::NULLABLE).with_metadata(metadata)
 }
 
-/// A doc comment as one paragraph: its lines begin with a space each.
+/// Joins a doc comment, whose lines begin with a space each, into one paragraph.
 pub fn paragraph(doc: &str) -> String {
     let lines: Vec<&str> = doc.lines().map(str::trim).collect();
     lines.join(" ").trim().to_owned()
 }
 
-/// One column of a batch as values of a row's field.
+/// Reads one column of a batch as values of a row's field.
 pub fn read<C: Column>(batch: &RecordBatch, name: &str) -> Result<Vec<C>, Misfit> {
     let Some(array) = batch.column_by_name(name) else {
         if C::NULLABLE {
@@ -353,11 +355,11 @@ impl<C: Column> Column for Option<Vec<C>> {
     }
 }
 
-/// A closed set of words kept as text: a Rust enum outside, one of its names inside the table.
+/// Declares an enum column: a Rust enum, stored as one of its names.
 macro_rules! word_column {
     ($name:ident { $($variant:ident = $word:literal),+ $(,)? }) => {
         impl $name {
-            /// The word that stands for this value in a table.
+            /// Returns the name of this value in a table.
             pub fn as_str(self) -> &'static str {
                 match self { $(Self::$variant => $word),+ }
             }
@@ -388,9 +390,10 @@ macro_rules! word_column {
     };
 }
 
-/// A struct column: a Rust struct outside, an Arrow struct inside.
+/// Declares a struct column: a Rust struct, stored as an Arrow struct.
 ///
-/// Rows always have a value; `nullable` only says so in the schema, for readers that expect it.
+/// Rows always have a value; `nullable` only declares the column nullable in the schema, for
+/// readers that expect it.
 macro_rules! struct_column {
     ($name:ident $($nullable:ident)? { $($field:ident: $kind:ty),+ $(,)? }) => {
         impl $crate::tables::row::Column for $name {
@@ -438,7 +441,8 @@ macro_rules! struct_column {
     };
 }
 
-/// Declares a row type. `[measured]` before a field marks what no two runs have in common.
+/// Declares a row type. `[measured]` before a field marks a column whose values differ from run to
+/// run.
 #[macro_export]
 macro_rules! rows {
     (

@@ -1,60 +1,60 @@
-//! Steps: what each optimizer update of a training stage saw, a kind for each way to train.
+//! Row types of training steps: metrics of each optimizer update, one kind per training method.
 
 use super::row::rows;
 
 rows! {
     /// One optimizer update of DPO. Means are over the pairs of the step, before the update.
     pub struct DpoStep: "step" => {
-        /// 1 for the first update of the stage.
+        /// Optimizer step of the stage, from 1.
         pub step: i32,
-        /// The pass over the pairs, from 1.
+        /// Epoch over the pairs, from 1.
         pub epoch: i32,
         /// Mean DPO loss.
         pub loss: f64,
-        /// Mean of beta (log p - log p_reference) of the chosen answers.
+        /// Mean implicit reward of the chosen responses: beta (log p - log p_reference).
         pub rewards_chosen: f64,
-        /// The same of the rejected answers.
+        /// Mean implicit reward of the rejected responses.
         pub rewards_rejected: f64,
-        /// Share of pairs whose chosen reward is above the rejected one.
+        /// Share of pairs with a higher chosen than rejected reward.
         pub accuracy: f64,
-        /// Mean of `rewards_chosen - rewards_rejected`.
+        /// Mean reward margin: `rewards_chosen - rewards_rejected`.
         pub margin: f64,
-        /// Mean log-probability of the chosen answers.
+        /// Mean natural-log probability of the chosen responses.
         pub logps_chosen: f64,
-        /// Mean log-probability of the rejected answers.
+        /// Mean natural-log probability of the rejected responses.
         pub logps_rejected: f64,
-        /// Euclidean norm of the gradient before clipping.
+        /// Gradient norm (L2) before clipping.
         pub grad_norm: f64,
-        /// The learning rate of this update.
+        /// Learning rate of this update.
         pub learning_rate: f64,
-        /// Tokens of prompts and answers that went through the decoder; a prompt counts once a pair.
+        /// Prompt and response tokens processed by the decoder; a prompt counts once per pair.
         pub tokens: i64,
-        /// Wall time of the step.
+        /// Wall time of the step, in seconds.
         [measured] pub seconds: f64,
     }
 }
 
 rows! {
-    /// One optimizer update on answers. Means are over the learned tokens of the step, before the
-    /// update.
+    /// One optimizer update of supervised fine-tuning. Means are over the target tokens of the
+    /// step, before the update.
     pub struct SftStep: "sft_step" => {
-        /// 1 for the first update of the stage.
+        /// Optimizer step of the stage, from 1.
         pub step: i32,
-        /// The pass over the prompts, from 1.
+        /// Epoch over the prompts, from 1.
         pub epoch: i32,
-        /// Mean cross entropy, natural log.
+        /// Mean cross-entropy, in nats.
         pub loss: f64,
-        /// Share of the learned tokens that were the likeliest.
+        /// Share of target tokens with the highest predicted probability.
         pub accuracy: f64,
-        /// Euclidean norm of the gradient before clipping.
+        /// Gradient norm (L2) before clipping.
         pub grad_norm: f64,
-        /// The learning rate of this update.
+        /// Learning rate of this update.
         pub learning_rate: f64,
-        /// Tokens that went through the decoder, those of pictures included.
+        /// Tokens processed by the decoder, image tokens included.
         pub tokens: i64,
-        /// Those of them that were learned.
+        /// Target tokens, which contribute to the loss.
         pub learned_tokens: i64,
-        /// Wall time of the step.
+        /// Wall time of the step, in seconds.
         [measured] pub seconds: f64,
     }
 }
@@ -63,27 +63,27 @@ rows! {
     /// One optimizer update of a reward model. Means are over the pairs of the step, before the
     /// update.
     pub struct RewardStep: "reward_step" => {
-        /// 1 for the first update of the stage.
+        /// Optimizer step of the stage, from 1.
         pub step: i32,
-        /// The pass over the pairs, from 1.
+        /// Epoch over the pairs, from 1.
         pub epoch: i32,
-        /// The loss of the batch: its mean over the pairs, and the centering term.
+        /// Loss of the batch: mean over the pairs, plus the centering term.
         pub loss: f64,
-        /// Mean reward of the chosen answers.
+        /// Mean reward of the chosen responses.
         pub reward_chosen: f64,
-        /// Mean reward of the rejected answers.
+        /// Mean reward of the rejected responses.
         pub reward_rejected: f64,
-        /// Share of pairs whose chosen answer has the higher reward.
+        /// Share of pairs with a higher chosen than rejected reward.
         pub accuracy: f64,
-        /// `reward_chosen - reward_rejected`.
+        /// Mean reward margin: `reward_chosen - reward_rejected`.
         pub margin: f64,
-        /// Euclidean norm of the gradient before clipping.
+        /// Gradient norm (L2) before clipping.
         pub grad_norm: f64,
-        /// The learning rate of this update.
+        /// Learning rate of this update.
         pub learning_rate: f64,
-        /// Tokens that went through the decoder, those of pictures included.
+        /// Tokens processed by the decoder, image tokens included.
         pub tokens: i64,
-        /// Wall time of the step.
+        /// Wall time of the step, in seconds.
         [measured] pub seconds: f64,
     }
 }

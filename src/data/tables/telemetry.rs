@@ -1,54 +1,53 @@
-//! Telemetry: what sampling or scoring a part took.
+//! Row type of telemetry: cost of sampling or scoring one part of a table.
 
 use super::row::rows;
 
 rows! {
-    /// What a network did for a part of a table, and how much of it was shared.
+    /// Work and timing of a network for one part of a table, with prefix-cache savings.
     pub struct Telemetry: "telemetry" => {
-        /// The stage.
+        /// Name of the stage.
         pub stage: String,
-        /// The round; absent for a table that is made once.
+        /// Round; null for a static table.
         pub round: Option<i32>,
-        /// The part of the table, from 0.
+        /// Part of the table, from 0.
         pub part: i32,
-        /// Prompts that were read; rows that were taken over from an earlier making are not among them.
+        /// Prompts processed, without rows reused from an earlier table version.
         pub prompts: i64,
-        /// Distinct pictures that they show.
+        /// Distinct images in the prompts.
         pub pictures: i64,
-        /// Pictures that went through the vision tower.
+        /// Images processed by the vision tower.
         pub tower_passes: i64,
-        /// Tokens of the prompts, pictures included.
+        /// Prompt tokens, image tokens included.
         pub prompt_tokens: i64,
-        /// Those of them that were not read again, being the beginning of several prompts about the same
-        /// pictures.
+        /// Prompt tokens reused from the prefix cache of prompts about the same images.
         pub shared_tokens: i64,
-        /// Tokens of answers: sampled, or read to be scored.
+        /// Response tokens: sampled, or processed for scoring.
         pub answer_tokens: i64,
-        /// Passes of growing answers through the decoder, a token of each; 0 in scoring.
+        /// Decoding steps, each one token for every active response; 0 in scoring.
         pub steps: i64,
-        /// Share of the places for answers that were taken in these steps; absent in scoring.
+        /// Share of decoding slots occupied over all steps; null in scoring.
         pub occupancy: Option<f64>,
-        /// Replies of a judge that could not be read and were asked for again.
+        /// Retries after unparseable judge replies.
         pub retries: i64,
-        /// Answers that might grow side by side; 0 in scoring.
+        /// Maximum number of responses decoded in parallel; 0 in scoring.
         [measured] pub rows_max: i64,
-        /// Tokens of prompts and answers that might be in memory at once.
+        /// Maximum number of prompt and response tokens in memory.
         [measured] pub tokens_max: i64,
-        /// How often the two were halved because memory ran out.
+        /// OOM retries, each of which halves `rows_max` and `tokens_max`.
         [measured] pub halvings: i64,
-        /// Decoding and resizing pictures, most of it beside the network.
+        /// Image decoding and resizing time, in seconds; mostly in parallel to the network.
         [measured] pub seconds_pictures: f64,
-        /// The network waiting for pictures.
+        /// Time that the network waited for images, in seconds.
         [measured] pub seconds_waiting: f64,
-        /// The vision tower.
+        /// Vision tower time, in seconds.
         [measured] pub seconds_tower: f64,
-        /// Reading prompts; in scoring a part of `seconds_decode`.
+        /// Prefill time, in seconds; in scoring a part of `seconds_decode`.
         [measured] pub seconds_prefill: f64,
-        /// Sampling answers, or reading them to score them.
+        /// Sampling or scoring time of responses, in seconds.
         [measured] pub seconds_decode: f64,
-        /// All of it, and opening the model, which falls into the first part.
+        /// Total time, in seconds; the first part includes loading the model.
         [measured] pub seconds: f64,
-        /// The most memory of this machine that the process took so far, in bytes; not a GPU's.
+        /// Peak host memory of the process so far, in bytes; no GPU memory.
         [measured] pub peak_memory: Option<i64>,
     }
 }

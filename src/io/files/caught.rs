@@ -1,15 +1,17 @@
-//! Panics of the crates that read files, told as errors: they panic at some files that they should refuse.
+//! Panics of file-reading crates, caught and returned as errors. Those crates panic at some files
+//! that they should reject.
 
 use std::cell::Cell;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::Once;
 
 thread_local! {
-    /// Whether a panic of this thread is caught, and told as an error.
+    /// True while panics of this thread are caught and returned as errors.
     static CAUGHT: Cell<bool> = const { Cell::new(false) };
 }
 
-/// The result of `work`, or the message of its panic. Values that it was changing must not be used after one.
+/// Runs `work` and returns its result, or its panic message. After a panic, values that `work` was
+/// modifying must not be used.
 pub fn caught<T>(work: impl FnOnce() -> T) -> Result<T, String> {
     static QUIET: Once = Once::new();
     QUIET.call_once(|| {
@@ -26,7 +28,7 @@ pub fn caught<T>(work: impl FnOnce() -> T) -> Result<T, String> {
     done.map_err(|panic| {
         let words = panic.downcast_ref::<String>().map(String::as_str);
         let words = words.or(panic.downcast_ref::<&str>().copied());
-        words.unwrap_or("it panics").to_owned()
+        words.unwrap_or("panicked").to_owned()
     })
 }
 

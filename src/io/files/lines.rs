@@ -1,6 +1,6 @@
-//! Files that grow by a line at a time, and are read although a crash or another program has spoiled some of
-//! their lines. A line that is not sound is passed over by readers; the writer moves it, byte for byte, to a
-//! file beside, before the next line is appended.
+//! Append-only files of lines that remain readable after some lines were corrupted by a crash or
+//! another program. Readers skip corrupt lines; before the next append, the writer moves them, byte
+//! for byte, to a `.torn` file next to the original.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, BufWriter, Read as _, Seek as _, Write as _};
@@ -8,16 +8,17 @@ use std::path::{Path, PathBuf};
 
 use super::{folder_of, sync_folder};
 
-/// The ending of the file beside, which takes the spoiled lines.
+/// The extension of the file that receives the corrupt lines.
 const TORN: &str = "torn";
 
-/// The ending of the file that takes the sound ones, and then the place of all.
+/// The extension of the temporary file that collects the valid lines and then replaces the
+/// original.
 const NEW: &str = "new";
 
-/// The longest line; no more is held in memory of a file without line ends.
+/// The maximum length of a line in bytes. It bounds the memory used for a file without line ends.
 const LINE_MAX: u64 = 64 << 20;
 
-/// The lines of a file, without their ends: those that end, and are not blank.
+/// An iterator over the complete, non-blank lines of a file, without their line ends.
 pub struct Lines<R> {
     reader: R,
     line: Vec<u8>,
@@ -31,7 +32,7 @@ impl<R: BufRead> Lines<R> {
         }
     }
 
-    /// The next line; `Err` holds one that was cut off or is too long.
+    /// Reads the next line. `Err` holds one that is truncated or too long.
     fn next_line(&mut self) -> io::Result<Option<Result<&[u8], &[u8]>>> {
         loop {
             self.line.clear();
@@ -48,14 +49,14 @@ impl<R: BufRead> Lines<R> {
         }
     }
 
-    /// Hands every line that ends to `take`, which says whether it is sound. Returns how many are not, the
-    /// one that was cut off among them.
+    /// Passes every complete line to `take`, which returns true for a valid one. Returns the number
+    /// of invalid lines, including a truncated last line.
     pub fn each(mut self, mut take: impl FnMut(&[u8]) -> bool) -> io::Result<usize> {
-        let mut spoiled = 0;
+        let mut corrupt = 0;
         while let Some(line) = self.next_line()? {
-            spoiled += usize::from(!line.is_ok_and(&mut take));
+            corrupt += usize::from(!line.is_ok_and(&mut take));
         }
-        Ok(spoiled)
+        Ok(corrupt)
     }
 }
 
@@ -74,7 +75,7 @@ impl<R: BufRead> Iterator for Lines<R> {
     }
 }
 
-/// Hands the lines of a file to `take`; see [`Lines::each`]. A file that is not there has none.
+/// Passes the lines of a file to `take`; see [`Lines::each`]. A missing file has no lines.
 pub fn each(path: &Path, take: impl FnMut(&[u8]) -> bool) -> io::Result<usize> {
     match File::open(path) {
         Ok(file) => Lines::new(BufReader::new(file)).each(take),
@@ -83,17 +84,18 @@ pub fn each(path: &Path, take: impl FnMut(&[u8]) -> bool) -> io::Result<usize> {
     }
 }
 
-/// A file of lines that this process alone appends to.
+/// A file of lines that only this process appends to.
 #[derive(Debug)]
 pub struct LineFile {
     file: File,
-    /// The end of its last whole line.
+    /// Byte offset of the end of its last complete line.
     end: u64,
 }
 
 impl LineFile {
-    /// Opens a file, and makes one where there is none. `take` is handed every line and says whether it is
-    /// sound; the others are set aside, which is told in words.
+    /// Opens a file, or creates it if it is missing. `take` receives every line and returns true
+    /// for a valid one. Invalid lines are moved to the `.torn` file, and the second return value is
+    /// a note about them.
     pub fn open(
         path: &Path,
         mut take: impl FnMut(&[u8]) -> bool,
@@ -101,30 +103,30 @@ impl LineFile {
         let mut options = OpenOptions::new();
         let options = options.create(true).append(true).read(true);
         let file = options.open(path)?;
-        let mut spoiled: Vec<u8> = Vec::new();
+        let mut corrupt: Vec<u8> = Vec::new();
         let mut count = 0;
         let mut lines = Lines::new(BufReader::new(&file));
-        // The end of the sound lines before the first spoiled one.
+        // End of the valid lines before the first corrupt one.
         let mut end = 0;
-        // All sound lines, where some stand behind a spoiled one.
+        // All valid lines, if some come after a corrupt one.
         let new = beside(path, NEW);
-        let mut sound: Option<BufWriter<File>> = None;
+        let mut intact: Option<BufWriter<File>> = None;
         while let Some(line) = lines.next_line()? {
             match line {
                 Ok(line) if take(line) => {
                     if count > 0 {
-                        let sound = match &mut sound {
-                            Some(sound) => sound,
+                        let intact = match &mut intact {
+                            Some(intact) => intact,
                             none => none.insert(prefix(path, end, &new)?),
                         };
-                        sound.write_all(line)?;
-                        sound.write_all(b"\n")?;
+                        intact.write_all(line)?;
+                        intact.write_all(b"\n")?;
                     }
                 }
                 Ok(line) | Err(line) => {
                     count += 1;
-                    spoiled.extend(line);
-                    spoiled.push(b'\n');
+                    corrupt.extend(line);
+                    corrupt.push(b'\n');
                 }
             }
             if count == 0 {
@@ -134,38 +136,37 @@ impl LineFile {
         let aside = beside(path, TORN);
         if count > 0 {
             let mut aside = options.open(&aside)?;
-            aside.write_all(&spoiled)?;
+            aside.write_all(&corrupt)?;
             aside.sync_data()?;
         }
-        // A power loss takes no file away that is new.
+        // Sync the folder, so that a new file survives a power loss.
         let folder = folder_of(path);
         sync_folder(folder)?;
         if count == 0 {
             return Ok((Self { file, end }, None));
         }
         let note = format!(
-            "{}: {count} {} cut off or can't be read; moved to {}",
+            "{}: moved {count} corrupt {} to {}",
             path.display(),
-            if count == 1 { "line was" } else { "lines were" },
+            if count == 1 { "line" } else { "lines" },
             aside.display()
         );
-        let Some(sound) = sound else {
+        let Some(intact) = intact else {
             file.set_len(end)?;
             file.sync_data()?;
             return Ok((Self { file, end }, Some(note)));
         };
-        let sound = sound.into_inner()?;
-        sound.set_permissions(file.metadata()?.permissions())?;
-        sound.sync_all()?;
-        let end = sound.metadata()?.len();
+        let intact = intact.into_inner()?;
+        intact.set_permissions(file.metadata()?.permissions())?;
+        intact.sync_all()?;
+        let end = intact.metadata()?.len();
         fs::rename(&new, path)?;
         sync_folder(folder)?;
         let file = options.open(path)?;
         Ok((Self { file, end }, Some(note)))
     }
 
-    /// Appends a line, and waits until it is on the disk. What an append that failed has left is cut off
-    /// before.
+    /// Appends a line and syncs it to disk. Leftovers of a failed append are truncated first.
     pub fn append(&mut self, line: &[u8]) -> io::Result<()> {
         if self.file.metadata()?.len() != self.end {
             self.file.set_len(self.end)?;
@@ -180,14 +181,15 @@ impl LineFile {
     }
 }
 
-/// A new file that begins with so many bytes of another one. What a crash left of it is overwritten.
+/// Creates the file `new` with the first `bytes` bytes of another one. A leftover of a crash is
+/// overwritten.
 fn prefix(path: &Path, bytes: u64, new: &Path) -> io::Result<BufWriter<File>> {
-    let mut sound = BufWriter::new(File::create(new)?);
-    io::copy(&mut File::open(path)?.take(bytes), &mut sound)?;
-    Ok(sound)
+    let mut intact = BufWriter::new(File::create(new)?);
+    io::copy(&mut File::open(path)?.take(bytes), &mut intact)?;
+    Ok(intact)
 }
 
-/// The file beside one of lines.
+/// The path of a line file with an additional extension.
 fn beside(path: &Path, ending: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(".");
@@ -204,14 +206,14 @@ mod tests {
     }
 
     #[test]
-    fn spoiled_lines_lie_beside_and_the_next_one_is_whole() {
+    fn corrupt_lines_lie_beside_and_the_next_one_is_whole() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("numbers.jsonl");
         let mut aside: Vec<u8> = Vec::new();
         let cases: [(&[u8], &[u8], &[u8]); 7] = [
             (b"", b"", b""),
             (b"1\n2\n", b"1\n2\n", b""),
-            // As earlier versions wrote them.
+            // The format of earlier versions.
             (b"\n1\n\n2\n", b"\n1\n\n2\n", b""),
             (b"1\n2\n3", b"1\n2\n", b"3\n"),
             (b"1\n\xc3", b"1\n", b"\xc3\n"),
@@ -234,7 +236,7 @@ mod tests {
             file.append(b"77").unwrap();
             let expected = [kept, b"77\n"].concat();
             assert_eq!(std::fs::read(&path).unwrap(), expected, "{there:?}");
-            // What an append that failed leaves.
+            // Leftover of a failed append.
             let mut broken = OpenOptions::new().append(true).open(&path).unwrap();
             broken.write_all(b"8").unwrap();
             file.append(b"99").unwrap();
@@ -243,11 +245,11 @@ mod tests {
                 [&expected[..], b"99\n"].concat()
             );
             let mut seen = 0;
-            let spoiled = each(&path, |line| {
+            let corrupt = each(&path, |line| {
                 seen += 1;
                 is_number(line)
             });
-            assert_eq!(spoiled.unwrap(), 0);
+            assert_eq!(corrupt.unwrap(), 0);
             assert!(seen >= 2);
         }
         assert_eq!(each(&folder.path().join("none"), |_| true).unwrap(), 0);

@@ -1,9 +1,9 @@
-//! What checkpoint folders say before any tensor is opened.
+//! Configs in checkpoint folders, read before any tensor is loaded.
 //!
-//! Fields are named as in `config.json`. transformers 4.x leaves out of the nested configs whatever
-//! equals a class default, so those defaults (`configuration_qwen2.py`, `configuration_llama.py`,
-//! `configuration_siglip.py`, `configuration_clip.py`) are part of the format and stand here, each
-//! set in one constant.
+//! Fields are named as in `config.json`. transformers 4.x omits from nested configs whatever equals
+//! a class default, so those defaults (`configuration_qwen2.py`, `configuration_llama.py`,
+//! `configuration_siglip.py`, `configuration_clip.py`) are part of the format and defined here,
+//! each set in one constant.
 
 mod decoder;
 mod llava_next_tower;
@@ -21,7 +21,7 @@ pub use vision::{Activation, VisionConfig};
 use crate::checkpoint::CheckpointError;
 use crate::checkpoint::json::JsonConfig;
 
-/// `dtype` (transformers 5.x) or `torch_dtype` (4.x), if the file says.
+/// Returns `dtype` (transformers 5.x) or `torch_dtype` (4.x), if the file has it.
 fn dtype(file: &JsonConfig) -> Result<Option<String>, CheckpointError> {
     let found = match file.text("dtype")? {
         Some(name) => Some(name),

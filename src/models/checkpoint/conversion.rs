@@ -1,10 +1,10 @@
-//! A LLaVA-OneVision checkpoint in the other program's layout.
+//! Conversion of LLaVA-OneVision checkpoints between the layouts of transformers and LLaVA-NeXT.
 //!
-//! What differs: the names of the tensors, the config (LLaVA-NeXT's is Qwen2's with its own settings
-//! among them, and only names its tower), the placeholder tokens `<image>` and `<video>`, which only
-//! transformers' tokenizer has, and the image processor and chat template, which only transformers
-//! reads from files. This does what transformers' `convert_llava_onevision_weights_to_hf.py` does
-//! (4.45), and the way back.
+//! The layouts differ in the names of the tensors; in the config (LLaVA-NeXT's is Qwen2's with
+//! additional settings, and only names its tower); in the placeholder tokens `<image>` and
+//! `<video>`, which only transformers' tokenizer has; and in the image processor and chat template,
+//! which only transformers reads from files. The conversion follows transformers'
+//! `convert_llava_onevision_weights_to_hf.py` (4.45), and adds the way back.
 
 use std::path::Path;
 
@@ -20,7 +20,7 @@ use crate::preprocess::llava_onevision::LlavaOnevisionProcessor;
 /// The placeholders of transformers' tokenizer, in the order of their ids.
 const PLACEHOLDERS: [&str; 2] = ["<image>", "<video>"];
 
-/// What both programs call a decoder's settings by.
+/// The decoder settings that have the same name in both programs.
 const DECODER: [&str; 19] = [
     "attention_dropout",
     "bos_token_id",
@@ -43,7 +43,7 @@ const DECODER: [&str; 19] = [
     "vocab_size",
 ];
 
-/// Files that only one of the programs reads, or that say what others say, too.
+/// Files that only one of the programs reads, or that repeat what other files contain.
 const LEFT_OUT: [&str; 6] = [
     "added_tokens.json",
     "model.safetensors.index.json",
@@ -62,23 +62,24 @@ const CHAT_TEMPLATE: &str = "{% for message in messages %}{{'<|im_start|>' + mes
 {% endif %}{{ '<|im_end|>\n' }}{% endfor %}\
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
 
-/// How a checkpoint becomes one of another layout.
+/// A plan for converting a checkpoint to another layout.
 #[derive(Debug, Clone)]
 pub struct Conversion {
     to: Layout,
-    /// Files in the place of those that are not copied, by their names below the folder.
+    /// Files to write instead of copying them, by name relative to the folder.
     pub files: Vec<(&'static str, String)>,
-    /// Rows that the embedding and the head need. Where there are fewer, rows are added for the
+    /// Rows that the embedding and the head need. If there are fewer, rows are added for the
     /// placeholders; no network ever uses their values.
     pub vocab_size: usize,
-    /// Layers of the tower that are kept.
+    /// Number of layers of the tower that are kept.
     tower_layers: usize,
 }
 
 impl Conversion {
-    /// What the checkpoint in `folder` needs to be laid out as `to`; `None`: it is.
+    /// Plans the conversion of the checkpoint in `folder` to the layout `to`; `None` if it already
+    /// has that layout.
     pub fn of(folder: &Path, to: Layout) -> Result<Option<Self>, CheckpointError> {
-        // All of its files are read, so that what is converted is known to be whole.
+        // Reads all files, which validates the checkpoint before it is converted.
         let prep = LlavaOnevisionProcessor::open(folder)?;
         if prep.config.layout == to {
             return Ok(None);
@@ -91,7 +92,7 @@ impl Conversion {
         .map(Some)
     }
 
-    /// The name in the new files of the tensor of this canonical name; `None`: it is left out.
+    /// Returns the converted name of the tensor with this canonical name; `None` if it is dropped.
     pub fn name(&self, canonical: &str) -> Option<String> {
         let layer = canonical.strip_prefix("vision_tower.encoder.layers.");
         let number = layer.and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
@@ -99,14 +100,14 @@ impl Conversion {
         is_kept.then(|| stored(canonical, self.to))
     }
 
-    /// Whether a file of the old folder, beside its weights, belongs into the new one as it is.
+    /// True if a file other than the weights is copied to the new folder unchanged.
     pub fn keeps(&self, file: &str) -> bool {
         let is_replaced = self.files.iter().any(|(name, _)| *name == file);
         !is_replaced && !LEFT_OUT.contains(&file) && file != "chat_template.jinja"
     }
 }
 
-/// The files of a checkpoint that have to be written anew.
+/// The files of a checkpoint that the conversion rewrites.
 struct Old<'a> {
     folder: &'a Path,
     model_config: LlavaOnevisionConfig,
@@ -135,7 +136,7 @@ impl<'a> Old<'a> {
     fn for_transformers(mut self) -> Result<Conversion, CheckpointError> {
         let ids = self.add_placeholders();
         let rows = self.model_config.text_config.vocab_size;
-        // As the converter pads it, where there is no room already.
+        // Padded as the converter does, unless there is room already.
         let vocab_size = if ids[1] < rows {
             rows
         } else {
@@ -150,7 +151,7 @@ impl<'a> Old<'a> {
         );
         text.insert("vocab_size".to_owned(), json!(vocab_size));
         let stored = model_config.vision_config.num_hidden_layers;
-        // The features of the last layer are -1, as in the checkpoints of llava-hf.
+        // The last layer is -1, as in the checkpoints of llava-hf.
         let layer = match model_config.vision_feature_layer[0] {
             used if used == stored => -1,
             used => used as i64,
@@ -237,7 +238,7 @@ impl<'a> Old<'a> {
     fn for_llava_next(mut self) -> Result<Conversion, CheckpointError> {
         let model_config = &self.model_config;
         let refuse = |key: &str, problem: &str| {
-            let problem = format!("{problem}, and LLaVA-NeXT knows no other way");
+            let problem = format!("{problem}, the only value that LLaVA-NeXT supports");
             Err(self.config.fault(key, problem))
         };
         let [used] = model_config.vision_feature_layer[..] else {
@@ -264,9 +265,9 @@ impl<'a> Old<'a> {
         let mut config = decoder_settings(&text);
         let decoder = &model_config.text_config;
         let pinpoints = model_config.image_grid_pinpoints.iter();
-        // The width first.
+        // LLaVA-NeXT has the width first.
         let pinpoints: Vec<_> = pinpoints.map(|[height, width]| [width, height]).collect();
-        // LLaVA-NeXT takes the last layer of the tower that it loads off.
+        // LLaVA-NeXT drops the last layer of the tower that it loads.
         let tower = VisionConfig {
             num_hidden_layers: used + 1,
             ..model_config.vision_config
@@ -321,7 +322,7 @@ impl<'a> Old<'a> {
             ("tokenizer_config.json", text_of(&self.tokenizer_config)),
         ];
         if known.is_none() {
-            // For a tower that LLaVA-NeXT can't fetch by name: its sizes, as this program reads them.
+            // For a tower that LLaVA-NeXT cannot load by name: its sizes, for this program to read.
             files.push((
                 "siglip/config.json",
                 text_of(&tower_config(&tower, used + 1)),
@@ -335,7 +336,7 @@ impl<'a> Old<'a> {
         })
     }
 
-    /// Gives the tokenizer the placeholders that it lacks, behind its last token; returns their ids.
+    /// Adds missing placeholders to the tokenizer, after its last token; returns the ids of both.
     fn add_placeholders(&mut self) -> [usize; 2] {
         let mut next = 1 + highest_id(&self.tokenizer);
         PLACEHOLDERS.map(|token| {
@@ -361,8 +362,8 @@ impl<'a> Old<'a> {
         })
     }
 
-    /// Takes the placeholders out of the tokenizer where they are its last tokens, so that no gap is
-    /// left; LLaVA-NeXT finds `<image>` in a text before its tokenizer sees it.
+    /// Removes the placeholders from the tokenizer if they are its last tokens, so that no gap is
+    /// left; LLaVA-NeXT replaces `<image>` in a text before it is tokenized.
     fn remove_placeholders(&mut self) {
         let is_placeholder = |content: &Value| PLACEHOLDERS.iter().any(|token| content == *token);
         let Some(Value::Array(added)) = self.tokenizer.get_mut("added_tokens") else {
@@ -389,7 +390,7 @@ impl<'a> Old<'a> {
     }
 }
 
-/// The highest id of a tokenizer's tokens.
+/// Returns the highest token id of a tokenizer.
 fn highest_id(tokenizer: &Map<String, Value>) -> usize {
     let vocab = tokenizer
         .get("model")
@@ -406,7 +407,7 @@ fn highest_id(tokenizer: &Map<String, Value>) -> usize {
     of_text.chain(added).max().unwrap_or_default() as usize
 }
 
-/// The settings of a decoder that the file has.
+/// Returns the decoder settings that the file contains.
 fn decoder_settings(file: &JsonConfig) -> Map<String, Value> {
     let there = DECODER
         .into_iter()
@@ -416,7 +417,7 @@ fn decoder_settings(file: &JsonConfig) -> Map<String, Value> {
         .collect()
 }
 
-/// `SiglipVisionConfig` of a tower with so many layers.
+/// Returns the `SiglipVisionConfig` of a tower with `layers` layers.
 fn tower_config(model_config: &VisionConfig, layers: usize) -> Value {
     json!({
         "hidden_act": "gelu_pytorch_tanh",
@@ -502,7 +503,7 @@ mod tests {
         let of_next = LlavaOnevisionProcessor::open(next.path()).unwrap();
         assert_eq!(of_next.config.layout, Layout::LlavaNext);
         let [mut one, mut other] = [&old, &of_next].map(|prep| prep.config.clone());
-        // They count the placeholders in other ways, and LLaVA-NeXT states the precision.
+        // The programs count the placeholders differently, and LLaVA-NeXT states the dtype.
         for model_config in [&mut one, &mut other] {
             model_config.layout = Layout::LlavaNext;
             (

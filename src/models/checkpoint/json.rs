@@ -1,8 +1,8 @@
-//! The JSON files of a checkpoint folder, read key by key, so that every complaint names file and key.
+//! The JSON files of a checkpoint folder, read key by key, so that every error names file and key.
 //!
-//! These files are written by many programs and versions, hold far more than is needed here, and
-//! leave out what equals a class default. Deriving a struct would force one set of defaults on every
-//! architecture, so keys are asked for one at a time, with the default beside the name. `null` means
+//! These files are written by many programs and versions, contain far more than is needed here, and
+//! omit whatever equals a class default. Deriving a struct would force one set of defaults on every
+//! architecture, so keys are read one at a time, with the default next to the name. `null` means
 //! absent, as it does in transformers.
 
 use std::path::{Path, PathBuf};
@@ -12,17 +12,18 @@ use serde_json::{Map, Value};
 use crate::checkpoint::CheckpointError;
 use ovchat_io::files;
 
-/// The bytes that a file may have.
+/// Maximum size of a file, in bytes.
 const FILE_MAX: u64 = 64 << 20;
 
-/// Values that a list of numbers may have.
+/// Maximum length of a list of numbers.
 const LIST_MAX: usize = 1000;
 
-/// The magnitude that a number may have.
+/// Maximum magnitude of a number.
 const NUMBER_MAX: f64 = 1e12;
 
-/// The largest size that a key may name. Together they keep every product of sizes within 64 bits, and a
-/// network's list of tensors short; published models are far below all of them.
+/// Returns the maximum of a size with this key. Together, these limits keep every product of sizes
+/// within 64 bits and a network's list of tensors short; published models are far below all of
+/// them.
 fn most(key: &str) -> usize {
     match key {
         "num_hidden_layers" => 1000,
@@ -39,20 +40,20 @@ fn most(key: &str) -> usize {
 #[derive(Debug, Clone)]
 pub struct JsonConfig {
     path: PathBuf,
-    /// The keys that lead here, each followed by a dot; empty for the whole file.
+    /// The keys that lead to the object, each followed by a dot; empty for the whole file.
     place: String,
     map: Map<String, Value>,
 }
 
 impl JsonConfig {
-    /// Reads the file `path`, which must hold one JSON object.
+    /// Reads the file `path`, which must contain one JSON object.
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
         let text = files::read_at_most(path, FILE_MAX)
             .map_err(|error| CheckpointError::io(path, &error))?;
         let value: Value = serde_json::from_slice(&text)
-            .map_err(|error| CheckpointError::new(path, format!("is not JSON: {error}")))?;
+            .map_err(|error| CheckpointError::new(path, format!("invalid JSON: {error}")))?;
         let Value::Object(map) = value else {
-            return Err(CheckpointError::new(path, "must hold a JSON object"));
+            return Err(CheckpointError::new(path, "expected a JSON object"));
         };
         Ok(Self {
             path: path.to_owned(),
@@ -61,13 +62,13 @@ impl JsonConfig {
         })
     }
 
-    /// The whole object.
+    /// Returns the whole object.
     pub fn into_map(self) -> Map<String, Value> {
         self.map
     }
 
-    /// An object without keys, for a part that the file leaves out altogether: every key has its
-    /// default there.
+    /// Returns an object without keys, for a section that the file omits: every key has its
+    /// default.
     pub fn empty(&self, key: &str) -> Self {
         Self {
             path: self.path.clone(),
@@ -76,17 +77,17 @@ impl JsonConfig {
         }
     }
 
-    /// The complaint that `key` is wrong.
+    /// Returns an error about the value at `key`.
     pub fn fault(&self, key: &str, problem: impl std::fmt::Display) -> CheckpointError {
         CheckpointError::new(&self.path, format!("`{}{key}` {problem}", self.place))
     }
 
-    /// The value at `key`; `null` is as good as absent.
+    /// Returns the value at `key`; `null` counts as absent.
     pub fn get(&self, key: &str) -> Option<&Value> {
         self.map.get(key).filter(|value| !value.is_null())
     }
 
-    /// The object at `key`.
+    /// Returns the object at `key`.
     pub fn section(&self, key: &str) -> Result<Option<Self>, CheckpointError> {
         match self.get(key) {
             None => Ok(None),
@@ -99,16 +100,16 @@ impl JsonConfig {
         }
     }
 
-    /// The text at `key`.
+    /// Returns the string at `key`.
     pub fn text(&self, key: &str) -> Result<Option<&str>, CheckpointError> {
         match self.get(key) {
             None => Ok(None),
             Some(Value::String(text)) => Ok(Some(text)),
-            Some(other) => Err(self.fault(key, format!("must be text, not {other}"))),
+            Some(other) => Err(self.fault(key, format!("must be a string, not {other}"))),
         }
     }
 
-    /// The whole number above 0 at `key`, if there is one.
+    /// Returns the integer at `key`, which must be above 0, if there is one.
     pub fn size(&self, key: &str) -> Result<Option<usize>, CheckpointError> {
         let Some(value) = self.get(key) else {
             return Ok(None);
@@ -117,24 +118,23 @@ impl JsonConfig {
         let most = most(key);
         match size.filter(|&size| size > 0) {
             Some(size) if size <= most => Ok(Some(size)),
-            Some(size) => Err(self.fault(
-                key,
-                format!("is {size}, and more than {most} is not supported"),
-            )),
-            None => Err(self.fault(key, format!("must be a whole number above 0, not {value}"))),
+            Some(size) => {
+                Err(self.fault(key, format!("is {size}, but at most {most} is supported")))
+            }
+            None => Err(self.fault(key, format!("must be a positive integer, not {value}"))),
         }
     }
 
-    /// The whole number at `key`, if there is one; it may be negative.
+    /// Returns the integer at `key`, which may be negative, if there is one.
     pub fn integer(&self, key: &str) -> Result<Option<i64>, CheckpointError> {
         let Some(value) = self.get(key) else {
             return Ok(None);
         };
         let integer = value.as_i64().map(Some);
-        integer.ok_or_else(|| self.fault(key, format!("must be a whole number, not {value}")))
+        integer.ok_or_else(|| self.fault(key, format!("must be an integer, not {value}")))
     }
 
-    /// The number at `key`, if there is one.
+    /// Returns the number at `key`, if there is one.
     pub fn number(&self, key: &str) -> Result<Option<f64>, CheckpointError> {
         let Some(value) = self.get(key) else {
             return Ok(None);
@@ -146,17 +146,17 @@ impl JsonConfig {
         })
     }
 
-    /// The number above 0 at `key`, if there is one.
+    /// Returns the number at `key`, which must be above 0, if there is one.
     pub fn positive(&self, key: &str) -> Result<Option<f64>, CheckpointError> {
         match self.number(key)? {
             Some(number) if number <= 0.0 => {
-                Err(self.fault(key, format!("must be above 0, not {number}")))
+                Err(self.fault(key, format!("must be greater than 0, not {number}")))
             }
             number => Ok(number),
         }
     }
 
-    /// The truth value at `key`, if there is one.
+    /// Returns the boolean at `key`, if there is one.
     pub fn flag(&self, key: &str) -> Result<Option<bool>, CheckpointError> {
         let Some(value) = self.get(key) else {
             return Ok(None);
@@ -165,12 +165,12 @@ impl JsonConfig {
         flag.ok_or_else(|| self.fault(key, format!("must be true or false, not {value}")))
     }
 
-    /// The whole numbers at `key`: one, or a list of them. Absent is an empty list.
+    /// Returns the integers at `key`, a single one or a list. Absent is an empty list.
     pub fn integers(&self, key: &str) -> Result<Vec<i64>, CheckpointError> {
         match self.get(key) {
             Some(Value::Array(items)) if items.len() > LIST_MAX => {
                 let problem = format!(
-                    "has {} values, and at most {LIST_MAX} are supported",
+                    "has {} values, but at most {LIST_MAX} are supported",
                     items.len()
                 );
                 Err(self.fault(key, problem))
@@ -179,12 +179,13 @@ impl JsonConfig {
                 .iter()
                 .map(Value::as_i64)
                 .collect::<Option<_>>()
-                .ok_or_else(|| self.fault(key, "must be a whole number or a list of them")),
+                .ok_or_else(|| self.fault(key, "must be an integer or a list of integers")),
             _ => Ok(self.integer(key)?.into_iter().collect()),
         }
     }
 
-    /// The three numbers (red, green, blue) at `key`, if there are any; one number stands for three.
+    /// Returns the three numbers (red, green, blue) at `key`, if there are any; a single number
+    /// stands for all three.
     pub fn channels(&self, key: &str) -> Result<Option<[f64; 3]>, CheckpointError> {
         match self.get(key) {
             Some(Value::Array(items)) => {
@@ -200,22 +201,22 @@ impl JsonConfig {
         }
     }
 
-    /// Complains unless the text at `key` is absent or `expected`, the only one that is supported.
+    /// Fails unless the string at `key` is absent or `expected`, the only supported value.
     pub fn only(&self, key: &str, expected: &str) -> Result<(), CheckpointError> {
         match self.text(key)? {
             Some(found) if found != expected => Err(self.fault(
                 key,
-                format!("is `{found}`, and only `{expected}` is supported"),
+                format!("is `{found}`, but only `{expected}` is supported"),
             )),
             _ => Ok(()),
         }
     }
 
-    /// Complains unless the truth value at `key` is absent or `expected`.
+    /// Fails unless the boolean at `key` is absent or `expected`, the only supported value.
     pub fn only_flag(&self, key: &str, expected: bool) -> Result<(), CheckpointError> {
         match self.flag(key)? {
             Some(found) if found != expected => {
-                Err(self.fault(key, format!("is {found}, and only {expected} is supported")))
+                Err(self.fault(key, format!("is {found}, but only {expected} is supported")))
             }
             _ => Ok(()),
         }
@@ -239,7 +240,8 @@ mod tests {
         let text = file.section("text_config").unwrap().unwrap();
         let diagnostic = text.size("hidden_size").unwrap_err().to_string();
         assert!(
-            diagnostic.contains("config.json: `text_config.hidden_size` must be a whole number")
+            diagnostic
+                .contains("config.json: `text_config.hidden_size` must be a positive integer")
         );
     }
 
@@ -264,6 +266,6 @@ mod tests {
         let path = folder.path().join("config.json");
         std::fs::write(&path, "{").unwrap();
         let diagnostic = JsonConfig::open(&path).unwrap_err().to_string();
-        assert!(diagnostic.contains("config.json: is not JSON"));
+        assert!(diagnostic.contains("config.json: invalid JSON"));
     }
 }

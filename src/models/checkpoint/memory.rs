@@ -1,5 +1,5 @@
-//! What networks take of a device's memory, in bytes, from their configs alone: before anything is
-//! opened, and the same for whoever asks.
+//! Memory estimates of networks in bytes, computed from their configs alone before anything is
+//! loaded.
 
 use crate::checkpoint::config::{
     DecoderConfig, LlavaOnevisionConfig, LlavaRlhfConfig, VisionConfig,
@@ -7,26 +7,28 @@ use crate::checkpoint::config::{
 use crate::checkpoint::names::part_of;
 use crate::{Optimizer, Room, Tower, Trained};
 
-/// Copies of the logits of a row that choosing its token needs at the same time, in float32.
+/// Float32 copies of a row's logits that exist at the same time while a token is sampled.
 const LOGITS_COPIES: u64 = 6;
 
-/// The same of a token that is learned: themselves, their logarithms, and the gradients of both.
+/// Float32 copies of the logits of a target token in training: the logits, their log-softmax, and
+/// the gradients of both.
 const LEARNED_LOGITS_COPIES: u64 = 4;
 
-/// Bytes of a number in float32.
+/// Bytes of a float32 number.
 const WHOLE: u64 = 4;
 
-/// Pictures that are decoded at once, by as many threads as there are.
+/// Maximum number of images decoded in parallel, one per thread.
 pub const IMAGES_AT_ONCE_MAX: usize = 8;
 
-/// Decoded pictures that wait for the network, beside those being decoded.
+/// Number of decoded images that wait for the network, in addition to those being decoded.
 pub const IMAGES_AHEAD: usize = 2;
 
-/// Tokens that are read at once in training, unless one row alone has more: small products keep no
-/// processor busy, and the activations of these few are no more than those of one large picture.
+/// Maximum length of a packed batch in training, in tokens, unless a single row is longer. Small
+/// matrix products leave a processor idle; the activations of this many tokens are no larger than
+/// those of one large image.
 pub const PACK_TOKENS_MAX: usize = 2048;
 
-/// Bytes in words, in the unit that shows them: `2.8 MB`.
+/// Formats a number of bytes with its unit: `2.8 MB`.
 pub fn size_in_words(bytes: u64) -> String {
     match bytes as f64 {
         bytes if bytes >= 1e8 => format!("{:.1} GB", bytes / 1e9),
@@ -35,14 +37,14 @@ pub fn size_in_words(bytes: u64) -> String {
     }
 }
 
-/// How much sampling and scoring do at once where there is this much room.
+/// Batch limits of sampling and scoring for a given amount of memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AtOnce {
-    /// Answers that grow side by side; more would not make a step cheaper per answer by much.
+    /// Maximum number of answers decoded in one batch; more would hardly lower the cost per answer.
     pub rows: usize,
-    /// Tokens of prompts and answers whose keys and values are in memory.
+    /// Maximum number of prompt and answer tokens in the KV cache.
     pub tokens: usize,
-    /// Tokens that are read at once, unless one prompt alone has more.
+    /// Maximum number of tokens in a prefill batch, unless a single prompt is longer.
     pub read_tokens: usize,
 }
 
@@ -50,7 +52,7 @@ impl AtOnce {
     pub fn in_room(room: Room, sizes: Sizes) -> Self {
         let (rows, read_tokens) = if room.on_gpu { (256, 8192) } else { (64, 2048) };
         let beside_weights = room.bytes.saturating_sub(sizes.weights);
-        // Rows may take a quarter; no fewer than those of one prompt go in any case.
+        // Rows may use a quarter of the rest, but at least one prompt's rows always run.
         let rows = rows.min(beside_weights / 4 / sizes.row.max(1)).max(1);
         let working = rows * sizes.row + read_tokens * sizes.read;
         let tokens = beside_weights.saturating_sub(working) / sizes.token.max(1);
@@ -62,20 +64,21 @@ impl AtOnce {
     }
 }
 
-/// What sampling and scoring take.
+/// Memory of sampling and scoring, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Sizes {
     pub weights: u64,
-    /// Keys and values of a token in all layers.
+    /// KV cache of one token in all layers.
     pub token: u64,
-    /// Activations of a token that is being read.
+    /// Activations of one token during prefill.
     pub read: u64,
-    /// What an answer needs in a step beside its keys and values.
+    /// Memory of one answer during a decoding step, in addition to the KV cache.
     pub row: u64,
 }
 
 impl Sizes {
-    /// Those of a decoder whose numbers take `element` bytes, in a network of `elements` weights.
+    /// Computes the sizes for a decoder with `element` bytes per number, in a network of `elements`
+    /// weights.
     pub fn new(elements: u64, config: &DecoderConfig, element: u64) -> Self {
         let size = |length: usize| length as u64 * element;
         let heads = config.num_attention_heads + 2 * config.num_key_value_heads;
@@ -84,8 +87,8 @@ impl Sizes {
             token: 2 * size(
                 config.num_hidden_layers * config.num_key_value_heads * config.head_dim,
             ),
-            // Input, its norm and their sum; queries, keys and values before and after they are
-            // turned; gate, its activation, the other half and their product.
+            // Input, its norm and their sum; queries, keys and values before and after rotary
+            // embedding; gate, its activation, up projection and their product.
             read: size(
                 4 * config.hidden_size + 3 * heads * config.head_dim + 4 * config.intermediate_size,
             ),
@@ -94,31 +97,31 @@ impl Sizes {
     }
 }
 
-/// What a training takes.
+/// Memory of training, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TrainingSizes {
-    /// Those that are trained in float32, the others as they are computed with.
+    /// Weights: those being trained in float32, the others in the compute dtype.
     pub weights: u64,
     pub gradients: u64,
-    /// What the optimizer remembers.
+    /// Optimizer state.
     pub moments: u64,
-    /// Activations of a token in the decoder and of a tile in the tower that are remembered for the
-    /// gradients.
+    /// Saved activations per token in the decoder and per tile in the tower.
     pub token: u64,
     pub tile: u64,
-    /// The same where only what goes into layers is remembered.
+    /// Saved activations per token and per tile if only the inputs of layers are saved and the rest
+    /// is recomputed.
     pub token_inputs: u64,
     pub tile_inputs: u64,
     layers: u64,
 }
 
 impl TrainingSizes {
-    /// Of a policy of which `trained` is trained, and whose numbers take `element` bytes where they are
-    /// computed with.
+    /// Computes the sizes for a policy of which `trained` is trained, with `element` bytes per
+    /// number in the compute dtype.
     ///
-    /// What is remembered was counted operation by operation: inputs and results of norms (two of them
-    /// in float32, whatever is computed in), queries, keys and values before and after they are
-    /// turned, what attention gives, gates and their products.
+    /// Saved activations were counted operation by operation: inputs and results of norms (two of
+    /// them in float32 for any compute dtype), queries, keys and values before and after rotary
+    /// embedding, the output of attention, gates and their products.
     pub fn new(
         config: &LlavaOnevisionConfig,
         trained: &Trained,
@@ -152,7 +155,7 @@ impl TrainingSizes {
         )
     }
 
-    /// Of a reward model whose base learns to write, with its tower or without, in float32.
+    /// Computes the sizes for SFT of a reward model's base, with or without its tower, in float32.
     pub fn of_base(config: &LlavaRlhfConfig, tower: Tower) -> Self {
         let (text, vision) = (&config.text_config, &config.vision_config);
         let head = (text.vocab_size * text.hidden_size) as u64;
@@ -170,8 +173,8 @@ impl TrainingSizes {
         )
     }
 
-    /// Of an adapter to all linear layers of a reward model's base, of this rank, and of a head; what is
-    /// adapted stays as it is. In float32.
+    /// Computes the sizes for training a reward head and an adapter of this rank on all linear
+    /// layers of a reward model's base, in float32; the base is frozen.
     pub fn of_adapter(config: &LlavaRlhfConfig, rank: usize) -> Self {
         let text = &config.text_config;
         let (hidden, inner) = (text.hidden_size, text.intermediate_size);
@@ -191,7 +194,8 @@ impl TrainingSizes {
         )
     }
 
-    /// `tower`: how many layers of it learn. `weights`: how many stay as they are, and how many learn.
+    /// Computes the sizes. `tower` gives the number of trained layers of the tower, `weights` the
+    /// numbers of frozen and of trained weights.
     fn of(
         text: &DecoderConfig,
         tower: (&VisionConfig, usize),
@@ -224,23 +228,24 @@ impl TrainingSizes {
         }
     }
 
-    /// Weights, gradients and moments.
+    /// Returns the bytes of weights, gradients and optimizer state.
     pub fn state(&self) -> u64 {
         let sums = self.weights.saturating_add(self.gradients);
         sums.saturating_add(self.moments)
     }
 
-    /// Whether a pass over so many tokens and tiles may remember everything.
+    /// True if a pass over this many tokens and tiles fits in memory with all activations saved.
     pub fn has_room(&self, bytes: u64, tokens: usize, tiles: usize) -> bool {
         self.state().saturating_add(self.remembered(tokens, tiles)) <= bytes
     }
 
-    /// Activations of a pass over so many tokens and tiles that remembers everything.
+    /// Returns the bytes of activations of a pass over this many tokens and tiles, all saved.
     pub fn remembered(&self, tokens: usize, tiles: usize) -> u64 {
         product(self.token, tokens).saturating_add(product(self.tile, tiles))
     }
 
-    /// The same of a pass that computes a layer again when the gradients come to it.
+    /// Returns the bytes of activations of a pass that saves layer inputs only and recomputes one
+    /// layer at a time in the backward pass.
     pub fn computed_again(&self, tokens: usize, tiles: usize) -> u64 {
         let inputs = product(self.token_inputs, tokens);
         let inputs = inputs.saturating_add(product(self.tile_inputs, tiles));
@@ -248,7 +253,7 @@ impl TrainingSizes {
     }
 }
 
-/// What the logits of so many learned tokens take, in float32.
+/// Returns the bytes of the float32 logits of this many target tokens.
 pub fn learned_logits(config: &DecoderConfig, tokens: usize) -> u64 {
     product(
         LEARNED_LOGITS_COPIES * WHOLE * config.vocab_size as u64,
@@ -256,12 +261,13 @@ pub fn learned_logits(config: &DecoderConfig, tokens: usize) -> u64 {
     )
 }
 
-/// Weights of a policy.
+/// Returns the number of weights of a policy.
 pub fn elements(config: &LlavaOnevisionConfig) -> u64 {
     config.tensors().iter().map(|(_, shape)| count(shape)).sum()
 }
 
-/// Weights of a reward model, its adapter merged in: Llama without a head, CLIP and a projector.
+/// Returns the number of weights of a reward model with a merged adapter: Llama without a head,
+/// CLIP and a projector.
 pub fn judge_elements(config: &LlavaRlhfConfig) -> u64 {
     let (text, vision) = (&config.text_config, &config.vision_config);
     let projector = (vision.hidden_size + 1) * text.hidden_size;
@@ -292,7 +298,7 @@ fn vision_elements(config: &VisionConfig, layers: usize) -> u64 {
     (layers * of_layer + (patch + config.patches() + 1) * hidden) as u64
 }
 
-/// Weights that are trained.
+/// Returns the number of weights being trained.
 fn learned(config: &LlavaOnevisionConfig, trained: &Trained) -> u64 {
     let tensors = config.tensors();
     let tensors = tensors.iter();
@@ -315,8 +321,8 @@ fn learned(config: &LlavaOnevisionConfig, trained: &Trained) -> u64 {
     }
 }
 
-/// Bytes of so many things, as many as a number holds at most. The sizes of a network are bounded where
-/// they are read; how many tokens or tiles there are is not.
+/// Multiplies bytes by a count, saturating. The sizes of a network are bounded where they are read;
+/// numbers of tokens or tiles are not.
 fn product(bytes: u64, times: usize) -> u64 {
     bytes.saturating_mul(times as u64)
 }

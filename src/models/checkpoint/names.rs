@@ -1,8 +1,8 @@
-//! Names and shapes of LLaVA-OneVision's tensors, whichever program wrote the files.
+//! Names and shapes of LLaVA-OneVision's tensors in all layouts.
 //!
-//! The same tensor has four names in the wild: in the files of transformers 4.45 to 4.57, in those of
-//! 5.x, as it is in memory there (some third parties write that), and as LLaVA-NeXT names it. Here
-//! each has one canonical name, that of transformers' files with prefixes taken off:
+//! The same tensor has four names in the wild: in the files of transformers 4.45 to 4.57, in those
+//! of 5.x, in memory in transformers 5.x (which some third parties write), and in LLaVA-NeXT. Here
+//! each has one canonical name, that of transformers' files without prefixes:
 //! `vision_tower.encoder.layers.0.…`, `multi_modal_projector.linear_1.weight`, `image_newline`,
 //! `language_model.model.layers.0.…`, `language_model.lm_head.weight`.
 
@@ -13,18 +13,18 @@ use crate::checkpoint::config::{DecoderConfig, LlavaOnevisionConfig, VisionConfi
 use crate::checkpoint::shards::{Shards, TensorInfo};
 use crate::{Layout, Part};
 
-/// What the names of a decoder's tensors begin with.
+/// The prefixes of a decoder's tensor names.
 const DECODER: [&str; 3] = ["embed_tokens.", "layers.", "norm."];
 
 /// The projector's layers, by their numbers in LLaVA-NeXT and their names in transformers.
 const PROJECTOR: [(&str, &str); 2] = [("0", "linear_1"), ("2", "linear_2")];
 
-/// The canonical name of a tensor as transformers 4.45 to 5.x name it in files and in memory, and as
-/// LLaVA-NeXT does.
+/// Returns the canonical name of a tensor, from its name in files or memory of transformers 4.45 to
+/// 5.x or in LLaVA-NeXT.
 pub fn canonical(name: &str) -> String {
     let name = name.strip_prefix("model.").unwrap_or(name);
     if let Some(rest) = name.strip_prefix("vision_tower.") {
-        // LLaVA-NeXT wraps the tower of transformers in one of its own.
+        // LLaVA-NeXT wraps the tower of transformers in a module of its own.
         let rest = rest.strip_prefix("vision_tower.").unwrap_or(rest);
         let rest = rest.strip_prefix("vision_model.").unwrap_or(rest);
         return format!("vision_tower.{rest}");
@@ -36,7 +36,7 @@ pub fn canonical(name: &str) -> String {
     }
     match name.strip_prefix("language_model.") {
         Some(rest) if rest.starts_with("model.") || rest.starts_with("lm_head.") => name.to_owned(),
-        // In memory since 4.52 the decoder is `model.language_model`, without an inner `model`.
+        // In memory, since 4.52 the decoder is `model.language_model`, without an inner `model`.
         Some(rest) => format!("language_model.model.{rest}"),
         None if name.starts_with("lm_head.") => format!("language_model.{name}"),
         // In LLaVA-NeXT the whole model is the decoder.
@@ -47,8 +47,8 @@ pub fn canonical(name: &str) -> String {
     }
 }
 
-/// What files of a layout call the tensor of this canonical name: those that transformers 4.45 to 4.57
-/// wrote, which 5.x reads, too, or LLaVA-NeXT's.
+/// Returns the name in files of a layout of the tensor with this canonical name: that of
+/// transformers 4.45 to 4.57, which 5.x reads as well, or LLaVA-NeXT's.
 pub fn stored(canonical: &str, layout: Layout) -> String {
     let tower = canonical.strip_prefix("vision_tower.");
     let is_of_tower = tower.filter(|rest| !rest.starts_with("vision_model."));
@@ -73,7 +73,7 @@ pub fn stored(canonical: &str, layout: Layout) -> String {
     }
 }
 
-/// The part of a network that the tensor of this canonical name belongs to.
+/// Returns the part of a network that the tensor with this canonical name belongs to.
 pub fn part_of(name: &str) -> Part {
     if name.starts_with("vision_tower.") {
         Part::VisionTower
@@ -87,8 +87,8 @@ pub fn part_of(name: &str) -> Part {
 }
 
 impl LlavaOnevisionConfig {
-    /// The canonical name and the shape of every tensor that the network needs, in the order in
-    /// which a picture and its text meet them.
+    /// Returns the canonical name and the shape of every tensor that the network needs, in the
+    /// order of the forward pass.
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
         let mut tensors = Vec::new();
         let mut add = |name: String, shape: &[usize]| tensors.push((name, shape.to_vec()));
@@ -108,7 +108,7 @@ impl LlavaOnevisionConfig {
         tensors
     }
 
-    /// SigLIP. The post-layernorm is not used, and so not needed.
+    /// SigLIP. The post-layernorm is not used, so it is not required.
     fn tower(&self, add: &mut impl FnMut(String, &[usize])) {
         let config = &self.vision_config;
         let (hidden, patch) = (config.hidden_size, config.patch_size);
@@ -126,7 +126,7 @@ impl LlavaOnevisionConfig {
         encoder(config, used, "vision_tower.", add);
     }
 
-    /// Qwen2, with its head if that is not the embedding.
+    /// Qwen2, with its head unless that is tied to the embedding.
     fn decoder(&self, add: &mut impl FnMut(String, &[usize])) {
         let config = &self.text_config;
         decoder(config, "language_model.model", add);
@@ -138,16 +138,19 @@ impl LlavaOnevisionConfig {
         }
     }
 
-    /// Checks by the headers that every needed tensor is in the files, once, in the right shape.
+    /// Checks, by the headers, that the files contain every required tensor once and in the right
+    /// shape.
     pub fn check(&self, shards: &Shards) -> Result<(), CheckpointError> {
         let mut found = BTreeMap::new();
         for name in shards.names() {
             if let Some(other) = found.insert(canonical(name), name) {
-                let problem = format!("holds `{other}` and `{name}`, two names of one tensor");
+                let problem = format!(
+                    "contains both `{other}` and `{name}`, which are two names of one tensor"
+                );
                 return Err(CheckpointError::new(shards.path(), problem));
             }
         }
-        // A checkpoint may leave out a head that equals the embedding even if it does not say so.
+        // A checkpoint may omit a head that equals the embedding, even without declaring it.
         let optional = "language_model.lm_head.weight";
         for (name, shape) in self.tensors() {
             let Some(tensor) = found.get(&name).and_then(|stored| shards.info(stored)) else {
@@ -156,7 +159,7 @@ impl LlavaOnevisionConfig {
                 }
                 return Err(CheckpointError::new(
                     shards.path(),
-                    format!("has no tensor `{name}`"),
+                    format!("missing tensor `{name}`"),
                 ));
             };
             has_shape(&tensor, &name, &shape)?;
@@ -165,7 +168,8 @@ impl LlavaOnevisionConfig {
     }
 }
 
-/// The names below `model` and the shapes of a decoder's tensors, without its head: Qwen2 or Llama.
+/// Adds the names below `model` and the shapes of a decoder's tensors, without its head: Qwen2 or
+/// Llama.
 pub(super) fn decoder(config: &DecoderConfig, model: &str, add: &mut impl FnMut(String, &[usize])) {
     let (hidden, inner) = (config.hidden_size, config.intermediate_size);
     let queries = config.num_attention_heads * config.head_dim;
@@ -203,7 +207,7 @@ pub(super) fn decoder(config: &DecoderConfig, model: &str, add: &mut impl FnMut(
     add(format!("{model}.norm.weight"), &[hidden]);
 }
 
-/// The names below `tower` and the shapes of the first `used` layers of SigLIP or CLIP.
+/// Adds the names below `tower` and the shapes of the first `used` layers of SigLIP or CLIP.
 pub(super) fn encoder(
     config: &VisionConfig,
     used: usize,
@@ -229,7 +233,7 @@ pub(super) fn encoder(
     }
 }
 
-/// Checks that a stored tensor has the shape that a config asks for.
+/// Checks that a stored tensor has the shape that the model config requires.
 pub(super) fn has_shape(
     tensor: &TensorInfo<'_>,
     name: &str,
@@ -240,7 +244,7 @@ pub(super) fn has_shape(
         return Ok(());
     }
     let problem = format!(
-        "tensor `{name}` has shape {:?}, and config.json asks for {shape:?}",
+        "tensor `{name}` has shape {:?}, but config.json requires {shape:?}",
         tensor.shape
     );
     Err(CheckpointError::new(tensor.file, problem))
@@ -322,7 +326,7 @@ mod tests {
         assert_eq!(head, "lm_head.weight");
     }
 
-    /// The tensors that `config` asks for, as a file might hold them.
+    /// Returns the tensors that `config` requires, as a file might contain them.
     fn tensors(config: &LlavaOnevisionConfig) -> BTreeMap<String, Vec<i64>> {
         let size = |shape: Vec<usize>| shape.into_iter().map(|size| size as i64).collect();
         let tensors = config.tensors().into_iter();
@@ -348,11 +352,11 @@ mod tests {
         let mut missing = whole.clone();
         missing.remove(name);
         let diagnostic = check(&config, &missing).unwrap_err();
-        assert_eq!(diagnostic.problem, format!("has no tensor `{name}`"));
+        assert_eq!(diagnostic.problem, format!("missing tensor `{name}`"));
 
         for shape in [vec![8, 4], vec![4], vec![4, 8, 1]] {
             let mut misshapen = whole.clone();
-            let expected = format!("has shape {shape:?}, and config.json asks for [4, 8]");
+            let expected = format!("has shape {shape:?}, but config.json requires [4, 8]");
             misshapen.insert(name.to_owned(), shape);
             let diagnostic = check(&config, &misshapen).unwrap_err();
             assert!(diagnostic.problem.contains(&expected), "{diagnostic}");

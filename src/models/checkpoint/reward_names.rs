@@ -1,7 +1,7 @@
-//! Names and shapes of the tensors of LLaVA-RLHF's reward model, and of LoRA adapters.
+//! Names and shapes of the tensors of LLaVA-RLHF's reward model and of LoRA adapters.
 //!
-//! Llama and the projector are named as LLaVA names them, CLIP as transformers does, adapters as peft
-//! does (`utils/save_and_load.py`). Only the headers of files are read.
+//! Llama and the projector are named as in LLaVA, CLIP as in transformers, adapters as in peft
+//! (`utils/save_and_load.py`). Only the headers of files are read.
 
 use std::collections::BTreeMap;
 
@@ -11,20 +11,20 @@ use crate::checkpoint::config::{AdapterConfig, LlavaOnevisionConfig, LlavaRlhfCo
 use crate::checkpoint::names::{canonical, decoder, encoder, has_shape};
 use crate::checkpoint::shards::Shards;
 
-/// The file of the reward head, beside the adapter.
+/// The file of the reward head, next to the adapter.
 pub const HEAD_FILE: &str = "reward_head";
 
-/// A tensor that a base has if its projector is that of LLaVA 1.5, of two layers.
+/// A tensor of bases whose projector is that of LLaVA 1.5, with two layers.
 pub const TWO_LAYERS: &str = "model.mm_projector.0.weight";
 
-/// What the names of CLIP's tensors begin with: as transformers up to 4.x writes them, or as 5.x does.
+/// The prefixes of CLIP's tensor names: as written by transformers up to 4.x, or by 5.x.
 const TOWERS: [&str; 2] = ["vision_model.", ""];
 
 type Tensors = Vec<(String, Vec<usize>)>;
 
 impl LlavaRlhfConfig {
-    /// Checks by the headers that the three folders hold every tensor that scoring needs, in the right
-    /// shape: Llama and the projector, CLIP, the adapter and the reward head.
+    /// Checks, by the headers, that the three folders contain every tensor that scoring needs, in
+    /// the right shape: Llama and the projector, CLIP, the adapter and the reward head.
     pub fn check(&self, spec: &LlavaRlhfSpec) -> Result<(), CheckpointError> {
         let base = Shards::open(&spec.base)?;
         let needed = self.base_tensors(base.has(TWO_LAYERS));
@@ -38,7 +38,7 @@ impl LlavaRlhfConfig {
             let head = folder.join(HEAD_FILE);
             if !head.is_file() {
                 let problem = format!(
-                    "the file `{HEAD_FILE}` is missing; a reward model of LLaVA-RLHF has it beside \
+                    "the file `{HEAD_FILE}` is missing; a LLaVA-RLHF reward model has it next to \
                      its adapter"
                 );
                 return Err(CheckpointError::new(folder, problem));
@@ -51,7 +51,7 @@ impl LlavaRlhfConfig {
         Ok(())
     }
 
-    /// Llama without its head, and the projector.
+    /// Returns the tensors of Llama without its head, and of the projector.
     fn base_tensors(&self, two_layers: bool) -> Tensors {
         let mut tensors = Vec::new();
         let mut add = |name: String, shape: &[usize]| tensors.push((name, shape.to_vec()));
@@ -73,7 +73,7 @@ impl LlavaRlhfConfig {
         tensors
     }
 
-    /// CLIP up to the layer whose output is taken.
+    /// Returns the tensors of CLIP up to the layer whose output is used.
     fn tower_tensors(&self, tower: &str) -> Tensors {
         let mut tensors = Vec::new();
         let mut add = |name: String, shape: &[usize]| tensors.push((name, shape.to_vec()));
@@ -98,16 +98,16 @@ impl LlavaRlhfConfig {
 }
 
 impl LlavaOnevisionConfig {
-    /// Checks by the headers that an adapter fits this network.
+    /// Checks, by the headers, that an adapter fits this network.
     pub fn check_adapter(&self, adapter: &AdapterConfig) -> Result<(), CheckpointError> {
         adapter.check(&self.tensors(), canonical)
     }
 }
 
 impl AdapterConfig {
-    /// Checks by the headers that each adapted module is one of the network, with both of its matrices
-    /// in the right shape, and that none of the target modules is left out. `tensors` are those of the
-    /// network; `named` turns a module's name in the file into the network's.
+    /// Checks, by the headers, that each adapted module exists in the network, with both of its
+    /// matrices in the right shape, and that no target module is missing. `tensors` are those of
+    /// the network; `named` maps a module's name in the file to the network's.
     fn check(&self, tensors: &Tensors, named: fn(&str) -> String) -> Result<(), CheckpointError> {
         let shards = Shards::open(&self.folder)?;
         let mut modules: BTreeMap<String, [Option<&str>; 2]> = BTreeMap::new();
@@ -127,7 +127,8 @@ impl AdapterConfig {
         let linear: BTreeMap<&str, [usize; 2]> = linear.collect();
         for (module, matrices) in &modules {
             let Some([outputs, inputs]) = linear.get(module.as_str()) else {
-                let problem = format!("adapts `{module}`, which the base does not have");
+                let problem =
+                    format!("contains an adapter for `{module}`, which the base does not have");
                 return Err(CheckpointError::new(shards.path(), problem));
             };
             let wanted = [
@@ -136,7 +137,7 @@ impl AdapterConfig {
             ];
             for (stored, (matrix, shape)) in matrices.iter().zip(wanted) {
                 let Some(tensor) = stored.and_then(|stored| shards.info(stored)) else {
-                    let problem = format!("`{module}` has no `{matrix}`");
+                    let problem = format!("missing `{matrix}` of `{module}`");
                     return Err(CheckpointError::new(shards.path(), problem));
                 };
                 if !shape
@@ -145,7 +146,7 @@ impl AdapterConfig {
                     .eq(tensor.shape.iter().copied())
                 {
                     let problem = format!(
-                        "`{matrix}` of `{module}` has shape {:?}, and its config and the base ask for \
+                        "`{matrix}` of `{module}` has shape {:?}, but adapter_config.json and the base require \
                          {shape:?}",
                         tensor.shape
                     );
@@ -162,8 +163,8 @@ impl AdapterConfig {
             None => Ok(()),
             Some(module) => {
                 let problem = format!(
-                    "`{module}` has no `lora_A` and `lora_B`, though adapter_config.json names it \
-                     among its target_modules"
+                    "missing `lora_A` and `lora_B` of `{module}`, which adapter_config.json lists \
+                     in target_modules"
                 );
                 Err(CheckpointError::new(shards.path(), problem))
             }
@@ -171,15 +172,16 @@ impl AdapterConfig {
     }
 }
 
-/// Whether `module` is the linear layer that a config calls `target`.
+/// True if `module` is the linear layer that a config calls `target`.
 pub fn is_module(module: &str, target: &str) -> bool {
     let rest = module.strip_suffix(target);
     rest.is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
 }
 
-/// Splits the name of a tensor in an adapter's file into the module that it adapts and whether it
-/// is `lora_A` (else `lora_B`). peft writes `base_model.model.<module>.lora_A.weight`, and with the
-/// adapter's own name, such as `lora_default` or `default`, before `weight` while it trains.
+/// Splits the name of a tensor in an adapter's file into the module that it adapts and a flag, true
+/// for `lora_A` and false for `lora_B`. peft writes `base_model.model.<module>.lora_A.weight`, and
+/// with the adapter's own name, such as `lora_default` or `default`, before `weight` while it
+/// trains.
 pub fn lora_matrix(name: &str) -> Option<(&str, bool)> {
     let name = name.strip_prefix("base_model.model.").unwrap_or(name);
     let (module, rest) = name.split_once(".lora_")?;
@@ -201,7 +203,7 @@ fn has_all(shards: &Shards, needed: &[(String, Vec<usize>)]) -> Result<(), Check
         let Some(tensor) = shards.info(name) else {
             return Err(CheckpointError::new(
                 shards.path(),
-                format!("has no tensor `{name}`"),
+                format!("missing tensor `{name}`"),
             ));
         };
         has_shape(&tensor, name, shape)?;
@@ -234,7 +236,7 @@ mod tests {
         }
     }
 
-    /// Writes a file with tensors of these shapes, all but one.
+    /// Writes a file with tensors of these shapes except one.
     fn write_without(path: &Path, tensors: &Tensors, without: &str) {
         let kept = tensors.iter().filter(|(name, _)| name != without);
         let kept: Vec<(&str, &[usize])> = kept
@@ -280,7 +282,7 @@ mod tests {
             }
         }
         config.check(&spec).unwrap();
-        // Each tensor is needed, and in its shape.
+        // Each tensor is required, and in its shape.
         for (path, tensors) in &files {
             for (name, _) in tensors.iter() {
                 write_without(path, tensors, name);

@@ -1,11 +1,12 @@
-//! Where the tensors of a checkpoint lie: safetensors and torch files, single or in shards.
+//! Tensor locations in a checkpoint: safetensors and torch files, single or in shards.
 //!
-//! Only directories are read here (the header of a safetensors file; the zip directory and the pickle
-//! of a torch file), so a folder of 15 GB is listed in milliseconds, and a missing, truncated or
-//! damaged file is found before anything runs. What is listed is proved to lie inside its file.
+//! Only directories are read here (the header of a safetensors file; the zip directory and the
+//! pickle of a torch file), so a folder of 15 GB is listed in milliseconds, and a missing,
+//! truncated or corrupt file is found before anything runs. Every listed location is verified to be
+//! inside its file.
 //!
-//! A torch file holds a pickle, which in Python may run any code. Here nothing is ever executed:
-//! [`pickle`] knows the few words that a dictionary of tensors is made of and refuses all others.
+//! A torch file contains a pickle, which in Python may run any code. Here nothing is ever executed:
+//! [`pickle`] accepts only the few names that a dictionary of tensors consists of.
 
 mod pickle;
 mod safetensors;
@@ -23,24 +24,24 @@ use ovchat_io::files;
 /// The tensors of one model: those of a folder's shards, or of one file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Shards {
-    /// What was opened, for errors about the whole.
+    /// The path that was opened, for errors.
     path: PathBuf,
     files: Vec<PathBuf>,
-    /// Where each tensor lies: the index of its file, and the place in it.
+    /// Locations by tensor name: the index of the file, and the location in it.
     tensors: BTreeMap<String, (usize, TensorLocation)>,
 }
 
-/// What a file says about one of its tensors.
+/// Type, shape and file of a tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TensorInfo<'a> {
     pub element: Element,
-    /// Its shape, outermost dimension first.
+    /// The shape, outermost dimension first.
     pub shape: &'a [i64],
-    /// The file that holds it.
+    /// The file that contains the tensor.
     pub file: &'a Path,
 }
 
-/// The type of a tensor's elements, as stored.
+/// The element type of a tensor, as stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Element {
     F64,
@@ -55,17 +56,17 @@ pub enum Element {
     Bool,
 }
 
-/// Where a tensor lies in its file. The readers of both formats promise that every byte of it is
-/// inside the file.
+/// The location of a tensor in its file. The readers of both formats guarantee that every byte of
+/// it is inside the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorLocation {
     pub element: Element,
     pub shape: Vec<i64>,
-    /// Steps in elements, one for each dimension.
+    /// Strides in elements, one for each dimension.
     pub strides: Vec<i64>,
-    /// The file's byte at which element 0 begins.
+    /// The byte offset in the file of element 0.
     pub start: u64,
-    /// Elements from element 0 to the last one, both included, the gaps between them too.
+    /// Elements from element 0 to the last one inclusive, counting gaps between them.
     pub span: u64,
 }
 
@@ -89,7 +90,7 @@ impl Element {
         Some(*element)
     }
 
-    /// Bytes of one element.
+    /// Returns the bytes of one element.
     pub fn bytes(self) -> u64 {
         match self {
             Self::F64 | Self::I64 => 8,
@@ -100,8 +101,8 @@ impl Element {
     }
 }
 
-/// The files that may hold a model, in the order in which transformers and peft look for them; an
-/// index names the shards.
+/// The files that may contain a model, in the order in which transformers and peft look for them;
+/// `true` marks an index, which lists shards.
 const SINGLE_OR_INDEX: [(&str, bool); 6] = [
     ("model.safetensors", false),
     ("model.safetensors.index.json", true),
@@ -112,11 +113,11 @@ const SINGLE_OR_INDEX: [(&str, bool); 6] = [
 ];
 
 impl Shards {
-    /// Opens the weights in `folder`: the first there is of `model.safetensors`, its shards,
+    /// Opens the weights in `folder`: the first that exists of `model.safetensors`, its shards,
     /// `pytorch_model.bin`, its shards, `adapter_model.safetensors` and `adapter_model.bin`.
     ///
-    /// Fails when none is there, a shard is missing, truncated or damaged, or a torch file holds
-    /// anything but tensors.
+    /// Fails if there are none, if a shard is missing, truncated or corrupt, or if a torch file
+    /// contains anything but tensors.
     pub fn open(folder: &Path) -> Result<Self, CheckpointError> {
         for (name, is_index) in SINGLE_OR_INDEX {
             let path = folder.join(name);
@@ -135,11 +136,11 @@ impl Shards {
         let wanted = SINGLE_OR_INDEX.map(|(name, _)| name).join(", ");
         Err(CheckpointError::new(
             folder,
-            format!("no weights; expected one of {wanted}"),
+            format!("no weights found; expected one of {wanted}"),
         ))
     }
 
-    /// Opens one file, whatever its name: safetensors or torch (told apart by how it begins).
+    /// Opens one file of any name: safetensors or torch, detected from its first bytes.
     pub fn open_file(path: &Path) -> Result<Self, CheckpointError> {
         let places = places(path)?.into_iter();
         Ok(Self {
@@ -149,8 +150,8 @@ impl Shards {
         })
     }
 
-    /// Opens the shards that an index file names. A tensor that lies in several shards is taken
-    /// from the one that the index names.
+    /// Opens the shards that an index file lists. A tensor that is in several shards is taken from
+    /// the one that the index gives for it.
     fn open_index(folder: &Path, index: &Path) -> Result<Self, CheckpointError> {
         let shard_of = read_index(index)?;
         let mut names: Vec<&str> = shard_of.values().map(String::as_str).collect();
@@ -163,7 +164,7 @@ impl Shards {
             if Path::new(name).file_name() != Some(name.as_ref()) {
                 return Err(CheckpointError::new(
                     index,
-                    format!("`{name}` is not the name of a shard"),
+                    format!("`{name}` is not a valid shard name"),
                 ));
             }
             if !path.is_file() {
@@ -190,7 +191,7 @@ impl Shards {
         })
     }
 
-    /// A folder whose one file holds float32 tensors of these shapes.
+    /// Creates a folder whose one file contains float32 tensors of these shapes.
     #[cfg(test)]
     pub(super) fn of(folder: &Path, tensors: &BTreeMap<String, Vec<i64>>) -> Self {
         let place = |shape: &Vec<i64>| TensorLocation {
@@ -210,27 +211,27 @@ impl Shards {
         }
     }
 
-    /// The folder or file that was opened.
+    /// Returns the folder or file that was opened.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The names of all tensors, sorted.
+    /// Returns the names of all tensors, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
     }
 
-    /// Whether there is a tensor of this name.
+    /// True if there is a tensor of this name.
     pub fn has(&self, name: &str) -> bool {
         self.tensors.contains_key(name)
     }
 
-    /// The files that hold the weights, sorted by name.
+    /// Returns the files that contain the weights, sorted by name.
     pub fn files(&self) -> impl Iterator<Item = &Path> {
         self.files.iter().map(PathBuf::as_path)
     }
 
-    /// The stored type, the shape and the file of a tensor.
+    /// Returns the stored type, the shape and the file of a tensor.
     pub fn info(&self, name: &str) -> Option<TensorInfo<'_>> {
         let (shard, place) = self.tensors.get(name)?;
         Some(TensorInfo {
@@ -240,14 +241,14 @@ impl Shards {
         })
     }
 
-    /// The index of a tensor's file in [`Shards::files`], and where it lies in that file.
+    /// Returns the index of a tensor's file in [`Shards::files`] and its location in that file.
     pub fn place(&self, name: &str) -> Option<(usize, &TensorLocation)> {
         let (file, place) = self.tensors.get(name)?;
         Some((*file, place))
     }
 }
 
-/// Reads where the tensors of a file lie.
+/// Reads the tensor locations of a file.
 fn places(path: &Path) -> Result<Vec<(String, TensorLocation)>, CheckpointError> {
     let in_file = |problem: String| CheckpointError::new(path, problem);
     let mut file = files::open(path).map_err(|error| in_file(error.to_string()))?;
@@ -257,26 +258,25 @@ fn places(path: &Path) -> Result<Vec<(String, TensorLocation)>, CheckpointError>
         .read_to_end(&mut start)
         .map_err(|error| in_file(error.to_string()))?;
     let places = match start.as_slice() {
-        // A header's length in eight bytes, little-endian, then the header, which is JSON.
+        // A safetensors file: the length of the header in eight bytes, little-endian, then the
+        // header in JSON.
         [_, _, _, _, 0, 0, 0, 0, b'{', ..] => safetensors::places(&file),
         [b'P', b'K', 3, 4, ..] => torch::places(&file),
-        [0x80, 2..=5, ..] => Err(
-            "a torch file in the form from before torch 1.6, which is not \
-             read; load it with a current torch and save it again, best with safetensors"
-                .to_owned(),
-        ),
+        [0x80, 2..=5, ..] => Err("unsupported torch format from before torch 1.6; \
+             load the file with a current torch and save it again, preferably as safetensors"
+            .to_owned()),
         b"version https://" => {
             Err("a Git LFS pointer, not the file itself; run `git lfs pull`".to_owned())
         }
         [] => Err("the file is empty".to_owned()),
-        _ => Err("neither a safetensors nor a torch file, or its beginning is damaged".into()),
+        _ => Err("neither a safetensors nor a torch file, or corrupt at its start".into()),
     };
     places.map_err(in_file)
 }
 
 impl TensorLocation {
-    /// The steps of a tensor of this shape whose elements follow each other, last dimension
-    /// fastest; `None` when the shape is negative or has more elements than can be counted.
+    /// Returns the strides of a tensor of this shape in row-major order; `None` if the shape is
+    /// negative or has more elements than can be counted.
     fn row_major(shape: &[i64]) -> Option<Vec<i64>> {
         let mut strides = vec![0; shape.len()];
         let mut elements = 1_i64;
@@ -287,8 +287,8 @@ impl TensorLocation {
         Some(strides)
     }
 
-    /// Elements from the first to the last of a tensor, both included; `None` when a number is
-    /// negative or the sum is too large to be counted.
+    /// Returns the number of elements from the first to the last of a tensor inclusive; `None` if a
+    /// number is negative or the sum overflows.
     fn span(shape: &[i64], strides: &[i64]) -> Option<u64> {
         if shape.len() != strides.len() || shape.iter().chain(strides).any(|&n| n < 0) {
             return None;
@@ -304,7 +304,7 @@ impl TensorLocation {
     }
 }
 
-/// Reads `weight_map` of an index: which shard holds which tensor.
+/// Reads `weight_map` of an index: the shard of each tensor.
 fn read_index(index: &Path) -> Result<BTreeMap<String, String>, CheckpointError> {
     #[derive(serde::Deserialize)]
     struct Index {
@@ -330,7 +330,7 @@ mod tests {
     use super::*;
     use crate::test_util::shard;
 
-    /// What `open` says about a folder, as a user would read it.
+    /// Returns the error of `open` for a folder, as a user would see it.
     fn diagnostic(folder: &Path) -> String {
         Shards::open(folder).unwrap_err().to_string()
     }
@@ -350,7 +350,7 @@ mod tests {
         write_index(r#"{"a": "one.safetensors", "b": "one.safetensors"}"#);
         assert!(diagnostic(folder.path()).contains("`b` is not in the shard `one.safetensors`"));
         write_index(r#"{"a": "../one.safetensors"}"#);
-        assert!(diagnostic(folder.path()).contains("is not the name of a shard"));
+        assert!(diagnostic(folder.path()).contains("is not a valid shard name"));
         write_index(r#"{"a": "one.safetensors"}"#);
     }
 

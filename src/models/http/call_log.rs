@@ -1,4 +1,4 @@
-//! The calls of a run, a line each.
+//! The call log of a judge: one line of JSON per call to an endpoint.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -9,31 +9,31 @@ use crate::ModelError;
 use ovchat_io::files::lines::LineFile;
 use ovchat_io::files::{create_folder, folder_of};
 
-/// The most tokens that a call is believed to have read or written.
+/// Maximum plausible number of tokens of a call.
 pub const TOKENS_MAX: u64 = 1_000_000_000;
 
-/// A call that was replied to.
+/// A call that was answered.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Call {
-    /// The judge, by its name in the pipeline.
+    /// The name of the judge in the pipeline.
     pub judge: String,
-    /// SHA-256 of what was asked: model, text, pictures, how the reply is drawn.
+    /// SHA-256 of the request: model, text, images and sampling settings.
     pub hash: String,
-    /// What it was about, in words.
+    /// The id of the prompt.
     pub about: String,
     pub model: String,
-    /// How often it was asked before without a readable reply.
+    /// Earlier attempts whose replies were not readable.
     pub attempt: u32,
     pub reply: String,
     pub prompt_tokens: u64,
     pub reply_tokens: u64,
     pub milliseconds: u64,
-    /// When it was replied to, in seconds since 1970.
+    /// Time of the reply, in seconds since 1970.
     pub at: u64,
 }
 
 impl Call {
-    /// Whether its numbers can be. The table `calls` has them as signed integers.
+    /// True if the numbers are plausible. The table `calls` stores them as signed integers.
     fn is_plausible(&self) -> bool {
         let times = [self.milliseconds, self.at];
         [self.prompt_tokens, self.reply_tokens]
@@ -44,20 +44,20 @@ impl Call {
     }
 }
 
-/// The calls of a run.
+/// The call log of one judge and run.
 pub struct CallLog {
     path: PathBuf,
     file: LineFile,
     known: LoggedCalls,
-    /// What was set aside when it was opened, in words.
+    /// A note on lines that were skipped when the log was opened.
     pub note: Option<String>,
 }
 
-/// What the journal says.
+/// The contents of the log in memory.
 #[derive(Default)]
 struct LoggedCalls {
     replies: HashMap<String, String>,
-    /// Tokens read and written so far.
+    /// Prompt and reply tokens so far.
     tokens: [u64; 2],
 }
 
@@ -71,12 +71,12 @@ impl LoggedCalls {
 }
 
 impl CallLog {
-    /// Opens the journal, and begins one where there is none. Lines that are no calls, the last one where
-    /// it was cut off among them, are set aside.
+    /// Opens the call log, creating it if it does not exist. Lines that are not valid calls, such
+    /// as a truncated last line, are moved aside.
     pub fn open(path: &Path) -> Result<Self, ModelError> {
         let failed = |error: std::io::Error| ModelError::Weights {
             path: path.to_owned(),
-            problem: format!("the journal of calls: {error}"),
+            problem: format!("cannot open the call log: {error}"),
         };
         create_folder(folder_of(path)).map_err(failed)?;
         let mut known = LoggedCalls::default();
@@ -86,7 +86,7 @@ impl CallLog {
             call.map(|call| known.take(call)).is_some()
         })
         .map_err(failed)?;
-        let note = note.map(|note| format!("{note}; what they asked is asked again"));
+        let note = note.map(|note| format!("{note}; their requests are sent again"));
         Ok(Self {
             path: path.to_owned(),
             file,
@@ -95,7 +95,7 @@ impl CallLog {
         })
     }
 
-    /// The reply to what has this hash.
+    /// Returns the reply to the request with this hash.
     pub fn reply(&self, hash: &str) -> Option<&String> {
         self.known.replies.get(hash)
     }
@@ -104,18 +104,18 @@ impl CallLog {
         self.known.replies.is_empty()
     }
 
-    /// Tokens read and written so far.
+    /// Returns the numbers of prompt and reply tokens so far.
     pub fn tokens(&self) -> [u64; 2] {
         self.known.tokens
     }
 
-    /// Adds a call, and waits until it is on the disk.
+    /// Appends a call and syncs it to disk.
     pub fn write(&mut self, call: Call) -> Result<(), ModelError> {
         let line = serde_json::to_vec(&call).expect("text and numbers are valid JSON");
         let written = self.file.append(&line);
         written.map_err(|error| ModelError::Weights {
             path: self.path.clone(),
-            problem: format!("the journal of calls: {error}"),
+            problem: format!("cannot write the call log: {error}"),
         })?;
         self.known.take(call);
         Ok(())
@@ -150,11 +150,11 @@ mod tests {
         let text = fs::read(&path).unwrap();
         fs::write(&path, &text[..text.len() - 3]).unwrap();
         let mut again = CallLog::open(&path).unwrap();
-        assert!(again.note.is_some(), "one was cut off");
+        assert!(again.note.is_some(), "one line was truncated");
         assert_eq!((again.known.replies.len(), again.tokens()), (1, [10, 2]));
         assert_eq!(again.reply("a").unwrap(), "7 ü\n");
         again.write(call("c")).unwrap();
-        // Numbers that can't be, and would stop every later start.
+        // Implausible numbers that would make every later start fail.
         let mut poisoned = fs::read_to_string(&path).unwrap();
         let line = serde_json::to_string(&call("d")).unwrap();
         let line = line.replace(
@@ -164,7 +164,10 @@ mod tests {
         poisoned.insert_str(0, &(line + "\nnonsense\n"));
         fs::write(&path, poisoned).unwrap();
         let last = CallLog::open(&path).unwrap();
-        assert!(last.note.is_some_and(|note| note.contains("2 lines were")));
+        assert!(
+            last.note
+                .is_some_and(|note| note.contains("moved 2 corrupt lines"))
+        );
         assert_eq!((last.known.replies.len(), last.known.tokens), (2, [20, 4]));
         assert_eq!(CallLog::open(&path).unwrap().note, None);
     }

@@ -1,5 +1,5 @@
-//! Questions on their way: put again where the endpoint can't take them now, and written down when they were
-//! replied to. This happens on threads, which may outlive the run that asked.
+//! Calls to an endpoint with retries and a call log, on threads that may outlive the run that
+//! started them.
 
 use std::any::Any;
 use std::collections::VecDeque;
@@ -21,62 +21,62 @@ use super::limiter::CallLimiter;
 use crate::{EncodedImage, ModelError, Request, RowFault};
 use ovchat_io::mask::Mask;
 
-/// The longest wait between two tries.
+/// Maximum wait between two attempts.
 const WAIT_MAX: Duration = Duration::from_mins(2);
 
-/// The try from which on the usual wait grows no more.
+/// The number of attempts after which the backoff stops doubling.
 const DOUBLINGS: u32 = 16;
 
-/// For how long the first call of a run is tried where nothing listens: the address is wrong, or the server
-/// is not up.
+/// Maximum time that the first call of a run is retried while nothing listens at the address:
+/// either the address is wrong or the server is down.
 const FIRST_WAIT: Duration = Duration::from_secs(5);
 
-/// What came of a call.
+/// The outcome of a call.
 pub enum Reply {
     Written(Call),
-    /// This question can't be put; others can.
+    /// The endpoint refuses this request; others may succeed.
     Refused(RowFault),
-    /// Nothing can be asked any more.
+    /// No more calls can be made.
     Failed(ModelError),
 }
 
-/// What a call under way has to tell.
+/// A message from a call's thread.
 pub enum Heard {
-    /// What came of the request of this number.
+    /// The outcome of the request with this index.
     Reply(usize, Reply),
-    /// What it waits for, or found odd, in words.
+    /// A note on a wait or an oddity.
     Note(String),
 }
 
-/// Puts questions. Its threads share it, and may outlive the run that asked: a reply that nobody waits for
-/// is still written down.
+/// A client for one endpoint. Its threads share it and may outlive the run that started them: a
+/// reply that arrives late is still written to the call log.
 pub struct EndpointClient {
     pub spec: Http,
     pub endpoint: Endpoint,
     pub judge: String,
     pub journal: Mutex<CallLog>,
     pub mask: Mask,
-    /// Whether the endpoint has said anything in this run.
+    /// True once the endpoint has responded in this run.
     pub was_heard: AtomicBool,
 }
 
-/// Questions that are put together.
+/// A batch of requests.
 pub struct Work {
     pub asker: Arc<EndpointClient>,
     pub requests: Vec<Request>,
     pub hashes: Vec<String>,
-    /// The numbers of those that were not put yet.
+    /// Indices of the requests that were not sent yet.
     pub waiting: Mutex<VecDeque<usize>>,
     pub gate: CallLimiter,
 }
 
-/// A thread that has panicked leaves nothing half-done behind.
+/// Locks a mutex. Poisoning is ignored: a panicking thread leaves no half-done change behind.
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl EndpointClient {
-    /// What decides a reply.
+    /// Returns the hash of everything that determines a reply.
     pub fn hash(&self, request: &Request) -> String {
         let mut hasher = Sha256::new();
         let images = request.prompt.images.iter().map(|image| image.id.as_str());
@@ -116,8 +116,8 @@ impl EndpointClient {
         })
     }
 
-    /// Puts a question until it is replied to, refused, or was put often enough; gives up, without a
-    /// reply, when nothing is to be asked any more.
+    /// Sends a request until it is answered or refused, or the attempts are used up. `None`,
+    /// without a reply, if the limiter was closed.
     fn ask(
         &self,
         request: &Request,
@@ -180,12 +180,12 @@ impl EndpointClient {
                         presence == Presence::Absent && !self.was_heard.load(Ordering::SeqCst);
                     if number == tries || (is_hopeless && waited + wait > FIRST_WAIT) {
                         let advice = if is_hopeless {
-                            "; is the server up, and `base_url` right?"
+                            "; check that the server is up and that `base_url` is correct"
                         } else {
                             ""
                         };
                         return Some(self.fails(format!(
-                            "it was tried {number} times; the last time it {what}{more}{advice}"
+                            "failed after {number} attempts; in the last one, {what}{more}{advice}"
                         )));
                     }
                     if number == 1 {
@@ -197,14 +197,14 @@ impl EndpointClient {
                         };
                         let url = self.endpoint.url();
                         let longest = in_words(longest);
-                        tell(format!("{url} {what}; trying again for up to {longest}"));
+                        tell(format!("{url}: {what}; retrying for up to {longest}"));
                     }
                     waited += wait;
                     gate.rest(wait);
                     continue;
                 }
             };
-            // Before the next one may enter.
+            // Must happen before the next call may start.
             if let Reply::Failed(_) = reply {
                 gate.close();
             }
@@ -214,7 +214,7 @@ impl EndpointClient {
         None
     }
 
-    /// Nobody hears of a reply that would be lost.
+    /// Writes a call to the call log. A reply that cannot be logged is not used.
     fn write(&self, call: Call) -> Reply {
         match lock(&self.journal).write(call.clone()) {
             Ok(()) => Reply::Written(call),
@@ -222,13 +222,14 @@ impl EndpointClient {
         }
     }
 
-    /// How long to wait after a try, counted from 1, where the endpoint does not say.
+    /// Returns the default wait after attempt `number`, counted from 1, if the endpoint sends no
+    /// `Retry-After`.
     fn usual_wait(&self, number: u32) -> Duration {
         let doubled = self.spec.wait_s.max(0.0) * f64::from(1_u32 << (number - 1).min(DOUBLINGS));
         Duration::from_secs_f64(doubled.min(WAIT_MAX.as_secs_f64()))
     }
 
-    /// How long so many tries wait in all.
+    /// Returns the total of the default waits of `tries` attempts.
     fn usual_waits(&self, tries: u32) -> Duration {
         let growing = tries.min(DOUBLINGS);
         let early: Duration = (1..growing).map(|number| self.usual_wait(number)).sum();
@@ -236,7 +237,7 @@ impl EndpointClient {
         early.saturating_add(late.saturating_mul(tries - growing))
     }
 
-    /// Whether so much was spent that nothing more may be asked.
+    /// Returns a failure if the spending limit is reached.
     fn spent(&self) -> Option<Reply> {
         let spend = self.spec.spend?;
         let tokens = lock(&self.journal).tokens();
@@ -245,8 +246,8 @@ impl EndpointClient {
             + written * spend.per_million_reply_tokens.get();
         (cost >= spend.limit.get()).then(|| {
             self.fails(format!(
-                "the calls of this run have cost {cost:.4}, and `spend.limit` is {}; what was replied is \
-                 kept, and with a higher limit the same command goes on",
+                "the calls of this run have cost {cost:.4} and reached `spend.limit` ({}); all replies are \
+                 kept: raise the limit and rerun the command to resume",
                 spend.limit.get()
             ))
         })
@@ -254,10 +255,10 @@ impl EndpointClient {
 }
 
 impl Work {
-    /// Puts one question after the other until none is left, or nothing is to be asked any more.
+    /// Sends one request after the other until none is left or the limiter is closed.
     pub fn go(&self, sender: &Sender<Heard>) {
         let tell = |text| {
-            // Nobody is left to hear it when the run ends.
+            // There is no receiver any more once the run has ended.
             drop(sender.send(Heard::Note(text)));
         };
         while !self.gate.is_closed() {
@@ -276,7 +277,7 @@ impl Work {
                     let about = self.asker.mask.hide(&request.prompt.id);
                     let words = words_of(&*panic);
                     self.asker.fails(format!(
-                        "the call about {about} ended in a mistake of this program, which is worth a report: {words}"
+                        "internal error in the call for {about}: {words}; please report this bug"
                     ))
                 }
             };
@@ -290,14 +291,14 @@ impl Work {
     }
 }
 
-/// What a thread said when it panicked.
+/// Returns the message of a panic.
 fn words_of(panic: &(dyn Any + Send)) -> &str {
     let text = panic.downcast_ref::<String>().map(String::as_str);
     text.or(panic.downcast_ref::<&str>().copied())
-        .unwrap_or("it does not say what")
+        .unwrap_or("panic without a message")
 }
 
-/// A time in words: `4 s`, `2 min`.
+/// Formats a duration: `4 s`, `2 min`.
 fn in_words(time: Duration) -> String {
     match time.as_secs_f64() {
         seconds if seconds < 100.0 => format!("{:.0} s", seconds.ceil()),
@@ -305,11 +306,11 @@ fn in_words(time: Duration) -> String {
     }
 }
 
-/// A picture as part of a request.
+/// Encodes an image as a data URL for a request.
 fn data_url(image: &EncodedImage) -> Result<String, RowFault> {
     let Some(media) = image.media_type() else {
         return Err(RowFault(format!(
-            "picture {}: endpoints take PNG, JPEG, WebP and GIF, and it is none of these",
+            "image {} has an unsupported format; endpoints accept PNG, JPEG, WebP and GIF",
             image.id
         )));
     };
@@ -325,7 +326,7 @@ mod tests {
     use crate::ChatPrompt;
 
     #[test]
-    fn pictures_are_told_by_their_first_bytes() {
+    fn images_are_told_by_their_first_bytes() {
         let image = |bytes: &[u8]| EncodedImage {
             id: "p".to_owned(),
             bytes: bytes.into(),
@@ -363,20 +364,20 @@ mod tests {
                 was_heard: AtomicBool::new(false),
             }),
             requests: vec![Request { prompt, attempt: 0 }],
-            // The mistake: there is none for the request.
+            // The bug: the request has no hash.
             hashes: Vec::new(),
             waiting: Mutex::new(VecDeque::from([0])),
         };
         let (sender, heard) = std::sync::mpsc::channel();
         work.go(&sender);
         let Ok(Heard::Reply(0, Reply::Failed(error))) = heard.recv() else {
-            panic!("no error is told");
+            panic!("no error was reported");
         };
         let told = error.to_string();
         assert!(
-            told.contains("a mistake of this program") && told.contains("index out of bounds"),
+            told.contains("internal error in the call") && told.contains("index out of bounds"),
             "{told}"
         );
-        assert!(!work.gate.enter(), "nothing more is asked");
+        assert!(!work.gate.enter(), "no more calls start");
     }
 }

@@ -1,4 +1,4 @@
-//! One try to put a question to an endpoint.
+//! One HTTP request to an endpoint, and the classification of its response.
 
 use std::io::ErrorKind;
 use std::time::Duration;
@@ -11,39 +11,40 @@ use super::call_log::TOKENS_MAX;
 use crate::tls;
 use ovchat_io::mask::Mask;
 
-/// The longest part of an endpoint's complaint that is shown.
+/// Maximum length of an endpoint's message in errors, in characters.
 const SHOWN_MAX: usize = 300;
 
-/// What a try gave. Texts of the endpoint are masked.
+/// The outcome of one attempt. Texts from the endpoint are masked.
 pub enum Try {
     Replied(EndpointReply),
-    /// This question can't be put, others can; in words.
+    /// The endpoint refuses this request, but may accept others; with the reason.
     Refused(String),
-    /// Nothing can be asked any more; in words.
+    /// No more calls can be made; with the reason.
     Failed(String),
-    /// The endpoint can't take it now.
+    /// The endpoint cannot take the request now.
     Later {
         wait: Option<Duration>,
-        /// What it does in place of replying: `refuses the connection`, `says 429`.
+        /// The failure, as a clause: `the connection was refused`, `the endpoint returned HTTP
+        /// 429`.
         what: String,
-        /// What it says beside that.
+        /// The endpoint's message or the error.
         more: String,
         presence: Presence,
     },
 }
 
-/// How much there is of an endpoint.
+/// Evidence that the endpoint exists.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Presence {
-    /// Nothing listens there.
+    /// Nothing listens at the address.
     Absent,
-    /// It has not said anything.
+    /// The endpoint has not responded.
     Silent,
     Speaks,
 }
 
 impl Try {
-    /// Whether the endpoint has said anything.
+    /// True if the endpoint has responded.
     pub fn is_heard(&self) -> bool {
         match self {
             Self::Later { presence, .. } => *presence == Presence::Speaks,
@@ -55,13 +56,13 @@ impl Try {
 /// A reply.
 pub struct EndpointReply {
     pub text: String,
-    /// Tokens that were read and written, as far as the endpoint says so and it can be.
+    /// Prompt and reply tokens; 0 if the endpoint reports none or an implausible number.
     pub tokens: [u64; 2],
-    /// What is odd about it, in words.
+    /// A note on an implausible reply.
     pub note: Option<String>,
 }
 
-/// Where questions are put.
+/// An endpoint and the key for it.
 pub struct Endpoint {
     url: String,
     agent: ureq::Agent,
@@ -71,8 +72,8 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// Also returns what somebody should know of its certificates, in words. Fails, in words, when these
-    /// can't be read.
+    /// Opens an endpoint, and returns a note on the certificates if there is one. Fails, with a
+    /// message, if the certificates cannot be read.
     pub fn open(
         spec: &Http,
         key: Option<String>,
@@ -92,7 +93,7 @@ impl Endpoint {
             .timeout_global(Some(timeout))
             .http_status_as_error(false)
             .tls_config(tls)
-            // Wherever it leads, neither the question nor the key go there.
+            // Redirects are not followed, so that neither request nor key reach another address.
             .max_redirects(0)
             .build();
         let endpoint = Self {
@@ -105,12 +106,12 @@ impl Endpoint {
         Ok((endpoint, note))
     }
 
-    /// Where it is.
+    /// Returns the URL of the endpoint.
     pub fn url(&self) -> &str {
         &self.url
     }
 
-    /// Puts a question once.
+    /// Sends a request once.
     pub fn ask(&self, body: &[u8]) -> Try {
         let mut post = self
             .agent
@@ -134,26 +135,28 @@ impl Endpoint {
             Ok(text) => text,
             Err(error) => return self.broken(&error),
         };
-        let diagnostic = || format!("it says {status}: {}", self.shown(&text));
+        let diagnostic = || format!("the endpoint returned HTTP {status}: {}", self.shown(&text));
         match status {
             200..=299 => self.read(&text),
             300..=399 => Try::Failed(format!(
-                "it says {status} and sends to `{}`, where neither the questions nor the key go by themselves; \
-                 if that is the right address, make it `base_url`",
+                "HTTP {status} redirects to `{}`, which is not followed to protect the prompts and the key; \
+                 if that address is correct, set `base_url` to it",
                 self.shown(&location)
             )),
             408 | 409 | 425 | 429 | 500..=599 => Try::Later {
-                // What is no time is not waited for.
+                // A value that is not a valid duration is ignored.
                 wait: wait.and_then(|wait| Duration::try_from_secs_f64(wait).ok()),
-                what: format!("says {status}"),
+                what: format!("the endpoint returned HTTP {status}"),
                 more: format!(": {}", self.shown(&text)),
                 presence: Presence::Speaks,
             },
             400 | 413 | 415 | 422 => Try::Refused(diagnostic()),
             401 | 403 => {
                 let key = match &self.key_env {
-                    Some(name) => format!("; the key is that of {name}"),
-                    None => "; `key_env` names the variable with the key".to_owned(),
+                    Some(name) => format!("; check the key in {name}"),
+                    None => {
+                        "; set `key_env` to the environment variable that holds the key".to_owned()
+                    }
                 };
                 Try::Failed(diagnostic() + &key)
             }
@@ -161,14 +164,17 @@ impl Endpoint {
         }
     }
 
-    /// What a body says with which the endpoint has replied.
+    /// Parses the body of a successful response.
     fn read(&self, text: &str) -> Try {
         let json: Value = serde_json::from_str(text).unwrap_or_default();
         let message = &json["choices"][0]["message"];
         if !message.is_object() {
-            return Try::Failed(format!("this is no reply: {}", self.shown(text)));
+            return Try::Failed(format!(
+                "the response is not a chat completion: {}",
+                self.shown(text)
+            ));
         }
-        // A model that declines says nothing: a reply like any other that can't be read.
+        // A refusal of the model has no content: a reply without a readable verdict.
         let reply = message["content"].as_str().unwrap_or_default();
         let mut note = None;
         let tokens = ["prompt_tokens", "completion_tokens"].map(|name| {
@@ -177,7 +183,7 @@ impl Endpoint {
                 return tokens;
             }
             note = Some(format!(
-                "{} says that a call took {tokens} `{name}`, which can't be; such calls count as 0",
+                "{} reported an implausible {tokens} `{name}` for a call; it is counted as 0",
                 self.url
             ));
             0
@@ -192,16 +198,16 @@ impl Endpoint {
     fn broken(&self, error: &ureq::Error) -> Try {
         let more = || format!(": {}", self.mask.hide(&error.to_string()));
         let (what, more, presence) = match error {
-            ureq::Error::Io(error) if error.kind() == ErrorKind::ConnectionRefused => {
-                ("refuses the connection", String::new(), Presence::Absent)
-            }
-            ureq::Error::HostNotFound => (
-                "has a host that is not found",
+            ureq::Error::Io(error) if error.kind() == ErrorKind::ConnectionRefused => (
+                "the connection was refused",
                 String::new(),
                 Presence::Absent,
             ),
-            ureq::Error::Timeout(_) => ("took too long", more(), Presence::Silent),
-            _ => ("broke off", more(), Presence::Silent),
+            ureq::Error::HostNotFound => {
+                ("the host was not found", String::new(), Presence::Absent)
+            }
+            ureq::Error::Timeout(_) => ("the call timed out", more(), Presence::Silent),
+            _ => ("the connection was interrupted", more(), Presence::Silent),
         };
         Try::Later {
             wait: None,
@@ -211,9 +217,9 @@ impl Endpoint {
         }
     }
 
-    /// The beginning of a text of the endpoint, on one line.
+    /// Returns the start of a text from the endpoint, masked and on one line.
     fn shown(&self, text: &str) -> String {
-        // Masked before anything else: a secret that is cut in two would not be found.
+        // Masking comes first: a truncated secret would not be found.
         let text = self.mask.hide(text);
         let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
         let mut shown: String = line.chars().take(SHOWN_MAX).collect();

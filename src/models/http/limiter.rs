@@ -1,10 +1,10 @@
-//! How many calls are under way at once, and that they rest no longer than the run goes on.
+//! A limit on concurrent calls that adapts to the endpoint.
 
 use std::num::NonZeroU32;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// How many calls may be under way.
+/// A limiter of concurrent calls.
 pub struct CallLimiter {
     state: Mutex<LimiterState>,
     changed: Condvar,
@@ -14,15 +14,15 @@ pub struct CallLimiter {
 struct LimiterState {
     under_way: usize,
     limit: f64,
-    /// Whether it was too much once.
+    /// True once the endpoint has rejected a call as too many.
     was_too_many: bool,
-    /// Whether nothing is to be asked any more.
+    /// True if no more calls may start.
     is_closed: bool,
 }
 
 impl CallLimiter {
     pub fn new(most: NonZeroU32) -> Self {
-        // The first call is alone: a wrong address or key is found out once.
+        // Starts with a single call, so that a wrong address or key costs one call only.
         let state = LimiterState {
             under_way: 0,
             limit: 1.0,
@@ -40,7 +40,7 @@ impl CallLimiter {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until one more call may be under way. `false` means that none may, ever again.
+    /// Waits until one more call may start. `false` if the limiter was closed.
     #[must_use]
     pub fn enter(&self) -> bool {
         let is_full = |state: &mut LimiterState| {
@@ -52,13 +52,13 @@ impl CallLimiter {
         !state.is_closed
     }
 
-    /// Waits for so long, or until the gate closes.
+    /// Waits for `time`, or until the limiter is closed.
     pub fn rest(&self, time: Duration) {
         let is_open = |state: &mut LimiterState| !state.is_closed;
         drop(self.changed.wait_timeout_while(self.lock(), time, is_open));
     }
 
-    /// Lets nobody in any more, and wakes all who wait.
+    /// Closes the limiter: no more calls start, and all waiting threads wake up.
     pub fn close(&self) {
         self.lock().is_closed = true;
         self.changed.notify_all();
@@ -68,7 +68,7 @@ impl CallLimiter {
         self.lock().is_closed
     }
 
-    /// A call came back; `was_too_many`: the endpoint could not take it.
+    /// Reports the end of a call; `was_too_many` is true if the endpoint could not take it.
     pub fn leave(&self, was_too_many: bool) {
         let mut state = self.lock();
         state.under_way = state.under_way.saturating_sub(1);

@@ -1,11 +1,11 @@
-//! Settings of an endpoint that check themselves.
+//! Validated settings of an endpoint: its base URL, and the spending limit and prices of calls.
 
 use std::borrow::Cow;
 
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 
-/// The path of calls, behind the base.
+/// The path of the chat completions API, relative to the base URL.
 const CALLS: &str = "/chat/completions";
 
 /// An `http` or `https` URL to which the endpoint's paths are appended.
@@ -18,7 +18,7 @@ impl BaseUrl {
         &self.0
     }
 
-    /// The address of calls.
+    /// Returns the URL of the chat completions API.
     pub fn calls(&self) -> String {
         format!("{}{CALLS}", self.0.trim_end_matches('/'))
     }
@@ -28,7 +28,8 @@ impl TryFrom<String> for BaseUrl {
     type Error = String;
 
     fn try_from(text: String) -> Result<Self, String> {
-        let wanted = "write one such as `https://api.openai.com/v1` or `http://127.0.0.1:8000/v1`";
+        let wanted =
+            "expected a URL such as `https://api.openai.com/v1` or `http://127.0.0.1:8000/v1`";
         let is_http = |url: &ureq::http::Uri| {
             matches!(url.scheme_str(), Some("http" | "https")) && url.host().is_some()
         };
@@ -41,18 +42,18 @@ impl TryFrom<String> for BaseUrl {
             && !port.parse::<u16>().is_ok_and(|port| port > 0)
         {
             return Err(format!(
-                "`{text}` has the port {port}, and ports go from 1 to 65535"
+                "invalid port {port} in `{text}`, expected 1 to 65535"
             ));
         }
         if let Some(base) = text.trim_end_matches('/').strip_suffix(CALLS) {
             return Err(format!(
-                "`{text}` is where calls go; write `{base}`, to which `{CALLS}` is appended"
+                "`{text}` is the URL of calls; use the base URL `{base}`, to which `{CALLS}` is appended"
             ));
         }
-        // The paths of the endpoint would become a part of it.
+        // Appended paths would become part of the query or fragment.
         if url.query().is_some() || text.contains('#') {
             return Err(format!(
-                "`{text}` has a query or a fragment, and paths are appended to it; {wanted}"
+                "`{text}` has a query or a fragment, so no path can be appended to it; {wanted}"
             ));
         }
         Ok(Self(text))
@@ -74,19 +75,20 @@ impl JsonSchema for BaseUrl {
     }
 }
 
-/// What calls cost, in any currency.
+/// Prices of calls and a spending limit, in any currency.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Spend {
-    /// The run stops when its calls have cost so much; calls under way may still come on top.
+    /// Spending limit for the calls of a run, above 0. The run stops when it is reached; calls in
+    /// flight may still exceed it.
     pub limit: SpendLimit,
-    /// The price of a million tokens that are read.
+    /// Price per million prompt tokens.
     pub per_million_prompt_tokens: Price,
-    /// The price of a million tokens that are written.
+    /// Price per million reply tokens.
     pub per_million_reply_tokens: Price,
 }
 
-/// What the calls of a run may cost; more than nothing.
+/// A spending limit, above 0.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "f64", into = "f64")]
 pub struct SpendLimit(f64);
@@ -105,7 +107,7 @@ impl TryFrom<f64> for SpendLimit {
             return Ok(Self(limit));
         }
         Err(format!(
-            "{limit} is not above 0, and nothing could be asked"
+            "{limit} is out of range, expected a number above 0"
         ))
     }
 }
@@ -125,7 +127,7 @@ impl JsonSchema for SpendLimit {
     }
 }
 
-/// The price of a million tokens; 0 or more.
+/// A price of a million tokens, 0 or more.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "f64", into = "f64")]
 pub struct Price(f64);
@@ -143,7 +145,7 @@ impl TryFrom<f64> for Price {
         if price >= 0.0 && price.is_finite() {
             return Ok(Self(price));
         }
-        Err(format!("{price} is not a price: 0 or more"))
+        Err(format!("{price} is out of range, expected 0 or more"))
     }
 }
 
@@ -198,15 +200,15 @@ mod tests {
         for (text, diagnostic) in [
             (
                 "http://localhost:99999/v1",
-                "`http://localhost:99999/v1` has the port 99999, and ports go from 1 to 65535",
+                "invalid port 99999 in `http://localhost:99999/v1`, expected 1 to 65535",
             ),
             (
                 "http://[::1]:0/v1",
-                "`http://[::1]:0/v1` has the port 0, and ports go from 1 to 65535",
+                "invalid port 0 in `http://[::1]:0/v1`, expected 1 to 65535",
             ),
             (
                 "https://api.openai.com/v1/chat/completions/",
-                "`https://api.openai.com/v1/chat/completions/` is where calls go; write \
+                "`https://api.openai.com/v1/chat/completions/` is the URL of calls; use the base URL \
                  `https://api.openai.com/v1`, to which `/chat/completions` is appended",
             ),
         ] {

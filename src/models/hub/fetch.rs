@@ -1,11 +1,13 @@
-//! Repositories of the hub are fetched into its cache, laid out as `huggingface_hub` lays it out
-//! (`file_download.py`): files by content in `blobs`, and in `snapshots/<commit>` links to them by name.
+//! Downloads from the Hugging Face hub into its cache, in the cache layout of `huggingface_hub`.
 //!
-//! A file is whole before it has its name: it grows as `<name>.incomplete` up to the size that the hub
-//! lists, goes on where it was cut off, and is compared with the hub's SHA-256 or, for one that lies in
-//! git, with git's hash. Who fetches it holds the lock that
-//! `huggingface_hub` takes, too. The links come last, those to the weights behind all others: where there
-//! are weights, there is everything.
+//! The layout (`file_download.py`) stores files by content hash in `blobs`, and links to them by
+//! name in `snapshots/<commit>`.
+//!
+//! A file gets its final name only when it is complete: it grows as `<name>.incomplete` up to the
+//! size that the hub lists, resumes where it was interrupted, and is verified against the hub's
+//! SHA-256 or, for a file stored in git, git's hash. During the download, the lock that
+//! `huggingface_hub` uses is held. Links are created last, those to weights after all others: if
+//! the weights are there, everything is.
 
 use std::fmt::Display;
 use std::fs::{self, File, OpenOptions};
@@ -24,17 +26,17 @@ use super::{Repository, cache, has_ending, home, is_weights, variable};
 use ovchat_io::files;
 use ovchat_io::mask::Mask;
 
-/// How often a file is gone on with that was cut off, and how long to wait before the second time; twice
-/// as long before each other.
+/// Maximum number of attempts for a file, and the wait before the second attempt; the wait doubles
+/// for each further one.
 const TRIES: u32 = 5;
 const WAIT: Duration = Duration::from_secs(1);
 
-/// The most redirects that are followed for one file.
+/// Maximum number of redirects for one file.
 const REDIRECTS_MAX: u32 = 10;
 
-/// Why nothing came.
+/// A failed request.
 enum Refusal {
-    /// It may come later.
+    /// A retry may succeed.
     Later(String),
     Never(String),
 }
@@ -47,17 +49,17 @@ impl Refusal {
     }
 }
 
-/// The hub, and where what comes from it lies.
+/// A client of the hub, with the cache that it downloads into.
 pub struct Hub {
     endpoint: String,
     token: Option<String>,
     cache: PathBuf,
     agent: ureq::Agent,
-    /// What somebody should know of the certificates, in words.
+    /// A note on the certificates.
     note: Option<String>,
 }
 
-/// What the hub says of a revision.
+/// The hub's description of a revision.
 #[derive(Deserialize)]
 struct Listing {
     sha: String,
@@ -68,19 +70,19 @@ struct Listing {
 struct Listed {
     rfilename: String,
     size: Option<u64>,
-    /// Git's hash of it.
+    /// Git's hash of the file.
     #[serde(rename = "blobId")]
     blob: Option<String>,
     lfs: Option<Large>,
 }
 
-/// A file that does not lie in git.
+/// A file that is stored outside git, with LFS.
 #[derive(Deserialize)]
 struct Large {
     sha256: String,
 }
 
-/// True if `HF_HUB_OFFLINE` forbids to fetch anything.
+/// True if `HF_HUB_OFFLINE` forbids downloads.
 pub fn is_offline() -> bool {
     let offline = variable("HF_HUB_OFFLINE").and_then(|value| value.into_string().ok());
     let offline = offline.unwrap_or_default().to_uppercase();
@@ -88,9 +90,9 @@ pub fn is_offline() -> bool {
 }
 
 impl Hub {
-    /// The hub as the environment has it: `HF_ENDPOINT`, `HF_TOKEN` or the token that `hf auth login` left,
-    /// and the cache. `None` with `HF_HUB_OFFLINE`, and where there is no place for a cache.
-    /// Fails, in words, where its certificates can't be read.
+    /// Opens the hub configured by the environment: `HF_ENDPOINT`, `HF_TOKEN` or the token stored
+    /// by `hf auth login`, and the cache. `None` with `HF_HUB_OFFLINE`, or if there is no place for
+    /// a cache. Fails, with a message, if the certificates cannot be read.
     pub fn of_environment() -> Result<Option<Self>, String> {
         let text = |name: &str| variable(name)?.into_string().ok();
         if is_offline() {
@@ -111,7 +113,7 @@ impl Hub {
             .timeout_connect(Some(Duration::from_secs(30)))
             .timeout_recv_response(Some(Duration::from_mins(1)))
             .timeout_per_read(Some(Duration::from_secs(30)))
-            // Followed by `get`, which knows where the token may go.
+            // `get` follows redirects and decides where the token may be sent.
             .max_redirects(0)
             .http_status_as_error(false)
             .build();
@@ -125,8 +127,9 @@ impl Hub {
         }))
     }
 
-    /// Fetches what the cache does not have of a repository, and tells `say` of each file. Returns its
-    /// folder; fails in words that say the way out, without the token if the hub repeats it.
+    /// Downloads the files of a repository that the cache lacks, reporting each to `say`, and
+    /// returns the repository's folder. Fails with a message that names the fix; the token is
+    /// masked in all messages.
     pub fn fetch(
         &self,
         repository: &Repository,
@@ -159,9 +162,9 @@ impl Hub {
         let listing = response.body_mut().read_to_vec();
         let listing = listing.map_err(|error| format!("{url}: {error}"))?;
         let Listing { sha, siblings } = serde_json::from_slice(&listing)
-            .map_err(|error| format!("{url}: this is no list of files: {error}"))?;
+            .map_err(|error| format!("{url}: invalid list of files: {error}"))?;
         if sha.is_empty() || !sha.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
-            return Err(format!("{url}: `{sha}` is no commit"));
+            return Err(format!("{url}: `{sha}` is not a commit hash"));
         }
         let folder = repository.folder(&self.cache);
         let io = |path: &Path| {
@@ -206,8 +209,8 @@ impl Hub {
         Ok(snapshot)
     }
 
-    /// Sees to it that the content of a file is in `folder`; `begin` is called before it is fetched. Returns
-    /// what its content is called.
+    /// Ensures that the content of a file is in `folder`, and returns the name of its blob; `begin`
+    /// is called before a download.
     fn blob(
         &self,
         folder: &Path,
@@ -217,15 +220,18 @@ impl Hub {
     ) -> Result<String, String> {
         let large = file.lfs.as_ref().map(|large| large.sha256.clone());
         let Some(blob) = large.or_else(|| file.blob.clone()) else {
-            return Err(format!("{url}: the hub gives no hash of it"));
+            return Err(format!("{url}: the hub lists no hash for this file"));
         };
         let safe = |part: &str| !part.is_empty() && part != ".." && part != ".";
         if !file.rfilename.split('/').all(safe) {
-            return Err(format!("{url}: `{}` is no name of a file", file.rfilename));
+            return Err(format!(
+                "{url}: `{}` is not a valid file name",
+                file.rfilename
+            ));
         }
         let length = if file.lfs.is_some() { 64 } else { 40 };
         if blob.len() != length || !blob.bytes().all(|byte| byte.is_ascii_hexdigit()) {
-            return Err(format!("{url}: `{blob}` is no hash of a file"));
+            return Err(format!("{url}: `{blob}` is not a valid file hash"));
         }
         let blobs = folder.join("blobs");
         let at = blobs.join(&blob);
@@ -242,7 +248,7 @@ impl Hub {
             Ok(lock)
         };
         let _lock = locked().map_err(|error: io::Error| format!("{}: {error}", at.display()))?;
-        // Another program may have been at it.
+        // Another process may have downloaded it in the meantime.
         if !at.is_file() {
             begin();
             self.file(url, &at, file)?;
@@ -250,11 +256,11 @@ impl Hub {
         Ok(blob)
     }
 
-    /// Requests `url` from a byte on and follows its redirects. The token goes to the origin of the endpoint
-    /// only: not to another host, port or scheme.
+    /// Requests `url` from byte `from` on and follows redirects. The token is sent only to the
+    /// origin of the endpoint, not to another host, port or scheme.
     fn get(&self, url: &str, from: u64) -> Result<ureq::http::Response<ureq::Body>, Refusal> {
         let invalid = |url: &str, problem: &dyn Display| {
-            Refusal::Never(format!("{url}: not a valid address: {problem}"))
+            Refusal::Never(format!("{url}: invalid URL: {problem}"))
         };
         let mut at = Url::parse(url).map_err(|error| invalid(url, &error))?;
         let home = at.origin();
@@ -275,8 +281,8 @@ impl Hub {
             }
             let response = request.call().map_err(|error| {
                 Refusal::Later(format!(
-                    "{url}: {error}; what is in the hub's cache is used without a network, and `hf download` on \
-                     another machine fills a cache that can be copied here"
+                    "{url}: {error}; without a network, only repositories in the Hugging Face cache can be used: run `hf download` on \
+                     another machine and copy its cache to this one"
                 ))
             })?;
             let location = response.headers().get("location");
@@ -289,7 +295,7 @@ impl Hub {
             redirects += 1;
             if redirects > REDIRECTS_MAX {
                 return Err(Refusal::Never(format!(
-                    "{url}: the hub redirects more than {REDIRECTS_MAX} times"
+                    "{url}: more than {REDIRECTS_MAX} redirects"
                 )));
             }
             let next = at
@@ -297,7 +303,7 @@ impl Hub {
                 .map_err(|error| invalid(location, &error))?;
             if at.scheme() == "https" && next.scheme() != "https" {
                 return Err(Refusal::Never(format!(
-                    "{url}: the hub redirects to `{}`, which is not encrypted",
+                    "{url}: refusing the redirect to `{}`, which is not encrypted",
                     next
                 )));
             }
@@ -307,30 +313,30 @@ impl Hub {
             200..=299 => Ok(response),
             401 | 403 => {
                 let whom = match self.token {
-                    Some(_) => "the owner of this token",
-                    None => "strangers",
+                    Some(_) => "for this token",
+                    None => "without a token",
                 };
                 Err(Refusal::Never(format!(
-                    "{url}: the hub does not give it to {whom}; look whether the name is right, whether its \
-                     license is to be accepted, and whether HF_TOKEN is set"
+                    "{url}: access denied {whom}; check the name, whether you have accepted the repository's \
+                     license, and whether HF_TOKEN is set"
                 )))
             }
             404 => Err(Refusal::Never(format!(
-                "{url}: the hub does not have it; look at the name and the revision"
+                "{url}: not found on the hub; check the name and the revision"
             ))),
             status => Err(Refusal::Later(format!(
-                "{url}: the hub says {status}; try again later"
+                "{url}: the hub returned HTTP {status}; try again later"
             ))),
         }
     }
 
-    /// Fetches a file to `at`; what was fetched of it before is gone on with.
+    /// Downloads a file to `at`, resuming an earlier partial download.
     fn file(&self, url: &str, at: &Path, listed: &Listed) -> Result<(), String> {
         let mut growing = at.as_os_str().to_owned();
         growing.push(".incomplete");
         let growing = PathBuf::from(growing);
         let Some(size) = listed.size else {
-            return Err(format!("{url}: the hub gives no size of it"));
+            return Err(format!("{url}: the hub lists no size for this file"));
         };
         let local = |error: io::Error| format!("{}: {error}", growing.display());
         let mut last = String::new();
@@ -365,7 +371,7 @@ impl Hub {
                     .open(&growing)
                     .map_err(local)?;
                 let left = size - if goes_on { there } else { 0 };
-                // A byte more tells that there is more.
+                // One more byte detects a body that is too long.
                 let mut body = response.body_mut().as_reader().take(left + 1);
                 let cut_off = copy(&mut body, &mut file);
                 file.sync_all().map_err(local)?;
@@ -379,7 +385,7 @@ impl Hub {
             }
             let there = fs::metadata(&growing).map_err(local)?.len();
             if there < size {
-                "it was cut off".clone_into(&mut last);
+                "the connection was interrupted".clone_into(&mut last);
                 continue;
             }
             if there == size && at.ends_with(hash(&growing, listed).map_err(local)?) {
@@ -388,19 +394,19 @@ impl Hub {
             fs::remove_file(&growing).map_err(local)?;
             if there > size {
                 return Err(format!(
-                    "{url}: more comes than the {size} bytes that the hub lists; nothing of it was kept, try again later"
+                    "{url}: the download is larger than the {size} bytes that the hub lists and was discarded; try again later"
                 ));
             }
-            "it is not what the hub says that it is".clone_into(&mut last);
+            "checksum mismatch".clone_into(&mut last);
         }
         Err(format!(
-            "{url}: after {TRIES} tries it is not whole: {last}; run again to go on with it"
+            "{url}: download failed after {TRIES} attempts: {last}; run the command again to resume it"
         ))
     }
 }
 
-/// Copies a body to the end of a file; gives the reason why it was cut off, if it was. An error is the
-/// file's.
+/// Appends a body to a file. Returns the reason if the body was interrupted; an error is one of the
+/// file.
 fn copy(from: &mut impl Read, to: &mut File) -> io::Result<Option<String>> {
     let mut buffer = vec![0; 1 << 20];
     loop {
@@ -412,14 +418,15 @@ fn copy(from: &mut impl Read, to: &mut File) -> io::Result<Option<String>> {
     }
 }
 
-/// The files that a model here may need: no weights for other programs, and each weight once.
+/// Selects the files that models may need here: no weights for other frameworks, and each weight
+/// only once.
 fn wanted(mut files: Vec<Listed>) -> Vec<Listed> {
     let has_safetensors = files
         .iter()
         .any(|file| has_ending(&file.rfilename, "safetensors"));
     files.retain(|file| {
         let name = file.rfilename.as_str();
-        // An index goes with its files.
+        // An index belongs to its files.
         let of = name.strip_suffix(".index.json").unwrap_or(name);
         let foreign = ["h5", "msgpack", "ot", "onnx", "gguf", "tflite"];
         !foreign.iter().any(|ending| has_ending(of, ending))
@@ -428,7 +435,7 @@ fn wanted(mut files: Vec<Listed>) -> Vec<Listed> {
     files
 }
 
-/// Bytes of a path as they stand in an address.
+/// Percent-encodes a path for use in a URL.
 fn encoded(path: &str) -> String {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"/-_.~".contains(&byte);
     path.bytes()
@@ -439,7 +446,8 @@ fn encoded(path: &str) -> String {
         .collect()
 }
 
-/// The hash of a file's content, in hex, of the kind that the hub lists: SHA-256, or git's for a blob.
+/// Returns the hash of a file's content, in hex, of the kind that the hub lists: SHA-256, or git's
+/// blob hash.
 fn hash(path: &Path, listed: &Listed) -> io::Result<String> {
     let mut file = File::open(path)?;
     if listed.lfs.is_some() {
@@ -449,7 +457,7 @@ fn hash(path: &Path, listed: &Listed) -> io::Result<String> {
     digest(git, &mut file)
 }
 
-/// The hash of what `hasher` has seen and then of all that `file` holds, in hex.
+/// Returns the hash, in hex, of the data `hasher` has seen followed by the rest of `file`.
 fn digest<D: Digest>(mut hasher: D, file: &mut File) -> io::Result<String> {
     let mut piece = vec![0; 1 << 16];
     loop {
@@ -475,7 +483,7 @@ mod tests {
             blob: None,
             lfs,
         };
-        // As in the book "Pro Git".
+        // The example of the book "Pro Git".
         let git = "bd9dbf5aae1a3862dd1526723246b20206e5fc37";
         assert_eq!(hash(&path, &listed(None)).unwrap(), git);
         let sha256 = String::new();

@@ -1,16 +1,17 @@
-//! How LLaVA-OneVision cuts a picture into tiles, and what becomes of the tiles' features.
+//! Anyres tiling of LLaVA-OneVision: cutting an image into tiles, and the layout of the tiles'
+//! features.
 //!
-//! A single picture is fitted to the best of a list of resolutions, padded with black, cut into
-//! tiles, and preceded by a *base* tile, the whole picture squashed (`anyres`). The features of the
+//! A single image is fitted to the best of a list of resolutions, padded with black, cut into
+//! tiles, and preceded by a *base* tile, the whole image squashed (`anyres`). The features of the
 //! tiles are laid out as one grid, the padding is cut off again, a large grid is scaled down, and a
-//! newline feature ends each row. Of several pictures each becomes one padded square tile, its
-//! features followed by one newline. Everything about the layout follows from the picture's height
-//! and width, so tokens are counted without decoding.
+//! newline feature ends each row. If a prompt has several images, each becomes one padded square
+//! tile, its features followed by one newline. The layout depends only on the image's height and
+//! width, so tokens are counted without decoding.
 //!
-//! After transformers 5.23 `image_processing_pil_llava_onevision.py`, `image_processing_utils.py`
+//! Follows transformers 5.23 `image_processing_pil_llava_onevision.py`, `image_processing_utils.py`
 //! (`select_best_resolution`, `get_patch_output_size`) and `modeling_llava_onevision.py`
-//! (`pack_image_features`, `unpad_image`), which agree with LLaVA-NeXT's `mm_utils.py` save for the
-//! rounding named at [`unpadded`].
+//! (`pack_image_features`, `unpad_image`), which agree with LLaVA-NeXT's `mm_utils.py` except for
+//! the rounding described at [`unpadded`].
 
 use std::ops::Range;
 
@@ -21,66 +22,66 @@ use crate::preprocess::image::Rgb;
 use crate::preprocess::image_processor::ImageProcessorConfig;
 use crate::preprocess::resize::Bicubic;
 
-/// Everything that decides how pictures are cut.
+/// The settings that determine how images are cut.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Anyres {
     /// Side of a tile, in pixels.
     side: usize,
-    /// Patches, so features, on a side of a tile.
+    /// Patches per side of a tile, which is also the number of features per side.
     patches: usize,
-    /// Resolutions `[height, width]` that a picture may be fitted to.
+    /// Resolutions `[height, width]` that an image may be fitted to.
     pinpoints: Vec<[usize; 2]>,
     /// The N of `anyres_max_N`.
     tiles_max: usize,
-    /// What each gray level of each channel becomes.
+    /// Normalized value of each level of each channel.
     levels: Box<[[f32; 256]; 3]>,
-    /// The color that several pictures are padded to squares with.
+    /// Padding color of the squares, if a prompt has several images.
     background: [u8; 3],
 }
 
-/// A picture as the vision tower takes it, and the layout of its features.
+/// Tiles of an image for the vision tower, and the layout of their features.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Tiles {
-    /// `[packing.tiles(), 3, side, side]`, normalized.
+    /// The pixels: `[packing.tiles(), 3, side, side]`, normalized.
     pub pixels: Vec<f32>,
     /// Side of a tile, in pixels.
     pub side: usize,
     pub packing: Packing,
 }
 
-/// The layout of one picture's features: what to do with the tower's `[tiles, patches², channels]`.
+/// The layout of one image's features, computed from the tower's `[tiles, patches², channels]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Packing {
-    /// Features on a side of a tile.
+    /// Features per side of a tile.
     pub patches: usize,
-    /// The tiles behind the base tile; `None` for one of several pictures, which is its base tile
-    /// and one newline.
+    /// The tiles after the base tile; `None` for one of several images, which has only its base
+    /// tile and one newline.
     pub grid: Option<Grid>,
 }
 
-/// The layout of the tiles behind the base tile.
+/// The layout of the tiles after the base tile.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Grid {
-    /// Tiles from top to bottom and from left to right; they come row by row.
+    /// Number of tiles from top to bottom and from left to right; tiles are in row-major order.
     pub tiles: [usize; 2],
     /// Rows of features that are kept, of `tiles[0] * patches`.
     pub rows: Range<usize>,
     /// Columns of features that are kept, of `tiles[1] * patches`.
     pub columns: Range<usize>,
     /// The `[rows, columns]` that a large grid is scaled down to (bilinear, `align_corners` false,
-    /// no antialias) after it is cut.
+    /// no antialias) after the padding is cut off.
     pub scaled: Option<[usize; 2]>,
 }
 
 impl Grid {
-    /// Rows and columns of features in the end, without the newline column.
+    /// Returns the final rows and columns of features, without the newline column.
     pub fn size(&self) -> [usize; 2] {
         self.scaled.unwrap_or([self.rows.len(), self.columns.len()])
     }
 }
 
 impl Packing {
-    /// Tiles that go through the tower, the base tile included.
+    /// Returns the number of tiles that go through the tower, including the base tile.
     pub fn tiles(&self) -> usize {
         1 + self
             .grid
@@ -88,8 +89,8 @@ impl Packing {
             .map_or(0, |grid| grid.tiles.iter().product())
     }
 
-    /// Tokens that the picture takes in the sequence: the base tile row by row without newlines,
-    /// then the grid with a newline at the end of each row.
+    /// Returns the number of tokens of the image in the sequence: the base tile row by row without
+    /// newlines, then the grid with a newline at the end of each row.
     pub fn tokens(&self) -> usize {
         let rest = self.grid.as_ref().map_or(1, |grid| {
             let [rows, columns] = grid.size();
@@ -100,7 +101,7 @@ impl Packing {
 }
 
 impl Anyres {
-    /// Puts the two config files together. Every resolution must consist of whole tiles.
+    /// Combines the two config files. Every resolution must consist of whole tiles.
     pub fn new(config: &LlavaOnevisionConfig, processor: &ImageProcessorConfig) -> Self {
         Self {
             side: config.vision_config.image_size,
@@ -112,12 +113,12 @@ impl Anyres {
         }
     }
 
-    /// Side of a tile, in pixels.
+    /// Returns the side of a tile, in pixels.
     pub fn side(&self) -> usize {
         self.side
     }
 
-    /// The layout of a single picture of `height` x `width` pixels.
+    /// Returns the layout of a single image of `height` x `width` pixels.
     pub fn single(&self, height: usize, width: usize) -> Packing {
         let [best_height, best_width] = best_resolution(&self.pinpoints, height, width);
         let tiles = [best_height / self.side, best_width / self.side];
@@ -137,7 +138,7 @@ impl Anyres {
         }
     }
 
-    /// The layout of each of several pictures, whatever its size.
+    /// Returns the layout of each of several images, which does not depend on their size.
     pub fn several(&self) -> Packing {
         Packing {
             patches: self.patches,
@@ -145,7 +146,7 @@ impl Anyres {
         }
     }
 
-    /// Cuts a single picture: the base tile, then the tiles row by row.
+    /// Cuts a single image: the base tile, then the tiles row by row.
     pub fn cut_single(&self, image: &Rgb) -> Tiles {
         let packing = self.single(image.height, image.width);
         let [rows, columns] = packing.grid.as_ref().map_or([0, 0], |grid| grid.tiles);
@@ -160,13 +161,13 @@ impl Anyres {
         self.tiles(&tiles, packing)
     }
 
-    /// Turns one of several pictures into its one tile: padded to a square, then resized.
+    /// Converts one of several images to its one tile: padded to a square, then resized.
     pub fn cut_several(&self, image: Rgb) -> Tiles {
         let base = Bicubic::Pillow.resize(&image.squared(self.background), self.side, self.side);
         self.tiles(&[(&base, 0, 0)], self.several())
     }
 
-    /// Normalizes the tiles that begin at the given columns and rows of the given pictures.
+    /// Normalizes the tiles that begin at the given columns and rows of the given images.
     fn tiles(&self, tiles: &[(&Rgb, usize, usize)], packing: Packing) -> Tiles {
         let size = 3 * self.side * self.side;
         let mut pixels = vec![0.0; tiles.len() * size];
@@ -184,8 +185,8 @@ impl Anyres {
     }
 }
 
-/// The resolution that keeps most of the picture's pixels; of equal ones, the one that wastes least;
-/// of equal ones again, the first.
+/// Returns the resolution that keeps most of the image's pixels; among equal ones the one that
+/// wastes least; among these the first.
 fn best_resolution(pinpoints: &[[usize; 2]], height: usize, width: usize) -> [usize; 2] {
     let (original_height, original_width) = (height as f64, width as f64);
     let mut best = pinpoints[0];
@@ -207,11 +208,11 @@ fn best_resolution(pinpoints: &[[usize; 2]], height: usize, width: usize) -> [us
     best
 }
 
-/// The rows and columns of a grid of features (`current`) that are left when the padding around a
-/// picture of `height` x `width` pixels is cut off.
+/// Returns the rows and columns of a grid of features (`current`) that remain when the padding
+/// around an image of `height` x `width` pixels is cut off.
 ///
-/// transformers since 4.49 rounds to 7 decimals before it cuts off the fraction; LLaVA-NeXT does not,
-/// which matters for 154 of the 5.76 million sizes up to 2400 x 2400.
+/// transformers since 4.49 rounds to 7 decimals before it truncates; LLaVA-NeXT does not, which
+/// matters for 154 of the 5.76 million sizes up to 2400 x 2400.
 fn unpadded(current: [usize; 2], height: usize, width: usize) -> [Range<usize>; 2] {
     let [rows, columns] = current.map(|length| length as f64);
     let (height, width) = (height as f64, width as f64);
@@ -228,20 +229,21 @@ fn unpadded(current: [usize; 2], height: usize, width: usize) -> [Range<usize>; 
     }
 }
 
-/// Python's `int(round(value, 7))`, which rounds the decimal expansion correctly, as formatting does.
+/// Python's `int(round(value, 7))`, which rounds the decimal expansion correctly, as formatting
+/// does.
 fn rounded(value: f64) -> usize {
     let text = format!("{value:.7}");
     let (whole, _) = text.split_once('.').expect("seven decimals were asked for");
     whole.parse().expect("sizes are finite and positive")
 }
 
-/// Python's `int(value // divisor)`: the quotient is taken without the remainder, so that it does not
-/// round up to the next whole number.
+/// Python's `int(value // divisor)`: the quotient is computed without the remainder, so it is not
+/// rounded up to the next integer.
 fn floor_divided(value: f64, divisor: f64) -> usize {
     ((value - value % divisor) / divisor).round() as usize
 }
 
-/// The picture resized to fit `height` x `width` with its shape kept, in the middle of black.
+/// Resizes an image to fit into `height` x `width`, keeping its aspect ratio, centered on black.
 fn fitted(image: &Rgb, height: usize, width: usize) -> Rgb {
     let scale_width = width as f64 / image.width as f64;
     let scale_height = height as f64 / image.height as f64;
@@ -266,7 +268,7 @@ mod tests {
     use crate::preprocess::LlavaOnevisionProcessor;
     use crate::test_util::{onevision_folder, pattern, sha256_floats};
 
-    /// The settings of the released checkpoints.
+    /// Returns the settings of the released checkpoints.
     fn released() -> Anyres {
         Anyres {
             side: 384,
@@ -335,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn each_of_several_pictures_takes_one_tile_and_a_newline() {
+    fn each_of_several_images_takes_one_tile_and_a_newline() {
         let packing = released().several();
         assert_eq!((packing.tiles(), packing.tokens()), (1, 730));
     }
@@ -347,8 +349,8 @@ mod tests {
         assert_eq!(floor_divided(75.0, 1.2423), 60);
     }
 
-    /// The settings of the tests' checkpoint, and hashes of what transformers 5.23
-    /// (`LlavaOnevisionImageProcessorPil`, Pillow 13) makes of the tests' pictures.
+    /// The settings of the tests' checkpoint, and hashes of the output of transformers 5.23
+    /// (`LlavaOnevisionImageProcessorPil`, Pillow 13) for the tests' images.
     #[test]
     fn pixels_are_those_of_transformers() {
         let folder = onevision_folder();

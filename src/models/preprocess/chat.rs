@@ -1,4 +1,4 @@
-//! The text of a prompt as LLaVA-OneVision was trained to read it.
+//! The chat format of LLaVA-OneVision.
 //!
 //! LLaVA-NeXT's template `qwen_1_5` (`llava/conversation.py`):
 //!
@@ -6,8 +6,8 @@
 //! <|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n<image>\n{question}<|im_end|>\n<|im_start|>assistant\n
 //! ```
 //!
-//! with one `<image>\n` per picture before the first thing that the user says, and earlier turns in
-//! between. transformers' chat template adds no system text of its own, so the usual one stands here.
+//! with one `<image>\n` per image before the user's first text, and earlier turns in between.
+//! transformers' chat template adds no system text of its own, so the default one is defined here.
 
 use std::ops::Range;
 use std::path::Path;
@@ -17,7 +17,7 @@ use crate::checkpoint::config::LlavaOnevisionConfig;
 use crate::preprocess::tokenizer::PlainTokenizer;
 use crate::{ChatPrompt, ChatRole, Layout, Newlines, RowFault, TrainOn};
 
-/// What the system says when the prompt has no system text.
+/// The system text of prompts that have none.
 pub const SYSTEM: &str = "You are a helpful assistant.";
 
 /// The chat format of one checkpoint.
@@ -34,25 +34,25 @@ pub struct Chat {
 /// The tokens of a prompt.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct PromptIds {
-    /// All tokens; the image token stands once for every feature of a picture.
+    /// All token ids; the image token is repeated once per image feature.
     pub ids: Vec<i64>,
-    /// Where the features of each picture go.
+    /// The range of each image's features in `ids`.
     pub images: Vec<Range<usize>>,
 }
 
-/// A conversation in the making.
+/// A conversation while it is being tokenized.
 #[derive(Debug, Default)]
 struct ConversationText {
     sequence: PromptIds,
-    /// Where answers stand, each with its stop token.
+    /// The ranges of the answers, each with its stop token.
     answers: Vec<Range<usize>>,
-    /// Places that LLaVA-NeXT's labels leave unmasked (`preprocess_qwen` of `llava/train/train_dpo.py`):
-    /// the beginning and the end of every message, and the answers.
+    /// Positions that LLaVA-NeXT's labels leave unmasked (`preprocess_qwen` of
+    /// `llava/train/train_dpo.py`): the start and the end of every message, and the answers.
     counted: Vec<usize>,
 }
 
 impl Chat {
-    /// Reads `tokenizer.json` in `folder` and checks that it is the one of `config`.
+    /// Reads `tokenizer.json` in `folder` and checks that it fits `config`.
     pub fn open(folder: &Path, config: &LlavaOnevisionConfig) -> Result<Self, CheckpointError> {
         let tokenizer = PlainTokenizer::open(folder)?;
         let im_end = tokenizer.need("<|im_end|>")?;
@@ -60,18 +60,19 @@ impl Chat {
         if tokenizer.len() > vocab_size {
             let tokens = tokenizer.len();
             let problem =
-                format!("has {tokens} tokens, and config.json a vocab_size of {vocab_size}");
+                format!("has {tokens} tokens, but the vocab_size of config.json is {vocab_size}");
             return Err(tokenizer.fault(problem));
         }
         let special = [
             ("<image>", config.image_token_index),
             ("<video>", config.video_token_index),
         ];
-        // LLaVA-NeXT looks for `<image>` in the text, before the tokenizer sees it.
+        // LLaVA-NeXT replaces `<image>` in the text before tokenization.
         let by_name = config.layout == Layout::Transformers;
         for (token, expected) in special.into_iter().filter(|_| by_name) {
             if let Some(id) = tokenizer.id(token).filter(|&id| id != expected) {
-                let problem = format!("has `{token}` as {id}, and config.json as {expected}");
+                let problem =
+                    format!("has `{token}` with id {id}, but config.json has id {expected}");
                 return Err(tokenizer.fault(problem));
             }
         }
@@ -90,39 +91,40 @@ impl Chat {
         })
     }
 
-    /// The tokens of `prompt`, whose pictures take `picture_tokens` tokens each, up to where an answer
-    /// begins.
+    /// Returns the tokens of `prompt`, whose images take `image_tokens` tokens each, up to the
+    /// start of an answer.
     pub fn prompt(
         &self,
         prompt: &ChatPrompt,
-        picture_tokens: &[usize],
+        image_tokens: &[usize],
     ) -> Result<PromptIds, RowFault> {
         let newlines = Newlines::One;
-        Ok(self.unanswered(prompt, picture_tokens, newlines)?.sequence)
+        Ok(self.unanswered(prompt, image_tokens, newlines)?.sequence)
     }
 
-    /// The same, with the places of the tokens that LLaVA-NeXT's DPO script counts beside the answer.
+    /// Returns the same tokens, with the positions that LLaVA-NeXT's DPO script counts in addition
+    /// to the answer.
     pub fn prompt_of_llava_next(
         &self,
         prompt: &ChatPrompt,
-        picture_tokens: &[usize],
+        image_tokens: &[usize],
         newlines: Newlines,
     ) -> Result<(PromptIds, Vec<usize>), RowFault> {
-        let written = self.unanswered(prompt, picture_tokens, newlines)?;
+        let written = self.unanswered(prompt, image_tokens, newlines)?;
         Ok((written.sequence, written.counted))
     }
 
-    /// The tokens of `prompt` and of `answer` to it, as far as the stop token behind it, and where
-    /// the answers stand that are to be learned, each with its stop token. Answers are tokenized as
-    /// the model would say them: apart from what stands before.
+    /// Returns the tokens of `prompt` and of `answer` to it, up to and including its stop token,
+    /// and the ranges of the answers to train on, each with its stop token. Answers are tokenized
+    /// as the model would generate them: separately from the text before them.
     pub fn example(
         &self,
         prompt: &ChatPrompt,
         answer: &str,
         learned: TrainOn,
-        picture_tokens: &[usize],
+        image_tokens: &[usize],
     ) -> Result<(PromptIds, Vec<Range<usize>>), RowFault> {
-        let mut written = self.unanswered(prompt, picture_tokens, Newlines::One)?;
+        let mut written = self.unanswered(prompt, image_tokens, Newlines::One)?;
         let start = written.sequence.ids.len();
         written.sequence.ids.extend(self.answer(answer)?);
         let answers = match learned {
@@ -134,17 +136,17 @@ impl Chat {
         Ok((written.sequence, answers))
     }
 
-    /// The conversation up to where its last answer begins.
+    /// Tokenizes a conversation up to the start of its last answer.
     fn unanswered(
         &self,
         prompt: &ChatPrompt,
-        picture_tokens: &[usize],
+        image_tokens: &[usize],
         newlines: Newlines,
     ) -> Result<ConversationText, RowFault> {
         let mut written = ConversationText::default();
         let system = prompt.system.as_deref().unwrap_or(SYSTEM);
         self.message("system", &[], system, newlines, &mut written)?;
-        let mut images = picture_tokens;
+        let mut images = image_tokens;
         let turns = prompt.turns.iter();
         let turns = turns.map(|turn| (turn.role, turn.text.as_str()));
         for (role, text) in turns.chain([(ChatRole::User, prompt.question.as_str())]) {
@@ -175,7 +177,7 @@ impl Chat {
             .append("assistant\n", &mut written.sequence.ids)
     }
 
-    /// Appends `<|im_start|>{role}\n`, the pictures, the text and `<|im_end|>\n`. Text between two
+    /// Appends `<|im_start|>{role}\n`, the images, the text and `<|im_end|>\n`. Text between two
     /// special tokens is tokenized as one piece.
     fn message(
         &self,
@@ -210,7 +212,7 @@ impl Chat {
         Ok(())
     }
 
-    /// The tokens of an answer that somebody wrote, with the stop token behind it.
+    /// Returns the tokens of an answer given as text, followed by the stop token.
     pub fn answer(&self, text: &str) -> Result<Vec<i64>, RowFault> {
         let mut ids = Vec::new();
         self.tokenizer.append(text, &mut ids)?;
@@ -218,31 +220,31 @@ impl Chat {
         Ok(ids)
     }
 
-    /// The newline behind a stop token.
+    /// Returns the tokens of the newline after a stop token.
     pub fn newline(&self) -> Result<Vec<i64>, RowFault> {
         let mut ids = Vec::new();
         self.tokenizer.append("\n", &mut ids)?;
         Ok(ids)
     }
 
-    /// The text of sampled tokens; special tokens have none.
+    /// Decodes sampled tokens; special tokens are skipped.
     pub fn decode(&self, ids: &[i64]) -> String {
         self.tokenizer.decode(ids)
     }
 
-    /// `<|im_end|>`.
+    /// Returns the id of `<|im_end|>`.
     pub fn im_end(&self) -> i64 {
         self.im_end
     }
 
-    /// Tokens that end an answer, in ascending order: `<|im_end|>`, `<|endoftext|>`, and those of
-    /// `generation_config.json`.
+    /// Returns the tokens that end an answer, in ascending order: `<|im_end|>`, `<|endoftext|>`,
+    /// and those of `generation_config.json`.
     pub fn stops(&self) -> &[i64] {
         &self.stops
     }
 
-    /// Ids that may never be sampled, in ascending order: the placeholders of pictures and videos,
-    /// which would break the count of features, and ids that no token has.
+    /// Returns the ids that may never be sampled, in ascending order: the placeholders of images
+    /// and videos, which would break the count of features, and ids without a token.
     pub fn banned(&self, vocab_size: usize) -> Vec<i64> {
         let (length, size) = (self.tokenizer.len() as i64, vocab_size as i64);
         let mut banned: Vec<i64> = [self.image, self.video]
@@ -262,17 +264,17 @@ mod tests {
     use crate::ChatTurn;
     use crate::test_util::{onevision_folder, prompt, shown};
 
-    fn sequence(prompt: &ChatPrompt, picture_tokens: &[usize]) -> (PromptIds, String) {
+    fn sequence(prompt: &ChatPrompt, image_tokens: &[usize]) -> (PromptIds, String) {
         let folder = onevision_folder();
         let config = LlavaOnevisionConfig::open(folder.path()).unwrap();
         let chat = Chat::open(folder.path(), &config).unwrap();
-        let found = chat.prompt(prompt, picture_tokens).unwrap();
+        let found = chat.prompt(prompt, image_tokens).unwrap();
         let text = shown(folder.path(), &found.ids, config.image_token_index);
         (found, text)
     }
 
     #[test]
-    fn pictures_stand_before_the_question() {
+    fn images_stand_before_the_question() {
         let (found, text) = sequence(&prompt(Vec::new(), "What is this?"), &[5, 3]);
         assert_eq!(
             text,
@@ -293,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn earlier_turns_come_first_and_the_first_user_turn_has_the_pictures() {
+    fn earlier_turns_come_first_and_the_first_user_turn_has_the_images() {
         let turn = |role, text: &str| ChatTurn {
             role,
             text: text.to_owned(),
@@ -353,9 +355,9 @@ mod tests {
         let mut config = LlavaOnevisionConfig::open(folder.path()).unwrap();
         config.image_token_index = 100;
         let diagnostic = Chat::open(folder.path(), &config).unwrap_err().to_string();
-        assert!(diagnostic.contains("has `<image>` as 260, and config.json as 100"));
+        assert!(diagnostic.contains("has `<image>` with id 260, but config.json has id 100"));
         config.text_config.vocab_size = 200;
         let diagnostic = Chat::open(folder.path(), &config).unwrap_err().to_string();
-        assert!(diagnostic.contains("has 262 tokens, and config.json a vocab_size of 200"));
+        assert!(diagnostic.contains("has 262 tokens, but the vocab_size of config.json is 200"));
     }
 }

@@ -1,8 +1,8 @@
-//! The chat template of a checkpoint beside the text that this program writes.
+//! Comparison of a checkpoint's chat template with the text that this program writes.
 //!
-//! What comes from a file of weights may be hostile. A template is filled with few filters and no
-//! functions, in a bounded number of steps, and only if it is short and has no more signs that join texts
-//! than double one a dozen times; any other is not compared.
+//! A checkpoint is untrusted input. A template is rendered with few filters and no functions, in a
+//! bounded number of steps, and only if it is short and has so few operators that join strings that
+//! they could double a string about a dozen times at most; other templates are not compared.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -13,37 +13,37 @@ use minijinja::{Environment, ErrorKind, context, filters, tests as of};
 use crate::preprocess::chat::SYSTEM;
 use ovchat_io::files;
 
-/// The longest template that is filled, in bytes; published ones have one or two thousand.
+/// Maximum size of a template, in bytes; published ones have one or two thousand.
 const SOURCE_MAX: usize = 16 << 10;
-/// The steps that filling one may take; published ones take some hundred.
+/// Maximum number of rendering steps; published templates take some hundred.
 const STEPS_MAX: u64 = 5_000;
-/// The signs in it that may join texts.
+/// Maximum number of operators in a template that may join strings.
 const JOINS_MAX: usize = 12;
-/// The longest text that may come out, in bytes.
+/// Maximum size of the rendered text, in bytes.
 const TEXT_MAX: usize = 16 << 10;
-/// How deep blocks may lie in each other.
+/// Maximum nesting depth of blocks.
 const DEPTH_MAX: usize = 10;
 
-/// Blocks that keep a text for later.
+/// Blocks that store text for later use.
 const KEEPERS: [&str; 4] = ["endset", "endmacro", "endcall", "endfilter"];
 
-/// What is asked in both texts.
+/// The question in both texts.
 const QUESTION: &str = "What is this?";
 
-/// A chat template that writes another text than this program.
+/// A chat template whose text differs from that of this program.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OtherText {
     /// The file of the template.
     pub path: PathBuf,
-    /// What the template writes about the first difference, and what this program does.
+    /// The text around the first difference: the template's, and this program's.
     pub theirs: String,
     pub ours: String,
-    /// Whether the two differ in white space only.
+    /// True if the two differ in white space only.
     pub is_space: bool,
 }
 
-/// Compares the texts of one question about one picture. `None` if they are the same, if `folder` has no
-/// template, or if it can't be filled here.
+/// Compares the texts of one question about one image. `None` if they are the same, if `folder` has
+/// no template, or if it cannot be rendered here.
 pub fn other_text(folder: &Path) -> Option<OtherText> {
     let (path, source) = template_in(folder)?;
     let theirs = filled(&source)?;
@@ -66,7 +66,7 @@ pub fn other_text(folder: &Path) -> Option<OtherText> {
     })
 }
 
-/// The text of one question about one picture, as [`crate::preprocess::Chat`] tokenizes it.
+/// Returns the text of one question about one image, as [`crate::preprocess::Chat`] tokenizes it.
 fn our_text() -> String {
     format!(
         "<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n<image>\n{QUESTION}<|im_end|>\n\
@@ -74,7 +74,7 @@ fn our_text() -> String {
     )
 }
 
-/// The template that transformers' processor would take, else that of its tokenizer.
+/// Returns the template that transformers' processor would use, or else that of its tokenizer.
 fn template_in(folder: &Path) -> Option<(PathBuf, String)> {
     let jinja = folder.join("chat_template.jinja");
     if let Ok(source) = files::read_to_string(&jinja) {
@@ -97,9 +97,9 @@ fn template_in(folder: &Path) -> Option<(PathBuf, String)> {
         })
 }
 
-/// The text that a template makes of the question, if it is safe to fill and can be.
+/// Renders a template for the question, if that is safe and succeeds.
 fn filled(source: &str) -> Option<String> {
-    // transformers marks what the model says by a block that other programs do not know.
+    // transformers marks the model's text with a block that other programs do not support.
     let source = without_generation(source);
     let joins = source.matches(['+', '~', '*']).count();
     let keeps = KEEPERS.iter().any(|word| source.contains(word));
@@ -126,7 +126,7 @@ fn filled(source: &str) -> Option<String> {
         template.render_captured_to(values, &mut text).ok()?;
         String::from_utf8(text.0).ok()
     };
-    // Templates of processors take messages in parts, those of tokenizers texts.
+    // Templates of processors take messages in parts, those of tokenizers take strings.
     let of_parts = fill(Value::from(system), Value::from(parts));
     let is_of_parts = |text: &String| text.contains(QUESTION) && !text.contains('{');
     of_parts.filter(is_of_parts).or_else(|| {
@@ -152,10 +152,11 @@ fn without_generation(source: &str) -> String {
     kept + rest
 }
 
-/// What published templates use, and nothing by which a text grows.
+/// Returns an environment with the features that published templates use, and none that can make a
+/// text grow.
 fn environment() -> Environment<'static> {
     let mut environment = Environment::empty();
-    // As transformers sets them.
+    // As set by transformers.
     environment.set_trim_blocks(true);
     environment.set_lstrip_blocks(true);
     environment.set_fuel(Some(STEPS_MAX));
@@ -185,7 +186,7 @@ fn environment() -> Environment<'static> {
     environment
 }
 
-/// Takes so much text and no more.
+/// The rendered text, limited in size.
 struct Bounded(Vec<u8>);
 
 impl io::Write for Bounded {
@@ -213,13 +214,13 @@ mod tests {
     use crate::preprocess::chat::Chat;
     use crate::test_util::{onevision_folder, prompt, shown, write};
 
-    /// As Qwen2's tokenizer has it.
+    /// The template of Qwen2's tokenizer.
     const QWEN: &str = "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}\
         {{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}\
         {{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}\
         {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
 
-    /// As the llava-hf checkpoints of LLaVA-OneVision have it.
+    /// The template of the llava-hf checkpoints of LLaVA-OneVision.
     const LLAVA_HF: &str = "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}\
         {# Render all images first #}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}\
         {{ '<image>' }}{% endfor %}{# Render all text next #}{% if message['role'] != 'assistant' %}\

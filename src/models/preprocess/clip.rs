@@ -1,28 +1,30 @@
-//! How LLaVA-RLHF's reward model takes a picture: padded to a square, then through CLIP's processor.
+//! Image preprocessing of LLaVA-RLHF's reward model: padding to a square, then CLIP's image
+//! processor.
 //!
-//! LLaVA's `expand2square` (background `int(255 * mean)`), then `CLIPImageProcessor` of transformers
-//! 5: resize the shorter edge (bicubic), cut out the middle, normalize. Of its two backends this is
-//! the default, `torchvision` (`image_processing_backends.py`), whose pixels differ from those of
-//! `pil` by a gray level here and there; rewards show that in their third decimal.
+//! LLaVA's `expand2square` (background `int(255 * mean)`), then `CLIPImageProcessor` of
+//! transformers 5: resize the shorter edge (bicubic), crop the center, normalize. Of its two
+//! backends this is the default, `torchvision` (`image_processing_backends.py`), whose pixels
+//! occasionally differ from those of `pil` by one level, which changes the third decimal of
+//! rewards.
 
 use crate::preprocess::image::Rgb;
 use crate::preprocess::image_processor::ImageProcessorConfig;
 use crate::preprocess::resize::Bicubic;
 
-/// CLIP's image processor for squares.
+/// CLIP's image processor for square images.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Clip {
-    /// Pixels that the square is resized to.
+    /// Side of the resized square, in pixels.
     size: usize,
-    /// Pixels of the square that is cut out of its middle.
+    /// Side of the center crop, in pixels.
     crop: usize,
     background: [u8; 3],
-    /// What each gray level of each channel becomes.
+    /// Normalized value of each level of each channel.
     levels: Box<[[f32; 256]; 3]>,
 }
 
 impl Clip {
-    /// Takes pictures as `processor` says.
+    /// Creates the processor from its config.
     pub fn new(processor: &ImageProcessorConfig) -> Self {
         Self {
             size: processor.size,
@@ -32,17 +34,17 @@ impl Clip {
         }
     }
 
-    /// Side of the tower's input, in pixels.
+    /// Returns the side of the tower's input, in pixels.
     pub fn side(&self) -> usize {
         self.crop
     }
 
-    /// The tower's input, `[3, side, side]`, normalized.
+    /// Returns the tower's input, `[3, side, side]`, normalized.
     pub fn pixels(&self, image: Rgb) -> Vec<f32> {
         let resized = Bicubic::Torch.resize(&image.squared(self.background), self.size, self.size);
         let middle = if self.crop > self.size {
-            // transformers pads with black when the cut is larger than the picture, with the odd
-            // pixel at the right and at the bottom.
+            // If the crop is larger than the image, transformers pads with black, with the odd
+            // pixel on the right and at the bottom.
             let mut canvas = Rgb::filled(self.crop, self.crop, [0; 3]);
             let offset = (self.crop - self.size) / 2;
             canvas.paste(&resized, offset, offset);
@@ -63,8 +65,8 @@ mod tests {
     use crate::test_util::{pattern, reward_folder, sha256_floats, write};
     use serde_json::json;
 
-    /// Hashes of what transformers 5.23 (`CLIPImageProcessor`, backend `torchvision` 0.26) makes of
-    /// the padded picture.
+    /// Hashes of the output of transformers 5.23 (`CLIPImageProcessor`, backend `torchvision` 0.26)
+    /// for the padded image.
     #[test]
     fn pixels_are_those_of_transformers_whether_cut_whole_or_padded() {
         let recorded = [

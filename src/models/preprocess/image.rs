@@ -1,10 +1,11 @@
-//! From the bytes of a picture file to red, green and blue.
+//! Decoding of image files to RGB.
 //!
-//! Pixels are those of Pillow's `Image.open(file).convert("RGB")`, which the reference programs call:
-//! alpha is dropped, not blended; palettes are looked up, transparent entries too; 16-bit color keeps
-//! the high byte, while 16-bit gray is clipped at 255 (Pillow's mode `I;16`); an EXIF rotation is not
-//! applied. JPEG goes through the library that Pillow itself has (libjpeg-turbo, here in Mozilla's
-//! edition), for decoders differ in how they round colors. Lossy WebP is decoded by another library.
+//! Pixels are those of Pillow's `Image.open(file).convert("RGB")`, which the reference programs
+//! call: alpha is dropped, not blended; palettes are looked up, including transparent entries;
+//! 16-bit color keeps the high byte, while 16-bit gray is clipped at 255 (Pillow's mode `I;16`);
+//! EXIF rotation is not applied. JPEG is decoded with the library that Pillow itself uses
+//! (libjpeg-turbo, here in Mozilla's edition), because decoders differ in how they round colors.
+//! Lossy WebP is decoded by a different library than Pillow's.
 
 use std::io::{Cursor, ErrorKind};
 use std::panic::catch_unwind;
@@ -14,21 +15,21 @@ use mozjpeg::ColorSpace;
 
 use crate::RowFault;
 
-/// The most pixels that are decoded: where Pillow itself refuses (twice its `MAX_IMAGE_PIXELS`). As
-/// RGB they take 512 MiB.
+/// Maximum number of pixels of an image: the size at which Pillow itself refuses (twice its
+/// `MAX_IMAGE_PIXELS`). As RGB this takes 512 MiB.
 pub const PIXELS_MAX: u64 = 178_956_970;
 
-/// A decoded picture.
+/// A decoded image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rgb {
     pub width: usize,
     pub height: usize,
-    /// `height * width * 3` bytes, row by row, red first.
+    /// The pixels: `height * width * 3` bytes, row by row, in the order red, green, blue.
     pub data: Vec<u8>,
 }
 
 impl Rgb {
-    /// A picture of one color.
+    /// Creates an image of one color.
     pub fn filled(width: usize, height: usize, color: [u8; 3]) -> Self {
         let data = color.repeat(width * height);
         Self {
@@ -38,11 +39,11 @@ impl Rgb {
         }
     }
 
-    /// Copies `image` into this one, its upper left corner at column `left`, row `top`.
+    /// Copies `image` into this one, with its upper left corner at column `left`, row `top`.
     ///
     /// # Panics
     ///
-    /// Panics when it does not fit.
+    /// Panics if it does not fit.
     pub fn paste(&mut self, image: &Self, left: usize, top: usize) {
         assert!(left + image.width <= self.width, "too wide to paste");
         let rows = self.data.chunks_exact_mut(3 * self.width).skip(top);
@@ -53,12 +54,12 @@ impl Rgb {
         }
     }
 
-    /// Writes `side` x `side` pixels, from column `left`, row `top` on, to `planes` as
-    /// `[3, side, side]` floats; `levels` says what each gray level of each channel becomes.
+    /// Writes `side` x `side` pixels, starting at column `left`, row `top`, to `planes` as `[3,
+    /// side, side]` floats; `levels` maps each level of each channel to its value.
     ///
     /// # Panics
     ///
-    /// Panics when the square reaches beyond the picture.
+    /// Panics if the square extends beyond the image.
     pub fn planes(
         &self,
         left: usize,
@@ -84,8 +85,8 @@ impl Rgb {
         }
     }
 
-    /// Pads with `background` to a square, the picture in the middle (half a pixel up or left when
-    /// the rest is odd).
+    /// Pads to a square with `background`, centering the image (half a pixel up or left if the rest
+    /// is odd).
     #[must_use]
     pub fn squared(self, background: [u8; 3]) -> Self {
         if self.width == self.height {
@@ -98,25 +99,25 @@ impl Rgb {
     }
 }
 
-/// What the header of a picture file says.
+/// The header of an image file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Probe {
-    /// Pixels from left to right.
+    /// Width, in pixels.
     pub width: usize,
-    /// Pixels from top to bottom.
+    /// Height, in pixels.
     pub height: usize,
-    /// `png`, `jpeg`, `webp`, `gif`, `bmp`, `tiff` or `pnm`, by content.
+    /// The format, by content: `png`, `jpeg`, `webp`, `gif`, `bmp`, `tiff` or `pnm`.
     pub format: &'static str,
 }
 
-/// Reads the header of a picture file, and refuses a picture of more than [`PIXELS_MAX`] pixels.
+/// Reads the header of an image file, and rejects an image of more than [`PIXELS_MAX`] pixels.
 pub fn probe(bytes: &[u8]) -> Result<Probe, RowFault> {
     open(bytes, PIXELS_MAX).map(|(probe, _)| probe)
 }
 
-/// Decodes a picture file, if it has at most `pixels_max` pixels by its header.
+/// Decodes an image file if it has at most `pixels_max` pixels by its header.
 ///
-/// A file that ends too early is refused, however much of the picture could be shown.
+/// A truncated file is rejected, even if most of the image could be shown.
 pub fn decode(bytes: &[u8], pixels_max: u64) -> Result<Rgb, RowFault> {
     let (probe, decoder) = open(bytes, pixels_max)?;
     let whole = match probe.format {
@@ -125,7 +126,7 @@ pub fn decode(bytes: &[u8], pixels_max: u64) -> Result<Rgb, RowFault> {
         _ => true,
     };
     if !whole {
-        return Err(RowFault("is truncated: the file ends too early".to_owned()));
+        return Err(RowFault("truncated image file".to_owned()));
     }
     if probe.format == "jpeg" {
         return Ok(Rgb {
@@ -144,10 +145,10 @@ pub fn decode(bytes: &[u8], pixels_max: u64) -> Result<Rgb, RowFault> {
         DynamicImage::ImageRgba16(rgba) => first_three(&rgba, 4, high_byte),
         DynamicImage::ImageLuma16(gray) => gray_to_rgb(&gray, 1, |level: u16| level.min(255) as u8),
         DynamicImage::ImageLumaA16(gray) => gray_to_rgb(&gray, 2, high_byte),
-        // Casts of floats cut off the fraction and clip, as Pillow does with its mode `F`.
+        // Casts of floats truncate and clip, as in Pillow's mode `F`.
         DynamicImage::ImageRgb32F(rgb) => first_three(&rgb, 3, |level: f32| level as u8),
         DynamicImage::ImageRgba32F(rgba) => first_three(&rgba, 4, |level: f32| level as u8),
-        _ => return Err(RowFault("has a pixel format that is not known".to_owned())),
+        _ => return Err(RowFault("unsupported pixel format".to_owned())),
     };
     Ok(Rgb {
         width: probe.width,
@@ -156,7 +157,7 @@ pub fn decode(bytes: &[u8], pixels_max: u64) -> Result<Rgb, RowFault> {
     })
 }
 
-/// A decoder that has read the header.
+/// Opens a decoder and reads the header.
 fn open(bytes: &[u8], pixels_max: u64) -> Result<(Probe, impl ImageDecoder), RowFault> {
     let mut reader = ImageReader::new(Cursor::new(bytes))
         .with_guessed_format()
@@ -171,25 +172,29 @@ fn open(bytes: &[u8], pixels_max: u64) -> Result<(Probe, impl ImageDecoder), Row
         Some(ImageFormat::Pnm) => "pnm",
         _ => {
             let problem = if bytes.is_empty() {
-                "is empty"
+                "the file is empty"
             } else {
-                "is not a picture"
+                "not an image"
             };
-            let known = "known are png, jpeg, webp, gif, bmp, tiff and pnm";
+            let known = "expected png, jpeg, webp, gif, bmp, tiff or pnm";
             return Err(RowFault(format!("{problem} ({known})")));
         }
     };
-    // The header is checked below; this bounds what a decoder takes on the side, such as profiles.
+    // The header is checked below; this limits what a decoder allocates in addition, such as
+    // profiles.
     let mut limits = Limits::no_limits();
     limits.max_alloc = Some(8 * pixels_max + (64 << 20));
     reader.limits(limits);
     let decoder = reader.into_decoder().map_err(|error| fault(&error))?;
     let (width, height) = decoder.dimensions();
     if width == 0 || height == 0 {
-        return Err(RowFault(format!("has no pixels ({width} x {height})")));
+        return Err(RowFault(format!(
+            "the image has no pixels ({width} x {height})"
+        )));
     }
     if u64::from(width) * u64::from(height) > pixels_max {
-        let problem = format!("has {width} x {height} pixels, more than the bound of {pixels_max}");
+        let problem =
+            format!("the image has {width} x {height} pixels, more than the limit of {pixels_max}");
         return Err(RowFault(format!("{problem}; scale it down")));
     }
     let probe = Probe {
@@ -200,7 +205,7 @@ fn open(bytes: &[u8], pixels_max: u64) -> Result<(Probe, impl ImageDecoder), Row
     Ok((probe, decoder))
 }
 
-/// Decodes a JPEG to red, green and blue.
+/// Decodes a JPEG to RGB.
 fn decode_jpeg(bytes: &[u8]) -> Result<Vec<u8>, RowFault> {
     let decode = || -> std::io::Result<Vec<u8>> {
         let jpeg = mozjpeg::Decompress::new_mem(bytes)?;
@@ -219,18 +224,18 @@ fn decode_jpeg(bytes: &[u8]) -> Result<Vec<u8>, RowFault> {
             }
         }
     };
-    // The library reports errors by unwinding through its C.
+    // The library reports errors by unwinding through its C code.
     let decoded = catch_unwind(decode).unwrap_or_else(|panic| {
         let problem = panic.downcast::<String>();
         Err(std::io::Error::other(
             problem.map_or_else(|_| String::new(), |text| *text),
         ))
     });
-    decoded.map_err(|error| RowFault(format!("is truncated or damaged: {error}")))
+    decoded.map_err(|error| RowFault(format!("truncated or corrupt image file: {error}")))
 }
 
-/// Cyan, magenta, yellow and black as JPEG files have them (Adobe's way, 255 for no ink), as Pillow
-/// converts them (`src/libImaging/Convert.c`, `cmyk2rgb`).
+/// Converts cyan, magenta, yellow and black as stored in JPEG files (Adobe's convention, 255 for no
+/// ink) as Pillow does (`src/libImaging/Convert.c`, `cmyk2rgb`).
 fn inks_to_rgb([cyan, magenta, yellow, black]: [u8; 4]) -> [u8; 3] {
     [cyan, magenta, yellow].map(|ink| {
         let product = (255 - u32::from(ink)) * u32::from(black) + 128;
@@ -238,18 +243,18 @@ fn inks_to_rgb([cyan, magenta, yellow, black]: [u8; 4]) -> [u8; 3] {
     })
 }
 
-/// Says in one line why a decoder gave up.
+/// Summarizes a decoder's error in one line.
 fn fault(error: &ImageError) -> RowFault {
     RowFault(match error {
         ImageError::IoError(io) if io.kind() == ErrorKind::UnexpectedEof => {
-            "is truncated: the file ends too early".to_owned()
+            "truncated image file".to_owned()
         }
-        ImageError::Unsupported(_) => format!("can't be decoded: {error}"),
-        _ => format!("is truncated or damaged: {error}"),
+        ImageError::Unsupported(_) => format!("cannot decode the image: {error}"),
+        _ => format!("truncated or corrupt image file: {error}"),
     })
 }
 
-/// The first three of every `step` samples.
+/// Returns the first three of every `step` samples.
 fn first_three<S: Copy>(samples: &[S], step: usize, level: impl Fn(S) -> u8) -> Vec<u8> {
     let pixels = samples.chunks_exact(step);
     pixels
@@ -257,7 +262,7 @@ fn first_three<S: Copy>(samples: &[S], step: usize, level: impl Fn(S) -> u8) -> 
         .collect()
 }
 
-/// The first of every `step` samples, three times.
+/// Returns the first of every `step` samples, three times.
 fn gray_to_rgb<S: Copy>(samples: &[S], step: usize, level: impl Fn(S) -> u8) -> Vec<u8> {
     let pixels = samples.iter().step_by(step);
     pixels.flat_map(|&sample| [level(sample); 3]).collect()
@@ -267,9 +272,9 @@ fn high_byte(level: u16) -> u8 {
     (level >> 8) as u8
 }
 
-/// Whether a JPEG goes on to its end marker. Decoders fill what is missing with gray and say
-/// nothing, so the segments are walked here: each says its length, and the coded data behind a start
-/// of scan goes on to the first marker that is neither a stuffed zero nor a restart.
+/// True if a JPEG is complete up to its end marker. Decoders silently fill missing data with gray,
+/// so the segments are walked here: each declares its length, and the coded data after a start of
+/// scan continues to the first marker that is neither a stuffed zero nor a restart.
 fn jpeg_is_whole(bytes: &[u8]) -> bool {
     let mut at = 2;
     while let Some(found) = bytes.get(at..).and_then(|rest| position(rest, 0xFF)) {
@@ -278,7 +283,7 @@ fn jpeg_is_whole(bytes: &[u8]) -> bool {
             Some([0xD9, ..]) => return true,
             // A stuffed zero, a restart, a second start of image.
             Some([0x00 | 0x01 | 0xD0..=0xD8, ..]) => at += 1,
-            // Fill before a marker.
+            // Fill bytes before a marker.
             Some([0xFF, ..]) => {}
             Some([_, high, low, ..]) => at += 1 + usize::from(u16::from_be_bytes([*high, *low])),
             _ => return false,
@@ -287,13 +292,13 @@ fn jpeg_is_whole(bytes: &[u8]) -> bool {
     false
 }
 
-/// Whether a WebP is as long as its RIFF header says; its decoder makes up a few missing bytes.
+/// True if a WebP is as long as its RIFF header declares; its decoder fills in a few missing bytes.
 fn webp_is_whole(bytes: &[u8]) -> bool {
     let length = bytes.get(4..8).and_then(|length| length.try_into().ok());
     length.is_some_and(|length| bytes.len() as u64 >= 8 + u64::from(u32::from_le_bytes(length)))
 }
 
-/// Where the first `wanted` is.
+/// Returns the index of the first `wanted`.
 fn position(bytes: &[u8], wanted: u8) -> Option<usize> {
     bytes.iter().position(|&byte| byte == wanted)
 }
@@ -322,7 +327,7 @@ mod tests {
     }
 
     fn pixels(bytes: &[u8]) -> Vec<u8> {
-        decode(bytes, PIXELS_MAX).expect("a picture").data
+        decode(bytes, PIXELS_MAX).expect("an image").data
     }
 
     fn diagnostic(bytes: &[u8], pixels_max: u64) -> String {
@@ -374,7 +379,7 @@ mod tests {
             (ImageFormat::Pnm, "pnm"),
         ];
         for (format, name) in formats {
-            let found = probe(&file(photograph(), format)).expect("a picture");
+            let found = probe(&file(photograph(), format)).expect("an image");
             let (width, height) = (found.width, found.height);
             assert_eq!((width, height, found.format), (64, 48, name));
         }
@@ -407,7 +412,7 @@ mod tests {
     #[test]
     fn the_end_of_a_thumbnail_is_not_the_end_of_its_jpeg() {
         let mut bytes = file(photograph(), ImageFormat::Jpeg);
-        // An application segment that holds an end marker, as EXIF thumbnails do.
+        // An application segment that contains an end marker, as EXIF thumbnails do.
         bytes.splice(2..2, [0xFF, 0xE1, 0x00, 0x06, 0xFF, 0xD9, 0x00, 0x00]);
         assert!(decode(&bytes, PIXELS_MAX).is_ok());
         bytes.truncate(bytes.len() - 2);
@@ -415,17 +420,17 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_a_picture_is_said_to_be_none() {
-        assert!(diagnostic(b"hello, this is text", PIXELS_MAX).contains("is not a picture"));
-        assert!(diagnostic(b"", PIXELS_MAX).contains("is empty"));
+    fn what_is_not_a_image_is_said_to_be_none() {
+        assert!(diagnostic(b"hello, this is text", PIXELS_MAX).contains("not an image"));
+        assert!(diagnostic(b"", PIXELS_MAX).contains("the file is empty"));
     }
 
     #[test]
-    fn a_picture_beyond_the_bound_is_refused_by_its_header() {
+    fn a_image_beyond_the_bound_is_refused_by_its_header() {
         let whole = file(photograph(), ImageFormat::Png);
-        // Only the header is left, so decoding would have failed in another way.
+        // Only the header is left, so decoding would fail with a different error.
         let header = &whole[..60];
-        assert!(diagnostic(header, 64 * 48 - 1).contains("64 x 48 pixels, more than the bound"));
+        assert!(diagnostic(header, 64 * 48 - 1).contains("64 x 48 pixels, more than the limit"));
         assert!(decode(&whole, 64 * 48).is_ok());
     }
 }

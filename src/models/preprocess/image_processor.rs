@@ -1,7 +1,7 @@
-//! How a checkpoint wants its pictures: the image processor's settings.
+//! The settings of a checkpoint's image processor.
 //!
 //! transformers 4.x writes them as `preprocessor_config.json`; 5.x nests them as `image_processor`
-//! in `processor_config.json`, and reads that first when both are there (`image_processing_base.py`).
+//! in `processor_config.json`, and reads that first if both are there (`image_processing_base.py`).
 
 use std::path::Path;
 
@@ -9,7 +9,7 @@ use crate::checkpoint::CheckpointError;
 use crate::checkpoint::config::pinpoints;
 use crate::checkpoint::json::JsonConfig;
 
-/// CLIP's means, red, green, blue: the default of both image processors.
+/// CLIP's means of red, green and blue: the default of both image processors.
 const CLIP_MEAN: [f64; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
 /// CLIP's standard deviations.
 const CLIP_STD: [f64; 3] = [0.268_629_54, 0.261_302_58, 0.275_777_11];
@@ -17,23 +17,23 @@ const CLIP_STD: [f64; 3] = [0.268_629_54, 0.261_302_58, 0.275_777_11];
 /// The settings of an image processor that are not fixed by its class.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ImageProcessorConfig {
-    /// Pixels that a picture (LLaVA-OneVision: a tile) is resized to: the shorter edge, which is
-    /// both edges for the squares that occur here.
+    /// Size in pixels that an image (LLaVA-OneVision: a tile) is resized to: the shorter edge,
+    /// which is both edges for the squares that occur here.
     pub size: usize,
-    /// Side of the square that is cut from the middle afterwards, if any.
+    /// Side of the center crop, if there is one.
     pub crop_size: Option<usize>,
-    /// Red, green, blue, in 0 to 1.
+    /// Means of red, green and blue, in the range from 0 to 1.
     pub image_mean: [f64; 3],
     pub image_std: [f64; 3],
-    /// What a gray level is multiplied by first: 1/255.
+    /// Factor that levels are multiplied by first: 1/255.
     pub rescale_factor: f64,
     /// Resolutions for anyres, if the file has them.
     pub image_grid_pinpoints: Option<Vec<[usize; 2]>>,
 }
 
 impl ImageProcessorConfig {
-    /// LLaVA-NeXT's settings, which no file can change (`SigLipImageProcessor` of
-    /// `llava/model/multimodal_encoder/siglip_encoder.py`), for a tower of `side` pixels.
+    /// Returns LLaVA-NeXT's settings for a tower of `side` pixels, which no file can change
+    /// (`SigLipImageProcessor` of `llava/model/multimodal_encoder/siglip_encoder.py`).
     pub fn of_llava_next(side: usize) -> Self {
         Self {
             size: side,
@@ -45,7 +45,7 @@ impl ImageProcessorConfig {
         }
     }
 
-    /// Reads the settings of a LLaVA-OneVision folder, whose tiles have `side` pixels.
+    /// Reads the settings of a LLaVA-OneVision folder with tiles of `side` pixels.
     pub fn open_onevision(folder: &Path, side: usize) -> Result<Self, CheckpointError> {
         let file = image_processor(folder)?;
         let processor = Self {
@@ -57,7 +57,7 @@ impl ImageProcessorConfig {
         file.only_flag("do_center_crop", false)?;
         if processor.size != side {
             let problem = format!(
-                "is {}, and the vision tower of config.json takes {side} pixels",
+                "is {}, but the vision tower of config.json takes {side} pixels",
                 processor.size
             );
             return Err(file.fault("size", problem));
@@ -65,7 +65,7 @@ impl ImageProcessorConfig {
         Ok(processor)
     }
 
-    /// Reads the settings of a CLIP folder, whose tower takes `side` pixels.
+    /// Reads the settings of a CLIP folder whose tower takes `side` pixels.
     pub fn open_clip(folder: &Path, side: usize) -> Result<Self, CheckpointError> {
         let file = image_processor(folder)?;
         let cropped = file.flag("do_center_crop")?.unwrap_or(true);
@@ -75,7 +75,7 @@ impl ImageProcessorConfig {
         if output != side {
             let key = if cropped { "crop_size" } else { "size" };
             let problem =
-                format!("is {output}, and the vision tower of config.json takes {side} pixels");
+                format!("is {output}, but the vision tower of config.json takes {side} pixels");
             return Err(file.fault(key, problem));
         }
         Ok(Self {
@@ -85,7 +85,7 @@ impl ImageProcessorConfig {
         })
     }
 
-    /// What both classes share; size and crop are left for the caller.
+    /// Reads the settings that both classes share; size and crop are left to the caller.
     fn common(file: &JsonConfig) -> Result<Self, CheckpointError> {
         for key in ["do_resize", "do_rescale", "do_normalize"] {
             file.only_flag(key, true)?;
@@ -95,7 +95,7 @@ impl ImageProcessorConfig {
         }
         let image_std = file.channels("image_std")?.unwrap_or(CLIP_STD);
         if image_std.contains(&0.0) {
-            return Err(file.fault("image_std", "must not hold 0"));
+            return Err(file.fault("image_std", "must not contain 0"));
         }
         let rescale_factor = file.number("rescale_factor")?.unwrap_or(1.0 / 255.0);
         if rescale_factor == 0.0 {
@@ -111,14 +111,14 @@ impl ImageProcessorConfig {
         })
     }
 
-    /// The background that a picture is padded to a square with: `int(255 * mean)`.
+    /// Returns the color that images are padded to squares with: `int(255 * mean)`.
     pub fn background(&self) -> [u8; 3] {
         self.image_mean.map(|mean| (mean * 255.0) as u8)
     }
 
-    /// What each gray level of each channel becomes: `(level * rescale_factor - mean) / std`, the
-    /// product in float64 rounded to float32, the rest in float32, as transformers' `pil` backend
-    /// does it with numpy (`image_transforms.py`, `rescale` and `normalize`).
+    /// Returns the normalized value of each level of each channel: `(level * rescale_factor - mean)
+    /// / std`, the product in float64 rounded to float32, the rest in float32, as transformers'
+    /// `pil` backend computes it with numpy (`image_transforms.py`, `rescale` and `normalize`).
     pub fn levels(&self) -> [[f32; 256]; 3] {
         std::array::from_fn(|channel| {
             let (mean, std) = (self.image_mean[channel], self.image_std[channel]);
@@ -129,10 +129,10 @@ impl ImageProcessorConfig {
         })
     }
 
-    /// [`ImageProcessorConfig::levels`] as transformers' `torchvision` backend has them, which spares the
-    /// product: `(level - mean / rescale_factor) / (std / rescale_factor)`, all in float32
-    /// (`image_processing_backends.py`, `_fuse_mean_std_and_rescale_factor`). They differ from the
-    /// others in the last bit.
+    /// Returns [`ImageProcessorConfig::levels`] as transformers' `torchvision` backend computes
+    /// them, which saves the product: `(level - mean / rescale_factor) / (std / rescale_factor)`,
+    /// all in float32 (`image_processing_backends.py`, `_fuse_mean_std_and_rescale_factor`). They
+    /// differ from the others in the last bit.
     pub fn fused_levels(&self) -> [[f32; 256]; 3] {
         let unscaled = (1.0 / self.rescale_factor) as f32;
         std::array::from_fn(|channel| {
@@ -143,7 +143,7 @@ impl ImageProcessorConfig {
     }
 }
 
-/// The image processor's settings in `folder`, wherever they lie.
+/// Reads the image processor's settings in `folder`, from either file.
 fn image_processor(folder: &Path) -> Result<JsonConfig, CheckpointError> {
     let path = folder.join("processor_config.json");
     if path.exists()
@@ -154,7 +154,8 @@ fn image_processor(folder: &Path) -> Result<JsonConfig, CheckpointError> {
     JsonConfig::open(&folder.join("preprocessor_config.json"))
 }
 
-/// A size that must come out square: a number, `{"shortest_edge": n}`, or equal `height` and `width`.
+/// Reads a size that must be square: a number, `{"shortest_edge": n}`, or equal `height` and
+/// `width`.
 fn square(file: &JsonConfig, key: &str) -> Result<Option<usize>, CheckpointError> {
     match file.get(key) {
         None => return Ok(None),

@@ -1,4 +1,4 @@
-//! Everything that the policy's network is fed with, from one checkpoint folder.
+//! The complete preprocessing of a LLaVA-OneVision policy, from one checkpoint folder.
 
 use std::ops::Range;
 use std::path::Path;
@@ -11,7 +11,8 @@ use crate::preprocess::image::{PIXELS_MAX, decode, probe};
 use crate::preprocess::image_processor::ImageProcessorConfig;
 use crate::{ChatPrompt, EncodedImage, Layout, Newlines, RowFault, SftExample};
 
-/// A LLaVA-OneVision checkpoint without its weights.
+/// The processor of a LLaVA-OneVision checkpoint: config, chat format and image processor, without
+/// weights.
 #[derive(Debug, Clone)]
 pub struct LlavaOnevisionProcessor {
     pub config: LlavaOnevisionConfig,
@@ -19,39 +20,39 @@ pub struct LlavaOnevisionProcessor {
     pub anyres: Anyres,
 }
 
-/// A prompt as the network takes it.
+/// The network's input for a prompt.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Prepared {
     pub text: PromptIds,
-    /// In the order of `text.images`.
+    /// Tiles of the images, in the order of `text.images`.
     pub images: Vec<Tiles>,
 }
 
-/// A conversation as the network takes it.
+/// The network's input for an SFT example.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SftTokens {
     pub prepared: Prepared,
-    /// Where the tokens stand that are to be learned.
+    /// The ranges of the tokens to train on.
     pub answers: Vec<Range<usize>>,
 }
 
-/// Refuses a conversation that is longer than a context.
+/// Rejects a conversation that is longer than the context.
 pub(super) fn fits(tokens: usize, context: usize) -> Result<(), RowFault> {
     if tokens <= context {
         return Ok(());
     }
     let problem =
-        format!("the conversation takes {tokens} tokens, and the model's context is {context}");
+        format!("the conversation takes {tokens} tokens, but the model's context is {context}");
     Err(RowFault(problem))
 }
 
-/// A prompt as tokens, with what its pictures will be.
+/// The tokens of a prompt, and the number of tiles of its images.
 #[derive(Debug)]
 pub struct Written {
     pub text: PromptIds,
-    /// The places of its tokens that count in LLaVA-NeXT's DPO script.
+    /// Positions of the tokens that LLaVA-NeXT's DPO script counts.
     pub counted: Vec<usize>,
-    /// Tiles of its pictures.
+    /// Number of tiles of its images.
     pub tiles: usize,
 }
 
@@ -70,8 +71,9 @@ impl LlavaOnevisionProcessor {
             .iter()
             .find(|pair| pair.iter().any(|length| !length.is_multiple_of(side)))
         {
-            let problem =
-                format!("`image_grid_pinpoints` holds {pair:?}, not whole tiles of {side}");
+            let problem = format!(
+                "`image_grid_pinpoints` contains {pair:?}, which is not a multiple of the tile size {side}"
+            );
             return Err(CheckpointError::new(&file, problem));
         }
         if processor
@@ -80,7 +82,7 @@ impl LlavaOnevisionProcessor {
             .is_some_and(|other| other != pinpoints)
         {
             let problem =
-                "`image_grid_pinpoints` differs from the image processor's; make them equal";
+                "`image_grid_pinpoints` differs from the image processor's; the two must be equal";
             return Err(CheckpointError::new(&file, problem));
         }
         Ok(Self {
@@ -90,19 +92,19 @@ impl LlavaOnevisionProcessor {
         })
     }
 
-    /// The longest sequence, in tokens: prompt, pictures and answer together.
+    /// Returns the context length in tokens, for prompt, images and answer together.
     pub fn context(&self) -> usize {
         self.config.text_config.max_position_embeddings
     }
 
-    /// How many tokens `prompt` takes, pictures included, however many that is. Only the headers of
-    /// the pictures are read.
+    /// Returns the number of tokens of `prompt`, including its images, even if it exceeds the
+    /// context. Only the headers of the images are read.
     pub fn count(&self, prompt: &ChatPrompt) -> Result<usize, RowFault> {
         Ok(self.sequence(prompt)?.ids.len())
     }
 
-    /// The fewest tokens that a prompt can take: without a picture, and with one. There is no word in it,
-    /// and of its picture only the base tile.
+    /// Returns the minimum number of tokens of a prompt without an image, and of one with an image:
+    /// no text, and of the image only the base tile.
     pub fn least(&self) -> Result<[usize; 2], RowFault> {
         let prompt = ChatPrompt {
             id: String::new(),
@@ -115,24 +117,24 @@ impl LlavaOnevisionProcessor {
             seed: 0,
         };
         let tokens = |images: &[usize]| Ok(self.chat.prompt(&prompt, images)?.ids.len());
-        // Of a single picture that is very thin nothing stands behind the base tile, not even a newline.
+        // A single, very thin image has nothing after its base tile, not even a newline.
         Ok([tokens(&[])?, tokens(&[self.anyres.several().tokens() - 1])?])
     }
 
-    /// The tokens of `prompt`; a prompt that leaves no room for an answer is refused. Only the
-    /// headers of the pictures are read.
+    /// Returns the tokens of `prompt`; a prompt that leaves no room for an answer is rejected. Only
+    /// the headers of the images are read.
     pub fn ids(&self, prompt: &ChatPrompt) -> Result<PromptIds, RowFault> {
         let sequence = self.sequence(prompt)?;
         let (tokens, context) = (sequence.ids.len(), self.context());
         if tokens >= context {
             let problem =
-                format!("the prompt takes {tokens} tokens, and the model's context is {context}");
+                format!("the prompt takes {tokens} tokens, but the model's context is {context}");
             return Err(RowFault(problem));
         }
         Ok(sequence)
     }
 
-    /// The layout of each picture of `prompt`.
+    /// Returns the layout of each image of `prompt`.
     pub fn packings(&self, prompt: &ChatPrompt) -> Result<Vec<Packing>, RowFault> {
         if prompt.images.len() > 1 {
             for image in &prompt.images {
@@ -147,7 +149,7 @@ impl LlavaOnevisionProcessor {
         prompt.images.iter().map(packing).collect()
     }
 
-    /// Decodes and cuts a picture of a prompt that has `images` of them: alone it is cut into
+    /// Decodes and cuts an image of a prompt that has `images` of them: a single image is cut into
     /// tiles, one of several is padded to a square.
     pub fn tiles(&self, image: &EncodedImage, images: usize) -> Result<Tiles, RowFault> {
         let rgb = decode(&image.bytes, PIXELS_MAX).map_err(|fault| named(image, &fault))?;
@@ -157,7 +159,7 @@ impl LlavaOnevisionProcessor {
         })
     }
 
-    /// The whole prompt: its tokens and the pixels of its pictures.
+    /// Prepares a prompt: its tokens and the pixels of its images.
     pub fn prepare(&self, prompt: &ChatPrompt) -> Result<Prepared, RowFault> {
         let text = self.ids(prompt)?;
         let images = self.all_tiles(prompt)?;
@@ -170,8 +172,8 @@ impl LlavaOnevisionProcessor {
         images.map(|image| self.tiles(image, count)).collect()
     }
 
-    /// The whole prompt as LLaVA-NeXT's DPO script writes it, and the places of its tokens that count
-    /// there.
+    /// Prepares a prompt as LLaVA-NeXT's DPO script writes it, with the positions of the tokens
+    /// that the script counts.
     pub fn prepare_as_llava_next(
         &self,
         prompt: &ChatPrompt,
@@ -182,7 +184,7 @@ impl LlavaOnevisionProcessor {
         Ok((Prepared { text, images }, counted))
     }
 
-    /// The same without its pixels: only the headers of the pictures are read.
+    /// Returns the same without pixels: only the headers of the images are read.
     pub fn written_as_llava_next(
         &self,
         prompt: &ChatPrompt,
@@ -199,7 +201,7 @@ impl LlavaOnevisionProcessor {
         })
     }
 
-    /// A whole conversation to learn from; one that does not fit the context is refused.
+    /// Prepares an SFT example; one that does not fit in the context is rejected.
     pub fn example(&self, example: &SftExample<'_>) -> Result<SftTokens, RowFault> {
         let (text, answers) = self.spoken(example)?;
         fits(text.ids.len(), self.context())?;
@@ -210,8 +212,8 @@ impl LlavaOnevisionProcessor {
         })
     }
 
-    /// The tokens of a whole conversation, however many, and the places of those that are learned.
-    /// Only the headers of the pictures are read.
+    /// Returns the tokens of an SFT example, even if they exceed the context, and the ranges of the
+    /// tokens to train on. Only the headers of the images are read.
     pub fn spoken(
         &self,
         example: &SftExample<'_>,
@@ -226,16 +228,16 @@ impl LlavaOnevisionProcessor {
         self.chat.example(prompt, answer, learned, &tokens)
     }
 
-    /// The tokens of `prompt`, however many.
+    /// Returns the tokens of `prompt`, even if they exceed the context.
     fn sequence(&self, prompt: &ChatPrompt) -> Result<PromptIds, RowFault> {
         let tokens: Vec<usize> = self.packings(prompt)?.iter().map(Packing::tokens).collect();
         self.chat.prompt(prompt, &tokens)
     }
 }
 
-/// A fault of a picture, with the picture's name in front.
+/// Adds the image's id to a fault of an image.
 pub(super) fn named(image: &EncodedImage, fault: &RowFault) -> RowFault {
-    RowFault(format!("picture {}: {fault}", image.id))
+    RowFault(format!("image {}: {fault}", image.id))
 }
 
 #[cfg(test)]
@@ -280,10 +282,7 @@ mod tests {
         let prompt = prompt(vec![image], "What is this?");
         assert!(prep.count(&prompt).is_ok());
         let fault = prep.prepare(&prompt).unwrap_err();
-        assert!(
-            fault.0.starts_with("picture 100x61: is truncated"),
-            "{fault}"
-        );
+        assert!(fault.0.starts_with("image 100x61: truncated"), "{fault}");
     }
 
     #[test]
@@ -300,7 +299,7 @@ mod tests {
         let fault = prep.ids(&fill(80)).unwrap_err();
         assert_eq!(
             fault.0,
-            "the prompt takes 80 tokens, and the model's context is 80"
+            "the prompt takes 80 tokens, but the model's context is 80"
         );
     }
 
@@ -313,7 +312,10 @@ mod tests {
         let diagnostic = LlavaOnevisionProcessor::open(folder.path())
             .unwrap_err()
             .to_string();
-        assert!(diagnostic.contains("not whole tiles of 56"), "{diagnostic}");
+        assert!(
+            diagnostic.contains("not a multiple of the tile size 56"),
+            "{diagnostic}"
+        );
         write(folder.path(), "config.json", &onevision_config());
         let settings = json!({"size": 56, "image_grid_pinpoints": [[56, 56]]});
         write(folder.path(), "preprocessor_config.json", &settings);

@@ -1,4 +1,4 @@
-//! Everything that the reward model's network is fed with, from its folders.
+//! The complete preprocessing of a LLaVA-RLHF reward model, from its folders.
 
 use std::ops::Range;
 
@@ -11,7 +11,8 @@ use crate::preprocess::llava_onevision::{fits, named};
 use crate::preprocess::vicuna::{JudgeIds, Vicuna};
 use crate::{AnswerGroup, ChatPrompt, EncodedImage, LlavaRlhfSpec, RowFault, SftExample};
 
-/// A LLaVA-RLHF reward model without its weights.
+/// The processor of a LLaVA-RLHF reward model: configs, text format and image processor, without
+/// weights.
 #[derive(Debug, Clone)]
 pub struct LlavaRlhfProcessor {
     pub config: LlavaRlhfConfig,
@@ -19,22 +20,22 @@ pub struct LlavaRlhfProcessor {
     pub clip: Clip,
 }
 
-/// A prompt and its answers as the network takes them.
+/// The network's input for a prompt and its answers.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Judged {
-    /// For each answer, in their order.
+    /// The tokens for each answer, in their order.
     pub answers: Vec<JudgeIds>,
-    /// The picture, if there is one: `[3, side, side]`, normalized.
+    /// The image, if there is one: `[3, side, side]`, normalized.
     pub pixels: Option<Vec<f32>>,
 }
 
-/// A conversation as the network takes it.
+/// The network's input for an SFT example.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RewardSftTokens {
     pub text: JudgeIds,
-    /// The picture, if there is one: `[3, side, side]`, normalized.
+    /// The image, if there is one: `[3, side, side]`, normalized.
     pub pixels: Option<Vec<f32>>,
-    /// Where the tokens stand that are to be learned.
+    /// The ranges of the tokens to train on.
     pub answers: Vec<Range<usize>>,
 }
 
@@ -51,19 +52,19 @@ impl LlavaRlhfProcessor {
         })
     }
 
-    /// The longest sequence, in tokens: conversation, picture and reward prompt together.
+    /// Returns the context length in tokens, for conversation, image and reward prompt together.
     pub fn context(&self) -> usize {
         self.config.text_config.max_position_embeddings
     }
 
-    /// How many tokens judging `answer` takes, the picture included, however many that is. Only the
-    /// header of the picture is read.
+    /// Returns the number of tokens for judging `answer`, including the image, even if it exceeds
+    /// the context. Only the header of the image is read.
     pub fn count(&self, prompt: &ChatPrompt, answer: &str) -> Result<usize, RowFault> {
         Ok(self.sequence(prompt, answer)?.ids.len())
     }
 
-    /// The tokens by which each answer is judged; one that does not fit the context is refused, with
-    /// its number. Only the header of the picture is read.
+    /// Returns the tokens for judging each answer; one that does not fit in the context is
+    /// rejected, with its index. Only the header of the image is read.
     pub fn ids(&self, group: &AnswerGroup<'_>) -> Result<Vec<JudgeIds>, RowFault> {
         let context = self.context();
         let fitting = |(index, answer): (usize, &&str)| {
@@ -71,7 +72,7 @@ impl LlavaRlhfProcessor {
             let tokens = judged.ids.len();
             if tokens > context {
                 return Err(RowFault(format!(
-                    "judging answer {index} takes {tokens} tokens, and the judge's context is {context}"
+                    "judging answer {index} takes {tokens} tokens, but the judge's context is {context}"
                 )));
             }
             Ok(judged)
@@ -79,13 +80,13 @@ impl LlavaRlhfProcessor {
         group.answers.iter().enumerate().map(fitting).collect()
     }
 
-    /// Decodes a picture: `[3, side, side]`, normalized.
+    /// Decodes an image to `[3, side, side]`, normalized.
     pub fn pixels(&self, image: &EncodedImage) -> Result<Vec<f32>, RowFault> {
         let rgb = decode(&image.bytes, PIXELS_MAX).map_err(|fault| named(image, &fault))?;
         Ok(self.clip.pixels(rgb))
     }
 
-    /// The whole group: the tokens of its answers and the pixels of its picture.
+    /// Prepares a group: the tokens of its answers and the pixels of its image.
     pub fn prepare(&self, group: &AnswerGroup<'_>) -> Result<Judged, RowFault> {
         let pixels = group.prompt.images.first().map(|image| self.pixels(image));
         Ok(Judged {
@@ -94,7 +95,7 @@ impl LlavaRlhfProcessor {
         })
     }
 
-    /// A whole conversation to learn from; one that does not fit the context is refused.
+    /// Prepares an SFT example; one that does not fit in the context is rejected.
     pub fn example(&self, example: &SftExample<'_>) -> Result<RewardSftTokens, RowFault> {
         let (text, answers) = self.spoken(example)?;
         fits(text.ids.len(), self.context())?;
@@ -107,8 +108,8 @@ impl LlavaRlhfProcessor {
         })
     }
 
-    /// The tokens of a whole conversation, however many, and the places of those that are learned.
-    /// Only the header of the picture is read.
+    /// Returns the tokens of an SFT example, even if they exceed the context, and the ranges of the
+    /// tokens to train on. Only the header of the image is read.
     pub fn spoken(
         &self,
         example: &SftExample<'_>,
@@ -119,18 +120,19 @@ impl LlavaRlhfProcessor {
             learned,
             ..
         } = *example;
-        let picture_tokens = self.picture_tokens(prompt)?;
-        self.vicuna.example(prompt, answer, learned, picture_tokens)
+        let image_tokens = self.image_tokens(prompt)?;
+        self.vicuna.example(prompt, answer, learned, image_tokens)
     }
 
-    /// The tokens by which `answer` is judged, however many. Only the header of the picture is read.
+    /// Returns the tokens for judging `answer`, even if they exceed the context. Only the header of
+    /// the image is read.
     pub fn sequence(&self, prompt: &ChatPrompt, answer: &str) -> Result<JudgeIds, RowFault> {
-        let picture_tokens = self.picture_tokens(prompt)?;
-        self.vicuna.judged(prompt, answer, picture_tokens)
+        let image_tokens = self.image_tokens(prompt)?;
+        self.vicuna.judged(prompt, answer, image_tokens)
     }
 
-    /// The tokens that the prompt's picture takes, if there is one.
-    fn picture_tokens(&self, prompt: &ChatPrompt) -> Result<Option<usize>, RowFault> {
+    /// Returns the number of tokens of the prompt's image, if there is one.
+    fn image_tokens(&self, prompt: &ChatPrompt) -> Result<Option<usize>, RowFault> {
         match prompt.images.as_slice() {
             [] => Ok(None),
             [image] => {
@@ -139,7 +141,8 @@ impl LlavaRlhfProcessor {
             }
             several => {
                 let count = several.len();
-                let problem = format!("has {count} pictures, and LLaVA-RLHF judges by one");
+                let problem =
+                    format!("the prompt has {count} images, but LLaVA-RLHF supports only one");
                 Err(RowFault(problem))
             }
         }
@@ -152,7 +155,7 @@ mod tests {
     use crate::test_util::{png, prompt, reward_folder};
 
     #[test]
-    fn all_answers_of_a_prompt_are_judged_by_one_picture() {
+    fn all_answers_of_a_prompt_are_judged_by_one_image() {
         let (_folder, spec) = reward_folder();
         let prep = LlavaRlhfProcessor::open(&spec).unwrap();
         let prompt = prompt(vec![png(100, 61)], "What?");
@@ -170,11 +173,11 @@ mod tests {
     }
 
     #[test]
-    fn two_pictures_and_an_answer_beyond_the_context_are_faults() {
+    fn two_images_and_an_answer_beyond_the_context_are_faults() {
         let (_folder, spec) = reward_folder();
         let prep = LlavaRlhfProcessor::open(&spec).unwrap();
         let two = prompt(vec![png(9, 9), png(9, 9)], "What?");
-        assert!(prep.count(&two, "A.").unwrap_err().0.contains("2 pictures"));
+        assert!(prep.count(&two, "A.").unwrap_err().0.contains("2 images"));
         let one = prompt(vec![png(9, 9)], "What?");
         let long = "x".repeat(512);
         let group = AnswerGroup {

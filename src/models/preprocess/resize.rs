@@ -1,23 +1,23 @@
-//! Bicubic resizing of 8-bit pictures exactly as Pillow or as torch does it, bit for bit.
+//! Bicubic resizing of 8-bit images, bit for bit as in Pillow or torch.
 //!
-//! After `src/libImaging/Resample.c` of python-pillow/Pillow, which torch's
+//! Follows `src/libImaging/Resample.c` of python-pillow/Pillow, which torch's
 //! `aten/src/ATen/native/cpu/UpSampleKernel.cpp` follows for `interpolate(mode="bicubic",
-//! antialias=True)` of uint8: two passes, each with weights in fixed point and rounded to 8 bits; a
-//! pass along which the size does not change is left out. When shrinking, the kernel widens with the
-//! scale (antialiasing). Crates that resize faster differ from this by up to 27 gray levels at hard
+//! antialias=True)` of uint8: two passes, each with fixed-point weights and rounded to 8 bits; a
+//! pass along which the size does not change is skipped. When shrinking, the kernel widens with the
+//! scale (antialiasing). Crates that resize faster differ from this by up to 27 levels at hard
 //! edges. The two libraries differ from each other in two points:
 //!
-//! * Weights have 22 bits after the binary point in Pillow; in torch 16 bits in all, of which as many
-//!   are after the point as the greatest weight of the pass allows. That makes a gray level here and
-//!   there.
-//! * torch makes the horizontal pass first. Pillow 13 makes the vertical one first when the height
-//!   loses more than twice the pixels that the width loses (its pull request 9549; found by comparing
-//!   both orders over 3,000 sizes), which shows in the last bit, and at hard edges in more. Up to
-//!   version 12 the horizontal pass always came first there, too.
+//! * Weights have 22 bits after the binary point in Pillow; in torch they have 16 bits in total, of
+//!   which as many are after the point as the largest weight of the pass allows. The difference is
+//!   one level in some pixels.
+//! * torch runs the horizontal pass first. Pillow 13 runs the vertical pass first if the height
+//!   loses more than twice as many pixels as the width (its pull request 9549; found by comparing
+//!   both orders over 3,000 sizes), which changes the last bit, and more at hard edges. Up to
+//!   version 12, Pillow also ran the horizontal pass first.
 
 #![expect(
     clippy::inline_always,
-    reason = "what is inlined into a function for AVX2 is compiled for AVX2, the rest is not"
+    reason = "code inlined into a function for AVX2 is compiled for AVX2, other code is not"
 )]
 
 use rayon::prelude::*;
@@ -30,34 +30,35 @@ const SUPPORT: f64 = 2.0;
 /// Bytes of a row that are summed at once.
 const BLOCK: usize = 64;
 
-/// Side of the squares by which a picture is turned.
+/// Side of the square blocks in which an image is transposed.
 const SQUARE: usize = 32;
 
-/// Bits after the binary point of Pillow's weights: 32 less 8 for the pixel and 2 for overshoot.
+/// Bits after the binary point of Pillow's weights: 32, minus 8 for the pixel and 2 for overshoot.
 const PILLOW_PRECISION: u32 = 32 - 8 - 2;
 
-/// The most bits after the binary point of torch's weights.
+/// Maximum number of bits after the binary point of torch's weights.
 const TORCH_PRECISION_MAX: u32 = 22;
 
 /// The library whose bicubic resizing is reproduced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Bicubic {
-    /// Pillow 13: `Image.resize(.., BICUBIC)`, and so transformers' processors of backend `pil`.
+    /// Pillow 13: `Image.resize(.., BICUBIC)`, as used by transformers' processors with backend
+    /// `pil`.
     Pillow,
-    /// torch 2 on a CPU: `interpolate` of uint8, and so transformers' processors of backend
+    /// torch 2 on a CPU: `interpolate` of uint8, as used by transformers' processors with backend
     /// `torchvision`.
     Torch,
 }
 
 impl Bicubic {
-    /// Resizes a picture to `width` x `height` pixels, not keeping its shape.
+    /// Resizes an image to `width` x `height` pixels, without keeping its aspect ratio.
     ///
     /// # Panics
     ///
-    /// Panics when a size is 0.
+    /// Panics if a size is 0.
     #[must_use]
     pub fn resize(self, image: &Rgb, width: usize, height: usize) -> Rgb {
-        assert!(width > 0 && height > 0, "a picture of no pixels");
+        assert!(width > 0 && height > 0, "an image without pixels");
         let across = (width != image.width).then(|| Pass::new(self, image.width, width));
         let down = (height != image.height).then(|| Pass::new(self, image.height, height));
         let data = match (across, down) {
@@ -76,18 +77,19 @@ impl Bicubic {
         }
     }
 
-    /// Whether the vertical pass comes before the horizontal one.
+    /// True if the vertical pass comes before the horizontal one.
     fn vertical_first(self, image: &Rgb, width: usize, height: usize) -> bool {
         let loss = image.height.saturating_sub(height);
         self == Self::Pillow && loss > 0 && loss + 2 * width > 2 * image.width
     }
 
-    /// Bits after the binary point of the weights of a pass, of which `greatest` is the greatest.
+    /// Returns the bits after the binary point of the weights of a pass, whose largest weight is
+    /// `greatest`.
     fn precision(self, greatest: f64) -> u32 {
         match self {
             Self::Pillow => PILLOW_PRECISION,
             Self::Torch => {
-                // With one bit more, the greatest weight would not fit 16 bits with a sign.
+                // With one more bit, the largest weight would not fit in 16 bits with a sign.
                 let last = |&precision: &u32| fixed(greatest, precision + 1) > i32::from(i16::MAX);
                 let mut precisions = 0..TORCH_PRECISION_MAX;
                 precisions.find(last).unwrap_or(TORCH_PRECISION_MAX)
@@ -96,17 +98,17 @@ impl Bicubic {
     }
 }
 
-/// Resizing along one axis.
+/// A resizing pass along one axis.
 struct Pass {
     /// Source pixels along the axis.
     from: usize,
-    /// What each output pixel along the axis is made of.
+    /// The taps of each output pixel along the axis.
     taps: Vec<Taps<i32>>,
     /// Bits after the binary point of the weights.
     precision: u32,
 }
 
-/// Which source pixels one output pixel is made of.
+/// The source pixels and weights of one output pixel.
 struct Taps<W> {
     /// The first source pixel.
     first: usize,
@@ -115,7 +117,7 @@ struct Taps<W> {
 }
 
 impl Pass {
-    /// Makes `to` pixels of `from`.
+    /// Creates the pass that resizes `from` pixels to `to`.
     fn new(library: Bicubic, from: usize, to: usize) -> Self {
         let exact = taps(from, to);
         let greatest = exact.iter().flat_map(|taps| taps.weights.iter().copied());
@@ -131,8 +133,8 @@ impl Pass {
         }
     }
 
-    /// Resizes every row of RGB pixels, as columns of the picture on its side: along them neighboring
-    /// bytes have the same weights, so that many go at once.
+    /// Resizes every row of RGB pixels, as columns of the transposed image: along them neighboring
+    /// bytes have the same weights, so many are processed at once.
     fn horizontal(&self, data: &[u8]) -> Vec<u8> {
         let rows = data.len() / (3 * self.from);
         let resized = self.vertical(&on_its_side(data, self.from), 3 * rows);
@@ -147,8 +149,8 @@ impl Pass {
         resized
     }
 
-    /// Makes a row of the rows of `data` that `taps` names, with the widest vectors of this processor
-    /// that the compiler can use; in whole numbers the result is the same with all of them.
+    /// Computes one output row from the rows of `data` in `taps`, with the widest vectors of this
+    /// processor that the compiler can use; in integer arithmetic the result is the same for all.
     fn row(&self, data: &[u8], taps: &Taps<i32>, resized: &mut [u8]) {
         #[cfg(target_arch = "x86_64")]
         {
@@ -159,7 +161,7 @@ impl Pass {
             if is_x86_feature_detected!("avx2") {
                 #[expect(
                     unsafe_code,
-                    reason = "the compiler cannot know that the processor was asked"
+                    reason = "the compiler cannot know that the processor's features were checked"
                 )]
                 // SAFETY: the processor has AVX2.
                 unsafe {
@@ -175,8 +177,8 @@ impl Pass {
     fn down(&self, data: &[u8], taps: &Taps<i32>, resized: &mut [u8]) {
         let stride = resized.len();
         let first = stride * taps.first;
-        // Blocks whose sums stay in registers. None overflows: the weights add up to 1. Wrapping says so
-        // to the compiler, which could not use vectors if it had to check.
+        // Blocks whose sums stay in registers. None overflows, as the weights add up to 1; wrapping
+        // arithmetic lets the compiler use vectors, which checked arithmetic would prevent.
         for (number, resized) in resized.chunks_mut(BLOCK).enumerate() {
             let mut sums = [self.half(); BLOCK];
             let mut start = first + number * BLOCK;
@@ -199,25 +201,25 @@ impl Pass {
         }
     }
 
-    /// One half in fixed point, where sums begin so that they are rounded in the end.
+    /// Returns one half in fixed point, the start of sums so that they are rounded at the end.
     #[inline(always)]
     fn half(&self) -> i32 {
         1 << (self.precision - 1)
     }
 
-    /// From fixed point to a gray level.
+    /// Converts fixed point to a level.
     #[inline(always)]
     fn level(&self, sum: i32) -> u8 {
         (sum >> self.precision).clamp(0, 255) as u8
     }
 }
 
-/// RGB pixels, `width` a row, with rows and columns exchanged.
+/// Transposes RGB pixels of `width` columns.
 fn on_its_side(data: &[u8], width: usize) -> Vec<u8> {
     let (pixels, _) = data.as_chunks::<3>();
     let height = pixels.len() / width;
     let mut turned = vec![[0; 3]; pixels.len()];
-    // Squares of pixels, so that neither side leaves the cache.
+    // Square blocks, so that both sides stay in the cache.
     let columns = turned.par_chunks_mut(SQUARE * height).enumerate();
     columns.for_each(|(square, turned)| {
         let left = square * SQUARE;
@@ -232,20 +234,21 @@ fn on_its_side(data: &[u8], width: usize) -> Vec<u8> {
     turned.into_flattened()
 }
 
-/// A weight in fixed point; halves are rounded away from 0.
+/// Converts a weight to fixed point; halves are rounded away from 0.
 fn fixed(weight: f64, precision: u32) -> i32 {
     let scaled = weight * f64::from(1 << precision);
     (scaled + 0.5_f64.copysign(scaled)) as i32
 }
 
-/// The taps of each output pixel when `from` pixels become `to`; their weights add up to 1.
+/// Returns the taps of each output pixel for resizing `from` pixels to `to`; their weights add up
+/// to 1.
 fn taps(from: usize, to: usize) -> Vec<Taps<f64>> {
     let scale = from as f64 / to as f64;
     let widening = scale.max(1.0);
     let support = SUPPORT * widening;
     let tap = |index: usize| {
         let center = (index as f64 + 0.5) * scale;
-        // Casts of negative numbers saturate at 0, which is the bound that is wanted.
+        // Casts of negative numbers saturate at 0, the intended lower bound.
         let first = (center - support + 0.5) as usize;
         let end = ((center + support + 0.5) as usize).min(from);
         let raw: Vec<f64> = (first..end)
@@ -355,7 +358,7 @@ mod tests {
         assert_eq!(precisions, [14, 15, 15, 21, 22]);
     }
 
-    /// Hashes of what Pillow 13 makes of the pattern.
+    /// Hashes of the pattern resized by Pillow 13.
     #[test]
     fn the_pass_that_loses_most_comes_first_as_in_pillow_13() {
         let vertical_first = Bicubic::Pillow.resize(&pattern(60, 80), 40, 30);
@@ -370,7 +373,7 @@ mod tests {
         );
     }
 
-    /// Hashes of what torch 2.11 makes of the pattern.
+    /// Hashes of the pattern resized by torch 2.11.
     #[test]
     fn the_horizontal_pass_comes_first_in_torch() {
         let flattened = Bicubic::Torch.resize(&pattern(60, 80), 40, 30);

@@ -1,11 +1,10 @@
-//! `tokenizer.model`: a SentencePiece model, turned into the tokenizer that `tokenizer.json` would
-//! hold.
+//! Conversion of a SentencePiece model (`tokenizer.model`) to the equivalent of a `tokenizer.json`.
 //!
 //! The file is a protocol buffer (google/sentencepiece, `src/sentencepiece_model.proto`), of which
-//! the pieces with their scores and a few settings are read. Only what Llama uses is taken: BPE, a
-//! space in front of the text, spaces as `▁`, no normalization. The merges are found as transformers
-//! finds them (`convert_slow_tokenizer.py`, `generate_merges`): wherever a piece is two others put
-//! together, the pair has the rank of the piece's score.
+//! the pieces with their scores and a few settings are read. Only what Llama uses is supported:
+//! BPE, a space before the text, spaces as `▁`, no normalization. Merges are derived as in
+//! transformers (`convert_slow_tokenizer.py`, `generate_merges`): wherever a piece is the
+//! concatenation of two others, the pair has the rank of the piece's score.
 
 use std::collections::HashMap;
 
@@ -17,7 +16,7 @@ use tokenizers::models::bpe::{BPE, Merges, Vocab};
 use tokenizers::normalizers::{NormalizerWrapper, Prepend, Replace, Sequence};
 use tokenizers::{AddedToken, Tokenizer};
 
-/// What stands for a space.
+/// The character that represents a space.
 const SPACE: &str = "▁";
 
 // Kinds of pieces (`SentencePiece.Type`).
@@ -29,7 +28,7 @@ const BYTE: u64 = 6;
 /// `TrainerSpec.ModelType`.
 const BPE_MODEL: u64 = 2;
 
-/// One entry of the vocabulary.
+/// An entry of the vocabulary.
 #[derive(Debug, Clone, PartialEq)]
 struct Piece {
     text: String,
@@ -37,22 +36,22 @@ struct Piece {
     kind: u64,
 }
 
-/// What is read of a model.
+/// The parts of a model that are used.
 #[derive(Debug, PartialEq)]
 #[expect(clippy::struct_excessive_bools, reason = "named as in the file")]
 struct Model {
-    /// By id.
+    /// The pieces, by id.
     pieces: Vec<Piece>,
     kind: u64,
-    /// The rules of normalization, compiled; empty for "identity".
+    /// True if the model has compiled normalization rules; there are none for "identity".
     charsmap: bool,
     add_dummy_prefix: bool,
     remove_extra_whitespaces: bool,
     escape_whitespaces: bool,
 }
 
-/// Builds the tokenizer of a SentencePiece model. Fails, saying what is wrong, when the bytes are
-/// none, or one that tokenizes otherwise than Llama's.
+/// Builds the tokenizer of a SentencePiece model. Fails, with a message, if the bytes are not such
+/// a model or if it tokenizes differently from Llama's.
 pub(super) fn tokenizer(bytes: &[u8]) -> Result<Tokenizer, String> {
     let model = Model::read(bytes)?;
     model.like_llama()?;
@@ -127,45 +126,45 @@ impl Model {
             }
         }
         if model.pieces.is_empty() {
-            return Err("holds no pieces".to_owned());
+            return Err("contains no pieces".to_owned());
         }
         Ok(model)
     }
 
-    /// Refuses what Llama's tokenizer is not.
+    /// Rejects models that differ from Llama's tokenizer.
     fn like_llama(&self) -> Result<(), String> {
         let refused = [
             (self.kind != BPE_MODEL, "is not a BPE model"),
             (self.charsmap, "normalizes text"),
-            (!self.add_dummy_prefix, "puts no space before a text"),
+            (!self.add_dummy_prefix, "adds no space before a text"),
             (self.remove_extra_whitespaces, "removes repeated spaces"),
-            (!self.escape_whitespaces, "leaves spaces as they are"),
+            (!self.escape_whitespaces, "does not escape spaces"),
             (
                 self.pieces.iter().any(|piece| piece.kind == USER_DEFINED),
-                "holds pieces that users defined",
+                "contains user-defined pieces",
             ),
         ];
         match refused.into_iter().find(|(applies, _)| *applies) {
             None => Ok(()),
             Some((_, problem)) => Err(format!(
-                "{problem}, unlike Llama's; write a tokenizer.json beside it: \
-                 `AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)` of transformers does"
+                "{problem}, unlike Llama's; write a tokenizer.json next to it with transformers: \
+                 `AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)`"
             )),
         }
     }
 
-    /// The id of each piece.
+    /// Returns the id of each piece.
     fn vocab(&self) -> Result<HashMap<String, u32>, String> {
         let mut ids = HashMap::with_capacity(self.pieces.len());
         for (id, piece) in self.pieces.iter().enumerate() {
             if ids.insert(piece.text.clone(), id as u32).is_some() {
-                return Err(format!("holds the piece `{}` twice", piece.text));
+                return Err(format!("contains the piece `{}` twice", piece.text));
             }
         }
         Ok(ids)
     }
 
-    /// Pairs of pieces that make a piece, those of the highest score first.
+    /// Returns the pairs of pieces that make a piece, highest score first.
     fn merges(&self) -> Merges {
         let known = (0..).zip(&self.pieces);
         let ids: HashMap<&str, usize> =
@@ -181,7 +180,8 @@ impl Model {
             }
             pairs[first..].sort_by_key(|&(_, one, two, ..)| (one, two));
         }
-        // Both sorts are stable; this one is Python's with `reverse=True`, which keeps equal items.
+        // Both sorts are stable; this one is Python's with `reverse=True`, which keeps the order of
+        // equal items.
         let order = |&(score, _, _, left, right): &(f32, usize, usize, &str, &str)| {
             (score, left.chars().count(), right.chars().count())
         };
@@ -230,10 +230,10 @@ struct Fields<'a> {
 #[derive(Debug)]
 enum Value<'a> {
     Number(u64),
-    /// 32 bits.
+    /// A 32-bit value.
     Fixed(u32),
     Bytes(&'a [u8]),
-    /// 64 bits, which nothing here needs.
+    /// A 64-bit value, which is not needed here.
     Wide,
 }
 
@@ -295,7 +295,7 @@ impl<'a> Iterator for Fields<'a> {
 }
 
 fn damaged() -> String {
-    "is not a SentencePiece model, or is damaged".to_owned()
+    "not a SentencePiece model, or corrupt".to_owned()
 }
 
 #[cfg(test)]
@@ -319,7 +319,8 @@ mod tests {
         bytes
     }
 
-    /// A model like Llama's, with bytes for `\n` only; `trainer` and `normalizer` as encoded.
+    /// Returns a model like Llama's, with bytes for `\n` only; `trainer` and `normalizer` are
+    /// encoded.
     fn model(trainer: &[u8], normalizer: &[u8]) -> Vec<u8> {
         let pieces = [
             piece("<unk>", 0.0, 2),
@@ -358,14 +359,14 @@ mod tests {
             |trainer: &[u8], normalizer: &[u8]| tokenizer(&model(trainer, normalizer)).unwrap_err();
         assert!(diagnostic(&[3 << 3, 1], NOTHING_REMOVED).contains("is not a BPE model"));
         assert!(diagnostic(BPE, &[]).contains("removes repeated spaces"));
-        assert!(diagnostic(BPE, &[4 << 3, 0, 3 << 3, 0]).contains("no space before a text"));
+        assert!(diagnostic(BPE, &[4 << 3, 0, 3 << 3, 0]).contains("adds no space before a text"));
     }
 
     #[test]
     fn bytes_that_are_no_model_are_an_error_and_never_a_panic() {
         let whole = model(BPE, NOTHING_REMOVED);
         for length in 0..whole.len() {
-            // Cut between two fields, the rest may still be a model.
+            // Truncated between two fields, the rest may still be a model.
             let _ = tokenizer(&whole[..length]);
         }
         assert!(
@@ -373,6 +374,6 @@ mod tests {
                 .unwrap_err()
                 .contains("SentencePiece")
         );
-        assert_eq!(tokenizer(b"").unwrap_err(), "holds no pieces");
+        assert_eq!(tokenizer(b"").unwrap_err(), "contains no pieces");
     }
 }

@@ -1,10 +1,10 @@
-//! A checkpoint's tokenizer, used for plain text only.
+//! Tokenization of plain text with a checkpoint's tokenizer.
 //!
-//! What people and models wrote must never turn into a token that means something to the program:
-//! the text `<image>` or `<|im_end|>` in a question is those characters. So matching of special
-//! tokens is off, and special tokens enter a sequence by their ids only. A whole string that the
-//! reference tokenizes at once falls apart at its special tokens before anything else happens
-//! (normalization included), so encoding the pieces between them gives the same ids.
+//! Text from users and models must never turn into a special token: `<image>` or `<|im_end|>` in a
+//! question is just those characters. So matching of special tokens is disabled, and special tokens
+//! enter a sequence by id only. When the reference tokenizes a whole string at once, the string is
+//! split at its special tokens before anything else happens (including normalization), so encoding
+//! the pieces between them gives the same ids.
 
 use std::path::{Path, PathBuf};
 
@@ -17,20 +17,22 @@ use crate::checkpoint::CheckpointError;
 use crate::preprocess::sentencepiece;
 use ovchat_io::files;
 
-/// The bytes that a tokenizer's file may have.
+/// Maximum size of a tokenizer file, in bytes.
 const FILE_MAX: u64 = 1 << 30;
 
-/// What the tokenizers crate gives or says. It panics where it should not: at a regular expression that
-/// backtracks for too long, for one.
+/// Calls the tokenizers crate and converts panics to errors. The crate panics, for example, at a
+/// regular expression that backtracks for too long.
 fn caught<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
     files::caught(work)?.map_err(|error| error.to_string())
 }
 
-/// How much longer a normalizer or decoder may make a text, by [`growth`]; Llama's comes to 9.
+/// Maximum factor by which a normalizer or decoder may lengthen a text, by [`growth`]; Llama's is
+/// 9.
 const GROWTH_MAX: f64 = 1024.0;
 
-/// An upper bound of how many times as long a text becomes by the steps of a normalizer or a decoder, as
-/// `tokenizer.json` has them. Unicode's own forms are left out: they lengthen a text by 11 at most.
+/// Returns an upper bound of the factor by which the steps of a normalizer or decoder in
+/// `tokenizer.json` lengthen a text. Unicode's normalization forms are ignored: they lengthen a
+/// text by a factor of 11 at most.
 fn growth(step: &Value) -> f64 {
     let bytes = |text: &Value| text.as_str().map_or(0, str::len) as f64;
     match step["type"].as_str() {
@@ -43,11 +45,11 @@ fn growth(step: &Value) -> f64 {
             Value::String(pattern) if !pattern.is_empty() => {
                 (bytes(&step["content"]) / pattern.len() as f64).max(1.0)
             }
-            // It may match nothing, between any two bytes.
+            // It may match the empty string between any two bytes.
             _ => bytes(&step["content"]) + 1.0,
         },
         Some("Prepend") => bytes(&step["prepend"]).max(1.0),
-        // A trie with its size in front, and the texts that it leads to, each with a zero at its end.
+        // A trie preceded by its size, and the replacement texts, each terminated by a zero.
         Some("Precompiled") => {
             let map = step["precompiled_charsmap"].as_str().unwrap_or_default();
             let map = BASE64_STANDARD.decode(map).unwrap_or_default();
@@ -62,7 +64,7 @@ fn growth(step: &Value) -> f64 {
     }
 }
 
-/// A tokenizer that knows no special tokens in text.
+/// A tokenizer that matches no special tokens in text.
 #[derive(Debug, Clone)]
 pub struct PlainTokenizer {
     path: PathBuf,
@@ -70,7 +72,8 @@ pub struct PlainTokenizer {
 }
 
 impl PlainTokenizer {
-    /// Reads `tokenizer.json` in `folder` or, where there is none, SentencePiece's `tokenizer.model`.
+    /// Reads `tokenizer.json` in `folder`, or SentencePiece's `tokenizer.model` if it does not
+    /// exist.
     pub fn open(folder: &Path) -> Result<Self, CheckpointError> {
         let read = |path: &Path| {
             files::read_at_most(path, FILE_MAX).map_err(|error| CheckpointError::io(path, &error))
@@ -80,7 +83,7 @@ impl PlainTokenizer {
         let (path, tokenizer) = if json.exists() {
             let bytes = read(&json)?;
             let tokenizer = caught(|| tokenizers::Tokenizer::from_bytes(bytes)).map_err(|error| {
-                CheckpointError::new(&json, format!("is not a tokenizer: {error}"))
+                CheckpointError::new(&json, format!("not a valid tokenizer: {error}"))
             });
             (json, tokenizer)
         } else if model.exists() {
@@ -88,9 +91,9 @@ impl PlainTokenizer {
                 .map_err(|problem| CheckpointError::new(&model, problem));
             (model, tokenizer)
         } else {
-            let problem = "is missing, and there is no tokenizer.model; \
+            let problem = "file not found, and there is no tokenizer.model; write it with \
                            `AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)` of \
-                           transformers writes it";
+                           transformers";
             return Err(CheckpointError::new(&json, problem));
         };
         let mut tokenizer = tokenizer?;
@@ -107,8 +110,8 @@ impl PlainTokenizer {
                 return Err(CheckpointError::new(
                     &path,
                     format!(
-                        "has a {name} that can make a text {growth:.0} times as long, and {GROWTH_MAX} times is \
-                         the most; take its `Replace` steps out"
+                        "has a {name} that can make a text {growth:.0} times as long, but at most {GROWTH_MAX} times is \
+                         supported; remove its `Replace` steps"
                     ),
                 ));
             }
@@ -116,26 +119,26 @@ impl PlainTokenizer {
         Ok(Self { path, tokenizer })
     }
 
-    /// The complaint that the tokenizer is not what it must be.
+    /// Returns an error about this tokenizer.
     pub fn fault(&self, problem: impl Into<String>) -> CheckpointError {
         CheckpointError::new(&self.path, problem)
     }
 
-    /// The id of a token, if there is such a token.
+    /// Returns the id of a token, if it exists.
     pub fn id(&self, token: &str) -> Option<i64> {
         self.tokenizer.token_to_id(token).map(i64::from)
     }
 
-    /// The id of a token that must be there.
+    /// Returns the id of a required token.
     pub fn need(&self, token: &str) -> Result<i64, CheckpointError> {
         self.id(token).ok_or_else(|| {
             self.fault(format!(
-                "has no token `{token}`; it belongs to another model"
+                "has no token `{token}`; the tokenizer belongs to a different model"
             ))
         })
     }
 
-    /// How many tokens there are, special ones included.
+    /// Returns the number of tokens, including special ones.
     pub fn len(&self) -> usize {
         self.tokenizer.get_vocab_size(true)
     }
@@ -147,13 +150,13 @@ impl PlainTokenizer {
         }
         let encoding = caught(|| self.tokenizer.encode_fast(text, false)).map_err(|error| {
             let path = self.path.display();
-            RowFault(format!("its text can't be tokenized by {path}: {error}"))
+            RowFault(format!("cannot tokenize the text with {path}: {error}"))
         })?;
         ids.extend(encoding.get_ids().iter().map(|&id| i64::from(id)));
         Ok(())
     }
 
-    /// The text of tokens, without special tokens and without ids that no token has.
+    /// Decodes tokens, skipping special tokens and ids without a token.
     pub fn decode(&self, ids: &[i64]) -> String {
         let ids: Vec<u32> = ids
             .iter()
@@ -162,7 +165,7 @@ impl PlainTokenizer {
         caught(|| self.tokenizer.decode(&ids, true)).unwrap_or_else(|_| self.spelled(&ids))
     }
 
-    /// Tokens as the vocabulary spells them, for a decoder that fails at them.
+    /// Returns the tokens as spelled in the vocabulary, for a decoder that fails on them.
     fn spelled(&self, ids: &[u32]) -> String {
         let tokens = ids.iter();
         tokens

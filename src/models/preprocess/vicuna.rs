@@ -1,4 +1,4 @@
-//! The text that LLaVA-RLHF's reward model reads: a conversation, and the request to judge it.
+//! The text format of LLaVA-RLHF's reward model: a conversation, followed by the reward prompt.
 //!
 //! LLaVA's conversation template `v1` (`RLHF/data_utils/common_utils.py`, `preprocess_v1`):
 //!
@@ -7,10 +7,10 @@
 //! ```
 //!
 //! The score is read at the last token of the reward prompt, so nothing follows it. The text is cut
-//! at `<image>` and each piece tokenized alone; `</s>` falls out as a token of its own and the
-//! pieces around it are tokenized apart, as the reference's tokenizer does. `<image>` in the turn
-//! that carries the picture is removed, as LLaVA does; anywhere else `<image>` and `</s>` in what
-//! people or models wrote are plain characters, where LLaVA would see a second picture or an end.
+//! at `<image>` and each piece tokenized separately; `</s>` is a token of its own and the pieces
+//! around it are tokenized separately, as the reference's tokenizer does. `<image>` in the turn
+//! that carries the image is removed, as LLaVA does; anywhere else `<image>` and `</s>` in text
+//! from users or models are plain characters, where LLaVA would see a second image or an end.
 
 use std::ops::Range;
 use std::path::Path;
@@ -20,17 +20,17 @@ use crate::preprocess::tokenizer::PlainTokenizer;
 use crate::{ChatPrompt, ChatRole, RowFault, TrainOn};
 use ovchat_io::files;
 
-/// LLaVA's stand-in for a feature of the picture; no token has this id.
+/// LLaVA's placeholder for an image feature; no token has this id.
 pub const IMAGE_TOKEN_INDEX: i64 = -200;
 
-/// The system sentence of LLaVA's `conv_vicuna_v1`. The model never saw another, so a prompt's own
-/// system text is not shown to it.
+/// The system sentence of LLaVA's `conv_vicuna_v1`. The model was trained with no other, so a
+/// prompt's own system text is not used.
 const SYSTEM: &str = "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user's questions.";
 
-/// What comes before the captions.
+/// The text before the captions.
 const CAPTIONS: &str = "Specifically, the AI's response should be fully supported by the combination of the following captions:\n";
 
-/// Where captions go in the reward prompt.
+/// The placeholder for captions in the reward prompt.
 const PLACEHOLDER: &str = "{factual_prompt}";
 
 /// The conversation format of one reward model.
@@ -39,22 +39,22 @@ pub struct Vicuna {
     tokenizer: PlainTokenizer,
     begin: i64,
     end: i64,
-    /// The file that asks for the score, stripped.
+    /// The reward prompt from the file, stripped.
     reward_prompt: String,
 }
 
-/// The tokens that one answer is judged by.
+/// The tokens for judging one answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct JudgeIds {
-    /// All tokens; [`IMAGE_TOKEN_INDEX`] stands once for every feature of the picture.
+    /// All token ids; [`IMAGE_TOKEN_INDEX`] is repeated once per image feature.
     pub ids: Vec<i64>,
-    /// Where the picture's features go, if there is a picture.
+    /// The range of the image's features, if there is an image.
     pub image: Option<Range<usize>>,
 }
 
-/// A piece of a conversation that ends in an answer.
+/// A piece of a conversation that ends with an answer.
 struct Spoken {
-    /// Its tokens, the `</s>` behind the answer included.
+    /// Its tokens, including the `</s>` after the answer.
     piece: Range<usize>,
     /// Its text before the answer.
     before: String,
@@ -69,7 +69,7 @@ impl Vicuna {
         if tokenizer.len() > vocab_size {
             let tokens = tokenizer.len();
             let problem =
-                format!("has {tokens} tokens, and config.json a vocab_size of {vocab_size}");
+                format!("has {tokens} tokens, but the vocab_size of config.json is {vocab_size}");
             return Err(tokenizer.fault(problem));
         }
         let text =
@@ -78,7 +78,7 @@ impl Vicuna {
         if reward_prompt.is_empty() {
             return Err(CheckpointError::new(
                 prompt,
-                "is empty; it must ask for the score",
+                "the file is empty; it must contain the prompt that asks for the score",
             ));
         }
         Ok(Self {
@@ -89,38 +89,38 @@ impl Vicuna {
         })
     }
 
-    /// The tokens by which `answer` to `prompt` is judged; the picture, if there is one, takes
-    /// `picture_tokens` tokens.
+    /// Returns the tokens for judging `answer` to `prompt`; the image, if there is one, takes
+    /// `image_tokens` tokens.
     pub fn judged(
         &self,
         prompt: &ChatPrompt,
         answer: &str,
-        picture_tokens: Option<usize>,
+        image_tokens: Option<usize>,
     ) -> Result<JudgeIds, RowFault> {
-        let (mut text, _) = self.conversation(prompt, answer, picture_tokens)?;
+        let (mut text, _) = self.conversation(prompt, answer, image_tokens)?;
         let request = format!(" {}", self.request(prompt.captions.as_deref()));
         self.tokenizer.append(&request, &mut text.ids)?;
         Ok(text)
     }
 
-    /// The tokens of the conversation that ends in `answer`, and where the answers stand that are to
-    /// be learned, each with the `</s>` behind it.
+    /// Returns the tokens of the conversation that ends with `answer`, and the ranges of the
+    /// answers to train on, each with the `</s>` after it.
     pub fn example(
         &self,
         prompt: &ChatPrompt,
         answer: &str,
         learned: TrainOn,
-        picture_tokens: Option<usize>,
+        image_tokens: Option<usize>,
     ) -> Result<(JudgeIds, Vec<Range<usize>>), RowFault> {
-        let (text, spoken) = self.conversation(prompt, answer, picture_tokens)?;
+        let (text, spoken) = self.conversation(prompt, answer, image_tokens)?;
         let skipped = match learned {
             TrainOn::All => 0,
             TrainOn::Last => spoken.len() - 1,
         };
         let mut answers = Vec::new();
         for Spoken { piece, before } in &spoken[skipped..] {
-            // An answer is tokenized in one piece with what stands before it; it begins where the
-            // tokens of the piece leave those of its beginning.
+            // An answer is tokenized in one piece with the text before it; it starts where the
+            // tokens of the piece differ from those of the text before it.
             let mut ids = Vec::new();
             self.tokenizer.append(before, &mut ids)?;
             let same = ids.iter().zip(&text.ids[piece.clone()]);
@@ -130,17 +130,17 @@ impl Vicuna {
         Ok((text, answers))
     }
 
-    /// The conversation that ends in `answer`, and the pieces of it that end in an answer.
+    /// Returns the conversation that ends with `answer`, and its pieces that end with an answer.
     fn conversation(
         &self,
         prompt: &ChatPrompt,
         answer: &str,
-        picture_tokens: Option<usize>,
+        image_tokens: Option<usize>,
     ) -> Result<(JudgeIds, Vec<Spoken>), RowFault> {
         let mut ids = vec![self.begin];
         let mut spoken = Vec::new();
         let mut image = None;
-        let mut pending = picture_tokens;
+        let mut pending = image_tokens;
         let mut piece = format!("{SYSTEM} ");
         let turns = prompt
             .turns
@@ -184,8 +184,8 @@ impl Vicuna {
         Ok((JudgeIds { ids, image }, spoken))
     }
 
-    /// The reward prompt with the captions, in their order, in place of the placeholder; without
-    /// captions the placeholder becomes nothing and the space before it stays.
+    /// Returns the reward prompt with the captions, in their order, in place of the placeholder;
+    /// without captions the placeholder is removed and the space before it stays.
     fn request(&self, captions: Option<&[String]>) -> String {
         let mut facts = String::new();
         for (index, caption) in captions.unwrap_or_default().iter().enumerate() {
@@ -200,8 +200,8 @@ impl Vicuna {
         request.trim().to_owned()
     }
 
-    /// Whether the reward prompt has a place for captions, which a caller may want to warn about
-    /// when there are none.
+    /// True if the reward prompt has a placeholder for captions, so that a caller can warn if there
+    /// are none.
     pub fn wants_captions(&self) -> bool {
         self.reward_prompt.contains(PLACEHOLDER)
     }
@@ -221,7 +221,7 @@ mod tests {
         (found, text.replace('▁', "_"))
     }
 
-    /// Every piece begins with a `_` of its own, as the reference's tokenizer has it.
+    /// Every piece begins with a `_` of its own, as in the reference's tokenizer.
     #[test]
     fn the_conversation_is_cut_into_the_pieces_of_the_reference() {
         let (found, text) = judged(
@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_turn_with_the_picture_is_stripped() {
+    fn only_the_turn_with_the_image_is_stripped() {
         let turn = |role, text: &str| ChatTurn {
             role,
             text: text.to_owned(),
@@ -267,14 +267,14 @@ mod tests {
     }
 
     #[test]
-    fn an_end_or_a_picture_in_an_answer_is_plain_text() {
+    fn an_end_or_a_image_in_an_answer_is_plain_text() {
         let (found, text) = judged(&prompt(Vec::new(), "Q"), "x</s><image>y", Some(1));
         assert!(text.contains("x</s><image>y</s>"), "{text}");
         assert_eq!(found.ids.iter().filter(|&&id| id == 2).count(), 1);
     }
 
     #[test]
-    fn without_a_picture_there_is_no_placeholder() {
+    fn without_a_image_there_is_no_placeholder() {
         let (found, text) = judged(&prompt(Vec::new(), "Q"), "A", None);
         assert_eq!(found.image, None);
         assert!(text.contains("USER:_Q_ASSISTANT:_A</s>"), "{text}");

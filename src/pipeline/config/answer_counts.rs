@@ -1,4 +1,4 @@
-//! How many answers a prompt has, and who needs more of them.
+//! Checks that prompts have enough answers for judges and pairs.
 
 use super::check::all_stages;
 use super::diagnostic::{At, Diagnostic};
@@ -6,8 +6,9 @@ use super::pipeline::{Entry, PipelineSpec};
 use crate::stages::{Sample, StageSpec, TableName};
 use ovchat_models::Mode;
 
-/// Judges and pairs that need two answers to a prompt, or two that differ, and get one. What a query or
-/// a command leaves of answers is not known before the run, which rejects such prompts.
+/// Reports judges and pairs that need two answers to a prompt, or two different ones, but get one.
+/// The answers that a query or a command keeps are only known in the run, which rejects such
+/// prompts.
 pub fn too_few(written: &PipelineSpec) -> Vec<Diagnostic> {
     let mut diagnostics = Vec::new();
     for (stage, _) in all_stages(written) {
@@ -24,7 +25,7 @@ fn stage_of<'a>(written: &'a PipelineSpec, table: &TableName) -> Option<&'a Stag
     stages.find(|stage| stage.name == *table)
 }
 
-/// The sampling that makes a table.
+/// Returns the `sample` stage that builds a table.
 fn sampling<'a>(written: &'a PipelineSpec, table: &TableName) -> Option<(&'a Stage, &'a Sample)> {
     let stage = stage_of(written, table)?;
     match &stage.spec {
@@ -33,10 +34,10 @@ fn sampling<'a>(written: &'a PipelineSpec, table: &TableName) -> Option<(&'a Sta
     }
 }
 
-/// The table of answers that a table of rewards is about.
+/// Returns the table of answers that a table of rewards scores.
 fn answers_of<'a>(written: &'a PipelineSpec, rewards: &'a TableName) -> Option<&'a TableName> {
     let mut rewards = rewards;
-    // As many steps at most as there are stages: `combine` may stand in a loop.
+    // At most as many steps as there are stages: `combine` may be part of a cycle.
     for _ in all_stages(written) {
         match &stage_of(written, rewards)?.spec {
             Some(StageSpec::Score(score)) => return Some(&score.candidates),
@@ -47,32 +48,34 @@ fn answers_of<'a>(written: &'a PipelineSpec, rewards: &'a TableName) -> Option<&
     None
 }
 
-/// A judge that compares answers needs two of them.
+/// Reports a pairwise judge that gets only one answer per prompt.
 fn compared(stage: &Stage, written: &PipelineSpec) -> Option<Diagnostic> {
     let Some(StageSpec::Score(score)) = &stage.spec else {
         return None;
     };
     let mut models = written.models.iter();
     let judge = models.find(|entry| entry.name == score.judge)?;
-    let asking = judge.spec.as_ref()?.asking()?;
+    let prompt_settings = judge.spec.as_ref()?.prompt_settings()?;
     let (candidates, sample) = sampling(written, &score.candidates)?;
-    if asking.mode != Mode::Pairwise || sample.count.get() > 1 {
+    if prompt_settings.mode != Mode::Pairwise || sample.count.get() > 1 {
         return None;
     }
     let message = format!(
-        "`{}` compares the answers to a prompt with each other, and `{}` has one answer to each",
+        "judge `{}` compares answers pairwise, but `{}` has only one answer per prompt",
         score.judge, score.candidates
     );
     let at = At::value(stage.settings.key("judge"));
-    let diagnostic = Diagnostic::new("config::one_answer", at, message)
-        .also(At::value(candidates.settings.key("count")), "one answer");
+    let diagnostic = Diagnostic::new("config::one_answer", at, message).also(
+        At::value(candidates.settings.key("count")),
+        "one answer per prompt",
+    );
     Some(diagnostic.help(
-        "name a judge that scores each answer by itself (`ask: { mode: pointwise }`), or sample at \
+        "use a judge that scores each answer separately (`ask: { mode: pointwise }`), or sample at \
          least two answers",
     ))
 }
 
-/// A pair needs two answers that differ.
+/// Reports a stage that pairs answers of which there is only one, or which are all identical.
 fn paired(stage: &Stage, written: &PipelineSpec) -> Option<Diagnostic> {
     let (field, candidates) = match stage.spec.as_ref()? {
         StageSpec::SelectExtremes(pairs) => ("rewards", answers_of(written, &pairs.rewards)?),
@@ -84,19 +87,19 @@ fn paired(stage: &Stage, written: &PipelineSpec) -> Option<Diagnostic> {
     let (setting, why, help) = if sample.count.get() == 1 {
         (
             "count",
-            format!("`{candidates}` has one answer to each"),
+            format!("`{candidates}` has only one answer per prompt"),
             "sample at least two answers: `count: 2`",
         )
     } else if sample.temperature.get() == 0.0 {
         (
             "temperature",
-            format!("all answers of `{candidates}` to a prompt are the same"),
-            "set a `temperature` above 0, such as 0.7: at 0 nothing is drawn at random",
+            format!("all answers to a prompt in `{candidates}` are identical"),
+            "set `temperature` above 0, such as 0.7: at 0, decoding is greedy",
         )
     } else {
         return None;
     };
-    let message = format!("`{}` pairs two answers to a prompt, and {why}", stage.name);
+    let message = format!("`{}` pairs two answers to a prompt, but {why}", stage.name);
     let at = At::value(stage.settings.key(field));
     let diagnostic = Diagnostic::new("config::one_answer", at, message);
     let label = format!("`{candidates}` is sampled here");

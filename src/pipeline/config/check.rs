@@ -1,5 +1,6 @@
-//! What only the whole file can show: names that lead nowhere, models in the wrong role. Tables and their
-//! columns are followed in [`super::lineage`], files in [`super::paths`].
+//! Checks across the whole pipeline file: undefined names, and models in the wrong role.
+//!
+//! Tables and their columns are checked in [`super::lineage`], files in [`super::paths`].
 
 use super::answer_counts;
 use super::diagnostic::{At, Diagnostic};
@@ -14,7 +15,7 @@ use ovchat_data::tables::{Judged, Row as _};
 use ovchat_models::{ModelSpec, SqlReward};
 use ovchat_query as query;
 
-/// Names that a run folder or a run's SQL gives to something else.
+/// Names that are reserved in a run folder or in its SQL.
 const SIDE_TABLES: [&str; 10] = [
     "images",
     "rejects",
@@ -28,7 +29,7 @@ const SIDE_TABLES: [&str; 10] = [
     "manifest",
 ];
 
-/// Words that can't name a table in a query without quotes.
+/// SQL keywords that cannot name a table in a query without quotes.
 const SQL_WORDS: [&str; 62] = [
     "all",
     "and",
@@ -94,7 +95,7 @@ const SQL_WORDS: [&str; 62] = [
     "where",
 ];
 
-/// Every complaint and warning about names, roles and training.
+/// Returns all errors and warnings about names, roles and training.
 pub fn names_and_roles(written: &PipelineSpec) -> Vec<Diagnostic> {
     let mut diagnostics = Vec::new();
     long_names(written, &mut diagnostics);
@@ -114,7 +115,7 @@ pub fn names_and_roles(written: &PipelineSpec) -> Vec<Diagnostic> {
     diagnostics
 }
 
-/// The stages, then those under `evaluate`, and whether it is one of these.
+/// The stages, then those under `evaluate`, each with true if it is an evaluation.
 pub fn all_stages(
     written: &PipelineSpec,
 ) -> impl Iterator<Item = (&Entry<TableName, StageSpec>, bool)> {
@@ -122,7 +123,7 @@ pub fn all_stages(
     stages.chain(written.evaluate.iter().map(|stage| (stage, true)))
 }
 
-/// Names that no folder can have, or that leave no room for those that begin with them.
+/// Reports names that are too long for a folder, or leave no room for the names derived from them.
 fn long_names(written: &PipelineSpec, diagnostics: &mut Vec<Diagnostic>) {
     let stages = all_stages(written).map(|(stage, _)| (stage.name.as_str(), &stage.path));
     let models = written.models.iter();
@@ -132,10 +133,13 @@ fn long_names(written: &PipelineSpec, diagnostics: &mut Vec<Diagnostic>) {
     for (name, path) in stages.chain(models).chain(views) {
         if name.len() > NAME_MAX {
             let length = name.len();
-            let message = format!("the name has {length} characters, and may have {NAME_MAX}");
+            let message = format!(
+                "the name is too long: {length} characters, at most {NAME_MAX} are allowed"
+            );
             let diagnostic = Diagnostic::new("config::name", At::key(path.clone()), message);
-            diagnostics
-                .push(diagnostic.help("choose a shorter one: folders and files are named by it"));
+            diagnostics.push(
+                diagnostic.help("choose a shorter name: folders and files are named after it"),
+            );
         }
     }
 }
@@ -149,41 +153,44 @@ fn table_names(written: &PipelineSpec, diagnostics: &mut Vec<Diagnostic>) {
         } else if is_evaluation
             && let Some(first) = written.stages.iter().find(|first| first.name == stage.name)
         {
-            let message = format!("`{name}` is both in `stages` and in `evaluate`");
+            let message = format!("`{name}` is defined in both `stages` and `evaluate`");
             let diagnostic = Diagnostic::new("config::duplicate", at, message)
-                .label("the second time")
-                .also(At::key(first.path.clone()), "the first time")
-                .help("tables of both lie in one run: rename one of them");
+                .label("redefined here")
+                .also(At::key(first.path.clone()), "first defined here")
+                .help("rename one of them: both tables belong to the same run");
             diagnostics.push(diagnostic);
         }
     }
-    // Views are asked by their names as tables are.
+    // Queries refer to views by name, as they do to tables.
     for view in &written.report {
         diagnostics.extend(reserved(written, &view.name, &At::key(view.path.clone())));
     }
 }
 
-/// The complaint about a name that means something else.
+/// The diagnostic for a reserved name.
 fn reserved(written: &PipelineSpec, name: &TableName, at: &At) -> Option<Diagnostic> {
     let diagnostic =
         |message: String| Diagnostic::new("config::reserved_name", at.clone(), message);
     let diagnostic = if SIDE_TABLES.contains(&name.as_str()) {
         diagnostic(format!(
-            "`{name}` is the name of something that every run makes by itself"
+            "the name `{name}` is reserved: every run creates a table or file with this name"
         ))
     } else if SQL_WORDS.contains(&name.as_str()) {
         diagnostic(format!(
-            "`{name}` is a word of SQL, so no query could name this table"
+            "the name `{name}` is reserved: it is an SQL keyword, so queries could not refer to it"
         ))
     } else {
         let training = training_of_reference(written, name.as_str())?;
-        let message = format!("the training `{}` makes a table `{name}`", training.name);
-        diagnostic(message).also(At::key(training.path.clone()), "the training")
+        let message = format!(
+            "the training stage `{}` already builds a table `{name}`",
+            training.name
+        );
+        diagnostic(message).also(At::key(training.path.clone()), "the training stage")
     };
     Some(diagnostic.help("choose another name"))
 }
 
-/// The training whose table of reference log-probabilities has this name.
+/// Returns the training stage whose table of reference log-probabilities has this name.
 fn training_of_reference<'a>(
     written: &'a PipelineSpec,
     name: &str,
@@ -227,13 +234,16 @@ fn roles(
         let able: Vec<&str> = able.map(|other| other.name.as_str()).collect();
         let networks = listed(networks(used.role).iter().copied());
         let help = if able.is_empty() {
-            format!("networks that can {deed}: {networks}")
+            format!("use a network that can {deed}: {networks}")
         } else {
-            format!("models that can {deed}: {}", listed(able))
+            format!("use a model that can {deed}: {}", listed(able))
         };
-        let message = format!("`{model}` is a `{}`, which can't {deed}", spec.network());
+        let message = format!(
+            "`{model}` is a `{}` model, which cannot {deed}",
+            spec.network()
+        );
         let diagnostic = Diagnostic::new("config::wrong_role", at, message)
-            .also(At::key(entry.settings.clone()), "its network");
+            .also(At::key(entry.settings.clone()), "the network is set here");
         diagnostics.push(diagnostic.help(help));
     }
 }
@@ -252,9 +262,9 @@ fn unknown_model(model: &ModelName, at: At, written: &PipelineSpec) -> Diagnosti
     )
     .suggest(suggest(model.as_str(), known.iter().copied()));
     match (is_table, known.is_empty()) {
-        (true, _) => diagnostic.help(format!("`{model}` is a table; a model must stand here")),
-        (false, true) => diagnostic.help("the pipeline has no models: add them under `models`"),
-        (false, false) => diagnostic.help(format!("the models are {}", listed(known))),
+        (true, _) => diagnostic.help(format!("name a model: `{model}` is a table")),
+        (false, true) => diagnostic.help("define it under `models`: the pipeline has no models"),
+        (false, false) => diagnostic.help(format!("available models: {}", listed(known))),
     }
 }
 
@@ -262,7 +272,7 @@ fn no_training(stage: &Entry<TableName, StageSpec>, diagnostics: &mut Vec<Diagno
     let uses = stage.spec.iter().flat_map(|spec| spec.as_stage().uses());
     for used in uses.filter(|used| used.role.learns()) {
         let message = format!(
-            "`{}` trains `{}`, but an evaluation trains nothing",
+            "`{}` trains `{}`, but stages under `evaluate` cannot train models",
             stage.name, used.model
         );
         let diagnostic = Diagnostic::new(
@@ -274,16 +284,17 @@ fn no_training(stage: &Entry<TableName, StageSpec>, diagnostics: &mut Vec<Diagno
     }
 }
 
-/// Trainings of one model in a round form a chain, or its name would mean two checkpoints: all but
-/// the first go on from another, no two from the same. Rounds that train nothing are all the same.
+/// Checks that the training stages of one model in a round form a chain: all but the first continue
+/// from another, and no two from the same; otherwise its name would refer to two checkpoints. Also
+/// warns of several rounds without training, which are all the same.
 fn trained_once(written: &PipelineSpec, diagnostics: &mut Vec<Diagnostic>) {
     struct TrainedModel<'a> {
         table: &'a TableName,
         model: &'a ModelName,
         after: Option<&'a TableName>,
-        /// Where the model is named.
+        /// The place that names the model.
         at: At,
-        /// Where `after` stands.
+        /// The place of `after`.
         at_after: At,
     }
     let mut trainings: Vec<TrainedModel> = Vec::new();
@@ -308,17 +319,17 @@ fn trained_once(written: &PipelineSpec, diagnostics: &mut Vec<Diagnostic>) {
                 .iter()
                 .any(|other| other.table == after && other.model == training.model)
         {
-            // An unknown table has been complained about.
+            // An unknown table already has a diagnostic.
             let Some(stage) = written.stages.iter().find(|stage| stage.name == *after) else {
                 continue;
             };
             let message = format!(
-                "`{}` goes on from `{after}`, which does not train `{}`",
+                "`{}` continues from `{after}`, which does not train `{}`",
                 training.table, training.model
             );
             let diagnostic = Diagnostic::new("config::after", training.at_after.clone(), message)
-                .also(At::key(stage.settings.clone()), "not a training of it");
-            diagnostics.push(diagnostic.help("name a `train_…` stage of the same model"));
+                .also(At::key(stage.settings.clone()), "does not train this model");
+            diagnostics.push(diagnostic.help("set `after` to a `train_…` stage of the same model"));
             continue;
         }
         let rival = trainings[..number]
@@ -326,15 +337,15 @@ fn trained_once(written: &PipelineSpec, diagnostics: &mut Vec<Diagnostic>) {
             .find(|other| other.model == training.model && other.after == training.after);
         if let Some(rival) = rival {
             let message = format!(
-                "`{}` is trained by two stages of a round that start from the same weights",
+                "`{}` is trained from the same weights by two stages of a round",
                 training.model
             );
             let diagnostic = Diagnostic::new("config::trained_twice", training.at.clone(), message)
-                .label("the second training")
-                .also(rival.at.clone(), "the first training");
+                .label("second training stage")
+                .also(rival.at.clone(), "first training stage");
             diagnostics.push(diagnostic.help(format!(
-                "let the second go on where the first ends (`after: {}`), or train on the rows of \
-                 both: `sql` can unite two tables",
+                "continue from the first stage with `after: {}`, or combine the rows of both into one \
+                 table with `sql`",
                 rival.table
             )));
         }
@@ -344,15 +355,15 @@ fn trained_once(written: &PipelineSpec, diagnostics: &mut Vec<Diagnostic>) {
     if written.rounds.max().get() > 1 && !any_training && is_readable {
         let at = At::value(KeyPath::root().key("rounds"));
         let message = format!(
-            "{} rounds, but no stage trains a model",
+            "the pipeline has {} rounds, but no stage trains a model",
             written.rounds.max()
         );
         let warning = Diagnostic::warning("config::nothing_trained", at, message);
-        diagnostics.push(warning.help("rounds differ only in their random numbers then"));
+        diagnostics.push(warning.help("set `rounds: 1`, or add a `train_…` stage: without training, rounds differ only in their random numbers"));
     }
 }
 
-/// A reward that is an expression must be one, and a number.
+/// Checks that a reward given as SQL is a single numeric expression.
 fn expressions(written: &PipelineSpec, diagnostics: &mut Vec<Diagnostic>) {
     for entry in &written.models {
         let Some(ModelSpec::Sql(reward)) = &entry.spec else {
@@ -363,16 +374,16 @@ fn expressions(written: &PipelineSpec, diagnostics: &mut Vec<Diagnostic>) {
         if let Some(problem) = query::reach_beyond(&reward.sql_as_it_is(), "prompt_id") {
             let diagnostic = Diagnostic::new("config::sql", at, problem);
             diagnostics.push(diagnostic.help(
-                "a reward is computed part by part, from its answer and the other answers to the prompt",
+                "use only the answer itself and the other answers to its prompt: rewards are computed one part at a time",
             ));
             continue;
         }
         let of_kind = query::plan(&reward.sql_as_it_is(), &tables, &[]);
         let diagnostic = match of_kind.ok().and_then(|schema| no_number(&schema)) {
             Some(kind) => {
-                let message = format!("the reward must be a number, and is {kind}");
+                let message = format!("`reward` must be a number, but is {kind}");
                 Diagnostic::new("config::sql", at, message).help(
-                    "write one expression, such as: case when text = answer then 1 else 0 end",
+                    "write a numeric expression, such as: case when text = answer then 1 else 0 end",
                 )
             }
             None => match query::plan(&reward.sql(), &tables, &[]) {
@@ -381,7 +392,7 @@ fn expressions(written: &PipelineSpec, diagnostics: &mut Vec<Diagnostic>) {
                     let (written, planned) = (&reward.reward, reward.sql());
                     let none = std::iter::empty();
                     sql::unplanned("config::sql", at, &error.0, written, &planned, none).help(
-                        "it is an expression of text, question, answer, captions, candidate and prompt_id",
+                        "write an expression over the columns text, question, answer, captions, candidate and prompt_id",
                     )
                 }
             },
@@ -390,7 +401,7 @@ fn expressions(written: &PipelineSpec, diagnostics: &mut Vec<Diagnostic>) {
     }
 }
 
-/// A model that speaks for a judge must be there and able to.
+/// Checks that the backing model of a judge exists and can answer prompts.
 fn backing_models(written: &PipelineSpec, diagnostics: &mut Vec<Diagnostic>) {
     for entry in &written.models {
         let Some(named) = entry.spec.as_ref().and_then(ModelSpec::backing_model) else {
@@ -408,20 +419,24 @@ fn backing_models(written: &PipelineSpec, diagnostics: &mut Vec<Diagnostic>) {
             .iter()
             .any(|other| other.name.as_str() == named);
         let message = if is_model {
-            format!("`{named}` can't answer, so it can't say what it thinks")
+            format!("`{named}` cannot be a backing model: it cannot answer prompts")
         } else {
             format!("there is no model `{named}`")
         };
         let diagnostic = Diagnostic::new("config::unknown_model", at, message);
         let diagnostic = diagnostic.suggest(suggest(named, able.iter().copied()));
         diagnostics.push(match &able[..] {
-            [] => diagnostic.help("add a `llava_onevision` under `models`"),
-            able => diagnostic.help(format!("models that can: {}", listed(able.iter().copied()))),
+            [] => diagnostic.help("add a `llava_onevision` model under `models`"),
+            able => diagnostic.help(format!(
+                "use a model that can answer prompts: {}",
+                listed(able.iter().copied())
+            )),
         });
     }
 }
 
-/// A model that has yet to be trained to score can score only after that: in an evaluation.
+/// Checks that a model without a reward adapter scores only after it has been trained: in an
+/// evaluation.
 fn finished(written: &PipelineSpec, diagnostics: &mut Vec<Diagnostic>) {
     let is_trained = |model: &ModelName| {
         let specs = written
@@ -447,17 +462,15 @@ fn finished(written: &PipelineSpec, diagnostics: &mut Vec<Diagnostic>) {
             {
                 continue;
             }
-            let message = format!("`{}` has no adapter to score with", used.model);
+            let message = format!("`{}` cannot score answers: it has no adapter", used.model);
             let at = At::value(stage.settings.key(used.field));
-            let diagnostic = Diagnostic::new("config::no_adapter", at, message).also(
-                At::key(entry.settings.clone()),
-                "`adapter` is left out here",
-            );
+            let diagnostic = Diagnostic::new("config::no_adapter", at, message)
+                .also(At::key(entry.settings.clone()), "no `adapter` is set here");
             let help = if is_trained(used.model) {
-                "it is trained in this very round: score with it under `evaluate`, or in a pipeline \
-                 of its own that names the adapter"
+                "score with it under `evaluate`, as it is trained in the same round, or in a separate \
+                 pipeline that sets its `adapter`"
             } else {
-                "name its `adapter`, or train one with `train_reward`"
+                "set its `adapter`, or train one with `train_reward`"
             };
             diagnostics.push(diagnostic.help(help));
         }
@@ -477,13 +490,13 @@ fn unused(written: &PipelineSpec, diagnostics: &mut Vec<Diagnostic>) {
             other.spec.as_ref().and_then(ModelSpec::backing_model) == Some(entry.name.as_str())
         });
         if !is_used {
-            let message = format!("no stage uses the model `{}`", entry.name);
+            let message = format!("model `{}` is never used", entry.name);
             let at = At::key(entry.path.clone());
             diagnostics.push(Diagnostic::warning("config::unused", at, message));
         }
     }
     for variable in written.vars.iter().filter(|variable| !variable.is_used) {
-        let message = format!("nothing uses the variable `{}`", variable.name);
+        let message = format!("variable `{}` is never used", variable.name);
         let at = At::key(KeyPath::root().key("vars").key(&variable.name));
         diagnostics.push(Diagnostic::warning("config::unused", at, message));
     }
@@ -504,13 +517,13 @@ fn deed(role: ModelRole) -> &'static str {
         ModelRole::Answers => "answer prompts",
         ModelRole::Scores => "score answers",
         ModelRole::LearnsPairs => "be trained with DPO",
-        ModelRole::LearnsAnswers => "be trained on answers",
-        ModelRole::LearnsRewards => "be trained to score",
-        ModelRole::Reads => "say how likely answers are",
+        ModelRole::LearnsAnswers => "be trained with SFT",
+        ModelRole::LearnsRewards => "be trained as a reward model",
+        ModelRole::Reads => "compute log-probabilities of answers",
     }
 }
 
-/// The networks that can play a role.
+/// The networks that support a role.
 fn networks(role: ModelRole) -> &'static [&'static str] {
     match role {
         ModelRole::Answers | ModelRole::LearnsPairs | ModelRole::Reads => {

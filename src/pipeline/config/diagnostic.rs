@@ -1,7 +1,7 @@
-//! Complaints: what is wrong with a pipeline, where, and the way out.
+//! Diagnostics of a pipeline: a message, a place and a help line.
 //!
-//! A complaint is made with the *path* of the setting it is about; [`SourceTexts::place`] finds the
-//! text to underline when all complaints are there. [`super::draw`] draws them.
+//! A diagnostic is created with the *path* of the setting that it is about. [`SourceTexts::place`]
+//! finds the text to underline once all diagnostics are collected. [`super::render`] draws them.
 
 use std::fmt;
 use std::ops::Range;
@@ -17,7 +17,7 @@ use super::render::RenderStyle;
 use super::source::{KeyPath, Side, Span, around};
 use super::sql::Piece;
 
-/// Where a complaint points: a setting, or its name.
+/// The place of a diagnostic: the key or the value of a setting.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct At {
     pub path: KeyPath,
@@ -38,7 +38,7 @@ impl At {
     }
 }
 
-/// The codes of complaints about names that lead nowhere.
+/// The codes of diagnostics about undefined names.
 const NAMES: [&str; 4] = [
     "config::unknown_table",
     "config::unknown_model",
@@ -46,44 +46,44 @@ const NAMES: [&str; 4] = [
     "config::environment",
 ];
 
-/// How grave a complaint is.
+/// The severity of a diagnostic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Severity {
-    /// The pipeline can't be run.
+    /// The pipeline cannot run.
     Error,
-    /// It can, but is perhaps not what was meant.
+    /// The pipeline can run, but may not be what the author intended.
     Warning,
-    /// It is right; something is said about it.
+    /// The pipeline is valid; the note is for information.
     Note,
 }
 
-/// Complaints that are told at once.
+/// The maximum number of diagnostics shown at once.
 pub const TOLD_MAX: usize = 50;
 
-/// One thing that is wrong with a pipeline.
+/// One problem of a pipeline.
 #[derive(Debug, Clone)]
 pub struct Diagnostic {
-    /// A stable name for this sort of complaint: `config::unknown_field`.
+    /// The stable name of this kind of diagnostic: `config::unknown_field`.
     pub code: &'static str,
     pub severity: Severity,
-    /// What is wrong, in lower case and without a period.
+    /// The title: the problem, in lower case and without a full stop.
     pub message: String,
-    /// What it is about.
+    /// The setting that it is about.
     pub at: At,
-    /// What stands under the underlined text; empty: the underline alone.
+    /// The label below the underlined text; empty for the underline alone.
     pub label: String,
-    /// Other places that matter, each with its label.
+    /// Related places, each with its label.
     pub also: Vec<(At, String)>,
-    /// The way out.
+    /// The help line: how to fix the problem.
     pub help: Option<String>,
-    /// The piece of the text at `at` that it is about; all of it if there is none.
+    /// The piece of the text at `at` to underline; `None` for all of it.
     piece: Option<Piece>,
-    /// The text to underline and what to write there, the first being that of `at`.
+    /// The spans to underline with their labels; the first is that of `at`.
     pub(super) drawing: Vec<(Span, String)>,
 }
 
 impl Diagnostic {
-    /// An error about `at`.
+    /// Creates an error about `at`.
     pub fn new(code: &'static str, at: At, message: impl Into<String>) -> Self {
         Self {
             code,
@@ -98,7 +98,7 @@ impl Diagnostic {
         }
     }
 
-    /// A warning about `at`.
+    /// Creates a warning about `at`.
     pub fn warning(code: &'static str, at: At, message: impl Into<String>) -> Self {
         Self {
             severity: Severity::Warning,
@@ -106,7 +106,7 @@ impl Diagnostic {
         }
     }
 
-    /// A note about `at`.
+    /// Creates a note about `at`.
     pub fn note(code: &'static str, at: At, message: impl Into<String>) -> Self {
         Self {
             severity: Severity::Note,
@@ -118,7 +118,7 @@ impl Diagnostic {
         self.severity == Severity::Warning
     }
 
-    /// The same as an error: of what is only said elsewhere.
+    /// Turns the diagnostic into an error.
     #[must_use]
     pub fn as_error(self) -> Self {
         Self {
@@ -148,7 +148,7 @@ impl Diagnostic {
         self
     }
 
-    /// Adds a way out if there is one.
+    /// Adds a help line if there is one.
     #[must_use]
     pub fn maybe_help(self, help: Option<String>) -> Self {
         match help {
@@ -157,7 +157,7 @@ impl Diagnostic {
         }
     }
 
-    /// Puts "did you mean" under the underlined text when there is a guess.
+    /// Labels the underlined text "did you mean …?" if there is a suggestion.
     #[must_use]
     pub fn suggest(self, suggest: Option<&str>) -> Self {
         match suggest {
@@ -166,22 +166,22 @@ impl Diagnostic {
         }
     }
 
-    /// Underlines a piece of a query only.
+    /// Underlines only a piece of a query.
     #[must_use]
     pub fn piece(mut self, piece: Piece) -> Self {
         self.piece = Some(piece);
         self
     }
 
-    /// Underlines a place that no path leads to.
+    /// Underlines a span that has no path.
     #[must_use]
     pub fn placed(mut self, place: Span) -> Self {
         self.drawing = vec![(place, self.label.clone())];
         self
     }
 
-    /// Shows `${env:NAME}` in place of what came from the environment to the stage or model that
-    /// this is about.
+    /// Replaces values from the environment by `${env:NAME}` if the stage or model in question uses
+    /// any.
     pub fn hide(&mut self, secrets: &Secrets) {
         let steps = self.at.path.steps().iter().take(2);
         let about = steps.fold(KeyPath::root(), |path, step| path.then(step.clone()));
@@ -193,12 +193,13 @@ impl Diagnostic {
         }
     }
 
-    /// The text that is underlined; `None` before [`SourceTexts::place`].
+    /// The underlined span; `None` before [`SourceTexts::place`].
     pub fn place(&self) -> Option<&Span> {
         self.drawing.first().map(|(place, _)| place)
     }
 
-    /// For programs: code, message, path, file, line and column (both from 1), label and help.
+    /// Returns the diagnostic as JSON: code, severity, message, path, label, help, and, once
+    /// placed, file, line and column (both from 1).
     pub fn to_json(&self) -> Value {
         let mut object = json!({
             "code": self.code,
@@ -231,12 +232,12 @@ impl fmt::Display for Diagnostic {
 
 impl std::error::Error for Diagnostic {}
 
-/// Everything that is wrong with a pipeline, in the order of the text.
+/// All diagnostics of a pipeline, in the order of the text.
 #[derive(Debug, Clone)]
 pub struct Diagnostics(pub Vec<Diagnostic>);
 
 impl Diagnostics {
-    /// Draws them all, an empty line between two.
+    /// Draws all diagnostics, separated by empty lines.
     pub fn render(&self, look: RenderStyle) -> String {
         let drawn: Vec<_> = self
             .0
@@ -260,7 +261,7 @@ impl fmt::Display for Diagnostics {
 
 impl std::error::Error for Diagnostics {}
 
-/// Leaves the gravest of too many complaints, and tells how many there were.
+/// Keeps the most severe diagnostics if there are too many, and returns one that counts the rest.
 fn cut(diagnostics: &mut Vec<Diagnostic>) -> Option<Diagnostic> {
     let left = diagnostics
         .len()
@@ -269,22 +270,22 @@ fn cut(diagnostics: &mut Vec<Diagnostic>) -> Option<Diagnostic> {
     diagnostics.sort_by_key(|diagnostic| diagnostic.severity);
     diagnostics.truncate(TOLD_MAX);
     let at = At::key(KeyPath::root());
-    let message = format!("at least {left} more of what there is to say is left out");
-    let mut more = Diagnostic::new("config::more", at, message).help("mend this and check again");
+    let message = format!("too many diagnostics: at least {left} more are not shown");
+    let mut more = Diagnostic::new("config::more", at, message).help("fix these and check again");
     more.severity = diagnostics.last().expect("some are left").severity;
     Some(more)
 }
 
-/// The texts that a pipeline was made from: its files, and what `--set` changed in them.
+/// The texts of a pipeline: its files, and the changes made by `--set`.
 #[derive(Debug, Clone)]
 pub struct SourceTexts {
-    /// The file itself, then the one that it extends, and so on.
+    /// The pipeline file, then the file that it extends, and so on.
     pub layers: Vec<Layer>,
     pub overrides: Vec<Override>,
 }
 
 impl SourceTexts {
-    /// Files without changes.
+    /// Creates the texts of files without overrides.
     pub fn of(layers: Vec<Layer>) -> Self {
         Self {
             layers,
@@ -292,8 +293,8 @@ impl SourceTexts {
         }
     }
 
-    /// The folder at which a relative path starts that stands at a setting: that of the file that says
-    /// it; of the uppermost for what the command line says.
+    /// Returns the folder that a relative path in a setting is resolved against: that of the file
+    /// that contains the setting, or of the pipeline file itself for `--set`.
     pub fn folder(&self, setting: &KeyPath) -> PathBuf {
         let is_set = self
             .overrides
@@ -307,8 +308,8 @@ impl SourceTexts {
         self.layers[layer].folder.clone()
     }
 
-    /// Where the files say a setting, the upper ones first; when none does, the nearest thing around
-    /// it that one does.
+    /// Returns the layer and span of a setting, searching the extending files first; if none
+    /// contains it, those of the nearest enclosing setting.
     fn find_in_layers(&self, path: &KeyPath, side: Side) -> (usize, Range<usize>) {
         let mut path = path.clone();
         let mut side = side;
@@ -327,7 +328,7 @@ impl SourceTexts {
         }
     }
 
-    /// Tells a name that leads nowhere once, whatever the number of settings that say it.
+    /// Merges the diagnostics about the same undefined name, however many settings use it.
     pub fn once(diagnostics: Vec<Diagnostic>) -> Vec<Diagnostic> {
         let mut told: Vec<Diagnostic> = Vec::new();
         for diagnostic in diagnostics {
@@ -346,8 +347,8 @@ impl SourceTexts {
         told
     }
 
-    /// Finds what each complaint underlines, and puts them in the order of the text: those about
-    /// the file first, then those about `--set`.
+    /// Finds the span that each diagnostic underlines, and sorts the diagnostics in the order of
+    /// the text: those about the files first, then those about `--set`.
     pub fn place(&self, mut diagnostics: Vec<Diagnostic>) -> Vec<Diagnostic> {
         let more = cut(&mut diagnostics);
         for diagnostic in &mut diagnostics {
@@ -389,7 +390,7 @@ impl SourceTexts {
         diagnostics
     }
 
-    /// The text that made a setting what it is.
+    /// Returns the span that determines a setting, in a file or in `--set`.
     pub fn find(&self, at: &At) -> Span {
         let mut last_first = self.overrides.iter().rev();
         if let Some(change) = last_first.find(|change| at.path.is_in(&change.path)) {

@@ -1,8 +1,8 @@
-//! `exam`: what a judge must show before it scores.
+//! The `exam` of a judge: labeled pairs that it must pass before it scores.
 //!
-//! An exam is two tables that come before all others, the labels and what the judge thinks of them, and
-//! what is expected of the second. So it is made once for a judge as it is, its result can be queried, and a
-//! judge that fails stops the run before anything is scored.
+//! An exam expands to two tables that are built before all others, the labels and the judge's
+//! verdicts on them, and to expectations on the second. So it is built once for a given judge, its
+//! result can be queried, and a judge that fails stops the run before anything is scored.
 
 use serde_json::json;
 
@@ -13,7 +13,7 @@ use super::source::KeyPath;
 use crate::stages::{StageSpec, TableName};
 use ovchat_models::{Exam, ModelSpec};
 
-/// Adds the tables of every exam, and what is expected of them.
+/// Adds the tables and expectations of every exam to the pipeline.
 pub fn add(written: &mut PipelineSpec) -> Vec<Diagnostic> {
     let mut diagnostics = Vec::new();
     let mut stages = Vec::new();
@@ -25,16 +25,15 @@ pub fn add(written: &mut PipelineSpec) -> Vec<Diagnostic> {
         let backing_model = model.spec.as_ref().and_then(ModelSpec::backing_model);
         if is_trained(written, backing_model.unwrap_or(model.name.as_str())) {
             let message = format!(
-                "`{}` is trained here, and an exam comes before that",
+                "`{}` cannot have an `exam`: it is trained in this pipeline, and exams run before training",
                 model.name
             );
             let diagnostic = Diagnostic::new("config::exam", At::key(path), message);
-            let help =
-                "compare it with labels under `evaluate`, and say under `expect` what must be true";
+            let help = "compare it with labels under `evaluate`, and set the limits under `expect`";
             diagnostics.push(diagnostic.help(help));
             continue;
         }
-        // A model's name is a table's name, too.
+        // The name of a model is also valid as the name of a table.
         let table = |end: &str| TableName::try_from(format!("{}_{end}", model.name));
         let (Ok(labels), Ok(comparison)) = (table("exam_labels"), table("exam")) else {
             continue;
@@ -44,11 +43,11 @@ pub fn add(written: &mut PipelineSpec) -> Vec<Diagnostic> {
         if let Some(other) = taken.next() {
             let at = At::key(other.path.clone());
             let message = format!(
-                "the exam of `{}` makes a table `{}`",
+                "the exam of `{}` already builds a table `{}`",
                 model.name, other.name
             );
             let diagnostic = Diagnostic::new("config::duplicate", at, message);
-            diagnostics.push(diagnostic.help("give this one another name"));
+            diagnostics.push(diagnostic.help("rename this stage"));
             continue;
         }
         let load = json!({ "load_feedback": { "from": exam.from, "images": exam.images } });
@@ -78,12 +77,12 @@ fn entry(
     path: &KeyPath,
     settings: &serde_json::Value,
 ) -> Entry<TableName, StageSpec> {
-    let verb = settings.as_object().and_then(|map| map.keys().next());
-    let verb = verb.expect("a verb was written");
+    let stage_type = settings.as_object().and_then(|map| map.keys().next());
+    let stage_type = stage_type.expect("the settings name a stage type");
     Entry {
         name,
         path: path.clone(),
-        settings: path.key(verb),
+        settings: path.key(stage_type),
         spec: serde_json::from_value(settings.clone()).ok(),
     }
 }
@@ -97,7 +96,7 @@ fn is_trained(written: &PipelineSpec, model: &str) -> bool {
     uses.any(|used| used.role.learns() && used.model.as_str() == model)
 }
 
-/// What must be true of the judge's answers.
+/// The expectations on the judge's verdicts.
 fn expected(
     exam: &Exam,
     labels: &TableName,
@@ -117,7 +116,7 @@ fn expected(
         expectation(accuracy, Some(exam.accuracy_min.get()), None),
     )];
     if let Some(most) = exam.length_correlation_max {
-        // Lengths that are all equal correlate with nothing.
+        // If all lengths are equal, the correlation is undefined.
         let value = format!(
             "max((select coalesce(abs(corr(e.margin, cast(length(l.chosen) - length(l.rejected) as double))), 0) \
              from {comparison} e join {labels} l on l.row_key = e.pair))"
@@ -128,7 +127,7 @@ fn expected(
         ));
     }
     if let Some(most) = exam.flip_rate_max {
-        // A judge that sees one answer at a time has no order to be swayed by.
+        // A judge that sees one answer at a time has no position bias.
         let value = "avg(case when flips then 1.0 else 0.0 end)".to_owned();
         all.push(("flip_rate", expectation(value, None, Some(most.get()))));
     }

@@ -1,4 +1,4 @@
-//! What a pipeline expects of its tables.
+//! The expectations of a pipeline on its tables.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -7,50 +7,50 @@ use super::diagnostic::{At, Diagnostic};
 use super::source::KeyPath;
 use crate::stages::TableName;
 
-/// What must be true of a table as soon as it is there: a query that finds no rows, or a number that
-/// keeps within bounds.
+/// A condition that a table must meet as soon as it is built: a query that returns no rows, or a
+/// value within bounds.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Expectation {
-    /// The table. The query and the value may also read the others that are there by then, each as it
-    /// is in the round.
+    /// The table. The query and the value may also read other tables that are built by then, each
+    /// as of the same round.
     pub table: TableName,
-    /// A query that must find no rows; those that it finds are shown.
+    /// A query that must return no rows; rows that it returns are shown as failures.
     #[serde(default)]
     pub query: Option<String>,
-    /// An expression over all rows of the table that gives one number, such as `avg(reward)`, for the two
-    /// bounds. No number (null, or no row) is not as expected.
+    /// An aggregate expression over the rows of the table that returns one number, such as
+    /// `avg(reward)`, to compare with the bounds. Null or no row fails the expectation.
     #[serde(default)]
     pub value: Option<String>,
-    /// The least that the value may be.
+    /// The minimum of the value.
     #[serde(default)]
     pub at_least: Option<f64>,
-    /// The most that the value may be.
+    /// The maximum of the value.
     #[serde(default)]
     pub at_most: Option<f64>,
-    /// What happens when it is not so.
+    /// The action if the expectation fails.
     #[serde(default)]
     pub otherwise: Otherwise,
 }
 
-/// What happens when something is not as expected.
+/// The action if an expectation fails.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Otherwise {
-    /// The run stops; what is made stays.
+    /// The run stops; the tables that are already built are kept.
     #[default]
     Stop,
-    /// The run says so and goes on.
+    /// The run prints a warning and continues.
     Warn,
 }
 
 impl Expectation {
-    /// The query that answers it: the rows that should not be there, or the value.
+    /// Returns the query to run: it returns the rows that should not exist, or the value.
     pub fn sql(&self) -> String {
         match (&self.query, &self.value) {
             (Some(query), _) => query.clone(),
             (None, value) => format!(
-                // A comment may end it.
+                // The newline ends a trailing comment.
                 "select cast({}\n as double) as value from {}",
                 value.as_deref().unwrap_or("null"),
                 self.table
@@ -58,13 +58,13 @@ impl Expectation {
         }
     }
 
-    /// The query of the value as what it is, a number or not.
+    /// Returns the query of the value without the cast to a number.
     pub fn sql_as_it_is(&self) -> String {
         let value = self.value.as_deref().unwrap_or("null");
         format!("select {value}\n as value from {}", self.table)
     }
 
-    /// The setting that holds the SQL.
+    /// The name of the setting that contains the SQL.
     pub fn field(&self) -> &'static str {
         if self.query.is_some() {
             "query"
@@ -73,10 +73,10 @@ impl Expectation {
         }
     }
 
-    /// What is wrong with a value, in words.
+    /// Returns the reason why a value fails the expectation, or `None` if it passes.
     pub fn judge(&self, value: Option<f64>) -> Option<String> {
         let Some(value) = value else {
-            return Some("it gave no value (no rows, or null)".to_owned());
+            return Some("the value is null, or there are no rows".to_owned());
         };
         if let Some(least) = self
             .at_least
@@ -90,7 +90,7 @@ impl Expectation {
         Some(format!("{value} is above {most}"))
     }
 
-    /// What its settings say against each other.
+    /// Reports settings that contradict each other.
     pub fn check(&self, path: &KeyPath) -> Option<Diagnostic> {
         let complain = |at: At, message: &str, help: &str| {
             Some(Diagnostic::new("config::expectation", at, message.to_owned()).help(help))
@@ -100,31 +100,31 @@ impl Expectation {
         if let Some((name, _)) = bounds.find(|(_, bound)| is_endless(*bound)) {
             return complain(
                 At::value(path.key(name)),
-                "the bound is not a finite number",
-                "write a number, or leave the bound out",
+                "the bound must be a finite number",
+                "write a finite number, or remove the bound",
             );
         }
         let has_bound = self.at_least.is_some() || self.at_most.is_some();
         match (&self.query, &self.value) {
             (Some(_), Some(_)) => complain(
                 At::key(path.key("value")),
-                "both `query` and `value` are given",
-                "make two expectations of them",
+                "`value` cannot be used together with `query`",
+                "split them into two expectations",
             ),
             (None, None) => complain(
                 At::key(path.clone()),
-                "neither `query` nor `value` is given",
-                "write a `query` that must find no rows, or a `value` with `at_least` or `at_most`",
+                "missing `query` or `value`",
+                "add a `query` that must return no rows, or a `value` with `at_least` or `at_most`",
             ),
             (Some(_), None) if has_bound => complain(
                 At::key(path.clone()),
-                "a `query` has no bounds: it must find no rows",
-                "give a `value` in its place, such as `avg(reward)`",
+                "`at_least` and `at_most` cannot be used together with `query`",
+                "replace `query` by a `value`, such as `avg(reward)`, or remove the bounds",
             ),
             (None, Some(_)) if !has_bound => complain(
                 At::key(path.key("value")),
-                "the value may be anything",
-                "say `at_least` or `at_most`",
+                "`value` has no bounds",
+                "add `at_least` or `at_most`",
             ),
             (None, Some(_))
                 if let (Some(least), Some(most)) = (self.at_least, self.at_most)
@@ -132,8 +132,8 @@ impl Expectation {
             {
                 complain(
                     At::value(path.key("at_least")),
-                    &format!("no value is at least {least} and at most {most}"),
-                    "swap the bounds, or leave one of them out",
+                    &format!("`at_least` ({least}) is greater than `at_most` ({most})"),
+                    "swap the bounds, or remove one of them",
                 )
             }
             _ => None,
@@ -165,6 +165,6 @@ mod tests {
         assert_eq!(words(Some(0.25)), "0.25 is below 0.5");
         assert_eq!(words(Some(2.5)), "2.5 is above 2");
         assert_eq!(words(Some(f64::NAN)), "NaN is below 0.5");
-        assert_eq!(words(None), "it gave no value (no rows, or null)");
+        assert_eq!(words(None), "the value is null, or there are no rows");
     }
 }

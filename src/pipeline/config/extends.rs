@@ -1,8 +1,9 @@
-//! `extends: base.yaml`: a pipeline file that says only what differs from another one.
+//! Inheritance between pipeline files: `extends: base.yaml`.
 //!
-//! The two trees become one: maps are merged, anything else that the upper file says takes the place
-//! of what the lower one says, and `null` takes an entry away. A stage or a model that is given
-//! another verb or network is another one altogether. The lower file may extend a third.
+//! The trees of both files are merged: maps are merged recursively, any other value in the
+//! extending (upper) file replaces that of the base (lower) file, and `null` removes an entry. A
+//! stage with another stage type, or a model with another network, replaces the base entry
+//! entirely. The base file may itself extend another file.
 
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
@@ -13,22 +14,23 @@ use super::source::{KeyPath, SourceText};
 use super::syntax;
 use ovchat_io::files;
 
-/// The setting that names the lower file.
+/// The setting that names the base file.
 const EXTENDS: &str = "extends";
 
-/// The fields whose entries are one word (a verb, a network) and its settings.
+/// The fields whose entries are one word (a stage type or a network) and its settings.
 const ONE_WORD: [&str; 3] = ["models", "stages", "evaluate"];
 
-/// A file of a pipeline.
+/// One file of a pipeline.
 #[derive(Debug, Clone)]
 pub struct Layer {
     pub source: Arc<SourceText>,
-    /// Where its relative paths start.
+    /// The folder that relative paths in the file are resolved against.
     pub folder: PathBuf,
 }
 
-/// Reads a text and all that it extends. Returns the files, the uppermost first, and one tree; what is
-/// wrong with their YAML has been placed. `None`: there is no tree to go on with.
+/// Reads a pipeline file and all files that it extends. Returns the files, the pipeline file first,
+/// the merged tree (`None` if it is unusable), and the diagnostics about their YAML, already
+/// placed.
 pub fn read(file: Arc<SourceText>, path: &Path) -> (Vec<Layer>, Option<Node>, Vec<Diagnostic>) {
     let mut diagnostics = Vec::new();
     let mut layers: Vec<Layer> = Vec::new();
@@ -67,7 +69,7 @@ pub fn read(file: Arc<SourceText>, path: &Path) -> (Vec<Layer>, Option<Node>, Ve
                     next = Some((source, path));
                 }
                 Err(diagnostic) => {
-                    // Without it nearly everything would be missing.
+                    // Without the base file, nearly everything would be reported as missing.
                     diagnostics.extend(sources.place(vec![*diagnostic]));
                     layers.extend(sources.layers);
                     return (layers, None, diagnostics);
@@ -79,7 +81,7 @@ pub fn read(file: Arc<SourceText>, path: &Path) -> (Vec<Layer>, Option<Node>, Ve
     (layers, tree, diagnostics)
 }
 
-/// Reads the file that is extended.
+/// Reads the base file.
 fn open(
     base: &Node,
     folder: &Path,
@@ -89,23 +91,23 @@ fn open(
     let at = At::value(KeyPath::root().key(EXTENDS));
     let Node::Text(name) = base else {
         let message = format!(
-            "`{EXTENDS}` is {}, not the path of a pipeline file",
+            "`{EXTENDS}` must be the path of a pipeline file, not {}",
             base.noun()
         );
         return Err(Diagnostic::new("config::wrong_type", at, message).into());
     };
     let path = plain(&folder.join(name));
     if seen.contains(&path) {
-        let message = format!("`{name}` extends this file in turn");
+        let message = format!("circular `extends`: `{name}` extends this file");
         return Err(Diagnostic::new("config::extends", at, message).into());
     }
     let text = files::read_to_string(&path).map_err(|error| {
-        let message = format!("`{name}` can't be read: {error}");
+        let message = format!("cannot read `{name}`: {error}");
         Diagnostic::new("config::missing_file", at, message)
-            .help("relative paths start at the folder of the pipeline file")
+            .help("give the path relative to the folder of the pipeline file")
     });
     let text = text.map_err(Box::new)?;
-    // As the user would name it: beside the file that names it.
+    // Named as the user would: relative to the file that names it.
     let shown = Path::new(&upper.name)
         .parent()
         .map(|folder| folder.join(name));
@@ -114,7 +116,8 @@ fn open(
     Ok((Arc::new(source), path))
 }
 
-/// A path without `.` and, where a name stands before it, `..`: `a/../b` is `b`. Links are not followed.
+/// Normalizes a path: removes `.`, and `..` together with the name before it: `a/../b` is `b`.
+/// Links are not followed.
 pub(super) fn plain(path: &Path) -> PathBuf {
     let mut plain = PathBuf::new();
     for component in path.components() {
@@ -131,13 +134,13 @@ pub(super) fn plain(path: &Path) -> PathBuf {
     plain
 }
 
-/// What the upper tree makes of the lower one. `is_one_word`: the entries of these maps are verbs or
-/// networks.
+/// Merges the upper tree into the lower one. With `is_one_word`, the entries of these maps are
+/// stage types or networks.
 fn merged(lower: Node, upper: Node, depth: usize, is_one_word: bool) -> Node {
     let (Node::Map(mut entries), Node::Map(changes)) = (lower, upper.clone()) else {
         return upper;
     };
-    // The entry of a stage: another word stands for another thing.
+    // An entry with another stage type or network replaces the base entry.
     if is_one_word && depth == 2 {
         let word = |entries: &[(String, Node)]| entries.first().map(|(word, _)| word.clone());
         if word(&entries) != word(&changes) {
@@ -190,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn another_verb_is_another_stage() {
+    fn another_stage_type_is_another_stage() {
         let lower =
             "stages: {rewards: {score: {candidates: c, judge: j}}, kept: {sql: {query: q}}}";
         let upper = "stages: {rewards: {sql: {query: select}}, kept: {sql: {tables: [c]}}}";

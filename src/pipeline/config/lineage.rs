@@ -1,5 +1,5 @@
-//! How tables come from tables: what each stage reads, in which order they run, and which columns
-//! arrive.
+//! The table graph of a pipeline: the inputs of each stage, the execution order, and the columns of
+//! every table.
 
 use std::collections::VecDeque;
 
@@ -16,37 +16,40 @@ use crate::stages::{Input, ModelName, StageError, StageSpec, TableName};
 use ovchat_data::tables::{Misfit, fits, schema_of};
 use ovchat_models::ModelSpec;
 
-/// A stage on its way to the plan.
+/// A stage that is being resolved for the plan.
 pub struct StageDraft {
     pub name: TableName,
-    /// Whether it stands under `evaluate`.
+    /// True if the stage is listed under `evaluate`.
     pub is_evaluation: bool,
     pub path: KeyPath,
     pub settings: KeyPath,
-    /// `None` when its text was wrong.
+    /// The parsed stage; `None` if its text is invalid.
     pub spec: Option<StageSpec>,
-    /// The tables that it reads, by setting; the position of each stage in [`Lineage::drafts`].
+    /// The tables that the stage reads: the setting that names each, and its position in
+    /// [`Lineage::drafts`].
     pub inputs: Vec<(&'static str, usize)>,
-    /// The columns that it makes, once they are known.
+    /// The columns of the table that the stage builds, once they are known.
     pub schema: Option<SchemaRef>,
-    /// The first round in which it runs; `None` when it is the same in all, and made once.
+    /// The first round in which the stage runs; `None` if its table is the same in every round and
+    /// is built once.
     pub round_first: Option<u32>,
-    /// Whether its settings or those of a stage that it comes from were wrong.
+    /// True if the settings of the stage, or of a stage that it depends on, are invalid.
     pub is_doubtful: bool,
 }
 
-/// All stages, and the order in which they can run.
+/// All stages, and the order in which they run.
 pub struct Lineage {
-    /// In the written order, those of `evaluate` last.
+    /// The stages in file order, those of `evaluate` last.
     pub drafts: Vec<StageDraft>,
-    /// Positions in `drafts`: each stage after those it reads, else as written.
+    /// Positions in `drafts` in topological order: each stage after those that it reads, otherwise
+    /// in file order.
     /// `[tag:plan_is_ordered]`
     pub order: Vec<usize>,
     pub diagnostics: Vec<Diagnostic>,
 }
 
 impl Lineage {
-    /// Follows the tables of a pipeline.
+    /// Resolves and checks the table graph of a pipeline.
     pub fn trace(written: &PipelineSpec) -> Self {
         let drafts = all_stages(written).map(|(stage, is_evaluation)| StageDraft {
             name: stage.name.clone(),
@@ -74,7 +77,7 @@ impl Lineage {
         }
         lineage.sort();
         let mut trained = trained(written);
-        // Whoever speaks for others changes them, too.
+        // Training a backing model also changes the models that it backs.
         let spoken_for = written.models.iter().filter(|entry| {
             let backing_model = entry.spec.as_ref().and_then(ModelSpec::backing_model);
             backing_model.is_some_and(|backing_model| {
@@ -111,22 +114,21 @@ impl Lineage {
         let mut diagnostics = Vec::new();
         for (nth, field, table) in named_inputs(draft) {
             let at = At::value(input_path(draft, field, nth));
-            // The first of two tables with one name is meant; the second is complained about.
+            // Of two tables with the same name, the first is used; the second has a diagnostic.
             let Some(found) = self.drafts.iter().position(|other| other.name == *table) else {
                 diagnostics.push(self.unknown_table(draft, table, at, models));
                 continue;
             };
             if self.drafts[found].is_evaluation && !draft.is_evaluation {
                 let message = format!(
-                    "`{}` can't read `{table}`, which is made under `evaluate`",
+                    "`{}` cannot read `{table}`, which is built under `evaluate`",
                     draft.name
                 );
                 let diagnostic = Diagnostic::new("config::reads_evaluate", at, message)
-                    .also(At::key(self.drafts[found].path.clone()), "made here");
-                diagnostics.push(
-                    diagnostic
-                        .help("an evaluation comes after the round: move the table to `stages`"),
-                );
+                    .also(At::key(self.drafts[found].path.clone()), "built here");
+                diagnostics.push(diagnostic.help(
+                    "move the table to `stages`: evaluations run after the stages of a round",
+                ));
                 continue;
             }
             inputs.push((field, found));
@@ -153,15 +155,15 @@ impl Lineage {
         )
         .suggest(suggest(table.as_str(), known.iter().copied()));
         if models.contains(&table.as_str()) {
-            diagnostic.help(format!("`{table}` is a model; a table must stand here"))
+            diagnostic.help(format!("name a table: `{table}` is a model"))
         } else if known.is_empty() {
-            diagnostic.help("there are no other tables")
+            diagnostic.help("add it under `stages`: there are no other tables")
         } else {
-            diagnostic.help(format!("the tables are {}", listed(known)))
+            diagnostic.help(format!("available tables: {}", listed(known)))
         }
     }
 
-    /// Finds the running order, and complains of every loop.
+    /// Computes the execution order, and reports every cycle.
     fn sort(&mut self) {
         let mut is_done = vec![false; self.drafts.len()];
         let is_ready = |draft: &StageDraft, is_done: &[bool]| {
@@ -173,8 +175,8 @@ impl Lineage {
             is_done[next] = true;
             self.order.push(next);
         }
-        // What is left stands in a loop or behind one. From any of these, going to an input that
-        // is left too must come back to a stage that was met.
+        // The remaining stages are part of a cycle or downstream of one. From any of them,
+        // following the remaining inputs must return to a stage that was visited.
         let mut is_seen = is_done.clone();
         for start in 0..self.drafts.len() {
             let mut way: Vec<usize> = Vec::new();
@@ -203,7 +205,11 @@ impl Lineage {
             format!("`{}` reads itself", first.name)
         } else {
             let names: Vec<_> = names.collect();
-            format!("{} reads {} again: a loop", names.join(" reads "), names[0])
+            format!(
+                "dependency cycle: {} reads {}",
+                names.join(" reads "),
+                names[0]
+            )
         };
         let next = members.get(1).unwrap_or(&members[0]);
         let link = |from: &StageDraft, to: usize| {
@@ -217,11 +223,13 @@ impl Lineage {
         };
         let at = link(first, *next).unwrap_or_else(|| At::key(first.path.clone()));
         let diagnostic = Diagnostic::new("config::loop", at, message);
-        self.diagnostics
-            .push(diagnostic.help("a table must be made before it can be read"));
+        self.diagnostics.push(
+            diagnostic
+                .help("remove one of these inputs: a table must be built before it can be read"),
+        );
     }
 
-    /// Decides whether complaints about a stage may only be echoes of earlier ones.
+    /// Marks a stage as doubtful if its diagnostics may only be consequences of earlier ones.
     fn doubt(&mut self, position: usize) {
         let draft = &self.drafts[position];
         let named = inputs_of(draft)
@@ -237,7 +245,8 @@ impl Lineage {
         self.drafts[position].is_doubtful = is_doubtful;
     }
 
-    /// Finds the tables that a stage needs and does not name: the nearest ancestor of the kind.
+    /// Resolves the inputs that a stage needs but does not name: each is the nearest ancestor of
+    /// its kind.
     fn find_inputs(&mut self, position: usize) {
         let Some(mut spec) = self.drafts[position].spec.clone() else {
             return;
@@ -265,7 +274,7 @@ impl Lineage {
                     "config::no_ancestor",
                     at,
                     format!(
-                        "`{}` needs `{field}`, and none of the tables it comes from is one",
+                        "`{}` needs `{field}`, but no upstream table can be used as one",
                         draft.name
                     ),
                 ),
@@ -273,7 +282,7 @@ impl Lineage {
                     "config::ambiguous",
                     at,
                     format!(
-                        "`{}` comes from several tables that could be its `{field}`: {named}",
+                        "`{field}` of `{}` is ambiguous: it could be any of {named}",
                         draft.name
                     ),
                 ),
@@ -284,7 +293,7 @@ impl Lineage {
         self.drafts[position].spec = Some(spec);
     }
 
-    /// The nearest tables of a kind behind the tables that a stage names.
+    /// Returns the nearest tables of a kind upstream of the tables that a stage names.
     fn nearest(&self, position: usize, kind: &str) -> Vec<usize> {
         let named = self.drafts[position].inputs.iter().map(|(_, input)| *input);
         let mut layer: VecDeque<usize> = named.collect();
@@ -311,7 +320,7 @@ impl Lineage {
         Vec::new()
     }
 
-    /// Checks the columns that arrive by the tables that a stage names.
+    /// Checks that the tables that a stage names have the columns that it needs.
     fn inputs_fit(&mut self, position: usize) -> bool {
         let draft = &self.drafts[position];
         let needed: Vec<Input<'_>> = inputs_of(draft);
@@ -345,11 +354,11 @@ impl Lineage {
         let made = given.spec.as_ref().and_then(|spec| spec.as_stage().kind());
         let message = match made {
             Some(made) => format!(
-                "`{field}` must be a table of {kind}s, but `{}` is one of {made}s",
+                "`{field}` must be a table of {kind}s, but `{}` is a table of {made}s",
                 given.name
             ),
             None => format!(
-                "`{}` can't be read as a table of {kind}s: {}",
+                "`{}` cannot be used as a table of {kind}s: {}",
                 given.name, misfits[0]
             ),
         };
@@ -358,9 +367,9 @@ impl Lineage {
         let fitting: Vec<&str> = fitting.map(|other| other.name.as_str()).collect();
         let others: Vec<_> = misfits[1..].iter().map(ToString::to_string).collect();
         let help = if !fitting.is_empty() {
-            Some(format!("tables of {kind}s: {}", listed(fitting)))
+            Some(format!("use a table of {kind}s: {}", listed(fitting)))
         } else if made.is_none() && !others.is_empty() {
-            Some(format!("also, {}", others.join("; ")))
+            Some(format!("fix these columns as well: {}", others.join("; ")))
         } else {
             None
         };
@@ -368,15 +377,15 @@ impl Lineage {
         Diagnostic::new("config::misfit", at, message).maybe_help(help)
     }
 
-    /// Asks a stage for the columns that it makes.
+    /// Determines the columns of the table that a stage builds.
     fn make_schema(&mut self, position: usize) {
         let draft = &self.drafts[position];
         let Some(spec) = &draft.spec else {
             return;
         };
         let stage = spec.as_stage();
-        // A stage whose inputs are wrong makes what its verb always makes, so that its own readers
-        // are checked; they need not hear of it.
+        // A stage with invalid inputs is given the usual columns of its stage type, so that its
+        // readers are still checked without follow-up diagnostics.
         let usual = stage.kind().and_then(schema_of);
         let is_connected = draft.inputs.len() == stage.inputs().len()
             && draft
@@ -396,15 +405,16 @@ impl Lineage {
             Err(error) => {
                 let diagnostic = wrong_stage(draft, error);
                 self.diagnostics.push(diagnostic);
-                // Whatever is wrong with the tables made from it may be wrong because of this.
+                // Any problem further downstream may be a consequence of this one.
                 self.drafts[position].schema = usual;
                 self.drafts[position].is_doubtful = true;
             }
         }
     }
 
-    /// Decides when a stage runs. It is the same in all rounds if it draws no random number, uses
-    /// no trained model, and all that it reads is the same.
+    /// Decides in which rounds a stage runs. Its table is the same in every round if the stage
+    /// draws no random numbers, uses no trained model, and all of its inputs are the same in every
+    /// round.
     fn settle(&mut self, position: usize, trained: &[ModelName], unfinished: &[ModelName]) {
         let draft = &self.drafts[position];
         let varies = draft.spec.as_ref().is_some_and(|spec| {
@@ -415,7 +425,7 @@ impl Lineage {
         let latest = inputs
             .filter_map(|(_, input)| self.drafts[*input].round_first)
             .max();
-        // A judge without an adapter can't score before its first training.
+        // A judge without an adapter cannot score before it has been trained.
         let waits = draft.spec.as_ref().is_some_and(|spec| {
             let uses = spec.as_stage().uses();
             uses.iter().any(|used| unfinished.contains(used.model))
@@ -429,7 +439,7 @@ impl Lineage {
     }
 }
 
-/// The complaint about a stage that can't make its table.
+/// The diagnostic for a stage that cannot build its table.
 fn wrong_stage(draft: &StageDraft, error: StageError) -> Diagnostic {
     const CODE: &str = "config::stage";
     let at = match error.field {
@@ -450,7 +460,8 @@ fn wrong_stage(draft: &StageDraft, error: StageError) -> Diagnostic {
     }
 }
 
-/// Whether a table has rows of a kind. The kind of a query's table is what its columns fit.
+/// True if a table holds rows of a kind. The table of a query is of every kind that its columns
+/// fit.
 fn is_of_kind(draft: &StageDraft, kind: &str) -> bool {
     let made = draft.spec.as_ref().map(|spec| spec.as_stage().kind());
     match (made, &draft.schema) {
@@ -462,14 +473,14 @@ fn is_of_kind(draft: &StageDraft, kind: &str) -> bool {
     }
 }
 
-/// The inputs of a stage; none when its text was wrong.
+/// The inputs of a stage; none if its text is invalid.
 fn inputs_of(draft: &StageDraft) -> Vec<Input<'_>> {
     let spec = draft.spec.as_ref();
     spec.map(|spec| spec.as_stage().inputs())
         .unwrap_or_default()
 }
 
-/// The models that a stage of the rounds trains.
+/// The models that are trained in the rounds.
 fn trained(written: &PipelineSpec) -> Vec<ModelName> {
     let specs = written
         .stages
@@ -480,7 +491,7 @@ fn trained(written: &PipelineSpec) -> Vec<ModelName> {
     trainers.map(|used| used.model.clone()).collect()
 }
 
-/// The tables that a stage names: their number among those of the same setting, the setting, the
+/// The tables that a stage names: the index among those of the same setting, the setting, and the
 /// table.
 fn named_inputs(draft: &StageDraft) -> Vec<(usize, &'static str, &TableName)> {
     let mut named: Vec<(usize, &'static str, &TableName)> = Vec::new();
@@ -496,7 +507,8 @@ fn named_inputs(draft: &StageDraft) -> Vec<(usize, &'static str, &TableName)> {
     named
 }
 
-/// Where a table is named: `stages.x.score.candidates`, `stages.y.sql.tables[1]`.
+/// The path of the setting that names a table: `stages.x.score.candidates`,
+/// `stages.y.sql.tables[1]`.
 fn input_path(draft: &StageDraft, field: &str, nth: usize) -> KeyPath {
     let path = draft.settings.key(field);
     let is_list = draft.spec.as_ref().is_some_and(|spec| match spec {

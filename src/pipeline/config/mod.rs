@@ -1,10 +1,13 @@
-//! From text to plan: reads a pipeline file, checks all of it before anything runs, and says
-//! everything that is wrong with it at once, underlined.
+//! Parsing and checking of pipeline files: from YAML text to a [`Plan`].
 //!
-//! The text becomes a tree ([`node`]), with those that it extends ([`overlay`]); `--set` changes it ([`overrides`]), references are replaced
-//! ([`reference`]), and the tree is read ([`reader`]) as it is written ([`pipeline`]). Then names and roles
-//! ([`check`]) and tables ([`lineage`]) are followed through the whole file, and what is left is
-//! the pipeline as meant ([`plan`]). What is wrong is a [`Diagnostic`].
+//! The whole file is checked before anything runs, and all problems are reported at once, each as a
+//! [`Diagnostic`] with its place underlined.
+//!
+//! The text is parsed into a tree ([`node`]) and merged with the files that it extends
+//! ([`extends`]). `--set` changes the tree ([`overrides`]), references are replaced
+//! ([`reference`]), and the tree is deserialized ([`reader`]) into the types of a pipeline file
+//! ([`pipeline`]). Then names and roles ([`check`]) and tables ([`lineage`]) are checked across the
+//! whole file, and the result is the resolved pipeline ([`plan`]).
 
 mod source;
 
@@ -63,21 +66,21 @@ use pipeline::PipelineSpec;
 use ovchat_io::files;
 use ovchat_models::ModelSpec;
 
-/// Why there is no plan.
+/// The reasons why a pipeline has no plan.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
-    /// The file can't be read.
-    #[error("the pipeline file `{}` can't be read: {problem}", path.display())]
+    /// The file cannot be read.
+    #[error("cannot read the pipeline file `{}`: {problem}", path.display())]
     Unreadable { path: PathBuf, problem: io::Error },
-    /// The file was read, and this is wrong with it.
+    /// The file was read, and has errors.
     #[error(transparent)]
     Refused(Diagnostics),
 }
 
-/// Reads a pipeline file and checks it.
+/// Reads and checks a pipeline file.
 ///
-/// `sets` are changes from the command line, each `path=value`. With `offline`, the files and
-/// folders that the pipeline names need not be there.
+/// `sets` are the overrides from the command line, each `path=value`. With `offline`, the files and
+/// folders that the pipeline names need not exist.
 pub fn load(path: &Path, sets: &[String], offline: bool) -> Result<Plan, LoadError> {
     let unreadable = |problem| LoadError::Unreadable {
         path: path.to_owned(),
@@ -88,7 +91,7 @@ pub fn load(path: &Path, sets: &[String], offline: bool) -> Result<Plan, LoadErr
         let at = error.utf8_error().valid_up_to();
         let before = String::from_utf8_lossy(&error.as_bytes()[..at]);
         let line = 1 + before.matches('\n').count();
-        let problem = format!("line {line} is not UTF-8 text");
+        let problem = format!("line {line} is not valid UTF-8");
         unreadable(io::Error::new(io::ErrorKind::InvalidData, problem))
     })?;
     let absolute = std::path::absolute(path).map_err(unreadable)?;
@@ -98,7 +101,7 @@ pub fn load(path: &Path, sets: &[String], offline: bool) -> Result<Plan, LoadErr
     parse(file, absolute, sets, offline, &environment).map_err(LoadError::Refused)
 }
 
-/// The plan of a text that lies at `path`.
+/// Returns the plan of the pipeline file at `path` with the text `file`.
 fn parse(
     file: Arc<SourceText>,
     path: PathBuf,
@@ -134,7 +137,7 @@ fn parse(
     }
     diagnostics.extend(read.diagnostics);
     if read.is_partial {
-        // Whatever names a piece of what was not read would be called unknown.
+        // References to anything in the skipped fields would be reported as unknown.
         for diagnostic in &mut diagnostics {
             diagnostic.hide(&secrets);
         }
@@ -153,7 +156,8 @@ fn parse(
         diagnostics.extend(probe::keys(&written));
     }
     let mut lineage = Lineage::trace(&written);
-    // What is wrong with a setting is told once: a query's file that isn't there can't be planned.
+    // Only one diagnostic is kept per setting: a query whose file is missing cannot be planned
+    // either.
     let is_news = |new: &Diagnostic| !diagnostics.iter().any(|told| told.at == new.at);
     lineage.diagnostics.retain(is_news);
     diagnostics.append(&mut lineage.diagnostics);
@@ -178,7 +182,8 @@ fn parse(
     ))
 }
 
-/// Takes the relative paths of models and stages to start at the folder of the file that says them.
+/// Resolves the relative paths of models and stages against the folder of the file that contains
+/// them.
 fn resolve(written: &mut PipelineSpec, sources: &SourceTexts) {
     for model in &mut written.models {
         let folder = |field: &str| sources.folder(&model.settings.below(field));

@@ -1,8 +1,8 @@
-//! A pipeline file's text as a tree of plain values.
+//! Parsing of a pipeline file into a tree of plain values.
 //!
-//! serde_yaml's own tree stops at the first duplicate key, and maps of structs drop the earlier of
-//! two entries without a word. This one keeps the written order, takes the first of the two, and
-//! lists what is wrong, so that one mistake does not hide the next.
+//! serde_yaml's own tree stops at the first duplicate key, and maps of structs silently drop the
+//! earlier of two entries. This tree keeps the file order, takes the first of two duplicates, and
+//! lists the flaws, so that one mistake does not hide the next.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -24,16 +24,16 @@ pub enum Node {
     Number(Number),
     Text(String),
     List(Vec<Node>),
-    /// In the written order, each key once.
+    /// The entries in file order, each key once.
     Map(Vec<(String, Node)>),
-    /// Something that is wrong and has been complained about; there is no more to say about it.
+    /// An invalid value that already has a diagnostic, and needs no other.
     Wrong,
 }
 
-/// Something that YAML allows and a pipeline file does not.
+/// A construct that YAML allows and a pipeline file does not.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Flaw {
-    /// A key that came before; the path is that of the later one.
+    /// A duplicate key; the path is that of the later one.
     Duplicate(KeyPath),
     /// A YAML tag such as `!sample`.
     Tag(KeyPath),
@@ -42,7 +42,7 @@ pub enum Flaw {
 }
 
 impl Node {
-    /// Reads a text. The error is about YAML itself; flaws of the content are in the list.
+    /// Parses a text. The error is a YAML syntax error; other flaws are returned in the list.
     pub fn parse(text: &str) -> Result<(Self, Vec<Flaw>), serde_yaml::Error> {
         let flaws = RefCell::new(Vec::new());
         let grow = Grow {
@@ -53,7 +53,7 @@ impl Node {
         Ok((node, flaws.into_inner()))
     }
 
-    /// The entry of a map, or `None`.
+    /// Returns the entry of a map, or `None`.
     pub fn get(&self, key: &str) -> Option<&Self> {
         let Self::Map(entries) = self else {
             return None;
@@ -61,7 +61,7 @@ impl Node {
         entries.iter().find(|(k, _)| k == key).map(|(_, node)| node)
     }
 
-    /// What stands at a path, or `None`.
+    /// Returns the node at a path, or `None`.
     pub fn at(&mut self, steps: &[Step]) -> Option<&mut Self> {
         let Some((step, rest)) = steps.split_first() else {
             return Some(self);
@@ -77,7 +77,7 @@ impl Node {
         below?.at(rest)
     }
 
-    /// Takes out what stands at a path; `false` when nothing does.
+    /// Removes the node at a path; returns false if there is none.
     pub fn remove(&mut self, steps: &[Step]) -> bool {
         let Some((last, above)) = steps.split_last() else {
             return false;
@@ -96,7 +96,7 @@ impl Node {
         }
     }
 
-    /// Takes out what is [`Node::Wrong`], here and below, and tells under which keys it stood.
+    /// Removes every [`Node::Wrong`] in the tree, and returns the keys under which they were found.
     pub fn remove_wrong(&mut self) -> Vec<String> {
         let mut keys = Vec::new();
         match self {
@@ -115,7 +115,7 @@ impl Node {
                     keys.extend(element.remove_wrong());
                 }
                 elements.retain(|element| *element != Self::Wrong);
-                // The elements of a list have no key; an empty one stands for them.
+                // The elements of a list have no key; an empty key stands for them.
                 keys.extend((elements.len() < before).then(String::new));
             }
             _ => {}
@@ -123,7 +123,7 @@ impl Node {
         keys
     }
 
-    /// A scalar as text; `None` for nothing, lists and maps.
+    /// Returns a scalar as text; `None` for null, lists and maps.
     pub fn text(&self) -> Option<String> {
         match self {
             Self::Bool(value) => Some(value.to_string()),
@@ -133,13 +133,13 @@ impl Node {
         }
     }
 
-    /// What it is, for people: `a list`.
+    /// The type of the node for messages: `a list`.
     pub fn noun(&self) -> &'static str {
         match self {
-            Self::Null | Self::Wrong => "nothing",
-            Self::Bool(_) => "true or false",
+            Self::Null | Self::Wrong => "null",
+            Self::Bool(_) => "a boolean",
             Self::Number(_) => "a number",
-            Self::Text(_) => "a text",
+            Self::Text(_) => "a string",
             Self::List(_) => "a list",
             Self::Map(_) => "a map",
         }
@@ -162,7 +162,7 @@ impl From<&Node> for Value {
     }
 }
 
-/// Makes the node at `path`.
+/// The deserialization seed of the node at `path`.
 struct Grow<'a> {
     path: KeyPath,
     flaws: &'a RefCell<Vec<Flaw>>,
@@ -268,10 +268,10 @@ impl<'de> Visitor<'de> for Grow<'_> {
     }
 }
 
-/// Reads a key as the text it is; `None` for a list or a map.
+/// The deserialization seed of a key: reads it as text; `None` for a list or a map.
 #[derive(Default)]
 pub struct KeyText<'a> {
-    /// A key to fail at, so that the error tells its position.
+    /// A key to fail at, so that the error carries its position.
     pub refused: Option<&'a str>,
 }
 

@@ -1,4 +1,4 @@
-//! `--set stages.pairs.select_extremes.margin_min=0.1`: settings changed from the command line.
+//! Overrides from the command line: `--set stages.pairs.select_extremes.margin_min=0.1`.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -9,33 +9,35 @@ use super::serde_messages::listed;
 use super::source::{KeyPath, Side, SourceText, Span, Step};
 use super::suggest::suggest;
 
-/// One `--set`, as read.
+/// One parsed `--set`.
 #[derive(Debug, Clone)]
 pub struct Override {
-    /// The setting.
+    /// The path of the setting.
     pub path: KeyPath,
     /// The whole text, under the name `--set`.
     source: Arc<SourceText>,
-    /// Where in the text each step of the path stands.
+    /// The span of each step of the path in the text.
     steps: Vec<Range<usize>>,
-    /// Where in the text the value stands.
+    /// The span of the value in the text.
     value: Range<usize>,
 }
 
 impl Override {
-    /// Reads `path=value`. The value is YAML.
+    /// Parses `path=value`. The value is YAML.
     pub fn parse(text: &str) -> Result<(Self, Node), Box<Diagnostic>> {
         let source = Arc::new(SourceText::new("--set".to_owned(), text));
         let complain = |message: String, span: Range<usize>| {
             let source = Arc::clone(&source);
             let diagnostic = Diagnostic::new("config::set", At::key(KeyPath::root()), message)
-                .help("write `--set path=value`, as in `--set stages.candidates.sample.count=3`")
+                .help(
+                    "write `--set SETTING=VALUE`, such as `--set stages.candidates.sample.count=3`",
+                )
                 .placed(Span { source, span });
             Box::new(diagnostic)
         };
         let Some((left, right)) = source.text.split_once('=') else {
             return Err(complain(
-                format!("`--set {text}` has no `=`"),
+                format!("expected `SETTING=VALUE`, got `{text}`"),
                 0..text.len(),
             ));
         };
@@ -50,7 +52,7 @@ impl Override {
             start = span.end + 1;
             if key.is_empty() {
                 return Err(complain(
-                    format!("`{left}` is not a path to a setting"),
+                    format!("`{left}` is not a valid setting path"),
                     span,
                 ));
             }
@@ -59,7 +61,7 @@ impl Override {
             for index in indices.into_iter().flat_map(|text| text.split("][")) {
                 let Ok(index) = index.parse() else {
                     return Err(complain(
-                        format!("`{index}` is not a position in a list"),
+                        format!("`{index}` is not a valid list index"),
                         span,
                     ));
                 };
@@ -68,11 +70,15 @@ impl Override {
             }
         }
         let value = left.len() + 1..source.text.len();
-        let (node, flaws) = Node::parse(right)
-            .map_err(|error| complain(format!("the value is not YAML: {error}"), value.clone()))?;
+        let (node, flaws) = Node::parse(right).map_err(|error| {
+            complain(
+                format!("the value is not valid YAML: {error}"),
+                value.clone(),
+            )
+        })?;
         if !flaws.is_empty() {
             return Err(complain(
-                "the value has duplicate keys or tags".to_owned(),
+                "the value contains duplicate keys or YAML tags".to_owned(),
                 value,
             ));
         }
@@ -85,7 +91,7 @@ impl Override {
         Ok((parsed, node))
     }
 
-    /// Puts the value into the tree. All but the last step must be there already.
+    /// Sets the value in the tree. All steps of the path but the last must already exist.
     pub fn apply(&self, value: Node, tree: &mut Node) -> Result<(), Box<Diagnostic>> {
         let steps = self.path.steps();
         let last = steps.len() - 1;
@@ -111,14 +117,17 @@ impl Override {
                     *element = value;
                     return Ok(());
                 }
-                None => format!("the list has {} elements, counted from 0", elements.len()),
+                None => format!(
+                    "index out of range: the list has {} elements, counted from 0",
+                    elements.len()
+                ),
             },
-            (other, _) => format!("nothing can be set in {}", other.noun()),
+            (other, _) => format!("cannot set a value inside {}", other.noun()),
         };
         Err(Box::new(self.complain(last, problem)))
     }
 
-    /// The complaint that `here` has no entry for the step at `depth`.
+    /// The diagnostic for a step at `depth` that `here` has no entry for.
     fn leads_nowhere(&self, depth: usize, here: &Node) -> Diagnostic {
         let known: Vec<&str> = match here {
             Node::Map(entries) => entries.iter().map(|(key, _)| key.as_str()).collect(),
@@ -126,14 +135,14 @@ impl Override {
         };
         let steps = self.path.steps()[..=depth].iter();
         let path = steps.fold(KeyPath::root(), |path, step| path.then(step.clone()));
-        let help =
-            (!known.is_empty()).then(|| format!("there are {}", listed(known.iter().copied())));
-        self.complain(depth, format!("the pipeline has no `{path}`"))
+        let help = (!known.is_empty())
+            .then(|| format!("available settings: {}", listed(known.iter().copied())));
+        self.complain(depth, format!("there is no setting `{path}`"))
             .suggest(suggest(path.name(), known))
             .maybe_help(help)
     }
 
-    /// The part of the text that a complaint about the setting (or about something in it) means.
+    /// Returns the span to underline for a diagnostic about the setting or something in it.
     pub fn place(&self, at: &At) -> Span {
         let is_key = at.side == Side::Key && at.path == self.path;
         let step = self.steps.last().filter(|_| is_key);
@@ -178,11 +187,14 @@ mod tests {
 
     #[test]
     fn a_path_that_leads_nowhere_is_refused() {
-        check("a", Err("`--set a` has no `=`"));
-        check("a..b=1", Err("`a..b` is not a path to a setting"));
-        check("x.b=1", Err("the pipeline has no `x`"));
-        check("a.b.c=1", Err("nothing can be set in a number"));
-        check("a.c[2]=1", Err("the list has 2 elements, counted from 0"));
-        check("a.c[z]=1", Err("`z` is not a position in a list"));
+        check("a", Err("expected `SETTING=VALUE`, got `a`"));
+        check("a..b=1", Err("`a..b` is not a valid setting path"));
+        check("x.b=1", Err("there is no setting `x`"));
+        check("a.b.c=1", Err("cannot set a value inside a number"));
+        check(
+            "a.c[2]=1",
+            Err("index out of range: the list has 2 elements, counted from 0"),
+        );
+        check("a.c[z]=1", Err("`z` is not a valid list index"));
     }
 }

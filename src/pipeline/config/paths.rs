@@ -1,4 +1,4 @@
-//! The files and folders that a pipeline names, and what lies in those of its models.
+//! Checks of the files and folders that a pipeline names, including the model folders' contents.
 
 use std::fs::Metadata;
 use std::io::ErrorKind;
@@ -19,7 +19,7 @@ use ovchat_models::preprocess::{
 };
 use ovchat_models::{JudgePrompt, LlavaOnevisionSpec, ModelSpec, Repository, TEMPLATE, is_offline};
 
-/// The settings that name files and folders.
+/// Returns the settings that name files and folders.
 pub fn settings(written: &PipelineSpec) -> Vec<KeyPath> {
     let of_models = written.models.iter().flat_map(|model| {
         let paths = model.spec.iter().flat_map(ModelSpec::paths);
@@ -29,7 +29,7 @@ pub fn settings(written: &PipelineSpec) -> Vec<KeyPath> {
         let files = stage.spec.iter().flat_map(|spec| spec.as_stage().files());
         files.map(|(field, _)| stage.settings.key(field))
     });
-    // The files of an exam are loaded by a stage that is not written.
+    // The files of an exam are loaded by a stage that is not in the text.
     let of_exams = written.models.iter().flat_map(|model| {
         let exam = model.settings.key("exam");
         ["from", "images"].map(|field| exam.key(field))
@@ -37,7 +37,8 @@ pub fn settings(written: &PipelineSpec) -> Vec<KeyPath> {
     of_models.chain(of_stages).chain(of_exams).collect()
 }
 
-/// Files and folders of the user that aren't there, or are something else. Paths must be absolute.
+/// Reports files and folders of the user that do not exist or are of the wrong type. Paths must be
+/// absolute.
 pub fn missing_files(
     written: &PipelineSpec,
     sources: &SourceTexts,
@@ -67,22 +68,22 @@ pub fn missing_files(
     diagnostics
 }
 
-/// Files of records that can't be loaded, as far as their beginning and their end tell. Those that can't
-/// be opened are left to [`missing_files`].
+/// Reports record files that cannot be loaded, judged by their first and last bytes. Files that
+/// cannot be opened are left to [`missing_files`].
 pub fn records(written: &PipelineSpec, secrets: &Secrets) -> Vec<Diagnostic> {
     let mut diagnostics = Vec::new();
     for (stage, _) in all_stages(written) {
         let is_file = |path: &Path| path.metadata().is_ok_and(|found| found.is_file());
-        let (path, objection) = match &stage.spec {
+        let (path, source_problem) = match &stage.spec {
             Some(StageSpec::LoadPrompts(load)) if is_file(&load.from) => {
-                (&load.from, load.objection())
+                (&load.from, load.source_problem())
             }
             Some(StageSpec::LoadFeedback(load)) if is_file(&load.from) => {
-                (&load.from, load.objection())
+                (&load.from, load.source_problem())
             }
             _ => continue,
         };
-        let Some(SourceProblem { words, is_certain }) = objection else {
+        let Some(SourceProblem { words, is_certain }) = source_problem else {
             continue;
         };
         let words = format!("`{}`: {words}", shown(path, secrets));
@@ -96,9 +97,8 @@ pub fn records(written: &PipelineSpec, secrets: &Secrets) -> Vec<Diagnostic> {
     diagnostics
 }
 
-/// Looks into the folders of the models: configs, tokenizers, and the headers of the weights, as
-/// far as they can be read without opening a tensor. Folders that aren't there are left to
-/// [`missing_files`].
+/// Validates the folders of the models: configs, tokenizers, and the headers of the weights, as far
+/// as possible without opening a tensor. Folders that do not exist are left to [`missing_files`].
 pub fn probe_models(written: &PipelineSpec, secrets: &Secrets) -> Vec<Diagnostic> {
     let mut diagnostics = Vec::new();
     for model in &written.models {
@@ -112,10 +112,10 @@ pub fn probe_models(written: &PipelineSpec, secrets: &Secrets) -> Vec<Diagnostic
         {
             continue;
         }
-        if let Some(asking) = spec.asking()
-            && let Err(problem) = JudgePrompt::open(asking)
+        if let Some(prompt_settings) = spec.prompt_settings()
+            && let Err(problem) = JudgePrompt::open(prompt_settings)
         {
-            let of_template = asking.template.as_deref().and_then(|path| {
+            let of_template = prompt_settings.template.as_deref().and_then(|path| {
                 let rest = problem.strip_prefix(&path.display().to_string())?;
                 Some(format!("{}{rest}", shown(path, secrets)))
             });
@@ -132,7 +132,7 @@ pub fn probe_models(written: &PipelineSpec, secrets: &Secrets) -> Vec<Diagnostic
         }
         diagnostics.extend(other_words(spec, &model.settings, secrets));
         if let Err(error) = probe(spec) {
-            // The setting whose folder holds the file at fault.
+            // The setting whose folder contains the faulty file.
             let field = paths.iter().find(|(_, path)| error.path.starts_with(path));
             let at = match field {
                 Some((field, _)) => At::value(model.settings.below(field)),
@@ -146,7 +146,8 @@ pub fn probe_models(written: &PipelineSpec, secrets: &Secrets) -> Vec<Diagnostic
     diagnostics
 }
 
-/// The warning about a checkpoint whose chat template writes prompts in other words than this program.
+/// The warning about a checkpoint whose chat template renders prompts differently from the built-in
+/// one.
 fn other_words(spec: &ModelSpec, settings: &KeyPath, secrets: &Secrets) -> Option<Diagnostic> {
     let ModelSpec::LlavaOnevision(model) = spec.clone().opened() else {
         return None;
@@ -159,7 +160,7 @@ fn other_words(spec: &ModelSpec, settings: &KeyPath, secrets: &Secrets) -> Optio
     } = other_text(&model.weights)?;
     let path = shown(&path, secrets);
     let message = format!(
-        "the chat template in `{path}` is not used: it writes {theirs:?} where this program writes {ours:?}"
+        "the chat template in `{path}` is ignored: it renders {theirs:?} where the built-in template renders {ours:?}"
     );
     let at = At::value(settings.key("weights"));
     let diagnostic = match is_space {
@@ -167,8 +168,8 @@ fn other_words(spec: &ModelSpec, settings: &KeyPath, secrets: &Secrets) -> Optio
         false => Diagnostic::warning("config::chat_template", at, message),
     };
     Some(diagnostic.help(
-        "prompts are written as LLaVA-OneVision was trained to read them; a checkpoint that was trained \
-         on others may answer worse",
+        "use a checkpoint that was trained with the prompt format of LLaVA-OneVision, which is always \
+         applied; others may answer worse",
     ))
 }
 
@@ -184,30 +185,32 @@ fn probe(spec: &ModelSpec) -> Result<(), CheckpointError> {
     }
 }
 
-/// The code of notes about weights that the hub's cache does not have.
+/// The diagnostic code of weights that are not in the Hugging Face cache.
 pub const NOT_FETCHED: &str = "config::not_fetched";
 
-/// The note about a repository that the hub's cache does not have, or the error if it can't exist.
+/// The note about a repository that is not in the Hugging Face cache, or the error if its name is
+/// invalid.
 fn not_cached(repository: &Repository, path: &Path, at: At, secrets: &Secrets) -> Diagnostic {
     let shown = secrets.hide(&path.display().to_string());
     if let Some(problem) = repository.problem() {
-        let message = format!("`{shown}` names no repository");
+        let message = format!("`{shown}` is not a valid repository name");
         return Diagnostic::new("config::repository", at, message).help(problem);
     }
-    let message = format!("`{shown}` is not in the hub's cache");
+    let message = format!("`{shown}` is not in the Hugging Face cache");
     let command = secrets.hide(&repository.command());
     if is_offline() {
-        let message = format!("{message}, and HF_HUB_OFFLINE is set: nothing is fetched");
+        let message = format!("{message}, and HF_HUB_OFFLINE forbids downloading it");
         return Diagnostic::new(NOT_FETCHED, at, message).help(format!(
-            "unset HF_HUB_OFFLINE, or fetch it where there is a network: {command}"
+            "unset HF_HUB_OFFLINE, or download it on a machine with network access: {command}"
         ));
     }
-    Diagnostic::note(NOT_FETCHED, at, message)
-        .help(format!("`pipeline run` fetches it, and so does: {command}"))
+    Diagnostic::note(NOT_FETCHED, at, message).help(format!(
+        "`pipeline run` downloads it; to download it now, run: {command}"
+    ))
 }
 
-/// The complaint about a path that leads nowhere and was probably meant to name a repository of the hub.
-/// A path whose folder is there, or is there under a similar name, was not.
+/// The diagnostic for a path that does not exist and was probably meant to name a repository on the
+/// Hugging Face Hub; `None` if its first folder, or one with a similar name, exists.
 fn almost_of_the_hub(
     path: &Path,
     folder: &Path,
@@ -222,12 +225,12 @@ fn almost_of_the_hub(
     }
     let written = written.to_str()?;
     let meant = Repository::meant(written)?;
-    let message = format!("there is no folder `{}`", secrets.hide(written));
+    let message = format!("folder `{}` does not exist", secrets.hide(written));
     let diagnostic =
         Diagnostic::new(diagnostic.code, at, message).suggest(Some(&secrets.hide(&meant)));
     Some(diagnostic.help(
-        "weights on the Hugging Face hub are named by `hf://org/name`; anything else is a path from the \
-         folder of the pipeline file",
+        "write `hf://org/name` for weights on the Hugging Face Hub; anything else is a path relative to \
+         the folder of the pipeline file",
     ))
 }
 
@@ -240,18 +243,19 @@ fn probe_policy(model: &LlavaOnevisionSpec) -> Result<(), CheckpointError> {
     }
 }
 
-/// Settings that name a file, and those that name a folder; others take both.
+/// Settings that name a file. Those in neither list accept both.
 const FILES: [&str; 5] = ["from", "captions", "prompt", "file", TEMPLATE];
+/// Settings that name a folder.
 const FOLDERS: [&str; 5] = ["weights", "base", "vision", "adapter", "images"];
 
-/// The problem with a file in place of a folder, the reverse, or a special file.
+/// Describes a file in place of a folder, a folder in place of a file, or a special file.
 fn misfit(field: &str, found: &Metadata) -> Option<String> {
     if let Some(kind) = files::special(found) {
         Some(format!("is {kind}, not a regular file"))
     } else if found.is_dir() && FILES.contains(&field) {
-        Some("is a directory, not a file".to_owned())
+        Some("is a folder, not a file".to_owned())
     } else if found.is_file() && FOLDERS.contains(&field) {
-        Some("is a file, not a directory".to_owned())
+        Some("is a file, not a folder".to_owned())
     } else {
         None
     }
@@ -265,7 +269,7 @@ fn missing(field: &str, path: &Path, at: At, secrets: &Secrets) -> Option<Diagno
             return Some(Diagnostic::new("config::wrong_file", at, message));
         }
         Err(error) if error.kind() == ErrorKind::NotFound => "does not exist".to_owned(),
-        Err(error) => format!("can't be reached: {error}"),
+        Err(error) => format!("cannot be accessed: {error}"),
     };
     let text = path.display().to_string();
     let message = format!("`{}` {problem}", shown(path, secrets));
@@ -288,17 +292,22 @@ fn missing(field: &str, path: &Path, at: At, secrets: &Secrets) -> Option<Diagno
     let diagnostic = diagnostic.suggest(suggest(&wanted, names.iter().map(String::as_str)));
     Some(match (is_parent, diagnostic.label.is_empty()) {
         (_, false) => diagnostic,
-        (true, true) => diagnostic.help("relative paths start at the folder of the pipeline file"),
-        // A part of a path that comes from the environment would show a part of the value.
+        (true, true) => {
+            diagnostic.help("give the path relative to the folder of the pipeline file")
+        }
+        // Part of a path from the environment would reveal part of the value.
         (false, true) if secrets.hide(&text) != text => diagnostic,
         (false, true) => {
             let folder = shown(folder, secrets);
-            diagnostic.help(format!("there is `{folder}`, but no `{wanted}` in it"))
+            diagnostic.help(format!(
+                "check the path: `{folder}` exists, but contains no `{wanted}`"
+            ))
         }
     })
 }
 
-/// A path in a message: from the current folder if it lies there, values of the environment hidden.
+/// A path for a message: relative to the current folder if it lies below it, with the values of
+/// environment variables hidden.
 pub(super) fn shown(path: &Path, secrets: &Secrets) -> String {
     let path = secrets.hide(&plain(path).display().to_string());
     let here = std::env::current_dir().unwrap_or_default();

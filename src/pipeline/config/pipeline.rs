@@ -1,7 +1,8 @@
-//! A pipeline file *as written*: its fields, their defaults, and the values that check themselves.
+//! The types of a pipeline file as written: its fields, their default values, and validated
+//! scalars.
 //!
-//! The types are at once the result of [`super::reader`] and the source of the JSON Schema: their
-//! doc comments are what an editor shows.
+//! The types are both the result of [`super::reader`] and the source of the JSON Schema: editors
+//! show their doc comments.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -19,59 +20,60 @@ use super::source::KeyPath;
 use crate::stages::{ModelName, StageSpec, TableName};
 use ovchat_models::{ModelSpec, Share};
 
-/// A pipeline: tables, each made by one verb, and the models that the verbs use.
+/// A pipeline: tables, each built by one stage, and the models that the stages use.
 #[derive(JsonSchema)]
 #[schemars(rename = "Pipeline", deny_unknown_fields)]
 pub struct PipelineSpec {
-    /// A pipeline file from which this one differs: its settings are meant where this one says nothing
-    /// else. `null` takes an entry away.
+    /// A base pipeline file: its settings apply unless this file overrides them. `null` removes an
+    /// entry.
     #[schemars(default)]
     #[expect(
         dead_code,
-        reason = "followed before the tree is read; here for the schema"
+        reason = "resolved before the tree is read; declared for the schema"
     )]
     pub extends: Option<PathBuf>,
     /// The pipeline's name, which also names its run folder: `runs/<name>`.
     pub pipeline: PipelineName,
-    /// Decides all random numbers, together with stage, round and row.
+    /// The random seed. Random numbers depend on the seed, the stage, the round and the row.
     #[schemars(default)]
     pub seed: u64,
-    /// How often all stages run; each round starts from the models that the last one trained. A
-    /// number, or `{ max: 5, stop_when: <SQL> }`.
+    /// The number of rounds, or `{ max: 5, stop_when: <SQL> }`. All stages run in every round, and
+    /// each round starts from the models trained in the previous one.
     #[schemars(default)]
     pub rounds: Rounds,
-    /// Values with a name, used as `"${name}"`.
+    /// Named values, referenced as `"${name}"`.
     #[schemars(default, with = "BTreeMap<VariableName, Scalar>")]
     pub vars: Vec<Variable>,
-    /// The models by name.
+    /// The models, by name.
     #[schemars(default, with = "BTreeMap<ModelName, ModelSpec>")]
     pub models: Vec<Entry<ModelName, ModelSpec>>,
-    /// The tables by name, each with the one verb that makes it.
+    /// The tables, by name, each with the stage that builds it.
     #[schemars(with = "BTreeMap<TableName, StageSpec>")]
     pub stages: Vec<Entry<TableName, StageSpec>>,
-    /// Tables that tell how good the models are: made before round 1 (as round 0) and after every
+    /// The tables that evaluate the models: built before round 1 (as round 0) and after every
     /// round.
     #[schemars(default, with = "BTreeMap<TableName, StageSpec>")]
     pub evaluate: Vec<Entry<TableName, StageSpec>>,
-    /// What the run has to say when it ends: views by name, printed in this order, which later ones and
-    /// `pipeline sql` know, too.
+    /// The views that a run prints when it ends, by name and in this order. Later views and
+    /// `pipeline sql` can query them.
     #[schemars(default, with = "BTreeMap<TableName, View>")]
     pub report: Vec<Entry<TableName, View>>,
-    /// What must be true of tables, each under a name; checked as soon as the table is there.
+    /// The expectations on tables, by name; each is checked as soon as its table is built.
     #[schemars(default, with = "BTreeMap<TableName, Expectation>")]
     pub expect: Vec<Entry<TableName, Expectation>>,
-    /// The share of a stage's rows that may be faulty before the run stops, from 0 to 1.
+    /// The share of a stage's rows that may be rejected before the run stops, from 0 to 1.
     #[schemars(default = "one_percent")]
     pub reject_share_max: Share,
-    /// Whether the run's `images` table holds the pictures or only where they lie.
+    /// The contents of the run's `images` table: the bytes of the images, or only references to
+    /// their files.
     #[schemars(default)]
     pub keep_images: KeepImages,
-    /// The settings that are a variable and nothing else, with its name.
+    /// The settings whose whole value is one variable, with the name of the variable.
     #[schemars(skip)]
     pub uses: Vec<(KeyPath, String)>,
 }
 
-/// The top-level fields, in the order in which people write them.
+/// The top-level fields, in their customary order.
 pub const FIELDS: [&str; 12] = [
     "extends",
     "pipeline",
@@ -87,30 +89,30 @@ pub const FIELDS: [&str; 12] = [
     "keep_images",
 ];
 
-/// A query over all rounds of a run, which is printed when the run ends.
+/// A query over all rounds of a run, printed when the run ends.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct View {
-    /// The query. It may read every table of the run, with the column `round` where a table has
-    /// rounds, and the views before.
+    /// The query. It may read every table of the run, with the column `round` if the table has
+    /// rounds, and the views before this one.
     pub query: String,
-    /// A picture of it, as report/<name>.svg in the run's folder.
+    /// A chart of the result, written to report/<name>.svg in the run folder.
     #[serde(default)]
     pub chart: Option<Chart>,
 }
 
-/// Which columns of a view are drawn.
+/// The columns of a view that are drawn as a chart.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Chart {
-    /// The column that goes to the right.
+    /// The column of the x axis.
     pub x: String,
-    /// The columns that go up, each in a panel of its own.
+    /// The columns of the y axis, each in a panel of its own.
     pub lines: Vec<String>,
 }
 
 impl Chart {
-    /// All columns that it draws.
+    /// All columns of the chart.
     pub fn columns(&self) -> impl Iterator<Item = &str> {
         std::iter::once(&self.x)
             .chain(&self.lines)
@@ -118,31 +120,30 @@ impl Chart {
     }
 }
 
-/// How often all stages run.
+/// The number of rounds.
 #[derive(Debug, Clone, PartialEq, Eq, JsonSchema)]
 #[schemars(untagged)]
 pub enum Rounds {
-    /// So often.
+    /// A fixed number of rounds.
     Count(NonZeroU32),
-    /// Until something is so.
+    /// Rounds until a condition is met.
     Until(Until),
 }
 
-/// Rounds that know when to stop.
+/// Rounds that end when a condition is met.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Until {
-    /// The most rounds.
+    /// The maximum number of rounds.
     pub max: NonZeroU32,
-    /// A query that is asked after every round and says in one row and one column, true or false,
-    /// whether it was the last; null, or no row, is not true, and the rounds go on. It may read every
-    /// table as it is by then, with the column `round` where a table has rounds; `$round` is the round
-    /// that has just ended.
+    /// A query that runs after every round and returns one boolean: true ends the rounds; false,
+    /// null or no row continues them. It may read every table built so far, with the column `round`
+    /// if the table has rounds; `$round` is the round that has just ended.
     pub stop_when: String,
 }
 
 impl Rounds {
-    /// The most rounds that there may be.
+    /// The maximum number of rounds.
     pub fn max(&self) -> NonZeroU32 {
         match self {
             Self::Count(count) => *count,
@@ -150,7 +151,7 @@ impl Rounds {
         }
     }
 
-    /// The query that ends them.
+    /// The query that ends the rounds.
     pub fn stop_when(&self) -> Option<&str> {
         match self {
             Self::Count(_) => None,
@@ -165,7 +166,7 @@ impl Default for Rounds {
     }
 }
 
-/// The most rounds: each is planned before the first begins.
+/// The limit on rounds: all of them are planned before the first one starts.
 const ROUNDS_MAX: u64 = 1000;
 
 fn within_most<E: de::Error>(rounds: u64) -> Result<(), E> {
@@ -173,14 +174,14 @@ fn within_most<E: de::Error>(rounds: u64) -> Result<(), E> {
         return Ok(());
     }
     Err(E::custom(format!(
-        "{rounds} rounds are too many: a run has at most {ROUNDS_MAX}"
+        "too many rounds: {rounds} (at most {ROUNDS_MAX})"
     )))
 }
 
-/// What [`Rounds`] is in messages.
-pub const ROUNDS: &str = "a number of rounds (1 or more), or a map of `max` and `stop_when`";
+/// The description of [`Rounds`] in messages.
+pub const ROUNDS: &str = "a number of rounds (1 or more) or a map with `max` and `stop_when`";
 
-/// By hand, for an untagged enum would say only that no variant fits.
+/// Implemented by hand, because an untagged enum would only report that no variant matches.
 impl<'de> Deserialize<'de> for Rounds {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct RoundsVisitor;
@@ -217,18 +218,18 @@ impl<'de> Deserialize<'de> for Rounds {
     }
 }
 
-/// A model or stage, under its name.
+/// A named model or stage.
 pub struct Entry<Name, Spec> {
     pub name: Name,
-    /// Where it stands: `stages.rewards`.
+    /// The path of the entry: `stages.rewards`.
     pub path: KeyPath,
-    /// Where its settings stand: `stages.rewards.score`.
+    /// The path of its settings: `stages.rewards.score`.
     pub settings: KeyPath,
-    /// What it is; `None` when that was wrong and has been complained about.
+    /// The model or stage itself; `None` if it is invalid and has a diagnostic.
     pub spec: Option<Spec>,
 }
 
-/// The name of a pipeline, fit for a folder.
+/// The name of a pipeline, valid as the name of a folder.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "String", into = "String")]
 pub struct PipelineName(
@@ -252,7 +253,7 @@ impl TryFrom<String> for PipelineName {
             return Ok(Self(text));
         }
         Err(format!(
-            "`{text}` can't name a folder: use letters, digits, `-`, `_` and `.`, at most 100"
+            "invalid pipeline name `{text}`: use at most 100 letters, digits, `-`, `_` and `.`, starting with a letter or digit"
         ))
     }
 }
@@ -263,19 +264,19 @@ impl From<PipelineName> for String {
     }
 }
 
-/// The default of `reject_share_max`.
+/// The default value of `reject_share_max`.
 pub fn one_percent() -> Share {
-    Share::try_from(0.01).expect("it is from 0 to 1")
+    Share::try_from(0.01).expect("0.01 is from 0 to 1")
 }
 
-/// What the `images` table of a run keeps of a picture.
+/// The contents of the `images` table of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum KeepImages {
-    /// The bytes of its file, so that the run needs nothing but itself.
+    /// The bytes of each image file, so that the run is self-contained.
     #[default]
     Bytes,
-    /// Where its file lies and the hash of its bytes.
+    /// The path of each image file and the hash of its bytes.
     Reference,
 }
 

@@ -1,7 +1,7 @@
-//! The plan: a pipeline *as meant*. Names are resolved, paths absolute, stages in running order.
+//! The plan of a pipeline: resolved names, absolute paths, stages in execution order.
 //!
-//! A plan exists only for a pipeline without mistakes; nothing after it looks at the text again,
-//! but to underline the stage that failed.
+//! Only a pipeline without errors has a plan. Later steps use the text only to underline a stage
+//! that failed.
 
 mod render;
 
@@ -23,79 +23,82 @@ use super::source::{KeyPath, Span, Step};
 use crate::stages::{AFTER, ModelName, StageSpec, TableName};
 use ovchat_models::{ModelSpec, Share};
 
-/// A pipeline as meant.
+/// A resolved pipeline.
 #[derive(Debug, Clone)]
 pub struct Plan {
     pub pipeline: PipelineName,
     pub seed: u64,
     /// The stages run in rounds 1 to `rounds`.
     pub rounds: NonZeroU32,
-    /// A query that is asked after every round whether it was the last.
+    /// The query that decides after every round whether to stop.
     pub stop_when: Option<String>,
     /// The models by name, with absolute paths.
     pub models: BTreeMap<ModelName, ModelSpec>,
-    /// The stages, each after those whose tables it reads, else in the written order.
+    /// The stages in topological order: each after those whose tables it reads, otherwise in file
+    /// order.
     pub stages: Vec<PlannedStage>,
-    /// The stages under `evaluate`, likewise; they run after those of the round.
+    /// The stages under `evaluate`, in the same order; they run after the stages of the round.
     pub evaluate: Vec<PlannedStage>,
-    /// What the run has to say when it ends, in the written order.
+    /// The views that a run prints when it ends, in file order.
     pub report: Vec<(TableName, View)>,
-    /// What must be true of tables, in the written order.
+    /// The expectations on tables, in file order.
     pub expect: Vec<(TableName, Expectation)>,
-    /// What is perhaps not meant, in the order of the text.
+    /// The warnings and notes, in the order of the text.
     pub warnings: Vec<Diagnostic>,
     pub reject_share_max: Share,
     pub keep_images: KeepImages,
     /// The pipeline file, as an absolute path.
     pub path: PathBuf,
-    /// The variables of the environment that the pipeline refers to, with their hashes.
+    /// The environment variables that the pipeline references, with the hashes of their values.
     pub environment: Vec<EnvReference>,
-    /// The values of these variables. Pass what is shown or stored through [`Secrets::hide`].
+    /// The values of these variables. Everything that is shown or stored must pass through
+    /// [`Secrets::hide`].
     pub secrets: Secrets,
-    /// The text, to point at settings.
+    /// The texts, to point at settings.
     pub sources: SourceTexts,
 }
 
-/// A stage as meant.
+/// A resolved stage.
 #[derive(Debug, Clone)]
 pub struct PlannedStage {
-    /// The table that it makes.
+    /// The table that the stage builds.
     pub name: TableName,
-    /// The verb with all its settings; tables that were left out have been found.
+    /// The stage type with all its settings; omitted input tables are filled in.
     pub spec: StageSpec,
-    /// Whether nothing in it can change from round to round (no trained model, no random number,
-    /// no input that can): it is made once and belongs to no round.
+    /// True if the table is the same in every round (no trained model, no random number, only
+    /// static inputs): it is built once and belongs to no round.
     pub is_static: bool,
-    /// The first round in which it runs: 1 for a stage; 0 for an evaluation, but 1 when that reads
-    /// tables of the rounds; 0 for what is made once.
+    /// The first round in which the stage runs: 1 for a stage; 0 for an evaluation, or 1 if that
+    /// reads tables of the rounds; 0 for a static table.
     pub round_first: u32,
-    /// The tables that it reads, each with the setting that names it.
+    /// The tables that the stage reads, each with the setting that names it.
     pub inputs: Vec<(&'static str, TableName)>,
-    /// The columns that it makes.
+    /// The columns of its table.
     pub schema: SchemaRef,
-    /// The kind of the rows that it makes; `None` when a query decides.
+    /// The kind of rows in its table; `None` if a query decides.
     pub kind: Option<&'static str>,
-    /// Its name in the text, to be underlined when it fails.
+    /// The name of the stage in the text, underlined if it fails.
     pub place: Span,
     /// The path of its settings in the text.
     pub path: KeyPath,
-    /// The verb and the settings that decide what comes out, for keys: without the names of
-    /// tables, models and files (their contents have fingerprints) and without
-    /// [`crate::stages::Stage::unkeyed`]. A value from the environment is `{"written", "env"}`:
-    /// the text with `${env:NAME}` in it, and the hash by name.
+    /// The key inputs of the stage: its type and the settings that affect the output, without the
+    /// names of tables, models and files (their contents have fingerprints) and without
+    /// [`crate::stages::Stage::unkeyed`]. A value from the environment is `{"written", "env"}`: the
+    /// text with `${env:NAME}` in it, and the hash of each variable by name.
     pub settings: Value,
-    /// What explains a change and decides nothing: `files`, the paths as they are written, and `vars`, the
-    /// settings that are a variable and nothing else, with its name.
+    /// Details that explain a change but are not key inputs: `files`, the paths as written, and
+    /// `vars`, the settings whose whole value is one variable, with its name.
     pub origins: Value,
 }
 
 impl Plan {
-    /// The stage that makes a table, under `stages` or `evaluate`.
+    /// Returns the stage under `stages` or `evaluate` that builds a table.
     pub fn stage(&self, name: &TableName) -> Option<&PlannedStage> {
         self.all().find(|stage| stage.name == *name)
     }
 
-    /// Fails where weights are on the hub and not in its cache, which only `pipeline run` fetches.
+    /// Returns an error if weights on the Hugging Face Hub are not in the cache; only `pipeline
+    /// run` downloads them.
     pub fn fetched(self) -> Result<Self, LoadError> {
         let missing = self.warnings.iter().filter(|one| one.code == NOT_FETCHED);
         let missing: Vec<Diagnostic> = missing.cloned().map(Diagnostic::as_error).collect();
@@ -111,22 +114,22 @@ impl Plan {
         self.stages.iter().chain(&self.evaluate)
     }
 
-    /// The stages that train a model, in running order.
+    /// The stages that train a model, in execution order.
     pub fn trainings(&self) -> impl Iterator<Item = &PlannedStage> {
         let trains = |stage: &&PlannedStage| stage.trained().is_some();
         self.stages.iter().filter(trains)
     }
 
-    /// The last stage of a round that trains a model, if one does.
+    /// Returns the last stage of a round that trains a model, if any.
     pub fn trained_by(&self, model: &ModelName) -> Option<&TableName> {
         let trainers = self
             .trainings()
             .filter(|stage| stage.trained() == Some(model));
-        // Each goes on from the one before, and so comes after it. [ref:plan_is_ordered]
+        // Each continues from the previous one, and so comes after it. [ref:plan_is_ordered]
         trainers.last().map(|stage| &stage.name)
     }
 
-    /// The model that speaks for another one, which may be the other one itself.
+    /// Returns the backing model of a model, which may be the model itself.
     pub fn backing_model<'a>(&'a self, model: &'a ModelName) -> &'a ModelName {
         let named = self.models[model].backing_model();
         let mut models = self.models.keys();
@@ -135,20 +138,21 @@ impl Plan {
             .unwrap_or(model)
     }
 
-    /// Where the text says what a setting of a stage is; where it does not, the stage.
+    /// Returns the span of a setting of a stage, or that of the stage if the setting is not in the
+    /// text.
     pub fn place_of(&self, stage: &PlannedStage, setting: &str) -> Span {
         self.sources.find(&At::key(stage.path.below(setting)))
     }
 
-    /// Where the text says what a setting at the top of the file is: `seed`, `vars.tokens`.
+    /// Returns the span of a top-level setting: `seed`, `vars.tokens`.
     pub fn place_at_top(&self, setting: &str) -> Span {
         self.sources.find(&At::key(KeyPath::root().below(setting)))
     }
 }
 
 impl PlannedStage {
-    /// The verb: `sample`.
-    pub fn verb(&self) -> &str {
+    /// The stage type: `sample`.
+    pub fn stage_type(&self) -> &str {
         let settings = self
             .settings
             .as_object()
@@ -156,13 +160,13 @@ impl PlannedStage {
         settings.map_or("", String::as_str)
     }
 
-    /// The model that it trains.
+    /// The model that the stage trains.
     pub fn trained(&self) -> Option<&ModelName> {
         let mut uses = self.spec.as_stage().uses().into_iter();
         uses.find(|used| used.role.learns()).map(|used| used.model)
     }
 
-    /// The training of the same round that this one goes on from.
+    /// The training stage of the same round that this one continues from.
     pub fn after(&self) -> Option<&TableName> {
         let mut inputs = self.inputs.iter();
         inputs
@@ -171,7 +175,7 @@ impl PlannedStage {
     }
 }
 
-/// Makes the plan of a pipeline without mistakes.
+/// Builds the plan of a pipeline without errors.
 pub fn assemble(
     written: PipelineSpec,
     lineage: Lineage,
@@ -231,7 +235,7 @@ pub fn assemble(
     }
 }
 
-/// A stage without mistakes as the plan has it.
+/// Builds the planned form of a stage without errors.
 fn planned(
     draft: StageDraft,
     names: &[TableName],
@@ -241,7 +245,7 @@ fn planned(
 ) -> PlannedStage {
     let spec = draft
         .spec
-        .expect("a stage that could not be read is a complaint");
+        .expect("a stage that cannot be read has a diagnostic");
     PlannedStage {
         is_static: draft.round_first.is_none(),
         round_first: draft.round_first.unwrap_or_default(),
@@ -252,7 +256,7 @@ fn planned(
             .collect(),
         schema: draft
             .schema
-            .expect("a stage without columns is a complaint"),
+            .expect("a stage without columns has a diagnostic"),
         kind: spec.as_stage().kind(),
         place: sources.find(&At::key(draft.path)),
         path: draft.settings.clone(),
@@ -263,7 +267,7 @@ fn planned(
     }
 }
 
-/// See [`PlannedStage::origins`].
+/// Returns [`PlannedStage::origins`].
 fn origins(
     spec: &StageSpec,
     path: &KeyPath,
@@ -272,7 +276,7 @@ fn origins(
     secrets: &Secrets,
 ) -> Value {
     let mut files = serde_json::Map::new();
-    // The stages of an exam are not written, and their paths stand elsewhere.
+    // The stages of an exam are not in the text, and their paths are set elsewhere.
     let is_written = matches!(path.steps().first(), Some(Step::Key { key, .. }) if key != "models");
     let named = spec.as_stage().files().into_iter();
     for (field, file) in named.filter(|_| is_written) {
@@ -285,7 +289,7 @@ fn origins(
                 written.display().to_string()
             }
             Some(used) if used.path == setting => used.written.clone(),
-            // An element of a list, which this one may be or not.
+            // The value is used in an element of a list, which may or may not be this file.
             Some(_) => continue,
         };
         let others = files.keys().filter(|name| name.starts_with(field)).count();
@@ -309,7 +313,7 @@ fn origins(
     json!({ "files": files, "vars": vars })
 }
 
-/// See [`PlannedStage::settings`].
+/// Returns [`PlannedStage::settings`].
 fn keyed_settings(spec: &StageSpec, path: &KeyPath, secrets: &Secrets) -> Value {
     let mut settings = serde_json::to_value(spec).expect("settings are plain values");
     let above = path.steps().len() - 1;

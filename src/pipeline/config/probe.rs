@@ -1,4 +1,4 @@
-//! What the environment must offer beside files: room in the contexts of models, keys of endpoints.
+//! Checks of model context sizes and endpoint API keys.
 
 use super::check::all_stages;
 use super::diagnostic::{At, Diagnostic};
@@ -10,8 +10,8 @@ use ovchat_models::checkpoint::LlavaOnevisionConfig;
 use ovchat_models::preprocess::LlavaOnevisionProcessor;
 use ovchat_models::{INVALID_KEY, JudgePromptSettings, ModelSpec};
 
-/// Answers and replies that would be longer than the whole context of their model. Models whose config
-/// can't be read are complained about elsewhere.
+/// Reports `max_new_tokens` settings that leave too little of the model's context for the prompt.
+/// Models whose config cannot be read have a diagnostic elsewhere.
 pub fn contexts(written: &PipelineSpec) -> Vec<Diagnostic> {
     let mut diagnostics = Vec::new();
     for (stage, _) in all_stages(written) {
@@ -22,11 +22,14 @@ pub fn contexts(written: &PipelineSpec) -> Vec<Diagnostic> {
         }
     }
     for entry in &written.models {
-        let Some((spec, asking)) = entry.spec.as_ref().and_then(|it| Some((it, it.asking()?)))
+        let Some((spec, prompt_settings)) = entry
+            .spec
+            .as_ref()
+            .and_then(|it| Some((it, it.prompt_settings()?)))
         else {
             continue;
         };
-        let JudgePromptSettings { max_new_tokens, .. } = asking;
+        let JudgePromptSettings { max_new_tokens, .. } = prompt_settings;
         let writer = spec.backing_model().unwrap_or(entry.name.as_str());
         let at = entry.settings.below("ask.max_new_tokens");
         diagnostics.extend(beyond(written, writer, max_new_tokens.0.get(), at));
@@ -42,7 +45,7 @@ fn beyond(written: &PipelineSpec, model: &str, tokens: u32, at: KeyPath) -> Opti
     };
     let context = |context: usize| {
         format!(
-            "the context holds prompt, pictures and answer: set `max_new_tokens` well below {context}"
+            "set `max_new_tokens` well below {context}: prompt, images and answer share the context"
         )
     };
     let at = At::value(at);
@@ -50,11 +53,12 @@ fn beyond(written: &PipelineSpec, model: &str, tokens: u32, at: KeyPath) -> Opti
     let size = size.text_config.max_position_embeddings;
     let left = size.saturating_sub(tokens as usize);
     if left == 0 {
-        let message =
-            format!("`max_new_tokens` is {tokens}, and the context of `{model}` is {size} tokens");
+        let message = format!(
+            "`max_new_tokens` is {tokens}, but the context of `{model}` is only {size} tokens"
+        );
         return Some(Diagnostic::new(CONTEXT, at, message).help(context(size)));
     }
-    // The rest takes a tokenizer, which is large.
+    // The remaining checks need the tokenizer, which is large.
     if left > size / 2 {
         return None;
     }
@@ -63,13 +67,13 @@ fn beyond(written: &PipelineSpec, model: &str, tokens: u32, at: KeyPath) -> Opti
         .least()
         .ok()?;
     let of_context = format!(
-        "`max_new_tokens` {tokens} leaves {left} of the {size} tokens of the context of `{model}`"
+        "`max_new_tokens` of {tokens} leaves only {left} of the {size} context tokens of `{model}`"
     );
     let diagnostic = if left < without {
-        let message = format!("{of_context}, and a prompt takes {without} before its first word");
+        let message = format!("{of_context}, but even an empty prompt takes {without}");
         Diagnostic::new(CONTEXT, at, message)
     } else if left < with {
-        let message = format!("{of_context}, and a prompt with a picture takes {with} or more");
+        let message = format!("{of_context}, but a prompt with an image takes at least {with}");
         Diagnostic::warning(CONTEXT, at, message)
     } else {
         return None;
@@ -79,11 +83,11 @@ fn beyond(written: &PipelineSpec, model: &str, tokens: u32, at: KeyPath) -> Opti
 
 const CONTEXT: &str = "config::context";
 
-/// The code of notes about keys that the environment does not have.
+/// The diagnostic code of API keys that are not set in the environment.
 pub const NO_KEY: &str = "config::no_key";
 
-/// Notes about keys of endpoints that the environment does not have, which only a run needs, and complaints
-/// about those that are none.
+/// Reports the API keys of endpoints: a note for one that is not set, which only a run needs, and
+/// an error for one that is too short to be a key.
 pub fn keys(written: &PipelineSpec) -> Vec<Diagnostic> {
     let missing = written.models.iter().filter_map(|entry| {
         let Some(ModelSpec::Http(http)) = &entry.spec else {
@@ -92,9 +96,9 @@ pub fn keys(written: &PipelineSpec) -> Vec<Diagnostic> {
         let at = At::value(entry.settings.key("key_env"));
         if let Some(name) = http.short_key() {
             let message = format!(
-                "what `{name}` holds is shorter than {SECRET_MIN} characters, which no key is"
+                "the value of `{name}` is too short for an API key: it has fewer than {SECRET_MIN} characters"
             );
-            let help = "an endpoint without a key needs no `key_env`";
+            let help = "set the variable to the API key, or remove `key_env` if the endpoint needs none";
             return Some(Diagnostic::new("config::short_key", at, message).help(help));
         }
         if let Some(name) = http.invalid_key() {
@@ -102,9 +106,9 @@ pub fn keys(written: &PipelineSpec) -> Vec<Diagnostic> {
             return Some(Diagnostic::new("config::invalid_key", at, message));
         }
         let name = http.missing_key()?;
-        let message = format!("the environment variable `{name}` is not set");
+        let message = format!("environment variable `{name}` is not set");
         let help = format!(
-            "`pipeline run` needs the key of `{}`: export {name}=…",
+            "set it before `pipeline run`, which needs the API key of `{}`: export {name}=…",
             entry.name
         );
         Some(Diagnostic::note(NO_KEY, at, message).help(help))

@@ -1,4 +1,4 @@
-//! The programs of `exec` stages, and the scripts that they are given.
+//! Checks of the programs and scripts that `exec` stages run.
 
 use std::env;
 use std::io::Read as _;
@@ -15,9 +15,10 @@ use super::suggest::suggest;
 use crate::stages::{Exec, StageSpec};
 use ovchat_io::files;
 
-/// Programs of `exec` stages that can't be started: looked for as the system will, in the stage's
-/// folder where the name holds a `/`, else in the directories of `PATH`.
-/// And scripts that such a program is given and that are not there, or that may change unnoticed.
+/// Reports the programs of `exec` stages that cannot be started. They are looked up as the system
+/// does: relative to the folder of the stage if the name contains a `/`, otherwise in the
+/// directories of `PATH`. Also reports scripts among the arguments that do not exist, or whose
+/// changes would go unnoticed.
 pub fn unstartable(written: &PipelineSpec, secrets: &Secrets) -> Vec<Diagnostic> {
     let mut diagnostics = Vec::new();
     for (stage, _) in all_stages(written) {
@@ -42,7 +43,7 @@ pub fn unstartable(written: &PipelineSpec, secrets: &Secrets) -> Vec<Diagnostic>
 
 const NO_PROGRAM: &str = "config::no_program";
 
-/// The shortest name of a program that another one is guessed for.
+/// The shortest program name for which a similar one is suggested.
 const GUESSED_MIN: usize = 4;
 
 fn no_program(exec: &Exec, program: &str, at: At, secrets: &Secrets) -> Option<Diagnostic> {
@@ -51,27 +52,25 @@ fn no_program(exec: &Exec, program: &str, at: At, secrets: &Secrets) -> Option<D
         let path = exec.folder().join(program.trim_start_matches("./"));
         let name = shown(&path, secrets);
         return match path.metadata() {
-            Ok(found) if !found.is_file() => Some(diagnostic(format!("`{name}` is not a program"))),
+            Ok(found) if !found.is_file() => Some(diagnostic(format!("`{name}` is not a file"))),
             Ok(_) if !is_executable(&path) => {
-                let help = format!("chmod +x {name}");
+                let help = format!("run `chmod +x {name}`");
                 Some(diagnostic(format!("`{name}` is not executable")).help(help))
             }
             Ok(_) => no_interpreter(exec, &path, at.clone(), secrets),
-            Err(_) => Some(diagnostic(format!("there is no program `{name}`"))),
+            Err(_) => Some(diagnostic(format!("program `{name}` does not exist"))),
         };
     }
     let folders = search_path(exec)?;
     if is_in(&folders, program) {
         return None;
     }
-    let diagnostic = diagnostic(format!(
-        "there is no program `{program}` in the directories of PATH"
-    ));
+    let diagnostic = diagnostic(format!("program `{program}` was not found in PATH"));
     if exec.folder().join(program).is_file() {
-        let help = format!("for the file beside the pipeline file, write `./{program}`");
+        let help = format!("write `./{program}` to run the file next to the pipeline file");
         return Some(diagnostic.help(help));
     }
-    // So many programs have short names that one of them is always near.
+    // There are so many programs with short names that one of them is always similar.
     if program.len() < GUESSED_MIN {
         return Some(diagnostic);
     }
@@ -102,10 +101,10 @@ fn is_in(folders: &[PathBuf], program: &str) -> bool {
         .any(|folder| is_executable(&folder.join(program)))
 }
 
-/// The longest first line of a script that the system reads.
+/// Bytes of the first line of a script that the system reads.
 const FIRST_LINE_MAX: u64 = 256;
 
-/// A script whose first line, `#!…`, names a program that is not there.
+/// Reports a script whose first line, `#!…`, names a program that does not exist.
 fn no_interpreter(exec: &Exec, path: &Path, at: At, secrets: &Secrets) -> Option<Diagnostic> {
     let mut start = Vec::new();
     let file = files::open(path).ok()?;
@@ -117,8 +116,8 @@ fn no_interpreter(exec: &Exec, path: &Path, at: At, secrets: &Secrets) -> Option
     let line = String::from_utf8_lossy(line);
     let name = shown(path, secrets);
     if line.ends_with('\r') {
-        let message = format!("the first line of `{name}` ends in a carriage return (\\r)");
-        let help = "save the script with the line ends of Unix (\\n)";
+        let message = format!("the first line of `{name}` ends with a carriage return (\\r)");
+        let help = "save the script with Unix line endings (\\n)";
         return Some(Diagnostic::new(NO_PROGRAM, at, message).help(help));
     }
     let mut words = line.split_whitespace();
@@ -133,14 +132,14 @@ fn no_interpreter(exec: &Exec, path: &Path, at: At, secrets: &Secrets) -> Option
     } else {
         interpreter
     };
-    let message = format!("`{name}` begins with `#!{line}`, and there is no program `{missing}`");
+    let message = format!("`{name}` starts with `#!{line}`, but program `{missing}` was not found");
     Some(Diagnostic::new(NO_PROGRAM, at, message))
 }
 
-/// The ends of the names of scripts.
+/// The file extensions of scripts.
 const SCRIPTS: [&str; 9] = ["py", "sh", "bash", "R", "r", "jl", "pl", "rb", "js"];
 
-/// True for an argument that names a script.
+/// True if an argument names a script.
 fn is_script(word: &str) -> bool {
     let end = Path::new(word).extension().and_then(|end| end.to_str());
     !word.starts_with('-')
@@ -148,8 +147,8 @@ fn is_script(word: &str) -> bool {
         && end.is_some_and(|end| SCRIPTS.contains(&end))
 }
 
-/// The first program or script of the user in the command that `files` does not cover: when it changes, the
-/// table is not made again.
+/// Warns of the first program or script of the user in the command that `files` does not cover: the
+/// table is not rebuilt when it changes.
 fn unwatched(exec: &Exec, command: &KeyPath, secrets: &Secrets) -> Option<Diagnostic> {
     let is_watched = |path: &Path| {
         let path = path.canonicalize();
@@ -172,17 +171,17 @@ fn unwatched(exec: &Exec, command: &KeyPath, secrets: &Secrets) -> Option<Diagno
     })?;
     let name = shown(Path::new(word), secrets);
     let message =
-        format!("`{name}` is not in `files`: when it changes, the table is not made again");
+        format!("`{name}` is not listed in `files`: the table is not rebuilt when it changes");
     let diagnostic = Diagnostic::warning(
         "config::file_not_listed",
         At::value(command.index(number)),
         message,
     );
-    Some(diagnostic.help(format!("add it to `files`, such as `files: [{name}]`")))
+    Some(diagnostic.help(format!("add it to `files`: `files: [{name}]`")))
 }
 
-/// The first argument that names a script, if there is no such file. Programs that run what they are given
-/// fail then; others may make the file themselves.
+/// Reports the first argument that names a script if that file does not exist: an error for an
+/// interpreter, which would fail, and a warning for other programs, which may create the file.
 fn no_script(exec: &Exec, command: &KeyPath, secrets: &Secrets) -> Option<Diagnostic> {
     let mut words = exec.command.iter().enumerate().skip(1);
     let (number, script) = words.find(|(_, word)| is_script(word))?;
@@ -191,7 +190,7 @@ fn no_script(exec: &Exec, command: &KeyPath, secrets: &Secrets) -> Option<Diagno
         return None;
     }
     let at = At::value(command.index(number));
-    let message = format!("there is no file `{}`", shown(&path, secrets));
+    let message = format!("file `{}` does not exist", shown(&path, secrets));
     let diagnostic = if number == 1 && runs_scripts(exec.program()?) {
         Diagnostic::new("config::missing_file", at, message)
     } else {
@@ -205,11 +204,13 @@ fn no_script(exec: &Exec, command: &KeyPath, secrets: &Secrets) -> Option<Diagno
     Some(
         diagnostic
             .suggest(suggest(&wanted, names.iter().map(String::as_str)))
-            .help("a command runs in the folder of the pipeline file"),
+            .help(
+                "give the path relative to the folder of the pipeline file, where the command runs",
+            ),
     )
 }
 
-/// Whether a program runs the file that its first argument names.
+/// True if a program runs the file that its first argument names.
 fn runs_scripts(program: &str) -> bool {
     let name = Path::new(program)
         .file_name()

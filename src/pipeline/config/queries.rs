@@ -1,5 +1,7 @@
-//! The queries of a file that make no table: `stop_when`, `expect`, `report`. Each is planned over the columns
-//! of the tables; one that reads a table with a complaint of its own waits until that is mended.
+//! Checks of the queries that build no table: `stop_when`, `expect` and `report`.
+//!
+//! Each query is planned against the columns of the tables. A query that reads a table with a
+//! diagnostic of its own is skipped until that is fixed.
 
 use std::collections::HashSet;
 
@@ -15,12 +17,12 @@ use super::suggest::suggest;
 use ovchat_data::tables::{Image, Reject, Row, Telemetry};
 use ovchat_query::{self as query, Param, QueryError, Several, is_flag, with_round};
 
-/// The way out of a `stop_when` of several rows.
-const ONE_ROW: &str = "aggregate the rows into one, such as: select max(reward) > 0.9 from rewards where round = $round";
+/// The help for a `stop_when` that returns several rows.
+const ONE_ROW: &str = "aggregate to a single row, such as: select max(reward) > 0.9 from rewards where round = $round";
 
 impl Lineage {
-    /// The tables with known columns, with `round` where wanted, and the names of the others, about which
-    /// another complaint is enough.
+    /// Returns the tables with known columns (with `round` added if `in_rounds`), and the names of
+    /// the others, which already have a diagnostic.
     fn tables(&self, in_rounds: bool) -> (Vec<(String, SchemaRef)>, HashSet<String>) {
         let mut tables = Vec::new();
         let mut unclear = HashSet::new();
@@ -39,7 +41,7 @@ impl Lineage {
         (tables, unclear)
     }
 
-    /// Plans the query that ends the rounds.
+    /// Checks `stop_when`, the query that ends the rounds.
     pub(super) fn stop_when(&mut self, written: &PipelineSpec) {
         const CODE: &str = "config::stop_when";
         let Some(query) = written.rounds.stop_when() else {
@@ -59,21 +61,21 @@ impl Lineage {
                     .map(|field| format!("`{}` ({})", field.name(), kind_of(field.data_type())))
                     .collect();
                 let message = format!(
-                    "the query must have one column, true or false, and has {}",
+                    "`stop_when` must return a single boolean column, but returns {}",
                     columns.join(", ")
                 );
-                let help = "such as: select max(reward) > 0.9 from rewards where round = $round";
+                let help = "return one condition, such as: select max(reward) > 0.9 from rewards where round = $round";
                 Some(Diagnostic::new(CODE, at, message).help(help))
             }
             Ok((_, count)) => count.several().map(|several| {
-                not_one(CODE, at, "the query must give one row", &several).help(ONE_ROW)
+                not_one(CODE, at, "`stop_when` must return one row", &several).help(ONE_ROW)
             }),
         };
         self.diagnostics.extend(found);
     }
 
-    /// A table that a query reads and that is not there yet when the table `name` has been made, in the first
-    /// round of this one.
+    /// Returns a table that `query` reads but that does not exist yet once the table `name` is
+    /// built, in the first round of `name`.
     fn made_later(&self, name: &str, query: &str) -> Option<String> {
         let rank = |position: usize| {
             let place = self.order.iter().position(|other| *other == position);
@@ -101,7 +103,7 @@ impl Lineage {
         later.next()
     }
 
-    /// Plans what is expected of tables over the columns that they have.
+    /// Checks the expectations against the columns of their tables.
     pub(super) fn expect(&mut self, written: &PipelineSpec) {
         let (tables, unclear) = self.tables(false);
         for entry in &written.expect {
@@ -118,7 +120,7 @@ impl Lineage {
                     format!("there is no table `{name}`"),
                 )
                 .suggest(suggest(name, names.clone()));
-                let help = format!("the tables are {}", listed(names));
+                let help = format!("available tables: {}", listed(names));
                 self.diagnostics.push(diagnostic.help(help));
                 continue;
             }
@@ -132,9 +134,10 @@ impl Lineage {
             }
             let at = At::value(entry.settings.key(expectation.field()));
             if let Some(later) = self.made_later(name, &planned) {
-                let message = format!("`{later}` is made after `{name}`");
+                let message =
+                    format!("the expectation reads `{later}`, which is built after `{name}`");
                 let help = format!(
-                    "an expectation is checked when its own table has been made; write `table: {later}`"
+                    "set `table: {later}`: an expectation is checked as soon as its own table is built"
                 );
                 self.diagnostics
                     .push(Diagnostic::new(EXPECT, at, message).help(help));
@@ -146,9 +149,8 @@ impl Lineage {
             });
             let found = match (of_kind, query::plan_counted(&planned, &tables, &[])) {
                 (Some(kind), _) => {
-                    let message = format!("the value must be a number, and is {kind}");
-                    let help =
-                        "write a number, such as: avg(reward), or cast it: cast(… as double)";
+                    let message = format!("`value` must be a number, but is {kind}");
+                    let help = "write a numeric expression such as avg(reward), or cast it: cast(… as double)";
                     Some(Diagnostic::new(EXPECT, at, message).help(help))
                 }
                 (None, Err(error)) => {
@@ -157,16 +159,16 @@ impl Lineage {
                     Some(unplanned(EXPECT, at, &error, written, &planned, &tables))
                 }
                 (None, Ok((_, count))) if expectation.query.is_some() && count.is_never_empty() => {
-                    let message = "the query always returns a row, so the expectation never holds";
-                    let help = "give a `value` with `at_least` or `at_most` in its place, or ask for the rows that \
-                                should not be there";
+                    let message = "`query` always returns a row, so the expectation can never pass";
+                    let help = "use a `value` with `at_least` or `at_most` instead, or select only the rows that \
+                                should not exist";
                     Some(Diagnostic::new(EXPECT, at, message).help(help))
                 }
                 (None, Ok((_, count))) => {
                     let several = count.several().filter(|_| expectation.value.is_some());
                     several.map(|several| {
-                        let help = "aggregate the rows into one value, such as: avg(reward)";
-                        not_one(EXPECT, at, "the value must be one number", &several).help(help)
+                        let help = "aggregate to a single value, such as: avg(reward)";
+                        not_one(EXPECT, at, "`value` must be a single number", &several).help(help)
                     })
                 }
             };
@@ -174,7 +176,7 @@ impl Lineage {
         }
     }
 
-    /// Plans the queries of the report over the columns that arrive.
+    /// Checks the queries of `report` against the columns of the tables and the earlier views.
     pub(super) fn report(&mut self, written: &PipelineSpec) {
         let mut tables: Vec<(String, SchemaRef)> = vec![
             ("images".to_owned(), Image::schema()),
@@ -189,11 +191,11 @@ impl Lineage {
             };
             let name = view.name.to_string();
             if tables.iter().any(|(table, _)| *table == name) {
-                let message = format!("there is a table `{name}` already");
+                let message = format!("view `{name}` has the same name as a table");
                 let at = At::key(view.path.clone());
                 let diagnostic = Diagnostic::new("config::duplicate", at, message);
                 self.diagnostics
-                    .push(diagnostic.help("views and tables are named side by side"));
+                    .push(diagnostic.help("rename the view: views and tables share one namespace"));
                 continue;
             }
             if reads(&spec.query, &unclear) {
@@ -217,9 +219,9 @@ impl Lineage {
                     if !is_number(field.data_type()) {
                         let kind = kind_of(field.data_type());
                         let message =
-                            format!("a chart draws numbers, and the column `{column}` is {kind}");
+                            format!("cannot chart column `{column}`: it is {kind}, not a number");
                         let help = format!(
-                            "leave it out, or cast it in the query: cast({column} as double) as {column}"
+                            "remove it from `chart`, or cast it in the query: cast({column} as double) as {column}"
                         );
                         let diagnostic = Diagnostic::new("config::chart", at, message);
                         self.diagnostics.push(diagnostic.help(help));
@@ -230,10 +232,10 @@ impl Lineage {
                         .iter()
                         .map(|field| field.name().as_str())
                         .collect();
-                    let message = format!("`{name}` has no column `{column}`");
+                    let message = format!("view `{name}` has no column `{column}`");
                     let diagnostic = Diagnostic::new("config::chart", at, message)
                         .suggest(suggest(column, columns.iter().copied()));
-                    let help = format!("its columns are {}", listed(columns));
+                    let help = format!("available columns: {}", listed(columns));
                     self.diagnostics.push(diagnostic.help(help));
                 }
             }
@@ -242,10 +244,10 @@ impl Lineage {
     }
 }
 
-/// The code of complaints about expectations.
+/// The diagnostic code of expectations.
 const EXPECT: &str = "config::expectation";
 
-/// The complaint about a query of a pipeline that can't be planned, over tables by their names.
+/// The diagnostic for a pipeline query that cannot be planned over `tables`.
 fn unplanned(
     code: &'static str,
     at: At,
@@ -258,10 +260,10 @@ fn unplanned(
     sql::unplanned(code, at, &error.0, written, planned, tables)
 }
 
-/// The complaint about a query that gives several rows where `must` says that it may not: an error if
-/// they are certain.
+/// The diagnostic for a query that returns several rows where `must` allows one: an error if it
+/// certainly does, a warning if it may.
 fn not_one(code: &'static str, at: At, must: &str, several: &Several) -> Diagnostic {
-    let message = format!("{must}, and {}", several.words);
+    let message = format!("{must}, but {}", several.words);
     if several.is_certain {
         Diagnostic::new(code, at, message)
     } else {
@@ -269,30 +271,30 @@ fn not_one(code: &'static str, at: At, must: &str, several: &Several) -> Diagnos
     }
 }
 
-/// What the first column of a result is, if it is no number.
+/// Returns the type of the first column of a result, in words, unless it is a number.
 pub fn no_number(schema: &Schema) -> Option<String> {
     let kind = schema.fields().first()?.data_type();
     (!is_number(kind)).then(|| kind_of(kind))
 }
 
-/// Whether values of a type are numbers, or become some by a cast that can't fail.
+/// True if values of a type are numbers, or become numbers by a cast that cannot fail.
 fn is_number(kind: &DataType) -> bool {
     kind.is_numeric() || matches!(kind, DataType::Boolean | DataType::Null)
 }
 
-/// A type in words.
+/// A data type in words.
 fn kind_of(kind: &DataType) -> String {
     match kind {
         kind if kind.is_numeric() => "a number".to_owned(),
-        kind if kind.is_string() => "a text".to_owned(),
+        kind if kind.is_string() => "a string".to_owned(),
         kind if kind.is_list() => "a list".to_owned(),
-        DataType::Boolean => "true or false".to_owned(),
-        DataType::Struct(_) => "several values".to_owned(),
-        kind => format!("of the type {kind}"),
+        DataType::Boolean => "a boolean".to_owned(),
+        DataType::Struct(_) => "a struct".to_owned(),
+        kind => format!("of type {kind}"),
     }
 }
 
-/// True if a query reads one of these tables. One that can't be parsed reads none.
+/// True if a query reads one of these tables. A query that cannot be parsed reads none.
 fn reads(query: &str, tables: &HashSet<String>) -> bool {
     query::tables(query).is_ok_and(|read| read.iter().any(|table| tables.contains(table)))
 }

@@ -1,8 +1,8 @@
-//! From the tree of a file to the pipeline as written.
+//! Deserialization of a YAML tree into a [`PipelineSpec`].
 //!
-//! Every field, model and stage is deserialized on its own, and a setting that is wrong is taken
-//! out before the next attempt, so that all mistakes come at once. What only the whole file can
-//! show is left to [`super::check`] and [`super::lineage`].
+//! Every field, model and stage is deserialized separately, and an invalid setting is removed
+//! before the next attempt, so that all mistakes are reported at once. Mistakes that only the whole
+//! file can show are left to [`super::check`] and [`super::lineage`].
 
 use serde::de::DeserializeOwned;
 use serde_path_to_error::{Segment, Track};
@@ -18,14 +18,15 @@ use super::source::{KeyPath, Step};
 use super::suggest::suggest;
 use crate::stages::TableName;
 
-/// A pipeline as it was read.
+/// The result of reading a pipeline.
 pub struct Read {
-    /// With defaults in place of what is wrong; it may be used only if there are no complaints, or to
-    /// look for more.
+    /// The pipeline, with default values in place of invalid settings; to be used only if there are
+    /// no diagnostics, or to find more of them.
     pub written: PipelineSpec,
     pub secrets: Secrets,
     pub diagnostics: Vec<Diagnostic>,
-    /// Whether a top-level field was not read because its name is misspelt: what it holds is not missing.
+    /// True if a top-level field was skipped because its name is misspelled: the names in it are
+    /// not unknown.
     pub is_partial: bool,
 }
 
@@ -63,8 +64,8 @@ pub fn read(tree: Node, environment: Environment<'_>) -> Read {
         rounds: reader.field(&tree, "rounds").unwrap_or_default(),
         vars: replacer.vars.unwrap_or_default(),
         models: reader.entries(&tree, "models", "network"),
-        stages: reader.entries(&tree, "stages", "verb"),
-        evaluate: reader.entries(&tree, "evaluate", "verb"),
+        stages: reader.entries(&tree, "stages", "stage type"),
+        evaluate: reader.entries(&tree, "evaluate", "stage type"),
         report: reader.named(&tree, "report", "`name: { query: … }`"),
         expect: reader.named(&tree, "expect", "`name: { table: …, query: … }`"),
         reject_share_max: reader
@@ -85,19 +86,19 @@ pub fn read(tree: Node, environment: Environment<'_>) -> Read {
     }
 }
 
-/// Reads pieces of the tree and collects what is wrong with them.
+/// Reads parts of the tree and collects diagnostics.
 #[derive(Default)]
 struct Reader {
     secrets: Secrets,
-    /// The settings that are a variable and nothing else, with its name.
+    /// The settings whose whole value is one variable, with the name of the variable.
     uses: Vec<(KeyPath, String)>,
     diagnostics: Vec<Diagnostic>,
-    /// Top-level fields whose absence has been explained.
+    /// Missing top-level fields that are explained by another diagnostic.
     excused: Vec<String>,
 }
 
 impl Reader {
-    /// Complains of top-level fields that don't exist; the guesses are excused from being missing.
+    /// Reports unknown top-level fields; the fields suggested for them are not reported as missing.
     fn unknown_fields(&mut self, tree: &Node) {
         let Node::Map(entries) = tree else {
             return;
@@ -116,13 +117,16 @@ impl Reader {
         }
     }
 
-    /// Complains of top-level fields that are left out and must not be.
+    /// Reports missing top-level fields.
     fn required_fields(&mut self, tree: &Node) {
         for (field, help) in [
-            ("pipeline", "name it at the top: `pipeline: my-pipeline`"),
+            (
+                "pipeline",
+                "name the pipeline at the top of the file: `pipeline: my-pipeline`",
+            ),
             (
                 "stages",
-                "add tables and the verbs that make them; `pipeline init` writes an example",
+                "add at least one stage, or run `pipeline init` for an example",
             ),
         ] {
             let is_there = match tree.get(field) {
@@ -136,15 +140,15 @@ impl Reader {
             }
             let at = At::key(KeyPath::root().key(field));
             let message = match tree.get(field) {
-                None => format!("`{field}` is missing"),
-                Some(_) => format!("`{field}` holds nothing"),
+                None => format!("missing field `{field}`"),
+                Some(_) => format!("`{field}` is empty"),
             };
             let diagnostic = Diagnostic::new("config::missing_field", at, message);
             self.diagnostics.push(diagnostic.help(help));
         }
     }
 
-    /// The variables under `vars`, with references to the environment replaced.
+    /// Reads the variables under `vars`, with references to the environment replaced.
     fn variables(&mut self, tree: &mut Node, replacer: &mut Replacer<'_>) -> Vec<Variable> {
         let path = KeyPath::root().key("vars");
         let Some(node) = tree.at(path.steps()) else {
@@ -160,14 +164,15 @@ impl Reader {
             replacer.replace(&mut value, &path);
             let word = |c: char| c.is_ascii_alphanumeric() || c == '_';
             if name.is_empty() || !name.chars().all(word) {
-                let message = format!("`{name}` is not a name for a variable: use a-z, 0-9 and _");
+                let message =
+                    format!("invalid variable name `{name}`: use letters, digits and `_`");
                 let at = At::key(path.clone());
                 self.diagnostics
                     .push(Diagnostic::new("config::name", at, message));
             }
             if matches!(value, Node::Null | Node::List(_) | Node::Map(_)) {
                 let message = format!(
-                    "`{name}` is {}: a variable is one text, number, `true` or `false`",
+                    "variable `{name}` must be a string, a number or a boolean, not {}",
                     value.noun()
                 );
                 let at = At::value(path.clone());
@@ -179,13 +184,14 @@ impl Reader {
         variables
     }
 
-    /// A top-level field; `None` when it is left out or wrong.
+    /// Reads a top-level field; `None` if it is omitted or invalid.
     fn field<T: DeserializeOwned>(&mut self, tree: &Node, name: &str) -> Option<T> {
         let node = tree.get(name)?.clone();
         self.value(node, &KeyPath::root().key(name), 0)
     }
 
-    /// The models or stages under `field`, which each have one `noun` (verb, network).
+    /// Reads the models or stages under `field`, each of which has one `noun` (network, stage
+    /// type).
     fn entries<Name, Spec>(
         &mut self,
         tree: &Node,
@@ -200,7 +206,7 @@ impl Reader {
         let Some(node) = tree.get(field) else {
             return Vec::new();
         };
-        let expected = format!("a map: `name: {{ {noun}: {{ … }} }}`");
+        let expected = format!("a map `name: {{ <{noun}>: {{ … }} }}`");
         let Some(map) = self.map(node, &path, &expected) else {
             return Vec::new();
         };
@@ -224,7 +230,7 @@ impl Reader {
         entries
     }
 
-    /// What stands under `field`, each under a name; an `example` shows how.
+    /// Reads the named entries under `field`; `example` shows the syntax of one.
     fn named<Spec: DeserializeOwned>(
         &mut self,
         tree: &Node,
@@ -235,7 +241,7 @@ impl Reader {
         let Some(node) = tree.get(field) else {
             return Vec::new();
         };
-        let Some(map) = self.map(node, &path, &format!("a map: {example}")) else {
+        let Some(map) = self.map(node, &path, &format!("a map {example}")) else {
             return Vec::new();
         };
         let mut entries = Vec::new();
@@ -258,7 +264,7 @@ impl Reader {
         entries
     }
 
-    /// A map of one word (a verb, a network) and its settings.
+    /// Reads a map of one word (a stage type or a network) and its settings.
     fn one_word<Spec: DeserializeOwned>(
         &mut self,
         node: Node,
@@ -267,7 +273,7 @@ impl Reader {
     ) -> (KeyPath, Option<Spec>) {
         let words = words_of::<Spec>();
         let choice = format!(
-            "the {noun}s are {}",
+            "available {noun}s: {}",
             listed(words.iter().map(String::as_str))
         );
         let name = path.name().to_owned();
@@ -276,14 +282,14 @@ impl Reader {
             Node::Wrong => return (path.clone(), None),
             other => {
                 let message = format!(
-                    "`{name}` must name a {noun} with its settings, and holds {}",
+                    "`{name}` must be a {noun} with its settings, got {}",
                     shown(&other)
                 );
                 let diagnostic =
                     Diagnostic::new("config::wrong_type", At::value(path.clone()), message).help(
                         match &other {
                             Node::List(_) => format!("{WITHOUT_DASHES}; {choice}"),
-                            _ => format!("write `{name}: {{ {noun}: {{ … }} }}`; {choice}"),
+                            _ => format!("write `{name}: {{ <{noun}>: {{ … }} }}`; {choice}"),
                         },
                     );
                 self.diagnostics.push(diagnostic);
@@ -294,11 +300,11 @@ impl Reader {
             let (first, second) = (&entries[0].0, &entries[1].0);
             let at = At::key(path.key(second));
             let message =
-                format!("`{name}` must have one {noun}, but has `{first}` and `{second}`");
+                format!("`{name}` must have exactly one {noun}, got `{first}` and `{second}`");
             let help = if words.contains(second) {
-                format!("each {noun} needs a name of its own")
+                format!("give each {noun} a name of its own")
             } else {
-                format!("if `{second}` is a setting of `{first}`, indent it more than `{first}`")
+                format!("if `{second}` is a setting of `{first}`, indent it below `{first}`")
             };
             self.diagnostics
                 .push(Diagnostic::new("config::one_word", at, message).help(help));
@@ -315,7 +321,7 @@ impl Reader {
         };
         let inner = path.key(&word);
         if !words.contains(&word) {
-            let code = if noun == "verb" {
+            let code = if noun == "stage type" {
                 "config::unknown_verb"
             } else {
                 "config::unknown_network"
@@ -329,7 +335,7 @@ impl Reader {
             self.diagnostics.push(diagnostic.help(choice));
             return (inner, None);
         }
-        // `scripted:` with nothing behind it means no settings.
+        // `scripted:` without a value means no settings.
         let settings = match settings {
             Node::Null => Node::Map(Vec::new()),
             settings => settings,
@@ -338,14 +344,14 @@ impl Reader {
         (inner, spec)
     }
 
-    /// The entries of a map; complains of anything else.
+    /// Returns the entries of a map; reports anything else.
     fn map(&mut self, node: &Node, path: &KeyPath, expected: &str) -> Option<Vec<(String, Node)>> {
         match node {
             Node::Map(entries) => Some(entries.clone()),
             Node::Null => Some(Vec::new()),
             Node::Wrong => None,
             other => {
-                let message = format!("`{}` is {}, not {expected}", path.name(), other.noun());
+                let message = format!("`{}` must be {expected}, not {}", path.name(), other.noun());
                 let at = At::key(path.clone());
                 let help = matches!(other, Node::List(_)).then(|| WITHOUT_DASHES.to_owned());
                 let diagnostic = Diagnostic::new("config::wrong_type", at, message);
@@ -355,8 +361,8 @@ impl Reader {
         }
     }
 
-    /// Deserializes the node at `path`. What is wrong is complained about and taken out, until
-    /// the rest is right or can't be read at all. The first `fixed` steps below `path` stay.
+    /// Deserializes the node at `path`. Invalid settings are reported and removed until the rest is
+    /// valid or cannot be read at all. The first `fixed` steps below `path` are never removed.
     fn value<T: DeserializeOwned>(
         &mut self,
         node: Node,
@@ -367,11 +373,11 @@ impl Reader {
         if node == Node::Wrong {
             return None;
         }
-        // Settings whose absence has been explained.
+        // Missing settings that are explained by another diagnostic.
         let mut excused = node.remove_wrong();
         let mut is_right = excused.is_empty();
         let told_before = self.diagnostics.len();
-        // One more than is told, so that it is known that there are more.
+        // One more than is shown, to know that there are more.
         while self.diagnostics.len() - told_before <= TOLD_MAX {
             let (steps, raw) = match deserialize::<T>(&node) {
                 Ok(value) => return is_right.then_some(value),
@@ -396,15 +402,15 @@ impl Reader {
             {
                 let value = shown.unwrap_or_default();
                 words.help = Some(format!(
-                    "take the quotes off in `vars`: `{variable}: {value}`"
+                    "remove the quotes in `vars`: `{variable}: {value}`"
                 ));
             }
             if let Some(Node::List(elements)) = node.at(&steps)
                 && let [element] = &elements[..]
                 && let Some(text) = element.text()
-                && words.message.ends_with("must be a text, not a list")
+                && words.message.ends_with("must be a string, not a list")
             {
-                words.help = Some(format!("write it without brackets or dash: `{text}`"));
+                words.help = Some(format!("remove the brackets or the dash: `{text}`"));
             }
             let mut offender = steps;
             let mut diagnostic =
@@ -415,7 +421,7 @@ impl Reader {
                     excused.push(here.name().to_owned());
                 }
                 Subject::Extra(key) => {
-                    // serde_path_to_error counts an unknown key as a part of the path.
+                    // serde_path_to_error counts an unknown key as part of the path.
                     if here.name() != key {
                         offender.push(Step::Key { key, nth: 0 });
                     }
@@ -427,7 +433,8 @@ impl Reader {
                 Subject::Missing(field) => {
                     if !excused.contains(&field) {
                         diagnostic.at = At::key(here.clone());
-                        diagnostic.message = format!("`{}` has no `{field}`", here.name());
+                        diagnostic.message =
+                            format!("missing field `{field}` in `{}`", here.name());
                         diagnostic.label = format!("add `{field}: …`");
                         self.diagnostics.push(diagnostic);
                     }
@@ -448,8 +455,8 @@ impl Reader {
         None
     }
 
-    /// Whether a number or flag from the environment stands where a text is wanted; it then
-    /// becomes the text that it was.
+    /// Turns a number or boolean from the environment back into its text if a string is expected.
+    /// Returns true if it did.
     fn takes_text(&self, node: &mut Node, steps: &[Step], path: &KeyPath, raw: &str) -> bool {
         let wants_text = raw.starts_with("invalid type: ") && raw.ends_with("string");
         let Some(used) = self.secrets.uses_in(path).find(|used| used.path == *path) else {
@@ -465,7 +472,7 @@ impl Reader {
     }
 }
 
-/// Reads a node as a `T`; the error is where in the node, and what serde says.
+/// Deserializes a node as a `T`; the error is a place in the node and serde's message.
 fn deserialize<T: DeserializeOwned>(node: &Node) -> Result<T, (Vec<Step>, String)> {
     let mut track = Track::new();
     let deserializer = serde_path_to_error::Deserializer::new(Value::from(node), &mut track);
@@ -483,7 +490,7 @@ fn deserialize<T: DeserializeOwned>(node: &Node) -> Result<T, (Vec<Step>, String
     })
 }
 
-/// The words that may stand for a `Spec`, in the order of its variants.
+/// The names of the variants of a `Spec`, in order.
 fn words_of<Spec: DeserializeOwned>() -> Vec<String> {
     let nothing = Node::Text(String::new());
     let Err((_, message)) = deserialize::<Spec>(&nothing) else {
@@ -497,7 +504,7 @@ fn words_of<Spec: DeserializeOwned>() -> Vec<String> {
         .collect()
 }
 
-/// A node in a message.
+/// A node for a message.
 fn shown(node: &Node) -> String {
     match node.text() {
         Some(text) => format!("`{}`", short(&text)),
@@ -556,12 +563,12 @@ mod tests {
         check(
             "pipeline: p\nseed: x\nstages:\n  c: { sample: { promts: z, model: m, count: 0, top_p: hot, temperature: -1 } }\n  d: { score: {} }\n",
             &[
-                "seed: `x` is not a whole number, 0 or more",
+                "seed: expected a non-negative integer, got `x`",
                 "stages.c.sample.promts: unknown field `promts`, expected one of `prompts`, `model`, `count`, `temperature`, …",
-                "stages.c.sample.count: `0` is not a whole number, 1 or more",
-                "stages.c.sample.top_p: `hot` is not a number",
+                "stages.c.sample.count: expected a positive integer, got `0`",
+                "stages.c.sample.top_p: expected a number, got `hot`",
                 "stages.c.sample.temperature: -1 is not a temperature (0 to 100; 0 is greedy)",
-                "stages.d.score: `score` has no `candidates`",
+                "stages.d.score: missing field `candidates` in `score`",
             ],
         );
     }

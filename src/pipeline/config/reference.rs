@@ -1,9 +1,9 @@
-//! References: `"${k}"` is a variable of the pipeline, `"${env:NAME}"` one of the environment.
+//! References: `"${k}"` to a variable of the pipeline, `"${env:NAME}"` to an environment variable.
 //!
-//! They are replaced after parsing, so a value can't break the YAML and a comment needs no
-//! escaping. What came from the environment may be secret: [`Secrets`] remembers where it went, so
-//! that errors, plans and keys show its name and its hash instead. A value that is part of paths and of
-//! nothing else is shown in messages.
+//! References are replaced after parsing, so a value cannot break the YAML and a comment needs no
+//! escaping. A value from the environment may be secret: [`Secrets`] tracks where it is used, so
+//! that errors, plans and keys show its name and hash instead. A value that is used only in paths
+//! is shown in messages.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -18,30 +18,30 @@ use super::source::KeyPath;
 use super::suggest::suggest;
 use ovchat_io::mask::{Mask, SECRET_MIN};
 
-/// The code of complaints about variables that are not there.
+/// The diagnostic code of undefined variables.
 pub const UNKNOWN_VARIABLE: &str = "config::unknown_variable";
 
-/// A variable of the environment that a pipeline refers to.
+/// An environment variable that a pipeline references.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EnvReference {
-    /// Its name.
+    /// The name of the variable.
     pub name: String,
-    /// SHA-256 of its value, in hex.
+    /// The SHA-256 of its value, in hex.
     pub sha256: String,
 }
 
-/// The values that came from the environment, by name, and the settings they went to.
+/// The values taken from the environment, and the settings that use them.
 #[derive(Clone, Default)]
 pub struct Secrets {
     values: BTreeMap<String, String>,
-    /// The keys of endpoints, by the names of their variables.
+    /// The API keys of endpoints, by the names of their variables.
     keys: BTreeMap<String, String>,
     uses: Vec<EnvUse>,
-    /// The variables whose values are shown in messages: they are parts of paths and nothing else.
+    /// The variables whose values are shown in messages, because they are used only in paths.
     shown: BTreeSet<String>,
 }
 
-/// Words in the name of a variable by which its value is a secret, wherever it is used.
+/// Words in the name of a variable that mark its value as secret, wherever it is used.
 const SECRET_WORDS: [&str; 7] = [
     "KEY",
     "TOKEN",
@@ -52,20 +52,20 @@ const SECRET_WORDS: [&str; 7] = [
     "COOKIE",
 ];
 
-/// A setting that holds values from the environment.
+/// A setting that contains values from the environment.
 #[derive(Clone)]
 pub struct EnvUse {
-    /// The setting.
+    /// The path of the setting.
     pub path: KeyPath,
-    /// The setting's text with `${env:NAME}` in place of the values.
+    /// The text of the setting with `${env:NAME}` in place of the values.
     pub written: String,
-    /// The setting's text with the values.
+    /// The text of the setting with the values.
     pub meant: String,
     /// The names of the variables.
     pub names: Vec<String>,
 }
 
-/// Shows names only.
+/// Shows only the names, never the values.
 impl fmt::Debug for Secrets {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_set().entries(self.values.keys()).finish()
@@ -73,7 +73,7 @@ impl fmt::Debug for Secrets {
 }
 
 impl Secrets {
-    /// Every variable that was used, with its hash, by name.
+    /// Returns every variable that is used, with the hash of its value, sorted by name.
     pub fn references(&self) -> Vec<EnvReference> {
         let reference = |(name, value): (&String, &String)| EnvReference {
             name: name.clone(),
@@ -82,18 +82,19 @@ impl Secrets {
         self.values.iter().map(reference).collect()
     }
 
-    /// The hash of a variable's value.
+    /// Returns the hash of a variable's value.
     pub fn hash_of(&self, name: &str) -> Option<String> {
         self.values.get(name).map(|value| hash(value))
     }
 
-    /// The settings in `path` (or it itself) that hold values from the environment.
+    /// The settings at or below `path` that contain values from the environment.
     pub fn uses_in<'a>(&'a self, path: &'a KeyPath) -> impl Iterator<Item = &'a EnvUse> {
         self.uses.iter().filter(|used| used.path.is_in(path))
     }
 
-    /// Lets messages show the values of variables that only the settings `paths` use, so that an error
-    /// about a file names the file. A variable that is called like a secret stays one.
+    /// Lets messages show the values of variables that are used only in the settings `paths`, so
+    /// that an error about a file names the file. A variable with the name of a secret stays
+    /// hidden.
     pub fn show_paths(&mut self, paths: &[KeyPath]) {
         let vars = KeyPath::root().key("vars");
         let is_path = |name: &str| {
@@ -108,12 +109,13 @@ impl Secrets {
         self.shown = shown.cloned().collect();
     }
 
-    /// Takes the value of a variable that holds the key of an endpoint.
+    /// Adds the value of a variable that holds the API key of an endpoint.
     pub fn add_key(&mut self, name: &str, value: &str) {
         self.keys.insert(name.to_owned(), value.to_owned());
     }
 
-    /// `text` with `${env:NAME}` in place of each value, whatever its form, but for those that are paths.
+    /// Returns `text` with `${env:NAME}` in place of each value in any encoding, except those shown
+    /// as paths.
     pub fn hide(&self, text: &str) -> String {
         let values = self.values.iter();
         let values = values.filter(|(name, _)| !self.shown.contains(*name));
@@ -121,9 +123,9 @@ impl Secrets {
         Mask::new(all.map(|(name, value)| (name.as_str(), value.as_str()))).hide(text)
     }
 
-    /// What is taken out of everything that a run writes: the keys of endpoints, and the values of variables
-    /// that are called like secrets or are a part of an address. Other values stay, since data may hold them
-    /// by chance.
+    /// Returns the mask for everything that a run writes: it removes the API keys of endpoints, and
+    /// the values of variables that have the name of a secret or are part of a URL. Other values
+    /// stay, since data may contain them by chance.
     pub fn mask(&self) -> Mask {
         let is_in_address = |name: &String| {
             let mut uses = self.uses.iter();
@@ -137,7 +139,7 @@ impl Secrets {
         Mask::new(all.map(|(name, value)| (name.as_str(), value.as_str())))
     }
 
-    /// The names of the variables, those of keys among them.
+    /// The names of the variables, including those of API keys.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.values
             .keys()
@@ -146,7 +148,7 @@ impl Secrets {
     }
 }
 
-/// Whether a variable is called like a secret.
+/// True if a variable has the name of a secret.
 fn is_secret(name: &str) -> bool {
     let name = name.to_uppercase();
     SECRET_WORDS.iter().any(|word| name.contains(word))
@@ -156,16 +158,17 @@ fn hash(value: &str) -> String {
     hex::encode(Sha256::digest(value.as_bytes()))
 }
 
-/// Reads a variable of the environment.
+/// A function that reads an environment variable.
 pub type Environment<'a> = &'a dyn Fn(&str) -> Result<String, std::env::VarError>;
 
-/// Replaces references, and collects what is wrong with them.
+/// Replaces references, and collects the diagnostics.
 pub struct Replacer<'a> {
-    /// The pipeline's own variables; `None` inside `vars:`, where they can't be used.
+    /// The variables of the pipeline; `None` inside `vars:`, where they cannot be used.
     pub vars: Option<Vec<Variable>>,
     pub environment: Environment<'a>,
     pub secrets: Secrets,
-    /// The settings that are a variable of the pipeline and nothing else, with its name.
+    /// The settings whose whole value is one variable of the pipeline, with the name of the
+    /// variable.
     pub uses: Vec<(KeyPath, String)>,
     pub diagnostics: Vec<Diagnostic>,
 }
@@ -174,14 +177,14 @@ pub struct Replacer<'a> {
 pub struct Variable {
     pub name: String,
     pub value: Node,
-    /// Whether anything refers to it.
+    /// True if anything references the variable.
     pub is_used: bool,
-    /// How its value is written, when it holds values from the environment.
+    /// The written form of its value if that contains values from the environment.
     secret: Option<EnvUse>,
 }
 
 impl Variable {
-    /// A variable whose value, at `path`, has had its own references replaced.
+    /// Creates a variable from its value at `path`, in which references have been replaced.
     pub fn new(name: &str, value: Node, path: &KeyPath, secrets: &Secrets) -> Self {
         Self {
             name: name.to_owned(),
@@ -192,7 +195,7 @@ impl Variable {
     }
 }
 
-/// A piece of a text: as it is, or a reference.
+/// A piece of a text: literal text or a reference.
 enum Piece<'a> {
     Text(&'a str),
     Reference(&'a str),
@@ -219,7 +222,7 @@ impl Replacer<'_> {
         }
     }
 
-    /// The value of a text; `None` when that has been complained about.
+    /// Returns the value of a text; `None` after reporting a diagnostic.
     fn replace_text(&mut self, text: &str, path: &KeyPath) -> Option<Node> {
         let pieces = match pieces(text) {
             Ok(pieces) => pieces,
@@ -227,7 +230,7 @@ impl Replacer<'_> {
                 let diagnostic =
                     Diagnostic::new("config::reference", At::value(path.clone()), message);
                 self.diagnostics
-                    .push(diagnostic.help("write `$${` to mean `${` itself"));
+                    .push(diagnostic.help("write `$${` for a literal `${`"));
                 return None;
             }
         };
@@ -261,7 +264,8 @@ impl Replacer<'_> {
         Some(whole)
     }
 
-    /// The value of a reference; its text, written and meant, goes to `used`.
+    /// Returns the value of a reference, and appends its text, as written and as resolved, to
+    /// `used`.
     fn value(&mut self, name: &str, path: &KeyPath, used: &mut EnvUse) -> Option<Node> {
         if let Some(variable) = name.strip_prefix("env:") {
             return self.environment_value(variable, path, used);
@@ -272,9 +276,9 @@ impl Replacer<'_> {
                 Diagnostic::new(
                     "config::reference",
                     at,
-                    "a variable can't refer to another one",
+                    "a variable cannot reference another variable",
                 )
-                .help("only `${env:NAME}` can be used here"),
+                .help("write the value itself, or reference the environment: `${env:NAME}`"),
             );
             return None;
         };
@@ -296,9 +300,9 @@ impl Replacer<'_> {
         }
         let known: Vec<&str> = vars.iter().map(|variable| variable.name.as_str()).collect();
         let help = if known.is_empty() {
-            format!("define it at the top: `vars: {{ {name}: … }}`")
+            format!("define it at the top of the file: `vars: {{ {name}: … }}`")
         } else {
-            format!("`vars` has {}", listed(known.iter().copied()))
+            format!("available variables: {}", listed(known.iter().copied()))
         };
         let diagnostic = Diagnostic::new(
             UNKNOWN_VARIABLE,
@@ -324,15 +328,15 @@ impl Replacer<'_> {
                 return Some(node);
             }
             Err(std::env::VarError::NotPresent) => "is not set",
-            Err(std::env::VarError::NotUnicode(_)) => "is not UTF-8 text",
+            Err(std::env::VarError::NotUnicode(_)) => "is not valid UTF-8",
         };
         self.diagnostics.push(
             Diagnostic::new(
                 "config::environment",
                 At::value(path.clone()),
-                format!("the environment variable `{name}` {problem}"),
+                format!("environment variable `{name}` {problem}"),
             )
-            .help(format!("set it first: `{name}=… pipeline …`")),
+            .help(format!("set it for the command: `{name}=… pipeline …`")),
         );
         None
     }
@@ -344,7 +348,7 @@ impl Replacer<'_> {
     }
 }
 
-/// A text of the environment as YAML would read it: a number, true, false, else a text.
+/// Parses a value of the environment as YAML would: a number, a boolean, or else a string.
 fn scalar(text: &str) -> Node {
     match serde_yaml::from_str::<serde_yaml::Value>(text) {
         Ok(serde_yaml::Value::Bool(value)) => Node::Bool(value),
@@ -357,13 +361,13 @@ fn is_plain_number(value: &Number) -> bool {
     value.as_f64().is_some_and(f64::is_finite)
 }
 
-/// Cuts a text at its references; `$${` is the text `${`.
+/// Splits a text at its references; `$${` stands for a literal `${`.
 fn pieces(text: &str) -> Result<Vec<Piece<'_>>, String> {
     let mut pieces = Vec::new();
     let mut rest = text;
     while let Some(dollar) = rest.find("${") {
         if rest[..dollar].ends_with('$') {
-            // Of `$${`, the first sign escapes the others, which stay.
+            // In `$${`, the first `$` escapes the other two characters, which stay.
             pieces.push(Piece::Text(&rest[..dollar - 1]));
             pieces.push(Piece::Text(&rest[dollar..dollar + 2]));
             rest = &rest[dollar + 2..];
@@ -374,14 +378,14 @@ fn pieces(text: &str) -> Result<Vec<Piece<'_>>, String> {
         }
         let inside = &rest[dollar + 2..];
         let Some(end) = inside.find('}') else {
-            return Err("the reference `${` is not closed by `}`".to_owned());
+            return Err("unclosed reference: `${` without `}`".to_owned());
         };
         let name = inside[..end].trim();
         let bare = name.strip_prefix("env:").unwrap_or(name);
         let word = |c: char| c.is_ascii_alphanumeric() || c == '_';
         if bare.is_empty() || !bare.chars().all(word) {
             return Err(format!(
-                "`${{{name}}}` is not a reference: write `${{name}}` or `${{env:NAME}}`"
+                "invalid reference `${{{name}}}`: expected `${{name}}` or `${{env:NAME}}`"
             ));
         }
         pieces.push(Piece::Reference(name));
@@ -450,11 +454,11 @@ mod tests {
     #[test]
     fn references_to_nothing_are_refused() {
         check("${kk}", Err("there is no variable `kk`"));
-        check("${env:NO}", Err("the environment variable `NO` is not set"));
-        check("a ${k", Err("the reference `${` is not closed by `}`"));
+        check("${env:NO}", Err("environment variable `NO` is not set"));
+        check("a ${k", Err("unclosed reference: `${` without `}`"));
         check(
             "${}",
-            Err("`${}` is not a reference: write `${name}` or `${env:NAME}`"),
+            Err("invalid reference `${}`: expected `${name}` or `${env:NAME}`"),
         );
     }
 

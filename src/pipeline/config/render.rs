@@ -1,5 +1,7 @@
-//! Drawing complaints with miette, the text that they are about underlined. What is drawn is bounded, and
-//! nothing of it is obeyed by a terminal.
+//! Rendering of diagnostics with miette.
+//!
+//! The output underlines the text in question, is bounded in length, and contains no characters
+//! that control a terminal.
 
 use std::fmt;
 use std::sync::Arc;
@@ -10,14 +12,15 @@ use super::diagnostic::{Diagnostic, Severity};
 use super::source::{SourceText, Span};
 use ovchat_io::visible::{visible, visible_in_place};
 
-/// Letters of a message, a label or a help that are drawn.
+/// The maximum number of characters drawn of a message, a label or a help line.
 const DRAWN_LETTERS: usize = 4_000;
 
-/// Bytes that are underlined, and those that are drawn before and after them in the same line.
+/// The maximum number of bytes underlined, and drawn before and after the underlined text on the
+/// same line.
 const DRAWN_BYTES: usize = 400;
 
 impl Diagnostic {
-    /// Draws it with what it underlines, ending in a newline.
+    /// Draws the diagnostic with the text that it underlines, ending with a newline.
     pub fn render(&self, look: RenderStyle) -> String {
         let theme = match look {
             RenderStyle::Color => GraphicalTheme::unicode(),
@@ -36,7 +39,7 @@ impl Diagnostic {
         }
     }
 
-    /// The complaint as a terminal may show it.
+    /// Returns a copy of the diagnostic that is safe to show in a terminal.
     fn drawable(&self) -> Self {
         let mut drawn = self.clone();
         drawn.message = words(&self.message);
@@ -73,7 +76,7 @@ impl Diagnostic {
     }
 }
 
-/// Words for a terminal: the beginning of too many.
+/// Returns text that is safe for a terminal; a long one is truncated.
 fn words(text: &str) -> String {
     let text = visible(text);
     match text.char_indices().nth(DRAWN_LETTERS) {
@@ -125,8 +128,9 @@ impl miette::Diagnostic for Diagnostic {
 }
 
 impl SourceCode for SourceText {
-    /// miette asks with context for what it draws, and without for the line and column. What is
-    /// drawn here are the whole lines of the span, if they are not too long, and none around them.
+    /// Reads a span for miette, which passes context lines for the text to draw, and none to find
+    /// the line and column. Draws the whole lines of the span, shortened if they are too long, and
+    /// no lines around them.
     fn read_span<'a>(
         &'a self,
         span: &miette::SourceSpan,
@@ -162,19 +166,20 @@ impl SourceCode for SourceText {
     }
 }
 
-/// How complaints are drawn.
+/// The style in which diagnostics are drawn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RenderStyle {
     /// Colors and line-drawing characters, for a terminal.
     Color,
     /// Line-drawing characters only.
     Plain,
-    /// Nothing but ASCII around the texts, for logs.
+    /// Only ASCII around the texts, for logs.
     Ascii,
 }
 
 impl RenderStyle {
-    /// The look that fits: color on a terminal unless `NO_COLOR` is set or the terminal is `dumb`.
+    /// Detects the style: color on a terminal, plain if `NO_COLOR` is set, ASCII if the output is
+    /// not a terminal or a `dumb` one.
     pub fn detect(is_terminal: bool) -> Self {
         let no_color = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
         let is_dumb = std::env::var_os("TERM").is_some_and(|value| value == "dumb");

@@ -1,11 +1,11 @@
-//! Which table belongs to which round, and which checkpoint a model means there.
+//! The tables of each round, and the checkpoint that a model refers to in it.
 
 use super::{Plan, PlannedStage};
 use crate::stages::{ModelName, TableName};
 
 impl Plan {
-    /// Every table of every round, in running order: what is made once, then the evaluation as round
-    /// 0, then the rounds, each with its evaluation.
+    /// Returns every table of every round in execution order: the tables that are built once, then
+    /// the evaluation as round 0, then the rounds, each with its evaluation.
     pub fn slots(&self) -> Vec<(&PlannedStage, Option<u32>)> {
         let once = self.all().filter(|stage| stage.is_static);
         let mut slots: Vec<_> = once.map(|stage| (stage, None)).collect();
@@ -18,15 +18,15 @@ impl Plan {
         slots
     }
 
-    /// The round in which a table that is read in `round` lies: none if it is made once.
+    /// Returns the round of a table that is read in `round`; `None` if the table is built once.
     pub fn round_of(&self, table: &TableName, round: Option<u32>) -> Option<u32> {
         let stage = self.stage(table).expect("the plan names every table");
         if stage.is_static { None } else { round }
     }
 
-    /// The table and round of the training whose checkpoint a model means for a stage in a round:
-    /// of this round where the stage goes on from another training, and in the evaluation; else the
-    /// last round's.
+    /// Returns the table and round of the training whose checkpoint a stage uses for a model in a
+    /// round: that of the same round if the stage continues another training (`after`) or is an
+    /// evaluation, otherwise that of the previous round.
     pub fn training(
         &self,
         stage: &PlannedStage,

@@ -1,4 +1,4 @@
-//! JSON Schemas: of pipeline files, for editors, and of tables, for people.
+//! JSON Schemas of pipeline files, for editors, and of tables, for documentation.
 
 use schemars::generate::SchemaSettings;
 use serde_json::{Map, Value, json};
@@ -6,8 +6,8 @@ use serde_json::{Map, Value, json};
 use super::pipeline::PipelineSpec;
 use ovchat_data::tables::{is_measured, schema_of};
 
-/// The JSON Schema of a pipeline file. Its descriptions are the doc comments of the settings, which
-/// editors show on hovering.
+/// Returns the JSON Schema of a pipeline file. Its descriptions are the doc comments of the
+/// settings, which editors show on hover.
 pub fn pipeline_schema() -> Value {
     let settings = SchemaSettings::draft07();
     let schema = settings
@@ -30,8 +30,8 @@ pub fn pipeline_schema() -> Value {
     schema
 }
 
-/// The columns of a kind of table, as `schemas/tables/<kind>.json` shows them; `None` when there is
-/// no such kind.
+/// Returns the columns of a kind of table, as in `schemas/tables/<kind>.json`; `None` if the kind
+/// is unknown.
 pub fn table_schema(kind: &str) -> Option<Value> {
     let schema = schema_of(kind)?;
     let column = |field: &arrow::datatypes::FieldRef| {
@@ -50,7 +50,7 @@ pub fn table_schema(kind: &str) -> Option<Value> {
     Some(json!({ "kind": kind, "columns": columns }))
 }
 
-/// Allows a reference (`"${name}"`) wherever a number, a flag or one of a few words is asked for.
+/// Allows a reference (`"${name}"`) wherever a number, a boolean or one of a few words is expected.
 fn allow_references(schema: &mut Value) {
     let Value::Object(object) = schema else {
         return;
@@ -68,19 +68,19 @@ fn allow_references(schema: &mut Value) {
     }
     for (key, nested) in object.iter_mut() {
         match (key.as_str(), nested) {
-            // Names of tables, models and variables can't be references.
+            // Names of tables, models and variables cannot be references.
             ("propertyNames" | "required" | "default" | "enum" | "const", _) => {}
             ("properties" | "patternProperties" | "definitions", Value::Object(named)) => {
                 named.values_mut().for_each(allow_references);
             }
-            // The variants of a verb or network are maps.
+            // The variants of a stage type or network are maps.
             (_, Value::Array(elements)) => elements.iter_mut().for_each(allow_references),
             (_, nested) => allow_references(nested),
         }
     }
 }
 
-/// Whether a schema asks for a scalar and would refuse the text of a reference.
+/// True if a schema expects a scalar and would reject the text of a reference.
 fn is_narrow_scalar(object: &Map<String, Value>) -> bool {
     let scalar = |word: &Value| matches!(word.as_str(), Some("number" | "integer" | "boolean"));
     let is_words = |variants: &Value| {

@@ -1,4 +1,4 @@
-//! serde's messages in the words of people who write pipelines.
+//! Rewording of serde's error messages in the terms of a pipeline file.
 
 use std::borrow::Cow;
 
@@ -6,51 +6,51 @@ use super::pipeline::ROUNDS;
 use super::source::Side;
 use super::suggest::suggest;
 
-/// A complaint in the making: what a message of serde comes to.
+/// The parts of a diagnostic that are derived from one of serde's messages.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Words {
     pub code: &'static str,
     pub message: String,
-    /// The word that was probably meant.
+    /// The similar word to suggest.
     pub suggest: Option<String>,
     pub help: Option<String>,
-    /// What to underline.
+    /// The setting to underline.
     pub subject: Subject,
 }
 
-/// What a message of serde is about.
+/// The subject of one of serde's messages.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Subject {
     /// The setting at the path.
     Here(Side),
-    /// A key in the setting at the path, which should not be there.
+    /// A key in the setting at the path that is not allowed there.
     Extra(String),
-    /// A key in the setting at the path, which should be there.
+    /// A required key that is missing from the setting at the path.
     Missing(String),
 }
 
-/// The way out where a list stands in place of a map.
+/// The help for a list in place of a map.
 pub const WITHOUT_DASHES: &str =
-    "take the dashes (`- `) or brackets away: a map has a name before each entry, `name: …`";
+    "remove the dashes (`- `) or brackets, and write a name before each entry: `name: …`";
 
-/// How [`reword`] begins to tell that a text stands where something else is wanted.
-const TAKE_QUOTES_OFF: &str = "take the quotes off: ";
+/// The start of the help of [`reword`] for a quoted value where another type is expected.
+const TAKE_QUOTES_OFF: &str = "remove the quotes: ";
 
 impl Words {
-    /// Whether the way out is to take quotes off.
+    /// True if the help is to remove quotes.
     pub fn takes_quotes_off(&self) -> bool {
         let help = self.help.as_ref();
         help.is_some_and(|help| help.starts_with(TAKE_QUOTES_OFF))
     }
 }
 
-/// Says what the message `raw` means for the setting `name` of which `shown` is the written value.
+/// Rewords serde's message `raw` about the setting `name`, whose value is written as `shown`.
 pub fn reword(raw: &str, name: &str, shown: Option<&str>) -> Words {
     if let Some((found, expected)) = named(raw, "unknown field `") {
         return unknown("config::unknown_field", "field", found, expected);
     }
     if let Some((found, expected)) = named(raw, "unknown variant `") {
-        let words = unknown("config::unknown_word", "word", found, expected);
+        let words = unknown("config::unknown_word", "value", found, expected);
         return Words {
             subject: Subject::Here(Side::Value),
             ..words
@@ -59,7 +59,7 @@ pub fn reword(raw: &str, name: &str, shown: Option<&str>) -> Words {
     if let Some((field, _)) = named(raw, "missing field `") {
         return Words {
             code: "config::missing_field",
-            message: format!("`{field}` is missing"),
+            message: format!("missing field `{field}`"),
             suggest: None,
             help: None,
             subject: Subject::Missing(field.to_owned()),
@@ -71,21 +71,21 @@ pub fn reword(raw: &str, name: &str, shown: Option<&str>) -> Words {
     if let Some((found, expected)) = mismatch.and_then(|rest| rest.rsplit_once(", expected ")) {
         let expected = noun(expected);
         if found == "unit value" {
-            let message = format!("a value is missing: it must be {expected}");
+            let message = format!("missing value: expected {expected}");
             return wrong_type(message, None);
         }
         if found.starts_with("string ")
             && let Some(shown) = shown.filter(|shown| is_unquoted(shown, &expected))
         {
-            let message = format!("`\"{shown}\"` is a text, not {expected}");
+            let message = format!("expected {expected}, got the string `\"{shown}\"`");
             let help = format!("{TAKE_QUOTES_OFF}`{shown}`");
             return wrong_type(message, Some(help));
         }
         let more = match (found, shown) {
             ("sequence", _) if expected.starts_with("a map") => Some(WITHOUT_DASHES.to_owned()),
             (_, Some("0")) if expected == ROUNDS => Some(
-                "a pipeline has 1 round or more; to evaluate models without training them, write \
-                 `rounds: 1` and take the `train_…` stages out"
+                "set `rounds` to 1 or more; to evaluate models without training them, set `rounds: 1` \
+                 and remove the `train_…` stages"
                     .to_owned(),
             ),
             _ => None,
@@ -100,10 +100,14 @@ pub fn reword(raw: &str, name: &str, shown: Option<&str>) -> Words {
             (_, Some(shown)) => format!("`{shown}`"),
             (found, None) => found.to_owned(),
         };
-        let can_be_quoted = expected == "a text";
-        let help = can_be_quoted
-            .then(|| format!("write `\"{}\"` to mean a text", found.trim_matches('`')));
-        return wrong_type(format!("{found} is not {expected}"), more.or(help));
+        let can_be_quoted = expected == "a string";
+        let help = can_be_quoted.then(|| {
+            format!(
+                "quote the value to make it a string: `\"{}\"`",
+                found.trim_matches('`')
+            )
+        });
+        return wrong_type(format!("expected {expected}, got {found}"), more.or(help));
     }
     Words {
         code: "config::wrong_value",
@@ -114,13 +118,13 @@ pub fn reword(raw: &str, name: &str, shown: Option<&str>) -> Words {
     }
 }
 
-/// Letters of somebody's text that a message repeats.
+/// Characters of the user's text that a message repeats.
 const LETTERS_MAX: usize = 200;
 
-/// Somebody's text for a message: the beginning of a long one.
+/// The user's text for a message; a long one is truncated.
 pub fn short(text: &str) -> Cow<'_, str> {
     match text.char_indices().nth(LETTERS_MAX) {
-        Some((end, _)) => format!("{}… ({} letters)", &text[..end], text.chars().count()).into(),
+        Some((end, _)) => format!("{}… ({} characters)", &text[..end], text.chars().count()).into(),
         None => text.into(),
     }
 }
@@ -146,11 +150,11 @@ fn named<'a>(raw: &'a str, prefix: &str) -> Option<(&'a str, &'a str)> {
     raw.strip_prefix(prefix)?.split_once('`')
 }
 
-/// A word that isn't one of those that serde lists in `expected`.
+/// A word that is not among those that serde lists in `expected`.
 fn unknown(code: &'static str, noun: &str, found: &str, expected: &str) -> Words {
     let known: Vec<&str> = expected.split('`').skip(1).step_by(2).collect();
     let suggested = suggest(found, known.iter().copied());
-    // With a good guess the whole list is only noise.
+    // Next to a good suggestion, the whole list is only noise.
     let shown = if suggested.is_some() && known.len() > 4 {
         4
     } else {
@@ -159,7 +163,7 @@ fn unknown(code: &'static str, noun: &str, found: &str, expected: &str) -> Words
     let list = listed(known[..shown].iter().copied());
     let more = if shown < known.len() { ", …" } else { "" };
     let choice = match known.len() {
-        0 => "; there are none here".to_owned(),
+        0 => "; no fields are allowed here".to_owned(),
         1 => format!(", expected {list}"),
         _ => format!(", expected one of {list}{more}"),
     };
@@ -172,35 +176,35 @@ fn unknown(code: &'static str, noun: &str, found: &str, expected: &str) -> Words
     }
 }
 
-/// Whether a text would be what is expected without its quotes.
+/// True if a quoted text would be a valid value without its quotes.
 fn is_unquoted(text: &str, expected: &str) -> bool {
     let whole = text.parse::<i64>();
     match expected {
         "a number" => text.parse::<f64>().is_ok_and(f64::is_finite),
-        "a whole number" => whole.is_ok(),
-        "a whole number, 0 or more" => whole.is_ok_and(|whole| whole >= 0),
-        "a whole number, 1 or more" | ROUNDS => whole.is_ok_and(|whole| whole >= 1),
+        "an integer" => whole.is_ok(),
+        "a non-negative integer" => whole.is_ok_and(|whole| whole >= 0),
+        "a positive integer" | ROUNDS => whole.is_ok_and(|whole| whole >= 1),
         "`true` or `false`" => ["true", "false"].contains(&text),
         _ => false,
     }
 }
 
-/// What serde calls by a Rust type, in words.
+/// The name of an expected type in words, where serde gives the Rust type.
 fn noun(expected: &str) -> String {
     match expected {
         "f64" | "f32" => "a number".to_owned(),
-        "u8" | "u16" | "u32" | "u64" | "usize" => "a whole number, 0 or more".to_owned(),
-        "i8" | "i16" | "i32" | "i64" | "isize" => "a whole number".to_owned(),
-        "a string" | "path string" | "string or map" => "a text".to_owned(),
+        "u8" | "u16" | "u32" | "u64" | "usize" => "a non-negative integer".to_owned(),
+        "i8" | "i16" | "i32" | "i64" | "isize" => "an integer".to_owned(),
+        "a string" | "path string" | "string or map" => "a string".to_owned(),
         "a boolean" => "`true` or `false`".to_owned(),
         "a sequence" => "a list".to_owned(),
         "a map" => "a map of settings".to_owned(),
-        other if other.starts_with("a nonzero u") => "a whole number, 1 or more".to_owned(),
+        other if other.starts_with("a nonzero u") => "a positive integer".to_owned(),
         other if other.starts_with("struct ") => {
             "a map of settings: `{ setting: value }`".to_owned()
         }
         other if other.starts_with("enum ") || other.contains("single-key") => {
-            "one of the words that stand here".to_owned()
+            "one of the allowed values".to_owned()
         }
         other => other.to_owned(),
     }
@@ -222,22 +226,22 @@ mod tests {
         check(
             "invalid type: string \"abc\", expected f64",
             "abc",
-            "`abc` is not a number",
+            "expected a number, got `abc`",
             None,
         );
         check(
             "invalid value: integer `0`, expected a nonzero u32",
             "0",
-            "`0` is not a whole number, 1 or more",
+            "expected a positive integer, got `0`",
             None,
         );
         check(
             "invalid type: unit value, expected f64",
             "~",
-            "a value is missing: it must be a number",
+            "missing value: expected a number",
             None,
         );
-        check("missing field `model`", "", "`model` is missing", None);
+        check("missing field `model`", "", "missing field `model`", None);
         check("-1 is not above 0", "-1", "-1 is not above 0", None);
     }
 
@@ -248,25 +252,28 @@ mod tests {
             "top_p",
             Some("0.7"),
         );
-        assert_eq!(words.message, "`\"0.7\"` is a text, not a number");
-        assert_eq!(words.help.as_deref(), Some("take the quotes off: `0.7`"));
+        assert_eq!(words.message, "expected a number, got the string `\"0.7\"`");
+        assert_eq!(words.help.as_deref(), Some("remove the quotes: `0.7`"));
         let words = reword(
             "invalid type: string \"true\", expected a boolean",
             "group_by_length",
             Some("true"),
         );
-        assert_eq!(words.message, "`\"true\"` is a text, not `true` or `false`");
-        // Without quotes it would be no better.
+        assert_eq!(
+            words.message,
+            "expected `true` or `false`, got the string `\"true\"`"
+        );
+        // Removing the quotes would not help.
         check(
             "invalid type: string \"-3\", expected u32",
             "-3",
-            "`-3` is not a whole number, 0 or more",
+            "expected a non-negative integer, got `-3`",
             None,
         );
         check(
             "invalid type: string \"0\", expected a nonzero u32",
             "0",
-            "`0` is not a whole number, 1 or more",
+            "expected a positive integer, got `0`",
             None,
         );
     }
@@ -301,7 +308,7 @@ mod tests {
         check(
             "unknown variant `float`, expected one of `auto`, `float32`",
             "",
-            "unknown word `float`, expected one of `auto`, `float32`",
+            "unknown value `float`, expected one of `auto`, `float32`",
             None,
         );
     }

@@ -1,8 +1,8 @@
-//! The text of a pipeline file, and where in it a setting stands.
+//! The text of a pipeline file, and the positions of settings in it.
 //!
-//! serde_yaml tells positions only through errors. So a complaint carries a [`KeyPath`], and
+//! serde_yaml reports positions only in errors. So a diagnostic carries a [`KeyPath`], and
 //! [`SourceText::find`] turns the path into a span by reading the text once more with a seed that
-//! follows the path and fails on arrival: the error it gets back holds the position.
+//! follows the path and fails on arrival: the error that it gets back holds the position.
 
 use std::cell::RefCell;
 use std::fmt;
@@ -13,16 +13,16 @@ use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, Seq
 
 use super::node::KeyText;
 
-/// One step down from a setting to a setting in it.
+/// One step from a setting to a setting within it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Step {
-    /// The entry of a map; `nth` is 0 but for the later ones of duplicate keys.
+    /// The entry of a map; `nth` is 0 except for repeats of a duplicate key.
     Key { key: String, nth: usize },
-    /// The element of a list, from 0.
+    /// The element of a list, counted from 0.
     Index(usize),
 }
 
-/// Where a setting stands in a pipeline file: `stages.rewards.score.judge`.
+/// The path of a setting in a pipeline file: `stages.rewards.score.judge`.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct KeyPath(Vec<Step>);
 
@@ -38,27 +38,27 @@ impl KeyPath {
         self.nth_key(key, 0)
     }
 
-    /// The path of what `dotted` names below this one: `ask.template`.
+    /// The path of the setting `dotted` below this one: `ask.template`.
     #[must_use]
     pub fn below(&self, dotted: &str) -> Self {
         let keys = dotted.split('.');
         keys.fold(self.clone(), |path, key| path.key(key))
     }
 
-    /// The path of the `nth` (from 0) of several entries that are all called `key`.
+    /// The path of the `nth` (from 0) of several entries with the same `key`.
     #[must_use]
     pub fn nth_key(&self, key: &str, nth: usize) -> Self {
         let key = key.to_owned();
         self.then(Step::Key { key, nth })
     }
 
-    /// The path of an element.
+    /// The path of the list element at `index`.
     #[must_use]
     pub fn index(&self, index: usize) -> Self {
         self.then(Step::Index(index))
     }
 
-    /// This path and one step more.
+    /// This path extended by one step.
     #[must_use]
     pub fn then(&self, step: Step) -> Self {
         let mut steps = self.0.clone();
@@ -71,13 +71,13 @@ impl KeyPath {
         &self.0
     }
 
-    /// The path of what this setting stands in; the file stands in nothing.
+    /// The path of the setting that contains this one; `None` for the whole file.
     pub fn parent(&self) -> Option<Self> {
         let (_, above) = self.0.split_last()?;
         Some(Self(above.to_vec()))
     }
 
-    /// Whether this path is `other` or lies in it.
+    /// True if this path is `other` or lies below it.
     pub fn is_in(&self, other: &Self) -> bool {
         self.0.starts_with(&other.0)
     }
@@ -106,17 +106,17 @@ impl fmt::Display for KeyPath {
     }
 }
 
-/// Which part of a setting is meant: what stands left of its colon, or right of it.
+/// A part of a setting: the key, left of the colon, or the value, right of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Side {
     Key,
     Value,
 }
 
-/// A text that a complaint can underline, and what it is called.
+/// A text that diagnostics can underline, and its name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SourceText {
-    /// What errors call it: the path of the file as the user gave it.
+    /// The name shown in diagnostics: the path of the file as the user gave it.
     pub name: String,
     /// The text, without a byte order mark.
     pub text: String,
@@ -130,7 +130,7 @@ pub struct Span {
 }
 
 impl fmt::Display for Span {
-    /// `pipeline.yaml:12`; a change from the command line by itself.
+    /// Writes `pipeline.yaml:12`, or only the name for a setting from the command line.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let SourceText { name, text } = &*self.source;
         let line = 1 + text[..self.span.start].matches('\n').count();
@@ -142,15 +142,15 @@ impl fmt::Display for Span {
 }
 
 impl SourceText {
-    /// `text` under a name; a byte order mark in front is dropped, for YAML's positions don't
+    /// Creates a named text. A leading byte order mark is dropped, because YAML's positions do not
     /// count it.
     pub fn new(name: String, text: &str) -> Self {
         let text = text.strip_prefix('\u{feff}').unwrap_or(text).to_owned();
         Self { name, text }
     }
 
-    /// The span of a setting. When the path leads to something that isn't there (a missing
-    /// setting, a default), the nearest thing around it that is.
+    /// Returns the span of a setting. If the text does not contain it (a missing setting, a default
+    /// value), returns the span of the nearest enclosing setting.
     pub fn find(&self, path: &KeyPath, side: Side) -> Range<usize> {
         let mut path = path.clone();
         let mut side = side;
@@ -167,7 +167,7 @@ impl SourceText {
         }
     }
 
-    /// What is written at a place.
+    /// Returns the text of a span.
     pub fn slice(&self, span: Range<usize>) -> &str {
         &self.text[span]
     }
@@ -199,8 +199,8 @@ impl SourceText {
     }
 }
 
-/// What is around a setting that is not there: a value that isn't written (`key:`) is shown by its
-/// key, then by what it stands in.
+/// Returns the place to show for a setting that is not in the text: for an omitted value (`key:`)
+/// its key, otherwise the key of the enclosing setting.
 pub fn around(path: KeyPath, side: Side) -> (KeyPath, Side) {
     let is_key = matches!(path.steps().last(), Some(Step::Key { .. }));
     let path = if side == Side::Key || !is_key {
@@ -211,14 +211,14 @@ pub fn around(path: KeyPath, side: Side) -> (KeyPath, Side) {
     (path, Side::Key)
 }
 
-/// What stands where a walk arrived.
+/// The node at which a walk arrived.
 enum Found {
-    /// A value that is left out: `key:`.
+    /// An omitted value: `key:`.
     Nothing,
-    /// A scalar, and its text if it is one.
+    /// A scalar, with its text if it is a string.
     Scalar(Option<String>),
     Collection,
-    /// A YAML tag, and something behind it.
+    /// A YAML tag and its content.
     Tag,
 }
 
@@ -230,7 +230,8 @@ struct Walk<'a> {
 }
 
 impl Walk<'_> {
-    /// The error whose position is wanted when the walk is over, any error when it can't go on.
+    /// Returns the error that carries the position of the target, or any error if the walk cannot
+    /// continue.
     fn stop<E: Error>(&self, found: Found) -> E {
         if self.steps.is_empty() {
             *self.arrival.borrow_mut() = Some(found);
@@ -340,7 +341,7 @@ impl<'de> Visitor<'de> for Walk<'_> {
     }
 }
 
-/// The length of anchors, tags and the space after them at the start of a node.
+/// The length of the anchors, tags and whitespace at the start of a node.
 fn properties(text: &str) -> usize {
     let mut rest = text;
     while rest.starts_with(['&', '!']) {
@@ -350,7 +351,7 @@ fn properties(text: &str) -> usize {
     text.len() - rest.len()
 }
 
-/// The length of the scalar at the start of `text`, whose value is `value` if it is a text.
+/// The length of the scalar at the start of `text`; `value` is its value if it is a string.
 fn scalar(text: &str, value: Option<&str>) -> usize {
     if text.starts_with('"') {
         return quoted(text, |rest| rest.starts_with('\\').then_some(2));
@@ -366,15 +367,15 @@ fn scalar(text: &str, value: Option<&str>) -> usize {
         return value.len();
     }
     if value.is_some() {
-        // A block scalar or a plain one of several lines.
+        // A block scalar, or a plain one of several lines.
         return first_line(text);
     }
     let end = |c: char| c.is_whitespace() || matches!(c, ',' | ']' | '}');
     text.find(end).unwrap_or(text.len())
 }
 
-/// The length of the quoted scalar at the start of `text`. `escape` gives the length, in
-/// characters, of an escape at the start of what it is given.
+/// The length of the quoted scalar at the start of `text`. `escape` returns the length, in
+/// characters, of an escape sequence at the start of its argument.
 fn quoted(text: &str, escape: fn(&str) -> Option<usize>) -> usize {
     let quote = &text[..1];
     let mut at = 1;
@@ -394,8 +395,8 @@ fn quoted(text: &str, escape: fn(&str) -> Option<usize>) -> usize {
     text.len()
 }
 
-/// The length of the first line without its comment and the space at its end; within a flow
-/// collection, the length up to its closing bracket if that is on the line.
+/// The length of the first line without its comment and trailing whitespace; for a flow collection,
+/// the length up to its closing bracket if that is on the same line.
 fn first_line(text: &str) -> usize {
     let line = text.lines().next().unwrap_or_default();
     let mut depth = 0_usize;
@@ -422,7 +423,8 @@ fn first_line(text: &str) -> usize {
 mod tests {
     use super::*;
 
-    /// What `find` underlines in `text` for the path `a.b[1].c` (written with spaces between steps).
+    /// Checks the text that `find` underlines for the path `a.b[1].c`, written with spaces between
+    /// the steps.
     #[track_caller]
     fn check(text: &str, path: &str, side: Side, expected: &str) {
         let source = SourceText::new("test.yaml".to_owned(), text);

@@ -1,8 +1,8 @@
-//! Complaints about SQL, and which piece of a pipeline file they are about.
+//! Diagnostics for SQL, and their places in the pipeline file.
 //!
-//! The parser counts lines and columns in a text that YAML has unindented, unfolded or unquoted. Apart
-//! from escapes in double quotes, YAML changes nothing but white space, so the n-th other character of the
-//! query is the n-th other character of the scalar in the file.
+//! The parser counts lines and columns in a text that YAML has unindented, unfolded or unquoted.
+//! Apart from escapes in double quotes, YAML only changes whitespace, so the n-th non-whitespace
+//! character of the query is the n-th non-whitespace character of the scalar in the file.
 
 use std::ops::Range;
 
@@ -11,18 +11,19 @@ use super::serde_messages::listed;
 use super::suggest::suggest;
 use ovchat_query::no_table;
 
-/// A piece of a query: the query as YAML read it, and where the piece starts in it.
+/// A piece of a query: the query as read by YAML, and the position of the piece in it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Piece {
     query: String,
-    /// In bytes.
+    /// The start of the piece, in bytes.
     offset: usize,
-    /// Its line and column, counted from 1.
+    /// The line and column of the piece, counted from 1.
     position: (usize, usize),
 }
 
-/// The complaint about a query that can't be planned. `error` is what DataFusion says of `planned`, which
-/// is `written`, the text of the setting, or holds it; `tables` are those that it may read.
+/// The diagnostic for a query that cannot be planned. `error` is DataFusion's message about
+/// `planned`, which contains `written`, the text of the setting; `tables` are the tables that it
+/// may read.
 pub fn unplanned<'a>(
     code: &'static str,
     at: At,
@@ -54,16 +55,16 @@ pub fn unplanned<'a>(
     }
 }
 
-/// The way out of an error about a table that is not there: a guess, and the names of all.
+/// Returns the help for an error about an unknown table: a suggestion, and a list of all tables.
 pub fn tables_there<'a>(error: &str, tables: &[&'a str]) -> Option<(Option<&'a str>, String)> {
     let table = unknown_table(error)?;
     let suggested = suggest(table, tables.iter().copied());
-    let all = format!("the tables are {}", listed(tables.iter().copied()));
+    let all = format!("available tables: {}", listed(tables.iter().copied()));
     (!tables.is_empty()).then_some((suggested, all))
 }
 
-/// What the parser says in words, and where in the query, in bytes; the error as it is if it is none of
-/// the parser's.
+/// Returns the parser's message in words and its byte offset in the query; any other error is
+/// returned unchanged.
 fn syntax_error(error: &str, query: &str) -> (String, Option<usize>) {
     let (words, offset) = match error.rsplit_once(" at Line: ") {
         Some((words, place)) => {
@@ -89,13 +90,13 @@ fn syntax_error(error: &str, query: &str) -> (String, Option<usize>) {
     (format!("SQL syntax error: {words}"), Some(offset))
 }
 
-/// The table that a query names and that is not there.
+/// Returns the unknown table that an error names.
 fn unknown_table(error: &str) -> Option<&str> {
     let name = error.split('`').nth(1)?;
     (error == no_table(name)).then_some(name)
 }
 
-/// The table that is not there, the parameter without a value, or the column that no table has.
+/// Returns the unknown table, parameter or column that an error names.
 fn unknown_name(error: &str) -> Option<&str> {
     if let Some(rest) = error.strip_prefix("there is no `$") {
         return rest.split('`').next();
@@ -107,7 +108,7 @@ fn unknown_name(error: &str) -> Option<&str> {
     rest.split('`').next()
 }
 
-/// Where a name stands first in a query as a word of its own.
+/// Returns the offset of the first occurrence of a name in a query as a whole word.
 fn word(query: &str, name: &str) -> Option<usize> {
     let is_in_a_word = |c: char| c.is_alphanumeric() || c == '_' || c == '.';
     let mut found = query.match_indices(name);
@@ -118,7 +119,7 @@ fn word(query: &str, name: &str) -> Option<usize> {
     found.map(|(start, _)| start)
 }
 
-/// The byte at a line and column, counted from 1.
+/// Returns the byte offset of a line and column, counted from 1.
 fn offset_of(text: &str, line: usize, column: usize) -> usize {
     let lines = text.split_inclusive('\n').take(line.saturating_sub(1));
     let start: usize = lines.map(str::len).sum();
@@ -126,7 +127,7 @@ fn offset_of(text: &str, line: usize, column: usize) -> usize {
     start + rest.map(char::len_utf8).sum::<usize>()
 }
 
-/// The line and column of a byte, counted from 1.
+/// Returns the line and column of a byte offset, counted from 1.
 fn position(text: &str, offset: usize) -> (usize, usize) {
     let before = &text[..offset];
     let line = before.rfind('\n').map_or(0, |newline| newline + 1);
@@ -137,9 +138,9 @@ fn position(text: &str, offset: usize) -> (usize, usize) {
 }
 
 impl Piece {
-    /// Where the piece stands in a text that starts with the scalar of the query: the word, number or
-    /// sign at the offset; the last one if the query ends there. `None` where the scalar does not say the
-    /// query letter by letter, as with a reference or an escape in it.
+    /// Finds the piece in a text that starts with the scalar of the query: the word, number or
+    /// symbol at the offset, or the last one if the query ends there. Returns `None` if the scalar
+    /// does not spell the query character by character, as with a reference or an escape in it.
     pub fn find(&self, scalar: &str) -> Option<Range<usize>> {
         let word = |c: char| c.is_alphanumeric() || c == '_';
         let target = match self.query[self.offset..].find(|c: char| !c.is_whitespace()) {
@@ -153,7 +154,7 @@ impl Piece {
             None => rest.len(),
         };
         let end = target + length;
-        // Back to where the last word begins.
+        // Back to the start of the word.
         let before = self.query[..target].trim_end_matches(word).len();
         let target = if rest.starts_with(word) {
             before
@@ -180,13 +181,13 @@ impl Piece {
                 start = Some(at);
             }
             at += wanted.len_utf8();
-            // A single quote in single quotes is written twice.
+            // A single quote is doubled within single quotes.
             at += usize::from(quote == Some('\'') && wanted == '\'');
         }
         Some(start?..at)
     }
 
-    /// Where it stands, in words.
+    /// The position of the piece, in words.
     pub fn words(&self) -> String {
         let (line, column) = self.position;
         format!("line {line}, column {column} of the query")
@@ -197,7 +198,8 @@ impl Piece {
 mod tests {
     use super::*;
 
-    /// What is underlined in `scalar`, the source of `query`, for a piece at a line and column.
+    /// Checks the text underlined in `scalar`, the source of `query`, for a piece at a line and
+    /// column.
     #[track_caller]
     fn check(scalar: &str, query: &str, line: usize, column: usize, expected: Option<&str>) {
         let offset = offset_of(query, line, column);
@@ -250,7 +252,7 @@ mod tests {
             Some("form"),
         );
         check("select (a\n  form t)", "select (a form t)", 1, 8, Some("("));
-        // Where the query ends, its last word.
+        // At the end of the query, the last word is underlined.
         check(
             "|\n    select a from\n",
             "select a from\n",

@@ -1,10 +1,10 @@
-//! What somebody may have meant by a word that doesn't exist.
+//! Suggestions for misspelled words.
 
-/// Letters of a word that is compared with others; nobody means anything else by a longer one.
+/// The maximum length, in characters, of a word that gets a suggestion.
 const LETTERS_MAX: usize = 100;
 
-/// The known word nearest to `word`, if one is near enough to be meant: at most a third of its
-/// letters are wrong, missing, too many or swapped.
+/// Returns the known word most similar to `word`, if it is similar enough: at most a third of its
+/// letters are wrong, missing, superfluous or swapped.
 pub fn suggest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     if word.chars().nth(LETTERS_MAX).is_some() {
         return None;
@@ -16,7 +16,8 @@ pub fn suggest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Opti
     (distance(&nearest) <= allowed).then_some(nearest)
 }
 
-/// Inserted, deleted, replaced and swapped letters from `a` to `b` (optimal string alignment).
+/// Counts the inserted, deleted, replaced and swapped letters from `a` to `b` (optimal string
+/// alignment distance).
 fn edit_distance(a: &str, b: &str) -> usize {
     let a: Vec<char> = a.chars().collect();
     let b: Vec<char> = b.chars().collect();

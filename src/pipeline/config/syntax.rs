@@ -1,4 +1,4 @@
-//! Complaints about a text that is not YAML, or holds no settings.
+//! Diagnostics for texts that are not valid YAML or contain no settings.
 
 use std::sync::Arc;
 
@@ -6,7 +6,7 @@ use super::diagnostic::{At, Diagnostic};
 use super::node::{Flaw, Node};
 use super::source::{KeyPath, SourceText, Span};
 
-/// A text that is not YAML.
+/// The diagnostic for a text that is not valid YAML.
 pub fn not_yaml(error: &serde_yaml::Error, file: &Arc<SourceText>) -> Diagnostic {
     let raw = error.to_string();
     let message = match (raw.find(" at line "), raw.find(", ")) {
@@ -30,13 +30,13 @@ pub fn not_yaml(error: &serde_yaml::Error, file: &Arc<SourceText>) -> Diagnostic
     let line = file.text[line_start..].lines().next().unwrap_or_default();
     let indentation = line.len() - line.trim_start().len();
     let help = if line[..indentation].contains('\t') {
-        "YAML is indented with spaces; this line starts with a tab"
+        "indent with spaces: this line starts with a tab"
     } else if line.contains(": ${") || line.contains("- ${") {
-        "a reference must be quoted: `\"${name}\"`"
+        "quote the reference: `\"${name}\"`"
     } else if is_second_document {
-        "a pipeline file is one document: take out the `---`"
+        "remove the `---`: a pipeline file is a single YAML document"
     } else if message.contains("mapping values are not allowed") {
-        "check the indentation, and quote texts that hold `: `"
+        "check the indentation, and quote strings that contain `: `"
     } else {
         "check brackets, quotes and indentation"
     };
@@ -49,19 +49,19 @@ pub fn not_yaml(error: &serde_yaml::Error, file: &Arc<SourceText>) -> Diagnostic
         .placed(place)
 }
 
-/// A file that holds something other than settings.
+/// The diagnostic for a file that is not a map of settings.
 pub fn no_map(tree: &Node) -> Option<Diagnostic> {
     let message = match tree {
         Node::Map(_) => return None,
-        Node::Null => "the file holds nothing".to_owned(),
-        other => format!("the file holds {}, not a pipeline", other.noun()),
+        Node::Null => "the pipeline file is empty".to_owned(),
+        other => format!("expected a map of settings, got {}", other.noun()),
     };
     let at = At::key(KeyPath::root());
-    let help = "a pipeline starts with `pipeline: name`; `pipeline init` writes an example";
+    let help = "start the file with `pipeline: name`, or run `pipeline init` for an example";
     Some(Diagnostic::new("config::empty", at, message).help(help))
 }
 
-/// Complaints about what YAML allows and a pipeline file does not.
+/// The diagnostics for valid YAML that is not allowed in a pipeline file.
 pub fn flawed(flaws: &[Flaw]) -> Vec<Diagnostic> {
     let diagnostic = |flaw: &Flaw| match flaw {
         Flaw::Duplicate(path) => {
@@ -69,24 +69,24 @@ pub fn flawed(flaws: &[Flaw]) -> Vec<Diagnostic> {
             Diagnostic::new(
                 "config::duplicate",
                 At::key(path.clone()),
-                format!("`{}` is here twice", path.name()),
+                format!("duplicate key `{}`", path.name()),
             )
-            .label("the second time")
-            .also(At::key(first), "the first time")
-            .help("rename one of them, or take it out")
+            .label("redefined here")
+            .also(At::key(first), "first defined here")
+            .help("rename or remove one of them")
         }
         Flaw::Tag(path) => Diagnostic::new(
             "config::tag",
             At::value(path.clone()),
-            "YAML tags have no meaning here",
+            "YAML tags are not supported",
         )
-        .help("write a stage as `name: { verb: { … } }`"),
+        .help("write a stage as `name: { <stage type>: { … } }`"),
         Flaw::Key(path) => Diagnostic::new(
             "config::key",
             At::value(path.clone()),
-            "a list or a map can't be a key",
+            "a list or a map cannot be a key",
         )
-        .help("a reference must be quoted: `\"${name}\"`"),
+        .help("quote the reference: `\"${name}\"`"),
     };
     flaws.iter().map(diagnostic).collect()
 }

@@ -1,4 +1,4 @@
-//! Tables that are made and that nothing reads.
+//! Warnings about tables that are never read.
 
 use std::collections::HashSet;
 
@@ -9,7 +9,7 @@ use crate::stages::StageSpec;
 use ovchat_query as query;
 
 impl Lineage {
-    /// Warns of tables that neither a stage nor a query of the pipeline reads and that are no result.
+    /// Warns of tables that no stage and no query of the pipeline reads and that are not a result.
     pub(super) fn unused(&mut self, written: &PipelineSpec) {
         if self.drafts.iter().any(|draft| draft.spec.is_none()) {
             return;
@@ -29,7 +29,7 @@ impl Lineage {
             queries.push(expectation.sql());
         }
         for query in queries {
-            // A query that can't be parsed has its own complaint, and may have meant any table.
+            // A query that cannot be parsed has its own diagnostic, and may refer to any table.
             let Ok(tables) = query::tables(&query) else {
                 return;
             };
@@ -47,25 +47,25 @@ impl Lineage {
             if read.contains(draft.name.as_str()) || is_result(draft, *way) {
                 continue;
             }
-            let message = format!("nothing reads the table `{}`", draft.name);
+            let message = format!("table `{}` is never read", draft.name);
             let diagnostic =
                 Diagnostic::warning("config::unused", At::key(draft.path.clone()), message);
-            let help = "remove it, or name it where it was meant to be read";
+            let help = "remove it, or add it to the inputs of the stage that should read it";
             self.diagnostics.push(diagnostic.help(help));
         }
     }
 }
 
-/// How far a table is on the way from prompts to a trained model.
+/// The progress of a table from prompts to a trained model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Way {
-    /// The user's own: a query or a command.
+    /// A table of the user's own query or command.
     Own,
     Prompts,
     Answers,
     Rewards,
     Pairs,
-    /// What a judge thinks of pairs.
+    /// A judge's verdicts on pairs.
     Verdict,
     TrainedModel,
 }

@@ -1,5 +1,5 @@
-//! Notes that are printed before anything changes: the tables that a run replaces, and the devices on which
-//! its models compute.
+//! Notes that are printed before anything changes: the tables that a run replaces, and the devices
+//! on which its models compute.
 
 use std::path::Path;
 
@@ -11,11 +11,11 @@ use crate::stages::{Failure, ModelName, TableName};
 use ovchat_data::store::TableVersion;
 use ovchat_models::{ModelLoader, Placement};
 
-/// Tables and the rounds in which they are replaced; none for a table without rounds.
+/// Tables with the rounds in which they are replaced; empty rounds for a table without rounds.
 type Replaced = Vec<(String, Vec<u32>)>;
 
-/// Says on which devices the models of the run compute, and why. Fails where one can't be used, before
-/// anything is made.
+/// Reports the placement of each model of the run. Fails before anything is built if a device
+/// cannot be used.
 pub(super) fn say_placements(
     plan: &Plan,
     until: Option<&TableName>,
@@ -57,7 +57,7 @@ pub(super) fn say_placements(
             reason,
         } = placement;
         report.note(&format!(
-            "{}: computing on {device} in {precision}, since {reason}",
+            "{}: computing on {device} in {precision} ({reason})",
             models.join(", ")
         ));
     }
@@ -65,14 +65,15 @@ pub(super) fn say_placements(
 }
 
 impl Runner<'_> {
-    /// Says which complete tables the run replaces, why, and how to get them back.
+    /// Lists the complete tables that the run replaces, the reasons, and the command that restores
+    /// them.
     pub(super) fn announce(&mut self, options: &Options, slots: &[Slot<'_>]) {
         let manifest = self.folder.manifest();
         let mut replaced: Vec<&TableVersion> = Vec::new();
         let mut reasons: Vec<String> = Vec::new();
         let mut is_past = false;
         for one in &options.forecasts {
-            // The rest of the first round that has the table is not made either.
+            // The rest of the first round that has the table is not built either.
             if is_past {
                 break;
             }
@@ -96,7 +97,8 @@ impl Runner<'_> {
                     .iter()
                     .any(|reason| matches!(reason, Reason::Input(_) | Reason::Model(_)))
             {
-                // Log-probabilities of the reference are made again with what they are of.
+                // The reference's log-probabilities are rebuilt together with the pairs they belong
+                // to.
                 let beside = tables_of(stage).into_iter().skip(1);
                 let beside = beside.filter_map(|table| manifest.find(table.as_str(), one.round));
                 displaced.extend(beside.filter(|made| made.complete));
@@ -131,15 +133,15 @@ impl Runner<'_> {
                 _ => format!("; reason: {}", reasons.join("; ")),
             };
             lines.push(format!(
-                "replacing tables of {folder}: {}{why}; each stays until its new version is complete, and \
-                 then in .cache",
+                "replacing tables of {folder}: {}{why}; each stays readable until its new version is complete, \
+                 and is then archived in .cache",
                 listed(replaced)
             ));
         }
         if !removed.is_empty() {
             lines.push(format!(
-                "removing tables of {folder} that the pipeline no longer has: {}; they stay until all others \
-                 are complete, and then in .cache",
+                "removing tables of {folder} that are no longer in the pipeline: {}; they stay readable until \
+                 the run completes, and are then archived in .cache",
                 listed(&removed)
             ));
         }
@@ -149,14 +151,14 @@ impl Runner<'_> {
         }
     }
 
-    /// Says which tables of later rounds go once `rounds.stop_when` has ended the rounds with `last`, before
-    /// they do.
+    /// Lists the tables of later rounds that will be archived once `rounds.stop_when` has ended the
+    /// rounds with `last`.
     pub(super) fn announce_end(&mut self, options: &Options, last: u32, reached: &[Slot<'_>]) {
         let mut removed = self.unplanned(reached);
         removed.retain(|made| made.round > Some(last));
         if !removed.is_empty() {
             let text = format!(
-                "removing tables of {} after round {last}, the last one: {}; they stay in .cache\n{}",
+                "removing tables of {} after round {last}, the last one: {}; they are archived in .cache\n{}",
                 self.folder.root().display(),
                 listed(&removed),
                 self.way_back(options)
@@ -165,8 +167,8 @@ impl Runner<'_> {
         }
     }
 
-    /// The line with the command that made what this run replaces: the last whole run, or the last run of
-    /// any kind where that is this very command.
+    /// The line with the command that restores the tables which this run replaces: the last
+    /// complete run, or the last run of any kind if the last complete run was this very command.
     fn way_back(&self, options: &Options) -> String {
         let command = |run: &str| self.before[run]["command"].as_str().map(str::to_owned);
         let of_file = || {
@@ -184,11 +186,11 @@ impl Runner<'_> {
             && last["content"].as_str() != content.as_deref();
         match known.find(|command| *command != now) {
             Some(other) if is_edited => {
-                format!("to bring them back, undo the change of the file and run: {other}")
+                format!("to restore them, undo the change to the file and run: {other}")
             }
-            Some(other) => format!("to bring them back, run: {other}"),
-            None if first != now => format!("to bring them back, run: {first}"),
-            None => format!("to bring them back, undo the change and run: {now}"),
+            Some(other) => format!("to restore them, run: {other}"),
+            None if first != now => format!("to restore them, run: {first}"),
+            None => format!("to restore them, undo the change and run: {now}"),
         }
     }
 }
@@ -201,7 +203,7 @@ fn add(tables: &mut Replaced, table: &str, round: Option<u32>) {
     }
 }
 
-/// Versions of tables in words, see [`in_words`].
+/// Formats versions as a list of tables, see [`in_words`].
 pub fn listed<'m>(versions: impl IntoIterator<Item = &'m TableVersion>) -> String {
     let mut tables = Replaced::new();
     for made in versions {
@@ -210,7 +212,7 @@ pub fn listed<'m>(versions: impl IntoIterator<Item = &'m TableVersion>) -> Strin
     in_words(&tables)
 }
 
-/// Tables with their rounds: `prompts, pairs (rounds 1 to 3), steps (round 3)`.
+/// Formats tables with their rounds: `prompts, pairs (rounds 1 to 3), steps (round 3)`.
 fn in_words(tables: &Replaced) -> String {
     let texts = tables.iter().map(|(table, rounds)| {
         let mut rounds = rounds.clone();

@@ -1,4 +1,4 @@
-//! Waiting for people.
+//! Waiting for labels: a stage that needs annotators stops the run until there are enough labels.
 
 use super::Runner;
 use crate::config::PlannedStage;
@@ -6,8 +6,8 @@ use crate::stages::Failure;
 use ovchat_data::store::{LabelFiles, LabelTask, LabelVerdict};
 
 impl Runner<'_> {
-    /// Goes on when the stage waits for nobody, or when people have said enough; else says what they are
-    /// to be asked and stops.
+    /// Returns if the stage needs no labels, or has enough of them. Otherwise writes the labeling
+    /// task and fails with [`Failure::Waiting`].
     pub(super) fn wait_for_people(
         &mut self,
         stage: &PlannedStage,
@@ -29,11 +29,11 @@ impl Runner<'_> {
             rewards: names.map(ToString::to_string).collect(),
             wanted: waits.labels,
         })?;
-        let (labels, spoiled) = files.read()?;
-        if spoiled > 0 {
+        let (labels, corrupt) = files.read()?;
+        if corrupt > 0 {
             self.report.note(&format!(
-                "{}: {spoiled} of its lines are cut off or can't be read, and do not count; \
-                 `pipeline label` moves them aside",
+                "{}: ignoring {corrupt} truncated or invalid lines; \
+                 `pipeline label` moves them to another file",
                 files.path().display()
             ));
         }
@@ -45,7 +45,7 @@ impl Runner<'_> {
             return Ok(());
         }
         Err(Failure::Waiting(format!(
-            "`{}` has {said} of {wanted} labels; people give them with: pipeline label {}",
+            "`{}` has {said} of {wanted} labels; to label, run: pipeline label {}",
             super::titled(&stage.name, round),
             root.display()
         )))

@@ -1,8 +1,9 @@
-//! Work of the kind command: a program of the user makes the table.
+//! The `command` stage: a user's program produces the table.
 //!
-//! Rows go to it as an Arrow IPC stream and come back as one. It may read all before it writes, write
-//! before it read all, or leave rows unread. The stream that comes back is complete when it has its
-//! end-of-stream marker: a program that dies between two batches leaves a stream that is valid up to there.
+//! The program gets rows as an Arrow IPC stream on stdin and returns rows as one on stdout. It may
+//! read everything before it writes, write before it has read everything, or leave rows unread. The
+//! returned stream is complete once its end-of-stream marker arrives: a program that dies between
+//! two batches leaves a stream that is valid up to that point.
 
 mod framing;
 mod lines;
@@ -36,52 +37,54 @@ use ovchat_io::files::caught;
 use ovchat_io::mask::Mask;
 use ovchat_models::libtorch::SET_HERE;
 
-/// Between two looks at whether the run was asked to stop.
+/// The interval between checks for an interrupt.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
-/// Between two looks at whether the program has ended, once its rows have, and the other way round.
+/// The interval between checks for the program's exit once its output has ended, and for the end of
+/// its output once it has exited.
 const EXIT_LOOK_EVERY: Duration = Duration::from_millis(10);
 
-/// For rows that come when the program has ended; something that it started may keep its output open.
+/// The time to wait for rows after the program has exited; a child process may hold its output
+/// open.
 const LATE_ROWS: Duration = Duration::from_secs(2);
 
-/// For the last lines of its standard error, which something that it started may keep open.
+/// The time to wait for the last lines of stderr, which a child process may hold open.
 const LATE_LINES: Duration = Duration::from_secs(1);
 
-/// Lines of its standard error that are repeated when it fails.
+/// The number of last stderr lines that are repeated in a failure.
 const LAST_WORDS: usize = 5;
 
-/// Batches that wait for each other.
+/// The capacity of the queue of batches.
 const QUEUE: usize = 4;
 
 /// The advice for a program that did not end its stream.
 const CLOSE: &str = "close the stream's writer after the last batch (pyarrow: `writer.close()`)";
 
-/// The end of an output that does not end with the program.
-const HELD_OPEN: &str = "ended, and something that it has started keeps its standard output open without having \
-    ended the Arrow IPC stream; wait for it, or redirect its output";
+/// The error for an output that stays open after the program has exited.
+const HELD_OPEN: &str = "exited, but a process that it started holds its standard output open without ending \
+    the Arrow IPC stream; wait for that process, or redirect its output";
 
-/// A message of the threads that feed the program and read its output.
+/// A message from the threads that feed the program and read its output.
 enum PipeMessage {
     Rows(RecordBatch),
-    /// The end-of-stream marker. The output may go on behind it.
+    /// The end-of-stream marker. More output may follow it.
     Marker,
-    /// A line of its standard error.
+    /// A line of the program's stderr.
     Line(String),
-    /// The end of its standard output.
+    /// The end of the program's stdout.
     End(Ended),
-    /// The rows that it was to read could not be read.
+    /// Reading the program's input rows failed.
     Unread(Failure),
 }
 
-/// The end of the program's standard output.
+/// The end of the program's stdout.
 #[derive(Debug)]
 enum Ended {
-    /// A whole stream, with its end-of-stream marker.
+    /// A complete stream, with its end-of-stream marker.
     Whole,
-    /// No stream, or one that stops before its end-of-stream marker; in words.
+    /// No stream, or one that ends before its end-of-stream marker; the message.
     Cut(String),
-    /// Something else than one stream of the declared columns; in words.
+    /// Anything other than one stream of the declared columns; the message.
     Invalid(String),
 }
 
@@ -121,7 +124,8 @@ impl Runner<'_> {
         let program = &work.words[0];
         let mut ended = None;
         let mut is_whole = false;
-        // Its exit decides: when it was, or when the last rows came after it.
+        // Set when the program exits, with the time of the exit or of the last rows after it: its
+        // exit status decides.
         let mut exited: Option<(ExitStatus, Instant)> = None;
         let (status, ended) = loop {
             if self.interrupt.raised() {
@@ -155,8 +159,9 @@ impl Runner<'_> {
             match said.recv_timeout(look_every) {
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => {
-                    // Only a reader that has panicked goes without a word.
-                    let problem = "wrote an Arrow IPC stream that can't be read".to_owned();
+                    // The sender is only dropped without an `End` when the reader thread has
+                    // panicked.
+                    let problem = "wrote an Arrow IPC stream that cannot be read".to_owned();
                     ended.get_or_insert(Ended::Invalid(problem));
                     thread::sleep(EXIT_LOOK_EVERY);
                 }
@@ -165,7 +170,7 @@ impl Runner<'_> {
                     keep(&mut last_words, line);
                 }
                 Ok(PipeMessage::Unread(failure)) => return Err(failure),
-                // It has failed already.
+                // The output has failed already.
                 Ok(PipeMessage::Rows(_) | PipeMessage::Marker | PipeMessage::End(_))
                     if ended.is_some() => {}
                 Ok(PipeMessage::Marker) => is_whole = true,
@@ -188,7 +193,7 @@ impl Runner<'_> {
                 },
                 Ok(PipeMessage::End(end)) => {
                     if matches!(end, Ended::Invalid(_)) {
-                        // It may go on writing what nobody reads.
+                        // It may keep writing although nothing reads its output.
                         child.end();
                     }
                     ended = Some(end);
@@ -226,7 +231,7 @@ impl Runner<'_> {
     }
 }
 
-/// Keeps a line with those before it, up to [`LAST_WORDS`].
+/// Appends a line, keeping the last [`LAST_WORDS`].
 fn keep(last_words: &mut Vec<String>, line: String) {
     last_words.push(line);
     if last_words.len() > LAST_WORDS {
@@ -234,16 +239,16 @@ fn keep(last_words: &mut Vec<String>, line: String) {
     }
 }
 
-/// The failure of a program by its output and its exit status, in words; `None` for a success. A stream
-/// that was cut off follows from an exit code, and so the exit code is the one to tell.
+/// The error message for a program's output and exit status; `None` on success. A truncated stream
+/// is a consequence of a nonzero exit code, so the exit code is reported instead.
 fn problem(ended: Ended, status: ExitStatus) -> Option<String> {
     match (ended, status.code()) {
         (Ended::Invalid(problem), _) | (Ended::Cut(problem), Some(0)) => Some(problem),
         (Ended::Whole, Some(0)) => None,
-        (_, Some(code)) => Some(format!("ended with exit code {code}")),
+        (_, Some(code)) => Some(format!("exited with code {code}")),
         (_, None) => {
             let signal = status.signal().unwrap_or_default();
-            Some(format!("was ended by signal {signal}"))
+            Some(format!("was killed by signal {signal}"))
         }
     }
 }
@@ -265,14 +270,14 @@ pub fn withheld(env: &Inherited, secrets: &Secrets) -> Vec<OsString> {
 /// Starts the program.
 #[expect(
     unsafe_code,
-    reason = "a program ends with the process that started it only if the kernel is told so between fork and exec"
+    reason = "PR_SET_PDEATHSIG must be set between fork and exec"
 )]
 fn start(work: &Command<'_>, round: Option<u32>, secrets: &Secrets) -> Result<Child, Failure> {
     let (program, arguments) = work.words.split_first().expect("the plan checked it");
     let mut command = std::process::Command::new(program);
     command
         .args(arguments)
-        // With what it starts in turn it is a group, which ends together.
+        // The program and its children form a process group, so that they can be killed together.
         .process_group(0)
         .current_dir(work.folder)
         .stdin(Stdio::piped())
@@ -281,7 +286,8 @@ fn start(work: &Command<'_>, round: Option<u32>, secrets: &Secrets) -> Result<Ch
     for name in withheld(work.env, secrets) {
         command.env_remove(name);
     }
-    // What was set for our libtorch is not meant for the one that the program may use.
+    // Variables that were set for this program's libtorch must not affect the one that the command
+    // may use.
     if let Ok(names) = std::env::var(SET_HERE) {
         for name in names.split(',').filter(|name| !name.is_empty()) {
             command.env_remove(name);
@@ -301,24 +307,24 @@ fn start(work: &Command<'_>, round: Option<u32>, secrets: &Secrets) -> Result<Ch
     }
     command.spawn().map_err(|error| {
         Failure::Other(format!(
-            "`{program}` can't be started in {}: {error}",
+            "cannot start `{program}` in {}: {error}",
             work.folder.display()
         ))
     })
 }
 
-/// The program while it runs: ended when it is not wanted any more, whatever the reason, with all that it
-/// has started in turn.
+/// The running program. On drop, for whatever reason, it is killed together with its process group.
 struct Running(Child);
 
 impl Running {
     #[expect(
         unsafe_code,
-        reason = "the standard library ends single processes only"
+        reason = "the standard library cannot kill a process group"
     )]
     fn end(&self) {
-        // SAFETY: kill touches nothing of this process. It was not waited for, so that the number is its
-        // own; or it was, and then the number of its group is still that of what it has started, or nobody's.
+        // SAFETY: kill touches no memory of this process. If the child has not been waited for, its
+        // pid is still its own; if it has, its group id still belongs to its children, or to no
+        // process.
         unsafe {
             libc::kill(-self.0.id().cast_signed(), libc::SIGKILL);
         }
@@ -328,7 +334,7 @@ impl Running {
 impl Drop for Running {
     fn drop(&mut self) {
         self.end();
-        // It may have ended by itself.
+        // It may have exited by itself.
         drop(self.0.wait());
     }
 }
@@ -348,12 +354,12 @@ fn listen(
     thread::spawn(move || {
         let fed = catch_unwind(AssertUnwindSafe(|| feed(&stdin, files, &schema)));
         let fed = fed.unwrap_or_else(|_| {
-            let problem =
-                "the rows for the command can't be read: this is a mistake of this program";
+            let problem = "cannot read the rows for the command: internal error";
             Err(Failure::Other(problem.to_owned()))
         });
         if let Err(failure) = fed {
-            // Before the program sees the end of its input, and takes it for all.
+            // This must arrive before the program sees the end of its input and takes it for
+            // complete.
             drop(unread.send(PipeMessage::Unread(failure)));
         }
     });
@@ -373,8 +379,8 @@ fn listen(
     said
 }
 
-/// Writes the rows of a table as a stream. A program that wants no more of them is no failure; a table
-/// that can't be read is.
+/// Writes the rows of a table as a stream. A program that closes its stdin early is not an error; a
+/// table that cannot be read is.
 fn feed(stdin: impl Write, files: Vec<PathBuf>, schema: &SchemaRef) -> Result<(), Failure> {
     let Ok(mut writer) = StreamWriter::try_new(stdin, schema) else {
         return Ok(());
@@ -382,7 +388,7 @@ fn feed(stdin: impl Write, files: Vec<PathBuf>, schema: &SchemaRef) -> Result<()
     for batch in TableReader::new(files) {
         // Files may have been written before the plan's schema had its metadata.
         let batch = batch?.with_schema(schema.clone()).map_err(|error| {
-            Failure::Other(format!("the rows for the command can't be read: {error}"))
+            Failure::Other(format!("cannot read the rows for the command: {error}"))
         })?;
         if writer.write(&batch).is_err() {
             return Ok(());
@@ -392,15 +398,15 @@ fn feed(stdin: impl Write, files: Vec<PathBuf>, schema: &SchemaRef) -> Result<()
     Ok(())
 }
 
-/// Reads the rows that the program makes, up to the end of its output.
+/// Reads the rows that the program returns, up to the end of its output.
 fn read(stdout: impl Read, sender: &SyncSender<PipeMessage>) -> Ended {
     let mut stdout = BufReader::new(stdout);
     if stdout.fill_buf().is_ok_and(<[u8]>::is_empty) {
         return Ended::Cut(format!(
-            "wrote nothing to its standard output; for a table without rows, {CLOSE}"
+            "wrote nothing to its standard output; even for a table without rows, {CLOSE}"
         ));
     }
-    let no_stream = |error| Ended::Invalid(format!("wrote what is no Arrow IPC stream: {error}"));
+    let no_stream = |error| Ended::Invalid(format!("wrote an invalid Arrow IPC stream: {error}"));
     let mut framed = Framed::new(stdout);
     let mut reader = match StreamReader::try_new(&mut framed, None) {
         Ok(reader) => reader,
@@ -421,17 +427,17 @@ fn read(stdout: impl Read, sender: &SyncSender<PipeMessage>) -> Ended {
             }
             Some(Err(_)) if framed.is_over => {
                 return Ended::Cut(format!(
-                    "wrote an Arrow IPC stream that stops inside a batch: {CLOSE}"
+                    "wrote an Arrow IPC stream that ends inside a batch: {CLOSE}"
                 ));
             }
             Some(Err(error)) => {
                 let refused = framed.refused.clone();
                 return refused.map_or_else(|| no_stream(error), Ended::Invalid);
             }
-            // The reader takes an output that ends between two batches for a whole stream.
+            // The reader takes an output that ends between two batches for a complete stream.
             None if !framed.is_whole => {
                 return Ended::Cut(format!(
-                    "wrote an Arrow IPC stream without its end-of-stream marker, and rows may be missing: {CLOSE}"
+                    "wrote an Arrow IPC stream without an end-of-stream marker, so rows may be missing: {CLOSE}"
                 ));
             }
             None => break,
@@ -441,15 +447,15 @@ fn read(stdout: impl Read, sender: &SyncSender<PipeMessage>) -> Ended {
     match reader.get_mut().read(&mut [0]) {
         Ok(0) => Ended::Whole,
         Ok(_) => Ended::Invalid(
-            "wrote more to its standard output after the end of its Arrow IPC stream; write all rows as \
-             one stream, and messages to the standard error"
+            "wrote to its standard output after the end of the Arrow IPC stream; write all rows as \
+             one stream, and messages to standard error"
                 .to_owned(),
         ),
-        Err(error) => Ended::Cut(format!("its standard output can't be read: {error}")),
+        Err(error) => Ended::Cut(format!("cannot read its standard output: {error}")),
     }
 }
 
-/// The rows without secret values in their texts: a program may be given one, or read it somewhere.
+/// Masks secret values in the text columns: a program may be given a secret, or read one somewhere.
 fn masked(batch: RecordBatch, mask: &Mask) -> RecordBatch {
     if mask.is_empty() {
         return batch;
@@ -466,14 +472,14 @@ fn masked(batch: RecordBatch, mask: &Mask) -> RecordBatch {
     RecordBatch::try_new(batch.schema(), columns.collect()).expect("the types are as before")
 }
 
-/// A column of texts without secret values.
+/// Masks secret values in a text column.
 fn hidden(column: &ArrayRef, mask: &Mask) -> ArrayRef {
     let texts = column.as_string::<i32>();
     let hide = |text: Option<&str>| text.map(|text| mask.hide(text));
     Arc::new(texts.iter().map(hide).collect::<StringArray>())
 }
 
-/// The columns that are declared, in their order.
+/// Returns the declared columns, in their declared order.
 fn fitted(batch: &RecordBatch, schema: &SchemaRef) -> Result<RecordBatch, String> {
     let found = batch.schema();
     if let Some(other) = found
@@ -487,20 +493,20 @@ fn fitted(batch: &RecordBatch, schema: &SchemaRef) -> Result<RecordBatch, String
             .map(|field| field.name().as_str())
             .collect();
         return Err(format!(
-            "wrote a column `{}`, which `columns` does not declare; it declares {}",
+            "wrote column `{}`, which is not declared in `columns`; declared columns: {}",
             other.name(),
             declared.join(", ")
         ));
     }
     let mut names = HashSet::new();
     if let Some(twice) = (found.fields().iter()).find(|field| !names.insert(field.name())) {
-        return Err(format!("wrote two columns `{}`", twice.name()));
+        return Err(format!("wrote column `{}` twice", twice.name()));
     }
     let mut columns = Vec::new();
     for field in schema.fields() {
         let Some(column) = batch.column_by_name(field.name()) else {
             return Err(format!(
-                "wrote no column `{}`, which `columns` declares",
+                "wrote no column `{}`, which is declared in `columns`",
                 field.name()
             ));
         };
@@ -511,7 +517,7 @@ fn fitted(batch: &RecordBatch, schema: &SchemaRef) -> Result<RecordBatch, String
                 (DataType::List(one), DataType::List(other)) if one.data_type() == other.data_type());
         if !same {
             return Err(format!(
-                "wrote `{}` as {}, and `columns` declares {}",
+                "wrote `{}` as {}, but `columns` declares {}",
                 field.name(),
                 column.data_type(),
                 field.data_type()
@@ -530,7 +536,7 @@ mod tests {
 
     use super::*;
 
-    /// A stream of two batches, and where each part of it ends.
+    /// A stream of two batches, and its schema.
     fn stream() -> (Vec<u8>, SchemaRef) {
         let numbers: ArrayRef = Arc::new(Int32Array::from(vec![1, 2, 3]));
         let batch = RecordBatch::try_from_iter([("number", numbers)]).unwrap();
@@ -557,7 +563,7 @@ mod tests {
         let (bytes, _) = stream();
         let marker = bytes.len() - 8;
         assert!(matches!(ending(&bytes), (6, Ended::Whole)));
-        // The marker of Arrow before 0.15.
+        // The end-of-stream marker of Arrow before 0.15.
         let legacy = [&bytes[..marker], &[0; 4]].concat();
         assert!(matches!(ending(&legacy), (6, Ended::Whole)));
         for length in 1..bytes.len() {

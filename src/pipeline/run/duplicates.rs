@@ -1,7 +1,8 @@
-//! That a prompt stands once in a table of prompts, and an answer once in a table of answers or rewards.
+//! Duplicate checks: a prompt may occur once in a table of prompts, a response once in a table of
+//! responses or rewards.
 //!
-//! Stages that read such tables find rows by these names; of two with the same one, the second would
-//! get lost. The tables of our own verbs have none; a query or a program of the user may.
+//! Stages look rows up by these ids; a duplicate would be lost silently. The tables of built-in
+//! stage types have no duplicates; those of a user's query or program may.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -18,8 +19,8 @@ use ovchat_data::store::TableReader;
 use ovchat_data::tables::{Candidate, Prompt, Reward, Row};
 
 impl Runner<'_> {
-    /// Fails if a stage would read a table of the user in which a row stands twice. Trainings read row by
-    /// row, and may have a row as often as they like.
+    /// Fails if a stage would read a user-made table with duplicate rows. Training stages read row
+    /// by row and allow duplicates.
     pub(super) fn refuse_repeated(
         &self,
         stage: &PlannedStage,
@@ -79,13 +80,15 @@ impl Runner<'_> {
     }
 }
 
-/// 128 bits of a name's SHA-256: 16 bytes a row are kept, however long the names are.
+/// The first 128 bits of the SHA-256 of a row's ids: 16 bytes per row in memory, however long the
+/// ids are.
 fn digest(prompt_id: &str, candidate: Option<i64>) -> [u8; 16] {
     let digest = Sha256::digest(format!("{candidate:?} {prompt_id}"));
     digest[..16].try_into().expect("a SHA-256 has 32 bytes")
 }
 
-/// The names of rows: the prompt, and the number of the answer where rows are of answers.
+/// Returns the ids of the rows: the prompt, and the number of the response where the table has
+/// responses.
 fn names(rows: &RecordBatch, has_answers: bool) -> Vec<(String, Option<i64>)> {
     let column = |name: &str, to: &DataType| {
         let column = rows.column_by_name(name)?;
@@ -113,13 +116,13 @@ fn repeated(
 ) -> String {
     match candidate {
         None => format!(
-            "`{table}` has several rows of the prompt {prompt_id}, and `{stage}` reads one for each prompt_id: \
-             write `select distinct` in `{table}`, or choose one row of each"
+            "`{table}` has several rows for prompt {prompt_id}, but `{stage}` needs one per prompt_id: use \
+             `select distinct` in `{table}`, or select one row of each"
         ),
         Some(candidate) => format!(
-            "`{table}` has several rows of the candidate {candidate} of the prompt {prompt_id}, and `{stage}` \
-             reads one for each prompt_id and candidate: write `select distinct` in `{table}`, choose one row \
-             of each, or number answers of several tables anew"
+            "`{table}` has several rows for candidate {candidate} of prompt {prompt_id}, but `{stage}` \
+             needs one per prompt_id and candidate: use `select distinct` in `{table}`, select one row of \
+             each, or renumber the candidates when combining tables"
         ),
     }
 }

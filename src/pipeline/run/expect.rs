@@ -1,4 +1,5 @@
-//! Tables are compared with what the pipeline expects of them, and with the share of rejects that it allows.
+//! Expectations: tables are checked against the pipeline's `expect` entries and its limit on
+//! rejects.
 
 use arrow::array::{Array, AsArray, RecordBatch};
 use arrow::datatypes::Float64Type;
@@ -12,12 +13,12 @@ use ovchat_data::store::{TableVersion, read_file};
 use ovchat_data::tables::{Reject, RejectClass};
 use ovchat_query::QueryTable;
 
-/// Rows that are shown of those that should not be there.
+/// The number of offending rows that a message shows.
 const SHOWN: usize = 3;
 
 impl Runner<'_> {
-    /// Checks what is expected of a table that is there. Done in every run, also for a table that an
-    /// earlier one made: what was not as expected then is not now.
+    /// Checks the expectations of a complete table. Runs in every run, also for tables that an
+    /// earlier run built: an expectation that failed then fails again.
     pub(super) fn expect(
         &mut self,
         stage: &PlannedStage,
@@ -33,14 +34,14 @@ impl Runner<'_> {
             };
             let of_round = round.map_or_else(String::new, |round| format!(" (round {round})"));
             let words = format!(
-                "`{name}` expects something else of `{}`{of_round}: {problem}",
+                "expectation `{name}` failed for `{}`{of_round}: {problem}",
                 stage.name
             );
             match expectation.otherwise {
                 Otherwise::Warn => self.report.note(&format!("warning: {words}")),
                 Otherwise::Stop => {
                     return Err(Failure::Other(format!(
-                        "{words}\nto see its rows, run:\n{}\nchange what makes the table, or what is expected of it",
+                        "{words}\nto see its rows, run:\n{}\nchange the stage that builds the table, or the expectation",
                         self.sql_of(&stage.name, round, &format!("select * from {}", stage.name))
                     )));
                 }
@@ -49,7 +50,7 @@ impl Runner<'_> {
         Ok(())
     }
 
-    /// Fails when more rows were set aside as faulty than the pipeline allows.
+    /// Fails if more rows were rejected as faulty than the pipeline allows.
     pub(super) fn check_rejects(
         &self,
         table: &TableName,
@@ -59,7 +60,7 @@ impl Runner<'_> {
             .folder
             .manifest()
             .under_way(table.as_str(), round)
-            .expect("a table that was begun");
+            .expect("the table was begun");
         let total: u64 = made.parts.iter().map(|part| part.rows_in).sum();
         let faults: u64 = made.parts.iter().map(|part| part.faults).sum();
         let share_max = self.plan.reject_share_max.get();
@@ -72,8 +73,8 @@ impl Runner<'_> {
             _ => "rows are",
         };
         Err(Failure::Other(format!(
-            "{faults} of {total} {are} faulty, and `reject_share_max` allows a share of {share_max}; the first is \
-             {first}\nto see all, run:\n{}\ncorrect them, or raise `reject_share_max`",
+            "{faults} of {total} {are} faulty, more than `reject_share_max: {share_max}` allows; the first is \
+             {first}\nto see all, run:\n{}\nfix them, or raise `reject_share_max`",
             self.sql_of(
                 table,
                 round,
@@ -94,8 +95,8 @@ impl Runner<'_> {
         Ok("not recorded".to_owned())
     }
 
-    /// The command that queries a version that was refused: it lies in its place, or is staged beside the
-    /// table that it would have replaced.
+    /// Returns the command that queries a refused version: it is in its usual place, or is staged
+    /// beside the table that it would have replaced.
     pub(super) fn sql_of(&self, table: &TableName, round: Option<u32>, query: &str) -> String {
         let staged = self.folder.manifest().staged(table.as_str(), round);
         let flag = if staged.is_some() { "--staged " } else { "" };
@@ -103,7 +104,7 @@ impl Runner<'_> {
         format!("pipeline sql {flag}{folder} \"{query}\"")
     }
 
-    /// What is not as expected, if anything is.
+    /// Returns the message of a failed expectation; `None` if it holds.
     fn problem(
         &self,
         expectation: &Expectation,
@@ -140,8 +141,8 @@ impl Runner<'_> {
         if expectation.query.is_none() {
             if count > 1 {
                 return Err(Failure::Other(format!(
-                    "the value that is expected of `{}` must be one number, and `{}` gave {count} rows: \
-                     aggregate them into one value, such as: avg(reward)",
+                    "the expected value of `{}` must be one number, but `{}` returned {count} rows: \
+                     aggregate them into one value, such as avg(reward)",
                     expectation.table,
                     expectation.value.as_deref().unwrap_or_default()
                 )));
@@ -159,7 +160,7 @@ impl Runner<'_> {
             pretty_format_batches(&found).map_err(|error| Failure::Other(error.to_string()))?;
         let plural = if count == 1 { "row" } else { "rows" };
         let first = if count > SHOWN {
-            ", the first of them:"
+            ", starting with:"
         } else {
             ":"
         };

@@ -1,5 +1,5 @@
-//! What a run would do, without doing it: which tables it would take as they are, which it would
-//! make, why, how many rows that is, and how long it took before.
+//! The forecast of a run: the tables it would reuse or build, with reasons, row counts and
+//! estimated times.
 
 use std::path::Path;
 
@@ -12,33 +12,33 @@ use ovchat_data::store::{
 };
 use ovchat_models::ModelLoader;
 
-/// What becomes of a table.
+/// The action that a run takes on a table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Action {
-    /// It is there.
+    /// The table is up to date.
     Reuse,
-    /// It was there before, was set aside since, and comes back as it is.
+    /// An archived version of the table is restored.
     Return,
-    /// It was begun; so many of its rows are there.
+    /// The table was begun and is resumed; `rows` of its rows exist.
     Resume { rows: u64 },
-    /// It is made: there was none (no reasons), or what it was made from changed.
+    /// The table is built: it is new (no reasons), or its key inputs changed.
     Make {
         reasons: Vec<Reason>,
-        /// Whether rows whose own input is as before are taken over.
+        /// True if rows whose own input is unchanged are reused.
         by_row: bool,
     },
 }
 
-/// What to expect of a table, as far as that is known.
+/// The estimated size and time of a table, where known.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Estimate {
     pub rows: Option<u64>,
-    /// Seconds to make it, by what such rows took before: in this run or else on this machine.
+    /// Seconds to build the table, from the rates of this run or else of this machine.
     pub seconds: Option<f64>,
     pub bytes: Option<u64>,
 }
 
-/// A table in a round, and what becomes of it.
+/// A table in a round, and the action that a run takes on it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Forecast {
     pub table: TableName,
@@ -48,14 +48,14 @@ pub struct Forecast {
 }
 
 impl Forecast {
-    /// True if something of the table would be made.
+    /// True if any part of the table would be built.
     pub fn is_work(&self) -> bool {
         !matches!(self.action, Action::Reuse | Action::Return)
     }
 }
 
-/// What a run of the plan in `folder` would do. Nothing is written; no model is opened, but `loader`
-/// must be the one that the run would have, for it decides in what precision models compute.
+/// Returns the forecast of a run of the plan in `folder`. Writes nothing and opens no model, but
+/// `loader` must be the one that the run would use, since it determines the models' precision.
 pub fn forecast(
     plan: &Plan,
     folder: &Path,
@@ -65,8 +65,8 @@ pub fn forecast(
     Ok(foresee(plan, folder, loader, rates)?.0)
 }
 
-/// The same for a run that is about to go on in `folder`: which files were read is written down there,
-/// so that the run does not read them again.
+/// Returns the forecast of a run that is about to start in `folder`, and saves the fingerprints of
+/// the files it read there, so that the run does not read them again.
 pub fn forecast_of_run(
     plan: &Plan,
     folder: &Path,
@@ -74,7 +74,7 @@ pub fn forecast_of_run(
     rates: &Rates,
 ) -> Result<Vec<Forecast>, Failure> {
     let (forecasts, keys) = foresee(plan, folder, loader, rates)?;
-    // What can't be written down is read again.
+    // Fingerprints that cannot be saved are computed again.
     drop(keys.save());
     Ok(forecasts)
 }
@@ -101,7 +101,7 @@ fn foresee<'a>(
             && round > Some(ended)
             && ended > 0
         {
-            // What ends the rounds is known where nothing that it reads is made again.
+            // The last round is known only if none of the tables that `stop_when` reads is rebuilt.
             let mut so_far = forecasts.iter();
             if so_far.all(|made| made.action == Action::Reuse) && ends(plan, run, ended, || false)?
             {
@@ -124,14 +124,18 @@ fn foresee<'a>(
         let because = keys.because(stage, round)?;
         let key = table_key(&because);
         let current = manifest.find(stage.name.as_str(), round);
-        let parked = manifest.parked.iter().rev().map(|parked| &parked.made);
-        let mut parked =
-            parked.filter(|made| made.table == stage.name.as_str() && made.round == round);
+        let archived = manifest
+            .archived
+            .iter()
+            .rev()
+            .map(|archived| &archived.made);
+        let mut archived =
+            archived.filter(|made| made.table == stage.name.as_str() && made.round == round);
         let current_fits = current.filter(|made| made.key == key);
         let staged = manifest.staged(stage.name.as_str(), round);
-        let others = staged.into_iter().chain(parked.clone());
+        let others = staged.into_iter().chain(archived.clone());
         let found = current_fits.or_else(|| others.into_iter().find(|made| made.key == key));
-        let action = match (found, current.or_else(|| parked.next())) {
+        let action = match (found, current.or_else(|| archived.next())) {
             (Some(made), _) if made.complete && current_fits.is_some() => Action::Reuse,
             (Some(made), _) if made.complete => Action::Return,
             (Some(made), _) => Action::Resume { rows: made.rows() },
@@ -154,7 +158,7 @@ fn foresee<'a>(
         let known = match found.filter(|made| made.complete) {
             Some(made) => made.content.clone().unwrap_or_else(|| key.clone()),
             None if is_load(stage) => {
-                // Its rows are not known, and may turn out to be those that it had.
+                // Its rows are unknown, and may turn out to be unchanged.
                 format!("rows of {key}")
             }
             None => key,
@@ -188,7 +192,7 @@ fn foresee<'a>(
     Ok((forecasts, keys))
 }
 
-/// What there is of a table that is there.
+/// Returns the actual size of an existing table.
 fn of_made(made: &TableVersion) -> Estimate {
     Estimate {
         rows: Some(made.rows()),
@@ -197,17 +201,17 @@ fn of_made(made: &TableVersion) -> Estimate {
     }
 }
 
-/// What expectations rest on.
+/// The data that estimates are based on.
 struct Known<'a> {
     manifest: &'a Manifest,
     rates: &'a Rates,
     keys: &'a Keys<'a>,
-    /// Those of earlier rounds.
+    /// The forecasts of earlier rounds.
     forecasts: &'a [Forecast],
 }
 
 impl Known<'_> {
-    /// What to expect of a table that is made. `rows_in` tells the rows of its inputs.
+    /// Estimates a table that is to be built. `rows_in` returns the number of rows of an input.
     fn estimate(
         &self,
         stage: &PlannedStage,
@@ -222,7 +226,7 @@ impl Known<'_> {
         ) {
             (Some(rows), Some(_)) => Some(rows),
             _ if is_load(stage) => Some(records(stage)?),
-            // A table that no rule foretells has about as many rows as it had.
+            // A table without a rule for its size has about as many rows as last time.
             _ => last
                 .map(TableVersion::rows)
                 .or_else(|| {
@@ -232,7 +236,7 @@ impl Known<'_> {
                 })
                 .or_else(|| stage.spec.as_stage().rows_at_most(rows_in)),
         };
-        // A model that can't be read is what the check complains about.
+        // An unreadable model is reported by `check`.
         let rate = self
             .keys
             .pace(stage)
@@ -253,12 +257,13 @@ impl Known<'_> {
     }
 }
 
-/// A query is none, and to ask for its work would read its file.
+/// Returns true for a load stage. Queries are excluded first, since requesting their work would
+/// read their file.
 fn is_load(stage: &PlannedStage) -> bool {
     stage.kind.is_some() && matches!(stage.spec.as_stage().work(), StageKind::Load(_))
 }
 
-/// The records of a user's file; faulty ones count, for they are known only when they are loaded.
+/// Counts the records of a user's file, including faulty ones, which are only known once loaded.
 fn records(stage: &PlannedStage) -> Result<u64, Failure> {
     let StageKind::Load(load) = stage.spec.as_stage().work() else {
         return Ok(0);
@@ -271,16 +276,16 @@ fn records(stage: &PlannedStage) -> Result<u64, Failure> {
     Ok(count)
 }
 
-/// The latest whole making of a table, of this round where there is one.
+/// Returns the latest complete version of a table, of this round if there is one.
 fn last_making<'m>(
     manifest: &'m Manifest,
     stage: &PlannedStage,
     round: Option<u32>,
 ) -> Option<&'m TableVersion> {
-    let parked = manifest.parked.iter().map(|parked| &parked.made);
-    let of_table = parked.chain(&manifest.made);
+    let archived = manifest.archived.iter().map(|archived| &archived.made);
+    let of_table = archived.chain(&manifest.made);
     let whole = of_table.filter(|made| made.table == stage.name.as_str() && made.complete);
-    // Makings that took rows over from others tell less.
+    // Versions that reused rows of others say less about time.
     whole.max_by_key(|made| {
         let computed = made.took().is_some_and(|took| took.rows > 0);
         (computed, made.round == round, made.round)
@@ -288,7 +293,7 @@ fn last_making<'m>(
 }
 
 impl super::Runner<'_> {
-    /// What is expected of a table that is begun.
+    /// Returns the estimate for a table that is begun.
     pub(super) fn expected(&self, table: &TableName, round: Option<u32>) -> Expected {
         let Some(stage) = self.plan.stage(table) else {
             return Expected::default();

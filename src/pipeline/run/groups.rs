@@ -1,8 +1,9 @@
-//! A table's rows in groups: all rows of one `prompt_id`.
+//! The groups of a table: all rows of one `prompt_id`.
 //!
-//! Nearly always the rows of a prompt are adjacent, and the table is read once, as a stream. Where they
-//! are not (a query without `order by`, a `union all`), the rows of some prompts at a time are gathered.
-//! Prompts come in the order of their first rows, the rows of a prompt in the order of the table.
+//! The rows of a prompt are nearly always adjacent, and the table is read once, as a stream. Where
+//! they are not (a query without `order by`, a `union all`), the rows of some prompts at a time are
+//! gathered. Prompts come in the order of their first rows, the rows of a prompt in the order of
+//! the table.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -14,30 +15,30 @@ use arrow::datatypes::{DataType, SchemaRef};
 use crate::stages::Failure;
 use ovchat_data::store::{Lookup, Name, TableReader};
 
-/// Rows that are gathered at once, unless one prompt alone has more.
+/// The number of rows that are gathered at once, unless a single prompt has more.
 const ROWS_AT_ONCE: u32 = 32_768;
 
-/// Hands out the groups of a table.
+/// An iterator over the groups of a table.
 pub struct Groups {
     rows: Rows,
-    /// What was read and not yet handed out: a batch, its ids, and the first row of it.
+    /// The unread remainder: a batch, its prompt ids, and its first row that was not returned.
     rest: Option<(RecordBatch, ArrayRef, usize)>,
 }
 
-/// A source of rows in which those of each prompt are adjacent.
+/// A source of rows in which the rows of each prompt are adjacent.
 enum Rows {
     /// The table as it is.
     Adjacent(TableReader),
-    /// The table in another order.
+    /// The table, reordered.
     Gathered {
         lookup: Box<Lookup>,
-        /// The prompts that were not handed out, each with the number of its rows.
+        /// The prompts not yet returned, each with its number of rows.
         names: std::iter::Peekable<std::vec::IntoIter<(Name, u32)>>,
         at_once: u32,
     },
 }
 
-/// Some groups: their rows, one after another, and how many of them belong to each.
+/// Several groups: their rows, in order, and the number of rows in each group.
 #[derive(Debug, Default)]
 pub struct Taken {
     pub rows: Vec<RecordBatch>,
@@ -45,7 +46,7 @@ pub struct Taken {
 }
 
 impl Groups {
-    /// The groups of the table in `files`, with the columns of `columns`.
+    /// Opens the groups of the table in `files`, with the given columns.
     pub fn open(files: Vec<PathBuf>, columns: SchemaRef) -> Result<Self, Failure> {
         Self::gathering(files, columns, ROWS_AT_ONCE)
     }
@@ -64,12 +65,12 @@ impl Groups {
         Ok(Self { rows, rest: None })
     }
 
-    /// True if the rows of some prompt are not adjacent in the table.
+    /// True if the rows of any prompt are not adjacent in the table.
     pub fn is_gathered(&self) -> bool {
         matches!(self.rows, Rows::Gathered { .. })
     }
 
-    /// The next `count` groups, fewer at the end.
+    /// Returns the next `count` groups, fewer at the end.
     pub fn take(&mut self, count: usize) -> Result<Taken, Failure> {
         let mut taken = Taken::default();
         let mut last: Option<String> = None;
@@ -101,7 +102,7 @@ impl Groups {
         Ok(taken)
     }
 
-    /// What comes next: a batch, its ids, and the first row that was not handed out.
+    /// Returns the next batch, its prompt ids, and its first row that was not returned.
     fn next(&mut self) -> Result<Option<(RecordBatch, ArrayRef, usize)>, Failure> {
         if let Some(rest) = self.rest.take() {
             return Ok(Some(rest));
@@ -143,7 +144,8 @@ impl Rows {
     }
 }
 
-/// The same rows with those of each prompt adjacent, prompts in the order of their first rows.
+/// Returns the same rows with those of each prompt adjacent, and prompts in the order of their
+/// first rows.
 fn adjacent(batch: &RecordBatch) -> Result<RecordBatch, Failure> {
     let ids = prompt_ids(batch)?;
     let ids = ids.as_string::<i32>();
@@ -160,7 +162,7 @@ fn adjacent(batch: &RecordBatch) -> Result<RecordBatch, Failure> {
 }
 
 fn prompt_ids(batch: &RecordBatch) -> Result<ArrayRef, Failure> {
-    let missing = || Failure::Other("the table has no column `prompt_id` of text".to_owned());
+    let missing = || Failure::Other("the table has no text column `prompt_id`".to_owned());
     let ids = batch.column_by_name("prompt_id").ok_or_else(missing)?;
     cast(ids, &DataType::Utf8).map_err(|_| missing())
 }
@@ -171,7 +173,7 @@ mod tests {
     use ovchat_data::store::TableWriter;
     use ovchat_data::tables::{Reward, Row};
 
-    /// The rows of each group that is taken, by their numbers; three rows are gathered at once.
+    /// Returns the row numbers of each group taken; three rows are gathered at once.
     fn taken(ids: &[&str], count: usize) -> Vec<Vec<Vec<i32>>> {
         let folder = tempfile::tempdir().unwrap();
         let row = |(number, id): (usize, &&str)| Reward {
@@ -183,7 +185,7 @@ mod tests {
             reply: None,
         };
         let rows: Vec<Reward> = ids.iter().enumerate().map(row).collect();
-        // Two files, so that groups lie across batches.
+        // Two files, so that groups span batches.
         let mut files = Vec::new();
         for (number, half) in rows.chunks(rows.len().div_ceil(2).max(1)).enumerate() {
             let stem = format!("part-{number}");
@@ -227,7 +229,7 @@ mod tests {
         assert_eq!(taken(&ids, 9), [all.to_vec()]);
         assert_eq!(taken(&ids, 3), [all[..3].to_vec(), all[3..].to_vec()]);
         assert_eq!(taken(&ids, 1), all.map(|group| vec![group]));
-        // A prompt with more rows than are gathered at once is whole, too.
+        // A prompt with more rows than are gathered at once stays whole.
         let ids = ["a", "b", "a", "a", "b", "a", "a"];
         assert_eq!(
             taken(&ids, 1),

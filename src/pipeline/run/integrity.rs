@@ -1,5 +1,5 @@
-//! What is read is what was written: files are compared with their SHA-256 before anything is made from
-//! them, and what is something else is put aside and made again.
+//! Integrity checks: files are compared with their recorded SHA-256 before anything is built from
+//! them, and corrupt files are quarantined and rebuilt.
 
 use std::path::{Path, PathBuf};
 
@@ -12,29 +12,29 @@ use crate::config::PlannedStage;
 use crate::stages::{Failure, ModelState};
 use ovchat_data::store::{CheckpointRecord, FileRecord, StoreError, TableVersion, hash_file};
 
-/// A file, below the run's folder, and its SHA-256.
+/// The path of a file, relative to the run folder, and its SHA-256.
 fn record(file: &FileRecord) -> (PathBuf, String) {
     (PathBuf::from(&file.file), file.sha256.clone())
 }
 
-/// The files of a checkpoint, likewise.
+/// The paths of a checkpoint's files, with their SHA-256.
 fn records(checkpoint: &CheckpointRecord) -> impl Iterator<Item = (PathBuf, String)> + '_ {
     let folder = Path::new(&checkpoint.folder);
     let files = checkpoint.sha256.iter();
     files.map(|(name, sha256)| (folder.join(name), sha256.clone()))
 }
 
-/// The files of a version's rows and of its checkpoint, likewise.
+/// The paths of all files of a version (rows and checkpoint), with their SHA-256.
 pub(super) fn all_of(made: &TableVersion) -> impl Iterator<Item = (PathBuf, String)> + '_ {
     let checkpoint = made.checkpoint.iter().flat_map(records);
     made.files().map(record).chain(checkpoint)
 }
 
 impl RunError {
-    /// The file that was not what was written, if that is what went wrong.
-    pub(super) fn spoiled(&self) -> Option<&Path> {
+    /// Returns the path of the corrupt file, if that is the cause of the failure.
+    pub(super) fn corrupt(&self) -> Option<&Path> {
         match &*self.failure {
-            Failure::Store(StoreError::Spoiled { path } | StoreError::Parquet { path, .. }) => {
+            Failure::Store(StoreError::Corrupt { path } | StoreError::Parquet { path, .. }) => {
                 Some(path)
             }
             _ => None,
@@ -43,9 +43,9 @@ impl RunError {
 }
 
 impl Runner<'_> {
-    /// Sees to it that the tables which a stage reads, what there is of its own, and the checkpoints of
-    /// its models are what was written: a bit that a disk has turned over would go into everything behind
-    /// it. Each file is read once for that.
+    /// Verifies the checksums of the tables that a stage reads, of existing versions of its own
+    /// tables, and of its models' checkpoints: a flipped bit would propagate into everything
+    /// downstream. Each file is read once for this.
     pub(super) fn look_at_inputs(
         &mut self,
         stage: &PlannedStage,
@@ -70,21 +70,21 @@ impl Runner<'_> {
                 written.extend(records(checkpoint));
             }
         }
-        written.retain(|file| !self.sound.contains(file));
+        written.retain(|file| !self.intact.contains(file));
         let root = self.folder.root();
         written.par_iter().try_for_each(|(file, sha256)| {
             let path = root.join(file);
             if hash_file(&path)? == *sha256 {
                 return Ok(());
             }
-            Err(StoreError::Spoiled { path })
+            Err(StoreError::Corrupt { path })
         })?;
-        self.sound.extend(written);
+        self.intact.extend(written);
         Ok(())
     }
 
-    /// Sees to it that what there is of a stage's own tables is what was written. A file whose size, time
-    /// and inode are those of the last look is not read again.
+    /// Verifies the checksums of a stage's own tables. A file whose size, mtime and inode are
+    /// unchanged since the last check is not read again.
     pub(super) fn look_at_own(
         &self,
         stage: &PlannedStage,
@@ -97,7 +97,7 @@ impl Runner<'_> {
         self.look_at(made.flat_map(TableVersion::hashes))
     }
 
-    /// The same for the run's images.
+    /// Verifies the checksums of the run's images in the same way.
     pub(super) fn look_at_images(&self) -> Result<(), Failure> {
         let images = self.folder.manifest().images.iter();
         self.look_at(images.map(|file| (file.file.clone(), file.sha256.as_str())))
@@ -114,18 +114,19 @@ impl Runner<'_> {
             if fingerprints.file(&path)? == *sha256 {
                 return Ok(());
             }
-            // What is remembered may be wrong.
+            // The remembered fingerprint may be wrong.
             if hash_file(&path)? == *sha256 {
                 fingerprints.note(&path, sha256);
                 return Ok(());
             }
             let path = shown.join(file);
-            Err(StoreError::Spoiled { path })
+            Err(StoreError::Corrupt { path })
         });
         Ok(looked?)
     }
 
-    /// Notes the size, time and inode of a table's files, which have just been written or looked at.
+    /// Records the size, mtime and inode of a table's files, which have just been written or
+    /// verified.
     pub(super) fn note_stamps(&self, stage: &PlannedStage, round: Option<u32>) {
         let Ok(root) = std::path::absolute(self.folder.root()) else {
             return;
@@ -138,28 +139,28 @@ impl Runner<'_> {
         }
     }
 
-    /// Puts a file aside that is not what was written, so that the next time through makes it again.
-    /// Returns whether it is so: a disk that can't be read just now spoils nothing.
-    pub(super) fn mend(&mut self, spoiled: &Path) -> Result<bool, Failure> {
-        // A model that is open may have been read from it.
+    /// Quarantines a corrupt file, so that the next pass rebuilds it. Returns false if the file is
+    /// intact after all: a disk that is temporarily unreadable corrupts nothing.
+    pub(super) fn mend(&mut self, corrupt: &Path) -> Result<bool, Failure> {
+        // An open model may have been read from it.
         self.kept = Kept::default();
         if let Some(fork) = &self.folder.manifest().fork
-            && self.folder.is_of_the_fork(spoiled)
+            && self.folder.is_of_the_fork(corrupt)
         {
             return Err(Failure::Other(format!(
-                "{} is not what was written; a disk or another program has changed it. It is of a round before \
-                 the fork, which this run does not make: put it back as it was, or fork {} again, of which it comes",
-                spoiled.display(),
+                "{}: checksum mismatch: the file changed after it was written. It belongs to a round before the \
+                 fork, which this run does not rebuild: restore the file from a backup, or fork {} again",
+                corrupt.display(),
                 fork.of.display()
             )));
         }
-        let Some(aside) = self.folder.put_aside(spoiled)? else {
+        let Some(aside) = self.folder.put_aside(corrupt)? else {
             return Ok(false);
         };
         self.report.note(&format!(
-            "{} is not what was written; a disk or another program has changed it. It is made again; what \
-             was found lies in {}",
-            spoiled.display(),
+            "{}: checksum mismatch: the file changed after it was written; rebuilding it. The corrupt file \
+             was moved to {}",
+            corrupt.display(),
             aside.display()
         ));
         Ok(true)

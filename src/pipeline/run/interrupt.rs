@@ -1,4 +1,4 @@
-//! SIGINT and SIGTERM: the first asks the run to stop cleanly, the second ends it at once.
+//! SIGINT and SIGTERM handling: the first signal stops the run cleanly, the second ends it at once.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -8,7 +8,7 @@ use signal_hook::flag;
 
 use ovchat_io::files;
 
-/// Whether somebody asked to stop. Looked at between rows.
+/// A flag that is set when the run is interrupted; checked between rows.
 #[derive(Debug, Clone, Default)]
 pub struct Interrupt {
     asked: Arc<AtomicBool>,
@@ -16,11 +16,11 @@ pub struct Interrupt {
 }
 
 impl Interrupt {
-    /// Listens to SIGINT and SIGTERM from now on.
+    /// Starts listening for SIGINT and SIGTERM.
     pub fn listen() -> std::io::Result<Self> {
         let interrupt = Self::default();
         for signal in [SIGINT, SIGTERM] {
-            // In this order: a signal that comes when one came before ends the process.
+            // The order matters: a signal that arrives after a first one ends the process.
             flag::register_conditional_shutdown(
                 signal,
                 exit_code(signal),
@@ -37,7 +37,7 @@ impl Interrupt {
         self.asked.load(Ordering::Relaxed)
     }
 
-    /// The exit code of a program that was stopped so: 130 for SIGINT, 143 for SIGTERM.
+    /// The exit code of an interrupted program: 130 for SIGINT, 143 for SIGTERM.
     pub fn code(&self) -> i32 {
         match self.signal.load(Ordering::Relaxed) {
             0 => exit_code(SIGINT),

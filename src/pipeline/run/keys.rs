@@ -1,4 +1,5 @@
-//! What decides a table, as JSON: hashed it is the table's key, compared it explains a re-run.
+//! Table keys: the inputs that determine a table, as JSON; their hash is the key, their difference
+//! explains a rebuild.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -14,15 +15,16 @@ use ovchat_data::store::{Fingerprints, Key, TableVersion};
 use ovchat_io::files;
 use ovchat_models::{Dtype, JudgePromptSettings, ModelLoader, ModelSpec};
 
-/// Counts changes of this program that change what tables hold although nothing in the pipeline did.
+/// The version of the keys: raised when a change of this program changes table contents although
+/// the pipeline is unchanged.
 const KEY_VERSION: u32 = 1;
 
-/// What decides each table of a plan.
+/// The key inputs of each table of a plan.
 pub struct Keys<'a> {
     plan: &'a Plan,
     loader: Option<&'a dyn ModelLoader>,
     fingerprints: Fingerprints,
-    /// What readers of a table are keyed by.
+    /// The key under which readers of a table know it.
     known: HashMap<(TableName, Option<u32>), String>,
 }
 
@@ -40,7 +42,7 @@ impl<'a> Keys<'a> {
         }
     }
 
-    /// Notes what readers of a table are keyed by.
+    /// Records the key under which readers of a table know it.
     pub fn know(&mut self, table: &TableName, round: Option<u32>, key: String) {
         self.known.insert((table.clone(), round), key);
     }
@@ -49,12 +51,12 @@ impl<'a> Keys<'a> {
         &self.fingerprints
     }
 
-    /// Writes down which files were read, so that they are not read again.
+    /// Saves the fingerprints of the files that were read, so that the files are not read again.
     pub fn save(&self) -> Result<(), Failure> {
         Ok(self.fingerprints.save()?)
     }
 
-    /// Everything that decides a table in a round.
+    /// Returns the key inputs of a table in a round.
     pub fn because(&self, stage: &PlannedStage, round: Option<u32>) -> Result<Value, Failure> {
         let spec = stage.spec.as_stage();
         let mut inputs = Map::new();
@@ -63,9 +65,9 @@ impl<'a> Keys<'a> {
                 .known
                 .get(&(table.clone(), self.plan.round_of(table, round)));
             let key = key
-                .expect("inputs are made first [ref:plan_is_ordered]")
+                .expect("inputs are built first [ref:plan_is_ordered]")
                 .clone();
-            // Some stages read several tables under one field, and know them by name.
+            // Some stages read several tables under one field, and refer to them by name.
             let name = if matches!(stage.spec, StageSpec::Sql(_) | StageSpec::Combine(_))
                 || (*field == "rewards" && matches!(stage.spec, StageSpec::AskPeople(_)))
             {
@@ -91,8 +93,8 @@ impl<'a> Keys<'a> {
         Ok(because)
     }
 
-    /// Fingerprints of a stage's files: for a source that is loaded, of the pictures that it names,
-    /// not of the whole folder in which they lie.
+    /// Returns the fingerprints of a stage's files. For a load stage, these cover the images that
+    /// the source names, not the whole image folder.
     fn files(&self, stage: &PlannedStage) -> Result<Map<String, Value>, Failure> {
         let mut files = Map::new();
         let work = stage.kind.map(|_| stage.spec.as_stage().work());
@@ -105,7 +107,7 @@ impl<'a> Keys<'a> {
                 continue;
             }
             let fingerprint = Value::String(self.fingerprints.folder(path)?);
-            // A stage may name several files under one field.
+            // A stage may have several files under one field.
             let others = files.keys().filter(|name| name.starts_with(field)).count();
             let name = match others {
                 0 => field.to_owned(),
@@ -122,8 +124,8 @@ impl<'a> Keys<'a> {
         Ok(files)
     }
 
-    /// What decides what a model computes, for a stage in a round: its weights and its precision,
-    /// not where its files lie, nor the device.
+    /// Returns the fingerprint of a model for a stage in a round: it covers everything that affects
+    /// the model's output (weights, precision), not file locations or the compute device.
     pub fn model(
         &self,
         stage: &PlannedStage,
@@ -131,9 +133,9 @@ impl<'a> Keys<'a> {
         round: Option<u32>,
     ) -> Result<String, Failure> {
         let spec = &self.plan.models[used.model];
-        let asking = spec.asking().map(|asking| {
-            // The text's content counts, not where it lies.
-            json!({ "ask": JudgePromptSettings { template: None, ..asking.clone() } })
+        let prompt_settings = spec.prompt_settings().map(|prompt_settings| {
+            // The content of the template matters, not its path.
+            json!({ "ask": JudgePromptSettings { template: None, ..prompt_settings.clone() } })
         });
         if spec.backing_model().is_some() {
             let speaks = Use {
@@ -145,7 +147,7 @@ impl<'a> Keys<'a> {
             for (field, path) in spec.paths() {
                 key = key.with(field).with(self.fingerprints.folder(path)?);
             }
-            return Ok(key.with_json(&asking.unwrap_or_default()).finish());
+            return Ok(key.with_json(&prompt_settings.unwrap_or_default()).finish());
         }
         let precision = self.precision(spec, used)?;
         let training = match used.state {
@@ -154,12 +156,12 @@ impl<'a> Keys<'a> {
         };
         if let Some((table, round)) = training {
             let key = self.known.get(&(table.clone(), Some(round)));
-            let key = key.expect("rounds are run in order [ref:plan_is_ordered]");
+            let key = key.expect("rounds run in order [ref:plan_is_ordered]");
             return Ok(trained(key, precision));
         }
         let mut key = Key::new("model").with(spec.network()).with(precision);
-        if let Some(asking) = asking {
-            key = key.with_json(&asking);
+        if let Some(prompt_settings) = prompt_settings {
+            key = key.with_json(&prompt_settings);
         }
         if let ModelSpec::LlavaRlhf(judge) = spec
             && used.role == ModelRole::Scores
@@ -182,8 +184,8 @@ impl<'a> Keys<'a> {
         Ok(key.finish())
     }
 
-    /// What decides how long a row of a table takes: the verb, its settings, how large its models are
-    /// and in which precision and on how many threads they compute.
+    /// Returns a key of everything that determines the time per row: the stage's settings, the size
+    /// and precision of its models, and the number of threads.
     pub fn pace(&self, stage: &PlannedStage) -> Result<String, Failure> {
         let mut key = Key::new("pace").with_json(&stage.settings);
         for used in stage.spec.as_stage().uses() {
@@ -199,7 +201,8 @@ impl<'a> Keys<'a> {
         Ok(key.finish())
     }
 
-    /// Learning answers and learning to score are in float32, whatever the model answers in.
+    /// Returns the precision in which a model computes. Policy and reward training use float32,
+    /// whatever the model samples in.
     fn precision(&self, spec: &ModelSpec, used: &Use<'_>) -> Result<&'static str, Failure> {
         let is_wide = matches!(
             used.role,
@@ -220,34 +223,36 @@ impl<'a> Keys<'a> {
     }
 }
 
-/// The precisions in which a model computes, as keys have them.
+/// The precisions in which a model computes, as they appear in keys.
 const PRECISIONS: [&str; 3] = ["auto", "float32", "bfloat16"];
 
-/// The fingerprint of a model with the checkpoint of a training.
+/// Returns the fingerprint of a model with the checkpoint of a training.
 fn trained(key: &str, precision: &str) -> String {
     Key::new("checkpoint").with(key).with(precision).finish()
 }
 
-/// The key by which tables know this one that they read: its content where that is known, else its key.
+/// Returns the key under which readers of a table know it: the hash of its content if known, else
+/// its key.
 pub(super) fn known_key(made: &TableVersion) -> &str {
     made.content.as_deref().unwrap_or(&made.key)
 }
 
-/// The fingerprints that a model with the checkpoint of this table may have. None without a checkpoint.
+/// Returns the fingerprints that a model with the checkpoint of this table may have; none without a
+/// checkpoint.
 pub(super) fn checkpoint_keys(made: &TableVersion) -> impl Iterator<Item = String> + '_ {
     let precisions = made.checkpoint.iter().flat_map(|_| PRECISIONS);
     precisions.map(|precision| trained(known_key(made), precision))
 }
 
-/// The key of a table that is decided so.
+/// Returns the table key for these key inputs.
 pub fn table_key(because: &Value) -> String {
     Key::new("table").with_json(because).finish()
 }
 
-/// Pictures whose fingerprints are taken at once.
+/// The number of images that are fingerprinted at once.
 const IMAGES_AT_ONCE: usize = 4096;
 
-/// Fingerprint of all pictures that a source names; a missing one counts as missing.
+/// Returns the fingerprint of all images that a source names; a missing image counts as `missing`.
 fn images(fingerprints: &Fingerprints, load: &dyn LoadStage) -> Result<String, Failure> {
     let mut key = Key::new("pictures");
     let mut names = Vec::new();
@@ -262,7 +267,7 @@ fn images(fingerprints: &Fingerprints, load: &dyn LoadStage) -> Result<String, F
             .collect();
         names.clear();
         key = hashes.iter().fold(key.clone(), Key::with);
-        // One that was not read for that is not missing.
+        // An image that was not read because of an interrupt is not missing.
         if files::stopped() {
             return Err(Failure::Interrupted);
         }
@@ -278,7 +283,8 @@ fn images(fingerprints: &Fingerprints, load: &dyn LoadStage) -> Result<String, F
     Ok(key.finish())
 }
 
-/// What the manifest keeps of a making: what decided it, and what explains it to people.
+/// Returns the entry of the manifest for a version: its key inputs, and the origins that explain
+/// them.
 pub fn explained(because: &Value, stage: Option<&PlannedStage>) -> Value {
     let mut explained = because.clone();
     if let Some(stage) = stage {
@@ -287,34 +293,34 @@ pub fn explained(because: &Value, stage: Option<&PlannedStage>) -> Value {
     explained
 }
 
-/// The entry of a because that explains and decides nothing.
+/// The entry that only explains the key inputs, and is not part of the key.
 const ORIGINS: &str = "origins";
 
-/// Why a table is made again.
+/// A reason why a table is rebuilt.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Reason {
-    /// A setting of the stage, by its path below the verb, was something else; null where it was or is
-    /// left out.
+    /// A setting of the stage changed; `name` is its path below the stage type. Null where the
+    /// setting was or is absent.
     Setting {
         name: String,
         before: Value,
         now: Value,
     },
-    /// So was a setting at the top of the file, or a variable: `seed`, `vars.tokens`.
+    /// A top-level setting or a variable changed: `seed`, `vars.tokens`.
     Top {
         name: String,
         before: Value,
         now: Value,
     },
-    /// A setting says the same, and a variable of the environment in it was something else.
+    /// A setting is written as before, but an environment variable in it has changed.
     Environment { name: String, written: String },
-    /// A table that it reads is not the one that it was made from.
+    /// An input table is not the version that the table was built from.
     Input(String),
-    /// So is the model under this setting.
+    /// The model under this setting changed.
     Model(String),
-    /// Files that the stage reads, in words.
+    /// Files that the stage reads changed; the message.
     Files(String),
-    /// Something else, in words.
+    /// Another reason; the message.
     Other(String),
 }
 
@@ -332,14 +338,14 @@ impl fmt::Display for Reason {
                 write!(f, "`{name}` is `{written}`, whose value changed")
             }
             Self::Input(table) => write!(f, "its input `{table}` changed"),
-            Self::Model(field) => write!(f, "the model under `{field}` changed"),
+            Self::Model(field) => write!(f, "its model `{field}` changed"),
             Self::Files(words) | Self::Other(words) => f.write_str(words),
         }
     }
 }
 
 impl Reason {
-    /// Where the pipeline says what is so now.
+    /// Returns the place in the pipeline file of the current value.
     pub fn place(&self, plan: &Plan, table: &TableName) -> Option<Span> {
         match self {
             Self::Setting { name, .. } | Self::Environment { name, .. } => {
@@ -350,7 +356,7 @@ impl Reason {
         }
     }
 
-    /// The reason in words, with its place.
+    /// Returns the reason as a message, with its place.
     pub fn in_words(&self, plan: &Plan, table: &TableName) -> String {
         let text = plan.secrets.hide(&self.to_string());
         match self.place(plan, table) {
@@ -360,12 +366,12 @@ impl Reason {
     }
 }
 
-/// What differs between two becauses.
+/// Returns the differences between two sets of key inputs.
 pub fn explain(before: &Value, now: &Value) -> Vec<Reason> {
-    if let (Some(was), Some(is)) = (verb(before), verb(now))
+    if let (Some(was), Some(is)) = (stage_type(before), stage_type(now))
         && was != is
     {
-        let words = format!("it was made by `{was}`, and is made by `{is}`");
+        let words = format!("its stage type changed from `{was}` to `{is}`");
         return vec![Reason::Other(words)];
     }
     let mut changes = Changes {
@@ -376,13 +382,13 @@ pub fn explain(before: &Value, now: &Value) -> Vec<Reason> {
     changes.reasons
 }
 
-/// The verb in a because.
-fn verb(because: &Value) -> Option<&str> {
+/// Returns the stage type in a set of key inputs.
+fn stage_type(because: &Value) -> Option<&str> {
     let settings = because["settings"].as_object()?;
     settings.keys().next().map(String::as_str)
 }
 
-/// Reasons as one text.
+/// Joins reasons into one message.
 pub fn in_words(reasons: &[Reason], plan: &Plan, table: &TableName) -> String {
     if reasons.is_empty() {
         return "it changed".to_owned();
@@ -391,12 +397,12 @@ pub fn in_words(reasons: &[Reason], plan: &Plan, table: &TableName) -> String {
     texts.collect::<Vec<_>>().join("; ")
 }
 
-/// What decides the random numbers of a stage that draws some.
+/// The key inputs of the random numbers of a stage that samples.
 const DRAWN_BY: [&str; 3] = ["seed", "round", "name"];
 
-/// Reasons on their way, and what explains them.
+/// The reasons found so far, and the origins that explain them.
 struct Changes<'a> {
-    /// Of before and of now; null in runs of earlier versions.
+    /// The origins before and now; null in runs of earlier versions.
     origins: [&'a Value; 2],
     reasons: Vec<Reason>,
 }
@@ -434,7 +440,7 @@ impl Changes<'_> {
         }
     }
 
-    /// Why the values at a path differ; `None` where another reason says it.
+    /// Returns the reason why the values at a path differ; `None` if another reason covers it.
     fn reason(&self, path: &str, before: &Value, now: &Value) -> Option<Reason> {
         let (group, name) = path.split_once('.').unwrap_or(("", path));
         Some(match group {
@@ -444,11 +450,11 @@ impl Changes<'_> {
                     .to_owned(),
             ),
             "models" => Reason::Model(name.to_owned()),
-            // Which pictures a source names follows from its other files.
+            // The images that a source names follow from its other files.
             "files" if name == "pictures" => match self.renamed("images") {
                 Some(reason) => reason,
                 None if self.renamed("from").is_some() => return None,
-                None => Reason::Files("a picture that it names changed".to_owned()),
+                None => Reason::Files("an image that it names changed".to_owned()),
             },
             "files" => match self.renamed(name) {
                 Some(reason) => reason,
@@ -468,11 +474,11 @@ impl Changes<'_> {
                 }
             }
             _ if path == "version" => {
-                Reason::Other("this program makes it in another way".to_owned())
+                Reason::Other("this version of the program builds it differently".to_owned())
             }
-            // What a stage draws by: it begins or ends to draw with a setting, which is the reason.
+            // A stage starts or stops sampling because of a setting, which is the reason.
             _ if DRAWN_BY.contains(&path) && (before.is_null() || now.is_null()) => return None,
-            _ if path == "name" => Reason::Other(format!("its table was called {before}")),
+            _ if path == "name" => Reason::Other(format!("its table was named {before}")),
             _ if path == "seed" => Reason::Top {
                 name: path.to_owned(),
                 before: before.clone(),
@@ -482,7 +488,7 @@ impl Changes<'_> {
         })
     }
 
-    /// That a file's setting names another file, if that is known.
+    /// Returns a change of the path in a file setting, if the paths are known.
     fn renamed(&self, field: &str) -> Option<Reason> {
         let [before, now] = self.origins.map(|origins| origins.get("files"));
         let (before, now) = (&before?[field], &now?[field]);
@@ -490,7 +496,7 @@ impl Changes<'_> {
     }
 }
 
-/// That a setting was something else; values from the environment by their names.
+/// Returns a change of a setting; values from the environment appear by name.
 fn setting(name: &str, before: &Value, now: &Value) -> Reason {
     let written = |value: &Value| match &value["written"] {
         Value::Null => value.clone(),
@@ -510,16 +516,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn another_verb_is_the_only_reason() {
-        let because = |verb: &str, version: u32| {
+    fn another_stage_type_is_the_only_reason() {
+        let because = |stage_type: &str, version: u32| {
             let mut because = json!({"settings": {}, "inputs": {}, "version": [1, version]});
-            because["settings"][verb] = json!({"rewards": "rewards"});
+            because["settings"][stage_type] = json!({"rewards": "rewards"});
             because
         };
         let reasons = explain(&because("select_extremes", 1), &because("select_pairs", 2));
         assert_eq!(
             reasons[0].to_string(),
-            "it was made by `select_extremes`, and is made by `select_pairs`"
+            "its stage type changed from `select_extremes` to `select_pairs`"
         );
         assert_eq!(reasons.len(), 1);
     }
@@ -541,7 +547,7 @@ mod tests {
         assert!(explain(&now, &now).is_empty());
     }
 
-    /// The reasons for a change of settings, files and what explains them.
+    /// Checks the reasons for a change of settings, files and their origins.
     #[track_caller]
     fn check(before: Value, now: Value, expected: &[&str]) {
         let reasons = explain(&before, &now);
@@ -559,11 +565,11 @@ mod tests {
         let other = of("r", json!({"from": "x.json", "images": "scans"}));
         check(added, other, &["`images` \"photos\" → \"scans\""]);
         let changed = of("q", json!({"from": "x.json"}));
-        check(before, changed, &["a picture that it names changed"]);
-        // Runs of earlier versions do not know where their files lay.
+        check(before, changed, &["an image that it names changed"]);
+        // Runs of earlier versions did not record the paths of their files.
         let old = json!({"files": {"from": "a", "pictures": "p"}});
         let new = of("q", json!({"from": "x.json", "images": "photos"}));
-        check(old, new, &["a picture that it names changed"]);
+        check(old, new, &["an image that it names changed"]);
         let none = json!({"files": {"from": "a"}});
         let captions = json!({"files": {"from": "a", "captions": "b"}});
         check(none, captions, &["`captions` was added"]);
@@ -584,7 +590,7 @@ mod tests {
         check(of(0.0), drawn.clone(), &["`temperature` 0.0 → 0.7"]);
         let mut renamed = drawn.clone();
         renamed["name"] = json!("b");
-        check(drawn, renamed, &["its table was called \"a\""]);
+        check(drawn, renamed, &["its table was named \"a\""]);
     }
 
     #[test]
@@ -596,7 +602,7 @@ mod tests {
             of(12, both.clone()),
             &["`vars.tokens` 16 → 12"],
         );
-        // Nobody knows which variable it was, if it was one.
+        // It is unknown which variable it was, if any.
         let expected = ["`count` 16 → 12", "`max_new_tokens` 16 → 12"];
         check(of(16, json!({})), of(12, both), &expected);
     }

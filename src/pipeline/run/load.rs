@@ -1,4 +1,4 @@
-//! Loading: records of a user's file become rows, pictures become rows of `images`.
+//! The load stages: records of a user's file become rows, images become rows of `images`.
 
 use std::path::Path;
 use std::time::Instant;
@@ -13,7 +13,7 @@ use ovchat_data::store::{Event, Images, Key, PartRecord, TableReader, TableVersi
 use ovchat_data::tables::{Image, ImageFile, RejectClass};
 use ovchat_io::files;
 
-/// Records that are read, checked and committed as one.
+/// The number of records that are read, checked and committed together.
 const PART_RECORDS: usize = 256;
 
 impl Runner<'_> {
@@ -42,7 +42,7 @@ impl Runner<'_> {
         let footer = self.footer(None);
         let mut images = Images::open(self.folder.root(), &self.folder.manifest().images)?;
         let interrupt = self.interrupt;
-        // What was cut off in reading because somebody asked to stop is no fault of the file.
+        // A read that was cut short by an interrupt is not the file's fault.
         let stopped = |failure| match interrupt.raised() {
             true => Failure::Interrupted,
             false => failure,
@@ -98,7 +98,7 @@ impl Runner<'_> {
         }
         for note in work.notes() {
             let text = format!("{table}: {note}");
-            // A table whose files are mended is loaded twice.
+            // A table whose files are repaired is loaded twice.
             if self.said.insert(text.clone()) {
                 self.report.note(&text);
             }
@@ -107,7 +107,7 @@ impl Runner<'_> {
         self.finish(table, None, Some(content), None)
     }
 
-    /// A digest of a loaded table's rows.
+    /// Returns the hash of a loaded table's row keys.
     fn content(&self, table: &TableName) -> Result<String, Failure> {
         let mut key = Key::new("content");
         let made = self.folder.manifest().under_way(table.as_str(), None);
@@ -117,7 +117,7 @@ impl Runner<'_> {
             let batch = batch?;
             let keys = batch
                 .column_by_name("row_key")
-                .expect("tables that are loaded have keys");
+                .expect("loaded tables have row keys");
             for row_key in keys.as_string::<i32>().iter().flatten() {
                 key = key.with(row_key);
             }
@@ -125,7 +125,7 @@ impl Runner<'_> {
         Ok(key.finish())
     }
 
-    /// Adds the pictures that the run does not have.
+    /// Adds the images that the run does not have yet.
     fn add_images(&mut self, images: &mut Images, found: Vec<Image>) -> Result<(), Failure> {
         let mut fresh: Vec<Image> = Vec::new();
         for mut image in found {
@@ -151,8 +151,8 @@ impl Runner<'_> {
     }
 }
 
-/// Whether the file under a picture's path is the picture, so that the path can take the place of its
-/// bytes. The path of one that came within a file can be anything.
+/// Returns true if the file at an image's path holds the image, so that the path can replace its
+/// bytes. The path of an image embedded in a file can be anything.
 fn is_on_disk(image: &Image) -> bool {
     let ImageFile {
         bytes: Some(bytes),

@@ -1,9 +1,10 @@
-//! Doing it: the plan becomes tables and checkpoints in a run's folder.
+//! The runner: builds the tables and checkpoints of a plan in a run folder.
 //!
 //! The runner goes through the plan's stages, round by round. For each table it computes a key from
-//! everything that decides it; a table that is there under that key is reused, one that was begun is
-//! finished, and one made under another key is set aside and made again, row by row from what the
-//! old one still answers. The four kinds of work (`load`, `map`, `query`, `fold`) are each one file.
+//! the table's key inputs. A table that exists under that key is reused, an unfinished one is
+//! resumed, and one built under another key is archived and rebuilt, row by row, reusing every row
+//! of the old version that is still valid. Each kind of work (`load`, `map`, `query`, `command`,
+//! `train`) has its own file.
 
 mod announce;
 mod await_labels;
@@ -53,40 +54,42 @@ use ovchat_data::store::{
 use ovchat_data::tables::{Reject, RejectClass, Row, Telemetry};
 use ovchat_models::ModelLoader;
 
-/// How a run goes about its plan.
+/// The options of a run.
 pub struct Options {
     /// The run's folder.
     pub folder: PathBuf,
-    /// Stop when this table was made for the first time.
+    /// Stop once this table has been built for the first time.
     pub until: Option<TableName>,
-    /// What [`forecast`] says of this run, so that it can name the tables that it replaces.
+    /// The [`forecast`] of this run, used to name the tables that it replaces.
     pub forecasts: Vec<Forecast>,
-    /// The command line that does this run again, recorded when it ends so that a later run can name it.
+    /// The command line that repeats this run; recorded when the run ends, so that a later run can
+    /// print it.
     pub command: String,
-    /// The `--set` of this run, recorded likewise.
+    /// The `--set` arguments of this run, recorded in the same way.
     pub sets: Vec<String>,
-    /// The file of what rows take on this machine, see [`ovchat_data::store::Rates`].
+    /// The file with the measured rates of this machine, see [`ovchat_data::store::Rates`].
     pub rates: Option<PathBuf>,
 }
 
-/// The entries of the manifest's source about the last run that made all tables, and the last one that
-/// ended without an error, with `--until` too: objects with `command` and `sets`.
+/// Keys of two entries in the manifest's `source`: the last run that built all tables, and the last
+/// run that ended without an error (which may have used `--until`). Each is an object with
+/// `command` and `sets`.
 pub const LAST_WHOLE: &str = "last_whole";
 pub const LAST: &str = "last";
 
-/// A table of the plan in a round.
+/// A table of the plan, in one round.
 type Slot<'p> = (&'p PlannedStage, Option<u32>);
 
-/// What a run did.
+/// The counts of tables that a run built and reused.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Summary {
-    /// Tables made or finished, a table of each round for itself.
+    /// Tables that were built or completed, counted once per round.
     pub made: usize,
-    /// Tables that were there already.
+    /// Tables that were already up to date.
     pub reused: usize,
 }
 
-/// Why a run ended early, and at which stage.
+/// The failure that ended a run, and its stage.
 #[derive(Debug, thiserror::Error)]
 #[error("{failure}")]
 pub struct RunError {
@@ -95,7 +98,7 @@ pub struct RunError {
     pub failure: Box<Failure>,
 }
 
-/// Runs a plan in its folder; goes on where an earlier run of it stopped.
+/// Runs a plan in its folder, resuming where an earlier run stopped.
 pub fn run(
     plan: &Plan,
     options: &Options,
@@ -126,13 +129,13 @@ pub fn run(
     let mut mended = HashSet::new();
     let last = loop {
         let ended = runner.go_through(&slots, options.until.as_ref());
-        let spoiled = ended.as_ref().err().and_then(RunError::spoiled);
-        // What is spoiled a second time would be so a third time, too.
-        let spoiled = spoiled.filter(|path| mended.insert(path.to_path_buf()));
-        let Some(spoiled) = spoiled.map(Path::to_owned) else {
+        let corrupt = ended.as_ref().err().and_then(RunError::corrupt);
+        // A file that is corrupt a second time would be so a third time.
+        let corrupt = corrupt.filter(|path| mended.insert(path.to_path_buf()));
+        let Some(corrupt) = corrupt.map(Path::to_owned) else {
             break ended?;
         };
-        if !runner.mend(&spoiled).map_err(failed)? {
+        if !runner.mend(&corrupt).map_err(failed)? {
             ended?;
         }
     };
@@ -140,23 +143,23 @@ pub fn run(
     Ok(runner.summary())
 }
 
-/// A run under way.
+/// A run in progress.
 struct Runner<'a> {
     plan: &'a Plan,
     folder: RunFolder,
-    /// What the manifest said of the run before this one, see [`RunFolder::set_source`].
+    /// The manifest's `source` as the previous run left it, see [`RunFolder::set_source`].
     before: Value,
     loader: Option<&'a dyn ModelLoader>,
     report: &'a mut dyn Report,
     interrupt: &'a Interrupt,
-    /// What decides the tables, with the keys of those so far.
+    /// The key inputs of the tables, with the keys computed so far.
     keys: Keys<'a>,
-    /// What stages had to say; nothing twice.
+    /// Notes already printed for stages; each is printed once.
     said: HashSet<String>,
-    /// The tables that were reached, each with its round, and whether anything of it was made.
+    /// The tables reached so far, by round; true if any part of the table was built.
     reached: HashMap<(TableName, Option<u32>), bool>,
-    /// Files that were found to be as they were written, and those written since, with their SHA-256.
-    sound: HashSet<(PathBuf, String)>,
+    /// Files whose checksums have been verified, and files written since, with their SHA-256.
+    intact: HashSet<(PathBuf, String)>,
     rates: Rates,
     /// The policy that the last stage left open.
     kept: Kept,
@@ -176,7 +179,7 @@ impl<'a> Runner<'a> {
         }
         for table in opened.lost {
             report.note(&format!(
-                "files of `{table}` are missing or spoiled; they are made again"
+                "files of `{table}` are missing or corrupt; rebuilding them"
             ));
         }
         let view = |(name, view): &(TableName, View)| json!({ "name": name.as_str(), "query": plan.secrets.hide(&view.query) });
@@ -200,14 +203,14 @@ impl<'a> Runner<'a> {
             interrupt,
             said: HashSet::new(),
             reached: HashMap::new(),
-            sound: HashSet::new(),
+            intact: HashSet::new(),
             rates: Rates::open(options.rates.clone()),
             kept: Kept::default(),
         })
     }
 
-    /// Makes all tables in their order, or those up to one. Returns the last round if `rounds.stop_when`
-    /// ended the rounds.
+    /// Builds all tables in order, or those up to `until`. Returns the last round if
+    /// `rounds.stop_when` ended the rounds.
     fn go_through(
         &mut self,
         slots: &[Slot<'_>],
@@ -244,7 +247,7 @@ impl<'a> Runner<'a> {
         Ok(None)
     }
 
-    /// Records the end of a run. After a whole one, tables that it did not reach are parked.
+    /// Records the end of a run. After a complete run, tables that it did not reach are archived.
     fn end(
         &mut self,
         options: &Options,
@@ -267,7 +270,7 @@ impl<'a> Runner<'a> {
         let mut done = json!({ "command": hidden(&options.command), "sets": sets });
         done["content"] = json!(self.keys.fingerprints().file(&self.plan.path).ok());
         if is_whole {
-            // What a later run that fails has of its own is not what readers see.
+            // If a later run fails, readers must not see its file and views.
             done["file"] = source["file"].clone();
             done["views"] = source["views"].clone();
             source[LAST_WHOLE] = done.clone();
@@ -284,21 +287,21 @@ impl<'a> Runner<'a> {
         }
     }
 
-    /// Says that a table was there, once.
+    /// Reports a table as up to date, at most once.
     fn report_reused(&mut self, table: &TableName, round: Option<u32>, rows: u64) {
         if !self.reached.contains_key(&(table.clone(), round)) {
             self.report.reused(table, round, rows);
         }
     }
 
-    /// Everything that decides a table in a round.
+    /// Returns the key inputs of a table in a round.
     fn because(&mut self, stage: &PlannedStage, round: Option<u32>) -> Result<Value, Failure> {
         let because = self.keys.because(stage, round)?;
         self.keys.save()?;
         Ok(because)
     }
 
-    /// Makes one table in one round, if it isn't there. Returns whether there was anything to do.
+    /// Builds one table in one round unless it is up to date. Returns true if anything was built.
     fn make(&mut self, stage: &PlannedStage, round: Option<u32>) -> Result<bool, Failure> {
         self.stop_if_asked()?;
         let manifest = self.folder.manifest();
@@ -315,7 +318,7 @@ impl<'a> Runner<'a> {
         let key = table_key(&because);
         let kind = stage.kind;
         let checkpoint = train::checkpoint_of(self.plan, stage, round);
-        if !self.claim(
+        if !self.reconcile(
             &stage.name,
             round,
             kind,
@@ -349,13 +352,13 @@ impl<'a> Runner<'a> {
         self.report_finished(&stage.name, round);
         self.accept(stage, round)?;
         let written = self.folder.manifest().find(stage.name.as_str(), round);
-        self.sound
+        self.intact
             .extend(written.into_iter().flat_map(integrity::all_of));
         Ok(true)
     }
 
-    /// Compares a complete version with what the pipeline expects of it and allows, then makes it the table
-    /// that readers and later stages see.
+    /// Checks a complete version against the pipeline's expectations and its limit on rejects, then
+    /// makes it the version that readers and later stages see.
     fn accept(&mut self, stage: &PlannedStage, round: Option<u32>) -> Result<(), Failure> {
         self.check_rejects(&stage.name, round)?;
         self.expect(stage, round)?;
@@ -367,29 +370,29 @@ impl<'a> Runner<'a> {
         Ok(())
     }
 
-    /// Remembers what the rows of a table took. A cache that can't be written is no reason to stop.
+    /// Records the time that the rows of a table took. An unwritable cache does not stop the run.
     fn note_pace(&mut self, stage: &PlannedStage, round: Option<u32>) {
         let made = self.folder.manifest().under_way(stage.name.as_str(), round);
         let took = made.and_then(|made| Some((made.took()?, made.bytes(), made.rows())));
         if let (Some((took, bytes, rows)), Ok(pace)) = (took, self.keys.pace(stage)) {
-            // Rows that were taken over took nothing, and lie there like the others.
+            // Reused rows took no time, but are part of the table like the others.
             let computed = (bytes as f64 * took.rows as f64 / rows.max(1) as f64) as u64;
             drop(self.rates.note(pace, took.rows, took.seconds, computed));
         }
     }
 
-    /// Notes what tables that read this one are keyed by.
+    /// Records the key under which the readers of this table know it.
     fn remember(&mut self, table: &TableName, round: Option<u32>) {
         let made = self
             .folder
             .manifest()
             .find(table.as_str(), round)
-            .expect("a table that is there");
+            .expect("the table exists");
         let key = known_key(made).to_owned();
         self.keys.know(table, round, key);
     }
 
-    /// Ends a table.
+    /// Completes a table.
     fn finish(
         &mut self,
         table: &TableName,
@@ -407,13 +410,13 @@ impl<'a> Runner<'a> {
                 .map(|row| row.halvings.cast_unsigned())
                 .sum::<u64>();
         }
-        let footer = rows::with_halvings(self.footer(key.as_deref()), oom_retries);
+        let footer = rows::with_oom_retries(self.footer(key.as_deref()), oom_retries);
         Ok(self
             .folder
             .finish(table.as_str(), round, content, checkpoint, &footer)?)
     }
 
-    /// Ends a table whose rows were written in one go.
+    /// Completes a table whose rows were written in one go.
     fn finish_in_one(
         &mut self,
         table: &TableName,
@@ -449,7 +452,7 @@ impl<'a> Runner<'a> {
         }
     }
 
-    /// The files of a stage's inputs in a round, by table.
+    /// Returns the files of a stage's inputs in a round, by table.
     fn input_files(
         &self,
         stage: &PlannedStage,
@@ -479,7 +482,7 @@ impl<'a> Runner<'a> {
         ))
     }
 
-    /// The models as they are in a round, for a stage of `stages` or of `evaluate`.
+    /// Returns the models as they are in a round, for a stage of `stages` or of `evaluate`.
     fn models(&self, stage: &PlannedStage, round: Option<u32>) -> Result<RunModels<'a>, Failure> {
         let mut models = HashMap::new();
         for used in stage.spec.as_stage().uses() {
@@ -495,7 +498,7 @@ impl<'a> Runner<'a> {
             }
             let ready = Ready {
                 spec,
-                asking: named.asking().cloned(),
+                prompt_settings: named.prompt_settings().cloned(),
                 fingerprint,
             };
             models.insert((used.model.clone(), used.state), ready);
@@ -509,8 +512,8 @@ impl<'a> Runner<'a> {
         ))
     }
 
-    /// The checkpoints of this run that make the model what it is for a stage in a round, oldest
-    /// first: trainings may write a part of a model each.
+    /// Returns the checkpoints of this run that make up a model for a stage in a round, oldest
+    /// first: each training may write a different part of the model.
     fn checkpoints(
         &self,
         stage: &PlannedStage,
@@ -529,7 +532,7 @@ impl<'a> Runner<'a> {
         checkpoints
     }
 
-    /// A writer of the rows of a table that is being made; the footer says what made them.
+    /// Opens a writer for the rows of a table in progress; the footer records the version and key.
     fn writer(
         &self,
         table: &TableName,
@@ -543,7 +546,7 @@ impl<'a> Runner<'a> {
         place.writer(name, schema, &footer)
     }
 
-    /// What the footer of a file says of its making.
+    /// Returns the footer metadata of a table's files: version, pipeline, key and build.
     fn footer(&self, key: Option<&str>) -> Vec<(&'static str, String)> {
         let mut footer = vec![
             ("ovchat.version", env!("CARGO_PKG_VERSION").to_owned()),
@@ -566,7 +569,7 @@ impl<'a> Runner<'a> {
     }
 }
 
-/// How a table in a round is called in messages.
+/// Returns the name of a table in a round, as messages print it.
 pub fn titled(table: &TableName, round: Option<u32>) -> String {
     match round {
         Some(round) => format!("{table} (round {round})"),
@@ -574,7 +577,7 @@ pub fn titled(table: &TableName, round: Option<u32>) -> String {
     }
 }
 
-/// Writes rows that belong to a part of a table and are of another kind.
+/// Writes rows of another kind (such as rejects) that belong to a part of a table.
 fn write_beside<R: Row>(
     place: &Place,
     kind: &str,
@@ -589,13 +592,13 @@ fn write_beside<R: Row>(
     Ok(writer.finish()?)
 }
 
-/// What rows took that were computed since then.
+/// Returns the time since `begun`, for a number of computed rows.
 fn took(begun: Instant, rows: u64) -> Took {
     let seconds = begun.elapsed().as_secs_f64();
     Took { seconds, rows }
 }
 
-/// Counts of rejects by class.
+/// Counts the rejects of a class.
 fn count(rejects: &[Reject], class: RejectClass) -> u64 {
     rejects
         .iter()

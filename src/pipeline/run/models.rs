@@ -1,4 +1,4 @@
-//! The models as they are in a round: opened when a stage asks, dropped when it is done.
+//! The models of a stage in a round: opened on first use, closed when the stage is done.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -17,22 +17,22 @@ use ovchat_models::{
     SftSettings, SftTrainer, Writer,
 };
 
-/// A model as it is for a stage.
+/// A model, ready to be opened for a stage.
 pub struct Ready {
-    /// What is opened, with the checkpoints of this run in the place of the pipeline's weights.
+    /// The spec to open, with this run's checkpoints in place of the pipeline's weights.
     pub spec: ModelSpec,
-    /// What it is asked, if it scores in writing.
-    pub asking: Option<JudgePromptSettings>,
-    /// What decides what it computes.
+    /// The judge prompt settings, if the model scores in text.
+    pub prompt_settings: Option<JudgePromptSettings>,
+    /// The fingerprint of everything that affects its output.
     pub fingerprint: String,
 }
 
-/// The policy that is open, which the next stage may find as it left it: a model that answers and then
-/// judges its own answers is loaded once.
+/// The policy that is open; the next stage may reuse it, so that a model that answers and then
+/// judges its own answers is loaded only once.
 #[derive(Clone, Default)]
 pub struct Kept(Rc<RefCell<Option<(ModelSpec, SharedPolicy)>>>);
 
-/// A policy that several use, one after the other.
+/// A policy that several users share, one after the other.
 #[derive(Clone)]
 struct SharedPolicy(Rc<RefCell<Box<dyn Policy>>>);
 
@@ -54,9 +54,9 @@ impl Policy for SharedPolicy {
 /// The models of one stage in one round.
 pub struct RunModels<'a> {
     loader: Option<&'a dyn ModelLoader>,
-    /// The folder of the calls of models behind endpoints.
+    /// The folder of the call logs of models behind endpoints.
     calls: PathBuf,
-    /// What is taken out of what these say.
+    /// The secrets that are masked in call logs.
     mask: Mask,
     models: HashMap<(ModelName, ModelState), Ready>,
     kept: Kept,
@@ -93,7 +93,7 @@ impl<'a> RunModels<'a> {
         &self.models[&(model.clone(), state)].spec
     }
 
-    /// Opens a learner: the scripted one, or that of the loader.
+    /// Opens a trainer: the scripted one, or the loader's.
     fn trainer<L: ?Sized>(
         &self,
         model: &ModelName,
@@ -110,11 +110,11 @@ impl<'a> RunModels<'a> {
         trainer.map_err(Failure::of(model))
     }
 
-    /// What writes for a judge.
+    /// Opens the writer that produces a judge's replies.
     fn writer(
         &self,
         model: &ModelName,
-        asking: &JudgePromptSettings,
+        prompt_settings: &JudgePromptSettings,
     ) -> Result<Box<dyn Writer>, Failure> {
         if let ModelSpec::Http(http) = self.spec(model) {
             let journal = self.calls.join(format!("{model}.jsonl"));
@@ -123,10 +123,10 @@ impl<'a> RunModels<'a> {
             return Ok(Box::new(writer));
         }
         let policy = self.open_policy(model)?;
-        Ok(Box::new(PolicyWriter::new(policy, asking)))
+        Ok(Box::new(PolicyWriter::new(policy, prompt_settings)))
     }
 
-    /// Opens a policy, or finds it open. Whatever else was open is closed first.
+    /// Opens a policy, or returns the open one. Closes any other open policy first.
     fn open_policy(&self, model: &ModelName) -> Result<Box<dyn Policy>, Failure> {
         let spec = self.spec(model);
         if let ModelSpec::Scripted(spec) = spec {
@@ -148,7 +148,7 @@ impl<'a> RunModels<'a> {
         Ok(Box::new(policy))
     }
 
-    /// Closes the policy that an earlier stage left open: there is room for one model.
+    /// Closes the policy that an earlier stage left open: only one model fits at a time.
     fn close(&self) {
         self.kept.0.take();
     }
@@ -156,7 +156,7 @@ impl<'a> RunModels<'a> {
     fn loader(&self, model: &ModelName) -> Result<&'a dyn ModelLoader, Failure> {
         self.loader.ok_or_else(|| {
             Failure::Other(format!(
-                "model `{model}` is a network, and this program was built without networks; \
+                "model `{model}` is a network, but this program was built without networks; \
                  build it with the feature `torch`"
             ))
         })
@@ -175,12 +175,12 @@ impl Models for RunModels<'_> {
     fn judge(&mut self, model: &ModelName) -> Result<&mut dyn Judge, Failure> {
         if self.judge.as_ref().is_none_or(|(open, _)| open != model) {
             self.judge = None;
-            let asking = &self.models[&(model.clone(), ModelState::Now)].asking;
+            let prompt_settings = &self.models[&(model.clone(), ModelState::Now)].prompt_settings;
             let judge: Box<dyn Judge> =
-                match (asking, self.spec(model)) {
-                    (Some(asking), _) => {
-                        let writer = self.writer(model, asking)?;
-                        let critic = Critic::open(writer, asking);
+                match (prompt_settings, self.spec(model)) {
+                    (Some(prompt_settings), _) => {
+                        let writer = self.writer(model, prompt_settings)?;
+                        let critic = Critic::open(writer, prompt_settings);
                         Box::new(critic.map_err(|problem| {
                             Failure::Other(format!("model `{model}`: {problem}"))
                         })?)
@@ -262,10 +262,10 @@ impl Models for RunModels<'_> {
     }
 
     fn compares(&self, model: &ModelName) -> bool {
-        let asking = &self.models[&(model.clone(), ModelState::Now)].asking;
-        asking
+        let prompt_settings = &self.models[&(model.clone(), ModelState::Now)].prompt_settings;
+        prompt_settings
             .as_ref()
-            .is_some_and(|asking| asking.mode == Mode::Pairwise)
+            .is_some_and(|prompt_settings| prompt_settings.mode == Mode::Pairwise)
     }
 
     fn fingerprint(&self, model: &ModelName, state: ModelState) -> &str {
@@ -293,8 +293,8 @@ impl Models for RunModels<'_> {
                 return Ok(());
             }
             Err(RowFault(format!(
-                "the prompt has {tokens} tokens; with max_new_tokens {answer_tokens} it does not fit into \
-                 the model's context of {context}; use a smaller picture or a shorter text"
+                "the prompt has {tokens} tokens, which with max_new_tokens {answer_tokens} exceeds the model's \
+                 context of {context}; use a smaller image or a shorter text"
             )))
         }))
     }

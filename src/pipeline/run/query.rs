@@ -1,4 +1,4 @@
-//! Querying: one query makes a table.
+//! The query stages: one SQL query builds a table.
 
 use std::path::Path;
 use std::time::Instant;
@@ -68,7 +68,7 @@ impl Runner<'_> {
             Ok(())
         })?;
         if done == 0 {
-            // A table without rows still has columns, for those who query it.
+            // A table without rows still has columns for readers.
             writer.write_nothing()?;
         }
         let files = writer.finish()?;
@@ -76,7 +76,7 @@ impl Runner<'_> {
     }
 }
 
-/// Runs a query, and stops waiting for it when somebody asks to stop.
+/// Runs a query; stops waiting for it when the run is interrupted.
 pub(super) fn ask(
     interrupt: &Interrupt,
     sql: &str,
@@ -95,7 +95,7 @@ pub(super) fn ask(
     })
 }
 
-/// The columns that the table has, in its order and its types.
+/// Returns the columns of the table, in its order and types.
 fn fitted(batch: &RecordBatch, schema: &SchemaRef) -> Result<RecordBatch, Failure> {
     let column = |field: &arrow::datatypes::FieldRef| {
         let column = batch.column_by_name(field.name());

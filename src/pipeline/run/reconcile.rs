@@ -1,8 +1,9 @@
-//! Claiming: which tables of the run are current, which are made again, and which come back.
+//! Reconciling a table with its key: keep the current version, restore an archived one, or begin a
+//! new one.
 //!
-//! A complete table that was made under another key stays what readers see until its new version is
-//! complete; so does all that was made from it. Tables that the plan does not have are set aside when a
-//! whole run is done.
+//! A complete table built under another key stays visible to readers until its new version is
+//! complete; so does everything built from it. Tables that are no longer in the plan are archived
+//! when a complete run ends.
 
 use serde_json::Value;
 
@@ -13,9 +14,10 @@ use crate::stages::{Failure, StageKind, TableName};
 use ovchat_data::store::TableVersion;
 
 impl Runner<'_> {
-    /// Sees to it that the manifest has a version under this key, to be begun or gone on with, whose
-    /// checkpoint will lie in the folder `checkpoint`. False when it is complete already, if only staged.
-    pub(super) fn claim(
+    /// Ensures that the manifest has a version under this key, to be begun or resumed, whose
+    /// checkpoint goes to the folder `checkpoint`. Returns false if such a version is complete
+    /// already, even if only staged.
+    pub(super) fn reconcile(
         &mut self,
         table: &TableName,
         round: Option<u32>,
@@ -36,16 +38,12 @@ impl Runner<'_> {
         {
             let reasons = explain(&made.because, &explained);
             let reasons = in_words(&reasons, self.plan, table);
-            let mut parked = manifest.parked.iter().map(|parked| &parked.made);
+            let mut archived = manifest.archived.iter().map(|archived| &archived.made);
             let returns =
-                parked.any(|made| made.is(name, round) && made.key == key && made.complete);
-            let deed = if returns {
-                "is brought back"
-            } else {
-                "is made again"
-            };
+                archived.any(|made| made.is(name, round) && made.key == key && made.complete);
+            let deed = if returns { "restoring" } else { "rebuilding" };
             let title = titled(table, round);
-            self.report.note(&format!("{title} {deed}: {reasons}"));
+            self.report.note(&format!("{deed} {title}: {reasons}"));
         }
         if !goes_on {
             self.folder.archive_staged(name, round)?;
@@ -83,7 +81,7 @@ impl Runner<'_> {
         Ok(true)
     }
 
-    /// The tables that the pipeline no longer has, or has not in that round.
+    /// Returns the tables that are no longer in the pipeline, or not in that round.
     pub(super) fn unplanned(&self, slots: &[Slot<'_>]) -> Vec<TableVersion> {
         let planned = |made: &TableVersion| {
             slots.iter().any(|(stage, round)| {
@@ -100,7 +98,8 @@ impl Runner<'_> {
             .collect()
     }
 
-    /// Sets these tables aside, and versions that a whole run did not go on with: nobody should query or export them as if they belonged to the pipeline.
+    /// Archives these tables, and staged versions that a complete run did not resume, so that they
+    /// are not queried or exported as part of the pipeline.
     pub(super) fn archive_unplanned(&mut self, slots: &[Slot<'_>]) -> Result<(), Failure> {
         for made in self.unplanned(slots) {
             self.folder.archive(&made.table, made.round)?;
@@ -116,10 +115,11 @@ impl Runner<'_> {
     }
 }
 
-/// The tables that a stage makes: its own, and the one that a training needs before its first step.
+/// Returns the tables that a stage builds: its own, and the one that a training needs before its
+/// first step.
 pub(super) fn tables_of(stage: &PlannedStage) -> Vec<TableName> {
     let mut tables = vec![stage.name.clone()];
-    // A query's SQL may be read from a file; only trainings have a second table.
+    // A query's SQL may be read from a file; only training stages have a second table.
     if stage.kind.is_some()
         && let StageKind::Train(work) = stage.spec.as_stage().work()
         && let Some((before, _)) = work.before(&stage.name)

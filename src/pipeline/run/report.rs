@@ -1,4 +1,4 @@
-//! What a run tells of itself while it goes on.
+//! Progress reporting: the events of a run, and the figures of a table in progress.
 
 use arrow::array::{Array, AsArray, RecordBatch};
 use arrow::compute::cast;
@@ -7,38 +7,38 @@ use arrow::datatypes::{DataType, Float64Type};
 use crate::config::Secrets;
 use crate::stages::TableName;
 
-/// What is counted.
+/// The unit of a stage's progress.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unit {
     Rows,
     Steps,
 }
 
-/// A stage that begins or goes on.
+/// A stage that starts or resumes.
 pub struct Start<'a> {
     pub table: &'a TableName,
     pub round: Option<u32>,
     pub unit: Unit,
-    /// How many there are; unknown for a file that is still being read.
+    /// The total; unknown for a file that is still being read.
     pub total: Option<u64>,
-    /// How many were done by an earlier run.
+    /// The number already done by an earlier run.
     pub done: u64,
 }
 
-/// Numbers of a table under way, as far as it has them.
+/// The figures of a table in progress, where available.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Figures {
-    /// Of the last optimizer update.
+    /// The loss of the last optimizer update.
     pub loss: Option<f64>,
-    /// Of the last optimizer update.
+    /// The accuracy of the last optimizer update.
     pub accuracy: Option<f64>,
-    /// Over the rewards that this run has computed or taken over for the table.
+    /// The mean of the rewards that this run has computed or reused for the table.
     pub mean_reward: Option<f64>,
-    /// Rows that went through a training in this run; other work counts them as its progress.
+    /// The number of rows a training has consumed in this run; other stages count rows as progress.
     pub rows: Option<u64>,
 }
 
-/// Figures that grow with the table.
+/// Figures that are updated as the table grows.
 #[derive(Debug, Default)]
 pub(super) struct Tally {
     pub(super) figures: Figures,
@@ -47,7 +47,7 @@ pub(super) struct Tally {
 }
 
 impl Tally {
-    /// Takes in the row of an optimizer update, which read so many rows.
+    /// Adds the row of an optimizer update, which consumed `rows` rows.
     pub(super) fn step(&mut self, step: &RecordBatch, rows: u64) {
         let last = |name| numbers(step, name)?.into_iter().flatten().last();
         self.figures.loss = last("loss");
@@ -55,7 +55,7 @@ impl Tally {
         *self.figures.rows.get_or_insert(0) += rows;
     }
 
-    /// Takes in rows of the table; those without a column `reward` say nothing.
+    /// Adds rows of the table; rows without a column `reward` are ignored.
     pub(super) fn rewards(&mut self, rows: &RecordBatch) {
         let Some(rewards) = numbers(rows, "reward") else {
             return;
@@ -70,7 +70,7 @@ impl Tally {
     }
 }
 
-/// The numbers of a column.
+/// Returns the values of a numeric column; `None` if there is no such column.
 fn numbers(rows: &RecordBatch, name: &str) -> Option<Vec<Option<f64>>> {
     let column = rows.column_by_name(name)?;
     if !column.data_type().is_numeric() {
@@ -80,14 +80,15 @@ fn numbers(rows: &RecordBatch, name: &str) -> Option<Vec<Option<f64>>> {
     Some(column.as_primitive::<Float64Type>().iter().collect())
 }
 
-/// Takes notice of what a run does. The command line draws bars or lines; tests listen.
+/// A listener for the events of a run: the command line draws progress bars or log lines, tests
+/// record them.
 pub trait Report {
     fn start(&mut self, start: Start<'_>);
-    /// The figures of the stage that was started last; before the `progress` that they belong to.
+    /// The figures of the stage that started last; called before the `progress` they belong to.
     fn figures(&mut self, _figures: &Figures) {}
-    /// Of the stage that was started last, so many are done.
+    /// The progress of the stage that started last.
     fn progress(&mut self, done: u64);
-    /// A table is done: its rows, and how many were set aside.
+    /// A table is complete: its rows, and the numbers of its rejects.
     fn finished(
         &mut self,
         table: &TableName,
@@ -96,13 +97,13 @@ pub trait Report {
         faults: u64,
         dropped: u64,
     );
-    /// A table was there already.
+    /// A table was up to date.
     fn reused(&mut self, table: &TableName, round: Option<u32>, rows: u64);
-    /// Something worth a line.
+    /// A message for the user.
     fn note(&mut self, text: &str);
 }
 
-/// Tells another report, without the secrets of the pipeline.
+/// A report that masks the pipeline's secrets and forwards to another.
 pub(super) struct Masked<'a> {
     pub(super) report: &'a mut dyn Report,
     pub(super) secrets: &'a Secrets,

@@ -1,4 +1,4 @@
-//! Mapping: parts of a table's groups are computed, committed and resumed, one after the other.
+//! The row stages: parts of a table's groups are computed, committed and resumed in order.
 
 use std::cell::RefCell;
 use std::sync::Arc;
@@ -20,51 +20,51 @@ use ovchat_data::tables::{RejectClass, Telemetry};
 use ovchat_io::mask::Mask;
 use ovchat_models as models;
 
-/// A table under way.
+/// A table in progress.
 struct Mapping<'w> {
     table: &'w TableName,
     round: Option<u32>,
     work: &'w dyn BatchStage,
     base: &'w Key,
-    /// What there was of it when this run took it up.
+    /// The version as this run found it.
     made: TableVersion,
     part_groups: u32,
     groups: Groups,
     models: RunModels<'w>,
     inputs: InputTables,
     reuse: Vec<Lookup>,
-    /// Rows of the input, and how many of them are done.
+    /// The number of input rows, and of those done.
     total: u64,
     done: u64,
     is_started: bool,
     tally: Tally,
 }
 
-/// What became of a part.
+/// The outcome of computing a part.
 enum Computed {
-    /// There are no more rows.
+    /// The input is exhausted.
     End,
-    /// It is there already.
+    /// The part exists already.
     There,
     Part(Box<Parcel>),
 }
 
-/// A part that was computed and is not written.
+/// A part that has been computed but not yet written.
 struct Parcel {
     part: u32,
-    /// Groups of the input that went in.
+    /// The number of input groups in the part.
     groups: u64,
     outcomes: Vec<Outcome<RecordBatch>>,
     telemetry: Option<Telemetry>,
     oom_retries: u64,
     took: Took,
-    /// Rows of the input that are done with it.
+    /// The number of input rows done once the part is written.
     done: u64,
 }
 
 impl Runner<'_> {
-    /// Makes what is missing of `table`, the stage's own table or one that it needs before. A part is
-    /// written while the next is computed.
+    /// Builds the missing parts of `table`: the stage's own table, or one that it needs first. Each
+    /// part is written while the next one is computed.
     pub(super) fn map(
         &mut self,
         stage: &PlannedStage,
@@ -77,12 +77,12 @@ impl Runner<'_> {
             .folder
             .manifest()
             .under_way(table.as_str(), round)
-            .expect("a table that was begun")
+            .expect("the table was begun")
             .clone();
         let input_round = self.plan.round_of(work.input(), round);
         let files = self.folder.files(work.input().as_str(), input_round);
         let groups = Groups::open(files, work.reads())?;
-        // Parts that an earlier version cut elsewhere are made again.
+        // Parts that an earlier version cut differently are rebuilt.
         let made = if groups.is_gathered() && !made.is_gathered {
             let made = TableVersion {
                 is_gathered: true,
@@ -99,7 +99,7 @@ impl Runner<'_> {
             .manifest()
             .find(work.input().as_str(), input_round)
             .map_or(0, TableVersion::rows);
-        // Parts that exist were cut as the run that began them was told to.
+        // Existing parts keep the part size of the run that began them.
         let part_groups = if made.parts.is_empty() {
             work.part_groups()
         } else {
@@ -139,9 +139,9 @@ impl Runner<'_> {
         let mut written: Option<(u64, JoinHandle<Result<PartRecord, Failure>>)> = None;
         for part in 0.. {
             let computed = self.compute(&mut mapping, part);
-            // Whatever became of this part, the one before is finished work.
+            // Whatever the outcome of this part, the previous one is complete.
             if let Some((done, writing)) = written.take() {
-                let record = writing.join().expect("a part is written without a panic")?;
+                let record = writing.join().expect("the writer thread does not panic")?;
                 self.folder.commit(Event::Part {
                     table: table.to_string(),
                     round,
@@ -219,7 +219,7 @@ impl Runner<'_> {
         let (outcomes, computed) =
             work.make(&mut ctx, &rows, &lengths, mapping.base, &mut known)?;
         for outcome in &outcomes {
-            if let Outcome::TableVersion(rows) = outcome {
+            if let Outcome::Rows(rows) = outcome {
                 mapping.tally.rewards(rows);
             }
         }
@@ -237,8 +237,8 @@ impl Runner<'_> {
         })))
     }
 
-    /// What decides a row beside its group: the stage's settings and models and, where it draws,
-    /// seed, round and table.
+    /// Returns the base of the row keys: everything that determines a row besides its group, namely
+    /// the stage's settings and models and, if it samples, seed, round and table.
     pub(super) fn row_base(
         &mut self,
         stage: &PlannedStage,
@@ -249,16 +249,20 @@ impl Runner<'_> {
         Ok(Key::new("row").with_json(&because))
     }
 
-    /// The rows of superseded versions of this table, by their keys; the latest version first. Each has
-    /// an index of its own: rows of one key lie together in one version, not in several.
+    /// Returns the rows of superseded versions of this table by row key, latest version first. Each
+    /// version has its own index, because the rows of one key are together within one version.
     fn reuse(&self, table: &TableName, round: Option<u32>) -> Result<Vec<Lookup>, Failure> {
         let manifest = self.folder.manifest();
-        // The version that a staged one is going to replace is the latest.
+        // The version that a staged one will replace is the latest.
         let current = manifest.find(table.as_str(), round);
         let replaced = current.filter(|_| manifest.staged(table.as_str(), round).is_some());
-        let parked = manifest.parked.iter().rev().map(|parked| &parked.made);
+        let archived = manifest
+            .archived
+            .iter()
+            .rev()
+            .map(|archived| &archived.made);
         let mut versions = Vec::new();
-        for made in replaced.into_iter().chain(parked) {
+        for made in replaced.into_iter().chain(archived) {
             if made.table == table.as_str() && made.round == round {
                 let path = |file: &FileRecord| self.folder.root().join(&file.file);
                 let files: Vec<_> = made.files().map(path).collect();
@@ -269,7 +273,7 @@ impl Runner<'_> {
     }
 }
 
-/// Writes the parts of a table.
+/// A writer of the parts of a table.
 struct Pen {
     place: Place,
     table: TableName,
@@ -285,14 +289,14 @@ impl Pen {
         let Parcel { part, .. } = parcel;
         let mut footer = self.footer.clone();
         footer.push(("ovchat.key", self.key.clone()));
-        let footer = with_halvings(footer, parcel.oom_retries);
+        let footer = with_oom_retries(footer, parcel.oom_retries);
         let mut writer = self
             .place
             .writer(&format!("part-{part:05}"), &self.schema, &footer);
         let mut set_aside = Vec::new();
         for outcome in parcel.outcomes {
             match outcome {
-                Outcome::TableVersion(rows) => writer.write(&rows)?,
+                Outcome::Rows(rows) => writer.write(&rows)?,
                 Outcome::SetAside { id, class, reason } => set_aside.push((id, class, reason)),
             }
         }
@@ -339,7 +343,7 @@ fn row_of(
         rows_max: count(telemetry.rows_max),
         tokens_max: count(telemetry.tokens_max),
         halvings: count(telemetry.oom_retries),
-        seconds_pictures: telemetry.seconds_pictures,
+        seconds_pictures: telemetry.seconds_images,
         seconds_waiting: telemetry.seconds_waiting,
         seconds_tower: telemetry.seconds_tower,
         seconds_prefill: telemetry.seconds_prefill,
@@ -349,9 +353,9 @@ fn row_of(
     }
 }
 
-/// A footer that says that memory ran out, if it did: answers then had other neighbors than planned,
-/// which shows in the last bits of their log-probabilities.
-pub(super) fn with_halvings(
+/// Returns the footer, with the number of OOM retries if there were any: after a retry, responses
+/// are batched differently than planned, which changes the last bits of their log-probabilities.
+pub(super) fn with_oom_retries(
     mut footer: Vec<(&'static str, String)>,
     oom_retries: u64,
 ) -> Vec<(&'static str, String)> {
@@ -361,7 +365,7 @@ pub(super) fn with_halvings(
     footer
 }
 
-/// The most memory that this process took so far, in bytes, where Linux tells.
+/// Returns the peak memory of this process so far, in bytes; `None` outside Linux.
 fn peak_memory() -> Option<i64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status

@@ -1,4 +1,4 @@
-//! A judge that is an expression of SQL.
+//! A judge that scores responses with an SQL expression.
 
 use arrow::array::AsArray;
 use arrow::datatypes::Float64Type;
@@ -9,7 +9,7 @@ use ovchat_models::{
 };
 use ovchat_query as query;
 
-/// Scores answers by an expression over what is known of them.
+/// Scores responses with an SQL expression over the columns of [`Judged`].
 pub struct SqlJudge {
     sql: String,
 }
@@ -47,7 +47,7 @@ impl Judge for SqlJudge {
                 .position(|reward| !reward.is_some_and(|reward| (reward as f32).is_finite()));
             let scores = match missing {
                 Some(answer) => Err(RowFault(format!(
-                    "`reward` is no number for answer {answer}: {}",
+                    "`reward` is not a finite number for answer {answer}: {}",
                     own[answer].map_or_else(|| "null".to_owned(), |reward| reward.to_string())
                 ))),
                 None => Ok(own
@@ -71,7 +71,7 @@ impl Judge for SqlJudge {
     }
 }
 
-/// The answers as rows of the table that the expression is about.
+/// Returns the responses as rows of the table that the expression reads.
 fn rows_of(groups: &[AnswerGroup<'_>]) -> Vec<Judged> {
     let mut rows = Vec::new();
     for group in groups {

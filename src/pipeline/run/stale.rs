@@ -1,4 +1,4 @@
-//! Tables that were made from versions which are no longer current.
+//! Stale tables: tables built from versions that are no longer current.
 
 use std::collections::HashSet;
 
@@ -7,13 +7,14 @@ use serde_json::Value;
 use super::keys::{checkpoint_keys, known_key};
 use ovchat_data::store::{Manifest, TableVersion};
 
-/// The current tables that were made from a table or a checkpoint whose version has been replaced since, and
-/// those made from these. `pipeline run` makes them again; `--until` leaves them.
+/// Returns the current tables that were built from a table or a checkpoint whose version has since
+/// been replaced, and the tables built from those. `pipeline run` rebuilds them; `--until` leaves
+/// them.
 pub fn stale(manifest: &Manifest) -> Vec<&TableVersion> {
     let complete = || manifest.made.iter().filter(|made| made.complete);
     let mut known: HashSet<String> = complete().map(|made| known_key(made).to_owned()).collect();
-    let superseded = manifest.parked.iter().map(|parked| &parked.made);
-    // A model that is no checkpoint of this run is not replaced.
+    let superseded = manifest.archived.iter().map(|archived| &archived.made);
+    // A model that is not a checkpoint of this run is not replaced.
     let mut gone: HashSet<String> = superseded.flat_map(checkpoint_keys).collect();
     for made in complete() {
         for key in checkpoint_keys(made) {
@@ -44,7 +45,7 @@ pub fn stale(manifest: &Manifest) -> Vec<&TableVersion> {
     in_order.collect()
 }
 
-/// The texts among the values of an object.
+/// Returns the strings among the values of an object.
 fn values(object: &Value) -> impl Iterator<Item = &str> {
     let values = object.as_object().into_iter().flat_map(|map| map.values());
     values.filter_map(Value::as_str)

@@ -1,4 +1,4 @@
-//! Whether a round was the last one.
+//! Early stopping: evaluates `rounds.stop_when` after a round.
 
 use arrow::array::{Array, AsArray};
 
@@ -8,7 +8,7 @@ use crate::stages::Failure;
 use ovchat_data::store::RunFolder;
 use ovchat_query::{self as query, Param, Part, QueryTable};
 
-/// Asks the plan's `stop_when` after a round over the tables of `folder` up to it.
+/// Evaluates the plan's `stop_when` after a round, over the tables of `folder` up to that round.
 pub fn ends(
     plan: &Plan,
     folder: &RunFolder,
@@ -54,9 +54,7 @@ pub fn ends(
                 .as_boolean_opt()
                 .filter(|_| batch.num_columns() == 1);
             let flags = flags.ok_or_else(|| {
-                Failure::Other(
-                    "the result of `rounds.stop_when` is not one column, true or false".to_owned(),
-                )
+                Failure::Other("`rounds.stop_when` must return a single boolean column".to_owned())
             })?;
             answers.extend((0..flags.len()).map(|row| flags.is_valid(row) && flags.value(row)));
             Ok(())
@@ -66,8 +64,8 @@ pub fn ends(
         [answer] => Ok(answer),
         [] => Ok(false),
         _ => Err(Failure::Other(format!(
-            "`rounds.stop_when` gave {} rows after round {round}; it must give one: aggregate the \
-             rows into one, such as: select max(reward) > 0.9 from rewards where round = $round",
+            "`rounds.stop_when` returned {} rows after round {round}, expected one: aggregate the \
+             rows into one, such as `select max(reward) > 0.9 from rewards where round = $round`",
             answers.len()
         ))),
     }
@@ -78,7 +76,7 @@ impl Runner<'_> {
     pub(super) fn is_last(&mut self, round: u32) -> Result<bool, Failure> {
         let interrupt = self.interrupt;
         let is_last = ends(self.plan, &self.folder, round, || interrupt.raised())?;
-        let words = format!("round {round} is the last one: `rounds.stop_when` is true of it");
+        let words = format!("stopping after round {round}: `rounds.stop_when` is true");
         if is_last && self.said.insert(words.clone()) {
             self.report.note(&words);
         }

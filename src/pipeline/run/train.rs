@@ -1,8 +1,9 @@
-//! Folding: ordered steps over a table that end in a checkpoint.
+//! The training stages: ordered steps over a table that end in a checkpoint.
 //!
-//! A state (weights, optimizer, step count) is saved every so many steps together with the `steps`
-//! rows up to it, in one commit; a killed training goes on at the last one that can be read. The end has no state of
-//! its own: the checkpoint is written first, then one commit takes rows and checkpoint in.
+//! A state (weights, optimizer, step count) is saved every `save_every` steps together with the
+//! `steps` rows up to it, in one commit; a killed training resumes at the last readable state. The
+//! final step has no state of its own: the checkpoint is written first, then one commit adds the rows
+//! and the checkpoint.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -25,13 +26,13 @@ use ovchat_data::store::{
     TableWriter, files_in, hash_file, write_folder,
 };
 
-/// Rows that are looked over at once before the first step.
+/// The number of rows that are validated at once before the first step.
 const VALIDATED_AT_ONCE: usize = 64;
 
 impl Runner<'_> {
     #[expect(
         clippy::too_many_lines,
-        reason = "one training, from opening to checkpoint, in the order in which it happens"
+        reason = "one training, from opening to checkpoint, reads best in order"
     )]
     pub(super) fn fold(
         &mut self,
@@ -45,7 +46,7 @@ impl Runner<'_> {
             .folder
             .manifest()
             .under_way(table.as_str(), round)
-            .expect("a table that was begun")
+            .expect("the table was begun")
             .clone();
         let input_round = self.plan.round_of(work.input(), round);
         let mut rows = Lookup::open(
@@ -54,7 +55,7 @@ impl Runner<'_> {
         )?;
         if rows.is_empty() {
             return Err(Failure::Other(format!(
-                "`{}` has no rows to learn from; see why with: pipeline sql {} \
+                "`{}` has no rows to train on; to see the rejects, run: pipeline sql {} \
                  \"select reason, count(*) from rejects group by reason\"",
                 work.input(),
                 self.folder.root().display()
@@ -112,13 +113,13 @@ impl Runner<'_> {
                 }
                 Err(error) => {
                     newest = false;
-                    let words = format!("{error}; going on from the state before");
+                    let words = format!("{error}; resuming from the previous state");
                     report.borrow_mut().note(&words);
                 }
             }
         }
         if done == 0 && !made.parts.is_empty() {
-            // Steps without a state behind them are taken again.
+            // Steps that no state covers are repeated.
             let mut made = made.clone();
             made.parts.clear();
             self.folder.record(made)?;
@@ -212,8 +213,8 @@ impl Runner<'_> {
         Ok(())
     }
 
-    /// What decides the table that a training needs before its first step, and its key; of the stage's
-    /// settings only these matter.
+    /// Returns the key inputs of the table that a training needs before its first step, and its
+    /// key. Of the stage's settings, only `settings` affect it.
     fn key_inputs_before(
         &mut self,
         stage: &PlannedStage,
@@ -226,7 +227,8 @@ impl Runner<'_> {
         Ok((because, key))
     }
 
-    /// Brings back what belongs to a training that was set aside and came back whole.
+    /// Restores the tables that belong to a training that was archived and has been restored
+    /// complete.
     pub(super) fn restore_before(
         &mut self,
         stage: &PlannedStage,
@@ -253,7 +255,7 @@ impl Runner<'_> {
         Ok(())
     }
 
-    /// Makes the table that the work needs before its first step, and opens it.
+    /// Builds the table that the work needs before its first step, and opens it.
     fn make_before(
         &mut self,
         stage: &PlannedStage,
@@ -266,13 +268,13 @@ impl Runner<'_> {
         let settings = work.before_settings();
         let (mut because, key) = self.key_inputs_before(stage, round, settings)?;
         let kind = map.schema().metadata().get("kind").cloned();
-        if self.claim(&name, round, kind.as_deref(), &key, &because, None)? {
+        if self.reconcile(&name, round, kind.as_deref(), &key, &because, None)? {
             because["inputs"] = Value::Null;
             let base = Key::new("row").with_json(&because);
             self.map(stage, &name, round, &*map, &base)?;
             self.finish(&name, round, None, None)?;
         }
-        // It becomes current together with the training that it is for.
+        // It becomes current together with the training that it belongs to.
         let made = self.folder.manifest().under_way(name.as_str(), round);
         let files = made.map_or_else(Vec::new, |made| self.folder.checked(made.files()));
         let files = files.into_iter().map(|file| file.path).collect();
@@ -280,8 +282,8 @@ impl Runner<'_> {
     }
 }
 
-/// The name of a round's checkpoint: `round-2`, with the table's name when the pipeline trains more
-/// than once a round.
+/// Returns the name of a round's checkpoint: `round-2`, plus the table's name if the pipeline has
+/// several training stages.
 fn checkpoint_name(plan: &Plan, stage: &PlannedStage, round: Option<u32>) -> String {
     let round = round.unwrap_or(1);
     match plan.trainings().count() {
@@ -290,7 +292,8 @@ fn checkpoint_name(plan: &Plan, stage: &PlannedStage, round: Option<u32>) -> Str
     }
 }
 
-/// The folder of the checkpoint that a training writes, relative to the run's folder. `None` for other stages.
+/// Returns the folder of the checkpoint that a training writes, relative to the run folder; `None`
+/// for other stages.
 pub(super) fn checkpoint_of(
     plan: &Plan,
     stage: &PlannedStage,
@@ -303,14 +306,14 @@ pub(super) fn checkpoint_of(
     ))
 }
 
-/// The folders of a training's saved states.
+/// Returns the folders of a training's saved states.
 fn states(folder: &RunFolder, table: &TableName, round: Option<u32>) -> BTreeSet<String> {
     let made = folder.manifest().under_way(table.as_str(), round);
     let states = made.into_iter().flat_map(|made| &made.states);
     states.map(|state| state.folder.clone()).collect()
 }
 
-/// A path below the run's folder, as the manifest has it.
+/// Returns a path relative to the run folder, as the manifest stores it.
 fn below(root: &Path, path: &Path) -> String {
     path.strip_prefix(root)
         .unwrap_or(path)
@@ -318,7 +321,7 @@ fn below(root: &Path, path: &Path) -> String {
         .into_owned()
 }
 
-/// The rows at some positions, as one batch.
+/// Returns the rows at the given positions, as one batch.
 fn gather(rows: &mut Lookup, positions: &[u32]) -> Result<RecordBatch, Failure> {
     let batches: Vec<RecordBatch> = positions
         .iter()
@@ -329,7 +332,7 @@ fn gather(rows: &mut Lookup, positions: &[u32]) -> Result<RecordBatch, Failure> 
         .expect("rows of one table have one schema"))
 }
 
-/// Writes the rows of the steps from `first` on, which were begun then.
+/// Writes the rows of the steps from `first` on, which began at `begun`.
 fn part(
     mut writer: TableWriter,
     first: usize,

@@ -1,14 +1,15 @@
-//! The folders that the pictures of a source may lie in: that of its pictures and that of the file.
-//! A record names a path, and whoever wrote it need not be whoever runs the pipeline.
+//! The folders that a source's images may be read from: its image folder and the folder of its
+//! file. The paths in records are untrusted input: their author may not be the user who runs the
+//! pipeline.
 
 use std::ffi::OsStr;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// Folders, every link in their paths followed.
+/// Folders that may be read from, by their canonical paths.
 pub struct AllowedFolders(Vec<PathBuf>);
 
-/// A place that a path leads to.
+/// The file that a path resolves to, inside or outside the allowed folders.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Place {
     Inside(PathBuf),
@@ -16,8 +17,8 @@ pub enum Place {
 }
 
 impl AllowedFolders {
-    /// These folders, and the blobs that the links of a Hugging Face cache lead to. A folder that is not
-    /// there has no files.
+    /// Allows these folders, and for those in a Hugging Face cache the blobs that their symbolic
+    /// links point to. A folder that does not exist is skipped.
     pub fn new(folders: &[&Path]) -> Self {
         let mut inside = Vec::new();
         for folder in folders {
@@ -31,7 +32,7 @@ impl AllowedFolders {
         Self(inside)
     }
 
-    /// The file that a path leads to, every link in it followed.
+    /// Returns the file that a path resolves to, with all symbolic links followed.
     pub fn place(&self, path: &Path) -> io::Result<Place> {
         let file = path.canonicalize()?;
         let is_inside = self.0.iter().any(|folder| file.starts_with(folder));
@@ -43,7 +44,7 @@ impl AllowedFolders {
     }
 }
 
-/// The folder of blobs of the Hugging Face cache that a folder is part of:
+/// Returns the blob folder of the Hugging Face cache that a folder belongs to:
 /// `datasets--org--name/snapshots/<revision>/…` links to `datasets--org--name/blobs`.
 fn blobs(folder: &Path) -> Option<PathBuf> {
     let snapshots = folder

@@ -1,4 +1,4 @@
-//! `ask_people`: pairs that people chose.
+//! The `ask_people` stage: preference pairs labeled by annotators.
 
 use std::collections::{HashMap, HashSet};
 use std::num::NonZeroU32;
@@ -13,22 +13,22 @@ use super::{Failure, Input, Stage, StageContext, StageError, StageKind, TableNam
 use ovchat_data::store::{LabelFiles, LabelVerdict, digest};
 use ovchat_data::tables::{Candidate, Pair, Prompt, RejectClass, Reward, Row};
 
-/// Waits for people to say which of two answers is better, and pairs these. The run stops with an exit
-/// code of its own until there are enough labels; `pipeline label RUN` shows the answers and takes what
-/// people say, and the same run command goes on.
+/// Pairs answers by the choices of annotators. Until there are enough labels, the run stops with a
+/// dedicated exit code; `pipeline label RUN` serves the labeling tasks, and the same `pipeline run`
+/// command then resumes the run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct AskPeople {
     /// The table of candidates.
     pub candidates: TableName,
-    /// The table of prompts that were answered; found through `candidates` if left out.
+    /// The table of prompts of the candidates. Default: found through `candidates`.
     #[serde(default)]
     pub prompts: Option<TableName>,
-    /// Tables of rewards of the candidates. Asked first is about what these disagree most; with one of
-    /// them, about what it finds hardest to tell apart.
+    /// Tables of rewards of the candidates that order the label queue: the answers on which the
+    /// judges disagree most come first; with a single table, those with the closest rewards.
     #[serde(default)]
     pub rewards: Vec<TableName>,
-    /// Labels to wait for; skipped questions are none.
+    /// The number of labels required before the table is built. Skipped tasks do not count.
     pub labels_min: NonZeroU32,
 }
 
@@ -123,7 +123,7 @@ impl PairSelector for AskPeople {
             let Some(known) = texts.get(&*label.prompt_id) else {
                 continue;
             };
-            // What was said of answers that are there no more is said of none of these.
+            // A label of an answer that no longer exists applies to none of the current answers.
             let (Some(&left), Some(&right)) = (
                 known.get(&label.left_digest),
                 known.get(&label.right_digest),
@@ -139,9 +139,9 @@ impl PairSelector for AskPeople {
                 LabelVerdict::Right => {
                     PairChoice::Pairs(vec![CandidatePair::unscored(right, left)])
                 }
-                LabelVerdict::Tie => set_aside("people found both answers equally good"),
-                LabelVerdict::BothBad => set_aside("people found both answers bad"),
-                LabelVerdict::Skip => set_aside("people skipped it"),
+                LabelVerdict::Tie => set_aside("labeled as a tie"),
+                LabelVerdict::BothBad => set_aside("labeled as both bad"),
+                LabelVerdict::Skip => set_aside("skipped by the annotator"),
                 LabelVerdict::Undone => continue,
             };
             match (choices.get_mut(&label.prompt_id), choice) {
@@ -156,6 +156,6 @@ impl PairSelector for AskPeople {
     }
 
     fn unchosen(&self) -> Option<&'static str> {
-        Some("nobody was asked about it")
+        Some("not labeled")
     }
 }

@@ -1,4 +1,4 @@
-//! `combine`: rewards of several judges as one.
+//! The `combine` stage: the rewards of several judges as one weighted sum.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -10,23 +10,24 @@ use serde::{Deserialize, Serialize};
 use super::{Input, NonNegative, Query, Stage, StageError, StageKind, TableName};
 use ovchat_data::tables::{Reward, Row};
 
-/// Adds up what several judges think of the same candidates. A candidate that one of them did not score
-/// gets no number, which selection sets aside with its prompt.
+/// Combines the rewards of several judges for the same candidates into a weighted sum. The reward
+/// of a candidate that one of them did not score is NaN, so that selection stages reject its
+/// prompt.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Combine {
-    /// The tables of rewards, two or more.
+    /// The tables of rewards to combine, two or more.
     pub rewards: Vec<TableName>,
-    /// How much each counts, by the name of the table; 1 where nothing is said.
+    /// The weight of each table, by name. Default: 1.
     #[serde(default)]
     pub weights: BTreeMap<TableName, NonNegative>,
-    /// On which scale: rewards `as_they_are`; or how far each is from the mean, in standard deviations,
-    /// among the answers to its prompt (`by_prompt`) or among all that its judge scored (`by_judge`).
+    /// The normalization before the sum: none (`as_they_are`), or the z-score of a reward among the
+    /// answers to its prompt (`by_prompt`) or among all rewards of its judge (`by_judge`).
     #[serde(default)]
     pub normalize: Normalize,
 }
 
-/// How rewards of different scales become comparable.
+/// The normalization that makes rewards of different scales comparable.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Normalize {
@@ -58,30 +59,34 @@ impl Stage for Combine {
             help: Some(help.to_owned()),
         };
         if self.rewards.len() < 2 {
-            let message = "there is nothing to combine one table with".to_owned();
+            let message = "fewer than two tables are listed".to_owned();
             return Err(fault(
                 "rewards",
                 message,
-                "name two tables of rewards, or more",
+                "list two or more tables of rewards",
             ));
         }
         let mut tables = self.rewards.iter().enumerate();
         if let Some((_, twice)) = tables.find(|(at, table)| self.rewards[..*at].contains(table)) {
-            let message = format!("`{twice}` stands here twice");
+            let message = format!("`{twice}` is listed twice");
             return Err(fault(
                 "rewards",
                 message,
-                "say under `weights` how much it counts",
+                "list it once, and set its weight under `weights`",
             ));
         }
         let mut weighed = self.weights.keys();
         if let Some(other) = weighed.find(|table| !self.rewards.contains(table)) {
-            let message = format!("`{other}` has a weight and is not among `rewards`");
-            return Err(fault("weights", message, "add it there, or remove it here"));
+            let message = format!("`{other}` has a weight but is not listed in `rewards`");
+            return Err(fault(
+                "weights",
+                message,
+                "add it to `rewards`, or remove its weight",
+            ));
         }
         if self.rewards.iter().all(|table| self.weight(table) == 0.0) {
             let message = "every weight is 0".to_owned();
-            return Err(fault("weights", message, "let one of them count"));
+            return Err(fault("weights", message, "set at least one weight above 0"));
         }
         Ok(Reward::schema())
     }
@@ -123,7 +128,7 @@ impl Combine {
                 "{union}select {number} as source, cast({weight} as double) as weight, prompt_id, candidate, \
                  judge, cast(reward as double) as reward from {table}"
             )
-            .expect("a string takes any text");
+            .expect("writing to a string cannot fail");
         }
         let judges = self.rewards.len();
         format!(
@@ -155,8 +160,8 @@ mod tests {
     #[test]
     fn weights_and_tables_must_belong_together() {
         for (settings, diagnostic) in [
-            (r#"{"rewards": ["a"]}"#, "nothing to combine"),
-            (r#"{"rewards": ["a", "b", "a"]}"#, "`a` stands here twice"),
+            (r#"{"rewards": ["a"]}"#, "fewer than two tables"),
+            (r#"{"rewards": ["a", "b", "a"]}"#, "`a` is listed twice"),
             (
                 r#"{"rewards": ["a", "b"], "weights": {"c": 1}}"#,
                 "`c` has a weight",

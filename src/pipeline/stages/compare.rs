@@ -1,4 +1,4 @@
-//! `compare`: a judge's rewards of both answers of pairs.
+//! The `compare` stage: a judge's rewards for both answers of each pair.
 
 use std::num::NonZeroU32;
 use std::ops::ControlFlow;
@@ -16,8 +16,8 @@ use ovchat_data::store::Key;
 use ovchat_data::tables::{Comparison, Pair, Row};
 use ovchat_models::{AnswerGroup, JudgeScore, Listener, RowFault};
 
-/// Scores both answers of pairs with a judge, to see how often it agrees with whoever chose:
-/// `select avg(cast(agrees as int)) from <table>`.
+/// Scores both answers of each pair with a judge. The share of pairs on which it agrees with the
+/// label is `select avg(cast(agrees as int)) from <table>`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Compare {
@@ -25,7 +25,8 @@ pub struct Compare {
     pub pairs: TableName,
     /// The model that scores.
     pub judge: ModelName,
-    /// Prompts whose pairs are scored, stored and resumed as one.
+    /// Prompts per part. A part's pairs are scored, committed and resumed as a unit; its size does
+    /// not change the rewards.
     #[serde(default = "Compare::part")]
     pub part: NonZeroU32,
 }
@@ -107,7 +108,7 @@ impl RowStage for &Compare {
         ctx: &mut StageContext<'_>,
         tasks: &[Task<Pair>],
     ) -> Result<Vec<Outcome<Vec<Comparison>>>, Failure> {
-        // A judge takes one group of answers for each pair, and a task may hold several pairs.
+        // A judge takes one group of answers per pair, and a task may hold several pairs.
         let pairs: Vec<&Pair> = tasks.iter().flat_map(|task| &task.rows).collect();
         let mut shown = Vec::with_capacity(pairs.len());
         for task in tasks {
@@ -163,7 +164,7 @@ impl RowStage for &Compare {
                 });
             }
             outcomes.push(match rows {
-                Ok(rows) => Outcome::TableVersion(rows),
+                Ok(rows) => Outcome::Rows(rows),
                 Err(RowFault(reason)) => Outcome::fault(&task.rows[0].prompt_id, reason),
             });
         }

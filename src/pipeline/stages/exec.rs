@@ -1,4 +1,4 @@
-//! `exec`: a command of the user as a stage.
+//! The `exec` stage: an external command that builds a table.
 
 mod inherited;
 
@@ -15,46 +15,47 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 pub use self::inherited::Inherited;
 use super::{Command, Input, Stage, StageError, StageKind, TableName, join};
 
-/// Makes a table by a command: it gets the rows of `table` as an Arrow IPC stream on its standard input
-/// and writes the rows of this table as one to its standard output. What it says on its standard error
-/// is told. It runs in the folder of the pipeline file, and ends when the run does.
+/// Builds a table with an external command. The command reads the rows of `table` as an Arrow IPC
+/// stream from stdin and writes the rows of this table as one to stdout; its stderr is shown in the
+/// log. It runs in the folder of the pipeline file and is stopped when the run ends.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Exec {
-    /// The program and its arguments, such as `[python3, flag.py]`.
+    /// The program and its arguments, e.g. `[python3, flag.py]`.
     pub command: Vec<String>,
-    /// The table whose rows it reads; in a round, those of the round.
+    /// The table that the command reads; within a round, the rows of that round.
     pub table: TableName,
-    /// The columns that it writes, each with its type.
+    /// The columns that the command writes, with their types.
     pub columns: Columns,
-    /// Files and folders whose content decides what the command makes, such as its script: when one
-    /// changes, the table is made again.
+    /// Files and folders that the result depends on, such as the command's script. The table is
+    /// rebuilt when one of them changes.
     #[serde(default)]
     pub files: Vec<PathBuf>,
-    /// The variables of the environment that the command inherits: all but those whose values the pipeline
-    /// uses (`${env:…}`, `key_env`) and those that are called like secrets (`*_TOKEN`, `*_KEY`, `*_SECRET`,
-    /// `*PASSWORD*`, `AWS_*`). `[NAME]` gives some of these; `only` gives none but PATH, HOME, the language
-    /// and the like; `{ only: [NAME] }` those and the ones that it names.
+    /// The environment variables that the command inherits. Default: all, except those whose values
+    /// the pipeline uses (`${env:…}`, `key_env`) and those named like secrets (`*_TOKEN`, `*_KEY`,
+    /// `*_SECRET`, `*PASSWORD*`, `AWS_*`). `[NAME]` adds variables to the default; `only` restricts
+    /// it to basic ones such as PATH, HOME and the locale; `{ only: [NAME] }` passes those and the
+    /// listed ones.
     #[serde(default, skip_serializing_if = "Inherited::is_usual")]
     pub env: Inherited,
-    /// Where the command runs.
+    /// The working folder of the command.
     #[serde(skip)]
     folder: PathBuf,
 }
 
 impl Exec {
-    /// The program that it starts.
+    /// Returns the program of the command.
     pub fn program(&self) -> Option<&str> {
         self.command.first().map(String::as_str)
     }
 
-    /// The folder in which it is started.
+    /// Returns the working folder of the command.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
 }
 
-/// Names and types of columns, in the written order.
+/// Names and types of columns, in the order of the pipeline file.
 #[derive(Debug, Clone, PartialEq, JsonSchema)]
 pub struct Columns(
     #[schemars(with = "std::collections::BTreeMap<String, Column>")] Vec<(String, Column)>,
@@ -101,7 +102,7 @@ impl<'de> Deserialize<'de> for Columns {
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str(
-                    "columns with their types, such as `{ prompt_id: text, flagged: bool }`",
+                    "column names with their types, such as `{ prompt_id: text, flagged: bool }`",
                 )
             }
 
@@ -109,7 +110,7 @@ impl<'de> Deserialize<'de> for Columns {
                 let mut columns = Vec::new();
                 while let Some((name, column)) = map.next_entry::<String, Column>()? {
                     if name == "round" {
-                        return Err(A::Error::custom("a column `round` is the run's own"));
+                        return Err(A::Error::custom("the column name `round` is reserved"));
                     }
                     columns.push((name, column));
                 }
@@ -164,12 +165,13 @@ impl Stage for Exec {
             help: Some(help.to_owned()),
         };
         if self.command.is_empty() {
-            let help = "name a program and its arguments: [python3, flag.py]";
-            return Err(fault("command", "there is no command", help));
+            let help = "set a program and its arguments: [python3, flag.py]";
+            return Err(fault("command", "the command is empty", help));
         }
         if self.columns.0.is_empty() {
-            let help = "name what it writes: { prompt_id: text, flagged: bool }";
-            return Err(fault("columns", "there are no columns", help));
+            let help =
+                "list the columns that the command writes: { prompt_id: text, flagged: bool }";
+            return Err(fault("columns", "no columns are listed", help));
         }
         let columns = self.columns.0.iter();
         let field = |(name, column): &(String, Column)| Field::new(name, column.data_type(), true);
@@ -206,6 +208,6 @@ mod tests {
         assert!(matches!(schema.field(1).data_type(), DataType::List(_)));
         let own = text.replace(r#""z""#, r#""round""#);
         let error = serde_json::from_str::<Exec>(&own).unwrap_err().to_string();
-        assert!(error.contains("the run's own"), "{error}");
+        assert!(error.contains("is reserved"), "{error}");
     }
 }

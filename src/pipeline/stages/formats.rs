@@ -1,4 +1,4 @@
-//! The files that records come from: JSON lists, JSON lines, Parquet.
+//! Source file formats: JSON lists, JSON Lines and Parquet.
 
 mod columns;
 mod json;
@@ -14,10 +14,10 @@ use ovchat_io::files;
 
 type Records = Box<dyn Iterator<Item = Result<Record, Failure>> + Send>;
 
-/// What may stand before the first character of UTF-8.
+/// The byte order mark of UTF-8.
 const MARK: &[u8] = b"\xef\xbb\xbf";
 
-/// The records of a file, read as they are asked for.
+/// Returns the records of a file, read lazily.
 pub fn records(path: &Path) -> Result<Records, Failure> {
     if path
         .extension()
@@ -25,7 +25,7 @@ pub fn records(path: &Path) -> Result<Records, Failure> {
     {
         return Ok(Box::new(columns::records(path)?));
     }
-    // What the file is, is seen from its first character, not from its name.
+    // JSON lists and JSON Lines are told apart by the first character, not by the file name.
     let mut text = open(path)?;
     let start = loop {
         let buffer = text
@@ -45,17 +45,18 @@ pub fn records(path: &Path) -> Result<Records, Failure> {
         _ => Err(input(
             path,
             "",
-            "it is neither a JSON list, nor JSON lines, nor Parquet (named *.parquet)".to_owned(),
+            "unknown format: expected a JSON list, JSON Lines, or Parquet (named *.parquet)"
+                .to_owned(),
         )),
     }
 }
 
-/// A file of JSON, behind its byte order mark.
+/// Opens a JSON file and skips its byte order mark.
 fn open(path: &Path) -> Result<BufReader<files::Stream>, Failure> {
     let failed = |error: std::io::Error| input(path, "", error.to_string());
     let mut text = BufReader::new(files::Stream::open(path).map_err(failed)?);
     let start = text.fill_buf().map_err(failed)?;
-    // Of two bytes that are a character of ASCII in UTF-16, one is zero.
+    // One of the two bytes of an ASCII character in UTF-16 is zero.
     if matches!(
         start,
         [0xff, 0xfe, ..] | [0xfe, 0xff, ..] | [0, _, ..] | [_, 0, ..]
@@ -64,8 +65,8 @@ fn open(path: &Path) -> Result<BufReader<files::Stream>, Failure> {
             path,
             "",
             format!(
-                "it is UTF-16 or UTF-32, and JSON is read as UTF-8; convert it: iconv -f UTF-16 -t UTF-8 {} > \
-                 utf8.json",
+                "the file is UTF-16 or UTF-32, but JSON must be UTF-8; convert it: iconv -f UTF-16 -t UTF-8 \
+                 {} > utf8.json",
                 path.display()
             ),
         ));
@@ -85,13 +86,13 @@ fn input(path: &Path, place: &str, problem: String) -> Failure {
 }
 
 fn empty(path: &Path) -> Failure {
-    input(path, "", "it has no records".to_owned())
+    input(path, "", "no records found".to_owned())
 }
 
-/// A JSON object from a picture's path to its captions.
+/// Reads a JSON object that maps image paths to captions.
 pub fn captions(path: &Path) -> Result<HashMap<String, Vec<String>>, Failure> {
     let problem = |problem: String| {
-        let words = "not an object from picture paths to lists of captions";
+        let words = "expected a JSON object that maps image paths to lists of captions";
         input(path, "", format!("{words}: {problem}"))
     };
     let captions =
@@ -131,7 +132,7 @@ mod tests {
         assert!(
             read("a.json", "hello")
                 .unwrap_err()
-                .contains("neither a JSON list")
+                .contains("unknown format")
         );
         assert!(
             read("a.json", "[{\"a\": 1}, {\"a\" 2}]")
@@ -141,7 +142,7 @@ mod tests {
         assert!(
             read("a.jsonl", "{\"a\": 1}\n{\"a\": \n")
                 .unwrap_err()
-                .contains("it is not JSON")
+                .contains("invalid JSON")
         );
     }
 
@@ -166,7 +167,10 @@ mod tests {
         for text in ["\u{feff}[{\"a\": 1}]", "{\"a\": 1}"] {
             for bytes in [little(text), big(text)] {
                 let problem = read("a.json", bytes).unwrap_err();
-                assert!(problem.contains("it is UTF-16 or UTF-32"), "{problem}");
+                assert!(
+                    problem.contains("the file is UTF-16 or UTF-32"),
+                    "{problem}"
+                );
                 assert!(problem.contains("iconv -f UTF-16 -t UTF-8"), "{problem}");
             }
         }
@@ -179,7 +183,7 @@ mod tests {
 
     #[test]
     fn a_key_that_stands_twice_costs_its_record() {
-        let reason = "the key `a` stands in it twice; keep one of the two";
+        let reason = "duplicate key `a`; keep one of the two";
         for text in [
             "[{\"a\": 1, \"b\": 2, \"a\": 1}]",
             "{\"a\": 1, \"a\": 2}",
@@ -199,10 +203,7 @@ mod tests {
         );
         std::fs::write(&path, "{\"a.png\": [\"A.\"], \"a.png\": [\"B.\"]}").unwrap();
         let problem = captions(&path).unwrap_err().to_string();
-        assert!(
-            problem.contains("the key `a.png` stands in it twice"),
-            "{problem}"
-        );
+        assert!(problem.contains("duplicate key `a.png`"), "{problem}");
         std::fs::write(&path, "\u{feff}{\"a.png\": [\"A.\"]}").unwrap();
         assert_eq!(captions(&path).unwrap()["a.png"], ["A."]);
     }

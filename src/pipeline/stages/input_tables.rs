@@ -1,4 +1,4 @@
-//! The rows of other tables that a stage looks up.
+//! Lookups of rows and images in a stage's input tables.
 
 use std::collections::{HashMap, VecDeque};
 use std::path::PathBuf;
@@ -12,18 +12,18 @@ use ovchat_data::store::{Images, Lookup};
 use ovchat_data::tables::{self, Row};
 use ovchat_models::{self as models, EncodedImage};
 
-/// The rows of other tables that a stage looks up.
+/// Lookups of rows and images in a stage's input tables.
 pub struct InputTables {
     pub images: Images,
     files: HashMap<TableName, Vec<PathBuf>>,
     prompts: HashMap<TableName, PromptCache>,
     lookups: HashMap<TableName, Lookup>,
-    /// The folder of the run.
+    /// The run folder.
     pub root: PathBuf,
 }
 
 impl InputTables {
-    /// `files` are those of the stage's input tables, in this round.
+    /// Creates the lookups; `files` are those of the stage's input tables in this round.
     pub fn new(images: Images, files: HashMap<TableName, Vec<PathBuf>>, root: PathBuf) -> Self {
         Self {
             root,
@@ -34,8 +34,8 @@ impl InputTables {
         }
     }
 
-    /// The rows of a table that are about some prompts, in the order of the table; with the columns of
-    /// `columns`, the same each time.
+    /// Returns the rows of a table that belong to some prompts, in the order of the table, with the
+    /// columns of `columns`, which must be the same in every call for a table.
     pub fn rows_of<'n>(
         &mut self,
         table: &TableName,
@@ -55,7 +55,7 @@ impl InputTables {
         Ok(Lookup::open(files, "prompt_id")?)
     }
 
-    /// The row of a prompt.
+    /// Returns the row of a prompt.
     pub fn prompt_row(
         &mut self,
         table: &TableName,
@@ -73,7 +73,7 @@ impl InputTables {
         inputs.row(prompt_id)?.ok_or_else(missing)
     }
 
-    /// A prompt as models take it, with the bytes of its pictures.
+    /// Returns a prompt in the form that models take, with the bytes of its images.
     pub fn prompt(
         &mut self,
         row: &tables::Prompt,
@@ -91,7 +91,7 @@ impl InputTables {
         })
     }
 
-    /// Pictures by content.
+    /// Returns images by the hashes of their content.
     pub fn images(&mut self, image_ids: &[String]) -> Result<Vec<EncodedImage>, Failure> {
         let image = |id: &String| {
             Ok(EncodedImage {
@@ -103,17 +103,18 @@ impl InputTables {
     }
 }
 
-/// Most prompts that are read at once.
+/// The maximum number of prompts read at once.
 const PROMPTS_AT_ONCE: usize = 1024;
 
-/// Readings that are kept: together more prompts than parts have in which a prompt takes no time.
+/// The number of reads that are kept. Together they hold more prompts than the largest parts, those
+/// of stages that take next to no time per prompt.
 const READINGS: usize = 8;
 
-/// The prompts of a table. Stages ask for them in the order in which they lie, more or less, some of
-/// them twice for each part: as long as the next is asked for, more and more are read at once.
+/// A cache of a table's prompts with read-ahead. Stages access prompts roughly in table order, some
+/// of them twice per part; sequential access doubles the number of prompts read at once.
 struct PromptCache {
     lookup: Lookup,
-    /// Some of them, each with the position of the first; the latest reading last.
+    /// The cached reads, the latest last, each with the position of its first prompt.
     read: VecDeque<(usize, Vec<Arc<tables::Prompt>>)>,
 }
 

@@ -1,4 +1,4 @@
-//! `load_feedback`: pairs that people judged, straight to `pairs`.
+//! The `load_feedback` stage: preference pairs labeled by people, loaded directly as `pairs`.
 
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
@@ -12,28 +12,31 @@ use super::source_check::SourceProblem;
 use super::{Input, Stage, StageError, StageKind, TableName, join};
 use ovchat_data::tables::{Pair, Row};
 
-/// Reads pairs that people judged: a JSON list, JSON lines or Parquet of
-/// `{id, image, prompt, chosen, rejected}`, or of the records of LLaVA-Human-Preference:
-/// `{id, image, conversations, output_1, output_2, preference}`. An empty answer is a reject.
+/// Loads preference pairs labeled by people. The source is a JSON list, JSON Lines or Parquet of
+/// `{id, image, prompt, chosen, rejected}`, or of LLaVA-Human-Preference records:
+/// `{id, image, conversations, output_1, output_2, preference}`. A record with an empty answer is
+/// rejected.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LoadFeedback {
-    /// The file: `.json`, `.jsonl` or `.parquet`.
+    /// The source file: `.json`, `.jsonl` or `.parquet`.
     pub from: PathBuf,
-    /// The folder that the pictures' paths start at; the folder of `from` if left out.
+    /// The folder that relative image paths start from. Default: the folder of `from`.
     #[serde(default)]
     pub images: Option<PathBuf>,
-    /// Read pictures wherever a record's path leads. Otherwise one that leads out of `images` and of the
-    /// folder of `from`, by a link too, makes its record a reject.
+    /// Reads images from any path that a record names. By default, a record is rejected if its
+    /// image, with symbolic links resolved, lies outside `images` and the folder of `from`.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub images_anywhere: bool,
-    /// JSON of captions by picture path, `{"a.png": ["…"]}`, for judges that use captions.
+    /// A JSON file that maps image paths to lists of captions, `{"a.png": ["…"]}`, for judges that
+    /// use captions. Default: none.
     #[serde(default)]
     pub captions: Option<PathBuf>,
-    /// Only the first so many records.
+    /// The number of records to load, from the start of the file. Default: all.
     #[serde(default)]
     pub limit: Option<NonZeroU32>,
-    /// Pictures with more pixels than this many million are set aside without being decoded.
+    /// The maximum size of an image, in megapixels. A record with a larger image is rejected
+    /// without decoding it.
     #[serde(default = "LoadFeedback::megapixels_max")]
     pub megapixels_max: NonZeroU32,
 }
@@ -50,9 +53,9 @@ impl LoadFeedback {
         })
     }
 
-    /// What the beginning and the end of the file say against loading it.
-    pub fn objection(&self) -> Option<SourceProblem> {
-        self.loader().objection()
+    /// Returns the problem found in the first records or at the end of the file, if any.
+    pub fn source_problem(&self) -> Option<SourceProblem> {
+        self.loader().source_problem()
     }
 
     fn megapixels_max() -> NonZeroU32 {

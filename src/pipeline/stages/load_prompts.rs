@@ -1,4 +1,4 @@
-//! `load_prompts`: pictures and questions from a file of the user.
+//! The `load_prompts` stage: prompts (images and questions) from the user's file.
 
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
@@ -12,29 +12,32 @@ use super::source_check::SourceProblem;
 use super::{Input, Stage, StageError, StageKind, TableName, join};
 use ovchat_data::tables::{Prompt, Row};
 
-/// Reads pictures and questions: a JSON list or JSON lines of `{id, image, prompt}`, LLaVA
-/// conversations (`from` and `value`, or `role` and `content`), or Parquet with a column of images: bytes,
-/// or bytes and path as Hugging Face `datasets` writes them. A record with media that are not read, such
-/// as video or a second image under another key, is a reject.
+/// Loads prompts: images with questions. The source is a JSON list or JSON Lines of
+/// `{id, image, prompt}` or of LLaVA conversations (`from` and `value`, or `role` and `content`),
+/// or Parquet with a column of images: bytes, or structs of bytes and path as Hugging Face
+/// `datasets` writes them. A record with unsupported media, such as a video or a second image under
+/// another key, is rejected.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LoadPrompts {
-    /// The file: `.json`, `.jsonl` or `.parquet`.
+    /// The source file: `.json`, `.jsonl` or `.parquet`.
     pub from: PathBuf,
-    /// The folder that the pictures' paths start at; the folder of `from` if left out.
+    /// The folder that relative image paths start from. Default: the folder of `from`.
     #[serde(default)]
     pub images: Option<PathBuf>,
-    /// Read pictures wherever a record's path leads. Otherwise one that leads out of `images` and of the
-    /// folder of `from`, by a link too, makes its record a reject.
+    /// Reads images from any path that a record names. By default, a record is rejected if its
+    /// image, with symbolic links resolved, lies outside `images` and the folder of `from`.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub images_anywhere: bool,
-    /// A JSON object from a picture's path to a list of captions, for judges that can use them.
+    /// A JSON file that maps image paths to lists of captions, `{"a.png": ["…"]}`, for judges that
+    /// use captions. Default: none.
     #[serde(default)]
     pub captions: Option<PathBuf>,
-    /// Only the first so many records.
+    /// The number of records to load, from the start of the file. Default: all.
     #[serde(default)]
     pub limit: Option<NonZeroU32>,
-    /// Pictures with more pixels than this many million are set aside without being decoded.
+    /// The maximum size of an image, in megapixels. A record with a larger image is rejected
+    /// without decoding it.
     #[serde(default = "LoadPrompts::megapixels_max")]
     pub megapixels_max: NonZeroU32,
 }
@@ -51,9 +54,9 @@ impl LoadPrompts {
         })
     }
 
-    /// What the beginning and the end of the file say against loading it.
-    pub fn objection(&self) -> Option<SourceProblem> {
-        self.loader().objection()
+    /// Returns the problem found in the first records or at the end of the file, if any.
+    pub fn source_problem(&self) -> Option<SourceProblem> {
+        self.loader().source_problem()
     }
 
     fn megapixels_max() -> NonZeroU32 {

@@ -1,23 +1,23 @@
-//! Whether a key or a value of a record stands for media, and where a text has a place for them.
+//! Detection of media in the keys and values of records, and of media placeholders in texts.
 
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use serde_json::Value;
 
-/// What a key says of its value.
+/// The kind of media that a key names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Says {
-    /// It is an image: `photo`, `image_2`, `image_base64`.
+    /// An image: `photo`, `image_2`, `image_base64`.
     Image,
-    /// It is the place of an image: `image_path`, `image_url`.
+    /// The location of an image: `image_path`, `image_url`.
     PlaceOfImage,
-    /// It is video or audio.
+    /// Video or audio.
     Other,
-    /// It is a file of some kind, unless it is a number: `clip`, `document`, `attachments`.
+    /// A file of some kind, unless the value is a number: `clip`, `document`, `attachments`.
     File,
 }
 
-/// The words for media, the longer one first where one begins like another.
+/// Words for media; a word comes before its prefixes.
 const MEDIA: [(&str, Says); 33] = [
     ("waveform", Says::Other),
     ("speech", Says::Other),
@@ -54,7 +54,7 @@ const MEDIA: [(&str, Says); 33] = [
     ("mp4", Says::File),
 ];
 
-/// The words before such a word that tell which of several media it is.
+/// Qualifiers before such a word that select one of several media.
 const BEFORE: [&str; 26] = [
     "input",
     "main",
@@ -84,8 +84,8 @@ const BEFORE: [&str; 26] = [
     "new",
 ];
 
-/// What may follow such a word in a key that still names the medium: `video_path` does, `video_id` and
-/// `image_width` say something about it. These say where it lies.
+/// Suffixes for the location of a medium. A key with a suffix of this list or of [`CONTENTS`] still
+/// names the medium (`video_path`); other keys describe it (`video_id`, `image_width`).
 const PLACES: [&str; 13] = [
     "frames",
     "array",
@@ -102,10 +102,10 @@ const PLACES: [&str; 13] = [
     "src",
 ];
 
-/// These hold it.
+/// Suffixes for the content of a medium.
 const CONTENTS: [&str; 4] = ["bytes", "base64", "b64", "data"];
 
-/// The endings of files with images, and with other media.
+/// The file name extensions of images, and of other media.
 const IMAGE_ENDINGS: [&str; 24] = [
     "png", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "bmp", "tif", "tiff", "heic", "heif",
     "avif", "svg", "jp2", "jxl", "ppm", "pgm", "pnm", "tga", "ico", "dds", "exr", "dcm",
@@ -117,8 +117,8 @@ const OTHER_ENDINGS: [&str; 44] = [
     "epub", "npy", "ply", "glb", "nii",
 ];
 
-/// How the bytes of media begin.
-const BEGINNINGS: [&[u8]; 10] = [
+/// The magic bytes of media files.
+const PREFIXES: [&[u8]; 10] = [
     b"\x89PNG\r\n\x1a\n",
     b"\xff\xd8\xff",
     b"GIF8",
@@ -131,14 +131,14 @@ const BEGINNINGS: [&[u8]; 10] = [
     b"\x1aE\xdf\xa3",
 ];
 
-/// Characters of a text that may be a path.
+/// The maximum length of a text that may be a path, in bytes.
 const PATH_CHARS: usize = 1024;
 
-/// Characters of a text that may be the base64 of a file; hashes and ids are shorter.
+/// The minimum length of a text that may be a file in base64, in bytes; hashes and ids are shorter.
 const BASE64_CHARS: usize = 64;
 
-/// What a key says of its value: `video`, `Video_URL`, `image_2`, `input_audio` name media, `video_id`
-/// does not.
+/// Returns the kind of media that a key names: `video`, `Video_URL`, `image_2`, `input_audio` name
+/// media, `video_id` does not.
 pub fn says(key: &str) -> Option<Says> {
     let word = word(key);
     let before = BEFORE.iter().find_map(|before| word.strip_prefix(before));
@@ -154,8 +154,9 @@ pub fn says(key: &str) -> Option<Says> {
     carries.then_some(medium)
 }
 
-/// The medium that the last word of a key names, if the value is a path or URL or holds a file: one under
-/// `cat_photo` or `questionAudio` is a medium, "chart" under `type_of_image` is none.
+/// Returns the kind of media that the last word of a key names, if the value is a path or URL or
+/// contains a file: a path under `cat_photo` or `questionAudio` is media, "chart" under
+/// `type_of_image` is not.
 pub fn says_at_its_end(key: &str, value: &Value) -> Option<Says> {
     let mut words: Vec<String> = vec![String::new()];
     let mut was_small = false;
@@ -173,7 +174,7 @@ pub fn says_at_its_end(key: &str, value: &Value) -> Option<Says> {
     (*medium != Says::File && names_a_place(value)).then_some(*medium)
 }
 
-/// True for texts of one word with a slash, and for what [`found`] finds in any case.
+/// True for single words with a slash, and for values in which [`found`] finds media.
 fn names_a_place(value: &Value) -> bool {
     match value {
         Value::String(text) => {
@@ -189,7 +190,7 @@ fn names_a_place(value: &Value) -> bool {
     }
 }
 
-/// A key without its case and punctuation.
+/// Returns a key in lower case without punctuation.
 fn word(key: &str) -> String {
     let letters = key.chars().filter(|c| c.is_alphanumeric());
     letters.flat_map(char::to_lowercase).collect()
@@ -199,7 +200,7 @@ fn is_carrier(word: &str) -> bool {
     PLACES.contains(&word) || CONTENTS.contains(&word)
 }
 
-/// False for null, false, empty texts, and lists and objects of nothing else.
+/// False for null, false, blank strings, and lists and objects that contain nothing else.
 pub fn holds_anything(value: &Value) -> bool {
     match value {
         Value::Null => false,
@@ -211,27 +212,27 @@ pub fn holds_anything(value: &Value) -> bool {
     }
 }
 
-/// Keys whose value names a record for whoever made it.
+/// Keys whose value is the record's own id.
 pub const NAMES: [&str; 5] = ["id", "question_id", "sample_id", "uid", "uuid"];
 
-/// True for keys whose value names the record or something else, and no file to be read, even if it
-/// reads `000000033471.jpg`.
+/// True for keys whose value is an id and not a file to read, even if it looks like
+/// `000000033471.jpg`.
 pub fn is_id(key: &str) -> bool {
     let small = key.to_ascii_lowercase();
     NAMES.contains(&&*small) || small.ends_with("_id") || key.ends_with("Id")
 }
 
-/// A medium within a value.
+/// A medium found in a value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Found<'a> {
-    /// The path or URL of one.
+    /// A path or URL of a medium.
     Named(&'a str),
-    /// One that the value itself holds.
+    /// A medium embedded in the value.
     Held,
 }
 
 impl Found<'_> {
-    /// True for a name that ends like an image's.
+    /// True for a name with the extension of an image file.
     pub fn is_image_file(self) -> bool {
         match self {
             Self::Named(name) => ending(name).is_some_and(|end| IMAGE_ENDINGS.contains(&&*end)),
@@ -240,8 +241,9 @@ impl Found<'_> {
     }
 }
 
-/// The media in a value: a text, a list, or an object with `path`, `url`, `bytes` or the like. A text
-/// is one by its ending or its beginning, or in any case if the key of the value says so.
+/// Returns the media in a value: a string, a list, or an object with `path`, `url`, `bytes` or
+/// similar keys. A string is media by its extension or its first bytes, and any string is if
+/// `whatever_it_reads`, i.e. if the key names media.
 pub fn found(value: &Value, whatever_it_reads: bool) -> Vec<Found<'_>> {
     match value {
         Value::String(text) => found_in_text(text, whatever_it_reads).into_iter().collect(),
@@ -301,12 +303,12 @@ fn is_base64(text: &str) -> bool {
     }
     let start = text.get(..16).map(|start| BASE64_STANDARD.decode(start));
     matches!(start, Some(Ok(bytes)) if
-        BEGINNINGS.iter().any(|prefix| bytes.starts_with(prefix))
+        PREFIXES.iter().any(|prefix| bytes.starts_with(prefix))
         || bytes[4..].starts_with(b"ftyp"))
 }
 
-/// True for a path or URL that ends like a file of media. A text of several words is one only if the
-/// first of them has a slash, so that "see a.png" is none.
+/// True for a path or URL with the extension of a media file. A text of several words counts only
+/// if the first word contains a slash, so that "see a.png" does not.
 fn is_path(text: &str) -> bool {
     let is_one_word = !text.contains(char::is_whitespace)
         || text
@@ -315,7 +317,7 @@ fn is_path(text: &str) -> bool {
     text.len() <= PATH_CHARS && !text.contains('\n') && is_one_word && ending(text).is_some()
 }
 
-/// The ending of the file of a medium, in small letters.
+/// Returns the extension of a media file, in lower case.
 fn ending(path: &str) -> Option<String> {
     let (stem, end) = file_name(path).rsplit_once('.')?;
     let end = end.to_ascii_lowercase();
@@ -323,7 +325,7 @@ fn ending(path: &str) -> Option<String> {
     (is_media && !stem.is_empty()).then_some(end)
 }
 
-/// The name of the file at a path or URL.
+/// Returns the file name of a path or URL.
 pub fn file_name(path: &str) -> &str {
     let path = match path.contains("://") {
         true => path.split(['?', '#']).next().unwrap_or(path),
@@ -336,7 +338,7 @@ pub fn file_name(path: &str) -> &str {
 #[derive(Debug, Clone, Copy)]
 pub struct ReadImages<'a> {
     pub paths: &'a [String],
-    /// How many the file itself holds.
+    /// The number of embedded images.
     pub embedded: usize,
 }
 
@@ -345,21 +347,22 @@ impl ReadImages<'_> {
         self.paths.is_empty() && self.embedded == 0
     }
 
-    /// Whether a path is that of an image that is read.
+    /// True if an image with this path is read.
     pub fn has_path(self, path: &str) -> bool {
         let plain = |path: &str| path.strip_prefix("./").unwrap_or(path).to_owned();
         self.paths.iter().any(|read| plain(read) == plain(path))
     }
 
-    /// Whether a path or URL has the file name of an image that is read.
+    /// True if an image with the file name of this path or URL is read.
     pub fn has_file_name(self, path: &str) -> bool {
         let mut read = self.paths.iter();
         read.any(|read| file_name(read) == file_name(path))
     }
 }
 
-/// The placeholder that a text has for a medium where LLaVA writes it: at the start or the end, or
-/// alone on a line. Elsewhere it is a word, as in "What does the tag <video> do?".
+/// Returns the media placeholder of a text, in the places where LLaVA writes it: at the start, at
+/// the end, or on a line of its own. Elsewhere it is part of the text, as in "What does the tag
+/// <video> do?".
 pub fn placeholder(text: &str) -> Option<&'static str> {
     let text = text.trim();
     ["<image>", "<video>", "<audio>"].into_iter().find(|word| {

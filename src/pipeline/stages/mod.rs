@@ -1,11 +1,12 @@
-//! The verbs: one file each, with its settings, its checks, its work and its tests, in that order.
+//! The stage types, one file each: settings, validation, work and tests, in that order.
 //!
-//! A stage never loops over its table, resumes, reports progress or writes a file: it says what
-//! work it is ([`StageKind`]), and the runner (`run/`) cuts parts, skips what is done, commits and
-//! answers signals. That is what makes these things the same for every stage.
+//! A stage never iterates over its table, resumes, reports progress or writes a file. It declares
+//! the kind of its work ([`StageKind`]); the runner (`run/`) splits the work into parts, skips
+//! finished parts, commits, and handles signals, in the same way for every stage.
 //!
-//! To add a stage: write its file, add its `mod`, its variant in [`StageSpec`] and its arm in
-//! [`StageSpec::as_stage`]; `UPDATE=1 cargo test` rewrites `schemas/`.
+//! To add a stage type: write its file, add its `mod`, its variant in [`StageSpec`] and its arms in
+//! [`StageSpec::as_stage`] and [`StageSpec::as_stage_mut`]; `UPDATE=1 cargo test` rewrites
+//! `schemas/`.
 
 mod allowed_folders;
 mod formats;
@@ -69,37 +70,37 @@ use arrow::datatypes::SchemaRef;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// A stage as a pipeline file writes it: one verb and its settings.
+/// A stage in a pipeline file: one stage type and its settings.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum StageSpec {
-    /// Reads pictures and questions from a file.
+    /// Loads prompts (images and questions) from a file.
     LoadPrompts(LoadPrompts),
-    /// Reads pairs that people judged from a file.
+    /// Loads preference pairs labeled by people from a file.
     LoadFeedback(LoadFeedback),
-    /// Samples answers to prompts.
+    /// Samples answers to prompts with a model.
     Sample(Sample),
-    /// Scores candidates.
+    /// Scores candidates with a judge.
     Score(Score),
-    /// Waits for people to choose between answers.
+    /// Waits for annotators to choose between answers.
     AskPeople(AskPeople),
-    /// Adds up what several judges think.
+    /// Combines the rewards of several judges.
     Combine(Combine),
-    /// Pairs the best with the worst answer to each prompt.
+    /// Pairs the best with the worst answer to each prompt, by reward.
     SelectExtremes(SelectExtremes),
-    /// Pairs answers to each prompt in a way that is named.
+    /// Pairs the answers to each prompt with a named strategy.
     SelectPairs(SelectPairs),
-    /// Trains a model on pairs with DPO.
+    /// Trains a model on pairs with DPO or a related loss.
     TrainDpo(TrainDpo),
-    /// Trains a model on answers that are given (supervised fine-tuning).
+    /// Trains a model on given answers (supervised fine-tuning).
     TrainSft(TrainSft),
     /// Trains a reward model on pairs.
     TrainReward(TrainReward),
-    /// Scores both answers of pairs, to see how often a judge agrees.
+    /// Scores both answers of each pair, to measure how often a judge agrees with the label.
     Compare(Compare),
-    /// Makes a table by a query of your own.
+    /// Builds a table with an SQL query.
     Sql(Sql),
-    /// Makes a table by a command of your own.
+    /// Builds a table with an external command.
     Exec(Exec),
 }
 
@@ -145,148 +146,153 @@ impl StageSpec {
 
 /// A table that a stage reads.
 pub struct Input<'a> {
-    /// The setting that names it: `candidates`.
+    /// The setting that names it, e.g. `candidates`.
     pub field: &'static str,
-    /// The table. `None`: the setting was left out, and the plan looks for an ancestor of `kind`
-    /// and tells the stage by [`Stage::find`].
+    /// The table. `None` if the setting was omitted: the plan then searches the lineage for an
+    /// ancestor of `kind` and passes it to [`Stage::find`].
     pub table: Option<&'a TableName>,
-    /// The columns that the stage needs.
+    /// The columns that the stage requires.
     pub needs: SchemaRef,
-    /// The kind that has these columns.
+    /// The table kind that has these columns.
     pub kind: &'static str,
 }
 
-/// What a stage does with a model.
+/// The role of a model in a stage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ModelRole {
+    /// Generates answers.
     Answers,
+    /// Scores answers.
     Scores,
-    /// Is trained with DPO.
+    /// Is trained on pairs with DPO.
     LearnsPairs,
-    /// Is trained on answers.
+    /// Is trained on answers with SFT.
     LearnsAnswers,
-    /// Is trained to score.
+    /// Is trained as a reward model.
     LearnsRewards,
-    /// Says how likely answers are.
+    /// Computes log-probabilities of answers.
     Reads,
 }
 
 impl ModelRole {
-    /// Whether the model changes.
+    /// True if the stage trains the model.
     pub fn learns(self) -> bool {
         !matches!(self, Self::Answers | Self::Scores | Self::Reads)
     }
 }
 
-/// What a stage waits for: labels of candidates.
+/// The labels of candidates that a stage waits for.
 pub struct Waits<'a> {
     pub candidates: &'a TableName,
     pub prompts: &'a TableName,
-    /// Tables of rewards that say what to ask about first.
+    /// Tables of rewards that order the label queue.
     pub rewards: &'a [TableName],
-    /// How many labels are enough.
+    /// The number of labels required.
     pub labels: u64,
 }
 
 /// A model that a stage uses.
 pub struct Use<'a> {
-    /// The setting that names it: `model`.
+    /// The setting that names it, e.g. `model`.
     pub field: &'static str,
     pub model: &'a ModelName,
     pub role: ModelRole,
     pub state: ModelState,
 }
 
-/// Which state of a model that is trained round after round.
+/// A state of a model that is trained round after round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ModelState {
-    /// As it is when the stage begins.
+    /// The state at the start of the stage.
     Now,
-    /// As it was before the first round.
+    /// The state before the first round.
     Initial,
 }
 
-/// Something is wrong with a stage that only the whole pipeline or the world can show.
+/// An error in a stage that only shows in the context of the whole pipeline or the environment.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct StageError {
-    /// The setting at fault, if one is.
+    /// The setting at fault, if it is a single one.
     pub field: Option<&'static str>,
     pub message: String,
-    /// The way out.
+    /// The suggested fix.
     pub help: Option<String>,
 }
 
-/// What every verb promises.
+/// The interface of a stage type.
 pub trait Stage {
-    /// The tables it reads.
+    /// Returns the tables that the stage reads.
     fn inputs(&self) -> Vec<Input<'_>>;
 
-    /// Takes the name of the table that the plan found for the input `field`.
+    /// Sets the input `field`, which was omitted, to the table that the plan found for it.
     fn find(&mut self, _field: &str, _table: TableName) {}
 
-    /// The models it uses.
+    /// Returns the models that the stage uses.
     fn uses(&self) -> Vec<Use<'_>> {
         Vec::new()
     }
 
-    /// The files and folders of the user that it reads, each with the setting that names it.
+    /// Returns the user's files and folders that the stage reads, each with the setting that names
+    /// it.
     fn files(&self) -> Vec<(&'static str, &Path)> {
         Vec::new()
     }
 
-    /// Takes the relative path of every setting to start at the folder that `folder` gives for it:
-    /// that of the pipeline file which says it.
+    /// Resolves the relative path in every setting against the folder that `folder` returns for the
+    /// setting: that of the pipeline file that sets it.
     fn resolve(&mut self, _folder: &dyn Fn(&str) -> PathBuf) {}
 
-    /// The kind of the table it makes; `None` when a query decides.
+    /// Returns the kind of the table that the stage builds; `None` if its columns are user-defined.
     fn kind(&self) -> Option<&'static str>;
 
-    /// The columns it makes. `given` is the schema of each table of the pipeline by name: those in
-    /// [`Stage::inputs`] always, any other that a query may name. Also the place for checks of
-    /// settings against each other.
+    /// Returns the columns that the stage builds. `given` holds table schemas by name: always those
+    /// of [`Stage::inputs`], and any other table of the pipeline that a query may name. Also
+    /// validates settings against each other.
     fn output(&self, given: &[(TableName, SchemaRef)]) -> Result<SchemaRef, StageError>;
 
-    /// Whether it draws random numbers.
+    /// True if the stage draws random numbers.
     fn draws(&self) -> bool {
         false
     }
 
-    /// Settings that decide how the work is cut, not what comes out; they take no part in keys.
+    /// Returns the settings that affect how the work is split but not its result. They are no key
+    /// inputs.
     fn unkeyed(&self) -> &'static [&'static str] {
         &[]
     }
 
-    /// Changes when the verb makes something else of the same input and settings.
+    /// Returns the version of the stage type, which changes whenever the same input and settings
+    /// give another result.
     fn version(&self) -> String {
         "1".to_owned()
     }
 
-    /// How many rows it makes of so many rows of its first input, none being set aside; `None` where
-    /// that depends on what is in them.
+    /// Returns the number of rows built from `input` rows of the first input if none is rejected;
+    /// `None` if it depends on their content.
     fn expected_rows(&self, _input: u64) -> Option<u64> {
         None
     }
 
-    /// How many rows it makes at most, where how many depends on what is in its inputs; `rows` tells
-    /// those of a table.
+    /// Returns an upper bound of the number of rows where it depends on the content of the inputs;
+    /// `rows` returns the number of rows of a table.
     fn rows_at_most(&self, _rows: &dyn Fn(&TableName) -> Option<u64>) -> Option<u64> {
         None
     }
 
-    /// What it waits for people to do before it can begin.
+    /// Returns the labels that the stage waits for before it starts.
     fn waits(&self) -> Option<Waits<'_>> {
         None
     }
 
-    /// The work, for the runner.
+    /// Returns the work for the runner.
     fn work(&self) -> StageKind<'_>;
 }
 
 pub use input_tables::InputTables;
 pub use work::*;
 
-/// Joins the path of the setting `field` to the folder at which it starts.
+/// Resolves the path of the setting `field` against its base folder.
 fn join(folder: &dyn Fn(&str) -> PathBuf, field: &str, path: &mut PathBuf) {
     *path = folder(field).join(&*path);
 }

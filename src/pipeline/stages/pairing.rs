@@ -1,5 +1,5 @@
-//! Pairs, made column by column: what of answers and prompts goes into a pair is taken as it lies, never
-//! a row at a time.
+//! Column-wise construction of pairs from the columns of candidates and prompts, without converting
+//! rows.
 
 use std::collections::HashMap;
 use std::marker::PhantomData;
@@ -14,31 +14,31 @@ use ovchat_data::tables::row::Column;
 use ovchat_data::tables::{Finish, Misfit, Pair, Prompt, Row, rows};
 
 rows! {
-    /// What of a candidate decides a pair, or goes into it.
+    /// The columns of a candidate that a pair depends on or contains.
     pub struct PairingCandidate: "answer" => {
-        /// What decides it.
+        /// The candidate's key.
         pub row_key: String,
-        /// The prompt.
+        /// The prompt's id.
         pub prompt_id: String,
-        /// Its number among the answers to the prompt.
+        /// The candidate's number within its prompt.
         pub candidate: i32,
-        /// What it says.
+        /// The answer's text.
         pub text: String,
-        /// Its tokens.
+        /// The answer's token ids.
         pub token_ids: Vec<i32>,
-        /// Its log-probability.
+        /// The answer's log-probability.
         pub logp: f64,
-        /// The model that gave it.
+        /// The fingerprint of the model that generated it.
         pub model: String,
-        /// Why it ended.
+        /// The reason why generation ended.
         pub finish: Finish,
     }
 }
 
-/// A row: its batch, and its place there.
+/// The position of a row: its batch, and the row within the batch.
 type Place = (usize, usize);
 
-/// Rows of a kind as they were read: column by column, in batches.
+/// Rows of a table kind in columnar form, in batches.
 struct Rows<R> {
     batches: Vec<Vec<ArrayRef>>,
     kind: PhantomData<R>,
@@ -56,14 +56,14 @@ impl<R: Row> Rows<R> {
         schema.index_of(column).expect("a column of the kind")
     }
 
-    /// A column of text, batch by batch.
+    /// Returns a string column, batch by batch.
     fn texts(&self, column: &str) -> Vec<&StringArray> {
         let number = Self::number(column);
         let batches = self.batches.iter();
         batches.map(|batch| batch[number].as_string()).collect()
     }
 
-    /// A column of some rows.
+    /// Returns a column of the given rows.
     fn taken(&self, column: &str, rows: &[Place]) -> Result<ArrayRef, Failure> {
         let number = Self::number(column);
         let arrays: Vec<&dyn Array> = self.batches.iter().map(|batch| &*batch[number]).collect();
@@ -71,7 +71,8 @@ impl<R: Row> Rows<R> {
     }
 }
 
-/// The columns of a batch, as a kind has them; with the checks of [`Row::from_batch`].
+/// Returns the columns of a batch in the schema of a table kind, with the checks of
+/// [`Row::from_batch`].
 fn columns<R: Row>(batch: &RecordBatch) -> Result<Vec<ArrayRef>, Misfit> {
     let schema = R::schema();
     let mut columns = Vec::with_capacity(schema.fields().len());
@@ -103,26 +104,26 @@ fn columns<R: Row>(batch: &RecordBatch) -> Result<Vec<ArrayRef>, Misfit> {
 
 /// The candidates of a part.
 pub struct Answers<'r> {
-    /// As they were read, with the columns of [`PairingCandidate`].
+    /// The batches, with the columns of [`PairingCandidate`].
     pub read: &'r [RecordBatch],
     /// The rows of each prompt.
     pub groups: Vec<Range<usize>>,
     rows: Rows<PairingCandidate>,
-    /// The batch of each row, by the rows before it.
+    /// The number of rows before each batch.
     starts: Vec<usize>,
 }
 
-/// Columns of [`PairingCandidate`], by their places; a test compares.
+/// The column indices of [`PairingCandidate`]; a test checks them.
 const ROW_KEY: usize = 0;
 const PROMPT_ID: usize = 1;
 const CANDIDATE: usize = 2;
 const TEXT: usize = 3;
 
-/// The column `row_key` of [`Prompt`], by its place.
+/// The column index of `row_key` in [`Prompt`].
 const PROMPT_KEY: usize = 0;
 
 impl<'r> Answers<'r> {
-    /// `lengths`: how many rows each prompt has.
+    /// Groups the rows by prompt; `lengths` are the numbers of rows of the prompts.
     pub fn new(read: &'r [RecordBatch], lengths: &[usize]) -> Result<Self, Misfit> {
         let mut starts = Vec::with_capacity(read.len());
         let mut start = 0;
@@ -158,7 +159,7 @@ impl<'r> Answers<'r> {
         self.text_of(row, PROMPT_ID)
     }
 
-    /// The prompt of each group.
+    /// Returns the prompt id of each group.
     pub fn prompt_ids(&self) -> impl Iterator<Item = &str> {
         self.groups.iter().map(|group| self.prompt_id(group.start))
     }
@@ -171,20 +172,20 @@ impl<'r> Answers<'r> {
         self.text_of(row, TEXT)
     }
 
-    /// Its number among the answers to its prompt.
+    /// Returns the candidate's number within its prompt.
     pub fn candidate(&self, row: usize) -> i32 {
         let (batch, row) = self.place(row);
         let numbers = self.rows.batches[batch][CANDIDATE].as_primitive::<Int32Type>();
         numbers.value(row)
     }
 
-    /// The row of the answer with a number among those of a prompt, which are the rows of `group`.
+    /// Returns the row of the candidate with a number, among the rows of a prompt's `group`.
     pub fn numbered(&self, group: &Range<usize>, number: i32) -> Result<usize, Failure> {
         let found = group.clone().find(|&row| self.candidate(row) == number);
         found.ok_or_else(|| {
             Failure::Other(format!(
-                "there is a reward of candidate {number} of prompt {}, and no such candidate; score the same \
-                 candidates that are paired",
+                "candidate {number} of prompt {} has a reward but is not in the table of candidates; pair \
+                 the same candidates that were scored",
                 self.prompt_id(group.start)
             ))
         })
@@ -210,7 +211,7 @@ impl Prompts {
         Ok(Self { rows, by_id })
     }
 
-    /// Where the prompt lies, and what decides it; `table` is theirs.
+    /// Returns the position and the key of a prompt; `table` is named in the error.
     pub fn find(&self, table: &TableName, prompt_id: &str) -> Result<(Place, &str), Failure> {
         let missing = || Failure::Other(format!("table `{table}` has no prompt {prompt_id}"));
         let &(batch, row) = self.by_id.get(prompt_id).ok_or_else(missing)?;
@@ -219,7 +220,7 @@ impl Prompts {
     }
 }
 
-/// Two answers that make a pair.
+/// Two answers that form a pair.
 #[derive(Clone, Copy)]
 pub struct CandidatePair {
     pub chosen: i32,
@@ -227,7 +228,7 @@ pub struct CandidatePair {
     pub scores: Option<Scores>,
 }
 
-/// What the two answers of a pair are worth.
+/// The rewards of the two answers of a pair, and their margin.
 #[derive(Clone, Copy)]
 pub struct Scores {
     pub chosen: f32,
@@ -236,7 +237,7 @@ pub struct Scores {
 }
 
 impl CandidatePair {
-    /// A pair that no judge chose.
+    /// Returns a pair that was not chosen by rewards.
     pub fn unscored(chosen: i32, rejected: i32) -> Self {
         Self {
             chosen,
@@ -246,11 +247,11 @@ impl CandidatePair {
     }
 }
 
-/// A pair to be made.
+/// A pair to build.
 pub struct PairDraft {
-    /// Its name.
+    /// The pair's key.
     pub row_key: String,
-    /// Where its prompt lies.
+    /// The position of its prompt.
     pub prompt: Place,
     pub matched: CandidatePair,
     /// The rows of the two answers.
@@ -258,7 +259,7 @@ pub struct PairDraft {
     pub rejected: usize,
 }
 
-/// The pairs as rows of their table.
+/// Builds the rows of the drafted pairs.
 pub fn pairs(
     answers: &Answers<'_>,
     prompts: &Prompts,

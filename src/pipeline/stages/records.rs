@@ -1,5 +1,5 @@
-//! What a record of a source says: the document's `{id, image, prompt, …}`, a LLaVA conversation, or a
-//! preference of LLaVA-Human-Preference.
+//! Parsing of source records: the document's `{id, image, prompt, …}`, LLaVA conversations, and
+//! LLaVA-Human-Preference records.
 
 use serde_json::{Map, Number, Value};
 
@@ -7,10 +7,10 @@ use super::media::{ReadImages, placeholder};
 use super::unread::{content, refuse_media};
 use ovchat_data::tables::{Role, Turn};
 
-/// The word that stands for an image in a text.
+/// The placeholder of an image in a text.
 const PLACEHOLDER: &str = "<image>";
 
-/// What a record says, before its images are opened.
+/// The fields of a record, before its images are opened.
 #[derive(Debug)]
 pub struct Fields {
     pub id: Option<String>,
@@ -22,23 +22,23 @@ pub struct Fields {
     pub answer: Option<String>,
     pub chosen: Option<String>,
     pub rejected: Option<String>,
-    /// The images of the record and the places for them in its text.
+    /// The counts of the record's images and of their placeholders in its text.
     images: Images,
 }
 
-/// The images of a record, and the places for them that its text has so far.
+/// The counts of a record's images and of the placeholders found in its text so far.
 #[derive(Debug, Clone, Copy)]
 struct Images {
     count: usize,
-    /// `<image>` in texts that are shown to a model.
+    /// `<image>` placeholders in texts that are shown to a model.
     placeholders: usize,
-    /// Parts of messages that are images.
+    /// Message parts of the type `image`.
     parts: usize,
 }
 
 impl Images {
-    /// A text without its placeholders, which are counted: the images come first in any case. A text
-    /// of a record without images stays as it is.
+    /// Counts and removes the placeholders of a text, since images always come first. A text of a
+    /// record without images keeps them.
     fn take_out(&mut self, text: &str) -> String {
         if self.count == 0 {
             return text.trim().to_owned();
@@ -47,7 +47,7 @@ impl Images {
         text.replace(PLACEHOLDER, "").trim().to_owned()
     }
 
-    /// Refuses other numbers of images and of places for them; a text may leave the places out.
+    /// Checks that there are as many placeholders as images, or none.
     fn fit(self) -> Result<(), String> {
         let plural = |count: usize, thing: &str| match count {
             1 => format!("1 {thing}"),
@@ -64,12 +64,12 @@ impl Images {
             plural(places, "`<image>` placeholder")
         };
         Err(format!(
-            "it has {images} and {places}; write one for each image, or none"
+            "found {images} but {places}; write one for each image, or none"
         ))
     }
 }
 
-/// The fields of a record whose file holds `embedded` images for it, or why it can't be used.
+/// Returns the fields of a record with `embedded` images, or the reason why it is rejected.
 pub fn read_fields(record: &Result<Value, String>, embedded: usize) -> Result<Fields, String> {
     let value = record.as_ref().map_err(Clone::clone)?;
     if let Some(object) = value.as_object() {
@@ -88,25 +88,25 @@ pub fn read_fields(record: &Result<Value, String>, embedded: usize) -> Result<Fi
     Ok(fields)
 }
 
-/// Refuses a record whose question, or what was asked before it, has a placeholder for what is not
-/// there: an image that the record does not have, a video, an audio.
+/// Rejects a record whose question or earlier user turns contain a placeholder for media that the
+/// record does not have: an image, a video or audio.
 fn refuse_placeholders(fields: &Fields) -> Result<(), String> {
     let asked = fields.turns.iter().filter(|turn| turn.role == Role::User);
     let mut texts = asked.map(|turn| &turn.text).chain([&fields.question]);
     match texts.find_map(|text| placeholder(text)) {
         None => Ok(()),
         Some(PLACEHOLDER) => Err(format!(
-            "its text has the placeholder `{PLACEHOLDER}`, and the record names no image; name it in `image`, \
-             or remove the placeholder"
+            "the text contains the placeholder `{PLACEHOLDER}`, but the record has no image; name it in \
+             `image`, or remove the placeholder"
         )),
         Some(word) => Err(format!(
-            "its text has the placeholder `{word}`, and of media only images are read; remove the record, \
-             or the placeholder where the text does not need it"
+            "the text contains the placeholder `{word}`, but only images are supported; remove the record, \
+             or the placeholder if the text does not need it"
         )),
     }
 }
 
-/// The paths that a record names, whether it can be used or not.
+/// Returns the image paths that a record names, even if the record is rejected.
 pub fn named_paths(record: &Result<Value, String>) -> Vec<String> {
     let fields = record
         .as_ref()
@@ -115,17 +115,17 @@ pub fn named_paths(record: &Result<Value, String>) -> Vec<String> {
     fields.map_or_else(|_| Vec::new(), |fields| fields.paths)
 }
 
-/// Reads a record of either form.
+/// Parses a record of any of the forms.
 fn fields(record: &Value, embedded: usize) -> Result<Fields, String> {
     let Some(object) = record.as_object() else {
-        return Err("it is not a JSON object".to_owned());
+        return Err("expected a JSON object".to_owned());
     };
     let text = |name: &str| -> Result<Option<String>, String> {
         match object.get(name) {
             None | Some(Value::Null) => Ok(None),
             Some(Value::String(text)) => Ok(Some(text.clone())),
             Some(Value::Number(number)) if name == "id" => number_as_id(number).map(Some),
-            Some(_) => Err(format!("`{name}` is not a text")),
+            Some(_) => Err(format!("`{name}` must be a string")),
         }
     };
     let [chosen, rejected] = preference(object)?.map_or([None, None], |outputs| outputs.map(Some));
@@ -155,11 +155,14 @@ fn fields(record: &Value, embedded: usize) -> Result<Fields, String> {
     };
     let question = question.ok_or_else(|| {
         let names: Vec<&str> = object.keys().map(String::as_str).collect();
-        format!("it has no `prompt`; its fields are {}", names.join(", "))
+        format!(
+            "missing field `prompt`; the record has the fields {}",
+            names.join(", ")
+        )
     })?;
     if question.is_empty() {
         let place = if there(object, "conversations").is_some() {
-            "the last text of the user in `conversations`"
+            "the last user turn of `conversations`"
         } else if there(object, "prompt").is_some() {
             "`prompt`"
         } else {
@@ -174,7 +177,7 @@ fn fields(record: &Value, embedded: usize) -> Result<Fields, String> {
         turns,
         question,
         captions: there(object, "captions").map(texts).transpose()?,
-        // An empty answer is how the document's writers say that there is none.
+        // The document's own files use an empty answer for a missing one.
         answer: text("answer")?
             .or(last_answer)
             .filter(|answer| !answer.is_empty()),
@@ -184,26 +187,26 @@ fn fields(record: &Value, embedded: usize) -> Result<Fields, String> {
     })
 }
 
-/// The text of a number that is an id. Of a whole number beyond 64 bits the last digits are lost already.
+/// Returns the text of a numeric id. An integer beyond 64 bits has already lost its last digits.
 fn number_as_id(number: &Number) -> Result<String, String> {
     const EXACT_BELOW: f64 = 9_007_199_254_740_992.0; // 2^53
     match number.as_f64() {
         Some(value) if number.is_f64() && value.abs() >= EXACT_BELOW => Err(
-            "`id` is a number of more digits than are read exactly; write it in quotes, as a text"
+            "`id` is a number with more digits than can be read exactly; quote it to make it a string"
                 .to_owned(),
         ),
         _ => Ok(number.to_string()),
     }
 }
 
-/// A field of a record, unless it is null.
+/// Returns a field of a record unless it is null.
 fn there<'a>(record: &'a Map<String, Value>, name: &str) -> Option<&'a Value> {
     record.get(name).filter(|value| !value.is_null())
 }
 
-/// The preferred and the other output of a record of LLaVA-Human-Preference
+/// Returns the preferred and the other output of a LLaVA-Human-Preference record
 /// (`{conversations, output_1: {value}, output_2: {value}, preference: 1 or 2}`), if it is one. The
-/// last thing that the model says in `conversations` is a stand-in for the two.
+/// last assistant turn of its `conversations` is a dummy for the two.
 fn preference(record: &Map<String, Value>) -> Result<Option<[String; 2]>, String> {
     let Some(preference) = record.get("preference").filter(|value| !value.is_null()) else {
         return Ok(None);
@@ -211,10 +214,10 @@ fn preference(record: &Map<String, Value>) -> Result<Option<[String; 2]>, String
     let output = |name: &str| {
         let value = record.get(name).and_then(|output| output.get("value"));
         let text = value.and_then(Value::as_str).map(str::to_owned);
-        text.ok_or_else(|| format!("it has a `preference`, but no text `{name}.value`"))
+        text.ok_or_else(|| format!("the record has a `preference` but no string `{name}.value`"))
     };
     let outputs = [output("output_1")?, output("output_2")?];
-    // pandas writes integers beside nulls as 1.0.
+    // pandas writes integers in a column with nulls as 1.0.
     let number = preference.as_f64();
     match number.and_then(|number| [1.0, 2.0].iter().position(|one| *one == number)) {
         Some(0) => Ok(Some(outputs)),
@@ -222,11 +225,11 @@ fn preference(record: &Map<String, Value>) -> Result<Option<[String; 2]>, String
             let [first, second] = outputs;
             Ok(Some([second, first]))
         }
-        None => Err(format!("`preference` is {preference}, neither 1 nor 2")),
+        None => Err(format!("`preference` must be 1 or 2, got {preference}")),
     }
 }
 
-/// The paths under `image`, or those under `images` where it has none.
+/// Returns the paths under `image`, or those under `images` if there are none.
 fn paths(record: &Map<String, Value>) -> Result<Vec<String>, String> {
     let image = listed(record, "image")?;
     if image.is_empty() {
@@ -236,7 +239,7 @@ fn paths(record: &Map<String, Value>) -> Result<Vec<String>, String> {
     }
 }
 
-/// Refuses a record whose `image` and `images` differ: one of them would be passed over.
+/// Rejects a record whose `image` and `images` differ, because one of them would be ignored.
 fn refuse_two_lists(record: &Map<String, Value>) -> Result<(), String> {
     let (image, images) = (listed(record, "image")?, listed(record, "images")?);
     if image.is_empty() || images.is_empty() || image == images {
@@ -246,10 +249,10 @@ fn refuse_two_lists(record: &Map<String, Value>) -> Result<(), String> {
 }
 
 fn listed(record: &Map<String, Value>, name: &str) -> Result<Vec<String>, String> {
-    let problem = || format!("`{name}` is not a path or a list of paths");
+    let problem = || format!("`{name}` must be a path or a list of paths");
     match there(record, name) {
         None => Ok(Vec::new()),
-        // Some data sets say so of a record without images.
+        // Some data sets use an empty string for a record without images.
         Some(Value::String(path)) if path.trim().is_empty() => Ok(Vec::new()),
         Some(Value::String(path)) => Ok(vec![path.clone()]),
         Some(list @ Value::Array(_)) => texts(list).map_err(|_| problem()),
@@ -258,16 +261,18 @@ fn listed(record: &Map<String, Value>, name: &str) -> Result<Vec<String>, String
 }
 
 fn texts(list: &Value) -> Result<Vec<String>, String> {
-    let items = list.as_array().ok_or("`captions` is not a list of texts")?;
+    let items = list
+        .as_array()
+        .ok_or("`captions` must be a list of strings")?;
     let text = |item: &Value| {
         item.as_str()
             .map(str::to_owned)
-            .ok_or("`captions` is not a list of texts")
+            .ok_or("`captions` must be a list of strings")
     };
     Ok(items.iter().map(text).collect::<Result<_, _>>()?)
 }
 
-/// What a conversation is read into.
+/// The destinations of a parsed conversation's parts.
 struct Conversation<'a> {
     system: &'a mut Option<String>,
     turns: &'a mut Vec<Turn>,
@@ -275,8 +280,9 @@ struct Conversation<'a> {
     images: &'a mut Images,
 }
 
-/// LLaVA's `conversations`, of `{from, value}` or of `{role, content}`: the last thing that the human
-/// says is the question, what the model says to it is the known answer, and all before it is history.
+/// Parses LLaVA's `conversations`, of `{from, value}` or of `{role, content}`. The last user turn
+/// is the question, the assistant turn after it is the known answer, and the turns before it are
+/// the history.
 fn conversation_turns(
     conversation: &Value,
     said: Conversation<'_>,
@@ -289,12 +295,13 @@ fn conversation_turns(
     } = said;
     let entries = conversation
         .as_array()
-        .ok_or("`conversations` is not a list")?;
+        .ok_or("`conversations` must be a list")?;
     for (number, entry) in entries.iter().enumerate() {
         let has = |name: &str| entry.get(name).is_some_and(|value| !value.is_null());
         if (has("from") || has("value")) && (has("role") || has("content")) {
             return Err(format!(
-                "entry {number} of `conversations` has `from` and `value` beside `role` and `content`; keep two of them"
+                "entry {number} of `conversations` mixes `from`/`value` with `role`/`content`; use one of the \
+                 two forms"
             ));
         }
         let (from, value) = if has("role") && !has("from") {
@@ -304,7 +311,7 @@ fn conversation_turns(
         };
         let word = |name: &str| {
             let text = entry.get(name).and_then(Value::as_str);
-            text.ok_or_else(|| format!("entry {number} of `conversations` has no text `{name}`"))
+            text.ok_or_else(|| format!("entry {number} of `conversations` has no string `{name}`"))
         };
         let text = if let (Some(Value::Array(parts)), "content") = (entry.get(value), value) {
             let place = format!("entry {number} of `conversations`");
@@ -318,7 +325,7 @@ fn conversation_turns(
             "system" => match system {
                 Some(before) if *before != text => {
                     return Err(format!(
-                        "entry {number} of `conversations` is a second system prompt; join the two"
+                        "entry {number} of `conversations` is a second system prompt; merge the two"
                     ));
                 }
                 _ => *system = Some(text),
@@ -333,7 +340,7 @@ fn conversation_turns(
             }),
             other => {
                 return Err(format!(
-                    "entry {number} of `conversations` is from `{other}`, not `human` or `gpt`"
+                    "entry {number} of `conversations` has the unknown role `{other}`; expected `human` or `gpt`"
                 ));
             }
         }
@@ -349,13 +356,16 @@ fn conversation_turns(
             role: Role::User,
             text,
         }) => Ok(Some(text)),
-        _ => Err("`conversations` does not end in a question".to_owned()),
+        _ => Err(
+            "`conversations` must end with a user turn, optionally followed by its answer"
+                .to_owned(),
+        ),
     }
 }
 
-/// Our own `turns`: a list of `{role, text}` before the question.
+/// Parses `turns`, this project's own form: a list of `{role, text}` before the question.
 fn history_turns(history: &Value, images: &mut Images) -> Result<Vec<Turn>, String> {
-    let entries = history.as_array().ok_or("`turns` is not a list")?;
+    let entries = history.as_array().ok_or("`turns` must be a list")?;
     let turn = |entry: &Value| {
         let text = entry
             .get("text")
@@ -364,7 +374,7 @@ fn history_turns(history: &Value, images: &mut Images) -> Result<Vec<Turn>, Stri
         let role = match entry.get("role").and_then(Value::as_str) {
             Some("user") => Role::User,
             Some("assistant") => Role::Assistant,
-            _ => return Err("the `role` of a turn is neither `user` nor `assistant`"),
+            _ => return Err("the `role` of a turn must be `user` or `assistant`"),
         };
         Ok(Turn {
             role,
@@ -417,13 +427,13 @@ mod tests {
         let second = fields(&record(json!(2))).unwrap();
         assert_eq!(second.chosen.as_deref(), Some("Pink."));
         let problem = fields(&record(json!(3))).err().unwrap();
-        assert_eq!(problem, "`preference` is 3, neither 1 nor 2");
+        assert_eq!(problem, "`preference` must be 1 or 2, got 3");
         let mut record = record(json!(1));
         record.as_object_mut().unwrap().remove("output_2");
         let problem = fields(&record).err().unwrap();
         assert_eq!(
             problem,
-            "it has a `preference`, but no text `output_2.value`"
+            "the record has a `preference` but no string `output_2.value`"
         );
     }
 
@@ -446,7 +456,7 @@ mod tests {
         let without = json!({"conversations": record["conversations"]});
         assert_eq!(
             fields(&without).unwrap_err(),
-            "it has 0 images and 1 image part; write one for each image, or none"
+            "found 0 images but 1 image part; write one for each image, or none"
         );
     }
 
@@ -458,15 +468,15 @@ mod tests {
         assert_eq!(
             flat("<image> or <image>?").unwrap().question,
             "or ?",
-            "the text of the prompt ids of earlier versions"
+            "the text must match the prompt ids of earlier versions"
         );
         assert_eq!(
             flat("<image>\nWhich?").unwrap_err(),
-            "it has 2 images and 1 `<image>` placeholder; write one for each image, or none"
+            "found 2 images but 1 `<image>` placeholder; write one for each image, or none"
         );
         assert_eq!(
             flat("<image><image><image> Which?").unwrap_err(),
-            "it has 2 images and 3 `<image>` placeholders; write one for each image, or none"
+            "found 2 images but 3 `<image>` placeholders; write one for each image, or none"
         );
         let told = |first: &str, answer: &str, last: &str| {
             fields(&json!({"image": two, "conversations": [
@@ -513,7 +523,7 @@ mod tests {
                 format!("Look.\n{word}\nWhat happens?"),
             ] {
                 let reason = flat(text).unwrap_err();
-                let begin = format!("its text has the placeholder `{word}`, and");
+                let begin = format!("the text contains the placeholder `{word}`, but");
                 assert!(reason.starts_with(&begin), "{reason}");
             }
             assert!(flat(format!("What does the {word} tag do in HTML?")).is_ok());
@@ -540,7 +550,7 @@ mod tests {
         let told = json!({"conversations": [{"from": "human", "value": ""}]});
         assert_eq!(
             reason(told),
-            "the last text of the user in `conversations` is empty; write the question there"
+            "the last user turn of `conversations` is empty; write the question there"
         );
     }
 
@@ -559,7 +569,8 @@ mod tests {
         );
     }
 
-    /// The key of a finished table holds the images that its records name, in the way of earlier versions.
+    /// The key of a finished table includes the images that its records name, as in earlier
+    /// versions.
     #[test]
     fn a_record_that_is_refused_now_still_names_its_images() {
         for more in [
@@ -582,12 +593,12 @@ mod tests {
         let reason = |record| fields(&record).err().unwrap();
         assert_eq!(
             reason(json!({"id": "a", "promt": "x"})),
-            "it has no `prompt`; its fields are id, promt"
+            "missing field `prompt`; the record has the fields id, promt"
         );
         assert_eq!(
             reason(json!({"prompt": "x", "image": 3})),
-            "`image` is not a path or a list of paths"
+            "`image` must be a path or a list of paths"
         );
-        assert_eq!(reason(json!([1])), "it is not a JSON object");
+        assert_eq!(reason(json!([1])), "expected a JSON object");
     }
 }

@@ -1,4 +1,4 @@
-//! `sample`: k answers to each prompt.
+//! The `sample` stage: k answers per prompt.
 
 use std::num::NonZeroU32;
 
@@ -15,51 +15,58 @@ use ovchat_data::store::Key;
 use ovchat_data::tables::{Candidate, Finish, Prompt, Row};
 use ovchat_models::{self as models, Generation, RowFault, Sampling, Stop};
 
-/// The most answers to a prompt: they are in memory together.
+/// The maximum number of answers per prompt; all of them are in memory at once.
 const COUNT_MAX: u32 = 1024;
 
-/// Samples `count` answers to each prompt, all from one reading of its pictures and its text.
+/// Samples `count` answers per prompt. The images and the text of a prompt are prefilled once for
+/// all of its answers.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Sample {
     /// The table of prompts.
     pub prompts: TableName,
-    /// The model that answers.
+    /// The model that generates the answers.
     pub model: ModelName,
     /// Answers per prompt.
     #[serde(default = "defaults::count")]
     pub count: NonZeroU32,
-    /// How far to stray from the most likely token; 0 is greedy.
+    /// The sampling temperature; 0 is greedy decoding.
     #[serde(default = "defaults::temperature")]
     pub temperature: Temperature,
-    /// Keeps the smallest set of most likely tokens whose probabilities sum to this.
+    /// Nucleus sampling: keeps the smallest set of most likely tokens whose probabilities sum to
+    /// `top_p`; 1 keeps all.
     #[serde(default = "defaults::top_p")]
     pub top_p: Probability,
-    /// Keeps this many most likely tokens; 0 keeps all. (The lmms-lab chat checkpoints ask for 20.)
+    /// Keeps the `top_k` most likely tokens; 0 keeps all. (The lmms-lab chat checkpoints specify
+    /// 20.)
     #[serde(default)]
     pub top_k: u32,
-    /// Keeps only tokens at least this share as likely as the most likely one; 0 keeps all.
+    /// Keeps the tokens that are at least `min_p` times as likely as the most likely one; 0 keeps
+    /// all.
     #[serde(default, skip_serializing_if = "Share::is_zero")]
     pub min_p: Share,
-    /// Makes tokens that occurred less likely; 1 is off. (The lmms-lab chat checkpoints ask for 1.05.)
+    /// The penalty on tokens that have already occurred; 1 turns it off. (The lmms-lab chat
+    /// checkpoints specify 1.05.)
     #[serde(default = "defaults::repetition_penalty")]
     pub repetition_penalty: Positive,
-    /// The longest answer in tokens.
+    /// The maximum length of an answer, in tokens.
     #[serde(default = "defaults::max_new_tokens")]
     pub max_new_tokens: NonZeroU32,
-    /// Texts that end an answer, beside the model's own stop tokens. The answer's `text` ends before
-    /// the first of them.
+    /// Strings that end an answer, in addition to the model's own stop tokens. The answer's `text`
+    /// ends before the first of them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub stop: Vec<StopString>,
-    /// Tokens that end an answer, beside the model's own.
+    /// Ids of tokens that end an answer, in addition to the model's own stop tokens.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub stop_token_ids: Vec<u32>,
-    /// Prompts that are computed, stored and resumed as one.
+    /// Prompts per part. A part is computed, committed and resumed as a unit; its size does not
+    /// change the answers.
     #[serde(default = "defaults::part")]
     pub part: NonZeroU32,
 }
 
-/// The source document's values; `max_new_tokens` is ours, since it names none.
+/// The default values: those of the source document, except `max_new_tokens`, which it does not
+/// specify.
 mod defaults {
     use super::{NonZeroU32, Positive, Probability, Temperature};
 
@@ -111,10 +118,10 @@ impl Stage for Sample {
             return Err(StageError {
                 field: Some("count"),
                 message: format!(
-                    "{} answers to each prompt are too many: at most {COUNT_MAX} are sampled",
+                    "{} answers per prompt exceed the maximum of {COUNT_MAX}",
                     self.count
                 ),
-                help: Some("5 are the usual number".to_owned()),
+                help: Some("the default is 5".to_owned()),
             });
         }
         Ok(Candidate::schema())
@@ -167,7 +174,7 @@ impl RowStage for &Sample {
 
     fn key(&self, _: &mut StageContext<'_>, group: &[Prompt], key: Key) -> Result<Key, Failure> {
         let prompt = &group[0];
-        // The id decides the seed.
+        // The seed depends on the id.
         let key = key.with(&prompt.prompt_id);
         let system = prompt.system.as_deref();
         Ok(shown(
@@ -190,7 +197,8 @@ impl RowStage for &Sample {
         for (place, task) in tasks.iter().enumerate() {
             let row = &task.rows[0];
             let prompt = ctx.input_tables.prompt(row, ctx.seed_for(&row.prompt_id))?;
-            // Before the model is opened: a prompt that can't be answered costs its row, not the run.
+            // Checked before the model is opened, so that a prompt that does not fit is rejected
+            // and does not fail the run.
             let room = self.max_new_tokens.get() as usize;
             if let Err(RowFault(reason)) = ctx.models.fits(&self.model, &prompt, room)? {
                 outcomes.push(Some(Outcome::fault(&row.prompt_id, reason)));
@@ -216,7 +224,7 @@ impl RowStage for &Sample {
                 let place = places[index];
                 let task = &tasks[place];
                 outcomes[place] = Some(match result {
-                    Ok(answers) => Outcome::TableVersion(candidates(task, answers, &fingerprint)),
+                    Ok(answers) => Outcome::Rows(candidates(task, answers, &fingerprint)),
                     Err(RowFault(reason)) => Outcome::fault(&task.rows[0].prompt_id, reason),
                 });
                 done += 1;
@@ -229,7 +237,7 @@ impl RowStage for &Sample {
             });
             *ctx.telemetry = sampled.map_err(Failure::of(&self.model))?;
         }
-        // A model that was told to stop leaves prompts unanswered.
+        // An interrupted model leaves prompts without answers.
         outcomes
             .into_iter()
             .map(|outcome| outcome.ok_or(Failure::Interrupted))
@@ -243,7 +251,8 @@ fn candidates(task: &Task<Prompt>, answers: Vec<Generation>, model: &str) -> Vec
         prompt_id: task.rows[0].prompt_id.clone(),
         candidate: number as i32,
         text: answer.text,
-        // Summed in float64: the sum of hundreds of float32 would lose digits that training compares.
+        // Summed in float64: a float32 sum of hundreds of terms would lose digits that training
+        // compares.
         logp: answer.token_logps.iter().map(|&logp| f64::from(logp)).sum(),
         token_ids: answer.token_ids,
         token_logps: answer.token_logps,

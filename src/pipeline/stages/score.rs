@@ -1,4 +1,4 @@
-//! `score`: a judge's reward for each candidate.
+//! The `score` stage: a judge's reward for each candidate.
 
 use std::num::NonZeroU32;
 
@@ -14,7 +14,7 @@ use ovchat_data::store::Key;
 use ovchat_data::tables::{Candidate, Prompt, Reward, Row, rows};
 use ovchat_models::{self as models, AnswerGroup, Listener, RowFault};
 
-/// Scores candidates with a judge; higher is better.
+/// Scores candidates with a judge; a higher reward is better.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Score {
@@ -22,10 +22,11 @@ pub struct Score {
     pub candidates: TableName,
     /// The model that scores.
     pub judge: ModelName,
-    /// The table of prompts that were answered; found through `candidates` if left out.
+    /// The table of prompts of the candidates. Default: found through `candidates`.
     #[serde(default)]
     pub prompts: Option<TableName>,
-    /// Prompts whose candidates are scored, stored and resumed as one.
+    /// Prompts per part. A part's candidates are scored, committed and resumed as a unit; its size
+    /// does not change the rewards.
     #[serde(default = "Score::part")]
     pub part: NonZeroU32,
 }
@@ -97,13 +98,13 @@ impl Score {
 }
 
 rows! {
-    /// What of a candidate is judged.
+    /// The columns of a candidate that a judge uses.
     pub struct JudgedAnswer: "answer" => {
-        /// The prompt.
+        /// The prompt's id.
         pub prompt_id: String,
-        /// Its number among the answers to the prompt.
+        /// The candidate's number within its prompt.
         pub candidate: i32,
-        /// What it says.
+        /// The answer's text.
         pub text: String,
     }
 }
@@ -145,7 +146,7 @@ impl RowStage for &Score {
         }
         let mut key = key.with(&group[0].prompt_id);
         if group.len() == 1 && ctx.models.compares(&self.judge) {
-            // Earlier versions scored one answer alone as 0; such a row is not taken over.
+            // Earlier versions scored a single answer as 0; such rows must not be reused.
             key = key.with("alone");
         }
         Ok(group.iter().fold(key, |key, answer| {
@@ -198,7 +199,7 @@ impl RowStage for &Score {
                         reward: score.reward,
                         reply: score.reply,
                     };
-                    Outcome::TableVersion(task.rows.iter().zip(scores).map(row).collect())
+                    Outcome::Rows(task.rows.iter().zip(scores).map(row).collect())
                 }
                 Err(RowFault(reason)) => Outcome::fault(&task.rows[0].prompt_id, reason),
             });

@@ -1,4 +1,4 @@
-//! `select_extremes`: the best and the worst answer to each prompt become a pair.
+//! The `select_extremes` stage: the best and the worst answer to each prompt as a pair.
 
 use arrow::datatypes::SchemaRef;
 use schemars::JsonSchema;
@@ -10,43 +10,47 @@ use ovchat_data::store::digest;
 use ovchat_data::tables::{Pair, Row};
 use ovchat_query::Param;
 
-/// The ranking; `{rewards}` and `{candidates}` stand for the tables.
+/// The ranking query; `{rewards}` and `{candidates}` are replaced with the table names. The digest
+/// of this file, comments included, is the stage's version: any change to it rebuilds existing
+/// tables.
 const SQL: &str = include_str!("select_extremes.sql");
 
-/// Pairs the answer with the highest reward (chosen) with the one with the lowest (rejected). Ties
-/// go to the lowest number; a prompt whose best and worst score or read the same is dropped.
+/// Pairs the answer with the highest reward (chosen) with the answer with the lowest (rejected).
+/// Ties go to the lowest candidate number. A prompt is dropped if its best and worst answers have
+/// the same reward or the same text.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SelectExtremes {
     /// The table of rewards.
     pub rewards: TableName,
-    /// The table of candidates that were scored; found through `rewards` if left out.
+    /// The table of candidates that were scored. Default: found through `rewards`.
     #[serde(default)]
     pub candidates: Option<TableName>,
-    /// The table of prompts that were answered; found through `rewards` if left out.
+    /// The table of prompts of the candidates. Default: found through `rewards`.
     #[serde(default)]
     pub prompts: Option<TableName>,
-    /// Drops prompts whose best and worst reward are less than this apart; 0 keeps all.
+    /// The minimum margin between the best and the worst reward. Prompts with a smaller margin are
+    /// dropped; 0 keeps all.
     #[serde(default = "SelectExtremes::margin_min")]
     pub margin_min: NonNegative,
-    /// Whether answers that were cut off at `max_new_tokens` take part.
+    /// The treatment of answers that were cut off at `max_new_tokens`.
     #[serde(default)]
     pub truncated: Truncated,
 }
 
-/// What becomes of answers that were cut off.
+/// The treatment of truncated answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Truncated {
-    /// They take part like all others.
+    /// They are ranked like all others.
     #[default]
     Keep,
-    /// They are left out.
+    /// They are excluded.
     Drop,
 }
 
 impl Truncated {
-    /// What the queries call it.
+    /// Returns the value of the query parameter `$truncated`.
     pub fn word(self) -> &'static str {
         match self {
             Self::Keep => "keep",

@@ -1,4 +1,4 @@
-//! `select_pairs`: pairs of answers by one of several strategies.
+//! The `select_pairs` stage: preference pairs by one of several strategies.
 
 use std::num::NonZeroU32;
 
@@ -15,71 +15,72 @@ use ovchat_query::Param;
 const SCORED: &str = include_str!("select_pairs/scored.sql");
 const JUDGED: &str = include_str!("select_pairs/judged.sql");
 
-/// Pairs answers to a prompt by their rewards, in a way that is named. Ties go to the lowest number; a
-/// prompt that makes no pair is set aside with the reason.
+/// Pairs the answers to each prompt by reward, with a named strategy. Ties go to the lowest
+/// candidate number; a prompt without a valid pair goes to `rejects` with the reason.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SelectPairs {
     /// The table of rewards.
     pub rewards: TableName,
-    /// The table of candidates that were scored; found through `rewards` if left out.
+    /// The table of candidates that were scored. Default: found through `rewards`.
     #[serde(default)]
     pub candidates: Option<TableName>,
-    /// The table of prompts that were answered; found through `rewards` if left out.
+    /// The table of prompts of the candidates. Default: found through `rewards`.
     #[serde(default)]
     pub prompts: Option<TableName>,
-    /// Which answers meet.
+    /// The strategy that chooses which answers are paired.
     #[serde(default)]
     pub strategy: Strategy,
-    /// Drops pairs whose answers are worth less than this apart; 0 keeps all.
+    /// The minimum margin between the chosen and the rejected answer, in reward after
+    /// `length_penalty`. Pairs with a smaller margin are dropped; 0 keeps all.
     #[serde(default = "zero")]
     pub margin_min: NonNegative,
-    /// Pairs that a prompt makes at most, those with the largest margins. Left out: all that the strategy
-    /// finds.
+    /// The maximum number of pairs per prompt; those with the largest margins are kept. Default:
+    /// all. Applies to the strategy `all_pairs` only.
     #[serde(default)]
     pub pairs_max: Option<NonZeroU32>,
-    /// What an answer is worth less for each of its tokens.
+    /// The amount subtracted from an answer's reward for each of its tokens; 0 turns it off.
     #[serde(default = "zero")]
     pub length_penalty: NonNegative,
-    /// Drops pairs of which one answer has more than this many times the tokens of the other. Left out:
-    /// any lengths.
+    /// The maximum ratio of the longer answer's length to the shorter one's, in tokens. Pairs with
+    /// a larger ratio are dropped. Default: no limit.
     #[serde(default)]
     pub length_ratio_max: Option<AtLeastOne>,
-    /// Whether answers that differ in case, spaces and punctuation only count as different.
+    /// The treatment of answers that differ only in case, whitespace and punctuation.
     #[serde(default)]
     pub near_equal: NearEqual,
-    /// Whether answers that were cut off at `max_new_tokens` take part.
+    /// The treatment of answers that were cut off at `max_new_tokens`.
     #[serde(default)]
     pub truncated: Truncated,
 }
 
-/// Which answers to a prompt meet.
+/// The strategy that chooses which answers to a prompt are paired.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Strategy {
-    /// The best and the worst: the largest margin.
+    /// The best and the worst answer: the largest margin.
     #[default]
     BestWorst,
-    /// The best and the next best: the hardest to tell apart.
+    /// The best and the second best answer: the hardest to tell apart.
     BestSecond,
-    /// The best and another one, drawn at random: what the model usually says.
+    /// The best and a randomly drawn other answer: rejects what the model typically generates.
     BestRandom,
-    /// Each with every worse one.
+    /// Every answer with every worse one.
     AllPairs,
 }
 
-/// What becomes of answers that nearly read the same.
+/// The treatment of nearly identical answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum NearEqual {
-    /// They are different answers.
+    /// They count as different answers.
     #[default]
     Keep,
-    /// The best of them stands for all.
+    /// Only the best of them is kept.
     Drop,
 }
 
-/// A number that is 1 or more.
+/// A finite number that is at least 1.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "f64", into = "f64")]
 pub struct AtLeastOne(f64);
@@ -91,7 +92,7 @@ impl TryFrom<f64> for AtLeastOne {
         if value >= 1.0 && value.is_finite() {
             return Ok(Self(value));
         }
-        Err(format!("{value} is not 1 or more"))
+        Err(format!("{value} is less than 1"))
     }
 }
 
@@ -147,8 +148,10 @@ impl Stage for SelectPairs {
         if self.pairs_max.is_some() && self.strategy != Strategy::AllPairs {
             return Err(StageError {
                 field: Some("pairs_max"),
-                message: "this strategy makes one pair a prompt in any case".to_owned(),
-                help: Some("leave it out, or use the strategy `all_pairs`".to_owned()),
+                message:
+                    "`pairs_max` has no effect: this strategy makes at most one pair per prompt"
+                        .to_owned(),
+                help: Some("remove it, or use the strategy `all_pairs`".to_owned()),
             });
         }
         Ok(Pair::schema())

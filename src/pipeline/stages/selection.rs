@@ -1,4 +1,4 @@
-//! What the stages share that pair the answers to a prompt by their rewards.
+//! Building of pairs from chosen answers, shared by the selection stages and `ask_people`.
 
 use std::collections::HashMap;
 
@@ -11,23 +11,24 @@ use ovchat_data::store::Key;
 use ovchat_data::tables::{Candidate, Pair, Prompt, RejectClass, Reward, Row, rows};
 use ovchat_query::{self as query, Param};
 
-/// What becomes of a prompt: its pairs, or why there are none.
+/// The pairs of a prompt, or the reason why there are none.
 pub enum PairChoice {
     Pairs(Vec<CandidatePair>),
     SetAside { class: RejectClass, reason: String },
 }
 
-/// Who chooses which answers make pairs.
+/// A stage that chooses which answers are paired.
 pub trait PairSelector {
     fn candidates(&self) -> &TableName;
     fn prompts(&self) -> &TableName;
-    /// What becomes of the prompts of a part, by their ids.
+    /// Returns the choices for the prompts of a part, by prompt id.
     fn choices(
         &self,
         ctx: &mut StageContext<'_>,
         part: &Answers<'_>,
     ) -> Result<HashMap<String, PairChoice>, Failure>;
-    /// Why a prompt that is not among the choices is set aside; `None`: somebody else has said why.
+    /// Returns the reason why a prompt without a choice is rejected; `None` if an earlier stage has
+    /// already rejected it.
     fn unchosen(&self) -> Option<&'static str>;
 }
 
@@ -36,15 +37,15 @@ pub trait Pairs {
     fn rewards(&self) -> &TableName;
     fn candidates(&self) -> &TableName;
     fn prompts(&self) -> &TableName;
-    /// The query, which makes rows of [`Ranked`]; `{rewards}` and `{candidates}` stand for the tables.
-    /// What it says of a prompt may depend on the rows of this prompt only: it is asked for the prompts of
-    /// one part at a time.
+    /// Returns the query, which yields rows of [`Ranked`]; `{rewards}` and `{candidates}` are
+    /// replaced with the table names. Its result for a prompt may depend only on the rows of that
+    /// prompt, because it runs over the prompts of one part at a time.
     fn sql(&self) -> String;
-    /// The values of its parameters. `seed` is for what it draws.
+    /// Returns the values of the query's parameters. `seed` seeds its random draws.
     fn params(&self, seed: u64) -> Vec<(&'static str, Param)>;
 }
 
-/// The tables that such a stage reads; what is left out, the plan finds.
+/// Returns the tables that such a stage reads. The plan finds the omitted ones.
 pub fn inputs<'a>(
     rewards: &'a TableName,
     candidates: Option<&'a TableName>,
@@ -72,7 +73,8 @@ pub fn inputs<'a>(
     ]
 }
 
-/// The work of such a stage. It holds what it needs of one part, however many prompts there are.
+/// The work of such a stage. Its memory is bounded by one part, independent of the number of
+/// prompts.
 pub struct Selection<'a> {
     stage: &'a dyn PairSelector,
 }
@@ -87,11 +89,11 @@ impl<'a> Selection<'a> {
 }
 
 rows! {
-    /// What of a reward decides which answers make pairs.
+    /// The columns of a reward that the choice of pairs depends on.
     pub struct CandidateScore: "worth" => {
-        /// The prompt.
+        /// The prompt's id.
         pub prompt_id: String,
-        /// The answer.
+        /// The candidate's number within its prompt.
         pub candidate: i32,
         /// The reward.
         pub reward: f32,
@@ -148,23 +150,23 @@ impl<P: Pairs> PairSelector for P {
 }
 
 rows! {
-    /// A row of the ranking.
+    /// A row of the ranking query's result.
     pub struct Ranked: "ranked" => {
-        /// The prompt.
+        /// The prompt's id.
         pub prompt_id: String,
-        /// Its best answer.
+        /// The number of the chosen candidate.
         pub chosen_candidate: Option<i32>,
-        /// Its worst answer.
+        /// The number of the rejected candidate.
         pub rejected_candidate: Option<i32>,
-        /// The best answer's reward.
+        /// The reward of the chosen candidate.
         pub chosen_reward: Option<f32>,
-        /// The worst answer's reward.
+        /// The reward of the rejected candidate.
         pub rejected_reward: Option<f32>,
-        /// Their difference.
+        /// The margin between the two.
         pub margin: Option<f32>,
-        /// Why the prompt makes no pair, if it makes none.
+        /// The reason why the prompt has no pair, if it has none.
         pub reason: Option<String>,
-        /// `fault` or `dropped`, for the reason.
+        /// The class of the reason: `fault` or `dropped`.
         pub class: RejectClass,
     }
 }
@@ -186,9 +188,7 @@ impl Ranked {
             (None, Some(matched)) => PairChoice::Pairs(vec![matched]),
             (reason, _) => PairChoice::SetAside {
                 class: self.class,
-                reason: reason
-                    .clone()
-                    .unwrap_or_else(|| "it has no rewards".to_owned()),
+                reason: reason.clone().unwrap_or_else(|| "no rewards".to_owned()),
             },
         }
     }
@@ -228,7 +228,7 @@ impl BatchStage for Selection<'_> {
         let asked = ctx.input_tables.rows_of(table, &Prompt::schema(), asked)?;
         let prompts = Prompts::new(&asked)?;
         let mut outcomes = Vec::new();
-        // Pairs that come one after another become one batch.
+        // Consecutive pairs are joined into one batch.
         let mut drafts: Vec<PairDraft> = Vec::new();
         let mut computed = 0;
         for group in &answers.groups {
@@ -240,7 +240,8 @@ impl BatchStage for Selection<'_> {
             };
             let pairs = match choices.get(prompt_id) {
                 None => {
-                    // Where its answers were not scored, whoever set it aside has said why.
+                    // A prompt without scored answers was rejected, with the reason, by an earlier
+                    // stage.
                     let reason = self.stage.unchosen();
                     outcomes.extend(reason.map(|reason| set_aside(RejectClass::Dropped, reason)));
                     continue;
@@ -276,18 +277,18 @@ impl BatchStage for Selection<'_> {
             let key = key.finish();
             if let Some(rows) = known(&key)? {
                 flush(&answers, &prompts, &mut drafts, &mut outcomes)?;
-                outcomes.push(Outcome::TableVersion(rows));
+                outcomes.push(Outcome::Rows(rows));
                 continue;
             }
             if !is_different {
-                let reason = "the best and the worst answer read the same";
+                let reason = "the best and the worst answer have the same text";
                 outcomes.push(set_aside(RejectClass::Dropped, reason));
                 continue;
             }
             let several = of_group.len() > 1;
             for (matched, chosen, rejected) in of_group {
-                // Each pair has a name of its own. The one of a prompt is named as its group, by which
-                // the next run finds it again.
+                // Each pair has a unique key. A prompt's only pair has the key of its group, by
+                // which the next run finds it.
                 let row_key = if several {
                     Key::new("pair")
                         .with(&key)
@@ -313,7 +314,7 @@ impl BatchStage for Selection<'_> {
     }
 }
 
-/// Makes the pairs that were drafted so far.
+/// Builds the drafted pairs and clears the drafts.
 fn flush(
     answers: &Answers<'_>,
     prompts: &Prompts,
@@ -321,7 +322,7 @@ fn flush(
     outcomes: &mut Vec<Outcome<RecordBatch>>,
 ) -> Result<(), Failure> {
     if !drafts.is_empty() {
-        outcomes.push(Outcome::TableVersion(pairs(answers, prompts, drafts)?));
+        outcomes.push(Outcome::Rows(pairs(answers, prompts, drafts)?));
         drafts.clear();
     }
     Ok(())

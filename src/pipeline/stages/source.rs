@@ -1,7 +1,8 @@
-//! What the loading stages share: the formats of a source, its records, and their pictures.
+//! Loading of a source's records and images, shared by the loading stages.
 //!
-//! A source is a JSON list, JSON lines, or Parquet with a column of images; a record is either the document's `{id, image, prompt, …}` or a LLaVA conversation. A
-//! file that can't be read at all is a failure; a record that can't be used is set aside.
+//! A source is a JSON list, JSON Lines, or Parquet with a column of images; a record is either the
+//! document's `{id, image, prompt, …}` or a LLaVA conversation. A file that cannot be read at all
+//! fails the stage; a record that cannot be used is rejected.
 
 use std::collections::HashMap;
 use std::io;
@@ -23,10 +24,10 @@ use ovchat_data::tables::{Image, ImageFile, Pair, Prompt, RejectClass, Row, Turn
 use ovchat_io::files;
 use ovchat_models::preprocess::{decode, probe};
 
-/// The bytes that a picture's file may have.
+/// The maximum size of an image file, in bytes.
 pub const IMAGE_MAX: u64 = 1 << 30;
 
-/// A file of the user and how it is to be read.
+/// A file of the user, and the settings for reading it.
 pub struct RecordSource<'a> {
     pub from: &'a Path,
     pub images: Option<&'a Path>,
@@ -36,12 +37,12 @@ pub struct RecordSource<'a> {
     pub megapixels_max: NonZeroU32,
 }
 
-/// A record with its pictures, or why it can't be used.
+/// A record with its images, or the reason why it is rejected.
 type Opened = Result<(Fields, Vec<Image>), Flaw>;
 
-/// A reason to set a record aside.
+/// The reason why a record is rejected.
 enum Flaw {
-    /// Its picture, as the record names it, lies where the stage does not read.
+    /// Its image, as named by the record, lies outside the allowed folders.
     Outside {
         image: String,
         reason: String,
@@ -55,16 +56,17 @@ impl From<String> for Flaw {
     }
 }
 
-/// A kind that can be loaded from a source.
+/// A table kind that can be loaded from a source.
 pub trait Loadable: Row {
-    /// Makes the row of a record; `prompt` is complete but for what only this kind has.
+    /// Builds the row of a record; `prompt` holds the fields common to all kinds.
     fn from_record(
         prompt: Prompt,
         chosen: Option<String>,
         rejected: Option<String>,
     ) -> Result<Self, String>;
 
-    /// The key of the row's prompt before the occurrence number, to count occurrences again.
+    /// Returns the key of the row's prompt without its occurrence number, to count occurrences on
+    /// resume.
     fn base(&self) -> String;
 }
 
@@ -89,12 +91,12 @@ impl Loadable for Pair {
         chosen: Option<String>,
         rejected: Option<String>,
     ) -> Result<Self, String> {
-        let chosen = chosen.ok_or("it has no `chosen`")?;
-        let rejected = rejected.ok_or("it has no `rejected`")?;
+        let chosen = chosen.ok_or("missing `chosen`")?;
+        let rejected = rejected.ok_or("missing `rejected`")?;
         for (name, answer) in [("chosen", &chosen), ("rejected", &rejected)] {
             if answer.trim().is_empty() {
                 return Err(format!(
-                    "its {name} answer is empty; write the answer, or remove the record"
+                    "`{name}` is empty; write the answer, or remove the record"
                 ));
             }
         }
@@ -149,11 +151,11 @@ fn prompt_base(
     shown(Key::new("prompt"), image_ids, system, turns, question).finish()
 }
 
-/// Records whose pictures lie where the stage does not read.
+/// Records whose images lie outside the allowed folders.
 #[derive(Default)]
 struct Outside {
     count: u64,
-    /// The first of them, and its picture.
+    /// The place of the first such record, and its image.
     first: Option<(String, String)>,
 }
 
@@ -163,24 +165,25 @@ impl Outside {
         self.first.get_or_insert_with(|| (place.to_owned(), image));
     }
 
-    /// How many there are, which is the first, and the way out; `None` when there are none.
+    /// Returns a note with their number, the first one and the fix; `None` if there are none.
     fn in_words(&self) -> Option<String> {
         let (place, image) = self.first.as_ref()?;
         let count = match self.count {
-            1 => "1 record names a picture".to_owned(),
-            count => format!("{count} records name pictures"),
+            1 => "1 record names an image".to_owned(),
+            count => format!("{count} records name images"),
         };
         Some(format!(
-            "{count} outside of its folders, the first is {image} ({place}); `images_anywhere: true` would read it"
+            "{count} outside the allowed folders, first {image} ({place}); set `images_anywhere: true` to read \
+             from any folder"
         ))
     }
 }
 
-/// Loads rows of one kind from a source.
+/// The loader of rows of one kind from a source.
 pub struct Loader<'a, R> {
     source: RecordSource<'a>,
     captions: Option<HashMap<String, Vec<String>>>,
-    /// How often each prompt came so far.
+    /// The number of occurrences of each prompt so far.
     seen: HashMap<String, u32>,
     unread: Unread,
     outside: Outside,
@@ -199,18 +202,18 @@ impl<'a, R: Loadable> Loader<'a, R> {
         }
     }
 
-    /// What the beginning and the end of the source say against loading it. Pictures are looked for, and not
-    /// opened.
-    pub fn objection(mut self) -> Option<SourceProblem> {
+    /// Returns the problem found in the first records or at the end of the source, if any. Images
+    /// are checked for existence only.
+    pub fn source_problem(mut self) -> Option<SourceProblem> {
         let from = self.source.from;
         let folder = self.folder().to_owned();
-        source_check::objection(from, self.source.limit, |record| {
+        source_check::source_problem(from, self.source.limit, |record| {
             let fields = read_fields(&record.fields, record.embedded.len())?;
             if record.embedded.is_empty()
                 && folder.is_dir()
                 && let Some(name) = fields.paths.iter().find(|name| !folder.join(name).exists())
             {
-                return Err(format!("there is no picture {name}"));
+                return Err(format!("image not found: {name}"));
             }
             self.row(fields, &[]).map(|_| ())
         })
@@ -223,7 +226,7 @@ impl<'a, R: Loadable> Loader<'a, R> {
             .unwrap_or(Path::new("."))
     }
 
-    /// The folders that pictures may lie in; `None` where they may lie anywhere.
+    /// Returns the folders that images may be read from; `None` for any folder.
     fn allowed(&self) -> Option<AllowedFolders> {
         let beside = self.source.from.parent().unwrap_or(Path::new("."));
         (!self.source.images_anywhere).then(|| AllowedFolders::new(&[self.folder(), beside]))
@@ -335,7 +338,7 @@ impl<R: Loadable> LoadStage for Loader<'_, R> {
             .into_par_iter()
             .map(|record| {
                 if files::stopped() {
-                    // Nothing of this is kept.
+                    // This outcome is discarded.
                     return (record.place, Err(Flaw::Other(String::new())));
                 }
                 let name = record.fields.as_ref().ok().and_then(own_name);
@@ -351,7 +354,7 @@ impl<R: Loadable> LoadStage for Loader<'_, R> {
                             .map(|path| open(path, pixels_max))
                             .collect::<Result<Vec<_>, _>>()?
                     } else {
-                        // `datasets` writes a path without bytes for pictures that it did not embed.
+                        // `datasets` writes a path without bytes for images that it did not embed.
                         let check = |file: ImageFile| match (&file.bytes, &file.path) {
                             (None, Some(path)) => open(path, pixels_max),
                             _ => Ok(check_image(file, pixels_max)?),
@@ -417,8 +420,8 @@ fn open_image(
 ) -> Result<Image, Flaw> {
     let path = folder.join(name);
     let fault = |error: io::Error| match error.kind() {
-        io::ErrorKind::NotFound => format!("there is no picture {}", path.display()),
-        _ => format!("the picture {} can't be read: {error}", path.display()),
+        io::ErrorKind::NotFound => format!("image not found: {}", path.display()),
+        _ => format!("cannot read image {}: {error}", path.display()),
     };
     let file = match allowed.map(|allowed| allowed.place(&path)) {
         None => path.clone(),
@@ -426,7 +429,8 @@ fn open_image(
             Place::Inside(file) => file,
             Place::Outside(file) => {
                 let reason = format!(
-                    "the picture {} leads to {}, outside of the folders that this stage reads, `images` and that of `from`; move it there, or set `images_anywhere: true`",
+                    "image {} resolves to {}, outside the folders that this stage may read (`images` and the \
+                     folder of `from`); move it there, or set `images_anywhere: true`",
                     path.display(),
                     file.display()
                 );
@@ -441,17 +445,15 @@ fn open_image(
     Ok(check_image(ImageFile { bytes, path }, pixels_max)?)
 }
 
-/// Decodes a picture once, so that a spoiled one is found here and not in the middle of sampling.
+/// Decodes an image once, so that a corrupt one is rejected here instead of failing during
+/// sampling.
 fn check_image(file: ImageFile, pixels_max: u64) -> Result<Image, String> {
-    let name = file
-        .path
-        .clone()
-        .unwrap_or_else(|| "held by the file itself".to_owned());
+    let name = file.path.clone().unwrap_or_else(|| "(embedded)".to_owned());
     let bytes = file
         .bytes
         .as_deref()
-        .ok_or_else(|| format!("the picture {name} has no bytes"))?;
-    let named = |fault: ovchat_models::RowFault| format!("the picture {name}: {fault}");
+        .ok_or_else(|| format!("image {name} has no bytes"))?;
+    let named = |fault: ovchat_models::RowFault| format!("image {name}: {fault}");
     let header = probe(bytes).map_err(named)?;
     decode(bytes, pixels_max).map_err(named)?;
     Ok(Image {
@@ -494,9 +496,8 @@ mod tests {
             (id, reason)
         };
         let pair = |chosen: &str, rejected: &str| json!({"id": "q17", "prompt": "Why?", "chosen": chosen, "rejected": rejected});
-        let reason = |name: &str| {
-            format!("its {name} answer is empty; write the answer, or remove the record")
-        };
+        let reason =
+            |name: &str| format!("`{name}` is empty; write the answer, or remove the record");
         let place = "line 3, id q17".to_owned();
         assert_eq!(
             set_aside(pair("", "No.")),

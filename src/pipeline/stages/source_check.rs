@@ -1,4 +1,4 @@
-//! What the beginning and the end of a source say against loading it.
+//! A quick check of a source's first records and of the end of its file.
 
 use std::io::{Read as _, Seek as _, SeekFrom};
 use std::num::NonZeroU32;
@@ -8,29 +8,29 @@ use super::formats;
 use super::work::{Failure, Record};
 use ovchat_io::files;
 
-/// The records that are looked at.
+/// The number of records that are checked.
 const LOOKED_AT: usize = 20;
 
-/// The largest JSON list that is read to its end, in bytes.
+/// The maximum size of a JSON list that is read to its end, in bytes.
 const LIST_MAX: u64 = 16 << 20;
 
-/// The bytes at the end that are looked at.
+/// The number of bytes that are checked at the start and the end of a file.
 const END: i64 = 4096;
 
-/// The largest Parquet file that is looked at, in bytes.
+/// The maximum size of a Parquet file that is checked, in bytes.
 const PARQUET_MAX: u64 = 16 << 20;
 
-/// What is wrong with a source.
+/// A problem of a source.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SourceProblem {
     pub words: String,
-    /// Whether nothing of it can be loaded; records behind those that were looked at may be better.
+    /// True if nothing can be loaded; false if records after the checked ones may be valid.
     pub is_certain: bool,
 }
 
-/// Looks at the first records of the source at `path`, of which `limit` are loaded; `read` says why a
-/// record can't be used.
-pub fn objection(
+/// Checks the first records of the source at `path`, of which `limit` are loaded. `read` returns
+/// the reason why a record is rejected.
+pub fn source_problem(
     path: &Path,
     limit: Option<NonZeroU32>,
     mut read: impl FnMut(&Record) -> Result<(), String>,
@@ -41,7 +41,7 @@ pub fn objection(
             is_certain: true,
         })
     };
-    // Pictures may lie in it, and a thousand rows are read at once.
+    // Its rows may hold images, and a thousand rows are read at once.
     let is_large = path.metadata().is_ok_and(|found| found.len() > PARQUET_MAX);
     if is_large && path.extension().is_some_and(|end| end == "parquet") {
         return None;
@@ -60,7 +60,7 @@ pub fn objection(
             Err(failure) => return certain(problem(failure)),
             Ok(record) => match read(&record) {
                 Ok(()) if is_read_whole && is_cut_off(path) => return Some(cut_off()),
-                // Nothing is loaded of a list with a syntax error anywhere.
+                // A list with a syntax error anywhere is not loaded at all.
                 Ok(()) if path.metadata().is_ok_and(|found| found.len() <= LIST_MAX) => {
                     let failure = records.find_map(Result::err)?;
                     return certain(problem(failure));
@@ -76,9 +76,9 @@ pub fn objection(
     let first = first?;
     let of = match count {
         count if count == limit => format!("none of the first {count} records can be used"),
-        1 => "its only record can't be used".to_owned(),
-        LOOKED_AT => format!("none of its first {LOOKED_AT} records can be used"),
-        count => format!("none of its {count} records can be used"),
+        1 => "the only record cannot be used".to_owned(),
+        LOOKED_AT => format!("none of the first {LOOKED_AT} records can be used"),
+        count => format!("none of the {count} records can be used"),
     };
     Some(SourceProblem {
         words: format!("{of}; {first}"),
@@ -86,7 +86,7 @@ pub fn objection(
     })
 }
 
-/// A problem without the name of the file.
+/// Returns the message of a failure without the name of the file.
 fn problem(failure: Failure) -> String {
     match failure {
         Failure::Input { problem, .. } => problem,
@@ -96,12 +96,12 @@ fn problem(failure: Failure) -> String {
 
 fn cut_off() -> SourceProblem {
     SourceProblem {
-        words: "it begins as a JSON list and has no `]` at its end: it is cut off".to_owned(),
+        words: "truncated JSON list: missing `]` at the end".to_owned(),
         is_certain: true,
     }
 }
 
-/// Whether a file begins as a JSON list does, and does not end as one.
+/// True if a file begins like a JSON list but does not end like one.
 fn is_cut_off(path: &Path) -> bool {
     let ends = || -> std::io::Result<bool> {
         let mut file = files::open(path)?;
@@ -134,9 +134,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("prompts.json");
         std::fs::write(&path, text).unwrap();
-        let found = objection(&path, limit, |record| match &record.fields {
+        let found = source_problem(&path, limit, |record| match &record.fields {
             Ok(fields) if fields["prompt"].is_string() => Ok(()),
-            Ok(_) => Err("it has no `prompt`".to_owned()),
+            Ok(_) => Err("missing field `prompt`".to_owned()),
             Err(problem) => Err(problem.clone()),
         });
         let found = found.unwrap_or(SourceProblem {
@@ -152,7 +152,7 @@ mod tests {
         let text = r#"[{"prompt": "a"}, {"prompt": "b"}, {"prompt" "c"}]"#;
         check_with_limit(two, text, false, "");
         let none = "{\"x\": 1}\n{\"x\": 1}\n{\"prompt\": \"a\"}\n";
-        let words = "none of the first 2 records can be used; line 1: it has no `prompt`";
+        let words = "none of the first 2 records can be used; line 1: missing field `prompt`";
         check_with_limit(two, none, true, words);
     }
 
@@ -166,12 +166,12 @@ mod tests {
         );
         check(r#"{"prompt": "a"}"#, false, "");
         check("{\"x\": 1}\n{\"prompt\": \"a\"}\n", false, "");
-        check("", true, "it has no records");
-        check(" [ ]", true, "it has no records");
+        check("", true, "no records found");
+        check(" [ ]", true, "no records found");
         check(
             r#"[{"prompt": "a"}, {"prompt": "#,
             true,
-            "it begins as a JSON list and has no `]` at its end: it is cut off",
+            "truncated JSON list: missing `]` at the end",
         );
         check(
             r#"[{"prompt": "#,
@@ -181,17 +181,17 @@ mod tests {
         check(
             r#"{"data": [{"prompt": "a"}]}"#,
             true,
-            "its only record can't be used; line 1: it has no `prompt`",
+            "the only record cannot be used; line 1: missing field `prompt`",
         );
         check(
             &"{\"x\": 1}\n".repeat(50),
             false,
-            "none of its first 20 records can be used; line 1: it has no `prompt`",
+            "none of the first 20 records can be used; line 1: missing field `prompt`",
         );
         check(
             "prompt,image\n",
             true,
-            "it is neither a JSON list, nor JSON lines, nor Parquet (named *.parquet)",
+            "unknown format: expected a JSON list, JSON Lines, or Parquet (named *.parquet)",
         );
     }
 }

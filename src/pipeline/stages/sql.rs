@@ -1,4 +1,4 @@
-//! `sql`: any query as a stage.
+//! The `sql` stage: a table built by a query.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -13,26 +13,26 @@ use ovchat_data::store::unstorable;
 use ovchat_io::files;
 use ovchat_query as query;
 
-/// Makes a table by a query over the tables of the pipeline; in a round, over this round's rows.
-/// One of `query` and `file` must be given.
+/// Builds a table with an SQL query over tables of the pipeline; within a round, over the rows of
+/// that round. Exactly one of `query` and `file` is required.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Sql {
-    /// The query.
+    /// The query, in DataFusion's SQL.
     #[serde(default)]
     pub query: Option<String>,
-    /// A file that holds the query.
+    /// A file that contains the query.
     #[serde(default)]
     pub file: Option<PathBuf>,
-    /// The tables that the query reads.
+    /// The tables that the query reads. No others are visible to it.
     pub tables: Vec<TableName>,
-    /// The text of `file`, once it was read.
+    /// The text of `file`, once it has been read.
     #[serde(skip)]
     text: Option<Result<String, String>>,
 }
 
 impl Sql {
-    /// The query, wherever it stands.
+    /// Returns the query from `query` or `file`.
     fn sql(&self) -> Result<&str, StageError> {
         let fault = |field, message: String, help: &str| StageError {
             field,
@@ -43,13 +43,13 @@ impl Sql {
             (Some(_), Some(_), _) => Err(fault(
                 Some("file"),
                 "both `query` and `file` are given".to_owned(),
-                "keep one of them",
+                "remove one of them",
             )),
             (Some(query), None, _) => Ok(query),
             (None, Some(_), Some(Ok(text))) => Ok(text),
             (None, Some(file), Some(Err(problem))) => Err(fault(
                 Some("file"),
-                format!("{} can't be read: {problem}", file.display()),
+                format!("cannot read {}: {problem}", file.display()),
                 "",
             )),
             (None, Some(_), None) => unreachable!("files are read when paths are resolved"),
@@ -121,10 +121,10 @@ impl Stage for Sql {
             return Err(StageError {
                 field: Some(field),
                 message: format!(
-                    "the column `{column}` is of the type {kind}, which can't be stored in Parquet"
+                    "column `{column}` has the type {kind}, which cannot be stored in Parquet"
                 ),
                 help: Some(format!(
-                    "cast it, such as: cast({column} as varchar) as {column}"
+                    "cast it, e.g. cast({column} as varchar) as {column}"
                 )),
             });
         }
@@ -132,10 +132,10 @@ impl Stage for Sql {
         for column in schema.fields() {
             if !names.insert(column.name()) || column.name() == "round" {
                 let why = match column.name().as_str() {
-                    "round" => "a column is called `round`, which is the run's own".to_owned(),
-                    name => format!("two columns are called `{name}`"),
+                    "round" => "the column name `round` is reserved".to_owned(),
+                    name => format!("duplicate column name `{name}`"),
                 };
-                let help = Some(format!("give it another name: {} as …", column.name()));
+                let help = Some(format!("rename it: {} as …", column.name()));
                 return Err(StageError {
                     field: Some(field),
                     message: why,

@@ -1,4 +1,4 @@
-//! `train_dpo`: one training of a model on pairs, with direct preference optimization or a relative.
+//! The `train_dpo` stage: training on pairs with direct preference optimization or a related loss.
 
 mod options;
 mod reference;
@@ -28,113 +28,117 @@ use ovchat_models::{
     Optimizer, Part, Schedule, Trained, Trainer,
 };
 
-/// What the name of a training's table of reference log-probabilities ends with.
+/// The suffix of the name of a training stage's table of reference log-probabilities.
 pub const REFERENCE: &str = "_reference";
 
-/// Trains a model on pairs with DPO or one of its relatives. The defaults are those of the document's
-/// training script: every weight, the sigmoid loss, and for reference the model as it is at the start
-/// of the round.
+/// Trains a model on preference pairs with DPO or a related loss. The defaults are those of the
+/// document's training script: full fine-tuning, the sigmoid loss, and the model at the start of
+/// the round as the reference.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TrainDpo {
     /// The table of pairs.
     pub pairs: TableName,
-    /// The model that learns. From the next round on its name means the checkpoint made here.
+    /// The model to train. From the next round on, its name refers to the checkpoint written here.
     pub model: ModelName,
-    /// The table of another training of the model in the same round; this one goes on where that
-    /// one ends. Left out: from the model as it is at the start of the round.
+    /// The table of another training stage of the same model in the same round; this stage
+    /// continues from its checkpoint. Default: training starts from the model at the start of the
+    /// round.
     #[serde(default)]
     pub after: Option<TableName>,
-    /// What is made small: a loss by its name, or several with their weights, as in
-    /// `{ sigmoid: 1, sft: 0.2 }`.
+    /// The loss: a name, or a weighted sum of several losses, e.g. `{ sigmoid: 1, sft: 0.2 }`.
     #[serde(default)]
     pub loss: LossSum,
-    /// How strongly the reference holds the model.
+    /// The coefficient β of the preference loss: a higher value allows less deviation from the
+    /// reference model.
     #[serde(default = "defaults::beta")]
     pub beta: Positive,
-    /// The share of pairs that are assumed to be the wrong way round; `exo_pair` and `robust` need
-    /// it.
+    /// The assumed fraction of pairs with flipped labels, below 0.5. The losses `exo_pair` and
+    /// `robust` require a value above 0.
     #[serde(default)]
     pub label_smoothing: Share,
-    /// The margin that the loss `simpo` asks for. Left out: 0.5.
+    /// The target reward margin γ of the loss `simpo`. Default: 0.5.
     #[serde(default)]
     pub simpo_gamma: Option<NonNegative>,
-    /// What the model is compared with: `round_start` (itself at the start of the round), `initial`
-    /// (itself before the first round), `none`, or the name of another model. Left out:
-    /// `round_start`, or `none` where no loss asks for one.
+    /// The reference model: `round_start` (the model at the start of the round), `initial` (the
+    /// model before the first round), `none`, or the name of another model. Default: `round_start`,
+    /// or `none` if no loss uses a reference.
     #[serde(default)]
     pub reference: Option<ReferenceModel>,
-    /// Where sampling left the log-probabilities of the reference: how many of them are computed
-    /// again, and how far they may be off.
+    /// The audit of reference log-probabilities that were recorded during sampling: the share that
+    /// is recomputed, and the maximum drift.
     #[serde(default)]
     pub reference_audit: ReferenceAudit,
-    /// Which tokens count: `answer`, or the conventions `trl` and `llava_next`, to compare with runs
-    /// of those programs.
+    /// The tokens that count toward the loss: `answer`, or the conventions of `trl` and
+    /// `llava_next`, for comparison with runs of those programs.
     #[serde(default)]
     pub mask: Mask,
-    /// Newlines between a picture and the text: `one`, as in sampling, or `two`, as LLaVA-NeXT's DPO
-    /// script has them.
+    /// Newlines between an image and the text: `one`, as in sampling, or `two`, as in LLaVA-NeXT's
+    /// DPO script.
     #[serde(default)]
     pub newlines: Newlines,
-    /// The parts that are trained. Left out: all.
+    /// The parts of the model to train; the others are frozen. Default: all parts.
     #[serde(default)]
     pub train: Option<Vec<Part>>,
-    /// Highest learning rates of parts that have another than `learning_rate`.
+    /// Peak learning rates by part, for parts that do not use `learning_rate`.
     #[serde(default)]
     pub learning_rates: BTreeMap<Part, Positive>,
-    /// Trains an adapter in the place of weights.
+    /// Trains a LoRA adapter instead of the model's weights. Default: no adapter.
     #[serde(default)]
     pub lora: Option<Lora>,
-    /// The highest learning rate, reached after warmup.
+    /// The peak learning rate, reached after warmup.
     #[serde(default = "defaults::learning_rate")]
     pub learning_rate: Positive,
-    /// What the learning rate does after warmup: falls to 0 along a `cosine` or in a `linear` way, or
-    /// is `constant`.
+    /// The learning rate schedule after warmup: `cosine` or `linear` decay to 0, or `constant`.
     #[serde(default)]
     pub schedule: Schedule,
-    /// Passes over the pairs.
+    /// The number of passes over the pairs.
     #[serde(default = "defaults::epochs")]
     pub epochs: NonZeroU32,
-    /// Pairs per optimizer update. How many are computed at once does not depend on it.
+    /// Pairs per optimizer step. The number of pairs computed at once does not depend on it.
     #[serde(default = "defaults::batch_pairs")]
     pub batch_pairs: NonZeroU32,
-    /// Puts pairs of similar length into a batch.
+    /// Groups pairs of similar length into the same batch.
     #[serde(default)]
     pub group_by_length: bool,
-    /// Share of the updates in which the learning rate rises from 0. Left out: 0.1.
+    /// The fraction of the optimizer steps in which the learning rate rises from 0. Default: 0.1.
     #[serde(default)]
     pub warmup_ratio: Option<NonNegative>,
-    /// The same as a number of updates.
+    /// The number of optimizer steps in which the learning rate rises from 0, instead of
+    /// `warmup_ratio`.
     #[serde(default)]
     pub warmup_steps: Option<u32>,
-    /// `adamw`, or `adamw_8bit`, whose moments take a quarter of the memory.
+    /// The optimizer: `adamw`, or `adamw_8bit`, whose moments take a quarter of the memory.
     #[serde(default)]
     pub optimizer: Optimizer,
-    /// AdamW's weight decay.
+    /// The weight decay of AdamW; 0 turns it off.
     #[serde(default = "defaults::weight_decay")]
     pub weight_decay: NonNegative,
-    /// Gradients with a larger norm are scaled down to it; 0 never clips.
+    /// The maximum gradient norm: gradients with a larger norm are scaled down to it. 0 turns
+    /// clipping off.
     #[serde(default = "defaults::max_grad_norm")]
     pub max_grad_norm: NonNegative,
-    /// Whether activations are computed again for the gradients instead of being remembered, which
-    /// takes less memory and a third more time: `always`, `never`, or (`auto`) when they don't fit.
+    /// Activation checkpointing: activations are recomputed in the backward pass instead of saved,
+    /// which takes less memory and about a third more time. `always`, `never`, or `auto` (only if
+    /// they do not fit in memory).
     #[serde(default)]
     pub activation_checkpointing: Checkpointing,
-    /// Updates between two saved states; a killed training goes on at the last one.
+    /// Optimizer steps between saved training states. An interrupted training resumes from the last
+    /// one.
     #[serde(default = "defaults::save_every")]
     pub save_every: NonZeroU32,
-    /// Saved states that are kept; where the newest can't be read, the training goes on from the one
-    /// before.
+    /// The number of saved training states to keep. If the newest cannot be read, training resumes
+    /// from the one before.
     #[serde(default = "defaults::keep_last")]
     pub keep_last: NonZeroU32,
 }
 
-/// `dpo_ov7b.sh` and the Hugging Face trainer's own defaults; `save_every` and
-/// `keep_last` are ours.
+/// The default values of `dpo_ov7b.sh` and the Hugging Face `Trainer`; `save_every` and `keep_last`
+/// are specific to this project.
 mod defaults {
     use super::{NonNegative, NonZeroU32, Positive};
 
-    /// The share of warmup where nothing is said.
+    /// The default warmup ratio.
     pub const WARMUP_RATIO: f64 = 0.1;
 
     pub fn beta() -> Positive {
@@ -163,13 +167,13 @@ mod defaults {
     }
 }
 
-/// SimPO's margin in TRL's `CPOConfig`.
+/// The default of `simpo_gamma` in TRL's `CPOConfig`.
 const SIMPO_GAMMA: f64 = 0.5;
 
 impl TrainingStage for TrainDpo {
     type Example = Pair;
     type Step = DpoStep;
-    const LESSONS: &'static str = "pairs";
+    const EXAMPLES: &'static str = "pairs";
     const ROLE: ModelRole = ModelRole::LearnsPairs;
 
     fn training(&self) -> TrainingSettings<'_> {
@@ -198,7 +202,7 @@ impl TrainingStage for TrainDpo {
 
     fn also_uses(&self) -> Option<Use<'_>> {
         let (model, state) = self.reference_model()?;
-        // At the start of the round it is the model in training, which is used in any case.
+        // At the start of the round, the reference is the model in training, which is used anyway.
         let is_another = state == ModelState::Initial || *model != self.model;
         is_another.then_some(Use {
             field: "reference",
@@ -270,13 +274,13 @@ impl TrainDpo {
         }
     }
 
-    /// What it takes of memory to train the model of `config`, whose numbers take `element` bytes where
-    /// they are computed with.
+    /// Returns the memory required to train the model of `config`, with `element` bytes per number
+    /// in the compute dtype.
     pub fn sizes(&self, config: &LlavaOnevisionConfig, element: u64) -> TrainingSizes {
         TrainingSizes::new(config, &self.trained(0), self.optimizer, element)
     }
 
-    /// What is trained; `seed` is for a fresh adapter.
+    /// Returns the trained parameters; `seed` initializes a new adapter.
     fn trained(&self, seed: u64) -> Trained {
         if let Some(lora) = &self.lora {
             return Trained::Lora(LoraSettings {
@@ -297,7 +301,7 @@ impl TrainDpo {
         self.train.clone().unwrap_or_else(all)
     }
 
-    /// The model that is the reference, and which of its states; `None` where there is none.
+    /// Returns the reference model and its state; `None` without a reference.
     fn reference_model(&self) -> Option<(&ModelName, ModelState)> {
         let asked = || {
             let mut terms = self.loss.terms().into_iter();
@@ -315,8 +319,8 @@ impl TrainDpo {
 
 struct DpoTraining<'a> {
     stage: &'a TrainDpo,
-    /// The fingerprint of the reference, if there is one, and the log-probabilities that had to be
-    /// computed with it.
+    /// The fingerprint of the reference, if there is one, and the log-probabilities computed by the
+    /// reference pass.
     reference: Option<(String, Lookup)>,
     trainer: Box<dyn DpoTrainer>,
 }
@@ -351,14 +355,18 @@ impl TrainingRun for DpoTraining<'_> {
         let mut examples = Vec::with_capacity(pairs.len());
         for (pair, prompt) in pairs.iter().zip(&prompts) {
             let reference = match &mut self.reference {
-                // Without a reference everything is equally likely to it.
+                // Without a reference, both answers are equally likely.
                 None => [0.0; 2],
                 Some((reference, computed)) => {
                     if let Some(sampled) = self.stage.sampled_reference(pair, reference) {
                         sampled
                     } else {
-                        let missing =
-                            || Failure::Other(format!("pair {} has no reference", pair.row_key));
+                        let missing = || {
+                            Failure::Other(format!(
+                                "pair {} has no reference log-probabilities",
+                                pair.row_key
+                            ))
+                        };
                         let row: Option<Reference> = computed.row(&pair.row_key)?;
                         let row = row.ok_or_else(missing)?;
                         [row.chosen_logp, row.rejected_logp]

@@ -1,4 +1,4 @@
-//! `train_reward`: one training of a reward model on pairs.
+//! The `train_reward` stage: training of a reward model on pairs.
 
 use std::num::NonZeroU32;
 use std::time::Instant;
@@ -17,64 +17,67 @@ use ovchat_data::store::Lookup;
 use ovchat_data::tables::{Pair, RewardStep, Row};
 use ovchat_models::{Optimization, Optimizer, RewardSettings, RewardTrainer, Schedule, Trainer};
 
-/// Trains a reward model on pairs as LLaVA-RLHF does: a LoRA adapter and the head learn to score the
-/// chosen answer above the rejected one; base, projector and tower stay as they are. Its loss is
-/// `-log sigmoid(r_chosen - r_rejected)`, plus `centering` times the absolute batch mean of
-/// `r_chosen + r_rejected`. The defaults are those of its training script.
+/// Trains a reward model on preference pairs, as in LLaVA-RLHF: a LoRA adapter and the reward head
+/// are trained to score the chosen answer above the rejected one; the base model, projector and
+/// vision tower are frozen. The loss is `-log sigmoid(r_chosen - r_rejected)`, plus `centering`
+/// times the absolute batch mean of `r_chosen + r_rejected`. The defaults are those of LLaVA-RLHF's
+/// training script.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TrainReward {
     /// The table of pairs.
     pub pairs: TableName,
-    /// The reward model that learns: a fresh adapter and head, or those that it has. From the next
-    /// round on, and in `evaluate`, its name means what was made here.
+    /// The reward model to train: its adapter and head, or new ones if it has none. From the next
+    /// round on, and in `evaluate`, its name refers to the checkpoint written here.
     pub model: ModelName,
-    /// The table of another training of the model in the same round; this one goes on where that
-    /// one ends. Left out: from the model as it is at the start of the round.
+    /// The table of another training stage of the same model in the same round; this stage
+    /// continues from its checkpoint. Default: training starts from the model at the start of the
+    /// round.
     #[serde(default)]
     pub after: Option<TableName>,
-    /// The rank of a fresh adapter.
+    /// The LoRA rank of a new adapter.
     #[serde(default = "defaults::rank")]
     pub rank: NonZeroU32,
-    /// A fresh adapter's product is scaled by `alpha / rank`.
+    /// The LoRA alpha of a new adapter, whose product is scaled by `alpha / rank`.
     #[serde(default = "defaults::alpha")]
     pub alpha: Positive,
-    /// Weight of the term that keeps the mean reward near 0.
+    /// The weight of the loss term that keeps the mean reward near 0.
     #[serde(default = "defaults::centering")]
     pub centering: NonNegative,
-    /// The highest learning rate, reached after warmup.
+    /// The peak learning rate, reached after warmup.
     #[serde(default = "defaults::learning_rate")]
     pub learning_rate: Positive,
-    /// What the learning rate does after warmup: is `constant`, or falls to 0 along a `cosine` or in a
-    /// `linear` way.
+    /// The learning rate schedule after warmup: `constant`, or `cosine` or `linear` decay to 0.
     #[serde(default = "defaults::schedule")]
     pub schedule: Schedule,
-    /// Passes over the pairs.
+    /// The number of passes over the pairs.
     #[serde(default = "defaults::epochs")]
     pub epochs: NonZeroU32,
-    /// Pairs per optimizer update.
+    /// Pairs per optimizer step.
     #[serde(default = "defaults::batch_pairs")]
     pub batch_pairs: NonZeroU32,
-    /// Share of the updates in which the learning rate rises from 0.
+    /// The fraction of the optimizer steps in which the learning rate rises from 0.
     #[serde(default = "defaults::warmup_ratio")]
     pub warmup_ratio: NonNegative,
-    /// AdamW's weight decay.
+    /// The weight decay of AdamW; 0 turns it off.
     #[serde(default = "defaults::weight_decay")]
     pub weight_decay: NonNegative,
-    /// Gradients with a larger norm are scaled down to it; 0 never clips.
+    /// The maximum gradient norm: gradients with a larger norm are scaled down to it. 0 turns
+    /// clipping off.
     #[serde(default = "defaults::max_grad_norm")]
     pub max_grad_norm: NonNegative,
-    /// Updates between two saved states; a killed training goes on at the last one.
+    /// Optimizer steps between saved training states. An interrupted training resumes from the last
+    /// one.
     #[serde(default = "defaults::save_every")]
     pub save_every: NonZeroU32,
-    /// Saved states that are kept; where the newest can't be read, the training goes on from the one
-    /// before.
+    /// The number of saved training states to keep. If the newest cannot be read, training resumes
+    /// from the one before.
     #[serde(default = "defaults::keep_last")]
     pub keep_last: NonZeroU32,
 }
 
-/// `RLHF/scripts/13b-v1.5-336/train_reward_model.sh` of LLaVA-RLHF; `save_every` and
-/// `keep_last` are ours.
+/// The default values of LLaVA-RLHF's `RLHF/scripts/13b-v1.5-336/train_reward_model.sh`;
+/// `save_every` and `keep_last` are specific to this project.
 mod defaults {
     use super::{NonNegative, NonZeroU32, Positive, Schedule};
 
@@ -119,7 +122,7 @@ mod defaults {
 impl TrainingStage for TrainReward {
     type Example = Pair;
     type Step = RewardStep;
-    const LESSONS: &'static str = "pairs";
+    const EXAMPLES: &'static str = "pairs";
     const ROLE: ModelRole = ModelRole::LearnsRewards;
 
     fn training(&self) -> TrainingSettings<'_> {

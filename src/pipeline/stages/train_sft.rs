@@ -1,4 +1,4 @@
-//! `train_sft`: one training of a model on answers that are given.
+//! The `train_sft` stage: supervised fine-tuning of a model on given answers.
 
 use std::num::NonZeroU32;
 use std::time::Instant;
@@ -17,59 +17,63 @@ use ovchat_models::{
     Optimization, Optimizer, Schedule, SftExample, SftSettings, SftTrainer, Tower, TrainOn, Trainer,
 };
 
-/// Trains a model on the answers that prompts come with (supervised fine-tuning): the next token,
-/// given the ones before. Of a reward model it is the base and the tower that learn.
+/// Trains a model on the answers of its prompts with next-token cross-entropy (supervised
+/// fine-tuning). If the model is a reward model, its base model and vision tower are trained.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TrainSft {
-    /// The table of prompts; each must have an `answer`.
+    /// The table of prompts. Each prompt must have an `answer`.
     pub prompts: TableName,
-    /// The model that learns. From the next round on its name means the checkpoint made here.
+    /// The model to train. From the next round on, its name refers to the checkpoint written here.
     pub model: ModelName,
-    /// The table of another training of the model in the same round; this one goes on where that
-    /// one ends. Left out: from the model as it is at the start of the round.
+    /// The table of another training stage of the same model in the same round; this stage
+    /// continues from its checkpoint. Default: training starts from the model at the start of the
+    /// round.
     #[serde(default)]
     pub after: Option<TableName>,
-    /// Which answers are learned: `all` that the assistant gives in a conversation, or the `last`.
+    /// The answers that count toward the loss: `all` assistant turns of a conversation, or the
+    /// `last` one only.
     #[serde(default)]
     pub answers: TrainOn,
-    /// Whether the vision tower is trained with the rest (`train`) or stays as it is (`freeze`).
+    /// The vision tower: trained with the rest (`train`) or frozen (`freeze`).
     #[serde(default)]
     pub tower: Tower,
-    /// The highest learning rate, reached after warmup.
+    /// The peak learning rate, reached after warmup.
     #[serde(default = "defaults::learning_rate")]
     pub learning_rate: Positive,
-    /// What the learning rate does after warmup: falls to 0 along a `cosine` or in a `linear` way, or
-    /// is `constant`.
+    /// The learning rate schedule after warmup: `cosine` or `linear` decay to 0, or `constant`.
     #[serde(default)]
     pub schedule: Schedule,
-    /// Passes over the prompts.
+    /// The number of passes over the prompts.
     #[serde(default = "defaults::epochs")]
     pub epochs: NonZeroU32,
-    /// Conversations per optimizer update.
+    /// Conversations per optimizer step.
     #[serde(default = "defaults::batch_prompts")]
     pub batch_prompts: NonZeroU32,
-    /// Share of the updates in which the learning rate rises from 0.
+    /// The fraction of the optimizer steps in which the learning rate rises from 0.
     #[serde(default = "defaults::warmup_ratio")]
     pub warmup_ratio: NonNegative,
-    /// AdamW's weight decay.
+    /// The weight decay of AdamW; 0 turns it off.
     #[serde(default = "defaults::weight_decay")]
     pub weight_decay: NonNegative,
-    /// Gradients with a larger norm are scaled down to it; 0 never clips.
+    /// The maximum gradient norm: gradients with a larger norm are scaled down to it. 0 turns
+    /// clipping off.
     #[serde(default = "defaults::max_grad_norm")]
     pub max_grad_norm: NonNegative,
-    /// Updates between two saved states; a killed training goes on at the last one.
+    /// Optimizer steps between saved training states. An interrupted training resumes from the last
+    /// one.
     #[serde(default = "defaults::save_every")]
     pub save_every: NonZeroU32,
-    /// Saved states that are kept; where the newest can't be read, the training goes on from the one
-    /// before.
+    /// The number of saved training states to keep. If the newest cannot be read, training resumes
+    /// from the one before.
     #[serde(default = "defaults::keep_last")]
     pub keep_last: NonZeroU32,
 }
 
-/// LLaVA-NeXT's fine-tuning of LLaVA-OneVision (`scripts/train/finetune_ov.sh`: learning rate 1e-5,
-/// cosine, warmup 0.03, no weight decay) and the Hugging Face trainer's own; `batch_prompts`,
-/// `save_every` and `keep_last` are ours.
+/// The default values of LLaVA-NeXT's fine-tuning of LLaVA-OneVision
+/// (`scripts/train/finetune_ov.sh`: learning rate 1e-5, cosine, warmup 0.03, no weight decay) and
+/// of the Hugging Face `Trainer`; `batch_prompts`, `save_every` and `keep_last` are specific to
+/// this project.
 mod defaults {
     use super::{NonNegative, NonZeroU32, Positive};
 
@@ -102,7 +106,7 @@ mod defaults {
 impl TrainingStage for TrainSft {
     type Example = Prompt;
     type Step = SftStep;
-    const LESSONS: &'static str = "prompts";
+    const EXAMPLES: &'static str = "prompts";
     const ROLE: ModelRole = ModelRole::LearnsAnswers;
 
     fn training(&self) -> TrainingSettings<'_> {
@@ -167,7 +171,7 @@ impl TrainingRun for SftTraining<'_> {
             let missing = || {
                 let id = row.id.as_deref().unwrap_or(&row.prompt_id);
                 Failure::Other(format!(
-                    "prompt {id} of `{}` has no answer to learn; leave such prompts out: \
+                    "prompt {id} of `{}` has no `answer` to train on; filter out such prompts: \
                      sql: {{ query: \"select * from {} where answer is not null\", tables: [{}] }}",
                     self.stage.prompts, self.stage.prompts, self.stage.prompts
                 ))

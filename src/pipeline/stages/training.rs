@@ -1,4 +1,4 @@
-//! What the trainings share: all but what they learn from, how, and what they report.
+//! The common part of the training stages: settings, batching and the runner's interface.
 
 use arrow::datatypes::{Schema, SchemaRef};
 
@@ -11,45 +11,47 @@ use ovchat_data::store::Lookup;
 use ovchat_data::tables::{Pair, Row};
 use ovchat_models::{self as models, Example, Optimization, Optimizer, Schedule, TrainingAnswer};
 
-/// A stage that trains a model. [`Stage`] and [`TrainStage`] are the same for all of them.
+/// A stage that trains a model. [`Stage`] and [`TrainStage`] have blanket implementations for it.
 pub trait TrainingStage {
-    /// What it learns from.
+    /// The row type of the training examples.
     type Example: Row;
-    /// What it reports of each step.
+    /// The row type of the report of a step.
     type Step: Row;
-    /// The setting that names the table of lessons.
-    const LESSONS: &'static str;
+    /// The setting that names the table of training examples.
+    const EXAMPLES: &'static str;
     const ROLE: ModelRole;
 
     fn training(&self) -> TrainingSettings<'_>;
 
-    /// A model that it uses beside the one that learns.
+    /// Returns a model that the stage uses besides the trained one.
     fn also_uses(&self) -> Option<Use<'_>> {
         None
     }
 
-    /// What no single setting shows.
+    /// Validates settings against each other.
     fn check(&self) -> Result<(), StageError> {
         Ok(())
     }
 
-    /// Roughly how long a lesson is, if those of similar length go into a step.
+    /// Returns a function for the approximate length of an example, if examples are grouped by
+    /// length.
     fn length(&self) -> Option<fn(&Self::Example) -> usize> {
         None
     }
 
-    /// A table that has to be there before the first step: its name and the work that makes it.
+    /// Returns a table that is required before the first step: its name and the work that builds
+    /// it.
     fn before(&self, _table: &TableName) -> Option<(TableName, Box<dyn BatchStage + '_>)> {
         None
     }
 
-    /// The settings that decide that table beside its inputs and models.
+    /// Returns the settings that are key inputs of that table, besides its inputs and models.
     fn before_settings(&self) -> serde_json::Value {
         serde_json::Value::Null
     }
 
-    /// Opens the learner for a training of so many steps. `before` looks rows of the table up that
-    /// had to be there.
+    /// Opens the trainer. `before` looks up rows of the table that is required before the first
+    /// step.
     fn begin(
         &self,
         ctx: &mut StageContext<'_>,
@@ -58,16 +60,16 @@ pub trait TrainingStage {
     ) -> Result<Box<dyn TrainingRun + '_>, Failure>;
 }
 
-/// The settings that every training has.
+/// The settings common to all training stages.
 pub struct TrainingSettings<'a> {
     pub examples: &'a TableName,
     pub model: &'a ModelName,
     pub after: Option<&'a TableName>,
     pub epochs: u32,
-    /// Rows of a step.
+    /// Rows per step.
     pub batch: u32,
     pub save_every: u32,
-    /// Saved states that are kept.
+    /// The number of saved training states to keep.
     pub keep_last: u32,
     pub optimizer_settings: OptimizerSettings,
 }
@@ -76,7 +78,7 @@ impl<T: TrainingStage> Stage for T {
     fn inputs(&self) -> Vec<Input<'_>> {
         let training = self.training();
         let examples = Input {
-            field: T::LESSONS,
+            field: T::EXAMPLES,
             table: Some(training.examples),
             needs: T::Example::schema(),
             kind: T::Example::KIND,
@@ -196,13 +198,13 @@ impl<T: TrainingStage> TrainStage for &T {
     }
 }
 
-/// The setting by which a training names another one of the same round that it goes on from.
+/// The setting of a training stage that names the stage of the same round that it continues from.
 pub const AFTER: &str = "after";
 
-/// Rows whose lengths are taken at once.
+/// Rows read at once to compute lengths.
 const ROWS_AT_ONCE: usize = 1024;
 
-/// The settings of the optimizer, which every training has under these names.
+/// The optimizer settings, with the same names in all training stages.
 #[derive(Debug, Clone, Copy)]
 pub struct OptimizerSettings {
     pub learning_rate: Positive,
@@ -213,28 +215,29 @@ pub struct OptimizerSettings {
     pub optimizer: Optimizer,
 }
 
-/// How long the learning rate rises from 0.
+/// The length of the warmup, in which the learning rate rises from 0.
 #[derive(Debug, Clone, Copy)]
 pub enum Warmup {
-    /// For a share of the updates, rounded up as in the Hugging Face trainer.
+    /// A fraction of the optimizer steps, rounded up as in the Hugging Face `Trainer`.
     Ratio(f64),
+    /// A number of optimizer steps.
     Steps(u32),
 }
 
 impl OptimizerSettings {
-    /// What no single setting shows.
+    /// Validates the settings against each other.
     fn check(&self) -> Result<(), StageError> {
         match self.warmup {
             Warmup::Ratio(ratio) if ratio > 1.0 => Err(StageError {
                 field: Some("warmup_ratio"),
-                message: format!("{ratio} is more than all updates"),
-                help: Some("give a share from 0 to 1; the usual one is 0.1".to_owned()),
+                message: format!("{ratio} is above 1"),
+                help: Some("set a fraction from 0 to 1, e.g. 0.1".to_owned()),
             }),
             _ => Ok(()),
         }
     }
 
-    /// For a training of so many updates.
+    /// Returns the optimization of a training with `steps` optimizer steps.
     pub fn optimization(&self, steps: usize) -> Optimization {
         Optimization {
             learning_rate: self.learning_rate.get(),
@@ -246,7 +249,7 @@ impl OptimizerSettings {
             steps,
             optimizer: self.optimizer,
             weight_decay: self.weight_decay.get(),
-            // torch's AdamW, which the document's scripts leave as it is.
+            // The defaults of torch's AdamW, which the document's scripts do not change.
             adam_betas: [0.9, 0.999],
             adam_epsilon: 1e-8,
             max_grad_norm: self.max_grad_norm.get(),
@@ -254,7 +257,7 @@ impl OptimizerSettings {
     }
 }
 
-/// A pair as learners take it.
+/// Returns a pair as a training example.
 pub fn example<'a>(
     pair: &'a Pair,
     prompt: &'a models::ChatPrompt,
@@ -273,7 +276,7 @@ pub fn example<'a>(
     }
 }
 
-/// The prompts of pairs, with the bytes of their pictures.
+/// Returns the prompts of pairs, with the bytes of their images.
 pub fn prompts(
     ctx: &mut StageContext<'_>,
     pairs: &[Pair],

@@ -1,5 +1,5 @@
-//! The keys of a record that are not read: one that names media refuses its record, the others are
-//! counted and named once.
+//! The ignored keys of a record: media keys reject the record, other keys are counted and listed
+//! once.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -9,7 +9,7 @@ use super::media::{
     Found, NAMES, ReadImages, Says, found, holds_anything, is_id, says, says_at_its_end,
 };
 
-/// The keys that are read of a record.
+/// The keys of a record that are read.
 const READ: [&str; 15] = [
     "id",
     "image",
@@ -28,7 +28,7 @@ const READ: [&str; 15] = [
     "output_2",
 ];
 
-/// The keys that are read of an entry of these lists, or of these objects.
+/// The keys that are read in the entries of these lists, or in these objects.
 const READ_WITHIN: [(&str, &[&str]); 4] = [
     ("conversations", &["from", "value", "role", "content"]),
     ("turns", &["role", "text"]),
@@ -36,25 +36,26 @@ const READ_WITHIN: [(&str, &[&str]); 4] = [
     ("output_2", &["from", "value"]),
 ];
 
-/// A chat that stands beside what is read; looked through for media only.
+/// The key of a chat that is not read; it is only searched for media.
 const CHAT: &str = "messages";
 
-/// Keys that are counted by name; a file may make one up for every record.
+/// The maximum number of keys that are counted by name, since a file may have other keys in every
+/// record.
 const NAMES_MAX: usize = 256;
 
-/// Keys that are named in the end.
+/// The maximum number of keys that the note lists.
 const SHOWN_MAX: usize = 8;
 
-/// Characters of a key that are shown.
+/// The maximum number of characters of a key that are shown.
 const NAME_CHARS: usize = 40;
 
-/// True for the keys of a record whose values are needed; of the others it is enough to know whether
-/// they hold anything, and whether that is media.
+/// True for the keys of a record whose values are needed. For other keys it is enough to know
+/// whether the value is empty and whether it is media.
 pub fn is_needed(key: &str) -> bool {
     READ.contains(&key) || key == CHAT || NAMES.contains(&key)
 }
 
-/// The key and the value that name a record for whoever made it, if it has one.
+/// Returns the key and value of the record's own id, if it has one.
 pub fn own_name(record: &Value) -> Option<String> {
     NAMES.iter().find_map(|key| {
         let name = match record.get(key)? {
@@ -66,8 +67,8 @@ pub fn own_name(record: &Value) -> Option<String> {
     })
 }
 
-/// The objects within a field of a record, each with its place in words: entries of a list, or the
-/// object itself.
+/// Returns the objects in a field of a record, each with a description of its place: the entries of
+/// a list, or the object itself.
 fn within<'a>(
     record: &'a Map<String, Value>,
     field: &'static str,
@@ -83,11 +84,11 @@ fn within<'a>(
     single.into_iter().chain(entries)
 }
 
-/// Refuses a record that names media which are not read: the images in `read` are.
+/// Rejects a record that names media other than the images in `read`.
 pub fn refuse_media(record: &Map<String, Value>, read: ReadImages<'_>) -> Result<(), String> {
     for (key, value) in record {
         if !READ.contains(&key.as_str()) && key != CHAT {
-            refuse_value("it", key, value, read)?;
+            refuse_value("the record", key, value, read)?;
         }
     }
     for (field, keys) in READ_WITHIN.into_iter().chain([(CHAT, READ_WITHIN[0].1)]) {
@@ -105,8 +106,8 @@ pub fn refuse_media(record: &Map<String, Value>, read: ReadImages<'_>) -> Result
     Ok(())
 }
 
-/// True for keys that say where an image comes from or what it is called there: `url`, `flickr_url`,
-/// `image_name`, `filename`, `source`. Data sets have these beside the image under another name.
+/// True for keys of an image's origin or original name: `url`, `flickr_url`, `image_name`,
+/// `filename`, `source`. Data sets have these in addition to the image under another key.
 fn is_origin(key: &str) -> bool {
     let small = key.to_ascii_lowercase();
     ["url", "name", "source"]
@@ -114,10 +115,10 @@ fn is_origin(key: &str) -> bool {
         .any(|end| small.ends_with(end))
 }
 
-/// Refuses the value of a key that is not read, if it is a medium. Another name of an image that is
-/// read is none: the same path under a key such as `photo`; the same file name under one such as
-/// `image_url` or `source`, which say where an image lies; and under these any name of an image whose
-/// bytes the file itself holds. As many names as there are images pass under a key that tells their origin.
+/// Rejects the value of an ignored key if it is media. Another name of an image that is read is
+/// accepted: the same path under a key such as `photo`; the same file name under a key of its
+/// location, such as `image_url` or `source`; and under the latter any name, if the image is
+/// embedded in the file. A key of the images' origin may hold as many names as there are images.
 fn refuse_value(place: &str, key: &str, value: &Value, read: ReadImages<'_>) -> Result<(), String> {
     let says = says(key).or(says_at_its_end(key, value));
     let is_number = matches!(value, Value::Bool(_) | Value::Number(_));
@@ -164,15 +165,15 @@ fn refuse_value(place: &str, key: &str, value: &Value, read: ReadImages<'_>) -> 
 
 fn held(place: &str, key: &str) -> String {
     format!(
-        "{place} holds a file in `{}`, which is not read; name an image in `image` or `images` of the record, \
-         or remove the key where the text does not need it",
+        "{place} embeds a file in `{}`, which is ignored; name an image in `image` or `images` of the \
+         record, or remove the key if the text does not need it",
         shown(key)
     )
 }
 
 fn no_image(place: &str, key: &str) -> String {
     format!(
-        "{place} has a key `{}`, and of media only images are read; remove the record, or the key where \
+        "{place} has the media key `{}`, but only images are supported; remove the record, or the key if \
          the text does not need it",
         shown(key)
     )
@@ -180,13 +181,13 @@ fn no_image(place: &str, key: &str) -> String {
 
 fn other_image(place: &str, key: &str) -> String {
     format!(
-        "{place} names an image in `{}`, which is not read; name its file in `image` or `images` of the \
-         record, or remove the key where the text does not need it",
+        "{place} names an image in `{}`, which is ignored; name its file in `image` or `images` of the \
+         record, or remove the key if the text does not need it",
         shown(key)
     )
 }
 
-/// The text of a message that is written in parts, and how many of them stand for an image.
+/// Returns the text of a message that consists of parts, and the number of its image parts.
 pub fn content(place: &str, parts: &[Value]) -> Result<(String, usize), String> {
     let mut texts = Vec::new();
     let mut images = 0;
@@ -203,7 +204,7 @@ pub fn content(place: &str, parts: &[Value]) -> Result<(String, usize), String> 
                     return Err(no_image(&format!("a text part of {place}"), key));
                 }
                 let text = part.get("text").and_then(Value::as_str);
-                let text = text.ok_or_else(|| format!("{place} has a text part without a text"))?;
+                let text = text.ok_or_else(|| format!("{place} has a text part without `text`"))?;
                 texts.push(text);
             }
             "image" => {
@@ -217,8 +218,8 @@ pub fn content(place: &str, parts: &[Value]) -> Result<(String, usize), String> 
             }
             _ => {
                 return Err(format!(
-                    "{place} has a part of the type `{}`, and only text and images are read; remove the \
-                     record, or the part where the text does not need it",
+                    "{place} has a part of the type `{}`, but only text and images are supported; remove \
+                     the record, or the part if the text does not need it",
                     shown(named)
                 ));
             }
@@ -227,7 +228,7 @@ pub fn content(place: &str, parts: &[Value]) -> Result<(String, usize), String> 
     Ok((texts.join("\n"), images))
 }
 
-/// A key or an id as a message shows it: it may be long, or hold control characters.
+/// Returns a key or id for display, truncated and with control characters escaped.
 pub fn shown(key: &str) -> String {
     let mut text: String = key
         .chars()
@@ -240,17 +241,17 @@ pub fn shown(key: &str) -> String {
     text
 }
 
-/// The keys that are not read, with the number of records that have each.
+/// The ignored keys, with the number of records that have each.
 #[derive(Debug, Default)]
 pub struct Unread {
     records: u64,
     keys: HashMap<String, u64>,
-    /// True when there were more keys than are counted.
+    /// True if there are more keys than are counted.
     has_more: bool,
 }
 
 impl Unread {
-    /// Counts the keys of a record.
+    /// Counts the ignored keys of a record.
     pub fn count(&mut self, record: &Value) {
         self.records += 1;
         let Some(record) = record.as_object() else {
@@ -267,7 +268,7 @@ impl Unread {
         }
     }
 
-    /// The keys and how many records had them, in words; `None` when all was read.
+    /// Returns a note with the ignored keys and their counts; `None` if every key was read.
     pub fn in_words(&self) -> Option<String> {
         let mut keys: Vec<(&str, u64)> = self
             .keys
@@ -298,12 +299,12 @@ impl Unread {
             ("are", "them")
         };
         Some(format!(
-            "{names}{others} {are} not read; {counts} of {records} records have {them}"
+            "{names}{others} {are} ignored; {counts} of {records} records have {them}"
         ))
     }
 }
 
-/// True if a record has an `answer`, and its conversation ends in another one.
+/// True if a record has an `answer` and its conversation ends with a different one.
 fn has_second_answer(record: &Map<String, Value>) -> bool {
     let Some(answer) = record.get("answer").and_then(Value::as_str) else {
         return false;
@@ -318,11 +319,11 @@ fn has_second_answer(record: &Map<String, Value>) -> bool {
     is_answer && !answer.is_empty() && said.is_some_and(|said| said.trim() != answer.trim())
 }
 
-/// The keys of a record that are neither read nor refused, each once; those within it behind the field
-/// in which they stand, as in `conversations.weight`.
+/// Returns the keys of a record that are neither read nor rejected, each once; nested keys are
+/// prefixed with their field, as in `conversations.weight`.
 fn unread_of(record: &Map<String, Value>) -> BTreeSet<String> {
     let is_there = |key: &str| record.get(key).is_some_and(|value| !value.is_null());
-    // A conversation has the question and what was said before it.
+    // A conversation contains the question and its history.
     let mut instead: Vec<&str> = if is_there("conversations") {
         vec!["prompt", "question", "turns"]
     } else if is_there("prompt") {
@@ -339,15 +340,15 @@ fn unread_of(record: &Map<String, Value>) -> BTreeSet<String> {
         }
         match says(key) {
             None | Some(Says::File) => !value.is_null(),
-            // Another name of an image that is read, or else the record is refused.
+            // Another name of an image that is read; otherwise the record is rejected.
             Some(Says::Image | Says::PlaceOfImage) => holds_anything(value),
-            // Nothing, or the record is refused.
+            // Empty; otherwise the record is rejected.
             Some(Says::Other) => false,
         }
     });
     let mut found: BTreeSet<String> = keys.map(|(key, _)| shown(key)).collect();
     if has_second_answer(record) {
-        found.insert("conversations: the answer at its end".to_owned());
+        found.insert("conversations: the final answer".to_owned());
     }
     for (field, read) in READ_WITHIN {
         for (_, object) in within(record, field) {
@@ -398,15 +399,15 @@ mod tests {
         let entry = |entry: Value| refused(&json!({"conversations": [entry]}));
         assert_eq!(
             entry(json!({"from": "human", "value": "Why?", "video": "a.mp4"})).unwrap(),
-            "entry 0 of `conversations` has a key `video`, and of media only images are read; remove the \
-             record, or the key where the text does not need it"
+            "entry 0 of `conversations` has the media key `video`, but only images are supported; remove \
+             the record, or the key if the text does not need it"
         );
         assert!(entry(json!({"from": "human", "value": "Why?", "image": "a.png"})).is_some());
         let part = |part: Value| entry(json!({"role": "user", "content": [part]}));
         assert_eq!(
             part(json!({"type": "video", "video": "a.mp4"})).unwrap(),
-            "entry 0 of `conversations` has a part of the type `video`, and only text and images are \
-             read; remove the record, or the part where the text does not need it"
+            "entry 0 of `conversations` has a part of the type `video`, but only text and images are \
+             supported; remove the record, or the part if the text does not need it"
         );
         let url = json!({"type": "image_url", "image_url": {"url": "https://example.com/a.png"}});
         assert!(part(url).unwrap().contains("`image_url`"));
@@ -430,7 +431,7 @@ mod tests {
         unread.count(&record);
         assert_eq!(
             unread.in_words().unwrap(),
-            "`image_url` is not read; 1 of 1 records have it"
+            "`image_url` is ignored; 1 of 1 records have it"
         );
     }
 
@@ -472,12 +473,12 @@ mod tests {
         }
         assert_eq!(
             with("image_2", json!("b.png")).unwrap(),
-            "it names an image in `image_2`, which is not read; name its file in `image` or `images` of the \
-             record, or remove the key where the text does not need it"
+            "the record names an image in `image_2`, which is ignored; name its file in `image` or \
+             `images` of the record, or remove the key if the text does not need it"
         );
     }
 
-    /// A file that holds the bytes of its images names them as it likes.
+    /// A file with embedded images may have any other name for them.
     #[test]
     fn a_name_of_an_image_that_the_file_holds_is_no_loss() {
         let beside = |key: &str, value: Value| refused_beside(&json!({key: value}), &[], 1);
@@ -527,7 +528,7 @@ mod tests {
         unread.count(&json!({"prompt": "Why?", "question": "How?", "gpt_answer": "b"}));
         assert_eq!(
             unread.in_words().unwrap(),
-            "`gpt_answer`, `category`, `conversations.weight`, `prompt`, `question` are not read; \
+            "`gpt_answer`, `category`, `conversations.weight`, `prompt`, `question` are ignored; \
              2, 1, 1, 1, 1 of 3 records have them"
         );
         let mut hostile = Unread::default();
@@ -540,7 +541,7 @@ mod tests {
         let words = hostile.in_words().unwrap();
         assert!(words.len() < 1000 && !words.contains('\u{1b}'), "{words}");
         assert!(
-            words.contains("and more than 248 other keys are not read"),
+            words.contains("and more than 248 other keys are ignored"),
             "{words}"
         );
     }

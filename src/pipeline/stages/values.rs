@@ -1,11 +1,11 @@
-//! Values that check themselves while a pipeline file is read.
+//! Settings' value types, validated while a pipeline file is deserialized.
 
 use std::borrow::Cow;
 
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 
-/// A newtype over a number, with the range that it must lie in.
+/// Defines a newtype over a number with a valid range.
 macro_rules! bounded {
     ($(#[$doc:meta])+ $name:ident, $test:expr, $must:literal, $schema:tt) => {
         $(#[$doc])+
@@ -46,7 +46,7 @@ macro_rules! bounded {
 }
 
 bounded!(
-    /// A sampling temperature; 0 is greedy.
+    /// A sampling temperature; 0 is greedy decoding.
     Temperature, |value| (0.0..=100.0).contains(&value), "a temperature (0 to 100; 0 is greedy)",
     {"type": "number", "minimum": 0, "maximum": 100}
 );
@@ -66,7 +66,7 @@ bounded!(
     {"type": "number", "minimum": 0}
 );
 
-/// A text that ends answers; not empty.
+/// A string that ends answers; not empty.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct StopString(String);
@@ -82,7 +82,7 @@ impl TryFrom<String> for StopString {
 
     fn try_from(text: String) -> Result<Self, String> {
         if text.is_empty() {
-            return Err("a text that ends answers has at least one character".to_owned());
+            return Err("a stop string cannot be empty".to_owned());
         }
         Ok(Self(text))
     }
@@ -103,11 +103,11 @@ impl JsonSchema for StopString {
     }
 }
 
-/// The longest name that a pipeline file may give, in characters: it names folders, and names that begin
-/// with it are longer.
+/// The maximum length of a name in a pipeline file, in characters. Folders are named after it, some
+/// with a suffix.
 pub const NAME_MAX: usize = 100;
 
-/// A name that also works in SQL without quotes.
+/// Defines a name type whose values are valid SQL identifiers without quotes.
 macro_rules! name {
     ($(#[$doc:meta])+ $name:ident) => {
         $(#[$doc])+
@@ -129,7 +129,7 @@ macro_rules! name {
                 if text.starts_with(|c: char| c.is_ascii_lowercase()) && text.chars().all(word) {
                     return Ok(Self(text));
                 }
-                Err(format!("`{text}` is not a name: use a-z, 0-9 and _, a letter first"))
+                Err(format!("`{text}` is not a valid name: use a-z, 0-9 and _, starting with a letter"))
             }
         }
 

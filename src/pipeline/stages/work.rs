@@ -1,4 +1,4 @@
-//! The kinds of work a stage can be, and what it is given to do it with.
+//! The kinds of work that a stage declares, and the context in which the runner runs them.
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -17,21 +17,21 @@ use ovchat_models::{
 };
 use ovchat_query::QueryError;
 
-/// What the runner has to do to make a stage's table.
+/// The work that builds a stage's table.
 pub enum StageKind<'a> {
-    /// Records of a user's file become rows.
+    /// Converts the records of a user's file to rows.
     Load(Box<dyn LoadStage + 'a>),
-    /// Groups of rows in, groups of rows out, each group for itself.
+    /// Maps groups of rows to groups of rows, each group independently.
     Rows(Box<dyn BatchStage + 'a>),
-    /// One query makes the table.
+    /// Builds the table with one query.
     Query(Query),
-    /// Ordered steps that end in a checkpoint.
+    /// Runs ordered steps that end in a checkpoint.
     Train(Box<dyn TrainStage + 'a>),
-    /// A program of the user makes the table.
+    /// Builds the table with a program of the user.
     Command(Command<'a>),
 }
 
-/// Why a stage can't go on. What was committed before stays.
+/// An error that ends a stage. Parts committed before it are kept.
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
     #[error(transparent)]
@@ -40,7 +40,7 @@ pub enum Failure {
     Model { model: ModelName, error: ModelError },
     #[error(transparent)]
     Query(#[from] QueryError),
-    /// A file of the user is not what it must be.
+    /// A file of the user is invalid.
     #[error("{}{place}: {problem}", path.display())]
     Input {
         path: PathBuf,
@@ -49,13 +49,13 @@ pub enum Failure {
     },
     #[error(transparent)]
     Misfit(#[from] Misfit),
-    /// Anything that has no better name, in words that say the way out.
+    /// Any other error, as a message with the fix.
     #[error("{0}")]
     Other(String),
-    /// People have to do something first; in words.
+    /// The stage waits for annotators; the message says for what.
     #[error("{0}")]
     Waiting(String),
-    /// The user or the system asked to stop.
+    /// The run was interrupted by the user or the system.
     #[error("interrupted")]
     Interrupted,
 }
@@ -70,19 +70,19 @@ impl From<StoreError> for Failure {
 }
 
 impl Failure {
-    /// Names the model at which something went wrong.
+    /// Returns a conversion that adds the name of the model to its error.
     pub fn of(model: &ModelName) -> impl FnOnce(ModelError) -> Self {
         let model = model.clone();
         move |error| Self::Model { model, error }
     }
 }
 
-/// The models of the pipeline as they are in this round. A model is opened when a stage asks for
-/// it and dropped when the stage is done.
+/// The models of the pipeline in their current states. A model is opened when a stage requests it
+/// and dropped when the stage is done.
 pub trait Models {
     fn policy(&mut self, model: &ModelName) -> Result<&mut dyn Policy, Failure>;
     fn judge(&mut self, model: &ModelName) -> Result<&mut dyn Judge, Failure>;
-    /// A learner that starts from the model as it is for this stage in this round.
+    /// Opens a trainer that starts from the model's current state for this stage and round.
     fn dpo_trainer(
         &mut self,
         model: &ModelName,
@@ -98,19 +98,19 @@ pub trait Models {
         model: &ModelName,
         settings: &RewardSettings,
     ) -> Result<Box<dyn RewardTrainer>, Failure>;
-    /// A learner that learns nothing: a model in one of its states, which a learner is compared with.
+    /// Opens a model in one of its states as a reference model, without training it.
     fn reference(
         &mut self,
         model: &ModelName,
         state: ModelState,
         settings: &DpoSettings,
     ) -> Result<Box<dyn DpoTrainer>, Failure>;
-    /// Whether the model, a judge, scores answers by comparing those to one prompt.
+    /// True if the model is a judge that scores answers by comparing those to the same prompt.
     fn compares(&self, model: &ModelName) -> bool;
-    /// What decides what the model computes.
+    /// Returns the hash of everything that determines the model's output.
     fn fingerprint(&self, model: &ModelName, state: ModelState) -> &str;
-    /// Whether the prompt and `answer_tokens` more fit into the model's context, from the headers of
-    /// its pictures and the text alone, without opening the model.
+    /// Checks that the prompt and `answer_tokens` more tokens fit into the model's context, using
+    /// only the text and the headers of the images, without opening the model.
     fn fits(
         &mut self,
         model: &ModelName,
@@ -119,28 +119,30 @@ pub trait Models {
     ) -> Result<Result<(), RowFault>, Failure>;
 }
 
-/// What a stage works with.
+/// The context in which a stage runs.
 pub struct StageContext<'a> {
-    /// The table being made.
+    /// The table being built.
     pub table: &'a TableName,
-    /// `None` when it is made once for all rounds.
+    /// The round; `None` if the table is built once for all rounds.
     pub round: Option<u32>,
     /// The pipeline's seed.
     pub seed: u64,
     pub models: &'a mut dyn Models,
     pub input_tables: &'a mut InputTables,
-    /// Whether somebody asked to stop.
+    /// Returns true once the run has been interrupted.
     pub stopping: &'a dyn Fn() -> bool,
-    /// Told how many rows of the input are done, for the progress bar.
+    /// Takes the number of finished input rows, for the progress bar.
     pub progress: &'a mut dyn FnMut(u64),
-    /// Takes what a network did.
+    /// Telemetry of the model, set by the stage.
     pub telemetry: &'a mut ModelTelemetry,
-    /// Told, before a network begins, how much it computes at once; shown once a run.
+    /// Takes a message about how much a network computes at once, before it starts; shown once per
+    /// run.
     pub say: &'a mut dyn FnMut(&str),
 }
 
 impl StageContext<'_> {
-    /// A seed that depends on the pipeline's seed, the table, the round and what is drawn for.
+    /// Returns a seed derived from the pipeline's seed, the table, the round and the purpose
+    /// `what`.
     pub fn seed_for(&self, what: &str) -> u64 {
         let round = self
             .round
@@ -152,7 +154,7 @@ impl StageContext<'_> {
             .finish_u64()
     }
 
-    /// Break when somebody asked to stop.
+    /// Returns `Break` once the run has been interrupted.
     pub fn go_on(&self) -> ControlFlow<()> {
         if (self.stopping)() {
             ControlFlow::Break(())
@@ -162,8 +164,8 @@ impl StageContext<'_> {
     }
 }
 
-/// Takes into a key all that a model is shown of a prompt. Its id alone would not do: an `sql` stage
-/// may keep the id and change the rest.
+/// Adds everything that a model is shown of a prompt to a key. The prompt's id alone is not enough:
+/// an `sql` stage may keep the id and change the rest.
 pub fn shown(
     key: Key,
     image_ids: &[String],
@@ -184,7 +186,7 @@ pub fn shown(
     key.with(question)
 }
 
-/// Turns of a table's row as models take them.
+/// Converts the turns of a table row to those of a chat prompt.
 pub fn turns(turns: &[tables::Turn]) -> Vec<models::ChatTurn> {
     let role = |role| match role {
         tables::Role::User => models::ChatRole::User,
@@ -199,10 +201,11 @@ pub fn turns(turns: &[tables::Turn]) -> Vec<models::ChatTurn> {
         .collect()
 }
 
-/// What became of one group of rows.
+/// The outcome of one group of rows.
 pub enum Outcome<T> {
-    TableVersion(T),
-    /// The group was set aside.
+    /// The group's output rows.
+    Rows(T),
+    /// The group was rejected.
     SetAside {
         id: String,
         class: RejectClass,
@@ -220,30 +223,30 @@ impl<T> Outcome<T> {
     }
 }
 
-/// A group of input rows that belong together (those of one prompt), and its key.
+/// A group of input rows that belong together (those of one prompt), with its key.
 pub struct Task<R> {
-    /// What decides the group's output: becomes `row_key`.
+    /// The hash of the group's key inputs, stored as `row_key`.
     pub key: String,
     pub rows: Vec<R>,
 }
 
-/// Work that treats each group of rows for itself. A group is all rows with one `prompt_id`.
+/// Work that maps each group of rows independently. A group is all rows with the same `prompt_id`.
 pub trait RowStage {
     type In: Row;
     type Out: Row;
 
-    /// The table whose groups are worked on.
+    /// Returns the table whose groups are the input.
     fn input(&self) -> &TableName;
 
-    /// Groups that are computed, committed and resumed as one.
+    /// Returns the number of groups per part: a part is computed, committed and resumed as a unit.
     fn part_groups(&self) -> u32;
 
-    /// Takes into `key` everything of the group that decides its output. Settings, models and, where
-    /// the stage draws, seed and round are in it already.
+    /// Adds everything in the group that determines its output to `key`, which already includes the
+    /// settings, the models and, if the stage draws random numbers, the seed and the round.
     fn key(&self, ctx: &mut StageContext<'_>, group: &[Self::In], key: Key)
     -> Result<Key, Failure>;
 
-    /// One outcome per task, in order.
+    /// Computes one outcome per task, in order.
     fn map(
         &self,
         ctx: &mut StageContext<'_>,
@@ -251,20 +254,20 @@ pub trait RowStage {
     ) -> Result<Vec<Outcome<Vec<Self::Out>>>, Failure>;
 }
 
-/// Hands out the rows of earlier makings by their keys.
+/// Looks up rows of earlier table versions by their keys.
 pub type Known<'a> = &'a mut dyn FnMut(&str) -> Result<Option<RecordBatch>, Failure>;
 
-/// A [`RowStage`] as the runner sees it: record batches in and out.
+/// A [`RowStage`] in the form that the runner uses, with record batches as input and output.
 pub trait BatchStage {
     fn input(&self) -> &TableName;
     fn part_groups(&self) -> u32;
     fn schema(&self) -> SchemaRef;
-    /// The columns of the input that it reads.
+    /// Returns the columns of the input that the stage reads.
     fn reads(&self) -> SchemaRef;
 
-    /// Makes a part. `rows` holds its groups one after another, `lengths` how many rows each has. Rows
-    /// that are known by their group's key are taken over. Returns what came out, in the order of the
-    /// groups, and how many rows of it were computed.
+    /// Builds a part. `rows` holds its groups one after another, and `lengths` their numbers of
+    /// rows. Rows that `known` finds by their group's key are reused. Returns the outcomes in the
+    /// order of the groups and the number of rows that were computed.
     fn make(
         &self,
         ctx: &mut StageContext<'_>,
@@ -324,20 +327,20 @@ impl<M: RowStage> BatchStage for M {
         assert_eq!(made.len(), tasks.len(), "one outcome per task");
         let mut made = made.into_iter();
         let mut outcomes = Vec::new();
-        // Rows that were computed one after another become one batch.
+        // Consecutive computed rows are joined into one batch.
         let mut waiting: Vec<M::Out> = Vec::new();
         let mut computed = 0;
         for earlier in found {
             if let Some(rows) = earlier {
                 if !waiting.is_empty() {
-                    outcomes.push(Outcome::TableVersion(M::Out::to_batch(&waiting)));
+                    outcomes.push(Outcome::Rows(M::Out::to_batch(&waiting)));
                     waiting.clear();
                 }
-                outcomes.push(Outcome::TableVersion(rows));
+                outcomes.push(Outcome::Rows(rows));
                 continue;
             }
             match made.next().expect("one outcome per task") {
-                Outcome::TableVersion(rows) => {
+                Outcome::Rows(rows) => {
                     computed += rows.len() as u64;
                     waiting.extend(rows);
                 }
@@ -347,104 +350,105 @@ impl<M: RowStage> BatchStage for M {
             }
         }
         if !waiting.is_empty() {
-            outcomes.push(Outcome::TableVersion(M::Out::to_batch(&waiting)));
+            outcomes.push(Outcome::Rows(M::Out::to_batch(&waiting)));
         }
         Ok((outcomes, computed))
     }
 }
 
-/// A record of a user's file, as it was read.
+/// A record as read from a user's file.
 pub struct Record {
-    /// Where it stands: `record 3` or `line 3`.
+    /// The record's place in the file: `record 3`, `line 3` or `row 3`.
     pub place: String,
-    /// The fields, or why there are none.
+    /// The fields, or the reason why they cannot be read.
     pub fields: Result<serde_json::Value, String>,
-    /// Pictures that the file itself holds, instead of paths to them.
+    /// Images embedded in the file itself, instead of paths to them.
     pub embedded: Vec<tables::ImageFile>,
 }
 
-/// What became of some records.
+/// The rows, images and rejects that some records were converted to.
 pub struct Loaded {
     pub rows: RecordBatch,
-    /// The pictures that the rows name; those that the run has are passed over.
+    /// The images that the rows name. Those that the run already has are skipped.
     pub images: Vec<Image>,
     pub rejects: Vec<(String, RejectClass, String)>,
 }
 
-/// Work that reads a user's file.
+/// Work that loads a user's file.
 pub trait LoadStage {
-    /// The records in their order, read as they are asked for.
+    /// Returns the records in order, read lazily.
     fn records(&self) -> Result<Box<dyn Iterator<Item = Result<Record, Failure>> + Send>, Failure>;
 
-    /// The files that a record names.
+    /// Returns the image files that a record names.
     fn images(&self, record: &Record) -> Vec<PathBuf>;
 
-    /// Takes notice of records, loaded now or before the run was interrupted: of their keys, those that
-    /// are not read.
+    /// Counts the ignored keys of records, whether they are loaded now or were loaded before the
+    /// run was interrupted.
     fn validate(&mut self, records: &[Record]);
 
-    /// What there is to say of the records so far: their keys that are not read, their pictures that lie
-    /// elsewhere.
+    /// Returns notes about the records so far: their ignored keys, and their images outside the
+    /// allowed folders.
     fn notes(&self) -> Vec<String>;
 
-    /// Takes notice of rows that were loaded before the run was interrupted.
+    /// Restores the loader's state from rows that were loaded before the run was interrupted.
     fn resume(&mut self, rows: &RecordBatch) -> Result<(), Failure>;
 
-    /// Makes rows of the next records.
+    /// Converts the next records to rows.
     fn load(&mut self, records: Vec<Record>) -> Result<Loaded, Failure>;
 }
 
-/// Work that is one query over tables of the pipeline, as they are in this round.
+/// Work that is one query over the current tables of the pipeline.
 pub struct Query {
     pub sql: String,
 }
 
-/// Work that a program of the user does.
+/// Work that is an external command.
 pub struct Command<'a> {
     /// The program and its arguments.
     pub words: &'a [String],
-    /// The table that it reads.
+    /// The table that the command reads.
     pub input: &'a TableName,
-    /// Where it runs.
+    /// The working folder.
     pub folder: &'a Path,
-    /// What it inherits.
+    /// The environment variables that it inherits.
     pub env: &'a Inherited,
 }
 
-/// Work that goes through its input in ordered steps and ends in a checkpoint.
+/// Work that processes its input in ordered steps and ends in a checkpoint.
 pub trait TrainStage {
-    /// The table whose rows are learned from.
+    /// Returns the table of training examples.
     fn input(&self) -> &TableName;
 
     fn model(&self) -> &ModelName;
 
-    /// The positions of the rows of each step; with the epoch, from 1.
+    /// Returns the row positions of each step, with the epoch, counted from 1.
     fn batches(
         &self,
         ctx: &StageContext<'_>,
         rows: &mut Lookup,
     ) -> Result<Vec<(u32, Vec<u32>)>, Failure>;
 
-    /// Steps between two saved states.
+    /// Returns the number of steps between saved training states.
     fn save_every(&self) -> u32;
 
-    /// Saved states that are kept.
+    /// Returns the number of saved training states to keep.
     fn keep_last(&self) -> u32;
 
     fn schema(&self) -> SchemaRef;
 
-    /// A table that has to be there before the first step: its name and the work that makes it.
+    /// Returns a table that is required before the first step: its name and the work that builds
+    /// it.
     fn before(&self, _table: &TableName) -> Option<(TableName, Box<dyn BatchStage + '_>)> {
         None
     }
 
-    /// The settings that decide that table beside its inputs and models.
+    /// Returns the settings that are key inputs of that table, besides its inputs and models.
     fn before_settings(&self) -> serde_json::Value {
         serde_json::Value::Null
     }
 
-    /// Opens the learner for a training of so many steps. `before` looks rows of the table up that
-    /// had to be there.
+    /// Opens the trainer for `steps` steps. `before` looks up rows of the table that is required
+    /// before the first step.
     fn begin(
         &self,
         ctx: &mut StageContext<'_>,
@@ -453,9 +457,9 @@ pub trait TrainStage {
     ) -> Result<Box<dyn TrainingRun + '_>, Failure>;
 }
 
-/// A training under way.
+/// A training in progress.
 pub trait TrainingRun {
-    /// Looks rows over that will be trained on, before the first step; fails at one that can't be.
+    /// Validates rows to train on before the first step; fails at one that cannot be trained on.
     fn validate(
         &mut self,
         _scope: &mut StageContext<'_>,
@@ -464,12 +468,12 @@ pub trait TrainingRun {
         Ok(())
     }
 
-    /// How it goes about it, once the rows were looked over, in words.
+    /// Returns a description of how the training runs, available once the rows have been validated.
     fn plan(&self) -> Option<String> {
         None
     }
 
-    /// One optimizer update on `rows` of the input; its report is a row of the table.
+    /// Runs one optimizer step on `rows` of the input. Returns its report, a row of the table.
     fn step(
         &mut self,
         ctx: &mut StageContext<'_>,
@@ -478,17 +482,17 @@ pub trait TrainingRun {
         rows: &RecordBatch,
     ) -> Result<RecordBatch, Failure>;
 
-    /// The learner, to be saved and to be set back to a saved state.
+    /// Returns the trainer, whose state can be saved and restored.
     fn trainer(&mut self) -> &mut dyn Trainer;
 }
 
-/// Steps whose rows are sorted together where similar lengths are grouped, as in the Hugging Face
-/// trainer.
+/// Steps whose rows are sorted by length together when similar lengths are grouped, as in the
+/// Hugging Face `Trainer`.
 const STEPS_SORTED: usize = 50;
 
-/// The steps of a training on `rows` rows, `batch` rows each, in another order in every epoch. With
-/// `lengths` of all rows, those of many steps are sorted, the longest first, before they are cut into
-/// steps.
+/// Returns the steps of a training on `rows` rows, `batch` rows each, shuffled anew in every epoch.
+/// With the `lengths` of all rows, the rows of [`STEPS_SORTED`] steps at a time are sorted, longest
+/// first, before they are split into steps.
 pub fn shuffled_batches(
     ctx: &StageContext<'_>,
     rows: usize,
@@ -511,19 +515,19 @@ pub fn shuffled_batches(
     batches
 }
 
-/// Fisher–Yates with numbers that depend on the seed and the position only.
+/// Shuffles with Fisher–Yates, with random numbers that depend only on the seed and the position.
 fn shuffle(order: &mut [u32], seed: u64) {
     for last in (1..order.len()).rev() {
         let draw = Key::new("shuffle")
             .with(seed.to_le_bytes())
             .with((last as u64).to_le_bytes())
             .finish_u64();
-        // The bias of the remainder is below 2^-32 for any table that fits on a disk.
+        // The modulo bias is below 2^-32 for any table that fits on a disk.
         order.swap(last, (draw % (last as u64 + 1)) as usize);
     }
 }
 
-/// Rows for the table `rejects`, without what is masked.
+/// Returns rows for the table `rejects`, with secrets masked.
 pub fn rejects(
     scope_table: &TableName,
     round: Option<u32>,

@@ -1,4 +1,4 @@
-//! Each clause that is refused, and the same words where they are planned.
+//! Tests of each rejected clause, and of the same keywords where they are planned.
 
 use std::sync::Arc;
 
@@ -22,7 +22,7 @@ fn planned(sql: &str) -> Result<SchemaRef, QueryError> {
     )
 }
 
-/// Each clause that DataFusion reads and ignores, with the name that the refusal gives it.
+/// The clauses that DataFusion parses and ignores, each with its name in the error.
 const IGNORED: &[(&str, &str)] = &[
     ("select * from t tablesample (10 percent)", "tablesample"),
     ("select * from t tablesample bernoulli (10)", "tablesample"),
@@ -66,7 +66,7 @@ const IGNORED: &[(&str, &str)] = &[
         "group by … with totals",
     ),
     ("select * from t distribute by n", "distribute by"),
-    ("select * from t with (nolock)", "with (…) behind a table"),
+    ("select * from t with (nolock)", "with (…) after a table"),
     ("select * from t partition (p0)", "partition (…)"),
     (
         "select * from generate_series(1, 3) with ordinality",
@@ -160,7 +160,7 @@ const IGNORED: &[(&str, &str)] = &[
     ("select trim(prompt_id, 'x', 'y') from t", "trim(…, …, …)"),
 ];
 
-/// Each operator that DataFusion computes as something else.
+/// The operators that DataFusion computes incorrectly.
 const COMPUTED_WRONGLY: &[(&str, &str)] = &[
     ("select n from t except all select n from u", "except all"),
     (
@@ -182,7 +182,7 @@ const COMPUTED_WRONGLY: &[(&str, &str)] = &[
 
 #[test]
 fn a_clause_that_would_be_ignored_is_refused_by_name() {
-    refused(IGNORED, "DataFusion reads it and ignores it): ");
+    refused(IGNORED, "DataFusion parses and ignores it): ");
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! A layer of the decoder.
+//! One layer of the decoder.
 
 use tch::Tensor;
 
@@ -7,7 +7,7 @@ use super::super::layers::{Activation, Bias, Linear, Path, RmsNorm, RotaryCosSin
 use super::DecoderSizes;
 use ovchat_models::ModelError;
 
-/// A layer: attention, then a gated feed-forward part.
+/// A layer: attention, then a gated MLP.
 #[derive(Debug)]
 pub struct DecoderLayer {
     pub input_layernorm: RmsNorm,
@@ -27,8 +27,8 @@ impl DecoderLayer {
         })
     }
 
-    /// `xs` and the same after `input_layernorm`; `attend` is given the queries
-    /// (`[heads, tokens, head_dim]`) with their positions, and mixes the values of whatever these
+    /// Takes `xs` before and after `input_layernorm`. `attend` gets the queries
+    /// (`[heads, tokens, head_dim]`) with rotary embeddings applied, and attends to whatever these
     /// tokens may see.
     pub fn forward(
         &self,
@@ -69,7 +69,8 @@ impl Attention {
         })
     }
 
-    /// The keys and values of tokens, `[kv_heads, tokens, head_dim]`, with their positions.
+    /// The keys and values of tokens, `[kv_heads, tokens, head_dim]`, with rotary embeddings
+    /// applied.
     pub fn keys_values(&self, xs: &Tensor, angles: &RotaryCosSin) -> KeyValue {
         KeyValue {
             k: angles.rotate(&self.heads(&self.k_proj.forward(xs))),
@@ -88,7 +89,7 @@ impl Attention {
         self.o_proj.forward(&mixed.transpose(0, 1).flatten(1, 2))
     }
 
-    /// `[tokens, heads * head_dim]` to `[heads, tokens, head_dim]`.
+    /// Reshapes `[tokens, heads * head_dim]` to `[heads, tokens, head_dim]`.
     fn heads(&self, projected: &Tensor) -> Tensor {
         projected.unflatten(-1, [-1, self.head_dim]).transpose(0, 1)
     }

@@ -1,4 +1,4 @@
-//! Prompts with their continuations, read in one pass.
+//! Packed sequences: prompts with their continuations in one forward pass.
 
 use tch::Tensor;
 
@@ -6,49 +6,50 @@ use super::super::attention::{KeyValue, attend_causally, attend_masked, branch_m
 use super::super::layers::RotaryCosSin;
 use super::{joined, runs};
 
-/// A prompt with whole continuations of it, which are blind to each other.
+/// A prompt with whole continuations, which do not see each other.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PackedSequence {
-    /// Tokens of the prompt.
+    /// The number of tokens of the prompt.
     pub prompt: i64,
-    /// The tokens of each continuation.
+    /// The number of tokens of each continuation.
     pub branches: Vec<i64>,
-    /// The first token of the prompt whose hidden state is wanted; all behind it are, too.
+    /// The first token of the prompt whose hidden state is wanted; those of all later tokens are
+    /// wanted, too.
     pub wanted_from: i64,
 }
 
 impl PackedSequence {
-    /// Tokens of the prompt and its continuations.
+    /// The number of tokens of the prompt and its continuations.
     pub fn tokens(&self) -> i64 {
         self.prompt + self.branches.iter().sum::<i64>()
     }
 
-    /// The first position and the length of the prompt, and of each continuation.
+    /// The first position and the length of the prompt and of each continuation.
     pub fn places(&self) -> impl Iterator<Item = (i64, i64)> {
         let branches = self.branches.iter().map(|&length| (self.prompt, length));
         std::iter::once((0, self.prompt)).chain(branches)
     }
 
-    /// How many hidden states are wanted.
+    /// The number of hidden states that are wanted.
     pub fn wanted(&self) -> i64 {
         self.tokens() - self.wanted_from
     }
 }
 
-/// Trees of tokens one after the other, with what attention needs to know of them.
+/// Concatenated packed sequences, with the masks and angles that attention needs.
 pub struct PackedBatch {
     trees: Vec<PackedSequence>,
-    /// Where each tree starts among the tokens of all, and its tokens.
+    /// The start of each sequence among the tokens of all, and its length.
     runs: Vec<(i64, i64)>,
     pub angles: RotaryCosSin,
-    /// Of each tree, what its continuations see; `None` where there are none.
+    /// The attention mask of each sequence's continuations; `None` if it has none.
     branches: Vec<Option<Tensor>>,
-    /// Of each tree, what the wanted tokens see; `None` where all are wanted.
+    /// The attention mask of each sequence's wanted tokens; `None` if all are wanted.
     wanted: Vec<Option<Tensor>>,
 }
 
 impl PackedBatch {
-    /// `angles` are those of the tokens of all, `embeds` their embeddings.
+    /// Builds the masks. `angles` and `embeds` are those of the tokens of all sequences.
     pub fn new(trees: Vec<PackedSequence>, angles: RotaryCosSin, embeds: &Tensor) -> Self {
         let lengths: Vec<i64> = trees.iter().map(PackedSequence::tokens).collect();
         assert_eq!(embeds.size()[0], lengths.iter().sum::<i64>());
@@ -70,7 +71,7 @@ impl PackedBatch {
         }
     }
 
-    /// Attention of every token of a tree, of which alone `q` and `own` are.
+    /// Attention of all tokens of one sequence; `q` and `own` are those of this sequence only.
     fn attend_whole(&self, tree: usize, q: &Tensor, own: &KeyValue) -> Tensor {
         let PackedSequence { prompt, .. } = self.trees[tree];
         let on_prompt = attend_causally(&q.narrow(1, 0, prompt), &own.of_tokens(0, prompt));
@@ -83,7 +84,7 @@ impl PackedBatch {
         }
     }
 
-    /// The queries of all tokens to what they mix.
+    /// Attention of all tokens of all sequences.
     pub fn attend_all(&self, q: &Tensor, own: &KeyValue) -> Tensor {
         let of_tree = |(tree, &(start, length)): (usize, &(i64, i64))| {
             let q = q.narrow(1, start, length);
@@ -93,7 +94,7 @@ impl PackedBatch {
         joined(mixed).expect("a tree")
     }
 
-    /// The wanted rows of `xs`, which has one for each token of all.
+    /// Selects the wanted rows of `xs`, which has one row per token of all sequences.
     pub fn pick(&self, xs: &Tensor) -> Tensor {
         let wanted = |(tree, &(start, _)): (&PackedSequence, &(i64, i64))| {
             xs.narrow(0, start + tree.wanted_from, tree.wanted())
@@ -102,7 +103,7 @@ impl PackedBatch {
         Tensor::cat(&picked, 0)
     }
 
-    /// The queries of the wanted tokens to what they mix.
+    /// Attention of the wanted tokens only.
     pub fn attend_wanted(&self, q: &Tensor, own: &KeyValue) -> Tensor {
         let mut first = 0;
         let mut mixed = Vec::with_capacity(self.trees.len());

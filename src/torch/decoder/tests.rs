@@ -1,4 +1,4 @@
-//! Each way through the decoder against one causal pass of its own.
+//! Tests of every forward pass of the decoder against a plain causal pass.
 
 use tch::IndexOp;
 
@@ -35,7 +35,7 @@ fn assert_close(found: &Tensor, expected: &Tensor, tolerance: f64) {
     assert!(apart <= tolerance, "{apart} apart");
 }
 
-/// Prompt and answer in one causal pass: what every other way through must equal.
+/// A plain causal pass over prompt and answer, the expected result of every other pass.
 fn whole(decoder: &Decoder, prompt: &[i64], answer: &[i64]) -> Tensor {
     let all = [prompt, answer].concat();
     let hidden = decoder.hidden(&decoder.embed(&ids(&all)));
@@ -66,8 +66,8 @@ fn branches_equal_their_own_causal_passes() {
     assert_close(&lasts, &Tensor::stack(&expected, 0), 1e-5);
 }
 
-/// Two trees side by side: one of which all is wanted, and one without continuations; then one of
-/// which the end is.
+/// Packs two sequences, one with all hidden states wanted and one without continuations; then one
+/// with only the last hidden states wanted.
 #[test]
 fn trees_equal_their_own_causal_passes() {
     let decoder = decoder(Kind::Float);
@@ -133,7 +133,7 @@ fn prompts_with_one_beginning_are_read_as_each_alone() {
     let prompts = [&PROMPT[..], &PROMPT[1..4], &PROMPT[..]];
     let alone = [0, 1, 2].map(|text| whole(&decoder, prompts[text], ANSWERS[text]).i(-1));
     assert_close(&lasts, &Tensor::stack(&alone, 0), 1e-5);
-    // What comes out is a prefix like any other.
+    // The resulting prefixes are equivalent to any other.
     for (text, prefix) in prefixes.iter().enumerate() {
         let whole = [prompts[text], ANSWERS[text]].concat();
         assert_eq!(prefix.tokens(), whole.len() as i64);
@@ -184,7 +184,7 @@ fn continuations_of_several_prompts_go_side_by_side() {
     let prefixes = prompts.map(|prompt| prefix_of(&decoder, prompt));
     let mut rows = [SuffixKv::new(), SuffixKv::new()];
     let mut found = Tensor::new();
-    // The second prompt's answer begins a token later.
+    // The second prompt's answer begins one token later.
     for tokens in [&[9, 5][..], &[2, 6, 4], &[3, 1, 8]] {
         let prompts = prefixes.iter().zip(&mut rows).zip([2, 1]);
         let prompts = prompts.map(|((prefix, rows), count)| Branches {

@@ -1,4 +1,4 @@
-//! Pairs on their way through the network, and back.
+//! Forward and backward passes over preference pairs.
 
 use std::ops::Range;
 
@@ -13,24 +13,24 @@ use super::LlavaOnevisionDpo;
 use ovchat_models::preprocess::{LlavaOnevisionProcessor, Prepared, PromptIds, Tiles};
 use ovchat_models::{Example, Mask, ModelError, Newlines, TrainingAnswer};
 
-/// Which tokens of a pair there are and count.
+/// The settings that decide which tokens of a pair exist and count.
 #[derive(Debug, Clone, Copy)]
 pub struct Counting {
     pub mask: Mask,
     pub newlines: Newlines,
 }
 
-/// A pair as the network takes it.
+/// A tokenized and preprocessed pair.
 pub struct PairTokens {
     prompt: Prepared,
-    /// Places in the prompt whose tokens count in both answers; never the first.
+    /// Indices in the prompt of tokens that count in both answers; never the first token.
     counted: Vec<i64>,
-    /// The ids of the chosen and the rejected answer, each at least one.
+    /// The ids of the chosen and the rejected answer, at least one each.
     answers: [Vec<i64>; 2],
 }
 
 impl PairTokens {
-    /// Tokens that go through the decoder.
+    /// The number of tokens that go through the decoder.
     pub fn count(&self) -> usize {
         self.prompt.text.ids.len() + self.answers[0].len() + self.answers[1].len()
     }
@@ -40,8 +40,8 @@ impl PairTokens {
         tiles.sum()
     }
 
-    /// What of it is read: the last token of an answer predicts nothing. A counted token of the prompt
-    /// is predicted where the one before it is read.
+    /// The packed sequence of the pair, without the last token of each answer, which predicts
+    /// nothing. A counted token of the prompt is predicted at the token before it.
     fn tree(&self) -> PackedSequence {
         let last = self.prompt.text.ids.len() as i64 - 1;
         let branches = self.answers.each_ref().map(|ids| ids.len() as i64 - 1);
@@ -52,7 +52,7 @@ impl PairTokens {
         }
     }
 
-    /// The tokens that are read, pictures included.
+    /// The input tokens, images included.
     fn read(&self) -> PromptIds {
         let mut text = self.prompt.text.clone();
         for ids in &self.answers {
@@ -61,8 +61,8 @@ impl PairTokens {
         text
     }
 
-    /// Of each answer, where among the wanted tokens of the tree its counted tokens are predicted, and
-    /// their ids.
+    /// For each answer, the indices among the wanted hidden states at which its counted tokens are
+    /// predicted, and the ids of these tokens.
     fn predicted(&self) -> [(Vec<i64>, Vec<i64>); 2] {
         let tree = self.tree();
         let last = tree.prompt - 1 - tree.wanted_from;
@@ -84,15 +84,15 @@ impl PairTokens {
     }
 }
 
-/// Some pairs on their way through the network, and back.
+/// A forward pass over a packed batch of pairs, ready for the backward pass.
 pub struct Pass<'a> {
     network: &'a LlavaOnevision,
     chain: LayerStack<'a>,
     images: Vec<LayerStack<'a>>,
-    /// Of all counted tokens, chosen then rejected of each pair, where they are predicted.
+    /// For all counted tokens, chosen then rejected of each pair, the row that predicts them.
     rows: Vec<i64>,
     ids: Vec<i64>,
-    /// How many there are of each answer.
+    /// The number of counted tokens of each answer.
     pub counts: Vec<[usize; 2]>,
     logits_max: i64,
 }
@@ -149,7 +149,7 @@ impl<'a> Pass<'a> {
         token_logps(&logits, &on_device(&self.ids[tokens.clone()]))
     }
 
-    /// The counted tokens in pieces whose logits are few enough.
+    /// Splits the counted tokens into pieces that keep the logits within the limit.
     fn pieces(&self) -> Vec<Range<usize>> {
         let at_once = (self.logits_max / self.network.lm_head.vocab()).max(1) as usize;
         let count = self.rows.len();
@@ -159,7 +159,7 @@ impl<'a> Pass<'a> {
             .collect()
     }
 
-    /// Sums over answers of what `logps` holds of their tokens, in float64.
+    /// Sums the values in `logps` over the tokens of each answer, in float64.
     fn sums(&self, logps: &[f32]) -> Vec<[f64; 2]> {
         let mut tokens = logps.iter();
         let mut sum = |count: usize| {
@@ -185,8 +185,9 @@ impl<'a> Pass<'a> {
         self.sums(&logps)
     }
 
-    /// The gradients of losses that `of` makes of the log-probabilities of the answers. The logits are
-    /// computed once where they are few, and otherwise again for their gradients, piece by piece.
+    /// Backpropagates the loss gradients that `of` computes from the answers' log-probabilities. If
+    /// all logits fit at once, they are computed once; otherwise they are recomputed for the
+    /// backward pass, piece by piece.
     pub fn learn<E>(
         self,
         of: impl FnOnce(&[[f64; 2]]) -> Result<Vec<[f64; 2]>, E>,
@@ -225,7 +226,7 @@ fn numbers(tensor: &Tensor) -> Vec<f32> {
     Vec::try_from(tensor).expect("a vector of float32")
 }
 
-/// Decodes, cuts and tokenizes a pair, and checks that it can be trained on.
+/// Preprocesses and tokenizes a pair, and validates that it can be trained on.
 pub fn prepare(
     prep: &LlavaOnevisionProcessor,
     counting: Counting,
@@ -233,7 +234,7 @@ pub fn prepare(
 ) -> Result<PairTokens, ModelError> {
     let prepared = prep.prepare_as_llava_next(example.prompt, counting.newlines);
     let (prompt, counted) = prepared.map_err(|fault| row_error(example.id, fault.to_string()))?;
-    // Nothing predicts the first token.
+    // No token predicts the first one.
     let counted = counted.into_iter().filter(|&place| place > 0);
     let counted = match counting.mask {
         Mask::Answer | Mask::Trl => Vec::new(),
@@ -247,8 +248,8 @@ pub fn prepare(
     })
 }
 
-/// How many tokens and tiles a pair has, from the headers of its pictures; checks that it can be
-/// trained on.
+/// The number of tokens and tiles of a pair, from the headers of its images; validates that it can
+/// be trained on.
 pub fn measure(
     prep: &LlavaOnevisionProcessor,
     counting: Counting,
@@ -262,7 +263,7 @@ pub fn measure(
     Ok([tokens, written.tiles])
 }
 
-/// The ids of the chosen and the rejected answer behind a prompt of `prompt` tokens.
+/// The ids of the chosen and the rejected answer to a prompt of `prompt` tokens.
 fn answers(
     prep: &LlavaOnevisionProcessor,
     counting: Counting,
@@ -285,7 +286,9 @@ fn answers(
         }
         let vocab = prep.config.text_config.vocab_size as i64;
         if let Some(id) = ids.iter().find(|id| !(0..vocab).contains(id)) {
-            let problem = format!("the {side} answer holds token {id}; there are {vocab}");
+            let problem = format!(
+                "the {side} answer contains token {id}, but the vocabulary has {vocab} tokens"
+            );
             return Err(refuse(problem));
         }
         let (length, context) = (prompt + ids.len(), prep.context());

@@ -1,4 +1,4 @@
-//! The learner against what PyTorch's autograd says of the same pair, and its promises.
+//! Tests of the DPO trainer against PyTorch's autograd on the same pair, and of its invariants.
 
 use std::fs;
 
@@ -47,7 +47,7 @@ fn written(text: &str) -> TrainingAnswer {
     }
 }
 
-/// The recorded pair, about one of the recorded prompts.
+/// The recorded pair, as answers to one of the recorded prompts.
 fn example(prompt: &ChatPrompt) -> Example<'_> {
     Example {
         id: "the pair",
@@ -58,7 +58,7 @@ fn example(prompt: &ChatPrompt) -> Example<'_> {
     }
 }
 
-/// All that [`Trainer::save_state`] writes, as bytes.
+/// The bytes that [`Trainer::save_state`] writes.
 fn state(trainer: &mut LlavaOnevisionDpo) -> Vec<u8> {
     let folder = tempfile::tempdir().unwrap();
     let to = folder.path().join("state");
@@ -87,7 +87,7 @@ fn loss_and_gradients_of_a_pair_equal_those_of_pytorch() {
     // The prompt, 5 and 12 letters, two stop tokens.
     assert_eq!(report.tokens, 112 + 5 + 12 + 2);
 
-    // Behind the first update, AdamW's mean is a tenth of the gradient.
+    // After the first update, AdamW's mean is a tenth of the gradient.
     let gradient = |name: &str| {
         let mut parameters = trainer.training.parameters.iter();
         let index = parameters.position(|parameter| parameter.name == name);
@@ -118,8 +118,8 @@ fn loss_and_gradients_of_a_pair_equal_those_of_pytorch() {
     assert!((report.grad_norm - squares.sqrt()).abs() < 1e-4 * report.grad_norm);
 }
 
-/// TRL's mask adds the newline behind each answer; LLaVA-NeXT's adds to both answers the same tokens of
-/// the prompt, so that the loss stays.
+/// TRL's mask adds the newline after each answer; LLaVA-NeXT's adds the same prompt tokens to both
+/// answers, so that the loss is unchanged.
 #[test]
 fn what_other_programs_count_is_added_to_both_answers() {
     let prompts = recorded::prompts();
@@ -186,7 +186,7 @@ fn training_makes_the_chosen_answer_likelier_than_the_rejected() {
 }
 
 #[test]
-fn pairs_without_pictures_leave_the_tower_alone() {
+fn pairs_without_images_leave_the_tower_alone() {
     let prompts = recorded::prompts();
     let mut trainer = trainer(&settings());
     let value = |trainer: &LlavaOnevisionDpo, name: &str| {
@@ -247,7 +247,7 @@ fn pairs_that_cannot_be_trained_on_are_refused_by_name() {
             chosen: sampled(vec![264]),
             ..good()
         },
-        "the chosen answer holds token 264",
+        "the chosen answer contains token 264",
     );
     check(
         Example {
@@ -264,7 +264,7 @@ fn pairs_that_cannot_be_trained_on_are_refused_by_name() {
         "reference",
     );
     let mut broken = prompts[0].clone();
-    broken.images[0].bytes = b"no picture".to_vec().into();
+    broken.images[0].bytes = b"not an image".to_vec().into();
     check(example(&broken), "large.png");
 }
 
@@ -299,7 +299,7 @@ fn a_state_of_another_model_is_refused() {
     );
 }
 
-/// All gradients of one step on two pairs, as AdamW's mean has them behind it.
+/// All gradients of one step on two pairs, read from AdamW's mean after it.
 fn gradients(trainer: &mut LlavaOnevisionDpo) -> Vec<Tensor> {
     let prompts = recorded::prompts();
     trainer
@@ -320,7 +320,7 @@ fn gradients_do_not_depend_on_what_is_remembered_or_how_many_logits_there_are_at
     let mut in_pieces = trainer(&settings());
     in_pieces.logits_max = 3 * 264;
     for (found, expected) in gradients(&mut in_pieces).iter().zip(&expected) {
-        // The bias of keys changes nothing, so that its gradient is but rounding.
+        // The bias of the keys does not affect the result, so its gradient is only rounding error.
         let scale = expected.abs().max().clamp_min(1e-4);
         assert_close("gradient", &(found / &scale), &(expected / &scale), 1e-5);
     }
@@ -366,7 +366,7 @@ fn parts_that_are_not_trained_stay_and_others_have_their_own_rate() {
     let before = values(&trainer);
     trainer.step(&[example(&prompts[0])]).unwrap();
     for ((name, before), (_, after)) in before.iter().zip(values(&trainer)) {
-        // The first update of AdamW moves every weight by about its rate.
+        // The first update of AdamW moves every weight by about the learning rate.
         let moved = (after - before).abs().max().double_value(&[]);
         let rate = if name == "image_newline" { 1e-3 } else { 1e-2 };
         assert!((moved / rate - 1.0).abs() < 0.1, "{name} {moved}");
@@ -390,7 +390,7 @@ fn losses_that_join_a_batch_see_all_of_it() {
     };
     let (apart, joined) = (report(Loss::Sigmoid), report(Loss::Aot));
     assert!((apart.rewards_chosen - joined.rewards_chosen).abs() < 1e-9);
-    // Sorted margins are nearer to each other than those of pairs.
+    // Sorted margins are closer to each other than those of the pairs.
     assert!(
         joined.loss < apart.loss - 1e-3,
         "{} {}",
@@ -469,8 +469,8 @@ fn an_adapter_begins_as_the_model_and_is_read_back_as_it_was_trained() {
     }
 }
 
-/// The state after two steps, having gone on from one saved after the first; asserts that it is the
-/// same without the interruption.
+/// Returns the state after two steps, resumed from a save after the first; asserts that it equals
+/// that of an uninterrupted training.
 fn gone_on(settings: &DpoSettings) -> Vec<u8> {
     let prompts = recorded::prompts();
     let folder = tempfile::tempdir().unwrap();

@@ -1,4 +1,4 @@
-//! Answers that grow side by side, a token each at a time.
+//! A batch of answers that are decoded together, one token at a time.
 
 use tch::{Device, Tensor};
 
@@ -11,16 +11,16 @@ use super::PendingPrompt;
 use ovchat_models::preprocess::Chat;
 use ovchat_models::{RowFault, Stop};
 
-/// An answer in the making.
+/// An answer in progress.
 #[derive(Debug, Clone, Default)]
 pub struct PartialAnswer {
     pub token_ids: Vec<i64>,
     pub token_logps: Vec<f32>,
-    /// Why it ended, if it has.
+    /// The reason why it ended, if it has.
     pub stop: Option<Stop>,
 }
 
-/// What ends answers.
+/// The conditions that end an answer.
 pub struct Ends<'a> {
     pub token_ids: &'a [i64],
     pub strings: &'a [String],
@@ -28,7 +28,7 @@ pub struct Ends<'a> {
 }
 
 impl Ends<'_> {
-    /// Why a draft ends with its last token, if it does.
+    /// The reason why a draft ends with its last token, if it does.
     fn stop(&self, draft: &PartialAnswer, tokens_max: usize) -> Option<Stop> {
         let last = draft.token_ids.last()?;
         if self.token_ids.contains(last) {
@@ -44,18 +44,18 @@ impl Ends<'_> {
     }
 }
 
-/// A prompt whose answers grow.
+/// A prompt whose answers are in progress.
 pub struct Growing {
     pub waiting: PendingPrompt,
     pub drafts: Vec<PartialAnswer>,
-    /// The drafts that have not ended, in their order.
+    /// The indices of the drafts that have not ended, in order.
     live: Vec<usize>,
     prefix: PrefixKv,
     continuations: SuffixKv,
 }
 
 impl Growing {
-    /// A prompt that was read.
+    /// A prompt after its prefill.
     pub fn new(waiting: PendingPrompt, prefix: PrefixKv) -> Self {
         Self {
             drafts: vec![PartialAnswer::default(); waiting.drafts],
@@ -66,7 +66,7 @@ impl Growing {
         }
     }
 
-    /// What draws the next token of a draft.
+    /// The random number for the next token of a draft.
     fn number(&self, draft: usize) -> f64 {
         uniform(
             self.waiting.seeds[draft],
@@ -74,7 +74,8 @@ impl Growing {
         )
     }
 
-    /// Adds a token to each live draft. Gives the places among the live ones of those that go on.
+    /// Appends a token to each live draft. Returns the positions, among the live drafts, of those
+    /// that continue.
     fn grow(&mut self, tokens: &[i64], logps: &[f32], ends: &Ends<'_>) -> Vec<i64> {
         let mut going_on = Vec::with_capacity(self.live.len());
         for (place, &row) in self.live.iter().enumerate() {
@@ -89,7 +90,7 @@ impl Growing {
         going_on
     }
 
-    /// Goes on with the live drafts at these places.
+    /// Keeps only the live drafts at these positions.
     fn keep(&mut self, places: &[i64], device: Device) {
         if places.len() < self.live.len() {
             let kept = Tensor::from_slice(places).to_device(device);
@@ -102,11 +103,12 @@ impl Growing {
     }
 }
 
-/// Prompts whose answers grow side by side. Their live drafts are the rows, in this order.
+/// Prompts whose answers are decoded together. Their live drafts are the rows of the batch, in
+/// order.
 pub struct Batch<'a> {
     pub prompts: Vec<Growing>,
     chooser: Chooser<'a>,
-    /// What the next token of each row is chosen from, `[rows, vocab]`, float32; in pieces.
+    /// The logits of the next token of each row, `[rows, vocab]`, float32; in pieces.
     logits: Vec<Tensor>,
 }
 
@@ -119,12 +121,12 @@ impl<'a> Batch<'a> {
         }
     }
 
-    /// Answers that grow.
+    /// The number of answers in progress.
     pub fn rows(&self) -> usize {
         self.prompts.iter().map(|prompt| prompt.live.len()).sum()
     }
 
-    /// Tokens that the prompts and their answers may come to.
+    /// The maximum number of tokens of the prompts and their answers.
     pub fn tokens(&self) -> usize {
         self.prompts
             .iter()
@@ -132,7 +134,7 @@ impl<'a> Batch<'a> {
             .sum()
     }
 
-    /// A prompt comes, with the logits behind it, `[1, vocab]`.
+    /// Adds a prompt, with the logits that follow it, `[1, vocab]`.
     pub fn enter(&mut self, prompt: Growing, logits: &Tensor) {
         let rows = prompt.drafts.len();
         self.chooser.enter(rows, &prompt.waiting.text.ids);
@@ -140,7 +142,7 @@ impl<'a> Batch<'a> {
         self.prompts.push(prompt);
     }
 
-    /// Gives up all that was made, and gives the prompts back.
+    /// Empties the batch, discards its partial answers, and returns the prompts.
     pub fn abandon(&mut self) -> Vec<PendingPrompt> {
         self.logits.clear();
         self.chooser.clear();
@@ -150,8 +152,8 @@ impl<'a> Batch<'a> {
             .collect()
     }
 
-    /// Adds a token to all rows, and lets the network read those that go on. Gives the prompts that
-    /// are done, and for those whose logits are not numbers the fault.
+    /// Appends a token to every row and runs a decode step for the rows that continue. Returns the
+    /// prompts that are done, and a fault for those whose logits are NaN.
     pub fn step(
         &mut self,
         network: &LlavaOnevision,
@@ -189,7 +191,7 @@ impl<'a> Batch<'a> {
                 gone.push((index, Ok(())));
             }
         }
-        // From the back, so that the places before stay.
+        // From the end, so that the earlier indices stay valid.
         let mut done: Vec<_> = gone
             .into_iter()
             .rev()
@@ -223,7 +225,7 @@ impl<'a> Batch<'a> {
 }
 
 fn not_numbers() -> RowFault {
-    let problem = "the model's logits are not numbers: its weights hold infinities or NaN, or the \
-                   precision does not suffice";
+    let problem = "the model's logits are NaN: its weights contain infinities or NaN, or the \
+                   precision is too low";
     RowFault(problem.to_owned())
 }

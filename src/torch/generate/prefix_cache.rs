@@ -1,4 +1,4 @@
-//! What prompts about the same pictures begin with, pictures and all, is read once for all of them.
+//! The prefix cache: prompts about the same images share the prefill of their common prefix.
 
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
@@ -13,11 +13,11 @@ use crate::llava_onevision::LlavaOnevision;
 use ovchat_models::ModelError;
 use ovchat_models::preprocess::PromptIds;
 
-/// A prompt, and the features of its pictures.
+/// A prompt and the features of its images.
 pub type Seen<'w> = (&'w PendingPrompt, Vec<Tensor>);
 
 impl PendingPrompt {
-    /// Whether both begin with the same pictures, read once for both.
+    /// True if both have the same cacheable prefix.
     fn begins_like(&self, other: &Self) -> bool {
         self.prefix > 0
             && self.prefix == other.prefix
@@ -25,14 +25,14 @@ impl PendingPrompt {
             && self.text.ids[..self.prefix] == other.text.ids[..other.prefix]
     }
 
-    /// Tokens behind its beginning.
+    /// The number of tokens after the prefix.
     fn behind(&self) -> usize {
         self.text.ids.len() - self.prefix
     }
 }
 
-/// Finds the prompts that begin with the same tokens up to the end of their last pictures, and brings
-/// them together. Prompts about the same first picture are together already.
+/// Finds the prompts that have the same tokens up to the end of their last images, and groups them.
+/// Prompts about the same first image are already adjacent.
 pub fn share(queue: &mut VecDeque<PendingPrompt>) {
     let waiting = queue.make_contiguous();
     for one in waiting.iter_mut() {
@@ -52,34 +52,35 @@ pub fn share(queue: &mut VecDeque<PendingPrompt>) {
     }
 }
 
-/// The beginning of some prompts.
+/// A prefix shared by some prompts.
 struct CachedPrefix {
-    /// One of them.
+    /// One of these prompts.
     of: PendingPrompt,
     prefix: PrefixKv,
 }
 
-/// Reads prompts; keeps the last beginning as long as prompts come that have it.
+/// Prefills prompts; keeps the last prefix as long as the following prompts share it.
 #[derive(Default)]
 pub struct PrefixCache {
     held: Option<CachedPrefix>,
 }
 
-/// Prompts that were read.
+/// The result of a prefill.
 pub struct Read {
-    /// Of each, in their order: its keys and values, and the logits of what follows, `[1, vocab]`.
+    /// The keys and values of each prompt, in order, and the logits of its next token,
+    /// `[1, vocab]`.
     pub prompts: Vec<(PrefixKv, Tensor)>,
-    /// Tokens that did not have to be read, because another prompt has them, too.
+    /// Prompt tokens that were not prefilled, because another prompt shares them.
     pub shared_tokens: usize,
 }
 
 impl PrefixCache {
-    /// Tokens of what is kept.
+    /// The number of cached tokens.
     pub fn tokens(&self) -> usize {
         self.held.as_ref().map_or(0, |held| held.of.prefix)
     }
 
-    /// How many tokens of each of these prompts are read, one after the other.
+    /// The number of tokens to prefill for each of these consecutive prompts.
     pub fn lengths(&self, prompts: &[PendingPrompt]) -> Vec<usize> {
         let mut before = self.held.as_ref().map(|held| &held.of);
         let length = |one| {
@@ -93,8 +94,9 @@ impl PrefixCache {
         prompts.iter().map(length).collect()
     }
 
-    /// Reads prompts whose pictures were seen: beginnings that several have, then what is behind them,
-    /// and the others whole. `next` is the prompt that comes after them.
+    /// Prefills prompts whose image features are known: first the shared prefixes, then the
+    /// remaining tokens of their prompts, and the other prompts whole. `next` is the prompt that
+    /// follows them.
     pub fn read(
         &mut self,
         network: &LlavaOnevision,
@@ -110,7 +112,7 @@ impl PrefixCache {
                 new.push(one);
             }
         }
-        for ((one, _), prefix) in new.iter().zip(read_beginnings(network, &new)?) {
+        for ((one, _), prefix) in new.iter().zip(read_prefixes(network, &new)?) {
             let of = (*one).clone();
             known.push(CachedPrefix { of, prefix });
         }
@@ -125,22 +127,22 @@ impl PrefixCache {
         }
         let begun: usize = seen.iter().map(|(one, _)| one.prefix).sum();
         let read_once: usize = new.iter().map(|(one, _)| one.prefix).sum();
-        // Those about the same pictures come one after the other.
+        // Prompts about the same images are adjacent.
         let last = seen.last().map(|(one, _)| *one);
         let last = last.filter(|last| next.is_some_and(|next| next.begins_like(last)));
         self.held = last.and_then(|last| known.into_iter().find(|one| one.of.begins_like(last)));
         let prompts = prompts.into_iter();
         Ok(Read {
             prompts: prompts
-                .map(|read| read.expect("every prompt was read"))
+                .map(|read| read.expect("every prompt was prefilled"))
                 .collect(),
             shared_tokens: begun - read_once,
         })
     }
 }
 
-/// Reads the beginnings of prompts.
-fn read_beginnings(
+/// Prefills the prefixes of prompts.
+fn read_prefixes(
     network: &LlavaOnevision,
     prompts: &[&Seen<'_>],
 ) -> Result<Vec<PrefixKv>, ModelError> {
@@ -150,7 +152,7 @@ fn read_beginnings(
     let lengths = prompts.iter().map(|(one, _)| one.prefix as i64);
     let lengths: Vec<i64> = lengths.collect();
     let read = lengths.iter().sum::<i64>() as usize;
-    guarded("reading pictures", prompts.len(), read, || {
+    guarded("prefilling shared prefixes", prompts.len(), read, || {
         let _no_grad = tch::no_grad_guard();
         let embeds = prompts.iter().map(|(one, features)| {
             let text = &one.text;
@@ -166,8 +168,8 @@ fn read_beginnings(
     })
 }
 
-/// Reads what is behind the beginnings of prompts, which are `known`; or, where they have none, the
-/// prompts whole. All of them have one, or none has.
+/// Prefills the remaining tokens of prompts whose prefixes are `known`, or prompts without a shared
+/// prefix whole. Either all of them have one, or none.
 fn read_behind(
     network: &LlavaOnevision,
     prompts: &[&Seen<'_>],
@@ -177,7 +179,7 @@ fn read_behind(
     let lengths = prompts.iter().map(|(one, _)| one.behind() as i64);
     let lengths: Vec<i64> = lengths.collect();
     let read = lengths.iter().sum::<i64>() as usize;
-    guarded("reading prompts", prompts.len(), read, || {
+    guarded("prefilling prompts", prompts.len(), read, || {
         let _no_grad = tch::no_grad_guard();
         let embeds = prompts.iter().map(|(one, features)| {
             if one.prefix > 0 {
@@ -189,7 +191,7 @@ fn read_behind(
         let (lasts, prefixes) = if prompts[0].0.prefix > 0 {
             let prefix = |one: &PendingPrompt| {
                 let found = known.iter().rev().find(|known| known.of.begins_like(one));
-                &found.expect("it was read").prefix
+                &found.expect("the prefix was prefilled").prefix
             };
             let behind = prompts.iter().zip(&lengths);
             let behind: Vec<(&PrefixKv, i64)> = behind
@@ -211,7 +213,7 @@ fn read_behind(
     })
 }
 
-/// The embeddings of a part of a prompt.
+/// Embeds a part of a prompt.
 fn embed(
     network: &LlavaOnevision,
     ids: &[i64],

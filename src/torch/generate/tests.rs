@@ -1,4 +1,4 @@
-//! The policy against what transformers says with the same tiny checkpoint, and its promises.
+//! Tests of the policy against transformers on the same tiny checkpoint, and of its invariants.
 
 use std::collections::BTreeSet;
 use std::ops::ControlFlow;
@@ -27,8 +27,8 @@ fn how(count: usize, temperature: f64) -> Sampling {
     }
 }
 
-/// Answers whose tokens do not depend on the last bits of the logits: among chances this clear none
-/// lies at an edge.
+/// Settings whose answers do not depend on the last bits of the logits: no probability is close to
+/// the threshold.
 fn clear(count: usize) -> Sampling {
     Sampling {
         top_p: 1.0,
@@ -51,16 +51,18 @@ fn measured(
 ) -> (Vec<Result<Vec<Generation>, RowFault>>, ModelTelemetry) {
     let mut rows: Vec<_> = prompts.iter().map(|_| None).collect();
     let mut emit = |index: usize, answers| {
-        assert!(rows[index].is_none(), "row {index} comes twice");
+        assert!(rows[index].is_none(), "row {index} is returned twice");
         rows[index] = Some(answers);
         ControlFlow::Continue(())
     };
     let telemetry = policy.sample(prompts, how, &mut emit).unwrap();
-    let rows = rows.into_iter().map(|row| row.expect("every row comes"));
+    let rows = rows
+        .into_iter()
+        .map(|row| row.expect("every row is returned"));
     (rows.collect(), telemetry)
 }
 
-/// The same tokens, and log-probabilities within `1e-4`.
+/// Asserts equal tokens, and log-probabilities within `1e-4`.
 fn assert_same(
     left: &[Result<Vec<Generation>, RowFault>],
     right: &[Result<Vec<Generation>, RowFault>],
@@ -138,7 +140,8 @@ fn drawn_answers_depend_on_nothing_but_their_prompt_and_number() {
     assert_ne!(all[0].token_ids, all[1].token_ids);
 }
 
-/// More rows than go side by side, so that prompts wait, enter and leave at all times.
+/// Takes more rows than fit into one batch, so that prompts wait, enter and leave at different
+/// times.
 #[test]
 fn who_is_beside_whom_changes_no_answer() {
     let mut prompts = Vec::new();
@@ -161,7 +164,7 @@ fn who_is_beside_whom_changes_no_answer() {
         let alone = sample(&mut policy, std::slice::from_ref(prompt), &how);
         let [together, again, alone] =
             [&together[index], &again[index], &alone[0]].map(|row| row.as_ref().unwrap());
-        assert_eq!(together, again, "the same bits");
+        assert_eq!(together, again, "bitwise equal");
         for (together, alone) in together.iter().zip(alone) {
             assert_eq!(together.token_ids, alone.token_ids);
             for (one, other) in together.token_logps.iter().zip(&alone.token_logps) {
@@ -196,7 +199,7 @@ fn one_answer_many_answers_and_one_token_come_out_right() {
 #[test]
 fn an_answer_that_stops_ends_in_the_stop_token_and_its_text_does_not() {
     let mut policy = policy(Dtype::Float32);
-    // So hot that every token comes, the stop tokens too.
+    // The temperature is so high that every token is sampled, the stop tokens too.
     let hot = Sampling {
         top_p: 1.0,
         max_new_tokens: 100,
@@ -217,7 +220,7 @@ fn an_answer_that_stops_ends_in_the_stop_token_and_its_text_does_not() {
         assert!(!answer.token_ids.iter().any(banned));
     }
     assert!(answers.iter().any(|answer| answer.stop == Stop::Token));
-    // Rows that leave the batch leave the others as they are.
+    // Rows that leave the batch do not change the others.
     for (number, answer) in answers.iter().enumerate() {
         let fewer = Sampling {
             count: number + 1,
@@ -232,9 +235,9 @@ fn an_answer_that_stops_ends_in_the_stop_token_and_its_text_does_not() {
 }
 
 #[test]
-fn a_picture_that_does_not_decode_is_the_fault_of_its_row_only() {
+fn a_image_that_does_not_decode_is_the_fault_of_its_row_only() {
     let mut prompts = recorded::prompts();
-    prompts[0].images[0].bytes = b"no picture".to_vec().into();
+    prompts[0].images[0].bytes = b"not an image".to_vec().into();
     prompts[0].images[0].id = "broken".to_owned();
     let rows = sample(&mut policy(Dtype::Float32), &prompts, &how(1, 0.0));
     assert!(rows[0].as_ref().unwrap_err().0.contains("broken"));
@@ -274,11 +277,11 @@ fn weights_that_are_not_numbers_are_a_fault_in_words() {
     policy.network.lm_head = super::super::decoder::LmHead::of(nan);
     for temperature in [0.0, 1.0] {
         let rows = sample(&mut policy, &recorded::prompts()[3..], &how(1, temperature));
-        assert!(rows[0].as_ref().unwrap_err().0.contains("not numbers"));
+        assert!(rows[0].as_ref().unwrap_err().0.contains("logits are NaN"));
     }
 }
 
-/// Twelve prompts about three pictures, in no order.
+/// Twelve prompts about three images, in mixed order.
 fn many() -> Vec<ChatPrompt> {
     let mut prompts = Vec::new();
     for round in 0..3 {
@@ -292,7 +295,7 @@ fn many() -> Vec<ChatPrompt> {
 }
 
 #[test]
-fn pictures_and_prompts_are_read_once_whatever_the_budget_and_the_answers_are_the_same() {
+fn images_and_prompts_are_read_once_whatever_the_budget_and_the_answers_are_the_same() {
     let prompts = many();
     let how = clear(5);
     let mut policy = policy(Dtype::Float32);
@@ -307,7 +310,7 @@ fn pictures_and_prompts_are_read_once_whatever_the_budget_and_the_answers_are_th
         let answers = rows.iter().flat_map(|row| row.as_ref().unwrap());
         answers.map(|answer| answer.token_ids.len()).sum()
     };
-    // Three prompts begin with the same pictures each time; what they begin with is read once.
+    // Three prompts share the same images each time; their common prefix is prefilled once.
     let prefix = |prompt: &ChatPrompt| {
         let ids = policy.prep.ids(prompt).unwrap();
         ids.images.last().map_or(0, |encoded| encoded.end)
@@ -327,23 +330,22 @@ fn pictures_and_prompts_are_read_once_whatever_the_budget_and_the_answers_are_th
         let (found, telemetry) = measured(&mut policy, &prompts, &how);
         assert_same(&found, &expected);
         let counts = [telemetry.prompts, telemetry.images, telemetry.tower_passes];
-        // Two pictures alone, two that stand beside each other.
-        assert_eq!(
-            counts,
-            [12, 4, 4],
-            "each picture goes through the tower once"
-        );
+        // Two images on their own, and two in one prompt.
+        assert_eq!(counts, [12, 4, 4], "each image goes through the tower once");
         assert_eq!(
             telemetry.prompt_tokens,
             lengths(&policy) as u64,
-            "not once an answer"
+            "not once per answer"
         );
-        assert_eq!(telemetry.shared_tokens, shared, "whatever is read at once");
+        assert_eq!(
+            telemetry.shared_tokens, shared,
+            "independent of the batch size"
+        );
         assert_eq!(telemetry.answer_tokens, tokens(&found) as u64);
         assert!(telemetry.step_rows <= telemetry.steps * telemetry.rows_max.max(5));
         assert_eq!(telemetry.oom_retries, 0);
     }
-    // 60 answers of at most 12 tokens, all side by side.
+    // 60 answers of at most 12 tokens, all in one batch.
     assert_eq!((telemetry.rows_max, telemetry.steps), (60, 12));
     assert_eq!(telemetry.step_rows, telemetry.answer_tokens);
 }
@@ -389,14 +391,14 @@ fn sharing_gives_the_tokens_and_log_probabilities_that_each_answer_has_alone() {
     let (together, telemetry) = measured(&mut policy, &prompts, &how);
     assert!(
         telemetry.tower_passes < telemetry.prompts,
-        "pictures have several questions"
+        "images have several questions"
     );
     policy.budget.rows = 1;
     policy.budget.read_tokens = 1;
     let apart = sample(&mut policy, &prompts, &how);
     assert_same(&together, &apart);
 
-    // Without any sharing: each answer in a pass of its own, with its prompt and its picture.
+    // Without any sharing: each answer in a separate pass, with its prompt and its image.
     let _no_grad = tch::no_grad_guard();
     let network = &policy.network;
     for (prompt, answers) in prompts.iter().zip(&together) {
@@ -419,7 +421,7 @@ fn sharing_gives_the_tokens_and_log_probabilities_that_each_answer_has_alone() {
     }
 }
 
-/// Wherever in a part memory runs out, once or again and again.
+/// Memory runs out anywhere in a part, once or repeatedly.
 #[test]
 fn memory_that_runs_out_costs_time_and_no_answer() {
     let prompts = many();
@@ -442,7 +444,7 @@ fn a_prompt_that_is_too_much_alone_costs_its_row_only() {
     let prompts = recorded::prompts();
     let mut policy = policy(Dtype::Float32);
     policy.budget.rows = 1;
-    // The tower, then reading, of the first prompt; sampling of the next one.
+    // The tower, then the prefill, of the first prompt; a decode step of the next one.
     for (calls, lost) in [(1, 0), (14 + 2, 2)] {
         super::super::error::tests::run_out_after(calls);
         let rows = sample(&mut policy, &prompts, &how(2, 3.0));
@@ -577,7 +579,7 @@ fn drawn(id: &str, width: u32, height: u32) -> EncodedImage {
     }
 }
 
-/// Whatever stands beside it, each prompt gets the answers that it gets alone.
+/// Each prompt gets the same answers as when it is sampled alone, whatever it is batched with.
 #[test]
 fn every_prompt_of_an_adversarial_part_comes_out_right() {
     let (_folder, spec) = large_grids();
@@ -616,7 +618,7 @@ fn every_prompt_of_an_adversarial_part_comes_out_right() {
             }
         }
         let (again, _) = measured(&mut policy, &prompts, &how);
-        assert_eq!(rows, again, "the same bits");
+        assert_eq!(rows, again, "bitwise equal");
     }
 }
 
@@ -632,7 +634,7 @@ fn prompt(encoded: Option<&str>) -> ChatPrompt {
 }
 
 #[test]
-fn prompts_about_one_picture_are_answered_together() {
+fn prompts_about_one_image_are_answered_together() {
     let prompts = ["a", "b", "a"].map(|id| prompt(Some(id)));
     assert_eq!(by_first_image(&prompts), [0, 2, 1]);
     let wordy = [prompt(Some("a")), prompt(None), prompt(Some("a"))];

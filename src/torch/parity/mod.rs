@@ -1,10 +1,10 @@
-//! What leaves the networks, compared with what the reference programs compute
-//! (`tests/parity/record.py`): pixels, token ids, hidden states, logits, rewards, gradients, weights.
+//! Parity tests of the networks' outputs against the reference programs (`tests/parity/record.py`):
+//! pixels, token ids, hidden states, logits, rewards, gradients, weights.
 //!
-//! A block of the recording is a folder, and here a module and a test. `cargo test` compares with the
-//! committed recording. `make parity` records anew with other seeds, sets `OVCHAT_PARITY` to that
-//! folder and `OVCHAT_PARITY_REPORT` to one where each test leaves its lines, of which
-//! `benches/PARITY.md` is made. Blocks that such a recording lacks are passed over.
+//! A block is a folder of the recording, and a module and a test here. `cargo test` compares with
+//! the committed recording. `make parity` records again with other seeds, sets `OVCHAT_PARITY` to
+//! that folder and `OVCHAT_PARITY_REPORT` to one where each test writes its lines, from which
+//! `benches/PARITY.md` is generated. Blocks that such a recording lacks are skipped.
 
 mod networks;
 mod packing;
@@ -29,9 +29,9 @@ use ovchat_models::{ChatPrompt, ChatRole, ChatTurn, EncodedImage};
 #[derive(Debug)]
 struct Line {
     case: String,
-    /// The largest difference.
+    /// The largest absolute difference.
     absolute: f64,
-    /// The largest difference, relative to the largest number that was expected.
+    /// The largest difference, relative to the largest expected value.
     relative: f64,
     bound: String,
     holds: bool,
@@ -44,7 +44,7 @@ struct Report {
     lines: Vec<Line>,
 }
 
-/// Compares the block `name`, whose part of the recording is the folder `place`.
+/// Compares the block `name`, recorded in the folder `place`.
 fn compare(name: &'static str, place: &str, block: impl FnOnce(&Path, &mut Report)) {
     let fresh = env::var_os("OVCHAT_PARITY").map(PathBuf::from);
     let committed =
@@ -63,7 +63,7 @@ fn compare(name: &'static str, place: &str, block: impl FnOnce(&Path, &mut Repor
 }
 
 impl Report {
-    /// Compares all elements of two tensors, which may be `bound` apart.
+    /// Compares all elements of two tensors, which may differ by `bound`.
     fn tensor(&mut self, case: impl Into<String>, found: &Tensor, expected: &Tensor, bound: f64) {
         let case = case.into();
         let apart = differences(found, expected);
@@ -74,7 +74,7 @@ impl Report {
         self.line(case, apart, allowed, apart[0] <= bound);
     }
 
-    /// Notes how many of a number of things differ, of which none may.
+    /// Records how many of `all` items differ; none may.
     fn equal(&mut self, case: impl Into<String>, different: usize, all: usize) {
         assert!(all > 0, "{}: nothing was compared", self.block);
         let different = different as f64;
@@ -87,7 +87,7 @@ impl Report {
         );
     }
 
-    /// Notes a comparison that was made elsewhere: the differences `[absolute, relative]`.
+    /// Records a comparison made elsewhere, with the differences `[absolute, relative]`.
     fn line(
         &mut self,
         case: impl Into<String>,
@@ -100,12 +100,13 @@ impl Report {
             absolute,
             relative,
             bound: bound.into(),
-            // A difference that is not a number is no equality.
+            // A NaN difference never passes.
             holds: holds && absolute.is_finite(),
         });
     }
 
-    /// Writes the lines where they are wanted, and fails if one does not hold.
+    /// Writes the lines to the report folder, if there is one, and fails if a comparison does not
+    /// hold.
     fn end(self) {
         assert!(
             !self.lines.is_empty(),
@@ -128,8 +129,8 @@ impl Report {
     }
 }
 
-/// The largest difference of two tensors: absolute, and relative to the largest number expected;
-/// infinite when they have not even the same shape.
+/// The largest difference of two tensors: absolute, and relative to the largest expected value;
+/// infinite if their shapes differ.
 fn differences(found: &Tensor, expected: &Tensor) -> [f64; 2] {
     if found.size() != expected.size() {
         return [f64::INFINITY; 2];
@@ -184,7 +185,7 @@ impl Recorded {
     }
 }
 
-/// A picture file of the recording.
+/// An image file of the recording.
 fn image_file(path: &Path) -> EncodedImage {
     let bytes = fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     EncodedImage {

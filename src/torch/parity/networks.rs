@@ -1,4 +1,5 @@
-//! Tower, projector, decoder and logits of every layout; greedy answers; sampled answers.
+//! Parity of tower, projector, decoder and logits for every checkpoint layout, and of greedy and
+//! sampled answers.
 
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -17,7 +18,7 @@ use ovchat_models::{
 
 #[derive(serde::Deserialize)]
 struct Cases {
-    /// Logits are recorded at the last position and at every so many before it.
+    /// Logits are recorded at the last position and at every n-th position before it.
     logits_every: i64,
     cases: Vec<Case>,
 }
@@ -26,8 +27,8 @@ struct Cases {
 struct Case {
     title: String,
     folder: String,
-    /// How far the reference's bfloat16 logits are from its float32 ones: root of the mean square, and
-    /// greatest.
+    /// The deviation of the reference's bfloat16 logits from its float32 ones: root mean square,
+    /// and maximum.
     bfloat16: Option<[f64; 2]>,
 }
 
@@ -129,7 +130,7 @@ fn forward(
     let bfloat16 = case.bfloat16.map(|_| open(place, Kind::BFloat16).1);
     for (index, prompt) in prompts.iter().enumerate() {
         let prepared = prep.prepare(prompt).unwrap();
-        // A tokenizer without `<image>` has another id for it, so pictures are compared by place.
+        // A tokenizer without `<image>` has another id for it, so images are compared by position.
         let image = prep.config.image_token_index;
         let words = |ids: &[i64], image: i64| -> Vec<Option<i64>> {
             ids.iter().map(|&id| (id != image).then_some(id)).collect()
@@ -191,8 +192,9 @@ fn forward(
         let apart = Tensor::cat(&logits_apart, 0);
         let found = apart.square().mean(Kind::Double).sqrt().double_value(&[]);
         let bound = format!("the reference's own spread, {spread:.2e} (root of the mean square)");
-        // Two independent roundings of equal size differ from the truth equally, up to chance; the
-        // committed recording comes from another machine, whose products may round otherwise.
+        // Two independent roundings of equal size deviate from the exact value equally, up to
+        // chance; the committed recording comes from another machine, whose products may round
+        // differently.
         let chance = if std::env::var_os("OVCHAT_PARITY").is_some() {
             1.1
         } else {
@@ -204,8 +206,8 @@ fn forward(
     }
 }
 
-/// A checkpoint that was read for training and written again has the same tensors under the same names.
-/// Of a fresh recording the copy stays, for transformers to read.
+/// A checkpoint that is loaded for training and saved again has the same tensors under the same
+/// names. With a new recording, the copy is kept for transformers to read.
 fn written(folder: &Path, place: &Path, case: &Case, report: &mut Report) {
     let scratch = tempfile::tempdir().unwrap();
     let to = if std::env::var_os("OVCHAT_PARITY").is_some() {
@@ -257,7 +259,7 @@ fn answers(place: &Path, prompts: &[ChatPrompt], how: &Sampling) -> Vec<Vec<Gene
     answers
 }
 
-/// Greedy answers are equal up to the first place where two tokens were equally good.
+/// Greedy answers are equal up to the first position at which two tokens have equal logits.
 fn greedy(folder: &Path, place: &Path, title: &str, report: &mut Report) {
     let prompts = prompts(folder, &place.join("greedy.json"));
     let expected = Recorded::open(&place.join("greedy.safetensors"));
@@ -287,8 +289,8 @@ fn greedy(folder: &Path, place: &Path, title: &str, report: &mut Report) {
     );
 }
 
-/// Sampled answers are those that the same numbers draw from the reference's logits, and so are
-/// their log-probabilities.
+/// Sampled answers equal those drawn with the same random numbers from the reference's logits, and
+/// so do their log-probabilities.
 fn sampled(place: &Path, prompts: &[ChatPrompt], title: &str, report: &mut Report) {
     let sampled: Sampled = json(&place.join("sampled.json"));
     let expected = Recorded::open(&place.join("sampled.safetensors"));
@@ -328,7 +330,7 @@ fn sampled(place: &Path, prompts: &[ChatPrompt], title: &str, report: &mut Repor
     report.line(format!("{title}: token_logps"), apart.0, "1e-4", holds);
 }
 
-/// How many tokens an answer begins with as expected, and whether those are all.
+/// The length of the common prefix of an answer and the expected ids, and true if they are equal.
 fn agreement(answer: &Generation, expected: &[i64]) -> (usize, bool) {
     let found = &answer.token_ids;
     let pairs = found.iter().zip(expected);

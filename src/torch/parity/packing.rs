@@ -1,4 +1,4 @@
-//! How many tokens pictures of thousands of sizes take, and the grids of their features.
+//! Parity of the token counts and feature grids of thousands of image sizes.
 
 use std::path::Path;
 
@@ -17,7 +17,7 @@ fn block(folder: &Path, report: &mut Report) {
     let [mut grids, mut counts] = [0, 0];
     for row in &rows {
         let packing = prep.anyres.single(row[0], row[1]);
-        let grid = packing.grid.as_ref().expect("a single picture has a grid");
+        let grid = packing.grid.as_ref().expect("a single image has a grid");
         let found = [grid.tiles, [grid.rows.len(), grid.columns.len()]].concat();
         grids += usize::from(found != row[2..6]);
         counts += usize::from(packing.tokens() != row[6]);

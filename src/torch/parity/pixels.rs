@@ -1,4 +1,4 @@
-//! Pictures of many sizes and kinds, as both models' networks take them.
+//! Parity of preprocessed images of many sizes and formats, for both models.
 
 use std::path::Path;
 
@@ -13,7 +13,7 @@ struct Case {
     lossless: bool,
 }
 
-/// JPEG decoders may round differently: at most so many gray levels, and so many on average.
+/// JPEG decoders may round differently: the maximum and the mean difference in gray levels.
 const JPEG_LEVELS: [f64; 2] = [2.0, 0.05];
 
 #[test]
@@ -72,11 +72,7 @@ fn block(folder: &Path, report: &mut Report) {
             apart.add(&case.file, found, &expected);
         }
     }
-    let names = [
-        "one picture",
-        "one of several pictures",
-        "the judge's picture",
-    ];
+    let names = ["one image", "one of several images", "the judge's image"];
     for (name, apart) in names.iter().zip(&lossless) {
         let case = format!("{name}, lossless files");
         report.equal(case, apart.files_that_differ, apart.files);
@@ -118,7 +114,7 @@ fn block(folder: &Path, report: &mut Report) {
     }
 }
 
-/// How far levels are apart.
+/// Differences of gray levels.
 #[derive(Debug, Clone, Copy, Default)]
 struct Apart {
     files: usize,
@@ -144,7 +140,7 @@ impl Apart {
     }
 }
 
-/// Normalized tiles, `[tiles, 3, side, side]`, back to gray levels.
+/// Converts normalized tiles, `[tiles, 3, side, side]`, back to gray levels.
 fn levels(pixels: &[f32], side: usize, mean: [f64; 3], std: [f64; 3]) -> Vec<u8> {
     let plane = side * side;
     let level = |(index, &value): (usize, &f32)| {

@@ -1,4 +1,4 @@
-//! Rewards of both layouts of a reward model, and a training of one.
+//! Parity of rewards for both layouts of a reward model, and of a reward training.
 
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -81,7 +81,7 @@ fn prompt(
     }
 }
 
-/// What stands for pictures among the embeddings.
+/// Compares the features that represent images among the embeddings.
 fn features(folder: &Path, place: &Path, title: &str, report: &mut Report) {
     let expected = Recorded::open(&place.join("features.safetensors"));
     let spec = spec(place);

@@ -1,4 +1,4 @@
-//! Which tokens may be drawn, with which probabilities, and whether they are.
+//! Parity of token probabilities after filtering, and of sampled frequencies.
 
 use std::path::Path;
 
@@ -31,7 +31,7 @@ fn one() -> f64 {
     1.0
 }
 
-/// A row whose cumulated probabilities come this near to `top_p` may keep another set in float32.
+/// A row whose cumulative probability is this close to `top_p` may keep another set in float32.
 const EDGE: f64 = 1e-6;
 const DRAWS: usize = 20_000;
 
@@ -96,7 +96,7 @@ fn block(folder: &Path, report: &mut Report) {
             apart <= 1e-6,
         );
 
-        // Draws from the first row, as answers would draw them.
+        // Draws from the first row, as sampling does.
         let mut counts = vec![0.0; vocab as usize];
         let numbers: Vec<f64> = (0..DRAWS).map(|draw| uniform(5, draw)).collect();
         for numbers in numbers.chunks(1000) {
@@ -117,8 +117,8 @@ fn block(folder: &Path, report: &mut Report) {
     }
 }
 
-/// How many standard deviations the chi-square of `counts` is from what it is on average, if they
-/// come from `expected`. Tokens that are expected less than five times are counted together.
+/// The deviation of the chi-square of `counts` from its expectation under `expected`, in standard
+/// deviations. Tokens with an expected count below five are merged.
 fn chi_square(counts: &[f64], expected: &[f64]) -> f64 {
     let total: f64 = counts.iter().sum();
     let (mut statistic, mut cells) = (0.0, 0.0);
@@ -138,7 +138,7 @@ fn chi_square(counts: &[f64], expected: &[f64]) -> f64 {
     if rare[1] > 0.0 {
         add(rare[0], rare[1]);
     } else if rare[0] > 0.0 {
-        return f64::INFINITY; // what has no chance was drawn
+        return f64::INFINITY; // a token of probability 0 was drawn
     }
     let freedom: f64 = cells - 1.0;
     if freedom < 1.0 {

@@ -1,4 +1,4 @@
-//! The token ids of prompts, with whatever people write in them.
+//! Parity of the token ids of prompts with unusual text.
 
 use std::path::Path;
 

@@ -1,7 +1,7 @@
-//! Losses, gradients and weights of trainings; LLaVA-NeXT's mask.
+//! Parity of training: losses, gradients and weights, and LLaVA-NeXT's mask.
 //!
-//! Weights are compared by what training did to them: the norm of the difference of both changes over
-//! the norm of the reference's change, for each tensor.
+//! Weights are compared by their change during training: the norm of the difference of both changes
+//! divided by the norm of the reference's change, for each tensor.
 
 use std::path::Path;
 
@@ -18,19 +18,19 @@ use ovchat_models::{
     Schedule, SftExample, SftSettings, SftTrainer as _, Tower, TrainOn, TrainingAnswer,
 };
 
-/// Rows of an update.
+/// The number of rows per update.
 pub(super) const BATCH: usize = 4;
 const STEPS: usize = 20;
 const BETA: f64 = 0.1;
 
-/// How far the changes of a tensor may be apart, relative to the reference's.
+/// The maximum deviation of a tensor's change, relative to the reference's.
 const CHANGE: f64 = 1e-2;
-/// How far losses and what is logged may be apart.
+/// The maximum deviation of losses and other logged values.
 const LOGGED: f64 = 1e-5;
-/// How far gradients may be apart, relative to the largest of a parameter.
+/// The maximum deviation of gradients, relative to the largest of a parameter.
 const GRADIENT: f64 = 1e-4;
 
-/// What `training.py` trains with.
+/// The settings that `training.py` trains with.
 pub(super) fn optimization() -> Optimization {
     Optimization {
         learning_rate: 1e-4,
@@ -90,13 +90,13 @@ fn block(folder: &Path, report: &mut Report) {
     masks(folder, report);
 }
 
-/// A training beside the recorded one.
+/// A training that is compared with the recorded one.
 pub(super) struct Trained<'a> {
     case: &'static str,
     expected: &'a Recorded,
-    /// The weights at the start.
+    /// The initial weights.
     before: Vec<Tensor>,
-    /// From names of parameters to recorded ones.
+    /// Maps names of parameters to recorded ones.
     canonical: fn(&str) -> String,
     loss_apart: f64,
     gradient_apart: [f64; 2],
@@ -128,7 +128,7 @@ impl<'a> Trained<'a> {
     pub(super) fn gradients(&mut self, training: &TrainingState) {
         let expected = |name: &str| self.expected.tensor(&format!("gradient.{name}"));
         let (names, found) = first_gradients(training);
-        // AdamW remembers the clipped gradient; the recorded one is not clipped.
+        // AdamW's mean contains the clipped gradient; the recorded one is not clipped.
         let squares = |name: &String| {
             let norm = expected(&(self.canonical)(name)).norm().double_value(&[]);
             norm * norm
@@ -146,7 +146,7 @@ impl<'a> Trained<'a> {
         }
     }
 
-    /// Compares the weights at the end, and reports everything.
+    /// Compares the final weights, and reports everything.
     pub(super) fn weights(self, training: &TrainingState, report: &mut Report) {
         let case = self.case;
         report.line(
@@ -175,13 +175,13 @@ impl<'a> Trained<'a> {
     }
 }
 
-/// The true gradient of a tower's `k_proj.bias` is zero, what is computed is rounding: softmax does not
-/// change when all scores of a query do.
+/// The exact gradient of a tower's `k_proj.bias` is zero, and the computed one is rounding error:
+/// softmax is invariant to a constant added to all scores of a query.
 fn is_zero_in_truth(name: &str) -> bool {
     name.ends_with("self_attn.k_proj.bias")
 }
 
-/// The names of the parameters and the gradients of the first update as AdamW's mean has them.
+/// The names of the parameters, and the gradients of the first update, derived from AdamW's mean.
 fn first_gradients(training: &TrainingState) -> (Vec<String>, Vec<Tensor>) {
     let names = training
         .parameters
@@ -205,7 +205,7 @@ fn weights(training: &TrainingState) -> Vec<Tensor> {
         .collect()
 }
 
-/// Compares what became of the weights `before` with what the reference made of them.
+/// Compares the changes of the weights since `before` with those of the reference.
 fn changes(
     case: &str,
     before: &[Tensor],
@@ -282,7 +282,8 @@ fn in_memory(name: &str) -> String {
         .replace("language_model.lm_head.", "lm_head.")
 }
 
-/// A batch: log-probabilities, what is logged, the loss, and the gradient of every parameter.
+/// Compares a batch: log-probabilities, logged values, the loss, and the gradient of every
+/// parameter.
 fn dpo(folder: &Path, title: &str, pairs: &[Pair], report: &mut Report) {
     let expected = Recorded::open(&folder.join(format!("dpo-{title}.safetensors")));
     let settings = DpoSettings {
@@ -350,7 +351,7 @@ fn dpo(folder: &Path, title: &str, pairs: &[Pair], report: &mut Report) {
     report.line(case, apart, "1e-4, relative", apart[1] <= GRADIENT);
 }
 
-/// Twenty updates beside TRL's.
+/// Compares twenty updates with TRL's.
 fn trl(folder: &Path, pairs: &[Pair], report: &mut Report) {
     let expected = Recorded::open(&folder.join("trl.safetensors"));
     let settings = DpoSettings {
@@ -411,7 +412,7 @@ fn trl(folder: &Path, pairs: &[Pair], report: &mut Report) {
     );
 }
 
-/// The loss of a batch and the norm of its gradient, by each loss of TRL's.
+/// Compares the loss of a batch and the norm of its gradient, for each loss of TRL's.
 fn losses(folder: &Path, pairs: &[Pair], report: &mut Report) {
     let expected = Recorded::open(&folder.join("losses.safetensors"));
     let reference = expected.tensor("reference").to_kind(Kind::Double);
@@ -455,7 +456,7 @@ fn losses(folder: &Path, pairs: &[Pair], report: &mut Report) {
         };
     for loss in Loss::ALL.into_iter().filter(|loss| *loss != Loss::Simpo) {
         let name = serde_json::to_value(loss).unwrap();
-        // TRL takes no label smoothing in its sigmoid loss.
+        // TRL does not support label smoothing in its sigmoid loss.
         let smoothing = match loss {
             Loss::ExoPair | Loss::Robust | Loss::Aot => 0.1,
             _ => 0.0,
@@ -466,7 +467,7 @@ fn losses(folder: &Path, pairs: &[Pair], report: &mut Report) {
     with_terms("sigmoid and sft", both, 0.0, report);
 }
 
-/// Twenty updates of an adapter that peft wrote.
+/// Compares twenty updates of an adapter that peft wrote.
 fn adapter(folder: &Path, pairs: &[Pair], report: &mut Report) {
     let expected = Recorded::open(&folder.join("adapter.safetensors"));
     let lora = models::LoraSettings {
@@ -535,7 +536,7 @@ fn sft(folder: &Path, report: &mut Report) {
         .iter()
         .zip(&prompts)
         .map(|(example, prompt)| SftExample {
-            id: "lesson",
+            id: "example",
             prompt,
             answer: &example.answer,
             learned: TrainOn::All,
@@ -557,7 +558,7 @@ fn sft(folder: &Path, report: &mut Report) {
     trained.weights(trainer.training(), report);
 }
 
-/// The ids and the counted tokens of LLaVA-NeXT's DPO script.
+/// Compares the ids and the counted tokens with those of LLaVA-NeXT's DPO script.
 fn masks(folder: &Path, report: &mut Report) {
     let cases: Vec<Masked> = json(&folder.join("masks.json"));
     let prep = LlavaOnevisionProcessor::open(&spec(folder, "training-mask").weights).unwrap();

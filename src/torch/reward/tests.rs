@@ -1,5 +1,5 @@
-//! The judge against what transformers' modules say of the same tiny model
-//! (`tests/parity/record_reward.py`), and against files that are not what they should be.
+//! Tests of the judge against transformers' modules on the same tiny model
+//! (`tests/parity/record_reward.py`), and with invalid files.
 
 use std::io::Write as _;
 use std::ops::ControlFlow;
@@ -66,7 +66,7 @@ fn spec(root: &Path) -> LlavaRlhfSpec {
     }
 }
 
-/// A copy of the recorded model that a test may change.
+/// A copy of the recorded model that a test may modify.
 fn copy() -> TempDir {
     let copy = tempfile::tempdir().unwrap();
     for folder in ["base", "vision", "adapter"] {
@@ -85,7 +85,7 @@ fn copy() -> TempDir {
     copy
 }
 
-/// Rewrites a file of weights as safetensors, with other names if `rename` says so.
+/// Converts a file of weights to safetensors, renaming the tensors with `rename`.
 fn rewrite(from: &Path, to: &Path, rename: impl Fn(&str) -> String) {
     let weights = Weights::open_file(from).unwrap();
     let tensors: Vec<(String, Tensor)> = weights
@@ -107,18 +107,20 @@ fn measured(
     let mut all: Vec<Option<_>> = groups.iter().map(|_| None).collect();
     let telemetry = judge
         .score(groups, &mut |index, scores| {
-            assert!(all[index].is_none(), "row {index} comes twice");
+            assert!(all[index].is_none(), "row {index} is returned twice");
             let rewards =
                 |scores: Vec<JudgeScore>| scores.iter().map(|score| score.reward).collect();
             all[index] = Some(scores.map(rewards));
             ControlFlow::Continue(())
         })
         .unwrap();
-    let all = all.into_iter().map(|row| row.expect("every row comes"));
+    let all = all
+        .into_iter()
+        .map(|row| row.expect("every row is returned"));
     (all.collect(), telemetry)
 }
 
-/// The answers to one prompt in one group.
+/// Groups the answers by prompt.
 fn groups<'a>(rows: &'a [Row], prompts: &'a [ChatPrompt]) -> Vec<AnswerGroup<'a>> {
     let mut groups: Vec<AnswerGroup> = Vec::new();
     for (row, prompt) in rows.iter().zip(prompts) {
@@ -177,7 +179,7 @@ fn an_answer_scores_the_same_alone_and_among_others() {
             numbers: Vec::new(),
         }];
         let [Ok(alone)] = &score(&mut judge, &groups)[..] else {
-            panic!("one group was asked for")
+            panic!("a single group was given")
         };
         assert_near(alone, &[expected, expected], 1e-5);
     }
@@ -206,11 +208,12 @@ fn every_published_layout_gives_the_same_bits() {
         &at("base/model.safetensors"),
         same,
     );
-    // transformers up to 4.x names the tower of CLIP.
+    // transformers up to 4.x prefixes the names of CLIP's tower.
     let (old, new) = (at("vision/model.safetensors"), at("vision/other"));
     rewrite(&old, &new, |name| format!("vision_model.{name}"));
     std::fs::rename(&new, &old).unwrap();
-    // A training checkpoint: the adapter two folders deeper, its own name in its tensors' names.
+    // A training checkpoint: the adapter two folders deeper, with the adapter's name in the tensor
+    // names.
     let deep = at("adapter/adapter_model/lora_default");
     std::fs::create_dir_all(&deep).unwrap();
     let config = "adapter_config.json";
@@ -295,7 +298,7 @@ fn equal_answers_are_read_once_and_score_the_same_bits() {
     assert_eq!(read, read_once);
 }
 
-/// Six groups, of which the first two differ.
+/// Six groups; the first two are different.
 fn threefold<'a>(once: &[AnswerGroup<'a>]) -> Vec<AnswerGroup<'a>> {
     let groups = (0..3).flat_map(|_| once);
     let again = groups.map(|group| AnswerGroup {
@@ -307,7 +310,7 @@ fn threefold<'a>(once: &[AnswerGroup<'a>]) -> Vec<AnswerGroup<'a>> {
 }
 
 #[test]
-fn pictures_and_prompts_are_read_once_whatever_the_budget_and_the_rewards_are_the_same() {
+fn images_and_prompts_are_read_once_whatever_the_budget_and_the_rewards_are_the_same() {
     let rows = rows();
     let prompts: Vec<ChatPrompt> = rows.iter().map(prompt).collect();
     let groups = threefold(&groups(&rows, &prompts));
@@ -336,7 +339,7 @@ fn pictures_and_prompts_are_read_once_whatever_the_budget_and_the_rewards_are_th
         let counts = [telemetry.prompts, telemetry.images, telemetry.tower_passes];
         assert_eq!(counts, [6, seen.len() as u64, seen.len() as u64]);
         let tokens = [telemetry.prompt_tokens, telemetry.answer_tokens];
-        assert_eq!(tokens, [shared as u64, own as u64], "not once an answer");
+        assert_eq!(tokens, [shared as u64, own as u64], "not once per answer");
     }
 }
 
@@ -365,7 +368,7 @@ fn memory_that_runs_out_costs_time_or_the_group_that_was_alone() {
             .as_ref()
             .unwrap_err()
             .0
-            .contains("although it was alone")
+            .contains("in a batch of its own")
     );
     assert!(found[1..].iter().all(Result::is_ok));
     assert_eq!(telemetry.oom_retries, 0);
@@ -413,7 +416,10 @@ fn a_head_that_would_run_a_program_is_refused() {
     archive.write_all(exploit).unwrap();
     archive.finish().unwrap();
     let text = diagnostic(copy.path());
-    assert!(text.contains("reward_head: holds `posix.system`"), "{text}");
+    assert!(
+        text.contains("reward_head: contains `posix.system`"),
+        "{text}"
+    );
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! The training of rewards against the recorded judge and against arithmetic by hand.
+//! Tests of reward training against the recorded judge and against arithmetic by hand.
 
 use std::path::PathBuf;
 
@@ -80,7 +80,7 @@ fn pair(prompt: &ChatPrompt) -> Example<'_> {
     }
 }
 
-/// The rewards of both answers by a judge.
+/// A judge's rewards of both answers.
 fn judged(spec: &LlavaRlhfSpec) -> Vec<f32> {
     let prompt = prompt();
     let group = AnswerGroup {
@@ -152,7 +152,7 @@ fn a_fresh_adapter_learns_the_pair_and_its_judge_scores_as_it_did() {
     let rewards = judged(&spec(Some(to.join("adapter"))));
     assert!((last.reward_chosen - f64::from(rewards[0])).abs() < 1e-4);
     assert!((last.reward_rejected - f64::from(rewards[1])).abs() < 1e-4);
-    // What peft calls the layers that this adapts, and what else it must know.
+    // The names of the target modules in peft's config, and its other required settings.
     let config = fs::read_to_string(to.join("adapter/adapter_config.json")).unwrap();
     assert!(
         config.contains("\"r\": 4") && config.contains("down_proj"),

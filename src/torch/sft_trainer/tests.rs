@@ -1,4 +1,4 @@
-//! The next-token loss against the log-probabilities that the DPO learner is tested by.
+//! Tests of the next-token loss against the log-probabilities of the DPO trainer's tests.
 
 use super::super::recorded;
 use super::*;
@@ -33,14 +33,14 @@ fn model(tower: Tower) -> Sft<LlavaOnevisionSft> {
 
 fn sft_example<'a>(prompt: &'a ChatPrompt, answer: &'a str, learned: TrainOn) -> SftExample<'a> {
     SftExample {
-        id: "the lesson",
+        id: "the example",
         prompt,
         answer,
         learned,
     }
 }
 
-/// The log-probability of an answer, the stop token behind it included.
+/// The log-probability of an answer, including its stop token.
 fn logp(prompt: &ChatPrompt, answer: &str) -> f64 {
     let settings = DpoSettings {
         objective: Objective::of(Loss::Sigmoid, 0.1),
@@ -87,7 +87,7 @@ fn conversation() -> (ChatPrompt, ChatPrompt) {
 fn the_loss_is_the_mean_of_the_learned_tokens() {
     let (first, second) = conversation();
     let [one, two] = [logp(&first, "a cat"), logp(&second, "gray")];
-    // A token a letter, and one for the end.
+    // One token per letter, and one for the end.
     for (learned, logp, tokens) in [(TrainOn::Last, two, 5), (TrainOn::All, one + two, 11)] {
         let report = model(Tower::Train)
             .step(&[sft_example(&second, "gray", learned)])
@@ -186,7 +186,7 @@ fn conversations_beyond_the_context_are_refused_by_name() {
         .unwrap_err()
         .to_string();
     assert!(
-        error.starts_with("row the lesson: the conversation takes 313 tokens"),
+        error.starts_with("row the example: the conversation takes 313 tokens"),
         "{error}"
     );
 }

@@ -1,4 +1,4 @@
-//! Writing: safetensors, and torch files for what is always one.
+//! Writing tensors: as safetensors, and as torch files for what must be one.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -15,19 +15,20 @@ use crate::device::torch_error;
 use ovchat_models::ModelError;
 use ovchat_models::checkpoint::{Element, write_pickle};
 
-/// Bytes that are copied from a tensor to the file at a time.
+/// The number of bytes that are copied from a tensor to the file at a time.
 const CHUNK_BYTES: usize = 16 << 20;
 
-/// Writes tensors to a new safetensors file and waits until it is on disk (the folder's own entry
-/// is the caller's to sync). Each tensor keeps its element type; `metadata` goes into the header,
-/// where transformers wants `("format", "pt")`.
+/// Writes tensors to a new safetensors file and waits until it is on disk (syncing the folder's
+/// entry is up to the caller). Each tensor keeps its dtype; `metadata` goes into the header, where
+/// transformers requires `("format", "pt")`.
 ///
-/// The bytes are streamed: no second copy of a tensor is made, except in passing when it lies on
-/// another device or is not contiguous. As in the safetensors library, tensors with wide elements
-/// come first, then by name, so that every tensor is aligned; equal tensors make equal files.
+/// The bytes are streamed: no second copy of a tensor is made, except temporarily if it is on
+/// another device or not contiguous. As in the safetensors library, tensors are sorted by
+/// descending element size, then by name, so that every tensor is aligned; equal tensors produce
+/// equal files.
 ///
-/// Fails when the file exists or can't be written, two tensors have one name, or one has an element
-/// type that the format lacks.
+/// Fails if the file exists or cannot be written, two tensors have the same name, or a dtype is not
+/// supported by the format.
 pub fn save_safetensors(
     path: &Path,
     tensors: &[(String, Tensor)],
@@ -74,7 +75,7 @@ fn header(tensors: &[&(String, Tensor)], metadata: &[(&str, &str)]) -> Result<Ve
         let (dtype, element) = Element::NAMES
             .into_iter()
             .find(|(_, element)| self::kind(*element) == kind)
-            .ok_or_else(|| format!("`{name}`: {kind:?} is not an element type of safetensors"))?;
+            .ok_or_else(|| format!("`{name}`: safetensors does not support {kind:?}"))?;
         let end = begin + tensor.numel() as u64 * element.bytes();
         let entry = json!({"dtype": dtype, "shape": tensor.size(), "data_offsets": [begin, end]});
         if entries.insert(name.clone(), entry).is_some() {
@@ -83,7 +84,7 @@ fn header(tensors: &[&(String, Tensor)], metadata: &[(&str, &str)]) -> Result<Ve
         begin = end;
     }
     let mut header = serde_json::Value::Object(entries).to_string().into_bytes();
-    // Spaces at the end align the data to eight bytes.
+    // Trailing spaces align the data to eight bytes.
     header.resize(header.len().next_multiple_of(8), b' ');
     Ok(header)
 }
@@ -113,7 +114,7 @@ fn write(
     Ok(())
 }
 
-/// Writes tensors to a new torch file, as `torch.save` writes a dictionary of them, in float32, and
+/// Writes tensors to a new torch file, in float32, as `torch.save` writes a dictionary of them, and
 /// waits until it is on disk.
 pub fn save_torch(path: &Path, tensors: &[(&str, Tensor)]) -> Result<(), ModelError> {
     let file = File::create_new(path).map_err(|error| refuse(path, error.to_string()))?;
@@ -174,7 +175,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("w.safetensors");
         let mut tensors = all_kinds();
-        // Not contiguous, a scalar, an empty one, and one longer than a chunk.
+        // A non-contiguous tensor, a scalar, an empty one, and one longer than a chunk.
         tensors.push(("turned".to_owned(), tensors[1].1.tr()));
         tensors.push(("scalar".to_owned(), Tensor::from(3_i64)));
         tensors.push((

@@ -1,11 +1,11 @@
-//! Sizes of a decoder: Qwen2 of LLaVA-OneVision, Llama of LLaVA-RLHF.
+//! Decoder configs: Qwen2 of LLaVA-OneVision and Llama of LLaVA-RLHF.
 
 use serde_json::Value;
 
 use crate::checkpoint::CheckpointError;
 use crate::checkpoint::json::JsonConfig;
 
-/// The largest head, given or as the quotient of two other sizes.
+/// Maximum head dimension, given or computed from two other sizes.
 const HEAD_DIM_MAX: usize = 1 << 12;
 
 /// Sizes of a decoder, Qwen2 or Llama.
@@ -18,13 +18,13 @@ pub struct DecoderConfig {
     pub num_attention_heads: usize,
     pub num_key_value_heads: usize,
     pub head_dim: usize,
-    /// The longest sequence, in tokens, pictures included.
+    /// Maximum sequence length in tokens, including image tokens.
     pub max_position_embeddings: usize,
     pub rms_norm_eps: f64,
     pub rope_theta: f64,
-    /// Whether q, k and v have biases (Qwen2) or nothing has (Llama).
+    /// True if q, k and v have biases (Qwen2); false if nothing has (Llama).
     pub qkv_bias: bool,
-    /// Whether the head is the embedding.
+    /// True if the head is tied to the embedding.
     pub tie_word_embeddings: bool,
 }
 
@@ -54,7 +54,7 @@ impl DecoderConfig {
         ..Self::QWEN2
     };
 
-    /// Reads a decoder's config; what it leaves out is as in `defaults`.
+    /// Reads a decoder's config; omitted keys have the values in `defaults`.
     pub(super) fn read(file: &JsonConfig, defaults: Self) -> Result<Self, CheckpointError> {
         file.only("hidden_act", "silu")?;
         file.only_flag("use_sliding_window", false)?;
@@ -63,7 +63,7 @@ impl DecoderConfig {
         if let Some(Value::Array(kinds)) = file.get("layer_types")
             && let Some(kind) = kinds.iter().find(|kind| *kind != "full_attention")
         {
-            let problem = format!("holds {kind}, and only \"full_attention\" is supported");
+            let problem = format!("contains {kind}, but only \"full_attention\" is supported");
             return Err(file.fault("layer_types", problem));
         }
         let size = |key, default| Ok(file.size(key)?.unwrap_or(default));
@@ -88,11 +88,11 @@ impl DecoderConfig {
             }
         };
         if head_dim > HEAD_DIM_MAX {
-            let problem = format!("is {head_dim}, and more than {HEAD_DIM_MAX} is not supported");
+            let problem = format!("is {head_dim}, but at most {HEAD_DIM_MAX} is supported");
             return Err(file.fault("head_dim", problem));
         }
         if head_dim % 2 == 1 {
-            return Err(file.fault("head_dim", format!("is {head_dim}, and must be even")));
+            return Err(file.fault("head_dim", format!("is {head_dim}, but must be even")));
         }
         Ok(Self {
             vocab_size: size("vocab_size", defaults.vocab_size)?,
@@ -118,8 +118,8 @@ impl DecoderConfig {
     }
 }
 
-/// The base of the rotary angles: `rope_parameters.rope_theta` (transformers 5.x) or `rope_theta`
-/// (4.x). Any scaling of the angles is refused, under either of its names.
+/// Reads the base of the rotary embedding: `rope_parameters.rope_theta` (transformers 5.x) or
+/// `rope_theta` (4.x). RoPE scaling is rejected under either of its names.
 fn rope_theta(file: &JsonConfig) -> Result<Option<f64>, CheckpointError> {
     for key in ["rope_scaling", "rope_parameters"] {
         if let Some(rope) = file.section(key)? {

@@ -1,7 +1,9 @@
-//! The tower of a LLaVA-NeXT checkpoint, whose config names it and says nothing of its sizes.
+//! The vision tower of a LLaVA-NeXT checkpoint, whose config names it but does not contain its
+//! sizes.
 //!
-//! Most sizes are shapes of the weights. The rest (heads, pixels, epsilon) are those of the tower that
-//! `mm_vision_tower` names: a folder with a `config.json`, or one of the towers known here.
+//! Most sizes follow from shapes of the weights. The rest (heads, pixels, epsilon) are those of the
+//! tower that `mm_vision_tower` names: a folder with a `config.json`, or one of the towers known
+//! here.
 
 use std::path::Path;
 
@@ -11,7 +13,8 @@ use crate::checkpoint::json::JsonConfig;
 use crate::checkpoint::names::canonical;
 use crate::checkpoint::shards::Shards;
 
-/// Towers by the end of their names, with all their layers (huggingface.co, `config.json` of each).
+/// Known towers by the end of their names, with all their layers (huggingface.co, `config.json` of
+/// each).
 pub const KNOWN: [(&str, VisionConfig); 1] = [(
     "siglip-so400m-patch14-384",
     VisionConfig {
@@ -20,8 +23,8 @@ pub const KNOWN: [(&str, VisionConfig); 1] = [(
     },
 )];
 
-/// Reads the sizes of the tower of `folder`, and how many of its layers run: LLaVA-NeXT takes the
-/// last layer off a SigLIP, whatever `mm_vision_select_layer` says, and stores the others
+/// Reads the sizes of the tower of `folder`, and the number of its layers that run: LLaVA-NeXT
+/// drops the last layer of a SigLIP, regardless of `mm_vision_select_layer`, and stores the others
 /// (`llava/model/multimodal_encoder/siglip_encoder.py`).
 pub(super) fn read(
     folder: &Path,
@@ -34,7 +37,7 @@ pub(super) fn read(
     let named = named(folder, name)?.ok_or_else(|| {
         let known = KNOWN.map(|(name, _)| format!("google/{name}")).join(", ");
         let problem = format!(
-            "is `{name}`, whose sizes are not known (known: {known}); make it the path of a folder \
+            "is `{name}`, which is not a known tower (known: {known}); set it to the path of a folder \
              with the tower's config.json"
         );
         file.fault(KEY, problem)
@@ -58,8 +61,8 @@ pub(super) fn read(
     };
     if same(&named) != stored.sizes || stored.layers < used {
         let problem = format!(
-            "is `{name}`, of {used} layers without the last and the sizes {:?} (hidden, \
-             intermediate, patch, patches); the weights have {} layers and {:?}",
+            "is `{name}`, which has {used} layers without the last and the sizes {:?} (hidden, \
+             intermediate, patch, patches), but the weights have {} layers and {:?}",
             same(&named),
             stored.layers,
             stored.sizes
@@ -73,12 +76,12 @@ pub(super) fn read(
     Ok((model_config, used))
 }
 
-/// The tower of this name, with all its layers.
+/// Returns the tower of this name, with all its layers.
 fn named(folder: &Path, name: &str) -> Result<Option<VisionConfig>, CheckpointError> {
     let config = folder.join(name).join("config.json");
     if config.is_file() {
         let file = JsonConfig::open(&config)?;
-        // A whole SigLIP nests the tower's config.
+        // A complete SigLIP config nests the tower's config.
         let vision = file.section("vision_config")?.unwrap_or(file);
         vision.only("model_type", "siglip_vision_model")?;
         return VisionConfig::read(&vision, VisionConfig::SIGLIP).map(Some);
@@ -87,9 +90,9 @@ fn named(folder: &Path, name: &str) -> Result<Option<VisionConfig>, CheckpointEr
     Ok(known.map(|(_, model_config)| model_config))
 }
 
-/// What the shapes of the weights say.
+/// Sizes that follow from the shapes of the weights.
 struct Stored {
-    /// Hidden, intermediate, side of a patch in pixels, patches.
+    /// Hidden size, intermediate size, side of a patch in pixels, number of patches.
     sizes: (usize, usize, usize, usize),
     layers: usize,
 }
@@ -101,7 +104,7 @@ fn stored(shards: &Shards) -> Result<Stored, CheckpointError> {
         let info = name.and_then(|name| shards.info(name));
         info.map(|info| info.shape).ok_or_else(|| {
             let problem = format!(
-                "holds no tensor `model.vision_tower.{wanted}`: the checkpoint leaves its tower to \
+                "missing tensor `model.vision_tower.{wanted}`: the checkpoint keeps its tower in \
                  another folder; merge the tower's weights into it"
             );
             CheckpointError::new(shards.path(), problem)
@@ -133,8 +136,8 @@ mod tests {
     use crate::checkpoint::config::LlavaOnevisionConfig;
     use crate::test_util::{shard, write};
 
-    /// LLaVA-NeXT's files with a tower of four layers, of which three are stored; the tower's config
-    /// lies in the folder `tower`.
+    /// Writes LLaVA-NeXT's files with a tower of four layers, three of which are stored; the
+    /// tower's config is in the folder `tower`.
     fn folder(change: impl FnOnce(&mut Value)) -> TempDir {
         let folder = tempfile::tempdir().unwrap();
         let mut config = json!({

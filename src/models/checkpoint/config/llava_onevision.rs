@@ -1,4 +1,4 @@
-//! A LLaVA-OneVision checkpoint by its config files (transformers, `configuration_llava_onevision.py`).
+//! The config of a LLaVA-OneVision checkpoint (transformers, `configuration_llava_onevision.py`).
 
 use std::path::Path;
 
@@ -10,7 +10,7 @@ use crate::Layout;
 use crate::checkpoint::CheckpointError;
 use crate::checkpoint::json::JsonConfig;
 
-/// A LLaVA-OneVision checkpoint as its `config.json` and `generation_config.json` describe it.
+/// The config of a LLaVA-OneVision checkpoint, from its `config.json` and `generation_config.json`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LlavaOnevisionConfig {
     pub layout: Layout,
@@ -18,42 +18,44 @@ pub struct LlavaOnevisionConfig {
     pub text_config: DecoderConfig,
     pub image_token_index: i64,
     pub video_token_index: i64,
-    /// For each feature that is taken (they are joined on the channel axis): how many layers of the
-    /// tower run before it. `-1` in the file is the last layer; there is no post-layernorm.
+    /// For each selected feature (they are concatenated on the channel axis), the number of layers
+    /// of the tower that run before it. `-1` in the file is the last layer; there is no
+    /// post-layernorm.
     pub vision_feature_layer: Vec<usize>,
     pub multimodal_projector_bias: bool,
-    /// Resolutions that a single picture may be fitted to, as `[height, width]`.
+    /// Resolutions that a single image may be fitted to, as `[height, width]`.
     pub image_grid_pinpoints: Vec<[usize; 2]>,
     /// The N of `anyres_max_N`: features beyond about N tiles are scaled down.
     pub anyres_max: usize,
-    /// Whether the head is the embedding: said at the top level or in `text_config`.
+    /// True if the head is tied to the embedding, declared at the top level or in `text_config`.
     pub tie_word_embeddings: bool,
-    /// `dtype` or `torch_dtype`, if the file says: the precision that the weights were saved in.
+    /// `dtype` or `torch_dtype`, if the file has it: the dtype that the weights were saved in.
     pub dtype: Option<String>,
-    /// Tokens that end an answer by `generation_config.json`; empty when there is no such file.
+    /// Tokens that end an answer, from `generation_config.json`; empty if there is no such file.
     pub eos_token_id: Vec<i64>,
 }
 
 impl LlavaOnevisionConfig {
-    /// Reads `config.json` and, where there is one, `generation_config.json` in `folder`. A config of
-    /// LLaVA-NeXT says nothing of its tower's sizes: they are taken from the headers of the weights.
+    /// Reads `config.json` and, if it exists, `generation_config.json` in `folder`. A config of
+    /// LLaVA-NeXT does not contain its tower's sizes: they are taken from the headers of the
+    /// weights.
     pub fn open(folder: &Path) -> Result<Self, CheckpointError> {
         let file = JsonConfig::open(&folder.join("config.json"))?;
         match file.text("model_type")? {
             Some("llava_onevision") => Self::of_transformers(folder, &file),
             Some("llava" | "llava_qwen") => Self::of_llava_next(folder, &file),
             Some(other) => {
-                let problem = format!("is `{other}`, not `llava_onevision` or `llava_qwen`");
+                let problem = format!("is `{other}`, expected `llava_onevision` or `llava_qwen`");
                 Err(file.fault("model_type", problem))
             }
-            None => Err(file.fault("model_type", "is missing; `llava_onevision` is needed")),
+            None => Err(file.fault("model_type", "is missing, expected `llava_onevision`")),
         }
     }
 
     fn of_transformers(folder: &Path, file: &JsonConfig) -> Result<Self, CheckpointError> {
         not_quantized(file)?;
         file.only("projector_hidden_act", "gelu")?;
-        // "default" would drop the first patch as if it were a class token, which SigLIP does not have.
+        // "default" would drop the first patch as a class token, which SigLIP does not have.
         file.only("vision_feature_select_strategy", "full")?;
         let vision_config = match file.section("vision_config")? {
             Some(vision) => {
@@ -107,7 +109,7 @@ impl LlavaOnevisionConfig {
         })
     }
 
-    /// LLaVA-NeXT's `config.json` is Qwen2's, with its own settings among them.
+    /// Reads LLaVA-NeXT's `config.json`, which is Qwen2's with additional settings.
     fn of_llava_next(folder: &Path, file: &JsonConfig) -> Result<Self, CheckpointError> {
         not_quantized(file)?;
         file.only("mm_projector_type", "mlp2x_gelu")?;
@@ -123,7 +125,7 @@ impl LlavaOnevisionConfig {
         if let Some(kind) = file.text("mm_resampler_type")? {
             return Err(file.fault(
                 "mm_resampler_type",
-                format!("is `{kind}`, and must be null"),
+                format!("is `{kind}`, but must be null"),
             ));
         }
         let text_config = DecoderConfig::read(file, DecoderConfig::QWEN2)?;
@@ -134,7 +136,8 @@ impl LlavaOnevisionConfig {
         for pair in &mut pinpoints {
             pair.reverse(); // LLaVA-NeXT has the width first.
         }
-        // LLaVA-NeXT never gives the placeholder to the embedding; an id that no token has does as well.
+        // LLaVA-NeXT never passes the placeholder to the embedding, so any id without a token will
+        // do.
         let placeholder = text_config.vocab_size as i64;
         Ok(Self {
             layout: Layout::LlavaNext,
@@ -152,7 +155,7 @@ impl LlavaOnevisionConfig {
         })
     }
 
-    /// Width of the tower's features as the projector takes them.
+    /// Returns the width of the tower's features at the projector's input.
     pub fn feature_size(&self) -> usize {
         self.vision_config.hidden_size * self.vision_feature_layer.len()
     }
@@ -160,13 +163,14 @@ impl LlavaOnevisionConfig {
 
 fn not_quantized(file: &JsonConfig) -> Result<(), CheckpointError> {
     if file.get("quantization_config").is_some() {
-        let problem = "is there: the weights are quantized; use the original ones";
+        let problem = "is set: quantized weights are not supported; use the original weights";
         return Err(file.fault("quantization_config", problem));
     }
     Ok(())
 }
 
-/// `eos_token_id` of `generation_config.json`: one, several, or none when there is no such file.
+/// Reads `eos_token_id` of `generation_config.json`: one, several, or none if there is no such
+/// file.
 fn eos_token_id(folder: &Path) -> Result<Vec<i64>, CheckpointError> {
     let path = folder.join("generation_config.json");
     if !path.exists() {
@@ -175,12 +179,12 @@ fn eos_token_id(folder: &Path) -> Result<Vec<i64>, CheckpointError> {
     JsonConfig::open(&path)?.integers("eos_token_id")
 }
 
-/// Resolutions that a picture may be fitted to, and the pixels that a side of them may have.
+/// Limits on the number of resolutions and on the length of a side in pixels.
 const PINPOINTS_MAX: usize = 1024;
 const PINPOINT_SIDE_MAX: usize = 1 << 14;
 
-/// `image_grid_pinpoints`: pairs `[height, width]`, or LLaVA-NeXT's text `(1x1),...,(6x6)`, which
-/// means every pair between the first and the last, in tiles of `side` pixels.
+/// Parses `image_grid_pinpoints`: pairs `[height, width]`, or LLaVA-NeXT's text `(1x1),...,(6x6)`,
+/// which means every pair between the first and the last, in tiles of `side` pixels.
 pub(crate) fn pinpoints(
     file: &JsonConfig,
     side: usize,
@@ -198,8 +202,8 @@ pub(crate) fn pinpoints(
     };
     let pairs = pairs.filter(usable).ok_or_else(|| {
         let problem = format!(
-            "must be a list of at most {PINPOINTS_MAX} [height, width] in pixels, each at most \
-             {PINPOINT_SIDE_MAX}, or text such as `(1x1),...,(6x6)`"
+            "must be a list of at most {PINPOINTS_MAX} pairs [height, width] in pixels, each at most \
+             {PINPOINT_SIDE_MAX}, or a string such as `(1x1),...,(6x6)`"
         );
         file.fault(KEY, problem)
     })?;
@@ -226,17 +230,17 @@ fn grid_text(text: &str, side: usize) -> Option<Vec<[usize; 2]>> {
     )
 }
 
-/// The 36 resolutions that `LlavaOnevisionConfig` means when it has none.
+/// Returns the 36 default resolutions of `LlavaOnevisionConfig`.
 fn default_pinpoints() -> Vec<[usize; 2]> {
     (1..=6)
         .flat_map(|row| (1..=6).map(move |column| [384 * row, 384 * column]))
         .collect()
 }
 
-/// The largest N of `anyres_max_N`.
+/// Maximum N of `anyres_max_N`.
 const ANYRES_MAX: usize = 1000;
 
-/// The N of `anyres_max_N`, which is the value of `key`.
+/// Parses the N of `anyres_max_N`, the value of `key`.
 fn anyres_max(file: &JsonConfig, key: &str) -> Result<usize, CheckpointError> {
     let text = file.text(key)?.unwrap_or("anyres_max_9");
     text.strip_prefix("anyres_max_")
@@ -245,7 +249,7 @@ fn anyres_max(file: &JsonConfig, key: &str) -> Result<usize, CheckpointError> {
         .ok_or_else(|| {
             file.fault(
                 key,
-                format!("is `{text}`, and must be `anyres_max_N`, N from 1 to {ANYRES_MAX}"),
+                format!("is `{text}`, expected `anyres_max_N` with N from 1 to {ANYRES_MAX}"),
             )
         })
 }
@@ -348,7 +352,7 @@ mod tests {
         assert_eq!(model_config.feature_size(), 24);
         let beyond = diagnostic(|config| config["vision_feature_layer"] = json!(-5));
         assert!(
-            beyond.contains("names layer -5 of a tower of 3 layers"),
+            beyond.contains("refers to layer -5, but the tower has 3 layers"),
             "{beyond}"
         );
     }
@@ -402,7 +406,7 @@ mod tests {
     fn other_models_are_refused_by_name() {
         let other = diagnostic(|config| config["model_type"] = json!("llava_next"));
         assert!(
-            other.contains("`model_type` is `llava_next`, not `llava_onevision`"),
+            other.contains("`model_type` is `llava_next`, expected `llava_onevision`"),
             "{other}"
         );
     }
@@ -447,6 +451,6 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let missing = LlavaOnevisionConfig::open(folder.path()).unwrap_err();
         assert!(missing.path.ends_with("config.json"));
-        assert!(missing.problem.contains("can't be read"));
+        assert!(missing.problem.contains("cannot be read"));
     }
 }

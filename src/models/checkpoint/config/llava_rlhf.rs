@@ -1,7 +1,7 @@
-//! What the three folders of a LLaVA-RLHF reward model say before any tensor is opened.
+//! The configs of a LLaVA-RLHF reward model's three folders.
 //!
 //! `base` is a LLaVA folder (Llama and a projector), `vision` a CLIP folder, `adapter` a peft LoRA
-//! folder with the file `reward_head` beside it (github llava-rlhf/LLaVA-RLHF,
+//! folder with the file `reward_head` in it (github llava-rlhf/LLaVA-RLHF,
 //! `RLHF/models/reward_model.py`). Fields are named as in the files.
 
 use std::path::{Path, PathBuf};
@@ -11,19 +11,20 @@ use crate::LlavaRlhfSpec;
 use crate::checkpoint::CheckpointError;
 use crate::checkpoint::json::JsonConfig;
 
-/// A LoRA adapter as `adapter_config.json` describes it.
+/// The config of a LoRA adapter, from `adapter_config.json`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AdapterConfig {
-    /// Where `adapter_config.json` and the adapter's weights lie: the given folder, or
-    /// `adapter_model/`, or `adapter_model/lora_default/` in it, as training checkpoints have it.
+    /// The folder with `adapter_config.json` and the adapter's weights: the given folder, or
+    /// `adapter_model/`, or `adapter_model/lora_default/` in it, as in training checkpoints.
     pub folder: PathBuf,
-    /// Rank.
+    /// LoRA rank.
     pub r: usize,
-    /// The update is scaled by `lora_alpha / r` (by `lora_alpha / sqrt(r)` with `use_rslora`).
+    /// LoRA alpha: the update is scaled by `lora_alpha / r` (by `lora_alpha / sqrt(r)` with
+    /// `use_rslora`).
     pub lora_alpha: f64,
     pub use_rslora: bool,
-    /// Names of the linear layers that are adapted, such as `q_proj`. None where the file has a pattern:
-    /// then the tensors tell.
+    /// Names of the adapted linear layers, such as `q_proj`. Empty if the file has a pattern; the
+    /// tensors then determine the layers.
     pub target_modules: Vec<String>,
 }
 
@@ -75,39 +76,40 @@ impl AdapterConfig {
         })
     }
 
-    /// What `lora_B @ lora_A` is multiplied by before it is added to the weight.
+    /// Returns the factor of `lora_B @ lora_A` when it is added to the weight.
     pub fn scale(&self) -> f64 {
         let rank = self.r as f64;
         self.lora_alpha / if self.use_rslora { rank.sqrt() } else { rank }
     }
 }
 
-/// A LLaVA-RLHF reward model as its config files describe it.
+/// The config of a LLaVA-RLHF reward model, from its config files.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LlavaRlhfConfig {
-    /// Llama, of the base folder.
+    /// Llama, from the base folder.
     pub text_config: DecoderConfig,
     /// CLIP.
     pub vision_config: VisionConfig,
-    /// How many layers of CLIP run before the feature is taken (`mm_vision_select_layer` counts
-    /// from the end; -2 leaves the last layer out). There is no post-layernorm, and the class token
-    /// is dropped.
+    /// Number of layers of CLIP that run before the feature is taken (`mm_vision_select_layer`
+    /// counts from the end; -2 skips the last layer). There is no post-layernorm, and the class
+    /// token is dropped.
     pub mm_vision_select_layer: usize,
-    /// `None`: not trained yet.
+    /// The adapter; `None` if none is trained yet.
     pub adapter: Option<AdapterConfig>,
-    /// Precision of the base's weights, if the file says.
+    /// The dtype of the base's weights, if the file has it.
     pub dtype: Option<String>,
 }
 
 impl LlavaRlhfConfig {
-    /// Reads the config files of the three folders; that of the adapter if there is one.
+    /// Reads the config files of the three folders; the adapter's is optional.
     pub fn open(spec: &LlavaRlhfSpec) -> Result<Self, CheckpointError> {
         let base = JsonConfig::open(&spec.base.join("config.json"))?;
-        // Both projectors of LLaVA are supported; which one it is, the tensors' names tell.
+        // Both projectors of LLaVA are supported; the names of the tensors tell them apart.
         base.only("mm_vision_select_feature", "patch")?;
         base.only("image_aspect_ratio", "pad")?;
         let vision = JsonConfig::open(&spec.vision.join("config.json"))?;
-        // A whole CLIP (`CLIPModel`) nests the tower's config; `CLIPVisionModel` does not.
+        // A complete CLIP config (`CLIPModel`) nests the tower's config; that of `CLIPVisionModel`
+        // does not.
         let vision = match vision.section("vision_config")? {
             Some(nested) => nested,
             None => vision,

@@ -1,9 +1,9 @@
-//! Sizes of a vision tower: SigLIP of LLaVA-OneVision, CLIP of LLaVA-RLHF.
+//! Vision tower configs: SigLIP of LLaVA-OneVision and CLIP of LLaVA-RLHF.
 
 use crate::checkpoint::CheckpointError;
 use crate::checkpoint::json::JsonConfig;
 
-/// The nonlinearity of a vision tower's MLP.
+/// The activation function of a vision tower's MLP.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
     /// GELU with the tanh approximation (`gelu_pytorch_tanh`): SigLIP.
@@ -13,7 +13,7 @@ pub enum Activation {
 }
 
 impl Activation {
-    /// The name in `hidden_act`.
+    /// Returns the name in `hidden_act`.
     fn name(self) -> &'static str {
         match self {
             Self::GeluTanh => "gelu_pytorch_tanh",
@@ -27,7 +27,7 @@ impl Activation {
 pub struct VisionConfig {
     pub hidden_size: usize,
     pub intermediate_size: usize,
-    /// Layers that the checkpoint stores.
+    /// Number of layers that the checkpoint stores.
     pub num_hidden_layers: usize,
     pub num_attention_heads: usize,
     pub num_channels: usize,
@@ -53,7 +53,7 @@ impl VisionConfig {
         layer_norm_eps: 1e-6,
     };
 
-    /// The tower that `LlavaOnevisionConfig` means when `vision_config` is left out altogether.
+    /// The default tower of `LlavaOnevisionConfig`, for configs without `vision_config`.
     pub const SIGLIP_SO400M: Self = Self {
         hidden_size: 1152,
         intermediate_size: 4304,
@@ -72,17 +72,18 @@ impl VisionConfig {
         ..Self::SIGLIP
     };
 
-    /// Patches on a side of the input. The convolution drops the rest on the right and below.
+    /// Returns the number of patches per side of the input. The convolution drops the rest on the
+    /// right and at the bottom.
     pub fn patches_per_side(&self) -> usize {
         self.image_size / self.patch_size
     }
 
-    /// Patches of the input.
+    /// Returns the number of patches of the input.
     pub fn patches(&self) -> usize {
         self.patches_per_side().pow(2)
     }
 
-    /// Reads a tower's config; what it leaves out is as in `defaults`.
+    /// Reads a tower's config; omitted keys have the values in `defaults`.
     pub(super) fn read(file: &JsonConfig, defaults: Self) -> Result<Self, CheckpointError> {
         file.only("hidden_act", defaults.hidden_act.name())?;
         let size = |key, default| Ok(file.size(key)?.unwrap_or(default));
@@ -111,13 +112,13 @@ impl VisionConfig {
             return Err(file.fault("image_size", problem));
         }
         if config.num_channels != 3 {
-            return Err(file.fault("num_channels", "must be 3: pictures are red, green, blue"));
+            return Err(file.fault("num_channels", "must be 3: images are RGB"));
         }
         Ok(config)
     }
 
-    /// Translates indices into `hidden_states` (entry 0 is the embedding, entry n the output of
-    /// layer n; negative ones count from the end) to numbers of layers to run.
+    /// Converts indices into `hidden_states` (entry 0 is the embedding, entry n the output of layer
+    /// n; negative ones count from the end) to numbers of layers to run.
     pub(super) fn layers(
         &self,
         file: &JsonConfig,
@@ -138,7 +139,7 @@ impl VisionConfig {
                     let layers = self.num_hidden_layers;
                     file.fault(
                         key,
-                        format!("names layer {index} of a tower of {layers} layers"),
+                        format!("refers to layer {index}, but the tower has {layers} layers"),
                     )
                 })
         };

@@ -1,35 +1,36 @@
-//! The pickle inside a torch file, read without executing anything.
+//! The pickle in a torch file, read without executing anything.
 //!
 //! A pickle is a program for a small stack machine that in Python may call any function. This
-//! machine knows dictionaries, sequences, text, whole numbers, truth values, and the handful of
-//! names by which `torch.save` writes a tensor; at any other name it stops with an error. Opcodes as
-//! in CPython's `Lib/pickletools.py`, the form of a tensor as in torch's `_utils.py`
-//! (`_rebuild_tensor_v2`) and `serialization.py` (`persistent_id`).
+//! machine supports dictionaries, sequences, strings, integers, booleans, and the few names that
+//! `torch.save` uses to write a tensor; any other name is an error. Opcodes are as in CPython's
+//! `Lib/pickletools.py`, the form of a tensor as in torch's `_utils.py` (`_rebuild_tensor_v2`) and
+//! `serialization.py` (`persistent_id`).
 //!
 //! Values are indices into arenas that grow by at most the size of the pickle: shared and cyclic
-//! structures cost nothing, and no file can make it allocate or recurse beyond its own length.
+//! structures cost nothing, and no file can make the reader allocate or recurse beyond the file's
+//! length.
 
 use std::collections::HashMap;
 
 use super::Element;
 
-/// The most dimensions that a tensor of torch can have.
+/// Maximum number of dimensions of a torch tensor.
 const DIMENSIONS_MAX: usize = 64;
 
-/// A tensor as the pickle describes it; whether its storage holds that much is not checked here.
+/// A tensor as described by the pickle; its storage may be too small, which is not checked here.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct PickledTensor {
     /// The name of the storage: the file `data/<storage>` of the archive.
     pub(super) storage: String,
     pub(super) element: Element,
-    /// Of the first element, in elements.
+    /// Offset of the first element, in elements.
     pub(super) offset: i64,
     pub(super) shape: Vec<i64>,
-    /// In elements.
+    /// Strides, in elements.
     pub(super) strides: Vec<i64>,
 }
 
-/// Reads a pickle that holds a dictionary from names to tensors.
+/// Reads a pickle that contains a dictionary from names to tensors.
 pub(super) fn read(bytes: &[u8]) -> Result<Vec<(String, PickledTensor)>, String> {
     let mut machine = Machine {
         bytes,
@@ -42,19 +43,19 @@ pub(super) fn read(bytes: &[u8]) -> Result<Vec<(String, PickledTensor)>, String>
 #[derive(Debug, Clone, Copy)]
 enum Value {
     None,
-    /// Which of the two is never asked.
+    /// A boolean; its value is never needed.
     Bool,
     Int(i64),
-    /// Into `texts`.
+    /// Index into `texts`.
     Text(usize),
-    /// A list or tuple, into `sequences`.
+    /// A list or tuple: index into `sequences`.
     Sequence(usize),
-    /// Into `dicts`.
+    /// Index into `dicts`.
     Dict(usize),
     Global(Global),
-    /// Into `storages`.
+    /// Index into `storages`.
     Storage(usize),
-    /// Into `tensors`.
+    /// Index into `tensors`.
     Tensor(usize),
 }
 
@@ -91,7 +92,7 @@ impl Global {
 #[derive(Default)]
 struct Machine<'a> {
     bytes: &'a [u8],
-    /// The next byte.
+    /// Index of the next byte.
     at: usize,
     stack: Vec<Value>,
     /// Heights of the stack at which a `MARK` was set.
@@ -106,13 +107,13 @@ struct Machine<'a> {
 }
 
 impl<'a> Machine<'a> {
-    /// Runs to the `STOP` and returns what is then on top of the stack.
+    /// Runs until `STOP` and returns the value on top of the stack.
     fn run(&mut self) -> Result<Value, String> {
         loop {
             let opcode = self.byte()?;
             match opcode {
                 b'.' => return self.pop(),
-                // PROTO and FRAME: what they announce needs no preparation here.
+                // PROTO and FRAME: their arguments are not needed.
                 0x80 => drop(self.byte()?),
                 0x95 => drop(self.take(8)?),
                 b'(' => self.marks.push(self.stack.len()),
@@ -152,8 +153,8 @@ impl<'a> Machine<'a> {
                 b'b' => self.build()?,
                 other => {
                     return Err(format!(
-                        "the pickle uses the instruction {other:#04x}, which a dictionary of \
-                         tensors does not need; load it in Python and save it as safetensors"
+                        "unsupported pickle opcode {other:#04x}, which a dictionary of \
+                         tensors does not need; load the file in Python and save it as safetensors"
                     ));
                 }
             }
@@ -162,7 +163,7 @@ impl<'a> Machine<'a> {
 
     fn take(&mut self, count: usize) -> Result<&'a [u8], String> {
         let rest = &self.bytes[self.at..];
-        let taken = rest.get(..count).ok_or("the pickle ends too early")?;
+        let taken = rest.get(..count).ok_or("truncated pickle")?;
         self.at += count;
         Ok(taken)
     }
@@ -171,7 +172,7 @@ impl<'a> Machine<'a> {
         Ok(self.take(1)?[0])
     }
 
-    /// An unsigned little-endian number of up to eight bytes.
+    /// Reads an unsigned little-endian number of up to eight bytes.
     fn unsigned(&mut self, width: usize) -> Result<u64, String> {
         let mut bytes = [0; 8];
         bytes[..width].copy_from_slice(self.take(width)?);
@@ -179,18 +180,19 @@ impl<'a> Machine<'a> {
     }
 
     fn length(&mut self, width: usize) -> Result<usize, String> {
-        usize::try_from(self.unsigned(width)?).map_err(|_| "a length is too large".to_owned())
+        usize::try_from(self.unsigned(width)?).map_err(|_| "invalid length".to_owned())
     }
 
     fn str(&mut self, length: usize) -> Result<&'a str, String> {
-        std::str::from_utf8(self.take(length)?).map_err(|_| "a text is not UTF-8".to_owned())
+        std::str::from_utf8(self.take(length)?)
+            .map_err(|_| "a string is not valid UTF-8".to_owned())
     }
 
-    /// A line, without its end.
+    /// Reads a line, without its end.
     fn line(&mut self) -> Result<&'a str, String> {
         let rest = &self.bytes[self.at..];
         let length = rest.iter().position(|byte| *byte == b'\n');
-        let line = self.str(length.ok_or("the pickle ends too early")?)?;
+        let line = self.str(length.ok_or("truncated pickle")?)?;
         self.at += 1;
         Ok(line)
     }
@@ -217,9 +219,9 @@ impl<'a> Machine<'a> {
             _ => {
                 let width = usize::from(self.byte()?);
                 if width > 8 {
-                    return Err("a number has more than 64 bits".to_owned());
+                    return Err("an integer has more than 64 bits".to_owned());
                 }
-                // Two's complement of `width` bytes: shifted up and back, its sign fills the rest.
+                // Two's complement of `width` bytes: shifting left and right sign-extends it.
                 let unused = 64 - 8 * width as u32;
                 let bits = self.unsigned(width)?.checked_shl(unused).unwrap_or(0);
                 (bits as i64).checked_shr(unused).unwrap_or(0)
@@ -258,7 +260,7 @@ impl<'a> Machine<'a> {
         Ok(())
     }
 
-    /// A sequence of the `count` values on top of the stack.
+    /// Creates a sequence of the `count` values on top of the stack.
     fn sequence(&mut self, count: usize) -> Result<(), String> {
         let mut items = Vec::with_capacity(count);
         for _ in 0..count {
@@ -311,15 +313,16 @@ impl<'a> Machine<'a> {
         };
         let global = Global::named(module, name).ok_or_else(|| {
             format!(
-                "holds `{module}.{name}`, which is not a tensor; nothing of the file was \
-                 executed; if you trust it, load it in Python and save it as safetensors"
+                "contains `{module}.{name}`, which is not a tensor; nothing in the file was \
+                 executed; if you trust the file, load it in Python and save it as safetensors"
             )
         })?;
         self.stack.push(Value::Global(global));
         Ok(())
     }
 
-    /// `('storage', torch.FloatStorage, '0', 'cpu', 6)`: element type, name, device, elements.
+    /// Reads `('storage', torch.FloatStorage, '0', 'cpu', 6)`: element type, name, device,
+    /// elements.
     fn persistent_id(&mut self) -> Result<(), String> {
         let id = self.pop()?;
         let [
@@ -377,8 +380,8 @@ impl<'a> Machine<'a> {
         Ok(())
     }
 
-    /// Sets attributes of an object. The only one that a dictionary of tensors has is the
-    /// `_metadata` of a module, which holds no weights.
+    /// Sets attributes of an object. The only one in a dictionary of tensors is the `_metadata` of
+    /// a module, which contains no weights.
     fn build(&mut self) -> Result<(), String> {
         self.pop()?;
         match self.stack.last() {
@@ -401,7 +404,7 @@ impl<'a> Machine<'a> {
         }
     }
 
-    /// The sizes or steps of a tensor's dimensions.
+    /// Returns the sizes or strides of a tensor's dimensions.
     fn ints_of(&self, value: Value) -> Result<Vec<i64>, String> {
         let items = self.sequence_of(value)?;
         if items.len() > DIMENSIONS_MAX {
@@ -416,7 +419,7 @@ impl<'a> Machine<'a> {
 
     fn named_tensors(&self, value: Value) -> Result<Vec<(String, PickledTensor)>, String> {
         let Value::Dict(dict) = value else {
-            return Err("holds no dictionary of tensors".to_owned());
+            return Err("does not contain a dictionary of tensors".to_owned());
         };
         let mut named = Vec::new();
         for (key, value) in &self.dicts[dict] {
@@ -431,11 +434,12 @@ impl<'a> Machine<'a> {
 }
 
 fn damaged() -> String {
-    "the pickle is damaged, or was not written by `torch.save`".to_owned()
+    "the pickle is corrupt or was not written by `torch.save`".to_owned()
 }
 
-/// The pickle (protocol 2) of a dictionary of float32 tensors of these names and shapes, the n-th
-/// over the storage `n`: calls of `torch._utils._rebuild_tensor_v2`, as `torch.save` writes them.
+/// Returns the pickle (protocol 2) of a dictionary of float32 tensors of these names and shapes,
+/// the n-th over the storage `n`: calls of `torch._utils._rebuild_tensor_v2`, as `torch.save`
+/// writes them.
 pub fn write_pickle(tensors: &[(&str, Vec<i64>)]) -> Vec<u8> {
     fn text(out: &mut Vec<u8>, text: &str) {
         out.push(b'X');
@@ -443,7 +447,7 @@ pub fn write_pickle(tensors: &[(&str, Vec<i64>)]) -> Vec<u8> {
         out.extend(text.as_bytes());
     }
     fn integer(out: &mut Vec<u8>, value: i64) {
-        // LONG1: a length and so many little-endian bytes.
+        // LONG1: a length, then that many little-endian bytes.
         out.extend([0x8a, 8]);
         out.extend(value.to_le_bytes());
     }
@@ -489,9 +493,9 @@ mod tests {
 
     #[test]
     fn a_foreign_global_is_named_and_nothing_after_it_is_read() {
-        // `os.system("true")` as every pickle exploit begins it, in both spellings.
+        // `os.system("true")`, the usual start of a pickle exploit, in both spellings.
         assert!(
-            error(b"\x80\x02cos\nsystem\n").contains("holds `os.system`, which is not a tensor")
+            error(b"\x80\x02cos\nsystem\n").contains("contains `os.system`, which is not a tensor")
         );
         assert!(error(b"\x80\x04\x8c\x02os\x8c\x06system\x93").contains("`os.system`"));
         assert!(error(b"\x80\x02ctorch.storage\nUntypedStorage\n").contains("UntypedStorage"));
@@ -499,15 +503,15 @@ mod tests {
 
     #[test]
     fn values_that_are_not_named_tensors_are_refused() {
-        assert!(error(b"\x80\x02K\x01.").contains("no dictionary of tensors"));
+        assert!(error(b"\x80\x02K\x01.").contains("does not contain a dictionary of tensors"));
         assert!(error(b"\x80\x02}X\x01\x00\x00\x00aK\x01s.").contains("`a` is not a tensor"));
-        assert!(error(b"\x80\x02}K\x01K\x01s.").contains("damaged"));
+        assert!(error(b"\x80\x02}K\x01K\x01s.").contains("corrupt"));
         assert_eq!(read(b"\x80\x02}.").unwrap(), []);
     }
 
     #[test]
     fn every_damaged_program_is_an_error_and_never_a_panic() {
-        // Each opcode but STOP on stacks that hold little it wants, with arguments of ones.
+        // Each opcode but STOP, on stacks with few of the values it needs, with arguments of ones.
         for opcode in (0..=255_u8).filter(|opcode| *opcode != b'.') {
             for before in [&b""[..], b"(", b"}", b"(K\x01", b")K\x01"] {
                 let mut program = before.to_vec();

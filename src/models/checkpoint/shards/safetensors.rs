@@ -1,8 +1,8 @@
-//! The safetensors format: a JSON header that says where each tensor lies, then the bytes.
+//! The safetensors format: a JSON header with the location of each tensor, followed by the data.
 //!
 //! Layout (huggingface/safetensors, README): eight bytes of little-endian header length, the header
-//! `{"name": {"dtype": .., "shape": [..], "data_offsets": [begin, end]}, "__metadata__": {..}}`, and
-//! the data, to whose start the offsets are relative.
+//! `{"name": {"dtype": .., "shape": [..], "data_offsets": [begin, end]}, "__metadata__": {..}}`,
+//! and the data, to whose start the offsets are relative.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -12,10 +12,10 @@ use serde::Deserialize;
 
 use super::{Element, TensorLocation};
 
-/// The longest header that is read; the limit of the safetensors library.
+/// Maximum length of the header, which is the limit of the safetensors library.
 const HEADER_BYTES_MAX: u64 = 100_000_000;
 
-/// What the header says of one tensor.
+/// The header's entry of one tensor.
 #[derive(Deserialize)]
 struct Entry {
     dtype: String,
@@ -24,7 +24,7 @@ struct Entry {
     data_offsets: [u64; 2],
 }
 
-/// Reads where the tensors of a file lie, and proves that all of them are inside it.
+/// Reads the tensor locations of a file, and verifies that all of them are inside it.
 pub(super) fn places(file: &File) -> Result<Vec<(String, TensorLocation)>, String> {
     let file_bytes = file.metadata().map_err(|error| error.to_string())?.len();
     let mut length = [0; 8];
@@ -34,7 +34,7 @@ pub(super) fn places(file: &File) -> Result<Vec<(String, TensorLocation)>, Strin
     let data_start = 8 + header_bytes;
     if header_bytes > HEADER_BYTES_MAX || data_start > file_bytes {
         return Err(format!(
-            "truncated or damaged: its header should take {header_bytes} bytes, the file has \
+            "truncated or corrupt: the header length is {header_bytes} bytes, but the file has \
              {file_bytes}"
         ));
     }
@@ -42,7 +42,7 @@ pub(super) fn places(file: &File) -> Result<Vec<(String, TensorLocation)>, Strin
     file.read_exact_at(&mut header, 8)
         .map_err(|error| error.to_string())?;
     let mut entries: BTreeMap<String, serde_json::Value> = serde_json::from_slice(&header)
-        .map_err(|error| format!("the header is not a safetensors header: {error}"))?;
+        .map_err(|error| format!("not a safetensors header: {error}"))?;
     entries.remove("__metadata__");
     let mut places = Vec::with_capacity(entries.len());
     for (name, value) in entries {
@@ -57,7 +57,7 @@ pub(super) fn places(file: &File) -> Result<Vec<(String, TensorLocation)>, Strin
 
 fn place(entry: &Entry, data_start: u64, file_bytes: u64) -> Result<TensorLocation, String> {
     let element = Element::named(&entry.dtype)
-        .ok_or_else(|| format!("the element type `{}` is not supported", entry.dtype))?;
+        .ok_or_else(|| format!("the dtype `{}` is not supported", entry.dtype))?;
     let strides = TensorLocation::row_major(&entry.shape);
     let span = strides
         .as_ref()
@@ -65,17 +65,17 @@ fn place(entry: &Entry, data_start: u64, file_bytes: u64) -> Result<TensorLocati
     let bytes = span.and_then(|span| span.checked_mul(element.bytes()));
     let [begin, end] = entry.data_offsets;
     let (Some(strides), Some(span)) = (strides, span) else {
-        return Err(format!("the shape {:?} is impossible", entry.shape));
+        return Err(format!("invalid shape {:?}", entry.shape));
     };
     if end.checked_sub(begin) != bytes {
         return Err(format!(
-            "the shape {:?} does not fit into the bytes {begin} to {end}",
+            "the shape {:?} does not fit the byte range {begin} to {end}",
             entry.shape
         ));
     }
     if end > file_bytes - data_start {
         return Err(format!(
-            "the file is truncated: this tensor ends {} bytes after the file's end",
+            "the file is truncated: this tensor ends {} bytes after the end of the file",
             end - (file_bytes - data_start)
         ));
     }
@@ -117,13 +117,13 @@ mod tests {
         let huge = i64::MAX.to_string();
         check(
             &entry("F32", &format!("[{huge}, {huge}]"), "[0, 4]"),
-            "impossible",
+            "invalid shape",
         );
         check(
             &entry("F32", &format!("[{huge}]"), "[0, 4]"),
             "does not fit",
         );
-        check(&entry("F32", "[-1]", "[0, 4]"), "impossible");
+        check(&entry("F32", "[-1]", "[0, 4]"), "invalid shape");
         check(&entry("F32", "[1]", "[4, 0]"), "does not fit");
         check(
             &entry("F32", "[1000000000]", "[0, 4000000000]"),
@@ -147,6 +147,6 @@ mod tests {
             "{text}"
         );
         std::fs::write(&path, &bytes[..40]).unwrap();
-        assert!(error(&path).contains("truncated or damaged"));
+        assert!(error(&path).contains("truncated or corrupt"));
     }
 }

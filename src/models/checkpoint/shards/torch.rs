@@ -1,9 +1,9 @@
 //! Torch files (`.bin`, `.pt`): a zip archive with a pickle that describes the tensors and one
-//! uncompressed file for each storage.
+//! uncompressed file per storage.
 //!
-//! Layout (torch `caffe2/serialize/inline_container.cc`): below one folder of any name lie
-//! `data.pkl`, `byteorder` (`little`, since torch 2.1) and `data/0`, `data/1`, … A storage may serve
-//! several tensors, and a tensor may walk through its storage in any steps.
+//! Layout (torch `caffe2/serialize/inline_container.cc`): a single top-level folder of any name
+//! contains `data.pkl`, `byteorder` (`little`, since torch 2.1) and `data/0`, `data/1`, … A storage
+//! may be shared by several tensors, and a tensor may have any strides in its storage.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -15,26 +15,26 @@ use zip::{CompressionMethod, ZipArchive};
 use super::TensorLocation;
 use super::pickle::{self, PickledTensor};
 
-/// The longest pickle that is read. A model of 720 tensors has one of 100 kB.
+/// Maximum size of the pickle. A model of 720 tensors has one of 100 kB.
 const PICKLE_BYTES_MAX: u64 = 256 << 20;
 
-/// Reads where the tensors of a file lie, and proves that all of them are inside it.
+/// Reads the tensor locations of a file, and verifies that all of them are inside it.
 pub(super) fn places(file: &File) -> Result<Vec<(String, TensorLocation)>, String> {
     let file_bytes = file.metadata().map_err(|error| error.to_string())?.len();
     let mut archive = ZipArchive::new(file).map_err(|error| {
         format!(
-            "truncated or damaged: the directory at the end of a torch file can't be read ({error})"
+            "truncated or corrupt: cannot read the zip directory at the end of the file: {error}"
         )
     })?;
     let root = archive
         .file_names()
         .find_map(|name| Some(name.ok()?.strip_suffix("data.pkl")?.to_owned()))
-        .ok_or("a zip archive, but not a torch file: it holds no `data.pkl`")?;
+        .ok_or("not a torch file: the zip archive contains no `data.pkl`")?;
     if read_entry(&mut archive, &format!("{root}byteorder"))?.is_some_and(|order| order == b"big") {
-        return Err("written on a big-endian machine, which is not read".to_owned());
+        return Err("big-endian torch files are not supported".to_owned());
     }
     let pickle = read_entry(&mut archive, &format!("{root}data.pkl"))?
-        .ok_or("the archive holds no `data.pkl`")?;
+        .ok_or("the archive contains no `data.pkl`")?;
     let mut storages = HashMap::new();
     let mut places = Vec::new();
     for (name, tensor) in pickle::read(&pickle)? {
@@ -53,7 +53,7 @@ pub(super) fn places(file: &File) -> Result<Vec<(String, TensorLocation)>, Strin
     Ok(places)
 }
 
-/// The content of a small file of the archive; `None` when there is no such file.
+/// Reads a small file of the archive; `None` if it does not exist.
 fn read_entry(archive: &mut ZipArchive<&File>, name: &str) -> Result<Option<Vec<u8>>, String> {
     let entry = match archive.by_name(name) {
         Ok(entry) => entry,
@@ -66,12 +66,12 @@ fn read_entry(archive: &mut ZipArchive<&File>, name: &str) -> Result<Option<Vec<
         .read_to_end(&mut content)
         .map_err(|error| format!("`{name}`: {error}"))?;
     if content.len() as u64 > PICKLE_BYTES_MAX {
-        return Err(format!("`{name}` has more than {PICKLE_BYTES_MAX} bytes"));
+        return Err(format!("`{name}` is larger than {PICKLE_BYTES_MAX} bytes"));
     }
     Ok(Some(content))
 }
 
-/// The bytes of the file in which a storage lies.
+/// Returns the byte range of the file that contains a storage.
 fn storage(
     archive: &mut ZipArchive<&File>,
     root: &str,
@@ -83,14 +83,16 @@ fn storage(
         .by_name(&name)
         .map_err(|error| format!("`{name}`: {error}"))?;
     if entry.compression() != CompressionMethod::Stored {
-        return Err(format!("`{name}` is compressed, which torch never does"));
+        return Err(format!(
+            "`{name}` is compressed, but torch writes storages uncompressed"
+        ));
     }
     let start = entry.data_start();
     start
         .and_then(|start| Some((start, start.checked_add(entry.size())?)))
         .filter(|(_, end)| *end <= file_bytes)
         .map(|(start, end)| start..end)
-        .ok_or_else(|| format!("truncated: `{name}` ends after the file's end"))
+        .ok_or_else(|| format!("truncated: `{name}` extends past the end of the file"))
 }
 
 fn place(tensor: &PickledTensor, storage: &Range<u64>) -> Result<TensorLocation, String> {
@@ -98,21 +100,21 @@ fn place(tensor: &PickledTensor, storage: &Range<u64>) -> Result<TensorLocation,
     let refuse = |problem: &str| {
         let (shape, strides) = (&tensor.shape, &tensor.strides);
         let storage = &tensor.storage;
-        format!("the shape {shape:?} with the steps {strides:?} {problem} `data/{storage}`")
+        format!("the shape {shape:?} with the strides {strides:?} {problem} `data/{storage}`")
     };
-    let impossible = || refuse("is impossible in");
+    let impossible = || refuse("is invalid in");
     let span = TensorLocation::span(&tensor.shape, &tensor.strides).ok_or_else(impossible)?;
     let offset = u64::try_from(tensor.offset).map_err(|_| impossible())?;
     let elements = (storage.end - storage.start) / width;
     if offset.checked_add(span).is_none_or(|end| end > elements) {
-        return Err(refuse("reaches beyond the end of"));
+        return Err(refuse("extends past the end of"));
     }
-    // A step of 0 repeats elements, so a small file could ask for any amount of memory.
+    // A stride of 0 repeats elements, so a small file could require any amount of memory.
     let sizes = || tensor.shape.iter().copied();
     let count = sizes().try_fold(1_i64, i64::checked_mul);
     if count.is_none_or(|count| count as u64 > elements) && !sizes().any(|size| size == 0) {
         return Err(refuse(
-            "repeats elements (make it contiguous in Python and save it) of",
+            "repeats elements (make the tensor contiguous in Python and save it again) of",
         ));
     }
     Ok(TensorLocation {
@@ -149,7 +151,7 @@ mod tests {
         archive.finish().unwrap();
     }
 
-    /// The pickle of `{name: tensor}` over the float32 storage 0.
+    /// Returns the pickle of `{name: tensor}` over the float32 storage 0.
     fn pickle_of(name: &str, offset: u8, shape: &[u8], strides: &[u8]) -> Vec<u8> {
         let text = |text: &str| {
             let mut bytes = vec![b'X'];
@@ -219,14 +221,14 @@ mod tests {
             )
             .unwrap_err();
             assert!(
-                error.contains("reaches beyond the end of `data/0`"),
+                error.contains("extends past the end of `data/0`"),
                 "{error}"
             );
         }
         let error = open(&pickle_of("a", 0, &[200, 200], &[0, 0]), &storage, "little").unwrap_err();
         assert!(error.contains("repeats elements"), "{error}");
         let error = open(&pickle_of("a", 0, &[6], &[]), &storage, "little").unwrap_err();
-        assert!(error.contains("impossible"), "{error}");
+        assert!(error.contains("is invalid in"), "{error}");
     }
 
     #[test]
@@ -235,7 +237,7 @@ mod tests {
         let error = open(exploit, &[], "little").unwrap_err();
         let big = open(&pickle_of("a", 0, &[1], &[1]), &[0; 4], "big").unwrap_err();
         assert!(
-            error.contains("reward_head: holds `posix.system`"),
+            error.contains("reward_head: contains `posix.system`"),
             "{error}"
         );
         assert!(big.contains("big-endian"), "{big}");

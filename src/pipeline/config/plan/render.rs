@@ -1,4 +1,4 @@
-//! A plan as equations, for people.
+//! Rendering of a plan as readable equations.
 
 use std::fmt::{self, Write as _};
 
@@ -9,7 +9,7 @@ use crate::config::reference::Secrets;
 use ovchat_models::ModelSpec;
 
 impl Plan {
-    /// Writes the plan as equations, grouped by when they run.
+    /// Writes the plan as equations, grouped by the rounds in which they run.
     pub fn render(&self, f: &mut dyn fmt::Write) -> fmt::Result {
         let rounds = self.rounds.get();
         let plural = if rounds == 1 { "round" } else { "rounds" };
@@ -39,12 +39,12 @@ impl Plan {
                 .collect();
             let mut parts = paths;
             if let Some(backing_model) = spec.backing_model() {
-                parts.insert(0, format!("asks {backing_model}"));
+                parts.insert(0, format!("backing model: {backing_model}"));
             }
             if let ModelSpec::Http(http) = spec {
                 parts.insert(
                     0,
-                    format!("asks {} at {}", http.model, http.base_url.as_str()),
+                    format!("model: {} at {}", http.model, http.base_url.as_str()),
                 );
             }
             let paths = self.secrets.hide(&parts.join(", "));
@@ -68,7 +68,7 @@ impl Plan {
         self.render_group(f, &title, &in_rounds)?;
         if let Some(query) = &self.stop_when {
             let query = self.secrets.hide(&words_of(query));
-            writeln!(f, "  the last one when: {query}")?;
+            writeln!(f, "  stops when: {query}")?;
         }
         for (round_first, title) in [
             (
@@ -110,7 +110,7 @@ fn words_of(query: &str) -> String {
 }
 
 impl PlannedStage {
-    /// `rewards = score(candidates: candidates, judge: judge)`, then the other settings.
+    /// Writes `rewards = score(candidates: candidates, judge: judge)`, then the other settings.
     fn render(&self, f: &mut dyn fmt::Write, secrets: &Secrets) -> fmt::Result {
         let stage = self.spec.as_stage();
         let mut named: Vec<String> = Vec::new();
@@ -126,8 +126,17 @@ impl PlannedStage {
                 secrets.hide(&path.display().to_string())
             ));
         }
-        writeln!(f, "  {} = {}({})", self.name, self.verb(), named.join(", "))?;
-        let settings = self.settings.get(self.verb()).and_then(Value::as_object);
+        writeln!(
+            f,
+            "  {} = {}({})",
+            self.name,
+            self.stage_type(),
+            named.join(", ")
+        )?;
+        let settings = self
+            .settings
+            .get(self.stage_type())
+            .and_then(Value::as_object);
         let mut line = String::new();
         for (name, value) in settings
             .into_iter()

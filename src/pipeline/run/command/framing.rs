@@ -1,32 +1,32 @@
-//! The messages of an Arrow IPC stream, each looked at before it is read: room is made for a message by what
-//! its head says, and a head can say anything.
+//! The framing of an Arrow IPC stream: message headers are checked before they are read, because
+//! the reader allocates by the sizes in a header, and the stream is untrusted input.
 
 use std::io::{self, Read};
 
 use arrow_ipc::root_as_message;
 
-/// The largest head of a message.
+/// The largest header of a message, in bytes.
 const HEAD_MAX: usize = 16 << 20;
 
-/// The largest body of a message: the rows of a batch.
+/// The largest body of a message (the rows of a batch), in bytes.
 const BODY_MAX: u64 = 1 << 30;
 
-/// What comes before the length of a head, since Arrow 0.15.
+/// The continuation marker before the length of a header, since Arrow 0.15.
 const CONTINUES: [u8; 4] = [0xff; 4];
 
-/// A stream that refuses messages that are too large, and remembers how far it was read.
+/// A stream that rejects messages that are too large, and tracks the read position.
 pub struct Framed<R> {
     stream: R,
-    /// The head of the message, as it is on the stream.
+    /// The header of the message, as it is on the stream.
     head: Vec<u8>,
-    /// How much of the head was handed out.
+    /// The number of header bytes that were returned.
     given: usize,
     body_left: u64,
-    /// Whether nothing comes after what was read.
+    /// True if the stream has ended.
     pub is_over: bool,
-    /// Whether the end-of-stream marker was read.
+    /// True if the end-of-stream marker was read.
     pub is_whole: bool,
-    /// Why a message was refused, in words.
+    /// The reason why a message was rejected.
     pub refused: Option<String>,
 }
 
@@ -43,7 +43,7 @@ impl<R: Read> Framed<R> {
         }
     }
 
-    /// Reads the head of the next message.
+    /// Reads the header of the next message.
     fn next_head(&mut self) -> io::Result<()> {
         self.head.clear();
         self.given = 0;
@@ -61,18 +61,18 @@ impl<R: Read> Framed<R> {
             .ok()
             .filter(|length| *length <= HEAD_MAX);
         let Some(length) = length else {
-            return Err(self.refuse("wrote what is no Arrow IPC stream".to_owned()));
+            return Err(self.refuse("wrote an invalid Arrow IPC stream".to_owned()));
         };
         if !self.take(length)? {
             return Ok(());
         }
-        // What is no message is told by the reader.
+        // An invalid message is reported by the reader.
         if let Ok(message) = root_as_message(&self.head[start..]) {
             let length = message.bodyLength();
             let fits = u64::try_from(length).ok().filter(|body| *body <= BODY_MAX);
             let Some(body) = fits else {
                 return Err(self.refuse(format!(
-                    "wrote a batch of {length} bytes, and {BODY_MAX} are the most; write fewer rows at once"
+                    "wrote a batch of {length} bytes, which is more than the limit of {BODY_MAX}; write smaller batches"
                 )));
             };
             self.body_left = body;
@@ -80,7 +80,7 @@ impl<R: Read> Framed<R> {
         Ok(())
     }
 
-    /// Reads so many more bytes of the head; `false` if there are fewer.
+    /// Reads `count` more bytes of the header; returns false if the stream ends first.
     fn take(&mut self, count: usize) -> io::Result<bool> {
         let mut limited = (&mut self.stream).take(count as u64);
         let read = limited.read_to_end(&mut self.head)?;
@@ -154,16 +154,16 @@ mod tests {
             framed.read_to_end(&mut out).unwrap();
             assert_eq!(out, &bytes[..cut]);
             assert!(framed.is_over, "cut at {cut}");
-            // The marker is eight bytes of which the last four say that nothing follows.
+            // The marker is eight bytes; the last four are a length of zero.
             assert!(!framed.is_whole, "cut at {cut}");
         }
     }
 
-    /// Nothing of that size is allocated: the length of a body lies in the head of its message.
+    /// Nothing of that size is allocated: the length of a body is in the header of its message.
     #[test]
     fn a_message_is_refused_by_the_size_that_its_head_says() {
         let bytes = stream();
-        // The schema has no body; the message behind it is the first batch.
+        // The schema has no body; the next message is the first batch.
         let length = |at: usize| i32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) as usize;
         let start = 8 + length(4) + 8;
         let head = &bytes[start..start + length(start - 4)];

@@ -1,19 +1,19 @@
-//! The lines that a program writes to its standard error, in bounded memory and whatever their bytes are.
+//! The lines that a program writes to its stderr, read in bounded memory and with any bytes.
 
 use std::io::{ErrorKind, Read};
 
 use ovchat_io::mask::Mask;
 
-/// What is kept of the beginning of a line, and of its end.
+/// The most bytes that are kept of a line's start, and of its end.
 const HEAD: usize = 16 << 10;
 const TAIL: usize = 16 << 10;
 
-/// The longest line that is kept as a whole.
-const MIDDLE: u64 = (HEAD + TAIL) as u64;
+/// The longest line that is kept whole, in bytes.
+const WHOLE_MAX: u64 = (HEAD + TAIL) as u64;
 
-/// Hands the lines of a stream to `take` until there are no more, or none is wanted. The middle of one that is
-/// very long is left out.
-/// Secrets are hidden before a line is cut, so that no part of one stays at the cut.
+/// Passes the lines of a stream to `take` until the stream ends or `take` returns false. The middle
+/// of a very long line is left out. Secrets are masked before a line is cut, so no part of one
+/// remains at the cut.
 pub fn each(mut stream: impl Read, mask: &Mask, mut take: impl FnMut(String) -> bool) {
     let mut buffer = [0; 8 << 10];
     let margin = mask.longest();
@@ -42,7 +42,7 @@ pub fn each(mut stream: impl Read, mask: &Mask, mut take: impl FnMut(String) -> 
     }
 }
 
-/// A line that grows.
+/// A line that is being read.
 #[derive(Default)]
 struct Line {
     length: u64,
@@ -66,7 +66,7 @@ impl Line {
     }
 
     fn text(mut self, mask: &Mask) -> String {
-        if self.length <= (self.head.len() + self.tail.len()) as u64 && self.length <= MIDDLE {
+        if self.length <= (self.head.len() + self.tail.len()) as u64 && self.length <= WHOLE_MAX {
             self.head.append(&mut self.tail);
             let text = shown(self.head.strip_suffix(b"\r").unwrap_or(&self.head));
             return mask.hide(&text);
@@ -85,7 +85,7 @@ impl Line {
     }
 }
 
-/// Bytes as text; those that are none as `\xff`.
+/// Decodes bytes as text; invalid UTF-8 becomes `\xff`.
 fn shown(bytes: &[u8]) -> String {
     let mut text = String::with_capacity(bytes.len());
     for chunk in bytes.utf8_chunks() {

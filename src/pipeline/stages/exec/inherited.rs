@@ -1,4 +1,4 @@
-//! The variables of the environment that a command inherits.
+//! The environment variables that a command inherits.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -8,41 +8,41 @@ use serde::de::{Error as _, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::json;
 
-/// The variables that a command inherits.
+/// The environment variables that a command inherits.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Inherited {
-    /// Those that it gets whatever they hold.
+    /// Variables that are inherited even if they look like secrets.
     names: Vec<String>,
-    /// Whether it gets no others, but for those that programs need to start.
+    /// True if no other variables are inherited, except the basic ones.
     is_only: bool,
 }
 
-/// What programs need to start, to find their files and to know the language.
+/// Basic variables that programs need to start, to find their files and to choose the locale.
 const BASIC: [&str; 12] = [
     "HOME", "LANG", "LANGUAGE", "LOGNAME", "PATH", "PWD", "SHELL", "TERM", "TMPDIR", "TZ", "USER",
     "LC_ALL",
 ];
 
 impl Inherited {
-    /// All that are no secrets.
+    /// True for the default: all variables except secrets.
     pub fn is_usual(&self) -> bool {
         *self == Self::default()
     }
 
-    /// Whether a variable is inherited; `is_named`: the pipeline uses its value.
+    /// True if a variable is inherited; `is_named` is true if the pipeline uses its value.
     pub fn takes(&self, name: &str, is_named: bool) -> bool {
         let is_listed = self.names.iter().any(|listed| listed == name);
         let is_basic = BASIC.contains(&name) || name.starts_with("LC_");
         is_listed || is_basic || !(self.is_only || is_named || is_secret(name))
     }
 
-    /// Whether nothing but what is listed is inherited.
+    /// True if only the basic and the listed variables are inherited.
     pub fn is_only(&self) -> bool {
         self.is_only
     }
 }
 
-/// Whether a variable is called like a secret.
+/// True if a variable is named like a secret.
 fn is_secret(name: &str) -> bool {
     let name = name.to_uppercase();
     let ends = ["_TOKEN", "_KEY", "_SECRET", "_PAT"];
@@ -52,7 +52,7 @@ fn is_secret(name: &str) -> bool {
         || name.starts_with("AWS_")
 }
 
-/// The word for nothing else.
+/// The keyword that restricts a command to the basic and the listed variables.
 const ONLY: &str = "only";
 
 impl<'de> Deserialize<'de> for Inherited {
@@ -63,7 +63,9 @@ impl<'de> Deserialize<'de> for Inherited {
             type Value = Inherited;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("names such as `[HF_TOKEN]`, `only`, or `{ only: [HF_TOKEN] }`")
+                f.write_str(
+                    "a list of names such as `[HF_TOKEN]`, `only`, or `{ only: [HF_TOKEN] }`",
+                )
             }
 
             fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Inherited, E> {
@@ -115,7 +117,7 @@ impl<'de> Deserialize<'de> for Inherited {
 fn checked<E: serde::de::Error>(name: String) -> Result<String, E> {
     if name.is_empty() || name.contains(['=', '\0', ' ', '$']) {
         return Err(E::custom(format!(
-            "`{name}` is not the name of a variable; write one such as `HF_TOKEN`"
+            "`{name}` is not a valid name of an environment variable; expected one such as `HF_TOKEN`"
         )));
     }
     Ok(name)
@@ -167,7 +169,7 @@ mod tests {
         let only_listed = read(r#"{"only": ["HF_TOKEN"]}"#).unwrap();
         for (name, is_named, expected) in [
             ("PATH", false, [true, true, true, true]),
-            // A pipeline may say `${env:HOME}`.
+            // A pipeline may use `${env:HOME}`.
             ("HOME", true, [true, true, true, true]),
             ("LC_CTYPE", false, [true, true, true, true]),
             ("HF_TOKEN", false, [false, true, false, true]),

@@ -1,4 +1,4 @@
-//! Parquet files: columns of images, and the columns that become the fields of a record.
+//! Parquet sources: columns of embedded images, and columns that become fields of a record.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -18,13 +18,13 @@ use super::{empty, input};
 use ovchat_data::store::TableReader;
 use ovchat_data::tables::ImageFile;
 
-/// Bytes of a text, and of a value of bytes, that tell what it is; nobody needs the rest of a video.
+/// The bytes of a string or a binary value that are kept to detect media; the rest is not needed.
 const TEXT_SHOWN: usize = 1024;
 const BYTES_SHOWN: usize = 60;
 
-/// The rows of a Parquet file. Columns of images (`image` or `images`: bytes, a struct of bytes and path,
-/// or a list of them) are taken out; of the others, those that are read become JSON, as in the other
-/// formats.
+/// Returns the rows of a Parquet file as records. Columns of images (`image` or `images`: bytes, a
+/// struct of bytes and path, or a list of either) become embedded images; other columns that are
+/// read become JSON, as in the other formats.
 pub fn records(
     path: &Path,
 ) -> Result<impl Iterator<Item = Result<Record, Failure>> + Send + use<>, Failure> {
@@ -52,7 +52,7 @@ fn batch_records(path: &Path, batch: &RecordBatch, first: usize) -> Result<Vec<R
     let mut plain = Vec::new();
     let mut others = Vec::new();
     let mut embedded: Vec<Vec<ImageFile>> = vec![Vec::new(); batch.num_rows()];
-    // Rows with other images in a second column.
+    // True for rows with different images in a second column.
     let mut has_others = vec![false; batch.num_rows()];
     let schema = batch.schema();
     let mut names = HashSet::new();
@@ -61,7 +61,7 @@ fn batch_records(path: &Path, batch: &RecordBatch, first: usize) -> Result<Vec<R
             path,
             "",
             format!(
-                "it has two columns `{}`; keep one of them",
+                "duplicate column `{}`; keep one of the two",
                 name_shown(twice.name())
             ),
         ));
@@ -88,7 +88,7 @@ fn batch_records(path: &Path, batch: &RecordBatch, first: usize) -> Result<Vec<R
     let objects = json_rows(path, batch.num_rows(), plain)?;
     let record =
         |(index, (mut fields, embedded)): (usize, (Map<String, Value>, Vec<ImageFile>))| {
-            // Their values may be large, as those of videos are, and nobody needs them.
+            // The values may be large, e.g. videos, and are not needed in full.
             for (name, column) in &others {
                 let value = outline(column, index);
                 if !value.is_null() {
@@ -126,7 +126,7 @@ fn batch_records(path: &Path, batch: &RecordBatch, first: usize) -> Result<Vec<R
         .collect())
 }
 
-/// True if these are the names of images whose bytes the file holds: the same file names, as many.
+/// True if these are the names of the embedded images: as many, with the same file names.
 fn are_names(names: &Value, images: &[ImageFile]) -> bool {
     let names = match names {
         Value::Array(names) => &names[..],
@@ -149,12 +149,12 @@ fn holds_bytes(data_type: &DataType) -> bool {
 }
 
 fn is_null(column: &ArrayRef, row: usize) -> bool {
-    // A column of nulls only has no bitmap of them.
+    // A column of the type `Null` has no null bitmap.
     column.is_null(row) || *column.data_type() == DataType::Null
 }
 
-/// As much of a value as tells whether it is media: of a text and of bytes (in base64) the beginning, of
-/// other values whether they hold anything. Lists and structs are in it as they are.
+/// Returns as much of a value as is needed to detect media: the start of a string or of bytes (in
+/// base64), and for other values whether they are empty. Lists and structs keep their structure.
 fn outline(column: &ArrayRef, row: usize) -> Value {
     if is_null(column, row) {
         return Value::Null;
@@ -170,7 +170,7 @@ fn outline(column: &ArrayRef, row: usize) -> Value {
     let list = |items: ArrayRef| {
         let outlines = (0..items.len()).map(|item| outline(&items, item));
         match items.data_type().is_primitive() {
-            // Numbers, perhaps thousands of them.
+            // Numbers, possibly thousands of them.
             true => Value::Array(vec![Value::Bool(!items.is_empty())]),
             false => Value::Array(outlines.collect()),
         }
@@ -194,7 +194,7 @@ fn outline(column: &ArrayRef, row: usize) -> Value {
             let mut outlined = Map::new();
             for (field, column) in columns {
                 let value = outline(column, row);
-                // A name twice: both are looked at.
+                // A duplicate name: both values are kept.
                 match outlined.entry(field.name()) {
                     Entry::Vacant(place) => drop(place.insert(value)),
                     Entry::Occupied(mut place) => {
@@ -221,12 +221,13 @@ fn outline(column: &ArrayRef, row: usize) -> Value {
             Err(_) => Value::Bool(true),
         },
         of if of.is_primitive() => Value::Bool(true),
-        // A union or the like.
+        // A union or a similar type.
         _ => Value::Array(vec![Value::Bool(true)]),
     }
 }
 
-/// The images in a row of a column. A null in a list is an image without bytes, which is refused.
+/// Returns the images in a row of a column. A null in a list is an image without bytes, which is
+/// rejected later.
 fn files_of(column: &ArrayRef, row: usize) -> Vec<ImageFile> {
     if column.is_null(row) {
         return Vec::new();
@@ -306,7 +307,7 @@ mod tests {
     use ovchat_data::tables::{Image, Row};
 
     #[test]
-    fn pictures_in_parquet_are_taken_out_and_the_rest_becomes_json() {
+    fn images_in_parquet_are_taken_out_and_the_rest_becomes_json() {
         let image = |bytes: Option<&[u8]>, path: &str| Image {
             image_id: String::new(),
             image: ImageFile {
@@ -335,7 +336,7 @@ mod tests {
         assert_eq!(records[1].embedded[0].bytes, None);
     }
 
-    /// The records of a Parquet file of these columns.
+    /// Returns the records of a Parquet file with these columns.
     fn parquet(columns: Vec<(&str, ArrayRef)>) -> Vec<Record> {
         let batch = RecordBatch::try_from_iter_with_nullable(
             columns

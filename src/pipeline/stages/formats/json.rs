@@ -1,4 +1,4 @@
-//! JSON lists and JSON lines.
+//! JSON list and JSON Lines sources.
 
 use std::cell::Cell;
 use std::fmt;
@@ -15,13 +15,13 @@ use super::super::unread::shown;
 use super::super::work::{Failure, Record};
 use super::{empty, input};
 
-/// Records that a reading thread may be ahead of the one that uses them.
+/// The number of records that the parser thread may be ahead of its consumer.
 const AHEAD: usize = 256;
 
-/// The bytes that a record may have: no more is held in memory of one that never ends.
+/// The maximum size of a record, in bytes, which bounds the memory for a record that never ends.
 const RECORD_MAX: u64 = 64 << 20;
 
-/// One JSON object a line; empty lines are passed over.
+/// Reads one JSON object per line; empty lines are skipped.
 pub fn lines<T: BufRead + Send + 'static>(
     path: &Path,
     text: T,
@@ -44,7 +44,7 @@ pub fn lines<T: BufRead + Send + 'static>(
         }
     });
     let mut has_failed = false;
-    // Behind a failure, what comes next is not the start of a line.
+    // After a failure, the position is no longer at the start of a line.
     let lines = lines.take_while(move |line| !std::mem::replace(&mut has_failed, line.is_err()));
     lines.filter_map(|line| match line {
         Ok((_, line)) if line.trim_ascii().is_empty() => None,
@@ -53,15 +53,13 @@ pub fn lines<T: BufRead + Send + 'static>(
     })
 }
 
-/// The record in a line. A line that is no JSON is a bad row, not a bad file: the next one may be fine.
+/// Parses the record in a line. A line of invalid JSON rejects its record and not the file, since
+/// later lines may be valid.
 fn record_of(number: usize, line: &[u8]) -> Record {
     let fields = match std::str::from_utf8(line) {
         Ok(line) => whole(StrRead::new(line))
-            .unwrap_or_else(|error| Err(format!("it is not JSON: {}", without_place(&error)))),
-        Err(error) => Err(format!(
-            "it is not UTF-8: byte {} is wrong",
-            error.valid_up_to() + 1
-        )),
+            .unwrap_or_else(|error| Err(format!("invalid JSON: {}", without_place(&error)))),
+        Err(error) => Err(format!("invalid UTF-8 at byte {}", error.valid_up_to() + 1)),
     };
     Record {
         place: format!("line {number}"),
@@ -70,15 +68,15 @@ fn record_of(number: usize, line: &[u8]) -> Record {
     }
 }
 
-/// The complaint about a record that is longer than [`RECORD_MAX`].
+/// The error for a record longer than [`RECORD_MAX`].
 fn too_long() -> String {
     format!(
-        "a record of more than {} MB; keep images and other large values in files beside",
+        "a record exceeds {} MB; keep images and other large values in separate files",
         RECORD_MAX >> 20
     )
 }
 
-/// A reader that fails when more than [`RECORD_MAX`] bytes are read before `read` is set back.
+/// A reader that fails once more than [`RECORD_MAX`] bytes are read before `read` is reset.
 struct Limited<'a, T> {
     text: T,
     read: &'a Cell<u64>,
@@ -95,14 +93,15 @@ impl<T: io::Read> io::Read for Limited<'_, T> {
     }
 }
 
-/// The words of an error without the place that serde_json adds.
+/// Returns the message of an error without the position that serde_json appends.
 fn without_line(error: &serde_json::Error) -> String {
     let text = error.to_string();
     let end = text.rfind(" at line ").unwrap_or(text.len());
     text[..end].to_owned()
 }
 
-/// serde_json counts lines of what it was given; for JSON lines that is always line 1.
+/// Returns the message of an error with its column only: for JSON Lines, the line that serde_json
+/// counts is always 1.
 fn without_place(error: &serde_json::Error) -> String {
     let text = error.to_string();
     match text.rfind(" at line ") {
@@ -111,7 +110,7 @@ fn without_place(error: &serde_json::Error) -> String {
     }
 }
 
-/// The objects of a JSON list, parsed by a thread of their own: a list of millions never lies in
+/// Reads the objects of a JSON list in a separate thread, so that a list of millions is never in
 /// memory as a whole.
 pub fn list<T: BufRead + Send + 'static>(
     path: &Path,
@@ -135,10 +134,10 @@ pub fn list<T: BufRead + Send + 'static>(
             Ok(Ok(())) => return,
             Ok(Err(error)) if error.is_io() => without_line(&error),
             Ok(Err(error)) => format!("not a JSON list: {error}"),
-            // The end of the records would look like that of the list.
-            Err(_) => "it can't be read, by a mistake of this program".to_owned(),
+            // Without an error, the panic would look like the end of the list.
+            Err(_) => "the JSON parser panicked; this is a bug in `pipeline`".to_owned(),
         };
-        // The receiver is gone when nobody wants more records; then there is nobody to tell.
+        // Sending fails if the receiver was dropped; then nobody waits for the error.
         let _ = sender.send(Err(input(&path, "", problem)));
     });
     receiver.into_iter()
@@ -147,7 +146,7 @@ pub fn list<T: BufRead + Send + 'static>(
 struct Feed<'a> {
     sender: &'a SyncSender<Result<Record, Failure>>,
     path: &'a PathBuf,
-    /// The bytes of the record that is being read.
+    /// The number of bytes read of the current record.
     read: &'a Cell<u64>,
 }
 
@@ -169,7 +168,7 @@ impl<'de> Visitor<'de> for Feed<'_> {
                 embedded: Vec::new(),
             };
             if self.sender.send(Ok(record)).is_err() {
-                return Err(serde::de::Error::custom("nobody wants more records"));
+                return Err(serde::de::Error::custom("the receiver was dropped"));
             }
         }
         if count == 0 {
@@ -179,14 +178,15 @@ impl<'de> Visitor<'de> for Feed<'_> {
     }
 }
 
-/// A text that is one JSON value, or what is wrong with its keys.
+/// Parses a text that is one JSON value. The inner error reports a duplicate key.
 pub fn whole<'t>(text: impl JsonRead<'t>) -> serde_json::Result<Result<Value, String>> {
     let mut text = serde_json::Deserializer::new(text);
     let value = Unique.deserialize(&mut text)?;
     text.end().map(|()| value)
 }
 
-/// Reads a value; refuses one with a key that stands twice in an object. serde_json keeps the last.
+/// A seed that parses a value and rejects duplicate keys in objects, of which serde_json keeps the
+/// last.
 struct Unique;
 
 impl<'de> DeserializeSeed<'de> for Unique {
@@ -198,14 +198,14 @@ impl<'de> DeserializeSeed<'de> for Unique {
         Ok(match twice {
             None => Ok(value),
             Some(key) => Err(format!(
-                "the key `{}` stands in it twice; keep one of the two",
+                "duplicate key `{}`; keep one of the two",
                 shown(&key)
             )),
         })
     }
 }
 
-/// Reads a value and notes the first key that stands twice in one of its objects.
+/// A seed that parses a value and records the first duplicate key in one of its objects.
 struct Parse<'a> {
     twice: &'a mut Option<String>,
 }

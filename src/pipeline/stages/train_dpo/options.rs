@@ -1,4 +1,4 @@
-//! The settings of `train_dpo` that are more than a number, and what they say against each other.
+//! The structured settings of `train_dpo`, and the validation of its settings against each other.
 
 use std::collections::BTreeMap;
 use std::num::NonZeroU32;
@@ -12,7 +12,7 @@ use super::super::{ModelName, Positive, Share, StageError};
 use super::TrainDpo;
 use ovchat_models::{Loss, Part};
 
-/// A loss, or several with their weights.
+/// A loss, or a weighted sum of losses.
 #[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
 #[serde(untagged)]
 pub enum LossSum {
@@ -20,7 +20,7 @@ pub enum LossSum {
     Several(BTreeMap<Loss, Positive>),
 }
 
-/// By hand, because serde does not say what is wrong with a value that may be one of two things.
+/// Implemented by hand, because serde's error for an untagged enum does not name the problem.
 impl<'de> Deserialize<'de> for LossSum {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct OneOrSeveral;
@@ -29,7 +29,7 @@ impl<'de> Deserialize<'de> for LossSum {
 
             fn expecting(&self, text: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
                 text.write_str(
-                    "the name of a loss, or names with weights as in `{ sigmoid: 1, sft: 0.2 }`",
+                    "the name of a loss, or losses with weights such as `{ sigmoid: 1, sft: 0.2 }`",
                 )
             }
             fn visit_str<E: serde::de::Error>(self, name: &str) -> Result<LossSum, E> {
@@ -50,7 +50,7 @@ impl Default for LossSum {
 }
 
 impl LossSum {
-    /// The losses with their weights.
+    /// Returns the losses with their weights.
     pub fn terms(&self) -> Vec<(Loss, f64)> {
         match self {
             Self::One(loss) => vec![(*loss, 1.0)],
@@ -62,7 +62,7 @@ impl LossSum {
     }
 }
 
-/// What a model in training is compared with.
+/// The reference model of a training stage.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum ReferenceModel {
@@ -108,13 +108,14 @@ impl JsonSchema for ReferenceModel {
     }
 }
 
-/// How far the log-probabilities that sampling left are trusted.
+/// The audit of the log-probabilities that were recorded during sampling.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct ReferenceAudit {
-    /// The share of pairs whose log-probabilities are computed again, drawn by their names.
+    /// The share of pairs whose log-probabilities are recomputed, chosen by a hash of their keys.
     pub share: Share,
-    /// How far an answer's log-probability may be off, per token; beyond it nothing is trained.
+    /// The maximum difference of an answer's recorded and recomputed log-probabilities, in nats per
+    /// token. Training fails above it.
     pub drift_max: Positive,
 }
 
@@ -127,21 +128,21 @@ impl Default for ReferenceAudit {
     }
 }
 
-/// A LoRA adapter to the language model. Once there is one, later rounds go on with it.
+/// A LoRA adapter of the language model. Later rounds continue to train the same adapter.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Lora {
-    /// The rank of its matrices.
+    /// The rank of the adapter's matrices.
     pub rank: NonZeroU32,
-    /// Their product is scaled by `alpha / rank`.
+    /// The scaling numerator: the product of the matrices is scaled by `alpha / rank`.
     pub alpha: Positive,
-    /// The share of its inputs that is set to zero at random.
+    /// The dropout probability of the adapter's inputs; 0 turns it off.
     pub dropout: Share,
-    /// The linear layers of the language model that it is added to.
+    /// The linear layers of the language model that get an adapter, by module name. Default: all.
     pub targets: Vec<String>,
 }
 
-/// LLaVA-NeXT's own rank and alpha, without its dropout of 0.05.
+/// The rank and alpha of LLaVA-NeXT, without its dropout of 0.05.
 impl Default for Lora {
     fn default() -> Self {
         let targets = [
@@ -163,7 +164,7 @@ impl Default for Lora {
 }
 
 impl TrainDpo {
-    /// What losses and their settings say against each other.
+    /// Validates the losses and their settings against each other.
     pub fn check_losses(&self) -> Result<(), StageError> {
         let terms = self.loss.terms();
         let refuse = |field, message: String, help: &str| {
@@ -174,8 +175,8 @@ impl TrainDpo {
             })
         };
         if terms.is_empty() {
-            let message = "no loss is named, so there is nothing to make small".to_owned();
-            return refuse("loss", message, "the usual one is `sigmoid`");
+            let message = "no loss is given".to_owned();
+            return refuse("loss", message, "the default is `sigmoid`");
         }
         let smoothing = self.label_smoothing.get();
         let needs = |loss: &Loss| matches!(loss, Loss::ExoPair | Loss::Robust);
@@ -183,30 +184,32 @@ impl TrainDpo {
             && let Some((loss, _)) = terms.iter().find(|(loss, _)| needs(loss))
         {
             let message = format!(
-                "the loss `{}` needs a `label_smoothing` above 0",
+                "the loss `{}` requires a `label_smoothing` above 0",
                 word(loss)
             );
             return refuse(
                 "loss",
                 message,
-                "give the share of wrong labels, such as 0.1",
+                "set it to the expected fraction of flipped labels, e.g. 0.1",
             );
         }
         if smoothing >= 0.5 {
-            let message = format!("with {smoothing} of the labels wrong, nothing can be learned");
-            return refuse("label_smoothing", message, "give a share below 0.5");
+            let message = format!(
+                "{smoothing} is too high: with half of the labels flipped, the pairs carry no signal"
+            );
+            return refuse("label_smoothing", message, "set it below 0.5");
         }
         if smoothing > 0.0 && !terms.iter().any(|(loss, _)| loss.has_smoothing()) {
             let with = Loss::ALL.iter().filter(|loss| loss.has_smoothing());
             let with: Vec<String> = with.map(|loss| format!("`{}`", word(loss))).collect();
-            let message = "`label_smoothing` has no part in these losses".to_owned();
-            let help = format!("leave it out, or use one of {}", with.join(", "));
+            let message = "`label_smoothing` has no effect on these losses".to_owned();
+            let help = format!("remove it, or use one of {}", with.join(", "));
             return refuse("label_smoothing", message, &help);
         }
         let has_simpo = terms.iter().any(|(loss, _)| *loss == Loss::Simpo);
         if self.simpo_gamma.is_some() && !has_simpo {
-            let message = "only the loss `simpo` has such a margin".to_owned();
-            return refuse("simpo_gamma", message, "leave it out, or use `simpo`");
+            let message = "`simpo_gamma` only applies to the loss `simpo`".to_owned();
+            return refuse("simpo_gamma", message, "remove it, or use `simpo`");
         }
         let asked = terms.iter().any(|(loss, _)| loss.has_reference());
         let is_given = self
@@ -214,13 +217,13 @@ impl TrainDpo {
             .as_ref()
             .is_some_and(|reference| *reference != ReferenceModel::None);
         if is_given && !asked {
-            let message = "none of the losses asks for a reference".to_owned();
-            return refuse("reference", message, "leave it out");
+            let message = "none of the losses uses a reference".to_owned();
+            return refuse("reference", message, "remove it");
         }
         Ok(())
     }
 
-    /// What is said of parts, adapter and warmup against each other.
+    /// Validates the settings of parts, adapter and warmup against each other.
     pub fn check_parts(&self) -> Result<(), StageError> {
         let refuse = |field, message: String, help: &str| {
             Err(StageError {
@@ -230,39 +233,42 @@ impl TrainDpo {
             })
         };
         if self.lora.is_some() && self.train.is_some() {
-            let message = "with `lora` an adapter is trained, and nothing else".to_owned();
-            return refuse("train", message, "leave out one of the two");
+            let message = "`train` conflicts with `lora`, which trains the adapter only".to_owned();
+            return refuse("train", message, "remove one of the two");
         }
         if self.train.as_ref().is_some_and(Vec::is_empty) {
-            let message = "nothing would be trained".to_owned();
-            return refuse("train", message, "name parts, or leave it out to train all");
+            let message = "no part is listed, so nothing would be trained".to_owned();
+            return refuse("train", message, "list parts, or remove it to train all");
         }
         if self
             .lora
             .as_ref()
             .is_some_and(|lora| lora.targets.is_empty())
         {
-            let message = "an adapter without `targets` changes nothing".to_owned();
+            let message = "`targets` is empty, so the adapter has no effect".to_owned();
             return refuse(
                 "lora",
                 message,
-                "leave `targets` out to adapt all linear layers",
+                "remove `targets` to adapt all linear layers",
             );
         }
         let is_trained = |part: &&Part| self.lora.is_none() && self.parts().contains(*part);
         if let Some(part) = self.learning_rates.keys().find(|part| !is_trained(part)) {
-            let message = format!("`{}` is not trained, so it needs no rate", word(part));
-            return refuse("learning_rates", message, "leave it out, or train the part");
+            let message = format!(
+                "`{}` is not trained, so its learning rate has no effect",
+                word(part)
+            );
+            return refuse("learning_rates", message, "remove it, or train the part");
         }
         if self.warmup_ratio.is_some() && self.warmup_steps.is_some() {
-            let message = "`warmup_ratio` says the same".to_owned();
-            return refuse("warmup_steps", message, "leave out one of the two");
+            let message = "`warmup_steps` conflicts with `warmup_ratio`".to_owned();
+            return refuse("warmup_steps", message, "remove one of the two");
         }
         Ok(())
     }
 }
 
-/// A value as a pipeline file spells it.
+/// Returns a value as it is written in a pipeline file.
 fn word(value: &impl Serialize) -> String {
     let value = serde_json::to_value(value).expect("plain data");
     value.as_str().unwrap_or_default().to_owned()

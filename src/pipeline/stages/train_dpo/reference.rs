@@ -1,4 +1,4 @@
-//! Reference log-probabilities: those that sampling left, and those that have to be computed.
+//! Reference log-probabilities, recorded during sampling or computed by a reference pass.
 
 use std::cell::RefCell;
 
@@ -10,8 +10,8 @@ use ovchat_data::tables::{Pair, Reference};
 use ovchat_models::{DpoTrainer, Mask, Newlines, Trained};
 
 impl TrainDpo {
-    /// The reference log-probabilities that sampling left, if the model that answered is the
-    /// reference, and what was asked and answered is all that counts.
+    /// Returns the log-probabilities recorded during sampling, if they are those of the reference:
+    /// the model that answered is the reference, and the mask and newlines are those of sampling.
     pub fn sampled_reference(&self, pair: &Pair, reference: &str) -> Option<[f64; 2]> {
         let as_sampled = pair.chosen_token_ids.is_some() && pair.rejected_token_ids.is_some();
         let same_model = pair.model.as_deref() == Some(reference);
@@ -20,13 +20,14 @@ impl TrainDpo {
         Some([pair.chosen_logp?, pair.rejected_logp?])
     }
 
-    /// Whether what sampling left for a pair is computed again.
+    /// True if the recorded log-probabilities of a pair are recomputed.
     fn is_audited(&self, pair: &Pair) -> bool {
         let draw = Key::new("audit").with(&pair.row_key).finish_u64();
         (draw as f64) < self.reference_audit.share.get() * 2f64.powi(64)
     }
 
-    /// How far the two log-probabilities of a pair are apart, per token.
+    /// Returns the larger drift of a pair's two answers: the absolute difference of
+    /// log-probabilities per token.
     fn drift(pair: &Pair, [sampled, found]: [[f64; 2]; 2]) -> f64 {
         let tokens = [&pair.chosen_token_ids, &pair.rejected_token_ids]
             .map(|ids| ids.as_ref().map_or(1, |ids| ids.len().max(1)) as f64);
@@ -35,11 +36,11 @@ impl TrainDpo {
     }
 }
 
-/// Computes the reference log-probabilities that sampling did not leave: those of pairs that people
-/// judged, or whose answers come from another model.
+/// The pass that computes the reference log-probabilities that sampling did not record: those of
+/// pairs labeled by people, and of pairs whose answers come from another model.
 pub struct ReferencePass<'a> {
     stage: &'a TrainDpo,
-    /// Opened for the first pair that needs it, and kept for all parts.
+    /// The reference model, opened for the first pair that needs it and kept for all parts.
     trainer: RefCell<Option<Box<dyn DpoTrainer>>>,
 }
 
@@ -96,7 +97,9 @@ impl RowStage for ReferencePass<'_> {
         tasks: &[Task<Pair>],
     ) -> Result<Vec<Outcome<Vec<Reference>>>, Failure> {
         let stage = self.stage;
-        let (model, state) = stage.reference_model().expect("made only with a reference");
+        let (model, state) = stage
+            .reference_model()
+            .expect("built only with a reference");
         let reference = ctx.models.fingerprint(model, state).to_owned();
         let mut outcomes = Vec::with_capacity(tasks.len());
         let mut trainer = self.trainer.borrow_mut();
@@ -131,13 +134,16 @@ impl RowStage for ReferencePass<'_> {
                     let sampled = stage.sampled_reference(pair, &reference);
                     let drift = sampled.map(|sampled| TrainDpo::drift(pair, [sampled, found]));
                     let drift_max = stage.reference_audit.drift_max.get();
-                    if let Some(drift) = drift.filter(|&drift| drift > drift_max) {
+                    if let (Some([chosen, rejected]), Some(drift)) = (sampled, drift)
+                        && drift > drift_max
+                    {
                         return Err(Failure::Other(format!(
-                            "the log-probabilities that sampling left for pair {} are {drift:.4} a \
-                             token off what the reference says now ({sampled:?} and {found:?}), and \
-                             `reference_audit.drift_max` is {drift_max}; sample with the precision \
-                             and on the device of the training, or allow more",
-                            pair.row_key,
+                            "the log-probabilities recorded for pair {} during sampling ({chosen:.4} chosen, \
+                             {rejected:.4} rejected) differ by {drift:.4} per token from those of the \
+                             reference ({:.4}, {:.4}), which exceeds `reference_audit.drift_max` of \
+                             {drift_max}; sample with the dtype and on the device used for training, \
+                             or raise `drift_max`",
+                            pair.row_key, found[0], found[1],
                         )));
                     }
                     rows.push(Reference {
@@ -153,7 +159,7 @@ impl RowStage for ReferencePass<'_> {
             }
             done += task.rows.len() as u64;
             (ctx.progress)(done);
-            outcomes.push(Outcome::TableVersion(rows));
+            outcomes.push(Outcome::Rows(rows));
         }
         Ok(outcomes)
     }
