@@ -311,3 +311,17 @@ fn a_damaged_record_is_named_and_written_again() {
     scene.succeeds(&["repair", "scripted"]);
     scene.succeeds(&["verify", "scripted"]);
 }
+
+#[test]
+fn verify_tells_of_a_manifest_that_is_something_else() {
+    let scene = finished();
+    let run = scene.path("runs/scripted");
+    let record = fs::read(file_of_record(&run, "rewards")).unwrap();
+    fs::write(run.join("manifest.json"), record).unwrap();
+    fs::remove_file(run.join("manifest.previous.json")).ok();
+    let verified = scene.pipeline(&["verify", "scripted"]);
+    assert_eq!(verified.code, Some(1), "{}", verified.err);
+    assert!(verified.out.contains("manifest.json"), "{}", verified.out);
+    scene.succeeds(&["repair", "scripted"]);
+    scene.succeeds(&["verify", "scripted"]);
+}

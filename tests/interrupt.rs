@@ -1,8 +1,9 @@
 //! Killed, stopped and concurrent runs: finished work stays, and the next run gives the same
 //! result.
 
+use std::io::{BufRead as _, BufReader};
 use std::os::unix::process::ExitStatusExt;
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use ovchat_data::store::RunFolder;
@@ -160,4 +161,31 @@ fn a_run_in_use_is_refused_and_its_holder_is_named() {
         second.err
     );
     assert!(status.out.contains("running, process"), "{}", status.out);
+}
+
+#[test]
+fn a_report_that_never_ends_hears_the_first_signal() {
+    let scene = Scene::new();
+    let endless =
+        "with recursive t as (select 1 a union all select a + 1 from t) select count(*) n from t";
+    let pipeline = format!(
+        "pipeline: scripted\nstages:\n  prompts: {{ load_prompts: {{ from: prompts.json }} }}\nreport:\n  \
+         endless: {{ query: \"{endless}\" }}\n"
+    );
+    scene.prompts(3).write("p.yaml", pipeline);
+    let mut command = scene.command(&["run", "p.yaml"]);
+    let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    assert!(lines.any(|line| line.unwrap().contains("prompts: 3 rows")));
+    let asked = Instant::now();
+    let sent = Command::new("kill")
+        .args(["-TERM", &child.id().to_string()])
+        .status();
+    assert!(sent.unwrap().success());
+    assert_eq!(child.wait().unwrap().code(), Some(143));
+    assert!(
+        asked.elapsed() < Duration::from_secs(2),
+        "{:?}",
+        asked.elapsed()
+    );
 }

@@ -317,3 +317,47 @@ fn a_run_of_format_1_is_whole_and_goes_on_in_its_own_form() {
     ]);
     assert!(scene.path("forked/rewards/round=2").is_dir());
 }
+
+/// Both folders were made by commit ce4bf7f, the last before the crates and their names; `stopped` was
+/// interrupted after the first of eight steps of a training.
+#[test]
+fn runs_of_before_the_crates_go_on_where_they_were() {
+    let scene = Scene::new();
+    let fixture = PathBuf::from(ROOT).join("tests/before-crates");
+    for name in ["p.yaml", "prompts.json"] {
+        scene.write(name, fs::read(fixture.join(name)).unwrap());
+    }
+    let copy = |name: &str| {
+        let to = scene.path("runs").join(name);
+        ovchat_data::store::copy_folder(&fixture.join(name), &to).unwrap();
+    };
+    copy("finished");
+    copy("stopped");
+    let run = |name: &str| scene.succeeds(&["run", "p.yaml", "--run", &format!("runs/{name}")]);
+    let said = run("finished");
+    assert!(
+        said.err.contains("nothing to do: all 15 tables"),
+        "{}",
+        said.err
+    );
+    let query = "select count(*) as n, count(distinct prompt_id) as prompts from pairs";
+    let said = scene.succeeds(&["sql", "finished", "--format", "csv", query]);
+    assert_eq!(said.out, "n,prompts\n128,64\n");
+    scene.succeeds(&["fork", "finished", "--at", "2", "--to", "forked"]);
+    let said = scene.succeeds(&["run", "p.yaml", "--run", "forked"]);
+    assert!(said.err.contains("candidates (round 1)"), "{}", said.err);
+
+    let said = run("stopped");
+    assert!(
+        said.err
+            .contains("candidates (round 1): 320 rows, up to date"),
+        "{}",
+        said.err
+    );
+    assert_eq!(scene.tables("runs/stopped"), scene.tables("runs/finished"));
+    let weights = |name: &str| {
+        let found = scene.checkpoints(&format!("runs/{name}"));
+        found.into_values().collect::<Vec<_>>()
+    };
+    assert_eq!(weights("stopped"), weights("finished"));
+}

@@ -176,9 +176,14 @@ fn a_comment_says_what_something_is() {
 
 /// Returns the first sentence of the comment at the start of a file.
 fn first_sentence(text: &str) -> String {
+    // A page begins with its doctype.
+    let text = text.strip_prefix("<!doctype html>\n<!-- ").map_or_else(
+        || text.to_owned(),
+        |rest| format!("# {}", rest.split(" -->").next().unwrap_or_default()),
+    );
     let lines = text.lines().map_while(|line| {
         let (marker, rest) = line.split_once(' ')?;
-        matches!(marker, "//!" | "--" | "#" | "<!--").then_some(rest)
+        matches!(marker, "//!" | "--" | "#").then_some(rest)
     });
     let words = lines.collect::<Vec<_>>().join(" ");
     let end = words.find(". ").unwrap_or(words.len());
@@ -191,7 +196,7 @@ fn first_sentence(text: &str) -> String {
 fn map_of(name: &str) -> String {
     let folder = format!("src/{name}/");
     let mut found = files(&folder);
-    found.retain(|(file, _)| !file.ends_with("Cargo.toml") && !file.ends_with("build.rs"));
+    found.retain(|(file, _)| !file.ends_with("Cargo.toml") && !file.ends_with("/build.rs"));
     found.sort_by_key(|(file, _)| {
         let is_root = file.ends_with("/lib.rs");
         let beside = file.replace("/mod.rs", "").replace(".rs", "");

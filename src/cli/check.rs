@@ -106,7 +106,7 @@ fn withheld(plan: &Plan) -> Vec<Diagnostic> {
         );
         let help = format!("pass them with `env: [{}]`", names.join(", "));
         let note = Diagnostic::note("config::withheld", At::key(KeyPath::default()), message);
-        Some(note.help(help).placed(stage.place.clone()))
+        Some(note.help(help).placed(stage.place()))
     });
     notes.collect()
 }

@@ -1,4 +1,4 @@
-//! `pipeline label`: a local web page on which annotators choose the better of two responses.
+//! `pipeline label`: a local web page on which annotators choose the better of two answers.
 //!
 //! The page is embedded in this program and loads nothing from elsewhere. It is served on localhost
 //! only, to clients that know the key in its address, and never to pages of other sites: requests
@@ -27,7 +27,7 @@ use ovchat_pipeline::run::Interrupt;
 
 const PAGE: &str = include_str!("label/page.html");
 
-/// Serve a labeling page for the responses that a run needs labels for.
+/// Serve a labeling page for the answers that a run needs labels for.
 #[derive(Args)]
 #[command(after_help = "Examples:\n  pipeline label runs/small-world\n  \
     pipeline label small-world --port 8080\n  pipeline label small-world --table pairs --round 2")]

@@ -95,7 +95,7 @@ pub fn refusals(plan: &Plan, all: &[Taken]) -> Vec<(TableName, Diagnostic)> {
             let message = format!("not enough memory for `{}`: {}", taken.table, refusal.cause);
             let diagnostic = Diagnostic::new("plan::memory", At::key(KeyPath::default()), message);
             let diagnostic = diagnostic.help(refusal.help.clone());
-            diagnostics.push((stage.name.clone(), diagnostic.placed(stage.place.clone())));
+            diagnostics.push((stage.name.clone(), diagnostic.placed(stage.place())));
         }
     }
     diagnostics

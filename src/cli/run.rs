@@ -272,7 +272,7 @@ fn in_json(
                 json!({
                     "code": 1, "run": folder, "table": table.map(TableName::as_str),
                     "round": error.round, "message": plan.secrets.hide(&error.to_string()),
-                    "place": stage.map(|stage| stage.place.to_string()),
+                    "place": stage.map(|stage| stage.place().to_string()),
                 }),
             );
             Err(Failed::Code(1))
@@ -291,6 +291,6 @@ fn underlined(plan: &Plan, error: &RunError) -> String {
         .map_or_else(String::new, |round| format!(" in round {round}"));
     let diagnostic = Diagnostic::new("run::failed", At::key(KeyPath::default()), message)
         .label(format!("failed here{round}; completed work is kept"))
-        .placed(stage.place.clone());
+        .placed(stage.place());
     diagnostic.render(RenderStyle::detect(std::io::stderr().is_terminal()))
 }

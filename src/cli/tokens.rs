@@ -505,7 +505,7 @@ pub fn refusals(plan: &Plan, all: &[TokenCounts]) -> Vec<(TableName, Diagnostic)
                 _ => "use smaller images or shorter texts",
             };
             let diagnostic = Diagnostic::new("plan::context", At::key(KeyPath::default()), message);
-            let diagnostic = diagnostic.label(label).help(help).placed(stage.place.clone());
+            let diagnostic = diagnostic.label(label).help(help).placed(stage.place());
             Some((stage.name.clone(), diagnostic))
         })
         .collect()

@@ -1,5 +1,4 @@
-//! Tests that untrusted checkpoint files (numbers out of range, patterns that never finish) are
-//! rejected with the file's name or accepted, and never cause a panic.
+//! Tests with untrusted checkpoint files: none may cause a panic, and a rejection names the file.
 
 use std::fs;
 use std::path::Path;

@@ -1,4 +1,4 @@
-//! Judges behind an OpenAI-compatible endpoint (`POST <base_url>/chat/completions`).
+//! Judges behind an OpenAI-compatible endpoint (`POST <base_url>/chat/completions`), and their settings.
 //!
 //! Every reply is appended to the call log and synced before it is used, so no request is paid for
 //! twice even if the process is killed. The number of concurrent calls adapts to the endpoint: it

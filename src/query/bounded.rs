@@ -1,4 +1,4 @@
-//! Functions whose results may be far larger than their arguments, with a limit.
+//! A limit on the size of results of SQL functions (`repeat`, `replace`, `range`, …).
 //!
 //! DataFusion counts the memory of operators, not that of a function's result: `repeat(id, 9000000)` over a batch
 //! of rows asks for more than there is, and the process ends. Here such a call is an error before the memory is

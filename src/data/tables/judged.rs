@@ -3,15 +3,15 @@
 use super::row::rows;
 
 rows! {
-    /// A response to be judged, with the fields of its prompt.
+    /// An answer to be judged, with the fields of its prompt.
     pub struct Judged: "judged" => {
-        /// Index of the response within the batch that is judged.
+        /// Index of the answer within the batch that is judged.
         pub row: i64,
         /// ID of the prompt.
         pub prompt_id: String,
-        /// Index of the response among the candidates of the prompt.
+        /// Index of the answer among the candidates of the prompt.
         pub candidate: i32,
-        /// Text of the response.
+        /// Text of the answer.
         pub text: String,
         /// Question text.
         pub question: String,

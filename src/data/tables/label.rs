@@ -1,4 +1,4 @@
-//! Row type of labels: human preferences between two responses.
+//! Row type of labels: human preferences between two answers.
 
 use super::row::rows;
 
@@ -13,11 +13,11 @@ rows! {
         pub left: i32,
         /// Candidate shown on the right.
         pub right: i32,
-        /// SHA-256 of the left response's text.
+        /// SHA-256 of the left answer's text.
         pub left_digest: String,
-        /// SHA-256 of the right response's text.
+        /// SHA-256 of the right answer's text.
         pub right_digest: String,
-        /// Verdict: `left` or `right` for the better response, `tie`, `both_bad`, `skip`, or
+        /// Verdict: `left` or `right` for the better answer, `tie`, `both_bad`, `skip`, or
         /// `undone` for a retracted label.
         pub said: String,
         /// Name of the annotator.

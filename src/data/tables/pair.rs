@@ -1,10 +1,10 @@
-//! Row type of preference pairs: a chosen and a rejected response to a prompt.
+//! Row type of preference pairs: a chosen and a rejected answer to a prompt.
 
 use super::prompt::Turn;
 use super::row::rows;
 
 rows! {
-    /// A chosen and a rejected response. Together with table `images`, a pair contains everything
+    /// A chosen and a rejected answer. Together with table `images`, a pair contains everything
     /// that training needs.
     pub struct Pair: "pair" => {
         /// Hash of the key inputs; identifies the pair.
@@ -15,9 +15,9 @@ rows! {
         pub image: Option<String>,
         /// Question text, without image placeholders.
         pub prompt: String,
-        /// Text of the preferred response.
+        /// Text of the preferred answer.
         pub chosen: String,
-        /// Text of the other response.
+        /// Text of the other answer.
         pub rejected: String,
         /// ID of the prompt.
         pub prompt_id: String,
@@ -33,23 +33,23 @@ rows! {
         pub chosen_candidate: Option<i32>,
         /// Index of the rejected candidate; null for human-written pairs.
         pub rejected_candidate: Option<i32>,
-        /// Reward of the chosen response.
+        /// Reward of the chosen answer.
         pub chosen_reward: Option<f32>,
-        /// Reward of the rejected response.
+        /// Reward of the rejected answer.
         pub rejected_reward: Option<f32>,
         /// Reward margin: `chosen_reward - rejected_reward`.
         pub margin: Option<f32>,
-        /// Token IDs of the chosen response as sampled; null: `chosen` is tokenized, with a stop
+        /// Token IDs of the chosen answer as sampled; null: `chosen` is tokenized, with a stop
         /// token appended.
         pub chosen_token_ids: Option<Vec<i32>>,
-        /// Token IDs of the rejected response as sampled; null: `rejected` is tokenized, with a
+        /// Token IDs of the rejected answer as sampled; null: `rejected` is tokenized, with a
         /// stop token appended.
         pub rejected_token_ids: Option<Vec<i32>>,
-        /// Natural-log probability of the chosen response under `model`.
+        /// Natural-log probability of the chosen answer under `model`.
         pub chosen_logp: Option<f64>,
-        /// Natural-log probability of the rejected response under `model`.
+        /// Natural-log probability of the rejected answer under `model`.
         pub rejected_logp: Option<f64>,
-        /// Fingerprint of the model that sampled the responses and computed their
+        /// Fingerprint of the model that sampled the answers and computed their
         /// log-probabilities.
         pub model: Option<String>,
     }

@@ -4,7 +4,7 @@
 use super::row::rows;
 
 rows! {
-    /// Log-probabilities of a pair's two responses under the reference model of a training stage.
+    /// Log-probabilities of a pair's two answers under the reference model of a training stage.
     pub struct Reference: "reference" => {
         /// Hash of the key inputs: the pair and the reference model.
         pub row_key: String,
@@ -12,9 +12,9 @@ rows! {
         pub pair: String,
         /// ID of the pair's prompt.
         pub prompt_id: String,
-        /// Natural-log probability of the chosen response.
+        /// Natural-log probability of the chosen answer.
         pub chosen_logp: f64,
-        /// Natural-log probability of the rejected response.
+        /// Natural-log probability of the rejected answer.
         pub rejected_logp: f64,
         /// Fingerprint of the reference model.
         pub model: String,

@@ -5,11 +5,11 @@ use super::row::rows;
 rows! {
     /// A judge's score for one candidate.
     pub struct Reward: "reward" => {
-        /// Hash of the key inputs: the prompt, its responses, the judge and its settings.
+        /// Hash of the key inputs: the prompt, its answers, the judge and its settings.
         pub row_key: String,
         /// ID of the prompt.
         pub prompt_id: String,
-        /// Index of the scored response, from 0 to k - 1.
+        /// Index of the scored answer, from 0 to k - 1.
         pub candidate: i32,
         /// Name of the judge in the pipeline.
         pub judge: String,

@@ -11,23 +11,23 @@ rows! {
         pub epoch: i32,
         /// Mean DPO loss.
         pub loss: f64,
-        /// Mean implicit reward of the chosen responses: beta (log p - log p_reference).
+        /// Mean implicit reward of the chosen answers: beta (log p - log p_reference).
         pub rewards_chosen: f64,
-        /// Mean implicit reward of the rejected responses.
+        /// Mean implicit reward of the rejected answers.
         pub rewards_rejected: f64,
         /// Share of pairs with a higher chosen than rejected reward.
         pub accuracy: f64,
         /// Mean reward margin: `rewards_chosen - rewards_rejected`.
         pub margin: f64,
-        /// Mean natural-log probability of the chosen responses.
+        /// Mean natural-log probability of the chosen answers.
         pub logps_chosen: f64,
-        /// Mean natural-log probability of the rejected responses.
+        /// Mean natural-log probability of the rejected answers.
         pub logps_rejected: f64,
         /// Gradient norm (L2) before clipping.
         pub grad_norm: f64,
         /// Learning rate of this update.
         pub learning_rate: f64,
-        /// Prompt and response tokens processed by the decoder; a prompt counts once per pair.
+        /// Prompt and answer tokens processed by the decoder; a prompt counts once per pair.
         pub tokens: i64,
         /// Wall time of the step, in seconds.
         [measured] pub seconds: f64,
@@ -69,9 +69,9 @@ rows! {
         pub epoch: i32,
         /// Loss of the batch: mean over the pairs, plus the centering term.
         pub loss: f64,
-        /// Mean reward of the chosen responses.
+        /// Mean reward of the chosen answers.
         pub reward_chosen: f64,
-        /// Mean reward of the rejected responses.
+        /// Mean reward of the rejected answers.
         pub reward_rejected: f64,
         /// Share of pairs with a higher chosen than rejected reward.
         pub accuracy: f64,

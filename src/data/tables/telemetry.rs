@@ -23,15 +23,15 @@ rows! {
         pub shared_tokens: i64,
         /// Response tokens: sampled, or processed for scoring.
         pub answer_tokens: i64,
-        /// Decoding steps, each one token for every active response; 0 in scoring.
+        /// Decoding steps, each one token for every active answer; 0 in scoring.
         pub steps: i64,
         /// Share of decoding slots occupied over all steps; null in scoring.
         pub occupancy: Option<f64>,
         /// Retries after unparseable judge replies.
         pub retries: i64,
-        /// Maximum number of responses decoded in parallel; 0 in scoring.
+        /// Maximum number of answers decoded in parallel; 0 in scoring.
         [measured] pub rows_max: i64,
-        /// Maximum number of prompt and response tokens in memory.
+        /// Maximum number of prompt and answer tokens in memory.
         [measured] pub tokens_max: i64,
         /// OOM retries, each of which halves `rows_max` and `tokens_max`.
         [measured] pub halvings: i64,
@@ -43,7 +43,7 @@ rows! {
         [measured] pub seconds_tower: f64,
         /// Prefill time, in seconds; in scoring a part of `seconds_decode`.
         [measured] pub seconds_prefill: f64,
-        /// Sampling or scoring time of responses, in seconds.
+        /// Sampling or scoring time of answers, in seconds.
         [measured] pub seconds_decode: f64,
         /// Total time, in seconds; the first part includes loading the model.
         [measured] pub seconds: f64,

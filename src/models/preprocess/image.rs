@@ -1,4 +1,4 @@
-//! Decoding of image files to RGB.
+//! Decoding of image files to RGB, up to a limit of pixels.
 //!
 //! Pixels are those of Pillow's `Image.open(file).convert("RGB")`, which the reference programs
 //! call: alpha is dropped, not blended; palettes are looked up, including transparent entries;

@@ -1,4 +1,4 @@
-//! Diagnostics of a pipeline: a message, a place and a help line.
+//! Diagnostics of a pipeline: a message, a place, a help line and a suggestion ("did you mean").
 //!
 //! A diagnostic is created with the *path* of the setting that it is about. [`SourceTexts::place`]
 //! finds the text to underline once all diagnostics are collected. [`super::render`] draws them.

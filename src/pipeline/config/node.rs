@@ -8,6 +8,7 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::fmt;
 
+use serde::Deserialize as _;
 use serde::de::{
     DeserializeSeed, Deserializer, EnumAccess, Error, IgnoredAny, MapAccess, SeqAccess,
     VariantAccess, Visitor,
@@ -41,9 +42,35 @@ pub enum Flaw {
     Key(KeyPath),
 }
 
+/// The deepest nesting of brackets, quoted ones included, that is scanned at once.
+const BRACKETS_MAX: usize = 1_000;
+
+/// Returns the beginning of a text in which more than [`BRACKETS_MAX`] brackets are open, or `None`.
+fn too_deep(text: &str) -> Option<&str> {
+    let mut depth = 0_usize;
+    for (at, byte) in text.bytes().enumerate() {
+        match byte {
+            b'[' | b'{' => depth += 1,
+            b']' | b'}' => depth = depth.saturating_sub(1),
+            _ => continue,
+        }
+        if depth > BRACKETS_MAX {
+            return Some(&text[..=at]);
+        }
+    }
+    None
+}
+
 impl Node {
     /// Parses a text. The error is a YAML syntax error; other flaws are returned in the list.
     pub fn parse(text: &str) -> Result<(Self, Vec<Flaw>), serde_yaml::Error> {
+        // The scanner takes time quadratic in the depth, and fails far above this depth anyway.
+        if let Some(deep) = too_deep(text)
+            && let Err(error) = IgnoredAny::deserialize(serde_yaml::Deserializer::from_str(deep))
+            && error.to_string().contains("recursion limit")
+        {
+            return Err(error);
+        }
         let flaws = RefCell::new(Vec::new());
         let grow = Grow {
             path: KeyPath::root(),
@@ -351,6 +378,16 @@ impl<'de> Visitor<'de> for KeyText<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn deep_nesting_is_refused_at_once_and_brackets_in_a_string_are_not() {
+        for deep in ["[".repeat(200_000), "{a: ".repeat(100_000)] {
+            let error = Node::parse(&format!("a: {deep}")).unwrap_err().to_string();
+            assert!(error.contains("recursion limit"), "{error}");
+        }
+        let quoted = format!("a: \"{}\"", "[".repeat(5_000));
+        assert!(Node::parse(&quoted).is_ok());
+    }
 
     #[test]
     fn maps_keep_their_order_and_tell_duplicates_of_any_depth() {

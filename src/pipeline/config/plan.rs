@@ -8,6 +8,7 @@ mod render;
 use std::collections::BTreeMap;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use arrow::datatypes::SchemaRef;
 use serde_json::{Value, json};
@@ -77,8 +78,9 @@ pub struct PlannedStage {
     pub schema: SchemaRef,
     /// The kind of rows in its table; `None` if a query decides.
     pub kind: Option<&'static str>,
-    /// The name of the stage in the text, underlined if it fails.
-    pub place: Span,
+    /// The path of the stage in the text, and the text.
+    key: KeyPath,
+    sources: Arc<SourceTexts>,
     /// The path of its settings in the text.
     pub path: KeyPath,
     /// The key inputs of the stage: its type and the settings that affect the output, without the
@@ -151,6 +153,11 @@ impl Plan {
 }
 
 impl PlannedStage {
+    /// Returns the span of the stage's name in the text, underlined if the stage fails.
+    pub fn place(&self) -> Span {
+        self.sources.find(&At::key(self.key.clone()))
+    }
+
     /// The stage type: `sample`.
     pub fn stage_type(&self) -> &str {
         let settings = self
@@ -192,6 +199,7 @@ pub fn assemble(
     let mut drafts: Vec<Option<StageDraft>> = lineage.drafts.into_iter().map(Some).collect();
     let mut stages = Vec::new();
     let mut evaluate = Vec::new();
+    let shared_sources = Arc::new(sources.clone());
     // [ref:plan_is_ordered]
     for position in lineage.order {
         let Some(draft) = drafts[position].take() else {
@@ -202,7 +210,13 @@ pub fn assemble(
         } else {
             &mut stages
         };
-        group.push(planned(draft, &names, &written.uses, sources, &secrets));
+        group.push(planned(
+            draft,
+            &names,
+            &written.uses,
+            &shared_sources,
+            &secrets,
+        ));
     }
     let models = written.models.into_iter();
     Plan {
@@ -240,7 +254,7 @@ fn planned(
     draft: StageDraft,
     names: &[TableName],
     uses: &[(KeyPath, String)],
-    sources: &SourceTexts,
+    sources: &Arc<SourceTexts>,
     secrets: &Secrets,
 ) -> PlannedStage {
     let spec = draft
@@ -258,7 +272,8 @@ fn planned(
             .schema
             .expect("a stage without columns has a diagnostic"),
         kind: spec.as_stage().kind(),
-        place: sources.find(&At::key(draft.path)),
+        key: draft.path,
+        sources: Arc::clone(sources),
         path: draft.settings.clone(),
         settings: keyed_settings(&spec, &draft.settings, secrets),
         origins: origins(&spec, &draft.settings, uses, sources, secrets),
@@ -491,7 +506,7 @@ in round 1
     #[test]
     fn a_stage_knows_its_place_in_the_text() {
         let plan = plan(PIPELINE, &[]);
-        let place = &stage(&plan, "rewards").place;
+        let place = &stage(&plan, "rewards").place();
         assert_eq!(place.source.slice(place.span.clone()), "rewards");
     }
 }

@@ -1,4 +1,4 @@
-//! Suggestions for misspelled words.
+//! The known word that is nearest to a misspelled one.
 
 /// The maximum length, in characters, of a word that gets a suggestion.
 const LETTERS_MAX: usize = 100;

@@ -1,5 +1,5 @@
-//! Duplicate checks: a prompt may occur once in a table of prompts, a response once in a table of
-//! responses or rewards.
+//! Duplicate checks: a prompt may occur once in a table of prompts, an answer once in a table of
+//! answers or rewards.
 //!
 //! Stages look rows up by these ids; a duplicate would be lost silently. The tables of built-in
 //! stage types have no duplicates; those of a user's query or program may.
@@ -87,8 +87,8 @@ fn digest(prompt_id: &str, candidate: Option<i64>) -> [u8; 16] {
     digest[..16].try_into().expect("a SHA-256 has 32 bytes")
 }
 
-/// Returns the ids of the rows: the prompt, and the number of the response where the table has
-/// responses.
+/// Returns the ids of the rows: the prompt, and the number of the answer where the table has
+/// answers.
 fn names(rows: &RecordBatch, has_answers: bool) -> Vec<(String, Option<i64>)> {
     let column = |name: &str, to: &DataType| {
         let column = rows.column_by_name(name)?;

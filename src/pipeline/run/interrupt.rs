@@ -1,4 +1,5 @@
-//! SIGINT and SIGTERM handling: the first signal stops the run cleanly, the second ends it at once.
+//! SIGINT and SIGTERM: the first signal stops the run cleanly, the second ends it at once; the exit
+//! codes are 130 and 143.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};

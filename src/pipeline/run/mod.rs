@@ -346,7 +346,7 @@ impl<'a> Runner<'a> {
             }
             StageKind::Query(work) => self.query(stage, round, &work)?,
             StageKind::Command(work) => self.command(stage, round, &work)?,
-            StageKind::Train(work) => self.fold(stage, round, &*work)?,
+            StageKind::Train(work) => self.train(stage, round, &*work)?,
         }
         self.note_pace(stage, round);
         self.report_finished(&stage.name, round);

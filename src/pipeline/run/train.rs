@@ -1,4 +1,4 @@
-//! The training stages: ordered steps over a table that end in a checkpoint.
+//! Running a training: its steps, the states from which it resumes, and the final checkpoint.
 //!
 //! A state (weights, optimizer, step count) is saved every `save_every` steps together with the
 //! `steps` rows up to it, in one commit; a killed training resumes at the last readable state. The
@@ -20,21 +20,18 @@ use super::{Runner, took};
 use crate::config::{Plan, PlannedStage};
 use crate::run::report::Tally;
 use crate::run::{Start, Unit};
-use crate::stages::{Failure, StageContext, StageKind, TableName, TrainStage};
+use crate::stages::{Failure, StageContext, StageKind, TableName, TrainStage, TrainingRun};
 use ovchat_data::store::{
     CheckpointRecord, Event, Key, Lookup, PartRecord, RunFolder, StateRecord, StoreError,
-    TableWriter, files_in, hash_file, write_folder,
+    TableVersion, TableWriter, files_in, hash_file, write_folder,
 };
 
 /// The number of rows that are validated at once before the first step.
 const VALIDATED_AT_ONCE: usize = 64;
 
 impl Runner<'_> {
-    #[expect(
-        clippy::too_many_lines,
-        reason = "one training, from opening to checkpoint, reads best in order"
-    )]
-    pub(super) fn fold(
+    /// Builds a table of steps and its checkpoint: opens the stage, resumes, steps and saves.
+    pub(super) fn train(
         &mut self,
         stage: &PlannedStage,
         round: Option<u32>,
@@ -96,34 +93,8 @@ impl Runner<'_> {
         if let Some(plan) = training.plan() {
             (ctx.say)(&plan);
         }
-        let mut done = 0;
-        let mut newest = true;
-        for state in made.states.iter().rev() {
-            let folder = self.folder.root().join(&state.folder);
-            match training.trainer().load_state(&folder) {
-                Ok(()) => {
-                    done = state.step as usize;
-                    if !newest {
-                        self.folder.record(made.clone().back_at(state))?;
-                    }
-                    break;
-                }
-                Err(error) if state.step == made.states[0].step => {
-                    return Err(Failure::of(work.model())(error));
-                }
-                Err(error) => {
-                    newest = false;
-                    let words = format!("{error}; resuming from the previous state");
-                    report.borrow_mut().note(&words);
-                }
-            }
-        }
-        if done == 0 && !made.parts.is_empty() {
-            // Steps that no state covers are repeated.
-            let mut made = made.clone();
-            made.parts.clear();
-            self.folder.record(made)?;
-        }
+        let mut note = |text: &str| report.borrow_mut().note(text);
+        let mut done = load_newest_state(&mut self.folder, &made, &mut *training, work, &mut note)?;
         let total = Some(batches.len() as u64);
         report.borrow_mut().start(Start {
             table,
@@ -148,32 +119,16 @@ impl Runner<'_> {
             report.borrow_mut().progress(done as u64);
             let last = done == batches.len();
             if !last && (done % work.save_every() as usize == 0 || interrupt.raised()) {
-                let state = self
-                    .folder
-                    .cache()?
-                    .join(format!("state-{}-{done}", made.key));
-                write_folder(&state, |to| -> Result<(), Failure> {
-                    let saved = training.trainer().save_state(to);
-                    saved.map_err(Failure::of(work.model()))
-                })?;
+                let state = write_state(&self.folder, &made.key, done, &mut *training, work)?;
                 let part = part(writer(first), first, &std::mem::take(&mut steps), begun)?;
                 begun = Instant::now();
-                let state = StateRecord {
-                    step: done as u64,
-                    files: files_in(&state)?,
-                    folder: below(self.folder.root(), &state),
-                };
-                let before = states(&self.folder, table, round);
-                self.folder.commit(Event::Part {
-                    table: table.to_string(),
-                    round,
+                commit_state(
+                    &mut self.folder,
+                    (table, round),
                     part,
-                    state: Some((state, work.keep_last())),
-                })?;
-                let now = states(&self.folder, table, round);
-                for stale in before.difference(&now) {
-                    let _ = fs::remove_dir_all(self.folder.root().join(stale));
-                }
+                    state,
+                    work.keep_last(),
+                )?;
                 first = done;
             }
             if !last && interrupt.raised() {
@@ -194,17 +149,7 @@ impl Runner<'_> {
             part,
             state: None,
         })?;
-        let files = files_in(&folder)?;
-        let sha256: BTreeMap<String, String> = files
-            .par_iter()
-            .map(|(name, _)| Ok((name.clone(), hash_file(&folder.join(name))?)))
-            .collect::<Result<_, StoreError>>()?;
-        let checkpoint = CheckpointRecord {
-            model: work.model().to_string(),
-            files,
-            sha256,
-            folder: below,
-        };
+        let checkpoint = checkpoint_record(&folder, below, work)?;
         let over = states(&self.folder, table, round);
         self.finish(table, round, None, Some(checkpoint))?;
         for state in over {
@@ -283,6 +228,104 @@ impl Runner<'_> {
 }
 
 /// Returns the name of a round's checkpoint: `round-2`, plus the table's name if the pipeline has
+/// Loads the newest state that can be read, and notes the problems of newer ones. Returns its step,
+/// or 0 if there are no states. Steps that no state covers are removed from the record, to be
+/// repeated. Fails if no state can be read.
+fn load_newest_state(
+    folder: &mut RunFolder,
+    made: &TableVersion,
+    training: &mut dyn TrainingRun,
+    work: &dyn TrainStage,
+    note: &mut dyn FnMut(&str),
+) -> Result<usize, Failure> {
+    let mut is_newest = true;
+    for state in made.states.iter().rev() {
+        let path = folder.root().join(&state.folder);
+        match training.trainer().load_state(&path) {
+            Ok(()) => {
+                if !is_newest {
+                    folder.record(made.clone().back_at(state))?;
+                }
+                return Ok(state.step as usize);
+            }
+            Err(error) if state.step == made.states[0].step => {
+                return Err(Failure::of(work.model())(error));
+            }
+            Err(error) => {
+                is_newest = false;
+                note(&format!("{error}; resuming from the previous state"));
+            }
+        }
+    }
+    if !made.parts.is_empty() {
+        let mut made = made.clone();
+        made.parts.clear();
+        folder.record(made)?;
+    }
+    Ok(0)
+}
+
+/// Writes the state after `step` steps below `.cache`; it counts once it is committed.
+fn write_state(
+    folder: &RunFolder,
+    key: &str,
+    step: usize,
+    training: &mut dyn TrainingRun,
+    work: &dyn TrainStage,
+) -> Result<StateRecord, Failure> {
+    let path = folder.cache()?.join(format!("state-{key}-{step}"));
+    write_folder(&path, |to| -> Result<(), Failure> {
+        let saved = training.trainer().save_state(to);
+        saved.map_err(Failure::of(work.model()))
+    })?;
+    Ok(StateRecord {
+        step: step as u64,
+        files: files_in(&path)?,
+        folder: below(folder.root(), &path),
+    })
+}
+
+/// Commits the rows up to a state together with the state, and removes states beyond `keep_last`.
+fn commit_state(
+    folder: &mut RunFolder,
+    (table, round): (&TableName, Option<u32>),
+    part: PartRecord,
+    state: StateRecord,
+    keep_last: u32,
+) -> Result<(), Failure> {
+    let before = states(folder, table, round);
+    folder.commit(Event::Part {
+        table: table.to_string(),
+        round,
+        part,
+        state: Some((state, keep_last)),
+    })?;
+    let now = states(folder, table, round);
+    for stale in before.difference(&now) {
+        let _ = fs::remove_dir_all(folder.root().join(stale));
+    }
+    Ok(())
+}
+
+/// Returns the record of a written checkpoint, with the hash of each of its files.
+fn checkpoint_record(
+    folder: &Path,
+    below: String,
+    work: &dyn TrainStage,
+) -> Result<CheckpointRecord, StoreError> {
+    let files = files_in(folder)?;
+    let sha256: BTreeMap<String, String> = files
+        .par_iter()
+        .map(|(name, _)| Ok((name.clone(), hash_file(&folder.join(name))?)))
+        .collect::<Result<_, StoreError>>()?;
+    Ok(CheckpointRecord {
+        model: work.model().to_string(),
+        files,
+        sha256,
+        folder: below,
+    })
+}
+
 /// several training stages.
 fn checkpoint_name(plan: &Plan, stage: &PlannedStage, round: Option<u32>) -> String {
     let round = round.unwrap_or(1);
