@@ -45,17 +45,23 @@ pub enum Flaw {
 /// The deepest nesting of brackets, quoted ones included, that is scanned at once.
 const BRACKETS_MAX: usize = 1_000;
 
-/// Returns the beginning of a text in which more than [`BRACKETS_MAX`] brackets are open, or `None`.
-fn too_deep(text: &str) -> Option<&str> {
-    let mut depth = 0_usize;
+/// Returns the beginning of a text in which more than [`BRACKETS_MAX`] brackets are open, with all
+/// of them closed at its end, or `None`.
+fn too_deep(text: &str) -> Option<String> {
+    let mut open = Vec::new();
     for (at, byte) in text.bytes().enumerate() {
         match byte {
-            b'[' | b'{' => depth += 1,
-            b']' | b'}' => depth = depth.saturating_sub(1),
+            b'[' => open.push(']'),
+            b'{' => open.push('}'),
+            b']' | b'}' => {
+                open.pop();
+            }
             _ => continue,
         }
-        if depth > BRACKETS_MAX {
-            return Some(&text[..=at]);
+        if open.len() > BRACKETS_MAX {
+            let mut beginning = text[..=at].to_owned();
+            beginning.extend(open.iter().rev());
+            return Some(beginning);
         }
     }
     None
@@ -66,7 +72,7 @@ impl Node {
     pub fn parse(text: &str) -> Result<(Self, Vec<Flaw>), serde_yaml::Error> {
         // The scanner takes time quadratic in the depth, and fails far above this depth anyway.
         if let Some(deep) = too_deep(text)
-            && let Err(error) = IgnoredAny::deserialize(serde_yaml::Deserializer::from_str(deep))
+            && let Err(error) = Value::deserialize(serde_yaml::Deserializer::from_str(&deep))
             && error.to_string().contains("recursion limit")
         {
             return Err(error);
