@@ -89,26 +89,26 @@ impl Mask {
     /// `text` with `${env:NAME}` in place of each secret.
     pub fn hide(&self, text: &str) -> String {
         let is_plain = |byte: &u8| !matches!(byte, b'\\' | b'%' | b'\n' | b'\r');
-        let decoded = (!text.as_bytes().iter().all(is_plain)).then(|| Decoded::of(text));
-        // By where they begin; none overlaps another.
+        // Keyed by start offset; the ranges do not overlap.
         let mut hidden: BTreeMap<usize, (usize, &str)> = BTreeMap::new();
-        for Form {
-            text: form,
-            bytes,
-            place,
-        } in &*self.forms
-        {
-            let mut found: Vec<Range<usize>> = matches(text, form).collect();
-            if let Some(decoded) = &decoded
-                && bytes.len() >= DECODED_MIN
-            {
-                found.extend(decoded.matches(bytes));
+        let mut hide = |range: Range<usize>, place| {
+            let before = hidden.range(..range.end).next_back();
+            if before.is_none_or(|(_, (end, _))| *end <= range.start) {
+                hidden.insert(range.start, (range.end, place));
             }
-            for range in found {
-                let before = hidden.range(..range.end).next_back();
-                if before.is_none_or(|(_, (end, _))| *end <= range.start) {
-                    hidden.insert(range.start, (range.end, place));
+        };
+        if !text.as_bytes().iter().all(is_plain) {
+            for (start, piece) in pieces(text, self.longest()) {
+                for form in self.forms.iter().filter(|it| it.bytes.len() >= DECODED_MIN) {
+                    for range in piece.matches(&form.bytes) {
+                        hide(start + range.start..start + range.end, form.place.as_str());
+                    }
                 }
+            }
+        }
+        for form in &*self.forms {
+            for range in matches(text, &form.text) {
+                hide(range, form.place.as_str());
             }
         }
         let mut shown = String::with_capacity(text.len());
@@ -132,6 +132,19 @@ fn matches<'a>(text: &'a str, form: &'a str) -> impl Iterator<Item = Range<usize
         let is_inside = text[..start].ends_with(char::is_alphanumeric)
             || text[end..].starts_with(char::is_alphanumeric);
         (!is_short || !is_inside).then_some(start..end)
+    })
+}
+
+/// The bytes of a text that are decoded at once: each takes 17 bytes of memory while it is.
+const PIECE_BYTES: usize = 1 << 20;
+
+/// Returns the decoded pieces of a text with their offsets. Each goes on by `overlap` bytes into
+/// the next, so that a secret at their border is in one of them.
+fn pieces(text: &str, overlap: usize) -> impl Iterator<Item = (usize, Decoded)> {
+    (0..text.len()).step_by(PIECE_BYTES).map(move |start| {
+        let start = text.floor_char_boundary(start);
+        let end = text.ceil_char_boundary(start + PIECE_BYTES + overlap);
+        (start, Decoded::of(&text[start..end]))
     })
 }
 
@@ -392,6 +405,11 @@ mod tests {
         ] {
             assert_eq!(mask.hide(&format!("[{echo}]")), "[${env:KEY}]", "{echo}");
         }
+        let long = format!(
+            "{}sk-\\u003cAb>&\\\"q/+=ü99\\n",
+            "x".repeat(PIECE_BYTES - 9)
+        );
+        assert!(mask.hide(&long).ends_with("x${env:KEY}\\n"));
         let one = "\\ud83d\\ude00";
         let mask = Mask::new([("KEY", "smile😀smile")]);
         assert_eq!(mask.hide(&format!("smile{one}smile")), "${env:KEY}");
