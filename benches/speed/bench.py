@@ -19,7 +19,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 _metadata = subprocess.run(["cargo", "metadata", "--no-deps", "--format-version", "1"], cwd=ROOT, stdout=subprocess.PIPE, check=True)
-PROGRAM = Path(json.loads(_metadata.stdout)["target_directory"]) / "debug" / "pipeline"
+PROGRAM = Path(json.loads(_metadata.stdout)["target_directory"]) / "release" / "pipeline"
 # Side of the square photographs, how many, new tokens.
 SAMPLING = {
     "sample 3,700 tokens, 64 new": (768, 8, 64),

@@ -154,7 +154,7 @@ def uniform(purpose, seed, counter):
 
 
 def sampled(path, network, processor, shown):
-    """Answers drawn with our numbers (src/nn/sampling.rs) from the reference's logits, with their log-probabilities."""
+    """Answers drawn with our numbers (src/torch/sampling.rs) from the reference's logits, with their log-probabilities."""
     temperature, top_p, tokens, count = 0.7, 0.9, 24, 3
     stops = processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     expected = {}

@@ -1,4 +1,4 @@
-"""Records what transformers computes with a tiny LLaVA-OneVision, for the tests of src/nn.
+"""Records what transformers computes with a tiny LLaVA-OneVision, for the tests of src/torch.
 
 usage: record_onevision.py [OUT]      (default: the folder `onevision` beside this script)
 

@@ -2,7 +2,7 @@
 
 usage: run.py [SEEDS]      (default: 3; `make parity` calls it in an environment of requirements.txt)
 
-For every seed the reference records (record.py) and the engine's tests compare (src/nn/parity). What the engine wrote
+For every seed the reference records (record.py) and the engine's tests compare (src/torch/parity). What the engine wrote
 is then read by transformers. At last every deliberate error of errors.py must make its block fail.
 """
 import importlib.metadata
@@ -32,12 +32,12 @@ def record(folder, *arguments):
 
 
 def built():
-    """The engine's tests, built once."""
-    run = subprocess.run(["cargo", "test", "--bin", "pipeline-engine", "--no-run", "--message-format=json"], cwd=ROOT,
-                         stdout=subprocess.PIPE, text=True, check=True)
+    """The tests of the networks, built once."""
+    run = subprocess.run(["cargo", "test", "--release", "--lib", "-p", "ovchat", "-p", "ovchat-torch", "--no-run",
+                          "--message-format=json"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     messages = [json.loads(line) for line in run.stdout.splitlines()]
     return next(message["executable"] for message in messages
-                if message.get("executable") and message["target"]["name"] == "pipeline-engine")
+                if message.get("executable") and message["target"]["name"] == "ovchat_torch")
 
 
 def compare(tests, folder, block=""):
