@@ -4,7 +4,8 @@ use std::time::{Duration, Instant};
 
 use crate::exec::{COLUMNS, fails, flag_answers, pipeline};
 use crate::judges::flat;
-use crate::scene::{CommandOutput, Scene, said, stream_of_ids};
+use crate::run::SCRIPTED;
+use crate::scene::{CommandOutput, ROOT, Scene, said, stream_of_ids};
 
 #[test]
 fn a_line_without_an_end_is_kept_at_both_ends() {
@@ -157,4 +158,38 @@ fn secrets_in_the_output_of_a_command_are_masked() {
     let query = "select prompt_id from flags where round = 1";
     let found = scene.succeeds(&["sql", "scripted", query, "--format", "csv"]);
     assert_eq!(found.out, "prompt_id\na\nx${env:OVCHAT_TEST_TOKEN}y\n");
+}
+
+/// The Arrow crates panic at this stream, a mutated one; the run has one error and no backtrace.
+#[test]
+fn a_damaged_arrow_stream_is_one_error() {
+    let damaged = format!("{ROOT}/tests/damaged.arrows");
+    let command = format!("[sh, -c, \"cat > /dev/null; cat {damaged}\"]");
+    let told = fails(&command, "prompt_id: text");
+    let words = flat(&told.err);
+    assert!(words.contains("Arrow IPC stream"), "{}", told.err);
+    assert!(!words.contains("panicked"), "{}", told.err);
+}
+
+#[test]
+fn a_key_that_no_header_carries_is_refused_before_anything_is_asked() {
+    let scene = Scene::new();
+    let judge = "judge: { http: { base_url: \"http://127.0.0.1:9/v1\", model: m, key_env: OVCHAT_TEST_LINE } }";
+    let pipeline = SCRIPTED.replace("judge: { scripted: {} }", judge);
+    assert_ne!(pipeline, SCRIPTED);
+    scene.prompts(1).write("p.yaml", pipeline);
+    for key in ["abcdef123\n", " abcdef123", "abcdéf123"] {
+        for command in ["check", "run"] {
+            let mut asked = scene.command(&[command, "p.yaml"]);
+            let said = said(asked.env("OVCHAT_TEST_LINE", key).output().unwrap());
+            assert_eq!(said.code, Some(2), "{key:?}: {}", said.err);
+            let words = flat(&said.err);
+            assert!(
+                words.contains("`OVCHAT_TEST_LINE` contains a line break"),
+                "{}",
+                said.err
+            );
+            assert!(!words.contains("abcd"), "{}", said.err);
+        }
+    }
 }

@@ -352,3 +352,21 @@ fn a_template_that_writes_without_end_is_refused() {
         assert!(flat(&said.err).contains("ask.txt"), "{}", said.err);
     }
 }
+
+#[test]
+fn a_wide_cell_is_cut_in_tables_and_whole_elsewhere() {
+    let scene = Scene::new();
+    let query = "select repeat('xy ', 100000) as a from prompts";
+    let pipeline = format!(
+        "pipeline: scripted\nstages:\n  prompts: {{ load_prompts: {{ from: prompts.json }} }}\nreport:\n  \
+         wide: {{ query: \"{query}\" }}\n"
+    );
+    scene.prompts(1).write("p.yaml", pipeline);
+    let cut = "290000 characters left out";
+    let reported = scene.succeeds(&["run", "p.yaml"]);
+    assert!(reported.out.contains(cut), "{} bytes", reported.out.len());
+    let table = scene.succeeds(&["sql", "scripted", query, "--format", "table"]);
+    assert!(table.out.contains(cut), "{} bytes", table.out.len());
+    let lines = scene.succeeds(&["sql", "scripted", query, "--format", "jsonl"]);
+    assert!(lines.out.len() > 300_000, "{} bytes", lines.out.len());
+}

@@ -5,7 +5,7 @@ use arrow::util::pretty::pretty_format_batches;
 
 use super::chart::draw;
 use super::out::line;
-use super::rows::readable;
+use super::rows::{readable, shown};
 use super::sql::ask;
 use super::{Failed, chart};
 use ovchat_data::store::{RunFolder, create_folder, write_atomically};
@@ -32,7 +32,8 @@ pub fn print(plan: &Plan, run: &RunFolder, say: &mut dyn FnMut(&str)) -> Result<
             continue;
         }
         line(format_args!("{name}"))?;
-        line(pretty_format_batches(&batches)?)?;
+        let cells: Vec<RecordBatch> = batches.iter().map(shown).collect::<Result<_, _>>()?;
+        line(pretty_format_batches(&cells)?)?;
         let Some(wanted) = &view.chart else {
             continue;
         };

@@ -12,7 +12,7 @@ mod json;
 mod tests;
 mod text;
 
-pub use text::readable;
+pub use text::{readable, shown};
 
 use std::io::{self, Write};
 use std::sync::Arc;
@@ -26,7 +26,7 @@ use arrow::util::pretty::pretty_format_batches;
 use arrow_ipc::writer::FileWriter;
 use clap::{Args, ValueEnum};
 use json::{Cells, non_finite};
-use text::{csv_header, csv_rows, markdown_header, markdown_rows, shown};
+use text::{csv_header, csv_rows, markdown_header, markdown_rows};
 
 use super::Failed;
 use super::out::say;

@@ -86,13 +86,7 @@ impl Http {
         let key = key_in(name)?;
         (key.chars().count() < SECRET_MIN).then_some(name)
     }
-}
 
-/// The problem of a key that no HTTP header can carry, and its fix.
-pub const INVALID_KEY: &str = "holds a line break, white space at an end, or characters beyond ASCII, which no key \
-     has; set it to the key alone";
-
-impl Http {
     /// The environment variable of the key, if it holds characters that no HTTP header can carry.
     pub fn invalid_key(&self) -> Option<&str> {
         let name = self.key_env.as_deref()?;
@@ -101,6 +95,10 @@ impl Http {
         (!is_valid || key.trim() != key).then_some(name)
     }
 }
+
+/// The problem of a key that no HTTP header can carry, and its fix.
+pub const INVALID_KEY: &str = "contains a line break, leading or trailing white space, or non-ASCII characters; \
+     set it to the key alone";
 
 /// Reads the key from an environment variable, which must not be empty.
 fn key_in(name: &str) -> Option<String> {
