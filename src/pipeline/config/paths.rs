@@ -75,11 +75,11 @@ pub fn records(written: &PipelineSpec, secrets: &Secrets) -> Vec<Diagnostic> {
     for (stage, _) in all_stages(written) {
         let is_file = |path: &Path| path.metadata().is_ok_and(|found| found.is_file());
         let (path, source_problem) = match &stage.spec {
-            Some(StageSpec::LoadPrompts(load)) if is_file(&load.from) => {
-                (&load.from, load.source_problem())
+            Some(StageSpec::LoadPrompts(load)) if is_file(load.from()) => {
+                (load.from(), load.source_problem())
             }
-            Some(StageSpec::LoadFeedback(load)) if is_file(&load.from) => {
-                (&load.from, load.source_problem())
+            Some(StageSpec::LoadFeedback(load)) if is_file(load.from()) => {
+                (load.from(), load.source_problem())
             }
             _ => continue,
         };

@@ -1,12 +1,12 @@
 //! The `compare` stage: a judge's rewards for both answers of each pair.
 
 use std::num::NonZeroU32;
-use std::ops::ControlFlow;
 
 use arrow::datatypes::SchemaRef;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::judging::scored;
 use super::training::prompts;
 use super::{
     Failure, Input, ModelName, ModelRole, ModelState, Outcome, RowStage, Stage, StageContext,
@@ -14,7 +14,7 @@ use super::{
 };
 use ovchat_data::store::Key;
 use ovchat_data::tables::{Comparison, Pair, Row};
-use ovchat_models::{AnswerGroup, JudgeScore, Listener, RowFault};
+use ovchat_models::{AnswerGroup, JudgeScore, RowFault};
 
 /// Scores both answers of each pair with a judge. The share of pairs on which it agrees with the
 /// label is `select avg(cast(agrees as int)) from <table>`.
@@ -123,41 +123,12 @@ impl RowStage for &Compare {
                 numbers: Vec::new(),
             })
             .collect();
-        let mut scored: Vec<Option<Result<Vec<JudgeScore>, RowFault>>> = vec![None; pairs.len()];
-        let stopping = ctx.stopping;
-        let progress = &mut *ctx.progress;
-        let mut done = 0;
-        let judge = ctx.models.judge(&self.judge)?;
-        if let Some(plan) = judge.plan() {
-            (ctx.say)(&format!("{}: {plan}", self.judge));
-        }
-        let mut take = |index: usize, scores: Result<Vec<JudgeScore>, RowFault>| {
-            scored[index] = Some(scores);
-            done += 1;
-            progress(done);
-            if stopping() {
-                ControlFlow::Break(())
-            } else {
-                ControlFlow::Continue(())
-            }
-        };
-        let name = &self.judge;
-        let say = &mut *ctx.say;
-        let judged = judge.score_for(
-            &groups,
-            &mut take,
-            &mut Listener {
-                say: &mut |text| say(&format!("{name}: {text}")),
-                stopping,
-            },
-        );
-        *ctx.telemetry = judged.map_err(Failure::of(&self.judge))?;
-        let mut scored = scored.into_iter();
+        let mut scored = scored(ctx, &self.judge, &groups, |_| 1)?.into_iter();
         let mut outcomes = Vec::with_capacity(tasks.len());
         for task in tasks {
             let mut rows = Ok(Vec::with_capacity(task.rows.len()));
             for pair in &task.rows {
-                let scores = scored.next().flatten().ok_or(Failure::Interrupted)?;
+                let scores = scored.next().expect("one result per pair");
                 rows = rows.and_then(|mut rows: Vec<Comparison>| {
                     rows.push(self.row(&task.key, pair, &scores?));
                     Ok(rows)
@@ -187,5 +158,47 @@ impl Compare {
             agrees: chosen_reward > rejected_reward,
             flips: scores[0].flips.map(|share| share > 0.0),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::test_pipeline::{TestPipeline, pair, stage};
+    use super::*;
+
+    fn compare() -> Compare {
+        stage(json!({"pairs": "pairs", "judge": "judge"}))
+    }
+
+    fn pipeline() -> TestPipeline {
+        let mut pipeline = TestPipeline::new();
+        let pairs = [pair("a", "So.", "No."), pair("b", "No.", "So.")];
+        pipeline.table("pairs", &pairs);
+        pipeline
+    }
+
+    #[test]
+    fn both_answers_of_a_pair_are_scored() {
+        let (rows, rejects) = pipeline().map::<Comparison>(&compare()).unwrap();
+        assert_eq!(rejects, []);
+        assert_eq!(rows.len(), 2);
+        for row in rows {
+            assert_eq!(row.margin, row.chosen_reward - row.rejected_reward);
+            assert_eq!(row.agrees, row.chosen_reward > row.rejected_reward);
+            assert_eq!(row.judge, "judge");
+        }
+    }
+
+    #[test]
+    fn a_pair_that_cannot_be_scored_is_rejected() {
+        let mut pipeline = pipeline();
+        pipeline.models.unscored = Some("b");
+        let (rows, rejects) = pipeline.map::<Comparison>(&compare()).unwrap();
+        let reason = "no verdict in the reply".to_owned();
+        assert_eq!(rejects, [("b".to_owned(), reason)]);
+        assert_eq!(rows.len(), 1);
+        assert_eq!(rows[0].pair, "a pair");
     }
 }

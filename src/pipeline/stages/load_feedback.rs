@@ -1,101 +1,102 @@
 //! The `load_feedback` stage: preference pairs labeled by people, loaded directly as `pairs`.
 
-use std::num::NonZeroU32;
-use std::path::{Path, PathBuf};
+use super::source::{Load, Loadable, prompt_base};
+use ovchat_data::store::Key;
+use ovchat_data::tables::{Pair, Prompt};
 
-use arrow::datatypes::SchemaRef;
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+/// The stage; its settings are those of every source.
+pub type LoadFeedback = Load<Pair>;
 
-use super::source::{Loader, RecordSource};
-use super::source_check::SourceProblem;
-use super::{Input, Stage, StageError, StageKind, TableName, join};
-use ovchat_data::tables::{Pair, Row};
+impl Loadable for Pair {
+    const SCHEMA: &'static str = "LoadFeedback";
+    const DESCRIPTION: &'static str = "Loads preference pairs labeled by people. The source is a JSON list, JSON Lines or Parquet of \
+         `{id, image, prompt, chosen, rejected}`, or of LLaVA-Human-Preference records: `{id, image, conversations, \
+         output_1, output_2, preference}`. A record with an empty answer is rejected.";
 
-/// Loads preference pairs labeled by people. The source is a JSON list, JSON Lines or Parquet of
-/// `{id, image, prompt, chosen, rejected}`, or of LLaVA-Human-Preference records:
-/// `{id, image, conversations, output_1, output_2, preference}`. A record with an empty answer is
-/// rejected.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct LoadFeedback {
-    /// The source file: `.json`, `.jsonl` or `.parquet`.
-    pub from: PathBuf,
-    /// The folder that relative image paths start from. Default: the folder of `from`.
-    #[serde(default)]
-    pub images: Option<PathBuf>,
-    /// Reads images from any path that a record names. By default, a record is rejected if its
-    /// image, with symbolic links resolved, lies outside `images` and the folder of `from`.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub images_anywhere: bool,
-    /// A JSON file that maps image paths to lists of captions, `{"a.png": ["…"]}`, for judges that
-    /// use captions. Default: none.
-    #[serde(default)]
-    pub captions: Option<PathBuf>,
-    /// The number of records to load, from the start of the file. Default: all.
-    #[serde(default)]
-    pub limit: Option<NonZeroU32>,
-    /// The maximum size of an image, in megapixels. A record with a larger image is rejected
-    /// without decoding it.
-    #[serde(default = "LoadFeedback::megapixels_max")]
-    pub megapixels_max: NonZeroU32,
-}
-
-impl LoadFeedback {
-    fn loader(&self) -> Loader<'_, Pair> {
-        Loader::new(RecordSource {
-            from: &self.from,
-            images: self.images.as_deref(),
-            images_anywhere: self.images_anywhere,
-            captions: self.captions.as_deref(),
-            limit: self.limit,
-            megapixels_max: self.megapixels_max,
+    fn from_record(
+        prompt: Prompt,
+        chosen: Option<String>,
+        rejected: Option<String>,
+    ) -> Result<Self, String> {
+        let chosen = chosen.ok_or("missing `chosen`")?;
+        let rejected = rejected.ok_or("missing `rejected`")?;
+        for (name, answer) in [("chosen", &chosen), ("rejected", &rejected)] {
+            if answer.trim().is_empty() {
+                return Err(format!(
+                    "`{name}` is empty; write the answer, or remove the record"
+                ));
+            }
+        }
+        if chosen == rejected {
+            return Err("`chosen` and `rejected` are the same text".to_owned());
+        }
+        Ok(Self {
+            row_key: Key::new("pair")
+                .with(&prompt.prompt_id)
+                .with(&chosen)
+                .with(&rejected)
+                .finish(),
+            id: prompt.id,
+            image: prompt.image,
+            prompt: prompt.question,
+            chosen,
+            rejected,
+            prompt_id: prompt.prompt_id,
+            image_ids: prompt.image_ids,
+            system: prompt.system,
+            turns: prompt.turns,
+            captions: prompt.captions,
+            chosen_candidate: None,
+            rejected_candidate: None,
+            chosen_reward: None,
+            rejected_reward: None,
+            margin: None,
+            chosen_token_ids: None,
+            rejected_token_ids: None,
+            chosen_logp: None,
+            rejected_logp: None,
+            model: None,
         })
     }
 
-    /// Returns the problem found in the first records or at the end of the file, if any.
-    pub fn source_problem(&self) -> Option<SourceProblem> {
-        self.loader().source_problem()
-    }
-
-    fn megapixels_max() -> NonZeroU32 {
-        const { NonZeroU32::new(100).unwrap() }
+    fn base(&self) -> String {
+        let system = self.system.as_deref();
+        prompt_base(&self.image_ids, system, &self.turns, &self.prompt)
     }
 }
 
-impl Stage for LoadFeedback {
-    fn inputs(&self) -> Vec<Input<'_>> {
-        Vec::new()
-    }
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
 
-    fn files(&self) -> Vec<(&'static str, &Path)> {
-        let mut files = vec![("from", self.from.as_path())];
-        files.extend(self.images.as_deref().map(|path| ("images", path)));
-        files.extend(self.captions.as_deref().map(|path| ("captions", path)));
-        files
-    }
+    use super::super::test_pipeline::{TestPipeline, stage};
+    use super::*;
 
-    fn resolve(&mut self, folder: &dyn Fn(&str) -> PathBuf) {
-        join(folder, "from", &mut self.from);
-        for (field, path) in [
-            ("images", &mut self.images),
-            ("captions", &mut self.captions),
-        ] {
-            if let Some(path) = path {
-                join(folder, field, path);
-            }
-        }
-    }
-
-    fn kind(&self) -> Option<&'static str> {
-        Some(Pair::KIND)
-    }
-
-    fn output(&self, _: &[(TableName, SchemaRef)]) -> Result<SchemaRef, StageError> {
-        Ok(Pair::schema())
-    }
-
-    fn work(&self) -> StageKind<'_> {
-        StageKind::Load(Box::new(self.loader()))
+    #[test]
+    fn a_record_becomes_a_pair_or_is_rejected_with_the_reason() {
+        let mut pipeline = TestPipeline::new();
+        let from = pipeline.file(
+            "pairs.jsonl",
+            r#"{"id": "a", "prompt": "Why?", "chosen": "So.", "rejected": "No."}
+{"id": "b", "prompt": "Why?", "chosen": "So.", "rejected": "So."}
+{"id": "c", "prompt": "Why?", "chosen": "So."}"#,
+        );
+        let load = stage::<LoadFeedback>(json!({"from": from}));
+        let (pairs, rejects) = pipeline.load(&load).unwrap();
+        let [pair] = &pairs[..] else {
+            panic!("{pairs:?}")
+        };
+        assert_eq!(pair.id.as_deref(), Some("a"));
+        assert_eq!(
+            [&*pair.prompt, &*pair.chosen, &*pair.rejected],
+            ["Why?", "So.", "No."]
+        );
+        assert_eq!(pair.margin, None);
+        let expected = [
+            ("line 2, id b", "`chosen` and `rejected` are the same text"),
+            ("line 3, id c", "missing `rejected`"),
+        ];
+        let expected = expected.map(|(id, reason)| (id.to_owned(), reason.to_owned()));
+        assert_eq!(rejects, expected);
     }
 }

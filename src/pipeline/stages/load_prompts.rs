@@ -1,102 +1,68 @@
 //! The `load_prompts` stage: prompts (images and questions) from the user's file.
 
-use std::num::NonZeroU32;
-use std::path::{Path, PathBuf};
+use super::source::{Load, Loadable, prompt_base};
+use ovchat_data::tables::Prompt;
 
-use arrow::datatypes::SchemaRef;
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+/// The stage; its settings are those of every source.
+pub type LoadPrompts = Load<Prompt>;
 
-use super::source::{Loader, RecordSource};
-use super::source_check::SourceProblem;
-use super::{Input, Stage, StageError, StageKind, TableName, join};
-use ovchat_data::tables::{Prompt, Row};
+impl Loadable for Prompt {
+    const SCHEMA: &'static str = "LoadPrompts";
+    const DESCRIPTION: &'static str = "Loads prompts: images with questions. The source is a JSON list or JSON Lines of \
+         `{id, image, prompt}` or of LLaVA conversations (`from` and `value`, or `role` and `content`), or Parquet \
+         with a column of images: bytes, or structs of bytes and path as Hugging Face `datasets` writes them. A \
+         record with unsupported media, such as a video or a second image under another key, is rejected.";
 
-/// Loads prompts: images with questions. The source is a JSON list or JSON Lines of
-/// `{id, image, prompt}` or of LLaVA conversations (`from` and `value`, or `role` and `content`),
-/// or Parquet with a column of images: bytes, or structs of bytes and path as Hugging Face
-/// `datasets` writes them. A record with unsupported media, such as a video or a second image under
-/// another key, is rejected.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct LoadPrompts {
-    /// The source file: `.json`, `.jsonl` or `.parquet`.
-    pub from: PathBuf,
-    /// The folder that relative image paths start from. Default: the folder of `from`.
-    #[serde(default)]
-    pub images: Option<PathBuf>,
-    /// Reads images from any path that a record names. By default, a record is rejected if its
-    /// image, with symbolic links resolved, lies outside `images` and the folder of `from`.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub images_anywhere: bool,
-    /// A JSON file that maps image paths to lists of captions, `{"a.png": ["…"]}`, for judges that
-    /// use captions. Default: none.
-    #[serde(default)]
-    pub captions: Option<PathBuf>,
-    /// The number of records to load, from the start of the file. Default: all.
-    #[serde(default)]
-    pub limit: Option<NonZeroU32>,
-    /// The maximum size of an image, in megapixels. A record with a larger image is rejected
-    /// without decoding it.
-    #[serde(default = "LoadPrompts::megapixels_max")]
-    pub megapixels_max: NonZeroU32,
-}
-
-impl LoadPrompts {
-    fn loader(&self) -> Loader<'_, Prompt> {
-        Loader::new(RecordSource {
-            from: &self.from,
-            images: self.images.as_deref(),
-            images_anywhere: self.images_anywhere,
-            captions: self.captions.as_deref(),
-            limit: self.limit,
-            megapixels_max: self.megapixels_max,
-        })
+    fn from_record(prompt: Prompt, _: Option<String>, _: Option<String>) -> Result<Self, String> {
+        Ok(prompt)
     }
 
-    /// Returns the problem found in the first records or at the end of the file, if any.
-    pub fn source_problem(&self) -> Option<SourceProblem> {
-        self.loader().source_problem()
-    }
-
-    fn megapixels_max() -> NonZeroU32 {
-        const { NonZeroU32::new(100).unwrap() }
+    fn base(&self) -> String {
+        let system = self.system.as_deref();
+        prompt_base(&self.image_ids, system, &self.turns, &self.question)
     }
 }
 
-impl Stage for LoadPrompts {
-    fn inputs(&self) -> Vec<Input<'_>> {
-        Vec::new()
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::test_pipeline::{TestPipeline, stage};
+    use super::*;
+
+    fn load(text: &str, settings: serde_json::Value) -> (Vec<Prompt>, Vec<(String, String)>) {
+        let mut pipeline = TestPipeline::new();
+        let from = pipeline.file("p.json", text);
+        pipeline.file("dot.ppm", "P6\n1 1\n255\nabc");
+        let mut settings = settings;
+        settings["from"] = json!(from);
+        pipeline.load(&stage::<LoadPrompts>(settings)).unwrap()
     }
 
-    fn files(&self) -> Vec<(&'static str, &Path)> {
-        let mut files = vec![("from", self.from.as_path())];
-        files.extend(self.images.as_deref().map(|path| ("images", path)));
-        files.extend(self.captions.as_deref().map(|path| ("captions", path)));
-        files
+    #[test]
+    fn a_record_becomes_a_prompt_with_its_image() {
+        let text = r#"[{"id": "a", "image": "dot.ppm", "prompt": "Why?"}, {"prompt": "How?"}]"#;
+        let (prompts, rejects) = load(text, json!({}));
+        assert_eq!(rejects, []);
+        assert_eq!(prompts.len(), 2);
+        assert_eq!(prompts[0].id.as_deref(), Some("a"));
+        assert_eq!(prompts[0].question, "Why?");
+        assert_eq!(prompts[0].image_ids.len(), 1);
+        assert_eq!(prompts[1].image_ids.len(), 0);
+        let (limited, _) = load(text, json!({"limit": 1}));
+        assert_eq!(limited, prompts[..1]);
     }
 
-    fn resolve(&mut self, folder: &dyn Fn(&str) -> PathBuf) {
-        join(folder, "from", &mut self.from);
-        for (field, path) in [
-            ("images", &mut self.images),
-            ("captions", &mut self.captions),
-        ] {
-            if let Some(path) = path {
-                join(folder, field, path);
-            }
-        }
-    }
-
-    fn kind(&self) -> Option<&'static str> {
-        Some(Prompt::KIND)
-    }
-
-    fn output(&self, _: &[(TableName, SchemaRef)]) -> Result<SchemaRef, StageError> {
-        Ok(Prompt::schema())
-    }
-
-    fn work(&self) -> StageKind<'_> {
-        StageKind::Load(Box::new(self.loader()))
+    #[test]
+    fn a_record_without_its_image_or_its_question_is_rejected() {
+        let text = r#"[{"image": "none.png", "prompt": "Why?"}, {"image": "dot.ppm"}]"#;
+        let (prompts, rejects) = load(text, json!({}));
+        assert_eq!(prompts, []);
+        let [(place, missing), (_, unasked)] = &rejects[..] else {
+            panic!("{rejects:?}")
+        };
+        assert_eq!(place, "record 1");
+        assert!(missing.starts_with("image not found: "), "{missing}");
+        assert!(unasked.contains("prompt"), "{unasked}");
     }
 }

@@ -11,11 +11,14 @@
 mod allowed_folders;
 mod formats;
 mod input_tables;
+mod judging;
 mod media;
 mod pairing;
 mod records;
 mod source;
 mod source_check;
+#[cfg(test)]
+mod test_pipeline;
 mod unread;
 mod values;
 mod work;

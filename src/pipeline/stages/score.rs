@@ -6,13 +6,14 @@ use arrow::datatypes::SchemaRef;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::judging::{Scored, scored};
 use super::{
     Failure, Input, ModelName, ModelRole, ModelState, Outcome, RowStage, Stage, StageContext,
     StageError, StageKind, TableName, Task, Use, shown,
 };
 use ovchat_data::store::Key;
 use ovchat_data::tables::{Candidate, Prompt, Reward, Row, rows};
-use ovchat_models::{self as models, AnswerGroup, Listener, RowFault};
+use ovchat_models::{AnswerGroup, JudgeScore, RowFault};
 
 /// Scores candidates with a judge; a higher reward is better.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -179,52 +180,92 @@ impl RowStage for &Score {
                 numbers: task.rows.iter().map(|answer| answer.candidate).collect(),
             })
             .collect();
-        let mut outcomes: Vec<Option<Outcome<Vec<Reward>>>> = tasks.iter().map(|_| None).collect();
-        let stopping = ctx.stopping;
-        let progress = &mut *ctx.progress;
-        let mut done = 0;
-        let judge = ctx.models.judge(&self.judge)?;
-        if let Some(plan) = judge.plan() {
-            (ctx.say)(&format!("{}: {plan}", self.judge));
-        }
-        let mut take = |index: usize, result: Result<Vec<models::JudgeScore>, RowFault>| {
-            let task = &tasks[index];
-            outcomes[index] = Some(match result {
-                Ok(scores) => {
-                    let row = |(answer, score): (&JudgedAnswer, models::JudgeScore)| Reward {
-                        row_key: task.key.clone(),
-                        prompt_id: answer.prompt_id.clone(),
-                        candidate: answer.candidate,
-                        judge: self.judge.to_string(),
-                        reward: score.reward,
-                        reply: score.reply,
-                    };
-                    Outcome::Rows(task.rows.iter().zip(scores).map(row).collect())
-                }
-                Err(RowFault(reason)) => Outcome::fault(&task.rows[0].prompt_id, reason),
-            });
-            done += task.rows.len() as u64;
-            progress(done);
-            if stopping() {
-                std::ops::ControlFlow::Break(())
-            } else {
-                std::ops::ControlFlow::Continue(())
+        let rows = |group: usize| tasks[group].rows.len() as u64;
+        let scored = scored(ctx, &self.judge, &groups, rows)?;
+        let outcome = |(task, result): (&Task<JudgedAnswer>, Scored)| match result {
+            Ok(scores) => {
+                let rows = task.rows.iter().zip(scores);
+                Outcome::Rows(
+                    rows.map(|(answer, score)| self.row(&task.key, answer, score))
+                        .collect(),
+                )
             }
+            Err(RowFault(reason)) => Outcome::fault(&task.rows[0].prompt_id, reason),
         };
-        let name = &self.judge;
-        let say = &mut *ctx.say;
-        let scored = judge.score_for(
-            &groups,
-            &mut take,
-            &mut Listener {
-                say: &mut |text| say(&format!("{name}: {text}")),
-                stopping,
-            },
-        );
-        *ctx.telemetry = scored.map_err(Failure::of(&self.judge))?;
-        outcomes
-            .into_iter()
-            .map(|outcome| outcome.ok_or(Failure::Interrupted))
-            .collect()
+        Ok(tasks.iter().zip(scored).map(outcome).collect())
+    }
+}
+
+impl Score {
+    fn row(&self, key: &str, answer: &JudgedAnswer, score: JudgeScore) -> Reward {
+        Reward {
+            row_key: key.to_owned(),
+            prompt_id: answer.prompt_id.clone(),
+            candidate: answer.candidate,
+            judge: self.judge.to_string(),
+            reward: score.reward,
+            reply: score.reply,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::test_pipeline::{TestPipeline, candidate, prompt, stage};
+    use super::*;
+
+    fn score() -> Score {
+        stage(json!({"candidates": "candidates", "prompts": "prompts", "judge": "judge"}))
+    }
+
+    fn pipeline() -> TestPipeline {
+        let mut pipeline = TestPipeline::new();
+        pipeline.table("prompts", &[prompt("a", "Why?"), prompt("b", "How?")]);
+        let candidates = [
+            candidate("a", 0, "So."),
+            candidate("a", 1, "No."),
+            candidate("b", 0, "So."),
+        ];
+        pipeline.table("candidates", &candidates);
+        pipeline
+    }
+
+    #[test]
+    fn each_candidate_gets_a_reward() {
+        let mut pipeline = pipeline();
+        let (rewards, rejects) = pipeline.map::<Reward>(&score()).unwrap();
+        assert_eq!(rejects, []);
+        let names: Vec<_> = rewards
+            .iter()
+            .map(|reward| (&*reward.prompt_id, reward.candidate, &*reward.judge))
+            .collect();
+        let expected = [("a", 0, "judge"), ("a", 1, "judge"), ("b", 0, "judge")];
+        assert_eq!(names, expected);
+        assert_ne!(rewards[0].reward, rewards[1].reward);
+        assert_eq!(pipeline.progress, [2, 3]);
+    }
+
+    #[test]
+    fn a_prompt_that_cannot_be_scored_is_rejected_and_the_others_are_scored() {
+        let mut pipeline = pipeline();
+        pipeline.models.unscored = Some("a");
+        let (rewards, rejects) = pipeline.map::<Reward>(&score()).unwrap();
+        let reason = "no verdict in the reply".to_owned();
+        assert_eq!(rejects, [("a".to_owned(), reason)]);
+        assert_eq!(rewards.len(), 1);
+        assert_eq!(rewards[0].prompt_id, "b");
+    }
+
+    #[test]
+    fn a_candidate_without_its_prompt_and_an_interrupt_end_the_stage() {
+        let mut pipeline = pipeline();
+        pipeline.is_interrupted = true;
+        let failure = pipeline.map::<Reward>(&score()).unwrap_err();
+        assert!(matches!(failure, Failure::Interrupted));
+        pipeline.table("prompts", &[prompt("a", "Why?")]);
+        let failure = pipeline.map::<Reward>(&score()).unwrap_err();
+        assert_eq!(failure.to_string(), "table `prompts` has no prompt b");
     }
 }

@@ -4,6 +4,7 @@
 //! document's `{id, image, prompt, …}` or a LLaVA conversation. A file that cannot be read at all
 //! fails the stage; a record that cannot be used is rejected.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::io;
 use std::marker::PhantomData;
@@ -11,30 +12,147 @@ use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 
 use arrow::array::RecordBatch;
+use arrow::datatypes::SchemaRef;
 use rayon::prelude::*;
+use schemars::{JsonSchema, Schema, SchemaGenerator};
+use serde::{Deserialize, Serialize};
 
 use super::allowed_folders::{AllowedFolders, Place};
 use super::formats;
 use super::records::{Fields, named_paths, read_fields};
 use super::source_check::{self, SourceProblem};
 use super::unread::{Unread, own_name};
-use super::work::{Failure, LoadStage, Loaded, Record, shown};
+use super::work::{Failure, LoadStage, Loaded, Record, StageKind, shown};
+use super::{Input, Stage, StageError, TableName, join};
 use ovchat_data::store::{Key, digest};
-use ovchat_data::tables::{Image, ImageFile, Pair, Prompt, RejectClass, Row, Turn};
+use ovchat_data::tables::{Image, ImageFile, Prompt, RejectClass, Row, Turn};
 use ovchat_io::files;
 use ovchat_models::preprocess::{decode, probe};
 
 /// The maximum size of an image file, in bytes.
 pub const IMAGE_MAX: u64 = 1 << 30;
 
-/// A file of the user, and the settings for reading it.
-pub struct RecordSource<'a> {
-    pub from: &'a Path,
-    pub images: Option<&'a Path>,
+/// The settings of a loading stage: a file of the user, and how it is read.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SourceSettings {
+    /// The source file: `.json`, `.jsonl` or `.parquet`.
+    pub from: PathBuf,
+    /// The folder that relative image paths start from. Default: the folder of `from`.
+    #[serde(default)]
+    pub images: Option<PathBuf>,
+    /// Reads images from any path that a record names. By default, a record is rejected if its
+    /// image, with symbolic links resolved, lies outside `images` and the folder of `from`.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub images_anywhere: bool,
-    pub captions: Option<&'a Path>,
+    /// A JSON file that maps image paths to lists of captions, `{"a.png": ["…"]}`, for judges that
+    /// use captions. Default: none.
+    #[serde(default)]
+    pub captions: Option<PathBuf>,
+    /// The number of records to load, from the start of the file. Default: all.
+    #[serde(default)]
     pub limit: Option<NonZeroU32>,
+    /// The maximum size of an image, in megapixels. A record with a larger image is rejected
+    /// without decoding it.
+    #[serde(default = "SourceSettings::megapixels_max")]
     pub megapixels_max: NonZeroU32,
+}
+
+impl SourceSettings {
+    fn megapixels_max() -> NonZeroU32 {
+        const { NonZeroU32::new(100).unwrap() }
+    }
+}
+
+/// A stage that loads rows of type `R` from a source.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(transparent, bound = "")]
+pub struct Load<R> {
+    settings: SourceSettings,
+    #[serde(skip)]
+    rows: PhantomData<R>,
+}
+
+/// A table kind that can be loaded from a source.
+pub trait Loadable: Row {
+    /// The name of the stage's settings in the JSON Schema.
+    const SCHEMA: &'static str;
+    /// The description of the stage in the JSON Schema.
+    const DESCRIPTION: &'static str;
+
+    /// Builds the row of a record; `prompt` holds the fields common to all kinds.
+    fn from_record(
+        prompt: Prompt,
+        chosen: Option<String>,
+        rejected: Option<String>,
+    ) -> Result<Self, String>;
+
+    /// Returns the key of the row's prompt without its occurrence number, to count occurrences on
+    /// resume.
+    fn base(&self) -> String;
+}
+
+impl<R: Loadable> JsonSchema for Load<R> {
+    fn schema_name() -> Cow<'static, str> {
+        R::SCHEMA.into()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        let mut schema = SourceSettings::json_schema(generator);
+        schema.insert("description".to_owned(), R::DESCRIPTION.into());
+        schema
+    }
+}
+
+impl<R: Loadable> Load<R> {
+    /// Returns the source file.
+    pub fn from(&self) -> &Path {
+        &self.settings.from
+    }
+
+    /// Returns the problem found in the first records or at the end of the file, if any.
+    pub fn source_problem(&self) -> Option<SourceProblem> {
+        Loader::<R>::new(&self.settings).source_problem()
+    }
+}
+
+impl<R: Loadable> Stage for Load<R> {
+    fn inputs(&self) -> Vec<Input<'_>> {
+        Vec::new()
+    }
+
+    fn files(&self) -> Vec<(&'static str, &Path)> {
+        let settings = &self.settings;
+        let mut files = vec![("from", settings.from.as_path())];
+        files.extend(settings.images.as_deref().map(|path| ("images", path)));
+        files.extend(settings.captions.as_deref().map(|path| ("captions", path)));
+        files
+    }
+
+    fn resolve(&mut self, folder: &dyn Fn(&str) -> PathBuf) {
+        let settings = &mut self.settings;
+        join(folder, "from", &mut settings.from);
+        for (field, path) in [
+            ("images", &mut settings.images),
+            ("captions", &mut settings.captions),
+        ] {
+            if let Some(path) = path {
+                join(folder, field, path);
+            }
+        }
+    }
+
+    fn kind(&self) -> Option<&'static str> {
+        Some(R::KIND)
+    }
+
+    fn output(&self, _: &[(TableName, SchemaRef)]) -> Result<SchemaRef, StageError> {
+        Ok(R::schema())
+    }
+
+    fn work(&self) -> StageKind<'_> {
+        StageKind::Load(Box::new(Loader::<R>::new(&self.settings)))
+    }
 }
 
 /// A record with its images, or the reason why it is rejected.
@@ -56,93 +174,8 @@ impl From<String> for Flaw {
     }
 }
 
-/// A table kind that can be loaded from a source.
-pub trait Loadable: Row {
-    /// Builds the row of a record; `prompt` holds the fields common to all kinds.
-    fn from_record(
-        prompt: Prompt,
-        chosen: Option<String>,
-        rejected: Option<String>,
-    ) -> Result<Self, String>;
-
-    /// Returns the key of the row's prompt without its occurrence number, to count occurrences on
-    /// resume.
-    fn base(&self) -> String;
-}
-
-impl Loadable for Prompt {
-    fn from_record(prompt: Prompt, _: Option<String>, _: Option<String>) -> Result<Self, String> {
-        Ok(prompt)
-    }
-
-    fn base(&self) -> String {
-        prompt_base(
-            &self.image_ids,
-            self.system.as_deref(),
-            &self.turns,
-            &self.question,
-        )
-    }
-}
-
-impl Loadable for Pair {
-    fn from_record(
-        prompt: Prompt,
-        chosen: Option<String>,
-        rejected: Option<String>,
-    ) -> Result<Self, String> {
-        let chosen = chosen.ok_or("missing `chosen`")?;
-        let rejected = rejected.ok_or("missing `rejected`")?;
-        for (name, answer) in [("chosen", &chosen), ("rejected", &rejected)] {
-            if answer.trim().is_empty() {
-                return Err(format!(
-                    "`{name}` is empty; write the answer, or remove the record"
-                ));
-            }
-        }
-        if chosen == rejected {
-            return Err("`chosen` and `rejected` are the same text".to_owned());
-        }
-        Ok(Self {
-            row_key: Key::new("pair")
-                .with(&prompt.prompt_id)
-                .with(&chosen)
-                .with(&rejected)
-                .finish(),
-            id: prompt.id,
-            image: prompt.image,
-            prompt: prompt.question,
-            chosen,
-            rejected,
-            prompt_id: prompt.prompt_id,
-            image_ids: prompt.image_ids,
-            system: prompt.system,
-            turns: prompt.turns,
-            captions: prompt.captions,
-            chosen_candidate: None,
-            rejected_candidate: None,
-            chosen_reward: None,
-            rejected_reward: None,
-            margin: None,
-            chosen_token_ids: None,
-            rejected_token_ids: None,
-            chosen_logp: None,
-            rejected_logp: None,
-            model: None,
-        })
-    }
-
-    fn base(&self) -> String {
-        prompt_base(
-            &self.image_ids,
-            self.system.as_deref(),
-            &self.turns,
-            &self.prompt,
-        )
-    }
-}
-
-fn prompt_base(
+/// Returns the key of a prompt without its occurrence number.
+pub fn prompt_base(
     image_ids: &[String],
     system: Option<&str>,
     turns: &[Turn],
@@ -180,8 +213,8 @@ impl Outside {
 }
 
 /// The loader of rows of one kind from a source.
-pub struct Loader<'a, R> {
-    source: RecordSource<'a>,
+struct Loader<'a, R> {
+    source: &'a SourceSettings,
     captions: Option<HashMap<String, Vec<String>>>,
     /// The number of occurrences of each prompt so far.
     seen: HashMap<String, u32>,
@@ -191,7 +224,7 @@ pub struct Loader<'a, R> {
 }
 
 impl<'a, R: Loadable> Loader<'a, R> {
-    pub fn new(source: RecordSource<'a>) -> Self {
+    fn new(source: &'a SourceSettings) -> Self {
         Self {
             source,
             captions: None,
@@ -204,8 +237,8 @@ impl<'a, R: Loadable> Loader<'a, R> {
 
     /// Returns the problem found in the first records or at the end of the source, if any. Images
     /// are checked for existence only.
-    pub fn source_problem(mut self) -> Option<SourceProblem> {
-        let from = self.source.from;
+    fn source_problem(mut self) -> Option<SourceProblem> {
+        let from = &self.source.from;
         let folder = self.folder().to_owned();
         source_check::source_problem(from, self.source.limit, |record| {
             let fields = read_fields(&record.fields, record.embedded.len())?;
@@ -220,8 +253,8 @@ impl<'a, R: Loadable> Loader<'a, R> {
     }
 
     fn folder(&self) -> &Path {
-        self.source
-            .images
+        let images = self.source.images.as_deref();
+        images
             .or(self.source.from.parent())
             .unwrap_or(Path::new("."))
     }
@@ -234,7 +267,7 @@ impl<'a, R: Loadable> Loader<'a, R> {
 
     fn captions(&mut self) -> Result<&HashMap<String, Vec<String>>, Failure> {
         if self.captions.is_none() {
-            let captions = match self.source.captions {
+            let captions = match &self.source.captions {
                 Some(path) => formats::captions(path)?,
                 None => HashMap::new(),
             };
@@ -292,7 +325,7 @@ impl<'a, R: Loadable> Loader<'a, R> {
 
 impl<R: Loadable> LoadStage for Loader<'_, R> {
     fn records(&self) -> Result<Box<dyn Iterator<Item = Result<Record, Failure>> + Send>, Failure> {
-        let records = formats::records(self.source.from)?;
+        let records = formats::records(&self.source.from)?;
         Ok(match self.source.limit {
             Some(limit) => Box::new(records.take(limit.get() as usize)),
             None => records,
@@ -470,22 +503,17 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use ovchat_data::tables::Pair;
 
-    fn source() -> RecordSource<'static> {
-        RecordSource {
-            from: Path::new("p.json"),
-            images: None,
-            images_anywhere: false,
-            captions: None,
-            limit: None,
-            megapixels_max: NonZeroU32::MIN,
-        }
+    fn source() -> SourceSettings {
+        serde_json::from_value(json!({"from": "p.json"})).unwrap()
     }
 
     #[test]
     fn a_record_that_is_set_aside_is_named_by_its_place_and_its_own_id() {
+        let source = source();
         let set_aside = |fields: serde_json::Value| {
-            let mut loader = Loader::<Pair>::new(source());
+            let mut loader = Loader::<Pair>::new(&source);
             let record = Record {
                 place: "line 3".to_owned(),
                 fields: Ok(fields),
@@ -521,13 +549,14 @@ mod tests {
             fields: Ok(json!({"prompt": "Why?"})),
             embedded: Vec::new(),
         };
-        let mut whole = Loader::<Prompt>::new(source());
+        let source = source();
+        let mut whole = Loader::<Prompt>::new(&source);
         let rows =
             Prompt::from_batch(&whole.load(vec![record(), record(), record()]).unwrap().rows)
                 .unwrap();
         assert_ne!(rows[0].prompt_id, rows[1].prompt_id);
         assert_ne!(rows[1].prompt_id, rows[2].prompt_id);
-        let mut resumed = Loader::<Prompt>::new(source());
+        let mut resumed = Loader::<Prompt>::new(&source);
         resumed.resume(&Prompt::to_batch(&rows[..2])).unwrap();
         let rest = Prompt::from_batch(&resumed.load(vec![record()]).unwrap().rows).unwrap();
         assert_eq!(rest[0], rows[2]);
