@@ -159,3 +159,70 @@ impl PairSelector for AskPeople {
         Some("not labeled")
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::test_pipeline::{TestPipeline, candidate, prompt, stage};
+    use super::*;
+    use ovchat_data::store::LabelLine;
+
+    /// Builds the pairs of prompts `a` to `d` from labels: the prompt, the verdict, and the text of
+    /// the left answer when it was labeled.
+    fn labeled(labels: &[(&str, LabelVerdict, &str)]) -> (Vec<Pair>, Vec<(String, String)>) {
+        let mut pipeline = TestPipeline::new();
+        let ids = ["a", "b", "c", "d"];
+        let prompts: Vec<_> = ids.iter().map(|id| prompt(id, "Why?")).collect();
+        pipeline.table("prompts", &prompts);
+        let candidates: Vec<_> = ids
+            .iter()
+            .flat_map(|id| [candidate(id, 0, "So."), candidate(id, 1, "No.")])
+            .collect();
+        pipeline.table("candidates", &candidates);
+        let files = LabelFiles::new(pipeline.root(), "built", Some(1));
+        let mut writer = files.write().unwrap();
+        for (id, (prompt_id, said, left)) in (0..).zip(labels) {
+            let label = LabelLine {
+                id,
+                prompt_id: (*prompt_id).to_owned(),
+                left: 0,
+                right: 1,
+                left_digest: digest(left.as_bytes()),
+                right_digest: digest(b"No."),
+                said: *said,
+                by: "ann".to_owned(),
+                at: 0,
+                milliseconds: 1,
+            };
+            writer.add(&label).unwrap();
+        }
+        let settings = json!({"candidates": "candidates", "prompts": "prompts", "labels_min": 1});
+        pipeline.map(&stage::<AskPeople>(settings)).unwrap()
+    }
+
+    #[test]
+    fn a_choice_becomes_a_pair_and_other_verdicts_are_rejected() {
+        let (pairs, rejects) = labeled(&[
+            ("a", LabelVerdict::Left, "So."),
+            ("b", LabelVerdict::Right, "So."),
+            ("c", LabelVerdict::Tie, "So."),
+        ]);
+        let texts: Vec<_> = pairs
+            .iter()
+            .map(|pair| [&*pair.prompt_id, &*pair.chosen, &*pair.rejected])
+            .collect();
+        assert_eq!(texts, [["a", "So.", "No."], ["b", "No.", "So."]]);
+        assert_eq!(pairs[0].margin, None);
+        let expected = [("c", "labeled as a tie"), ("d", "not labeled")];
+        let expected = expected.map(|(id, reason)| (id.to_owned(), reason.to_owned()));
+        assert_eq!(rejects, expected);
+    }
+
+    #[test]
+    fn a_label_of_an_answer_that_has_changed_does_not_count() {
+        let (pairs, rejects) = labeled(&[("a", LabelVerdict::Left, "Because.")]);
+        assert_eq!(pairs, []);
+        assert!(rejects.contains(&("a".to_owned(), "not labeled".to_owned())));
+    }
+}

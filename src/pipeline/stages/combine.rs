@@ -151,10 +151,57 @@ impl Combine {
 
 #[cfg(test)]
 mod tests {
+    use super::super::test_pipeline::{TestPipeline, reward};
     use super::*;
 
     fn combine(text: &str) -> Combine {
         serde_json::from_str(text).unwrap()
+    }
+
+    fn combined(settings: &str) -> Vec<Reward> {
+        let mut pipeline = TestPipeline::new();
+        let first = [reward("a", 0, 1.0), reward("a", 1, 3.0)];
+        pipeline.table("first", &first);
+        let second = [reward("a", 0, 10.0), reward("a", 1, 30.0)];
+        pipeline.table("second", &second[..]);
+        let rows = pipeline.query(&combine(settings), &["first", "second"]);
+        Reward::from_batch(&rows.unwrap()).unwrap()
+    }
+
+    #[test]
+    fn rewards_are_normalized_weighted_and_summed() {
+        for (settings, expected) in [
+            (
+                r#"{"rewards": ["first", "second"], "normalize": "as_they_are"}"#,
+                [11.0, 33.0],
+            ),
+            (r#"{"rewards": ["first", "second"]}"#, [-2.0, 2.0]),
+            (
+                r#"{"rewards": ["first", "second"], "weights": {"first": 0.5}}"#,
+                [-1.5, 1.5],
+            ),
+            (
+                r#"{"rewards": ["first", "second"], "normalize": "by_judge"}"#,
+                [-2.0, 2.0],
+            ),
+        ] {
+            let rows = combined(settings);
+            let rewards: Vec<f32> = rows.iter().map(|row| row.reward).collect();
+            assert_eq!(rewards, expected, "{settings}");
+            assert_eq!(rows[0].judge, "judge+judge");
+        }
+    }
+
+    #[test]
+    fn a_candidate_that_one_judge_did_not_score_has_no_reward() {
+        let mut pipeline = TestPipeline::new();
+        pipeline.table("first", &[reward("a", 0, 1.0), reward("a", 1, 3.0)]);
+        pipeline.table("second", &[reward("a", 0, 1.0)]);
+        let stage = combine(r#"{"rewards": ["first", "second"]}"#);
+        let rows = pipeline.query(&stage, &["first", "second"]).unwrap();
+        let rows = Reward::from_batch(&rows).unwrap();
+        assert!(!rows[0].reward.is_nan());
+        assert!(rows[1].reward.is_nan());
     }
 
     #[test]

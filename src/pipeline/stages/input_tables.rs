@@ -144,3 +144,63 @@ impl PromptCache {
         Ok(Some(first))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::test_pipeline::{TestPipeline, candidate, prompt, table};
+    use super::*;
+    use ovchat_data::tables::{Candidate, Prompt};
+
+    #[test]
+    fn prompts_are_found_in_any_order_and_with_their_images() {
+        let mut pipeline = TestPipeline::new();
+        let image = pipeline.image(b"P6 1 1 255 abc");
+        let prompts: Vec<Prompt> = (0..50)
+            .map(|number| Prompt {
+                image_ids: vec![image.clone()],
+                ..prompt(&format!("p{number:02}"), &format!("Question {number}?"))
+            })
+            .collect();
+        pipeline.table("prompts", &prompts);
+        pipeline.with_context(|ctx| {
+            let mut find = |number: usize| {
+                let id = format!("p{number:02}");
+                ctx.input_tables.prompt_row(&table("prompts"), &id).unwrap()
+            };
+            for number in (0..50).chain([3, 49, 0, 17]) {
+                assert_eq!(*find(number), prompts[number]);
+            }
+            let shown = ctx.input_tables.prompt(&prompts[7], 5).unwrap();
+            assert_eq!((&*shown.question, shown.seed), ("Question 7?", 5));
+            assert_eq!(&*shown.images[0].bytes, b"P6 1 1 255 abc");
+        });
+    }
+
+    #[test]
+    fn rows_of_some_prompts_have_the_wanted_columns() {
+        let mut pipeline = TestPipeline::new();
+        let candidates = [candidate("a", 0, "So."), candidate("b", 0, "No.")];
+        pipeline.table("candidates", &candidates);
+        pipeline.with_context(|ctx| {
+            let ids = ["b", "none"].into_iter();
+            let name = table("candidates");
+            let rows = ctx.input_tables.rows_of(&name, &Candidate::schema(), ids);
+            let rows = rows.unwrap();
+            assert_eq!(rows.len(), 1);
+            assert_eq!(Candidate::from_batch(&rows[0]).unwrap(), candidates[1..]);
+        });
+    }
+
+    #[test]
+    fn a_missing_prompt_or_image_is_named() {
+        let mut pipeline = TestPipeline::new();
+        pipeline.table("prompts", &[prompt("a", "Why?")]);
+        pipeline.with_context(|ctx| {
+            let missing = ctx.input_tables.prompt_row(&table("prompts"), "b");
+            let expected = "table `prompts` has no prompt b";
+            assert_eq!(missing.unwrap_err().to_string(), expected);
+            let missing = ctx.input_tables.images(&["f00".to_owned()]).unwrap_err();
+            assert!(missing.to_string().contains("f00"), "{missing}");
+        });
+    }
+}

@@ -265,3 +265,74 @@ fn candidates(task: &Task<Prompt>, answers: Vec<Generation>, model: &str) -> Vec
     };
     answers.into_iter().enumerate().map(row).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::test_pipeline::{FINGERPRINT, TestPipeline, prompt, stage};
+    use super::*;
+
+    fn sample() -> Sample {
+        stage(json!({"prompts": "prompts", "model": "policy", "count": 2}))
+    }
+
+    fn pipeline() -> TestPipeline {
+        let mut pipeline = TestPipeline::new();
+        pipeline.table("prompts", &[prompt("a", "Why?"), prompt("b", "How?")]);
+        pipeline
+    }
+
+    #[test]
+    fn each_prompt_gets_its_answers_with_their_tokens() {
+        let mut pipeline = pipeline();
+        let (answers, rejects) = pipeline.map::<Candidate>(&sample()).unwrap();
+        assert_eq!(rejects, []);
+        let names: Vec<_> = answers
+            .iter()
+            .map(|answer| (&*answer.prompt_id, answer.candidate))
+            .collect();
+        assert_eq!(names, [("a", 0), ("a", 1), ("b", 0), ("b", 1)]);
+        for answer in &answers {
+            assert_eq!(answer.token_ids.len(), answer.token_logps.len());
+            let sum: f64 = answer.token_logps.iter().map(|&logp| f64::from(logp)).sum();
+            assert_eq!(answer.logp, sum);
+            assert_eq!(answer.model, FINGERPRINT);
+        }
+        assert_eq!(answers[0].row_key, answers[1].row_key);
+        assert_ne!(answers[0].row_key, answers[2].row_key);
+        assert_ne!(answers[0].text, answers[1].text);
+        assert_eq!(pipeline.progress, [1, 2]);
+    }
+
+    #[test]
+    fn a_prompt_that_does_not_fit_is_rejected_and_the_others_are_answered() {
+        let mut pipeline = pipeline();
+        pipeline.models.too_long = Some("a");
+        let (answers, rejects) = pipeline.map::<Candidate>(&sample()).unwrap();
+        let reason = "the prompt is too long".to_owned();
+        assert_eq!(rejects, [("a".to_owned(), reason)]);
+        assert!(answers.iter().all(|answer| answer.prompt_id == "b"));
+        assert_eq!(answers.len(), 2);
+    }
+
+    #[test]
+    fn an_interrupted_or_missing_model_ends_the_stage() {
+        let mut pipeline = pipeline();
+        pipeline.is_interrupted = true;
+        let failure = pipeline.map::<Candidate>(&sample()).unwrap_err();
+        assert!(matches!(failure, Failure::Interrupted));
+        pipeline.is_interrupted = false;
+        pipeline.models.is_missing = true;
+        let failure = pipeline.map::<Candidate>(&sample()).unwrap_err();
+        let expected = "model `policy`: model.safetensors: not found";
+        assert_eq!(failure.to_string(), expected);
+    }
+
+    #[test]
+    fn more_answers_than_the_limit_are_refused() {
+        let sample: Sample = stage(json!({"prompts": "prompts", "model": "policy", "count": 1025}));
+        let error = sample.output(&[]).unwrap_err();
+        assert_eq!(error.field, Some("count"));
+    }
+}

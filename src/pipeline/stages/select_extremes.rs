@@ -126,3 +126,91 @@ impl Pairs for SelectExtremes {
         ]
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::test_pipeline::{TestPipeline, candidate, prompt, reward, stage};
+    use super::*;
+    use ovchat_data::tables::{Candidate, Finish};
+
+    /// Selects among three answers to prompt `a` with the given rewards.
+    fn selected(
+        settings: serde_json::Value,
+        rewards: [f32; 3],
+        texts: [&str; 3],
+    ) -> (Vec<Pair>, Vec<(String, String)>) {
+        let mut pipeline = TestPipeline::new();
+        pipeline.table("prompts", &[prompt("a", "Why?")]);
+        let mut candidates: Vec<Candidate> = (0..)
+            .zip(texts)
+            .map(|(number, text)| candidate("a", number, text))
+            .collect();
+        candidates[2].finish = Finish::Length;
+        pipeline.table("candidates", &candidates);
+        let rewards = (0..).zip(rewards);
+        let rewards: Vec<_> = rewards
+            .map(|(number, worth)| reward("a", number, worth))
+            .collect();
+        pipeline.table("rewards", &rewards);
+        let mut all =
+            json!({"rewards": "rewards", "candidates": "candidates", "prompts": "prompts"});
+        let given = settings.as_object().unwrap().clone();
+        all.as_object_mut().unwrap().extend(given);
+        pipeline.map(&stage::<SelectExtremes>(all)).unwrap()
+    }
+
+    const TEXTS: [&str; 3] = ["good", "so so", "bad"];
+
+    #[test]
+    fn the_best_and_the_worst_answer_become_a_pair() {
+        let (pairs, rejects) = selected(json!({}), [0.5, 0.25, -1.0], TEXTS);
+        assert_eq!(rejects, []);
+        let [pair] = &pairs[..] else {
+            panic!("{pairs:?}")
+        };
+        assert_eq!((&*pair.chosen, &*pair.rejected), ("good", "bad"));
+        assert_eq!(pair.margin, Some(1.5));
+        assert_eq!(pair.chosen_logp, Some(-4.0));
+        // Ties go to the lowest candidate number, and truncated answers may be excluded.
+        let (pairs, _) = selected(json!({}), [0.5, 0.5, 0.0], TEXTS);
+        assert_eq!((&*pairs[0].chosen, &*pairs[0].rejected), ("good", "bad"));
+        let (pairs, _) = selected(json!({"truncated": "drop"}), [0.5, 0.25, -1.0], TEXTS);
+        assert_eq!((&*pairs[0].chosen, &*pairs[0].rejected), ("good", "so so"));
+    }
+
+    #[test]
+    fn a_prompt_without_a_usable_pair_is_rejected_with_the_reason() {
+        for (settings, rewards, texts, expected) in [
+            (
+                json!({}),
+                [0.5, f32::NAN, 0.0],
+                TEXTS,
+                "a reward is not a finite number",
+            ),
+            (
+                json!({}),
+                [0.5; 3],
+                TEXTS,
+                "the best and the worst answer score the same",
+            ),
+            (
+                json!({}),
+                [0.5, 0.25, 0.0],
+                ["same"; 3],
+                "the best and the worst answer have the same text",
+            ),
+            (
+                json!({"margin_min": 1}),
+                [0.5, 0.25, 0.0],
+                TEXTS,
+                "the rewards are closer than margin_min",
+            ),
+        ] {
+            let (pairs, rejects) = selected(settings, rewards, texts);
+            assert_eq!(pairs, []);
+            assert_eq!(rejects, [("a".to_owned(), expected.to_owned())]);
+        }
+    }
+}

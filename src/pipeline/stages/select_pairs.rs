@@ -219,3 +219,86 @@ impl Pairs for SelectPairs {
         ]
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::test_pipeline::{TestPipeline, candidate, prompt, reward, stage};
+    use super::*;
+
+    /// Selects among three answers to prompt `a`, whose rewards are 1.0, 0.5 and 0.0, and returns
+    /// the pairs' texts.
+    fn selected(settings: serde_json::Value) -> (Vec<[String; 2]>, Vec<(String, String)>) {
+        let mut pipeline = TestPipeline::new();
+        pipeline.table("prompts", &[prompt("a", "Why?")]);
+        let texts = ["Good", "fair answer", "bad"];
+        let candidates = (0..).zip(texts);
+        let candidates: Vec<_> = candidates
+            .map(|(number, text)| candidate("a", number, text))
+            .collect();
+        pipeline.table("candidates", &candidates);
+        let rewards = (0..).zip([1.0, 0.5, 0.0]);
+        let rewards: Vec<_> = rewards
+            .map(|(number, worth)| reward("a", number, worth))
+            .collect();
+        pipeline.table("rewards", &rewards);
+        let mut all =
+            json!({"rewards": "rewards", "candidates": "candidates", "prompts": "prompts"});
+        let given = settings.as_object().unwrap().clone();
+        all.as_object_mut().unwrap().extend(given);
+        let (pairs, rejects) = pipeline.map::<Pair>(&stage::<SelectPairs>(all)).unwrap();
+        let texts = pairs.into_iter().map(|pair| [pair.chosen, pair.rejected]);
+        (texts.collect(), rejects)
+    }
+
+    #[test]
+    fn a_strategy_chooses_the_pairs() {
+        for (settings, expected) in [
+            (json!({}), vec![["Good", "bad"]]),
+            (
+                json!({"strategy": "best_second"}),
+                vec![["Good", "fair answer"]],
+            ),
+            (
+                json!({"strategy": "all_pairs"}),
+                vec![
+                    ["Good", "fair answer"],
+                    ["Good", "bad"],
+                    ["fair answer", "bad"],
+                ],
+            ),
+            (
+                json!({"strategy": "all_pairs", "pairs_max": 1}),
+                vec![["Good", "bad"]],
+            ),
+            // The penalty of 0.25 a token leaves 0 for "Good", -2.25 and -0.75 for the others.
+            (
+                json!({"length_penalty": 0.25}),
+                vec![["Good", "fair answer"]],
+            ),
+        ] {
+            let (mut pairs, rejects) = selected(settings.clone());
+            pairs.sort();
+            let mut expected = expected;
+            expected.sort_unstable();
+            assert_eq!(pairs, expected, "{settings}");
+            assert_eq!(rejects, []);
+        }
+        let (drawn, _) = selected(json!({"strategy": "best_random"}));
+        assert_eq!(drawn[0][0], "Good");
+        assert_eq!(selected(json!({"strategy": "best_random"})).0, drawn);
+    }
+
+    #[test]
+    fn a_prompt_without_a_pair_is_rejected_and_a_setting_without_effect_is_refused() {
+        let (pairs, rejects) = selected(json!({"margin_min": 2}));
+        assert_eq!(pairs, Vec::<[String; 2]>::new());
+        assert_eq!(rejects.len(), 1);
+        assert!(rejects[0].1.contains("margin_min"), "{rejects:?}");
+        let useless: SelectPairs = stage(json!({"rewards": "rewards", "pairs_max": 2}));
+        assert_eq!(useless.output(&[]).unwrap_err().field, Some("pairs_max"));
+        let ratio = serde_json::from_value::<AtLeastOne>(json!(0.5)).unwrap_err();
+        assert_eq!(ratio.to_string(), "0.5 is less than 1");
+    }
+}

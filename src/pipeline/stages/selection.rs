@@ -327,3 +327,71 @@ fn flush(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::test_pipeline::{TestPipeline, candidate, prompt, reward, stage};
+    use super::super::{SelectExtremes, SelectPairs};
+    use super::*;
+
+    fn pipeline(rewards: &[Reward]) -> TestPipeline {
+        let mut pipeline = TestPipeline::new();
+        pipeline.table("prompts", &[prompt("a", "Why?"), prompt("b", "How?")]);
+        let candidates = [
+            candidate("a", 0, "So."),
+            candidate("a", 1, "No."),
+            candidate("b", 0, "So."),
+            candidate("b", 1, "No."),
+        ];
+        pipeline.table("candidates", &candidates);
+        pipeline.table("rewards", rewards);
+        pipeline
+    }
+
+    fn settings() -> serde_json::Value {
+        json!({"rewards": "rewards", "candidates": "candidates", "prompts": "prompts"})
+    }
+
+    #[test]
+    fn a_prompt_that_an_earlier_stage_rejected_is_not_rejected_twice() {
+        let mut pipeline = pipeline(&[reward("b", 0, 1.0), reward("b", 1, 0.0)]);
+        let stage = stage::<SelectExtremes>(settings());
+        let (pairs, rejects) = pipeline.map::<Pair>(&stage).unwrap();
+        assert_eq!(rejects, []);
+        assert_eq!(pairs.len(), 1);
+        assert_eq!((&*pairs[0].prompt_id, &*pairs[0].prompt), ("b", "How?"));
+    }
+
+    #[test]
+    fn the_only_pair_of_a_prompt_has_the_key_of_its_group_and_others_have_their_own() {
+        let rewards = [reward("a", 0, 1.0), reward("a", 1, 0.0)];
+        let one = pipeline(&rewards).map::<Pair>(&stage::<SelectExtremes>(settings()));
+        let again = pipeline(&rewards).map::<Pair>(&stage::<SelectExtremes>(settings()));
+        let (one, again) = (one.unwrap().0, again.unwrap().0);
+        assert_eq!(one, again);
+        let changed = [reward("a", 0, 2.0), reward("a", 1, 0.0)];
+        let other = pipeline(&changed).map::<Pair>(&stage::<SelectExtremes>(settings()));
+        assert_ne!(other.unwrap().0[0].row_key, one[0].row_key);
+        let mut three = pipeline(&[
+            reward("a", 0, 1.0),
+            reward("a", 1, 0.0),
+            reward("b", 0, 1.0),
+            reward("b", 1, 0.0),
+        ]);
+        let mut all = settings();
+        all["strategy"] = json!("all_pairs");
+        let (pairs, _) = three.map::<Pair>(&stage::<SelectPairs>(all)).unwrap();
+        assert_ne!(pairs[0].row_key, pairs[1].row_key);
+    }
+
+    #[test]
+    fn a_reward_of_an_unknown_candidate_ends_the_stage() {
+        let mut pipeline = pipeline(&[reward("a", 0, 1.0), reward("a", 7, 0.0)]);
+        let stage = stage::<SelectExtremes>(settings());
+        let failure = pipeline.map::<Pair>(&stage).unwrap_err().to_string();
+        let expected = "candidate 7 of prompt a has a reward but is not in the table of candidates";
+        assert!(failure.starts_with(expected), "{failure}");
+    }
+}

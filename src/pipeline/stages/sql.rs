@@ -151,3 +151,86 @@ impl Stage for Sql {
         StageKind::Query(Query { sql })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::test_pipeline::{TestPipeline, prompt, stage, table};
+    use super::*;
+    use ovchat_data::tables::{Prompt, Row};
+
+    fn sql(query: &str) -> Sql {
+        stage(json!({"query": query, "tables": ["prompts"]}))
+    }
+
+    #[test]
+    fn the_query_builds_the_table() {
+        let mut pipeline = TestPipeline::new();
+        pipeline.table("prompts", &[prompt("a", "Why?"), prompt("b", "How?")]);
+        let stage = sql("select * from prompts where question = 'How?'");
+        let rows = pipeline.query(&stage, &["prompts"]).unwrap();
+        assert_eq!(Prompt::from_batch(&rows).unwrap(), [prompt("b", "How?")]);
+        let given = [(table("prompts"), Prompt::schema())];
+        let names = |schema: &Schema| -> Vec<String> {
+            schema
+                .fields()
+                .iter()
+                .map(|field| field.name().clone())
+                .collect()
+        };
+        let planned = stage.output(&given).unwrap();
+        assert_eq!(names(&planned), names(&rows.schema()));
+    }
+
+    #[test]
+    fn a_query_that_cannot_build_a_table_is_refused() {
+        let given = [
+            (table("prompts"), Prompt::schema()),
+            (table("pairs"), Prompt::schema()),
+        ];
+        for (query, message, help) in [
+            (
+                "select prompt_id, prompt_id from prompts",
+                "prompt_id",
+                None,
+            ),
+            (
+                "select 1 as round from prompts",
+                "the column name `round` is reserved",
+                Some("rename it: round as …"),
+            ),
+            (
+                "select * from pairs",
+                "pairs",
+                Some("add `pairs` to `tables`"),
+            ),
+            ("selct 1", "selct", None),
+        ] {
+            let error = sql(query).output(&given).unwrap_err();
+            assert!(error.message.contains(message), "{query}: {error}");
+            if help.is_some() {
+                assert_eq!(error.help.as_deref(), help);
+            }
+        }
+        let neither: Sql = stage(json!({"tables": []}));
+        let error = neither.output(&given).unwrap_err();
+        assert_eq!(error.message, "neither `query` nor `file` is given");
+    }
+
+    #[test]
+    fn a_file_is_read_when_its_path_is_resolved() {
+        let mut pipeline = TestPipeline::new();
+        pipeline.file("q.sql", "select 1 as one from prompts");
+        let root = pipeline.root().to_owned();
+        let given = [(table("prompts"), Prompt::schema())];
+        let mut found: Sql = stage(json!({"file": "q.sql", "tables": ["prompts"]}));
+        found.resolve(&|_| root.clone());
+        assert_eq!(found.output(&given).unwrap().field(0).name(), "one");
+        let mut missing: Sql = stage(json!({"file": "none.sql", "tables": ["prompts"]}));
+        missing.resolve(&|_| root.clone());
+        let error = missing.output(&given).unwrap_err();
+        assert!(error.message.contains("cannot read"), "{error}");
+        assert!(error.message.contains("none.sql"), "{error}");
+    }
+}

@@ -398,3 +398,71 @@ impl TrainingRun for DpoTraining<'_> {
         &mut *self.trainer
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::test_pipeline::{FINGERPRINT, TestPipeline, pair, stage};
+    use super::*;
+
+    fn train(settings: serde_json::Value) -> TrainDpo {
+        let mut all = json!({"pairs": "pairs", "model": "policy", "batch_pairs": 2});
+        let given = settings.as_object().unwrap().clone();
+        all.as_object_mut().unwrap().extend(given);
+        stage(all)
+    }
+
+    /// A pair whose answers were sampled from the policy, with one token each.
+    fn sampled(prompt_id: &str) -> Pair {
+        Pair {
+            chosen_token_ids: Some(vec![1]),
+            rejected_token_ids: Some(vec![2]),
+            chosen_logp: Some(-(16.0_f64.ln())),
+            rejected_logp: Some(-(16.0_f64.ln())),
+            model: Some(FINGERPRINT.to_owned()),
+            ..pair(prompt_id, "So.", "No.")
+        }
+    }
+
+    #[test]
+    fn sampled_and_written_pairs_are_trained_on() {
+        let mut pipeline = TestPipeline::new();
+        let pairs = [sampled("a"), sampled("b"), pair("c", "So.", "No.")];
+        pipeline.table("pairs", &pairs);
+        let steps = pipeline
+            .train::<DpoStep>(&train(json!({"epochs": 2})))
+            .unwrap();
+        let numbers: Vec<_> = steps.iter().map(|step| (step.step, step.epoch)).collect();
+        assert_eq!(numbers, [(1, 1), (2, 1), (3, 2), (4, 2)]);
+        let without = train(json!({"reference": "none", "loss": "simpo"}));
+        assert_eq!(pipeline.train::<DpoStep>(&without).unwrap().len(), 2);
+    }
+
+    #[test]
+    fn the_order_of_the_pairs_depends_on_their_lengths_only_if_asked() {
+        let mut pipeline = TestPipeline::new();
+        let long = "word ".repeat(40);
+        let pairs = [
+            pair("a", "So.", "No."),
+            pair("b", &long, "No."),
+            pair("c", "So.", "No."),
+        ];
+        pipeline.table("pairs", &pairs);
+        let grouped = train(json!({"batch_pairs": 1, "group_by_length": true}));
+        let steps = pipeline.train::<DpoStep>(&grouped).unwrap();
+        let tokens: Vec<_> = steps.iter().map(|step| step.tokens).collect();
+        assert_eq!(tokens, [43, 4, 4]);
+    }
+
+    #[test]
+    fn a_missing_model_ends_the_training() {
+        let mut pipeline = TestPipeline::new();
+        pipeline.table("pairs", &[sampled("a")]);
+        pipeline.models.is_missing = true;
+        let stage = train(json!({"reference_audit": {"share": 0}}));
+        let failure = pipeline.train::<DpoStep>(&stage).unwrap_err();
+        let expected = "model `policy`: model.safetensors: not found";
+        assert_eq!(failure.to_string(), expected);
+    }
+}

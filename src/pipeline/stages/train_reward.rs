@@ -208,3 +208,44 @@ impl TrainingRun for RewardTraining<'_> {
         &mut *self.trainer
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::test_pipeline::{TestPipeline, pair, stage};
+    use super::*;
+
+    fn train() -> TrainReward {
+        stage(json!({"pairs": "pairs", "model": "judge", "batch_pairs": 2}))
+    }
+
+    #[test]
+    fn a_step_reports_the_rewards_of_its_pairs() {
+        let mut pipeline = TestPipeline::new();
+        let pairs = [
+            pair("a", "So.", "No."),
+            pair("b", "So.", "No."),
+            pair("c", "So.", "No."),
+        ];
+        pipeline.table("pairs", &pairs);
+        let steps = pipeline.train::<RewardStep>(&train()).unwrap();
+        assert_eq!(steps.len(), 2);
+        for step in &steps {
+            assert_eq!(step.margin, step.reward_chosen - step.reward_rejected);
+            assert!(step.learning_rate > 0.0);
+        }
+        // One word and an end for each of two answers.
+        assert_eq!([steps[0].tokens, steps[1].tokens], [8, 4]);
+    }
+
+    #[test]
+    fn a_missing_model_ends_the_training() {
+        let mut pipeline = TestPipeline::new();
+        pipeline.table("pairs", &[pair("a", "So.", "No.")]);
+        pipeline.models.is_missing = true;
+        let failure = pipeline.train::<RewardStep>(&train()).unwrap_err();
+        let expected = "model `judge`: model.safetensors: not found";
+        assert_eq!(failure.to_string(), expected);
+    }
+}

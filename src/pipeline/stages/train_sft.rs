@@ -202,3 +202,44 @@ impl TrainingRun for SftTraining<'_> {
         &mut *self.trainer
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::test_pipeline::{TestPipeline, prompt, stage};
+    use super::*;
+
+    fn train() -> TrainSft {
+        stage(json!({"prompts": "prompts", "model": "policy", "batch_prompts": 2, "epochs": 2}))
+    }
+
+    fn answered(id: &str) -> Prompt {
+        Prompt {
+            answer: Some("So it is.".to_owned()),
+            ..prompt(id, "Why?")
+        }
+    }
+
+    #[test]
+    fn every_epoch_passes_over_all_prompts() {
+        let mut pipeline = TestPipeline::new();
+        let prompts = [answered("a"), answered("b"), answered("c")];
+        pipeline.table("prompts", &prompts);
+        let steps = pipeline.train::<SftStep>(&train()).unwrap();
+        let numbers: Vec<_> = steps.iter().map(|step| (step.step, step.epoch)).collect();
+        assert_eq!(numbers, [(1, 1), (2, 1), (3, 2), (4, 2)]);
+        // The scripted trainer counts three words and an end for each answer.
+        let tokens: Vec<_> = steps.iter().map(|step| step.learned_tokens).collect();
+        assert_eq!(tokens, [8, 4, 8, 4]);
+    }
+
+    #[test]
+    fn a_prompt_without_an_answer_ends_the_training() {
+        let mut pipeline = TestPipeline::new();
+        pipeline.table("prompts", &[answered("a"), prompt("b", "How?")]);
+        let failure = pipeline.train::<SftStep>(&train()).unwrap_err().to_string();
+        let expected = "prompt b of `prompts` has no `answer` to train on";
+        assert!(failure.starts_with(expected), "{failure}");
+    }
+}

@@ -296,3 +296,58 @@ pub fn prompts(
     }
     Ok(prompts)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::test_pipeline::TestPipeline;
+    use super::*;
+
+    fn settings(warmup: Warmup) -> OptimizerSettings {
+        OptimizerSettings {
+            learning_rate: 1e-5.try_into().unwrap(),
+            schedule: Schedule::Cosine,
+            warmup,
+            weight_decay: 0.0.try_into().unwrap(),
+            max_grad_norm: 1.0.try_into().unwrap(),
+            optimizer: Optimizer::Adamw,
+        }
+    }
+
+    #[test]
+    fn warmup_is_a_share_rounded_up_or_a_number_of_steps() {
+        let warmup_steps = |warmup, steps| settings(warmup).optimization(steps).warmup_steps;
+        assert_eq!(warmup_steps(Warmup::Ratio(0.1), 41), 5);
+        assert_eq!(warmup_steps(Warmup::Ratio(0.0), 41), 0);
+        assert_eq!(warmup_steps(Warmup::Steps(7), 41), 7);
+        assert_eq!(settings(Warmup::Ratio(1.0)).check(), Ok(()));
+        let error = settings(Warmup::Ratio(1.5)).check().unwrap_err();
+        assert_eq!(error.field, Some("warmup_ratio"));
+    }
+
+    #[test]
+    fn every_epoch_shuffles_all_rows_anew_and_the_same_way_each_time() {
+        let mut pipeline = TestPipeline::new();
+        let mut batches = |lengths: Option<&[usize]>| {
+            pipeline.with_context(|ctx| shuffled_batches(ctx, 7, 2, 3, lengths))
+        };
+        let all = batches(None);
+        let sizes: Vec<_> = all
+            .iter()
+            .map(|(epoch, rows)| (*epoch, rows.len()))
+            .collect();
+        assert_eq!(sizes, [(1, 3), (1, 3), (1, 1), (2, 3), (2, 3), (2, 1)]);
+        let rows = |epoch: u32| -> Vec<u32> {
+            let of_epoch = all.iter().filter(|batch| batch.0 == epoch);
+            of_epoch.flat_map(|(_, rows)| rows.clone()).collect()
+        };
+        assert_ne!(rows(1), rows(2));
+        for epoch in [1, 2] {
+            let mut sorted = rows(epoch);
+            sorted.sort_unstable();
+            assert_eq!(sorted, [0, 1, 2, 3, 4, 5, 6]);
+        }
+        assert_eq!(batches(None), all);
+        let by_length = batches(Some(&[1, 9, 2, 8, 3, 7, 4]));
+        assert_eq!(by_length[0].1, [1, 3, 5]);
+    }
+}

@@ -164,3 +164,73 @@ name!(
     /// The name of a model.
     ModelName
 );
+
+#[cfg(test)]
+mod tests {
+    use serde::de::DeserializeOwned;
+
+    use super::*;
+
+    /// Returns the error for a JSON value, or `fine`.
+    fn verdict<T: DeserializeOwned>(text: &str) -> String {
+        match serde_json::from_str::<T>(text) {
+            Ok(_) => "fine".to_owned(),
+            Err(error) => error.to_string(),
+        }
+    }
+
+    #[test]
+    fn numbers_keep_to_their_ranges() {
+        for fine in ["0", "0.7", "100"] {
+            assert_eq!(verdict::<Temperature>(fine), "fine");
+        }
+        for (found, expected) in [
+            (
+                verdict::<Temperature>("100.5"),
+                "100.5 is not a temperature (0 to 100; 0 is greedy)",
+            ),
+            (
+                verdict::<Probability>("0"),
+                "0 is not above 0 and at most 1",
+            ),
+            (
+                verdict::<Probability>("1.5"),
+                "1.5 is not above 0 and at most 1",
+            ),
+            (verdict::<Positive>("0"), "0 is not above 0"),
+            (verdict::<NonNegative>("-1"), "-1 is not 0 or more"),
+        ] {
+            assert_eq!(found, expected);
+        }
+        assert_eq!(verdict::<Probability>("1"), "fine");
+        assert_eq!(verdict::<NonNegative>("0"), "fine");
+        for value in [f64::NAN, f64::INFINITY] {
+            assert!(Positive::try_from(value).is_err());
+            assert!(NonNegative::try_from(value).is_err());
+            assert!(Temperature::try_from(value).is_err());
+        }
+    }
+
+    #[test]
+    fn names_are_identifiers_of_sql() {
+        for fine in ["a", "round_2", &"x".repeat(NAME_MAX)] {
+            assert_eq!(verdict::<TableName>(&format!("{fine:?}")), "fine");
+        }
+        for wrong in ["", "2nd", "Rewards", "a-b", "a b", "größe", "_a"] {
+            assert_ne!(
+                verdict::<TableName>(&format!("{wrong:?}")),
+                "fine",
+                "{wrong}"
+            );
+            assert_ne!(
+                verdict::<ModelName>(&format!("{wrong:?}")),
+                "fine",
+                "{wrong}"
+            );
+        }
+        assert_eq!(
+            verdict::<StopString>(r#""""#),
+            "a stop string cannot be empty"
+        );
+    }
+}

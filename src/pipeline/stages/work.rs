@@ -545,3 +545,109 @@ pub fn rejects(
     };
     set_aside.into_iter().map(row).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use super::super::test_pipeline::{TestPipeline, candidate, prompt, table};
+    use super::*;
+    use ovchat_data::tables::{Candidate, Prompt};
+
+    /// Answers each prompt with its question, and rejects prompts without one.
+    struct Echo {
+        input: TableName,
+        /// The prompts that were computed.
+        computed: RefCell<Vec<String>>,
+    }
+
+    impl RowStage for Echo {
+        type In = Prompt;
+        type Out = Candidate;
+
+        fn input(&self) -> &TableName {
+            &self.input
+        }
+
+        fn part_groups(&self) -> u32 {
+            64
+        }
+
+        fn key(
+            &self,
+            _: &mut StageContext<'_>,
+            group: &[Prompt],
+            key: Key,
+        ) -> Result<Key, Failure> {
+            Ok(key.with(&group[0].prompt_id))
+        }
+
+        fn map(
+            &self,
+            _: &mut StageContext<'_>,
+            tasks: &[Task<Prompt>],
+        ) -> Result<Vec<Outcome<Vec<Candidate>>>, Failure> {
+            let outcome = |task: &Task<Prompt>| {
+                let prompt = &task.rows[0];
+                self.computed.borrow_mut().push(prompt.prompt_id.clone());
+                if prompt.question.is_empty() {
+                    return Outcome::fault(&prompt.prompt_id, "no question");
+                }
+                let answer = Candidate {
+                    row_key: task.key.clone(),
+                    ..candidate(&prompt.prompt_id, 0, &prompt.question)
+                };
+                Outcome::Rows(vec![answer])
+            };
+            Ok(tasks.iter().map(outcome).collect())
+        }
+    }
+
+    #[test]
+    fn known_rows_are_reused_and_all_outcomes_keep_their_order() {
+        let echo = Echo {
+            input: table("prompts"),
+            computed: RefCell::default(),
+        };
+        let prompts = ["a", "b", "c", "d"].map(|id| prompt(id, if id == "c" { "" } else { id }));
+        let rows = Prompt::to_batch(&prompts);
+        let base = Key::new("row");
+        let known_key = base.clone().with("b").finish();
+        let earlier = Candidate::to_batch(&[candidate("b", 0, "earlier")]);
+        let mut known = |key: &str| Ok::<_, Failure>((key == known_key).then(|| earlier.clone()));
+        let (outcomes, computed) = TestPipeline::new()
+            .with_context(|ctx| echo.make(ctx, &[rows], &[1; 4], &base, &mut known))
+            .unwrap();
+        assert_eq!(computed, 2);
+        assert_eq!(*echo.computed.borrow(), ["a", "c", "d"]);
+        let mut texts = Vec::new();
+        for outcome in outcomes {
+            match outcome {
+                Outcome::Rows(rows) => {
+                    let rows = Candidate::from_batch(&rows).unwrap();
+                    texts.extend(rows.into_iter().map(|row| row.text));
+                }
+                Outcome::SetAside { id, reason, .. } => texts.push(format!("{id}: {reason}")),
+            }
+        }
+        assert_eq!(texts, ["a", "earlier", "c: no question", "d"]);
+    }
+
+    #[test]
+    fn seeds_differ_by_purpose_and_rejects_hide_secrets() {
+        let mut pipeline = TestPipeline::new();
+        let seeds = pipeline.with_context(|ctx| [ctx.seed_for("a"), ctx.seed_for("b")]);
+        assert_ne!(seeds[0], seeds[1]);
+        let again = TestPipeline::new().with_context(|ctx| ctx.seed_for("a"));
+        assert_eq!(again, seeds[0]);
+        let mask = Mask::new([("TOKEN", "hunter2hunter2")]);
+        let reject = (
+            "a".to_owned(),
+            RejectClass::Fault,
+            "cannot read /hunter2hunter2/a.png".to_owned(),
+        );
+        let rows = rejects(&table("prompts"), Some(1), vec![reject], &mask);
+        assert!(!rows[0].reason.contains("hunter2"), "{}", rows[0].reason);
+        assert_eq!((&*rows[0].stage, rows[0].round), ("prompts", Some(1)));
+    }
+}

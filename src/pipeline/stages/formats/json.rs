@@ -275,3 +275,58 @@ impl<'de> Visitor<'de> for Parse<'_> {
         Ok(Value::Object(fields))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Returns the places of the records, each with its `id`, or the reasons for rejection.
+    fn read(
+        records: impl Iterator<Item = Result<Record, Failure>>,
+    ) -> Result<Vec<(String, String)>, String> {
+        let mut all = Vec::new();
+        for record in records {
+            let record = record.map_err(|failure| failure.to_string())?;
+            let fields = record.fields.map(|fields| fields["id"].to_string());
+            all.push((record.place, fields.unwrap_or_else(|reason| reason)));
+        }
+        Ok(all)
+    }
+
+    fn expected(records: &[(&str, &str)]) -> Vec<(String, String)> {
+        let records = records.iter();
+        records
+            .map(|(place, id)| ((*place).to_owned(), (*id).to_owned()))
+            .collect()
+    }
+
+    #[test]
+    fn records_of_a_list_and_of_lines_are_numbered() {
+        let path = Path::new("p.json");
+        let all = read(list(path, &b"[{\"id\": 1}, {\"id\": 2}]"[..])).unwrap();
+        assert_eq!(all, expected(&[("record 1", "1"), ("record 2", "2")]));
+        let all = read(lines(path, &b"{\"id\": 1}\n\n{\"id\": 2}"[..])).unwrap();
+        assert_eq!(all, expected(&[("line 1", "1"), ("line 3", "2")]));
+    }
+
+    #[test]
+    fn an_invalid_line_rejects_its_record_and_an_invalid_list_ends_the_reading() {
+        let path = Path::new("p.json");
+        let text = b"{\"id\": 1, \"id\": 2}\n{\"id\": }\n\xff\n{\"id\": 4}";
+        let all = read(lines(path, &text[..])).unwrap();
+        let places = ["line 1", "line 2", "line 3", "line 4"];
+        assert!(all.iter().map(|record| &*record.0).eq(places));
+        assert!(all[0].1.starts_with("duplicate key `id`"), "{}", all[0].1);
+        assert!(all[1].1.starts_with("invalid JSON: "), "{}", all[1].1);
+        assert_eq!(all[2].1, "invalid UTF-8 at byte 1");
+        assert_eq!(all[3].1, "4");
+        for (text, expected) in [
+            (&b"[{\"id\": 1}, {"[..], "not a JSON list"),
+            (b"{\"id\": 1}", "not a JSON list"),
+        ] {
+            let failure = read(list(path, text)).unwrap_err();
+            assert!(failure.starts_with("p.json"), "{failure}");
+            assert!(failure.contains(expected), "{failure}");
+        }
+    }
+}

@@ -273,3 +273,66 @@ fn word(value: &impl Serialize) -> String {
     let value = serde_json::to_value(value).expect("plain data");
     value.as_str().unwrap_or_default().to_owned()
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::super::test_pipeline::stage;
+    use super::*;
+
+    fn train(settings: serde_json::Value) -> TrainDpo {
+        let mut all = json!({"pairs": "pairs", "model": "policy"});
+        let given = settings.as_object().unwrap().clone();
+        all.as_object_mut().unwrap().extend(given);
+        stage(all)
+    }
+
+    #[test]
+    fn a_loss_is_a_name_or_a_weighted_sum() {
+        assert_eq!(train(json!({})).loss.terms(), [(Loss::Sigmoid, 1.0)]);
+        let sum = train(json!({"loss": {"sigmoid": 1, "sft": 0.2}}));
+        let mut terms = sum.loss.terms();
+        terms.sort_by(|a, b| a.1.total_cmp(&b.1));
+        assert_eq!(terms, [(Loss::Sft, 0.2), (Loss::Sigmoid, 1.0)]);
+    }
+
+    #[test]
+    fn settings_that_contradict_each_other_are_refused() {
+        for (settings, field) in [
+            (json!({"loss": {}}), "loss"),
+            (json!({"loss": "robust"}), "loss"),
+            (json!({"label_smoothing": 0.5}), "label_smoothing"),
+            (
+                json!({"loss": "hinge", "label_smoothing": 0.1}),
+                "label_smoothing",
+            ),
+            (json!({"simpo_gamma": 0.5}), "simpo_gamma"),
+            (
+                json!({"loss": "simpo", "reference": "initial"}),
+                "reference",
+            ),
+        ] {
+            let error = train(settings.clone()).check_losses().unwrap_err();
+            assert_eq!(error.field, Some(field), "{settings}: {error}");
+        }
+        for (settings, field) in [
+            (json!({"lora": {}, "train": ["language_model"]}), "train"),
+            (json!({"train": []}), "train"),
+            (json!({"lora": {"targets": []}}), "lora"),
+            (
+                json!({"lora": {}, "learning_rates": {"vision_tower": 1e-6}}),
+                "learning_rates",
+            ),
+            (
+                json!({"warmup_ratio": 0.1, "warmup_steps": 10}),
+                "warmup_steps",
+            ),
+        ] {
+            let error = train(settings.clone()).check_parts().unwrap_err();
+            assert_eq!(error.field, Some(field), "{settings}: {error}");
+        }
+        let fine = train(json!({"loss": "robust", "label_smoothing": 0.1, "warmup_steps": 10}));
+        assert_eq!((fine.check_losses(), fine.check_parts()), (Ok(()), Ok(())));
+    }
+}

@@ -164,3 +164,81 @@ impl RowStage for ReferencePass<'_> {
         Ok(outcomes)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::super::test_pipeline::{FINGERPRINT, TestPipeline, pair, stage};
+    use super::*;
+    use ovchat_data::tables::DpoStep;
+
+    fn train(share: f64) -> TrainDpo {
+        let audit = json!({"share": share});
+        stage(json!({"pairs": "pairs", "model": "policy", "reference_audit": audit}))
+    }
+
+    /// A pair that was sampled with one token an answer, recorded with the given log-probability.
+    fn sampled(logp: f64) -> Pair {
+        Pair {
+            chosen_token_ids: Some(vec![1]),
+            rejected_token_ids: Some(vec![2]),
+            chosen_logp: Some(logp),
+            rejected_logp: Some(logp),
+            model: Some(FINGERPRINT.to_owned()),
+            ..pair("a", "So.", "No.")
+        }
+    }
+
+    /// The log-probability of a token under the scripted model.
+    fn expected() -> f64 {
+        -f64::from(16.0_f32.ln())
+    }
+
+    fn references(pairs: &[Pair], share: f64) -> Result<Vec<Reference>, Failure> {
+        let mut pipeline = TestPipeline::new();
+        pipeline.table("pairs", pairs);
+        let stage = train(share);
+        let (_, work) = stage
+            .before(&"steps".to_owned().try_into().unwrap())
+            .unwrap();
+        Ok(pipeline.map_batches(&*work)?.0)
+    }
+
+    #[test]
+    fn only_what_sampling_did_not_record_is_computed() {
+        let written = pair("b", "So.", "No.");
+        let rows = references(&[sampled(expected()), written], 0.0).unwrap();
+        let [row] = &rows[..] else {
+            panic!("{} rows", rows.len())
+        };
+        assert_eq!((&*row.pair, &*row.model), ("b pair", FINGERPRINT));
+        assert_eq!(row.drift, None);
+        assert!(row.chosen_logp < 0.0);
+        let other = Pair {
+            model: Some("another model".to_owned()),
+            ..sampled(expected())
+        };
+        assert_eq!(references(&[other], 0.0).unwrap()[0].drift, None);
+    }
+
+    #[test]
+    fn an_audit_recomputes_what_was_recorded_and_fails_on_a_drift() {
+        let rows = references(&[sampled(expected())], 1.0).unwrap();
+        assert_eq!(rows[0].drift, Some(0.0));
+        let failure = references(&[sampled(expected() - 1.0)], 1.0).unwrap_err();
+        let failure = failure.to_string();
+        assert!(failure.contains("differ by 1.0000 per token"), "{failure}");
+        assert!(failure.contains("reference_audit.drift_max"), "{failure}");
+    }
+
+    #[test]
+    fn a_pair_without_reference_log_probabilities_ends_the_training() {
+        let mut pipeline = TestPipeline::new();
+        pipeline.table("pairs", &[pair("a", "So.", "No.")]);
+        pipeline.lose_references = true;
+        let failure = pipeline.train::<DpoStep>(&train(0.0)).unwrap_err();
+        let expected = "pair a pair has no reference log-probabilities";
+        assert_eq!(failure.to_string(), expected);
+    }
+}
