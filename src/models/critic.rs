@@ -106,6 +106,64 @@ struct Ask {
     reply: Option<(String, [f64; 2])>,
 }
 
+/// The requests of an attempt.
+#[derive(Default)]
+struct OpenRequests {
+    requests: Vec<Request>,
+    /// The case of each request, and the number of its judge prompt.
+    asked: Vec<(usize, usize)>,
+}
+
+/// The replies to the requests of an attempt, as they arrive.
+struct Replies<'c> {
+    judge_prompt: &'c JudgePrompt,
+    cases: &'c mut [Case],
+    /// The case of each request, and the number of its judge prompt.
+    asked: &'c [(usize, usize)],
+    is_last: bool,
+    /// The cases whose replies are complete. Their rewards are computed once the writer is no
+    /// longer borrowed.
+    ready: Vec<usize>,
+    /// True once the receiver of the scores asked to stop.
+    is_stopped: bool,
+}
+
+impl Replies<'_> {
+    /// Takes the reply to a request. Emits the fault of a case that can get no scores.
+    fn take(
+        &mut self,
+        request: usize,
+        reply: Result<String, RowFault>,
+        emit: Emit<'_, Vec<JudgeScore>>,
+    ) -> ControlFlow<()> {
+        let (index, number) = self.asked[request];
+        let case = &mut self.cases[index];
+        if case.is_done {
+            return ControlFlow::Continue(());
+        }
+        let fault = match reply {
+            Err(fault) => fault,
+            Ok(text) => match self.judge_prompt.read(&text) {
+                Some(scores) => {
+                    case.asks[number].reply = Some((text, scores));
+                    case.open -= 1;
+                    if case.open == 0 {
+                        case.is_done = true;
+                        self.ready.push(index);
+                    }
+                    return ControlFlow::Continue(());
+                }
+                None if self.is_last => unreadable(&text),
+                None => return ControlFlow::Continue(()),
+            },
+        };
+        case.is_done = true;
+        let flow = emit(index, Err(fault));
+        self.is_stopped |= flow.is_break();
+        flow
+    }
+}
+
 impl Critic {
     /// Opens a judge. Fails, with a message, if the judge prompt cannot be loaded.
     pub fn open(
@@ -186,6 +244,62 @@ impl Critic {
         })
     }
 
+    /// Emits the scores of the cases that need no reply. Answers that are all equal get equal
+    /// rewards. A single answer has nothing to be compared with: its sum of differences would be a
+    /// meaningless 0.
+    fn emit_equal(&self, cases: &mut [Case], emit: Emit<'_, Vec<JudgeScore>>) -> ControlFlow<()> {
+        for (index, case) in cases.iter_mut().enumerate() {
+            if case.open == 0 {
+                case.is_done = true;
+                let scored = if case.places.len() > 1 {
+                    Ok(self.scores(case))
+                } else {
+                    Err(alone())
+                };
+                emit(index, scored)?;
+            }
+        }
+        ControlFlow::Continue(())
+    }
+
+    /// Returns a request for each judge prompt without a readable reply, or `None` to stop early.
+    /// Emits the faults of prompts that cannot be rendered.
+    fn open_requests(
+        &self,
+        groups: &[AnswerGroup<'_>],
+        cases: &mut [Case],
+        attempt: u32,
+        emit: Emit<'_, Vec<JudgeScore>>,
+    ) -> Option<OpenRequests> {
+        let mut open = OpenRequests::default();
+        for (index, (group, case)) in groups.iter().zip(cases).enumerate() {
+            if case.is_done {
+                continue;
+            }
+            for (number, ask) in case.asks.iter().enumerate() {
+                if ask.reply.is_some() {
+                    continue;
+                }
+                match self.request(group, case, ask, attempt) {
+                    Ok(request) => {
+                        open.requests.push(request);
+                        open.asked.push((index, number));
+                    }
+                    // An interrupted rendering is not a fault of the prompt.
+                    Err(_) if files::stopped() => return None,
+                    Err(fault) => {
+                        case.is_done = true;
+                        if emit(index, Err(fault)).is_break() {
+                            return None;
+                        }
+                        break;
+                    }
+                }
+            }
+        }
+        Some(open)
+    }
+
     /// Computes the rewards of a group with all replies.
     fn scores(&self, case: &Case) -> Vec<JudgeScore> {
         let count = case.distinct.len();
@@ -258,102 +372,40 @@ impl Judge for Critic {
     ) -> Result<ModelTelemetry, ModelError> {
         let mut cases: Vec<Case> = groups.iter().map(|group| self.case(group)).collect();
         let mut telemetry = ModelTelemetry::default();
-        // Answers that are all equal get equal rewards without a call. A single answer has nothing
-        // to be compared with: its sum of differences would be a meaningless 0.
-        for (index, case) in cases.iter_mut().enumerate() {
-            if case.open == 0 {
-                case.is_done = true;
-                let scored = if case.places.len() > 1 {
-                    Ok(self.scores(case))
-                } else {
-                    Err(alone())
-                };
-                if emit(index, scored).is_break() {
-                    return Ok(telemetry);
-                }
-            }
+        if self.emit_equal(&mut cases, emit).is_break() {
+            return Ok(telemetry);
         }
         for attempt in 0..=self.retries {
-            let mut requests = Vec::new();
-            let mut of = Vec::new();
-            for (index, group) in groups.iter().enumerate() {
-                if cases[index].is_done {
-                    continue;
-                }
-                for number in 0..cases[index].asks.len() {
-                    if cases[index].asks[number].reply.is_some() {
-                        continue;
-                    }
-                    let ask = &cases[index].asks[number];
-                    match self.request(group, &cases[index], ask, attempt) {
-                        Ok(request) => {
-                            requests.push(request);
-                            of.push((index, number));
-                        }
-                        // An interrupted rendering is not a fault of the prompt.
-                        Err(_) if files::stopped() => return Ok(telemetry),
-                        Err(fault) => {
-                            cases[index].is_done = true;
-                            if emit(index, Err(fault)).is_break() {
-                                return Ok(telemetry);
-                            }
-                            break;
-                        }
-                    }
-                }
-            }
-            if requests.is_empty() {
+            let Some(open) = self.open_requests(groups, &mut cases, attempt, emit) else {
+                return Ok(telemetry);
+            };
+            if open.requests.is_empty() {
                 break;
             }
             if attempt > 0 {
-                telemetry.retries += requests.len() as u64;
+                telemetry.retries += open.requests.len() as u64;
             }
-            let is_last = attempt == self.retries;
-            let judge_prompt = &self.judge_prompt;
-            let mut ready = Vec::new();
-            let mut stopped = false;
-            let mut hear = |request: usize, reply: Result<String, RowFault>| {
-                let (index, number) = of[request];
-                let case = &mut cases[index];
-                if case.is_done {
-                    return ControlFlow::Continue(());
-                }
-                let outcome = match reply {
-                    Err(fault) => Some(Err(fault)),
-                    Ok(text) => match judge_prompt.read(&text) {
-                        Some(scores) => {
-                            case.asks[number].reply = Some((text, scores));
-                            case.open -= 1;
-                            (case.open == 0).then_some(Ok(()))
-                        }
-                        None if is_last => Some(Err(unreadable(&text))),
-                        None => None,
-                    },
-                };
-                let Some(outcome) = outcome else {
-                    return ControlFlow::Continue(());
-                };
-                case.is_done = true;
-                let flow = match outcome {
-                    // Rewards are computed once the writer is no longer borrowed.
-                    Ok(()) => {
-                        ready.push(index);
-                        ControlFlow::Continue(())
-                    }
-                    Err(fault) => emit(index, Err(fault)),
-                };
-                stopped |= flow.is_break();
-                flow
+            let mut replies = Replies {
+                judge_prompt: &self.judge_prompt,
+                cases: &mut cases,
+                asked: &open.asked,
+                is_last: attempt == self.retries,
+                ready: Vec::new(),
+                is_stopped: false,
             };
-            let took = self.writer.reply(&requests, &mut hear, listener)?;
+            let mut hear = |request: usize, reply| replies.take(request, reply, emit);
+            let took = self.writer.reply(&open.requests, &mut hear, listener)?;
             telemetry.add(&took);
+            let Replies {
+                ready, is_stopped, ..
+            } = replies;
             for index in ready {
-                if stopped || emit(index, Ok(self.scores(&cases[index]))).is_break() {
+                if is_stopped || emit(index, Ok(self.scores(&cases[index]))).is_break() {
                     return Ok(telemetry);
                 }
             }
             // The listener needs no further replies.
-            if stopped || (listener.stopping)() {
+            if is_stopped || (listener.stopping)() {
                 return Ok(telemetry);
             }
         }

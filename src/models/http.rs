@@ -13,12 +13,10 @@ mod settings;
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::num::NonZeroU32;
-use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
-use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, Mutex};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use schemars::JsonSchema;
@@ -195,105 +193,55 @@ impl Writer for HttpWriter {
             (listener.say)(&note);
         }
         let begun = Instant::now();
-        let mut telemetry = ModelTelemetry {
+        let telemetry = ModelTelemetry {
             prompts: requests.len() as u64,
             ..ModelTelemetry::default()
         };
         let hash = |request: &Request| self.asker.hash(request);
         let hashes: Vec<String> = requests.iter().map(hash).collect();
-        let mut of: HashMap<&str, Vec<usize>> = HashMap::new();
-        let mut waiting = VecDeque::new();
-        for (index, hash) in hashes.iter().enumerate() {
-            let same = of.entry(hash).or_default();
-            if same.is_empty() {
-                waiting.push_back(index);
-            }
-            same.push(index);
-        }
-        // Replies that are already in the call log.
-        let mut known = Vec::new();
-        {
-            let journal = lock(&self.asker.journal);
-            waiting.retain(|&index| match journal.reply(&hashes[index]) {
-                Some(reply) => {
-                    known.push((index, reply.clone()));
-                    false
-                }
-                None => true,
-            });
-        }
+        let same = same(&hashes);
+        let Logged { known, missing } = self.logged(&hashes, &same);
         for (index, reply) in known {
-            for &same in &of[hashes[index].as_str()] {
+            for &same in &same[index] {
                 if emit(same, Ok(reply.clone())).is_break() {
                     return Ok(telemetry);
                 }
             }
         }
-        let threads = waiting
-            .len()
-            .min(self.asker.spec.concurrency_max.get() as usize);
         let work = Arc::new(Work {
             asker: Arc::clone(&self.asker),
             requests: requests.to_vec(),
-            hashes: hashes.clone(),
-            waiting: Mutex::new(waiting),
+            hashes,
+            waiting: Mutex::new(missing),
             gate: CallLimiter::new(self.asker.spec.concurrency_max),
         });
-        let (sender, replies) = channel();
-        for number in 0..threads {
-            let (work, sender) = (Arc::clone(&work), sender.clone());
-            let thread = thread::Builder::new().name("call".to_owned());
-            match thread.spawn(move || work.go(&sender)) {
-                Ok(_) => {}
-                Err(error) if number == 0 => {
-                    let url = self.asker.endpoint.url().to_owned();
-                    let problem = format!("cannot start a thread for calls: {error}");
-                    return Err(ModelError::Service { url, problem });
-                }
-                // The threads already started handle all requests.
-                Err(_) => break,
-            }
-        }
-        drop(sender);
-        let mut failed = None;
-        let mut asked_to_stop: Option<Instant> = None;
+        let messages = work.start()?;
+        let mut replies = Replies {
+            same,
+            gate: &work.gate,
+            telemetry,
+            failed: None,
+            stopped: None,
+        };
         loop {
-            if asked_to_stop.is_none() && (listener.stopping)() {
-                asked_to_stop = Some(Instant::now());
-                work.gate.close();
+            if replies.stopped.is_none() && (listener.stopping)() {
+                replies.stop();
             }
-            if asked_to_stop.is_some_and(|asked| asked.elapsed() > GRACE) {
+            if replies.stopped.is_some_and(|at| at.elapsed() > GRACE) {
                 break;
             }
-            let (index, reply) = match replies.recv_timeout(LOOK_EVERY) {
-                Err(RecvTimeoutError::Timeout) => continue,
+            match messages.recv_timeout(LOOK_EVERY) {
+                Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => break,
-                Ok(Heard::Note(text)) => {
-                    (listener.say)(&text);
-                    continue;
-                }
-                Ok(Heard::Reply(index, reply)) => (index, reply),
-            };
-            let reply = match reply {
-                Reply::Written(call) => {
-                    telemetry.prompt_tokens += call.prompt_tokens;
-                    telemetry.answer_tokens += call.reply_tokens;
-                    Ok(call.reply)
-                }
-                Reply::Refused(fault) => Err(fault),
-                Reply::Failed(error) => {
-                    failed.get_or_insert(error);
-                    continue;
-                }
-            };
-            for &same in &of[hashes[index].as_str()] {
-                // Calls in flight still get a short time to finish and enter the call log.
-                if asked_to_stop.is_none() && emit(same, reply.clone()) == ControlFlow::Break(()) {
-                    asked_to_stop = Some(Instant::now());
-                    work.gate.close();
-                }
+                Ok(Heard::Note(text)) => (listener.say)(&text),
+                Ok(Heard::Reply(index, reply)) => replies.take(index, reply, emit),
             }
         }
+        let Replies {
+            mut telemetry,
+            failed,
+            ..
+        } = replies;
         telemetry.seconds_decode = begun.elapsed().as_secs_f64();
         let images = requests.iter().flat_map(|request| &request.prompt.images);
         let distinct: HashSet<&str> = images.map(|image| image.id.as_str()).collect();
@@ -307,5 +255,84 @@ impl Writer for HttpWriter {
             "{model} at {}, up to {most} concurrent calls",
             self.asker.endpoint.url()
         ))
+    }
+}
+
+/// Returns the indices of the requests that are equal to each request, itself included; none if an
+/// earlier request is equal.
+fn same(hashes: &[String]) -> Vec<Vec<usize>> {
+    let mut same = vec![Vec::new(); hashes.len()];
+    let mut first: HashMap<&str, usize> = HashMap::new();
+    for (index, hash) in hashes.iter().enumerate() {
+        same[*first.entry(hash).or_insert(index)].push(index);
+    }
+    same
+}
+
+/// The distinct requests of a batch, by their indices.
+struct Logged {
+    /// Requests with a reply in the call log.
+    known: Vec<(usize, String)>,
+    /// Requests that are still to be sent.
+    missing: VecDeque<usize>,
+}
+
+impl HttpWriter {
+    /// Looks up the distinct requests in the call log.
+    fn logged(&self, hashes: &[String], same: &[Vec<usize>]) -> Logged {
+        let mut known = Vec::new();
+        let mut missing = VecDeque::new();
+        let journal = lock(&self.asker.journal);
+        for (index, hash) in hashes.iter().enumerate() {
+            if same[index].is_empty() {
+                continue;
+            }
+            match journal.reply(hash) {
+                Some(reply) => known.push((index, reply.clone())),
+                None => missing.push_back(index),
+            }
+        }
+        Logged { known, missing }
+    }
+}
+
+/// The replies to a batch of requests, as they arrive.
+struct Replies<'w> {
+    /// See [`same`].
+    same: Vec<Vec<usize>>,
+    gate: &'w CallLimiter,
+    telemetry: ModelTelemetry,
+    /// The first error after which no more calls can be made.
+    failed: Option<ModelError>,
+    /// The time from which no more replies are wanted. Calls in flight still get a short time to
+    /// finish and enter the call log.
+    stopped: Option<Instant>,
+}
+
+impl Replies<'_> {
+    /// Starts no more calls.
+    fn stop(&mut self) {
+        self.stopped = Some(Instant::now());
+        self.gate.close();
+    }
+
+    /// Takes the outcome of the request `index`, and emits it for all equal requests.
+    fn take(&mut self, index: usize, reply: Reply, emit: Emit<'_, String>) {
+        let reply = match reply {
+            Reply::Written(call) => {
+                self.telemetry.prompt_tokens += call.prompt_tokens;
+                self.telemetry.answer_tokens += call.reply_tokens;
+                Ok(call.reply)
+            }
+            Reply::Refused(fault) => Err(fault),
+            Reply::Failed(error) => {
+                self.failed.get_or_insert(error);
+                return;
+            }
+        };
+        let mut same = self.same[index].iter();
+        if self.stopped.is_none() && same.any(|&same| emit(same, reply.clone()).is_break()) {
+            self.stop();
+        }
     }
 }

@@ -7,6 +7,7 @@
 //! breaks the build; a field that is skipped (`_`) is planned, rejected by the planner, or not
 //! parsed in the generic dialect. Hints in comments are ignored, as comments are.
 
+mod functions;
 #[cfg(test)]
 mod tests;
 
@@ -16,11 +17,10 @@ use std::ops::ControlFlow;
 use datafusion::execution::session_state::SessionState;
 use datafusion::sql::parser::Statement;
 use datafusion::sql::sqlparser::ast::{
-    ArrayElemTypeDef, BinaryOperator, Cte, DataType, DuplicateTreatment, ExactNumberInfo, Expr,
-    Function, FunctionArg, FunctionArgumentClause, FunctionArgumentList, FunctionArguments,
+    ArrayElemTypeDef, BinaryOperator, Cte, DataType, ExactNumberInfo, Expr, Function, FunctionArg,
     GroupByExpr, Join, NamedWindowExpr, PipeOperator, Query, Select, SelectItem, SetExpr,
     SetOperator, SetQuantifier, TableAlias, TableFactor, Visit as _, Visitor, WindowSpec,
-    WindowType, visit_expressions,
+    visit_expressions,
 };
 
 /// An ignored clause, as an error message with a fix.
@@ -465,140 +465,5 @@ fn of_type(data_type: &DataType) -> Found {
         ) => of_type(element),
         DataType::Struct(fields, _) => fields.iter().find_map(|field| of_type(&field.field_type)),
         _ => None,
-    }
-}
-
-/// The kind of a function, which determines the clauses that have an effect.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Planned {
-    Scalar,
-    Aggregate,
-    /// A window function, or an aggregate with a window function of the same name.
-    Window,
-    /// An unknown function.
-    Unknown,
-}
-
-/// Aggregates that accept `distinct` and ignore it.
-const NO_DISTINCT: [&str; 5] = [
-    "corr",
-    "covar",
-    "regr_",
-    "approx_percentile_cont",
-    "nth_value",
-];
-/// Window functions for which `ignore nulls` has an effect.
-const WITH_NULLS: [&str; 5] = ["lag", "lead", "first_value", "last_value", "nth_value"];
-
-impl Search<'_> {
-    fn of_function(&self, function: &Function) -> Found {
-        let Function {
-            name,
-            uses_odbc_syntax: _,
-            parameters,
-            args,
-            filter,
-            null_treatment,
-            over,
-            within_group,
-        } = function;
-        let name = name.to_string().to_lowercase();
-        let mut is_distinct = false;
-        let mut has_order = false;
-        let mut has_nulls = null_treatment.is_some();
-        if let FunctionArguments::List(FunctionArgumentList {
-            duplicate_treatment,
-            args: _,
-            clauses,
-        }) = args
-        {
-            is_distinct = *duplicate_treatment == Some(DuplicateTreatment::Distinct);
-            for clause in clauses {
-                // The planner rejects the others.
-                has_order |= matches!(clause, FunctionArgumentClause::OrderBy(_));
-                has_nulls |= matches!(clause, FunctionArgumentClause::IgnoreOrRespectNulls(_));
-            }
-        }
-        match over {
-            Some(WindowType::NamedWindow(window))
-                if !self.planned_windows.contains(&std::ptr::from_ref(function)) =>
-            {
-                let instead = format!(
-                    "`{window}` is only known in the `select` list; use an alias of the column there, or \
-                     write out the window"
-                );
-                return ignored(&format!("{name}(…) over {window}"), &instead);
-            }
-            Some(WindowType::WindowSpec(window)) if window.window_name.is_some() => {
-                return of_window(window);
-            }
-            _ => {}
-        }
-        let planned = self.planned(&name, over.is_some());
-        let is_scalar = planned == Planned::Scalar;
-        let loses_distinct = match planned {
-            Planned::Scalar | Planned::Window => true,
-            Planned::Aggregate => NO_DISTINCT.iter().any(|one| name.starts_with(one)),
-            Planned::Unknown => false,
-        };
-        let loses_nulls = match planned {
-            Planned::Scalar => true,
-            Planned::Window => !WITH_NULLS.contains(&name.as_str()),
-            Planned::Aggregate => {
-                let aggregate = &self.state.aggregate_functions()[&name];
-                !aggregate.supports_null_handling_clause()
-            }
-            Planned::Unknown => false,
-        };
-        let instead = if is_scalar {
-            "the function computes one value for each row, so leave it out; \
-             `case when … end` computes it for some rows"
-        } else {
-            "select the rows in a subquery in `from`"
-        };
-        let call = |rest: &str| format!("{name}{rest}");
-        first([
-            (
-                *parameters != FunctionArguments::None,
-                &call("(…)(…)"),
-                "pass all arguments in one pair of parentheses",
-            ),
-            (is_scalar && has_order, &call("(… order by …)"), instead),
-            (
-                is_scalar && filter.is_some(),
-                &call("(…) filter (…)"),
-                instead,
-            ),
-            (is_scalar && over.is_some(), &call("(…) over (…)"), instead),
-            (
-                is_scalar && !within_group.is_empty(),
-                &call("(…) within group (…)"),
-                instead,
-            ),
-            (
-                loses_distinct && is_distinct,
-                &call("(distinct …)"),
-                instead,
-            ),
-            (loses_nulls && has_nulls, &call("(…) ignore nulls"), instead),
-        ])
-    }
-
-    /// Returns the planner's choice among functions of one name.
-    fn planned(&self, name: &str, is_over: bool) -> Planned {
-        let has_scalar = self.state.scalar_functions().contains_key(name)
-            || self.state.higher_order_functions().contains_key(name)
-            || ["unnest", "unnest_outer"].contains(&name);
-        let has_aggregate = self.state.aggregate_functions().contains_key(name);
-        let has_window = self.state.window_functions().contains_key(name);
-        let rather_window = ["first_value", "last_value", "nth_value"].contains(&name);
-        match (has_scalar, has_aggregate, has_window) {
-            (true, ..) => Planned::Scalar,
-            (_, true, has_window) if !(is_over && has_window && rather_window) => {
-                Planned::Aggregate
-            }
-            (_, _, true) if is_over => Planned::Window,
-            _ => Planned::Unknown,
-        }
     }
 }

@@ -15,6 +15,7 @@ use crate::checkpoint::CheckpointError;
 use crate::checkpoint::config::{KNOWN_TOWERS, LlavaOnevisionConfig, VisionConfig};
 use crate::checkpoint::json::JsonConfig;
 use crate::checkpoint::names::stored;
+use crate::preprocess::ImageProcessorConfig;
 use crate::preprocess::llava_onevision::LlavaOnevisionProcessor;
 
 /// The placeholders of transformers' tokenizer, in the order of their ids.
@@ -142,6 +143,46 @@ impl<'a> Old<'a> {
         } else {
             (rows.max(ids[0]) + PLACEHOLDERS.len()).next_multiple_of(64)
         };
+        let class = json!("LlavaOnevisionProcessor");
+        self.tokenizer_config
+            .insert("processor_class".to_owned(), class);
+        let images = self.processor_part(json!({
+            "do_pad": true,
+            "image_grid_pinpoints": self.model_config.image_grid_pinpoints,
+            "image_processor_type": "LlavaOnevisionImageProcessor",
+        }));
+        let video = self.processor_part(json!({
+            "video_processor_type": "LlavaOnevisionVideoProcessor",
+        }));
+        let mut files = vec![
+            (
+                "config.json",
+                text_of(&self.transformers_config(ids, vocab_size)),
+            ),
+            ("tokenizer.json", text_of(&self.tokenizer)),
+            ("tokenizer_config.json", text_of(&self.tokenizer_config)),
+            ("preprocessor_config.json", text_of(&images)),
+            ("video_preprocessor_config.json", text_of(&video)),
+            ("processor_config.json", text_of(&self.processor_config())),
+            ("chat_template.jinja", CHAT_TEMPLATE.to_owned()),
+        ];
+        if !self.folder.join("generation_config.json").exists() {
+            let stops = self.config.integers("eos_token_id")?;
+            files.push((
+                "generation_config.json",
+                text_of(&json!({ "eos_token_id": stops })),
+            ));
+        }
+        Ok(Conversion {
+            to: Layout::Transformers,
+            files,
+            vocab_size,
+            tower_layers: self.model_config.vision_config.num_hidden_layers,
+        })
+    }
+
+    /// Returns `config.json` of transformers; `ids` are those of the placeholders.
+    fn transformers_config(&self, ids: [usize; 2], vocab_size: usize) -> Value {
         let model_config = &self.model_config;
         let mut text = decoder_settings(&self.config);
         text.insert("model_type".to_owned(), json!("qwen2"));
@@ -156,7 +197,7 @@ impl<'a> Old<'a> {
             used if used == stored => -1,
             used => used as i64,
         };
-        let config = json!({
+        json!({
             "architectures": ["LlavaOnevisionForConditionalGeneration"],
             "dtype": model_config.dtype,
             "image_grid_pinpoints": model_config.image_grid_pinpoints,
@@ -173,18 +214,25 @@ impl<'a> Old<'a> {
             "vision_config": tower_config(&model_config.vision_config, stored),
             "vision_feature_layer": layer,
             "vision_feature_select_strategy": "full",
-        });
-        let side = model_config.vision_config.image_size;
-        let size = json!({ "height": side, "width": side });
-        let processor = json!({
+        })
+    }
+
+    /// Returns `processor_config.json` of transformers.
+    fn processor_config(&self) -> Value {
+        json!({
             "image_token": PLACEHOLDERS[0],
-            "num_image_tokens": model_config.vision_config.patches(),
+            "num_image_tokens": self.model_config.vision_config.patches(),
             "processor_class": "LlavaOnevisionProcessor",
             "video_token": PLACEHOLDERS[1],
-            "vision_aspect_ratio": format!("anyres_max_{}", model_config.anyres_max),
+            "vision_aspect_ratio": format!("anyres_max_{}", self.model_config.anyres_max),
             "vision_feature_select_strategy": "full",
-        });
-        let common = json!({
+        })
+    }
+
+    /// Returns the settings of transformers' image or video processor: the common ones, and `more`.
+    fn processor_part(&self, more: Value) -> Value {
+        let side = self.model_config.vision_config.image_size;
+        let mut settings = json!({
             "do_convert_rgb": true,
             "do_normalize": true,
             "do_rescale": true,
@@ -194,48 +242,53 @@ impl<'a> Old<'a> {
             "processor_class": "LlavaOnevisionProcessor",
             "resample": 3,
             "rescale_factor": 1.0 / 255.0,
-            "size": size,
+            "size": { "height": side, "width": side },
         });
-        let with = |more: Value| {
-            let mut settings = common.clone();
-            let more = more.as_object().cloned().unwrap_or_default();
-            settings.as_object_mut().expect("an object").extend(more);
-            settings
-        };
-        let images = with(json!({
-            "do_pad": true,
-            "image_grid_pinpoints": model_config.image_grid_pinpoints,
-            "image_processor_type": "LlavaOnevisionImageProcessor",
-        }));
-        let video = with(json!({ "video_processor_type": "LlavaOnevisionVideoProcessor" }));
-        let tokenizer_config = &mut self.tokenizer_config;
-        let class = json!("LlavaOnevisionProcessor");
-        tokenizer_config.insert("processor_class".to_owned(), class);
-        let mut files = vec![
-            ("config.json", text_of(&config)),
-            ("tokenizer.json", text_of(&self.tokenizer)),
-            ("tokenizer_config.json", text_of(tokenizer_config)),
-            ("preprocessor_config.json", text_of(&images)),
-            ("video_preprocessor_config.json", text_of(&video)),
-            ("processor_config.json", text_of(&processor)),
-            ("chat_template.jinja", CHAT_TEMPLATE.to_owned()),
-        ];
-        if !self.folder.join("generation_config.json").exists() {
-            let stops = self.config.integers("eos_token_id")?;
-            files.push((
-                "generation_config.json",
-                text_of(&json!({ "eos_token_id": stops })),
-            ));
+        if let (Value::Object(settings), Value::Object(more)) = (&mut settings, more) {
+            settings.extend(more);
         }
-        Ok(Conversion {
-            to: Layout::Transformers,
-            files,
-            vocab_size,
-            tower_layers: stored,
-        })
+        settings
     }
 
     fn for_llava_next(mut self) -> Result<Conversion, CheckpointError> {
+        let used = self.check_for_llava_next()?;
+        // LLaVA-NeXT drops the last layer of the tower that it loads.
+        let tower = VisionConfig {
+            num_hidden_layers: used + 1,
+            ..self.model_config.vision_config
+        };
+        let known = KNOWN_TOWERS.iter().find(|(_, known)| *known == tower);
+        let tower_name =
+            known.map_or_else(|| "siglip".to_owned(), |(name, _)| format!("google/{name}"));
+        let text = self.config.section("text_config")?;
+        let text = text.unwrap_or_else(|| self.config.empty("text_config"));
+        let mut config = decoder_settings(&text);
+        config.extend(self.llava_next_settings(&tower, &tower_name));
+        self.remove_placeholders();
+        self.tokenizer_config.remove("processor_class");
+        let mut files = vec![
+            ("config.json", text_of(&config)),
+            ("tokenizer.json", text_of(&self.tokenizer)),
+            ("tokenizer_config.json", text_of(&self.tokenizer_config)),
+        ];
+        if known.is_none() {
+            // For a tower that LLaVA-NeXT cannot load by name: its sizes, for this program to read.
+            files.push((
+                "siglip/config.json",
+                text_of(&tower_config(&tower, used + 1)),
+            ));
+        }
+        Ok(Conversion {
+            to: Layout::LlavaNext,
+            files,
+            vocab_size: self.model_config.text_config.vocab_size,
+            tower_layers: used,
+        })
+    }
+
+    /// Fails if the model has a setting that LLaVA-NeXT does not support. Returns the layer of the
+    /// tower whose features it uses.
+    fn check_for_llava_next(&self) -> Result<usize, CheckpointError> {
         let model_config = &self.model_config;
         let refuse = |key: &str, problem: &str| {
             let problem = format!("{problem}, the only value that LLaVA-NeXT supports");
@@ -247,34 +300,25 @@ impl<'a> Old<'a> {
         if !model_config.multimodal_projector_bias {
             return refuse("multimodal_projector_bias", "must be true");
         }
-        let processor = crate::preprocess::ImageProcessorConfig::open_onevision(
-            self.folder,
-            model_config.vision_config.image_size,
-        )?;
-        let fixed = crate::preprocess::ImageProcessorConfig::of_llava_next(
-            model_config.vision_config.image_size,
-        );
+        let side = model_config.vision_config.image_size;
+        let processor = ImageProcessorConfig::open_onevision(self.folder, side)?;
+        let fixed = ImageProcessorConfig::of_llava_next(side);
         if (processor.image_mean, processor.image_std) != (fixed.image_mean, fixed.image_std) {
             return refuse(
                 "image_mean",
                 "and `image_std` of the image processor must be 0.5",
             );
         }
-        let text = self.config.section("text_config")?;
-        let text = text.unwrap_or_else(|| self.config.empty("text_config"));
-        let mut config = decoder_settings(&text);
+        Ok(used)
+    }
+
+    /// Returns the settings that every `config.json` of LLaVA-NeXT has.
+    fn llava_next_settings(&self, tower: &VisionConfig, tower_name: &str) -> Map<String, Value> {
+        let model_config = &self.model_config;
         let decoder = &model_config.text_config;
         let pinpoints = model_config.image_grid_pinpoints.iter();
         // LLaVA-NeXT has the width first.
         let pinpoints: Vec<_> = pinpoints.map(|[height, width]| [width, height]).collect();
-        // LLaVA-NeXT drops the last layer of the tower that it loads.
-        let tower = VisionConfig {
-            num_hidden_layers: used + 1,
-            ..model_config.vision_config
-        };
-        let known = KNOWN_TOWERS.iter().find(|(_, known)| *known == tower);
-        let tower_name =
-            known.map_or_else(|| "siglip".to_owned(), |(name, _)| format!("google/{name}"));
         let Value::Object(settings) = json!({
             "architectures": ["LlavaQwenForCausalLM"],
             "model_type": "llava_qwen",
@@ -312,28 +356,7 @@ impl<'a> Old<'a> {
         }) else {
             unreachable!("an object was written");
         };
-        config.extend(settings);
-        let vocab_size = decoder.vocab_size;
-        self.remove_placeholders();
-        self.tokenizer_config.remove("processor_class");
-        let mut files = vec![
-            ("config.json", text_of(&config)),
-            ("tokenizer.json", text_of(&self.tokenizer)),
-            ("tokenizer_config.json", text_of(&self.tokenizer_config)),
-        ];
-        if known.is_none() {
-            // For a tower that LLaVA-NeXT cannot load by name: its sizes, for this program to read.
-            files.push((
-                "siglip/config.json",
-                text_of(&tower_config(&tower, used + 1)),
-            ));
-        }
-        Ok(Conversion {
-            to: Layout::LlavaNext,
-            files,
-            vocab_size,
-            tower_layers: used,
-        })
+        settings
     }
 
     /// Adds missing placeholders to the tokenizer, after its last token; returns the ids of both.

@@ -5,8 +5,9 @@ use std::any::Any;
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::Sender;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use base64::Engine;
@@ -16,7 +17,7 @@ use sha2::{Digest, Sha256};
 
 use super::Http;
 use super::call_log::{Call, CallLog};
-use super::endpoint::{Endpoint, Presence, Try};
+use super::endpoint::{Endpoint, EndpointReply, Presence, Try};
 use super::limiter::CallLimiter;
 use crate::{EncodedImage, ModelError, Request, RowFault};
 use ovchat_io::mask::Mask;
@@ -149,20 +150,7 @@ impl EndpointClient {
                     if let Some(note) = &said.note {
                         tell(note.clone());
                     }
-                    let [prompt_tokens, reply_tokens] = said.tokens;
-                    let now = SystemTime::now().duration_since(UNIX_EPOCH);
-                    self.write(Call {
-                        judge: self.judge.clone(),
-                        hash: hash.to_owned(),
-                        about: self.mask.hide(&request.prompt.id),
-                        model: self.mask.hide(&self.spec.model),
-                        attempt: request.attempt,
-                        reply: said.text,
-                        prompt_tokens,
-                        reply_tokens,
-                        milliseconds: begun.elapsed().as_millis() as u64,
-                        at: now.map_or(0, |since| since.as_secs()),
-                    })
+                    self.write(self.call(request, hash, said, begun.elapsed()))
                 }
                 Try::Refused(why) => Reply::Refused(RowFault(why)),
                 Try::Failed(why) => self.fails(why),
@@ -189,14 +177,8 @@ impl EndpointClient {
                         )));
                     }
                     if number == 1 {
-                        let longest = self.usual_waits(tries);
-                        let longest = if is_hopeless {
-                            FIRST_WAIT.min(longest)
-                        } else {
-                            longest
-                        };
+                        let longest = in_words(self.longest_wait(is_hopeless));
                         let url = self.endpoint.url();
-                        let longest = in_words(longest);
                         tell(format!("{url}: {what}; retrying for up to {longest}"));
                     }
                     waited += wait;
@@ -212,6 +194,24 @@ impl EndpointClient {
             return Some(reply);
         }
         None
+    }
+
+    /// Returns the entry of the call log for a reply that took `time`.
+    fn call(&self, request: &Request, hash: &str, said: EndpointReply, time: Duration) -> Call {
+        let [prompt_tokens, reply_tokens] = said.tokens;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        Call {
+            judge: self.judge.clone(),
+            hash: hash.to_owned(),
+            about: self.mask.hide(&request.prompt.id),
+            model: self.mask.hide(&self.spec.model),
+            attempt: request.attempt,
+            reply: said.text,
+            prompt_tokens,
+            reply_tokens,
+            milliseconds: time.as_millis() as u64,
+            at: now.map_or(0, |since| since.as_secs()),
+        }
     }
 
     /// Writes a call to the call log. A reply that cannot be logged is not used.
@@ -237,6 +237,17 @@ impl EndpointClient {
         early.saturating_add(late.saturating_mul(tries - growing))
     }
 
+    /// Returns the maximum time that a request is retried, which is short for an address that seems
+    /// to be wrong.
+    fn longest_wait(&self, is_hopeless: bool) -> Duration {
+        let longest = self.usual_waits(self.spec.tries.get());
+        if is_hopeless {
+            FIRST_WAIT.min(longest)
+        } else {
+            longest
+        }
+    }
+
     /// Returns a failure if the spending limit is reached.
     fn spent(&self) -> Option<Reply> {
         let spend = self.spec.spend?;
@@ -255,6 +266,28 @@ impl EndpointClient {
 }
 
 impl Work {
+    /// Starts the threads that send the requests. Returns the receiver of their messages.
+    pub fn start(self: &Arc<Self>) -> Result<Receiver<Heard>, ModelError> {
+        let most = self.asker.spec.concurrency_max.get() as usize;
+        let threads = lock(&self.waiting).len().min(most);
+        let (sender, messages) = channel();
+        for number in 0..threads {
+            let (work, sender) = (Arc::clone(self), sender.clone());
+            let thread = thread::Builder::new().name("call".to_owned());
+            match thread.spawn(move || work.go(&sender)) {
+                Ok(_) => {}
+                Err(error) if number == 0 => {
+                    let url = self.asker.endpoint.url().to_owned();
+                    let problem = format!("cannot start a thread for calls: {error}");
+                    return Err(ModelError::Service { url, problem });
+                }
+                // The threads already started handle all requests.
+                Err(_) => break,
+            }
+        }
+        Ok(messages)
+    }
+
     /// Sends one request after the other until none is left or the limiter is closed.
     pub fn go(&self, sender: &Sender<Heard>) {
         let tell = |text| {

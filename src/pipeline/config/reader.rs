@@ -13,7 +13,7 @@ use super::diagnostic::{At, Diagnostic, TOLD_MAX};
 use super::node::Node;
 use super::pipeline::{Entry, FIELDS, PipelineName, PipelineSpec, one_percent};
 use super::reference::{Environment, Replacer, Secrets, UNKNOWN_VARIABLE, Variable};
-use super::serde_messages::{Subject, WITHOUT_DASHES, listed, reword, short};
+use super::serde_messages::{Subject, WITHOUT_DASHES, Words, listed, reword, short};
 use super::source::{KeyPath, Step};
 use super::suggest::suggest;
 use crate::stages::TableName;
@@ -390,28 +390,7 @@ impl Reader {
                 continue;
             }
             is_right = false;
-            let secret = self.secrets.uses_in(&here).next().cloned();
-            let shown = match (&secret, node.at(&steps)) {
-                (Some(secret), _) => Some(secret.written.clone()),
-                (None, Some(node)) => node.text(),
-                (None, None) => None,
-            };
-            let mut words = reword(&raw, here.name(), shown.as_deref());
-            if words.takes_quotes_off()
-                && let Some((_, variable)) = self.uses.iter().find(|(path, _)| *path == here)
-            {
-                let value = shown.unwrap_or_default();
-                words.help = Some(format!(
-                    "remove the quotes in `vars`: `{variable}: {value}`"
-                ));
-            }
-            if let Some(Node::List(elements)) = node.at(&steps)
-                && let [element] = &elements[..]
-                && let Some(text) = element.text()
-                && words.message.ends_with("must be a string, not a list")
-            {
-                words.help = Some(format!("remove the brackets or the dash: `{text}`"));
-            }
+            let words = self.words(&mut node, &steps, &here, &raw);
             let mut offender = steps;
             let mut diagnostic =
                 Diagnostic::new(words.code, At::value(here.clone()), words.message);
@@ -441,9 +420,6 @@ impl Reader {
                     return None;
                 }
             }
-            if let Some(secret) = secret {
-                diagnostic.message = diagnostic.message.replace(&secret.meant, &secret.written);
-            }
             let diagnostic = diagnostic
                 .suggest(words.suggest.as_deref())
                 .maybe_help(words.help);
@@ -453,6 +429,38 @@ impl Reader {
             }
         }
         None
+    }
+
+    /// Rewords serde's message `raw` about the setting at `path`, with advice that fits its value.
+    /// Shows the reference in place of a value from the environment.
+    fn words(&self, node: &mut Node, steps: &[Step], path: &KeyPath, raw: &str) -> Words {
+        let value = node.at(steps);
+        let secret = self.secrets.uses_in(path).next();
+        let shown = match (secret, &value) {
+            (Some(secret), _) => Some(secret.written.clone()),
+            (None, Some(node)) => node.text(),
+            (None, None) => None,
+        };
+        let mut words = reword(raw, path.name(), shown.as_deref());
+        if words.takes_quotes_off()
+            && let Some((_, variable)) = self.uses.iter().find(|(used, _)| used == path)
+        {
+            let value = shown.unwrap_or_default();
+            words.help = Some(format!(
+                "remove the quotes in `vars`: `{variable}: {value}`"
+            ));
+        }
+        if let Some(Node::List(elements)) = value
+            && let [element] = &elements[..]
+            && let Some(text) = element.text()
+            && words.message.ends_with("must be a string, not a list")
+        {
+            words.help = Some(format!("remove the brackets or the dash: `{text}`"));
+        }
+        if let Some(secret) = secret {
+            words.message = words.message.replace(&secret.meant, &secret.written);
+        }
+        words
     }
 
     /// Turns a number or boolean from the environment back into its text if a string is expected.

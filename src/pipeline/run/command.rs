@@ -7,52 +7,34 @@
 
 mod framing;
 mod lines;
+mod program;
 
 use std::collections::HashSet;
 use std::ffi::OsString;
 use std::io::{BufRead as _, BufReader, Read, Write};
-use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+use std::os::unix::process::CommandExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
-use std::process::{Child, ExitStatus, Stdio};
-use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::process::{Child, Stdio};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use arrow::array::{Array as _, ArrayRef, AsArray as _, ListArray, RecordBatch, StringArray};
-use arrow::compute::cast;
-use arrow::datatypes::{DataType, SchemaRef};
+use arrow::array::RecordBatch;
+use arrow::datatypes::SchemaRef;
 use arrow_ipc::reader::StreamReader;
 use arrow_ipc::writer::StreamWriter;
 
 use self::framing::Framed;
+use self::program::{Ended, PipeMessage, Program, ProgramOutput, Running};
+use super::report::{Start, Unit};
 use super::{Runner, took};
 use crate::config::{PlannedStage, Secrets};
-use crate::run::report::Tally;
-use crate::run::{Start, Unit};
 use crate::stages::{Command, Failure, Inherited};
-use ovchat_data::store::TableReader;
+use ovchat_data::store::{TableReader, TableVersion};
 use ovchat_io::files::caught;
 use ovchat_io::mask::Mask;
 use ovchat_models::libtorch::SET_HERE;
-
-/// The interval between checks for an interrupt.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
-
-/// The interval between checks for the program's exit once its output has ended, and for the end of
-/// its output once it has exited.
-const EXIT_LOOK_EVERY: Duration = Duration::from_millis(10);
-
-/// The time to wait for rows after the program has exited; a child process may hold its output
-/// open.
-const LATE_ROWS: Duration = Duration::from_secs(2);
-
-/// The time to wait for the last lines of stderr, which a child process may hold open.
-const LATE_LINES: Duration = Duration::from_secs(1);
-
-/// The number of last stderr lines that are repeated in a failure.
-const LAST_WORDS: usize = 5;
 
 /// The capacity of the queue of batches.
 const QUEUE: usize = 4;
@@ -60,35 +42,8 @@ const QUEUE: usize = 4;
 /// The advice for a program that did not end its stream.
 const CLOSE: &str = "close the stream's writer after the last batch (pyarrow: `writer.close()`)";
 
-/// The error for an output that stays open after the program has exited.
-const HELD_OPEN: &str = "exited, but a process that it started holds its standard output open without ending \
-    the Arrow IPC stream; wait for that process, or redirect its output";
-
-/// A message from the threads that feed the program and read its output.
-enum PipeMessage {
-    Rows(RecordBatch),
-    /// The end-of-stream marker. More output may follow it.
-    Marker,
-    /// A line of the program's stderr.
-    Line(String),
-    /// The end of the program's stdout.
-    End(Ended),
-    /// Reading the program's input rows failed.
-    Unread(Failure),
-}
-
-/// The end of the program's stdout.
-#[derive(Debug)]
-enum Ended {
-    /// A complete stream, with its end-of-stream marker.
-    Whole,
-    /// No stream, or one that ends before its end-of-stream marker; the message.
-    Cut(String),
-    /// Anything other than one stream of the declared columns; the message.
-    Invalid(String),
-}
-
 impl Runner<'_> {
+    /// Builds the table with the user's program.
     pub(super) fn command(
         &mut self,
         stage: &PlannedStage,
@@ -108,148 +63,31 @@ impl Runner<'_> {
         let input = self.plan.stage(work.input);
         let input_schema = input.expect("the plan names every table").schema.clone();
         let files = self.folder.files(work.input.as_str(), input_round);
-        let made = self
-            .folder
-            .manifest()
-            .find(work.input.as_str(), input_round);
-        let rows_in = made.map_or(0, ovchat_data::store::TableVersion::rows);
+        let manifest = self.folder.manifest();
+        let made = manifest.find(work.input.as_str(), input_round);
+        let rows_in = made.map_or(0, TableVersion::rows);
 
         let mut child = Running(start(work, round, &self.plan.secrets)?);
         let mask = self.plan.secrets.mask();
-        let said = listen(&mut child.0, files, input_schema, mask.clone());
-        let mut writer = self.writer(table, round, "part-00000", &stage.schema);
-        let mut done = 0;
-        let mut tally = Tally::default();
-        let mut last_words: Vec<String> = Vec::new();
-        let program = &work.words[0];
-        let mut ended = None;
-        let mut is_whole = false;
-        // Set when the program exits, with the time of the exit or of the last rows after it: its
-        // exit status decides.
-        let mut exited: Option<(ExitStatus, Instant)> = None;
-        let (status, ended) = loop {
+        let messages = listen(&mut child.0, files, input_schema, mask.clone());
+        let writer = self.writer(table, round, "part-00000", &stage.schema);
+        let mut program = Program::new(work, child, messages);
+        let mut output = ProgramOutput::new(stage, mask, writer, &mut *self.report);
+        let ending = loop {
             if self.interrupt.raised() {
                 return Err(Failure::Interrupted);
             }
-            if exited.is_none() {
-                let status = child.0.try_wait();
-                let failed =
-                    |error: std::io::Error| Failure::Other(format!("`{program}`: {error}"));
-                exited = status
-                    .map_err(failed)?
-                    .map(|status| (status, Instant::now()));
+            if let Some(ending) = program.ending()? {
+                break ending;
             }
-            if let Some((status, since)) = exited {
-                if let Some(ended) = ended {
-                    break (status, ended);
-                }
-                if since.elapsed() > LATE_ROWS {
-                    let ended = if is_whole {
-                        Ended::Whole
-                    } else {
-                        Ended::Cut(HELD_OPEN.to_owned())
-                    };
-                    break (status, ended);
-                }
-            }
-            let look_every = match (&ended, &exited) {
-                (None, None) => LOOK_EVERY,
-                _ => EXIT_LOOK_EVERY,
-            };
-            match said.recv_timeout(look_every) {
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => {
-                    // The sender is only dropped without an `End` when the reader thread has
-                    // panicked.
-                    let problem = "wrote an Arrow IPC stream that cannot be read".to_owned();
-                    ended.get_or_insert(Ended::Invalid(problem));
-                    thread::sleep(EXIT_LOOK_EVERY);
-                }
-                Ok(PipeMessage::Line(line)) => {
-                    self.report.note(&format!("{table}: {line}"));
-                    keep(&mut last_words, line);
-                }
-                Ok(PipeMessage::Unread(failure)) => return Err(failure),
-                // The output has failed already.
-                Ok(PipeMessage::Rows(_) | PipeMessage::Marker | PipeMessage::End(_))
-                    if ended.is_some() => {}
-                Ok(PipeMessage::Marker) => is_whole = true,
-                Ok(PipeMessage::Rows(batch)) => match fitted(&batch, &stage.schema) {
-                    Ok(batch) => {
-                        let batch = masked(batch, &mask);
-                        done += batch.num_rows() as u64;
-                        writer.write(&batch)?;
-                        tally.rewards(&batch);
-                        self.report.figures(&tally.figures);
-                        self.report.progress(done);
-                        if let Some((_, since)) = &mut exited {
-                            *since = Instant::now();
-                        }
-                    }
-                    Err(problem) => {
-                        child.end();
-                        ended = Some(Ended::Invalid(problem));
-                    }
-                },
-                Ok(PipeMessage::End(end)) => {
-                    if matches!(end, Ended::Invalid(_)) {
-                        // It may keep writing although nothing reads its output.
-                        child.end();
-                    }
-                    ended = Some(end);
-                }
-            }
+            program.hear(&mut output)?;
         };
-        let until = Instant::now() + LATE_LINES;
-        let left = || until.saturating_duration_since(Instant::now());
-        while let Ok(late) = said.recv_timeout(left()) {
-            match late {
-                PipeMessage::Line(line) => {
-                    self.report.note(&format!("{table}: {line}"));
-                    keep(&mut last_words, line);
-                }
-                PipeMessage::Unread(failure) => return Err(failure),
-                PipeMessage::Rows(_) | PipeMessage::Marker | PipeMessage::End(_) => {}
-            }
-            if left().is_zero() {
-                break;
-            }
+        program.hear_last_lines(&mut output)?;
+        if let Some(failure) = program.failure(ending) {
+            return Err(failure);
         }
-        if let Some(problem) = problem(ended, status) {
-            let mut words = format!("`{}` {problem}", work.words.join(" "));
-            for line in &last_words {
-                words.push_str("\n  ");
-                words.push_str(line);
-            }
-            return Err(Failure::Other(words));
-        }
-        if done == 0 {
-            writer.write_nothing()?;
-        }
-        let files = writer.finish()?;
+        let (done, files) = output.finish()?;
         self.finish_in_one(table, round, rows_in, files, took(begun, done))
-    }
-}
-
-/// Appends a line, keeping the last [`LAST_WORDS`].
-fn keep(last_words: &mut Vec<String>, line: String) {
-    last_words.push(line);
-    if last_words.len() > LAST_WORDS {
-        last_words.remove(0);
-    }
-}
-
-/// The error message for a program's output and exit status; `None` on success. A truncated stream
-/// is a consequence of a nonzero exit code, so the exit code is reported instead.
-fn problem(ended: Ended, status: ExitStatus) -> Option<String> {
-    match (ended, status.code()) {
-        (Ended::Invalid(problem), _) | (Ended::Cut(problem), Some(0)) => Some(problem),
-        (Ended::Whole, Some(0)) => None,
-        (_, Some(code)) => Some(format!("exited with code {code}")),
-        (_, None) => {
-            let signal = status.signal().unwrap_or_default();
-            Some(format!("was killed by signal {signal}"))
-        }
     }
 }
 
@@ -311,32 +149,6 @@ fn start(work: &Command<'_>, round: Option<u32>, secrets: &Secrets) -> Result<Ch
             work.folder.display()
         ))
     })
-}
-
-/// The running program. On drop, for whatever reason, it is killed together with its process group.
-struct Running(Child);
-
-impl Running {
-    #[expect(
-        unsafe_code,
-        reason = "the standard library cannot kill a process group"
-    )]
-    fn end(&self) {
-        // SAFETY: kill touches no memory of this process. If the child has not been waited for, its
-        // pid is still its own; if it has, its group id still belongs to its children, or to no
-        // process.
-        unsafe {
-            libc::kill(-self.0.id().cast_signed(), libc::SIGKILL);
-        }
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        self.end();
-        // It may have exited by itself.
-        drop(self.0.wait());
-    }
 }
 
 /// Feeds the program and listens to it.
@@ -453,79 +265,6 @@ fn read(stdout: impl Read, sender: &SyncSender<PipeMessage>) -> Ended {
         ),
         Err(error) => Ended::Cut(format!("cannot read its standard output: {error}")),
     }
-}
-
-/// Masks secret values in the text columns: a program may be given a secret, or read one somewhere.
-fn masked(batch: RecordBatch, mask: &Mask) -> RecordBatch {
-    if mask.is_empty() {
-        return batch;
-    }
-    let columns = batch.columns().iter();
-    let columns = columns.map(|column| match column.data_type() {
-        DataType::Utf8 => hidden(column, mask),
-        DataType::List(item) if *item.data_type() == DataType::Utf8 => {
-            let (item, offsets, texts, nulls) = column.as_list::<i32>().clone().into_parts();
-            Arc::new(ListArray::new(item, offsets, hidden(&texts, mask), nulls))
-        }
-        _ => column.clone(),
-    });
-    RecordBatch::try_new(batch.schema(), columns.collect()).expect("the types are as before")
-}
-
-/// Masks secret values in a text column.
-fn hidden(column: &ArrayRef, mask: &Mask) -> ArrayRef {
-    let texts = column.as_string::<i32>();
-    let hide = |text: Option<&str>| text.map(|text| mask.hide(text));
-    Arc::new(texts.iter().map(hide).collect::<StringArray>())
-}
-
-/// Returns the declared columns, in their declared order.
-fn fitted(batch: &RecordBatch, schema: &SchemaRef) -> Result<RecordBatch, String> {
-    let found = batch.schema();
-    if let Some(other) = found
-        .fields()
-        .iter()
-        .find(|field| schema.field_with_name(field.name()).is_err())
-    {
-        let declared: Vec<&str> = schema
-            .fields()
-            .iter()
-            .map(|field| field.name().as_str())
-            .collect();
-        return Err(format!(
-            "wrote column `{}`, which is not declared in `columns`; declared columns: {}",
-            other.name(),
-            declared.join(", ")
-        ));
-    }
-    let mut names = HashSet::new();
-    if let Some(twice) = (found.fields().iter()).find(|field| !names.insert(field.name())) {
-        return Err(format!("wrote column `{}` twice", twice.name()));
-    }
-    let mut columns = Vec::new();
-    for field in schema.fields() {
-        let Some(column) = batch.column_by_name(field.name()) else {
-            return Err(format!(
-                "wrote no column `{}`, which is declared in `columns`",
-                field.name()
-            ));
-        };
-        let is_text = |of: &DataType| matches!(of, DataType::LargeUtf8 | DataType::Utf8View);
-        let same = column.data_type() == field.data_type()
-            || (*field.data_type() == DataType::Utf8 && is_text(column.data_type()))
-            || matches!((column.data_type(), field.data_type()),
-                (DataType::List(one), DataType::List(other)) if one.data_type() == other.data_type());
-        if !same {
-            return Err(format!(
-                "wrote `{}` as {}, but `columns` declares {}",
-                field.name(),
-                column.data_type(),
-                field.data_type()
-            ));
-        }
-        columns.push(cast(column, field.data_type()).map_err(|error| error.to_string())?);
-    }
-    RecordBatch::try_new(schema.clone(), columns).map_err(|error| error.to_string())
 }
 
 #[cfg(test)]

@@ -56,11 +56,7 @@ impl Runner<'_> {
         table: &TableName,
         round: Option<u32>,
     ) -> Result<(), Failure> {
-        let made = self
-            .folder
-            .manifest()
-            .under_way(table.as_str(), round)
-            .expect("the table was begun");
+        let made = self.under_way(table, round);
         let total: u64 = made.parts.iter().map(|part| part.rows_in).sum();
         let faults: u64 = made.parts.iter().map(|part| part.faults).sum();
         let share_max = self.plan.reject_share_max.get();

@@ -3,6 +3,8 @@
 
 use std::path::Path;
 
+use serde_json::Value;
+
 use super::keys::{Keys, Reason, explain, explained, known_key, table_key};
 use super::stop::ends;
 use crate::config::{Plan, PlannedStage};
@@ -91,10 +93,14 @@ fn foresee<'a>(
         Err(error) => return Err(error.into()),
     };
     let nothing = Manifest::new(folder, plan.pipeline.as_str());
-    let manifest = run.as_ref().map_or(&nothing, RunFolder::manifest);
     let fingerprints = Fingerprints::open(folder.join(".cache/fingerprints.json"));
-    let mut keys = Keys::new(plan, loader, fingerprints);
-    let mut forecasts: Vec<Forecast> = Vec::new();
+    let mut forecaster = Forecaster {
+        plan,
+        manifest: run.as_ref().map_or(&nothing, RunFolder::manifest),
+        rates,
+        keys: Keys::new(plan, loader, fingerprints),
+        forecasts: Vec::new(),
+    };
     let mut round_before = None;
     for (stage, round) in plan.slots() {
         if let (Some(ended), Some(run)) = (round_before, &run)
@@ -102,60 +108,50 @@ fn foresee<'a>(
             && ended > 0
         {
             // The last round is known only if none of the tables that `stop_when` reads is rebuilt.
-            let mut so_far = forecasts.iter();
+            let mut so_far = forecaster.forecasts.iter();
             if so_far.all(|made| made.action == Action::Reuse) && ends(plan, run, ended, || false)?
             {
                 break;
             }
         }
         round_before = round;
-        let kept = manifest.find(stage.name.as_str(), round);
-        if let Some(made) = kept.filter(|_| manifest.is_kept(round)) {
-            let key = known_key(made).to_owned();
-            keys.know(&stage.name, round, key);
-            forecasts.push(Forecast {
-                table: stage.name.clone(),
-                round,
-                action: Action::Reuse,
-                estimate: of_made(made),
-            });
-            continue;
-        }
-        let because = keys.because(stage, round)?;
-        let key = table_key(&because);
-        let current = manifest.find(stage.name.as_str(), round);
-        let archived = manifest
-            .archived
-            .iter()
-            .rev()
-            .map(|archived| &archived.made);
-        let mut archived =
-            archived.filter(|made| made.table == stage.name.as_str() && made.round == round);
-        let current_fits = current.filter(|made| made.key == key);
-        let staged = manifest.staged(stage.name.as_str(), round);
-        let others = staged.into_iter().chain(archived.clone());
-        let found = current_fits.or_else(|| others.into_iter().find(|made| made.key == key));
-        let action = match (found, current.or_else(|| archived.next())) {
-            (Some(made), _) if made.complete && current_fits.is_some() => Action::Reuse,
-            (Some(made), _) if made.complete => Action::Return,
-            (Some(made), _) => Action::Resume { rows: made.rows() },
-            (None, None) => Action::Make {
-                reasons: Vec::new(),
-                by_row: false,
-            },
-            (None, Some(before)) => {
-                let now = explained(&because, Some(stage));
-                let reasons = explain(&before.because, &now);
-                let maps = stage.kind.is_some()
-                    && matches!(stage.spec.as_stage().work(), StageKind::Rows(_));
-                let only_inputs = reasons
-                    .iter()
-                    .all(|reason| matches!(reason, Reason::Input(_)));
-                let by_row = maps && only_inputs;
-                Action::Make { reasons, by_row }
-            }
+        let forecast = forecaster.forecast(stage, round)?;
+        forecaster.forecasts.push(forecast);
+    }
+    Ok((forecaster.forecasts, forecaster.keys))
+}
+
+/// A forecast in progress.
+struct Forecaster<'a, 'm> {
+    plan: &'a Plan,
+    manifest: &'m Manifest,
+    rates: &'m Rates,
+    keys: Keys<'a>,
+    /// The forecasts of the tables so far.
+    forecasts: Vec<Forecast>,
+}
+
+impl Forecaster<'_, '_> {
+    /// Forecasts a table in a round, and records its key for the tables that read it.
+    fn forecast(&mut self, stage: &PlannedStage, round: Option<u32>) -> Result<Forecast, Failure> {
+        let forecast = |action, estimate| Forecast {
+            table: stage.name.clone(),
+            round,
+            action,
+            estimate,
         };
-        let known = match found.filter(|made| made.complete) {
+        let kept = self.manifest.find(stage.name.as_str(), round);
+        if let Some(made) = kept.filter(|_| self.manifest.is_kept(round)) {
+            let key = known_key(made).to_owned();
+            self.keys.know(&stage.name, round, key);
+            return Ok(forecast(Action::Reuse, of_made(made)));
+        }
+        let because = self.keys.because(stage, round)?;
+        let key = table_key(&because);
+        let versions = Versions::of(self.manifest, &stage.name, round, &key);
+        let action = versions.action(stage, &because);
+        let complete = versions.found.filter(|made| made.complete);
+        let known = match complete {
             Some(made) => made.content.clone().unwrap_or_else(|| key.clone()),
             None if is_load(stage) => {
                 // Its rows are unknown, and may turn out to be unchanged.
@@ -163,33 +159,77 @@ fn foresee<'a>(
             }
             None => key,
         };
-        keys.know(&stage.name, round, known);
-        let estimate = if let Some(made) = found.filter(|made| made.complete) {
-            of_made(made)
-        } else {
-            let rows_in = |table: &TableName| {
-                let round = plan.round_of(table, round);
-                let of_table = |made: &&Forecast| made.table == *table && made.round == round;
-                forecasts.iter().find(of_table)?.estimate.rows
-            };
-            {
-                let known = Known {
-                    manifest,
-                    rates,
-                    keys: &keys,
-                    forecasts: &forecasts,
-                };
-                known.estimate(stage, round, &rows_in)?
-            }
+        self.keys.know(&stage.name, round, known);
+        let estimate = match complete {
+            Some(made) => of_made(made),
+            None => self.estimate(stage, round)?,
         };
-        forecasts.push(Forecast {
-            table: stage.name.clone(),
-            round,
-            action,
-            estimate,
-        });
+        Ok(forecast(action, estimate))
     }
-    Ok((forecasts, keys))
+
+    /// Estimates a table that is to be built, from the forecasts of its inputs.
+    fn estimate(&self, stage: &PlannedStage, round: Option<u32>) -> Result<Estimate, Failure> {
+        let rows_in = |table: &TableName| {
+            let round = self.plan.round_of(table, round);
+            let of_table = |made: &&Forecast| made.table == *table && made.round == round;
+            self.forecasts.iter().find(of_table)?.estimate.rows
+        };
+        let known = Known {
+            manifest: self.manifest,
+            rates: self.rates,
+            keys: &self.keys,
+            forecasts: &self.forecasts,
+        };
+        known.estimate(stage, round, &rows_in)
+    }
+}
+
+/// The versions of a table that decide the action on it.
+struct Versions<'m> {
+    /// The current version, if it has the key.
+    fitting: Option<&'m TableVersion>,
+    /// The version that has the key: current, staged or archived.
+    found: Option<&'m TableVersion>,
+    /// The current version, or else the last archived one.
+    before: Option<&'m TableVersion>,
+}
+
+impl<'m> Versions<'m> {
+    fn of(manifest: &'m Manifest, table: &TableName, round: Option<u32>, key: &str) -> Self {
+        let current = manifest.find(table.as_str(), round);
+        let fitting = current.filter(|made| made.key == key);
+        let archived = manifest.archived.iter().rev();
+        let mut archived = archived
+            .map(|archived| &archived.made)
+            .filter(|made| made.is(table.as_str(), round));
+        let staged = manifest.staged(table.as_str(), round);
+        let mut others = staged.into_iter().chain(archived.clone());
+        Self {
+            fitting,
+            found: fitting.or_else(|| others.find(|made| made.key == key)),
+            before: current.or_else(|| archived.next()),
+        }
+    }
+
+    /// Returns the action on the table, whose key inputs are `because`.
+    fn action(&self, stage: &PlannedStage, because: &Value) -> Action {
+        match (self.found, self.before) {
+            (Some(made), _) if made.complete && self.fitting.is_some() => Action::Reuse,
+            (Some(made), _) if made.complete => Action::Return,
+            (Some(made), _) => Action::Resume { rows: made.rows() },
+            (None, None) => Action::Make {
+                reasons: Vec::new(),
+                by_row: false,
+            },
+            (None, Some(before)) => {
+                let now = explained(because, Some(stage));
+                let reasons = explain(&before.because, &now);
+                let is_input = |reason: &Reason| matches!(reason, Reason::Input(_));
+                let by_row = is_by_row(stage) && reasons.iter().all(is_input);
+                Action::Make { reasons, by_row }
+            }
+        }
+    }
 }
 
 /// Returns the actual size of an existing table.
@@ -261,6 +301,11 @@ impl Known<'_> {
 /// read their file.
 fn is_load(stage: &PlannedStage) -> bool {
     stage.kind.is_some() && matches!(stage.spec.as_stage().work(), StageKind::Load(_))
+}
+
+/// Returns true for a stage that maps groups of rows, each on its own.
+fn is_by_row(stage: &PlannedStage) -> bool {
+    stage.kind.is_some() && matches!(stage.spec.as_stage().work(), StageKind::Rows(_))
 }
 
 /// Counts the records of a user's file, including faulty ones, which are only known once loaded.

@@ -5,10 +5,10 @@ use std::time::Instant;
 
 use arrow::array::AsArray;
 
-use super::{Runner, count, took, write_beside};
+use super::report::{Start, Unit};
+use super::{Runner, count, note_once, took, write_beside};
 use crate::config::{KeepImages, PlannedStage};
-use crate::run::{Start, Unit};
-use crate::stages::{Failure, LoadStage, Record, TableName, rejects};
+use crate::stages::{Failure, LoadStage, Loaded, Record, TableName, rejects};
 use ovchat_data::store::{Event, Images, Key, PartRecord, TableReader, TableVersion};
 use ovchat_data::tables::{Image, ImageFile, RejectClass};
 use ovchat_io::files;
@@ -16,30 +16,29 @@ use ovchat_io::files;
 /// The number of records that are read, checked and committed together.
 const PART_RECORDS: usize = 256;
 
+/// The start of a part: some records that are loaded together.
+struct PartStart {
+    number: u32,
+    records: u64,
+    begun: Instant,
+}
+
 impl Runner<'_> {
+    /// Builds the missing parts of a loaded table.
     pub(super) fn load(
         &mut self,
         stage: &PlannedStage,
         work: &mut dyn LoadStage,
     ) -> Result<(), Failure> {
         let table = &stage.name;
-        let made = self
-            .folder
-            .manifest()
-            .under_way(table.as_str(), None)
-            .expect("a table that was begun");
-        let parts_done = made.parts.clone();
-        let done_before: u64 = parts_done.iter().map(|part| part.rows_in).sum();
+        let parts_done = self.under_way(table, None).parts.clone();
         self.report.start(Start {
             table,
             round: None,
             unit: Unit::Rows,
             total: None,
-            done: done_before,
+            done: parts_done.iter().map(|part| part.rows_in).sum(),
         });
-        let place = self.folder.place(table.as_str(), None);
-        let mask = self.plan.secrets.mask();
-        let footer = self.footer(None);
         let mut images = Images::open(self.folder.root(), &self.folder.manifest().images)?;
         let interrupt = self.interrupt;
         // A read that was cut short by an interrupt is not the file's fault.
@@ -49,62 +48,72 @@ impl Runner<'_> {
         };
         let mut records = work.records().map_err(stopped)?;
         let mut done = 0;
-        for part in 0.. {
-            let next: Vec<Record> = records
-                .by_ref()
-                .take(PART_RECORDS)
-                .collect::<Result<_, _>>()
-                .map_err(stopped)?;
+        for number in 0.. {
+            let next = records.by_ref().take(PART_RECORDS);
+            let next: Vec<Record> = next.collect::<Result<_, _>>().map_err(stopped)?;
             if next.is_empty() {
                 break;
             }
             self.stop_if_asked()?;
-            let rows_in = next.len() as u64;
-            let begun = Instant::now();
-            done += rows_in;
+            let start = PartStart {
+                number,
+                records: next.len() as u64,
+                begun: Instant::now(),
+            };
+            done += start.records;
             work.validate(&next);
-            if let Some(before) = parts_done.iter().find(|before| before.part == part) {
-                for file in &before.files {
-                    for rows in TableReader::new(vec![self.folder.root().join(&file.file)]) {
-                        work.resume(&rows?)?;
-                    }
-                }
+            if let Some(before) = parts_done.iter().find(|before| before.part == number) {
+                self.resume_part(before, work)?;
                 continue;
             }
-            let loaded = work.load(next).map_err(stopped)?;
+            let mut loaded = work.load(next).map_err(stopped)?;
             self.stop_if_asked()?;
-            self.add_images(&mut images, loaded.images)?;
-            let rejects = rejects(table, None, loaded.rejects, &mask);
-            let name = format!("part-{part:05}");
-            let mut writer = self.writer(table, None, &name, &stage.schema);
-            writer.write(&loaded.rows)?;
-            let record = PartRecord {
-                part,
-                rows_in,
-                files: writer.finish()?,
-                rejects: write_beside(&place, "rejects", part, &footer, &rejects)?,
-                telemetry: Vec::new(),
-                faults: count(&rejects, RejectClass::Fault),
-                dropped: count(&rejects, RejectClass::Dropped),
-                took: Some(took(begun, rows_in)),
-            };
-            self.folder.commit(Event::Part {
-                table: table.to_string(),
-                round: None,
-                part: record,
-                state: None,
-            })?;
+            self.add_images(&mut images, std::mem::take(&mut loaded.images))?;
+            let part = self.write_loaded(stage, &start, loaded)?;
+            self.commit_part(table, None, part)?;
             self.report.progress(done);
         }
         for note in work.notes() {
-            let text = format!("{table}: {note}");
             // A table whose files are repaired is loaded twice.
-            if self.said.insert(text.clone()) {
-                self.report.note(&text);
-            }
+            note_once(&mut self.said, self.report, &format!("{table}: {note}"));
         }
         let content = self.content(table)?;
         self.finish(table, None, Some(content), None)
+    }
+
+    /// Restores the loader's state from the rows of a part that an earlier run loaded.
+    fn resume_part(&self, part: &PartRecord, work: &mut dyn LoadStage) -> Result<(), Failure> {
+        for file in &part.files {
+            for rows in TableReader::new(vec![self.folder.root().join(&file.file)]) {
+                work.resume(&rows?)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes the rows and the rejects of a part.
+    fn write_loaded(
+        &self,
+        stage: &PlannedStage,
+        start: &PartStart,
+        loaded: Loaded,
+    ) -> Result<PartRecord, Failure> {
+        let (table, part) = (&stage.name, start.number);
+        let place = self.folder.place(table.as_str(), None);
+        let footer = self.footer(None);
+        let rejects = rejects(table, None, loaded.rejects, &self.plan.secrets.mask());
+        let mut writer = self.writer(table, None, &format!("part-{part:05}"), &stage.schema);
+        writer.write(&loaded.rows)?;
+        Ok(PartRecord {
+            part,
+            rows_in: start.records,
+            files: writer.finish()?,
+            rejects: write_beside(&place, "rejects", part, &footer, &rejects)?,
+            telemetry: Vec::new(),
+            faults: count(&rejects, RejectClass::Fault),
+            dropped: count(&rejects, RejectClass::Dropped),
+            took: Some(took(start.begun, start.records)),
+        })
     }
 
     /// Returns the hash of a loaded table's row keys.

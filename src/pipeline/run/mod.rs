@@ -435,13 +435,29 @@ impl<'a> Runner<'a> {
             dropped: 0,
             took: Some(took),
         };
-        self.folder.commit(Event::Part {
+        self.commit_part(table, round, part)?;
+        self.finish(table, round, None, None)
+    }
+
+    /// Returns the version of a table in progress.
+    fn under_way(&self, table: &TableName, round: Option<u32>) -> &TableVersion {
+        let made = self.folder.manifest().under_way(table.as_str(), round);
+        made.expect("the table was begun")
+    }
+
+    /// Commits a part of a table in progress.
+    fn commit_part(
+        &mut self,
+        table: &TableName,
+        round: Option<u32>,
+        part: PartRecord,
+    ) -> Result<(), Failure> {
+        Ok(self.folder.commit(Event::Part {
             table: table.to_string(),
             round,
             part,
             state: None,
-        })?;
-        self.finish(table, round, None, None)
+        })?)
     }
 
     fn stop_if_asked(&self) -> Result<(), Failure> {
@@ -590,6 +606,13 @@ fn write_beside<R: Row>(
         writer.write(&R::to_batch(rows))?;
     }
     Ok(writer.finish()?)
+}
+
+/// Shows a note, unless it is in `said` already.
+fn note_once(said: &mut HashSet<String>, report: &mut dyn Report, text: &str) {
+    if said.insert(text.to_owned()) {
+        report.note(text);
+    }
 }
 
 /// Returns the time since `begun`, for a number of computed rows.

@@ -10,12 +10,11 @@ use arrow::datatypes::SchemaRef;
 
 use super::groups::{Groups, Taken};
 use super::models::RunModels;
-use super::{Runner, count, took, write_beside};
+use super::report::{Start, Tally, Unit};
+use super::{Runner, count, note_once, took, write_beside};
 use crate::config::PlannedStage;
-use crate::run::report::Tally;
-use crate::run::{Start, Unit};
 use crate::stages::{BatchStage, Failure, InputTables, Outcome, StageContext, TableName, rejects};
-use ovchat_data::store::{Event, FileRecord, Key, Lookup, PartRecord, Place, TableVersion, Took};
+use ovchat_data::store::{FileRecord, Key, Lookup, PartRecord, Place, TableVersion, Took};
 use ovchat_data::tables::{RejectClass, Telemetry};
 use ovchat_io::mask::Mask;
 use ovchat_models as models;
@@ -26,9 +25,8 @@ struct Mapping<'w> {
     round: Option<u32>,
     work: &'w dyn BatchStage,
     base: &'w Key,
-    /// The version as this run found it.
+    /// The version, with the parts that this run found.
     made: TableVersion,
-    part_groups: u32,
     groups: Groups,
     models: RunModels<'w>,
     inputs: InputTables,
@@ -73,60 +71,20 @@ impl Runner<'_> {
         work: &dyn BatchStage,
         base: &Key,
     ) -> Result<(), Failure> {
-        let made = self
-            .folder
-            .manifest()
-            .under_way(table.as_str(), round)
-            .expect("the table was begun")
-            .clone();
         let input_round = self.plan.round_of(work.input(), round);
         let files = self.folder.files(work.input().as_str(), input_round);
         let groups = Groups::open(files, work.reads())?;
-        // Parts that an earlier version cut differently are rebuilt.
-        let made = if groups.is_gathered() && !made.is_gathered {
-            let made = TableVersion {
-                is_gathered: true,
-                parts: Vec::new(),
-                ..made
-            };
-            self.folder.record(made.clone())?;
-            made
-        } else {
-            made
-        };
-        let total = self
-            .folder
-            .manifest()
-            .find(work.input().as_str(), input_round)
-            .map_or(0, TableVersion::rows);
-        // Existing parts keep the part size of the run that began them.
-        let part_groups = if made.parts.is_empty() {
-            work.part_groups()
-        } else {
-            made.part_groups
-        };
-        if made.part_groups != part_groups {
-            self.folder.record(TableVersion {
-                part_groups,
-                ..made.clone()
-            })?;
-        }
-        let pen = Arc::new(Pen {
-            place: self.folder.place(table.as_str(), round),
-            table: table.clone(),
-            round,
-            schema: work.schema(),
-            footer: self.footer(None),
-            key: made.key.clone(),
-            mask: self.plan.secrets.mask(),
-        });
+        let made = self.cut(table, round, work.part_groups(), groups.is_gathered())?;
+        let manifest = self.folder.manifest();
+        let input = manifest.find(work.input().as_str(), input_round);
+        let total = input.map_or(0, TableVersion::rows);
+        let pen = Arc::new(self.pen(table, &made, work.schema()));
         let mut mapping = Mapping {
             table,
             round,
             work,
             base,
             made,
-            part_groups,
             groups,
             models: self.models(stage, round)?,
             inputs: self.input_tables(stage, round)?,
@@ -136,36 +94,64 @@ impl Runner<'_> {
             is_started: false,
             tally: Tally::default(),
         };
-        let mut written: Option<(u64, JoinHandle<Result<PartRecord, Failure>>)> = None;
+        let mut writing: Option<Writing> = None;
         for part in 0.. {
             let computed = self.compute(&mut mapping, part);
             // Whatever the outcome of this part, the previous one is complete.
-            if let Some((done, writing)) = written.take() {
-                let record = writing.join().expect("the writer thread does not panic")?;
-                self.folder.commit(Event::Part {
-                    table: table.to_string(),
-                    round,
-                    part: record,
-                    state: None,
-                })?;
+            if let Some(Writing { thread, done }) = writing.take() {
+                let written = thread.join().expect("the writer thread does not panic")?;
+                self.commit_part(table, round, written)?;
                 self.report.progress(done);
             }
             match computed? {
                 Computed::End => break,
                 Computed::There => {}
-                Computed::Part(parcel) => {
-                    let pen = Arc::clone(&pen);
-                    written = Some((parcel.done, thread::spawn(move || pen.write(*parcel))));
-                }
+                Computed::Part(parcel) => writing = Some(Writing::start(&pen, *parcel)),
             }
         }
         Ok(())
     }
 
+    /// Returns the version in progress, with the size of its parts: existing parts keep the size of
+    /// the run that began them. Parts that an earlier version cut differently are dropped, to be
+    /// rebuilt.
+    fn cut(
+        &mut self,
+        table: &TableName,
+        round: Option<u32>,
+        part_groups: u32,
+        is_gathered: bool,
+    ) -> Result<TableVersion, Failure> {
+        let mut made = self.under_way(table, round).clone();
+        if is_gathered && !made.is_gathered {
+            made.is_gathered = true;
+            made.parts.clear();
+            self.folder.record(made.clone())?;
+        }
+        if made.parts.is_empty() && made.part_groups != part_groups {
+            made.part_groups = part_groups;
+            self.folder.record(made.clone())?;
+        }
+        Ok(made)
+    }
+
+    /// Returns the writer of the parts of a version.
+    fn pen(&self, table: &TableName, made: &TableVersion, schema: SchemaRef) -> Pen {
+        Pen {
+            place: self.folder.place(table.as_str(), made.round),
+            table: table.clone(),
+            round: made.round,
+            schema,
+            footer: self.footer(None),
+            key: made.key.clone(),
+            mask: self.plan.secrets.mask(),
+        }
+    }
+
     /// Computes the next part.
     fn compute(&mut self, mapping: &mut Mapping<'_>, part: u32) -> Result<Computed, Failure> {
         let (table, round) = (mapping.table, mapping.round);
-        let Taken { rows, lengths } = mapping.groups.take(mapping.part_groups as usize)?;
+        let Taken { rows, lengths } = mapping.groups.take(mapping.made.part_groups as usize)?;
         if lengths.is_empty() {
             return Ok(Computed::End);
         }
@@ -200,11 +186,7 @@ impl Runner<'_> {
             stopping: &|| interrupt.raised(),
             progress: &mut |rows| report.borrow_mut().progress(done_before + rows),
             telemetry: &mut telemetry,
-            say: &mut |text| {
-                if said.insert(text.to_owned()) {
-                    report.borrow_mut().note(text);
-                }
-            },
+            say: &mut |text| note_once(said, &mut **report.borrow_mut(), text),
         };
         let reuse = &mut mapping.reuse;
         let mut known = |key: &str| {
@@ -315,6 +297,21 @@ impl Pen {
             dropped: count(&rejects, RejectClass::Dropped),
             took: Some(parcel.took),
         })
+    }
+}
+
+/// A part that a thread writes.
+struct Writing {
+    thread: JoinHandle<Result<PartRecord, Failure>>,
+    /// The number of input rows done once the part is written.
+    done: u64,
+}
+
+impl Writing {
+    fn start(pen: &Arc<Pen>, parcel: Parcel) -> Self {
+        let (pen, done) = (Arc::clone(pen), parcel.done);
+        let thread = thread::spawn(move || pen.write(parcel));
+        Self { thread, done }
     }
 }
 

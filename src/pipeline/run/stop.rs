@@ -2,7 +2,7 @@
 
 use arrow::array::{Array, AsArray};
 
-use super::Runner;
+use super::{Runner, note_once};
 use crate::config::Plan;
 use crate::stages::Failure;
 use ovchat_data::store::RunFolder;
@@ -77,8 +77,8 @@ impl Runner<'_> {
         let interrupt = self.interrupt;
         let is_last = ends(self.plan, &self.folder, round, || interrupt.raised())?;
         let words = format!("stopping after round {round}: `rounds.stop_when` is true");
-        if is_last && self.said.insert(words.clone()) {
-            self.report.note(&words);
+        if is_last {
+            note_once(&mut self.said, self.report, &words);
         }
         Ok(is_last)
     }

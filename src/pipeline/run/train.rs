@@ -15,147 +15,93 @@ use arrow::array::RecordBatch;
 use rayon::prelude::*;
 use serde_json::Value;
 
+use super::interrupt::Interrupt;
 use super::reconcile::tables_of;
-use super::{Runner, took};
+use super::report::{Report, Start, Tally, Unit};
+use super::{Runner, note_once, took};
 use crate::config::{Plan, PlannedStage};
-use crate::run::report::Tally;
-use crate::run::{Start, Unit};
 use crate::stages::{Failure, StageContext, StageKind, TableName, TrainStage, TrainingRun};
 use ovchat_data::store::{
-    CheckpointRecord, Event, Key, Lookup, PartRecord, RunFolder, StateRecord, StoreError,
-    TableVersion, TableWriter, files_in, hash_file, write_folder,
+    CheckpointRecord, Event, Key, Lookup, PartRecord, Place, RunFolder, StateRecord, StoreError,
+    TableVersion, files_in, hash_file, write_folder,
 };
+use ovchat_models::ModelTelemetry;
 
 /// The number of rows that are validated at once before the first step.
 const VALIDATED_AT_ONCE: usize = 64;
 
 impl Runner<'_> {
-    /// Builds a table of steps and its checkpoint: opens the stage, resumes, steps and saves.
+    /// Builds a table of steps and its checkpoint. Validates the examples, resumes from the newest
+    /// state, and saves states on the way.
     pub(super) fn train(
         &mut self,
         stage: &PlannedStage,
         round: Option<u32>,
         work: &dyn TrainStage,
     ) -> Result<(), Failure> {
-        let table = &stage.name;
         let before = self.make_before(stage, round, work)?;
-        let made = self
-            .folder
-            .manifest()
-            .under_way(table.as_str(), round)
-            .expect("the table was begun")
-            .clone();
-        let input_round = self.plan.round_of(work.input(), round);
-        let mut rows = Lookup::open(
-            self.folder.files(work.input().as_str(), input_round),
-            "row_key",
-        )?;
-        if rows.is_empty() {
-            return Err(Failure::Other(format!(
-                "`{}` has no rows to train on; to see the rejects, run: pipeline sql {} \
-                 \"select reason, count(*) from rejects group by reason\"",
-                work.input(),
-                self.folder.root().display()
-            )));
-        }
+        let output = self.output(&stage.name, round);
+        let examples = self.examples(work, round)?;
         let mut models = self.models(stage, round)?;
-        let mut inputs = self.input_tables(stage, round)?;
-        let interrupt = self.interrupt;
-        let seed = self.plan.seed;
-        let place = self.folder.place(table.as_str(), round);
-        let footer = self.footer(Some(&made.key));
-        let writer =
-            |first: usize| place.writer(&format!("part-{first:05}"), &work.schema(), &footer);
+        let mut input_tables = self.input_tables(stage, round)?;
+        let (interrupt, said) = (self.interrupt, &mut self.said);
         let report = RefCell::new(&mut *self.report);
-        let said = &mut self.said;
-        let mut telemetry = ovchat_models::ModelTelemetry::default();
         let mut ctx = StageContext {
-            table,
+            table: &stage.name,
             round,
-            seed,
+            seed: self.plan.seed,
             models: &mut models,
-            input_tables: &mut inputs,
+            input_tables: &mut input_tables,
             stopping: &|| interrupt.raised(),
             progress: &mut |_| {},
-            telemetry: &mut telemetry,
-            say: &mut |text| {
-                if said.insert(text.to_owned()) {
-                    report.borrow_mut().note(text);
-                }
-            },
+            telemetry: &mut ModelTelemetry::default(),
+            say: &mut |text| note_once(said, &mut **report.borrow_mut(), text),
         };
-        let batches = work.batches(&ctx, &mut rows)?;
-        let mut training = work.begin(&mut ctx, batches.len(), before)?;
-        for start in (0..rows.len()).step_by(VALIDATED_AT_ONCE) {
-            let some = rows.range(start, VALIDATED_AT_ONCE.min(rows.len() - start))?;
-            training.validate(&mut ctx, &some)?;
-        }
-        if let Some(plan) = training.plan() {
-            (ctx.say)(&plan);
-        }
-        let mut note = |text: &str| report.borrow_mut().note(text);
-        let mut done = load_newest_state(&mut self.folder, &made, &mut *training, work, &mut note)?;
-        let total = Some(batches.len() as u64);
-        report.borrow_mut().start(Start {
-            table,
-            round,
-            unit: Unit::Steps,
-            total,
-            done: done as u64,
-        });
-        let mut steps: Vec<RecordBatch> = Vec::new();
-        let mut tally = Tally::default();
-        let mut first = done;
-        let mut begun = Instant::now();
-        while done < batches.len() {
-            let (epoch, positions) = &batches[done];
-            let batch = gather(&mut rows, positions)?;
-            let number = done as u32 + 1;
-            let step = training.step(&mut ctx, number, *epoch, &batch)?;
-            done += 1;
-            tally.step(&step, positions.len() as u64);
-            steps.push(step);
-            report.borrow_mut().figures(&tally.figures);
-            report.borrow_mut().progress(done as u64);
-            let last = done == batches.len();
-            if !last && (done % work.save_every() as usize == 0 || interrupt.raised()) {
-                let state = write_state(&self.folder, &made.key, done, &mut *training, work)?;
-                let part = part(writer(first), first, &std::mem::take(&mut steps), begun)?;
-                begun = Instant::now();
-                commit_state(
-                    &mut self.folder,
-                    (table, round),
-                    part,
-                    state,
-                    work.keep_last(),
-                )?;
-                first = done;
+        let mut training = Training::open(work, output, examples, before, &mut ctx)?;
+        training.validate(&mut ctx)?;
+        training.resume(&mut self.folder, &mut |text| report.borrow_mut().note(text))?;
+        report.borrow_mut().start(training.start(&stage.name));
+        while !training.is_done() {
+            training.step(&mut ctx)?;
+            training.report(&mut **report.borrow_mut());
+            if training.is_state_due(interrupt) {
+                training.commit_state(&mut self.folder)?;
             }
-            if !last && interrupt.raised() {
+            if interrupt.raised() && !training.is_done() {
                 return Err(Failure::Interrupted);
             }
         }
-        let below = place.checkpoint(&checkpoint_name(self.plan, stage, round));
-        let folder = self.folder.root().join(&below);
-        write_folder(&folder, |to| -> Result<(), Failure> {
-            let saved = training.trainer().save(to);
-            saved.map_err(Failure::of(work.model()))
-        })?;
-        drop(training);
-        let part = part(writer(first), first, &steps, begun)?;
-        self.folder.commit(Event::Part {
-            table: table.to_string(),
-            round,
-            part,
-            state: None,
-        })?;
-        let checkpoint = checkpoint_record(&folder, below, work)?;
-        let over = states(&self.folder, table, round);
-        self.finish(table, round, None, Some(checkpoint))?;
-        for state in over {
-            let _ = fs::remove_dir_all(self.folder.root().join(state));
-        }
+        let name = checkpoint_name(self.plan, stage, round);
+        let checkpoint = training.commit_last(&mut self.folder, &name)?;
+        let over = states(&self.folder, stage.name.as_str(), round);
+        self.finish(&stage.name, round, None, Some(checkpoint))?;
+        remove_states(&self.folder, &over);
         Ok(())
+    }
+
+    /// Returns the version of a training's table in progress, and where its files go.
+    fn output(&self, table: &TableName, round: Option<u32>) -> Output {
+        let made = self.under_way(table, round).clone();
+        Output {
+            place: self.folder.place(table.as_str(), round),
+            footer: self.footer(Some(&made.key)),
+            made,
+        }
+    }
+
+    /// Opens the rows to train on; fails if there are none.
+    fn examples(&self, work: &dyn TrainStage, round: Option<u32>) -> Result<Lookup, Failure> {
+        let table = work.input();
+        let input_round = self.plan.round_of(table, round);
+        let rows = Lookup::open(self.folder.files(table.as_str(), input_round), "row_key")?;
+        if rows.is_empty() {
+            return Err(Failure::Other(format!(
+                "`{table}` has no rows to train on; to see the rejects, run: pipeline sql {} \
+                 \"select reason, count(*) from rejects group by reason\"",
+                self.folder.root().display()
+            )));
+        }
+        Ok(rows)
     }
 
     /// Returns the key inputs of the table that a training needs before its first step, and its
@@ -227,84 +173,236 @@ impl Runner<'_> {
     }
 }
 
-/// Returns the name of a round's checkpoint: `round-2`, plus the table's name if the pipeline has
-/// Loads the newest state that can be read, and notes the problems of newer ones. Returns its step,
-/// or 0 if there are no states. Steps that no state covers are removed from the record, to be
-/// repeated. Fails if no state can be read.
-fn load_newest_state(
-    folder: &mut RunFolder,
-    made: &TableVersion,
-    training: &mut dyn TrainingRun,
-    work: &dyn TrainStage,
-    note: &mut dyn FnMut(&str),
-) -> Result<usize, Failure> {
-    let mut is_newest = true;
-    for state in made.states.iter().rev() {
-        let path = folder.root().join(&state.folder);
-        match training.trainer().load_state(&path) {
-            Ok(()) => {
-                if !is_newest {
-                    folder.record(made.clone().back_at(state))?;
+/// The version that a training builds, and where the files of its table go.
+struct Output {
+    /// The version as this run found it.
+    made: TableVersion,
+    place: Place,
+    footer: Vec<(&'static str, String)>,
+}
+
+/// A training in progress.
+struct Training<'w> {
+    work: &'w dyn TrainStage,
+    output: Output,
+    /// The rows to train on.
+    examples: Lookup,
+    /// The epoch and the positions of the examples of each step.
+    batches: Vec<(u32, Vec<u32>)>,
+    run: Box<dyn TrainingRun + 'w>,
+    /// The number of steps done.
+    done: usize,
+    /// The rows of the steps since the last commit, which was at `since`.
+    uncommitted: Vec<RecordBatch>,
+    since: Instant,
+    tally: Tally,
+}
+
+impl<'w> Training<'w> {
+    /// Opens the trainer. `before` is the table that it needs before the first step.
+    fn open(
+        work: &'w dyn TrainStage,
+        output: Output,
+        mut examples: Lookup,
+        before: Option<Lookup>,
+        ctx: &mut StageContext<'_>,
+    ) -> Result<Self, Failure> {
+        let batches = work.batches(ctx, &mut examples)?;
+        let run = work.begin(ctx, batches.len(), before)?;
+        Ok(Self {
+            work,
+            output,
+            examples,
+            batches,
+            run,
+            done: 0,
+            uncommitted: Vec::new(),
+            since: Instant::now(),
+            tally: Tally::default(),
+        })
+    }
+
+    /// Validates all examples, and then describes how the training runs.
+    fn validate(&mut self, ctx: &mut StageContext<'_>) -> Result<(), Failure> {
+        let total = self.examples.len();
+        for start in (0..total).step_by(VALIDATED_AT_ONCE) {
+            let some = self
+                .examples
+                .range(start, VALIDATED_AT_ONCE.min(total - start))?;
+            self.run.validate(ctx, &some)?;
+        }
+        if let Some(plan) = self.run.plan() {
+            (ctx.say)(&plan);
+        }
+        Ok(())
+    }
+
+    /// Resumes from the newest state that can be read, and notes the problems of newer ones. Steps
+    /// that no state covers are removed from the record, to be repeated. Fails if there are states
+    /// and none can be read.
+    fn resume(
+        &mut self,
+        folder: &mut RunFolder,
+        note: &mut dyn FnMut(&str),
+    ) -> Result<(), Failure> {
+        self.done = self.load_newest_state(folder, note)?;
+        self.since = Instant::now();
+        Ok(())
+    }
+
+    /// Loads the newest state that can be read. Returns its step, or 0 if there are no states.
+    fn load_newest_state(
+        &mut self,
+        folder: &mut RunFolder,
+        note: &mut dyn FnMut(&str),
+    ) -> Result<usize, Failure> {
+        let made = &self.output.made;
+        let mut is_newest = true;
+        for state in made.states.iter().rev() {
+            let path = folder.root().join(&state.folder);
+            match self.run.trainer().load_state(&path) {
+                Ok(()) => {
+                    if !is_newest {
+                        folder.record(made.clone().back_at(state))?;
+                    }
+                    return Ok(state.step as usize);
                 }
-                return Ok(state.step as usize);
-            }
-            Err(error) if state.step == made.states[0].step => {
-                return Err(Failure::of(work.model())(error));
-            }
-            Err(error) => {
-                is_newest = false;
-                note(&format!("{error}; resuming from the previous state"));
+                Err(error) if state.step == made.states[0].step => {
+                    return Err(Failure::of(self.work.model())(error));
+                }
+                Err(error) => {
+                    is_newest = false;
+                    note(&format!("{error}; resuming from the previous state"));
+                }
             }
         }
+        if !made.parts.is_empty() {
+            let mut made = made.clone();
+            made.parts.clear();
+            folder.record(made)?;
+        }
+        Ok(0)
     }
-    if !made.parts.is_empty() {
-        let mut made = made.clone();
-        made.parts.clear();
-        folder.record(made)?;
-    }
-    Ok(0)
-}
 
-/// Writes the state after `step` steps below `.cache`; it counts once it is committed.
-fn write_state(
-    folder: &RunFolder,
-    key: &str,
-    step: usize,
-    training: &mut dyn TrainingRun,
-    work: &dyn TrainStage,
-) -> Result<StateRecord, Failure> {
-    let path = folder.cache()?.join(format!("state-{key}-{step}"));
-    write_folder(&path, |to| -> Result<(), Failure> {
-        let saved = training.trainer().save_state(to);
-        saved.map_err(Failure::of(work.model()))
-    })?;
-    Ok(StateRecord {
-        step: step as u64,
-        files: files_in(&path)?,
-        folder: below(folder.root(), &path),
-    })
-}
-
-/// Commits the rows up to a state together with the state, and removes states beyond `keep_last`.
-fn commit_state(
-    folder: &mut RunFolder,
-    (table, round): (&TableName, Option<u32>),
-    part: PartRecord,
-    state: StateRecord,
-    keep_last: u32,
-) -> Result<(), Failure> {
-    let before = states(folder, table, round);
-    folder.commit(Event::Part {
-        table: table.to_string(),
-        round,
-        part,
-        state: Some((state, keep_last)),
-    })?;
-    let now = states(folder, table, round);
-    for stale in before.difference(&now) {
-        let _ = fs::remove_dir_all(folder.root().join(stale));
+    /// Returns the report of the start, or of the resumption.
+    fn start<'t>(&self, table: &'t TableName) -> Start<'t> {
+        Start {
+            table,
+            round: self.output.made.round,
+            unit: Unit::Steps,
+            total: Some(self.batches.len() as u64),
+            done: self.done as u64,
+        }
     }
-    Ok(())
+
+    fn is_done(&self) -> bool {
+        self.done >= self.batches.len()
+    }
+
+    /// Runs the next step.
+    fn step(&mut self, ctx: &mut StageContext<'_>) -> Result<(), Failure> {
+        let (epoch, positions) = &self.batches[self.done];
+        let batch = gather(&mut self.examples, positions)?;
+        let number = self.done as u32 + 1;
+        let step = self.run.step(ctx, number, *epoch, &batch)?;
+        self.tally.step(&step, positions.len() as u64);
+        self.uncommitted.push(step);
+        self.done += 1;
+        Ok(())
+    }
+
+    /// Reports the figures of the last step.
+    fn report(&self, report: &mut dyn Report) {
+        report.figures(&self.tally.figures);
+        report.progress(self.done as u64);
+    }
+
+    /// True if the state after the last step is to be saved: every `save_every` steps, and at an
+    /// interrupt. The final step has the checkpoint in its place.
+    fn is_state_due(&self, interrupt: &Interrupt) -> bool {
+        let is_due = self.done.is_multiple_of(self.work.save_every() as usize);
+        !self.is_done() && (is_due || interrupt.raised())
+    }
+
+    /// Saves the state after the last step together with the rows up to it, and removes states
+    /// beyond `keep_last`.
+    fn commit_state(&mut self, folder: &mut RunFolder) -> Result<(), Failure> {
+        let state = self.write_state(folder)?;
+        let part = self.write_part()?;
+        let (table, round) = (self.output.made.table.clone(), self.output.made.round);
+        let before = states(folder, &table, round);
+        folder.commit(Event::Part {
+            table: table.clone(),
+            round,
+            part,
+            state: Some((state, self.work.keep_last())),
+        })?;
+        let now = states(folder, &table, round);
+        remove_states(folder, before.difference(&now));
+        Ok(())
+    }
+
+    /// Writes the checkpoint `name`, then commits the rows up to the final step. Returns the record
+    /// of the checkpoint, which counts once the table is finished.
+    fn commit_last(
+        mut self,
+        folder: &mut RunFolder,
+        name: &str,
+    ) -> Result<CheckpointRecord, Failure> {
+        let below = self.output.place.checkpoint(name);
+        let path = folder.root().join(&below);
+        write_folder(&path, |to| -> Result<(), Failure> {
+            let saved = self.run.trainer().save(to);
+            saved.map_err(Failure::of(self.work.model()))
+        })?;
+        let part = self.write_part()?;
+        drop(self.run);
+        folder.commit(Event::Part {
+            table: self.output.made.table,
+            round: self.output.made.round,
+            part,
+            state: None,
+        })?;
+        Ok(checkpoint_record(&path, below, self.work)?)
+    }
+
+    /// Writes the state after the last step below `.cache`; it counts once it is committed.
+    fn write_state(&mut self, folder: &RunFolder) -> Result<StateRecord, Failure> {
+        let name = format!("state-{}-{}", self.output.made.key, self.done);
+        let path = folder.cache()?.join(name);
+        write_folder(&path, |to| -> Result<(), Failure> {
+            let saved = self.run.trainer().save_state(to);
+            saved.map_err(Failure::of(self.work.model()))
+        })?;
+        Ok(StateRecord {
+            step: self.done as u64,
+            files: files_in(&path)?,
+            folder: below(folder.root(), &path),
+        })
+    }
+
+    /// Writes the rows of the steps since the last commit.
+    fn write_part(&mut self) -> Result<PartRecord, Failure> {
+        let steps = std::mem::take(&mut self.uncommitted);
+        let first = self.done - steps.len();
+        let Output { place, footer, .. } = &self.output;
+        let mut writer = place.writer(&format!("part-{first:05}"), &self.work.schema(), footer);
+        for step in &steps {
+            writer.write(step)?;
+        }
+        let part = PartRecord {
+            part: first as u32,
+            rows_in: steps.len() as u64,
+            files: writer.finish()?,
+            rejects: Vec::new(),
+            telemetry: Vec::new(),
+            faults: 0,
+            dropped: 0,
+            took: Some(took(self.since, steps.len() as u64)),
+        };
+        self.since = Instant::now();
+        Ok(part)
+    }
 }
 
 /// Returns the record of a written checkpoint, with the hash of each of its files.
@@ -326,6 +424,7 @@ fn checkpoint_record(
     })
 }
 
+/// Returns the name of a round's checkpoint: `round-2`, plus the table's name if the pipeline has
 /// several training stages.
 fn checkpoint_name(plan: &Plan, stage: &PlannedStage, round: Option<u32>) -> String {
     let round = round.unwrap_or(1);
@@ -350,10 +449,17 @@ pub(super) fn checkpoint_of(
 }
 
 /// Returns the folders of a training's saved states.
-fn states(folder: &RunFolder, table: &TableName, round: Option<u32>) -> BTreeSet<String> {
-    let made = folder.manifest().under_way(table.as_str(), round);
+fn states(folder: &RunFolder, table: &str, round: Option<u32>) -> BTreeSet<String> {
+    let made = folder.manifest().under_way(table, round);
     let states = made.into_iter().flat_map(|made| &made.states);
     states.map(|state| state.folder.clone()).collect()
+}
+
+/// Removes the folders of states; one that stays is not in the manifest and does not count.
+fn remove_states<'s>(folder: &RunFolder, states: impl IntoIterator<Item = &'s String>) {
+    for state in states {
+        let _ = fs::remove_dir_all(folder.root().join(state));
+    }
 }
 
 /// Returns a path relative to the run folder, as the manifest stores it.
@@ -373,26 +479,4 @@ fn gather(rows: &mut Lookup, positions: &[u32]) -> Result<RecordBatch, Failure> 
     let schema = batches[0].schema();
     Ok(arrow::compute::concat_batches(&schema, &batches)
         .expect("rows of one table have one schema"))
-}
-
-/// Writes the rows of the steps from `first` on, which began at `begun`.
-fn part(
-    mut writer: TableWriter,
-    first: usize,
-    steps: &[RecordBatch],
-    begun: Instant,
-) -> Result<PartRecord, Failure> {
-    for step in steps {
-        writer.write(step)?;
-    }
-    Ok(PartRecord {
-        part: first as u32,
-        rows_in: steps.len() as u64,
-        files: writer.finish()?,
-        rejects: Vec::new(),
-        telemetry: Vec::new(),
-        faults: 0,
-        dropped: 0,
-        took: Some(took(begun, steps.len() as u64)),
-    })
 }

@@ -36,7 +36,7 @@ rows! {
 }
 
 /// The position of a row: its batch, and the row within the batch.
-type Place = (usize, usize);
+pub type Place = (usize, usize);
 
 /// Rows of a table kind in columnar form, in batches.
 struct Rows<R> {

@@ -1,11 +1,14 @@
 //! Building of pairs from chosen answers, shared by the selection stages and `ask_people`.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use arrow::array::RecordBatch;
 use arrow::datatypes::SchemaRef;
 
-use super::pairing::{Answers, CandidatePair, PairDraft, PairingCandidate, Prompts, Scores, pairs};
+use super::pairing::{
+    Answers, CandidatePair, PairDraft, PairingCandidate, Place, Prompts, Scores, pairs,
+};
 use super::{BatchStage, Failure, Input, Known, Outcome, StageContext, TableName};
 use ovchat_data::store::Key;
 use ovchat_data::tables::{Candidate, Pair, Prompt, RejectClass, Reward, Row, rows};
@@ -226,106 +229,150 @@ impl BatchStage for Selection<'_> {
             .prompt_ids()
             .filter(|id| matches!(choices.get(*id), Some(PairChoice::Pairs(_))));
         let asked = ctx.input_tables.rows_of(table, &Prompt::schema(), asked)?;
-        let prompts = Prompts::new(&asked)?;
-        let mut outcomes = Vec::new();
-        // Consecutive pairs are joined into one batch.
-        let mut drafts: Vec<PairDraft> = Vec::new();
-        let mut computed = 0;
+        let mut building = PairBuilder {
+            answers: &answers,
+            prompts: &Prompts::new(&asked)?,
+            outcomes: Vec::new(),
+            drafts: Vec::new(),
+            computed: 0,
+        };
         for group in &answers.groups {
             let prompt_id = answers.prompt_id(group.start);
-            let set_aside = |class, reason: &str| Outcome::SetAside {
-                id: prompt_id.to_owned(),
-                class,
-                reason: reason.to_owned(),
-            };
             let pairs = match choices.get(prompt_id) {
                 None => {
                     // A prompt without scored answers was rejected, with the reason, by an earlier
                     // stage.
-                    let reason = self.stage.unchosen();
-                    outcomes.extend(reason.map(|reason| set_aside(RejectClass::Dropped, reason)));
+                    if let Some(reason) = self.stage.unchosen() {
+                        building.set_aside(prompt_id, RejectClass::Dropped, reason);
+                    }
                     continue;
                 }
                 Some(PairChoice::SetAside { class, reason }) => {
-                    outcomes.push(set_aside(*class, reason));
+                    building.set_aside(prompt_id, *class, reason);
                     continue;
                 }
                 Some(PairChoice::Pairs(pairs)) => pairs,
             };
-            let (prompt, prompt_key) = prompts.find(table, prompt_id)?;
-            let mut key = base.clone().with(prompt_key).with(prompt_id);
-            let mut of_group = Vec::with_capacity(pairs.len());
-            let mut is_different = false;
-            for matched in pairs {
-                if let Some(scores) = &matched.scores {
-                    key = key
-                        .with(scores.chosen.to_le_bytes())
-                        .with(scores.rejected.to_le_bytes());
-                }
-                let [chosen, rejected] = [matched.chosen, matched.rejected];
-                let chosen = answers.numbered(group, chosen)?;
-                let rejected = answers.numbered(group, rejected)?;
-                for (row, number) in [(chosen, matched.chosen), (rejected, matched.rejected)] {
-                    key = key
-                        .with(answers.row_key(row))
-                        .with(answers.text(row))
-                        .with(number.to_le_bytes());
-                }
-                is_different |= answers.text(chosen) != answers.text(rejected);
-                of_group.push((matched, chosen, rejected));
-            }
-            let key = key.finish();
+            let (prompt, prompt_key) = building.prompts.find(table, prompt_id)?;
+            let chosen = Chosen::of(&answers, group, pairs)?;
+            let key = chosen.key(&answers, base.clone().with(prompt_key).with(prompt_id));
             if let Some(rows) = known(&key)? {
-                flush(&answers, &prompts, &mut drafts, &mut outcomes)?;
-                outcomes.push(Outcome::Rows(rows));
-                continue;
-            }
-            if !is_different {
+                building.flush()?;
+                building.outcomes.push(Outcome::Rows(rows));
+            } else if chosen.is_different(&answers) {
+                building.draft(&key, prompt, &chosen);
+                (ctx.progress)(group.end as u64);
+            } else {
                 let reason = "the best and the worst answer have the same text";
-                outcomes.push(set_aside(RejectClass::Dropped, reason));
-                continue;
+                building.set_aside(prompt_id, RejectClass::Dropped, reason);
             }
-            let several = of_group.len() > 1;
-            for (matched, chosen, rejected) in of_group {
-                // Each pair has a unique key. A prompt's only pair has the key of its group, by
-                // which the next run finds it.
-                let row_key = if several {
-                    Key::new("pair")
-                        .with(&key)
-                        .with(matched.chosen.to_le_bytes())
-                        .with(matched.rejected.to_le_bytes())
-                        .finish()
-                } else {
-                    key.clone()
-                };
-                drafts.push(PairDraft {
-                    row_key,
-                    prompt,
-                    matched: *matched,
-                    chosen,
-                    rejected,
-                });
-                computed += 1;
-            }
-            (ctx.progress)(group.end as u64);
         }
-        flush(&answers, &prompts, &mut drafts, &mut outcomes)?;
-        Ok((outcomes, computed))
+        building.flush()?;
+        Ok((building.outcomes, building.computed))
     }
 }
 
-/// Builds the drafted pairs and clears the drafts.
-fn flush(
-    answers: &Answers<'_>,
-    prompts: &Prompts,
-    drafts: &mut Vec<PairDraft>,
-    outcomes: &mut Vec<Outcome<RecordBatch>>,
-) -> Result<(), Failure> {
-    if !drafts.is_empty() {
-        outcomes.push(Outcome::Rows(pairs(answers, prompts, drafts)?));
-        drafts.clear();
+/// The pairs that were chosen for a prompt, each with the rows of its two answers.
+struct Chosen<'c>(Vec<(&'c CandidatePair, [usize; 2])>);
+
+impl<'c> Chosen<'c> {
+    /// Finds the answers of the pairs among those of the prompt.
+    fn of(
+        answers: &Answers<'_>,
+        group: &Range<usize>,
+        pairs: &'c [CandidatePair],
+    ) -> Result<Self, Failure> {
+        let mut chosen = Vec::with_capacity(pairs.len());
+        for pair in pairs {
+            let rows = [
+                answers.numbered(group, pair.chosen)?,
+                answers.numbered(group, pair.rejected)?,
+            ];
+            chosen.push((pair, rows));
+        }
+        Ok(Self(chosen))
     }
-    Ok(())
+
+    /// Adds the rewards and the answers of the pairs to a key.
+    fn key(&self, answers: &Answers<'_>, mut key: Key) -> String {
+        for (pair, rows) in &self.0 {
+            if let Some(scores) = &pair.scores {
+                key = key
+                    .with(scores.chosen.to_le_bytes())
+                    .with(scores.rejected.to_le_bytes());
+            }
+            for (&row, number) in rows.iter().zip([pair.chosen, pair.rejected]) {
+                key = key
+                    .with(answers.row_key(row))
+                    .with(answers.text(row))
+                    .with(number.to_le_bytes());
+            }
+        }
+        key.finish()
+    }
+
+    /// True if the answers of any pair differ.
+    fn is_different(&self, answers: &Answers<'_>) -> bool {
+        let mut pairs = self.0.iter();
+        pairs.any(|(_, [chosen, rejected])| answers.text(*chosen) != answers.text(*rejected))
+    }
+}
+
+/// The outcomes of a part, as its pairs are built.
+struct PairBuilder<'p> {
+    answers: &'p Answers<'p>,
+    prompts: &'p Prompts,
+    outcomes: Vec<Outcome<RecordBatch>>,
+    /// Consecutive pairs, which are joined into one batch.
+    drafts: Vec<PairDraft>,
+    /// The number of pairs that were not reused.
+    computed: u64,
+}
+
+impl PairBuilder<'_> {
+    fn set_aside(&mut self, prompt_id: &str, class: RejectClass, reason: &str) {
+        self.outcomes.push(Outcome::SetAside {
+            id: prompt_id.to_owned(),
+            class,
+            reason: reason.to_owned(),
+        });
+    }
+
+    /// Drafts the pairs of a prompt; `key` is that of its group.
+    fn draft(&mut self, key: &str, prompt: Place, chosen: &Chosen<'_>) {
+        let several = chosen.0.len() > 1;
+        for &(pair, [chosen, rejected]) in &chosen.0 {
+            // Each pair has a unique key. A prompt's only pair has the key of its group, by which
+            // the next run finds it.
+            let row_key = if several {
+                Key::new("pair")
+                    .with(key)
+                    .with(pair.chosen.to_le_bytes())
+                    .with(pair.rejected.to_le_bytes())
+                    .finish()
+            } else {
+                key.to_owned()
+            };
+            self.drafts.push(PairDraft {
+                row_key,
+                prompt,
+                matched: *pair,
+                chosen,
+                rejected,
+            });
+            self.computed += 1;
+        }
+    }
+
+    /// Builds the drafted pairs and clears the drafts.
+    fn flush(&mut self) -> Result<(), Failure> {
+        if !self.drafts.is_empty() {
+            let rows = pairs(self.answers, self.prompts, &self.drafts)?;
+            self.outcomes.push(Outcome::Rows(rows));
+            self.drafts.clear();
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]
