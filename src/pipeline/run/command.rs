@@ -27,10 +27,9 @@ use arrow_ipc::reader::StreamReader;
 use arrow_ipc::writer::StreamWriter;
 
 use self::framing::Framed;
-use super::{Runner, took};
+use super::report::{Start, Tally, Unit};
+use super::runner::{Runner, took};
 use crate::config::{PlannedStage, Secrets};
-use crate::run::report::Tally;
-use crate::run::{Start, Unit};
 use crate::stages::{Command, Failure, Inherited};
 use ovchat_data::store::TableReader;
 use ovchat_io::files::caught;

@@ -5,9 +5,9 @@ use std::time::Instant;
 
 use arrow::array::AsArray;
 
-use super::{Runner, count, took, write_beside};
+use super::report::{Start, Unit};
+use super::runner::{Runner, count, took, write_beside};
 use crate::config::{KeepImages, PlannedStage};
-use crate::run::{Start, Unit};
 use crate::stages::{Failure, LoadStage, Record, TableName, rejects};
 use ovchat_data::store::{Event, Images, Key, PartRecord, TableReader, TableVersion};
 use ovchat_data::tables::{Image, ImageFile, RejectClass};

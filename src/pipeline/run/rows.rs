@@ -10,10 +10,9 @@ use arrow::datatypes::SchemaRef;
 
 use super::groups::{Groups, Taken};
 use super::models::RunModels;
-use super::{Runner, count, took, write_beside};
+use super::report::{Start, Tally, Unit};
+use super::runner::{Runner, count, took, with_oom_retries, write_beside};
 use crate::config::PlannedStage;
-use crate::run::report::Tally;
-use crate::run::{Start, Unit};
 use crate::stages::{BatchStage, Failure, InputTables, Outcome, StageContext, TableName, rejects};
 use ovchat_data::store::{Event, FileRecord, Key, Lookup, PartRecord, Place, TableVersion, Took};
 use ovchat_data::tables::{RejectClass, Telemetry};
@@ -351,18 +350,6 @@ fn row_of(
         seconds: took.as_secs_f64(),
         peak_memory: peak_memory(),
     }
-}
-
-/// Returns the footer, with the number of OOM retries if there were any: after a retry, responses
-/// are batched differently than planned, which changes the last bits of their log-probabilities.
-pub(super) fn with_oom_retries(
-    mut footer: Vec<(&'static str, String)>,
-    oom_retries: u64,
-) -> Vec<(&'static str, String)> {
-    if oom_retries > 0 {
-        footer.push(("ovchat.halvings", oom_retries.to_string()));
-    }
-    footer
 }
 
 /// Returns the peak memory of this process so far, in bytes; `None` outside Linux.

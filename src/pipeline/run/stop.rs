@@ -2,7 +2,7 @@
 
 use arrow::array::{Array, AsArray};
 
-use super::Runner;
+use super::runner::Runner;
 use crate::config::Plan;
 use crate::stages::Failure;
 use ovchat_data::store::RunFolder;

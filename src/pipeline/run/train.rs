@@ -16,10 +16,9 @@ use rayon::prelude::*;
 use serde_json::Value;
 
 use super::reconcile::tables_of;
-use super::{Runner, took};
+use super::report::{Start, Tally, Unit};
+use super::runner::{Runner, took};
 use crate::config::{Plan, PlannedStage};
-use crate::run::report::Tally;
-use crate::run::{Start, Unit};
 use crate::stages::{Failure, StageContext, StageKind, TableName, TrainStage, TrainingRun};
 use ovchat_data::store::{
     CheckpointRecord, Event, Key, Lookup, PartRecord, RunFolder, StateRecord, StoreError,
