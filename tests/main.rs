@@ -36,6 +36,8 @@ mod interrupt;
 mod judges;
 /// The labeling page under attack.
 mod label;
+/// The modules of a crate form no cycle.
+mod layers;
 /// Models that a pipeline trains from scratch.
 #[cfg(feature = "torch")]
 mod made;

@@ -8,14 +8,14 @@ use std::process::Command;
 use crate::scene::ROOT;
 
 /// The folders of the crates, in dependency order.
-const CRATES: [&str; 7] = ["io", "data", "query", "models", "torch", "pipeline", "cli"];
+pub const CRATES: [&str; 7] = ["io", "data", "query", "models", "torch", "pipeline", "cli"];
 
 /// The markers around the list of all files in the guide, which is generated from their first
 /// sentences.
 const MAP: (&str, &str) = ("<!-- map -->\n", "<!-- end of the map -->\n");
 
 /// Returns every file below a folder: its path in the project and its text.
-fn files(folder: &str) -> Vec<(String, String)> {
+pub fn files(folder: &str) -> Vec<(String, String)> {
     let mut open = vec![Path::new(ROOT).join(folder)];
     let mut found = Vec::new();
     while let Some(folder) = open.pop() {
@@ -35,7 +35,7 @@ fn files(folder: &str) -> Vec<(String, String)> {
     found
 }
 
-fn is_rust(file: &str) -> bool {
+pub fn is_rust(file: &str) -> bool {
     Path::new(file).extension().is_some_and(|end| end == "rs")
 }
 
@@ -51,7 +51,7 @@ fn lines() -> Vec<(String, String, String)> {
 }
 
 #[track_caller]
-fn assert_none(rule: &str, found: &[String]) {
+pub fn assert_none(rule: &str, found: &[String]) {
     assert!(found.is_empty(), "{rule}:\n{}", found.join("\n"));
 }
 
@@ -122,7 +122,7 @@ const SERIALIZED: [(&str, &str); 26] = [
     ("config/paths.rs", "asking"),
     ("config/reader.rs", "verb"),
     ("run/keys.rs", "pictures"),
-    ("run/mod.rs", "halvings"),
+    ("run/runner.rs", "halvings"),
     ("run/rows.rs", "halvings"),
     ("run/rows.rs", "pictures"),
     ("stages/media.rs", "picture"),

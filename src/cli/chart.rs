@@ -5,7 +5,7 @@ use arrow::compute::cast;
 use arrow::datatypes::{DataType, Float64Type};
 use plotters::prelude::*;
 
-use super::Failed;
+use super::failed::Failed;
 use ovchat_pipeline::config::Chart;
 
 /// The size of a panel, in pixels.

@@ -5,10 +5,11 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::{Value, json};
 
+use super::failed::Failed;
 use super::file::{PipelineFile, folder_of, warn};
 use super::out::{Output, line, say};
 use super::preflight::Preflight;
-use super::{Failed, engine, forecast, memory, tokens};
+use super::{engine, forecast, memory, tokens};
 use ovchat_models::{ModelLoader, ModelSpec};
 use ovchat_pipeline::config::{
     At, Diagnostic, Diagnostics, KeyPath, LoadError, Plan, PlannedStage, load,

@@ -7,8 +7,9 @@ use arrow::datatypes::Int64Type;
 use clap::Args;
 use serde_json::{Value, json};
 
+use super::failed::Failed;
+use super::file::{read_run, run_folder};
 use super::out::{Output, line};
-use super::{Failed, read_run, run_folder};
 use ovchat_data::store::{RunFolder, TableVersion};
 use ovchat_data::tables::Pair;
 use ovchat_data::tables::Row as _;

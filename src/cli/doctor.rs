@@ -3,8 +3,9 @@
 use clap::Args;
 use serde_json::json;
 
+use super::engine;
+use super::failed::Failed;
 use super::out::{Output, line};
-use super::{Failed, engine};
 use ovchat_io::visible::visible_bytes;
 use ovchat_models::{ModelLoader, Severity};
 

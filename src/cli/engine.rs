@@ -5,7 +5,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::Failed;
+use super::failed::Failed;
 use ovchat_models::libtorch::{self, BUILT_AGAINST, BUILT_WITH, SET_HERE};
 
 /// The library that the engine requires.

@@ -10,9 +10,11 @@ use arrow::array::RecordBatch;
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
+use super::engine;
+use super::failed::Failed;
+use super::file::{read_run, run_folder};
 use super::out::say;
 use super::verify::refuse_flaws;
-use super::{Failed, engine, read_run, run_folder};
 use ovchat_data::store::{
     CheckpointRecord, Images, Lookup, RunFolder, StoreError, TableReader, TableVersion,
     copy_folder, create_folder, write_atomically, write_folder,

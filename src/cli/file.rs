@@ -1,10 +1,13 @@
-//! The pipeline file argument of commands, and the folder of its run.
+//! The pipeline file argument of commands, and the folder of a run.
 
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
 
+use super::failed::Failed;
+use super::out::say;
+use ovchat_data::store::RunFolder;
 use ovchat_pipeline::config::{Plan, RenderStyle};
 
 /// The pipeline file, and changes to it.
@@ -30,6 +33,28 @@ pub fn folder_of(plan: &Plan, given: Option<&Path>) -> PathBuf {
     match given {
         Some(folder) => folder.to_owned(),
         None => PathBuf::from("runs").join(plan.pipeline.as_str()),
+    }
+}
+
+/// Opens a run for reading. A damaged manifest is restored in memory, with a warning.
+pub fn read_run(folder: &Path) -> Result<RunFolder, Failed> {
+    let run = RunFolder::read(folder)?;
+    if let Some(damage) = &run.manifest().damage {
+        say!(
+            "warning: {damage}; to write the restored manifest, run `pipeline repair {}`",
+            folder.display()
+        );
+    }
+    Ok(run)
+}
+
+/// Returns the folder of a run given by the user: a path, or the name of a run below `runs/`.
+pub fn run_folder(name: &Path) -> PathBuf {
+    let named = Path::new("runs").join(name);
+    if !name.exists() && named.is_dir() {
+        named
+    } else {
+        name.to_owned()
     }
 }
 

@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::file::{quoted, shown};
+use super::failed::Failed;
+use super::file::{quoted, read_run, run_folder, shown};
 use super::out::{line, say};
 use super::verify::refuse_flaws;
-use super::{Failed, read_run, run_folder};
 use ovchat_data::store::TableVersion;
 use ovchat_pipeline::config::load;
 use ovchat_pipeline::run::{LAST, LAST_WHOLE, listed, stale};

@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde_json::{Value, json};
 
+use super::failed::Failed;
+use super::file::{read_run, run_folder};
 use super::out::{Output, line, say};
 use super::progress::duration;
-use super::{Failed, read_run, run_folder};
 use ovchat_data::store::{RunFolder, TableVersion};
 use ovchat_models::checkpoint::size_in_words as size;
 

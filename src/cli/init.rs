@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::Failed;
+use super::failed::Failed;
 use super::out::say;
 
 const STARTER: &str = include_str!("starter.yaml");

@@ -9,6 +9,7 @@ mod diff;
 mod doctor;
 mod engine;
 mod export;
+mod failed;
 mod file;
 mod forecast;
 mod fork;
@@ -32,18 +33,15 @@ mod tokens;
 mod verify;
 
 use std::io::IsTerminal;
-use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
+use failed::Failed;
 use out::say;
 
-use ovchat_data::store::{RunFolder, StoreError};
 use ovchat_models::ModelLoader;
 use ovchat_pipeline::config::{Diagnostics, LoadError, RenderStyle};
-use ovchat_pipeline::run::RunError;
-use ovchat_query::QueryError;
 
 /// Iterative DPO of a vision-language model, as one declarative pipeline over Arrow tables.
 ///
@@ -81,28 +79,6 @@ enum Command {
     Completions {
         shell: clap_complete::Shell,
     },
-}
-
-/// The failure of a command: decides the message and the exit code.
-#[derive(Debug, thiserror::Error)]
-enum Failed {
-    /// The user's pipeline is invalid.
-    #[error(transparent)]
-    Refused(#[from] LoadError),
-    #[error(transparent)]
-    Run(#[from] RunError),
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    #[error(transparent)]
-    Query(#[from] QueryError),
-    #[error("{0}")]
-    Words(String),
-    /// The command line refers to something that does not exist.
-    #[error("{0}")]
-    Usage(String),
-    /// The message has already been printed.
-    #[error("exit code {0}")]
-    Code(u8),
 }
 
 /// Runs the command line of this process.
@@ -167,41 +143,8 @@ fn tell(failed: &Failed) -> u8 {
     failed.code()
 }
 
-impl Failed {
-    /// The exit code of the program.
-    fn code(&self) -> u8 {
-        match self {
-            Self::Refused(_) | Self::Usage(_) => 2,
-            Self::Code(code) => *code,
-            Self::Run(_) | Self::Store(_) | Self::Query(_) | Self::Words(_) => 1,
-        }
-    }
-}
-
 fn render(diagnostics: &Diagnostics) -> String {
     diagnostics.render(RenderStyle::detect(std::io::stderr().is_terminal()))
-}
-
-/// Opens a run for reading. A damaged manifest is restored in memory, with a warning.
-fn read_run(folder: &Path) -> Result<RunFolder, Failed> {
-    let run = RunFolder::read(folder)?;
-    if let Some(damage) = &run.manifest().damage {
-        out::say!(
-            "warning: {damage}; to write the restored manifest, run `pipeline repair {}`",
-            folder.display()
-        );
-    }
-    Ok(run)
-}
-
-/// Returns the folder of a run given by the user: a path, or the name of a run below `runs/`.
-fn run_folder(name: &Path) -> PathBuf {
-    let named = Path::new("runs").join(name);
-    if !name.exists() && named.is_dir() {
-        named
-    } else {
-        name.to_owned()
-    }
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
-use super::Failed;
+use super::failed::Failed;
 use ovchat_io::visible::visible;
 use ovchat_pipeline::config::{Diagnostic, LoadError};
 use ovchat_pipeline::run::{Figures, Report, Start, Unit};

@@ -4,6 +4,7 @@ use std::io::{self, ErrorKind, IsTerminal, Write};
 
 use clap::{Args, ValueEnum};
 
+use super::failed::Failed;
 use ovchat_io::visible::{visible, visible_bytes};
 
 /// The option for the output format.
@@ -58,9 +59,9 @@ fn end_if_unread(error: io::Error) -> io::Error {
 }
 
 /// Prints a line of data.
-pub fn line(text: impl std::fmt::Display) -> Result<(), super::Failed> {
+pub fn line(text: impl std::fmt::Display) -> Result<(), Failed> {
     let written = writeln!(Out, "{text}").and_then(|()| Out.flush());
-    written.map_err(|error| super::Failed::Words(format!("cannot write to stdout: {error}")))
+    written.map_err(|error| Failed::Words(format!("cannot write to stdout: {error}")))
 }
 
 /// Writes a message to stderr.

@@ -7,10 +7,11 @@ use serde::Deserialize as _;
 use serde::de::IntoDeserializer;
 use serde_json::{Map, Value, json};
 
+use super::failed::Failed;
+use super::file::{read_run, run_folder};
 use super::out::{Out, line};
 use super::rows::{Format, RowFormat};
 use super::sql::show;
-use super::{Failed, read_run, run_folder};
 use ovchat_data::store::{RunFolder, TableVersion};
 use ovchat_data::tables::{Candidate, Pair, Reward, Row, schema_of};
 use ovchat_pipeline::stages::{Pairs, SelectPairs};

@@ -4,7 +4,7 @@
 use std::collections::HashSet;
 use std::path::Path;
 
-use super::Failed;
+use super::failed::Failed;
 use super::memory::{self, Taken};
 use super::tokens::{self, Extent, TokenCounts};
 use ovchat_data::store::Rates;

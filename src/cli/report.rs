@@ -3,11 +3,12 @@
 use arrow::array::RecordBatch;
 use arrow::util::pretty::pretty_format_batches;
 
+use super::chart;
 use super::chart::draw;
+use super::failed::Failed;
 use super::out::line;
 use super::rows::{readable, shown};
 use super::sql::ask;
-use super::{Failed, chart};
 use ovchat_data::store::{RunFolder, create_folder, write_atomically};
 use ovchat_pipeline::config::Plan;
 

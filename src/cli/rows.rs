@@ -25,10 +25,10 @@ use arrow::json::writer::{ArrayWriter, LineDelimitedWriter, WriterBuilder};
 use arrow::util::pretty::pretty_format_batches;
 use arrow_ipc::writer::FileWriter;
 use clap::{Args, ValueEnum};
-use json::{Cells, non_finite};
+use json::{Cells, Nan, non_finite};
 use text::{csv_header, csv_rows, markdown_header, markdown_rows};
 
-use super::Failed;
+use super::failed::Failed;
 use super::out::say;
 use ovchat_data::store::ParquetStream;
 use ovchat_query::types::{each_type, equal_fields, look_within};
@@ -52,15 +52,6 @@ pub enum Format {
     Parquet,
     /// An Arrow IPC file (Feather). Lossless.
     Arrow,
-}
-
-/// The treatment of NaN and infinities in JSON.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Nan {
-    /// Fail with an error.
-    Error,
-    /// Write the strings "NaN", "inf" and "-inf".
-    Text,
 }
 
 /// The options of commands that print rows.

@@ -7,12 +7,13 @@ use clap::Args;
 use serde_json::json;
 
 use super::check::refuse;
+use super::failed::Failed;
 use super::file::{PipelineFile, folder_of, quoted, shown, warn};
 use super::log::{self, JsonLog};
 use super::out::say;
 use super::preflight::Preflight;
 use super::progress::Progress;
-use super::{Failed, engine, report};
+use super::{engine, report};
 use ovchat_data::store::{Rates, RunFolder};
 use ovchat_models::{Hub, ModelLoader, Repository};
 use ovchat_pipeline::config::{At, Diagnostic, KeyPath, NOT_FETCHED, Plan, RenderStyle, load};

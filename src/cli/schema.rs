@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use super::Failed;
+use super::failed::Failed;
 use super::out::line;
 use ovchat_data::tables::KINDS;
 use ovchat_pipeline::config::{pipeline_schema, table_schema};

@@ -12,7 +12,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use tempfile::TempDir;
 
-use super::Failed;
+use super::failed::Failed;
 
 /// The prefix of the names of these folders.
 const PREFIX: &str = "ovchat-sql-";

@@ -7,10 +7,12 @@ use arrow::array::RecordBatch;
 use arrow::datatypes::SchemaRef;
 use clap::Args;
 
+use super::failed::Failed;
+use super::file::{read_run, run_folder};
 use super::out::{Out, say};
 use super::rows::{RowFormat, RowWriter};
+use super::spill;
 use super::spill::Spill;
-use super::{Failed, read_run, run_folder, spill};
 use ovchat_data::store::{LABELS, RunFolder, TableFile, TableVersion, schema_of_file};
 use ovchat_data::tables::{Call, Image, Label, Reject, Row, Telemetry, schema_of};
 use ovchat_pipeline::config::tables_there;

@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::{Value, json};
 
+use super::failed::Failed;
+use super::file::{read_run, run_folder};
 use super::out::{Output, line};
 use super::progress::duration;
-use super::{Failed, read_run, run_folder};
 use ovchat_data::store::{TableVersion, lock_holder};
 use ovchat_pipeline::run::stale;
 

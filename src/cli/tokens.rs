@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::Failed;
+use super::failed::Failed;
 use ovchat_data::store::{Images, RunFolder};
 use ovchat_data::tables::{Misfit, Pair, Prompt, Row as _};
 use ovchat_models::preprocess::{LlavaOnevisionProcessor, LlavaRlhfProcessor};

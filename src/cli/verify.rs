@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde_json::json;
 
+use super::failed::Failed;
+use super::file::run_folder;
 use super::out::{Output, line, say};
-use super::{Failed, run_folder};
 use ovchat_data::store::{Flaw, Manifest, RunFolder, TableVersion};
 
 /// Verify the SHA-256 checksum of every file of a run. Exits with code 1 on a mismatch.

@@ -1,4 +1,4 @@
-//! Judges behind an OpenAI-compatible endpoint (`POST <base_url>/chat/completions`), and their settings.
+//! Judges behind an OpenAI-compatible endpoint (`POST <base_url>/chat/completions`).
 //!
 //! Every reply is appended to the call log and synced before it is used, so no request is paid for
 //! twice even if the process is killed. The number of concurrent calls adapts to the endpoint: it
@@ -12,113 +12,20 @@ mod limiter;
 mod settings;
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::num::NonZeroU32;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
-
 use self::call_log::CallLog;
 use self::client::{EndpointClient, Heard, Reply, Work, lock};
 use self::endpoint::Endpoint;
 use self::limiter::CallLimiter;
-pub use self::settings::{BaseUrl, Price, Spend, SpendLimit};
-use super::judge_prompt::JudgePromptSettings;
-use super::{Emit, Exam, Listener, ModelError, ModelTelemetry, Request, Writer};
+use self::settings::key_in;
+pub use self::settings::{BaseUrl, Http, INVALID_KEY, Price, Spend, SpendLimit};
+use super::{Emit, Listener, ModelError, ModelTelemetry, Request, Writer};
 use ovchat_io::mask::{Mask, SECRET_MIN};
-
-/// Settings of a judge behind an OpenAI-compatible endpoint.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Http {
-    /// Base URL of the endpoint, to which `/chat/completions` is appended:
-    /// `https://api.openai.com/v1`, `http://127.0.0.1:8000/v1`.
-    pub base_url: BaseUrl,
-    /// Name of the model at the endpoint. The name identifies the model in keys, so changing only
-    /// `base_url` keeps the rows that were scored.
-    pub model: String,
-    /// Environment variable that holds the API key. Default: none, requests carry no key. The key
-    /// is sent only to this endpoint and is masked in logs and files.
-    #[serde(default)]
-    pub key_env: Option<String>,
-    /// Judge prompt, and how verdicts are read from the replies. Default: pairwise with the
-    /// built-in prompt.
-    #[serde(default)]
-    pub ask: JudgePromptSettings,
-    /// Maximum number of concurrent calls. Default: 8.
-    #[serde(default = "defaults::concurrency_max")]
-    pub concurrency_max: NonZeroU32,
-    /// Timeout of a call, in seconds. Default: 120.
-    #[serde(default = "defaults::timeout_s")]
-    pub timeout_s: NonZeroU32,
-    /// Maximum number of attempts at a call while the endpoint is unavailable or rate-limited. The
-    /// wait doubles with each attempt, up to two minutes. Default: 8.
-    #[serde(default = "defaults::tries")]
-    pub tries: NonZeroU32,
-    /// Wait after the first failed attempt, in seconds. Default: 1. A `Retry-After` header of the
-    /// endpoint takes precedence.
-    #[serde(default = "defaults::wait_s")]
-    pub wait_s: f64,
-    /// Prices of tokens, and a spending limit for the run. Default: no limit.
-    #[serde(default)]
-    pub spend: Option<Spend>,
-    /// Exam on known preferences that the judge must pass before it scores. Default: no exam.
-    #[serde(default)]
-    pub exam: Option<Exam>,
-}
-
-impl Http {
-    /// Returns the environment variable of the key, if it is not set.
-    pub fn missing_key(&self) -> Option<&str> {
-        let name = self.key_env.as_deref()?;
-        key_in(name).is_none().then_some(name)
-    }
-
-    /// Returns the environment variable of the key, if its value is too short to be a key.
-    pub fn short_key(&self) -> Option<&str> {
-        let name = self.key_env.as_deref()?;
-        let key = key_in(name)?;
-        (key.chars().count() < SECRET_MIN).then_some(name)
-    }
-
-    /// The environment variable of the key, if it holds characters that no HTTP header can carry.
-    pub fn invalid_key(&self) -> Option<&str> {
-        let name = self.key_env.as_deref()?;
-        let key = key_in(name)?;
-        let is_valid = key.bytes().all(|byte| (b' '..=b'~').contains(&byte));
-        (!is_valid || key.trim() != key).then_some(name)
-    }
-}
-
-/// The problem of a key that no HTTP header can carry, and its fix.
-pub const INVALID_KEY: &str = "contains a line break, leading or trailing white space, or non-ASCII characters; \
-     set it to the key alone";
-
-/// Reads the key from an environment variable, which must not be empty.
-fn key_in(name: &str) -> Option<String> {
-    std::env::var(name).ok().filter(|key| !key.is_empty())
-}
-
-mod defaults {
-    use std::num::NonZeroU32;
-
-    pub fn concurrency_max() -> NonZeroU32 {
-        const { NonZeroU32::new(8).unwrap() }
-    }
-    pub fn timeout_s() -> NonZeroU32 {
-        const { NonZeroU32::new(120).unwrap() }
-    }
-    pub fn tries() -> NonZeroU32 {
-        const { NonZeroU32::new(8).unwrap() }
-    }
-    pub fn wait_s() -> f64 {
-        1.0
-    }
-}
 
 /// Interval at which the writer checks for an interruption.
 const LOOK_EVERY: Duration = Duration::from_millis(100);

@@ -5,7 +5,7 @@ use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::thread::{self, Builder};
 use std::time::Duration;
 
-use super::{Part, QueryError};
+use super::interface::{Part, QueryError};
 use ovchat_io::files::caught;
 
 /// The stack size of a query's thread, in bytes. A chain of terms becomes a tree as deep as it is

@@ -5,7 +5,7 @@ use datafusion::sql::sqlparser::dialect::GenericDialect;
 use datafusion::sql::sqlparser::keywords::Keyword;
 use datafusion::sql::sqlparser::tokenizer::{Token, Tokenizer};
 
-use super::QueryError;
+use super::interface::QueryError;
 
 /// The maximum depth of a tree.
 const DEPTH_MAX: usize = 6_500;

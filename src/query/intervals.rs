@@ -6,7 +6,7 @@ use datafusion::common::DFSchema;
 use datafusion::common::tree_node::{TreeNode as _, TreeNodeRecursion};
 use datafusion::logical_expr::{Expr, ExprSchemable as _, LogicalPlan, Operator};
 
-use super::QueryError;
+use super::interface::QueryError;
 use super::words::error;
 
 /// Rejects a plan that compares, sorts by, or groups by intervals, or takes their minimum or

@@ -13,7 +13,7 @@ use datafusion::sql::sqlparser::ast::{
     Visitor,
 };
 
-use super::QueryError;
+use super::interface::QueryError;
 
 /// The maximum number of tables that a query may read.
 const TABLES_MAX: u64 = 2_000;

@@ -10,6 +10,7 @@ mod bounded;
 mod checked;
 mod count;
 mod depth;
+mod interface;
 mod intervals;
 mod large;
 mod lines;
@@ -40,47 +41,14 @@ use futures::StreamExt;
 use apart::{apart, piece_by_piece};
 use checked::CheckedFiles;
 pub use count::{RowCount, Several};
+use interface::MEMORY_BYTES;
+pub use interface::{Header, Param, Part, QueryError, QueryTable, View};
 pub use row_by_row::reach_beyond;
 pub use words::no_table;
 use words::{Allowed, error, refuse_others, refuse_unknown_params};
 
-use ovchat_data::store::{StoreError, TableFile, schema_of_file};
+use ovchat_data::store::{StoreError, schema_of_file};
 use ovchat_io::files;
-
-/// The memory limit for sorts and joins, in bytes; the rest is spilled to disk.
-const MEMORY_BYTES: usize = 512 << 20;
-
-/// A query that cannot be planned or run.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct QueryError(pub String);
-
-/// The value of a `$name` in a query.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Param {
-    Integer(i64),
-    Float(f64),
-    Text(String),
-}
-
-/// A table to query.
-#[derive(Debug, Clone)]
-pub struct QueryTable {
-    pub name: String,
-    pub schema: SchemaRef,
-    /// The files per round, Parquet or, with the extension `jsonl`, JSON lines; `None` if the table
-    /// has no rounds.
-    pub files: Vec<(Option<u32>, Vec<TableFile>)>,
-    /// True if the rounds become a column `round`.
-    pub with_round: bool,
-}
-
-/// A query that other queries can read as a table.
-#[derive(Debug, Clone)]
-pub struct View {
-    pub name: String,
-    pub query: String,
-}
 
 /// Returns the schema of a query's result. Reads no data.
 pub fn plan(
@@ -127,13 +95,6 @@ pub fn tables(sql: &str) -> Result<Vec<String>, QueryError> {
     })
 }
 
-/// The columns of a result.
-pub struct Header {
-    pub schema: SchemaRef,
-    /// The table or alias that each column was taken from unchanged, if it was.
-    pub tables: Vec<Option<String>>,
-}
-
 /// Runs a query over tables and views (each view may read the previous ones) and passes its rows to
 /// `sink`, batch by batch. Returns the result's schema.
 pub fn run<E: From<QueryError>>(
@@ -157,14 +118,6 @@ pub fn run<E: From<QueryError>>(
         Ok(())
     })?;
     Ok(schema.expect("the header comes first"))
-}
-
-/// A piece of a result: the header, then the rows.
-pub enum Part {
-    Header(Header),
-    Rows(RecordBatch),
-    /// No rows yet; sent several times a second, so that the caller can check for a stop request.
-    Nothing,
 }
 
 /// Runs a query as [`run`] does, but passes a header before the first row is computed, and

@@ -6,7 +6,7 @@ use datafusion::logical_expr::LogicalPlan;
 use datafusion::sql::parser::Statement;
 use datafusion::sql::sqlparser::ast::Statement as Sql;
 
-use super::{MEMORY_BYTES, Param, QueryError};
+use super::interface::{MEMORY_BYTES, Param, QueryError};
 
 /// The statements that are allowed in place of a query.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -19,62 +19,22 @@
 
 mod layer;
 mod packing;
+mod sizes;
 
 use std::rc::Rc;
 
 use tch::{Device, Kind, Tensor};
 
 use self::layer::DecoderLayer;
-use self::packing::PackedBatch;
 pub use self::packing::PackedSequence;
+use self::packing::{PackedBatch, joined, runs};
+pub use self::sizes::DecoderSizes;
 use super::attention::{
     KeyValue, attend_behind, attend_causally, attend_masked, attend_one, attend_to_all, branch_mask,
 };
 use super::layer_stack::{Layer, LayerStack, SavedActivations};
-use super::layers::{Activation, Bias, Path, RmsNorm, Rotary, RotaryCosSin};
+use super::layers::{Path, RmsNorm, Rotary, RotaryCosSin};
 use ovchat_models::ModelError;
-use ovchat_models::checkpoint::DecoderConfig;
-
-/// The sizes of a decoder, named as in `config.json`.
-#[derive(Debug, Clone, PartialEq)]
-pub struct DecoderSizes {
-    pub vocab_size: i64,
-    pub hidden_size: i64,
-    pub intermediate_size: i64,
-    pub num_hidden_layers: i64,
-    pub num_attention_heads: i64,
-    /// Divides `num_attention_heads`; each key-value head serves
-    /// `num_attention_heads / num_key_value_heads` consecutive query heads.
-    pub num_key_value_heads: i64,
-    pub head_dim: i64,
-    pub hidden_act: Activation,
-    pub rms_norm_eps: f64,
-    pub rope_theta: f64,
-    /// The biases of `q_proj`, `k_proj` and `v_proj`: Qwen2 has them, Llama does not.
-    pub qkv_bias: Bias,
-}
-
-impl From<&DecoderConfig> for DecoderSizes {
-    fn from(model_config: &DecoderConfig) -> Self {
-        Self {
-            vocab_size: model_config.vocab_size as i64,
-            hidden_size: model_config.hidden_size as i64,
-            intermediate_size: model_config.intermediate_size as i64,
-            num_hidden_layers: model_config.num_hidden_layers as i64,
-            num_attention_heads: model_config.num_attention_heads as i64,
-            num_key_value_heads: model_config.num_key_value_heads as i64,
-            head_dim: model_config.head_dim as i64,
-            hidden_act: Activation::Silu,
-            rms_norm_eps: model_config.rms_norm_eps,
-            rope_theta: model_config.rope_theta,
-            qkv_bias: if model_config.qkv_bias {
-                Bias::Yes
-            } else {
-                Bias::No
-            },
-        }
-    }
-}
 
 /// Embeddings, layers and the final norm; the head is separate, see [`LmHead`].
 #[derive(Debug)]
@@ -530,16 +490,6 @@ impl Decoder {
     }
 }
 
-/// The start of each sequence in the concatenation, and its length.
-fn runs(lengths: &[i64]) -> Vec<(i64, i64)> {
-    let mut start = 0;
-    let run = |&length: &i64| {
-        start += length;
-        (start - length, length)
-    };
-    lengths.iter().map(run).collect()
-}
-
 /// The index of the last token of each sequence in the concatenation, `[texts]`, int64.
 fn last_of_each(lengths: &[i64], device: Device) -> Tensor {
     let lasts: Vec<i64> = runs(lengths)
@@ -547,14 +497,6 @@ fn last_of_each(lengths: &[i64], device: Device) -> Tensor {
         .map(|(start, length)| start + length - 1)
         .collect();
     Tensor::from_slice(&lasts).to_device(device)
-}
-
-/// Concatenates the attention outputs of prompts; `None` if there are none.
-fn joined(mut mixed: Vec<Tensor>) -> Option<Tensor> {
-    match mixed.len() {
-        0 | 1 => mixed.pop(),
-        _ => Some(Tensor::cat(&mixed, 1)),
-    }
 }
 
 /// The head that turns hidden states into logits. It is separate from [`Decoder`], so that logits

@@ -24,14 +24,13 @@ use super::budget::{TrainingBudget, packs};
 use super::checkpoint::{Checkpoint, Parts, Purpose, Reader};
 use super::device;
 use super::dpo::{PairLogps, PairLoss, losses};
-use super::error::guarded;
+use super::error::{guarded, refuse};
 use super::layer_stack::SavedActivations;
 use super::layers::Dropout;
 use super::llava_onevision::{LlavaOnevision, is_tied};
 use super::lora::{Adapted, Adapter, Names, SavedAdapterConfig, Start, save_adapter};
 use super::optimizer::Parameter;
 use super::training::{TrainingState, doing, not_finite, row_error};
-use super::weights::refuse;
 use ovchat_models::checkpoint::{
     AdapterConfig, LlavaOnevisionConfig, PACK_TOKENS_MAX, TrainingSizes, part_of,
 };
@@ -174,6 +173,10 @@ impl LlavaOnevisionDpo {
         Ok(())
     }
 
+    fn pass(&self, tokens: &[PairTokens], keep: SavedActivations) -> Pass<'_> {
+        Pass::new(&self.network, self.parts, tokens, keep, self.logits_max)
+    }
+
     /// Runs forward and backward passes for one packed batch out of a batch of `pairs`; adds to the
     /// gradients and to `sums`. `known` holds the losses if they depend on the whole batch. Stops
     /// before the backward pass at a loss that is not finite, and returns the index of its pair.
@@ -189,7 +192,7 @@ impl LlavaOnevisionDpo {
         let keep = self
             .budget
             .keep(count, tokens.iter().map(PairTokens::tiles).sum());
-        let pass = Pass::new(self, tokens, keep);
+        let pass = self.pass(tokens, keep);
         let counts = pass.counts.clone();
         pass.learn(|logps| {
             let all = as_pairs(logps, references, &counts);
@@ -219,7 +222,7 @@ impl LlavaOnevisionDpo {
             let what = doing("evaluating", "pair", &ids[places]);
             all.extend(guarded(&what, tokens.len(), count, || {
                 let _no_grad = tch::no_grad_guard();
-                let pass = Pass::new(self, tokens, SavedActivations::Nothing);
+                let pass = self.pass(tokens, SavedActivations::Nothing);
                 as_pairs(&pass.logps(), &references, &pass.counts)
             })?);
             Ok(())

@@ -1,4 +1,4 @@
-//! Conversion of libtorch's panics into [`ModelError`].
+//! Errors: libtorch's panics as [`ModelError`], and errors about the files of a model.
 //!
 //! A failing libtorch call inside a network is a bug and panics, which keeps the math readable. Two
 //! failures are not bugs: running out of memory and a failing device. Any call can cause them, so
@@ -6,6 +6,7 @@
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind, set_hook, take_hook};
+use std::path::Path;
 use std::sync::Once;
 
 use tch::TchError;
@@ -71,6 +72,14 @@ fn keep_quiet_when_guarded() {
             }
         }));
     });
+}
+
+/// An error about a file of the model.
+pub fn refuse(path: &Path, problem: String) -> ModelError {
+    ModelError::Weights {
+        path: path.to_owned(),
+        problem,
+    }
 }
 
 #[cfg(test)]

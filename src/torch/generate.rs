@@ -11,6 +11,7 @@
 //! prompt that was alone becomes a rejected row.
 
 mod batch;
+mod pending_prompt;
 mod prefix_cache;
 
 use std::collections::{HashMap, VecDeque};
@@ -19,6 +20,7 @@ use std::time::Instant;
 use rayon::prelude::*;
 
 use self::batch::{Batch, Ends, Growing, PartialAnswer};
+use self::pending_prompt::PendingPrompt;
 use self::prefix_cache::PrefixCache;
 use super::budget::{Budget, packs, too_large};
 use super::checkpoint::Checkpoint;
@@ -28,7 +30,7 @@ use super::images::{DecodedImage, PromptImages};
 use super::llava_onevision::LlavaOnevision;
 use super::sampling::{Chooser, answer_seed};
 use ovchat_models::checkpoint::{Sizes, elements};
-use ovchat_models::preprocess::{LlavaOnevisionProcessor, PromptIds, Tiles};
+use ovchat_models::preprocess::{LlavaOnevisionProcessor, Tiles};
 use ovchat_models::{
     self as models, ChatPrompt, Emit, EncodedImage, Generation, ModelError, ModelTelemetry, Policy,
     RowFault, Sampling, Stop,
@@ -41,31 +43,6 @@ pub struct LlavaOnevisionPolicy {
     network: LlavaOnevision,
     banned: Vec<i64>,
     budget: Budget,
-}
-
-/// A prompt that waits to be answered.
-#[derive(Debug, Clone)]
-pub struct PendingPrompt {
-    /// The index of the prompt in the call.
-    index: usize,
-    text: PromptIds,
-    shown: Vec<DecodedImage>,
-    /// Tokens up to the end of the last image, if another prompt of the call has the same prefix;
-    /// they are prefilled once for all of these.
-    prefix: usize,
-    /// The seeds of all answers.
-    seeds: Vec<i64>,
-    /// The number of answers to generate; greedy answers are all equal, so only one is.
-    drafts: usize,
-    /// The maximum number of tokens of an answer.
-    tokens_max: usize,
-}
-
-impl PendingPrompt {
-    /// The maximum number of tokens of the prompt and its answers.
-    fn tokens(&self) -> usize {
-        self.text.ids.len() + self.drafts * self.tokens_max
-    }
 }
 
 /// A call in progress.

@@ -11,10 +11,10 @@ use tch::{Device, Kind, Tensor};
 
 use super::checkpoint::{Checkpoint, Purpose, Reader, TOWER};
 use super::decoder::{Decoder, DecoderSizes};
+use super::error::refuse;
 use super::layers::{Activation, Bias, Linear, Path, WeightSource};
 use super::lora::{Adapter, Merged, Names};
 use super::vit::{Family, Vit, VitSizes};
-use super::weights::refuse;
 use ovchat_models::checkpoint::{LlavaRlhfConfig, TWO_LAYERS};
 use ovchat_models::preprocess::JudgeIds;
 use ovchat_models::{LlavaRlhfSpec, ModelError};

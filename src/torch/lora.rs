@@ -16,10 +16,11 @@ use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
 
 use super::checkpoint::{Checkpoint, Purpose, Reader};
+use super::error::refuse;
 use super::layers::{Dropout, Lora, WeightSource};
 use super::optimizer::Parameter;
 use super::sampling::uniform;
-use super::weights::{Weights, refuse, save_safetensors};
+use super::weights::{Weights, save_safetensors};
 use ovchat_models::ModelError;
 use ovchat_models::checkpoint::{AdapterConfig, canonical, is_module, lora_matrix};
 

@@ -18,10 +18,10 @@ use tch::{Device, Kind, Tensor};
 use super::budget::{Budget, packs, too_large};
 use super::decoder::{Texts, Wanted};
 use super::device;
-use super::error::guarded;
+use super::error::{guarded, refuse};
 use super::images::{DecodedImage, PromptImages};
 use super::llava::{Llava, no_adapter};
-use super::weights::{Weights, refuse};
+use super::weights::Weights;
 use ovchat_models::checkpoint::{HEAD_FILE, Sizes, judge_elements};
 use ovchat_models::preprocess::{JudgeIds, LlavaRlhfProcessor};
 use ovchat_models::{

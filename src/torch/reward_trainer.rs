@@ -13,7 +13,7 @@ use tch::{Kind, Tensor};
 use super::budget::packs;
 use super::checkpoint::{Checkpoint, Purpose, Reader};
 use super::device;
-use super::error::guarded;
+use super::error::{guarded, refuse};
 use super::llava::Llava;
 use super::lora::{
     Adapted, Adapter, Names, SavedAdapterConfig, Start, save_adapter, seeded_uniform,
@@ -21,7 +21,7 @@ use super::lora::{
 use super::optimizer::Parameter;
 use super::reward::{RewardHead, RewardNetwork};
 use super::training::{TrainingState, doing, not_finite, row_error};
-use super::weights::{refuse, save_torch};
+use super::weights::save_torch;
 use ovchat_models::checkpoint::{HEAD_FILE, PACK_TOKENS_MAX, TWO_LAYERS};
 use ovchat_models::preprocess::{JudgeIds, Judged, LlavaRlhfProcessor};
 use ovchat_models::{

@@ -16,7 +16,7 @@ use super::checkpoint::{Checkpoint, Parts, Purpose, Reader, TOWER};
 use super::decoder::{Decoder, DecoderSizes, LmHead, PackedSequence};
 use super::device;
 use super::dpo::token_logps;
-use super::error::guarded;
+use super::error::{guarded, refuse};
 use super::layer_stack::{Layer, LayerStack, SavedActivations};
 use super::layers;
 use super::llava::Llava;
@@ -229,7 +229,7 @@ impl Sft<LlavaOnevisionSft> {
         if let Some(adapter) = &spec.adapter {
             let problem = "is an adapter, but this stage trains the network itself; merge the \
                            adapter first with `pipeline export --merge`";
-            return Err(super::weights::refuse(adapter, problem.to_owned()));
+            return Err(refuse(adapter, problem.to_owned()));
         }
         let prep = LlavaOnevisionProcessor::open(&spec.weights)?;
         let (device, _) = device::choose(spec.device, spec.dtype)?;
@@ -411,7 +411,7 @@ impl SftModel for LlavaSft {
     /// Writes the folders `base` and `vision`.
     fn save(&self, to: &Path, parameters: &[Parameter]) -> Result<(), ModelError> {
         let made = fs::create_dir(to);
-        made.map_err(|error| super::weights::refuse(to, error.to_string()))?;
+        made.map_err(|error| refuse(to, error.to_string()))?;
         self.base.save(&to.join("base"), parameters)?;
         self.vision.save(&to.join("vision"), parameters)
     }

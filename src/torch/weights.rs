@@ -4,6 +4,7 @@
 //! at most one tensor is in memory in addition to the model that is being built, and a caller that
 //! expects certain shapes detects a wrong checkpoint before any of its bytes are copied.
 
+mod kind;
 mod save;
 
 use std::fs::File;
@@ -12,9 +13,11 @@ use std::path::Path;
 
 use tch::{Device, Kind, TchError, Tensor};
 
+use self::kind::kind;
 use super::device::torch_error;
+use super::error::refuse;
 use ovchat_models::ModelError;
-use ovchat_models::checkpoint::{Element, Shards, TensorInfo, TensorLocation};
+use ovchat_models::checkpoint::{Shards, TensorInfo, TensorLocation};
 
 pub use self::save::{save_safetensors, save_torch};
 
@@ -138,30 +141,6 @@ impl Weights {
         };
         let what = format!("reading `{name}` of {}", path.display());
         load().map_err(|error| torch_error(what, 1, 0, &error))
-    }
-}
-
-/// The libtorch kind of an element type.
-fn kind(element: Element) -> Kind {
-    match element {
-        Element::F64 => Kind::Double,
-        Element::F32 => Kind::Float,
-        Element::F16 => Kind::Half,
-        Element::Bf16 => Kind::BFloat16,
-        Element::I64 => Kind::Int64,
-        Element::I32 => Kind::Int,
-        Element::I16 => Kind::Int16,
-        Element::I8 => Kind::Int8,
-        Element::U8 => Kind::Uint8,
-        Element::Bool => Kind::Bool,
-    }
-}
-
-/// An error about a file of the model.
-pub(super) fn refuse(path: &Path, problem: String) -> ModelError {
-    ModelError::Weights {
-        path: path.to_owned(),
-        problem,
     }
 }
 

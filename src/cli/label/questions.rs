@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::fmt::Write as _;
 
-use super::super::Failed;
+use super::super::failed::Failed;
 use super::super::sql::run_table;
 use super::queue::{Questions, sided};
 use ovchat_data::store::{LabelTask, RunFolder, digest};

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
-use super::super::Failed;
+use super::super::failed::Failed;
 use super::request::Saying;
 use ovchat_data::store::{LabelLine, LabelTask, LabelVerdict, LabelWriter, NUMBER_MAX, digest};
 use ovchat_data::tables::{Prompt, Role};

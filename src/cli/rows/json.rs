@@ -9,9 +9,18 @@ use arrow::error::ArrowError;
 use arrow::json::writer::{Encoder, EncoderFactory, EncoderOptions, NullableEncoder, make_encoder};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
+use clap::ValueEnum;
 
-use super::Nan;
-use crate::Failed;
+use crate::failed::Failed;
+
+/// The treatment of NaN and infinities in JSON.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Nan {
+    /// Fail with an error.
+    Error,
+    /// Write the strings "NaN", "inf" and "-inf".
+    Text,
+}
 
 /// The encoders of values that arrow-json would write as null (NaN, infinities) or as hex (bytes).
 #[derive(Debug, Clone)]

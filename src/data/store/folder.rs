@@ -10,7 +10,7 @@ use arrow::datatypes::SchemaRef;
 use super::manifest::probe_writable;
 use super::parquet::schema_of_file;
 use super::place::{below_cache, cache_name, places};
-use super::rebuild::{RECORDS, record_name};
+use super::record::{RECORDS, record_name};
 use super::{
     ArchivedTable, CheckpointRecord, Event, FileRecord, Fork, Lock, Manifest, PartRecord,
     StoreError, TableReader, TableVersion, TableWriter, create_folder, hash_file, write_folder,

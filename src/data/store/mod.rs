@@ -22,6 +22,7 @@ mod parquet;
 mod place;
 mod rates;
 mod rebuild;
+mod record;
 mod sealed;
 mod versions;
 

@@ -7,34 +7,12 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
-use serde::{Deserialize, Serialize};
 
 use super::folder::RunFolder;
 use super::manifest::PREVIOUS;
 use super::place::{placed, relocated_below_cache};
-use super::{
-    ArchivedTable, Fork, Manifest, StoreError, TableVersion, create_folder, hash_file, sealed,
-};
-
-/// The folder of records, relative to the run folder.
-pub(super) const RECORDS: &str = ".cache/records";
-
-/// A complete table version with its final paths, and the metadata of its run.
-#[derive(Serialize, Deserialize)]
-struct Record {
-    format: u32,
-    pipeline: String,
-    fork: Option<Fork>,
-    made: TableVersion,
-}
-
-/// Returns the file name of a version's record.
-pub(super) fn record_name(made: &TableVersion) -> String {
-    let round = made
-        .round
-        .map_or_else(|| "once".to_owned(), |round| round.to_string());
-    format!("{}.{}.{round}.json", made.key, made.table)
-}
+use super::record::{RECORDS, Record, record_name};
+use super::{ArchivedTable, Manifest, StoreError, TableVersion, create_folder, hash_file, sealed};
 
 impl Manifest {
     /// True if there are files that [`Self::restored`] can use.

@@ -15,10 +15,10 @@ use base64::engine::general_purpose::STANDARD;
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
-use super::Http;
 use super::call_log::{Call, CallLog};
 use super::endpoint::{Endpoint, EndpointReply, Presence, Try};
 use super::limiter::CallLimiter;
+use super::settings::Http;
 use crate::{EncodedImage, ModelError, Request, RowFault};
 use ovchat_io::mask::Mask;
 

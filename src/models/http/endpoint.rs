@@ -6,8 +6,8 @@ use std::time::Duration;
 use serde_json::Value;
 use ureq::tls::TlsConfig;
 
-use super::Http;
 use super::call_log::TOKENS_MAX;
+use super::settings::Http;
 use crate::tls;
 use ovchat_io::mask::Mask;
 

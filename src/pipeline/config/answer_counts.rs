@@ -1,6 +1,5 @@
 //! Checks that prompts have enough answers for judges and pairs.
 
-use super::check::all_stages;
 use super::diagnostic::{At, Diagnostic};
 use super::pipeline::{Entry, PipelineSpec};
 use crate::stages::{Sample, StageSpec, TableName};
@@ -11,7 +10,7 @@ use ovchat_models::Mode;
 /// prompts.
 pub fn too_few(written: &PipelineSpec) -> Vec<Diagnostic> {
     let mut diagnostics = Vec::new();
-    for (stage, _) in all_stages(written) {
+    for (stage, _) in written.all_stages() {
         diagnostics.extend(compared(stage, written));
         diagnostics.extend(paired(stage, written));
     }
@@ -21,7 +20,7 @@ pub fn too_few(written: &PipelineSpec) -> Vec<Diagnostic> {
 type Stage = Entry<TableName, StageSpec>;
 
 fn stage_of<'a>(written: &'a PipelineSpec, table: &TableName) -> Option<&'a Stage> {
-    let mut stages = all_stages(written).map(|(stage, _)| stage);
+    let mut stages = written.all_stages().map(|(stage, _)| stage);
     stages.find(|stage| stage.name == *table)
 }
 
@@ -38,7 +37,7 @@ fn sampling<'a>(written: &'a PipelineSpec, table: &TableName) -> Option<(&'a Sta
 fn answers_of<'a>(written: &'a PipelineSpec, rewards: &'a TableName) -> Option<&'a TableName> {
     let mut rewards = rewards;
     // At most as many steps as there are stages: `combine` may be part of a cycle.
-    for _ in all_stages(written) {
+    for _ in written.all_stages() {
         match &stage_of(written, rewards)?.spec {
             Some(StageSpec::Score(score)) => return Some(&score.candidates),
             Some(StageSpec::Combine(combine)) => rewards = combine.rewards.first()?,

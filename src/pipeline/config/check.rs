@@ -6,10 +6,9 @@ use super::answer_counts;
 use super::diagnostic::{At, Diagnostic};
 use super::pipeline::{Entry, PipelineSpec};
 use super::queries::no_number;
-use super::serde_messages::listed;
 use super::source::KeyPath;
 use super::sql;
-use super::suggest::suggest;
+use super::suggest::{listed, suggest};
 use crate::stages::{AFTER, ModelName, ModelRole, NAME_MAX, REFERENCE, StageSpec, TableName};
 use ovchat_data::tables::{Judged, Row as _};
 use ovchat_models::{ModelSpec, SqlReward};
@@ -100,7 +99,7 @@ pub fn names_and_roles(written: &PipelineSpec) -> Vec<Diagnostic> {
     let mut diagnostics = Vec::new();
     long_names(written, &mut diagnostics);
     table_names(written, &mut diagnostics);
-    for (stage, is_evaluation) in all_stages(written) {
+    for (stage, is_evaluation) in written.all_stages() {
         roles(stage, written, &mut diagnostics);
         if is_evaluation {
             no_training(stage, &mut diagnostics);
@@ -115,17 +114,11 @@ pub fn names_and_roles(written: &PipelineSpec) -> Vec<Diagnostic> {
     diagnostics
 }
 
-/// The stages, then those under `evaluate`, each with true if it is an evaluation.
-pub fn all_stages(
-    written: &PipelineSpec,
-) -> impl Iterator<Item = (&Entry<TableName, StageSpec>, bool)> {
-    let stages = written.stages.iter().map(|stage| (stage, false));
-    stages.chain(written.evaluate.iter().map(|stage| (stage, true)))
-}
-
 /// Reports names that are too long for a folder, or leave no room for the names derived from them.
 fn long_names(written: &PipelineSpec, diagnostics: &mut Vec<Diagnostic>) {
-    let stages = all_stages(written).map(|(stage, _)| (stage.name.as_str(), &stage.path));
+    let stages = written
+        .all_stages()
+        .map(|(stage, _)| (stage.name.as_str(), &stage.path));
     let models = written.models.iter();
     let models = models.map(|model| (model.name.as_str(), &model.path));
     let views = written.report.iter();
@@ -145,7 +138,7 @@ fn long_names(written: &PipelineSpec, diagnostics: &mut Vec<Diagnostic>) {
 }
 
 fn table_names(written: &PipelineSpec, diagnostics: &mut Vec<Diagnostic>) {
-    for (stage, is_evaluation) in all_stages(written) {
+    for (stage, is_evaluation) in written.all_stages() {
         let name = stage.name.as_str();
         let at = At::key(stage.path.clone());
         if let Some(diagnostic) = reserved(written, &stage.name, &at) {
@@ -254,7 +247,9 @@ fn unknown_model(model: &ModelName, at: At, written: &PipelineSpec) -> Diagnosti
         .iter()
         .map(|entry| entry.name.as_str())
         .collect();
-    let is_table = all_stages(written).any(|(stage, _)| stage.name.as_str() == model.as_str());
+    let is_table = written
+        .all_stages()
+        .any(|(stage, _)| stage.name.as_str() == model.as_str());
     let diagnostic = Diagnostic::new(
         "config::unknown_model",
         at,
@@ -446,7 +441,7 @@ fn finished(written: &PipelineSpec, diagnostics: &mut Vec<Diagnostic>) {
         let mut uses = specs.flat_map(|spec| spec.as_stage().uses());
         uses.any(|used| used.role == ModelRole::LearnsRewards && used.model == model)
     };
-    for (stage, is_evaluation) in all_stages(written) {
+    for (stage, is_evaluation) in written.all_stages() {
         for used in stage.spec.iter().flat_map(|spec| spec.as_stage().uses()) {
             let entry = written
                 .models
@@ -479,7 +474,7 @@ fn finished(written: &PipelineSpec, diagnostics: &mut Vec<Diagnostic>) {
 
 fn unused(written: &PipelineSpec, diagnostics: &mut Vec<Diagnostic>) {
     for entry in &written.models {
-        let is_used = all_stages(written).any(|(stage, _)| match &stage.spec {
+        let is_used = written.all_stages().any(|(stage, _)| match &stage.spec {
             Some(spec) => spec
                 .as_stage()
                 .uses()

@@ -8,9 +8,10 @@
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
-use super::diagnostic::{At, Diagnostic, SourceTexts};
+use super::diagnostic::{At, Diagnostic};
 use super::node::Node;
 use super::source::{KeyPath, SourceText};
+use super::source_texts::{Layer, SourceTexts};
 use super::syntax;
 use ovchat_io::files;
 
@@ -19,14 +20,6 @@ const EXTENDS: &str = "extends";
 
 /// The fields whose entries are one word (a stage type or a network) and its settings.
 const ONE_WORD: [&str; 3] = ["models", "stages", "evaluate"];
-
-/// One file of a pipeline.
-#[derive(Debug, Clone)]
-pub struct Layer {
-    pub source: Arc<SourceText>,
-    /// The folder that relative paths in the file are resolved against.
-    pub folder: PathBuf,
-}
 
 /// Reads a pipeline file and all files that it extends. Returns the files, the pipeline file first,
 /// the merged tree (`None` if it is unusable), and the diagnostics about their YAML, already

@@ -5,13 +5,11 @@ use std::collections::VecDeque;
 
 use arrow::datatypes::SchemaRef;
 
-use super::check::all_stages;
 use super::diagnostic::{At, Diagnostic};
 use super::pipeline::PipelineSpec;
-use super::serde_messages::listed;
 use super::source::KeyPath;
 use super::sql;
-use super::suggest::suggest;
+use super::suggest::{listed, suggest};
 use crate::stages::{Input, ModelName, StageError, StageSpec, TableName};
 use ovchat_data::tables::{Misfit, fits, schema_of};
 use ovchat_models::ModelSpec;
@@ -51,17 +49,19 @@ pub struct Lineage {
 impl Lineage {
     /// Resolves and checks the table graph of a pipeline.
     pub fn trace(written: &PipelineSpec) -> Self {
-        let drafts = all_stages(written).map(|(stage, is_evaluation)| StageDraft {
-            name: stage.name.clone(),
-            is_evaluation,
-            path: stage.path.clone(),
-            settings: stage.settings.clone(),
-            spec: stage.spec.clone(),
-            inputs: Vec::new(),
-            schema: None,
-            round_first: None,
-            is_doubtful: false,
-        });
+        let drafts = written
+            .all_stages()
+            .map(|(stage, is_evaluation)| StageDraft {
+                name: stage.name.clone(),
+                is_evaluation,
+                path: stage.path.clone(),
+                settings: stage.settings.clone(),
+                spec: stage.spec.clone(),
+                inputs: Vec::new(),
+                schema: None,
+                round_first: None,
+                is_doubtful: false,
+            });
         let mut lineage = Self {
             drafts: drafts.collect(),
             order: Vec::new(),
@@ -100,10 +100,6 @@ impl Lineage {
             lineage.make_schema(position);
             lineage.settle(position, &trained, &unfinished);
         }
-        lineage.report(written);
-        lineage.expect(written);
-        lineage.stop_when(written);
-        lineage.unused(written);
         lineage
     }
 

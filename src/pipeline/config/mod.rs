@@ -8,49 +8,57 @@
 //! ([`reference`]), and the tree is deserialized ([`reader`]) into the types of a pipeline file
 //! ([`pipeline`]). Then names and roles ([`check`]) and tables ([`lineage`]) are checked across the
 //! whole file, and the result is the resolved pipeline ([`plan`]).
+//!
+//! The modules below are declared in layers, and none uses a later layer: texts, trees and
+//! positions; diagnostics; the texts of a pipeline with its `--set`; the types of a pipeline file;
+//! reading; checks; the plan. Within a layer, too, no modules use each other in a cycle.
 
+mod key_text;
+mod node;
+mod piece;
+mod secrets;
 mod source;
 
-mod extends;
-mod node;
+mod diagnostic;
+mod render;
+mod suggest;
+mod syntax;
+
 mod overrides;
 mod reference;
+mod source_texts;
 
-mod exam;
 mod expectation;
 mod pipeline;
+mod schema;
+
+mod extends;
 mod reader;
 mod serde_messages;
-mod sql;
-mod syntax;
 
 mod answer_counts;
 mod check;
+mod exam;
 mod lineage;
 mod paths;
 mod probe;
 mod programs;
 mod queries;
+mod sql;
 mod unused;
 
 mod plan;
 mod rounds;
 
-mod diagnostic;
-mod render;
-mod suggest;
-
-mod schema;
-
 pub use diagnostic::{At, Diagnostic, Diagnostics, Severity};
 pub use expectation::{Expectation, Otherwise};
 pub use paths::NOT_FETCHED;
 pub use pipeline::{Chart, KeepImages, PipelineName, Rounds, View};
-pub use plan::{Plan, PlannedStage};
+pub use plan::{LoadError, Plan, PlannedStage};
 pub use probe::NO_KEY;
-pub use reference::{EnvReference, Secrets};
 pub use render::RenderStyle;
 pub use schema::{pipeline_schema, table_schema};
+pub use secrets::{EnvReference, Secrets};
 pub use source::{KeyPath, Side, SourceText, Span};
 pub use sql::tables_there;
 
@@ -58,24 +66,13 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use diagnostic::SourceTexts;
 use lineage::Lineage;
 use overrides::Override;
 use pipeline::PipelineSpec;
+use source_texts::SourceTexts;
 
 use ovchat_io::files;
 use ovchat_models::ModelSpec;
-
-/// The reasons why a pipeline has no plan.
-#[derive(Debug, thiserror::Error)]
-pub enum LoadError {
-    /// The file cannot be read.
-    #[error("cannot read the pipeline file `{}`: {problem}", path.display())]
-    Unreadable { path: PathBuf, problem: io::Error },
-    /// The file was read, and has errors.
-    #[error(transparent)]
-    Refused(Diagnostics),
-}
 
 /// Reads and checks a pipeline file.
 ///
@@ -156,6 +153,8 @@ fn parse(
         diagnostics.extend(probe::keys(&written));
     }
     let mut lineage = Lineage::trace(&written);
+    lineage.check_queries(&written);
+    lineage.unused(&written);
     // Only one diagnostic is kept per setting: a query whose file is missing cannot be planned
     // either.
     let is_news = |new: &Diagnostic| !diagnostics.iter().any(|told| told.at == new.at);

@@ -5,9 +5,8 @@ use std::sync::Arc;
 
 use super::diagnostic::{At, Diagnostic};
 use super::node::Node;
-use super::serde_messages::listed;
 use super::source::{KeyPath, Side, SourceText, Span, Step};
-use super::suggest::suggest;
+use super::suggest::{listed, suggest};
 
 /// One parsed `--set`.
 #[derive(Debug, Clone)]

@@ -4,12 +4,12 @@ use std::fs::Metadata;
 use std::io::ErrorKind;
 use std::path::Path;
 
-use super::check::all_stages;
-use super::diagnostic::{At, Diagnostic, SourceTexts};
+use super::diagnostic::{At, Diagnostic};
 use super::extends::plain;
 use super::pipeline::PipelineSpec;
-use super::reference::Secrets;
+use super::secrets::Secrets;
 use super::source::KeyPath;
+use super::source_texts::SourceTexts;
 use super::suggest::suggest;
 use crate::stages::{SourceProblem, StageSpec};
 use ovchat_io::files;
@@ -25,7 +25,7 @@ pub fn settings(written: &PipelineSpec) -> Vec<KeyPath> {
         let paths = model.spec.iter().flat_map(ModelSpec::paths);
         paths.map(|(field, _)| model.settings.below(field))
     });
-    let of_stages = all_stages(written).flat_map(|(stage, _)| {
+    let of_stages = written.all_stages().flat_map(|(stage, _)| {
         let files = stage.spec.iter().flat_map(|spec| spec.as_stage().files());
         files.map(|(field, _)| stage.settings.key(field))
     });
@@ -59,7 +59,7 @@ pub fn missing_files(
             diagnostics.extend(found);
         }
     }
-    for (stage, _) in all_stages(written) {
+    for (stage, _) in written.all_stages() {
         for (field, path) in stage.spec.iter().flat_map(|spec| spec.as_stage().files()) {
             let at = At::value(stage.settings.key(field));
             diagnostics.extend(missing(field, path, at, secrets));
@@ -72,7 +72,7 @@ pub fn missing_files(
 /// cannot be opened are left to [`missing_files`].
 pub fn records(written: &PipelineSpec, secrets: &Secrets) -> Vec<Diagnostic> {
     let mut diagnostics = Vec::new();
-    for (stage, _) in all_stages(written) {
+    for (stage, _) in written.all_stages() {
         let is_file = |path: &Path| path.metadata().is_ok_and(|found| found.is_file());
         let (path, source_problem) = match &stage.spec {
             Some(StageSpec::LoadPrompts(load)) if is_file(load.from()) => {

@@ -73,6 +73,14 @@ pub struct PipelineSpec {
     pub uses: Vec<(KeyPath, String)>,
 }
 
+impl PipelineSpec {
+    /// The stages, then those under `evaluate`, each with true if it is an evaluation.
+    pub fn all_stages(&self) -> impl Iterator<Item = (&Entry<TableName, StageSpec>, bool)> {
+        let stages = self.stages.iter().map(|stage| (stage, false));
+        stages.chain(self.evaluate.iter().map(|stage| (stage, true)))
+    }
+}
+
 /// The top-level fields, in their customary order.
 pub const FIELDS: [&str; 12] = [
     "extends",

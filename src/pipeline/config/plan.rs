@@ -6,6 +6,7 @@
 mod render;
 
 use std::collections::BTreeMap;
+use std::io;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -13,16 +14,27 @@ use std::sync::Arc;
 use arrow::datatypes::SchemaRef;
 use serde_json::{Value, json};
 
-use super::LoadError;
-use super::diagnostic::{At, Diagnostic, Diagnostics, SourceTexts};
+use super::diagnostic::{At, Diagnostic, Diagnostics};
 use super::expectation::Expectation;
 use super::lineage::{Lineage, StageDraft};
 use super::paths::NOT_FETCHED;
 use super::pipeline::{KeepImages, PipelineName, PipelineSpec, View};
-use super::reference::{EnvReference, Secrets};
+use super::secrets::{EnvReference, Secrets};
 use super::source::{KeyPath, Span, Step};
+use super::source_texts::SourceTexts;
 use crate::stages::{AFTER, ModelName, StageSpec, TableName};
 use ovchat_models::{ModelSpec, Share};
+
+/// The reasons why a pipeline has no plan.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// The file cannot be read.
+    #[error("cannot read the pipeline file `{}`: {problem}", path.display())]
+    Unreadable { path: PathBuf, problem: io::Error },
+    /// The file was read, and has errors.
+    #[error(transparent)]
+    Refused(Diagnostics),
+}
 
 /// A resolved pipeline.
 #[derive(Debug, Clone)]

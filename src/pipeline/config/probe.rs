@@ -1,6 +1,5 @@
 //! Checks of model context sizes and endpoint API keys.
 
-use super::check::all_stages;
 use super::diagnostic::{At, Diagnostic};
 use super::pipeline::PipelineSpec;
 use super::source::KeyPath;
@@ -14,7 +13,7 @@ use ovchat_models::{INVALID_KEY, JudgePromptSettings, ModelSpec};
 /// Models whose config cannot be read have a diagnostic elsewhere.
 pub fn contexts(written: &PipelineSpec) -> Vec<Diagnostic> {
     let mut diagnostics = Vec::new();
-    for (stage, _) in all_stages(written) {
+    for (stage, _) in written.all_stages() {
         if let Some(StageSpec::Sample(sample)) = &stage.spec {
             let tokens = sample.max_new_tokens.get();
             let at = stage.settings.key("max_new_tokens");

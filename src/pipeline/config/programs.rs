@@ -5,11 +5,10 @@ use std::io::Read as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
-use super::check::all_stages;
 use super::diagnostic::{At, Diagnostic};
 use super::paths::shown;
 use super::pipeline::PipelineSpec;
-use super::reference::Secrets;
+use super::secrets::Secrets;
 use super::source::KeyPath;
 use super::suggest::suggest;
 use crate::stages::{Exec, StageSpec};
@@ -21,7 +20,7 @@ use ovchat_io::files;
 /// changes would go unnoticed.
 pub fn unstartable(written: &PipelineSpec, secrets: &Secrets) -> Vec<Diagnostic> {
     let mut diagnostics = Vec::new();
-    for (stage, _) in all_stages(written) {
+    for (stage, _) in written.all_stages() {
         if let Some(StageSpec::Exec(exec)) = &stage.spec
             && let Some(program) = exec.program()
         {

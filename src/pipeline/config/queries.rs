@@ -10,10 +10,9 @@ use arrow::datatypes::{DataType, Schema, SchemaRef};
 use super::diagnostic::{At, Diagnostic};
 use super::lineage::Lineage;
 use super::pipeline::{Chart, PipelineSpec};
-use super::serde_messages::listed;
 use super::source::KeyPath;
 use super::sql;
-use super::suggest::suggest;
+use super::suggest::{listed, suggest};
 use ovchat_data::tables::{Image, Reject, Row, Telemetry};
 use ovchat_query::{self as query, Param, QueryError, Several, is_flag, with_round};
 
@@ -21,6 +20,13 @@ use ovchat_query::{self as query, Param, QueryError, Several, is_flag, with_roun
 const ONE_ROW: &str = "aggregate to a single row, such as: select max(reward) > 0.9 from rewards where round = $round";
 
 impl Lineage {
+    /// Checks all queries that build no table.
+    pub(super) fn check_queries(&mut self, written: &PipelineSpec) {
+        self.report(written);
+        self.expect(written);
+        self.stop_when(written);
+    }
+
     /// Returns the tables with known columns (with `round` added if `in_rounds`), and the names of
     /// the others, which already have a diagnostic.
     fn tables(&self, in_rounds: bool) -> (Vec<(String, SchemaRef)>, HashSet<String>) {
@@ -42,7 +48,7 @@ impl Lineage {
     }
 
     /// Checks `stop_when`, the query that ends the rounds.
-    pub(super) fn stop_when(&mut self, written: &PipelineSpec) {
+    fn stop_when(&mut self, written: &PipelineSpec) {
         const CODE: &str = "config::stop_when";
         let Some(query) = written.rounds.stop_when() else {
             return;
@@ -104,7 +110,7 @@ impl Lineage {
     }
 
     /// Checks the expectations against the columns of their tables.
-    pub(super) fn expect(&mut self, written: &PipelineSpec) {
+    fn expect(&mut self, written: &PipelineSpec) {
         let (tables, unclear) = self.tables(false);
         for entry in &written.expect {
             let Some(expectation) = &entry.spec else {
@@ -177,7 +183,7 @@ impl Lineage {
     }
 
     /// Checks the queries of `report` against the columns of the tables and the earlier views.
-    pub(super) fn report(&mut self, written: &PipelineSpec) {
+    fn report(&mut self, written: &PipelineSpec) {
         let mut tables: Vec<(String, SchemaRef)> = vec![
             ("images".to_owned(), Image::schema()),
             ("rejects".to_owned(), Reject::schema()),

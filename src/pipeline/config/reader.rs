@@ -12,10 +12,11 @@ use serde_yaml::with::singleton_map_recursive;
 use super::diagnostic::{At, Diagnostic, TOLD_MAX};
 use super::node::Node;
 use super::pipeline::{Entry, FIELDS, PipelineName, PipelineSpec, one_percent};
-use super::reference::{Environment, Replacer, Secrets, UNKNOWN_VARIABLE, Variable};
-use super::serde_messages::{Subject, WITHOUT_DASHES, Words, listed, reword, short};
+use super::reference::{Environment, Replacer, UNKNOWN_VARIABLE, Variable};
+use super::secrets::Secrets;
+use super::serde_messages::{Subject, WITHOUT_DASHES, Words, reword, short};
 use super::source::{KeyPath, Step};
-use super::suggest::suggest;
+use super::suggest::{listed, suggest};
 use crate::stages::TableName;
 
 /// The result of reading a pipeline.

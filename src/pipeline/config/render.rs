@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use miette::{GraphicalReportHandler, GraphicalTheme, LabeledSpan, SourceCode};
 
-use super::diagnostic::{Diagnostic, Severity};
+use super::diagnostic::{Diagnostic, Diagnostics, Severity};
 use super::source::{SourceText, Span};
 use ovchat_io::visible::{visible, visible_in_place};
 
@@ -73,6 +73,18 @@ impl Diagnostic {
             place.span.end = place.source.text.floor_char_boundary(end);
         }
         drawn
+    }
+}
+
+impl Diagnostics {
+    /// Draws all diagnostics, separated by empty lines.
+    pub fn render(&self, look: RenderStyle) -> String {
+        let drawn: Vec<_> = self
+            .0
+            .iter()
+            .map(|diagnostic| diagnostic.render(look))
+            .collect();
+        drawn.join("\n")
     }
 }
 

@@ -1,6 +1,6 @@
 //! The tables of each round, and the checkpoint that a model refers to in it.
 
-use super::{Plan, PlannedStage};
+use super::plan::{Plan, PlannedStage};
 use crate::stages::{ModelName, TableName};
 
 impl Plan {

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use super::pipeline::ROUNDS;
 use super::source::Side;
-use super::suggest::suggest;
+use super::suggest::{listed, suggest};
 
 /// The parts of a diagnostic that are derived from one of serde's messages.
 #[derive(Debug, PartialEq, Eq)]
@@ -127,12 +127,6 @@ pub fn short(text: &str) -> Cow<'_, str> {
         Some((end, _)) => format!("{}… ({} characters)", &text[..end], text.chars().count()).into(),
         None => text.into(),
     }
-}
-
-/// Names joined for a message: "`a`, `b`".
-pub fn listed<'a>(names: impl IntoIterator<Item = &'a str>) -> String {
-    let quoted: Vec<_> = names.into_iter().map(|name| format!("`{name}`")).collect();
-    quoted.join(", ")
 }
 
 fn wrong_type(message: String, help: Option<String>) -> Words {

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
-use super::node::KeyText;
+use super::key_text::KeyText;
 
 /// One step from a setting to a setting within it.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,4 +1,4 @@
-//! The known word that is nearest to a misspelled one.
+//! Known words for messages: the one that is nearest to a misspelled word, and lists.
 
 /// The maximum length, in characters, of a word that gets a suggestion.
 const LETTERS_MAX: usize = 100;
@@ -37,6 +37,12 @@ fn edit_distance(a: &str, b: &str) -> usize {
         }
     }
     rows[a.len()][b.len()]
+}
+
+/// Names joined for a message: "`a`, `b`".
+pub fn listed<'a>(names: impl IntoIterator<Item = &'a str>) -> String {
+    let quoted: Vec<_> = names.into_iter().map(|name| format!("`{name}`")).collect();
+    quoted.join(", ")
 }
 
 #[cfg(test)]

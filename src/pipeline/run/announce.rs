@@ -3,9 +3,13 @@
 
 use std::path::Path;
 
+use super::forecast::Action;
+use super::keys::Reason;
+use super::options::Options;
 use super::reconcile::tables_of;
+use super::report::Report;
+use super::runner::{LAST, LAST_WHOLE, RunError, Runner, Slot};
 use super::train::checkpoint_of;
-use super::{Action, LAST, LAST_WHOLE, Options, Reason, Report, RunError, Runner, Slot};
 use crate::config::Plan;
 use crate::stages::{Failure, ModelName, TableName};
 use ovchat_data::store::TableVersion;

@@ -1,6 +1,6 @@
 //! Waiting for labels: a stage that needs annotators stops the run until there are enough labels.
 
-use super::Runner;
+use super::runner::{Runner, titled};
 use crate::config::PlannedStage;
 use crate::stages::Failure;
 use ovchat_data::store::{LabelFiles, LabelTask, LabelVerdict};
@@ -46,7 +46,7 @@ impl Runner<'_> {
         }
         Err(Failure::Waiting(format!(
             "`{}` has {said} of {wanted} labels; to label, run: pipeline label {}",
-            super::titled(&stage.name, round),
+            titled(&stage.name, round),
             root.display()
         )))
     }

@@ -28,7 +28,7 @@ use arrow_ipc::writer::StreamWriter;
 use self::framing::Framed;
 use self::program::{Ended, PipeMessage, Program, ProgramOutput, Running};
 use super::report::{Start, Unit};
-use super::{Runner, took};
+use super::runner::{Runner, took};
 use crate::config::{PlannedStage, Secrets};
 use crate::stages::{Command, Failure, Inherited};
 use ovchat_data::store::{TableReader, TableVersion};

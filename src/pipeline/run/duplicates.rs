@@ -12,7 +12,7 @@ use arrow::compute::cast;
 use arrow::datatypes::{DataType, Field, Int64Type, Schema};
 use sha2::{Digest, Sha256};
 
-use super::Runner;
+use super::runner::Runner;
 use crate::config::PlannedStage;
 use crate::stages::{Failure, StageKind, TableName};
 use ovchat_data::store::TableReader;

@@ -5,8 +5,8 @@ use arrow::array::{Array, AsArray, RecordBatch};
 use arrow::datatypes::Float64Type;
 use arrow::util::pretty::pretty_format_batches;
 
-use super::Runner;
 use super::query::ask;
+use super::runner::Runner;
 use crate::config::{Expectation, Otherwise, PlannedStage};
 use crate::stages::{Failure, TableName};
 use ovchat_data::store::{TableVersion, read_file};

@@ -6,6 +6,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::keys::{Keys, Reason, explain, explained, known_key, table_key};
+use super::runner::Runner;
 use super::stop::ends;
 use crate::config::{Plan, PlannedStage};
 use crate::stages::{Failure, StageKind, TableName};
@@ -337,7 +338,7 @@ fn last_making<'m>(
     })
 }
 
-impl super::Runner<'_> {
+impl Runner<'_> {
     /// Returns the estimate for a table that is begun.
     pub(super) fn expected(&self, table: &TableName, round: Option<u32>) -> Expected {
         let Some(stage) = self.plan.stage(table) else {

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::models::Kept;
 use super::reconcile::tables_of;
-use super::{RunError, Runner};
+use super::runner::{RunError, Runner};
 use crate::config::PlannedStage;
 use crate::stages::{Failure, ModelState};
 use ovchat_data::store::{CheckpointRecord, FileRecord, StoreError, TableVersion, hash_file};

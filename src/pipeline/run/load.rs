@@ -6,7 +6,7 @@ use std::time::Instant;
 use arrow::array::AsArray;
 
 use super::report::{Start, Unit};
-use super::{Runner, count, note_once, took, write_beside};
+use super::runner::{Runner, count, note_once, took, write_beside};
 use crate::config::{KeepImages, PlannedStage};
 use crate::stages::{Failure, LoadStage, Loaded, Record, TableName, rejects};
 use ovchat_data::store::{Event, Images, Key, PartRecord, TableReader, TableVersion};

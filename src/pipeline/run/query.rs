@@ -7,10 +7,10 @@ use arrow::array::RecordBatch;
 use arrow::compute::cast;
 use arrow::datatypes::SchemaRef;
 
-use super::{Runner, took};
+use super::interrupt::Interrupt;
+use super::report::{Start, Tally, Unit};
+use super::runner::{Runner, took};
 use crate::config::PlannedStage;
-use crate::run::report::Tally;
-use crate::run::{Interrupt, Start, Unit};
 use crate::stages::{Failure, Query};
 use ovchat_data::store::StoreError;
 use ovchat_query::{self as query, Part, QueryTable};

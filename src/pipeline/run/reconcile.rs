@@ -8,7 +8,7 @@
 use serde_json::Value;
 
 use super::keys::{explain, explained, in_words};
-use super::{Runner, Slot, titled};
+use super::runner::{Runner, Slot, titled};
 use crate::config::PlannedStage;
 use crate::stages::{Failure, StageKind, TableName};
 use ovchat_data::store::TableVersion;

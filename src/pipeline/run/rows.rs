@@ -11,7 +11,7 @@ use arrow::datatypes::SchemaRef;
 use super::groups::{Groups, Taken};
 use super::models::RunModels;
 use super::report::{Start, Tally, Unit};
-use super::{Runner, count, note_once, took, write_beside};
+use super::runner::{Runner, count, note_once, took, with_oom_retries, write_beside};
 use crate::config::PlannedStage;
 use crate::stages::{BatchStage, Failure, InputTables, Outcome, StageContext, TableName, rejects};
 use ovchat_data::store::{FileRecord, Key, Lookup, PartRecord, Place, TableVersion, Took};
@@ -348,18 +348,6 @@ fn row_of(
         seconds: took.as_secs_f64(),
         peak_memory: peak_memory(),
     }
-}
-
-/// Returns the footer, with the number of OOM retries if there were any: after a retry, responses
-/// are batched differently than planned, which changes the last bits of their log-probabilities.
-pub(super) fn with_oom_retries(
-    mut footer: Vec<(&'static str, String)>,
-    oom_retries: u64,
-) -> Vec<(&'static str, String)> {
-    if oom_retries > 0 {
-        footer.push(("ovchat.halvings", oom_retries.to_string()));
-    }
-    footer
 }
 
 /// Returns the peak memory of this process so far, in bytes; `None` outside Linux.

@@ -2,7 +2,7 @@
 
 use arrow::array::{Array, AsArray};
 
-use super::{Runner, note_once};
+use super::runner::{Runner, note_once};
 use crate::config::Plan;
 use crate::stages::Failure;
 use ovchat_data::store::RunFolder;

@@ -18,7 +18,7 @@ use serde_json::Value;
 use super::interrupt::Interrupt;
 use super::reconcile::tables_of;
 use super::report::{Report, Start, Tally, Unit};
-use super::{Runner, note_once, took};
+use super::runner::{Runner, note_once, took};
 use crate::config::{Plan, PlannedStage};
 use crate::stages::{Failure, StageContext, StageKind, TableName, TrainStage, TrainingRun};
 use ovchat_data::store::{

@@ -1,6 +1,7 @@
 //! Source file formats: JSON lists, JSON Lines and Parquet.
 
 mod columns;
+mod failure;
 mod json;
 
 use std::collections::HashMap;
@@ -9,6 +10,7 @@ use std::path::Path;
 
 use serde_json::de::IoRead;
 
+use self::failure::{empty, input};
 use super::work::{Failure, Record};
 use ovchat_io::files;
 
@@ -75,18 +77,6 @@ fn open(path: &Path) -> Result<BufReader<files::Stream>, Failure> {
         text.consume(MARK.len());
     }
     Ok(text)
-}
-
-fn input(path: &Path, place: &str, problem: String) -> Failure {
-    Failure::Input {
-        path: path.to_owned(),
-        place: place.to_owned(),
-        problem,
-    }
-}
-
-fn empty(path: &Path) -> Failure {
-    input(path, "", "no records found".to_owned())
 }
 
 /// Reads a JSON object that maps image paths to captions.

@@ -2,173 +2,30 @@
 
 mod options;
 mod reference;
+mod settings;
 
-use std::collections::BTreeMap;
-use std::num::NonZeroU32;
 use std::time::Instant;
 
 use arrow::array::RecordBatch;
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
 
-use self::options::{Lora, LossSum, ReferenceAudit, ReferenceModel};
 use self::reference::ReferencePass;
+pub use self::settings::TrainDpo;
 use super::training::{
     OptimizerSettings, TrainingSettings, TrainingStage, Warmup, example, prompts,
 };
 use super::{
-    BatchStage, Failure, ModelName, ModelRole, ModelState, NonNegative, Positive, Share,
-    StageContext, StageError, TableName, TrainingRun, Use,
+    BatchStage, Failure, ModelRole, ModelState, StageContext, StageError, TableName, TrainingRun,
+    Use,
 };
 use ovchat_data::store::Lookup;
 use ovchat_data::tables::{DpoStep, Pair, Reference, Row};
-use ovchat_models::checkpoint::{LlavaOnevisionConfig, TrainingSizes};
-use ovchat_models::{
-    Checkpointing, DpoSettings, DpoTrainer, LoraSettings, Mask, Newlines, Objective, Optimization,
-    Optimizer, Part, Schedule, Trained, Trainer,
-};
+use ovchat_models::{DpoTrainer, Optimization, Trainer};
+
+/// The default of `warmup_ratio`.
+const WARMUP_RATIO: f64 = 0.1;
 
 /// The suffix of the name of a training stage's table of reference log-probabilities.
 pub const REFERENCE: &str = "_reference";
-
-/// Trains a model on preference pairs with DPO or a related loss. The defaults are those of the
-/// document's training script: full fine-tuning, the sigmoid loss, and the model at the start of
-/// the round as the reference.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct TrainDpo {
-    /// The table of pairs.
-    pub pairs: TableName,
-    /// The model to train. From the next round on, its name refers to the checkpoint written here.
-    pub model: ModelName,
-    /// The table of another training stage of the same model in the same round; this stage
-    /// continues from its checkpoint. Default: training starts from the model at the start of the
-    /// round.
-    #[serde(default)]
-    pub after: Option<TableName>,
-    /// The loss: a name, or a weighted sum of several losses, e.g. `{ sigmoid: 1, sft: 0.2 }`.
-    #[serde(default)]
-    pub loss: LossSum,
-    /// The coefficient β of the preference loss: a higher value allows less deviation from the
-    /// reference model.
-    #[serde(default = "defaults::beta")]
-    pub beta: Positive,
-    /// The assumed fraction of pairs with flipped labels, below 0.5. The losses `exo_pair` and
-    /// `robust` require a value above 0.
-    #[serde(default)]
-    pub label_smoothing: Share,
-    /// The target reward margin γ of the loss `simpo`. Default: 0.5.
-    #[serde(default)]
-    pub simpo_gamma: Option<NonNegative>,
-    /// The reference model: `round_start` (the model at the start of the round), `initial` (the
-    /// model before the first round), `none`, or the name of another model. Default: `round_start`,
-    /// or `none` if no loss uses a reference.
-    #[serde(default)]
-    pub reference: Option<ReferenceModel>,
-    /// The audit of reference log-probabilities that were recorded during sampling: the share that
-    /// is recomputed, and the maximum drift.
-    #[serde(default)]
-    pub reference_audit: ReferenceAudit,
-    /// The tokens that count toward the loss: `answer`, or the conventions of `trl` and
-    /// `llava_next`, for comparison with runs of those programs.
-    #[serde(default)]
-    pub mask: Mask,
-    /// Newlines between an image and the text: `one`, as in sampling, or `two`, as in LLaVA-NeXT's
-    /// DPO script.
-    #[serde(default)]
-    pub newlines: Newlines,
-    /// The parts of the model to train; the others are frozen. Default: all parts.
-    #[serde(default)]
-    pub train: Option<Vec<Part>>,
-    /// Peak learning rates by part, for parts that do not use `learning_rate`.
-    #[serde(default)]
-    pub learning_rates: BTreeMap<Part, Positive>,
-    /// Trains a LoRA adapter instead of the model's weights. Default: no adapter.
-    #[serde(default)]
-    pub lora: Option<Lora>,
-    /// The peak learning rate, reached after warmup.
-    #[serde(default = "defaults::learning_rate")]
-    pub learning_rate: Positive,
-    /// The learning rate schedule after warmup: `cosine` or `linear` decay to 0, or `constant`.
-    #[serde(default)]
-    pub schedule: Schedule,
-    /// The number of passes over the pairs.
-    #[serde(default = "defaults::epochs")]
-    pub epochs: NonZeroU32,
-    /// Pairs per optimizer step. The number of pairs computed at once does not depend on it.
-    #[serde(default = "defaults::batch_pairs")]
-    pub batch_pairs: NonZeroU32,
-    /// Groups pairs of similar length into the same batch.
-    #[serde(default)]
-    pub group_by_length: bool,
-    /// The fraction of the optimizer steps in which the learning rate rises from 0. Default: 0.1.
-    #[serde(default)]
-    pub warmup_ratio: Option<NonNegative>,
-    /// The number of optimizer steps in which the learning rate rises from 0, instead of
-    /// `warmup_ratio`.
-    #[serde(default)]
-    pub warmup_steps: Option<u32>,
-    /// The optimizer: `adamw`, or `adamw_8bit`, whose moments take a quarter of the memory.
-    #[serde(default)]
-    pub optimizer: Optimizer,
-    /// The weight decay of AdamW; 0 turns it off.
-    #[serde(default = "defaults::weight_decay")]
-    pub weight_decay: NonNegative,
-    /// The maximum gradient norm: gradients with a larger norm are scaled down to it. 0 turns
-    /// clipping off.
-    #[serde(default = "defaults::max_grad_norm")]
-    pub max_grad_norm: NonNegative,
-    /// Activation checkpointing: activations are recomputed in the backward pass instead of saved,
-    /// which takes less memory and about a third more time. `always`, `never`, or `auto` (only if
-    /// they do not fit in memory).
-    #[serde(default)]
-    pub activation_checkpointing: Checkpointing,
-    /// Optimizer steps between saved training states. An interrupted training resumes from the last
-    /// one.
-    #[serde(default = "defaults::save_every")]
-    pub save_every: NonZeroU32,
-    /// The number of saved training states to keep. If the newest cannot be read, training resumes
-    /// from the one before.
-    #[serde(default = "defaults::keep_last")]
-    pub keep_last: NonZeroU32,
-}
-
-/// The default values of `dpo_ov7b.sh` and the Hugging Face `Trainer`; `save_every` and `keep_last`
-/// are specific to this project.
-mod defaults {
-    use super::{NonNegative, NonZeroU32, Positive};
-
-    /// The default warmup ratio.
-    pub const WARMUP_RATIO: f64 = 0.1;
-
-    pub fn beta() -> Positive {
-        0.1.try_into().expect("positive")
-    }
-    pub fn learning_rate() -> Positive {
-        5.0e-7.try_into().expect("positive")
-    }
-    pub fn epochs() -> NonZeroU32 {
-        NonZeroU32::MIN
-    }
-    pub fn batch_pairs() -> NonZeroU32 {
-        const { NonZeroU32::new(8).unwrap() }
-    }
-    pub fn weight_decay() -> NonNegative {
-        0.0.try_into().expect("not negative")
-    }
-    pub fn max_grad_norm() -> NonNegative {
-        1.0.try_into().expect("not negative")
-    }
-    pub fn keep_last() -> NonZeroU32 {
-        NonZeroU32::MIN
-    }
-    pub fn save_every() -> NonZeroU32 {
-        const { NonZeroU32::new(100).unwrap() }
-    }
-}
-
-/// The default of `simpo_gamma` in TRL's `CPOConfig`.
-const SIMPO_GAMMA: f64 = 0.5;
 
 impl TrainingStage for TrainDpo {
     type Example = Pair;
@@ -191,7 +48,7 @@ impl TrainingStage for TrainDpo {
                 warmup: match (self.warmup_steps, self.warmup_ratio) {
                     (Some(steps), _) => Warmup::Steps(steps),
                     (None, Some(ratio)) => Warmup::Ratio(ratio.get()),
-                    (None, None) => Warmup::Ratio(defaults::WARMUP_RATIO),
+                    (None, None) => Warmup::Ratio(WARMUP_RATIO),
                 },
                 weight_decay: self.weight_decay,
                 max_grad_norm: self.max_grad_norm,
@@ -254,66 +111,6 @@ impl TrainingStage for TrainDpo {
             reference: start.zip(before),
             trainer,
         }))
-    }
-}
-
-impl TrainDpo {
-    fn settings(&self, trained: Trained, optimization: Optimization) -> DpoSettings {
-        DpoSettings {
-            objective: Objective {
-                terms: self.loss.terms(),
-                beta: self.beta.get(),
-                label_smoothing: self.label_smoothing.get(),
-                simpo_gamma: self.simpo_gamma.map_or(SIMPO_GAMMA, NonNegative::get),
-            },
-            mask: self.mask,
-            newlines: self.newlines,
-            trained,
-            checkpointing: self.activation_checkpointing,
-            optimization,
-        }
-    }
-
-    /// Returns the memory required to train the model of `config`, with `element` bytes per number
-    /// in the compute dtype.
-    pub fn sizes(&self, config: &LlavaOnevisionConfig, element: u64) -> TrainingSizes {
-        TrainingSizes::new(config, &self.trained(0), self.optimizer, element)
-    }
-
-    /// Returns the trained parameters; `seed` initializes a new adapter.
-    fn trained(&self, seed: u64) -> Trained {
-        if let Some(lora) = &self.lora {
-            return Trained::Lora(LoraSettings {
-                rank: lora.rank.get() as usize,
-                alpha: lora.alpha.get(),
-                dropout: lora.dropout.get(),
-                targets: lora.targets.clone(),
-                seed,
-            });
-        }
-        let parts = self.parts().into_iter();
-        let own = |part| self.learning_rates.get(&part).map(|rate| rate.get());
-        Trained::Parts(parts.map(|part| (part, own(part))).collect())
-    }
-
-    fn parts(&self) -> Vec<Part> {
-        let all = || Part::ALL.to_vec();
-        self.train.clone().unwrap_or_else(all)
-    }
-
-    /// Returns the reference model and its state; `None` without a reference.
-    fn reference_model(&self) -> Option<(&ModelName, ModelState)> {
-        let asked = || {
-            let mut terms = self.loss.terms().into_iter();
-            terms.any(|(loss, _)| loss.has_reference())
-        };
-        match &self.reference {
-            None => asked().then_some((&self.model, ModelState::Now)),
-            Some(ReferenceModel::None) => None,
-            Some(ReferenceModel::RoundStart) => Some((&self.model, ModelState::Now)),
-            Some(ReferenceModel::Initial) => Some((&self.model, ModelState::Initial)),
-            Some(ReferenceModel::Model(model)) => Some((model, ModelState::Now)),
-        }
     }
 }
 

@@ -4,7 +4,7 @@ use tch::Tensor;
 
 use super::super::attention::KeyValue;
 use super::super::layers::{Activation, Bias, Linear, Path, RmsNorm, RotaryCosSin};
-use super::DecoderSizes;
+use super::sizes::DecoderSizes;
 use ovchat_models::ModelError;
 
 /// A layer: attention, then a gated MLP.

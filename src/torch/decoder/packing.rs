@@ -4,7 +4,6 @@ use tch::Tensor;
 
 use super::super::attention::{KeyValue, attend_causally, attend_masked, branch_mask, tree_mask};
 use super::super::layers::RotaryCosSin;
-use super::{joined, runs};
 
 /// A prompt with whole continuations, which do not see each other.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -120,5 +119,23 @@ impl PackedBatch {
             first += tree.wanted();
         }
         joined(mixed).expect("a tree")
+    }
+}
+
+/// The start of each sequence in the concatenation, and its length.
+pub fn runs(lengths: &[i64]) -> Vec<(i64, i64)> {
+    let mut start = 0;
+    let run = |&length: &i64| {
+        start += length;
+        (start - length, length)
+    };
+    lengths.iter().map(run).collect()
+}
+
+/// Concatenates the attention outputs of prompts; `None` if there are none.
+pub fn joined(mut mixed: Vec<Tensor>) -> Option<Tensor> {
+    match mixed.len() {
+        0 | 1 => mixed.pop(),
+        _ => Some(Tensor::cat(&mixed, 1)),
     }
 }

@@ -3,6 +3,7 @@
 use tch::IndexOp;
 
 use super::super::layers::tests::{FakeSource, noise};
+use super::super::layers::{Activation, Bias};
 use super::*;
 
 fn config() -> DecoderSizes {

@@ -4,12 +4,12 @@ use std::ops::Range;
 
 use tch::{Kind, Tensor};
 
+use super::super::checkpoint::Parts;
 use super::super::decoder::PackedSequence;
 use super::super::dpo::token_logps;
 use super::super::layer_stack::{LayerStack, SavedActivations};
 use super::super::llava_onevision::LlavaOnevision;
 use super::super::training::row_error;
-use super::LlavaOnevisionDpo;
 use ovchat_models::preprocess::{LlavaOnevisionProcessor, Prepared, PromptIds, Tiles};
 use ovchat_models::{Example, Mask, ModelError, Newlines, TrainingAnswer};
 
@@ -98,12 +98,15 @@ pub struct Pass<'a> {
 }
 
 impl<'a> Pass<'a> {
+    /// Runs the forward pass. `parts` are the parts that are trained, `logits_max` the number of
+    /// logits in memory at once.
     pub fn new(
-        trainer: &'a LlavaOnevisionDpo,
+        network: &'a LlavaOnevision,
+        parts: Parts,
         pairs: &[PairTokens],
         keep: SavedActivations,
+        logits_max: i64,
     ) -> Self {
-        let (network, parts) = (&trainer.network, trainer.parts);
         let images: Vec<&Tiles> = pairs.iter().flat_map(|pair| &pair.prompt.images).collect();
         let seen = network.see(&images, keep, parts);
         let mut features = seen.features.into_iter();
@@ -136,7 +139,7 @@ impl<'a> Pass<'a> {
             rows,
             ids,
             counts,
-            logits_max: trainer.logits_max,
+            logits_max,
         }
     }
 

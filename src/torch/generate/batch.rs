@@ -7,7 +7,7 @@ use super::super::device;
 use super::super::dpo::token_logps;
 use super::super::llava_onevision::LlavaOnevision;
 use super::super::sampling::{Chooser, uniform};
-use super::PendingPrompt;
+use super::pending_prompt::PendingPrompt;
 use ovchat_models::preprocess::Chat;
 use ovchat_models::{RowFault, Stop};
 

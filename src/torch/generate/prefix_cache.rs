@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use tch::Tensor;
 
-use super::PendingPrompt;
+use super::pending_prompt::PendingPrompt;
 use crate::decoder::{PrefixKv, Wanted};
 use crate::device;
 use crate::error::guarded;

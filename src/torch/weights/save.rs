@@ -10,8 +10,9 @@ use tch::{Device, Kind, Tensor};
 use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, DateTime, ZipWriter};
 
-use super::{kind, refuse};
+use super::kind::kind;
 use crate::device::torch_error;
+use crate::error::refuse;
 use ovchat_models::ModelError;
 use ovchat_models::checkpoint::{Element, write_pickle};
 

@@ -12,7 +12,7 @@
 
 use std::collections::HashMap;
 
-use super::Element;
+use super::tensor::Element;
 
 /// Maximum number of dimensions of a torch tensor.
 const DIMENSIONS_MAX: usize = 64;

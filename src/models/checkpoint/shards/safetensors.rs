@@ -10,7 +10,7 @@ use std::os::unix::fs::FileExt;
 
 use serde::Deserialize;
 
-use super::{Element, TensorLocation};
+use super::tensor::{Element, TensorLocation};
 
 /// Maximum length of the header, which is the limit of the safetensors library.
 const HEADER_BYTES_MAX: u64 = 100_000_000;

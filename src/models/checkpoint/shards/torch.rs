@@ -12,8 +12,8 @@ use std::ops::Range;
 
 use zip::{CompressionMethod, ZipArchive};
 
-use super::TensorLocation;
 use super::pickle::{self, PickledTensor};
+use super::tensor::TensorLocation;
 
 /// Maximum size of the pickle. A model of 720 tensors has one of 100 kB.
 const PICKLE_BYTES_MAX: u64 = 256 << 20;

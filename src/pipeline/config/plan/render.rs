@@ -5,7 +5,7 @@ use std::fmt::{self, Write as _};
 use serde_json::Value;
 
 use super::{Plan, PlannedStage};
-use crate::config::reference::Secrets;
+use crate::config::secrets::Secrets;
 use ovchat_models::ModelSpec;
 
 impl Plan {

@@ -14,7 +14,7 @@ use serde_json::{Map, Value};
 use super::super::media::{file_name, holds_anything};
 use super::super::unread::{is_needed, shown as name_shown};
 use super::super::work::{Failure, Record};
-use super::{empty, input};
+use super::failure::{empty, input};
 use ovchat_data::store::TableReader;
 use ovchat_data::tables::ImageFile;
 

@@ -13,7 +13,7 @@ use serde_json::{Map, Number, Value};
 
 use super::super::unread::shown;
 use super::super::work::{Failure, Record};
-use super::{empty, input};
+use super::failure::{empty, input};
 
 /// The number of records that the parser thread may be ahead of its consumer.
 const AHEAD: usize = 256;

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 
 use super::super::training::{TrainingStage, example, prompts};
 use super::super::{Failure, Outcome, RowStage, StageContext, TableName, Task, shown};
-use super::TrainDpo;
+use super::settings::TrainDpo;
 use ovchat_data::store::Key;
 use ovchat_data::tables::{Pair, Reference};
 use ovchat_models::{DpoTrainer, Mask, Newlines, Trained};
