@@ -6,15 +6,16 @@ use std::path::Path;
 
 use tch::{Device, Kind, Tensor};
 
-use super::super::checkpoint::{Checkpoint, Purpose};
-use super::super::generate::LlavaOnevisionPolicy;
-use super::super::llava_onevision::LlavaOnevision;
-use super::super::weights::Weights;
 use super::{Recorded, Report, compare, differences, greatest, image_file, json};
+use crate::common::open;
 use ovchat_models::preprocess::LlavaOnevisionProcessor;
 use ovchat_models::{
     self as models, ChatPrompt, DeviceSpec, Dtype, Generation, Policy as _, Sampling,
 };
+use ovchat_torch::checkpoint::{Checkpoint, Purpose};
+use ovchat_torch::generate::LlavaOnevisionPolicy;
+use ovchat_torch::llava_onevision::LlavaOnevision;
+use ovchat_torch::weights::Weights;
 
 #[derive(serde::Deserialize)]
 struct Cases {
@@ -87,20 +88,6 @@ fn prompts(folder: &Path, list: &Path) -> Vec<ChatPrompt> {
         )
     };
     asked.into_iter().map(prompt).collect()
-}
-
-fn open(place: &Path, kind: Kind) -> (LlavaOnevisionProcessor, LlavaOnevision) {
-    let prep = LlavaOnevisionProcessor::open(place).unwrap_or_else(|error| panic!("{error}"));
-    let checkpoint = Checkpoint::open(place).unwrap_or_else(|error| panic!("{error}"));
-    let opened = LlavaOnevision::open(
-        &checkpoint,
-        &prep.config,
-        Device::Cpu,
-        kind,
-        Purpose::Inference,
-    );
-    let (network, _) = opened.unwrap_or_else(|error| panic!("{error}"));
-    (prep, network)
 }
 
 /// The largest differences over all prompts, `[absolute, relative]`.
