@@ -173,24 +173,29 @@ fn forward(
         let holds = apart[0] <= BOUND;
         report.line(format!("{}: {name}", case.title), apart, "1e-4", holds);
     }
-    if let Some([spread, most]) = case.bfloat16
-        && !logits_apart.is_empty()
-    {
-        let apart = Tensor::cat(&logits_apart, 0);
-        let found = apart.square().mean(Kind::Double).sqrt().double_value(&[]);
-        let bound = format!("the reference's own spread, {spread:.2e} (root of the mean square)");
-        // Two independent roundings of equal size deviate from the exact value equally, up to
-        // chance; the committed recording comes from another machine, whose products may round
-        // differently.
-        let chance = if std::env::var_os("OVCHAT_PARITY").is_some() {
-            1.1
-        } else {
-            1.25
-        };
-        let holds = found <= chance * spread && greatest(&apart) <= 1.5 * most;
-        let title = format!("{}: logits in bfloat16", case.title);
-        report.line(title, [found, found / spread], bound, holds);
-    }
+    half_precision(case, &logits_apart, report);
+}
+
+/// Compares logits in bfloat16 with the reference's in float32, from which they are `apart`, prompt
+/// by prompt.
+fn half_precision(case: &Case, apart: &[Tensor], report: &mut Report) {
+    let Some([spread, most]) = case.bfloat16.filter(|_| !apart.is_empty()) else {
+        return;
+    };
+    let apart = Tensor::cat(apart, 0);
+    let found = apart.square().mean(Kind::Double).sqrt().double_value(&[]);
+    let bound = format!("the reference's own spread, {spread:.2e} (root of the mean square)");
+    // Two independent roundings of equal size deviate from the exact value equally, up to
+    // chance; the committed recording comes from another machine, whose products may round
+    // differently.
+    let chance = if std::env::var_os("OVCHAT_PARITY").is_some() {
+        1.1
+    } else {
+        1.25
+    };
+    let holds = found <= chance * spread && greatest(&apart) <= 1.5 * most;
+    let title = format!("{}: logits in bfloat16", case.title);
+    report.line(title, [found, found / spread], bound, holds);
 }
 
 /// A checkpoint that is loaded for training and saved again has the same tensors under the same
