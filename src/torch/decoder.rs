@@ -193,7 +193,6 @@ impl Decoder {
     }
 
     /// The hidden states of all tokens of one sequence, after the final norm.
-    #[cfg(test)]
     pub fn hidden(&self, embeds: &Tensor) -> Tensor {
         let tree = PackedSequence {
             prompt: embeds.size()[0],
@@ -519,12 +518,6 @@ impl LmHead {
         Self { weight }
     }
 
-    /// A head with the given `weight`, `[vocab, hidden]`.
-    #[cfg(test)]
-    pub fn of(weight: Tensor) -> Self {
-        Self { weight }
-    }
-
     /// Maps `[rows, hidden]` to logits `[rows, vocab]`, in float32.
     pub fn forward(&self, hidden: &Tensor) -> Tensor {
         hidden
@@ -537,6 +530,3 @@ impl LmHead {
         self.weight.size()[0]
     }
 }
-
-#[cfg(test)]
-mod tests;

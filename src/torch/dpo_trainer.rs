@@ -60,7 +60,7 @@ pub struct LlavaOnevisionDpo {
     /// Tokens and tiles of the largest known pair.
     largest: [usize; 2],
     /// The maximum number of logits in memory at once.
-    logits_max: i64,
+    pub logits_max: i64,
     written: TrainingOutput,
 }
 
@@ -103,7 +103,6 @@ impl Sums {
 
 impl LlavaOnevisionDpo {
     /// The training state.
-    #[cfg(test)]
     pub fn training(&self) -> &TrainingState {
         &self.training
     }
@@ -478,6 +477,3 @@ impl Trainer for LlavaOnevisionDpo {
         self.training.load_state(from)
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -42,7 +42,8 @@ pub struct LlavaOnevisionPolicy {
     prep: LlavaOnevisionProcessor,
     network: LlavaOnevision,
     banned: Vec<i64>,
-    budget: Budget,
+    /// The batch limits of the next call.
+    pub budget: Budget,
 }
 
 /// A call in progress.
@@ -425,4 +426,71 @@ fn by_first_image(prompts: &[ChatPrompt]) -> Vec<usize> {
 }
 
 #[cfg(test)]
-mod tests;
+mod tests {
+    use super::super::error::tests::run_out_after;
+    use super::super::recorded::onevision::{
+        assert_same, clear, how, many, measured, prompts, sample, spec,
+    };
+    use super::*;
+    use ovchat_models::Dtype;
+
+    fn policy() -> LlavaOnevisionPolicy {
+        LlavaOnevisionPolicy::open(&spec(Dtype::Float32)).unwrap()
+    }
+
+    /// Memory runs out anywhere in a part, once or repeatedly.
+    #[test]
+    fn memory_that_runs_out_costs_time_and_no_answer() {
+        let prompts = many(3);
+        let how = clear(5);
+        let mut policy = policy();
+        let budget = policy.budget;
+        let (expected, _) = measured(&mut policy, &prompts, &how);
+        for calls in 0..14 {
+            policy.budget = budget;
+            run_out_after(calls);
+            let (found, telemetry) = measured(&mut policy, &prompts, &how);
+            assert_eq!(telemetry.oom_retries, 1, "{calls}");
+            assert_same(&found, &expected);
+            assert_eq!((policy.budget.rows, policy.budget.oom_retries), (32, 0));
+        }
+    }
+
+    #[test]
+    fn a_prompt_that_is_too_much_alone_costs_its_row_only() {
+        let mut policy = policy();
+        policy.budget.rows = 1;
+        // The tower, then the prefill, of the first prompt; a decode step of the next one.
+        for (calls, lost) in [(1, 0), (14 + 2, 2)] {
+            run_out_after(calls);
+            let rows = sample(&mut policy, &prompts(), &how(2, 3.0));
+            for (index, row) in rows.iter().enumerate() {
+                match row {
+                    Ok(_) => assert_ne!(index, lost),
+                    Err(fault) => {
+                        assert_eq!(index, lost);
+                        assert!(fault.0.contains("out of memory"), "{fault}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn prompts_about_one_image_are_answered_together() {
+        let prompt = |image: Option<&str>| {
+            let images = image.into_iter().map(|id| EncodedImage {
+                id: id.to_owned(),
+                bytes: [].into(),
+            });
+            ChatPrompt {
+                images: images.collect(),
+                ..prompts().remove(3)
+            }
+        };
+        let all = ["a", "b", "a"].map(|id| prompt(Some(id)));
+        assert_eq!(by_first_image(&all), [0, 2, 1]);
+        let wordy = [prompt(Some("a")), prompt(None), prompt(Some("a"))];
+        assert_eq!(by_first_image(&wordy), [0, 2, 1]);
+    }
+}

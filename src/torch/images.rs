@@ -226,7 +226,7 @@ mod tests {
 
     use tch::{Device, Kind};
 
-    use super::super::recorded;
+    use super::super::recorded::onevision;
     use super::*;
 
     fn prompt(images: &[&str]) -> ChatPrompt {
@@ -236,7 +236,7 @@ mod tests {
         };
         ChatPrompt {
             images: images.iter().map(image).collect(),
-            ..recorded::prompts().remove(3)
+            ..onevision::prompts().remove(3)
         }
     }
 

@@ -41,8 +41,7 @@ pub mod reward_trainer;
 pub mod sft_trainer;
 
 #[cfg(test)]
-mod parity;
-#[cfg(test)]
+#[path = "tests/recorded/mod.rs"]
 mod recorded;
 
 use std::path::Path;

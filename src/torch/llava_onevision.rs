@@ -204,7 +204,6 @@ impl LlavaOnevision {
     }
 
     /// The dtype that it computes in.
-    #[cfg(test)]
     pub fn kind(&self) -> Kind {
         self.kind
     }

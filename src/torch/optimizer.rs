@@ -62,15 +62,6 @@ impl Moment {
             }
         }
     }
-
-    /// The moment in float32.
-    #[cfg(test)]
-    pub fn whole(&self) -> &Tensor {
-        match self {
-            Self::Whole(tensor) => tensor,
-            Self::InBytes(_) => panic!("the moment is quantized"),
-        }
-    }
 }
 
 /// Blocks of a parameter that an 8-bit update processes at once: 16 MB in float32.

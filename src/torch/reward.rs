@@ -37,7 +37,8 @@ const COMPARED_MAX: usize = 512;
 pub struct RewardJudge {
     prep: LlavaRlhfProcessor,
     network: RewardNetwork,
-    budget: Budget,
+    /// The batch limits of the next call.
+    pub budget: Budget,
 }
 
 /// The network and its head; maps images and texts to rewards.
@@ -381,4 +382,54 @@ impl RewardHead {
 }
 
 #[cfg(test)]
-mod tests;
+mod tests {
+    use super::super::error::tests::run_out_after;
+    use super::super::recorded::reward::{
+        assert_near, folder, groups, measured, prompt, rows, spec, threefold,
+    };
+    use super::*;
+    use ovchat_models::ChatPrompt;
+
+    #[test]
+    fn memory_that_runs_out_costs_time_or_the_group_that_was_alone() {
+        let rows = rows();
+        let prompts: Vec<ChatPrompt> = rows.iter().map(prompt).collect();
+        let groups = threefold(&groups(&rows, &prompts));
+        let expected: Vec<f32> = (0..3)
+            .flat_map(|_| rows.iter().map(|row| row.reward))
+            .collect();
+        let mut judge = RewardJudge::open(&spec(&folder())).unwrap();
+        let budget = judge.budget;
+        for calls in 0..2 {
+            judge.budget = budget;
+            run_out_after(calls);
+            let (found, telemetry) = measured(&mut judge, &groups);
+            assert_eq!(telemetry.oom_retries, 1);
+            let found: Vec<f32> = found.into_iter().flat_map(Result::unwrap).collect();
+            assert_near(&found, &expected, 1e-5);
+        }
+        judge.budget.read_tokens = 1;
+        run_out_after(1);
+        let (found, telemetry) = measured(&mut judge, &groups);
+        let fault = found[0].as_ref().unwrap_err();
+        assert!(fault.0.contains("in a batch of its own"), "{fault}");
+        assert!(found[1..].iter().all(Result::is_ok));
+        assert_eq!(telemetry.oom_retries, 0);
+    }
+
+    #[test]
+    fn answers_share_all_tokens_but_the_last_of_the_shortest() {
+        let text = |ids: &[i64]| JudgeIds {
+            ids: ids.to_vec(),
+            image: None,
+        };
+        assert_eq!(shared_tokens(&[]), 0);
+        assert_eq!(shared_tokens(&[text(&[1, 2, 3])]), 2);
+        assert_eq!(shared_tokens(&[text(&[1, 2, 3]), text(&[1, 2, 3])]), 2);
+        assert_eq!(
+            shared_tokens(&[text(&[1, 2, 3, 4]), text(&[1, 2, 5]), text(&[1, 2])]),
+            1
+        );
+        assert_eq!(shared_tokens(&[text(&[1, 7, 3]), text(&[1, 2, 3])]), 1);
+    }
+}

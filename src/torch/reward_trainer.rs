@@ -61,7 +61,6 @@ pub struct LlavaRewardTrainer {
 
 impl LlavaRewardTrainer {
     /// The training state.
-    #[cfg(test)]
     pub fn training(&self) -> &TrainingState {
         &self.training
     }
@@ -316,4 +315,27 @@ impl Trainer for LlavaRewardTrainer {
 }
 
 #[cfg(test)]
-mod tests;
+mod tests {
+    use super::*;
+
+    /// Rewards 1 and 0, then 0.5 and 1.5: margins 1 and -1, sums 1 and 2, so the mean of the sums
+    /// is 1.5.
+    #[test]
+    fn the_loss_and_its_slopes_are_those_of_the_reference_by_hand() {
+        let rewards = [[1.0, 0.0], [0.5, 1.5]];
+        let (loss, slopes) = loss_and_slopes(&rewards, 1e-3);
+        let by_hand = f64::midpoint((-1.0f64).exp().ln_1p(), 1.0f64.exp().ln_1p()) + 1e-3 * 1.5;
+        assert!((loss - by_hand).abs() < 1e-12);
+        for row in 0..2 {
+            for side in 0..2 {
+                let step = 1e-6;
+                let mut moved = rewards;
+                moved[row][side] += step;
+                let slope = (loss_and_slopes(&moved, 1e-3).0 - loss) / step;
+                assert!((slope - slopes[row][side]).abs() < 1e-6, "{slope}");
+            }
+        }
+        let (huge, _) = loss_and_slopes(&[[-4000.0, 4000.0]], 0.0);
+        assert!((huge - 8000.0).abs() < 1e-9);
+    }
+}

@@ -134,7 +134,6 @@ impl<'a> Chooser<'a> {
     }
 
     /// The probability of each token in [`Chooser::choose`], by row.
-    #[cfg(test)]
     pub fn distribution(&self, logits: &Tensor) -> Vec<Vec<f64>> {
         let rows = rows_of(&self.probabilities(&self.scores(logits)));
         let distribution = |row: Vec<f32>| {

@@ -81,7 +81,6 @@ struct Sums {
 
 impl<S: SftModel> Sft<S> {
     /// The training state.
-    #[cfg(test)]
     pub fn training(&self) -> &TrainingState {
         &self.training
     }
@@ -416,6 +415,3 @@ impl SftModel for LlavaSft {
         self.vision.save(&to.join("vision"), parameters)
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -119,7 +119,6 @@ impl TrainingState {
     }
 
     /// The optimizer state of each parameter.
-    #[cfg(test)]
     pub fn moments(&self) -> &[Moments] {
         self.optimizer.moments()
     }

@@ -1,4 +1,4 @@
-"""Records what the reference programs compute, for src/torch/parity to compare with.
+"""Records what the reference programs compute, for src/torch/tests/parity to compare with.
 
 usage: record.py OUT [--seed N] [--error NAME] [--only BLOCK]
 

@@ -2,8 +2,8 @@
 
 usage: run.py [SEEDS]      (default: 3; `make parity` calls it in an environment of requirements.txt)
 
-For every seed the reference records (record.py) and the engine's tests compare (src/torch/parity). What the engine wrote
-is then read by transformers. At last every deliberate error of errors.py must make its block fail.
+For every seed the reference records (record.py) and the networks' tests compare (src/torch/tests/parity). What they
+wrote is then read by transformers. At last every deliberate error of errors.py must make its block fail.
 """
 import importlib.metadata
 import json
@@ -33,11 +33,11 @@ def record(folder, *arguments):
 
 def built():
     """The tests of the networks, built once."""
-    run = subprocess.run(["cargo", "test", "--release", "--lib", "-p", "ovchat", "-p", "ovchat-torch", "--no-run",
+    run = subprocess.run(["cargo", "test", "--release", "-p", "ovchat", "-p", "ovchat-torch", "--test", "torch", "--no-run",
                           "--message-format=json"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     messages = [json.loads(line) for line in run.stdout.splitlines()]
     return next(message["executable"] for message in messages
-                if message.get("executable") and message["target"]["name"] == "ovchat_torch")
+                if message.get("executable") and message["target"]["name"] == "torch")
 
 
 def compare(tests, folder, block=""):

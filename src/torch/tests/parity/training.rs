@@ -7,16 +7,17 @@ use std::path::Path;
 
 use tch::{Kind, Tensor};
 
-use super::super::dpo_trainer::LlavaOnevisionDpo;
-use super::super::sft_trainer::{LlavaOnevisionSft, Sft};
-use super::super::training::TrainingState;
 use super::{Recorded, Report, compare, greatest, image_file, json};
+use crate::common::first_gradients;
 use ovchat_models::preprocess::LlavaOnevisionProcessor;
 use ovchat_models::{
     self as models, ChatPrompt, Checkpointing, DeviceSpec, DpoSettings, DpoTrainer as _, Dtype,
     Example, LlavaOnevisionSpec, Loss, Mask, Newlines, Objective, Optimization, Optimizer,
     Schedule, SftExample, SftSettings, SftTrainer as _, Tower, TrainOn, TrainingAnswer,
 };
+use ovchat_torch::dpo_trainer::LlavaOnevisionDpo;
+use ovchat_torch::sft_trainer::{LlavaOnevisionSft, Sft};
+use ovchat_torch::training::TrainingState;
 
 /// The number of rows per update.
 pub(super) const BATCH: usize = 4;
@@ -127,15 +128,15 @@ impl<'a> Trained<'a> {
     /// Compares the gradients of the first update, before clipping.
     pub(super) fn gradients(&mut self, training: &TrainingState) {
         let expected = |name: &str| self.expected.tensor(&format!("gradient.{name}"));
-        let (names, found) = first_gradients(training);
+        let names = training.parameters.iter().map(|own| own.name.as_str());
         // AdamW's mean contains the clipped gradient; the recorded one is not clipped.
-        let squares = |name: &String| {
+        let squares = |name: &str| {
             let norm = expected(&(self.canonical)(name)).norm().double_value(&[]);
             norm * norm
         };
-        let norm = names.iter().map(squares).sum::<f64>().sqrt();
+        let norm = names.clone().map(squares).sum::<f64>().sqrt();
         let clipped = (1.0 / norm).min(1.0);
-        for (name, found) in names.iter().zip(found) {
+        for (name, found) in names.zip(first_gradients(training)) {
             let expected = expected(&(self.canonical)(name)) * clipped;
             let absolute = greatest(&(found - &expected));
             let relative = absolute / greatest(&expected).max(f64::MIN_POSITIVE);
@@ -179,21 +180,6 @@ impl<'a> Trained<'a> {
 /// softmax is invariant to a constant added to all scores of a query.
 fn is_zero_in_truth(name: &str) -> bool {
     name.ends_with("self_attn.k_proj.bias")
-}
-
-/// The names of the parameters, and the gradients of the first update, derived from AdamW's mean.
-fn first_gradients(training: &TrainingState) -> (Vec<String>, Vec<Tensor>) {
-    let names = training
-        .parameters
-        .iter()
-        .map(|parameter| parameter.name.clone());
-    let moments = training.moments().iter();
-    (
-        names.collect(),
-        moments
-            .map(|moments| moments.exp_avg.whole() / 0.1)
-            .collect(),
-    )
 }
 
 /// Copies of all weights, in float64.
@@ -337,9 +323,10 @@ fn dpo(folder: &Path, title: &str, pairs: &[Pair], report: &mut Report) {
         &Tensor::from_slice(&wanted),
         LOGGED,
     );
-    let (names, gradients) = first_gradients(trainer.training());
+    let parameters = &trainer.training().parameters;
     let mut apart = [0.0_f64; 2];
-    for (name, found) in names.iter().zip(gradients) {
+    for (parameter, found) in parameters.iter().zip(first_gradients(trainer.training())) {
+        let name = &parameter.name;
         let expected = expected.tensor(&format!("gradient.{}", in_memory(name)));
         let absolute = greatest(&(found - &expected));
         let relative = absolute / greatest(&expected).max(f64::MIN_POSITIVE);
@@ -347,7 +334,7 @@ fn dpo(folder: &Path, title: &str, pairs: &[Pair], report: &mut Report) {
             apart = [apart[0].max(absolute), apart[1].max(relative)];
         }
     }
-    let case = case(&format!("gradients of {} parameters", names.len()));
+    let case = case(&format!("gradients of {} parameters", parameters.len()));
     report.line(case, apart, "1e-4, relative", apart[1] <= GRADIENT);
 }
 

@@ -5,9 +5,6 @@ use std::path::Path;
 
 use tch::{Device, Kind, Tensor};
 
-use super::super::llava::Llava;
-use super::super::reward::RewardJudge;
-use super::super::reward_trainer::LlavaRewardTrainer;
 use super::training::{BATCH, Trained, optimization};
 use super::{Recorded, Report, compare, differences, image_file, json};
 use ovchat_models::preprocess::LlavaRlhfProcessor;
@@ -15,6 +12,9 @@ use ovchat_models::{
     AnswerGroup, ChatPrompt, DeviceSpec, Dtype, Example, Judge as _, LlavaRlhfSpec, RewardSettings,
     RewardTrainer as _, TrainingAnswer,
 };
+use ovchat_torch::llava::Llava;
+use ovchat_torch::reward::RewardJudge;
+use ovchat_torch::reward_trainer::LlavaRewardTrainer;
 
 #[derive(serde::Deserialize)]
 struct Cases {

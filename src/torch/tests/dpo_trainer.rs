@@ -2,16 +2,19 @@
 
 use std::fs;
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
-use super::super::recorded::{self, Expected, assert_close};
-use super::*;
-use crate::training::STATE_FILE;
-use crate::weights::save_safetensors;
+use crate::common::{Expected, assert_close, first_gradients};
+use crate::recorded::onevision;
+use ovchat_models::checkpoint::canonical;
 use ovchat_models::{
-    ChatPrompt, Checkpointing, Dtype, Mask, Newlines, Optimization, Optimizer, Schedule,
-    TrainingAnswer,
+    ChatPrompt, Checkpointing, DpoReport, DpoSettings, DpoTrainer as _, Dtype, Example,
+    LoraSettings, Loss, Mask, Newlines, Objective, Optimization, Optimizer, Part, Schedule,
+    Trained, Trainer as _, TrainingAnswer,
 };
+use ovchat_torch::dpo_trainer::LlavaOnevisionDpo;
+use ovchat_torch::training::STATE_FILE;
+use ovchat_torch::weights::save_safetensors;
 
 const BETA: f64 = 0.1;
 
@@ -37,7 +40,7 @@ fn settings() -> DpoSettings {
 }
 
 fn trainer(settings: &DpoSettings) -> LlavaOnevisionDpo {
-    LlavaOnevisionDpo::open(&recorded::spec(Dtype::Auto), settings).unwrap()
+    LlavaOnevisionDpo::open(&onevision::spec(Dtype::Auto), settings).unwrap()
 }
 
 fn written(text: &str) -> TrainingAnswer {
@@ -58,7 +61,7 @@ fn example(prompt: &ChatPrompt) -> Example<'_> {
     }
 }
 
-/// The bytes that [`Trainer::save_state`] writes.
+/// The bytes that `save_state` writes.
 fn state(trainer: &mut LlavaOnevisionDpo) -> Vec<u8> {
     let folder = tempfile::tempdir().unwrap();
     let to = folder.path().join("state");
@@ -69,7 +72,7 @@ fn state(trainer: &mut LlavaOnevisionDpo) -> Vec<u8> {
 #[test]
 fn loss_and_gradients_of_a_pair_equal_those_of_pytorch() {
     let (mut trainer, expected) = (trainer(&settings()), Expected::open());
-    let prompts = recorded::prompts();
+    let prompts = onevision::prompts();
     let logps = trainer.reference_logps(&[example(&prompts[0])]).unwrap();
     let recorded_logps = expected.numbers("dpo.logps");
     for (found, expected) in logps[0].iter().zip(recorded_logps) {
@@ -87,22 +90,17 @@ fn loss_and_gradients_of_a_pair_equal_those_of_pytorch() {
     // The prompt, 5 and 12 letters, two stop tokens.
     assert_eq!(report.tokens, 112 + 5 + 12 + 2);
 
-    // After the first update, AdamW's mean is a tenth of the gradient.
+    let gradients = first_gradients(trainer.training());
     let gradient = |name: &str| {
-        let mut parameters = trainer.training.parameters.iter();
+        let mut parameters = trainer.training().parameters.iter();
         let index = parameters.position(|parameter| parameter.name == name);
-        trainer.training.moments()[index.expect("a parameter")]
-            .exp_avg
-            .whole()
-            / 0.1
+        &gradients[index.expect("a parameter")]
     };
     let mut squares = 0.0;
     for name in expected.names() {
         if let Some(norm) = name.strip_prefix("norm.") {
             let expected = expected.tensor(name).double_value(&[]);
-            let found = gradient(&ovchat_models::checkpoint::canonical(norm))
-                .norm()
-                .double_value(&[]);
+            let found = gradient(&canonical(norm)).norm().double_value(&[]);
             assert!(
                 (found - expected).abs() <= 1e-4 * expected + 1e-7,
                 "{name} {found} {expected}"
@@ -111,7 +109,7 @@ fn loss_and_gradients_of_a_pair_equal_those_of_pytorch() {
         } else if let Some(whole) = name.strip_prefix("gradient.") {
             let expected = expected.tensor(name);
             let scale = expected.abs().max();
-            let found = gradient(&ovchat_models::checkpoint::canonical(whole));
+            let found = gradient(&canonical(whole));
             assert_close(name, &(found / &scale), &(&expected / &scale), 1e-4);
         }
     }
@@ -122,7 +120,7 @@ fn loss_and_gradients_of_a_pair_equal_those_of_pytorch() {
 /// answers, so that the loss is unchanged.
 #[test]
 fn what_other_programs_count_is_added_to_both_answers() {
-    let prompts = recorded::prompts();
+    let prompts = onevision::prompts();
     let of = |mask: Mask, newlines: Newlines| {
         let mut trainer = trainer(&DpoSettings {
             mask,
@@ -150,7 +148,7 @@ fn what_other_programs_count_is_added_to_both_answers() {
 
 #[test]
 fn a_resumed_training_is_equal_to_the_bit() {
-    let prompts = recorded::prompts();
+    let prompts = onevision::prompts();
     let batches: [&[Example<'_>]; 3] = [
         &[example(&prompts[0]), example(&prompts[2])],
         &[example(&prompts[3])],
@@ -172,7 +170,7 @@ fn a_resumed_training_is_equal_to_the_bit() {
 
 #[test]
 fn training_makes_the_chosen_answer_likelier_than_the_rejected() {
-    let prompts = recorded::prompts();
+    let prompts = onevision::prompts();
     let mut trainer = trainer(&settings());
     let mut example = example(&prompts[1]);
     let start = trainer.reference_logps(std::slice::from_ref(&example));
@@ -187,10 +185,10 @@ fn training_makes_the_chosen_answer_likelier_than_the_rejected() {
 
 #[test]
 fn pairs_without_images_leave_the_tower_alone() {
-    let prompts = recorded::prompts();
+    let prompts = onevision::prompts();
     let mut trainer = trainer(&settings());
     let value = |trainer: &LlavaOnevisionDpo, name: &str| {
-        let mut parameters = trainer.training.parameters.iter();
+        let mut parameters = trainer.training().parameters.iter();
         let found = parameters.find(|parameter| parameter.name == name);
         found.unwrap().tensor.detach().copy()
     };
@@ -204,7 +202,7 @@ fn pairs_without_images_leave_the_tower_alone() {
 
 #[test]
 fn a_loss_that_is_not_finite_names_the_pair_and_changes_nothing() {
-    let prompts = recorded::prompts();
+    let prompts = onevision::prompts();
     let mut trainer = trainer(&settings());
     trainer.step(&[example(&prompts[1])]).unwrap();
     let before = state(&mut trainer);
@@ -221,7 +219,7 @@ fn a_loss_that_is_not_finite_names_the_pair_and_changes_nothing() {
 
 #[test]
 fn pairs_that_cannot_be_trained_on_are_refused_by_name() {
-    let prompts = recorded::prompts();
+    let prompts = onevision::prompts();
     let mut trainer = trainer(&settings());
     let mut check = |example: Example<'_>, words: &str| {
         let error = trainer.step(&[example]).unwrap_err().to_string();
@@ -270,13 +268,13 @@ fn pairs_that_cannot_be_trained_on_are_refused_by_name() {
 
 #[test]
 fn a_saved_checkpoint_is_the_trained_model() {
-    let prompts = recorded::prompts();
+    let prompts = onevision::prompts();
     let mut trained = trainer(&settings());
     trained.step(&[example(&prompts[0])]).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let to = folder.path().join("checkpoint");
     trained.save(&to).unwrap();
-    let mut spec = recorded::spec(Dtype::Auto);
+    let mut spec = onevision::spec(Dtype::Auto);
     spec.weights = to;
     let mut opened = LlavaOnevisionDpo::open(&spec, &settings()).unwrap();
     let logps = |trainer: &mut LlavaOnevisionDpo| trainer.reference_logps(&[example(&prompts[0])]);
@@ -299,14 +297,13 @@ fn a_state_of_another_model_is_refused() {
     );
 }
 
-/// All gradients of one step on two pairs, read from AdamW's mean after it.
+/// All gradients of one step on two pairs.
 fn gradients(trainer: &mut LlavaOnevisionDpo) -> Vec<Tensor> {
-    let prompts = recorded::prompts();
+    let prompts = onevision::prompts();
     trainer
         .step(&[example(&prompts[0]), example(&prompts[2])])
         .unwrap();
-    let moments = trainer.training.moments().iter();
-    moments.map(|own| own.exp_avg.whole().copy()).collect()
+    first_gradients(trainer.training())
 }
 
 #[test]
@@ -321,7 +318,7 @@ fn gradients_do_not_depend_on_what_is_remembered_or_how_many_logits_there_are_at
     in_pieces.logits_max = 3 * 264;
     for (found, expected) in gradients(&mut in_pieces).iter().zip(&expected) {
         // The bias of the keys does not affect the result, so its gradient is only rounding error.
-        let scale = expected.abs().max().clamp_min(1e-4);
+        let scale = expected.abs().max().clamp_min(1e-3);
         assert_close("gradient", &(found / &scale), &(expected / &scale), 1e-5);
     }
 }
@@ -329,7 +326,7 @@ fn gradients_do_not_depend_on_what_is_remembered_or_how_many_logits_there_are_at
 #[test]
 fn half_precision_leads_the_same_way_and_keeps_the_weights_whole() {
     let expected = gradients(&mut trainer(&settings()));
-    let spec = recorded::spec(Dtype::Bfloat16);
+    let spec = onevision::spec(Dtype::Bfloat16);
     let mut narrow = LlavaOnevisionDpo::open(&spec, &settings()).unwrap();
     let found = gradients(&mut narrow);
     let mut products = [0.0; 3];
@@ -342,7 +339,7 @@ fn half_precision_leads_the_same_way_and_keeps_the_weights_whole() {
     let cosine = products[0] / (products[1] * products[2]).sqrt();
     assert!(cosine > 0.99, "{cosine}");
     let kinds = narrow
-        .training
+        .training()
         .parameters
         .iter()
         .map(|own| own.tensor.kind());
@@ -351,14 +348,14 @@ fn half_precision_leads_the_same_way_and_keeps_the_weights_whole() {
 
 #[test]
 fn parts_that_are_not_trained_stay_and_others_have_their_own_rate() {
-    let prompts = recorded::prompts();
+    let prompts = onevision::prompts();
     let trained = vec![(Part::Projector, Some(1e-2)), (Part::Newline, None)];
     let mut trainer = trainer(&DpoSettings {
         trained: Trained::Parts(trained),
         ..settings()
     });
     let values = |trainer: &LlavaOnevisionDpo| -> Vec<(String, Tensor)> {
-        let parameters = trainer.training.parameters.iter();
+        let parameters = trainer.training().parameters.iter();
         parameters
             .map(|own| (own.name.clone(), own.tensor.detach().copy()))
             .collect()
@@ -376,7 +373,7 @@ fn parts_that_are_not_trained_stay_and_others_have_their_own_rate() {
 
 #[test]
 fn losses_that_join_a_batch_see_all_of_it() {
-    let prompts = recorded::prompts();
+    let prompts = onevision::prompts();
     let report = |loss| {
         let mut trainer = trainer(&DpoSettings {
             objective: Objective::of(loss, BETA),
@@ -411,7 +408,7 @@ fn lora(dropout: f64) -> LoraSettings {
 
 #[test]
 fn an_adapter_begins_as_the_model_and_is_read_back_as_it_was_trained() {
-    let prompts = recorded::prompts();
+    let prompts = onevision::prompts();
     let of_adapter = |dropout| DpoSettings {
         trained: Trained::Lora(lora(dropout)),
         ..settings()
@@ -422,7 +419,7 @@ fn an_adapter_begins_as_the_model_and_is_read_back_as_it_was_trained() {
     let start = logps(&mut trainer(&settings()));
     assert_eq!(logps(&mut trained), start);
     let names: Vec<&str> = trained
-        .training
+        .training()
         .parameters
         .iter()
         .map(|own| own.name.as_str())
@@ -441,7 +438,7 @@ fn an_adapter_begins_as_the_model_and_is_read_back_as_it_was_trained() {
     let folder = tempfile::tempdir().unwrap();
     let to = folder.path().join("adapter");
     trained.save(&to).unwrap();
-    let mut spec = recorded::spec(Dtype::Auto);
+    let mut spec = onevision::spec(Dtype::Auto);
     spec.adapter = Some(to);
     let mut again = LlavaOnevisionDpo::open(&spec, &of_adapter(0.0)).unwrap();
     assert_eq!(logps(&mut again), after);
@@ -472,7 +469,7 @@ fn an_adapter_begins_as_the_model_and_is_read_back_as_it_was_trained() {
 /// Returns the state after two steps, resumed from a save after the first; asserts that it equals
 /// that of an uninterrupted training.
 fn gone_on(settings: &DpoSettings) -> Vec<u8> {
-    let prompts = recorded::prompts();
+    let prompts = onevision::prompts();
     let folder = tempfile::tempdir().unwrap();
     let saved = folder.path().join("after a step");
     let mut undisturbed = trainer(settings);

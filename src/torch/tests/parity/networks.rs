@@ -6,15 +6,16 @@ use std::path::Path;
 
 use tch::{Device, Kind, Tensor};
 
-use super::super::checkpoint::{Checkpoint, Purpose};
-use super::super::generate::LlavaOnevisionPolicy;
-use super::super::llava_onevision::LlavaOnevision;
-use super::super::weights::Weights;
 use super::{Recorded, Report, compare, differences, greatest, image_file, json};
+use crate::common::open;
 use ovchat_models::preprocess::LlavaOnevisionProcessor;
 use ovchat_models::{
     self as models, ChatPrompt, DeviceSpec, Dtype, Generation, Policy as _, Sampling,
 };
+use ovchat_torch::checkpoint::{Checkpoint, Purpose};
+use ovchat_torch::generate::LlavaOnevisionPolicy;
+use ovchat_torch::llava_onevision::LlavaOnevision;
+use ovchat_torch::weights::Weights;
 
 #[derive(serde::Deserialize)]
 struct Cases {
@@ -87,20 +88,6 @@ fn prompts(folder: &Path, list: &Path) -> Vec<ChatPrompt> {
         )
     };
     asked.into_iter().map(prompt).collect()
-}
-
-fn open(place: &Path, kind: Kind) -> (LlavaOnevisionProcessor, LlavaOnevision) {
-    let prep = LlavaOnevisionProcessor::open(place).unwrap_or_else(|error| panic!("{error}"));
-    let checkpoint = Checkpoint::open(place).unwrap_or_else(|error| panic!("{error}"));
-    let opened = LlavaOnevision::open(
-        &checkpoint,
-        &prep.config,
-        Device::Cpu,
-        kind,
-        Purpose::Inference,
-    );
-    let (network, _) = opened.unwrap_or_else(|error| panic!("{error}"));
-    (prep, network)
 }
 
 /// The largest differences over all prompts, `[absolute, relative]`.
@@ -186,24 +173,29 @@ fn forward(
         let holds = apart[0] <= BOUND;
         report.line(format!("{}: {name}", case.title), apart, "1e-4", holds);
     }
-    if let Some([spread, most]) = case.bfloat16
-        && !logits_apart.is_empty()
-    {
-        let apart = Tensor::cat(&logits_apart, 0);
-        let found = apart.square().mean(Kind::Double).sqrt().double_value(&[]);
-        let bound = format!("the reference's own spread, {spread:.2e} (root of the mean square)");
-        // Two independent roundings of equal size deviate from the exact value equally, up to
-        // chance; the committed recording comes from another machine, whose products may round
-        // differently.
-        let chance = if std::env::var_os("OVCHAT_PARITY").is_some() {
-            1.1
-        } else {
-            1.25
-        };
-        let holds = found <= chance * spread && greatest(&apart) <= 1.5 * most;
-        let title = format!("{}: logits in bfloat16", case.title);
-        report.line(title, [found, found / spread], bound, holds);
-    }
+    half_precision(case, &logits_apart, report);
+}
+
+/// Compares logits in bfloat16 with the reference's in float32, from which they are `apart`, prompt
+/// by prompt.
+fn half_precision(case: &Case, apart: &[Tensor], report: &mut Report) {
+    let Some([spread, most]) = case.bfloat16.filter(|_| !apart.is_empty()) else {
+        return;
+    };
+    let apart = Tensor::cat(apart, 0);
+    let found = apart.square().mean(Kind::Double).sqrt().double_value(&[]);
+    let bound = format!("the reference's own spread, {spread:.2e} (root of the mean square)");
+    // Two independent roundings of equal size deviate from the exact value equally, up to
+    // chance; the committed recording comes from another machine, whose products may round
+    // differently.
+    let chance = if std::env::var_os("OVCHAT_PARITY").is_some() {
+        1.1
+    } else {
+        1.25
+    };
+    let holds = found <= chance * spread && greatest(&apart) <= 1.5 * most;
+    let title = format!("{}: logits in bfloat16", case.title);
+    report.line(title, [found, found / spread], bound, holds);
 }
 
 /// A checkpoint that is loaded for training and saved again has the same tensors under the same

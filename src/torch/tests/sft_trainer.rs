@@ -1,13 +1,17 @@
 //! Tests of the next-token loss against the log-probabilities of the DPO trainer's tests.
 
-use super::super::recorded;
-use super::*;
-use crate::dpo_trainer::LlavaOnevisionDpo;
+use std::fs;
+
+use crate::recorded::onevision;
 use ovchat_models::{
-    ChatPrompt, ChatRole, ChatTurn, Checkpointing, DpoSettings, DpoTrainer, Dtype, Example, Loss,
-    Mask, Newlines, Objective, Optimization, Optimizer, Schedule, Tower, TrainOn, Trained,
-    TrainingAnswer,
+    ChatPrompt, ChatRole, ChatTurn, Checkpointing, DpoSettings, DpoTrainer as _, Dtype, Example,
+    Loss, Mask, Newlines, Objective, Optimization, Optimizer, Schedule, SftExample, SftSettings,
+    SftTrainer as _, Tower, TrainOn, Trained, Trainer as _, TrainingAnswer,
 };
+use ovchat_torch::checkpoint::TOWER;
+use ovchat_torch::dpo_trainer::LlavaOnevisionDpo;
+use ovchat_torch::sft_trainer::{LlavaOnevisionSft, Sft};
+use ovchat_torch::training::STATE_FILE;
 
 fn optimization() -> Optimization {
     Optimization {
@@ -28,7 +32,7 @@ fn model(tower: Tower) -> Sft<LlavaOnevisionSft> {
         tower,
         optimization: optimization(),
     };
-    Sft::<LlavaOnevisionSft>::open(&recorded::spec(Dtype::Auto), &settings).unwrap()
+    Sft::<LlavaOnevisionSft>::open(&onevision::spec(Dtype::Auto), &settings).unwrap()
 }
 
 fn sft_example<'a>(prompt: &'a ChatPrompt, answer: &'a str, learned: TrainOn) -> SftExample<'a> {
@@ -50,7 +54,7 @@ fn logp(prompt: &ChatPrompt, answer: &str) -> f64 {
         checkpointing: Checkpointing::Never,
         optimization: optimization(),
     };
-    let mut trainer = LlavaOnevisionDpo::open(&recorded::spec(Dtype::Auto), &settings).unwrap();
+    let mut trainer = LlavaOnevisionDpo::open(&onevision::spec(Dtype::Auto), &settings).unwrap();
     let written = || TrainingAnswer {
         text: answer.to_owned(),
         token_ids: None,
@@ -67,7 +71,7 @@ fn logp(prompt: &ChatPrompt, answer: &str) -> f64 {
 
 /// A conversation in which "a cat" was answered before the question.
 fn conversation() -> (ChatPrompt, ChatPrompt) {
-    let first = recorded::prompts()[0].clone();
+    let first = onevision::prompts()[0].clone();
     let turn = |role, text: &str| ChatTurn {
         role,
         text: text.to_owned(),
@@ -122,7 +126,7 @@ fn training_makes_the_answer_likelier_and_what_was_saved_answers_so() {
     let folder = tempfile::tempdir().unwrap();
     let to = folder.path().join("checkpoint");
     model.save(&to).unwrap();
-    let mut spec = recorded::spec(Dtype::Auto);
+    let mut spec = onevision::spec(Dtype::Auto);
     spec.weights = to;
     let settings = SftSettings {
         tower: Tower::Train,
@@ -140,7 +144,7 @@ fn a_frozen_tower_stays_and_the_rest_learns() {
     let (first, _) = conversation();
     let mut model = model(Tower::Freeze);
     let names: Vec<String> = model
-        .training
+        .training()
         .parameters
         .iter()
         .map(|parameter| parameter.name.clone())
@@ -163,7 +167,7 @@ fn a_resumed_training_is_equal_to_the_bit() {
     let bytes = |model: &mut Sft<LlavaOnevisionSft>, name: &str| {
         let to = folder.path().join(name);
         model.save_state(&to).unwrap();
-        fs::read(to.join(super::super::training::STATE_FILE)).unwrap()
+        fs::read(to.join(STATE_FILE)).unwrap()
     };
     let mut undisturbed = model(Tower::Train);
     undisturbed.step(&steps[..1]).unwrap();
@@ -193,7 +197,7 @@ fn conversations_beyond_the_context_are_refused_by_name() {
 
 #[test]
 fn an_adapter_is_merged_before_the_network_is_trained() {
-    let mut spec = recorded::spec(Dtype::Auto);
+    let mut spec = onevision::spec(Dtype::Auto);
     spec.adapter = Some("lora".into());
     let settings = SftSettings {
         tower: Tower::Train,

@@ -2,7 +2,10 @@
 
 use std::path::Path;
 
+use tch::Tensor;
+
 use super::{Recorded, Report, compare, image_file, json};
+use ovchat_models::EncodedImage;
 use ovchat_models::preprocess::{
     Clip, ImageProcessorConfig, LlavaOnevisionProcessor, PIXELS_MAX, decode,
 };
@@ -22,54 +25,74 @@ fn pixels_are_those_of_the_reference() {
 }
 
 fn block(folder: &Path, report: &mut Report) {
-    let policy = LlavaOnevisionProcessor::open(&folder.join("../onevision/pixels")).unwrap();
-    let processor = ImageProcessorConfig::open_clip(&folder.join("clip"), 14).unwrap();
-    let clip = Clip::new(&processor);
+    let processors = Processors::open(folder);
     let expected = Recorded::open(&folder.join("expected.safetensors"));
+    images(folder, &processors, &expected, report);
+    ramps(folder, &processors, &expected, report);
+}
+
+/// The image processors of both models.
+struct Processors {
+    policy: LlavaOnevisionProcessor,
+    judge: Clip,
+    judge_config: ImageProcessorConfig,
+}
+
+impl Processors {
+    fn open(folder: &Path) -> Self {
+        let policy = LlavaOnevisionProcessor::open(&folder.join("../onevision/pixels"));
+        let judge_config = ImageProcessorConfig::open_clip(&folder.join("clip"), 14).unwrap();
+        Self {
+            policy: policy.unwrap(),
+            judge: Clip::new(&judge_config),
+            judge_config,
+        }
+    }
+
+    /// The policy's pixels of an image in a prompt with `images` images.
+    fn policy(&self, image: &EncodedImage, images: usize) -> Vec<f32> {
+        self.policy.tiles(image, images).unwrap().pixels
+    }
+
+    /// The judge's pixels of an image.
+    fn judge(&self, image: &EncodedImage) -> Vec<f32> {
+        let rgb = decode(&image.bytes, PIXELS_MAX).unwrap();
+        self.judge.pixels(rgb)
+    }
+
+    /// The gray levels of an image as the only one of its prompt, as one of several, and for the
+    /// judge.
+    fn levels(&self, image: &EncodedImage) -> [Vec<u8>; 3] {
+        let side = self.policy.anyres.side();
+        let policy = |images| levels(&self.policy(image, images), side, [0.5; 3], [0.5; 3]);
+        let ImageProcessorConfig {
+            image_mean,
+            image_std,
+            ..
+        } = self.judge_config;
+        let judge = levels(&self.judge(image), self.judge.side(), image_mean, image_std);
+        [policy(1), policy(2), judge]
+    }
+}
+
+/// Compares image files of many sizes and formats: lossless ones exactly, JPEG files within
+/// [`JPEG_LEVELS`].
+fn images(folder: &Path, processors: &Processors, expected: &Recorded, report: &mut Report) {
     let cases: Vec<Case> = json(&folder.join("cases.json"));
     let mut lossless = [Apart::default(); 3];
     let mut lossy = [Apart::default(); 3];
     for (index, case) in cases.iter().enumerate() {
-        let image = image_file(&folder.join(&case.file));
-        let rgb = decode(&image.bytes, PIXELS_MAX).unwrap();
-        let found = [
-            (
-                "one",
-                levels(
-                    &policy.tiles(&image, 1).unwrap().pixels,
-                    policy.anyres.side(),
-                    [0.5; 3],
-                    [0.5; 3],
-                ),
-            ),
-            (
-                "several",
-                levels(
-                    &policy.tiles(&image, 2).unwrap().pixels,
-                    policy.anyres.side(),
-                    [0.5; 3],
-                    [0.5; 3],
-                ),
-            ),
-            (
-                "judge",
-                levels(
-                    &clip.pixels(rgb),
-                    clip.side(),
-                    processor.image_mean,
-                    processor.image_std,
-                ),
-            ),
-        ];
+        let found = processors.levels(&image_file(&folder.join(&case.file)));
         let group = if case.lossless {
             &mut lossless
         } else {
             &mut lossy
         };
-        for ((name, found), apart) in found.iter().zip(group) {
+        let names = ["one", "several", "judge"];
+        for ((name, found), apart) in names.iter().zip(found).zip(group) {
             let expected = expected.tensor(&format!("{name}.{index}")).flatten(0, -1);
             let expected: Vec<u8> = Vec::try_from(expected).unwrap();
-            apart.add(&case.file, found, &expected);
+            apart.add(&case.file, &found, &expected);
         }
     }
     let names = ["one image", "one of several images", "the judge's image"];
@@ -89,27 +112,27 @@ fn block(folder: &Path, report: &mut Report) {
             holds,
         );
     }
+}
+
+/// Compares the floats of images that contain all gray levels.
+fn ramps(folder: &Path, processors: &Processors, expected: &Recorded, report: &mut Report) {
+    let mut exactly = |case: String, found: &[f32], name: String| {
+        let expected = expected.tensor(&name).flatten(0, -1);
+        report.tensor(case, &Tensor::from_slice(found), &expected, 0.0);
+    };
     for number in 0..2 {
-        let tiles = policy
-            .tiles(&image_file(&folder.join(format!("ramp-{number}.png"))), 1)
-            .unwrap();
-        let found = tch::Tensor::from_slice(&tiles.pixels);
-        let name = format!("floats.{number}");
-        report.tensor(
-            format!("all gray levels as floats, part {}", number + 1),
-            &found,
-            &expected.tensor(&name).flatten(0, -1),
-            0.0,
+        let part = number + 1;
+        let image = image_file(&folder.join(format!("ramp-{number}.png")));
+        exactly(
+            format!("all gray levels as floats, part {part}"),
+            &processors.policy(&image, 1),
+            format!("floats.{number}"),
         );
-        let file = image_file(&folder.join(format!("clip-ramp-{number}.png")));
-        let found = clip.pixels(decode(&file.bytes, PIXELS_MAX).unwrap());
-        report.tensor(
-            format!("all gray levels as the judge's floats, part {}", number + 1),
-            &tch::Tensor::from_slice(&found),
-            &expected
-                .tensor(&format!("clip_floats.{number}"))
-                .flatten(0, -1),
-            0.0,
+        let image = image_file(&folder.join(format!("clip-ramp-{number}.png")));
+        exactly(
+            format!("all gray levels as the judge's floats, part {part}"),
+            &processors.judge(&image),
+            format!("clip_floats.{number}"),
         );
     }
 }

@@ -1,10 +1,23 @@
 //! Tests of every forward pass of the decoder against a plain causal pass.
 
-use tch::IndexOp;
+use tch::{IndexOp, Kind, Tensor};
 
-use super::super::layers::tests::{FakeSource, noise};
-use super::super::layers::{Activation, Bias};
-use super::*;
+use ovchat_models::ModelError;
+use ovchat_torch::decoder::{
+    Branches, Decoder, DecoderSizes, LmHead, PackedSequence, PrefixKv, SuffixKv, Texts, Wanted,
+};
+use ovchat_torch::layer_stack::SavedActivations;
+use ovchat_torch::layers::{Activation, Bias, Path, WeightSource};
+use ovchat_torch::lora::seeded_uniform;
+
+/// A source that fabricates every requested weight.
+struct FakeSource(Kind);
+
+impl WeightSource for FakeSource {
+    fn take(&self, name: &str, shape: &[i64]) -> Result<Tensor, ModelError> {
+        Ok(seeded_uniform(5, name, shape, 0.5).to_kind(self.0))
+    }
+}
 
 fn config() -> DecoderSizes {
     DecoderSizes {
@@ -23,8 +36,7 @@ fn config() -> DecoderSizes {
 }
 
 fn decoder(kind: Kind) -> Decoder {
-    let made = FakeSource::new(kind, 5);
-    Decoder::new(&(Path::root(&made) / "model"), &config()).unwrap()
+    Decoder::new(&(Path::root(&FakeSource(kind)) / "model"), &config()).unwrap()
 }
 
 fn ids(ids: &[i64]) -> Tensor {
@@ -257,7 +269,11 @@ fn half_precision_stays_near_full_precision() {
 #[test]
 fn a_tied_head_is_the_embedding() {
     let decoder = decoder(Kind::Float);
-    let hidden = noise(&[2, 24], 1);
+    let hidden = seeded_uniform(1, "hidden", &[2, 24], 1.0);
     let logits = LmHead::tied(&decoder).forward(&hidden);
-    assert_eq!(logits, hidden.matmul(&decoder.embed_tokens.transpose(0, 1)));
+    let all: Vec<i64> = (0..config().vocab_size).collect();
+    assert_eq!(
+        logits,
+        hidden.matmul(&decoder.embed(&ids(&all)).transpose(0, 1))
+    );
 }

@@ -4,9 +4,9 @@ use std::path::Path;
 
 use tch::{Device, Kind};
 
-use super::super::sampling::{Chooser, uniform};
 use super::{Recorded, Report, compare, json};
 use ovchat_models::Sampling;
+use ovchat_torch::sampling::{Chooser, uniform};
 
 #[derive(serde::Deserialize)]
 struct Cases {

@@ -3,85 +3,35 @@
 
 use std::io::Write as _;
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use tch::{Device, Tensor};
 use tempfile::TempDir;
 
-use super::super::weights::save_safetensors;
-use super::*;
-use ovchat_models::{ChatPrompt, ChatRole, ChatTurn, DeviceSpec, Dtype};
-
-/// A row of the recording.
-#[derive(serde::Deserialize)]
-struct Row {
-    image: String,
-    question: String,
-    answer: String,
-    captions: Option<Vec<String>>,
-    reward: f32,
-}
-
-fn recording() -> PathBuf {
-    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../..")).join("tests/parity/reward")
-}
-
-fn rows() -> Vec<Row> {
-    let text = std::fs::read(recording().join("rows.json")).unwrap();
-    serde_json::from_slice(&text).unwrap()
-}
-
-fn encoded(name: &str) -> EncodedImage {
-    EncodedImage {
-        id: name.to_owned(),
-        bytes: std::fs::read(recording().join("images").join(name))
-            .unwrap()
-            .into(),
-    }
-}
-
-fn prompt(row: &Row) -> ChatPrompt {
-    ChatPrompt {
-        id: row.image.clone(),
-        images: vec![encoded(&row.image)],
-        system: None,
-        turns: Vec::new(),
-        question: row.question.clone(),
-        captions: row.captions.clone(),
-        answer: None,
-        seed: 0,
-    }
-}
-
-fn spec(root: &Path) -> LlavaRlhfSpec {
-    LlavaRlhfSpec {
-        caption_orders: std::num::NonZeroU32::MIN,
-        base: root.join("base"),
-        vision: root.join("vision"),
-        adapter: Some(root.join("adapter")),
-        prompt: root.join("prompt.txt"),
-        device: DeviceSpec::Cpu,
-        dtype: Dtype::Auto,
-        memory_gb: None,
-        exam: None,
-    }
-}
+use crate::recorded::reward::{
+    assert_near, encoded, folder, groups, measured, prompt, rows, spec, threefold,
+};
+use ovchat_models::preprocess::{JudgeIds, LlavaRlhfProcessor};
+use ovchat_models::{
+    AnswerGroup, ChatPrompt, ChatRole, ChatTurn, Dtype, EncodedImage, Judge as _, LlavaRlhfSpec,
+    RowFault,
+};
+use ovchat_torch::reward::RewardJudge;
+use ovchat_torch::weights::{Weights, save_safetensors};
 
 /// A copy of the recorded model that a test may modify.
 fn copy() -> TempDir {
     let copy = tempfile::tempdir().unwrap();
-    for folder in ["base", "vision", "adapter"] {
-        std::fs::create_dir(copy.path().join(folder)).unwrap();
-        for entry in std::fs::read_dir(recording().join(folder)).unwrap() {
+    for part in ["base", "vision", "adapter"] {
+        std::fs::create_dir(copy.path().join(part)).unwrap();
+        for entry in std::fs::read_dir(folder().join(part)).unwrap() {
             let from = entry.unwrap().path();
-            let to = copy.path().join(folder).join(from.file_name().unwrap());
+            let to = copy.path().join(part).join(from.file_name().unwrap());
             std::fs::copy(from, to).unwrap();
         }
     }
-    std::fs::copy(
-        recording().join("prompt.txt"),
-        copy.path().join("prompt.txt"),
-    )
-    .unwrap();
+    let name = "prompt.txt";
+    std::fs::copy(folder().join(name), copy.path().join(name)).unwrap();
     copy
 }
 
@@ -100,43 +50,6 @@ fn score(judge: &mut RewardJudge, groups: &[AnswerGroup<'_>]) -> Vec<Result<Vec<
     measured(judge, groups).0
 }
 
-fn measured(
-    judge: &mut RewardJudge,
-    groups: &[AnswerGroup<'_>],
-) -> (Vec<Result<Vec<f32>, RowFault>>, ModelTelemetry) {
-    let mut all: Vec<Option<_>> = groups.iter().map(|_| None).collect();
-    let telemetry = judge
-        .score(groups, &mut |index, scores| {
-            assert!(all[index].is_none(), "row {index} is returned twice");
-            let rewards =
-                |scores: Vec<JudgeScore>| scores.iter().map(|score| score.reward).collect();
-            all[index] = Some(scores.map(rewards));
-            ControlFlow::Continue(())
-        })
-        .unwrap();
-    let all = all
-        .into_iter()
-        .map(|row| row.expect("every row is returned"));
-    (all.collect(), telemetry)
-}
-
-/// Groups the answers by prompt.
-fn groups<'a>(rows: &'a [Row], prompts: &'a [ChatPrompt]) -> Vec<AnswerGroup<'a>> {
-    let mut groups: Vec<AnswerGroup> = Vec::new();
-    for (row, prompt) in rows.iter().zip(prompts) {
-        match groups.last_mut() {
-            Some(group) if group.prompt.id == prompt.id => group.answers.push(&row.answer),
-            _ => groups.push(AnswerGroup {
-                prompt,
-                answers: vec![&row.answer],
-                numbers: Vec::new(),
-            }),
-        }
-    }
-    assert_eq!(groups.len(), 2);
-    groups
-}
-
 /// The rewards of all recorded rows.
 fn rewards(spec: &LlavaRlhfSpec) -> Vec<f32> {
     let rows = rows();
@@ -146,14 +59,6 @@ fn rewards(spec: &LlavaRlhfSpec) -> Vec<f32> {
     scored.into_iter().flat_map(Result::unwrap).collect()
 }
 
-fn assert_near(found: &[f32], expected: &[f32], difference_max: f32) {
-    assert_eq!(found.len(), expected.len());
-    for (found, expected) in found.iter().zip(expected) {
-        let near = (found - expected).abs() <= difference_max;
-        assert!(near, "{found} is not {expected}");
-    }
-}
-
 fn diagnostic(root: &Path) -> String {
     RewardJudge::open(&spec(root)).unwrap_err().to_string()
 }
@@ -161,14 +66,14 @@ fn diagnostic(root: &Path) -> String {
 #[test]
 fn rewards_are_those_of_the_reference() {
     let expected: Vec<f32> = rows().iter().map(|row| row.reward).collect();
-    assert_near(&rewards(&spec(&recording())), &expected, 1e-5);
+    assert_near(&rewards(&spec(&folder())), &expected, 1e-5);
 }
 
 #[test]
 fn an_answer_scores_the_same_alone_and_among_others() {
     let rows = rows();
-    let expected = rewards(&spec(&recording()));
-    let mut judge = RewardJudge::open(&spec(&recording())).unwrap();
+    let expected = rewards(&spec(&folder()));
+    let mut judge = RewardJudge::open(&spec(&folder())).unwrap();
     for (row, expected) in rows.iter().zip(expected) {
         let prompt = prompt(row);
         let answers = vec![row.answer.as_str(), row.answer.as_str()];
@@ -191,7 +96,7 @@ fn bfloat16_stays_near_float32() {
     let dtype = Dtype::Bfloat16;
     let found = rewards(&LlavaRlhfSpec {
         dtype,
-        ..spec(&recording())
+        ..spec(&folder())
     });
     assert_near(&found, &expected, 0.1);
     assert_ne!(found, expected);
@@ -199,7 +104,7 @@ fn bfloat16_stays_near_float32() {
 
 #[test]
 fn every_published_layout_gives_the_same_bits() {
-    let expected = rewards(&spec(&recording()));
+    let expected = rewards(&spec(&folder()));
     let copy = copy();
     let at = |name: &str| copy.path().join(name);
     let same = |name: &str| name.to_owned();
@@ -264,7 +169,7 @@ fn faulty_rows_are_named_and_the_others_go_on() {
         group(&talk, "A"),
         group(&good, rows[0].answer.as_str()),
     ];
-    let mut judge = RewardJudge::open(&spec(&recording())).unwrap();
+    let mut judge = RewardJudge::open(&spec(&folder())).unwrap();
     let scored = score(&mut judge, &groups);
     let fault = |index: usize| scored[index].as_ref().unwrap_err().to_string();
     assert!(fault(0).contains("broken"), "{}", fault(0));
@@ -279,7 +184,7 @@ fn equal_answers_are_read_once_and_score_the_same_bits() {
     let rows = rows();
     let prompt = prompt(&rows[0]);
     let [one, two] = [&*rows[0].answer, "Something else."];
-    let mut judge = RewardJudge::open(&spec(&recording())).unwrap();
+    let mut judge = RewardJudge::open(&spec(&folder())).unwrap();
     let score = |judge: &mut RewardJudge, answers: Vec<&str>| {
         let prompt = &prompt;
         let (mut scored, telemetry) = measured(
@@ -298,15 +203,14 @@ fn equal_answers_are_read_once_and_score_the_same_bits() {
     assert_eq!(read, read_once);
 }
 
-/// Six groups; the first two are different.
-fn threefold<'a>(once: &[AnswerGroup<'a>]) -> Vec<AnswerGroup<'a>> {
-    let groups = (0..3).flat_map(|_| once);
-    let again = groups.map(|group| AnswerGroup {
-        prompt: group.prompt,
-        answers: group.answers.clone(),
-        numbers: Vec::new(),
-    });
-    again.collect()
+/// The number of tokens that all answers begin with.
+fn common_prefix(answers: &[JudgeIds]) -> usize {
+    let first = &answers[0].ids;
+    let is_common = |at: &usize| {
+        let mut answers = answers.iter();
+        answers.all(|answer| answer.ids.get(*at) == Some(&first[*at]))
+    };
+    (0..first.len()).take_while(is_common).count()
 }
 
 #[test]
@@ -314,22 +218,21 @@ fn images_and_prompts_are_read_once_whatever_the_budget_and_the_rewards_are_the_
     let rows = rows();
     let prompts: Vec<ChatPrompt> = rows.iter().map(prompt).collect();
     let groups = threefold(&groups(&rows, &prompts));
-    let mut judge = RewardJudge::open(&spec(&recording())).unwrap();
+    let mut judge = RewardJudge::open(&spec(&folder())).unwrap();
     let expected: Vec<f32> = (0..3)
         .flat_map(|_| rows.iter().map(|row| row.reward))
         .collect();
     let images = groups.iter().flat_map(|group| &group.prompt.images);
     let seen: std::collections::BTreeSet<&str> =
         images.map(|encoded| encoded.id.as_str()).collect();
+    let prep = LlavaRlhfProcessor::open(&spec(&folder())).unwrap();
     let mut shared = 0;
     let mut own = 0;
     for group in &groups {
-        let (ids, _) = distinct(judge.prep.ids(group).unwrap());
-        shared += shared_tokens(&ids);
-        own += ids
-            .iter()
-            .map(|one| one.ids.len() - shared_tokens(&ids))
-            .sum::<usize>();
+        let ids = prep.ids(group).unwrap();
+        let prefix = common_prefix(&ids);
+        shared += prefix;
+        own += ids.iter().map(|one| one.ids.len() - prefix).sum::<usize>();
     }
     for read_tokens in [usize::MAX, 400, 1] {
         judge.budget.read_tokens = read_tokens;
@@ -344,37 +247,6 @@ fn images_and_prompts_are_read_once_whatever_the_budget_and_the_rewards_are_the_
 }
 
 #[test]
-fn memory_that_runs_out_costs_time_or_the_group_that_was_alone() {
-    let rows = rows();
-    let prompts: Vec<ChatPrompt> = rows.iter().map(prompt).collect();
-    let groups = threefold(&groups(&rows, &prompts));
-    let mut judge = RewardJudge::open(&spec(&recording())).unwrap();
-    let budget = judge.budget;
-    let (expected, _) = measured(&mut judge, &groups);
-    for calls in 0..2 {
-        judge.budget = budget;
-        super::super::error::tests::run_out_after(calls);
-        let (found, telemetry) = measured(&mut judge, &groups);
-        assert_eq!(telemetry.oom_retries, 1);
-        for (found, expected) in found.iter().zip(&expected) {
-            assert_near(found.as_ref().unwrap(), expected.as_ref().unwrap(), 1e-5);
-        }
-    }
-    judge.budget.read_tokens = 1;
-    super::super::error::tests::run_out_after(1);
-    let (found, telemetry) = measured(&mut judge, &groups);
-    assert!(
-        found[0]
-            .as_ref()
-            .unwrap_err()
-            .0
-            .contains("in a batch of its own")
-    );
-    assert!(found[1..].iter().all(Result::is_ok));
-    assert_eq!(telemetry.oom_retries, 0);
-}
-
-#[test]
 fn judging_stops_when_the_caller_says_so() {
     let rows = rows();
     let prompt = prompt(&rows[0]);
@@ -383,7 +255,7 @@ fn judging_stops_when_the_caller_says_so() {
         answers: vec!["A"],
         numbers: Vec::new(),
     };
-    let mut judge = RewardJudge::open(&spec(&recording())).unwrap();
+    let mut judge = RewardJudge::open(&spec(&folder())).unwrap();
     let mut seen = 0;
     judge
         .score(&[group(), group(), group()], &mut |_, _| {
@@ -479,20 +351,4 @@ fn an_incomplete_adapter_is_refused() {
     let mut foreign = tensors(&|_| true);
     foreign.push(("score.weight".to_owned(), Tensor::from_slice(&[1.0_f32])));
     check(&foreign, "`score.weight` is neither");
-}
-
-#[test]
-fn answers_share_all_tokens_but_the_last_of_the_shortest() {
-    let text = |ids: &[i64]| JudgeIds {
-        ids: ids.to_vec(),
-        image: None,
-    };
-    assert_eq!(shared_tokens(&[]), 0);
-    assert_eq!(shared_tokens(&[text(&[1, 2, 3])]), 2);
-    assert_eq!(shared_tokens(&[text(&[1, 2, 3]), text(&[1, 2, 3])]), 2);
-    assert_eq!(
-        shared_tokens(&[text(&[1, 2, 3, 4]), text(&[1, 2, 5]), text(&[1, 2])]),
-        1
-    );
-    assert_eq!(shared_tokens(&[text(&[1, 7, 3]), text(&[1, 2, 3])]), 1);
 }

@@ -1,29 +1,22 @@
 //! Tests of reward training against the recorded judge and against arithmetic by hand.
 
+use std::fs;
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 
-use super::super::reward::RewardJudge;
-use super::*;
+use crate::recorded::reward;
 use ovchat_models::{
-    ChatPrompt, DeviceSpec, Dtype, EncodedImage, Judge, Optimization, Optimizer, Schedule,
-    TrainingAnswer,
+    AnswerGroup, ChatPrompt, Example, Judge as _, LlavaRlhfSpec, Optimization, Optimizer,
+    RewardSettings, RewardTrainer as _, Schedule, Trainer as _, TrainingAnswer,
 };
-
-fn recording() -> PathBuf {
-    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../..")).join("tests/parity/reward")
-}
+use ovchat_torch::reward::RewardJudge;
+use ovchat_torch::reward_trainer::LlavaRewardTrainer;
+use ovchat_torch::training::STATE_FILE;
 
 fn spec(adapter: Option<PathBuf>) -> LlavaRlhfSpec {
     LlavaRlhfSpec {
-        caption_orders: std::num::NonZeroU32::MIN,
-        base: recording().join("base"),
-        vision: recording().join("vision"),
         adapter,
-        prompt: recording().join("prompt.txt"),
-        device: DeviceSpec::Cpu,
-        dtype: Dtype::Auto,
-        memory_gb: None,
-        exam: None,
+        ..reward::spec(&reward::folder())
     }
 }
 
@@ -48,19 +41,11 @@ fn settings() -> RewardSettings {
 }
 
 fn prompt() -> ChatPrompt {
-    let bytes = fs::read(recording().join("images/wide.png")).unwrap();
+    let row = &reward::rows()[0];
     ChatPrompt {
-        id: "p".to_owned(),
-        images: vec![EncodedImage {
-            id: "wide".to_owned(),
-            bytes: bytes.into(),
-        }],
-        system: None,
-        turns: Vec::new(),
         question: "What is it?".to_owned(),
         captions: None,
-        answer: None,
-        seed: 0,
+        ..reward::prompt(row)
     }
 }
 
@@ -93,36 +78,15 @@ fn judged(spec: &LlavaRlhfSpec) -> Vec<f32> {
         .unwrap()
         .score(&[group], &mut |_, scores| {
             rewards = scores.unwrap().iter().map(|score| score.reward).collect();
-            std::ops::ControlFlow::Continue(())
+            ControlFlow::Continue(())
         })
         .unwrap();
     rewards
 }
 
-/// Rewards 1 and 0, then 0.5 and 1.5: margins 1 and -1, sums 1 and 2, so the mean of the sums is
-/// 1.5.
-#[test]
-fn the_loss_and_its_slopes_are_those_of_the_reference_by_hand() {
-    let rewards = [[1.0, 0.0], [0.5, 1.5]];
-    let (loss, slopes) = loss_and_slopes(&rewards, 1e-3);
-    let by_hand = f64::midpoint((-1.0f64).exp().ln_1p(), 1.0f64.exp().ln_1p()) + 1e-3 * 1.5;
-    assert!((loss - by_hand).abs() < 1e-12);
-    for row in 0..2 {
-        for side in 0..2 {
-            let step = 1e-6;
-            let mut moved = rewards;
-            moved[row][side] += step;
-            let slope = (loss_and_slopes(&moved, 1e-3).0 - loss) / step;
-            assert!((slope - slopes[row][side]).abs() < 1e-6, "{slope}");
-        }
-    }
-    let (huge, _) = loss_and_slopes(&[[-4000.0, 4000.0]], 0.0);
-    assert!((huge - 8000.0).abs() < 1e-9);
-}
-
 #[test]
 fn an_adapter_that_there_is_starts_where_its_judge_is() {
-    let spec = spec(Some(recording().join("adapter")));
+    let spec = spec(Some(reward::folder().join("adapter")));
     let prompt = prompt();
     let mut trainer = LlavaRewardTrainer::open(&spec, &settings()).unwrap();
     let report = trainer.step(&[pair(&prompt)]).unwrap();
@@ -167,12 +131,13 @@ fn only_adapter_and_head_are_trained_and_a_resumed_training_is_equal_to_the_bit(
     let bytes = |trainer: &mut LlavaRewardTrainer, name: &str| {
         let to = folder.path().join(name);
         trainer.save_state(&to).unwrap();
-        fs::read(to.join(super::super::training::STATE_FILE)).unwrap()
+        fs::read(to.join(STATE_FILE)).unwrap()
     };
     let open = || LlavaRewardTrainer::open(&spec(None), &settings()).unwrap();
     let mut undisturbed = open();
     let layers = 2;
-    assert_eq!(undisturbed.training.parameters.len(), layers * 7 * 2 + 2);
+    let parameters = &undisturbed.training().parameters;
+    assert_eq!(parameters.len(), layers * 7 * 2 + 2);
     undisturbed.step(&[pair(&prompt)]).unwrap();
     bytes(&mut undisturbed, "after one");
     undisturbed.step(&[pair(&prompt)]).unwrap();

@@ -22,8 +22,8 @@ use serde::de::DeserializeOwned;
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
-use super::weights::Weights;
 use ovchat_models::{ChatPrompt, ChatRole, ChatTurn, EncodedImage};
+use ovchat_torch::weights::Weights;
 
 /// One comparison.
 #[derive(Debug)]

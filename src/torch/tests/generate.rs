@@ -2,104 +2,67 @@
 
 use std::collections::BTreeSet;
 use std::ops::ControlFlow;
+use std::path::Path;
 
 use tch::{Device, Kind, Tensor};
+use tempfile::TempDir;
 
-use super::super::recorded::{self, Expected, assert_close};
-use super::*;
-use ovchat_models::Dtype;
+use crate::common::{Expected, assert_close, open};
+use crate::recorded::onevision::{
+    self, assert_same, clear, how, many, measured, prompts, sample, spec,
+};
+use ovchat_models::preprocess::LlavaOnevisionProcessor;
+use ovchat_models::{
+    ChatPrompt, Dtype, EncodedImage, Generation, Gigabytes, LlavaOnevisionSpec, Policy as _,
+    RowFault, Sampling, Stop,
+};
+use ovchat_torch::dpo::token_logps;
+use ovchat_torch::generate::LlavaOnevisionPolicy;
+use ovchat_torch::weights::{Weights, save_safetensors};
 
 fn policy(dtype: Dtype) -> LlavaOnevisionPolicy {
-    LlavaOnevisionPolicy::open(&recorded::spec(dtype)).unwrap()
+    LlavaOnevisionPolicy::open(&spec(dtype)).unwrap()
 }
 
-fn how(count: usize, temperature: f64) -> Sampling {
-    Sampling {
-        count,
-        temperature,
-        top_p: 0.9,
-        top_k: 0,
-        min_p: 0.0,
-        stop_strings: Vec::new(),
-        stop_token_ids: Vec::new(),
-        repetition_penalty: 1.0,
-        max_new_tokens: 12,
+/// The preprocessor of the recorded model.
+fn prep() -> LlavaOnevisionProcessor {
+    LlavaOnevisionProcessor::open(&onevision::folder()).unwrap()
+}
+
+/// A copy of the recorded model that a test may modify, and its spec.
+fn copy() -> (TempDir, LlavaOnevisionSpec) {
+    let folder = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(onevision::folder()).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), folder.path().join(entry.file_name())).unwrap();
     }
-}
-
-/// Settings whose answers do not depend on the last bits of the logits: no probability is close to
-/// the threshold.
-fn clear(count: usize) -> Sampling {
-    Sampling {
-        top_p: 1.0,
-        ..how(count, 0.5)
-    }
-}
-
-fn sample(
-    policy: &mut LlavaOnevisionPolicy,
-    prompts: &[ChatPrompt],
-    how: &Sampling,
-) -> Vec<Result<Vec<Generation>, RowFault>> {
-    measured(policy, prompts, how).0
-}
-
-fn measured(
-    policy: &mut LlavaOnevisionPolicy,
-    prompts: &[ChatPrompt],
-    how: &Sampling,
-) -> (Vec<Result<Vec<Generation>, RowFault>>, ModelTelemetry) {
-    let mut rows: Vec<_> = prompts.iter().map(|_| None).collect();
-    let mut emit = |index: usize, answers| {
-        assert!(rows[index].is_none(), "row {index} is returned twice");
-        rows[index] = Some(answers);
-        ControlFlow::Continue(())
+    let spec = LlavaOnevisionSpec {
+        weights: folder.path().to_owned(),
+        ..spec(Dtype::Float32)
     };
-    let telemetry = policy.sample(prompts, how, &mut emit).unwrap();
-    let rows = rows
-        .into_iter()
-        .map(|row| row.expect("every row is returned"));
-    (rows.collect(), telemetry)
-}
-
-/// Asserts equal tokens, and log-probabilities within `1e-4`.
-fn assert_same(
-    left: &[Result<Vec<Generation>, RowFault>],
-    right: &[Result<Vec<Generation>, RowFault>],
-) {
-    assert_eq!(left.len(), right.len());
-    for (left, right) in left.iter().zip(right) {
-        let (left, right) = (left.as_ref().unwrap(), right.as_ref().unwrap());
-        assert_eq!(left.len(), right.len());
-        for (left, right) in left.iter().zip(right) {
-            assert_eq!(left.token_ids, right.token_ids);
-            for (one, other) in left.token_logps.iter().zip(&right.token_logps) {
-                assert!((one - other).abs() < 1e-4, "{one} {other}");
-            }
-        }
-    }
+    (folder, spec)
 }
 
 #[test]
 fn token_ids_and_hidden_states_equal_those_of_transformers() {
-    let (policy, expected) = (policy(Dtype::Float32), Expected::open());
-    for (index, prompt) in recorded::prompts().iter().enumerate() {
-        let prepared = policy.prep.prepare(prompt).unwrap();
+    let expected = Expected::open();
+    let (prep, network) = open(&onevision::folder(), Kind::Float);
+    for (index, prompt) in prompts().iter().enumerate() {
+        let prepared = prep.prepare(prompt).unwrap();
         assert_eq!(
             prepared.text.ids,
             expected.integers(&format!("ids.{index}"))
         );
         let _no_grad = tch::no_grad_guard();
         let tiles: Vec<_> = prepared.images.iter().collect();
-        let features = policy.network.image_features(&tiles);
-        let embeds = policy.network.embed_prompt(&prepared.text, &features);
+        let features = network.image_features(&tiles);
+        let embeds = network.embed_prompt(&prepared.text, &features);
         let tokens = embeds.size()[0];
-        let decoder = &policy.network.language_model;
-        let hidden = decoder.hidden(&embeds);
+        let hidden = network.language_model.hidden(&embeds);
         let name = format!("hidden.{index}");
         assert_close(&name, &hidden, &expected.tensor(&name), 1e-4);
         let last = hidden.narrow(0, tokens - 1, 1);
-        let logits = policy.network.lm_head.forward(&last).squeeze_dim(0);
+        let logits = network.lm_head.forward(&last).squeeze_dim(0);
         let name = format!("logits.{index}");
         assert_close(&name, &logits, &expected.tensor(&name), 1e-4);
     }
@@ -108,11 +71,7 @@ fn token_ids_and_hidden_states_equal_those_of_transformers() {
 #[test]
 fn greedy_answers_and_their_log_probabilities_equal_those_of_transformers() {
     let expected = Expected::open();
-    let rows = sample(
-        &mut policy(Dtype::Float32),
-        &recorded::prompts(),
-        &how(2, 0.0),
-    );
+    let rows = sample(&mut policy(Dtype::Float32), &prompts(), &how(2, 0.0));
     for (index, row) in rows.into_iter().enumerate() {
         let [first, second] = row.unwrap().try_into().unwrap();
         let ids: Vec<i64> = first.token_ids.iter().map(|&id| id.into()).collect();
@@ -129,7 +88,7 @@ fn greedy_answers_and_their_log_probabilities_equal_those_of_transformers() {
 
 #[test]
 fn drawn_answers_depend_on_nothing_but_their_prompt_and_number() {
-    let prompts = recorded::prompts();
+    let prompts = prompts();
     let all = sample(&mut policy(Dtype::Float32), &prompts, &how(3, 1.0));
     let alone = sample(&mut policy(Dtype::Float32), &prompts[2..3], &how(2, 1.0));
     let (all, alone) = (all[2].as_ref().unwrap(), alone[0].as_ref().unwrap());
@@ -144,14 +103,7 @@ fn drawn_answers_depend_on_nothing_but_their_prompt_and_number() {
 /// times.
 #[test]
 fn who_is_beside_whom_changes_no_answer() {
-    let mut prompts = Vec::new();
-    for round in 0..8 {
-        for mut prompt in recorded::prompts() {
-            prompt.seed += 100 * round;
-            prompt.question.push_str(&" more".repeat(round as usize));
-            prompts.push(prompt);
-        }
-    }
+    let prompts = many(8);
     let how = Sampling {
         max_new_tokens: 20,
         ..clear(5)
@@ -178,7 +130,7 @@ fn who_is_beside_whom_changes_no_answer() {
 
 #[test]
 fn one_answer_many_answers_and_one_token_come_out_right() {
-    let prompts = recorded::prompts();
+    let prompts = prompts();
     let mut policy = policy(Dtype::Float32);
     for (count, max_new_tokens) in [(1, 7), (64, 3), (3, 1)] {
         let how = Sampling {
@@ -205,10 +157,12 @@ fn an_answer_that_stops_ends_in_the_stop_token_and_its_text_does_not() {
         max_new_tokens: 100,
         ..how(16, 50.0)
     };
-    let prompts = &recorded::prompts()[1..2];
+    let prompts = &prompts()[1..2];
     let rows = sample(&mut policy, prompts, &hot);
     let answers = rows[0].as_ref().unwrap();
-    let stops = policy.prep.chat.stops();
+    let prep = prep();
+    let stops = prep.chat.stops();
+    let banned = prep.chat.banned(prep.config.text_config.vocab_size);
     let is_stop = |id: i32| stops.contains(&i64::from(id));
     for answer in answers {
         let (last, before) = answer.token_ids.split_last().unwrap();
@@ -216,8 +170,8 @@ fn an_answer_that_stops_ends_in_the_stop_token_and_its_text_does_not() {
         assert_eq!(is_stop(*last), answer.stop == Stop::Token);
         assert!(!answer.text.contains("<|"), "{}", answer.text);
         assert_eq!(answer.token_ids.len(), answer.token_logps.len());
-        let banned = |id: &i32| policy.banned.contains(&i64::from(*id));
-        assert!(!answer.token_ids.iter().any(banned));
+        let is_banned = |id: &i32| banned.contains(&i64::from(*id));
+        assert!(!answer.token_ids.iter().any(is_banned));
     }
     assert!(answers.iter().any(|answer| answer.stop == Stop::Token));
     // Rows that leave the batch do not change the others.
@@ -236,7 +190,7 @@ fn an_answer_that_stops_ends_in_the_stop_token_and_its_text_does_not() {
 
 #[test]
 fn a_image_that_does_not_decode_is_the_fault_of_its_row_only() {
-    let mut prompts = recorded::prompts();
+    let mut prompts = prompts();
     prompts[0].images[0].bytes = b"not an image".to_vec().into();
     prompts[0].images[0].id = "broken".to_owned();
     let rows = sample(&mut policy(Dtype::Float32), &prompts, &how(1, 0.0));
@@ -246,7 +200,7 @@ fn a_image_that_does_not_decode_is_the_fault_of_its_row_only() {
 
 #[test]
 fn a_prompt_that_fills_the_context_is_a_fault_and_one_that_nearly_does_is_cut_off() {
-    let mut prompts = vec![recorded::prompts().remove(3), recorded::prompts().remove(3)];
+    let mut prompts = vec![prompts().remove(3), prompts().remove(3)];
     prompts[0].question = "x".repeat(400);
     let context = 256 - 71 + "Say something.".len();
     prompts[1].question = "x".repeat(context - 5);
@@ -259,7 +213,7 @@ fn a_prompt_that_fills_the_context_is_a_fault_and_one_that_nearly_does_is_cut_of
 
 #[test]
 fn bfloat16_answers_with_nearly_the_same_log_probabilities() {
-    let prompts = recorded::prompts();
+    let prompts = prompts();
     let wide = sample(&mut policy(Dtype::Float32), &prompts, &how(1, 0.0));
     let narrow = sample(&mut policy(Dtype::Bfloat16), &prompts, &how(1, 0.0));
     for (wide, narrow) in wide.iter().zip(&narrow) {
@@ -271,48 +225,40 @@ fn bfloat16_answers_with_nearly_the_same_log_probabilities() {
 
 #[test]
 fn weights_that_are_not_numbers_are_a_fault_in_words() {
-    let mut policy = policy(Dtype::Float32);
-    let _no_grad = tch::no_grad_guard();
-    let nan = Tensor::full([264, 24], f64::NAN, (Kind::Float, Device::Cpu));
-    policy.network.lm_head = super::super::decoder::LmHead::of(nan);
+    let (folder, spec) = copy();
+    let path = folder.path().join("model.safetensors");
+    let weights = Weights::open_file(&path).unwrap();
+    let tensor = |name: &str| {
+        let tensor = weights.read(name, Device::Cpu).unwrap();
+        let is_head = name == "language_model.lm_head.weight";
+        let changed = is_head.then(|| tensor.full_like(f64::NAN));
+        (name.to_owned(), changed.unwrap_or(tensor))
+    };
+    let tensors: Vec<(String, Tensor)> = weights.names().map(tensor).collect();
+    std::fs::remove_file(&path).unwrap();
+    save_safetensors(&path, &tensors, &[("format", "pt")]).unwrap();
+    let mut policy = LlavaOnevisionPolicy::open(&spec).unwrap();
     for temperature in [0.0, 1.0] {
-        let rows = sample(&mut policy, &recorded::prompts()[3..], &how(1, temperature));
+        let rows = sample(&mut policy, &prompts()[3..], &how(1, temperature));
         assert!(rows[0].as_ref().unwrap_err().0.contains("logits are NaN"));
     }
 }
 
-/// Twelve prompts about three images, in mixed order.
-fn many() -> Vec<ChatPrompt> {
-    let mut prompts = Vec::new();
-    for round in 0..3 {
-        for mut prompt in recorded::prompts() {
-            prompt.seed += 100 * round;
-            prompt.question.push_str(&" more".repeat(round as usize));
-            prompts.push(prompt);
-        }
-    }
-    prompts
-}
-
 #[test]
 fn images_and_prompts_are_read_once_whatever_the_budget_and_the_answers_are_the_same() {
-    let prompts = many();
+    let prompts = many(3);
     let how = clear(5);
-    let mut policy = policy(Dtype::Float32);
+    let (prep, mut policy) = (prep(), policy(Dtype::Float32));
     let (expected, telemetry) = measured(&mut policy, &prompts, &how);
-    let lengths = |policy: &LlavaOnevisionPolicy| -> usize {
-        let ids = prompts
-            .iter()
-            .map(|prompt| policy.prep.count(prompt).unwrap());
-        ids.sum()
-    };
+    let lengths = prompts.iter().map(|prompt| prep.count(prompt).unwrap());
+    let lengths: usize = lengths.sum();
     let tokens = |rows: &[Result<Vec<Generation>, RowFault>]| -> usize {
         let answers = rows.iter().flat_map(|row| row.as_ref().unwrap());
         answers.map(|answer| answer.token_ids.len()).sum()
     };
     // Three prompts share the same images each time; their common prefix is prefilled once.
     let prefix = |prompt: &ChatPrompt| {
-        let ids = policy.prep.ids(prompt).unwrap();
+        let ids = prep.ids(prompt).unwrap();
         ids.images.last().map_or(0, |encoded| encoded.end)
     };
     let prefixes: usize = prompts.iter().map(prefix).sum();
@@ -333,8 +279,7 @@ fn images_and_prompts_are_read_once_whatever_the_budget_and_the_answers_are_the_
         // Two images on their own, and two in one prompt.
         assert_eq!(counts, [12, 4, 4], "each image goes through the tower once");
         assert_eq!(
-            telemetry.prompt_tokens,
-            lengths(&policy) as u64,
+            telemetry.prompt_tokens, lengths as u64,
             "not once per answer"
         );
         assert_eq!(
@@ -351,17 +296,15 @@ fn images_and_prompts_are_read_once_whatever_the_budget_and_the_answers_are_the_
 }
 
 /// The policy of the small world and twelve of its questions.
-fn small_world() -> (LlavaOnevisionPolicy, Vec<ChatPrompt>) {
-    let samples =
-        std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../..")).join("data-samples");
-    let spec = models::LlavaOnevisionSpec {
+fn small_world() -> (LlavaOnevisionSpec, Vec<ChatPrompt>) {
+    let samples = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../..")).join("data-samples");
+    let spec = LlavaOnevisionSpec {
         weights: samples.join("policy"),
-        adapter: None,
-        ..recorded::spec(Dtype::Float32)
+        ..spec(Dtype::Float32)
     };
     let text = std::fs::read(samples.join("prompts.json")).unwrap();
     let records: Vec<serde_json::Value> = serde_json::from_slice(&text).unwrap();
-    let prompts = records[..12].iter().enumerate().map(|(number, record)| {
+    let questions = records[..12].iter().enumerate().map(|(number, record)| {
         let name = record["image"].as_str().unwrap();
         ChatPrompt {
             images: vec![EncodedImage {
@@ -372,18 +315,16 @@ fn small_world() -> (LlavaOnevisionPolicy, Vec<ChatPrompt>) {
             }],
             question: record["prompt"].as_str().unwrap().to_owned(),
             seed: number as u64,
-            ..recorded::prompts().remove(3)
+            ..prompts().remove(3)
         }
     });
-    (
-        LlavaOnevisionPolicy::open(&spec).unwrap(),
-        prompts.collect(),
-    )
+    (spec, questions.collect())
 }
 
 #[test]
 fn sharing_gives_the_tokens_and_log_probabilities_that_each_answer_has_alone() {
-    let (mut policy, prompts) = small_world();
+    let (spec, prompts) = small_world();
+    let mut policy = LlavaOnevisionPolicy::open(&spec).unwrap();
     let how = Sampling {
         max_new_tokens: 24,
         ..how(5, 0.7)
@@ -400,10 +341,10 @@ fn sharing_gives_the_tokens_and_log_probabilities_that_each_answer_has_alone() {
 
     // Without any sharing: each answer in a separate pass, with its prompt and its image.
     let _no_grad = tch::no_grad_guard();
-    let network = &policy.network;
+    let (prep, network) = open(&spec.weights, Kind::Float);
     for (prompt, answers) in prompts.iter().zip(&together) {
         for answer in answers.as_ref().unwrap() {
-            let mut prepared = policy.prep.prepare(prompt).unwrap();
+            let mut prepared = prep.prepare(prompt).unwrap();
             let first = prepared.text.ids.len() as i64 - 1;
             let ids: Vec<i64> = answer.token_ids.iter().map(|&id| id.into()).collect();
             prepared.text.ids.extend(&ids);
@@ -412,7 +353,7 @@ fn sharing_gives_the_tokens_and_log_probabilities_that_each_answer_has_alone() {
             let hidden = network.language_model.hidden(&embeds);
             let hidden = hidden.narrow(0, first, ids.len() as i64);
             let logits = network.lm_head.forward(&hidden);
-            let logps = super::super::dpo::token_logps(&logits, &Tensor::from_slice(&ids));
+            let logps = token_logps(&logits, &Tensor::from_slice(&ids));
             let logps = Vec::<f32>::try_from(logps).unwrap();
             for (alone, shared) in logps.iter().zip(&answer.token_logps) {
                 assert!((alone - shared).abs() < 1e-4, "{alone} {shared}");
@@ -421,53 +362,14 @@ fn sharing_gives_the_tokens_and_log_probabilities_that_each_answer_has_alone() {
     }
 }
 
-/// Memory runs out anywhere in a part, once or repeatedly.
-#[test]
-fn memory_that_runs_out_costs_time_and_no_answer() {
-    let prompts = many();
-    let how = clear(5);
-    let mut policy = policy(Dtype::Float32);
-    let budget = policy.budget;
-    let (expected, _) = measured(&mut policy, &prompts, &how);
-    for calls in 0..14 {
-        policy.budget = budget;
-        super::super::error::tests::run_out_after(calls);
-        let (found, telemetry) = measured(&mut policy, &prompts, &how);
-        assert_eq!(telemetry.oom_retries, 1, "{calls}");
-        assert_same(&found, &expected);
-        assert_eq!((policy.budget.rows, policy.budget.oom_retries), (32, 0));
-    }
-}
-
-#[test]
-fn a_prompt_that_is_too_much_alone_costs_its_row_only() {
-    let prompts = recorded::prompts();
-    let mut policy = policy(Dtype::Float32);
-    policy.budget.rows = 1;
-    // The tower, then the prefill, of the first prompt; a decode step of the next one.
-    for (calls, lost) in [(1, 0), (14 + 2, 2)] {
-        super::super::error::tests::run_out_after(calls);
-        let rows = sample(&mut policy, &prompts, &how(2, 3.0));
-        for (index, row) in rows.iter().enumerate() {
-            match row {
-                Ok(_) => assert_ne!(index, lost),
-                Err(fault) => {
-                    assert_eq!(index, lost);
-                    assert!(fault.0.contains("out of memory"), "{fault}");
-                }
-            }
-        }
-    }
-}
-
 #[test]
 fn a_prompt_that_can_never_fit_is_refused_before_it_is_read() {
-    let spec = models::LlavaOnevisionSpec {
-        memory_gb: Some(models::Gigabytes::try_from(125e-6).unwrap()),
-        ..recorded::spec(Dtype::Float32)
+    let spec = LlavaOnevisionSpec {
+        memory_gb: Some(Gigabytes::try_from(125e-6).unwrap()),
+        ..spec(Dtype::Float32)
     };
     let mut policy = LlavaOnevisionPolicy::open(&spec).unwrap();
-    let (rows, telemetry) = measured(&mut policy, &recorded::prompts(), &how(5, 1.0));
+    let (rows, telemetry) = measured(&mut policy, &prompts(), &how(5, 1.0));
     let fault = rows[0].as_ref().unwrap_err();
     assert!(fault.0.contains("memory_gb"), "{fault}");
     assert!(rows[3].is_ok(), "{rows:?}");
@@ -477,8 +379,8 @@ fn a_prompt_that_can_never_fit_is_refused_before_it_is_read() {
 
 #[test]
 fn stop_strings_and_stop_tokens_end_answers() {
-    let prompts = &recorded::prompts()[..2];
-    let mut policy = policy(Dtype::Float32);
+    let prompts = &prompts()[..2];
+    let (prep, mut policy) = (prep(), policy(Dtype::Float32));
     let plain = Sampling {
         max_new_tokens: 40,
         ..how(4, 3.0)
@@ -498,14 +400,8 @@ fn stop_strings_and_stop_tokens_end_answers() {
                     assert_eq!(stopped.stop, Stop::String);
                     assert_eq!(stopped.text, free.text[..end]);
                     assert!(free.token_ids.starts_with(&stopped.token_ids));
-                    let said = policy.prep.chat.decode(
-                        &stopped
-                            .token_ids
-                            .iter()
-                            .map(|&id| id.into())
-                            .collect::<Vec<i64>>(),
-                    );
-                    assert!(said.contains(&middle));
+                    let ids: Vec<i64> = stopped.token_ids.iter().map(|&id| id.into()).collect();
+                    assert!(prep.chat.decode(&ids).contains(&middle));
                 }
                 None => assert_eq!(stopped.token_ids, free.token_ids),
             }
@@ -536,13 +432,9 @@ fn stop_strings_and_stop_tokens_end_answers() {
     );
 }
 
-/// The tiny checkpoint with the published grids of up to 6 x 6 tiles and a long context.
-fn large_grids() -> (tempfile::TempDir, models::LlavaOnevisionSpec) {
-    let folder = tempfile::tempdir().unwrap();
-    for entry in std::fs::read_dir(recorded::folder()).unwrap() {
-        let entry = entry.unwrap();
-        std::fs::copy(entry.path(), folder.path().join(entry.file_name())).unwrap();
-    }
+/// A copy of the recorded model with the published grids of up to 6 x 6 tiles and a long context.
+fn large_grids() -> (TempDir, LlavaOnevisionSpec) {
+    let (folder, spec) = copy();
     let grids: Vec<[usize; 2]> = (1..=6)
         .flat_map(|down| (1..=6).map(move |across| [12 * down, 12 * across]))
         .collect();
@@ -557,11 +449,6 @@ fn large_grids() -> (tempfile::TempDir, models::LlavaOnevisionSpec) {
         }
         std::fs::write(&path, value.to_string()).unwrap();
     }
-    let spec = models::LlavaOnevisionSpec {
-        weights: folder.path().to_owned(),
-        adapter: None,
-        ..recorded::spec(Dtype::Float32)
-    };
     (folder, spec)
 }
 
@@ -588,11 +475,12 @@ fn every_prompt_of_an_adversarial_part_comes_out_right() {
         images: images.iter().map(|&encoded| encoded.clone()).collect(),
         question,
         seed,
-        ..recorded::prompts().remove(3)
+        ..prompts().remove(3)
     };
     let [dot, wall, plain] =
         [("dot", 1, 1), ("wall", 72, 60), ("plain", 30, 20)].map(|(id, x, y)| drawn(id, x, y));
-    assert_eq!(policy.prep.tiles(&wall, 1).unwrap().packing.tiles(), 31);
+    let prep = LlavaOnevisionProcessor::open(&spec.weights).unwrap();
+    assert_eq!(prep.tiles(&wall, 1).unwrap().packing.tiles(), 31);
     let mut prompts = vec![
         ask(&[&dot], "What?".to_owned(), 1),
         ask(&[&wall], "What?".to_owned(), 2),
@@ -620,23 +508,4 @@ fn every_prompt_of_an_adversarial_part_comes_out_right() {
         let (again, _) = measured(&mut policy, &prompts, &how);
         assert_eq!(rows, again, "bitwise equal");
     }
-}
-
-fn prompt(encoded: Option<&str>) -> ChatPrompt {
-    let images = encoded.into_iter().map(|id| EncodedImage {
-        id: id.to_owned(),
-        bytes: [].into(),
-    });
-    ChatPrompt {
-        images: images.collect(),
-        ..recorded::prompts().remove(3)
-    }
-}
-
-#[test]
-fn prompts_about_one_image_are_answered_together() {
-    let prompts = ["a", "b", "a"].map(|id| prompt(Some(id)));
-    assert_eq!(by_first_image(&prompts), [0, 2, 1]);
-    let wordy = [prompt(Some("a")), prompt(None), prompt(Some("a"))];
-    assert_eq!(by_first_image(&wordy), [0, 2, 1]);
 }
