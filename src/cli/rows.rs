@@ -414,6 +414,6 @@ fn has_date64(of: &DataType) -> bool {
 
 impl From<ArrowError> for Failed {
     fn from(error: ArrowError) -> Self {
-        Self::Query(QueryError(error.to_string()))
+        Self::Query(QueryError::Other(error.to_string()))
     }
 }

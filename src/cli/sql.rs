@@ -17,7 +17,7 @@ use ovchat_data::store::{LABELS, RunFolder, TableFile, TableVersion, schema_of_f
 use ovchat_data::tables::{Call, Image, Label, Reject, Row, Telemetry, schema_of};
 use ovchat_pipeline::config::tables_there;
 use ovchat_pipeline::run::LAST_WHOLE;
-use ovchat_query::{self as query, Param, Part, QueryError, QueryTable, View};
+use ovchat_query::{self as query, Param, Part, QueryTable, View};
 
 /// Query the tables of a run with SQL; tables of all rounds have a column `round`.
 #[derive(Args)]
@@ -97,12 +97,12 @@ impl Sql {
         let names = names.chain(views.iter().map(|view| &view.name));
         let names: Vec<&str> = names.map(String::as_str).collect();
         printed.map(drop).map_err(|failed| match failed {
-            Failed::Query(QueryError(error)) => match tables_there(&error, &names) {
+            Failed::Query(error) => match tables_there(&error, &names) {
                 Some((Some(suggest), all)) => {
                     Failed::Words(format!("{error}; did you mean `{suggest}`? {all}"))
                 }
                 Some((None, all)) => Failed::Words(format!("{error}; {all}")),
-                None => Failed::Query(QueryError(error)),
+                None => Failed::Query(error),
             },
             failed => failed,
         })

@@ -54,7 +54,7 @@ pub fn piece_by_piece<E: From<QueryError>>(
 }
 
 fn give(sender: &SyncSender<Part>, part: Part) -> Result<(), QueryError> {
-    let is_unheard = |_| QueryError("the receiver of the rows is gone".to_owned());
+    let is_unheard = |_| QueryError::Other("the receiver of the rows is gone".to_owned());
     sender.send(part).map_err(is_unheard)
 }
 
@@ -65,7 +65,7 @@ fn builder() -> Builder {
 }
 
 fn no_thread(error: &std::io::Error) -> QueryError {
-    QueryError(format!("cannot start a thread for the query: {error}"))
+    QueryError::Other(format!("cannot start a thread for the query: {error}"))
 }
 
 /// The result of a query, or the message of its panic as an error.
@@ -74,7 +74,7 @@ fn unless_it_panics<T>(work: impl FnOnce() -> Result<T, QueryError>) -> Result<T
 }
 
 fn panicked(message: &str) -> QueryError {
-    QueryError(format!(
+    QueryError::Other(format!(
         "DataFusion failed at this query ({message}); rewrite the query"
     ))
 }

@@ -23,14 +23,14 @@ pub fn refuse_deep(sql: &str) -> Result<(), QueryError> {
     refuse_unread_numbers(&tokens)?;
     let (depth, nots) = depth(&tokens);
     if nots > NOT_MAX {
-        return Err(QueryError(format!(
+        return Err(QueryError::Other(format!(
             "`not (` is nested {nots} levels deep, the maximum is {NOT_MAX}: remove pairs of `not`"
         )));
     }
     if depth <= DEPTH_MAX {
         return Ok(());
     }
-    Err(QueryError(format!(
+    Err(QueryError::Other(format!(
         "the query chains {depth} operators and keywords (a table counts {TABLE}), the maximum is \
          {DEPTH_MAX}: write `in (…)` for many `or`, `values` for many `union`, or put the values into \
          a table"
@@ -57,7 +57,7 @@ fn refuse_unread_numbers(tokens: &[Token]) -> Result<(), QueryError> {
             continue;
         };
         if let Some(Token::Word(word)) = tokens.get(index + 1) {
-            return Err(QueryError(format!(
+            return Err(QueryError::Other(format!(
                 "`{number}{word}` is not a number: use digits only, or put a space before an alias"
             )));
         }
@@ -72,7 +72,7 @@ fn refuse_unread_numbers(tokens: &[Token]) -> Result<(), QueryError> {
             .split_once('.')
             .map_or(0, |(_, fraction)| fraction.len());
         let is_plain = mantissa.len() == number.len();
-        return Err(QueryError(
+        return Err(QueryError::Other(
             if is_plain && digits.max(fraction) <= DECIMAL_MAX {
                 format!("{lost}: write cast('{number}' as decimal({DECIMAL_MAX}, {fraction}))")
             } else {

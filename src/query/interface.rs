@@ -10,9 +10,44 @@ use ovchat_data::store::TableFile;
 pub const MEMORY_BYTES: usize = 512 << 20;
 
 /// A query that cannot be planned or run.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct QueryError(pub String);
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum QueryError {
+    /// The text is not SQL.
+    #[error("{message}")]
+    Syntax {
+        /// The parser's message, with the place in words.
+        message: String,
+        /// The message without the place.
+        problem: String,
+        /// The line and the column of the unexpected token, counted from 1; `None` at the end of
+        /// the query.
+        place: Option<(usize, usize)>,
+    },
+    /// The query reads a table that does not exist.
+    #[error("there is no table `{0}`")]
+    NoTable(String),
+    /// The query reads a column that does not exist.
+    #[error("there is no column `{name}`{advice}")]
+    NoColumn { name: String, advice: String },
+    /// The query uses a `$name` that has no value.
+    #[error("there is no `${name}` here{advice}")]
+    NoParameter { name: String, advice: String },
+    /// Any other error, as a message.
+    #[error("{0}")]
+    Other(String),
+}
+
+impl QueryError {
+    /// Returns the name that the query uses and that does not exist.
+    pub fn unknown_name(&self) -> Option<&str> {
+        match self {
+            Self::NoTable(name) | Self::NoColumn { name, .. } | Self::NoParameter { name, .. } => {
+                Some(name)
+            }
+            Self::Syntax { .. } | Self::Other(_) => None,
+        }
+    }
+}
 
 /// The value of a `$name` in a query.
 #[derive(Debug, Clone, PartialEq)]

@@ -46,7 +46,7 @@ pub fn refuse_compared(plan: &LogicalPlan) -> Result<(), QueryError> {
     });
     walked.map_err(error)?;
     if is_compared {
-        return Err(QueryError(
+        return Err(QueryError::Other(
             "comparing intervals is not supported (DataFusion compares their months, days and hours separately): \
              compare numbers, such as date_part('epoch', …)"
                 .to_owned(),

@@ -48,13 +48,13 @@ pub fn refuse_large(statement: &Statement) -> Result<(), QueryError> {
         open: vec![Level::default()],
     };
     if let ControlFlow::Break(message) = statement.visit(&mut count) {
-        return Err(QueryError(message));
+        return Err(QueryError::Other(message));
     }
     let tables = count.open[0].tables;
     if tables <= TABLES_MAX {
         return Ok(());
     }
-    Err(QueryError(format!(
+    Err(QueryError::Other(format!(
         "the query reads {tables} tables once its `with` clauses are inlined, the maximum is {TABLES_MAX}: \
          read each of them once, or build it as a table in an `sql` stage"
     )))

@@ -44,7 +44,6 @@ pub use count::{RowCount, Several};
 use interface::MEMORY_BYTES;
 pub use interface::{Header, Param, Part, QueryError, QueryTable, View};
 pub use row_by_row::reach_beyond;
-pub use words::no_table;
 use words::{Allowed, error, refuse_others, refuse_unknown_params};
 
 use ovchat_data::store::{StoreError, schema_of_file};
@@ -75,7 +74,7 @@ pub fn plan_counted(
         // The logical schema has the names and types; nullability is as wide as possible.
         let schema = Arc::new(frame.schema().as_arrow().clone());
         types::each_type(&schema, &mut |path, of| {
-            types::equal_fields(path, of).map_or(Ok(()), |words| Err(QueryError(words)))
+            types::equal_fields(path, of).map_or(Ok(()), |words| Err(QueryError::Other(words)))
         })?;
         let count = RowCount::of(frame.logical_plan());
         // Types are coerced and functions resolved while the physical plan is created.
@@ -108,7 +107,7 @@ pub fn run<E: From<QueryError>>(
     let mut schema = None;
     stream(sql, params, tables, views, spill, |part| -> Result<(), E> {
         if files::stopped() {
-            return Err(QueryError("interrupted".to_owned()).into());
+            return Err(QueryError::Other("interrupted".to_owned()).into());
         }
         match part {
             Part::Header(header) => schema = Some(header.schema),
@@ -154,7 +153,7 @@ pub fn stream<E: From<QueryError>>(
                     Some(path) => {
                         let path = path.clone();
                         let corrupt = StoreError::Corrupt { path };
-                        QueryError(format!(
+                        QueryError::Other(format!(
                             "{corrupt}; `pipeline verify` lists corrupt files, and after `pipeline repair` the next \
                              `pipeline run` rebuilds them"
                         ))
@@ -263,7 +262,7 @@ async fn prepare(
     // Reported after planning, because the planner has better messages for other errors in the
     // query.
     if let Some(message) = ignored {
-        return Err(QueryError(message));
+        return Err(QueryError::Other(message));
     }
     options.verify_plan(&plan).map_err(error)?;
     intervals::refuse_compared(&plan)?;

@@ -55,7 +55,7 @@ fn refusal(statement: &str, allowed: Allowed) -> QueryError {
         Allowed::Queries => "",
         Allowed::Looks => "; to write its rows to a file, use `--format parquet`",
     };
-    QueryError(format!(
+    QueryError::Other(format!(
         "`{name}` is not supported: write a query that begins with `select` or `with`{more}"
     ))
 }
@@ -79,11 +79,14 @@ pub fn refuse_unknown_params(
         .iter()
         .map(|(name, _)| format!("`${name}`"))
         .collect();
-    Err(QueryError(if known.is_empty() {
-        format!("there is no `{name}` here: only `rounds.stop_when` has a parameter, `$round`")
-    } else {
-        format!("there is no `{name}` here, only {}", known.join(", "))
-    }))
+    Err(QueryError::NoParameter {
+        name: name.trim_start_matches('$').to_owned(),
+        advice: if known.is_empty() {
+            ": only `rounds.stop_when` has a parameter, `$round`".to_owned()
+        } else {
+            format!(", only {}", known.join(", "))
+        },
+    })
 }
 
 /// Converts an error of DataFusion, without the layers that only its developers need.
@@ -92,13 +95,11 @@ pub fn refuse_unknown_params(
     reason = "it is used as a function on errors"
 )]
 pub fn error(error: DataFusionError) -> QueryError {
-    QueryError(match error.find_root() {
+    let message = match error.find_root() {
         // Its `Display` adds the error in Rust's debug notation.
         DataFusionError::SQL(error, _) => {
             let text = error.to_string();
-            text.strip_prefix("sql parser error: ")
-                .unwrap_or(&text)
-                .to_owned()
+            return syntax_error(text.strip_prefix("sql parser error: ").unwrap_or(&text));
         }
         DataFusionError::SchemaError(problem, _)
             if let SchemaError::FieldNotFound {
@@ -106,7 +107,10 @@ pub fn error(error: DataFusionError) -> QueryError {
                 valid_fields,
             } = &**problem =>
         {
-            no_column(field, valid_fields, &problem.to_string())
+            return QueryError::NoColumn {
+                name: field.quoted_flat_name(),
+                advice: columns_there(field, valid_fields, &problem.to_string()),
+            };
         }
         DataFusionError::ResourcesExhausted(_) => format!(
             "the query exceeds its memory limit of {} MB: join or group fewer rows, or fewer and \
@@ -131,8 +135,9 @@ pub fn error(error: DataFusionError) -> QueryError {
                 text.strip_prefix(prefix).unwrap_or(text)
             });
             if let Some(table) = unknown_table(text) {
-                no_table(table)
-            } else if let Some(message) = wrong_arguments(text) {
+                return QueryError::NoTable(table.to_owned());
+            }
+            if let Some(message) = wrong_arguments(text) {
                 message
             } else if text.contains("OuterReferenceColumn") {
                 "a subquery here cannot read columns of the outer tables: join them, or put `unnest` \
@@ -145,31 +150,62 @@ pub fn error(error: DataFusionError) -> QueryError {
                 text.split(BUG).next().unwrap_or_default().to_owned()
             }
         }
-    })
+    };
+    QueryError::Other(message)
+}
+
+/// Reads the parser's message, which ends with the place in words.
+fn syntax_error(text: &str) -> QueryError {
+    let message = text.to_owned();
+    let (rest, place) = match text.rsplit_once(" at Line: ") {
+        Some((rest, place)) => {
+            let numbers = place.split_once(", Column: ");
+            let numbers =
+                numbers.and_then(|(line, column)| Some((line.parse().ok()?, column.parse().ok()?)));
+            if numbers.is_none() {
+                return QueryError::Other(message);
+            }
+            (rest, numbers)
+        }
+        None if text.ends_with(", found: EOF") => (text, None),
+        None => return QueryError::Other(message),
+    };
+    let problem = match rest
+        .strip_prefix("Expected: ")
+        .and_then(|rest| rest.rsplit_once(", found: "))
+    {
+        Some((expected, "EOF")) => format!("the query ends where {expected} was expected"),
+        Some((expected, found)) => format!("expected {expected}, found `{found}`"),
+        None => rest.to_owned(),
+    };
+    QueryError::Syntax {
+        message,
+        problem,
+        place,
+    }
 }
 
 /// The maximum number of columns to list.
 const COLUMNS_SHOWN: usize = 12;
 
-/// Returns the message for an unknown column; `told` is DataFusion's message, whose suggestion is
+/// Returns the advice on an unknown column; `told` is DataFusion's message, whose suggestion is
 /// kept.
-fn no_column(column: &Column, columns: &[Column], told: &str) -> String {
-    let there_is_none = format!("there is no column `{}`", column.quoted_flat_name());
+fn columns_there(column: &Column, columns: &[Column], told: &str) -> String {
     let mut others = columns.iter();
     if let Some(other) = others.find(|other| other.name.eq_ignore_ascii_case(&column.name))
         && other.name != column.name
     {
         let name = &other.name;
-        return format!("{there_is_none}; names without quotes are lower-cased: write \"{name}\"");
+        return format!("; names without quotes are lower-cased: write \"{name}\"");
     }
     let suggest = told
         .split_once("Did you mean '")
         .and_then(|(_, rest)| rest.split_once("'?"));
     if let Some((suggest, _)) = suggest {
-        return format!("{there_is_none}; did you mean `{suggest}`?");
+        return format!("; did you mean `{suggest}`?");
     }
     if columns.is_empty() {
-        return there_is_none;
+        return String::new();
     }
     let names: Vec<String> = columns.iter().map(Column::quoted_flat_name).collect();
     let more = if names.len() > COLUMNS_SHOWN {
@@ -178,12 +214,7 @@ fn no_column(column: &Column, columns: &[Column], told: &str) -> String {
         ""
     };
     let shown = names[..names.len().min(COLUMNS_SHOWN)].join(", ");
-    format!("{there_is_none}; the columns are {shown}{more}")
-}
-
-/// Returns the message for an unknown table.
-pub fn no_table(table: &str) -> String {
-    format!("there is no table `{table}`")
+    format!("; the columns are {shown}{more}")
 }
 
 /// The start of DataFusion's request to report a bug.
@@ -222,4 +253,33 @@ fn wrong_arguments(text: &str) -> Option<String> {
 fn unknown_table(text: &str) -> Option<&str> {
     let name = text.strip_prefix("table '")?.strip_suffix("' not found")?;
     Some(name.strip_prefix("datafusion.public.").unwrap_or(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_place_of_a_syntax_error_is_read_from_the_parsers_message() {
+        let error = |text: &str| match syntax_error(text) {
+            QueryError::Syntax { problem, place, .. } => (problem, place),
+            other => (other.to_string(), Some((0, 0))),
+        };
+        assert_eq!(
+            error("Expected: end of statement, found: form at Line: 2, Column: 1"),
+            (
+                "expected end of statement, found `form`".to_owned(),
+                Some((2, 1))
+            )
+        );
+        assert_eq!(
+            error("Expected: an expression, found: EOF"),
+            (
+                "the query ends where an expression was expected".to_owned(),
+                None
+            )
+        );
+        let other = "recursion limit exceeded";
+        assert_eq!(error(other), (other.to_owned(), Some((0, 0))));
+    }
 }

@@ -386,7 +386,7 @@ fn expressions(written: &PipelineSpec, diagnostics: &mut Vec<Diagnostic>) {
                 Err(error) => {
                     let (written, planned) = (&reward.reward, reward.sql());
                     let none = std::iter::empty();
-                    sql::unplanned("config::sql", at, &error.0, written, &planned, none).help(
+                    sql::unplanned("config::sql", at, &error, written, &planned, none).help(
                         "write an expression over the columns text, question, answer, captions, candidate and prompt_id",
                     )
                 }

@@ -443,10 +443,11 @@ fn wrong_stage(draft: &StageDraft, error: StageError) -> Diagnostic {
         None => At::key(draft.settings.clone()),
     };
     let diagnostic = match &draft.spec {
-        Some(StageSpec::Sql(stage)) if error.field == Some("query") => {
-            let query = stage.query.as_deref().unwrap_or_default();
+        Some(StageSpec::Sql(stage))
+            if let (Some(query), Some(unplannable)) = (&stage.query, &error.query) =>
+        {
             let tables = stage.tables.iter().map(TableName::as_str);
-            sql::unplanned(CODE, at, &error.message, query, query, tables)
+            sql::unplanned(CODE, at, unplannable, query, query, tables)
         }
         _ => Diagnostic::new(CODE, at, error.message),
     };

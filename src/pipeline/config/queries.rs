@@ -263,7 +263,7 @@ fn unplanned(
     tables: &[(String, SchemaRef)],
 ) -> Diagnostic {
     let tables = tables.iter().map(|(name, _)| name.as_str());
-    sql::unplanned(code, at, &error.0, written, planned, tables)
+    sql::unplanned(code, at, error, written, planned, tables)
 }
 
 /// The diagnostic for a query that returns several rows where `must` allows one: an error if it

@@ -32,7 +32,7 @@ impl Judge for SqlJudge {
         };
         let rows = Judged::to_batch(&rows_of(groups));
         let found = query::over(&self.sql, &[], [(SqlReward::TABLE, vec![rows])]);
-        let found = found.map_err(|error| failed(error.0))?;
+        let found = found.map_err(|error| failed(error.to_string()))?;
         let mut rewards: Vec<Option<f64>> = Vec::new();
         for batch in &found {
             let column = batch.column(1).as_primitive::<Float64Type>();

@@ -53,14 +53,9 @@ impl Stage for Combine {
     }
 
     fn output(&self, _: &[(TableName, SchemaRef)]) -> Result<SchemaRef, StageError> {
-        let fault = |field, message: String, help: &str| StageError {
-            field: Some(field),
-            message,
-            help: Some(help.to_owned()),
-        };
         if self.rewards.len() < 2 {
             let message = "fewer than two tables are listed".to_owned();
-            return Err(fault(
+            return Err(StageError::at(
                 "rewards",
                 message,
                 "list two or more tables of rewards",
@@ -69,7 +64,7 @@ impl Stage for Combine {
         let mut tables = self.rewards.iter().enumerate();
         if let Some((_, twice)) = tables.find(|(at, table)| self.rewards[..*at].contains(table)) {
             let message = format!("`{twice}` is listed twice");
-            return Err(fault(
+            return Err(StageError::at(
                 "rewards",
                 message,
                 "list it once, and set its weight under `weights`",
@@ -78,7 +73,7 @@ impl Stage for Combine {
         let mut weighed = self.weights.keys();
         if let Some(other) = weighed.find(|table| !self.rewards.contains(table)) {
             let message = format!("`{other}` has a weight but is not listed in `rewards`");
-            return Err(fault(
+            return Err(StageError::at(
                 "weights",
                 message,
                 "add it to `rewards`, or remove its weight",
@@ -86,7 +81,11 @@ impl Stage for Combine {
         }
         if self.rewards.iter().all(|table| self.weight(table) == 0.0) {
             let message = "every weight is 0".to_owned();
-            return Err(fault("weights", message, "set at least one weight above 0"));
+            return Err(StageError::at(
+                "weights",
+                message,
+                "set at least one weight above 0",
+            ));
         }
         Ok(Reward::schema())
     }

@@ -159,19 +159,14 @@ impl Stage for Exec {
     }
 
     fn output(&self, _: &[(TableName, SchemaRef)]) -> Result<SchemaRef, StageError> {
-        let fault = |field, message: &str, help: &str| StageError {
-            field: Some(field),
-            message: message.to_owned(),
-            help: Some(help.to_owned()),
-        };
         if self.command.is_empty() {
             let help = "set a program and its arguments: [python3, flag.py]";
-            return Err(fault("command", "the command is empty", help));
+            return Err(StageError::at("command", "the command is empty", help));
         }
         if self.columns.0.is_empty() {
             let help =
                 "list the columns that the command writes: { prompt_id: text, flagged: bool }";
-            return Err(fault("columns", "no columns are listed", help));
+            return Err(StageError::at("columns", "no columns are listed", help));
         }
         let columns = self.columns.0.iter();
         let field = |(name, column): &(String, Column)| Field::new(name, column.data_type(), true);

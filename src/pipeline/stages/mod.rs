@@ -73,6 +73,8 @@ use arrow::datatypes::SchemaRef;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use ovchat_query::QueryError;
+
 /// A stage in a pipeline file: one stage type and its settings.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -221,6 +223,20 @@ pub struct StageError {
     pub message: String,
     /// The suggested fix.
     pub help: Option<String>,
+    /// The error of the stage's query, if that is the error.
+    pub query: Option<QueryError>,
+}
+
+impl StageError {
+    /// Returns an error in one setting, with the suggested fix.
+    fn at(field: &'static str, message: impl Into<String>, help: impl Into<String>) -> Self {
+        Self {
+            field: Some(field),
+            message: message.into(),
+            help: Some(help.into()),
+            query: None,
+        }
+    }
 }
 
 /// The interface of a stage type.

@@ -115,14 +115,11 @@ impl Stage for Sample {
 
     fn output(&self, _: &[(TableName, SchemaRef)]) -> Result<SchemaRef, StageError> {
         if self.count.get() > COUNT_MAX {
-            return Err(StageError {
-                field: Some("count"),
-                message: format!(
-                    "{} answers per prompt exceed the maximum of {COUNT_MAX}",
-                    self.count
-                ),
-                help: Some("the default is 5".to_owned()),
-            });
+            let message = format!(
+                "{} answers per prompt exceed the maximum of {COUNT_MAX}",
+                self.count
+            );
+            return Err(StageError::at("count", message, "the default is 5"));
         }
         Ok(Candidate::schema())
     }

@@ -146,13 +146,10 @@ impl Stage for SelectPairs {
 
     fn output(&self, _: &[(TableName, SchemaRef)]) -> Result<SchemaRef, StageError> {
         if self.pairs_max.is_some() && self.strategy != Strategy::AllPairs {
-            return Err(StageError {
-                field: Some("pairs_max"),
-                message:
-                    "`pairs_max` has no effect: this strategy makes at most one pair per prompt"
-                        .to_owned(),
-                help: Some("remove it, or use the strategy `all_pairs`".to_owned()),
-            });
+            let message =
+                "`pairs_max` has no effect: this strategy makes at most one pair per prompt";
+            let help = "remove it, or use the strategy `all_pairs`";
+            return Err(StageError::at("pairs_max", message, help));
         }
         Ok(Pair::schema())
     }

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::{Input, Query, Stage, StageError, StageKind, TableName, join};
 use ovchat_data::store::unstorable;
 use ovchat_io::files;
-use ovchat_query as query;
+use ovchat_query::{self as query, QueryError};
 
 /// Builds a table with an SQL query over tables of the pipeline; within a round, over the rows of
 /// that round. Exactly one of `query` and `file` is required.
@@ -38,6 +38,7 @@ impl Sql {
             field,
             message,
             help: (!help.is_empty()).then(|| help.to_owned()),
+            query: None,
         };
         match (&self.query, &self.file, &self.text) {
             (Some(_), Some(_), _) => Err(fault(
@@ -106,27 +107,25 @@ impl Stage for Sql {
             .map(|(table, schema)| (table.to_string(), schema.clone()))
             .collect();
         let schema = query::plan(sql, &tables, &[]).map_err(|error| {
-            let other = given.iter().find(|(table, _)| {
-                !self.tables.contains(table) && error.0 == query::no_table(table.as_str())
-            });
+            let is_unlisted = |table: &TableName| match &error {
+                QueryError::NoTable(name) => table.as_str() == name && !self.tables.contains(table),
+                _ => false,
+            };
+            let other = given.iter().find(|(table, _)| is_unlisted(table));
             let help = other.map(|(table, _)| format!("add `{table}` to `tables`"));
             StageError {
                 field: Some(field),
-                message: error.0,
+                message: error.to_string(),
                 help,
+                query: Some(error),
             }
         })?;
         if let Some(column) = unstorable(&schema) {
             let (column, kind) = (column.name(), column.data_type());
-            return Err(StageError {
-                field: Some(field),
-                message: format!(
-                    "column `{column}` has the type {kind}, which cannot be stored in Parquet"
-                ),
-                help: Some(format!(
-                    "cast it, e.g. cast({column} as varchar) as {column}"
-                )),
-            });
+            let message =
+                format!("column `{column}` has the type {kind}, which cannot be stored in Parquet");
+            let help = format!("cast it, e.g. cast({column} as varchar) as {column}");
+            return Err(StageError::at(field, message, help));
         }
         let mut names = HashSet::new();
         for column in schema.fields() {
@@ -135,12 +134,8 @@ impl Stage for Sql {
                     "round" => "the column name `round` is reserved".to_owned(),
                     name => format!("duplicate column name `{name}`"),
                 };
-                let help = Some(format!("rename it: {} as …", column.name()));
-                return Err(StageError {
-                    field: Some(field),
-                    message: why,
-                    help,
-                });
+                let help = format!("rename it: {} as …", column.name());
+                return Err(StageError::at(field, why, help));
             }
         }
         Ok(schema)

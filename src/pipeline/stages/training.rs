@@ -228,11 +228,11 @@ impl OptimizerSettings {
     /// Validates the settings against each other.
     fn check(&self) -> Result<(), StageError> {
         match self.warmup {
-            Warmup::Ratio(ratio) if ratio > 1.0 => Err(StageError {
-                field: Some("warmup_ratio"),
-                message: format!("{ratio} is above 1"),
-                help: Some("set a fraction from 0 to 1, e.g. 0.1".to_owned()),
-            }),
+            Warmup::Ratio(ratio) if ratio > 1.0 => Err(StageError::at(
+                "warmup_ratio",
+                format!("{ratio} is above 1"),
+                "set a fraction from 0 to 1, e.g. 0.1",
+            )),
             _ => Ok(()),
         }
     }

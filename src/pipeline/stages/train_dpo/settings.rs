@@ -213,13 +213,7 @@ impl TrainDpo {
     /// Validates the losses and their settings against each other.
     pub fn check_losses(&self) -> Result<(), StageError> {
         let terms = self.loss.terms();
-        let refuse = |field, message: String, help: &str| {
-            Err(StageError {
-                field: Some(field),
-                message,
-                help: Some(help.to_owned()),
-            })
-        };
+        let refuse = |field, message: String, help: &str| Err(StageError::at(field, message, help));
         if terms.is_empty() {
             let message = "no loss is given".to_owned();
             return refuse("loss", message, "the default is `sigmoid`");
@@ -271,13 +265,7 @@ impl TrainDpo {
 
     /// Validates the settings of parts, adapter and warmup against each other.
     pub fn check_parts(&self) -> Result<(), StageError> {
-        let refuse = |field, message: String, help: &str| {
-            Err(StageError {
-                field: Some(field),
-                message,
-                help: Some(help.to_owned()),
-            })
-        };
+        let refuse = |field, message: String, help: &str| Err(StageError::at(field, message, help));
         if self.lora.is_some() && self.train.is_some() {
             let message = "`train` conflicts with `lora`, which trains the adapter only".to_owned();
             return refuse("train", message, "remove one of the two");
