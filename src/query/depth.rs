@@ -170,7 +170,7 @@ mod tests {
         }
         let advice = refuse_deep("select 123456789012345678901234.56")
             .unwrap_err()
-            .0;
+            .to_string();
         assert!(
             advice.ends_with("cast('123456789012345678901234.56' as decimal(38, 2))"),
             "{advice}"

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use arrow::array::{Float64Array, RecordBatch};
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 
-use super::{Param, QueryError, RowCount, over, plan, plan_counted};
+use super::{Param, RowCount, over, plan, plan_counted};
 
 fn schema() -> SchemaRef {
     let field = |name: &str, of: DataType| Field::new(name, of, true);

@@ -56,7 +56,7 @@ mod tests {
     #[test]
     fn a_table_of_structs_with_equal_fields_is_not_planned() {
         let sql = "select [named_struct('a', 1, 'a', 2)] as s";
-        let words = crate::plan(sql, &[], &[]).unwrap_err().0;
+        let words = crate::plan(sql, &[], &[]).unwrap_err().to_string();
         assert!(
             words.starts_with("2 fields of `s` are called `a`"),
             "{words}"
