@@ -8,12 +8,12 @@ use tch::{Device, Kind, Tensor};
 
 use super::{Recorded, Report, compare, differences, greatest, image_file, json};
 use crate::common::open;
-use ovchat_models::preprocess::LlavaOnevisionProcessor;
+use ovchat_models::preprocess::Processor;
 use ovchat_models::{
     self as models, ChatPrompt, DeviceSpec, Dtype, Generation, Policy as _, Sampling,
 };
 use ovchat_torch::checkpoint::{Checkpoint, Purpose};
-use ovchat_torch::generate::LlavaOnevisionPolicy;
+use ovchat_torch::generate::NetworkPolicy;
 use ovchat_torch::llava_onevision::LlavaOnevision;
 use ovchat_torch::weights::Weights;
 
@@ -211,7 +211,7 @@ fn written(folder: &Path, place: &Path, case: &Case, report: &mut Report) {
     };
     let _ = std::fs::remove_dir_all(&to);
     let checkpoint = Checkpoint::open(place).unwrap();
-    let config = LlavaOnevisionProcessor::open(place).unwrap().config;
+    let config = Processor::open(place).unwrap().config;
     let purpose = Purpose::TrainingState(models::Tower::Train.into());
     let opened = LlavaOnevision::open(&checkpoint, &config, Device::Cpu, Kind::Float, purpose);
     let (_, parameters) = opened.unwrap();
@@ -233,14 +233,14 @@ fn written(folder: &Path, place: &Path, case: &Case, report: &mut Report) {
 }
 
 fn answers(place: &Path, prompts: &[ChatPrompt], how: &Sampling) -> Vec<Vec<Generation>> {
-    let spec = models::LlavaOnevisionSpec {
+    let spec = models::VisionLanguageSpec {
         weights: place.to_owned(),
         adapter: None,
         device: DeviceSpec::Cpu,
         dtype: Dtype::Float32,
         memory_gb: None,
     };
-    let mut policy = LlavaOnevisionPolicy::open(&spec).unwrap();
+    let mut policy = NetworkPolicy::open(&spec).unwrap();
     let mut answers = vec![Vec::new(); prompts.len()];
     policy
         .sample(prompts, how, &mut |index, made| {

@@ -6,9 +6,7 @@ use tch::Tensor;
 
 use super::{Recorded, Report, compare, image_file, json};
 use ovchat_models::EncodedImage;
-use ovchat_models::preprocess::{
-    Clip, ImageProcessorConfig, LlavaOnevisionProcessor, PIXELS_MAX, decode,
-};
+use ovchat_models::preprocess::{Clip, ImageProcessorConfig, PIXELS_MAX, Processor, decode};
 
 #[derive(serde::Deserialize)]
 struct Case {
@@ -33,14 +31,14 @@ fn block(folder: &Path, report: &mut Report) {
 
 /// The image processors of both models.
 struct Processors {
-    policy: LlavaOnevisionProcessor,
+    policy: Processor,
     judge: Clip,
     judge_config: ImageProcessorConfig,
 }
 
 impl Processors {
     fn open(folder: &Path) -> Self {
-        let policy = LlavaOnevisionProcessor::open(&folder.join("../onevision/pixels"));
+        let policy = Processor::open(&folder.join("../onevision/pixels"));
         let judge_config = ImageProcessorConfig::open_clip(&folder.join("clip"), 14).unwrap();
         Self {
             policy: policy.unwrap(),

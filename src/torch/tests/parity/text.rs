@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::{Report, compare, json, prompt};
 use ovchat_models::ChatPrompt;
-use ovchat_models::preprocess::{LlavaOnevisionProcessor, Vicuna};
+use ovchat_models::preprocess::{Processor, Vicuna};
 
 #[derive(serde::Deserialize)]
 struct ChatCase {
@@ -33,7 +33,7 @@ fn token_ids_are_those_of_the_reference() {
 }
 
 fn block(folder: &Path, report: &mut Report) {
-    let prep = LlavaOnevisionProcessor::open(&folder.join("../onevision/text")).unwrap();
+    let prep = Processor::open(&folder.join("../onevision/text")).unwrap();
     let cases: Vec<ChatCase> = json(&folder.join("chat.json"));
     let differs = |case: &&ChatCase| {
         let prompt = ChatPrompt {

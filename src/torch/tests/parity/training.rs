@@ -9,14 +9,14 @@ use tch::{Kind, Tensor};
 
 use super::{Recorded, Report, compare, greatest, image_file, json};
 use crate::common::first_gradients;
-use ovchat_models::preprocess::LlavaOnevisionProcessor;
+use ovchat_models::preprocess::Processor;
 use ovchat_models::{
     self as models, ChatPrompt, Checkpointing, DeviceSpec, DpoSettings, DpoTrainer as _, Dtype,
-    Example, LlavaOnevisionSpec, Loss, Mask, Newlines, Objective, Optimization, Optimizer,
-    Schedule, SftExample, SftSettings, SftTrainer as _, Tower, TrainOn, TrainingAnswer,
+    Example, Loss, Mask, Newlines, Objective, Optimization, Optimizer, Schedule, SftExample,
+    SftSettings, SftTrainer as _, Tower, TrainOn, TrainingAnswer, VisionLanguageSpec,
 };
-use ovchat_torch::dpo_trainer::LlavaOnevisionDpo;
-use ovchat_torch::sft_trainer::{LlavaOnevisionSft, Sft};
+use ovchat_torch::dpo_trainer::PolicyDpo;
+use ovchat_torch::sft_trainer::{PolicySft, Sft};
 use ovchat_torch::training::TrainingState;
 
 /// The number of rows per update.
@@ -227,8 +227,8 @@ fn changes(
     report.line(case, apart, "1e-2, relative", apart[1] <= CHANGE);
 }
 
-fn spec(folder: &Path, name: &str) -> LlavaOnevisionSpec {
-    LlavaOnevisionSpec {
+fn spec(folder: &Path, name: &str) -> VisionLanguageSpec {
+    VisionLanguageSpec {
         weights: folder.join("../onevision").join(name),
         adapter: None,
         device: DeviceSpec::Cpu,
@@ -284,7 +284,7 @@ fn dpo(folder: &Path, title: &str, pairs: &[Pair], report: &mut Report) {
         },
     };
     let spec = spec(folder, &format!("training-{title}"));
-    let mut trainer = LlavaOnevisionDpo::open(&spec, &settings).unwrap();
+    let mut trainer = PolicyDpo::open(&spec, &settings).unwrap();
     let pairs = &pairs[..BATCH];
     let prompts: Vec<ChatPrompt> = pairs
         .iter()
@@ -349,7 +349,7 @@ fn trl(folder: &Path, pairs: &[Pair], report: &mut Report) {
         checkpointing: Checkpointing::Never,
         optimization: optimization(),
     };
-    let mut trainer = LlavaOnevisionDpo::open(&spec(folder, "training-trl"), &settings).unwrap();
+    let mut trainer = PolicyDpo::open(&spec(folder, "training-trl"), &settings).unwrap();
     let prompts: Vec<ChatPrompt> = pairs
         .iter()
         .map(|pair| prompt(folder, &pair.images, &pair.question, &[]))
@@ -427,8 +427,7 @@ fn losses(folder: &Path, pairs: &[Pair], report: &mut Report) {
                 checkpointing: Checkpointing::Always,
                 optimization: optimization(),
             };
-            let mut trainer =
-                LlavaOnevisionDpo::open(&spec(folder, "training-trl"), &settings).unwrap();
+            let mut trainer = PolicyDpo::open(&spec(folder, "training-trl"), &settings).unwrap();
             let found = trainer
                 .step(&examples(pairs, &prompts, &references))
                 .unwrap();
@@ -472,11 +471,11 @@ fn adapter(folder: &Path, pairs: &[Pair], report: &mut Report) {
         checkpointing: Checkpointing::Always,
         optimization: optimization(),
     };
-    let spec = LlavaOnevisionSpec {
+    let spec = VisionLanguageSpec {
         adapter: Some(folder.join("adapter")),
         ..spec(folder, "training-trl")
     };
-    let mut trainer = LlavaOnevisionDpo::open(&spec, &settings).unwrap();
+    let mut trainer = PolicyDpo::open(&spec, &settings).unwrap();
     let prompts: Vec<ChatPrompt> = pairs
         .iter()
         .map(|pair| prompt(folder, &pair.images, &pair.question, &[]))
@@ -514,7 +513,7 @@ fn sft(folder: &Path, report: &mut Report) {
         optimization: optimization(),
     };
     let spec = spec(folder, "training-sft");
-    let mut trainer = Sft::<LlavaOnevisionSft>::open(&spec, &settings).unwrap();
+    let mut trainer = Sft::<PolicySft>::open(&spec, &settings).unwrap();
     let prompts: Vec<ChatPrompt> = sft_examples
         .iter()
         .map(|example| prompt(folder, &example.images, &example.question, &example.turns))
@@ -548,7 +547,7 @@ fn sft(folder: &Path, report: &mut Report) {
 /// Compares the ids and the counted tokens with those of LLaVA-NeXT's DPO script.
 fn masks(folder: &Path, report: &mut Report) {
     let cases: Vec<Masked> = json(&folder.join("masks.json"));
-    let prep = LlavaOnevisionProcessor::open(&spec(folder, "training-mask").weights).unwrap();
+    let prep = Processor::open(&spec(folder, "training-mask").weights).unwrap();
     let differs = |case: &&Masked| {
         let prompt = prompt(folder, &[], &case.question, &[]);
         let written = prep
