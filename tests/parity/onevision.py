@@ -9,7 +9,7 @@ from transformers import (LlavaOnevisionConfig, LlavaOnevisionForConditionalGene
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.llava_onevision.video_processing_llava_onevision import LlavaOnevisionVideoProcessor
 
-from common import SPECIAL, error, folder, qwen_tokenizer
+from common import SPECIAL, error, folder, name_of, qwen_tokenizer
 
 SIDE, PATCH, VOCAB, CONTEXT = 12, 4, 448, 1024
 
@@ -22,10 +22,6 @@ CONFIGURATIONS = {
     "LLaVA-NeXT tied, torch shards, layout D": dict(layout="D", tied=True, heads=(2, 1), shards=2, torch_files=True),
     "torch file, layout A": dict(layout="A", heads=(4, 2), torch_files=True, dtype=torch.float32, bias=False),
 }
-
-
-def name_of(title):
-    return "".join(c if c.isalnum() else "-" for c in title).strip("-").replace("--", "-").lower()
 
 
 def stored_name(name, layout):
