@@ -17,14 +17,14 @@ from transformers import (AutoProcessor, CLIPImageProcessor, CLIPVisionConfig, L
 
 from common import CORPUS, error, folder, llama_model, name_of
 
-NAME = "llava"
+NAME, TITLE, TRAINING = "llava", "LLaVA-1.5, ", "llava/training"
 NETWORK = LlavaForConditionalGeneration
 VOCAB, CONTEXT = 448, 1024
 UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
 IMAGE, PAD = "<image>", "<pad>"
 SPACE = "\u2581"
 SPECIAL = [UNKNOWN, BEGIN, END, IMAGE, PAD]
-STOPS, PLACEHOLDERS, STOP = [END], [IMAGE], END
+STOP, STOPS, PLACEHOLDERS = END, [END], [IMAGE]
 
 CONFIGURATIONS = {
     "as many kv heads, shards": dict(heads=(4, 4), shards=3),
@@ -33,9 +33,11 @@ CONFIGURATIONS = {
                                                          crop=16, patch=4, hidden=24, dtype=torch.bfloat16),
 }
 DETAILED = "grouped kv heads, files of transformers 4"
+TRAININGS = {"files of transformers 4": dict(heads=(4, 2), old=True)}
+TRAINED = dict(heads=(4, 2))
 
 # The template of llava-hf/llava-1.5-7b-hf, word for word.
-TEMPLATE = (
+HUB_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
     "{# Render all images first #}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
     "{{ '<image>\\n' }}{% endfor %}{# Render all text next #}{% if message['role'] != 'assistant' %}"
@@ -43,6 +45,14 @@ TEMPLATE = (
     "{% else %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{% generation %}"
     "{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %}"
     "{{ 'ASSISTANT:' }}{% endif %}")
+# The same for training. TRL adds no `<s>` and tokenizes an answer apart from its prompt, so that `<s>` and `</s>` have to be
+# in the text; a "first" tokenizer then puts no space behind `<s>` by itself.
+TEMPLATE = (
+    "{{ '<s> ' }}{% for m in messages %}{{ m['role'].upper() + ': ' }}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for c in m['content'] if c['type'] == 'image' %}{{ '<image>\\n' }}{% endfor %}"
+    "{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] }}{% endfor %}{% endif %}"
+    "{{ '</s>' if m['role'] == 'assistant' else ' ' }}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}")
+ASKED = []
 
 
 def llama_tokenizer():
@@ -101,11 +111,11 @@ def write_processor(path, kind, size, crop, patch):
     llama = llama_tokenizer()
     settings = dict(patch_size=patch, vision_feature_select_strategy="default", num_additional_image_tokens=1)
     if kind == "first":
-        LlavaProcessor(images, llama, chat_template=TEMPLATE, **settings).save_pretrained(path)
+        LlavaProcessor(images, llama, chat_template=HUB_TEMPLATE, **settings).save_pretrained(path)
         return
     write = lambda name, value: (path / name).write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
     write("processor_config.json", dict(image_token=IMAGE, processor_class="LlavaProcessor", **settings))
-    write("chat_template.json", {"chat_template": TEMPLATE})
+    write("chat_template.json", {"chat_template": HUB_TEMPLATE})
     keys = ["crop_size", "do_center_crop", "do_convert_rgb", "do_normalize", "do_rescale", "do_resize", "image_mean",
             "image_std", "resample", "rescale_factor", "size"]
     write("preprocessor_config.json", {key: value for key, value in images.to_dict().items() if key in keys}
@@ -195,7 +205,36 @@ def inputs(processor, question, pictures=()):
     """The processor's tensors for one prompt."""
     text = chat(question, len(pictures))
     assert error("no newline behind the picture") or text == processor.apply_chat_template(
-        messages(question, len(pictures)), add_generation_prompt=True), text
+        messages(question, len(pictures)), chat_template=HUB_TEMPLATE, add_generation_prompt=True), text
     if not pictures:
         return processor.tokenizer(text, return_tensors="pt")
     return processor(images=list(pictures), text=[text], return_tensors="pt")
+
+
+def answer(processor, text):
+    """The tokens of an answer with its stop token, as they stand behind "ASSISTANT:"."""
+    asked, whole = (plain(processor.tokenizer, said, True) for said in ("ASSISTANT:", "ASSISTANT: " + text))
+    return whole[len(asked):] + [processor.tokenizer.convert_tokens_to_ids(STOP)]
+
+
+def lesson(processor, lesson, pictures):
+    """The processor's tensors for a conversation with its last answer, and the places of the answers' tokens.
+
+    Behind an earlier answer the template has a space and no `</s>`, so that its end is not learned."""
+    tokenizer = processor.tokenizer
+    text = chat(lesson["question"], 1, turns=lesson["turns"]) + " " + lesson["answer"]
+    given = processor(images=pictures, text=[text + STOP], return_tensors="pt")
+    shown = int((given["input_ids"] == tokenizer.convert_tokens_to_ids(IMAGE)).sum())
+    text = text.replace(IMAGE, IMAGE * shown)
+    found = tokenizer(text + STOP, return_offsets_mapping=True)
+    assert found["input_ids"] == given["input_ids"][0].tolist()
+    answers, end = [], 0
+    for said in [*(said for role, said in lesson["turns"] if role == "assistant"), lesson["answer"]]:
+        begin = text.index("ASSISTANT:", end) + len("ASSISTANT:")
+        end = begin + len(" " + said)
+        assert text[begin:end] == " " + said
+        answers.append((begin, end))
+    stop = [] if error("stop tokens not learned") else [len(found["input_ids"]) - 1]
+    learned = [place for place, (first, last) in enumerate(found["offset_mapping"])
+               if any(begin <= first < last <= end for begin, end in answers)]
+    return given, torch.tensor(learned + stop)
