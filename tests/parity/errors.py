@@ -10,6 +10,7 @@ ERRORS = {
     "no newline column": "packing",
     "text tokenized apart from the newline before it": "text",
     "no space before the reward prompt": "text",
+    "no space before LLaVA-1.5's answer": "text",
     "no newline after the last role": "networks",
     "an epsilon of 1e-5 for 1e-6 in RMSNorm": "networks",
     "an epsilon of 1e-5 for 1e-6 in the tower": "networks",

@@ -74,10 +74,8 @@ def with_errors_of_llava(network):
     if error("the last layer of LLaVA-1.5's tower for the one before"):
         network.config.vision_feature_layer = -1
     if error("the class token kept, and the last patch dropped"):
-        def turned(_module, _given, out):
-            out["hidden_states"] = tuple(states.roll(1, 1) for states in out.hidden_states)
-            return out
-        tower.register_forward_hook(turned)
+        # Turned by one place, the states behind the class token begin with it.
+        tower.encoder.layers[-2].register_forward_hook(lambda _module, _given, out: out.roll(1, 1))
     if error("gelu for quick_gelu in LLaVA-1.5's tower"):
         for layer in tower.encoder.layers:
             layer.mlp.activation_fn = torch.nn.GELU()

@@ -136,7 +136,7 @@ def llava_ids(tokenizer, question, turns, system, pictures, answer):
     for number, part in enumerate(parts):
         ids += [image] * pictures[number - 1] if number else []
         ids += llava.plain(tokenizer, part, number == 0)
-    space = "" if answer == "" else " "
+    space = "" if answer == "" or error("no space before LLaVA-1.5's answer") else " "
     prompt, spoken = (llava.plain(tokenizer, text, len(parts) == 1) for text in (parts[-1], parts[-1] + space + answer))
     assert spoken[:len(prompt)] == prompt, answer
     behind = spoken[len(prompt):] + [end]
