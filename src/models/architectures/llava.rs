@@ -180,6 +180,7 @@ impl ChatTemplate for Vicuna {
             Some(system) => format!("{system} "),
             None => String::new(),
         };
+        let mut answers = Vec::new();
         let mut images = conversation.images;
         for &(role, said) in &conversation.turns {
             match role {
@@ -194,13 +195,15 @@ impl ChatTemplate for Vicuna {
                     text.push_str(" ASSISTANT:");
                 }
                 ChatRole::Assistant => {
-                    pieces.push(Piece::Text(std::mem::take(&mut text).into()));
-                    pieces.push(Piece::Earlier(said));
+                    let start = text.len();
+                    text.push(' ');
+                    text.push_str(said);
+                    answers.push(start..text.len());
                     text.push(' ');
                 }
             }
         }
-        pieces.push(Piece::Text(text.into()));
+        pieces.push(Piece::Turns(text, answers));
         pieces
     }
 

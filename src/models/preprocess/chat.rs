@@ -49,8 +49,9 @@ pub enum Piece<'a> {
     Image,
     /// An answer of the model, with the token that ends it.
     Answer(&'a str),
-    /// An answer of the model in an earlier turn, without the token that ends it.
-    Earlier(&'a str),
+    /// Text with earlier answers of the model, without tokens that end them, at these ranges of
+    /// bytes.
+    Turns(String, Vec<Range<usize>>),
     /// A piece whose tokens LLaVA-NeXT's DPO script counts, too.
     Counted(Box<Piece<'a>>),
 }
@@ -201,11 +202,9 @@ impl Chat {
         let start = ids.len();
         match piece {
             Piece::Token(id) => ids.push(id),
-            // Of a text that is cut at special tokens, only the first piece is its start.
-            Piece::Text(text) if written.has_text => self.tokenizer.append_inner(&text, ids)?,
             Piece::Text(text) => {
-                self.tokenizer.append(&text, ids)?;
-                written.has_text |= !text.is_empty();
+                let turns = Piece::Turns(text.into_owned(), Vec::new());
+                self.append(turns, images, written)?;
             }
             Piece::Image => {
                 let tokens = *images.next().expect("a template has every image once");
@@ -216,10 +215,26 @@ impl Chat {
                 ids.extend(self.answer(text)?);
                 written.answers.push(start..ids.len());
             }
-            Piece::Earlier(text) => {
-                let text = [self.template.before_answer(), text].concat();
-                self.tokenizer.append_inner(&text, ids)?;
-                written.answers.push(start..ids.len());
+            Piece::Turns(text, answers) => {
+                // Of a text that is cut at special tokens, only the first piece is its start.
+                let append = if written.has_text {
+                    PlainTokenizer::append_inner
+                } else {
+                    PlainTokenizer::append
+                };
+                append(&self.tokenizer, &text, ids)?;
+                written.has_text |= !text.is_empty();
+                for answer in answers {
+                    // A token belongs to the text in which it ends.
+                    let places = [answer.start, answer.end].map(|end| -> Result<usize, RowFault> {
+                        let mut before = Vec::new();
+                        append(&self.tokenizer, &text[..end], &mut before)?;
+                        let same = before.iter().zip(&ids[start..]);
+                        Ok(start + same.take_while(|(one, other)| one == other).count())
+                    });
+                    let [from, to] = places;
+                    written.answers.push(from?..to?);
+                }
             }
             Piece::Counted(piece) => {
                 self.append(*piece, images, written)?;
@@ -232,8 +247,10 @@ impl Chat {
     /// Returns the tokens of an answer given as text, followed by the stop token.
     pub fn answer(&self, text: &str) -> Result<Vec<i64>, RowFault> {
         let mut ids = Vec::new();
-        let text = [self.template.before_answer(), text].concat();
-        self.tokenizer.append_inner(&text, &mut ids)?;
+        if !text.is_empty() {
+            let text = [self.template.before_answer(), text].concat();
+            self.tokenizer.append_inner(&text, &mut ids)?;
+        }
         ids.push(self.tokens.end);
         Ok(ids)
     }
