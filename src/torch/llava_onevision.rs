@@ -20,8 +20,8 @@ use ovchat_models::preprocess::{AnyresPacking, Packing, Tiles};
 /// The network; it has no cache or other state.
 #[derive(Debug)]
 pub struct LlavaOnevision {
-    vision_tower: Vit,
-    multi_modal_projector: Projector,
+    pub vision_tower: Vit,
+    pub multi_modal_projector: Projector,
     image_newline: Tensor, // [hidden]
     language_model: Decoder,
     lm_head: LmHead,

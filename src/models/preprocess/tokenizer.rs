@@ -183,12 +183,10 @@ impl PlainTokenizer {
 
     /// True if a space is put before every text, also one that continues another.
     pub fn prefixes_every_text(&self) -> bool {
-        let spaced = |tokenizer: &tokenizers::Tokenizer| {
-            let encoding = caught(|| tokenizer.encode_fast("a", false)).ok()?;
-            let first = encoding.get_tokens().first()?.clone();
-            Some(first.starts_with('\u{2581}'))
-        };
-        spaced(self.inner.as_ref().unwrap_or(&self.tokenizer)).unwrap_or(false)
+        let mut ids = Vec::new();
+        let first = self.append_inner("a", &mut ids).ok().and(ids.first());
+        let first = first.and_then(|&id| self.tokenizer.id_to_token(u32::try_from(id).ok()?));
+        first.is_some_and(|token| token.starts_with('\u{2581}'))
     }
 
     /// Appends the tokens of plain text.

@@ -10,11 +10,12 @@ use super::{
     LLAVA, LLAVA_ONEVISION, Recorded, Report, compare, differences, greatest, image_file, json,
     open_network, spec,
 };
-use crate::common::open;
+use ovchat_models::checkpoint::LlavaOnevisionConfig;
 use ovchat_models::preprocess::{Prepared, PromptIds, Tiles};
 use ovchat_models::{ChatPrompt, Generation, Policy as _, Sampling, Tower};
-use ovchat_torch::checkpoint::{Checkpoint, Purpose};
+use ovchat_torch::checkpoint::{Checkpoint, HEAD, Purpose, Reader};
 use ovchat_torch::generate::NetworkPolicy;
+use ovchat_torch::llava_onevision::LlavaOnevision;
 use ovchat_torch::vlm::VisionLanguageModel;
 use ovchat_torch::weights::Weights;
 
@@ -118,7 +119,11 @@ fn tower_and_projector(
     prompts: &[Prepared],
     expected: &Recorded,
 ) -> Vec<(&'static str, Apart)> {
-    let (_, network) = open(place, Kind::Float);
+    let config = LlavaOnevisionConfig::open(place).unwrap();
+    let checkpoint = Checkpoint::open(place).unwrap();
+    let reader = Reader::new(&checkpoint, Device::Cpu, Kind::Float, Purpose::Inference);
+    let is_tied = config.tie_word_embeddings || !checkpoint.has(HEAD);
+    let network = LlavaOnevision::new(&reader, &config, is_tied, Kind::Float).unwrap();
     let [mut tower_apart, mut projector_apart]: [Apart; 2] = Default::default();
     for (index, prompt) in with_images(prompts) {
         let see = |tiles: &Tiles| {
