@@ -170,16 +170,14 @@ const ANY_TEXT: &str = "writing to a string does not fail";
 /// Returns the precision in which a model computes. `auto` is bfloat16 on a GPU, and only the
 /// engine knows if there is one.
 fn precision(spec: &ModelSpec, loader: Option<&dyn ModelLoader>) -> Result<Precision, ModelError> {
-    let (device, dtype) = match spec {
-        ModelSpec::LlavaOnevision(spec) => (spec.device, spec.dtype),
-        ModelSpec::LlavaRlhf(spec) => (spec.device, spec.dtype),
-        _ => return Ok((4, "float32")),
+    let Some(compute) = spec.compute() else {
+        return Ok((4, "float32"));
     };
     let dtype = match loader {
         Some(loader) => loader.precision(spec)?,
-        None => dtype,
+        None => compute.dtype,
     };
-    Ok(match (device, dtype) {
+    Ok(match (compute.device, dtype) {
         (_, Dtype::Float32) | (DeviceSpec::Cpu, Dtype::Auto) => (4, "float32"),
         (_, Dtype::Bfloat16) => (2, "bfloat16"),
         (_, Dtype::Auto) => (2, "bfloat16 (on a GPU)"),

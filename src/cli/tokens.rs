@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::failed::Failed;
 use ovchat_data::store::{Images, RunFolder};
 use ovchat_data::tables::{Misfit, Pair, Prompt, Row as _};
-use ovchat_models::preprocess::{LlavaOnevisionProcessor, LlavaRlhfProcessor};
+use ovchat_models::preprocess::{LlavaRlhfProcessor, Processor};
 use ovchat_models::{
     self as models, EncodedImage, JudgeInput, JudgePrompt, Mode, ModelSpec, RowFault, SftExample,
     TrainOn,
@@ -60,11 +60,11 @@ struct Reading<'a> {
 
 enum Counter {
     /// Prompts to sample from.
-    Prompts(LlavaOnevisionProcessor),
+    Prompts(Processor),
     /// Judge prompts about prompts, with empty responses.
-    Questions(LlavaOnevisionProcessor, Box<JudgePrompt>),
+    Questions(Processor, Box<JudgePrompt>),
     /// SFT examples of a policy.
-    Examples(LlavaOnevisionProcessor, TrainOn),
+    Examples(Processor, TrainOn),
     /// SFT examples of the base of a reward model.
     BaseExamples(LlavaRlhfProcessor, TrainOn),
     /// Both responses of a pair, as they are judged: their common prefix counts once.
@@ -247,9 +247,9 @@ impl ImageStore {
 /// Returns the rows that a stage reads with a network. `None` if they are unknown, or if a folder
 /// cannot be read, which `check` reports.
 fn reading<'a>(plan: &'a Plan, stage: &'a PlannedStage) -> Option<Reading<'a>> {
-    let policy = |spec: &ModelSpec| match spec.clone().opened() {
-        ModelSpec::LlavaOnevision(spec) => LlavaOnevisionProcessor::open(&spec.weights).ok(),
-        _ => None,
+    let policy = |spec: &ModelSpec| {
+        let opened = spec.clone().opened();
+        Processor::open(&opened.vision_language()?.weights).ok()
     };
     let judge = |spec: &ModelSpec| match spec {
         ModelSpec::LlavaRlhf(spec) => LlavaRlhfProcessor::open(spec).ok(),

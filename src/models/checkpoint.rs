@@ -12,14 +12,15 @@ pub(crate) mod shards;
 use std::path::{Path, PathBuf};
 
 pub use config::{
-    Activation, AdapterConfig, DecoderConfig, LlavaOnevisionConfig, LlavaRlhfConfig, VisionConfig,
+    Activation, AdapterConfig, DecoderConfig, LlavaConfig, LlavaOnevisionConfig, LlavaRlhfConfig,
+    VisionConfig,
 };
 pub use conversion::Conversion;
 pub use memory::{
     AtOnce, IMAGES_AHEAD, IMAGES_AT_ONCE_MAX, PACK_TOKENS_MAX, Sizes, TrainingSizes, elements,
     judge_elements, learned_logits, size_in_words,
 };
-pub use names::{canonical, part_of};
+pub use names::{Tensors, canonical, part_of};
 pub use reward_names::{HEAD_FILE, TWO_LAYERS, is_module, lora_matrix};
 pub use shards::{Element, Shards, TensorInfo, TensorLocation, write_pickle};
 

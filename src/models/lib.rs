@@ -4,9 +4,11 @@
 //! and the networks without Arrow. All traits take many rows at once: an implementation batches and
 //! shares work as it likes, and hands each row's result to `emit` as soon as it is known.
 
+pub mod architectures;
 pub mod checkpoint;
 pub mod preprocess;
 
+mod architecture;
 mod caption_permutations;
 mod critic;
 mod http;
@@ -25,14 +27,15 @@ mod hostile;
 #[cfg(test)]
 mod test_util;
 
+pub use architecture::{Architecture, ImageProcessor};
 pub use caption_permutations::CaptionPermutations;
 pub use critic::{Critic, PolicyWriter, Request, Writer};
 pub use http::{BaseUrl, Http, HttpWriter, INVALID_KEY, Price, Spend, SpendLimit};
 pub use hub::{Hub, Repository, is_offline};
 pub use judge_prompt::{JudgeInput, JudgePrompt, JudgePromptSettings, Mode, Verdict};
 pub use spec::{
-    CriticSpec, DeviceSpec, Dtype, Exam, Gigabytes, Golden, LlavaOnevisionSpec, LlavaRlhfSpec,
-    ModelSpec, Scripted, SelfJudge, Share, SqlReward, TEMPLATE,
+    Compute, CriticSpec, DeviceSpec, Dtype, Exam, Gigabytes, Golden, LlavaRlhfSpec, ModelSpec,
+    Scripted, SelfJudge, Share, SqlReward, TEMPLATE, VisionLanguageSpec,
 };
 pub use training::{
     Checkpointing, DpoReport, DpoSettings, Example, LoraSettings, Loss, Mask, Newlines, Objective,

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::architectures::{self, llava, llava_onevision};
 use super::http::Http;
 use super::hub::located;
 use super::judge_prompt::JudgePromptSettings;
@@ -16,10 +17,13 @@ use super::judge_prompt::JudgePromptSettings;
 pub enum ModelSpec {
     /// A LLaVA-OneVision model (SigLIP, Qwen2) in the folder layout of transformers or LLaVA-NeXT.
     /// Answers prompts and can be trained.
-    LlavaOnevision(LlavaOnevisionSpec),
+    LlavaOnevision(VisionLanguageSpec),
+    /// A LLaVA-1.5 model (CLIP, Llama or Vicuna) in the folder layout of transformers (`llava-hf`).
+    /// Answers prompts and can be trained.
+    Llava(VisionLanguageSpec),
     /// A LLaVA-RLHF reward model (CLIP, Llama, LoRA, reward head). Scores answers.
     LlavaRlhf(LlavaRlhfSpec),
-    /// A LLaVA-OneVision checkpoint that judges in text, as LLaVA-Critic does.
+    /// A LLaVA-OneVision or LLaVA-1.5 checkpoint that judges in text, as LLaVA-Critic does.
     Critic(CriticSpec),
     /// A model of this pipeline that judges in text with its current weights: the policy as its own
     /// critic.
@@ -34,12 +38,12 @@ pub enum ModelSpec {
     Scripted(Scripted),
 }
 
-/// Settings of a LLaVA-OneVision model.
+/// Settings of a vision-language model.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct LlavaOnevisionSpec {
+pub struct VisionLanguageSpec {
     /// Checkpoint folder with config.json, the weights and the tokenizer, in the layout of
-    /// transformers or LLaVA-NeXT; or `hf://org/name` (optionally `hf://org/name@revision`), which
+    /// transformers (for `llava_onevision`, also of LLaVA-NeXT); or `hf://org/name` (optionally `hf://org/name@revision`), which
     /// is read from the Hugging Face cache. `pipeline run` downloads what the cache lacks.
     pub weights: PathBuf,
     /// Folder of a LoRA adapter for these weights, in the format of peft. Default: no adapter.
@@ -103,11 +107,11 @@ impl LlavaRlhfSpec {
     }
 }
 
-/// Settings of a LLaVA-OneVision checkpoint that judges answers in text.
+/// Settings of a vision-language checkpoint that judges answers in text.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CriticSpec {
-    /// Checkpoint folder or `hf://org/name`, as for `llava_onevision`.
+    /// Checkpoint folder or `hf://org/name`, as for `llava_onevision` or `llava`.
     pub weights: PathBuf,
     /// Folder of a LoRA adapter for these weights, in the format of peft. Default: no adapter.
     #[serde(default)]
@@ -135,8 +139,8 @@ pub struct CriticSpec {
 
 impl CriticSpec {
     /// Returns the settings of the network that generates the replies.
-    pub fn network(&self) -> LlavaOnevisionSpec {
-        LlavaOnevisionSpec {
+    pub fn network(&self) -> VisionLanguageSpec {
+        VisionLanguageSpec {
             weights: self.weights.clone(),
             adapter: self.adapter.clone(),
             device: self.device,
@@ -297,6 +301,14 @@ impl Default for Scripted {
     }
 }
 
+/// The device and the dtype that a network computes with, and its memory limit.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Compute {
+    pub device: DeviceSpec,
+    pub dtype: Dtype,
+    pub memory_gb: Option<Gigabytes>,
+}
+
 /// A compute device: `auto`, `cpu`, `cuda` or `cuda:N`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -396,7 +408,8 @@ impl ModelSpec {
     /// Returns the key for this kind of model in a pipeline file.
     pub fn network(&self) -> &'static str {
         match self {
-            Self::LlavaOnevision(_) => "llava_onevision",
+            Self::LlavaOnevision(_) => llava_onevision::NAME,
+            Self::Llava(_) => llava::NAME,
             Self::LlavaRlhf(_) => "llava_rlhf",
             Self::Critic(_) => "critic",
             Self::SelfJudge(_) => "self",
@@ -408,12 +421,7 @@ impl ModelSpec {
 
     /// Returns the memory limit, if one is set.
     pub fn memory_gb(&self) -> Option<Gigabytes> {
-        match self {
-            Self::LlavaOnevision(model) => model.memory_gb,
-            Self::LlavaRlhf(model) => model.memory_gb,
-            Self::Critic(model) => model.memory_gb,
-            Self::SelfJudge(_) | Self::Http(_) | Self::Sql(_) | Self::Scripted(_) => None,
-        }
+        self.compute()?.memory_gb
     }
 
     /// Returns the judge prompt settings, for judges that reply in text.
@@ -422,7 +430,11 @@ impl ModelSpec {
             Self::Critic(model) => Some(&model.ask),
             Self::SelfJudge(model) => Some(&model.ask),
             Self::Http(model) => Some(&model.ask),
-            Self::LlavaOnevision(_) | Self::LlavaRlhf(_) | Self::Sql(_) | Self::Scripted(_) => None,
+            Self::LlavaOnevision(_)
+            | Self::Llava(_)
+            | Self::LlavaRlhf(_)
+            | Self::Sql(_)
+            | Self::Scripted(_) => None,
         }
     }
 
@@ -434,23 +446,55 @@ impl ModelSpec {
         }
     }
 
-    /// Returns the model to load: for a critic, the network that generates its replies.
+    /// Returns the model to load: for a critic, the network that generates its replies, of the
+    /// architecture that its checkpoint has.
     #[must_use]
     pub fn opened(self) -> Self {
         match self {
-            Self::Critic(model) => Self::LlavaOnevision(model.network()),
+            Self::Critic(model) => match architectures::name_of(&model.weights) {
+                Ok(llava::NAME) => Self::Llava(model.network()),
+                _ => Self::LlavaOnevision(model.network()),
+            },
             other => other,
+        }
+    }
+
+    /// Returns the compute settings of a model with a network.
+    pub fn compute(&self) -> Option<Compute> {
+        let (device, dtype, memory_gb) = match self {
+            Self::LlavaOnevision(model) | Self::Llava(model) => {
+                (model.device, model.dtype, model.memory_gb)
+            }
+            Self::LlavaRlhf(model) => (model.device, model.dtype, model.memory_gb),
+            Self::Critic(model) => (model.device, model.dtype, model.memory_gb),
+            Self::SelfJudge(_) | Self::Http(_) | Self::Sql(_) | Self::Scripted(_) => return None,
+        };
+        Some(Compute {
+            device,
+            dtype,
+            memory_gb,
+        })
+    }
+
+    /// Returns the settings of a vision-language model, whatever its architecture.
+    pub fn vision_language(&self) -> Option<&VisionLanguageSpec> {
+        match self {
+            Self::LlavaOnevision(model) | Self::Llava(model) => Some(model),
+            _ => None,
         }
     }
 
     /// True if the model can answer prompts.
     pub fn answers(&self) -> bool {
-        matches!(self, Self::LlavaOnevision(_) | Self::Scripted(_))
+        matches!(
+            self,
+            Self::LlavaOnevision(_) | Self::Llava(_) | Self::Scripted(_)
+        )
     }
 
     /// True if the model can score answers.
     pub fn scores(&self) -> bool {
-        !matches!(self, Self::LlavaOnevision(_))
+        !matches!(self, Self::LlavaOnevision(_) | Self::Llava(_))
     }
 
     /// True if the model lacks a part that must be trained before it can score.
@@ -460,14 +504,17 @@ impl ModelSpec {
 
     /// True if the model can be trained with DPO.
     pub fn learns_pairs(&self) -> bool {
-        matches!(self, Self::LlavaOnevision(_) | Self::Scripted(_))
+        matches!(
+            self,
+            Self::LlavaOnevision(_) | Self::Llava(_) | Self::Scripted(_)
+        )
     }
 
     /// True if the model can be trained with SFT.
     pub fn learns_answers(&self) -> bool {
         matches!(
             self,
-            Self::LlavaOnevision(_) | Self::LlavaRlhf(_) | Self::Scripted(_)
+            Self::LlavaOnevision(_) | Self::Llava(_) | Self::LlavaRlhf(_) | Self::Scripted(_)
         )
     }
 
@@ -480,14 +527,14 @@ impl ModelSpec {
     pub fn needs_torch(&self) -> bool {
         matches!(
             self,
-            Self::LlavaOnevision(_) | Self::LlavaRlhf(_) | Self::Critic(_)
+            Self::LlavaOnevision(_) | Self::Llava(_) | Self::LlavaRlhf(_) | Self::Critic(_)
         )
     }
 
     /// Returns the files and folders of the model, each with its YAML field.
     pub fn paths(&self) -> Vec<(&'static str, &Path)> {
         match self {
-            Self::LlavaOnevision(model) => {
+            Self::LlavaOnevision(model) | Self::Llava(model) => {
                 let mut paths: Vec<(_, &Path)> = vec![("weights", &model.weights)];
                 paths.extend(model.adapter.as_deref().map(|path| ("adapter", path)));
                 paths
@@ -514,7 +561,7 @@ impl ModelSpec {
     /// Returns the paths of the `config.json` files that determine the size of the network.
     pub fn configs(&self) -> Vec<PathBuf> {
         let folders: &[&Path] = match self {
-            Self::LlavaOnevision(model) => &[&model.weights],
+            Self::LlavaOnevision(model) | Self::Llava(model) => &[&model.weights],
             Self::LlavaRlhf(model) => &[&model.base, &model.vision],
             Self::Critic(model) => &[&model.weights],
             Self::SelfJudge(_) | Self::Http(_) | Self::Sql(_) | Self::Scripted(_) => &[],
@@ -526,7 +573,7 @@ impl ModelSpec {
     /// Returns the exam settings, if there are any.
     pub fn exam(&self) -> Option<&Exam> {
         match self {
-            Self::LlavaOnevision(_) => None,
+            Self::LlavaOnevision(_) | Self::Llava(_) => None,
             Self::LlavaRlhf(model) => model.exam.as_ref(),
             Self::Critic(model) => model.exam.as_ref(),
             Self::SelfJudge(model) => model.exam.as_ref(),
@@ -541,7 +588,7 @@ impl ModelSpec {
     pub fn resolve(&mut self, folder: &dyn Fn(&str) -> PathBuf) {
         let join = |field: &str, path: &mut PathBuf| *path = located(&folder(field), path);
         match self {
-            Self::LlavaOnevision(model) => {
+            Self::LlavaOnevision(model) | Self::Llava(model) => {
                 join("weights", &mut model.weights);
                 model
                     .adapter
@@ -584,7 +631,7 @@ impl ModelSpec {
     #[must_use]
     pub fn with_checkpoint(mut self, checkpoint: &Path) -> Self {
         match &mut self {
-            Self::LlavaOnevision(model) => {
+            Self::LlavaOnevision(model) | Self::Llava(model) => {
                 if checkpoint.join("adapter_config.json").is_file() {
                     model.adapter = Some(checkpoint.to_owned());
                 } else {

@@ -162,6 +162,71 @@ pub fn onevision_folder() -> TempDir {
     folder
 }
 
+pub fn llava_config() -> Value {
+    json!({
+        "model_type": "llava",
+        "image_token_index": 100,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "vision_config": {
+            "model_type": "clip_vision_model", "hidden_size": 8, "intermediate_size": 16,
+            "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 56, "patch_size": 14
+        },
+        "text_config": {
+            "model_type": "llama", "vocab_size": 104, "hidden_size": 8, "intermediate_size": 16,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2
+        }
+    })
+}
+
+/// Creates a LLaVA-1.5 folder without weights. Its tokenizer has a token per printable ASCII
+/// character, `<s>` before every text, and a space before the first word of a whole text only, as
+/// transformers 5 writes Llama's.
+pub fn llava_folder() -> TempDir {
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let path = folder.path();
+    write(path, "config.json", &llava_config());
+    let processor =
+        json!({"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}});
+    write(path, "preprocessor_config.json", &processor);
+    let special = ["<unk>", "<s>", "</s>"];
+    let tokens = special.iter().map(ToString::to_string);
+    let tokens = tokens.chain(["<0x0A>".to_owned(), "▁".to_owned()]);
+    let printable = ('!'..='~').map(String::from);
+    let mut vocab: serde_json::Map<String, Value> = tokens
+        .chain(printable)
+        .enumerate()
+        .map(|(id, token)| (token, json!(id)))
+        .collect();
+    vocab.insert("▁▁".to_owned(), json!(99));
+    let mut added_tokens = added(0, &special);
+    let image = added(100, &["<image>"]);
+    added_tokens
+        .as_array_mut()
+        .expect("a list")
+        .extend(image.as_array().expect("a list").iter().cloned());
+    let metaspace =
+        json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": false});
+    let begin = json!({"SpecialToken": {"id": "<s>", "type_id": 0}});
+    let text = json!({"Sequence": {"id": "A", "type_id": 0}});
+    let tokenizer = json!({
+        "version": "1.0",
+        "added_tokens": added_tokens,
+        "pre_tokenizer": metaspace,
+        "post_processor": {"type": "TemplateProcessing", "single": [begin, text], "pair": [begin, text],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}},
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+            {"type": "ByteFallback"}, {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+        ]},
+        "model": {"type": "BPE", "unk_token": "<unk>", "byte_fallback": true, "vocab": vocab,
+            "merges": [["▁", "▁"]]}
+    });
+    write(path, "tokenizer.json", &tokenizer);
+    folder
+}
+
 /// Creates a LLaVA-RLHF reward model without weights. Its tokenizer marks the start of every piece,
 /// as Llama's does, and has a token per printable ASCII character.
 pub fn reward_folder() -> (TempDir, LlavaRlhfSpec) {

@@ -27,17 +27,15 @@ use super::dpo::{PairLogps, PairLoss, losses};
 use super::error::{guarded, refuse};
 use super::layer_stack::SavedActivations;
 use super::layers::Dropout;
-use super::llava_onevision::{LlavaOnevision, is_tied};
 use super::lora::{Adapted, Adapter, Names, SavedAdapterConfig, Start, save_adapter};
 use super::optimizer::Parameter;
 use super::training::{TrainingState, doing, not_finite, row_error};
-use ovchat_models::checkpoint::{
-    AdapterConfig, LlavaOnevisionConfig, PACK_TOKENS_MAX, TrainingSizes, part_of,
-};
-use ovchat_models::preprocess::LlavaOnevisionProcessor;
+use super::vlm::{self, VisionLanguageModel};
+use ovchat_models::checkpoint::{AdapterConfig, PACK_TOKENS_MAX, TrainingSizes, part_of};
+use ovchat_models::preprocess::Processor;
 use ovchat_models::{
-    self as models, DpoReport, DpoSettings, DpoTrainer, Example, LoraSettings, Loss, ModelError,
-    Objective, Part, Trained, Trainer,
+    self as models, Architecture, DpoReport, DpoSettings, DpoTrainer, Example, LoraSettings, Loss,
+    Mask, ModelError, Newlines, Objective, Part, Trained, Trainer,
 };
 
 /// The number of pairs whose images are preprocessed ahead.
@@ -47,10 +45,10 @@ const PREPARED_MAX: usize = 8;
 /// gradients.
 const LOGITS_MAX: i64 = 1 << 26;
 
-/// A LLaVA-OneVision policy in DPO training.
-pub struct LlavaOnevisionDpo {
-    prep: LlavaOnevisionProcessor,
-    network: LlavaOnevision,
+/// A policy in DPO training.
+pub struct PolicyDpo {
+    prep: Processor,
+    network: Box<dyn VisionLanguageModel>,
     training: TrainingState,
     objective: Objective,
     counting: Counting,
@@ -101,7 +99,7 @@ impl Sums {
     }
 }
 
-impl LlavaOnevisionDpo {
+impl PolicyDpo {
     /// The training state.
     pub fn training(&self) -> &TrainingState {
         &self.training
@@ -109,21 +107,22 @@ impl LlavaOnevisionDpo {
 
     /// Opens the checkpoint and an adapter: the one that `spec` names, or a new one.
     pub fn open(
-        spec: &models::LlavaOnevisionSpec,
+        spec: &models::VisionLanguageSpec,
         settings: &DpoSettings,
     ) -> Result<Self, ModelError> {
-        let prep = LlavaOnevisionProcessor::open(&spec.weights)?;
+        let prep = Processor::open(&spec.weights)?;
         let (device, kind) = device::choose(spec.device, spec.dtype)?;
-        let (config, on) = (&prep.config, (device, kind));
+        let (architecture, on) = (prep.architecture(), (device, kind));
+        counts_tokens(spec, architecture, settings)?;
         let optimizer = settings.optimization.optimizer;
         let element = kind.elt_size_in_bytes() as u64;
-        let sizes = TrainingSizes::new(config, &settings.trained, optimizer, element);
+        let sizes = TrainingSizes::new(architecture, &settings.trained, optimizer, element);
         let budget = TrainingBudget::plan(spec.memory_gb, device, sizes, settings.checkpointing);
         let budget = budget.map_err(|problem| refuse(&spec.weights, problem))?;
         let checkpoint = Checkpoint::open(&spec.weights)?;
         let opened = match &settings.trained {
-            Trained::Parts(parts) => open_parts(spec, checkpoint, config, on, parts)?,
-            Trained::Lora(lora) => open_lora(spec, &checkpoint, config, on, lora)?,
+            Trained::Parts(parts) => open_parts(spec, checkpoint, architecture, on, parts)?,
+            Trained::Lora(lora) => open_lora(spec, &checkpoint, architecture, on, lora)?,
         };
         let mut training = TrainingState::new(opened.parameters, &settings.optimization)?;
         if let Trained::Parts(trained) = &settings.trained {
@@ -173,7 +172,7 @@ impl LlavaOnevisionDpo {
     }
 
     fn pass(&self, tokens: &[PairTokens], keep: SavedActivations) -> Pass<'_> {
-        Pass::new(&self.network, self.parts, tokens, keep, self.logits_max)
+        Pass::new(&*self.network, self.parts, tokens, keep, self.logits_max)
     }
 
     /// Runs forward and backward passes for one packed batch out of a batch of `pairs`; adds to the
@@ -248,9 +247,32 @@ impl LlavaOnevisionDpo {
     }
 }
 
+/// Refuses conventions for counted tokens that the architecture does not have.
+fn counts_tokens(
+    spec: &models::VisionLanguageSpec,
+    architecture: &dyn Architecture,
+    settings: &DpoSettings,
+) -> Result<(), ModelError> {
+    let problem = |setting: &str, fix: &str| {
+        let problem = format!(
+            "`{setting}` does not apply to `{}`, whose chat format has no such convention; {fix}",
+            architecture.name()
+        );
+        refuse(&spec.weights, problem)
+    };
+    let masks = architecture.masks();
+    if settings.mask != Mask::Answer && !masks.contains(&settings.mask) {
+        return Err(problem("mask", "set `mask: answer`"));
+    }
+    if settings.newlines == Newlines::Two && !masks.contains(&Mask::LlavaNext) {
+        return Err(problem("newlines", "set `newlines: one`"));
+    }
+    Ok(())
+}
+
 /// A network and the parameters of it that are trained.
 struct Opened {
-    network: LlavaOnevision,
+    network: Box<dyn VisionLanguageModel>,
     parameters: Vec<Parameter>,
     parts: Parts,
     written: TrainingOutput,
@@ -258,15 +280,16 @@ struct Opened {
 
 /// Opens a network for training some parts, or none.
 fn open_parts(
-    spec: &models::LlavaOnevisionSpec,
+    spec: &models::VisionLanguageSpec,
     checkpoint: Checkpoint,
-    config: &LlavaOnevisionConfig,
+    architecture: &dyn Architecture,
     (device, kind): (Device, Kind),
     trained: &[(Part, Option<f64>)],
 ) -> Result<Opened, ModelError> {
     let parts = Parts::which(|part| trained.iter().any(|&(other, _)| other == part));
+    vlm::has_parts(spec, architecture, parts)?;
     let (network, parameters) = if trained.is_empty() {
-        let network = LlavaOnevision::open_merged(spec, &checkpoint, config, device, kind)?;
+        let network = vlm::open_merged(spec, architecture, &checkpoint, device, kind)?;
         (network, Vec::new())
     } else if let Some(adapter) = &spec.adapter {
         let problem = "is an adapter, but this stage trains the network itself; train with `lora`, \
@@ -274,7 +297,7 @@ fn open_parts(
         return Err(refuse(adapter, problem.to_owned()));
     } else {
         let purpose = Purpose::TrainingState(parts);
-        LlavaOnevision::open(&checkpoint, config, device, kind, purpose)?
+        vlm::open(architecture, &checkpoint, device, kind, purpose)?
     };
     Ok(Opened {
         network,
@@ -286,9 +309,9 @@ fn open_parts(
 
 /// Opens a network for training an adapter.
 fn open_lora(
-    spec: &models::LlavaOnevisionSpec,
+    spec: &models::VisionLanguageSpec,
     checkpoint: &Checkpoint,
-    config: &LlavaOnevisionConfig,
+    architecture: &dyn Architecture,
     (device, kind): (Device, Kind),
     lora: &LoraSettings,
 ) -> Result<Opened, ModelError> {
@@ -313,8 +336,13 @@ fn open_lora(
     });
     let reader = Reader::new(checkpoint, device, kind, Purpose::Inference);
     let own = (lora.dropout > 0.0).then(|| Rc::clone(&dropout));
-    let adapted = Adapted::new(reader, start, Names::Onevision, own);
-    let network = LlavaOnevision::new(&adapted, config, is_tied(checkpoint, config), kind)?;
+    let adapted = Adapted::new(reader, start, Names::Transformers, own);
+    let network = vlm::build(
+        architecture,
+        &adapted,
+        vlm::is_tied(checkpoint, architecture),
+        kind,
+    )?;
     let parameters = adapted.into_parameters();
     if let Some(adapter) = &existing {
         adapter.all_used()?;
@@ -363,10 +391,10 @@ fn open_adapter(folder: &Path, settings: &LoraSettings) -> Result<Adapter, Model
         );
         return Err(refuse(folder, problem));
     }
-    Adapter::open(&config, Names::Onevision)
+    Adapter::open(&config, Names::Transformers)
 }
 
-impl DpoTrainer for LlavaOnevisionDpo {
+impl DpoTrainer for PolicyDpo {
     fn reference_logps(&mut self, pairs: &[Example<'_>]) -> Result<Vec<[f64; 2]>, ModelError> {
         self.drop_inputs(None);
         let read = self.read(pairs)?;
@@ -448,7 +476,7 @@ impl DpoTrainer for LlavaOnevisionDpo {
     }
 }
 
-impl Trainer for LlavaOnevisionDpo {
+impl Trainer for PolicyDpo {
     /// Saves the checkpoint, or the adapter in peft's folder structure.
     fn save(&mut self, to: &Path) -> Result<(), ModelError> {
         let parameters = &self.training.parameters;
@@ -464,7 +492,7 @@ impl Trainer for LlavaOnevisionDpo {
                     targets: settings.targets.iter().map(String::as_str).collect(),
                 };
                 // It is small and training resumes from it, so it is saved without rounding.
-                save_adapter(to, &config, Names::Onevision, parameters, Kind::Float)
+                save_adapter(to, &config, Names::Transformers, parameters, Kind::Float)
             }
         }
     }

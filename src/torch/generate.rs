@@ -27,20 +27,20 @@ use super::checkpoint::Checkpoint;
 use super::device;
 use super::error::guarded;
 use super::images::{DecodedImage, PromptImages};
-use super::llava_onevision::LlavaOnevision;
 use super::sampling::{Chooser, answer_seed};
+use super::vlm::{self, VisionLanguageModel};
 use ovchat_models::checkpoint::{Sizes, elements};
-use ovchat_models::preprocess::{LlavaOnevisionProcessor, Tiles};
+use ovchat_models::preprocess::{Processor, Tiles};
 use ovchat_models::{
     self as models, ChatPrompt, Emit, EncodedImage, Generation, ModelError, ModelTelemetry, Policy,
     RowFault, Sampling, Stop,
 };
 
-/// A LLaVA-OneVision policy.
+/// A policy: a vision-language network that answers prompts.
 #[derive(Debug)]
-pub struct LlavaOnevisionPolicy {
-    prep: LlavaOnevisionProcessor,
-    network: LlavaOnevision,
+pub struct NetworkPolicy {
+    prep: Processor,
+    network: Box<dyn VisionLanguageModel>,
     banned: Vec<i64>,
     /// The batch limits of the next call.
     pub budget: Budget,
@@ -48,8 +48,8 @@ pub struct LlavaOnevisionPolicy {
 
 /// A call in progress.
 struct Session<'a> {
-    network: &'a LlavaOnevision,
-    prep: &'a LlavaOnevisionProcessor,
+    network: &'a dyn VisionLanguageModel,
+    prep: &'a Processor,
     how: &'a Sampling,
     stops: Vec<i64>,
     budget: Budget,
@@ -63,18 +63,19 @@ struct Session<'a> {
 /// The outcome of a prompt: its index in the call, and its answers.
 type Outcome = (usize, Result<Vec<Generation>, RowFault>);
 
-impl LlavaOnevisionPolicy {
+impl NetworkPolicy {
     /// Opens the checkpoint of the spec.
-    pub fn open(spec: &models::LlavaOnevisionSpec) -> Result<Self, ModelError> {
+    pub fn open(spec: &models::VisionLanguageSpec) -> Result<Self, ModelError> {
         let folder = &spec.weights;
-        let prep = LlavaOnevisionProcessor::open(folder)?;
+        let prep = Processor::open(folder)?;
         let (device, kind) = device::choose(spec.device, spec.dtype)?;
         let checkpoint = Checkpoint::open(folder)?;
-        let network = LlavaOnevision::open_merged(spec, &checkpoint, &prep.config, device, kind)?;
+        let architecture = prep.architecture();
+        let network = vlm::open_merged(spec, architecture, &checkpoint, device, kind)?;
         let element = kind.elt_size_in_bytes() as u64;
-        let sizes = Sizes::new(elements(&prep.config), &prep.config.text_config, element);
+        let sizes = Sizes::new(elements(architecture), prep.text_config(), element);
         Ok(Self {
-            banned: prep.chat.banned(prep.config.text_config.vocab_size),
+            banned: prep.chat().banned(prep.text_config().vocab_size),
             prep,
             network,
             budget: Budget::plan(spec.memory_gb, device, sizes),
@@ -126,7 +127,7 @@ impl LlavaOnevisionPolicy {
 
     /// The tokens that end an answer: the model's own and those of the settings.
     fn stops(&self, how: &Sampling) -> Result<Vec<i64>, ModelError> {
-        let vocab = self.prep.config.text_config.vocab_size as i64;
+        let vocab = self.prep.text_config().vocab_size as i64;
         let mut asked = how.stop_token_ids.iter();
         if let Some(id) = asked.find(|id| !(0..vocab).contains(*id)) {
             return Err(ModelError::Torch {
@@ -137,7 +138,7 @@ impl LlavaOnevisionPolicy {
                 ),
             });
         }
-        Ok([self.prep.chat.stops(), &how.stop_token_ids].concat())
+        Ok([self.prep.chat().stops(), &how.stop_token_ids].concat())
     }
 }
 
@@ -211,7 +212,8 @@ impl Session<'_> {
             let length = tiles.iter().map(|tiles| tiles.packing.tokens()).sum();
             let features = guarded("encoding images", rows, length, || {
                 let _no_grad = tch::no_grad_guard();
-                let features = network.image_features(tiles);
+                let tiles: Vec<&Tiles> = tiles.iter().collect();
+                let features = network.image_features(&tiles);
                 device::wait(device);
                 features
             });
@@ -253,7 +255,7 @@ impl Session<'_> {
         let ends = Ends {
             token_ids: &self.stops,
             strings: &self.how.stop_strings,
-            chat: &self.prep.chat,
+            chat: self.prep.chat(),
         };
         let (batch, network) = (&mut self.batch, self.network);
         let done = guarded("sampling", rows, tokens, || batch.step(network, &ends))?;
@@ -310,7 +312,7 @@ impl Session<'_> {
     fn generation(&self, draft: &PartialAnswer, seed: i64) -> Generation {
         let stop = draft.stop.expect("a finished draft");
         let spoken = draft.token_ids.len() - usize::from(stop == Stop::Token);
-        let mut text = self.prep.chat.decode(&draft.token_ids[..spoken]);
+        let mut text = self.prep.chat().decode(&draft.token_ids[..spoken]);
         if stop == Stop::String {
             let strings = self.how.stop_strings.iter();
             let end = strings.filter_map(|string| text.find(string)).min();
@@ -341,7 +343,7 @@ impl Session<'_> {
     }
 }
 
-impl Policy for LlavaOnevisionPolicy {
+impl Policy for NetworkPolicy {
     /// The length of an answer is limited by the context that the prompt leaves; it then ends with
     /// [`Stop::Length`], as an answer that reaches `max_new_tokens` does.
     fn sample(
@@ -361,13 +363,13 @@ impl Policy for LlavaOnevisionPolicy {
         let prep = &self.prep;
         let decode =
             |image: &EncodedImage, alone: bool| prep.tiles(image, if alone { 1 } else { 2 });
-        let vocab = prep.config.text_config.vocab_size as i64;
+        let vocab = prep.text_config().vocab_size as i64;
         let answers: usize = waiting.iter().map(|one| one.drafts).sum();
         let telemetry = std::thread::scope(|scope| {
             let shown = waiting.iter().map(|one| &prompts[one.index]);
             let mut session = Session {
                 images: PromptImages::begin(scope, shown, &decode),
-                network: &self.network,
+                network: &*self.network,
                 prep,
                 how,
                 stops,
@@ -434,8 +436,8 @@ mod tests {
     use super::*;
     use ovchat_models::Dtype;
 
-    fn policy() -> LlavaOnevisionPolicy {
-        LlavaOnevisionPolicy::open(&spec(Dtype::Float32)).unwrap()
+    fn policy() -> NetworkPolicy {
+        NetworkPolicy::open(&spec(Dtype::Float32)).unwrap()
     }
 
     /// Memory runs out anywhere in a part, once or repeatedly.

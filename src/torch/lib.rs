@@ -24,6 +24,7 @@ pub mod vit;
 
 pub mod llava;
 pub mod llava_onevision;
+pub mod vlm;
 
 pub mod generate;
 pub mod images;
@@ -47,15 +48,16 @@ mod recorded;
 use std::path::Path;
 
 use self::checkpoint::Checkpoint;
-use self::dpo_trainer::LlavaOnevisionDpo;
-use self::generate::LlavaOnevisionPolicy;
+use self::dpo_trainer::PolicyDpo;
+use self::generate::NetworkPolicy;
 use self::reward::RewardJudge;
 use self::reward_trainer::LlavaRewardTrainer;
-use self::sft_trainer::{LlavaOnevisionSft, LlavaSft, Sft};
+use self::sft_trainer::{PolicySft, RewardBaseSft, Sft};
 use ovchat_models::checkpoint::Conversion;
 use ovchat_models::{
-    DpoSettings, DpoTrainer, Dtype, Finding, Judge, Layout, ModelError, ModelLoader, ModelSpec,
-    Opened, Placement, Policy, RewardSettings, RewardTrainer, Room, SftSettings, SftTrainer,
+    Compute, DpoSettings, DpoTrainer, Dtype, Finding, Judge, Layout, ModelError, ModelLoader,
+    ModelSpec, Opened, Placement, Policy, RewardSettings, RewardTrainer, Room, SftSettings,
+    SftTrainer,
 };
 
 /// Opens networks as policies, judges and trainers. Models that need no network (see
@@ -65,9 +67,9 @@ pub struct NetLoader;
 
 impl ModelLoader for NetLoader {
     fn policy(&self, spec: &ModelSpec) -> Opened<dyn Policy> {
-        match spec {
-            ModelSpec::LlavaOnevision(spec) => Ok(Box::new(LlavaOnevisionPolicy::open(spec)?)),
-            other => Err(unfit(other, "answer")),
+        match spec.vision_language() {
+            Some(spec) => Ok(Box::new(NetworkPolicy::open(spec)?)),
+            None => Err(unfit(spec, "answer")),
         }
     }
 
@@ -79,21 +81,19 @@ impl ModelLoader for NetLoader {
     }
 
     fn dpo_trainer(&self, spec: &ModelSpec, settings: &DpoSettings) -> Opened<dyn DpoTrainer> {
-        match spec {
-            ModelSpec::LlavaOnevision(spec) => {
-                Ok(Box::new(LlavaOnevisionDpo::open(spec, settings)?))
-            }
-            other => Err(unfit(other, "be trained on pairs")),
+        match spec.vision_language() {
+            Some(spec) => Ok(Box::new(PolicyDpo::open(spec, settings)?)),
+            None => Err(unfit(spec, "be trained on pairs")),
         }
     }
 
     fn sft_trainer(&self, spec: &ModelSpec, settings: &SftSettings) -> Opened<dyn SftTrainer> {
-        match spec {
-            ModelSpec::LlavaOnevision(spec) => {
-                Ok(Box::new(Sft::<LlavaOnevisionSft>::open(spec, settings)?))
+        match (spec.vision_language(), spec) {
+            (Some(spec), _) => Ok(Box::new(Sft::<PolicySft>::open(spec, settings)?)),
+            (None, ModelSpec::LlavaRlhf(spec)) => {
+                Ok(Box::new(Sft::<RewardBaseSft>::open(spec, settings)?))
             }
-            ModelSpec::LlavaRlhf(spec) => Ok(Box::new(Sft::<LlavaSft>::open(spec, settings)?)),
-            other => Err(unfit(other, "be fine-tuned")),
+            (None, other) => Err(unfit(other, "be fine-tuned")),
         }
     }
 
@@ -109,12 +109,10 @@ impl ModelLoader for NetLoader {
     }
 
     fn precision(&self, spec: &ModelSpec) -> Result<Dtype, ModelError> {
-        let (device, dtype) = match spec {
-            ModelSpec::LlavaOnevision(spec) => (spec.device, spec.dtype),
-            ModelSpec::LlavaRlhf(spec) => (spec.device, spec.dtype),
-            _ => return Ok(Dtype::Float32),
+        let Some(compute) = spec.compute() else {
+            return Ok(Dtype::Float32);
         };
-        let (_, kind) = device::choose(device, dtype)?;
+        let (_, kind) = device::choose(compute.device, compute.dtype)?;
         Ok(match kind {
             tch::Kind::BFloat16 => Dtype::Bfloat16,
             _ => Dtype::Float32,
@@ -122,22 +120,17 @@ impl ModelLoader for NetLoader {
     }
 
     fn placement(&self, spec: &ModelSpec) -> Result<Option<Placement>, ModelError> {
-        let (device, dtype) = match spec {
-            ModelSpec::LlavaOnevision(spec) => (spec.device, spec.dtype),
-            ModelSpec::LlavaRlhf(spec) => (spec.device, spec.dtype),
-            _ => return Ok(None),
-        };
-        device::placement(device, dtype).map(Some)
+        let compute = spec.compute();
+        let placement = |compute: Compute| device::placement(compute.device, compute.dtype);
+        compute.map(placement).transpose()
     }
 
     fn room(&self, spec: &ModelSpec) -> Result<Option<Room>, ModelError> {
-        let (device, dtype, asked) = match spec {
-            ModelSpec::LlavaOnevision(spec) => (spec.device, spec.dtype, spec.memory_gb),
-            ModelSpec::LlavaRlhf(spec) => (spec.device, spec.dtype, spec.memory_gb),
-            _ => return Ok(None),
+        let Some(compute) = spec.compute() else {
+            return Ok(None);
         };
-        let (device, _) = device::choose(device, dtype)?;
-        Ok(Some(device::room(asked, device)))
+        let (device, _) = device::choose(compute.device, compute.dtype)?;
+        Ok(Some(device::room(compute.memory_gb, device)))
     }
 
     fn rewrite(

@@ -1,33 +1,130 @@
-//! The LLaVA-RLHF network: a CLIP tower, a projector, and Llama with a merged LoRA adapter.
+//! The LLaVA networks: a CLIP tower, a projector, and Llama.
 //!
-//! It follows LLaVA before version 1.5 (github llava-rlhf/LLaVA-RLHF, `llava_setup/README.md`):
-//! images are padded to squares, CLIP's last layer is left out, the class token is dropped, and the
-//! projector is one linear layer. The two-layer projector of LLaVA 1.5 is supported as well; the
-//! tensor names tell which one it is.
+//! [`Llava`] is LLaVA-1.5 as transformers has it (`models/llava/modeling_llava.py`).
 //!
-//! The adapter applies to Llama only and is merged while the weights are loaded ([`super::lora`]).
+//! [`LlavaRlhf`] is the body of a reward model, which follows LLaVA before version 1.5 (github
+//! llava-rlhf/LLaVA-RLHF, `llava_setup/README.md`): images are padded to squares, CLIP's last layer
+//! is left out, the class token is dropped, and the projector is one linear layer. The two-layer
+//! projector of LLaVA 1.5 is supported as well; the tensor names tell which one it is. Its adapter
+//! applies to Llama only and is merged while the weights are loaded ([`super::lora`]).
 
 use tch::{Device, Kind, Tensor};
 
-use super::checkpoint::{Checkpoint, Purpose, Reader, TOWER};
-use super::decoder::{Decoder, DecoderSizes};
+use super::checkpoint::{Checkpoint, Parts, Purpose, Reader, TOWER};
+use super::decoder::{Decoder, DecoderSizes, LmHead};
 use super::error::refuse;
+use super::layer_stack::{Layer, SavedActivations};
 use super::layers::{Activation, Bias, Linear, Path, WeightSource};
+use super::llava_onevision::Projector as TwoLayers;
 use super::lora::{Adapter, Merged, Names};
 use super::vit::{Family, Vit, VitSizes};
-use ovchat_models::checkpoint::{LlavaRlhfConfig, TWO_LAYERS};
-use ovchat_models::preprocess::JudgeIds;
+use super::vlm::{EncodedImages, VisionLanguageModel, project_tiles};
+use ovchat_models::checkpoint::{LlavaConfig, LlavaRlhfConfig, TWO_LAYERS};
+use ovchat_models::preprocess::{JudgeIds, Tiles};
 use ovchat_models::{LlavaRlhfSpec, ModelError};
 
-/// The network without a head; maps images and tokens to hidden states.
+/// LLaVA-1.5; it has no cache or other state.
 #[derive(Debug)]
 pub struct Llava {
+    vision_tower: Vit,
+    drops_class_token: bool,
+    multi_modal_projector: TwoLayers,
+    language_model: Decoder,
+    lm_head: LmHead,
+    /// The dtype that it computes in; trained weights are in float32.
+    kind: Kind,
+}
+
+impl Llava {
+    /// Builds the network from the weights of `source`, to compute in dtype `kind`. With `tied`,
+    /// the embedding is also the head.
+    pub fn new(
+        source: &dyn WeightSource,
+        config: &LlavaConfig,
+        tied: bool,
+        kind: Kind,
+    ) -> Result<Self, ModelError> {
+        let path = &Path::root(source);
+        let sizes = DecoderSizes::from(&config.text_config);
+        let language_model = Decoder::new(&(path / "language_model" / "model"), &sizes)?;
+        let lm_head = if tied {
+            LmHead::tied(&language_model)
+        } else {
+            LmHead::new(&(path / "language_model" / "lm_head"), &sizes)?
+        };
+        Ok(Self {
+            vision_tower: Vit::new(
+                &(path / "vision_tower"),
+                &VitSizes::new(Family::Clip, &config.vision_config),
+                &config.vision_feature_layer,
+            )?,
+            drops_class_token: config.drops_class_token,
+            multi_modal_projector: TwoLayers::new(
+                &(path / "multi_modal_projector"),
+                config.feature_size() as i64,
+                sizes.hidden_size,
+                config.multimodal_projector_bias,
+            )?,
+            language_model,
+            lm_head,
+            kind,
+        })
+    }
+
+    /// Maps the tower's states `[images, 1 + patches, features]` to features of the decoder.
+    fn project(&self, states: &Tensor) -> Tensor {
+        if self.drops_class_token {
+            return self
+                .multi_modal_projector
+                .forward(&without_class_token(states));
+        }
+        self.multi_modal_projector.forward(states)
+    }
+}
+
+impl VisionLanguageModel for Llava {
+    fn encode(&self, images: &[&Tiles], keep: SavedActivations, parts: Parts) -> EncodedImages<'_> {
+        let project = || -> Layer<'_> { Box::new(|states| self.project(states)) };
+        let on = (self.device(), self.kind);
+        match project_tiles(&self.vision_tower, &project, images, on, (keep, parts)) {
+            Some((projected, chains)) => EncodedImages {
+                features: projected.unbind(0),
+                chains,
+            },
+            None => EncodedImages {
+                features: Vec::new(),
+                chains: Vec::new(),
+            },
+        }
+    }
+
+    fn decoder(&self) -> &Decoder {
+        &self.language_model
+    }
+
+    fn lm_head(&self) -> &LmHead {
+        &self.lm_head
+    }
+
+    fn kind(&self) -> Kind {
+        self.kind
+    }
+}
+
+/// Drops the class token from a CLIP tower's states, `[images, 1 + patches, features]`.
+fn without_class_token(states: &Tensor) -> Tensor {
+    states.narrow(1, 1, states.size()[1] - 1)
+}
+
+/// The body of a reward model, without a head; maps images and tokens to hidden states.
+#[derive(Debug)]
+pub struct LlavaRlhf {
     vision_tower: Vit,
     mm_projector: Projector,
     model: Decoder,
 }
 
-impl Llava {
+impl LlavaRlhf {
     /// Loads the weights from the three folders of `spec`, whose config files are in `config`, with
     /// the adapter merged into the base.
     ///
@@ -80,8 +177,7 @@ impl Llava {
     /// `[images, patches, hidden]`.
     pub fn encode_images(&self, pixels: &Tensor) -> Tensor {
         let states = self.vision_tower.forward(pixels); // [images, 1 + patches, features]
-        let patches = states.size()[1] - 1;
-        self.mm_projector.forward(&states.narrow(1, 1, patches))
+        self.mm_projector.forward(&without_class_token(&states))
     }
 
     /// Embeds the first `tokens` of a text, with the image's features in their place,

@@ -29,12 +29,12 @@ use ovchat_models::checkpoint::{AdapterConfig, canonical, is_module, lora_matrix
 pub enum Names {
     /// The names in the network.
     Same,
-    /// The names of transformers' LLaVA-OneVision in memory, where the decoder is
+    /// The names of transformers' vision-language models in memory, where the decoder is
     /// `model.language_model`.
-    Onevision,
+    Transformers,
 }
 
-/// The prefix of LLaVA-OneVision's decoder in the network.
+/// The prefix of a vision-language model's decoder in the network.
 const DECODER: &str = "language_model.model.";
 
 impl Names {
@@ -42,14 +42,14 @@ impl Names {
     fn in_network(self, module: &str) -> String {
         match self {
             Self::Same => module.to_owned(),
-            Self::Onevision => canonical(module),
+            Self::Transformers => canonical(module),
         }
     }
 
     /// Converts a module's name in the network to its name in a file.
     fn in_file(self, module: &str) -> String {
         match module.strip_prefix(DECODER) {
-            Some(rest) if self == Self::Onevision => format!("model.language_model.{rest}"),
+            Some(rest) if self == Self::Transformers => format!("model.language_model.{rest}"),
             _ => module.to_owned(),
         }
     }
@@ -64,7 +64,7 @@ impl Names {
     fn targets(self, modules: &[&str]) -> serde_json::Value {
         match self {
             Self::Same => json!(modules),
-            Self::Onevision => {
+            Self::Transformers => {
                 let modules = modules.join("|").replace('.', "\\.");
                 json!(format!("model\\.language_model\\.(.*\\.)?({modules})"))
             }
@@ -213,7 +213,7 @@ fn digest(parts: &[&[u8]]) -> i64 {
 /// The weights of a policy's `checkpoint` that the adapter in the folder `adapter` changes, with
 /// the adapter merged into them.
 pub fn merged(checkpoint: &Checkpoint, adapter: &Path) -> Result<Vec<Parameter>, ModelError> {
-    let adapter = Adapter::open(&AdapterConfig::open(adapter)?, Names::Onevision)?;
+    let adapter = Adapter::open(&AdapterConfig::open(adapter)?, Names::Transformers)?;
     let base = Reader::new(checkpoint, Device::Cpu, Kind::Float, Purpose::Inference);
     let merged = Merged {
         base,

@@ -20,7 +20,7 @@ use super::decoder::{Texts, Wanted};
 use super::device;
 use super::error::{guarded, refuse};
 use super::images::{DecodedImage, PromptImages};
-use super::llava::{Llava, no_adapter};
+use super::llava::{LlavaRlhf, no_adapter};
 use super::weights::Weights;
 use ovchat_models::checkpoint::{HEAD_FILE, Sizes, judge_elements};
 use ovchat_models::preprocess::{JudgeIds, LlavaRlhfProcessor};
@@ -44,7 +44,7 @@ pub struct RewardJudge {
 /// The network and its head; maps images and texts to rewards.
 #[derive(Debug)]
 pub struct RewardNetwork {
-    pub llava: Llava,
+    pub llava: LlavaRlhf,
     pub head: RewardHead,
     pub kind: Kind,
     pub device: Device,
@@ -62,7 +62,7 @@ impl RewardJudge {
         let adapter = spec.adapter.as_deref().ok_or_else(|| no_adapter(spec))?;
         // The head first: it is small, and the file that is most often missing.
         let head = RewardHead::open(adapter, hidden, device)?;
-        let llava = Llava::open(spec, &prep.config, kind, device)?;
+        let llava = LlavaRlhf::open(spec, &prep.config, kind, device)?;
         let element = kind.elt_size_in_bytes() as u64;
         let sizes = Sizes {
             // A scored answer leaves only one number.

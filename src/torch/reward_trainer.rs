@@ -14,7 +14,7 @@ use super::budget::packs;
 use super::checkpoint::{Checkpoint, Purpose, Reader};
 use super::device;
 use super::error::{guarded, refuse};
-use super::llava::Llava;
+use super::llava::LlavaRlhf;
 use super::lora::{
     Adapted, Adapter, Names, SavedAdapterConfig, Start, save_adapter, seeded_uniform,
 };
@@ -101,7 +101,7 @@ impl LlavaRewardTrainer {
         let reader = |from| Reader::new(from, device, Kind::Float, Purpose::Inference);
         let adapted = Adapted::new(reader(&base), start, Names::Same, None);
         let two_layers = base.has(TWO_LAYERS);
-        let llava = Llava::new(&reader(&vision), &adapted, two_layers, &prep.config)?;
+        let llava = LlavaRlhf::new(&reader(&vision), &adapted, two_layers, &prep.config)?;
         let mut parameters = adapted.into_parameters();
         if let Some(adapter) = &existing {
             adapter.all_used()?;

@@ -19,14 +19,12 @@ use super::dpo::token_logps;
 use super::error::{guarded, refuse};
 use super::layer_stack::{Layer, LayerStack, SavedActivations};
 use super::layers;
-use super::llava::Llava;
-use super::llava_onevision::LlavaOnevision;
+use super::llava::LlavaRlhf;
 use super::optimizer::Parameter;
 use super::training::{TrainingState, doing, not_finite, row_error};
+use super::vlm::{self, VisionLanguageModel};
 use ovchat_models::checkpoint::{PACK_TOKENS_MAX, TWO_LAYERS};
-use ovchat_models::preprocess::{
-    LlavaOnevisionProcessor, LlavaRlhfProcessor, RewardSftTokens, SftTokens, Tiles,
-};
+use ovchat_models::preprocess::{LlavaRlhfProcessor, Processor, RewardSftTokens, SftTokens, Tiles};
 use ovchat_models::{
     self as models, LlavaRlhfSpec, ModelError, RowFault, SftExample, SftReport, SftSettings,
     SftTrainer, Trainer,
@@ -211,18 +209,18 @@ impl<S: SftModel> Trainer for Sft<S> {
     }
 }
 
-/// A LLaVA-OneVision network in SFT.
-pub struct LlavaOnevisionSft {
-    prep: LlavaOnevisionProcessor,
+/// A policy's network in SFT.
+pub struct PolicySft {
+    prep: Processor,
     checkpoint: Checkpoint,
-    network: LlavaOnevision,
+    network: Box<dyn VisionLanguageModel>,
     parts: Parts,
 }
 
-impl Sft<LlavaOnevisionSft> {
+impl Sft<PolicySft> {
     /// Opens the checkpoint; training is in float32.
     pub fn open(
-        spec: &models::LlavaOnevisionSpec,
+        spec: &models::VisionLanguageSpec,
         settings: &SftSettings,
     ) -> Result<Self, ModelError> {
         if let Some(adapter) = &spec.adapter {
@@ -230,15 +228,20 @@ impl Sft<LlavaOnevisionSft> {
                            adapter first with `pipeline export --merge`";
             return Err(refuse(adapter, problem.to_owned()));
         }
-        let prep = LlavaOnevisionProcessor::open(&spec.weights)?;
+        let prep = Processor::open(&spec.weights)?;
         let (device, _) = device::choose(spec.device, spec.dtype)?;
         let checkpoint = Checkpoint::open(&spec.weights)?;
         let parts = settings.tower.into();
         let purpose = Purpose::TrainingState(parts);
-        let (network, parameters) =
-            LlavaOnevision::open(&checkpoint, &prep.config, device, Kind::Float, purpose)?;
+        let (network, parameters) = vlm::open(
+            prep.architecture(),
+            &checkpoint,
+            device,
+            Kind::Float,
+            purpose,
+        )?;
         Ok(Self {
-            model: LlavaOnevisionSft {
+            model: PolicySft {
                 prep,
                 checkpoint,
                 network,
@@ -249,18 +252,15 @@ impl Sft<LlavaOnevisionSft> {
     }
 }
 
-impl SftModel for LlavaOnevisionSft {
-    type Prep = LlavaOnevisionProcessor;
+impl SftModel for PolicySft {
+    type Prep = Processor;
     type Prepared = SftTokens;
 
-    fn prep(&self) -> &LlavaOnevisionProcessor {
+    fn prep(&self) -> &Processor {
         &self.prep
     }
 
-    fn prepare(
-        prep: &LlavaOnevisionProcessor,
-        example: &SftExample<'_>,
-    ) -> Result<SftTokens, RowFault> {
+    fn prepare(prep: &Processor, example: &SftExample<'_>) -> Result<SftTokens, RowFault> {
         prep.example(example)
     }
 
@@ -271,7 +271,7 @@ impl SftModel for LlavaOnevisionSft {
             .collect();
         let seen = self
             .network
-            .see(&images, SavedActivations::Everything, self.parts);
+            .encode(&images, SavedActivations::Everything, self.parts);
         let mut features = seen.features.into_iter();
         let embedded = examples.iter().map(|example| {
             let count = example.prepared.images.len();
@@ -286,11 +286,11 @@ impl SftModel for LlavaOnevisionSft {
     }
 
     fn decoder(&self) -> &Decoder {
-        &self.network.language_model
+        self.network.decoder()
     }
 
     fn lm_head(&self) -> &LmHead {
-        &self.network.lm_head
+        self.network.lm_head()
     }
 
     fn reads_without_images(parameter: &Parameter) -> bool {
@@ -303,16 +303,16 @@ impl SftModel for LlavaOnevisionSft {
 }
 
 /// The base and the tower of a LLaVA-RLHF reward model in SFT.
-pub struct LlavaSft {
+pub struct RewardBaseSft {
     prep: LlavaRlhfProcessor,
     base: Checkpoint,
     vision: Checkpoint,
-    network: Llava,
+    network: LlavaRlhf,
     lm_head: LmHead,
     device: Device,
 }
 
-impl Sft<LlavaSft> {
+impl Sft<RewardBaseSft> {
     /// Opens base and tower; an adapter, if there is one, is not used. Training is in float32.
     pub fn open(spec: &LlavaRlhfSpec, settings: &SftSettings) -> Result<Self, ModelError> {
         let prep = LlavaRlhfProcessor::open(spec)?;
@@ -324,7 +324,7 @@ impl Sft<LlavaSft> {
             let base_reader = Reader::new(&base, device, Kind::Float, purpose);
             let vision_reader = Reader::new(&vision, device, Kind::Float, purpose);
             let two_layers = base.has(TWO_LAYERS);
-            let network = Llava::new(&vision_reader, &base_reader, two_layers, &prep.config)?;
+            let network = LlavaRlhf::new(&vision_reader, &base_reader, two_layers, &prep.config)?;
             let lm_head = if base.has(BASE_HEAD) {
                 let config = DecoderSizes::from(&prep.config.text_config);
                 LmHead::new(&(&layers::Path::root(&base_reader) / "lm_head"), &config)?
@@ -336,7 +336,7 @@ impl Sft<LlavaSft> {
             (network, lm_head, parameters)
         };
         Ok(Self {
-            model: LlavaSft {
+            model: RewardBaseSft {
                 prep,
                 base,
                 vision,
@@ -349,7 +349,7 @@ impl Sft<LlavaSft> {
     }
 }
 
-impl SftModel for LlavaSft {
+impl SftModel for RewardBaseSft {
     type Prep = LlavaRlhfProcessor;
     type Prepared = RewardSftTokens;
 

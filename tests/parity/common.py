@@ -43,6 +43,10 @@ def folder(*parts):
     return path
 
 
+def name_of(title):
+    return "".join(c if c.isalnum() else "-" for c in title).strip("-").replace("--", "-").lower()
+
+
 def write_json(path, value):
     path.write_text(json.dumps(value, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
 
@@ -71,14 +75,14 @@ def qwen_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
-def llama_model(path):
-    """Llama's kind of SentencePiece model, written to `path`."""
+def llama_model(path, lines=None):
+    """Llama's kind of SentencePiece model, trained on `lines` and written to `path`."""
     import io
 
     import sentencepiece
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(line.strip() for line in CORPUS), model_writer=model, vocab_size=420, model_type="bpe",
+        sentence_iterator=iter(lines or [line.strip() for line in CORPUS]), model_writer=model, vocab_size=420, model_type="bpe",
         byte_fallback=True, character_coverage=0.98, normalization_rule_name="identity", add_dummy_prefix=True,
         remove_extra_whitespaces=False, split_digits=True, allow_whitespace_only_pieces=True, minloglevel=2,
         unk_id=0, bos_id=1, eos_id=2, pad_id=-1, hard_vocab_limit=False)

@@ -5,6 +5,7 @@ import hashlib
 import torch
 from PIL import Image
 
+import llava
 import onevision
 from common import ARGUMENTS, error, folder, picture, save, seeded, write_json
 
@@ -44,7 +45,8 @@ def with_errors(network):
         tower.encoder.layers[-1].register_forward_hook(lambda _m, _i, out: tower.post_layernorm(
             out[0] if isinstance(out, tuple) else out))
     if error("no newline in the picture's features"):
-        network.model.image_newline.data.zero_()
+        if hasattr(network.model, "image_newline"):
+            network.model.image_newline.data.zero_()
     if error("rotary angles of base 10,000"):
         theta = 1e4 ** (torch.arange(0, text.hidden_size // text.num_attention_heads, 2).float()
                         / (text.hidden_size // text.num_attention_heads))
@@ -61,85 +63,112 @@ def with_errors(network):
                 mask[0, 0] = 0
                 return attend(*args, **{**given, "attention_mask": mask[None, None]})
             layer.self_attn.forward = shifted
+    if network.config.model_type == "llava":
+        with_errors_of_llava(network)
     return network
 
 
+def with_errors_of_llava(network):
+    """Errors that only LLaVA-1.5 can have."""
+    tower = network.model.vision_tower
+    if error("the last layer of LLaVA-1.5's tower for the one before"):
+        network.config.vision_feature_layer = -1
+    if error("the class token kept, and the last patch dropped"):
+        # Turned by one place, the states behind the class token begin with it.
+        tower.encoder.layers[-2].register_forward_hook(lambda _module, _given, out: out.roll(1, 1))
+    if error("gelu for quick_gelu in LLaVA-1.5's tower"):
+        for layer in tower.encoder.layers:
+            layer.mlp.activation_fn = torch.nn.GELU()
+    if error("no layer norm before the layers of LLaVA-1.5's tower"):
+        tower.pre_layrnorm.register_forward_hook(lambda _module, given, _out: given[0])
+
+
 def record():
+    for architecture in (onevision, llava):
+        record_of(architecture)
+
+
+def tower_features(network, pixels):
+    """What the tower gives the projector."""
+    states = network.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+    layers = network.config.vision_feature_layer
+    layers = layers if isinstance(layers, list) else [layers]
+    tower = torch.cat([states[layer] for layer in layers], -1)
+    if error("the layer before the last as the feature") and layers == [-1]:
+        tower = states[-2]
+    return tower[:, 1:] if network.config.vision_feature_select_strategy == "default" else tower
+
+
+def record_of(architecture):
     random = seeded("networks")
     shown = {name: picture(random, *size) for name, size in SIZES.items()}
-    place = folder("onevision")
+    place = folder(architecture.NAME)
     for name, image in shown.items():
         image.save(place / f"{name}.png")
     write_json(place / "prompts.json", [dict(pictures=names, question=question) for names, question in PROMPTS])
     cases = []
-    for title, how in onevision.CONFIGURATIONS.items():
-        path, network, processor = onevision.make(random, title, **how)
+    for title, how in architecture.CONFIGURATIONS.items():
+        path, network, processor = architecture.make(random, title, **how)
         with_errors(network)
         expected = {}
         for index, (names, question) in enumerate(PROMPTS):
-            given = onevision.inputs(processor, question, [shown[name] for name in names])
+            given = architecture.inputs(processor, question, [shown[name] for name in names])
             with torch.no_grad():
                 if names:
-                    pixels = given["pixel_values"].flatten(0, 1)
-                    states = network.model.vision_tower(pixels, output_hidden_states=True).hidden_states
-                    layers = network.config.vision_feature_layer
-                    layers = layers if isinstance(layers, list) else [layers]
-                    tower = torch.cat([states[layer] for layer in layers], -1)
-                    if error("the layer before the last as the feature") and layers == [-1]:
-                        tower = states[-2]
+                    tower = tower_features(network, given["pixel_values"].flatten(0, -4))
                     expected |= {f"tower.{index}": tower,
                                  f"projector.{index}": network.model.multi_modal_projector(tower)}
                 out = network(**given, output_hidden_states=True)
             expected |= {f"ids.{index}": given["input_ids"][0], f"hidden.{index}": out.hidden_states[-1][0],
                          f"logits.{index}": out.logits[0].flip(0)[::LOGITS_EVERY]}
         save(path / "expected.safetensors", expected)
-        case = dict(title=title, folder=path.name, bfloat16=None)
-        if title == "untied, layout A":
+        case = dict(title=architecture.TITLE + title, folder=path.name, bfloat16=None)
+        if title == architecture.DETAILED:
             # An error may be one that a copy in bfloat16 can't have; then the spread is not looked at.
-            spread = [1.0, 1.0] if ARGUMENTS.error else spread_of_bfloat16(network, processor, shown, expected)
+            spread = [1.0, 1.0] if ARGUMENTS.error else spread_of_bfloat16(architecture, network, processor, shown, expected)
             case["bfloat16"] = spread
-            greedy(random, path, network, processor, shown)
-            sampled(path, network, processor, shown)
+            greedy(architecture, random, path, network, processor, shown)
+            sampled(architecture, path, network, processor, shown)
         cases.append(case)
     write_json(place / "cases.json", dict(logits_every=LOGITS_EVERY, cases=cases))
 
 
-def spread_of_bfloat16(network, processor, shown, expected):
+def spread_of_bfloat16(architecture, network, processor, shown, expected):
     """How far the reference's own bfloat16 logits are from its float32 ones: root of the mean square, greatest."""
     network = copy.deepcopy(network).to(torch.bfloat16)
     apart = []
     for index, (names, question) in enumerate(PROMPTS):
-        given = onevision.inputs(processor, question, [shown[name] for name in names])
+        given = architecture.inputs(processor, question, [shown[name] for name in names])
         with torch.no_grad():
             apart.append((network(**given).logits[0].float().flip(0)[::LOGITS_EVERY] - expected[f"logits.{index}"]).flatten())
     apart = torch.cat(apart)
     return [float(apart.square().mean().sqrt()), float(apart.abs().max())]
 
 
-def banned_of(processor):
+def banned_of(architecture, processor):
     tokenizer = processor.tokenizer
-    return [*tokenizer.convert_tokens_to_ids(["<image>", "<video>"]), *range(len(tokenizer), onevision.VOCAB)]
+    return [*tokenizer.convert_tokens_to_ids(architecture.PLACEHOLDERS), *range(len(tokenizer), architecture.VOCAB)]
 
 
-def greedy(random, path, network, processor, shown):
+def greedy(architecture, random, path, network, processor, shown):
     """Answers without chance, and how far apart the best two tokens were at each step."""
     words = "What is the cat red blue left picture of in star? How many there two true".split()
     prompts, expected = [], {}
     for index in range(GREEDY):
         names = [[], ["small"], ["square"], ["dot"]][index % 4]
         question = " ".join(random.choice(words, random.randint(1, 9)))
-        given = onevision.inputs(processor, question, [shown[name] for name in names])
+        given = architecture.inputs(processor, question, [shown[name] for name in names])
         with torch.no_grad():
             out = network.generate(**given, do_sample=False, max_new_tokens=GREEDY_TOKENS, output_logits=True,
-                                   suppress_tokens=banned_of(processor), return_dict_in_generate=True,
-                                   eos_token_id=processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
+                                   suppress_tokens=banned_of(architecture, processor), return_dict_in_generate=True,
+                                   eos_token_id=processor.tokenizer.convert_tokens_to_ids(architecture.STOPS))
         ids = out.sequences[0, given["input_ids"].shape[1]:]
         if error("an answer that ends a token early"):
             ids = ids[:-1]
         gaps = []
         for logits in out.logits:
             logits = logits[0].clone()
-            logits[banned_of(processor)] = -torch.inf
+            logits[banned_of(architecture, processor)] = -torch.inf
             best = logits.topk(2).values
             gaps.append(best[0] - best[1])
         prompts.append(dict(pictures=names, question=question))
@@ -153,13 +182,13 @@ def uniform(purpose, seed, counter):
     return hashlib.sha256(text).digest()[:8]
 
 
-def sampled(path, network, processor, shown):
+def sampled(architecture, path, network, processor, shown):
     """Answers drawn with our numbers (src/torch/sampling.rs) from the reference's logits, with their log-probabilities."""
     temperature, top_p, tokens, count = 0.7, 0.9, 24, 3
-    stops = processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    stops = processor.tokenizer.convert_tokens_to_ids(architecture.STOPS)
     expected = {}
     for index, (names, question) in enumerate(PROMPTS):
-        given = onevision.inputs(processor, question, [shown[name] for name in names])
+        given = architecture.inputs(processor, question, [shown[name] for name in names])
         for answer in range(count):
             seed = int.from_bytes(uniform(b"answer", 1000 + index, answer), "little", signed=True)
             ids, logps, margins = [], [], []
@@ -168,7 +197,7 @@ def sampled(path, network, processor, shown):
                 with torch.no_grad():
                     logits = network(**{**given, "input_ids": whole, "attention_mask": torch.ones_like(whole)}).logits[0, -1]
                 scores = logits.clone()
-                scores[banned_of(processor)] = -torch.inf
+                scores[banned_of(architecture, processor)] = -torch.inf
                 chances = torch.softmax(scores / temperature, -1).double()
                 order = sorted(range(len(chances)), key=lambda id: (-float(chances[id]), id))
                 sums = torch.cumsum(chances[order], 0)

@@ -9,8 +9,12 @@ from transformers import (LlavaOnevisionConfig, LlavaOnevisionForConditionalGene
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.llava_onevision.video_processing_llava_onevision import LlavaOnevisionVideoProcessor
 
-from common import SPECIAL, error, folder, qwen_tokenizer
+from common import SPECIAL, SYSTEM, error, folder, name_of, qwen_tokenizer
 
+# What both architectures' modules tell the blocks: where they write, titles, transformers' class, ids and their names.
+NAME, TITLE, TRAINING = "onevision", "", "training"
+NETWORK = LlavaOnevisionForConditionalGeneration
+STOP, STOPS, PLACEHOLDERS = "<|im_end|>", ["<|im_end|>", "<|endoftext|>"], ["<image>", "<video>"]
 SIDE, PATCH, VOCAB, CONTEXT = 12, 4, 448, 1024
 
 # Layouts of model-llava-onevision.md, section 2: A and B transformers 4.x (files, memory), C 5.x, D LLaVA-NeXT.
@@ -23,9 +27,16 @@ CONFIGURATIONS = {
     "torch file, layout A": dict(layout="A", heads=(4, 2), torch_files=True, dtype=torch.float32, bias=False),
 }
 
-
-def name_of(title):
-    return "".join(c if c.isalnum() else "-" for c in title).strip("-").replace("--", "-").lower()
+# The configuration whose answers are recorded too, and those that a batch of DPO is recorded with.
+DETAILED = "untied, layout A"
+TRAININGS = {"untied": dict(layout="C"), "tied": dict(layout="C", tied=True)}
+TRAINED = dict(layout="C")  # and with updates
+# A chat template for messages of text and pictures, as TRL gives them.
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for c in m['content'] if c['type'] == 'image' %}<image>\n{% endfor %}{% for c in m['content'] if c['type'] == 'text' %}"
+    "{{ c['text'] }}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+ASKED = [dict(role="system", content=SYSTEM)]  # before each question
 
 
 def stored_name(name, layout):
@@ -65,7 +76,7 @@ def make(random, title, layout, tied=False, heads=(4, 2), grid=3, anyres=4, feat
         image_token_index=ids["<image>"], video_token_index=ids["<video>"], vision_feature_layer=features,
         vision_feature_select_strategy="full", vision_aspect_ratio=f"anyres_max_{anyres}",
         multimodal_projector_bias=bias, image_grid_pinpoints=pinpoints, tie_word_embeddings=tied)
-    network = LlavaOnevisionForConditionalGeneration(config).eval()
+    network = NETWORK(config).eval()
     for parameter in network.parameters():  # large enough that every part shows in the logits
         parameter.data += 0.15 * torch.randn_like(parameter)
         parameter.data = parameter.data.to(dtype).float()
@@ -154,3 +165,26 @@ def inputs(processor, question, pictures=()):
         return processor.tokenizer(text, return_tensors="pt")
     shown = list(pictures)
     return processor(images=[shown] if len(shown) > 1 else shown, text=[text], return_tensors="pt")
+
+
+def answer(processor, text):
+    """The tokens of an answer with its stop token."""
+    ids = processor.tokenizer(text, split_special_tokens=True)["input_ids"]
+    return ids + [processor.tokenizer.convert_tokens_to_ids(STOP)]
+
+
+def lesson(processor, lesson, pictures):
+    """The processor's tensors for a conversation with its last answer, and the places of the answers' tokens."""
+    tokenizer = processor.tokenizer
+    text = chat(lesson["question"], 1, turns=lesson["turns"]) + lesson["answer"] + STOP
+    given = processor(images=pictures, text=[text], return_tensors="pt")
+    ids = given["input_ids"][0]
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", STOP])
+    said = tokenizer("assistant\n")["input_ids"]
+    learned = []
+    for place in (ids == start).nonzero().flatten().tolist():
+        begin = place + 1 + len(said)
+        if ids[place + 1:begin].tolist() == said:
+            stop = begin + (ids[begin:] == end).nonzero()[0].item()
+            learned += range(begin, stop if error("stop tokens not learned") else stop + 1)
+    return given, torch.tensor(learned)

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor
 
+import llava
 import onevision
 from common import error, folder, picture, save, seeded, write_json
 
@@ -90,9 +91,8 @@ def record():
         color = tuple(int(255 * mean) for mean in clip.image_mean)
         judged = clip(squared(image, color), return_tensors="pt")["pixel_values"][0]
         mean, std = (torch.tensor(values)[:, None, None] for values in (clip.image_mean, clip.image_std))
-        levels = lambda pixels, mean, std: ((pixels * std + mean) * 255).round().to(torch.uint8)
-        expected |= {f"one.{index}": levels(one, 0.5, 0.5), f"several.{index}": levels(several.flatten(0, 1)[0], 0.5, 0.5),
-                     f"judge.{index}": levels(judged, mean, std)}
+        expected |= {f"one.{index}": gray_levels(one, 0.5, 0.5), f"judge.{index}": gray_levels(judged, mean, std),
+                     f"several.{index}": gray_levels(several.flatten(0, 1)[0], 0.5, 0.5)}
         listed.append(dict(file=name, lossless=lossless))
     # All levels of all channels, untouched by resizing, as floats.
     ramp = np.arange(2 * SIDE * SIDE * 3).reshape(2, SIDE, SIDE, 3) % 256
@@ -107,3 +107,25 @@ def record():
     clip.save_pretrained(folder("pixels", "clip"))
     write_json(place / "cases.json", listed)
     save(place / "expected.safetensors", expected)
+    record_llava(random, place, listed)
+
+
+def gray_levels(pixels, mean, std):
+    return ((pixels * std + mean) * 255).round().to(torch.uint8)
+
+
+def record_llava(random, place, listed):
+    """The pixels that LLaVA-1.5's processor makes of the same pictures, for each of its configurations."""
+    folders, expected = [], {}
+    for number, how in enumerate(llava.CONFIGURATIONS.values()):
+        path, _, processor = llava.make(random, f"pixels {number}", **how | dict(shards=1))
+        (path / "model.safetensors").unlink()
+        folders.append(path.name)
+        images = processor.image_processor
+        mean, std = (torch.tensor(values)[:, None, None] for values in (images.image_mean, images.image_std))
+        see = lambda file: images(Image.open(place / file).convert("RGB"), return_tensors="pt")["pixel_values"][0]
+        expected |= {f"{number}.{index}": gray_levels(see(case["file"]), mean, std) for index, case in enumerate(listed)}
+        if processor.image_processor.size["shortest_edge"] == CLIP_SIDE:
+            expected |= {f"floats.{part}": see(f"clip-ramp-{part}.png") for part in range(2)}
+    save(folder("llava", "pixels") / "expected.safetensors", expected)
+    write_json(folder("llava", "pixels") / "cases.json", folders)

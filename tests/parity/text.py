@@ -3,6 +3,7 @@ import json
 
 import sentencepiece
 
+import llava
 import onevision
 from common import SYSTEM, SPECIAL, error, folder, llama_model, qwen_tokenizer, seeded, write_json
 
@@ -47,6 +48,23 @@ def record():
             ids = vicuna_ids(pieces, question, turns, answer, picture, captions)
             cases.append(dict(question=question, turns=turns, answer=answer, picture=picture, captions=captions, ids=ids))
     write_json(place / "vicuna.json", cases)
+    for old in (False, True):
+        record_llava(random, "transformers 4" if old else "transformers 5", old)
+
+
+def record_llava(random, title, old):
+    """Prompts of LLaVA-1.5 and answers to them, by one kind of its tokenizer."""
+    path, _, processor = llava.make(random, f"text {title}", old=old)
+    (path / "model.safetensors").unlink()
+    cases = []
+    for number, question in enumerate(QUESTIONS):
+        answer = [*ANSWERS, " \n A", "<image>"][number % (len(ANSWERS) + 2)]
+        for turns, system in [*((turns, None) for turns in TURNS), (TURNS[0], "Be brief.\n"), (TURNS[1], "")]:
+            pictures = [[], [3], [2, 4]][(number + len(turns)) % 3]
+            ids, behind = llava_ids(processor.tokenizer, question, turns, system, pictures, answer)
+            cases.append(dict(question=question, turns=turns, system=system, pictures=pictures, ids=ids, answer=answer,
+                              answer_ids=behind))
+    write_json(folder("llava", "text") / f"{path.name}.json", dict(title=title, folder=path.name, cases=cases))
 
 
 def chat_ids(tokenizer, question, turns, system, pictures):
@@ -105,3 +123,25 @@ def vicuna_ids(pieces, question, turns, answer, picture, captions):
     if error("no space before the reward prompt"):
         return ids + encode(request)
     return ids + encode(" " + request)
+
+
+def llava_ids(tokenizer, question, turns, system, pictures, answer):
+    """The template as transformers tokenizes it whole, with special tokens in what people wrote escaped: ids of the prompt,
+    and behind them those of an answer with its end.
+
+    Where nothing needs escaping, it is also asserted that tokenizing the whole text gives the same."""
+    parts = llava.parts(question, len(pictures), system, turns)
+    begin, image, end = tokenizer.convert_tokens_to_ids([llava.BEGIN, llava.IMAGE, llava.END])
+    ids = [begin]
+    for number, part in enumerate(parts):
+        ids += [image] * pictures[number - 1] if number else []
+        ids += llava.plain(tokenizer, part, number == 0)
+    space = "" if answer == "" or error("no space before LLaVA-1.5's answer") else " "
+    prompt, spoken = (llava.plain(tokenizer, text, len(parts) == 1) for text in (parts[-1], parts[-1] + space + answer))
+    assert spoken[:len(prompt)] == prompt, answer
+    behind = spoken[len(prompt):] + [end]
+    if not any(token in text for token in llava.SPECIAL for text in [question, answer, *(text for _, text in turns)]):
+        whole = "".join(llava.IMAGE * tokens + part for tokens, part in zip([0, *pictures], parts))
+        assert tokenizer(whole)["input_ids"] == ids, whole
+        assert tokenizer(whole + space + answer + llava.END)["input_ids"] == ids + behind, whole
+    return ids, behind

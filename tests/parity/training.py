@@ -5,6 +5,7 @@ import math
 
 import torch
 
+import llava
 import onevision
 from common import SYSTEM, error, folder, picture, qwen_tokenizer, save, seeded, write_json
 
@@ -45,14 +46,22 @@ def optimize(parameters, loss, batches):
 
 def names_of(network):
     """The parameters that have a gradient, by the names of files without prefixes."""
-    parameters = dict(network.named_parameters())
-    return {name.removeprefix("model."): parameter for name, parameter in parameters.items()
-            if "post_layernorm" not in name or "head" in name}
+    layers = network.config.vision_feature_layer
+    tower = network.model.vision_tower
+    used = len(tower.encoder.layers) + 1 + max(layers if isinstance(layers, list) else [layers])
+    unused = [f"vision_tower.encoder.layers.{number}." for number in range(used, len(tower.encoder.layers))]
+    return {name.removeprefix("model."): parameter for name, parameter in network.named_parameters()
+            if not any(part in name for part in [*unused, "tower.post_layernorm"])}
 
 
 def record():
+    for architecture in (onevision, llava):
+        record_of(architecture)
+
+
+def record_of(architecture):
     random = seeded("training")
-    place = folder("training")
+    place = folder(architecture.TRAINING)
     shown = {name: picture(random, *size) for name, size in SIZES.items()}
     for name, image in shown.items():
         image.save(place / f"{name}.png")
@@ -60,42 +69,43 @@ def record():
     pairs = [dict(pictures=[list(SIZES)[number % 3]], question=say(), chosen=say() + ".", rejected=say())
              for number in range(STEPS * BATCH)]
     write_json(place / "pairs.json", pairs)
-    for title, tied in [("untied", False), ("tied", True)]:
-        path, network, processor = onevision.make(random, f"training {title}", layout="C", tied=tied, dtype=torch.float32)
-        dpo(place, title, network, processor, shown, pairs)
-    path, network, processor = onevision.make(random, "training trl", layout="C", dtype=torch.float32)
-    trl(place, path, processor, shown, pairs)
+    make = lambda title, how: architecture.make(random, f"training {title}", **how, dtype=torch.float32)
+    for title, how in architecture.TRAININGS.items():
+        path, network, processor = make(title, how)
+        dpo(architecture, place / f"dpo-{path.name.removeprefix('training-')}.safetensors", network, processor, shown, pairs)
+    path, network, processor = make("trl", architecture.TRAINED)
+    trl(architecture, place, path, processor, shown, pairs)
     beside = (path, network, processor)
-    path, network, processor = onevision.make(random, "training sft", layout="C", dtype=torch.float32)
-    sft(place, network, processor, shown, say)
-    masks(place, random)
-    losses(place, *beside, shown, pairs)
-    adapter(place, beside[0], processor, shown, pairs)
+    path, network, processor = make("sft", architecture.TRAINED)
+    sft(architecture, place, network, processor, shown, say)
+    if architecture is onevision:  # the scripts of LLaVA-NeXT, and what is the same for every architecture
+        masks(place, random)
+        losses(architecture, place, *beside, shown, pairs)
+    adapter(architecture, place, beside[0], processor, shown, pairs)
 
 
-def whole(processor, shown, pair, answer):
+def whole(architecture, processor, shown, pair, answer):
     """The inputs of a prompt with an answer behind it, and where the answer begins."""
-    given = onevision.inputs(processor, pair["question"], [shown[name] for name in pair["pictures"]])
+    given = architecture.inputs(processor, pair["question"], [shown[name] for name in pair["pictures"]])
     start = given["input_ids"].shape[1]
     ids = torch.cat([given["input_ids"], torch.tensor([answer], dtype=torch.long)], 1)
     return {**given, "input_ids": ids, "attention_mask": torch.ones_like(ids)}, start
 
 
-def logp(network, processor, shown, pair, side):
-    answer = processor.tokenizer(pair[side], split_special_tokens=True)["input_ids"]
-    answer = answer + [processor.tokenizer.convert_tokens_to_ids("<|im_end|>")]
+def logp(architecture, network, processor, shown, pair, side):
+    answer = architecture.answer(processor, pair[side])
     if error("an answer without its stop token"):
         answer = answer[:-1]
-    given, start = whole(processor, shown, pair, answer)
+    given, start = whole(architecture, processor, shown, pair, answer)
     logits = network(**given).logits[0, start - 1:-1].float()
     return torch.log_softmax(logits, -1).gather(-1, torch.tensor(answer)[:, None]).sum()
 
 
-def dpo(place, title, network, processor, shown, pairs):
+def dpo(architecture, path, network, processor, shown, pairs):
     """The loss of a batch, what is logged, and the gradient of every parameter."""
     batch = pairs[:BATCH]
     reference = [[-30.0 - number, -35.0 + number] for number in range(BATCH)]
-    logps = [[logp(network, processor, shown, pair, side) for side in ("chosen", "rejected")] for pair in batch]
+    logps = [[logp(architecture, network, processor, shown, pair, side) for side in ("chosen", "rejected")] for pair in batch]
     logps = torch.stack([torch.stack(pair) for pair in logps])
     rewards = (0.11 if error("a beta of 0.11 for 0.1") else BETA) * (logps - torch.tensor(reference))
     loss = -torch.nn.functional.logsigmoid(rewards[:, 0] - rewards[:, 1]).mean()
@@ -103,30 +113,26 @@ def dpo(place, title, network, processor, shown, pairs):
     recorded = {"loss": loss, "logps": logps, "rewards": rewards, "reference": torch.tensor(reference)}
     recorded |= {f"gradient.{name}": parameter.grad for name, parameter in names_of(network).items()
                  if parameter.grad is not None}
-    save(place / f"dpo-{title}.safetensors", recorded)
+    save(path, recorded)
 
 
-def trainer(path, processor, shown, pairs, reference=None, **settings):
+def trainer(architecture, path, processor, shown, pairs, reference=None, **settings):
     """TRL's DPOTrainer of a checkpoint, which takes the pairs in their order."""
     import tempfile
 
     from datasets import Dataset
-    from transformers import LlavaOnevisionForConditionalGeneration
     from trl import DPOConfig, DPOTrainer
 
     class InOrder(DPOTrainer):
         def _get_train_sampler(self, *_):
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
-    template = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}"
-                "{% for c in m['content'] if c['type'] == 'image' %}<image>\n{% endfor %}{% for c in m['content'] if c['type'] == 'text' %}"
-                "{{ c['text'] }}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-    processor.chat_template = processor.tokenizer.chat_template = template
+    processor.chat_template = processor.tokenizer.chat_template = architecture.TEMPLATE
     rows = [dict(images=[shown[pair["pictures"][0]]],
-                 prompt=[dict(role="system", content=SYSTEM), dict(role="user", content=pair["question"])],
+                 prompt=[*architecture.ASKED, dict(role="user", content=pair["question"])],
                  chosen=[dict(role="assistant", content=pair["chosen"])],
                  rejected=[dict(role="assistant", content=pair["rejected"])]) for pair in pairs]
-    load = lambda: LlavaOnevisionForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
+    load = lambda: architecture.NETWORK.from_pretrained(path, dtype=torch.float32)
     given = dict(per_device_train_batch_size=1, gradient_accumulation_steps=BATCH, warmup_steps=WARMUP) | settings
     config = DPOConfig(
         output_dir=tempfile.mkdtemp(), num_train_epochs=1, learning_rate=RATE, beta=BETA, lr_scheduler_type="cosine",
@@ -143,9 +149,9 @@ def logged(made, keys):
     return {key.replace("/", "_"): torch.tensor([entry[key] for entry in log], dtype=torch.float64) for key in keys}
 
 
-def trl(place, path, processor, shown, pairs):
+def trl(architecture, place, path, processor, shown, pairs):
     """Twenty updates by TRL's DPOTrainer, in the order of the pairs."""
-    made = trainer(path, processor, shown, pairs)
+    made = trainer(architecture, path, processor, shown, pairs)
     keys = ["loss", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "grad_norm", "learning_rate"]
     recorded = {f"log.{key}": numbers for key, numbers in logged(made, keys).items()}
     recorded |= {f"after.{name}": parameter.detach() for name, parameter in names_of(made.model).items()}
@@ -157,7 +163,7 @@ LOSSES = {"sigmoid": 0.0, "hinge": 0.0, "ipo": 0.0, "exo_pair": 0.1, "nca_pair":
           "sppo_hard": 0.0, "aot": 0.1, "apo_zero": 0.0, "apo_down": 0.0, "sft": 0.0, "sigmoid_norm": 0.0}
 
 
-def losses(place, path, network, processor, shown, pairs):
+def losses(architecture, place, path, network, processor, shown, pairs):
     """The loss of a batch and the norm of its gradient, by each loss of TRL and by two of them together, beside a
     reference that is another model."""
     batch = pairs[:BATCH]
@@ -167,9 +173,8 @@ def losses(place, path, network, processor, shown, pairs):
         newline = processor.tokenizer("\n")["input_ids"]
 
         def counted(pair, side):
-            answer = processor.tokenizer(pair[side], split_special_tokens=True)["input_ids"]
-            answer = answer + [processor.tokenizer.convert_tokens_to_ids("<|im_end|>")] + newline
-            given, start = whole(processor, shown, pair, answer)
+            answer = architecture.answer(processor, pair[side]) + newline
+            given, start = whole(architecture, processor, shown, pair, answer)
             logits = network(**given).logits[0, start - 1:-1].float()
             return torch.log_softmax(logits, -1).gather(-1, torch.tensor(answer)[:, None]).sum()
         reference = torch.stack([torch.stack([counted(pair, side) for side in ("chosen", "rejected")]) for pair in batch])
@@ -180,18 +185,17 @@ def losses(place, path, network, processor, shown, pairs):
     for name, settings in cases.items():
         # Margins are sorted within what TRL computes at once.
         at_once = BATCH if name == "aot" else 1
-        made = trainer(path, processor, shown, batch, reference=copy.deepcopy(network), per_device_train_batch_size=at_once,
+        made = trainer(architecture, path, processor, shown, batch, reference=copy.deepcopy(network), per_device_train_batch_size=at_once,
                        gradient_accumulation_steps=BATCH // at_once, warmup_steps=0, **settings)
         log = logged(made, ["loss", "grad_norm"])
         recorded[name] = torch.stack([log["loss"][0], log["grad_norm"][0]])
     save(place / "losses.safetensors", recorded)
 
 
-def adapter(place, path, processor, shown, pairs):
+def adapter(architecture, place, path, processor, shown, pairs):
     """Twenty updates of an adapter of peft's to the decoder, by a plain loop."""
     from peft import LoraConfig, get_peft_model
-    from transformers import LlavaOnevisionForConditionalGeneration
-    network = LlavaOnevisionForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
+    network = architecture.NETWORK.from_pretrained(path, dtype=torch.float32)
     alpha = 16 if error("a policy's adapter of twice the strength") else 8
     targets = r"model\.language_model\.(.*\.)?(q_proj|down_proj)"
     network = get_peft_model(network, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=targets))
@@ -212,7 +216,7 @@ def adapter(place, path, processor, shown, pairs):
     def loss(batch):
         values = []
         for number in batch:
-            logps = torch.stack([logp(network, processor, shown, pairs[number], side) for side in ("chosen", "rejected")])
+            logps = torch.stack([logp(architecture, network, processor, shown, pairs[number], side) for side in ("chosen", "rejected")])
             rewards = BETA * (logps - reference[number])
             values.append(-torch.nn.functional.logsigmoid(rewards[0] - rewards[1]))
         return torch.stack(values).mean()
@@ -221,9 +225,8 @@ def adapter(place, path, processor, shown, pairs):
     save(place / "adapter.safetensors", {"reference": reference, **optimize(parameters, loss, batches)})
 
 
-def sft(place, network, processor, shown, say):
+def sft(architecture, place, network, processor, shown, say):
     """Twenty updates of the next-token loss on all answers of conversations, by transformers' own labels and loss."""
-    tokenizer = processor.tokenizer
     lessons = []
     for number in range(STEPS * BATCH):
         turns = [["user", say()], ["assistant", say()]] if number % 2 else []
@@ -232,18 +235,8 @@ def sft(place, network, processor, shown, say):
     def loss(batch):
         total, count = 0.0, 0
         for lesson in batch:
-            text = onevision.chat(lesson["question"], 1, turns=lesson["turns"]) + lesson["answer"] + "<|im_end|>"
-            given = processor(images=[shown[lesson["pictures"][0]]], text=[text], return_tensors="pt")
+            given, learned = architecture.lesson(processor, lesson, [shown[lesson["pictures"][0]]])
             ids = given["input_ids"][0]
-            start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-            said = tokenizer("assistant\n")["input_ids"]
-            learned = []
-            for place in (ids == start).nonzero().flatten().tolist():
-                begin = place + 1 + len(said)
-                if ids[place + 1:begin].tolist() == said:
-                    stop = begin + (ids[begin:] == end).nonzero()[0].item()
-                    learned += range(begin, stop if error("stop tokens not learned") else stop + 1)
-            learned = torch.tensor(learned)
             logits = network(**given).logits[0].float()
             at = learned if error("a token learned from itself") else learned - 1
             total = total + torch.nn.functional.cross_entropy(logits[at], ids[learned], reduction="sum")

@@ -4,13 +4,12 @@ use std::num::NonZeroU32;
 
 use crate::tokens::TokenCounts;
 use ovchat_models::checkpoint::{
-    AtOnce, IMAGES_AHEAD, IMAGES_AT_ONCE_MAX, LlavaOnevisionConfig, LlavaRlhfConfig,
-    PACK_TOKENS_MAX, Sizes, TrainingSizes, elements, judge_elements, learned_logits,
-    size_in_words as size,
+    AtOnce, IMAGES_AHEAD, IMAGES_AT_ONCE_MAX, LlavaRlhfConfig, PACK_TOKENS_MAX, Sizes,
+    TrainingSizes, VisionConfig, elements, judge_elements, learned_logits, size_in_words as size,
 };
-use ovchat_models::preprocess::{Anyres, ImageProcessorConfig};
 use ovchat_models::{
-    Checkpointing, LlavaOnevisionSpec, Mode, ModelSpec, Optimizer, Part, Room, Tower, Trained,
+    Checkpointing, Mode, ModelSpec, Optimizer, Part, Room, Tower, Trained, VisionLanguageSpec,
+    architectures,
 };
 use ovchat_pipeline::config::{Plan, PlannedStage};
 use ovchat_pipeline::stages::{
@@ -113,9 +112,9 @@ pub fn of_stage(
     precision: Precision,
 ) -> Option<Needs> {
     let counted = tokens.iter().find(|one| one.is_of(stage.name.as_str()));
-    let policy = |model: &ModelName| match plan.models[model].clone().opened() {
-        ModelSpec::LlavaOnevision(spec) => Some(spec),
-        _ => None,
+    let policy = |model: &ModelName| {
+        let opened = plan.models[model].clone().opened();
+        opened.vision_language().cloned()
     };
     let judged = |judge: &ModelName, part: NonZeroU32, answers: usize| {
         let Some(prompt_settings) = plan.models[judge].prompt_settings() else {
@@ -152,10 +151,10 @@ pub fn of_stage(
             judged(&score.judge, score.part, count)
         }
         StageSpec::Compare(compare) => judged(&compare.judge, compare.part, ANSWERS),
-        StageSpec::TrainDpo(train) => match &plan.models[&train.model] {
-            ModelSpec::LlavaOnevision(spec) => of_training(plan, train, spec, tokens, precision),
-            _ => None,
-        },
+        StageSpec::TrainDpo(train) => {
+            let spec = plan.models[&train.model].vision_language()?;
+            of_training(plan, train, spec, tokens, precision)
+        }
         StageSpec::TrainSft(train) => of_examples(plan, train, counted),
         StageSpec::TrainReward(train) => of_reward_training(plan, train, counted),
         _ => None,
@@ -192,13 +191,17 @@ struct Writing<'a> {
 fn of_writing(
     plan: &Plan,
     writing: &Writing<'_>,
-    spec: &LlavaOnevisionSpec,
+    spec: &VisionLanguageSpec,
     counted: Option<&TokenCounts>,
     precision: Precision,
 ) -> Option<Needs> {
-    let config = LlavaOnevisionConfig::open(&spec.weights).ok()?;
+    let architecture = architectures::open(&spec.weights).ok()?;
     let (element, precision) = precision;
-    let sizes = Sizes::new(elements(&config), &config.text_config, element);
+    let sizes = Sizes::new(
+        elements(&*architecture),
+        architecture.text_config(),
+        element,
+    );
     let &Writing {
         answers,
         part,
@@ -206,7 +209,7 @@ fn of_writing(
         ..
     } = writing;
     let new = answers * writing.new;
-    let [image, tiles] = largest(&config, spec).unwrap_or_default();
+    let [image, tiles] = architecture.largest_image();
     let (longest, worst) = longest(counted, image);
     let longest = longest + beside;
     let of_tokens = format!(
@@ -247,7 +250,7 @@ fn of_writing(
         model: writing.model.clone(),
         peak: Box::new(peak),
         worst,
-        pixels: pixels(&config, tiles),
+        pixels: pixels(architecture.vision_config(), tiles),
     })
 }
 
@@ -261,7 +264,7 @@ fn of_judge(plan: &Plan, judge: &ModelName, precision: Precision) -> Option<Need
         row: 0,
         ..Sizes::new(judge_elements(&config), &config.text_config, element)
     };
-    let pixels = judge_pixels(&config);
+    let pixels = pixels(&config.vision_config, 1);
     let (model, help) = (judge.clone(), more_memory(plan, judge));
     let peak = move |room: Room| {
         let at_once = AtOnce::in_room(room, sizes);
@@ -290,13 +293,13 @@ fn of_judge(plan: &Plan, judge: &ModelName, precision: Precision) -> Option<Need
 fn of_training(
     plan: &Plan,
     stage: &TrainDpo,
-    spec: &LlavaOnevisionSpec,
+    spec: &VisionLanguageSpec,
     tokens: &[TokenCounts],
     precision: Precision,
 ) -> Option<Needs> {
-    let config = LlavaOnevisionConfig::open(&spec.weights).ok()?;
+    let architecture = architectures::open(&spec.weights).ok()?;
     let (element, precision) = precision;
-    let sizes = stage.sizes(&config, element);
+    let sizes = stage.sizes(&*architecture, element);
     let mut items = vec![
         (
             "weights",
@@ -306,7 +309,7 @@ fn of_training(
         ("gradients", sizes.gradients, String::new()),
         ("moments", sizes.moments, "AdamW".to_owned()),
     ];
-    let [image, tiles] = largest(&config, spec).unwrap_or_default();
+    let [image, tiles] = architecture.largest_image();
     let sampled = sampled(plan);
     let new = ANSWERS * answer_tokens(plan);
     let largest_pair = image + new;
@@ -347,36 +350,29 @@ fn of_training(
         model: stage.model.clone(),
         peak: Box::new(peak),
         worst,
-        pixels: pixels(&config, tiles),
+        pixels: pixels(architecture.vision_config(), tiles),
     })
 }
 
 fn of_examples(plan: &Plan, stage: &TrainSft, counted: Option<&TokenCounts>) -> Option<Needs> {
-    let (sizes, text, image, tiles, pixels) = match &plan.models[&stage.model] {
-        ModelSpec::LlavaOnevision(spec) => {
-            let config = LlavaOnevisionConfig::open(&spec.weights).ok()?;
-            let parts = Part::ALL.into_iter();
-            let parts =
-                parts.filter(|part| stage.tower == Tower::Train || *part != Part::VisionTower);
-            let trained = Trained::Parts(parts.map(|part| (part, None)).collect());
-            let [image, tiles] = largest(&config, spec).unwrap_or_default();
-            let sizes = TrainingSizes::new(&config, &trained, Optimizer::Adamw, 4);
-            let pixels = pixels(&config, tiles);
-            (sizes, config.text_config, image, tiles, pixels)
-        }
-        ModelSpec::LlavaRlhf(spec) => {
-            let config = LlavaRlhfConfig::open(spec).ok()?;
-            let sizes = TrainingSizes::of_base(&config, stage.tower);
-            let pixels = judge_pixels(&config);
-            (
-                sizes,
-                config.text_config,
-                config.vision_config.patches(),
-                1,
-                pixels,
-            )
-        }
-        _ => return None,
+    let spec = &plan.models[&stage.model];
+    let (sizes, text, image, tiles, pixels) = if let Some(spec) = spec.vision_language() {
+        let architecture = architectures::open(&spec.weights).ok()?;
+        let parts = architecture.parts().iter().copied();
+        let parts = parts.filter(|part| stage.tower == Tower::Train || *part != Part::VisionTower);
+        let trained = Trained::Parts(parts.map(|part| (part, None)).collect());
+        let [image, tiles] = architecture.largest_image();
+        let sizes = TrainingSizes::new(&*architecture, &trained, Optimizer::Adamw, 4);
+        let pixels = pixels(architecture.vision_config(), tiles);
+        (sizes, *architecture.text_config(), image, tiles, pixels)
+    } else if let ModelSpec::LlavaRlhf(spec) = spec {
+        let config = LlavaRlhfConfig::open(spec).ok()?;
+        let sizes = TrainingSizes::of_base(&config, stage.tower);
+        let pixels = pixels(&config.vision_config, 1);
+        let patches = config.vision_config.patches();
+        (sizes, config.text_config, patches, 1, pixels)
+    } else {
+        return None;
     };
     let (longest, worst) = longest(counted, image);
     let at_once = side_by_side(longest, stage.batch_prompts);
@@ -426,7 +422,7 @@ fn of_reward_training(
         tiles: 0,
         logits: None,
         worst,
-        pixels: judge_pixels(&config),
+        pixels: pixels(&config.vision_config, 1),
     };
     Some(steps.needs())
 }
@@ -493,31 +489,9 @@ fn longest(counted: Option<&TokenCounts>, image: usize) -> (usize, String) {
     }
 }
 
-/// Returns the tokens and tiles of the largest image.
-fn largest(config: &LlavaOnevisionConfig, spec: &LlavaOnevisionSpec) -> Option<[usize; 2]> {
-    let side = config.vision_config.image_size;
-    let anyres = Anyres::new(
-        config,
-        &ImageProcessorConfig::open_onevision(&spec.weights, side).ok()?,
-    );
-    let sizes = config.image_grid_pinpoints.iter();
-    let packings = sizes.map(|&[height, width]| anyres.single(height, width));
-    packings
-        .map(|packing| [packing.tokens(), packing.tiles()])
-        .max()
-}
-
 /// Returns the bytes of the pixels of images that wait for the network, in float32, each with
 /// `tiles` tiles.
-fn pixels(config: &LlavaOnevisionConfig, tiles: usize) -> u64 {
-    let vision = &config.vision_config;
+fn pixels(vision: &VisionConfig, tiles: usize) -> u64 {
     let tile = 4 * vision.num_channels * vision.image_size.pow(2);
     ((IMAGES_AHEAD + IMAGES_AT_ONCE_MAX) * tiles * tile) as u64
-}
-
-/// Returns the same for a reward model, which does not tile images.
-fn judge_pixels(config: &LlavaRlhfConfig) -> u64 {
-    let vision = &config.vision_config;
-    let image = 4 * vision.num_channels * vision.image_size.pow(2);
-    ((IMAGES_AHEAD + IMAGES_AT_ONCE_MAX) * image) as u64
 }

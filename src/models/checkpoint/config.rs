@@ -6,12 +6,16 @@
 //! each set in one constant.
 
 mod decoder;
+mod llava;
 mod llava_next_tower;
 mod llava_onevision;
 mod llava_rlhf;
 mod vision;
 
+use std::path::Path;
+
 pub use decoder::DecoderConfig;
+pub use llava::LlavaConfig;
 pub(super) use llava_next_tower::KNOWN as KNOWN_TOWERS;
 pub use llava_onevision::LlavaOnevisionConfig;
 pub(crate) use llava_onevision::pinpoints;
@@ -28,4 +32,23 @@ fn dtype(file: &JsonConfig) -> Result<Option<String>, CheckpointError> {
         None => file.text("torch_dtype")?,
     };
     Ok(found.map(|name| name.strip_prefix("torch.").unwrap_or(name).to_owned()))
+}
+
+/// Rejects a config of quantized weights.
+fn not_quantized(file: &JsonConfig) -> Result<(), CheckpointError> {
+    if file.get("quantization_config").is_some() {
+        let problem = "is set: quantized weights are not supported; use the original weights";
+        return Err(file.fault("quantization_config", problem));
+    }
+    Ok(())
+}
+
+/// Reads `eos_token_id` of `generation_config.json`: one, several, or none if there is no such
+/// file.
+fn eos_token_id(folder: &Path) -> Result<Vec<i64>, CheckpointError> {
+    let path = folder.join("generation_config.json");
+    if !path.exists() {
+        return Ok(Vec::new());
+    }
+    JsonConfig::open(&path)?.integers("eos_token_id")
 }

@@ -11,12 +11,13 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use crate::Layout;
+use crate::architectures::{self, llava_onevision};
 use crate::checkpoint::CheckpointError;
 use crate::checkpoint::config::{KNOWN_TOWERS, LlavaOnevisionConfig, VisionConfig};
 use crate::checkpoint::json::JsonConfig;
 use crate::checkpoint::names::stored;
 use crate::preprocess::ImageProcessorConfig;
-use crate::preprocess::llava_onevision::LlavaOnevisionProcessor;
+use crate::preprocess::Processor;
 
 /// The placeholders of transformers' tokenizer, in the order of their ids.
 const PLACEHOLDERS: [&str; 2] = ["<image>", "<video>"];
@@ -80,12 +81,17 @@ impl Conversion {
     /// Plans the conversion of the checkpoint in `folder` to the layout `to`; `None` if it already
     /// has that layout.
     pub fn of(folder: &Path, to: Layout) -> Result<Option<Self>, CheckpointError> {
+        if architectures::name_of(folder)? != llava_onevision::NAME {
+            let problem = "is not a LLaVA-OneVision checkpoint; only those have two layouts";
+            return Err(CheckpointError::new(folder, problem));
+        }
         // Reads all files, which validates the checkpoint before it is converted.
-        let prep = LlavaOnevisionProcessor::open(folder)?;
-        if prep.config.layout == to {
+        Processor::open(folder)?;
+        let config = LlavaOnevisionConfig::open(folder)?;
+        if config.layout == to {
             return Ok(None);
         }
-        let old = Old::open(folder, prep.config)?;
+        let old = Old::open(folder, config)?;
         match to {
             Layout::Transformers => old.for_transformers(),
             Layout::LlavaNext => old.for_llava_next(),
@@ -143,7 +149,7 @@ impl<'a> Old<'a> {
         } else {
             (rows.max(ids[0]) + PLACEHOLDERS.len()).next_multiple_of(64)
         };
-        let class = json!("LlavaOnevisionProcessor");
+        let class = json!("Processor");
         self.tokenizer_config
             .insert("processor_class".to_owned(), class);
         let images = self.processor_part(json!({
@@ -222,7 +228,7 @@ impl<'a> Old<'a> {
         json!({
             "image_token": PLACEHOLDERS[0],
             "num_image_tokens": self.model_config.vision_config.patches(),
-            "processor_class": "LlavaOnevisionProcessor",
+            "processor_class": "Processor",
             "video_token": PLACEHOLDERS[1],
             "vision_aspect_ratio": format!("anyres_max_{}", self.model_config.anyres_max),
             "vision_feature_select_strategy": "full",
@@ -239,7 +245,7 @@ impl<'a> Old<'a> {
             "do_resize": true,
             "image_mean": [0.5, 0.5, 0.5],
             "image_std": [0.5, 0.5, 0.5],
-            "processor_class": "LlavaOnevisionProcessor",
+            "processor_class": "Processor",
             "resample": 3,
             "rescale_factor": 1.0 / 255.0,
             "size": { "height": side, "width": side },
@@ -512,10 +518,16 @@ mod tests {
         serde_json::from_slice(&fs::read(folder.join(name)).unwrap()).unwrap()
     }
 
+    /// Opens the whole checkpoint and returns its config.
+    fn open(folder: &Path) -> LlavaOnevisionConfig {
+        Processor::open(folder).unwrap();
+        LlavaOnevisionConfig::open(folder).unwrap()
+    }
+
     #[test]
     fn there_and_back_is_the_same_model() {
         let folder = onevision_folder();
-        let old = LlavaOnevisionProcessor::open(folder.path()).unwrap();
+        let old = open(folder.path());
         assert!(
             Conversion::of(folder.path(), Layout::Transformers)
                 .unwrap()
@@ -523,9 +535,9 @@ mod tests {
         );
 
         let (next, conversion) = convert(folder.path(), Layout::LlavaNext);
-        let of_next = LlavaOnevisionProcessor::open(next.path()).unwrap();
-        assert_eq!(of_next.config.layout, Layout::LlavaNext);
-        let [mut one, mut other] = [&old, &of_next].map(|prep| prep.config.clone());
+        let of_next = open(next.path());
+        assert_eq!(of_next.layout, Layout::LlavaNext);
+        let [mut one, mut other] = [&old, &of_next].map(Clone::clone);
         // The programs count the placeholders differently, and LLaVA-NeXT states the dtype.
         for model_config in [&mut one, &mut other] {
             model_config.layout = Layout::LlavaNext;
@@ -544,14 +556,14 @@ mod tests {
         assert_eq!(tokens.as_array().unwrap().len(), 3, "{tokens}");
 
         let (back, conversion) = convert(next.path(), Layout::Transformers);
-        let mut back_again = LlavaOnevisionProcessor::open(back.path()).unwrap().config;
+        let mut back_again = open(back.path());
         assert_eq!(conversion.vocab_size, 264, "there was room");
         assert_eq!(
             (back_again.image_token_index, back_again.video_token_index),
             (260, 261)
         );
-        back_again.layout = old.config.layout;
-        assert_eq!(back_again, old.config);
+        back_again.layout = old.layout;
+        assert_eq!(back_again, old);
         let name = "vision_tower.encoder.layers.2.mlp.fc1.bias";
         let stored = conversion.name(name).unwrap();
         assert_eq!(

@@ -1,9 +1,8 @@
 //! Memory estimates of networks in bytes, computed from their configs alone before anything is
 //! loaded.
 
-use crate::checkpoint::config::{
-    DecoderConfig, LlavaOnevisionConfig, LlavaRlhfConfig, VisionConfig,
-};
+use crate::architecture::Architecture;
+use crate::checkpoint::config::{DecoderConfig, LlavaRlhfConfig, VisionConfig};
 use crate::checkpoint::names::part_of;
 use crate::{Optimizer, Room, Tower, Trained};
 
@@ -123,31 +122,29 @@ impl TrainingSizes {
     /// them in float32 for any compute dtype), queries, keys and values before and after rotary
     /// embedding, the output of attention, gates and their products.
     pub fn new(
-        config: &LlavaOnevisionConfig,
+        architecture: &dyn Architecture,
         trained: &Trained,
         optimizer: Optimizer,
         element: u64,
     ) -> Self {
-        let all = elements(config);
-        let learned = learned(config, trained);
+        let all = elements(architecture);
+        let learned = learned(architecture, trained);
         let frozen = match trained {
             Trained::Parts(_) => all - learned,
             Trained::Lora(_) => all,
         };
         let has_tower = matches!(trained, Trained::Parts(parts)
             if parts.iter().any(|(part, _)| *part == crate::Part::VisionTower));
-        let tower_layers = config
-            .vision_feature_layer
-            .iter()
-            .max()
-            .copied()
-            .unwrap_or(0);
         let tower = (
-            &config.vision_config,
-            if has_tower { tower_layers } else { 0 },
+            architecture.vision_config(),
+            if has_tower {
+                architecture.tower_layers()
+            } else {
+                0
+            },
         );
         Self::of(
-            &config.text_config,
+            architecture.text_config(),
             tower,
             [frozen, learned],
             optimizer,
@@ -262,8 +259,12 @@ pub fn learned_logits(config: &DecoderConfig, tokens: usize) -> u64 {
 }
 
 /// Returns the number of weights of a policy.
-pub fn elements(config: &LlavaOnevisionConfig) -> u64 {
-    config.tensors().iter().map(|(_, shape)| count(shape)).sum()
+pub fn elements(architecture: &dyn Architecture) -> u64 {
+    architecture
+        .tensors()
+        .iter()
+        .map(|(_, shape)| count(shape))
+        .sum()
 }
 
 /// Returns the number of weights of a reward model with a merged adapter: Llama without a head,
@@ -299,8 +300,8 @@ fn vision_elements(config: &VisionConfig, layers: usize) -> u64 {
 }
 
 /// Returns the number of weights being trained.
-fn learned(config: &LlavaOnevisionConfig, trained: &Trained) -> u64 {
-    let tensors = config.tensors();
+fn learned(architecture: &dyn Architecture, trained: &Trained) -> u64 {
+    let tensors = architecture.tensors();
     let tensors = tensors.iter();
     match trained {
         Trained::Parts(parts) => tensors
@@ -333,40 +334,45 @@ fn count(shape: &[usize]) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::architectures;
     use crate::test_util::onevision_folder;
     use crate::{LoraSettings, Part};
 
-    fn config() -> LlavaOnevisionConfig {
-        LlavaOnevisionConfig::open(onevision_folder().path()).unwrap()
+    fn architecture() -> Arc<dyn Architecture> {
+        architectures::open(onevision_folder().path()).unwrap()
     }
 
     #[test]
     fn all_parts_together_are_the_whole_network() {
-        let config = config();
+        let architecture = architecture();
+        let config = architecture.text_config();
         let of = |parts: &[Part]| {
             let parts = parts.iter().map(|&part| (part, None)).collect();
-            learned(&config, &Trained::Parts(parts))
+            learned(&*architecture, &Trained::Parts(parts))
         };
-        assert_eq!(of(&Part::ALL), elements(&config));
+        assert_eq!(of(&Part::ALL), elements(&*architecture));
         let sum: u64 = Part::ALL.iter().map(|&part| of(&[part])).sum();
-        assert_eq!(sum, elements(&config));
+        assert_eq!(sum, elements(&*architecture));
         let head = if config.tie_word_embeddings {
             0
         } else {
-            config.text_config.vocab_size * config.text_config.hidden_size
+            config.vocab_size * config.hidden_size
         };
-        let decoder = decoder_elements(&config.text_config) + head as u64;
+        let decoder = decoder_elements(config) + head as u64;
         assert_eq!(of(&[Part::LanguageModel]), decoder);
     }
 
     #[test]
     fn a_training_of_everything_takes_sixteen_bytes_a_weight_and_lighter_ones_less() {
-        let config = config();
-        let all = elements(&config);
-        let whole = TrainingSizes::new(&config, &Trained::all(), Optimizer::Adamw, 2);
+        let architecture = architecture();
+        let config = architecture.text_config();
+        let all = elements(&*architecture);
+        let whole = TrainingSizes::new(&*architecture, &Trained::all(), Optimizer::Adamw, 2);
         assert_eq!(whole.state(), 16 * all);
-        let light = TrainingSizes::new(&config, &Trained::all(), Optimizer::Adamw8bit, 2);
+        let light = TrainingSizes::new(&*architecture, &Trained::all(), Optimizer::Adamw8bit, 2);
         assert_eq!(light.state(), 10 * all);
         let lora = Trained::Lora(LoraSettings {
             rank: 2,
@@ -375,8 +381,8 @@ mod tests {
             targets: vec!["o_proj".to_owned()],
             seed: 0,
         });
-        let adapted = TrainingSizes::new(&config, &lora, Optimizer::Adamw, 2);
-        let text = &config.text_config;
+        let adapted = TrainingSizes::new(&*architecture, &lora, Optimizer::Adamw, 2);
+        let text = config;
         let sides = text.hidden_size + text.num_attention_heads * text.head_dim;
         let adapter = (2 * sides * text.num_hidden_layers) as u64;
         assert_eq!(adapted.state(), 2 * all + 16 * adapter);

@@ -9,9 +9,12 @@
 use std::collections::BTreeMap;
 
 use crate::checkpoint::CheckpointError;
-use crate::checkpoint::config::{DecoderConfig, LlavaOnevisionConfig, VisionConfig};
+use crate::checkpoint::config::{DecoderConfig, LlavaConfig, LlavaOnevisionConfig, VisionConfig};
 use crate::checkpoint::shards::{Shards, TensorInfo};
 use crate::{Layout, Part};
+
+/// The names and shapes of tensors.
+pub type Tensors = Vec<(String, Vec<usize>)>;
 
 /// The prefixes of a decoder's tensor names.
 const DECODER: [&str; 3] = ["embed_tokens.", "layers.", "norm."];
@@ -89,22 +92,15 @@ pub fn part_of(name: &str) -> Part {
 impl LlavaOnevisionConfig {
     /// Returns the canonical name and the shape of every tensor that the network needs, in the
     /// order of the forward pass.
-    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+    pub fn tensors(&self) -> Tensors {
         let mut tensors = Vec::new();
         let mut add = |name: String, shape: &[usize]| tensors.push((name, shape.to_vec()));
         self.tower(&mut add);
         let hidden = self.text_config.hidden_size;
-        for (layer, input) in [("linear_1", self.feature_size()), ("linear_2", hidden)] {
-            add(
-                format!("multi_modal_projector.{layer}.weight"),
-                &[hidden, input],
-            );
-            if self.multimodal_projector_bias {
-                add(format!("multi_modal_projector.{layer}.bias"), &[hidden]);
-            }
-        }
+        let bias = self.multimodal_projector_bias;
+        projector(hidden, self.feature_size(), bias, &mut add);
         add("image_newline".to_owned(), &[hidden]);
-        self.decoder(&mut add);
+        decoder_with_head(&self.text_config, &mut add);
         tensors
     }
 
@@ -125,47 +121,106 @@ impl LlavaOnevisionConfig {
         let used = self.vision_feature_layer.iter().max().copied().unwrap_or(0);
         encoder(config, used, "vision_tower.", add);
     }
+}
 
-    /// Qwen2, with its head unless that is tied to the embedding.
-    fn decoder(&self, add: &mut impl FnMut(String, &[usize])) {
-        let config = &self.text_config;
-        decoder(config, "language_model.model", add);
-        if !self.tie_word_embeddings {
-            add(
-                "language_model.lm_head.weight".to_owned(),
-                &[config.vocab_size, config.hidden_size],
-            );
+impl LlavaConfig {
+    /// Returns the canonical name and the shape of every tensor that the network needs, in the
+    /// order of the forward pass.
+    pub fn tensors(&self) -> Tensors {
+        let mut tensors = Vec::new();
+        let mut add = |name: String, shape: &[usize]| tensors.push((name, shape.to_vec()));
+        clip(
+            &self.vision_config,
+            self.tower_layers(),
+            "vision_tower.",
+            &mut add,
+        );
+        projector(
+            self.text_config.hidden_size,
+            self.feature_size(),
+            self.multimodal_projector_bias,
+            &mut add,
+        );
+        decoder_with_head(&self.text_config, &mut add);
+        tensors
+    }
+}
+
+/// Adds the names and shapes of the projector's two layers.
+fn projector(hidden: usize, features: usize, bias: bool, add: &mut impl FnMut(String, &[usize])) {
+    for (layer, input) in [("linear_1", features), ("linear_2", hidden)] {
+        add(
+            format!("multi_modal_projector.{layer}.weight"),
+            &[hidden, input],
+        );
+        if bias {
+            add(format!("multi_modal_projector.{layer}.bias"), &[hidden]);
         }
     }
+}
 
-    /// Checks, by the headers, that the files contain every required tensor once and in the right
-    /// shape.
-    pub fn check(&self, shards: &Shards) -> Result<(), CheckpointError> {
-        let mut found = BTreeMap::new();
-        for name in shards.names() {
-            if let Some(other) = found.insert(canonical(name), name) {
-                let problem = format!(
-                    "contains both `{other}` and `{name}`, which are two names of one tensor"
-                );
-                return Err(CheckpointError::new(shards.path(), problem));
+/// Adds the names and shapes of a decoder and of its head, unless that is tied to the embedding.
+fn decoder_with_head(config: &DecoderConfig, add: &mut impl FnMut(String, &[usize])) {
+    decoder(config, "language_model.model", add);
+    if !config.tie_word_embeddings {
+        add(
+            "language_model.lm_head.weight".to_owned(),
+            &[config.vocab_size, config.hidden_size],
+        );
+    }
+}
+
+/// Adds the names below `tower` and the shapes of the embeddings and the first `used` layers of
+/// CLIP.
+pub(super) fn clip(
+    config: &VisionConfig,
+    used: usize,
+    tower: &str,
+    add: &mut impl FnMut(String, &[usize]),
+) {
+    let (hidden, patch) = (config.hidden_size, config.patch_size);
+    let embeddings = format!("{tower}embeddings");
+    add(format!("{embeddings}.class_embedding"), &[hidden]);
+    add(
+        format!("{embeddings}.patch_embedding.weight"),
+        &[hidden, config.num_channels, patch, patch],
+    );
+    add(
+        format!("{embeddings}.position_embedding.weight"),
+        &[config.patches() + 1, hidden],
+    );
+    for part in ["weight", "bias"] {
+        add(format!("{tower}pre_layrnorm.{part}"), &[hidden]);
+    }
+    encoder(config, used, tower, add);
+}
+
+/// Checks, by the headers, that the files contain every required tensor once and in the right
+/// shape.
+pub(crate) fn check(tensors: &Tensors, shards: &Shards) -> Result<(), CheckpointError> {
+    let mut found = BTreeMap::new();
+    for name in shards.names() {
+        if let Some(other) = found.insert(canonical(name), name) {
+            let problem =
+                format!("contains both `{other}` and `{name}`, which are two names of one tensor");
+            return Err(CheckpointError::new(shards.path(), problem));
+        }
+    }
+    // A checkpoint may omit a head that equals the embedding, even without declaring it.
+    let optional = "language_model.lm_head.weight";
+    for (name, shape) in tensors {
+        let Some(tensor) = found.get(name).and_then(|stored| shards.info(stored)) else {
+            if name == optional {
+                continue;
             }
-        }
-        // A checkpoint may omit a head that equals the embedding, even without declaring it.
-        let optional = "language_model.lm_head.weight";
-        for (name, shape) in self.tensors() {
-            let Some(tensor) = found.get(&name).and_then(|stored| shards.info(stored)) else {
-                if name == optional {
-                    continue;
-                }
-                return Err(CheckpointError::new(
-                    shards.path(),
-                    format!("missing tensor `{name}`"),
-                ));
-            };
-            has_shape(&tensor, &name, &shape)?;
-        }
-        Ok(())
+            return Err(CheckpointError::new(
+                shards.path(),
+                format!("missing tensor `{name}`"),
+            ));
+        };
+        has_shape(&tensor, name, shape)?;
     }
+    Ok(())
 }
 
 /// Adds the names below `model` and the shapes of a decoder's tensors, without its head: Qwen2 or
@@ -337,7 +392,7 @@ mod tests {
         config: &LlavaOnevisionConfig,
         tensors: &BTreeMap<String, Vec<i64>>,
     ) -> Result<(), CheckpointError> {
-        config.check(&Shards::of(Path::new("folder"), tensors))
+        super::check(&config.tensors(), &Shards::of(Path::new("folder"), tensors))
     }
 
     #[test]

@@ -7,8 +7,8 @@ use std::collections::BTreeMap;
 
 use crate::LlavaRlhfSpec;
 use crate::checkpoint::CheckpointError;
-use crate::checkpoint::config::{AdapterConfig, LlavaOnevisionConfig, LlavaRlhfConfig};
-use crate::checkpoint::names::{canonical, decoder, encoder, has_shape};
+use crate::checkpoint::config::{AdapterConfig, LlavaRlhfConfig};
+use crate::checkpoint::names::{Tensors, clip, decoder, has_shape};
 use crate::checkpoint::shards::Shards;
 
 /// The file of the reward head, next to the adapter.
@@ -19,8 +19,6 @@ pub const TWO_LAYERS: &str = "model.mm_projector.0.weight";
 
 /// The prefixes of CLIP's tensor names: as written by transformers up to 4.x, or by 5.x.
 const TOWERS: [&str; 2] = ["vision_model.", ""];
-
-type Tensors = Vec<(String, Vec<usize>)>;
 
 impl LlavaRlhfConfig {
     /// Checks, by the headers, that the three folders contain every tensor that scoring needs, in
@@ -77,30 +75,9 @@ impl LlavaRlhfConfig {
     fn tower_tensors(&self, tower: &str) -> Tensors {
         let mut tensors = Vec::new();
         let mut add = |name: String, shape: &[usize]| tensors.push((name, shape.to_vec()));
-        let config = &self.vision_config;
-        let (hidden, patch) = (config.hidden_size, config.patch_size);
-        let embeddings = format!("{tower}embeddings");
-        add(format!("{embeddings}.class_embedding"), &[hidden]);
-        add(
-            format!("{embeddings}.patch_embedding.weight"),
-            &[hidden, config.num_channels, patch, patch],
-        );
-        add(
-            format!("{embeddings}.position_embedding.weight"),
-            &[config.patches() + 1, hidden],
-        );
-        for part in ["weight", "bias"] {
-            add(format!("{tower}pre_layrnorm.{part}"), &[hidden]);
-        }
-        encoder(config, self.mm_vision_select_layer, tower, &mut add);
+        let layers = self.mm_vision_select_layer;
+        clip(&self.vision_config, layers, tower, &mut add);
         tensors
-    }
-}
-
-impl LlavaOnevisionConfig {
-    /// Checks, by the headers, that an adapter fits this network.
-    pub fn check_adapter(&self, adapter: &AdapterConfig) -> Result<(), CheckpointError> {
-        adapter.check(&self.tensors(), canonical)
     }
 }
 
@@ -108,7 +85,11 @@ impl AdapterConfig {
     /// Checks, by the headers, that each adapted module exists in the network, with both of its
     /// matrices in the right shape, and that no target module is missing. `tensors` are those of
     /// the network; `named` maps a module's name in the file to the network's.
-    fn check(&self, tensors: &Tensors, named: fn(&str) -> String) -> Result<(), CheckpointError> {
+    pub(crate) fn check(
+        &self,
+        tensors: &Tensors,
+        named: fn(&str) -> String,
+    ) -> Result<(), CheckpointError> {
         let shards = Shards::open(&self.folder)?;
         let mut modules: BTreeMap<String, [Option<&str>; 2]> = BTreeMap::new();
         for name in shards.names() {

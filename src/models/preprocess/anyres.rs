@@ -22,9 +22,9 @@ use crate::preprocess::image::Rgb;
 use crate::preprocess::image_processor::ImageProcessorConfig;
 use crate::preprocess::resize::Bicubic;
 
-/// The settings that determine how images are cut.
+/// The settings that determine the layout of an image's tiles.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Anyres {
+pub struct AnyresLayout {
     /// Side of a tile, in pixels.
     side: usize,
     /// Patches per side of a tile, which is also the number of features per side.
@@ -33,6 +33,12 @@ pub struct Anyres {
     pinpoints: Vec<[usize; 2]>,
     /// The N of `anyres_max_N`.
     tiles_max: usize,
+}
+
+/// An image processor that cuts images into tiles.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Anyres {
+    layout: AnyresLayout,
     /// Normalized value of each level of each channel.
     levels: Box<[[f32; 256]; 3]>,
     /// Padding color of the squares, if a prompt has several images.
@@ -49,9 +55,35 @@ pub struct Tiles {
     pub packing: Packing,
 }
 
+/// The layout of an image's features in the sequence.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Packing {
+    /// This many features of a single tile, in the tower's order.
+    Plain(usize),
+    Anyres(AnyresPacking),
+}
+
+impl Packing {
+    /// Returns the number of tiles that go through the tower.
+    pub fn tiles(&self) -> usize {
+        match self {
+            Self::Plain(_) => 1,
+            Self::Anyres(packing) => packing.tiles(),
+        }
+    }
+
+    /// Returns the number of tokens of the image in the sequence.
+    pub fn tokens(&self) -> usize {
+        match self {
+            Self::Plain(tokens) => *tokens,
+            Self::Anyres(packing) => packing.tokens(),
+        }
+    }
+}
+
 /// The layout of one image's features, computed from the tower's `[tiles, patches², channels]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Packing {
+pub struct AnyresPacking {
     /// Features per side of a tile.
     pub patches: usize,
     /// The tiles after the base tile; `None` for one of several images, which has only its base
@@ -80,7 +112,7 @@ impl Grid {
     }
 }
 
-impl Packing {
+impl AnyresPacking {
     /// Returns the number of tiles that go through the tower, including the base tile.
     pub fn tiles(&self) -> usize {
         1 + self
@@ -100,26 +132,18 @@ impl Packing {
     }
 }
 
-impl Anyres {
-    /// Combines the two config files. Every resolution must consist of whole tiles.
-    pub fn new(config: &LlavaOnevisionConfig, processor: &ImageProcessorConfig) -> Self {
+impl AnyresLayout {
+    pub fn new(config: &LlavaOnevisionConfig) -> Self {
         Self {
             side: config.vision_config.image_size,
             patches: config.vision_config.patches_per_side(),
             pinpoints: config.image_grid_pinpoints.clone(),
             tiles_max: config.anyres_max,
-            levels: Box::new(processor.levels()),
-            background: processor.background(),
         }
     }
 
-    /// Returns the side of a tile, in pixels.
-    pub fn side(&self) -> usize {
-        self.side
-    }
-
     /// Returns the layout of a single image of `height` x `width` pixels.
-    pub fn single(&self, height: usize, width: usize) -> Packing {
+    pub fn single(&self, height: usize, width: usize) -> AnyresPacking {
         let [best_height, best_width] = best_resolution(&self.pinpoints, height, width);
         let tiles = [best_height / self.side, best_width / self.side];
         let [rows, columns] = unpadded(tiles.map(|tiles| tiles * self.patches), height, width);
@@ -127,7 +151,7 @@ impl Anyres {
         let ratio = (features / (self.tiles_max * self.patches.pow(2)) as f64).sqrt();
         let scaled = (ratio > 1.1)
             .then(|| [&rows, &columns].map(|kept| floor_divided(kept.len() as f64, ratio)));
-        Packing {
+        AnyresPacking {
             patches: self.patches,
             grid: Some(Grid {
                 tiles,
@@ -139,23 +163,34 @@ impl Anyres {
     }
 
     /// Returns the layout of each of several images, which does not depend on their size.
-    pub fn several(&self) -> Packing {
-        Packing {
+    pub fn several(&self) -> AnyresPacking {
+        AnyresPacking {
             patches: self.patches,
             grid: None,
+        }
+    }
+}
+
+impl Anyres {
+    /// Creates the processor. Every resolution must consist of whole tiles.
+    pub fn new(layout: AnyresLayout, processor: &ImageProcessorConfig) -> Self {
+        Self {
+            layout,
+            levels: Box::new(processor.levels()),
+            background: processor.background(),
         }
     }
 
     /// Cuts a single image: the base tile, then the tiles row by row.
     pub fn cut_single(&self, image: &Rgb) -> Tiles {
-        let packing = self.single(image.height, image.width);
+        let packing = self.layout.single(image.height, image.width);
         let [rows, columns] = packing.grid.as_ref().map_or([0, 0], |grid| grid.tiles);
-        let canvas = fitted(image, rows * self.side, columns * self.side);
-        let base = Bicubic::Pillow.resize(image, self.side, self.side);
+        let canvas = fitted(image, rows * self.layout.side, columns * self.layout.side);
+        let base = Bicubic::Pillow.resize(image, self.layout.side, self.layout.side);
         let tiles: Vec<(&Rgb, usize, usize)> = std::iter::once((&base, 0, 0))
             .chain((0..rows * columns).map(|tile| {
                 let (row, column) = (tile / columns, tile % columns);
-                (&canvas, column * self.side, row * self.side)
+                (&canvas, column * self.layout.side, row * self.layout.side)
             }))
             .collect();
         self.tiles(&tiles, packing)
@@ -163,24 +198,28 @@ impl Anyres {
 
     /// Converts one of several images to its one tile: padded to a square, then resized.
     pub fn cut_several(&self, image: Rgb) -> Tiles {
-        let base = Bicubic::Pillow.resize(&image.squared(self.background), self.side, self.side);
-        self.tiles(&[(&base, 0, 0)], self.several())
+        let base = Bicubic::Pillow.resize(
+            &image.squared(self.background),
+            self.layout.side,
+            self.layout.side,
+        );
+        self.tiles(&[(&base, 0, 0)], self.layout.several())
     }
 
     /// Normalizes the tiles that begin at the given columns and rows of the given images.
-    fn tiles(&self, tiles: &[(&Rgb, usize, usize)], packing: Packing) -> Tiles {
-        let size = 3 * self.side * self.side;
+    fn tiles(&self, tiles: &[(&Rgb, usize, usize)], packing: AnyresPacking) -> Tiles {
+        let size = 3 * self.layout.side * self.layout.side;
         let mut pixels = vec![0.0; tiles.len() * size];
         pixels
             .par_chunks_exact_mut(size)
             .zip(tiles)
             .for_each(|(planes, &(image, left, top))| {
-                image.planes(left, top, self.side, &self.levels, planes);
+                image.planes(left, top, self.layout.side, &self.levels, planes);
             });
         Tiles {
             pixels,
-            side: self.side,
-            packing,
+            side: self.layout.side,
+            packing: Packing::Anyres(packing),
         }
     }
 }
@@ -265,20 +304,17 @@ fn fitted(image: &Rgb, height: usize, width: usize) -> Rgb {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::preprocess::LlavaOnevisionProcessor;
     use crate::test_util::{onevision_folder, pattern, sha256_floats};
 
     /// Returns the settings of the released checkpoints.
-    fn released() -> Anyres {
-        Anyres {
+    fn released() -> AnyresLayout {
+        AnyresLayout {
             side: 384,
             patches: 27,
             pinpoints: (1..=6)
                 .flat_map(|row| (1..=6).map(move |column| [384 * row, 384 * column]))
                 .collect(),
             tiles_max: 9,
-            levels: Box::new([[0.0; 256]; 3]),
-            background: [127; 3],
         }
     }
 
@@ -354,9 +390,9 @@ mod tests {
     #[test]
     fn pixels_are_those_of_transformers() {
         let folder = onevision_folder();
-        let anyres = LlavaOnevisionProcessor::open(folder.path())
-            .expect("a folder")
-            .anyres;
+        let config = LlavaOnevisionConfig::open(folder.path()).unwrap();
+        let settings = ImageProcessorConfig::open_onevision(folder.path(), 56).unwrap();
+        let anyres = Anyres::new(AnyresLayout::new(&config), &settings);
         let recorded = [
             (
                 100,

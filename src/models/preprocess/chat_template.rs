@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use minijinja::value::Value;
 use minijinja::{Environment, ErrorKind, context, filters, tests as of};
 
-use crate::preprocess::chat::SYSTEM;
+use crate::architectures::{ChatText, chat_text};
 use ovchat_io::files;
 
 /// Maximum size of a template, in bytes; published ones have one or two thousand.
@@ -46,8 +46,9 @@ pub struct OtherText {
 /// no template, or if it cannot be rendered here.
 pub fn other_text(folder: &Path) -> Option<OtherText> {
     let (path, source) = template_in(folder)?;
-    let theirs = filled(&source)?;
-    let ours = our_text();
+    let ChatText { rendered, system } = chat_text(folder).ok()?;
+    let theirs = filled(&source, system)?;
+    let ours = rendered(QUESTION);
     let is_same = |(one, other): &(char, char)| one == other;
     let same = theirs.chars().zip(ours.chars()).take_while(is_same).count();
     if same == theirs.chars().count() && same == ours.chars().count() {
@@ -64,14 +65,6 @@ pub fn other_text(folder: &Path) -> Option<OtherText> {
         is_space: words(&theirs) == words(&ours),
         path,
     })
-}
-
-/// Returns the text of one question about one image, as [`crate::preprocess::Chat`] tokenizes it.
-fn our_text() -> String {
-    format!(
-        "<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n<image>\n{QUESTION}<|im_end|>\n\
-         <|im_start|>assistant\n"
-    )
 }
 
 /// Returns the template that transformers' processor would use, or else that of its tokenizer.
@@ -98,7 +91,7 @@ fn template_in(folder: &Path) -> Option<(PathBuf, String)> {
 }
 
 /// Renders a template for the question, if that is safe and succeeds.
-fn filled(source: &str) -> Option<String> {
+fn filled(source: &str, system: Option<&str>) -> Option<String> {
     // transformers marks the model's text with a block that other programs do not support.
     let source = without_generation(source);
     let joins = source.matches(['+', '~', '*']).count();
@@ -113,12 +106,10 @@ fn filled(source: &str) -> Option<String> {
         context! { type => "image" },
         context! { type => "text", text => QUESTION },
     ];
-    let system = vec![context! { type => "text", text => SYSTEM }];
-    let fill = |system: Value, question: Value| {
-        let messages = vec![
-            context! { role => "system", content => system },
-            context! { role => "user", content => question },
-        ];
+    let fill = |system: Option<Value>, question: Value| {
+        let system = system.map(|content| context! { role => "system", content => content });
+        let question = context! { role => "user", content => question };
+        let messages: Vec<Value> = system.into_iter().chain([question]).collect();
         let values = context! {
             messages, add_generation_prompt => true, bos_token => "", eos_token => "<|im_end|>",
         };
@@ -127,11 +118,13 @@ fn filled(source: &str) -> Option<String> {
         String::from_utf8(text.0).ok()
     };
     // Templates of processors take messages in parts, those of tokenizers take strings.
-    let of_parts = fill(Value::from(system), Value::from(parts));
+    let system_parts =
+        system.map(|text| Value::from(vec![context! { type => "text", text => text }]));
+    let of_parts = fill(system_parts, Value::from(parts));
     let is_of_parts = |text: &String| text.contains(QUESTION) && !text.contains('{');
     of_parts.filter(is_of_parts).or_else(|| {
         let question = format!("<image>\n{QUESTION}");
-        fill(Value::from(SYSTEM), Value::from(question))
+        fill(system.map(Value::from), Value::from(question))
     })
 }
 
@@ -210,9 +203,10 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::checkpoint::config::LlavaOnevisionConfig;
-    use crate::preprocess::chat::Chat;
-    use crate::test_util::{onevision_folder, prompt, shown, write};
+    use crate::preprocess::Processor;
+    use crate::test_util::{
+        llava_folder, onevision_config, onevision_folder, prompt, shown, write,
+    };
 
     /// The template of Qwen2's tokenizer.
     const QWEN: &str = "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}\
@@ -230,19 +224,24 @@ mod tests {
         {% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
 
     #[test]
-    fn our_text_is_what_is_tokenized() {
-        let folder = onevision_folder();
-        let config = LlavaOnevisionConfig::open(folder.path()).unwrap();
-        let chat = Chat::open(folder.path(), &config).unwrap();
-        let found = chat.prompt(&prompt(Vec::new(), QUESTION), &[1]).unwrap();
-        let text = shown(folder.path(), &found.ids, config.image_token_index);
-        assert_eq!(text.replace("[1]", "<image>"), our_text());
+    fn the_compared_text_is_what_is_tokenized() {
+        for folder in [onevision_folder(), llava_folder()] {
+            let path = folder.path();
+            let processor = Processor::open(path).unwrap();
+            let chat = processor.chat();
+            let found = chat.prompt(&prompt(Vec::new(), QUESTION), &[1]).unwrap();
+            let text = shown(path, &found.ids, chat.image_token());
+            let rendered = (chat_text(path).unwrap().rendered)(QUESTION);
+            let text = text.replace("<s>▁", "").replace('▁', " ");
+            assert_eq!(text.replace("[1]", "<image>"), rendered);
+        }
     }
 
     #[test]
     fn templates_are_taken_from_where_transformers_takes_them() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path();
+        write(path, "config.json", &onevision_config());
         assert_eq!(other_text(path), None);
         write(
             path,
@@ -293,9 +292,9 @@ mod tests {
             &format!("{}{{{{ s }}}}", "{% set s = s ~ s %}".repeat(40)),
             &"x".repeat(SOURCE_MAX + 1),
         ] {
-            assert_eq!(filled(source), None, "{source:.60}");
+            assert_eq!(filled(source, None), None, "{source:.60}");
         }
         let steps = "{% for a in messages %}".repeat(9) + "x" + &"{% endfor %}".repeat(9);
-        assert!(filled(&steps).is_none_or(|text| text.len() <= TEXT_MAX));
+        assert!(filled(&steps, None).is_none_or(|text| text.len() <= TEXT_MAX));
     }
 }

@@ -17,11 +17,14 @@ const CLIP_STD: [f64; 3] = [0.268_629_54, 0.261_302_58, 0.275_777_11];
 /// The settings of an image processor that are not fixed by its class.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ImageProcessorConfig {
-    /// Size in pixels that an image (LLaVA-OneVision: a tile) is resized to: the shorter edge,
-    /// which is both edges for the squares that occur here.
+    /// Size in pixels that the shorter edge of an image, or both edges of a square, are resized to.
     pub size: usize,
     /// Side of the center crop, if there is one.
     pub crop_size: Option<usize>,
+    /// True if images are padded to squares first (`do_pad`).
+    pub pads: bool,
+    /// True if both sides are resized to `size`, because it is given as `height` and `width`.
+    pub squashes: bool,
     /// Means of red, green and blue, in the range from 0 to 1.
     pub image_mean: [f64; 3],
     pub image_std: [f64; 3],
@@ -38,6 +41,8 @@ impl ImageProcessorConfig {
         Self {
             size: side,
             crop_size: None,
+            pads: false,
+            squashes: true,
             image_mean: [0.5; 3],
             image_std: [0.5; 3],
             rescale_factor: 1.0 / 255.0,
@@ -104,6 +109,11 @@ impl ImageProcessorConfig {
         Ok(Self {
             size: 0,
             crop_size: None,
+            pads: file.flag("do_pad")?.unwrap_or(false),
+            squashes: match file.get("size") {
+                Some(size) => size.get("height").is_some_and(|height| !height.is_null()),
+                None => false,
+            },
             image_mean: file.channels("image_mean")?.unwrap_or(CLIP_MEAN),
             image_std,
             rescale_factor,

@@ -7,7 +7,7 @@ use crate::checkpoint::config::LlavaRlhfConfig;
 use crate::preprocess::clip::Clip;
 use crate::preprocess::image::{PIXELS_MAX, decode, probe};
 use crate::preprocess::image_processor::ImageProcessorConfig;
-use crate::preprocess::llava_onevision::{fits, named};
+use crate::preprocess::processor::{fits, named};
 use crate::preprocess::vicuna::{JudgeIds, Vicuna};
 use crate::{AnswerGroup, ChatPrompt, EncodedImage, LlavaRlhfSpec, RowFault, SftExample};
 

@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use serde_json::Value;
+use tokenizers::PreTokenizerWrapper;
+use tokenizers::pre_tokenizers::metaspace::PrependScheme;
 
 use crate::RowFault;
 use crate::checkpoint::CheckpointError;
@@ -64,11 +66,30 @@ fn growth(step: &Value) -> f64 {
     }
 }
 
+/// Returns the tokenizer without the space before the first word, if it puts one before the first
+/// word of a whole text only.
+fn without_first_space(tokenizer: &tokenizers::Tokenizer) -> Option<tokenizers::Tokenizer> {
+    let Some(PreTokenizerWrapper::Metaspace(metaspace)) = tokenizer.get_pre_tokenizer() else {
+        return None;
+    };
+    if metaspace.get_prepend_scheme() != PrependScheme::First {
+        return None;
+    }
+    let mut metaspace = metaspace.clone();
+    metaspace.set_prepend_scheme(PrependScheme::Never);
+    let mut inner = tokenizer.clone();
+    inner.with_pre_tokenizer(Some(metaspace));
+    Some(inner)
+}
+
 /// A tokenizer that matches no special tokens in text.
 #[derive(Debug, Clone)]
 pub struct PlainTokenizer {
     path: PathBuf,
     tokenizer: tokenizers::Tokenizer,
+    /// The tokenizer of text that continues another one, if it differs: without the space that
+    /// Llama's puts before the first word of a text (`prepend_scheme: first`).
+    inner: Option<tokenizers::Tokenizer>,
 }
 
 impl PlainTokenizer {
@@ -116,7 +137,12 @@ impl PlainTokenizer {
                 ));
             }
         }
-        Ok(Self { path, tokenizer })
+        let inner = without_first_space(&tokenizer);
+        Ok(Self {
+            path,
+            tokenizer,
+            inner,
+        })
     }
 
     /// Returns an error about this tokenizer.
@@ -143,12 +169,47 @@ impl PlainTokenizer {
         self.tokenizer.get_vocab_size(true)
     }
 
+    /// Returns the special tokens that the tokenizer puts before every text: `<s>`, or nothing.
+    pub fn beginning(&self) -> Result<Vec<i64>, CheckpointError> {
+        let encoding = caught(|| self.tokenizer.encode_fast("", true));
+        let encoding = encoding.map_err(|problem| self.fault(problem))?;
+        let ids: Vec<i64> = encoding.get_ids().iter().map(|&id| i64::from(id)).collect();
+        match ids[..] {
+            [] => Ok(ids),
+            [id] if self.id("<s>") == Some(id) => Ok(ids),
+            _ => Err(self.fault("adds special tokens other than `<s>` to every text")),
+        }
+    }
+
+    /// True if a space is put before every text, also one that continues another.
+    pub fn prefixes_every_text(&self) -> bool {
+        let mut ids = Vec::new();
+        let first = self.append_inner("a", &mut ids).ok().and(ids.first());
+        let first = first.and_then(|&id| self.tokenizer.id_to_token(u32::try_from(id).ok()?));
+        first.is_some_and(|token| token.starts_with('\u{2581}'))
+    }
+
     /// Appends the tokens of plain text.
     pub fn append(&self, text: &str, ids: &mut Vec<i64>) -> Result<(), RowFault> {
+        self.append_with(&self.tokenizer, text, ids)
+    }
+
+    /// Appends the tokens of plain text that continues another text, after a special token or an
+    /// earlier piece.
+    pub fn append_inner(&self, text: &str, ids: &mut Vec<i64>) -> Result<(), RowFault> {
+        self.append_with(self.inner.as_ref().unwrap_or(&self.tokenizer), text, ids)
+    }
+
+    fn append_with(
+        &self,
+        tokenizer: &tokenizers::Tokenizer,
+        text: &str,
+        ids: &mut Vec<i64>,
+    ) -> Result<(), RowFault> {
         if text.is_empty() {
             return Ok(());
         }
-        let encoding = caught(|| self.tokenizer.encode_fast(text, false)).map_err(|error| {
+        let encoding = caught(|| tokenizer.encode_fast(text, false)).map_err(|error| {
             let path = self.path.display();
             RowFault(format!("cannot tokenize the text with {path}: {error}"))
         })?;

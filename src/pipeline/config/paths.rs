@@ -14,10 +14,10 @@ use super::suggest::suggest;
 use crate::stages::{SourceProblem, StageSpec};
 use ovchat_io::files;
 use ovchat_models::checkpoint::{AdapterConfig, CheckpointError, Shards};
-use ovchat_models::preprocess::{
-    LlavaOnevisionProcessor, LlavaRlhfProcessor, OtherText, other_text,
+use ovchat_models::preprocess::{LlavaRlhfProcessor, OtherText, Processor, other_text};
+use ovchat_models::{
+    JudgePrompt, ModelSpec, Repository, TEMPLATE, VisionLanguageSpec, architectures, is_offline,
 };
-use ovchat_models::{JudgePrompt, LlavaOnevisionSpec, ModelSpec, Repository, TEMPLATE, is_offline};
 
 /// Returns the settings that name files and folders.
 pub fn settings(written: &PipelineSpec) -> Vec<KeyPath> {
@@ -149,9 +149,8 @@ pub fn probe_models(written: &PipelineSpec, secrets: &Secrets) -> Vec<Diagnostic
 /// The warning about a checkpoint whose chat template renders prompts differently from the built-in
 /// one.
 fn other_words(spec: &ModelSpec, settings: &KeyPath, secrets: &Secrets) -> Option<Diagnostic> {
-    let ModelSpec::LlavaOnevision(model) = spec.clone().opened() else {
-        return None;
-    };
+    let opened = spec.clone().opened();
+    let model = opened.vision_language()?;
     let OtherText {
         path,
         theirs,
@@ -168,20 +167,21 @@ fn other_words(spec: &ModelSpec, settings: &KeyPath, secrets: &Secrets) -> Optio
         false => Diagnostic::warning("config::chat_template", at, message),
     };
     Some(diagnostic.help(
-        "use a checkpoint that was trained with the prompt format of LLaVA-OneVision, which is always \
-         applied; others may answer worse",
+        "use a checkpoint that was trained with the prompt format of the model, which is always applied; \
+         others may answer worse",
     ))
 }
 
 fn probe(spec: &ModelSpec) -> Result<(), CheckpointError> {
     match spec {
-        ModelSpec::LlavaOnevision(model) => probe_policy(model),
         ModelSpec::LlavaRlhf(model) => LlavaRlhfProcessor::open(model)?.config.check(model),
-        ModelSpec::Critic(model) => probe_policy(&model.network()),
-        ModelSpec::SelfJudge(_)
-        | ModelSpec::Http(_)
-        | ModelSpec::Sql(_)
-        | ModelSpec::Scripted(_) => Ok(()),
+        other => match other.clone().opened().vision_language() {
+            Some(model) => {
+                is_architecture(other, model)?;
+                probe_policy(model)
+            }
+            None => Ok(()),
+        },
     }
 }
 
@@ -234,13 +234,29 @@ fn almost_of_the_hub(
     ))
 }
 
-fn probe_policy(model: &LlavaOnevisionSpec) -> Result<(), CheckpointError> {
-    let prep = LlavaOnevisionProcessor::open(&model.weights)?;
-    prep.config.check(&Shards::open(&model.weights)?)?;
+fn probe_policy(model: &VisionLanguageSpec) -> Result<(), CheckpointError> {
+    let prep = Processor::open(&model.weights)?;
+    let architecture = prep.architecture();
+    architecture.check(&Shards::open(&model.weights)?)?;
     match &model.adapter {
-        Some(adapter) => prep.config.check_adapter(&AdapterConfig::open(adapter)?),
+        Some(adapter) => architecture.check_adapter(&AdapterConfig::open(adapter)?),
         None => Ok(()),
     }
+}
+
+/// Checks that a checkpoint has the architecture that the pipeline file names. A critic takes any.
+fn is_architecture(spec: &ModelSpec, model: &VisionLanguageSpec) -> Result<(), CheckpointError> {
+    let found = architectures::name_of(&model.weights)?;
+    if spec.vision_language().is_none() || spec.network() == found {
+        return Ok(());
+    }
+    Err(CheckpointError {
+        path: model.weights.join("config.json"),
+        problem: format!(
+            "this is a `{found}` checkpoint; write `{found}` in place of `{}`",
+            spec.network()
+        ),
+    })
 }
 
 /// Settings that name a file. Those in neither list accept both.

@@ -5,8 +5,8 @@ use super::pipeline::PipelineSpec;
 use super::source::KeyPath;
 use crate::stages::{ModelName, StageSpec};
 use ovchat_io::mask::SECRET_MIN;
-use ovchat_models::checkpoint::LlavaOnevisionConfig;
-use ovchat_models::preprocess::LlavaOnevisionProcessor;
+use ovchat_models::architectures;
+use ovchat_models::preprocess::Processor;
 use ovchat_models::{INVALID_KEY, JudgePromptSettings, ModelSpec};
 
 /// Reports `max_new_tokens` settings that leave too little of the model's context for the prompt.
@@ -39,17 +39,16 @@ pub fn contexts(written: &PipelineSpec) -> Vec<Diagnostic> {
 fn beyond(written: &PipelineSpec, model: &str, tokens: u32, at: KeyPath) -> Option<Diagnostic> {
     let of_name = |name: &ModelName| name.as_str() == model;
     let entry = written.models.iter().find(|entry| of_name(&entry.name))?;
-    let ModelSpec::LlavaOnevision(spec) = entry.spec.clone()?.opened() else {
-        return None;
-    };
+    let opened = entry.spec.clone()?.opened();
+    let spec = opened.vision_language()?;
     let context = |context: usize| {
         format!(
             "set `max_new_tokens` well below {context}: prompt, images and answer share the context"
         )
     };
     let at = At::value(at);
-    let size = LlavaOnevisionConfig::open(&spec.weights).ok()?;
-    let size = size.text_config.max_position_embeddings;
+    let architecture = architectures::open(&spec.weights).ok()?;
+    let size = architecture.text_config().max_position_embeddings;
     let left = size.saturating_sub(tokens as usize);
     if left == 0 {
         let message = format!(
@@ -61,10 +60,7 @@ fn beyond(written: &PipelineSpec, model: &str, tokens: u32, at: KeyPath) -> Opti
     if left > size / 2 {
         return None;
     }
-    let [without, with] = LlavaOnevisionProcessor::open(&spec.weights)
-        .ok()?
-        .least()
-        .ok()?;
+    let [without, with] = Processor::open(&spec.weights).ok()?.least().ok()?;
     let of_context = format!(
         "`max_new_tokens` of {tokens} leaves only {left} of the {size} context tokens of `{model}`"
     );

@@ -592,6 +592,7 @@ mod tests {
             words_of::<ModelSpec>(),
             [
                 "llava_onevision",
+                "llava",
                 "llava_rlhf",
                 "critic",
                 "self",

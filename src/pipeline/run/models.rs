@@ -8,7 +8,7 @@ use std::rc::Rc;
 use super::sql_judge::SqlJudge;
 use crate::stages::{Failure, ModelName, ModelState, Models};
 use ovchat_io::mask::Mask;
-use ovchat_models::preprocess::LlavaOnevisionProcessor;
+use ovchat_models::preprocess::Processor;
 use ovchat_models::scripted::{ScriptedJudge, ScriptedPolicy, ScriptedTrainer};
 use ovchat_models::{
     CaptionPermutations, ChatPrompt, Critic, DpoSettings, DpoTrainer, Emit, Generation, HttpWriter,
@@ -62,7 +62,7 @@ pub struct RunModels<'a> {
     kept: Kept,
     policy: Option<(ModelName, Box<dyn Policy>)>,
     judge: Option<(ModelName, Box<dyn Judge>)>,
-    prep: Option<(ModelName, LlavaOnevisionProcessor)>,
+    prep: Option<(ModelName, Processor)>,
 }
 
 impl<'a> RunModels<'a> {
@@ -278,12 +278,12 @@ impl Models for RunModels<'_> {
         prompt: &ChatPrompt,
         answer_tokens: usize,
     ) -> Result<Result<(), RowFault>, Failure> {
-        let ModelSpec::LlavaOnevision(spec) = self.spec(model) else {
+        let Some(spec) = self.spec(model).vision_language() else {
             return Ok(Ok(()));
         };
         if self.prep.as_ref().is_none_or(|(open, _)| open != model) {
-            let prep = LlavaOnevisionProcessor::open(&spec.weights)
-                .map_err(|error| Failure::of(model)(error.into()))?;
+            let prep =
+                Processor::open(&spec.weights).map_err(|error| Failure::of(model)(error.into()))?;
             self.prep = Some((model.clone(), prep));
         }
         let prep = &self.prep.as_ref().expect("just opened").1;

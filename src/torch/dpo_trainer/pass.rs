@@ -8,9 +8,9 @@ use super::super::checkpoint::Parts;
 use super::super::decoder::PackedSequence;
 use super::super::dpo::token_logps;
 use super::super::layer_stack::{LayerStack, SavedActivations};
-use super::super::llava_onevision::LlavaOnevision;
 use super::super::training::row_error;
-use ovchat_models::preprocess::{LlavaOnevisionProcessor, Prepared, PromptIds, Tiles};
+use super::super::vlm::VisionLanguageModel;
+use ovchat_models::preprocess::{Prepared, Processor, PromptIds, Tiles};
 use ovchat_models::{Example, Mask, ModelError, Newlines, TrainingAnswer};
 
 /// The settings that decide which tokens of a pair exist and count.
@@ -86,7 +86,7 @@ impl PairTokens {
 
 /// A forward pass over a packed batch of pairs, ready for the backward pass.
 pub struct Pass<'a> {
-    network: &'a LlavaOnevision,
+    network: &'a dyn VisionLanguageModel,
     chain: LayerStack<'a>,
     images: Vec<LayerStack<'a>>,
     /// For all counted tokens, chosen then rejected of each pair, the row that predicts them.
@@ -101,14 +101,14 @@ impl<'a> Pass<'a> {
     /// Runs the forward pass. `parts` are the parts that are trained, `logits_max` the number of
     /// logits in memory at once.
     pub fn new(
-        network: &'a LlavaOnevision,
+        network: &'a dyn VisionLanguageModel,
         parts: Parts,
         pairs: &[PairTokens],
         keep: SavedActivations,
         logits_max: i64,
     ) -> Self {
         let images: Vec<&Tiles> = pairs.iter().flat_map(|pair| &pair.prompt.images).collect();
-        let seen = network.see(&images, keep, parts);
+        let seen = network.encode(&images, keep, parts);
         let mut features = seen.features.into_iter();
         let embeds: Vec<Tensor> = pairs
             .iter()
@@ -134,7 +134,7 @@ impl<'a> Pass<'a> {
         let embeds = Tensor::cat(&embeds, 0);
         Self {
             network,
-            chain: network.language_model.read(&embeds, trees, keep),
+            chain: network.decoder().read(&embeds, trees, keep),
             images: seen.chains,
             rows,
             ids,
@@ -148,13 +148,13 @@ impl<'a> Pass<'a> {
         let on_device = |ids: &[i64]| Tensor::from_slice(ids).to_device(self.network.device());
         let rows = on_device(&self.rows[tokens.clone()]);
         let hidden = self.chain.output().index_select(0, &rows);
-        let logits = self.network.lm_head.forward(&hidden); // [tokens, vocab]
+        let logits = self.network.lm_head().forward(&hidden); // [tokens, vocab]
         token_logps(&logits, &on_device(&self.ids[tokens.clone()]))
     }
 
     /// Splits the counted tokens into pieces that keep the logits within the limit.
     fn pieces(&self) -> Vec<Range<usize>> {
-        let at_once = (self.logits_max / self.network.lm_head.vocab()).max(1) as usize;
+        let at_once = (self.logits_max / self.network.lm_head().vocab()).max(1) as usize;
         let count = self.rows.len();
         (0..count)
             .step_by(at_once)
@@ -231,7 +231,7 @@ fn numbers(tensor: &Tensor) -> Vec<f32> {
 
 /// Preprocesses and tokenizes a pair, and validates that it can be trained on.
 pub fn prepare(
-    prep: &LlavaOnevisionProcessor,
+    prep: &Processor,
     counting: Counting,
     example: &Example<'_>,
 ) -> Result<PairTokens, ModelError> {
@@ -254,7 +254,7 @@ pub fn prepare(
 /// The number of tokens and tiles of a pair, from the headers of its images; validates that it can
 /// be trained on.
 pub fn measure(
-    prep: &LlavaOnevisionProcessor,
+    prep: &Processor,
     counting: Counting,
     example: &Example<'_>,
 ) -> Result<[usize; 2], ModelError> {
@@ -268,7 +268,7 @@ pub fn measure(
 
 /// The ids of the chosen and the rejected answer to a prompt of `prompt` tokens.
 fn answers(
-    prep: &LlavaOnevisionProcessor,
+    prep: &Processor,
     counting: Counting,
     example: &Example<'_>,
     prompt: usize,
@@ -278,16 +278,16 @@ fn answers(
         let mut ids: Vec<i64> = match &answer.token_ids {
             Some(ids) => ids.iter().map(|&id| i64::from(id)).collect(),
             None => prep
-                .chat
+                .chat()
                 .answer(&answer.text)
                 .map_err(|fault| refuse(format!("the {side} answer: {fault}")))?,
         };
-        let chat = &prep.chat;
-        if counting.mask != Mask::Answer && ids.last() == Some(&chat.im_end()) {
+        let chat = prep.chat();
+        if counting.mask != Mask::Answer && ids.last() == Some(&chat.end()) {
             let newline = chat.newline();
             ids.extend(newline.map_err(|fault| refuse(fault.to_string()))?);
         }
-        let vocab = prep.config.text_config.vocab_size as i64;
+        let vocab = prep.text_config().vocab_size as i64;
         if let Some(id) = ids.iter().find(|id| !(0..vocab).contains(id)) {
             let problem = format!(
                 "the {side} answer contains token {id}, but the vocabulary has {vocab} tokens"

@@ -5,8 +5,8 @@ use tch::{Device, Tensor};
 use super::super::decoder::{Branches, PrefixKv, SuffixKv};
 use super::super::device;
 use super::super::dpo::token_logps;
-use super::super::llava_onevision::LlavaOnevision;
 use super::super::sampling::{Chooser, uniform};
+use super::super::vlm::VisionLanguageModel;
 use super::pending_prompt::PendingPrompt;
 use ovchat_models::preprocess::Chat;
 use ovchat_models::{RowFault, Stop};
@@ -156,7 +156,7 @@ impl<'a> Batch<'a> {
     /// prompts that are done, and a fault for those whose logits are NaN.
     pub fn step(
         &mut self,
-        network: &LlavaOnevision,
+        network: &dyn VisionLanguageModel,
         ends: &Ends<'_>,
     ) -> Vec<(Growing, Result<(), RowFault>)> {
         let _no_grad = tch::no_grad_guard();
@@ -215,9 +215,9 @@ impl<'a> Batch<'a> {
                     count: prompt.live.len() as i64,
                 })
                 .collect();
-            let decoder = &network.language_model;
+            let decoder = network.decoder();
             let hidden = decoder.step(&decoder.embed(&next), &mut branches);
-            self.logits.push(network.lm_head.forward(&hidden));
+            self.logits.push(network.lm_head().forward(&hidden));
         }
         device::wait(device);
         done

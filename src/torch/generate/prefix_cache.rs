@@ -9,7 +9,7 @@ use super::pending_prompt::PendingPrompt;
 use crate::decoder::{PrefixKv, Wanted};
 use crate::device;
 use crate::error::guarded;
-use crate::llava_onevision::LlavaOnevision;
+use crate::vlm::VisionLanguageModel;
 use ovchat_models::ModelError;
 use ovchat_models::preprocess::PromptIds;
 
@@ -99,7 +99,7 @@ impl PrefixCache {
     /// follows them.
     pub fn read(
         &mut self,
-        network: &LlavaOnevision,
+        network: &dyn VisionLanguageModel,
         seen: &[Seen<'_>],
         next: Option<&PendingPrompt>,
     ) -> Result<Read, ModelError> {
@@ -143,7 +143,7 @@ impl PrefixCache {
 
 /// Prefills the prefixes of prompts.
 fn read_prefixes(
-    network: &LlavaOnevision,
+    network: &dyn VisionLanguageModel,
     prompts: &[&Seen<'_>],
 ) -> Result<Vec<PrefixKv>, ModelError> {
     if prompts.is_empty() {
@@ -160,7 +160,7 @@ fn read_prefixes(
             embed(network, prefix, &text.images, features)
         });
         let embeds = Tensor::cat(&embeds.collect::<Vec<_>>(), 0);
-        let decoder = &network.language_model;
+        let decoder = network.decoder();
         let (_, prefixes) = decoder.prefill(&embeds, &lengths, Wanted::Nothing);
         let prefixes = prefixes.into_iter().map(PrefixKv::compact).collect();
         device::wait(network.device());
@@ -171,11 +171,11 @@ fn read_prefixes(
 /// Prefills the remaining tokens of prompts whose prefixes are `known`, or prompts without a shared
 /// prefix whole. Either all of them have one, or none.
 fn read_behind(
-    network: &LlavaOnevision,
+    network: &dyn VisionLanguageModel,
     prompts: &[&Seen<'_>],
     known: &[CachedPrefix],
 ) -> Result<Vec<(PrefixKv, Tensor)>, ModelError> {
-    let decoder = &network.language_model;
+    let decoder = network.decoder();
     let lengths = prompts.iter().map(|(one, _)| one.behind() as i64);
     let lengths: Vec<i64> = lengths.collect();
     let read = lengths.iter().sum::<i64>() as usize;
@@ -201,7 +201,7 @@ fn read_behind(
         } else {
             decoder.prefill(&embeds, &lengths, Wanted::Last)
         };
-        let logits = network.lm_head.forward(&lasts); // [prompts, vocab]
+        let logits = network.lm_head().forward(&lasts); // [prompts, vocab]
         let prefixes = prefixes.into_iter().map(PrefixKv::compact);
         let read = prefixes.enumerate().map(|(number, prefix)| {
             let logits = logits.narrow(0, number as i64, 1);
@@ -215,7 +215,7 @@ fn read_behind(
 
 /// Embeds a part of a prompt.
 fn embed(
-    network: &LlavaOnevision,
+    network: &dyn VisionLanguageModel,
     ids: &[i64],
     images: &[Range<usize>],
     features: &[Tensor],

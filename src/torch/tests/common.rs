@@ -6,24 +6,19 @@ use std::path::Path;
 use tch::{Device, Kind, Tensor};
 
 use crate::recorded::onevision;
-use ovchat_models::preprocess::LlavaOnevisionProcessor;
+use ovchat_models::preprocess::Processor;
 use ovchat_torch::checkpoint::{Checkpoint, Purpose};
-use ovchat_torch::llava_onevision::LlavaOnevision;
 use ovchat_torch::optimizer::{Moment, Moments};
 use ovchat_torch::training::TrainingState;
+use ovchat_torch::vlm::{self, VisionLanguageModel};
 use ovchat_torch::weights::Weights;
 
 /// Opens the processor and the network of a checkpoint.
-pub fn open(folder: &Path, kind: Kind) -> (LlavaOnevisionProcessor, LlavaOnevision) {
-    let prep = LlavaOnevisionProcessor::open(folder).unwrap_or_else(|error| panic!("{error}"));
+pub fn open(folder: &Path, kind: Kind) -> (Processor, Box<dyn VisionLanguageModel>) {
+    let prep = Processor::open(folder).unwrap_or_else(|error| panic!("{error}"));
     let checkpoint = Checkpoint::open(folder).unwrap_or_else(|error| panic!("{error}"));
-    let opened = LlavaOnevision::open(
-        &checkpoint,
-        &prep.config,
-        Device::Cpu,
-        kind,
-        Purpose::Inference,
-    );
+    let purpose = Purpose::Inference;
+    let opened = vlm::open(prep.architecture(), &checkpoint, Device::Cpu, kind, purpose);
     let (network, _) = opened.unwrap_or_else(|error| panic!("{error}"));
     (prep, network)
 }

@@ -12,7 +12,7 @@ use ovchat_models::{
     LoraSettings, Loss, Mask, Newlines, Objective, Optimization, Optimizer, Part, Schedule,
     Trained, Trainer as _, TrainingAnswer,
 };
-use ovchat_torch::dpo_trainer::LlavaOnevisionDpo;
+use ovchat_torch::dpo_trainer::PolicyDpo;
 use ovchat_torch::training::STATE_FILE;
 use ovchat_torch::weights::save_safetensors;
 
@@ -39,8 +39,8 @@ fn settings() -> DpoSettings {
     }
 }
 
-fn trainer(settings: &DpoSettings) -> LlavaOnevisionDpo {
-    LlavaOnevisionDpo::open(&onevision::spec(Dtype::Auto), settings).unwrap()
+fn trainer(settings: &DpoSettings) -> PolicyDpo {
+    PolicyDpo::open(&onevision::spec(Dtype::Auto), settings).unwrap()
 }
 
 fn written(text: &str) -> TrainingAnswer {
@@ -62,7 +62,7 @@ fn example(prompt: &ChatPrompt) -> Example<'_> {
 }
 
 /// The bytes that `save_state` writes.
-fn state(trainer: &mut LlavaOnevisionDpo) -> Vec<u8> {
+fn state(trainer: &mut PolicyDpo) -> Vec<u8> {
     let folder = tempfile::tempdir().unwrap();
     let to = folder.path().join("state");
     trainer.save_state(&to).unwrap();
@@ -187,7 +187,7 @@ fn training_makes_the_chosen_answer_likelier_than_the_rejected() {
 fn pairs_without_images_leave_the_tower_alone() {
     let prompts = onevision::prompts();
     let mut trainer = trainer(&settings());
-    let value = |trainer: &LlavaOnevisionDpo, name: &str| {
+    let value = |trainer: &PolicyDpo, name: &str| {
         let mut parameters = trainer.training().parameters.iter();
         let found = parameters.find(|parameter| parameter.name == name);
         found.unwrap().tensor.detach().copy()
@@ -276,8 +276,8 @@ fn a_saved_checkpoint_is_the_trained_model() {
     trained.save(&to).unwrap();
     let mut spec = onevision::spec(Dtype::Auto);
     spec.weights = to;
-    let mut opened = LlavaOnevisionDpo::open(&spec, &settings()).unwrap();
-    let logps = |trainer: &mut LlavaOnevisionDpo| trainer.reference_logps(&[example(&prompts[0])]);
+    let mut opened = PolicyDpo::open(&spec, &settings()).unwrap();
+    let logps = |trainer: &mut PolicyDpo| trainer.reference_logps(&[example(&prompts[0])]);
     assert_eq!(logps(&mut opened).unwrap(), logps(&mut trained).unwrap());
 }
 
@@ -298,7 +298,7 @@ fn a_state_of_another_model_is_refused() {
 }
 
 /// All gradients of one step on two pairs.
-fn gradients(trainer: &mut LlavaOnevisionDpo) -> Vec<Tensor> {
+fn gradients(trainer: &mut PolicyDpo) -> Vec<Tensor> {
     let prompts = onevision::prompts();
     trainer
         .step(&[example(&prompts[0]), example(&prompts[2])])
@@ -327,7 +327,7 @@ fn gradients_do_not_depend_on_what_is_remembered_or_how_many_logits_there_are_at
 fn half_precision_leads_the_same_way_and_keeps_the_weights_whole() {
     let expected = gradients(&mut trainer(&settings()));
     let spec = onevision::spec(Dtype::Bfloat16);
-    let mut narrow = LlavaOnevisionDpo::open(&spec, &settings()).unwrap();
+    let mut narrow = PolicyDpo::open(&spec, &settings()).unwrap();
     let found = gradients(&mut narrow);
     let mut products = [0.0; 3];
     for (found, expected) in found.iter().zip(&expected) {
@@ -354,7 +354,7 @@ fn parts_that_are_not_trained_stay_and_others_have_their_own_rate() {
         trained: Trained::Parts(trained),
         ..settings()
     });
-    let values = |trainer: &LlavaOnevisionDpo| -> Vec<(String, Tensor)> {
+    let values = |trainer: &PolicyDpo| -> Vec<(String, Tensor)> {
         let parameters = trainer.training().parameters.iter();
         parameters
             .map(|own| (own.name.clone(), own.tensor.detach().copy()))
@@ -414,8 +414,7 @@ fn an_adapter_begins_as_the_model_and_is_read_back_as_it_was_trained() {
         ..settings()
     };
     let mut trained = trainer(&of_adapter(0.0));
-    let logps =
-        |trainer: &mut LlavaOnevisionDpo| trainer.reference_logps(&[example(&prompts[0])]).unwrap();
+    let logps = |trainer: &mut PolicyDpo| trainer.reference_logps(&[example(&prompts[0])]).unwrap();
     let start = logps(&mut trainer(&settings()));
     assert_eq!(logps(&mut trained), start);
     let names: Vec<&str> = trained
@@ -440,14 +439,14 @@ fn an_adapter_begins_as_the_model_and_is_read_back_as_it_was_trained() {
     trained.save(&to).unwrap();
     let mut spec = onevision::spec(Dtype::Auto);
     spec.adapter = Some(to);
-    let mut again = LlavaOnevisionDpo::open(&spec, &of_adapter(0.0)).unwrap();
+    let mut again = PolicyDpo::open(&spec, &of_adapter(0.0)).unwrap();
     assert_eq!(logps(&mut again), after);
     // Merged, it is the same up to rounding.
     let nothing = DpoSettings {
         trained: Trained::Parts(Vec::new()),
         ..settings()
     };
-    let merged = logps(&mut LlavaOnevisionDpo::open(&spec, &nothing).unwrap());
+    let merged = logps(&mut PolicyDpo::open(&spec, &nothing).unwrap());
     assert!((merged[0][0] - after[0][0]).abs() < 1e-4);
 
     let other = DpoSettings {
@@ -458,10 +457,7 @@ fn an_adapter_begins_as_the_model_and_is_read_back_as_it_was_trained() {
         ..settings()
     };
     for (settings, words) in [(&other, "has rank 2"), (&settings(), "is an adapter")] {
-        let error = LlavaOnevisionDpo::open(&spec, settings)
-            .err()
-            .unwrap()
-            .to_string();
+        let error = PolicyDpo::open(&spec, settings).err().unwrap().to_string();
         assert!(error.contains(words), "{error}");
     }
 }

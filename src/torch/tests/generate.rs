@@ -11,32 +11,32 @@ use crate::common::{Expected, assert_close, open};
 use crate::recorded::onevision::{
     self, assert_same, clear, how, many, measured, prompts, sample, spec,
 };
-use ovchat_models::preprocess::LlavaOnevisionProcessor;
+use ovchat_models::preprocess::Processor;
 use ovchat_models::{
-    ChatPrompt, Dtype, EncodedImage, Generation, Gigabytes, LlavaOnevisionSpec, Policy as _,
-    RowFault, Sampling, Stop,
+    ChatPrompt, Dtype, EncodedImage, Generation, Gigabytes, Policy as _, RowFault, Sampling, Stop,
+    VisionLanguageSpec,
 };
 use ovchat_torch::dpo::token_logps;
-use ovchat_torch::generate::LlavaOnevisionPolicy;
+use ovchat_torch::generate::NetworkPolicy;
 use ovchat_torch::weights::{Weights, save_safetensors};
 
-fn policy(dtype: Dtype) -> LlavaOnevisionPolicy {
-    LlavaOnevisionPolicy::open(&spec(dtype)).unwrap()
+fn policy(dtype: Dtype) -> NetworkPolicy {
+    NetworkPolicy::open(&spec(dtype)).unwrap()
 }
 
 /// The preprocessor of the recorded model.
-fn prep() -> LlavaOnevisionProcessor {
-    LlavaOnevisionProcessor::open(&onevision::folder()).unwrap()
+fn prep() -> Processor {
+    Processor::open(&onevision::folder()).unwrap()
 }
 
 /// A copy of the recorded model that a test may modify, and its spec.
-fn copy() -> (TempDir, LlavaOnevisionSpec) {
+fn copy() -> (TempDir, VisionLanguageSpec) {
     let folder = tempfile::tempdir().unwrap();
     for entry in std::fs::read_dir(onevision::folder()).unwrap() {
         let entry = entry.unwrap();
         std::fs::copy(entry.path(), folder.path().join(entry.file_name())).unwrap();
     }
-    let spec = LlavaOnevisionSpec {
+    let spec = VisionLanguageSpec {
         weights: folder.path().to_owned(),
         ..spec(Dtype::Float32)
     };
@@ -58,11 +58,11 @@ fn token_ids_and_hidden_states_equal_those_of_transformers() {
         let features = network.image_features(&tiles);
         let embeds = network.embed_prompt(&prepared.text, &features);
         let tokens = embeds.size()[0];
-        let hidden = network.language_model.hidden(&embeds);
+        let hidden = network.decoder().hidden(&embeds);
         let name = format!("hidden.{index}");
         assert_close(&name, &hidden, &expected.tensor(&name), 1e-4);
         let last = hidden.narrow(0, tokens - 1, 1);
-        let logits = network.lm_head.forward(&last).squeeze_dim(0);
+        let logits = network.lm_head().forward(&last).squeeze_dim(0);
         let name = format!("logits.{index}");
         assert_close(&name, &logits, &expected.tensor(&name), 1e-4);
     }
@@ -161,8 +161,8 @@ fn an_answer_that_stops_ends_in_the_stop_token_and_its_text_does_not() {
     let rows = sample(&mut policy, prompts, &hot);
     let answers = rows[0].as_ref().unwrap();
     let prep = prep();
-    let stops = prep.chat.stops();
-    let banned = prep.chat.banned(prep.config.text_config.vocab_size);
+    let stops = prep.chat().stops();
+    let banned = prep.chat().banned(prep.text_config().vocab_size);
     let is_stop = |id: i32| stops.contains(&i64::from(id));
     for answer in answers {
         let (last, before) = answer.token_ids.split_last().unwrap();
@@ -237,7 +237,7 @@ fn weights_that_are_not_numbers_are_a_fault_in_words() {
     let tensors: Vec<(String, Tensor)> = weights.names().map(tensor).collect();
     std::fs::remove_file(&path).unwrap();
     save_safetensors(&path, &tensors, &[("format", "pt")]).unwrap();
-    let mut policy = LlavaOnevisionPolicy::open(&spec).unwrap();
+    let mut policy = NetworkPolicy::open(&spec).unwrap();
     for temperature in [0.0, 1.0] {
         let rows = sample(&mut policy, &prompts()[3..], &how(1, temperature));
         assert!(rows[0].as_ref().unwrap_err().0.contains("logits are NaN"));
@@ -296,9 +296,9 @@ fn images_and_prompts_are_read_once_whatever_the_budget_and_the_answers_are_the_
 }
 
 /// The policy of the small world and twelve of its questions.
-fn small_world() -> (LlavaOnevisionSpec, Vec<ChatPrompt>) {
+fn small_world() -> (VisionLanguageSpec, Vec<ChatPrompt>) {
     let samples = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../..")).join("data-samples");
-    let spec = LlavaOnevisionSpec {
+    let spec = VisionLanguageSpec {
         weights: samples.join("policy"),
         ..spec(Dtype::Float32)
     };
@@ -324,7 +324,7 @@ fn small_world() -> (LlavaOnevisionSpec, Vec<ChatPrompt>) {
 #[test]
 fn sharing_gives_the_tokens_and_log_probabilities_that_each_answer_has_alone() {
     let (spec, prompts) = small_world();
-    let mut policy = LlavaOnevisionPolicy::open(&spec).unwrap();
+    let mut policy = NetworkPolicy::open(&spec).unwrap();
     let how = Sampling {
         max_new_tokens: 24,
         ..how(5, 0.7)
@@ -348,11 +348,12 @@ fn sharing_gives_the_tokens_and_log_probabilities_that_each_answer_has_alone() {
             let first = prepared.text.ids.len() as i64 - 1;
             let ids: Vec<i64> = answer.token_ids.iter().map(|&id| id.into()).collect();
             prepared.text.ids.extend(&ids);
-            let features = network.image_features(&prepared.images);
+            let tiles: Vec<_> = prepared.images.iter().collect();
+            let features = network.image_features(&tiles);
             let embeds = network.embed_prompt(&prepared.text, &features);
-            let hidden = network.language_model.hidden(&embeds);
+            let hidden = network.decoder().hidden(&embeds);
             let hidden = hidden.narrow(0, first, ids.len() as i64);
-            let logits = network.lm_head.forward(&hidden);
+            let logits = network.lm_head().forward(&hidden);
             let logps = token_logps(&logits, &Tensor::from_slice(&ids));
             let logps = Vec::<f32>::try_from(logps).unwrap();
             for (alone, shared) in logps.iter().zip(&answer.token_logps) {
@@ -364,11 +365,11 @@ fn sharing_gives_the_tokens_and_log_probabilities_that_each_answer_has_alone() {
 
 #[test]
 fn a_prompt_that_can_never_fit_is_refused_before_it_is_read() {
-    let spec = LlavaOnevisionSpec {
+    let spec = VisionLanguageSpec {
         memory_gb: Some(Gigabytes::try_from(125e-6).unwrap()),
         ..spec(Dtype::Float32)
     };
-    let mut policy = LlavaOnevisionPolicy::open(&spec).unwrap();
+    let mut policy = NetworkPolicy::open(&spec).unwrap();
     let (rows, telemetry) = measured(&mut policy, &prompts(), &how(5, 1.0));
     let fault = rows[0].as_ref().unwrap_err();
     assert!(fault.0.contains("memory_gb"), "{fault}");
@@ -401,7 +402,7 @@ fn stop_strings_and_stop_tokens_end_answers() {
                     assert_eq!(stopped.text, free.text[..end]);
                     assert!(free.token_ids.starts_with(&stopped.token_ids));
                     let ids: Vec<i64> = stopped.token_ids.iter().map(|&id| id.into()).collect();
-                    assert!(prep.chat.decode(&ids).contains(&middle));
+                    assert!(prep.chat().decode(&ids).contains(&middle));
                 }
                 None => assert_eq!(stopped.token_ids, free.token_ids),
             }
@@ -433,7 +434,7 @@ fn stop_strings_and_stop_tokens_end_answers() {
 }
 
 /// A copy of the recorded model with the published grids of up to 6 x 6 tiles and a long context.
-fn large_grids() -> (TempDir, LlavaOnevisionSpec) {
+fn large_grids() -> (TempDir, VisionLanguageSpec) {
     let (folder, spec) = copy();
     let grids: Vec<[usize; 2]> = (1..=6)
         .flat_map(|down| (1..=6).map(move |across| [12 * down, 12 * across]))
@@ -470,7 +471,7 @@ fn drawn(id: &str, width: u32, height: u32) -> EncodedImage {
 #[test]
 fn every_prompt_of_an_adversarial_part_comes_out_right() {
     let (_folder, spec) = large_grids();
-    let mut policy = LlavaOnevisionPolicy::open(&spec).unwrap();
+    let mut policy = NetworkPolicy::open(&spec).unwrap();
     let ask = |images: &[&EncodedImage], question: String, seed| ChatPrompt {
         images: images.iter().map(|&encoded| encoded.clone()).collect(),
         question,
@@ -479,7 +480,7 @@ fn every_prompt_of_an_adversarial_part_comes_out_right() {
     };
     let [dot, wall, plain] =
         [("dot", 1, 1), ("wall", 72, 60), ("plain", 30, 20)].map(|(id, x, y)| drawn(id, x, y));
-    let prep = LlavaOnevisionProcessor::open(&spec.weights).unwrap();
+    let prep = Processor::open(&spec.weights).unwrap();
     assert_eq!(prep.tiles(&wall, 1).unwrap().packing.tiles(), 31);
     let mut prompts = vec![
         ask(&[&dot], "What?".to_owned(), 1),

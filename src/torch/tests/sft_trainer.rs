@@ -9,8 +9,8 @@ use ovchat_models::{
     SftTrainer as _, Tower, TrainOn, Trained, Trainer as _, TrainingAnswer,
 };
 use ovchat_torch::checkpoint::TOWER;
-use ovchat_torch::dpo_trainer::LlavaOnevisionDpo;
-use ovchat_torch::sft_trainer::{LlavaOnevisionSft, Sft};
+use ovchat_torch::dpo_trainer::PolicyDpo;
+use ovchat_torch::sft_trainer::{PolicySft, Sft};
 use ovchat_torch::training::STATE_FILE;
 
 fn optimization() -> Optimization {
@@ -27,12 +27,12 @@ fn optimization() -> Optimization {
     }
 }
 
-fn model(tower: Tower) -> Sft<LlavaOnevisionSft> {
+fn model(tower: Tower) -> Sft<PolicySft> {
     let settings = SftSettings {
         tower,
         optimization: optimization(),
     };
-    Sft::<LlavaOnevisionSft>::open(&onevision::spec(Dtype::Auto), &settings).unwrap()
+    Sft::<PolicySft>::open(&onevision::spec(Dtype::Auto), &settings).unwrap()
 }
 
 fn sft_example<'a>(prompt: &'a ChatPrompt, answer: &'a str, learned: TrainOn) -> SftExample<'a> {
@@ -54,7 +54,7 @@ fn logp(prompt: &ChatPrompt, answer: &str) -> f64 {
         checkpointing: Checkpointing::Never,
         optimization: optimization(),
     };
-    let mut trainer = LlavaOnevisionDpo::open(&onevision::spec(Dtype::Auto), &settings).unwrap();
+    let mut trainer = PolicyDpo::open(&onevision::spec(Dtype::Auto), &settings).unwrap();
     let written = || TrainingAnswer {
         text: answer.to_owned(),
         token_ids: None,
@@ -132,7 +132,7 @@ fn training_makes_the_answer_likelier_and_what_was_saved_answers_so() {
         tower: Tower::Train,
         optimization: optimization(),
     };
-    let mut saved = Sft::<LlavaOnevisionSft>::open(&spec, &settings).unwrap();
+    let mut saved = Sft::<PolicySft>::open(&spec, &settings).unwrap();
     let again = saved
         .step(&[sft_example(&first, "a cat", TrainOn::All)])
         .unwrap();
@@ -164,7 +164,7 @@ fn a_resumed_training_is_equal_to_the_bit() {
         sft_example(&second, "gray", TrainOn::All),
     ];
     let folder = tempfile::tempdir().unwrap();
-    let bytes = |model: &mut Sft<LlavaOnevisionSft>, name: &str| {
+    let bytes = |model: &mut Sft<PolicySft>, name: &str| {
         let to = folder.path().join(name);
         model.save_state(&to).unwrap();
         fs::read(to.join(STATE_FILE)).unwrap()
@@ -203,7 +203,7 @@ fn an_adapter_is_merged_before_the_network_is_trained() {
         tower: Tower::Train,
         optimization: optimization(),
     };
-    let error = Sft::<LlavaOnevisionSft>::open(&spec, &settings)
+    let error = Sft::<PolicySft>::open(&spec, &settings)
         .err()
         .unwrap()
         .to_string();

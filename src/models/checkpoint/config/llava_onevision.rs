@@ -5,7 +5,7 @@ use std::path::Path;
 use serde::Deserialize as _;
 use serde_json::Value;
 
-use super::{DecoderConfig, VisionConfig, dtype, llava_next_tower};
+use super::{DecoderConfig, VisionConfig, dtype, eos_token_id, llava_next_tower, not_quantized};
 use crate::Layout;
 use crate::checkpoint::CheckpointError;
 use crate::checkpoint::json::JsonConfig;
@@ -159,24 +159,6 @@ impl LlavaOnevisionConfig {
     pub fn feature_size(&self) -> usize {
         self.vision_config.hidden_size * self.vision_feature_layer.len()
     }
-}
-
-fn not_quantized(file: &JsonConfig) -> Result<(), CheckpointError> {
-    if file.get("quantization_config").is_some() {
-        let problem = "is set: quantized weights are not supported; use the original weights";
-        return Err(file.fault("quantization_config", problem));
-    }
-    Ok(())
-}
-
-/// Reads `eos_token_id` of `generation_config.json`: one, several, or none if there is no such
-/// file.
-fn eos_token_id(folder: &Path) -> Result<Vec<i64>, CheckpointError> {
-    let path = folder.join("generation_config.json");
-    if !path.exists() {
-        return Ok(Vec::new());
-    }
-    JsonConfig::open(&path)?.integers("eos_token_id")
 }
 
 /// Limits on the number of resolutions and on the length of a side in pixels.

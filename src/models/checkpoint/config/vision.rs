@@ -72,6 +72,17 @@ impl VisionConfig {
         ..Self::SIGLIP
     };
 
+    /// The default tower of `LlavaConfig`, for configs without `vision_config`.
+    pub const CLIP_LARGE_336: Self = Self {
+        hidden_size: 1024,
+        intermediate_size: 4096,
+        num_hidden_layers: 24,
+        num_attention_heads: 16,
+        image_size: 336,
+        patch_size: 14,
+        ..Self::CLIP
+    };
+
     /// Returns the number of patches per side of the input. The convolution drops the rest on the
     /// right and at the bottom.
     pub fn patches_per_side(&self) -> usize {

@@ -8,10 +8,10 @@ use serde::{Deserialize, Serialize};
 
 use super::super::{ModelName, ModelState, NonNegative, Positive, Share, StageError, TableName};
 use super::options::{Lora, LossSum, ReferenceAudit, ReferenceModel};
-use ovchat_models::checkpoint::{LlavaOnevisionConfig, TrainingSizes};
+use ovchat_models::checkpoint::TrainingSizes;
 use ovchat_models::{
-    Checkpointing, DpoSettings, LoraSettings, Loss, Mask, Newlines, Objective, Optimization,
-    Optimizer, Part, Schedule, Trained,
+    Architecture, Checkpointing, DpoSettings, LoraSettings, Loss, Mask, Newlines, Objective,
+    Optimization, Optimizer, Part, Schedule, Trained,
 };
 
 /// Trains a model on preference pairs with DPO or a related loss. The defaults are those of the
@@ -168,10 +168,10 @@ impl TrainDpo {
         }
     }
 
-    /// Returns the memory required to train the model of `config`, with `element` bytes per number
+    /// Returns the memory required to train a model of `architecture`, with `element` bytes per number
     /// in the compute dtype.
-    pub fn sizes(&self, config: &LlavaOnevisionConfig, element: u64) -> TrainingSizes {
-        TrainingSizes::new(config, &self.trained(0), self.optimizer, element)
+    pub fn sizes(&self, architecture: &dyn Architecture, element: u64) -> TrainingSizes {
+        TrainingSizes::new(architecture, &self.trained(0), self.optimizer, element)
     }
 
     /// Returns the trained parameters; `seed` initializes a new adapter.

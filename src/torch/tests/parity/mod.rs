@@ -22,8 +22,45 @@ use serde::de::DeserializeOwned;
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
-use ovchat_models::{ChatPrompt, ChatRole, ChatTurn, EncodedImage};
+use ovchat_models::preprocess::Processor;
+use ovchat_models::{
+    ChatPrompt, ChatRole, ChatTurn, DeviceSpec, Dtype, EncodedImage, Mask, VisionLanguageSpec,
+};
+use ovchat_torch::checkpoint::{Checkpoint, Purpose};
+use ovchat_torch::optimizer::Parameter;
+use ovchat_torch::vlm::{self, VisionLanguageModel};
 use ovchat_torch::weights::Weights;
+
+/// An architecture of policies, and its part of a recording.
+struct Architecture {
+    /// The folder of the checkpoints, and of the outputs of their networks.
+    checkpoints: &'static str,
+    /// The folder of the trainings.
+    trainings: &'static str,
+    /// The checkpoints with which a batch of DPO is recorded.
+    batches: &'static [&'static str],
+    /// The convention for counted tokens in TRL's updates.
+    trl: Mask,
+    /// The start of the cases' titles.
+    title: &'static str,
+}
+
+const LLAVA_ONEVISION: Architecture = Architecture {
+    checkpoints: "onevision",
+    trainings: "training",
+    batches: &["untied", "tied"],
+    trl: Mask::Trl,
+    title: "",
+};
+
+const LLAVA: Architecture = Architecture {
+    checkpoints: "llava",
+    trainings: "llava/training",
+    batches: &["files-of-transformers-4"],
+    // The recorded chat template ends an answer with `</s>` and nothing else.
+    trl: Mask::Answer,
+    title: "LLaVA-1.5, ",
+};
 
 /// One comparison.
 #[derive(Debug)]
@@ -182,6 +219,32 @@ impl Recorded {
     fn numbers(&self, name: &str) -> Vec<f64> {
         let numbers = self.tensor(name).to_kind(Kind::Double);
         Vec::try_from(numbers).expect("one dimension")
+    }
+}
+
+/// Opens the processor and the network of a checkpoint; returns the parameters that are trained,
+/// too.
+fn open_network(
+    folder: &Path,
+    kind: Kind,
+    purpose: Purpose,
+) -> (Processor, Box<dyn VisionLanguageModel>, Vec<Parameter>) {
+    let processor = Processor::open(folder).unwrap_or_else(|error| panic!("{error}"));
+    let checkpoint = Checkpoint::open(folder).unwrap_or_else(|error| panic!("{error}"));
+    let architecture = processor.architecture();
+    let opened = vlm::open(architecture, &checkpoint, Device::Cpu, kind, purpose);
+    let (network, parameters) = opened.unwrap_or_else(|error| panic!("{error}"));
+    (processor, network, parameters)
+}
+
+/// The spec of a checkpoint, in float32.
+fn spec(weights: PathBuf) -> VisionLanguageSpec {
+    VisionLanguageSpec {
+        weights,
+        adapter: None,
+        device: DeviceSpec::Cpu,
+        dtype: Dtype::Float32,
+        memory_gb: None,
     }
 }
 

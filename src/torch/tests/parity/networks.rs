@@ -1,20 +1,22 @@
-//! Parity of tower, projector, decoder and logits for every checkpoint layout, and of greedy and
-//! sampled answers.
+//! Parity of tower, projector, decoder and logits for every architecture and checkpoint layout, and
+//! of greedy and sampled answers.
 
 use std::ops::ControlFlow;
 use std::path::Path;
 
 use tch::{Device, Kind, Tensor};
 
-use super::{Recorded, Report, compare, differences, greatest, image_file, json};
-use crate::common::open;
-use ovchat_models::preprocess::LlavaOnevisionProcessor;
-use ovchat_models::{
-    self as models, ChatPrompt, DeviceSpec, Dtype, Generation, Policy as _, Sampling,
+use super::{
+    LLAVA, LLAVA_ONEVISION, Recorded, Report, compare, differences, greatest, image_file, json,
+    open_network, spec,
 };
-use ovchat_torch::checkpoint::{Checkpoint, Purpose};
-use ovchat_torch::generate::LlavaOnevisionPolicy;
+use ovchat_models::checkpoint::LlavaOnevisionConfig;
+use ovchat_models::preprocess::{Prepared, PromptIds, Tiles};
+use ovchat_models::{ChatPrompt, Generation, Policy as _, Sampling, Tower};
+use ovchat_torch::checkpoint::{Checkpoint, HEAD, Purpose, Reader};
+use ovchat_torch::generate::NetworkPolicy;
 use ovchat_torch::llava_onevision::LlavaOnevision;
+use ovchat_torch::vlm::VisionLanguageModel;
 use ovchat_torch::weights::Weights;
 
 #[derive(serde::Deserialize)]
@@ -53,14 +55,19 @@ const BOUND: f64 = 1e-4;
 
 #[test]
 fn networks_compute_what_the_reference_computes() {
-    compare("networks", "onevision", |folder, report| {
-        if folder.join("cases.json").exists() {
-            block(folder, report);
+    compare("networks", LLAVA_ONEVISION.checkpoints, |folder, report| {
+        let llava = folder.join("..").join(LLAVA.checkpoints);
+        let parts: [(&Path, ImagesApart); 2] =
+            [(folder, tower_and_projector), (&llava, image_features)];
+        for (folder, images) in parts {
+            if folder.join("cases.json").exists() {
+                block(folder, images, report);
+            }
         }
     });
 }
 
-fn block(folder: &Path, report: &mut Report) {
+fn block(folder: &Path, images: ImagesApart, report: &mut Report) {
     let Cases {
         logits_every,
         cases,
@@ -68,7 +75,7 @@ fn block(folder: &Path, report: &mut Report) {
     let prompts = prompts(folder, &folder.join("prompts.json"));
     for case in &cases {
         let place = folder.join(&case.folder);
-        forward(&place, &prompts, case, logits_every, report);
+        forward(&place, &prompts, images, case, logits_every, report);
         written(folder, &place, case, report);
         if case.bfloat16.is_some() {
             greedy(folder, &place, &case.title, report);
@@ -101,65 +108,117 @@ impl Apart {
     }
 }
 
+/// Compares what a checkpoint computes of the images of prompts; returns the names of the outputs
+/// with their differences.
+type ImagesApart = fn(&Path, &[Prepared], &Recorded) -> Vec<(&'static str, Apart)>;
+
+/// Compares the tower and the projector of a LLaVA-OneVision checkpoint, tile by tile: the tiles'
+/// features are packed afterwards.
+fn tower_and_projector(
+    place: &Path,
+    prompts: &[Prepared],
+    expected: &Recorded,
+) -> Vec<(&'static str, Apart)> {
+    let config = LlavaOnevisionConfig::open(place).unwrap();
+    let checkpoint = Checkpoint::open(place).unwrap();
+    let reader = Reader::new(&checkpoint, Device::Cpu, Kind::Float, Purpose::Inference);
+    let is_tied = config.tie_word_embeddings || !checkpoint.has(HEAD);
+    let network = LlavaOnevision::new(&reader, &config, is_tied, Kind::Float).unwrap();
+    let [mut tower_apart, mut projector_apart]: [Apart; 2] = Default::default();
+    for (index, prompt) in with_images(prompts) {
+        let see = |tiles: &Tiles| {
+            let side = tiles.side as i64;
+            let pixels = Tensor::from_slice(&tiles.pixels).view([-1, 3, side, side]);
+            network.vision_tower.forward(&pixels)
+        };
+        let towers: Vec<Tensor> = prompt.images.iter().map(see).collect();
+        let tower = Tensor::cat(&towers, 0);
+        tower_apart.add(&tower, &expected.tensor(&format!("tower.{index}")));
+        let projected = network.multi_modal_projector.forward(&tower);
+        projector_apart.add(&projected, &expected.tensor(&format!("projector.{index}")));
+    }
+    vec![("tower", tower_apart), ("projector", projector_apart)]
+}
+
+/// Compares the features of images, each of which is one tile: the output of the projector.
+fn image_features(
+    place: &Path,
+    prompts: &[Prepared],
+    expected: &Recorded,
+) -> Vec<(&'static str, Apart)> {
+    let (_, network, _) = open_network(place, Kind::Float, Purpose::Inference);
+    let mut apart = Apart::default();
+    for (index, prompt) in with_images(prompts) {
+        let images: Vec<&Tiles> = prompt.images.iter().collect();
+        let found = Tensor::stack(&network.image_features(&images), 0);
+        apart.add(&found, &expected.tensor(&format!("projector.{index}")));
+    }
+    vec![("image features", apart)]
+}
+
+/// The prompts that have images, with their positions.
+fn with_images(prompts: &[Prepared]) -> impl Iterator<Item = (usize, &Prepared)> {
+    let prompts = prompts.iter().enumerate();
+    prompts.filter(|(_, prompt)| !prompt.images.is_empty())
+}
+
+/// True if the ids equal the expected ones. A tokenizer without `<image>` has another id for it, so
+/// images are compared by position.
+fn are_same(found: &PromptIds, image: i64, expected: &[i64]) -> bool {
+    let words = |ids: &[i64], image: i64| -> Vec<Option<i64>> {
+        ids.iter().map(|&id| (id != image).then_some(id)).collect()
+    };
+    let theirs = found.images.first();
+    let theirs = theirs.and_then(|range| expected.get(range.start).copied());
+    words(&found.ids, image) == words(expected, theirs.unwrap_or(-1))
+}
+
+/// The hidden states of a prompt, and the logits that are recorded.
+fn outputs(
+    network: &dyn VisionLanguageModel,
+    prompt: &Prepared,
+    logits_every: i64,
+) -> (Tensor, Tensor) {
+    let images: Vec<&Tiles> = prompt.images.iter().collect();
+    let features = network.image_features(&images);
+    let embeds = network.embed_prompt(&prompt.text, &features);
+    let hidden = network.decoder().hidden(&embeds);
+    let logits = network.lm_head().forward(&hidden);
+    let kept = logits.flip([0]).slice(0, None, None, logits_every);
+    (hidden, kept)
+}
+
 fn forward(
     place: &Path,
     prompts: &[ChatPrompt],
+    images: ImagesApart,
     case: &Case,
     logits_every: i64,
     report: &mut Report,
 ) {
     let _no_grad = tch::no_grad_guard();
     let expected = Recorded::open(&place.join("expected.safetensors"));
-    let (prep, network) = open(place, Kind::Float);
-    let mut apart: [Apart; 4] = Default::default();
+    let (processor, network, _) = open_network(place, Kind::Float, Purpose::Inference);
+    let bfloat16 = case
+        .bfloat16
+        .map(|_| open_network(place, Kind::BFloat16, Purpose::Inference).1);
+    let prompts = prompts.iter().map(|prompt| processor.prepare(prompt));
+    let prompts: Vec<Prepared> = prompts.map(Result::unwrap).collect();
+    let image = processor.chat().image_token();
     let mut other_ids = 0;
-    let mut logits_apart = Vec::new();
-    let bfloat16 = case.bfloat16.map(|_| open(place, Kind::BFloat16).1);
+    let [mut hidden_apart, mut logits_apart]: [Apart; 2] = Default::default();
+    let mut narrow_apart = Vec::new();
     for (index, prompt) in prompts.iter().enumerate() {
-        let prepared = prep.prepare(prompt).unwrap();
-        // A tokenizer without `<image>` has another id for it, so images are compared by position.
-        let image = prep.config.image_token_index;
-        let words = |ids: &[i64], image: i64| -> Vec<Option<i64>> {
-            ids.iter().map(|&id| (id != image).then_some(id)).collect()
-        };
         let ids = expected.integers(&format!("ids.{index}"));
-        let theirs = prepared
-            .text
-            .images
-            .first()
-            .map_or(-1, |range| ids[range.start]);
-        other_ids += usize::from(words(&prepared.text.ids, image) != words(&ids, theirs));
-
-        let mut towers = Vec::new();
-        for tiles in &prepared.images {
-            let side = tiles.side as i64;
-            let pixels = Tensor::from_slice(&tiles.pixels).view([-1, 3, side, side]);
-            let pixels = pixels.to_kind(network.kind());
-            towers.push(network.vision_tower.forward(&pixels));
-        }
-        if !towers.is_empty() {
-            let tower = Tensor::cat(&towers, 0);
-            apart[0].add(&tower, &expected.tensor(&format!("tower.{index}")));
-            let projected = network.multi_modal_projector.forward(&tower);
-            apart[1].add(&projected, &expected.tensor(&format!("projector.{index}")));
-        }
-        let logits = |network: &LlavaOnevision| {
-            let images: Vec<_> = prepared.images.iter().collect();
-            let features = network.image_features(&images);
-            let embeds = network.embed_prompt(&prepared.text, &features);
-            let hidden = network.language_model.hidden(&embeds);
-            let logits = network.lm_head.forward(&hidden);
-            let kept = logits.flip([0]).slice(0, None, None, logits_every);
-            (hidden, kept)
-        };
-        let (hidden, found) = logits(&network);
-        apart[2].add(&hidden, &expected.tensor(&format!("hidden.{index}")));
+        other_ids += usize::from(!are_same(&prompt.text, image, &ids));
+        let (hidden, found) = outputs(&*network, prompt, logits_every);
+        hidden_apart.add(&hidden, &expected.tensor(&format!("hidden.{index}")));
         let wanted = expected.tensor(&format!("logits.{index}"));
-        apart[3].add(&found, &wanted);
+        logits_apart.add(&found, &wanted);
         if let Some(network) = &bfloat16 {
-            let found = logits(network).1;
+            let found = outputs(&**network, prompt, logits_every).1;
             if found.size() == wanted.size() {
-                logits_apart.push((found - wanted).flatten(0, 1));
+                narrow_apart.push((found - wanted).flatten(0, 1));
             }
         }
     }
@@ -168,12 +227,14 @@ fn forward(
         other_ids,
         prompts.len(),
     );
-    let names = ["tower", "projector", "decoder's hidden states", "logits"];
-    for (name, Apart(apart)) in names.iter().zip(apart) {
+    let mut lines = images(place, &prompts, &expected);
+    lines.push(("decoder's hidden states", hidden_apart));
+    lines.push(("logits", logits_apart));
+    for (name, Apart(apart)) in lines {
         let holds = apart[0] <= BOUND;
         report.line(format!("{}: {name}", case.title), apart, "1e-4", holds);
     }
-    half_precision(case, &logits_apart, report);
+    half_precision(case, &narrow_apart, report);
 }
 
 /// Compares logits in bfloat16 with the reference's in float32, from which they are `apart`, prompt
@@ -211,10 +272,8 @@ fn written(folder: &Path, place: &Path, case: &Case, report: &mut Report) {
     };
     let _ = std::fs::remove_dir_all(&to);
     let checkpoint = Checkpoint::open(place).unwrap();
-    let config = LlavaOnevisionProcessor::open(place).unwrap().config;
-    let purpose = Purpose::TrainingState(models::Tower::Train.into());
-    let opened = LlavaOnevision::open(&checkpoint, &config, Device::Cpu, Kind::Float, purpose);
-    let (_, parameters) = opened.unwrap();
+    let purpose = Purpose::TrainingState(Tower::Train.into());
+    let (_, _, parameters) = open_network(place, Kind::Float, purpose);
     checkpoint.save(&to, &parameters).unwrap();
 
     let [before, after] = [place, &to].map(|folder| Weights::open(folder).unwrap());
@@ -233,14 +292,7 @@ fn written(folder: &Path, place: &Path, case: &Case, report: &mut Report) {
 }
 
 fn answers(place: &Path, prompts: &[ChatPrompt], how: &Sampling) -> Vec<Vec<Generation>> {
-    let spec = models::LlavaOnevisionSpec {
-        weights: place.to_owned(),
-        adapter: None,
-        device: DeviceSpec::Cpu,
-        dtype: Dtype::Float32,
-        memory_gb: None,
-    };
-    let mut policy = LlavaOnevisionPolicy::open(&spec).unwrap();
+    let mut policy = NetworkPolicy::open(&spec(place.to_owned())).unwrap();
     let mut answers = vec![Vec::new(); prompts.len()];
     policy
         .sample(prompts, how, &mut |index, made| {

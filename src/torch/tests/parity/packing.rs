@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::{Report, compare, json};
-use ovchat_models::preprocess::LlavaOnevisionProcessor;
+use ovchat_models::preprocess::{Packing, Processor};
 
 #[test]
 fn packing_is_that_of_the_reference() {
@@ -11,12 +11,15 @@ fn packing_is_that_of_the_reference() {
 }
 
 fn block(folder: &Path, report: &mut Report) {
-    let prep = LlavaOnevisionProcessor::open(&folder.join("../onevision/packing")).unwrap();
+    let prep = Processor::open(&folder.join("../onevision/packing")).unwrap();
     // Height, width, tiles down and across, rows and columns after unpadding, tokens.
     let rows: Vec<[usize; 7]> = json(&folder.join("rows.json"));
     let [mut grids, mut counts] = [0, 0];
     for row in &rows {
-        let packing = prep.anyres.single(row[0], row[1]);
+        let packings = prep.architecture().packings(&[[row[0], row[1]]]);
+        let Packing::Anyres(packing) = &packings[0] else {
+            panic!("LLaVA-OneVision cuts images into tiles")
+        };
         let grid = packing.grid.as_ref().expect("a single image has a grid");
         let found = [grid.tiles, [grid.rows.len(), grid.columns.len()]].concat();
         grids += usize::from(found != row[2..6]);

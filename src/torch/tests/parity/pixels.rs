@@ -1,4 +1,4 @@
-//! Parity of preprocessed images of many sizes and formats, for both models.
+//! Parity of preprocessed images of many sizes and formats, for every model.
 
 use std::path::Path;
 
@@ -6,9 +6,7 @@ use tch::Tensor;
 
 use super::{Recorded, Report, compare, image_file, json};
 use ovchat_models::EncodedImage;
-use ovchat_models::preprocess::{
-    Clip, ImageProcessorConfig, LlavaOnevisionProcessor, PIXELS_MAX, decode,
-};
+use ovchat_models::preprocess::{Clip, ImageProcessorConfig, PIXELS_MAX, Processor, decode};
 
 #[derive(serde::Deserialize)]
 struct Case {
@@ -29,21 +27,24 @@ fn block(folder: &Path, report: &mut Report) {
     let expected = Recorded::open(&folder.join("expected.safetensors"));
     images(folder, &processors, &expected, report);
     ramps(folder, &processors, &expected, report);
+    center_crops(folder, &folder.join("../llava"), report);
 }
 
-/// The image processors of both models.
+/// The image processors of LLaVA-OneVision and of the judge.
 struct Processors {
-    policy: LlavaOnevisionProcessor,
+    policy: Processor,
+    policy_side: usize,
     judge: Clip,
     judge_config: ImageProcessorConfig,
 }
 
 impl Processors {
     fn open(folder: &Path) -> Self {
-        let policy = LlavaOnevisionProcessor::open(&folder.join("../onevision/pixels"));
+        let policy = Processor::open(&folder.join("../onevision/pixels")).unwrap();
         let judge_config = ImageProcessorConfig::open_clip(&folder.join("clip"), 14).unwrap();
         Self {
-            policy: policy.unwrap(),
+            policy_side: side_of(&policy),
+            policy,
             judge: Clip::new(&judge_config),
             judge_config,
         }
@@ -63,7 +64,7 @@ impl Processors {
     /// The gray levels of an image as the only one of its prompt, as one of several, and for the
     /// judge.
     fn levels(&self, image: &EncodedImage) -> [Vec<u8>; 3] {
-        let side = self.policy.anyres.side();
+        let side = self.policy_side;
         let policy = |images| levels(&self.policy(image, images), side, [0.5; 3], [0.5; 3]);
         let ImageProcessorConfig {
             image_mean,
@@ -73,6 +74,11 @@ impl Processors {
         let judge = levels(&self.judge(image), self.judge.side(), image_mean, image_std);
         [policy(1), policy(2), judge]
     }
+}
+
+/// The side of the tower's input, in pixels.
+fn side_of(processor: &Processor) -> usize {
+    processor.architecture().vision_config().image_size
 }
 
 /// Compares image files of many sizes and formats: lossless ones exactly, JPEG files within
@@ -97,20 +103,61 @@ fn images(folder: &Path, processors: &Processors, expected: &Recorded, report: &
     }
     let names = ["one image", "one of several images", "the judge's image"];
     for (name, apart) in names.iter().zip(&lossless) {
-        let case = format!("{name}, lossless files");
-        report.equal(case, apart.files_that_differ, apart.files);
+        apart.report_lossless(name, report);
     }
-    let [most, mean] = JPEG_LEVELS;
     for (name, apart) in names.iter().zip(&lossy) {
-        let average = apart.sum / apart.levels;
-        let bound = format!("{most} levels, {mean} on average (here {average:.4})");
-        let holds = apart.most <= most && average <= mean;
-        report.line(
-            format!("{name}, JPEG"),
-            [apart.most, apart.most / 255.0],
-            bound,
-            holds,
-        );
+        apart.report_lossy(name, report);
+    }
+}
+
+/// Compares the same files with LLaVA-1.5's processor in several configurations, recorded in the
+/// folder `place`: resized and cropped to the same size, to a smaller and to a larger one.
+fn center_crops(folder: &Path, place: &Path, report: &mut Report) {
+    let cases: Vec<Case> = json(&folder.join("cases.json"));
+    let expected = Recorded::open(&place.join("pixels/expected.safetensors"));
+    let checkpoints: Vec<String> = json(&place.join("pixels/cases.json"));
+    for (number, name) in checkpoints.iter().enumerate() {
+        let checkpoint = place.join(name);
+        let processor = Processor::open(&checkpoint).unwrap();
+        let side = side_of(&processor);
+        let config = ImageProcessorConfig::open_clip(&checkpoint, side).unwrap();
+        let pixels = |file: &str| {
+            let tiles = processor.tiles(&image_file(&folder.join(file)), 1);
+            tiles.unwrap().pixels
+        };
+        let [mut lossless, mut lossy] = [Apart::default(); 2];
+        for (index, case) in cases.iter().enumerate() {
+            let found = levels(
+                &pixels(&case.file),
+                side,
+                config.image_mean,
+                config.image_std,
+            );
+            let wanted = expected.tensor(&format!("{number}.{index}")).flatten(0, -1);
+            let wanted: Vec<u8> = Vec::try_from(wanted).unwrap();
+            let group = if case.lossless {
+                &mut lossless
+            } else {
+                &mut lossy
+            };
+            group.add(&case.file, &found, &wanted);
+        }
+        let title = format!("LLaVA-1.5, {} cropped to {side}", config.size);
+        lossless.report_lossless(&title, report);
+        lossy.report_lossy(&title, report);
+        if config.size != side {
+            continue;
+        }
+        for part in 0..2 {
+            let found = pixels(&format!("clip-ramp-{part}.png"));
+            let wanted = expected.tensor(&format!("floats.{part}")).flatten(0, -1);
+            report.tensor(
+                format!("all gray levels as LLaVA-1.5's floats, part {}", part + 1),
+                &Tensor::from_slice(&found),
+                &wanted,
+                0.0,
+            );
+        }
     }
 }
 
@@ -160,6 +207,26 @@ impl Apart {
         self.most = self.most.max(most);
         self.sum += differences.map(f64::from).sum::<f64>();
         self.levels += found.len() as f64;
+    }
+
+    /// Reports files that lose nothing, whose levels are equal.
+    fn report_lossless(&self, name: &str, report: &mut Report) {
+        let case = format!("{name}, lossless files");
+        report.equal(case, self.files_that_differ, self.files);
+    }
+
+    /// Reports JPEG files, whose levels differ by at most [`JPEG_LEVELS`].
+    fn report_lossy(&self, name: &str, report: &mut Report) {
+        let [most, mean] = JPEG_LEVELS;
+        let average = self.sum / self.levels;
+        let bound = format!("{most} levels, {mean} on average (here {average:.4})");
+        let holds = self.most <= most && average <= mean;
+        report.line(
+            format!("{name}, JPEG"),
+            [self.most, self.most / 255.0],
+            bound,
+            holds,
+        );
     }
 }
 

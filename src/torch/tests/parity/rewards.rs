@@ -12,7 +12,7 @@ use ovchat_models::{
     AnswerGroup, ChatPrompt, DeviceSpec, Dtype, Example, Judge as _, LlavaRlhfSpec, RewardSettings,
     RewardTrainer as _, TrainingAnswer,
 };
-use ovchat_torch::llava::Llava;
+use ovchat_torch::llava::LlavaRlhf;
 use ovchat_torch::reward::RewardJudge;
 use ovchat_torch::reward_trainer::LlavaRewardTrainer;
 
@@ -86,7 +86,7 @@ fn features(folder: &Path, place: &Path, title: &str, report: &mut Report) {
     let expected = Recorded::open(&place.join("features.safetensors"));
     let spec = spec(place);
     let prep = LlavaRlhfProcessor::open(&spec).unwrap();
-    let llava = Llava::open(&spec, &prep.config, Kind::Float, Device::Cpu).unwrap();
+    let llava = LlavaRlhf::open(&spec, &prep.config, Kind::Float, Device::Cpu).unwrap();
     let side = prep.clip.side() as i64;
     let mut worst = [0.0_f64; 2];
     for name in ["wide", "tall", "square", "dot"] {

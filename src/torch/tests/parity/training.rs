@@ -3,20 +3,22 @@
 //! Weights are compared by their change during training: the norm of the difference of both changes
 //! divided by the norm of the reference's change, for each tensor.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use tch::{Kind, Tensor};
 
-use super::{Recorded, Report, compare, greatest, image_file, json};
-use crate::common::first_gradients;
-use ovchat_models::preprocess::LlavaOnevisionProcessor;
-use ovchat_models::{
-    self as models, ChatPrompt, Checkpointing, DeviceSpec, DpoSettings, DpoTrainer as _, Dtype,
-    Example, LlavaOnevisionSpec, Loss, Mask, Newlines, Objective, Optimization, Optimizer,
-    Schedule, SftExample, SftSettings, SftTrainer as _, Tower, TrainOn, TrainingAnswer,
+use super::{
+    Architecture, LLAVA, LLAVA_ONEVISION, Recorded, Report, compare, greatest, image_file, json,
 };
-use ovchat_torch::dpo_trainer::LlavaOnevisionDpo;
-use ovchat_torch::sft_trainer::{LlavaOnevisionSft, Sft};
+use crate::common::first_gradients;
+use ovchat_models::preprocess::Processor;
+use ovchat_models::{
+    self as models, ChatPrompt, Checkpointing, DpoSettings, DpoTrainer as _, Example, Loss, Mask,
+    Newlines, Objective, Optimization, Optimizer, Schedule, SftExample, SftSettings,
+    SftTrainer as _, Tower, TrainOn, TrainingAnswer, VisionLanguageSpec,
+};
+use ovchat_torch::dpo_trainer::PolicyDpo;
+use ovchat_torch::sft_trainer::{PolicySft, Sft};
 use ovchat_torch::training::TrainingState;
 
 /// The number of rows per update.
@@ -76,24 +78,27 @@ struct Masked {
 
 #[test]
 fn trainings_do_what_the_reference_does() {
-    compare("training", "training", block);
+    compare("training", LLAVA_ONEVISION.trainings, |folder, report| {
+        let root = folder.join("..");
+        let onevision = Trainings::open(&root, &LLAVA_ONEVISION);
+        onevision.all(report);
+        onevision.losses(report);
+        onevision.masks(report);
+        Trainings::open(&root, &LLAVA).all(report);
+    });
 }
 
-fn block(folder: &Path, report: &mut Report) {
-    let pairs: Vec<Pair> = json(&folder.join("pairs.json"));
-    for title in ["untied", "tied"] {
-        dpo(folder, title, &pairs, report);
-    }
-    trl(folder, &pairs, report);
-    losses(folder, &pairs, report);
-    adapter(folder, &pairs, report);
-    sft(folder, report);
-    masks(folder, report);
+/// The recorded trainings of an architecture.
+struct Trainings<'a> {
+    architecture: &'a Architecture,
+    folder: PathBuf,
+    checkpoints: PathBuf,
+    pairs: Vec<Pair>,
 }
 
 /// A training that is compared with the recorded one.
 pub(super) struct Trained<'a> {
-    case: &'static str,
+    case: String,
     expected: &'a Recorded,
     /// The initial weights.
     before: Vec<Tensor>,
@@ -105,13 +110,13 @@ pub(super) struct Trained<'a> {
 
 impl<'a> Trained<'a> {
     pub(super) fn new(
-        case: &'static str,
+        case: impl Into<String>,
         training: &TrainingState,
         expected: &'a Recorded,
         canonical: fn(&str) -> String,
     ) -> Self {
         Self {
-            case,
+            case: case.into(),
             expected,
             before: weights(training),
             canonical,
@@ -149,7 +154,7 @@ impl<'a> Trained<'a> {
 
     /// Compares the final weights, and reports everything.
     pub(super) fn weights(self, training: &TrainingState, report: &mut Report) {
-        let case = self.case;
+        let case = &self.case;
         report.line(
             format!("{case}: losses"),
             [self.loss_apart; 2],
@@ -227,21 +232,6 @@ fn changes(
     report.line(case, apart, "1e-2, relative", apart[1] <= CHANGE);
 }
 
-fn spec(folder: &Path, name: &str) -> LlavaOnevisionSpec {
-    LlavaOnevisionSpec {
-        weights: folder.join("../onevision").join(name),
-        adapter: None,
-        device: DeviceSpec::Cpu,
-        dtype: Dtype::Float32,
-        memory_gb: None,
-    }
-}
-
-fn prompt(folder: &Path, images: &[String], question: &str, turns: &[[String; 2]]) -> ChatPrompt {
-    let file = |name: &String| image_file(&folder.join(format!("{name}.png")));
-    super::prompt(question, turns, images.iter().map(file).collect())
-}
-
 fn examples<'a>(
     pairs: &[Pair],
     prompts: &'a [ChatPrompt],
@@ -266,305 +256,326 @@ fn examples<'a>(
 fn in_memory(name: &str) -> String {
     name.replace("language_model.model.", "language_model.")
         .replace("language_model.lm_head.", "lm_head.")
+        .replace("vision_tower.vision_model.", "vision_tower.")
 }
 
-/// Compares a batch: log-probabilities, logged values, the loss, and the gradient of every
-/// parameter.
-fn dpo(folder: &Path, title: &str, pairs: &[Pair], report: &mut Report) {
-    let expected = Recorded::open(&folder.join(format!("dpo-{title}.safetensors")));
-    let settings = DpoSettings {
-        objective: Objective::of(Loss::Sigmoid, BETA),
-        mask: Mask::Answer,
-        newlines: Newlines::One,
-        trained: models::Trained::all(),
-        checkpointing: Checkpointing::Never,
-        optimization: Optimization {
-            max_grad_norm: 0.0,
-            ..optimization()
-        },
-    };
-    let spec = spec(folder, &format!("training-{title}"));
-    let mut trainer = LlavaOnevisionDpo::open(&spec, &settings).unwrap();
-    let pairs = &pairs[..BATCH];
-    let prompts: Vec<ChatPrompt> = pairs
-        .iter()
-        .map(|pair| prompt(folder, &pair.images, &pair.question, &[]))
-        .collect();
-    let matrix = |name: &str| {
-        let numbers = expected.tensor(name).to_kind(Kind::Double);
-        Vec::<Vec<f64>>::try_from(numbers).unwrap()
-    };
-    let references: Vec<[f64; 2]> = matrix("reference")
-        .iter()
-        .map(|pair| [pair[0], pair[1]])
-        .collect();
-    let examples = examples(pairs, &prompts, &references);
-    let logps = trainer.reference_logps(&examples).unwrap();
-    let flat = |rows: &[[f64; 2]]| Tensor::from_slice(rows.as_flattened());
-    let wanted = expected.tensor("logps").flatten(0, -1);
-    let case = |what: &str| format!("DPO, {title}: {what}");
-    report.tensor(
-        case("log-probabilities of answers"),
-        &flat(&logps),
-        &wanted,
-        1e-4,
-    );
+/// The reference's log-probabilities of pairs.
+fn references(expected: &Recorded) -> Vec<[f64; 2]> {
+    let numbers = expected.tensor("reference").to_kind(Kind::Double);
+    let pairs = Vec::<Vec<f64>>::try_from(numbers).unwrap();
+    pairs.iter().map(|pair| [pair[0], pair[1]]).collect()
+}
 
-    let found = trainer.step(&examples).unwrap();
-    let mean = |side: usize| {
-        let rewards = matrix("rewards");
-        rewards.iter().map(|pair| pair[side]).sum::<f64>() / rewards.len() as f64
-    };
-    let logged = [found.loss, found.rewards_chosen, found.rewards_rejected];
-    let wanted = [expected.number("loss"), mean(0), mean(1)];
-    report.tensor(
-        case("loss and rewards"),
-        &Tensor::from_slice(&logged),
-        &Tensor::from_slice(&wanted),
-        LOGGED,
-    );
-    let parameters = &trainer.training().parameters;
-    let mut apart = [0.0_f64; 2];
-    for (parameter, found) in parameters.iter().zip(first_gradients(trainer.training())) {
-        let name = &parameter.name;
-        let expected = expected.tensor(&format!("gradient.{}", in_memory(name)));
-        let absolute = greatest(&(found - &expected));
-        let relative = absolute / greatest(&expected).max(f64::MIN_POSITIVE);
-        if !is_zero_in_truth(name) {
-            apart = [apart[0].max(absolute), apart[1].max(relative)];
+impl<'a> Trainings<'a> {
+    fn open(root: &Path, architecture: &'a Architecture) -> Self {
+        let folder = root.join(architecture.trainings);
+        Self {
+            architecture,
+            checkpoints: root.join(architecture.checkpoints),
+            pairs: json(&folder.join("pairs.json")),
+            folder,
         }
     }
-    let case = case(&format!("gradients of {} parameters", parameters.len()));
-    report.line(case, apart, "1e-4, relative", apart[1] <= GRADIENT);
-}
 
-/// Compares twenty updates with TRL's.
-fn trl(folder: &Path, pairs: &[Pair], report: &mut Report) {
-    let expected = Recorded::open(&folder.join("trl.safetensors"));
-    let settings = DpoSettings {
-        objective: Objective::of(Loss::Sigmoid, BETA),
-        mask: Mask::Trl,
-        newlines: Newlines::One,
-        trained: models::Trained::all(),
-        checkpointing: Checkpointing::Never,
-        optimization: optimization(),
-    };
-    let mut trainer = LlavaOnevisionDpo::open(&spec(folder, "training-trl"), &settings).unwrap();
-    let prompts: Vec<ChatPrompt> = pairs
-        .iter()
-        .map(|pair| prompt(folder, &pair.images, &pair.question, &[]))
-        .collect();
-    let references = trainer
-        .reference_logps(&examples(pairs, &prompts, &[]))
-        .unwrap();
-    let examples = examples(pairs, &prompts, &references);
-    let before = weights(trainer.training());
-    let mut logged: [Vec<f64>; 7] = Default::default();
-    for batch in examples.chunks(BATCH) {
-        let found = trainer.step(batch).unwrap();
-        let numbers = [
-            found.loss,
-            found.rewards_chosen,
-            found.rewards_rejected,
-            found.logps_chosen,
-            found.logps_rejected,
-            found.grad_norm,
-            found.learning_rate,
+    /// Compares what is recorded of every architecture.
+    fn all(&self, report: &mut Report) {
+        for title in self.architecture.batches {
+            self.dpo(title, report);
+        }
+        self.trl(report);
+        self.adapter(report);
+        self.sft(report);
+    }
+
+    /// Returns the title of a case.
+    fn title(&self, case: &str) -> String {
+        format!("{}{case}", self.architecture.title)
+    }
+
+    fn spec(&self, name: &str) -> VisionLanguageSpec {
+        super::spec(self.checkpoints.join(name))
+    }
+
+    fn prompt(&self, images: &[String], question: &str, turns: &[[String; 2]]) -> ChatPrompt {
+        let file = |name: &String| image_file(&self.folder.join(format!("{name}.png")));
+        super::prompt(question, turns, images.iter().map(file).collect())
+    }
+
+    /// Returns the prompts of pairs.
+    fn prompts(&self, pairs: &[Pair]) -> Vec<ChatPrompt> {
+        let prompt = |pair: &Pair| self.prompt(&pair.images, &pair.question, &[]);
+        pairs.iter().map(prompt).collect()
+    }
+
+    /// Compares a batch: log-probabilities, logged values, the loss, and the gradient of every
+    /// parameter.
+    fn dpo(&self, title: &str, report: &mut Report) {
+        let expected = Recorded::open(&self.folder.join(format!("dpo-{title}.safetensors")));
+        let settings = DpoSettings {
+            objective: Objective::of(Loss::Sigmoid, BETA),
+            mask: Mask::Answer,
+            newlines: Newlines::One,
+            trained: models::Trained::all(),
+            checkpointing: Checkpointing::Never,
+            optimization: Optimization {
+                max_grad_norm: 0.0,
+                ..optimization()
+            },
+        };
+        let spec = self.spec(&format!("training-{title}"));
+        let mut trainer = PolicyDpo::open(&spec, &settings).unwrap();
+        let pairs = &self.pairs[..BATCH];
+        let prompts = self.prompts(pairs);
+        let references = references(&expected);
+        let examples = examples(pairs, &prompts, &references);
+        let logps = trainer.reference_logps(&examples).unwrap();
+        let flat = |rows: &[[f64; 2]]| Tensor::from_slice(rows.as_flattened());
+        let wanted = expected.tensor("logps").flatten(0, -1);
+        let case = |what: &str| self.title(&format!("DPO, {title}: {what}"));
+        report.tensor(
+            case("log-probabilities of answers"),
+            &flat(&logps),
+            &wanted,
+            1e-4,
+        );
+
+        let found = trainer.step(&examples).unwrap();
+        let rewards = expected.tensor("rewards").to_kind(Kind::Double);
+        let mean = |side: i64| rewards.select(1, side).mean(Kind::Double).double_value(&[]);
+        let logged = [found.loss, found.rewards_chosen, found.rewards_rejected];
+        let wanted = [expected.number("loss"), mean(0), mean(1)];
+        report.tensor(
+            case("loss and rewards"),
+            &Tensor::from_slice(&logged),
+            &Tensor::from_slice(&wanted),
+            LOGGED,
+        );
+        let parameters = &trainer.training().parameters;
+        let mut apart = [0.0_f64; 2];
+        for (parameter, found) in parameters.iter().zip(first_gradients(trainer.training())) {
+            let name = &parameter.name;
+            let expected = expected.tensor(&format!("gradient.{}", in_memory(name)));
+            let absolute = greatest(&(found - &expected));
+            let relative = absolute / greatest(&expected).max(f64::MIN_POSITIVE);
+            if !is_zero_in_truth(name) {
+                apart = [apart[0].max(absolute), apart[1].max(relative)];
+            }
+        }
+        let case = case(&format!("gradients of {} parameters", parameters.len()));
+        report.line(case, apart, "1e-4, relative", apart[1] <= GRADIENT);
+    }
+
+    /// Compares twenty updates with TRL's.
+    fn trl(&self, report: &mut Report) {
+        let expected = Recorded::open(&self.folder.join("trl.safetensors"));
+        let pairs = &self.pairs;
+        let settings = DpoSettings {
+            objective: Objective::of(Loss::Sigmoid, BETA),
+            mask: self.architecture.trl,
+            newlines: Newlines::One,
+            trained: models::Trained::all(),
+            checkpointing: Checkpointing::Never,
+            optimization: optimization(),
+        };
+        let mut trainer = PolicyDpo::open(&self.spec("training-trl"), &settings).unwrap();
+        let prompts = self.prompts(pairs);
+        let references = trainer
+            .reference_logps(&examples(pairs, &prompts, &[]))
+            .unwrap();
+        let examples = examples(pairs, &prompts, &references);
+        let before = weights(trainer.training());
+        let mut logged: [Vec<f64>; 7] = Default::default();
+        for batch in examples.chunks(BATCH) {
+            let found = trainer.step(batch).unwrap();
+            let numbers = [
+                found.loss,
+                found.rewards_chosen,
+                found.rewards_rejected,
+                found.logps_chosen,
+                found.logps_rejected,
+                found.grad_norm,
+                found.learning_rate,
+            ];
+            for (log, number) in logged.iter_mut().zip(numbers) {
+                log.push(number);
+            }
+        }
+        let names = [
+            ("loss", LOGGED),
+            ("rewards_chosen", LOGGED),
+            ("rewards_rejected", LOGGED),
+            ("logps_chosen", 1e-4),
+            ("logps_rejected", 1e-4),
+            ("grad_norm", 1e-4),
+            ("learning_rate", 1e-12),
         ];
-        for (log, number) in logged.iter_mut().zip(numbers) {
-            log.push(number);
+        for ((name, bound), found) in names.into_iter().zip(&logged) {
+            let expected = expected.tensor(&format!("log.{name}"));
+            let case = self.title(&format!("TRL's 20 updates: {name}"));
+            report.tensor(case, &Tensor::from_slice(found), &expected, bound);
         }
+        changes(
+            &self.title("TRL's 20 updates"),
+            &before,
+            trainer.training(),
+            &expected,
+            in_memory,
+            report,
+        );
     }
-    let names = [
-        ("loss", LOGGED),
-        ("rewards_chosen", LOGGED),
-        ("rewards_rejected", LOGGED),
-        ("logps_chosen", 1e-4),
-        ("logps_rejected", 1e-4),
-        ("grad_norm", 1e-4),
-        ("learning_rate", 1e-12),
-    ];
-    for ((name, bound), found) in names.into_iter().zip(&logged) {
-        let expected = expected.tensor(&format!("log.{name}"));
-        let case = format!("TRL's 20 updates: {name}");
-        report.tensor(case, &Tensor::from_slice(found), &expected, bound);
-    }
-    changes(
-        "TRL's 20 updates",
-        &before,
-        trainer.training(),
-        &expected,
-        in_memory,
-        report,
-    );
-}
 
-/// Compares the loss of a batch and the norm of its gradient, for each loss of TRL's.
-fn losses(folder: &Path, pairs: &[Pair], report: &mut Report) {
-    let expected = Recorded::open(&folder.join("losses.safetensors"));
-    let reference = expected.tensor("reference").to_kind(Kind::Double);
-    let references: Vec<[f64; 2]> = Vec::<Vec<f64>>::try_from(reference)
-        .unwrap()
-        .iter()
-        .map(|pair| [pair[0], pair[1]])
-        .collect();
-    let pairs = &pairs[..BATCH];
-    let prompts: Vec<ChatPrompt> = pairs
-        .iter()
-        .map(|pair| prompt(folder, &pair.images, &pair.question, &[]))
-        .collect();
-    let with_terms =
-        |name: &str, terms: Vec<(Loss, f64)>, label_smoothing: f64, report: &mut Report| {
-            let settings = DpoSettings {
-                objective: Objective {
-                    terms,
-                    label_smoothing,
-                    ..Objective::of(Loss::Sigmoid, BETA)
-                },
-                mask: Mask::Trl,
-                newlines: Newlines::One,
-                trained: models::Trained::all(),
-                checkpointing: Checkpointing::Always,
-                optimization: optimization(),
+    /// Compares the loss of a batch and the norm of its gradient, for each loss of TRL's.
+    fn losses(&self, report: &mut Report) {
+        let expected = Recorded::open(&self.folder.join("losses.safetensors"));
+        let references = references(&expected);
+        let pairs = &self.pairs[..BATCH];
+        let prompts = self.prompts(pairs);
+        let with_terms =
+            |name: &str, terms: Vec<(Loss, f64)>, label_smoothing: f64, report: &mut Report| {
+                let settings = DpoSettings {
+                    objective: Objective {
+                        terms,
+                        label_smoothing,
+                        ..Objective::of(Loss::Sigmoid, BETA)
+                    },
+                    mask: Mask::Trl,
+                    newlines: Newlines::One,
+                    trained: models::Trained::all(),
+                    checkpointing: Checkpointing::Always,
+                    optimization: optimization(),
+                };
+                let mut trainer = PolicyDpo::open(&self.spec("training-trl"), &settings).unwrap();
+                let found = trainer
+                    .step(&examples(pairs, &prompts, &references))
+                    .unwrap();
+                let found = Tensor::from_slice(&[found.loss, found.grad_norm]);
+                let expected = expected.tensor(name);
+                let apart = ((found - &expected) / &expected)
+                    .abs()
+                    .max()
+                    .double_value(&[]);
+                let case = format!("TRL's loss {name}: value and gradient");
+                report.line(case, [apart; 2], "1e-4, relative", apart <= 1e-4);
             };
-            let mut trainer =
-                LlavaOnevisionDpo::open(&spec(folder, "training-trl"), &settings).unwrap();
-            let found = trainer
-                .step(&examples(pairs, &prompts, &references))
-                .unwrap();
-            let found = Tensor::from_slice(&[found.loss, found.grad_norm]);
-            let expected = expected.tensor(name);
-            let apart = ((found - &expected) / &expected)
-                .abs()
-                .max()
-                .double_value(&[]);
-            let case = format!("TRL's loss {name}: value and gradient");
-            report.line(case, [apart; 2], "1e-4, relative", apart <= 1e-4);
-        };
-    for loss in Loss::ALL.into_iter().filter(|loss| *loss != Loss::Simpo) {
-        let name = serde_json::to_value(loss).unwrap();
-        // TRL does not support label smoothing in its sigmoid loss.
-        let smoothing = match loss {
-            Loss::ExoPair | Loss::Robust | Loss::Aot => 0.1,
-            _ => 0.0,
-        };
-        with_terms(name.as_str().unwrap(), vec![(loss, 1.0)], smoothing, report);
-    }
-    let both = vec![(Loss::Sigmoid, 1.0), (Loss::Sft, 0.3)];
-    with_terms("sigmoid and sft", both, 0.0, report);
-}
-
-/// Compares twenty updates of an adapter that peft wrote.
-fn adapter(folder: &Path, pairs: &[Pair], report: &mut Report) {
-    let expected = Recorded::open(&folder.join("adapter.safetensors"));
-    let lora = models::LoraSettings {
-        rank: 4,
-        alpha: 8.0,
-        dropout: 0.0,
-        targets: ["q_proj", "down_proj"].map(str::to_owned).to_vec(),
-        seed: 0,
-    };
-    let settings = DpoSettings {
-        objective: Objective::of(Loss::Sigmoid, BETA),
-        mask: Mask::Answer,
-        newlines: Newlines::One,
-        trained: models::Trained::Lora(lora),
-        checkpointing: Checkpointing::Always,
-        optimization: optimization(),
-    };
-    let spec = LlavaOnevisionSpec {
-        adapter: Some(folder.join("adapter")),
-        ..spec(folder, "training-trl")
-    };
-    let mut trainer = LlavaOnevisionDpo::open(&spec, &settings).unwrap();
-    let prompts: Vec<ChatPrompt> = pairs
-        .iter()
-        .map(|pair| prompt(folder, &pair.images, &pair.question, &[]))
-        .collect();
-    let references = expected.tensor("reference").to_kind(Kind::Double);
-    let references: Vec<[f64; 2]> = Vec::<Vec<f64>>::try_from(references)
-        .unwrap()
-        .iter()
-        .map(|pair| [pair[0], pair[1]])
-        .collect();
-    let mut trained = Trained::new(
-        "a policy's adapter, 20 updates",
-        trainer.training(),
-        &expected,
-        ToOwned::to_owned,
-    );
-    for (step, batch) in examples(pairs, &prompts, &references)
-        .chunks(BATCH)
-        .enumerate()
-    {
-        let found = trainer.step(batch).unwrap();
-        trained.loss(step, found.loss);
-        if step == 0 {
-            trained.gradients(trainer.training());
+        for loss in Loss::ALL.into_iter().filter(|loss| *loss != Loss::Simpo) {
+            let name = serde_json::to_value(loss).unwrap();
+            // TRL does not support label smoothing in its sigmoid loss.
+            let smoothing = match loss {
+                Loss::ExoPair | Loss::Robust | Loss::Aot => 0.1,
+                _ => 0.0,
+            };
+            with_terms(name.as_str().unwrap(), vec![(loss, 1.0)], smoothing, report);
         }
+        let both = vec![(Loss::Sigmoid, 1.0), (Loss::Sft, 0.3)];
+        with_terms("sigmoid and sft", both, 0.0, report);
     }
-    trained.weights(trainer.training(), report);
-}
 
-fn sft(folder: &Path, report: &mut Report) {
-    let sft_examples: Vec<Conversation> = json(&folder.join("lessons.json"));
-    let expected = Recorded::open(&folder.join("sft.safetensors"));
-    let settings = SftSettings {
-        tower: Tower::Train,
-        optimization: optimization(),
-    };
-    let spec = spec(folder, "training-sft");
-    let mut trainer = Sft::<LlavaOnevisionSft>::open(&spec, &settings).unwrap();
-    let prompts: Vec<ChatPrompt> = sft_examples
-        .iter()
-        .map(|example| prompt(folder, &example.images, &example.question, &example.turns))
-        .collect();
-    let rows: Vec<SftExample<'_>> = sft_examples
-        .iter()
-        .zip(&prompts)
-        .map(|(example, prompt)| SftExample {
-            id: "example",
-            prompt,
-            answer: &example.answer,
-            learned: TrainOn::All,
-        })
-        .collect();
-    let mut trained = Trained::new(
-        "20 updates of fine-tuning",
-        trainer.training(),
-        &expected,
-        in_memory,
-    );
-    for (step, batch) in rows.chunks(BATCH).enumerate() {
-        let found = trainer.step(batch).unwrap();
-        trained.loss(step, found.loss);
-        if step == 0 {
-            trained.gradients(trainer.training());
+    /// Compares twenty updates of an adapter that peft wrote.
+    fn adapter(&self, report: &mut Report) {
+        let expected = Recorded::open(&self.folder.join("adapter.safetensors"));
+        let pairs = &self.pairs;
+        let lora = models::LoraSettings {
+            rank: 4,
+            alpha: 8.0,
+            dropout: 0.0,
+            targets: ["q_proj", "down_proj"].map(str::to_owned).to_vec(),
+            seed: 0,
+        };
+        let settings = DpoSettings {
+            objective: Objective::of(Loss::Sigmoid, BETA),
+            mask: Mask::Answer,
+            newlines: Newlines::One,
+            trained: models::Trained::Lora(lora),
+            checkpointing: Checkpointing::Always,
+            optimization: optimization(),
+        };
+        let spec = VisionLanguageSpec {
+            adapter: Some(self.folder.join("adapter")),
+            ..self.spec("training-trl")
+        };
+        let mut trainer = PolicyDpo::open(&spec, &settings).unwrap();
+        let prompts = self.prompts(pairs);
+        let references = references(&expected);
+        let mut trained = Trained::new(
+            self.title("a policy's adapter, 20 updates"),
+            trainer.training(),
+            &expected,
+            ToOwned::to_owned,
+        );
+        for (step, batch) in examples(pairs, &prompts, &references)
+            .chunks(BATCH)
+            .enumerate()
+        {
+            let found = trainer.step(batch).unwrap();
+            trained.loss(step, found.loss);
+            if step == 0 {
+                trained.gradients(trainer.training());
+            }
         }
+        trained.weights(trainer.training(), report);
     }
-    trained.weights(trainer.training(), report);
-}
 
-/// Compares the ids and the counted tokens with those of LLaVA-NeXT's DPO script.
-fn masks(folder: &Path, report: &mut Report) {
-    let cases: Vec<Masked> = json(&folder.join("masks.json"));
-    let prep = LlavaOnevisionProcessor::open(&spec(folder, "training-mask").weights).unwrap();
-    let differs = |case: &&Masked| {
-        let prompt = prompt(folder, &[], &case.question, &[]);
-        let written = prep
-            .chat
-            .prompt_of_llava_next(&prompt, &case.images, Newlines::Two);
-        let (text, mut counted) = written.unwrap();
-        let mut ids = text.ids;
-        let start = ids.len();
-        ids.extend(prep.chat.answer(&case.answer).unwrap());
-        ids.extend(prep.chat.newline().unwrap());
-        counted.extend(start..ids.len());
-        let labels: Vec<u8> = (0..ids.len())
-            .map(|at| u8::from(counted.contains(&at)))
+    fn sft(&self, report: &mut Report) {
+        let sft_examples: Vec<Conversation> = json(&self.folder.join("lessons.json"));
+        let expected = Recorded::open(&self.folder.join("sft.safetensors"));
+        let settings = SftSettings {
+            tower: Tower::Train,
+            optimization: optimization(),
+        };
+        let spec = self.spec("training-sft");
+        let mut trainer = Sft::<PolicySft>::open(&spec, &settings).unwrap();
+        let prompts: Vec<ChatPrompt> = sft_examples
+            .iter()
+            .map(|example| self.prompt(&example.images, &example.question, &example.turns))
             .collect();
-        ids != case.ids || labels != case.labels
-    };
-    let different = cases.iter().filter(differs).count();
-    report.equal("LLaVA-NeXT's mask and two newlines", different, cases.len());
+        let rows: Vec<SftExample<'_>> = sft_examples
+            .iter()
+            .zip(&prompts)
+            .map(|(example, prompt)| SftExample {
+                id: "example",
+                prompt,
+                answer: &example.answer,
+                learned: TrainOn::All,
+            })
+            .collect();
+        let mut trained = Trained::new(
+            self.title("20 updates of fine-tuning"),
+            trainer.training(),
+            &expected,
+            in_memory,
+        );
+        for (step, batch) in rows.chunks(BATCH).enumerate() {
+            let found = trainer.step(batch).unwrap();
+            trained.loss(step, found.loss);
+            if step == 0 {
+                trained.gradients(trainer.training());
+            }
+        }
+        trained.weights(trainer.training(), report);
+    }
+
+    /// Compares the ids and the counted tokens with those of LLaVA-NeXT's DPO script.
+    fn masks(&self, report: &mut Report) {
+        let cases: Vec<Masked> = json(&self.folder.join("masks.json"));
+        let processor = Processor::open(&self.spec("training-mask").weights).unwrap();
+        let differs = |case: &&Masked| {
+            let prompt = self.prompt(&[], &case.question, &[]);
+            let written =
+                processor
+                    .chat()
+                    .prompt_of_llava_next(&prompt, &case.images, Newlines::Two);
+            let (text, mut counted) = written.unwrap();
+            let mut ids = text.ids;
+            let start = ids.len();
+            ids.extend(processor.chat().answer(&case.answer).unwrap());
+            ids.extend(processor.chat().newline().unwrap());
+            counted.extend(start..ids.len());
+            let labels: Vec<u8> = (0..ids.len())
+                .map(|at| u8::from(counted.contains(&at)))
+                .collect();
+            ids != case.ids || labels != case.labels
+        };
+        let different = cases.iter().filter(differs).count();
+        report.equal("LLaVA-NeXT's mask and two newlines", different, cases.len());
+    }
 }

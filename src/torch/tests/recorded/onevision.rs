@@ -5,8 +5,8 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use ovchat_models::{
-    ChatPrompt, DeviceSpec, Dtype, EncodedImage, Generation, LlavaOnevisionSpec, ModelTelemetry,
-    Policy, RowFault, Sampling,
+    ChatPrompt, DeviceSpec, Dtype, EncodedImage, Generation, ModelTelemetry, Policy, RowFault,
+    Sampling, VisionLanguageSpec,
 };
 
 /// The checkpoint's folder.
@@ -14,8 +14,8 @@ pub fn folder() -> PathBuf {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../..")).join("tests/parity/onevision")
 }
 
-pub fn spec(dtype: Dtype) -> LlavaOnevisionSpec {
-    LlavaOnevisionSpec {
+pub fn spec(dtype: Dtype) -> VisionLanguageSpec {
+    VisionLanguageSpec {
         weights: folder(),
         adapter: None,
         device: DeviceSpec::Cpu,

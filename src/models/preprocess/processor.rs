@@ -1,30 +1,31 @@
-//! The complete preprocessing of a LLaVA-OneVision policy, from one checkpoint folder.
+//! The complete preprocessing of a vision-language model, from one checkpoint folder.
 
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
-use crate::checkpoint::CheckpointError;
-use crate::checkpoint::config::LlavaOnevisionConfig;
-use crate::preprocess::anyres::{Anyres, Packing, Tiles};
+use crate::architecture::{Architecture, ImageProcessor};
+use crate::architectures;
+use crate::checkpoint::{CheckpointError, DecoderConfig};
+use crate::preprocess::anyres::{Packing, Tiles};
 use crate::preprocess::chat::{Chat, PromptIds};
 use crate::preprocess::image::{PIXELS_MAX, decode, probe};
-use crate::preprocess::image_processor::ImageProcessorConfig;
-use crate::{ChatPrompt, EncodedImage, Layout, Newlines, RowFault, SftExample};
+use crate::{ChatPrompt, EncodedImage, Newlines, RowFault, SftExample};
 
-/// The processor of a LLaVA-OneVision checkpoint: config, chat format and image processor, without
+/// The processor of a checkpoint: everything that turns prompts into the network's input, without
 /// weights.
 #[derive(Debug, Clone)]
-pub struct LlavaOnevisionProcessor {
-    pub config: LlavaOnevisionConfig,
-    pub chat: Chat,
-    pub anyres: Anyres,
+pub struct Processor {
+    architecture: Arc<dyn Architecture>,
+    chat: Chat,
+    images: Arc<dyn ImageProcessor>,
 }
 
 /// The network's input for a prompt.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Prepared {
     pub text: PromptIds,
-    /// Tiles of the images, in the order of `text.images`.
+    /// The tower's input for the images, in the order of `text.images`.
     pub images: Vec<Tiles>,
 }
 
@@ -56,45 +57,32 @@ pub struct Written {
     pub tiles: usize,
 }
 
-impl LlavaOnevisionProcessor {
+impl Processor {
     /// Reads the config files and the tokenizer in `folder`, and checks that they agree.
     pub fn open(folder: &Path) -> Result<Self, CheckpointError> {
-        let config = LlavaOnevisionConfig::open(folder)?;
-        let side = config.vision_config.image_size;
-        let processor = match config.layout {
-            Layout::Transformers => ImageProcessorConfig::open_onevision(folder, side)?,
-            Layout::LlavaNext => ImageProcessorConfig::of_llava_next(side),
-        };
-        let file = folder.join("config.json");
-        let pinpoints = &config.image_grid_pinpoints;
-        if let Some(pair) = pinpoints
-            .iter()
-            .find(|pair| pair.iter().any(|length| !length.is_multiple_of(side)))
-        {
-            let problem = format!(
-                "`image_grid_pinpoints` contains {pair:?}, which is not a multiple of the tile size {side}"
-            );
-            return Err(CheckpointError::new(&file, problem));
-        }
-        if processor
-            .image_grid_pinpoints
-            .as_ref()
-            .is_some_and(|other| other != pinpoints)
-        {
-            let problem =
-                "`image_grid_pinpoints` differs from the image processor's; the two must be equal";
-            return Err(CheckpointError::new(&file, problem));
-        }
+        let architecture = architectures::open(folder)?;
         Ok(Self {
-            chat: Chat::open(folder, &config)?,
-            anyres: Anyres::new(&config, &processor),
-            config,
+            images: architecture.images(folder)?,
+            chat: architecture.chat(folder)?,
+            architecture,
         })
+    }
+
+    pub fn architecture(&self) -> &dyn Architecture {
+        &*self.architecture
+    }
+
+    pub fn chat(&self) -> &Chat {
+        &self.chat
+    }
+
+    pub fn text_config(&self) -> &DecoderConfig {
+        self.architecture.text_config()
     }
 
     /// Returns the context length in tokens, for prompt, images and answer together.
     pub fn context(&self) -> usize {
-        self.config.text_config.max_position_embeddings
+        self.text_config().max_position_embeddings
     }
 
     /// Returns the number of tokens of `prompt`, including its images, even if it exceeds the
@@ -117,8 +105,10 @@ impl LlavaOnevisionProcessor {
             seed: 0,
         };
         let tokens = |images: &[usize]| Ok(self.chat.prompt(&prompt, images)?.ids.len());
-        // A single, very thin image has nothing after its base tile, not even a newline.
-        Ok([tokens(&[])?, tokens(&[self.anyres.several().tokens() - 1])?])
+        Ok([
+            tokens(&[])?,
+            tokens(&[self.architecture.image_tokens_min()])?,
+        ])
     }
 
     /// Returns the tokens of `prompt`; a prompt that leaves no room for an answer is rejected. Only
@@ -136,27 +126,21 @@ impl LlavaOnevisionProcessor {
 
     /// Returns the layout of each image of `prompt`.
     pub fn packings(&self, prompt: &ChatPrompt) -> Result<Vec<Packing>, RowFault> {
-        if prompt.images.len() > 1 {
-            for image in &prompt.images {
-                probe(&image.bytes).map_err(|fault| named(image, &fault))?;
-            }
-            return Ok(vec![self.anyres.several(); prompt.images.len()]);
-        }
-        let packing = |image: &EncodedImage| {
+        let size = |image: &EncodedImage| {
             let size = probe(&image.bytes).map_err(|fault| named(image, &fault))?;
-            Ok(self.anyres.single(size.height, size.width))
+            Ok([size.height, size.width])
         };
-        prompt.images.iter().map(packing).collect()
+        let sizes = prompt.images.iter().map(size);
+        let sizes: Vec<[usize; 2]> = sizes.collect::<Result<_, RowFault>>()?;
+        Ok(self.architecture.packings(&sizes))
     }
 
-    /// Decodes and cuts an image of a prompt that has `images` of them: a single image is cut into
-    /// tiles, one of several is padded to a square.
+    /// Decodes an image of a prompt that has `images` of them, and converts it to the tower's
+    /// input.
     pub fn tiles(&self, image: &EncodedImage, images: usize) -> Result<Tiles, RowFault> {
         let rgb = decode(&image.bytes, PIXELS_MAX).map_err(|fault| named(image, &fault))?;
-        Ok(match images {
-            1 => self.anyres.cut_single(&rgb),
-            _ => self.anyres.cut_several(rgb),
-        })
+        let tiles = self.images.tiles(rgb, images);
+        tiles.map_err(|fault| named(image, &fault))
     }
 
     /// Prepares a prompt: its tokens and the pixels of its images.
@@ -250,7 +234,7 @@ mod tests {
     #[test]
     fn counting_by_the_header_equals_preparing() {
         let folder = onevision_folder();
-        let prep = LlavaOnevisionProcessor::open(folder.path()).unwrap();
+        let prep = Processor::open(folder.path()).unwrap();
         for images in [vec![], vec![png(100, 61)], vec![png(61, 200), png(30, 30)]] {
             let prompt = prompt(images, "What is this?");
             let prepared = prep.prepare(&prompt).unwrap();
@@ -265,7 +249,7 @@ mod tests {
     #[test]
     fn no_prompt_takes_less_than_the_least() {
         let folder = onevision_folder();
-        let prep = LlavaOnevisionProcessor::open(folder.path()).unwrap();
+        let prep = Processor::open(folder.path()).unwrap();
         let [without, with] = prep.least().unwrap();
         assert_eq!(prep.count(&prompt(vec![], "")).unwrap(), without);
         for image in [png(1, 300), png(300, 1), png(56, 56), png(3, 3)] {
@@ -276,7 +260,7 @@ mod tests {
     #[test]
     fn counting_does_not_decode() {
         let folder = onevision_folder();
-        let prep = LlavaOnevisionProcessor::open(folder.path()).unwrap();
+        let prep = Processor::open(folder.path()).unwrap();
         let mut image = png(100, 61);
         image.bytes = image.bytes[..80].into();
         let prompt = prompt(vec![image], "What is this?");
@@ -291,7 +275,7 @@ mod tests {
         let mut config = onevision_config();
         config["text_config"]["max_position_embeddings"] = json!(80);
         write(folder.path(), "config.json", &config);
-        let prep = LlavaOnevisionProcessor::open(folder.path()).unwrap();
+        let prep = Processor::open(folder.path()).unwrap();
         let short = prep.count(&prompt(Vec::new(), "")).unwrap();
         let fill = |tokens: usize| prompt(Vec::new(), &"x".repeat(tokens - short));
         assert!(prep.ids(&fill(79)).is_ok());
@@ -309,9 +293,7 @@ mod tests {
         let mut config = onevision_config();
         config["image_grid_pinpoints"] = json!([[56, 60]]);
         write(folder.path(), "config.json", &config);
-        let diagnostic = LlavaOnevisionProcessor::open(folder.path())
-            .unwrap_err()
-            .to_string();
+        let diagnostic = Processor::open(folder.path()).unwrap_err().to_string();
         assert!(
             diagnostic.contains("not a multiple of the tile size 56"),
             "{diagnostic}"
@@ -319,9 +301,7 @@ mod tests {
         write(folder.path(), "config.json", &onevision_config());
         let settings = json!({"size": 56, "image_grid_pinpoints": [[56, 56]]});
         write(folder.path(), "preprocessor_config.json", &settings);
-        let diagnostic = LlavaOnevisionProcessor::open(folder.path())
-            .unwrap_err()
-            .to_string();
+        let diagnostic = Processor::open(folder.path()).unwrap_err().to_string();
         assert!(
             diagnostic.contains("differs from the image processor's"),
             "{diagnostic}"
