@@ -108,92 +108,88 @@ fn tables_for_people_show_controls_and_formats_for_programs_keep_them() {
     assert!(!said.err.contains('\u{1b}'), "{}", said.err);
 }
 
-#[test]
-fn a_query_of_any_length_has_an_answer_or_one_error() {
-    let scene = with_escapes();
-    let ask = |name: &str, query: String| {
-        scene.write(name, query);
-        let begun = Instant::now();
-        let mut command = scene.command(&["sql", "scripted"]);
-        let query = std::fs::File::open(scene.path(name)).unwrap();
-        let output = command.stdin(query).output().unwrap();
-        assert_eq!(output.status.signal(), None, "{name}");
-        let said = crate::scene::said(output);
-        assert!(
-            begun.elapsed() < Duration::from_secs(60),
-            "{name}: {:?}",
-            begun.elapsed()
-        );
-        assert!(matches!(said.code, Some(0 | 1)), "{name}");
-        assert!(
-            said.code == Some(0) || said.err.lines().count() == 1,
-            "{}",
-            said.err
-        );
-        said
-    };
-    let chain = |count: usize, term: &str, operator: &str| vec![term; count].join(operator);
-    let said = ask("sum", format!("select {} as n", chain(1000, "1", " + ")));
-    assert!(said.out.contains("1000"), "{}", said.err);
-    let ors: Vec<_> = (0..3000).map(|n| format!("question = '{n}'")).collect();
-    let ors = ors.join(" or ");
-    let said = ask(
-        "ors",
-        format!("select count(*) as n from prompts where {ors}"),
+/// Runs a query, which must have an answer or one error soon.
+#[track_caller]
+fn answer_or_error(scene: &Scene, name: &str, query: &str) -> CommandOutput {
+    scene.write(name, query);
+    let begun = Instant::now();
+    let mut command = scene.command(&["sql", "scripted"]);
+    let query = std::fs::File::open(scene.path(name)).unwrap();
+    let output = command.stdin(query).output().unwrap();
+    assert_eq!(output.status.signal(), None, "{name}");
+    let said = crate::scene::said(output);
+    let took = begun.elapsed();
+    assert!(took < Duration::from_secs(60), "{name}: {took:?}");
+    assert!(matches!(said.code, Some(0 | 1)), "{name}");
+    assert!(
+        said.code == Some(0) || said.err.lines().count() == 1,
+        "{}",
+        said.err
     );
-    assert_eq!(said.code, Some(0), "{}", said.err);
-    let doubling: Vec<_> = (1..=24)
-        .map(|n| {
-            format!(
-                "t{n} as (select * from t{0} union all select * from t{0})",
-                n - 1
-            )
-        })
-        .collect();
-    let longer = [
-        (
-            "tables",
-            format!("select 1 from {}", chain(20_000, "prompts", ", ")),
-        ),
+    said
+}
+
+/// Returns a term many times, joined by an operator.
+fn chain(count: usize, term: &str, operator: &str) -> String {
+    vec![term; count].join(operator)
+}
+
+/// Queries that are long in one direction, each with its name.
+fn long_queries() -> Vec<(&'static str, String)> {
+    let all = |term: &str, operator: &str| chain(20_000, term, operator);
+    vec![
+        ("tables", format!("select 1 from {}", all("prompts", ", "))),
         (
             "with",
-            format!(
-                "with {} select 1",
-                chain(20_000, "t as (select 1, 2)", ", ")
-            ),
+            format!("with {} select 1", all("t as (select 1, 2)", ", ")),
         ),
-        ("wide unions", chain(20_000, "select 1, 2", " union ")),
+        ("wide unions", all("select 1, 2", " union ")),
         ("some unions", chain(700, "select 1", " union ")),
-        ("long sum", format!("select {}", chain(20_000, "1", " + "))),
+        ("long sum", format!("select {}", all("1", " + "))),
         (
             "long ors",
-            format!(
-                "select 1 from prompts where {}",
-                chain(20_000, "id = 'a'", " or ")
-            ),
+            format!("select 1 from prompts where {}", all("id = 'a'", " or ")),
         ),
-        ("unions", chain(20_000, "select 1", " union ")),
-        ("all", chain(20_000, "select 1", " union all ")),
-        ("nots", format!("select {} true", "not ".repeat(20_000))),
-        ("minus", format!("select {} 1", "- ".repeat(20_000))),
-        (
-            "parentheses",
-            format!("select {}1{}", "(".repeat(20_000), ")".repeat(20_000)),
-        ),
-        ("casts", format!("select 1{}", "::int".repeat(20_000))),
-        ("subscripts", format!("select [1]{}", "[1]".repeat(20_000))),
+        ("unions", all("select 1", " union ")),
+        ("all", all("select 1", " union all ")),
         (
             "cases",
             format!("select case {} end", "when true then 1 ".repeat(20_000)),
         ),
         (
-            "calls",
-            format!("select {}1{}", "abs(".repeat(20_000), ")".repeat(20_000)),
+            "joins",
+            format!(
+                "select 1 from prompts {}",
+                "cross join prompts ".repeat(20_000)
+            ),
         ),
-        (
-            "nots in parentheses",
-            format!("select {}true{}", "not (".repeat(40), ")".repeat(40)),
-        ),
+    ]
+}
+
+/// Queries that nest deeply, each with its name.
+fn nested_queries() -> Vec<(&'static str, String)> {
+    let around = |open: &str, count: usize, inner: &str| {
+        format!("select {}{inner}{}", open.repeat(count), ")".repeat(count))
+    };
+    vec![
+        ("nots", format!("select {} true", "not ".repeat(20_000))),
+        ("minus", format!("select {} 1", "- ".repeat(20_000))),
+        ("parentheses", around("(", 20_000, "1")),
+        ("casts", format!("select 1{}", "::int".repeat(20_000))),
+        ("subscripts", format!("select [1]{}", "[1]".repeat(20_000))),
+        ("calls", around("abs(", 20_000, "1")),
+        ("nots in parentheses", around("not (", 40, "true")),
+    ]
+}
+
+/// Short queries with results that would fill the memory, each with its name.
+fn large_queries() -> Vec<(&'static str, String)> {
+    let doubled = |n| {
+        let before = n - 1;
+        format!("t{n} as (select * from t{before} union all select * from t{before})")
+    };
+    let doubling: Vec<String> = (1..=24).map(doubled).collect();
+    vec![
         (
             "doubling",
             format!(
@@ -205,17 +201,26 @@ fn a_query_of_any_length_has_an_answer_or_one_error() {
             "repeat",
             "select length(repeat('x', 2000000000))".to_owned(),
         ),
-        (
-            "joins",
-            format!(
-                "select 1 from prompts {}",
-                "cross join prompts ".repeat(20_000)
-            ),
-        ),
-    ];
-    println!("{} queries of thousands of terms", 2 + longer.len());
-    for (name, query) in longer {
-        ask(name, query);
+    ]
+}
+
+#[test]
+fn a_query_of_any_length_has_an_answer_or_one_error() {
+    let scene = with_escapes();
+    let sum = format!("select {} as n", chain(1000, "1", " + "));
+    let said = answer_or_error(&scene, "sum", &sum);
+    assert!(said.out.contains("1000"), "{}", said.err);
+    let ors: Vec<_> = (0..3000).map(|n| format!("question = '{n}'")).collect();
+    let ors = format!(
+        "select count(*) as n from prompts where {}",
+        ors.join(" or ")
+    );
+    let said = answer_or_error(&scene, "ors", &ors);
+    assert_eq!(said.code, Some(0), "{}", said.err);
+    let more = [long_queries(), nested_queries(), large_queries()].concat();
+    println!("{} queries of thousands of terms", 2 + more.len());
+    for (name, query) in more {
+        answer_or_error(&scene, name, &query);
     }
 }
 

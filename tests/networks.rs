@@ -364,50 +364,16 @@ fn networks_answer_score_and_learn_and_a_killed_run_ends_with_the_same_weights()
     let undisturbed = scene();
     undisturbed.succeeds(&["run", "p.yaml"]);
     for round in [1, 2] {
-        let candidates: Vec<Candidate> = rows(&undisturbed, "candidates", round);
-        assert_eq!(candidates.len(), 24);
-        for candidate in &candidates {
-            assert_eq!(candidate.token_ids.len(), candidate.token_logps.len());
-            assert!(candidate.token_ids.len() <= 6);
-            assert!(candidate.finish == Finish::Stop || candidate.token_ids.len() == 6);
-            assert!(candidate.token_logps.iter().all(|logp| *logp <= 0.0));
-        }
-        let rewards: Vec<Reward> = rows(&undisturbed, "rewards", round);
-        assert!(rewards.len() == 24 && rewards.iter().all(|row| row.reward.is_finite()));
-        let pairs: Vec<Pair> = rows(&undisturbed, "pairs", round);
-        assert!(pairs.iter().all(|pair| pair.margin.unwrap() > 0.0));
-        let steps: Vec<DpoStep> = rows(&undisturbed, "steps", round);
-        assert_eq!(steps.len(), pairs.len().div_ceil(2));
-        // The round starts at its reference, whose log-probabilities come from sampling: the
-        // recomputed ones are equal, and the loss is log 2 within float32.
-        let audited: Vec<Reference> = rows(&undisturbed, "steps_reference", round);
-        assert_eq!(audited.len(), pairs.len());
-        assert!(
-            audited
-                .iter()
-                .all(|row| row.drift.is_some_and(|drift| drift < 1e-4))
-        );
-        assert!(
-            (steps[0].loss - std::f64::consts::LN_2).abs() < 1e-5,
-            "{}",
-            steps[0].loss
-        );
-        assert!(steps[0].grad_norm > 0.0);
+        check_answers(&undisturbed, round);
+        check_training(&undisturbed, round);
         let checkpoint = undisturbed.path(&format!("runs/networks/checkpoints/round-{round}"));
-        assert_eq!(
-            names(&checkpoint),
-            names(&Path::new(ROOT).join("data-samples/policy"))
-        );
+        let samples = Path::new(ROOT).join("data-samples/policy");
+        assert_eq!(names(&checkpoint), names(&samples));
     }
-    let weights = |scene: &Scene| {
-        scene
-            .checkpoints("runs/networks")
-            .into_values()
-            .collect::<Vec<_>>()
-    };
+    let weights = weights_of(&undisturbed);
     let before = fs::read(format!("{ROOT}/data-samples/policy/model.safetensors")).unwrap();
     assert!(
-        weights(&undisturbed).iter().all(|file| *file != before),
+        weights.iter().all(|file| *file != before),
         "the weights did not change"
     );
 
@@ -419,45 +385,78 @@ fn networks_answer_score_and_learn_and_a_killed_run_ends_with_the_same_weights()
         ("candidates", 2, 2),
         ("steps", 2, 1),
     ];
-    let mut kills = 0;
-    for (table, round, parts) in moments {
-        let mut child = killed
-            .command(&["run", "p.yaml"])
-            .stderr(std::process::Stdio::null())
-            .spawn()
-            .unwrap();
-        let begun = Instant::now();
-        loop {
-            assert!(
-                begun.elapsed() < Duration::from_mins(5),
-                "`{table}` was not begun"
-            );
-            let run = RunFolder::read(&killed.path("runs/networks"));
-            let made = run
-                .as_ref()
-                .ok()
-                .and_then(|run| run.manifest().find(table, Some(round)));
-            if made.is_some_and(|made| made.complete || made.parts.len() >= parts) {
-                break;
-            }
-            assert!(
-                child
-                    .try_wait()
-                    .unwrap()
-                    .is_none_or(|status| status.success())
-            );
-            std::thread::yield_now();
-        }
-        let _ = child.kill();
-        kills += usize::from(child.wait().unwrap().signal() == Some(9));
-    }
+    let kill = |(table, round, parts)| usize::from(kill_at(&killed, table, round, parts));
+    let kills: usize = moments.into_iter().map(kill).sum();
     println!("{kills} kills of a run with networks");
     killed.succeeds(&["run", "p.yaml"]);
     assert_eq!(
         killed.tables("runs/networks"),
         undisturbed.tables("runs/networks")
     );
-    assert_eq!(weights(&killed), weights(&undisturbed));
+    assert_eq!(weights_of(&killed), weights);
+}
+
+/// Checks the sampled answers of a round and their rewards.
+fn check_answers(scene: &Scene, round: u32) {
+    let candidates: Vec<Candidate> = rows(scene, "candidates", round);
+    assert_eq!(candidates.len(), 24);
+    for candidate in &candidates {
+        assert_eq!(candidate.token_ids.len(), candidate.token_logps.len());
+        assert!(candidate.token_ids.len() <= 6);
+        assert!(candidate.finish == Finish::Stop || candidate.token_ids.len() == 6);
+        assert!(candidate.token_logps.iter().all(|logp| *logp <= 0.0));
+    }
+    let rewards: Vec<Reward> = rows(scene, "rewards", round);
+    assert!(rewards.len() == 24 && rewards.iter().all(|row| row.reward.is_finite()));
+}
+
+/// Checks the pairs of a round and the training on them.
+fn check_training(scene: &Scene, round: u32) {
+    let pairs: Vec<Pair> = rows(scene, "pairs", round);
+    assert!(pairs.iter().all(|pair| pair.margin.unwrap() > 0.0));
+    let steps: Vec<DpoStep> = rows(scene, "steps", round);
+    assert_eq!(steps.len(), pairs.len().div_ceil(2));
+    // The round starts at its reference, whose log-probabilities come from sampling: the
+    // recomputed ones are equal, and the loss is log 2 within float32.
+    let audited: Vec<Reference> = rows(scene, "steps_reference", round);
+    assert_eq!(audited.len(), pairs.len());
+    assert!(
+        audited
+            .iter()
+            .all(|row| row.drift.is_some_and(|drift| drift < 1e-4))
+    );
+    assert!(
+        (steps[0].loss - std::f64::consts::LN_2).abs() < 1e-5,
+        "{}",
+        steps[0].loss
+    );
+    assert!(steps[0].grad_norm > 0.0);
+}
+
+/// Runs the pipeline, and kills it once `parts` parts of a table are committed. Returns false if it
+/// ended before that.
+fn kill_at(scene: &Scene, table: &str, round: u32, parts: usize) -> bool {
+    let mut command = scene.command(&["run", "p.yaml"]);
+    let mut child = command.stderr(std::process::Stdio::null()).spawn().unwrap();
+    let begun = Instant::now();
+    loop {
+        assert!(
+            begun.elapsed() < Duration::from_mins(5),
+            "`{table}` was not begun"
+        );
+        let run = RunFolder::read(&scene.path("runs/networks")).ok();
+        let made = run
+            .as_ref()
+            .and_then(|run| run.manifest().find(table, Some(round)));
+        if made.is_some_and(|made| made.complete || made.parts.len() >= parts) {
+            break;
+        }
+        let status = child.try_wait().unwrap();
+        assert!(status.is_none_or(|status| status.success()));
+        std::thread::yield_now();
+    }
+    let _ = child.kill();
+    child.wait().unwrap().signal() == Some(9)
 }
 
 /// A training stage that saves its state after every step.

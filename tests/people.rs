@@ -161,18 +161,44 @@ fn a_run_waits_for_people_and_goes_on_with_what_they_said() {
     let page = Page::open(&scene);
     let fourth = page.next("cid");
     assert_eq!(fourth["progress"]["said"], 3);
-    let fourth = fourth["question"].clone();
-    page.say("cid", &fourth, "both_bad");
+    page.say("cid", &fourth["question"], "both_bad");
     scene.succeeds(&["run", "p.yaml"]);
-    let pairs: Vec<Pair> = rows(&scene, "pairs", Some(1));
+    check_pairs(&scene, chosen);
+    assert!(!rows::<DpoStep>(&scene, "steps", Some(1)).is_empty());
+    let csv = |query| {
+        scene
+            .succeeds(&["sql", "scripted", query, "--format", "csv"])
+            .out
+    };
+    // Cid got the question that Bob had skipped.
+    assert_eq!(
+        csv(
+            "select reason, count(*) as n from rejects where stage = 'pairs' group by reason order by reason"
+        ),
+        "reason,n\nlabeled as a tie,1\nlabeled as both bad,1\nnot labeled,8\n"
+    );
+    assert_eq!(
+        csv("select said, count(*) as n from human_labels group by said order by said"),
+        "said,n\nboth_bad,1\nleft,1\nright,1\nskip,1\ntie,1\n"
+    );
+    // A finished run has nothing to do.
+    let again = scene.succeeds(&["run", "p.yaml"]).err;
+    assert!(again.contains("nothing to do"), "{again}");
+}
+
+/// Checks that the pairs are those of people: their chosen and rejected texts, with the tokens that
+/// were sampled.
+#[track_caller]
+fn check_pairs(scene: &Scene, mut expected: Vec<[String; 2]>) {
+    let pairs: Vec<Pair> = rows(scene, "pairs", Some(1));
     let mut made: Vec<[String; 2]> = pairs
         .iter()
         .map(|pair| [pair.chosen.clone(), pair.rejected.clone()])
         .collect();
     made.sort();
-    chosen.sort();
-    assert_eq!(made, chosen);
-    let candidates: Vec<Candidate> = rows(&scene, "candidates", Some(1));
+    expected.sort();
+    assert_eq!(made, expected);
+    let candidates: Vec<Candidate> = rows(scene, "candidates", Some(1));
     for pair in &pairs {
         let of_pair = candidates.iter().find(|candidate| {
             candidate.prompt_id == pair.prompt_id
@@ -184,25 +210,6 @@ fn a_run_waits_for_people_and_goes_on_with_what_they_said() {
         );
         assert_eq!(pair.margin, None, "no judge said how much better");
     }
-    assert!(!rows::<DpoStep>(&scene, "steps", Some(1)).is_empty());
-    // Cid got the question that Bob had skipped.
-    let query = "select reason, count(*) as n from rejects where stage = 'pairs' group by reason order by reason";
-    let found = scene
-        .succeeds(&["sql", "scripted", query, "--format", "csv"])
-        .out;
-    let expected = "reason,n\nlabeled as a tie,1\nlabeled as both bad,1\nnot labeled,8\n";
-    assert_eq!(found, expected);
-    let query = "select said, count(*) as n from human_labels group by said order by said";
-    let found = scene
-        .succeeds(&["sql", "scripted", query, "--format", "csv"])
-        .out;
-    assert_eq!(
-        found,
-        "said,n\nboth_bad,1\nleft,1\nright,1\nskip,1\ntie,1\n"
-    );
-    // A finished run has nothing to do.
-    let again = scene.succeeds(&["run", "p.yaml"]).err;
-    assert!(again.contains("nothing to do"), "{again}");
 }
 
 #[test]

@@ -174,6 +174,76 @@ fn a_comment_says_what_something_is() {
     assert_none("these doc lines begin with a relative clause", &wrong);
 }
 
+/// The maximum number of lines of code in the body of a function.
+const BODY_MAX: usize = 80;
+
+/// A function with a body of several lines.
+struct Function<'t> {
+    name: &'t str,
+    /// The line of its `fn`, counted from 1.
+    line: usize,
+    /// The lines of its body that are neither blank nor a comment.
+    code: usize,
+}
+
+/// Returns the functions of a file. The file is formatted, so a body ends at the first `}` that is
+/// indented as its `fn` is.
+fn functions(text: &str) -> Vec<Function<'_>> {
+    let lines: Vec<&str> = text.lines().collect();
+    let mut found = Vec::new();
+    for (at, line) in lines.iter().enumerate() {
+        let Some(name) = function_name(line) else {
+            continue;
+        };
+        let mut rest = lines[at..].iter();
+        let signature_end = rest.find(|line| line.ends_with(['{', '}', ';']));
+        if !signature_end.is_some_and(|line| line.ends_with('{')) {
+            continue;
+        }
+        let end = format!("{}}}", &line[..line.len() - line.trim_start().len()]);
+        let body = rest.take_while(|line| **line != end);
+        let is_code = |line: &&&str| !line.trim().is_empty() && !line.trim().starts_with("//");
+        found.push(Function {
+            name,
+            line: at + 1,
+            code: body.filter(is_code).count(),
+        });
+    }
+    found
+}
+
+/// Returns the name of the function whose `fn` is on this line.
+fn function_name(line: &str) -> Option<&str> {
+    let (before, rest) = line.split_once("fn ")?;
+    let modifiers = ["pub", "const", "async", "unsafe", "extern", "\"C\""];
+    let is_modifier = |word: &str| modifiers.contains(&word) || word.starts_with("pub(");
+    if !before.split_whitespace().all(is_modifier) {
+        return None;
+    }
+    rest.split(|c: char| !c.is_alphanumeric() && c != '_')
+        .next()
+}
+
+#[test]
+fn no_function_is_long() {
+    let mut long = Vec::new();
+    for (file, text) in ["src", "tests", "data-samples/generator"]
+        .map(files)
+        .concat()
+    {
+        if !is_rust(&file) {
+            continue;
+        }
+        for Function { name, line, code } in functions(&text) {
+            if code > BODY_MAX {
+                long.push(format!("{file}:{line}: `{name}` has {code} lines of code"));
+            }
+        }
+    }
+    let rule = format!("these functions have more than {BODY_MAX} lines of code");
+    assert_none(&rule, &long);
+}
+
 /// Returns the first sentence of the comment at the start of a file.
 fn first_sentence(text: &str) -> String {
     // A page begins with its doctype.

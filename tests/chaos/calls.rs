@@ -43,14 +43,12 @@ fn journaled(scene: &Scene) -> (BTreeSet<usize>, HashSet<String>) {
     (numbers, calls.iter().map(hash).collect())
 }
 
-#[test]
-fn what_was_paid_for_is_asked_once_however_often_the_run_is_killed() {
-    // All questions in the order of their arrival.
-    let heard: Arc<Mutex<Vec<String>>> = Arc::default();
-    let there = Arc::clone(&heard);
-    let endpoint = Endpoint::new(move |out, _, question| {
+/// Starts a slow endpoint that numbers its replies and appends each question to `heard`.
+fn slow_endpoint(heard: &Arc<Mutex<Vec<String>>>) -> Endpoint {
+    let heard = Arc::clone(heard);
+    Endpoint::new(move |out, _, question| {
         let number = {
-            let mut heard = there.lock().unwrap();
+            let mut heard = heard.lock().unwrap();
             heard.push(question.to_owned());
             heard.len()
         };
@@ -58,7 +56,14 @@ fn what_was_paid_for_is_asked_once_however_often_the_run_is_killed() {
         let usage = json!({ "prompt_tokens": number, "completion_tokens": 1 });
         // The connection is closed after a kill.
         drop(out.write_all(&reply(&by_length(question), &usage)));
-    });
+    })
+}
+
+#[test]
+fn what_was_paid_for_is_asked_once_however_often_the_run_is_killed() {
+    // All questions in the order of their arrival.
+    let heard: Arc<Mutex<Vec<String>>> = Arc::default();
+    let endpoint = slow_endpoint(&heard);
     let judge = endpoint.judge(&format!("concurrency_max: {CONCURRENCY}"));
     let scene = || {
         let scene = Scene::new();

@@ -270,7 +270,7 @@ fn read(stdout: impl Read, sender: &SyncSender<PipeMessage>) -> Ended {
 mod tests {
     use std::sync::Arc;
 
-    use arrow::array::{ArrayRef, Int32Array};
+    use arrow::array::{ArrayRef, Int32Array, RecordBatch};
 
     use arrow::array::RecordBatch;
 
