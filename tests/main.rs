@@ -38,6 +38,9 @@ mod judges;
 mod label;
 /// The modules of a crate form no cycle.
 mod layers;
+/// LLaVA-1.5 as policy and critic.
+#[cfg(feature = "torch")]
+mod llava;
 /// Models that a pipeline trains from scratch.
 #[cfg(feature = "torch")]
 mod made;

@@ -137,6 +137,54 @@ const SERIALIZED: [(&str, &str); 26] = [
     ("parity/training.rs", "pictures"),
 ];
 
+/// The files that may name an architecture of vision-language models: its own, and the lists (of the models of a
+/// pipeline file, of the architectures, of the networks, of modules).
+const ARCHITECTURES: [&str; 14] = [
+    "src/models/spec.rs",
+    "src/models/architectures.rs",
+    "src/models/architectures/llava.rs",
+    "src/models/architectures/llava_onevision.rs",
+    "src/models/checkpoint.rs",
+    "src/models/checkpoint/config.rs",
+    "src/models/checkpoint/config/llava.rs",
+    "src/models/checkpoint/config/llava_onevision.rs",
+    "src/models/checkpoint/conversion.rs",
+    "src/models/checkpoint/names.rs",
+    "src/models/preprocess/anyres.rs",
+    "src/torch/llava.rs",
+    "src/torch/llava_onevision.rs",
+    "src/torch/vlm.rs",
+];
+
+#[test]
+fn only_its_own_files_and_the_lists_name_an_architecture() {
+    const NAMES: [&str; 4] = [
+        "LlavaOnevision",
+        "LlavaOnevisionConfig",
+        "Llava",
+        "LlavaConfig",
+    ];
+    let is_word = |c: char| c.is_alphanumeric() || c == '_';
+    let mut found = Vec::new();
+    for (file, text) in files("src") {
+        let is_test = file.contains("/tests/") || file.ends_with("/hostile.rs");
+        if !is_rust(&file) || is_test || ARCHITECTURES.contains(&file.as_str()) {
+            continue;
+        }
+        let code = text.split("#[cfg(test)]").next().unwrap_or_default();
+        for (at, line) in (1..).zip(code.lines()) {
+            let is_comment = line.trim_start().starts_with("//");
+            let mut words = line.split(|c| !is_word(c));
+            if !is_comment && words.any(|word| NAMES.contains(&word)) {
+                found.push(format!("{file}:{at}: {line}"));
+            }
+        }
+    }
+    let rule = "code outside an architecture's files and the lists names it; use `Architecture` or \
+                `VisionLanguageModel`";
+    assert_none(rule, &found);
+}
+
 /// The openings of a relative clause, which says that something exists and not what it is.
 const RELATIVES: [&str; 9] = [
     "What", "Whether", "How", "Where", "Which", "Of", "Who", "Why", "When",

@@ -150,6 +150,7 @@ fn parse(
         diagnostics.extend(paths::probe_models(&written, &secrets));
         diagnostics.extend(programs::unstartable(&written, &secrets));
         diagnostics.extend(probe::contexts(&written));
+        diagnostics.extend(probe::trainings(&written));
         diagnostics.extend(probe::keys(&written));
     }
     let mut lineage = Lineage::trace(&written);

@@ -1,4 +1,7 @@
-//! Checks of model context sizes and endpoint API keys.
+//! Checks of models against their checkpoints' configs (context sizes, parts that can be trained), and
+//! of endpoint API keys.
+
+use serde::Serialize;
 
 use super::diagnostic::{At, Diagnostic};
 use super::pipeline::PipelineSpec;
@@ -7,7 +10,7 @@ use crate::stages::{ModelName, StageSpec};
 use ovchat_io::mask::SECRET_MIN;
 use ovchat_models::architectures;
 use ovchat_models::preprocess::Processor;
-use ovchat_models::{INVALID_KEY, JudgePromptSettings, ModelSpec};
+use ovchat_models::{INVALID_KEY, JudgePromptSettings, Mask, ModelSpec, Newlines, Part};
 
 /// Reports `max_new_tokens` settings that leave too little of the model's context for the prompt.
 /// Models whose config cannot be read have a diagnostic elsewhere.
@@ -77,6 +80,59 @@ fn beyond(written: &PipelineSpec, model: &str, tokens: u32, at: KeyPath) -> Opti
 }
 
 const CONTEXT: &str = "config::context";
+
+/// Reports DPO settings that the architecture of the trained model does not have: parts, and
+/// conventions for counted tokens.
+pub fn trainings(written: &PipelineSpec) -> Vec<Diagnostic> {
+    let trainings = written.all_stages().filter_map(|(stage, _)| {
+        let Some(StageSpec::TrainDpo(train)) = &stage.spec else {
+            return None;
+        };
+        let mut models = written.models.iter();
+        let model = models.find(|entry| entry.name == train.model)?;
+        let weights = &model.spec.as_ref()?.vision_language()?.weights;
+        let architecture = architectures::open(weights).ok()?;
+        let name = architecture.name();
+        let chosen = train.train.iter().flatten().chain(train.learning_rates.keys());
+        let missing = |part: &&Part| !architecture.parts().contains(part);
+        if let Some(part) = chosen.copied().collect::<Vec<_>>().iter().find(missing) {
+            let field = match &train.train {
+                Some(parts) if parts.contains(part) => "train",
+                _ => "learning_rates",
+            };
+            let at = At::value(stage.settings.key(field));
+            let message = format!("a `{name}` model has no part `{}`", word(part));
+            let parts = architecture.parts().iter().map(|part| format!("`{}`", word(part)));
+            let help = format!("its parts are {}", parts.collect::<Vec<_>>().join(", "));
+            return Some(Diagnostic::new(TRAINING, at, message).help(help));
+        }
+        let masks = architecture.masks();
+        let refuse = |field: &str, value: String, default: &str| {
+            let at = At::value(stage.settings.key(field));
+            let message = format!(
+                "`{value}` does not apply to a `{name}` model, whose chat format has no such convention"
+            );
+            let help = format!("remove `{field}`; the default is `{default}`");
+            Some(Diagnostic::new(TRAINING, at, message).help(help))
+        };
+        if train.mask != Mask::Answer && !masks.contains(&train.mask) {
+            return refuse("mask", word(&train.mask), "answer");
+        }
+        if train.newlines == Newlines::Two && !masks.contains(&Mask::LlavaNext) {
+            return refuse("newlines", word(&train.newlines), "one");
+        }
+        None
+    });
+    trainings.collect()
+}
+
+const TRAINING: &str = "config::training";
+
+/// Returns a value as it is written in a pipeline file.
+fn word(value: &impl Serialize) -> String {
+    let value = serde_json::to_value(value).expect("plain data");
+    value.as_str().unwrap_or_default().to_owned()
+}
 
 /// The diagnostic code of API keys that are not set in the environment.
 pub const NO_KEY: &str = "config::no_key";
