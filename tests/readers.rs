@@ -318,12 +318,23 @@ fn a_run_of_format_1_is_whole_and_goes_on_in_its_own_form() {
     assert!(scene.path("forked/rewards/round=2").is_dir());
 }
 
-/// Both folders were made by commit ce4bf7f, the last before the crates and their names; `stopped` was
-/// interrupted after the first of eight steps of a training.
+/// Made by commit ce4bf7f, the last before the crates and their names.
 #[test]
 fn runs_of_before_the_crates_go_on_where_they_were() {
+    go_on_where_they_were("tests/before-crates");
+}
+
+/// Made by commit 82e73a2, which names the folders of rounds differently, and seals nothing.
+#[test]
+fn runs_of_before_the_words_go_on_where_they_were() {
+    go_on_where_they_were("tests/before-words");
+}
+
+/// Continues the runs of an earlier commit: one that is finished, and one that was interrupted after the first of
+/// eight steps of a training.
+fn go_on_where_they_were(fixture: &str) {
     let scene = Scene::new();
-    let fixture = PathBuf::from(ROOT).join("tests/before-crates");
+    let fixture = PathBuf::from(ROOT).join(fixture);
     for name in ["p.yaml", "prompts.json"] {
         scene.write(name, fs::read(fixture.join(name)).unwrap());
     }

@@ -8,7 +8,8 @@ use std::sync::LazyLock;
 use zip::write::{SimpleFileOptions, ZipWriter};
 
 use super::tested;
-use super::tested::models::checkpoint::{LlavaOnevisionConfig, Shards};
+use super::tested::models::architectures;
+use super::tested::models::checkpoint::{Shards, elements};
 use super::tested::models::preprocess::{ImageProcessorConfig, PlainTokenizer};
 use super::tested::models::{JudgePrompt, JudgePromptSettings, Mode, Verdict};
 
@@ -111,8 +112,9 @@ pub fn tokenizer(bytes: &[u8]) {
 /// `config.json` of a policy, or its image processor's settings.
 pub fn config(bytes: &[u8]) {
     in_file("config.json", bytes, |folder| {
-        if let Ok(config) = LlavaOnevisionConfig::open(folder) {
-            assert!(tested::models::checkpoint::elements(&config) > 0);
+        if let Ok(architecture) = architectures::open(folder) {
+            assert!(elements(&*architecture) > 0);
+            assert!(architecture.largest_image()[0] > 0);
         }
         fs::rename(
             folder.join("config.json"),
@@ -120,6 +122,7 @@ pub fn config(bytes: &[u8]) {
         )
         .expect("a temporary file");
         let _ = ImageProcessorConfig::open_onevision(folder, 384);
+        let _ = ImageProcessorConfig::open_clip(folder, 336);
     });
 }
 
