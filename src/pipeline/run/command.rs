@@ -272,8 +272,6 @@ mod tests {
 
     use arrow::array::{ArrayRef, Int32Array, RecordBatch};
 
-    use arrow::array::RecordBatch;
-
     use super::*;
 
     /// A stream of two batches, and its schema.
