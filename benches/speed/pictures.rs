@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use ovchat_models::EncodedImage;
-use ovchat_models::preprocess::LlavaOnevisionProcessor;
+use ovchat_models::preprocess::Processor;
 use rayon::prelude::*;
 
 fn main() {
@@ -15,7 +15,7 @@ fn main() {
     let [_, model, folder] = &arguments[..] else {
         panic!("usage: pictures MODEL FOLDER")
     };
-    let prep = LlavaOnevisionProcessor::open(Path::new(model)).expect("a checkpoint");
+    let prep = Processor::open(Path::new(model)).expect("a checkpoint");
     let files: Vec<_> = std::fs::read_dir(folder)
         .expect("a folder")
         .map(|entry| entry.expect("a file").path())
