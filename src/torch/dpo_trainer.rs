@@ -1,5 +1,12 @@
 //! The DPO trainer: full, partial or LoRA training of a policy.
 //!
+//! A step minimizes the mean over its pairs of a loss of four numbers, for DPO
+//! `-log sigmoid(beta ((c - c_ref) - (r - r_ref)))`, where `c` and `r` are the log-probabilities of
+//! the chosen and the rejected answer ([`super::dpo`] has all losses). [`pass`] computes `c` and `r`;
+//! the loss and its derivatives with respect to them are computed in float64; the backward pass
+//! starts from these derivatives. Gradients of all pairs add up, are clipped by their norm, and the
+//! optimizer updates the weights ([`super::training`]).
+//!
 //! A pair takes one pass over `[prompt | chosen | rejected]`: the prompt is processed once,
 //! followed by both answers, and logits are computed only where they predict an answer's token.
 //! Short pairs are packed together, long ones run one by one; their gradients accumulate. Trained
@@ -38,7 +45,7 @@ use ovchat_models::{
     Mask, ModelError, Newlines, Objective, Part, Trained, Trainer,
 };
 
-/// The number of pairs whose images are preprocessed ahead.
+/// The number of pairs whose images are preprocessed together, in parallel.
 const PREPARED_MAX: usize = 8;
 
 /// The number of logits in memory at once: 256 MB in float32, and as much again for their
@@ -201,6 +208,7 @@ impl PolicyDpo {
                     return Err(number);
                 }
             }
+            // Gradients of the pairs add up, and the loss of a step is their mean.
             let mean = |loss: &PairLoss| loss.slopes.map(|slope| slope / pairs as f64);
             Ok(found.iter().map(mean).collect())
         })
@@ -234,12 +242,13 @@ impl PolicyDpo {
         Ok(all)
     }
 
-    /// Starts a pass of a training step with adapter dropout, or with `None` one without dropout.
-    fn drop_inputs(&self, pass: Option<usize>) {
+    /// Sets the adapter's dropout for a pass of a training step; `None` turns it off.
+    fn set_dropout(&self, pass: Option<usize>) {
         if let TrainingOutput::Adapter {
             dropout, settings, ..
         } = &self.written
         {
+            // One number for each pass of the whole training; a step has fewer than 2^20 passes.
             let of_step = (self.training.steps() as i64) << 20;
             let number = |pass: usize| settings.seed as i64 ^ (of_step + pass as i64);
             dropout.pass.set(pass.map(number));
@@ -396,7 +405,7 @@ fn open_adapter(folder: &Path, settings: &LoraSettings) -> Result<Adapter, Model
 
 impl DpoTrainer for PolicyDpo {
     fn reference_logps(&mut self, pairs: &[Example<'_>]) -> Result<Vec<[f64; 2]>, ModelError> {
-        self.drop_inputs(None);
+        self.set_dropout(None);
         let read = self.read(pairs)?;
         Ok(read.into_iter().map(|pair| pair.policy).collect())
     }
@@ -418,7 +427,7 @@ impl DpoTrainer for PolicyDpo {
             .iter()
             .any(|(loss, _)| *loss == Loss::Aot);
         let known = if joined && batch.len() > 1 {
-            self.drop_inputs(None);
+            self.set_dropout(None);
             Some(losses(&self.read(batch)?, &self.objective))
         } else {
             None
@@ -430,7 +439,7 @@ impl DpoTrainer for PolicyDpo {
             let known = known.as_ref().map(|known| &known[places.clone()]);
             let count = tokens.iter().map(PairTokens::count).sum();
             let what = doing("training on", "pair", &ids[places.clone()]);
-            self.drop_inputs(Some(places.start));
+            self.set_dropout(Some(places.start));
             let learned = guarded(&what, tokens.len(), count, || {
                 self.learn_from(tokens, references, known, batch.len(), &mut sums)
             })?;
