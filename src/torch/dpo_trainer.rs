@@ -35,9 +35,10 @@ use super::error::{guarded, refuse};
 use super::layer_stack::SavedActivations;
 use super::layers::Dropout;
 use super::lora::{Adapted, Adapter, Names, SavedAdapterConfig, Start, save_adapter};
+use super::networks;
 use super::optimizer::Parameter;
 use super::training::{TrainingState, doing, not_finite, row_error};
-use super::vlm::{self, VisionLanguageModel};
+use super::vlm::VisionLanguageModel;
 use ovchat_models::checkpoint::{AdapterConfig, PACK_TOKENS_MAX, TrainingSizes, part_of};
 use ovchat_models::preprocess::Processor;
 use ovchat_models::{
@@ -296,9 +297,9 @@ fn open_parts(
     trained: &[(Part, Option<f64>)],
 ) -> Result<Opened, ModelError> {
     let parts = Parts::which(|part| trained.iter().any(|&(other, _)| other == part));
-    vlm::has_parts(spec, architecture, parts)?;
+    networks::has_parts(spec, architecture, parts)?;
     let (network, parameters) = if trained.is_empty() {
-        let network = vlm::open_merged(spec, architecture, &checkpoint, device, kind)?;
+        let network = networks::open_merged(spec, architecture, &checkpoint, device, kind)?;
         (network, Vec::new())
     } else if let Some(adapter) = &spec.adapter {
         let problem = "is an adapter, but this stage trains the network itself; train with `lora`, \
@@ -306,7 +307,7 @@ fn open_parts(
         return Err(refuse(adapter, problem.to_owned()));
     } else {
         let purpose = Purpose::TrainingState(parts);
-        vlm::open(architecture, &checkpoint, device, kind, purpose)?
+        networks::open(architecture, &checkpoint, device, kind, purpose)?
     };
     Ok(Opened {
         network,
@@ -346,10 +347,10 @@ fn open_lora(
     let reader = Reader::new(checkpoint, device, kind, Purpose::Inference);
     let own = (lora.dropout > 0.0).then(|| Rc::clone(&dropout));
     let adapted = Adapted::new(reader, start, Names::Transformers, own);
-    let network = vlm::build(
+    let network = networks::build(
         architecture,
         &adapted,
-        vlm::is_tied(checkpoint, architecture),
+        networks::is_tied(checkpoint, architecture),
         kind,
     )?;
     let parameters = adapted.into_parameters();
