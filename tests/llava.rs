@@ -101,7 +101,14 @@ fn answers_are_learned_and_a_critic_is_asked() {
   opinions:
     score: { candidates: candidates, judge: critic }";
     let scene = scene("training-sft", sft);
-    scene.succeeds(&["run", "p.yaml", "--set", "rounds=1"]);
+    scene.succeeds(&[
+        "run",
+        "p.yaml",
+        "--set",
+        "rounds=1",
+        "--set",
+        "reject_share_max=1",
+    ]);
     let steps = rows::<SftStep>(&scene, "steps", 1);
     assert_eq!(steps.len(), 3);
     assert!(steps[2].loss < steps[0].loss + 1.0, "{steps:?}");

@@ -153,7 +153,7 @@ const ARCHITECTURES: [&str; 14] = [
     "src/models/preprocess/anyres.rs",
     "src/torch/llava.rs",
     "src/torch/llava_onevision.rs",
-    "src/torch/vlm.rs",
+    "src/torch/networks.rs",
 ];
 
 #[test]

@@ -1,5 +1,12 @@
 //! The DPO trainer: full, partial or LoRA training of a policy.
 //!
+//! A step minimizes the mean over its pairs of a loss of four numbers, for DPO
+//! `-log sigmoid(beta ((c - c_ref) - (r - r_ref)))`, where `c` and `r` are the log-probabilities of
+//! the chosen and the rejected answer ([`super::dpo`] has all losses). [`pass`] computes `c` and `r`;
+//! the loss and its derivatives with respect to them are computed in float64; the backward pass
+//! starts from these derivatives. Gradients of all pairs add up, are clipped by their norm, and the
+//! optimizer updates the weights ([`super::training`]).
+//!
 //! A pair takes one pass over `[prompt | chosen | rejected]`: the prompt is processed once,
 //! followed by both answers, and logits are computed only where they predict an answer's token.
 //! Short pairs are packed together, long ones run one by one; their gradients accumulate. Trained
@@ -28,9 +35,10 @@ use super::error::{guarded, refuse};
 use super::layer_stack::SavedActivations;
 use super::layers::Dropout;
 use super::lora::{Adapted, Adapter, Names, SavedAdapterConfig, Start, save_adapter};
+use super::networks;
 use super::optimizer::Parameter;
 use super::training::{TrainingState, doing, not_finite, row_error};
-use super::vlm::{self, VisionLanguageModel};
+use super::vlm::VisionLanguageModel;
 use ovchat_models::checkpoint::{AdapterConfig, PACK_TOKENS_MAX, TrainingSizes, part_of};
 use ovchat_models::preprocess::Processor;
 use ovchat_models::{
@@ -38,7 +46,7 @@ use ovchat_models::{
     Mask, ModelError, Newlines, Objective, Part, Trained, Trainer,
 };
 
-/// The number of pairs whose images are preprocessed ahead.
+/// The number of pairs whose images are preprocessed together, in parallel.
 const PREPARED_MAX: usize = 8;
 
 /// The number of logits in memory at once: 256 MB in float32, and as much again for their
@@ -201,6 +209,7 @@ impl PolicyDpo {
                     return Err(number);
                 }
             }
+            // Gradients of the pairs add up, and the loss of a step is their mean.
             let mean = |loss: &PairLoss| loss.slopes.map(|slope| slope / pairs as f64);
             Ok(found.iter().map(mean).collect())
         })
@@ -234,12 +243,13 @@ impl PolicyDpo {
         Ok(all)
     }
 
-    /// Starts a pass of a training step with adapter dropout, or with `None` one without dropout.
-    fn drop_inputs(&self, pass: Option<usize>) {
+    /// Sets the adapter's dropout for a pass of a training step; `None` turns it off.
+    fn set_dropout(&self, pass: Option<usize>) {
         if let TrainingOutput::Adapter {
             dropout, settings, ..
         } = &self.written
         {
+            // One number for each pass of the whole training; a step has fewer than 2^20 passes.
             let of_step = (self.training.steps() as i64) << 20;
             let number = |pass: usize| settings.seed as i64 ^ (of_step + pass as i64);
             dropout.pass.set(pass.map(number));
@@ -287,9 +297,9 @@ fn open_parts(
     trained: &[(Part, Option<f64>)],
 ) -> Result<Opened, ModelError> {
     let parts = Parts::which(|part| trained.iter().any(|&(other, _)| other == part));
-    vlm::has_parts(spec, architecture, parts)?;
+    networks::has_parts(spec, architecture, parts)?;
     let (network, parameters) = if trained.is_empty() {
-        let network = vlm::open_merged(spec, architecture, &checkpoint, device, kind)?;
+        let network = networks::open_merged(spec, architecture, &checkpoint, device, kind)?;
         (network, Vec::new())
     } else if let Some(adapter) = &spec.adapter {
         let problem = "is an adapter, but this stage trains the network itself; train with `lora`, \
@@ -297,7 +307,7 @@ fn open_parts(
         return Err(refuse(adapter, problem.to_owned()));
     } else {
         let purpose = Purpose::TrainingState(parts);
-        vlm::open(architecture, &checkpoint, device, kind, purpose)?
+        networks::open(architecture, &checkpoint, device, kind, purpose)?
     };
     Ok(Opened {
         network,
@@ -337,10 +347,10 @@ fn open_lora(
     let reader = Reader::new(checkpoint, device, kind, Purpose::Inference);
     let own = (lora.dropout > 0.0).then(|| Rc::clone(&dropout));
     let adapted = Adapted::new(reader, start, Names::Transformers, own);
-    let network = vlm::build(
+    let network = networks::build(
         architecture,
         &adapted,
-        vlm::is_tied(checkpoint, architecture),
+        networks::is_tied(checkpoint, architecture),
         kind,
     )?;
     let parameters = adapted.into_parameters();
@@ -396,7 +406,7 @@ fn open_adapter(folder: &Path, settings: &LoraSettings) -> Result<Adapter, Model
 
 impl DpoTrainer for PolicyDpo {
     fn reference_logps(&mut self, pairs: &[Example<'_>]) -> Result<Vec<[f64; 2]>, ModelError> {
-        self.drop_inputs(None);
+        self.set_dropout(None);
         let read = self.read(pairs)?;
         Ok(read.into_iter().map(|pair| pair.policy).collect())
     }
@@ -418,7 +428,7 @@ impl DpoTrainer for PolicyDpo {
             .iter()
             .any(|(loss, _)| *loss == Loss::Aot);
         let known = if joined && batch.len() > 1 {
-            self.drop_inputs(None);
+            self.set_dropout(None);
             Some(losses(&self.read(batch)?, &self.objective))
         } else {
             None
@@ -430,7 +440,7 @@ impl DpoTrainer for PolicyDpo {
             let known = known.as_ref().map(|known| &known[places.clone()]);
             let count = tokens.iter().map(PairTokens::count).sum();
             let what = doing("training on", "pair", &ids[places.clone()]);
-            self.drop_inputs(Some(places.start));
+            self.set_dropout(Some(places.start));
             let learned = guarded(&what, tokens.len(), count, || {
                 self.learn_from(tokens, references, known, batch.len(), &mut sums)
             })?;

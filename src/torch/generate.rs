@@ -27,8 +27,9 @@ use super::checkpoint::Checkpoint;
 use super::device;
 use super::error::guarded;
 use super::images::{DecodedImage, PromptImages};
+use super::networks;
 use super::sampling::{Chooser, answer_seed};
-use super::vlm::{self, VisionLanguageModel};
+use super::vlm::VisionLanguageModel;
 use ovchat_models::checkpoint::{Sizes, elements};
 use ovchat_models::preprocess::{Processor, Tiles};
 use ovchat_models::{
@@ -71,7 +72,7 @@ impl NetworkPolicy {
         let (device, kind) = device::choose(spec.device, spec.dtype)?;
         let checkpoint = Checkpoint::open(folder)?;
         let architecture = prep.architecture();
-        let network = vlm::open_merged(spec, architecture, &checkpoint, device, kind)?;
+        let network = networks::open_merged(spec, architecture, &checkpoint, device, kind)?;
         let element = kind.elt_size_in_bytes() as u64;
         let sizes = Sizes::new(elements(architecture), prep.text_config(), element);
         Ok(Self {

@@ -22,9 +22,12 @@ pub mod lora;
 pub mod decoder;
 pub mod vit;
 
+pub mod vlm;
+
 pub mod llava;
 pub mod llava_onevision;
-pub mod vlm;
+
+pub mod networks;
 
 pub mod generate;
 pub mod images;

@@ -20,9 +20,10 @@ use super::error::{guarded, refuse};
 use super::layer_stack::{Layer, LayerStack, SavedActivations};
 use super::layers;
 use super::llava::LlavaRlhf;
+use super::networks;
 use super::optimizer::Parameter;
 use super::training::{TrainingState, doing, not_finite, row_error};
-use super::vlm::{self, VisionLanguageModel};
+use super::vlm::VisionLanguageModel;
 use ovchat_models::checkpoint::{PACK_TOKENS_MAX, TWO_LAYERS};
 use ovchat_models::preprocess::{LlavaRlhfProcessor, Processor, RewardSftTokens, SftTokens, Tiles};
 use ovchat_models::{
@@ -233,7 +234,7 @@ impl Sft<PolicySft> {
         let checkpoint = Checkpoint::open(&spec.weights)?;
         let parts = settings.tower.into();
         let purpose = Purpose::TrainingState(parts);
-        let (network, parameters) = vlm::open(
+        let (network, parameters) = networks::open(
             prep.architecture(),
             &checkpoint,
             device,

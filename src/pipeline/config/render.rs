@@ -7,6 +7,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use miette::{GraphicalReportHandler, GraphicalTheme, LabeledSpan, SourceCode};
+use textwrap::{WordSeparator, WordSplitter};
 
 use super::diagnostic::{Diagnostic, Diagnostics, Severity};
 use super::source::{SourceText, Span};
@@ -31,6 +32,10 @@ impl Diagnostic {
             .with_width(100)
             .with_context_lines(1)
             .with_urls(false)
+            // Texts to copy, such as paths, URLs and patterns, stay whole.
+            .with_word_separator(WordSeparator::AsciiSpace)
+            .with_word_splitter(WordSplitter::NoHyphenation)
+            .with_break_words(false)
             .without_syntax_highlighting();
         let mut text = String::new();
         match drawer.render_report(&mut text, &self.drawable()) {

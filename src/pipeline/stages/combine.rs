@@ -94,6 +94,14 @@ impl Stage for Combine {
         Some(input)
     }
 
+    /// Since version 2, a reward that is not a number does not affect those of other prompts.
+    fn version(&self) -> String {
+        match self.normalize {
+            Normalize::ByJudge => "2".to_owned(),
+            Normalize::AsTheyAre | Normalize::ByPrompt => "1".to_owned(),
+        }
+    }
+
     fn work(&self) -> StageKind<'_> {
         StageKind::Query(Query { sql: self.sql() })
     }
@@ -111,9 +119,11 @@ impl Combine {
                 "case when stddev_pop(reward) over of_prompt = 0 then 0 else \
                  (reward - avg(reward) over of_prompt) / stddev_pop(reward) over of_prompt end"
             }
+            // A judge's rewards without a number, such as those of candidates that another `combine`
+            // found incomplete, count for none of the others.
             Normalize::ByJudge => {
-                "case when stddev_pop(reward) over of_judge = 0 then 0 else \
-                 (reward - avg(reward) over of_judge) / stddev_pop(reward) over of_judge end"
+                "case when stddev_pop(finite) over of_judge = 0 then 0 * reward else \
+                 (reward - avg(finite) over of_judge) / stddev_pop(finite) over of_judge end"
             }
         };
         let mut all = String::new();
@@ -125,7 +135,9 @@ impl Combine {
             writeln!(
                 all,
                 "{union}select {number} as source, cast({weight} as double) as weight, prompt_id, candidate, \
-                 judge, cast(reward as double) as reward from {table}"
+                 judge, cast(reward as double) as reward, \
+                 case when isnan(reward) or abs(reward) = 'infinity'::real then null else cast(reward as double) end \
+                 as finite from {table}"
             )
             .expect("writing to a string cannot fail");
         }
@@ -188,6 +200,30 @@ mod tests {
             let rewards: Vec<f32> = rows.iter().map(|row| row.reward).collect();
             assert_eq!(rewards, expected, "{settings}");
             assert_eq!(rows[0].judge, "judge+judge");
+        }
+    }
+
+    #[test]
+    fn a_reward_that_is_no_number_affects_its_own_prompt_only() {
+        let stage = |normalize: &str| {
+            combine(&format!(
+                r#"{{"rewards": ["first", "second"], "normalize": "{normalize}"}}"#
+            ))
+        };
+        for normalize in ["by_judge", "by_prompt", "as_they_are"] {
+            let mut pipeline = TestPipeline::new();
+            let rewards = [
+                reward("a", 0, f32::NAN),
+                reward("a", 1, 1.0),
+                reward("b", 0, 1.0),
+                reward("b", 1, 3.0),
+            ];
+            pipeline.table("first", &rewards);
+            pipeline.table("second", &rewards);
+            let rows = pipeline.query(&stage(normalize), &["first", "second"]);
+            let rows = Reward::from_batch(&rows.unwrap()).unwrap();
+            assert!(rows[0].reward.is_nan(), "{normalize}");
+            assert!(rows[2].reward < rows[3].reward, "{normalize}: {rows:?}");
         }
     }
 

@@ -8,9 +8,10 @@ use tch::{Device, Kind, Tensor};
 use crate::recorded::onevision;
 use ovchat_models::preprocess::Processor;
 use ovchat_torch::checkpoint::{Checkpoint, Purpose};
+use ovchat_torch::networks;
 use ovchat_torch::optimizer::{Moment, Moments};
 use ovchat_torch::training::TrainingState;
-use ovchat_torch::vlm::{self, VisionLanguageModel};
+use ovchat_torch::vlm::VisionLanguageModel;
 use ovchat_torch::weights::Weights;
 
 /// Opens the processor and the network of a checkpoint.
@@ -18,7 +19,7 @@ pub fn open(folder: &Path, kind: Kind) -> (Processor, Box<dyn VisionLanguageMode
     let prep = Processor::open(folder).unwrap_or_else(|error| panic!("{error}"));
     let checkpoint = Checkpoint::open(folder).unwrap_or_else(|error| panic!("{error}"));
     let purpose = Purpose::Inference;
-    let opened = vlm::open(prep.architecture(), &checkpoint, Device::Cpu, kind, purpose);
+    let opened = networks::open(prep.architecture(), &checkpoint, Device::Cpu, kind, purpose);
     let (network, _) = opened.unwrap_or_else(|error| panic!("{error}"));
     (prep, network)
 }

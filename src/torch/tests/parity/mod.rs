@@ -27,8 +27,9 @@ use ovchat_models::{
     ChatPrompt, ChatRole, ChatTurn, DeviceSpec, Dtype, EncodedImage, Mask, VisionLanguageSpec,
 };
 use ovchat_torch::checkpoint::{Checkpoint, Purpose};
+use ovchat_torch::networks as list;
 use ovchat_torch::optimizer::Parameter;
-use ovchat_torch::vlm::{self, VisionLanguageModel};
+use ovchat_torch::vlm::VisionLanguageModel;
 use ovchat_torch::weights::Weights;
 
 /// An architecture of policies, and its part of a recording.
@@ -232,7 +233,7 @@ fn open_network(
     let processor = Processor::open(folder).unwrap_or_else(|error| panic!("{error}"));
     let checkpoint = Checkpoint::open(folder).unwrap_or_else(|error| panic!("{error}"));
     let architecture = processor.architecture();
-    let opened = vlm::open(architecture, &checkpoint, Device::Cpu, kind, purpose);
+    let opened = list::open(architecture, &checkpoint, Device::Cpu, kind, purpose);
     let (network, parameters) = opened.unwrap_or_else(|error| panic!("{error}"));
     (processor, network, parameters)
 }
