@@ -6,7 +6,7 @@ use arrow::datatypes::SchemaRef;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::judging::scored;
+use super::model_calls::scored;
 use super::training::prompts;
 use super::{
     Failure, Input, ModelName, ModelRole, ModelState, Outcome, RowStage, Stage, StageContext,

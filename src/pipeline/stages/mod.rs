@@ -1,6 +1,6 @@
 //! The stage types, one file each: settings, validation, work and tests, in that order.
 //!
-//! A stage never iterates over its table, resumes, reports progress or writes a file. It declares
+//! A stage never iterates over its table, resumes or writes a file. It declares
 //! the kind of its work ([`StageKind`]); the runner (`run/`) splits the work into parts, skips
 //! finished parts, commits, and handles signals, in the same way for every stage.
 //!
@@ -11,8 +11,8 @@
 mod allowed_folders;
 mod formats;
 mod input_tables;
-mod judging;
 mod media;
+mod model_calls;
 mod pairing;
 mod records;
 mod source;

@@ -6,6 +6,7 @@ use arrow::datatypes::SchemaRef;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::model_calls::sampled;
 use super::{
     Failure, Input, ModelName, ModelRole, ModelState, Outcome, Positive, Probability, RowStage,
     Share, Stage, StageContext, StageError, StageKind, StopString, TableName, Task, Temperature,
@@ -205,40 +206,20 @@ impl RowStage for &Sample {
             prompts.push(prompt);
             places.push(place);
         }
-        if !prompts.is_empty() {
-            let fingerprint = ctx
-                .models
-                .fingerprint(&self.model, ModelState::Now)
-                .to_owned();
-            let stopping = ctx.stopping;
-            let progress = &mut *ctx.progress;
-            let mut done = 0;
-            let policy = ctx.models.policy(&self.model)?;
-            if let Some(plan) = policy.plan() {
-                (ctx.say)(&format!("{}: {plan}", self.model));
-            }
-            let sampled = policy.sample(&prompts, &self.sampling(), &mut |index, result| {
-                let place = places[index];
-                let task = &tasks[place];
-                outcomes[place] = Some(match result {
-                    Ok(answers) => Outcome::Rows(candidates(task, answers, &fingerprint)),
-                    Err(RowFault(reason)) => Outcome::fault(&task.rows[0].prompt_id, reason),
-                });
-                done += 1;
-                progress(done);
-                if stopping() {
-                    std::ops::ControlFlow::Break(())
-                } else {
-                    std::ops::ControlFlow::Continue(())
-                }
-            });
-            *ctx.telemetry = sampled.map_err(Failure::of(&self.model))?;
+        if prompts.is_empty() {
+            return Ok(outcomes.into_iter().flatten().collect());
         }
-        // An interrupted model leaves prompts without answers.
-        outcomes
-            .into_iter()
-            .map(|outcome| outcome.ok_or(Failure::Interrupted))
-            .collect()
+        let model = ctx.models.fingerprint(&self.model, ModelState::Now);
+        let model = model.to_owned();
+        let results = sampled(ctx, &self.model, &prompts, &self.sampling())?;
+        for (place, result) in places.into_iter().zip(results) {
+            let task = &tasks[place];
+            outcomes[place] = Some(match result {
+                Ok(answers) => Outcome::Rows(candidates(task, answers, &model)),
+                Err(RowFault(reason)) => Outcome::fault(&task.rows[0].prompt_id, reason),
+            });
+        }
+        Ok(outcomes.into_iter().flatten().collect())
     }
 }
 

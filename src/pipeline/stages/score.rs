@@ -6,7 +6,7 @@ use arrow::datatypes::SchemaRef;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::judging::{Scored, scored};
+use super::model_calls::{Scored, scored};
 use super::{
     Failure, Input, ModelName, ModelRole, ModelState, Outcome, RowStage, Stage, StageContext,
     StageError, StageKind, TableName, Task, Use, shown,

@@ -1,12 +1,33 @@
-//! Scoring of answers with a judge, shared by the `score` and `compare` stages.
+//! Calls of models by stages: progress, notes and interrupts are the same for all of them.
 
 use std::ops::ControlFlow;
 
 use super::{Failure, ModelName, StageContext};
-use ovchat_models::{AnswerGroup, JudgeScore, Listener, RowFault};
+use ovchat_models::{
+    AnswerGroup, ChatPrompt, Emit, Generation, JudgeScore, Listener, ModelError, ModelTelemetry,
+    RowFault, Sampling,
+};
 
 /// The scores of a group's answers, or the fault of its row.
 pub type Scored = Result<Vec<JudgeScore>, RowFault>;
+
+/// Samples answers to prompts, and returns the results in the order of the prompts.
+pub fn sampled(
+    ctx: &mut StageContext<'_>,
+    name: &ModelName,
+    prompts: &[ChatPrompt],
+    sampling: &Sampling,
+) -> Result<Vec<Result<Vec<Generation>, RowFault>>, Failure> {
+    let policy = ctx.models.policy(name)?;
+    if let Some(plan) = policy.plan() {
+        (ctx.say)(&format!("{name}: {plan}"));
+    }
+    let call = |emit: Emit<'_, _>| policy.sample(prompts, sampling, emit);
+    let (count, stopping) = (prompts.len(), ctx.stopping);
+    let (results, telemetry) = collected(name, count, |_| 1, stopping, ctx.progress, call)?;
+    *ctx.telemetry = telemetry;
+    Ok(results)
+}
 
 /// Scores groups of answers with a judge, and returns the results in the order of the groups.
 /// `rows` returns the number of input rows that a group stands for, for the progress bar.
@@ -16,43 +37,56 @@ pub fn scored(
     groups: &[AnswerGroup<'_>],
     rows: impl Fn(usize) -> u64,
 ) -> Result<Vec<Scored>, Failure> {
-    let mut results: Vec<Option<Scored>> = vec![None; groups.len()];
-    let stopping = ctx.stopping;
-    let progress = &mut *ctx.progress;
-    let say = &mut *ctx.say;
-    let mut done = 0;
     let judge = ctx.models.judge(name)?;
+    let say = &mut *ctx.say;
     if let Some(plan) = judge.plan() {
         say(&format!("{name}: {plan}"));
     }
-    let mut emit = |group: usize, result: Scored| {
-        results[group] = Some(result);
-        done += rows(group);
+    let stopping = ctx.stopping;
+    let mut listener = Listener {
+        say: &mut |text| say(&format!("{name}: {text}")),
+        stopping,
+    };
+    let call = |emit: Emit<'_, _>| judge.score_for(groups, emit, &mut listener);
+    let count = groups.len();
+    let (results, telemetry) = collected(name, count, rows, stopping, ctx.progress, call)?;
+    *ctx.telemetry = telemetry;
+    Ok(results)
+}
+
+/// Calls a model on `count` inputs and returns what it emits for each, in order. Reports the
+/// finished rows, and stops the model once the run has been interrupted.
+fn collected<T>(
+    name: &ModelName,
+    count: usize,
+    rows: impl Fn(usize) -> u64,
+    stopping: &dyn Fn() -> bool,
+    progress: &mut dyn FnMut(u64),
+    call: impl FnOnce(Emit<'_, T>) -> Result<ModelTelemetry, ModelError>,
+) -> Result<(Vec<Result<T, RowFault>>, ModelTelemetry), Failure> {
+    let mut results: Vec<Option<Result<T, RowFault>>> = (0..count).map(|_| None).collect();
+    let mut done = 0;
+    let telemetry = call(&mut |index, result| {
+        results[index] = Some(result);
+        done += rows(index);
         progress(done);
         if stopping() {
             ControlFlow::Break(())
         } else {
             ControlFlow::Continue(())
         }
-    };
-    let mut listener = Listener {
-        say: &mut |text| say(&format!("{name}: {text}")),
-        stopping,
-    };
-    let telemetry = judge.score_for(groups, &mut emit, &mut listener);
-    *ctx.telemetry = telemetry.map_err(Failure::of(name))?;
-    // An interrupted judge leaves groups without scores.
+    });
+    let telemetry = telemetry.map_err(Failure::of(name))?;
+    // An interrupted model leaves inputs without results.
     let results = results.into_iter();
-    results
-        .map(|result| result.ok_or(Failure::Interrupted))
-        .collect()
+    let results = results.map(|result| result.ok_or(Failure::Interrupted));
+    Ok((results.collect::<Result<_, _>>()?, telemetry))
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::test_pipeline::TestPipeline;
     use super::*;
-    use ovchat_models::ChatPrompt;
 
     /// Scores two answers to each of two prompts.
     fn scored_twice(pipeline: &mut TestPipeline) -> Result<Vec<Scored>, Failure> {
