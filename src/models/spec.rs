@@ -404,6 +404,21 @@ pub enum Dtype {
     Bfloat16,
 }
 
+/// A role that a model can play.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Role {
+    /// Answers prompts.
+    Answers,
+    /// Scores answers.
+    Scores,
+    /// Is trained with DPO.
+    LearnsPairs,
+    /// Is trained with SFT.
+    LearnsAnswers,
+    /// Is trained as a reward model.
+    LearnsRewards,
+}
+
 impl ModelSpec {
     /// Returns the key for this kind of model in a pipeline file.
     pub fn network(&self) -> &'static str {
@@ -484,17 +499,32 @@ impl ModelSpec {
         }
     }
 
+    /// Returns the roles that the model can play.
+    fn roles(&self) -> &'static [Role] {
+        match self {
+            Self::LlavaOnevision(_) | Self::Llava(_) => {
+                &[Role::Answers, Role::LearnsPairs, Role::LearnsAnswers]
+            }
+            Self::LlavaRlhf(_) => &[Role::Scores, Role::LearnsAnswers, Role::LearnsRewards],
+            Self::Critic(_) | Self::SelfJudge(_) | Self::Http(_) | Self::Sql(_) => &[Role::Scores],
+            Self::Scripted(_) => &[
+                Role::Answers,
+                Role::Scores,
+                Role::LearnsPairs,
+                Role::LearnsAnswers,
+                Role::LearnsRewards,
+            ],
+        }
+    }
+
     /// True if the model can answer prompts.
     pub fn answers(&self) -> bool {
-        matches!(
-            self,
-            Self::LlavaOnevision(_) | Self::Llava(_) | Self::Scripted(_)
-        )
+        self.roles().contains(&Role::Answers)
     }
 
     /// True if the model can score answers.
     pub fn scores(&self) -> bool {
-        !matches!(self, Self::LlavaOnevision(_) | Self::Llava(_))
+        self.roles().contains(&Role::Scores)
     }
 
     /// True if the model lacks a part that must be trained before it can score.
@@ -504,31 +534,37 @@ impl ModelSpec {
 
     /// True if the model can be trained with DPO.
     pub fn learns_pairs(&self) -> bool {
-        matches!(
-            self,
-            Self::LlavaOnevision(_) | Self::Llava(_) | Self::Scripted(_)
-        )
+        self.roles().contains(&Role::LearnsPairs)
     }
 
     /// True if the model can be trained with SFT.
     pub fn learns_answers(&self) -> bool {
-        matches!(
-            self,
-            Self::LlavaOnevision(_) | Self::Llava(_) | Self::LlavaRlhf(_) | Self::Scripted(_)
-        )
+        self.roles().contains(&Role::LearnsAnswers)
     }
 
     /// True if the model can be trained as a reward model.
     pub fn learns_rewards(&self) -> bool {
-        matches!(self, Self::LlavaRlhf(_) | Self::Scripted(_))
+        self.roles().contains(&Role::LearnsRewards)
     }
 
     /// True if loading the model requires libtorch.
     pub fn needs_torch(&self) -> bool {
-        matches!(
-            self,
-            Self::LlavaOnevision(_) | Self::Llava(_) | Self::LlavaRlhf(_) | Self::Critic(_)
-        )
+        self.compute().is_some()
+    }
+
+    /// Returns the settings that change the model's output, besides its files, its judge prompt and
+    /// its precision; `scores` is true if the model is used as a judge.
+    pub fn key_settings(&self, scores: bool) -> Option<Vec<u8>> {
+        match self {
+            Self::LlavaRlhf(model) => {
+                let orders = model.caption_orders.get();
+                (scores && orders > 1).then(|| orders.to_le_bytes().to_vec())
+            }
+            Self::Http(model) => Some(model.model.clone().into_bytes()),
+            Self::Sql(model) => Some(model.reward.clone().into_bytes()),
+            Self::Scripted(model) => Some(model.words.to_le_bytes().to_vec()),
+            Self::LlavaOnevision(_) | Self::Llava(_) | Self::Critic(_) | Self::SelfJudge(_) => None,
+        }
     }
 
     /// Returns the files and folders of the model, each with its YAML field.

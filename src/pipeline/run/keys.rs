@@ -163,20 +163,8 @@ impl<'a> Keys<'a> {
         if let Some(prompt_settings) = prompt_settings {
             key = key.with_json(&prompt_settings);
         }
-        if let ModelSpec::LlavaRlhf(judge) = spec
-            && used.role == ModelRole::Scores
-            && judge.caption_orders.get() > 1
-        {
-            key = key.with(judge.caption_orders.get().to_le_bytes());
-        }
-        if let ModelSpec::Sql(reward) = spec {
-            key = key.with(&reward.reward);
-        }
-        if let ModelSpec::Http(http) = spec {
-            key = key.with(&http.model);
-        }
-        if let ModelSpec::Scripted(scripted) = spec {
-            key = key.with(scripted.words.to_le_bytes());
+        if let Some(settings) = spec.key_settings(used.role == ModelRole::Scores) {
+            key = key.with(settings);
         }
         for (field, path) in spec.paths() {
             key = key.with(field).with(self.fingerprints.folder(path)?);
