@@ -139,14 +139,13 @@ const SERIALIZED: [(&str, &str); 26] = [
 
 /// The files that may name an architecture of vision-language models: its own, and the lists (of the models of a
 /// pipeline file, of the architectures, of the networks, of modules).
-const ARCHITECTURES: [&str; 14] = [
+const ARCHITECTURES: [&str; 13] = [
     "src/models/spec.rs",
     "src/models/architectures.rs",
     "src/models/architectures/llava.rs",
     "src/models/architectures/llava_onevision.rs",
     "src/models/checkpoint.rs",
     "src/models/checkpoint/config.rs",
-    "src/models/checkpoint/config/llava.rs",
     "src/models/checkpoint/config/llava_onevision.rs",
     "src/models/checkpoint/conversion.rs",
     "src/models/checkpoint/names.rs",

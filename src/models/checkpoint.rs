@@ -12,8 +12,7 @@ pub(crate) mod shards;
 use std::path::{Path, PathBuf};
 
 pub use config::{
-    Activation, AdapterConfig, DecoderConfig, LlavaConfig, LlavaOnevisionConfig, LlavaRlhfConfig,
-    VisionConfig,
+    Activation, AdapterConfig, DecoderConfig, LlavaOnevisionConfig, LlavaRlhfConfig, VisionConfig,
 };
 pub use conversion::Conversion;
 pub use memory::{

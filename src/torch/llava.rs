@@ -19,7 +19,8 @@ use super::llava_onevision::Projector as TwoLayers;
 use super::lora::{Adapter, Merged, Names};
 use super::vit::{Family, Vit, VitSizes};
 use super::vlm::{EncodedImages, VisionLanguageModel, project_tiles};
-use ovchat_models::checkpoint::{LlavaConfig, LlavaRlhfConfig, TWO_LAYERS};
+use ovchat_models::architectures::llava::LlavaConfig;
+use ovchat_models::checkpoint::{LlavaRlhfConfig, TWO_LAYERS};
 use ovchat_models::preprocess::{JudgeIds, Tiles};
 use ovchat_models::{LlavaRlhfSpec, ModelError};
 

@@ -6,7 +6,6 @@
 //! each set in one constant.
 
 mod decoder;
-mod llava;
 mod llava_next_tower;
 mod llava_onevision;
 mod llava_rlhf;
@@ -15,7 +14,6 @@ mod vision;
 use std::path::Path;
 
 pub use decoder::DecoderConfig;
-pub use llava::LlavaConfig;
 pub(super) use llava_next_tower::KNOWN as KNOWN_TOWERS;
 pub use llava_onevision::LlavaOnevisionConfig;
 pub(crate) use llava_onevision::pinpoints;
@@ -35,7 +33,7 @@ fn dtype(file: &JsonConfig) -> Result<Option<String>, CheckpointError> {
 }
 
 /// Rejects a config of quantized weights.
-fn not_quantized(file: &JsonConfig) -> Result<(), CheckpointError> {
+pub(crate) fn not_quantized(file: &JsonConfig) -> Result<(), CheckpointError> {
     if file.get("quantization_config").is_some() {
         let problem = "is set: quantized weights are not supported; use the original weights";
         return Err(file.fault("quantization_config", problem));
@@ -45,7 +43,7 @@ fn not_quantized(file: &JsonConfig) -> Result<(), CheckpointError> {
 
 /// Reads `eos_token_id` of `generation_config.json`: one, several, or none if there is no such
 /// file.
-fn eos_token_id(folder: &Path) -> Result<Vec<i64>, CheckpointError> {
+pub(crate) fn eos_token_id(folder: &Path) -> Result<Vec<i64>, CheckpointError> {
     let path = folder.join("generation_config.json");
     if !path.exists() {
         return Ok(Vec::new());

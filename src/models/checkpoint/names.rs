@@ -9,7 +9,7 @@
 use std::collections::BTreeMap;
 
 use crate::checkpoint::CheckpointError;
-use crate::checkpoint::config::{DecoderConfig, LlavaConfig, LlavaOnevisionConfig, VisionConfig};
+use crate::checkpoint::config::{DecoderConfig, LlavaOnevisionConfig, VisionConfig};
 use crate::checkpoint::shards::{Shards, TensorInfo};
 use crate::{Layout, Part};
 
@@ -95,7 +95,8 @@ impl LlavaOnevisionConfig {
     pub fn tensors(&self) -> Tensors {
         let mut tensors = Vec::new();
         let mut add = |name: String, shape: &[usize]| tensors.push((name, shape.to_vec()));
-        self.tower(&mut add);
+        let used = self.vision_feature_layer.iter().max().copied().unwrap_or(0);
+        siglip(&self.vision_config, used, "vision_tower.", &mut add);
         let hidden = self.text_config.hidden_size;
         let bias = self.multimodal_projector_bias;
         projector(hidden, self.feature_size(), bias, &mut add);
@@ -103,51 +104,15 @@ impl LlavaOnevisionConfig {
         decoder_with_head(&self.text_config, &mut add);
         tensors
     }
-
-    /// SigLIP. The post-layernorm is not used, so it is not required.
-    fn tower(&self, add: &mut impl FnMut(String, &[usize])) {
-        let config = &self.vision_config;
-        let (hidden, patch) = (config.hidden_size, config.patch_size);
-        let embeddings = "vision_tower.embeddings";
-        add(
-            format!("{embeddings}.patch_embedding.weight"),
-            &[hidden, config.num_channels, patch, patch],
-        );
-        add(format!("{embeddings}.patch_embedding.bias"), &[hidden]);
-        add(
-            format!("{embeddings}.position_embedding.weight"),
-            &[config.patches(), hidden],
-        );
-        let used = self.vision_feature_layer.iter().max().copied().unwrap_or(0);
-        encoder(config, used, "vision_tower.", add);
-    }
-}
-
-impl LlavaConfig {
-    /// Returns the canonical name and the shape of every tensor that the network needs, in the
-    /// order of the forward pass.
-    pub fn tensors(&self) -> Tensors {
-        let mut tensors = Vec::new();
-        let mut add = |name: String, shape: &[usize]| tensors.push((name, shape.to_vec()));
-        clip(
-            &self.vision_config,
-            self.tower_layers(),
-            "vision_tower.",
-            &mut add,
-        );
-        projector(
-            self.text_config.hidden_size,
-            self.feature_size(),
-            self.multimodal_projector_bias,
-            &mut add,
-        );
-        decoder_with_head(&self.text_config, &mut add);
-        tensors
-    }
 }
 
 /// Adds the names and shapes of the projector's two layers.
-fn projector(hidden: usize, features: usize, bias: bool, add: &mut impl FnMut(String, &[usize])) {
+pub(crate) fn projector(
+    hidden: usize,
+    features: usize,
+    bias: bool,
+    add: &mut impl FnMut(String, &[usize]),
+) {
     for (layer, input) in [("linear_1", features), ("linear_2", hidden)] {
         add(
             format!("multi_modal_projector.{layer}.weight"),
@@ -160,7 +125,7 @@ fn projector(hidden: usize, features: usize, bias: bool, add: &mut impl FnMut(St
 }
 
 /// Adds the names and shapes of a decoder and of its head, unless that is tied to the embedding.
-fn decoder_with_head(config: &DecoderConfig, add: &mut impl FnMut(String, &[usize])) {
+pub(crate) fn decoder_with_head(config: &DecoderConfig, add: &mut impl FnMut(String, &[usize])) {
     decoder(config, "language_model.model", add);
     if !config.tie_word_embeddings {
         add(
@@ -171,8 +136,30 @@ fn decoder_with_head(config: &DecoderConfig, add: &mut impl FnMut(String, &[usiz
 }
 
 /// Adds the names below `tower` and the shapes of the embeddings and the first `used` layers of
+/// SigLIP. The post-layernorm is not used, so it is not required.
+pub(crate) fn siglip(
+    config: &VisionConfig,
+    used: usize,
+    tower: &str,
+    add: &mut impl FnMut(String, &[usize]),
+) {
+    let (hidden, patch) = (config.hidden_size, config.patch_size);
+    let embeddings = format!("{tower}embeddings");
+    add(
+        format!("{embeddings}.patch_embedding.weight"),
+        &[hidden, config.num_channels, patch, patch],
+    );
+    add(format!("{embeddings}.patch_embedding.bias"), &[hidden]);
+    add(
+        format!("{embeddings}.position_embedding.weight"),
+        &[config.patches(), hidden],
+    );
+    encoder(config, used, tower, add);
+}
+
+/// Adds the names below `tower` and the shapes of the embeddings and the first `used` layers of
 /// CLIP.
-pub(super) fn clip(
+pub(crate) fn clip(
     config: &VisionConfig,
     used: usize,
     tower: &str,

@@ -55,7 +55,7 @@ impl DecoderConfig {
     };
 
     /// Reads a decoder's config; omitted keys have the values in `defaults`.
-    pub(super) fn read(file: &JsonConfig, defaults: Self) -> Result<Self, CheckpointError> {
+    pub(crate) fn read(file: &JsonConfig, defaults: Self) -> Result<Self, CheckpointError> {
         file.only("hidden_act", "silu")?;
         file.only_flag("use_sliding_window", false)?;
         file.only_flag("attention_bias", false)?;

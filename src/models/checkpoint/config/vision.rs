@@ -95,7 +95,7 @@ impl VisionConfig {
     }
 
     /// Reads a tower's config; omitted keys have the values in `defaults`.
-    pub(super) fn read(file: &JsonConfig, defaults: Self) -> Result<Self, CheckpointError> {
+    pub(crate) fn read(file: &JsonConfig, defaults: Self) -> Result<Self, CheckpointError> {
         file.only("hidden_act", defaults.hidden_act.name())?;
         let size = |key, default| Ok(file.size(key)?.unwrap_or(default));
         let config = Self {
@@ -130,7 +130,7 @@ impl VisionConfig {
 
     /// Converts indices into `hidden_states` (entry 0 is the embedding, entry n the output of layer
     /// n; negative ones count from the end) to numbers of layers to run.
-    pub(super) fn layers(
+    pub(crate) fn layers(
         &self,
         file: &JsonConfig,
         key: &str,
