@@ -448,6 +448,7 @@ pub(super) fn torch_error(
     let problem = text
         .trim_start_matches("Internal torch error: ")
         .lines()
+        "bad_alloc",
         .take_while(|line| !line.starts_with("Exception raised from"))
         .collect::<Vec<_>>()
         .join(" ");

@@ -2,7 +2,8 @@
 //!
 //! A failing libtorch call inside a network is a bug and panics, which keeps the math readable. Two
 //! failures are not bugs: running out of memory and a failing device. Any call can cause them, so
-//! they are caught at the entry to a network; every other panic is resumed.
+//! they are caught at the entry to a network, and recognized by libtorch's own words, which a panic
+//! quotes whatever its wording. Every other panic is resumed.
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind, set_hook, take_hook};
@@ -18,8 +19,12 @@ thread_local! {
     static GUARDED: Cell<bool> = const { Cell::new(false) };
 }
 
-/// The prefix of the panic message of an `unwrap` on a failed libtorch call.
-const TORCH_PANIC: &str = "called `Result::unwrap()` on an `Err` value: Torch(";
+/// The starts of the stack traces in libtorch's errors, after the message: the place where a
+/// `c10::Error` was raised, or the first frame.
+const TRACES: [&str; 2] = ["Exception raised from ", "frame #0: "];
+
+/// The message of C++'s allocator.
+const BAD_ALLOC: &str = "std::bad_alloc";
 
 /// Runs `compute`, which calls networks. `what` completes "out of memory while …"; `batch` and
 /// `length` are the rows and tokens that are computed at once.
@@ -55,9 +60,13 @@ pub fn guarded<T>(
 /// Returns libtorch's error message if the panic came from a failed libtorch call.
 fn torch_words(payload: &(dyn std::any::Any + Send)) -> Option<&str> {
     let text = payload.downcast_ref::<String>()?;
-    let quoted = text.strip_prefix(TORCH_PANIC)?;
-    // The message is quoted by `Debug`; the first line is enough, the rest is the C++ stack trace.
-    let words = quoted.trim_start_matches('"');
+    if text.contains(BAD_ALLOC) {
+        return Some(BAD_ALLOC);
+    }
+    let start = TRACES.iter().filter_map(|trace| text.find(trace)).min()?;
+    let words = &text[..start];
+    // The panic quotes the error by `Debug`. The first line is enough.
+    let words = words.split_once('"').map_or(words, |(_, quoted)| quoted);
     Some(words.split("\\n").next().unwrap_or(words))
 }
 
@@ -119,6 +128,15 @@ pub mod tests {
         });
         let text = error.unwrap_err().to_string();
         assert_eq!(text, "out of memory while testing (2 rows, 3 tokens)");
+    }
+
+    #[test]
+    fn errors_of_libtorch_are_recognized_in_any_panic() {
+        let words = |text: &str| torch_words(&text.to_owned()).map(str::to_owned);
+        let raised = "no memory\nException raised from alloc at a.cpp:1";
+        assert_eq!(words(&format!("failed: {raised:?}")).unwrap(), "no memory");
+        assert_eq!(words("it threw std::bad_alloc").unwrap(), BAD_ALLOC);
+        assert_eq!(words("index out of bounds"), None);
     }
 
     #[test]
