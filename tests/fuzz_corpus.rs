@@ -17,6 +17,7 @@ mod tested {
     use std::time::Duration;
 
     pub use ovchat_models as models;
+    pub use ovchat_pipeline::stages::endings;
     use ovchat_pipeline::stages::{StageKind, StageSpec};
 
     use crate::people::{Page, scene};

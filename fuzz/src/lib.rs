@@ -78,6 +78,7 @@ mod tested {
     use crate::config::node::{Flaw, Node};
     use crate::config::source::{Side, SourceText};
     use crate::stages::formats;
+    pub use crate::stages::formats::endings;
     use crate::stages::records::{named_paths, read_fields};
     use crate::stages::unread::{Unread, own_name};
     use ovchat_data::store::{LabelFiles, LabelTask};

@@ -36,11 +36,12 @@ pub fn yaml(bytes: &[u8]) {
     }
 }
 
-/// A file of prompts: a JSON list, or JSON lines.
+/// A file of prompts, read in every format.
 pub fn record(bytes: &[u8]) {
-    in_file("prompts.json", bytes, |folder| {
-        tested::records(&folder.join("prompts.json"));
-    });
+    for ending in tested::endings() {
+        let name = format!("prompts.{ending}");
+        in_file(&name, bytes, |folder| tested::records(&folder.join(&name)));
+    }
 }
 
 /// A Parquet file of prompts.

@@ -35,7 +35,8 @@ pub use hub::{Hub, Repository, is_offline};
 pub use judge_prompt::{JudgeInput, JudgePrompt, JudgePromptSettings, Mode, Verdict};
 pub use spec::{
     Compute, CriticSpec, DeviceSpec, Dtype, Exam, Gigabytes, Golden, LlavaRlhfSpec, ModelSpec,
-    Scripted, SelfJudge, Share, SqlReward, TEMPLATE, VisionLanguageSpec,
+    PromptedJudge, Replies, Role, Scripted, SelfJudge, Share, SqlReward, TEMPLATE,
+    VisionLanguageSpec,
 };
 pub use training::{
     Checkpointing, DpoReport, DpoSettings, Example, LoraSettings, Loss, Mask, Newlines, Objective,

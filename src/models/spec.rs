@@ -10,6 +10,8 @@ use super::architectures::{self, llava, llava_onevision};
 use super::http::Http;
 use super::hub::located;
 use super::judge_prompt::JudgePromptSettings;
+use super::scripted::ScriptedJudge;
+use super::traits::Judge;
 
 /// A model: its kind, with the settings of that kind.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -404,9 +406,28 @@ pub enum Dtype {
     Bfloat16,
 }
 
+/// A judge that is asked in text: how it is asked, and what produces its replies.
+#[derive(Debug, Clone, Copy)]
+pub struct PromptedJudge<'a> {
+    pub ask: &'a JudgePromptSettings,
+    pub exam: Option<&'a Exam>,
+    pub replies: Replies<'a>,
+}
+
+/// The source of a judge's replies.
+#[derive(Debug, Clone, Copy)]
+pub enum Replies<'a> {
+    /// A checkpoint.
+    Weights(&'a CriticSpec),
+    /// A model of the pipeline, by its name.
+    Model(&'a str),
+    /// An endpoint.
+    Endpoint(&'a Http),
+}
+
 /// A role that a model can play.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Role {
+pub enum Role {
     /// Answers prompts.
     Answers,
     /// Scores answers.
@@ -419,19 +440,92 @@ enum Role {
     LearnsRewards,
 }
 
+/// The vision-language models by their architectures.
+const VISION_LANGUAGE: [(&str, fn(VisionLanguageSpec) -> ModelSpec); 2] = [
+    (llava_onevision::NAME, ModelSpec::LlavaOnevision),
+    (llava::NAME, ModelSpec::Llava),
+];
+
+/// A kind of models.
+struct ModelKind {
+    /// The key in a pipeline file.
+    name: &'static str,
+    roles: &'static [Role],
+}
+
+const POLICY: &[Role] = &[Role::Answers, Role::LearnsPairs, Role::LearnsAnswers];
+const JUDGE: &[Role] = &[Role::Scores];
+
+/// The kinds of models, in the order of the variants of [`ModelSpec`].
+const KINDS: [ModelKind; 8] = [
+    ModelKind {
+        name: llava_onevision::NAME,
+        roles: POLICY,
+    },
+    ModelKind {
+        name: llava::NAME,
+        roles: POLICY,
+    },
+    ModelKind {
+        name: "llava_rlhf",
+        roles: &[Role::Scores, Role::LearnsAnswers, Role::LearnsRewards],
+    },
+    ModelKind {
+        name: "critic",
+        roles: JUDGE,
+    },
+    ModelKind {
+        name: "self",
+        roles: JUDGE,
+    },
+    ModelKind {
+        name: "http",
+        roles: JUDGE,
+    },
+    ModelKind {
+        name: "sql",
+        roles: JUDGE,
+    },
+    ModelKind {
+        name: "scripted",
+        roles: &[
+            Role::Answers,
+            Role::Scores,
+            Role::LearnsPairs,
+            Role::LearnsAnswers,
+            Role::LearnsRewards,
+        ],
+    },
+];
+
 impl ModelSpec {
+    fn kind(&self) -> &'static ModelKind {
+        &KINDS[match self {
+            Self::LlavaOnevision(_) => 0,
+            Self::Llava(_) => 1,
+            Self::LlavaRlhf(_) => 2,
+            Self::Critic(_) => 3,
+            Self::SelfJudge(_) => 4,
+            Self::Http(_) => 5,
+            Self::Sql(_) => 6,
+            Self::Scripted(_) => 7,
+        }]
+    }
+
     /// Returns the key for this kind of model in a pipeline file.
     pub fn network(&self) -> &'static str {
-        match self {
-            Self::LlavaOnevision(_) => llava_onevision::NAME,
-            Self::Llava(_) => llava::NAME,
-            Self::LlavaRlhf(_) => "llava_rlhf",
-            Self::Critic(_) => "critic",
-            Self::SelfJudge(_) => "self",
-            Self::Http(_) => "http",
-            Self::Sql(_) => "sql",
-            Self::Scripted(_) => "scripted",
-        }
+        self.kind().name
+    }
+
+    /// True if the model can play the role.
+    pub fn can(&self, role: Role) -> bool {
+        self.kind().roles.contains(&role)
+    }
+
+    /// Returns the keys of the kinds of models that can play the role.
+    pub fn kinds_for(role: Role) -> impl Iterator<Item = &'static str> {
+        let able = KINDS.iter().filter(move |kind| kind.roles.contains(&role));
+        able.map(|kind| kind.name)
     }
 
     /// Returns the memory limit, if one is set.
@@ -439,12 +533,32 @@ impl ModelSpec {
         self.compute()?.memory_gb
     }
 
+    /// Returns the judge that is asked in text, whatever produces its replies.
+    pub fn prompted(&self) -> Option<PromptedJudge<'_>> {
+        let (ask, exam, replies) = match self {
+            Self::Critic(model) => (&model.ask, &model.exam, Replies::Weights(model)),
+            Self::SelfJudge(model) => (&model.ask, &model.exam, Replies::Model(&model.model)),
+            Self::Http(model) => (&model.ask, &model.exam, Replies::Endpoint(model)),
+            Self::LlavaOnevision(_)
+            | Self::Llava(_)
+            | Self::LlavaRlhf(_)
+            | Self::Sql(_)
+            | Self::Scripted(_) => return None,
+        };
+        let exam = exam.as_ref();
+        Some(PromptedJudge { ask, exam, replies })
+    }
+
     /// Returns the judge prompt settings, for judges that reply in text.
     pub fn prompt_settings(&self) -> Option<&JudgePromptSettings> {
+        Some(self.prompted()?.ask)
+    }
+
+    fn prompt_settings_mut(&mut self) -> Option<&mut JudgePromptSettings> {
         match self {
-            Self::Critic(model) => Some(&model.ask),
-            Self::SelfJudge(model) => Some(&model.ask),
-            Self::Http(model) => Some(&model.ask),
+            Self::Critic(model) => Some(&mut model.ask),
+            Self::SelfJudge(model) => Some(&mut model.ask),
+            Self::Http(model) => Some(&mut model.ask),
             Self::LlavaOnevision(_)
             | Self::Llava(_)
             | Self::LlavaRlhf(_)
@@ -455,9 +569,23 @@ impl ModelSpec {
 
     /// Returns the name of the backing model in the pipeline.
     pub fn backing_model(&self) -> Option<&str> {
+        match self.prompted()?.replies {
+            Replies::Model(name) => Some(name),
+            Replies::Weights(_) | Replies::Endpoint(_) => None,
+        }
+    }
+
+    /// Opens a judge that scores by rule, without a network and without queries.
+    pub fn judge_by_rule(&self) -> Option<Box<dyn Judge>> {
         match self {
-            Self::SelfJudge(model) => Some(&model.model),
-            _ => None,
+            Self::Scripted(_) => Some(Box::new(ScriptedJudge)),
+            Self::LlavaOnevision(_)
+            | Self::Llava(_)
+            | Self::LlavaRlhf(_)
+            | Self::Critic(_)
+            | Self::SelfJudge(_)
+            | Self::Http(_)
+            | Self::Sql(_) => None,
         }
     }
 
@@ -466,10 +594,13 @@ impl ModelSpec {
     #[must_use]
     pub fn opened(self) -> Self {
         match self {
-            Self::Critic(model) => match architectures::name_of(&model.weights) {
-                Ok(llava::NAME) => Self::Llava(model.network()),
-                _ => Self::LlavaOnevision(model.network()),
-            },
+            Self::Critic(model) => {
+                let name = architectures::name_of(&model.weights).ok();
+                let own = VISION_LANGUAGE.iter().find(|(own, _)| Some(*own) == name);
+                // An unreadable checkpoint fails when it is opened.
+                let (_, variant) = own.unwrap_or(&VISION_LANGUAGE[0]);
+                variant(model.network())
+            }
             other => other,
         }
     }
@@ -495,56 +626,18 @@ impl ModelSpec {
     pub fn vision_language(&self) -> Option<&VisionLanguageSpec> {
         match self {
             Self::LlavaOnevision(model) | Self::Llava(model) => Some(model),
-            _ => None,
+            Self::LlavaRlhf(_)
+            | Self::Critic(_)
+            | Self::SelfJudge(_)
+            | Self::Http(_)
+            | Self::Sql(_)
+            | Self::Scripted(_) => None,
         }
-    }
-
-    /// Returns the roles that the model can play.
-    fn roles(&self) -> &'static [Role] {
-        match self {
-            Self::LlavaOnevision(_) | Self::Llava(_) => {
-                &[Role::Answers, Role::LearnsPairs, Role::LearnsAnswers]
-            }
-            Self::LlavaRlhf(_) => &[Role::Scores, Role::LearnsAnswers, Role::LearnsRewards],
-            Self::Critic(_) | Self::SelfJudge(_) | Self::Http(_) | Self::Sql(_) => &[Role::Scores],
-            Self::Scripted(_) => &[
-                Role::Answers,
-                Role::Scores,
-                Role::LearnsPairs,
-                Role::LearnsAnswers,
-                Role::LearnsRewards,
-            ],
-        }
-    }
-
-    /// True if the model can answer prompts.
-    pub fn answers(&self) -> bool {
-        self.roles().contains(&Role::Answers)
-    }
-
-    /// True if the model can score answers.
-    pub fn scores(&self) -> bool {
-        self.roles().contains(&Role::Scores)
     }
 
     /// True if the model lacks a part that must be trained before it can score.
     pub fn is_unfinished(&self) -> bool {
         matches!(self, Self::LlavaRlhf(model) if model.adapter.is_none())
-    }
-
-    /// True if the model can be trained with DPO.
-    pub fn learns_pairs(&self) -> bool {
-        self.roles().contains(&Role::LearnsPairs)
-    }
-
-    /// True if the model can be trained with SFT.
-    pub fn learns_answers(&self) -> bool {
-        self.roles().contains(&Role::LearnsAnswers)
-    }
-
-    /// True if the model can be trained as a reward model.
-    pub fn learns_rewards(&self) -> bool {
-        self.roles().contains(&Role::LearnsRewards)
     }
 
     /// True if loading the model requires libtorch.
@@ -569,6 +662,15 @@ impl ModelSpec {
 
     /// Returns the files and folders of the model, each with its YAML field.
     pub fn paths(&self) -> Vec<(&'static str, &Path)> {
+        let mut paths = self.own_paths();
+        let template = self
+            .prompt_settings()
+            .and_then(|ask| ask.template.as_deref());
+        paths.extend(template.map(|path| (TEMPLATE, path)));
+        paths
+    }
+
+    fn own_paths(&self) -> Vec<(&'static str, &Path)> {
         match self {
             Self::LlavaOnevision(model) | Self::Llava(model) => {
                 let mut paths: Vec<(_, &Path)> = vec![("weights", &model.weights)];
@@ -585,12 +687,9 @@ impl ModelSpec {
             Self::Critic(model) => {
                 let mut paths: Vec<(_, &Path)> = vec![("weights", &model.weights)];
                 paths.extend(model.adapter.as_deref().map(|path| ("adapter", path)));
-                paths.extend(template_of(&model.ask));
                 paths
             }
-            Self::SelfJudge(model) => template_of(&model.ask).into_iter().collect(),
-            Self::Http(model) => template_of(&model.ask).into_iter().collect(),
-            Self::Sql(_) | Self::Scripted(_) => Vec::new(),
+            Self::SelfJudge(_) | Self::Http(_) | Self::Sql(_) | Self::Scripted(_) => Vec::new(),
         }
     }
 
@@ -611,9 +710,7 @@ impl ModelSpec {
         match self {
             Self::LlavaOnevision(_) | Self::Llava(_) => None,
             Self::LlavaRlhf(model) => model.exam.as_ref(),
-            Self::Critic(model) => model.exam.as_ref(),
-            Self::SelfJudge(model) => model.exam.as_ref(),
-            Self::Http(model) => model.exam.as_ref(),
+            Self::Critic(_) | Self::SelfJudge(_) | Self::Http(_) => self.prompted()?.exam,
             Self::Sql(model) => model.exam.as_ref(),
             Self::Scripted(model) => model.exam.as_ref(),
         }
@@ -646,18 +743,14 @@ impl ModelSpec {
                     .adapter
                     .iter_mut()
                     .for_each(|path| join("adapter", path));
-                let template = model.ask.template.iter_mut();
-                template.for_each(|path| join(TEMPLATE, path));
             }
-            Self::Http(model) => {
-                let template = model.ask.template.iter_mut();
-                template.for_each(|path| join(TEMPLATE, path));
-            }
-            Self::SelfJudge(model) => {
-                let template = model.ask.template.iter_mut();
-                template.for_each(|path| join(TEMPLATE, path));
-            }
-            Self::Sql(_) | Self::Scripted(_) => {}
+            Self::SelfJudge(_) | Self::Http(_) | Self::Sql(_) | Self::Scripted(_) => {}
+        }
+        let template = self
+            .prompt_settings_mut()
+            .and_then(|ask| ask.template.as_mut());
+        if let Some(path) = template {
+            join(TEMPLATE, path);
         }
     }
 
@@ -696,6 +789,28 @@ impl ModelSpec {
 /// The YAML field of the judge prompt's template.
 pub const TEMPLATE: &str = "ask.template";
 
-fn template_of(prompt_settings: &JudgePromptSettings) -> Option<(&'static str, &Path)> {
-    Some((TEMPLATE, prompt_settings.template.as_deref()?))
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kind_of_model_has_its_own_entry() {
+        let schema = schemars::schema_for!(ModelSpec);
+        let variants = schema
+            .get("oneOf")
+            .and_then(|list| list.as_array())
+            .unwrap();
+        let names: Vec<&str> = variants
+            .iter()
+            .map(|variant| variant["required"][0].as_str().unwrap())
+            .collect();
+        assert_eq!(names, KINDS.each_ref().map(|kind| kind.name));
+        let scripted = ModelSpec::Scripted(Scripted::default());
+        assert_eq!(scripted.network(), "scripted");
+        let sql = SqlReward {
+            reward: "1".to_owned(),
+            exam: None,
+        };
+        assert_eq!(ModelSpec::Sql(sql).network(), "sql");
+    }
 }

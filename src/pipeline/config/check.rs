@@ -11,7 +11,7 @@ use super::sql;
 use super::suggest::{listed, suggest};
 use crate::stages::{AFTER, ModelName, ModelRole, NAME_MAX, REFERENCE, StageSpec, TableName};
 use ovchat_data::tables::{Judged, Row as _};
-use ovchat_models::{ModelSpec, SqlReward};
+use ovchat_models::{ModelSpec, Role, SqlReward};
 use ovchat_query as query;
 
 /// Names that are reserved in a run folder or in its SQL.
@@ -225,7 +225,7 @@ fn roles(
                 .is_some_and(|spec| plays(spec, used.role))
         });
         let able: Vec<&str> = able.map(|other| other.name.as_str()).collect();
-        let networks = listed(networks(used.role).iter().copied());
+        let networks = listed(ModelSpec::kinds_for(ability(used.role)));
         let help = if able.is_empty() {
             format!("use a network that can {deed}: {networks}")
         } else {
@@ -404,7 +404,12 @@ fn backing_models(written: &PipelineSpec, diagnostics: &mut Vec<Diagnostic>) {
         };
         let at = At::value(entry.settings.key("model"));
         let known = written.models.iter();
-        let able = known.filter(|other| other.spec.as_ref().is_some_and(ModelSpec::answers));
+        let able = known.filter(|other| {
+            other
+                .spec
+                .as_ref()
+                .is_some_and(|spec| spec.can(Role::Answers))
+        });
         let able: Vec<&str> = able.map(|other| other.name.as_str()).collect();
         if able.contains(&named) {
             continue;
@@ -498,12 +503,17 @@ fn unused(written: &PipelineSpec, diagnostics: &mut Vec<Diagnostic>) {
 }
 
 fn plays(spec: &ModelSpec, role: ModelRole) -> bool {
+    spec.can(ability(role))
+}
+
+/// The ability that a role in a stage requires.
+fn ability(role: ModelRole) -> Role {
     match role {
-        ModelRole::Answers => spec.answers(),
-        ModelRole::Scores => spec.scores(),
-        ModelRole::LearnsPairs | ModelRole::Reads => spec.learns_pairs(),
-        ModelRole::LearnsAnswers => spec.learns_answers(),
-        ModelRole::LearnsRewards => spec.learns_rewards(),
+        ModelRole::Answers => Role::Answers,
+        ModelRole::Scores => Role::Scores,
+        ModelRole::LearnsPairs | ModelRole::Reads => Role::LearnsPairs,
+        ModelRole::LearnsAnswers => Role::LearnsAnswers,
+        ModelRole::LearnsRewards => Role::LearnsRewards,
     }
 }
 
@@ -515,17 +525,5 @@ fn deed(role: ModelRole) -> &'static str {
         ModelRole::LearnsAnswers => "be trained with SFT",
         ModelRole::LearnsRewards => "be trained as a reward model",
         ModelRole::Reads => "compute log-probabilities of answers",
-    }
-}
-
-/// The networks that support a role.
-fn networks(role: ModelRole) -> &'static [&'static str] {
-    match role {
-        ModelRole::Answers | ModelRole::LearnsPairs | ModelRole::Reads => {
-            &["llava_onevision", "scripted"]
-        }
-        ModelRole::Scores => &["llava_rlhf", "critic", "self", "http", "sql", "scripted"],
-        ModelRole::LearnsRewards => &["llava_rlhf", "scripted"],
-        ModelRole::LearnsAnswers => &["llava_onevision", "llava_rlhf", "scripted"],
     }
 }

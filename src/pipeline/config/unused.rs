@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use super::diagnostic::{At, Diagnostic};
 use super::lineage::{Lineage, StageDraft};
 use super::pipeline::PipelineSpec;
-use crate::stages::StageSpec;
+use ovchat_data::tables::{Candidate, Comparison, Pair, Prompt, Reward, Row};
 use ovchat_query as query;
 
 impl Lineage {
@@ -71,22 +71,22 @@ enum Way {
 }
 
 impl Way {
+    /// Returns how far the table of a stage has come, by its kind.
     fn of(draft: &StageDraft) -> Self {
-        match &draft.spec {
-            Some(StageSpec::LoadPrompts(_)) => Self::Prompts,
-            Some(StageSpec::Sample(_)) => Self::Answers,
-            Some(StageSpec::Score(_) | StageSpec::Combine(_)) => Self::Rewards,
-            Some(
-                StageSpec::LoadFeedback(_)
-                | StageSpec::AskPeople(_)
-                | StageSpec::SelectExtremes(_)
-                | StageSpec::SelectPairs(_),
-            ) => Self::Pairs,
-            Some(StageSpec::Compare(_)) => Self::Verdict,
-            Some(StageSpec::TrainDpo(_) | StageSpec::TrainSft(_) | StageSpec::TrainReward(_)) => {
-                Self::TrainedModel
-            }
-            Some(StageSpec::Sql(_) | StageSpec::Exec(_)) | None => Self::Own,
+        let Some(spec) = &draft.spec else {
+            return Self::Own;
+        };
+        let stage = spec.as_stage();
+        if stage.uses().iter().any(|model| model.role.learns()) {
+            return Self::TrainedModel;
+        }
+        match stage.kind() {
+            Some(Prompt::KIND) => Self::Prompts,
+            Some(Candidate::KIND) => Self::Answers,
+            Some(Reward::KIND) => Self::Rewards,
+            Some(Pair::KIND) => Self::Pairs,
+            Some(Comparison::KIND) => Self::Verdict,
+            _ => Self::Own,
         }
     }
 }

@@ -9,7 +9,7 @@ use super::sql_judge::SqlJudge;
 use crate::stages::{Failure, ModelName, ModelState, Models};
 use ovchat_io::mask::Mask;
 use ovchat_models::preprocess::Processor;
-use ovchat_models::scripted::{ScriptedJudge, ScriptedPolicy, ScriptedTrainer};
+use ovchat_models::scripted::{ScriptedPolicy, ScriptedTrainer};
 use ovchat_models::{
     CaptionPermutations, ChatPrompt, Critic, DpoSettings, DpoTrainer, Emit, Generation, HttpWriter,
     Judge, JudgePromptSettings, Mode, ModelError, ModelLoader, ModelSpec, ModelTelemetry, Opened,
@@ -126,6 +126,32 @@ impl<'a> RunModels<'a> {
         Ok(Box::new(PolicyWriter::new(policy, prompt_settings)))
     }
 
+    fn open_judge(&self, model: &ModelName) -> Result<Box<dyn Judge>, Failure> {
+        let ready = &self.models[&(model.clone(), ModelState::Now)];
+        if let Some(prompt_settings) = &ready.prompt_settings {
+            let writer = self.writer(model, prompt_settings)?;
+            let critic = Critic::open(writer, prompt_settings);
+            let failed = |problem| Failure::Other(format!("model `{model}`: {problem}"));
+            return Ok(Box::new(critic.map_err(failed)?));
+        }
+        let spec = &ready.spec;
+        if let Some(judge) = spec.judge_by_rule() {
+            return Ok(judge);
+        }
+        if let ModelSpec::Sql(spec) = spec {
+            return Ok(Box::new(SqlJudge::new(spec)));
+        }
+        self.close();
+        let judge = self.loader(model)?.judge(spec);
+        let judge = judge.map_err(Failure::of(model))?;
+        Ok(match spec {
+            ModelSpec::LlavaRlhf(spec) if spec.caption_orders.get() > 1 => {
+                Box::new(CaptionPermutations::new(judge, spec.caption_orders))
+            }
+            _ => judge,
+        })
+    }
+
     /// Opens a policy, or returns the open one. Closes any other open policy first.
     fn open_policy(&self, model: &ModelName) -> Result<Box<dyn Policy>, Failure> {
         let spec = self.spec(model);
@@ -175,31 +201,7 @@ impl Models for RunModels<'_> {
     fn judge(&mut self, model: &ModelName) -> Result<&mut dyn Judge, Failure> {
         if self.judge.as_ref().is_none_or(|(open, _)| open != model) {
             self.judge = None;
-            let prompt_settings = &self.models[&(model.clone(), ModelState::Now)].prompt_settings;
-            let judge: Box<dyn Judge> =
-                match (prompt_settings, self.spec(model)) {
-                    (Some(prompt_settings), _) => {
-                        let writer = self.writer(model, prompt_settings)?;
-                        let critic = Critic::open(writer, prompt_settings);
-                        Box::new(critic.map_err(|problem| {
-                            Failure::Other(format!("model `{model}`: {problem}"))
-                        })?)
-                    }
-                    (None, ModelSpec::Sql(spec)) => Box::new(SqlJudge::new(spec)),
-                    (None, ModelSpec::Scripted(_)) => Box::new(ScriptedJudge),
-                    (None, spec) => {
-                        self.close();
-                        let judge = self.loader(model)?.judge(spec);
-                        let judge = judge.map_err(Failure::of(model))?;
-                        match spec {
-                            ModelSpec::LlavaRlhf(spec) if spec.caption_orders.get() > 1 => {
-                                Box::new(CaptionPermutations::new(judge, spec.caption_orders))
-                            }
-                            _ => judge,
-                        }
-                    }
-                };
-            self.judge = Some((model.clone(), judge));
+            self.judge = Some((model.clone(), self.open_judge(model)?));
         }
         Ok(&mut *self.judge.as_mut().expect("just opened").1)
     }

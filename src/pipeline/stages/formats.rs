@@ -16,18 +16,46 @@ use ovchat_io::files;
 
 type Records = Box<dyn Iterator<Item = Result<Record, Failure>> + Send>;
 
+/// A format of files, by the ending of their names.
+struct Format {
+    name: &'static str,
+    ending: &'static str,
+    records: fn(&Path) -> Result<Records, Failure>,
+}
+
+/// The formats beside JSON. A list and lines of JSON are told apart by the first character, and may
+/// have any other ending.
+const FORMATS: [Format; 1] = [Format {
+    name: "Parquet",
+    ending: "parquet",
+    records: |path| Ok(Box::new(columns::records(path)?)),
+}];
+
+/// Returns an ending of the files of each format.
+pub fn endings() -> impl Iterator<Item = &'static str> {
+    let others = FORMATS.iter().map(|format| format.ending);
+    std::iter::once("json").chain(others)
+}
+
+/// Returns the format of a file that is not JSON.
+fn format(path: &Path) -> Option<&'static Format> {
+    let ending = path.extension()?;
+    FORMATS.iter().find(|format| ending == format.ending)
+}
+
+/// True if only the ending of a file's name tells how to read it.
+pub fn is_not_json(path: &Path) -> bool {
+    format(path).is_some()
+}
+
 /// The byte order mark of UTF-8.
 const MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// Returns the records of a file, read lazily.
 pub fn records(path: &Path) -> Result<Records, Failure> {
-    if path
-        .extension()
-        .is_some_and(|extension| extension == "parquet")
-    {
-        return Ok(Box::new(columns::records(path)?));
+    if let Some(format) = format(path) {
+        return (format.records)(path);
     }
-    // JSON lists and JSON Lines are told apart by the first character, not by the file name.
     let mut text = open(path)?;
     let start = loop {
         let buffer = text
@@ -44,12 +72,15 @@ pub fn records(path: &Path) -> Result<Records, Failure> {
     match start {
         b'[' => Ok(Box::new(json::list(path, text))),
         b'{' => Ok(Box::new(json::lines(path, text))),
-        _ => Err(input(
-            path,
-            "",
-            "unknown format: expected a JSON list, JSON Lines, or Parquet (named *.parquet)"
-                .to_owned(),
-        )),
+        _ => {
+            let others =
+                FORMATS.map(|Format { name, ending, .. }| format!("{name} (named *.{ending})"));
+            let problem = format!(
+                "unknown format: expected a JSON list, JSON Lines, or {}",
+                others.join(" or ")
+            );
+            Err(input(path, "", problem))
+        }
     }
 }
 

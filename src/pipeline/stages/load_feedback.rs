@@ -9,8 +9,8 @@ pub type LoadFeedback = Load<Pair>;
 
 impl Loadable for Pair {
     const SCHEMA: &'static str = "LoadFeedback";
-    const DESCRIPTION: &'static str = "Loads preference pairs labeled by people. The source is a JSON list, JSON Lines or Parquet of \
-         `{id, image, prompt, chosen, rejected}`, or of LLaVA-Human-Preference records: `{id, image, conversations, \
+    const DESCRIPTION: &'static str = "Loads preference pairs labeled by people. A record of the source is \
+         `{id, image, prompt, chosen, rejected}`, or as in LLaVA-Human-Preference `{id, image, conversations, \
          output_1, output_2, preference}`. A record with an empty answer is rejected.";
 
     fn from_record(

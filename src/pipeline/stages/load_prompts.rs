@@ -8,9 +8,9 @@ pub type LoadPrompts = Load<Prompt>;
 
 impl Loadable for Prompt {
     const SCHEMA: &'static str = "LoadPrompts";
-    const DESCRIPTION: &'static str = "Loads prompts: images with questions. The source is a JSON list or JSON Lines of \
-         `{id, image, prompt}` or of LLaVA conversations (`from` and `value`, or `role` and `content`), or Parquet \
-         with a column of images: bytes, or structs of bytes and path as Hugging Face `datasets` writes them. A \
+    const DESCRIPTION: &'static str = "Loads prompts: images with questions. A record of the source is \
+         `{id, image, prompt}` or a LLaVA conversation (`from` and `value`, or `role` and `content`); in Parquet, a \
+         column of images holds bytes, or structs of bytes and path as Hugging Face `datasets` writes them. A \
          record with unsupported media, such as a video or a second image under another key, is rejected.";
 
     fn from_record(prompt: Prompt, _: Option<String>, _: Option<String>) -> Result<Self, String> {

@@ -47,6 +47,7 @@ pub use ask_people::AskPeople;
 pub use combine::{Combine, Normalize};
 pub use compare::Compare;
 pub use exec::{Column, Columns, Exec, Inherited};
+pub use formats::endings;
 pub use load_feedback::LoadFeedback;
 pub use load_prompts::LoadPrompts;
 pub use sample::Sample;

@@ -36,7 +36,7 @@ pub const IMAGE_MAX: u64 = 1 << 30;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SourceSettings {
-    /// The source file: `.json`, `.jsonl` or `.parquet`.
+    /// The source file: a JSON list, JSON Lines, or Parquet (`.parquet`).
     pub from: PathBuf,
     /// The folder that relative image paths start from. Default: the folder of `from`.
     #[serde(default)]

@@ -17,8 +17,8 @@ const LIST_MAX: u64 = 16 << 20;
 /// The number of bytes that are checked at the start and the end of a file.
 const END: i64 = 4096;
 
-/// The maximum size of a Parquet file that is checked, in bytes.
-const PARQUET_MAX: u64 = 16 << 20;
+/// The maximum size of a file that is checked if it is not JSON, in bytes.
+const OTHERS_MAX: u64 = 16 << 20;
 
 /// A problem of a source.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,9 +41,9 @@ pub fn source_problem(
             is_certain: true,
         })
     };
-    // Its rows may hold images, and a thousand rows are read at once.
-    let is_large = path.metadata().is_ok_and(|found| found.len() > PARQUET_MAX);
-    if is_large && path.extension().is_some_and(|end| end == "parquet") {
+    // The rows of a Parquet file may hold images, and a thousand rows are read at once.
+    let is_large = path.metadata().is_ok_and(|found| found.len() > OTHERS_MAX);
+    if is_large && formats::is_not_json(path) {
         return None;
     }
     let records = match formats::records(path) {
@@ -103,6 +103,9 @@ fn cut_off() -> SourceProblem {
 
 /// True if a file begins like a JSON list but does not end like one.
 fn is_cut_off(path: &Path) -> bool {
+    if formats::is_not_json(path) {
+        return false;
+    }
     let ends = || -> std::io::Result<bool> {
         let mut file = files::open(path)?;
         let mut start = Vec::new();
@@ -188,10 +191,12 @@ mod tests {
             false,
             "none of the first 20 records can be used; line 1: missing field `prompt`",
         );
-        check(
-            "prompt,image\n",
-            true,
-            "unknown format: expected a JSON list, JSON Lines, or Parquet (named *.parquet)",
-        );
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("prompts.txt");
+        std::fs::write(&path, "prompt,image\n").unwrap();
+        let found = source_problem(&path, None, |_| Ok(())).unwrap();
+        assert!(found.is_certain);
+        let begin = "unknown format: expected a JSON list, JSON Lines, or ";
+        assert!(found.words.starts_with(begin), "{}", found.words);
     }
 }

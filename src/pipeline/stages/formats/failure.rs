@@ -4,6 +4,9 @@ use std::path::Path;
 
 use super::super::work::Failure;
 
+/// The maximum size of a record, in bytes, which bounds the memory for a record that never ends.
+pub const RECORD_MAX: u64 = 64 << 20;
+
 /// The failure at `place` of a file.
 pub fn input(path: &Path, place: &str, problem: String) -> Failure {
     Failure::Input {

@@ -13,13 +13,10 @@ use serde_json::{Map, Number, Value};
 
 use super::super::unread::shown;
 use super::super::work::{Failure, Record};
-use super::failure::{empty, input};
+use super::failure::{RECORD_MAX, empty, input};
 
 /// The number of records that the parser thread may be ahead of its consumer.
 const AHEAD: usize = 256;
-
-/// The maximum size of a record, in bytes, which bounds the memory for a record that never ends.
-const RECORD_MAX: u64 = 64 << 20;
 
 /// Reads one JSON object per line; empty lines are skipped.
 pub fn lines<T: BufRead + Send + 'static>(
