@@ -199,6 +199,32 @@ pub fn flat(said: &str) -> String {
         .join(" ")
 }
 
+#[test]
+fn an_endpoint_gets_texts_and_images_in_the_order_of_the_prompt() {
+    let endpoint = Endpoint::new(Box::new(|question, _| (200, "", by_length(question))));
+    let scene = scene(&endpoint.judge("concurrency_max: 1"), 1);
+    let dot = |level: u8| [b"P6\n1 1\n255\n".as_slice(), &[level; 3]].concat();
+    for (name, level) in [("a", 1), ("b", 2)] {
+        let image = image::load_from_memory(&dot(level)).unwrap();
+        image.save(scene.path(&format!("{name}.png"))).unwrap();
+    }
+    let record = json!([{"image": ["a.png", "b.png"], "prompt": "Is <image> or <image> darker?"}]);
+    scene.write("prompts.json", record.to_string());
+    scene.succeeds(&["run", "p.yaml", "--until", "rewards"]);
+    let requests = endpoint.heard.requests.lock().unwrap();
+    let content = requests[0].1["messages"][0]["content"].as_array().unwrap();
+    let shown = |part: &Value| match &part["text"] {
+        Value::String(text) => text.clone(),
+        _ => part["image_url"]["url"].as_str().unwrap()[..14].to_owned(),
+    };
+    let shown: Vec<String> = content.iter().map(shown).collect();
+    assert_eq!(shown.len(), 5, "{shown:?}");
+    assert!(shown[0].ends_with("Question: Is "), "{shown:?}");
+    assert_eq!(shown[1..4], ["data:image/png", " or ", "data:image/png"]);
+    assert!(shown[4].starts_with(" darker?\n"), "{shown:?}");
+    assert_ne!(content[1], content[3], "each image in its place");
+}
+
 /// The rule of an endpoint: status, headers and reply to a question.
 type Rule = Box<dyn Fn(&str, usize) -> (u16, &'static str, String) + Send + Sync>;
 

@@ -30,6 +30,9 @@ mod hostile_text;
 mod hub;
 /// Flipped bits and truncated files.
 mod integrity;
+/// Images where they stand in the text.
+#[cfg(feature = "torch")]
+mod interleaved;
 /// Killed, stopped and concurrent runs.
 mod interrupt;
 /// Judges that reply in text.

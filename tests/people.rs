@@ -128,7 +128,7 @@ fn a_run_waits_for_people_and_goes_on_with_what_they_said() {
     );
     let other = page.next("bob");
     assert_ne!(
-        other["question"]["text"], first["question"]["text"],
+        other["question"]["parts"], first["question"]["parts"],
         "two people have two questions"
     );
     assert_eq!(first["can_undo"], false);

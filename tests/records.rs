@@ -177,7 +177,7 @@ fn as_many_placeholders_as_images_or_none() {
         questions,
         [
             "Which is older?",
-            "Which is older?",
+            "<image> <image> Which is older?",
             "What does the tag <image> do?"
         ]
     );

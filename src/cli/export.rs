@@ -1,5 +1,7 @@
 //! `pipeline export`: write pairs or checkpoints for other programs.
 
+mod trl;
+
 use std::collections::{BTreeMap, HashSet};
 use std::ffi::OsString;
 use std::fs;
@@ -27,6 +29,7 @@ use ovchat_models::{Layout, ModelLoader};
 #[derive(Args)]
 #[command(
     after_help = "Examples:\n  pipeline export runs/small-world pairs --to export/pairs.json\n  \
+    pipeline export runs/small-world pairs --format trl --to export/pairs.parquet\n  \
     pipeline export runs/small-world checkpoint --round 2 --to /models/mine\n  \
     pipeline export runs/adapted checkpoint --merge --to /models/merged\n  \
     pipeline export runs/small-world checkpoint --layout llava-next --to /models/mine"
@@ -40,13 +43,14 @@ pub struct Export {
 
 #[derive(Subcommand)]
 enum What {
-    /// Export pairs as the JSON list that LLaVA-NeXT's train_dpo.py reads. Images go to the folder
-    /// `images` next to it. Pairs that the script would misread are refused: those with earlier
-    /// turns, a system prompt, no image or several images.
+    /// Export pairs for another trainer.
     Pairs {
-        /// The JSON file to write.
+        /// The file to write.
         #[arg(long)]
         to: PathBuf,
+        /// The format of the file.
+        #[arg(long, default_value = "llava-next")]
+        format: PairFormat,
         /// The round [default: the last one].
         #[arg(long)]
         round: Option<u32>,
@@ -78,6 +82,17 @@ enum What {
     },
 }
 
+/// A trainer whose format of pairs to use.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum PairFormat {
+    /// The JSON list that LLaVA-NeXT's train_dpo.py reads. Images go to the folder `images` next to
+    /// it. Pairs that the script would misread are refused: those with earlier turns, a system
+    /// prompt, no image or several images.
+    LlavaNext,
+    /// A Parquet file for TRL's DPOTrainer: conversations with image parts in place, and the images.
+    Trl,
+}
+
 /// A program whose checkpoint layout to use.
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
 enum LayoutName {
@@ -100,7 +115,18 @@ impl Export {
     pub fn run(&self, loader: Option<&dyn ModelLoader>) -> Result<(), Failed> {
         let run = read_run(&run_folder(&self.run))?;
         match &self.what {
-            What::Pairs { to, round, table } => pairs(&run, to, *round, table.as_deref()),
+            What::Pairs {
+                to,
+                format,
+                round,
+                table,
+            } => {
+                let made = pairs(&run, *round, table.as_deref())?;
+                match format {
+                    PairFormat::LlavaNext => write_llava_next(&run, made, to),
+                    PairFormat::Trl => write_trl(&run, made, to),
+                }
+            }
             What::Checkpoint {
                 to,
                 round,
@@ -164,12 +190,12 @@ fn find<'a>(
     })
 }
 
-fn pairs(
-    run: &RunFolder,
-    to: &Path,
+/// Returns the complete table of pairs of a round (default: the last one), whose files are intact.
+fn pairs<'a>(
+    run: &'a RunFolder,
     round: Option<u32>,
     table: Option<&str>,
-) -> Result<(), Failed> {
+) -> Result<&'a TableVersion, Failed> {
     let made = find(run, "pairs", round, |made| {
         made.kind.as_deref() == Some(Pair::KIND) && table.is_none_or(|table| made.table == table)
     })?;
@@ -183,6 +209,43 @@ fn pairs(
         )));
     }
     refuse_flaws(run, [made], true)?;
+    Ok(made)
+}
+
+/// Writes pairs as a Parquet file for TRL.
+fn write_trl(run: &RunFolder, made: &TableVersion, to: &Path) -> Result<(), Failed> {
+    let folder = to
+        .parent()
+        .filter(|folder| !folder.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
+    create_folder(folder)?;
+    let failed = |error: std::io::Error| StoreError::io("write", to)(error);
+    let mut images = Images::open(run.root(), &run.manifest().images)?;
+    let mut count = 0;
+    // Renamed when it is complete.
+    let file = tempfile::NamedTempFile::new_in(folder).map_err(failed)?;
+    let mut writer = trl::Writer::begin(file.reopen().map_err(failed)?)?;
+    for batch in TableReader::new(run.files(&made.table, made.round)) {
+        for pair in read_pairs(&batch?)? {
+            if let Some(problem) = trl::misfit(&pair) {
+                let (table, key) = (&made.table, &pair.row_key);
+                return Err(Failed::Words(format!(
+                    "cannot export `{table}`, nothing was written: pair {key} {problem}"
+                )));
+            }
+            writer.write(pair, &mut images)?;
+            count += 1;
+        }
+    }
+    let written = writer.finish(&mut images)?;
+    written.sync_all().map_err(failed)?;
+    file.persist(to).map_err(|error| failed(error.error))?;
+    say!("wrote {count} pairs with their images to {}", to.display());
+    Ok(())
+}
+
+/// Writes pairs as the JSON list and the folder of images that LLaVA-NeXT's `train_dpo.py` reads.
+fn write_llava_next(run: &RunFolder, made: &TableVersion, to: &Path) -> Result<(), Failed> {
     let files = run.files(&made.table, made.round);
     refuse_misread(&made.table, &files)?;
     let folder = to
@@ -254,8 +317,8 @@ fn refuse_misread(table: &str, files: &[PathBuf]) -> Result<(), Failed> {
         return Ok(());
     };
     Err(Failed::Words(format!(
-        "cannot export {misread} of {pairs} pairs of `{table}`, nothing was written: {first}. The \
-         Parquet files of `{table}` contain every pair in full, for use with your own loader"
+        "cannot export {misread} of {pairs} pairs of `{table}`, nothing was written: {first}. \
+         `--format trl` writes every pair in full"
     )))
 }
 

@@ -125,14 +125,7 @@ impl Counter {
                     Mode::Pointwise => JudgeInput::One(""),
                     Mode::Pairwise => JudgeInput::Two("", ""),
                 };
-                let text = judge_prompt.text(&row.prompt, shown);
-                let asked = models::ChatPrompt {
-                    question: text.map_err(RowFault)?,
-                    turns: Vec::new(),
-                    system: None,
-                    ..row.prompt.clone()
-                };
-                Count::of(prep.count(&asked)?)
+                Count::of(prep.count(&judge_prompt.ask(&row.prompt, shown)?)?)
             }
             Self::Examples(prep, learned) => {
                 let (text, places) = prep.spoken(&example(*learned))?;
@@ -183,6 +176,7 @@ impl Counter {
         };
         let counted = |(row, answers): (Prompt, Vec<String>)| {
             let prompt = models::ChatPrompt {
+                places: Vec::new(),
                 images: images.images(&row.image_ids)?,
                 id: row.prompt_id.clone(),
                 system: row.system,
@@ -194,7 +188,7 @@ impl Counter {
             };
             Ok(Counted {
                 id: row.id.unwrap_or(row.prompt_id),
-                prompt,
+                prompt: prompt.with_places(),
                 answers,
             })
         };

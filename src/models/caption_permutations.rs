@@ -132,6 +132,7 @@ mod tests {
     #[test]
     fn rewards_are_the_mean_over_orders_of_captions() {
         let prompt = |captions: Option<&[&str]>| ChatPrompt {
+            places: Vec::new(),
             id: "p".to_owned(),
             images: Vec::new(),
             system: None,

@@ -221,24 +221,16 @@ impl Critic {
             Mode::Pointwise => JudgeInput::One(first),
             Mode::Pairwise => JudgeInput::Two(first, second),
         };
-        let text = self.judge_prompt.text(group.prompt, shown);
-        let text = text.map_err(RowFault)?;
+        let asked = self.judge_prompt.ask(group.prompt, shown)?;
         // The seed depends only on the text and the attempt.
-        let digest = Sha256::digest(format!("{attempt} {text}"));
+        let digest = Sha256::digest(format!("{attempt} {}", asked.question));
         let seed = digest[..8].try_into().map(u64::from_le_bytes);
+        let (id, [first, second]) = (&group.prompt.id, places);
         Ok(Request {
             prompt: ChatPrompt {
-                id: format!(
-                    "{}, answers {} and {}",
-                    group.prompt.id, places[0], places[1]
-                ),
-                images: group.prompt.images.clone(),
-                system: None,
-                turns: Vec::new(),
-                question: text,
-                captions: None,
-                answer: None,
+                id: format!("{id}, answers {first} and {second}"),
                 seed: seed.expect("eight bytes of a longer digest"),
+                ..asked
             },
             attempt,
         })
@@ -488,6 +480,7 @@ mod tests {
         };
         let mut critic = Critic::open(Box::new(writer), &prompt_settings).unwrap();
         let prompt = ChatPrompt {
+            places: Vec::new(),
             id: "p".to_owned(),
             images: Vec::new(),
             system: None,

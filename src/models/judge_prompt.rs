@@ -15,7 +15,7 @@ use regex::Regex;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{ChatPrompt, ChatRole, ChatTurn};
+use super::{ChatPrompt, ChatRole, ChatTurn, EncodedImage, ImagePlace, RowFault};
 use ovchat_io::files;
 
 /// Maximum magnitude of a score. Rewards are sums of scores in single precision.
@@ -35,7 +35,8 @@ pub struct JudgePromptSettings {
     /// for numbers from 1 to 10 and nothing else.
     ///
     /// The template can use `question`, `captions` and `turns` (each with `role` and `text`), and
-    /// must use `answer` (pointwise) or `first` and `second` (pairwise).
+    /// must use `answer` (pointwise) or `first` and `second` (pairwise). An image that stands in a
+    /// question or turn stands there in the judge prompt as well; the others stand before it.
     pub template: Option<PathBuf>,
     /// Regular expression that finds the verdict in a reply. Default: the reply must begin with one
     /// number (pointwise) or two numbers (pairwise).
@@ -304,10 +305,36 @@ impl JudgePrompt {
         })
     }
 
-    /// Renders the judge prompt for answers to a prompt.
-    pub fn text(&self, prompt: &ChatPrompt, shown: JudgeInput<'_>) -> Result<String, String> {
-        let text = self.fill(prompt, shown);
-        text.map_err(|error| format!("cannot render the template: {error}"))
+    /// Renders the judge prompt for answers to a prompt. Its images stand where the text shows those
+    /// of the prompt: where `question` or a turn has them. Images that the text does not show stand
+    /// before it, one line each.
+    pub fn ask(&self, prompt: &ChatPrompt, shown: JudgeInput<'_>) -> Result<ChatPrompt, RowFault> {
+        prompt.check_places()?;
+        let failed =
+            |error: minijinja::Error| RowFault(format!("cannot render the template: {error}"));
+        let mut interleaved = None;
+        if let Some(marks) = Marks::new(prompt, shown) {
+            let text = self.fill(&marks.marked(prompt), shown).map_err(failed)?;
+            interleaved = marks.found(&text, &prompt.images);
+        }
+        let (images, places, question) = match interleaved {
+            Some(interleaved) => interleaved,
+            None => {
+                let text = self.fill(prompt, shown).map_err(failed)?;
+                (prompt.images.clone(), Vec::new(), text)
+            }
+        };
+        Ok(ChatPrompt {
+            id: prompt.id.clone(),
+            images,
+            places,
+            system: None,
+            turns: Vec::new(),
+            question,
+            captions: None,
+            answer: None,
+            seed: prompt.seed,
+        })
     }
 
     fn fill(&self, prompt: &ChatPrompt, shown: JudgeInput<'_>) -> Result<String, minijinja::Error> {
@@ -382,6 +409,81 @@ impl JudgePrompt {
     }
 }
 
+/// Marks that stand for images while a template is rendered: the number of an image between two
+/// characters that no text of the prompt or the answers contains.
+struct Marks {
+    mark: char,
+    count: usize,
+}
+
+/// Unicode's characters for private use.
+const PRIVATE: std::ops::RangeInclusive<char> = '\u{e000}'..='\u{f8ff}';
+
+/// Images in the order in which a text shows them, their places in it, and the text.
+type Interleaved = (Vec<EncodedImage>, Vec<ImagePlace>, String);
+
+impl Marks {
+    /// Returns marks for the images that stand in texts; `None` if there are none, or if the texts
+    /// contain all characters for private use.
+    fn new(prompt: &ChatPrompt, shown: JudgeInput<'_>) -> Option<Self> {
+        if prompt.places.is_empty() {
+            return None;
+        }
+        let answers = match shown {
+            JudgeInput::One(answer) => [answer, answer],
+            JudgeInput::Two(first, second) => [first, second],
+        };
+        let turns = prompt.turns.iter().map(|turn| &turn.text);
+        let texts = turns.chain(prompt.captions.iter().flatten());
+        let texts = texts.chain([&prompt.question]).map(String::as_str);
+        let used: HashSet<char> = texts.chain(answers).flat_map(str::chars).collect();
+        let mark = PRIVATE.into_iter().find(|mark| !used.contains(mark))?;
+        let count = prompt.places.len();
+        Some(Self { mark, count })
+    }
+
+    /// Returns the prompt with the marks of its images in its texts.
+    fn marked(&self, prompt: &ChatPrompt) -> ChatPrompt {
+        let mut marked = prompt.clone();
+        let mark = self.mark;
+        // From the last one, because a mark moves what stands behind it.
+        for (image, place) in prompt.places.iter().enumerate().rev() {
+            let text = match marked.turns.get_mut(place.turn) {
+                Some(turn) => &mut turn.text,
+                None => &mut marked.question,
+            };
+            text.insert_str(place.at, &format!("{mark}{image}{mark}"));
+        }
+        marked
+    }
+
+    /// Returns the images and the text of a rendered template; `None` if the template changed marks.
+    fn found(&self, rendered: &str, images: &[EncodedImage]) -> Option<Interleaved> {
+        let mut pieces = rendered.split(self.mark);
+        let mut text = pieces.next().unwrap_or_default().to_owned();
+        let mut shown: Vec<(usize, usize)> = Vec::new();
+        while let Some(number) = pieces.next() {
+            let image = number.parse().ok().filter(|&image| image < self.count)?;
+            // A template may show a text twice; the image stands where it is shown first.
+            if shown.iter().all(|(other, _)| *other != image) {
+                shown.push((image, text.len()));
+            }
+            text.push_str(pieces.next()?);
+        }
+        if shown.is_empty() {
+            return Some((images.to_vec(), Vec::new(), text));
+        }
+        let is_hidden = |image: &usize| shown.iter().all(|(other, _)| other != image);
+        let hidden: Vec<usize> = (0..self.count).filter(is_hidden).collect();
+        let front = hidden.len();
+        let places = (0..front).chain(shown.iter().map(|(_, at)| front + at));
+        let places = places.map(|at| ImagePlace { turn: 0, at }).collect();
+        let order = hidden.iter().chain(shown.iter().map(|(image, _)| image));
+        let order = order.map(|&image| images[image].clone()).collect();
+        Some((order, places, "\n".repeat(front) + &text))
+    }
+}
+
 /// The rendered text, limited to [`TEXT_MAX`] bytes.
 struct Bounded(Vec<u8>);
 
@@ -412,6 +514,7 @@ fn stand_ins() -> impl Iterator<Item = (ChatPrompt, &'static str)> {
             text: text.to_owned(),
         };
         let bare = ChatPrompt {
+            places: Vec::new(),
             id: text.to_owned(),
             images: Vec::new(),
             system: None,
@@ -442,6 +545,7 @@ mod tests {
 
     fn prompt() -> ChatPrompt {
         ChatPrompt {
+            places: Vec::new(),
             id: "p".to_owned(),
             images: Vec::new(),
             system: None,
@@ -478,9 +582,8 @@ mod tests {
     fn our_own_words_show_what_is_judged_and_read_numbers_strictly() {
         let (pairs, _) = prompt_settings(Mode::Pairwise, None, None);
         let pairs = JudgePrompt::open(&pairs).unwrap();
-        let text = pairs
-            .text(&prompt(), JudgeInput::Two("A cat.", "A dog."))
-            .unwrap();
+        let asked = pairs.ask(&prompt(), JudgeInput::Two("A cat.", "A dog."));
+        let text = asked.unwrap().question;
         assert!(text.contains("Question: What is it?\nAbout the picture: A dog.\nFirst answer: A cat.\nSecond answer: A dog.\n"), "{text}");
         for (reply, scores) in [
             ("3 9", Some([3.0, 9.0])),
@@ -516,10 +619,8 @@ mod tests {
             Some(words),
         );
         let asked = JudgePrompt::open(&prompt_settings).unwrap();
-        assert_eq!(
-            asked.text(&prompt(), JudgeInput::Two("a", "b")).unwrap(),
-            "a or b?"
-        );
+        let shown = asked.ask(&prompt(), JudgeInput::Two("a", "b")).unwrap();
+        assert_eq!(shown.question, "a or b?");
         assert_eq!(
             asked.read("So the Second response is better."),
             Some([0.0, 1.0])
@@ -527,6 +628,58 @@ mod tests {
         assert_eq!(asked.read("Both are equally good."), Some([0.5, 0.5]));
         let torn = "The first response is better. No, the second response is better.";
         assert_eq!(asked.read(torn), None);
+    }
+
+    /// Returns what a judge is shown of a prompt with three images, the first of which stands in an
+    /// earlier turn: the text with the ids of images in their places.
+    fn interleaved(template: &str, answer: &str) -> String {
+        let (settings, _folder) = prompt_settings(Mode::Pointwise, Some(template), None);
+        let judge = JudgePrompt::open(&settings).unwrap();
+        let image = |id: &str| EncodedImage {
+            id: id.to_owned(),
+            bytes: Vec::new().into(),
+        };
+        let mut prompt = prompt();
+        prompt.images = ["A", "B", "C"].map(image).to_vec();
+        prompt.turns = vec![ChatTurn {
+            role: ChatRole::User,
+            text: "<image>\nHello".to_owned(),
+        }];
+        prompt.question = "Is <image> or <image> é?".to_owned();
+        let asked = judge.ask(&prompt.with_places(), JudgeInput::One(answer));
+        let asked = asked.unwrap();
+        let mut text = asked.question;
+        if asked.places.is_empty() {
+            text.insert_str(0, "in front: ");
+        }
+        for (image, place) in asked.images.iter().zip(&asked.places).rev() {
+            text.insert_str(place.at, &format!("[{}]", image.id));
+        }
+        text
+    }
+
+    #[test]
+    fn images_stand_where_the_judge_prompt_shows_their_texts() {
+        let all = "{% for turn in turns %}{{ turn.text }} {% endfor %}{{ question }} {{ answer }}";
+        assert_eq!(
+            interleaved(all, "A <image>"),
+            "[A]\nHello Is [B] or [C] é? A <image>"
+        );
+        let question = "{{ question }} {{ answer }} {{ question }}";
+        assert_eq!(
+            interleaved(question, "x"),
+            "[A]\nIs [B] or [C] é? x Is  or  é?"
+        );
+        let backwards = "{{ answer }}{{ question }}{{ turns[0].text }}";
+        assert_eq!(interleaved(backwards, ""), "Is [B] or [C] é?[A]\nHello");
+        assert_eq!(interleaved("{{ answer }}", "x"), "in front: x");
+        let cut = "{{ answer }} {{ question[:4] }}";
+        assert_eq!(interleaved(cut, "x"), "in front: x Is  ");
+        // Marks are made of a character that no text has.
+        assert_eq!(
+            interleaved(all, "\u{e000}1\u{e000}"),
+            "[A]\nHello Is [B] or [C] é? \u{e000}1\u{e000}"
+        );
     }
 
     #[test]

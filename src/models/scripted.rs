@@ -354,6 +354,7 @@ mod tests {
 
     fn prompt(seed: u64) -> ChatPrompt {
         ChatPrompt {
+            places: Vec::new(),
             id: "p".to_owned(),
             images: Vec::new(),
             system: None,

@@ -65,6 +65,7 @@ pub fn sha256_floats(floats: &[f32]) -> String {
 /// Returns a prompt with only images and a question.
 pub fn prompt(images: Vec<EncodedImage>, question: &str) -> ChatPrompt {
     ChatPrompt {
+        places: Vec::new(),
         id: "test".to_owned(),
         images,
         system: None,

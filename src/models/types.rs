@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use crate::places::ImagePlace;
+
 /// An image as the encoded bytes of its file.
 #[derive(Debug, Clone)]
 pub struct EncodedImage {
@@ -87,12 +89,15 @@ pub struct ChatTurn {
     pub text: String,
 }
 
-/// A question about images. The images are placed before the user's first text.
+/// A question about images.
 #[derive(Debug, Clone)]
 pub struct ChatPrompt {
     /// The id of the prompt, for errors.
     pub id: String,
     pub images: Vec<EncodedImage>,
+    /// The places of the images in the texts, in the order of the conversation. None: all images
+    /// stand before the user's first text, one line each.
+    pub places: Vec<ImagePlace>,
     /// The system text; `None` for the model's default.
     pub system: Option<String>,
     pub turns: Vec<ChatTurn>,

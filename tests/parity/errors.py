@@ -44,4 +44,5 @@ ERRORS = {
     "stop tokens not learned": "training",
     "a token learned from itself": "training",
     "one newline behind the picture": "training",
+    "an image moved before the text of its turn": "interleaved",
 }

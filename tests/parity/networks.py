@@ -183,12 +183,20 @@ def uniform(purpose, seed, counter):
 
 
 def sampled(architecture, path, network, processor, shown):
-    """Answers drawn with our numbers (src/torch/sampling.rs) from the reference's logits, with their log-probabilities."""
-    temperature, top_p, tokens, count = 0.7, 0.9, 24, 3
+    """Sampled answers to the prompts."""
+    givens = [architecture.inputs(processor, question, [shown[name] for name in names]) for names, question in PROMPTS]
+    settings, expected = draw(architecture, network, processor, givens, tokens=24, count=3)
+    write_json(path / "sampled.json", settings)
+    save(path / "sampled.safetensors", expected)
+
+
+def draw(architecture, network, processor, givens, tokens, count):
+    """Answers drawn with our numbers (src/torch/sampling.rs) from the reference's logits, with their log-probabilities; and
+    the settings of the draw."""
+    temperature, top_p = 0.7, 0.9
     stops = processor.tokenizer.convert_tokens_to_ids(architecture.STOPS)
     expected = {}
-    for index, (names, question) in enumerate(PROMPTS):
-        given = architecture.inputs(processor, question, [shown[name] for name in names])
+    for index, given in enumerate(givens):
         for answer in range(count):
             seed = int.from_bytes(uniform(b"answer", 1000 + index, answer), "little", signed=True)
             ids, logps, margins = [], [], []
@@ -215,6 +223,6 @@ def sampled(architecture, path, network, processor, shown):
             key = f"{index}.{answer}"
             expected |= {f"ids.{key}": torch.tensor(ids), f"logps.{key}": torch.tensor(logps),
                          f"margins.{key}": torch.tensor(margins)}
-    write_json(path / "sampled.json", dict(temperature=temperature, top_p=top_p, max_new_tokens=tokens, count=count,
-                                            seeds=[1000 + index for index in range(len(PROMPTS))]))
-    save(path / "sampled.safetensors", expected)
+    settings = dict(temperature=temperature, top_p=top_p, max_new_tokens=tokens, count=count,
+                    seeds=[1000 + index for index in range(len(givens))])
+    return settings, expected

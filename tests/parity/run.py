@@ -19,8 +19,8 @@ from errors import ERRORS
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 PAGE = ROOT / "benches" / "PARITY.md"
-BLOCKS = ["pixels", "packing", "prompt token ids", "networks", "sampling", "rewards", "training"]
-TESTS = {"text": "prompt token ids"}
+BLOCKS = ["pixels", "packing", "prompt token ids", "networks", "sampling", "rewards", "training", "images in place"]
+TESTS = {"text": "prompt token ids", "interleaved": "images in place"}
 
 
 def record(folder, *arguments):

@@ -9,6 +9,7 @@ use super::super::failed::Failed;
 use super::request::Saying;
 use ovchat_data::store::{LabelLine, LabelTask, LabelVerdict, LabelWriter, NUMBER_MAX, digest};
 use ovchat_data::tables::{Prompt, Role};
+use ovchat_models::IMAGE_PLACEHOLDER;
 
 /// The time after which a question that an annotator left open goes to others.
 const LEFT_OPEN: Duration = Duration::from_mins(15);
@@ -168,18 +169,31 @@ impl LabelQueue {
         let question = &self.questions[number];
         let prompt = &self.prompts[&question.prompt_id];
         let text = |candidate| &self.texts[&(question.prompt_id.clone(), candidate)].0;
-        let turns = prompt.turns.iter().map(|turn| {
-            let role = match turn.role {
-                Role::User => "user (earlier)",
-                Role::Assistant => "assistant",
+        let mut images = prompt.image_ids.iter();
+        let asked = prompt.turns.iter().filter(|turn| turn.role == Role::User);
+        let asked = asked.map(|turn| &turn.text).chain([&prompt.question]);
+        let places: usize = asked
+            .map(|text| text.matches(IMAGE_PLACEHOLDER).count())
+            .sum();
+        let in_front: Vec<&String> = if places == images.len() {
+            Vec::new()
+        } else {
+            images.by_ref().collect()
+        };
+        let mut turns = Vec::new();
+        for turn in &prompt.turns {
+            let (role, parts) = match turn.role {
+                Role::User => ("user (earlier)", parts(&turn.text, &mut images)),
+                Role::Assistant => ("assistant", vec![json!(turn.text)]),
             };
-            json!({ "role": role, "text": turn.text })
-        });
+            turns.push(json!({ "role": role, "parts": parts }));
+        }
+        let question_parts = parts(&prompt.question, &mut images);
         json!({
             "number": number,
-            "pictures": prompt.image_ids,
-            "turns": turns.collect::<Vec<_>>(),
-            "text": prompt.question,
+            "pictures": in_front,
+            "turns": turns,
+            "parts": question_parts,
             "left": text(question.left),
             "right": text(question.right),
         })
@@ -253,6 +267,24 @@ impl LabelQueue {
         let mut prompts = self.prompts.values();
         prompts.any(|prompt| prompt.image_ids.iter().any(|id| id == image))
     }
+}
+
+/// Returns the parts of a text: texts, and the images that stand in it.
+fn parts<'a>(text: &str, images: &mut impl Iterator<Item = &'a String>) -> Vec<Value> {
+    let mut parts = Vec::new();
+    for (number, piece) in text.split(IMAGE_PLACEHOLDER).enumerate() {
+        if number > 0 {
+            parts.push(match images.next() {
+                Some(id) => json!({ "image": id }),
+                // Without an image, it is a word like any other.
+                None => json!(IMAGE_PLACEHOLDER),
+            });
+        }
+        if !piece.is_empty() {
+            parts.push(json!(piece));
+        }
+    }
+    parts
 }
 
 fn now() -> u64 {

@@ -13,7 +13,7 @@ rows! {
         pub id: Option<String>,
         /// Image path as written in the source.
         pub image: Option<String>,
-        /// Question text, without image placeholders.
+        /// Question text; an `<image>` in it is the place of an image, as in the table of prompts.
         pub prompt: String,
         /// Text of the preferred answer.
         pub chosen: String,

@@ -15,7 +15,7 @@ word_column!(Role { User = "user", Assistant = "assistant" });
 pub struct Turn {
     /// Role: `user` or `assistant`.
     pub role: Role,
-    /// Text of the turn, without image placeholders.
+    /// Text of the turn; an `<image>` in a text of the user may be the place of an image.
     pub text: String,
 }
 struct_column!(Turn {
@@ -41,7 +41,8 @@ rows! {
         pub system: Option<String>,
         /// Turns before the question, oldest first.
         pub turns: Vec<Turn>,
-        /// Question text, without image placeholders.
+        /// Question text. If not all images stand before the user's first text, one line each, an
+        /// `<image>` in this text and those of the user's turns is the place of the next image.
         pub question: String,
         /// Descriptions of the image, for judges that use them.
         pub captions: Option<Vec<String>>,

@@ -270,8 +270,8 @@ fn chat(folder: &Path, config: &LlavaConfig) -> Result<Chat, CheckpointError> {
 /// {system} USER: <image>\n{question} ASSISTANT: {answer} USER: {question} ASSISTANT:
 /// ```
 ///
-/// without a system text by default, with one `<image>\n` per image before the user's first text.
-/// Earlier answers end without `</s>`.
+/// without a system text by default, and with images where they stand in a text; by default, with one
+/// `<image>\n` per image before the user's first text. Earlier answers end without `</s>`.
 #[derive(Debug)]
 struct Vicuna {
     /// The tokens before every text, `<s>`.
@@ -287,23 +287,19 @@ impl ChatTemplate for Vicuna {
             None => String::new(),
         };
         let mut answers = Vec::new();
-        let mut images = conversation.images;
-        for &(role, said) in &conversation.turns {
-            match role {
+        for message in &conversation.messages {
+            match message.role {
                 ChatRole::User => {
                     text.push_str("USER: ");
-                    for _ in 0..std::mem::take(&mut images) {
-                        pieces.push(Piece::Text(std::mem::take(&mut text).into()));
-                        pieces.push(Piece::Image);
-                        text.push('\n');
-                    }
-                    text.push_str(said);
+                    text = message.append(text, &mut pieces, |text| {
+                        Piece::Turns(text, std::mem::take(&mut answers))
+                    });
                     text.push_str(" ASSISTANT:");
                 }
                 ChatRole::Assistant => {
                     let start = text.len();
                     text.push(' ');
-                    text.push_str(said);
+                    text.push_str(message.text);
                     answers.push(start..text.len());
                     text.push(' ');
                 }
@@ -378,6 +374,34 @@ mod tests {
             .map(|place| spaced(folder.path(), &text.ids[place]))
             .collect();
         assert_eq!(texts, [" Hi.", " Yes.</s>"]);
+    }
+
+    #[test]
+    fn an_image_in_a_later_turn_leaves_the_earlier_answers_learned() {
+        let turn = |role, text: &str| ChatTurn {
+            role,
+            text: text.to_owned(),
+        };
+        let image = png(56, 56);
+        let mut prompt = prompt(vec![image.clone(), image], "And <image> now?");
+        prompt.turns = vec![
+            turn(ChatRole::User, "<image>\nThis"),
+            turn(ChatRole::Assistant, "Yes."),
+        ];
+        let prompt = prompt.with_places();
+        assert_eq!(
+            text_of(&prompt),
+            "<s> USER: [16]\nThis ASSISTANT: Yes. USER: And [16] now? ASSISTANT:"
+        );
+        let folder = llava_folder();
+        let processor = Processor::open(folder.path()).unwrap();
+        let chat = processor.chat();
+        let (text, answers) = chat.example(&prompt, "No.", TrainOn::All, &[1, 1]).unwrap();
+        let texts: Vec<String> = answers
+            .into_iter()
+            .map(|place| spaced(folder.path(), &text.ids[place]))
+            .collect();
+        assert_eq!(texts, [" Yes.", " No.</s>"]);
     }
 
     #[test]

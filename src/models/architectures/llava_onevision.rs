@@ -20,7 +20,7 @@ use crate::preprocess::chat::{
 use crate::preprocess::image::Rgb;
 use crate::preprocess::image_processor::ImageProcessorConfig;
 use crate::preprocess::tokenizer::PlainTokenizer;
-use crate::{ChatRole, Layout, Mask, Newlines, Part, RowFault};
+use crate::{ChatRole, Layout, Mask, Part, RowFault};
 
 /// The key under `models` in a pipeline file.
 pub const NAME: &str = "llava_onevision";
@@ -196,7 +196,8 @@ fn chat(folder: &Path, config: &LlavaOnevisionConfig) -> Result<Chat, Checkpoint
 /// <|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n<image>\n{question}<|im_end|>\n<|im_start|>assistant\n
 /// ```
 ///
-/// with one `<image>\n` per image before the user's first text, and earlier turns in between.
+/// with earlier turns in between, and images where they stand in a text; by default, with one
+/// `<image>\n` per image before the user's first text.
 #[derive(Debug)]
 struct ChatMl {
     im_start: i64,
@@ -204,28 +205,16 @@ struct ChatMl {
 }
 
 impl ChatMl {
-    /// Adds `<|im_start|>{role}\n`, the images, the text and `<|im_end|>\n`. Text between two
+    /// Adds `<|im_start|>`, the text that `content` adds, and `<|im_end|>\n`. Text between two
     /// special tokens is tokenized as one piece.
     fn message<'a>(
         &self,
-        role: &str,
-        images: usize,
-        text: &str,
-        newlines: Newlines,
         pieces: &mut Vec<Piece<'a>>,
+        content: impl FnOnce(&mut Vec<Piece<'a>>) -> String,
     ) {
-        let mut piece = format!("{role}\n");
         pieces.push(counted(Piece::Token(self.im_start)));
-        for _ in 0..images {
-            pieces.push(Piece::Text(std::mem::take(&mut piece).into()));
-            pieces.push(Piece::Image);
-            "\n".clone_into(&mut piece);
-        }
-        if newlines == Newlines::Two && images > 0 {
-            pieces.push(Piece::Text("\n".into()));
-        }
-        piece.push_str(text);
-        pieces.push(Piece::Text(piece.into()));
+        let text = content(pieces);
+        pieces.push(Piece::Text(text.into()));
         pieces.push(counted(Piece::Token(self.im_end)));
         pieces.push(counted(Piece::Text("\n".into())));
     }
@@ -244,19 +233,17 @@ fn counted(piece: Piece<'_>) -> Piece<'_> {
 impl ChatTemplate for ChatMl {
     fn pieces<'a>(&self, conversation: &Conversation<'a>) -> Vec<Piece<'a>> {
         let mut pieces = Vec::new();
-        let newlines = conversation.newlines;
         let system = conversation.system.unwrap_or(SYSTEM);
-        self.message("system", 0, system, newlines, &mut pieces);
-        let mut images = conversation.images;
-        for &(role, text) in &conversation.turns {
-            match role {
-                ChatRole::User => {
-                    let images = std::mem::take(&mut images);
-                    self.message("user", images, text, newlines, &mut pieces);
-                }
+        self.message(&mut pieces, |_| format!("system\n{system}"));
+        for message in &conversation.messages {
+            match message.role {
+                ChatRole::User => self.message(&mut pieces, |pieces| {
+                    let piece = |text: String| Piece::Text(text.into());
+                    message.append("user\n".to_owned(), pieces, piece)
+                }),
                 ChatRole::Assistant => {
                     self.begin_answer(&mut pieces);
-                    pieces.push(counted(Piece::Answer(text)));
+                    pieces.push(counted(Piece::Answer(message.text)));
                     pieces.push(counted(Piece::Text(Cow::Borrowed("\n"))));
                 }
             }
@@ -270,7 +257,7 @@ impl ChatTemplate for ChatMl {
 mod tests {
     use super::*;
     use crate::preprocess::chat::PromptIds;
-    use crate::test_util::{onevision_folder, prompt, shown};
+    use crate::test_util::{onevision_folder, png, prompt, shown};
     use crate::{ChatPrompt, ChatTurn};
 
     fn opened(folder: &Path) -> Chat {
@@ -325,6 +312,36 @@ mod tests {
             "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n[2]\nHello<|im_end|>\n\
              <|im_start|>assistant\nHi.<|im_end|>\n<|im_start|>user\nAnd now?<|im_end|>\n\
              <|im_start|>assistant\n"
+        );
+    }
+
+    #[test]
+    fn images_stand_where_the_text_has_them() {
+        let turn = |role, text: &str| ChatTurn {
+            role,
+            text: text.to_owned(),
+        };
+        let images = (0..4).map(|_| png(56, 56)).collect();
+        let mut prompt = prompt(images, "Image-1: <image>\nImage-2: <image>");
+        prompt.turns = vec![
+            turn(ChatRole::User, "<image><image>\nHello"),
+            turn(ChatRole::Assistant, "Hi."),
+        ];
+        let (found, text) = sequence(&prompt.clone().with_places(), &[2, 3, 4, 5]);
+        assert!(text.ends_with(
+            "<|im_start|>user\n[5]\nHello<|im_end|>\n<|im_start|>assistant\nHi.<|im_end|>\n\
+             <|im_start|>user\nImage-1: [4]\nImage-2: [5]<|im_end|>\n<|im_start|>assistant\n"
+        ));
+        let lengths: Vec<usize> = found.images.iter().map(ExactSizeIterator::len).collect();
+        assert_eq!(lengths, [2, 3, 4, 5]);
+        prompt.images.pop();
+        let folder = onevision_folder();
+        let fault = opened(folder.path()).prompt(&prompt.with_places(), &[2, 3, 4]);
+        assert!(
+            fault
+                .unwrap_err()
+                .0
+                .starts_with("the prompt has 3 images but its texts have 4")
         );
     }
 

@@ -19,7 +19,7 @@ use super::call_log::{Call, CallLog};
 use super::endpoint::{Endpoint, EndpointReply, Presence, Try};
 use super::limiter::CallLimiter;
 use super::settings::Http;
-use crate::{EncodedImage, ModelError, Request, RowFault};
+use crate::{ChatPrompt, EncodedImage, ModelError, Request, RowFault};
 use ovchat_io::mask::Mask;
 
 /// Maximum wait between two attempts.
@@ -88,16 +88,14 @@ impl EndpointClient {
             hasher.update((part.len() as u64).to_le_bytes());
             hasher.update(part);
         }
+        for place in &request.prompt.places {
+            hasher.update((place.at as u64).to_le_bytes());
+        }
         hex::encode(hasher.finalize())
     }
 
     fn body(&self, request: &Request) -> Result<Vec<u8>, RowFault> {
-        let mut content = Vec::new();
-        for image in &request.prompt.images {
-            let url = data_url(image)?;
-            content.push(json!({ "type": "image_url", "image_url": { "url": url } }));
-        }
-        content.push(json!({ "type": "text", "text": request.prompt.question }));
+        let content = content(&request.prompt)?;
         let mut body = json!({
             "model": self.spec.model,
             "messages": [{ "role": "user", "content": content }],
@@ -339,6 +337,31 @@ fn in_words(time: Duration) -> String {
     }
 }
 
+/// Returns the content parts of a request: the images where they stand in the text, or before it.
+fn content(prompt: &ChatPrompt) -> Result<Vec<serde_json::Value>, RowFault> {
+    let mut parts = Vec::new();
+    let text = |from: usize, to: usize, parts: &mut Vec<_>| {
+        let text = &prompt.question[from..to];
+        // The line ends between images say nothing.
+        if !text.trim().is_empty() || prompt.places.is_empty() {
+            parts.push(json!({ "type": "text", "text": text }));
+        }
+    };
+    let mut places = prompt.places_in(0);
+    let mut from = 0;
+    for image in &prompt.images {
+        let to = places.next().unwrap_or(from);
+        if to > from {
+            text(from, to, &mut parts);
+            from = to;
+        }
+        let url = data_url(image)?;
+        parts.push(json!({ "type": "image_url", "image_url": { "url": url } }));
+    }
+    text(from, prompt.question.len(), &mut parts);
+    Ok(parts)
+}
+
 /// Encodes an image as a data URL for a request.
 fn data_url(image: &EncodedImage) -> Result<String, RowFault> {
     let Some(media) = image.media_type() else {
@@ -356,7 +379,7 @@ fn data_url(image: &EncodedImage) -> Result<String, RowFault> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ChatPrompt;
+    use crate::test_util::prompt;
 
     #[test]
     fn images_are_told_by_their_first_bytes() {
@@ -370,22 +393,40 @@ mod tests {
     }
 
     #[test]
+    fn images_and_texts_are_sent_in_the_order_of_the_prompt() {
+        let image = |id: &str| EncodedImage {
+            id: id.to_owned(),
+            bytes: b"\x89PNG"[..].into(),
+        };
+        let sent = |question: &str, images: usize| -> Vec<String> {
+            let images = (0..images).map(|_| image("p")).collect();
+            let asked = prompt(images, question).with_places();
+            let parts = content(&asked).unwrap();
+            let shown = |part: &serde_json::Value| match part["text"].as_str() {
+                Some(text) => text.to_owned(),
+                None => part["type"].as_str().unwrap().to_owned(),
+            };
+            parts.iter().map(shown).collect()
+        };
+        assert_eq!(sent("Which?", 2), ["image_url", "image_url", "Which?"]);
+        assert_eq!(
+            sent("A: <image>\nB: <image>", 2),
+            ["A: ", "image_url", "\nB: ", "image_url"]
+        );
+        assert_eq!(
+            sent("<image>\n<image>: which?", 2),
+            ["image_url", "image_url", ": which?"]
+        );
+    }
+
+    #[test]
     fn a_thread_that_panics_ends_the_work_with_an_error() {
         let folder = tempfile::tempdir().unwrap();
         let spec = json!({ "base_url": "http://127.0.0.1:9/v1", "model": "m" });
         let spec: Http = serde_json::from_value(spec).unwrap();
         let (endpoint, _) = Endpoint::open(&spec, None, Mask::default()).unwrap();
         let journal = CallLog::open(&folder.path().join("judge.jsonl")).unwrap();
-        let prompt = ChatPrompt {
-            id: "p".to_owned(),
-            images: Vec::new(),
-            system: None,
-            turns: Vec::new(),
-            question: "?".to_owned(),
-            captions: None,
-            answer: None,
-            seed: 0,
-        };
+        let prompt = prompt(Vec::new(), "?");
         let work = Work {
             gate: CallLimiter::new(spec.concurrency_max),
             asker: Arc::new(EndpointClient {

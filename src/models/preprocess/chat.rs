@@ -1,7 +1,7 @@
 //! Tokenization of conversations by a chat template.
 //!
 //! A template ([`ChatTemplate`]) splits a conversation into pieces: special tokens, texts, images
-//! and answers. Each piece is tokenized on its own, as the reference splits a string at its special
+//! and answers. An image may stand anywhere in a user's text, which is cut there. Each piece is tokenized on its own, as the reference splits a string at its special
 //! tokens before anything else happens.
 
 use std::borrow::Cow;
@@ -17,24 +17,81 @@ use crate::{ChatPrompt, ChatRole, Newlines, RowFault, TrainOn};
 #[derive(Debug, Clone)]
 pub struct Conversation<'a> {
     pub system: Option<&'a str>,
-    /// The turns, the last of which is the question. The first user turn has the images.
-    pub turns: Vec<(ChatRole, &'a str)>,
-    /// The number of images.
-    pub images: usize,
-    pub newlines: Newlines,
+    /// The messages, the last of which is the question.
+    pub messages: Vec<Message<'a>>,
+}
+
+/// A message of a conversation.
+#[derive(Debug, Clone)]
+pub struct Message<'a> {
+    pub role: ChatRole,
+    pub text: &'a str,
+    /// The number of images before the text, one line each.
+    in_front: usize,
+    /// Newlines between these images and the text.
+    newlines: Newlines,
+    /// The bytes of the text that images stand before, in ascending order.
+    places: Vec<usize>,
 }
 
 impl<'a> Conversation<'a> {
-    fn of(prompt: &'a ChatPrompt, images: usize, newlines: Newlines) -> Self {
+    /// Returns the conversation of `prompt`. A prompt that has not one place for each image is
+    /// rejected.
+    fn of(prompt: &'a ChatPrompt, images: usize, newlines: Newlines) -> Result<Self, RowFault> {
+        prompt.check_places()?;
         let turns = prompt.turns.iter();
         let turns = turns.map(|turn| (turn.role, turn.text.as_str()));
         let question = (ChatRole::User, prompt.question.as_str());
-        Self {
-            system: prompt.system.as_deref(),
-            turns: turns.chain([question]).collect(),
-            images,
+        let mut in_front = if prompt.places.is_empty() { images } else { 0 };
+        let message = |(turn, (role, text))| Message {
+            role,
+            text,
+            in_front: match role {
+                ChatRole::User => std::mem::take(&mut in_front),
+                ChatRole::Assistant => 0,
+            },
             newlines,
+            places: prompt.places_in(turn).collect(),
+        };
+        Ok(Self {
+            system: prompt.system.as_deref(),
+            messages: turns.chain([question]).enumerate().map(message).collect(),
+        })
+    }
+}
+
+impl Message<'_> {
+    /// Adds the images and the text of the message behind the text `before`. Returns the text
+    /// behind the last image, which is tokenized in one piece with what follows it. `piece` turns a
+    /// text before an image into a piece.
+    pub fn append<'p>(
+        &self,
+        before: String,
+        pieces: &mut Vec<Piece<'p>>,
+        mut piece: impl FnMut(String) -> Piece<'p>,
+    ) -> String {
+        let mut text = before;
+        let mut image = |text: &mut String, pieces: &mut Vec<Piece<'p>>| {
+            if !text.is_empty() {
+                pieces.push(piece(std::mem::take(text)));
+            }
+            pieces.push(Piece::Image);
+        };
+        for _ in 0..self.in_front {
+            image(&mut text, pieces);
+            text.push('\n');
         }
+        if self.newlines == Newlines::Two && self.in_front > 0 {
+            pieces.push(Piece::Text("\n".into()));
+        }
+        let mut from = 0;
+        for &at in &self.places {
+            text.push_str(&self.text[from..at]);
+            image(&mut text, pieces);
+            from = at;
+        }
+        text.push_str(&self.text[from..]);
+        text
     }
 }
 
@@ -179,7 +236,7 @@ impl Chat {
         image_tokens: &[usize],
         newlines: Newlines,
     ) -> Result<ConversationIds, RowFault> {
-        let conversation = Conversation::of(prompt, image_tokens.len(), newlines);
+        let conversation = Conversation::of(prompt, image_tokens.len(), newlines)?;
         let mut written = ConversationIds::default();
         let mut images = image_tokens.iter();
         for piece in self.template.pieces(&conversation) {

@@ -133,6 +133,7 @@ impl LlavaRlhfProcessor {
 
     /// Returns the number of tokens of the prompt's image, if there is one.
     fn image_tokens(&self, prompt: &ChatPrompt) -> Result<Option<usize>, RowFault> {
+        prompt.check_places()?;
         match prompt.images.as_slice() {
             [] => Ok(None),
             [image] => {

@@ -95,6 +95,7 @@ impl Processor {
     /// no text, and of the image only the base tile.
     pub fn least(&self) -> Result<[usize; 2], RowFault> {
         let prompt = ChatPrompt {
+            places: Vec::new(),
             id: String::new(),
             images: Vec::new(),
             system: None,

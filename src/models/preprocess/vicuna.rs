@@ -8,7 +8,8 @@
 //!
 //! The score is read at the last token of the reward prompt, so nothing follows it. The text is cut
 //! at `<image>` and each piece tokenized separately; `</s>` is a token of its own and the pieces
-//! around it are tokenized separately, as the reference's tokenizer does. `<image>` in the turn
+//! around it are tokenized separately, as the reference's tokenizer does. The image stands at the
+//! start of its turn, wherever the turn's text has it, as LLaVA moves it there. `<image>` in the turn
 //! that carries the image is removed, as LLaVA does; anywhere else `<image>` and `</s>` in text
 //! from users or models are plain characters, where LLaVA would see a second image or an end.
 
@@ -141,14 +142,17 @@ impl Vicuna {
         let mut spoken = Vec::new();
         let mut image = None;
         let mut pending = image_tokens;
+        let of_image = prompt.places.first().map(|place| place.turn);
         let mut piece = format!("{SYSTEM} ");
         let turns = prompt
             .turns
             .iter()
             .map(|turn| (turn.role, turn.text.as_str()));
         let question = (ChatRole::User, prompt.question.as_str());
-        for (role, text) in turns.chain([question, (ChatRole::Assistant, answer)]) {
-            match (role, pending.take()) {
+        let said = turns.chain([question, (ChatRole::Assistant, answer)]);
+        for (turn, (role, text)) in said.enumerate() {
+            let is_here = role == ChatRole::User && of_image.is_none_or(|place| place == turn);
+            match (role, pending.take_if(|_| is_here)) {
                 (ChatRole::User, Some(tokens)) => {
                     piece.push_str("USER: ");
                     self.tokenizer.append(&piece, &mut ids)?;
@@ -163,8 +167,7 @@ impl Vicuna {
                     piece.push_str(text);
                     piece.push(' ');
                 }
-                (ChatRole::Assistant, waiting) => {
-                    pending = waiting;
+                (ChatRole::Assistant, _) => {
                     piece.push_str("ASSISTANT:");
                     let before = piece.clone();
                     piece.push(' ');
@@ -211,7 +214,7 @@ impl Vicuna {
 mod tests {
     use super::*;
     use crate::ChatTurn;
-    use crate::test_util::{prompt, reward_folder, shown};
+    use crate::test_util::{png, prompt, reward_folder, shown};
 
     fn judged(prompt: &ChatPrompt, answer: &str, image: Option<usize>) -> (JudgeIds, String) {
         let (_folder, spec) = reward_folder();
@@ -263,6 +266,22 @@ mod tests {
         ];
         let (_, text) = judged(&prompt, "Three", Some(2));
         let middle = "USER:_[2]_\nOne_ASSISTANT:_Two</s>_USER:__Next__ASSISTANT:_Three</s>";
+        assert!(text.contains(middle), "{text}");
+    }
+
+    #[test]
+    fn the_image_stands_at_the_start_of_its_turn() {
+        let turn = |role, text: &str| ChatTurn {
+            role,
+            text: text.to_owned(),
+        };
+        let mut prompt = prompt(vec![png(8, 8)], "And <image> this?");
+        prompt.turns = vec![
+            turn(ChatRole::User, "Hello"),
+            turn(ChatRole::Assistant, "Hi"),
+        ];
+        let (_, text) = judged(&prompt.with_places(), "Yes", Some(2));
+        let middle = "USER:_Hello_ASSISTANT:_Hi</s>_USER:_[2]_\nAnd__this?_ASSISTANT:_Yes</s>";
         assert!(text.contains(middle), "{text}");
     }
 

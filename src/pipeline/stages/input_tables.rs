@@ -79,7 +79,8 @@ impl InputTables {
         row: &tables::Prompt,
         seed: u64,
     ) -> Result<models::ChatPrompt, Failure> {
-        Ok(models::ChatPrompt {
+        let prompt = models::ChatPrompt {
+            places: Vec::new(),
             id: row.prompt_id.clone(),
             images: self.images(&row.image_ids)?,
             system: row.system.clone(),
@@ -88,7 +89,8 @@ impl InputTables {
             captions: row.captions.clone(),
             answer: row.answer.clone(),
             seed,
-        })
+        };
+        Ok(prompt.with_places())
     }
 
     /// Returns images by the hashes of their content.

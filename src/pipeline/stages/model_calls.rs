@@ -91,6 +91,7 @@ mod tests {
     /// Scores two answers to each of two prompts.
     fn scored_twice(pipeline: &mut TestPipeline) -> Result<Vec<Scored>, Failure> {
         let prompt = |id: &str| ChatPrompt {
+            places: Vec::new(),
             id: id.to_owned(),
             images: Vec::new(),
             system: None,

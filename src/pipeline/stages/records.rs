@@ -6,9 +6,7 @@ use serde_json::{Map, Number, Value};
 use super::media::{ReadImages, placeholder};
 use super::unread::{content, refuse_media};
 use ovchat_data::tables::{Role, Turn};
-
-/// The placeholder of an image in a text.
-const PLACEHOLDER: &str = "<image>";
+use ovchat_models::IMAGE_PLACEHOLDER as PLACEHOLDER;
 
 /// The fields of a record, before its images are opened.
 #[derive(Debug)]
@@ -22,51 +20,101 @@ pub struct Fields {
     pub answer: Option<String>,
     pub chosen: Option<String>,
     pub rejected: Option<String>,
-    /// The counts of the record's images and of their placeholders in its text.
-    images: Images,
-}
-
-/// The counts of a record's images and of the placeholders found in its text so far.
-#[derive(Debug, Clone, Copy)]
-struct Images {
-    count: usize,
-    /// `<image>` placeholders in texts that are shown to a model.
-    placeholders: usize,
-    /// Message parts of the type `image`.
+    /// The number of images.
+    images: usize,
+    /// The number of message parts of the type `image`, each of which is a placeholder in its text.
     parts: usize,
+    /// The number of placeholders in texts in which no image can stand: the system prompt and the
+    /// answers of the conversation.
+    elsewhere: usize,
 }
 
-impl Images {
-    /// Counts and removes the placeholders of a text, since images always come first. A text of a
-    /// record without images keeps them.
-    fn take_out(&mut self, text: &str) -> String {
-        if self.count == 0 {
-            return text.trim().to_owned();
-        }
-        self.placeholders += text.matches(PLACEHOLDER).count();
-        text.replace(PLACEHOLDER, "").trim().to_owned()
+impl Fields {
+    /// The texts of the user, in which images can stand.
+    fn asked(&mut self) -> impl Iterator<Item = &mut String> {
+        let turns = self.turns.iter_mut().filter(|turn| turn.role == Role::User);
+        turns.map(|turn| &mut turn.text).chain([&mut self.question])
     }
 
-    /// Checks that there are as many placeholders as images, or none.
-    fn fit(self) -> Result<(), String> {
-        let plural = |count: usize, thing: &str| match count {
-            1 => format!("1 {thing}"),
-            count => format!("{count} {thing}s"),
+    /// Checks that there are as many placeholders as images, or none, and brings them into the form
+    /// of all prompts. The only image of a turn moves before its text, as LLaVA-NeXT trains it
+    /// (`preprocess_multimodal` of `llava/train/train.py`). Where all images stand before the user's
+    /// first text, one line each, no text has a placeholder.
+    fn arrange(&mut self) -> Result<(), String> {
+        let Self {
+            images,
+            parts,
+            elsewhere,
+            ..
+        } = *self;
+        let asked: usize = self.asked().map(|text| count(text)).sum();
+        let places = if images == 0 {
+            parts
+        } else {
+            asked + elsewhere
         };
-        let places = self.placeholders + self.parts;
-        if places == 0 || places == self.count {
+        if places != 0 && places != images {
+            return Err(misfit(images, places, parts == places));
+        }
+        if images == 0 || places == 0 {
             return Ok(());
         }
-        let images = plural(self.count, "image");
-        let places = if self.placeholders == 0 {
-            plural(self.parts, "image part")
-        } else {
-            plural(places, "`<image>` placeholder")
-        };
-        Err(format!(
-            "found {images} but {places}; write one for each image, or none"
-        ))
+        if elsewhere > 0 {
+            return Err(format!(
+                "`{PLACEHOLDER}` stands in the system prompt or in an answer; move it into a user turn"
+            ));
+        }
+        for text in self.asked().filter(|text| count(text) == 1) {
+            let rest = text.replace(PLACEHOLDER, "");
+            *text = format!("{PLACEHOLDER}\n{}", rest.trim());
+        }
+        if let Some(first) = self.asked().next()
+            && let Some(rest) = first.strip_prefix(&format!("{PLACEHOLDER}\n").repeat(images))
+            && !rest.starts_with(char::is_whitespace)
+        {
+            *first = rest.to_owned();
+        }
+        Ok(())
     }
+
+    /// Puts several images without placeholders before the user's first text, with spaces between
+    /// them, as lmms-eval does.
+    pub fn separate_by_spaces(&mut self) {
+        let images = self.images;
+        let is_placed = self.asked().any(|text| text.contains(PLACEHOLDER));
+        if images > 1
+            && !is_placed
+            && let Some(first) = self.asked().next()
+        {
+            let places = vec![PLACEHOLDER; images].join(" ");
+            *first = format!("{places}\n{first}");
+        }
+    }
+}
+
+/// The reason why a record with a wrong number of placeholders, or of image parts, is rejected.
+fn misfit(images: usize, places: usize, is_of_parts: bool) -> String {
+    let plural = |count: usize, thing: &str| match count {
+        1 => format!("1 {thing}"),
+        count => format!("{count} {thing}s"),
+    };
+    let things = if is_of_parts {
+        "image part"
+    } else {
+        "`<image>` placeholder"
+    };
+    let (images, places) = (plural(images, "image"), plural(places, things));
+    format!("found {images} but {places}; write one for each image, or none")
+}
+
+/// The number of placeholders of a text.
+fn count(text: &str) -> usize {
+    text.matches(PLACEHOLDER).count()
+}
+
+/// Removes the placeholders of a text.
+fn without_placeholders(text: &str) -> String {
+    text.replace(PLACEHOLDER, "").trim().to_owned()
 }
 
 /// Returns the fields of a record with `embedded` images, or the reason why it is rejected.
@@ -82,18 +130,21 @@ pub fn read_fields(record: &Result<Value, String>, embedded: usize) -> Result<Fi
             refuse_two_lists(object)?;
         }
     }
-    let fields = fields(value, embedded)?;
-    fields.images.fit()?;
-    refuse_placeholders(&fields)?;
+    let mut fields = fields(value, embedded)?;
+    fields.arrange()?;
+    refuse_placeholders(&mut fields)?;
     Ok(fields)
 }
 
 /// Rejects a record whose question or earlier user turns contain a placeholder for media that the
 /// record does not have: an image, a video or audio.
-fn refuse_placeholders(fields: &Fields) -> Result<(), String> {
-    let asked = fields.turns.iter().filter(|turn| turn.role == Role::User);
-    let mut texts = asked.map(|turn| &turn.text).chain([&fields.question]);
-    match texts.find_map(|text| placeholder(text)) {
+fn refuse_placeholders(fields: &mut Fields) -> Result<(), String> {
+    let images = fields.images;
+    let mut texts = fields.asked().map(|text| match images {
+        0 => text.clone(),
+        _ => without_placeholders(text),
+    });
+    match texts.find_map(|text| placeholder(&text)) {
         None => Ok(()),
         Some(PLACEHOLDER) => Err(format!(
             "the text contains the placeholder `{PLACEHOLDER}`, but the record has no image; name it in \
@@ -130,13 +181,11 @@ fn fields(record: &Value, embedded: usize) -> Result<Fields, String> {
     };
     let [chosen, rejected] = preference(object)?.map_or([None, None], |outputs| outputs.map(Some));
     let paths = paths(object)?;
-    let mut images = Images {
-        count: if embedded > 0 { embedded } else { paths.len() },
-        placeholders: 0,
-        parts: 0,
-    };
+    let images = if embedded > 0 { embedded } else { paths.len() };
+    let mut parts = 0;
     let mut turns = Vec::new();
-    let mut system = text("system")?.map(|text| images.take_out(&text));
+    let trimmed = |text: String| text.trim().to_owned();
+    let mut system = text("system")?.map(trimmed);
     let mut last_answer = None;
     let written = text("prompt")?.or(text("question")?);
     let question = if let Some(conversation) = there(object, "conversations") {
@@ -144,14 +193,14 @@ fn fields(record: &Value, embedded: usize) -> Result<Fields, String> {
             system: &mut system,
             turns: &mut turns,
             answer: &mut last_answer,
-            images: &mut images,
+            parts: &mut parts,
         };
         conversation_turns(conversation, said)?
     } else {
         if let Some(history) = there(object, "turns") {
-            turns = history_turns(history, &mut images)?;
+            turns = history_turns(history)?;
         }
-        written.map(|text| images.take_out(&text))
+        written.map(trimmed)
     };
     let question = question.ok_or_else(|| {
         let names: Vec<&str> = object.keys().map(String::as_str).collect();
@@ -160,7 +209,7 @@ fn fields(record: &Value, embedded: usize) -> Result<Fields, String> {
             names.join(", ")
         )
     })?;
-    if question.is_empty() {
+    if question.is_empty() || (images > 0 && without_placeholders(&question).is_empty()) {
         let place = if there(object, "conversations").is_some() {
             "the last user turn of `conversations`"
         } else if there(object, "prompt").is_some() {
@@ -170,6 +219,10 @@ fn fields(record: &Value, embedded: usize) -> Result<Fields, String> {
         };
         return Err(format!("{place} is empty; write the question there"));
     }
+    let answers = turns.iter().filter(|turn| turn.role == Role::Assistant);
+    let elsewhere = answers.map(|turn| &turn.text);
+    let elsewhere = elsewhere.chain(&system).chain(&last_answer);
+    let elsewhere = elsewhere.map(|text| count(text)).sum();
     Ok(Fields {
         id: text("id")?,
         paths,
@@ -184,6 +237,8 @@ fn fields(record: &Value, embedded: usize) -> Result<Fields, String> {
         chosen: chosen.or(text("chosen")?),
         rejected: rejected.or(text("rejected")?),
         images,
+        parts,
+        elsewhere,
     })
 }
 
@@ -277,7 +332,8 @@ struct Conversation<'a> {
     system: &'a mut Option<String>,
     turns: &'a mut Vec<Turn>,
     answer: &'a mut Option<String>,
-    images: &'a mut Images,
+    /// The number of image parts.
+    parts: &'a mut usize,
 }
 
 /// Parses LLaVA's `conversations`, of `{from, value}` or of `{role, content}`. The last user turn
@@ -291,7 +347,7 @@ fn conversation_turns(
         system,
         turns,
         answer,
-        images,
+        parts: image_parts,
     } = said;
     let entries = conversation
         .as_array()
@@ -315,11 +371,11 @@ fn conversation_turns(
         };
         let text = if let (Some(Value::Array(parts)), "content") = (entry.get(value), value) {
             let place = format!("entry {number} of `conversations`");
-            let (text, parts) = content(&place, parts)?;
-            images.parts += parts;
-            images.take_out(&text)
+            let (text, images) = content(&place, parts)?;
+            *image_parts += images;
+            text.trim().to_owned()
         } else {
-            images.take_out(word(value)?)
+            word(value)?.trim().to_owned()
         };
         match word(from)? {
             "system" => match system {
@@ -364,7 +420,7 @@ fn conversation_turns(
 }
 
 /// Parses `turns`, this project's own form: a list of `{role, text}` before the question.
-fn history_turns(history: &Value, images: &mut Images) -> Result<Vec<Turn>, String> {
+fn history_turns(history: &Value) -> Result<Vec<Turn>, String> {
     let entries = history.as_array().ok_or("`turns` must be a list")?;
     let turn = |entry: &Value| {
         let text = entry
@@ -378,7 +434,7 @@ fn history_turns(history: &Value, images: &mut Images) -> Result<Vec<Turn>, Stri
         };
         Ok(Turn {
             role,
-            text: images.take_out(text),
+            text: text.trim().to_owned(),
         })
     };
     Ok(entries.iter().map(turn).collect::<Result<_, _>>()?)
@@ -453,6 +509,10 @@ mod tests {
             (read.question.as_str(), read.answer.as_deref()),
             ("Which color?", Some("Gray."))
         );
+        let between = json!({"images": ["a.png", "b.png"], "conversations": [{"role": "user", "content": [
+            {"type": "text", "text": "Is"}, image, {"type": "text", "text": "or"}, image]}]});
+        let read = fields(&between).unwrap();
+        assert_eq!(read.question, "Is\n<image>\nor\n<image>");
         let without = json!({"conversations": record["conversations"]});
         assert_eq!(
             fields(&without).unwrap_err(),
@@ -467,8 +527,7 @@ mod tests {
         assert_eq!(flat("Which is older?").unwrap().question, "Which is older?");
         assert_eq!(
             flat("<image> or <image>?").unwrap().question,
-            "or ?",
-            "the text must match the prompt ids of earlier versions"
+            "<image> or <image>?"
         );
         assert_eq!(
             flat("<image>\nWhich?").unwrap_err(),
@@ -486,7 +545,11 @@ mod tests {
         let read = told("<image>\nThis?", "A cat.", "And <image>").unwrap();
         assert_eq!(
             (read.turns[0].text.as_str(), &*read.question),
-            ("This?", "And")
+            ("<image>\nThis?", "<image>\nAnd")
+        );
+        assert_eq!(
+            told("This?", "<image>: a cat.", "And <image>").unwrap_err(),
+            "`<image>` stands in the system prompt or in an answer; move it into a user turn"
         );
         assert!(told("<image>\nThis?", "A cat.", "And?").is_err());
         assert!(told("<image>\nThis?", "<image>: a cat.", "And <image>").is_err());
@@ -495,8 +558,94 @@ mod tests {
         assert!(with("And <image>?").is_ok());
         assert!(with("And?").is_err());
         let embedded = |count| read_fields(&Ok(json!({"prompt": "<image><image> Which?"})), count);
-        assert_eq!(embedded(2).unwrap().question, "Which?");
+        assert_eq!(embedded(2).unwrap().question, "<image><image> Which?");
         assert!(embedded(1).is_err() && embedded(3).is_err());
+    }
+
+    /// As in earlier versions, so that the ids of these prompts stay.
+    #[test]
+    fn images_before_the_first_text_one_line_each_leave_no_placeholder() {
+        for (images, text) in [
+            (json!("a"), "<image>\nWhich?"),
+            (json!("a"), "<image> Which?"),
+            (json!("a"), "Which?<image>"),
+            (json!("a"), "Which?\n <image>\n"),
+            (json!(["a", "b"]), "<image>\n<image>\nWhich?"),
+            (json!(["a", "b"]), "Which?"),
+        ] {
+            let read = fields(&json!({"images": images, "prompt": text})).unwrap();
+            assert_eq!(read.question, "Which?", "{text}");
+        }
+        let turns = json!([{"role": "user", "text": "This <image>"}, {"role": "assistant", "text": "Yes."}]);
+        let read = fields(&json!({"images": "a", "turns": turns, "prompt": "And?"})).unwrap();
+        assert_eq!((&*read.turns[0].text, &*read.question), ("This", "And?"));
+    }
+
+    #[test]
+    fn images_elsewhere_keep_their_places() {
+        let two = |text: &str| {
+            let read = fields(&json!({"images": ["a", "b"], "prompt": text}));
+            read.unwrap().question
+        };
+        for text in [
+            "<image><image>\nWhich?",
+            "<image> <image>\nWhich?",
+            "Image-1: <image>\nImage-2: <image>\nWhich?",
+            "Which?\n<image>\n<image>",
+            "<image>\n<image>\n\nWhich?",
+        ] {
+            assert_eq!(two(text), text);
+        }
+        assert_eq!(two(" <image>a<image> "), "<image>a<image>");
+        // A single image of a turn that is not the first one.
+        let turns =
+            json!([{"role": "user", "text": "Hello"}, {"role": "assistant", "text": "Hi."}]);
+        let read = |text: &str, image: Value| {
+            fields(&json!({"image": image, "turns": turns, "prompt": text})).unwrap()
+        };
+        let later = read("And <image> now?", json!("a"));
+        assert_eq!(
+            (&*later.turns[0].text, &*later.question),
+            ("Hello", "<image>\nAnd  now?")
+        );
+        let mut several = read("Now?", json!(["a", "b", "c"]));
+        several.separate_by_spaces();
+        assert_eq!(several.turns[0].text, "<image> <image> <image>\nHello");
+        let mut one = read("Now?", json!("a"));
+        one.separate_by_spaces();
+        assert_eq!(one.turns[0].text, "Hello");
+    }
+
+    /// The cases that the networks are compared with transformers by.
+    #[test]
+    fn recorded_prompts_have_the_form_of_tables() {
+        let path = concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/../../tests/parity/recorded/interleaved/onevision/cases.json"
+        );
+        let recorded: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        let cases = recorded["cases"].as_array().unwrap();
+        assert!(cases.len() > 10);
+        let turns = |turns: &Value| -> Vec<Value> {
+            let turns = turns.as_array().unwrap().iter();
+            turns
+                .map(|turn| json!({"role": turn[0], "text": turn[1]}))
+                .collect()
+        };
+        for case in cases {
+            let written = &case["written"];
+            let read = fields(&json!({
+                "images": case["images"],
+                "turns": turns(&written["turns"]),
+                "prompt": written["question"],
+            }));
+            let read = read.unwrap();
+            assert_eq!(json!(read.question), case["question"], "{case}");
+            let texts: Vec<&String> = read.turns.iter().map(|turn| &turn.text).collect();
+            let expected = turns(&case["turns"]);
+            let expected: Vec<&Value> = expected.iter().map(|turn| &turn["text"]).collect();
+            assert_eq!(json!(texts), json!(expected), "{case}");
+        }
     }
 
     #[test]

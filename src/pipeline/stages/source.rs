@@ -56,6 +56,25 @@ pub struct SourceSettings {
     /// without decoding it.
     #[serde(default = "SourceSettings::megapixels_max")]
     pub megapixels_max: NonZeroU32,
+    /// The separator of several images before a text, in records without `<image>` placeholders:
+    /// `newline`, or `space` as in lmms-eval. Default: `newline`.
+    #[serde(default, skip_serializing_if = "Separator::is_default")]
+    pub separator: Separator,
+}
+
+/// The white space between images before a text.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Separator {
+    #[default]
+    Newline,
+    Space,
+}
+
+impl Separator {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 impl SourceSettings {
@@ -282,7 +301,10 @@ impl<'a, R: Loadable> Loader<'a, R> {
         *seen - 1
     }
 
-    fn row(&mut self, fields: Fields, images: &[Image]) -> Result<R, String> {
+    fn row(&mut self, mut fields: Fields, images: &[Image]) -> Result<R, String> {
+        if self.source.separator == Separator::Space {
+            fields.separate_by_spaces();
+        }
         let image_ids: Vec<String> = images.iter().map(|image| image.image_id.clone()).collect();
         let base = prompt_base(
             &image_ids,

@@ -283,7 +283,8 @@ pub fn prompts(
 ) -> Result<Vec<models::ChatPrompt>, Failure> {
     let mut prompts = Vec::with_capacity(pairs.len());
     for pair in pairs {
-        prompts.push(models::ChatPrompt {
+        let prompt = models::ChatPrompt {
+            places: Vec::new(),
             id: pair.prompt_id.clone(),
             images: ctx.input_tables.images(&pair.image_ids)?,
             system: pair.system.clone(),
@@ -292,7 +293,8 @@ pub fn prompts(
             captions: pair.captions.clone(),
             answer: None,
             seed: 0,
-        });
+        };
+        prompts.push(prompt.with_places());
     }
     Ok(prompts)
 }

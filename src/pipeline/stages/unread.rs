@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 use super::media::{
     Found, NAMES, ReadImages, Says, found, holds_anything, is_id, says, says_at_its_end,
 };
+use ovchat_models::IMAGE_PLACEHOLDER;
 
 /// The keys of a record that are read.
 const READ: [&str; 15] = [
@@ -187,7 +188,8 @@ fn other_image(place: &str, key: &str) -> String {
     )
 }
 
-/// Returns the text of a message that consists of parts, and the number of its image parts.
+/// Returns the text of a message that consists of parts, each on lines of its own, and the number
+/// of its image parts. A placeholder stands for an image part.
 pub fn content(place: &str, parts: &[Value]) -> Result<(String, usize), String> {
     let mut texts = Vec::new();
     let mut images = 0;
@@ -212,6 +214,7 @@ pub fn content(place: &str, parts: &[Value]) -> Result<(String, usize), String> 
                     return Err(other_image(&format!("an image part of {place}"), key));
                 }
                 images += 1;
+                texts.push(IMAGE_PLACEHOLDER);
             }
             "image_url" | "input_image" => {
                 return Err(other_image(&format!("a part of {place}"), named));

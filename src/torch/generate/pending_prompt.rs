@@ -10,8 +10,8 @@ pub struct PendingPrompt {
     pub index: usize,
     pub text: PromptIds,
     pub shown: Vec<DecodedImage>,
-    /// Tokens up to the end of the last image, if another prompt of the call has the same prefix;
-    /// they are prefilled once for all of these.
+    /// Tokens up to the end of an image, if another prompt of the call has the same prefix; they are
+    /// prefilled once for all of these. 0 if there is no such image.
     pub prefix: usize,
     /// The seeds of all answers.
     pub seeds: Vec<i64>,

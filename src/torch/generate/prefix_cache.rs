@@ -1,10 +1,12 @@
-//! The prefix cache: prompts about the same images share the prefill of their common prefix.
+//! The prefix cache: prompts that begin alike up to the end of an image share the prefill of that
+//! prefix.
 
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 
 use tch::Tensor;
 
+use super::super::images::DecodedImage;
 use super::pending_prompt::PendingPrompt;
 use crate::decoder::{PrefixKv, Wanted};
 use crate::device;
@@ -21,35 +23,71 @@ impl PendingPrompt {
     fn begins_like(&self, other: &Self) -> bool {
         self.prefix > 0
             && self.prefix == other.prefix
-            && self.shown == other.shown
-            && self.text.ids[..self.prefix] == other.text.ids[..other.prefix]
+            && self.up_to(self.prefix) == other.up_to(other.prefix)
+    }
+
+    /// The first tokens, and the images among them.
+    fn up_to(&self, tokens: usize) -> (&[i64], &[DecodedImage]) {
+        let images = self.text.images.iter();
+        let images = images.take_while(|image| image.end <= tokens).count();
+        (&self.text.ids[..tokens], &self.shown[..images])
     }
 
     /// The number of tokens after the prefix.
     fn behind(&self) -> usize {
         self.text.ids.len() - self.prefix
     }
+
+    /// The tokens after the prefix, and the places and features of the images among them.
+    fn rest<'f>(&self, features: &'f [Tensor]) -> (PromptIds, &'f [Tensor]) {
+        let is_behind = |image: &&Range<usize>| image.start >= self.prefix;
+        let images = self.text.images.iter().filter(is_behind);
+        let images: Vec<Range<usize>> = images
+            .map(|image| image.start - self.prefix..image.end - self.prefix)
+            .collect();
+        let features = &features[self.text.images.len() - images.len()..];
+        let ids = self.text.ids[self.prefix..].to_vec();
+        (PromptIds { ids, images }, features)
+    }
 }
 
-/// Finds the prompts that have the same tokens up to the end of their last images, and groups them.
-/// Prompts about the same first image are already adjacent.
+/// Finds the prompts that begin alike up to the end of an image, as many images as possible, and
+/// groups them. Prompts about the same first image are already adjacent.
 pub fn share(queue: &mut VecDeque<PendingPrompt>) {
     let waiting = queue.make_contiguous();
-    for one in waiting.iter_mut() {
-        one.prefix = one.text.images.last().map_or(0, |image| image.end);
-    }
     let first = |one: &PendingPrompt| one.shown.first().map(|shown| shown.image().to_owned());
     for run in waiting.chunk_by_mut(|one, other| first(one) == first(other)) {
+        let prefixes = shared_prefixes(run);
+        for (one, prefix) in run.iter_mut().zip(prefixes) {
+            one.prefix = prefix;
+        }
         let likes = |one: &PendingPrompt| run.iter().position(|other| other.begins_like(one));
         let order: HashMap<usize, Option<usize>> =
             run.iter().map(|one| (one.index, likes(one))).collect();
         run.sort_by_key(|one| order[&one.index]);
-        for like in run.chunk_by_mut(PendingPrompt::begins_like) {
-            if let [alone] = like {
-                alone.prefix = 0;
+    }
+}
+
+/// The length of the prefix that each prompt shares with another one, or 0.
+fn shared_prefixes(run: &[PendingPrompt]) -> Vec<usize> {
+    let mut prefixes = vec![0; run.len()];
+    let images = run.iter().map(|one| one.text.images.len());
+    for image in (0..images.max().unwrap_or(0)).rev() {
+        let mut alike: HashMap<_, Vec<usize>> = HashMap::new();
+        for (place, one) in run.iter().enumerate() {
+            if let Some(range) = one.text.images.get(image)
+                && prefixes[place] == 0
+            {
+                alike.entry(one.up_to(range.end)).or_default().push(place);
+            }
+        }
+        for places in alike.into_values().filter(|places| places.len() > 1) {
+            for place in places {
+                prefixes[place] = run[place].text.images[image].end;
             }
         }
     }
+    prefixes
 }
 
 /// A prefix shared by some prompts.
@@ -155,9 +193,12 @@ fn read_prefixes(
     guarded("prefilling shared prefixes", prompts.len(), read, || {
         let _no_grad = tch::no_grad_guard();
         let embeds = prompts.iter().map(|(one, features)| {
-            let text = &one.text;
-            let prefix = &text.ids[..one.prefix];
-            embed(network, prefix, &text.images, features)
+            let (ids, shown) = one.up_to(one.prefix);
+            let prefix = PromptIds {
+                ids: ids.to_vec(),
+                images: one.text.images[..shown.len()].to_vec(),
+            };
+            network.embed_prompt(&prefix, features)
         });
         let embeds = Tensor::cat(&embeds.collect::<Vec<_>>(), 0);
         let decoder = network.decoder();
@@ -182,10 +223,8 @@ fn read_behind(
     guarded("prefilling prompts", prompts.len(), read, || {
         let _no_grad = tch::no_grad_guard();
         let embeds = prompts.iter().map(|(one, features)| {
-            if one.prefix > 0 {
-                return embed(network, &one.text.ids[one.prefix..], &[], &[]);
-            }
-            network.embed_prompt(&one.text, features)
+            let (text, features) = one.rest(features);
+            network.embed_prompt(&text, features)
         });
         let embeds = Tensor::cat(&embeds.collect::<Vec<_>>(), 0);
         let (lasts, prefixes) = if prompts[0].0.prefix > 0 {
@@ -211,18 +250,4 @@ fn read_behind(
         device::wait(network.device());
         read
     })
-}
-
-/// Embeds a part of a prompt.
-fn embed(
-    network: &dyn VisionLanguageModel,
-    ids: &[i64],
-    images: &[Range<usize>],
-    features: &[Tensor],
-) -> Tensor {
-    let text = PromptIds {
-        ids: ids.to_vec(),
-        images: images.to_vec(),
-    };
-    network.embed_prompt(&text, features)
 }

@@ -510,3 +510,45 @@ fn every_prompt_of_an_adversarial_part_comes_out_right() {
         assert_eq!(rows, again, "bitwise equal");
     }
 }
+
+/// Prompts share what they have in common up to the end of an image, wherever it stands.
+#[test]
+fn prompts_that_begin_alike_up_to_an_image_share_that_prefix() {
+    let (_folder, spec) = large_grids();
+    let mut policy = NetworkPolicy::open(&spec).unwrap();
+    let [one, two, three] =
+        [("one", 12, 12), ("two", 30, 20), ("three", 20, 30)].map(|(id, x, y)| drawn(id, x, y));
+    let ask = |images: &[&EncodedImage], question: &str, seed| {
+        let prompt = ChatPrompt {
+            images: images.iter().map(|&encoded| encoded.clone()).collect(),
+            question: question.to_owned(),
+            seed,
+            ..prompts().remove(3)
+        };
+        prompt.with_places()
+    };
+    let text = "Is <image> larger than <image>?";
+    let prompts = [
+        ask(&[&one, &two], text, 1),
+        ask(&[&one, &three], text, 2),
+        ask(&[&one, &two], "Is <image> larger than <image>, or not?", 3),
+        ask(&[&one, &three], "It is <image> or <image>.", 4),
+        ask(&[&two, &one], text, 5),
+        ask(&[&one, &two], "Which is larger?", 6),
+    ];
+    let how = clear(2);
+    let (rows, telemetry) = measured(&mut policy, &prompts, &how);
+    let prep = Processor::open(&spec.weights).unwrap();
+    let image_end =
+        |index: usize, image: usize| prep.ids(&prompts[index]).unwrap().images[image].end;
+    // Of the first four, the first and the third are alike up to their second image, and the second
+    // one has nobody left to share the first image with.
+    assert_eq!(telemetry.shared_tokens as usize, image_end(0, 1));
+    for (index, row) in rows.iter().enumerate() {
+        let alone = sample(&mut policy, &prompts[index..=index], &how);
+        assert_same(std::slice::from_ref(row), &alone);
+    }
+    let two = [prompts[1].clone(), prompts[0].clone()];
+    let (_, telemetry) = measured(&mut policy, &two, &how);
+    assert_eq!(telemetry.shared_tokens as usize, image_end(0, 0));
+}

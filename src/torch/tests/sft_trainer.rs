@@ -2,6 +2,9 @@
 
 use std::fs;
 
+use tch::Tensor;
+
+use crate::common::first_gradients;
 use crate::recorded::onevision;
 use ovchat_models::{
     ChatPrompt, ChatRole, ChatTurn, Checkpointing, DpoSettings, DpoTrainer as _, Dtype, Example,
@@ -111,6 +114,56 @@ fn the_loss_is_the_mean_of_the_learned_tokens() {
     let report = model(Tower::Train).step(&both).unwrap();
     let expected = -(one + two) / 11.0;
     assert!((report.loss - expected).abs() < 1e-5, "{}", report.loss);
+}
+
+/// Batches of prompts with no, one and several images, in front and between words.
+#[test]
+fn a_mixed_batch_has_the_loss_and_the_gradients_of_its_examples() {
+    let mut prompts = onevision::prompts();
+    prompts[2].question = "Is <image> wider than <image>?".to_owned();
+    let large = prompts[0].images[0].clone();
+    let mut three = prompts[2].clone();
+    three.images.push(large);
+    three.question = "<image><image>\nOr <image>?".to_owned();
+    prompts.push(three);
+    let prompts: Vec<ChatPrompt> = prompts.into_iter().map(ChatPrompt::with_places).collect();
+    let answers = ["a cat", "so", "gray", "No.", "yes"];
+    let examples: Vec<SftExample<'_>> = prompts
+        .iter()
+        .zip(answers)
+        .map(|(prompt, answer)| sft_example(prompt, answer, TrainOn::All))
+        .collect();
+    let settings = SftSettings {
+        tower: Tower::Train,
+        optimization: Optimization {
+            max_grad_norm: 0.0,
+            ..optimization()
+        },
+    };
+    let gradients = |batch: &[SftExample<'_>]| {
+        let opened = Sft::<PolicySft>::open(&onevision::spec(Dtype::Auto), &settings);
+        let mut model = opened.unwrap();
+        let report = model.step(batch).unwrap();
+        (report, first_gradients(model.training()))
+    };
+    let (mixed, together) = gradients(&examples);
+    let (mut loss, mut tokens) = (0.0, 0.0);
+    let mut sums: Vec<Tensor> = together.iter().map(Tensor::zeros_like).collect();
+    for example in &examples {
+        let (report, gradients) = gradients(std::slice::from_ref(example));
+        let learned = report.learned_tokens as f64;
+        loss += report.loss * learned;
+        tokens += learned;
+        for (sum, gradient) in sums.iter_mut().zip(gradients) {
+            *sum += gradient * learned;
+        }
+    }
+    assert!((mixed.loss - loss / tokens).abs() < 1e-5, "{}", mixed.loss);
+    for (sum, gradient) in sums.iter().zip(&together) {
+        let apart = (sum / tokens - gradient).abs().max().double_value(&[]);
+        let greatest = gradient.abs().max().double_value(&[]);
+        assert!(apart <= 1e-4 * greatest.max(1e-3), "{apart} {greatest}");
+    }
 }
 
 #[test]

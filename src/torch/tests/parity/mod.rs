@@ -6,6 +6,7 @@
 //! that folder and `OVCHAT_PARITY_REPORT` to one where each test writes its lines, from which
 //! `benches/PARITY.md` is generated. Blocks that such a recording lacks are skipped.
 
+mod interleaved;
 mod networks;
 mod packing;
 mod pixels;
@@ -269,6 +270,7 @@ fn prompt(question: &str, turns: &[[String; 2]], images: Vec<EncodedImage>) -> C
         text: text.clone(),
     };
     ChatPrompt {
+        places: Vec::new(),
         id: question.to_owned(),
         images,
         system: None,

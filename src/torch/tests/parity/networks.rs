@@ -51,7 +51,7 @@ struct Sampled {
     seeds: Vec<u64>,
 }
 
-const BOUND: f64 = 1e-4;
+pub(super) const BOUND: f64 = 1e-4;
 
 #[test]
 fn networks_compute_what_the_reference_computes() {
@@ -79,7 +79,7 @@ fn block(folder: &Path, images: ImagesApart, report: &mut Report) {
         written(folder, &place, case, report);
         if case.bfloat16.is_some() {
             greedy(folder, &place, &case.title, report);
-            sampled(&place, &prompts, &case.title, report);
+            sampled(&place, &place, &prompts, &case.title, report);
         }
     }
 }
@@ -99,10 +99,10 @@ fn prompts(folder: &Path, list: &Path) -> Vec<ChatPrompt> {
 
 /// The largest differences over all prompts, `[absolute, relative]`.
 #[derive(Default)]
-struct Apart([f64; 2]);
+pub(super) struct Apart(pub(super) [f64; 2]);
 
 impl Apart {
-    fn add(&mut self, found: &Tensor, expected: &Tensor) {
+    pub(super) fn add(&mut self, found: &Tensor, expected: &Tensor) {
         let [absolute, relative] = differences(found, expected);
         self.0 = [self.0[0].max(absolute), self.0[1].max(relative)];
     }
@@ -164,7 +164,7 @@ fn with_images(prompts: &[Prepared]) -> impl Iterator<Item = (usize, &Prepared)>
 
 /// True if the ids equal the expected ones. A tokenizer without `<image>` has another id for it, so
 /// images are compared by position.
-fn are_same(found: &PromptIds, image: i64, expected: &[i64]) -> bool {
+pub(super) fn are_same(found: &PromptIds, image: i64, expected: &[i64]) -> bool {
     let words = |ids: &[i64], image: i64| -> Vec<Option<i64>> {
         ids.iter().map(|&id| (id != image).then_some(id)).collect()
     };
@@ -174,7 +174,7 @@ fn are_same(found: &PromptIds, image: i64, expected: &[i64]) -> bool {
 }
 
 /// The hidden states of a prompt, and the logits that are recorded.
-fn outputs(
+pub(super) fn outputs(
     network: &dyn VisionLanguageModel,
     prompt: &Prepared,
     logits_every: i64,
@@ -335,9 +335,15 @@ fn greedy(folder: &Path, place: &Path, title: &str, report: &mut Report) {
 
 /// Sampled answers equal those drawn with the same random numbers from the reference's logits, and
 /// so do their log-probabilities.
-fn sampled(place: &Path, prompts: &[ChatPrompt], title: &str, report: &mut Report) {
-    let sampled: Sampled = json(&place.join("sampled.json"));
-    let expected = Recorded::open(&place.join("sampled.safetensors"));
+pub(super) fn sampled(
+    checkpoint: &Path,
+    folder: &Path,
+    prompts: &[ChatPrompt],
+    title: &str,
+    report: &mut Report,
+) {
+    let sampled: Sampled = json(&folder.join("sampled.json"));
+    let expected = Recorded::open(&folder.join("sampled.safetensors"));
     let how = Sampling {
         count: sampled.count,
         temperature: sampled.temperature,
@@ -353,7 +359,7 @@ fn sampled(place: &Path, prompts: &[ChatPrompt], title: &str, report: &mut Repor
     for (prompt, &seed) in prompts.iter_mut().zip(&sampled.seeds) {
         prompt.seed = seed;
     }
-    let answers = answers(place, &prompts, &how);
+    let answers = answers(checkpoint, &prompts, &how);
     let (mut different, mut all) = (0, 0);
     let mut apart = Apart::default();
     for (index, answers) in answers.iter().enumerate() {

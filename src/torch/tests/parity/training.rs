@@ -49,12 +49,12 @@ pub(super) fn optimization() -> Optimization {
 }
 
 #[derive(serde::Deserialize)]
-struct Pair {
+pub(super) struct Pair {
     #[serde(rename = "pictures")]
-    images: Vec<String>,
-    question: String,
-    chosen: String,
-    rejected: String,
+    pub(super) images: Vec<String>,
+    pub(super) question: String,
+    pub(super) chosen: String,
+    pub(super) rejected: String,
 }
 
 #[derive(serde::Deserialize)]
@@ -232,7 +232,7 @@ fn changes(
     report.line(case, apart, "1e-2, relative", apart[1] <= CHANGE);
 }
 
-fn examples<'a>(
+pub(super) fn examples<'a>(
     pairs: &[Pair],
     prompts: &'a [ChatPrompt],
     references: &[[f64; 2]],
@@ -253,14 +253,14 @@ fn examples<'a>(
 }
 
 /// The parameters' names in the recording: those of transformers in memory, without prefixes.
-fn in_memory(name: &str) -> String {
+pub(super) fn in_memory(name: &str) -> String {
     name.replace("language_model.model.", "language_model.")
         .replace("language_model.lm_head.", "lm_head.")
         .replace("vision_tower.vision_model.", "vision_tower.")
 }
 
 /// The reference's log-probabilities of pairs.
-fn references(expected: &Recorded) -> Vec<[f64; 2]> {
+pub(super) fn references(expected: &Recorded) -> Vec<[f64; 2]> {
     let numbers = expected.tensor("reference").to_kind(Kind::Double);
     let pairs = Vec::<Vec<f64>>::try_from(numbers).unwrap();
     pairs.iter().map(|pair| [pair[0], pair[1]]).collect()

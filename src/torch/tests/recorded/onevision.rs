@@ -36,6 +36,7 @@ pub fn prompts() -> Vec<ChatPrompt> {
         .iter()
         .enumerate()
         .map(|(index, (names, question))| ChatPrompt {
+            places: Vec::new(),
             id: format!("prompt {index}"),
             images: names.iter().map(|name| image(name)).collect(),
             system: None,

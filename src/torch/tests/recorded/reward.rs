@@ -40,6 +40,7 @@ pub fn encoded(name: &str) -> EncodedImage {
 
 pub fn prompt(row: &Row) -> ChatPrompt {
     ChatPrompt {
+        places: Vec::new(),
         id: row.image.clone(),
         images: vec![encoded(&row.image)],
         system: None,
