@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
-use tch::{Cuda, Device, Kind, TchError};
+use tch::{Cuda, Device, Kind, TchError, Tensor};
 
 use ovchat_models::libtorch::{BUILT_AGAINST, mismatch, variables, version_in};
 use ovchat_models::{DeviceSpec, Dtype, Finding, Gigabytes, ModelError, Placement, Room, Severity};
@@ -222,11 +222,23 @@ pub fn threads() -> usize {
             .or_else(|| std::thread::available_parallelism().ok().map(usize::from))
             .unwrap_or(1)
             .min(THREADS_MAX);
+        warm_up();
         tch::set_num_threads(threads as i32);
         // Benchmarking kernels and keeping the fastest would make the choice nondeterministic.
         Cuda::cudnn_set_benchmark(false);
         threads
     })
+}
+
+/// Calls MKL's vector functions once, on one thread. They choose their code in the first call: when
+/// two threads make it at once, as for the angles of the first prompt, its results differ in the last
+/// digits in one process of a hundred.
+fn warm_up() {
+    tch::set_num_threads(1);
+    let ones = Tensor::ones([64], (Kind::Float, Device::Cpu));
+    for function in [Tensor::cos, Tensor::sin, Tensor::exp, Tensor::log] {
+        let _ = function(&ones);
+    }
 }
 
 /// The default memory limit of a model on a device, in bytes: nine tenths of a GPU's memory; on the
@@ -436,6 +448,7 @@ pub(super) fn torch_error(
         "out of memory",
         "can't allocate memory",
         "not enough memory",
+        "bad_alloc",
         "CUBLAS_STATUS_ALLOC_FAILED",
     ];
     if out_of_memory.iter().any(|words| text.contains(words)) {
@@ -448,7 +461,6 @@ pub(super) fn torch_error(
     let problem = text
         .trim_start_matches("Internal torch error: ")
         .lines()
-        "bad_alloc",
         .take_while(|line| !line.starts_with("Exception raised from"))
         .collect::<Vec<_>>()
         .join(" ");
