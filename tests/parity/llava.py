@@ -5,6 +5,7 @@ transformers 4.36 converted: its normalizer puts a space before every piece of t
 what LlamaTokenizer of transformers 5 writes: a space before the whole text only. transformers 5 takes either file as it
 is (`llava` is one of its MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS), where LlamaTokenizer would make a "first" of both.
 """
+import copy
 import json
 import tempfile
 from pathlib import Path
@@ -96,8 +97,8 @@ def make(random, title, heads=(4, 4), shards=1, old=False, size=14, crop=14, pat
         write_old(path, network, vision, text, theta, dtype)
     else:
         size = sum(parameter.numel() for parameter in network.parameters()) * dtype.itemsize
-        network.to(dtype).save_pretrained(path, max_shard_size=size // shards + 2000)
-        network.float()
+        # A copy: converting the network would round its rotary frequencies, too.
+        copy.deepcopy(network).to(dtype).save_pretrained(path, max_shard_size=size // shards + 2000)
     processor = AutoProcessor.from_pretrained(path)  # which reads config.json to choose the class of the tokenizer
     assert type(processor.tokenizer).__name__ == "TokenizersBackend"
     if error("bilinear for bicubic"):
