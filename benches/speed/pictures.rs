@@ -24,10 +24,8 @@ fn main() {
     let tiles: usize = files
         .par_iter()
         .map(|path| {
-            let image = EncodedImage {
-                id: path.display().to_string(),
-                bytes: std::fs::read(path).expect("an image").into(),
-            };
+            let bytes = std::fs::read(path).expect("an image");
+            let image = EncodedImage::new(path.display().to_string(), bytes.into());
             let tiles = prep.tiles(&image, 1).expect("an image");
             tiles.packing.tiles()
         })

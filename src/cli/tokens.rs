@@ -230,7 +230,7 @@ impl ImageStore {
                 }
                 let bytes = self.images.bytes(id)?;
                 let id = id.clone();
-                self.read.insert(id.clone(), EncodedImage { id, bytes });
+                self.read.insert(id.clone(), EncodedImage::new(id, bytes));
             }
             images.push(self.read[id].clone());
         }

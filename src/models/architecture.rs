@@ -47,6 +47,9 @@ pub trait Architecture: fmt::Debug + Send + Sync {
     /// Returns the layout of each image of a prompt, whose `[height, width]` are `sizes`.
     fn packings(&self, sizes: &[[usize; 2]]) -> Vec<Packing>;
 
+    /// Returns the layout of a video of this many frames, or the reason why the model takes none.
+    fn video_packing(&self, frames: usize) -> Result<Packing, RowFault>;
+
     /// Returns the minimum number of tokens of an image.
     fn image_tokens_min(&self) -> usize;
 
@@ -61,6 +64,9 @@ pub trait Architecture: fmt::Debug + Send + Sync {
 pub trait ImageProcessor: fmt::Debug + Send + Sync {
     /// Converts an image of a prompt that has `images` of them to the tower's input.
     fn tiles(&self, image: Rgb, images: usize) -> Result<Tiles, RowFault>;
+
+    /// Converts the frames of a video to the tower's input.
+    fn frames(&self, frames: &[Rgb]) -> Result<Tiles, RowFault>;
 }
 
 impl dyn Architecture + '_ {

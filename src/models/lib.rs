@@ -34,7 +34,7 @@ pub use critic::{Critic, PolicyWriter, Request, Writer};
 pub use http::{BaseUrl, Http, HttpWriter, INVALID_KEY, Price, Spend, SpendLimit};
 pub use hub::{Hub, Repository, is_offline};
 pub use judge_prompt::{JudgeInput, JudgePrompt, JudgePromptSettings, Mode, Verdict};
-pub use places::{IMAGE_PLACEHOLDER, ImagePlace, cut_out};
+pub use places::{IMAGE_PLACEHOLDER, ImagePlace, VIDEO_PLACEHOLDER, misfit};
 pub use spec::{
     Compute, CriticSpec, DeviceSpec, Dtype, Exam, Gigabytes, Golden, LlavaRlhfSpec, ModelSpec,
     PromptedJudge, Replies, Role, Scripted, SelfJudge, Share, SqlReward, TEMPLATE,

@@ -19,7 +19,7 @@ pub(crate) mod tokenizer;
 pub(crate) mod vicuna;
 
 pub use self::image::{PIXELS_MAX, Probe, Rgb, decode, probe};
-pub use anyres::{Anyres, AnyresLayout, AnyresPacking, Grid, Packing, Tiles};
+pub use anyres::{Anyres, AnyresLayout, AnyresPacking, FramesPacking, Grid, Packing, Tiles};
 pub use chat::{Chat, ChatTemplate, ChatTokens, Conversation, Piece, PromptIds};
 pub use chat_template::{OtherText, other_text};
 pub use clip::Clip;

@@ -37,10 +37,7 @@ pub fn png(width: usize, height: usize) -> EncodedImage {
     rgb.expect("the size fits")
         .write_to(&mut bytes, image::ImageFormat::Png)
         .expect("written to memory");
-    EncodedImage {
-        id: format!("{width}x{height}"),
-        bytes: Arc::from(bytes.into_inner()),
-    }
+    EncodedImage::new(format!("{width}x{height}"), Arc::from(bytes.into_inner()))
 }
 
 /// Returns the SHA-256 of bytes, in hex.

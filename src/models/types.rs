@@ -2,18 +2,59 @@
 
 use std::sync::Arc;
 
+use sha2::{Digest, Sha256};
+
 use crate::places::ImagePlace;
 
-/// An image as the encoded bytes of its file.
+/// An image as the encoded bytes of its file, or a video as its frames.
 #[derive(Debug, Clone)]
 pub struct EncodedImage {
-    /// SHA-256 of the bytes, in hex; equal ids mean equal images.
+    /// SHA-256 of the bytes, in hex, or for a video of the ids of its frames; equal ids mean equal
+    /// images.
     pub id: String,
-    /// The bytes of the file (PNG, JPEG, …).
+    /// The bytes of the file (PNG, JPEG, …); none for a video.
     pub bytes: Arc<[u8]>,
+    /// The frames of a video, in order; none for an image.
+    pub frames: Vec<EncodedImage>,
 }
 
 impl EncodedImage {
+    /// Returns an image.
+    pub fn new(id: String, bytes: Arc<[u8]>) -> Self {
+        Self {
+            id,
+            bytes,
+            frames: Vec::new(),
+        }
+    }
+
+    /// Returns a video of these frames.
+    pub fn video(frames: Vec<EncodedImage>) -> Self {
+        let mut ids = Sha256::new();
+        for frame in &frames {
+            ids.update((frame.id.len() as u64).to_le_bytes());
+            ids.update(&frame.id);
+        }
+        Self {
+            id: hex::encode(ids.finalize()),
+            bytes: [].into(),
+            frames,
+        }
+    }
+
+    pub fn is_video(&self) -> bool {
+        !self.frames.is_empty()
+    }
+
+    /// Returns the images to show: the image itself, or the frames of a video.
+    pub fn shown(&self) -> &[Self] {
+        if self.is_video() {
+            &self.frames
+        } else {
+            std::slice::from_ref(self)
+        }
+    }
+
     /// Returns the media type of the image, detected from its first bytes; `None` for a format that
     /// browsers and endpoints do not accept.
     pub fn media_type(&self) -> Option<&'static str> {

@@ -482,10 +482,9 @@ mod tests {
     #[test]
     fn prompts_about_one_image_are_answered_together() {
         let prompt = |image: Option<&str>| {
-            let images = image.into_iter().map(|id| EncodedImage {
-                id: id.to_owned(),
-                bytes: [].into(),
-            });
+            let images = image
+                .into_iter()
+                .map(|id| EncodedImage::new(id.to_owned(), [].into()));
             ChatPrompt {
                 images: images.collect(),
                 ..prompts().remove(3)

@@ -26,10 +26,10 @@ pub struct DecodedImage {
 impl DecodedImage {
     /// The images of a prompt.
     pub fn of(prompt: &ChatPrompt) -> Vec<Self> {
-        let alone = prompt.images.len() == 1;
+        let alone = prompt.image_count() == 1;
         let shown = |image: &EncodedImage| Self {
             image: image.id.clone(),
-            alone,
+            alone: alone && !image.is_video(),
         };
         prompt.images.iter().map(shown).collect()
     }
@@ -230,10 +230,7 @@ mod tests {
     use super::*;
 
     fn prompt(images: &[&str]) -> ChatPrompt {
-        let image = |id: &&str| EncodedImage {
-            id: (*id).to_owned(),
-            bytes: [].into(),
-        };
+        let image = |id: &&str| EncodedImage::new((*id).to_owned(), [].into());
         ChatPrompt {
             images: images.iter().map(image).collect(),
             ..onevision::prompts().remove(3)

@@ -15,7 +15,7 @@ use super::vit::{Family, Vit, VitSizes};
 use super::vlm::{EncodedImages, VisionLanguageModel, project_tiles};
 use ovchat_models::ModelError;
 use ovchat_models::checkpoint::LlavaOnevisionConfig;
-use ovchat_models::preprocess::{AnyresPacking, Packing, Tiles};
+use ovchat_models::preprocess::{AnyresPacking, FramesPacking, Packing, Tiles};
 
 /// The network; it has no cache or other state.
 #[derive(Debug)]
@@ -80,13 +80,16 @@ impl VisionLanguageModel for LlavaOnevision {
         };
         let mut first = 0;
         for tiles in images {
-            let Packing::Anyres(packing) = &tiles.packing else {
-                unreachable!("the processor of LLaVA-OneVision cuts images into tiles")
-            };
-            let count = packing.tiles() as i64;
+            let count = tiles.packing.tiles() as i64;
             let own = projected.narrow(0, first, count);
             let newline = self.image_newline.to_kind(self.kind);
-            features.push(pack(&own, packing, &newline));
+            features.push(match &tiles.packing {
+                Packing::Anyres(packing) => pack(&own, packing, &newline),
+                Packing::Frames(packing) => pack_frames(&own, *packing, &newline),
+                Packing::Plain(_) => {
+                    unreachable!("the processor of LLaVA-OneVision cuts images into tiles")
+                }
+            });
             first += count;
         }
         EncodedImages { features, chains }
@@ -158,6 +161,20 @@ fn pack(features: &Tensor, packing: &AnyresPacking, newline: &Tensor) -> Tensor 
     Tensor::cat(&[base, lines.flatten(1, 2).transpose(0, 1)], 0)
 }
 
+/// Pools the features of a video's frames (`[frames, patches², hidden]`, bilinear, `align_corners`
+/// false, no antialias) and arranges them as its tokens (`[tokens, hidden]`), ended by `newline`.
+fn pack_frames(features: &Tensor, packing: FramesPacking, newline: &Tensor) -> Tensor {
+    let (side, pooled) = (packing.patches as i64, packing.pooled() as i64);
+    let pooled = features
+        .transpose(1, 2)
+        .unflatten(2, [side, side]) // [frames, hidden, patches, patches]
+        .upsample_bilinear2d([pooled, pooled], false, None, None)
+        .flatten(2, 3)
+        .transpose(1, 2) // [frames, pooled², hidden]
+        .flatten(0, 1);
+    Tensor::cat(&[&pooled, &newline.unsqueeze(0)], 0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -218,5 +235,46 @@ mod tests {
             grid: None,
         };
         assert_eq!(packed(&packing), [0., 1., 2., 3., -1.]);
+    }
+
+    /// Values of transformers' `apply_pooling` for 27 patches per side.
+    #[test]
+    fn frames_are_pooled_as_by_the_reference() {
+        let packing = FramesPacking {
+            frames: 2,
+            patches: 27,
+        };
+        let ramp = Tensor::arange(27, (Kind::Float, Device::Cpu));
+        let ramps = ramp.expand([2, 27, 27], false).reshape([2, 27 * 27, 1]);
+        let found = pack_frames(&ramps, packing, &Tensor::from_slice(&[-1.0f32]));
+        assert_eq!(found.size(), [packing.tokens() as i64, 1]);
+        assert_eq!(packing.tokens(), 393);
+        let row = Vec::<f32>::try_from(found.narrow(0, 196 + 14, 14).flatten(0, 1)).unwrap();
+        let expected = [
+            0.464_286, 2.392_857, 4.321_429, 6.25, 8.178_572, 10.107_143, 12.035_714, 13.964_286,
+            15.892_859, 17.821_428, 19.75, 21.678_572, 23.607_143, 25.535_715,
+        ];
+        for (found, expected) in row.iter().zip(expected) {
+            assert!((found - expected).abs() < 1e-5, "{found} {expected}");
+        }
+        assert_eq!(found.double_value(&[392, 0]), -1.0);
+        let impulse = |row: i64, column: i64| {
+            let frame = Tensor::zeros([1, 27, 27], (Kind::Float, Device::Cpu));
+            let _ = frame.narrow(1, row, 1).narrow(2, column, 1).fill_(1.0);
+            let packing = FramesPacking {
+                frames: 1,
+                patches: 27,
+            };
+            let newline = Tensor::zeros([1], (Kind::Float, Device::Cpu));
+            let found = pack_frames(&frame.reshape([1, 27 * 27, 1]), packing, &newline);
+            found.narrow(0, 0, 196).view([14, 14])
+        };
+        let found = impulse(3, 5);
+        assert!((found.double_value(&[1, 2]) - 0.126_276).abs() < 1e-6);
+        assert!((found.sum(Kind::Double).double_value(&[]) - 0.126_276).abs() < 1e-6);
+        let found = impulse(13, 13);
+        for place in [[6, 6], [6, 7], [7, 6], [7, 7]] {
+            assert!((found.double_value(&place) - 0.001_275_5).abs() < 1e-7);
+        }
     }
 }

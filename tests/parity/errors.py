@@ -45,4 +45,5 @@ ERRORS = {
     "a token learned from itself": "training",
     "one newline behind the picture": "training",
     "an image moved before the text of its turn": "interleaved",
+    "a video's newline before its frames": "videos",
 }

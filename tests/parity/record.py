@@ -13,7 +13,7 @@ import transformers
 
 from common import ARGUMENTS, OUT, write_json
 
-BLOCKS = ["pixels", "packing", "text", "networks", "sampling", "rewards", "training", "interleaved"]
+BLOCKS = ["pixels", "packing", "text", "networks", "sampling", "rewards", "training", "interleaved", "videos"]
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()

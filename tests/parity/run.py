@@ -19,7 +19,7 @@ from errors import ERRORS
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 PAGE = ROOT / "benches" / "PARITY.md"
-BLOCKS = ["pixels", "packing", "prompt token ids", "networks", "sampling", "rewards", "training", "images in place"]
+BLOCKS = ["pixels", "packing", "prompt token ids", "networks", "sampling", "rewards", "training", "images in place", "videos"]
 TESTS = {"text": "prompt token ids", "interleaved": "images in place"}
 
 

@@ -206,6 +206,10 @@ impl Architecture for Llava {
         vec![self.packing(); sizes.len()]
     }
 
+    fn video_packing(&self, _frames: usize) -> Result<Packing, RowFault> {
+        Err(no_video())
+    }
+
     fn image_tokens_min(&self) -> usize {
         self.packing().tokens()
     }
@@ -234,6 +238,16 @@ impl ImageProcessor for CenterCrop {
             packing: self.packing.clone(),
         })
     }
+
+    fn frames(&self, _frames: &[Rgb]) -> Result<Tiles, RowFault> {
+        Err(no_video())
+    }
+}
+
+fn no_video() -> RowFault {
+    RowFault(format!(
+        "the prompt has a video, which a `{NAME}` model cannot read; use `llava_onevision`"
+    ))
 }
 
 /// Reads `tokenizer.json` in `folder` and checks that it fits `config`.

@@ -131,6 +131,16 @@ impl Architecture for LlavaOnevision {
         }
     }
 
+    fn video_packing(&self, frames: usize) -> Result<Packing, RowFault> {
+        match &self.config.no_video {
+            None => Ok(Packing::Frames(self.layout.video(frames))),
+            Some(problem) => Err(RowFault(format!(
+                "the prompt has a video, which this checkpoint lays out in a way that is not supported: \
+                 {problem}"
+            ))),
+        }
+    }
+
     /// A single, very thin image has nothing after its base tile, not even a newline.
     fn image_tokens_min(&self) -> usize {
         self.layout.several().tokens() - 1
@@ -155,6 +165,10 @@ impl ImageProcessor for Anyres {
             1 => self.cut_single(&image),
             _ => self.cut_several(image),
         })
+    }
+
+    fn frames(&self, frames: &[Rgb]) -> Result<Tiles, RowFault> {
+        Ok(self.squash_frames(frames))
     }
 }
 

@@ -355,8 +355,10 @@ fn content(prompt: &ChatPrompt) -> Result<Vec<serde_json::Value>, RowFault> {
             text(from, to, &mut parts);
             from = to;
         }
-        let url = data_url(image)?;
-        parts.push(json!({ "type": "image_url", "image_url": { "url": url } }));
+        for shown in image.shown() {
+            let url = data_url(shown)?;
+            parts.push(json!({ "type": "image_url", "image_url": { "url": url } }));
+        }
     }
     text(from, prompt.question.len(), &mut parts);
     Ok(parts)
@@ -383,10 +385,7 @@ mod tests {
 
     #[test]
     fn images_are_told_by_their_first_bytes() {
-        let image = |bytes: &[u8]| EncodedImage {
-            id: "p".to_owned(),
-            bytes: bytes.into(),
-        };
+        let image = |bytes: &[u8]| EncodedImage::new("p".to_owned(), bytes.into());
         let url = data_url(&image(b"\x89PNG\r\n")).unwrap();
         assert_eq!(url, "data:image/png;base64,iVBORw0K");
         assert!(data_url(&image(b"BM")).is_err());
@@ -394,10 +393,7 @@ mod tests {
 
     #[test]
     fn images_and_texts_are_sent_in_the_order_of_the_prompt() {
-        let image = |id: &str| EncodedImage {
-            id: id.to_owned(),
-            bytes: b"\x89PNG"[..].into(),
-        };
+        let image = |id: &str| EncodedImage::new(id.to_owned(), b"\x89PNG"[..].into());
         let sent = |question: &str, images: usize| -> Vec<String> {
             let images = (0..images).map(|_| image("p")).collect();
             let asked = prompt(images, question).with_places();

@@ -61,6 +61,29 @@ pub enum Packing {
     /// This many features of a single tile, in the tower's order.
     Plain(usize),
     Anyres(AnyresPacking),
+    Frames(FramesPacking),
+}
+
+/// The layout of a video's features: each frame is a tile, whose features are pooled; one newline
+/// ends all of them (`get_video_features` and `apply_pooling` of transformers'
+/// `modeling_llava_onevision.py`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FramesPacking {
+    pub frames: usize,
+    /// Features per side of a frame, before pooling.
+    pub patches: usize,
+}
+
+impl FramesPacking {
+    /// Returns the features per side of a frame after pooling.
+    pub fn pooled(self) -> usize {
+        self.patches.div_ceil(2)
+    }
+
+    /// Returns the number of tokens of the video in the sequence.
+    pub fn tokens(self) -> usize {
+        self.frames * self.pooled().pow(2) + 1
+    }
 }
 
 impl Packing {
@@ -69,6 +92,7 @@ impl Packing {
         match self {
             Self::Plain(_) => 1,
             Self::Anyres(packing) => packing.tiles(),
+            Self::Frames(packing) => packing.frames,
         }
     }
 
@@ -77,6 +101,7 @@ impl Packing {
         match self {
             Self::Plain(tokens) => *tokens,
             Self::Anyres(packing) => packing.tokens(),
+            Self::Frames(packing) => packing.tokens(),
         }
     }
 }
@@ -169,6 +194,14 @@ impl AnyresLayout {
             grid: None,
         }
     }
+
+    /// Returns the layout of a video of this many frames.
+    pub fn video(&self, frames: usize) -> FramesPacking {
+        FramesPacking {
+            frames,
+            patches: self.patches,
+        }
+    }
 }
 
 impl Anyres {
@@ -193,7 +226,7 @@ impl Anyres {
                 (&canvas, column * self.layout.side, row * self.layout.side)
             }))
             .collect();
-        self.tiles(&tiles, packing)
+        self.tiles(&tiles, Packing::Anyres(packing))
     }
 
     /// Converts one of several images to its one tile: padded to a square, then resized.
@@ -203,11 +236,20 @@ impl Anyres {
             self.layout.side,
             self.layout.side,
         );
-        self.tiles(&[(&base, 0, 0)], self.layout.several())
+        self.tiles(&[(&base, 0, 0)], Packing::Anyres(self.layout.several()))
+    }
+
+    /// Converts the frames of a video to a tile each: squashed, as a base tile.
+    pub fn squash_frames(&self, frames: &[Rgb]) -> Tiles {
+        let side = self.layout.side;
+        let squash = |frame: &Rgb| Bicubic::Pillow.resize(frame, side, side);
+        let frames: Vec<Rgb> = frames.par_iter().map(squash).collect();
+        let tiles: Vec<(&Rgb, usize, usize)> = frames.iter().map(|frame| (frame, 0, 0)).collect();
+        self.tiles(&tiles, Packing::Frames(self.layout.video(frames.len())))
     }
 
     /// Normalizes the tiles that begin at the given columns and rows of the given images.
-    fn tiles(&self, tiles: &[(&Rgb, usize, usize)], packing: AnyresPacking) -> Tiles {
+    fn tiles(&self, tiles: &[(&Rgb, usize, usize)], packing: Packing) -> Tiles {
         let size = 3 * self.layout.side * self.layout.side;
         let mut pixels = vec![0.0; tiles.len() * size];
         pixels
@@ -219,7 +261,7 @@ impl Anyres {
         Tiles {
             pixels,
             side: self.layout.side,
-            packing: Packing::Anyres(packing),
+            packing,
         }
     }
 }

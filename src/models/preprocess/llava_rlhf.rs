@@ -136,6 +136,9 @@ impl LlavaRlhfProcessor {
         prompt.check_places()?;
         match prompt.images.as_slice() {
             [] => Ok(None),
+            [video] if video.is_video() => Err(RowFault(
+                "the prompt has a video, which LLaVA-RLHF cannot read".to_owned(),
+            )),
             [image] => {
                 probe(&image.bytes).map_err(|fault| named(image, &fault))?;
                 Ok(Some(self.config.vision_config.patches()))

@@ -4,12 +4,14 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
+use rayon::prelude::*;
+
 use crate::architecture::{Architecture, ImageProcessor};
 use crate::architectures;
 use crate::checkpoint::{CheckpointError, DecoderConfig};
 use crate::preprocess::anyres::{Packing, Tiles};
 use crate::preprocess::chat::{Chat, PromptIds};
-use crate::preprocess::image::{PIXELS_MAX, decode, probe};
+use crate::preprocess::image::{PIXELS_MAX, Rgb, decode, probe};
 use crate::{ChatPrompt, EncodedImage, Newlines, RowFault, SftExample};
 
 /// The processor of a checkpoint: everything that turns prompts into the network's input, without
@@ -125,22 +127,35 @@ impl Processor {
         Ok(sequence)
     }
 
-    /// Returns the layout of each image of `prompt`.
+    /// Returns the layout of each image and video of `prompt`. That of an image depends on the
+    /// number of images, that of a video only on its frames.
     pub fn packings(&self, prompt: &ChatPrompt) -> Result<Vec<Packing>, RowFault> {
         let size = |image: &EncodedImage| {
             let size = probe(&image.bytes).map_err(|fault| named(image, &fault))?;
             Ok([size.height, size.width])
         };
-        let sizes = prompt.images.iter().map(size);
-        let sizes: Vec<[usize; 2]> = sizes.collect::<Result<_, RowFault>>()?;
-        Ok(self.architecture.packings(&sizes))
+        let images = prompt.images.iter().filter(|image| !image.is_video());
+        let sizes: Vec<[usize; 2]> = images.map(size).collect::<Result<_, RowFault>>()?;
+        let mut packings = self.architecture.packings(&sizes).into_iter();
+        let packing = |image: &EncodedImage| match image.frames.len() {
+            0 => Ok(packings.next().expect("a packing for each image")),
+            frames => self.architecture.video_packing(frames),
+        };
+        prompt.images.iter().map(packing).collect()
     }
 
-    /// Decodes an image of a prompt that has `images` of them, and converts it to the tower's
-    /// input.
+    /// Decodes an image of a prompt that has `images` of them, or the frames of a video, and
+    /// converts it to the tower's input.
     pub fn tiles(&self, image: &EncodedImage, images: usize) -> Result<Tiles, RowFault> {
-        let rgb = decode(&image.bytes, PIXELS_MAX).map_err(|fault| named(image, &fault))?;
-        let tiles = self.images.tiles(rgb, images);
+        let rgb = |image: &EncodedImage| {
+            decode(&image.bytes, PIXELS_MAX).map_err(|fault| named(image, &fault))
+        };
+        let tiles = if image.is_video() {
+            let frames: Vec<Rgb> = image.frames.par_iter().map(rgb).collect::<Result<_, _>>()?;
+            self.images.frames(&frames)
+        } else {
+            self.images.tiles(rgb(image)?, images)
+        };
         tiles.map_err(|fault| named(image, &fault))
     }
 
@@ -152,7 +167,7 @@ impl Processor {
     }
 
     fn all_tiles(&self, prompt: &ChatPrompt) -> Result<Vec<Tiles>, RowFault> {
-        let count = prompt.images.len();
+        let count = prompt.image_count();
         let images = prompt.images.iter();
         images.map(|image| self.tiles(image, count)).collect()
     }

@@ -95,12 +95,7 @@ impl InputTables {
 
     /// Returns images by the hashes of their content.
     pub fn images(&mut self, image_ids: &[String]) -> Result<Vec<EncodedImage>, Failure> {
-        let image = |id: &String| {
-            Ok(EncodedImage {
-                id: id.clone(),
-                bytes: self.images.bytes(id)?,
-            })
-        };
+        let image = |id: &String| Ok(EncodedImage::new(id.clone(), self.images.bytes(id)?));
         image_ids.iter().map(image).collect()
     }
 }

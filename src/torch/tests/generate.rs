@@ -307,12 +307,12 @@ fn small_world() -> (VisionLanguageSpec, Vec<ChatPrompt>) {
     let questions = records[..12].iter().enumerate().map(|(number, record)| {
         let name = record["image"].as_str().unwrap();
         ChatPrompt {
-            images: vec![EncodedImage {
-                id: name.to_owned(),
-                bytes: std::fs::read(samples.join("images").join(name))
+            images: vec![EncodedImage::new(
+                name.to_owned(),
+                std::fs::read(samples.join("images").join(name))
                     .unwrap()
                     .into(),
-            }],
+            )],
             question: record["prompt"].as_str().unwrap().to_owned(),
             seed: number as u64,
             ..prompts().remove(3)
@@ -461,10 +461,7 @@ fn drawn(id: &str, width: u32, height: u32) -> EncodedImage {
     pixels
         .write_to(&mut bytes, image::ImageFormat::Png)
         .unwrap();
-    EncodedImage {
-        id: id.to_owned(),
-        bytes: bytes.into_inner().into(),
-    }
+    EncodedImage::new(id.to_owned(), bytes.into_inner().into())
 }
 
 /// Each prompt gets the same answers as when it is sampled alone, whatever it is batched with.

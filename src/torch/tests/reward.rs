@@ -136,10 +136,10 @@ fn faulty_rows_are_named_and_the_others_go_on() {
     let rows = rows();
     let good = prompt(&rows[0]);
     let broken = ChatPrompt {
-        images: vec![EncodedImage {
-            id: "broken".to_owned(),
-            bytes: encoded("wide.png").bytes[..300].into(),
-        }],
+        images: vec![EncodedImage::new(
+            "broken".to_owned(),
+            encoded("wide.png").bytes[..300].into(),
+        )],
         ..good.clone()
     };
     let talk = ChatPrompt {

@@ -31,6 +31,9 @@ pub struct LlavaOnevisionConfig {
     pub tie_word_embeddings: bool,
     /// `dtype` or `torch_dtype`, if the file has it: the dtype that the weights were saved in.
     pub dtype: Option<String>,
+    /// The setting that keeps the model from reading videos, if there is one: LLaVA-NeXT's other
+    /// places of newlines, and its fast frames.
+    pub no_video: Option<String>,
     /// Tokens that end an answer, from `generation_config.json`; empty if there is no such file.
     pub eos_token_id: Vec<i64>,
 }
@@ -103,6 +106,7 @@ impl LlavaOnevisionConfig {
             anyres_max: anyres_max(file, "vision_aspect_ratio")?,
             tie_word_embeddings: tied,
             dtype: dtype(file)?,
+            no_video: None,
             eos_token_id: eos_token_id(folder)?,
             vision_config,
             text_config,
@@ -149,6 +153,7 @@ impl LlavaOnevisionConfig {
             anyres_max: anyres_max(file, "image_aspect_ratio")?,
             tie_word_embeddings: text_config.tie_word_embeddings,
             dtype: dtype(file)?,
+            no_video: no_video(file)?,
             eos_token_id: eos_token_id(folder)?,
             vision_config,
             text_config,
@@ -159,6 +164,20 @@ impl LlavaOnevisionConfig {
     pub fn feature_size(&self) -> usize {
         self.vision_config.hidden_size * self.vision_feature_layer.len()
     }
+}
+
+/// Returns the setting of LLaVA-NeXT's config that lays out videos in another way than
+/// LLaVA-OneVision, if there is one.
+fn no_video(file: &JsonConfig) -> Result<Option<String>, CheckpointError> {
+    if file.flag("add_faster_video")? == Some(true) {
+        return Ok(Some("`add_faster_video` is true".to_owned()));
+    }
+    let position = file.text("mm_newline_position")?;
+    let other = position.filter(|position| *position != "one_token");
+    Ok(
+        other
+            .map(|position| format!("`mm_newline_position` is `{position}`, expected `one_token`")),
+    )
 }
 
 /// Limits on the number of resolutions and on the length of a side in pixels.

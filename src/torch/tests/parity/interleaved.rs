@@ -6,12 +6,13 @@ use std::path::Path;
 
 use tch::Kind;
 
-use super::networks::{Apart, BOUND, are_same, outputs, sampled};
+use super::networks::{Apart, BOUND, outputs, sampled};
 use super::training::{BATCH, Pair, Trained, examples, in_memory, optimization, references};
 use super::{
     Architecture, LLAVA, LLAVA_ONEVISION, Recorded, Report, compare, image_file, json,
     open_network, spec,
 };
+use ovchat_models::preprocess::PromptIds;
 use ovchat_models::{
     self as models, ChatPrompt, Checkpointing, DpoSettings, DpoTrainer as _, EncodedImage, Loss,
     Mask, Newlines, Objective, Optimization,
@@ -70,30 +71,57 @@ fn block(folder: &Path, architecture: &Architecture, report: &mut Report) {
     };
     let prompts: Vec<ChatPrompt> = recorded.cases.iter().map(prompt).collect();
 
+    let case = title("images in place");
+    forward(
+        &checkpoint,
+        &folder,
+        &prompts,
+        recorded.logits_every,
+        &case,
+        report,
+    );
+    sampled(&checkpoint, &folder, &prompts, &case, report);
+    updates(&checkpoint, &folder, &prompts, &case, report);
+}
+
+/// Compares the token ids and the logits of prompts.
+pub(super) fn forward(
+    checkpoint: &Path,
+    folder: &Path,
+    prompts: &[ChatPrompt],
+    logits_every: i64,
+    title: &str,
+    report: &mut Report,
+) {
     let expected = Recorded::open(&folder.join("expected.safetensors"));
-    let (processor, network, _) = open_network(&checkpoint, Kind::Float, Purpose::Inference);
-    let image = processor.chat().image_token();
+    let (processor, network, _) = open_network(checkpoint, Kind::Float, Purpose::Inference);
     let mut other_ids = 0;
     let mut apart = Apart::default();
     for (index, prompt) in prompts.iter().enumerate() {
         let prepared = processor.prepare(prompt).unwrap();
         let ids = expected.integers(&format!("ids.{index}"));
-        other_ids += usize::from(!are_same(&prepared.text, image, &ids));
+        other_ids += usize::from(!are_same(&prepared.text, &ids));
         let _no_grad = tch::no_grad_guard();
-        let (_, logits) = outputs(&*network, &prepared, recorded.logits_every);
+        let (_, logits) = outputs(&*network, &prepared, logits_every);
         apart.add(&logits, &expected.tensor(&format!("logits.{index}")));
     }
-    let case = title("images in place: token ids");
-    report.equal(case, other_ids, prompts.len());
+    report.equal(format!("{title}: token ids"), other_ids, prompts.len());
     let holds = apart.0[0] <= BOUND;
-    report.line(title("images in place: logits"), apart.0, "1e-4", holds);
-    let case = title("images in place");
-    sampled(&checkpoint, &folder, &prompts, &case, report);
-    updates(&checkpoint, &folder, &prompts, &case, report);
+    report.line(format!("{title}: logits"), apart.0, "1e-4", holds);
+}
+
+/// True if the ids equal the expected ones, apart from those of images and videos.
+fn are_same(found: &PromptIds, expected: &[i64]) -> bool {
+    let is_image = |place: &usize| found.images.iter().any(|image| image.contains(place));
+    let places = (0..found.ids.len()).filter(|place| !is_image(place));
+    found.ids.len() == expected.len()
+        && places
+            .into_iter()
+            .all(|place| found.ids[place] == expected[place])
 }
 
 /// Compares updates of DPO on mixed batches.
-fn updates(
+pub(super) fn updates(
     checkpoint: &Path,
     folder: &Path,
     prompts: &[ChatPrompt],

@@ -14,6 +14,7 @@ mod rewards;
 mod sampling;
 mod text;
 mod training;
+mod videos;
 
 use std::env;
 use std::fs;
@@ -253,10 +254,7 @@ fn spec(weights: PathBuf) -> VisionLanguageSpec {
 /// An image file of the recording.
 fn image_file(path: &Path) -> EncodedImage {
     let bytes = fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    EncodedImage {
-        id: path.display().to_string(),
-        bytes: bytes.into(),
-    }
+    EncodedImage::new(path.display().to_string(), bytes.into())
 }
 
 /// A prompt of the recording; its turns are pairs of role and text.

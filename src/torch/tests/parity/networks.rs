@@ -164,7 +164,7 @@ fn with_images(prompts: &[Prepared]) -> impl Iterator<Item = (usize, &Prepared)>
 
 /// True if the ids equal the expected ones. A tokenizer without `<image>` has another id for it, so
 /// images are compared by position.
-pub(super) fn are_same(found: &PromptIds, image: i64, expected: &[i64]) -> bool {
+fn are_same(found: &PromptIds, image: i64, expected: &[i64]) -> bool {
     let words = |ids: &[i64], image: i64| -> Vec<Option<i64>> {
         ids.iter().map(|&id| (id != image).then_some(id)).collect()
     };

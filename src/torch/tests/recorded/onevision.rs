@@ -50,10 +50,10 @@ pub fn prompts() -> Vec<ChatPrompt> {
 }
 
 fn image(name: &str) -> EncodedImage {
-    EncodedImage {
-        id: name.to_owned(),
-        bytes: std::fs::read(folder().join(name)).unwrap().into(),
-    }
+    EncodedImage::new(
+        name.to_owned(),
+        std::fs::read(folder().join(name)).unwrap().into(),
+    )
 }
 
 /// The recorded prompts, `rounds` times with other questions and seeds: in mixed order about three

@@ -30,12 +30,12 @@ pub fn rows() -> Vec<Row> {
 }
 
 pub fn encoded(name: &str) -> EncodedImage {
-    EncodedImage {
-        id: name.to_owned(),
-        bytes: std::fs::read(folder().join("images").join(name))
+    EncodedImage::new(
+        name.to_owned(),
+        std::fs::read(folder().join("images").join(name))
             .unwrap()
             .into(),
-    }
+    )
 }
 
 pub fn prompt(row: &Row) -> ChatPrompt {
