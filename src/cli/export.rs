@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::ffi::OsString;
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use arrow::array::RecordBatch;
@@ -19,7 +20,7 @@ use super::out::say;
 use super::verify::refuse_flaws;
 use ovchat_data::store::{
     CheckpointRecord, Images, Lookup, RunFolder, StoreError, TableReader, TableVersion,
-    copy_folder, create_folder, write_atomically, write_folder,
+    copy_folder, create_folder, sync_folder, write_atomically, write_folder,
 };
 use ovchat_data::tables::{Image, Pair, Row};
 use ovchat_io::files;
@@ -223,23 +224,30 @@ fn write_trl(run: &RunFolder, made: &TableVersion, to: &Path) -> Result<(), Fail
     let mut images = Images::open(run.root(), &run.manifest().images)?;
     let mut count = 0;
     // Renamed when it is complete.
-    let file = tempfile::NamedTempFile::new_in(folder).map_err(failed)?;
+    let file = tempfile::Builder::new()
+        .permissions(fs::Permissions::from_mode(0o666))
+        .tempfile_in(folder)
+        .map_err(failed)?;
     let mut writer = trl::Writer::begin(file.reopen().map_err(failed)?)?;
     for batch in TableReader::new(run.files(&made.table, made.round)) {
         for pair in read_pairs(&batch?)? {
-            if let Some(problem) = trl::misfit(&pair) {
+            let bytes = pair.image_ids.iter().map(|id| images.bytes(id));
+            let bytes = bytes.collect::<Result<Vec<_>, _>>()?;
+            let size = bytes.iter().map(|bytes| bytes.len()).sum();
+            if let Some(problem) = trl::problem(&pair, size) {
                 let (table, key) = (&made.table, &pair.row_key);
                 return Err(Failed::Words(format!(
                     "cannot export `{table}`, nothing was written: pair {key} {problem}"
                 )));
             }
-            writer.write(pair, &mut images)?;
+            writer.write(pair, bytes)?;
             count += 1;
         }
     }
-    let written = writer.finish(&mut images)?;
+    let written = writer.finish()?;
     written.sync_all().map_err(failed)?;
     file.persist(to).map_err(|error| failed(error.error))?;
+    sync_folder(folder)?;
     say!("wrote {count} pairs with their images to {}", to.display());
     Ok(())
 }
@@ -318,7 +326,7 @@ fn refuse_misread(table: &str, files: &[PathBuf]) -> Result<(), Failed> {
     };
     Err(Failed::Words(format!(
         "cannot export {misread} of {pairs} pairs of `{table}`, nothing was written: {first}. \
-         `--format trl` writes every pair in full"
+         `--format trl` writes system prompts, earlier turns and several images, too"
     )))
 }
 

@@ -307,23 +307,24 @@ impl JudgePrompt {
 
     /// Renders the judge prompt for answers to a prompt. Its images stand where the text shows those
     /// of the prompt: where `question` or a turn has them. Images that the text does not show stand
-    /// before it, one line each.
+    /// before it, one line each; and all of them, if the template changes texts by their characters.
     pub fn ask(&self, prompt: &ChatPrompt, shown: JudgeInput<'_>) -> Result<ChatPrompt, RowFault> {
         prompt.check_places()?;
         let failed =
             |error: minijinja::Error| RowFault(format!("cannot render the template: {error}"));
-        let mut interleaved = None;
-        if let Some(marks) = Marks::new(prompt, shown) {
-            let text = self.fill(&marks.marked(prompt), shown).map_err(failed)?;
-            interleaved = marks.found(&text, &prompt.images);
-        }
-        let (images, places, question) = match interleaved {
-            Some(interleaved) => interleaved,
-            None => {
-                let text = self.fill(prompt, shown).map_err(failed)?;
-                (prompt.images.clone(), Vec::new(), text)
+        let plain = self.fill(prompt, shown).map_err(failed)?;
+        let source = self.environment.get_template(TEMPLATE);
+        let source = source.as_ref().map_or("", |template| template.source());
+        let mut asked = (prompt.images.clone(), Vec::new(), plain);
+        if let Some(marks) = Marks::new(prompt, shown, source) {
+            let marked = self.fill(&prompt.marked(|image| marks.mark(image)), shown);
+            let found = marks.found(&marked.map_err(failed)?, &prompt.images);
+            // A template that counts, cuts or escapes characters does the same without marks.
+            if found.2.trim_start_matches('\n') == asked.2.trim_start_matches('\n') {
+                asked = found;
             }
-        };
+        }
+        let (images, places, question) = asked;
         Ok(ChatPrompt {
             id: prompt.id.clone(),
             images,
@@ -409,26 +410,24 @@ impl JudgePrompt {
     }
 }
 
-/// Marks that stand for images while a template is rendered: the number of an image between two
-/// characters that no text of the prompt or the answers contains.
+/// Characters that stand for images while a template is rendered, one each. No text of the prompt,
+/// the answers or the template contains them.
 struct Marks {
-    mark: char,
-    count: usize,
+    first: u32,
+    count: u32,
 }
 
-/// Unicode's characters for private use.
-const PRIVATE: std::ops::RangeInclusive<char> = '\u{e000}'..='\u{f8ff}';
+/// The first of Unicode's 65,534 supplementary characters for private use.
+const PRIVATE: u32 = 0xf_0000;
 
-/// Images in the order in which a text shows them, their places in it, and the text.
+/// Images in the order in which a text shows them, and their places in it.
 type Interleaved = (Vec<EncodedImage>, Vec<ImagePlace>, String);
 
 impl Marks {
-    /// Returns marks for the images that stand in texts; `None` if there are none, or if the texts
-    /// contain all characters for private use.
-    fn new(prompt: &ChatPrompt, shown: JudgeInput<'_>) -> Option<Self> {
-        if prompt.places.is_empty() {
-            return None;
-        }
+    /// Returns marks for the images that stand in texts; `None` if there are none, or no characters
+    /// are left.
+    fn new(prompt: &ChatPrompt, shown: JudgeInput<'_>, template: &str) -> Option<Self> {
+        let count = u32::try_from(prompt.places.len()).ok()?;
         let answers = match shown {
             JudgeInput::One(answer) => [answer, answer],
             JudgeInput::Two(first, second) => [first, second],
@@ -436,51 +435,42 @@ impl Marks {
         let turns = prompt.turns.iter().map(|turn| &turn.text);
         let texts = turns.chain(prompt.captions.iter().flatten());
         let texts = texts.chain([&prompt.question]).map(String::as_str);
-        let used: HashSet<char> = texts.chain(answers).flat_map(str::chars).collect();
-        let mark = PRIVATE.into_iter().find(|mark| !used.contains(mark))?;
-        let count = prompt.places.len();
-        Some(Self { mark, count })
+        let used = texts.chain(answers).chain([template]).flat_map(str::chars);
+        let used = used.map(u32::from).filter(|&own| own >= PRIVATE).max();
+        let first = used.map_or(PRIVATE, |used| used + 1);
+        let is_free = count > 0 && first + count <= PRIVATE + 0xfffe;
+        is_free.then_some(Self { first, count })
     }
 
-    /// Returns the prompt with the marks of its images in its texts.
-    fn marked(&self, prompt: &ChatPrompt) -> ChatPrompt {
-        let mut marked = prompt.clone();
-        let mark = self.mark;
-        // From the last one, because a mark moves what stands behind it.
-        for (image, place) in prompt.places.iter().enumerate().rev() {
-            let text = match marked.turns.get_mut(place.turn) {
-                Some(turn) => &mut turn.text,
-                None => &mut marked.question,
-            };
-            text.insert_str(place.at, &format!("{mark}{image}{mark}"));
-        }
-        marked
+    fn mark(&self, image: usize) -> String {
+        let mark = char::from_u32(self.first + image as u32);
+        mark.expect("a character for private use").to_string()
     }
 
-    /// Returns the images and the text of a rendered template; `None` if the template changed marks.
-    fn found(&self, rendered: &str, images: &[EncodedImage]) -> Option<Interleaved> {
-        let mut pieces = rendered.split(self.mark);
-        let mut text = pieces.next().unwrap_or_default().to_owned();
+    /// Returns the images of a rendered template, and its text without marks. An image stands where
+    /// the text shows it first; one that it does not show stands before it.
+    fn found(&self, rendered: &str, images: &[EncodedImage]) -> Interleaved {
+        let mut text = String::with_capacity(rendered.len());
         let mut shown: Vec<(usize, usize)> = Vec::new();
-        while let Some(number) = pieces.next() {
-            let image = number.parse().ok().filter(|&image| image < self.count)?;
-            // A template may show a text twice; the image stands where it is shown first.
-            if shown.iter().all(|(other, _)| *other != image) {
-                shown.push((image, text.len()));
+        for character in rendered.chars() {
+            let image = u32::from(character).wrapping_sub(self.first);
+            if image >= self.count {
+                text.push(character);
+            } else if shown.iter().all(|(other, _)| *other != image as usize) {
+                shown.push((image as usize, text.len()));
             }
-            text.push_str(pieces.next()?);
         }
         if shown.is_empty() {
-            return Some((images.to_vec(), Vec::new(), text));
+            return (images.to_vec(), Vec::new(), text);
         }
         let is_hidden = |image: &usize| shown.iter().all(|(other, _)| other != image);
-        let hidden: Vec<usize> = (0..self.count).filter(is_hidden).collect();
+        let hidden: Vec<usize> = (0..images.len()).filter(is_hidden).collect();
         let front = hidden.len();
         let places = (0..front).chain(shown.iter().map(|(_, at)| front + at));
         let places = places.map(|at| ImagePlace { turn: 0, at }).collect();
         let order = hidden.iter().chain(shown.iter().map(|(image, _)| image));
         let order = order.map(|&image| images[image].clone()).collect();
-        Some((order, places, "\n".repeat(front) + &text))
+        (order, places, "\n".repeat(front) + &text)
     }
 }
 
@@ -635,10 +625,7 @@ mod tests {
     fn interleaved(template: &str, answer: &str) -> String {
         let (settings, _folder) = prompt_settings(Mode::Pointwise, Some(template), None);
         let judge = JudgePrompt::open(&settings).unwrap();
-        let image = |id: &str| EncodedImage {
-            id: id.to_owned(),
-            bytes: Vec::new().into(),
-        };
+        let image = |id: &str| EncodedImage::new(id.to_owned(), Vec::new().into());
         let mut prompt = prompt();
         prompt.images = ["A", "B", "C"].map(image).to_vec();
         prompt.turns = vec![ChatTurn {
@@ -673,12 +660,26 @@ mod tests {
         let backwards = "{{ answer }}{{ question }}{{ turns[0].text }}";
         assert_eq!(interleaved(backwards, ""), "Is [B] or [C] é?[A]\nHello");
         assert_eq!(interleaved("{{ answer }}", "x"), "in front: x");
-        let cut = "{{ answer }} {{ question[:4] }}";
-        assert_eq!(interleaved(cut, "x"), "in front: x Is  ");
-        // Marks are made of a character that no text has.
+        let upper = "{{ question|upper }} {{ answer }}";
+        assert_eq!(interleaved(upper, "x"), "[A]\nIS [B] OR [C] É? x");
+        for (template, text) in [
+            ("{{ answer }} {{ question[:4] }}", "in front: x Is  "),
+            (
+                "{{ [question] }} {{ answer }}",
+                "in front: [\"Is  or  é?\"] x",
+            ),
+            ("{{ question|length }} {{ answer }}", "in front: 10 x"),
+        ] {
+            assert_eq!(interleaved(template, "x"), text, "{template}");
+        }
+        // Marks are characters that neither texts nor template have.
         assert_eq!(
-            interleaved(all, "\u{e000}1\u{e000}"),
-            "[A]\nHello Is [B] or [C] é? \u{e000}1\u{e000}"
+            interleaved(all, "\u{f0000}\u{f0001}"),
+            "[A]\nHello Is [B] or [C] é? \u{f0000}\u{f0001}"
+        );
+        assert_eq!(
+            interleaved("\u{f0000}{{ question }}{{ answer }}", "x"),
+            "[A]\n\u{f0000}Is [B] or [C] é?x"
         );
     }
 

@@ -110,10 +110,10 @@ impl Policy for ScriptedPolicy {
         emit: Emit<'_, Vec<Generation>>,
     ) -> Result<ModelTelemetry, ModelError> {
         for (index, prompt) in prompts.iter().enumerate() {
-            let answers = (0..how.count as u64)
-                .map(|candidate| self.answer(prompt, how, candidate))
-                .collect();
-            if emit(index, Ok(answers)) == ControlFlow::Break(()) {
+            let answer = |candidate| self.answer(prompt, how, candidate);
+            let answers = prompt.check_places();
+            let answers = answers.map(|()| (0..how.count as u64).map(answer).collect());
+            if emit(index, answers) == ControlFlow::Break(()) {
                 break;
             }
         }

@@ -44,7 +44,7 @@ def arranged(images, turns, question):
     turns = [list(turn) for turn in turns] + [["user", question]]
     if images:
         for turn in turns:
-            if turn[1].count(IMAGE) == 1:
+            if turn[1].count(IMAGE) == 1 and not turn[1].startswith(IMAGE):
                 turn[1] = f"{IMAGE}\n{turn[1].replace(IMAGE, '').strip()}"
         front = f"{IMAGE}\n" * len(images)
         if turns[0][1].startswith(front):

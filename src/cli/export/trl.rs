@@ -15,12 +15,18 @@ use arrow::buffer::OffsetBuffer;
 use arrow::datatypes::{DataType, Field, Fields, Schema, SchemaRef};
 use serde_json::json;
 
-use ovchat_data::store::{Images, ParquetStream, StoreError};
+use ovchat_data::store::{ParquetStream, StoreError};
 use ovchat_data::tables::{Pair, Role};
-use ovchat_models::IMAGE_PLACEHOLDER;
+use ovchat_models::{IMAGE_PLACEHOLDER, misfit};
 
-/// The number of pairs whose images are in memory at once.
-const AT_ONCE: usize = 32;
+/// The number of pairs that are written at once.
+const AT_ONCE: usize = 256;
+
+/// The bytes of images that are in memory at once. An Arrow column of bytes holds 2 GiB.
+const BYTES_AT_ONCE: usize = 256 << 20;
+
+/// The bytes of the images of one pair.
+const BYTES_MAX: usize = 1 << 30;
 
 /// A message of a conversation.
 #[derive(Debug, PartialEq, Eq)]
@@ -40,7 +46,8 @@ enum Part {
 pub struct Writer {
     out: ParquetStream<File>,
     schema: SchemaRef,
-    waiting: Vec<Pair>,
+    waiting: Vec<(Pair, Vec<Arc<[u8]>>)>,
+    bytes: usize,
 }
 
 impl Writer {
@@ -50,30 +57,34 @@ impl Writer {
             out: ParquetStream::begin(file, &schema)?,
             schema,
             waiting: Vec::new(),
+            bytes: 0,
         })
     }
 
-    pub fn write(&mut self, pair: Pair, images: &mut Images) -> Result<(), StoreError> {
-        self.waiting.push(pair);
-        if self.waiting.len() < AT_ONCE {
-            return Ok(());
+    /// Writes a pair with the bytes of its images, at most [`BYTES_MAX`] of them.
+    pub fn write(&mut self, pair: Pair, images: Vec<Arc<[u8]>>) -> Result<(), StoreError> {
+        let bytes: usize = images.iter().map(|bytes| bytes.len()).sum();
+        if self.bytes + bytes > BYTES_AT_ONCE || self.waiting.len() >= AT_ONCE {
+            self.flush()?;
         }
-        self.flush(images)
+        self.bytes += bytes;
+        self.waiting.push((pair, images));
+        Ok(())
     }
 
     /// Writes the rest and returns the file.
-    pub fn finish(mut self, images: &mut Images) -> Result<File, StoreError> {
-        self.flush(images)?;
+    pub fn finish(mut self) -> Result<File, StoreError> {
+        self.flush()?;
         self.out.finish()
     }
 
-    fn flush(&mut self, images: &mut Images) -> Result<(), StoreError> {
-        let pairs = std::mem::take(&mut self.waiting);
-        let shown: Vec<&String> = pairs.iter().flat_map(|pair| &pair.image_ids).collect();
-        let bytes = shown.iter().map(|id| images.bytes(id));
-        let bytes = bytes.collect::<Result<Vec<_>, _>>()?;
+    fn flush(&mut self) -> Result<(), StoreError> {
+        self.bytes = 0;
+        let waiting = std::mem::take(&mut self.waiting);
+        let (pairs, bytes): (Vec<Pair>, Vec<Vec<Arc<[u8]>>>) = waiting.into_iter().unzip();
+        let bytes: Vec<Arc<[u8]>> = bytes.into_iter().flatten().collect();
         let counts = pairs.iter().map(|pair| pair.image_ids.len());
-        let files = BinaryArray::from_iter_values(bytes.iter().map(AsRef::as_ref));
+        let files = BinaryArray::from_iter_values(bytes);
         let names = new_null_array(&DataType::Utf8, files.len());
         let files = structs(image_fields(), vec![Arc::new(files), names]);
         let ids = pairs
@@ -100,15 +111,32 @@ impl Writer {
     }
 }
 
-/// Returns the reason why a pair cannot be written: its texts have another number of placeholders
-/// than it has images.
-pub fn misfit(pair: &Pair) -> Option<String> {
+/// Returns the reason why a pair, whose images have this many bytes, cannot be written, as the rest of
+/// a sentence about it.
+pub fn problem(pair: &Pair, bytes: usize) -> Option<String> {
     let messages = prompt(pair);
-    let parts = messages.iter().flat_map(|message| &message.parts);
-    let places = parts.filter(|part| **part == Part::Image).count();
+    let parts = || messages.iter().flat_map(|message| &message.parts);
+    let places = parts().filter(|part| **part == Part::Image).count();
     let images = pair.image_ids.len();
-    (places != images).then(|| {
-        format!("has {images} images but {places} `{IMAGE_PLACEHOLDER}` placeholders in its texts")
+    if places != images {
+        return Some(misfit(images, places));
+    }
+    let texts = parts().filter_map(|part| match part {
+        Part::Text(text) => Some(text),
+        Part::Image => None,
+    });
+    let mut texts = texts.chain([&pair.chosen, &pair.rejected]);
+    if texts.any(|text| text.contains(IMAGE_PLACEHOLDER)) {
+        return Some(format!(
+            "has the word `{IMAGE_PLACEHOLDER}` in a text, which TRL would read as an image"
+        ));
+    }
+    (bytes > BYTES_MAX).then(|| {
+        format!(
+            "has {} MB of images, but a row may have {} MB",
+            bytes >> 20,
+            BYTES_MAX >> 20
+        )
     })
 }
 

@@ -81,7 +81,7 @@ fn rows_of(groups: &[AnswerGroup<'_>]) -> Vec<Judged> {
                 prompt_id: group.prompt.id.clone(),
                 candidate: group.numbers.get(number).copied().unwrap_or(number as i32),
                 text: (*text).to_owned(),
-                question: group.prompt.question.clone(),
+                question: group.prompt.written_question(),
                 answer: group.prompt.answer.clone(),
                 captions: group.prompt.captions.clone(),
             });

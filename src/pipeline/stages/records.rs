@@ -24,9 +24,11 @@ pub struct Fields {
     images: usize,
     /// The number of message parts of the type `image`, each of which is a placeholder in its text.
     parts: usize,
-    /// The number of placeholders in texts in which no image can stand: the system prompt and the
-    /// answers of the conversation.
-    elsewhere: usize,
+    /// True if a placeholder stands where no image can: in the system prompt or in an answer of the
+    /// conversation.
+    elsewhere: bool,
+    /// True if the record had placeholders for its images.
+    has_places: bool,
 }
 
 impl Fields {
@@ -48,42 +50,58 @@ impl Fields {
             ..
         } = *self;
         let asked: usize = self.asked().map(|text| count(text)).sum();
-        let places = if images == 0 {
-            parts
-        } else {
-            asked + elsewhere
-        };
-        if places != 0 && places != images {
-            return Err(misfit(images, places, parts == places));
+        if images == 0 {
+            return match parts {
+                0 => Ok(()),
+                parts => Err(misfit(0, parts, "image part")),
+            };
         }
-        if images == 0 || places == 0 {
-            return Ok(());
-        }
-        if elsewhere > 0 {
+        if elsewhere {
             return Err(format!(
                 "`{PLACEHOLDER}` stands in the system prompt or in an answer; move it into a user turn"
             ));
         }
+        if parts > 0 && asked > parts {
+            return Err(format!(
+                "the record has image parts and the text `{PLACEHOLDER}`; use one of the two"
+            ));
+        }
+        if asked != 0 && asked != images {
+            let things = if parts > 0 {
+                "image part"
+            } else {
+                "`<image>` placeholder"
+            };
+            return Err(misfit(images, asked, things));
+        }
+        self.has_places = asked > 0;
+        if asked == 0 {
+            return Ok(());
+        }
         for text in self.asked().filter(|text| count(text) == 1) {
-            let rest = text.replace(PLACEHOLDER, "");
-            *text = format!("{PLACEHOLDER}\n{}", rest.trim());
+            if !text.starts_with(PLACEHOLDER) {
+                *text = format!("{PLACEHOLDER}\n{}", without_placeholders(text));
+            }
+        }
+        if self.asked().map(|text| count(text)).sum::<usize>() != images {
+            return Err(format!(
+                "a `{PLACEHOLDER}` placeholder stands within another one; write one for each image, or none"
+            ));
         }
         if let Some(first) = self.asked().next()
-            && let Some(rest) = first.strip_prefix(&format!("{PLACEHOLDER}\n").repeat(images))
-            && !rest.starts_with(char::is_whitespace)
+            && let Some(rest) = behind_all(first, images)
         {
-            *first = rest.to_owned();
+            *first = rest;
         }
         Ok(())
     }
 
-    /// Puts several images without placeholders before the user's first text, with spaces between
-    /// them, as lmms-eval does.
+    /// Puts several images that the record had no placeholders for before the user's first text, with
+    /// spaces between them, as lmms-eval does.
     pub fn separate_by_spaces(&mut self) {
         let images = self.images;
-        let is_placed = self.asked().any(|text| text.contains(PLACEHOLDER));
         if images > 1
-            && !is_placed
+            && !self.has_places
             && let Some(first) = self.asked().next()
         {
             let places = vec![PLACEHOLDER; images].join(" ");
@@ -92,18 +110,30 @@ impl Fields {
     }
 }
 
+/// Returns the text behind all `images` of a record, if they stand before it, one line each. A single
+/// one may stand on the first line of the text.
+fn behind_all(text: &str, images: usize) -> Option<String> {
+    let mut rest = text;
+    for _ in 0..images {
+        rest = rest.strip_prefix(PLACEHOLDER)?;
+        let line = rest.strip_prefix("\r\n").or(rest.strip_prefix('\n'));
+        rest = match line {
+            Some(rest) => rest,
+            None if images == 1 || rest.is_empty() => rest,
+            None => return None,
+        };
+    }
+    let is_text = images == 1 || !rest.starts_with(char::is_whitespace);
+    is_text.then(|| rest.trim().to_owned())
+}
+
 /// The reason why a record with a wrong number of placeholders, or of image parts, is rejected.
-fn misfit(images: usize, places: usize, is_of_parts: bool) -> String {
+fn misfit(images: usize, places: usize, thing: &str) -> String {
     let plural = |count: usize, thing: &str| match count {
         1 => format!("1 {thing}"),
         count => format!("{count} {thing}s"),
     };
-    let things = if is_of_parts {
-        "image part"
-    } else {
-        "`<image>` placeholder"
-    };
-    let (images, places) = (plural(images, "image"), plural(places, things));
+    let (images, places) = (plural(images, "image"), plural(places, thing));
     format!("found {images} but {places}; write one for each image, or none")
 }
 
@@ -142,7 +172,8 @@ fn refuse_placeholders(fields: &mut Fields) -> Result<(), String> {
     let images = fields.images;
     let mut texts = fields.asked().map(|text| match images {
         0 => text.clone(),
-        _ => without_placeholders(text),
+        // Removal alone could join two halves of another one.
+        _ => text.replace(PLACEHOLDER, " "),
     });
     match texts.find_map(|text| placeholder(&text)) {
         None => Ok(()),
@@ -217,12 +248,17 @@ fn fields(record: &Value, embedded: usize) -> Result<Fields, String> {
         } else {
             "`question`"
         };
-        return Err(format!("{place} is empty; write the question there"));
+        let is = if question.is_empty() {
+            "is empty"
+        } else {
+            "has no text beside its images"
+        };
+        return Err(format!("{place} {is}; write the question there"));
     }
     let answers = turns.iter().filter(|turn| turn.role == Role::Assistant);
     let elsewhere = answers.map(|turn| &turn.text);
-    let elsewhere = elsewhere.chain(&system).chain(&last_answer);
-    let elsewhere = elsewhere.map(|text| count(text)).sum();
+    let mut elsewhere = elsewhere.chain(&system).chain(&last_answer);
+    let elsewhere = elsewhere.any(|text| placeholder(text) == Some(PLACEHOLDER));
     Ok(Fields {
         id: text("id")?,
         paths,
@@ -239,6 +275,7 @@ fn fields(record: &Value, embedded: usize) -> Result<Fields, String> {
         images,
         parts,
         elsewhere,
+        has_places: false,
     })
 }
 
@@ -513,6 +550,19 @@ mod tests {
             {"type": "text", "text": "Is"}, image, {"type": "text", "text": "or"}, image]}]});
         let read = fields(&between).unwrap();
         assert_eq!(read.question, "Is\n<image>\nor\n<image>");
+        let mut mixed = between.clone();
+        mixed["conversations"][0]["content"][0]["text"] = json!("What does <image> mean?");
+        assert_eq!(
+            fields(&mixed).unwrap_err(),
+            "the record has image parts and the text `<image>`; use one of the two"
+        );
+        let nested = json!({"image": "a", "turns": [{"role": "user", "text": "Hi"}, {"role": "assistant", "text": "Hi"}],
+            "prompt": "<im<image>age> now?"});
+        assert!(
+            fields(&nested)
+                .unwrap_err()
+                .contains("stands within another one")
+        );
         let without = json!({"conversations": record["conversations"]});
         assert_eq!(
             fields(&without).unwrap_err(),
@@ -552,7 +602,8 @@ mod tests {
             "`<image>` stands in the system prompt or in an answer; move it into a user turn"
         );
         assert!(told("<image>\nThis?", "A cat.", "And?").is_err());
-        assert!(told("<image>\nThis?", "<image>: a cat.", "And <image>").is_err());
+        let answer = told("<image>\nThis?", "The tag <image>.", "And <image>").unwrap();
+        assert_eq!(answer.turns[1].text, "The tag <image>.");
         let turns = json!([{"role": "user", "text": "<image>This?"}, {"role": "assistant", "text": "Yes."}]);
         let with = |prompt: &str| fields(&json!({"image": two, "turns": turns, "prompt": prompt}));
         assert!(with("And <image>?").is_ok());
@@ -571,6 +622,7 @@ mod tests {
             (json!("a"), "Which?<image>"),
             (json!("a"), "Which?\n <image>\n"),
             (json!(["a", "b"]), "<image>\n<image>\nWhich?"),
+            (json!(["a", "b"]), "<image>\r\n<image>\r\nWhich?"),
             (json!(["a", "b"]), "Which?"),
         ] {
             let read = fields(&json!({"images": images, "prompt": text})).unwrap();
@@ -608,6 +660,12 @@ mod tests {
             (&*later.turns[0].text, &*later.question),
             ("Hello", "<image>\nAnd  now?")
         );
+        // One that begins its turn stays, as in LLaVA-NeXT.
+        let begins = read("<image> And now?", json!("a"));
+        assert_eq!(begins.question, "<image> And now?");
+        let mut placed = fields(&json!({"images": ["a", "b"], "prompt": "<image>\n<image>\nNow?"}));
+        placed.as_mut().unwrap().separate_by_spaces();
+        assert_eq!(placed.unwrap().question, "Now?");
         let mut several = read("Now?", json!(["a", "b", "c"]));
         several.separate_by_spaces();
         assert_eq!(several.turns[0].text, "<image> <image> <image>\nHello");
@@ -694,7 +752,7 @@ mod tests {
         );
         assert_eq!(
             reason(json!({"question": "<image>", "image": "a.png"})),
-            "`question` is empty; write the question there"
+            "`question` has no text beside its images; write the question there"
         );
         let told = json!({"conversations": [{"from": "human", "value": ""}]});
         assert_eq!(
