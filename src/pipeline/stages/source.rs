@@ -10,6 +10,7 @@ use std::io;
 use std::marker::PhantomData;
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use arrow::array::RecordBatch;
 use arrow::datatypes::SchemaRef;
@@ -27,7 +28,8 @@ use super::{Input, Stage, StageError, TableName, join};
 use ovchat_data::store::{Key, digest};
 use ovchat_data::tables::{Image, ImageFile, Prompt, RejectClass, Row, Turn};
 use ovchat_io::files;
-use ovchat_models::preprocess::{decode, probe};
+use ovchat_models::RowFault;
+use ovchat_models::preprocess::{Probe, decode, probe};
 
 /// The maximum size of an image file, in bytes.
 pub const IMAGE_MAX: u64 = 1 << 30;
@@ -239,6 +241,7 @@ struct Loader<'a, R> {
     seen: HashMap<String, u32>,
     unread: Unread,
     outside: Outside,
+    checked: CheckedImages,
     kind: PhantomData<R>,
 }
 
@@ -250,6 +253,7 @@ impl<'a, R: Loadable> Loader<'a, R> {
             seen: HashMap::new(),
             unread: Unread::default(),
             outside: Outside::default(),
+            checked: CheckedImages::default(),
             kind: PhantomData,
         }
     }
@@ -387,8 +391,9 @@ impl<R: Loadable> LoadStage for Loader<'_, R> {
     fn load(&mut self, records: Vec<Record>) -> Result<Loaded, Failure> {
         let folder = self.folder().to_owned();
         let allowed = self.allowed();
-        let open = |name: &str, pixels_max| open_image(&folder, name, allowed.as_ref(), pixels_max);
+        let checked = std::mem::take(&mut self.checked);
         let pixels_max = u64::from(self.source.megapixels_max.get()) * 1_000_000;
+        let open = |name: &str| open_image(&folder, name, allowed.as_ref(), &checked, pixels_max);
         let mut read: Vec<(String, Opened)> = records
             .into_par_iter()
             .map(|record| {
@@ -405,26 +410,22 @@ impl<R: Loadable> LoadStage for Loader<'_, R> {
                 let opened = fields.map_err(Flaw::Other).and_then(|fields| {
                     let images = if record.embedded.is_empty() {
                         let paths = fields.paths.iter();
-                        paths
-                            .map(|path| open(path, pixels_max))
-                            .collect::<Result<Vec<_>, _>>()?
+                        paths.map(|path| open(path)).collect::<Result<_, _>>()?
                     } else {
                         // `datasets` writes a path without bytes for images that it did not embed.
                         let check = |file: ImageFile| match (&file.bytes, &file.path) {
-                            (None, Some(path)) => open(path, pixels_max),
-                            _ => Ok(check_image(file, pixels_max)?),
+                            (None, Some(path)) => open(path),
+                            _ => Ok(checked.check(file, pixels_max)?),
                         };
-                        record
-                            .embedded
-                            .into_iter()
-                            .map(check)
-                            .collect::<Result<Vec<_>, _>>()?
+                        let files = record.embedded.into_iter();
+                        files.map(check).collect::<Result<_, _>>()?
                     };
                     Ok((fields, images))
                 });
                 (place, opened)
             })
             .collect();
+        self.checked = checked;
         let captions = self.captions()?;
         for (_, opened) in &mut read {
             if let Ok((fields, _)) = opened
@@ -471,6 +472,7 @@ fn open_image(
     folder: &Path,
     name: &str,
     allowed: Option<&AllowedFolders>,
+    checked: &CheckedImages,
     pixels_max: u64,
 ) -> Result<Image, Flaw> {
     let path = folder.join(name);
@@ -497,27 +499,52 @@ fn open_image(
     let bytes = files::read_at_most(&file, IMAGE_MAX).map_err(fault)?;
     let path = Some(path.to_string_lossy().into_owned());
     let bytes = Some(bytes);
-    Ok(check_image(ImageFile { bytes, path }, pixels_max)?)
+    Ok(checked.check(ImageFile { bytes, path }, pixels_max)?)
 }
 
-/// Decodes an image once, so that a corrupt one is rejected here instead of failing during
-/// sampling.
-fn check_image(file: ImageFile, pixels_max: u64) -> Result<Image, String> {
-    let name = file.path.clone().unwrap_or_else(|| "(embedded)".to_owned());
-    let bytes = file
-        .bytes
-        .as_deref()
-        .ok_or_else(|| format!("image {name} has no bytes"))?;
-    let named = |fault: ovchat_models::RowFault| format!("image {name}: {fault}");
-    let header = probe(bytes).map_err(named)?;
-    decode(bytes, pixels_max).map_err(named)?;
-    Ok(Image {
-        image_id: digest(bytes),
-        width: header.width as i32,
-        height: header.height as i32,
-        format: header.format.to_string(),
-        image: file,
-    })
+/// The images that were decoded, so that one of several questions is decoded once.
+#[derive(Default)]
+struct CheckedImages(Mutex<HashMap<String, Checked>>);
+
+/// The header of a decoded image, or its fault.
+type Checked = Arc<OnceLock<Result<Probe, RowFault>>>;
+
+/// The maximum number of images that are remembered.
+const CHECKED_MAX: usize = 1 << 16;
+
+impl CheckedImages {
+    /// Decodes an image once, so that a corrupt one is rejected here instead of failing during
+    /// sampling.
+    fn check(&self, file: ImageFile, pixels_max: u64) -> Result<Image, String> {
+        let name = file.path.clone().unwrap_or_else(|| "(embedded)".to_owned());
+        let bytes = file
+            .bytes
+            .as_deref()
+            .ok_or_else(|| format!("image {name} has no bytes"))?;
+        let image_id = digest(bytes);
+        let checked = {
+            let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            if all.len() >= CHECKED_MAX {
+                all.clear();
+            }
+            Arc::clone(all.entry(image_id.clone()).or_default())
+        };
+        let header = checked.get_or_init(|| {
+            let header = probe(bytes)?;
+            decode(bytes, pixels_max)?;
+            Ok(header)
+        });
+        let header = header
+            .as_ref()
+            .map_err(|fault| format!("image {name}: {fault}"))?;
+        Ok(Image {
+            image_id,
+            width: header.width as i32,
+            height: header.height as i32,
+            format: header.format.to_string(),
+            image: file,
+        })
+    }
 }
 
 #[cfg(test)]
@@ -529,6 +556,28 @@ mod tests {
 
     fn source() -> SourceSettings {
         serde_json::from_value(json!({"from": "p.json"})).unwrap()
+    }
+
+    /// A limit of 0 pixels refuses an image that is decoded.
+    #[test]
+    fn an_image_of_several_questions_is_decoded_once() {
+        let checked = CheckedImages::default();
+        let file = |name: &str, bytes: &[u8]| ImageFile {
+            bytes: Some(bytes.to_vec()),
+            path: Some(name.to_owned()),
+        };
+        let dot = b"P6\n1 1\n255\nabc";
+        let first = checked.check(file("a.ppm", dot), 100).unwrap();
+        let again = checked.check(file("b.ppm", dot), 0).unwrap();
+        assert_eq!((first.image_id, first.width), (again.image_id, again.width));
+        assert_eq!(again.image.path.as_deref(), Some("b.ppm"));
+        let other = checked.check(file("c.ppm", b"P6\n1 1\n255\nabd"), 0);
+        assert!(other.unwrap_err().starts_with("image c.ppm: "));
+        for name in ["d.ppm", "e.ppm"] {
+            let fault = checked.check(file(name, b"P6\n1 1\n255\na"), 100);
+            let begin = format!("image {name}: ");
+            assert!(fault.unwrap_err().starts_with(&begin));
+        }
     }
 
     #[test]
