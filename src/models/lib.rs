@@ -10,7 +10,9 @@ pub mod preprocess;
 
 mod architecture;
 mod caption_permutations;
+mod compute;
 mod critic;
+mod exam;
 mod http;
 mod hub;
 mod judge_prompt;
@@ -30,15 +32,16 @@ mod test_util;
 
 pub use architecture::{Architecture, ImageProcessor};
 pub use caption_permutations::CaptionPermutations;
+pub use compute::{Compute, DeviceSpec, Dtype, Gigabytes};
 pub use critic::{Critic, PolicyWriter, Request, Writer};
+pub use exam::{Exam, Golden, Share};
 pub use http::{BaseUrl, Http, HttpWriter, INVALID_KEY, Price, Spend, SpendLimit};
 pub use hub::{Hub, Repository, is_offline};
 pub use judge_prompt::{JudgeInput, JudgePrompt, JudgePromptSettings, Mode, Verdict};
 pub use places::{IMAGE_PLACEHOLDER, ImagePlace, VIDEO_PLACEHOLDER, misfit};
 pub use spec::{
-    Compute, CriticSpec, DeviceSpec, Dtype, Exam, Gigabytes, Golden, LlavaRlhfSpec, ModelSpec,
-    PromptedJudge, Replies, Role, Scripted, SelfJudge, Share, SqlReward, TEMPLATE,
-    VisionLanguageSpec,
+    CriticSpec, LlavaRlhfSpec, ModelSpec, PromptedJudge, Replies, Role, Scripted, SelfJudge,
+    SqlReward, TEMPLATE, VisionLanguageSpec,
 };
 pub use training::{
     Checkpointing, DpoReport, DpoSettings, Example, LoraSettings, Loss, Mask, Newlines, Objective,

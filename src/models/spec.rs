@@ -7,6 +7,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::architectures::{self, llava, llava_onevision};
+use super::compute::{Compute, DeviceSpec, Dtype, Gigabytes};
+use super::exam::Exam;
 use super::http::Http;
 use super::hub::located;
 use super::judge_prompt::JudgePromptSettings;
@@ -198,87 +200,6 @@ impl SqlReward {
     }
 }
 
-/// An exam: known preferences, and the agreement that a judge must reach before it scores. The
-/// judge's result on each label is a row of the table `<judge>_exam`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Exam {
-    /// File of labels, in the JSON format that `load_feedback` reads.
-    pub from: PathBuf,
-    /// Folder that image paths in the labels are relative to. Default: the folder of `from`.
-    #[serde(default)]
-    pub images: Option<PathBuf>,
-    /// Minimum share of the labels that the judge must agree with, from 0 to 1.
-    pub accuracy_min: Share,
-    /// Maximum absolute Pearson correlation, from 0 to 1, between the judge's margins and the
-    /// length difference of the two answers in characters (chosen minus rejected). Default: not
-    /// checked.
-    #[serde(default)]
-    pub length_correlation_max: Option<Share>,
-    /// Maximum share of the labels, from 0 to 1, on which a pairwise judge's verdict changes when
-    /// the two answers are shown in the other order. Default: not checked.
-    #[serde(default)]
-    pub flip_rate_max: Option<Share>,
-    /// A label with a known reward, to check that the judge is set up correctly. Default: none.
-    #[serde(default)]
-    pub golden: Option<Golden>,
-}
-
-/// A label with a known reward, taken from a setup where the judge is known to work.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Golden {
-    /// The `id` of the label.
-    pub id: String,
-    /// Expected reward of the label's preferred answer.
-    pub chosen_reward: f64,
-    /// Maximum absolute difference from `chosen_reward`. Default: 0.01.
-    #[serde(default = "Golden::tolerance")]
-    pub tolerance: f32,
-}
-
-impl Golden {
-    fn tolerance() -> f32 {
-        0.01
-    }
-}
-
-/// A share, from 0 to 1.
-#[derive(
-    Debug, Clone, Copy, Default, PartialEq, PartialOrd, Serialize, Deserialize, JsonSchema,
-)]
-#[serde(try_from = "f64", into = "f64")]
-pub struct Share(#[schemars(range(min = 0, max = 1))] f64);
-
-impl Share {
-    pub fn get(self) -> f64 {
-        self.0
-    }
-
-    /// True if the share is 0.
-    pub fn is_zero(&self) -> bool {
-        self.0 == 0.0
-    }
-}
-
-impl TryFrom<f64> for Share {
-    type Error = String;
-
-    fn try_from(share: f64) -> Result<Self, String> {
-        if (0.0..=1.0).contains(&share) {
-            Ok(Self(share))
-        } else {
-            Err(format!("{share} is out of range, expected 0 to 1"))
-        }
-    }
-}
-
-impl From<Share> for f64 {
-    fn from(share: Share) -> f64 {
-        share.0
-    }
-}
-
 /// Settings of a scripted model: answers are computed by rule from the prompt and its seed, scores
 /// from the answer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -301,109 +222,6 @@ impl Default for Scripted {
             checkpoint: None,
         }
     }
-}
-
-/// The device and the dtype that a network computes with, and its memory limit.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Compute {
-    pub device: DeviceSpec,
-    pub dtype: Dtype,
-    pub memory_gb: Option<Gigabytes>,
-}
-
-/// A compute device: `auto`, `cpu`, `cuda` or `cuda:N`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub enum DeviceSpec {
-    #[default]
-    Auto,
-    Cpu,
-    Cuda(usize),
-}
-
-impl TryFrom<String> for DeviceSpec {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        let number = |digits: &str| digits.parse().ok().map(Self::Cuda);
-        match text.as_str() {
-            "auto" => Some(Self::Auto),
-            "cpu" => Some(Self::Cpu),
-            "cuda" => Some(Self::Cuda(0)),
-            other => other.strip_prefix("cuda:").and_then(number),
-        }
-        .ok_or_else(|| {
-            format!("unknown device `{text}`, expected `auto`, `cpu`, `cuda` or `cuda:N`")
-        })
-    }
-}
-
-impl From<DeviceSpec> for String {
-    fn from(device: DeviceSpec) -> Self {
-        match device {
-            DeviceSpec::Auto => "auto".to_owned(),
-            DeviceSpec::Cpu => "cpu".to_owned(),
-            DeviceSpec::Cuda(index) => format!("cuda:{index}"),
-        }
-    }
-}
-
-impl JsonSchema for DeviceSpec {
-    fn schema_name() -> std::borrow::Cow<'static, str> {
-        "Device".into()
-    }
-    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
-        schemars::json_schema!({"type": "string", "pattern": "^(auto|cpu|cuda(:[0-9]+)?)$"})
-    }
-}
-
-/// An amount of memory in GB of 10⁹ bytes, above 0.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(try_from = "f64", into = "f64")]
-pub struct Gigabytes(f64);
-
-impl Gigabytes {
-    pub fn bytes(self) -> u64 {
-        (self.0 * 1e9) as u64
-    }
-}
-
-impl TryFrom<f64> for Gigabytes {
-    type Error = String;
-
-    fn try_from(value: f64) -> Result<Self, String> {
-        if value > 0.0 && value.is_finite() {
-            return Ok(Self(value));
-        }
-        Err(format!(
-            "{value} is out of range, expected a number above 0"
-        ))
-    }
-}
-
-impl From<Gigabytes> for f64 {
-    fn from(value: Gigabytes) -> Self {
-        value.0
-    }
-}
-
-impl JsonSchema for Gigabytes {
-    fn schema_name() -> std::borrow::Cow<'static, str> {
-        "Gigabytes".into()
-    }
-    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
-        schemars::json_schema!({"type": "number", "exclusiveMinimum": 0})
-    }
-}
-
-/// The dtype of the computation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Dtype {
-    #[default]
-    Auto,
-    Float32,
-    Bfloat16,
 }
 
 /// A judge that is asked in text: how it is asked, and what produces its replies.
