@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::symlink;
 
 use ovchat_data::tables::{Image, Prompt};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::bad_input::{rejects, with_images};
 use crate::hostile_text::ends_soon;
@@ -151,8 +151,19 @@ fn a_run_that_decodes_images_hears_signals_and_goes_on_later() {
     image::GrayImage::new(5000, 5000)
         .save(scene.path("images/large.png"))
         .unwrap();
-    let large = json!({"image": "large.png", "prompt": "What is it?"});
-    let many = serde_json::to_vec(&vec![large; 250]).unwrap();
+    // An image is decoded once, so each has other bytes behind its end.
+    let large = fs::read(scene.path("images/large.png")).unwrap();
+    let record = |number: u8| {
+        let name = format!("{number}.png");
+        fs::write(
+            scene.path(&format!("images/{name}")),
+            [&*large, &[number]].concat(),
+        )
+        .unwrap();
+        json!({"image": name, "prompt": "What is it?"})
+    };
+    let records: Vec<Value> = (0..250).map(record).collect();
+    let many = serde_json::to_vec(&records).unwrap();
     scene.write("prompts.json", many);
     is_stopped(&scene);
     let few = "stages.prompts.load_prompts.limit=2";
