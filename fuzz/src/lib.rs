@@ -1,19 +1,20 @@
 //! The modules of ovchat that read strangers' files, taken from its sources without those that need
 //! DataFusion or libtorch, and the targets that are fuzzed.
-#![expect(unused_imports, reason = "the modules are for the whole program")]
 
 /// The modules that are taken of crates which need DataFusion.
 #[path = "../../src"]
 mod ovchat {
     pub mod cli {
-        /// Why a command fails, in words.
-        pub enum Failed {
-            Words(String),
-        }
+        /// The failure of `src/cli/failed.rs`, without pipelines and queries.
+        pub mod failed {
+            pub enum Failed {
+                Words(String),
+            }
 
-        impl From<ovchat_data::store::StoreError> for Failed {
-            fn from(error: ovchat_data::store::StoreError) -> Self {
-                Self::Words(error.to_string())
+            impl From<ovchat_data::store::StoreError> for Failed {
+                fn from(error: ovchat_data::store::StoreError) -> Self {
+                    Self::Words(error.to_string())
+                }
             }
         }
 
@@ -25,6 +26,7 @@ mod ovchat {
 
     #[path = "pipeline/config"]
     pub mod config {
+        pub mod key_text;
         pub mod node;
         pub mod source;
     }
