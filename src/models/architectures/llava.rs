@@ -362,6 +362,18 @@ mod tests {
     }
 
     #[test]
+    fn videos_are_refused_by_name() {
+        let folder = llava_folder();
+        let processor = Processor::open(folder.path()).unwrap();
+        let video = crate::EncodedImage::video(vec![png(30, 20)]);
+        let fault = processor.ids(&prompt(vec![video], "What?")).unwrap_err();
+        assert_eq!(
+            fault.0,
+            "the prompt has a video, which a `llava` model cannot read; use `llava_onevision`"
+        );
+    }
+
+    #[test]
     fn earlier_turns_are_written_without_an_end() {
         let turn = |role, text: &str| ChatTurn {
             role,

@@ -135,8 +135,7 @@ impl Architecture for LlavaOnevision {
         match &self.config.no_video {
             None => Ok(Packing::Frames(self.layout.video(frames))),
             Some(problem) => Err(RowFault(format!(
-                "the prompt has a video, which this checkpoint lays out in a way that is not supported: \
-                 {problem}"
+                "the prompt has a video, but the video layout of this checkpoint is not supported: {problem}"
             ))),
         }
     }
@@ -270,6 +269,8 @@ impl ChatTemplate for ChatMl {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::EncodedImage;
+    use crate::preprocess::Processor;
     use crate::preprocess::chat::PromptIds;
     use crate::test_util::{onevision_folder, png, prompt, shown};
     use crate::{ChatPrompt, ChatTurn};
@@ -365,6 +366,67 @@ mod tests {
         assert!(text.contains("<image><|im_end|><|im_end|>"));
         assert!(!found.ids.contains(&260));
         assert_eq!(found.ids.iter().filter(|&&id| id == 259).count(), 2);
+    }
+
+    #[test]
+    fn a_video_takes_tokens_by_its_frames_and_leaves_an_image_its_tiles() {
+        let folder = onevision_folder();
+        let processor = Processor::open(folder.path()).unwrap();
+        let frames = |count: usize| EncodedImage::video((0..count).map(|_| png(30, 20)).collect());
+        let image = png(100, 61);
+        let alone = processor
+            .packings(&prompt(vec![image.clone()], ""))
+            .unwrap();
+        // 4 patches per side of a frame are pooled to 2.
+        let both = vec![image.clone(), frames(8)];
+        let packings = processor.packings(&prompt(both.clone(), "")).unwrap();
+        assert_eq!(packings[0], alone[0]);
+        assert_eq!((packings[1].tokens(), packings[1].tiles()), (33, 8));
+        let several = vec![frames(1), image.clone(), frames(3), image];
+        let packings = processor.packings(&prompt(several, "")).unwrap();
+        let tokens: Vec<usize> = packings.iter().map(Packing::tokens).collect();
+        assert_eq!(tokens, [5, 17, 13, 17]);
+        let prepared = processor.prepare(&prompt(both, "What?")).unwrap();
+        assert_eq!(prepared.images[1].pixels.len(), 8 * 3 * 56 * 56);
+    }
+
+    /// A checkpoint of LLaVA-NeXT with another layout of videos.
+    #[test]
+    fn other_layouts_of_videos_are_refused_by_name() {
+        let recorded = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("../../tests/parity/recorded/onevision/llava-next-layout-d");
+        let text = std::fs::read_to_string(recorded.join("config.json")).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        for entry in std::fs::read_dir(&recorded).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_file() {
+                std::fs::copy(&path, folder.path().join(path.file_name().unwrap())).unwrap();
+            }
+        }
+        let tower = folder.path().join("tower");
+        std::fs::create_dir(&tower).unwrap();
+        std::fs::copy(
+            recorded.join("tower/config.json"),
+            tower.join("config.json"),
+        )
+        .unwrap();
+        let packing = |key: &str, value: serde_json::Value| {
+            let mut config: serde_json::Value = serde_json::from_str(&text).unwrap();
+            config[key] = value;
+            std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+            LlavaOnevision::open(folder.path())
+                .unwrap()
+                .video_packing(2)
+        };
+        assert!(packing("mm_newline_position", "one_token".into()).is_ok());
+        let fault = packing("mm_newline_position", "grid".into()).unwrap_err().0;
+        let end = "not supported: `mm_newline_position` is `grid`, expected `one_token`";
+        assert!(fault.ends_with(end), "{fault}");
+        let fault = packing("add_faster_video", true.into()).unwrap_err().0;
+        assert!(
+            fault.ends_with("not supported: `add_faster_video` is true"),
+            "{fault}"
+        );
     }
 
     #[test]

@@ -85,7 +85,7 @@ impl Fields {
         }
         if self.asked().map(|text| count(text)).sum::<usize>() != images {
             return Err(format!(
-                "a `{PLACEHOLDER}` placeholder stands within another one; write one for each image, or none"
+                "an `{PLACEHOLDER}` placeholder stands within another one; write one for each image, or none"
             ));
         }
         if let Some(first) = self.asked().next()
