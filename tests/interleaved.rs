@@ -152,6 +152,25 @@ fn images_in_any_place_are_sampled_judged_trained_on_and_exported() {
     assert!(said.err.contains("--format trl"), "{}", said.err);
 }
 
+/// A query can build prompts with another number of placeholders than images.
+#[test]
+fn a_plan_tells_the_prompts_that_cannot_be_read() {
+    let scene = scene();
+    let query = "select * replace (question || ' <image>' as question) from prompts";
+    let twisted =
+        format!("  twisted:\n    sql: {{ query: \"{query}\", tables: [prompts] }}\nreject");
+    let yaml = std::fs::read_to_string(scene.path("p.yaml")).unwrap();
+    let yaml = yaml.replace("sample: { prompts: prompts,", "sample: { prompts: twisted,");
+    scene.write("p.yaml", yaml.replace("reject", &twisted));
+    scene.succeeds(&["run", "p.yaml", "--until", "twisted"]);
+    let plan = scene.succeeds(&["plan", "p.yaml"]).out;
+    let words = "5 prompts cannot be read and will be rejected; the first is `front`: the prompt has 2 images \
+                 but its texts have 1 `<image>` placeholder; write one for each image, or none";
+    assert!(plan.contains(words), "{plan}");
+    scene.succeeds(&["run", "p.yaml", "--until", "candidates"]);
+    assert_eq!(rows::<Candidate>(&scene, "candidates").len(), 6);
+}
+
 /// Returns the number of tokens that a plan counts for a stage.
 fn find(plan: &Value, stage: &Value) -> Option<u64> {
     let counts = plan["tokens"].as_array()?;

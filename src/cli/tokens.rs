@@ -46,6 +46,10 @@ pub struct TokenCounts {
     learned_share: f64,
     /// The number of rows that leave no room for `room` new tokens.
     too_long: usize,
+    /// The number of rows that cannot be read.
+    faulty: usize,
+    /// The id of the first of them, and the reason.
+    fault: Option<String>,
     context: usize,
     room: usize,
 }
@@ -353,6 +357,8 @@ pub fn count(
             learned: 0,
             learned_share: 0.0,
             too_long: 0,
+            faulty: 0,
+            fault: None,
             context: counter.context(),
             room,
         };
@@ -363,13 +369,13 @@ pub fn count(
                     tokens.is_sample = true;
                     break 'rows;
                 }
-                // A row that cannot be counted is rejected when it is sampled.
-                if let Ok(count) = counter.count(&row) {
-                    tokens.add(&count, &row.id);
+                match counter.count(&row) {
+                    Ok(count) => tokens.add(&count, &row.id),
+                    Err(fault) => tokens.add_fault(&row.id, &fault),
                 }
             }
         }
-        if tokens.rows > 0 {
+        if tokens.rows + tokens.faulty > 0 {
             all.push(tokens);
         }
     }
@@ -379,7 +385,7 @@ pub fn count(
 impl TokenCounts {
     /// Returns true if these are the counts of this stage's input.
     pub fn is_of(&self, stage: &str) -> bool {
-        self.stage == stage
+        self.stage == stage && self.rows > 0
     }
 
     pub fn longest(&self) -> usize {
@@ -401,6 +407,26 @@ impl TokenCounts {
             ..
         } = self;
         format!("the longest {row} is `{longest_id}` with {longest} tokens")
+    }
+
+    fn add_fault(&mut self, id: &str, fault: &RowFault) {
+        self.faulty += 1;
+        self.fault.get_or_insert_with(|| format!("`{id}`: {fault}"));
+    }
+
+    /// Describes the rows that cannot be read, if there are any.
+    fn faults(&self) -> Option<String> {
+        let (count, first) = (self.faulty, self.fault.as_ref()?);
+        Some(match count {
+            1 => format!(
+                "1 {} cannot be read and will be rejected: {first}",
+                self.row
+            ),
+            _ => format!(
+                "{count} {}s cannot be read and will be rejected; the first is {first}",
+                self.row
+            ),
+        })
     }
 
     fn add(&mut self, count: &Count, id: &str) {
@@ -443,6 +469,11 @@ pub fn render(all: &[TokenCounts]) -> String {
         if text.is_empty() {
             text.push_str("\ntokens per row, including images\n");
         }
+        if *rows == 0 {
+            let faults = tokens.faults().unwrap_or_default();
+            writeln!(text, "  {stage:<20} {faults}").expect(ANY_TEXT);
+            continue;
+        }
         let of = if tokens.is_sample { "the first " } else { "" };
         let mean = tokens.sum / rows;
         let mut line = format!(
@@ -462,6 +493,9 @@ pub fn render(all: &[TokenCounts]) -> String {
             )
             .expect(ANY_TEXT),
         }
+        if let Some(faults) = tokens.faults() {
+            write!(line, "; {faults}").expect(ANY_TEXT);
+        }
         text.push_str(&line);
         text.push('\n');
     }
@@ -472,7 +506,7 @@ pub fn render(all: &[TokenCounts]) -> String {
 pub fn refusals(plan: &Plan, all: &[TokenCounts]) -> Vec<(TableName, Diagnostic)> {
     let known = all
         .iter()
-        .filter(|tokens| tokens.is_current && !tokens.is_sample);
+        .filter(|tokens| tokens.is_current && !tokens.is_sample && tokens.rows > 0);
     let hopeless = known.filter(|tokens| tokens.too_long == tokens.rows);
     hopeless
         .filter_map(|tokens| {
@@ -512,8 +546,8 @@ pub fn to_json(all: &[TokenCounts]) -> Value {
     let one = |tokens: &TokenCounts| {
         json!({
             "table": tokens.stage, "row": tokens.row, "rows": tokens.rows, "all": !tokens.is_sample,
-            "shortest": tokens.shortest, "longest": tokens.longest, "longest_id": tokens.longest_id,
-            "sum": tokens.sum, "too_long": tokens.too_long, "context": tokens.context,
+            "shortest": if tokens.rows > 0 { tokens.shortest } else { 0 }, "longest": tokens.longest, "longest_id": tokens.longest_id,
+            "sum": tokens.sum, "faulty": tokens.faulty, "fault": tokens.fault, "too_long": tokens.too_long, "context": tokens.context,
         })
     };
     all.iter().map(one).collect()
