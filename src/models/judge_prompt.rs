@@ -318,10 +318,10 @@ impl JudgePrompt {
         let mut asked = (prompt.images.clone(), Vec::new(), plain);
         if let Some(marks) = Marks::new(prompt, shown, source) {
             let marked = self.fill(&prompt.marked(|image| marks.mark(image)), shown);
-            let found = marks.found(&marked.map_err(failed)?, &prompt.images);
-            // A template that counts, cuts or escapes characters does the same without marks.
-            if found.2.trim_start_matches('\n') == asked.2.trim_start_matches('\n') {
-                asked = found;
+            let (text, shown) = marks.found(&marked.map_err(failed)?);
+            // A template that counts, cuts or escapes characters writes another text without marks.
+            if text == asked.2 && !shown.is_empty() {
+                asked = interleaved(text, &shown, &prompt.images);
             }
         }
         let (images, places, question) = asked;
@@ -420,9 +420,6 @@ struct Marks {
 /// The first of Unicode's 65,534 supplementary characters for private use.
 const PRIVATE: u32 = 0xf_0000;
 
-/// Images in the order in which a text shows them, and their places in it.
-type Interleaved = (Vec<EncodedImage>, Vec<ImagePlace>, String);
-
 impl Marks {
     /// Returns marks for the images that stand in texts; `None` if there are none, or no characters
     /// are left.
@@ -447,9 +444,9 @@ impl Marks {
         mark.expect("a character for private use").to_string()
     }
 
-    /// Returns the images of a rendered template, and its text without marks. An image stands where
-    /// the text shows it first; one that it does not show stands before it.
-    fn found(&self, rendered: &str, images: &[EncodedImage]) -> Interleaved {
+    /// Returns a rendered text without marks, and the images that it shows with the bytes that they
+    /// stand before. An image stands where the text shows it first.
+    fn found(&self, rendered: &str) -> (String, Vec<(usize, usize)>) {
         let mut text = String::with_capacity(rendered.len());
         let mut shown: Vec<(usize, usize)> = Vec::new();
         for character in rendered.chars() {
@@ -460,18 +457,25 @@ impl Marks {
                 shown.push((image as usize, text.len()));
             }
         }
-        if shown.is_empty() {
-            return (images.to_vec(), Vec::new(), text);
-        }
-        let is_hidden = |image: &usize| shown.iter().all(|(other, _)| other != image);
-        let hidden: Vec<usize> = (0..images.len()).filter(is_hidden).collect();
-        let front = hidden.len();
-        let places = (0..front).chain(shown.iter().map(|(_, at)| front + at));
-        let places = places.map(|at| ImagePlace { turn: 0, at }).collect();
-        let order = hidden.iter().chain(shown.iter().map(|(image, _)| image));
-        let order = order.map(|&image| images[image].clone()).collect();
-        (order, places, "\n".repeat(front) + &text)
+        (text, shown)
     }
+}
+
+/// Returns the images in the order in which a text shows them, their places, and the text. Images
+/// that are not `shown` stand before it, one line each.
+fn interleaved(
+    text: String,
+    shown: &[(usize, usize)],
+    images: &[EncodedImage],
+) -> (Vec<EncodedImage>, Vec<ImagePlace>, String) {
+    let is_hidden = |image: &usize| shown.iter().all(|(other, _)| other != image);
+    let hidden: Vec<usize> = (0..images.len()).filter(is_hidden).collect();
+    let front = hidden.len();
+    let places = (0..front).chain(shown.iter().map(|(_, at)| front + at));
+    let places = places.map(|at| ImagePlace { turn: 0, at }).collect();
+    let order = hidden.iter().chain(shown.iter().map(|(image, _)| image));
+    let order = order.map(|&image| images[image].clone()).collect();
+    (order, places, "\n".repeat(front) + &text)
 }
 
 /// The rendered text, limited to [`TEXT_MAX`] bytes.
@@ -622,7 +626,7 @@ mod tests {
 
     /// Returns what a judge is shown of a prompt with three images, the first of which stands in an
     /// earlier turn: the text with the ids of images in their places.
-    fn interleaved(template: &str, answer: &str) -> String {
+    fn shown_to_judge(template: &str, answer: &str) -> String {
         let (settings, _folder) = prompt_settings(Mode::Pointwise, Some(template), None);
         let judge = JudgePrompt::open(&settings).unwrap();
         let image = |id: &str| EncodedImage::new(id.to_owned(), Vec::new().into());
@@ -649,19 +653,19 @@ mod tests {
     fn images_stand_where_the_judge_prompt_shows_their_texts() {
         let all = "{% for turn in turns %}{{ turn.text }} {% endfor %}{{ question }} {{ answer }}";
         assert_eq!(
-            interleaved(all, "A <image>"),
+            shown_to_judge(all, "A <image>"),
             "[A]\nHello Is [B] or [C] é? A <image>"
         );
         let question = "{{ question }} {{ answer }} {{ question }}";
         assert_eq!(
-            interleaved(question, "x"),
+            shown_to_judge(question, "x"),
             "[A]\nIs [B] or [C] é? x Is  or  é?"
         );
         let backwards = "{{ answer }}{{ question }}{{ turns[0].text }}";
-        assert_eq!(interleaved(backwards, ""), "Is [B] or [C] é?[A]\nHello");
-        assert_eq!(interleaved("{{ answer }}", "x"), "in front: x");
+        assert_eq!(shown_to_judge(backwards, ""), "Is [B] or [C] é?[A]\nHello");
+        assert_eq!(shown_to_judge("{{ answer }}", "x"), "in front: x");
         let upper = "{{ question|upper }} {{ answer }}";
-        assert_eq!(interleaved(upper, "x"), "[A]\nIS [B] OR [C] É? x");
+        assert_eq!(shown_to_judge(upper, "x"), "[A]\nIS [B] OR [C] É? x");
         for (template, text) in [
             ("{{ answer }} {{ question[:4] }}", "in front: x Is  "),
             (
@@ -670,15 +674,15 @@ mod tests {
             ),
             ("{{ question|length }} {{ answer }}", "in front: 10 x"),
         ] {
-            assert_eq!(interleaved(template, "x"), text, "{template}");
+            assert_eq!(shown_to_judge(template, "x"), text, "{template}");
         }
         // Marks are characters that neither texts nor template have.
         assert_eq!(
-            interleaved(all, "\u{f0000}\u{f0001}"),
+            shown_to_judge(all, "\u{f0000}\u{f0001}"),
             "[A]\nHello Is [B] or [C] é? \u{f0000}\u{f0001}"
         );
         assert_eq!(
-            interleaved("\u{f0000}{{ question }}{{ answer }}", "x"),
+            shown_to_judge("\u{f0000}{{ question }}{{ answer }}", "x"),
             "[A]\n\u{f0000}Is [B] or [C] é?x"
         );
     }

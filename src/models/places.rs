@@ -26,14 +26,12 @@ fn cut_out(text: &str, has_videos: bool) -> (String, Vec<(usize, bool)>) {
     let mut plain = String::with_capacity(text.len());
     let mut places = Vec::new();
     let mut rest = text;
-    loop {
-        let image = rest.find(IMAGE_PLACEHOLDER);
-        let video = rest.find(VIDEO_PLACEHOLDER).filter(|_| has_videos);
-        let (at, is_video) = match (image, video) {
-            (None, None) => break,
-            (Some(image), Some(video)) => (image.min(video), video < image),
-            (image, video) => (image.or(video).unwrap_or_default(), image.is_none()),
-        };
+    let next = |rest: &str| {
+        let image = rest.find(IMAGE_PLACEHOLDER).map(|at| (at, false));
+        let video = rest.find(VIDEO_PLACEHOLDER).map(|at| (at, true));
+        image.into_iter().chain(video.filter(|_| has_videos)).min()
+    };
+    while let Some((at, is_video)) = next(rest) {
         let placeholder = if is_video {
             VIDEO_PLACEHOLDER
         } else {

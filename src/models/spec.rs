@@ -236,7 +236,7 @@ pub struct PromptedJudge<'a> {
 #[derive(Debug, Clone, Copy)]
 pub enum Replies<'a> {
     /// A checkpoint.
-    Weights(&'a CriticSpec),
+    Weights,
     /// A model of the pipeline, by its name.
     Model(&'a str),
     /// An endpoint.
@@ -354,7 +354,7 @@ impl ModelSpec {
     /// Returns the judge that is asked in text, whatever produces its replies.
     pub fn prompted(&self) -> Option<PromptedJudge<'_>> {
         let (ask, exam, replies) = match self {
-            Self::Critic(model) => (&model.ask, &model.exam, Replies::Weights(model)),
+            Self::Critic(model) => (&model.ask, &model.exam, Replies::Weights),
             Self::SelfJudge(model) => (&model.ask, &model.exam, Replies::Model(&model.model)),
             Self::Http(model) => (&model.ask, &model.exam, Replies::Endpoint(model)),
             Self::LlavaOnevision(_)
@@ -389,7 +389,15 @@ impl ModelSpec {
     pub fn backing_model(&self) -> Option<&str> {
         match self.prompted()?.replies {
             Replies::Model(name) => Some(name),
-            Replies::Weights(_) | Replies::Endpoint(_) => None,
+            Replies::Weights | Replies::Endpoint(_) => None,
+        }
+    }
+
+    /// Returns the endpoint that produces the judge's replies, if it is one.
+    pub fn endpoint(&self) -> Option<&Http> {
+        match self.prompted()?.replies {
+            Replies::Endpoint(http) => Some(http),
+            Replies::Weights | Replies::Model(_) => None,
         }
     }
 

@@ -116,6 +116,11 @@ def train(architecture, place, network, processor, shown, cases, random):
         logits = network(**{**given, "input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits[0, start - 1:-1].float()
         return torch.log_softmax(logits, -1).gather(-1, torch.tensor(answer)[:, None]).sum()
 
+    dpo(place, network, pairs, logp)
+
+
+def dpo(place, network, pairs, logp):
+    """Updates of DPO on batches of pairs; `logp` gives the log-probability of one side of a pair."""
     with torch.no_grad():
         reference = torch.stack([torch.stack([logp(pair, side) for side in ("chosen", "rejected")]) for pair in pairs])
 

@@ -5,9 +5,8 @@ from PIL import Image
 
 import onevision
 from common import error, folder, picture, save, seeded, write_json
-from interleaved import IMAGE, WORDS, arranged
+from interleaved import IMAGE, WORDS, arranged, dpo
 from networks import LOGITS_EVERY
-from training import BATCH, names_of, optimize
 
 VIDEO = "<video>"
 # Name, frames, width and height: one frame, many, larger and smaller than a tile, all of one length but one.
@@ -144,16 +143,4 @@ def train(place, network, processor, prompts, random):
         logits = prompt(answer)[prompt.ids.shape[1] - 1:-1].float()
         return torch.log_softmax(logits, -1).gather(-1, torch.tensor(answer)[:, None]).sum()
 
-    with torch.no_grad():
-        reference = torch.stack([torch.stack([logp(pair, side) for side in ("chosen", "rejected")]) for pair in pairs])
-
-    def loss(batch):
-        values = []
-        for number in batch:
-            logps = torch.stack([logp(pairs[number], side) for side in ("chosen", "rejected")])
-            rewards = 0.1 * (logps - reference[number])
-            values.append(-torch.nn.functional.logsigmoid(rewards[0] - rewards[1]))
-        return torch.stack(values).mean()
-
-    batches = [range(first, first + BATCH) for first in range(0, len(pairs), BATCH)]
-    save(place / "dpo.safetensors", {"reference": reference, **optimize(names_of(network), loss, batches)})
+    dpo(place, network, pairs, logp)

@@ -1,8 +1,9 @@
 //! Tokenization of conversations by a chat template.
 //!
 //! A template ([`ChatTemplate`]) splits a conversation into pieces: special tokens, texts, images
-//! and answers. An image may stand anywhere in a user's text, which is cut there. Each piece is tokenized on its own, as the reference splits a string at its special
-//! tokens before anything else happens.
+//! and answers. An image may stand anywhere in a user's text, which is cut there. Each piece is
+//! tokenized on its own, as the reference splits a string at its special tokens before anything else
+//! happens.
 
 use std::borrow::Cow;
 use std::fmt;

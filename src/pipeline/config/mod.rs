@@ -125,7 +125,7 @@ fn parse(
     let read = reader::read(tree, environment);
     let (mut written, mut secrets) = (read.written, read.secrets);
     for entry in &written.models {
-        if let Some(ModelSpec::Http(http)) = &entry.spec
+        if let Some(http) = entry.spec.as_ref().and_then(ModelSpec::endpoint)
             && let Some(name) = &http.key_env
             && let Ok(key) = environment(name)
         {

@@ -10,7 +10,7 @@ use crate::stages::{ModelName, StageSpec};
 use ovchat_io::mask::SECRET_MIN;
 use ovchat_models::architectures;
 use ovchat_models::preprocess::Processor;
-use ovchat_models::{INVALID_KEY, JudgePromptSettings, Mask, ModelSpec, Newlines, Part};
+use ovchat_models::{INVALID_KEY, JudgePromptSettings, Mask, Newlines, Part};
 
 /// Reports `max_new_tokens` settings that leave too little of the model's context for the prompt.
 /// Models whose config cannot be read have a diagnostic elsewhere.
@@ -141,9 +141,7 @@ pub const NO_KEY: &str = "config::no_key";
 /// an error for one that is too short to be a key.
 pub fn keys(written: &PipelineSpec) -> Vec<Diagnostic> {
     let missing = written.models.iter().filter_map(|entry| {
-        let Some(ModelSpec::Http(http)) = &entry.spec else {
-            return None;
-        };
+        let http = entry.spec.as_ref()?.endpoint()?;
         let at = At::value(entry.settings.key("key_env"));
         if let Some(name) = http.short_key() {
             let message = format!(

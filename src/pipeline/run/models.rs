@@ -116,7 +116,7 @@ impl<'a> RunModels<'a> {
         model: &ModelName,
         prompt_settings: &JudgePromptSettings,
     ) -> Result<Box<dyn Writer>, Failure> {
-        if let ModelSpec::Http(http) = self.spec(model) {
+        if let Some(http) = self.spec(model).endpoint() {
             let journal = self.calls.join(format!("{model}.jsonl"));
             let writer =
                 HttpWriter::open(http, &journal, self.mask.clone()).map_err(Failure::of(model))?;

@@ -6,7 +6,6 @@ use serde_json::Value;
 
 use super::{Plan, PlannedStage};
 use crate::config::secrets::Secrets;
-use ovchat_models::ModelSpec;
 
 impl Plan {
     /// Writes the plan as equations, grouped by the rounds in which they run.
@@ -41,7 +40,7 @@ impl Plan {
             if let Some(backing_model) = spec.backing_model() {
                 parts.insert(0, format!("backing model: {backing_model}"));
             }
-            if let ModelSpec::Http(http) = spec {
+            if let Some(http) = spec.endpoint() {
                 parts.insert(
                     0,
                     format!("model: {} at {}", http.model, http.base_url.as_str()),
