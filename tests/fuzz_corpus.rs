@@ -16,6 +16,7 @@ mod tested {
     use std::path::Path;
     use std::time::Duration;
 
+    use ovchat_data::store::{Manifest, Media};
     pub use ovchat_models as models;
     pub use ovchat_pipeline::stages::endings;
     use ovchat_pipeline::stages::{StageKind, StageSpec};
@@ -45,7 +46,9 @@ mod tested {
         if let Ok(records) = load.records() {
             let records: Vec<_> = records.map_while(Result::ok).collect();
             load.validate(&records);
-            load.load(records).unwrap();
+            let run = path.parent().unwrap();
+            let mut known = Media::open(run, &Manifest::new(run, "fuzz")).unwrap();
+            load.load(records, &mut known).unwrap();
             load.notes();
         }
     }

@@ -78,3 +78,5 @@ mod tidy;
 mod training;
 /// Readers during a change of a finished run.
 mod versions;
+/// Video files: frames, rejects, and faults of the decoder.
+mod videos;

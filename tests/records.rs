@@ -67,8 +67,9 @@ fn a_record_with_media_that_are_not_read_is_set_aside_in_every_format() {
     preferred.as_object_mut().unwrap().extend(fields);
     let said = spoken("role", "content", parts);
     for (record, word) in [
-        (video, "`video`"),
-        (with(json!({"videos": ["a.mp4"]})), "`videos`"),
+        (video, "video not found"),
+        (with(json!({"videos": ["a.mp4"]})), "video not found"),
+        (with(json!({"video_2": "a.mp4"})), "`video_2`"),
         (
             with(json!({"audio": {"path": "a.wav", "bytes": null}})),
             "`audio`",
@@ -78,7 +79,7 @@ fn a_record_with_media_that_are_not_read_is_set_aside_in_every_format() {
             with(json!({"image_url": "https://example.com/a.png"})),
             "`image_url`",
         ),
-        (preferred, "`video`"),
+        (preferred, "video not found"),
         (json!({"id": "a", "conversations": [said]}), "`video`"),
     ] {
         let list = json!([record, plain]).to_string();
@@ -123,7 +124,7 @@ fn a_column_of_videos_sets_the_rows_aside_in_which_it_is_not_null() {
     let rejects = rejects(&scene);
     assert_eq!(rejects.len(), 1, "{rejects:?}");
     assert_eq!(rejects[0].0, "row 1");
-    assert!(rejects[0].1.contains("`video`"), "{rejects:?}");
+    assert!(rejects[0].1.contains("video not found"), "{rejects:?}");
     assert_eq!(rows::<Prompt>(&scene, "prompts", None).len(), 2);
     let told = "prompts: `category` is ignored; 2 of 3 records have it\n";
     assert!(said.err.contains(told), "{}", said.err);

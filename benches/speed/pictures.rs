@@ -6,7 +6,7 @@
 use std::path::Path;
 use std::time::Instant;
 
-use ovchat_models::EncodedImage;
+use ovchat_models::Visual;
 use ovchat_models::preprocess::Processor;
 use rayon::prelude::*;
 
@@ -25,7 +25,7 @@ fn main() {
         .par_iter()
         .map(|path| {
             let bytes = std::fs::read(path).expect("an image");
-            let image = EncodedImage::new(path.display().to_string(), bytes.into());
+            let image = Visual::new(path.display().to_string(), bytes.into());
             let tiles = prep.tiles(&image, 1).expect("an image");
             tiles.packing.tiles()
         })

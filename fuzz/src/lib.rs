@@ -1,6 +1,9 @@
 //! The modules of ovchat that read strangers' files, taken from its sources without those that need
 //! DataFusion or libtorch, and the targets that are fuzzed.
 
+// The modules that are taken name their crate.
+extern crate self as ovchat_pipeline;
+
 /// The modules that are taken of crates which need DataFusion.
 #[path = "../../src"]
 mod ovchat {
@@ -33,10 +36,14 @@ mod ovchat {
 
     #[path = "pipeline/stages"]
     pub mod stages {
+        mod fields;
         pub mod formats;
         mod media;
         pub mod records;
+        mod shown;
         pub mod unread;
+
+        pub use shown::Shown;
 
         /// The records and failures of `src/pipeline/stages/work.rs`, without queries, models and trainings.
         pub mod work {
@@ -145,7 +152,7 @@ mod tested {
                     assert!(queue.undo(&by, label).is_ok());
                     by
                 }
-                Ok(Request::EncodedImage(id)) => {
+                Ok(Request::Image(id)) => {
                     queue.shows(id);
                     continue;
                 }

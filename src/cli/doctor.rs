@@ -1,4 +1,4 @@
-//! `pipeline doctor`: check libtorch and the compute devices.
+//! `pipeline doctor`: check libtorch, the compute devices, and the decoder of videos.
 
 use clap::Args;
 use serde_json::json;
@@ -7,9 +7,10 @@ use super::engine;
 use super::failed::Failed;
 use super::out::{Output, line};
 use ovchat_io::visible::visible_bytes;
-use ovchat_models::{ModelLoader, Severity};
+use ovchat_models::{Finding, ModelLoader, Severity};
+use ovchat_pipeline::stages::Ffmpeg;
 
-/// Check the libtorch, CUDA and compute devices of this machine, and report what is missing.
+/// Check the libtorch, CUDA, compute devices and ffmpeg of this machine, and report what is missing.
 #[derive(Args)]
 #[command(
     after_help = "Examples:\n  pipeline doctor\n  LD_LIBRARY_PATH=/opt/torch/lib pipeline doctor"
@@ -24,7 +25,8 @@ impl Doctor {
         let Some(loader) = loader else {
             return Self::ask_engine();
         };
-        let findings = loader.doctor();
+        let mut findings = loader.doctor();
+        findings.push(decoder());
         let word = |severity| match severity {
             Severity::Good => "good",
             Severity::Note => "note",
@@ -72,5 +74,19 @@ impl Doctor {
             )),
             code => Err(Failed::Code(code.map_or(1, |code| code as u8))),
         }
+    }
+}
+
+/// Reports whether videos can be decoded.
+fn decoder() -> Finding {
+    match Ffmpeg::find() {
+        Ok(ffmpeg) => Finding {
+            severity: Severity::Good,
+            text: format!("ffmpeg {} decodes videos", ffmpeg.version),
+        },
+        Err(problem) => Finding {
+            severity: Severity::Note,
+            text: format!("videos cannot be decoded: {problem}"),
+        },
     }
 }

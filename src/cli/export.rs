@@ -335,6 +335,13 @@ fn refuse_misread(table: &str, files: &[PathBuf]) -> Result<(), Failed> {
 /// one image for each `<image>` of the prompt and the responses.
 fn misreading(pair: &Pair) -> Option<String> {
     let texts = [&pair.prompt, &pair.chosen, &pair.rejected];
+    if pair
+        .videos
+        .as_ref()
+        .is_some_and(|videos| !videos.is_empty())
+    {
+        return Some("has a video, of which the run stores frames only".to_owned());
+    }
     Some(match (pair.turns.len(), pair.image_ids.len()) {
         (0, 1) if pair.system.is_some() => {
             "has a system prompt, which the training script's format cannot represent".to_owned()

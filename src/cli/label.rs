@@ -175,17 +175,15 @@ impl Site for Page {
                 Ok(()) => found(&queue.next(&by)),
                 Err(failed) => self.wrong(500, &failed.to_string()),
             },
-            Ok(Request::EncodedImage(id)) if queue.shows(id) => {
-                match self.images.borrow_mut().bytes(id) {
-                    Ok(bytes) => HttpResponse {
-                        status: 200,
-                        media: media_type(&bytes).unwrap_or("application/octet-stream"),
-                        content: bytes.to_vec(),
-                    },
-                    Err(error) => self.wrong(500, &error.to_string()),
-                }
-            }
-            Ok(Request::EncodedImage(_)) => self.wrong(404, "not found"),
+            Ok(Request::Image(id)) if queue.shows(id) => match self.images.borrow_mut().bytes(id) {
+                Ok(bytes) => HttpResponse {
+                    status: 200,
+                    media: media_type(&bytes).unwrap_or("application/octet-stream"),
+                    content: bytes.to_vec(),
+                },
+                Err(error) => self.wrong(500, &error.to_string()),
+            },
+            Ok(Request::Image(_)) => self.wrong(404, "not found"),
             Err((status, why)) => self.wrong(status, &why),
         }
     }

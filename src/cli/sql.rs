@@ -14,7 +14,7 @@ use super::rows::{RowFormat, RowWriter};
 use super::spill;
 use super::spill::Spill;
 use ovchat_data::store::{LABELS, RunFolder, TableFile, TableVersion, schema_of_file};
-use ovchat_data::tables::{Call, Image, Label, Reject, Row, Telemetry, schema_of};
+use ovchat_data::tables::{Call, Image, Label, Reject, Row, Telemetry, Video, schema_of};
 use ovchat_pipeline::config::tables_there;
 use ovchat_pipeline::run::LAST_WHOLE;
 use ovchat_query::{self as query, Param, Part, QueryTable, View};
@@ -221,6 +221,7 @@ fn tables(run: &RunFolder, with_staged: bool) -> Result<Vec<QueryTable>, Failed>
         });
     }
     let images = run.checked(&manifest.images);
+    let videos = run.checked(&manifest.videos);
     let rejects = run.checked(versions.iter().flat_map(|made| made.rejects()));
     let telemetry = run.checked(versions.iter().flat_map(|made| made.telemetry()));
     let calls = lines_in(&run.calls());
@@ -229,6 +230,7 @@ fn tables(run: &RunFolder, with_staged: bool) -> Result<Vec<QueryTable>, Failed>
         ("calls", Call::schema(), calls),
         (LABELS, Label::schema(), labels),
         ("images", Image::schema(), images),
+        ("videos", Video::schema(), videos),
         ("rejects", Reject::schema(), rejects),
         ("telemetry", Telemetry::schema(), telemetry),
     ] {

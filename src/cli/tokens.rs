@@ -11,12 +11,11 @@ use ovchat_data::store::{Images, RunFolder};
 use ovchat_data::tables::{Misfit, Pair, Prompt, Row as _};
 use ovchat_models::preprocess::{LlavaRlhfProcessor, Processor};
 use ovchat_models::{
-    self as models, EncodedImage, JudgeInput, JudgePrompt, Mode, ModelSpec, RowFault, SftExample,
-    TrainOn,
+    self as models, JudgeInput, JudgePrompt, Mode, ModelSpec, RowFault, SftExample, TrainOn, Visual,
 };
 use ovchat_pipeline::config::{At, Diagnostic, KeyPath, Plan, PlannedStage};
 use ovchat_pipeline::run::{Action, Forecast};
-use ovchat_pipeline::stages::{StageSpec, TableName, turns};
+use ovchat_pipeline::stages::{ImageUse, Shown, StageSpec, TableName};
 
 /// The number of rows that are counted: planning should take about a second, and this sample is
 /// large enough.
@@ -179,20 +178,14 @@ impl Counter {
             prompts.map(with_answer).collect()
         };
         let counted = |(row, answers): (Prompt, Vec<String>)| {
-            let prompt = models::ChatPrompt {
-                places: Vec::new(),
-                images: images.images(&row.image_ids)?,
-                id: row.prompt_id.clone(),
-                system: row.system,
-                turns: turns(&row.turns),
-                question: row.question,
-                captions: row.captions,
-                answer: None,
-                seed: 0,
-            };
+            let shown = Shown::from(&row);
+            let prompt = shown.chat_prompt(&row.prompt_id, |id, used| images.image(id, used))?;
             Ok(Counted {
+                prompt: models::ChatPrompt {
+                    captions: row.captions,
+                    ..prompt
+                },
                 id: row.id.unwrap_or(row.prompt_id),
-                prompt: prompt.with_places(),
                 answers,
             })
         };
@@ -208,6 +201,7 @@ fn asked_and_answered(pair: Pair) -> (Prompt, Vec<String>) {
         id: pair.id,
         image: pair.image,
         image_ids: pair.image_ids,
+        videos: pair.videos,
         system: pair.system,
         turns: pair.turns,
         question: pair.prompt,
@@ -221,24 +215,24 @@ fn asked_and_answered(pair: Pair) -> (Prompt, Vec<String>) {
 /// adjacent.
 struct ImageStore {
     images: Images,
-    read: HashMap<String, EncodedImage>,
+    read: HashMap<String, Visual>,
 }
 
 impl ImageStore {
-    fn images(&mut self, image_ids: &[String]) -> Result<Vec<EncodedImage>, Failed> {
-        let mut images = Vec::with_capacity(image_ids.len());
-        for id in image_ids {
-            if !self.read.contains_key(id) {
-                if self.read.len() >= IMAGES_KEPT {
-                    self.read.clear();
-                }
-                let bytes = self.images.bytes(id)?;
-                let id = id.clone();
-                self.read.insert(id.clone(), EncodedImage::new(id, bytes));
-            }
-            images.push(self.read[id].clone());
+    /// Returns an image; frames without their bytes, because only their number counts.
+    fn image(&mut self, id: &str, used: ImageUse) -> Result<Visual, Failed> {
+        if used == ImageUse::Frame {
+            return Ok(Visual::new(id.to_owned(), [].into()));
         }
-        Ok(images)
+        if let Some(image) = self.read.get(id) {
+            return Ok(image.clone());
+        }
+        if self.read.len() >= IMAGES_KEPT {
+            self.read.clear();
+        }
+        let image = Visual::new(id.to_owned(), self.images.bytes(id)?);
+        self.read.insert(id.to_owned(), image.clone());
+        Ok(image)
     }
 }
 
@@ -528,9 +522,9 @@ pub fn refusals(plan: &Plan, all: &[TokenCounts]) -> Vec<(TableName, Diagnostic)
             };
             let help = match stage.spec {
                 StageSpec::Sample(_) => {
-                    "lower `max_new_tokens`, or use smaller images or shorter prompts"
+                    "lower `max_new_tokens`, or use smaller images, fewer frames of videos, or shorter prompts"
                 }
-                _ => "use smaller images or shorter texts",
+                _ => "use smaller images, fewer frames of videos, or shorter texts",
             };
             let diagnostic = Diagnostic::new("plan::context", At::key(KeyPath::default()), message);
             let diagnostic = diagnostic.label(label).help(help).placed(stage.place());

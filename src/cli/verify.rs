@@ -103,9 +103,9 @@ impl Repair {
 pub fn refuse_flaws<'m>(
     run: &RunFolder,
     versions: impl IntoIterator<Item = &'m TableVersion>,
-    with_images: bool,
+    with_media: bool,
 ) -> Result<(), Failed> {
-    let flaws = run.flaws(versions, with_images);
+    let flaws = run.flaws(versions, with_media);
     let Some(Flaw { file, problem }) = flaws.first() else {
         return Ok(());
     };

@@ -15,7 +15,7 @@ use regex::Regex;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{ChatPrompt, ChatRole, ChatTurn, EncodedImage, ImagePlace, RowFault};
+use super::{ChatPrompt, ChatRole, ChatTurn, ImagePlace, RowFault, Visual};
 use ovchat_io::files;
 
 /// Maximum magnitude of a score. Rewards are sums of scores in single precision.
@@ -466,8 +466,8 @@ impl Marks {
 fn interleaved(
     text: String,
     shown: &[(usize, usize)],
-    images: &[EncodedImage],
-) -> (Vec<EncodedImage>, Vec<ImagePlace>, String) {
+    images: &[Visual],
+) -> (Vec<Visual>, Vec<ImagePlace>, String) {
     let is_hidden = |image: &usize| shown.iter().all(|(other, _)| other != image);
     let hidden: Vec<usize> = (0..images.len()).filter(is_hidden).collect();
     let front = hidden.len();
@@ -629,7 +629,7 @@ mod tests {
     fn shown_to_judge(template: &str, answer: &str) -> String {
         let (settings, _folder) = prompt_settings(Mode::Pointwise, Some(template), None);
         let judge = JudgePrompt::open(&settings).unwrap();
-        let image = |id: &str| EncodedImage::new(id.to_owned(), Vec::new().into());
+        let image = |id: &str| Visual::new(id.to_owned(), Vec::new().into());
         let mut prompt = prompt();
         prompt.images = ["A", "B", "C"].map(image).to_vec();
         prompt.turns = vec![ChatTurn {

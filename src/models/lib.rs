@@ -53,6 +53,6 @@ pub use traits::{
     RewardTrainer, RowFault, Severity, SftTrainer, Trainer,
 };
 pub use types::{
-    AnswerGroup, ChatPrompt, ChatRole, ChatTurn, EncodedImage, Generation, JudgeScore, Layout,
-    ModelTelemetry, Placement, Room, Sampling, Stop, media_type,
+    AnswerGroup, ChatPrompt, ChatRole, ChatTurn, Generation, JudgeScore, Layout, ModelTelemetry,
+    Placement, Room, Sampling, Stop, Visual, media_type,
 };

@@ -3,7 +3,7 @@
 //! In the text of a table, `<image>` marks the place of an image. [`ChatPrompt`] has the places
 //! apart from its texts, so that nothing that people or models wrote is taken for an image later.
 
-use crate::{ChatPrompt, ChatRole, EncodedImage, RowFault};
+use crate::{ChatPrompt, ChatRole, RowFault, Visual};
 
 /// The placeholder of an image in a text.
 pub const IMAGE_PLACEHOLDER: &str = "<image>";
@@ -59,7 +59,7 @@ impl ChatPrompt {
         if self.images.is_empty() {
             return self;
         }
-        let has_videos = self.images.iter().any(EncodedImage::is_video);
+        let has_videos = self.images.iter().any(Visual::is_video);
         let mut places = Vec::new();
         let mut kinds = Vec::new();
         let mut take = |turn: usize, text: &mut String| {
@@ -85,11 +85,8 @@ impl ChatPrompt {
 
     /// Brings images and videos into the order of their placeholders, if there is one for each.
     fn order(&mut self, is_video: &[bool]) {
-        let (videos, images): (Vec<EncodedImage>, Vec<EncodedImage>) = self
-            .images
-            .iter()
-            .cloned()
-            .partition(EncodedImage::is_video);
+        let (videos, images): (Vec<Visual>, Vec<Visual>) =
+            self.images.iter().cloned().partition(Visual::is_video);
         let wanted = is_video.iter().filter(|is_video| **is_video).count();
         if (wanted, is_video.len() - wanted) != (videos.len(), images.len()) {
             return;
@@ -210,8 +207,8 @@ mod tests {
     #[test]
     fn videos_have_their_own_placeholders() {
         let [one, two] = [png(2, 2), png(3, 3)];
-        let video = EncodedImage::video(vec![one.clone(), two.clone()]);
-        let ask = |images: Vec<EncodedImage>, text: &str| prompt(images, text).with_places();
+        let video = Visual::video(vec![one.clone(), two.clone()]);
+        let ask = |images: Vec<Visual>, text: &str| prompt(images, text).with_places();
         let asked = ask(vec![one.clone(), video.clone()], "<video> shows <image>?");
         assert!(asked.images[0].is_video() && !asked.images[1].is_video());
         assert_eq!(asked.image_count(), 1);

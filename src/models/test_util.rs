@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
 use crate::preprocess::image::Rgb;
-use crate::{ChatPrompt, DeviceSpec, Dtype, EncodedImage, LlavaRlhfSpec};
+use crate::{ChatPrompt, DeviceSpec, Dtype, LlavaRlhfSpec, Visual};
 
 /// Returns the image whose recorded hashes the tests use: `(7 x + 13 y + 50 channel + x y) mod
 /// 256`.
@@ -31,13 +31,13 @@ pub fn pattern(width: usize, height: usize) -> Rgb {
 }
 
 /// Encodes [`pattern`] as a PNG file.
-pub fn png(width: usize, height: usize) -> EncodedImage {
+pub fn png(width: usize, height: usize) -> Visual {
     let rgb = image::RgbImage::from_raw(width as u32, height as u32, pattern(width, height).data);
     let mut bytes = std::io::Cursor::new(Vec::new());
     rgb.expect("the size fits")
         .write_to(&mut bytes, image::ImageFormat::Png)
         .expect("written to memory");
-    EncodedImage::new(format!("{width}x{height}"), Arc::from(bytes.into_inner()))
+    Visual::new(format!("{width}x{height}"), Arc::from(bytes.into_inner()))
 }
 
 /// Returns the SHA-256 of bytes, in hex.
@@ -60,7 +60,7 @@ pub fn sha256_floats(floats: &[f32]) -> String {
 }
 
 /// Returns a prompt with only images and a question.
-pub fn prompt(images: Vec<EncodedImage>, question: &str) -> ChatPrompt {
+pub fn prompt(images: Vec<Visual>, question: &str) -> ChatPrompt {
     ChatPrompt {
         places: Vec::new(),
         id: "test".to_owned(),

@@ -8,17 +8,17 @@ use crate::places::ImagePlace;
 
 /// An image as the encoded bytes of its file, or a video as its frames.
 #[derive(Debug, Clone)]
-pub struct EncodedImage {
+pub struct Visual {
     /// SHA-256 of the bytes, in hex, or for a video of the ids of its frames; equal ids mean equal
     /// images.
     pub id: String,
     /// The bytes of the file (PNG, JPEG, …); none for a video.
     pub bytes: Arc<[u8]>,
     /// The frames of a video, in order; none for an image.
-    pub frames: Vec<EncodedImage>,
+    pub frames: Vec<Visual>,
 }
 
-impl EncodedImage {
+impl Visual {
     /// Returns an image.
     pub fn new(id: String, bytes: Arc<[u8]>) -> Self {
         Self {
@@ -29,7 +29,7 @@ impl EncodedImage {
     }
 
     /// Returns a video of these frames.
-    pub fn video(frames: Vec<EncodedImage>) -> Self {
+    pub fn video(frames: Vec<Visual>) -> Self {
         let mut ids = Sha256::new();
         for frame in &frames {
             ids.update((frame.id.len() as u64).to_le_bytes());
@@ -62,7 +62,7 @@ impl EncodedImage {
     }
 }
 
-/// Returns the media type of encoded image bytes; see [`EncodedImage::media_type`].
+/// Returns the media type of encoded image bytes; see [`Visual::media_type`].
 pub fn media_type(bytes: &[u8]) -> Option<&'static str> {
     Some(match bytes {
         [0x89, b'P', b'N', b'G', ..] => "image/png",
@@ -135,7 +135,7 @@ pub struct ChatTurn {
 pub struct ChatPrompt {
     /// The id of the prompt, for errors.
     pub id: String,
-    pub images: Vec<EncodedImage>,
+    pub images: Vec<Visual>,
     /// The places of the images in the texts, in the order of the conversation. None: all images
     /// stand before the user's first text, one line each.
     pub places: Vec<ImagePlace>,

@@ -33,8 +33,8 @@ use super::vlm::VisionLanguageModel;
 use ovchat_models::checkpoint::{Sizes, elements};
 use ovchat_models::preprocess::{Processor, Tiles};
 use ovchat_models::{
-    self as models, ChatPrompt, Emit, EncodedImage, Generation, ModelError, ModelTelemetry, Policy,
-    RowFault, Sampling, Stop,
+    self as models, ChatPrompt, Emit, Generation, ModelError, ModelTelemetry, Policy, RowFault,
+    Sampling, Stop, Visual,
 };
 
 /// A policy: a vision-language network that answers prompts.
@@ -362,8 +362,7 @@ impl Policy for NetworkPolicy {
             }
         }
         let prep = &self.prep;
-        let decode =
-            |image: &EncodedImage, alone: bool| prep.tiles(image, if alone { 1 } else { 2 });
+        let decode = |image: &Visual, alone: bool| prep.tiles(image, if alone { 1 } else { 2 });
         let vocab = prep.text_config().vocab_size as i64;
         let answers: usize = waiting.iter().map(|one| one.drafts).sum();
         let telemetry = std::thread::scope(|scope| {
@@ -484,7 +483,7 @@ mod tests {
         let prompt = |image: Option<&str>| {
             let images = image
                 .into_iter()
-                .map(|id| EncodedImage::new(id.to_owned(), [].into()));
+                .map(|id| Visual::new(id.to_owned(), [].into()));
             ChatPrompt {
                 images: images.collect(),
                 ..prompts().remove(3)

@@ -13,7 +13,7 @@ use rayon::prelude::*;
 use tch::Tensor;
 
 use ovchat_models::checkpoint::{IMAGES_AHEAD, IMAGES_AT_ONCE_MAX};
-use ovchat_models::{ChatPrompt, EncodedImage, ModelError, RowFault};
+use ovchat_models::{ChatPrompt, ModelError, RowFault, Visual};
 
 /// The key of an image's features: the image, and whether it is the only one of its prompt (the
 /// policy then splits it into tiles).
@@ -27,7 +27,7 @@ impl DecodedImage {
     /// The images of a prompt.
     pub fn of(prompt: &ChatPrompt) -> Vec<Self> {
         let alone = prompt.image_count() == 1;
-        let shown = |image: &EncodedImage| Self {
+        let shown = |image: &Visual| Self {
             image: image.id.clone(),
             alone: alone && !image.is_video(),
         };
@@ -42,7 +42,7 @@ impl DecodedImage {
 
 /// Converts an image into the network's input; the flag is true if it is the only image of its
 /// prompt.
-pub type Decode<'a, P> = &'a (dyn Fn(&EncodedImage, bool) -> Result<P, RowFault> + Sync);
+pub type Decode<'a, P> = &'a (dyn Fn(&Visual, bool) -> Result<P, RowFault> + Sync);
 
 /// A preprocessed image from the decoding thread.
 struct Arrival<P> {
@@ -55,7 +55,7 @@ struct Arrival<P> {
 /// The images of the prompts of a call.
 pub struct PromptImages<'a, P> {
     decode: Decode<'a, P>,
-    sources: HashMap<DecodedImage, &'a EncodedImage>,
+    sources: HashMap<DecodedImage, &'a Visual>,
     /// The images that the thread has yet to deliver, in order.
     ahead: VecDeque<DecodedImage>,
     arriving: Receiver<Arrival<P>>,
@@ -230,7 +230,7 @@ mod tests {
     use super::*;
 
     fn prompt(images: &[&str]) -> ChatPrompt {
-        let image = |id: &&str| EncodedImage::new((*id).to_owned(), [].into());
+        let image = |id: &&str| Visual::new((*id).to_owned(), [].into());
         ChatPrompt {
             images: images.iter().map(image).collect(),
             ..onevision::prompts().remove(3)
@@ -241,7 +241,7 @@ mod tests {
     fn each_image_is_decoded_and_seen_once_and_kept_while_it_is_needed() {
         let prompts = [&["a"][..], &["b", "a", "b"], &["a"], &["broken"], &[]].map(prompt);
         let decodings = AtomicUsize::new(0);
-        let decode = |image: &EncodedImage, alone: bool| {
+        let decode = |image: &Visual, alone: bool| {
             decodings.fetch_add(1, Ordering::Relaxed);
             if image.id == "broken" {
                 return Err(RowFault("not an image".to_owned()));
@@ -283,7 +283,7 @@ mod tests {
     fn a_call_that_ends_early_leaves_nobody_waiting() {
         let names: Vec<String> = (0..50).map(|number| number.to_string()).collect();
         let prompts: Vec<ChatPrompt> = names.iter().map(|name| prompt(&[name])).collect();
-        let decode = |_: &EncodedImage, _: bool| Ok(());
+        let decode = |_: &Visual, _: bool| Ok(());
         std::thread::scope(|scope| {
             let _images = PromptImages::begin(scope, prompts.iter(), &decode);
         });

@@ -25,8 +25,8 @@ use super::weights::Weights;
 use ovchat_models::checkpoint::{HEAD_FILE, Sizes, judge_elements};
 use ovchat_models::preprocess::{JudgeIds, LlavaRlhfProcessor};
 use ovchat_models::{
-    AnswerGroup, Emit, EncodedImage, Judge, JudgeScore, LlavaRlhfSpec, ModelError, ModelTelemetry,
-    RowFault,
+    AnswerGroup, Emit, Judge, JudgeScore, LlavaRlhfSpec, ModelError, ModelTelemetry, RowFault,
+    Visual,
 };
 
 /// Tokens of answers to one prompt per pack, unless a single answer has more.
@@ -271,7 +271,7 @@ impl Judge for RewardJudge {
             }
         }
         let prep = &self.prep;
-        let decode = |image: &EncodedImage, _: bool| prep.pixels(image);
+        let decode = |image: &Visual, _: bool| prep.pixels(image);
         let mut budget = self.budget;
         std::thread::scope(|scope| {
             let shown = waiting.iter().map(|one| groups[one.index].prompt);

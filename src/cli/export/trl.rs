@@ -118,6 +118,13 @@ pub fn problem(pair: &Pair, bytes: usize) -> Option<String> {
     let parts = || messages.iter().flat_map(|message| &message.parts);
     let places = parts().filter(|part| **part == Part::Image).count();
     let images = pair.image_ids.len();
+    if pair
+        .videos
+        .as_ref()
+        .is_some_and(|videos| !videos.is_empty())
+    {
+        return Some("has a video, which TRL's DPOTrainer does not read".to_owned());
+    }
     if places != images {
         return Some(misfit(images, places));
     }

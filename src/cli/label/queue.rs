@@ -1,6 +1,7 @@
 //! The label queue: which annotator has which question, and the labels given so far.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::convert::Infallible;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
@@ -8,8 +9,9 @@ use serde_json::{Value, json};
 use super::super::failed::Failed;
 use super::request::Saying;
 use ovchat_data::store::{LabelLine, LabelTask, LabelVerdict, LabelWriter, NUMBER_MAX, digest};
-use ovchat_data::tables::{Prompt, Role};
-use ovchat_models::IMAGE_PLACEHOLDER;
+use ovchat_data::tables::Prompt;
+use ovchat_models::{ChatRole, Visual};
+use ovchat_pipeline::stages::Shown;
 
 /// The time after which a question that an annotator left open goes to others.
 const LEFT_OPEN: Duration = Duration::from_mins(15);
@@ -169,26 +171,26 @@ impl LabelQueue {
         let question = &self.questions[number];
         let prompt = &self.prompts[&question.prompt_id];
         let text = |candidate| &self.texts[&(question.prompt_id.clone(), candidate)].0;
-        let mut images = prompt.image_ids.iter();
-        let asked = prompt.turns.iter().filter(|turn| turn.role == Role::User);
-        let asked = asked.map(|turn| &turn.text).chain([&prompt.question]);
-        let places: usize = asked
-            .map(|text| text.matches(IMAGE_PLACEHOLDER).count())
-            .sum();
-        let in_front: Vec<&String> = if places == images.len() {
-            Vec::new()
-        } else {
-            images.by_ref().collect()
+        let visual = |id: &str, _| Ok::<_, Infallible>(Visual::new(id.to_owned(), [].into()));
+        let Ok(shown) = Shown::from(prompt).chat_prompt(&prompt.prompt_id, visual);
+        let in_front: Vec<Value> = match shown.check_places() {
+            Ok(()) if !shown.places.is_empty() => Vec::new(),
+            _ => shown.images.iter().map(visual_part).collect(),
         };
+        let mut visuals = shown.images.iter().skip(in_front.len());
         let mut turns = Vec::new();
-        for turn in &prompt.turns {
+        for (number, turn) in shown.turns.iter().enumerate() {
             let (role, parts) = match turn.role {
-                Role::User => ("user (earlier)", parts(&turn.text, &mut images)),
-                Role::Assistant => ("assistant", vec![json!(turn.text)]),
+                ChatRole::User => {
+                    let places = shown.places_in(number);
+                    ("user (earlier)", parts(&turn.text, places, &mut visuals))
+                }
+                ChatRole::Assistant => ("assistant", vec![json!(turn.text)]),
             };
             turns.push(json!({ "role": role, "parts": parts }));
         }
-        let question_parts = parts(&prompt.question, &mut images);
+        let places = shown.places_in(shown.turns.len());
+        let question_parts = parts(&shown.question, places, &mut visuals);
         json!({
             "number": number,
             "pictures": in_front,
@@ -262,27 +264,44 @@ impl LabelQueue {
         Ok(())
     }
 
-    /// Returns true if a question shows the image.
+    /// Returns true if a question shows the image or frame.
     pub fn shows(&self, image: &str) -> bool {
         let mut prompts = self.prompts.values();
-        prompts.any(|prompt| prompt.image_ids.iter().any(|id| id == image))
+        prompts.any(|prompt| {
+            let videos = prompt.videos.iter().flatten();
+            let frames = videos.flat_map(|video| &video.frame_ids);
+            prompt.image_ids.iter().chain(frames).any(|id| id == image)
+        })
     }
 }
 
-/// Returns the parts of a text: texts, and the images that stand in it.
-fn parts<'a>(text: &str, images: &mut impl Iterator<Item = &'a String>) -> Vec<Value> {
+/// Returns an image or a video in the form of the page.
+fn visual_part(visual: &Visual) -> Value {
+    if visual.is_video() {
+        let frames: Vec<&str> = visual.frames.iter().map(|frame| &*frame.id).collect();
+        json!({ "video": frames })
+    } else {
+        json!({ "image": visual.id })
+    }
+}
+
+/// Returns the parts of a text: texts, and the images and videos at its `places`.
+fn parts<'a>(
+    text: &str,
+    places: impl Iterator<Item = usize>,
+    visuals: &mut impl Iterator<Item = &'a Visual>,
+) -> Vec<Value> {
     let mut parts = Vec::new();
-    for (number, piece) in text.split(IMAGE_PLACEHOLDER).enumerate() {
-        if number > 0 {
-            parts.push(match images.next() {
-                Some(id) => json!({ "image": id }),
-                // Without an image, it is a word like any other.
-                None => json!(IMAGE_PLACEHOLDER),
-            });
+    let mut from = 0;
+    for (at, visual) in places.zip(visuals) {
+        if at > from {
+            parts.push(json!(&text[from..at]));
         }
-        if !piece.is_empty() {
-            parts.push(json!(piece));
-        }
+        parts.push(visual_part(visual));
+        from = at;
+    }
+    if from < text.len() {
+        parts.push(json!(&text[from..]));
     }
     parts
 }

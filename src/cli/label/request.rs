@@ -15,7 +15,7 @@ pub enum Request<'a> {
     /// Undo of a label, or of an annotator's last one.
     Undo { by: String, label: Option<u64> },
     /// The image with an id.
-    EncodedImage(&'a str),
+    Image(&'a str),
 }
 
 /// A label for a question, as the page sends it.
@@ -59,7 +59,7 @@ pub fn read<'a>(
             Ok(Request::Undo { by, label })
         }
         ("GET", path) => match path.strip_prefix("/picture/") {
-            Some(id) => Ok(Request::EncodedImage(id)),
+            Some(id) => Ok(Request::Image(id)),
             None => Err((404, "not found".to_owned())),
         },
         _ => Err((405, "method not allowed".to_owned())),

@@ -8,8 +8,8 @@ use ovchat_models::checkpoint::{
     TrainingSizes, VisionConfig, elements, judge_elements, learned_logits, size_in_words as size,
 };
 use ovchat_models::{
-    Checkpointing, Mode, ModelSpec, Optimizer, Part, Room, Tower, Trained, VisionLanguageSpec,
-    architectures,
+    Architecture, Checkpointing, Mode, ModelSpec, Optimizer, Part, Room, Tower, Trained,
+    VisionLanguageSpec, architectures,
 };
 use ovchat_pipeline::config::{Plan, PlannedStage};
 use ovchat_pipeline::stages::{
@@ -209,12 +209,14 @@ fn of_writing(
         ..
     } = writing;
     let new = answers * writing.new;
-    let [image, tiles] = architecture.largest_image();
-    let (longest, worst) = longest(counted, image);
+    let largest = Largest::of(plan, &*architecture);
+    let (image, tiles) = (largest.tokens, largest.tiles);
+    let (longest, worst) = longest(counted, &largest);
     let longest = longest + beside;
     let of_tokens = format!(
-        "{} per token, for the largest image ({image} tokens) and its {answers} responses",
-        size(sizes.token)
+        "{} per token, for the largest {} ({image} tokens) and its {answers} responses",
+        size(sizes.token),
+        largest.kind
     );
     let taken = move |rows: usize, tokens: usize, read: usize| {
         sizes.weights
@@ -309,19 +311,21 @@ fn of_training(
         ("gradients", sizes.gradients, String::new()),
         ("moments", sizes.moments, "AdamW".to_owned()),
     ];
-    let [image, tiles] = architecture.largest_image();
+    let largest = Largest::of(plan, &*architecture);
+    let (image, tiles) = (largest.tokens, largest.tiles);
     let sampled = sampled(plan);
     let new = ANSWERS * answer_tokens(plan);
     let largest_pair = image + new;
     let remark = format!(
-        "for the largest image and two responses ({largest_pair} tokens, {tiles} tiles); {} with layers \
+        "for the largest {} and two responses ({largest_pair} tokens, {tiles} tiles); {} with layers \
          recomputed",
+        largest.kind,
         size(sizes.computed_again(largest_pair, tiles))
     );
     items.push(("activations", sizes.remembered(largest_pair, tiles), remark));
     let counted =
         sampled.and_then(|(table, _)| tokens.iter().find(|one| one.is_of(table.as_str())));
-    let (longest, worst) = longest(counted, image);
+    let (longest, worst) = longest(counted, &largest);
     let checkpointing = stage.activation_checkpointing;
     let pair = longest + new;
     // Short pairs are packed.
@@ -356,25 +360,25 @@ fn of_training(
 
 fn of_examples(plan: &Plan, stage: &TrainSft, counted: Option<&TokenCounts>) -> Option<Needs> {
     let spec = &plan.models[&stage.model];
-    let (sizes, text, image, tiles, pixels) = if let Some(spec) = spec.vision_language() {
+    let (sizes, text, largest, pixels) = if let Some(spec) = spec.vision_language() {
         let architecture = architectures::open(&spec.weights).ok()?;
         let parts = architecture.parts().iter().copied();
         let parts = parts.filter(|part| stage.tower == Tower::Train || *part != Part::VisionTower);
         let trained = Trained::Parts(parts.map(|part| (part, None)).collect());
-        let [image, tiles] = architecture.largest_image();
+        let largest = Largest::of(plan, &*architecture);
         let sizes = TrainingSizes::new(&*architecture, &trained, Optimizer::Adamw, 4);
-        let pixels = pixels(architecture.vision_config(), tiles);
-        (sizes, *architecture.text_config(), image, tiles, pixels)
+        let pixels = pixels(architecture.vision_config(), largest.tiles);
+        (sizes, *architecture.text_config(), largest, pixels)
     } else if let ModelSpec::LlavaRlhf(spec) = spec {
         let config = LlavaRlhfConfig::open(spec).ok()?;
         let sizes = TrainingSizes::of_base(&config, stage.tower);
         let pixels = pixels(&config.vision_config, 1);
-        let patches = config.vision_config.patches();
-        (sizes, config.text_config, patches, 1, pixels)
+        let largest = Largest::square(config.vision_config.patches());
+        (sizes, config.text_config, largest, pixels)
     } else {
         return None;
     };
-    let (longest, worst) = longest(counted, image);
+    let (longest, worst) = longest(counted, &largest);
     let at_once = side_by_side(longest, stage.batch_prompts);
     let learned = counted.map_or(ANSWER_TOKENS, |counted| counted.learned_of(at_once));
     let remark = format!("for {learned} trained tokens at once");
@@ -383,7 +387,7 @@ fn of_examples(plan: &Plan, stage: &TrainSft, counted: Option<&TokenCounts>) -> 
         help: more_memory(plan, &stage.model),
         sizes,
         tokens: at_once,
-        tiles: tiles * at_once.div_ceil(longest.max(1)),
+        tiles: largest.tiles * at_once.div_ceil(longest.max(1)),
         logits: Some((learned_logits(&text, learned), remark)),
         worst,
         pixels,
@@ -405,7 +409,7 @@ fn of_reward_training(
     let sizes = TrainingSizes::of_adapter(&config, rank);
     let image = config.vision_config.patches();
     let (longest, worst) = if counted.is_some() {
-        longest(counted, image)
+        longest(counted, &Largest::square(image))
     } else {
         let pair = image + ANSWERS * ANSWER_TOKENS;
         let words = "an image and two responses of";
@@ -477,14 +481,60 @@ impl Steps<'_> {
     }
 }
 
+/// The largest image or video that a prompt can have.
+struct Largest {
+    tokens: usize,
+    tiles: usize,
+    /// `image` or `video`.
+    kind: &'static str,
+}
+
+impl Largest {
+    /// An image of one tile, as reward models read it.
+    fn square(tokens: usize) -> Self {
+        Self {
+            tokens,
+            tiles: 1,
+            kind: "image",
+        }
+    }
+
+    /// The tokens of a video depend only on the number of its frames, which the loading stage sets.
+    fn of(plan: &Plan, architecture: &dyn Architecture) -> Self {
+        let [tokens, tiles] = architecture.largest_image();
+        let frames = plan
+            .all()
+            .filter_map(|stage| stage.spec.video_frames())
+            .max();
+        match frames.map(|frames| architecture.video_packing(frames)) {
+            Some(Ok(video)) if video.tokens() > tokens => Self {
+                tokens: video.tokens(),
+                tiles: tiles.max(video.tiles()),
+                kind: "video",
+            },
+            Some(Ok(video)) => Self {
+                tokens,
+                tiles: tiles.max(video.tiles()),
+                kind: "image",
+            },
+            _ => Self {
+                tokens,
+                tiles,
+                ..Self::square(tokens)
+            },
+        }
+    }
+}
+
 /// Returns the tokens of the longest row and its description; without counts, those of the largest
 /// image.
-fn longest(counted: Option<&TokenCounts>, image: usize) -> (usize, String) {
+fn longest(counted: Option<&TokenCounts>, largest: &Largest) -> (usize, String) {
+    let Largest { tokens, kind, .. } = largest;
     match counted {
         Some(counted) => (counted.longest(), counted.worst()),
         None => (
-            image,
-            format!("the largest image takes {image} tokens (no prompts to count yet)"),
+            *tokens,
+            format!("the largest {kind} takes {tokens} tokens (no prompts to count yet)"),
         ),
     }
 }

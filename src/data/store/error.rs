@@ -57,7 +57,7 @@ pub enum StoreError {
     Manifest { path: PathBuf, problem: String },
     /// An image of the run is missing or has changed (only with `keep_images: reference`).
     #[error("image {id}: {problem}")]
-    EncodedImage { id: String, problem: String },
+    Image { id: String, problem: String },
     /// A stop was requested while a file was read.
     #[error("interrupted")]
     Stopped,

@@ -185,10 +185,11 @@ impl RunFolder {
                 }
                 manifest.made.push(made.clone());
             }
-            for file in &self.manifest.images {
+            for file in self.manifest.media() {
                 link(&self.root, hidden, &file.file)?;
-                manifest.images.push(file.clone());
             }
+            manifest.images.clone_from(&self.manifest.images);
+            manifest.videos.clone_from(&self.manifest.videos);
             // Replies that were paid for are reused. Call logs grow, so each run has its own copy.
             let calls = fs::read_dir(self.calls()).into_iter().flatten().flatten();
             for name in calls.map(|entry| entry.file_name()) {
@@ -287,7 +288,7 @@ impl RunFolder {
     fn sha256(&self, name: &str) -> Option<String> {
         let made: Vec<&TableVersion> = self.manifest.versions().collect();
         let files = made.iter().flat_map(|made| made.all_files());
-        let mut files = files.chain(&self.manifest.images);
+        let mut files = files.chain(self.manifest.media());
         if let Some(file) = files.find(|file| file.file == name) {
             return Some(file.sha256.clone());
         }
@@ -412,13 +413,13 @@ impl RunFolder {
         let versions = || self.manifest.versions();
         let listed = versions().flat_map(TableVersion::all_files);
         let listed: HashSet<&str> = listed
-            .chain(&self.manifest.images)
+            .chain(self.manifest.media())
             .map(|file| file.file.as_str())
             .collect();
         let mut folders: HashSet<String> = versions()
             .map(|made| self.table_folder(&made.table, made.round))
             .collect();
-        folders.insert("images".to_owned());
+        folders.extend(["images", "videos"].map(str::to_owned));
         folders.extend(BESIDE.map(str::to_owned));
         for made in &self.manifest.staged {
             let below = |folder: &str| format!("{}{folder}", below_cache(made));
@@ -533,6 +534,10 @@ impl RunFolder {
             .filter_map(&mut survivor)
             .collect();
         let images_there = self.manifest.images.iter().all(&there);
+        if !self.manifest.videos.iter().all(&there) {
+            lost.push("videos".to_owned());
+            self.manifest.videos.clear();
+        }
         let mut archived = self.manifest.archived.clone();
         archived.retain(|archived| {
             archived.made.parts.iter().all(&whole) && folders_there(&archived.made)

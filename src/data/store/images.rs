@@ -53,7 +53,7 @@ impl Images {
     /// Returns the bytes of an image, from the run or, with `keep_images: reference`, from its
     /// original path.
     pub fn bytes(&mut self, image_id: &str) -> Result<Arc<[u8]>, StoreError> {
-        let fault = |problem: String| StoreError::EncodedImage {
+        let fault = |problem: String| StoreError::Image {
             id: image_id.to_owned(),
             problem,
         };

@@ -260,6 +260,8 @@ pub enum Event {
     Unpark(TableVersion),
     /// New images.
     Images(FileRecord),
+    /// New videos.
+    Videos(FileRecord),
 }
 
 /// The manifest of a run.
@@ -281,6 +283,8 @@ pub struct Manifest {
     #[serde(rename = "parked")]
     pub archived: Vec<ArchivedTable>,
     pub images: Vec<FileRecord>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub videos: Vec<FileRecord>,
     /// The origin of its first rounds, for a forked run.
     #[serde(default)]
     pub fork: Option<Fork>,
@@ -292,6 +296,11 @@ pub struct Manifest {
 }
 
 impl Manifest {
+    /// Returns the files of the images and of the videos, which no table version owns.
+    pub fn media(&self) -> impl Iterator<Item = &FileRecord> {
+        self.images.iter().chain(&self.videos)
+    }
+
     /// Creates an empty manifest, not yet written.
     pub fn new(folder: &Path, pipeline: &str) -> Self {
         Self {
@@ -303,6 +312,7 @@ impl Manifest {
             staged: Vec::new(),
             archived: Vec::new(),
             images: Vec::new(),
+            videos: Vec::new(),
             fork: None,
             damage: None,
             folder: folder.to_owned(),
@@ -529,10 +539,7 @@ impl Manifest {
 
     fn apply(&mut self, event: Event) {
         match event {
-            Event::Begin(made) => {
-                self.remove(&made.table.clone(), made.round);
-                self.made.push(made);
-            }
+            Event::Begin(made) => self.begin(made),
             Event::Part {
                 table,
                 round,
@@ -607,7 +614,13 @@ impl Manifest {
                 self.made.push(made);
             }
             Event::Images(file) => self.images.push(file),
+            Event::Videos(file) => self.videos.push(file),
         }
+    }
+
+    fn begin(&mut self, made: TableVersion) {
+        self.remove(&made.table.clone(), made.round);
+        self.made.push(made);
     }
 
     fn remove(&mut self, table: &str, round: Option<u32>) {

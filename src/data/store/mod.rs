@@ -1,7 +1,7 @@
 //! Storage of a run: a folder of Parquet files and a manifest.
 //!
 //! `runs/<run>/{manifest.json, <table>/round-2/part-00003.parquet, <static
-//! table>/part-00000.parquet, images/, rejects/, checkpoints/round-2/, .cache/}`. Only files listed
+//! table>/part-00000.parquet, images/, videos/, rejects/, checkpoints/round-2/, .cache/}`. Only files listed
 //! in the manifest are part of the run; a file on disk that is not listed is ignored. Files are
 //! written under a temporary name that readers ignore, synced and renamed, and then committed to
 //! the manifest.
@@ -17,6 +17,7 @@ mod labels;
 mod lock;
 mod lookup;
 mod manifest;
+mod media;
 mod pages;
 mod parquet;
 mod place;
@@ -25,6 +26,7 @@ mod rebuild;
 mod record;
 mod sealed;
 mod versions;
+mod videos;
 
 pub use atomic::{copy_folder, create_folder, sync_folder, write_atomically, write_folder};
 pub use error::StoreError;
@@ -39,9 +41,11 @@ pub use manifest::{
     ArchivedTable, CheckpointRecord, Event, Expected, FileRecord, Fork, Manifest, PartRecord,
     StateRecord, TableVersion, Took,
 };
+pub use media::Media;
 pub use parquet::{
     BLOCK, ParquetStream, TableReader, TableWriter, read_file, schema_of_file, unstorable,
 };
 pub use place::Place;
 pub use rates::Rates;
 pub use rebuild::Flaw;
+pub use videos::Videos;

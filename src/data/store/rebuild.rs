@@ -171,12 +171,12 @@ impl RunFolder {
         super::write_atomically(&folder.join(record_name(made)), &sealed::seal(&text))
     }
 
-    /// Returns the files of `versions`, and of the images if `with_images`, that are missing or
+    /// Returns the files of `versions`, and of images and videos if `with_media`, that are missing or
     /// corrupt. Each file is read once.
     pub fn flaws<'m>(
         &self,
         versions: impl IntoIterator<Item = &'m TableVersion>,
-        with_images: bool,
+        with_media: bool,
     ) -> Vec<Flaw> {
         let mut files: BTreeMap<String, Option<&str>> = BTreeMap::new();
         let mut sizes: BTreeMap<String, u64> = BTreeMap::new();
@@ -192,9 +192,9 @@ impl RunFolder {
                 }
             }
         }
-        if with_images {
-            let images = self.manifest.images.iter();
-            files.extend(images.map(|file| (file.file.clone(), Some(file.sha256.as_str()))));
+        if with_media {
+            let media = self.manifest.media();
+            files.extend(media.map(|file| (file.file.clone(), Some(file.sha256.as_str()))));
         }
         let files: Vec<(String, Option<&str>)> = files.into_iter().collect();
         let checked = files.par_iter().filter_map(|(file, sha256)| {

@@ -21,6 +21,7 @@ mod reject;
 mod reward;
 mod step;
 mod telemetry;
+mod video;
 
 pub use call::Call;
 pub use candidate::{Candidate, Finish};
@@ -29,7 +30,7 @@ pub use image::{Image, ImageFile};
 pub use judged::Judged;
 pub use label::Label;
 pub use pair::Pair;
-pub use prompt::{Prompt, Role, Turn};
+pub use prompt::{Prompt, PromptVideo, Role, Turn};
 pub use reference::Reference;
 pub use reject::{Reject, RejectClass};
 pub use reward::Reward;
@@ -37,12 +38,14 @@ pub use row::rows;
 pub use row::{Misfit, Row, fits, is_measured};
 pub use step::{DpoStep, RewardStep, SftStep};
 pub use telemetry::Telemetry;
+pub use video::Video;
 
 use arrow::datatypes::SchemaRef;
 
 /// All kinds, in pipeline order.
-pub const KINDS: [&str; 14] = [
+pub const KINDS: [&str; 15] = [
     Image::KIND,
+    Video::KIND,
     Prompt::KIND,
     Candidate::KIND,
     Reward::KIND,
@@ -62,6 +65,7 @@ pub const KINDS: [&str; 14] = [
 pub fn schema_of(kind: &str) -> Option<SchemaRef> {
     Some(match kind {
         Image::KIND => Image::schema(),
+        Video::KIND => Video::schema(),
         Prompt::KIND => Prompt::schema(),
         Candidate::KIND => Candidate::schema(),
         Reward::KIND => Reward::schema(),

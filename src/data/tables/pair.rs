@@ -1,6 +1,6 @@
 //! Row type of preference pairs: a chosen and a rejected answer to a prompt.
 
-use super::prompt::Turn;
+use super::prompt::{PromptVideo, Turn};
 use super::row::rows;
 
 rows! {
@@ -11,9 +11,10 @@ rows! {
         pub row_key: String,
         /// `id` of the prompt in the source, if any.
         pub id: Option<String>,
-        /// Image path as written in the source.
+        /// Image path as written in the source; without images, the path of the first video.
         pub image: Option<String>,
-        /// Question text; an `<image>` in it is the place of an image, as in the table of prompts.
+        /// Question text; an `<image>` or `<video>` in it is the place of an image or video, as in the
+        /// table of prompts.
         pub prompt: String,
         /// Text of the preferred answer.
         pub chosen: String,
@@ -23,6 +24,8 @@ rows! {
         pub prompt_id: String,
         /// IDs of the images.
         pub image_ids: Vec<String>,
+        /// The videos; null: none.
+        pub videos: Option<Vec<PromptVideo>>,
         /// System text; null: the model's default.
         pub system: Option<String>,
         /// Turns before the question, oldest first.

@@ -365,7 +365,7 @@ mod tests {
     fn videos_are_refused_by_name() {
         let folder = llava_folder();
         let processor = Processor::open(folder.path()).unwrap();
-        let video = crate::EncodedImage::video(vec![png(30, 20)]);
+        let video = crate::Visual::video(vec![png(30, 20)]);
         let fault = processor.ids(&prompt(vec![video], "What?")).unwrap_err();
         assert_eq!(
             fault.0,

@@ -269,7 +269,7 @@ impl ChatTemplate for ChatMl {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::EncodedImage;
+    use crate::Visual;
     use crate::preprocess::Processor;
     use crate::preprocess::chat::PromptIds;
     use crate::test_util::{onevision_folder, png, prompt, shown};
@@ -372,7 +372,7 @@ mod tests {
     fn a_video_takes_tokens_by_its_frames_and_leaves_an_image_its_tiles() {
         let folder = onevision_folder();
         let processor = Processor::open(folder.path()).unwrap();
-        let frames = |count: usize| EncodedImage::video((0..count).map(|_| png(30, 20)).collect());
+        let frames = |count: usize| Visual::video((0..count).map(|_| png(30, 20)).collect());
         let image = png(100, 61);
         let alone = processor
             .packings(&prompt(vec![image.clone()], ""))

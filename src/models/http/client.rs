@@ -19,7 +19,7 @@ use super::call_log::{Call, CallLog};
 use super::endpoint::{Endpoint, EndpointReply, Presence, Try};
 use super::limiter::CallLimiter;
 use super::settings::Http;
-use crate::{ChatPrompt, EncodedImage, ModelError, Request, RowFault};
+use crate::{ChatPrompt, ModelError, Request, RowFault, Visual};
 use ovchat_io::mask::Mask;
 
 /// Maximum wait between two attempts.
@@ -365,7 +365,7 @@ fn content(prompt: &ChatPrompt) -> Result<Vec<serde_json::Value>, RowFault> {
 }
 
 /// Encodes an image as a data URL for a request.
-fn data_url(image: &EncodedImage) -> Result<String, RowFault> {
+fn data_url(image: &Visual) -> Result<String, RowFault> {
     let Some(media) = image.media_type() else {
         return Err(RowFault(format!(
             "image {} has an unsupported format; endpoints accept PNG, JPEG, WebP and GIF",
@@ -385,7 +385,7 @@ mod tests {
 
     #[test]
     fn images_are_told_by_their_first_bytes() {
-        let image = |bytes: &[u8]| EncodedImage::new("p".to_owned(), bytes.into());
+        let image = |bytes: &[u8]| Visual::new("p".to_owned(), bytes.into());
         let url = data_url(&image(b"\x89PNG\r\n")).unwrap();
         assert_eq!(url, "data:image/png;base64,iVBORw0K");
         assert!(data_url(&image(b"BM")).is_err());
@@ -393,7 +393,7 @@ mod tests {
 
     #[test]
     fn images_and_texts_are_sent_in_the_order_of_the_prompt() {
-        let image = |id: &str| EncodedImage::new(id.to_owned(), b"\x89PNG"[..].into());
+        let image = |id: &str| Visual::new(id.to_owned(), b"\x89PNG"[..].into());
         let sent = |question: &str, images: usize| -> Vec<String> {
             let images = (0..images).map(|_| image("p")).collect();
             let asked = prompt(images, question).with_places();

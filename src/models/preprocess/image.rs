@@ -10,7 +10,11 @@
 use std::io::{Cursor, ErrorKind};
 use std::panic::catch_unwind;
 
-use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Limits};
+use image::codecs::png::{CompressionType, FilterType, PngEncoder};
+use image::{
+    DynamicImage, ExtendedColorType, ImageDecoder, ImageEncoder as _, ImageError, ImageFormat,
+    ImageReader, Limits,
+};
 use mozjpeg::ColorSpace;
 
 use crate::RowFault;
@@ -37,6 +41,22 @@ impl Rgb {
             height,
             data,
         }
+    }
+
+    /// Returns the image as a PNG file.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the image is too large for a PNG file.
+    pub fn to_png(&self) -> Result<Vec<u8>, String> {
+        let mut bytes = Vec::new();
+        let encoder =
+            PngEncoder::new_with_quality(&mut bytes, CompressionType::Fast, FilterType::Adaptive);
+        let (width, height) = (self.width as u32, self.height as u32);
+        encoder
+            .write_image(&self.data, width, height, ExtendedColorType::Rgb8)
+            .map_err(|error| format!("cannot write a PNG file: {error}"))?;
+        Ok(bytes)
     }
 
     /// Copies `image` into this one, with its upper left corner at column `left`, row `top`.

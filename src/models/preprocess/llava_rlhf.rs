@@ -9,7 +9,7 @@ use crate::preprocess::image::{PIXELS_MAX, decode, probe};
 use crate::preprocess::image_processor::ImageProcessorConfig;
 use crate::preprocess::processor::{fits, named};
 use crate::preprocess::vicuna::{JudgeIds, Vicuna};
-use crate::{AnswerGroup, ChatPrompt, EncodedImage, LlavaRlhfSpec, RowFault, SftExample};
+use crate::{AnswerGroup, ChatPrompt, LlavaRlhfSpec, RowFault, SftExample, Visual};
 
 /// The processor of a LLaVA-RLHF reward model: configs, text format and image processor, without
 /// weights.
@@ -81,7 +81,7 @@ impl LlavaRlhfProcessor {
     }
 
     /// Decodes an image to `[3, side, side]`, normalized.
-    pub fn pixels(&self, image: &EncodedImage) -> Result<Vec<f32>, RowFault> {
+    pub fn pixels(&self, image: &Visual) -> Result<Vec<f32>, RowFault> {
         let rgb = decode(&image.bytes, PIXELS_MAX).map_err(|fault| named(image, &fault))?;
         Ok(self.clip.pixels(rgb))
     }

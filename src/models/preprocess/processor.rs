@@ -12,7 +12,7 @@ use crate::checkpoint::{CheckpointError, DecoderConfig};
 use crate::preprocess::anyres::{Packing, Tiles};
 use crate::preprocess::chat::{Chat, PromptIds};
 use crate::preprocess::image::{PIXELS_MAX, Rgb, decode, probe};
-use crate::{ChatPrompt, EncodedImage, Newlines, RowFault, SftExample};
+use crate::{ChatPrompt, Newlines, RowFault, SftExample, Visual};
 
 /// The processor of a checkpoint: everything that turns prompts into the network's input, without
 /// weights.
@@ -130,14 +130,14 @@ impl Processor {
     /// Returns the layout of each image and video of `prompt`. That of an image depends on the
     /// number of images, that of a video only on its frames.
     pub fn packings(&self, prompt: &ChatPrompt) -> Result<Vec<Packing>, RowFault> {
-        let size = |image: &EncodedImage| {
+        let size = |image: &Visual| {
             let size = probe(&image.bytes).map_err(|fault| named(image, &fault))?;
             Ok([size.height, size.width])
         };
         let images = prompt.images.iter().filter(|image| !image.is_video());
         let sizes: Vec<[usize; 2]> = images.map(size).collect::<Result<_, RowFault>>()?;
         let mut packings = self.architecture.packings(&sizes).into_iter();
-        let packing = |image: &EncodedImage| match image.frames.len() {
+        let packing = |image: &Visual| match image.frames.len() {
             0 => Ok(packings.next().expect("a packing for each image")),
             frames => self.architecture.video_packing(frames),
         };
@@ -146,10 +146,9 @@ impl Processor {
 
     /// Decodes an image of a prompt that has `images` of them, or the frames of a video, and
     /// converts it to the tower's input.
-    pub fn tiles(&self, image: &EncodedImage, images: usize) -> Result<Tiles, RowFault> {
-        let rgb = |image: &EncodedImage| {
-            decode(&image.bytes, PIXELS_MAX).map_err(|fault| named(image, &fault))
-        };
+    pub fn tiles(&self, image: &Visual, images: usize) -> Result<Tiles, RowFault> {
+        let rgb =
+            |image: &Visual| decode(&image.bytes, PIXELS_MAX).map_err(|fault| named(image, &fault));
         let tiles = if image.is_video() {
             let frames: Vec<Rgb> = image.frames.par_iter().map(rgb).collect::<Result<_, _>>()?;
             self.images.frames(&frames)
@@ -236,7 +235,7 @@ impl Processor {
 }
 
 /// Adds the image's id to a fault of an image.
-pub(super) fn named(image: &EncodedImage, fault: &RowFault) -> RowFault {
+pub(super) fn named(image: &Visual, fault: &RowFault) -> RowFault {
     RowFault(format!("image {}: {fault}", image.id))
 }
 

@@ -328,6 +328,35 @@ mod tests {
         assert!(levels.contains(&0) && levels.contains(&255), "{levels:?}");
     }
 
+    /// The frames `(37 f + 11 y + 7 x + 29 c) mod 256` of a video, resized by Pillow 13.
+    #[test]
+    fn frames_of_a_video_are_squashed_as_in_pillow() {
+        let mut sums = Vec::new();
+        let mut all = Vec::new();
+        for f in 0..3 {
+            let level = |i: usize| {
+                let (y, x, c) = (i / 270, i / 3 % 90, i % 3);
+                ((37 * f + 11 * y + 7 * x + 29 * c) % 256) as u8
+            };
+            let frame = Rgb {
+                width: 90,
+                height: 48,
+                data: (0..48 * 90 * 3).map(level).collect(),
+            };
+            let squashed = Bicubic::Pillow.resize(&frame, 56, 56);
+            sums.push(
+                squashed
+                    .data
+                    .iter()
+                    .map(|&level| u64::from(level))
+                    .sum::<u64>(),
+            );
+            all.extend(squashed.data);
+        }
+        assert_eq!(sums, [1_197_805, 1_199_809, 1_201_703]);
+        assert!(sha256(&all).starts_with("a3e83e75fe58e69d"));
+    }
+
     #[test]
     fn an_unchanged_size_changes_nothing() {
         let image = gray(7, 3, |x, y| (37 * x + 91 * y) as u8);

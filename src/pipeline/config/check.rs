@@ -15,8 +15,9 @@ use ovchat_models::{ModelSpec, Role, SqlReward};
 use ovchat_query as query;
 
 /// Names that are reserved in a run folder or in its SQL.
-const SIDE_TABLES: [&str; 10] = [
+const SIDE_TABLES: [&str; 11] = [
     "images",
+    "videos",
     "rejects",
     "telemetry",
     "references",

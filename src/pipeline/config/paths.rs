@@ -11,7 +11,7 @@ use super::secrets::Secrets;
 use super::source::KeyPath;
 use super::source_texts::SourceTexts;
 use super::suggest::suggest;
-use crate::stages::{SourceProblem, StageSpec};
+use crate::stages::{Ffmpeg, SourceProblem, StageSpec};
 use ovchat_io::files;
 use ovchat_models::checkpoint::{AdapterConfig, CheckpointError, Shards};
 use ovchat_models::preprocess::{LlavaRlhfProcessor, OtherText, Processor, other_text};
@@ -68,8 +68,9 @@ pub fn missing_files(
     diagnostics
 }
 
-/// Reports record files that cannot be loaded, judged by their first and last bytes. Files that
-/// cannot be opened are left to [`missing_files`].
+/// Reports record files that cannot be loaded, judged by their first and last bytes, and those whose
+/// first records name videos that this machine cannot decode. Files that cannot be opened are left to
+/// [`missing_files`].
 pub fn records(written: &PipelineSpec, secrets: &Secrets) -> Vec<Diagnostic> {
     let mut diagnostics = Vec::new();
     for (stage, _) in written.all_stages() {
@@ -83,11 +84,24 @@ pub fn records(written: &PipelineSpec, secrets: &Secrets) -> Vec<Diagnostic> {
             }
             _ => continue,
         };
+        let at = At::value(stage.settings.key("from"));
         let Some(SourceProblem { words, is_certain }) = source_problem else {
+            if stage
+                .spec
+                .as_ref()
+                .is_some_and(|spec| spec.video_frames().is_some())
+                && let Err(problem) = Ffmpeg::find()
+            {
+                let words = format!(
+                    "`{}` names videos, and this machine cannot decode them: {problem}",
+                    shown(path, secrets)
+                );
+                let help = "videos that the run has decoded already need no ffmpeg";
+                diagnostics.push(Diagnostic::warning("config::no_decoder", at, words).help(help));
+            }
             continue;
         };
         let words = format!("`{}`: {words}", shown(path, secrets));
-        let at = At::value(stage.settings.key("from"));
         diagnostics.push(if is_certain {
             Diagnostic::new("config::records", at, words)
         } else {

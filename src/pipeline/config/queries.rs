@@ -13,7 +13,7 @@ use super::pipeline::{Chart, PipelineSpec};
 use super::source::KeyPath;
 use super::sql;
 use super::suggest::{listed, suggest};
-use ovchat_data::tables::{Image, Reject, Row, Telemetry};
+use ovchat_data::tables::{Image, Reject, Row, Telemetry, Video};
 use ovchat_query::{self as query, Param, QueryError, Several, is_flag, with_round};
 
 /// The help for a `stop_when` that returns several rows.
@@ -186,6 +186,7 @@ impl Lineage {
     fn report(&mut self, written: &PipelineSpec) {
         let mut tables: Vec<(String, SchemaRef)> = vec![
             ("images".to_owned(), Image::schema()),
+            ("videos".to_owned(), Video::schema()),
             ("rejects".to_owned(), Reject::schema()),
             ("telemetry".to_owned(), Telemetry::schema()),
         ];

@@ -97,10 +97,10 @@ impl Runner<'_> {
         self.look_at(made.flat_map(TableVersion::hashes))
     }
 
-    /// Verifies the checksums of the run's images in the same way.
-    pub(super) fn look_at_images(&self) -> Result<(), Failure> {
-        let images = self.folder.manifest().images.iter();
-        self.look_at(images.map(|file| (file.file.clone(), file.sha256.as_str())))
+    /// Verifies the checksums of the run's images and videos in the same way.
+    pub(super) fn look_at_media(&self) -> Result<(), Failure> {
+        let media = self.folder.manifest().media();
+        self.look_at(media.map(|file| (file.file.clone(), file.sha256.as_str())))
     }
 
     fn look_at<'m>(&self, files: impl Iterator<Item = (String, &'m str)>) -> Result<(), Failure> {

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 
 use crate::config::{Plan, PlannedStage, Span};
 use crate::stages::{
-    Failure, IMAGE_MAX, LoadStage, ModelRole, ModelState, StageKind, StageSpec, TableName, Use,
+    Failure, LoadStage, ModelRole, ModelState, StageKind, StageSpec, TableName, Use,
 };
 use ovchat_data::store::{Fingerprints, Key, TableVersion};
 use ovchat_io::files;
@@ -93,7 +93,7 @@ impl<'a> Keys<'a> {
         Ok(because)
     }
 
-    /// Returns the fingerprints of a stage's files. For a load stage, these cover the images that
+    /// Returns the fingerprints of a stage's files. For a load stage, these cover the media that
     /// the source names, not the whole image folder.
     fn files(&self, stage: &PlannedStage) -> Result<Map<String, Value>, Failure> {
         let mut files = Map::new();
@@ -118,7 +118,7 @@ impl<'a> Keys<'a> {
         if let Some(load) = load {
             files.insert(
                 "pictures".to_owned(),
-                Value::String(images(&self.fingerprints, &**load)?),
+                Value::String(media(&self.fingerprints, &**load)?),
             );
         }
         Ok(files)
@@ -237,19 +237,20 @@ pub fn table_key(because: &Value) -> String {
     Key::new("table").with_json(because).finish()
 }
 
-/// The number of images that are fingerprinted at once.
+/// The number of images and videos that are fingerprinted at once.
 const IMAGES_AT_ONCE: usize = 4096;
 
-/// Returns the fingerprint of all images that a source names; a missing image counts as `missing`.
-fn images(fingerprints: &Fingerprints, load: &dyn LoadStage) -> Result<String, Failure> {
+/// Returns the fingerprint of all images and videos that a source names; a missing file counts as
+/// `missing`.
+fn media(fingerprints: &Fingerprints, load: &dyn LoadStage) -> Result<String, Failure> {
     let mut key = Key::new("pictures");
     let mut names = Vec::new();
-    let mut take = |names: &mut Vec<std::path::PathBuf>| {
+    let mut take = |names: &mut Vec<(std::path::PathBuf, u64)>| {
         let hashes: Vec<String> = names
             .par_iter()
-            .map(|path| {
+            .map(|(path, most)| {
                 fingerprints
-                    .file_at_most(path, IMAGE_MAX)
+                    .file_at_most(path, *most)
                     .unwrap_or_else(|_| "missing".to_owned())
             })
             .collect();
@@ -262,7 +263,7 @@ fn images(fingerprints: &Fingerprints, load: &dyn LoadStage) -> Result<String, F
         Ok(())
     };
     for record in load.records()? {
-        names.extend(load.images(&record?));
+        names.extend(load.media(&record?));
         if names.len() >= IMAGES_AT_ONCE || files::stopped() {
             take(&mut names)?;
         }

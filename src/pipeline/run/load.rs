@@ -1,16 +1,19 @@
-//! The load stages: records of a user's file become rows, images become rows of `images`.
+//! The load stages: records of a user's file become rows, images and frames of videos become rows of
+//! `images`.
 
 use std::path::Path;
 use std::time::Instant;
 
-use arrow::array::AsArray;
+use arrow::array::{AsArray, RecordBatch};
 
 use super::report::{Start, Unit};
 use super::runner::{Runner, count, note_once, took, write_beside};
 use crate::config::{KeepImages, PlannedStage};
-use crate::stages::{Failure, LoadStage, Loaded, Record, TableName, rejects};
-use ovchat_data::store::{Event, Images, Key, PartRecord, TableReader, TableVersion};
-use ovchat_data::tables::{Image, ImageFile, RejectClass};
+use crate::stages::{Failure, LoadStage, Record, TableName, rejects};
+use ovchat_data::store::{
+    Event, Images, Key, Media, PartRecord, TableReader, TableVersion, Videos,
+};
+use ovchat_data::tables::{Image, ImageFile, RejectClass, Video};
 use ovchat_io::files;
 
 /// The number of records that are read, checked and committed together.
@@ -39,7 +42,7 @@ impl Runner<'_> {
             total: None,
             done: parts_done.iter().map(|part| part.rows_in).sum(),
         });
-        let mut images = Images::open(self.folder.root(), &self.folder.manifest().images)?;
+        let mut known = Media::open(self.folder.root(), self.folder.manifest())?;
         let interrupt = self.interrupt;
         // A read that was cut short by an interrupt is not the file's fault.
         let stopped = |failure| match interrupt.raised() {
@@ -66,10 +69,20 @@ impl Runner<'_> {
                 self.resume_part(before, work)?;
                 continue;
             }
-            let mut loaded = work.load(next).map_err(stopped)?;
-            self.stop_if_asked()?;
-            self.add_images(&mut images, std::mem::take(&mut loaded.images))?;
-            let part = self.write_loaded(stage, &start, loaded)?;
+            let at_once = work.at_once(&next).max(1);
+            let mut rows = Vec::new();
+            let mut rejected = Vec::new();
+            let mut next = next.into_iter().peekable();
+            while next.peek().is_some() {
+                let some = next.by_ref().take(at_once).collect();
+                let loaded = work.load(some, &mut known).map_err(stopped)?;
+                self.stop_if_asked()?;
+                self.add_images(&mut known.images, loaded.images)?;
+                self.add_videos(&mut known.videos, &loaded.videos)?;
+                rows.push(loaded.rows);
+                rejected.extend(loaded.rejects);
+            }
+            let part = self.write_loaded(stage, &start, &rows, rejected)?;
             self.commit_part(table, None, part)?;
             self.report.progress(done);
         }
@@ -96,14 +109,17 @@ impl Runner<'_> {
         &self,
         stage: &PlannedStage,
         start: &PartStart,
-        loaded: Loaded,
+        rows: &[RecordBatch],
+        rejected: Vec<(String, RejectClass, String)>,
     ) -> Result<PartRecord, Failure> {
         let (table, part) = (&stage.name, start.number);
         let place = self.folder.place(table.as_str(), None);
         let footer = self.footer(None);
-        let rejects = rejects(table, None, loaded.rejects, &self.plan.secrets.mask());
+        let rejects = rejects(table, None, rejected, &self.plan.secrets.mask());
         let mut writer = self.writer(table, None, &format!("part-{part:05}"), &stage.schema);
-        writer.write(&loaded.rows)?;
+        for rows in rows {
+            writer.write(rows)?;
+        }
         Ok(PartRecord {
             part,
             rows_in: start.records,
@@ -155,6 +171,19 @@ impl Runner<'_> {
         for file in Images::write(self.folder.root(), number, &fresh)? {
             images.added(self.folder.root(), &file)?;
             self.folder.commit(Event::Images(file))?;
+        }
+        Ok(())
+    }
+
+    /// Adds videos, whose frames the run has.
+    fn add_videos(&mut self, videos: &mut Videos, found: &[Video]) -> Result<(), Failure> {
+        if found.is_empty() {
+            return Ok(());
+        }
+        let number = self.folder.manifest().videos.len();
+        for file in Videos::write(self.folder.root(), number, found)? {
+            videos.added(self.folder.root(), &file)?;
+            self.folder.commit(Event::Videos(file))?;
         }
         Ok(())
     }

@@ -116,7 +116,7 @@ impl Runner<'_> {
         until: Option<&TableName>,
     ) -> Result<Option<u32>, RunError> {
         let mut round_before = None;
-        self.look_at_images().map_err(|failure| RunError {
+        self.look_at_media().map_err(|failure| RunError {
             stage: None,
             round: None,
             failure: Box::new(failure),

@@ -296,7 +296,7 @@ impl Models for RunModels<'_> {
             }
             Err(RowFault(format!(
                 "the prompt has {tokens} tokens, which with max_new_tokens {answer_tokens} exceeds the model's \
-                 context of {context}; use a smaller image or a shorter text"
+                 context of {context}; use a smaller image, fewer frames of a video, or a shorter text"
             )))
         }))
     }

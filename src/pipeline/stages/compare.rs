@@ -7,10 +7,11 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::model_calls::scored;
+use super::shown::Shown;
 use super::training::prompts;
 use super::{
     Failure, Input, ModelName, ModelRole, ModelState, Outcome, RowStage, Stage, StageContext,
-    StageError, StageKind, TableName, Task, Use, shown,
+    StageError, StageKind, TableName, Task, Use,
 };
 use ovchat_data::store::Key;
 use ovchat_data::tables::{Comparison, Pair, Row};
@@ -91,9 +92,7 @@ impl RowStage for &Compare {
 
     fn key(&self, _: &mut StageContext<'_>, group: &[Pair], mut key: Key) -> Result<Key, Failure> {
         for pair in group {
-            let system = pair.system.as_deref();
-            let (turns, prompt) = (&pair.turns, &pair.prompt);
-            key = shown(key, &pair.image_ids, system, turns, prompt);
+            key = Shown::from(pair).add_to(key);
             for caption in pair.captions.iter().flatten() {
                 key = key.with("caption").with(caption);
             }

@@ -7,10 +7,11 @@ use std::sync::Arc;
 use arrow::array::RecordBatch;
 use arrow::datatypes::SchemaRef;
 
-use super::{Failure, TableName, turns};
+use super::shown::Shown;
+use super::{Failure, TableName};
 use ovchat_data::store::{Images, Lookup};
 use ovchat_data::tables::{self, Row};
-use ovchat_models::{self as models, EncodedImage};
+use ovchat_models::{self as models, ChatPrompt, Visual};
 
 /// Lookups of rows and images in a stage's input tables.
 pub struct InputTables {
@@ -74,29 +75,21 @@ impl InputTables {
     }
 
     /// Returns a prompt in the form that models take, with the bytes of its images.
-    pub fn prompt(
-        &mut self,
-        row: &tables::Prompt,
-        seed: u64,
-    ) -> Result<models::ChatPrompt, Failure> {
-        let prompt = models::ChatPrompt {
-            places: Vec::new(),
-            id: row.prompt_id.clone(),
-            images: self.images(&row.image_ids)?,
-            system: row.system.clone(),
-            turns: turns(&row.turns),
-            question: row.question.clone(),
+    pub fn prompt(&mut self, row: &tables::Prompt, seed: u64) -> Result<ChatPrompt, Failure> {
+        let prompt = self.chat_prompt(Shown::from(row), &row.prompt_id)?;
+        Ok(models::ChatPrompt {
             captions: row.captions.clone(),
             answer: row.answer.clone(),
             seed,
-        };
-        Ok(prompt.with_places())
+            ..prompt
+        })
     }
 
-    /// Returns images by the hashes of their content.
-    pub fn images(&mut self, image_ids: &[String]) -> Result<Vec<EncodedImage>, Failure> {
-        let image = |id: &String| Ok(EncodedImage::new(id.clone(), self.images.bytes(id)?));
-        image_ids.iter().map(image).collect()
+    /// Returns what a model is shown of a prompt, with the bytes of images and frames.
+    pub fn chat_prompt(&mut self, shown: Shown<'_>, id: &str) -> Result<ChatPrompt, Failure> {
+        shown.chat_prompt(id, |id, _| {
+            Ok(Visual::new(id.to_owned(), self.images.bytes(id)?))
+        })
     }
 }
 
@@ -196,7 +189,11 @@ mod tests {
             let missing = ctx.input_tables.prompt_row(&table("prompts"), "b");
             let expected = "table `prompts` has no prompt b";
             assert_eq!(missing.unwrap_err().to_string(), expected);
-            let missing = ctx.input_tables.images(&["f00".to_owned()]).unwrap_err();
+            let asked = Prompt {
+                image_ids: vec!["f00".to_owned()],
+                ..prompt("a", "Why?")
+            };
+            let missing = ctx.input_tables.prompt(&asked, 0).unwrap_err();
             assert!(missing.to_string().contains("f00"), "{missing}");
         });
     }

@@ -1,5 +1,6 @@
 //! The `load_feedback` stage: preference pairs labeled by people, loaded directly as `pairs`.
 
+use super::shown::Shown;
 use super::source::{Load, Loadable, prompt_base};
 use ovchat_data::store::Key;
 use ovchat_data::tables::{Pair, Prompt};
@@ -43,6 +44,7 @@ impl Loadable for Pair {
             rejected,
             prompt_id: prompt.prompt_id,
             image_ids: prompt.image_ids,
+            videos: prompt.videos,
             system: prompt.system,
             turns: prompt.turns,
             captions: prompt.captions,
@@ -60,8 +62,7 @@ impl Loadable for Pair {
     }
 
     fn base(&self) -> String {
-        let system = self.system.as_deref();
-        prompt_base(&self.image_ids, system, &self.turns, &self.prompt)
+        prompt_base(Shown::from(self))
     }
 }
 

@@ -1,5 +1,6 @@
 //! The `load_prompts` stage: prompts (images and questions) from the user's file.
 
+use super::shown::Shown;
 use super::source::{Load, Loadable, prompt_base};
 use ovchat_data::tables::Prompt;
 
@@ -8,18 +9,17 @@ pub type LoadPrompts = Load<Prompt>;
 
 impl Loadable for Prompt {
     const SCHEMA: &'static str = "LoadPrompts";
-    const DESCRIPTION: &'static str = "Loads prompts: images with questions. A record of the source is \
-         `{id, image, prompt}` or a LLaVA conversation (`from` and `value`, or `role` and `content`); in Parquet, a \
+    const DESCRIPTION: &'static str = "Loads prompts: images or videos with questions. A record of the source \
+         is `{id, image, video, prompt}` or a LLaVA conversation (`from` and `value`, or `role` and `content`); in Parquet, a \
          column of images holds bytes, or structs of bytes and path as Hugging Face `datasets` writes them. A \
-         record with unsupported media, such as a video or a second image under another key, is rejected.";
+         record with unsupported media, such as audio or a second image under another key, is rejected.";
 
     fn from_record(prompt: Prompt, _: Option<String>, _: Option<String>) -> Result<Self, String> {
         Ok(prompt)
     }
 
     fn base(&self) -> String {
-        let system = self.system.as_deref();
-        prompt_base(&self.image_ids, system, &self.turns, &self.question)
+        prompt_base(Shown::from(self))
     }
 }
 

@@ -11,7 +11,9 @@ pub enum Says {
     Image,
     /// The location of an image: `image_path`, `image_url`.
     PlaceOfImage,
-    /// Video or audio.
+    /// A video or its location: `video_path`, `video_url`.
+    Video,
+    /// Audio, or frames of a video.
     Other,
     /// A file of some kind, unless the value is a number: `clip`, `document`, `attachments`.
     File,
@@ -21,8 +23,8 @@ pub enum Says {
 const MEDIA: [(&str, Says); 33] = [
     ("waveform", Says::Other),
     ("speech", Says::Other),
-    ("videos", Says::Other),
-    ("video", Says::Other),
+    ("videos", Says::Video),
+    ("video", Says::Video),
     ("audios", Says::Other),
     ("audio", Says::Other),
     ("sounds", Says::Other),
@@ -105,16 +107,19 @@ const PLACES: [&str; 13] = [
 /// Suffixes for the content of a medium.
 const CONTENTS: [&str; 4] = ["bytes", "base64", "b64", "data"];
 
-/// The file name extensions of images, and of other media.
+/// The file name extensions of images, of videos, and of other media.
 const IMAGE_ENDINGS: [&str; 24] = [
     "png", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "bmp", "tif", "tiff", "heic", "heif",
     "avif", "svg", "jp2", "jxl", "ppm", "pgm", "pnm", "tga", "ico", "dds", "exr", "dcm",
 ];
-const OTHER_ENDINGS: [&str; 44] = [
+const VIDEO_ENDINGS: [&str; 15] = [
     "mp4", "mov", "avi", "mkv", "webm", "m4v", "mpg", "mpeg", "wmv", "flv", "ogv", "3gp", "m2ts",
-    "mts", "vob", "wav", "mp3", "flac", "ogg", "oga", "opus", "aac", "m4a", "wma", "aiff", "aif",
-    "amr", "mid", "midi", "caf", "pdf", "djvu", "doc", "docx", "ppt", "pptx", "xls", "xlsx", "odt",
-    "epub", "npy", "ply", "glb", "nii",
+    "mts", "vob",
+];
+const OTHER_ENDINGS: [&str; 29] = [
+    "wav", "mp3", "flac", "ogg", "oga", "opus", "aac", "m4a", "wma", "aiff", "aif", "amr", "mid",
+    "midi", "caf", "pdf", "djvu", "doc", "docx", "ppt", "pptx", "xls", "xlsx", "odt", "epub",
+    "npy", "ply", "glb", "nii",
 ];
 
 /// The magic bytes of media files.
@@ -234,8 +239,17 @@ pub enum Found<'a> {
 impl Found<'_> {
     /// True for a name with the extension of an image file.
     pub fn is_image_file(self) -> bool {
+        self.ends_in(&IMAGE_ENDINGS)
+    }
+
+    /// True for a name with the extension of a video file.
+    pub fn is_video_file(self) -> bool {
+        self.ends_in(&VIDEO_ENDINGS)
+    }
+
+    fn ends_in(self, endings: &[&str]) -> bool {
         match self {
-            Self::Named(name) => ending(name).is_some_and(|end| IMAGE_ENDINGS.contains(&&*end)),
+            Self::Named(name) => ending(name).is_some_and(|end| endings.contains(&&*end)),
             Self::Held => false,
         }
     }
@@ -321,7 +335,8 @@ fn is_path(text: &str) -> bool {
 fn ending(path: &str) -> Option<String> {
     let (stem, end) = file_name(path).rsplit_once('.')?;
     let end = end.to_ascii_lowercase();
-    let is_media = IMAGE_ENDINGS.contains(&&*end) || OTHER_ENDINGS.contains(&&*end);
+    let mut endings = [&IMAGE_ENDINGS[..], &VIDEO_ENDINGS, &OTHER_ENDINGS].into_iter();
+    let is_media = endings.any(|endings| endings.contains(&&*end));
     (is_media && !stem.is_empty()).then_some(end)
 }
 
@@ -334,28 +349,36 @@ pub fn file_name(path: &str) -> &str {
     path.rsplit(['/', '\\']).next().unwrap_or(path)
 }
 
-/// The images of a record that are read.
+/// The images and videos of a record that are read.
 #[derive(Debug, Clone, Copy)]
-pub struct ReadImages<'a> {
-    pub paths: &'a [String],
+pub struct ReadMedia<'a> {
+    /// The paths of images.
+    pub images: &'a [String],
+    /// The paths of videos.
+    pub videos: &'a [String],
     /// The number of embedded images.
     pub embedded: usize,
 }
 
-impl ReadImages<'_> {
-    pub fn is_empty(self) -> bool {
-        self.paths.is_empty() && self.embedded == 0
+impl ReadMedia<'_> {
+    /// True if no image is read.
+    pub fn has_no_image(self) -> bool {
+        self.images.is_empty() && self.embedded == 0
     }
 
-    /// True if an image with this path is read.
+    fn paths(&self) -> impl Iterator<Item = &String> {
+        self.images.iter().chain(self.videos)
+    }
+
+    /// True if an image or video with this path is read.
     pub fn has_path(self, path: &str) -> bool {
         let plain = |path: &str| path.strip_prefix("./").unwrap_or(path).to_owned();
-        self.paths.iter().any(|read| plain(read) == plain(path))
+        self.paths().any(|read| plain(read) == plain(path))
     }
 
-    /// True if an image with the file name of this path or URL is read.
+    /// True if an image or video with the file name of this path or URL is read.
     pub fn has_file_name(self, path: &str) -> bool {
-        let mut read = self.paths.iter();
+        let mut read = self.paths();
         read.any(|read| file_name(read) == file_name(path))
     }
 }
@@ -381,10 +404,8 @@ mod tests {
     #[test]
     fn keys_name_media_or_say_something_about_them() {
         for (said, keys) in [
-            (
-                Says::Other,
-                "video videos audio audios sound video_path videoUrl input_audio frames video2",
-            ),
+            (Says::Other, "audio audios sound input_audio frames"),
+            (Says::Video, "video videos video_path videoUrl video2"),
             (
                 Says::PlaceOfImage,
                 "image_url image_urls imageUrl image_path image_filename main_image_path",

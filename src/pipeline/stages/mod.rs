@@ -9,18 +9,22 @@
 //! `schemas/`.
 
 mod allowed_folders;
+mod fields;
 mod formats;
 mod input_tables;
 mod media;
 mod model_calls;
+mod opener;
 mod pairing;
 mod records;
+mod shown;
 mod source;
 mod source_check;
 #[cfg(test)]
 mod test_pipeline;
 mod unread;
 mod values;
+mod video;
 mod work;
 
 mod load_feedback;
@@ -55,7 +59,7 @@ pub use score::Score;
 pub use select_extremes::{SelectExtremes, Truncated};
 pub use select_pairs::SelectPairs;
 pub use selection::Pairs;
-pub use source::IMAGE_MAX;
+pub use shown::{ImageUse, Shown};
 pub use source_check::SourceProblem;
 pub use sql::Sql;
 pub use training::AFTER;
@@ -67,6 +71,7 @@ pub use train_sft::TrainSft;
 pub use values::{
     ModelName, NAME_MAX, NonNegative, Positive, Probability, StopString, TableName, Temperature,
 };
+pub use video::Ffmpeg;
 
 use std::path::{Path, PathBuf};
 
@@ -111,6 +116,15 @@ pub enum StageSpec {
 }
 
 impl StageSpec {
+    /// Returns the number of frames of a video, if the stage loads a file that names videos.
+    pub fn video_frames(&self) -> Option<usize> {
+        match self {
+            Self::LoadPrompts(load) => load.video_frames(),
+            Self::LoadFeedback(load) => load.video_frames(),
+            _ => None,
+        }
+    }
+
     pub fn as_stage(&self) -> &dyn Stage {
         match self {
             Self::LoadPrompts(stage) => stage,

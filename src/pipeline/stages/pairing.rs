@@ -287,7 +287,7 @@ pub fn pairs(
                     .collect::<Vec<_>>(),
             ),
             "prompt" => prompts.taken("question", &asked)?,
-            name @ ("id" | "image" | "prompt_id" | "image_ids" | "system" | "turns"
+            name @ ("id" | "image" | "prompt_id" | "image_ids" | "videos" | "system" | "turns"
             | "captions") => prompts.taken(name, &asked)?,
             "chosen" => answers.taken("text", &chosen)?,
             "rejected" => answers.taken("text", &rejected)?,

@@ -3,162 +3,26 @@
 
 use serde_json::{Map, Number, Value};
 
-use super::media::{ReadImages, placeholder};
+use super::fields::{Fields, known_placeholders, refuse_placeholders, without};
+use super::media::{ReadMedia, holds_anything, placeholder};
 use super::unread::{content, refuse_media};
 use ovchat_data::tables::{Role, Turn};
-use ovchat_models::IMAGE_PLACEHOLDER as PLACEHOLDER;
-
-/// The fields of a record, before its images are opened.
-#[derive(Debug)]
-pub struct Fields {
-    pub id: Option<String>,
-    pub paths: Vec<String>,
-    pub system: Option<String>,
-    pub turns: Vec<Turn>,
-    pub question: String,
-    pub captions: Option<Vec<String>>,
-    pub answer: Option<String>,
-    pub chosen: Option<String>,
-    pub rejected: Option<String>,
-    /// The number of images.
-    images: usize,
-    /// The number of message parts of the type `image`, each of which is a placeholder in its text.
-    parts: usize,
-    /// True if a placeholder stands where no image can: in the system prompt or in an answer of the
-    /// conversation.
-    elsewhere: bool,
-    /// True if the record had placeholders for its images.
-    has_places: bool,
-}
-
-impl Fields {
-    /// The texts of the user, in which images can stand.
-    fn asked(&mut self) -> impl Iterator<Item = &mut String> {
-        let turns = self.turns.iter_mut().filter(|turn| turn.role == Role::User);
-        turns.map(|turn| &mut turn.text).chain([&mut self.question])
-    }
-
-    /// Checks that there are as many placeholders as images, or none, and brings them into the form
-    /// of all prompts. The only image of a turn moves before its text, as LLaVA-NeXT trains it
-    /// (`preprocess_multimodal` of `llava/train/train.py`). Where all images stand before the user's
-    /// first text, one line each, no text has a placeholder.
-    fn arrange(&mut self) -> Result<(), String> {
-        let Self {
-            images,
-            parts,
-            elsewhere,
-            ..
-        } = *self;
-        let asked: usize = self.asked().map(|text| count(text)).sum();
-        if images == 0 {
-            return match parts {
-                0 => Ok(()),
-                parts => Err(misfit(0, parts, "image part")),
-            };
-        }
-        if elsewhere {
-            return Err(format!(
-                "`{PLACEHOLDER}` stands in the system prompt or in an answer; move it into a user turn"
-            ));
-        }
-        if parts > 0 && asked > parts {
-            return Err(format!(
-                "the record has image parts and the text `{PLACEHOLDER}`; use one of the two"
-            ));
-        }
-        if asked != 0 && asked != images {
-            let things = if parts > 0 {
-                "image part"
-            } else {
-                "`<image>` placeholder"
-            };
-            return Err(misfit(images, asked, things));
-        }
-        self.has_places = asked > 0;
-        if asked == 0 {
-            return Ok(());
-        }
-        for text in self.asked().filter(|text| count(text) == 1) {
-            if !text.starts_with(PLACEHOLDER) {
-                *text = format!("{PLACEHOLDER}\n{}", without_placeholders(text));
-            }
-        }
-        if self.asked().map(|text| count(text)).sum::<usize>() != images {
-            return Err(format!(
-                "an `{PLACEHOLDER}` placeholder stands within another one; write one for each image, or none"
-            ));
-        }
-        if let Some(first) = self.asked().next()
-            && let Some(rest) = behind_all(first, images)
-        {
-            *first = rest;
-        }
-        Ok(())
-    }
-
-    /// Puts several images that the record had no placeholders for before the user's first text, with
-    /// spaces between them, as lmms-eval does.
-    pub fn separate_by_spaces(&mut self) {
-        let images = self.images;
-        if images > 1
-            && !self.has_places
-            && let Some(first) = self.asked().next()
-        {
-            let places = vec![PLACEHOLDER; images].join(" ");
-            *first = format!("{places}\n{first}");
-        }
-    }
-}
-
-/// Returns the text behind all `images` of a record, if they stand before it, one line each. A single
-/// one may stand on the first line of the text.
-fn behind_all(text: &str, images: usize) -> Option<String> {
-    let mut rest = text;
-    for _ in 0..images {
-        rest = rest.strip_prefix(PLACEHOLDER)?;
-        let line = rest.strip_prefix("\r\n").or(rest.strip_prefix('\n'));
-        rest = match line {
-            Some(rest) => rest,
-            None if images == 1 || rest.is_empty() => rest,
-            None => return None,
-        };
-    }
-    let is_text = images == 1 || !rest.starts_with(char::is_whitespace);
-    is_text.then(|| rest.trim().to_owned())
-}
-
-/// The reason why a record with a wrong number of placeholders, or of image parts, is rejected.
-fn misfit(images: usize, places: usize, thing: &str) -> String {
-    let plural = |count: usize, thing: &str| match count {
-        1 => format!("1 {thing}"),
-        count => format!("{count} {thing}s"),
-    };
-    let (images, places) = (plural(images, "image"), plural(places, thing));
-    format!("found {images} but {places}; write one for each image, or none")
-}
-
-/// The number of placeholders of a text.
-fn count(text: &str) -> usize {
-    text.matches(PLACEHOLDER).count()
-}
-
-/// Removes the placeholders of a text.
-fn without_placeholders(text: &str) -> String {
-    text.replace(PLACEHOLDER, "").trim().to_owned()
-}
+use ovchat_models::{IMAGE_PLACEHOLDER as PLACEHOLDER, VIDEO_PLACEHOLDER as VIDEO};
 
 /// Returns the fields of a record with `embedded` images, or the reason why it is rejected.
 pub fn read_fields(record: &Result<Value, String>, embedded: usize) -> Result<Fields, String> {
     let value = record.as_ref().map_err(Clone::clone)?;
     if let Some(object) = value.as_object() {
-        let read = ReadImages {
-            paths: &paths(object).unwrap_or_default(),
+        let read = ReadMedia {
+            images: &paths(object).unwrap_or_default(),
+            videos: &video_paths(object).unwrap_or_default(),
             embedded,
         };
         refuse_media(object, read)?;
         if embedded == 0 {
-            refuse_two_lists(object)?;
+            refuse_two_lists(object, "image", "images")?;
         }
+        refuse_two_lists(object, "video", "videos")?;
     }
     let mut fields = fields(value, embedded)?;
     fields.arrange()?;
@@ -166,35 +30,17 @@ pub fn read_fields(record: &Result<Value, String>, embedded: usize) -> Result<Fi
     Ok(fields)
 }
 
-/// Rejects a record whose question or earlier user turns contain a placeholder for media that the
-/// record does not have: an image, a video or audio.
-fn refuse_placeholders(fields: &mut Fields) -> Result<(), String> {
-    let images = fields.images;
-    let mut texts = fields.asked().map(|text| match images {
-        0 => text.clone(),
-        // Removal alone could join two halves of another one.
-        _ => text.replace(PLACEHOLDER, " "),
-    });
-    match texts.find_map(|text| placeholder(&text)) {
-        None => Ok(()),
-        Some(PLACEHOLDER) => Err(format!(
-            "the text contains the placeholder `{PLACEHOLDER}`, but the record has no image; name it in \
-             `image`, or remove the placeholder"
-        )),
-        Some(word) => Err(format!(
-            "the text contains the placeholder `{word}`, but only images are supported; remove the record, \
-             or the placeholder if the text does not need it"
-        )),
-    }
-}
-
-/// Returns the image paths that a record names, even if the record is rejected.
-pub fn named_paths(record: &Result<Value, String>) -> Vec<String> {
+/// Returns the paths of images, and those of videos, that a record names, even if the record is
+/// rejected.
+pub fn named_paths(record: &Result<Value, String>) -> [Vec<String>; 2] {
     let fields = record
         .as_ref()
         .map_err(Clone::clone)
         .and_then(|record| fields(record, 0));
-    fields.map_or_else(|_| Vec::new(), |fields| fields.paths)
+    fields.map_or_else(
+        |_| [Vec::new(), Vec::new()],
+        |fields| [fields.paths, fields.video_paths],
+    )
 }
 
 /// Parses a record of any of the forms.
@@ -212,8 +58,9 @@ fn fields(record: &Value, embedded: usize) -> Result<Fields, String> {
     };
     let [chosen, rejected] = preference(object)?.map_or([None, None], |outputs| outputs.map(Some));
     let paths = paths(object)?;
+    let video_paths = video_paths(object)?;
     let images = if embedded > 0 { embedded } else { paths.len() };
-    let mut parts = 0;
+    let mut parts = [0; 2];
     let mut turns = Vec::new();
     let trimmed = |text: String| text.trim().to_owned();
     let mut system = text("system")?.map(trimmed);
@@ -240,28 +87,18 @@ fn fields(record: &Value, embedded: usize) -> Result<Fields, String> {
             names.join(", ")
         )
     })?;
-    if question.is_empty() || (images > 0 && without_placeholders(&question).is_empty()) {
-        let place = if there(object, "conversations").is_some() {
-            "the last user turn of `conversations`"
-        } else if there(object, "prompt").is_some() {
-            "`prompt`"
-        } else {
-            "`question`"
-        };
-        let is = if question.is_empty() {
-            "is empty"
-        } else {
-            "has no text beside its images"
-        };
-        return Err(format!("{place} {is}; write the question there"));
-    }
+    refuse_empty(object, &question, [images, video_paths.len()])?;
     let answers = turns.iter().filter(|turn| turn.role == Role::Assistant);
     let elsewhere = answers.map(|turn| &turn.text);
     let mut elsewhere = elsewhere.chain(&system).chain(&last_answer);
-    let elsewhere = elsewhere.any(|text| placeholder(text) == Some(PLACEHOLDER));
+    let elsewhere = elsewhere.any(|text| {
+        placeholder(text) == Some(PLACEHOLDER)
+            || (!video_paths.is_empty() && placeholder(text) == Some(VIDEO))
+    });
     Ok(Fields {
         id: text("id")?,
         paths,
+        video_paths,
         system,
         turns,
         question,
@@ -277,6 +114,38 @@ fn fields(record: &Value, embedded: usize) -> Result<Fields, String> {
         elsewhere,
         has_places: false,
     })
+}
+
+/// Rejects a record whose question has no text beside its images and videos, of which there are
+/// `counts`.
+fn refuse_empty(
+    object: &Map<String, Value>,
+    question: &str,
+    [images, videos]: [usize; 2],
+) -> Result<(), String> {
+    let mut known = known_placeholders(images, videos);
+    if known == [VIDEO] {
+        // It stands for a video, too.
+        known.push(PLACEHOLDER);
+    }
+    if !without(question, &known).is_empty() {
+        return Ok(());
+    }
+    let place = if there(object, "conversations").is_some() {
+        "the last user turn of `conversations`"
+    } else if there(object, "prompt").is_some() {
+        "`prompt`"
+    } else {
+        "`question`"
+    };
+    let is = if question.is_empty() {
+        "is empty"
+    } else if images > 0 {
+        "has no text beside its images"
+    } else {
+        "has no text beside its videos"
+    };
+    Err(format!("{place} {is}; write the question there"))
 }
 
 /// Returns the text of a numeric id. An integer beyond 64 bits has already lost its last digits.
@@ -323,21 +192,32 @@ fn preference(record: &Map<String, Value>) -> Result<Option<[String; 2]>, String
 
 /// Returns the paths under `image`, or those under `images` if there are none.
 fn paths(record: &Map<String, Value>) -> Result<Vec<String>, String> {
-    let image = listed(record, "image")?;
-    if image.is_empty() {
-        listed(record, "images")
+    either(record, "image", "images")
+}
+
+/// Returns the paths under `video`, or those under `videos` if there are none.
+fn video_paths(record: &Map<String, Value>) -> Result<Vec<String>, String> {
+    either(record, "video", "videos")
+}
+
+fn either(record: &Map<String, Value>, one: &str, several: &str) -> Result<Vec<String>, String> {
+    let first = listed(record, one)?;
+    if first.is_empty() {
+        listed(record, several)
     } else {
-        Ok(image)
+        Ok(first)
     }
 }
 
-/// Rejects a record whose `image` and `images` differ, because one of them would be ignored.
-fn refuse_two_lists(record: &Map<String, Value>) -> Result<(), String> {
-    let (image, images) = (listed(record, "image")?, listed(record, "images")?);
-    if image.is_empty() || images.is_empty() || image == images {
+/// Rejects a record with different files under two keys, because one of them would be ignored.
+fn refuse_two_lists(record: &Map<String, Value>, one: &str, several: &str) -> Result<(), String> {
+    let (first, all) = (listed(record, one)?, listed(record, several)?);
+    if first.is_empty() || all.is_empty() || first == all {
         return Ok(());
     }
-    Err("`image` and `images` name different files; keep one of the two".to_owned())
+    Err(format!(
+        "`{one}` and `{several}` name different files; keep one of the two"
+    ))
 }
 
 fn listed(record: &Map<String, Value>, name: &str) -> Result<Vec<String>, String> {
@@ -348,6 +228,15 @@ fn listed(record: &Map<String, Value>, name: &str) -> Result<Vec<String>, String
         Some(Value::String(path)) if path.trim().is_empty() => Ok(Vec::new()),
         Some(Value::String(path)) => Ok(vec![path.clone()]),
         Some(list @ Value::Array(_)) => texts(list).map_err(|_| problem()),
+        Some(value) if !holds_anything(value) => Ok(Vec::new()),
+        // The forms in which `datasets` writes a video.
+        Some(Value::Object(file)) if file.get("bytes").is_some_and(holds_anything) => Err(format!(
+            "`{name}` holds the bytes of a file; write them to a file, and its path here"
+        )),
+        Some(Value::Object(file)) => {
+            let path = file.get("path").and_then(Value::as_str);
+            Ok(vec![path.ok_or_else(problem)?.to_owned()])
+        }
         Some(_) => Err(problem()),
     }
 }
@@ -369,8 +258,8 @@ struct Conversation<'a> {
     system: &'a mut Option<String>,
     turns: &'a mut Vec<Turn>,
     answer: &'a mut Option<String>,
-    /// The number of image parts.
-    parts: &'a mut usize,
+    /// The numbers of image parts and of video parts.
+    parts: &'a mut [usize; 2],
 }
 
 /// Parses LLaVA's `conversations`, of `{from, value}` or of `{role, content}`. The last user turn
@@ -384,7 +273,7 @@ fn conversation_turns(
         system,
         turns,
         answer,
-        parts: image_parts,
+        parts: media_parts,
     } = said;
     let entries = conversation
         .as_array()
@@ -408,8 +297,9 @@ fn conversation_turns(
         };
         let text = if let (Some(Value::Array(parts)), "content") = (entry.get(value), value) {
             let place = format!("entry {number} of `conversations`");
-            let (text, images) = content(&place, parts)?;
-            *image_parts += images;
+            let (text, [images, videos]) = content(&place, parts)?;
+            media_parts[0] += images;
+            media_parts[1] += videos;
             text.trim().to_owned()
         } else {
             word(value)?.trim().to_owned()
@@ -781,7 +671,7 @@ mod tests {
     #[test]
     fn a_record_that_is_refused_now_still_names_its_images() {
         for more in [
-            json!({"video": "a.mp4"}),
+            json!({"audio": "a.wav"}),
             json!({"prompt": "<image><image> Why?"}),
             json!({"images": ["b"]}),
         ] {
@@ -791,7 +681,7 @@ mod tests {
                 .unwrap()
                 .extend(more.as_object().unwrap().clone());
             assert!(fields(&record).is_err());
-            assert_eq!(named_paths(&Ok(record)), ["a"]);
+            assert_eq!(named_paths(&Ok(record)), [vec!["a"], vec![]]);
         }
     }
 

@@ -7,10 +7,11 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::model_calls::sampled;
+use super::shown::Shown;
 use super::{
     Failure, Input, ModelName, ModelRole, ModelState, Outcome, Positive, Probability, RowStage,
     Share, Stage, StageContext, StageError, StageKind, StopString, TableName, Task, Temperature,
-    Use, shown,
+    Use,
 };
 use ovchat_data::store::Key;
 use ovchat_data::tables::{Candidate, Finish, Prompt, Row};
@@ -174,14 +175,7 @@ impl RowStage for &Sample {
         let prompt = &group[0];
         // The seed depends on the id.
         let key = key.with(&prompt.prompt_id);
-        let system = prompt.system.as_deref();
-        Ok(shown(
-            key,
-            &prompt.image_ids,
-            system,
-            &prompt.turns,
-            &prompt.question,
-        ))
+        Ok(Shown::from(prompt).add_to(key))
     }
 
     fn map(

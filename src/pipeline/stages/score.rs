@@ -7,9 +7,10 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::model_calls::{Scored, scored};
+use super::shown::Shown;
 use super::{
     Failure, Input, ModelName, ModelRole, ModelState, Outcome, RowStage, Stage, StageContext,
-    StageError, StageKind, TableName, Task, Use, shown,
+    StageError, StageKind, TableName, Task, Use,
 };
 use ovchat_data::store::Key;
 use ovchat_data::tables::{Candidate, Prompt, Reward, Row, rows};
@@ -131,14 +132,7 @@ impl RowStage for &Score {
         let prompt = ctx
             .input_tables
             .prompt_row(self.prompts(), &group[0].prompt_id)?;
-        let system = prompt.system.as_deref();
-        let mut key = shown(
-            key,
-            &prompt.image_ids,
-            system,
-            &prompt.turns,
-            &prompt.question,
-        );
+        let mut key = Shown::from(&*prompt).add_to(key);
         for caption in prompt.captions.iter().flatten() {
             key = key.with("caption").with(caption);
         }

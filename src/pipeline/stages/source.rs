@@ -6,11 +6,10 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
-use std::io;
 use std::marker::PhantomData;
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, OnceLock};
 
 use arrow::array::RecordBatch;
 use arrow::datatypes::SchemaRef;
@@ -18,21 +17,19 @@ use rayon::prelude::*;
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::{Deserialize, Serialize};
 
-use super::allowed_folders::{AllowedFolders, Place};
+use super::allowed_folders::AllowedFolders;
+use super::fields::Fields;
 use super::formats;
-use super::records::{Fields, named_paths, read_fields};
+use super::opener::{CheckedImages, Flaw, IMAGE_MAX, Opened, Opener};
+use super::records::{named_paths, read_fields};
+use super::shown::Shown;
 use super::source_check::{self, SourceProblem};
-use super::unread::{Unread, own_name};
-use super::work::{Failure, LoadStage, Loaded, Record, StageKind, shown};
+use super::unread::Unread;
+use super::video::{Ffmpeg, VideoSettings};
+use super::work::{Failure, LoadStage, Loaded, Record, StageKind};
 use super::{Input, Stage, StageError, TableName, join};
-use ovchat_data::store::{Key, digest};
-use ovchat_data::tables::{Image, ImageFile, Prompt, RejectClass, Row, Turn};
-use ovchat_io::files;
-use ovchat_models::RowFault;
-use ovchat_models::preprocess::{Probe, decode, probe};
-
-/// The maximum size of an image file, in bytes.
-pub const IMAGE_MAX: u64 = 1 << 30;
+use ovchat_data::store::{Key, Media};
+use ovchat_data::tables::{Image, Prompt, PromptVideo, RejectClass, Row, Video};
 
 /// The settings of a loading stage: a file of the user, and how it is read.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -40,11 +37,11 @@ pub const IMAGE_MAX: u64 = 1 << 30;
 pub struct SourceSettings {
     /// The source file: a JSON list, JSON Lines, or Parquet (`.parquet`).
     pub from: PathBuf,
-    /// The folder that relative image paths start from. Default: the folder of `from`.
+    /// The folder that relative paths of images and videos start from. Default: the folder of `from`.
     #[serde(default)]
     pub images: Option<PathBuf>,
-    /// Reads images from any path that a record names. By default, a record is rejected if its
-    /// image, with symbolic links resolved, lies outside `images` and the folder of `from`.
+    /// Reads images and videos from any path that a record names. By default, a record is rejected if
+    /// its file, with symbolic links resolved, lies outside `images` and the folder of `from`.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub images_anywhere: bool,
     /// A JSON file that maps image paths to lists of captions, `{"a.png": ["…"]}`, for judges that
@@ -58,10 +55,13 @@ pub struct SourceSettings {
     /// without decoding it.
     #[serde(default = "SourceSettings::megapixels_max")]
     pub megapixels_max: NonZeroU32,
-    /// The separator of several images before a text, in records without `<image>` placeholders:
+    /// The separator of several images and videos before a text, in records without placeholders:
     /// `newline`, or `space` as in lmms-eval. Default: `newline`.
     #[serde(default, skip_serializing_if = "Separator::is_default")]
     pub separator: Separator,
+    /// The choice of a video's frames. Videos are decoded by the program `ffmpeg`.
+    #[serde(default, skip_serializing_if = "VideoSettings::is_default")]
+    pub video: VideoSettings,
 }
 
 /// The white space between images before a text.
@@ -131,6 +131,14 @@ impl<R: Loadable> Load<R> {
         &self.settings.from
     }
 
+    /// Returns the number of frames of a video, if one of the first records names one.
+    pub fn video_frames(&self) -> Option<usize> {
+        let has_video = source_check::first_records(&self.settings.from)
+            .iter()
+            .any(has_video);
+        has_video.then(|| self.settings.video.frames.get())
+    }
+
     /// Returns the problem found in the first records or at the end of the file, if any.
     pub fn source_problem(&self) -> Option<SourceProblem> {
         Loader::<R>::new(&self.settings).source_problem()
@@ -176,58 +184,34 @@ impl<R: Loadable> Stage for Load<R> {
     }
 }
 
-/// A record with its images, or the reason why it is rejected.
-type Opened = Result<(Fields, Vec<Image>), Flaw>;
-
-/// The reason why a record is rejected.
-enum Flaw {
-    /// Its image, as named by the record, lies outside the allowed folders.
-    Outside {
-        image: String,
-        reason: String,
-    },
-    Other(String),
-}
-
-impl From<String> for Flaw {
-    fn from(reason: String) -> Self {
-        Self::Other(reason)
-    }
-}
-
 /// Returns the key of a prompt without its occurrence number.
-pub fn prompt_base(
-    image_ids: &[String],
-    system: Option<&str>,
-    turns: &[Turn],
-    question: &str,
-) -> String {
-    shown(Key::new("prompt"), image_ids, system, turns, question).finish()
+pub fn prompt_base(shown: Shown<'_>) -> String {
+    shown.add_to(Key::new("prompt")).finish()
 }
 
-/// Records whose images lie outside the allowed folders.
+/// Records whose images or videos lie outside the allowed folders.
 #[derive(Default)]
 struct Outside {
     count: u64,
-    /// The place of the first such record, and its image.
+    /// The place of the first such record, and its file.
     first: Option<(String, String)>,
 }
 
 impl Outside {
-    fn add(&mut self, place: &str, image: String) {
+    fn add(&mut self, place: &str, file: String) {
         self.count += 1;
-        self.first.get_or_insert_with(|| (place.to_owned(), image));
+        self.first.get_or_insert_with(|| (place.to_owned(), file));
     }
 
     /// Returns a note with their number, the first one and the fix; `None` if there are none.
     fn in_words(&self) -> Option<String> {
-        let (place, image) = self.first.as_ref()?;
+        let (place, file) = self.first.as_ref()?;
         let count = match self.count {
-            1 => "1 record names an image".to_owned(),
-            count => format!("{count} records name images"),
+            1 => "1 record names a file".to_owned(),
+            count => format!("{count} records name files"),
         };
         Some(format!(
-            "{count} outside the allowed folders, first {image} ({place}); set `images_anywhere: true` to read \
+            "{count} outside the allowed folders, first {file} ({place}); set `images_anywhere: true` to read \
              from any folder"
         ))
     }
@@ -242,6 +226,8 @@ struct Loader<'a, R> {
     unread: Unread,
     outside: Outside,
     checked: CheckedImages,
+    /// The programs that decode videos; found when the first video is loaded.
+    ffmpeg: OnceLock<Result<Ffmpeg, String>>,
     kind: PhantomData<R>,
 }
 
@@ -254,24 +240,29 @@ impl<'a, R: Loadable> Loader<'a, R> {
             unread: Unread::default(),
             outside: Outside::default(),
             checked: CheckedImages::default(),
+            ffmpeg: OnceLock::new(),
             kind: PhantomData,
         }
     }
 
     /// Returns the problem found in the first records or at the end of the source, if any. Images
-    /// are checked for existence only.
+    /// and videos are checked for existence only.
     fn source_problem(mut self) -> Option<SourceProblem> {
         let from = &self.source.from;
         let folder = self.folder().to_owned();
         source_check::source_problem(from, self.source.limit, |record| {
             let fields = read_fields(&record.fields, record.embedded.len())?;
-            if record.embedded.is_empty()
-                && folder.is_dir()
-                && let Some(name) = fields.paths.iter().find(|name| !folder.join(name).exists())
-            {
-                return Err(format!("image not found: {name}"));
+            let images = record.embedded.is_empty().then_some(&fields.paths);
+            let named = [("image", images), ("video", Some(&fields.video_paths))];
+            for (kind, names) in named {
+                let mut names = names.into_iter().flatten();
+                if folder.is_dir()
+                    && let Some(name) = names.find(|name| !folder.join(name).exists())
+                {
+                    return Err(format!("{kind} not found: {name}"));
+                }
             }
-            self.row(fields, &[]).map(|_| ())
+            self.row(fields, &[], None).map(|_| ())
         })
     }
 
@@ -305,17 +296,23 @@ impl<'a, R: Loadable> Loader<'a, R> {
         *seen - 1
     }
 
-    fn row(&mut self, mut fields: Fields, images: &[Image]) -> Result<R, String> {
+    fn row(
+        &mut self,
+        mut fields: Fields,
+        images: &[Image],
+        videos: Option<Vec<PromptVideo>>,
+    ) -> Result<R, String> {
         if self.source.separator == Separator::Space {
             fields.separate_by_spaces();
         }
         let image_ids: Vec<String> = images.iter().map(|image| image.image_id.clone()).collect();
-        let base = prompt_base(
-            &image_ids,
-            fields.system.as_deref(),
-            &fields.turns,
-            &fields.question,
-        );
+        let base = prompt_base(Shown {
+            image_ids: &image_ids,
+            videos: videos.as_deref().unwrap_or_default(),
+            system: fields.system.as_deref(),
+            turns: &fields.turns,
+            question: &fields.question,
+        });
         let prompt_id = match self.seen.get(&base) {
             None | Some(0) => base.clone(),
             Some(number) => Key::new("again")
@@ -323,10 +320,11 @@ impl<'a, R: Loadable> Loader<'a, R> {
                 .with(number.to_le_bytes())
                 .finish(),
         };
+        let image = fields.paths.first().or(fields.video_paths.first()).cloned();
         let mut key = Key::new("prompt row")
             .with(&prompt_id)
             .with(fields.id.as_deref().unwrap_or_default())
-            .with(fields.paths.first().map(String::as_str).unwrap_or_default());
+            .with(image.as_deref().unwrap_or_default());
         key = key.with(fields.answer.as_deref().unwrap_or_default());
         for caption in fields.captions.iter().flatten() {
             key = key.with(caption);
@@ -335,8 +333,9 @@ impl<'a, R: Loadable> Loader<'a, R> {
             row_key: key.finish(),
             prompt_id,
             id: fields.id,
-            image: fields.paths.into_iter().next(),
+            image,
             image_ids,
+            videos,
             system: fields.system,
             turns: fields.turns,
             question: fields.question,
@@ -358,14 +357,17 @@ impl<R: Loadable> LoadStage for Loader<'_, R> {
         })
     }
 
-    fn images(&self, record: &Record) -> Vec<PathBuf> {
-        let names: Vec<String> = if record.embedded.is_empty() {
-            named_paths(&record.fields)
-        } else {
+    fn media(&self, record: &Record) -> Vec<(PathBuf, u64)> {
+        let [mut images, videos] = named_paths(&record.fields);
+        if !record.embedded.is_empty() {
             let outside = record.embedded.iter().filter(|file| file.bytes.is_none());
-            outside.filter_map(|file| file.path.clone()).collect()
-        };
-        names.iter().map(|name| self.folder().join(name)).collect()
+            images = outside.filter_map(|file| file.path.clone()).collect();
+        }
+        let images = images.iter().map(|name| (name, IMAGE_MAX));
+        let videos = videos.iter().map(|name| (name, u64::MAX));
+        let all = images.chain(videos);
+        all.map(|(name, most)| (self.folder().join(name), most))
+            .collect()
     }
 
     fn validate(&mut self, records: &[Record]) {
@@ -388,71 +390,75 @@ impl<R: Loadable> LoadStage for Loader<'_, R> {
         Ok(())
     }
 
-    fn load(&mut self, records: Vec<Record>) -> Result<Loaded, Failure> {
+    fn at_once(&self, records: &[Record]) -> usize {
+        if records.iter().any(has_video) {
+            (FRAMES_AT_ONCE / self.source.video.bytes_max()).max(rayon::current_num_threads())
+        } else {
+            records.len()
+        }
+    }
+
+    fn load(&mut self, records: Vec<Record>, known: &mut Media) -> Result<Loaded, Failure> {
         let folder = self.folder().to_owned();
         let allowed = self.allowed();
         let checked = std::mem::take(&mut self.checked);
-        let pixels_max = u64::from(self.source.megapixels_max.get()) * 1_000_000;
-        let open = |name: &str| open_image(&folder, name, allowed.as_ref(), &checked, pixels_max);
-        let mut read: Vec<(String, Opened)> = records
-            .into_par_iter()
-            .map(|record| {
-                if files::stopped() {
-                    // This outcome is discarded.
-                    return (record.place, Err(Flaw::Other(String::new())));
-                }
-                let name = record.fields.as_ref().ok().and_then(own_name);
-                let place = match name {
-                    Some(name) => format!("{}, {name}", record.place),
-                    None => record.place,
-                };
-                let fields = read_fields(&record.fields, record.embedded.len());
-                let opened = fields.map_err(Flaw::Other).and_then(|fields| {
-                    let images = if record.embedded.is_empty() {
-                        let paths = fields.paths.iter();
-                        paths.map(|path| open(path)).collect::<Result<_, _>>()?
-                    } else {
-                        // `datasets` writes a path without bytes for images that it did not embed.
-                        let check = |file: ImageFile| match (&file.bytes, &file.path) {
-                            (None, Some(path)) => open(path),
-                            _ => Ok(checked.check(file, pixels_max)?),
-                        };
-                        let files = record.embedded.into_iter();
-                        files.map(check).collect::<Result<_, _>>()?
-                    };
-                    Ok((fields, images))
-                });
-                (place, opened)
-            })
-            .collect();
+        let opener = Opener {
+            folder: &folder,
+            allowed: allowed.as_ref(),
+            pixels_max: u64::from(self.source.megapixels_max.get()) * 1_000_000,
+            video: &self.source.video,
+            checked: &checked,
+            ffmpeg: &self.ffmpeg,
+            known: Mutex::new(known),
+            videos: Mutex::default(),
+        };
+        let mut read: Vec<(String, Opened)> = if records.iter().any(has_video) {
+            opener.open_on_threads(&records)
+        } else {
+            records
+                .par_iter()
+                .map(|record| opener.open(record))
+                .collect()
+        };
+        drop(opener);
         self.checked = checked;
         let captions = self.captions()?;
         for (_, opened) in &mut read {
             if let Ok((fields, _)) = opened
                 && fields.captions.is_none()
-                && let Some(path) = fields.paths.first()
+                && let Some(path) = fields.paths.first().or(fields.video_paths.first())
             {
                 fields.captions = captions.get(path).cloned();
             }
         }
         let mut rows = Vec::new();
         let mut images = Vec::new();
+        let mut videos: Vec<Video> = Vec::new();
         let mut rejects = Vec::new();
         for (place, opened) in read {
-            let made = opened.and_then(|(fields, opened_images)| {
-                let row = self.row(fields, &opened_images)?;
-                Ok((row, opened_images))
+            let made = opened.and_then(|(fields, media)| {
+                let shown = media.videos.iter().map(|video| video.shown.clone());
+                let shown = (!media.videos.is_empty()).then(|| shown.collect());
+                let row = self.row(fields, &media.images, shown)?;
+                Ok((row, media))
             });
             match made {
-                Ok((row, opened_images)) => {
+                Ok((row, media)) => {
                     rows.push(row);
-                    images.extend(opened_images);
+                    images.extend(media.images);
+                    for new in media.videos.iter().filter_map(|video| video.new.as_ref()) {
+                        if !videos.iter().any(|other| other.row_key == new.row.row_key) {
+                            videos.push(new.row.clone());
+                            images.extend(new.frames.iter().cloned());
+                        }
+                    }
                 }
                 Err(flaw) => {
                     let reason = match flaw {
+                        Flaw::Failure(failure) => return Err(failure),
                         Flaw::Other(reason) => reason,
-                        Flaw::Outside { image, reason } => {
-                            self.outside.add(&place, image);
+                        Flaw::Outside { file, reason } => {
+                            self.outside.add(&place, file);
                             reason
                         }
                     };
@@ -463,121 +469,30 @@ impl<R: Loadable> LoadStage for Loader<'_, R> {
         Ok(Loaded {
             rows: R::to_batch(&rows),
             images,
+            videos,
             rejects,
         })
     }
 }
 
-fn open_image(
-    folder: &Path,
-    name: &str,
-    allowed: Option<&AllowedFolders>,
-    checked: &CheckedImages,
-    pixels_max: u64,
-) -> Result<Image, Flaw> {
-    let path = folder.join(name);
-    let fault = |error: io::Error| match error.kind() {
-        io::ErrorKind::NotFound => format!("image not found: {}", path.display()),
-        _ => format!("cannot read image {}: {error}", path.display()),
-    };
-    let file = match allowed.map(|allowed| allowed.place(&path)) {
-        None => path.clone(),
-        Some(place) => match place.map_err(fault)? {
-            Place::Inside(file) => file,
-            Place::Outside(file) => {
-                let reason = format!(
-                    "image {} resolves to {}, outside the folders that this stage may read (`images` and the \
-                     folder of `from`); move it there, or set `images_anywhere: true`",
-                    path.display(),
-                    file.display()
-                );
-                let image = name.to_owned();
-                return Err(Flaw::Outside { image, reason });
-            }
-        },
-    };
-    let bytes = files::read_at_most(&file, IMAGE_MAX).map_err(fault)?;
-    let path = Some(path.to_string_lossy().into_owned());
-    let bytes = Some(bytes);
-    Ok(checked.check(ImageFile { bytes, path }, pixels_max)?)
+fn has_video(record: &Record) -> bool {
+    let [_, videos] = named_paths(&record.fields);
+    !videos.is_empty()
 }
 
-/// The images that were decoded, so that one of several questions is decoded once.
-#[derive(Default)]
-struct CheckedImages(Mutex<HashMap<String, Checked>>);
-
-/// The header of a decoded image, or its fault.
-type Checked = Arc<OnceLock<Result<Probe, RowFault>>>;
-
-/// The maximum number of images that are remembered.
-const CHECKED_MAX: usize = 1 << 16;
-
-impl CheckedImages {
-    /// Decodes an image once, so that a corrupt one is rejected here instead of failing during
-    /// sampling.
-    fn check(&self, file: ImageFile, pixels_max: u64) -> Result<Image, String> {
-        let name = file.path.clone().unwrap_or_else(|| "(embedded)".to_owned());
-        let bytes = file
-            .bytes
-            .as_deref()
-            .ok_or_else(|| format!("image {name} has no bytes"))?;
-        let image_id = digest(bytes);
-        let checked = {
-            let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            if all.len() >= CHECKED_MAX {
-                all.clear();
-            }
-            Arc::clone(all.entry(image_id.clone()).or_default())
-        };
-        let header = checked.get_or_init(|| {
-            let header = probe(bytes)?;
-            decode(bytes, pixels_max)?;
-            Ok(header)
-        });
-        let header = header
-            .as_ref()
-            .map_err(|fault| format!("image {name}: {fault}"))?;
-        Ok(Image {
-            image_id,
-            width: header.width as i32,
-            height: header.height as i32,
-            format: header.format.to_string(),
-            image: file,
-        })
-    }
-}
+/// The bytes of decoded frames that are in memory at once.
+const FRAMES_AT_ONCE: usize = 256 << 20;
 
 #[cfg(test)]
 mod tests {
     use serde_json::json;
 
+    use super::super::test_pipeline::no_media;
     use super::*;
     use ovchat_data::tables::Pair;
 
     fn source() -> SourceSettings {
         serde_json::from_value(json!({"from": "p.json"})).unwrap()
-    }
-
-    /// A limit of 0 pixels refuses an image that is decoded.
-    #[test]
-    fn an_image_of_several_questions_is_decoded_once() {
-        let checked = CheckedImages::default();
-        let file = |name: &str, bytes: &[u8]| ImageFile {
-            bytes: Some(bytes.to_vec()),
-            path: Some(name.to_owned()),
-        };
-        let dot = b"P6\n1 1\n255\nabc";
-        let first = checked.check(file("a.ppm", dot), 100).unwrap();
-        let again = checked.check(file("b.ppm", dot), 0).unwrap();
-        assert_eq!((first.image_id, first.width), (again.image_id, again.width));
-        assert_eq!(again.image.path.as_deref(), Some("b.ppm"));
-        let other = checked.check(file("c.ppm", b"P6\n1 1\n255\nabd"), 0);
-        assert!(other.unwrap_err().starts_with("image c.ppm: "));
-        for name in ["d.ppm", "e.ppm"] {
-            let fault = checked.check(file(name, b"P6\n1 1\n255\na"), 100);
-            let begin = format!("image {name}: ");
-            assert!(fault.unwrap_err().starts_with(&begin));
-        }
     }
 
     #[test]
@@ -590,7 +505,7 @@ mod tests {
                 fields: Ok(fields),
                 embedded: Vec::new(),
             };
-            let mut rejects = loader.load(vec![record]).unwrap().rejects;
+            let mut rejects = loader.load(vec![record], &mut no_media()).unwrap().rejects;
             let (id, _, reason) = rejects.remove(0);
             (id, reason)
         };
@@ -622,14 +537,19 @@ mod tests {
         };
         let source = source();
         let mut whole = Loader::<Prompt>::new(&source);
-        let rows =
-            Prompt::from_batch(&whole.load(vec![record(), record(), record()]).unwrap().rows)
-                .unwrap();
+        let rows = Prompt::from_batch(
+            &whole
+                .load(vec![record(), record(), record()], &mut no_media())
+                .unwrap()
+                .rows,
+        )
+        .unwrap();
         assert_ne!(rows[0].prompt_id, rows[1].prompt_id);
         assert_ne!(rows[1].prompt_id, rows[2].prompt_id);
         let mut resumed = Loader::<Prompt>::new(&source);
         resumed.resume(&Prompt::to_batch(&rows[..2])).unwrap();
-        let rest = Prompt::from_batch(&resumed.load(vec![record()]).unwrap().rows).unwrap();
+        let rest = Prompt::from_batch(&resumed.load(vec![record()], &mut no_media()).unwrap().rows)
+            .unwrap();
         assert_eq!(rest[0], rows[2]);
     }
 }

@@ -28,6 +28,17 @@ pub struct SourceProblem {
     pub is_certain: bool,
 }
 
+/// Returns the first records of the source at `path`; none if they cannot be read, or not without
+/// reading much more.
+pub fn first_records(path: &Path) -> Vec<Record> {
+    let is_large = path.metadata().is_ok_and(|found| found.len() > OTHERS_MAX);
+    if is_large && formats::is_not_json(path) {
+        return Vec::new();
+    }
+    let records = formats::records(path).into_iter().flatten();
+    records.take(LOOKED_AT).map_while(Result::ok).collect()
+}
+
 /// Checks the first records of the source at `path`, of which `limit` are loaded. `read` returns
 /// the reason why a record is rejected.
 pub fn source_problem(

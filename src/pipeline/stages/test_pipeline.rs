@@ -17,7 +17,7 @@ use super::{
     BatchStage, Failure, InputTables, ModelName, ModelState, Models, Outcome, Stage, StageContext,
     StageKind, TableName, TrainStage,
 };
-use ovchat_data::store::{FileRecord, Images, Key, Lookup, TableWriter, digest};
+use ovchat_data::store::{FileRecord, Images, Key, Lookup, Manifest, Media, TableWriter, digest};
 use ovchat_data::tables::{
     Candidate, Finish, Image, ImageFile, Pair, Prompt, Reference, Reward, Row,
 };
@@ -46,12 +46,19 @@ pub fn prompt(id: &str, question: &str) -> Prompt {
         id: Some(id.to_owned()),
         image: None,
         image_ids: Vec::new(),
+        videos: None,
         system: None,
         turns: Vec::new(),
         question: question.to_owned(),
         captions: None,
         answer: None,
     }
+}
+
+/// Returns the images and videos of an empty run.
+pub fn no_media() -> Media {
+    let folder = Path::new("runs/test");
+    Media::open(folder, &Manifest::new(folder, "test")).unwrap()
 }
 
 /// Returns one of the answers to a prompt, with one token a letter.
@@ -92,6 +99,7 @@ pub fn pair(prompt_id: &str, chosen: &str, rejected: &str) -> Pair {
         rejected: rejected.to_owned(),
         prompt_id: prompt_id.to_owned(),
         image_ids: Vec::new(),
+        videos: None,
         system: None,
         turns: Vec::new(),
         captions: None,
@@ -253,7 +261,7 @@ impl TestPipeline {
         };
         let records = work.records()?.collect::<Result<Vec<_>, _>>()?;
         work.validate(&records);
-        let loaded = work.load(records)?;
+        let loaded = work.load(records, &mut no_media())?;
         let rejects = loaded.rejects.into_iter();
         let rejects = rejects.map(|(id, _, reason)| (id, reason)).collect();
         Ok((R::from_batch(&loaded.rows)?, rejects))

@@ -2,10 +2,10 @@
 
 use arrow::datatypes::{Schema, SchemaRef};
 
+use super::shown::Shown;
 use super::{
     BatchStage, Failure, Input, ModelName, ModelRole, ModelState, NonNegative, Positive, Stage,
     StageContext, StageError, StageKind, TableName, TrainStage, TrainingRun, Use, shuffled_batches,
-    turns,
 };
 use ovchat_data::store::Lookup;
 use ovchat_data::tables::{Pair, Row};
@@ -283,18 +283,13 @@ pub fn prompts(
 ) -> Result<Vec<models::ChatPrompt>, Failure> {
     let mut prompts = Vec::with_capacity(pairs.len());
     for pair in pairs {
-        let prompt = models::ChatPrompt {
-            places: Vec::new(),
-            id: pair.prompt_id.clone(),
-            images: ctx.input_tables.images(&pair.image_ids)?,
-            system: pair.system.clone(),
-            turns: turns(&pair.turns),
-            question: pair.prompt.clone(),
+        let prompt = ctx
+            .input_tables
+            .chat_prompt(Shown::from(pair), &pair.prompt_id)?;
+        prompts.push(models::ChatPrompt {
             captions: pair.captions.clone(),
-            answer: None,
-            seed: 0,
-        };
-        prompts.push(prompt.with_places());
+            ..prompt
+        });
     }
     Ok(prompts)
 }

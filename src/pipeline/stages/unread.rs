@@ -6,15 +6,17 @@ use std::collections::{BTreeSet, HashMap};
 use serde_json::{Map, Value};
 
 use super::media::{
-    Found, NAMES, ReadImages, Says, found, holds_anything, is_id, says, says_at_its_end,
+    Found, NAMES, ReadMedia, Says, found, holds_anything, is_id, says, says_at_its_end,
 };
-use ovchat_models::IMAGE_PLACEHOLDER;
+use ovchat_models::{IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER};
 
 /// The keys of a record that are read.
-const READ: [&str; 15] = [
+const READ: [&str; 17] = [
     "id",
     "image",
     "images",
+    "video",
+    "videos",
     "prompt",
     "question",
     "system",
@@ -85,8 +87,8 @@ fn within<'a>(
     single.into_iter().chain(entries)
 }
 
-/// Rejects a record that names media other than the images in `read`.
-pub fn refuse_media(record: &Map<String, Value>, read: ReadImages<'_>) -> Result<(), String> {
+/// Rejects a record that names media other than those in `read`.
+pub fn refuse_media(record: &Map<String, Value>, read: ReadMedia<'_>) -> Result<(), String> {
     for (key, value) in record {
         if !READ.contains(&key.as_str()) && key != CHAT {
             refuse_value("the record", key, value, read)?;
@@ -116,11 +118,11 @@ fn is_origin(key: &str) -> bool {
         .any(|end| small.ends_with(end))
 }
 
-/// Rejects the value of an ignored key if it is media. Another name of an image that is read is
-/// accepted: the same path under a key such as `photo`; the same file name under a key of its
+/// Rejects the value of an ignored key if it is media. Another name of an image or video that is read
+/// is accepted: the same path under a key such as `photo`; the same file name under a key of its
 /// location, such as `image_url` or `source`; and under the latter any name, if the image is
 /// embedded in the file. A key of the images' origin may hold as many names as there are images.
-fn refuse_value(place: &str, key: &str, value: &Value, read: ReadImages<'_>) -> Result<(), String> {
+fn refuse_value(place: &str, key: &str, value: &Value, read: ReadMedia<'_>) -> Result<(), String> {
     let says = says(key).or(says_at_its_end(key, value));
     let is_number = matches!(value, Value::Bool(_) | Value::Number(_));
     if !holds_anything(value) || (says.is_none() && is_id(key)) {
@@ -133,24 +135,32 @@ fn refuse_value(place: &str, key: &str, value: &Value, read: ReadImages<'_>) -> 
         Found::Held => false,
     };
     let is_label = |medium: &Found<'_>| match says {
-        Some(Says::Image) => false,
+        Some(Says::Image | Says::Video) => false,
         Some(Says::PlaceOfImage) => matches!(medium, Found::Named(_)),
         _ => medium.is_image_file(),
     };
     let labels = match says {
-        None if is_origin(key) => read.embedded + read.paths.len(),
+        None if is_origin(key) => read.embedded + read.images.len(),
         _ => read.embedded,
     };
     let is_read =
         media.iter().all(is_known) || (media.len() <= labels && media.iter().all(is_label));
     let is_image = matches!(says, Some(Says::Image | Says::PlaceOfImage));
     if says == Some(Says::Other) {
-        return Err(no_image(place, key));
+        return Err(unsupported(place, key));
     }
-    if is_number && !(is_image && read.is_empty()) {
+    if says == Some(Says::Video) {
+        let is_other_name = !media.is_empty() && media.iter().all(is_known);
+        return if is_other_name {
+            Ok(())
+        } else {
+            Err(other_video(place, key))
+        };
+    }
+    if is_number && !(is_image && read.has_no_image()) {
         return Ok(());
     }
-    if is_image && (read.is_empty() || media.is_empty() || !is_read) {
+    if is_image && (read.has_no_image() || media.is_empty() || !is_read) {
         return Err(other_image(place, key));
     }
     if is_read {
@@ -159,23 +169,33 @@ fn refuse_value(place: &str, key: &str, value: &Value, read: ReadImages<'_>) -> 
         Err(held(place, key))
     } else if media.iter().all(|medium| medium.is_image_file()) {
         Err(other_image(place, key))
+    } else if media.iter().all(|medium| medium.is_video_file()) {
+        Err(other_video(place, key))
     } else {
-        Err(no_image(place, key))
+        Err(unsupported(place, key))
     }
 }
 
 fn held(place: &str, key: &str) -> String {
     format!(
-        "{place} embeds a file in `{}`, which is ignored; name an image in `image` or `images` of the \
-         record, or remove the key if the text does not need it",
+        "{place} embeds a file in `{}`, which is ignored; name an image in `image`, or a video in `video` of \
+         the record, or remove the key if the text does not need it",
         shown(key)
     )
 }
 
-fn no_image(place: &str, key: &str) -> String {
+fn unsupported(place: &str, key: &str) -> String {
     format!(
-        "{place} has the media key `{}`, but only images are supported; remove the record, or the key if \
-         the text does not need it",
+        "{place} has the media key `{}`, but only images and videos are supported; remove the record, or the \
+         key if the text does not need it",
+        shown(key)
+    )
+}
+
+fn other_video(place: &str, key: &str) -> String {
+    format!(
+        "{place} names a video in `{}`, which is ignored; name its file in `video` or `videos` of the record, \
+         or remove the key if the text does not need it",
         shown(key)
     )
 }
@@ -188,11 +208,11 @@ fn other_image(place: &str, key: &str) -> String {
     )
 }
 
-/// Returns the text of a message that consists of parts, each on lines of its own, and the number
-/// of its image parts. A placeholder stands for an image part.
-pub fn content(place: &str, parts: &[Value]) -> Result<(String, usize), String> {
+/// Returns the text of a message that consists of parts, each on lines of its own, and the numbers of
+/// its image parts and its video parts. A placeholder stands for each of these.
+pub fn content(place: &str, parts: &[Value]) -> Result<(String, [usize; 2]), String> {
     let mut texts = Vec::new();
-    let mut images = 0;
+    let [mut images, mut videos] = [0; 2];
     for part in parts {
         let named = part.get("type").and_then(Value::as_str);
         let named = named.ok_or_else(|| format!("{place} has a part without a `type`"))?;
@@ -203,7 +223,7 @@ pub fn content(place: &str, parts: &[Value]) -> Result<(String, usize), String> 
         match named {
             "text" => {
                 if let Some((key, _)) = others.find(|(key, _)| says(key).is_some()) {
-                    return Err(no_image(&format!("a text part of {place}"), key));
+                    return Err(unsupported(&format!("a text part of {place}"), key));
                 }
                 let text = part.get("text").and_then(Value::as_str);
                 let text = text.ok_or_else(|| format!("{place} has a text part without `text`"))?;
@@ -216,19 +236,26 @@ pub fn content(place: &str, parts: &[Value]) -> Result<(String, usize), String> 
                 images += 1;
                 texts.push(IMAGE_PLACEHOLDER);
             }
+            "video" => {
+                if let Some((key, _)) = others.next() {
+                    return Err(other_video(&format!("a video part of {place}"), key));
+                }
+                videos += 1;
+                texts.push(VIDEO_PLACEHOLDER);
+            }
             "image_url" | "input_image" => {
                 return Err(other_image(&format!("a part of {place}"), named));
             }
             _ => {
                 return Err(format!(
-                    "{place} has a part of the type `{}`, but only text and images are supported; remove \
-                     the record, or the part if the text does not need it",
+                    "{place} has a part of the type `{}`, but only text, images and videos are supported; \
+                     remove the record, or the part if the text does not need it",
                     shown(named)
                 ));
             }
         }
     }
-    Ok((texts.join("\n"), images))
+    Ok((texts.join("\n"), [images, videos]))
 }
 
 /// Returns a key or id for display, truncated and with control characters escaped.
@@ -343,8 +370,8 @@ fn unread_of(record: &Map<String, Value>) -> BTreeSet<String> {
         }
         match says(key) {
             None | Some(Says::File) => !value.is_null(),
-            // Another name of an image that is read; otherwise the record is rejected.
-            Some(Says::Image | Says::PlaceOfImage) => holds_anything(value),
+            // Another name of an image or video that is read; otherwise the record is rejected.
+            Some(Says::Image | Says::PlaceOfImage | Says::Video) => holds_anything(value),
             // Empty; otherwise the record is rejected.
             Some(Says::Other) => false,
         }
@@ -376,8 +403,9 @@ mod tests {
 
     fn refused_beside(record: &Value, paths: &[&str], embedded: usize) -> Option<String> {
         let paths: Vec<String> = paths.iter().map(|&path| path.to_owned()).collect();
-        let read = ReadImages {
-            paths: &paths,
+        let read = ReadMedia {
+            images: &paths,
+            videos: &[],
             embedded,
         };
         refuse_media(record.as_object().unwrap(), read).err()
@@ -385,7 +413,14 @@ mod tests {
 
     #[test]
     fn a_record_with_media_that_are_not_read_is_refused_with_the_key() {
-        for key in ["video", "videos", "audio", "audios", "sound", "image_url"] {
+        for key in [
+            "video_path",
+            "video2",
+            "audio",
+            "audios",
+            "sound",
+            "image_url",
+        ] {
             let reason = refused(&json!({"prompt": "Why?", key: "a.mp4"})).unwrap();
             assert!(reason.contains(&format!("`{key}`")), "{reason}");
             for nothing in [
@@ -402,16 +437,19 @@ mod tests {
         let entry = |entry: Value| refused(&json!({"conversations": [entry]}));
         assert_eq!(
             entry(json!({"from": "human", "value": "Why?", "video": "a.mp4"})).unwrap(),
-            "entry 0 of `conversations` has the media key `video`, but only images are supported; remove \
-             the record, or the key if the text does not need it"
+            "entry 0 of `conversations` names a video in `video`, which is ignored; name its file in `video` or \
+             `videos` of the record, or remove the key if the text does not need it"
         );
         assert!(entry(json!({"from": "human", "value": "Why?", "image": "a.png"})).is_some());
         let part = |part: Value| entry(json!({"role": "user", "content": [part]}));
         assert_eq!(
-            part(json!({"type": "video", "video": "a.mp4"})).unwrap(),
-            "entry 0 of `conversations` has a part of the type `video`, but only text and images are \
+            part(json!({"type": "audio", "audio": "a.wav"})).unwrap(),
+            "entry 0 of `conversations` has a part of the type `audio`, but only text, images and videos are \
              supported; remove the record, or the part if the text does not need it"
         );
+        let named = part(json!({"type": "video", "video": "a.mp4"})).unwrap();
+        assert!(named.starts_with("a video part of entry 0"), "{named}");
+        assert_eq!(part(json!({"type": "video"})), None);
         let url = json!({"type": "image_url", "image_url": {"url": "https://example.com/a.png"}});
         assert!(part(url).unwrap().contains("`image_url`"));
         assert!(part(json!({"type": "image", "image": "a.png"})).is_some());
@@ -524,7 +562,7 @@ mod tests {
     #[test]
     fn keys_that_are_not_read_are_counted_and_named_once() {
         let mut unread = Unread::default();
-        unread.count(&json!({"id": 1, "prompt": "Why?", "video": null, "category": null}));
+        unread.count(&json!({"id": 1, "prompt": "Why?", "audio": null, "category": null}));
         assert_eq!(unread.in_words(), None);
         let entries = json!([{"from": "human", "value": "Why?", "weight": 1}, {"from": "gpt", "value": "So.", "weight": 0}]);
         unread.count(&json!({"conversations": entries, "prompt": "Other?", "gpt_answer": "", "category": "a"}));

@@ -8,8 +8,8 @@ use arrow::datatypes::SchemaRef;
 
 use super::exec::Inherited;
 use super::{InputTables, ModelName, ModelState, TableName};
-use ovchat_data::store::{Key, Lookup, StoreError};
-use ovchat_data::tables::{self, Image, Misfit, Reject, RejectClass, Row};
+use ovchat_data::store::{Key, Lookup, Media, StoreError};
+use ovchat_data::tables::{self, Image, Misfit, Reject, RejectClass, Row, Video};
 use ovchat_io::mask::Mask;
 use ovchat_models::{
     self as models, DpoSettings, DpoTrainer, Judge, ModelError, ModelTelemetry, Policy,
@@ -162,43 +162,6 @@ impl StageContext<'_> {
             ControlFlow::Continue(())
         }
     }
-}
-
-/// Adds everything that a model is shown of a prompt to a key. The prompt's id alone is not enough:
-/// an `sql` stage may keep the id and change the rest.
-pub fn shown(
-    key: Key,
-    image_ids: &[String],
-    system: Option<&str>,
-    turns: &[tables::Turn],
-    question: &str,
-) -> Key {
-    let mut key = key.with((image_ids.len() as u64).to_le_bytes());
-    for id in image_ids {
-        key = key.with(id);
-    }
-    key = key
-        .with(if system.is_some() { "+" } else { "-" })
-        .with(system.unwrap_or_default());
-    for turn in turns {
-        key = key.with(turn.role.as_str()).with(&turn.text);
-    }
-    key.with(question)
-}
-
-/// Converts the turns of a table row to those of a chat prompt.
-pub fn turns(turns: &[tables::Turn]) -> Vec<models::ChatTurn> {
-    let role = |role| match role {
-        tables::Role::User => models::ChatRole::User,
-        tables::Role::Assistant => models::ChatRole::Assistant,
-    };
-    turns
-        .iter()
-        .map(|turn| models::ChatTurn {
-            role: role(turn.role),
-            text: turn.text.clone(),
-        })
-        .collect()
 }
 
 /// The outcome of one group of rows.
@@ -369,8 +332,11 @@ pub struct Record {
 /// The rows, images and rejects that some records were converted to.
 pub struct Loaded {
     pub rows: RecordBatch,
-    /// The images that the rows name. Those that the run already has are skipped.
+    /// The images that the rows name, with the frames of `videos`. Those that the run already has are
+    /// skipped.
     pub images: Vec<Image>,
+    /// The videos that were decoded.
+    pub videos: Vec<Video>,
     pub rejects: Vec<(String, RejectClass, String)>,
 }
 
@@ -379,8 +345,9 @@ pub trait LoadStage {
     /// Returns the records in order, read lazily.
     fn records(&self) -> Result<Box<dyn Iterator<Item = Result<Record, Failure>> + Send>, Failure>;
 
-    /// Returns the image files that a record names.
-    fn images(&self, record: &Record) -> Vec<PathBuf>;
+    /// Returns the files of images and videos that a record names, each with the largest size that is
+    /// read, in bytes.
+    fn media(&self, record: &Record) -> Vec<(PathBuf, u64)>;
 
     /// Counts the ignored keys of records, whether they are loaded now or were loaded before the
     /// run was interrupted.
@@ -393,8 +360,12 @@ pub trait LoadStage {
     /// Restores the loader's state from rows that were loaded before the run was interrupted.
     fn resume(&mut self, rows: &RecordBatch) -> Result<(), Failure>;
 
-    /// Converts the next records to rows.
-    fn load(&mut self, records: Vec<Record>) -> Result<Loaded, Failure>;
+    /// Returns how many of the next records to load at once, so that their decoded media fit into
+    /// memory.
+    fn at_once(&self, records: &[Record]) -> usize;
+
+    /// Converts the next records to rows. `known` has the images and videos of the run.
+    fn load(&mut self, records: Vec<Record>, known: &mut Media) -> Result<Loaded, Failure>;
 }
 
 /// Work that is one query over the current tables of the pipeline.

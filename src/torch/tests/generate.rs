@@ -13,8 +13,8 @@ use crate::recorded::onevision::{
 };
 use ovchat_models::preprocess::Processor;
 use ovchat_models::{
-    ChatPrompt, Dtype, EncodedImage, Generation, Gigabytes, Policy as _, RowFault, Sampling, Stop,
-    VisionLanguageSpec,
+    ChatPrompt, Dtype, Generation, Gigabytes, Policy as _, RowFault, Sampling, Stop,
+    VisionLanguageSpec, Visual,
 };
 use ovchat_torch::dpo::token_logps;
 use ovchat_torch::generate::NetworkPolicy;
@@ -307,7 +307,7 @@ fn small_world() -> (VisionLanguageSpec, Vec<ChatPrompt>) {
     let questions = records[..12].iter().enumerate().map(|(number, record)| {
         let name = record["image"].as_str().unwrap();
         ChatPrompt {
-            images: vec![EncodedImage::new(
+            images: vec![Visual::new(
                 name.to_owned(),
                 std::fs::read(samples.join("images").join(name))
                     .unwrap()
@@ -453,7 +453,7 @@ fn large_grids() -> (TempDir, VisionLanguageSpec) {
     (folder, spec)
 }
 
-fn drawn(id: &str, width: u32, height: u32) -> EncodedImage {
+fn drawn(id: &str, width: u32, height: u32) -> Visual {
     let pixels = image::RgbImage::from_fn(width, height, |x, y| {
         image::Rgb([(x * 7) as u8, (y * 5) as u8, (x * y) as u8])
     });
@@ -461,7 +461,7 @@ fn drawn(id: &str, width: u32, height: u32) -> EncodedImage {
     pixels
         .write_to(&mut bytes, image::ImageFormat::Png)
         .unwrap();
-    EncodedImage::new(id.to_owned(), bytes.into_inner().into())
+    Visual::new(id.to_owned(), bytes.into_inner().into())
 }
 
 /// Each prompt gets the same answers as when it is sampled alone, whatever it is batched with.
@@ -469,7 +469,7 @@ fn drawn(id: &str, width: u32, height: u32) -> EncodedImage {
 fn every_prompt_of_an_adversarial_part_comes_out_right() {
     let (_folder, spec) = large_grids();
     let mut policy = NetworkPolicy::open(&spec).unwrap();
-    let ask = |images: &[&EncodedImage], question: String, seed| ChatPrompt {
+    let ask = |images: &[&Visual], question: String, seed| ChatPrompt {
         images: images.iter().map(|&encoded| encoded.clone()).collect(),
         question,
         seed,
@@ -515,7 +515,7 @@ fn prompts_that_begin_alike_up_to_an_image_share_that_prefix() {
     let mut policy = NetworkPolicy::open(&spec).unwrap();
     let [one, two, three] =
         [("one", 12, 12), ("two", 30, 20), ("three", 20, 30)].map(|(id, x, y)| drawn(id, x, y));
-    let ask = |images: &[&EncodedImage], question: &str, seed| {
+    let ask = |images: &[&Visual], question: &str, seed| {
         let prompt = ChatPrompt {
             images: images.iter().map(|&encoded| encoded.clone()).collect(),
             question: question.to_owned(),

@@ -13,8 +13,7 @@ use crate::recorded::reward::{
 };
 use ovchat_models::preprocess::{JudgeIds, LlavaRlhfProcessor};
 use ovchat_models::{
-    AnswerGroup, ChatPrompt, ChatRole, ChatTurn, Dtype, EncodedImage, Judge as _, LlavaRlhfSpec,
-    RowFault,
+    AnswerGroup, ChatPrompt, ChatRole, ChatTurn, Dtype, Judge as _, LlavaRlhfSpec, RowFault, Visual,
 };
 use ovchat_torch::reward::RewardJudge;
 use ovchat_torch::weights::{Weights, save_safetensors};
@@ -136,7 +135,7 @@ fn faulty_rows_are_named_and_the_others_go_on() {
     let rows = rows();
     let good = prompt(&rows[0]);
     let broken = ChatPrompt {
-        images: vec![EncodedImage::new(
+        images: vec![Visual::new(
             "broken".to_owned(),
             encoded("wide.png").bytes[..300].into(),
         )],

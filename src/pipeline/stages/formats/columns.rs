@@ -79,7 +79,7 @@ fn batch_records(path: &Path, batch: &RecordBatch, first: usize) -> Result<Vec<R
                     has_others[row] = true;
                 }
             }
-        } else if !is_needed(field.name()) {
+        } else if !is_needed(field.name()) || holds_bytes(field.data_type()) {
             others.push((field.name(), column));
         } else {
             plain.push((field.name().clone(), column.clone()));
@@ -362,7 +362,7 @@ mod tests {
             None,
             None,
         ]));
-        let path = texts(&[Some("a.mp4"), None, None, None]);
+        let path = texts(&[Some("a.wav"), None, None, None]);
         let fields = [("bytes", bytes), ("path", path)].map(|(name, column)| {
             (
                 Arc::new(Field::new(name, column.data_type().clone(), true)),
@@ -374,7 +374,7 @@ mod tests {
         let video: ArrayRef = Arc::new(StructArray::new(fields.into(), columns, Some(nulls)));
         let records = parquet(vec![
             ("prompt", texts(&[Some("What?"); 4])),
-            ("video", video),
+            ("audio", video),
             ("category", texts(&[Some("a"), None, Some(""), None])),
             ("nothing", Arc::new(NullArray::new(4))),
         ]);
@@ -385,9 +385,9 @@ mod tests {
         assert_eq!(
             fields,
             [
-                json!({"prompt": "What?", "video": {"bytes": null, "path": "a.mp4"}, "category": "a"}),
-                json!({"prompt": "What?", "video": {"bytes": "AQEBAQEBAQEB", "path": null}}),
-                json!({"prompt": "What?", "video": {"bytes": null, "path": null}, "category": ""}),
+                json!({"prompt": "What?", "audio": {"bytes": null, "path": "a.wav"}, "category": "a"}),
+                json!({"prompt": "What?", "audio": {"bytes": "AQEBAQEBAQEB", "path": null}}),
+                json!({"prompt": "What?", "audio": {"bytes": null, "path": null}, "category": ""}),
                 json!({"prompt": "What?"}),
             ]
         );

@@ -2,8 +2,9 @@
 
 use std::cell::RefCell;
 
+use super::super::shown::Shown;
 use super::super::training::{TrainingStage, example, prompts};
-use super::super::{Failure, Outcome, RowStage, StageContext, TableName, Task, shown};
+use super::super::{Failure, Outcome, RowStage, StageContext, TableName, Task};
 use super::settings::TrainDpo;
 use ovchat_data::store::Key;
 use ovchat_data::tables::{Pair, Reference};
@@ -70,14 +71,7 @@ impl RowStage for ReferencePass<'_> {
         let mut key = key.with(format!("{:?} {:?}", self.stage.mask, self.stage.newlines));
         for pair in group {
             key = key.with([u8::from(self.stage.is_audited(pair))]);
-            let system = pair.system.as_deref();
-            key = shown(
-                key.with(&pair.row_key),
-                &pair.image_ids,
-                system,
-                &pair.turns,
-                &pair.prompt,
-            );
+            key = Shown::from(pair).add_to(key.with(&pair.row_key));
             for (text, token_ids) in [
                 (&pair.chosen, &pair.chosen_token_ids),
                 (&pair.rejected, &pair.rejected_token_ids),

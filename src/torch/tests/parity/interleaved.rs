@@ -14,8 +14,8 @@ use super::{
 };
 use ovchat_models::preprocess::PromptIds;
 use ovchat_models::{
-    self as models, ChatPrompt, Checkpointing, DpoSettings, DpoTrainer as _, EncodedImage, Loss,
-    Mask, Newlines, Objective, Optimization,
+    self as models, ChatPrompt, Checkpointing, DpoSettings, DpoTrainer as _, Loss, Mask, Newlines,
+    Objective, Optimization, Visual,
 };
 use ovchat_torch::checkpoint::Purpose;
 use ovchat_torch::dpo_trainer::PolicyDpo;
@@ -60,7 +60,7 @@ fn block(folder: &Path, architecture: &Architecture, report: &mut Report) {
     let folder = folder.join(architecture.checkpoints);
     let title = |what: &str| format!("{}{what}", architecture.title);
     let recorded: Cases = json(&folder.join("cases.json"));
-    let mut images: HashMap<&String, EncodedImage> = HashMap::new();
+    let mut images: HashMap<&String, Visual> = HashMap::new();
     for name in recorded.cases.iter().flat_map(|case| &case.images) {
         let path = folder.join(format!("{name}.png"));
         images.entry(name).or_insert_with(|| image_file(&path));

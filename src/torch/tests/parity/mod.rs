@@ -26,7 +26,7 @@ use tch::{Device, Kind, Tensor};
 
 use ovchat_models::preprocess::Processor;
 use ovchat_models::{
-    ChatPrompt, ChatRole, ChatTurn, DeviceSpec, Dtype, EncodedImage, Mask, VisionLanguageSpec,
+    ChatPrompt, ChatRole, ChatTurn, DeviceSpec, Dtype, Mask, VisionLanguageSpec, Visual,
 };
 use ovchat_torch::checkpoint::{Checkpoint, Purpose};
 use ovchat_torch::networks as list;
@@ -252,13 +252,13 @@ fn spec(weights: PathBuf) -> VisionLanguageSpec {
 }
 
 /// An image file of the recording.
-fn image_file(path: &Path) -> EncodedImage {
+fn image_file(path: &Path) -> Visual {
     let bytes = fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    EncodedImage::new(path.display().to_string(), bytes.into())
+    Visual::new(path.display().to_string(), bytes.into())
 }
 
 /// A prompt of the recording; its turns are pairs of role and text.
-fn prompt(question: &str, turns: &[[String; 2]], images: Vec<EncodedImage>) -> ChatPrompt {
+fn prompt(question: &str, turns: &[[String; 2]], images: Vec<Visual>) -> ChatPrompt {
     let turn = |[role, text]: &[String; 2]| ChatTurn {
         role: if role == "user" {
             ChatRole::User

@@ -5,7 +5,7 @@ use std::path::Path;
 use tch::Tensor;
 
 use super::{Recorded, Report, compare, image_file, json};
-use ovchat_models::EncodedImage;
+use ovchat_models::Visual;
 use ovchat_models::preprocess::{Clip, ImageProcessorConfig, PIXELS_MAX, Processor, decode};
 
 #[derive(serde::Deserialize)]
@@ -51,19 +51,19 @@ impl Processors {
     }
 
     /// The policy's pixels of an image in a prompt with `images` images.
-    fn policy(&self, image: &EncodedImage, images: usize) -> Vec<f32> {
+    fn policy(&self, image: &Visual, images: usize) -> Vec<f32> {
         self.policy.tiles(image, images).unwrap().pixels
     }
 
     /// The judge's pixels of an image.
-    fn judge(&self, image: &EncodedImage) -> Vec<f32> {
+    fn judge(&self, image: &Visual) -> Vec<f32> {
         let rgb = decode(&image.bytes, PIXELS_MAX).unwrap();
         self.judge.pixels(rgb)
     }
 
     /// The gray levels of an image as the only one of its prompt, as one of several, and for the
     /// judge.
-    fn levels(&self, image: &EncodedImage) -> [Vec<u8>; 3] {
+    fn levels(&self, image: &Visual) -> [Vec<u8>; 3] {
         let side = self.policy_side;
         let policy = |images| levels(&self.policy(image, images), side, [0.5; 3], [0.5; 3]);
         let ImageProcessorConfig {

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::interleaved::{forward, updates};
 use super::{Report, compare, image_file, json};
-use ovchat_models::{ChatPrompt, EncodedImage};
+use ovchat_models::{ChatPrompt, Visual};
 
 #[derive(serde::Deserialize)]
 struct Cases {
@@ -36,7 +36,7 @@ fn block(folder: &Path, report: &mut Report) {
     let image = |name: String| image_file(&folder.join(format!("{name}.png")));
     let video = |name: &String| {
         let frames = 0..recorded.clips[name];
-        EncodedImage::video(
+        Visual::video(
             frames
                 .map(|number| image(format!("{name}-{number}")))
                 .collect(),

@@ -5,8 +5,8 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use ovchat_models::{
-    ChatPrompt, DeviceSpec, Dtype, EncodedImage, Generation, ModelTelemetry, Policy, RowFault,
-    Sampling, VisionLanguageSpec,
+    ChatPrompt, DeviceSpec, Dtype, Generation, ModelTelemetry, Policy, RowFault, Sampling,
+    VisionLanguageSpec, Visual,
 };
 
 /// The checkpoint's folder.
@@ -49,8 +49,8 @@ pub fn prompts() -> Vec<ChatPrompt> {
     prompts.collect()
 }
 
-fn image(name: &str) -> EncodedImage {
-    EncodedImage::new(
+fn image(name: &str) -> Visual {
+    Visual::new(
         name.to_owned(),
         std::fs::read(folder().join(name)).unwrap().into(),
     )

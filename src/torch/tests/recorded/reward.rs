@@ -5,8 +5,8 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use ovchat_models::{
-    AnswerGroup, ChatPrompt, DeviceSpec, Dtype, EncodedImage, Judge, JudgeScore, LlavaRlhfSpec,
-    ModelTelemetry, RowFault,
+    AnswerGroup, ChatPrompt, DeviceSpec, Dtype, Judge, JudgeScore, LlavaRlhfSpec, ModelTelemetry,
+    RowFault, Visual,
 };
 
 /// A row of the recording.
@@ -29,8 +29,8 @@ pub fn rows() -> Vec<Row> {
     serde_json::from_slice(&text).unwrap()
 }
 
-pub fn encoded(name: &str) -> EncodedImage {
-    EncodedImage::new(
+pub fn encoded(name: &str) -> Visual {
+    Visual::new(
         name.to_owned(),
         std::fs::read(folder().join("images").join(name))
             .unwrap()

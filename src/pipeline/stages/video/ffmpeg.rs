@@ -1,0 +1,554 @@
+//! Decoding of video files by the programs `ffmpeg` and `ffprobe`.
+//!
+//! A decoder of untrusted files stays outside of this process: its memory and time are limited, it
+//! cannot write files, it has no environment, and it opens only the formats and codecs listed here,
+//! from local files. A playlist that is named like a video would otherwise open other files.
+
+mod process;
+
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use self::process::{Ended, Program};
+use super::fault::VideoFault;
+
+/// The containers that are accepted.
+const FORMATS: &str = "mov,matroska,avi,gif";
+
+/// The decoders that are accepted. `libdav1d` is that of AV1 in most builds; `mjpeg` and `png` also read
+/// covers. Audio and subtitles are never decoded, but `ffprobe` fails at a stream without a decoder.
+const VIDEO: &str = "h264,hevc,vp8,vp9,av1,libdav1d,mpeg4,mjpeg,gif,png";
+const AUDIO: &str = "aac,aac_fixed,aac_latm,ac3,ac3_fixed,eac3,alac,dca,flac,mp1,mp1float,mp2,mp2float,mp3,\
+                     mp3float,opus,libopus,vorbis,libvorbis,amrnb,amrwb,libopencore_amrnb,libopencore_amrwb,\
+                     pcm_s16le,pcm_s16be,pcm_s24le,pcm_s32le,pcm_f32le,pcm_u8,pcm_alaw,pcm_mulaw,adpcm_ms,\
+                     adpcm_ima_wav,adpcm_ima_qt";
+const SUBTITLES: &str = "mov_text,subrip,srt,ass,ssa,webvtt,text";
+
+/// The maximum size of a frame, in pixels: 8K (7680 × 4320).
+const PIXELS_MAX: &str = "33177600";
+
+/// The oldest version that is known to work.
+const OLDEST: (u32, u32) = (4, 4);
+
+/// The version that has `-fps_mode` in place of `-vsync`.
+const WITH_FPS_MODE: (u32, u32) = (5, 1);
+
+/// Frames that lie further apart are sought one by one instead of decoding everything between.
+const SEEK_DISTANCE: usize = 250;
+
+/// The programs `ffmpeg` and `ffprobe`.
+#[derive(Debug, Clone)]
+pub struct Ffmpeg {
+    ffmpeg: PathBuf,
+    ffprobe: PathBuf,
+    /// The version as the program prints it: `5.1.6-0+deb12u1`.
+    pub version: String,
+    has_fps_mode: bool,
+}
+
+/// The properties of a file's video stream.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Probed {
+    pub codec: String,
+    /// The size of a decoded frame in pixels, after rotation.
+    pub width: usize,
+    pub height: usize,
+    /// The number of frames.
+    pub frames: usize,
+    /// The average number of frames per second.
+    pub fps: Option<f64>,
+    /// The presentation times of all frames in units of `time_base`, ascending; empty if frames
+    /// cannot be found by their times.
+    times: Vec<i64>,
+    /// Seconds per unit of time, as a fraction.
+    time_base: [i64; 2],
+}
+
+impl Ffmpeg {
+    /// Finds the programs on the `PATH`.
+    ///
+    /// # Errors
+    ///
+    /// Fails if one is missing, too old or does not start.
+    pub fn find() -> Result<Self, String> {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let [ffmpeg, ffprobe] = ["ffmpeg", "ffprobe"].map(|name| {
+            let found = std::env::split_paths(&path).map(|folder| folder.join(name));
+            let is_program = |file: &PathBuf| {
+                let found = file.metadata();
+                found.is_ok_and(|found| found.is_file() && found.permissions().mode() & 0o111 != 0)
+            };
+            found.into_iter().find(is_program).ok_or_else(|| {
+                format!(
+                    "`{name}` was not found; install ffmpeg {}.{} or later (Debian, Ubuntu: `apt-get install \
+                     ffmpeg`)",
+                    OLDEST.0, OLDEST.1
+                )
+            })
+        });
+        let (ffmpeg, ffprobe) = (ffmpeg?, ffprobe?);
+        let version = version(&ffmpeg)?;
+        let number = number(&version);
+        if number.is_some_and(|number| number < OLDEST) {
+            return Err(format!(
+                "{} has version {version}, which is too old; install ffmpeg {}.{} or later",
+                ffmpeg.display(),
+                OLDEST.0,
+                OLDEST.1
+            ));
+        }
+        Ok(Self {
+            ffmpeg,
+            ffprobe,
+            version,
+            // Builds from the repository have no number; they are newer.
+            has_fps_mode: number.is_none_or(|number| number >= WITH_FPS_MODE),
+        })
+    }
+
+    /// Reads the properties of the first video stream, without decoding it.
+    pub fn probe(&self, file: &Path, limit: Duration) -> Result<Probed, VideoFault> {
+        let entries = "stream=codec_name,width,height,avg_frame_rate,time_base:stream_side_data=rotation:\
+                       packet=pts,flags:packet_side_data=side_data_type:format=format_name";
+        let mut probing = Probing::default();
+        let arguments = ["-v", "error", "-show_entries", entries, "-of", "compact"];
+        self.ask(file, &arguments, limit, &mut |line| probing.line(line))?;
+        let Probing {
+            mut probed,
+            is_turned,
+            has_index,
+            is_encrypted,
+            mut times,
+            discards,
+            ..
+        } = probing;
+        if is_encrypted {
+            let words = "the video stream is encrypted; decrypt the file first".to_owned();
+            return Err(VideoFault::File(words));
+        }
+        if !probed.codec.is_empty() && probed.width * probed.height == 0 {
+            let words = "the size of its frames is unknown, or larger than 8K (7680 x 4320)";
+            return Err(VideoFault::File(words.to_owned()));
+        }
+        if probed.codec.is_empty() {
+            return Err(VideoFault::File("the file has no video stream".to_owned()));
+        }
+        if probed.frames == 0 {
+            return Err(VideoFault::File(
+                "the video stream has no frames".to_owned(),
+            ));
+        }
+        if is_turned {
+            std::mem::swap(&mut probed.width, &mut probed.height);
+        }
+        times.sort_unstable();
+        let are_distinct = times.windows(2).all(|pair| pair[0] < pair[1]);
+        if has_index && !discards && are_distinct && times.len() == probed.frames {
+            probed.times = times;
+        }
+        Ok(probed)
+    }
+
+    /// Counts the frames by decoding them. Streams with frames that are never shown have fewer frames
+    /// than packets.
+    pub fn count(&self, file: &Path, limit: Duration) -> Result<usize, VideoFault> {
+        let mut count = None;
+        let arguments = [
+            "-v",
+            "error",
+            "-threads",
+            "1",
+            "-count_frames",
+            "-show_entries",
+            "stream=nb_read_frames",
+            "-of",
+            "compact",
+        ];
+        self.ask(file, &arguments, limit, &mut |line| {
+            for (key, value) in fields(line) {
+                if key == "nb_read_frames" {
+                    count = value.parse().ok();
+                }
+            }
+        })?;
+        match count {
+            None | Some(0) => Err(VideoFault::File(
+                "the video stream has no frames".to_owned(),
+            )),
+            Some(count) => Ok(count),
+        }
+    }
+
+    /// Runs `ffprobe` and passes the lines of its output on.
+    fn ask(
+        &self,
+        file: &Path,
+        arguments: &[&str],
+        limit: Duration,
+        line: &mut dyn FnMut(&str),
+    ) -> Result<(), VideoFault> {
+        let mut all: Vec<OsString> = arguments.iter().map(OsString::from).collect();
+        all.extend(guards().map(OsString::from));
+        all.extend(["-select_streams", "V:0", "-i"].map(OsString::from));
+        all.push(local(file));
+        let program = Program {
+            name: "ffprobe",
+            path: &self.ffprobe,
+            arguments: &all,
+            limit,
+        };
+        let mut rest = Vec::new();
+        let ended = program.run(1 << 16, &mut |bytes| {
+            rest.extend_from_slice(&bytes);
+            while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
+                let whole: Vec<u8> = rest.drain(..=end).collect();
+                line(String::from_utf8_lossy(&whole).trim_end());
+            }
+            Ok(())
+        })?;
+        ended.result("ffprobe").map(drop)
+    }
+
+    /// Decodes the frames at `indices`, which are ascending, and passes each on as RGB bytes, row by
+    /// row. Equal indices are decoded once; a frame may be passed on twice.
+    ///
+    /// Returns false if the stream ended before the last of them.
+    pub fn frames(
+        &self,
+        file: &Path,
+        probed: &Probed,
+        indices: &[usize],
+        limit: Duration,
+        take: &mut dyn FnMut(usize, Vec<u8>) -> Result<(), VideoFault>,
+    ) -> Result<bool, VideoFault> {
+        let wanted: BTreeSet<usize> = indices.iter().copied().collect();
+        let wanted: Vec<usize> = wanted.into_iter().collect();
+        let gaps = wanted.windows(2).map(|pair| pair[1] - pair[0]);
+        let gap = gaps.max().unwrap_or(wanted[0]);
+        if gap > SEEK_DISTANCE && !probed.times.is_empty() {
+            let mut exact = true;
+            for &index in &wanted {
+                let Some(frame) = self.sought(file, probed, index, limit)? else {
+                    exact = false;
+                    break;
+                };
+                take(index, frame)?;
+            }
+            if exact {
+                return Ok(true);
+            }
+        }
+        let chosen: Vec<String> = wanted
+            .iter()
+            .map(|index| format!("eq(n,{index})"))
+            .collect();
+        let select = format!("select='{}'", chosen.join("+"));
+        let arguments = self.decoding(file, "error", &[], &["-vf", &select]);
+        let mut done = 0;
+        let ended = self.decoded(&arguments, probed, limit, &mut |frame| {
+            let index = wanted.get(done).ok_or_else(|| {
+                VideoFault::File("ffmpeg wrote more frames than were asked for".to_owned())
+            })?;
+            done += 1;
+            take(*index, frame)
+        })?;
+        ended.result("ffmpeg")?;
+        Ok(done == wanted.len())
+    }
+
+    /// Decodes one frame from the key frame before it. `None` if another frame came: then only
+    /// decoding from the start is exact.
+    fn sought(
+        &self,
+        file: &Path,
+        probed: &Probed,
+        index: usize,
+        limit: Duration,
+    ) -> Result<Option<Vec<u8>>, VideoFault> {
+        let Some(&time) = probed.times.get(index) else {
+            return Ok(None);
+        };
+        let [units, per] = probed.time_base;
+        let mut seek = Vec::new();
+        if let Some(before) = index.checked_sub(1) {
+            // Between the frame and the one before it, out of reach of rounding.
+            let middle = (time as f64 + probed.times[before] as f64) / 2.0;
+            let seconds = middle * units as f64 / per as f64;
+            if seconds <= 0.0 {
+                return Ok(None);
+            }
+            seek = vec![
+                "-seek_timestamp".to_owned(),
+                "1".to_owned(),
+                "-ss".to_owned(),
+                format!("{seconds:.6}"),
+            ];
+        }
+        seek.push("-copyts".to_owned());
+        let before: Vec<&str> = seek.iter().map(String::as_str).collect();
+        let after = ["-vf", "showinfo", "-frames:v", "1"];
+        let arguments = self.decoding(file, "level+info", &before, &after);
+        let mut frames = Vec::new();
+        let ended = self.decoded(&arguments, probed, limit, &mut |frame| {
+            frames.push(frame);
+            Ok(())
+        })?;
+        let words = ended.result("ffmpeg")?;
+        let shown = words.lines().find_map(shown_time);
+        let frame = frames.pop();
+        Ok(frame.filter(|_| frames.is_empty() && shown == Some(time)))
+    }
+
+    /// Returns the arguments of a decoding to raw RGB frames.
+    fn decoding(&self, file: &Path, log: &str, before: &[&str], after: &[&str]) -> Vec<OsString> {
+        let fixed = [
+            "-nostdin",
+            "-hide_banner",
+            "-v",
+            log,
+            "-xerror",
+            "-err_detect",
+            "explode",
+            "-threads",
+            "1",
+            "-filter_threads",
+            "1",
+        ];
+        let passthrough = if self.has_fps_mode {
+            ["-fps_mode", "passthrough"]
+        } else {
+            ["-vsync", "0"]
+        };
+        // `bilinear` converts 10-bit colors as decord does; others do not depend on it.
+        let output = [
+            "-sws_flags",
+            "bilinear",
+            "-f",
+            "rawvideo",
+            "-pix_fmt",
+            "rgb24",
+            "pipe:1",
+        ];
+        let mut all: Vec<OsString> = fixed.map(OsString::from).to_vec();
+        all.extend(guards().map(OsString::from));
+        all.extend(before.iter().map(OsString::from));
+        all.extend([OsString::from("-i"), local(file)]);
+        all.extend(["-map", "0:V:0", "-an", "-sn", "-dn"].map(OsString::from));
+        all.extend(after.iter().map(OsString::from));
+        all.extend(passthrough.map(OsString::from));
+        all.extend(output.map(OsString::from));
+        all
+    }
+
+    /// Runs `ffmpeg` and passes whole frames on.
+    fn decoded(
+        &self,
+        arguments: &[OsString],
+        probed: &Probed,
+        limit: Duration,
+        take: &mut dyn FnMut(Vec<u8>) -> Result<(), VideoFault>,
+    ) -> Result<Ended, VideoFault> {
+        let frame = 3 * probed.width * probed.height;
+        let program = Program {
+            name: "ffmpeg",
+            path: &self.ffmpeg,
+            arguments,
+            limit,
+        };
+        program.run(frame, &mut |bytes| {
+            if bytes.len() != frame {
+                return Err(VideoFault::File(
+                    "ffmpeg wrote an incomplete frame; the frames change their size".to_owned(),
+                ));
+            }
+            take(bytes)
+        })
+    }
+}
+
+/// The arguments that restrict what is opened.
+fn guards() -> [&'static str; 12] {
+    [
+        "-protocol_whitelist",
+        "file",
+        "-format_whitelist",
+        FORMATS,
+        "-codec_whitelist:v",
+        VIDEO,
+        "-codec_whitelist:a",
+        AUDIO,
+        "-codec_whitelist:s",
+        SUBTITLES,
+        "-max_pixels",
+        PIXELS_MAX,
+    ]
+}
+
+/// Returns a path as an argument that is no other protocol and no option.
+fn local(file: &Path) -> OsString {
+    let mut name = OsString::from("file:");
+    name.push(file);
+    name
+}
+
+/// Returns the version of an ffmpeg: `5.1.6-0+deb12u1`.
+fn version(ffmpeg: &Path) -> Result<String, String> {
+    let run = Command::new(ffmpeg)
+        .arg("-version")
+        .env_clear()
+        .stdin(Stdio::null())
+        .output();
+    let output = run.map_err(|error| format!("cannot start {}: {error}", ffmpeg.display()))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let mut words = text.lines().next().unwrap_or_default().split_whitespace();
+    let version = match (words.next(), words.next(), words.next()) {
+        (Some("ffmpeg"), Some("version"), Some(version)) => Some(version),
+        _ => None,
+    };
+    let version = version.filter(|_| output.status.success());
+    let version: Option<String> = version.map(|version| version.chars().take(60).collect());
+    version.ok_or_else(|| {
+        format!(
+            "`{} -version` does not print a version; install ffmpeg {}.{} or later",
+            ffmpeg.display(),
+            OLDEST.0,
+            OLDEST.1
+        )
+    })
+}
+
+/// Returns the major and minor number of a version: those of `n5.1`, `4.4.2-0ubuntu0` and `7:6.0`.
+fn number(version: &str) -> Option<(u32, u32)> {
+    let version = version.strip_prefix('n').unwrap_or(version);
+    let mut numbers = version.split(|c: char| !c.is_ascii_digit());
+    let major: u32 = numbers.next()?.parse().ok()?;
+    let minor = numbers.next().and_then(|minor| minor.parse().ok());
+    // A date, as in builds of one day.
+    (major < 1000).then_some((major, minor.unwrap_or(0)))
+}
+
+/// The properties that lines of `ffprobe` gave so far.
+#[derive(Default)]
+struct Probing {
+    probed: Probed,
+    is_turned: bool,
+    has_index: bool,
+    is_encrypted: bool,
+    times: Vec<i64>,
+    /// True if the file says that some packets are not shown, or some have no time.
+    discards: bool,
+}
+
+impl Probing {
+    fn line(&mut self, line: &str) {
+        let is_packet = line.starts_with("packet|");
+        let mut time: Option<i64> = None;
+        let mut is_shown = true;
+        for (key, value) in fields(line) {
+            match key {
+                "pts" if is_packet => time = value.parse().ok(),
+                "flags" if is_packet => is_shown = !value.contains('D'),
+                "codec_name" => value.clone_into(&mut self.probed.codec),
+                "side_data_type" => self.is_encrypted |= value.starts_with("Encryption"),
+                "width" => self.probed.width = value.parse().unwrap_or(0),
+                "height" => self.probed.height = value.parse().unwrap_or(0),
+                "avg_frame_rate" => {
+                    self.probed.fps = fraction(value)
+                        .filter(|[count, seconds]| *count > 0 && *seconds > 0)
+                        .map(|[count, seconds]| count as f64 / seconds as f64);
+                }
+                "time_base" => {
+                    self.probed.time_base = fraction(value)
+                        .filter(|[_, per]| *per > 0)
+                        .unwrap_or([0, 1]);
+                }
+                "rotation" => {
+                    let degrees: f64 = value.parse().unwrap_or(0.0);
+                    self.is_turned = (degrees.abs() % 180.0 - 90.0).abs() < 1.0;
+                }
+                "format_name" => {
+                    let names = value.split(',');
+                    self.has_index = names
+                        .into_iter()
+                        .any(|name| ["mov", "matroska"].contains(&name));
+                }
+                _ => {}
+            }
+        }
+        if is_packet {
+            self.probed.frames += usize::from(is_shown);
+            self.discards |= !is_shown || time.is_none();
+            self.times.extend(time.filter(|_| is_shown));
+        }
+    }
+}
+
+/// Returns the keys and values of a line of `-of compact`: `stream|codec_name=h264|width=160`.
+fn fields(line: &str) -> impl Iterator<Item = (&str, &str)> {
+    line.split('|').filter_map(|field| field.split_once('='))
+}
+
+fn fraction(text: &str) -> Option<[i64; 2]> {
+    let (above, below) = text.split_once('/')?;
+    Some([above.parse().ok()?, below.parse().ok()?])
+}
+
+/// Returns the presentation time of the first frame that the filter `showinfo` describes in a line.
+fn shown_time(line: &str) -> Option<i64> {
+    let (_, said) = line.split_once("Parsed_showinfo")?;
+    let (_, said) = said.split_once("] n:")?;
+    let (_, said) = said.split_once("pts:")?;
+    said.split_whitespace().next()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_have_two_numbers_or_none() {
+        assert_eq!(number("5.1.6-0+deb12u1"), Some((5, 1)));
+        assert_eq!(number("4.4.2-0ubuntu0.22.04.1"), Some((4, 4)));
+        assert_eq!(number("n7.0"), Some((7, 0)));
+        assert_eq!(number("8"), Some((8, 0)));
+        assert_eq!(number("N-113456-gabc"), None);
+        assert_eq!(number("2024-01-01-git-abc"), None);
+    }
+
+    #[test]
+    fn lines_of_ffprobe_become_properties() {
+        let mut probing = Probing::default();
+        for line in [
+            "packet|pts=1024|flags=K_",
+            "packet|pts=0|flags=__D",
+            "packet|pts=N/A|flags=__",
+            "stream|codec_name=h264|width=160|height=90|avg_frame_rate=30000/1001|time_base=1/15360|side_data|rotation=-90",
+            "format|format_name=mov,mp4,m4a,3gp,3g2,mj2",
+            "",
+            "width",
+        ] {
+            probing.line(line);
+        }
+        assert!(probing.is_turned && probing.has_index && probing.discards);
+        assert_eq!((probing.probed.frames, probing.times), (2, vec![1024]));
+        assert_eq!(
+            (&*probing.probed.codec, probing.probed.width),
+            ("h264", 160)
+        );
+        assert!((probing.probed.fps.unwrap() - 29.97).abs() < 0.001);
+    }
+
+    #[test]
+    fn the_time_of_a_frame_is_read_from_the_log() {
+        let line = "[Parsed_showinfo_0 @ 0x55] [info] n:   0 pts: 153088 pts_time:9.96667 pos: 1";
+        assert_eq!(shown_time(line), Some(153_088));
+        assert_eq!(
+            shown_time("[Parsed_showinfo_0 @ 0x55] [info] config in time_base: 1/15360"),
+            None
+        );
+    }
+}

@@ -1,0 +1,355 @@
+//! Running a decoder with limits on memory and time.
+
+use std::ffi::OsString;
+use std::io::{self, Read};
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::super::fault::VideoFault;
+use ovchat_io::files;
+use ovchat_io::visible::visible as shown;
+
+/// The address space of a decoder, in KiB. It does not load with much less than 400 MB.
+const MEMORY_KIB: u32 = 2_000_000;
+
+/// Sets the limits in the child and starts the program: address space, processor time, and no writing
+/// of files.
+const LIMITED: &str = "ulimit -v \"$1\" && ulimit -S -t \"$2\" && ulimit -H -t \"$3\" && ulimit -f 0 && \
+                       ulimit -c 0 || exit 125; shift 3; exec \"$@\"";
+
+/// The exit code of the shell if it could not set the limits.
+const NO_LIMITS: i32 = 125;
+
+/// The interval at which interrupts are looked for.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// The bytes of stderr that are kept, and those that a message shows.
+const WORDS_MAX: usize = 1 << 16;
+const SHOWN_MAX: usize = 300;
+
+const SIGKILL: i32 = 9;
+const SIGXCPU: i32 = 24;
+
+/// A decoder to run.
+pub struct Program<'a> {
+    pub name: &'static str,
+    pub path: &'a Path,
+    pub arguments: &'a [OsString],
+    /// The time that it may take.
+    pub limit: Duration,
+}
+
+/// The end of a program.
+pub struct Ended {
+    status: ExitStatus,
+    /// The text of stderr.
+    words: String,
+}
+
+/// A message of a reader of a program's output.
+enum Output {
+    /// Some bytes of stdout.
+    Bytes(Vec<u8>),
+    /// All of stderr.
+    Words(String),
+    /// The end of stdout.
+    End,
+}
+
+impl Program<'_> {
+    /// Runs the program and passes its output on in pieces of `piece` bytes; the last one may be
+    /// shorter.
+    pub fn run(
+        &self,
+        piece: usize,
+        take: &mut dyn FnMut(Vec<u8>) -> Result<(), VideoFault>,
+    ) -> Result<Ended, VideoFault> {
+        let mut child = Killed(self.start()?);
+        let (Some(stdout), Some(stderr)) = (child.0.stdout.take(), child.0.stderr.take()) else {
+            unreachable!("both are piped")
+        };
+        // At most two pieces wait, so that a slow taker does not fill the memory.
+        let (sender, receiver) = sync_channel(2);
+        let words = sender.clone();
+        thread::spawn(move || pass_on(stdout, piece, &sender));
+        thread::spawn(move || words.send(Output::Words(kept(stderr))));
+        let words = self.receive(&receiver, take)?;
+        let status = child.0.wait().map_err(|error| self.broken(&error))?;
+        Ok(Ended { status, words })
+    }
+
+    /// Takes the output until the program closed it; returns the text of stderr.
+    fn receive(
+        &self,
+        receiver: &Receiver<Output>,
+        take: &mut dyn FnMut(Vec<u8>) -> Result<(), VideoFault>,
+    ) -> Result<String, VideoFault> {
+        let until = Instant::now() + self.limit;
+        let mut words = None;
+        let mut is_open = true;
+        while is_open || words.is_none() {
+            if files::stopped() {
+                return Err(VideoFault::Stopped);
+            }
+            if Instant::now() >= until {
+                return Err(self.too_slow());
+            }
+            match receiver.recv_timeout(LOOK) {
+                Ok(Output::Bytes(bytes)) => take(bytes)?,
+                Ok(Output::Words(text)) => words = Some(text),
+                Ok(Output::End) => is_open = false,
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+        }
+        Ok(words.unwrap_or_default())
+    }
+
+    fn start(&self) -> Result<Child, VideoFault> {
+        let seconds = self.limit.as_secs().max(1);
+        Command::new("/bin/sh")
+            .args(["-c", LIMITED, "sh"])
+            .args([MEMORY_KIB.to_string(), seconds.to_string()])
+            .arg((seconds + 5).to_string())
+            .arg(self.path)
+            .args(self.arguments)
+            .env_clear()
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            // Ctrl-C reaches this program only, which ends the decoder.
+            .process_group(0)
+            .spawn()
+            .map_err(|error| self.broken(&error))
+    }
+
+    fn broken(&self, error: &io::Error) -> VideoFault {
+        VideoFault::Program(format!("cannot run {}: {error}", self.path.display()))
+    }
+
+    fn too_slow(&self) -> VideoFault {
+        too_slow(self.name, self.limit.as_secs())
+    }
+}
+
+fn too_slow(name: &str, seconds: u64) -> VideoFault {
+    VideoFault::File(format!(
+        "{name} did not finish within {seconds} s; raise `timeout_s`, or cut the file"
+    ))
+}
+
+/// A child that is killed when it is dropped.
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
+}
+
+/// Sends the bytes of a pipe in pieces until it is closed or nobody takes them.
+fn pass_on(mut pipe: impl Read, piece: usize, sender: &SyncSender<Output>) {
+    loop {
+        let mut bytes = Vec::with_capacity(piece);
+        let read = pipe.by_ref().take(piece as u64).read_to_end(&mut bytes);
+        let is_end = read.is_err() || bytes.len() < piece;
+        if !bytes.is_empty() && sender.send(Output::Bytes(bytes)).is_err() {
+            return;
+        }
+        if is_end {
+            drop(sender.send(Output::End));
+            return;
+        }
+    }
+}
+
+/// Reads all of a pipe and returns its first [`WORDS_MAX`] bytes.
+fn kept(mut pipe: impl Read) -> String {
+    let mut bytes = Vec::new();
+    let read = pipe.by_ref().take(WORDS_MAX as u64).read_to_end(&mut bytes);
+    if read.is_ok() {
+        drop(io::copy(&mut pipe, &mut io::sink()));
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+impl Ended {
+    /// Returns what the program wrote to stderr, if it succeeded.
+    pub fn result(self, name: &'static str) -> Result<String, VideoFault> {
+        let problem = match (self.status.code(), self.status.signal()) {
+            (Some(0), _) => return Ok(self.words),
+            (Some(NO_LIMITS), _) => {
+                return Err(VideoFault::Program(format!(
+                    "cannot limit the memory of {name}: {}",
+                    said(&self.words)
+                )));
+            }
+            (Some(126 | 127), _) => {
+                return Err(VideoFault::Program(format!(
+                    "cannot start {name}: {}",
+                    said(&self.words)
+                )));
+            }
+            (_, Some(SIGKILL)) => {
+                return Err(VideoFault::Program(format!(
+                    "{name} was killed (signal {SIGKILL}); the machine may have run out of memory. Run again"
+                )));
+            }
+            (_, Some(SIGXCPU)) => "used up its processor time".to_owned(),
+            (_, Some(signal)) => format!("crashed with signal {signal}"),
+            (code, None) => format!("exited with code {}", code.unwrap_or_default()),
+        };
+        let words = said(&self.words);
+        Err(VideoFault::File(match words.as_str() {
+            "" => format!("{name} {problem}"),
+            words => format!("{name}: {words}"),
+        }))
+    }
+}
+
+/// Returns the first errors of a log on one line. Addresses are removed, because they differ from run
+/// to run.
+fn said(log: &str) -> String {
+    let has_levels = log.contains("[error]") || log.contains("[fatal]");
+    let mut lines: Vec<String> = Vec::new();
+    for line in log.lines() {
+        if has_levels && !line.contains("[error]") && !line.contains("[fatal]") {
+            continue;
+        }
+        let line = in_own_words(&without_address(line.trim()));
+        let is_count = line.starts_with("Last message repeated");
+        if !line.is_empty() && !is_count && !lines.contains(&line) {
+            lines.push(line);
+        }
+        if lines.len() == 3 {
+            break;
+        }
+    }
+    let text: String = lines.join("; ").chars().take(SHOWN_MAX).collect();
+    shown(&text).into_owned()
+}
+
+/// Returns a line about a codec or format that is not accepted in our words, others as they are.
+fn in_own_words(line: &str) -> String {
+    const HOW: &str = "convert the file, as with `ffmpeg -i FILE -c:v libx264 NEW.mp4`";
+    let codec = line
+        .split_once("Codec (")
+        .and_then(|(_, rest)| rest.split_once(") not on whitelist"));
+    if let Some((codec, _)) = codec {
+        return format!("the codec `{codec}` is not accepted; {HOW}");
+    }
+    let format = line.split_once("] Format not on whitelist");
+    match format.and_then(|(name, _)| name.strip_prefix('[')) {
+        Some(format) => format!("the format `{format}` is not accepted; {HOW}"),
+        None => line.to_owned(),
+    }
+}
+
+/// Returns `[h264 @ 0x55d0] broken` without the address.
+fn without_address(line: &str) -> String {
+    let mut text = String::with_capacity(line.len());
+    let mut rest = line;
+    while let Some((before, after)) = rest.split_once(" @ 0x") {
+        text.push_str(before);
+        rest = after.trim_start_matches(|c: char| c.is_ascii_hexdigit());
+    }
+    text + rest
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Runs a shell script in place of a decoder.
+    fn run(script: &str, limit: Duration) -> Result<(Vec<usize>, String), VideoFault> {
+        let arguments = ["-c", script].map(OsString::from);
+        let program = Program {
+            name: "sh",
+            path: Path::new("/bin/sh"),
+            arguments: &arguments,
+            limit,
+        };
+        let mut lengths = Vec::new();
+        let ended = program.run(4, &mut |bytes| {
+            lengths.push(bytes.len());
+            Ok(())
+        })?;
+        ended.result("sh").map(|words| (lengths, words))
+    }
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn output_comes_in_pieces_beside_the_log() {
+        let (lengths, words) = run("printf 123456789; echo fine >&2", LONG).unwrap();
+        assert_eq!(lengths, [4, 4, 1]);
+        assert_eq!(words, "fine\n");
+        assert_eq!(run("exit 0", LONG).unwrap(), (vec![], String::new()));
+    }
+
+    #[test]
+    fn a_program_that_hangs_or_writes_endless_logs_is_ended() {
+        let begun = Instant::now();
+        let fault = run("sleep 60", Duration::from_secs(1)).unwrap_err();
+        let expected = "sh did not finish within 1 s; raise `timeout_s`, or cut the file";
+        assert_eq!(fault, VideoFault::File(expected.to_owned()));
+        assert!(begun.elapsed() < Duration::from_secs(30));
+        let endless = "while :; do echo noise >&2; done";
+        assert!(matches!(
+            run(endless, Duration::from_secs(1)),
+            Err(VideoFault::File(_))
+        ));
+    }
+
+    #[test]
+    fn it_has_no_environment_writes_no_file_and_has_little_memory() {
+        let (_, words) = run("env >&2", LONG).unwrap();
+        let names = words.lines().filter(|line| !line.starts_with('_'));
+        assert_eq!(
+            names.filter(|line| !line.starts_with("PWD=")).count(),
+            0,
+            "{words}"
+        );
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("written");
+        let write = format!("echo long >{}", file.display());
+        assert!(run(&write, LONG).is_err());
+        assert_eq!(file.metadata().map_or(0, |file| file.len()), 0);
+        let (_, limit) = run("ulimit -v >&2", LONG).unwrap();
+        assert_eq!(limit.trim(), MEMORY_KIB.to_string());
+    }
+
+    #[test]
+    fn the_reason_is_the_programs_own() {
+        let broken = "echo '[h264 @ 0x55d0ab] bad \u{1b}[2J block' >&2; exit 1";
+        let fault = run(broken, LONG).unwrap_err();
+        let expected = "sh: [h264] bad \\u001b[2J block";
+        assert_eq!(fault, VideoFault::File(expected.to_owned()));
+        let strange =
+            "echo \"[mpeg2video @ 0x55] Codec (mpeg2video) not on whitelist 'h264'\" >&2; exit 1";
+        let VideoFault::File(words) = run(strange, LONG).unwrap_err() else {
+            panic!("it is the file's fault")
+        };
+        assert!(
+            words.starts_with("sh: the codec `mpeg2video` is not accepted; convert"),
+            "{words}"
+        );
+        let fault = run("exit 3", LONG).unwrap_err();
+        assert_eq!(fault, VideoFault::File("sh exited with code 3".to_owned()));
+        let fault = run("kill -11 $$", LONG).unwrap_err();
+        assert_eq!(
+            fault,
+            VideoFault::File("sh crashed with signal 11".to_owned())
+        );
+        assert!(matches!(
+            run("kill -9 $$", LONG),
+            Err(VideoFault::Program(_))
+        ));
+    }
+}
