@@ -54,7 +54,7 @@ fn a_image_outside_of_its_folders_is_set_aside_unless_the_pipeline_says_otherwis
     scene.write("prompts.json", serde_json::to_vec(&list).unwrap());
     let said = scene.succeeds(&LOAD);
     let note = format!(
-        "prompts: 5 records name images outside the allowed folders, first {secret} (record 5); set `images_anywhere: true` to read from any folder"
+        "prompts: 5 records name files outside the allowed folders, first {secret} (record 5); set `images_anywhere: true` to read from any folder"
     );
     assert!(said.err.contains(&note), "{}", said.err);
     assert_eq!(rows::<Prompt>(&scene, "prompts", None).len(), inside.len());

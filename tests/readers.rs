@@ -366,6 +366,10 @@ fn go_on_where_they_were(fixture: &str) {
         said.err
     );
     assert_eq!(scene.tables("runs/stopped"), scene.tables("runs/finished"));
+    // One round was built before there were videos.
+    let query = "select count(*) as n, count(videos) as videos from pairs";
+    let said = scene.succeeds(&["sql", "stopped", "--format", "csv", query]);
+    assert_eq!(said.out, "n,videos\n128,0\n");
     let weights = |name: &str| {
         let found = scene.checkpoints(&format!("runs/{name}"));
         found.into_values().collect::<Vec<_>>()

@@ -164,8 +164,13 @@ pub fn said(output: Output) -> CommandOutput {
 
 fn without_measured(batch: &RecordBatch) -> RecordBatch {
     let schema = batch.schema();
+    // Older tables lack columns that are null in all of their rows.
+    let is_absent = |column: usize| {
+        schema.field(column).name() == "videos"
+            && batch.column(column).null_count() == batch.num_rows()
+    };
     let kept: Vec<usize> = (0..batch.num_columns())
-        .filter(|&column| !is_measured(schema.field(column)))
+        .filter(|&column| !is_measured(schema.field(column)) && !is_absent(column))
         .collect();
     batch.project(&kept).unwrap()
 }

@@ -323,6 +323,13 @@ fn unusable(scene: &Scene) -> Vec<(&'static str, &'static str)> {
         *byte = (place * 37 % 256) as u8;
     }
     scene.write("damaged.mp4", damaged);
+    make(
+        scene,
+        "whole.webm",
+        &format!("{} -c:v libvpx -threads 1", pattern("128x96", 10, 2)),
+    );
+    let webm = fs::read(scene.path("whole.webm")).unwrap();
+    scene.write("cut.webm", &webm[..webm.len() / 2]);
     scene.write("empty.mp4", "");
     scene.write("words.mp4", "these are words");
     let key = "-encryption_scheme cenc-aes-ctr -encryption_key 00112233445566778899aabbccddeeff \
@@ -336,6 +343,7 @@ fn unusable(scene: &Scene) -> Vec<(&'static str, &'static str)> {
     // The header of a GIF claims 16,000 x 9,000 pixels.
     make(scene, "large.gif", &pattern("32x32", 5, 1));
     let mut large = fs::read(scene.path("large.gif")).unwrap();
+    scene.write("cut.gif", &large[..large.len() - 2]);
     large[6..8].copy_from_slice(&16_000u16.to_le_bytes());
     large[8..10].copy_from_slice(&9_000u16.to_le_bytes());
     scene.write("large.gif", large);
@@ -351,8 +359,10 @@ fn unusable(scene: &Scene) -> Vec<(&'static str, &'static str)> {
     fs::create_dir(scene.path("folder.mp4")).unwrap();
     vec![
         ("gone.mp4", "video not found: "),
-        ("truncated.mp4", "ffmpeg: ["),
+        ("truncated.mp4", "partial file"),
         ("damaged.mp4", "error while decoding"),
+        ("cut.webm", "File ended prematurely"),
+        ("cut.gif", "the file is truncated"),
         ("empty.mp4", "is empty"),
         ("words.mp4", "Invalid data"),
         ("encrypted.mp4", "is encrypted"),

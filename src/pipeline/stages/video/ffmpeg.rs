@@ -8,6 +8,7 @@ mod process;
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
+use std::io::{Read as _, Seek as _, SeekFrom};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -21,7 +22,7 @@ const FORMATS: &str = "mov,matroska,avi,gif";
 
 /// The decoders that are accepted. `libdav1d` is that of AV1 in most builds; `mjpeg` and `png` also read
 /// covers. Audio and subtitles are never decoded, but `ffprobe` fails at a stream without a decoder.
-const VIDEO: &str = "h264,hevc,vp8,vp9,av1,libdav1d,mpeg4,mjpeg,gif,png";
+const VIDEO: &str = "h264,hevc,vp8,vp9,av1,libdav1d,libaom-av1,mpeg4,mjpeg,gif,png";
 const AUDIO: &str = "aac,aac_fixed,aac_latm,ac3,ac3_fixed,eac3,alac,dca,flac,mp1,mp1float,mp2,mp2float,mp3,\
                      mp3float,opus,libopus,vorbis,libvorbis,amrnb,amrwb,libopencore_amrnb,libopencore_amrwb,\
                      pcm_s16le,pcm_s16be,pcm_s24le,pcm_s32le,pcm_f32le,pcm_u8,pcm_alaw,pcm_mulaw,adpcm_ms,\
@@ -64,8 +65,19 @@ pub struct Probed {
     /// The presentation times of all frames in units of `time_base`, ascending; empty if frames
     /// cannot be found by their times.
     times: Vec<i64>,
+    /// Those of the key frames.
+    keys: Vec<i64>,
     /// Seconds per unit of time, as a fraction.
     time_base: [i64; 2],
+    /// The time at which the file starts, in seconds.
+    start: f64,
+}
+
+impl Probed {
+    fn seconds(&self, time: f64) -> f64 {
+        let [units, per] = self.time_base;
+        time * units as f64 / per as f64
+    }
 }
 
 impl Ffmpeg {
@@ -110,51 +122,30 @@ impl Ffmpeg {
         })
     }
 
-    /// Reads the properties of the first video stream, without decoding it.
+    /// Reads the properties of the first video stream. Its frames are counted without decoding them,
+    /// unless there can be fewer of them than packets.
     pub fn probe(&self, file: &Path, limit: Duration) -> Result<Probed, VideoFault> {
         let entries = "stream=codec_name,width,height,avg_frame_rate,time_base:stream_side_data=rotation:\
-                       packet=pts,flags:packet_side_data=side_data_type:format=format_name";
+                       packet=pts,flags:packet_side_data=side_data_type:format=format_name,start_time";
         let mut probing = Probing::default();
         let arguments = ["-v", "error", "-show_entries", entries, "-of", "compact"];
         self.ask(file, &arguments, limit, &mut |line| probing.line(line))?;
-        let Probing {
-            mut probed,
-            is_turned,
-            has_index,
-            is_encrypted,
-            mut times,
-            discards,
-            ..
-        } = probing;
-        if is_encrypted {
-            let words = "the video stream is encrypted; decrypt the file first".to_owned();
-            return Err(VideoFault::File(words));
+        let mut probed = probing.probed()?;
+        if probing.format == "gif" && !ends_as_gif(file) {
+            return Err(VideoFault::File("the file is truncated".to_owned()));
         }
-        if !probed.codec.is_empty() && probed.width * probed.height == 0 {
-            let words = "the size of its frames is unknown, or larger than 8K (7680 x 4320)";
-            return Err(VideoFault::File(words.to_owned()));
-        }
-        if probed.codec.is_empty() {
-            return Err(VideoFault::File("the file has no video stream".to_owned()));
+        if probing.hides_frames() {
+            probed.frames = self.count(file, limit)?;
         }
         if probed.frames == 0 {
             return Err(VideoFault::File(
                 "the video stream has no frames".to_owned(),
             ));
         }
-        if is_turned {
-            std::mem::swap(&mut probed.width, &mut probed.height);
-        }
-        times.sort_unstable();
-        let are_distinct = times.windows(2).all(|pair| pair[0] < pair[1]);
-        if has_index && !discards && are_distinct && times.len() == probed.frames {
-            probed.times = times;
-        }
         Ok(probed)
     }
 
-    /// Counts the frames by decoding them. Streams with frames that are never shown have fewer frames
-    /// than packets.
+    /// Counts the frames by decoding them.
     pub fn count(&self, file: &Path, limit: Duration) -> Result<usize, VideoFault> {
         let mut count = None;
         let arguments = [
@@ -175,12 +166,7 @@ impl Ffmpeg {
                 }
             }
         })?;
-        match count {
-            None | Some(0) => Err(VideoFault::File(
-                "the video stream has no frames".to_owned(),
-            )),
-            Some(count) => Ok(count),
-        }
+        Ok(count.unwrap_or(0))
     }
 
     /// Runs `ffprobe` and passes the lines of its output on.
@@ -260,8 +246,12 @@ impl Ffmpeg {
         Ok(done == wanted.len())
     }
 
-    /// Decodes one frame from the key frame before it. `None` if another frame came: then only
+    /// Decodes one frame from a key frame before it. `None` if another frame came, or a fault: then only
     /// decoding from the start is exact.
+    ///
+    /// The time that the filter `showinfo` prints proves that it is the frame. From the nearest key
+    /// frame, all errors count, because in streams with gradual refresh the right frame may come with
+    /// wrong pixels; from the one before that, these are right.
     fn sought(
         &self,
         file: &Path,
@@ -272,32 +262,56 @@ impl Ffmpeg {
         let Some(&time) = probed.times.get(index) else {
             return Ok(None);
         };
-        let [units, per] = probed.time_base;
-        let mut seek = Vec::new();
-        if let Some(before) = index.checked_sub(1) {
-            // Between the frame and the one before it, out of reach of rounding.
-            let middle = (time as f64 + probed.times[before] as f64) / 2.0;
-            let seconds = middle * units as f64 / per as f64;
-            if seconds <= 0.0 {
-                return Ok(None);
+        let show = ["-vf", "showinfo", "-frames:v", "1"];
+        let Some(before) = index.checked_sub(1).map(|before| probed.times[before]) else {
+            let arguments = self.decoding(file, "level+info", &["-copyts"], &show);
+            return self.proven(&arguments, probed, time, limit);
+        };
+        // Between the frame and the one before it, out of reach of rounding.
+        let middle = probed.seconds((time as f64 + before as f64) / 2.0);
+        let place = format!("{:.6}", middle - probed.start);
+        if middle > probed.start {
+            let seek = ["-err_detect", "explode", "-copyts", "-ss", &place];
+            let arguments = self.decoding(file, "level+info", &seek, &show);
+            let frame = self.proven(&arguments, probed, time, limit)?;
+            if frame.is_some() {
+                return Ok(frame);
             }
-            seek = vec![
-                "-seek_timestamp".to_owned(),
-                "1".to_owned(),
-                "-ss".to_owned(),
-                format!("{seconds:.6}"),
-            ];
         }
-        seek.push("-copyts".to_owned());
-        let before: Vec<&str> = seek.iter().map(String::as_str).collect();
-        let after = ["-vf", "showinfo", "-frames:v", "1"];
-        let arguments = self.decoding(file, "level+info", &before, &after);
+        let earlier = probed.keys.partition_point(|key| *key <= time);
+        let Some(key) = earlier.checked_sub(2).map(|key| probed.keys[key]) else {
+            return Ok(None);
+        };
+        let place = format!("{:.6}", probed.seconds(key as f64) - probed.start);
+        let seek = ["-copyts", "-noaccurate_seek", "-ss", &place];
+        let select = format!("select='gte(t,{middle:.6})',showinfo");
+        let arguments = self.decoding(
+            file,
+            "level+info",
+            &seek,
+            &["-vf", &select, "-frames:v", "1"],
+        );
+        self.proven(&arguments, probed, time, limit)
+    }
+
+    /// Returns the frame that a decoding writes, if it is the one with this presentation time.
+    fn proven(
+        &self,
+        arguments: &[OsString],
+        probed: &Probed,
+        time: i64,
+        limit: Duration,
+    ) -> Result<Option<Vec<u8>>, VideoFault> {
         let mut frames = Vec::new();
-        let ended = self.decoded(&arguments, probed, limit, &mut |frame| {
+        let decoded = self.decoded(arguments, probed, limit, &mut |frame| {
             frames.push(frame);
             Ok(())
-        })?;
-        let words = ended.result("ffmpeg")?;
+        });
+        let words = match decoded.and_then(|ended| ended.result("ffmpeg")) {
+            Ok(words) => words,
+            Err(VideoFault::File(_)) => return Ok(None),
+            Err(fault) => return Err(fault),
+        };
         let shown = words.lines().find_map(shown_time);
         let frame = frames.pop();
         Ok(frame.filter(|_| frames.is_empty() && shown == Some(time)))
@@ -311,8 +325,6 @@ impl Ffmpeg {
             "-v",
             log,
             "-xerror",
-            "-err_detect",
-            "explode",
             "-threads",
             "1",
             "-filter_threads",
@@ -323,7 +335,7 @@ impl Ffmpeg {
         } else {
             ["-vsync", "0"]
         };
-        // `bilinear` converts 10-bit colors as decord does; others do not depend on it.
+        // `bilinear` converts 10-bit colors and odd heights as decord does; others do not depend on it.
         let output = [
             "-sws_flags",
             "bilinear",
@@ -431,29 +443,51 @@ fn number(version: &str) -> Option<(u32, u32)> {
     (major < 1000).then_some((major, minor.unwrap_or(0)))
 }
 
+/// True if a GIF file ends as one; the decoder does not notice that the rest is missing. Some programs
+/// append zeros or a line end.
+fn ends_as_gif(file: &Path) -> bool {
+    const TRAILER: u8 = 0x3b;
+    let mut end = [0; 64];
+    let mut read = || -> std::io::Result<usize> {
+        let mut file = ovchat_io::files::open(file)?;
+        let size = file.metadata()?.len();
+        file.seek(SeekFrom::Start(size.saturating_sub(end.len() as u64)))?;
+        file.take(end.len() as u64).read(&mut end)
+    };
+    let count = read().unwrap_or(0);
+    let mut last = end[..count].iter().rev();
+    last.find(|byte| !matches!(byte, 0 | b'\r' | b'\n')) == Some(&TRAILER)
+}
+
 /// The properties that lines of `ffprobe` gave so far.
 #[derive(Default)]
 struct Probing {
     probed: Probed,
+    format: String,
     is_turned: bool,
-    has_index: bool,
     is_encrypted: bool,
     times: Vec<i64>,
-    /// True if the file says that some packets are not shown, or some have no time.
+    keys: Vec<i64>,
+    /// True if the file says that some packets are not shown.
     discards: bool,
+    /// True if some packets have no time.
+    lacks_times: bool,
 }
 
 impl Probing {
     fn line(&mut self, line: &str) {
         let is_packet = line.starts_with("packet|");
         let mut time: Option<i64> = None;
-        let mut is_shown = true;
+        let [mut is_shown, mut is_key] = [true, false];
         for (key, value) in fields(line) {
             match key {
                 "pts" if is_packet => time = value.parse().ok(),
-                "flags" if is_packet => is_shown = !value.contains('D'),
-                "codec_name" => value.clone_into(&mut self.probed.codec),
+                "flags" if is_packet => {
+                    is_shown = !value.contains('D');
+                    is_key = value.contains('K');
+                }
                 "side_data_type" => self.is_encrypted |= value.starts_with("Encryption"),
+                "codec_name" => value.clone_into(&mut self.probed.codec),
                 "width" => self.probed.width = value.parse().unwrap_or(0),
                 "height" => self.probed.height = value.parse().unwrap_or(0),
                 "avg_frame_rate" => {
@@ -470,20 +504,59 @@ impl Probing {
                     let degrees: f64 = value.parse().unwrap_or(0.0);
                     self.is_turned = (degrees.abs() % 180.0 - 90.0).abs() < 1.0;
                 }
-                "format_name" => {
-                    let names = value.split(',');
-                    self.has_index = names
-                        .into_iter()
-                        .any(|name| ["mov", "matroska"].contains(&name));
-                }
+                "format_name" => value.clone_into(&mut self.format),
+                "start_time" => self.probed.start = value.parse().unwrap_or(0.0),
                 _ => {}
             }
         }
         if is_packet {
             self.probed.frames += usize::from(is_shown);
-            self.discards |= !is_shown || time.is_none();
+            self.discards |= !is_shown;
+            self.lacks_times |= time.is_none();
             self.times.extend(time.filter(|_| is_shown));
+            self.keys.extend(time.filter(|_| is_key));
         }
+    }
+
+    /// Returns the properties, once all lines were read.
+    fn probed(&self) -> Result<Probed, VideoFault> {
+        let mut probed = self.probed.clone();
+        let problem = if self.is_encrypted {
+            "the video stream is encrypted; decrypt the file first"
+        } else if probed.codec.is_empty() {
+            "the file has no video stream"
+        } else if probed.width * probed.height == 0 {
+            "the size of its frames is unknown, or larger than 8K (7680 x 4320)"
+        } else {
+            ""
+        };
+        if !problem.is_empty() {
+            return Err(VideoFault::File(problem.to_owned()));
+        }
+        if self.is_turned {
+            std::mem::swap(&mut probed.width, &mut probed.height);
+        }
+        let has_index = ["mov", "matroska"]
+            .iter()
+            .any(|name| self.format.starts_with(name));
+        if has_index && !self.discards && !self.hides_frames() {
+            probed.times.clone_from(&self.times);
+            probed.keys.clone_from(&self.keys);
+            probed.times.sort_unstable();
+            probed.keys.sort_unstable();
+        }
+        Ok(probed)
+    }
+
+    /// True if a decoder may show fewer frames than there are packets: the alternate reference frames of
+    /// VP8, and the frames before the first key frame of a stream that was cut.
+    fn hides_frames(&self) -> bool {
+        let mut times = self.times.clone();
+        times.sort_unstable();
+        self.probed.codec == "vp8"
+            || self.lacks_times
+            || times.windows(2).any(|pair| pair[0] == pair[1])
+            || times.first() != self.times.first()
     }
 }
 
@@ -533,7 +606,8 @@ mod tests {
         ] {
             probing.line(line);
         }
-        assert!(probing.is_turned && probing.has_index && probing.discards);
+        assert!(probing.is_turned && probing.discards && probing.lacks_times);
+        assert!(probing.hides_frames() && probing.format.starts_with("mov"));
         assert_eq!((probing.probed.frames, probing.times), (2, vec![1024]));
         assert_eq!(
             (&*probing.probed.codec, probing.probed.width),

@@ -183,7 +183,10 @@ impl Ended {
     /// Returns what the program wrote to stderr, if it succeeded.
     pub fn result(self, name: &'static str) -> Result<String, VideoFault> {
         let problem = match (self.status.code(), self.status.signal()) {
-            (Some(0), _) => return Ok(self.words),
+            (Some(0), _) => match cut_off(&self.words) {
+                None => return Ok(self.words),
+                Some(words) => return Err(VideoFault::File(format!("{name}: {words}"))),
+            },
             (Some(NO_LIMITS), _) => {
                 return Err(VideoFault::Program(format!(
                     "cannot limit the memory of {name}: {}",
@@ -213,6 +216,25 @@ impl Ended {
     }
 }
 
+/// Returns the error of a container that is truncated or damaged, which the programs only log.
+fn cut_off(log: &str) -> Option<String> {
+    const CONTAINERS: [&str; 4] = [
+        "[matroska,webm]",
+        "[mov,mp4,m4a,3gp,3g2,mj2]",
+        "[avi]",
+        "[gif]",
+    ];
+    let has_levels = log.contains("[info]");
+    let mut lines = log
+        .lines()
+        .filter(|line| !has_levels || line.contains("[error]"));
+    lines.find_map(|line| {
+        let line = without_address(line.trim());
+        let is_of_container = CONTAINERS.iter().any(|name| line.starts_with(name));
+        is_of_container.then(|| said(&line))
+    })
+}
+
 /// Returns the first errors of a log on one line. Addresses are removed, because they differ from run
 /// to run.
 fn said(log: &str) -> String {
@@ -238,6 +260,9 @@ fn said(log: &str) -> String {
 /// Returns a line about a codec or format that is not accepted in our words, others as they are.
 fn in_own_words(line: &str) -> String {
     const HOW: &str = "convert the file, as with `ffmpeg -i FILE -c:v libx264 NEW.mp4`";
+    if line.contains("exceeds specified max pixel count") {
+        return "its frames are larger than 8K (7680 x 4320)".to_owned();
+    }
     let codec = line
         .split_once("Codec (")
         .and_then(|(_, rest)| rest.split_once(") not on whitelist"));
@@ -339,6 +364,12 @@ mod tests {
         assert!(
             words.starts_with("sh: the codec `mpeg2video` is not accepted; convert"),
             "{words}"
+        );
+        let cut = "echo '[matroska,webm @ 0x55] File ended prematurely at pos. 100' >&2";
+        let expected = "sh: [matroska,webm] File ended prematurely at pos. 100";
+        assert_eq!(
+            run(cut, LONG).unwrap_err(),
+            VideoFault::File(expected.to_owned())
         );
         let fault = run("exit 3", LONG).unwrap_err();
         assert_eq!(fault, VideoFault::File("sh exited with code 3".to_owned()));
