@@ -330,6 +330,24 @@ fn unusable(scene: &Scene) -> Vec<(&'static str, &'static str)> {
     );
     let webm = fs::read(scene.path("whole.webm")).unwrap();
     scene.write("cut.webm", &webm[..webm.len() / 2]);
+    let [one, other] = ["yuv420p", "yuv444p"].map(|format| {
+        let name = format!("{format}.mkv");
+        make(
+            scene,
+            &name,
+            &format!(
+                "{} -c:v libx264 -threads 1 -pix_fmt {format}",
+                pattern("64x48", 10, 1)
+            ),
+        );
+        name
+    });
+    scene.write("list.txt", format!("file {one}\nfile {other}\n"));
+    make(
+        scene,
+        "changing.mkv",
+        &format!("-f concat -i {} -c copy", scene.path("list.txt").display()),
+    );
     scene.write("empty.mp4", "");
     scene.write("words.mp4", "these are words");
     let key = "-encryption_scheme cenc-aes-ctr -encryption_key 00112233445566778899aabbccddeeff \
@@ -363,6 +381,7 @@ fn unusable(scene: &Scene) -> Vec<(&'static str, &'static str)> {
         ("damaged.mp4", "error while decoding"),
         ("cut.webm", "File ended prematurely"),
         ("cut.gif", "the file is truncated"),
+        ("changing.mkv", "the pixel format of the frames changes"),
         ("empty.mp4", "is empty"),
         ("words.mp4", "Invalid data"),
         ("encrypted.mp4", "is encrypted"),
@@ -478,10 +497,10 @@ fn a_decoder_that_hangs_or_writes_too_little_or_too_much_costs_the_row() {
             "sleep 100",
             "ffmpeg did not finish within 2 s; raise `timeout_s`",
         ),
-        ("printf abc", "ffmpeg wrote an incomplete frame"),
+        ("printf abc", "ffmpeg wrote too few bytes"),
         (
             "/bin/cat /dev/zero",
-            "ffmpeg wrote more frames than were asked for",
+            "the size or the pixel format of the frames changes",
         ),
         ("exit 0", "the video stream ends before its last frame"),
         (
@@ -708,5 +727,29 @@ fn annotators_see_the_frames_of_a_video_where_it_stands() {
         let address = format!("{}/picture/{frame}?key={}", page.address, page.key);
         let bytes = ureq::get(&address).call().unwrap().body_mut().read_to_vec();
         assert!(bytes.unwrap().starts_with(b"\x89PNG"));
+    }
+}
+
+#[test]
+fn hundreds_of_frames_are_chosen_at_once() {
+    if !has_ffmpeg("hundreds_of_frames_are_chosen_at_once") {
+        return;
+    }
+    let scene = Scene::new();
+    make(
+        &scene,
+        "a.mp4",
+        &format!("{} {H264}", pattern("32x32", 30, 10)),
+    );
+    let told = load(&scene, &["a.mp4"], "frames: 250");
+    assert_eq!(rejects(&scene), [], "{}", told.err);
+    let video = &videos(&scene)[0];
+    let expected = all_frames(&scene.path("a.mp4"), 32, 32);
+    for number in [0, 99, 100, 101, 249] {
+        let index = video.indices[number] as usize;
+        assert_eq!(
+            pixels(&scene, &video.frame_ids[number]).data,
+            expected[index]
+        );
     }
 }

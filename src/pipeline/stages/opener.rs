@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -70,12 +71,44 @@ pub struct Opener<'a> {
     pub ffmpeg: &'a OnceLock<Result<Ffmpeg, String>>,
     /// The images and videos of the run.
     pub known: Mutex<&'a mut Media>,
-    /// The videos that were opened, by their keys: several questions about a video decode it once.
-    pub videos: Mutex<HashMap<String, OnceVideo>>,
+    /// Several questions about a video decode it once.
+    pub videos: Mutex<OpenedVideos>,
+}
+
+/// The videos that were opened, by their keys.
+#[derive(Default)]
+pub struct OpenedVideos(HashMap<String, OnceVideo>);
+
+impl OpenedVideos {
+    /// Keeps only the reasons of files that cannot be used, so that these are not tried again, and the
+    /// frames of others leave the memory.
+    pub fn forget_frames(&mut self) {
+        self.0
+            .retain(|_, opened| matches!(opened.get(), Some(Err(VideoFault::File(_)))));
+    }
+}
+
+/// The properties of a file that change when it is written.
+#[derive(PartialEq, Eq)]
+struct Stamp(Option<(u64, u64, u64, i64, i64)>);
+
+impl Stamp {
+    fn of(file: &Path) -> Self {
+        let found = file.metadata().ok();
+        Self(found.map(|found| {
+            (
+                found.dev(),
+                found.ino(),
+                found.size(),
+                found.mtime(),
+                found.mtime_nsec(),
+            )
+        }))
+    }
 }
 
 /// A video that is opened once.
-pub type OnceVideo = Arc<OnceLock<Result<Arc<OpenedVideo>, VideoFault>>>;
+type OnceVideo = Arc<OnceLock<Result<Arc<OpenedVideo>, VideoFault>>>;
 
 impl Opener<'_> {
     /// Opens records with videos, in order. The threads are not those of rayon: one that waits for a
@@ -175,6 +208,7 @@ impl Opener<'_> {
 
     fn video(&self, name: &str) -> Result<Arc<OpenedVideo>, Flaw> {
         let (path, file) = self.locate("video", name)?;
+        let before = Stamp::of(&file);
         let video_id = match hash_file(&file) {
             Ok(hash) => hash,
             Err(StoreError::Stopped) => return Err(Flaw::Failure(Failure::Interrupted)),
@@ -189,9 +223,18 @@ impl Opener<'_> {
         let row_key = self.video.key(&video_id);
         let once = {
             let mut all = self.videos.lock().unwrap_or_else(PoisonError::into_inner);
-            Arc::clone(all.entry(row_key.clone()).or_default())
+            Arc::clone(all.0.entry(row_key.clone()).or_default())
         };
-        let opened = once.get_or_init(|| self.known_or_decoded(&file, &video_id, &row_key));
+        let opened = once.get_or_init(|| {
+            let opened = self.known_or_decoded(&file, &video_id, &row_key);
+            match opened {
+                Ok(_) if Stamp::of(&file) != before => Err(VideoFault::File(
+                    "the file changed while it was read; load it again when it is complete"
+                        .to_owned(),
+                )),
+                opened => opened,
+            }
+        });
         opened.clone().map_err(|fault| match fault {
             VideoFault::Stopped => Flaw::Failure(Failure::Interrupted),
             VideoFault::Program(problem) => Flaw::Failure(Failure::Other(format!(

@@ -23,11 +23,38 @@ pub fn read_fields(record: &Result<Value, String>, embedded: usize) -> Result<Fi
             refuse_two_lists(object, "image", "images")?;
         }
         refuse_two_lists(object, "video", "videos")?;
+        refuse_bounds(object, read.videos)?;
     }
     let mut fields = fields(value, embedded)?;
     fields.arrange()?;
     refuse_placeholders(&mut fields)?;
     Ok(fields)
+}
+
+/// Rejects a record with a video of which only a part is meant.
+fn refuse_bounds(object: &Map<String, Value>, videos: &[String]) -> Result<(), String> {
+    const BOUNDS: [&str; 12] = [
+        "start",
+        "end",
+        "start_time",
+        "end_time",
+        "video_start",
+        "video_end",
+        "clip_start",
+        "clip_end",
+        "start_sec",
+        "end_sec",
+        "start_frame",
+        "end_frame",
+    ];
+    let mut bounds = BOUNDS.iter().filter(|key| there(object, key).is_some());
+    match bounds.next() {
+        Some(key) if !videos.is_empty() => Err(format!(
+            "the record limits its video by `{key}`, which is not read; cut the file, as with `ffmpeg -ss START \
+             -to END -i FILE NEW.mp4`, and remove the key"
+        )),
+        _ => Ok(()),
+    }
 }
 
 /// Returns the paths of images, and those of videos, that a record names, even if the record is
@@ -221,24 +248,41 @@ fn refuse_two_lists(record: &Map<String, Value>, one: &str, several: &str) -> Re
 }
 
 fn listed(record: &Map<String, Value>, name: &str) -> Result<Vec<String>, String> {
-    let problem = || format!("`{name}` must be a path or a list of paths");
-    match there(record, name) {
-        None => Ok(Vec::new()),
-        // Some data sets use an empty string for a record without images.
-        Some(Value::String(path)) if path.trim().is_empty() => Ok(Vec::new()),
-        Some(Value::String(path)) => Ok(vec![path.clone()]),
-        Some(list @ Value::Array(_)) => texts(list).map_err(|_| problem()),
-        Some(value) if !holds_anything(value) => Ok(Vec::new()),
-        // The forms in which `datasets` writes a video.
-        Some(Value::Object(file)) if file.get("bytes").is_some_and(holds_anything) => Err(format!(
-            "`{name}` holds the bytes of a file; write them to a file, and its path here"
-        )),
-        Some(Value::Object(file)) => {
-            let path = file.get("path").and_then(Value::as_str);
-            Ok(vec![path.ok_or_else(problem)?.to_owned()])
+    let items = match there(record, name) {
+        None => return Ok(Vec::new()),
+        Some(Value::Array(items)) => items.as_slice(),
+        Some(value) => std::slice::from_ref(value),
+    };
+    let paths = items.iter().map(|item| path_of(item, name));
+    paths.filter_map(Result::transpose).collect()
+}
+
+/// The maximum length of a path, in bytes, as on Linux.
+const PATH_MAX: usize = 4096;
+
+/// Returns the path that an item of `image` or `video` is or has. Data sets write empty strings and
+/// objects in place of no file.
+fn path_of(item: &Value, name: &str) -> Result<Option<String>, String> {
+    let path = match item {
+        Value::String(path) => path,
+        // The forms in which `datasets` writes a file.
+        Value::Object(file) if file.get("bytes").is_some_and(holds_anything) => {
+            return Err(format!(
+                "`{name}` holds the bytes of a file; write them to a file, and its path here"
+            ));
         }
-        Some(_) => Err(problem()),
+        Value::Object(file) if file.get("path").is_some_and(Value::is_string) => {
+            file["path"].as_str().unwrap_or_default()
+        }
+        value @ Value::Object(_) if !holds_anything(value) => return Ok(None),
+        _ => return Err(format!("`{name}` must be a path or a list of paths")),
+    };
+    if path.len() > PATH_MAX || path.starts_with("data:") {
+        return Err(format!(
+            "`{name}` holds data in place of a path; write the data to a file, and its path here"
+        ));
     }
+    Ok(Some(path.to_owned()).filter(|path| !path.trim().is_empty()))
 }
 
 fn texts(list: &Value) -> Result<Vec<String>, String> {

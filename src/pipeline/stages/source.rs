@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::marker::PhantomData;
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use arrow::array::RecordBatch;
 use arrow::datatypes::SchemaRef;
@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use super::allowed_folders::AllowedFolders;
 use super::fields::Fields;
 use super::formats;
-use super::opener::{CheckedImages, Flaw, IMAGE_MAX, Opened, Opener};
+use super::opener::{CheckedImages, Flaw, IMAGE_MAX, Opened, OpenedVideos, Opener};
 use super::records::{named_paths, read_fields};
 use super::shown::Shown;
 use super::source_check::{self, SourceProblem};
@@ -228,6 +228,7 @@ struct Loader<'a, R> {
     checked: CheckedImages,
     /// The programs that decode videos; found when the first video is loaded.
     ffmpeg: OnceLock<Result<Ffmpeg, String>>,
+    videos: OpenedVideos,
     kind: PhantomData<R>,
 }
 
@@ -241,6 +242,7 @@ impl<'a, R: Loadable> Loader<'a, R> {
             outside: Outside::default(),
             checked: CheckedImages::default(),
             ffmpeg: OnceLock::new(),
+            videos: OpenedVideos::default(),
             kind: PhantomData,
         }
     }
@@ -410,7 +412,7 @@ impl<R: Loadable> LoadStage for Loader<'_, R> {
             checked: &checked,
             ffmpeg: &self.ffmpeg,
             known: Mutex::new(known),
-            videos: Mutex::default(),
+            videos: Mutex::new(std::mem::take(&mut self.videos)),
         };
         let mut read: Vec<(String, Opened)> = if records.iter().any(has_video) {
             opener.open_on_threads(&records)
@@ -420,7 +422,11 @@ impl<R: Loadable> LoadStage for Loader<'_, R> {
                 .map(|record| opener.open(record))
                 .collect()
         };
-        drop(opener);
+        self.videos = opener
+            .videos
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner);
+        self.videos.forget_frames();
         self.checked = checked;
         let captions = self.captions()?;
         for (_, opened) in &mut read {

@@ -238,7 +238,14 @@ pub fn content(place: &str, parts: &[Value]) -> Result<(String, [usize; 2]), Str
             }
             "video" => {
                 if let Some((key, _)) = others.next() {
-                    return Err(other_video(&format!("a video part of {place}"), key));
+                    let place = format!("a video part of {place}");
+                    return Err(match says(key) {
+                        Some(_) => other_video(&place, key),
+                        None => format!(
+                            "{place} has the key `{}`, which is not read; remove it",
+                            shown(key)
+                        ),
+                    });
                 }
                 videos += 1;
                 texts.push(VIDEO_PLACEHOLDER);

@@ -10,12 +10,12 @@ mod frames;
 use std::collections::BTreeMap;
 use std::num::{NonZeroU16, NonZeroU32};
 use std::path::Path;
-use std::time::Duration;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use self::fault::VideoFault;
+use self::ffmpeg::Deadline;
 pub use self::ffmpeg::Ffmpeg;
 pub use self::frames::FrameRule;
 use ovchat_data::store::{Key, digest};
@@ -76,8 +76,8 @@ impl VideoSettings {
             .finish()
     }
 
-    fn limit(&self) -> Duration {
-        Duration::from_secs(u64::from(self.timeout_s.get()))
+    fn deadline(&self) -> Deadline {
+        Deadline::after(self.timeout_s.get().into())
     }
 }
 
@@ -116,21 +116,21 @@ pub fn decode_video(
     file: &Path,
     video_id: &str,
 ) -> Result<DecodedVideo, VideoFault> {
-    let limit = settings.limit();
-    let mut probed = ffmpeg.probe(file, limit)?;
+    let until = settings.deadline();
+    let mut probed = ffmpeg.probe(file, until)?;
     let choose = |total| {
         let rule = settings.rule;
         rule.indices(total, settings.frames.get(), probed.fps)
             .map_err(VideoFault::File)
     };
     let mut indices = choose(probed.frames)?;
-    let mut images = decode(ffmpeg, settings, file, &probed, &indices)?;
+    let mut images = decode(ffmpeg, settings, file, &probed, &indices, until)?;
     if images.is_none() {
-        let frames = ffmpeg.count(file, limit)?;
+        let frames = ffmpeg.count(file, until)?;
         if frames < probed.frames {
             indices = choose(frames)?;
             probed.frames = frames;
-            images = decode(ffmpeg, settings, file, &probed, &indices)?;
+            images = decode(ffmpeg, settings, file, &probed, &indices, until)?;
         }
     }
     let images = images.ok_or_else(|| {
@@ -166,6 +166,7 @@ fn decode(
     file: &Path,
     probed: &ffmpeg::Probed,
     indices: &[usize],
+    until: Deadline,
 ) -> Result<Option<BTreeMap<usize, Image>>, VideoFault> {
     let size = usize::from(settings.size.get());
     let (width, height) = (probed.width, probed.height);
@@ -183,7 +184,7 @@ fn decode(
         images.insert(index, stored(&frame, path)?);
         Ok(())
     };
-    let is_whole = ffmpeg.frames(file, probed, indices, settings.limit(), &mut take)?;
+    let is_whole = ffmpeg.frames(file, probed, indices, until, &mut take)?;
     Ok(is_whole.then_some(images))
 }
 

@@ -12,8 +12,8 @@ use std::io::{Read as _, Seek as _, SeekFrom};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
+pub use self::process::Deadline;
 use self::process::{Ended, Program};
 use super::fault::VideoFault;
 
@@ -124,18 +124,18 @@ impl Ffmpeg {
 
     /// Reads the properties of the first video stream. Its frames are counted without decoding them,
     /// unless there can be fewer of them than packets.
-    pub fn probe(&self, file: &Path, limit: Duration) -> Result<Probed, VideoFault> {
+    pub fn probe(&self, file: &Path, until: Deadline) -> Result<Probed, VideoFault> {
         let entries = "stream=codec_name,width,height,avg_frame_rate,time_base:stream_side_data=rotation:\
                        packet=pts,flags:packet_side_data=side_data_type:format=format_name,start_time";
         let mut probing = Probing::default();
         let arguments = ["-v", "error", "-show_entries", entries, "-of", "compact"];
-        self.ask(file, &arguments, limit, &mut |line| probing.line(line))?;
+        self.ask(file, &arguments, until, &mut |line| probing.line(line))?;
         let mut probed = probing.probed()?;
         if probing.format == "gif" && !ends_as_gif(file) {
             return Err(VideoFault::File("the file is truncated".to_owned()));
         }
         if probing.hides_frames() {
-            probed.frames = self.count(file, limit)?;
+            probed.frames = self.count(file, until)?;
         }
         if probed.frames == 0 {
             return Err(VideoFault::File(
@@ -146,7 +146,7 @@ impl Ffmpeg {
     }
 
     /// Counts the frames by decoding them.
-    pub fn count(&self, file: &Path, limit: Duration) -> Result<usize, VideoFault> {
+    pub fn count(&self, file: &Path, until: Deadline) -> Result<usize, VideoFault> {
         let mut count = None;
         let arguments = [
             "-v",
@@ -159,7 +159,7 @@ impl Ffmpeg {
             "-of",
             "compact",
         ];
-        self.ask(file, &arguments, limit, &mut |line| {
+        self.ask(file, &arguments, until, &mut |line| {
             for (key, value) in fields(line) {
                 if key == "nb_read_frames" {
                     count = value.parse().ok();
@@ -174,7 +174,7 @@ impl Ffmpeg {
         &self,
         file: &Path,
         arguments: &[&str],
-        limit: Duration,
+        until: Deadline,
         line: &mut dyn FnMut(&str),
     ) -> Result<(), VideoFault> {
         let mut all: Vec<OsString> = arguments.iter().map(OsString::from).collect();
@@ -185,7 +185,7 @@ impl Ffmpeg {
             name: "ffprobe",
             path: &self.ffprobe,
             arguments: &all,
-            limit,
+            until,
         };
         let mut rest = Vec::new();
         let ended = program.run(1 << 16, &mut |bytes| {
@@ -208,7 +208,7 @@ impl Ffmpeg {
         file: &Path,
         probed: &Probed,
         indices: &[usize],
-        limit: Duration,
+        until: Deadline,
         take: &mut dyn FnMut(usize, Vec<u8>) -> Result<(), VideoFault>,
     ) -> Result<bool, VideoFault> {
         let wanted: BTreeSet<usize> = indices.iter().copied().collect();
@@ -218,7 +218,7 @@ impl Ffmpeg {
         if gap > SEEK_DISTANCE && !probed.times.is_empty() {
             let mut exact = true;
             for &index in &wanted {
-                let Some(frame) = self.sought(file, probed, index, limit)? else {
+                let Some(frame) = self.sought(file, probed, index, until)? else {
                     exact = false;
                     break;
                 };
@@ -228,21 +228,28 @@ impl Ffmpeg {
                 return Ok(true);
             }
         }
-        let chosen: Vec<String> = wanted
-            .iter()
-            .map(|index| format!("eq(n,{index})"))
-            .collect();
-        let select = format!("select='{}'", chosen.join("+"));
-        let arguments = self.decoding(file, "error", &[], &["-vf", &select]);
+        let select = format!("select='{}',showinfo", any_of(&wanted));
+        let arguments = self.decoding(file, &["-copyts"], &["-vf", &select]);
         let mut done = 0;
-        let ended = self.decoded(&arguments, probed, limit, &mut |frame| {
-            let index = wanted.get(done).ok_or_else(|| {
-                VideoFault::File("ffmpeg wrote more frames than were asked for".to_owned())
-            })?;
+        let ended = self.decoded(&arguments, probed, until, &mut |frame| {
+            let index = wanted.get(done).ok_or_else(changing)?;
             done += 1;
             take(*index, frame)
         })?;
-        ended.result("ffmpeg")?;
+        let words = ended.result("ffmpeg")?;
+        // A new graph of filters counts frames from 0 again.
+        if words.matches("] config in time_base:").count() > 1 {
+            return Err(changing());
+        }
+        let shown: Vec<i64> = words.lines().filter_map(shown_time).collect();
+        let known: Vec<i64> = (wanted.iter())
+            .filter_map(|index| probed.times.get(*index).copied())
+            .collect();
+        if !probed.times.is_empty() && shown != known[..shown.len().min(known.len())] {
+            return Err(VideoFault::File(
+                "the times of the decoded frames are not those of the file".to_owned(),
+            ));
+        }
         Ok(done == wanted.len())
     }
 
@@ -257,23 +264,23 @@ impl Ffmpeg {
         file: &Path,
         probed: &Probed,
         index: usize,
-        limit: Duration,
+        until: Deadline,
     ) -> Result<Option<Vec<u8>>, VideoFault> {
         let Some(&time) = probed.times.get(index) else {
             return Ok(None);
         };
         let show = ["-vf", "showinfo", "-frames:v", "1"];
         let Some(before) = index.checked_sub(1).map(|before| probed.times[before]) else {
-            let arguments = self.decoding(file, "level+info", &["-copyts"], &show);
-            return self.proven(&arguments, probed, time, limit);
+            let arguments = self.decoding(file, &["-copyts"], &show);
+            return self.proven(&arguments, probed, time, until);
         };
         // Between the frame and the one before it, out of reach of rounding.
         let middle = probed.seconds((time as f64 + before as f64) / 2.0);
         let place = format!("{:.6}", middle - probed.start);
         if middle > probed.start {
             let seek = ["-err_detect", "explode", "-copyts", "-ss", &place];
-            let arguments = self.decoding(file, "level+info", &seek, &show);
-            let frame = self.proven(&arguments, probed, time, limit)?;
+            let arguments = self.decoding(file, &seek, &show);
+            let frame = self.proven(&arguments, probed, time, until)?;
             if frame.is_some() {
                 return Ok(frame);
             }
@@ -285,13 +292,8 @@ impl Ffmpeg {
         let place = format!("{:.6}", probed.seconds(key as f64) - probed.start);
         let seek = ["-copyts", "-noaccurate_seek", "-ss", &place];
         let select = format!("select='gte(t,{middle:.6})',showinfo");
-        let arguments = self.decoding(
-            file,
-            "level+info",
-            &seek,
-            &["-vf", &select, "-frames:v", "1"],
-        );
-        self.proven(&arguments, probed, time, limit)
+        let arguments = self.decoding(file, &seek, &["-vf", &select, "-frames:v", "1"]);
+        self.proven(&arguments, probed, time, until)
     }
 
     /// Returns the frame that a decoding writes, if it is the one with this presentation time.
@@ -300,10 +302,10 @@ impl Ffmpeg {
         arguments: &[OsString],
         probed: &Probed,
         time: i64,
-        limit: Duration,
+        until: Deadline,
     ) -> Result<Option<Vec<u8>>, VideoFault> {
         let mut frames = Vec::new();
-        let decoded = self.decoded(arguments, probed, limit, &mut |frame| {
+        let decoded = self.decoded(arguments, probed, until, &mut |frame| {
             frames.push(frame);
             Ok(())
         });
@@ -318,12 +320,13 @@ impl Ffmpeg {
     }
 
     /// Returns the arguments of a decoding to raw RGB frames.
-    fn decoding(&self, file: &Path, log: &str, before: &[&str], after: &[&str]) -> Vec<OsString> {
+    fn decoding(&self, file: &Path, before: &[&str], after: &[&str]) -> Vec<OsString> {
         let fixed = [
             "-nostdin",
             "-hide_banner",
+            "-nostats",
             "-v",
-            log,
+            "level+info",
             "-xerror",
             "-threads",
             "1",
@@ -361,7 +364,7 @@ impl Ffmpeg {
         &self,
         arguments: &[OsString],
         probed: &Probed,
-        limit: Duration,
+        until: Deadline,
         take: &mut dyn FnMut(Vec<u8>) -> Result<(), VideoFault>,
     ) -> Result<Ended, VideoFault> {
         let frame = 3 * probed.width * probed.height;
@@ -369,16 +372,34 @@ impl Ffmpeg {
             name: "ffmpeg",
             path: &self.ffmpeg,
             arguments,
-            limit,
+            until,
         };
         program.run(frame, &mut |bytes| {
             if bytes.len() != frame {
-                return Err(VideoFault::File(
-                    "ffmpeg wrote an incomplete frame; the frames change their size".to_owned(),
-                ));
+                return Err(changing());
             }
             take(bytes)
         })
+    }
+}
+
+fn changing() -> VideoFault {
+    VideoFault::File(
+        "the size or the pixel format of the frames changes, or ffmpeg wrote too few bytes; convert the file, \
+         as with `ffmpeg -i FILE -c:v libx264 -pix_fmt yuv420p NEW.mp4`"
+            .to_owned(),
+    )
+}
+
+/// Returns an expression of ffmpeg that is true for some frames. Sums are nested, because a sum has at
+/// most 100 terms.
+fn any_of(frames: &[usize]) -> String {
+    match frames {
+        [frame] => format!("eq(n,{frame})"),
+        _ => {
+            let (first, last) = frames.split_at(frames.len() / 2);
+            format!("({}+{})", any_of(first), any_of(last))
+        }
     }
 }
 

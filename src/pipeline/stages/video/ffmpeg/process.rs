@@ -28,19 +28,35 @@ const NO_LIMITS: i32 = 125;
 const LOOK: Duration = Duration::from_millis(50);
 
 /// The bytes of stderr that are kept, and those that a message shows.
-const WORDS_MAX: usize = 1 << 16;
+const WORDS_MAX: usize = 1 << 21;
 const SHOWN_MAX: usize = 300;
 
 const SIGKILL: i32 = 9;
 const SIGXCPU: i32 = 24;
+
+/// The time at which the work on a file must be done.
+#[derive(Debug, Clone, Copy)]
+pub struct Deadline {
+    until: Instant,
+    /// The time that there was, in seconds.
+    seconds: u64,
+}
+
+impl Deadline {
+    pub fn after(seconds: u64) -> Self {
+        Self {
+            until: Instant::now() + Duration::from_secs(seconds),
+            seconds,
+        }
+    }
+}
 
 /// A decoder to run.
 pub struct Program<'a> {
     pub name: &'static str,
     pub path: &'a Path,
     pub arguments: &'a [OsString],
-    /// The time that it may take.
-    pub limit: Duration,
+    pub until: Deadline,
 }
 
 /// The end of a program.
@@ -88,14 +104,13 @@ impl Program<'_> {
         receiver: &Receiver<Output>,
         take: &mut dyn FnMut(Vec<u8>) -> Result<(), VideoFault>,
     ) -> Result<String, VideoFault> {
-        let until = Instant::now() + self.limit;
         let mut words = None;
         let mut is_open = true;
         while is_open || words.is_none() {
             if files::stopped() {
                 return Err(VideoFault::Stopped);
             }
-            if Instant::now() >= until {
+            if Instant::now() >= self.until.until {
                 return Err(self.too_slow());
             }
             match receiver.recv_timeout(LOOK) {
@@ -110,8 +125,11 @@ impl Program<'_> {
     }
 
     fn start(&self) -> Result<Child, VideoFault> {
-        let seconds = self.limit.as_secs().max(1);
-        Command::new("/bin/sh")
+        let left = self.until.until.saturating_duration_since(Instant::now());
+        let seconds = left.as_secs() + 1;
+        let mut command = Command::new("/bin/sh");
+        end_with_parent(&mut command);
+        command
             .args(["-c", LIMITED, "sh"])
             .args([MEMORY_KIB.to_string(), seconds.to_string()])
             .arg((seconds + 5).to_string())
@@ -132,7 +150,25 @@ impl Program<'_> {
     }
 
     fn too_slow(&self) -> VideoFault {
-        too_slow(self.name, self.limit.as_secs())
+        too_slow(self.name, self.until.seconds)
+    }
+}
+
+/// Lets a child die with the thread that starts it, even if this program is killed.
+#[expect(
+    unsafe_code,
+    reason = "the standard library cannot set a signal for the death of the parent"
+)]
+fn end_with_parent(command: &mut Command) {
+    // SAFETY: prctl is async-signal-safe and touches no memory.
+    unsafe {
+        command.pre_exec(|| {
+            #[cfg(target_os = "linux")]
+            if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            Ok(())
+        });
     }
 }
 
@@ -249,12 +285,17 @@ fn said(log: &str) -> String {
         if !line.is_empty() && !is_count && !lines.contains(&line) {
             lines.push(line);
         }
-        if lines.len() == 3 {
+        let is_ours = ["the codec `", "the format `", "its frames are"];
+        if is_ours.iter().any(|words| line_is(&lines, words)) || lines.len() == 3 {
             break;
         }
     }
     let text: String = lines.join("; ").chars().take(SHOWN_MAX).collect();
     shown(&text).into_owned()
+}
+
+fn line_is(lines: &[String], words: &str) -> bool {
+    lines.last().is_some_and(|line| line.starts_with(words))
 }
 
 /// Returns a line about a codec or format that is not accepted in our words, others as they are.
@@ -292,13 +333,13 @@ mod tests {
     use super::*;
 
     /// Runs a shell script in place of a decoder.
-    fn run(script: &str, limit: Duration) -> Result<(Vec<usize>, String), VideoFault> {
+    fn run(script: &str, seconds: u64) -> Result<(Vec<usize>, String), VideoFault> {
         let arguments = ["-c", script].map(OsString::from);
         let program = Program {
             name: "sh",
             path: Path::new("/bin/sh"),
             arguments: &arguments,
-            limit,
+            until: Deadline::after(seconds),
         };
         let mut lengths = Vec::new();
         let ended = program.run(4, &mut |bytes| {
@@ -308,7 +349,7 @@ mod tests {
         ended.result("sh").map(|words| (lengths, words))
     }
 
-    const LONG: Duration = Duration::from_secs(60);
+    const LONG: u64 = 60;
 
     #[test]
     fn output_comes_in_pieces_beside_the_log() {
@@ -321,15 +362,12 @@ mod tests {
     #[test]
     fn a_program_that_hangs_or_writes_endless_logs_is_ended() {
         let begun = Instant::now();
-        let fault = run("sleep 60", Duration::from_secs(1)).unwrap_err();
+        let fault = run("sleep 60", 1).unwrap_err();
         let expected = "sh did not finish within 1 s; raise `timeout_s`, or cut the file";
         assert_eq!(fault, VideoFault::File(expected.to_owned()));
         assert!(begun.elapsed() < Duration::from_secs(30));
         let endless = "while :; do echo noise >&2; done";
-        assert!(matches!(
-            run(endless, Duration::from_secs(1)),
-            Err(VideoFault::File(_))
-        ));
+        assert!(matches!(run(endless, 1), Err(VideoFault::File(_))));
     }
 
     #[test]
