@@ -45,11 +45,13 @@ test: setup ## run the tests: code, schemas, layering, formatting
 audit: ## check the crates: licenses, sources, versions, advisories (skips what it cannot download)
 	.ci/audit
 
-world: setup ## rebuild data-samples with its three models from scratch (two hours)
+world: setup ## rebuild data-samples with its four models from scratch (two and a half hours; needs ffmpeg)
 	cargo build --release --bins -p ovchat -p small-world
-	rm -rf data-samples/images
+	rm -rf data-samples/images data-samples/clips
 	cargo run --release --quiet -p small-world -- world data-samples
+	cargo run --release --quiet -p small-world -- clips data-samples
 	cargo run --release --quiet -p small-world -- lessons runs/lessons
+	cargo run --release --quiet -p small-world -- clip-lessons runs/clip-lessons
 	cargo run --release --quiet --bin pipeline -- run pipelines/small-world.yaml
 	cargo run --release --quiet --bin pipeline -- run pipelines/small-world-critic.yaml
 	rm -rf data-samples/policy data-samples/reward data-samples/critic
@@ -57,6 +59,9 @@ world: setup ## rebuild data-samples with its three models from scratch (two hou
 	cargo run --release --quiet --bin pipeline -- export small-world-models checkpoint --model judge --to data-samples/reward
 	cargo run --release --quiet --bin pipeline -- export small-world-critic checkpoint --to data-samples/critic
 	cp runs/lessons/start/reward/prompt.txt data-samples/reward/
+	cargo run --release --quiet --bin pipeline -- run pipelines/small-world-video.yaml
+	rm -rf data-samples/video-policy
+	cargo run --release --quiet --bin pipeline -- export small-world-video checkpoint --to data-samples/video-policy
 
 # PARITY_PYTHON can name a Python that already has the packages of tests/parity/requirements.txt.
 ifdef PARITY_PYTHON

@@ -8,8 +8,9 @@
 //! Every random number comes from a stream that is named after its purpose ([`Random::named`]), so
 //! a larger number of images leaves the first ones unchanged. All arithmetic is `+ - * /` and
 //! square roots, which IEEE 754 fixes to the last bit: the bytes do not depend on a math library.
+//! Those of clips, which the program ffmpeg encodes, depend on its version.
 
-/// The modules, in the order in which an image passes through them; their files lie in
+/// The modules, in the order in which an image or a clip passes through them; their files lie in
 /// `small_world/`.
 mod small_world {
     pub mod files;
@@ -25,6 +26,14 @@ mod small_world {
     pub mod lessons;
     pub mod records;
 
+    pub mod clip_parts;
+    pub mod clips;
+
+    pub mod clip_questions;
+    pub mod video;
+
+    pub mod clip_records;
+
     pub mod tokenizers;
 
     pub mod tensors;
@@ -38,9 +47,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use small_world::clip_records::ClipWorld;
 use small_world::files::Outcome;
 use small_world::records::{Counts, Split, World};
-use small_world::{judge, lessons, policy, records, tokenizers};
+use small_world::{clip_records, judge, lessons, policy, records, tokenizers};
 
 /// Writes the small world, or the training data of its models.
 #[derive(Parser)]
@@ -70,16 +80,31 @@ enum What {
         #[arg(long, default_value_t = 10_000)]
         pictures: usize,
     },
+    /// Writes the clips of both splits and their questions. Needs the program ffmpeg.
+    Clips {
+        /// The folder to write to; files of the same names are replaced.
+        to: PathBuf,
+    },
+    /// Writes the training data about clips: other clips, and conversations about them. Needs the
+    /// program ffmpeg.
+    ClipLessons {
+        /// The folder to write to; files of the same names are replaced.
+        to: PathBuf,
+        /// Number of clips.
+        #[arg(long, default_value_t = 3_000)]
+        clips: usize,
+    },
 }
 
 #[derive(Args)]
 struct WorldArguments {
-    /// Number of training images.
-    #[arg(long, default_value_t = 400, global = true)]
-    train: usize,
-    /// Number of held-out images; no training image or training data shows one of their scenes.
-    #[arg(long, default_value_t = 100, global = true)]
-    held_out: usize,
+    /// Number of training images or clips [default: 400 images, 220 clips].
+    #[arg(long, global = true)]
+    train: Option<usize>,
+    /// Number of held-out images or clips; nothing else shows one of their scenes [default: 100
+    /// images, 110 clips].
+    #[arg(long, global = true)]
+    held_out: Option<usize>,
     /// Questions per image, 1 to 5, each on another topic; fewer if a topic does not fit.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=5), global = true)]
     questions: u8,
@@ -102,9 +127,9 @@ fn main() -> ExitCode {
 }
 
 fn write(arguments: &Arguments) -> Outcome<()> {
-    let world = arguments.world.draw()?;
     match &arguments.what {
         What::World { to } => {
+            let world = arguments.world.draw()?;
             world.write(to)?;
             println!(
                 "{} training images and {} held-out images written with their questions to {}",
@@ -120,13 +145,32 @@ fn write(arguments: &Arguments) -> Outcome<()> {
         } => {
             let seed = arguments.world.seed;
             let counts = [*first_steps, *pictures];
-            lessons::write(to, seed, counts, &world.held_out())?;
+            let held_out = arguments.world.draw()?.held_out();
+            lessons::write(to, seed, counts, &held_out)?;
             let corpus = tokenizers::corpus(seed);
             policy::write(&to.join("start/policy"), seed, &corpus)?;
             judge::write(&to.join("start/reward"), seed, &corpus)?;
             println!(
                 "{} images written with their training data and two untrained models to {}",
                 first_steps + pictures,
+                to.display()
+            );
+        }
+        What::Clips { to } => {
+            let world = arguments.world.draw_clips()?;
+            world.write(to)?;
+            println!(
+                "{} training clips and {} held-out clips written with their questions to {}",
+                world.clips(Split::Train).count(),
+                world.clips(Split::HeldOut).count(),
+                to.display()
+            );
+        }
+        What::ClipLessons { to, clips } => {
+            let taken = arguments.world.draw_clips()?.contents();
+            clip_records::write_lessons(to, arguments.world.seed, *clips, &taken)?;
+            println!(
+                "{clips} clips written with their training data to {}",
                 to.display()
             );
         }
@@ -137,10 +181,15 @@ fn write(arguments: &Arguments) -> Outcome<()> {
 impl WorldArguments {
     fn draw(&self) -> Outcome<World> {
         let counts = Counts {
-            pictures: [self.train, self.held_out],
+            pictures: [self.train.unwrap_or(400), self.held_out.unwrap_or(100)],
             questions: usize::from(self.questions),
             preferences: self.preferences,
         };
         records::draw_world(self.seed, counts)
+    }
+
+    fn draw_clips(&self) -> Outcome<ClipWorld> {
+        let counts = [self.train.unwrap_or(220), self.held_out.unwrap_or(110)];
+        clip_records::draw_clips(self.seed, counts)
     }
 }

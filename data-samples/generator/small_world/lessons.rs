@@ -26,6 +26,9 @@ use super::spoken;
 /// with earlier answers in the context, the model would copy them instead of looking at the image.
 const FIRST_TOPICS: [Topic; 3] = [Topic::Kind, Topic::Color, Topic::Description];
 
+/// The placeholder of an image in a conversation.
+const IMAGE: &str = "<image>";
+
 /// Turns of a conversation of the policy.
 const TURNS: usize = 6;
 
@@ -133,7 +136,10 @@ fn first_step(
     let record = |question: &Question| Record {
         id: format!("{id}-{}", question.topic.name()),
         image: image.clone(),
-        conversations: spoken(vec![[question.text.clone(), question.answer.clone()]]),
+        conversations: spoken(
+            IMAGE,
+            vec![[question.text.clone(), question.answer.clone()]],
+        ),
         preference: None,
     };
     Ok(asked.iter().map(record).collect())
@@ -177,7 +183,7 @@ impl Lesson {
         let record = |turns: Vec<[String; 2]>| Record {
             id: id.clone(),
             image: image.clone(),
-            conversations: spoken(turns),
+            conversations: spoken(IMAGE, turns),
             preference: None,
         };
         let mut places = questions::places(&scene);
@@ -252,11 +258,16 @@ fn careless_turns(scene: &Scene, random: &mut Random) -> Vec<[String; 2]> {
     asked.into_iter().map(turn).collect()
 }
 
-fn spoken(turns: Vec<[String; 2]>) -> Vec<Value> {
+/// Returns a conversation in LLaVA's JSON: its questions and answers, after the placeholder of an
+/// image or a video.
+pub fn spoken(placeholder: &str, turns: Vec<[String; 2]>) -> Vec<Value> {
     let mut entries = Vec::with_capacity(turns.len() * 2);
     for (number, [question, answer]) in turns.into_iter().enumerate() {
-        let placeholder = if number == 0 { "<image>\n" } else { "" };
-        entries.push(json!({ "from": "human", "value": format!("{placeholder}{question}") }));
+        let text = match number {
+            0 => format!("{placeholder}\n{question}"),
+            _ => question,
+        };
+        entries.push(json!({ "from": "human", "value": text }));
         entries.push(json!({ "from": "gpt", "value": answer }));
     }
     entries

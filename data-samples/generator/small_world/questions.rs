@@ -36,7 +36,7 @@ impl Topic {
 }
 
 /// The probability that a careless answer has the mistake of [`Question::slip`].
-const CARELESSNESS: f64 = 0.55;
+pub const CARELESSNESS: f64 = 0.55;
 
 /// A question with its answers.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -19,10 +19,10 @@ pub enum Split {
 }
 
 impl Split {
-    const ALL: [Self; 2] = [Self::Train, Self::HeldOut];
+    pub const ALL: [Self; 2] = [Self::Train, Self::HeldOut];
 
     /// The name of the image folder, and the prefix of the ids.
-    fn name(self) -> &'static str {
+    pub fn name(self) -> &'static str {
         match self {
             Self::Train => "train",
             Self::HeldOut => "heldout",

@@ -50,7 +50,8 @@ pub fn picture(scene: &Scene, format: Format, random: &mut Random) -> Outcome<Ve
     Ok(bytes)
 }
 
-fn render(scene: &Scene, random: &mut Random) -> RgbImage {
+/// Renders `scene`. `random` decides the details of the background.
+pub fn render(scene: &Scene, random: &mut Random) -> RgbImage {
     let ground = Ground::new(scene, random);
     RgbImage::from_fn(scene.width, scene.height, |x, y| {
         let point = [f64::from(x) + 0.5, f64::from(y) + 0.5];

@@ -263,8 +263,9 @@ fn draw_group(random: &mut Random, count: usize) -> Group {
     }
 }
 
-/// Puts a shape of `group` near the middle of `place`, rotated a little.
-fn put(random: &mut Random, group: &Group, place: Place, size: [u32; 2], cells: u32) -> Object {
+/// Puts a shape of `group` near the middle of `place`, rotated a little, in an image of `size` with a
+/// grid of `cells` by `cells`.
+pub fn put(random: &mut Random, group: &Group, place: Place, size: [u32; 2], cells: u32) -> Object {
     let cell = size.map(|side| f64::from(side) / f64::from(cells));
     let room = cell[0].min(cell[1]) / 2.0;
     let radius = room * random.between(0.74, 0.88);
