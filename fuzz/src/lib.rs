@@ -185,6 +185,7 @@ mod tested {
             id: None,
             image: None,
             image_ids: vec!["picture".to_owned()],
+            videos: None,
             system: None,
             turns: Vec::new(),
             question: "Why?".to_owned(),
