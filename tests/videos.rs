@@ -36,6 +36,23 @@ fn has_ffmpeg(test: &str) -> bool {
     FFMPEG.is_some()
 }
 
+/// True if the installed `ffmpeg` is version 6 or later, which has other options than 5.1.
+fn is_modern() -> bool {
+    let output = Command::new("ffmpeg").arg("-version").output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let version = text.strip_prefix("ffmpeg version ").unwrap_or_default();
+    let major = version.trim_start_matches('n').split('.').next();
+    major
+        .and_then(|major| major.parse().ok())
+        .is_none_or(|major: u32| major >= 6)
+}
+
+/// The option for the times of frames.
+fn pace(mode: &str) -> String {
+    let option = if is_modern() { "-fps_mode" } else { "-vsync" };
+    format!("{option} {mode}")
+}
+
 /// Makes a file in a scene with `ffmpeg`.
 fn make(scene: &Scene, name: &str, arguments: &str) {
     let output = Command::new("ffmpeg")
@@ -100,7 +117,8 @@ fn all_frames(file: &Path, width: usize, height: usize) -> Vec<Vec<u8>> {
     let output = Command::new("ffmpeg")
         .args(["-nostdin", "-v", "error", "-i"])
         .arg(file)
-        .args(["-vsync", "0", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"])
+        .args(pace("passthrough").split(' '))
+        .args(["-f", "rawvideo", "-pix_fmt", "rgb24", "-"])
         .output()
         .unwrap();
     let frames = output.stdout.chunks_exact(3 * width * height);
@@ -197,7 +215,10 @@ fn of_all_kinds() -> Scene {
         ),
         (
             "variable.mkv",
-            format!("{plain} -vf select='not(eq(mod(n\\,3)\\,1))' -vsync vfr {H264}"),
+            format!(
+                "{plain} -vf select='not(eq(mod(n\\,3)\\,1))' {} {H264}",
+                pace("vfr")
+            ),
         ),
         ("late.mkv", format!("{plain} {H264} -output_ts_offset 5")),
         ("packed.avi", format!("{plain} -c:v mpeg4 -threads 1")),
@@ -223,7 +244,10 @@ fn of_all_kinds() -> Scene {
     make(
         &scene,
         "turned.mp4",
-        &format!("-i {} -c copy -metadata:s:v rotate=90", film.display()),
+        &match is_modern() {
+            true => format!("-display_rotation 90 -i {} -c copy", film.display()),
+            false => format!("-i {} -c copy -metadata:s:v rotate=90", film.display()),
+        },
     );
     make(
         &scene,
