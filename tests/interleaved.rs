@@ -37,11 +37,18 @@ fn scene() -> Scene {
         {"id": "few", "image": [one, two, three], "prompt": "<image> or <image>?"},
     ]);
     scene.write("prompts.json", records.to_string());
-    scene.write(
-        "p.yaml",
-        format!(
-            "
-pipeline: places
+    let load = format!("images: {samples}/images");
+    scene.write("p.yaml", pipeline("places", &load));
+    scene
+}
+
+/// Returns a loop of one round with the networks of the small world; `load` are settings of
+/// `load_prompts`.
+pub fn pipeline(name: &str, load: &str) -> String {
+    let samples = format!("{ROOT}/data-samples");
+    format!(
+        "
+pipeline: {name}
 seed: 5
 models:
   policy: {{ llava_onevision: {{ weights: {samples}/policy, device: cpu }} }}
@@ -49,7 +56,7 @@ models:
   own: {{ self: {{ model: policy, ask: {{ max_new_tokens: 2, retries: 0, verdict: \"^(?<better_first>[^z]*$)|^(?<better_second>z)|^(?<tie>$)\" }} }} }}
 stages:
   prompts:
-    load_prompts: {{ from: prompts.json, images: {samples}/images }}
+    load_prompts: {{ from: prompts.json, {load} }}
   candidates:
     sample: {{ prompts: prompts, model: policy, count: 3, temperature: 1.5, top_p: 1.0, max_new_tokens: 6 }}
   opinions:
@@ -62,9 +69,7 @@ stages:
     train_dpo: {{ pairs: pairs, model: policy, learning_rate: 1.0e-3, batch_pairs: 4 }}
 reject_share_max: 0.9
 "
-        ),
-    );
-    scene
+    )
 }
 
 fn rows<R: Row>(scene: &Scene, table: &str) -> Vec<R> {

@@ -72,6 +72,12 @@ fn pattern(size: &str, rate: u32, seconds: u32) -> String {
 
 const H264: &str = "-c:v libx264 -preset ultrafast -pix_fmt yuv420p -threads 1";
 
+/// Makes a film of the moving pattern in a scene.
+fn film(scene: &Scene, name: &str, size: &str, rate: u32, seconds: u32) {
+    let arguments = format!("{} {H264}", pattern(size, rate, seconds));
+    make(scene, name, &arguments);
+}
+
 /// Writes a pipeline over records, each about one file, and their list.
 fn records(scene: &Scene, names: &[&str], settings: &str) {
     let record = |name: &&str| json!({"id": name, "video": name, "prompt": "What happens?"});
@@ -81,6 +87,7 @@ fn records(scene: &Scene, names: &[&str], settings: &str) {
     scene.write("p.yaml", SCRIPTED.replace("from: prompts.json", &from));
 }
 
+/// Loads the prompts; all records may be rejects.
 const LOAD: [&str; 6] = [
     "run",
     "p.yaml",
@@ -90,7 +97,7 @@ const LOAD: [&str; 6] = [
     "reject_share_max=1",
 ];
 
-/// Loads records about files; all of them may be rejects.
+/// Loads records about files.
 fn load(scene: &Scene, names: &[&str], settings: &str) -> CommandOutput {
     records(scene, names, settings);
     scene.pipeline(&LOAD)
@@ -131,16 +138,8 @@ fn frames_become_images_once_and_prompts_name_them() {
         return;
     }
     let scene = Scene::new();
-    make(
-        &scene,
-        "a.mp4",
-        &format!("{} {H264}", pattern("64x48", 10, 3)),
-    );
-    make(
-        &scene,
-        "big.mp4",
-        &format!("{} {H264}", pattern("500x200", 10, 1)),
-    );
+    film(&scene, "a.mp4", "64x48", 10, 3);
+    film(&scene, "big.mp4", "500x200", 10, 1);
     let list = json!([
         {"id": "one", "video": "a.mp4", "prompt": "<video>\nWhat happens?"},
         {"id": "two", "videos": ["a.mp4", "big.mp4"], "prompt": "Which is <video> and which <video>?"},
@@ -323,7 +322,13 @@ fn frames_far_apart_are_sought_and_equal_those_of_a_full_decode() {
         "b.mkv",
         &format!("{long} {with_b} -output_ts_offset 7.3"),
     );
-    let told = load(&scene, &["a.mp4", "b.mkv"], "frames: 4");
+    records(&scene, &["a.mp4", "b.mkv"], "frames: 4");
+    // Decoding from the start fails.
+    let script = format!(
+        "{CURRENT}\ncase \"$*\" in *'eq(n,'*) exit 9;; esac\n{}",
+        real()
+    );
+    let told = with_fake(&scene, &script);
     assert_eq!(rejects(&scene), [], "{}", told.err);
     for video in videos(&scene) {
         assert_eq!(video.indices, [0, 399, 799, 1199]);
@@ -437,9 +442,9 @@ fn a_file_that_cannot_be_used_costs_its_row_and_the_reason_names_it() {
     assert_eq!(rows::<Prompt>(&scene, "prompts", None).len(), 1);
 }
 
-/// Writes a program in place of `ffmpeg`, with the real `ffprobe` beside it, and runs the load stage
-/// with it.
-fn with_fake(scene: &Scene, script: &str) -> CommandOutput {
+/// Writes a program in place of `ffmpeg`, with the real `ffprobe` beside it. Returns the command that
+/// runs the load stage with it.
+fn command_with_fake(scene: &Scene, script: &str) -> Command {
     let fake = scene.path("bin/ffmpeg");
     scene.write("bin/ffmpeg", format!("#!/bin/sh\n{script}\n"));
     fs::set_permissions(&fake, fs::Permissions::from_mode(0o755)).unwrap();
@@ -447,11 +452,24 @@ fn with_fake(scene: &Scene, script: &str) -> CommandOutput {
     drop(fs::remove_file(&probe));
     let real = FFMPEG.as_ref().unwrap();
     symlink(real.join("ffprobe"), probe).unwrap();
-    let run = scene.command(&LOAD).env("PATH", scene.path("bin")).output();
-    said(run.unwrap())
+    let mut command = scene.command(&LOAD);
+    command.env("PATH", scene.path("bin"));
+    command
 }
 
-/// The answer of a current version, and its real work.
+fn with_fake(scene: &Scene, script: &str) -> CommandOutput {
+    said(command_with_fake(scene, script).output().unwrap())
+}
+
+/// The end of a script that does the real work.
+fn real() -> String {
+    format!(
+        "exec {} \"$@\"",
+        FFMPEG.as_ref().unwrap().join("ffmpeg").display()
+    )
+}
+
+/// The answer of a current version.
 const CURRENT: &str = "case \"$1\" in -version) echo 'ffmpeg version 6.1'; exit 0;; esac";
 
 #[test]
@@ -460,11 +478,7 @@ fn a_decoder_that_is_missing_old_or_killed_stops_the_stage_and_nothing_is_lost()
         return;
     }
     let scene = Scene::new();
-    make(
-        &scene,
-        "a.mp4",
-        &format!("{} {H264}", pattern("64x48", 10, 1)),
-    );
+    film(&scene, "a.mp4", "64x48", 10, 1);
     records(&scene, &["a.mp4"], "frames: 3");
     let missing = said(scene.command(&LOAD).env("PATH", "").output().unwrap());
     assert_eq!(missing.code, Some(1));
@@ -534,11 +548,7 @@ fn a_decoder_that_hangs_or_writes_too_little_or_too_much_costs_the_row() {
         ("kill -11 $$", "ffmpeg crashed with signal 11"),
     ] {
         let scene = Scene::new();
-        make(
-            &scene,
-            "a.mp4",
-            &format!("{} {H264}", pattern("64x48", 10, 1)),
-        );
+        film(&scene, "a.mp4", "64x48", 10, 1);
         records(&scene, &["a.mp4"], "frames: 3, timeout_s: 2");
         let told = with_fake(&scene, &format!("{CURRENT}\n{script}"));
         assert_eq!(told.code, Some(0), "{script}: {}", told.err);
@@ -553,17 +563,12 @@ fn version_4_4_is_asked_with_its_own_option() {
         return;
     }
     let scene = Scene::new();
-    make(
-        &scene,
-        "a.mp4",
-        &format!("{} {H264}", pattern("64x48", 10, 1)),
-    );
+    film(&scene, "a.mp4", "64x48", 10, 1);
     records(&scene, &["a.mp4"], "frames: 3");
-    let real = FFMPEG.as_ref().unwrap().join("ffmpeg");
     let script = format!(
         "case \"$*\" in\n-version) echo 'ffmpeg version 4.4.2-0ubuntu0.22.04.1'; exit 0;;\n*fps_mode*) exit \
-         9;;\n*'-vsync 0'*) exec {} \"$@\";;\nesac\nexit 8",
-        real.display()
+         9;;\n*'-vsync 0'*) {};;\nesac\nexit 8",
+        real()
     );
     with_fake(&scene, &script);
     assert_eq!(rejects(&scene), []);
@@ -580,21 +585,15 @@ fn frames_that_are_decoded_again_must_be_the_same() {
         return;
     }
     let scene = Scene::new();
-    make(
-        &scene,
-        "a.mp4",
-        &format!("{} {H264}", pattern("64x48", 10, 1)),
-    );
+    film(&scene, "a.mp4", "64x48", 10, 1);
     records(&scene, &["a.mp4"], "frames: 3");
     scene.succeeds(&LOAD);
     let before = scene.tables("runs/scripted");
-    let lose = || {
-        for file in fs::read_dir(scene.path("runs/scripted/images")).unwrap() {
-            fs::remove_file(file.unwrap().path()).unwrap();
-        }
-    };
-    lose();
-    let other = format!("{CURRENT}\n/bin/head -c 27648 /dev/zero");
+    for file in fs::read_dir(scene.path("runs/scripted/images")).unwrap() {
+        fs::remove_file(file.unwrap().path()).unwrap();
+    }
+    let config = "[Parsed_showinfo_1 @ 0x1] [info] config in time_base: 1/10240";
+    let other = format!("{CURRENT}\necho '{config}' >&2\n/bin/head -c 27648 /dev/zero");
     let told = with_fake(&scene, &other);
     assert_eq!(told.code, Some(1));
     assert!(
@@ -611,19 +610,12 @@ fn frames_that_are_decoded_again_must_be_the_same() {
 /// them, with the networks of the small world.
 #[cfg(feature = "torch")]
 fn with_networks() -> (Scene, String) {
+    use crate::interleaved::pipeline;
     use crate::scene::ROOT;
 
     let scene = Scene::new();
-    make(
-        &scene,
-        "short.mp4",
-        &format!("{} {H264}", pattern("56x56", 8, 2)),
-    );
-    make(
-        &scene,
-        "long.mp4",
-        &format!("{} {H264}", pattern("90x60", 8, 7)),
-    );
+    film(&scene, "short.mp4", "56x56", 8, 2);
+    film(&scene, "long.mp4", "90x60", 8, 7);
     let samples = format!("{ROOT}/data-samples");
     fs::copy(
         format!("{samples}/images/train/0001.png"),
@@ -636,32 +628,7 @@ fn with_networks() -> (Scene, String) {
         {"id": "beside", "video": "long.mp4", "image": "a.png", "prompt": "<video>\nIs <image> in it?"},
     ]);
     scene.write("prompts.json", list.to_string());
-    let verdict = "^(?<better_first>[^z]*$)|^(?<better_second>z)|^(?<tie>$)";
-    let ask = format!("{{ max_new_tokens: 2, retries: 0, verdict: \"{verdict}\" }}");
-    let pipeline = format!(
-        "
-pipeline: scripted
-seed: 5
-models:
-  policy: {{ llava_onevision: {{ weights: {samples}/policy, device: cpu }} }}
-  own: {{ self: {{ model: policy, ask: {ask} }} }}
-  judge: {{ sql: {{ reward: length(text) }} }}
-stages:
-  prompts:
-    load_prompts: {{ from: prompts.json, video: {{ frames: 16, rule: llava_next }} }}
-  candidates:
-    sample: {{ prompts: prompts, model: policy, count: 3, temperature: 1.5, top_p: 1.0, max_new_tokens: 6 }}
-  opinions:
-    score: {{ candidates: candidates, judge: own }}
-  rewards:
-    score: {{ candidates: candidates, judge: judge }}
-  pairs:
-    select_extremes: {{ rewards: rewards }}
-  steps:
-    train_dpo: {{ pairs: pairs, model: policy, learning_rate: 1.0e-3, batch_pairs: 4 }}
-reject_share_max: 0.9
-"
-    );
+    let pipeline = pipeline("scripted", "video: { frames: 16, rule: llava_next }");
     scene.write("p.yaml", &pipeline);
     (scene, pipeline)
 }
@@ -719,11 +686,7 @@ fn annotators_see_the_frames_of_a_video_where_it_stands() {
         return;
     }
     let scene = Scene::new();
-    make(
-        &scene,
-        "a.mp4",
-        &format!("{} {H264}", pattern("64x48", 10, 1)),
-    );
+    film(&scene, "a.mp4", "64x48", 10, 1);
     let turns = json!([{"role": "user", "text": "Hello."}, {"role": "assistant", "text": "Hi."}]);
     let list =
         json!([{"id": "a", "video": "a.mp4", "turns": turns, "prompt": "<video>\nWhat moves?"}]);
@@ -760,11 +723,7 @@ fn hundreds_of_frames_are_chosen_at_once() {
         return;
     }
     let scene = Scene::new();
-    make(
-        &scene,
-        "a.mp4",
-        &format!("{} {H264}", pattern("32x32", 30, 10)),
-    );
+    film(&scene, "a.mp4", "32x32", 30, 10);
     let told = load(&scene, &["a.mp4"], "frames: 250");
     assert_eq!(rejects(&scene), [], "{}", told.err);
     let video = &videos(&scene)[0];
@@ -775,5 +734,71 @@ fn hundreds_of_frames_are_chosen_at_once() {
             pixels(&scene, &video.frame_ids[number]).data,
             expected[index]
         );
+    }
+}
+
+#[test]
+fn the_time_limit_is_that_of_a_file_and_not_of_a_seek() {
+    if !has_ffmpeg("the_time_limit_is_that_of_a_file_and_not_of_a_seek") {
+        return;
+    }
+    let scene = Scene::new();
+    film(&scene, "a.mp4", "32x32", 30, 40);
+    records(&scene, &["a.mp4"], "frames: 4, timeout_s: 3");
+    with_fake(&scene, &format!("{CURRENT}\n/bin/sleep 1\n{}", real()));
+    let reasons = rejects(&scene);
+    assert!(
+        reasons[0].1.contains("did not finish within 3 s"),
+        "{reasons:?}"
+    );
+}
+
+#[test]
+fn a_file_that_changes_while_it_is_read_costs_its_row() {
+    if !has_ffmpeg("a_file_that_changes_while_it_is_read_costs_its_row") {
+        return;
+    }
+    let scene = Scene::new();
+    film(&scene, "a.mp4", "32x32", 10, 1);
+    fs::copy(scene.path("a.mp4"), scene.path("other.mp4")).unwrap();
+    records(&scene, &["a.mp4"], "frames: 3");
+    let [from, to] = ["other.mp4", "a.mp4"].map(|name| scene.path(name));
+    let swap = format!("/bin/mv {} {}", from.display(), to.display());
+    with_fake(&scene, &format!("{CURRENT}\n{swap}\n{}", real()));
+    let reasons = rejects(&scene);
+    assert!(
+        reasons[0].1.contains("the file changed while it was read"),
+        "{reasons:?}"
+    );
+    assert_eq!(videos(&scene), []);
+}
+
+#[test]
+fn a_decoder_ends_with_a_program_that_is_killed() {
+    if !has_ffmpeg("a_decoder_ends_with_a_program_that_is_killed") {
+        return;
+    }
+    let scene = Scene::new();
+    film(&scene, "a.mp4", "32x32", 10, 1);
+    records(&scene, &["a.mp4"], "frames: 3");
+    let pid = scene.path("pid");
+    let fifo = Command::new("mkfifo").arg(&pid).status();
+    assert!(fifo.unwrap().success());
+    let script = format!("{CURRENT}\necho $$ >{}\nexec /bin/sleep 100", pid.display());
+    let mut run = command_with_fake(&scene, &script).spawn().unwrap();
+    let decoder = fs::read_to_string(&pid).unwrap();
+    let process = Path::new("/proc").join(decoder.trim());
+    assert!(process.exists());
+    run.kill().unwrap();
+    run.wait().unwrap();
+    let is_gone = || {
+        let state = fs::read_to_string(process.join("stat")).unwrap_or_default();
+        // A zombie waits for the init process.
+        state.is_empty() || state.contains(") Z")
+    };
+    let begun = std::time::Instant::now();
+    while !is_gone() {
+        assert!(begun.elapsed().as_secs() < 20, "the decoder still runs");
+        std::thread::sleep(std::time::Duration::from_millis(20));
     }
 }

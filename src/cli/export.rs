@@ -25,6 +25,7 @@ use ovchat_data::store::{
 use ovchat_data::tables::{Image, Pair, Row};
 use ovchat_io::files;
 use ovchat_models::{Layout, ModelLoader};
+use ovchat_pipeline::stages::Shown;
 
 /// Export pairs or a checkpoint of a run for other programs.
 #[derive(Args)]
@@ -335,11 +336,7 @@ fn refuse_misread(table: &str, files: &[PathBuf]) -> Result<(), Failed> {
 /// one image for each `<image>` of the prompt and the responses.
 fn misreading(pair: &Pair) -> Option<String> {
     let texts = [&pair.prompt, &pair.chosen, &pair.rejected];
-    if pair
-        .videos
-        .as_ref()
-        .is_some_and(|videos| !videos.is_empty())
-    {
+    if !Shown::from(pair).videos.is_empty() {
         return Some("has a video, of which the run stores frames only".to_owned());
     }
     Some(match (pair.turns.len(), pair.image_ids.len()) {

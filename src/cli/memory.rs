@@ -8,7 +8,7 @@ use std::fmt::Write as _;
 use serde_json::{Value, json};
 
 use super::tokens::TokenCounts;
-use needs::{Precision, Refusal, computing, of_stage};
+use needs::{Precision, Refusal, computing, of_stage, video_frames};
 use ovchat_models::checkpoint::size_in_words as size;
 use ovchat_models::{DeviceSpec, Dtype, ModelError, ModelLoader, ModelSpec, Room};
 use ovchat_pipeline::config::{At, Diagnostic, KeyPath, Plan};
@@ -47,13 +47,14 @@ pub fn of_plan(
     loader: Option<&dyn ModelLoader>,
 ) -> Result<Vec<Taken>, Failure> {
     let mut all = Vec::new();
+    let frames = video_frames(plan);
     for stage in plan.all() {
         let Some(model) = computing(plan, stage) else {
             continue;
         };
         let precision = precision(&plan.models[model].clone().opened(), loader);
         let precision = precision.map_err(Failure::of(model))?;
-        let Some(needs) = of_stage(plan, stage, tokens, precision) else {
+        let Some(needs) = of_stage(plan, frames, stage, tokens, precision) else {
             continue;
         };
         let room = match loader {

@@ -2,7 +2,7 @@
 
 use super::clip_parts::FRAMES;
 use super::clips::{Clip, Event};
-use super::questions::CARELESSNESS;
+use super::questions::careless;
 use super::random::Random;
 use super::scene::{Object, Place};
 
@@ -30,11 +30,7 @@ impl ClipQuestion {
 
     /// Returns a careless answer.
     pub fn careless(&self, random: &mut Random) -> &str {
-        if random.chance(CARELESSNESS) {
-            &self.slip
-        } else {
-            &self.answer
-        }
+        careless(&self.answer, &self.slip, random)
     }
 }
 

@@ -36,7 +36,7 @@ impl Topic {
 }
 
 /// The probability that a careless answer has the mistake of [`Question::slip`].
-pub const CARELESSNESS: f64 = 0.55;
+const CARELESSNESS: f64 = 0.55;
 
 /// A question with its answers.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -70,11 +70,16 @@ impl Question {
 
     /// Returns a careless answer.
     pub fn careless(&self, random: &mut Random) -> &str {
-        if random.chance(CARELESSNESS) {
-            &self.slip
-        } else {
-            &self.answer
-        }
+        careless(&self.answer, &self.slip, random)
+    }
+}
+
+/// Returns the true answer, or the mistake in careless ones.
+pub fn careless<'a>(answer: &'a str, slip: &'a str, random: &mut Random) -> &'a str {
+    if random.chance(CARELESSNESS) {
+        slip
+    } else {
+        answer
     }
 }
 

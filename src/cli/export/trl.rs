@@ -18,6 +18,7 @@ use serde_json::json;
 use ovchat_data::store::{ParquetStream, StoreError};
 use ovchat_data::tables::{Pair, Role};
 use ovchat_models::{IMAGE_PLACEHOLDER, misfit};
+use ovchat_pipeline::stages::Shown;
 
 /// The number of pairs that are written at once.
 const AT_ONCE: usize = 256;
@@ -118,11 +119,7 @@ pub fn problem(pair: &Pair, bytes: usize) -> Option<String> {
     let parts = || messages.iter().flat_map(|message| &message.parts);
     let places = parts().filter(|part| **part == Part::Image).count();
     let images = pair.image_ids.len();
-    if pair
-        .videos
-        .as_ref()
-        .is_some_and(|videos| !videos.is_empty())
-    {
+    if !Shown::from(pair).videos.is_empty() {
         return Some("has a video, which TRL's DPOTrainer does not read".to_owned());
     }
     if places != images {

@@ -105,8 +105,16 @@ pub fn computing<'a>(plan: &'a Plan, stage: &'a PlannedStage) -> Option<&'a Mode
     }
 }
 
+/// Returns the largest number of frames of a video that the pipeline loads; `None` without videos.
+pub fn video_frames(plan: &Plan) -> Option<usize> {
+    plan.all()
+        .filter_map(|stage| stage.spec.video_frames())
+        .max()
+}
+
 pub fn of_stage(
     plan: &Plan,
+    frames: Option<usize>,
     stage: &PlannedStage,
     tokens: &[TokenCounts],
     precision: Precision,
@@ -133,7 +141,7 @@ pub fn of_stage(
             part: part.get() as usize * asks,
             beside: shown * answer_tokens(plan),
         };
-        of_writing(plan, &writing, &policy(model)?, counted, precision)
+        of_writing(plan, frames, &writing, &policy(model)?, counted, precision)
     };
     match &stage.spec {
         StageSpec::Sample(sample) => {
@@ -144,7 +152,14 @@ pub fn of_stage(
                 part: sample.part.get() as usize,
                 beside: 0,
             };
-            of_writing(plan, &writing, &policy(&sample.model)?, counted, precision)
+            of_writing(
+                plan,
+                frames,
+                &writing,
+                &policy(&sample.model)?,
+                counted,
+                precision,
+            )
         }
         StageSpec::Score(score) => {
             let count = sampled(plan).map_or(ANSWERS, |(_, sample)| sample.count.get() as usize);
@@ -153,9 +168,9 @@ pub fn of_stage(
         StageSpec::Compare(compare) => judged(&compare.judge, compare.part, ANSWERS),
         StageSpec::TrainDpo(train) => {
             let spec = plan.models[&train.model].vision_language()?;
-            of_training(plan, train, spec, tokens, precision)
+            of_training(plan, frames, train, spec, tokens, precision)
         }
-        StageSpec::TrainSft(train) => of_examples(plan, train, counted),
+        StageSpec::TrainSft(train) => of_examples(plan, frames, train, counted),
         StageSpec::TrainReward(train) => of_reward_training(plan, train, counted),
         _ => None,
     }
@@ -190,6 +205,7 @@ struct Writing<'a> {
 
 fn of_writing(
     plan: &Plan,
+    frames: Option<usize>,
     writing: &Writing<'_>,
     spec: &VisionLanguageSpec,
     counted: Option<&TokenCounts>,
@@ -209,7 +225,7 @@ fn of_writing(
         ..
     } = writing;
     let new = answers * writing.new;
-    let largest = Largest::of(plan, &*architecture);
+    let largest = Largest::of(frames, &*architecture);
     let (image, tiles) = (largest.tokens, largest.tiles);
     let (longest, worst) = longest(counted, &largest);
     let longest = longest + beside;
@@ -294,6 +310,7 @@ fn of_judge(plan: &Plan, judge: &ModelName, precision: Precision) -> Option<Need
 
 fn of_training(
     plan: &Plan,
+    frames: Option<usize>,
     stage: &TrainDpo,
     spec: &VisionLanguageSpec,
     tokens: &[TokenCounts],
@@ -311,7 +328,7 @@ fn of_training(
         ("gradients", sizes.gradients, String::new()),
         ("moments", sizes.moments, "AdamW".to_owned()),
     ];
-    let largest = Largest::of(plan, &*architecture);
+    let largest = Largest::of(frames, &*architecture);
     let (image, tiles) = (largest.tokens, largest.tiles);
     let sampled = sampled(plan);
     let new = ANSWERS * answer_tokens(plan);
@@ -358,14 +375,19 @@ fn of_training(
     })
 }
 
-fn of_examples(plan: &Plan, stage: &TrainSft, counted: Option<&TokenCounts>) -> Option<Needs> {
+fn of_examples(
+    plan: &Plan,
+    frames: Option<usize>,
+    stage: &TrainSft,
+    counted: Option<&TokenCounts>,
+) -> Option<Needs> {
     let spec = &plan.models[&stage.model];
     let (sizes, text, largest, pixels) = if let Some(spec) = spec.vision_language() {
         let architecture = architectures::open(&spec.weights).ok()?;
         let parts = architecture.parts().iter().copied();
         let parts = parts.filter(|part| stage.tower == Tower::Train || *part != Part::VisionTower);
         let trained = Trained::Parts(parts.map(|part| (part, None)).collect());
-        let largest = Largest::of(plan, &*architecture);
+        let largest = Largest::of(frames, &*architecture);
         let sizes = TrainingSizes::new(&*architecture, &trained, Optimizer::Adamw, 4);
         let pixels = pixels(architecture.vision_config(), largest.tiles);
         (sizes, *architecture.text_config(), largest, pixels)
@@ -499,13 +521,9 @@ impl Largest {
         }
     }
 
-    /// The tokens of a video depend only on the number of its frames, which the loading stage sets.
-    fn of(plan: &Plan, architecture: &dyn Architecture) -> Self {
+    /// The tokens of a video depend only on the number of its `frames`.
+    fn of(frames: Option<usize>, architecture: &dyn Architecture) -> Self {
         let [tokens, tiles] = architecture.largest_image();
-        let frames = plan
-            .all()
-            .filter_map(|stage| stage.spec.video_frames())
-            .max();
         match frames.map(|frames| architecture.video_packing(frames)) {
             Some(Ok(video)) if video.tokens() > tokens => Self {
                 tokens: video.tokens(),

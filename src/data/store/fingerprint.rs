@@ -18,14 +18,14 @@ use ovchat_io::files;
 
 /// File metadata that detects a change without reading the file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Stamp {
+pub struct Stamp {
     size: u64,
     mtime_ns: i128,
     inode: u64,
 }
 
 impl Stamp {
-    fn of(path: &Path) -> io::Result<Self> {
+    pub fn of(path: &Path) -> io::Result<Self> {
         let metadata = fs::metadata(path)?;
         Ok(Self {
             size: metadata.len(),

@@ -30,7 +30,7 @@ mod videos;
 
 pub use atomic::{copy_folder, create_folder, sync_folder, write_atomically, write_folder};
 pub use error::StoreError;
-pub use fingerprint::{Fingerprints, hash_file};
+pub use fingerprint::{Fingerprints, Stamp, hash_file};
 pub use folder::{Opened, RunFolder, TableFile, files_in};
 pub use images::Images;
 pub use key::{Key, digest};

@@ -2,7 +2,6 @@
 
 use std::env;
 use std::io::Read as _;
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use super::diagnostic::{At, Diagnostic};
@@ -11,7 +10,7 @@ use super::pipeline::PipelineSpec;
 use super::secrets::Secrets;
 use super::source::KeyPath;
 use super::suggest::suggest;
-use crate::stages::{Exec, StageSpec};
+use crate::stages::{Exec, StageSpec, is_executable};
 use ovchat_io::files;
 
 /// Reports the programs of `exec` stages that cannot be started. They are looked up as the system
@@ -80,11 +79,6 @@ fn no_program(exec: &Exec, program: &str, at: At, secrets: &Secrets) -> Option<D
         .collect();
     names.sort();
     Some(diagnostic.suggest(suggest(program, names.iter().map(String::as_str))))
-}
-
-fn is_executable(path: &Path) -> bool {
-    let metadata = path.metadata();
-    metadata.is_ok_and(|found| found.is_file() && found.permissions().mode() & 0o111 != 0)
 }
 
 /// The directories of `PATH`.

@@ -29,7 +29,7 @@ use self::program::{Ended, PipeMessage, Program, ProgramOutput, Running};
 use super::report::{Start, Unit};
 use super::runner::{Runner, took};
 use crate::config::{PlannedStage, Secrets};
-use crate::stages::{Command, Failure, Inherited};
+use crate::stages::{Command, Failure, Inherited, end_with_parent};
 use ovchat_data::store::{TableReader, TableVersion};
 use ovchat_io::files::caught;
 use ovchat_io::mask::Mask;
@@ -105,10 +105,6 @@ pub fn withheld(env: &Inherited, secrets: &Secrets) -> Vec<OsString> {
 }
 
 /// Starts the program.
-#[expect(
-    unsafe_code,
-    reason = "PR_SET_PDEATHSIG must be set between fork and exec"
-)]
 fn start(work: &Command<'_>, round: Option<u32>, secrets: &Secrets) -> Result<Child, Failure> {
     let (program, arguments) = work.words.split_first().expect("the plan checked it");
     let mut command = std::process::Command::new(program);
@@ -134,14 +130,7 @@ fn start(work: &Command<'_>, round: Option<u32>, secrets: &Secrets) -> Result<Ch
     if let Some(round) = round {
         command.env("OVCHAT_ROUND", round.to_string());
     }
-    #[cfg(target_os = "linux")]
-    // SAFETY: prctl is async-signal-safe, and touches nothing of this process.
-    unsafe {
-        command.pre_exec(|| {
-            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-            Ok(())
-        });
-    }
+    end_with_parent(&mut command);
     command.spawn().map_err(|error| {
         Failure::Other(format!(
             "cannot start `{program}` in {}: {error}",

@@ -443,7 +443,7 @@ impl Changes<'_> {
             "files" if name == "pictures" => match self.renamed("images") {
                 Some(reason) => reason,
                 None if self.renamed("from").is_some() => return None,
-                None => Reason::Files("an image that it names changed".to_owned()),
+                None => Reason::Files("an image or video that it names changed".to_owned()),
             },
             "files" => match self.renamed(name) {
                 Some(reason) => reason,
@@ -554,11 +554,15 @@ mod tests {
         let other = of("r", json!({"from": "x.json", "images": "scans"}));
         check(added, other, &["`images` \"photos\" → \"scans\""]);
         let changed = of("q", json!({"from": "x.json"}));
-        check(before, changed, &["an image that it names changed"]);
+        check(
+            before,
+            changed,
+            &["an image or video that it names changed"],
+        );
         // Runs of earlier versions did not record the paths of their files.
         let old = json!({"files": {"from": "a", "pictures": "p"}});
         let new = of("q", json!({"from": "x.json", "images": "photos"}));
-        check(old, new, &["an image that it names changed"]);
+        check(old, new, &["an image or video that it names changed"]);
         let none = json!({"files": {"from": "a"}});
         let captions = json!({"files": {"from": "a", "captions": "b"}});
         check(none, captions, &["`captions` was added"]);

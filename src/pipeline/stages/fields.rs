@@ -22,9 +22,9 @@ pub struct Fields {
     /// The numbers of message parts of the types `image` and `video`, each of which is a placeholder
     /// in its text.
     pub parts: [usize; 2],
-    /// True if a placeholder stands where no image or video can: in the system prompt or in an answer
-    /// of the conversation.
-    pub elsewhere: bool,
+    /// A placeholder that stands where no image or video can: in the system prompt or in an answer of
+    /// the conversation.
+    pub elsewhere: Option<&'static str>,
     /// True if the record had placeholders for its images and videos.
     pub has_places: bool,
 }
@@ -69,17 +69,16 @@ impl Fields {
         };
         let video_places = if videos > 0 { self.placed(VIDEO) } else { 0 };
         let placed = image_places + video_places;
-        if self.elsewhere {
-            let placeholder = if images > 0 { PLACEHOLDER } else { VIDEO };
+        if let Some(placeholder) = self.elsewhere {
             return Err(format!(
                 "`{placeholder}` stands in the system prompt or in an answer; move it into a user turn"
             ));
         }
         if parts > 0 && placed > parts {
-            let placeholder = if images > 0 { PLACEHOLDER } else { VIDEO };
-            let kind = if images > 0 { "image" } else { "video" };
+            let is_video = images == 0 || video_places > self.parts[1];
+            let kind = if is_video { "video" } else { "image" };
             return Err(format!(
-                "the record has {kind} parts and the text `{placeholder}`; use one of the two"
+                "the record has {kind} parts and the text `<{kind}>`; use one of the two"
             ));
         }
         for (kind, count, places) in [
@@ -103,7 +102,7 @@ impl Fields {
         for (placeholder, count) in left {
             if count > 0 && self.placed(placeholder) != count {
                 return Err(format!(
-                    "an `{placeholder}` placeholder stands within another one; write one for each image, or none"
+                    "a `{placeholder}` placeholder stands within another one; write one for each image and video, or none"
                 ));
             }
         }

@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -14,7 +13,7 @@ use super::records::read_fields;
 use super::unread::own_name;
 use super::video::{DecodedVideo, Ffmpeg, VideoFault, VideoSettings, decode_video};
 use super::work::{Failure, Record};
-use ovchat_data::store::{Media, StoreError, digest, hash_file};
+use ovchat_data::store::{Media, Stamp, StoreError, digest, hash_file};
 use ovchat_data::tables::{Image, ImageFile, PromptVideo};
 use ovchat_io::files;
 use ovchat_models::RowFault;
@@ -85,25 +84,6 @@ impl OpenedVideos {
     pub fn forget_frames(&mut self) {
         self.0
             .retain(|_, opened| matches!(opened.get(), Some(Err(VideoFault::File(_)))));
-    }
-}
-
-/// The properties of a file that change when it is written.
-#[derive(PartialEq, Eq)]
-struct Stamp(Option<(u64, u64, u64, i64, i64)>);
-
-impl Stamp {
-    fn of(file: &Path) -> Self {
-        let found = file.metadata().ok();
-        Self(found.map(|found| {
-            (
-                found.dev(),
-                found.ino(),
-                found.size(),
-                found.mtime(),
-                found.mtime_nsec(),
-            )
-        }))
     }
 }
 
@@ -208,7 +188,7 @@ impl Opener<'_> {
 
     fn video(&self, name: &str) -> Result<Arc<OpenedVideo>, Flaw> {
         let (path, file) = self.locate("video", name)?;
-        let before = Stamp::of(&file);
+        let before = Stamp::of(&file).ok();
         let video_id = match hash_file(&file) {
             Ok(hash) => hash,
             Err(StoreError::Stopped) => return Err(Flaw::Failure(Failure::Interrupted)),
@@ -228,7 +208,7 @@ impl Opener<'_> {
         let opened = once.get_or_init(|| {
             let opened = self.known_or_decoded(&file, &video_id, &row_key);
             match opened {
-                Ok(_) if Stamp::of(&file) != before => Err(VideoFault::File(
+                Ok(_) if Stamp::of(&file).ok() != before => Err(VideoFault::File(
                     "the file changed while it was read; load it again when it is complete"
                         .to_owned(),
                 )),

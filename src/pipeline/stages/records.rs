@@ -118,9 +118,10 @@ fn fields(record: &Value, embedded: usize) -> Result<Fields, String> {
     let answers = turns.iter().filter(|turn| turn.role == Role::Assistant);
     let elsewhere = answers.map(|turn| &turn.text);
     let mut elsewhere = elsewhere.chain(&system).chain(&last_answer);
-    let elsewhere = elsewhere.any(|text| {
-        placeholder(text) == Some(PLACEHOLDER)
-            || (!video_paths.is_empty() && placeholder(text) == Some(VIDEO))
+    let elsewhere = elsewhere.find_map(|text| match placeholder(text)? {
+        PLACEHOLDER => Some(PLACEHOLDER),
+        VIDEO if !video_paths.is_empty() => Some(VIDEO),
+        _ => None,
     });
     Ok(Fields {
         id: text("id")?,
@@ -675,6 +676,83 @@ mod tests {
         }
         let beside = json!({"image": "a.png", "prompt": "<image>\n<video>\nWhat happens?"});
         assert!(fields(&beside).unwrap_err().contains("`<video>`"));
+    }
+
+    #[test]
+    fn videos_have_places_as_images_do() {
+        let read = |record: Value| fields(&record).map(|fields| fields.question);
+        let one = |text: &str| read(json!({"video": "a.mp4", "prompt": text}));
+        for text in ["<video>\nWhy?", "<image>\nWhy?", "Why? <video>", "Why?"] {
+            assert_eq!(one(text).unwrap(), "Why?", "{text}");
+        }
+        assert_eq!(
+            one("<video><video> Why?").unwrap_err(),
+            "found 1 video but 2 `<video>` placeholders; write one for each video, or none"
+        );
+        assert_eq!(
+            one("<image>").unwrap_err(),
+            "`prompt` has no text beside its videos; write the question there"
+        );
+        let both = |text: &str| {
+            let file = json!({"path": "a.mp4", "bytes": null});
+            read(json!({"image": "a.png", "videos": [file, ""], "prompt": text}))
+        };
+        assert_eq!(
+            both("<video> before <image>?").unwrap(),
+            "<video> before <image>?"
+        );
+        assert_eq!(both("<image>\n<video>\nWhy?").unwrap(), "Why?");
+        assert_eq!(
+            both("<video> Why?").unwrap_err(),
+            "found 1 image but 0 `<image>` placeholders; write one for each image, or none"
+        );
+        let mut apart = fields(&json!({"image": "a", "video": "b", "prompt": "Why?"})).unwrap();
+        apart.separate_by_spaces();
+        assert_eq!(apart.question, "<image> <video>\nWhy?");
+        let part = json!({"type": "video"});
+        let told = |text: &str| {
+            let content = json!([part, {"type": "text", "text": text}]);
+            read(json!({"video": "a", "conversations": [{"role": "user", "content": content}]}))
+        };
+        assert_eq!(told("Why?").unwrap(), "Why?");
+        assert_eq!(
+            told("What is <video>?").unwrap_err(),
+            "the record has video parts and the text `<video>`; use one of the two"
+        );
+    }
+
+    #[test]
+    fn what_is_no_path_of_a_video_refuses_the_record() {
+        for (video, words) in [
+            (
+                json!({"bytes": "AAAA", "path": null}),
+                "holds the bytes of a file",
+            ),
+            (
+                json!("data:video/mp4;base64,AAAA"),
+                "holds data in place of a path",
+            ),
+            (json!("a".repeat(5000)), "holds data in place of a path"),
+            (json!(["a.mp4", null]), "must be a path or a list of paths"),
+        ] {
+            let reason = fields(&json!({"video": video, "prompt": "Why?"})).unwrap_err();
+            assert!(
+                reason.starts_with("`video` ") && reason.contains(words),
+                "{reason}"
+            );
+        }
+        let part = json!({"video": "a.mp4", "video_start": 3.5, "prompt": "Why?"});
+        assert!(
+            fields(&part)
+                .unwrap_err()
+                .contains("limits its video by `video_start`")
+        );
+        assert!(fields(&json!({"video_start": 3.5, "prompt": "Why?"})).is_ok());
+        let two = json!({"video": "a.mp4", "videos": ["b.mp4"], "prompt": "Why?"});
+        assert_eq!(
+            fields(&two).unwrap_err(),
+            "`video` and `videos` name different files; keep one of the two"
+        );
     }
 
     #[test]

@@ -28,11 +28,17 @@ pub struct SourceProblem {
     pub is_certain: bool,
 }
 
+/// True for a file whose first records cannot be read alone: the rows of a large Parquet file may hold
+/// images, and a thousand rows are read at once.
+fn is_slow_to_begin(path: &Path) -> bool {
+    let is_large = path.metadata().is_ok_and(|found| found.len() > OTHERS_MAX);
+    is_large && formats::is_not_json(path)
+}
+
 /// Returns the first records of the source at `path`; none if they cannot be read, or not without
 /// reading much more.
 pub fn first_records(path: &Path) -> Vec<Record> {
-    let is_large = path.metadata().is_ok_and(|found| found.len() > OTHERS_MAX);
-    if is_large && formats::is_not_json(path) {
+    if is_slow_to_begin(path) {
         return Vec::new();
     }
     let records = formats::records(path).into_iter().flatten();
@@ -52,9 +58,7 @@ pub fn source_problem(
             is_certain: true,
         })
     };
-    // The rows of a Parquet file may hold images, and a thousand rows are read at once.
-    let is_large = path.metadata().is_ok_and(|found| found.len() > OTHERS_MAX);
-    if is_large && formats::is_not_json(path) {
+    if is_slow_to_begin(path) {
         return None;
     }
     let records = match formats::records(path) {

@@ -4,17 +4,19 @@
 //! cannot write files, it has no environment, and it opens only the formats and codecs listed here,
 //! from local files. A playlist that is named like a video would otherwise open other files.
 
+mod probing;
 mod process;
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
-use std::io::{Read as _, Seek as _, SeekFrom};
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+pub use self::probing::Probed;
+use self::probing::{Probing, ends_as_gif, fields};
 pub use self::process::Deadline;
 use self::process::{Ended, Program};
+use super::super::programs::is_executable;
 use super::fault::VideoFault;
 
 /// The containers that are accepted.
@@ -51,35 +53,6 @@ pub struct Ffmpeg {
     has_fps_mode: bool,
 }
 
-/// The properties of a file's video stream.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct Probed {
-    pub codec: String,
-    /// The size of a decoded frame in pixels, after rotation.
-    pub width: usize,
-    pub height: usize,
-    /// The number of frames.
-    pub frames: usize,
-    /// The average number of frames per second.
-    pub fps: Option<f64>,
-    /// The presentation times of all frames in units of `time_base`, ascending; empty if frames
-    /// cannot be found by their times.
-    times: Vec<i64>,
-    /// Those of the key frames.
-    keys: Vec<i64>,
-    /// Seconds per unit of time, as a fraction.
-    time_base: [i64; 2],
-    /// The time at which the file starts, in seconds.
-    start: f64,
-}
-
-impl Probed {
-    fn seconds(&self, time: f64) -> f64 {
-        let [units, per] = self.time_base;
-        time * units as f64 / per as f64
-    }
-}
-
 impl Ffmpeg {
     /// Finds the programs on the `PATH`.
     ///
@@ -90,11 +63,8 @@ impl Ffmpeg {
         let path = std::env::var_os("PATH").unwrap_or_default();
         let [ffmpeg, ffprobe] = ["ffmpeg", "ffprobe"].map(|name| {
             let found = std::env::split_paths(&path).map(|folder| folder.join(name));
-            let is_program = |file: &PathBuf| {
-                let found = file.metadata();
-                found.is_ok_and(|found| found.is_file() && found.permissions().mode() & 0o111 != 0)
-            };
-            found.into_iter().find(is_program).ok_or_else(|| {
+            let mut found = found.into_iter();
+            found.find(|file| is_executable(file)).ok_or_else(|| {
                 format!(
                     "`{name}` was not found; install ffmpeg {}.{} or later (Debian, Ubuntu: `apt-get install \
                      ffmpeg`)",
@@ -130,11 +100,11 @@ impl Ffmpeg {
         let mut probing = Probing::default();
         let arguments = ["-v", "error", "-show_entries", entries, "-of", "compact"];
         self.ask(file, &arguments, until, &mut |line| probing.line(line))?;
-        let mut probed = probing.probed()?;
-        if probing.format == "gif" && !ends_as_gif(file) {
+        let mut probed = probing.finish()?;
+        if probed.format == "gif" && !ends_as_gif(file) {
             return Err(VideoFault::File("the file is truncated".to_owned()));
         }
-        if probing.hides_frames() {
+        if probed.hides_frames {
             probed.frames = self.count(file, until)?;
         }
         if probed.frames == 0 {
@@ -187,12 +157,14 @@ impl Ffmpeg {
             arguments: &all,
             until,
         };
-        let mut rest = Vec::new();
+        // The start of a line whose rest has not come yet.
+        let mut begun = Vec::new();
         let ended = program.run(1 << 16, &mut |bytes| {
-            rest.extend_from_slice(&bytes);
-            while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
-                let whole: Vec<u8> = rest.drain(..=end).collect();
-                line(String::from_utf8_lossy(&whole).trim_end());
+            begun.extend_from_slice(&bytes);
+            if let Some(end) = begun.iter().rposition(|byte| *byte == b'\n') {
+                let rest = begun.split_off(end + 1);
+                String::from_utf8_lossy(&begun).lines().for_each(&mut *line);
+                begun = rest;
             }
             Ok(())
         })?;
@@ -237,9 +209,17 @@ impl Ffmpeg {
             take(*index, frame)
         })?;
         let words = ended.result("ffmpeg")?;
-        // A new graph of filters counts frames from 0 again.
-        if words.matches("] config in time_base:").count() > 1 {
-            return Err(changing());
+        match words.matches("] config in time_base:").count() {
+            1 => {}
+            0 if done == 0 => {}
+            0 => {
+                return Err(VideoFault::Program(format!(
+                    "ffmpeg {} does not log the frames that it shows; install another version",
+                    self.version
+                )));
+            }
+            // A new graph of filters counts frames from 0 again.
+            _ => return Err(changing()),
         }
         let shown: Vec<i64> = words.lines().filter_map(shown_time).collect();
         let known: Vec<i64> = (wanted.iter())
@@ -464,133 +444,6 @@ fn number(version: &str) -> Option<(u32, u32)> {
     (major < 1000).then_some((major, minor.unwrap_or(0)))
 }
 
-/// True if a GIF file ends as one; the decoder does not notice that the rest is missing. Some programs
-/// append zeros or a line end.
-fn ends_as_gif(file: &Path) -> bool {
-    const TRAILER: u8 = 0x3b;
-    let mut end = [0; 64];
-    let mut read = || -> std::io::Result<usize> {
-        let mut file = ovchat_io::files::open(file)?;
-        let size = file.metadata()?.len();
-        file.seek(SeekFrom::Start(size.saturating_sub(end.len() as u64)))?;
-        file.take(end.len() as u64).read(&mut end)
-    };
-    let count = read().unwrap_or(0);
-    let mut last = end[..count].iter().rev();
-    last.find(|byte| !matches!(byte, 0 | b'\r' | b'\n')) == Some(&TRAILER)
-}
-
-/// The properties that lines of `ffprobe` gave so far.
-#[derive(Default)]
-struct Probing {
-    probed: Probed,
-    format: String,
-    is_turned: bool,
-    is_encrypted: bool,
-    times: Vec<i64>,
-    keys: Vec<i64>,
-    /// True if the file says that some packets are not shown.
-    discards: bool,
-    /// True if some packets have no time.
-    lacks_times: bool,
-}
-
-impl Probing {
-    fn line(&mut self, line: &str) {
-        let is_packet = line.starts_with("packet|");
-        let mut time: Option<i64> = None;
-        let [mut is_shown, mut is_key] = [true, false];
-        for (key, value) in fields(line) {
-            match key {
-                "pts" if is_packet => time = value.parse().ok(),
-                "flags" if is_packet => {
-                    is_shown = !value.contains('D');
-                    is_key = value.contains('K');
-                }
-                "side_data_type" => self.is_encrypted |= value.starts_with("Encryption"),
-                "codec_name" => value.clone_into(&mut self.probed.codec),
-                "width" => self.probed.width = value.parse().unwrap_or(0),
-                "height" => self.probed.height = value.parse().unwrap_or(0),
-                "avg_frame_rate" => {
-                    self.probed.fps = fraction(value)
-                        .filter(|[count, seconds]| *count > 0 && *seconds > 0)
-                        .map(|[count, seconds]| count as f64 / seconds as f64);
-                }
-                "time_base" => {
-                    self.probed.time_base = fraction(value)
-                        .filter(|[_, per]| *per > 0)
-                        .unwrap_or([0, 1]);
-                }
-                "rotation" => {
-                    let degrees: f64 = value.parse().unwrap_or(0.0);
-                    self.is_turned = (degrees.abs() % 180.0 - 90.0).abs() < 1.0;
-                }
-                "format_name" => value.clone_into(&mut self.format),
-                "start_time" => self.probed.start = value.parse().unwrap_or(0.0),
-                _ => {}
-            }
-        }
-        if is_packet {
-            self.probed.frames += usize::from(is_shown);
-            self.discards |= !is_shown;
-            self.lacks_times |= time.is_none();
-            self.times.extend(time.filter(|_| is_shown));
-            self.keys.extend(time.filter(|_| is_key));
-        }
-    }
-
-    /// Returns the properties, once all lines were read.
-    fn probed(&self) -> Result<Probed, VideoFault> {
-        let mut probed = self.probed.clone();
-        let problem = if self.is_encrypted {
-            "the video stream is encrypted; decrypt the file first"
-        } else if probed.codec.is_empty() {
-            "the file has no video stream"
-        } else if probed.width * probed.height == 0 {
-            "the size of its frames is unknown, or larger than 8K (7680 x 4320)"
-        } else {
-            ""
-        };
-        if !problem.is_empty() {
-            return Err(VideoFault::File(problem.to_owned()));
-        }
-        if self.is_turned {
-            std::mem::swap(&mut probed.width, &mut probed.height);
-        }
-        let has_index = ["mov", "matroska"]
-            .iter()
-            .any(|name| self.format.starts_with(name));
-        if has_index && !self.discards && !self.hides_frames() {
-            probed.times.clone_from(&self.times);
-            probed.keys.clone_from(&self.keys);
-            probed.times.sort_unstable();
-            probed.keys.sort_unstable();
-        }
-        Ok(probed)
-    }
-
-    /// True if a decoder may show fewer frames than there are packets: the alternate reference frames of
-    /// VP8, and the frames before the first key frame of a stream that was cut.
-    fn hides_frames(&self) -> bool {
-        let mut times = self.times.clone();
-        times.sort_unstable();
-        self.probed.codec == "vp8"
-            || self.lacks_times
-            || times.windows(2).any(|pair| pair[0] == pair[1])
-            || times.first() != self.times.first()
-    }
-}
-
-/// Returns the keys and values of a line of `-of compact`: `stream|codec_name=h264|width=160`.
-fn fields(line: &str) -> impl Iterator<Item = (&str, &str)> {
-    line.split('|').filter_map(|field| field.split_once('='))
-}
-
-fn fraction(text: &str) -> Option<[i64; 2]> {
-    let (above, below) = text.split_once('/')?;
-    Some([above.parse().ok()?, below.parse().ok()?])
-}
-
 /// Returns the presentation time of the first frame that the filter `showinfo` describes in a line.
 fn shown_time(line: &str) -> Option<i64> {
     let (_, said) = line.split_once("Parsed_showinfo")?;
@@ -611,30 +464,6 @@ mod tests {
         assert_eq!(number("8"), Some((8, 0)));
         assert_eq!(number("N-113456-gabc"), None);
         assert_eq!(number("2024-01-01-git-abc"), None);
-    }
-
-    #[test]
-    fn lines_of_ffprobe_become_properties() {
-        let mut probing = Probing::default();
-        for line in [
-            "packet|pts=1024|flags=K_",
-            "packet|pts=0|flags=__D",
-            "packet|pts=N/A|flags=__",
-            "stream|codec_name=h264|width=160|height=90|avg_frame_rate=30000/1001|time_base=1/15360|side_data|rotation=-90",
-            "format|format_name=mov,mp4,m4a,3gp,3g2,mj2",
-            "",
-            "width",
-        ] {
-            probing.line(line);
-        }
-        assert!(probing.is_turned && probing.discards && probing.lacks_times);
-        assert!(probing.hides_frames() && probing.format.starts_with("mov"));
-        assert_eq!((probing.probed.frames, probing.times), (2, vec![1024]));
-        assert_eq!(
-            (&*probing.probed.codec, probing.probed.width),
-            ("h264", 160)
-        );
-        assert!((probing.probed.fps.unwrap() - 29.97).abs() < 0.001);
     }
 
     #[test]

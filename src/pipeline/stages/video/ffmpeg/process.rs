@@ -9,9 +9,10 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::super::super::programs::end_with_parent;
 use super::super::fault::VideoFault;
 use ovchat_io::files;
-use ovchat_io::visible::visible as shown;
+use ovchat_io::visible::visible;
 
 /// The address space of a decoder, in KiB. It does not load with much less than 400 MB.
 const MEMORY_KIB: u32 = 2_000_000;
@@ -30,9 +31,6 @@ const LOOK: Duration = Duration::from_millis(50);
 /// The bytes of stderr that are kept, and those that a message shows.
 const WORDS_MAX: usize = 1 << 21;
 const SHOWN_MAX: usize = 300;
-
-const SIGKILL: i32 = 9;
-const SIGXCPU: i32 = 24;
 
 /// The time at which the work on a file must be done.
 #[derive(Debug, Clone, Copy)]
@@ -150,32 +148,11 @@ impl Program<'_> {
     }
 
     fn too_slow(&self) -> VideoFault {
-        too_slow(self.name, self.until.seconds)
+        VideoFault::File(format!(
+            "{} did not finish within {} s; raise `timeout_s`, or cut the file",
+            self.name, self.until.seconds
+        ))
     }
-}
-
-/// Lets a child die with the thread that starts it, even if this program is killed.
-#[expect(
-    unsafe_code,
-    reason = "the standard library cannot set a signal for the death of the parent"
-)]
-fn end_with_parent(command: &mut Command) {
-    // SAFETY: prctl is async-signal-safe and touches no memory.
-    unsafe {
-        command.pre_exec(|| {
-            #[cfg(target_os = "linux")]
-            if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 {
-                return Err(io::Error::last_os_error());
-            }
-            Ok(())
-        });
-    }
-}
-
-fn too_slow(name: &str, seconds: u64) -> VideoFault {
-    VideoFault::File(format!(
-        "{name} did not finish within {seconds} s; raise `timeout_s`, or cut the file"
-    ))
 }
 
 /// A child that is killed when it is dropped.
@@ -235,12 +212,12 @@ impl Ended {
                     said(&self.words)
                 )));
             }
-            (_, Some(SIGKILL)) => {
+            (_, Some(libc::SIGKILL)) => {
                 return Err(VideoFault::Program(format!(
-                    "{name} was killed (signal {SIGKILL}); the machine may have run out of memory. Run again"
+                    "{name} was killed (signal 9); the machine may have run out of memory. Run again"
                 )));
             }
-            (_, Some(SIGXCPU)) => "used up its processor time".to_owned(),
+            (_, Some(libc::SIGXCPU)) => "used up its processor time".to_owned(),
             (_, Some(signal)) => format!("crashed with signal {signal}"),
             (code, None) => format!("exited with code {}", code.unwrap_or_default()),
         };
@@ -275,46 +252,38 @@ fn cut_off(log: &str) -> Option<String> {
 /// to run.
 fn said(log: &str) -> String {
     let has_levels = log.contains("[error]") || log.contains("[fatal]");
+    let is_error = |line: &&str| {
+        let is_count = line.trim().starts_with("Last message repeated");
+        let has_level = line.contains("[error]") || line.contains("[fatal]");
+        !line.trim().is_empty() && !is_count && (!has_levels || has_level)
+    };
+    let errors = log.lines().filter(is_error);
     let mut lines: Vec<String> = Vec::new();
-    for line in log.lines() {
-        if has_levels && !line.contains("[error]") && !line.contains("[fatal]") {
-            continue;
+    for line in errors.map(|line| without_address(line.trim())) {
+        if let Some(words) = in_own_words(&line) {
+            return visible(&words).into_owned();
         }
-        let line = in_own_words(&without_address(line.trim()));
-        let is_count = line.starts_with("Last message repeated");
-        if !line.is_empty() && !is_count && !lines.contains(&line) {
+        if lines.len() < 3 && !lines.contains(&line) {
             lines.push(line);
-        }
-        let is_ours = ["the codec `", "the format `", "its frames are"];
-        if is_ours.iter().any(|words| line_is(&lines, words)) || lines.len() == 3 {
-            break;
         }
     }
     let text: String = lines.join("; ").chars().take(SHOWN_MAX).collect();
-    shown(&text).into_owned()
+    visible(&text).into_owned()
 }
 
-fn line_is(lines: &[String], words: &str) -> bool {
-    lines.last().is_some_and(|line| line.starts_with(words))
-}
-
-/// Returns a line about a codec or format that is not accepted in our words, others as they are.
-fn in_own_words(line: &str) -> String {
+/// Returns our words for a line about a codec, format or size that is not accepted.
+fn in_own_words(line: &str) -> Option<String> {
     const HOW: &str = "convert the file, as with `ffmpeg -i FILE -c:v libx264 NEW.mp4`";
     if line.contains("exceeds specified max pixel count") {
-        return "its frames are larger than 8K (7680 x 4320)".to_owned();
+        return Some("its frames are larger than 8K (7680 x 4320)".to_owned());
     }
-    let codec = line
-        .split_once("Codec (")
-        .and_then(|(_, rest)| rest.split_once(") not on whitelist"));
-    if let Some((codec, _)) = codec {
-        return format!("the codec `{codec}` is not accepted; {HOW}");
+    if let Some((_, rest)) = line.split_once("Codec (") {
+        let (codec, _) = rest.split_once(") not on whitelist")?;
+        return Some(format!("the codec `{codec}` is not accepted; {HOW}"));
     }
-    let format = line.split_once("] Format not on whitelist");
-    match format.and_then(|(name, _)| name.strip_prefix('[')) {
-        Some(format) => format!("the format `{format}` is not accepted; {HOW}"),
-        None => line.to_owned(),
-    }
+    let (name, _) = line.split_once("] Format not on whitelist")?;
+    let format = name.strip_prefix('[')?;
+    Some(format!("the format `{format}` is not accepted; {HOW}"))
 }
 
 /// Returns `[h264 @ 0x55d0] broken` without the address.
