@@ -162,11 +162,22 @@ pub fn said(output: Output) -> CommandOutput {
     }
 }
 
+/// The columns that earlier versions did not write.
+const LATER: [&str; 6] = [
+    "videos",
+    "kept",
+    "label",
+    "first_score",
+    "second_score",
+    "failure",
+];
+
 fn without_measured(batch: &RecordBatch) -> RecordBatch {
     let schema = batch.schema();
     // Older tables lack columns that are null in all of their rows.
     let is_absent = |column: usize| {
-        schema.field(column).name() == "videos"
+        schema.field(column).is_nullable()
+            && LATER.contains(&schema.field(column).name().as_str())
             && batch.column(column).null_count() == batch.num_rows()
     };
     let kept: Vec<usize> = (0..batch.num_columns())

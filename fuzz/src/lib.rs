@@ -39,6 +39,7 @@ mod ovchat {
         mod fields;
         pub mod formats;
         mod media;
+        pub mod names;
         pub mod records;
         mod shown;
         pub mod unread;
@@ -71,6 +72,7 @@ mod ovchat {
                 pub place: String,
                 pub fields: Result<serde_json::Value, String>,
                 pub embedded: Vec<ImageFile>,
+                pub kept: Vec<(String, String)>,
             }
         }
     }
@@ -113,7 +115,7 @@ mod tested {
 
     /// A file of prompts: its records as far as they are read without opening a picture.
     pub fn records(path: &Path) {
-        let Ok(records) = formats::records(path) else {
+        let Ok(records) = formats::records(path, &Default::default()) else {
             return;
         };
         let mut unread = Unread::default();

@@ -150,8 +150,10 @@ static QUESTIONNAIRES: LazyLock<[JudgePrompt; 3]> = LazyLock::new(|| {
 pub fn reply(bytes: &[u8]) {
     if let Ok(text) = std::str::from_utf8(bytes) {
         for judge_prompt in &*QUESTIONNAIRES {
-            let scores = judge_prompt.read(text).unwrap_or_default();
-            assert!(scores.iter().all(|score| score.is_finite()));
+            if let Some(found) = judge_prompt.read(text) {
+                let scores = found.scores.iter().flatten();
+                assert!(scores.chain([&found.value]).all(|score| score.is_finite()));
+            }
         }
     }
 }

@@ -3,6 +3,7 @@
 //! Two programs share it. `pipeline` has no networks, and replaces itself with `pipeline-engine`
 //! when a network has to be opened; the engine brings a [`ModelLoader`].
 
+mod benchmarks;
 mod chart;
 mod check;
 mod diff;
@@ -63,6 +64,7 @@ enum Command {
     Status(status::Status),
     Label(label::LabelRun),
     Pairs(pairs::ShowPairs),
+    Benchmarks(benchmarks::Benchmarks),
     Export(export::Export),
     Fork(fork::MakeFork),
     Diff(diff::Diff),
@@ -108,6 +110,7 @@ pub fn main(loader: Option<&dyn ModelLoader>) -> ExitCode {
         Command::Status(command) => command.run(),
         Command::Label(command) => command.run(),
         Command::Pairs(command) => command.run(),
+        Command::Benchmarks(command) => command.run(),
         Command::Export(command) => command.run(loader),
         Command::Fork(command) => command.run(),
         Command::Diff(command) => command.run(),

@@ -4,12 +4,11 @@ use arrow::array::RecordBatch;
 use arrow::util::pretty::pretty_format_batches;
 
 use super::chart;
-use super::chart::draw;
 use super::failed::Failed;
 use super::out::line;
 use super::rows::{readable, shown};
 use super::sql::ask;
-use ovchat_data::store::{RunFolder, create_folder, write_atomically};
+use ovchat_data::store::{RunFolder, create_folder};
 use ovchat_pipeline::config::Plan;
 
 /// Prints the views of a complete run, and writes their charts to its folder `report`. `say`
@@ -17,9 +16,11 @@ use ovchat_pipeline::config::Plan;
 pub fn print(plan: &Plan, run: &RunFolder, say: &mut dyn FnMut(&str)) -> Result<(), Failed> {
     for (name, view) in &plan.report {
         let mut batches: Vec<RecordBatch> = Vec::new();
+        let mut plain: Vec<RecordBatch> = Vec::new();
         // The query itself, because a view has no order.
         let asked = ask(run, &view.query, |batch| {
             batches.push(readable(&batch, true)?);
+            plain.push(batch);
             Ok(())
         });
         asked.map_err(|failed| match failed {
@@ -38,13 +39,11 @@ pub fn print(plan: &Plan, run: &RunFolder, say: &mut dyn FnMut(&str)) -> Result<
         let Some(wanted) = &view.chart else {
             continue;
         };
-        let panels = chart::panels(&batches, wanted)?;
-        let svg = draw(&panels).map_err(|error| Failed::Words(format!("{name}: {error}")))?;
         let folder = run.root().join("report");
         create_folder(&folder)?;
-        let path = folder.join(format!("{name}.svg"));
-        write_atomically(&path, svg.as_bytes())?;
-        say(&format!("wrote chart to {}", path.display()));
+        for path in chart::write(run, &folder, name, &plain, wanted)? {
+            say(&format!("wrote chart to {}", path.display()));
+        }
     }
     Ok(())
 }

@@ -118,7 +118,8 @@ impl Run {
         }
     }
 
-    /// Fetches the weights that models name on the hub and that are missing from the hub's cache.
+    /// Fetches the weights and datasets that the pipeline names on the hub and that are missing from
+    /// the hub's cache.
     fn fetch(&self, plan: &Plan) -> Result<(), Failed> {
         self.until(plan)?;
         let Some(hub) = Hub::of_environment().map_err(Failed::Words)? else {
@@ -134,6 +135,14 @@ impl Run {
         };
         for repository in paths.collect::<Vec<_>>() {
             hub.fetch(&repository, &mut say).map_err(Failed::Words)?;
+        }
+        for stage in plan.all() {
+            if let Some((from, part)) = stage.spec.source()
+                && let Some(repository) = Repository::of(from)
+            {
+                hub.fetch_dataset(&repository, part, &mut say)
+                    .map_err(Failed::Words)?;
+            }
         }
         Ok(())
     }

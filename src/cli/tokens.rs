@@ -99,6 +99,17 @@ struct Counted {
     id: String,
     prompt: models::ChatPrompt,
     answers: Vec<String>,
+    kept: Vec<(String, String)>,
+}
+
+impl Counted {
+    fn context(&self) -> models::RowContext<'_> {
+        models::RowContext {
+            id: Some(&self.id),
+            kept: &self.kept,
+            other: None,
+        }
+    }
 }
 
 impl Counter {
@@ -127,8 +138,12 @@ impl Counter {
                 let shown = match judge_prompt.mode {
                     Mode::Pointwise => JudgeInput::One(""),
                     Mode::Pairwise => JudgeInput::Two("", ""),
+                    Mode::Against => {
+                        let other = judge_prompt.other_answer(&row.prompt, row.context())?;
+                        JudgeInput::Two(other, "")
+                    }
                 };
-                Count::of(prep.count(&judge_prompt.ask(&row.prompt, shown)?)?)
+                Count::of(prep.count(&judge_prompt.ask(&row.prompt, row.context(), shown)?)?)
             }
             Self::Examples(prep, learned) => {
                 let (text, places) = prep.spoken(&example(*learned))?;
@@ -171,8 +186,8 @@ impl Counter {
             pairs.map(asked_and_answered).collect()
         } else {
             let prompts = Prompt::from_batch(batch).map_err(misfit)?.into_iter();
-            let with_answer = |mut row: Prompt| {
-                let answers = row.answer.take().into_iter().collect();
+            let with_answer = |row: Prompt| {
+                let answers = row.answer.clone().into_iter().collect();
                 (row, answers)
             };
             prompts.map(with_answer).collect()
@@ -183,10 +198,12 @@ impl Counter {
             Ok(Counted {
                 prompt: models::ChatPrompt {
                     captions: row.captions,
+                    answer: row.answer,
                     ..prompt
                 },
                 id: row.id.unwrap_or(row.prompt_id),
                 answers,
+                kept: row.kept.map(|kept| kept.0).unwrap_or_default(),
             })
         };
         rows.into_iter().map(counted).collect()
@@ -207,6 +224,7 @@ fn asked_and_answered(pair: Pair) -> (Prompt, Vec<String>) {
         question: pair.prompt,
         captions: pair.captions,
         answer: None,
+        kept: pair.kept,
     };
     (prompt, vec![pair.chosen, pair.rejected])
 }

@@ -49,6 +49,7 @@ impl Judge for CaptionPermutations {
                 prompt,
                 answers: groups[index].answers.clone(),
                 numbers: groups[index].numbers.clone(),
+                context: groups[index].context,
             })
             .collect();
         let mut open: HashMap<usize, usize> = HashMap::new();
@@ -112,11 +113,7 @@ mod tests {
             for (index, group) in groups.iter().enumerate() {
                 let captions = group.prompt.captions.as_deref().unwrap_or_default();
                 let reward = captions.first().map_or(0.0, |first| first.len() as f32);
-                let score = JudgeScore {
-                    reward,
-                    reply: None,
-                    flips: None,
-                };
+                let score = JudgeScore::of(reward);
                 let scores = vec![score; group.answers.len()];
                 if emit(index, Ok(scores)).is_break() {
                     break;
@@ -147,11 +144,9 @@ mod tests {
             prompt(Some(&["alone"])),
             prompt(None),
         ];
-        let groups = prompts.each_ref().map(|prompt| AnswerGroup {
-            prompt,
-            answers: vec!["yes", "no"],
-            numbers: Vec::new(),
-        });
+        let groups = prompts
+            .each_ref()
+            .map(|prompt| AnswerGroup::new(prompt, vec!["yes", "no"]));
         let scored = |orders: u32| {
             let mut judge = CaptionPermutations::new(Box::new(First), orders.try_into().unwrap());
             let mut rewards = [0.0; 3];

@@ -6,7 +6,9 @@ use std::ops::ControlFlow;
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
-use super::judge_prompt::{JudgeInput, JudgePrompt, JudgePromptSettings, Mode};
+use super::judge_prompt::{
+    JudgeInput, JudgePrompt, JudgePromptSettings, Mode, Reading, Substitute, Unreadable,
+};
 use super::{
     AnswerGroup, ChatPrompt, Emit, Judge, JudgeScore, Listener, ModelError, ModelTelemetry, Policy,
     RowFault, Sampling,
@@ -36,10 +38,12 @@ pub trait Writer {
     fn plan(&self) -> Option<String>;
 }
 
-/// A [`Writer`] on top of a policy: greedy on the first attempt, sampling at random on retries.
+/// A [`Writer`] on top of a policy: at the temperature of the settings on the first attempt, sampling
+/// at random on retries.
 pub struct PolicyWriter {
     policy: Box<dyn Policy>,
     max_new_tokens: usize,
+    temperature: f64,
 }
 
 impl PolicyWriter {
@@ -47,6 +51,7 @@ impl PolicyWriter {
         Self {
             policy,
             max_new_tokens: prompt_settings.max_new_tokens.0.get() as usize,
+            temperature: prompt_settings.temperature.get(),
         }
     }
 }
@@ -61,7 +66,7 @@ impl Writer for PolicyWriter {
         let is_first = requests.iter().all(|request| request.attempt == 0);
         let how = Sampling {
             count: 1,
-            temperature: if is_first { 0.0 } else { 1.0 },
+            temperature: if is_first { self.temperature } else { 1.0 },
             top_p: 1.0,
             top_k: 0,
             min_p: 0.0,
@@ -86,6 +91,8 @@ pub struct Critic {
     writer: Box<dyn Writer>,
     judge_prompt: JudgePrompt,
     retries: u32,
+    unreadable: Option<Unreadable>,
+    empty_answer: Option<Substitute>,
 }
 
 /// The comparisons of a group of answers.
@@ -103,7 +110,16 @@ struct Case {
 
 struct Ask {
     shown: [usize; 2],
-    reply: Option<(String, [f64; 2])>,
+    found: Option<Found>,
+}
+
+/// The verdict on a judge prompt.
+struct Found {
+    reading: Reading,
+    /// The reply, if there is one.
+    reply: Option<String>,
+    /// The reason why the reading is a substitute.
+    failure: Option<String>,
 }
 
 /// The requests of an attempt.
@@ -121,6 +137,7 @@ struct Replies<'c> {
     /// The case of each request, and the number of its judge prompt.
     asked: &'c [(usize, usize)],
     is_last: bool,
+    unreadable: Option<&'c Unreadable>,
     /// The cases whose replies are complete. Their rewards are computed once the writer is no
     /// longer borrowed.
     ready: Vec<usize>,
@@ -137,30 +154,50 @@ impl Replies<'_> {
         emit: Emit<'_, Vec<JudgeScore>>,
     ) -> ControlFlow<()> {
         let (index, number) = self.asked[request];
-        let case = &mut self.cases[index];
-        if case.is_done {
+        if self.cases[index].is_done {
             return ControlFlow::Continue(());
         }
-        let fault = match reply {
-            Err(fault) => fault,
+        let (fault, reply) = match reply {
+            Err(fault) => (fault, None),
             Ok(text) => match self.judge_prompt.read(&text) {
-                Some(scores) => {
-                    case.asks[number].reply = Some((text, scores));
-                    case.open -= 1;
-                    if case.open == 0 {
-                        case.is_done = true;
-                        self.ready.push(index);
-                    }
+                Some(reading) => {
+                    let found = Found {
+                        reading,
+                        reply: Some(text),
+                        failure: None,
+                    };
+                    self.found(index, number, found);
                     return ControlFlow::Continue(());
                 }
-                None if self.is_last => unreadable(&text),
+                None if self.is_last => (unreadable(&text), Some(text)),
                 None => return ControlFlow::Continue(()),
             },
         };
+        if let Some(substitute) = self.unreadable {
+            let found = Found {
+                reading: substitute.into(),
+                reply,
+                failure: Some(fault.0),
+            };
+            self.found(index, number, found);
+            return ControlFlow::Continue(());
+        }
+        let case = &mut self.cases[index];
         case.is_done = true;
         let flow = emit(index, Err(fault));
         self.is_stopped |= flow.is_break();
         flow
+    }
+
+    /// Takes the verdict on a judge prompt.
+    fn found(&mut self, index: usize, number: usize, found: Found) {
+        let case = &mut self.cases[index];
+        case.asks[number].found = Some(found);
+        case.open -= 1;
+        if case.open == 0 {
+            case.is_done = true;
+            self.ready.push(index);
+        }
     }
 }
 
@@ -174,6 +211,8 @@ impl Critic {
             writer,
             judge_prompt: JudgePrompt::open(prompt_settings)?,
             retries: prompt_settings.retries.0,
+            unreadable: prompt_settings.unreadable.clone(),
+            empty_answer: prompt_settings.empty_answer.clone(),
         })
     }
 
@@ -190,9 +229,18 @@ impl Critic {
             places.push(number);
         }
         let count = distinct.len();
-        let ask = |shown| Ask { shown, reply: None };
+        let ask = |shown: [usize; 2]| {
+            let is_empty = |number: usize| group.answers[distinct[number].0].trim().is_empty();
+            let empty = self.empty_answer.as_ref().filter(|_| is_empty(shown[1]));
+            let found = empty.map(|substitute| Found {
+                reading: substitute.into(),
+                reply: None,
+                failure: None,
+            });
+            Ask { shown, found }
+        };
         let asks: Vec<Ask> = match self.judge_prompt.mode {
-            Mode::Pointwise => (0..count).map(|one| ask([one, one])).collect(),
+            Mode::Pointwise | Mode::Against => (0..count).map(|one| ask([one, one])).collect(),
             Mode::Pairwise => (0..count)
                 .flat_map(|first| (0..count).map(move |second| [first, second]))
                 .filter(|[first, second]| first != second)
@@ -200,7 +248,7 @@ impl Critic {
                 .collect(),
         };
         Case {
-            open: asks.len(),
+            open: asks.iter().filter(|ask| ask.found.is_none()).count(),
             distinct,
             places,
             asks,
@@ -217,11 +265,16 @@ impl Critic {
     ) -> Result<Request, RowFault> {
         let places = ask.shown.map(|number| case.distinct[number].0);
         let [first, second] = places.map(|place| group.answers[place]);
-        let shown = match self.judge_prompt.mode {
+        let judge_prompt = &self.judge_prompt;
+        let shown = match judge_prompt.mode {
             Mode::Pointwise => JudgeInput::One(first),
             Mode::Pairwise => JudgeInput::Two(first, second),
+            Mode::Against => {
+                let other = judge_prompt.other_answer(group.prompt, group.context)?;
+                JudgeInput::Two(other, second)
+            }
         };
-        let asked = self.judge_prompt.ask(group.prompt, shown)?;
+        let asked = judge_prompt.ask(group.prompt, group.context, shown)?;
         // The seed depends only on the text and the attempt.
         let digest = Sha256::digest(format!("{attempt} {}", asked.question));
         let seed = digest[..8].try_into().map(u64::from_le_bytes);
@@ -236,17 +289,18 @@ impl Critic {
         })
     }
 
-    /// Emits the scores of the cases that need no reply. Answers that are all equal get equal
-    /// rewards. A single answer has nothing to be compared with: its sum of differences would be a
-    /// meaningless 0.
+    /// Emits the scores of the cases that need no reply: those of empty answers, and in pairwise mode
+    /// those of answers that are all equal. A single answer has nothing to be compared with there: its
+    /// sum of differences would be a meaningless 0.
     fn emit_equal(&self, cases: &mut [Case], emit: Emit<'_, Vec<JudgeScore>>) -> ControlFlow<()> {
         for (index, case) in cases.iter_mut().enumerate() {
             if case.open == 0 {
                 case.is_done = true;
-                let scored = if case.places.len() > 1 {
-                    Ok(self.scores(case))
-                } else {
+                let is_alone = case.places.len() == 1 && self.judge_prompt.mode == Mode::Pairwise;
+                let scored = if is_alone {
                     Err(alone())
+                } else {
+                    Ok(self.scores(case))
                 };
                 emit(index, scored)?;
             }
@@ -269,7 +323,7 @@ impl Critic {
                 continue;
             }
             for (number, ask) in case.asks.iter().enumerate() {
-                if ask.reply.is_some() {
+                if ask.found.is_some() {
                     continue;
                 }
                 match self.request(group, case, ask, attempt) {
@@ -294,24 +348,50 @@ impl Critic {
 
     /// Computes the rewards of a group with all replies.
     fn scores(&self, case: &Case) -> Vec<JudgeScore> {
+        if self.judge_prompt.mode == Mode::Pairwise {
+            return Self::compared(case);
+        }
+        let score = |&number: &usize| {
+            let found = case.asks[number]
+                .found
+                .as_ref()
+                .expect("every reply is there");
+            let Reading {
+                value,
+                scores,
+                label,
+            } = &found.reading;
+            JudgeScore {
+                reward: *value as f32,
+                reply: found.reply.clone(),
+                flips: None,
+                label: label.clone(),
+                scores: scores.map(|scores| scores.map(|score| score as f32)),
+                failure: found.failure.clone(),
+            }
+        };
+        case.places.iter().map(score).collect()
+    }
+
+    /// Computes the rewards of answers that were compared with each other.
+    fn compared(case: &Case) -> Vec<JudgeScore> {
         let count = case.distinct.len();
         let mut rewards = vec![0.0; count];
         let mut replies: Vec<Vec<serde_json::Value>> = vec![Vec::new(); count];
+        let mut failures: Vec<Option<String>> = vec![None; count];
         let mut differences: HashMap<[usize; 2], f64> = HashMap::new();
         for ask in &case.asks {
-            let (reply, [one, other]) = ask.reply.as_ref().expect("every reply is there");
+            let found = ask.found.as_ref().expect("every reply is there");
             let [first, second] = ask.shown;
-            if self.judge_prompt.mode == Mode::Pointwise {
-                rewards[first] = *one;
-                replies[first].push(json!(reply));
-                continue;
-            }
-            let difference = one - other;
+            let difference = -found.reading.value;
             rewards[first] += difference * case.distinct[second].1 as f64;
             rewards[second] -= difference * case.distinct[first].1 as f64;
             let against = case.distinct[second].0;
-            replies[first].push(json!({ "against": against, "reply": reply }));
+            replies[first].push(json!({ "against": against, "reply": found.reply }));
             differences.insert(ask.shown, difference);
+            for number in [first, second] {
+                failures[number] = failures[number].take().or_else(|| found.failure.clone());
+            }
         }
         let flips: Vec<Option<f32>> = (0..count)
             .map(|one| {
@@ -328,15 +408,11 @@ impl Critic {
             .collect();
         let score = |&number: &usize| {
             let replies = &replies[number];
-            let reply = match (self.judge_prompt.mode, &replies[..]) {
-                (Mode::Pointwise, [serde_json::Value::String(reply)]) => Some(reply.clone()),
-                (_, []) => None,
-                _ => Some(json!(replies).to_string()),
-            };
             JudgeScore {
-                reward: rewards[number] as f32,
-                reply,
+                reply: (!replies.is_empty()).then(|| json!(replies).to_string()),
                 flips: flips[number],
+                failure: failures[number].clone(),
+                ..JudgeScore::of(rewards[number] as f32)
             }
         };
         case.places.iter().map(score).collect()
@@ -382,6 +458,7 @@ impl Judge for Critic {
                 cases: &mut cases,
                 asked: &open.asked,
                 is_last: attempt == self.retries,
+                unreadable: self.unreadable.as_ref(),
                 ready: Vec::new(),
                 is_stopped: false,
             };
@@ -492,11 +569,7 @@ mod tests {
         };
         let groups: Vec<AnswerGroup<'_>> = answers
             .iter()
-            .map(|answers| AnswerGroup {
-                prompt: &prompt,
-                answers: answers.to_vec(),
-                numbers: Vec::new(),
-            })
+            .map(|answers| AnswerGroup::new(&prompt, answers.to_vec()))
             .collect();
         let mut all = vec![None; groups.len()];
         let telemetry = critic.score(&groups, &mut |index, scores| {

@@ -1,11 +1,14 @@
-//! `hf://org/name` paths: checkpoints in the Hugging Face cache.
+//! `hf://org/name` and `hf://datasets/org/name` paths: checkpoints and datasets in the Hugging Face
+//! cache.
 //!
 //! Repositories that `hf download org/name` (or any program that uses the hub) has put into the
 //! cache are found without a network. [`Hub::fetch`] downloads missing ones into the same cache,
 //! where other programs find them.
 
+mod dataset;
 mod fetch;
 
+pub use dataset::{DatasetPart, Unchosen, files_in};
 pub use fetch::{Hub, is_offline};
 
 use std::ffi::OsString;
@@ -19,9 +22,14 @@ use ovchat_io::files;
 /// The prefix of such a path.
 const SCHEME: &str = "hf://";
 
+/// The prefix of the name of a dataset.
+const DATASETS: &str = "datasets/";
+
 /// A repository of the hub, with an optional revision: `hf://org/name@v1.0`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Repository {
+    /// True for a dataset, false for a model.
+    pub is_dataset: bool,
     /// The name: `org/name`.
     pub name: String,
     /// A branch, a tag or a commit.
@@ -33,7 +41,10 @@ impl Repository {
     pub fn of(path: &Path) -> Option<Self> {
         let text = path.to_str()?.strip_prefix(SCHEME)?;
         let (name, revision) = text.split_once('@').unwrap_or((text, "main"));
+        let dataset = name.strip_prefix(DATASETS);
+        let name = dataset.unwrap_or(name);
         Some(Self {
+            is_dataset: dataset.is_some(),
             name: name.trim_end_matches('/').to_owned(),
             revision: revision.to_owned(),
         })
@@ -48,10 +59,19 @@ impl Repository {
             }
             let revision = &self.revision;
             return Some(format!(
-                "`{revision}` is not a valid branch, tag or commit; write, for example, `hf://org/name@main`"
+                "`{revision}` is not a valid branch, tag or commit; write, for example, `hf://{}org/name@main`",
+                self.prefix()
             ));
         }
-        Some("expected `hf://org/name` or `hf://org/name@revision`".to_owned())
+        let prefix = self.prefix();
+        Some(format!(
+            "expected `hf://{prefix}org/name` or `hf://{prefix}org/name@revision`"
+        ))
+    }
+
+    /// Returns what stands before the name in a path and a URL of the hub.
+    fn prefix(&self) -> &'static str {
+        if self.is_dataset { DATASETS } else { "" }
     }
 
     /// Suggests the `hf://` path that was probably meant by another path: `org/name`, or the URL of
@@ -81,11 +101,15 @@ impl Repository {
             Some((name, revision)) => (name.to_owned(), revision.to_owned()),
             None => (name, revision.to_owned()),
         };
-        let repository = Self { name, revision };
+        let repository = Self {
+            is_dataset: false,
+            name,
+            revision,
+        };
         if repository.problem().is_some() {
             return None;
         }
-        let Self { name, revision } = repository;
+        let Self { name, revision, .. } = repository;
         Some(match revision.as_str() {
             "main" => format!("{SCHEME}{name}"),
             revision => format!("{SCHEME}{name}@{revision}"),
@@ -94,18 +118,28 @@ impl Repository {
 
     /// Returns the command that downloads the repository.
     pub fn command(&self) -> String {
+        let kind = if self.is_dataset {
+            " --repo-type dataset"
+        } else {
+            ""
+        };
         match self.revision.as_str() {
-            "main" => format!("hf download {}", self.name),
-            revision => format!("hf download {} --revision {revision}", self.name),
+            "main" => format!("hf download {}{kind}", self.name),
+            revision => format!("hf download {}{kind} --revision {revision}", self.name),
         }
     }
 
     /// Returns the folder of all revisions of the repository in a cache.
     fn folder(&self, cache: &Path) -> PathBuf {
-        cache.join(format!("models--{}", self.name.replace('/', "--")))
+        let kind = if self.is_dataset {
+            "datasets"
+        } else {
+            "models"
+        };
+        cache.join(format!("{kind}--{}", self.name.replace('/', "--")))
     }
 
-    /// Returns the folder of the revision in a cache, if it is there with its weights.
+    /// Returns the folder of the revision in a cache, if it is there: for a model, with its weights.
     fn snapshot(&self, cache: &Path) -> Option<PathBuf> {
         if self.problem().is_some() {
             return None;
@@ -117,7 +151,12 @@ impl Repository {
             return None;
         }
         let snapshot = folder.join("snapshots").join(commit);
-        has_weights(&snapshot).then_some(snapshot)
+        let is_whole = if self.is_dataset {
+            snapshot.is_dir()
+        } else {
+            has_weights(&snapshot)
+        };
+        is_whole.then_some(snapshot)
     }
 }
 
@@ -205,6 +244,21 @@ pub fn located(folder: &Path, path: &Path) -> PathBuf {
     };
     let snapshot = cache(&variable).and_then(|cache| repository.snapshot(&cache));
     snapshot.unwrap_or_else(|| path.to_owned())
+}
+
+/// Returns the data files of a source: the file `path`, or those of a part of the dataset whose
+/// folder or `hf://datasets` path it is. Fails for a part that the dataset does not have, or that is
+/// not in the cache.
+pub fn data_files(path: &Path, part: DatasetPart<'_>) -> Result<Vec<PathBuf>, Unchosen> {
+    if let Some(repository) = Repository::of(path) {
+        let snapshot = cache(&variable).and_then(|cache| repository.snapshot(&cache));
+        let absent = || Unchosen::Absent("the dataset is not in the Hugging Face cache".to_owned());
+        return files_in(&snapshot.ok_or_else(absent)?, part);
+    }
+    if path.is_dir() {
+        return files_in(path, part);
+    }
+    Ok(vec![path.to_owned()])
 }
 
 /// Returns an environment variable that is set and not empty.
@@ -306,6 +360,10 @@ mod tests {
             None
         );
         assert_eq!(repository("hf://org/name@v1").problem(), None);
+        let dataset = repository("hf://datasets/org/name@v1");
+        assert!(dataset.is_dataset && dataset.problem().is_none());
+        let command = "hf download org/name --repo-type dataset --revision v1";
+        assert_eq!(dataset.command(), command);
         for wrong in [
             "hf://name",
             "hf://a/b/c",

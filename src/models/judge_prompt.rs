@@ -1,63 +1,204 @@
 //! Judge prompts: rendering the prompt of a judge that replies in text, and reading verdicts from
 //! its replies.
 
-use std::collections::HashSet;
+mod literal;
+mod verdict;
+
+use std::collections::{BTreeMap, HashSet};
 use std::io;
 use std::num::NonZeroU32;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
 
 use minijinja::{Environment, ErrorKind, context};
-use regex::Regex;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{ChatPrompt, ChatRole, ChatTurn, ImagePlace, RowFault, Visual};
+use self::verdict::VerdictReader;
+pub use self::verdict::{Mode, Reading, RegexText, Substitute, Unreadable, Verdict};
+use super::{ChatPrompt, ChatRole, ChatTurn, ImagePlace, RowContext, RowFault, Visual};
 use ovchat_io::files;
-
-/// Maximum magnitude of a score. Rewards are sums of scores in single precision.
-const SCORE_MAX: f64 = 1e30;
 
 /// Settings of a judge prompt.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct JudgePromptSettings {
-    /// Mode of judging: `pairwise` or `pointwise`. Default: `pairwise`.
+    /// Mode of judging: `pairwise`, `pointwise` or `against`. Default: `pairwise`.
     ///
     /// `pairwise` shows every two answers to a prompt, once in each order; the reward of an answer
     /// is the sum of the differences between its score and the other answer's. A prompt needs at
-    /// least two answers. `pointwise` shows one answer at a time; its score is the reward.
+    /// least two answers. `pointwise` shows one answer at a time; its score is the reward. `against`
+    /// shows one fixed answer first and the judged answer second, in this order only; the reward is
+    /// by how much the second is better.
     pub mode: Mode,
+    /// The fixed answer of `mode: against`: `answer`, the reference answer of the prompt, or
+    /// `row.NAME`, a column that `keep` of the loading stage names. A `score` stage with the setting
+    /// `against` takes it from a table instead. Default: `answer`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub other: Option<OtherAnswer>,
     /// File with a minijinja template of the judge prompt. Default: the built-in prompt, which asks
     /// for numbers from 1 to 10 and nothing else.
     ///
-    /// The template can use `question`, `captions` and `turns` (each with `role` and `text`), and
-    /// must use `answer` (pointwise) or `first` and `second` (pairwise). An image that stands in a
-    /// question or turn stands there in the judge prompt as well; the others stand before it.
+    /// The template can use `question`, `captions`, `turns` (each with `role` and `text`),
+    /// `reference` (the reference answer, or none), `id` (that of the record, or none) and `row.NAME`
+    /// (a column that `keep` names), and must use `answer` (pointwise) or `first` and `second`
+    /// (otherwise).
     pub template: Option<PathBuf>,
-    /// Regular expression that finds the verdict in a reply. Default: the reply must begin with one
-    /// number (pointwise) or two numbers (pairwise).
+    /// File with a minijinja template of the system message, with the same variables. Default: no
+    /// system message.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub system: Option<PathBuf>,
+    /// The images that the judge sees: `in_place`, `before`, `after` or `none`. Default: `in_place`,
+    /// where a question or turn shows them; the others stand before the judge prompt.
+    #[serde(skip_serializing_if = "ShownImages::is_default")]
+    pub images: ShownImages,
+    /// Place of the verdict in a reply. Default: the reply must begin with one number (pointwise) or
+    /// two numbers (otherwise).
     ///
-    /// Its named groups are `score` (pointwise), `first` and `second` (two scores), or
-    /// `better_first`, `better_second` and `tie`, one of which must match.
+    /// A regular expression has the named groups `score` (pointwise), `first` and `second` (two
+    /// scores), or `better_first`, `better_second` and `tie`, one of which must match. A list of
+    /// rules is tried in order: `{ pattern: …, value: 1, label: better }`.
     pub verdict: Option<Verdict>,
+    /// Regular expression that finds the part of a reply which `verdict` searches: its first group,
+    /// or its match. The whole reply is searched if it finds nothing, or different texts. Default:
+    /// the whole reply.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub verdict_within: Option<RegexText>,
+    /// Verdict that counts if no reply has a readable one, or the endpoint refuses the request:
+    /// `{ value: 0, label: unclear }`; or `left_out`, a reward that is no number (NaN), which the stage
+    /// `measure` leaves out. The column `failure` of the reward says why. Default: the prompt is
+    /// rejected.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unreadable: Option<Unreadable>,
+    /// Verdict that counts for an answer without text; the judge is not asked. Default: it is judged as
+    /// any other.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub empty_answer: Option<Substitute>,
+    /// Format of replies that an endpoint is asked for: `json_object`. Other models are asked in words
+    /// only. Default: text.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub response_format: Option<ResponseFormat>,
     /// Maximum length of a reply, in tokens. Default: 16.
     pub max_new_tokens: ReplyTokens,
+    /// Sampling temperature of the first attempt. Default: 0, greedy.
+    #[serde(skip_serializing_if = "ReplyTemperature::is_default")]
+    pub temperature: ReplyTemperature,
     /// Number of retries, with sampling at random, if a reply has no readable verdict. Default: 2.
-    /// If the last retry fails as well, the prompt is rejected.
+    /// If the last retry fails as well, the prompt is rejected, unless `unreadable` says otherwise.
     pub retries: Retries,
 }
 
-/// The number of answers that a judge sees at a time.
+/// A format of replies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ResponseFormat {
+    /// A JSON object.
+    JsonObject,
+}
+
+/// The images that a judge sees.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum Mode {
+pub enum ShownImages {
+    /// In the places where a question or turn shows them; the others before the judge prompt.
     #[default]
-    Pairwise,
-    Pointwise,
+    InPlace,
+    /// All before the judge prompt.
+    Before,
+    /// All after the judge prompt.
+    After,
+    /// None.
+    None,
+}
+
+impl ShownImages {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// The fixed answer that others are compared with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum OtherAnswer {
+    /// The reference answer of the prompt.
+    Reference,
+    /// A kept column, by its name.
+    Kept(String),
+}
+
+impl TryFrom<String> for OtherAnswer {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        match text.strip_prefix("row.") {
+            Some(name) if !name.is_empty() => Ok(Self::Kept(name.to_owned())),
+            _ if text == "answer" => Ok(Self::Reference),
+            _ => Err(format!("expected `answer` or `row.NAME`, got `{text}`")),
+        }
+    }
+}
+
+impl From<OtherAnswer> for String {
+    fn from(other: OtherAnswer) -> Self {
+        match other {
+            OtherAnswer::Reference => "answer".to_owned(),
+            OtherAnswer::Kept(name) => format!("row.{name}"),
+        }
+    }
+}
+
+impl JsonSchema for OtherAnswer {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "OtherAnswer".into()
+    }
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({"type": "string", "pattern": r"^(answer|row\..+)$"})
+    }
+}
+
+/// A sampling temperature, 0 or more.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "f64", into = "f64")]
+pub struct ReplyTemperature(f64);
+
+impl ReplyTemperature {
+    pub fn get(self) -> f64 {
+        self.0
+    }
+
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl TryFrom<f64> for ReplyTemperature {
+    type Error = String;
+
+    fn try_from(temperature: f64) -> Result<Self, String> {
+        if temperature >= 0.0 && temperature.is_finite() {
+            return Ok(Self(temperature));
+        }
+        Err(format!("{temperature} is out of range, expected 0 or more"))
+    }
+}
+
+impl From<ReplyTemperature> for f64 {
+    fn from(temperature: ReplyTemperature) -> Self {
+        temperature.0
+    }
+}
+
+impl JsonSchema for ReplyTemperature {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "ReplyTemperature".into()
+    }
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({"type": "number", "minimum": 0})
+    }
 }
 
 /// A reply length in tokens.
@@ -79,55 +220,6 @@ pub struct Retries(pub u32);
 impl Default for Retries {
     fn default() -> Self {
         Self(2)
-    }
-}
-
-/// A regular expression with the named groups of a verdict.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct Verdict(String);
-
-/// The named groups of each kind of verdict.
-const GROUPS: [&[&str]; 3] = [
-    &["score"],
-    &["first", "second"],
-    &["better_first", "better_second", "tie"],
-];
-
-impl TryFrom<String> for Verdict {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        let regex =
-            Regex::new(&text).map_err(|error| format!("invalid regular expression: {error}"))?;
-        let named: Vec<&str> = regex.capture_names().flatten().collect();
-        let kind = GROUPS
-            .iter()
-            .find(|group| !named.is_empty() && named.iter().all(|name| group.contains(name)));
-        let is_whole = kind.is_some_and(|kind| kind.len() != 2 || named.len() == 2);
-        if !is_whole {
-            return Err(
-                "expected the named groups `(?<score>…)`; `(?<first>…)` and `(?<second>…)`; or \
-                 `(?<better_first>…)`, `(?<better_second>…)` and `(?<tie>…)`"
-                    .to_owned(),
-            );
-        }
-        Ok(Self(text))
-    }
-}
-
-impl From<Verdict> for String {
-    fn from(verdict: Verdict) -> Self {
-        verdict.0
-    }
-}
-
-impl JsonSchema for Verdict {
-    fn schema_name() -> std::borrow::Cow<'static, str> {
-        "Verdict".into()
-    }
-    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
-        schemars::json_schema!({"type": "string", "format": "regex"})
     }
 }
 
@@ -162,12 +254,17 @@ pub enum JudgeInput<'a> {
     Two(&'a str, &'a str),
 }
 
-/// A loaded judge prompt: the template and the verdict expression.
+/// A loaded judge prompt: the templates and the reader of verdicts.
 #[derive(Debug)]
 pub struct JudgePrompt {
     pub mode: Mode,
+    other: OtherAnswer,
+    images: ShownImages,
     environment: Arc<Environment<'static>>,
-    verdict: Regex,
+    has_system: bool,
+    verdict: VerdictReader,
+    /// The kept columns that the templates name.
+    row_names: Vec<String>,
 }
 
 /// Maximum number of minijinja steps for rendering a template, since a template from a file might
@@ -180,96 +277,118 @@ const TEXT_MAX: usize = 16 << 20;
 /// Interval at which rendering checks for an interruption.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// The name of the template in the minijinja environment.
+/// The names of the templates in the minijinja environment.
 const TEMPLATE: &str = "template";
+const SYSTEM: &str = "system";
+
+/// The variables that every template can use.
+const VARIABLES: [&str; 6] = ["question", "captions", "turns", "reference", "id", "row"];
 
 impl JudgePrompt {
-    /// Loads a judge prompt. Fails, with a message, if the template cannot be read or parsed or
-    /// does not use the judged answers, or if the groups of the verdict do not fit the mode.
+    /// Loads a judge prompt. Fails, with a message, if a template cannot be read or parsed or the
+    /// judge prompt does not use the judged answers, or if the verdict does not fit the mode.
     pub fn open(prompt_settings: &JudgePromptSettings) -> Result<Self, String> {
         let mode = prompt_settings.mode;
         let (usual, usual_verdict, shown): (_, _, &[&str]) = match mode {
             Mode::Pointwise => (POINTWISE, NUMBER, &["answer"]),
-            Mode::Pairwise => (PAIRWISE, NUMBERS, &["first", "second"]),
-        };
-        let text = match &prompt_settings.template {
-            Some(path) => files::read_to_string(path)
-                .map_err(|error| format!("{}: cannot be read: {error}", path.display()))?,
-            None => usual.to_owned(),
-        };
-        let named = |problem: String| match &prompt_settings.template {
-            Some(path) => format!("{}: {problem}", path.display()),
-            None => problem,
+            Mode::Pairwise | Mode::Against => (PAIRWISE, NUMBERS, &["first", "second"]),
         };
         let mut environment = Environment::new();
         environment.set_undefined_behavior(minijinja::UndefinedBehavior::Strict);
         environment.set_fuel(Some(STEPS_MAX));
         // `indent` writes any number of spaces in a single step.
         environment.remove_filter("indent");
-        environment
-            .add_template_owned(TEMPLATE, text)
-            .map_err(|error| named(format!("invalid template: {error}")))?;
-        let globals: HashSet<&str> = environment.globals().map(|(name, _)| name).collect();
-        let template = environment.get_template(TEMPLATE);
-        let used = template
-            .map_err(|error| named(error.to_string()))?
-            .undeclared_variables(false);
-        let known = ["question", "captions", "turns"].iter().chain(shown);
-        let known: Vec<&str> = known.copied().collect();
-        let mut unknown: Vec<&String> = used
-            .iter()
-            .filter(|name| !known.contains(&name.as_str()) && !globals.contains(name.as_str()))
-            .collect();
-        unknown.sort();
-        if let Some(name) = unknown.first() {
-            return Err(named(format!(
-                "unknown variable `{name}`, expected one of {}",
-                known.join(", ")
-            )));
+        let template = prompt_settings.template.as_deref();
+        let mut row_names = add_template(&mut environment, TEMPLATE, template, usual, shown, true)?;
+        let system = prompt_settings.system.as_deref();
+        if system.is_some() {
+            row_names.extend(add_template(
+                &mut environment,
+                SYSTEM,
+                system,
+                "",
+                shown,
+                false,
+            )?);
         }
-        if let Some(name) = shown.iter().find(|name| !used.contains(**name)) {
-            return Err(named(format!("the template never uses `{{{{ {name} }}}}`")));
+        let other = prompt_settings.other.clone();
+        if other.is_some() && mode != Mode::Against {
+            return Err("`other` needs `mode: against`".to_owned());
         }
-        let verdict = prompt_settings.verdict.as_ref();
-        let verdict = verdict.map_or(usual_verdict, |verdict| verdict.0.as_str());
-        let verdict = Regex::new(verdict).map_err(|error| format!("`verdict`: {error}"))?;
-        let is_of_one = verdict
-            .capture_names()
-            .flatten()
-            .any(|name| name == "score");
-        if is_of_one != (mode == Mode::Pointwise) {
-            let wanted = match mode {
-                Mode::Pointwise => "`score`",
-                Mode::Pairwise => {
-                    "`first` and `second`, or `better_first`, `better_second` and `tie`"
-                }
-            };
-            return Err(format!(
-                "`verdict` must have the named group or groups {wanted} in this mode"
-            ));
+        let other = other.unwrap_or(OtherAnswer::Reference);
+        if let (OtherAnswer::Kept(name), Mode::Against) = (&other, mode) {
+            row_names.push(name.clone());
         }
+        row_names.sort();
+        row_names.dedup();
+        let usual_verdict = Verdict::Groups(usual_verdict.to_owned());
+        let verdict = prompt_settings.verdict.as_ref().unwrap_or(&usual_verdict);
         let judge_prompt = Self {
             mode,
+            other,
+            images: prompt_settings.images,
             environment: Arc::new(environment),
-            verdict,
+            has_system: system.is_some(),
+            verdict: VerdictReader::new(mode, verdict, prompt_settings.verdict_within.as_ref())?,
+            row_names,
         };
-        match judge_prompt.try_out() {
-            Some(problem) => Err(named(problem)),
-            None => Ok(judge_prompt),
+        for (name, path) in [(TEMPLATE, template), (SYSTEM, system)] {
+            if (name == TEMPLATE || path.is_some())
+                && let Some(problem) = judge_prompt.try_out(name)
+            {
+                return Err(named(path, &problem));
+            }
         }
+        Ok(judge_prompt)
+    }
+
+    /// Returns the kept columns of a prompt that the templates name.
+    pub fn row_names(&self) -> &[String] {
+        &self.row_names
+    }
+
+    /// Returns the answer that is shown first in `mode: against`.
+    pub fn other_answer<'a>(
+        &self,
+        prompt: &'a ChatPrompt,
+        context: RowContext<'a>,
+    ) -> Result<&'a str, RowFault> {
+        if let Some(other) = context.other {
+            return Ok(other);
+        }
+        let (answer, name) = match &self.other {
+            OtherAnswer::Reference => (prompt.answer.as_deref(), "reference answer"),
+            OtherAnswer::Kept(name) => (context.kept_value(name), name.as_str()),
+        };
+        answer.ok_or_else(|| {
+            RowFault(format!(
+                "the judge compares with another answer (`mode: against`), but this prompt has no {name}; \
+                 load it (`columns`, `keep`), or set `other`"
+            ))
+        })
     }
 
     /// Returns the problem of a template that cannot be rendered for any prompt: one that uses an
     /// unknown name, or that fails for each of several sample prompts.
-    fn try_out(&self) -> Option<String> {
+    fn try_out(&self, template: &'static str) -> Option<String> {
         let mut first = None;
         let mut has_worked = false;
         for (prompt, text) in stand_ins() {
             let shown = match self.mode {
                 Mode::Pointwise => JudgeInput::One(text),
-                Mode::Pairwise => JudgeInput::Two(text, text),
+                Mode::Pairwise | Mode::Against => JudgeInput::Two(text, text),
             };
-            let Err(error) = self.fill(&prompt, shown) else {
+            let kept = self
+                .row_names
+                .iter()
+                .map(|name| (name.clone(), text.to_owned()));
+            let kept: Vec<(String, String)> = kept.collect();
+            let context = RowContext {
+                id: Some(text),
+                kept: &kept,
+                other: None,
+            };
+            let Err(error) = self.fill(template, &prompt, context, shown) else {
                 has_worked = true;
                 continue;
             };
@@ -300,7 +419,8 @@ impl JudgePrompt {
         first.filter(|_| !has_worked).map(|error| {
             format!(
                 "cannot render the template: {error}; `question` and the answers are strings, `captions` is a list of strings \
-                 or none, `turns` is a list of objects with `role` and `text`"
+                 or none, `turns` is a list of objects with `role` and `text`, `reference` and `id` are strings or none, \
+                 `row` has the columns that `keep` names"
             )
         })
     }
@@ -308,28 +428,54 @@ impl JudgePrompt {
     /// Renders the judge prompt for answers to a prompt. Its images stand where the text shows those
     /// of the prompt: where `question` or a turn has them. Images that the text does not show stand
     /// before it, one line each; and all of them, if the template changes texts by their characters.
-    pub fn ask(&self, prompt: &ChatPrompt, shown: JudgeInput<'_>) -> Result<ChatPrompt, RowFault> {
+    pub fn ask(
+        &self,
+        prompt: &ChatPrompt,
+        context: RowContext<'_>,
+        shown: JudgeInput<'_>,
+    ) -> Result<ChatPrompt, RowFault> {
         prompt.check_places()?;
-        let failed =
-            |error: minijinja::Error| RowFault(format!("cannot render the template: {error}"));
-        let plain = self.fill(prompt, shown).map_err(failed)?;
+        let failed = |error: minijinja::Error| {
+            let fix = match error.kind() {
+                ErrorKind::UndefinedError if !self.row_names.is_empty() => {
+                    "; name the columns that it uses as `row.NAME` in `keep` of the loading stage"
+                }
+                _ => "",
+            };
+            RowFault(format!("cannot render the template: {error}{fix}"))
+        };
+        let fill =
+            |name, prompt: &ChatPrompt| self.fill(name, prompt, context, shown).map_err(failed);
+        let plain = fill(TEMPLATE, prompt)?;
         let source = self.environment.get_template(TEMPLATE);
         let source = source.as_ref().map_or("", |template| template.source());
         let mut asked = (prompt.images.clone(), Vec::new(), plain);
-        if let Some(marks) = Marks::new(prompt, shown, source) {
-            let marked = self.fill(&prompt.marked(|image| marks.mark(image)), shown);
-            let (text, shown) = marks.found(&marked.map_err(failed)?);
-            // A template that counts, cuts or escapes characters writes another text without marks.
-            if text == asked.2 && !shown.is_empty() {
-                asked = interleaved(text, &shown, &prompt.images);
+        match self.images {
+            ShownImages::InPlace => {
+                if let Some(marks) = Marks::new(prompt, context, shown, source) {
+                    let marked = fill(TEMPLATE, &prompt.marked(|image| marks.mark(image)))?;
+                    let (text, found) = marks.found(&marked);
+                    // A template that counts, cuts or escapes characters writes another text
+                    // without marks.
+                    if text == asked.2 && !found.is_empty() {
+                        asked = interleaved(text, &found, &prompt.images);
+                    }
+                }
             }
+            ShownImages::Before => {}
+            ShownImages::After => {
+                let at = asked.2.len();
+                asked.1 = vec![ImagePlace { turn: 0, at }; prompt.images.len()];
+            }
+            ShownImages::None => asked.0.clear(),
         }
         let (images, places, question) = asked;
+        let system = self.has_system.then(|| fill(SYSTEM, prompt)).transpose()?;
         Ok(ChatPrompt {
             id: prompt.id.clone(),
             images,
             places,
-            system: None,
+            system,
             turns: Vec::new(),
             question,
             captions: None,
@@ -338,7 +484,13 @@ impl JudgePrompt {
         })
     }
 
-    fn fill(&self, prompt: &ChatPrompt, shown: JudgeInput<'_>) -> Result<String, minijinja::Error> {
+    fn fill(
+        &self,
+        name: &'static str,
+        prompt: &ChatPrompt,
+        row: RowContext<'_>,
+        shown: JudgeInput<'_>,
+    ) -> Result<String, minijinja::Error> {
         let role = |role| match role {
             ChatRole::User => "user",
             ChatRole::Assistant => "assistant",
@@ -354,14 +506,21 @@ impl JudgePrompt {
         };
         let captions = prompt.captions.as_deref().unwrap_or_default();
         let question = &prompt.question;
-        let values = context! { question, captions, turns, answer, first, second };
+        let (reference, id) = (&prompt.answer, row.id);
+        let kept = row
+            .kept
+            .iter()
+            .map(|(name, value)| (name.as_str(), value.as_str()));
+        let row: BTreeMap<&str, &str> = kept.collect();
+        let values =
+            context! { question, captions, turns, answer, first, second, reference, id, row };
         let environment = Arc::clone(&self.environment);
         // Rendering gets a thread of its own: a single step can take long (a filter over a long
         // list), and the first Ctrl-C must end the wait for it.
         let (done, rendered) = mpsc::channel();
         thread::spawn(move || {
             let mut text = Bounded(Vec::new());
-            let template = environment.get_template(TEMPLATE);
+            let template = environment.get_template(name);
             let written = template.and_then(|it| it.render_captured_to(values, &mut text));
             let text = written.map(|_| String::from_utf8_lossy(&text.0).into_owned());
             let _ = done.send(text);
@@ -381,33 +540,61 @@ impl JudgePrompt {
         }
     }
 
-    /// Reads the scores in a reply: of the answer, or of the first and the second answer. `None` if
-    /// there is no verdict, or if several verdicts differ.
-    pub fn read(&self, reply: &str) -> Option<[f64; 2]> {
-        let mut found: Option<[f64; 2]> = None;
-        for captures in self.verdict.captures_iter(reply) {
-            let number = |name: &str| captures.name(name)?.as_str().parse::<f64>().ok();
-            let has = |name: &str| captures.name(name).is_some();
-            let verdict = if has("better_first") {
-                [1.0, 0.0]
-            } else if has("better_second") {
-                [0.0, 1.0]
-            } else if has("tie") {
-                [0.5, 0.5]
-            } else if self.mode == Mode::Pointwise {
-                [number("score")?, 0.0]
-            } else {
-                [number("first")?, number("second")?]
-            };
-            let is_score = verdict.iter().all(|score| score.abs() <= SCORE_MAX);
-            let is_other = |found: [f64; 2]| found.map(f64::to_bits) != verdict.map(f64::to_bits);
-            if !is_score || found.is_some_and(is_other) {
-                return None;
-            }
-            found = Some(verdict);
-        }
-        found
+    /// Reads the verdict in a reply. `None` if there is no verdict, or if several verdicts differ.
+    pub fn read(&self, reply: &str) -> Option<Reading> {
+        self.verdict.read(reply)
     }
+}
+
+/// Returns a problem with the file of the template that has it.
+fn named(path: Option<&Path>, problem: &str) -> String {
+    match path {
+        Some(path) => format!("{}: {problem}", path.display()),
+        None => problem.to_owned(),
+    }
+}
+
+/// Adds the template in a file, or the `usual` one, and returns the names of the kept columns that it
+/// uses. Fails, with a message, if it uses other variables, or not the answers that it has to show.
+fn add_template(
+    environment: &mut Environment<'static>,
+    name: &'static str,
+    path: Option<&Path>,
+    usual: &str,
+    shown: &[&str],
+    shows_answers: bool,
+) -> Result<Vec<String>, String> {
+    let text = match path {
+        Some(path) => files::read_to_string(path)
+            .map_err(|error| format!("{}: cannot be read: {error}", path.display()))?,
+        None => usual.to_owned(),
+    };
+    let fails = |problem: String| named(path, &problem);
+    environment
+        .add_template_owned(name, text)
+        .map_err(|error| fails(format!("invalid template: {error}")))?;
+    let globals: HashSet<&str> = environment.globals().map(|(name, _)| name).collect();
+    let template = environment.get_template(name);
+    let template = template.map_err(|error| fails(error.to_string()))?;
+    let used = template.undeclared_variables(false);
+    let known: Vec<&str> = VARIABLES.iter().chain(shown).copied().collect();
+    let mut unknown: Vec<&String> = used
+        .iter()
+        .filter(|name| !known.contains(&name.as_str()) && !globals.contains(name.as_str()))
+        .collect();
+    unknown.sort();
+    if let Some(name) = unknown.first() {
+        return Err(fails(format!(
+            "unknown variable `{name}`, expected one of {}",
+            known.join(", ")
+        )));
+    }
+    if shows_answers && let Some(name) = shown.iter().find(|name| !used.contains(**name)) {
+        return Err(fails(format!("the template never uses `{{{{ {name} }}}}`")));
+    }
+    let nested = template.undeclared_variables(true);
+    let row_names = nested.iter().filter_map(|name| name.strip_prefix("row."));
+    Ok(row_names.map(str::to_owned).collect())
 }
 
 /// Characters that stand for images while a template is rendered, one each. No text of the prompt,
@@ -423,7 +610,12 @@ const PRIVATE: u32 = 0xf_0000;
 impl Marks {
     /// Returns marks for the images that stand in texts; `None` if there are none, or no characters
     /// are left.
-    fn new(prompt: &ChatPrompt, shown: JudgeInput<'_>, template: &str) -> Option<Self> {
+    fn new(
+        prompt: &ChatPrompt,
+        context: RowContext<'_>,
+        shown: JudgeInput<'_>,
+        template: &str,
+    ) -> Option<Self> {
         let count = u32::try_from(prompt.places.len()).ok()?;
         let answers = match shown {
             JudgeInput::One(answer) => [answer, answer],
@@ -431,8 +623,12 @@ impl Marks {
         };
         let turns = prompt.turns.iter().map(|turn| &turn.text);
         let texts = turns.chain(prompt.captions.iter().flatten());
+        let texts = texts
+            .chain(&prompt.answer)
+            .chain(context.kept.iter().map(|(_, value)| value));
         let texts = texts.chain([&prompt.question]).map(String::as_str);
-        let used = texts.chain(answers).chain([template]).flat_map(str::chars);
+        let used = texts.chain(answers).chain(context.id).chain([template]);
+        let used = used.flat_map(str::chars);
         let used = used.map(u32::from).filter(|&own| own >= PRIVATE).max();
         let first = used.map_or(PRIVATE, |used| used + 1);
         let is_free = count > 0 && first + count <= PRIVATE + 0xfffe;
@@ -515,7 +711,7 @@ fn stand_ins() -> impl Iterator<Item = (ChatPrompt, &'static str)> {
             turns: Vec::new(),
             question: text.to_owned(),
             captions: None,
-            answer: None,
+            answer: Some(text.to_owned()),
             seed: 0,
         };
         let full = ChatPrompt {
@@ -576,7 +772,11 @@ mod tests {
     fn our_own_words_show_what_is_judged_and_read_numbers_strictly() {
         let (pairs, _) = prompt_settings(Mode::Pairwise, None, None);
         let pairs = JudgePrompt::open(&pairs).unwrap();
-        let asked = pairs.ask(&prompt(), JudgeInput::Two("A cat.", "A dog."));
+        let asked = pairs.ask(
+            &prompt(),
+            RowContext::default(),
+            JudgeInput::Two("A cat.", "A dog."),
+        );
         let text = asked.unwrap().question;
         assert!(text.contains("Question: What is it?\nAbout the picture: A dog.\nFirst answer: A cat.\nSecond answer: A dog.\n"), "{text}");
         for (reply, scores) in [
@@ -588,7 +788,8 @@ mod tests {
             ("The first: 3, the second: 9", None),
             ("", None),
         ] {
-            assert_eq!(pairs.read(reply), scores, "{reply}");
+            let read = pairs.read(reply).and_then(|found| found.scores);
+            assert_eq!(read, scores, "{reply}");
         }
         let (points, _) = prompt_settings(Mode::Pointwise, None, None);
         let points = JudgePrompt::open(&points).unwrap();
@@ -600,7 +801,11 @@ mod tests {
             // In single precision this would be infinite.
             ("1000000000000000000000000000000000000000", None),
         ] {
-            assert_eq!(points.read(reply).map(|[score, _]| score), score, "{reply}");
+            assert_eq!(
+                points.read(reply).map(|found| found.value),
+                score,
+                "{reply}"
+            );
         }
     }
 
@@ -613,15 +818,15 @@ mod tests {
             Some(words),
         );
         let asked = JudgePrompt::open(&prompt_settings).unwrap();
-        let shown = asked.ask(&prompt(), JudgeInput::Two("a", "b")).unwrap();
+        let shown = asked
+            .ask(&prompt(), RowContext::default(), JudgeInput::Two("a", "b"))
+            .unwrap();
         assert_eq!(shown.question, "a or b?");
-        assert_eq!(
-            asked.read("So the Second response is better."),
-            Some([0.0, 1.0])
-        );
-        assert_eq!(asked.read("Both are equally good."), Some([0.5, 0.5]));
+        let read = |reply: &str| asked.read(reply).and_then(|found| found.scores);
+        assert_eq!(read("So the Second response is better."), Some([0.0, 1.0]));
+        assert_eq!(read("Both are equally good."), Some([0.5, 0.5]));
         let torn = "The first response is better. No, the second response is better.";
-        assert_eq!(asked.read(torn), None);
+        assert_eq!(read(torn), None);
     }
 
     /// Returns what a judge is shown of a prompt with three images, the first of which stands in an
@@ -637,7 +842,11 @@ mod tests {
             text: "<image>\nHello".to_owned(),
         }];
         prompt.question = "Is <image> or <image> é?".to_owned();
-        let asked = judge.ask(&prompt.with_places(), JudgeInput::One(answer));
+        let asked = judge.ask(
+            &prompt.with_places(),
+            RowContext::default(),
+            JudgeInput::One(answer),
+        );
         let asked = asked.unwrap();
         let mut text = asked.question;
         if asked.places.is_empty() {

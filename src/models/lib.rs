@@ -36,12 +36,12 @@ pub use compute::{Compute, DeviceSpec, Dtype, Gigabytes};
 pub use critic::{Critic, PolicyWriter, Request, Writer};
 pub use exam::{Exam, Golden, Share};
 pub use http::{BaseUrl, Http, HttpWriter, INVALID_KEY, Price, Spend, SpendLimit};
-pub use hub::{Hub, Repository, is_offline};
-pub use judge_prompt::{JudgeInput, JudgePrompt, JudgePromptSettings, Mode, Verdict};
+pub use hub::{DatasetPart, Hub, Repository, Unchosen, data_files, is_offline};
+pub use judge_prompt::{JudgeInput, JudgePrompt, JudgePromptSettings, Mode, OtherAnswer, Verdict};
 pub use places::{IMAGE_PLACEHOLDER, ImagePlace, VIDEO_PLACEHOLDER, misfit};
 pub use spec::{
-    CriticSpec, LlavaRlhfSpec, ModelSpec, PromptedJudge, Replies, Role, Scripted, SelfJudge,
-    SqlReward, TEMPLATE, VisionLanguageSpec,
+    CriticSpec, LlavaRlhfSpec, ModelSpec, PromptedJudge, Replies, Role, SYSTEM, Scripted,
+    SelfJudge, SqlReward, TEMPLATE, VisionLanguageSpec,
 };
 pub use training::{
     Checkpointing, DpoReport, DpoSettings, Example, LoraSettings, Loss, Mask, Newlines, Objective,
@@ -54,5 +54,5 @@ pub use traits::{
 };
 pub use types::{
     AnswerGroup, ChatPrompt, ChatRole, ChatTurn, Generation, JudgeScore, Layout, ModelTelemetry,
-    Placement, Room, Sampling, Stop, Visual, media_type,
+    Placement, Room, RowContext, Sampling, Stop, Visual, media_type,
 };

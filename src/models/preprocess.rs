@@ -12,6 +12,7 @@ pub(crate) mod clip;
 pub(crate) mod image;
 pub(crate) mod image_processor;
 mod llava_rlhf;
+mod look;
 pub(crate) mod processor;
 pub(crate) mod resize;
 pub(crate) mod sentencepiece;

@@ -140,11 +140,7 @@ impl Judge for ScriptedJudge {
         emit: Emit<'_, Vec<JudgeScore>>,
     ) -> Result<ModelTelemetry, ModelError> {
         for (index, group) in groups.iter().enumerate() {
-            let score = |text: &&str| JudgeScore {
-                reward: scripted_reward(&group.prompt.id, text),
-                reply: None,
-                flips: None,
-            };
+            let score = |text: &&str| JudgeScore::of(scripted_reward(&group.prompt.id, text));
             if emit(index, Ok(group.answers.iter().map(score).collect())) == ControlFlow::Break(())
             {
                 break;

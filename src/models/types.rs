@@ -204,6 +204,27 @@ pub struct Generation {
     pub seed: i64,
 }
 
+/// Values of a prompt's record that only judges use.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct RowContext<'a> {
+    /// The id of the record.
+    pub id: Option<&'a str>,
+    /// The kept columns of the record: their names and values.
+    pub kept: &'a [(String, String)],
+    /// The answer that the others are compared with, in place of the one that the judge's settings
+    /// name.
+    pub other: Option<&'a str>,
+}
+
+impl<'a> RowContext<'a> {
+    /// Returns the value of a kept column.
+    pub fn kept_value(&self, name: &str) -> Option<&'a str> {
+        let mut kept = self.kept.iter();
+        let (_, value) = kept.find(|(own, _)| own == name)?;
+        Some(value)
+    }
+}
+
 /// A prompt and the answers to score.
 #[derive(Debug)]
 pub struct AnswerGroup<'a> {
@@ -211,6 +232,19 @@ pub struct AnswerGroup<'a> {
     pub answers: Vec<&'a str>,
     /// Candidate numbers of the answers; empty if they have none.
     pub numbers: Vec<i32>,
+    pub context: RowContext<'a>,
+}
+
+impl<'a> AnswerGroup<'a> {
+    /// Returns answers without numbers to a prompt.
+    pub fn new(prompt: &'a ChatPrompt, answers: Vec<&'a str>) -> Self {
+        Self {
+            prompt,
+            answers,
+            numbers: Vec::new(),
+            context: RowContext::default(),
+        }
+    }
 }
 
 /// A judge's score of one answer. Higher is better.
@@ -222,6 +256,26 @@ pub struct JudgeScore {
     /// For pairwise judges, the share of the other answers for which the verdict changes when the
     /// two answers are shown in the other order.
     pub flips: Option<f32>,
+    /// The name of the verdict, for judges whose verdicts have names.
+    pub label: Option<String>,
+    /// The scores of the other answer and of this one, for judges that give both.
+    pub scores: Option<[f32; 2]>,
+    /// The reason why the reward is a substitute, if no verdict was readable.
+    pub failure: Option<String>,
+}
+
+impl JudgeScore {
+    /// Returns a score without a reply.
+    pub fn of(reward: f32) -> Self {
+        Self {
+            reward,
+            reply: None,
+            flips: None,
+            label: None,
+            scores: None,
+            failure: None,
+        }
+    }
 }
 
 /// Counters and timings of sampling or scoring.

@@ -179,11 +179,7 @@ impl RewardJudge {
             telemetry.prompt_tokens += prompt;
             telemetry.answer_tokens += answers;
             let rewards: Vec<f32> = rewards.by_ref().take(group.answers.len()).collect();
-            let score = |&place: &usize| JudgeScore {
-                reward: rewards[place],
-                reply: None,
-                flips: None,
-            };
+            let score = |&place: &usize| JudgeScore::of(rewards[place]);
             Ok(group.places.iter().map(score).collect())
         });
         let scored = scored.collect();

@@ -195,11 +195,10 @@ impl RewardTrainer for LlavaRewardTrainer {
         let rows = || batch.iter().map(|pair| pair.id.to_owned()).collect();
         let prep = &self.prep;
         let prepare = |pair: &Example<'_>| {
-            prep.prepare(&AnswerGroup {
-                prompt: pair.prompt,
-                answers: vec![&pair.chosen.text, &pair.rejected.text],
-                numbers: Vec::new(),
-            })
+            prep.prepare(&AnswerGroup::new(
+                pair.prompt,
+                vec![&pair.chosen.text, &pair.rejected.text],
+            ))
         };
         let prepared: Vec<Result<Judged, RowFault>> = batch.par_iter().map(prepare).collect();
         let mut pairs = Vec::with_capacity(batch.len());

@@ -133,6 +133,7 @@ pub fn of_stage(
         let (shown, asks) = match prompt_settings.mode {
             Mode::Pointwise => (1, answers),
             Mode::Pairwise => (2, answers * (answers - 1)),
+            Mode::Against => (2, answers),
         };
         let writing = Writing {
             model,

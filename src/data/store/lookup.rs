@@ -358,6 +358,10 @@ mod tests {
             judge: "judge".to_owned(),
             reward: number as f32,
             reply: None,
+            label: None,
+            first_score: None,
+            second_score: None,
+            failure: None,
         }
     }
 

@@ -551,6 +551,10 @@ mod tests {
             judge: "judge".to_owned(),
             reward: 0.5,
             reply: None,
+            label: None,
+            first_score: None,
+            second_score: None,
+            failure: None,
         };
         let rows = Reward::to_batch(&[reward]);
         let writer = TableWriter::new(folder.path(), "a", rows.schema(), &[]);

@@ -15,7 +15,7 @@ struct_column!(ImageFile nullable { bytes: Option<Vec<u8>>, path: Option<String>
 
 /// Returns the Arrow schema metadata with which `datasets` shows the column as images.
 fn hugging_face() -> [(String, String); 1] {
-    let features = r#"{"info": {"features": {"image_id": {"dtype": "string", "_type": "Value"}, "image": {"_type": "Image"}, "width": {"dtype": "int32", "_type": "Value"}, "height": {"dtype": "int32", "_type": "Value"}, "format": {"dtype": "string", "_type": "Value"}}}}"#;
+    let features = r#"{"info": {"features": {"image_id": {"dtype": "string", "_type": "Value"}, "image": {"_type": "Image"}, "width": {"dtype": "int32", "_type": "Value"}, "height": {"dtype": "int32", "_type": "Value"}, "format": {"dtype": "string", "_type": "Value"}, "pixels": {"dtype": "string", "_type": "Value"}, "look": {"dtype": "int64", "_type": "Value"}}}}"#;
     [("huggingface".to_owned(), features.to_owned())]
 }
 
@@ -33,5 +33,11 @@ rows! {
         /// File format, detected from the content: `png`, `jpeg`, `webp`, `gif`, `bmp`, `tiff` or
         /// `pnm`.
         pub format: String,
+        /// SHA-256 of the decoded pixels, in hex: equal for copies of an image in other lossless
+        /// formats; null in tables of earlier versions.
+        pub pixels: Option<String>,
+        /// Perceptual hash: 64 bits of a cosine transform, of which few differ between copies in
+        /// other sizes and qualities; null in tables of earlier versions.
+        pub look: Option<i64>,
     }
 }

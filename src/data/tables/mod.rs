@@ -8,12 +8,15 @@
 #[doc(hidden)]
 pub mod row;
 
+mod answer;
 mod call;
 mod candidate;
 mod comparison;
 mod image;
 mod judged;
 mod label;
+mod measured;
+mod overlap;
 mod pair;
 mod prompt;
 mod reference;
@@ -23,19 +26,22 @@ mod step;
 mod telemetry;
 mod video;
 
+pub use answer::Answer;
 pub use call::Call;
 pub use candidate::{Candidate, Finish};
 pub use comparison::Comparison;
 pub use image::{Image, ImageFile};
 pub use judged::Judged;
 pub use label::Label;
+pub use measured::Measured;
+pub use overlap::Overlap;
 pub use pair::Pair;
 pub use prompt::{Prompt, PromptVideo, Role, Turn};
 pub use reference::Reference;
 pub use reject::{Reject, RejectClass};
 pub use reward::Reward;
 pub use row::rows;
-pub use row::{Misfit, Row, fits, is_measured};
+pub use row::{Kept, Misfit, Row, fits, is_measured};
 pub use step::{DpoStep, RewardStep, SftStep};
 pub use telemetry::Telemetry;
 pub use video::Video;
@@ -43,11 +49,12 @@ pub use video::Video;
 use arrow::datatypes::SchemaRef;
 
 /// All kinds, in pipeline order.
-pub const KINDS: [&str; 15] = [
+pub const KINDS: [&str; 18] = [
     Image::KIND,
     Video::KIND,
     Prompt::KIND,
     Candidate::KIND,
+    Answer::KIND,
     Reward::KIND,
     Pair::KIND,
     Reference::KIND,
@@ -55,6 +62,8 @@ pub const KINDS: [&str; 15] = [
     SftStep::KIND,
     RewardStep::KIND,
     Comparison::KIND,
+    Measured::KIND,
+    Overlap::KIND,
     Reject::KIND,
     Telemetry::KIND,
     Call::KIND,
@@ -68,6 +77,7 @@ pub fn schema_of(kind: &str) -> Option<SchemaRef> {
         Video::KIND => Video::schema(),
         Prompt::KIND => Prompt::schema(),
         Candidate::KIND => Candidate::schema(),
+        Answer::KIND => Answer::schema(),
         Reward::KIND => Reward::schema(),
         Pair::KIND => Pair::schema(),
         Reference::KIND => Reference::schema(),
@@ -75,6 +85,8 @@ pub fn schema_of(kind: &str) -> Option<SchemaRef> {
         SftStep::KIND => SftStep::schema(),
         RewardStep::KIND => RewardStep::schema(),
         Comparison::KIND => Comparison::schema(),
+        Measured::KIND => Measured::schema(),
+        Overlap::KIND => Overlap::schema(),
         Reject::KIND => Reject::schema(),
         Telemetry::KIND => Telemetry::schema(),
         Call::KIND => Call::schema(),

@@ -1,7 +1,7 @@
 //! Row type of preference pairs: a chosen and a rejected answer to a prompt.
 
 use super::prompt::{PromptVideo, Turn};
-use super::row::rows;
+use super::row::{Kept, rows};
 
 rows! {
     /// A chosen and a rejected answer. Together with table `images`, a pair contains everything
@@ -32,6 +32,8 @@ rows! {
         pub turns: Vec<Turn>,
         /// True statements about the images, for judges that use them.
         pub captions: Option<Vec<String>>,
+        /// Columns of the source that `keep` names, by their names; null: none.
+        pub kept: Option<Kept>,
         /// Index of the chosen candidate; null for human-written pairs.
         pub chosen_candidate: Option<i32>,
         /// Index of the rejected candidate; null for human-written pairs.

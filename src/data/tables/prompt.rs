@@ -1,6 +1,6 @@
 //! Row type of prompts: images and videos, a question, and the conversation before it.
 
-use super::row::{rows, struct_column, word_column};
+use super::row::{Kept, rows, struct_column, word_column};
 
 /// The role of a turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,5 +66,7 @@ rows! {
         pub captions: Option<Vec<String>>,
         /// Ground-truth or reference answer, if known.
         pub answer: Option<String>,
+        /// Columns of the source that `keep` names, by their names: `kept['category']`; null: none.
+        pub kept: Option<Kept>,
     }
 }

@@ -17,5 +17,13 @@ rows! {
         pub reward: f32,
         /// Reply of the judge, for judges that generate text.
         pub reply: Option<String>,
+        /// Name of the verdict, for judges whose verdicts have names.
+        pub label: Option<String>,
+        /// Score of the answer shown first, for judges that score two answers at a time in one order.
+        pub first_score: Option<f32>,
+        /// Score of the answer shown second, which is this candidate, for the same judges.
+        pub second_score: Option<f32>,
+        /// Reason why `reward` is a substitute (`unreadable` of the judge); null: the judge gave it.
+        pub failure: Option<String>,
     }
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use arrow::array::{
     Array, ArrayRef, AsArray, BinaryArray, BooleanArray, Float32Array, Float64Array, Int32Array,
-    Int64Array, ListArray, RecordBatch, StringArray,
+    Int64Array, ListArray, MapBuilder, MapFieldNames, RecordBatch, StringArray, StringBuilder,
 };
 use arrow::buffer::{NullBuffer, OffsetBuffer};
 use arrow::compute::{can_cast_types, cast};
@@ -352,6 +352,48 @@ impl<C: Column> Column for Option<Vec<C>> {
     }
     fn from_array(column: &str, array: &ArrayRef) -> Result<Vec<Self>, Misfit> {
         list_values(column, array)
+    }
+}
+
+/// Texts by their names, stored as a map.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Kept(pub Vec<(String, String)>);
+
+impl Column for Option<Kept> {
+    const NULLABLE: bool = true;
+    fn data_type() -> DataType {
+        let text = |name: &str, nullable| Field::new(name, DataType::Utf8, nullable);
+        let entry = DataType::Struct(vec![text("key", false), text("value", true)].into());
+        DataType::Map(Arc::new(Field::new("entries", entry, false)), false)
+    }
+    fn to_array(values: &[&Self]) -> ArrayRef {
+        let names = MapFieldNames {
+            entry: "entries".to_owned(),
+            key: "key".to_owned(),
+            value: "value".to_owned(),
+        };
+        let texts = StringBuilder::new;
+        let mut map = MapBuilder::new(Some(names), texts(), texts());
+        for kept in values {
+            for (name, value) in kept.iter().flat_map(|kept| &kept.0) {
+                map.keys().append_value(name);
+                map.values().append_value(value);
+            }
+            map.append(kept.is_some()).expect("as many names as values");
+        }
+        Arc::new(map.finish())
+    }
+    fn from_array(_: &str, array: &ArrayRef) -> Result<Vec<Self>, Misfit> {
+        let maps = array.as_map();
+        let kept = |row: usize| {
+            let entries = maps.is_valid(row).then(|| maps.value(row))?;
+            let [names, values] = [0, 1].map(|column| entries.column(column).as_string::<i32>());
+            let texts = names.iter().zip(values);
+            let texts = texts.filter_map(|(name, value)| Some((name?, value?)));
+            let owned = texts.map(|(name, value)| (name.to_owned(), value.to_owned()));
+            Some(Kept(owned.collect()))
+        };
+        Ok((0..maps.len()).map(kept).collect())
     }
 }
 

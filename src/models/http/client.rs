@@ -19,6 +19,7 @@ use super::call_log::{Call, CallLog};
 use super::endpoint::{Endpoint, EndpointReply, Presence, Try};
 use super::limiter::CallLimiter;
 use super::settings::Http;
+use crate::judge_prompt::JudgePromptSettings;
 use crate::{ChatPrompt, ModelError, Request, RowFault, Visual};
 use ovchat_io::mask::Mask;
 
@@ -91,20 +92,47 @@ impl EndpointClient {
         for place in &request.prompt.places {
             hasher.update((place.at as u64).to_le_bytes());
         }
+        // Requests without these keep the hashes that they had before there were such settings.
+        let temperature = self.spec.ask.temperature.get();
+        let others = [
+            ("system", request.prompt.system.clone()),
+            (
+                "temperature",
+                (temperature > 0.0).then(|| temperature.to_string()),
+            ),
+            ("format", spec_format(&self.spec.ask)),
+            ("request", self.spec.extra().map(|extra| extra.to_string())),
+        ];
+        for (name, value) in others {
+            for part in value.iter().flat_map(|value| [name, value]) {
+                hasher.update((part.len() as u64).to_le_bytes());
+                hasher.update(part);
+            }
+        }
         hex::encode(hasher.finalize())
     }
 
+    /// Returns the body of a request.
     fn body(&self, request: &Request) -> Result<Vec<u8>, RowFault> {
         let content = content(&request.prompt)?;
+        let spec = &self.spec;
+        let first = spec.ask.temperature.get();
+        let system = request.prompt.system.iter();
+        let system = system.map(|text| json!({ "role": "system", "content": text }));
+        let user = json!({ "role": "user", "content": content });
         let mut body = json!({
-            "model": self.spec.model,
-            "messages": [{ "role": "user", "content": content }],
-            "max_tokens": self.spec.ask.max_new_tokens.0,
-            "temperature": if request.attempt == 0 { 0.0 } else { 1.0 },
+            "model": spec.model,
+            "messages": system.chain([user]).collect::<Vec<_>>(),
+            "temperature": if request.attempt == 0 { first } else { 1.0 },
         });
+        body[spec.token_limit.name()] = json!(spec.ask.max_new_tokens.0);
+        if let Some(format) = spec.ask.response_format {
+            body["response_format"] = json!({ "type": format });
+        }
         if request.attempt > 0 {
             body["seed"] = json!(request.attempt);
         }
+        spec.body.merge_into(&mut body);
         Ok(serde_json::to_vec(&body).expect("text and numbers are valid JSON"))
     }
 
@@ -335,6 +363,11 @@ fn in_words(time: Duration) -> String {
         seconds if seconds < 100.0 => format!("{:.0} s", seconds.ceil()),
         seconds => format!("{:.0} min", seconds / 60.0),
     }
+}
+
+/// Returns the format of replies that is asked for, as text.
+fn spec_format(ask: &JudgePromptSettings) -> Option<String> {
+    ask.response_format.map(|format| json!(format).to_string())
 }
 
 /// Returns the content parts of a request: the images where they stand in the text, or before it.

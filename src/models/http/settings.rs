@@ -31,6 +31,14 @@ pub struct Http {
     /// built-in prompt.
     #[serde(default)]
     pub ask: JudgePromptSettings,
+    /// Field of a request that has the maximum length of a reply: `max_tokens`, or its newer name
+    /// `max_completion_tokens`. Default: `max_tokens`.
+    #[serde(default, skip_serializing_if = "TokenLimit::is_default")]
+    pub token_limit: TokenLimit,
+    /// Other fields of a request, such as `{ reasoning_effort: low, temperature: null }`. They
+    /// replace fields of the same name; `null` removes one. Default: none.
+    #[serde(default, skip_serializing_if = "RequestBody::is_empty")]
+    pub body: RequestBody,
     /// Maximum number of concurrent calls. Default: 8.
     #[serde(default = "defaults::concurrency_max")]
     pub concurrency_max: NonZeroU32,
@@ -53,7 +61,85 @@ pub struct Http {
     pub exam: Option<Exam>,
 }
 
+/// The field of a request that has the maximum length of a reply.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum TokenLimit {
+    #[default]
+    MaxTokens,
+    MaxCompletionTokens,
+}
+
+impl TokenLimit {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::MaxTokens => "max_tokens",
+            Self::MaxCompletionTokens => "max_completion_tokens",
+        }
+    }
+}
+
+/// Fields of a request, as JSON.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(try_from = "serde_json::Map<String, serde_json::Value>")]
+pub struct RequestBody(serde_json::Map<String, serde_json::Value>);
+
+impl RequestBody {
+    fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Replaces, adds and removes fields of a request.
+    pub fn merge_into(&self, request: &mut serde_json::Value) {
+        let request = request.as_object_mut().expect("a request is an object");
+        for (name, value) in &self.0 {
+            if value.is_null() {
+                request.remove(name);
+            } else {
+                request.insert(name.clone(), value.clone());
+            }
+        }
+    }
+}
+
+impl TryFrom<serde_json::Map<String, serde_json::Value>> for RequestBody {
+    type Error = String;
+
+    fn try_from(fields: serde_json::Map<String, serde_json::Value>) -> Result<Self, String> {
+        const OWN: [(&str, &str); 4] = [
+            ("model", "use the setting `model`"),
+            ("messages", "use `ask.template` and `ask.system`"),
+            ("stream", "replies are not streamed"),
+            ("n", "every request has one reply"),
+        ];
+        let own = OWN.iter().find(|(name, _)| fields.contains_key(*name));
+        match own {
+            Some((name, fix)) => Err(format!("`{name}` cannot be set here; {fix}")),
+            None => Ok(Self(fields)),
+        }
+    }
+}
+
 impl Http {
+    /// Returns everything about a request, besides the judge prompt, that changes the reply.
+    pub fn key_settings(&self) -> Vec<u8> {
+        let mut key = self.model.clone().into_bytes();
+        if let Some(extra) = self.extra() {
+            key.extend(extra.to_string().into_bytes());
+        }
+        key
+    }
+
+    /// Returns the settings of requests that are not the default ones.
+    pub fn extra(&self) -> Option<serde_json::Value> {
+        let is_default = self.token_limit.is_default() && self.body.is_empty();
+        (!is_default).then(|| serde_json::json!([self.token_limit, self.body]))
+    }
+
     /// Returns the environment variable of the key, if it is not set.
     pub fn missing_key(&self) -> Option<&str> {
         let name = self.key_env.as_deref()?;
@@ -261,6 +347,18 @@ impl JsonSchema for Price {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn fields_of_a_request_are_replaced_and_removed_but_for_those_of_other_settings() {
+        let body = |fields| serde_json::from_value::<RequestBody>(fields);
+        let mut request = serde_json::json!({"model": "m", "temperature": 0.0, "max_tokens": 16});
+        let fields = serde_json::json!({"temperature": null, "max_tokens": 8, "top_p": 1});
+        body(fields).unwrap().merge_into(&mut request);
+        let expected = serde_json::json!({"model": "m", "max_tokens": 8, "top_p": 1});
+        assert_eq!(request, expected);
+        let told = body(serde_json::json!({"n": 2})).unwrap_err().to_string();
+        assert_eq!(told, "`n` cannot be set here; every request has one reply");
+    }
 
     #[test]
     fn only_an_http_url_is_a_base() {

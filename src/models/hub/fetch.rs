@@ -22,6 +22,7 @@ use sha2::{Digest, Sha256};
 use url::Url;
 
 use super::super::tls;
+use super::dataset::{DatasetPart, README, choose};
 use super::{Repository, cache, has_ending, home, is_weights, variable};
 use ovchat_io::files;
 use ovchat_io::mask::Mask;
@@ -127,55 +128,111 @@ impl Hub {
         }))
     }
 
-    /// Downloads the files of a repository that the cache lacks, reporting each to `say`, and
-    /// returns the repository's folder. Fails with a message that names the fix; the token is
-    /// masked in all messages.
-    pub fn fetch(
-        &self,
-        repository: &Repository,
-        say: &mut dyn FnMut(&str),
-    ) -> Result<PathBuf, String> {
-        let token = self.token.as_deref().map(|token| ("HF_TOKEN", token));
-        let mask = Mask::new(token);
-        let fetched = self.fetch_all(repository, &mut |words| say(&mask.hide(words)));
-        fetched.map_err(|words| mask.hide(&words))
+    /// Downloads the files of a model that the cache lacks, reporting each to `say`. Fails with a
+    /// message that names the fix; the token is masked in all messages.
+    pub fn fetch(&self, repository: &Repository, say: &mut dyn FnMut(&str)) -> Result<(), String> {
+        self.masked(say, |say| {
+            let Listing { sha, siblings } = self.list(repository, say)?;
+            self.store(repository, &sha, wanted(siblings), say)
+        })
     }
 
-    fn fetch_all(
+    /// Downloads the data files of a part of a dataset, like [`Hub::fetch`].
+    pub fn fetch_dataset(
         &self,
         repository: &Repository,
+        part: DatasetPart<'_>,
         say: &mut dyn FnMut(&str),
-    ) -> Result<PathBuf, String> {
-        let Repository { name, revision } = repository;
+    ) -> Result<(), String> {
+        self.masked(say, |say| {
+            let Listing { sha, siblings } = self.list(repository, say)?;
+            let names: Vec<String> = siblings.iter().map(|file| file.rfilename.clone()).collect();
+            let (readme, data): (Vec<_>, Vec<_>) = siblings
+                .into_iter()
+                .partition(|file| file.rfilename == README);
+            self.store(repository, &sha, readme, say)?;
+            let folder = repository.folder(&self.cache).join("snapshots").join(&sha);
+            let readme = files::read_to_string(&folder.join(README)).ok();
+            let chosen = choose(&names, readme.as_deref(), part).map_err(|unchosen| {
+                format!(
+                    "hf://{}{}: {}",
+                    repository.prefix(),
+                    repository.name,
+                    unchosen.words()
+                )
+            })?;
+            let data = data.into_iter();
+            let data = data
+                .filter(|file| chosen.contains(&file.rfilename))
+                .collect();
+            self.store(repository, &sha, data, say)
+        })
+    }
+
+    /// Hides the token in messages and errors.
+    fn masked(
+        &self,
+        say: &mut dyn FnMut(&str),
+        work: impl FnOnce(&mut dyn FnMut(&str)) -> Result<(), String>,
+    ) -> Result<(), String> {
+        let token = self.token.as_deref().map(|token| ("HF_TOKEN", token));
+        let mask = Mask::new(token);
+        let done = work(&mut |words| say(&mask.hide(words)));
+        done.map_err(|words| mask.hide(&words))
+    }
+
+    /// Returns the hub's description of a revision.
+    fn list(&self, repository: &Repository, say: &mut dyn FnMut(&str)) -> Result<Listing, String> {
+        let Repository { name, revision, .. } = repository;
         if let Some(problem) = repository.problem() {
-            return Err(format!("hf://{name}@{revision}: {problem}"));
+            let prefix = repository.prefix();
+            return Err(format!("hf://{prefix}{name}@{revision}: {problem}"));
         }
         if let Some(note) = &self.note {
             say(note);
         }
+        let kind = if repository.is_dataset {
+            "datasets"
+        } else {
+            "models"
+        };
         let url = format!(
-            "{}/api/models/{name}/revision/{}?blobs=true",
+            "{}/api/{kind}/{name}/revision/{}?blobs=true",
             self.endpoint,
             encoded(revision).replace('/', "%2F")
         );
         let mut response = self.get(&url, 0).map_err(Refusal::words)?;
         let listing = response.body_mut().read_to_vec();
         let listing = listing.map_err(|error| format!("{url}: {error}"))?;
-        let Listing { sha, siblings } = serde_json::from_slice(&listing)
+        let listing: Listing = serde_json::from_slice(&listing)
             .map_err(|error| format!("{url}: invalid list of files: {error}"))?;
+        let sha = &listing.sha;
         if sha.is_empty() || !sha.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
             return Err(format!("{url}: `{sha}` is not a commit hash"));
         }
+        Ok(listing)
+    }
+
+    /// Downloads the files that the cache lacks, and links to them from the folder of the revision.
+    fn store(
+        &self,
+        repository: &Repository,
+        sha: &str,
+        files: Vec<Listed>,
+        say: &mut dyn FnMut(&str),
+    ) -> Result<(), String> {
+        let Repository { name, revision, .. } = repository;
         let folder = repository.folder(&self.cache);
         let io = |path: &Path| {
             let path = path.display().to_string();
             move |error: io::Error| format!("{path}: {error}")
         };
         let mut links = Vec::new();
-        for file in wanted(siblings) {
+        for file in files {
             let url = format!(
-                "{}/{name}/resolve/{sha}/{}",
+                "{}/{}{name}/resolve/{sha}/{}",
                 self.endpoint,
+                repository.prefix(),
                 encoded(&file.rfilename)
             );
             let blob = self.blob(&folder, &url, &file, &mut || {
@@ -186,7 +243,7 @@ impl Hub {
             })?;
             links.push((file.rfilename, blob));
         }
-        let snapshot = folder.join("snapshots").join(&sha);
+        let snapshot = folder.join("snapshots").join(sha);
         links.sort_by_key(|(name, _)| is_weights(name));
         for (name, blob) in links {
             let link = snapshot.join(&name);
@@ -204,9 +261,9 @@ impl Hub {
             let named = folder.join("refs").join(revision);
             let parent = named.parent().expect("a file in a folder");
             fs::create_dir_all(parent).map_err(io(parent))?;
-            fs::write(&named, &sha).map_err(io(&named))?;
+            fs::write(&named, sha).map_err(io(&named))?;
         }
-        Ok(snapshot)
+        Ok(())
     }
 
     /// Ensures that the content of a file is in `folder`, and returns the name of its blob; `begin`

@@ -163,11 +163,7 @@ mod tests {
         let (_folder, spec) = reward_folder();
         let prep = LlavaRlhfProcessor::open(&spec).unwrap();
         let prompt = prompt(vec![png(100, 61)], "What?");
-        let group = AnswerGroup {
-            prompt: &prompt,
-            answers: vec!["A cat.", "A dog, I think."],
-            numbers: Vec::new(),
-        };
+        let group = AnswerGroup::new(&prompt, vec!["A cat.", "A dog, I think."]);
         let judged = prep.prepare(&group).unwrap();
         assert_eq!(judged.pixels.unwrap().len(), 3 * 56 * 56);
         for (answer, judged) in group.answers.iter().zip(&judged.answers) {
@@ -184,11 +180,7 @@ mod tests {
         assert!(prep.count(&two, "A.").unwrap_err().0.contains("2 images"));
         let one = prompt(vec![png(9, 9)], "What?");
         let long = "x".repeat(512);
-        let group = AnswerGroup {
-            prompt: &one,
-            answers: vec!["short", &long],
-            numbers: Vec::new(),
-        };
+        let group = AnswerGroup::new(&one, vec!["short", &long]);
         let fault = prep.ids(&group).unwrap_err();
         assert!(fault.0.starts_with("judging answer 1 takes"), "{fault}");
     }

@@ -397,7 +397,7 @@ fn expressions(written: &PipelineSpec, diagnostics: &mut Vec<Diagnostic>) {
     }
 }
 
-/// Checks that the backing model of a judge exists and can answer prompts.
+/// Checks that the backing model of a judge exists and can answer prompts, or is an endpoint.
 fn backing_models(written: &PipelineSpec, diagnostics: &mut Vec<Diagnostic>) {
     for entry in &written.models {
         let Some(named) = entry.spec.as_ref().and_then(ModelSpec::backing_model) else {
@@ -409,7 +409,7 @@ fn backing_models(written: &PipelineSpec, diagnostics: &mut Vec<Diagnostic>) {
             other
                 .spec
                 .as_ref()
-                .is_some_and(|spec| spec.can(Role::Answers))
+                .is_some_and(|spec| spec.can(Role::Answers) || spec.endpoint().is_some())
         });
         let able: Vec<&str> = able.map(|other| other.name.as_str()).collect();
         if able.contains(&named) {
@@ -427,9 +427,9 @@ fn backing_models(written: &PipelineSpec, diagnostics: &mut Vec<Diagnostic>) {
         let diagnostic = Diagnostic::new("config::unknown_model", at, message);
         let diagnostic = diagnostic.suggest(suggest(named, able.iter().copied()));
         diagnostics.push(match &able[..] {
-            [] => diagnostic.help("add a `llava_onevision` model under `models`"),
+            [] => diagnostic.help("add a `llava_onevision` or `http` model under `models`"),
             able => diagnostic.help(format!(
-                "use a model that can answer prompts: {}",
+                "use a model that answers prompts, or an endpoint: {}",
                 listed(able.iter().copied())
             )),
         });

@@ -3,7 +3,7 @@
 //! The trees of both files are merged: maps are merged recursively, any other value in the
 //! extending (upper) file replaces that of the base (lower) file, and `null` removes an entry. A
 //! stage with another stage type, or a model with another network, replaces the base entry
-//! entirely. The base file may itself extend another file.
+//! entirely. The base file may itself extend another file, and `extends` may be a list of files.
 
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
@@ -21,76 +21,143 @@ const EXTENDS: &str = "extends";
 /// The fields whose entries are one word (a stage type or a network) and its settings.
 const ONE_WORD: [&str; 3] = ["models", "stages", "evaluate"];
 
+/// A file that was read.
+struct Read {
+    path: PathBuf,
+    layer: Layer,
+    tree: Node,
+}
+
+/// The files that were read, and the diagnostics about their YAML, already placed.
+#[derive(Default)]
+struct Reading {
+    files: Vec<Read>,
+    diagnostics: Vec<Diagnostic>,
+    /// The layer of a file that cannot be used, if there is one.
+    unusable: Option<Layer>,
+}
+
 /// Reads a pipeline file and all files that it extends. Returns the files, the pipeline file first,
 /// the merged tree (`None` if it is unusable), and the diagnostics about their YAML, already
 /// placed.
+///
+/// A later one of several base files overrides an earlier one. A file that several files extend
+/// comes after all of them.
 pub fn read(file: Arc<SourceText>, path: &Path) -> (Vec<Layer>, Option<Node>, Vec<Diagnostic>) {
-    let mut diagnostics = Vec::new();
+    let mut reading = Reading::default();
+    let chain = vec![plain(path)];
+    let is_read = reading.add(file, path.to_owned(), &chain).is_some();
+    let Reading {
+        files,
+        diagnostics,
+        unusable,
+    } = reading;
     let mut layers: Vec<Layer> = Vec::new();
     let mut tree: Option<Node> = None;
-    let mut seen = vec![plain(path)];
-    let mut next = Some((file, path.to_owned()));
-    while let Some((file, path)) = next.take() {
+    let mut seen = Vec::new();
+    // From the last one, so that each file overrides what was merged before.
+    for Read {
+        path,
+        layer,
+        tree: upper,
+    } in files.into_iter().rev()
+    {
+        if seen.contains(&path) {
+            continue;
+        }
+        seen.push(path);
+        layers.insert(0, layer);
+        tree = Some(match tree.take() {
+            None => upper,
+            Some(lower) => merged(lower, upper, 0, false),
+        });
+    }
+    layers.extend(unusable);
+    (layers, tree.filter(|_| is_read), diagnostics)
+}
+
+impl Reading {
+    /// Adds a file, and after it the files that it extends, the last one first; `chain` has the paths
+    /// from the pipeline file to this one. `None` if one of them cannot be used.
+    fn add(&mut self, file: Arc<SourceText>, path: PathBuf, chain: &[PathBuf]) -> Option<()> {
         let folder = path.parent().unwrap_or(Path::new("/")).to_owned();
-        let sources = SourceTexts::of(vec![Layer {
+        let layer = Layer {
             source: Arc::clone(&file),
             folder: folder.clone(),
-        }]);
-        let (lower, flaws) = match Node::parse(&file.text) {
+        };
+        let sources = SourceTexts::of(vec![layer.clone()]);
+        let mut fails = |diagnostic| {
+            self.diagnostics.extend(sources.place(vec![diagnostic]));
+            self.unusable = Some(layer.clone());
+        };
+        let (tree, flaws) = match Node::parse(&file.text) {
             Ok(parsed) => parsed,
             Err(error) => {
-                diagnostics.push(syntax::not_yaml(&error, &file));
-                layers.extend(sources.layers);
-                return (layers, None, diagnostics);
+                let diagnostic = syntax::not_yaml(&error, &file);
+                self.diagnostics.push(diagnostic);
+                self.unusable = Some(layer);
+                return None;
             }
         };
-        diagnostics.extend(sources.place(syntax::flawed(&flaws)));
-        if let Some(diagnostic) = syntax::no_map(&lower) {
-            diagnostics.extend(sources.place(vec![diagnostic]));
-            layers.extend(sources.layers);
-            return (layers, None, diagnostics);
+        if let Some(diagnostic) = syntax::no_map(&tree) {
+            fails(diagnostic);
+            return None;
         }
-        let base = lower.get(EXTENDS).cloned();
-        tree = Some(match tree.take() {
-            None => lower,
-            Some(upper) => merged(lower, upper, 0, false),
+        let bases = match tree.get(EXTENDS) {
+            None => Vec::new(),
+            Some(Node::List(bases)) => bases
+                .iter()
+                .enumerate()
+                .map(|(at, base)| (Some(at), base.clone()))
+                .collect(),
+            Some(base) => vec![(None, base.clone())],
+        };
+        self.diagnostics
+            .extend(sources.place(syntax::flawed(&flaws)));
+        self.files.push(Read {
+            path: plain(&path),
+            layer: layer.clone(),
+            tree,
         });
-        if let Some(base) = base {
-            match open(&base, &folder, &file, &seen) {
+        for (number, base) in bases.iter().rev() {
+            match open(*number, base, &folder, &file, chain) {
                 Ok((source, path)) => {
-                    seen.push(path.clone());
-                    next = Some((source, path));
+                    let chain = [chain, &[path.clone()]].concat();
+                    self.add(source, path, &chain)?;
                 }
                 Err(diagnostic) => {
                     // Without the base file, nearly everything would be reported as missing.
-                    diagnostics.extend(sources.place(vec![*diagnostic]));
-                    layers.extend(sources.layers);
-                    return (layers, None, diagnostics);
+                    self.diagnostics.extend(sources.place(vec![*diagnostic]));
+                    return None;
                 }
             }
         }
-        layers.extend(sources.layers);
+        Some(())
     }
-    (layers, tree, diagnostics)
 }
 
-/// Reads the base file.
+/// Reads a base file, which `extends` names at this place of its list.
 fn open(
+    number: Option<usize>,
     base: &Node,
     folder: &Path,
     upper: &SourceText,
-    seen: &[PathBuf],
+    chain: &[PathBuf],
 ) -> Result<(Arc<SourceText>, PathBuf), Box<Diagnostic>> {
-    let at = At::value(KeyPath::root().key(EXTENDS));
+    let setting = KeyPath::root().key(EXTENDS);
+    let at = At::value(match number {
+        Some(number) => setting.index(number),
+        None => setting,
+    });
     let Node::Text(name) = base else {
         let message = format!(
-            "`{EXTENDS}` must be the path of a pipeline file, not {}",
+            "`{EXTENDS}` must be the path of a pipeline file or a list of them, not {}",
             base.noun()
         );
         return Err(Diagnostic::new("config::wrong_type", at, message).into());
     };
     let path = plain(&folder.join(name));
-    if seen.contains(&path) {
+    if chain.contains(&path) {
         let message = format!("circular `extends`: `{name}` extends this file");
         return Err(Diagnostic::new("config::extends", at, message).into());
     }
@@ -163,6 +230,50 @@ fn merged(lower: Node, upper: Node, depth: usize, is_one_word: bool) -> Node {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn later_base_files_override_earlier_ones_and_common_ones_come_last() {
+        let folder = tempfile::tempdir().unwrap();
+        let write =
+            |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+        write("common.yaml", "{a: 0, b: 0, c: 0, d: 0, gone: 0}");
+        write("one.yaml", "{extends: common.yaml, a: 1, b: 1, gone: 1}");
+        write("two.yaml", "{extends: common.yaml, b: 2}");
+        let text = "{extends: [one.yaml, two.yaml], c: 3, gone: null}";
+        let source = Arc::new(SourceText::new("p.yaml".to_owned(), text));
+        let (layers, tree, diagnostics) = read(source, &folder.path().join("p.yaml"));
+        assert!(diagnostics.is_empty());
+        let names: Vec<&str> = layers
+            .iter()
+            .map(|layer| layer.source.name.as_str())
+            .collect();
+        assert_eq!(names, ["p.yaml", "two.yaml", "one.yaml", "common.yaml"]);
+        let tree = tree.unwrap();
+        let number = |key: &str| tree.get(key).map(|node| format!("{node:?}"));
+        let node = |text: &str| {
+            Some(format!(
+                "{:?}",
+                Node::parse(&format!("{{x: {text}}}"))
+                    .unwrap()
+                    .0
+                    .get("x")
+                    .unwrap()
+            ))
+        };
+        for (key, value) in [("a", "1"), ("b", "2"), ("c", "3"), ("d", "0")] {
+            assert_eq!(number(key), node(value), "{key}");
+        }
+        assert_eq!(number("gone"), None);
+        write("two.yaml", "{extends: p.yaml}");
+        let source = Arc::new(SourceText::new("p.yaml".to_owned(), text));
+        let (_, tree, diagnostics) = read(source, &folder.path().join("p.yaml"));
+        assert!(tree.is_none());
+        assert!(
+            diagnostics[0].message.contains("circular"),
+            "{}",
+            diagnostics[0].message
+        );
+    }
 
     fn over(lower: &str, upper: &str) -> Node {
         let node = |text| Node::parse(text).unwrap().0;

@@ -511,6 +511,8 @@ fn input_path(draft: &StageDraft, field: &str, nth: usize) -> KeyPath {
     let is_list = draft.spec.as_ref().is_some_and(|spec| match spec {
         StageSpec::Sql(_) => field == "tables",
         StageSpec::Combine(_) | StageSpec::AskPeople(_) => field == "rewards",
+        // A map of models to tables.
+        StageSpec::Measure(_) => false,
         _ => false,
     });
     if is_list { path.index(nth) } else { path }

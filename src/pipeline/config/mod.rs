@@ -52,8 +52,8 @@ mod rounds;
 
 pub use diagnostic::{At, Diagnostic, Diagnostics, Severity};
 pub use expectation::{Expectation, Otherwise};
-pub use paths::NOT_FETCHED;
-pub use pipeline::{Chart, KeepImages, PipelineName, Rounds, View};
+pub use paths::{BENCHMARK_TEXTS, NOT_FETCHED};
+pub use pipeline::{BarChart, Chart, KeepImages, LineChart, PipelineName, Rounds, View};
 pub use plan::{LoadError, Plan, PlannedStage};
 pub use probe::NO_KEY;
 pub use render::RenderStyle;

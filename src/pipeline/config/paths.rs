@@ -16,7 +16,8 @@ use ovchat_io::files;
 use ovchat_models::checkpoint::{AdapterConfig, CheckpointError, Shards};
 use ovchat_models::preprocess::{LlavaRlhfProcessor, OtherText, Processor, other_text};
 use ovchat_models::{
-    JudgePrompt, ModelSpec, Repository, TEMPLATE, VisionLanguageSpec, architectures, is_offline,
+    JudgePrompt, ModelSpec, Repository, SYSTEM, TEMPLATE, Unchosen, VisionLanguageSpec,
+    architectures, is_offline,
 };
 
 /// Returns the settings that name files and folders.
@@ -53,19 +54,60 @@ pub fn missing_files(
             let found = match Repository::of(path) {
                 Some(repository) => Some(not_cached(&repository, path, at, secrets)),
                 None => missing(field, path, at.clone(), secrets).map(|diagnostic| {
-                    almost_of_the_hub(path, &folder, at, &diagnostic, secrets).unwrap_or(diagnostic)
+                    if is_benchmark_text(path) {
+                        return no_benchmark_text(path, at, secrets);
+                    }
+                    let meant = (!FILES.contains(&field))
+                        .then(|| almost_of_the_hub(path, &folder, at, &diagnostic, secrets));
+                    meant.flatten().unwrap_or(diagnostic)
                 }),
             };
             diagnostics.extend(found);
         }
     }
     for (stage, _) in written.all_stages() {
-        for (field, path) in stage.spec.iter().flat_map(|spec| spec.as_stage().files()) {
+        let Some(spec) = &stage.spec else {
+            continue;
+        };
+        let unchosen = not_chosen(spec, &At::value(stage.settings.key("from")), secrets);
+        for (field, path) in spec.as_stage().files() {
+            if field == "from" && unchosen.is_some() {
+                continue;
+            }
             let at = At::value(stage.settings.key(field));
             diagnostics.extend(missing(field, path, at, secrets));
         }
+        diagnostics.extend(unchosen);
     }
     diagnostics
+}
+
+/// The texts that `pipeline benchmarks fetch` writes.
+pub const BENCHMARK_TEXTS: [&str; 10] = [
+    "livebench_2406.txt",
+    "livebench_2409.txt",
+    "llava_w.txt",
+    "llava_wilder.txt",
+    "multimodal_rewardbench.txt",
+    "video_detail_system.txt",
+    "video_detail_user.txt",
+    "vl_rewardbench.txt",
+    "wildvision_system.txt",
+    "wildvision_user.txt",
+];
+
+fn is_benchmark_text(path: &Path) -> bool {
+    let name = path.file_name().and_then(|name| name.to_str());
+    !path.exists() && name.is_some_and(|name| BENCHMARK_TEXTS.contains(&name))
+}
+
+/// The diagnostic for a judge text of a benchmark that was not fetched.
+fn no_benchmark_text(path: &Path, at: At, secrets: &Secrets) -> Diagnostic {
+    let message = format!("`{}` does not exist", shown(path, secrets));
+    let folder = shown(path.parent().unwrap_or(Path::new(".")), secrets);
+    Diagnostic::new("config::missing_file", at, message).help(format!(
+        "the judge texts of benchmarks are those of lmms-eval; fetch them: pipeline benchmarks fetch {folder}"
+    ))
 }
 
 /// Reports record files that cannot be loaded, judged by their first and last bytes, and those whose
@@ -74,16 +116,21 @@ pub fn missing_files(
 pub fn records(written: &PipelineSpec, secrets: &Secrets) -> Vec<Diagnostic> {
     let mut diagnostics = Vec::new();
     for (stage, _) in written.all_stages() {
+        // Files that are not there are reported by [`missing_files`].
         let is_file = |path: &Path| path.metadata().is_ok_and(|found| found.is_file());
+        let is_there = |spec: &StageSpec| {
+            let mut files = spec.as_stage().files().into_iter();
+            files.any(|(field, path)| field == "from" && is_file(path))
+        };
         let (path, source_problem) = match &stage.spec {
-            Some(StageSpec::LoadPrompts(load)) if is_file(load.from()) => {
-                (load.from(), load.source_problem())
-            }
-            Some(StageSpec::LoadFeedback(load)) if is_file(load.from()) => {
-                (load.from(), load.source_problem())
-            }
+            Some(spec) if !is_there(spec) => continue,
+            Some(StageSpec::LoadPrompts(load)) => (load.from(), load.source_problem()),
+            Some(StageSpec::LoadFeedback(load)) => (load.from(), load.source_problem()),
             _ => continue,
         };
+        let first = stage.spec.iter().flat_map(|spec| spec.as_stage().files());
+        let mut first = first.filter(|(field, _)| *field == "from");
+        let path = first.next().map_or(path, |(_, path)| path);
         let at = At::value(stage.settings.key("from"));
         let Some(SourceProblem { words, is_certain }) = source_problem else {
             if stage
@@ -129,14 +176,16 @@ pub fn probe_models(written: &PipelineSpec, secrets: &Secrets) -> Vec<Diagnostic
         if let Some(prompt_settings) = spec.prompt_settings()
             && let Err(problem) = JudgePrompt::open(prompt_settings)
         {
-            let of_template = prompt_settings.template.as_deref().and_then(|path| {
+            let files = [
+                (TEMPLATE, &prompt_settings.template),
+                (SYSTEM, &prompt_settings.system),
+            ];
+            let of_template = files.into_iter().find_map(|(setting, path)| {
+                let path = path.as_deref()?;
                 let rest = problem.strip_prefix(&path.display().to_string())?;
-                Some(format!("{}{rest}", shown(path, secrets)))
+                Some((setting, format!("{}{rest}", shown(path, secrets))))
             });
-            let (setting, problem) = match of_template {
-                Some(problem) => ("ask.template", problem),
-                None => ("ask", problem),
-            };
+            let (setting, problem) = of_template.unwrap_or(("ask", problem));
             let at = At::value(model.settings.below(setting));
             diagnostics.push(Diagnostic::new(
                 "config::asking",
@@ -223,6 +272,25 @@ fn not_cached(repository: &Repository, path: &Path, at: At, secrets: &Secrets) -
     ))
 }
 
+/// Reports a dataset that is not in the Hugging Face cache, or that lacks the part to load.
+fn not_chosen(spec: &StageSpec, at: &At, secrets: &Secrets) -> Option<Diagnostic> {
+    let (from, _) = spec.source()?;
+    let unchosen = spec.unchosen()?;
+    let repository = Repository::of(from);
+    if let (Some(repository), Unchosen::Absent(_)) = (&repository, &unchosen) {
+        return Some(not_cached(repository, from, at.clone(), secrets));
+    }
+    if let Some(repository) = repository.filter(|repository| repository.problem().is_some()) {
+        return Some(not_cached(&repository, from, at.clone(), secrets));
+    }
+    let message = format!(
+        "`{}`: {}",
+        shown(from, secrets),
+        secrets.hide(&unchosen.words())
+    );
+    Some(Diagnostic::new("config::dataset", at.clone(), message))
+}
+
 /// The diagnostic for a path that does not exist and was probably meant to name a repository on the
 /// Hugging Face Hub; `None` if its first folder, or one with a similar name, exists.
 fn almost_of_the_hub(
@@ -274,9 +342,9 @@ fn is_architecture(spec: &ModelSpec, model: &VisionLanguageSpec) -> Result<(), C
 }
 
 /// Settings that name a file. Those in neither list accept both.
-const FILES: [&str; 5] = ["from", "captions", "prompt", "file", TEMPLATE];
+const FILES: [&str; 6] = ["from", "captions", "prompt", "file", TEMPLATE, SYSTEM];
 /// Settings that name a folder.
-const FOLDERS: [&str; 5] = ["weights", "base", "vision", "adapter", "images"];
+const FOLDERS: [&str; 6] = ["weights", "base", "vision", "adapter", "images", "videos"];
 
 /// Describes a file in place of a folder, a folder in place of a file, or a special file.
 fn misfit(field: &str, found: &Metadata) -> Option<String> {

@@ -4,12 +4,13 @@
 //! The types are both the result of [`super::reader`] and the source of the JSON Schema: editors
 //! show their doc comments.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 
-use schemars::JsonSchema;
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{self, MapAccess, Unexpected, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
@@ -24,14 +25,14 @@ use ovchat_models::{ModelSpec, Share};
 #[derive(JsonSchema)]
 #[schemars(rename = "Pipeline", deny_unknown_fields)]
 pub struct PipelineSpec {
-    /// A base pipeline file: its settings apply unless this file overrides them. `null` removes an
-    /// entry.
+    /// A base pipeline file, or a list of them: their settings apply unless this file overrides them;
+    /// of a list, later files override earlier ones. `null` removes an entry.
     #[schemars(default)]
     #[expect(
         dead_code,
         reason = "resolved before the tree is read; declared for the schema"
     )]
-    pub extends: Option<PathBuf>,
+    pub extends: Option<BaseFiles>,
     /// The pipeline's name, which also names its run folder: `runs/<name>`.
     pub pipeline: PipelineName,
     /// The random seed. Random numbers depend on the seed, the stage, the round and the row.
@@ -73,6 +74,18 @@ pub struct PipelineSpec {
     pub uses: Vec<(KeyPath, String)>,
 }
 
+/// The base files of a pipeline file.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(untagged)]
+#[expect(
+    dead_code,
+    reason = "resolved before the tree is read; declared for the schema"
+)]
+pub enum BaseFiles {
+    One(PathBuf),
+    Several(Vec<PathBuf>),
+}
+
 impl PipelineSpec {
     /// The stages, then those under `evaluate`, each with true if it is an evaluation.
     pub fn all_stages(&self) -> impl Iterator<Item = (&Entry<TableName, StageSpec>, bool)> {
@@ -104,27 +117,136 @@ pub struct View {
     /// The query. It may read every table of the run, with the column `round` if the table has
     /// rounds, and the views before this one.
     pub query: String,
-    /// A chart of the result, written to report/<name>.svg in the run folder.
+    /// A chart of the result, written to the folder `report` of the run: `{ x: …, lines: […] }` as an
+    /// SVG, `bars` as an SVG and a Markdown table, or `examples` as a page.
+    ///
+    /// `bars` draws results as the stage `measure` builds them. `examples` shows the rows of a query
+    /// with the columns `question` and, if there are some, `image_ids`, `videos`, `reference`, and any
+    /// others, of which texts stand side by side.
     #[serde(default)]
     pub chart: Option<Chart>,
 }
 
-/// The columns of a view that are drawn as a chart.
+/// A chart of a view.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(untagged)]
+pub enum Chart {
+    Lines(LineChart),
+    Bars(BarChart),
+    /// Rows as a page: questions with their images, and the answers of models side by side.
+    Examples,
+}
+
+/// A chart with a panel for each of some columns.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct Chart {
+pub struct LineChart {
     /// The column of the x axis.
     pub x: String,
     /// The columns of the y axis, each in a panel of its own.
     pub lines: Vec<String>,
 }
 
+/// A chart of benchmark results: a panel for each benchmark, a bar for each model.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct BarChart {
+    /// Draws results of a benchmark by different judges beside each other. By default, they are
+    /// refused, because they cannot be compared. Published results are always marked.
+    pub mixed_judges: bool,
+}
+
 impl Chart {
-    /// All columns of the chart.
-    pub fn columns(&self) -> impl Iterator<Item = &str> {
-        std::iter::once(&self.x)
-            .chain(&self.lines)
-            .map(String::as_str)
+    /// The columns that a chart needs, each with true if it must be a number.
+    pub fn columns(&self) -> Vec<(&str, bool)> {
+        match self {
+            Self::Lines(chart) => {
+                let columns = std::iter::once(&chart.x).chain(&chart.lines);
+                columns.map(|column| (column.as_str(), true)).collect()
+            }
+            Self::Bars(_) => vec![("benchmark", false), ("model", false), ("score", true)],
+            Self::Examples => vec![("question", false)],
+        }
+    }
+}
+
+/// The description of [`Chart`] in messages.
+const CHARTS: &str = "`bars`, `examples`, or a map with `x` and `lines` or with `bars`";
+
+/// Implemented by hand, because an untagged enum would only report that no variant matches.
+impl<'de> Deserialize<'de> for Chart {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct ChartVisitor;
+
+        impl<'de> Visitor<'de> for ChartVisitor {
+            type Value = Chart;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(CHARTS)
+            }
+
+            fn visit_str<E: de::Error>(self, name: &str) -> Result<Chart, E> {
+                match name {
+                    "bars" => Ok(Chart::Bars(BarChart::default())),
+                    "examples" => Ok(Chart::Examples),
+                    _ => Err(E::invalid_value(Unexpected::Str(name), &self)),
+                }
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Chart, A::Error> {
+                #[derive(Deserialize)]
+                #[serde(deny_unknown_fields)]
+                struct Fields {
+                    #[serde(default)]
+                    x: Option<String>,
+                    #[serde(default)]
+                    lines: Option<Vec<String>>,
+                    #[serde(default)]
+                    bars: Option<BarChart>,
+                }
+                let fields = Fields::deserialize(MapAccessDeserializer::new(map))?;
+                match fields {
+                    Fields {
+                        x: None,
+                        lines: None,
+                        bars: Some(bars),
+                    } => Ok(Chart::Bars(bars)),
+                    Fields {
+                        x: Some(x),
+                        lines: Some(lines),
+                        bars: None,
+                    } => Ok(Chart::Lines(LineChart { x, lines })),
+                    Fields {
+                        x: None,
+                        bars: None,
+                        ..
+                    } => Err(de::Error::missing_field("x")),
+                    Fields {
+                        lines: None,
+                        bars: None,
+                        ..
+                    } => Err(de::Error::missing_field("lines")),
+                    _ => Err(de::Error::custom(format!("expected {CHARTS}"))),
+                }
+            }
+        }
+
+        deserializer.deserialize_any(ChartVisitor)
+    }
+}
+
+impl JsonSchema for Chart {
+    fn schema_name() -> Cow<'static, str> {
+        "Chart".into()
+    }
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        let lines = generator.subschema_for::<LineChart>();
+        let bars = generator.subschema_for::<BarChart>();
+        json_schema!({"anyOf": [
+            {"enum": ["bars", "examples"]},
+            lines,
+            {"type": "object", "properties": {"bars": bars}, "required": ["bars"], "additionalProperties": false},
+        ]})
     }
 }
 

@@ -220,10 +220,10 @@ impl Lineage {
                     continue;
                 }
             };
-            for column in spec.chart.iter().flat_map(Chart::columns) {
+            for (column, is_numeric) in spec.chart.iter().flat_map(Chart::columns) {
                 let at = At::value(view.settings.key("chart"));
                 if let Ok(field) = schema.field_with_name(column) {
-                    if !is_number(field.data_type()) {
+                    if is_numeric && !is_number(field.data_type()) {
                         let kind = kind_of(field.data_type());
                         let message =
                             format!("cannot chart column `{column}`: it is {kind}, not a number");

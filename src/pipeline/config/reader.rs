@@ -586,7 +586,7 @@ mod tests {
     fn the_words_of_a_spec_are_its_variants() {
         assert_eq!(
             words_of::<StageSpec>()[..3],
-            ["load_prompts", "load_feedback", "sample"]
+            ["load_prompts", "load_feedback", "load_answers"]
         );
         assert_eq!(
             words_of::<ModelSpec>(),

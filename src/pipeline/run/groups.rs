@@ -183,6 +183,10 @@ mod tests {
             judge: String::new(),
             reward: 0.0,
             reply: None,
+            label: None,
+            first_score: None,
+            second_score: None,
+            failure: None,
         };
         let rows: Vec<Reward> = ids.iter().enumerate().map(row).collect();
         // Two files, so that groups span batches.

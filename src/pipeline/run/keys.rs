@@ -68,9 +68,12 @@ impl<'a> Keys<'a> {
                 .expect("inputs are built first [ref:plan_is_ordered]")
                 .clone();
             // Some stages read several tables under one field, and refer to them by name.
-            let name = if matches!(stage.spec, StageSpec::Sql(_) | StageSpec::Combine(_))
-                || (*field == "rewards" && matches!(stage.spec, StageSpec::AskPeople(_)))
-            {
+            let names_tables = match stage.spec {
+                StageSpec::Sql(_) | StageSpec::Combine(_) => true,
+                StageSpec::AskPeople(_) | StageSpec::Measure(_) => *field == "rewards",
+                _ => false,
+            };
+            let name = if names_tables {
                 format!("{field}.{table}")
             } else {
                 (*field).to_owned()
@@ -134,8 +137,9 @@ impl<'a> Keys<'a> {
     ) -> Result<String, Failure> {
         let spec = &self.plan.models[used.model];
         let prompt_settings = spec.prompt_settings().map(|prompt_settings| {
-            // The content of the template matters, not its path.
-            json!({ "ask": JudgePromptSettings { template: None, ..prompt_settings.clone() } })
+            // The content of the templates matters, not their paths.
+            let (template, system) = (None, None);
+            json!({ "ask": JudgePromptSettings { template, system, ..prompt_settings.clone() } })
         });
         if spec.backing_model().is_some() {
             let speaks = Use {

@@ -9,6 +9,7 @@
 mod announce;
 mod await_labels;
 mod command;
+mod compute;
 mod duplicates;
 mod expect;
 mod forecast;
@@ -230,6 +231,7 @@ impl Runner<'_> {
                 self.finish(&stage.name, round, None, None)?;
             }
             StageKind::Query(work) => self.query(stage, round, &work)?,
+            StageKind::Compute(work) => self.compute_whole(stage, round, &*work)?,
             StageKind::Command(work) => self.command(stage, round, &work)?,
             StageKind::Train(work) => self.train(stage, round, &*work)?,
         }

@@ -21,6 +21,8 @@ use ovchat_models::{
 pub struct Ready {
     /// The spec to open, with this run's checkpoints in place of the pipeline's weights.
     pub spec: ModelSpec,
+    /// The name of the model that produces its replies, if it scores in text; else its own.
+    pub backing_model: ModelName,
     /// The judge prompt settings, if the model scores in text.
     pub prompt_settings: Option<JudgePromptSettings>,
     /// The fingerprint of everything that affects its output.
@@ -117,10 +119,13 @@ impl<'a> RunModels<'a> {
         prompt_settings: &JudgePromptSettings,
     ) -> Result<Box<dyn Writer>, Failure> {
         if let Some(http) = self.spec(model).endpoint() {
-            let journal = self.calls.join(format!("{model}.jsonl"));
-            let writer =
-                HttpWriter::open(http, &journal, self.mask.clone()).map_err(Failure::of(model))?;
-            return Ok(Box::new(writer));
+            let mut http = http.clone();
+            http.ask.clone_from(prompt_settings);
+            // Judges of one endpoint share its call log, and so its spending limit.
+            let writer = &self.models[&(model.clone(), ModelState::Now)].backing_model;
+            let journal = self.calls.join(format!("{writer}.jsonl"));
+            let writer = HttpWriter::open(&http, &journal, self.mask.clone());
+            return Ok(Box::new(writer.map_err(Failure::of(model))?));
         }
         let policy = self.open_policy(model)?;
         Ok(Box::new(PolicyWriter::new(policy, prompt_settings)))

@@ -250,6 +250,7 @@ impl<'a> Runner<'a> {
             }
             let ready = Ready {
                 spec,
+                backing_model: backing_model.clone(),
                 prompt_settings: named.prompt_settings().cloned(),
                 fingerprint,
             };

@@ -52,11 +52,7 @@ impl Judge for SqlJudge {
                 ))),
                 None => Ok(own
                     .iter()
-                    .map(|reward| JudgeScore {
-                        reward: reward.unwrap_or_default() as f32,
-                        reply: None,
-                        flips: None,
-                    })
+                    .map(|reward| JudgeScore::of(reward.unwrap_or_default() as f32))
                     .collect()),
             };
             if emit(index, scores).is_break() {

@@ -135,7 +135,7 @@ impl Combine {
             writeln!(
                 all,
                 "{union}select {number} as source, cast({weight} as double) as weight, prompt_id, candidate, \
-                 judge, cast(reward as double) as reward, \
+                 judge, failure, cast(reward as double) as reward, \
                  case when isnan(reward) or abs(reward) = 'infinity'::real then null else cast(reward as double) end \
                  as finite from {table}"
             )
@@ -152,7 +152,9 @@ impl Combine {
                 md5(concat(prompt_id, ' ', candidate, ' ', cast(sum(weight * scaled) as varchar))) as row_key,
                 prompt_id, candidate, string_agg(judge, '+' order by source) as judge,
                 case when count(*) = {judges} then sum(weight * scaled) else cast('nan' as double) end as reward,
-                cast(null as varchar) as reply
+                cast(null as varchar) as reply, cast(null as varchar) as label,
+                cast(null as real) as first_score, cast(null as real) as second_score,
+                max(failure) as failure
              from scaled
              group by prompt_id, candidate
              order by prompt_id, candidate"

@@ -15,7 +15,7 @@ use super::{
 };
 use ovchat_data::store::Key;
 use ovchat_data::tables::{Comparison, Pair, Row};
-use ovchat_models::{AnswerGroup, JudgeScore, RowFault};
+use ovchat_models::{AnswerGroup, JudgeScore, RowContext, RowFault};
 
 /// Scores both answers of each pair with a judge. The share of pairs on which it agrees with the
 /// label is `select avg(cast(agrees as int)) from <table>`.
@@ -96,6 +96,9 @@ impl RowStage for &Compare {
             for caption in pair.captions.iter().flatten() {
                 key = key.with("caption").with(caption);
             }
+            for (name, value) in pair.kept.iter().flat_map(|kept| &kept.0) {
+                key = key.with("kept").with(name).with(value);
+            }
             key = key.with(&pair.row_key);
             key = key.with(&pair.chosen).with(&pair.rejected);
         }
@@ -117,9 +120,12 @@ impl RowStage for &Compare {
             .iter()
             .zip(&shown)
             .map(|(pair, prompt)| AnswerGroup {
-                prompt,
-                answers: vec![&pair.chosen, &pair.rejected],
-                numbers: Vec::new(),
+                context: RowContext {
+                    id: pair.id.as_deref(),
+                    kept: pair.kept.as_ref().map_or(&[], |kept| &kept.0),
+                    other: None,
+                },
+                ..AnswerGroup::new(prompt, vec![&pair.chosen, &pair.rejected])
             })
             .collect();
         let mut scored = scored(ctx, &self.judge, &groups, |_| 1)?.into_iter();

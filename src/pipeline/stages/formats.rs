@@ -8,9 +8,11 @@ use std::collections::HashMap;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 
+use serde_json::Value;
 use serde_json::de::IoRead;
 
 use self::failure::{empty, input};
+use super::names::Names;
 use super::work::{Failure, Record};
 use ovchat_io::files;
 
@@ -20,7 +22,7 @@ type Records = Box<dyn Iterator<Item = Result<Record, Failure>> + Send>;
 struct Format {
     name: &'static str,
     ending: &'static str,
-    records: fn(&Path) -> Result<Records, Failure>,
+    records: fn(&Path, &Names) -> Result<Records, Failure>,
 }
 
 /// The formats beside JSON. A list and lines of JSON are told apart by the first character, and may
@@ -28,7 +30,7 @@ struct Format {
 const FORMATS: [Format; 1] = [Format {
     name: "Parquet",
     ending: "parquet",
-    records: |path| Ok(Box::new(columns::records(path)?)),
+    records: |path, names| Ok(Box::new(columns::records(path, names)?)),
 }];
 
 /// Returns an ending of the files of each format.
@@ -51,11 +53,24 @@ pub fn is_not_json(path: &Path) -> bool {
 /// The byte order mark of UTF-8.
 const MARK: &[u8] = b"\xef\xbb\xbf";
 
-/// Returns the records of a file, read lazily.
-pub fn records(path: &Path) -> Result<Records, Failure> {
+/// Returns the records of a file, read lazily, with the columns that `names` names.
+pub fn records(path: &Path, names: &Names) -> Result<Records, Failure> {
     if let Some(format) = format(path) {
-        return (format.records)(path);
+        return (format.records)(path, names);
     }
+    let names = names.clone();
+    let named = move |mut record: Record| {
+        if let Ok(Value::Object(fields)) = &mut record.fields {
+            record.kept = names.apply(fields);
+        }
+        record
+    };
+    let records = of_json(path)?;
+    Ok(Box::new(records.map(move |record| record.map(&named))))
+}
+
+/// Returns the records of a JSON file.
+fn of_json(path: &Path) -> Result<Records, Failure> {
     let mut text = open(path)?;
     let start = loop {
         let buffer = text
@@ -132,7 +147,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join(name);
         std::fs::write(&path, text).unwrap();
-        let records = records(&path).map_err(|error| error.to_string())?;
+        let records = records(&path, &Names::default()).map_err(|error| error.to_string())?;
         let records: Result<Vec<_>, _> = records.collect();
         let records = records.map_err(|error| error.to_string())?;
         records.into_iter().map(|record| record.fields).collect()
@@ -216,7 +231,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.json");
         std::fs::write(&path, "[{\"a\": 1, \"a\": 2}, {\"a\": [1.5, null, true]}]").unwrap();
-        let records: Vec<Record> = records(&path).unwrap().map(Result::unwrap).collect();
+        let records: Vec<Record> = records(&path, &Names::default())
+            .unwrap()
+            .map(Result::unwrap)
+            .collect();
         assert!(records[0].fields.is_err());
         assert_eq!(
             records[1].fields,

@@ -48,6 +48,7 @@ impl Loadable for Pair {
             system: prompt.system,
             turns: prompt.turns,
             captions: prompt.captions,
+            kept: prompt.kept,
             chosen_candidate: None,
             rejected_candidate: None,
             chosen_reward: None,

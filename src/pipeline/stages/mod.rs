@@ -11,9 +11,11 @@
 mod allowed_folders;
 mod fields;
 mod formats;
+mod image_marks;
 mod input_tables;
 mod media;
 mod model_calls;
+mod names;
 mod opener;
 mod pairing;
 mod programs;
@@ -28,8 +30,10 @@ mod values;
 mod video;
 mod work;
 
+mod load_answers;
 mod load_feedback;
 mod load_prompts;
+mod load_results;
 mod sample;
 mod score;
 mod select_extremes;
@@ -46,6 +50,8 @@ mod ask_people;
 mod combine;
 mod compare;
 mod exec;
+mod measure;
+mod overlap;
 mod sql;
 
 pub use ask_people::AskPeople;
@@ -53,8 +59,12 @@ pub use combine::{Combine, Normalize};
 pub use compare::Compare;
 pub use exec::{Column, Columns, Exec, Inherited};
 pub use formats::endings;
+pub use load_answers::LoadAnswers;
 pub use load_feedback::LoadFeedback;
 pub use load_prompts::LoadPrompts;
+pub use load_results::LoadResults;
+pub use measure::{Measure, Rules, ScoreRule};
+pub use overlap::FindOverlap;
 pub use programs::{end_with_parent, is_executable};
 pub use sample::Sample;
 pub use score::Score;
@@ -67,6 +77,7 @@ pub use sql::Sql;
 pub use training::AFTER;
 
 pub use ovchat_models::Share;
+use ovchat_models::{DatasetPart, Unchosen};
 pub use train_dpo::{REFERENCE, TrainDpo};
 pub use train_reward::TrainReward;
 pub use train_sft::TrainSft;
@@ -91,6 +102,8 @@ pub enum StageSpec {
     LoadPrompts(LoadPrompts),
     /// Loads preference pairs labeled by people from a file.
     LoadFeedback(LoadFeedback),
+    /// Loads answers to prompts that another program wrote.
+    LoadAnswers(LoadAnswers),
     /// Samples answers to prompts with a model.
     Sample(Sample),
     /// Scores candidates with a judge.
@@ -111,6 +124,12 @@ pub enum StageSpec {
     TrainReward(TrainReward),
     /// Scores both answers of each pair, to measure how often a judge agrees with the label.
     Compare(Compare),
+    /// Measures models on a benchmark: their scores, and gains with confidence intervals.
+    Measure(Measure),
+    /// Loads benchmark scores that others published.
+    LoadResults(LoadResults),
+    /// Finds benchmark prompts whose image or question is among the training prompts.
+    Overlap(FindOverlap),
     /// Builds a table with an SQL query.
     Sql(Sql),
     /// Builds a table with an external command.
@@ -127,10 +146,29 @@ impl StageSpec {
         }
     }
 
+    /// Returns the source of a loading stage, and the part of it that is loaded.
+    pub fn source(&self) -> Option<(&Path, DatasetPart<'_>)> {
+        match self {
+            Self::LoadPrompts(load) => Some((load.from(), load.part())),
+            Self::LoadFeedback(load) => Some((load.from(), load.part())),
+            _ => None,
+        }
+    }
+
+    /// Returns the reason why a loading stage has no files to load.
+    pub fn unchosen(&self) -> Option<Unchosen> {
+        match self {
+            Self::LoadPrompts(load) => load.unchosen(),
+            Self::LoadFeedback(load) => load.unchosen(),
+            _ => None,
+        }
+    }
+
     pub fn as_stage(&self) -> &dyn Stage {
         match self {
             Self::LoadPrompts(stage) => stage,
             Self::LoadFeedback(stage) => stage,
+            Self::LoadAnswers(stage) => stage,
             Self::Sample(stage) => stage,
             Self::Score(stage) => stage,
             Self::AskPeople(stage) => stage,
@@ -141,6 +179,9 @@ impl StageSpec {
             Self::TrainSft(stage) => stage,
             Self::TrainReward(stage) => stage,
             Self::Compare(stage) => stage,
+            Self::Measure(stage) => stage,
+            Self::LoadResults(stage) => stage,
+            Self::Overlap(stage) => stage,
             Self::Sql(stage) => stage,
             Self::Exec(stage) => stage,
         }
@@ -150,6 +191,7 @@ impl StageSpec {
         match self {
             Self::LoadPrompts(stage) => stage,
             Self::LoadFeedback(stage) => stage,
+            Self::LoadAnswers(stage) => stage,
             Self::Sample(stage) => stage,
             Self::Score(stage) => stage,
             Self::AskPeople(stage) => stage,
@@ -160,6 +202,9 @@ impl StageSpec {
             Self::TrainSft(stage) => stage,
             Self::TrainReward(stage) => stage,
             Self::Compare(stage) => stage,
+            Self::Measure(stage) => stage,
+            Self::LoadResults(stage) => stage,
+            Self::Overlap(stage) => stage,
             Self::Sql(stage) => stage,
             Self::Exec(stage) => stage,
         }

@@ -108,6 +108,7 @@ mod tests {
                 prompt,
                 answers: vec!["So.", "No."],
                 numbers: vec![0, 1],
+                ..AnswerGroup::new(prompt, Vec::new())
             })
             .collect();
         let judge = "judge".to_owned().try_into().unwrap();

@@ -58,8 +58,10 @@ impl From<String> for Flaw {
 
 /// Opens the images and videos of records, on several threads.
 pub struct Opener<'a> {
-    /// The folder that relative paths start from.
+    /// The folder that relative paths of images start from.
     pub folder: &'a Path,
+    /// The folder that relative paths of videos start from.
+    pub video_folder: &'a Path,
     /// The folders that may be read; `None` for any.
     pub allowed: Option<&'a AllowedFolders>,
     /// The maximum number of pixels of an image.
@@ -155,7 +157,10 @@ impl Opener<'_> {
     /// Returns the path of a file that a record names, with symbolic links resolved if only some
     /// folders may be read.
     fn locate(&self, kind: &str, name: &str) -> Result<(PathBuf, PathBuf), Flaw> {
-        let path = self.folder.join(name);
+        let path = match kind {
+            "video" => video_file(self.video_folder, name),
+            _ => self.folder.join(name),
+        };
         let Some(allowed) = self.allowed else {
             return Ok((path.clone(), path));
         };
@@ -270,6 +275,21 @@ impl Opener<'_> {
     }
 }
 
+/// The endings of video files that may be left out, the most common first.
+const VIDEO_ENDINGS: [&str; 8] = ["mp4", "MP4", "mkv", "webm", "avi", "mov", "MOV", "m4v"];
+
+/// Returns the path of a video, which may be named without the ending of its file, as benchmarks do.
+pub fn video_file(folder: &Path, name: &str) -> PathBuf {
+    let path = folder.join(name);
+    if path.exists() {
+        return path;
+    }
+    let with = VIDEO_ENDINGS
+        .iter()
+        .map(|ending| folder.join(format!("{name}.{ending}")));
+    with.into_iter().find(|path| path.exists()).unwrap_or(path)
+}
+
 /// Returns the reason why a file cannot be read.
 fn unreadable(kind: &str, path: &Path, error: &io::Error) -> String {
     match error.kind() {
@@ -282,8 +302,8 @@ fn unreadable(kind: &str, path: &Path, error: &io::Error) -> String {
 #[derive(Default)]
 pub struct CheckedImages(Mutex<HashMap<String, Checked>>);
 
-/// The header of a decoded image, or its fault.
-type Checked = Arc<OnceLock<Result<Probe, RowFault>>>;
+/// The header and the hashes of a decoded image, or its fault.
+type Checked = Arc<OnceLock<Result<(Probe, String, u64), RowFault>>>;
 
 /// The maximum number of images that are remembered.
 const CHECKED_MAX: usize = 1 << 16;
@@ -307,10 +327,10 @@ impl CheckedImages {
         };
         let header = checked.get_or_init(|| {
             let header = probe(bytes)?;
-            decode(bytes, pixels_max)?;
-            Ok(header)
+            let image = decode(bytes, pixels_max)?;
+            Ok((header, image.pixel_hash(), image.look()))
         });
-        let header = header
+        let (header, pixels, look) = header
             .as_ref()
             .map_err(|fault| format!("image {name}: {fault}"))?;
         Ok(Image {
@@ -318,6 +338,8 @@ impl CheckedImages {
             width: header.width as i32,
             height: header.height as i32,
             format: header.format.to_string(),
+            pixels: Some(pixels.clone()),
+            look: Some(look.cast_signed()),
             image: file,
         })
     }

@@ -288,7 +288,7 @@ pub fn pairs(
             ),
             "prompt" => prompts.taken("question", &asked)?,
             name @ ("id" | "image" | "prompt_id" | "image_ids" | "videos" | "system" | "turns"
-            | "captions") => prompts.taken(name, &asked)?,
+            | "captions" | "kept") => prompts.taken(name, &asked)?,
             "chosen" => answers.taken("text", &chosen)?,
             "rejected" => answers.taken("text", &rejected)?,
             "chosen_token_ids" => answers.taken("token_ids", &chosen)?,

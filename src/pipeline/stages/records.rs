@@ -197,7 +197,10 @@ fn there<'a>(record: &'a Map<String, Value>, name: &str) -> Option<&'a Value> {
 /// (`{conversations, output_1: {value}, output_2: {value}, preference: 1 or 2}`), if it is one. The
 /// last assistant turn of its `conversations` is a dummy for the two.
 fn preference(record: &Map<String, Value>) -> Result<Option<[String; 2]>, String> {
-    let Some(preference) = record.get("preference").filter(|value| !value.is_null()) else {
+    if let Some(ranking) = there(record, "human_ranking") {
+        return ranked(record, ranking).map(Some);
+    }
+    let Some(preference) = there(record, "preference") else {
         return Ok(None);
     };
     let output = |name: &str| {
@@ -215,6 +218,29 @@ fn preference(record: &Map<String, Value>) -> Result<Option<[String; 2]>, String
             Ok(Some([second, first]))
         }
         None => Err(format!("`preference` must be 1 or 2, got {preference}")),
+    }
+}
+
+/// Returns the preferred and the other response of a record of VL-RewardBench (`{query, response: [a,
+/// b], human_ranking: [0, 1]}`); the rank of the preferred one is 0.
+fn ranked(record: &Map<String, Value>, ranking: &Value) -> Result<[String; 2], String> {
+    let responses = record.get("response").and_then(Value::as_array);
+    let texts: Option<Vec<&str>> =
+        responses.and_then(|list| list.iter().map(Value::as_str).collect());
+    let Some([one, other]) = texts.as_deref() else {
+        return Err(
+            "the record has a `human_ranking` but no list of two strings in `response`".to_owned(),
+        );
+    };
+    let ranks = ranking
+        .as_array()
+        .map(|ranks| ranks.iter().map(Value::as_f64).collect::<Vec<_>>());
+    match ranks.as_deref() {
+        Some([Some(0.0), Some(1.0)]) => Ok([(*one).to_owned(), (*other).to_owned()]),
+        Some([Some(1.0), Some(0.0)]) => Ok([(*other).to_owned(), (*one).to_owned()]),
+        _ => Err(format!(
+            "`human_ranking` must be [0, 1] or [1, 0], got {ranking}"
+        )),
     }
 }
 
@@ -287,6 +313,9 @@ fn path_of(item: &Value, name: &str) -> Result<Option<String>, String> {
 }
 
 fn texts(list: &Value) -> Result<Vec<String>, String> {
+    if let Some(text) = list.as_str() {
+        return Ok(vec![text.to_owned()]);
+    }
     let items = list
         .as_array()
         .ok_or("`captions` must be a list of strings")?;

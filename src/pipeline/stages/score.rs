@@ -14,7 +14,7 @@ use super::{
 };
 use ovchat_data::store::Key;
 use ovchat_data::tables::{Candidate, Prompt, Reward, Row, rows};
-use ovchat_models::{AnswerGroup, JudgeScore, RowFault};
+use ovchat_models::{AnswerGroup, JudgeScore, RowContext, RowFault};
 
 /// Scores candidates with a judge; a higher reward is better.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -24,6 +24,10 @@ pub struct Score {
     pub candidates: TableName,
     /// The model that scores.
     pub judge: ModelName,
+    /// A table of answers that those of `candidates` are compared with, by a judge with `mode:
+    /// against`: the first answer to each prompt. Default: the answer that the judge's `other` names.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub against: Option<TableName>,
     /// The table of prompts of the candidates. Default: found through `candidates`.
     #[serde(default)]
     pub prompts: Option<TableName>,
@@ -41,20 +45,23 @@ impl Score {
 
 impl Stage for Score {
     fn inputs(&self) -> Vec<Input<'_>> {
-        vec![
-            Input {
-                field: "candidates",
-                table: Some(&self.candidates),
-                needs: Candidate::schema(),
-                kind: Candidate::KIND,
-            },
+        let answers = |field, table| Input {
+            field,
+            table: Some(table),
+            needs: JudgedAnswer::schema(),
+            kind: Candidate::KIND,
+        };
+        let mut inputs = vec![
+            answers("candidates", &self.candidates),
             Input {
                 field: "prompts",
                 table: self.prompts.as_ref(),
                 needs: Prompt::schema(),
                 kind: Prompt::KIND,
             },
-        ]
+        ];
+        inputs.extend(self.against.as_ref().map(|table| answers("against", table)));
+        inputs
     }
 
     fn find(&mut self, field: &str, table: TableName) {
@@ -139,6 +146,12 @@ impl RowStage for &Score {
         if let Some(answer) = &prompt.answer {
             key = key.with("answer").with(answer);
         }
+        for (name, value) in prompt.kept.iter().flat_map(|kept| &kept.0) {
+            key = key.with("kept").with(name).with(value);
+        }
+        if let Some(other) = self.other(ctx, &group[0].prompt_id)? {
+            key = key.with("against").with(other);
+        }
         let mut key = key.with(&group[0].prompt_id);
         if group.len() == 1 && ctx.models.compares(&self.judge) {
             // Earlier versions scored a single answer as 0; such rows must not be reused.
@@ -156,15 +169,15 @@ impl RowStage for &Score {
     ) -> Result<Vec<Outcome<Vec<Reward>>>, Failure> {
         let mut prompts = Vec::with_capacity(tasks.len());
         for task in tasks {
-            let row = ctx
-                .input_tables
-                .prompt_row(self.prompts(), &task.rows[0].prompt_id)?;
-            prompts.push(ctx.input_tables.prompt(&row, 0)?);
+            let prompt_id = &task.rows[0].prompt_id;
+            let row = ctx.input_tables.prompt_row(self.prompts(), prompt_id)?;
+            let prompt = ctx.input_tables.prompt(&row, 0)?;
+            prompts.push((row, prompt, self.other(ctx, prompt_id)?));
         }
         let groups: Vec<AnswerGroup<'_>> = tasks
             .iter()
             .zip(&prompts)
-            .map(|(task, prompt)| AnswerGroup {
+            .map(|(task, (row, prompt, other))| AnswerGroup {
                 prompt,
                 answers: task
                     .rows
@@ -172,6 +185,11 @@ impl RowStage for &Score {
                     .map(|answer| answer.text.as_str())
                     .collect(),
                 numbers: task.rows.iter().map(|answer| answer.candidate).collect(),
+                context: RowContext {
+                    id: row.id.as_deref(),
+                    kept: row.kept.as_ref().map_or(&[], |kept| &kept.0),
+                    other: other.as_deref(),
+                },
             })
             .collect();
         let rows = |group: usize| tasks[group].rows.len() as u64;
@@ -191,6 +209,27 @@ impl RowStage for &Score {
 }
 
 impl Score {
+    /// Returns the answer of the table `against` to a prompt, if that table is set and has one.
+    fn other(
+        &self,
+        ctx: &mut StageContext<'_>,
+        prompt_id: &str,
+    ) -> Result<Option<String>, Failure> {
+        let Some(table) = &self.against else {
+            return Ok(None);
+        };
+        let ids = std::iter::once(prompt_id);
+        let found = ctx
+            .input_tables
+            .rows_of(table, &JudgedAnswer::schema(), ids)?;
+        let mut answers = Vec::new();
+        for rows in &found {
+            answers.extend(JudgedAnswer::from_batch(rows)?);
+        }
+        let first = answers.into_iter().min_by_key(|answer| answer.candidate);
+        Ok(first.map(|answer| answer.text))
+    }
+
     fn row(&self, key: &str, answer: &JudgedAnswer, score: JudgeScore) -> Reward {
         Reward {
             row_key: key.to_owned(),
@@ -199,6 +238,10 @@ impl Score {
             judge: self.judge.to_string(),
             reward: score.reward,
             reply: score.reply,
+            label: score.label,
+            first_score: score.scores.map(|[first, _]| first),
+            second_score: score.scores.map(|[_, second]| second),
+            failure: score.failure,
         }
     }
 }

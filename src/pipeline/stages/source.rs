@@ -5,7 +5,7 @@
 //! fails the stage; a record that cannot be used is rejected.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::marker::PhantomData;
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
@@ -20,7 +20,8 @@ use serde::{Deserialize, Serialize};
 use super::allowed_folders::AllowedFolders;
 use super::fields::Fields;
 use super::formats;
-use super::opener::{CheckedImages, Flaw, IMAGE_MAX, Opened, OpenedVideos, Opener};
+use super::names::{FieldName, Names};
+use super::opener::{CheckedImages, Flaw, IMAGE_MAX, Opened, OpenedVideos, Opener, video_file};
 use super::records::{named_paths, read_fields};
 use super::shown::Shown;
 use super::source_check::{self, SourceProblem};
@@ -29,17 +30,40 @@ use super::video::{Ffmpeg, VideoSettings};
 use super::work::{Failure, LoadStage, Loaded, Record, StageKind};
 use super::{Input, Stage, StageError, TableName, join};
 use ovchat_data::store::{Key, Media};
-use ovchat_data::tables::{Image, Prompt, PromptVideo, RejectClass, Row, Video};
+use ovchat_data::tables::{Image, Kept, Prompt, PromptVideo, RejectClass, Row, Video};
+use ovchat_models::{DatasetPart, Repository, Unchosen, data_files};
 
 /// The settings of a loading stage: a file of the user, and how it is read.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SourceSettings {
-    /// The source file: a JSON list, JSON Lines, or Parquet (`.parquet`).
+    /// The source: a file with a JSON list, JSON Lines, or Parquet (`.parquet`); a dataset of the
+    /// Hugging Face Hub, `hf://datasets/org/name` (optionally `@revision`), which is read from the
+    /// Hugging Face cache, and which `pipeline run` downloads if the cache lacks it; or a folder in the
+    /// layout of such a dataset.
     pub from: PathBuf,
+    /// The configuration of the dataset, which the hub also calls a subset. Default: the only one, or
+    /// `default`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub config: Option<String>,
+    /// The split of the dataset. Default: the only one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub split: Option<String>,
+    /// The columns of the source that are read as fields of other names: `{ question: Question }`.
+    /// Default: none.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub columns: BTreeMap<FieldName, String>,
+    /// Columns of the source that are kept in the column `kept` of the table: for SQL as
+    /// `kept['category']`, for templates of judge prompts as `row.category`. Default: none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub keep: Vec<String>,
     /// The folder that relative paths of images and videos start from. Default: the folder of `from`.
     #[serde(default)]
     pub images: Option<PathBuf>,
+    /// The folder that relative paths of videos start from. A video may be named without the ending of
+    /// its file. Default: `images`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub videos: Option<PathBuf>,
     /// Reads images and videos from any path that a record names. By default, a record is rejected if
     /// its file, with symbolic links resolved, lies outside `images` and the folder of `from`.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
@@ -83,6 +107,32 @@ impl SourceSettings {
     fn megapixels_max() -> NonZeroU32 {
         const { NonZeroU32::new(100).unwrap() }
     }
+
+    fn names(&self) -> Names {
+        Names {
+            columns: self.columns.clone(),
+            keep: self.keep.clone(),
+        }
+    }
+
+    /// Returns the part of a dataset that is loaded.
+    fn part(&self) -> DatasetPart<'_> {
+        DatasetPart {
+            config: self.config.as_deref(),
+            split: self.split.as_deref(),
+        }
+    }
+
+    /// Returns the files of the source. A file needs no `config` and no `split`.
+    fn files(&self) -> Result<Vec<PathBuf>, Unchosen> {
+        let is_part = self.config.is_some() || self.split.is_some();
+        if is_part && self.from.is_file() {
+            let words =
+                "`config` and `split` are those of a dataset, but `from` is a file; remove them";
+            return Err(Unchosen::Wrong(words.to_owned()));
+        }
+        data_files(&self.from, self.part())
+    }
 }
 
 /// A stage that loads rows of type `R` from a source.
@@ -90,6 +140,9 @@ impl SourceSettings {
 #[serde(transparent, bound = "")]
 pub struct Load<R> {
     settings: SourceSettings,
+    /// The files of the source.
+    #[serde(skip)]
+    files: OnceLock<Vec<PathBuf>>,
     #[serde(skip)]
     rows: PhantomData<R>,
 }
@@ -126,14 +179,31 @@ impl<R: Loadable> JsonSchema for Load<R> {
 }
 
 impl<R: Loadable> Load<R> {
-    /// Returns the source file.
+    /// Returns the source as the pipeline file names it, with its path resolved.
     pub fn from(&self) -> &Path {
         &self.settings.from
     }
 
+    /// Returns the reason why a dataset has no files to load.
+    pub fn unchosen(&self) -> Option<Unchosen> {
+        self.settings.files().err()
+    }
+
+    /// Returns the part of a dataset that is loaded.
+    pub fn part(&self) -> DatasetPart<'_> {
+        self.settings.part()
+    }
+
+    /// Returns the files of the source; none if a dataset has no files to load.
+    fn files(&self) -> &[PathBuf] {
+        self.files
+            .get_or_init(|| self.settings.files().unwrap_or_default())
+    }
+
     /// Returns the number of frames of a video, if one of the first records names one.
     pub fn video_frames(&self) -> Option<usize> {
-        let has_video = source_check::first_records(&self.settings.from)
+        let first = self.files().first()?;
+        let has_video = source_check::first_records(first, &self.settings.names())
             .iter()
             .any(has_video);
         has_video.then(|| self.settings.video.frames.get())
@@ -141,7 +211,7 @@ impl<R: Loadable> Load<R> {
 
     /// Returns the problem found in the first records or at the end of the file, if any.
     pub fn source_problem(&self) -> Option<SourceProblem> {
-        Loader::<R>::new(&self.settings).source_problem()
+        Loader::<R>::new(&self.settings, self.files()).source_problem()
     }
 }
 
@@ -152,17 +222,25 @@ impl<R: Loadable> Stage for Load<R> {
 
     fn files(&self) -> Vec<(&'static str, &Path)> {
         let settings = &self.settings;
-        let mut files = vec![("from", settings.from.as_path())];
+        let mut files: Vec<(&str, &Path)> = match self.files() {
+            [] => vec![("from", settings.from.as_path())],
+            files => files.iter().map(|path| ("from", path.as_path())).collect(),
+        };
         files.extend(settings.images.as_deref().map(|path| ("images", path)));
+        files.extend(settings.videos.as_deref().map(|path| ("videos", path)));
         files.extend(settings.captions.as_deref().map(|path| ("captions", path)));
         files
     }
 
     fn resolve(&mut self, folder: &dyn Fn(&str) -> PathBuf) {
         let settings = &mut self.settings;
-        join(folder, "from", &mut settings.from);
+        if Repository::of(&settings.from).is_none() {
+            join(folder, "from", &mut settings.from);
+        }
+        self.files = OnceLock::new();
         for (field, path) in [
             ("images", &mut settings.images),
+            ("videos", &mut settings.videos),
             ("captions", &mut settings.captions),
         ] {
             if let Some(path) = path {
@@ -180,7 +258,7 @@ impl<R: Loadable> Stage for Load<R> {
     }
 
     fn work(&self) -> StageKind<'_> {
-        StageKind::Load(Box::new(Loader::<R>::new(&self.settings)))
+        StageKind::Load(Box::new(Loader::<R>::new(&self.settings, self.files())))
     }
 }
 
@@ -220,6 +298,8 @@ impl Outside {
 /// The loader of rows of one kind from a source.
 struct Loader<'a, R> {
     source: &'a SourceSettings,
+    /// The files of the source.
+    files: &'a [PathBuf],
     captions: Option<HashMap<String, Vec<String>>>,
     /// The number of occurrences of each prompt so far.
     seen: HashMap<String, u32>,
@@ -233,9 +313,10 @@ struct Loader<'a, R> {
 }
 
 impl<'a, R: Loadable> Loader<'a, R> {
-    fn new(source: &'a SourceSettings) -> Self {
+    fn new(source: &'a SourceSettings, files: &'a [PathBuf]) -> Self {
         Self {
             source,
+            files,
             captions: None,
             seen: HashMap::new(),
             unread: Unread::default(),
@@ -250,35 +331,56 @@ impl<'a, R: Loadable> Loader<'a, R> {
     /// Returns the problem found in the first records or at the end of the source, if any. Images
     /// and videos are checked for existence only.
     fn source_problem(mut self) -> Option<SourceProblem> {
-        let from = &self.source.from;
-        let folder = self.folder().to_owned();
-        source_check::source_problem(from, self.source.limit, |record| {
+        let from = self.files.first()?;
+        let (folder, videos) = (self.folder().to_owned(), self.videos().to_owned());
+        let names = self.source.names();
+        source_check::source_problem(from, &names, self.source.limit, |record| {
             let fields = read_fields(&record.fields, record.embedded.len())?;
             let images = record.embedded.is_empty().then_some(&fields.paths);
-            let named = [("image", images), ("video", Some(&fields.video_paths))];
-            for (kind, names) in named {
+            let named = [
+                ("image", images, &folder),
+                ("video", Some(&fields.video_paths), &videos),
+            ];
+            for (kind, names, folder) in named {
                 let mut names = names.into_iter().flatten();
+                let is_missing = |name: &&String| match kind {
+                    "video" => !video_file(folder, name).exists(),
+                    _ => !folder.join(name).exists(),
+                };
                 if folder.is_dir()
-                    && let Some(name) = names.find(|name| !folder.join(name).exists())
+                    && let Some(name) = names.find(is_missing)
                 {
                     return Err(format!("{kind} not found: {name}"));
                 }
             }
-            self.row(fields, &[], None).map(|_| ())
+            self.row(fields, record.kept.clone(), &[], None).map(|_| ())
         })
     }
 
     fn folder(&self) -> &Path {
         let images = self.source.images.as_deref();
-        images
-            .or(self.source.from.parent())
-            .unwrap_or(Path::new("."))
+        images.unwrap_or_else(|| self.beside())
+    }
+
+    /// Returns the folder that relative paths of videos start from.
+    fn videos(&self) -> &Path {
+        let videos = self.source.videos.as_deref();
+        videos.unwrap_or_else(|| self.folder())
+    }
+
+    /// Returns the folder of the source.
+    fn beside(&self) -> &Path {
+        let from = self
+            .files
+            .first()
+            .map_or(&*self.source.from, PathBuf::as_path);
+        from.parent().unwrap_or(Path::new("."))
     }
 
     /// Returns the folders that images may be read from; `None` for any folder.
     fn allowed(&self) -> Option<AllowedFolders> {
-        let beside = self.source.from.parent().unwrap_or(Path::new("."));
-        (!self.source.images_anywhere).then(|| AllowedFolders::new(&[self.folder(), beside]))
+        let folders = [self.folder(), self.videos(), self.beside()];
+        (!self.source.images_anywhere).then(|| AllowedFolders::new(&folders))
     }
 
     fn captions(&mut self) -> Result<&HashMap<String, Vec<String>>, Failure> {
@@ -301,6 +403,7 @@ impl<'a, R: Loadable> Loader<'a, R> {
     fn row(
         &mut self,
         mut fields: Fields,
+        kept: Vec<(String, String)>,
         images: &[Image],
         videos: Option<Vec<PromptVideo>>,
     ) -> Result<R, String> {
@@ -331,6 +434,9 @@ impl<'a, R: Loadable> Loader<'a, R> {
         for caption in fields.captions.iter().flatten() {
             key = key.with(caption);
         }
+        for (name, value) in &kept {
+            key = key.with("kept").with(name).with(value);
+        }
         let prompt = Prompt {
             row_key: key.finish(),
             prompt_id,
@@ -343,6 +449,7 @@ impl<'a, R: Loadable> Loader<'a, R> {
             question: fields.question,
             captions: fields.captions,
             answer: fields.answer,
+            kept: (!kept.is_empty()).then_some(Kept(kept)),
         };
         let row = R::from_record(prompt, fields.chosen, fields.rejected)?;
         self.count(&base);
@@ -352,7 +459,18 @@ impl<'a, R: Loadable> Loader<'a, R> {
 
 impl<R: Loadable> LoadStage for Loader<'_, R> {
     fn records(&self) -> Result<Box<dyn Iterator<Item = Result<Record, Failure>> + Send>, Failure> {
-        let records = formats::records(&self.source.from)?;
+        let names = self.source.names();
+        let records: Box<dyn Iterator<Item = _> + Send> = match self.files {
+            [file] => formats::records(file, &names)?,
+            files => {
+                let files = files.to_vec();
+                Box::new(
+                    files
+                        .into_iter()
+                        .flat_map(move |file| in_file(&file, &names)),
+                )
+            }
+        };
         Ok(match self.source.limit {
             Some(limit) => Box::new(records.take(limit.get() as usize)),
             None => records,
@@ -365,11 +483,13 @@ impl<R: Loadable> LoadStage for Loader<'_, R> {
             let outside = record.embedded.iter().filter(|file| file.bytes.is_none());
             images = outside.filter_map(|file| file.path.clone()).collect();
         }
-        let images = images.iter().map(|name| (name, IMAGE_MAX));
-        let videos = videos.iter().map(|name| (name, u64::MAX));
-        let all = images.chain(videos);
-        all.map(|(name, most)| (self.folder().join(name), most))
-            .collect()
+        let images = images
+            .iter()
+            .map(|name| (self.folder().join(name), IMAGE_MAX));
+        let videos = videos
+            .iter()
+            .map(|name| (video_file(self.videos(), name), u64::MAX));
+        images.chain(videos).collect()
     }
 
     fn validate(&mut self, records: &[Record]) {
@@ -404,8 +524,10 @@ impl<R: Loadable> LoadStage for Loader<'_, R> {
         let folder = self.folder().to_owned();
         let allowed = self.allowed();
         let checked = std::mem::take(&mut self.checked);
+        let videos = self.videos().to_owned();
         let opener = Opener {
             folder: &folder,
+            video_folder: &videos,
             allowed: allowed.as_ref(),
             pixels_max: u64::from(self.source.megapixels_max.get()) * 1_000_000,
             video: &self.source.video,
@@ -414,6 +536,7 @@ impl<R: Loadable> LoadStage for Loader<'_, R> {
             known: Mutex::new(known),
             videos: Mutex::new(std::mem::take(&mut self.videos)),
         };
+        let kept: Vec<_> = records.iter().map(|record| record.kept.clone()).collect();
         let mut read: Vec<(String, Opened)> = if records.iter().any(has_video) {
             opener.open_on_threads(&records)
         } else {
@@ -441,11 +564,11 @@ impl<R: Loadable> LoadStage for Loader<'_, R> {
         let mut images = Vec::new();
         let mut videos: Vec<Video> = Vec::new();
         let mut rejects = Vec::new();
-        for (place, opened) in read {
+        for ((place, opened), kept) in read.into_iter().zip(kept) {
             let made = opened.and_then(|(fields, media)| {
                 let shown = media.videos.iter().map(|video| video.shown.clone());
                 let shown = (!media.videos.is_empty()).then(|| shown.collect());
-                let row = self.row(fields, &media.images, shown)?;
+                let row = self.row(fields, kept, &media.images, shown)?;
                 Ok((row, media))
             });
             match made {
@@ -481,6 +604,23 @@ impl<R: Loadable> LoadStage for Loader<'_, R> {
     }
 }
 
+/// Returns the records of one of several files, whose places name the file.
+fn in_file(file: &Path, names: &Names) -> Box<dyn Iterator<Item = Result<Record, Failure>> + Send> {
+    let name = file
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned();
+    match formats::records(file, names) {
+        Ok(records) => Box::new(records.map(move |record| {
+            let mut record = record?;
+            record.place = format!("{name}, {}", record.place);
+            Ok(record)
+        })),
+        Err(failure) => Box::new(std::iter::once(Err(failure))),
+    }
+}
+
 fn has_video(record: &Record) -> bool {
     let [_, videos] = named_paths(&record.fields);
     !videos.is_empty()
@@ -505,11 +645,12 @@ mod tests {
     fn a_record_that_is_set_aside_is_named_by_its_place_and_its_own_id() {
         let source = source();
         let set_aside = |fields: serde_json::Value| {
-            let mut loader = Loader::<Pair>::new(&source);
+            let mut loader = Loader::<Pair>::new(&source, &[]);
             let record = Record {
                 place: "line 3".to_owned(),
                 fields: Ok(fields),
                 embedded: Vec::new(),
+                kept: Vec::new(),
             };
             let mut rejects = loader.load(vec![record], &mut no_media()).unwrap().rejects;
             let (id, _, reason) = rejects.remove(0);
@@ -540,9 +681,10 @@ mod tests {
             place: String::new(),
             fields: Ok(json!({"prompt": "Why?"})),
             embedded: Vec::new(),
+            kept: Vec::new(),
         };
         let source = source();
-        let mut whole = Loader::<Prompt>::new(&source);
+        let mut whole = Loader::<Prompt>::new(&source, &[]);
         let rows = Prompt::from_batch(
             &whole
                 .load(vec![record(), record(), record()], &mut no_media())
@@ -552,7 +694,7 @@ mod tests {
         .unwrap();
         assert_ne!(rows[0].prompt_id, rows[1].prompt_id);
         assert_ne!(rows[1].prompt_id, rows[2].prompt_id);
-        let mut resumed = Loader::<Prompt>::new(&source);
+        let mut resumed = Loader::<Prompt>::new(&source, &[]);
         resumed.resume(&Prompt::to_batch(&rows[..2])).unwrap();
         let rest = Prompt::from_batch(&resumed.load(vec![record()], &mut no_media()).unwrap().rows)
             .unwrap();

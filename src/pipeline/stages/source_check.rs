@@ -5,6 +5,7 @@ use std::num::NonZeroU32;
 use std::path::Path;
 
 use super::formats;
+use super::names::Names;
 use super::work::{Failure, Record};
 use ovchat_io::files;
 
@@ -37,11 +38,11 @@ fn is_slow_to_begin(path: &Path) -> bool {
 
 /// Returns the first records of the source at `path`; none if they cannot be read, or not without
 /// reading much more.
-pub fn first_records(path: &Path) -> Vec<Record> {
+pub fn first_records(path: &Path, names: &Names) -> Vec<Record> {
     if is_slow_to_begin(path) {
         return Vec::new();
     }
-    let records = formats::records(path).into_iter().flatten();
+    let records = formats::records(path, names).into_iter().flatten();
     records.take(LOOKED_AT).map_while(Result::ok).collect()
 }
 
@@ -49,6 +50,7 @@ pub fn first_records(path: &Path) -> Vec<Record> {
 /// the reason why a record is rejected.
 pub fn source_problem(
     path: &Path,
+    names: &Names,
     limit: Option<NonZeroU32>,
     mut read: impl FnMut(&Record) -> Result<(), String>,
 ) -> Option<SourceProblem> {
@@ -61,7 +63,7 @@ pub fn source_problem(
     if is_slow_to_begin(path) {
         return None;
     }
-    let records = match formats::records(path) {
+    let records = match formats::records(path, names) {
         Ok(records) => records,
         Err(failure) => return certain(problem(failure)),
     };
@@ -152,10 +154,12 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("prompts.json");
         std::fs::write(&path, text).unwrap();
-        let found = source_problem(&path, limit, |record| match &record.fields {
-            Ok(fields) if fields["prompt"].is_string() => Ok(()),
-            Ok(_) => Err("missing field `prompt`".to_owned()),
-            Err(problem) => Err(problem.clone()),
+        let found = source_problem(&path, &Names::default(), limit, |record| {
+            match &record.fields {
+                Ok(fields) if fields["prompt"].is_string() => Ok(()),
+                Ok(_) => Err("missing field `prompt`".to_owned()),
+                Err(problem) => Err(problem.clone()),
+            }
         });
         let found = found.unwrap_or(SourceProblem {
             words: String::new(),
@@ -209,7 +213,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("prompts.txt");
         std::fs::write(&path, "prompt,image\n").unwrap();
-        let found = source_problem(&path, None, |_| Ok(())).unwrap();
+        let found = source_problem(&path, &Names::default(), None, |_| Ok(())).unwrap();
         assert!(found.is_certain);
         let begin = "unknown format: expected a JSON list, JSON Lines, or ";
         assert!(found.words.starts_with(begin), "{}", found.words);

@@ -12,6 +12,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tempfile::TempDir;
 
+use super::WholeTables;
 use super::source::{Load, Loadable};
 use super::{
     BatchStage, Failure, InputTables, ModelName, ModelState, Models, Outcome, Stage, StageContext,
@@ -51,6 +52,7 @@ pub fn prompt(id: &str, question: &str) -> Prompt {
         turns: Vec::new(),
         question: question.to_owned(),
         captions: None,
+        kept: None,
         answer: None,
     }
 }
@@ -85,6 +87,10 @@ pub fn reward(prompt_id: &str, number: i32, reward: f32) -> Reward {
         judge: "judge".to_owned(),
         reward,
         reply: None,
+        label: None,
+        first_score: None,
+        second_score: None,
+        failure: None,
     }
 }
 
@@ -103,6 +109,7 @@ pub fn pair(prompt_id: &str, chosen: &str, rejected: &str) -> Pair {
         system: None,
         turns: Vec::new(),
         captions: None,
+        kept: None,
         chosen_candidate: None,
         rejected_candidate: None,
         chosen_reward: None,
@@ -172,6 +179,8 @@ impl TestPipeline {
             width: 1,
             height: 1,
             format: "pnm".to_owned(),
+            pixels: None,
+            look: None,
         };
         let id = image.image_id.clone();
         let written = Images::write(self.root(), self.images.len(), &[image]);
@@ -277,6 +286,19 @@ impl TestPipeline {
             .map(|name| (*name, vec![self.rows_of(&table(name))]));
         let batches = query::over(&work.sql, &[], inputs)?;
         Ok(concat_batches(&batches[0].schema(), &batches).unwrap())
+    }
+
+    /// Builds the table of a stage that computes it from whole tables.
+    pub fn compute(&mut self, stage: &dyn Stage) -> Result<RecordBatch, Failure> {
+        let StageKind::Compute(work) = stage.work() else {
+            panic!("not a stage that computes from whole tables")
+        };
+        let images = self.images.iter().map(|file| self.root().join(&file.file));
+        work.compute(&WholeTables {
+            files: self.files.clone(),
+            images: images.collect(),
+            stopping: &|| self.is_interrupted,
+        })
     }
 
     /// Runs a training and returns its steps.

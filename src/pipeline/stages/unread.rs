@@ -11,7 +11,7 @@ use super::media::{
 use ovchat_models::{IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER};
 
 /// The keys of a record that are read.
-const READ: [&str; 17] = [
+pub const READ: [&str; 19] = [
     "id",
     "image",
     "images",
@@ -29,6 +29,8 @@ const READ: [&str; 17] = [
     "preference",
     "output_1",
     "output_2",
+    "response",
+    "human_ranking",
 ];
 
 /// The keys that are read in the entries of these lists, or in these objects.

@@ -196,6 +196,8 @@ fn stored(frame: &Rgb, path: String) -> Result<Image, VideoFault> {
         width: frame.width as i32,
         height: frame.height as i32,
         format: "png".to_owned(),
+        pixels: Some(frame.pixel_hash()),
+        look: Some(frame.look().cast_signed()),
         image: ImageFile {
             bytes: Some(bytes),
             path: Some(path),

@@ -1,5 +1,6 @@
 //! The kinds of work that a stage declares, and the context in which the runner runs them.
 
+use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
@@ -8,7 +9,7 @@ use arrow::datatypes::SchemaRef;
 
 use super::exec::Inherited;
 use super::{InputTables, ModelName, ModelState, TableName};
-use ovchat_data::store::{Key, Lookup, Media, StoreError};
+use ovchat_data::store::{Key, Lookup, Media, StoreError, TableReader};
 use ovchat_data::tables::{self, Image, Misfit, Reject, RejectClass, Row, Video};
 use ovchat_io::mask::Mask;
 use ovchat_models::{
@@ -27,6 +28,8 @@ pub enum StageKind<'a> {
     Query(Query),
     /// Runs ordered steps that end in a checkpoint.
     Train(Box<dyn TrainStage + 'a>),
+    /// Builds a table of few rows from whole tables.
+    Compute(Box<dyn ComputeStage + 'a>),
     /// Builds the table with a program of the user.
     Command(Command<'a>),
 }
@@ -327,6 +330,8 @@ pub struct Record {
     pub fields: Result<serde_json::Value, String>,
     /// Images embedded in the file itself, instead of paths to them.
     pub embedded: Vec<tables::ImageFile>,
+    /// The values of the columns that `keep` names.
+    pub kept: Vec<(String, String)>,
 }
 
 /// The rows, images and rejects that some records were converted to.
@@ -366,6 +371,66 @@ pub trait LoadStage {
 
     /// Converts the next records to rows. `known` has the images and videos of the run.
     fn load(&mut self, records: Vec<Record>, known: &mut Media) -> Result<Loaded, Failure>;
+}
+
+/// Work that builds a table of few rows from whole tables, in one piece.
+pub trait ComputeStage {
+    fn compute(&self, tables: &WholeTables<'_>) -> Result<RecordBatch, Failure>;
+}
+
+/// The tables of a run as a [`ComputeStage`] reads them.
+pub struct WholeTables<'a> {
+    /// The files of the stage's input tables in this round.
+    pub files: HashMap<TableName, Vec<PathBuf>>,
+    /// The files of the table `images`.
+    pub images: Vec<PathBuf>,
+    /// Returns true once the run has been interrupted.
+    pub stopping: &'a dyn Fn() -> bool,
+}
+
+impl WholeTables<'_> {
+    /// Calls `take` with the rows of a table, in order; only the columns of `R` are read.
+    pub fn each<R: Row>(
+        &self,
+        table: &TableName,
+        take: impl FnMut(R) -> Result<(), Failure>,
+    ) -> Result<(), Failure> {
+        self.read(self.files.get(table).cloned().unwrap_or_default(), take)
+    }
+
+    /// Returns all rows of a table.
+    pub fn rows<R: Row>(&self, table: &TableName) -> Result<Vec<R>, Failure> {
+        let mut rows = Vec::new();
+        self.each(table, |row| {
+            rows.push(row);
+            Ok(())
+        })?;
+        Ok(rows)
+    }
+
+    /// Calls `take` with the rows of the table `images`.
+    pub fn each_image<R: Row>(
+        &self,
+        take: impl FnMut(R) -> Result<(), Failure>,
+    ) -> Result<(), Failure> {
+        self.read(self.images.clone(), take)
+    }
+
+    fn read<R: Row>(
+        &self,
+        files: Vec<PathBuf>,
+        mut take: impl FnMut(R) -> Result<(), Failure>,
+    ) -> Result<(), Failure> {
+        for batch in TableReader::new(files).only(R::schema()) {
+            if (self.stopping)() {
+                return Err(Failure::Interrupted);
+            }
+            for row in R::from_batch(&batch?)? {
+                take(row)?;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Work that is one query over the current tables of the pipeline.

@@ -77,11 +77,7 @@ fn an_answer_scores_the_same_alone_and_among_others() {
         let prompt = prompt(row);
         let answers = vec![row.answer.as_str(), row.answer.as_str()];
         let prompt = &prompt;
-        let groups = [AnswerGroup {
-            prompt,
-            answers,
-            numbers: Vec::new(),
-        }];
+        let groups = [AnswerGroup::new(prompt, answers)];
         let [Ok(alone)] = &score(&mut judge, &groups)[..] else {
             panic!("a single group was given")
         };
@@ -156,11 +152,7 @@ fn faulty_rows_are_named_and_the_others_go_on() {
         ..good.clone()
     };
     let long = "in ".repeat(2000);
-    let group = |prompt, answer| AnswerGroup {
-        prompt,
-        answers: vec![answer],
-        numbers: Vec::new(),
-    };
+    let group = |prompt, answer| AnswerGroup::new(prompt, vec![answer]);
     let groups = [
         group(&broken, "A"),
         group(&good, long.as_str()),
@@ -186,14 +178,7 @@ fn equal_answers_are_read_once_and_score_the_same_bits() {
     let mut judge = RewardJudge::open(&spec(&folder())).unwrap();
     let score = |judge: &mut RewardJudge, answers: Vec<&str>| {
         let prompt = &prompt;
-        let (mut scored, telemetry) = measured(
-            judge,
-            &[AnswerGroup {
-                prompt,
-                answers,
-                numbers: Vec::new(),
-            }],
-        );
+        let (mut scored, telemetry) = measured(judge, &[AnswerGroup::new(prompt, answers)]);
         (scored.remove(0).unwrap(), telemetry.answer_tokens)
     };
     let (twice, read) = score(&mut judge, vec![one, two, one, two, one]);
@@ -249,11 +234,7 @@ fn images_and_prompts_are_read_once_whatever_the_budget_and_the_rewards_are_the_
 fn judging_stops_when_the_caller_says_so() {
     let rows = rows();
     let prompt = prompt(&rows[0]);
-    let group = || AnswerGroup {
-        prompt: &prompt,
-        answers: vec!["A"],
-        numbers: Vec::new(),
-    };
+    let group = || AnswerGroup::new(&prompt, vec!["A"]);
     let mut judge = RewardJudge::open(&spec(&folder())).unwrap();
     let mut seen = 0;
     judge

@@ -68,11 +68,7 @@ fn pair(prompt: &ChatPrompt) -> Example<'_> {
 /// A judge's rewards of both answers.
 fn judged(spec: &LlavaRlhfSpec) -> Vec<f32> {
     let prompt = prompt();
-    let group = AnswerGroup {
-        prompt: &prompt,
-        answers: ANSWERS.to_vec(),
-        numbers: Vec::new(),
-    };
+    let group = AnswerGroup::new(&prompt, ANSWERS.to_vec());
     let mut rewards = Vec::new();
     RewardJudge::open(spec)
         .unwrap()

@@ -5,13 +5,14 @@ use std::path::Path;
 
 use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, StructArray};
 use arrow::compute::cast;
-use arrow::datatypes::DataType;
+use arrow::datatypes::{DataType, Schema};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use serde_json::map::Entry;
 use serde_json::{Map, Value};
 
 use super::super::media::{file_name, holds_anything};
+use super::super::names::Names;
 use super::super::unread::{is_needed, shown as name_shown};
 use super::super::work::{Failure, Record};
 use super::failure::{empty, input};
@@ -24,20 +25,21 @@ const BYTES_SHOWN: usize = 60;
 
 /// Returns the rows of a Parquet file as records. Columns of images (`image` or `images`: bytes, a
 /// struct of bytes and path, or a list of either) become embedded images; other columns that are
-/// read become JSON, as in the other formats.
+/// read or kept become JSON, as in the other formats.
 pub fn records(
     path: &Path,
+    names: &Names,
 ) -> Result<impl Iterator<Item = Result<Record, Failure>> + Send + use<>, Failure> {
     let mut reader = TableReader::of_others(path)?.peekable();
     if reader.peek().is_none() {
         return Err(empty(path));
     }
-    let path = path.to_owned();
+    let (path, names) = (path.to_owned(), names.clone());
     let mut row = 0;
     Ok(reader.flat_map(move |batch| {
         let records = batch
             .map_err(Failure::from)
-            .and_then(|batch| batch_records(&path, &batch, row));
+            .and_then(|batch| batch_records(&path, &batch, row, &names));
         match records {
             Ok(records) => {
                 row += records.len();
@@ -48,26 +50,45 @@ pub fn records(
     }))
 }
 
-fn batch_records(path: &Path, batch: &RecordBatch, first: usize) -> Result<Vec<Record>, Failure> {
+/// Returns the problem of a file with a column twice, or without a column that the settings name.
+fn misnamed(schema: &Schema, columns: &Names) -> Option<String> {
+    let mut names = HashSet::new();
+    let mut fields = schema.fields().iter();
+    if let Some(twice) = fields.find(|field| !names.insert(field.name().as_str())) {
+        return Some(format!(
+            "duplicate column `{}`; keep one of the two",
+            name_shown(twice.name())
+        ));
+    }
+    let (setting, column) = columns.missing(|name| names.contains(name))?;
+    let there = schema.fields().iter().map(|field| name_shown(field.name()));
+    Some(format!(
+        "no column `{column}`, which `{setting}` names; the file has the columns {}",
+        there.collect::<Vec<_>>().join(", ")
+    ))
+}
+
+fn batch_records(
+    path: &Path,
+    batch: &RecordBatch,
+    first: usize,
+    columns: &Names,
+) -> Result<Vec<Record>, Failure> {
     let mut plain = Vec::new();
     let mut others = Vec::new();
     let mut embedded: Vec<Vec<ImageFile>> = vec![Vec::new(); batch.num_rows()];
     // True for rows with different images in a second column.
     let mut has_others = vec![false; batch.num_rows()];
     let schema = batch.schema();
-    let mut names = HashSet::new();
-    if let Some(twice) = (schema.fields().iter()).find(|field| !names.insert(field.name())) {
-        return Err(input(
-            path,
-            "",
-            format!(
-                "duplicate column `{}`; keep one of the two",
-                name_shown(twice.name())
-            ),
-        ));
+    if let Some(problem) = misnamed(&schema, columns) {
+        return Err(input(path, "", problem));
     }
     for (field, column) in schema.fields().iter().zip(batch.columns()) {
-        if matches!(field.name().as_str(), "image" | "images") && holds_bytes(field.data_type()) {
+        let fields: Vec<&str> = columns.fields(field.name()).collect();
+        let is_image = fields
+            .iter()
+            .any(|name| matches!(*name, "image" | "images"));
+        if is_image && holds_bytes(field.data_type()) {
             for (row, files) in embedded.iter_mut().enumerate() {
                 let found = files_of(column, row);
                 let bytes = |files: &[ImageFile]| -> Vec<_> {
@@ -79,7 +100,9 @@ fn batch_records(path: &Path, batch: &RecordBatch, first: usize) -> Result<Vec<R
                     has_others[row] = true;
                 }
             }
-        } else if !is_needed(field.name()) || holds_bytes(field.data_type()) {
+        } else if !(columns.is_kept(field.name()) || fields.iter().any(|name| is_needed(name)))
+            || holds_bytes(field.data_type())
+        {
             others.push((field.name(), column));
         } else {
             plain.push((field.name().clone(), column.clone()));
@@ -95,6 +118,7 @@ fn batch_records(path: &Path, batch: &RecordBatch, first: usize) -> Result<Vec<R
                     fields.insert((*name).clone(), value);
                 }
             }
+            let kept = columns.apply(&mut fields);
             let named = ["image", "images"].map(|name| fields.get(name));
             let others: Vec<_> = (named.into_iter().flatten())
                 .filter(|names| holds_anything(names))
@@ -116,6 +140,7 @@ fn batch_records(path: &Path, batch: &RecordBatch, first: usize) -> Result<Vec<R
                     Ok(Value::Object(fields))
                 },
                 embedded,
+                kept,
             }
         };
     Ok(objects
@@ -317,6 +342,8 @@ mod tests {
             width: 0,
             height: 0,
             format: String::new(),
+            pixels: None,
+            look: None,
         };
         let images = Image::to_batch(&[image(Some(b"png"), "a.png"), image(None, "b.png")]);
         let prompts: ArrayRef = Arc::new(StringArray::from(vec!["What?", "Why?"]));
@@ -348,7 +375,8 @@ mod tests {
         let mut writer = TableWriter::new(folder.path(), "a", batch.schema(), &[]);
         writer.write(&batch).unwrap();
         writer.finish().unwrap();
-        let records = super::records(&folder.path().join("a.parquet")).unwrap();
+        let path = folder.path().join("a.parquet");
+        let records = super::records(&path, &Names::default()).unwrap();
         records.map(Result::unwrap).collect()
     }
 
@@ -444,6 +472,8 @@ mod tests {
             width: 0,
             height: 0,
             format: String::new(),
+            pixels: None,
+            look: None,
         }]);
         let image = images.column(1);
         let two = take(image, &UInt32Array::from(vec![Some(0), None]), None).unwrap();

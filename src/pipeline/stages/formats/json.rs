@@ -62,6 +62,7 @@ fn record_of(number: usize, line: &[u8]) -> Record {
         place: format!("line {number}"),
         fields,
         embedded: Vec::new(),
+        kept: Vec::new(),
     }
 }
 
@@ -163,6 +164,7 @@ impl<'de> Visitor<'de> for Feed<'_> {
                 place: format!("record {count}"),
                 fields,
                 embedded: Vec::new(),
+                kept: Vec::new(),
             };
             if self.sender.send(Ok(record)).is_err() {
                 return Err(serde::de::Error::custom("the receiver was dropped"));

@@ -124,10 +124,8 @@ fn scores(folder: &Path, place: &Path, report: &mut Report) {
     let asked: Vec<AnswerGroup<'_>> = groups
         .iter()
         .zip(&prompts)
-        .map(|(rows, prompt)| AnswerGroup {
-            prompt,
-            answers: rows.iter().map(|row| row.answer.as_str()).collect(),
-            numbers: Vec::new(),
+        .map(|(rows, prompt)| {
+            AnswerGroup::new(prompt, rows.iter().map(|row| row.answer.as_str()).collect())
         })
         .collect();
     let [mut apart, mut greatest] = [0.0_f64; 2];

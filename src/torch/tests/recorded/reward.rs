@@ -93,11 +93,7 @@ pub fn groups<'a>(rows: &'a [Row], prompts: &'a [ChatPrompt]) -> Vec<AnswerGroup
     for (row, prompt) in rows.iter().zip(prompts) {
         match groups.last_mut() {
             Some(group) if group.prompt.id == prompt.id => group.answers.push(&row.answer),
-            _ => groups.push(AnswerGroup {
-                prompt,
-                answers: vec![&row.answer],
-                numbers: Vec::new(),
-            }),
+            _ => groups.push(AnswerGroup::new(prompt, vec![&row.answer])),
         }
     }
     assert_eq!(groups.len(), 2);
@@ -107,11 +103,7 @@ pub fn groups<'a>(rows: &'a [Row], prompts: &'a [ChatPrompt]) -> Vec<AnswerGroup
 /// Six groups; the first two are different.
 pub fn threefold<'a>(once: &[AnswerGroup<'a>]) -> Vec<AnswerGroup<'a>> {
     let groups = (0..3).flat_map(|_| once);
-    let again = groups.map(|group| AnswerGroup {
-        prompt: group.prompt,
-        answers: group.answers.clone(),
-        numbers: Vec::new(),
-    });
+    let again = groups.map(|group| AnswerGroup::new(group.prompt, group.answers.clone()));
     again.collect()
 }
 
