@@ -2,6 +2,8 @@
 
 /// Bad input: errors, rejects and corrupt files.
 mod bad_input;
+/// The benchmarks, with a scripted judge.
+mod benchmarks;
 /// Kills and power losses at every commit.
 mod chaos;
 /// Invalid pipelines and their exact diagnostics.

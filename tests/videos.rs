@@ -25,7 +25,7 @@ static FFMPEG: LazyLock<Option<PathBuf>> = LazyLock::new(|| {
 });
 
 /// Returns false, and says so past the capture of the test harness, if there is no decoder.
-fn has_ffmpeg(test: &str) -> bool {
+pub fn has_ffmpeg(test: &str) -> bool {
     if FFMPEG.is_none() {
         writeln!(
             std::io::stderr(),
