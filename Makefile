@@ -21,10 +21,10 @@ NVIDIA_COMPLETE := .libtorch/complete-2.11.0-cuda-13.0.2
 FETCH := python3 -m pip install --target .libtorch --no-compile --only-binary=:all: \
   --python-version $(LIBTORCH_PYTHON) --disable-pip-version-check
 
-.PHONY: help setup demo test audit world parity bench
+.PHONY: help setup demo benchmark-demo test audit world parity benchmark-parity bench
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 ifdef LIBTORCH
 setup: tools ## download libtorch into .libtorch, unless LIBTORCH is set (once; 0.5 GB, or 2.5 GB with an NVIDIA driver)
@@ -38,6 +38,13 @@ endif
 demo: setup ## build, and run pipelines/dpo.yaml: three rounds on the small world
 	cargo build --release
 	cargo run --release --quiet --bin pipeline -- run pipelines/dpo.yaml
+
+# The judge is a program of this machine, which ends with the recipe.
+benchmark-demo: demo ## the small world's benchmarks: base against chat, with a judge on this machine (needs ffmpeg)
+	cargo run --release --quiet --bin pipeline -- run pipelines/video.yaml
+	cargo build --release --example benchmark_judge
+	cargo run --release --quiet --example benchmark_judge & judge=$$!; trap 'kill $$judge' EXIT; \
+	cargo run --release --quiet --bin pipeline -- run pipelines/benchmarks/small-world.yaml
 
 test: setup ## run the tests: code, schemas, layering, formatting
 	cargo test --release
@@ -71,6 +78,27 @@ else
 parity: setup .parity/complete ## compare with transformers, TRL and PyTorch on fresh random cases (5 GB of Python)
 	.parity/bin/python tests/parity/run.py
 endif
+
+# PARITY_PYTHON can name a Python that has numpy, pandas, scikit-learn and pyyaml.
+LMMS_EVAL := lmms-eval==0.7.3
+benchmark-parity: setup .parity-lmms/complete ## compare the benchmarks' scores with lmms-eval on fresh replies
+	$(BENCHMARK_PYTHON) tests/parity/benchmarks.py .parity-lmms/lmms_eval-*.whl $$(date +%s) $(CURDIR)/.parity-lmms/recording.json
+	OVCHAT_BENCHMARKS=$(CURDIR)/.parity-lmms/recording.json OVCHAT_BENCHMARKS_PAGE=$(CURDIR)/benches/BENCHMARKS.md \
+	  cargo test --release --quiet --lib -p ovchat -p ovchat-torch -p ovchat-pipeline lmms_eval
+
+ifdef PARITY_PYTHON
+BENCHMARK_PYTHON := $(PARITY_PYTHON)
+else
+BENCHMARK_PYTHON := PYTHONPATH=.parity-lmms/packages python3
+endif
+
+.parity-lmms/complete:
+	rm -rf .parity-lmms
+	python3 -m pip download --disable-pip-version-check --no-deps --only-binary=:all: --dest .parity-lmms $(LMMS_EVAL)
+ifndef PARITY_PYTHON
+	python3 -m pip install --disable-pip-version-check --target .parity-lmms/packages numpy pandas scikit-learn pyyaml
+endif
+	touch $@
 
 bench: setup .parity/complete ## compare the speed of sampling and scoring with transformers (half an hour)
 	cargo build --release --bins --example pictures

@@ -3,6 +3,7 @@
 //! Two programs share it. `pipeline` has no networks, and replaces itself with `pipeline-engine`
 //! when a network has to be opened; the engine brings a [`ModelLoader`].
 
+mod ask;
 mod benchmarks;
 mod chart;
 mod check;
@@ -64,6 +65,7 @@ enum Command {
     Status(status::Status),
     Label(label::LabelRun),
     Pairs(pairs::ShowPairs),
+    Ask(ask::Ask),
     Benchmarks(benchmarks::Benchmarks),
     Export(export::Export),
     Fork(fork::MakeFork),
@@ -110,6 +112,7 @@ pub fn main(loader: Option<&dyn ModelLoader>) -> ExitCode {
         Command::Status(command) => command.run(),
         Command::Label(command) => command.run(),
         Command::Pairs(command) => command.run(),
+        Command::Ask(command) => command.run(loader),
         Command::Benchmarks(command) => command.run(),
         Command::Export(command) => command.run(loader),
         Command::Fork(command) => command.run(),
@@ -178,7 +181,7 @@ mod tests {
             with_json.push(name.to_owned());
         }
         let expected = [
-            "check", "plan", "sql", "status", "pairs", "diff", "gc", "verify", "doctor",
+            "check", "plan", "sql", "status", "pairs", "ask", "diff", "gc", "verify", "doctor",
         ];
         assert_eq!(with_json, expected);
     }

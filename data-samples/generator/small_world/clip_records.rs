@@ -29,8 +29,14 @@ pub struct NumberedClip {
     questions: Vec<ClipQuestion>,
 }
 
-/// All clips of both splits.
-pub struct ClipWorld(Vec<NumberedClip>);
+/// All clips of both splits, and more held-out clips, which only benchmarks use.
+pub struct ClipWorld {
+    clips: Vec<NumberedClip>,
+    more: Vec<NumberedClip>,
+}
+
+/// The number of clips that only benchmarks use.
+const MORE: usize = 100;
 
 /// A question in the JSON format of the demo; `answer` is the true one.
 #[derive(Serialize)]
@@ -75,7 +81,23 @@ pub fn draw_clips(seed: u64, counts: [usize; 2]) -> Outcome<ClipWorld> {
             });
         }
     }
-    Ok(ClipWorld(clips))
+    // The last ones drawn, so that no other clip depends on them.
+    let mut more = Vec::new();
+    for number in 1..=MORE {
+        let id = format!("clip-benchmark-{number:04}");
+        let clip = draw(seed, &id, number, &shown)?;
+        shown.insert(clip.content());
+        let mut questions = clip_questions::ask(&clip);
+        questions.truncate(1);
+        more.push(NumberedClip {
+            split: Split::HeldOut,
+            path: format!("clips/benchmark/{number:04}.mp4"),
+            id,
+            clip,
+            questions,
+        });
+    }
+    Ok(ClipWorld { clips, more })
 }
 
 /// Draws clip `number` of a series, with a content that is not in `taken`.
@@ -94,36 +116,40 @@ fn draw(seed: u64, id: &str, number: usize, taken: &BTreeSet<ClipContent>) -> Ou
 impl ClipWorld {
     /// The clips of one split.
     pub fn clips(&self, split: Split) -> impl Iterator<Item = &NumberedClip> {
-        self.0.iter().filter(move |clip| clip.split == split)
+        self.clips.iter().filter(move |clip| clip.split == split)
     }
 
     /// Writes the clips and their questions to the folder `to`.
     pub fn write(&self, to: &Path) -> Outcome<()> {
-        self.0
-            .par_iter()
+        let all: Vec<&NumberedClip> = self.clips.iter().chain(&self.more).collect();
+        all.par_iter()
             .try_for_each(|clip| video::write(&to.join(&clip.path), &clip.clip.frames()))?;
-        files::write_json(&to.join("clips.json"), &self.prompts(Split::Train))?;
-        let held_out = self.prompts(Split::HeldOut);
-        files::write_json(&to.join("heldout_clips.json"), &held_out)
+        let train = prompts(self.clips(Split::Train));
+        files::write_json(&to.join("clips.json"), &train)?;
+        let held_out = prompts(self.clips(Split::HeldOut));
+        files::write_json(&to.join("heldout_clips.json"), &held_out)?;
+        let of_benchmark = prompts(self.clips(Split::HeldOut).chain(&self.more));
+        files::write_json(&to.join("benchmark_clips.json"), &of_benchmark)
     }
 
     /// The contents of all clips; the training data shows none of them.
     pub fn contents(&self) -> BTreeSet<ClipContent> {
-        self.0.iter().map(|clip| clip.clip.content()).collect()
+        let all = self.clips.iter().chain(&self.more);
+        all.map(|clip| clip.clip.content()).collect()
     }
+}
 
-    fn prompts(&self, split: Split) -> Vec<PromptRecord<'_>> {
-        let mut records = Vec::new();
-        for clip in self.clips(split) {
-            records.extend(clip.questions.iter().map(|question| PromptRecord {
-                id: format!("{}-{}", clip.id, question.topic.name()),
-                video: &clip.path,
-                prompt: &question.text,
-                answer: &question.answer,
-            }));
-        }
-        records
-    }
+/// Returns the questions about some clips.
+fn prompts<'a>(clips: impl Iterator<Item = &'a NumberedClip>) -> Vec<PromptRecord<'a>> {
+    let records = clips.flat_map(|clip| {
+        clip.questions.iter().map(|question| PromptRecord {
+            id: format!("{}-{}", clip.id, question.topic.name()),
+            video: &clip.path,
+            prompt: &question.text,
+            answer: &question.answer,
+        })
+    });
+    records.collect()
 }
 
 /// Writes `count` clips and the conversations about them to the folder `to`: `lessons.json` with

@@ -196,12 +196,12 @@ pub fn table(results: &[Scored]) -> String {
 }
 
 /// The sizes of a panel, in pixels.
-const BAR: f64 = 46.0;
+const BAR: f64 = 50.0;
 const GAP: f64 = 22.0;
 const PLOT: f64 = 190.0;
 const LEFT: f64 = 14.0;
-const TOP: f64 = 58.0;
-const BOTTOM: f64 = 64.0;
+const TOP: f64 = 74.0;
+const BOTTOM: f64 = 82.0;
 
 /// The largest width of a row of panels, in pixels.
 const WIDTH_MAX: f64 = 1180.0;
@@ -327,7 +327,7 @@ fn panel(benchmark: &str, results: &[&Scored]) -> (f64, String) {
                 bars,
                 "<text x=\"{:.0}\" y=\"{:.0}\" text-anchor=\"middle\">{}{mark}</text>",
                 (start + x - 4.0) / 2.0,
-                floor + 50.0,
+                floor + 66.0,
                 escaped(family)
             );
         }
@@ -387,18 +387,22 @@ fn bar(bars: &mut String, result: &Scored, color: &str, [x, floor, scale]: [f64;
             gain(delta, score)
         );
     }
-    let items = match (result.n, result.failures) {
-        (Some(n), Some(failures)) if failures > 0.0 => format!("n {n}, {failures} ✗"),
-        (Some(n), _) => format!("n {n}"),
-        _ => String::new(),
-    };
+    let items = result.n.map(|n| format!("n {n}"));
+    let failures = result.failures.filter(|failures| *failures > 0.0);
+    let failures = failures.map(|failures| format!("{failures} failed"));
+    let below = [items, failures].into_iter().flatten();
+    for (number, text) in below.enumerate() {
+        let y = floor + 32.0 + 14.0 * number as f64;
+        let _ = write!(
+            bars,
+            "<text x=\"{middle:.1}\" y=\"{y:.1}\" text-anchor=\"middle\" class=\"small\">{text}</text>"
+        );
+    }
     let _ = write!(
         bars,
-        "<text x=\"{middle:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text>\
-         <text x=\"{middle:.1}\" y=\"{:.1}\" text-anchor=\"middle\" class=\"small\">{items}</text></g>",
+        "<text x=\"{middle:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text></g>",
         floor + 16.0,
-        escaped(&result.model),
-        floor + 32.0
+        escaped(&result.model)
     );
 }
 
@@ -443,7 +447,8 @@ mod tests {
             ">54.0<",
             ">67.3<",
             ">+13.3<",
-            "n 500, 3 ✗",
+            ">n 500<",
+            ">3 failed<",
             "Wild|Vision",
             "url(#hatch)",
             ">7b<",
