@@ -359,6 +359,14 @@ fn the_five_benchmarks_end_in_the_figure() {
     let judge = JudgeEndpoint::new();
     let scene = scene(&judge);
     succeeds(&scene, &["check", "p.yaml"]);
+    succeeds(&scene, &["run", "p.yaml", "--until", "wildvision_prompts"]);
+    let plan = succeeds(&scene, &["plan", "p.yaml"]).out;
+    let calls = "wildvision_base_rewards       12 calls of judge: about ";
+    assert!(
+        plan.contains(calls) && plan.contains("replies of at most 1024 tokens"),
+        "{plan}"
+    );
+    assert!(judge.answered().is_empty(), "a plan asks nobody");
     judge.limit.store(40, Ordering::SeqCst);
     let mut child = command(&scene, &["run", "p.yaml"])
         .stderr(Stdio::null())
@@ -446,6 +454,7 @@ fn the_five_benchmarks_end_in_the_figure() {
     );
 
     asks_as_the_benchmarks_do(&answered);
+    loads_what_it_exports(&scene);
     let said = succeeds(&scene, &["run", "p.yaml"]);
     assert!(said.err.contains("nothing to do"), "{}", said.err);
     let before = judge.answered().len();
@@ -458,6 +467,53 @@ fn the_five_benchmarks_end_in_the_figure() {
         more > 0 && more <= 5 * ITEMS,
         "{more} calls for another chat model"
     );
+}
+
+/// Answers that are exported as lmms-eval's samples load as answers, and are judged without a call.
+fn loads_what_it_exports(scene: &Scene) {
+    let several = says(
+        scene,
+        &["export", "bench", "answers", "--to", "samples.jsonl"],
+    );
+    assert!(
+        several
+            .err
+            .contains("choose one: --table livebench_base_answers or "),
+        "{}",
+        several.err
+    );
+    let arguments = [
+        "export",
+        "bench",
+        "answers",
+        "--table",
+        "llava_w_base_answers",
+        "--prompts",
+        "llava_w_prompts",
+    ];
+    succeeds(
+        scene,
+        &[&arguments[..], &["--to", "samples.jsonl"]].concat(),
+    );
+    scene.write(
+        "again.yaml",
+        "
+extends: p.yaml
+stages:
+  again:
+    load_answers: { from: samples.jsonl, prompts: llava_w_prompts, model: base }
+  again_rewards:
+    score: { candidates: again, judge: llava_w_judge }
+",
+    );
+    succeeds(scene, &["run", "again.yaml"]);
+    let sql = "select count(*) as n, count(*) filter (where a.text = b.text) as same from again a
+        join llava_w_base_answers b on b.prompt_id = a.prompt_id";
+    assert_eq!(query(scene, sql)[0], json!({"n": ITEMS, "same": ITEMS}));
+    let sql = "select count(*) as n from again_rewards a join llava_w_base_rewards b
+        on b.prompt_id = a.prompt_id where a.reward = b.reward or (isnan(a.reward) and isnan(b.reward))";
+    assert_eq!(query(scene, sql)[0]["n"], ITEMS);
+    succeeds(scene, &["run", "p.yaml"]);
 }
 
 /// Checks the fields of the requests that were made.
@@ -550,11 +606,11 @@ fn what_does_not_fit_is_named_before_a_judge_is_asked() {
         ("vars.texts=/nowhere", "pipeline benchmarks fetch /nowhere"),
         (
             "stages.livebench_prompts.load_prompts.keep=[subtask]",
-            "name the columns that it uses as `row.NAME` in `keep`",
+            "uses `row.criteria`, but `livebench_prompts` does not keep the column `criteria`",
         ),
         (
             "models.wildvision_judge.self.ask.other=row.claude-3-opus",
-            "this prompt has no claude-3-opus",
+            "uses `row.claude-3-opus`, but `wildvision_prompts` does not keep the column",
         ),
     ] {
         let told = refused(&[set]);

@@ -9,7 +9,7 @@ use super::failed::Failed;
 use super::file::{PipelineFile, folder_of, warn};
 use super::out::{Output, line, say};
 use super::preflight::Preflight;
-use super::{engine, forecast, memory, tokens};
+use super::{calls, engine, forecast, memory, tokens};
 use ovchat_models::{ModelLoader, ModelSpec};
 use ovchat_pipeline::config::{
     At, Diagnostic, Diagnostics, KeyPath, LoadError, Plan, PlannedStage, load,
@@ -131,8 +131,10 @@ impl ShowPlan {
             tokens,
             taken,
         } = &preflight;
+        let calls = calls::of_plan(&plan, &folder, forecasts)?;
         if self.output.is_json() {
             let mut json = to_json(&plan);
+            json["calls"] = calls::to_json(&calls);
             json["tokens"] = tokens::to_json(tokens);
             json["memory"] = memory::to_json(taken);
             json["run"] = json!(folder);
@@ -145,6 +147,7 @@ impl ShowPlan {
             .expect("writing to a string does not fail");
         text.push_str(&memory::render(taken));
         text.push_str(&tokens::render(tokens));
+        text.push_str(&calls::render(&plan, &calls));
         text.push_str(&forecast::render(&plan, &folder, forecasts));
         line(text.trim_end())?;
         warn(&plan);

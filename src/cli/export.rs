@@ -1,5 +1,6 @@
-//! `pipeline export`: write pairs or checkpoints for other programs.
+//! `pipeline export`: write pairs, answers or checkpoints for other programs.
 
+mod samples;
 mod trl;
 
 use std::collections::{BTreeMap, HashSet};
@@ -27,11 +28,12 @@ use ovchat_io::files;
 use ovchat_models::{Layout, ModelLoader};
 use ovchat_pipeline::stages::Shown;
 
-/// Export pairs or a checkpoint of a run for other programs.
+/// Export pairs, answers or a checkpoint of a run for other programs.
 #[derive(Args)]
 #[command(
     after_help = "Examples:\n  pipeline export runs/small-world pairs --to export/pairs.json\n  \
     pipeline export runs/small-world pairs --format trl --to export/pairs.parquet\n  \
+    pipeline export runs/small-world answers --to export/samples.jsonl\n  \
     pipeline export runs/small-world checkpoint --round 2 --to /models/mine\n  \
     pipeline export runs/adapted checkpoint --merge --to /models/merged\n  \
     pipeline export runs/small-world checkpoint --layout llava-next --to /models/mine"
@@ -59,6 +61,21 @@ enum What {
         /// The table, if the run has several tables of pairs.
         #[arg(long)]
         table: Option<String>,
+    },
+    /// Export answers as the samples that lmms-eval logs, one JSON object a line.
+    Answers {
+        /// The file to write.
+        #[arg(long)]
+        to: PathBuf,
+        /// The table of answers, if the run has several.
+        #[arg(long)]
+        table: Option<String>,
+        /// The table of their prompts, if the run has several.
+        #[arg(long)]
+        prompts: Option<String>,
+        /// The round [default: the last one].
+        #[arg(long)]
+        round: Option<u32>,
     },
     /// Export a trained model: a policy in the format of transformers; of a reward model the
     /// trained ones of the folders `base`, `vision` and `adapter`.
@@ -129,6 +146,12 @@ impl Export {
                     PairFormat::Trl => write_trl(&run, made, to),
                 }
             }
+            What::Answers {
+                to,
+                table,
+                prompts,
+                round,
+            } => samples::write(&run, table.as_deref(), prompts.as_deref(), *round, to),
             What::Checkpoint {
                 to,
                 round,

@@ -5,6 +5,7 @@
 
 mod ask;
 mod benchmarks;
+mod calls;
 mod chart;
 mod check;
 mod diff;

@@ -33,6 +33,7 @@ mod pipeline;
 mod schema;
 
 mod extends;
+mod kept_columns;
 mod reader;
 mod serde_messages;
 
@@ -148,6 +149,7 @@ fn parse(
         diagnostics.extend(paths::missing_files(&written, &sources, &secrets));
         diagnostics.extend(paths::records(&written, &secrets));
         diagnostics.extend(paths::probe_models(&written, &secrets));
+        diagnostics.extend(kept_columns::not_kept(&written));
         diagnostics.extend(programs::unstartable(&written, &secrets));
         diagnostics.extend(probe::contexts(&written));
         diagnostics.extend(probe::trainings(&written));

@@ -15,6 +15,10 @@ rows! {
     pub struct ImageMarks: "marks" => {
         /// The image's id.
         pub image_id: String,
+        /// The width, in pixels.
+        pub width: i32,
+        /// The height, in pixels.
+        pub height: i32,
         /// The hash of its pixels.
         pub pixels: Option<String>,
         /// The perceptual hash.
@@ -32,8 +36,15 @@ rows! {
     }
 }
 
-/// The hashes of an image: of its pixels, and the perceptual one.
-pub type Marks = (String, u64);
+/// The hashes and the shape of an image.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Marks {
+    /// The hash of its pixels.
+    pub pixels: String,
+    pub look: u64,
+    /// The width by the height.
+    pub aspect: f64,
+}
 
 /// The number of images that are decoded at once.
 const AT_ONCE: usize = 64;
@@ -49,7 +60,12 @@ pub fn image_marks(
         if wanted.contains(&image.image_id) {
             match (image.pixels, image.look) {
                 (Some(pixels), Some(look)) => {
-                    marks.insert(image.image_id, (pixels, look.cast_unsigned()));
+                    let own = Marks {
+                        pixels,
+                        look: look.cast_unsigned(),
+                        aspect: f64::from(image.width) / f64::from(image.height),
+                    };
+                    marks.insert(image.image_id, own);
                 }
                 _ => drop(unhashed.insert(image.image_id)),
             }
@@ -97,5 +113,10 @@ fn hashed(stored: &StoredImage) -> Result<(String, Marks), Failure> {
         (None, None) => return Err(failed("neither bytes nor a path are stored".to_owned())),
     };
     let decoded = decode(bytes, PIXELS_MAX).map_err(|fault| failed(fault.0))?;
-    Ok((image_id.clone(), (decoded.pixel_hash(), decoded.look())))
+    let marks = Marks {
+        pixels: decoded.pixel_hash(),
+        look: decoded.look(),
+        aspect: decoded.width as f64 / decoded.height as f64,
+    };
+    Ok((image_id.clone(), marks))
 }

@@ -401,7 +401,7 @@ fn clusters(tables: &WholeTables<'_>, prompts: &[MeasuredPrompt]) -> Result<Vec<
         let pixels = images.map(|id| {
             marks
                 .get(id)
-                .map_or_else(|| id.clone(), |(pixels, _)| pixels.clone())
+                .map_or_else(|| id.clone(), |marks| marks.pixels.clone())
         });
         let videos = prompt
             .videos

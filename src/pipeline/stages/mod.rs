@@ -155,6 +155,15 @@ impl StageSpec {
         }
     }
 
+    /// Returns the columns that a loading stage keeps.
+    pub fn kept_columns(&self) -> Option<&[String]> {
+        match self {
+            Self::LoadPrompts(load) => Some(load.kept_columns()),
+            Self::LoadFeedback(load) => Some(load.kept_columns()),
+            _ => None,
+        }
+    }
+
     /// Returns the reason why a loading stage has no files to load.
     pub fn unchosen(&self) -> Option<Unchosen> {
         match self {

@@ -14,9 +14,9 @@ use super::{ComputeStage, Failure, Input, Stage, StageError, StageKind, TableNam
 use ovchat_data::store::Key;
 use ovchat_data::tables::{Overlap, Prompt, PromptVideo, Row, rows};
 
-/// Finds benchmark prompts that training prompts repeat: the same image by its pixels, an image that
-/// looks alike (perceptual hashes), or a question with a common run of words. An expectation makes it
-/// a guard: `expect: { clean: "select count(*) = 0 from <table>" }`.
+/// Finds benchmark prompts that training prompts repeat: the same image by its pixels, an image of the
+/// same shape that looks alike (perceptual hashes), or a question with a common run of words. An expectation makes it
+/// a guard: `expect: { clean: { table: <table>, value: count(*), at_most: 0 } }`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct FindOverlap {
@@ -128,8 +128,8 @@ impl Looks {
     fn new(marks: HashMap<String, Marks>, distance_max: u32) -> Self {
         let sorted: BTreeMap<String, Marks> = marks.into_iter().collect();
         let mut pixels: HashMap<String, Vec<usize>> = HashMap::new();
-        for (number, (hash, _)) in sorted.values().enumerate() {
-            pixels.entry(hash.clone()).or_default().push(number);
+        for (number, marks) in sorted.values().enumerate() {
+            pixels.entry(marks.pixels.clone()).or_default().push(number);
         }
         let (ids, marks) = sorted.into_iter().unzip();
         Self {
@@ -140,14 +140,19 @@ impl Looks {
         }
     }
 
-    /// Returns the benchmark images that an image is alike.
-    fn alike(&self, pixels: Option<&String>, look: u64) -> Vec<Alike> {
-        let distances = self.marks.iter().map(|(_, own)| (own ^ look).count_ones());
-        let equal = pixels.and_then(|pixels| self.pixels.get(pixels));
-        let alike = distances.enumerate().filter_map(|(image, distance)| {
-            let is_equal = equal.is_some_and(|equal| equal.contains(&image));
-            (is_equal || distance <= self.distance_max).then_some(Alike {
-                image,
+    /// Returns the benchmark images that an image is alike: those with equal pixels, and those of nearly
+    /// its shape that look alike.
+    fn alike(&self, image: &Marks) -> Vec<Alike> {
+        let equal = self.pixels.get(&image.pixels);
+        let alike = self.marks.iter().enumerate().filter_map(|(number, own)| {
+            let distance = (own.look ^ image.look).count_ones();
+            let is_near = distance <= self.distance_max && {
+                let shapes = own.aspect / image.aspect;
+                (1.0 / ASPECT_MAX..=ASPECT_MAX).contains(&shapes)
+            };
+            let is_equal = equal.is_some_and(|equal| equal.contains(&number));
+            (is_equal || is_near).then_some(Alike {
+                image: number,
                 is_equal,
                 distance,
             })
@@ -230,6 +235,9 @@ impl ComputeStage for &FindOverlap {
     }
 }
 
+/// The largest ratio of the shapes (width by height) of copies; sizes are whole numbers of pixels.
+const ASPECT_MAX: f64 = 1.1;
+
 /// The number of images that are compared at once.
 const AT_ONCE: usize = 1 << 14;
 
@@ -240,28 +248,33 @@ fn like_images(
 ) -> Result<HashMap<String, Vec<Alike>>, Failure> {
     let mut alike = HashMap::new();
     let mut unhashed = HashSet::new();
-    let mut waiting: Vec<(String, Option<String>, u64)> = Vec::new();
-    let mut compare = |waiting: &mut Vec<(String, Option<String>, u64)>| {
-        let found = waiting.par_iter().filter_map(|(id, pixels, look)| {
-            let alike = looks.alike(pixels.as_ref(), *look);
+    let mut waiting: Vec<(String, Marks)> = Vec::new();
+    let mut compare = |waiting: &mut Vec<(String, Marks)>| {
+        let found = waiting.par_iter().filter_map(|(id, marks)| {
+            let alike = looks.alike(marks);
             (!alike.is_empty()).then(|| (id.clone(), alike))
         });
         alike.extend(found.collect::<Vec<_>>());
         waiting.clear();
     };
     tables.each_image(|image: ImageMarks| {
-        match image.look {
-            Some(look) => waiting.push((image.image_id, image.pixels, look.cast_unsigned())),
-            None => drop(unhashed.insert(image.image_id)),
+        match (image.pixels, image.look) {
+            (Some(pixels), Some(look)) => {
+                let marks = Marks {
+                    pixels,
+                    look: look.cast_unsigned(),
+                    aspect: f64::from(image.width) / f64::from(image.height),
+                };
+                waiting.push((image.image_id, marks));
+            }
+            _ => drop(unhashed.insert(image.image_id)),
         }
         if waiting.len() >= AT_ONCE {
             compare(&mut waiting);
         }
         Ok(())
     })?;
-    for (id, (pixels, look)) in image_marks(tables, &unhashed)? {
-        waiting.push((id, Some(pixels), look));
-    }
+    waiting.extend(image_marks(tables, &unhashed)?);
     compare(&mut waiting);
     Ok(alike)
 }
@@ -449,6 +462,88 @@ mod tests {
             .map(|row| row.kind)
             .collect();
         assert!(!kinds.contains(&"question".to_owned()), "{kinds:?}");
+    }
+
+    /// A measurement, for `benches/README.md`: `cargo test --release --lib -p ovchat -p ovchat-torch
+    /// -p ovchat-pipeline -- --ignored --nocapture a_million`.
+    #[test]
+    #[ignore = "measures a million images"]
+    fn a_million_training_images_beside_a_benchmark() {
+        rows! {
+            /// An image without its file.
+            pub struct Hashed: "hashed" => {
+                /// The id.
+                pub image_id: String,
+                /// The width.
+                pub width: i32,
+                /// The height.
+                pub height: i32,
+                /// The hash of the pixels.
+                pub pixels: Option<String>,
+                /// The perceptual hash.
+                pub look: Option<i64>,
+            }
+        }
+        const TRAINING: u64 = 1_000_000;
+        const BENCHMARK: u64 = 1_200;
+        let mut pipeline = TestPipeline::new();
+        let image = |number: u64| {
+            let hash = ovchat_data::store::digest(&number.to_le_bytes());
+            let look = i64::from_str_radix(&hash[..15], 16).unwrap();
+            // Every thousandth training image is a copy of a benchmark image.
+            let of = if number < TRAINING && number % 1000 == 0 {
+                TRAINING + number / 1000
+            } else {
+                number
+            };
+            let pixels = ovchat_data::store::digest(&(of + 7).to_le_bytes());
+            Hashed {
+                image_id: hash,
+                width: 640,
+                height: 480,
+                pixels: Some(pixels),
+                look: Some(look),
+            }
+        };
+        let about = |number: u64| Prompt {
+            image_ids: vec![image(number).image_id],
+            ..prompt(
+                &number.to_string(),
+                "Why does the image show what it shows, and not something else?",
+            )
+        };
+        let asked = |numbers: std::ops::Range<u64>| -> Vec<Prompt> { numbers.map(about).collect() };
+        pipeline.table("train", &asked(0..TRAINING));
+        let bench: Vec<Prompt> = asked(TRAINING..TRAINING + BENCHMARK)
+            .into_iter()
+            .map(|prompt| Prompt {
+                question: format!("Another question, {}?", prompt.prompt_id),
+                ..prompt
+            })
+            .collect();
+        pipeline.table("bench", &bench);
+        let images: Vec<Hashed> = (0..TRAINING + BENCHMARK).map(image).collect();
+        pipeline.table("images", &images);
+        drop((bench, images));
+        let images = pipeline.files_of("images");
+        std::fs::write("/proc/self/clear_refs", "5").unwrap();
+        let begun = std::time::Instant::now();
+        let stage = find(json!({}));
+        let rows = pipeline.compute_with(&stage, images).unwrap();
+        let seconds = begun.elapsed().as_secs_f64();
+        let peak = memory_kb("VmHWM") / 1024;
+        println!(
+            "{} overlaps in {seconds:.1} s, at most {peak} MB",
+            rows.num_rows()
+        );
+        assert_eq!(rows.num_rows(), 1000);
+    }
+
+    /// Returns a figure of this process's memory, in kB.
+    fn memory_kb(name: &str) -> u64 {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find(|line| line.starts_with(name)).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
     }
 
     #[test]

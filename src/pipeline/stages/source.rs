@@ -184,6 +184,11 @@ impl<R: Loadable> Load<R> {
         &self.settings.from
     }
 
+    /// Returns the columns that are kept.
+    pub fn kept_columns(&self) -> &[String] {
+        &self.settings.keep
+    }
+
     /// Returns the reason why a dataset has no files to load.
     pub fn unchosen(&self) -> Option<Unchosen> {
         self.settings.files().err()

@@ -290,15 +290,29 @@ impl TestPipeline {
 
     /// Builds the table of a stage that computes it from whole tables.
     pub fn compute(&mut self, stage: &dyn Stage) -> Result<RecordBatch, Failure> {
+        let images = self.images.iter().map(|file| self.root().join(&file.file));
+        self.compute_with(stage, images.collect())
+    }
+
+    /// Builds such a table with the files of a table in place of the images.
+    pub fn compute_with(
+        &mut self,
+        stage: &dyn Stage,
+        images: Vec<PathBuf>,
+    ) -> Result<RecordBatch, Failure> {
         let StageKind::Compute(work) = stage.work() else {
             panic!("not a stage that computes from whole tables")
         };
-        let images = self.images.iter().map(|file| self.root().join(&file.file));
         work.compute(&WholeTables {
             files: self.files.clone(),
-            images: images.collect(),
+            images,
             stopping: &|| self.is_interrupted,
         })
+    }
+
+    /// Returns the files of a table.
+    pub fn files_of(&self, name: &str) -> Vec<PathBuf> {
+        self.files[&table(name)].clone()
     }
 
     /// Runs a training and returns its steps.
