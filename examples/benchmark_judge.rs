@@ -27,6 +27,12 @@ fn main() -> ExitCode {
         "benchmark_judge: listening on http://{}/v1",
         server.server_addr()
     );
+    serve(&server);
+    ExitCode::SUCCESS
+}
+
+/// Answers requests until the server is stopped.
+pub fn serve(server: &Server) {
     for mut request in server.incoming_requests() {
         let mut body = String::new();
         let read = request.as_reader().take(64 << 20).read_to_string(&mut body);
@@ -47,7 +53,6 @@ fn main() -> ExitCode {
         // A client that has gone needs no answer.
         drop(request.respond(answer));
     }
-    ExitCode::SUCCESS
 }
 
 /// Returns the text of the last message.

@@ -3,7 +3,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
-use std::io::{Cursor, Read as _};
+use std::io::Cursor;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -179,13 +179,20 @@ const WILDVISION_README: &str = "---\nconfigs:\n- config_name: release_bench_061
     - split: test500\n    path: release_bench_0617_with_modelresponse/test500-*\n- config_name: other\n  \
     data_files:\n  - split: test\n    path: other/*\n---\n";
 
-/// Writes the five datasets, the videos, stand-ins for the judge texts, and a pipeline file.
-fn scene(judge: &JudgeEndpoint) -> Scene {
-    let scene = Scene::new();
-    let question = |of: &'static str| texts(move |number| format!("{of} question {number}?"));
-    let answer = |of: &'static str| texts(move |number| format!("{of} reference {number}."));
+/// Returns the column of a benchmark's questions.
+fn questions(of: &'static str) -> ArrayRef {
+    texts(move |number| format!("{of} question {number}?"))
+}
+
+/// Returns the column of a benchmark's reference answers.
+fn references(of: &'static str) -> ArrayRef {
+    texts(move |number| format!("{of} reference {number}."))
+}
+
+/// Writes the two datasets whose judges compare with other answers.
+fn datasets_with_answers(scene: &Scene) {
     dataset(
-        &scene,
+        scene,
         "WildVision/wildvision-arena-data",
         "release_bench_0617_with_modelresponse/test500-00000-of-00001.parquet",
         WILDVISION_README,
@@ -195,8 +202,8 @@ fn scene(judge: &JudgeEndpoint) -> Scene {
                 "instruction",
                 texts(|number| format!("  Wild question {number}? ")),
             ),
-            ("claude-3-sonnet-20240229", answer("Sonnet's")),
-            ("gpt-4o", answer("Another")),
+            ("claude-3-sonnet-20240229", references("Sonnet's")),
+            ("gpt-4o", references("Another")),
             ("image", Arc::new(images(0))),
         ],
     );
@@ -204,7 +211,7 @@ fn scene(judge: &JudgeEndpoint) -> Scene {
         (0..2 * ITEMS).map(|number| format!("Caption {number}.")),
     ));
     dataset(
-        &scene,
+        scene,
         "lmms-lab/llava-bench-in-the-wild",
         "data/train-00000-of-00001.parquet",
         "",
@@ -214,36 +221,40 @@ fn scene(judge: &JudgeEndpoint) -> Scene {
                 Arc::new(Int64Array::from_iter_values(0..ITEMS as i64)),
             ),
             ("image", Arc::new(images(100))),
-            ("question", question("Llava")),
+            ("question", questions("Llava")),
             ("caption", listed(captions, 2)),
-            ("gpt_answer", answer("GPT's")),
+            ("gpt_answer", references("GPT's")),
             (
                 "category",
                 texts(|number| ["conv", "detail", "complex"][number % 3].to_owned()),
             ),
         ],
     );
+}
+
+/// Writes the other three datasets, and the videos of the last.
+fn datasets_with_references(scene: &Scene) {
     dataset(
-        &scene,
+        scene,
         "lmms-lab/LLaVA-Bench-Wilder",
         "data/test-00000-of-00001.parquet",
         "",
         vec![
-            ("Question", question("Wilder")),
-            ("Answer", answer("True")),
+            ("Question", questions("Wilder")),
+            ("Answer", references("True")),
             ("image", Arc::new(images(200))),
         ],
     );
     dataset(
-        &scene,
+        scene,
         "lmms-lab/LiveBench",
         "2024-06/test-00000-of-00001.parquet",
         "",
         vec![
             ("id", texts(|number| format!("l{number}"))),
             ("images", listed(Arc::new(images(300)), 1)),
-            ("question", question("Live")),
-            ("answer", answer("Live")),
+            ("question", questions("Live")),
+            ("answer", references("Live")),
             ("criteria", texts(|number| format!("Criteria {number}."))),
             (
                 "subtask",
@@ -252,14 +263,14 @@ fn scene(judge: &JudgeEndpoint) -> Scene {
         ],
     );
     dataset(
-        &scene,
+        scene,
         "lmms-lab/VideoDetailDescription",
         "data/test-00000-of-00001.parquet",
         "",
         vec![
             ("video_name", texts(|number| format!("v_{number}"))),
-            ("question", question("Video")),
-            ("answer", answer("Video")),
+            ("question", questions("Video")),
+            ("answer", references("Video")),
         ],
     );
     for number in 0..ITEMS - 1 {
@@ -270,6 +281,10 @@ fn scene(judge: &JudgeEndpoint) -> Scene {
             fs::read(from).unwrap(),
         );
     }
+}
+
+/// Writes stand-ins for the judge texts.
+fn judge_texts(scene: &Scene) {
     for (name, text) in [
         ("wildvision_system.txt", "Be fair."),
         (
@@ -296,6 +311,14 @@ fn scene(judge: &JudgeEndpoint) -> Scene {
     ] {
         scene.write(&format!("texts/{name}"), text);
     }
+}
+
+/// Writes the five datasets, the videos, stand-ins for the judge texts, and a pipeline file.
+fn scene(judge: &JudgeEndpoint) -> Scene {
+    let scene = Scene::new();
+    datasets_with_answers(&scene);
+    datasets_with_references(&scene);
+    judge_texts(&scene);
     let pipeline = format!(
         "extends: {ROOT}/pipelines/benchmarks/all.yaml\npipeline: bench\nreject_share_max: 0.5\nvars:\n  texts: {}\n  \
          video_folder: {}\n  judge_url: {}\n  judge_model: m\nmodels:\n  base: {{ scripted: {{ words: 3 }} }}\n  \
@@ -387,7 +410,27 @@ fn the_five_benchmarks_end_in_the_figure() {
     let calls = answered.len();
     assert!((5 * ITEMS..=2 * 5 * ITEMS).contains(&calls), "{calls}");
 
-    let results = query(&scene, "select * from results");
+    counts_every_item(&scene);
+    shows_the_results(&scene.path("runs/bench/report"));
+    asks_as_the_benchmarks_do(&answered);
+    loads_what_it_exports(&scene);
+    let said = succeeds(&scene, &["run", "p.yaml"]);
+    assert!(said.err.contains("nothing to do"), "{}", said.err);
+    let before = judge.answered().len();
+    succeeds(
+        &scene,
+        &["run", "p.yaml", "--set", "models.chat.scripted.words=9"],
+    );
+    let more = judge.answered().len() - before;
+    assert!(
+        more > 0 && more <= 5 * ITEMS,
+        "{more} calls for another chat model"
+    );
+}
+
+/// Every item is in the results: counted, or a failure, or a reject.
+fn counts_every_item(scene: &Scene) {
+    let results = query(scene, "select * from results");
     let own: Vec<&Value> = results
         .iter()
         .filter(|row| row["is_published"] == false)
@@ -422,16 +465,18 @@ fn the_five_benchmarks_end_in_the_figure() {
         }
     }
     let missing = query(
-        &scene,
+        scene,
         "select count(*) as n from rejects where reason like 'video not found%'",
     );
     assert_eq!(missing[0]["n"], 1);
     let by_category = query(
-        &scene,
+        scene,
         "select count(*) as n from llava_w where category is not null and metric = 'score'",
     );
     assert_eq!(by_category[0]["n"], 6);
-    let report = scene.path("runs/bench/report");
+}
+
+fn shows_the_results(report: &Path) {
     let svg = fs::read_to_string(report.join("results.svg")).unwrap();
     assert!(
         svg.contains("WildVision") && svg.contains("url(#hatch)"),
@@ -451,21 +496,6 @@ fn the_five_benchmarks_end_in_the_figure() {
     assert!(
         page.contains("data:image/png;base64,"),
         "the frames of a video"
-    );
-
-    asks_as_the_benchmarks_do(&answered);
-    loads_what_it_exports(&scene);
-    let said = succeeds(&scene, &["run", "p.yaml"]);
-    assert!(said.err.contains("nothing to do"), "{}", said.err);
-    let before = judge.answered().len();
-    succeeds(
-        &scene,
-        &["run", "p.yaml", "--set", "models.chat.scripted.words=9"],
-    );
-    let more = judge.answered().len() - before;
-    assert!(
-        more > 0 && more <= 5 * ITEMS,
-        "{more} calls for another chat model"
     );
 }
 
@@ -716,26 +746,11 @@ stages:
         hub.requested.lock().unwrap().is_empty(),
         "`check` asks nobody"
     );
-    let wrong = says(
-        &[
-            "run",
-            "p.yaml",
-            "--set",
-            "stages.prompts.load_prompts.config=c",
-        ],
-        false,
-    );
+    let set = |setting: &str| says(&["run", "p.yaml", "--set", setting], false);
+    let wrong = set("stages.prompts.load_prompts.config=c");
     let words = "no configuration `c`; set `config` to one of `a`, `b`";
     assert!(flat(&wrong.err).contains(&flat(words)), "{}", wrong.err);
-    let old = says(
-        &[
-            "run",
-            "p.yaml",
-            "--set",
-            "stages.prompts.load_prompts.from=hf://datasets/org/data@v9",
-        ],
-        false,
-    );
+    let old = set("stages.prompts.load_prompts.from=hf://datasets/org/data@v9");
     assert!(
         flat(&old.err).contains("not found on the hub"),
         "{}",
@@ -768,4 +783,42 @@ stages:
     );
     assert_eq!(told.code, Some(0), "{}", told.err);
     assert!(Path::new(&scene.path("runs/other")).is_dir());
+}
+
+/// The demo without keys, with one model as base and chat.
+#[cfg(feature = "torch")]
+#[test]
+fn the_small_worlds_benchmarks_run_with_the_judge_of_the_examples() {
+    if !has_ffmpeg("the_small_worlds_benchmarks_run_with_the_judge_of_the_examples") {
+        return;
+    }
+    let server = Arc::new(Server::http("127.0.0.1:0").unwrap());
+    let judge = Arc::clone(&server);
+    thread::spawn(move || crate::benchmark_judge::serve(&judge));
+    let scene = Scene::new();
+    let samples = format!("{ROOT}/data-samples");
+    let pipeline = format!(
+        "extends: {ROOT}/pipelines/benchmarks/small-world.yaml\npipeline: bench\nvars:\n  items: 12\n  \
+         judge_url: http://{}/v1\n  chat: {samples}/policy\n  video_chat: {samples}/video-policy\n",
+        server.server_addr()
+    );
+    scene.write("p.yaml", pipeline);
+    succeeds(&scene, &["run", "p.yaml"]);
+    let sql =
+        "select benchmark, model, score, delta, failures from results order by benchmark, model";
+    let rows = query(&scene, sql);
+    assert_eq!(rows.len(), 14);
+    for pair in rows.chunks(2) {
+        let [base, chat] = pair else {
+            panic!("two models")
+        };
+        assert_eq!(
+            (&base["model"], &chat["model"]),
+            (&json!("base"), &json!("chat"))
+        );
+        assert_eq!(base["score"], chat["score"], "the same model");
+        assert_eq!(chat["delta"], 0.0, "{chat}");
+        assert!(base["score"].as_f64() > Some(0.0), "{base}");
+    }
+    server.unblock();
 }

@@ -97,6 +97,52 @@ fn a_plan_counts_what_trainings_read_and_says_what_they_take() {
     }
 }
 
+/// The answers before and after training stand one below the other.
+#[test]
+fn a_model_is_asked_as_it_was_and_as_it_is() {
+    let scene = made();
+    let image = format!("{}/wide.png", folder("images"));
+    let ask = |more: &[&str]| {
+        let arguments = [
+            "ask",
+            "made",
+            "--image",
+            &image,
+            "Is it 0?",
+            "--max-new-tokens",
+            "16",
+        ];
+        scene.pipeline(&[&arguments[..], more].concat())
+    };
+    let said = ask(&["--json"]);
+    assert_eq!(said.code, Some(0), "{}", said.err);
+    let answers: serde_json::Value = serde_json::from_str(&said.out).unwrap();
+    assert_eq!(
+        (answers[0]["round"].as_i64(), answers[1]["round"].as_i64()),
+        (Some(0), Some(1))
+    );
+    assert_eq!(answers[1]["answer"], "It is so.");
+    assert_ne!(answers[0]["answer"], answers[1]["answer"]);
+    let said = ask(&["--rounds", "1"]);
+    assert_eq!(said.out, "round 1\nIt is so.\n\n");
+    let said = ask(&["--rounds", "2"]);
+    assert_eq!(said.code, Some(2));
+    assert!(
+        said.err
+            .contains("was not trained in round 2; its last round is 1"),
+        "{}",
+        said.err
+    );
+    let missing = scene.pipeline(&["ask", "made", "--image", "none.png", "Is it 0?"]);
+    assert!(
+        missing
+            .err
+            .contains("cannot read image none.png: No such file"),
+        "{}",
+        missing.err
+    );
+}
+
 #[test]
 fn a_reward_model_and_a_policy_are_made_and_taken_out() {
     let scene = made();

@@ -2,6 +2,11 @@
 
 /// Bad input: errors, rejects and corrupt files.
 mod bad_input;
+/// The judge of the small world's benchmarks.
+#[cfg(feature = "torch")]
+#[path = "../examples/benchmark_judge.rs"]
+#[expect(dead_code, reason = "tests start its server instead of its program")]
+mod benchmark_judge;
 /// The benchmarks, with a scripted judge.
 mod benchmarks;
 /// Kills and power losses at every commit.

@@ -21,8 +21,8 @@ use ovchat_pipeline::config::{Plan, load};
 /// Ask a run's model a question about images, before and after its training.
 #[derive(Args)]
 #[command(
-    after_help = "Examples:\n  pipeline ask small-world --image cat.jpg \"What is in the picture?\"\n  \
-    pipeline ask small-world --image cat.jpg \"What is in the picture?\" --rounds 0,1,3"
+    after_help = "Examples:\n  pipeline ask small-world --image cat.jpg \"What is in the image?\"\n  \
+    pipeline ask small-world --image cat.jpg \"What is in the image?\" --rounds 0,1,3"
 )]
 pub struct Ask {
     /// The run: its folder, or its name below runs/.

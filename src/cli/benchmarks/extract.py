@@ -1,10 +1,9 @@
-"""Extracts the judge texts of benchmarks from the wheel of lmms-eval, as templates.
-
-Nothing of the wheel is run: its files are parsed with `ast`, and strings are taken from the trees.
-Prints a JSON object of the templates by the names of their files.
-
-usage: extract.py WHEEL
-"""
+# Extracts the judge texts of benchmarks from the wheel of lmms-eval, as templates.
+#
+# Nothing of the wheel is run: its files are parsed with `ast`, and strings are taken from the trees.
+# Prints a JSON object of the templates by the names of their files.
+#
+# usage: extract.py WHEEL
 import ast
 import json
 import re
