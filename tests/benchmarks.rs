@@ -518,9 +518,8 @@ fn loads_what_it_exports(scene: &Scene) {
         "answers",
         "--table",
         "llava_w_base_answers",
-        "--prompts",
-        "llava_w_prompts",
     ];
+    exports_only_where_it_may(scene, &arguments);
     succeeds(
         scene,
         &[&arguments[..], &["--to", "samples.jsonl"]].concat(),
@@ -544,6 +543,49 @@ stages:
         on b.prompt_id = a.prompt_id where a.reward = b.reward or (isnan(a.reward) and isnan(b.reward))";
     assert_eq!(query(scene, sql)[0]["n"], ITEMS);
     succeeds(scene, &["run", "p.yaml"]);
+}
+
+/// An export goes into a pipe, but not over a folder or a file of the run.
+fn exports_only_where_it_may(scene: &Scene, arguments: &[&str]) {
+    let to = |target: &str| says(scene, &[arguments, &["--to", target]].concat());
+    let piped = to("/dev/stdout");
+    assert_eq!(piped.code, Some(0), "{}", piped.err);
+    assert_eq!(
+        piped
+            .out
+            .lines()
+            .filter(|line| line.starts_with('{'))
+            .count(),
+        ITEMS
+    );
+    let manifest = scene.path("runs/bench/manifest.json");
+    let before = fs::read(&manifest).unwrap();
+    for (target, words) in [
+        (
+            "runs/bench/manifest.json",
+            "is in the run folder; name a file elsewhere",
+        ),
+        ("texts", "texts is a folder; name a file in it"),
+    ] {
+        let told = to(target);
+        assert_eq!(told.code, Some(2), "{target}");
+        assert!(told.err.contains(words), "{}", told.err);
+    }
+    assert_eq!(fs::read(&manifest).unwrap(), before);
+    let wrong = says(
+        scene,
+        &[
+            "export",
+            "bench",
+            "answers",
+            "--table",
+            "llava_w_base_rewards",
+            "--to",
+            "x",
+        ],
+    );
+    let words = "`llava_w_base_rewards` is a table of rewards, not of candidates";
+    assert!(wrong.err.contains(words), "{}", wrong.err);
 }
 
 /// Checks the fields of the requests that were made.
@@ -783,6 +825,39 @@ stages:
     );
     assert_eq!(told.code, Some(0), "{}", told.err);
     assert!(Path::new(&scene.path("runs/other")).is_dir());
+}
+
+/// A path that begins with a variable is relative to the file that has the variable.
+#[test]
+fn a_variable_of_an_extending_file_names_paths_beside_it() {
+    let scene = Scene::new();
+    scene.write(
+        "shared/base.yaml",
+        "
+pipeline: p
+vars: { data: nowhere }
+models: { policy: { scripted: {} } }
+stages:
+  prompts: { load_prompts: { from: \"${data}/prompts.json\" } }
+  answers: { sample: { prompts: prompts, model: policy } }
+",
+    );
+    scene.write(
+        "own/data/prompts.json",
+        r#"[{"id": "1", "prompt": "Why?"}]"#,
+    );
+    scene.write(
+        "own/p.yaml",
+        "extends: ../shared/base.yaml\nvars: { data: data }\n",
+    );
+    succeeds(&scene, &["run", "own/p.yaml"]);
+    let missing = says(
+        &scene,
+        &["check", "shared/base.yaml", "--set", "vars.data=own/data"],
+    );
+    let words = "it exists in the current folder, but a relative path starts at the folder of the pipeline file; write \
+         `--set vars.data=$PWD/…`";
+    assert!(flat(&missing.err).contains(words), "{}", missing.err);
 }
 
 /// The demo without keys, with one model as base and chat.

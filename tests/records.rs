@@ -28,7 +28,8 @@ fn a_record_without_a_question_is_set_aside_with_its_fields() {
         .pipeline(&["run", "p.yaml", "--set", "reject_share_max=0.5"]);
     assert_eq!(
         rejects(&scene)[0].1,
-        "missing field `prompt`; the record has the fields id, promt"
+        "missing field `prompt`; the record has the fields id, promt; name the column of the question as \
+         `columns: { question: … }`"
     );
 }
 

@@ -1,5 +1,6 @@
 //! `pipeline ask`: the answers of a run's model to a question, after some of its rounds.
 
+use std::num::NonZeroU32;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
@@ -10,7 +11,7 @@ use super::engine;
 use super::failed::Failed;
 use super::file::{read_run, run_folder};
 use super::out::{Output, line};
-use ovchat_data::store::{RunFolder, digest};
+use ovchat_data::store::RunFolder;
 use ovchat_io::files;
 use ovchat_io::visible::visible_in_place;
 use ovchat_models::{
@@ -39,8 +40,8 @@ pub struct Ask {
     #[arg(long)]
     model: Option<String>,
     /// The maximum length of an answer, in tokens.
-    #[arg(long, default_value_t = 512)]
-    max_new_tokens: u32,
+    #[arg(long, default_value = "512")]
+    max_new_tokens: NonZeroU32,
     #[command(flatten)]
     output: Output,
 }
@@ -151,7 +152,8 @@ impl Ask {
             let bytes = files::read(path).map_err(|error| {
                 Failed::Words(format!("cannot read image {}: {error}", path.display()))
             })?;
-            Ok(Visual::new(digest(&bytes), bytes.into()))
+            // An error names the image by this id.
+            Ok(Visual::new(path.display().to_string(), bytes.into()))
         };
         Ok(ChatPrompt {
             id: "the question".to_owned(),
@@ -185,7 +187,7 @@ impl Ask {
             top_k: 0,
             min_p: 0.0,
             repetition_penalty: 1.0,
-            max_new_tokens: self.max_new_tokens as usize,
+            max_new_tokens: self.max_new_tokens.get() as usize,
             stop_strings: Vec::new(),
             stop_token_ids: Vec::new(),
         };

@@ -55,7 +55,9 @@ impl Benchmarks {
         } = &self.what;
         let downloads = tempfile::tempdir().map_err(|error| Failed::Words(error.to_string()))?;
         let wheel = match wheel {
-            Some(wheel) => wheel.clone(),
+            Some(wheel) => {
+                std::path::absolute(wheel).map_err(|error| Failed::Words(error.to_string()))?
+            }
             None => download(python, downloads.path())?,
         };
         let found = hash_file(&wheel)?;
@@ -75,6 +77,15 @@ impl Benchmarks {
         }
         create_folder(folder)?;
         for (name, text) in &texts {
+            let path = folder.join(name);
+            if path.exists() && hash_file(&path)? != digest(text.as_bytes()) {
+                return Err(Failed::Words(format!(
+                    "{} differs from the text of {PACKAGE}; move it away, or name another folder",
+                    path.display()
+                )));
+            }
+        }
+        for (name, text) in &texts {
             write_atomically(&folder.join(name), text.as_bytes())?;
             line(format_args!(
                 "{}  {}",
@@ -89,7 +100,19 @@ impl Benchmarks {
 
 /// Runs a command of Python, and returns what it prints.
 fn python(program: &Path, arguments: &[&OsStr], what: &str) -> Result<Vec<u8>, Failed> {
-    let done = Command::new(program).args(arguments).output();
+    // Python finds modules in the current folder; an empty one has none.
+    let empty = tempfile::tempdir().map_err(|error| Failed::Words(error.to_string()))?;
+    // A name without a folder is looked up in PATH.
+    let is_path = program.components().count() > 1;
+    let program = if is_path {
+        std::path::absolute(program).map_err(|error| Failed::Words(error.to_string()))?
+    } else {
+        program.to_owned()
+    };
+    let done = Command::new(&program)
+        .args(arguments)
+        .current_dir(empty.path())
+        .output();
     let done = done.map_err(|error| {
         Failed::Words(format!(
             "cannot run {}: {error}; name another Python with --python",

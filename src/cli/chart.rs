@@ -30,7 +30,7 @@ pub fn write(
             vec![("svg", svg)]
         }
         Chart::Bars(chart) => {
-            let results = bars::results(rows)?;
+            let results = bars::results(name.as_str(), rows)?;
             bars::refuse_mixed_judges(name.as_str(), &results, chart.mixed_judges)?;
             vec![("svg", bars::draw(&results)), ("md", bars::table(&results))]
         }

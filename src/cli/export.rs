@@ -1,6 +1,7 @@
 //! `pipeline export`: write pairs, answers or checkpoints for other programs.
 
 mod samples;
+mod target;
 mod trl;
 
 use std::collections::{BTreeMap, HashSet};
@@ -317,7 +318,7 @@ fn write_llava_next(run: &RunFolder, made: &TableVersion, to: &Path) -> Result<(
     let mut text = serde_json::to_vec_pretty(&list).expect("plain data serializes");
     text.write_all(b"\n")
         .expect("writing to a vector does not fail");
-    write_atomically(to, &text)?;
+    target::write(run, to, &text)?;
     say!(
         "wrote {} pairs to {} and {} images to {}",
         list.len(),

@@ -42,7 +42,7 @@ pub fn print(plan: &Plan, run: &RunFolder, say: &mut dyn FnMut(&str)) -> Result<
         let folder = run.root().join("report");
         create_folder(&folder)?;
         for path in chart::write(run, &folder, name, &plain, wanted)? {
-            say(&format!("wrote chart to {}", path.display()));
+            say(&format!("wrote {}", path.display()));
         }
     }
     Ok(())

@@ -511,7 +511,13 @@ impl JudgePrompt {
             .kept
             .iter()
             .map(|(name, value)| (name.as_str(), value.as_str()));
-        let row: BTreeMap<&str, &str> = kept.collect();
+        let mut row: BTreeMap<&str, &str> = kept.collect();
+        // A kept column is absent where its value is null.
+        if !row.is_empty() {
+            for name in &self.row_names {
+                row.entry(name).or_default();
+            }
+        }
         let values =
             context! { question, captions, turns, answer, first, second, reference, id, row };
         let environment = Arc::clone(&self.environment);

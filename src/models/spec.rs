@@ -394,6 +394,28 @@ impl ModelSpec {
         }
     }
 
+    /// Returns the name under which others know the model: that of the served model for an endpoint,
+    /// or that of the repository or folder of the weights. `None` for models without either.
+    pub fn public_name(&self) -> Option<String> {
+        if let Self::Http(http) = self {
+            return Some(http.model.clone());
+        }
+        let weights = match self {
+            Self::LlavaOnevision(model) | Self::Llava(model) => &model.weights,
+            Self::Critic(model) => &model.weights,
+            Self::LlavaRlhf(model) => model.adapter.as_ref()?,
+            Self::Http(_) | Self::SelfJudge(_) | Self::Sql(_) | Self::Scripted(_) => return None,
+        };
+        // A repository is in the hub's cache as `models--org--name/snapshots/…`.
+        let cached = weights.iter().find_map(|step| {
+            let name = step.to_str()?.strip_prefix("models--")?;
+            Some(name.replace("--", "/"))
+        });
+        let repository = || Some(weights.to_str()?.strip_prefix("hf://")?.to_owned());
+        let folder = || Some(weights.file_name()?.to_string_lossy().into_owned());
+        cached.or_else(repository).or_else(folder)
+    }
+
     /// Returns the endpoint that produces the judge's replies, if it is one.
     pub fn endpoint(&self) -> Option<&Http> {
         match self.prompted()?.replies {

@@ -122,6 +122,11 @@ def rating_reply():
         "```json\n%s\n```" % good, "Rating: %d" % rating, "", json.dumps({"Rating": rating, "Explanation": why}, indent=4),
         json.dumps({"Explanation": why, "rating": rating}), good[:-1], json.dumps({"Explanation": why, "Rating": rating, "More": [1, {"a": 2}]}),
         json.dumps({"Explanation": why, "Rating": -1}), "[%d]" % rating,
+        # Almost JSON.
+        "{'Explanation': 'So.', 'Rating': %d}" % rating, good[:-1] + ",}", good.replace(": %d" % rating, ": +%d" % rating),
+        good.replace(": %d" % rating, ": 0%d" % rating), good.replace(": %d" % rating, ": %d." % rating),
+        "{\"Explanation\": \"a\nb\", \"Rating\": %d}" % rating, "{\"Explanation\": \"\\q\", \"Rating\": %d}" % rating,
+        " \n" + good + "\n", good + " # good", good[:-1] + ", \"More\": null}",
     )
 
 
@@ -133,6 +138,10 @@ def dict_reply():
         "{'score': %d, 'reason': 'it\\'s fine'}" % score, "{'score': %d}." % score, "{'Score': %d}" % score, "{'score': None}",
         "{'score': %d" % score, "{'score':%d }\n" % score, "{'score': %d, }" % score, "{'score': 7}", "[%d]" % score, "{'score': [%d]}" % score,
         "{'a': {'score': 1}, 'score': %d}" % score,
+        # Almost a dict of Python.
+        "{'score': true}", "{'score': True}", "{'score': 0%d}" % score, "{'score': (%d)}" % score, "{'score': (%d,)}" % score,
+        "{'score': %d} # fine" % score, "{'score': +%d}" % score, "{'score': -%d}" % score, "{\"a\": \"b\nc\", \"score\": %d}" % score,
+        "{'score': %d.}" % score, "{'score': %d, 'a': null}" % score, "{'score': %d, 'a': False}" % score,
     )
 
 

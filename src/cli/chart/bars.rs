@@ -7,6 +7,7 @@ use arrow::array::RecordBatch;
 
 use super::columns::{escaped, no_column, numbers, texts};
 use crate::failed::Failed;
+use ovchat_io::visible::visible_in_place;
 
 /// The score of a model on a benchmark.
 #[derive(Debug, Clone, PartialEq)]
@@ -19,23 +20,40 @@ pub struct Scored {
     /// The confidence interval of `delta`.
     interval: Option<[f64; 2]>,
     n: Option<f64>,
+    items: Option<f64>,
     failures: Option<f64>,
+    pairs: Option<f64>,
     judge: Option<String>,
     is_published: bool,
+    /// True if the panel has results of other judges.
+    is_mixed: bool,
 }
 
 impl Scored {
-    /// The name of the model with its family.
+    /// The name of the model with its family, and with the judge if the panel has several.
     fn name(&self) -> String {
-        match &self.family {
+        let name = match &self.family {
             Some(family) => format!("{family} {}", self.model),
             None => self.model.clone(),
+        };
+        match &self.judge {
+            Some(judge) if self.is_mixed => format!("{name} (by {judge})"),
+            _ => name,
         }
+    }
+
+    /// The number of items that the score is a mean of, and of how many if it is not all.
+    fn counted(&self) -> Option<String> {
+        let n = self.n?;
+        Some(match self.items.filter(|items| *items != n) {
+            Some(items) => format!("{n} of {items}"),
+            None => n.to_string(),
+        })
     }
 }
 
-/// Returns the results in the rows of a view.
-pub fn results(rows: &[RecordBatch]) -> Result<Vec<Scored>, Failed> {
+/// Returns the results in the rows of a view. Fails if two are of the same benchmark, model and judge.
+pub fn results(view: &str, rows: &[RecordBatch]) -> Result<Vec<Scored>, Failed> {
     let needed = |name: &str| texts(rows, name)?.ok_or_else(|| no_column(name));
     let (benchmarks, models) = (needed("benchmark")?, needed("model")?);
     let scores = numbers(rows, "score")?.ok_or_else(|| no_column("score"))?;
@@ -46,26 +64,62 @@ pub fn results(rows: &[RecordBatch]) -> Result<Vec<Scored>, Failed> {
         optional("delta_low")?,
         optional("delta_high")?,
     ];
-    let [ns, failures, published] = [
+    let [ns, items, failures, pairs, published] = [
         optional("n")?,
+        optional("items")?,
         optional("failures")?,
+        optional("pairs")?,
         optional("is_published")?,
     ];
     let texts = |name: &str| Ok::<_, Failed>(texts(rows, name)?.unwrap_or(vec![None; count]));
     let (families, judges) = (texts("family")?, texts("judge")?);
+    let categories = texts("category")?;
     let result = |row: usize| Scored {
-        benchmark: benchmarks[row].clone().unwrap_or_default(),
+        benchmark: {
+            let name = benchmarks[row].clone().unwrap_or_default();
+            match &categories[row] {
+                Some(category) => format!("{name}: {category}"),
+                None => name,
+            }
+        },
         family: families[row].clone().filter(|family| !family.is_empty()),
         model: models[row].clone().unwrap_or_default(),
         score: scores[row],
         delta: deltas[row],
         interval: lows[row].zip(highs[row]).map(|(low, high)| [low, high]),
         n: ns[row],
+        items: items[row],
         failures: failures[row],
+        pairs: pairs[row],
         judge: judges[row].clone(),
         is_published: published[row].unwrap_or_default() > 0.0,
+        is_mixed: false,
     };
-    Ok((0..count).map(result).collect())
+    let mut results: Vec<Scored> = (0..count).map(result).collect();
+    let mixed = |one: &Scored| {
+        let others = results.iter().filter(|other| !other.is_published);
+        let mut others = others.filter(|other| other.benchmark == one.benchmark);
+        !one.is_published && others.any(|other| other.judge != one.judge)
+    };
+    let mixed: Vec<bool> = results.iter().map(mixed).collect();
+    for (result, is_mixed) in results.iter_mut().zip(mixed) {
+        result.is_mixed = is_mixed;
+    }
+    for (number, one) in results.iter().enumerate() {
+        let is_same = |other: &&Scored| {
+            (&other.benchmark, other.name(), other.is_published)
+                == (&one.benchmark, one.name(), one.is_published)
+        };
+        if results[..number].iter().any(|other| is_same(&other)) {
+            return Err(Failed::Words(format!(
+                "view `{view}` has two results of {} for {}: select one, such as those with `metric = \
+                 'score'`, or give them different families",
+                one.benchmark,
+                one.name()
+            )));
+        }
+    }
+    Ok(results)
 }
 
 /// Fails if results of one benchmark are of different judges, unless that is allowed. Published results
@@ -130,7 +184,10 @@ fn gain(delta: f64, score: f64) -> String {
 /// Returns the results as a Markdown table: a row for each model, a column for each benchmark; and
 /// below it the numbers of items, failures and judges.
 pub fn table(results: &[Scored]) -> String {
-    let cell = |text: &str| text.replace('|', "\\|").replace(['\n', '\r'], " ");
+    let cell = |text: &str| {
+        let text = visible_in_place(text).replace('|', "\\|");
+        text.replace('<', "&lt;").replace(['\n', '\r'], " ")
+    };
     let benchmarks = distinct(results.iter().map(|result| result.benchmark.as_str()));
     let models = distinct(
         results
@@ -170,8 +227,10 @@ pub fn table(results: &[Scored]) -> String {
         text.push('\n');
     }
     text.push_str(
-        "\nIn brackets: the gain over the base model, and its 95 % confidence interval.\n\n\
-         | Benchmark | Model | Items | Without a verdict | Judge |\n|---|---|---|---|---|\n",
+        "\nIn brackets: the gain over the base model, and its 95 % confidence interval. A gain is the mean \
+         over the items on which both models have a verdict (Compared); a score counts an item without one \
+         as the rules of the benchmark say.\n\n\
+         | Benchmark | Model | Items | Without a verdict | Compared | Judge |\n|---|---|---|---|---|---|\n",
     );
     let count =
         |count: Option<f64>| count.map_or_else(|| "–".to_owned(), |count| count.to_string());
@@ -184,11 +243,12 @@ pub fn table(results: &[Scored]) -> String {
         let judge = result.judge.as_deref().unwrap_or("–");
         let _ = writeln!(
             text,
-            "| {} | {}{mark} | {} | {} | {} |",
+            "| {} | {}{mark} | {} | {} | {} | {} |",
             cell(&result.benchmark),
             cell(&result.name()),
-            count(result.n),
+            result.counted().unwrap_or_else(|| "–".to_owned()),
             count(result.failures),
+            count(result.pairs),
             cell(judge)
         );
     }
@@ -206,7 +266,7 @@ const BOTTOM: f64 = 82.0;
 /// The largest width of a row of panels, in pixels.
 const WIDTH_MAX: f64 = 1180.0;
 
-/// The colors of the first model of a family, of the others, and of models without a family.
+/// The colors of the first model of a family, of the second, and of all others.
 const COLORS: [&str; 3] = ["#a9bdd6", "#266cd2", "#8a6fb8"];
 
 /// Draws the results as an SVG.
@@ -262,7 +322,15 @@ fn note(results: &[Scored]) -> Vec<String> {
     if results.iter().any(|result| result.interval.is_some()) {
         note.push(
             "Above a bar: the score, and the gain over the base model with its 95 % confidence interval \
-             (error bar)."
+             (error bar; none below ten images)."
+                .to_owned(),
+        );
+    }
+    let is_partial = |result: &Scored| result.failures > Some(0.0) && result.delta.is_some();
+    if results.iter().any(is_partial) {
+        note.push(
+            "A gain is the mean over the items on which both models have a verdict; a score counts failed \
+             items as the rules of the benchmark say."
                 .to_owned(),
         );
     }
@@ -276,7 +344,7 @@ fn note(results: &[Scored]) -> Vec<String> {
         note.push(format!("Judges: {}.", judges.join(", ")));
     }
     if results.iter().any(|result| result.is_published) {
-        note.push("Hatched: published by others, scored by another judge.".to_owned());
+        note.push("Hatched: published results, of other judges.".to_owned());
     }
     note
 }
@@ -308,15 +376,11 @@ fn panel(benchmark: &str, results: &[&Scored]) -> (f64, String) {
             .iter()
             .filter(|result| result.family == **family && result.is_published == *is_published);
         for (number, result) in own.enumerate() {
-            let color = match (family, number) {
-                (None, _) => {
-                    COLORS[if results.len() > 1 && families.len() > 1 {
-                        2
-                    } else {
-                        number.min(1)
-                    }]
-                }
-                (Some(_), number) => COLORS[number.min(1)],
+            // A model without a family beside families, such as a published one of others.
+            let is_other = family.is_none() && families.iter().any(|(family, _)| family.is_some());
+            let color = match number {
+                _ if is_other => COLORS[2],
+                number => COLORS[number.min(COLORS.len() - 1)],
             };
             bar(&mut bars, result, color, [x, floor, scale]);
             x += BAR + 4.0;
@@ -387,7 +451,7 @@ fn bar(bars: &mut String, result: &Scored, color: &str, [x, floor, scale]: [f64;
             gain(delta, score)
         );
     }
-    let items = result.n.map(|n| format!("n {n}"));
+    let items = result.counted().map(|counted| format!("n {counted}"));
     let failures = result.failures.filter(|failures| *failures > 0.0);
     let failures = failures.map(|failures| format!("{failures} failed"));
     let below = [items, failures].into_iter().flatten();
@@ -419,9 +483,12 @@ mod tests {
             delta,
             interval: delta.map(|delta| [delta - 2.0, delta + 2.0]),
             n: Some(500.0),
+            items: Some(500.0),
             failures: Some(3.0),
+            pairs: delta.map(|_| 497.0),
             judge: Some("gpt".to_owned()),
             is_published: false,
+            is_mixed: false,
         }
     }
 
@@ -466,9 +533,12 @@ mod tests {
             "{text}"
         );
         assert!(text.contains("| Model | Wild\\|Vision |"), "{text}");
-        assert!(text.contains("| GPT-4V <b> (published) | 79.8 |"), "{text}");
         assert!(
-            text.contains("| Wild\\|Vision | 7b chat | 500 | 3 | gpt |"),
+            text.contains("| GPT-4V &lt;b> (published) | 79.8 |"),
+            "{text}"
+        );
+        assert!(
+            text.contains("| Wild\\|Vision | 7b chat | 500 | 3 | 497 | gpt |"),
             "{text}"
         );
     }

@@ -148,7 +148,39 @@ fn image_ids(batch: &RecordBatch, row: usize) -> Vec<String> {
             .filter(|list| list.is_valid(row))?;
         let videos = videos.value(row);
         let frames = videos.as_struct_opt()?.column_by_name("frame_ids")?;
-        texts(frames.as_list_opt::<i32>()?.values())
+        let frames = frames.as_list_opt::<i32>()?;
+        let of_videos = frames.iter().flatten().filter_map(|one| texts(&one));
+        Some(of_videos.flatten().collect())
     });
     images.into_iter().chain(frames).flatten().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use ovchat_data::tables::{Prompt, PromptVideo, Row as _};
+
+    use super::*;
+
+    #[test]
+    fn each_row_shows_the_frames_of_its_own_videos() {
+        let prompt = |number: usize| Prompt {
+            row_key: number.to_string(),
+            prompt_id: number.to_string(),
+            id: None,
+            image: None,
+            image_ids: vec![format!("image {number}")],
+            videos: Some(vec![PromptVideo {
+                video_id: format!("video {number}"),
+                frame_ids: vec![format!("frame {number}a"), format!("frame {number}b")],
+            }]),
+            system: None,
+            turns: Vec::new(),
+            question: "Why?".to_owned(),
+            captions: None,
+            answer: None,
+            kept: None,
+        };
+        let batch = Prompt::to_batch(&[prompt(0), prompt(1), prompt(2)]);
+        assert_eq!(image_ids(&batch, 1), ["image 1", "frame 1a", "frame 1b"]);
+    }
 }

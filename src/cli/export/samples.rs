@@ -1,14 +1,15 @@
 //! Answers as the samples that lmms-eval logs with `--log_samples`.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::io::Write as _;
 use std::path::Path;
 
 use serde_json::json;
 
+use super::target;
 use crate::failed::Failed;
 use crate::out::say;
-use ovchat_data::store::{RunFolder, TableVersion, write_atomically};
+use ovchat_data::store::{RunFolder, TableVersion};
 use ovchat_data::tables::{Answer, Candidate, Prompt, Row, rows};
 
 rows! {
@@ -20,6 +21,14 @@ rows! {
         pub candidate: i32,
         /// The text.
         pub text: String,
+    }
+}
+
+rows! {
+    /// The id of a prompt.
+    pub struct Asked: "asked" => {
+        /// The prompt's id.
+        pub prompt_id: String,
     }
 }
 
@@ -46,7 +55,10 @@ pub fn write(
             of_prompt.push((row.candidate, row.text));
         }
     }
-    let of = found(run, "--prompts", &[Prompt::KIND], prompts, round)?;
+    let of = match prompts {
+        Some(_) => found(run, "--prompts", &[Prompt::KIND], prompts, round)?,
+        None => prompts_of(run, &answers, round)?,
+    };
     let mut lines = Vec::new();
     let [mut number, mut count] = [0_usize; 2];
     for batch in run.reader(&of.table, of.round) {
@@ -79,13 +91,48 @@ pub fn write(
             of.table
         )));
     }
-    write_atomically(to, &lines)?;
+    target::write(run, to, &lines)?;
     say!(
         "wrote {count} samples of `{}` to {}",
         made.table,
         to.display()
     );
     Ok(())
+}
+
+/// Returns the only table of prompts that has all answered prompts.
+fn prompts_of<'r>(
+    run: &'r RunFolder,
+    answers: &HashMap<String, Vec<(i32, String)>>,
+    round: Option<u32>,
+) -> Result<&'r TableVersion, Failed> {
+    let is_it = |made: &&TableVersion| made.complete && made.kind.as_deref() == Some(Prompt::KIND);
+    let tables: BTreeSet<&str> = run
+        .manifest()
+        .made
+        .iter()
+        .filter(is_it)
+        .map(|made| made.table.as_str())
+        .collect();
+    let mut whole = Vec::new();
+    for table in &tables {
+        let made = found(run, "--prompts", &[Prompt::KIND], Some(table), round)?;
+        let mut asked = 0;
+        for batch in run.reader(&made.table, made.round) {
+            let rows = read::<Asked>(&batch?)?;
+            asked += rows
+                .iter()
+                .filter(|row| answers.contains_key(&row.prompt_id))
+                .count();
+        }
+        if asked == answers.len() {
+            whole.push(made);
+        }
+    }
+    match whole[..] {
+        [made] => Ok(made),
+        _ => found(run, "--prompts", &[Prompt::KIND], None, round),
+    }
 }
 
 fn read<R: Row>(batch: &arrow::array::RecordBatch) -> Result<Vec<R>, Failed> {
@@ -107,6 +154,16 @@ fn found<'r>(
             .is_some_and(|kind| kinds.contains(&kind));
         made.complete && name.map_or(is_kind, |name| made.table == name)
     };
+    if let Some(name) = name
+        && let Some(made) = run.manifest().made.iter().find(|made| made.table == name)
+        && let Some(kind) = &made.kind
+        && !kinds.contains(&kind.as_str())
+    {
+        return Err(Failed::Usage(format!(
+            "`{name}` is a table of {kind}s, not of {}s",
+            kinds[0]
+        )));
+    }
     let fitting: Vec<&TableVersion> = run.manifest().made.iter().filter(is_it).collect();
     let mut names: Vec<&str> = fitting.iter().map(|made| made.table.as_str()).collect();
     names.sort_unstable();

@@ -21,6 +21,8 @@ rows! {
         pub score: Option<f64>,
         /// Number of items that the score is a mean of; null in published results without it.
         pub n: Option<i64>,
+        /// Number of items of the benchmark; null in published results.
+        pub items: Option<i64>,
         /// Number of items without a verdict: rejected, refused or unreadable.
         pub failures: Option<i64>,
         /// Judge that scored the answers.

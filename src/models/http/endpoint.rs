@@ -167,15 +167,12 @@ impl Endpoint {
     /// Parses the body of a successful response.
     fn read(&self, text: &str) -> Try {
         let json: Value = serde_json::from_str(text).unwrap_or_default();
-        let message = &json["choices"][0]["message"];
-        if !message.is_object() {
+        let Some(reply) = reply_in(&json) else {
             return Try::Failed(format!(
                 "the response is not a chat completion: {}",
                 self.shown(text)
             ));
-        }
-        // A refusal of the model has no content: a reply without a readable verdict.
-        let reply = message["content"].as_str().unwrap_or_default();
+        };
         let mut note = None;
         let tokens = ["prompt_tokens", "completion_tokens"].map(|name| {
             let tokens = json["usage"][name].as_u64().unwrap_or(0);
@@ -189,7 +186,7 @@ impl Endpoint {
             0
         });
         Try::Replied(EndpointReply {
-            text: self.mask.hide(reply),
+            text: self.mask.hide(&reply),
             tokens,
             note,
         })
@@ -227,5 +224,43 @@ impl Endpoint {
             shown.push('…');
         }
         shown
+    }
+}
+
+/// Returns the reply in a chat completion; `None` if the response is none. A refusal has no content, and
+/// a filtered reply no choice: replies without a readable verdict.
+fn reply_in(json: &Value) -> Option<String> {
+    let Some(choice) = json.get("choices")?.as_array()?.first() else {
+        return Some(String::new());
+    };
+    match &choice.get("message")?.as_object()?.get("content") {
+        None | Some(Value::Null) => Some(String::new()),
+        Some(Value::String(text)) => Some(text.clone()),
+        Some(Value::Array(parts)) => {
+            let texts = parts.iter().filter_map(|part| part.get("text")?.as_str());
+            Some(texts.collect())
+        }
+        Some(_) => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn replies_are_read_in_every_form_of_a_chat_completion() {
+        let content =
+            |content: Value| reply_in(&json!({"choices": [{"message": {"content": content}}]}));
+        assert_eq!(content(json!("4")).unwrap(), "4");
+        assert_eq!(content(json!(null)).unwrap(), "");
+        let parts = json!([{"type": "text", "text": "4 "}, {"type": "refusal"}, {"type": "text", "text": "5"}]);
+        assert_eq!(content(parts).unwrap(), "4 5");
+        assert_eq!(content(json!(4)), None);
+        assert_eq!(reply_in(&json!({"choices": []})).unwrap(), "");
+        assert_eq!(reply_in(&json!({"choices": [{}]})), None);
+        assert_eq!(reply_in(&json!({"error": "busy"})), None);
     }
 }

@@ -86,7 +86,7 @@ enum Patterns {
 
 impl Patterns {
     /// Returns the files that match a pattern, in the order of their names.
-    fn of(&self, names: &[String], folder: Option<&str>) -> Vec<String> {
+    fn of(&self, names: &[String], folder: Option<&str>) -> Result<Vec<String>, Unchosen> {
         let patterns = match self {
             Self::One(pattern) => std::slice::from_ref(pattern),
             Self::Several(patterns) => patterns,
@@ -95,16 +95,19 @@ impl Patterns {
             require_literal_separator: true,
             ..MatchOptions::new()
         };
-        let patterns = patterns.iter().filter_map(|pattern| {
+        let patterns = patterns.iter().map(|pattern| {
             let whole = match folder {
                 Some(folder) => format!("{}/{pattern}", folder.trim_end_matches('/')),
                 None => pattern.clone(),
             };
-            Pattern::new(whole.trim_start_matches("./")).ok()
+            Pattern::new(whole.trim_start_matches("./")).map_err(|error| {
+                let words = format!("its {README} has the invalid pattern `{pattern}`: {error}");
+                Unchosen::Wrong(words)
+            })
         });
-        let patterns: Vec<Pattern> = patterns.collect();
+        let patterns: Vec<Pattern> = patterns.collect::<Result<_, _>>()?;
         let is_match = |name: &&String| patterns.iter().any(|one| one.matches_with(name, options));
-        names.iter().filter(is_match).cloned().collect()
+        Ok(names.iter().filter(is_match).cloned().collect())
     }
 }
 
@@ -202,7 +205,7 @@ fn by_readme(
             None => format!("several splits; set `split` to one of {splits}"),
         }));
     };
-    let chosen = patterns.of(data, folder);
+    let chosen = patterns.of(data, folder)?;
     if chosen.is_empty() {
         return Err(Unchosen::Absent(format!(
             "no Parquet or JSON file of the configuration `{}` is there",
@@ -275,6 +278,8 @@ fn has_word(name: &str, split: &str) -> bool {
 
 /// Returns the first missing file of a series such as `test-00000-of-00002.parquet`.
 fn missing_shard(chosen: &[String]) -> Option<String> {
+    let there: BTreeSet<&str> = chosen.iter().map(String::as_str).collect();
+    let mut series = BTreeSet::new();
     chosen.iter().find_map(|name| {
         let (before, count_on) = name.split_once("-of-")?;
         let (start, number) = before.rsplit_once('-')?;
@@ -284,9 +289,14 @@ fn missing_shard(chosen: &[String]) -> Option<String> {
         let (count, rest) = count_on.split_at(digits);
         let width = number.len();
         let count: u32 = count.parse().ok().filter(|count| *count < 100_000)?;
+        if !series.insert((start, count, rest)) {
+            return None;
+        }
         let shards =
             (0..count).map(|shard| format!("{start}-{shard:0width$}-of-{count:0width$}{rest}"));
-        shards.into_iter().find(|shard| !chosen.contains(shard))
+        shards
+            .into_iter()
+            .find(|shard| !there.contains(shard.as_str()))
     })
 }
 
@@ -295,12 +305,34 @@ fn listed<'a>(names: impl Iterator<Item = &'a str>) -> String {
     names.join(", ")
 }
 
+/// The file in the folder of a revision that lists the data files of the dataset, one name a line. It
+/// tells a part that was not downloaded from one that the dataset does not have.
+pub const LISTING: &str = ".ovchat-files";
+
+/// True for a name that leads to a file below a folder.
+pub fn stays_inside(name: &str) -> bool {
+    name.split('/').all(|part| !matches!(part, "" | "." | ".."))
+}
+
 /// Returns the data files of a part in the folder of a dataset.
 pub fn files_in(folder: &Path, part: DatasetPart<'_>) -> Result<Vec<PathBuf>, Unchosen> {
     let mut names = Vec::new();
     collect(folder, "", 0, &mut names);
+    if let Ok(listing) = files::read_to_string(&folder.join(LISTING)) {
+        names.extend(
+            listing
+                .lines()
+                .filter(|name| stays_inside(name))
+                .map(str::to_owned),
+        );
+        names.sort();
+        names.dedup();
+    }
     let readme = files::read_to_string(&folder.join(README)).ok();
     let chosen = choose(&names, readme.as_deref(), part)?;
+    if let Some(missing) = chosen.iter().find(|name| !folder.join(name).is_file()) {
+        return Err(Unchosen::Absent(format!("{missing} is missing")));
+    }
     Ok(chosen.iter().map(|name| folder.join(name)).collect())
 }
 
@@ -381,6 +413,33 @@ mod tests {
         assert_eq!(wrong, "no split `train`; set `split` to one of `test`");
         let partly = chosen(&names[..2], readme, part("2024-06", "test")).unwrap_err();
         assert_eq!(partly, "2024-06/test-00001-of-00002.parquet is missing");
+    }
+
+    #[test]
+    fn a_part_that_was_not_downloaded_is_missing_and_not_left_out() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = |name: &str, text: &str| fs::write(folder.path().join(name), text).unwrap();
+        file("test.jsonl", "{}");
+        let all = || files_in(folder.path(), DatasetPart::default()).map_err(Unchosen::words);
+        assert_eq!(all().unwrap().len(), 1);
+        file(LISTING, "test.jsonl\ntest-more.jsonl\n../../etc/test.jsonl");
+        assert_eq!(all().unwrap_err(), "test-more.jsonl is missing");
+        file("test-more.jsonl", "{}");
+        assert_eq!(all().unwrap().len(), 2);
+        file(LISTING, "test.jsonl\ntrain.jsonl");
+        assert!(all().unwrap_err().starts_with("several splits"));
+        let test = DatasetPart {
+            split: Some("test"),
+            ..DatasetPart::default()
+        };
+        assert_eq!(files_in(folder.path(), test).unwrap().len(), 2);
+        let readme = "---\nconfigs:\n- config_name: a\n  data_files: data/a***.jsonl\n---\n";
+        file(README, readme);
+        let wrong = all().unwrap_err();
+        assert!(
+            wrong.contains("invalid pattern `data/a***.jsonl`"),
+            "{wrong}"
+        );
     }
 
     #[test]

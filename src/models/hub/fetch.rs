@@ -22,7 +22,7 @@ use sha2::{Digest, Sha256};
 use url::Url;
 
 use super::super::tls;
-use super::dataset::{DatasetPart, README, choose};
+use super::dataset::{DatasetPart, LISTING, README, choose, stays_inside};
 use super::{Repository, cache, has_ending, home, is_weights, variable};
 use ovchat_io::files;
 use ovchat_io::mask::Mask;
@@ -152,6 +152,10 @@ impl Hub {
                 .partition(|file| file.rfilename == README);
             self.store(repository, &sha, readme, say)?;
             let folder = repository.folder(&self.cache).join("snapshots").join(&sha);
+            let listing = folder.join(LISTING);
+            fs::create_dir_all(&folder)
+                .and_then(|()| fs::write(&listing, names.join("\n")))
+                .map_err(|error| format!("{}: {error}", listing.display()))?;
             let readme = files::read_to_string(&folder.join(README)).ok();
             let chosen = choose(&names, readme.as_deref(), part).map_err(|unchosen| {
                 format!(
@@ -279,8 +283,7 @@ impl Hub {
         let Some(blob) = large.or_else(|| file.blob.clone()) else {
             return Err(format!("{url}: the hub lists no hash for this file"));
         };
-        let safe = |part: &str| !part.is_empty() && part != ".." && part != ".";
-        if !file.rfilename.split('/').all(safe) {
+        if !stays_inside(&file.rfilename) {
             return Err(format!(
                 "{url}: `{}` is not a valid file name",
                 file.rfilename

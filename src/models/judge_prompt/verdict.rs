@@ -8,7 +8,7 @@ use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
 use serde::de::{self, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::literal::{self, Literal};
+use super::literal::{self, Literal, Syntax};
 
 /// Maximum magnitude of a score. Rewards are sums of scores in single precision.
 const SCORE_MAX: f64 = 1e30;
@@ -55,6 +55,10 @@ pub struct VerdictRule {
     /// Least and greatest score that is read; a reply with another one has no verdict. Default: any.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub range: Option<[f64; 2]>,
+    /// Syntax of the object: `any`, `json` as `json.loads` of Python reads it, or `python` as
+    /// `ast.literal_eval` does. Default: `any`, which also reads what is almost either.
+    #[serde(skip_serializing_if = "is_any")]
+    pub syntax: Syntax,
     /// Other keys that the object must have.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub requires: Vec<String>,
@@ -65,6 +69,10 @@ pub struct VerdictRule {
     /// Name of the verdict, for the column `label` of the rewards.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub label: Option<String>,
+}
+
+fn is_any(syntax: &Syntax) -> bool {
+    *syntax == Syntax::Any
 }
 
 /// A score that a rule finds.
@@ -122,16 +130,39 @@ impl JsonSchema for RegexText {
 pub struct Substitute {
     /// The verdict: the score of the answer (pointwise), or by how much the second answer is
     /// better (otherwise).
+    #[serde(deserialize_with = "score")]
     pub value: f64,
     /// Score of the first answer. Default: none.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(
+        default,
+        deserialize_with = "some_score",
+        skip_serializing_if = "Option::is_none"
+    )]
     pub first: Option<f64>,
     /// Score of the second answer. Default: none.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(
+        default,
+        deserialize_with = "some_score",
+        skip_serializing_if = "Option::is_none"
+    )]
     pub second: Option<f64>,
     /// Name of the verdict, for the column `label` of the rewards.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub label: Option<String>,
+}
+
+fn score<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+    let score = f64::deserialize(deserializer)?;
+    if score.abs() <= SCORE_MAX {
+        return Ok(score);
+    }
+    Err(de::Error::custom(format!(
+        "expected a number of at most {SCORE_MAX:e} in magnitude"
+    )))
+}
+
+fn some_score<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<f64>, D::Error> {
+    score(deserializer).map(Some)
 }
 
 /// The verdict that counts for a reply without a readable one.
@@ -272,6 +303,9 @@ fn groups_problem(regex: &Regex) -> Option<String> {
 impl VerdictRule {
     /// Returns the problem of a rule whose fields do not fit each other.
     fn problem(&self) -> Option<String> {
+        if self.range.is_some_and(|[low, high]| !(low <= high)) {
+            return Some("the first number of `range` must not be above the second".to_owned());
+        }
         let given = [
             self.value.is_some(),
             self.matches.is_some(),
@@ -386,6 +420,7 @@ enum Find {
         key: String,
         requires: Vec<String>,
         is_integer: bool,
+        syntax: Syntax,
     },
 }
 
@@ -408,6 +443,7 @@ impl VerdictReader {
                 key: key.clone(),
                 requires: rule.requires.clone(),
                 is_integer: rule.integer,
+                syntax: rule.syntax,
             }),
             (None, None) => Err("`verdict`: expected `pattern` or `object`".to_owned()),
         };
@@ -522,8 +558,9 @@ impl Find {
                 key,
                 requires,
                 is_integer,
+                syntax,
             } => {
-                let object = literal::object(text)?;
+                let object = literal::object(text, *syntax)?;
                 if !requires.iter().all(|key| object.contains_key(key)) {
                     return None;
                 }

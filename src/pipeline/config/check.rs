@@ -107,6 +107,7 @@ pub fn names_and_roles(written: &PipelineSpec) -> Vec<Diagnostic> {
         }
     }
     trained_once(written, &mut diagnostics);
+    compared_answers(written, &mut diagnostics);
     backing_models(written, &mut diagnostics);
     expressions(written, &mut diagnostics);
     finished(written, &mut diagnostics);
@@ -283,6 +284,54 @@ fn no_training(stage: &Entry<TableName, StageSpec>, diagnostics: &mut Vec<Diagno
 /// Checks that the training stages of one model in a round form a chain: all but the first continue
 /// from another, and no two from the same; otherwise its name would refer to two checkpoints. Also
 /// warns of several rounds without training, which are all the same.
+/// Reports scores of different judges in one `measure` stage, and judges with two answers to compare with.
+fn compared_answers(written: &PipelineSpec, diagnostics: &mut Vec<Diagnostic>) {
+    let judge_of = |table: &TableName| {
+        let mut stages = written.all_stages().map(|(stage, _)| stage);
+        match stages.find(|stage| stage.name == *table)?.spec.as_ref()? {
+            StageSpec::Score(score) => Some(&score.judge),
+            _ => None,
+        }
+    };
+    for (stage, _) in written.all_stages() {
+        if let Some(StageSpec::Score(score)) = &stage.spec
+            && score.against.is_some()
+            && let Some(judge) = written
+                .models
+                .iter()
+                .find(|model| model.name == score.judge)
+            && let Some(ask) = judge.spec.as_ref().and_then(ModelSpec::prompt_settings)
+            && ask.other.is_some()
+        {
+            let message = format!(
+                "`against` takes the place of `other` of judge `{}`, which would not be used",
+                score.judge
+            );
+            let at = At::value(stage.settings.key("against"));
+            let diagnostic = Diagnostic::new("config::judges", at, message);
+            diagnostics.push(diagnostic.help("remove one of them"));
+        }
+        let Some(StageSpec::Measure(measure)) = &stage.spec else {
+            continue;
+        };
+        let Some(base) = measure.rewards.get(&measure.base).and_then(judge_of) else {
+            continue;
+        };
+        for (name, table) in &measure.rewards {
+            if let Some(judge) = judge_of(table).filter(|judge| *judge != base) {
+                let message = format!(
+                    "`{name}` is scored by judge `{judge}`, `{}` by `{base}`: their scores cannot be \
+                     compared",
+                    measure.base
+                );
+                let at = At::value(stage.settings.key("rewards").key(name));
+                let diagnostic = Diagnostic::new("config::judges", at, message);
+                diagnostics.push(diagnostic.help("score the answers of both with one judge"));
+            }
+        }
+    }
+}
+
 fn trained_once(written: &PipelineSpec, diagnostics: &mut Vec<Diagnostic>) {
     struct TrainedModel<'a> {
         table: &'a TableName,

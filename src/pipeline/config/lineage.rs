@@ -159,12 +159,20 @@ impl Lineage {
         }
     }
 
-    /// Computes the execution order, and reports every cycle.
+    /// Computes the execution order, and reports every cycle. Stages that load files run first, so that
+    /// a faulty file stops a run before hours of sampling.
     fn sort(&mut self) {
         let mut is_done = vec![false; self.drafts.len()];
         let is_ready = |draft: &StageDraft, is_done: &[bool]| {
             draft.inputs.iter().all(|(_, input)| is_done[*input])
         };
+        let is_loading = |draft: &StageDraft| draft.spec.as_ref().is_some_and(StageSpec::is_source);
+        for (at, draft) in self.drafts.iter().enumerate() {
+            if is_loading(draft) {
+                is_done[at] = true;
+                self.order.push(at);
+            }
+        }
         while let Some(next) =
             (0..self.drafts.len()).find(|at| !is_done[*at] && is_ready(&self.drafts[*at], &is_done))
         {

@@ -125,6 +125,7 @@ fn parse(
     }
     let read = reader::read(tree, environment);
     let (mut written, mut secrets) = (read.written, read.secrets);
+    sources.begins_with = read.begins_with;
     for entry in &written.models {
         if let Some(http) = entry.spec.as_ref().and_then(ModelSpec::endpoint)
             && let Some(name) = &http.key_env

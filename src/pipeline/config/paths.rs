@@ -50,12 +50,15 @@ pub fn missing_files(
         for (field, path) in model.spec.iter().flat_map(ModelSpec::paths) {
             let setting = model.settings.below(field);
             let folder = sources.folder(&setting);
-            let at = At::value(setting);
+            let at = At::value(setting.clone());
             let found = match Repository::of(path) {
                 Some(repository) => Some(not_cached(&repository, path, at, secrets)),
                 None => missing(field, path, at.clone(), secrets).map(|diagnostic| {
                     if is_benchmark_text(path) {
                         return no_benchmark_text(path, at, secrets);
+                    }
+                    if let Some(help) = help_of_variable(sources, &setting, path) {
+                        return diagnostic.help(help);
                     }
                     let meant = (!FILES.contains(&field))
                         .then(|| almost_of_the_hub(path, &folder, at, &diagnostic, secrets));
@@ -74,8 +77,13 @@ pub fn missing_files(
             if field == "from" && unchosen.is_some() {
                 continue;
             }
-            let at = At::value(stage.settings.key(field));
-            diagnostics.extend(missing(field, path, at, secrets));
+            let setting = stage.settings.key(field);
+            let found = missing(field, path, At::value(setting.clone()), secrets);
+            let help = help_of_variable(sources, &setting, path);
+            diagnostics.extend(found.map(|diagnostic| match help {
+                Some(help) => diagnostic.help(help),
+                None => diagnostic,
+            }));
         }
         diagnostics.extend(unchosen);
     }
@@ -289,6 +297,20 @@ fn not_chosen(spec: &StageSpec, at: &At, secrets: &Secrets) -> Option<Diagnostic
         secrets.hide(&unchosen.words())
     );
     Some(Diagnostic::new("config::dataset", at.clone(), message))
+}
+
+/// The fix for a missing path that begins with a variable of the pipeline.
+fn help_of_variable(sources: &SourceTexts, setting: &KeyPath, path: &Path) -> Option<String> {
+    let variable = sources.variable(setting)?;
+    let written = path.strip_prefix(sources.folder(setting)).ok();
+    Some(if written.is_some_and(Path::exists) {
+        format!(
+            "it exists in the current folder, but a relative path starts at the folder of the pipeline \
+             file; write `--set vars.{variable}=$PWD/…`"
+        )
+    } else {
+        format!("name it with the variable `{variable}`: `--set vars.{variable}=…`")
+    })
 }
 
 /// The diagnostic for a path that does not exist and was probably meant to name a repository on the

@@ -111,6 +111,18 @@ impl Plan {
         self.all().find(|stage| stage.name == *name)
     }
 
+    /// Returns the public name of the judge that scores a table of rewards.
+    pub fn judge_of(&self, table: &TableName) -> Option<String> {
+        let StageSpec::Score(score) = &self.stage(table)?.spec else {
+            return None;
+        };
+        let judge = self.models.get(&score.judge)?;
+        let backing = judge.backing_model();
+        let backing =
+            backing.and_then(|name| self.models.iter().find(|(own, _)| own.as_str() == name));
+        backing.map_or(judge, |(_, model)| model).public_name()
+    }
+
     /// Returns an error if weights on the Hugging Face Hub are not in the cache; only `pipeline
     /// run` downloads them.
     pub fn fetched(self) -> Result<Self, LoadError> {

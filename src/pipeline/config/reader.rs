@@ -29,6 +29,8 @@ pub struct Read {
     /// True if a top-level field was skipped because its name is misspelled: the names in it are
     /// not unknown.
     pub is_partial: bool,
+    /// The settings that begin with a variable of the pipeline, with its name.
+    pub begins_with: Vec<(KeyPath, String)>,
 }
 
 /// Reads the tree of a file.
@@ -43,6 +45,7 @@ pub fn read(tree: Node, environment: Environment<'_>) -> Read {
         environment,
         secrets: Secrets::default(),
         uses: Vec::new(),
+        begins_with: Vec::new(),
         diagnostics: Vec::new(),
     };
     let vars = reader.variables(&mut tree, &mut replacer);
@@ -84,6 +87,7 @@ pub fn read(tree: Node, environment: Environment<'_>) -> Read {
         secrets: reader.secrets,
         diagnostics: reader.diagnostics,
         is_partial: !reader.excused.is_empty(),
+        begins_with: replacer.begins_with,
     }
 }
 

@@ -26,6 +26,8 @@ pub struct Replacer<'a> {
     /// The settings whose whole value is one variable of the pipeline, with the name of the
     /// variable.
     pub uses: Vec<(KeyPath, String)>,
+    /// The settings that begin with a variable of the pipeline, with its name.
+    pub begins_with: Vec<(KeyPath, String)>,
     pub diagnostics: Vec<Diagnostic>,
 }
 
@@ -96,6 +98,11 @@ impl Replacer<'_> {
             meant: String::new(),
             names: Vec::new(),
         };
+        if let Some(Piece::Reference(name)) = pieces.first()
+            && !name.starts_with("env:")
+        {
+            self.begins_with.push((path.clone(), (*name).to_owned()));
+        }
         if let [Piece::Reference(name)] = pieces[..] {
             let node = self.value(name, path, &mut used)?;
             self.remember(used);
@@ -278,6 +285,7 @@ mod tests {
             environment: &environment,
             secrets: Secrets::default(),
             uses: Vec::new(),
+            begins_with: Vec::new(),
             diagnostics: Vec::new(),
         }
     }

@@ -23,6 +23,8 @@ pub struct SourceTexts {
     /// The pipeline file, then the file that it extends, and so on.
     pub layers: Vec<Layer>,
     pub overrides: Vec<Override>,
+    /// The settings that begin with a variable of the pipeline, with the name of the variable.
+    pub begins_with: Vec<(KeyPath, String)>,
 }
 
 /// The codes of diagnostics about undefined names.
@@ -39,12 +41,29 @@ impl SourceTexts {
         Self {
             layers,
             overrides: Vec::new(),
+            begins_with: Vec::new(),
         }
     }
 
+    /// Returns the variable that a setting begins with.
+    pub fn variable(&self, setting: &KeyPath) -> Option<&str> {
+        let mut settings = self.begins_with.iter();
+        settings
+            .find(|(begins, _)| begins == setting)
+            .map(|(_, variable)| variable.as_str())
+    }
+
     /// Returns the folder that a relative path in a setting is resolved against: that of the file
-    /// that contains the setting, or of the pipeline file itself for `--set`.
+    /// that contains the setting, or the variable that it begins with; or that of the pipeline file
+    /// itself for `--set`.
     pub fn folder(&self, setting: &KeyPath) -> PathBuf {
+        if let Some(variable) = self.variable(setting) {
+            return self.folder_of(&KeyPath::root().key("vars").key(variable));
+        }
+        self.folder_of(setting)
+    }
+
+    fn folder_of(&self, setting: &KeyPath) -> PathBuf {
         let is_set = self
             .overrides
             .iter()

@@ -34,7 +34,12 @@ impl Runner<'_> {
         let root = self.folder.root();
         let images = manifest.images.iter().map(|file| root.join(&file.file));
         let interrupt = self.interrupt;
+        let judges = stage.inputs.iter().filter_map(|(_, table)| {
+            let name = self.plan.judge_of(table)?;
+            Some((table.clone(), name))
+        });
         let tables = WholeTables {
+            judges: judges.collect(),
             files: self.input_files(stage, round),
             images: images.collect(),
             stopping: &|| interrupt.raised(),

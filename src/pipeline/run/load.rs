@@ -90,6 +90,9 @@ impl Runner<'_> {
             // A table whose files are repaired is loaded twice.
             note_once(&mut self.said, self.report, &format!("{table}: {note}"));
         }
+        if let Some(fault) = work.fault() {
+            return Err(fault);
+        }
         let content = self.content(table)?;
         self.finish(table, None, Some(content), None)
     }

@@ -1,12 +1,14 @@
 //! The `load_answers` stage: answers that other programs wrote, as candidates for judges.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{HashMap, HashSet};
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 use arrow::array::RecordBatch;
 use arrow::datatypes::SchemaRef;
 use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use serde::de::{self, MapAccess};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
 use super::formats;
@@ -15,7 +17,7 @@ use super::{
     BatchStage, Failure, Input, Known, Outcome, Record, Stage, StageContext, StageError, StageKind,
     TableName, join,
 };
-use ovchat_data::store::Key;
+use ovchat_data::store::{Key, schema_of_file};
 use ovchat_data::tables::{Answer, Prompt, Row, rows};
 use ovchat_io::files;
 
@@ -92,6 +94,33 @@ struct Written {
     text: String,
 }
 
+/// The entries of a JSON object of texts, repeated keys included.
+struct Entries(Vec<(String, String)>);
+
+impl<'de> Deserialize<'de> for Entries {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+
+        impl<'de> de::Visitor<'de> for Visitor {
+            type Value = Entries;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object of texts")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Entries, A::Error> {
+                let mut entries = Vec::new();
+                while let Some(entry) = map.next_entry()? {
+                    entries.push(entry);
+                }
+                Ok(Entries(entries))
+            }
+        }
+
+        deserializer.deserialize_map(Visitor)
+    }
+}
+
 /// The prompt that an answer names.
 #[derive(Debug, PartialEq)]
 enum Named {
@@ -133,6 +162,14 @@ impl BatchStage for Loading<'_> {
             prompts.extend(AnsweredPrompt::from_batch(batch)?);
         }
         let Matched { answers, others } = self.0.matched(self.0.written()?, &prompts)?;
+        let several = answers.iter().filter(|texts| texts.len() > 1).count();
+        if several > 0 {
+            (ctx.say)(&format!(
+                "{}: {several} prompts of table `{}` have several answers, which are candidates of one prompt",
+                self.0.from.display(),
+                self.0.prompts
+            ));
+        }
         if let Some(first) = others.first() {
             (ctx.say)(&format!(
                 "{}: {} of its answers name no prompt of table `{}`, first {first}",
@@ -188,6 +225,9 @@ impl LoadAnswers {
             return Ok(written);
         }
         let is_parquet = formats::is_not_json(&self.from);
+        if is_parquet {
+            self.check_types()?;
+        }
         let of_parquet = || {
             let [id, text] = [
                 self.id.as_deref().unwrap_or("id"),
@@ -230,17 +270,35 @@ impl LoadAnswers {
         Ok(written)
     }
 
+    /// Fails if the columns of a Parquet file are not an id and a text.
+    fn check_types(&self) -> Result<(), Failure> {
+        let schema = schema_of_file(&self.from)?;
+        for (name, usual) in [(&self.id, "id"), (&self.text, "text")] {
+            let name = name.as_deref().unwrap_or(usual);
+            let Some((_, field)) = schema.column_with_name(name) else {
+                continue;
+            };
+            let data_type = field.data_type();
+            let is_id = usual == "id" && data_type.is_integer();
+            if !data_type.is_string() && !is_id {
+                let problem = format!("column `{name}` is {data_type}, not text");
+                return Err(self.fails("schema", problem));
+            }
+        }
+        Ok(())
+    }
+
     /// Reads a file that is one JSON object of texts; `None` for any other.
     fn of_object(&self) -> Option<Vec<Written>> {
         if formats::is_not_json(&self.from) || self.id.is_some() || self.text.is_some() {
             return None;
         }
         let text = files::read_to_string(&self.from).ok()?;
-        let texts: BTreeMap<String, String> = serde_json::from_str(&text).ok()?;
+        let Entries(texts) = serde_json::from_str(&text).ok()?;
         // A single line of `{id, text}` is a record.
         if ["id", "text", "doc_id"]
             .iter()
-            .any(|name| texts.contains_key(*name))
+            .any(|name| texts.iter().any(|(key, _)| key == name))
         {
             return None;
         }
@@ -273,6 +331,26 @@ impl LoadAnswers {
         Ok((prompt, text))
     }
 
+    /// Fails if answers name prompts by numbers that cannot be trusted: a prompt that was not loaded
+    /// shifts all later ones, which is seen by the questions, or if all prompts have answers.
+    fn check_numbers(&self, written: &[Written], prompts: usize) -> Result<(), Failure> {
+        let numbers = written.iter().filter_map(|answer| match answer.prompt {
+            Named::Number(number, None) => Some(number),
+            _ => None,
+        });
+        let numbers: HashSet<usize> = numbers.collect();
+        if numbers.is_empty() || numbers.len() >= prompts {
+            return Ok(());
+        }
+        Err(Failure::Other(format!(
+            "{}: {} samples without `input` name prompts of table `{}` by number, and the table has {prompts}: a \
+             prompt that was not loaded would shift them; set `id` to a field such as `doc.question_id`",
+            self.from.display(),
+            numbers.len(),
+            self.prompts,
+        )))
+    }
+
     /// Matches the answers with the prompts.
     fn matched(
         &self,
@@ -296,6 +374,7 @@ impl LoadAnswers {
                 self.prompts
             )));
         }
+        self.check_numbers(&written, prompts.len())?;
         let mut matched = Matched {
             answers: vec![Vec::new(); prompts.len()],
             others: Vec::new(),
@@ -448,12 +527,16 @@ mod tests {
         );
         for (text, problem) in [
             (
-                "{\"doc_id\": 2, \"resps\": \"x\"}\n",
+                "{\"doc_id\": 2, \"resps\": \"x\", \"input\": \"Why?\"}\n",
                 "line 1: `doc_id` is 2, but table `prompts` has 2 prompts",
             ),
             (
                 "{\"doc_id\": 0, \"resps\": \"x\", \"input\": \"Else?\"}\n",
                 "the answer is to another question than prompt 0",
+            ),
+            (
+                "{\"doc_id\": 0, \"resps\": \"x\"}\n",
+                "1 samples without `input` name prompts of table `prompts` by number, and the table has 2",
             ),
             ("{\"id\": \"qa\"}\n", "line 1: missing field `text`"),
             ("{\"text\": \"x\"}\n", "line 1: missing field `id`"),

@@ -60,19 +60,59 @@ impl Stage for LoadResults {
     }
 }
 
-/// A line of the file.
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
+/// The columns of the file; the first three are required.
+const COLUMNS: [&str; 6] = ["benchmark", "model", "score", "family", "judge", "n"];
+
+/// Returns the problem of a header that lacks a required column, or has one twice.
+fn header_problem(header: &csv::StringRecord) -> Option<String> {
+    let count = |name: &str| header.iter().filter(|column| *column == name).count();
+    if let Some(missing) = COLUMNS[..3].iter().find(|name| count(name) == 0) {
+        let there: Vec<&str> = header.iter().collect();
+        return Some(format!(
+            "the column `{missing}` is missing; the file has {}",
+            there.join(", ")
+        ));
+    }
+    let twice = COLUMNS.iter().find(|name| count(name) > 1)?;
+    Some(format!("the column `{twice}` occurs twice"))
+}
+
+/// A line of the file; other columns are notes of its author.
+#[derive(Debug)]
 struct Line {
     benchmark: String,
-    #[serde(default)]
     family: Option<String>,
     model: String,
     score: f64,
-    #[serde(default)]
     judge: Option<String>,
-    #[serde(default)]
     n: Option<i64>,
+}
+
+impl Line {
+    fn of(header: &csv::StringRecord, record: &csv::StringRecord) -> Result<Self, String> {
+        let field = |name: &str| {
+            let place = header.iter().position(|column| column == name)?;
+            record.get(place).filter(|text| !text.is_empty())
+        };
+        let needed = |name: &str| {
+            let text = field(name).ok_or_else(|| format!("`{name}` is empty"))?;
+            Ok::<_, String>(text.to_owned())
+        };
+        let text = needed("score")?;
+        let score = text.parse().ok().filter(|score: &f64| score.is_finite());
+        let n = field("n").map(|text| {
+            let count = text.parse::<i64>();
+            count.map_err(|_| format!("`n` is `{text}`, not an integer"))
+        });
+        Ok(Self {
+            benchmark: needed("benchmark")?,
+            family: field("family").map(str::to_owned),
+            model: needed("model")?,
+            score: score.ok_or_else(|| format!("`score` is `{text}`, not a finite number"))?,
+            judge: field("judge").map(str::to_owned),
+            n: n.transpose()?,
+        })
+    }
 }
 
 impl ComputeStage for &LoadResults {
@@ -94,16 +134,32 @@ impl ComputeStage for &LoadResults {
         let mut reader = csv::ReaderBuilder::new()
             .trim(csv::Trim::All)
             .from_reader(text.as_bytes());
+        let header = reader
+            .headers()
+            .map_err(|error| fails(", line 1".to_owned(), error.to_string()))?;
+        let header = header.clone();
+        if let Some(problem) = header_problem(&header) {
+            return Err(fails(", line 1".to_owned(), problem));
+        }
         let mut lines: Vec<Line> = Vec::new();
-        for line in reader.deserialize() {
-            let line: Line = line.map_err(|error| {
+        for record in reader.records() {
+            let record = record.map_err(|error| {
                 let at = error.position().map(csv::Position::line);
                 let place = at.map_or_else(String::new, |line| format!(", line {line}"));
                 fails(place, without_position(&error))
             })?;
-            if !line.score.is_finite() {
-                let problem = format!("the score of `{}` is not a finite number", line.model);
-                return Err(fails(String::new(), problem));
+            let at = record.position().map_or(0, csv::Position::line);
+            let fails = |problem| fails(format!(", line {at}"), problem);
+            let line = Line::of(&header, &record).map_err(fails)?;
+            let is_same = |other: &Line| {
+                (&other.benchmark, &other.family, &other.model)
+                    == (&line.benchmark, &line.family, &line.model)
+            };
+            if lines.iter().any(is_same) {
+                return Err(fails(format!(
+                    "a second score of `{}` on {}; name them differently, such as by `family`",
+                    line.model, line.benchmark
+                )));
             }
             lines.push(line);
         }
@@ -138,7 +194,7 @@ impl LoadResults {
             .iter()
             .find(is_base)
             .filter(|_| line.model != self.base);
-        let family = line.family.clone().filter(|family| !family.is_empty());
+        let family = line.family.clone();
         let key = Key::new("published")
             .with(&line.benchmark)
             .with(&line.model);
@@ -152,8 +208,9 @@ impl LoadResults {
             category: None,
             score: Some(line.score),
             n: line.n,
+            items: None,
             failures: None,
-            judge: line.judge.clone().filter(|judge| !judge.is_empty()),
+            judge: line.judge.clone(),
             rules: None,
             base: base.map(|base| base.model.clone()),
             delta: base.map(|base| line.score - base.score),
@@ -244,12 +301,12 @@ mod tests {
             (
                 "benchmark,model,score\nB,m,x\n",
                 ", line 2",
-                "invalid float literal",
+                "`score` is `x`, not a finite number",
             ),
             (
                 "benchmark,model\nB,m\n",
-                ", line 2",
-                "missing field `score`",
+                ", line 1",
+                "the column `score` is missing; the file has benchmark, model",
             ),
             (
                 "benchmark,model,score\nB,m\n",
@@ -257,15 +314,15 @@ mod tests {
                 "2 fields, but the header has 3",
             ),
             (
-                "benchmark,model,score,note\nB,m,1,x\n",
-                ", line 2",
-                "unknown field `note`",
+                "benchmark,model,score,note\nB,m,1,x\nB,m,2,\n",
+                ", line 3",
+                "a second score of `m` on B",
             ),
             ("benchmark,model,score\n", "", "no results found"),
             (
                 "benchmark,model,score\nB,m,inf\n",
-                "",
-                "is not a finite number",
+                ", line 2",
+                "`score` is `inf`, not a finite number",
             ),
         ] {
             let told = loaded(text).unwrap_err().to_string();

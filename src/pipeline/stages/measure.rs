@@ -55,7 +55,8 @@ pub struct Measure {
     /// A kept column of the prompts; each of its values gets scores of its own. Default: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub by: Option<String>,
-    /// The judge, as reports show it. Default: the name of the model in this pipeline.
+    /// The judge, as reports show it. Default: the model that its endpoint serves, or the name of its
+    /// weights, or else its name in this pipeline.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub judge: Option<String>,
     /// The table of prompts. Default: found through `rewards`.
@@ -156,6 +157,9 @@ rows! {
 /// The verdicts on a model's answers, and the judges that gave them.
 struct ModelItems {
     items: HashMap<String, Item>,
+    /// The public name of the judge.
+    judge: Option<String>,
+    /// The names of the judges in this pipeline.
     judges: BTreeSet<String>,
 }
 
@@ -184,14 +188,15 @@ impl ComputeStage for &Measure {
             for (number, prompt) in benchmark.prompts.iter().enumerate() {
                 let kept = prompt.kept.iter().flat_map(|kept| &kept.0);
                 let value = kept.into_iter().find(|(name, _)| name == by);
-                let Some((_, value)) = value else {
-                    return Err(Failure::Other(format!(
-                        "prompt {} of table `{table}` has no kept column `{by}`; add it to `keep` of the \
-                         loading stage",
-                        prompt.prompt_id
-                    )));
-                };
-                found.entry(value.clone()).or_default().push(number);
+                // A prompt without a value is in no category.
+                if let Some((_, value)) = value {
+                    found.entry(value.clone()).or_default().push(number);
+                }
+            }
+            if found.is_empty() && !benchmark.prompts.is_empty() {
+                return Err(Failure::Other(format!(
+                    "no prompt of table `{table}` has a kept column `{by}`; add it to `keep` of the loading stage"
+                )));
             }
             groups.extend(
                 found
@@ -259,9 +264,11 @@ impl Measure {
             )));
         }
         if self.score == ScoreRule::Ratio
-            && let Some((id, _)) = found
-                .iter()
-                .find(|(_, items)| items.iter().any(|item| item.scores.is_none()))
+            && let Some((id, _)) = found.iter().find(|(_, items)| {
+                items
+                    .iter()
+                    .any(|item| item.scores.is_none() && !item.is_failure)
+            })
         {
             return Err(Failure::Other(format!(
                 "`score: ratio` needs two scores, but table `{table}` has none for prompt {id}; use a judge \
@@ -271,6 +278,7 @@ impl Measure {
         let items = found.into_iter().map(|(id, items)| (id, together(items)));
         Ok(ModelItems {
             items: items.collect(),
+            judge: tables.judges.get(table).cloned(),
             judges,
         })
     }
@@ -302,13 +310,17 @@ impl Measure {
         let judge = self
             .judge
             .clone()
+            .or_else(|| model.judge.clone())
             .or((!judges.is_empty()).then(|| judges.join("+")));
         let row = |(metric, score): (String, Option<f64>)| {
             let key = Key::new("result").with(&self.benchmark);
             let key = key
                 .with(self.family.as_deref().unwrap_or_default())
                 .with(name);
-            let key = key.with(&metric).with(group.unwrap_or_default());
+            let mut key = key.with(&metric).with(group.unwrap_or_default());
+            if group == Some("") {
+                key = key.with("no text");
+            }
             Measured {
                 row_key: key.finish(),
                 benchmark: self.benchmark.clone(),
@@ -318,6 +330,7 @@ impl Measure {
                 category: group.map(str::to_owned),
                 score,
                 n: Some(counted.len() as i64),
+                items: Some(numbers.len() as i64),
                 failures: Some((numbers.len() - readable) as i64),
                 judge: judge.clone(),
                 rules: Some(self.rules.name().to_owned()),
@@ -391,32 +404,38 @@ fn together(mut items: Vec<Item>) -> Item {
     }
 }
 
-/// Returns the cluster of each prompt: those about the same images, by their pixels, and videos.
+/// Returns the cluster of each prompt: those that share an image, by its pixels, or a video, also by way
+/// of others.
 fn clusters(tables: &WholeTables<'_>, prompts: &[MeasuredPrompt]) -> Result<Vec<usize>, Failure> {
     let wanted = prompts.iter().flat_map(|prompt| &prompt.image_ids).cloned();
     let marks = image_marks(tables, &wanted.collect())?;
-    let mut numbers: HashMap<Vec<String>, usize> = HashMap::new();
-    let cluster = |prompt: &MeasuredPrompt| {
+    // The prompts form trees, one for each cluster; `above` leads to the root.
+    let mut above: Vec<usize> = (0..prompts.len()).collect();
+    fn root(above: &mut [usize], mut at: usize) -> usize {
+        while above[at] != at {
+            above[at] = above[above[at]];
+            at = above[at];
+        }
+        at
+    }
+    let mut seen: HashMap<String, usize> = HashMap::new();
+    for (number, prompt) in prompts.iter().enumerate() {
         let images = prompt.image_ids.iter();
         let pixels = images.map(|id| {
             marks
                 .get(id)
                 .map_or_else(|| id.clone(), |marks| marks.pixels.clone())
         });
-        let videos = prompt
-            .videos
-            .iter()
-            .flatten()
-            .map(|video| video.video_id.clone());
-        let mut shown: Vec<String> = pixels.chain(videos).collect();
-        shown.sort();
-        if shown.is_empty() {
-            shown.push(prompt.prompt_id.clone());
+        let videos = prompt.videos.iter().flatten();
+        for shown in pixels.chain(videos.map(|video| video.video_id.clone())) {
+            let first = *seen.entry(shown).or_insert(number);
+            let [one, other] = [first, number].map(|at| root(&mut above, at));
+            above[other.max(one)] = other.min(one);
         }
-        let next = numbers.len();
-        *numbers.entry(shown).or_insert(next)
-    };
-    Ok(prompts.iter().map(cluster).collect())
+    }
+    Ok((0..prompts.len())
+        .map(|number| root(&mut above, number))
+        .collect())
 }
 
 #[cfg(test)]
@@ -519,11 +538,42 @@ mod tests {
     }
 
     #[test]
+    fn items_that_share_an_image_by_way_of_others_are_one_cluster() {
+        let mut pipeline = pipeline();
+        let [one, two, three] =
+            [1, 2, 3].map(|n| pipeline.image(format!("P6 1 1 255 xy{n}").as_bytes()));
+        let about = |id: &str, images: &[&String]| Prompt {
+            image_ids: images.iter().map(|&image| image.clone()).collect(),
+            ..prompt(id, "Why?")
+        };
+        let prompts = [
+            about("a", &[&one]),
+            about("b", &[&three]),
+            about("c", &[&two, &one]),
+            about("d", &[]),
+            about("e", &[&three, &two]),
+            about("f", &[]),
+        ];
+        pipeline.table("prompts", &prompts);
+        let verdicts: Vec<Reward> = ["a", "b", "c", "d", "e", "f"]
+            .map(|id| verdict(id, 1.0, 2.0))
+            .into();
+        pipeline.table("base", &verdicts);
+        pipeline.table("chat", &verdicts);
+        let settings = json!({"benchmark": "B", "prompts": "prompts", "score": "ratio",
+            "rewards": {"base": "base", "chat": "chat"}});
+        let rows = pipeline.compute(&stage::<Measure>(settings)).unwrap();
+        let rows = Measured::from_batch(&rows).unwrap();
+        let chat = of(&rows, "chat", "score", None);
+        assert_eq!((chat.pairs, chat.clusters), (Some(6), Some(3)));
+    }
+
+    #[test]
     fn tables_that_do_not_fit_the_benchmark_are_refused() {
         let told = measured(json!({"score": "mean", "by": "level"}))
             .unwrap_err()
             .to_string();
-        assert!(told.contains("has no kept column `level`"), "{told}");
+        assert!(told.contains("has a kept column `level`"), "{told}");
         let mut pipeline = pipeline();
         pipeline.table("chat", &[reward("a", 0, 1.0), reward("x", 0, 1.0)]);
         let settings = |score: &str| {

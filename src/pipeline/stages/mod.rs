@@ -137,6 +137,14 @@ pub enum StageSpec {
 }
 
 impl StageSpec {
+    /// True for a stage that loads a file, and reads no table.
+    pub fn is_source(&self) -> bool {
+        matches!(
+            self,
+            Self::LoadPrompts(_) | Self::LoadFeedback(_) | Self::LoadResults(_)
+        )
+    }
+
     /// Returns the number of frames of a video, if the stage loads a file that names videos.
     pub fn video_frames(&self) -> Option<usize> {
         match self {

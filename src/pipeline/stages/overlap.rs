@@ -315,6 +315,9 @@ fn add(
     entry.count += 1;
 }
 
+/// The largest number of benchmark prompts that share a run of words which is compared.
+const COMMON_MAX: usize = 10;
+
 /// The runs of words in the questions of a benchmark.
 struct Runs {
     length: usize,
@@ -336,6 +339,8 @@ impl Runs {
                 }
             }
         }
+        // A run that many prompts of the benchmark have is an instruction about the form of the answer.
+        prompts.retain(|_, numbers| numbers.len() <= COMMON_MAX);
         Self { length, prompts }
     }
 
@@ -357,13 +362,29 @@ impl Runs {
     }
 }
 
-/// Returns the words of a text in lower case, without punctuation.
+/// Returns the words of a text in lower case, without punctuation. In scripts without spaces between
+/// words, each character is one.
 fn words(text: &str) -> Vec<String> {
-    let words = text.split(|c: char| !c.is_alphanumeric());
+    let mut words = Vec::new();
+    for word in text.split(|c: char| !c.is_alphanumeric()) {
+        let mut rest = word;
+        while let Some(at) = rest.find(is_written_without_spaces) {
+            let character = rest[at..].chars().next().expect("one was found");
+            let (before, behind) = (&rest[..at], &rest[at + character.len_utf8()..]);
+            words.extend([before.to_lowercase(), character.to_string()]);
+            rest = behind;
+        }
+        words.push(rest.to_lowercase());
+    }
+    words.retain(|word| !word.is_empty());
     words
-        .filter(|word| !word.is_empty())
-        .map(str::to_lowercase)
-        .collect()
+}
+
+/// True for characters of Chinese, Japanese, Thai, Lao, Khmer and Burmese.
+fn is_written_without_spaces(character: char) -> bool {
+    matches!(character, '\u{0e00}'..='\u{0eff}' | '\u{1000}'..='\u{109f}' | '\u{1780}'..='\u{17ff}'
+        | '\u{3040}'..='\u{30ff}' | '\u{3400}'..='\u{4dbf}' | '\u{4e00}'..='\u{9fff}'
+        | '\u{f900}'..='\u{faff}' | '\u{20000}'..='\u{3ffff}')
 }
 
 fn hash(run: &[String]) -> u64 {

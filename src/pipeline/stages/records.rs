@@ -110,7 +110,8 @@ fn fields(record: &Value, embedded: usize) -> Result<Fields, String> {
     let question = question.ok_or_else(|| {
         let names: Vec<&str> = object.keys().map(String::as_str).collect();
         format!(
-            "missing field `prompt`; the record has the fields {}",
+            "missing field `prompt`; the record has the fields {}; name the column of the question as \
+             `columns: {{ question: … }}`",
             names.join(", ")
         )
     })?;
@@ -841,7 +842,8 @@ mod tests {
         let reason = |record| fields(&record).err().unwrap();
         assert_eq!(
             reason(json!({"id": "a", "promt": "x"})),
-            "missing field `prompt`; the record has the fields id, promt"
+            "missing field `prompt`; the record has the fields id, promt; name the column of the \
+             question as `columns: { question: … }`"
         );
         assert_eq!(
             reason(json!({"prompt": "x", "image": 3})),

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use super::allowed_folders::AllowedFolders;
 use super::fields::Fields;
 use super::formats;
-use super::names::{FieldName, Names};
+use super::names::{FieldName, NamedColumns, Names};
 use super::opener::{CheckedImages, Flaw, IMAGE_MAX, Opened, OpenedVideos, Opener, video_file};
 use super::records::{named_paths, read_fields};
 use super::shown::Shown;
@@ -309,6 +309,7 @@ struct Loader<'a, R> {
     /// The number of occurrences of each prompt so far.
     seen: HashMap<String, u32>,
     unread: Unread,
+    named: NamedColumns,
     outside: Outside,
     checked: CheckedImages,
     /// The programs that decode videos; found when the first video is loaded.
@@ -325,6 +326,7 @@ impl<'a, R: Loadable> Loader<'a, R> {
             captions: None,
             seen: HashMap::new(),
             unread: Unread::default(),
+            named: NamedColumns::default(),
             outside: Outside::default(),
             checked: CheckedImages::default(),
             ffmpeg: OnceLock::new(),
@@ -501,8 +503,22 @@ impl<R: Loadable> LoadStage for Loader<'_, R> {
         for record in records {
             if let Ok(fields) = &record.fields {
                 self.unread.count(fields);
+                self.named.count(fields, &record.kept);
             }
         }
+    }
+
+    fn fault(&self) -> Option<Failure> {
+        let from = self.files.first()?;
+        // A Parquet file has a schema, which was checked before.
+        if formats::is_not_json(from) {
+            return None;
+        }
+        Some(Failure::Input {
+            path: self.source.from.clone(),
+            place: String::new(),
+            problem: self.named.missing(&self.source.names())?,
+        })
     }
 
     fn notes(&self) -> Vec<String> {

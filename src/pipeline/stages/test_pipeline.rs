@@ -304,6 +304,7 @@ impl TestPipeline {
             panic!("not a stage that computes from whole tables")
         };
         work.compute(&WholeTables {
+            judges: std::collections::HashMap::new(),
             files: self.files.clone(),
             images,
             stopping: &|| self.is_interrupted,

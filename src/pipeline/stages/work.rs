@@ -362,6 +362,10 @@ pub trait LoadStage {
     /// allowed folders.
     fn notes(&self) -> Vec<String>;
 
+    /// Returns the reason why the table cannot be used, once all records were validated: a named column
+    /// that none of them has.
+    fn fault(&self) -> Option<Failure>;
+
     /// Restores the loader's state from rows that were loaded before the run was interrupted.
     fn resume(&mut self, rows: &RecordBatch) -> Result<(), Failure>;
 
@@ -384,6 +388,8 @@ pub struct WholeTables<'a> {
     pub files: HashMap<TableName, Vec<PathBuf>>,
     /// The files of the table `images`.
     pub images: Vec<PathBuf>,
+    /// The public names of the judges of input tables of rewards.
+    pub judges: HashMap<TableName, String>,
     /// Returns true once the run has been interrupted.
     pub stopping: &'a dyn Fn() -> bool,
 }

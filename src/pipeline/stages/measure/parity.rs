@@ -182,13 +182,19 @@ fn in_words(recording: &Recording, rows: &str) -> String {
          Written by `make benchmark-parity` (`tests/parity/benchmarks.py`, seed {}).\n\n\
          The replies of judges are made up: usual ones, and what models write instead. lmms-eval's own parsers \
          and aggregations, from `{}`, read them; the pipeline files in `pipelines/benchmarks` read the same \
-         replies. Every verdict is equal, and every metric within 1e-9.\n\n\
+         replies. Of these replies, every verdict is equal, and every metric within 1e-9.\n\n\
          | benchmark | replies | metric | lmms-eval | ovchat |\n|---|---|---|---|---|\n{rows}\n\
-         ## Where lmms-eval is at fault\n\n| case | lmms-eval | ovchat |\n|---|---|---|\n",
+         ## Where lmms-eval is at fault\n\nThe column of lmms-eval is what its functions returned; that of ovchat says \
+         which rule applies.\n\n| case | lmms-eval | ovchat |\n|---|---|---|\n",
         recording.seed, recording.lmms_eval
     );
     for (fault, ours) in recording.faults.iter().zip(OURS) {
         let _ = writeln!(page, "| {} | {} | {ours} |", fault.case, fault.lmms_eval);
     }
+    page.push_str(
+        "\nThe judge call of LLaVA-Wilder fails in lmms-eval 0.7.3: it passes the encoded image where the path of a \
+         file is expected. Every item then counts as −1 for both answers, and the score is 100.0 (read in its \
+         code). Its parser and its aggregation are compared above all the same.\n",
+    );
     page
 }

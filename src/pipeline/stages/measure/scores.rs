@@ -94,11 +94,13 @@ pub const SCORE: &str = "score";
 impl Scoring {
     /// Returns the items that count.
     pub fn counted<'i>(&self, items: impl Iterator<Item = &'i Item>) -> Vec<&'i Item> {
+        // A substitute without scores cannot be part of a ratio.
+        let fits = |item: &&Item| self.rule != ScoreRule::Ratio || item.scores.is_some();
         let counts = |item: &&Item| match self.rules {
             Rules::LmmsEval => item.value.is_finite(),
             Rules::Strict => item.is_readable(),
         };
-        items.filter(counts).collect()
+        items.filter(counts).filter(fits).collect()
     }
 
     /// Returns the metrics of some items, the benchmark's own figure first; none of an empty list.
