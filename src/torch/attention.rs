@@ -66,33 +66,6 @@ fn grouped_attention(q: &Tensor, seen: &KeyValue, mask: Option<&Tensor>, causal:
         .flatten(0, 1)
 }
 
-/// Attention of one token of each continuation (`q`: `[heads, rows, head_dim]`), which sees the
-/// prompt and its own row of `own`. One softmax covers the scores of both, concatenated; one matrix
-/// product per key-value head reads the prompt for all rows and heads that share it.
-pub fn attend_one(q: &Tensor, own: &KeyValue, shared: &KeyValue) -> Tensor {
-    let kv_heads = shared.k.size()[0];
-    let [_, rows, head_dim] = q.size()[..] else {
-        panic!("queries are [heads, rows, head_dim]")
-    };
-    let q = (q * (head_dim as f64).powf(-0.5)).unflatten(0, [kv_heads, -1]); // [kv_heads, group, rows, head_dim]
-    let by_row = |xs: &Tensor| xs.transpose(1, 2); // swaps group and rows
-    let prompt = shared.k.size()[1];
-    let own_tokens = own.k.size()[2];
-
-    let on_prompt = q.flatten(1, 2).bmm(&shared.k.transpose(1, 2)); // [kv_heads, group * rows, prompt]
-    let on_own = by_row(&by_row(&q).matmul(&own.k.transpose(2, 3))).flatten(1, 2); // [kv_heads, group * rows, own]
-    let weights = Tensor::cat(&[on_prompt, on_own], -1)
-        .softmax(-1, Kind::Float)
-        .to_kind(q.kind());
-
-    let from_prompt = weights.narrow(-1, 0, prompt).bmm(&shared.v); // [kv_heads, group * rows, head_dim]
-    let own_weights = weights
-        .narrow(-1, prompt, own_tokens)
-        .unflatten(1, [-1, rows]);
-    let from_own = by_row(&by_row(&own_weights).matmul(&own.v)); // [kv_heads, group, rows, head_dim]
-    (from_prompt.unflatten(1, [-1, rows]) + from_own).flatten(0, 1)
-}
-
 /// The additive attention mask of continuations of these `lengths` after a prompt,
 /// `[tokens of all, prompt + tokens of all]`: 0 for the prompt and for earlier tokens of the same
 /// continuation, minus infinity elsewhere.

@@ -6,8 +6,9 @@
 //! [`Decoder::read`] processes prompts packed with whole continuations that do not see each other,
 //! and supports gradients (training). [`Decoder::prefill`] processes prompts once and returns the
 //! keys and values of each, a [`PrefixKv`]. [`Decoder::branch`] processes whole continuations of
-//! these (scoring). [`Decoder::step`] processes the next token of each continuation and appends it
-//! to [`SuffixKv`] (sampling). All continuations of a prefix share it; it is never copied.
+//! these (scoring). [`Decoder::step`] processes the next token of each continuation (sampling); the
+//! keys and values of prompts and continuations are in one [`KvPool`] then, and all rows attend to
+//! them in a constant number of operators. All continuations of a prompt share its keys and values.
 //!
 //! [`Decoder::read_on`] is a `prefill` of prompts that begin with a cached prefix.
 //!
@@ -19,7 +20,9 @@
 
 mod layer;
 mod packing;
+mod pool;
 mod sizes;
+mod step;
 
 use std::rc::Rc;
 
@@ -28,9 +31,11 @@ use tch::{Device, Kind, Tensor};
 use self::layer::DecoderLayer;
 pub use self::packing::PackedSequence;
 use self::packing::{PackedBatch, joined, runs};
+pub use self::pool::{KvPool, Places};
 pub use self::sizes::DecoderSizes;
+pub use self::step::{Branches, StepRows};
 use super::attention::{
-    KeyValue, attend_behind, attend_causally, attend_masked, attend_one, attend_to_all, branch_mask,
+    KeyValue, attend_behind, attend_causally, attend_masked, attend_to_all, branch_mask,
 };
 use super::layer_stack::{Layer, LayerStack, SavedActivations};
 use super::layers::{Path, RmsNorm, Rotary, RotaryCosSin};
@@ -43,6 +48,7 @@ pub struct Decoder {
     layers: Vec<DecoderLayer>,
     norm: RmsNorm,
     rotary: Rotary,
+    sizes: DecoderSizes,
 }
 
 /// The hidden states that a pass returns. The last layer computes keys and values of every token,
@@ -77,79 +83,6 @@ impl PrefixKv {
     pub fn tokens(&self) -> i64 {
         self.tokens
     }
-
-    /// Copies the keys and values into contiguous memory of their own, head by head, for a prefix
-    /// that is kept: as computed, they are views into tensors shared with other prompts and
-    /// intermediate results.
-    #[must_use]
-    pub fn compact(self) -> Self {
-        let all = |xs: &dyn Fn(&KeyValue) -> Tensor| {
-            let layers: Vec<Tensor> = self.layers.iter().map(xs).collect();
-            Tensor::stack(&layers, 0).contiguous().unbind(0)
-        };
-        let keys = all(&|own| own.k.shallow_clone());
-        let values = all(&|own| own.v.shallow_clone());
-        let layers = keys.into_iter().zip(values);
-        Self {
-            layers: layers.map(|(k, v)| KeyValue { k, v }).collect(),
-            tokens: self.tokens,
-        }
-    }
-}
-
-/// The KV cache of continuations that grow by one token at a time.
-#[derive(Debug)]
-pub struct SuffixKv {
-    layers: Vec<KeyValue>, // [kv_heads, rows, capacity, head_dim]
-    tokens: i64,
-}
-
-/// The initial capacity in tokens; it doubles when full.
-const CAPACITY: i64 = 16;
-
-impl SuffixKv {
-    /// An empty cache without rows.
-    pub fn new() -> Self {
-        let layers = Vec::new();
-        Self { layers, tokens: 0 }
-    }
-
-    /// Appends the keys and values of one more token (`[kv_heads, rows, 1, head_dim]`) to those of
-    /// a layer, and returns them all, `[kv_heads, rows, tokens, head_dim]`.
-    fn append(&mut self, layer: usize, new: &KeyValue) -> KeyValue {
-        let with_room = |xs: &Tensor, room: i64| {
-            let mut size = xs.size();
-            size[2] = room;
-            Tensor::cat(&[xs, &Tensor::empty(size, (xs.kind(), xs.device()))], 2)
-        };
-        if layer == self.layers.len() {
-            let [k, v] = [&new.k, &new.v].map(|xs| with_room(xs, CAPACITY - 1));
-            self.layers.push(KeyValue { k, v });
-        }
-        let own = &mut self.layers[layer];
-        let capacity = own.k.size()[2];
-        if self.tokens == capacity {
-            *own = KeyValue {
-                k: with_room(&own.k, capacity),
-                v: with_room(&own.v, capacity),
-            };
-        }
-        let place = |xs: &Tensor, new: &Tensor| xs.narrow(2, self.tokens, 1).copy_(new);
-        place(&own.k, &new.k);
-        place(&own.v, &new.v);
-        KeyValue {
-            k: own.k.narrow(2, 0, self.tokens + 1),
-            v: own.v.narrow(2, 0, self.tokens + 1),
-        }
-    }
-
-    /// Keeps only these rows (`[kept]`, int64).
-    pub fn keep(&mut self, rows: &Tensor) {
-        for layer in &mut self.layers {
-            layer.k = layer.k.index_select(1, rows);
-            layer.v = layer.v.index_select(1, rows);
-        }
-    }
 }
 
 /// Whole continuations of one prompt.
@@ -158,21 +91,6 @@ pub struct Texts<'a> {
     pub prefix: &'a PrefixKv,
     /// The number of tokens of each continuation.
     pub lengths: Vec<i64>,
-}
-
-/// The growing continuations of one prompt.
-#[derive(Debug)]
-pub struct Branches<'a> {
-    pub prefix: &'a PrefixKv,
-    pub rows: &'a mut SuffixKv,
-    /// The number of continuations.
-    pub count: i64,
-}
-
-impl Default for SuffixKv {
-    fn default() -> Self {
-        Self::new()
-    }
 }
 
 impl Decoder {
@@ -189,6 +107,7 @@ impl Decoder {
                 .collect::<Result<_, _>>()?,
             norm: RmsNorm::new(&(path / "norm"), config.hidden_size, config.rms_norm_eps)?,
             rotary: Rotary::new(config.head_dim, config.rope_theta, device),
+            sizes: config.clone(),
         })
     }
 
@@ -289,8 +208,8 @@ impl Decoder {
     }
 
     /// Processes prompts that begin with cached prefixes. Each is given by its prefix and the
-    /// number of its remaining tokens, whose embeddings are concatenated in `embeds`. Returns what
-    /// [`Decoder::prefill`] would for the whole prompts.
+    /// number of its remaining tokens, whose embeddings are concatenated in `embeds`. Returns the wanted
+    /// hidden states, and the keys and values of the remaining tokens.
     pub fn read_on(
         &self,
         embeds: &Tensor,
@@ -309,7 +228,7 @@ impl Decoder {
         for (prefix, length) in prompts {
             prefixes.push(PrefixKv {
                 layers: Vec::with_capacity(self.layers.len()),
-                tokens: prefix.tokens + length,
+                tokens: *length,
             });
             let mask = branch_mask(&[*length], prefix.tokens);
             masks.push(mask.to_device(embeds.device()).to_kind(embeds.kind()));
@@ -319,7 +238,8 @@ impl Decoder {
                 let mut mixed = Vec::with_capacity(runs.len());
                 for (prompt, &(start, length)) in runs.iter().enumerate() {
                     let prefix = &prompts[prompt].0.layers[layer];
-                    let seen = prefix.followed_by(&own.of_tokens(start, length));
+                    let own = own.of_tokens(start, length);
+                    let seen = prefix.followed_by(&own);
                     match queries {
                         Queries::All(q) => {
                             let q = q.narrow(1, start, length);
@@ -330,7 +250,7 @@ impl Decoder {
                         }
                         Queries::Nothing => {}
                     }
-                    prefixes[prompt].layers.push(seen);
+                    prefixes[prompt].layers.push(own);
                 }
                 joined(mixed)
             });
@@ -432,43 +352,28 @@ impl Decoder {
         self.norm.forward(&xs)
     }
 
-    /// Decodes the next token of each continuation of each prompt (`[rows of all, hidden]`).
+    /// An empty pool for the keys and values of this decoder.
+    pub fn pool(&self) -> KvPool {
+        KvPool::new(&self.sizes, self.embed_tokens.kind(), self.device())
+    }
+
+    /// The rows of a step: one token of each continuation of each prompt.
+    pub fn rows(&self, prompts: &[Branches<'_>]) -> StepRows {
+        let group = self.sizes.num_attention_heads / self.sizes.num_key_value_heads;
+        StepRows::new(prompts, group, self.device())
+    }
+
+    /// Decodes the next token of each continuation (`[rows, hidden]`) and adds it to the pool.
     /// Returns the hidden states after the final norm. The weights are read once for all rows, each
-    /// prefix once for the rows that share it. For inference.
-    pub fn step(&self, embeds: &Tensor, prompts: &mut [Branches<'_>]) -> Tensor {
-        let positions: Vec<i64> = prompts
-            .iter()
-            .flat_map(|prompt| {
-                let position = prompt.prefix.tokens + prompt.rows.tokens;
-                std::iter::repeat_n(position, prompt.count as usize)
-            })
-            .collect();
-        assert_eq!(embeds.size()[0], positions.len() as i64);
-        let positions = Tensor::from_slice(&positions).to_device(embeds.device());
-        let angles = self.rotary.angles(&positions, embeds.kind());
+    /// prompt once for the rows that share it. For inference.
+    pub fn step(&self, embeds: &Tensor, pool: &KvPool, rows: &StepRows) -> Tensor {
+        assert_eq!(embeds.size()[0], rows.count());
+        let angles = self.rotary.angles(&rows.positions, embeds.kind());
         let mut xs = embeds.shallow_clone();
         for (index, layer) in self.layers.iter().enumerate() {
             let normed = layer.input_layernorm.forward(&xs);
             let new = layer.self_attn.keys_values(&normed, &angles);
-            xs = layer.forward(&xs, &normed, &angles, |q| {
-                let mut first = 0;
-                let mut mixed = Vec::with_capacity(prompts.len());
-                for prompt in prompts.iter_mut() {
-                    let of_prompt = |xs: &Tensor| xs.narrow(1, first, prompt.count);
-                    let [k, v] = [&new.k, &new.v].map(|xs| of_prompt(xs).unsqueeze(2)); // [kv_heads, rows, 1, head_dim]
-                    let own = prompt.rows.append(index, &KeyValue { k, v });
-                    mixed.push(attend_one(
-                        &of_prompt(q),
-                        &own,
-                        &prompt.prefix.layers[index],
-                    ));
-                    first += prompt.count;
-                }
-                Tensor::cat(&mixed, 1)
-            });
-        }
-        for prompt in prompts {
-            prompt.rows.tokens += 1;
+            xs = layer.forward(&xs, &normed, &angles, |q| rows.attend(pool, index, q, &new));
         }
         self.norm.forward(&xs)
     }

@@ -231,13 +231,16 @@ impl Session<'_> {
                 Err(fault) => faults.push((waiting.index, Err(fault))),
             }
         }
-        let read = self
-            .prefixes
-            .read(network, &seen, next.or(self.waiting.front()))?;
+        let read = self.prefixes.read(
+            network,
+            &mut self.batch.pool,
+            &seen,
+            next.or(self.waiting.front()),
+        )?;
         self.telemetry.shared_tokens += read.shared_tokens as u64;
-        for ((waiting, _), (prefix, logits)) in seen.iter().zip(read.prompts) {
+        for ((waiting, _), (places, logits)) in seen.iter().zip(read.prompts) {
             self.telemetry.prompt_tokens += waiting.text.ids.len() as u64;
-            let growing = Growing::new((*waiting).clone(), prefix);
+            let growing = Growing::new((*waiting).clone(), places, &mut self.batch.pool);
             self.batch.enter(growing, &logits);
         }
         outcomes.append(&mut faults);
@@ -278,7 +281,7 @@ impl Session<'_> {
         entering: Vec<PendingPrompt>,
         outcomes: &mut Vec<Outcome>,
     ) {
-        let growing = self.batch.abandon();
+        let growing = self.batch.abandon(self.network.decoder().pool());
         self.prefixes = PrefixCache::default();
         for waiting in &growing {
             self.images.again(&waiting.shown);
@@ -374,12 +377,10 @@ impl Policy for NetworkPolicy {
                 how,
                 stops,
                 budget: self.budget,
-                batch: Batch::new(Chooser::new(
-                    how,
-                    vocab,
-                    &self.banned,
-                    self.network.device(),
-                )),
+                batch: Batch::new(
+                    Chooser::new(how, vocab, &self.banned, self.network.device()),
+                    self.network.decoder().pool(),
+                ),
                 telemetry: ModelTelemetry {
                     prompts: waiting.len() as u64,
                     ..ModelTelemetry::default()

@@ -138,6 +138,15 @@ impl<'a, Part: std::fmt::Display> Div<Part> for Path<'a> {
     }
 }
 
+/// Converts a tensor, without calling an operator if it has the dtype already.
+pub fn cast(xs: &Tensor, kind: Kind) -> Tensor {
+    if xs.kind() == kind {
+        xs.shallow_clone()
+    } else {
+        xs.to_kind(kind)
+    }
+}
+
 /// The presence of a bias in a linear layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Bias {
@@ -169,8 +178,8 @@ impl Linear {
 
     /// Maps `[.., in]` to `[.., out]`.
     pub fn forward(&self, xs: &Tensor) -> Tensor {
-        let bias = self.bias.as_ref().map(|bias| bias.to_kind(xs.kind()));
-        let ys = xs.linear(&self.weight.to_kind(xs.kind()), bias);
+        let bias = self.bias.as_ref().map(|bias| cast(bias, xs.kind()));
+        let ys = xs.linear(&cast(&self.weight, xs.kind()), bias);
         match &self.adapter {
             Some(adapter) => ys + adapter.forward(xs),
             None => ys,
@@ -216,12 +225,12 @@ impl RmsNorm {
     /// Computes the norm in float32 and the product with the weight in the dtype of `xs`.
     /// Libtorch's fused kernel multiplies before it rounds, which differs in bfloat16.
     pub fn forward(&self, xs: &Tensor) -> Tensor {
-        let wide = xs.to_kind(Kind::Float);
+        let wide = cast(xs, Kind::Float);
         let variance = wide
             .square()
             .mean_dim([-1i64].as_slice(), true, Kind::Float);
         let normed = wide * (variance + self.eps).rsqrt();
-        self.weight.to_kind(xs.kind()) * normed.to_kind(xs.kind())
+        cast(&self.weight, xs.kind()) * cast(&normed, xs.kind())
     }
 }
 

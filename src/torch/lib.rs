@@ -14,6 +14,8 @@ pub mod error;
 pub mod checkpoint;
 pub mod weights;
 
+pub mod shim;
+
 pub mod attention;
 pub mod layer_stack;
 pub mod layers;

@@ -430,12 +430,16 @@ fn bar(bars: &mut String, result: &Scored, color: &str, [x, floor, scale]: [f64;
     if let (Some([low, high]), Some(delta)) = (result.interval, result.delta) {
         let [from, to] = [low, high].map(|end| floor - (score + end - delta) * scale);
         above = above.min(to);
-        let _ = write!(
-            bars,
-            "<path d=\"M{middle:.1} {from:.1}V{to:.1}M{:.1} {from:.1}h10M{:.1} {to:.1}h10\" stroke=\"#3c4048\" fill=\"none\"/>",
-            middle - 5.0,
-            middle - 5.0
-        );
+        let left = middle - 5.0;
+        let path =
+            format!("M{middle:.1} {from:.1}V{to:.1}M{left:.1} {from:.1}h10M{left:.1} {to:.1}h10");
+        // A light rim sets the error bar off from a dark bar.
+        for (color, width) in [("#ffffff", 3), ("#3c4048", 1)] {
+            let _ = write!(
+                bars,
+                "<path d=\"{path}\" stroke=\"{color}\" stroke-width=\"{width}\" fill=\"none\"/>"
+            );
+        }
     }
     let shown = result.score.map_or_else(|| "–".to_owned(), number);
     let _ = write!(
@@ -451,7 +455,8 @@ fn bar(bars: &mut String, result: &Scored, color: &str, [x, floor, scale]: [f64;
             gain(delta, score)
         );
     }
-    let items = result.counted().map(|counted| format!("n {counted}"));
+    let items = result.counted();
+    let items = items.map(|counted| format!("n {}", counted.replace(" of ", "/")));
     let failures = result.failures.filter(|failures| *failures > 0.0);
     let failures = failures.map(|failures| format!("{failures} failed"));
     let below = [items, failures].into_iter().flatten();
@@ -522,7 +527,7 @@ mod tests {
         ] {
             assert!(svg.contains(part), "{part}: {svg}");
         }
-        assert_eq!(svg.matches("stroke=\"#3c4048\" fill=\"none\"").count(), 1);
+        assert_eq!(svg.matches("stroke=\"#3c4048\" stroke-width").count(), 1);
         assert!(
             svg.contains("GPT-4V &lt;b&gt;") && !svg.contains("<b>"),
             "{svg}"

@@ -1,8 +1,10 @@
 //! A batch of answers that are decoded together, one token at a time.
 
-use tch::{Device, Tensor};
+use std::rc::Rc;
 
-use super::super::decoder::{Branches, PrefixKv, SuffixKv};
+use tch::Tensor;
+
+use super::super::decoder::{Branches, KvPool, Places};
 use super::super::device;
 use super::super::dpo::token_logps;
 use super::super::sampling::{Chooser, uniform};
@@ -50,19 +52,34 @@ pub struct Growing {
     pub drafts: Vec<PartialAnswer>,
     /// The indices of the drafts that have not ended, in order.
     live: Vec<usize>,
-    prefix: PrefixKv,
-    continuations: SuffixKv,
+    /// The places of the prompt in the pool: what it shares with others, and the rest.
+    prompt: Vec<Rc<Places>>,
+    /// The places of each draft.
+    own: Vec<Places>,
 }
 
 impl Growing {
-    /// A prompt after its prefill.
-    pub fn new(waiting: PendingPrompt, prefix: PrefixKv) -> Self {
+    /// A prompt after its prefill, whose answers get places in the pool.
+    pub fn new(waiting: PendingPrompt, prompt: Vec<Rc<Places>>, pool: &mut KvPool) -> Self {
+        let tokens = waiting.tokens_max as i64;
         Self {
             drafts: vec![PartialAnswer::default(); waiting.drafts],
             live: (0..waiting.drafts).collect(),
+            own: (0..waiting.drafts).map(|_| pool.reserve(tokens)).collect(),
             waiting,
-            prefix,
-            continuations: SuffixKv::new(),
+            prompt,
+        }
+    }
+
+    /// The rows of the next step: the last token of each live draft, which the pool does not have yet.
+    fn branches(&self) -> Branches<'_> {
+        let row = |&draft: &usize| {
+            let tokens = self.drafts[draft].token_ids.len() as i64;
+            (&self.own[draft], tokens - 1)
+        };
+        Branches {
+            prompt: self.prompt.iter().map(|places| &**places).collect(),
+            rows: self.live.iter().map(row).collect(),
         }
     }
 
@@ -91,15 +108,9 @@ impl Growing {
     }
 
     /// Keeps only the live drafts at these positions.
-    fn keep(&mut self, places: &[i64], device: Device) {
-        if places.len() < self.live.len() {
-            let kept = Tensor::from_slice(places).to_device(device);
-            self.continuations.keep(&kept);
-            self.live = places
-                .iter()
-                .map(|&place| self.live[place as usize])
-                .collect();
-        }
+    fn keep(&mut self, places: &[i64]) {
+        let kept = places.iter().map(|&place| self.live[place as usize]);
+        self.live = kept.collect();
     }
 }
 
@@ -107,15 +118,18 @@ impl Growing {
 /// order.
 pub struct Batch<'a> {
     pub prompts: Vec<Growing>,
+    pub pool: KvPool,
     chooser: Chooser<'a>,
     /// The logits of the next token of each row, `[rows, vocab]`, float32; in pieces.
     logits: Vec<Tensor>,
 }
 
 impl<'a> Batch<'a> {
-    pub fn new(chooser: Chooser<'a>) -> Self {
+    /// An empty batch with an empty pool.
+    pub fn new(chooser: Chooser<'a>, pool: KvPool) -> Self {
         Self {
             prompts: Vec::new(),
+            pool,
             chooser,
             logits: Vec::new(),
         }
@@ -142,8 +156,9 @@ impl<'a> Batch<'a> {
         self.prompts.push(prompt);
     }
 
-    /// Empties the batch, discards its partial answers, and returns the prompts.
-    pub fn abandon(&mut self) -> Vec<PendingPrompt> {
+    /// Empties the batch, discards its partial answers and its pool, and returns the prompts.
+    pub fn abandon(&mut self, pool: KvPool) -> Vec<PendingPrompt> {
+        self.pool = pool;
         self.logits.clear();
         self.chooser.clear();
         self.prompts
@@ -186,7 +201,7 @@ impl<'a> Batch<'a> {
             }
             let going_on = prompt.grow(&tokens[rows.clone()], &logps[rows.clone()], ends);
             kept.extend(going_on.iter().map(|&place| rows.start as i64 + place));
-            prompt.keep(&going_on, device);
+            prompt.keep(&going_on);
             if going_on.is_empty() {
                 gone.push((index, Ok(())));
             }
@@ -206,17 +221,10 @@ impl<'a> Batch<'a> {
             self.chooser.keep(&kept);
         }
         if !self.prompts.is_empty() {
-            let mut branches: Vec<Branches<'_>> = self
-                .prompts
-                .iter_mut()
-                .map(|prompt| Branches {
-                    prefix: &prompt.prefix,
-                    rows: &mut prompt.continuations,
-                    count: prompt.live.len() as i64,
-                })
-                .collect();
+            let branches: Vec<Branches<'_>> = self.prompts.iter().map(Growing::branches).collect();
             let decoder = network.decoder();
-            let hidden = decoder.step(&decoder.embed(&next), &mut branches);
+            let rows = decoder.rows(&branches);
+            let hidden = decoder.step(&decoder.embed(&next), &self.pool, &rows);
             self.logits.push(network.lm_head().forward(&hidden));
         }
         device::wait(device);

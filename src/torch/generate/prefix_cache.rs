@@ -3,12 +3,13 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
+use std::rc::Rc;
 
 use tch::Tensor;
 
 use super::super::images::DecodedImage;
 use super::pending_prompt::PendingPrompt;
-use crate::decoder::{PrefixKv, Wanted};
+use crate::decoder::{KvPool, Places, PrefixKv, Wanted};
 use crate::device;
 use crate::error::guarded;
 use crate::vlm::VisionLanguageModel;
@@ -94,7 +95,7 @@ fn shared_prefixes(run: &[PendingPrompt]) -> Vec<usize> {
 struct CachedPrefix {
     /// One of these prompts.
     of: PendingPrompt,
-    prefix: PrefixKv,
+    places: Rc<Places>,
 }
 
 /// Prefills prompts; keeps the last prefix as long as the following prompts share it.
@@ -105,9 +106,9 @@ pub struct PrefixCache {
 
 /// The result of a prefill.
 pub struct Read {
-    /// The keys and values of each prompt, in order, and the logits of its next token,
+    /// The places of each prompt in the pool, in order, and the logits of its next token,
     /// `[1, vocab]`.
-    pub prompts: Vec<(PrefixKv, Tensor)>,
+    pub prompts: Vec<(Vec<Rc<Places>>, Tensor)>,
     /// Prompt tokens that were not prefilled, because another prompt shares them.
     pub shared_tokens: usize,
 }
@@ -138,6 +139,7 @@ impl PrefixCache {
     pub fn read(
         &mut self,
         network: &dyn VisionLanguageModel,
+        pool: &mut KvPool,
         seen: &[Seen<'_>],
         next: Option<&PendingPrompt>,
     ) -> Result<Read, ModelError> {
@@ -150,16 +152,20 @@ impl PrefixCache {
                 new.push(one);
             }
         }
-        for ((one, _), prefix) in new.iter().zip(read_prefixes(network, &new)?) {
-            let of = (*one).clone();
-            known.push(CachedPrefix { of, prefix });
+        for ((one, _), places) in new.iter().zip(read_prefixes(network, pool, &new)?) {
+            let (of, places) = ((*one).clone(), Rc::new(places));
+            known.push(CachedPrefix { of, places });
         }
         let (behind, whole): (Vec<usize>, Vec<usize>) =
             (0..seen.len()).partition(|&place| seen[place].0.prefix > 0);
-        let mut prompts: Vec<Option<(PrefixKv, Tensor)>> = seen.iter().map(|_| None).collect();
+        let mut prompts: Vec<Option<(Vec<Rc<Places>>, Tensor)>> =
+            seen.iter().map(|_| None).collect();
         for places in [behind, whole].into_iter().filter(|some| !some.is_empty()) {
             let some: Vec<&Seen<'_>> = places.iter().map(|&place| &seen[place]).collect();
-            for (place, read) in places.iter().zip(read_behind(network, &some, &known)?) {
+            for (place, read) in places
+                .iter()
+                .zip(read_behind(network, pool, &some, &known)?)
+            {
                 prompts[*place] = Some(read);
             }
         }
@@ -182,8 +188,9 @@ impl PrefixCache {
 /// Prefills the prefixes of prompts.
 fn read_prefixes(
     network: &dyn VisionLanguageModel,
+    pool: &mut KvPool,
     prompts: &[&Seen<'_>],
-) -> Result<Vec<PrefixKv>, ModelError> {
+) -> Result<Vec<Places>, ModelError> {
     if prompts.is_empty() {
         return Ok(Vec::new());
     }
@@ -203,9 +210,9 @@ fn read_prefixes(
         let embeds = Tensor::cat(&embeds.collect::<Vec<_>>(), 0);
         let decoder = network.decoder();
         let (_, prefixes) = decoder.prefill(&embeds, &lengths, Wanted::Nothing);
-        let prefixes = prefixes.into_iter().map(PrefixKv::compact).collect();
+        let stored = prefixes.iter().map(|prefix| pool.store(prefix)).collect();
         device::wait(network.device());
-        prefixes
+        stored
     })
 }
 
@@ -213,9 +220,10 @@ fn read_prefixes(
 /// prefix whole. Either all of them have one, or none.
 fn read_behind(
     network: &dyn VisionLanguageModel,
+    pool: &mut KvPool,
     prompts: &[&Seen<'_>],
     known: &[CachedPrefix],
-) -> Result<Vec<(PrefixKv, Tensor)>, ModelError> {
+) -> Result<Vec<(Vec<Rc<Places>>, Tensor)>, ModelError> {
     let decoder = network.decoder();
     let lengths = prompts.iter().map(|(one, _)| one.behind() as i64);
     let lengths: Vec<i64> = lengths.collect();
@@ -227,24 +235,31 @@ fn read_behind(
             network.embed_prompt(&text, features)
         });
         let embeds = Tensor::cat(&embeds.collect::<Vec<_>>(), 0);
+        let shared: Vec<Option<&CachedPrefix>> = prompts
+            .iter()
+            .map(|(one, _)| {
+                let mut known = known.iter().rev();
+                let found = (one.prefix > 0).then(|| known.find(|known| known.of.begins_like(one)));
+                found.map(|found| found.expect("the prefix was prefilled"))
+            })
+            .collect();
         let (lasts, prefixes) = if prompts[0].0.prefix > 0 {
-            let prefix = |one: &PendingPrompt| {
-                let found = known.iter().rev().find(|known| known.of.begins_like(one));
-                &found.expect("the prefix was prefilled").prefix
-            };
-            let behind = prompts.iter().zip(&lengths);
-            let behind: Vec<(&PrefixKv, i64)> = behind
-                .map(|((one, _), length)| (prefix(one), *length))
+            let keys: Vec<PrefixKv> = shared
+                .iter()
+                .flatten()
+                .map(|known| pool.prefix(&known.places))
                 .collect();
+            let behind: Vec<(&PrefixKv, i64)> = keys.iter().zip(lengths.iter().copied()).collect();
             decoder.read_on(&embeds, &behind, Wanted::Last)
         } else {
             decoder.prefill(&embeds, &lengths, Wanted::Last)
         };
         let logits = network.lm_head().forward(&lasts); // [prompts, vocab]
-        let prefixes = prefixes.into_iter().map(PrefixKv::compact);
-        let read = prefixes.enumerate().map(|(number, prefix)| {
-            let logits = logits.narrow(0, number as i64, 1);
-            (prefix, logits)
+        let read = prefixes.iter().zip(shared).enumerate();
+        let read = read.map(|(number, (prefix, shared))| {
+            let shared = shared.map(|known| Rc::clone(&known.places));
+            let places = shared.into_iter().chain([Rc::new(pool.store(prefix))]);
+            (places.collect(), logits.narrow(0, number as i64, 1))
         });
         let read = read.collect();
         device::wait(network.device());

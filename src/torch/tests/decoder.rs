@@ -1,14 +1,18 @@
 //! Tests of every forward pass of the decoder against a plain causal pass.
 
+use std::rc::Rc;
+
 use tch::{IndexOp, Kind, Tensor};
 
 use ovchat_models::ModelError;
 use ovchat_torch::decoder::{
-    Branches, Decoder, DecoderSizes, LmHead, PackedSequence, PrefixKv, SuffixKv, Texts, Wanted,
+    Branches, Decoder, DecoderSizes, KvPool, LmHead, PackedSequence, Places, PrefixKv, Texts,
+    Wanted,
 };
 use ovchat_torch::layer_stack::SavedActivations;
 use ovchat_torch::layers::{Activation, Bias, Path, WeightSource};
 use ovchat_torch::lora::seeded_uniform;
+use ovchat_torch::shim::count_operators;
 
 /// A source that fabricates every requested weight.
 struct FakeSource(Kind);
@@ -36,7 +40,98 @@ fn config() -> DecoderSizes {
 }
 
 fn decoder(kind: Kind) -> Decoder {
-    Decoder::new(&(Path::root(&FakeSource(kind)) / "model"), &config()).unwrap()
+    decoder_of(&config(), kind)
+}
+
+fn decoder_of(sizes: &DecoderSizes, kind: Kind) -> Decoder {
+    Decoder::new(&(Path::root(&FakeSource(kind)) / "model"), sizes).unwrap()
+}
+
+/// A prompt with continuations that grow.
+struct Growing {
+    tokens: Vec<i64>,
+    places: Vec<Rc<Places>>,
+    /// The tokens of each continuation so far, and its places.
+    rows: Vec<(Vec<i64>, Places)>,
+}
+
+impl Growing {
+    /// Reads a prompt behind `shared`, another one in the pool.
+    fn new(
+        decoder: &Decoder,
+        pool: &mut KvPool,
+        shared: Option<&Growing>,
+        own: &[i64],
+        rows: usize,
+    ) -> Self {
+        let embeds = decoder.embed(&ids(own));
+        let read = match shared {
+            Some(shared) => {
+                let prefix = pool.prefix(&shared.places[0]);
+                decoder
+                    .read_on(&embeds, &[(&prefix, own.len() as i64)], Wanted::Last)
+                    .1
+            }
+            None => {
+                decoder
+                    .prefill(&embeds, &[own.len() as i64], Wanted::Last)
+                    .1
+            }
+        };
+        let shared = shared.map(|shared| (shared.tokens.clone(), Rc::clone(&shared.places[0])));
+        let (before, places) = shared.map_or((Vec::new(), None), |(tokens, places)| {
+            (tokens, Some(places))
+        });
+        let places: Vec<Rc<Places>> = places
+            .into_iter()
+            .chain(read.iter().map(|read| Rc::new(pool.store(read))))
+            .collect();
+        Self {
+            tokens: [&before, own].concat(),
+            places,
+            rows: (0..rows).map(|_| (Vec::new(), pool.reserve(40))).collect(),
+        }
+    }
+
+    fn branches(&self) -> Branches<'_> {
+        let rows = self.rows.iter();
+        Branches {
+            prompt: self.places.iter().map(|places| &**places).collect(),
+            rows: rows
+                .map(|(tokens, places)| (places, tokens.len() as i64 - 1))
+                .collect(),
+        }
+    }
+}
+
+/// Decodes a token of each row, and returns the hidden states.
+fn step(
+    decoder: &Decoder,
+    pool: &KvPool,
+    growing: &mut [Growing],
+    next: &mut impl FnMut() -> i64,
+) -> Tensor {
+    let mut tokens = Vec::new();
+    for (row, _) in growing.iter_mut().flat_map(|prompt| &mut prompt.rows) {
+        row.push(next());
+        tokens.extend(row.last());
+    }
+    let branches: Vec<Branches<'_>> = growing.iter().map(Growing::branches).collect();
+    let rows = decoder.rows(&branches);
+    decoder.step(&decoder.embed(&ids(&tokens)), pool, &rows)
+}
+
+/// Compares the last hidden states of rows with plain passes.
+fn assert_rows(decoder: &Decoder, growing: &[Growing], found: &Tensor) {
+    let mut number = 0;
+    for prompt in growing {
+        for (tokens, _) in &prompt.rows {
+            let expected = whole(decoder, &prompt.tokens, tokens).get(tokens.len() as i64 - 1);
+            assert_close(&found.get(number), &expected, 2e-5);
+            number += 1;
+        }
+    }
+    assert_eq!(number, found.size()[0]);
 }
 
 fn ids(ids: &[i64]) -> Tensor {
@@ -146,75 +241,98 @@ fn prompts_with_one_beginning_are_read_as_each_alone() {
     let prompts = [&PROMPT[..], &PROMPT[1..4], &PROMPT[..]];
     let alone = [0, 1, 2].map(|text| whole(&decoder, prompts[text], ANSWERS[text]).i(-1));
     assert_close(&lasts, &Tensor::stack(&alone, 0), 1e-5);
-    // The resulting prefixes are equivalent to any other.
     for (text, prefix) in prefixes.iter().enumerate() {
-        let whole = [prompts[text], ANSWERS[text]].concat();
-        assert_eq!(prefix.tokens(), whole.len() as i64);
-        let texts = [Texts {
-            prefix,
-            lengths: vec![1],
-        }];
-        let found = decoder.branch(&decoder.embed(&ids(&[8])), &texts, Wanted::Last);
-        assert_close(&found, &self::whole(&decoder, &whole, &[8]), 1e-5);
+        assert_eq!(
+            prefix.tokens(),
+            ANSWERS[text].len() as i64,
+            "the remaining tokens only"
+        );
     }
 }
 
+/// Prompts and answers join and leave midway, some behind shared beginnings; heads are shared by one, two
+/// and seven query heads; prompts are longer than a piece.
 #[test]
-fn steps_equal_causal_passes_also_after_a_row_has_left() {
-    let decoder = decoder(Kind::Float);
-    let prefix = prefix_of(&decoder, &PROMPT);
-    let mut rows = SuffixKv::new();
-    let step = |tokens: &[i64], rows: &mut SuffixKv| {
-        let count = tokens.len() as i64;
-        let prefix = &prefix;
-        let prompt = Branches {
-            prefix,
-            rows,
-            count,
+fn steps_equal_causal_passes_while_others_come_and_go() {
+    for (heads, kv_heads, rows) in [(3, 3, 1), (4, 2, 5), (7, 1, 8), (14, 2, 3)] {
+        let sizes = DecoderSizes {
+            num_attention_heads: heads,
+            num_key_value_heads: kv_heads,
+            ..config()
         };
-        decoder.step(&decoder.embed(&ids(tokens)), &mut [prompt])
-    };
-    let _ = step(&[9, 5, 3], &mut rows);
-    rows.keep(&ids(&[0, 2]));
-    let _ = step(&[2, 5], &mut rows);
-    let found = step(&[6, 8], &mut rows);
-    assert_close(
-        &found.get(0),
-        &whole(&decoder, &PROMPT, &[9, 2, 6]).get(2),
-        1e-5,
-    );
-    assert_close(
-        &found.get(1),
-        &whole(&decoder, &PROMPT, &[3, 5, 8]).get(2),
-        1e-5,
-    );
+        let decoder = decoder_of(&sizes, Kind::Float);
+        let mut pool = decoder.pool();
+        let mut number = 0;
+        let mut next = || {
+            number = (number * 7 + 11) % 37;
+            number
+        };
+        let tokens =
+            |count: usize| -> Vec<i64> { (0..count).map(|at| (at as i64 * 5 + 3) % 40).collect() };
+        let _no_grad = tch::no_grad_guard();
+        let mut growing = vec![
+            Growing::new(&decoder, &mut pool, None, &PROMPT, rows),
+            Growing::new(&decoder, &mut pool, None, &tokens(1100), rows),
+        ];
+        for _ in 0..3 {
+            let found = step(&decoder, &pool, &mut growing, &mut next);
+            assert_rows(&decoder, &growing, &found);
+        }
+        // A prompt joins behind the long one, a row leaves, and a short prompt joins.
+        let joined = Growing::new(&decoder, &mut pool, Some(&growing[1]), &ANSWERS[2], 2);
+        growing.push(joined);
+        growing[1].rows.remove(0);
+        growing.push(Growing::new(&decoder, &mut pool, None, &[7], rows));
+        for _ in 0..2 {
+            let found = step(&decoder, &pool, &mut growing, &mut next);
+            assert_rows(&decoder, &growing, &found);
+        }
+        // The long prompt leaves; what it shared stays.
+        growing.remove(1);
+        let places = tokens(30);
+        growing.push(Growing::new(&decoder, &mut pool, None, &places, rows));
+        for _ in 0..2 {
+            let found = step(&decoder, &pool, &mut growing, &mut next);
+            assert_rows(&decoder, &growing, &found);
+        }
+    }
 }
 
+/// The number of operators of a step depends neither on the prompts nor on their answers nor on lengths.
 #[test]
-fn continuations_of_several_prompts_go_side_by_side() {
+fn a_step_runs_as_many_operators_for_many_prompts_as_for_few() {
     let decoder = decoder(Kind::Float);
-    let prompts: [&[i64]; 2] = [&PROMPT, &PROMPT[..3]];
-    let prefixes = prompts.map(|prompt| prefix_of(&decoder, prompt));
-    let mut rows = [SuffixKv::new(), SuffixKv::new()];
-    let mut found = Tensor::new();
-    // The second prompt's answer begins one token later.
-    for tokens in [&[9, 5][..], &[2, 6, 4], &[3, 1, 8]] {
-        let prompts = prefixes.iter().zip(&mut rows).zip([2, 1]);
-        let prompts = prompts.map(|((prefix, rows), count)| Branches {
-            prefix,
-            rows,
-            count,
-        });
-        let present = if tokens.len() == 2 { 1 } else { 2 };
-        let mut prompts: Vec<_> = prompts.take(present).collect();
-        found = decoder.step(&decoder.embed(&ids(tokens)), &mut prompts);
+    let _no_grad = tch::no_grad_guard();
+    let counts = |prompts: usize, rows: usize, length: usize| {
+        let mut pool = decoder.pool();
+        let tokens =
+            |of: usize| -> Vec<i64> { (0..length + of % 2).map(|at| (at as i64) % 40).collect() };
+        let mut growing: Vec<Growing> = (0..prompts)
+            .map(|of| Growing::new(&decoder, &mut pool, None, &tokens(of), rows))
+            .collect();
+        for prompt in &mut growing {
+            prompt
+                .rows
+                .iter_mut()
+                .for_each(|(tokens, _)| tokens.push(1));
+        }
+        let branches: Vec<Branches<'_>> = growing.iter().map(Growing::branches).collect();
+        let ids = Tensor::ones([(prompts * rows) as i64], (Kind::Int64, tch::Device::Cpu));
+        let embeds = decoder.embed(&ids);
+        let rows = decoder.rows(&branches);
+        let (_, counts) = count_operators(|| decoder.step(&embeds, &pool, &rows));
+        counts
+    };
+    let expected = counts(4, 5, 9);
+    for (prompts, rows, length) in [(64, 5, 9), (4, 1, 9), (64, 1, 9), (4, 5, 700), (64, 1, 30)] {
+        assert_eq!(
+            counts(prompts, rows, length),
+            expected,
+            "{prompts} {rows} {length}"
+        );
     }
-    let expected = [
-        whole(&decoder, prompts[0], &[9, 2, 3]).get(2),
-        whole(&decoder, prompts[0], &[5, 6, 1]).get(2),
-        whole(&decoder, prompts[1], &[4, 8]).get(1),
-    ];
-    assert_close(&found, &Tensor::stack(&expected, 0), 1e-5);
+    let layers = config().num_hidden_layers;
+    assert!(expected.outermost <= 60 * layers, "{expected:?}");
 }
 
 #[test]

@@ -16,6 +16,8 @@ mod reward;
 mod reward_trainer;
 /// Training on conversations.
 mod sft_trainer;
+/// The operators of our own.
+mod shim;
 
 /// Outputs of transformers, and comparisons.
 mod common;

@@ -1,0 +1,181 @@
+//! Operators that libtorch has, or lets one build, but `tch` does not offer: the safe side of
+//! `shim/shim.cpp`.
+//!
+//! A failure is a panic with libtorch's words, as in `tch`; [`guarded`](super::error::guarded)
+//! recognizes it.
+
+#![expect(
+    unsafe_code,
+    reason = "calls the C functions at the end of shim/shim.cpp, whose signatures are declared here"
+)]
+
+use std::ffi::{CStr, c_char, c_void};
+use std::ptr::{null, null_mut};
+
+use tch::{TchError, Tensor};
+
+type TensorPointer = *const c_void;
+
+unsafe extern "C" {
+    fn ovchat_free(message: *mut c_char);
+    fn ovchat_attend_varlen(
+        out: *mut *mut c_void,
+        plain: bool,
+        q: TensorPointer,
+        k: TensorPointer,
+        v: TensorPointer,
+        q_starts: TensorPointer,
+        k_starts: TensorPointer,
+        k_lengths: TensorPointer,
+        q_max: i64,
+        k_max: i64,
+        scale: f64,
+    ) -> *mut c_char;
+    fn ovchat_attend_pieces(
+        out: *mut *mut c_void,
+        q: TensorPointer,
+        k: TensorPointer,
+        v: TensorPointer,
+        entries: TensorPointer,
+        pieces: TensorPointer,
+        mask: TensorPointer,
+        q_starts: TensorPointer,
+        k_starts: TensorPointer,
+        k_lengths: TensorPointer,
+        q_max: i64,
+        k_max: i64,
+    ) -> *mut c_char;
+    fn ovchat_count_begin() -> *mut c_char;
+    fn ovchat_count_end(counts: *mut i64) -> *mut c_char;
+}
+
+/// Panics with the message of a failed call.
+fn check(message: *mut c_char) {
+    if message.is_null() {
+        return;
+    }
+    // SAFETY: the shim returns null or a string that ends in a zero byte, which it allocated.
+    let words = unsafe {
+        let words = CStr::from_ptr(message).to_string_lossy().into_owned();
+        ovchat_free(message);
+        words
+    };
+    let failed: Result<(), TchError> = Err(TchError::Torch(words));
+    failed.unwrap();
+}
+
+fn pointer(tensor: &Tensor) -> TensorPointer {
+    tensor.as_ptr().cast()
+}
+
+/// Takes over a tensor that the shim created.
+fn taken(tensor: *mut c_void) -> Tensor {
+    assert!(!tensor.is_null(), "the shim returns a tensor");
+    // SAFETY: the shim created the tensor with `new`, as `tch` does, and gave it away.
+    unsafe { Tensor::from_ptr(tensor.cast()) }
+}
+
+/// Sequences of queries, each of which sees a range of keys. The numbers are int32, on the device of
+/// the queries.
+#[derive(Debug)]
+pub struct Sequences {
+    /// The first query of each sequence, and the number of all queries, `[sequences + 1]`.
+    pub q_starts: Tensor,
+    /// The first key of each sequence, and any number, `[sequences + 1]`.
+    pub k_starts: Tensor,
+    /// The number of keys of each sequence, at least 1, `[sequences]`.
+    pub k_lengths: Tensor,
+    /// The largest number of queries, and of keys, of a sequence.
+    pub q_max: i64,
+    pub k_max: i64,
+}
+
+/// Attention of sequences to their keys, without a mask: queries `[queries, heads, head_dim]`, keys
+/// and values `[keys, heads, head_dim]`. Returns the outputs, `[queries, heads, head_dim]`, and the
+/// log-sum-exp of the scores, `[heads, queries]`, float32. `plain` chooses the implementation that
+/// runs on any device and in any dtype; the other one is FlashAttention on CUDA in 16 bits.
+pub fn attend_varlen(
+    q: &Tensor,
+    [k, v]: [&Tensor; 2],
+    sequences: &Sequences,
+    scale: f64,
+    plain: bool,
+) -> (Tensor, Tensor) {
+    let mut out = [null_mut::<c_void>(); 2];
+    // SAFETY: all pointers are valid during the call; `out` has room for two.
+    check(unsafe {
+        ovchat_attend_varlen(
+            out.as_mut_ptr(),
+            plain,
+            pointer(q),
+            pointer(k),
+            pointer(v),
+            pointer(&sequences.q_starts),
+            pointer(&sequences.k_starts),
+            pointer(&sequences.k_lengths),
+            sequences.q_max,
+            sequences.k_max,
+            scale,
+        )
+    });
+    (taken(out[0]), taken(out[1]))
+}
+
+/// Attention of one token of each row to keys that lie in pieces, as in FlashDecoding: the pieces are
+/// attended to apart and merged by their log-sum-exps.
+///
+/// Queries are `[heads, rows, head_dim]`, keys and values `[kv_heads, places, head_dim]`, all of one
+/// dtype; the result has the shape of the queries. `entries` (`[entries]`, int64) has the row of each
+/// query of each sequence, in the order of `sequences`, whose `q_starts` and `q_max` count them times
+/// `heads / kv_heads`; `pieces` (`[rows, most pieces]`, int64) has the entries of each row. If some
+/// rows have fewer pieces than others, `mask` (`[rows, most pieces, 1]`, float32) is minus infinity in
+/// the places that are left, and 0 elsewhere.
+pub fn attend_pieces(
+    q: &Tensor,
+    [k, v]: [&Tensor; 2],
+    entries: &Tensor,
+    pieces: &Tensor,
+    mask: Option<&Tensor>,
+    sequences: &Sequences,
+) -> Tensor {
+    let mut out = null_mut::<c_void>();
+    // SAFETY: all pointers are valid during the call; `out` has room for one.
+    check(unsafe {
+        ovchat_attend_pieces(
+            &raw mut out,
+            pointer(q),
+            pointer(k),
+            pointer(v),
+            pointer(entries),
+            pointer(pieces),
+            mask.map_or(null(), pointer),
+            pointer(&sequences.q_starts),
+            pointer(&sequences.k_starts),
+            pointer(&sequences.k_lengths),
+            sequences.q_max,
+            sequences.k_max,
+        )
+    });
+    taken(out)
+}
+
+/// The number of operators that libtorch ran.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OperatorCounts {
+    /// Those that this thread called.
+    pub outermost: i64,
+    /// Those that other operators called.
+    pub nested: i64,
+}
+
+/// Counts the operators that `compute` calls on this thread.
+pub fn count_operators<T>(compute: impl FnOnce() -> T) -> (T, OperatorCounts) {
+    // SAFETY: no arguments.
+    check(unsafe { ovchat_count_begin() });
+    let result = compute();
+    let mut counts = [0; 2];
+    // SAFETY: `counts` has room for two numbers.
+    check(unsafe { ovchat_count_end(counts.as_mut_ptr()) });
+    let [outermost, nested] = counts;
+    (result, OperatorCounts { outermost, nested })
+}

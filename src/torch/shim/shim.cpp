@@ -1,0 +1,347 @@
+// Operators that libtorch has, or lets one build, but `tch` does not offer.
+//
+// They are registered as `ovchat::…`, with one kernel for each kind of device, so that libtorch's
+// dispatcher chooses, and its profilers name them. `shim.rs` calls them through the C functions at
+// the end. Only libtorch_cpu and c10 are linked: CUDA kernels are reached through the dispatcher.
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/_flash_attention_forward.h>
+#include <ATen/record_function.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+// Functions of MKL, which x86 builds of libtorch contain and export.
+extern "C" {
+__attribute__((weak)) void sgemm_(const char* transa, const char* transb, const int* m, const int* n,
+                                  const int* k, const float* alpha, const float* a, const int* lda,
+                                  const float* b, const int* ldb, const float* beta, float* c,
+                                  const int* ldc);
+__attribute__((weak)) void vsExp(const int n, const float* a, float* y);
+}
+
+namespace {
+
+using at::Tensor;
+
+/// Sequences of queries, each of which sees a range of keys.
+struct Sequences {
+  const int* q_starts;   // [sequences + 1]
+  const int* k_starts;   // [sequences + 1], the last of which is not used
+  const int* k_lengths;  // [sequences]
+  int64_t count;
+};
+
+void check_sequences(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_starts,
+                     const Tensor& k_starts, const Tensor& k_lengths) {
+  TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && v.sizes() == k.sizes() && q.size(1) == k.size(1) &&
+                  q.size(2) == k.size(2),
+              "attend_varlen: queries ", q.sizes(), ", keys ", k.sizes(), ", values ", v.sizes());
+  TORCH_CHECK(q.stride(2) == 1 && k.stride(2) == 1 && v.stride(2) == 1,
+              "attend_varlen: the last dimension is not contiguous");
+  for (const Tensor& numbers : {q_starts, k_starts, k_lengths}) {
+    TORCH_CHECK(numbers.scalar_type() == at::kInt && numbers.is_contiguous(),
+                "attend_varlen: starts and lengths are int32");
+  }
+  TORCH_CHECK(q_starts.numel() == k_lengths.numel() + 1 && k_starts.numel() == q_starts.numel(),
+              "attend_varlen: ", q_starts.numel(), " starts of queries, ", k_starts.numel(),
+              " of keys, ", k_lengths.numel(), " lengths");
+}
+
+// ---- The plain implementation, for any device and dtype ----
+
+/// Attention sequence by sequence, in float32.
+std::tuple<Tensor, Tensor> attend_plain(const Tensor& q, const Tensor& k, const Tensor& v,
+                                        const Tensor& q_starts, const Tensor& k_starts,
+                                        const Tensor& k_lengths, int64_t, int64_t, double scale) {
+  check_sequences(q, k, v, q_starts, k_starts, k_lengths);
+  const Tensor q_first = q_starts.cpu(), k_first = k_starts.cpu(), lengths = k_lengths.cpu();
+  const auto* q_at = q_first.const_data_ptr<int>();
+  const auto* k_at = k_first.const_data_ptr<int>();
+  const auto* k_count = lengths.const_data_ptr<int>();
+  const auto options = q.options().dtype(at::kFloat);
+  Tensor out = at::zeros(q.sizes(), q.options());
+  Tensor lse = at::full({q.size(1), q.size(0)}, -std::numeric_limits<float>::infinity(), options);
+  for (int64_t i = 0; i < lengths.numel(); i++) {
+    const int64_t rows = q_at[i + 1] - q_at[i];
+    if (rows == 0 || k_count[i] == 0) continue;
+    const auto part = [](const Tensor& xs, int64_t start, int64_t length) {
+      return xs.narrow(0, start, length).transpose(0, 1).to(at::kFloat);  // [heads, length, head_dim]
+    };
+    const Tensor scores = part(q, q_at[i], rows)
+                              .matmul(part(k, k_at[i], k_count[i]).transpose(1, 2))
+                              .mul(scale);  // [heads, rows, length]
+    lse.narrow(1, q_at[i], rows).copy_(scores.logsumexp(2));
+    const Tensor mixed = scores.softmax(2).matmul(part(v, k_at[i], k_count[i]));
+    out.narrow(0, q_at[i], rows).copy_(mixed.transpose(0, 1));
+  }
+  return {out, lse};
+}
+
+// ---- The CPU ----
+
+/// c = alpha a b^T (`transposed`) or alpha a b, all row-major: a [m, k], b [n, k] or [k, n], c [m, n].
+void multiply(bool transposed, int m, int n, int k, float alpha, const float* a, int lda, const float* b,
+              int ldb, float* c, int ldc) {
+  if (sgemm_ != nullptr) {
+    // BLAS is column-major: it computes c^T = b a^T.
+    const char first = transposed ? 'T' : 'N', second = 'N';
+    const float zero = 0;
+    sgemm_(&first, &second, &n, &m, &k, &alpha, b, &ldb, a, &lda, &zero, c, &ldc);
+    return;
+  }
+  for (int i = 0; i < m; i++) {
+    float* row = c + static_cast<int64_t>(i) * ldc;
+    if (transposed) {
+      for (int j = 0; j < n; j++) {
+        float sum = 0;
+        for (int l = 0; l < k; l++) sum += a[static_cast<int64_t>(i) * lda + l] * b[static_cast<int64_t>(j) * ldb + l];
+        row[j] = alpha * sum;
+      }
+    } else {
+      std::memset(row, 0, n * sizeof(float));
+      for (int l = 0; l < k; l++) {
+        const float factor = alpha * a[static_cast<int64_t>(i) * lda + l];
+        for (int j = 0; j < n; j++) row[j] += factor * b[static_cast<int64_t>(l) * ldb + j];
+      }
+    }
+  }
+}
+
+void exponentials(float* xs, int count) {
+  if (vsExp != nullptr) {
+    vsExp(count, xs, xs);
+  } else {
+    for (int i = 0; i < count; i++) xs[i] = std::exp(xs[i]);
+  }
+}
+
+/// Attention in float32: for each sequence and head, two matrix products with a softmax between.
+std::tuple<Tensor, Tensor> attend_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
+                                      const Tensor& q_starts, const Tensor& k_starts,
+                                      const Tensor& k_lengths, int64_t q_max, int64_t k_max,
+                                      double scale) {
+  if (q.scalar_type() != at::kFloat || k.scalar_type() != at::kFloat || v.scalar_type() != at::kFloat) {
+    return attend_plain(q, k, v, q_starts, k_starts, k_lengths, q_max, k_max, scale);
+  }
+  check_sequences(q, k, v, q_starts, k_starts, k_lengths);
+  const int64_t heads = q.size(1), size = q.size(2), tokens = q.size(0);
+  Tensor out = at::empty({tokens, heads, size}, q.options());
+  Tensor lse = at::empty({heads, tokens}, q.options());
+  const Sequences all = {q_starts.const_data_ptr<int>(), k_starts.const_data_ptr<int>(),
+                         k_lengths.const_data_ptr<int>(), k_lengths.numel()};
+  for (int64_t i = 0; i < all.count; i++) {
+    TORCH_CHECK(all.q_starts[i] >= 0 && all.q_starts[i] <= all.q_starts[i + 1] &&
+                    all.q_starts[i + 1] <= tokens && all.q_starts[i + 1] - all.q_starts[i] <= q_max &&
+                    all.k_starts[i] >= 0 && all.k_lengths[i] > 0 && all.k_lengths[i] <= k_max &&
+                    all.k_starts[i] + static_cast<int64_t>(all.k_lengths[i]) <= k.size(0),
+                "attend_varlen: sequence ", i, " is out of bounds");
+  }
+  const auto* q_data = q.const_data_ptr<float>();
+  const auto* k_data = k.const_data_ptr<float>();
+  const auto* v_data = v.const_data_ptr<float>();
+  auto* out_data = out.mutable_data_ptr<float>();
+  auto* lse_data = lse.mutable_data_ptr<float>();
+  // Below some 100,000 multiplications, waking another thread takes longer than they do.
+  const int64_t grain = std::max<int64_t>(1, 100'000 / std::max<int64_t>(1, q_max * k_max * size));
+  at::parallel_for(0, all.count * heads, grain, [&](int64_t begin, int64_t end) {
+    std::vector<float> scores(q_max * k_max);
+    for (int64_t task = begin; task < end; task++) {
+      const int64_t i = task / heads, head = task % heads;
+      const int64_t first = all.q_starts[i];
+      const int rows = all.q_starts[i + 1] - all.q_starts[i], length = all.k_lengths[i];
+      if (rows == 0) continue;
+      const auto strided = [&](const Tensor& xs, const float* data, int64_t start) {
+        return data + start * xs.stride(0) + head * xs.stride(1);
+      };
+      multiply(true, rows, length, size, scale, strided(q, q_data, first), q.stride(0),
+               strided(k, k_data, all.k_starts[i]), k.stride(0), scores.data(), length);
+      for (int row = 0; row < rows; row++) {
+        float* own = scores.data() + static_cast<int64_t>(row) * length;
+        float most = own[0];
+        for (int j = 1; j < length; j++) most = own[j] > most ? own[j] : most;
+        for (int j = 0; j < length; j++) own[j] -= most;
+        lse_data[head * tokens + first + row] = most;
+      }
+      exponentials(scores.data(), rows * length);
+      float* mixed = out_data + (first * heads + head) * size;
+      multiply(false, rows, size, length, 1, scores.data(), length,
+               strided(v, v_data, all.k_starts[i]), v.stride(0), mixed, heads * size);
+      for (int row = 0; row < rows; row++) {
+        const float* own = scores.data() + static_cast<int64_t>(row) * length;
+        float sum = 0;
+        for (int j = 0; j < length; j++) sum += own[j];
+        lse_data[head * tokens + first + row] += std::log(sum);
+        float* values = mixed + static_cast<int64_t>(row) * heads * size;
+        const float inverse = 1 / sum;
+        for (int64_t j = 0; j < size; j++) values[j] *= inverse;
+      }
+    }
+  });
+  return {out, lse};
+}
+
+// ---- CUDA ----
+
+/// FlashAttention for 16-bit types and the head sizes that it takes.
+std::tuple<Tensor, Tensor> attend_cuda(const Tensor& q, const Tensor& k, const Tensor& v,
+                                       const Tensor& q_starts, const Tensor& k_starts,
+                                       const Tensor& k_lengths, int64_t q_max, int64_t k_max,
+                                       double scale) {
+  const bool is_half = q.scalar_type() == at::kHalf || q.scalar_type() == at::kBFloat16;
+  if (!is_half || q.size(2) % 8 != 0 || q.size(2) > 256) {
+    return attend_plain(q, k, v, q_starts, k_starts, k_lengths, q_max, k_max, scale);
+  }
+  check_sequences(q, k, v, q_starts, k_starts, k_lengths);
+  auto found = at::_ops::_flash_attention_forward::call(
+      q, k, v, q_starts, k_starts, q_max, k_max, /*dropout_p=*/0.0, /*is_causal=*/false,
+      /*return_debug_mask=*/false, scale, std::nullopt, std::nullopt, k_lengths, std::nullopt);
+  Tensor lse = std::get<1>(found);
+  TORCH_CHECK(lse.dim() == 2 && lse.size(0) == q.size(1) && lse.size(1) == q.size(0),
+              "attend_varlen: FlashAttention returns log-sum-exps of shape ", lse.sizes());
+  return {std::get<0>(found), lse};
+}
+
+// ---- Attention of a decode step ----
+
+using Varlen = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                          const Tensor&, const Tensor&, int64_t, int64_t, double);
+using Pieces = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                      const std::optional<Tensor>&, const Tensor&, const Tensor&, const Tensor&, int64_t,
+                      int64_t);
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> operator_of(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+/// Attention of one token of each row to keys in pieces, which are attended to apart and merged by
+/// their log-sum-exps (FlashDecoding). See `attend_pieces` in shim.rs for the shapes.
+Tensor attend_pieces(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& entries,
+                     const Tensor& pieces, const std::optional<Tensor>& mask, const Tensor& q_starts,
+                     const Tensor& k_starts, const Tensor& k_lengths, int64_t q_max, int64_t k_max) {
+  TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && pieces.dim() == 2 && pieces.size(0) == q.size(1) &&
+                  q.size(0) % k.size(0) == 0,
+              "attend_pieces: queries ", q.sizes(), ", keys ", k.sizes(), ", pieces ", pieces.sizes());
+  const int64_t heads = q.size(0), rows = q.size(1), shared = k.size(0), most = pieces.size(1);
+  const int64_t group = heads / shared, count = entries.numel();
+  // The query heads that share a head of keys are queries of one sequence.
+  const Tensor asked = q.transpose(0, 1)
+                           .unflatten(1, {shared, group})
+                           .transpose(1, 2)
+                           .index_select(0, entries)
+                           .flatten(0, 1);  // [entries * group, kv_heads, head_dim]
+  static const auto attend = operator_of<Varlen>("ovchat::attend_varlen");
+  const auto [out, lse] = attend.call(asked, k.transpose(0, 1), v.transpose(0, 1), q_starts, k_starts,
+                                      k_lengths, q_max, k_max, 1 / std::sqrt(q.size(2)));
+  const Tensor flat = pieces.flatten();
+  Tensor weights = lse.unflatten(1, {count, group}).index_select(1, flat).unflatten(1, {rows, most});
+  if (mask.has_value()) weights = weights + *mask;  // [kv_heads, rows, pieces, group]
+  weights = weights.softmax(2).permute({1, 2, 0, 3}).unsqueeze(-1);
+  const Tensor mixed = out.unflatten(0, {count, group})
+                           .index_select(0, flat)
+                           .unflatten(0, {rows, most})
+                           .transpose(2, 3);  // [rows, pieces, kv_heads, group, head_dim]
+  return (mixed * weights).sum(1).to(q.scalar_type()).flatten(1, 2).transpose(0, 1);
+}
+
+TORCH_LIBRARY(ovchat, library) {
+  const char* arguments =
+      "(Tensor q, Tensor k, Tensor v, Tensor q_starts, Tensor k_starts, Tensor k_lengths, int q_max, "
+      "int k_max, float scale) -> (Tensor, Tensor)";
+  library.def((std::string("attend_varlen") + arguments).c_str());
+  library.def((std::string("attend_varlen_plain") + arguments).c_str());
+  library.def(
+      "attend_pieces(Tensor q, Tensor k, Tensor v, Tensor entries, Tensor pieces, Tensor? mask, Tensor "
+      "q_starts, Tensor k_starts, Tensor k_lengths, int q_max, int k_max) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(ovchat, CPU, library) { library.impl("attend_varlen", attend_cpu); }
+
+TORCH_LIBRARY_IMPL(ovchat, CUDA, library) { library.impl("attend_varlen", attend_cuda); }
+
+TORCH_LIBRARY_IMPL(ovchat, CompositeExplicitAutograd, library) {
+  library.impl("attend_varlen_plain", attend_plain);
+  library.impl("attend_pieces", attend_pieces);
+}
+
+// ---- Operators that are counted ----
+
+thread_local int64_t depth = 0, outermost = 0, nested = 0;
+at::CallbackHandle counting = 0;
+
+std::unique_ptr<at::ObserverContext> entered(const at::RecordFunction&) {
+  (depth++ == 0 ? outermost : nested)++;
+  return nullptr;
+}
+
+void left(const at::RecordFunction&, at::ObserverContext*) { depth--; }
+
+/// Runs `compute`; returns null, or the message of its exception, which the caller frees.
+template <class Compute>
+char* caught(Compute compute) {
+  try {
+    compute();
+    return nullptr;
+  } catch (const std::exception& error) {
+    return strdup(error.what());
+  } catch (...) {
+    return strdup("an unknown C++ exception");
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+void ovchat_free(char* message) { free(message); }
+
+/// Calls `attend_varlen`, or `attend_varlen_plain`. `out` receives two tensors.
+char* ovchat_attend_varlen(Tensor** out, bool plain, const Tensor* q, const Tensor* k, const Tensor* v,
+                           const Tensor* q_starts, const Tensor* k_starts, const Tensor* k_lengths,
+                           int64_t q_max, int64_t k_max, double scale) {
+  return caught([&] {
+    static const auto fast = operator_of<Varlen>("ovchat::attend_varlen");
+    static const auto slow = operator_of<Varlen>("ovchat::attend_varlen_plain");
+    auto found = (plain ? slow : fast)
+                     .call(*q, *k, *v, *q_starts, *k_starts, *k_lengths, q_max, k_max, scale);
+    out[0] = new Tensor(std::move(std::get<0>(found)));
+    out[1] = new Tensor(std::move(std::get<1>(found)));
+  });
+}
+
+/// Calls `attend_pieces`; `mask` may be null. `out` receives a tensor.
+char* ovchat_attend_pieces(Tensor** out, const Tensor* q, const Tensor* k, const Tensor* v,
+                           const Tensor* entries, const Tensor* pieces, const Tensor* mask,
+                           const Tensor* q_starts, const Tensor* k_starts, const Tensor* k_lengths,
+                           int64_t q_max, int64_t k_max) {
+  return caught([&] {
+    static const auto attend = operator_of<Pieces>("ovchat::attend_pieces");
+    const auto some = mask == nullptr ? std::nullopt : std::optional<Tensor>(*mask);
+    *out = new Tensor(attend.call(*q, *k, *v, *entries, *pieces, some, *q_starts, *k_starts, *k_lengths,
+                                  q_max, k_max));
+  });
+}
+
+/// Begins to count the operators that this thread calls.
+char* ovchat_count_begin() {
+  return caught([] {
+    outermost = nested = 0;
+    counting = at::addThreadLocalCallback(
+        at::RecordFunctionCallback(entered, left).scopes({at::RecordScope::FUNCTION}));
+  });
+}
+
+/// Ends counting: `counts` receives the outermost operators, and those that these call.
+char* ovchat_count_end(int64_t* counts) {
+  return caught([&] {
+    at::removeCallback(counting);
+    counts[0] = outermost;
+    counts[1] = nested;
+  });
+}
+}
