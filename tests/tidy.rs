@@ -300,7 +300,7 @@ fn first_sentence(text: &str) -> String {
     );
     let lines = text.lines().map_while(|line| {
         let (marker, rest) = line.split_once(' ')?;
-        matches!(marker, "//!" | "--" | "#").then_some(rest)
+        matches!(marker, "//!" | "//" | "--" | "#").then_some(rest)
     });
     let words = lines.collect::<Vec<_>>().join(" ");
     let end = words.find(". ").unwrap_or(words.len());

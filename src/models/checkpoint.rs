@@ -16,8 +16,8 @@ pub use config::{
 };
 pub use conversion::Conversion;
 pub use memory::{
-    AtOnce, IMAGES_AHEAD, IMAGES_AT_ONCE_MAX, PACK_TOKENS_MAX, Sizes, TrainingSizes, elements,
-    judge_elements, learned_logits, size_in_words,
+    AtOnce, IMAGES_AHEAD, IMAGES_AT_ONCE_MAX, Sizes, TrainingSizes, elements, judge_elements,
+    learned_logits, pack_tokens_max, size_in_words,
 };
 pub use names::{Tensors, canonical, part_of};
 pub use reward_names::{HEAD_FILE, TWO_LAYERS, is_module, lora_matrix};

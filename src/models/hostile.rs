@@ -121,8 +121,8 @@ fn strange_numbers_of_a_reward_model_are_refused_or_their_memory_is_told() {
     let read = || -> Result<(), CheckpointError> {
         let model_config = LlavaRlhfConfig::open(&spec)?;
         ImageProcessorConfig::open_clip(&spec.vision, model_config.vision_config.image_size)?;
-        TrainingSizes::of_base(&model_config, Tower::Train).remembered(usize::MAX, usize::MAX);
-        TrainingSizes::of_adapter(&model_config, usize::MAX);
+        TrainingSizes::of_base(&model_config, Tower::Train, 4).remembered(usize::MAX, usize::MAX);
+        TrainingSizes::of_adapter(&model_config, usize::MAX, 4);
         assert!(judge_elements(&model_config) > 0);
         Ok(())
     };

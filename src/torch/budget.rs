@@ -11,7 +11,7 @@ use tch::Device;
 
 use super::device;
 use super::layer_stack::SavedActivations;
-use ovchat_models::checkpoint::{AtOnce, PACK_TOKENS_MAX, Sizes, TrainingSizes, size_in_words};
+use ovchat_models::checkpoint::{AtOnce, Sizes, TrainingSizes, pack_tokens_max, size_in_words};
 use ovchat_models::{Checkpointing, Gigabytes, RowFault};
 
 /// The batch limits of sampling or scoring.
@@ -116,6 +116,18 @@ pub struct TrainingBudget {
     memory: u64,
     sizes: TrainingSizes,
     checkpointing: Checkpointing,
+    on_gpu: bool,
+    relief: Relief,
+}
+
+/// The ways of a training to need less memory, after it ran out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd)]
+enum Relief {
+    None,
+    /// It saves the inputs of layers only, and computes the rest again.
+    Recompute,
+    /// In addition, it processes rows one by one.
+    OneByOne,
 }
 
 impl TrainingBudget {
@@ -127,7 +139,8 @@ impl TrainingBudget {
         sizes: TrainingSizes,
         checkpointing: Checkpointing,
     ) -> Result<Self, String> {
-        let memory = device::room(asked, device).bytes;
+        let room = device::room(asked, device);
+        let memory = room.bytes;
         if sizes.state() > memory {
             return Err(format!(
                 "training takes {} for weights, {} for gradients and {} for the optimizer's moments, \
@@ -143,7 +156,27 @@ impl TrainingBudget {
             memory,
             sizes,
             checkpointing,
+            on_gpu: room.on_gpu,
+            relief: Relief::None,
         })
+    }
+
+    /// The maximum number of tokens of a pack; 0 for one row each.
+    pub fn pack_tokens(&self) -> usize {
+        match self.relief {
+            Relief::OneByOne => 0,
+            Relief::None | Relief::Recompute => pack_tokens_max(self.on_gpu),
+        }
+    }
+
+    /// Makes the following passes need less memory. False if they cannot.
+    pub fn relieve(&mut self) -> bool {
+        self.relief = match (self.relief, self.checkpointing) {
+            (Relief::None, Checkpointing::Auto) => Relief::Recompute,
+            (Relief::None | Relief::Recompute, _) => Relief::OneByOne,
+            (Relief::OneByOne, _) => return false,
+        };
+        true
     }
 
     /// The activations to save in a pass over this many tokens and tiles.
@@ -151,7 +184,9 @@ impl TrainingBudget {
         let fits = self.sizes.has_room(self.memory, tokens, tiles);
         match self.checkpointing {
             Checkpointing::Never => SavedActivations::Everything,
-            Checkpointing::Auto if fits => SavedActivations::Everything,
+            Checkpointing::Auto if fits && self.relief == Relief::None => {
+                SavedActivations::Everything
+            }
             Checkpointing::Auto | Checkpointing::Always => SavedActivations::Inputs,
         }
     }
@@ -160,7 +195,7 @@ impl TrainingBudget {
     pub fn in_words(&self, [tokens, tiles]: [usize; 2]) -> String {
         let [memory, state] = [self.memory, self.sizes.state()].map(size_in_words);
         // Short rows are packed into one batch.
-        let at_once = tokens.max(PACK_TOKENS_MAX.min(tokens * 8));
+        let at_once = tokens.max(pack_tokens_max(self.on_gpu).min(tokens * 8));
         let remembered = size_in_words(self.sizes.remembered(at_once, tiles));
         let again = size_in_words(self.sizes.computed_again(at_once, tiles));
         let how = match (self.checkpointing, self.keep(at_once, tiles)) {
@@ -207,9 +242,44 @@ pub fn packs(lengths: &[usize], tokens_max: usize) -> Vec<Range<usize>> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::recorded::onevision;
     use super::*;
-    use ovchat_models::ModelError;
     use ovchat_models::checkpoint::DecoderConfig;
+    use ovchat_models::preprocess::Processor;
+    use ovchat_models::{ModelError, Optimizer, Trained};
+
+    #[test]
+    fn a_training_that_runs_out_computes_again_and_then_takes_rows_one_by_one() {
+        let prep = Processor::open(&onevision::folder()).unwrap();
+        let trained = Trained::all();
+        let sizes = TrainingSizes::new(prep.architecture(), &trained, Optimizer::Adamw, 4);
+        let budget = |checkpointing| {
+            let memory = Gigabytes::try_from(4.0).ok();
+            TrainingBudget::plan(memory, Device::Cpu, sizes, checkpointing).unwrap()
+        };
+        let mut auto = budget(Checkpointing::Auto);
+        assert_eq!(
+            (auto.keep(1, 0), auto.pack_tokens()),
+            (SavedActivations::Everything, 2048)
+        );
+        assert!(auto.relieve());
+        assert_eq!(
+            (auto.keep(1, 0), auto.pack_tokens()),
+            (SavedActivations::Inputs, 2048)
+        );
+        assert!(auto.relieve());
+        assert_eq!(
+            (auto.keep(1, 0), auto.pack_tokens()),
+            (SavedActivations::Inputs, 0)
+        );
+        assert!(!auto.relieve());
+        let mut never = budget(Checkpointing::Never);
+        assert!(never.relieve() && !never.relieve());
+        assert_eq!(
+            (never.keep(1, 0), never.pack_tokens()),
+            (SavedActivations::Everything, 0)
+        );
+    }
 
     #[test]
     fn packs_hold_whole_texts_in_order() {

@@ -364,6 +364,12 @@ impl WeightSource for Reader<'_> {
         });
         Ok(tensor)
     }
+
+    fn packs(&self) -> bool {
+        matches!(self.purpose, Purpose::Inference)
+            && self.kind == Kind::Float
+            && self.device == Device::Cpu
+    }
 }
 
 #[cfg(test)]

@@ -38,7 +38,7 @@ use super::attention::{
     KeyValue, attend_behind, attend_causally, attend_masked, attend_to_all, branch_mask,
 };
 use super::layer_stack::{Layer, LayerStack, SavedActivations};
-use super::layers::{Path, RmsNorm, Rotary, RotaryCosSin};
+use super::layers::{Path, RmsNorm, Rotary, RotaryCosSin, Weight, cast};
 use ovchat_models::ModelError;
 
 /// Embeddings, layers and the final norm; the head is separate, see [`LmHead`].
@@ -49,6 +49,8 @@ pub struct Decoder {
     norm: RmsNorm,
     rotary: Rotary,
     sizes: DecoderSizes,
+    /// True if large weights are packed.
+    packs: bool,
 }
 
 /// The hidden states that a pass returns. The last layer computes keys and values of every token,
@@ -108,6 +110,7 @@ impl Decoder {
             norm: RmsNorm::new(&(path / "norm"), config.hidden_size, config.rms_norm_eps)?,
             rotary: Rotary::new(config.head_dim, config.rope_theta, device),
             sizes: config.clone(),
+            packs: path.packs(),
         })
     }
 
@@ -407,31 +410,37 @@ fn last_of_each(lengths: &[i64], device: Device) -> Tensor {
 /// are computed only where they are needed, and it is not loaded where they never are.
 #[derive(Debug)]
 pub struct LmHead {
-    weight: Tensor, // [vocab, hidden]
+    weight: Weight, // [vocab, hidden]
+    vocab: i64,
 }
 
 impl LmHead {
     /// Loads an untied head.
     pub fn new(path: &Path, config: &DecoderSizes) -> Result<Self, ModelError> {
         let weight = path.take("weight", &[config.vocab_size, config.hidden_size])?;
-        Ok(Self { weight })
+        Ok(Self {
+            weight: Weight::new(weight, path.packs()),
+            vocab: config.vocab_size,
+        })
     }
 
-    /// Uses the embedding as the head; gradients of both uses accumulate in the one parameter.
+    /// Uses the embedding as the head; gradients of both uses accumulate in the one parameter. A packed
+    /// head is a copy.
     pub fn tied(decoder: &Decoder) -> Self {
         let weight = decoder.embed_tokens.shallow_clone();
-        Self { weight }
+        Self {
+            vocab: weight.size()[0],
+            weight: Weight::new(weight, decoder.packs),
+        }
     }
 
     /// Maps `[rows, hidden]` to logits `[rows, vocab]`, in float32.
     pub fn forward(&self, hidden: &Tensor) -> Tensor {
-        hidden
-            .linear(&self.weight.to_kind(hidden.kind()), None::<&Tensor>)
-            .to_kind(Kind::Float)
+        cast(&self.weight.forward(hidden, None), Kind::Float)
     }
 
     /// The size of the vocabulary.
     pub fn vocab(&self) -> i64 {
-        self.weight.size()[0]
+        self.vocab
     }
 }

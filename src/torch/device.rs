@@ -12,6 +12,7 @@ use std::sync::OnceLock;
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 use tch::{Cuda, Device, Kind, TchError, Tensor};
 
+use super::shim;
 use ovchat_models::libtorch::{BUILT_AGAINST, mismatch, variables, version_in};
 use ovchat_models::{DeviceSpec, Dtype, Finding, Gigabytes, ModelError, Placement, Room, Severity};
 
@@ -404,8 +405,22 @@ pub fn doctor() -> Vec<Finding> {
         }
         Err(problem) => finding(Severity::Bad, format!("`device: auto` is not available: {problem}")),
     });
+    // Only a GPU has a choice.
+    if matches!(auto(), Ok((device, _)) if *device != Device::Cpu) {
+        let backends = shim::attention_backends().join(", ");
+        let first = if std::env::var_os(CUDNN_LAST).is_some() {
+            "; cuDNN last"
+        } else {
+            ""
+        };
+        let text = format!("attention backends: {backends}{first}");
+        findings.push(finding(Severity::Good, text));
+    }
     findings
 }
+
+/// The variable that lets libtorch choose cuDNN's attention last: it plans for every new length.
+const CUDNN_LAST: &str = "TORCH_CUDNN_SDPA_DEPRIORITIZED";
 
 /// Compares the loaded libtorch with the version that the program was built against. An unknown
 /// version is reported as unknown.

@@ -22,6 +22,7 @@ use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::mpsc;
 
 use rayon::prelude::*;
 use tch::{Device, Kind};
@@ -39,7 +40,7 @@ use super::networks;
 use super::optimizer::Parameter;
 use super::training::{TrainingState, doing, not_finite, row_error};
 use super::vlm::VisionLanguageModel;
-use ovchat_models::checkpoint::{AdapterConfig, PACK_TOKENS_MAX, TrainingSizes, part_of};
+use ovchat_models::checkpoint::{AdapterConfig, TrainingSizes, part_of};
 use ovchat_models::preprocess::Processor;
 use ovchat_models::{
     self as models, Architecture, DpoReport, DpoSettings, DpoTrainer, Example, LoraSettings, Loss,
@@ -157,26 +158,36 @@ impl PolicyDpo {
     }
 
     /// Splits pairs into packed batches and calls `visit` for each, with the range of its pairs and
-    /// their tokens.
+    /// their tokens. The images of the next pairs are decoded meanwhile.
     fn in_packs(
         &self,
         pairs: &[Example<'_>],
         mut visit: impl FnMut(Range<usize>, &[PairTokens]) -> Result<(), ModelError>,
     ) -> Result<(), ModelError> {
+        type Prepared = Vec<Result<PairTokens, ModelError>>;
         let (prep, counting) = (&self.prep, self.counting);
-        for (chunk, pairs) in pairs.chunks(PREPARED_MAX).enumerate() {
-            let tokens: Vec<Result<PairTokens, ModelError>> = pairs
-                .par_iter()
-                .map(|pair| prepare(prep, counting, pair))
-                .collect();
-            let tokens: Vec<PairTokens> = tokens.into_iter().collect::<Result<_, _>>()?;
-            let counts: Vec<usize> = tokens.iter().map(PairTokens::count).collect();
-            for pack in packs(&counts, PACK_TOKENS_MAX) {
-                let first = chunk * PREPARED_MAX;
-                visit(first + pack.start..first + pack.end, &tokens[pack])?;
+        std::thread::scope(|scope| {
+            let (send, receive) = mpsc::sync_channel::<Prepared>(1);
+            scope.spawn(move || {
+                for pairs in pairs.chunks(PREPARED_MAX) {
+                    let pairs = pairs.par_iter();
+                    let tokens = pairs.map(|pair| prepare(prep, counting, pair)).collect();
+                    // A pass has failed if nobody receives.
+                    if send.send(tokens).is_err() {
+                        return;
+                    }
+                }
+            });
+            for (chunk, tokens) in receive.iter().enumerate() {
+                let tokens: Vec<PairTokens> = tokens.into_iter().collect::<Result<_, _>>()?;
+                let counts: Vec<usize> = tokens.iter().map(PairTokens::count).collect();
+                for pack in packs(&counts, self.budget.pack_tokens()) {
+                    let first = chunk * PREPARED_MAX;
+                    visit(first + pack.start..first + pack.end, &tokens[pack])?;
+                }
             }
-        }
-        Ok(())
+            Ok(())
+        })
     }
 
     fn pass(&self, tokens: &[PairTokens], keep: SavedActivations) -> Pass<'_> {
@@ -241,6 +252,35 @@ impl PolicyDpo {
             }
         }
         Ok(all)
+    }
+
+    /// Runs forward and backward passes for a batch, and adds to the gradients. `known` holds the losses
+    /// if they depend on the whole batch.
+    fn learn(
+        &self,
+        batch: &[Example<'_>],
+        references: &[[f64; 2]],
+        known: Option<&[PairLoss]>,
+    ) -> Result<Sums, ModelError> {
+        let ids: Vec<&str> = batch.iter().map(|pair| pair.id).collect();
+        let mut sums = Sums::default();
+        self.in_packs(batch, |places, tokens| {
+            let references = &references[places.clone()];
+            let known = known.map(|known| &known[places.clone()]);
+            let count = tokens.iter().map(PairTokens::count).sum();
+            let what = doing("training on", "pair", &ids[places.clone()]);
+            self.set_dropout(Some(places.start));
+            let learned = guarded(&what, tokens.len(), count, || {
+                self.learn_from(tokens, references, known, batch.len(), &mut sums)
+            })?;
+            if let Err(number) = learned {
+                let rows = ids.iter().map(|&id| id.to_owned()).collect();
+                let pair = ids[places.start + number];
+                return Err(not_finite(format!("the loss of pair {pair}"), rows));
+            }
+            Ok(())
+        })?;
+        Ok(sums)
     }
 
     /// Sets the adapter's dropout for a pass of a training step; `None` turns it off.
@@ -413,7 +453,6 @@ impl DpoTrainer for PolicyDpo {
 
     fn step(&mut self, batch: &[Example<'_>]) -> Result<DpoReport, ModelError> {
         assert!(!batch.is_empty(), "a step needs at least one pair");
-        let ids: Vec<&str> = batch.iter().map(|pair| pair.id).collect();
         let rows = || batch.iter().map(|pair| pair.id.to_owned()).collect();
         let reference = |pair: &Example<'_>| {
             let problem = "its log-probabilities under the reference are missing";
@@ -433,27 +472,21 @@ impl DpoTrainer for PolicyDpo {
         } else {
             None
         };
-        self.training.begin_step();
-        let mut sums = Sums::default();
-        self.in_packs(batch, |places, tokens| {
-            let references = &references[places.clone()];
-            let known = known.as_ref().map(|known| &known[places.clone()]);
-            let count = tokens.iter().map(PairTokens::count).sum();
-            let what = doing("training on", "pair", &ids[places.clone()]);
-            self.set_dropout(Some(places.start));
-            let learned = guarded(&what, tokens.len(), count, || {
-                self.learn_from(tokens, references, known, batch.len(), &mut sums)
-            })?;
-            if let Err(number) = learned {
-                let pair = batch[places.start + number].id;
-                return Err(not_finite(format!("the loss of pair {pair}"), rows()));
-            }
-            Ok(())
-        })?;
         let has_images = batch.iter().any(|one| !one.prompt.images.is_empty());
         let has_gradient =
             |parameter: &Parameter| has_images || part_of(&parameter.name) == Part::LanguageModel;
-        let update = self.training.update(rows, has_gradient)?;
+        let (sums, update) = loop {
+            self.training.begin_step();
+            let learned = self.learn(batch, &references, known.as_deref());
+            let updated = learned.and_then(|sums| {
+                let update = self.training.update(rows, has_gradient)?;
+                Ok((sums, update))
+            });
+            match updated {
+                Err(ModelError::OutOfMemory { .. }) if self.budget.relieve() => {}
+                done => break done?,
+            }
+        };
 
         let pairs = batch.len() as f64;
         Ok(DpoReport {
@@ -513,5 +546,72 @@ impl Trainer for PolicyDpo {
 
     fn load_state(&mut self, from: &Path) -> Result<(), ModelError> {
         self.training.load_state(from)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Tensor;
+
+    use super::super::error::tests::run_out_after;
+    use super::super::recorded::onevision;
+    use super::*;
+    use ovchat_models::{Checkpointing, Dtype, Optimization, Optimizer, Schedule, TrainingAnswer};
+
+    /// The weights after a step on the recorded prompts; memory runs out after so many guarded calls.
+    fn trained(calls: Option<usize>) -> (Vec<Tensor>, SavedActivations) {
+        let settings = DpoSettings {
+            objective: Objective::of(Loss::Sigmoid, 0.1),
+            mask: Mask::default(),
+            newlines: Newlines::default(),
+            trained: Trained::all(),
+            checkpointing: Checkpointing::Auto,
+            optimization: Optimization {
+                learning_rate: 1e-3,
+                schedule: Schedule::Constant,
+                warmup_steps: 0,
+                steps: 6,
+                optimizer: Optimizer::Adamw,
+                weight_decay: 0.01,
+                adam_betas: [0.9, 0.999],
+                adam_epsilon: 1e-8,
+                max_grad_norm: 1.0,
+            },
+        };
+        let mut trainer = PolicyDpo::open(&onevision::spec(Dtype::Float32), &settings).unwrap();
+        let prompts = onevision::many(3);
+        let answer = |text: &str| TrainingAnswer {
+            text: text.to_owned(),
+            token_ids: None,
+        };
+        let pairs: Vec<Example<'_>> = prompts
+            .iter()
+            .map(|prompt| Example {
+                id: &prompt.id,
+                prompt,
+                chosen: answer("a cat"),
+                rejected: answer("two red dogs"),
+                reference: Some([-30.0, -70.0]),
+            })
+            .collect();
+        if let Some(calls) = calls {
+            run_out_after(calls);
+        }
+        trainer.step(&pairs).unwrap();
+        let weights = trainer.training.parameters.iter();
+        let weights = weights.map(|one| one.tensor.detach().copy());
+        (weights.collect(), trainer.budget.keep(1, 1))
+    }
+
+    /// Memory runs out in the first pass, in a later one, and when the gradients are complete.
+    #[test]
+    fn a_step_without_enough_memory_is_done_again_and_comes_out_the_same() {
+        let (expected, keep) = trained(None);
+        assert_eq!(keep, SavedActivations::Everything);
+        for calls in 0..3 {
+            let (found, keep) = trained(Some(calls));
+            assert_eq!(keep, SavedActivations::Inputs, "{calls}");
+            assert_eq!(found, expected, "{calls}");
+        }
     }
 }

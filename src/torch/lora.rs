@@ -87,6 +87,10 @@ impl WeightSource for Merged<'_> {
         let update = self.adapter.update(module, shape, weight.device())?;
         Ok((weight + update).to_kind(self.base.kind()))
     }
+
+    fn packs(&self) -> bool {
+        self.base.packs()
+    }
 }
 
 /// The base's weights unchanged, with an adapter in training at its target modules.

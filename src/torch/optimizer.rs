@@ -2,13 +2,14 @@
 //! transformers' `get_…_schedule_with_warmup` and PyTorch's `clip_grad_norm_`.
 //!
 //! libtorch's optimizers cannot save their state through tch, hence this implementation. With
-//! float32 moments an update allocates nothing: it reuses the memory of the gradients, so it cannot
+//! float32 moments an update is one operator for all weights, which allocates nothing, so it cannot
 //! run out of memory halfway through the parameters. With 8-bit moments it processes a parameter in
 //! pieces, in memory reserved before the first.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::blockwise_quant::{BLOCK, Codebook, QuantizedTensor};
+use super::shim::{self, AdamwTensors};
 use ovchat_models::{Optimizer, Schedule};
 
 /// A trained weight with its canonical name.
@@ -64,8 +65,15 @@ impl Moment {
     }
 }
 
-/// Blocks of a parameter that an 8-bit update processes at once: 16 MB in float32.
-const BLOCKS_AT_ONCE: i64 = (1 << 22) / BLOCK;
+/// Blocks of a parameter that an 8-bit update processes at once: 256 MB in float32 on a GPU, where each
+/// piece costs some 40 launches, and 16 MB on a CPU.
+fn blocks_at_once(device: Device) -> i64 {
+    let weights: i64 = match device {
+        Device::Cpu => 1 << 22,
+        _ => 1 << 26,
+    };
+    weights / BLOCK
+}
 
 impl AdamW {
     /// A new optimizer of `parameters`, on their device.
@@ -120,39 +128,85 @@ impl AdamW {
     /// Reserves the memory that [`AdamW::step`] needs in addition to the gradients.
     pub fn reserve(&self, parameters: &[Parameter]) {
         if let (Some(_), Some(first)) = (&self.tables, parameters.first()) {
-            let size = [8, BLOCKS_AT_ONCE, BLOCK];
-            let _ = Tensor::empty(size, (Kind::Float, first.tensor.device()));
+            let device = first.tensor.device();
+            let weights = parameters
+                .iter()
+                .map(|parameter| parameter.tensor.numel() as i64);
+            let blocks = (weights.max().unwrap_or(0) + BLOCK - 1) / BLOCK;
+            let size = [8, blocks.min(blocks_at_once(device)), BLOCK];
+            let _ = Tensor::empty(size, (Kind::Float, device));
         }
     }
 
-    /// Updates those `parameters` that have a learning rate in `rates`. Overwrites their gradients.
+    /// Updates those `parameters` that have a learning rate in `rates`. Overwrites the gradients of
+    /// those with 8-bit moments.
     pub fn step(&mut self, parameters: &[Parameter], rates: &[Option<f64>]) {
         let _no_grad = tch::no_grad_guard();
-        for ((parameter, moments), &rate) in parameters.iter().zip(&mut self.moments).zip(rates) {
+        // Weights with one rate are updated by one operator.
+        let mut fused: Vec<(f64, Vec<usize>)> = Vec::new();
+        for (number, (parameter, &rate)) in parameters.iter().zip(rates).enumerate() {
             let gradient = parameter.tensor.grad();
             let (Some(rate), true) = (rate, gradient.defined()) else {
                 continue;
             };
+            let moments = &mut self.moments[number];
             moments.steps += 1;
-            let [beta1, beta2] = self.betas;
-            let update = Update {
-                betas: self.betas,
-                corrections: [beta1, beta2].map(|beta| 1.0 - beta.powi(moments.steps as i32)),
-                epsilon: self.epsilon,
-                rate,
-                decay: 1.0 - rate * self.weight_decay,
-            };
-            let weight = parameter.tensor.shallow_clone();
             match (&mut moments.exp_avg, &mut moments.exp_avg_sq, &self.tables) {
-                (Moment::Whole(exp_avg), Moment::Whole(exp_avg_sq), _) => {
-                    update.apply(&weight, &gradient, exp_avg, exp_avg_sq);
+                (Moment::Whole(_), Moment::Whole(_), _) => {
+                    match fused
+                        .iter_mut()
+                        .find(|(other, _)| other.to_bits() == rate.to_bits())
+                    {
+                        Some((_, numbers)) => numbers.push(number),
+                        None => fused.push((rate, vec![number])),
+                    }
                 }
                 (Moment::InBytes(exp_avg), Moment::InBytes(root), Some(tables)) => {
+                    let [beta1, beta2] = self.betas;
+                    let update = Update {
+                        betas: self.betas,
+                        corrections: [beta1, beta2]
+                            .map(|beta| 1.0 - beta.powi(moments.steps as i32)),
+                        epsilon: self.epsilon,
+                        rate,
+                        decay: 1.0 - rate * self.weight_decay,
+                    };
+                    let weight = parameter.tensor.shallow_clone();
                     update.apply_in_bytes(&weight, &gradient, [exp_avg, root], tables);
                 }
                 _ => unreachable!("both moments have the same format"),
             }
         }
+        for (rate, numbers) in fused {
+            self.step_at_once(parameters, &numbers, rate);
+        }
+    }
+
+    /// Updates the parameters with these numbers, whose moments are in float32.
+    fn step_at_once(&self, parameters: &[Parameter], numbers: &[usize], rate: f64) {
+        let steps = numbers
+            .iter()
+            .map(|&number| self.moments[number].steps as f32);
+        let steps = Tensor::from_slice(&steps.collect::<Vec<f32>>());
+        let steps = steps.to_device(parameters[numbers[0]].tensor.device());
+        let mut tensors = AdamwTensors::default();
+        for (row, &number) in (0..).zip(numbers) {
+            let Moments {
+                exp_avg: Moment::Whole(exp_avg),
+                exp_avg_sq: Moment::Whole(exp_avg_sq),
+                ..
+            } = &self.moments[number]
+            else {
+                unreachable!("moments in float32")
+            };
+            let weight = &parameters[number].tensor;
+            tensors.weights.push(weight.shallow_clone());
+            tensors.gradients.push(weight.grad());
+            tensors.exp_avgs.push(exp_avg.shallow_clone());
+            tensors.exp_avg_sqs.push(exp_avg_sq.shallow_clone());
+            tensors.steps.push(steps.get(row));
+        }
+        shim::fused_adamw(&tensors, rate, self.betas, self.weight_decay, self.epsilon);
     }
 }
 
@@ -202,8 +256,9 @@ impl Update {
         let (weight, gradient) = (weight.view([-1]), gradient.reshape([-1]));
         let count = weight.size()[0];
         let blocks = exp_avg.scales.size()[0];
-        for first in (0..blocks).step_by(BLOCKS_AT_ONCE as usize) {
-            let piece = BLOCKS_AT_ONCE.min(blocks - first);
+        let at_once = blocks_at_once(weight.device());
+        for first in (0..blocks).step_by(at_once as usize) {
+            let piece = at_once.min(blocks - first);
             let start = first * BLOCK;
             let length = (piece * BLOCK).min(count - start);
             // The last block is padded with zeros.
@@ -261,19 +316,19 @@ impl LearningRate {
 /// The Euclidean norm of all gradients together, in float32 as in PyTorch.
 pub fn grad_norm(parameters: &[Parameter]) -> f64 {
     let _no_grad = tch::no_grad_guard();
-    let norms: Vec<Tensor> = parameters
-        .iter()
-        .map(|parameter| parameter.tensor.grad())
-        .filter(Tensor::defined)
-        .map(|gradient| gradient.norm())
-        .collect();
-    if norms.is_empty() {
+    let gradients = gradients(parameters);
+    if gradients.is_empty() {
         return 0.0;
     }
-    Tensor::stack(&norms, 0)
-        .norm()
+    shim::norm(&gradients)
         .to_kind(Kind::Double)
         .double_value(&[])
+}
+
+/// The gradients of the parameters that have one.
+fn gradients(parameters: &[Parameter]) -> Vec<Tensor> {
+    let gradients = parameters.iter().map(|parameter| parameter.tensor.grad());
+    gradients.filter(Tensor::defined).collect()
 }
 
 /// Scales all gradients, whose norm is `norm`, to a norm of at most `norm_max`.
@@ -283,12 +338,7 @@ pub fn clip_gradients(parameters: &[Parameter], norm: f64, norm_max: f64) {
     if scale >= 1.0 {
         return;
     }
-    for parameter in parameters {
-        let mut gradient = parameter.tensor.grad();
-        if gradient.defined() {
-            let _ = gradient.g_mul_scalar_(scale);
-        }
-    }
+    shim::scale(&gradients(parameters), scale);
 }
 
 /// Sets all gradients to zero.

@@ -16,10 +16,11 @@ use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
 use super::budget::{Budget, packs, too_large};
-use super::decoder::{Texts, Wanted};
+use super::decoder::{PackedSequence, Texts, Wanted};
 use super::device;
 use super::error::{guarded, refuse};
 use super::images::{DecodedImage, PromptImages};
+use super::layer_stack::{LayerStack, SavedActivations};
 use super::llava::{LlavaRlhf, no_adapter};
 use super::weights::Weights;
 use ovchat_models::checkpoint::{HEAD_FILE, Sizes, judge_elements};
@@ -248,6 +249,42 @@ impl RewardNetwork {
         let embeds = decoder.embed(&Tensor::from_slice(&ids).to_device(self.device));
         self.head
             .forward(&decoder.branch(&embeds, &texts, Wanted::Last))
+    }
+}
+
+impl RewardNetwork {
+    /// The rewards of answers to prompts in training, `[answers of all]`, float32, and the layer stack
+    /// that continues their backward pass. Each prompt is packed with its answers.
+    pub fn learned_rewards(
+        &self,
+        prompts: &[(&[JudgeIds], Option<&Tensor>)],
+        keep: SavedActivations,
+    ) -> (Tensor, LayerStack<'_>) {
+        let decoder = self.llava.decoder();
+        let (mut embeds, mut trees, mut lasts) = (Vec::new(), Vec::new(), Vec::new());
+        let mut wanted = 0;
+        for (answers, features) in prompts {
+            let shared = shared_tokens(answers);
+            embeds.push(self.llava.embed(&answers[0], shared, *features));
+            let own = answers.iter().map(|answer| &answer.ids[shared..]);
+            let own: Vec<&[i64]> = own.collect();
+            embeds.push(decoder.embed(&Tensor::from_slice(&own.concat()).to_device(self.device)));
+            let branches: Vec<i64> = own.iter().map(|ids| ids.len() as i64).collect();
+            for length in &branches {
+                wanted += length;
+                lasts.push(wanted - 1);
+            }
+            trees.push(PackedSequence {
+                prompt: shared as i64,
+                branches,
+                wanted_from: shared as i64,
+            });
+        }
+        let embeds = Tensor::cat(&embeds, 0).to_kind(self.kind);
+        let chain = decoder.read(&embeds, trees, keep);
+        let lasts = Tensor::from_slice(&lasts).to_device(self.device);
+        let rewards = self.head.forward(&chain.output().index_select(0, &lasts));
+        (rewards, chain)
     }
 }
 

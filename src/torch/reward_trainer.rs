@@ -1,19 +1,21 @@
 //! The reward trainer: a LoRA adapter and a head learn to score chosen answers above rejected ones,
 //! as in `RLHF/models/reward_model.py` of LLaVA-RLHF.
 //!
-//! A pair takes one pass over the common prefix of its two texts and one over the rest of both, as
-//! in scoring. Base, projector and tower are frozen. Training is in float32.
+//! A pair takes one pass over the common prefix of its two texts and the rest of both. Base, projector
+//! and tower are frozen; adapter and head are in float32, activations in the dtype of the model's spec.
 
 use std::fs::{self, File};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 use tch::{Kind, Tensor};
 
-use super::budget::packs;
+use super::budget::{TrainingBudget, packs};
 use super::checkpoint::{Checkpoint, Purpose, Reader};
 use super::device;
 use super::error::{guarded, refuse};
+use super::layer_stack::{LayerStack, SavedActivations};
 use super::llava::LlavaRlhf;
 use super::lora::{
     Adapted, Adapter, Names, SavedAdapterConfig, Start, save_adapter, seeded_uniform,
@@ -22,11 +24,11 @@ use super::optimizer::Parameter;
 use super::reward::{RewardHead, RewardNetwork};
 use super::training::{TrainingState, doing, not_finite, row_error};
 use super::weights::save_torch;
-use ovchat_models::checkpoint::{HEAD_FILE, PACK_TOKENS_MAX, TWO_LAYERS};
+use ovchat_models::checkpoint::{HEAD_FILE, TWO_LAYERS, TrainingSizes};
 use ovchat_models::preprocess::{JudgeIds, Judged, LlavaRlhfProcessor};
 use ovchat_models::{
-    AnswerGroup, Example, LlavaRlhfSpec, ModelError, RewardReport, RewardSettings, RewardTrainer,
-    RowFault, Trainer,
+    AnswerGroup, Checkpointing, Example, LlavaRlhfSpec, ModelError, RewardReport, RewardSettings,
+    RewardTrainer, RowFault, Trainer,
 };
 
 /// The target modules of LLaVA-RLHF (`adapter_config.json` of `rm_lora_adapter_model`).
@@ -48,6 +50,7 @@ pub struct LlavaRewardTrainer {
     prep: LlavaRlhfProcessor,
     network: RewardNetwork,
     training: TrainingState,
+    budget: TrainingBudget,
     centering: f64,
     /// The dtype in which the adapter is saved: that of the initial adapter, or of the base's
     /// weights.
@@ -67,7 +70,7 @@ impl LlavaRewardTrainer {
 
     /// Opens the base and the tower, and an adapter: the one that `spec` names, or a new one.
     pub fn open(spec: &LlavaRlhfSpec, settings: &RewardSettings) -> Result<Self, ModelError> {
-        let (device, _) = device::choose(spec.device, spec.dtype)?;
+        let (device, kind) = device::choose(spec.device, spec.dtype)?;
         let prep = LlavaRlhfProcessor::open(spec)?;
         let hidden = prep.config.text_config.hidden_size as i64;
         let existing = prep
@@ -76,6 +79,15 @@ impl LlavaRewardTrainer {
             .as_ref()
             .map(|config| Adapter::open(config, Names::Same));
         let existing = existing.transpose()?;
+        let rank = prep
+            .config
+            .adapter
+            .as_ref()
+            .map_or(settings.rank, |adapter| adapter.r);
+        let element = kind.elt_size_in_bytes() as u64;
+        let sizes = TrainingSizes::of_adapter(&prep.config, rank, element);
+        let budget = TrainingBudget::plan(spec.memory_gb, device, sizes, Checkpointing::Auto);
+        let budget = budget.map_err(|problem| refuse(&spec.base, problem))?;
         let start = match &existing {
             Some(adapter) => Start::At(adapter),
             None => Start::Fresh {
@@ -98,7 +110,7 @@ impl LlavaRewardTrainer {
         let [weight, bias] = head.map(|tensor| tensor.set_requires_grad(true));
         let base = Checkpoint::open_base(&spec.base)?;
         let vision = Checkpoint::open_clip(&spec.vision)?;
-        let reader = |from| Reader::new(from, device, Kind::Float, Purpose::Inference);
+        let reader = |from| Reader::new(from, device, kind, Purpose::Inference);
         let adapted = Adapted::new(reader(&base), start, Names::Same, None);
         let two_layers = base.has(TWO_LAYERS);
         let llava = LlavaRlhf::new(&reader(&vision), &adapted, two_layers, &prep.config)?;
@@ -125,9 +137,10 @@ impl LlavaRewardTrainer {
             network: RewardNetwork {
                 llava,
                 head: RewardHead { weight, bias },
-                kind: Kind::Float,
+                kind,
                 device,
             },
+            budget,
             training: TrainingState::new(parameters, &settings.optimization)?,
             centering: settings.centering,
             rank: settings.rank,
@@ -136,9 +149,9 @@ impl LlavaRewardTrainer {
         })
     }
 
-    /// The rewards of the chosen and the rejected answer of each pair, `[pairs, 2]` in float64,
-    /// with gradients.
-    fn rewards(&self, pairs: &[Judged]) -> Tensor {
+    /// The rewards of the chosen and the rejected answer of each pair, `[pairs, 2]` in float64, and the
+    /// layer stack that continues their backward pass.
+    fn rewards(&self, pairs: &[Judged], keep: SavedActivations) -> (Tensor, LayerStack<'_>) {
         let pixels: Vec<&[f32]> = pairs
             .iter()
             .filter_map(|pair| pair.pixels.as_deref())
@@ -157,9 +170,62 @@ impl LlavaRewardTrainer {
                 (pair.answers.as_slice(), features)
             })
             .collect();
-        let rewards = self.network.rewards(&prompts);
-        rewards.to_kind(Kind::Double).view([-1, 2])
+        let (rewards, chain) = self.network.learned_rewards(&prompts, keep);
+        (rewards.to_kind(Kind::Double).view([-1, 2]), chain)
     }
+
+    /// Scores the pairs of a batch, and adds to the gradients. Returns the rewards and the loss.
+    fn learn(&self, ids: &[&str], pairs: &[Judged]) -> Result<(Vec<[f64; 2]>, f64), ModelError> {
+        let counts: Vec<usize> = pairs.iter().map(tokens).collect();
+        let packs = packs(&counts, self.budget.pack_tokens());
+        let keep = |pack: &Range<usize>| self.budget.keep(counts[pack.clone()].iter().sum(), 0);
+        let mut rewards: Vec<[f64; 2]> = Vec::with_capacity(pairs.len());
+        let mut with_gradients = None;
+        for pack in &packs {
+            let what = doing("judging", "pair", &ids[pack.clone()]);
+            let length = counts[pack.clone()].iter().sum();
+            let judged = guarded(&what, 2 * pack.len(), length, || {
+                let pairs = &pairs[pack.clone()];
+                if packs.len() > 1 {
+                    let _no_grad = tch::no_grad_guard();
+                    self.rewards(pairs, SavedActivations::Nothing)
+                } else {
+                    self.rewards(pairs, keep(pack))
+                }
+            })?;
+            let values = Vec::<Vec<f64>>::try_from(&judged.0).expect("a matrix of float64");
+            rewards.extend(values.iter().map(|judged| [judged[0], judged[1]]));
+            with_gradients = (packs.len() == 1).then_some(judged);
+        }
+        for (id, rewards) in ids.iter().zip(&rewards) {
+            if !rewards.iter().all(|reward| reward.is_finite()) {
+                let rows = ids.iter().map(|&id| id.to_owned()).collect();
+                return Err(not_finite(format!("a reward of pair {id}"), rows));
+            }
+        }
+        let (loss, slopes) = loss_and_slopes(&rewards, self.centering);
+        for pack in packs {
+            let what = doing("training on", "pair", &ids[pack.clone()]);
+            let length = counts[pack.clone()].iter().sum();
+            guarded(&what, 2 * pack.len(), length, || {
+                let slopes = Tensor::from_slice(&slopes[pack.clone()].concat())
+                    .view([-1, 2])
+                    .to_device(self.network.device);
+                let (judged, chain) = with_gradients
+                    .take()
+                    .unwrap_or_else(|| self.rewards(&pairs[pack.clone()], keep(&pack)));
+                (judged * slopes).sum(Kind::Double).backward();
+                chain.backward();
+            })?;
+        }
+        Ok((rewards, loss))
+    }
+}
+
+/// The number of tokens of a pair, counting what its answers share twice.
+fn tokens(pair: &Judged) -> usize {
+    let answers = pair.answers.iter();
+    answers.map(|text| text.ids.len()).sum()
 }
 
 /// The loss of a batch of rewards, the mean of `-log sigmoid(r_chosen - r_rejected)` plus
@@ -205,49 +271,19 @@ impl RewardTrainer for LlavaRewardTrainer {
         for (row, prepared) in batch.iter().zip(prepared) {
             pairs.push(prepared.map_err(|fault| row_error(row.id, fault.to_string()))?);
         }
-        let tokens = |pair: &Judged| {
-            pair.answers
-                .iter()
-                .map(|text| text.ids.len())
-                .sum::<usize>()
-        };
-        self.training.begin_step();
         let ids: Vec<&str> = batch.iter().map(|pair| pair.id).collect();
-        let counts: Vec<usize> = pairs.iter().map(tokens).collect();
-        let packs = packs(&counts, PACK_TOKENS_MAX);
-        let mut rewards: Vec<[f64; 2]> = Vec::with_capacity(batch.len());
-        let mut with_gradients = None;
-        for pack in &packs {
-            let what = doing("judging", "pair", &ids[pack.clone()]);
-            let length = counts[pack.clone()].iter().sum();
-            let judged = guarded(&what, 2 * pack.len(), length, || {
-                let _no_grad = (packs.len() > 1).then(tch::no_grad_guard);
-                self.rewards(&pairs[pack.clone()])
-            })?;
-            let values = Vec::<Vec<f64>>::try_from(&judged).expect("a matrix of float64");
-            rewards.extend(values.iter().map(|judged| [judged[0], judged[1]]));
-            with_gradients = (packs.len() == 1).then_some(judged);
-        }
-        for (row, rewards) in batch.iter().zip(&rewards) {
-            if !rewards.iter().all(|reward| reward.is_finite()) {
-                return Err(not_finite(format!("a reward of pair {}", row.id), rows()));
+        let (rewards, loss, update) = loop {
+            self.training.begin_step();
+            let learned = self.learn(&ids, &pairs);
+            let updated = learned.and_then(|(rewards, loss)| {
+                let update = self.training.update(rows, |_| true)?;
+                Ok((rewards, loss, update))
+            });
+            match updated {
+                Err(ModelError::OutOfMemory { .. }) if self.budget.relieve() => {}
+                done => break done?,
             }
-        }
-        let (loss, slopes) = loss_and_slopes(&rewards, self.centering);
-        for pack in packs {
-            let what = doing("training on", "pair", &ids[pack.clone()]);
-            let length = counts[pack.clone()].iter().sum();
-            guarded(&what, 2 * pack.len(), length, || {
-                let slopes = Tensor::from_slice(&slopes[pack.clone()].concat())
-                    .view([-1, 2])
-                    .to_device(self.network.device);
-                let judged = with_gradients
-                    .take()
-                    .unwrap_or_else(|| self.rewards(&pairs[pack.clone()]));
-                (judged * slopes).sum(Kind::Double).backward();
-            })?;
-        }
-        let update = self.training.update(rows, |_| true)?;
+        };
         let count = batch.len() as f64;
         let mean =
             |value: &dyn Fn(&[f64; 2]) -> f64| rewards.iter().map(value).sum::<f64>() / count;
@@ -258,7 +294,7 @@ impl RewardTrainer for LlavaRewardTrainer {
             accuracy: mean(&|rewards| f64::from(u8::from(rewards[0] > rewards[1]))),
             grad_norm: update.grad_norm,
             learning_rate: update.learning_rate,
-            tokens: counts.iter().sum::<usize>() as u64,
+            tokens: pairs.iter().map(tokens).sum::<usize>() as u64,
         })
     }
 }

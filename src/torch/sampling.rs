@@ -6,16 +6,19 @@
 //! prompt's seed, the answer's index and the token's position, and so on nothing that batching or
 //! resuming could change.
 
-use std::cmp::Ordering;
+mod candidates;
+mod on_host;
 
-use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
 
+use self::candidates::Candidates;
+use self::on_host::draw_all;
+use super::dpo::token_logps;
 use ovchat_models::Sampling;
 
-/// The number of most likely tokens that are first copied from a device; the rest follow only if
-/// the draw needs them.
+/// The number of most likely tokens that a draw considers first; the rest follow only if it needs
+/// them.
 const CANDIDATES: i64 = 512;
 
 /// The seed of answer `answer`: the first eight bytes, little-endian, of
@@ -90,22 +93,46 @@ impl<'a> Chooser<'a> {
     }
 
     /// Samples one token for each row of `logits` (`[rows, vocab]`, float32), with the row's random
-    /// number in [0, 1). `None` for a row whose logits are NaN.
-    pub fn choose(&mut self, logits: &Tensor, numbers: &[f64]) -> Vec<Option<i64>> {
+    /// number in [0, 1). A GPU computes everything; one tensor is copied to the host, and the number of rows
+    /// whose draws need more than the most likely tokens.
+    pub fn choose(&mut self, logits: &Tensor, numbers: &[f64]) -> Chosen {
         let scores = self.scores(logits);
-        let tokens = if self.how.temperature == 0.0 {
-            greatest(&scores)
+        let (ids, is_valid) = if self.how.temperature == 0.0 {
+            // torch's `argmax` returns the first maximum: the lowest id among equals.
+            let highest = scores.amax([-1i64].as_slice(), false);
+            (scores.argmax(-1, false), highest.isfinite())
         } else {
             self.draw(&self.probabilities(&scores), numbers)
         };
+        let logps = token_logps(logits, &ids);
         if let Some(occurred) = &mut self.occurred {
-            let chosen: Vec<i64> = tokens.iter().map(|token| token.unwrap_or(0)).collect();
-            let chosen = Tensor::from_slice(&chosen)
-                .to_device(occurred.device())
-                .unsqueeze(-1);
-            let _ = occurred.scatter_value_(-1, &chosen, 1);
+            let _ = occurred.scatter_value_(-1, &ids.unsqueeze(-1), 1);
         }
-        tokens
+        Chosen::new(ids, &is_valid, &logps)
+    }
+
+    /// Draws a token for each row of `probabilities`, and says which are numbers.
+    fn draw(&self, probabilities: &Tensor, numbers: &[f64]) -> (Tensor, Tensor) {
+        if probabilities.device() == Device::Cpu {
+            let drawn = draw_all(probabilities, self.how, numbers);
+            let ids: Vec<i64> = drawn.iter().map(|id| id.unwrap_or(0)).collect();
+            let is_valid: Vec<bool> = drawn.iter().map(Option::is_some).collect();
+            return (Tensor::from_slice(&ids), Tensor::from_slice(&is_valid));
+        }
+        let numbers = Tensor::from_slice(numbers).to_device(probabilities.device());
+        let few = Candidates::of(probabilities, CANDIDATES, self.how);
+        let (mut ids, is_valid) = (few.draw(&numbers), few.are_numbers());
+        if let Some(is_enough) = few.is_enough(self.how) {
+            let rest = is_enough.logical_not().logical_and(&is_valid);
+            let rest = rest.nonzero().squeeze_dim(-1); // [rows], int64
+            if rest.size()[0] > 0 {
+                let rows = probabilities.index_select(0, &rest);
+                let all = Candidates::of(&rows, rows.size()[1], self.how);
+                let drawn = all.draw(&numbers.index_select(0, &rest));
+                ids = ids.index_copy(0, &rest, &drawn);
+            }
+        }
+        (ids, is_valid)
     }
 
     /// The logits with banned tokens at minus infinity and the repetition penalty applied.
@@ -135,181 +162,40 @@ impl<'a> Chooser<'a> {
 
     /// The probability of each token in [`Chooser::choose`], by row.
     pub fn distribution(&self, logits: &Tensor) -> Vec<Vec<f64>> {
-        let rows = rows_of(&self.probabilities(&self.scores(logits)));
-        let distribution = |row: Vec<f32>| {
-            let mut tokens = Token::all(&row);
-            let kept = eligible(&mut tokens, self.how).expect("numbers");
-            let whole: f64 = tokens[..kept]
-                .iter()
-                .map(|token| f64::from(token.chance))
-                .sum();
-            let mut distribution = vec![0.0; row.len()];
-            for token in &tokens[..kept] {
-                distribution[token.id as usize] = f64::from(token.chance) / whole;
-            }
-            distribution
-        };
-        rows.into_iter().map(distribution).collect()
-    }
-
-    fn draw(&self, probabilities: &Tensor, numbers: &[f64]) -> Vec<Option<i64>> {
-        let how = self.how;
-        if probabilities.device() == Device::Cpu {
-            let rows = rows_of(probabilities);
-            let rows = rows.par_iter().zip(numbers);
-            return rows
-                .map(|(row, &number)| draw(&mut Token::all(row), how, number))
-                .collect();
-        }
-        let (chances, ids) =
-            probabilities.topk(CANDIDATES.min(probabilities.size()[1]), -1, true, true);
-        let ids = Vec::<Vec<i64>>::try_from(ids).expect("a matrix of integers");
-        let rows = rows_of(&chances)
-            .into_iter()
-            .zip(ids)
-            .zip(numbers)
-            .enumerate();
-        rows.map(|(row, ((chances, ids), &number))| {
-            let pairs = chances.into_iter().zip(ids);
-            let mut few: Vec<Token> = pairs.map(|(chance, id)| Token { chance, id }).collect();
-            let sum: f64 = few.iter().map(|token| f64::from(token.chance)).sum();
-            // The most likely tokens suffice if they include all eligible ones. They come in order.
-            let least = few.last().map_or(0.0, |token| token.chance);
-            let most = few.first().map_or(0.0, |token| token.chance);
-            if sum >= how.top_p || least < least_chance(most, how.min_p) {
-                return draw(&mut few, how, number);
-            }
-            let all = rows_of(&probabilities.narrow(0, row as i64, 1)).swap_remove(0);
-            draw(&mut Token::all(&all), how, number)
-        })
-        .collect()
+        let probabilities = self.probabilities(&self.scores(logits));
+        let all = Candidates::of(&probabilities, probabilities.size()[1], self.how);
+        let kept = &all.chances * &all.is_kept;
+        let shares = &kept / kept.sum_dim_intlist([-1i64].as_slice(), true, None);
+        let shares = shares.zeros_like().scatter(-1, &all.ids, &shares);
+        Vec::try_from(shares).expect("a matrix of float64")
     }
 }
 
-/// A token and its probability.
-#[derive(Debug, Clone, Copy)]
-struct Token {
-    chance: f32,
-    id: i64,
+/// The tokens that were sampled.
+#[derive(Debug)]
+pub struct Chosen {
+    /// The token of each row, `[rows]`, int64, on the device; any token where the logits are NaN.
+    pub ids: Tensor,
+    /// The same on the host; `None` for a row whose logits are NaN.
+    pub tokens: Vec<Option<i64>>,
+    /// Their log-probabilities without temperature and nucleus.
+    pub logps: Vec<f32>,
 }
 
-impl Token {
-    /// All tokens of a vocabulary with nonzero probability.
-    fn all(chances: &[f32]) -> Vec<Self> {
-        let tokens = (0..).zip(chances);
-        // A NaN probability is kept, to be detected later.
-        let likely = tokens.filter(|(_, chance)| **chance > 0.0 || chance.is_nan());
-        likely.map(|(id, &chance)| Self { chance, id }).collect()
-    }
-
-    /// Orders by descending probability, then by ascending id.
-    fn order(&self, other: &Self) -> Ordering {
-        other
-            .chance
-            .total_cmp(&self.chance)
-            .then(self.id.cmp(&other.id))
-    }
-}
-
-/// Draws from the eligible tokens with `number`, by inverse transform sampling. `None` if the
-/// probabilities are NaN.
-fn draw(tokens: &mut [Token], how: &Sampling, number: f64) -> Option<i64> {
-    let kept = eligible(tokens, how)?;
-    let some_are_out = how.top_p < 1.0 || kept < tokens.len();
-    let tokens = &mut tokens[..kept];
-    let whole = if some_are_out {
-        tokens.iter().map(|token| f64::from(token.chance)).sum()
-    } else {
-        1.0
-    };
-    // Rounding may put the draw past the last token.
-    let place = reach(tokens, |sum| sum > number * whole).unwrap_or(kept - 1);
-    Some(tokens[place].id)
-}
-
-/// Moves the eligible tokens to the front, those of the nucleus that pass `min_p`, and returns
-/// their number. `None` if the probabilities are NaN or there are none.
-fn eligible(tokens: &mut [Token], how: &Sampling) -> Option<usize> {
-    let kept = nucleus(tokens, how.top_p)?;
-    if how.min_p == 0.0 {
-        return Some(kept);
-    }
-    let nucleus = &mut tokens[..kept];
-    let most = nucleus.iter().map(|token| token.chance).fold(0.0, f32::max);
-    let least = least_chance(most, how.min_p);
-    let mut front = 0;
-    for place in 0..kept {
-        if nucleus[place].chance >= least {
-            nucleus.swap(front, place);
-            front += 1;
+impl Chosen {
+    /// Copies what the host needs, at once.
+    fn new(ids: Tensor, is_valid: &Tensor, logps: &Tensor) -> Self {
+        let all = [&ids, is_valid, logps].map(|one| one.to_kind(Kind::Double));
+        let all = Tensor::stack(&all, 0);
+        let all = Vec::<Vec<f64>>::try_from(all).expect("a matrix of float64");
+        let tokens = all[0].iter().zip(&all[1]);
+        let tokens = tokens.map(|(&id, &is_valid)| (is_valid > 0.0).then_some(id as i64));
+        Self {
+            tokens: tokens.collect(),
+            logps: all[2].iter().map(|&logp| logp as f32).collect(),
+            ids,
         }
     }
-    Some(front)
-}
-
-/// The lowest eligible probability if the highest is `most`; in float32, as in transformers.
-fn least_chance(most: f32, min_p: f64) -> f32 {
-    most * min_p as f32
-}
-
-/// Moves the nucleus to the front, the smallest set of most likely tokens whose probabilities sum
-/// to `top_p`, and returns its size. `None` if the probabilities are NaN or there are none.
-fn nucleus(tokens: &mut [Token], top_p: f64) -> Option<usize> {
-    if tokens.is_empty() || tokens.iter().any(|token| !token.chance.is_finite()) {
-        return None;
-    }
-    if top_p >= 1.0 {
-        return Some(tokens.len());
-    }
-    let last = reach(tokens, |sum| sum >= top_p);
-    Some(last.map_or(tokens.len(), |last| last + 1))
-}
-
-/// Orders `tokens` as far as needed to find the first one, by descending probability, at which the
-/// cumulative probability is `enough`; all more likely tokens are then before it. Takes linear
-/// time, unlike sorting: a quickselect by sums instead of counts.
-fn reach(tokens: &mut [Token], enough: impl Fn(f64) -> bool) -> Option<usize> {
-    let (mut start, mut end) = (0, tokens.len());
-    let mut before = 0.0;
-    let sum =
-        |tokens: &[Token]| -> f64 { tokens.iter().map(|token| f64::from(token.chance)).sum() };
-    if !enough(sum(tokens)) {
-        // The least likely token goes last, since it is the next one to include or exclude.
-        let least = (0..tokens.len()).max_by(|&one, &two| tokens[one].order(&tokens[two]))?;
-        tokens.swap(least, end - 1);
-        return None;
-    }
-    while end - start > 1 {
-        let middle = (end - start - 1) / 2;
-        let (left, pivot, _) = tokens[start..end].select_nth_unstable_by(middle, Token::order);
-        let left = before + sum(left);
-        let with_pivot = left + f64::from(pivot.chance);
-        if enough(left) {
-            end = start + middle;
-        } else if enough(with_pivot) {
-            return Some(start + middle);
-        } else {
-            before = with_pivot;
-            start += middle + 1;
-        }
-    }
-    Some(start)
-}
-
-/// The token with the highest score in each row, the lowest id among equals (torch's `argmax`
-/// returns the first maximum); `None` for a row whose scores are NaN. Only two numbers per row are
-/// copied from the device.
-fn greatest(scores: &Tensor) -> Vec<Option<i64>> {
-    let ids = Vec::<i64>::try_from(scores.argmax(-1, false)).expect("a vector of int64");
-    let highest = scores.amax([-1i64].as_slice(), false);
-    let highest = Vec::<f32>::try_from(highest).expect("a vector of float32");
-    let rows = ids.into_iter().zip(highest);
-    rows.map(|(id, score)| score.is_finite().then_some(id))
-        .collect()
-}
-
-fn rows_of(matrix: &Tensor) -> Vec<Vec<f32>> {
-    Vec::try_from(matrix).expect("a matrix of float32")
 }
 
 #[cfg(test)]
@@ -341,7 +227,7 @@ mod tests {
         let mut chooser = Chooser::new(how, vocab, banned, Device::Cpu);
         chooser.enter(DRAWS, ids);
         let logits = Tensor::from_slice(logits).expand([DRAWS as i64, vocab], false);
-        for token in chooser.choose(&logits, &numbers) {
+        for token in chooser.choose(&logits, &numbers).tokens {
             shares[token.unwrap() as usize] += 1.0 / DRAWS as f64;
         }
         shares
@@ -459,7 +345,7 @@ mod tests {
         let mut chooser = Chooser::new(&greedy, 2, &[], Device::Cpu);
         chooser.enter(1, &[]);
         let logits = Tensor::from_slice(&[3.0f32, 2.0]).unsqueeze(0);
-        let mut next = || chooser.choose(&logits, &[0.0])[0].unwrap();
+        let mut next = || chooser.choose(&logits, &[0.0]).tokens[0].unwrap();
         assert_eq!([next(), next(), next()], [0, 1, 0]);
     }
 
@@ -471,36 +357,15 @@ mod tests {
             [f32::INFINITY, 0.0, 0.0],
             [f32::NEG_INFINITY; 3],
         ];
-        let scores = Tensor::from_slice(rows.as_flattened()).view([4, 3]);
-        assert_eq!(greatest(&scores), [Some(1), None, None, None]);
-    }
-
-    /// Probabilities with ties, in no order; selection must give the same result as sorting.
-    #[test]
-    fn selecting_gives_what_sorting_gives() {
-        let chances: Vec<f32> = (0..997)
-            .map(|id| (id * 7919 % 101) as f32 / 49_850.0)
-            .collect();
-        let mut sorted = Token::all(&chances);
-        sorted.sort_by(Token::order);
-        for step in 0..200 {
-            let (top_p, number) = (0.05 + f64::from(step % 20) * 0.04, f64::from(step) / 200.0);
-            let sums: Vec<f64> = sorted
-                .iter()
-                .scan(0.0, |sum, token| {
-                    *sum += f64::from(token.chance);
-                    Some(*sum)
-                })
-                .collect();
-            let last = sums.iter().position(|&sum| sum >= top_p).unwrap();
-            let place = sums
-                .iter()
-                .position(|&sum| sum > number * sums[last])
-                .unwrap();
-            let how = Sampling { top_p, ..how() };
-            let found = draw(&mut Token::all(&chances), &how, number);
-            assert_eq!(found, Some(sorted[place].id), "{top_p} {number}");
-        }
+        let logits = Tensor::from_slice(rows.as_flattened()).view([4, 3]);
+        let greedy = Sampling {
+            temperature: 0.0,
+            ..how()
+        };
+        let chosen = Chooser::new(&greedy, 3, &[], Device::Cpu).choose(&logits, &[0.0; 4]);
+        assert_eq!(chosen.tokens, [Some(1), None, None, None]);
+        let drawn = Chooser::new(&how(), 3, &[], Device::Cpu).choose(&logits, &[0.5; 4]);
+        assert!(drawn.tokens[0].is_some() && drawn.tokens[1].is_none());
     }
 
     #[test]

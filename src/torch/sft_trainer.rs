@@ -11,7 +11,7 @@ use std::path::Path;
 use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
-use super::budget::packs;
+use super::budget::{TrainingBudget, packs};
 use super::checkpoint::{Checkpoint, Parts, Purpose, Reader, TOWER};
 use super::decoder::{Decoder, DecoderSizes, LmHead, PackedSequence};
 use super::device;
@@ -24,11 +24,11 @@ use super::networks;
 use super::optimizer::Parameter;
 use super::training::{TrainingState, doing, not_finite, row_error};
 use super::vlm::VisionLanguageModel;
-use ovchat_models::checkpoint::{PACK_TOKENS_MAX, TWO_LAYERS};
+use ovchat_models::checkpoint::{TWO_LAYERS, TrainingSizes};
 use ovchat_models::preprocess::{LlavaRlhfProcessor, Processor, RewardSftTokens, SftTokens, Tiles};
 use ovchat_models::{
-    self as models, LlavaRlhfSpec, ModelError, RowFault, SftExample, SftReport, SftSettings,
-    SftTrainer, Trainer,
+    self as models, Checkpointing, Gigabytes, LlavaRlhfSpec, ModelError, RowFault, SftExample,
+    SftReport, SftSettings, SftTrainer, Trainer,
 };
 
 /// The LM head of a reward model's base, which scoring does not use.
@@ -48,7 +48,14 @@ pub trait SftModel {
 
     /// The embeddings of the whole sequences (`[tokens, hidden]`), and the layer stacks that
     /// continue their backward pass.
-    fn embed(&self, examples: &[Self::Prepared]) -> (Vec<Tensor>, Vec<LayerStack<'_>>);
+    fn embed(
+        &self,
+        examples: &[Self::Prepared],
+        keep: SavedActivations,
+    ) -> (Vec<Tensor>, Vec<LayerStack<'_>>);
+
+    /// The number of tiles that a sequence puts through a trained tower.
+    fn tiles(example: &Self::Prepared) -> usize;
 
     /// The ids of the whole sequence, and the ranges of its trained tokens.
     fn tokens(example: &Self::Prepared) -> (&[i64], &[std::ops::Range<usize>]);
@@ -68,6 +75,7 @@ pub trait SftModel {
 pub struct Sft<S> {
     model: S,
     training: TrainingState,
+    budget: TrainingBudget,
 }
 
 /// Sums over the conversations of a step.
@@ -82,6 +90,32 @@ impl<S: SftModel> Sft<S> {
     /// The training state.
     pub fn training(&self) -> &TrainingState {
         &self.training
+    }
+
+    /// Runs forward and backward passes for a batch with `learned` trained tokens, and adds to the
+    /// gradients.
+    fn learn(
+        &self,
+        ids: &[&str],
+        examples: &[S::Prepared],
+        learned: usize,
+    ) -> Result<Sums, ModelError> {
+        let mut sums = Sums::default();
+        let lengths = examples.iter().map(|example| S::tokens(example).0.len());
+        let lengths: Vec<usize> = lengths.collect();
+        for pack in packs(&lengths, self.budget.pack_tokens()) {
+            let what = doing("training on", "prompt", &ids[pack.clone()]);
+            let length = lengths[pack.clone()].iter().sum();
+            let done = guarded(&what, pack.len(), length, || {
+                self.learn_from(&examples[pack.clone()], learned, &mut sums)
+            })?;
+            if let Err(number) = done {
+                let rows = ids.iter().map(|&id| id.to_owned()).collect();
+                let prompt = ids[pack.start + number];
+                return Err(not_finite(format!("the loss of prompt {prompt}"), rows));
+            }
+        }
+        Ok(sums)
     }
 
     /// Runs forward and backward passes for some conversations of a batch with `learned` trained
@@ -100,7 +134,10 @@ impl<S: SftModel> Sft<S> {
         let mut counts = Vec::with_capacity(examples.len());
         let (mut places, mut wanted) = (Vec::new(), Vec::new());
         let mut first = 0;
-        let (embedded, images) = self.model.embed(examples);
+        let tokens = examples.iter().map(|example| S::tokens(example).0.len());
+        let tiles = examples.iter().map(S::tiles);
+        let keep = self.budget.keep(tokens.sum(), tiles.sum());
+        let (embedded, images) = self.model.embed(examples, keep);
         for (example, embeds) in examples.iter().zip(embedded) {
             let (ids, answers) = S::tokens(example);
             // A token is predicted at the token before it; the last one predicts nothing.
@@ -121,7 +158,7 @@ impl<S: SftModel> Sft<S> {
             sums.tokens += ids.len() as u64;
         }
         let decoder = self.model.decoder();
-        let chain = decoder.read(&Tensor::cat(&read, 0), trees, SavedActivations::Everything);
+        let chain = decoder.read(&Tensor::cat(&read, 0), trees, keep);
         let hidden = chain.output().index_select(0, &on_device(&places)); // [learned, hidden]
         let logits = self.model.lm_head().forward(&hidden); // [learned, vocab]
         let wanted = on_device(&wanted);
@@ -164,27 +201,21 @@ impl<S: SftModel> SftTrainer for Sft<S> {
             .flat_map(|example| S::tokens(example).1)
             .map(ExactSizeIterator::len)
             .sum();
-        self.training.begin_step();
-        let mut sums = Sums::default();
-        let ids: Vec<&str> = batch.iter().map(|example| example.id).collect();
-        let lengths: Vec<usize> = examples
-            .iter()
-            .map(|example| S::tokens(example).0.len())
-            .collect();
-        for pack in packs(&lengths, PACK_TOKENS_MAX) {
-            let what = doing("training on", "prompt", &ids[pack.clone()]);
-            let length = lengths[pack.clone()].iter().sum();
-            let learned = guarded(&what, pack.len(), length, || {
-                self.learn_from(&examples[pack.clone()], learned, &mut sums)
-            })?;
-            if let Err(number) = learned {
-                let prompt = batch[pack.start + number].id;
-                return Err(not_finite(format!("the loss of prompt {prompt}"), rows()));
-            }
-        }
         let has_images = batch.iter().any(|row| !row.prompt.images.is_empty());
         let has_gradient = |parameter: &Parameter| has_images || S::reads_without_images(parameter);
-        let update = self.training.update(rows, has_gradient)?;
+        let ids: Vec<&str> = batch.iter().map(|example| example.id).collect();
+        let (sums, update) = loop {
+            self.training.begin_step();
+            let done = self.learn(&ids, &examples, learned);
+            let updated = done.and_then(|sums| {
+                let update = self.training.update(rows, has_gradient)?;
+                Ok((sums, update))
+            });
+            match updated {
+                Err(ModelError::OutOfMemory { .. }) if self.budget.relieve() => {}
+                done => break done?,
+            }
+        };
         Ok(SftReport {
             loss: sums.loss / learned as f64,
             accuracy: sums.accurate / learned as f64,
@@ -219,7 +250,7 @@ pub struct PolicySft {
 }
 
 impl Sft<PolicySft> {
-    /// Opens the checkpoint; training is in float32.
+    /// Opens the checkpoint.
     pub fn open(
         spec: &models::VisionLanguageSpec,
         settings: &SftSettings,
@@ -230,17 +261,15 @@ impl Sft<PolicySft> {
             return Err(refuse(adapter, problem.to_owned()));
         }
         let prep = Processor::open(&spec.weights)?;
-        let (device, _) = device::choose(spec.device, spec.dtype)?;
+        let (device, kind) = device::choose(spec.device, spec.dtype)?;
+        let element = kind.elt_size_in_bytes() as u64;
+        let sizes = TrainingSizes::of_sft(prep.architecture(), settings.tower, element);
+        let budget = budget(spec.memory_gb, device, sizes, &spec.weights)?;
         let checkpoint = Checkpoint::open(&spec.weights)?;
         let parts = settings.tower.into();
         let purpose = Purpose::TrainingState(parts);
-        let (network, parameters) = networks::open(
-            prep.architecture(),
-            &checkpoint,
-            device,
-            Kind::Float,
-            purpose,
-        )?;
+        let (network, parameters) =
+            networks::open(prep.architecture(), &checkpoint, device, kind, purpose)?;
         Ok(Self {
             model: PolicySft {
                 prep,
@@ -249,6 +278,7 @@ impl Sft<PolicySft> {
                 parts,
             },
             training: TrainingState::new(parameters, &settings.optimization)?,
+            budget,
         })
     }
 }
@@ -265,14 +295,16 @@ impl SftModel for PolicySft {
         prep.example(example)
     }
 
-    fn embed(&self, examples: &[SftTokens]) -> (Vec<Tensor>, Vec<LayerStack<'_>>) {
+    fn embed(
+        &self,
+        examples: &[SftTokens],
+        keep: SavedActivations,
+    ) -> (Vec<Tensor>, Vec<LayerStack<'_>>) {
         let images: Vec<&Tiles> = examples
             .iter()
             .flat_map(|example| &example.prepared.images)
             .collect();
-        let seen = self
-            .network
-            .encode(&images, SavedActivations::Everything, self.parts);
+        let seen = self.network.encode(&images, keep, self.parts);
         let mut features = seen.features.into_iter();
         let embedded = examples.iter().map(|example| {
             let count = example.prepared.images.len();
@@ -280,6 +312,11 @@ impl SftModel for PolicySft {
             self.network.embed_prompt(&example.prepared.text, &features)
         });
         (embedded.collect(), seen.chains)
+    }
+
+    fn tiles(example: &SftTokens) -> usize {
+        let images = example.prepared.images.iter();
+        images.map(|tiles| tiles.packing.tiles()).sum()
     }
 
     fn tokens(example: &SftTokens) -> (&[i64], &[std::ops::Range<usize>]) {
@@ -303,6 +340,17 @@ impl SftModel for PolicySft {
     }
 }
 
+/// Plans the memory of a training of the weights in `folder`.
+fn budget(
+    asked: Option<Gigabytes>,
+    device: Device,
+    sizes: TrainingSizes,
+    folder: &Path,
+) -> Result<TrainingBudget, ModelError> {
+    let budget = TrainingBudget::plan(asked, device, sizes, Checkpointing::Auto);
+    budget.map_err(|problem| refuse(folder, problem))
+}
+
 /// The base and the tower of a LLaVA-RLHF reward model in SFT.
 pub struct RewardBaseSft {
     prep: LlavaRlhfProcessor,
@@ -311,19 +359,23 @@ pub struct RewardBaseSft {
     network: LlavaRlhf,
     lm_head: LmHead,
     device: Device,
+    kind: Kind,
 }
 
 impl Sft<RewardBaseSft> {
-    /// Opens base and tower; an adapter, if there is one, is not used. Training is in float32.
+    /// Opens base and tower; an adapter, if there is one, is not used.
     pub fn open(spec: &LlavaRlhfSpec, settings: &SftSettings) -> Result<Self, ModelError> {
         let prep = LlavaRlhfProcessor::open(spec)?;
-        let (device, _) = device::choose(spec.device, spec.dtype)?;
+        let (device, kind) = device::choose(spec.device, spec.dtype)?;
+        let element = kind.elt_size_in_bytes() as u64;
+        let sizes = TrainingSizes::of_base(&prep.config, settings.tower, element);
+        let budget = budget(spec.memory_gb, device, sizes, &spec.base)?;
         let base = Checkpoint::open_base(&spec.base)?;
         let vision = Checkpoint::open_clip(&spec.vision)?;
         let purpose = Purpose::TrainingState(settings.tower.into());
         let (network, lm_head, parameters) = {
-            let base_reader = Reader::new(&base, device, Kind::Float, purpose);
-            let vision_reader = Reader::new(&vision, device, Kind::Float, purpose);
+            let base_reader = Reader::new(&base, device, kind, purpose);
+            let vision_reader = Reader::new(&vision, device, kind, purpose);
             let two_layers = base.has(TWO_LAYERS);
             let network = LlavaRlhf::new(&vision_reader, &base_reader, two_layers, &prep.config)?;
             let lm_head = if base.has(BASE_HEAD) {
@@ -344,8 +396,10 @@ impl Sft<RewardBaseSft> {
                 network,
                 lm_head,
                 device,
+                kind,
             },
             training: TrainingState::new(parameters, &settings.optimization)?,
+            budget,
         })
     }
 }
@@ -365,7 +419,11 @@ impl SftModel for RewardBaseSft {
         prep.example(example)
     }
 
-    fn embed(&self, examples: &[RewardSftTokens]) -> (Vec<Tensor>, Vec<LayerStack<'_>>) {
+    fn embed(
+        &self,
+        examples: &[RewardSftTokens],
+        keep: SavedActivations,
+    ) -> (Vec<Tensor>, Vec<LayerStack<'_>>) {
         let side = self.prep.clip.side() as i64;
         let pixels: Vec<f32> = examples
             .iter()
@@ -376,9 +434,10 @@ impl SftModel for RewardBaseSft {
         let chain = (!pixels.is_empty()).then(|| {
             let pixels = Tensor::from_slice(&pixels)
                 .view([-1, 3, side, side])
-                .to_device(self.device);
+                .to_device(self.device)
+                .to_kind(self.kind);
             let look: Layer<'_> = Box::new(|pixels| self.network.encode_images(pixels));
-            LayerStack::run(vec![look], &pixels, SavedActivations::Everything)
+            LayerStack::run(vec![look], &pixels, keep)
         });
         let features = chain.as_ref().map(LayerStack::output); // [images, patches, hidden]
         let mut image = 0;
@@ -387,9 +446,14 @@ impl SftModel for RewardBaseSft {
             let features = features.map(|features| features.get(image));
             image += i64::from(example.pixels.is_some());
             let tokens = example.text.ids.len();
-            self.network.embed(&example.text, tokens, features.as_ref())
+            let embeds = self.network.embed(&example.text, tokens, features.as_ref());
+            embeds.to_kind(self.kind)
         });
         (embedded.collect(), chain.into_iter().collect())
+    }
+
+    fn tiles(example: &RewardSftTokens) -> usize {
+        usize::from(example.pixels.is_some())
     }
 
     fn tokens(example: &RewardSftTokens) -> (&[i64], &[std::ops::Range<usize>]) {

@@ -45,6 +45,27 @@ unsafe extern "C" {
         q_max: i64,
         k_max: i64,
     ) -> *mut c_char;
+    fn ovchat_fused_adamw(
+        tensors: *const TensorPointer,
+        count: i64,
+        rate: f64,
+        beta1: f64,
+        beta2: f64,
+        decay: f64,
+        epsilon: f64,
+    ) -> *mut c_char;
+    fn ovchat_norm(out: *mut *mut c_void, tensors: *const TensorPointer, count: i64)
+    -> *mut c_char;
+    fn ovchat_scale(tensors: *const TensorPointer, count: i64, factor: f64) -> *mut c_char;
+    fn ovchat_pack(out: *mut *mut c_void, weight: TensorPointer) -> *mut c_char;
+    fn ovchat_packed_linear(
+        out: *mut *mut c_void,
+        xs: TensorPointer,
+        weight: TensorPointer,
+        bias: TensorPointer,
+    ) -> *mut c_char;
+    fn ovchat_empty_cache() -> *mut c_char;
+    fn ovchat_attention_backends() -> i64;
     fn ovchat_count_begin() -> *mut c_char;
     fn ovchat_count_end(counts: *mut i64) -> *mut c_char;
 }
@@ -157,6 +178,108 @@ pub fn attend_pieces(
         )
     });
     taken(out)
+}
+
+/// The tensors of a fused AdamW update, as many of each.
+#[derive(Debug, Default)]
+pub struct AdamwTensors {
+    pub weights: Vec<Tensor>,
+    pub gradients: Vec<Tensor>,
+    /// The decaying means of the gradients, and of their squares.
+    pub exp_avgs: Vec<Tensor>,
+    pub exp_avg_sqs: Vec<Tensor>,
+    /// The number of this update of each weight, from 1: scalars in float32, on the same device.
+    pub steps: Vec<Tensor>,
+}
+
+/// Updates weights by AdamW in one operator, without memory for intermediate results: `weight -= rate
+/// decay weight`, then as in [`super::optimizer`].
+pub fn fused_adamw(tensors: &AdamwTensors, rate: f64, betas: [f64; 2], decay: f64, epsilon: f64) {
+    let count = tensors.weights.len();
+    let lists = [
+        &tensors.weights,
+        &tensors.gradients,
+        &tensors.exp_avgs,
+        &tensors.exp_avg_sqs,
+        &tensors.steps,
+    ];
+    assert!(lists.iter().all(|list| list.len() == count));
+    let all: Vec<TensorPointer> = lists.into_iter().flatten().map(pointer).collect();
+    // SAFETY: `all` has five times `count` pointers, all valid during the call.
+    check(unsafe {
+        let [beta1, beta2] = betas;
+        ovchat_fused_adamw(
+            all.as_ptr(),
+            count as i64,
+            rate,
+            beta1,
+            beta2,
+            decay,
+            epsilon,
+        )
+    });
+}
+
+/// The Euclidean norm of all tensors together, a scalar; at least one tensor.
+pub fn norm(tensors: &[Tensor]) -> Tensor {
+    let all: Vec<TensorPointer> = tensors.iter().map(pointer).collect();
+    let mut out = null_mut::<c_void>();
+    // SAFETY: all pointers are valid during the call; `out` has room for one.
+    check(unsafe { ovchat_norm(&raw mut out, all.as_ptr(), all.len() as i64) });
+    taken(out)
+}
+
+/// Multiplies all tensors by a number, in place.
+pub fn scale(tensors: &[Tensor], factor: f64) {
+    let all: Vec<TensorPointer> = tensors.iter().map(pointer).collect();
+    // SAFETY: all pointers are valid during the call.
+    check(unsafe { ovchat_scale(all.as_ptr(), all.len() as i64, factor) });
+}
+
+/// A weight of a linear layer, `[out, in]`, in the order in which oneDNN reads it: a product of few rows
+/// need not reorder it each time. For inference on the CPU in float32.
+#[derive(Debug)]
+pub struct PackedWeight(Tensor);
+
+impl PackedWeight {
+    /// Packs a weight; `None` if this libtorch has no oneDNN.
+    pub fn new(weight: &Tensor) -> Option<Self> {
+        let mut out = null_mut::<c_void>();
+        // SAFETY: the pointer is valid during the call; `out` has room for one.
+        let message = unsafe { ovchat_pack(&raw mut out, pointer(weight)) };
+        check(message);
+        (!out.is_null()).then(|| Self(taken(out)))
+    }
+
+    /// Maps `[.., in]` to `[.., out]`.
+    pub fn linear(&self, xs: &Tensor, bias: Option<&Tensor>) -> Tensor {
+        let mut out = null_mut::<c_void>();
+        // SAFETY: all pointers are valid during the call; `out` has room for one.
+        check(unsafe {
+            ovchat_packed_linear(
+                &raw mut out,
+                pointer(xs),
+                pointer(&self.0),
+                bias.map_or(null(), pointer),
+            )
+        });
+        taken(out)
+    }
+}
+
+/// Gives memory that libtorch keeps for later back to the GPU, for other programs.
+pub fn empty_cache() {
+    // SAFETY: no arguments.
+    check(unsafe { ovchat_empty_cache() });
+}
+
+/// The names of the attention backends that libtorch may choose, in its order.
+pub fn attention_backends() -> Vec<&'static str> {
+    // SAFETY: no arguments.
+    let bits = unsafe { ovchat_attention_backends() };
+    let names = ["flash", "memory-efficient", "cuDNN", "math"];
+    let enabled = (0..).zip(names).filter(|(bit, _)| bits >> bit & 1 == 1);
+    enabled.map(|(_, name)| name).collect()
 }
 
 /// The number of operators that libtorch ran.

@@ -4,12 +4,11 @@ use std::num::NonZeroU32;
 
 use crate::tokens::TokenCounts;
 use ovchat_models::checkpoint::{
-    AtOnce, IMAGES_AHEAD, IMAGES_AT_ONCE_MAX, LlavaRlhfConfig, PACK_TOKENS_MAX, Sizes,
-    TrainingSizes, VisionConfig, elements, judge_elements, learned_logits, size_in_words as size,
+    AtOnce, IMAGES_AHEAD, IMAGES_AT_ONCE_MAX, LlavaRlhfConfig, Sizes, TrainingSizes, VisionConfig,
+    elements, judge_elements, learned_logits, pack_tokens_max, size_in_words as size,
 };
 use ovchat_models::{
-    Architecture, Checkpointing, Mode, ModelSpec, Optimizer, Part, Room, Tower, Trained,
-    VisionLanguageSpec, architectures,
+    Architecture, Checkpointing, Mode, ModelSpec, Room, VisionLanguageSpec, architectures,
 };
 use ovchat_pipeline::config::{Plan, PlannedStage};
 use ovchat_pipeline::stages::{
@@ -171,8 +170,8 @@ pub fn of_stage(
             let spec = plan.models[&train.model].vision_language()?;
             of_training(plan, frames, train, spec, tokens, precision)
         }
-        StageSpec::TrainSft(train) => of_examples(plan, frames, train, counted),
-        StageSpec::TrainReward(train) => of_reward_training(plan, train, counted),
+        StageSpec::TrainSft(train) => of_examples(plan, frames, train, counted, precision),
+        StageSpec::TrainReward(train) => of_reward_training(plan, train, counted, precision),
         _ => None,
     }
 }
@@ -346,15 +345,15 @@ fn of_training(
     let (longest, worst) = longest(counted, &largest);
     let checkpointing = stage.activation_checkpointing;
     let pair = longest + new;
-    // Short pairs are packed.
-    let at_once = pair.max(PACK_TOKENS_MAX.min(pair * 8));
-    let tiles_at_once = tiles * at_once.div_ceil(pair.max(1));
     let model = stage.model.clone();
     let help = format!(
         "train an adapter (`lora`) or fewer parts (`train`), use `optimizer: adamw_8bit`, or {}",
         more_memory(plan, &model)
     );
     let peak = move |room: Room| {
+        // Short pairs are packed.
+        let at_once = pair.max(pack_tokens_max(room.on_gpu).min(pair * 8));
+        let tiles_at_once = tiles * at_once.div_ceil(pair.max(1));
         let has_room = sizes.has_room(room.bytes, at_once, tiles_at_once);
         let activations = match checkpointing {
             Checkpointing::Never => sizes.remembered(at_once, tiles_at_once),
@@ -381,20 +380,19 @@ fn of_examples(
     frames: Option<usize>,
     stage: &TrainSft,
     counted: Option<&TokenCounts>,
+    precision: Precision,
 ) -> Option<Needs> {
+    let (element, _) = precision;
     let spec = &plan.models[&stage.model];
     let (sizes, text, largest, pixels) = if let Some(spec) = spec.vision_language() {
         let architecture = architectures::open(&spec.weights).ok()?;
-        let parts = architecture.parts().iter().copied();
-        let parts = parts.filter(|part| stage.tower == Tower::Train || *part != Part::VisionTower);
-        let trained = Trained::Parts(parts.map(|part| (part, None)).collect());
         let largest = Largest::of(frames, &*architecture);
-        let sizes = TrainingSizes::new(&*architecture, &trained, Optimizer::Adamw, 4);
+        let sizes = TrainingSizes::of_sft(&*architecture, stage.tower, element);
         let pixels = pixels(architecture.vision_config(), largest.tiles);
         (sizes, *architecture.text_config(), largest, pixels)
     } else if let ModelSpec::LlavaRlhf(spec) = spec {
         let config = LlavaRlhfConfig::open(spec).ok()?;
-        let sizes = TrainingSizes::of_base(&config, stage.tower);
+        let sizes = TrainingSizes::of_base(&config, stage.tower, element);
         let pixels = pixels(&config.vision_config, 1);
         let largest = Largest::square(config.vision_config.patches());
         (sizes, config.text_config, largest, pixels)
@@ -402,15 +400,17 @@ fn of_examples(
         return None;
     };
     let (longest, worst) = longest(counted, &largest);
-    let at_once = side_by_side(longest, stage.batch_prompts);
+    let at_once = side_by_side(longest, stage.batch_prompts, false);
     let learned = counted.map_or(ANSWER_TOKENS, |counted| counted.learned_of(at_once));
     let remark = format!("for {learned} trained tokens at once");
     let steps = Steps {
         model: &stage.model,
         help: more_memory(plan, &stage.model),
+        precision,
         sizes,
-        tokens: at_once,
-        tiles: largest.tiles * at_once.div_ceil(longest.max(1)),
+        longest,
+        rows: stage.batch_prompts,
+        tiles: largest.tiles,
         logits: Some((learned_logits(&text, learned), remark)),
         worst,
         pixels,
@@ -422,6 +422,7 @@ fn of_reward_training(
     plan: &Plan,
     stage: &TrainReward,
     counted: Option<&TokenCounts>,
+    precision: Precision,
 ) -> Option<Needs> {
     let ModelSpec::LlavaRlhf(spec) = &plan.models[&stage.model] else {
         return None;
@@ -429,7 +430,7 @@ fn of_reward_training(
     let config = LlavaRlhfConfig::open(spec).ok()?;
     let rank = config.adapter.as_ref().map(|adapter| adapter.r);
     let rank = rank.unwrap_or(stage.rank.get() as usize);
-    let sizes = TrainingSizes::of_adapter(&config, rank);
+    let sizes = TrainingSizes::of_adapter(&config, rank, precision.0);
     let image = config.vision_config.patches();
     let (longest, worst) = if counted.is_some() {
         longest(counted, &Largest::square(image))
@@ -444,8 +445,10 @@ fn of_reward_training(
     let steps = Steps {
         model: &stage.model,
         help: more_memory(plan, &stage.model),
+        precision,
         sizes,
-        tokens: side_by_side(longest, stage.batch_pairs),
+        longest,
+        rows: stage.batch_pairs,
         tiles: 0,
         logits: None,
         worst,
@@ -455,20 +458,22 @@ fn of_reward_training(
 }
 
 /// Returns the tokens of a packed batch of rows; short rows are packed.
-fn side_by_side(longest: usize, rows: NonZeroU32) -> usize {
+fn side_by_side(longest: usize, rows: NonZeroU32, on_gpu: bool) -> usize {
     let all = longest.saturating_mul(rows.get() as usize);
-    longest.max(PACK_TOKENS_MAX.min(all))
+    longest.max(pack_tokens_max(on_gpu).min(all))
 }
 
-/// A training in float32 that keeps all activations.
+/// A training that computes layers again where its activations do not fit.
 struct Steps<'a> {
     model: &'a ModelName,
     /// The advice that gives it more memory.
     help: String,
+    precision: Precision,
     sizes: TrainingSizes,
-    /// The tokens and tiles of a packed batch.
-    tokens: usize,
+    /// The tokens and tiles of the longest row, and the rows of a batch.
+    longest: usize,
     tiles: usize,
+    rows: NonZeroU32,
     /// The memory in addition to state and activations, and a remark.
     logits: Option<(u64, String)>,
     worst: String,
@@ -477,24 +482,35 @@ struct Steps<'a> {
 
 impl Steps<'_> {
     fn needs(self) -> Needs {
-        let sizes = self.sizes;
-        let activations = sizes.remembered(self.tokens, self.tiles);
-        let remark = format!("for {} tokens at once", self.tokens);
+        let (sizes, longest, rows, tiles) = (self.sizes, self.longest, self.rows, self.tiles);
+        let at_once = move |on_gpu: bool| {
+            let tokens = side_by_side(longest, rows, on_gpu);
+            (tokens, tiles * tokens.div_ceil(longest.max(1)))
+        };
+        let (tokens, tiles) = at_once(false);
+        let again = size(sizes.computed_again(tokens, tiles));
+        let remark = format!("for {tokens} tokens at once; {again} with layers recomputed");
         let mut items = vec![
             ("weights", sizes.weights, String::new()),
             ("gradients", sizes.gradients, String::new()),
             ("moments", sizes.moments, "AdamW".to_owned()),
-            ("activations", activations, remark),
+            ("activations", sizes.remembered(tokens, tiles), remark),
         ];
         let beside = self.logits.as_ref().map_or(0, |(bytes, _)| *bytes);
         items.extend(self.logits.map(|(bytes, remark)| ("logits", bytes, remark)));
         let (model, help) = (self.model.clone(), self.help);
         let peak = move |room: Room| {
+            let (tokens, tiles) = at_once(room.on_gpu);
+            let activations = if sizes.has_room(room.bytes, tokens, tiles) {
+                sizes.remembered(tokens, tiles)
+            } else {
+                sizes.computed_again(tokens, tiles)
+            };
             let refusal = Refusal::of_state(&model, &sizes, room, &help);
             (sizes.state() + activations + beside, refusal)
         };
         Needs {
-            precision: "float32",
+            precision: self.precision.1,
             items,
             model: self.model.clone(),
             peak: Box::new(peak),

@@ -22,10 +22,12 @@ pub const IMAGES_AT_ONCE_MAX: usize = 8;
 /// Number of decoded images that wait for the network, in addition to those being decoded.
 pub const IMAGES_AHEAD: usize = 2;
 
-/// Maximum length of a packed batch in training, in tokens, unless a single row is longer. Small
-/// matrix products leave a processor idle; the activations of this many tokens are no larger than
-/// those of one large image.
-pub const PACK_TOKENS_MAX: usize = 2048;
+/// Returns the maximum length of a packed batch in training, in tokens, unless a single row is longer.
+/// Small matrix products leave a processor idle; the activations of this many tokens are no larger
+/// than those of one large image.
+pub const fn pack_tokens_max(on_gpu: bool) -> usize {
+    if on_gpu { 8192 } else { 2048 }
+}
 
 /// Formats a number of bytes with its unit: `2.8 MB`.
 pub fn size_in_words(bytes: u64) -> String {
@@ -112,6 +114,11 @@ pub struct TrainingSizes {
     pub token_inputs: u64,
     pub tile_inputs: u64,
     layers: u64,
+    /// Copies of the trained weights in the compute dtype, if it is another one: a pass whose
+    /// activations are saved keeps those of all layers.
+    copies: u64,
+    /// The largest trained weight's copy and gradients, before they are added to its own.
+    working: u64,
 }
 
 impl TrainingSizes {
@@ -152,8 +159,16 @@ impl TrainingSizes {
         )
     }
 
-    /// Computes the sizes for SFT of a reward model's base, with or without its tower, in float32.
-    pub fn of_base(config: &LlavaRlhfConfig, tower: Tower) -> Self {
+    /// Computes the sizes for SFT of a policy, with or without its tower.
+    pub fn of_sft(architecture: &dyn Architecture, tower: Tower, element: u64) -> Self {
+        let parts = architecture.parts().iter().copied();
+        let parts = parts.filter(|part| tower == Tower::Train || *part != crate::Part::VisionTower);
+        let trained = Trained::Parts(parts.map(|part| (part, None)).collect());
+        Self::new(architecture, &trained, Optimizer::Adamw, element)
+    }
+
+    /// Computes the sizes for SFT of a reward model's base, with or without its tower.
+    pub fn of_base(config: &LlavaRlhfConfig, tower: Tower, element: u64) -> Self {
         let (text, vision) = (&config.text_config, &config.vision_config);
         let head = (text.vocab_size * text.hidden_size) as u64;
         let all = judge_elements(config) + head;
@@ -166,13 +181,13 @@ impl TrainingSizes {
             (vision, layers),
             [frozen, all - frozen],
             Optimizer::Adamw,
-            WHOLE,
+            element,
         )
     }
 
     /// Computes the sizes for training a reward head and an adapter of this rank on all linear
-    /// layers of a reward model's base, in float32; the base is frozen.
-    pub fn of_adapter(config: &LlavaRlhfConfig, rank: usize) -> Self {
+    /// layers of a reward model's base, which is frozen.
+    pub fn of_adapter(config: &LlavaRlhfConfig, rank: usize, element: u64) -> Self {
         let text = &config.text_config;
         let (hidden, inner) = (text.hidden_size, text.intermediate_size);
         let queries = text.num_attention_heads * text.head_dim;
@@ -187,7 +202,7 @@ impl TrainingSizes {
             (&config.vision_config, 0),
             weights,
             Optimizer::Adamw,
-            WHOLE,
+            element,
         )
     }
 
@@ -208,6 +223,11 @@ impl TrainingSizes {
                 + (2 * heads + text.num_attention_heads) * text.head_dim
                 + 4 * text.intermediate_size) as u64
             + 4 * WHOLE * text.hidden_size as u64;
+        // Head and embedding, or the weights of a layer.
+        let largest = (text.vocab_size * text.hidden_size) as u64;
+        let of_layers = decoder_elements(text).saturating_sub(2 * largest);
+        let largest = largest.max(of_layers / text.num_hidden_layers.max(1) as u64);
+        let copied = if element < WHOLE { element } else { 0 };
         let tile = |of_patch: usize| element * (of_patch * tower_layers * vision.patches()) as u64;
         let layers = text.num_hidden_layers as u64;
         Self {
@@ -222,6 +242,8 @@ impl TrainingSizes {
             token_inputs: layers * element * text.hidden_size as u64,
             tile_inputs: tile(vision.hidden_size),
             layers,
+            copies: learned.saturating_mul(copied),
+            working: largest.min(learned).saturating_mul(WHOLE + 2 * copied),
         }
     }
 
@@ -238,7 +260,8 @@ impl TrainingSizes {
 
     /// Returns the bytes of activations of a pass over this many tokens and tiles, all saved.
     pub fn remembered(&self, tokens: usize, tiles: usize) -> u64 {
-        product(self.token, tokens).saturating_add(product(self.tile, tiles))
+        let activations = product(self.token, tokens).saturating_add(product(self.tile, tiles));
+        activations.saturating_add(self.copies.saturating_add(self.working))
     }
 
     /// Returns the bytes of activations of a pass that saves layer inputs only and recomputes one
@@ -246,7 +269,8 @@ impl TrainingSizes {
     pub fn computed_again(&self, tokens: usize, tiles: usize) -> u64 {
         let inputs = product(self.token_inputs, tokens);
         let inputs = inputs.saturating_add(product(self.tile_inputs, tiles));
-        inputs.saturating_add(product(self.token / self.layers, tokens))
+        let of_layer = product(self.token / self.layers, tokens);
+        inputs.saturating_add(of_layer).saturating_add(self.working)
     }
 }
 

@@ -6,7 +6,6 @@ use tch::Tensor;
 
 use super::super::decoder::{Branches, KvPool, Places};
 use super::super::device;
-use super::super::dpo::token_logps;
 use super::super::sampling::{Chooser, uniform};
 use super::super::vlm::VisionLanguageModel;
 use super::pending_prompt::PendingPrompt;
@@ -183,10 +182,11 @@ impl<'a> Batch<'a> {
             .flat_map(|prompt| prompt.live.iter().map(|&row| prompt.number(row)))
             .collect();
         let chosen = self.chooser.choose(&logits, &numbers);
-        let tokens: Vec<i64> = chosen.iter().map(|token| token.unwrap_or(0)).collect();
-        let tokens_there = Tensor::from_slice(&tokens).to_device(device);
-        let logps = token_logps(&logits, &tokens_there);
-        let logps = Vec::<f32>::try_from(logps).expect("a vector of float32");
+        let tokens: Vec<i64> = chosen
+            .tokens
+            .iter()
+            .map(|token| token.unwrap_or(0))
+            .collect();
         drop(logits);
 
         let mut gone = Vec::new();
@@ -195,11 +195,11 @@ impl<'a> Batch<'a> {
         for (index, prompt) in self.prompts.iter_mut().enumerate() {
             let rows = first..first + prompt.live.len();
             first = rows.end;
-            if chosen[rows.clone()].contains(&None) {
+            if chosen.tokens[rows.clone()].contains(&None) {
                 gone.push((index, Err(not_numbers())));
                 continue;
             }
-            let going_on = prompt.grow(&tokens[rows.clone()], &logps[rows.clone()], ends);
+            let going_on = prompt.grow(&tokens[rows.clone()], &chosen.logps[rows.clone()], ends);
             kept.extend(going_on.iter().map(|&place| rows.start as i64 + place));
             prompt.keep(&going_on);
             if going_on.is_empty() {
@@ -214,7 +214,7 @@ impl<'a> Batch<'a> {
             .collect();
         done.reverse();
 
-        let mut next = tokens_there;
+        let mut next = chosen.ids;
         if kept.len() < tokens.len() {
             let kept = Tensor::from_slice(&kept).to_device(device);
             next = next.index_select(0, &kept);

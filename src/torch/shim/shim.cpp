@@ -5,6 +5,7 @@
 // the end. Only libtorch_cpu and c10 are linked: CUDA kernels are reached through the dispatcher.
 
 #include <ATen/ATen.h>
+#include <ATen/DeviceAccelerator.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/_flash_attention_forward.h>
 #include <ATen/record_function.h>
@@ -281,6 +282,13 @@ std::unique_ptr<at::ObserverContext> entered(const at::RecordFunction&) {
 
 void left(const at::RecordFunction&, at::ObserverContext*) { depth--; }
 
+std::vector<Tensor> list_of(const Tensor* const* tensors, int64_t count) {
+  std::vector<Tensor> list;
+  list.reserve(count);
+  for (int64_t i = 0; i < count; i++) list.push_back(*tensors[i]);
+  return list;
+}
+
 /// Runs `compute`; returns null, or the message of its exception, which the caller frees.
 template <class Compute>
 char* caught(Compute compute) {
@@ -325,6 +333,72 @@ char* ovchat_attend_pieces(Tensor** out, const Tensor* q, const Tensor* k, const
     *out = new Tensor(attend.call(*q, *k, *v, *entries, *pieces, some, *q_starts, *k_starts, *k_lengths,
                                   q_max, k_max));
   });
+}
+
+/// Updates parameters by AdamW in one operator (`torch.optim.AdamW(fused=True)`). `tensors` has
+/// `count` parameters, then as many gradients, means, mean squares and numbers of the update.
+char* ovchat_fused_adamw(const Tensor* const* tensors, int64_t count, double rate, double beta1,
+                         double beta2, double decay, double epsilon) {
+  return caught([&] {
+    std::vector<std::vector<Tensor>> lists(5);
+    for (int64_t list = 0; list < 5; list++) lists[list] = list_of(tensors + list * count, count);
+    at::_fused_adamw_(lists[0], lists[1], lists[2], lists[3], {}, lists[4], rate, beta1, beta2, decay,
+                      epsilon, /*amsgrad=*/false, /*maximize=*/false);
+  });
+}
+
+/// The Euclidean norm of all tensors together: `out` receives a scalar.
+char* ovchat_norm(Tensor** out, const Tensor* const* tensors, int64_t count) {
+  return caught([&] {
+    const auto norms = at::_foreach_norm(list_of(tensors, count), 2);
+    *out = new Tensor(at::stack(norms).norm());
+  });
+}
+
+/// Multiplies all tensors by a number.
+char* ovchat_scale(const Tensor* const* tensors, int64_t count, double factor) {
+  return caught([&] {
+    at::NoGradGuard no_grad;
+    at::_foreach_mul_(list_of(tensors, count), factor);
+  });
+}
+
+/// Reorders the weight of a linear layer for oneDNN. `out` receives a tensor, or null if this libtorch
+/// has no such operator.
+char* ovchat_pack(Tensor** out, const Tensor* weight) {
+  return caught([&] {
+    auto& operators = c10::Dispatcher::singleton();
+    const auto reorder = operators.findSchema({"mkldnn::_reorder_linear_weight", ""});
+    if (!reorder || !operators.findSchema({"mkldnn::_linear_pointwise", ""})) return;
+    using Reorder = Tensor(const Tensor&, std::optional<c10::SymInt>);
+    *out = new Tensor(reorder->typed<Reorder>().call(weight->contiguous(), std::nullopt));
+  });
+}
+
+/// `xs weight^T + bias` with a reordered weight; `bias` may be null. `out` receives a tensor.
+char* ovchat_packed_linear(Tensor** out, const Tensor* xs, const Tensor* weight, const Tensor* bias) {
+  return caught([&] {
+    using Linear = Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, std::string_view,
+                          c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
+    static const auto linear = operator_of<Linear>("mkldnn::_linear_pointwise");
+    const auto some = bias == nullptr ? std::nullopt : std::optional<Tensor>(*bias);
+    const c10::List<std::optional<at::Scalar>> no_scalars;
+    *out = new Tensor(linear.call(*xs, *weight, some, "none", no_scalars, ""));
+  });
+}
+
+/// Gives memory that libtorch keeps for later back to the device.
+char* ovchat_empty_cache() {
+  return caught([] {
+    if (at::hasCUDA()) at::accelerator::emptyCache();
+  });
+}
+
+/// The attention backends that may be used: bits 0 to 3 are flash, memory-efficient, cuDNN and math.
+int64_t ovchat_attention_backends() {
+  const auto& context = at::globalContext();
+  return context.userEnabledFlashSDP() | context.userEnabledMemEfficientSDP() << 1 |
+         context.userEnabledCuDNNSDP() << 2 | context.userEnabledMathSDP() << 3;
 }
 
 /// Begins to count the operators that this thread calls.

@@ -250,7 +250,7 @@ fn prompts_with_one_beginning_are_read_as_each_alone() {
     }
 }
 
-/// Prompts and answers join and leave midway, some behind shared beginnings; heads are shared by one, two
+/// Prompts and answers join and leave midway, some behind shared prefixes; heads are shared by one, two
 /// and seven query heads; prompts are longer than a piece.
 #[test]
 fn steps_equal_causal_passes_while_others_come_and_go() {

@@ -103,7 +103,7 @@ fn block(folder: &Path, report: &mut Report) {
             let logits = logits
                 .narrow(0, 0, 1)
                 .expand([numbers.len() as i64, vocab], false);
-            for token in chooser(numbers.len()).choose(&logits, numbers) {
+            for token in chooser(numbers.len()).choose(&logits, numbers).tokens {
                 counts[token.unwrap() as usize] += 1.0;
             }
         }
