@@ -8,7 +8,7 @@ use std::path::Path;
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
-    println!("cargo:rerun-if-changed=shim/shim.cpp");
+    println!("cargo:rerun-if-changed=shim");
     println!("cargo:rerun-if-env-changed=LIBTORCH");
     if std::env::var_os("CARGO_FEATURE_TORCH").is_none() {
         return;
@@ -34,7 +34,7 @@ fn compile_shim(include: &Path) {
         .include(include.join("torch/csrc/api/include"))
         // The headers of libtorch have warnings of their own.
         .warnings(false)
-        .file("shim/shim.cpp");
+        .files(["shim/shim.cpp", "shim/kernels.cpp"]);
     if std::env::var("CARGO_CFG_TARGET_OS").is_ok_and(|os| os == "linux") {
         // libtorch's headers divide work by OpenMP, whose library it contains.
         build.flag("-fopenmp");

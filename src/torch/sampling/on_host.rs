@@ -1,8 +1,6 @@
 //! Draws on the CPU: a selection by sums takes linear time, and rows are independent. The result is that
 //! of [`super::candidates`], which needs sorted tokens.
 
-use std::cmp::Ordering;
-
 use rayon::prelude::*;
 use tch::Tensor;
 
@@ -15,32 +13,38 @@ pub fn draw_all(probabilities: &Tensor, how: &Sampling, numbers: &[f64]) -> Vec<
     let all = probabilities.contiguous().view([-1]);
     let all = Vec::<f32>::try_from(all).expect("a vector of float32");
     let rows = all.par_chunks(vocab).zip(numbers);
-    rows.map(|(row, &number)| draw(&mut Token::all(row), how, number))
+    rows.map(|(row, &number)| draw(&mut Token::all(row)?, how, number))
         .collect()
 }
 
-/// A token and its probability.
-#[derive(Debug, Clone, Copy)]
-struct Token {
-    chance: f32,
-    id: i64,
-}
+/// A token and its probability as one number, which orders tokens by descending probability and then by
+/// ascending id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Token(u64);
 
 impl Token {
-    /// All tokens of a vocabulary with nonzero probability.
-    fn all(chances: &[f32]) -> Vec<Self> {
-        let tokens = (0..).zip(chances);
-        // A NaN probability is kept, to be detected later.
-        let likely = tokens.filter(|(_, chance)| **chance > 0.0 || chance.is_nan());
-        likely.map(|(id, &chance)| Self { chance, id }).collect()
+    /// A token with a probability that is not NaN and not negative.
+    fn new(chance: f32, id: usize) -> Self {
+        // The bits of such numbers are in their order.
+        Self(u64::from(!chance.to_bits()) << 32 | id as u64)
     }
 
-    /// Orders by descending probability, then by ascending id.
-    fn order(&self, other: &Self) -> Ordering {
-        other
-            .chance
-            .total_cmp(&self.chance)
-            .then(self.id.cmp(&other.id))
+    fn chance(self) -> f32 {
+        f32::from_bits(!((self.0 >> 32) as u32))
+    }
+
+    fn id(self) -> i64 {
+        i64::from(self.0 as u32)
+    }
+
+    /// All tokens of a vocabulary with nonzero probability; `None` if some are NaN or infinite.
+    fn all(chances: &[f32]) -> Option<Vec<Self>> {
+        if chances.iter().any(|chance| !chance.is_finite()) {
+            return None;
+        }
+        let tokens = chances.iter().enumerate();
+        let likely = tokens.filter(|(_, chance)| **chance > 0.0);
+        Some(likely.map(|(id, &chance)| Self::new(chance, id)).collect())
     }
 }
 
@@ -51,13 +55,13 @@ fn draw(tokens: &mut [Token], how: &Sampling, number: f64) -> Option<i64> {
     let some_are_out = how.top_p < 1.0 || kept < tokens.len();
     let tokens = &mut tokens[..kept];
     let whole = if some_are_out {
-        tokens.iter().map(|token| f64::from(token.chance)).sum()
+        tokens.iter().map(|token| f64::from(token.chance())).sum()
     } else {
         1.0
     };
     // Rounding may put the draw past the last token.
     let place = reach(tokens, |sum| sum > number * whole).unwrap_or(kept - 1);
-    Some(tokens[place].id)
+    Some(tokens[place].id())
 }
 
 /// Moves the eligible tokens to the front, those of the nucleus that pass `min_p`, and returns
@@ -68,11 +72,14 @@ fn eligible(tokens: &mut [Token], how: &Sampling) -> Option<usize> {
         return Some(kept);
     }
     let nucleus = &mut tokens[..kept];
-    let most = nucleus.iter().map(|token| token.chance).fold(0.0, f32::max);
+    let most = nucleus
+        .iter()
+        .map(|token| token.chance())
+        .fold(0.0, f32::max);
     let least = least_chance(most, how.min_p);
     let mut front = 0;
     for place in 0..kept {
-        if nucleus[place].chance >= least {
+        if nucleus[place].chance() >= least {
             nucleus.swap(front, place);
             front += 1;
         }
@@ -88,7 +95,7 @@ fn least_chance(most: f32, min_p: f64) -> f32 {
 /// Moves the nucleus to the front, the smallest set of most likely tokens whose probabilities sum
 /// to `top_p`, and returns its size. `None` if the probabilities are NaN or there are none.
 fn nucleus(tokens: &mut [Token], top_p: f64) -> Option<usize> {
-    if tokens.is_empty() || tokens.iter().any(|token| !token.chance.is_finite()) {
+    if tokens.is_empty() {
         return None;
     }
     if top_p >= 1.0 {
@@ -105,18 +112,18 @@ fn reach(tokens: &mut [Token], enough: impl Fn(f64) -> bool) -> Option<usize> {
     let (mut start, mut end) = (0, tokens.len());
     let mut before = 0.0;
     let sum =
-        |tokens: &[Token]| -> f64 { tokens.iter().map(|token| f64::from(token.chance)).sum() };
+        |tokens: &[Token]| -> f64 { tokens.iter().map(|token| f64::from(token.chance())).sum() };
     if !enough(sum(tokens)) {
         // The least likely token goes last, since it is the next one to include or exclude.
-        let least = (0..tokens.len()).max_by(|&one, &two| tokens[one].order(&tokens[two]))?;
+        let least = (0..tokens.len()).max_by_key(|&at| tokens[at])?;
         tokens.swap(least, end - 1);
         return None;
     }
     while end - start > 1 {
         let middle = (end - start - 1) / 2;
-        let (left, pivot, _) = tokens[start..end].select_nth_unstable_by(middle, Token::order);
+        let (left, pivot, _) = tokens[start..end].select_nth_unstable(middle);
         let left = before + sum(left);
-        let with_pivot = left + f64::from(pivot.chance);
+        let with_pivot = left + f64::from(pivot.chance());
         if enough(left) {
             end = start + middle;
         } else if enough(with_pivot) {
@@ -139,14 +146,14 @@ mod tests {
         let chances: Vec<f32> = (0..997)
             .map(|id| (id * 7919 % 101) as f32 / 49_850.0)
             .collect();
-        let mut sorted = Token::all(&chances);
-        sorted.sort_by(Token::order);
+        let mut sorted = Token::all(&chances).unwrap();
+        sorted.sort();
         for step in 0..200 {
             let (top_p, number) = (0.05 + f64::from(step % 20) * 0.04, f64::from(step) / 200.0);
             let sums: Vec<f64> = sorted
                 .iter()
                 .scan(0.0, |sum, token| {
-                    *sum += f64::from(token.chance);
+                    *sum += f64::from(token.chance());
                     Some(*sum)
                 })
                 .collect();
@@ -166,8 +173,8 @@ mod tests {
                 stop_strings: Vec::new(),
                 stop_token_ids: Vec::new(),
             };
-            let found = draw(&mut Token::all(&chances), &how, number);
-            assert_eq!(found, Some(sorted[place].id), "{top_p} {number}");
+            let found = draw(&mut Token::all(&chances).unwrap(), &how, number);
+            assert_eq!(found, Some(sorted[place].id()), "{top_p} {number}");
         }
     }
 }

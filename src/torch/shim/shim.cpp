@@ -11,6 +11,8 @@
 #include <ATen/record_function.h>
 #include <torch/library.h>
 
+#include "kernels.h"
+
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -121,7 +123,7 @@ void exponentials(float* xs, int count) {
   }
 }
 
-/// Attention in float32: for each sequence and head, two matrix products with a softmax between.
+/// Attention in float32: for each sequence and head, products with a softmax between.
 std::tuple<Tensor, Tensor> attend_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
                                       const Tensor& q_starts, const Tensor& k_starts,
                                       const Tensor& k_lengths, int64_t q_max, int64_t k_max,
@@ -142,6 +144,7 @@ std::tuple<Tensor, Tensor> attend_cpu(const Tensor& q, const Tensor& k, const Te
                     all.k_starts[i] + static_cast<int64_t>(all.k_lengths[i]) <= k.size(0),
                 "attend_varlen: sequence ", i, " is out of bounds");
   }
+  const bool is_wide = size % 16 == 0;
   const auto* q_data = q.const_data_ptr<float>();
   const auto* k_data = k.const_data_ptr<float>();
   const auto* v_data = v.const_data_ptr<float>();
@@ -159,27 +162,36 @@ std::tuple<Tensor, Tensor> attend_cpu(const Tensor& q, const Tensor& k, const Te
       const auto strided = [&](const Tensor& xs, const float* data, int64_t start) {
         return data + start * xs.stride(0) + head * xs.stride(1);
       };
-      multiply(true, rows, length, size, scale, strided(q, q_data, first), q.stride(0),
-               strided(k, k_data, all.k_starts[i]), k.stride(0), scores.data(), length);
+      const auto of = [&](const Tensor& xs, const float* data, int64_t start, int64_t count) {
+        return ovchat::Rows{strided(xs, data, start), xs.stride(0), count};
+      };
+      const auto queries = of(q, q_data, first, rows);
+      const auto keys = of(k, k_data, all.k_starts[i], length);
+      const auto values = of(v, v_data, all.k_starts[i], length);
+      if (is_wide) {
+        ovchat::dot_products(queries, keys, size, scale, scores.data());
+      } else {
+        multiply(true, rows, length, size, scale, queries.data, queries.stride, keys.data, keys.stride,
+                 scores.data(), length);
+      }
       for (int row = 0; row < rows; row++) {
         float* own = scores.data() + static_cast<int64_t>(row) * length;
-        float most = own[0];
-        for (int j = 1; j < length; j++) most = own[j] > most ? own[j] : most;
-        for (int j = 0; j < length; j++) own[j] -= most;
-        lse_data[head * tokens + first + row] = most;
+        lse_data[head * tokens + first + row] = ovchat::subtract_largest(own, length);
       }
       exponentials(scores.data(), rows * length);
       float* mixed = out_data + (first * heads + head) * size;
-      multiply(false, rows, size, length, 1, scores.data(), length,
-               strided(v, v_data, all.k_starts[i]), v.stride(0), mixed, heads * size);
+      if (is_wide) {
+        ovchat::weighted_sums(scores.data(), rows, values, size, mixed, heads * size);
+      } else {
+        multiply(false, rows, size, length, 1, scores.data(), length, values.data, values.stride, mixed,
+                 heads * size);
+      }
       for (int row = 0; row < rows; row++) {
-        const float* own = scores.data() + static_cast<int64_t>(row) * length;
-        float sum = 0;
-        for (int j = 0; j < length; j++) sum += own[j];
+        const float sum = ovchat::total(scores.data() + static_cast<int64_t>(row) * length, length);
         lse_data[head * tokens + first + row] += std::log(sum);
-        float* values = mixed + static_cast<int64_t>(row) * heads * size;
+        float* values_of = mixed + static_cast<int64_t>(row) * heads * size;
         const float inverse = 1 / sum;
-        for (int64_t j = 0; j < size; j++) values[j] *= inverse;
+        for (int64_t j = 0; j < size; j++) values_of[j] *= inverse;
       }
     }
   });

@@ -71,7 +71,7 @@ fn attention_of_sequences_equals_products_in_double_precision() {
         (7, 100, 600),
     ];
     let sequences = sequences(&all);
-    for size in [4, 64, 72] {
+    for size in [4, 16, 64, 72, 80, 128] {
         let q = noise("q", &[50, 3, size]);
         // The pool has the heads first: a view of it has the strides of another order.
         let pool = |name: &str| noise(name, &[3, 700, size]).transpose(0, 1);
