@@ -21,7 +21,7 @@ NVIDIA_COMPLETE := .libtorch/complete-2.11.0-cuda-13.0.2
 FETCH := python3 -m pip install --target .libtorch --no-compile --only-binary=:all: \
   --python-version $(LIBTORCH_PYTHON) --disable-pip-version-check
 
-.PHONY: help setup demo benchmark-demo test audit world parity benchmark-parity bench
+.PHONY: help setup demo benchmark-demo test audit world parity benchmark-parity bench gpu-kit
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -103,6 +103,16 @@ endif
 bench: setup .parity/complete ## compare the speed of sampling and scoring with transformers (half an hour)
 	cargo build --release --bins --example pictures
 	.parity/bin/python benches/speed/bench.py
+
+# The engine alone has the whole command line. Its libtorch is that of the Python on the GPU machine.
+gpu-kit: setup ## pack what the measurements on a GPU need into .gpu, for a machine without Rust and network
+	cargo build --release --bins
+	rm -rf .gpu && mkdir .gpu
+	strip -o .gpu/pipeline-engine "$${CARGO_TARGET_DIR:-target}/release/pipeline-engine"
+	xz -6 -T0 .gpu/pipeline-engine
+	cp benches/gpu/* .gpu
+	du -sh .gpu
+	@echo "on the GPU machine, in a copy of this folder: OUT=/tmp/out bash .gpu/run.sh"
 
 # Without its own pip, which Debian ships in a separate package.
 .parity/complete: tests/parity/requirements.txt

@@ -332,6 +332,7 @@ fn a_step_runs_as_many_operators_for_many_prompts_as_for_few() {
         );
     }
     let layers = config().num_hidden_layers;
+    println!("a step of {layers} layers: {expected:?}");
     assert!(expected.outermost <= 60 * layers, "{expected:?}");
 }
 
