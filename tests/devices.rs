@@ -170,6 +170,8 @@ fn environment(program: &Path, more: &[(&str, &str)]) -> String {
         .env_remove("TORCH_CUDNN_SDPA_DEPRIORITIZED")
         .env_remove("PYTORCH_ALLOC_CONF")
         .env_remove("PYTORCH_CUDA_ALLOC_CONF")
+        .env_remove("GOMP_SPINCOUNT")
+        .env_remove("OMP_WAIT_POLICY")
         .envs(more.iter().copied());
     let said = said(command.output().unwrap());
     let line = said
@@ -184,19 +186,20 @@ fn libtorch_finds_its_environment_unless_the_user_set_another() {
     let pipeline = Path::new(env!("CARGO_BIN_EXE_pipeline"));
     // The engine can be started directly, too.
     for program in [pipeline, &pipeline.with_file_name("pipeline-engine")] {
-        let all = "TORCH_CUDNN_SDPA_DEPRIORITIZED=1 PYTORCH_ALLOC_CONF=expandable_segments:True";
+        let all = "TORCH_CUDNN_SDPA_DEPRIORITIZED=1 PYTORCH_ALLOC_CONF=expandable_segments:True \
+                   GOMP_SPINCOUNT=5000";
         let found = environment(program, &[]);
         assert!(found.ends_with(all), "{found}");
         let own = [("PYTORCH_ALLOC_CONF", "backend:native")];
         let found = environment(program, &own);
         assert!(
-            found.ends_with("PYTORCH_ALLOC_CONF=backend:native"),
+            found.ends_with("PYTORCH_ALLOC_CONF=backend:native GOMP_SPINCOUNT=5000"),
             "{found}"
         );
         let older = [("PYTORCH_CUDA_ALLOC_CONF", "backend:native")];
         let found = environment(program, &older);
         assert!(
-            found.ends_with("TORCH_CUDNN_SDPA_DEPRIORITIZED=1"),
+            found.ends_with("TORCH_CUDNN_SDPA_DEPRIORITIZED=1 GOMP_SPINCOUNT=5000"),
             "{found}"
         );
     }

@@ -190,6 +190,10 @@ pub trait ModelLoader {
     /// Returns what affects the models' results down to the last bit (library version, threads),
     /// for the footers of the files made with them.
     fn build(&self) -> Vec<(&'static str, String)>;
+    /// Returns the number of threads that the network opened last computes with; `None` without one.
+    fn threads(&self) -> Option<usize> {
+        None
+    }
     /// Lists libraries and devices.
     fn doctor(&self) -> Vec<Finding>;
 }

@@ -231,6 +231,23 @@ pub fn threads() -> usize {
     })
 }
 
+/// The number of weights below which a network computes on one thread: waking another takes longer than
+/// its products do, and beside other programs two threads that wait for each other are much slower.
+const ONE_THREAD_BELOW: u64 = 10_000_000;
+
+/// Sets the number of threads of a network with so many weights, which is opened now. A number in
+/// OMP_NUM_THREADS applies to all networks.
+pub fn use_threads(weights: u64) {
+    let is_small = weights < ONE_THREAD_BELOW && std::env::var_os("OMP_NUM_THREADS").is_none();
+    let threads = if is_small { 1 } else { threads() };
+    tch::set_num_threads(threads as i32);
+}
+
+/// The number of threads of the network that was opened last.
+pub fn threads_in_use() -> usize {
+    tch::get_num_threads() as usize
+}
+
 /// Calls MKL's vector functions once, on one thread. They choose their code in the first call: when
 /// two threads make it at once, as for the angles of the first prompt, its results differ in the last
 /// digits in one process of a hundred.

@@ -40,7 +40,7 @@ use super::networks;
 use super::optimizer::Parameter;
 use super::training::{TrainingState, doing, not_finite, row_error};
 use super::vlm::VisionLanguageModel;
-use ovchat_models::checkpoint::{AdapterConfig, TrainingSizes, part_of};
+use ovchat_models::checkpoint::{AdapterConfig, TrainingSizes, elements, part_of};
 use ovchat_models::preprocess::Processor;
 use ovchat_models::{
     self as models, Architecture, DpoReport, DpoSettings, DpoTrainer, Example, LoraSettings, Loss,
@@ -123,6 +123,7 @@ impl PolicyDpo {
         let (device, kind) = device::choose(spec.device, spec.dtype)?;
         let (architecture, on) = (prep.architecture(), (device, kind));
         counts_tokens(spec, architecture, settings)?;
+        device::use_threads(elements(architecture));
         let optimizer = settings.optimization.optimizer;
         let element = kind.elt_size_in_bytes() as u64;
         let sizes = TrainingSizes::new(architecture, &settings.trained, optimizer, element);

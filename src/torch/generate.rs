@@ -74,6 +74,7 @@ impl NetworkPolicy {
         let architecture = prep.architecture();
         let network = networks::open_merged(spec, architecture, &checkpoint, device, kind)?;
         let element = kind.elt_size_in_bytes() as u64;
+        device::use_threads(elements(architecture));
         let sizes = Sizes::new(elements(architecture), prep.text_config(), element);
         Ok(Self {
             banned: prep.chat().banned(prep.text_config().vocab_size),

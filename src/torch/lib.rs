@@ -164,6 +164,10 @@ impl ModelLoader for NetLoader {
         ]
     }
 
+    fn threads(&self) -> Option<usize> {
+        Some(device::threads_in_use())
+    }
+
     fn doctor(&self) -> Vec<Finding> {
         device::doctor()
     }

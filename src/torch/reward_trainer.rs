@@ -24,7 +24,7 @@ use super::optimizer::Parameter;
 use super::reward::{RewardHead, RewardNetwork};
 use super::training::{TrainingState, doing, not_finite, row_error};
 use super::weights::save_torch;
-use ovchat_models::checkpoint::{HEAD_FILE, TWO_LAYERS, TrainingSizes};
+use ovchat_models::checkpoint::{HEAD_FILE, TWO_LAYERS, TrainingSizes, judge_elements};
 use ovchat_models::preprocess::{JudgeIds, Judged, LlavaRlhfProcessor};
 use ovchat_models::{
     AnswerGroup, Checkpointing, Example, LlavaRlhfSpec, ModelError, RewardReport, RewardSettings,
@@ -85,6 +85,7 @@ impl LlavaRewardTrainer {
             .as_ref()
             .map_or(settings.rank, |adapter| adapter.r);
         let element = kind.elt_size_in_bytes() as u64;
+        device::use_threads(judge_elements(&prep.config));
         let sizes = TrainingSizes::of_adapter(&prep.config, rank, element);
         let budget = TrainingBudget::plan(spec.memory_gb, device, sizes, Checkpointing::Auto);
         let budget = budget.map_err(|problem| refuse(&spec.base, problem))?;

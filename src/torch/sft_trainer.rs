@@ -24,7 +24,7 @@ use super::networks;
 use super::optimizer::Parameter;
 use super::training::{TrainingState, doing, not_finite, row_error};
 use super::vlm::VisionLanguageModel;
-use ovchat_models::checkpoint::{TWO_LAYERS, TrainingSizes};
+use ovchat_models::checkpoint::{TWO_LAYERS, TrainingSizes, elements, judge_elements};
 use ovchat_models::preprocess::{LlavaRlhfProcessor, Processor, RewardSftTokens, SftTokens, Tiles};
 use ovchat_models::{
     self as models, Checkpointing, Gigabytes, LlavaRlhfSpec, ModelError, RowFault, SftExample,
@@ -263,6 +263,7 @@ impl Sft<PolicySft> {
         let prep = Processor::open(&spec.weights)?;
         let (device, kind) = device::choose(spec.device, spec.dtype)?;
         let element = kind.elt_size_in_bytes() as u64;
+        device::use_threads(elements(prep.architecture()));
         let sizes = TrainingSizes::of_sft(prep.architecture(), settings.tower, element);
         let budget = budget(spec.memory_gb, device, sizes, &spec.weights)?;
         let checkpoint = Checkpoint::open(&spec.weights)?;
@@ -368,6 +369,7 @@ impl Sft<RewardBaseSft> {
         let prep = LlavaRlhfProcessor::open(spec)?;
         let (device, kind) = device::choose(spec.device, spec.dtype)?;
         let element = kind.elt_size_in_bytes() as u64;
+        device::use_threads(judge_elements(&prep.config));
         let sizes = TrainingSizes::of_base(&prep.config, settings.tower, element);
         let budget = budget(spec.memory_gb, device, sizes, &spec.base)?;
         let base = Checkpoint::open_base(&spec.base)?;

@@ -193,15 +193,10 @@ impl<'a> Keys<'a> {
         Ok(key.finish())
     }
 
-    /// Returns the precision in which a model computes. Policy and reward training use float32,
-    /// whatever the model samples in.
+    /// Returns the precision in which a model computes.
     fn precision(&self, spec: &ModelSpec, used: &Use<'_>) -> Result<&'static str, Failure> {
-        let is_wide = matches!(
-            used.role,
-            ModelRole::LearnsAnswers | ModelRole::LearnsRewards
-        );
         let precision = match self.loader {
-            _ if is_wide || !spec.needs_torch() => Dtype::Float32,
+            _ if !spec.needs_torch() => Dtype::Float32,
             Some(loader) => loader
                 .precision(&spec.clone().opened())
                 .map_err(Failure::of(used.model))?,

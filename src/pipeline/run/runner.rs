@@ -60,6 +60,9 @@ pub(super) struct Runner<'a> {
     pub(super) kept: Kept,
 }
 
+/// The entry of a footer that has the number of threads.
+const THREADS: &str = "ovchat.threads";
+
 impl<'a> Runner<'a> {
     /// Opens the run folder. `rates` is the file with the measured rates of this machine.
     pub(super) fn begin(
@@ -308,6 +311,10 @@ impl<'a> Runner<'a> {
         footer.extend(key.map(|key| ("ovchat.key", key.to_owned())));
         if let Some(loader) = self.loader {
             footer.extend(loader.build());
+            if let Some(threads) = loader.threads() {
+                footer.retain(|(name, _)| *name != THREADS);
+                footer.push((THREADS, threads.to_string()));
+            }
         }
         footer
     }
