@@ -58,8 +58,12 @@ impl ModelLoader for Doubles {
     fn placement(&self, _: &ModelSpec) -> Result<Option<Placement>, ModelError> {
         Ok(None)
     }
+    /// bfloat16 is a GPU's.
     fn room(&self, _: &ModelSpec) -> Result<Option<Room>, ModelError> {
-        Ok(None)
+        Ok(Some(Room {
+            on_gpu: self.0 == Dtype::Bfloat16,
+            bytes: 1 << 30,
+        }))
     }
     fn rewrite(
         &self,
@@ -81,7 +85,11 @@ impl ModelLoader for Doubles {
 /// Runs the pipeline with these training settings, one round of it with test doubles of dtype
 /// `precision`.
 fn trained_with(settings: &str, precision: Dtype) -> (Scene, Result<(), String>) {
-    let pipeline = SCRIPTED
+    trained(SCRIPTED, settings, precision)
+}
+
+fn trained(pipeline: &str, settings: &str, precision: Dtype) -> (Scene, Result<(), String>) {
+    let pipeline = pipeline
         .replace(
             "policy: { scripted: {} }",
             &format!("policy: {{ llava_onevision: {{ weights: {ROOT}/data-samples/policy }} }}"),
@@ -102,6 +110,25 @@ fn trained_with(settings: &str, precision: Dtype) -> (Scene, Result<(), String>)
     let interrupt = Interrupt::default();
     let ran = run(&plan, &options, Some(&doubles), &mut Quiet, &interrupt);
     (scene, ran.map(|_| ()).map_err(|error| error.to_string()))
+}
+
+/// A part on a GPU has as many prompts as fill its batches; a table that is begun keeps its size.
+#[test]
+fn parts_are_larger_on_a_gpu() {
+    for (precision, expected) in [(Dtype::Float32, 64), (Dtype::Bfloat16, 1024 / 5)] {
+        let pipeline = SCRIPTED.replacen(", part: 7", "", 1);
+        let (scene, ran) = trained(&pipeline, "save_every: 2", precision);
+        ran.unwrap();
+        let manifest = std::fs::read(scene.path("runs/scripted/manifest.json")).unwrap();
+        let manifest: serde_json::Value = serde_json::from_slice(&manifest).unwrap();
+        let tables = manifest["made"].as_array().unwrap();
+        let candidates = tables.iter().find(|made| made["table"] == "candidates");
+        assert_eq!(
+            candidates.unwrap()["part_groups"],
+            expected,
+            "{precision:?}"
+        );
+    }
 }
 
 #[test]

@@ -6,7 +6,7 @@
 //! `[kv_heads, tokens, head_dim]`, all with rotary embeddings already applied; each key-value head
 //! serves `heads / kv_heads` consecutive query heads. The result has the shape of the queries.
 
-use tch::{IndexOp, Kind, Tensor};
+use tch::{Device, IndexOp, Kind, Tensor};
 
 /// The keys and values of some tokens in one layer.
 #[derive(Debug)]
@@ -68,16 +68,16 @@ fn grouped_attention(q: &Tensor, seen: &KeyValue, mask: Option<&Tensor>, causal:
 
 /// The additive attention mask of continuations of these `lengths` after a prompt,
 /// `[tokens of all, prompt + tokens of all]`: 0 for the prompt and for earlier tokens of the same
-/// continuation, minus infinity elsewhere.
-pub fn branch_mask(lengths: &[i64], prompt: i64) -> Tensor {
+/// continuation, minus infinity elsewhere. It is made on the device, in the dtype of the queries.
+pub fn branch_mask(lengths: &[i64], prompt: i64, (kind, device): (Kind, Device)) -> Tensor {
     let owners: Vec<i64> = (0..)
         .zip(lengths)
         .flat_map(|(row, &length)| std::iter::repeat_n(row, length as usize))
         .collect();
-    let owners = Tensor::from_slice(&owners);
+    let owners = Tensor::from_slice(&owners).to_device(device);
     let seen = owners.unsqueeze(1).eq_tensor(&owners.unsqueeze(0)).tril(0); // [tokens of all, tokens of all]
     let tokens = owners.size()[0];
-    let mask = Tensor::zeros([tokens, prompt + tokens], (Kind::Float, owners.device()));
+    let mask = Tensor::zeros([tokens, prompt + tokens], (kind, device));
     let _ = mask
         .i((.., prompt..))
         .masked_fill_(&seen.logical_not(), f64::NEG_INFINITY);
@@ -86,14 +86,9 @@ pub fn branch_mask(lengths: &[i64], prompt: i64) -> Tensor {
 
 /// The additive attention mask of a prompt's tokens from `from` on and of the continuations of
 /// these `lengths` after it, `[tokens from there on, prompt + tokens of all]`.
-pub fn tree_mask(lengths: &[i64], prompt: i64, from: i64) -> Tensor {
-    let branches = branch_mask(lengths, prompt);
+pub fn tree_mask(lengths: &[i64], prompt: i64, from: i64, on: (Kind, Device)) -> Tensor {
+    let branches = branch_mask(lengths, prompt, on);
     let tokens = branches.size()[1];
-    let above = Tensor::full(
-        [prompt - from, tokens],
-        f64::NEG_INFINITY,
-        (branches.kind(), branches.device()),
-    )
-    .triu(from + 1);
+    let above = Tensor::full([prompt - from, tokens], f64::NEG_INFINITY, on).triu(from + 1);
     Tensor::cat(&[above, branches], 0)
 }

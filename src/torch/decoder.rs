@@ -233,8 +233,8 @@ impl Decoder {
                 layers: Vec::with_capacity(self.layers.len()),
                 tokens: *length,
             });
-            let mask = branch_mask(&[*length], prefix.tokens);
-            masks.push(mask.to_device(embeds.device()).to_kind(embeds.kind()));
+            let on = (embeds.kind(), embeds.device());
+            masks.push(branch_mask(&[*length], prefix.tokens, on));
         }
         let hidden =
             self.through_layers(embeds, &angles, &lengths, wanted, |layer, queries, own| {
@@ -285,9 +285,8 @@ impl Decoder {
         let masks: Vec<Tensor> = prompts
             .iter()
             .map(|prompt| {
-                branch_mask(&prompt.lengths, prompt.prefix.tokens)
-                    .to_device(device)
-                    .to_kind(embeds.kind())
+                let on = (embeds.kind(), device);
+                branch_mask(&prompt.lengths, prompt.prefix.tokens, on)
             })
             .collect();
         self.through_layers(embeds, &angles, &lengths, wanted, |layer, queries, own| {
@@ -355,9 +354,11 @@ impl Decoder {
         self.norm.forward(&xs)
     }
 
-    /// An empty pool for the keys and values of this decoder.
-    pub fn pool(&self) -> KvPool {
-        KvPool::new(&self.sizes, self.embed_tokens.kind(), self.device())
+    /// An empty pool for the keys and values of this decoder, which has at most `tokens_max` places as
+    /// long as these suffice.
+    pub fn pool(&self, tokens_max: i64) -> KvPool {
+        let on = (self.embed_tokens.kind(), self.device());
+        KvPool::new(&self.sizes, on, tokens_max)
     }
 
     /// The rows of a step: one token of each continuation of each prompt.

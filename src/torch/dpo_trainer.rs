@@ -284,6 +284,16 @@ impl PolicyDpo {
         Ok(sums)
     }
 
+    /// Like [`PolicyDpo::read`], with smaller packs if memory runs out.
+    fn read_within_memory(&mut self, pairs: &[Example<'_>]) -> Result<Vec<PairLogps>, ModelError> {
+        loop {
+            match self.read(pairs) {
+                Err(ModelError::OutOfMemory { .. }) if self.budget.relieve() => {}
+                read => return read,
+            }
+        }
+    }
+
     /// Sets the adapter's dropout for a pass of a training step; `None` turns it off.
     fn set_dropout(&self, pass: Option<usize>) {
         if let TrainingOutput::Adapter {
@@ -448,7 +458,7 @@ fn open_adapter(folder: &Path, settings: &LoraSettings) -> Result<Adapter, Model
 impl DpoTrainer for PolicyDpo {
     fn reference_logps(&mut self, pairs: &[Example<'_>]) -> Result<Vec<[f64; 2]>, ModelError> {
         self.set_dropout(None);
-        let read = self.read(pairs)?;
+        let read = self.read_within_memory(pairs)?;
         Ok(read.into_iter().map(|pair| pair.policy).collect())
     }
 
@@ -469,7 +479,7 @@ impl DpoTrainer for PolicyDpo {
             .any(|(loss, _)| *loss == Loss::Aot);
         let known = if joined && batch.len() > 1 {
             self.set_dropout(None);
-            Some(losses(&self.read(batch)?, &self.objective))
+            Some(losses(&self.read_within_memory(batch)?, &self.objective))
         } else {
             None
         };
@@ -554,13 +564,13 @@ impl Trainer for PolicyDpo {
 mod tests {
     use tch::Tensor;
 
-    use super::super::error::tests::run_out_after;
+    use super::super::error::tests::{run_out_after, run_out_late_after};
     use super::super::recorded::onevision;
     use super::*;
     use ovchat_models::{Checkpointing, Dtype, Optimization, Optimizer, Schedule, TrainingAnswer};
 
     /// The weights after a step on the recorded prompts; memory runs out after so many guarded calls.
-    fn trained(calls: Option<usize>) -> (Vec<Tensor>, SavedActivations) {
+    fn trained(shortage: Option<(fn(usize), usize)>) -> (Vec<Tensor>, SavedActivations) {
         let settings = DpoSettings {
             objective: Objective::of(Loss::Sigmoid, 0.1),
             mask: Mask::default(),
@@ -595,8 +605,8 @@ mod tests {
                 reference: Some([-30.0, -70.0]),
             })
             .collect();
-        if let Some(calls) = calls {
-            run_out_after(calls);
+        if let Some((run_out, calls)) = shortage {
+            run_out(calls);
         }
         trainer.step(&pairs).unwrap();
         let weights = trainer.training.parameters.iter();
@@ -609,10 +619,12 @@ mod tests {
     fn a_step_without_enough_memory_is_done_again_and_comes_out_the_same() {
         let (expected, keep) = trained(None);
         assert_eq!(keep, SavedActivations::Everything);
-        for calls in 0..3 {
-            let (found, keep) = trained(Some(calls));
-            assert_eq!(keep, SavedActivations::Inputs, "{calls}");
-            assert_eq!(found, expected, "{calls}");
+        for run_out in [run_out_after, run_out_late_after] {
+            for calls in 0..3 {
+                let (found, keep) = trained(Some((run_out, calls)));
+                assert_eq!(keep, SavedActivations::Inputs, "{calls}");
+                assert_eq!(found, expected, "{calls}");
+            }
         }
     }
 }

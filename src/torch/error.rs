@@ -48,6 +48,14 @@ pub fn guarded<T>(
     let outer = GUARDED.replace(true);
     let outcome = catch_unwind(AssertUnwindSafe(compute));
     GUARDED.set(outer);
+    #[cfg(test)]
+    if tests::ran_out() {
+        return Err(ModelError::OutOfMemory {
+            what: what.to_owned(),
+            batch,
+            length,
+        });
+    }
     outcome.or_else(|payload| match torch_words(&*payload) {
         Some(words) => {
             let error = TchError::Torch(words.to_owned());
@@ -99,6 +107,7 @@ pub mod tests {
 
     thread_local! {
         static SUCCEED: Cell<Option<usize>> = const { Cell::new(None) };
+        static LATE: Cell<Option<usize>> = const { Cell::new(None) };
     }
 
     /// Lets the next `calls` calls of [`guarded`] on this thread succeed and the one after them run
@@ -107,15 +116,28 @@ pub mod tests {
         SUCCEED.set(Some(calls));
     }
 
+    /// Like [`run_out_after`], but memory runs out when all work of the call is done.
+    pub fn run_out_late_after(calls: usize) {
+        LATE.set(Some(calls));
+    }
+
     pub fn runs_out() -> bool {
-        match SUCCEED.get() {
+        counted_down(&SUCCEED)
+    }
+
+    pub fn ran_out() -> bool {
+        counted_down(&LATE)
+    }
+
+    fn counted_down(left: &'static std::thread::LocalKey<Cell<Option<usize>>>) -> bool {
+        match left.get() {
             None => false,
             Some(0) => {
-                SUCCEED.set(None);
+                left.set(None);
                 true
             }
             Some(calls) => {
-                SUCCEED.set(Some(calls - 1));
+                left.set(Some(calls - 1));
                 false
             }
         }

@@ -239,11 +239,18 @@ impl Session<'_> {
             next.or(self.waiting.front()),
         )?;
         self.telemetry.shared_tokens += read.shared_tokens as u64;
-        for ((waiting, _), (places, logits)) in seen.iter().zip(read.prompts) {
-            self.telemetry.prompt_tokens += waiting.text.ids.len() as u64;
-            let growing = Growing::new((*waiting).clone(), places, &mut self.batch.pool);
-            self.batch.enter(growing, &logits);
-        }
+        let batch = &mut self.batch;
+        let tokens = seen.iter().map(|(waiting, _)| waiting.tokens()).sum();
+        guarded("reserving the KV cache", seen.len(), tokens, || {
+            for ((waiting, _), (places, logits)) in seen.iter().zip(read.prompts) {
+                let growing = Growing::new((*waiting).clone(), places, &mut batch.pool);
+                batch.enter(growing, &logits);
+            }
+        })?;
+        let read = seen
+            .iter()
+            .map(|(waiting, _)| waiting.text.ids.len() as u64);
+        self.telemetry.prompt_tokens += read.sum::<u64>();
         outcomes.append(&mut faults);
         self.telemetry.seconds_prefill += begun.elapsed().as_secs_f64();
         for waiting in entering {
@@ -263,13 +270,14 @@ impl Session<'_> {
             chat: self.prep.chat(),
         };
         let (batch, network) = (&mut self.batch, self.network);
-        let done = guarded("sampling", rows, tokens, || batch.step(network, &ends))?;
-        self.telemetry.steps += 1;
-        self.telemetry.step_rows += rows as u64;
-        for (prompt, outcome) in done {
+        let stepped = guarded("sampling", rows, tokens, || batch.step(network, &ends));
+        for (prompt, outcome) in std::mem::take(&mut self.batch.done) {
             let answers = outcome.map(|()| self.answers(&prompt));
             outcomes.push((prompt.waiting.index, answers));
         }
+        stepped?;
+        self.telemetry.steps += 1;
+        self.telemetry.step_rows += rows as u64;
         self.telemetry.seconds_decode += begun.elapsed().as_secs_f64();
         Ok(())
     }
@@ -282,7 +290,10 @@ impl Session<'_> {
         entering: Vec<PendingPrompt>,
         outcomes: &mut Vec<Outcome>,
     ) {
-        let growing = self.batch.abandon(self.network.decoder().pool());
+        let growing = self.batch.abandon();
+        // Some of those that were entering may be in the batch already.
+        let is_in = |one: &PendingPrompt| growing.iter().any(|other| other.index == one.index);
+        let entering: Vec<PendingPrompt> = entering.into_iter().filter(|one| !is_in(one)).collect();
         self.prefixes = PrefixCache::default();
         for waiting in &growing {
             self.images.again(&waiting.shown);
@@ -299,6 +310,7 @@ impl Session<'_> {
         } else {
             self.budget.halve();
         }
+        self.batch.pool = self.network.decoder().pool(self.budget.tokens as i64);
     }
 
     /// The answers to a prompt, all of whose tokens are sampled.
@@ -380,7 +392,7 @@ impl Policy for NetworkPolicy {
                 budget: self.budget,
                 batch: Batch::new(
                     Chooser::new(how, vocab, &self.banned, self.network.device()),
-                    self.network.decoder().pool(),
+                    self.network.decoder().pool(self.budget.tokens as i64),
                 ),
                 telemetry: ModelTelemetry {
                     prompts: waiting.len() as u64,
@@ -431,7 +443,7 @@ fn by_first_image(prompts: &[ChatPrompt]) -> Vec<usize> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::error::tests::run_out_after;
+    use super::super::error::tests::{run_out_after, run_out_late_after};
     use super::super::recorded::onevision::{
         assert_same, clear, how, many, measured, prompts, sample, spec,
     };
@@ -452,11 +464,14 @@ mod tests {
         let (expected, _) = measured(&mut policy, &prompts, &how);
         for calls in 0..14 {
             policy.budget = budget;
-            run_out_after(calls);
-            let (found, telemetry) = measured(&mut policy, &prompts, &how);
-            assert_eq!(telemetry.oom_retries, 1, "{calls}");
-            assert_same(&found, &expected);
-            assert_eq!((policy.budget.rows, policy.budget.oom_retries), (32, 0));
+            for run_out in [run_out_after, run_out_late_after] {
+                policy.budget = budget;
+                run_out(calls);
+                let (found, telemetry) = measured(&mut policy, &prompts, &how);
+                assert_eq!(telemetry.oom_retries, 1, "{calls}");
+                assert_same(&found, &expected);
+                assert_eq!((policy.budget.rows, policy.budget.oom_retries), (32, 0));
+            }
         }
     }
 

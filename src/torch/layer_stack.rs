@@ -51,7 +51,7 @@ impl<'a> LayerStack<'a> {
         let end = match keep {
             SavedActivations::Everything => through(&mut inputs),
             SavedActivations::Nothing | SavedActivations::Inputs => {
-                tch::no_grad(|| through(&mut inputs))
+                without_gradients(|| through(&mut inputs))
             }
         };
         let output = end
@@ -97,6 +97,13 @@ impl<'a> LayerStack<'a> {
     }
 }
 
+/// Runs `compute` without gradients. Unlike after [`tch::no_grad`], they are on again after a panic, such
+/// as one for lack of memory.
+pub fn without_gradients<T>(compute: impl FnOnce() -> T) -> T {
+    let _no_grad = tch::no_grad_guard();
+    compute()
+}
+
 /// Runs the backward pass from `end`, whose gradient is `gradient`.
 fn push_back(end: &Tensor, gradient: &Tensor) {
     if end.requires_grad() {
@@ -136,6 +143,14 @@ mod tests {
                 .all(|gradient| gradient.abs().max().double_value(&[]) > 1e-3)
         );
         assert_eq!(gradients(SavedActivations::Inputs), remembered);
+    }
+
+    #[test]
+    fn gradients_are_on_again_after_a_panic() {
+        let panics = || without_gradients(|| panic!("no memory"));
+        assert!(std::panic::catch_unwind(panics).is_err());
+        let weight = noise(&[2], 1).set_requires_grad(true);
+        assert!((weight * 2.0).requires_grad());
     }
 
     #[test]

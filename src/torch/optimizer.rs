@@ -150,7 +150,6 @@ impl AdamW {
                 continue;
             };
             let moments = &mut self.moments[number];
-            moments.steps += 1;
             match (&mut moments.exp_avg, &mut moments.exp_avg_sq, &self.tables) {
                 (Moment::Whole(_), Moment::Whole(_), _) => {
                     match fused
@@ -162,6 +161,7 @@ impl AdamW {
                     }
                 }
                 (Moment::InBytes(exp_avg), Moment::InBytes(root), Some(tables)) => {
+                    moments.steps += 1;
                     let [beta1, beta2] = self.betas;
                     let update = Update {
                         betas: self.betas,
@@ -183,10 +183,10 @@ impl AdamW {
     }
 
     /// Updates the parameters with these numbers, whose moments are in float32.
-    fn step_at_once(&self, parameters: &[Parameter], numbers: &[usize], rate: f64) {
+    fn step_at_once(&mut self, parameters: &[Parameter], numbers: &[usize], rate: f64) {
         let steps = numbers
             .iter()
-            .map(|&number| self.moments[number].steps as f32);
+            .map(|&number| (self.moments[number].steps + 1) as f32);
         let steps = Tensor::from_slice(&steps.collect::<Vec<f32>>());
         let steps = steps.to_device(parameters[numbers[0]].tensor.device());
         let mut tensors = AdamwTensors::default();
@@ -207,6 +207,9 @@ impl AdamW {
             tensors.steps.push(steps.get(row));
         }
         shim::fused_adamw(&tensors, rate, self.betas, self.weight_decay, self.epsilon);
+        for &number in numbers {
+            self.moments[number].steps += 1;
+        }
     }
 }
 

@@ -21,6 +21,9 @@ use ovchat_models::Sampling;
 /// them.
 const CANDIDATES: i64 = 512;
 
+/// The number of rows whose tokens are all sorted at once.
+const ROWS_SORTED_MAX: i64 = 16;
+
 /// The seed of answer `answer`: the first eight bytes, little-endian, of
 /// `SHA-256("answer", prompt_seed, answer)`, the numbers as eight little-endian bytes each.
 pub fn answer_seed(prompt_seed: u64, answer: usize) -> i64 {
@@ -125,7 +128,11 @@ impl<'a> Chooser<'a> {
         if let Some(is_enough) = few.is_enough(self.how) {
             let rest = is_enough.logical_not().logical_and(&is_valid);
             let rest = rest.nonzero().squeeze_dim(-1); // [rows], int64
-            if rest.size()[0] > 0 {
+            // Few at a time: sorting all tokens takes some 50 bytes each.
+            for rest in rest.split(ROWS_SORTED_MAX, 0) {
+                if rest.size()[0] == 0 {
+                    break;
+                }
                 let rows = probabilities.index_select(0, &rest);
                 let all = Candidates::of(&rows, rows.size()[1], self.how);
                 let drawn = all.draw(&numbers.index_select(0, &rest));

@@ -100,9 +100,6 @@ impl TrainingState {
         if !norm.is_finite() {
             return Err(not_finite("the gradient", rows()));
         }
-        if self.max_grad_norm > 0.0 {
-            clip_gradients(&self.parameters, norm, self.max_grad_norm);
-        }
         let share = self.schedule.of_step(self.step);
         let rates: Vec<Option<f64>> = self
             .parameters
@@ -110,7 +107,17 @@ impl TrainingState {
             .zip(&self.rates)
             .map(|(parameter, rate)| has_gradient(parameter).then_some(rate * share))
             .collect();
-        self.optimizer.step(&self.parameters, &rates);
+        guarded("updating the weights", 1, 0, || {
+            if self.max_grad_norm > 0.0 {
+                clip_gradients(&self.parameters, norm, self.max_grad_norm);
+            }
+            self.optimizer.step(&self.parameters, &rates);
+        })
+        // Some weights may be updated: the step cannot be done again.
+        .map_err(|error| ModelError::Torch {
+            what: "updating the weights".to_owned(),
+            problem: error.to_string(),
+        })?;
         self.step += 1;
         Ok(Update {
             grad_norm: norm,

@@ -12,7 +12,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::checkpoint::Parts;
 use super::decoder::{Decoder, LmHead};
-use super::layer_stack::{Layer, LayerStack, SavedActivations};
+use super::layer_stack::{Layer, LayerStack, SavedActivations, without_gradients};
 use super::vit::Vit;
 use ovchat_models::Part;
 use ovchat_models::preprocess::{PromptIds, Tiles};
@@ -103,7 +103,7 @@ pub fn project_tiles<'a>(
             links.push(project());
             return LayerStack::run(links, pixels, keep);
         }
-        let features = tch::no_grad(|| tower.forward(pixels));
+        let features = without_gradients(|| tower.forward(pixels));
         let keep = if parts.has(Part::Projector) {
             keep
         } else {

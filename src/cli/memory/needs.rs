@@ -149,7 +149,7 @@ pub fn of_stage(
                 model: &sample.model,
                 answers: sample.count.get() as usize,
                 new: sample.max_new_tokens.get() as usize,
-                part: sample.part.get() as usize,
+                part: sample.part(false).get() as usize,
                 beside: 0,
             };
             of_writing(

@@ -83,16 +83,25 @@ impl Sizes {
     pub fn new(elements: u64, config: &DecoderConfig, element: u64) -> Self {
         let size = |length: usize| length as u64 * element;
         let heads = config.num_attention_heads + 2 * config.num_key_value_heads;
+        let token =
+            2 * size(config.num_hidden_layers * config.num_key_value_heads * config.head_dim);
+        // On a CPU, a packed head is a copy of a tied embedding.
+        let packed = match config.tie_word_embeddings && element == WHOLE {
+            true => (config.vocab_size * config.hidden_size) as u64,
+            false => 0,
+        };
         Self {
-            weights: elements * element,
-            token: 2 * size(
-                config.num_hidden_layers * config.num_key_value_heads * config.head_dim,
-            ),
+            weights: (elements + packed) * element,
+            token,
             // Input, its norm and their sum; queries, keys and values before and after rotary
-            // embedding; gate, its activation, up projection and their product.
-            read: size(
-                4 * config.hidden_size + 3 * heads * config.head_dim + 4 * config.intermediate_size,
-            ),
+            // embedding; gate, its activation, up projection and their product; and keys and values of
+            // all layers, until they are in the cache.
+            read: token
+                + size(
+                    4 * config.hidden_size
+                        + 3 * heads * config.head_dim
+                        + 4 * config.intermediate_size,
+                ),
             row: LOGITS_COPIES * config.vocab_size as u64 * WHOLE,
         }
     }

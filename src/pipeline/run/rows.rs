@@ -13,7 +13,9 @@ use super::models::RunModels;
 use super::report::{Start, Tally, Unit};
 use super::runner::{Runner, count, note_once, took, with_oom_retries, write_beside};
 use crate::config::PlannedStage;
-use crate::stages::{BatchStage, Failure, InputTables, Outcome, StageContext, TableName, rejects};
+use crate::stages::{
+    BatchStage, Failure, InputTables, Outcome, StageContext, StageSpec, TableName, rejects,
+};
 use ovchat_data::store::{FileRecord, Key, Lookup, PartRecord, Place, TableVersion, Took};
 use ovchat_data::tables::{RejectClass, Telemetry};
 use ovchat_io::mask::Mask;
@@ -74,7 +76,8 @@ impl Runner<'_> {
         let input_round = self.plan.round_of(work.input(), round);
         let files = self.folder.files(work.input().as_str(), input_round);
         let groups = Groups::open(files, work.reads())?;
-        let made = self.cut(table, round, work.part_groups(), groups.is_gathered())?;
+        let part_groups = self.part_groups(stage, work)?;
+        let made = self.cut(table, round, part_groups, groups.is_gathered())?;
         let manifest = self.folder.manifest();
         let input = manifest.find(work.input().as_str(), input_round);
         let total = input.map_or(0, TableVersion::rows);
@@ -110,6 +113,21 @@ impl Runner<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Returns the number of groups of a part. Answers are batched within a part, and a GPU takes more of
+    /// them at once.
+    fn part_groups(&self, stage: &PlannedStage, work: &dyn BatchStage) -> Result<u32, Failure> {
+        let StageSpec::Sample(sample) = &stage.spec else {
+            return Ok(work.part_groups());
+        };
+        let room = match self.loader {
+            Some(loader) => loader
+                .room(&self.plan.models[&sample.model])
+                .map_err(Failure::of(&sample.model))?,
+            None => None,
+        };
+        Ok(sample.part(room.is_some_and(|room| room.on_gpu)).get())
     }
 
     /// Returns the version in progress, with the size of its parts: existing parts keep the size of

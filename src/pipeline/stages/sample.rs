@@ -62,9 +62,25 @@ pub struct Sample {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub stop_token_ids: Vec<u32>,
     /// Prompts per part. A part is computed, committed and resumed as a unit; its size does not
-    /// change the answers.
-    #[serde(default = "defaults::part")]
-    pub part: NonZeroU32,
+    /// change the answers. Default: 64; on a GPU as many as have 1,024 answers, if these are more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub part: Option<NonZeroU32>,
+}
+
+/// The number of answers of a part on a GPU: four full batches, since the last one of a part runs empty.
+const ANSWERS_ON_GPU: u32 = 1024;
+
+impl Sample {
+    /// Returns the number of prompts of a part.
+    pub fn part(&self, on_gpu: bool) -> NonZeroU32 {
+        let usual = match on_gpu {
+            true => defaults::part().get().max(ANSWERS_ON_GPU / self.count),
+            false => defaults::part().get(),
+        };
+        self.part
+            .or(NonZeroU32::new(usual))
+            .unwrap_or(defaults::part())
+    }
 }
 
 /// The default values: those of the source document, except `max_new_tokens`, which it does not
@@ -168,7 +184,7 @@ impl RowStage for &Sample {
     }
 
     fn part_groups(&self) -> u32 {
-        self.part.get()
+        self.part(false).get()
     }
 
     fn key(&self, _: &mut StageContext<'_>, group: &[Prompt], key: Key) -> Result<Key, Failure> {

@@ -52,13 +52,13 @@ impl PackedBatch {
     pub fn new(trees: Vec<PackedSequence>, angles: RotaryCosSin, embeds: &Tensor) -> Self {
         let lengths: Vec<i64> = trees.iter().map(PackedSequence::tokens).collect();
         assert_eq!(embeds.size()[0], lengths.iter().sum::<i64>());
-        let on_device = |mask: Tensor| mask.to_device(embeds.device()).to_kind(embeds.kind());
+        let on = (embeds.kind(), embeds.device());
         let of_branches = |tree: &PackedSequence| {
-            let mask = || on_device(branch_mask(&tree.branches, tree.prompt));
+            let mask = || branch_mask(&tree.branches, tree.prompt, on);
             (tree.tokens() > tree.prompt).then(mask)
         };
         let of_wanted = |tree: &PackedSequence| {
-            let mask = || on_device(tree_mask(&tree.branches, tree.prompt, tree.wanted_from));
+            let mask = || tree_mask(&tree.branches, tree.prompt, tree.wanted_from, on);
             (tree.wanted_from > 0).then(mask)
         };
         Self {

@@ -21,18 +21,15 @@ pub struct KvPool {
     /// Keys and values, `[kv_heads, capacity, head_dim]` a layer.
     layers: Vec<KeyValue>,
     capacity: i64,
+    /// The capacity beyond which it only grows by what is needed.
+    tokens_max: i64,
     free: Rc<RefCell<FreePlaces>>,
 }
 
 impl KvPool {
     /// An empty pool for a decoder of these sizes.
-    pub fn new(sizes: &DecoderSizes, kind: Kind, device: Device) -> Self {
-        let empty = || {
-            Tensor::empty(
-                [sizes.num_key_value_heads, 0, sizes.head_dim],
-                (kind, device),
-            )
-        };
+    pub fn new(sizes: &DecoderSizes, on: (Kind, Device), tokens_max: i64) -> Self {
+        let empty = || Tensor::empty([sizes.num_key_value_heads, 0, sizes.head_dim], on);
         let layer = || KeyValue {
             k: empty(),
             v: empty(),
@@ -40,6 +37,7 @@ impl KvPool {
         Self {
             layers: (0..sizes.num_hidden_layers).map(|_| layer()).collect(),
             capacity: 0,
+            tokens_max,
             free: Rc::default(),
         }
     }
@@ -58,7 +56,8 @@ impl KvPool {
     pub fn reserve(&mut self, tokens: i64) -> Places {
         let left = self.free.borrow().count();
         if left < tokens {
-            self.grow((self.capacity + tokens - left).max(self.capacity + self.capacity / 2));
+            let ahead = (self.capacity + self.capacity / 2).min(self.tokens_max);
+            self.grow((self.capacity + tokens - left).max(ahead));
         }
         Places {
             ranges: self.free.borrow_mut().take(tokens),
@@ -266,7 +265,7 @@ mod tests {
             rope_theta: 1e4,
             qkv_bias: Bias::No,
         };
-        KvPool::new(&sizes, Kind::Float, Device::Cpu)
+        KvPool::new(&sizes, (Kind::Float, Device::Cpu), 10_000)
     }
 
     #[track_caller]

@@ -41,7 +41,7 @@ pub struct StepRows {
 
 impl StepRows {
     /// The rows of these prompts, in order, for a network whose key-value heads serve `group` query
-    /// heads each. Two tensors are copied to the device.
+    /// heads each. Two tensors are copied to the device, or three if rows have different numbers of pieces.
     pub fn new(prompts: &[Branches<'_>], group: i64, device: Device) -> Self {
         let (mut positions, mut places) = (Vec::new(), Vec::new());
         let (mut entries, mut of_rows): (Vec<i64>, Vec<Vec<i64>>) = (Vec::new(), Vec::new());
@@ -96,7 +96,8 @@ impl StepRows {
         let pieces: Vec<i64> = of_rows
             .into_iter()
             .flat_map(|mut pieces| {
-                pieces.resize(most, 0);
+                // Another row's piece could be NaN, which no mask removes.
+                pieces.resize(most, pieces[0]);
                 pieces
             })
             .collect();

@@ -118,6 +118,8 @@ impl Growing {
 pub struct Batch<'a> {
     pub prompts: Vec<Growing>,
     pub pool: KvPool,
+    /// The prompts that are done, each with a fault if its logits are NaN, until they are taken.
+    pub done: Vec<(Growing, Result<(), RowFault>)>,
     chooser: Chooser<'a>,
     /// The logits of the next token of each row, `[rows, vocab]`, float32; in pieces.
     logits: Vec<Tensor>,
@@ -129,6 +131,7 @@ impl<'a> Batch<'a> {
         Self {
             prompts: Vec::new(),
             pool,
+            done: Vec::new(),
             chooser,
             logits: Vec::new(),
         }
@@ -155,9 +158,8 @@ impl<'a> Batch<'a> {
         self.prompts.push(prompt);
     }
 
-    /// Empties the batch, discards its partial answers and its pool, and returns the prompts.
-    pub fn abandon(&mut self, pool: KvPool) -> Vec<PendingPrompt> {
-        self.pool = pool;
+    /// Empties the batch, discards its partial answers, and returns the prompts.
+    pub fn abandon(&mut self) -> Vec<PendingPrompt> {
         self.logits.clear();
         self.chooser.clear();
         self.prompts
@@ -166,13 +168,9 @@ impl<'a> Batch<'a> {
             .collect()
     }
 
-    /// Appends a token to every row and runs a decode step for the rows that continue. Returns the
-    /// prompts that are done, and a fault for those whose logits are NaN.
-    pub fn step(
-        &mut self,
-        network: &dyn VisionLanguageModel,
-        ends: &Ends<'_>,
-    ) -> Vec<(Growing, Result<(), RowFault>)> {
+    /// Appends a token to every row and runs a decode step for the rows that continue. Prompts that are
+    /// done go to `done` before, so that none is lost if memory runs out.
+    pub fn step(&mut self, network: &dyn VisionLanguageModel, ends: &Ends<'_>) {
         let _no_grad = tch::no_grad_guard();
         let device = network.device();
         let logits = Tensor::cat(&std::mem::take(&mut self.logits), 0); // [rows, vocab]
@@ -207,12 +205,11 @@ impl<'a> Batch<'a> {
             }
         }
         // From the end, so that the earlier indices stay valid.
-        let mut done: Vec<_> = gone
-            .into_iter()
-            .rev()
-            .map(|(index, outcome)| (self.prompts.remove(index), outcome))
-            .collect();
-        done.reverse();
+        let first = self.done.len();
+        for (index, outcome) in gone.into_iter().rev() {
+            self.done.push((self.prompts.remove(index), outcome));
+        }
+        self.done[first..].reverse();
 
         let mut next = chosen.ids;
         if kept.len() < tokens.len() {
@@ -228,7 +225,6 @@ impl<'a> Batch<'a> {
             self.logits.push(network.lm_head().forward(&hidden));
         }
         device::wait(device);
-        done
     }
 }
 

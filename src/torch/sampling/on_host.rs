@@ -52,7 +52,7 @@ impl Token {
 /// probabilities are NaN.
 fn draw(tokens: &mut [Token], how: &Sampling, number: f64) -> Option<i64> {
     let kept = eligible(tokens, how)?;
-    let some_are_out = how.top_p < 1.0 || kept < tokens.len();
+    let some_are_out = how.top_p < 1.0 || how.min_p > 0.0;
     let tokens = &mut tokens[..kept];
     let whole = if some_are_out {
         tokens.iter().map(|token| f64::from(token.chance())).sum()

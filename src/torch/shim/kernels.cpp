@@ -103,7 +103,7 @@ CLONES void dot_products(const Rows& queries, const Rows& keys, int64_t size, fl
       const float* key[4];
       for (int64_t k = 0; k < 4; k++) key[k] = keys.data + (j + std::min(k, columns - 1)) * keys.stride;
       Vector products[16] = {};
-      for (int64_t c = 0; c < size; c += LANES) {
+      for (int64_t c = 0; c + LANES <= size; c += LANES) {
         Vector k[4];
         for (int n = 0; n < 4; n++) k[n] = load(key[n] + c);
         for (int r = 0; r < 4; r++) {
@@ -112,9 +112,13 @@ CLONES void dot_products(const Rows& queries, const Rows& keys, int64_t size, fl
         }
       }
       float found[LANES];
-      store(found, sums_of(products) * scale);
+      store(found, sums_of(products));
       for (int64_t r = 0; r < rows; r++) {
-        for (int64_t n = 0; n < columns; n++) scores[(i + r) * keys.count + j + n] = found[4 * r + n];
+        for (int64_t n = 0; n < columns; n++) {
+          float product = found[4 * r + n];
+          for (int64_t c = size / LANES * LANES; c < size; c++) product += query[r][c] * key[n][c];
+          scores[(i + r) * keys.count + j + n] = product * scale;
+        }
       }
     }
   }
@@ -133,7 +137,14 @@ CLONES void weighted_sums(const float* shares, int64_t count, const Rows& values
     }
     int64_t first = 0;
     for (; first + 4 * LANES <= size; first += 4 * LANES) sum_columns<4>(share, values, first, sum, rows);
-    for (; first < size; first += LANES) sum_columns<1>(share, values, first, sum, rows);
+    for (; first + LANES <= size; first += LANES) sum_columns<1>(share, values, first, sum, rows);
+    for (; first < size; first++) {
+      for (int64_t r = 0; r < rows; r++) {
+        float found = 0;
+        for (int64_t j = 0; j < values.count; j++) found += share[r][j] * values.data[j * values.stride + first];
+        sum[r][first] = found;
+      }
+    }
   }
 }
 

@@ -6,7 +6,7 @@
 
 namespace ovchat {
 
-/// Queries, keys and values of one head: rows of `size` numbers, a multiple of 16.
+/// Queries, keys or values of one head: rows of `size` numbers.
 struct Rows {
   const float* data;
   int64_t stride;

@@ -13,17 +13,14 @@
 
 #include "kernels.h"
 
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <vector>
 
-// Functions of MKL, which x86 builds of libtorch contain and export.
+// A function of MKL, which x86 builds of libtorch contain and export.
 extern "C" {
-__attribute__((weak)) void sgemm_(const char* transa, const char* transb, const int* m, const int* n,
-                                  const int* k, const float* alpha, const float* a, const int* lda,
-                                  const float* b, const int* ldb, const float* beta, float* c,
-                                  const int* ldc);
 __attribute__((weak)) void vsExp(const int n, const float* a, float* y);
 }
 
@@ -87,34 +84,6 @@ std::tuple<Tensor, Tensor> attend_plain(const Tensor& q, const Tensor& k, const 
 
 // ---- The CPU ----
 
-/// c = alpha a b^T (`transposed`) or alpha a b, all row-major: a [m, k], b [n, k] or [k, n], c [m, n].
-void multiply(bool transposed, int m, int n, int k, float alpha, const float* a, int lda, const float* b,
-              int ldb, float* c, int ldc) {
-  if (sgemm_ != nullptr) {
-    // BLAS is column-major: it computes c^T = b a^T.
-    const char first = transposed ? 'T' : 'N', second = 'N';
-    const float zero = 0;
-    sgemm_(&first, &second, &n, &m, &k, &alpha, b, &ldb, a, &lda, &zero, c, &ldc);
-    return;
-  }
-  for (int i = 0; i < m; i++) {
-    float* row = c + static_cast<int64_t>(i) * ldc;
-    if (transposed) {
-      for (int j = 0; j < n; j++) {
-        float sum = 0;
-        for (int l = 0; l < k; l++) sum += a[static_cast<int64_t>(i) * lda + l] * b[static_cast<int64_t>(j) * ldb + l];
-        row[j] = alpha * sum;
-      }
-    } else {
-      std::memset(row, 0, n * sizeof(float));
-      for (int l = 0; l < k; l++) {
-        const float factor = alpha * a[static_cast<int64_t>(i) * lda + l];
-        for (int j = 0; j < n; j++) row[j] += factor * b[static_cast<int64_t>(l) * ldb + j];
-      }
-    }
-  }
-}
-
 void exponentials(float* xs, int count) {
   if (vsExp != nullptr) {
     vsExp(count, xs, xs);
@@ -144,7 +113,6 @@ std::tuple<Tensor, Tensor> attend_cpu(const Tensor& q, const Tensor& k, const Te
                     all.k_starts[i] + static_cast<int64_t>(all.k_lengths[i]) <= k.size(0),
                 "attend_varlen: sequence ", i, " is out of bounds");
   }
-  const bool is_wide = size % 16 == 0;
   const auto* q_data = q.const_data_ptr<float>();
   const auto* k_data = k.const_data_ptr<float>();
   const auto* v_data = v.const_data_ptr<float>();
@@ -168,24 +136,14 @@ std::tuple<Tensor, Tensor> attend_cpu(const Tensor& q, const Tensor& k, const Te
       const auto queries = of(q, q_data, first, rows);
       const auto keys = of(k, k_data, all.k_starts[i], length);
       const auto values = of(v, v_data, all.k_starts[i], length);
-      if (is_wide) {
-        ovchat::dot_products(queries, keys, size, scale, scores.data());
-      } else {
-        multiply(true, rows, length, size, scale, queries.data, queries.stride, keys.data, keys.stride,
-                 scores.data(), length);
-      }
+      ovchat::dot_products(queries, keys, size, scale, scores.data());
       for (int row = 0; row < rows; row++) {
         float* own = scores.data() + static_cast<int64_t>(row) * length;
         lse_data[head * tokens + first + row] = ovchat::subtract_largest(own, length);
       }
       exponentials(scores.data(), rows * length);
       float* mixed = out_data + (first * heads + head) * size;
-      if (is_wide) {
-        ovchat::weighted_sums(scores.data(), rows, values, size, mixed, heads * size);
-      } else {
-        multiply(false, rows, size, length, 1, scores.data(), length, values.data, values.stride, mixed,
-                 heads * size);
-      }
+      ovchat::weighted_sums(scores.data(), rows, values, size, mixed, heads * size);
       for (int row = 0; row < rows; row++) {
         const float sum = ovchat::total(scores.data() + static_cast<int64_t>(row) * length, length);
         lse_data[head * tokens + first + row] += std::log(sum);
@@ -205,14 +163,24 @@ std::tuple<Tensor, Tensor> attend_cuda(const Tensor& q, const Tensor& k, const T
                                        const Tensor& q_starts, const Tensor& k_starts,
                                        const Tensor& k_lengths, int64_t q_max, int64_t k_max,
                                        double scale) {
+  static std::atomic<bool> has_flash = true;
   const bool is_half = q.scalar_type() == at::kHalf || q.scalar_type() == at::kBFloat16;
-  if (!is_half || q.size(2) % 8 != 0 || q.size(2) > 256) {
+  const auto plain = [&] {
     return attend_plain(q, k, v, q_starts, k_starts, k_lengths, q_max, k_max, scale);
-  }
+  };
+  if (!is_half || q.size(2) % 8 != 0 || q.size(2) > 256 || !has_flash) return plain();
   check_sequences(q, k, v, q_starts, k_starts, k_lengths);
-  auto found = at::_ops::_flash_attention_forward::call(
-      q, k, v, q_starts, k_starts, q_max, k_max, /*dropout_p=*/0.0, /*is_causal=*/false,
-      /*return_debug_mask=*/false, scale, std::nullopt, std::nullopt, k_lengths, std::nullopt);
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> found;
+  try {
+    found = at::_ops::_flash_attention_forward::call(
+        q, k, v, q_starts, k_starts, q_max, k_max, /*dropout_p=*/0.0, /*is_causal=*/false,
+        /*return_debug_mask=*/false, scale, std::nullopt, std::nullopt, k_lengths, std::nullopt);
+  } catch (const c10::Error& error) {
+    // "FlashAttention only supports Ampere GPUs or newer."
+    if (std::string(error.what()).find("Ampere") == std::string::npos) throw;
+    has_flash = false;
+    return plain();
+  }
   Tensor lse = std::get<1>(found);
   TORCH_CHECK(lse.dim() == 2 && lse.size(0) == q.size(1) && lse.size(1) == q.size(0),
               "attend_varlen: FlashAttention returns log-sum-exps of shape ", lse.sizes());

@@ -261,7 +261,7 @@ fn steps_equal_causal_passes_while_others_come_and_go() {
             ..config()
         };
         let decoder = decoder_of(&sizes, Kind::Float);
-        let mut pool = decoder.pool();
+        let mut pool = decoder.pool(1 << 20);
         let mut number = 0;
         let mut next = || {
             number = (number * 7 + 11) % 37;
@@ -304,7 +304,7 @@ fn a_step_runs_as_many_operators_for_many_prompts_as_for_few() {
     let decoder = decoder(Kind::Float);
     let _no_grad = tch::no_grad_guard();
     let counts = |prompts: usize, rows: usize, length: usize| {
-        let mut pool = decoder.pool();
+        let mut pool = decoder.pool(1 << 20);
         let tokens =
             |of: usize| -> Vec<i64> { (0..length + of % 2).map(|at| (at as i64) % 40).collect() };
         let mut growing: Vec<Growing> = (0..prompts)
