@@ -400,6 +400,11 @@ impl TokenCounts {
         self.stage == stage && self.rows > 0
     }
 
+    /// Returns the number of rows, if all were counted.
+    pub fn rows(&self) -> Option<usize> {
+        (!self.is_sample).then_some(self.rows)
+    }
+
     pub fn longest(&self) -> usize {
         self.longest
     }

@@ -21,22 +21,29 @@ pub struct Setting {
     pub value: &'static str,
     /// An older name of the same variable.
     older: Option<&'static str>,
+    /// The variable that asks for it; otherwise it is not set.
+    asked_by: Option<&'static str>,
 }
 
+/// The environment variable that asks for results that repeat to the bit on one kind of GPU.
+pub const DETERMINISTIC: &str = "OVCHAT_DETERMINISTIC";
+
 /// The environment variables that libtorch needs when it starts.
-const SETTINGS: [Setting; 3] = [
+const SETTINGS: [Setting; 4] = [
     // On Hopper and later, attention defaults to cuDNN, which builds a plan for every new length
     // (0.02 to 0.5 s). Here nearly every prompt has a different length.
     Setting {
         name: "TORCH_CUDNN_SDPA_DEPRIORITIZED",
         value: "1",
         older: None,
+        asked_by: None,
     },
     // Lengths differ from batch to batch, so blocks of fixed size would fragment the memory.
     Setting {
         name: "PYTORCH_ALLOC_CONF",
         value: "expandable_segments:True",
         older: Some("PYTORCH_CUDA_ALLOC_CONF"),
+        asked_by: None,
     },
     // A thread that waits for others spins some 10 microseconds and then sleeps. By default it spins
     // for milliseconds: two runs at once on two cores took 18 times as long as one.
@@ -44,13 +51,23 @@ const SETTINGS: [Setting; 3] = [
         name: "GOMP_SPINCOUNT",
         value: "5000",
         older: Some("OMP_WAIT_POLICY"),
+        asked_by: None,
+    },
+    // By default, cuBLAS may use other workspaces in another run, and add in another order
+    // (docs.nvidia.com/cuda/cublas, "Results Reproducibility").
+    Setting {
+        name: "CUBLAS_WORKSPACE_CONFIG",
+        value: ":4096:8",
+        older: None,
+        asked_by: Some(DETERMINISTIC),
     },
 ];
 
 /// Returns the settings that the user has not overridden.
 pub fn environment(is_set: &dyn Fn(&str) -> bool) -> Vec<Setting> {
     let is_free = |setting: &&Setting| {
-        !is_set(setting.name) && !setting.older.is_some_and(|older| is_set(older))
+        let is_asked_for = setting.asked_by.is_none_or(is_set);
+        is_asked_for && !is_set(setting.name) && !setting.older.is_some_and(is_set)
     };
     SETTINGS.iter().filter(is_free).copied().collect()
 }
@@ -126,7 +143,7 @@ mod tests {
     #[test]
     fn what_the_user_set_is_left_alone() {
         let names = |set: &[&str]| -> Vec<&str> {
-            let settings = environment(&|name| set.contains(&name));
+            let settings = environment(&|name| name == DETERMINISTIC || set.contains(&name));
             settings.iter().map(|setting| setting.name).collect()
         };
         let all: Vec<&str> = variables().collect();
@@ -140,5 +157,11 @@ mod tests {
         }
         without("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF");
         without("OMP_WAIT_POLICY", "GOMP_SPINCOUNT");
+        let unasked = environment(&|_| false);
+        assert!(
+            unasked
+                .iter()
+                .all(|setting| !setting.name.starts_with("CUBLAS"))
+        );
     }
 }

@@ -187,11 +187,18 @@ pub trait ModelLoader {
         layout: Option<Layout>,
         to: &Path,
     ) -> Result<(), ModelError>;
-    /// Returns what affects the models' results down to the last bit (library version, threads),
-    /// for the footers of the files made with them.
+    /// Returns the versions of libraries that affect the models' results down to the last bit, for the
+    /// footers of the files made with them.
     fn build(&self) -> Vec<(&'static str, String)>;
-    /// Returns the number of threads that the network opened last computes with; `None` without one.
-    fn threads(&self) -> Option<usize> {
+    /// Returns the number of threads of the CPU that the model computes with on this machine, which
+    /// affects the last bits of its results; `None` for a model without a network.
+    fn threads(&self, _spec: &ModelSpec) -> Result<Option<u32>, ModelError> {
+        Ok(None)
+    }
+    /// Lets models compute with this number of threads instead, until the next call.
+    fn keep_threads(&self, _threads: Option<u32>) {}
+    /// Returns the peak memory of the GPUs in use so far, in bytes; `None` without one.
+    fn peak_device_memory(&self) -> Option<u64> {
         None
     }
     /// Lists libraries and devices.

@@ -191,6 +191,12 @@ impl TrainingBudget {
         }
     }
 
+    /// True if a step over packs of up to this many tokens and tiles has room for the conversions of all
+    /// trained weights to the compute dtype.
+    pub fn keeps_casts(&self, tokens: usize, tiles: usize) -> bool {
+        self.relief == Relief::None && self.sizes.has_room_for_copies(self.memory, tokens, tiles)
+    }
+
     /// Describes the training memory, given the tokens and tiles of the largest row.
     pub fn in_words(&self, [tokens, tiles]: [usize; 2]) -> String {
         let [memory, state] = [self.memory, self.sizes.state()].map(size_in_words);

@@ -37,8 +37,9 @@ pub use self::step::{Branches, StepRows};
 use super::attention::{
     KeyValue, attend_behind, attend_causally, attend_masked, attend_to_all, branch_mask,
 };
+use super::casts::cast;
 use super::layer_stack::{Layer, LayerStack, SavedActivations};
-use super::layers::{Path, RmsNorm, Rotary, RotaryCosSin, Weight, cast};
+use super::layers::{Path, RmsNorm, Rotary, RotaryCosSin, Weight};
 use ovchat_models::ModelError;
 
 /// Embeddings, layers and the final norm; the head is separate, see [`LmHead`].

@@ -8,12 +8,13 @@
 use std::ffi::{CStr, OsStr, c_char};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 use tch::{Cuda, Device, Kind, TchError, Tensor};
 
 use super::shim;
-use ovchat_models::libtorch::{BUILT_AGAINST, mismatch, variables, version_in};
+use ovchat_models::libtorch::{BUILT_AGAINST, DETERMINISTIC, mismatch, variables, version_in};
 use ovchat_models::{DeviceSpec, Dtype, Finding, Gigabytes, ModelError, Placement, Room, Severity};
 
 /// The maximum number of CPU threads. The matrices of one prompt keep no more busy, and a run is
@@ -227,6 +228,9 @@ pub fn threads() -> usize {
         tch::set_num_threads(threads as i32);
         // Benchmarking kernels and keeping the fastest would make the choice nondeterministic.
         Cuda::cudnn_set_benchmark(false);
+        if std::env::var_os(DETERMINISTIC).is_some() {
+            shim::set_deterministic();
+        }
         threads
     })
 }
@@ -235,17 +239,37 @@ pub fn threads() -> usize {
 /// its products do, and beside other programs two threads that wait for each other are much slower.
 const ONE_THREAD_BELOW: u64 = 10_000_000;
 
-/// Sets the number of threads of a network with so many weights, which is opened now. A number in
+/// The number of threads that [`keep_threads`] set; 0 for none.
+static KEPT_THREADS: AtomicU32 = AtomicU32::new(0);
+
+/// Returns the number of threads that a network with so many weights computes with. A number in
 /// OMP_NUM_THREADS applies to all networks.
-pub fn use_threads(weights: u64) {
+pub fn threads_of(weights: u64) -> u32 {
     let is_small = weights < ONE_THREAD_BELOW && std::env::var_os("OMP_NUM_THREADS").is_none();
     let threads = if is_small { 1 } else { threads() };
+    threads as u32
+}
+
+/// Prepares the process for a network with so many weights, which is opened now: sets the number of
+/// threads, and gives the memory of networks that were closed back to the GPU.
+pub fn prepare(weights: u64) {
+    shim::empty_cache();
+    let threads = match KEPT_THREADS.load(Ordering::Relaxed) {
+        0 => threads_of(weights),
+        kept => kept,
+    };
     tch::set_num_threads(threads as i32);
 }
 
-/// The number of threads of the network that was opened last.
-pub fn threads_in_use() -> usize {
-    tch::get_num_threads() as usize
+/// Lets the networks that are open, and all that are opened, compute with this number of threads, as
+/// the rows of a table that another process began; `None` for the number that follows from their sizes.
+pub fn keep_threads(kept: Option<u32>) {
+    // The process's own number is set first, since its first call sets it.
+    threads();
+    KEPT_THREADS.store(kept.unwrap_or(0), Ordering::Relaxed);
+    if let Some(kept) = kept {
+        tch::set_num_threads(kept as i32);
+    }
 }
 
 /// Calls MKL's vector functions once, on one thread. They choose their code in the first call: when
@@ -430,7 +454,12 @@ pub fn doctor() -> Vec<Finding> {
         } else {
             ""
         };
-        let text = format!("attention backends: {backends}{first}");
+        let repeats = if shim::is_deterministic() {
+            "; deterministic"
+        } else {
+            ""
+        };
+        let text = format!("attention backends: {backends}{first}{repeats}");
         findings.push(finding(Severity::Good, text));
     }
     findings

@@ -29,6 +29,7 @@ use tch::{Device, Kind};
 
 use self::pass::{Counting, PairTokens, Pass, measure, prepare};
 use super::budget::{TrainingBudget, packs};
+use super::casts::KeptCasts;
 use super::checkpoint::{Checkpoint, Parts, Purpose, Reader};
 use super::device;
 use super::dpo::{PairLogps, PairLoss, losses};
@@ -123,7 +124,7 @@ impl PolicyDpo {
         let (device, kind) = device::choose(spec.device, spec.dtype)?;
         let (architecture, on) = (prep.architecture(), (device, kind));
         counts_tokens(spec, architecture, settings)?;
-        device::use_threads(elements(architecture));
+        device::prepare(elements(architecture));
         let optimizer = settings.optimization.optimizer;
         let element = kind.elt_size_in_bytes() as u64;
         let sizes = TrainingSizes::new(architecture, &settings.trained, optimizer, element);
@@ -265,6 +266,10 @@ impl PolicyDpo {
     ) -> Result<Sums, ModelError> {
         let ids: Vec<&str> = batch.iter().map(|pair| pair.id).collect();
         let mut sums = Sums::default();
+        let [tokens, tiles] = self.largest;
+        let in_pack = self.budget.pack_tokens().div_ceil(tokens.max(1));
+        let has_room = self.budget.keeps_casts(tokens * in_pack, tiles * in_pack);
+        let _casts = KeptCasts::new(has_room);
         self.in_packs(batch, |places, tokens| {
             let references = &references[places.clone()];
             let known = known.map(|known| &known[places.clone()]);
@@ -570,7 +575,10 @@ mod tests {
     use ovchat_models::{Checkpointing, Dtype, Optimization, Optimizer, Schedule, TrainingAnswer};
 
     /// The weights after a step on the recorded prompts; memory runs out after so many guarded calls.
-    fn trained(shortage: Option<(fn(usize), usize)>) -> (Vec<Tensor>, SavedActivations) {
+    fn trained(
+        dtype: Dtype,
+        shortage: Option<(fn(usize), usize)>,
+    ) -> (Vec<Tensor>, SavedActivations) {
         let settings = DpoSettings {
             objective: Objective::of(Loss::Sigmoid, 0.1),
             mask: Mask::default(),
@@ -589,7 +597,7 @@ mod tests {
                 max_grad_norm: 1.0,
             },
         };
-        let mut trainer = PolicyDpo::open(&onevision::spec(Dtype::Float32), &settings).unwrap();
+        let mut trainer = PolicyDpo::open(&onevision::spec(dtype), &settings).unwrap();
         let prompts = onevision::many(3);
         let answer = |text: &str| TrainingAnswer {
             text: text.to_owned(),
@@ -617,14 +625,23 @@ mod tests {
     /// Memory runs out in the first pass, in a later one, and when the gradients are complete.
     #[test]
     fn a_step_without_enough_memory_is_done_again_and_comes_out_the_same() {
-        let (expected, keep) = trained(None);
+        let (expected, keep) = trained(Dtype::Float32, None);
         assert_eq!(keep, SavedActivations::Everything);
         for run_out in [run_out_after, run_out_late_after] {
             for calls in 0..3 {
-                let (found, keep) = trained(Some((run_out, calls)));
+                let (found, keep) = trained(Dtype::Float32, Some((run_out, calls)));
                 assert_eq!(keep, SavedActivations::Inputs, "{calls}");
                 assert_eq!(found, expected, "{calls}");
             }
         }
+    }
+
+    /// After a shortage, layers are recomputed and each weight is converted whenever it is used.
+    #[test]
+    fn weights_that_are_converted_once_a_step_are_trained_the_same() {
+        let (expected, _) = trained(Dtype::Bfloat16, None);
+        let (found, keep) = trained(Dtype::Bfloat16, Some((run_out_after, 0)));
+        assert_eq!(keep, SavedActivations::Inputs);
+        assert_eq!(found, expected);
     }
 }

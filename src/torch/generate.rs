@@ -74,7 +74,7 @@ impl NetworkPolicy {
         let architecture = prep.architecture();
         let network = networks::open_merged(spec, architecture, &checkpoint, device, kind)?;
         let element = kind.elt_size_in_bytes() as u64;
-        device::use_threads(elements(architecture));
+        device::prepare(elements(architecture));
         let sizes = Sizes::new(elements(architecture), prep.text_config(), element);
         Ok(Self {
             banned: prep.chat().banned(prep.text_config().vocab_size),
@@ -149,7 +149,15 @@ impl Session<'_> {
     /// each answer. `None` when all are done.
     fn go_on(&mut self) -> Result<Option<Vec<Outcome>>, ModelError> {
         let mut outcomes = Vec::new();
-        let entering = self.admit();
+        let (entering, tokens) = self.admit();
+        match self.reserve(entering.len(), tokens) {
+            Ok(()) => {}
+            Err(error @ ModelError::OutOfMemory { .. }) => {
+                self.begin_again(&error, entering, &mut outcomes);
+                return Ok(Some(outcomes));
+            }
+            Err(error) => return Err(error),
+        }
         let lengths = self.prefixes.lengths(&entering);
         let mut entering = VecDeque::from(entering);
         for pack in packs(&lengths, self.budget.read_tokens) {
@@ -178,22 +186,34 @@ impl Session<'_> {
         Ok(Some(outcomes))
     }
 
-    /// The next prompts that fit into the budget; at least one if the batch is empty.
-    fn admit(&mut self) -> Vec<PendingPrompt> {
+    /// Makes room in the KV cache for a batch of so many tokens.
+    fn reserve(&mut self, entering: usize, tokens: usize) -> Result<(), ModelError> {
+        let pool = &mut self.batch.pool;
+        if pool.capacity() >= tokens as i64 {
+            return Ok(());
+        }
+        guarded("reserving the KV cache", entering, tokens, || {
+            pool.ensure(tokens as i64);
+        })
+    }
+
+    /// The next prompts that fit into the budget, at least one if the batch is empty; and the tokens of
+    /// the batch with them.
+    fn admit(&mut self) -> (Vec<PendingPrompt>, usize) {
         let (mut rows, mut tokens) = (self.batch.rows(), self.batch.tokens());
         tokens += self.prefixes.tokens();
         let mut entering = Vec::new();
         while let Some(next) = self.waiting.front() {
             rows += next.drafts;
-            tokens += next.tokens();
             let is_first = self.batch.prompts.is_empty() && entering.is_empty();
-            let has_room = rows <= self.budget.rows && tokens <= self.budget.tokens;
+            let has_room = rows <= self.budget.rows && tokens + next.tokens() <= self.budget.tokens;
             if !is_first && !has_room {
                 break;
             }
+            tokens += next.tokens();
             entering.extend(self.waiting.pop_front());
         }
-        entering
+        (entering, tokens)
     }
 
     /// Prefills prompts and adds their answers to the batch. `next` is the prompt that is prefilled

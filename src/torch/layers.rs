@@ -14,6 +14,7 @@ use std::rc::Rc;
 
 use tch::{Device, Kind, Tensor};
 
+use super::casts::{cast, cast_weight};
 use super::shim::PackedWeight;
 use ovchat_models::ModelError;
 
@@ -60,8 +61,8 @@ impl Lora {
             .as_ref()
             .map(|(dropout, own)| dropout.forward(xs, *own));
         let xs = dropped.as_ref().unwrap_or(xs);
-        let inner = xs.linear(&self.a.to_kind(kind), None::<&Tensor>); // [.., rank]
-        inner.linear(&self.b.to_kind(kind), None::<&Tensor>) * self.scale
+        let inner = xs.linear(&cast_weight(&self.a, kind), None::<&Tensor>); // [.., rank]
+        inner.linear(&cast_weight(&self.b, kind), None::<&Tensor>) * self.scale
     }
 }
 
@@ -149,15 +150,6 @@ impl<'a, Part: std::fmt::Display> Div<Part> for Path<'a> {
     }
 }
 
-/// Converts a tensor, without calling an operator if it has the dtype already.
-pub fn cast(xs: &Tensor, kind: Kind) -> Tensor {
-    if xs.kind() == kind {
-        xs.shallow_clone()
-    } else {
-        xs.to_kind(kind)
-    }
-}
-
 /// The presence of a bias in a linear layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Bias {
@@ -188,8 +180,8 @@ impl Weight {
     pub fn forward(&self, xs: &Tensor, bias: Option<&Tensor>) -> Tensor {
         match self {
             Self::Plain(weight) => {
-                let bias = bias.map(|bias| cast(bias, xs.kind()));
-                xs.linear(&cast(weight, xs.kind()), bias)
+                let bias = bias.map(|bias| cast_weight(bias, xs.kind()));
+                xs.linear(&cast_weight(weight, xs.kind()), bias)
             }
             Self::Packed(weight) => weight.linear(xs, bias),
         }
@@ -245,7 +237,7 @@ impl LayerNorm {
 
     pub fn forward(&self, xs: &Tensor) -> Tensor {
         let size = self.weight.size();
-        let [weight, bias] = [&self.weight, &self.bias].map(|own| own.to_kind(xs.kind()));
+        let [weight, bias] = [&self.weight, &self.bias].map(|own| cast_weight(own, xs.kind()));
         xs.layer_norm(size, Some(&weight), Some(&bias), self.eps, false)
     }
 }
@@ -271,7 +263,7 @@ impl RmsNorm {
             .square()
             .mean_dim([-1i64].as_slice(), true, Kind::Float);
         let normed = wide * (variance + self.eps).rsqrt();
-        cast(&self.weight, xs.kind()) * cast(&normed, xs.kind())
+        cast_weight(&self.weight, xs.kind()) * cast(&normed, xs.kind())
     }
 }
 

@@ -17,6 +17,7 @@ pub mod weights;
 pub mod shim;
 
 pub mod attention;
+pub mod casts;
 pub mod layer_stack;
 pub mod layers;
 pub mod lora;
@@ -58,11 +59,11 @@ use self::generate::NetworkPolicy;
 use self::reward::RewardJudge;
 use self::reward_trainer::LlavaRewardTrainer;
 use self::sft_trainer::{PolicySft, RewardBaseSft, Sft};
-use ovchat_models::checkpoint::Conversion;
+use ovchat_models::checkpoint::{Conversion, LlavaRlhfConfig, elements, judge_elements};
 use ovchat_models::{
     Compute, DpoSettings, DpoTrainer, Dtype, Finding, Judge, Layout, ModelError, ModelLoader,
     ModelSpec, Opened, Placement, Policy, RewardSettings, RewardTrainer, Room, SftSettings,
-    SftTrainer,
+    SftTrainer, architectures,
 };
 
 /// Opens networks as policies, judges and trainers. Models that need no network (see
@@ -158,14 +159,26 @@ impl ModelLoader for NetLoader {
     }
 
     fn build(&self) -> Vec<(&'static str, String)> {
-        vec![
-            ("ovchat.libtorch", device::version()),
-            ("ovchat.threads", device::threads().to_string()),
-        ]
+        vec![("ovchat.libtorch", device::version())]
     }
 
-    fn threads(&self) -> Option<usize> {
-        Some(device::threads_in_use())
+    fn threads(&self, spec: &ModelSpec) -> Result<Option<u32>, ModelError> {
+        let weights = match spec {
+            ModelSpec::LlavaRlhf(spec) => judge_elements(&LlavaRlhfConfig::open(spec)?),
+            other => match other.vision_language() {
+                Some(spec) => elements(&*architectures::open(&spec.weights)?),
+                None => return Ok(None),
+            },
+        };
+        Ok(Some(device::threads_of(weights)))
+    }
+
+    fn keep_threads(&self, threads: Option<u32>) {
+        device::keep_threads(threads);
+    }
+
+    fn peak_device_memory(&self) -> Option<u64> {
+        shim::peak_memory()
     }
 
     fn doctor(&self) -> Vec<Finding> {

@@ -7,6 +7,7 @@
 
 use tch::{Kind, Tensor};
 
+use super::casts::cast_weight;
 use super::checkpoint::Parts;
 use super::decoder::{Decoder, DecoderSizes, LmHead};
 use super::layer_stack::{Layer, SavedActivations};
@@ -82,7 +83,7 @@ impl VisionLanguageModel for LlavaOnevision {
         for tiles in images {
             let count = tiles.packing.tiles() as i64;
             let own = projected.narrow(0, first, count);
-            let newline = self.image_newline.to_kind(self.kind);
+            let newline = cast_weight(&self.image_newline, self.kind);
             features.push(match &tiles.packing {
                 Packing::Anyres(packing) => pack(&own, packing, &newline),
                 Packing::Frames(packing) => pack_frames(&own, *packing, &newline),

@@ -61,7 +61,7 @@ impl RewardJudge {
         let prep = LlavaRlhfProcessor::open(spec)?;
         let hidden = prep.config.text_config.hidden_size as i64;
         let adapter = spec.adapter.as_deref().ok_or_else(|| no_adapter(spec))?;
-        device::use_threads(judge_elements(&prep.config));
+        device::prepare(judge_elements(&prep.config));
         // The head first: it is small, and the file that is most often missing.
         let head = RewardHead::open(adapter, hidden, device)?;
         let llava = LlavaRlhf::open(spec, &prep.config, kind, device)?;

@@ -12,6 +12,7 @@ use rayon::prelude::*;
 use tch::{Kind, Tensor};
 
 use super::budget::{TrainingBudget, packs};
+use super::casts::KeptCasts;
 use super::checkpoint::{Checkpoint, Purpose, Reader};
 use super::device;
 use super::error::{guarded, refuse};
@@ -85,7 +86,7 @@ impl LlavaRewardTrainer {
             .as_ref()
             .map_or(settings.rank, |adapter| adapter.r);
         let element = kind.elt_size_in_bytes() as u64;
-        device::use_threads(judge_elements(&prep.config));
+        device::prepare(judge_elements(&prep.config));
         let sizes = TrainingSizes::of_adapter(&prep.config, rank, element);
         let budget = TrainingBudget::plan(spec.memory_gb, device, sizes, Checkpointing::Auto);
         let budget = budget.map_err(|problem| refuse(&spec.base, problem))?;
@@ -180,6 +181,9 @@ impl LlavaRewardTrainer {
         let counts: Vec<usize> = pairs.iter().map(tokens).collect();
         let packs = packs(&counts, self.budget.pack_tokens());
         let keep = |pack: &Range<usize>| self.budget.keep(counts[pack.clone()].iter().sum(), 0);
+        let longest = packs.iter().map(|pack| counts[pack.clone()].iter().sum());
+        let has_room = self.budget.keeps_casts(longest.max().unwrap_or(0), 0);
+        let _casts = KeptCasts::new(has_room);
         let mut rewards: Vec<[f64; 2]> = Vec::with_capacity(pairs.len());
         let mut with_gradients = None;
         for pack in &packs {

@@ -12,6 +12,7 @@ use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
 use super::budget::{TrainingBudget, packs};
+use super::casts::KeptCasts;
 use super::checkpoint::{Checkpoint, Parts, Purpose, Reader, TOWER};
 use super::decoder::{Decoder, DecoderSizes, LmHead, PackedSequence};
 use super::device;
@@ -103,7 +104,14 @@ impl<S: SftModel> Sft<S> {
         let mut sums = Sums::default();
         let lengths = examples.iter().map(|example| S::tokens(example).0.len());
         let lengths: Vec<usize> = lengths.collect();
-        for pack in packs(&lengths, self.budget.pack_tokens()) {
+        let packs = packs(&lengths, self.budget.pack_tokens());
+        let keeps_casts = packs.iter().all(|pack| {
+            let tiles = examples[pack.clone()].iter().map(S::tiles);
+            let tokens = lengths[pack.clone()].iter().sum();
+            self.budget.keeps_casts(tokens, tiles.sum())
+        });
+        let _casts = KeptCasts::new(keeps_casts);
+        for pack in packs {
             let what = doing("training on", "prompt", &ids[pack.clone()]);
             let length = lengths[pack.clone()].iter().sum();
             let done = guarded(&what, pack.len(), length, || {
@@ -263,7 +271,7 @@ impl Sft<PolicySft> {
         let prep = Processor::open(&spec.weights)?;
         let (device, kind) = device::choose(spec.device, spec.dtype)?;
         let element = kind.elt_size_in_bytes() as u64;
-        device::use_threads(elements(prep.architecture()));
+        device::prepare(elements(prep.architecture()));
         let sizes = TrainingSizes::of_sft(prep.architecture(), settings.tower, element);
         let budget = budget(spec.memory_gb, device, sizes, &spec.weights)?;
         let checkpoint = Checkpoint::open(&spec.weights)?;
@@ -369,7 +377,7 @@ impl Sft<RewardBaseSft> {
         let prep = LlavaRlhfProcessor::open(spec)?;
         let (device, kind) = device::choose(spec.device, spec.dtype)?;
         let element = kind.elt_size_in_bytes() as u64;
-        device::use_threads(judge_elements(&prep.config));
+        device::prepare(judge_elements(&prep.config));
         let sizes = TrainingSizes::of_base(&prep.config, settings.tower, element);
         let budget = budget(spec.memory_gb, device, sizes, &spec.base)?;
         let base = Checkpoint::open_base(&spec.base)?;

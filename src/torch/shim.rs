@@ -65,6 +65,9 @@ unsafe extern "C" {
         bias: TensorPointer,
     ) -> *mut c_char;
     fn ovchat_empty_cache() -> *mut c_char;
+    fn ovchat_peak_memory(bytes: *mut i64) -> *mut c_char;
+    fn ovchat_deterministic() -> *mut c_char;
+    fn ovchat_is_deterministic() -> bool;
     fn ovchat_attention_backends() -> i64;
     fn ovchat_count_begin() -> *mut c_char;
     fn ovchat_count_end(counts: *mut i64) -> *mut c_char;
@@ -72,8 +75,12 @@ unsafe extern "C" {
 
 /// Panics with the message of a failed call.
 fn check(message: *mut c_char) {
+    outcome(message).unwrap();
+}
+
+fn outcome(message: *mut c_char) -> Result<(), TchError> {
     if message.is_null() {
-        return;
+        return Ok(());
     }
     // SAFETY: the shim returns null or a string that ends in a zero byte, which it allocated.
     let words = unsafe {
@@ -81,8 +88,7 @@ fn check(message: *mut c_char) {
         ovchat_free(message);
         words
     };
-    let failed: Result<(), TchError> = Err(TchError::Torch(words));
-    failed.unwrap();
+    Err(TchError::Torch(words))
 }
 
 fn pointer(tensor: &Tensor) -> TensorPointer {
@@ -271,6 +277,29 @@ impl PackedWeight {
 pub fn empty_cache() {
     // SAFETY: no arguments.
     check(unsafe { ovchat_empty_cache() });
+}
+
+/// Returns the largest memory that libtorch has held on all GPUs together since the process began, in
+/// bytes; `None` without a GPU in use.
+pub fn peak_memory() -> Option<u64> {
+    let mut bytes = -1_i64;
+    // SAFETY: `bytes` has room for a number.
+    let found = outcome(unsafe { ovchat_peak_memory(&raw mut bytes) });
+    // It fails before the first tensor on a GPU.
+    found.ok().and_then(|()| u64::try_from(bytes).ok())
+}
+
+/// Lets libtorch choose kernels whose results repeat to the bit on one kind of device, where it has such
+/// kernels. It prints a warning where it has none.
+pub fn set_deterministic() {
+    // SAFETY: no arguments.
+    check(unsafe { ovchat_deterministic() });
+}
+
+/// True after [`set_deterministic`].
+pub fn is_deterministic() -> bool {
+    // SAFETY: no arguments.
+    unsafe { ovchat_is_deterministic() }
 }
 
 /// The names of the attention backends that libtorch may choose, in its order.

@@ -52,6 +52,13 @@ impl TrainingState {
     /// Fails if the optimizer state does not fit into the device's memory.
     pub fn new(parameters: Vec<Parameter>, settings: &Optimization) -> Result<Self, ModelError> {
         let optimizer = guarded("allocating the optimizer state", 1, 0, || {
+            // Gradients that backward passes allocate would lie between their temporary tensors, whose
+            // memory the allocator of the CPU could then not give back.
+            for parameter in &parameters {
+                (&parameter.tensor * 0.0)
+                    .sum(parameter.tensor.kind())
+                    .backward();
+            }
             let (betas, epsilon) = (settings.adam_betas, settings.adam_epsilon);
             let (decay, optimizer) = (settings.weight_decay, settings.optimizer);
             AdamW::new(&parameters, betas, epsilon, decay, optimizer)

@@ -7,6 +7,7 @@
 
 use tch::Tensor;
 
+use super::casts::cast_weight;
 use super::layer_stack::Layer;
 use super::layers::{Activation, Bias, LayerNorm, Linear, Path};
 use ovchat_models::ModelError;
@@ -176,10 +177,10 @@ impl Embeddings {
 
     fn forward(&self, pixels: &Tensor) -> Tensor {
         let kind = pixels.kind();
-        let weight = self.patch_embedding.to_kind(kind);
+        let weight = cast_weight(&self.patch_embedding, kind);
         let stride = [self.patch_size, self.patch_size];
         let bias = self.patch_embedding_bias.as_ref();
-        let bias = bias.map(|bias| bias.to_kind(kind));
+        let bias = bias.map(|bias| cast_weight(bias, kind));
         let patches = pixels
             .conv2d(&weight, bias, stride, [0, 0], [1, 1], 1) // [tiles, hidden, rows, columns]
             .flatten(2, 3)
@@ -187,12 +188,12 @@ impl Embeddings {
         let tokens = match &self.class_embedding {
             None => patches,
             Some(class) => {
-                let class = class.to_kind(kind);
+                let class = cast_weight(class, kind);
                 let class = class.expand([patches.size()[0], 1, -1], false);
                 Tensor::cat(&[class, patches], 1)
             }
         };
-        tokens + self.position_embedding.to_kind(kind)
+        tokens + cast_weight(&self.position_embedding, kind)
     }
 }
 

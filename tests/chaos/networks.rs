@@ -1,7 +1,9 @@
 //! Kills while networks sample, score and train: the result is byte-identical to that of an
 //! undisturbed run.
 
-use super::{Chaos, MODES, ONE_THREAD, shim};
+use super::{Chaos, MODES, ONE_THREAD, doom, shim};
+use ovchat_data::store::RunFolder;
+
 use crate::networks::models;
 use crate::scene::{Numbers, ROOT, Scene, said};
 
@@ -96,4 +98,53 @@ fn networks_killed_at_commits_states_and_checkpoints_end_with_the_same_weights()
     let places = PLACES.map(|(class, _)| class);
     println!("kills of {runs} runs with networks: {kills:?} at {places:?}, seed {SEED}");
     assert!(kills.iter().all(|kills| *kills > 0), "{kills:?}");
+}
+
+/// A table or training that a process with two threads began is finished with two by a process that would
+/// take one, since the number affects the last bits.
+#[test]
+fn what_was_begun_with_two_threads_is_finished_with_two() {
+    const THREADS: &str = "OMP_NUM_THREADS";
+    let threads_of = |scene: &Scene, table: &str, round: u32| {
+        let run = RunFolder::read(&scene.path(RUN)).unwrap();
+        let made = run.manifest().find(table, Some(round));
+        made.and_then(|made| made.threads)
+    };
+    let is_begun = |scene: &Scene, table: &str| {
+        let Ok(run) = RunFolder::read(&scene.path(RUN)) else {
+            return false;
+        };
+        let made = run.manifest().under_way(table, Some(1));
+        made.is_some_and(|made| !made.complete && made.parts.len() + made.states.len() > 0)
+    };
+    let undisturbed = scene();
+    let mut whole = undisturbed.command(&["run", "p.yaml"]);
+    let whole = said(whole.env(THREADS, "2").output().unwrap());
+    assert_eq!(whole.code, Some(0), "{}", whole.err);
+    let kills: [(&str, fn(usize) -> String); 2] = [
+        ("reward", |turn| format!("commit after {} 1", turn + 2)),
+        ("candidates", |_| {
+            "candidates/round-1/part-00001 before 1 0".to_owned()
+        }),
+    ];
+    for (table, kill) in kills {
+        let scene = scene();
+        let shim = shim(&scene);
+        for turn in 0.. {
+            let mut command = scene.command(&["run", "p.yaml"]);
+            doom(&mut command, &scene, &shim, &kill(turn));
+            let killed = said(command.env(THREADS, "2").output().unwrap());
+            assert_eq!(killed.code, None, "{table} is never seen begun");
+            if is_begun(&scene, table) {
+                break;
+            }
+        }
+        let mut rest = scene.command(&["run", "p.yaml"]);
+        let rest = said(rest.env(THREADS, "1").output().unwrap());
+        assert_eq!(rest.code, Some(0), "{}", rest.err);
+        assert_eq!(threads_of(&scene, table, 1), Some(2), "{table}");
+        assert_eq!(threads_of(&scene, table, 2), Some(1), "{table}");
+        let own = |scene: &Scene| scene.tables(RUN)[&format!("{table} Some(1)")].clone();
+        assert_eq!(own(&scene), own(&undisturbed), "{table}");
+    }
 }

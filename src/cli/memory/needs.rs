@@ -229,6 +229,9 @@ fn of_writing(
     let (image, tiles) = (largest.tokens, largest.tiles);
     let (longest, worst) = longest(counted, &largest);
     let longest = longest + beside;
+    // A judge reads each prompt several times.
+    let counted_all = counted.and_then(TokenCounts::rows);
+    let all = counted_all.filter(|_| beside == 0);
     let of_tokens = format!(
         "{} per token, for the largest {} ({image} tokens) and its {answers} responses",
         size(sizes.token),
@@ -243,14 +246,19 @@ fn of_writing(
     let (model, help) = (writing.model.clone(), more_memory(plan, writing.model));
     let peak = move |room: Room| {
         let at_once = AtOnce::in_room(room, sizes);
+        let part = all.map_or(part, |all| part.min(all)).max(1);
         let rows = at_once.rows.min(part * answers).max(answers);
         let prompts = rows.div_ceil(answers).min(part);
-        let tokens = (prompts * (longest + new))
-            .min(at_once.tokens)
-            .max(longest + new);
+        let fits = |tokens: usize| tokens.min(at_once.tokens).max(longest + new);
         let read = at_once.read_tokens.min(prompts * longest).max(longest);
-        let peak =
-            taken(rows, tokens, read).min(room.bytes.max(taken(answers, longest + new, longest)));
+        let peak = if prompts == part {
+            // All prompts are read before the first answer grows.
+            let reading = taken(0, fits(prompts * longest), read);
+            reading.max(taken(rows, fits(prompts * (longest + new)), 0))
+        } else {
+            taken(rows, fits(prompts * (longest + new)), read)
+        };
+        let peak = peak.min(room.bytes.max(taken(answers, longest + new, longest)));
         let refusal = Refusal::of_weights(&model, sizes.weights, room, &help);
         (peak, refusal)
     };
@@ -578,5 +586,6 @@ fn longest(counted: Option<&TokenCounts>, largest: &Largest) -> (usize, String) 
 /// `tiles` tiles.
 fn pixels(vision: &VisionConfig, tiles: usize) -> u64 {
     let tile = 4 * vision.num_channels * vision.image_size.pow(2);
-    ((IMAGES_AHEAD + IMAGES_AT_ONCE_MAX) * tiles * tile) as u64
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    ((IMAGES_AHEAD + IMAGES_AT_ONCE_MAX.min(threads)) * tiles * tile) as u64
 }

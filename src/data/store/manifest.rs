@@ -113,6 +113,10 @@ pub struct TableVersion {
     /// from gathered rows. Earlier versions cut such an input wherever the prompt changed.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub is_gathered: bool,
+    /// The number of threads of the CPU that its networks compute with. Another process that finishes the
+    /// table keeps it, as it affects the last bits of results.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub threads: Option<u32>,
     pub complete: bool,
     /// For a complete table that was loaded: a digest of its rows. Tables that read it are keyed by
     /// the digest, so that a user's file may change as long as its rows do not.
@@ -660,6 +664,7 @@ mod tests {
             because: Value::Null,
             part_groups: 64,
             is_gathered: false,
+            threads: None,
             complete: false,
             content: None,
             parts: Vec::new(),

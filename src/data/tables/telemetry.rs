@@ -49,5 +49,7 @@ rows! {
         [measured] pub seconds: f64,
         /// Peak host memory of the process so far, in bytes; no GPU memory.
         [measured] pub peak_memory: Option<i64>,
+        /// Peak memory that libtorch held on the GPUs so far, in bytes; null on a CPU.
+        [measured] pub peak_device_memory: Option<i64>,
     }
 }

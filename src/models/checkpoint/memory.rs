@@ -82,7 +82,8 @@ impl Sizes {
     /// weights.
     pub fn new(elements: u64, config: &DecoderConfig, element: u64) -> Self {
         let size = |length: usize| length as u64 * element;
-        let heads = config.num_attention_heads + 2 * config.num_key_value_heads;
+        let queries = config.num_attention_heads * config.head_dim;
+        let keys = 2 * config.num_key_value_heads * config.head_dim;
         let token =
             2 * size(config.num_hidden_layers * config.num_key_value_heads * config.head_dim);
         // On a CPU, a packed head is a copy of a tied embedding.
@@ -93,14 +94,15 @@ impl Sizes {
         Self {
             weights: (elements + packed) * element,
             token,
-            // Input, its norm and their sum; queries, keys and values before and after rotary
-            // embedding; gate, its activation, up projection and their product; and keys and values of
-            // all layers, until they are in the cache.
+            // The embedding, the input of a layer and of its MLP, and their norms; keys and values; the
+            // larger of what attention and MLP need: queries with five tensors of the rotary embedding,
+            // or gate, up projection and their product. And keys and values of all layers, until they
+            // are in the cache.
             read: token
                 + size(
-                    4 * config.hidden_size
-                        + 3 * heads * config.head_dim
-                        + 4 * config.intermediate_size,
+                    5 * config.hidden_size
+                        + keys
+                        + (6 * queries + keys).max(3 * config.intermediate_size),
                 ),
             row: LOGITS_COPIES * config.vocab_size as u64 * WHOLE,
         }
@@ -122,6 +124,10 @@ pub struct TrainingSizes {
     /// is recomputed.
     pub token_inputs: u64,
     pub tile_inputs: u64,
+    /// Saved activations per tile in one layer of the tower.
+    tile_layer: u64,
+    /// Gradients of activations per token in one layer, while its backward pass runs.
+    flowing: u64,
     layers: u64,
     /// Copies of the trained weights in the compute dtype, if it is another one: a pass whose
     /// activations are saved keeps those of all layers.
@@ -250,6 +256,10 @@ impl TrainingSizes {
             tile: tile(8 * vision.hidden_size + 2 * vision.intermediate_size),
             token_inputs: layers * element * text.hidden_size as u64,
             tile_inputs: tile(vision.hidden_size),
+            tile_layer: tile(8 * vision.hidden_size + 2 * vision.intermediate_size)
+                / tower_layers.max(1) as u64,
+            // Those of gate, its activation, up projection and their product; of input, norms and sum.
+            flowing: element * 4 * (text.intermediate_size + text.hidden_size) as u64,
             layers,
             copies: learned.saturating_mul(copied),
             working: largest.min(learned).saturating_mul(WHOLE + 2 * copied),
@@ -267,10 +277,22 @@ impl TrainingSizes {
         self.state().saturating_add(self.remembered(tokens, tiles)) <= bytes
     }
 
+    /// True if the copies of all trained weights in the compute dtype fit in memory beside a pass over
+    /// this many tokens and tiles that recomputes its layers.
+    pub fn has_room_for_copies(&self, bytes: u64, tokens: usize, tiles: usize) -> bool {
+        let pass = self.computed_again(tokens, tiles);
+        self.state()
+            .saturating_add(pass)
+            .saturating_add(self.copies)
+            <= bytes
+    }
+
     /// Returns the bytes of activations of a pass over this many tokens and tiles, all saved.
     pub fn remembered(&self, tokens: usize, tiles: usize) -> u64 {
         let activations = product(self.token, tokens).saturating_add(product(self.tile, tiles));
-        activations.saturating_add(self.copies.saturating_add(self.working))
+        let flowing = product(self.flowing, tokens);
+        let beside = self.copies.saturating_add(self.working);
+        activations.saturating_add(flowing).saturating_add(beside)
     }
 
     /// Returns the bytes of activations of a pass that saves layer inputs only and recomputes one
@@ -279,6 +301,8 @@ impl TrainingSizes {
         let inputs = product(self.token_inputs, tokens);
         let inputs = inputs.saturating_add(product(self.tile_inputs, tiles));
         let of_layer = product(self.token / self.layers, tokens);
+        let of_layer = of_layer.max(product(self.tile_layer, tiles));
+        let of_layer = of_layer.saturating_add(product(self.flowing, tokens));
         inputs.saturating_add(of_layer).saturating_add(self.working)
     }
 }
@@ -420,6 +444,6 @@ mod tests {
         let adapter = (2 * sides * text.num_hidden_layers) as u64;
         assert_eq!(adapted.state(), 2 * all + 16 * adapter);
         assert_eq!(adapted.tile, 0);
-        assert!(whole.remembered(100, 1) > 4 * whole.computed_again(100, 1) / 2);
+        assert!(whole.remembered(100, 1) > whole.computed_again(100, 1));
     }
 }

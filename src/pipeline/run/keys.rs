@@ -190,7 +190,22 @@ impl<'a> Keys<'a> {
         for (name, value) in self.loader.iter().flat_map(|loader| loader.build()) {
             key = key.with(name).with(value);
         }
-        Ok(key.finish())
+        let threads = self.threads(stage)?;
+        Ok(key.with(threads.unwrap_or(0).to_string()).finish())
+    }
+
+    /// Returns the number of threads of a stage's networks, the most that one of them needs; `None`
+    /// without networks.
+    pub fn threads(&self, stage: &PlannedStage) -> Result<Option<u32>, Failure> {
+        let mut most = None;
+        for used in stage.spec.as_stage().uses() {
+            let spec = self.plan.models[self.plan.backing_model(used.model)].clone();
+            if let Some(loader) = self.loader.filter(|_| spec.needs_torch()) {
+                let threads = loader.threads(&spec.opened());
+                most = most.max(threads.map_err(Failure::of(used.model))?);
+            }
+        }
+        Ok(most)
     }
 
     /// Returns the precision in which a model computes.

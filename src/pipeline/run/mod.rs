@@ -223,6 +223,7 @@ impl Runner<'_> {
         self.look_at_inputs(stage, round)?;
         self.refuse_repeated(stage, round)?;
         self.wait_for_people(stage, round)?;
+        self.threads = None;
         match stage.spec.as_stage().work() {
             StageKind::Load(mut work) => self.load(stage, &mut *work)?,
             StageKind::Rows(work) => {

@@ -70,6 +70,7 @@ impl Runner<'_> {
             because: explained,
             part_groups: 0,
             is_gathered: false,
+            threads: None,
             complete: false,
             content: None,
             parts: Vec::new(),

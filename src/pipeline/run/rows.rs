@@ -76,6 +76,7 @@ impl Runner<'_> {
         let input_round = self.plan.round_of(work.input(), round);
         let files = self.folder.files(work.input().as_str(), input_round);
         let groups = Groups::open(files, work.reads())?;
+        self.fix_threads(stage, table, round)?;
         let part_groups = self.part_groups(stage, work)?;
         let made = self.cut(table, round, part_groups, groups.is_gathered())?;
         let manifest = self.folder.manifest();
@@ -225,7 +226,14 @@ impl Runner<'_> {
         }
         report.borrow_mut().figures(&mapping.tally.figures);
         let has_telemetry = telemetry.prompts > 0;
-        let row = || row_of(&telemetry, table, round, part, begun.elapsed());
+        let device = self.loader.and_then(|loader| loader.peak_device_memory());
+        let row = || {
+            let row = row_of(&telemetry, table, round, part, begun.elapsed());
+            Telemetry {
+                peak_device_memory: device.map(u64::cast_signed),
+                ..row
+            }
+        };
         Ok(Computed::Part(Box::new(Parcel {
             part,
             groups: lengths.len() as u64,
@@ -365,6 +373,7 @@ fn row_of(
         seconds_decode: telemetry.seconds_decode,
         seconds: took.as_secs_f64(),
         peak_memory: peak_memory(),
+        peak_device_memory: None,
     }
 }
 

@@ -58,6 +58,8 @@ pub(super) struct Runner<'a> {
     pub(super) rates: Rates,
     /// The policy that the last stage left open.
     pub(super) kept: Kept,
+    /// The number of threads of the networks that make the current table; `None` without networks.
+    pub(super) threads: Option<u32>,
 }
 
 /// The entry of a footer that has the number of threads.
@@ -106,6 +108,7 @@ impl<'a> Runner<'a> {
             intact: HashSet::new(),
             rates: Rates::open(rates),
             kept: Kept::default(),
+            threads: None,
         })
     }
 
@@ -178,6 +181,33 @@ impl<'a> Runner<'a> {
     pub(super) fn under_way(&self, table: &TableName, round: Option<u32>) -> &TableVersion {
         let made = self.folder.manifest().under_way(table.as_str(), round);
         made.expect("the table was begun")
+    }
+
+    /// Sets the number of threads of the networks that make a table: the one of its parts or states, if
+    /// it was begun before, so that the rest is computed to the same bits.
+    pub(super) fn fix_threads(
+        &mut self,
+        stage: &PlannedStage,
+        table: &TableName,
+        round: Option<u32>,
+    ) -> Result<(), Failure> {
+        let Some(loader) = self.loader else {
+            return Ok(());
+        };
+        let made = self.under_way(table, round);
+        let is_begun = !made.parts.is_empty() || !made.states.is_empty();
+        let threads = match made.threads {
+            Some(threads) if is_begun => Some(threads),
+            _ => self.keys.threads(stage)?,
+        };
+        if made.threads != threads {
+            let mut made = made.clone();
+            made.threads = threads;
+            self.folder.record(made)?;
+        }
+        loader.keep_threads(threads);
+        self.threads = threads;
+        Ok(())
     }
 
     /// Commits a part of a table in progress.
@@ -311,11 +341,8 @@ impl<'a> Runner<'a> {
         footer.extend(key.map(|key| ("ovchat.key", key.to_owned())));
         if let Some(loader) = self.loader {
             footer.extend(loader.build());
-            if let Some(threads) = loader.threads() {
-                footer.retain(|(name, _)| *name != THREADS);
-                footer.push((THREADS, threads.to_string()));
-            }
         }
+        footer.extend(self.threads.map(|threads| (THREADS, threads.to_string())));
         footer
     }
 

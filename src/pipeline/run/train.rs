@@ -40,6 +40,7 @@ impl Runner<'_> {
         work: &dyn TrainStage,
     ) -> Result<(), Failure> {
         let before = self.make_before(stage, round, work)?;
+        self.fix_threads(stage, &stage.name, round)?;
         let output = self.output(&stage.name, round);
         let examples = self.examples(work, round)?;
         let mut models = self.models(stage, round)?;

@@ -52,13 +52,19 @@ impl KvPool {
         self.capacity
     }
 
+    /// Grows to at least `tokens` places in all. A pool that is as large as its batch needs is not copied
+    /// while the batch grows.
+    pub fn ensure(&mut self, tokens: i64) {
+        if self.capacity < tokens {
+            let ahead = (self.capacity + self.capacity / 4).min(self.tokens_max);
+            self.grow(tokens.max(ahead));
+        }
+    }
+
     /// Takes `tokens` places, whose keys and values are undefined.
     pub fn reserve(&mut self, tokens: i64) -> Places {
         let left = self.free.borrow().count();
-        if left < tokens {
-            let ahead = (self.capacity + self.capacity / 2).min(self.tokens_max);
-            self.grow((self.capacity + tokens - left).max(ahead));
-        }
+        self.ensure(self.capacity + (tokens - left).max(0));
         Places {
             ranges: self.free.borrow_mut().take(tokens),
             free: Rc::clone(&self.free),

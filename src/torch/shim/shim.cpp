@@ -374,6 +374,34 @@ char* ovchat_empty_cache() {
   });
 }
 
+/// The largest memory that libtorch has held on all GPUs together, in bytes; `bytes` is left alone without
+/// a GPU.
+char* ovchat_peak_memory(int64_t* bytes) {
+  return caught([&] {
+    if (!at::hasCUDA()) return;
+    int64_t sum = 0;
+    for (c10::DeviceIndex device = 0; device < at::accelerator::deviceCount(); device++) {
+      sum += at::accelerator::getDeviceStats(device).reserved_bytes[0].peak;  // 0: of all pools
+    }
+    *bytes = sum;
+  });
+}
+
+/// Lets libtorch choose kernels whose results repeat to the bit on one kind of device, and warn where it
+/// has none.
+char* ovchat_deterministic() {
+  return caught([] {
+    auto& context = at::globalContext();
+    context.setDeterministicAlgorithms(true, /*warn_only=*/true);
+    context.setDeterministicCuDNN(true);
+    // Nothing here reads what it has not written.
+    context.setDeterministicFillUninitializedMemory(false);
+  });
+}
+
+/// True after `ovchat_deterministic`.
+bool ovchat_is_deterministic() { return at::globalContext().deterministicAlgorithms(); }
+
 /// The attention backends that may be used: bits 0 to 3 are flash, memory-efficient, cuDNN and math.
 int64_t ovchat_attention_backends() {
   const auto& context = at::globalContext();
