@@ -176,6 +176,8 @@ fn a_prompt_longer_than_the_context_is_set_aside_before_the_model_opens() {
         folder: scene.path("runs/scripted"),
         until: Some("answers".to_owned().try_into().unwrap()),
         rates: None,
+        workers: None,
+        take_over: false,
         forecasts: Vec::new(),
         command: "pipeline run p.yaml".to_owned(),
         sets: Vec::new(),

@@ -9,7 +9,7 @@ mod calls;
 mod labels;
 /// Kills while networks sample, score and train.
 #[cfg(feature = "torch")]
-mod networks;
+pub mod networks;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -173,7 +173,7 @@ fn parquet_files(folder: &Path) -> Vec<PathBuf> {
     files
 }
 
-fn shim(scene: &Scene) -> PathBuf {
+pub fn shim(scene: &Scene) -> PathBuf {
     let path = scene.path("shim.so");
     let source = format!("{ROOT}/tests/chaos/shim.c");
     let compiled = Command::new("cc")

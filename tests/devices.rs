@@ -67,6 +67,18 @@ fn the_first_line_of_a_run_names_the_device_and_why() {
 /// A driver that reports a GPU which libtorch cannot use: a library that claims a device, without
 /// an implementation.
 #[test]
+fn deterministic_kernels_change_nothing_on_a_cpu() {
+    let made = |variable: &str| {
+        let scene = scene();
+        let mut command = scene.command(&["run", "p.yaml"]);
+        let ran = said(command.env(variable, "1").output().unwrap());
+        assert_eq!(ran.code, Some(0), "{}", ran.err);
+        scene.tables("runs/devices")
+    };
+    assert_eq!(made("OVCHAT_DETERMINISTIC"), made("NOTHING"));
+}
+
+#[test]
 fn a_gpu_that_cannot_be_used_is_an_error_that_the_cpu_avoids() {
     let scene = scene();
     let driver = "extern \"C\" int cuInit(unsigned) { return 0; }

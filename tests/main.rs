@@ -87,3 +87,5 @@ mod training;
 mod versions;
 /// Video files: frames, rejects, and faults of the decoder.
 mod videos;
+/// Workers that compute parts of tables, and what happens when they die.
+mod workers;

@@ -63,6 +63,7 @@ impl ModelLoader for Doubles {
         Ok(Some(Room {
             on_gpu: self.0 == Dtype::Bfloat16,
             bytes: 1 << 30,
+            device: 2 << 30,
         }))
     }
     fn rewrite(
@@ -102,6 +103,8 @@ fn trained(pipeline: &str, settings: &str, precision: Dtype) -> (Scene, Result<(
         folder: scene.path("runs/scripted"),
         until: Some("steps".to_owned().try_into().unwrap()),
         rates: None,
+        workers: None,
+        take_over: false,
         forecasts: Vec::new(),
         command: "pipeline run p.yaml".to_owned(),
         sets: Vec::new(),
@@ -239,6 +242,8 @@ fn a_policy_that_judges_its_own_answers_is_opened_once() {
         folder: scene.path("runs/scripted"),
         until: Some("rewards".to_owned().try_into().unwrap()),
         rates: None,
+        workers: None,
+        take_over: false,
         forecasts: Vec::new(),
         command: "pipeline run p.yaml".to_owned(),
         sets: Vec::new(),

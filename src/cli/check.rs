@@ -1,5 +1,6 @@
 //! `pipeline check` and `pipeline plan`: validate a pipeline, and show what a run would do.
 
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -44,6 +45,9 @@ pub struct ShowPlan {
     /// The run's folder [default: runs/<pipeline name>].
     #[arg(long = "run", value_name = "DIR")]
     folder: Option<PathBuf>,
+    /// The number of worker processes of the run [default: one a GPU; on a CPU, none].
+    #[arg(long, value_name = "N")]
+    workers: Option<NonZeroU32>,
     #[command(flatten)]
     output: Output,
 }
@@ -125,7 +129,7 @@ impl ShowPlan {
         {
             return Err(engine::become_it());
         }
-        let preflight = Preflight::of_plan(&plan, &folder, loader)?;
+        let preflight = Preflight::of_plan(&plan, &folder, loader, self.workers)?;
         let Preflight {
             forecasts,
             tokens,

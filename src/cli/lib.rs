@@ -8,6 +8,7 @@ mod benchmarks;
 mod calls;
 mod chart;
 mod check;
+mod cluster;
 mod diff;
 mod doctor;
 mod engine;
@@ -34,6 +35,7 @@ mod sql;
 mod status;
 mod tokens;
 mod verify;
+mod worker;
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
@@ -77,6 +79,9 @@ enum Command {
     Schema(schema::ShowSchema),
     Init(init::Init),
     Doctor(doctor::Doctor),
+    /// Compute parts of tables for a run, which starts it.
+    #[command(hide = true)]
+    Worker,
     /// Print shell completions.
     #[command(
         after_help = "Example:\n  pipeline completions bash > ~/.local/share/bash-completion/completions/pipeline"
@@ -124,6 +129,7 @@ pub fn main(loader: Option<&dyn ModelLoader>) -> ExitCode {
         Command::Schema(command) => command.run(),
         Command::Init(command) => command.run(),
         Command::Doctor(command) => command.run(loader),
+        Command::Worker => worker::run(loader),
         Command::Completions { shell } => {
             clap_complete::generate(
                 shell,

@@ -4,6 +4,7 @@
 mod needs;
 
 use std::fmt::Write as _;
+use std::num::NonZeroU32;
 
 use serde_json::{Value, json};
 
@@ -12,6 +13,7 @@ use needs::{Precision, Refusal, computing, of_stage, video_frames};
 use ovchat_models::checkpoint::size_in_words as size;
 use ovchat_models::{DeviceSpec, Dtype, ModelError, ModelLoader, ModelSpec, Room};
 use ovchat_pipeline::config::{At, Diagnostic, KeyPath, Plan};
+use ovchat_pipeline::run::workers_of;
 use ovchat_pipeline::stages::{Failure, TableName};
 
 /// The memory of a stage.
@@ -37,6 +39,22 @@ struct Here {
     worst: String,
     /// The reason why the stage does not fit.
     refusal: Option<Refusal>,
+    /// The processes that compute the stage, each of which has a copy of the model.
+    workers: u32,
+}
+
+/// Refuses workers whose copies do not fit into the memory of the machine. On GPUs, each has its own.
+fn of_copies(workers: u32, peak: u64, room: Room) -> Option<Refusal> {
+    let all = peak.saturating_mul(u64::from(workers));
+    (workers > 1 && !room.on_gpu && all > room.device).then(|| Refusal {
+        cause: format!(
+            "{workers} workers with {} each take {}, but the machine has {}",
+            size(peak),
+            size(all),
+            size(room.device)
+        ),
+        help: "use fewer with --workers".to_owned(),
+    })
 }
 
 /// Estimates the memory of each stage that opens a network; skips models whose config cannot be
@@ -45,6 +63,7 @@ pub fn of_plan(
     plan: &Plan,
     tokens: &[TokenCounts],
     loader: Option<&dyn ModelLoader>,
+    workers: Option<NonZeroU32>,
 ) -> Result<Vec<Taken>, Failure> {
     let mut all = Vec::new();
     let frames = video_frames(plan);
@@ -64,8 +83,10 @@ pub fn of_plan(
             }
             None => None,
         };
+        let count = workers_of(plan, stage, loader, workers, false)?.unwrap_or(1);
         let here = room.map(|room| {
             let (peak, refusal) = (needs.peak)(room);
+            let refusal = refusal.or_else(|| of_copies(count, peak, room));
             let on_host = if room.on_gpu { 0 } else { peak };
             Here {
                 room,
@@ -73,6 +94,7 @@ pub fn of_plan(
                 host: resident().map(|now| now + on_host + needs.pixels),
                 worst: needs.worst.clone(),
                 refusal,
+                workers: count,
             }
         });
         all.push(Taken {
@@ -132,6 +154,14 @@ pub fn render(all: &[Taken]) -> String {
             let room = size(here.room.bytes);
             let remark = format!("of the {room} available on {device}; {}", here.worst);
             item("peak, at most", size(here.peak), &remark);
+            if here.workers > 1 {
+                let all = size(here.peak * u64::from(here.workers));
+                item(
+                    "workers",
+                    here.workers.to_string(),
+                    &format!("{all} in all"),
+                );
+            }
             if let Some(host) = here.host {
                 item(
                     "process, about",
@@ -158,6 +188,7 @@ pub fn to_json(all: &[Taken]) -> Value {
             json["room"] = json!(here.room.bytes);
             json["peak"] = json!(here.peak);
             json["host"] = json!(here.host);
+            json["workers"] = json!(here.workers);
             json["worst"] = json!(here.worst);
             json["refusal"] = json!(here.refusal.as_ref().map(Refusal::in_one));
         }

@@ -2,6 +2,7 @@
 //! `plan` and `run` reject a pipeline by it.
 
 use std::collections::HashSet;
+use std::num::NonZeroU32;
 use std::path::Path;
 
 use super::failed::Failed;
@@ -26,12 +27,20 @@ impl Preflight {
         plan: &Plan,
         folder: &Path,
         loader: Option<&dyn ModelLoader>,
+        workers: Option<NonZeroU32>,
     ) -> Result<Self, Failed> {
         let rates = Rates::open(Rates::usual_place());
         let forecasts = run::forecast(plan, folder, loader, &rates);
-        let forecasts = forecasts.map_err(|failure| words(plan, &failure))?;
+        let mut forecasts = forecasts.map_err(|failure| words(plan, &failure))?;
+        for forecast in &mut forecasts {
+            let stage = plan.stage(&forecast.table).expect("a table of the plan");
+            let count = run::workers_of(plan, stage, loader, workers, false);
+            let count = count.map_err(|failure| words(plan, &failure))?.unwrap_or(1);
+            let seconds = &mut forecast.estimate.seconds;
+            *seconds = seconds.map(|seconds| seconds / f64::from(count));
+        }
         let tokens = tokens::count(plan, folder, &forecasts, Extent::Enough)?;
-        Self::measured(plan, loader, forecasts, tokens)
+        Self::measured(plan, loader, workers, forecasts, tokens)
     }
 
     /// Returns as much as is needed to decide whether a run may start. Data of an existing run that
@@ -41,6 +50,7 @@ impl Preflight {
         plan: &Plan,
         folder: &Path,
         loader: Option<&dyn ModelLoader>,
+        workers: Option<NonZeroU32>,
     ) -> Result<Self, Failed> {
         let mut known = (Vec::new(), Vec::new());
         if folder.join("manifest.json").exists() {
@@ -50,16 +60,17 @@ impl Preflight {
             known = (forecasts, counted.unwrap_or_default());
         }
         let (forecasts, tokens) = known;
-        Self::measured(plan, loader, forecasts, tokens)
+        Self::measured(plan, loader, workers, forecasts, tokens)
     }
 
     fn measured(
         plan: &Plan,
         loader: Option<&dyn ModelLoader>,
+        workers: Option<NonZeroU32>,
         forecasts: Vec<Forecast>,
         tokens: Vec<TokenCounts>,
     ) -> Result<Self, Failed> {
-        let taken = memory::of_plan(plan, &tokens, loader);
+        let taken = memory::of_plan(plan, &tokens, loader, workers);
         Ok(Self {
             taken: taken.map_err(|failure| words(plan, &failure))?,
             forecasts,

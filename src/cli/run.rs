@@ -1,7 +1,8 @@
 //! `pipeline run`: run a pipeline.
 
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::num::NonZeroU32;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde_json::json;
@@ -13,11 +14,13 @@ use super::log::{self, JsonLog};
 use super::out::say;
 use super::preflight::Preflight;
 use super::progress::Progress;
-use super::{engine, report};
+use super::{cluster, engine, report};
 use ovchat_data::store::{Rates, RunFolder};
-use ovchat_models::{Hub, ModelLoader, Repository};
+use ovchat_models::{Board, Hub, ModelLoader, RankPlace, Repository};
 use ovchat_pipeline::config::{At, Diagnostic, KeyPath, NOT_FETCHED, Plan, RenderStyle, load};
-use ovchat_pipeline::run::{Interrupt, Options, RunError, Summary, run};
+use ovchat_pipeline::run::{
+    Interrupt, Options, Ranks, Report, RunError, Summary, WorkerCommand, Workers, follow, run,
+};
 use ovchat_pipeline::stages::{Failure, TableName};
 
 /// Run a pipeline, or resume an interrupted run; tables that are up to date are reused.
@@ -35,6 +38,13 @@ pub struct Run {
     /// Stop once this table has been built for the first time.
     #[arg(long, value_name = "TABLE")]
     until: Option<String>,
+    /// The number of worker processes that sample and score [default: one a GPU; on a CPU, none beside
+    /// this process].
+    #[arg(long, value_name = "N")]
+    workers: Option<NonZeroU32>,
+    /// Take the run from a process on another machine that holds it and cannot be stopped.
+    #[arg(long)]
+    take_over: bool,
     /// The format of progress output on stderr.
     #[arg(long, value_enum, default_value_t = Log::Text)]
     log: Log,
@@ -70,16 +80,30 @@ impl Run {
         };
         let plan = plan?;
         let until = self.until(&plan)?;
-        if loader.is_none()
-            && plan
-                .models
-                .values()
-                .any(ovchat_models::ModelSpec::needs_torch)
-        {
+        let place = cluster::place().map_err(Failed::Words)?;
+        let mut models = plan.models.values();
+        // The ranks of a cluster find each other by libtorch.
+        let needs_torch = models.any(ovchat_models::ModelSpec::needs_torch) || place.is_some();
+        if loader.is_none() && needs_torch {
             return Err(engine::become_it());
         }
         let folder = folder_of(&plan, self.folder.as_deref());
-        let preflight = Preflight::of_run(&plan, &folder, loader)?;
+        let interrupt = Interrupt::listen()
+            .map_err(|error| Failed::Words(format!("cannot listen for signals: {error}")))?;
+        let board = match (&place, loader) {
+            (Some(place), Some(loader)) => Some(
+                loader
+                    .board(place)
+                    .map_err(|error| Failed::Words(error.to_string()))?,
+            ),
+            _ => None,
+        };
+        let ranks = board.as_deref().zip(place.as_ref());
+        let workers = self.workers(ranks)?;
+        if place.is_some_and(|place| place.rank > 0) {
+            return self.follow(&plan, &folder, loader, &workers, &interrupt);
+        }
+        let preflight = Preflight::of_run(&plan, &folder, loader, self.workers)?;
         refuse(preflight.refusals(&plan, until.as_ref()))?;
         refuse(preflight.missing_keys(&plan, until.as_ref()))?;
         match self.log {
@@ -101,9 +125,9 @@ impl Run {
             command: self.command(),
             sets: self.file.sets.clone(),
             rates: Rates::usual_place(),
+            take_over: self.take_over,
+            workers: Some(workers),
         };
-        let interrupt = Interrupt::listen()
-            .map_err(|error| Failed::Words(format!("cannot listen for signals: {error}")))?;
         match self.log {
             Log::Text => {
                 let mut progress = Progress::new(std::io::stderr().is_terminal());
@@ -115,6 +139,58 @@ impl Run {
                 let done = run(&plan, &options, loader, &mut JsonLog::new(), &interrupt);
                 in_json(&plan, &options, &interrupt, done)
             }
+        }
+    }
+
+    /// The workers of this run, and the way to start them.
+    fn workers<'b>(
+        &self,
+        ranks: Option<(&'b dyn Board, &RankPlace)>,
+    ) -> Result<Workers<'b>, Failed> {
+        let program = std::env::current_exe().map_err(|error| {
+            Failed::Words(format!(
+                "cannot determine the path of this program: {error}"
+            ))
+        })?;
+        Ok(Workers {
+            asked: self.workers,
+            command: WorkerCommand {
+                program,
+                arguments: vec!["worker".to_owned()],
+            },
+            ranks: ranks.map(|(board, place)| Ranks {
+                board,
+                rank: place.rank,
+                world: place.world,
+            }),
+        })
+    }
+
+    /// Computes parts for the run of rank 0.
+    fn follow(
+        &self,
+        plan: &Plan,
+        folder: &Path,
+        loader: Option<&dyn ModelLoader>,
+        workers: &Workers<'_>,
+        interrupt: &Interrupt,
+    ) -> Result<(), Failed> {
+        let (sets, mut in_text, mut in_json);
+        sets = &self.file.sets;
+        let report: &mut dyn Report = match self.log {
+            Log::Text => {
+                in_text = Progress::new(false);
+                &mut in_text
+            }
+            Log::Json => {
+                in_json = JsonLog::new();
+                &mut in_json
+            }
+        };
+        match follow(plan, sets, folder, loader, workers, report, interrupt) {
+            Ok(()) => Ok(()),
+            Err(Failure::Interrupted) => Err(Failed::Code(interrupt.code() as u8)),
+            Err(failure) => Err(Failed::Words(failure.to_string())),
         }
     }
 
@@ -193,7 +269,7 @@ const WAITING: u8 = 3;
 /// Reports the end of a run as text.
 fn in_text(
     plan: &Plan,
-    options: &Options,
+    options: &Options<'_>,
     interrupt: &Interrupt,
     done: Result<Summary, RunError>,
 ) -> Result<(), Failed> {
@@ -238,7 +314,7 @@ fn in_text(
 /// Reports the end of a run as an event of the log; the report still goes to stdout.
 fn in_json(
     plan: &Plan,
-    options: &Options,
+    options: &Options<'_>,
     interrupt: &Interrupt,
     done: Result<Summary, RunError>,
 ) -> Result<(), Failed> {

@@ -38,7 +38,7 @@ impl Status {
                     "rows": made.rows(), "faults": faults(made), "dropped": dropped(made), "key": made.key,
                     "seconds": made.took().map(|took| took.seconds), "computed": made.took().map(|took| took.rows), "expected": made.expected,
                     "checkpoint": made.checkpoint.as_ref().map(|checkpoint| &checkpoint.folder),
-                    "inputs_changed": stale.contains(&made),
+                    "inputs_changed": stale.contains(&made), "workers": made.workers, "threads": made.threads,
                 })
             };
             let current = manifest.made.iter().map(|made| table(made, false));
@@ -68,6 +68,8 @@ impl Status {
                 (false, Some(state), _) => format!("saved at step {}{of}", state.step),
                 (false, None, _) => format!("{} parts{of}", made.parts.len()),
             };
+            let workers = made.workers.filter(|_| !made.complete);
+            let workers = workers.map_or_else(String::new, |count| format!(", {count} workers"));
             let changed = if stale.contains(&made) {
                 "; stale: its inputs changed"
             } else {
@@ -76,7 +78,7 @@ impl Status {
             let (table, rows) = (&made.table, made.rows());
             let or_none = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
             line(format_args!(
-                "{table:<24} {round:>6} {rows:>10} {:>10} {:>8} {:>8} {:>12} {:>12}  {state}{changed}",
+                "{table:<24} {round:>6} {rows:>10} {:>10} {:>8} {:>8} {:>12} {:>12}  {state}{workers}{changed}",
                 or_none(made.expected.rows.map(|rows| rows.to_string())),
                 faults(made),
                 dropped(made),

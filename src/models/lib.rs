@@ -9,6 +9,7 @@ pub mod checkpoint;
 pub mod preprocess;
 
 mod architecture;
+mod board;
 mod caption_permutations;
 mod compute;
 mod critic;
@@ -31,6 +32,7 @@ mod hostile;
 mod test_util;
 
 pub use architecture::{Architecture, ImageProcessor};
+pub use board::{Board, LocalBoard, RankPlace};
 pub use caption_permutations::CaptionPermutations;
 pub use compute::{Compute, DeviceSpec, Dtype, Gigabytes};
 pub use critic::{Critic, PolicyWriter, Request, Writer};

@@ -21,29 +21,29 @@ pub struct Setting {
     pub value: &'static str,
     /// An older name of the same variable.
     older: Option<&'static str>,
-    /// The variable that asks for it; otherwise it is not set.
-    asked_by: Option<&'static str>,
+    /// The variables of which one has to be set; none if it is always needed.
+    asked_by: &'static [&'static str],
 }
 
 /// The environment variable that asks for results that repeat to the bit on one kind of GPU.
 pub const DETERMINISTIC: &str = "OVCHAT_DETERMINISTIC";
 
 /// The environment variables that libtorch needs when it starts.
-const SETTINGS: [Setting; 4] = [
+const SETTINGS: [Setting; 5] = [
     // On Hopper and later, attention defaults to cuDNN, which builds a plan for every new length
     // (0.02 to 0.5 s). Here nearly every prompt has a different length.
     Setting {
         name: "TORCH_CUDNN_SDPA_DEPRIORITIZED",
         value: "1",
         older: None,
-        asked_by: None,
+        asked_by: &[],
     },
     // Lengths differ from batch to batch, so blocks of fixed size would fragment the memory.
     Setting {
         name: "PYTORCH_ALLOC_CONF",
         value: "expandable_segments:True",
         older: Some("PYTORCH_CUDA_ALLOC_CONF"),
-        asked_by: None,
+        asked_by: &[],
     },
     // A thread that waits for others spins some 10 microseconds and then sleeps. By default it spins
     // for milliseconds: two runs at once on two cores took 18 times as long as one.
@@ -51,7 +51,7 @@ const SETTINGS: [Setting; 4] = [
         name: "GOMP_SPINCOUNT",
         value: "5000",
         older: Some("OMP_WAIT_POLICY"),
-        asked_by: None,
+        asked_by: &[],
     },
     // By default, cuBLAS may use other workspaces in another run, and add in another order
     // (docs.nvidia.com/cuda/cublas, "Results Reproducibility").
@@ -59,14 +59,22 @@ const SETTINGS: [Setting; 4] = [
         name: "CUBLAS_WORKSPACE_CONFIG",
         value: ":4096:8",
         older: None,
-        asked_by: Some(DETERMINISTIC),
+        asked_by: &[DETERMINISTIC],
+    },
+    // A rank that loses the others says so; libtorch would add a warning with its stack.
+    Setting {
+        name: "TORCH_CPP_LOG_LEVEL",
+        value: "ERROR",
+        older: None,
+        asked_by: &["MASTER_ADDR", "SLURM_STEP_NUM_TASKS"],
     },
 ];
 
 /// Returns the settings that the user has not overridden.
 pub fn environment(is_set: &dyn Fn(&str) -> bool) -> Vec<Setting> {
     let is_free = |setting: &&Setting| {
-        let is_asked_for = setting.asked_by.is_none_or(is_set);
+        let askers = setting.asked_by;
+        let is_asked_for = askers.is_empty() || askers.iter().any(|name| is_set(name));
         is_asked_for && !is_set(setting.name) && !setting.older.is_some_and(is_set)
     };
     SETTINGS.iter().filter(is_free).copied().collect()
@@ -142,8 +150,9 @@ mod tests {
 
     #[test]
     fn what_the_user_set_is_left_alone() {
+        let askers = [DETERMINISTIC, "MASTER_ADDR"];
         let names = |set: &[&str]| -> Vec<&str> {
-            let settings = environment(&|name| name == DETERMINISTIC || set.contains(&name));
+            let settings = environment(&|name| askers.contains(&name) || set.contains(&name));
             settings.iter().map(|setting| setting.name).collect()
         };
         let all: Vec<&str> = variables().collect();
@@ -158,10 +167,11 @@ mod tests {
         without("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF");
         without("OMP_WAIT_POLICY", "GOMP_SPINCOUNT");
         let unasked = environment(&|_| false);
-        assert!(
-            unasked
-                .iter()
-                .all(|setting| !setting.name.starts_with("CUBLAS"))
-        );
+        let always = [
+            "TORCH_CUDNN_SDPA_DEPRIORITIZED",
+            "PYTORCH_ALLOC_CONF",
+            "GOMP_SPINCOUNT",
+        ];
+        assert!(unasked.iter().map(|setting| setting.name).eq(always));
     }
 }

@@ -489,6 +489,11 @@ impl ModelSpec {
         matches!(self, Self::LlavaRlhf(model) if model.adapter.is_none())
     }
 
+    /// True for a model without a network, for tests.
+    pub fn is_scripted(&self) -> bool {
+        matches!(self, Self::Scripted(_))
+    }
+
     /// True if loading the model requires libtorch.
     pub fn needs_torch(&self) -> bool {
         self.compute().is_some()

@@ -4,9 +4,9 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use super::{
-    AnswerGroup, ChatPrompt, DpoReport, DpoSettings, Dtype, Example, Generation, JudgeScore,
-    Layout, ModelSpec, ModelTelemetry, Placement, RewardReport, RewardSettings, Room, Sampling,
-    SftExample, SftReport, SftSettings,
+    AnswerGroup, Board, ChatPrompt, DpoReport, DpoSettings, Dtype, Example, Generation, JudgeScore,
+    Layout, ModelSpec, ModelTelemetry, Placement, RankPlace, RewardReport, RewardSettings, Room,
+    Sampling, SftExample, SftReport, SftSettings,
 };
 
 /// A callback that takes the result or the fault of row `index` of the call, in any order; it
@@ -197,6 +197,20 @@ pub trait ModelLoader {
     }
     /// Lets models compute with this number of threads instead, until the next call.
     fn keep_threads(&self, _threads: Option<u32>) {}
+    /// Returns the GPUs that `device: auto` may use, as `CUDA_VISIBLE_DEVICES` names them; none if that is
+    /// the CPU.
+    fn gpus(&self) -> Result<Vec<String>, ModelError> {
+        Ok(Vec::new())
+    }
+    /// Gives the memory of models that were closed back to the GPU.
+    fn release(&self) {}
+    /// Joins the other ranks of a cluster.
+    fn board(&self, place: &RankPlace) -> Result<Box<dyn Board>, ModelError> {
+        Err(ModelError::Torch {
+            what: format!("joining the ranks at {}:{}", place.host, place.port),
+            problem: "this program has no libtorch".to_owned(),
+        })
+    }
     /// Returns the peak memory of the GPUs in use so far, in bytes; `None` without one.
     fn peak_device_memory(&self) -> Option<u64> {
         None

@@ -103,6 +103,8 @@ pub struct Room {
     pub on_gpu: bool,
     /// Bytes available for weights, KV cache and activations.
     pub bytes: u64,
+    /// Bytes of the whole device.
+    pub device: u64,
 }
 
 /// The compute device and dtype of a model, with the reason for them.

@@ -34,7 +34,7 @@ fn compile_shim(include: &Path) {
         .include(include.join("torch/csrc/api/include"))
         // The headers of libtorch have warnings of their own.
         .warnings(false)
-        .files(["shim/shim.cpp", "shim/kernels.cpp"]);
+        .files(["shim/shim.cpp", "shim/kernels.cpp", "shim/store.cpp"]);
     if std::env::var("CARGO_CFG_TARGET_OS").is_ok_and(|os| os == "linux") {
         // libtorch's headers divide work by OpenMP, whose library it contains.
         build.flag("-fopenmp");

@@ -156,7 +156,9 @@ fn device_of_auto(
         Driver::Shows(devices) => match cuda() {
             Ok(1) => Ok((Device::Cuda(0), "it is the only CUDA device".to_owned())),
             Ok(count) => {
-                let reason = format!("it is the first of {count} CUDA devices");
+                let reason = format!(
+                    "it is the first of {count} CUDA devices; sampling and scoring use all"
+                );
                 Ok((Device::Cuda(0), reason))
             }
             Err(problem) => {
@@ -298,6 +300,37 @@ pub fn room(asked: Option<Gigabytes>, device: Device) -> Room {
     Room {
         on_gpu: device != Device::Cpu,
         bytes: asked.map_or_else(|| memory(device), Gigabytes::bytes),
+        device: match device {
+            Device::Cuda(index) => cuda_memory(index).unwrap_or(UNKNOWN_MEMORY),
+            _ => machine_memory(),
+        },
+    }
+}
+
+/// The GPUs that `device: auto` may use, as `CUDA_VISIBLE_DEVICES` names them: by number, UUID, or MIG
+/// instance. None if `auto` is the CPU.
+pub fn gpus() -> Result<Vec<String>, ModelError> {
+    let (device, _) = choose(DeviceSpec::Auto, Dtype::Auto)?;
+    if device == Device::Cpu {
+        return Ok(Vec::new());
+    }
+    let count = cuda_devices().map_err(|problem| ModelError::Device {
+        device: DeviceSpec::Auto.into(),
+        problem,
+    })?;
+    let visible = std::env::var("CUDA_VISIBLE_DEVICES").ok();
+    Ok(named_gpus(count, visible.as_deref()))
+}
+
+fn named_gpus(count: usize, visible: Option<&str>) -> Vec<String> {
+    match visible.filter(|visible| !visible.trim().is_empty()) {
+        // CUDA ignores what follows the first invalid name.
+        Some(visible) => visible
+            .split(',')
+            .take(count)
+            .map(|name| name.trim().to_owned())
+            .collect(),
+        None => (0..count).map(|number| number.to_string()).collect(),
     }
 }
 
@@ -708,6 +741,16 @@ mod tests {
     use super::*;
 
     #[test]
+    fn gpus_are_named_as_the_user_has_named_them() {
+        assert_eq!(named_gpus(2, None), ["0", "1"]);
+        assert_eq!(named_gpus(2, Some("")), ["0", "1"]);
+        assert_eq!(named_gpus(2, Some("5, 3")), ["5", "3"]);
+        assert_eq!(named_gpus(1, Some("GPU-8f6a,x")), ["GPU-8f6a"]);
+        let mig = "MIG-41b8b2a3-1111-2222-3333-444455556666";
+        assert_eq!(named_gpus(1, Some(mig)), [mig]);
+    }
+
+    #[test]
     fn the_cpu_computes_in_float32_unless_told_otherwise() {
         let choose = |dtype| choose(DeviceSpec::Cpu, dtype).unwrap();
         assert_eq!(choose(Dtype::Auto), (Device::Cpu, Kind::Float));
@@ -789,7 +832,10 @@ mod tests {
         assert!(reason.contains("reports no device"), "{reason}");
         let (device, reason) = device_of_auto(&Driver::Shows(2), || Ok(2)).unwrap();
         assert_eq!(device, Device::Cuda(0));
-        assert_eq!(reason, "it is the first of 2 CUDA devices");
+        assert_eq!(
+            reason,
+            "it is the first of 2 CUDA devices; sampling and scoring use all"
+        );
         // A GPU that is present but unusable is never skipped silently.
         let broken = || Err("libcudnn.so.9 is missing; install it".to_owned());
         let problem = device_of_auto(&Driver::Shows(1), broken).unwrap_err();

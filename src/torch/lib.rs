@@ -15,6 +15,7 @@ pub mod checkpoint;
 pub mod weights;
 
 pub mod shim;
+pub mod store;
 
 pub mod attention;
 pub mod casts;
@@ -59,11 +60,12 @@ use self::generate::NetworkPolicy;
 use self::reward::RewardJudge;
 use self::reward_trainer::LlavaRewardTrainer;
 use self::sft_trainer::{PolicySft, RewardBaseSft, Sft};
+use self::store::TcpStore;
 use ovchat_models::checkpoint::{Conversion, LlavaRlhfConfig, elements, judge_elements};
 use ovchat_models::{
-    Compute, DpoSettings, DpoTrainer, Dtype, Finding, Judge, Layout, ModelError, ModelLoader,
-    ModelSpec, Opened, Placement, Policy, RewardSettings, RewardTrainer, Room, SftSettings,
-    SftTrainer, architectures,
+    Board, Compute, DpoSettings, DpoTrainer, Dtype, Finding, Judge, Layout, ModelError,
+    ModelLoader, ModelSpec, Opened, Placement, Policy, RankPlace, RewardSettings, RewardTrainer,
+    Room, SftSettings, SftTrainer, architectures,
 };
 
 /// Opens networks as policies, judges and trainers. Models that need no network (see
@@ -175,6 +177,18 @@ impl ModelLoader for NetLoader {
 
     fn keep_threads(&self, threads: Option<u32>) {
         device::keep_threads(threads);
+    }
+
+    fn gpus(&self) -> Result<Vec<String>, ModelError> {
+        device::gpus()
+    }
+
+    fn release(&self) {
+        shim::empty_cache();
+    }
+
+    fn board(&self, place: &RankPlace) -> Result<Box<dyn Board>, ModelError> {
+        Ok(Box::new(TcpStore::open(place)?))
     }
 
     fn peak_device_memory(&self) -> Option<u64> {

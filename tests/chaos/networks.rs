@@ -21,10 +21,10 @@ const PLACES: [(&str, usize); 4] = [
     ("any", 200),
 ];
 
-const RUN: &str = "runs/chaos";
+pub const RUN: &str = "runs/chaos";
 
 /// Two rounds with the smallest checkpoints: answers, rewards, and each kind of training stage.
-fn scene() -> Scene {
+pub fn scene() -> Scene {
     let scene = Scene::new();
     let record = |number: usize| {
         serde_json::json!({ "id": format!("q{number}"), "image": "wide.png", "prompt": format!("Is it {number}?"),

@@ -138,7 +138,7 @@ pub fn of_stage(
             model,
             answers: 1,
             new: prompt_settings.max_new_tokens.0.get() as usize,
-            part: part.get() as usize * asks,
+            part: [part.get() as usize * asks; 2],
             beside: shown * answer_tokens(plan),
         };
         of_writing(plan, frames, &writing, &policy(model)?, counted, precision)
@@ -149,7 +149,7 @@ pub fn of_stage(
                 model: &sample.model,
                 answers: sample.count.get() as usize,
                 new: sample.max_new_tokens.get() as usize,
-                part: sample.part(false).get() as usize,
+                part: [false, true].map(|on_gpu| sample.part(on_gpu).get() as usize),
                 beside: 0,
             };
             of_writing(
@@ -197,8 +197,8 @@ struct Writing<'a> {
     /// The number of responses per prompt, and their maximum length.
     answers: usize,
     new: usize,
-    /// The number of prompts in a part.
-    part: usize,
+    /// The number of prompts in a part, on a CPU and on a GPU.
+    part: [usize; 2],
     /// The tokens of a prompt in addition to the counted ones.
     beside: usize,
 }
@@ -246,6 +246,7 @@ fn of_writing(
     let (model, help) = (writing.model.clone(), more_memory(plan, writing.model));
     let peak = move |room: Room| {
         let at_once = AtOnce::in_room(room, sizes);
+        let part = part[usize::from(room.on_gpu)];
         let part = all.map_or(part, |all| part.min(all)).max(1);
         let rows = at_once.rows.min(part * answers).max(answers);
         let prompts = rows.div_ceil(answers).min(part);

@@ -31,6 +31,20 @@ pub enum StoreError {
         path.display()
     )]
     Locked { path: PathBuf, holder: String },
+    /// Another process holds the lease of the run.
+    #[error(
+        "the run {} is in use by {holder}; wait for it, stop it, or choose another folder with --run; if it \
+         cannot be stopped, --take-over takes the run from it",
+        path.display()
+    )]
+    Held { path: PathBuf, holder: String },
+    /// Another process has taken the lease of the run.
+    #[error(
+        "{} now belongs to {holder}, since this process did not renew its lease in time; nothing more is \
+         committed here",
+        path.display()
+    )]
+    Lost { path: PathBuf, holder: String },
     /// Another process is collecting labels for the table.
     #[error(
         "labels for `{task}` are already being collected by {holder}; use the page that it serves, or stop it and try again"

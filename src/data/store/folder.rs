@@ -29,7 +29,7 @@ const COMPACT_BELOW_ROWS: u64 = 2048;
 pub struct RunFolder {
     pub(super) root: PathBuf,
     pub(super) manifest: Manifest,
-    _lock: Option<Lock>,
+    lock: Option<Lock>,
 }
 
 /// A file of a table, as read by queries.
@@ -69,8 +69,18 @@ impl RunFolder {
     /// Opens the run of the pipeline in `root`, or creates it. Takes the lock, and removes manifest
     /// entries whose files are missing; the tables that lost files are returned.
     pub fn open(root: &Path, pipeline: &str) -> Result<(Self, Opened), StoreError> {
+        Self::open_or_wait(root, pipeline, false, &mut |_| {})
+    }
+
+    /// Like [`Self::open`]; for the lock, see [`Lock::take_or_wait`].
+    pub fn open_or_wait(
+        root: &Path,
+        pipeline: &str,
+        take_over: bool,
+        say: &mut dyn FnMut(&str),
+    ) -> Result<(Self, Opened), StoreError> {
         create_folder(root)?;
-        let lock = Lock::take(root)?;
+        let lock = Lock::take_or_wait(root, take_over, say)?;
         probe_writable(root)?;
         let manifest = match Manifest::read(root) {
             Ok(manifest) if manifest.pipeline == pipeline => manifest,
@@ -91,8 +101,9 @@ impl RunFolder {
         let mut run = Self {
             root: root.to_owned(),
             manifest,
-            _lock: Some(lock),
+            lock: Some(lock),
         };
+        run.manifest.guard = run.lock.as_ref().and_then(Lock::lease);
         let damage = run.manifest.damage.clone();
         run.finish_moves()?;
         let mut lost = run.strike_out_lost();
@@ -114,7 +125,7 @@ impl RunFolder {
             Ok(Self {
                 root: root.to_owned(),
                 manifest: Manifest::read(root)?,
-                _lock: None,
+                lock: None,
             })
         };
         let mut run = read()?;
@@ -122,7 +133,7 @@ impl RunFolder {
             if !run.is_unsettled() {
                 break;
             }
-            if let Ok(lock) = Lock::take(root) {
+            if let Some(lock) = Lock::take_now(root) {
                 run = read()?;
                 let moved = run.finish_moves();
                 drop(lock);
@@ -149,6 +160,11 @@ impl RunFolder {
 
     pub fn commit(&mut self, event: Event) -> Result<(), StoreError> {
         self.manifest.commit(event)
+    }
+
+    /// Commits events with one sync, see [`Manifest::commit_all`].
+    pub fn commit_all(&mut self, events: Vec<Event>) -> Result<(), StoreError> {
+        self.manifest.commit_all(events)
     }
 
     /// Records the pipeline that was run last, and rewrites the manifest.

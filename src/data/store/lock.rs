@@ -1,13 +1,16 @@
 //! Locks for exclusive access: one process per run, and one per labeling task. The kernel releases
-//! a lock when its holder exits, however it exits.
+//! a lock when its holder exits, however it exits. On file systems that machines share, a run has a
+//! [lease](super::lease) instead.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read, Seek, Write};
 use std::path::Path;
+use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use super::StoreError;
+use super::lease::{Lease, host, is_shared, lease_holder, now};
 
 /// Checks for the holder's name, one second in total.
 const LOOKS: u32 = 50;
@@ -15,17 +18,54 @@ const BETWEEN_LOOKS: Duration = Duration::from_millis(20);
 
 /// A lock, held as long as this value lives.
 #[derive(Debug)]
-pub struct Lock {
-    _file: File,
+pub struct Lock(Kind);
+
+#[derive(Debug)]
+enum Kind {
+    /// A lock of the kernel, on a local file system.
+    File {
+        _file: File,
+    },
+    Lease(Arc<Lease>),
 }
 
 impl Lock {
     /// Takes the lock of the run in `folder`. The error names the current holder.
     pub fn take(folder: &Path) -> Result<Self, StoreError> {
+        Self::take_or_wait(folder, false, &mut |_| {})
+    }
+
+    /// Like [`Self::take`]. On a file system that machines share, waits for a holder that may be dead,
+    /// which it tells with `say`; with `take_over`, takes the lease at once.
+    pub fn take_or_wait(
+        folder: &Path,
+        take_over: bool,
+        say: &mut dyn FnMut(&str),
+    ) -> Result<Self, StoreError> {
+        if is_shared(folder) {
+            let lease = Lease::take(folder, take_over, say)?;
+            return Ok(Self(Kind::Lease(Arc::new(lease))));
+        }
         Self::of(&folder.join(".lock"), |holder| StoreError::Locked {
             path: folder.to_owned(),
             holder,
         })
+    }
+
+    /// Takes the lock of the run in `folder`; `None` if it is not free now.
+    pub fn take_now(folder: &Path) -> Option<Self> {
+        if is_shared(folder) && lease_holder(folder).is_some() {
+            return None;
+        }
+        Self::take(folder).ok()
+    }
+
+    /// Returns the lease, which has to be checked before each commit.
+    pub fn lease(&self) -> Option<Arc<Lease>> {
+        match &self.0 {
+            Kind::File { .. } => None,
+            Kind::Lease(lease) => Some(Arc::clone(lease)),
+        }
     }
 
     /// Takes the lock of a labeling task. The error names the current holder.
@@ -62,7 +102,7 @@ impl Lock {
             .and_then(|()| file.rewind())
             .and_then(|()| file.write_all(words.as_bytes()));
         written.map_err(StoreError::io("write", path))?;
-        Ok(Self { _file: file })
+        Ok(Self(Kind::File { _file: file }))
     }
 }
 
@@ -84,6 +124,9 @@ fn named(file: &mut File) -> String {
 
 /// Returns the holder of the lock of the run in `folder`, if it is locked. Writes nothing.
 pub fn lock_holder(folder: &Path) -> Option<String> {
+    if is_shared(folder) {
+        return lease_holder(folder);
+    }
     let mut file = File::open(folder.join(".lock")).ok()?;
     match file.try_lock_shared() {
         Err(TryLockError::WouldBlock) => {
@@ -93,24 +136,6 @@ pub fn lock_holder(folder: &Path) -> Option<String> {
         }
         _ => None,
     }
-}
-
-fn host() -> String {
-    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    if name.trim().is_empty() {
-        "this machine".to_owned()
-    } else {
-        name.trim().to_owned()
-    }
-}
-
-/// Returns the current UTC time in ISO 8601.
-fn now() -> String {
-    let seconds = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |age| age.as_secs());
-    let time = arrow::temporal_conversions::timestamp_s_to_datetime(seconds.cast_signed());
-    time.map_or_else(|| seconds.to_string(), |time| format!("{time} UTC"))
 }
 
 #[cfg(test)]

@@ -10,10 +10,12 @@ use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::lease::Lease;
 use super::{StoreError, sealed, sync_folder, write_atomically};
 
 /// The version of the manifest and of the folder layout. Format 1 names the folder of a round
@@ -117,6 +119,9 @@ pub struct TableVersion {
     /// table keeps it, as it affects the last bits of results.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub threads: Option<u32>,
+    /// The number of worker processes that make it; `None` for the run's own process.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub workers: Option<u32>,
     pub complete: bool,
     /// For a complete table that was loaded: a digest of its rows. Tables that read it are keyed by
     /// the digest, so that a user's file may change as long as its rows do not.
@@ -297,6 +302,9 @@ pub struct Manifest {
     pub damage: Option<String>,
     #[serde(skip)]
     folder: PathBuf,
+    /// The lease of this process, if the run is on a file system that machines share.
+    #[serde(skip)]
+    pub(super) guard: Option<Arc<Lease>>,
 }
 
 impl Manifest {
@@ -320,6 +328,7 @@ impl Manifest {
             fork: None,
             damage: None,
             folder: folder.to_owned(),
+            guard: None,
         }
     }
 
@@ -433,18 +442,27 @@ impl Manifest {
 
     /// Commits an event: appends it to the log and syncs. The event is durable when this returns.
     pub fn commit(&mut self, event: Event) -> Result<(), StoreError> {
+        self.commit_all(vec![event])
+    }
+
+    /// Commits events, in order, with one sync.
+    pub fn commit_all(&mut self, events: Vec<Event>) -> Result<(), StoreError> {
+        self.guard.as_ref().map_or(Ok(()), |lease| lease.check())?;
         let path = self.log_path();
         let fresh = !path.exists();
-        let line = serde_json::to_vec(&event).expect("events are plain data");
-        let mut line = sealed::seal_line(&line);
-        line.push(b'\n');
+        let mut lines = Vec::new();
+        for event in &events {
+            let line = serde_json::to_vec(event).expect("events are plain data");
+            lines.extend(sealed::seal_line(&line));
+            lines.push(b'\n');
+        }
         let mut log = OpenOptions::new()
             .create(true)
             .append(true)
             .open(&path)
             .map_err(StoreError::io("write", &path))?;
         let before = log.metadata().map_err(StoreError::io("read", &path))?.len();
-        if let Err(error) = log.write_all(&line).and_then(|()| log.sync_all()) {
+        if let Err(error) = log.write_all(&lines).and_then(|()| log.sync_all()) {
             // Remove a half-written line, so that the next commit does not continue it.
             let _ = log.set_len(before);
             return Err(StoreError::io("write", &path)(error));
@@ -452,12 +470,15 @@ impl Manifest {
         if fresh {
             sync_folder(&self.folder)?;
         }
-        self.apply(event);
+        for event in events {
+            self.apply(event);
+        }
         Ok(())
     }
 
     /// Rewrites `manifest.json` and starts a new log. The previous manifest and its log are kept.
     pub fn rewrite(&mut self) -> Result<(), StoreError> {
+        self.guard.as_ref().map_or(Ok(()), |lease| lease.check())?;
         let before = self.generation;
         let logs = Self::generations(&self.folder);
         // A log with a later number is a leftover of a lost manifest.
@@ -665,6 +686,7 @@ mod tests {
             part_groups: 64,
             is_gathered: false,
             threads: None,
+            workers: None,
             complete: false,
             content: None,
             parts: Vec::new(),

@@ -14,6 +14,7 @@ mod footer;
 mod images;
 mod key;
 mod labels;
+mod lease;
 mod lock;
 mod lookup;
 mod manifest;

@@ -351,6 +351,8 @@ pub struct TableReader {
     current: Option<(PathBuf, ParquetRecordBatchReader)>,
     /// The columns to read; `None` for all.
     columns: Option<SchemaRef>,
+    /// The number of rows to skip.
+    skip: u64,
 }
 
 impl TableReader {
@@ -359,7 +361,15 @@ impl TableReader {
             files: files.into_iter(),
             current: None,
             columns: None,
+            skip: 0,
         }
+    }
+
+    /// Begins at a row, counted from 0, without reading the row groups before it.
+    #[must_use]
+    pub fn from_row(mut self, row: u64) -> Self {
+        self.skip = row;
+        self
     }
 
     /// Reads one untrusted file; see [`super::footer`] and [`super::pages`].
@@ -385,8 +395,24 @@ impl TableReader {
         self
     }
 
-    fn open(&self, path: &Path) -> Result<ParquetRecordBatchReader, StoreError> {
-        let builder = only(open(path)?, self.columns.as_ref()).with_batch_size(BATCH_ROWS);
+    fn open(&mut self, path: &Path) -> Result<ParquetRecordBatchReader, StoreError> {
+        let mut builder = only(open(path)?, self.columns.as_ref()).with_batch_size(BATCH_ROWS);
+        if self.skip > 0 {
+            let rows =
+                |group: &::parquet::file::metadata::RowGroupMetaData| group.num_rows() as u64;
+            let groups: Vec<u64> = builder.metadata().row_groups().iter().map(rows).collect();
+            let mut first = 0;
+            while first < groups.len() && self.skip >= groups[first] {
+                self.skip -= groups[first];
+                first += 1;
+            }
+            let is_left = first < groups.len();
+            builder = builder.with_row_groups((first..groups.len()).collect());
+            if is_left {
+                builder = builder.with_offset(self.skip as usize);
+                self.skip = 0;
+            }
+        }
         read(path, || builder.build())
     }
 }

@@ -52,11 +52,11 @@ impl Place {
     pub fn beside(
         &self,
         kind: &str,
-        part: u32,
+        part: &str,
         schema: &SchemaRef,
         footer: &[(&str, String)],
     ) -> TableWriter {
-        let stem = format!("{}-{part:05}", self.beside_stem(kind));
+        let stem = format!("{}-{part}", self.beside_stem(kind));
         TableWriter::new(&self.root, &stem, schema.clone(), footer)
     }
 

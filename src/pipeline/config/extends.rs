@@ -5,6 +5,7 @@
 //! stage with another stage type, or a model with another network, replaces the base entry
 //! entirely. The base file may itself extend another file, and `extends` may be a list of files.
 
+use std::io;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
@@ -13,7 +14,6 @@ use super::node::Node;
 use super::source::{KeyPath, SourceText};
 use super::source_texts::{Layer, SourceTexts};
 use super::syntax;
-use ovchat_io::files;
 
 /// The setting that names the base file.
 const EXTENDS: &str = "extends";
@@ -28,9 +28,12 @@ struct Read {
     tree: Node,
 }
 
+/// Reads the text of the file at a path.
+pub type Texts<'a> = &'a dyn Fn(&Path) -> io::Result<String>;
+
 /// The files that were read, and the diagnostics about their YAML, already placed.
-#[derive(Default)]
-struct Reading {
+struct Reading<'a> {
+    texts: Texts<'a>,
     files: Vec<Read>,
     diagnostics: Vec<Diagnostic>,
     /// The layer of a file that cannot be used, if there is one.
@@ -39,18 +42,28 @@ struct Reading {
 
 /// Reads a pipeline file and all files that it extends. Returns the files, the pipeline file first,
 /// the merged tree (`None` if it is unusable), and the diagnostics about their YAML, already
-/// placed.
+/// placed. `texts` reads the file at a path.
 ///
 /// A later one of several base files overrides an earlier one. A file that several files extend
 /// comes after all of them.
-pub fn read(file: Arc<SourceText>, path: &Path) -> (Vec<Layer>, Option<Node>, Vec<Diagnostic>) {
-    let mut reading = Reading::default();
+pub fn read(
+    file: Arc<SourceText>,
+    path: &Path,
+    texts: Texts<'_>,
+) -> (Vec<Layer>, Option<Node>, Vec<Diagnostic>) {
+    let mut reading = Reading {
+        files: Vec::new(),
+        diagnostics: Vec::new(),
+        unusable: None,
+        texts,
+    };
     let chain = vec![plain(path)];
     let is_read = reading.add(file, path.to_owned(), &chain).is_some();
     let Reading {
         files,
         diagnostics,
         unusable,
+        ..
     } = reading;
     let mut layers: Vec<Layer> = Vec::new();
     let mut tree: Option<Node> = None;
@@ -76,13 +89,14 @@ pub fn read(file: Arc<SourceText>, path: &Path) -> (Vec<Layer>, Option<Node>, Ve
     (layers, tree.filter(|_| is_read), diagnostics)
 }
 
-impl Reading {
+impl Reading<'_> {
     /// Adds a file, and after it the files that it extends, the last one first; `chain` has the paths
     /// from the pipeline file to this one. `None` if one of them cannot be used.
     fn add(&mut self, file: Arc<SourceText>, path: PathBuf, chain: &[PathBuf]) -> Option<()> {
         let folder = path.parent().unwrap_or(Path::new("/")).to_owned();
         let layer = Layer {
             source: Arc::clone(&file),
+            path: plain(&path),
             folder: folder.clone(),
         };
         let sources = SourceTexts::of(vec![layer.clone()]);
@@ -120,7 +134,7 @@ impl Reading {
             tree,
         });
         for (number, base) in bases.iter().rev() {
-            match open(*number, base, &folder, &file, chain) {
+            match open(*number, base, &folder, &file, chain, self.texts) {
                 Ok((source, path)) => {
                     let chain = [chain, &[path.clone()]].concat();
                     self.add(source, path, &chain)?;
@@ -143,6 +157,7 @@ fn open(
     folder: &Path,
     upper: &SourceText,
     chain: &[PathBuf],
+    texts: Texts<'_>,
 ) -> Result<(Arc<SourceText>, PathBuf), Box<Diagnostic>> {
     let setting = KeyPath::root().key(EXTENDS);
     let at = At::value(match number {
@@ -161,7 +176,7 @@ fn open(
         let message = format!("circular `extends`: `{name}` extends this file");
         return Err(Diagnostic::new("config::extends", at, message).into());
     }
-    let text = files::read_to_string(&path).map_err(|error| {
+    let text = texts(&path).map_err(|error| {
         let message = format!("cannot read `{name}`: {error}");
         Diagnostic::new("config::missing_file", at, message)
             .help("give the path relative to the folder of the pipeline file")
@@ -241,7 +256,9 @@ mod tests {
         write("two.yaml", "{extends: common.yaml, b: 2}");
         let text = "{extends: [one.yaml, two.yaml], c: 3, gone: null}";
         let source = Arc::new(SourceText::new("p.yaml".to_owned(), text));
-        let (layers, tree, diagnostics) = read(source, &folder.path().join("p.yaml"));
+        let (layers, tree, diagnostics) = read(source, &folder.path().join("p.yaml"), &|path| {
+            ovchat_io::files::read_to_string(path)
+        });
         assert!(diagnostics.is_empty());
         let names: Vec<&str> = layers
             .iter()
@@ -266,7 +283,9 @@ mod tests {
         assert_eq!(number("gone"), None);
         write("two.yaml", "{extends: p.yaml}");
         let source = Arc::new(SourceText::new("p.yaml".to_owned(), text));
-        let (_, tree, diagnostics) = read(source, &folder.path().join("p.yaml"));
+        let (_, tree, diagnostics) = read(source, &folder.path().join("p.yaml"), &|path| {
+            ovchat_io::files::read_to_string(path)
+        });
         assert!(tree.is_none());
         assert!(
             diagnostics[0].message.contains("circular"),

@@ -63,9 +63,12 @@ pub use secrets::{EnvReference, Secrets};
 pub use source::{KeyPath, Side, SourceText, Span};
 pub use sql::tables_there;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
 
 use lineage::Lineage;
 use overrides::Override;
@@ -95,8 +98,63 @@ pub fn load(path: &Path, sets: &[String], offline: bool) -> Result<Plan, LoadErr
     let absolute = std::path::absolute(path).map_err(unreadable)?;
     let name = path.display().to_string();
     let file = Arc::new(SourceText::new(name, &text));
-    let environment = |name: &str| std::env::var(name);
-    parse(file, absolute, sets, offline, &environment).map_err(LoadError::Refused)
+    let surroundings = Surroundings {
+        environment: &|name| std::env::var(name),
+        texts: &|path| files::read_to_string(path),
+    };
+    parse(file, absolute, sets, offline, surroundings).map_err(LoadError::Refused)
+}
+
+/// The texts of a plan, from which another process loads the same plan even if its files have changed
+/// since.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlanTexts {
+    /// The pipeline file as the user named it, and its absolute path.
+    name: String,
+    path: PathBuf,
+    /// The texts of the pipeline file and of those that it extends, by absolute path.
+    files: BTreeMap<PathBuf, String>,
+    /// The `--set` arguments.
+    sets: Vec<String>,
+}
+
+impl PlanTexts {
+    /// Returns the texts of a plan that was loaded with these `--set` arguments.
+    pub fn of(plan: &Plan, sets: &[String]) -> Self {
+        let layers = plan.sources.layers.iter();
+        let first = plan.sources.layers.first();
+        Self {
+            name: first.map_or_else(String::new, |layer| layer.source.name.clone()),
+            path: plan.path.clone(),
+            files: layers
+                .map(|layer| (layer.path.clone(), layer.source.text.clone()))
+                .collect(),
+            sets: sets.to_vec(),
+        }
+    }
+
+    /// Loads the plan, without a look at the files that it names.
+    pub fn load(&self) -> Result<Plan, LoadError> {
+        let missing = || io::Error::from(io::ErrorKind::NotFound);
+        let text = |path: &Path| self.files.get(&extends::plain(path)).cloned();
+        let own = text(&self.path).ok_or_else(|| LoadError::Unreadable {
+            path: self.path.clone(),
+            problem: missing(),
+        })?;
+        let file = Arc::new(SourceText::new(self.name.clone(), &own));
+        let surroundings = Surroundings {
+            environment: &|name| std::env::var(name),
+            texts: &|path| text(path).ok_or_else(missing),
+        };
+        parse(file, self.path.clone(), &self.sets, true, surroundings).map_err(LoadError::Refused)
+    }
+}
+
+/// The sources of the values of variables and of the texts of further files.
+#[derive(Clone, Copy)]
+struct Surroundings<'a> {
+    environment: reference::Environment<'a>,
+    texts: extends::Texts<'a>,
 }
 
 /// Returns the plan of the pipeline file at `path` with the text `file`.
@@ -105,9 +163,10 @@ fn parse(
     path: PathBuf,
     sets: &[String],
     offline: bool,
-    environment: reference::Environment<'_>,
+    surroundings: Surroundings<'_>,
 ) -> Result<Plan, Diagnostics> {
-    let (layers, tree, mut diagnostics) = extends::read(file, &path);
+    let Surroundings { environment, texts } = surroundings;
+    let (layers, tree, mut diagnostics) = extends::read(file, &path, texts);
     let mut sources = SourceTexts::of(layers);
     let refuse = |sources: &SourceTexts, diagnostics| Err(Diagnostics(sources.place(diagnostics)));
     let Some(mut tree) = tree else {

@@ -386,7 +386,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::config::{SourceText, parse};
+    use crate::config::{SourceText, Surroundings, parse};
 
     const PIPELINE: &str = r#"
 pipeline: demo
@@ -419,7 +419,11 @@ evaluate:
         let file = Arc::new(SourceText::new("demo.yaml".to_owned(), text));
         let path = Path::new("/home/demo.yaml").to_owned();
         let sets: Vec<String> = sets.iter().map(|set| (*set).to_owned()).collect();
-        match parse(file, path, &sets, true, &environment) {
+        let surroundings = Surroundings {
+            environment: &environment,
+            texts: &|_| Err(std::io::ErrorKind::NotFound.into()),
+        };
+        match parse(file, path, &sets, true, surroundings) {
             Ok(plan) => plan,
             Err(diagnostics) => panic!("{diagnostics}"),
         }

@@ -13,6 +13,8 @@ use super::source::{KeyPath, Side, SourceText, Span, around};
 #[derive(Debug, Clone)]
 pub struct Layer {
     pub source: Arc<SourceText>,
+    /// Its absolute path.
+    pub path: PathBuf,
     /// The folder that relative paths in the file are resolved against.
     pub folder: PathBuf,
 }

@@ -10,6 +10,7 @@ use super::reconcile::tables_of;
 use super::report::Report;
 use super::runner::{LAST, LAST_WHOLE, RunError, Runner, Slot};
 use super::train::checkpoint_of;
+use super::workers::places::number_of;
 use crate::config::Plan;
 use crate::stages::{Failure, ModelName, TableName};
 use ovchat_data::store::TableVersion;
@@ -68,10 +69,53 @@ pub(super) fn say_placements(
     Ok(())
 }
 
+/// Reports the workers and the tables that they compute. Fails if there cannot be as many.
+pub(super) fn say_workers(
+    plan: &Plan,
+    options: &Options<'_>,
+    loader: Option<&dyn ModelLoader>,
+    report: &mut dyn Report,
+) -> Result<(), RunError> {
+    let Some(workers) = &options.workers else {
+        return Ok(());
+    };
+    let mut computed: Vec<(u32, Vec<&str>)> = Vec::new();
+    let mut others: Vec<&str> = Vec::new();
+    for stage in plan.all() {
+        let is_in_cluster = workers.ranks.is_some();
+        let count = number_of(plan, stage, loader, workers.asked, is_in_cluster);
+        let count = count.map_err(|failure| RunError {
+            stage: Some(stage.name.clone()),
+            round: None,
+            failure: Box::new(failure),
+        })?;
+        // A training's own table is computed here, what it needs first is not.
+        match count.filter(|_| stage.trained().is_none()) {
+            None => others.push(stage.name.as_str()),
+            Some(count) => match computed.iter_mut().find(|(known, _)| *known == count) {
+                Some((_, tables)) => tables.push(stage.name.as_str()),
+                None => computed.push((count, vec![stage.name.as_str()])),
+            },
+        }
+    }
+    for (count, tables) in &computed {
+        let noun = if *count == 1 { "worker" } else { "workers" };
+        let here = match workers.ranks {
+            Some(ranks) => format!(" of each of {} ranks", ranks.world),
+            None => String::new(),
+        };
+        report.note(&format!("{count} {noun}{here}: {}", tables.join(", ")));
+    }
+    if let Some(ranks) = workers.ranks {
+        report.note(&format!("rank {} alone: {}", ranks.rank, others.join(", ")));
+    }
+    Ok(())
+}
+
 impl Runner<'_> {
     /// Lists the complete tables that the run replaces, the reasons, and the command that restores
     /// them.
-    pub(super) fn announce(&mut self, options: &Options, slots: &[Slot<'_>]) {
+    pub(super) fn announce(&mut self, options: &Options<'_>, slots: &[Slot<'_>]) {
         let manifest = self.folder.manifest();
         let mut replaced: Vec<&TableVersion> = Vec::new();
         let mut reasons: Vec<String> = Vec::new();
@@ -157,7 +201,7 @@ impl Runner<'_> {
 
     /// Lists the tables of later rounds that will be archived once `rounds.stop_when` has ended the
     /// rounds with `last`.
-    pub(super) fn announce_end(&mut self, options: &Options, last: u32, reached: &[Slot<'_>]) {
+    pub(super) fn announce_end(&mut self, options: &Options<'_>, last: u32, reached: &[Slot<'_>]) {
         let mut removed = self.unplanned(reached);
         removed.retain(|made| made.round > Some(last));
         if !removed.is_empty() {
@@ -173,7 +217,7 @@ impl Runner<'_> {
 
     /// The line with the command that restores the tables which this run replaces: the last
     /// complete run, or the last run of any kind if the last complete run was this very command.
-    fn way_back(&self, options: &Options) -> String {
+    fn way_back(&self, options: &Options<'_>) -> String {
         let command = |run: &str| self.before[run]["command"].as_str().map(str::to_owned);
         let of_file = || {
             let file = self.before["file"].as_str().unwrap_or("PIPELINE.yaml");

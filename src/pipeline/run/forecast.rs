@@ -359,9 +359,13 @@ impl Runner<'_> {
             forecasts: &[],
         };
         let expected = known.estimate(stage, round, &rows_in);
+        let workers = self.workers(stage).ok().flatten().unwrap_or(1);
         expected.map_or_else(
             |_| Expected::default(),
-            |Estimate { rows, seconds, .. }| Expected { rows, seconds },
+            |Estimate { rows, seconds, .. }| Expected {
+                rows,
+                seconds: seconds.map(|seconds| seconds / f64::from(workers)),
+            },
         )
     }
 }

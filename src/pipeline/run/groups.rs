@@ -10,9 +10,9 @@ use std::path::PathBuf;
 
 use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, UInt32Array};
 use arrow::compute::{cast, concat_batches, take_record_batch};
-use arrow::datatypes::{DataType, SchemaRef};
+use arrow::datatypes::{DataType, FieldRef, Schema, SchemaRef};
 
-use crate::stages::Failure;
+use crate::stages::{BatchStage, Failure};
 use ovchat_data::store::{Lookup, Name, TableReader};
 
 /// The number of rows that are gathered at once, unless a single prompt has more.
@@ -23,17 +23,24 @@ pub struct Groups {
     rows: Rows,
     /// The unread remainder: a batch, its prompt ids, and its first row that was not returned.
     rest: Option<(RecordBatch, ArrayRef, usize)>,
+    /// The number of rows returned or skipped.
+    position: u64,
 }
 
 /// A source of rows in which the rows of each prompt are adjacent.
 enum Rows {
     /// The table as it is.
-    Adjacent(TableReader),
+    Adjacent {
+        reader: TableReader,
+        files: Vec<PathBuf>,
+        columns: SchemaRef,
+    },
     /// The table, reordered.
     Gathered {
         lookup: Box<Lookup>,
-        /// The prompts not yet returned, each with its number of rows.
-        names: std::iter::Peekable<std::vec::IntoIter<(Name, u32)>>,
+        /// The prompts, each with its number of rows, and the first one not yet returned.
+        names: Vec<(Name, u32)>,
+        next: usize,
         at_once: u32,
     },
 }
@@ -51,23 +58,91 @@ impl Groups {
         Self::gathering(files, columns, ROWS_AT_ONCE)
     }
 
+    /// Opens groups whose rows are known to be adjacent, without an index of the table.
+    pub fn open_adjacent(files: Vec<PathBuf>, columns: SchemaRef) -> Self {
+        let rows = Rows::Adjacent {
+            reader: TableReader::new(files.clone()).only(columns.clone()),
+            files,
+            columns,
+        };
+        Self {
+            rows,
+            rest: None,
+            position: 0,
+        }
+    }
+
     fn gathering(files: Vec<PathBuf>, columns: SchemaRef, at_once: u32) -> Result<Self, Failure> {
         let lookup = Lookup::open(files.clone(), "prompt_id")?;
-        let rows = if lookup.torn().is_none() {
-            Rows::Adjacent(TableReader::new(files).only(columns))
-        } else {
-            Rows::Gathered {
-                names: lookup.names().into_iter().peekable(),
-                lookup: Box::new(lookup.only(columns)),
-                at_once,
-            }
+        if lookup.torn().is_none() {
+            return Ok(Self::open_adjacent(files, columns));
+        }
+        let rows = Rows::Gathered {
+            names: lookup.names(),
+            next: 0,
+            lookup: Box::new(lookup.only(columns)),
+            at_once,
         };
-        Ok(Self { rows, rest: None })
+        Ok(Self {
+            rows,
+            rest: None,
+            position: 0,
+        })
     }
 
     /// True if the rows of any prompt are not adjacent in the table.
     pub fn is_gathered(&self) -> bool {
         matches!(self.rows, Rows::Gathered { .. })
+    }
+
+    /// The number of rows before the next group.
+    pub fn position(&self) -> u64 {
+        self.position
+    }
+
+    /// Continues at the group that begins at this row, in the order of the groups. Reads on if that is
+    /// near, as for workers that take turns.
+    pub fn seek(&mut self, row: u64) -> Result<(), Failure> {
+        if (self.position..=self.position + u64::from(ROWS_AT_ONCE)).contains(&row) {
+            return self.skip(row);
+        }
+        self.rest = None;
+        self.position = row;
+        match &mut self.rows {
+            Rows::Adjacent {
+                reader,
+                files,
+                columns,
+            } => {
+                let opened = TableReader::new(files.clone()).only(columns.clone());
+                *reader = opened.from_row(row);
+            }
+            Rows::Gathered { names, next, .. } => {
+                let mut before = 0;
+                let ends = names.iter().take_while(|(_, count)| {
+                    before += u64::from(*count);
+                    before <= row
+                });
+                *next = ends.count();
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads up to a row.
+    fn skip(&mut self, row: u64) -> Result<(), Failure> {
+        while self.position < row {
+            let Some((batch, ids, start)) = self.next()? else {
+                return Ok(());
+            };
+            let wanted = (row - self.position) as usize;
+            let there = batch.num_rows() - start;
+            self.position += wanted.min(there) as u64;
+            if wanted < there {
+                self.rest = Some((batch, ids, start + wanted));
+            }
+        }
+        Ok(())
     }
 
     /// Returns the next `count` groups, fewer at the end.
@@ -99,7 +174,26 @@ impl Groups {
                 break;
             }
         }
+        self.position += taken.lengths.iter().sum::<usize>() as u64;
         Ok(taken)
+    }
+
+    /// Returns the prompt ids of the next `count` groups.
+    pub fn ids(&mut self, count: usize) -> Result<Vec<String>, Failure> {
+        let Taken { rows, lengths } = self.take(count)?;
+        let mut all = Vec::new();
+        for batch in &rows {
+            let ids = prompt_ids(batch)?;
+            let texts = ids.as_string::<i32>();
+            all.extend((0..texts.len()).map(|row| texts.value(row).to_owned()));
+        }
+        let mut first = 0;
+        let firsts = lengths.iter().map(|length| {
+            let id = all[first].clone();
+            first += length;
+            id
+        });
+        Ok(firsts.collect())
     }
 
     /// Returns the next batch, its prompt ids, and its first row that was not returned.
@@ -118,19 +212,21 @@ impl Groups {
 impl Rows {
     fn next(&mut self) -> Result<Option<RecordBatch>, Failure> {
         match self {
-            Self::Adjacent(reader) => Ok(reader.next().transpose()?),
+            Self::Adjacent { reader, .. } => Ok(reader.next().transpose()?),
             Self::Gathered {
                 lookup,
                 names,
+                next,
                 at_once,
             } => {
                 let mut wanted: Vec<Name> = Vec::new();
                 let mut rows = 0;
-                while let Some((name, count)) =
-                    names.next_if(|(_, count)| wanted.is_empty() || rows + count <= *at_once)
+                while let Some(&(name, count)) = names.get(*next)
+                    && (wanted.is_empty() || rows + count <= *at_once)
                 {
                     wanted.push(name);
                     rows += count;
+                    *next += 1;
                 }
                 if wanted.is_empty() {
                     return Ok(None);
@@ -167,6 +263,27 @@ fn prompt_ids(batch: &RecordBatch) -> Result<ArrayRef, Failure> {
     cast(ids, &DataType::Utf8).map_err(|_| missing())
 }
 
+/// Opens groups of a table of which it is known if its rows have to be gathered.
+pub fn groups_of(
+    files: Vec<PathBuf>,
+    columns: SchemaRef,
+    is_gathered: bool,
+) -> Result<Groups, Failure> {
+    if is_gathered {
+        Groups::open(files, columns)
+    } else {
+        Ok(Groups::open_adjacent(files, columns))
+    }
+}
+
+/// Returns the columns that tell where the groups of a table end.
+pub fn id_columns(work: &dyn BatchStage) -> SchemaRef {
+    let reads = work.reads();
+    let is_id = |field: &&FieldRef| field.name() == "prompt_id";
+    let fields: Vec<_> = reads.fields().iter().filter(is_id).cloned().collect();
+    SchemaRef::new(Schema::new(fields))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -200,18 +317,35 @@ mod tests {
         }
         let mut groups = Groups::gathering(files, Reward::schema(), 3).unwrap();
         let mut all = Vec::new();
+        let mut starts = Vec::new();
         loop {
-            let Taken { rows, lengths } = groups.take(count).unwrap();
-            if lengths.is_empty() {
-                return all;
+            starts.push(groups.position());
+            let one = numbers(&groups.take(count).unwrap());
+            if one.is_empty() {
+                break;
             }
-            let rows = rows
-                .iter()
-                .flat_map(|batch| Reward::from_batch(batch).unwrap());
-            let mut numbers = rows.map(|row| row.candidate);
-            let cut = |&length: &usize| numbers.by_ref().take(length).collect();
-            all.push(lengths.iter().map(cut).collect());
+            all.push(one);
         }
+        // Each part is the same if it is sought, in any order.
+        let parts = starts.iter().zip(&all);
+        let every_other = parts.clone().step_by(2);
+        for (start, expected) in every_other.chain(parts.rev()) {
+            groups.seek(*start).unwrap();
+            assert_eq!(numbers(&groups.take(count).unwrap()), *expected);
+        }
+        groups.seek(ids.len() as u64).unwrap();
+        assert!(groups.take(count).unwrap().lengths.is_empty());
+        all
+    }
+
+    /// Returns the row numbers of each group.
+    fn numbers(Taken { rows, lengths }: &Taken) -> Vec<Vec<i32>> {
+        let rows = rows
+            .iter()
+            .flat_map(|batch| Reward::from_batch(batch).unwrap());
+        let mut numbers = rows.map(|row| row.candidate);
+        let cut = |&length: &usize| numbers.by_ref().take(length).collect();
+        lengths.iter().map(cut).collect()
     }
 
     #[test]

@@ -34,6 +34,11 @@ impl Interrupt {
         Ok(interrupt)
     }
 
+    /// Raises it, as a signal does.
+    pub fn raise(&self) {
+        self.asked.store(true, Ordering::Relaxed);
+    }
+
     pub fn raised(&self) -> bool {
         self.asked.load(Ordering::Relaxed)
     }

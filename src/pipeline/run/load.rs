@@ -127,7 +127,7 @@ impl Runner<'_> {
             part,
             rows_in: start.records,
             files: writer.finish()?,
-            rejects: write_beside(&place, "rejects", part, &footer, &rejects)?,
+            rejects: write_beside(&place, "rejects", &format!("{part:05}"), &footer, &rejects)?,
             telemetry: Vec::new(),
             faults: count(&rejects, RejectClass::Fault),
             dropped: count(&rejects, RejectClass::Dropped),

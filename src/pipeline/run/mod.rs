@@ -29,6 +29,7 @@ mod sql_judge;
 mod stale;
 mod stop;
 mod train;
+mod workers;
 
 pub use announce::listed;
 pub use command::withheld;
@@ -40,18 +41,21 @@ use report::Masked;
 pub use report::{Figures, Report, Start, Unit};
 pub use runner::{LAST, LAST_WHOLE, RunError, titled};
 pub use stale::stale;
+pub use workers::places::{Ranks, Workers, number_of as workers_of};
+pub use workers::pool::WorkerCommand;
+pub use workers::{follow, work};
 
 use std::collections::HashSet;
 use std::path::Path;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::config::{Plan, PlannedStage};
 use crate::stages::{Failure, StageKind, TableName};
 use keys::{known_key, table_key};
 use ovchat_data::store::TableVersion;
 use ovchat_models::ModelLoader;
-use runner::{Runner, Slot};
+use runner::{Opening, Runner, Slot};
 
 /// The counts of tables that a run built and reused.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -63,10 +67,10 @@ pub struct Summary {
 }
 
 /// Runs a plan in its folder, resuming where an earlier run stopped.
-pub fn run(
-    plan: &Plan,
-    options: &Options,
-    loader: Option<&dyn ModelLoader>,
+pub fn run<'a>(
+    plan: &'a Plan,
+    options: &'a Options<'a>,
+    loader: Option<&'a dyn ModelLoader>,
     report: &mut dyn Report,
     interrupt: &Interrupt,
 ) -> Result<Summary, RunError> {
@@ -77,13 +81,34 @@ pub fn run(
     if let Some(loader) = loader {
         announce::say_placements(plan, options.until.as_ref(), loader, report)?;
     }
-    let (folder, rates) = (&options.folder, options.rates.clone());
-    let begun = Runner::begin(plan, folder, rates, loader, report, interrupt);
-    let mut runner = begun.map_err(|failure| RunError {
+    announce::say_workers(plan, options, loader, report)?;
+    let opening = Opening {
+        folder: &options.folder,
+        rates: options.rates.clone(),
+        take_over: options.take_over,
+        workers: options.workers.clone(),
+        sets: &options.sets,
+    };
+    let begun = Runner::begin(plan, &opening, loader, report, interrupt);
+    let failed = |failure| RunError {
         stage: None,
         round: None,
         failure: Box::new(failure),
-    })?;
+    };
+    let mut runner = begun.map_err(failed)?;
+    let ended = run_all(&mut runner, plan, options);
+    let has_failed = ended
+        .as_ref()
+        .is_err_and(|error| !matches!(*error.failure, Failure::Interrupted | Failure::Waiting(_)));
+    runner.end_ranks(has_failed);
+    ended
+}
+
+fn run_all(
+    runner: &mut Runner<'_>,
+    plan: &Plan,
+    options: &Options<'_>,
+) -> Result<Summary, RunError> {
     let slots = plan.slots();
     let failed = |failure| RunError {
         stage: None,
@@ -150,7 +175,7 @@ impl Runner<'_> {
     /// Records the end of a run. After a complete run, tables that it did not reach are archived.
     fn end(
         &mut self,
-        options: &Options,
+        options: &Options<'_>,
         slots: &[Slot<'_>],
         last: Option<u32>,
     ) -> Result<(), Failure> {
@@ -224,11 +249,15 @@ impl Runner<'_> {
         self.refuse_repeated(stage, round)?;
         self.wait_for_people(stage, round)?;
         self.threads = None;
+        if self.workers(stage)?.is_none() && !stage.spec.as_stage().uses().is_empty() {
+            // Its models are opened here, and need the memory.
+            self.pool = None;
+        }
         match stage.spec.as_stage().work() {
             StageKind::Load(mut work) => self.load(stage, &mut *work)?,
             StageKind::Rows(work) => {
-                let base = self.row_base(stage, round)?;
-                self.map(stage, &stage.name, round, &*work, &base)?;
+                let because = of_rows(because);
+                self.map(stage, &stage.name, round, &*work, &because)?;
                 self.finish(&stage.name, round, None, None)?;
             }
             StageKind::Query(work) => self.query(stage, round, &work)?,
@@ -279,4 +308,11 @@ impl Runner<'_> {
         let key = known_key(made).to_owned();
         self.keys.know(table, round, key);
     }
+}
+
+/// Returns the key inputs of single rows: the table's without those of its inputs, in whose place each
+/// row has its group.
+fn of_rows(mut because: Value) -> Value {
+    because["inputs"] = Value::Null;
+    because
 }

@@ -3,10 +3,11 @@
 use std::path::PathBuf;
 
 use super::forecast::Forecast;
+use super::workers::places::Workers;
 use crate::stages::TableName;
 
 /// The options of a run.
-pub struct Options {
+pub struct Options<'a> {
     /// The run's folder.
     pub folder: PathBuf,
     /// Stop once this table has been built for the first time.
@@ -20,4 +21,8 @@ pub struct Options {
     pub sets: Vec<String>,
     /// The file with the measured rates of this machine, see [`ovchat_data::store::Rates`].
     pub rates: Option<PathBuf>,
+    /// True to take the run from another machine that holds it.
+    pub take_over: bool,
+    /// The workers that compute tables; `None` to compute all in this process.
+    pub workers: Option<Workers<'a>>,
 }

@@ -71,6 +71,7 @@ impl Runner<'_> {
             part_groups: 0,
             is_gathered: false,
             threads: None,
+            workers: None,
             complete: false,
             content: None,
             parts: Vec::new(),

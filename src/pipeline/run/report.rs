@@ -60,13 +60,23 @@ impl Tally {
         let Some(rewards) = numbers(rows, "reward") else {
             return;
         };
-        for reward in rewards.into_iter().flatten() {
-            self.reward_sum += reward;
-            self.reward_count += 1;
-        }
+        let rewards = rewards.into_iter().flatten();
+        let sum = rewards.fold((0.0, 0), |(sum, count), reward| (sum + reward, count + 1));
+        self.add(sum);
+    }
+
+    /// Adds rewards by their sum and number.
+    pub(super) fn add(&mut self, (sum, count): (f64, u64)) {
+        self.reward_sum += sum;
+        self.reward_count += count;
         if self.reward_count > 0 {
             self.figures.mean_reward = Some(self.reward_sum / self.reward_count as f64);
         }
+    }
+
+    /// The sum and the number of the rewards.
+    pub(super) fn rewards_so_far(&self) -> (f64, u64) {
+        (self.reward_sum, self.reward_count)
     }
 }
 

@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 
 use arrow::array::RecordBatch;
 use arrow::datatypes::SchemaRef;
+use serde_json::Value;
 
-use super::groups::{Groups, Taken};
+use super::groups::{Groups, Taken, id_columns};
 use super::models::RunModels;
 use super::report::{Start, Tally, Unit};
 use super::runner::{Runner, count, note_once, took, with_oom_retries, write_beside};
@@ -22,98 +23,129 @@ use ovchat_io::mask::Mask;
 use ovchat_models as models;
 
 /// A table in progress.
-struct Mapping<'w> {
+pub(super) struct Mapping<'w> {
     table: &'w TableName,
     round: Option<u32>,
     work: &'w dyn BatchStage,
     base: &'w Key,
-    /// The version, with the parts that this run found.
-    made: TableVersion,
-    groups: Groups,
+    pub(super) groups: Groups,
     models: RunModels<'w>,
     inputs: InputTables,
     reuse: Vec<Lookup>,
-    /// The number of input rows, and of those done.
+    /// The number of input rows.
     total: u64,
-    done: u64,
     is_started: bool,
-    tally: Tally,
-}
-
-/// The outcome of computing a part.
-enum Computed {
-    /// The input is exhausted.
-    End,
-    /// The part exists already.
-    There,
-    Part(Box<Parcel>),
+    pub(super) tally: Tally,
 }
 
 /// A part that has been computed but not yet written.
-struct Parcel {
-    part: u32,
+pub(super) struct Parcel {
+    pub(super) part: u32,
     /// The number of input groups in the part.
-    groups: u64,
-    outcomes: Vec<Outcome<RecordBatch>>,
-    telemetry: Option<Telemetry>,
-    oom_retries: u64,
-    took: Took,
+    pub(super) groups: u64,
+    pub(super) outcomes: Vec<Outcome<RecordBatch>>,
+    pub(super) telemetry: Option<Telemetry>,
+    pub(super) oom_retries: u64,
+    pub(super) took: Took,
     /// The number of input rows done once the part is written.
-    done: u64,
+    pub(super) done: u64,
 }
 
-impl Runner<'_> {
+impl<'a> Runner<'a> {
     /// Builds the missing parts of `table`: the stage's own table, or one that it needs first. Each
-    /// part is written while the next one is computed.
+    /// part is written while the next one is computed. `because` has the key inputs of its rows:
+    /// everything that determines a row besides its group, namely the stage's settings and models and,
+    /// if it samples, seed, round and table.
     pub(super) fn map(
         &mut self,
         stage: &PlannedStage,
         table: &TableName,
         round: Option<u32>,
         work: &dyn BatchStage,
-        base: &Key,
+        because: &Value,
     ) -> Result<(), Failure> {
         let input_round = self.plan.round_of(work.input(), round);
         let files = self.folder.files(work.input().as_str(), input_round);
-        let groups = Groups::open(files, work.reads())?;
-        self.fix_threads(stage, table, round)?;
+        let workers = self.workers(stage)?;
+        let columns = match workers {
+            Some(_) => id_columns(work),
+            None => work.reads(),
+        };
+        let groups = Groups::open(files, columns)?;
+        self.fix_processes(stage, table, round, workers)?;
         let part_groups = self.part_groups(stage, work)?;
         let made = self.cut(table, round, part_groups, groups.is_gathered())?;
+        if workers.is_some() {
+            return self.map_on_workers(stage, table, work, &made, groups, because);
+        }
+        let base = Key::new("row").with_json(because);
+        let pen = Arc::new(self.pen(table, &made, work.schema(), ""));
+        let mut mapping = self.mapping(stage, table, work, &base, &made, groups)?;
+        let mut writing: Option<Writing> = None;
+        let mut done = 0;
+        for part in 0.. {
+            let taken = mapping.groups.take(made.part_groups as usize)?;
+            if taken.lengths.is_empty() {
+                break;
+            }
+            let done_before = done;
+            done += taken.lengths.iter().sum::<usize>() as u64;
+            if made.parts.iter().any(|there| there.part == part) {
+                continue;
+            }
+            let computed = self.compute(&mut mapping, part, &taken, done_before);
+            // Whatever the outcome of this part, the previous one is complete.
+            self.commit_written(table, round, writing.take())?;
+            writing = Some(Writing::start(&pen, computed?));
+        }
+        self.commit_written(table, round, writing)
+    }
+
+    fn commit_written(
+        &mut self,
+        table: &TableName,
+        round: Option<u32>,
+        writing: Option<Writing>,
+    ) -> Result<(), Failure> {
+        if let Some(writing) = writing {
+            let done = writing.done;
+            let written = writing.join()?;
+            self.commit_part(table, round, written)?;
+            self.report.progress(done);
+        }
+        Ok(())
+    }
+
+    /// Prepares the computation of parts of a version.
+    pub(super) fn mapping<'w>(
+        &mut self,
+        stage: &PlannedStage,
+        table: &'w TableName,
+        work: &'w dyn BatchStage,
+        base: &'w Key,
+        made: &TableVersion,
+        groups: Groups,
+    ) -> Result<Mapping<'w>, Failure>
+    where
+        'a: 'w,
+    {
+        let round = made.round;
         let manifest = self.folder.manifest();
+        let input_round = self.plan.round_of(work.input(), round);
         let input = manifest.find(work.input().as_str(), input_round);
-        let total = input.map_or(0, TableVersion::rows);
-        let pen = Arc::new(self.pen(table, &made, work.schema()));
-        let mut mapping = Mapping {
+        Ok(Mapping {
             table,
             round,
             work,
             base,
-            made,
             groups,
+            total: input.map_or(0, TableVersion::rows),
             models: self.models(stage, round)?,
             inputs: self.input_tables(stage, round)?,
             reuse: self.reuse(table, round)?,
-            total,
-            done: 0,
             is_started: false,
             tally: Tally::default(),
-        };
-        let mut writing: Option<Writing> = None;
-        for part in 0.. {
-            let computed = self.compute(&mut mapping, part);
-            // Whatever the outcome of this part, the previous one is complete.
-            if let Some(Writing { thread, done }) = writing.take() {
-                let written = thread.join().expect("the writer thread does not panic")?;
-                self.commit_part(table, round, written)?;
-                self.report.progress(done);
-            }
-            match computed? {
-                Computed::End => break,
-                Computed::There => {}
-                Computed::Part(parcel) => writing = Some(Writing::start(&pen, *parcel)),
-            }
-        }
-        Ok(())
+        })
     }
 
     /// Returns the number of groups of a part. Answers are batched within a part, and a GPU takes more of
@@ -154,8 +186,14 @@ impl Runner<'_> {
         Ok(made)
     }
 
-    /// Returns the writer of the parts of a version.
-    fn pen(&self, table: &TableName, made: &TableVersion, schema: SchemaRef) -> Pen {
+    /// Returns the writer of the parts of a version, whose file names end in `token`.
+    pub(super) fn pen(
+        &self,
+        table: &TableName,
+        made: &TableVersion,
+        schema: SchemaRef,
+        token: &str,
+    ) -> Pen {
         Pen {
             place: self.folder.place(table.as_str(), made.round),
             table: table.clone(),
@@ -163,23 +201,21 @@ impl Runner<'_> {
             schema,
             footer: self.footer(None),
             key: made.key.clone(),
+            token: token.to_owned(),
             mask: self.plan.secrets.mask(),
         }
     }
 
-    /// Computes the next part.
-    fn compute(&mut self, mapping: &mut Mapping<'_>, part: u32) -> Result<Computed, Failure> {
+    /// Computes a part from its groups. `done_before` is the number of input rows before them.
+    pub(super) fn compute(
+        &mut self,
+        mapping: &mut Mapping<'_>,
+        part: u32,
+        taken: &Taken,
+        done_before: u64,
+    ) -> Result<Parcel, Failure> {
         let (table, round) = (mapping.table, mapping.round);
-        let Taken { rows, lengths } = mapping.groups.take(mapping.made.part_groups as usize)?;
-        if lengths.is_empty() {
-            return Ok(Computed::End);
-        }
-        let part_rows = lengths.iter().sum::<usize>() as u64;
-        let done_before = mapping.done;
-        mapping.done += part_rows;
-        if mapping.made.parts.iter().any(|done| done.part == part) {
-            return Ok(Computed::There);
-        }
+        let Taken { rows, lengths } = taken;
         if !mapping.is_started {
             mapping.is_started = true;
             self.report.start(Start {
@@ -217,8 +253,7 @@ impl Runner<'_> {
             Ok(None)
         };
         let work = mapping.work;
-        let (outcomes, computed) =
-            work.make(&mut ctx, &rows, &lengths, mapping.base, &mut known)?;
+        let (outcomes, computed) = work.make(&mut ctx, rows, lengths, mapping.base, &mut known)?;
         for outcome in &outcomes {
             if let Outcome::Rows(rows) = outcome {
                 mapping.tally.rewards(rows);
@@ -234,27 +269,15 @@ impl Runner<'_> {
                 ..row
             }
         };
-        Ok(Computed::Part(Box::new(Parcel {
+        Ok(Parcel {
             part,
             groups: lengths.len() as u64,
             outcomes,
             telemetry: has_telemetry.then(row),
             oom_retries: telemetry.oom_retries,
             took: took(begun, computed),
-            done: mapping.done,
-        })))
-    }
-
-    /// Returns the base of the row keys: everything that determines a row besides its group, namely
-    /// the stage's settings and models and, if it samples, seed, round and table.
-    pub(super) fn row_base(
-        &mut self,
-        stage: &PlannedStage,
-        round: Option<u32>,
-    ) -> Result<Key, Failure> {
-        let mut because = self.because(stage, round)?;
-        because["inputs"] = serde_json::Value::Null;
-        Ok(Key::new("row").with_json(&because))
+            done: done_before + lengths.iter().sum::<usize>() as u64,
+        })
     }
 
     /// Returns the rows of superseded versions of this table by row key, latest version first. Each
@@ -282,25 +305,26 @@ impl Runner<'_> {
 }
 
 /// A writer of the parts of a table.
-struct Pen {
+pub(super) struct Pen {
     place: Place,
     table: TableName,
     round: Option<u32>,
     schema: SchemaRef,
     footer: Vec<(&'static str, String)>,
     key: String,
+    token: String,
     mask: Mask,
 }
 
 impl Pen {
-    fn write(&self, parcel: Parcel) -> Result<PartRecord, Failure> {
+    pub(super) fn write(&self, parcel: Parcel) -> Result<PartRecord, Failure> {
         let Parcel { part, .. } = parcel;
         let mut footer = self.footer.clone();
         footer.push(("ovchat.key", self.key.clone()));
         let footer = with_oom_retries(footer, parcel.oom_retries);
-        let mut writer = self
-            .place
-            .writer(&format!("part-{part:05}"), &self.schema, &footer);
+        let name = format!("{part:05}{}", self.token);
+        let rows = format!("part-{name}");
+        let mut writer = self.place.writer(&rows, &self.schema, &footer);
         let mut set_aside = Vec::new();
         for outcome in parcel.outcomes {
             match outcome {
@@ -310,14 +334,14 @@ impl Pen {
         }
         let rejects = rejects(&self.table, self.round, set_aside, &self.mask);
         let telemetry = match parcel.telemetry {
-            Some(row) => write_beside(&self.place, "telemetry", part, &self.footer, &[row])?,
+            Some(row) => write_beside(&self.place, "telemetry", &name, &self.footer, &[row])?,
             None => Vec::new(),
         };
         Ok(PartRecord {
             part,
             rows_in: parcel.groups,
             files: writer.finish()?,
-            rejects: write_beside(&self.place, "rejects", part, &self.footer, &rejects)?,
+            rejects: write_beside(&self.place, "rejects", &name, &self.footer, &rejects)?,
             telemetry,
             faults: count(&rejects, RejectClass::Fault),
             dropped: count(&rejects, RejectClass::Dropped),
@@ -327,17 +351,24 @@ impl Pen {
 }
 
 /// A part that a thread writes.
-struct Writing {
+pub(super) struct Writing {
     thread: JoinHandle<Result<PartRecord, Failure>>,
     /// The number of input rows done once the part is written.
     done: u64,
 }
 
 impl Writing {
-    fn start(pen: &Arc<Pen>, parcel: Parcel) -> Self {
+    pub(super) fn start(pen: &Arc<Pen>, parcel: Parcel) -> Self {
         let (pen, done) = (Arc::clone(pen), parcel.done);
         let thread = thread::spawn(move || pen.write(parcel));
         Self { thread, done }
+    }
+
+    /// Waits until the part is written.
+    pub(super) fn join(self) -> Result<PartRecord, Failure> {
+        self.thread
+            .join()
+            .expect("the writer thread does not panic")
     }
 }
 

@@ -1,6 +1,7 @@
 //! A run in progress: its folder, its models, and the versions of the tables that it builds.
 
 use std::collections::{HashMap, HashSet};
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -8,9 +9,11 @@ use arrow::datatypes::SchemaRef;
 use serde_json::{Value, json};
 
 use super::interrupt::Interrupt;
-use super::keys::Keys;
+use super::keys::{Keys, known_key};
 use super::models::{Kept, Ready, RunModels};
 use super::report::Report;
+use super::workers::places::{Workers, processors};
+use super::workers::pool::Pool;
 use crate::config::{Plan, PlannedStage, View};
 use crate::stages::{Failure, InputTables, ModelName, ModelState, TableName};
 use ovchat_data::store::{
@@ -60,22 +63,43 @@ pub(super) struct Runner<'a> {
     pub(super) kept: Kept,
     /// The number of threads of the networks that make the current table; `None` without networks.
     pub(super) threads: Option<u32>,
+    /// The workers that compute tables; `None` to compute all in this process.
+    pub(super) workers: Option<Workers<'a>>,
+    /// Those that the last stage left running.
+    pub(super) pool: Option<Pool>,
+    /// The number of tables that were computed by workers.
+    pub(super) jobs: u32,
+    /// The end of the names of files that workers write, different in each run.
+    pub(super) token: String,
+    /// The `--set` arguments of the plan.
+    pub(super) sets: Vec<String>,
+}
+
+/// The options of a run that it needs from the beginning.
+pub(super) struct Opening<'a> {
+    pub(super) folder: &'a Path,
+    /// The file with the measured rates of this machine.
+    pub(super) rates: Option<PathBuf>,
+    pub(super) take_over: bool,
+    pub(super) workers: Option<Workers<'a>>,
+    pub(super) sets: &'a [String],
 }
 
 /// The entry of a footer that has the number of threads.
 const THREADS: &str = "ovchat.threads";
 
 impl<'a> Runner<'a> {
-    /// Opens the run folder. `rates` is the file with the measured rates of this machine.
+    /// Opens the run folder.
     pub(super) fn begin(
         plan: &'a Plan,
-        folder: &Path,
-        rates: Option<PathBuf>,
+        opening: &Opening<'a>,
         loader: Option<&'a dyn ModelLoader>,
         report: &'a mut dyn Report,
         interrupt: &'a Interrupt,
     ) -> Result<Self, Failure> {
-        let (mut folder, opened) = RunFolder::open(folder, plan.pipeline.as_str())?;
+        let (name, mut say) = (plan.pipeline.as_str(), |text: &str| report.note(text));
+        let opened = RunFolder::open_or_wait(opening.folder, name, opening.take_over, &mut say)?;
+        let (mut folder, opened) = opened;
         if let Some(damage) = opened.damage {
             report.note(&damage);
         }
@@ -106,10 +130,62 @@ impl<'a> Runner<'a> {
             said: HashSet::new(),
             reached: HashMap::new(),
             intact: HashSet::new(),
-            rates: Rates::open(rates),
+            rates: Rates::open(opening.rates.clone()),
             kept: Kept::default(),
             threads: None,
+            workers: opening.workers.clone(),
+            pool: None,
+            jobs: 0,
+            token: token(),
+            sets: opening.sets.to_vec(),
         })
+    }
+
+    /// Opens the run folder of another process, as one of its workers.
+    pub(super) fn attach(
+        plan: &'a Plan,
+        folder: &Path,
+        loader: Option<&'a dyn ModelLoader>,
+        report: &'a mut dyn Report,
+        interrupt: &'a Interrupt,
+    ) -> Result<Self, Failure> {
+        let folder = RunFolder::read(folder)?;
+        let fingerprints = Fingerprints::open(folder.cache()?.join("fingerprints.json"));
+        Ok(Self {
+            plan,
+            folder,
+            before: Value::Null,
+            keys: Keys::new(plan, loader, fingerprints),
+            loader,
+            report,
+            interrupt,
+            said: HashSet::new(),
+            reached: HashMap::new(),
+            intact: HashSet::new(),
+            rates: Rates::open(None),
+            kept: Kept::default(),
+            threads: None,
+            workers: None,
+            pool: None,
+            jobs: 0,
+            token: token(),
+            sets: Vec::new(),
+        })
+    }
+
+    /// Notes the keys of all tables of the folder.
+    pub(super) fn know_all(&mut self) {
+        for made in &self.folder.manifest().made {
+            if made.complete
+                && let Some(stage) = self
+                    .plan
+                    .all()
+                    .find(|stage| stage.name.as_str() == made.table)
+            {
+                let key = known_key(made).to_owned();
+                self.keys.know(&stage.name, made.round, key);
+            }
+        }
     }
 
     /// Reports a table as up to date, at most once.
@@ -183,29 +259,38 @@ impl<'a> Runner<'a> {
         made.expect("the table was begun")
     }
 
-    /// Sets the number of threads of the networks that make a table: the one of its parts or states, if
-    /// it was begun before, so that the rest is computed to the same bits.
-    pub(super) fn fix_threads(
+    /// Sets the number of workers that make a table, and the number of threads of its networks: the one
+    /// of its parts or states, if it was begun before, so that the rest is computed to the same bits.
+    pub(super) fn fix_processes(
         &mut self,
         stage: &PlannedStage,
         table: &TableName,
         round: Option<u32>,
+        workers: Option<u32>,
     ) -> Result<(), Failure> {
-        let Some(loader) = self.loader else {
-            return Ok(());
-        };
         let made = self.under_way(table, round);
         let is_begun = !made.parts.is_empty() || !made.states.is_empty();
         let threads = match made.threads {
             Some(threads) if is_begun => Some(threads),
-            _ => self.keys.threads(stage)?,
+            _ => {
+                let threads = self.keys.threads(stage)?;
+                // Workers share the processors.
+                let share = processors() / workers.unwrap_or(1) as usize;
+                let is_free = std::env::var_os("OMP_NUM_THREADS").is_none();
+                threads.map(|threads| match is_free {
+                    true => threads.min(share.max(1) as u32),
+                    false => threads,
+                })
+            }
         };
-        if made.threads != threads {
+        if made.threads != threads || made.workers != workers {
             let mut made = made.clone();
-            made.threads = threads;
+            (made.threads, made.workers) = (threads, workers);
             self.folder.record(made)?;
         }
-        loader.keep_threads(threads);
+        if let Some(loader) = self.loader {
+            loader.keep_threads(threads);
+        }
         self.threads = threads;
         Ok(())
     }
@@ -356,6 +441,12 @@ impl<'a> Runner<'a> {
     }
 }
 
+/// Returns the end of the names of files that workers of this run write.
+fn token() -> String {
+    let random = RandomState::new().build_hasher().finish();
+    format!("-{:08x}", random as u32)
+}
+
 /// Returns the name of a table in a round, as messages print it.
 pub fn titled(table: &TableName, round: Option<u32>) -> String {
     match round {
@@ -368,7 +459,7 @@ pub fn titled(table: &TableName, round: Option<u32>) -> String {
 pub(super) fn write_beside<R: Row>(
     place: &Place,
     kind: &str,
-    part: u32,
+    part: &str,
     footer: &[(&'static str, String)],
     rows: &[R],
 ) -> Result<Vec<FileRecord>, Failure> {

@@ -40,7 +40,9 @@ impl Runner<'_> {
         work: &dyn TrainStage,
     ) -> Result<(), Failure> {
         let before = self.make_before(stage, round, work)?;
-        self.fix_threads(stage, &stage.name, round)?;
+        // The trainer needs the memory of the workers' models.
+        self.pool = None;
+        self.fix_processes(stage, &stage.name, round, None)?;
         let output = self.output(&stage.name, round);
         let examples = self.examples(work, round)?;
         let mut models = self.models(stage, round)?;
@@ -162,8 +164,7 @@ impl Runner<'_> {
         let kind = map.schema().metadata().get("kind").cloned();
         if self.reconcile(&name, round, kind.as_deref(), &key, &because, None)? {
             because["inputs"] = Value::Null;
-            let base = Key::new("row").with_json(&because);
-            self.map(stage, &name, round, &*map, &base)?;
+            self.map(stage, &name, round, &*map, &because)?;
             self.finish(&name, round, None, None)?;
         }
         // It becomes current together with the training that it belongs to.
