@@ -21,7 +21,7 @@ NVIDIA_COMPLETE := .libtorch/complete-2.11.0-cuda-13.0.2
 FETCH := python3 -m pip install --target .libtorch --no-compile --only-binary=:all: \
   --python-version $(LIBTORCH_PYTHON) --disable-pip-version-check
 
-.PHONY: help setup demo benchmark-demo test audit world parity benchmark-parity bench gpu-kit
+.PHONY: help setup demo benchmark-demo test audit world parity benchmark-parity bench gpu-kit cluster-test
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -103,6 +103,10 @@ endif
 bench: setup .parity/complete ## compare the speed of sampling and scoring with transformers (half an hour)
 	cargo build --release --bins --example pictures
 	.parity/bin/python benches/speed/bench.py
+
+cluster-test: setup ## run under a real Slurm of three nodes and under torchrun on this machine (as root, on Debian)
+	cargo build --release -p ovchat
+	benches/cluster/run.sh
 
 # The engine alone has the whole command line. Its libtorch is that of the Python on the GPU machine.
 gpu-kit: setup ## pack what the measurements on a GPU need into .gpu, for a machine without Rust and network
