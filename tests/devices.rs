@@ -67,6 +67,22 @@ fn the_first_line_of_a_run_names_the_device_and_why() {
 /// A driver that reports a GPU which libtorch cannot use: a library that claims a device, without
 /// an implementation.
 #[test]
+fn workers_whose_models_do_not_fit_into_memory_are_refused() {
+    let scene = scene();
+    let refused = without_gpu(&scene, &["plan", "p.yaml", "--workers", "9000"]);
+    assert_eq!(refused.code, Some(2), "{}", refused.err);
+    for words in [
+        "not enough memory for `candidates`: 9000 workers",
+        "use fewer with --workers",
+    ] {
+        assert!(refused.err.contains(words), "{}", refused.err);
+    }
+    let two = without_gpu(&scene, &["plan", "p.yaml", "--workers", "2"]);
+    assert_eq!(two.code, Some(0), "{}", two.err);
+    assert!(two.out.contains("workers"), "{}", two.out);
+}
+
+#[test]
 fn deterministic_kernels_change_nothing_on_a_cpu() {
     let made = |variable: &str| {
         let scene = scene();

@@ -167,6 +167,8 @@ fn outcome(message: *mut c_char) -> Result<(), String> {
 
 #[cfg(test)]
 mod tests {
+    use std::net::TcpStream;
+
     use super::*;
 
     #[test]
@@ -183,6 +185,8 @@ mod tests {
             prefix: "first".to_owned(),
         };
         let first = TcpStore::open(&place(true)).unwrap();
+        // It listens on no other address of this machine.
+        assert!(TcpStream::connect(("127.0.0.2", port)).is_err());
         let second = TcpStore::open(&place(false)).unwrap();
         assert_eq!(first.add("n", 1), Ok(1));
         assert_eq!(second.add("n", 2), Ok(3));

@@ -122,3 +122,26 @@ pub fn environments(
 pub fn processors() -> usize {
     thread::available_parallelism().map_or(1, usize::from)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_worker_has_a_gpu_and_a_share_of_the_processors() {
+        let gpus = Devices::Gpus(["5", "MIG-41b8"].map(str::to_owned).to_vec());
+        let share = (processors() / 2).max(1).to_string();
+        let variables = |gpu: &str| {
+            [
+                ("RAYON_NUM_THREADS", share.as_str()),
+                ("CUDA_VISIBLE_DEVICES", gpu),
+            ]
+            .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        };
+        let found = environments(2, &gpus, &|_| None);
+        assert_eq!(found, [variables("5"), variables("MIG-41b8")]);
+        // A number of the user stays, and a CPU needs no other variable.
+        let found = environments(3, &Devices::Cpu, &|_| Some("4".to_owned()));
+        assert_eq!(found, [const { Vec::new() }; 3]);
+    }
+}
