@@ -18,6 +18,9 @@ use ovchat_data::store::{Lookup, Name, TableReader};
 /// The number of rows that are gathered at once, unless a single prompt has more.
 const ROWS_AT_ONCE: u32 = 32_768;
 
+/// The number of rows up to which reading on is cheaper than opening the table again at a row group.
+const NEAR: u64 = 4096;
+
 /// An iterator over the groups of a table.
 pub struct Groups {
     rows: Rows,
@@ -103,7 +106,7 @@ impl Groups {
     /// Continues at the group that begins at this row, in the order of the groups. Reads on if that is
     /// near, as for workers that take turns.
     pub fn seek(&mut self, row: u64) -> Result<(), Failure> {
-        if (self.position..=self.position + u64::from(ROWS_AT_ONCE)).contains(&row) {
+        if (self.position..=self.position + NEAR).contains(&row) {
             return self.skip(row);
         }
         self.rest = None;
