@@ -141,7 +141,7 @@ impl Chaos {
 }
 
 /// Prepares a command that is killed as `plan` specifies.
-fn doom(command: &mut Command, scene: &Scene, shim: &Path, plan: &str) {
+pub fn doom(command: &mut Command, scene: &Scene, shim: &Path, plan: &str) {
     command
         .env("LD_PRELOAD", shim)
         .env("CHAOS_ROOT", scene.path("runs"))

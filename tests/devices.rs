@@ -92,6 +92,14 @@ fn deterministic_kernels_change_nothing_on_a_cpu() {
         scene.tables("runs/devices")
     };
     assert_eq!(made("OVCHAT_DETERMINISTIC"), made("NOTHING"));
+    let told = |variable: &str| {
+        let scene = scene();
+        let mut command = scene.command(&["doctor"]);
+        said(command.env(variable, "1").output().unwrap()).out
+    };
+    let words = "OVCHAT_DETERMINISTIC is set: kernels repeat to the bit";
+    assert!(told("OVCHAT_DETERMINISTIC").contains(words));
+    assert!(!told("NOTHING").contains(words));
 }
 
 #[test]

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use ovchat_data::store::RunFolder;
 
-use crate::chaos::shim;
+use crate::chaos::{doom, shim};
 use crate::run::SCRIPTED;
 use crate::scene::{CommandOutput, Numbers, Scene, said};
 
@@ -59,6 +59,20 @@ fn kill(pid: u32) {
     killed.expect("the program kill");
 }
 
+/// Waits until so many parts of the candidates are committed.
+fn wait_for_parts(scene: &Scene, parts: usize) {
+    let begun = Instant::now();
+    loop {
+        let run = RunFolder::read(&scene.path(RUN)).ok();
+        let made = run.and_then(|run| run.manifest().find("candidates", Some(1)).cloned());
+        if made.is_some_and(|made| made.parts.len() >= parts || made.complete) {
+            return;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(60), "no part is done");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
 #[test]
 fn tables_are_the_same_with_any_number_of_workers() {
     let alone = scene(60);
@@ -89,7 +103,13 @@ fn rows_that_lie_apart_are_gathered_by_workers_too() {
     let made = |arguments: &[&str]| {
         let scene = Scene::new();
         scene.prompts(30).write("p.yaml", &pipeline);
-        scene.succeeds(&[&["run", "p.yaml", "--set", "rounds=1"], arguments].concat());
+        let ran = scene.succeeds(&[&["run", "p.yaml", "--set", "rounds=1"], arguments].concat());
+        assert_eq!(
+            ran.err.contains("3 workers: "),
+            !arguments.is_empty(),
+            "{}",
+            ran.err
+        );
         scene.tables(RUN)
     };
     assert_eq!(made(&["--workers", "3"]), made(&[]));
@@ -138,6 +158,7 @@ fn a_run_that_is_killed_takes_its_workers_along_and_goes_on() {
             thread::sleep(Duration::from_millis(2));
             workers = children(run.id());
         }
+        assert!(!workers.is_empty(), "no worker is started");
         thread::sleep(Duration::from_millis(numbers.below(150) as u64));
         workers.extend(children(run.id()));
         run.kill().unwrap();
@@ -165,9 +186,12 @@ fn the_third_death_of_a_part_is_a_fault_of_its_rows() {
     let scene = scene(60);
     let shim = shim(&scene);
     let mut run = command(&scene, "2");
-    run.env("LD_PRELOAD", &shim)
-        .env("CHAOS_ROOT", scene.path("runs"))
-        .env("CHAOS", "candidates/round-1/part-00003 before 1 0");
+    doom(
+        &mut run,
+        &scene,
+        &shim,
+        "candidates/round-1/part-00003 before 1 0",
+    );
     let run = run.args(["--set", "rounds=1", "--set", "reject_share_max=0.5"]);
     let ran = said(run.output().unwrap());
     assert_eq!(ran.code, Some(0), "{}", ran.err);
@@ -199,9 +223,12 @@ fn workers_that_never_finish_anything_end_the_run() {
     let scene = scene(60);
     let shim = shim(&scene);
     let mut run = command(&scene, "2");
-    run.env("LD_PRELOAD", &shim)
-        .env("CHAOS_ROOT", scene.path("runs"))
-        .env("CHAOS", "candidates/round-1/part- before 1 0");
+    doom(
+        &mut run,
+        &scene,
+        &shim,
+        "candidates/round-1/part- before 1 0",
+    );
     let ran = said(run.output().unwrap());
     assert_eq!(ran.code, Some(1), "{}", ran.err);
     let words = "workers have ended without finishing a part, the last one with signal 9";
@@ -214,26 +241,13 @@ fn workers_that_never_finish_anything_end_the_run() {
 fn a_signal_stops_workers_and_progress_is_kept() {
     let scene = scene(20_000);
     let run = command(&scene, "2").spawn().unwrap();
-    let begun = Instant::now();
-    let has_parts = || {
-        let run = RunFolder::read(&scene.path(RUN)).ok();
-        let tables = run
-            .map(|run| run.manifest().made.clone())
-            .unwrap_or_default();
-        tables
-            .iter()
-            .any(|made| made.table == "candidates" && !made.parts.is_empty())
-    };
-    while !has_parts() {
-        assert!(begun.elapsed() < Duration::from_secs(60), "no part is done");
-        thread::sleep(Duration::from_millis(5));
-    }
+    wait_for_parts(&scene, 1);
     let pid = run.id().to_string();
     Command::new("kill").args(["-INT", &pid]).output().unwrap();
     let ran = ended(run);
     assert_eq!(ran.code, Some(130), "{}", ran.err);
     assert!(ran.err.contains("progress is saved"), "{}", ran.err);
-    assert!(has_parts());
+    wait_for_parts(&scene, 1);
 }
 
 #[test]

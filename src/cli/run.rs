@@ -175,19 +175,12 @@ impl Run {
         workers: &Workers<'_>,
         interrupt: &Interrupt,
     ) -> Result<(), Failed> {
-        let (sets, mut in_text, mut in_json);
-        sets = &self.file.sets;
-        let report: &mut dyn Report = match self.log {
-            Log::Text => {
-                in_text = Progress::new(false);
-                &mut in_text
-            }
-            Log::Json => {
-                in_json = JsonLog::new();
-                &mut in_json
-            }
+        let mut report: Box<dyn Report> = match self.log {
+            Log::Text => Box::new(Progress::new(false)),
+            Log::Json => Box::new(JsonLog::new()),
         };
-        match follow(plan, sets, folder, loader, workers, report, interrupt) {
+        let sets = &self.file.sets;
+        match follow(plan, sets, folder, loader, workers, &mut *report, interrupt) {
             Ok(()) => Ok(()),
             Err(Failure::Interrupted) => Err(Failed::Code(interrupt.code() as u8)),
             Err(failure) => Err(Failed::Words(failure.to_string())),

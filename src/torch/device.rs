@@ -479,6 +479,12 @@ pub fn doctor() -> Vec<Finding> {
         }
         Err(problem) => finding(Severity::Bad, format!("`device: auto` is not available: {problem}")),
     });
+    if shim::is_deterministic() {
+        let text = format!(
+            "{DETERMINISTIC} is set: kernels repeat to the bit where libtorch has such kernels"
+        );
+        findings.push(finding(Severity::Good, text));
+    }
     // Only a GPU has a choice.
     if matches!(auto(), Ok((device, _)) if *device != Device::Cpu) {
         let backends = shim::attention_backends().join(", ");
@@ -487,12 +493,7 @@ pub fn doctor() -> Vec<Finding> {
         } else {
             ""
         };
-        let repeats = if shim::is_deterministic() {
-            "; deterministic"
-        } else {
-            ""
-        };
-        let text = format!("attention backends: {backends}{first}{repeats}");
+        let text = format!("attention backends: {backends}{first}");
         findings.push(finding(Severity::Good, text));
     }
     findings

@@ -78,7 +78,8 @@ fn check(message: *mut c_char) {
     outcome(message).unwrap();
 }
 
-fn outcome(message: *mut c_char) -> Result<(), TchError> {
+/// Takes over the message of a call of the shim: null if it succeeded.
+pub fn outcome(message: *mut c_char) -> Result<(), TchError> {
     if message.is_null() {
         return Ok(());
     }

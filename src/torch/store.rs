@@ -7,11 +7,12 @@
     reason = "calls the C functions of shim/store.cpp, whose signatures are declared here"
 )]
 
-use std::ffi::{CStr, CString, c_char, c_void};
+use std::ffi::{CString, c_char, c_void};
 use std::net::{IpAddr, TcpListener, ToSocketAddrs};
 use std::os::fd::IntoRawFd;
 use std::ptr::null_mut;
 
+use super::shim;
 use ovchat_models::{Board, ModelError, RankPlace};
 
 unsafe extern "C" {
@@ -41,7 +42,7 @@ unsafe extern "C" {
         value: *mut *mut u8,
         size: *mut usize,
     ) -> *mut c_char;
-    fn ovchat_store_free(value: *mut c_void);
+    fn ovchat_free(value: *mut c_char);
 }
 
 /// The time in seconds in which rank 0 has to appear.
@@ -132,7 +133,7 @@ impl Board for TcpStore {
         // SAFETY: the shim has allocated `size` bytes and gave them away.
         let bytes = unsafe {
             let bytes = std::slice::from_raw_parts(value, size).to_vec();
-            ovchat_store_free(value.cast());
+            ovchat_free(value.cast());
             bytes
         };
         Ok(Some(bytes))
@@ -152,17 +153,11 @@ fn text(text: &str) -> CString {
 
 /// Takes over the message of a failed call, up to libtorch's stack trace.
 fn outcome(message: *mut c_char) -> Result<(), String> {
-    if message.is_null() {
-        return Ok(());
-    }
-    // SAFETY: the shim returns null or a string that ends in a zero byte, which it allocated.
-    let words = unsafe {
-        let words = CStr::from_ptr(message).to_string_lossy().into_owned();
-        ovchat_store_free(message.cast());
-        words
-    };
-    let first = words.split("\nException raised from").next();
-    Err(first.unwrap_or(&words).trim().to_owned())
+    shim::outcome(message).map_err(|error| {
+        let words = error.to_string();
+        let first = words.split("\nException raised from").next();
+        first.unwrap_or(&words).trim().to_owned()
+    })
 }
 
 #[cfg(test)]

@@ -5,9 +5,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use ovchat_data::store::RunFolder;
-
-use super::{RUN, ended, scene};
+use super::{RUN, ended, scene, wait_for_parts};
 use crate::chaos::networks;
 use crate::scene::{Scene, said};
 
@@ -39,20 +37,6 @@ fn start(scene: &Scene, world: u32) -> Vec<Child> {
     ranks
         .map(|number| rank(scene, number, world, port).spawn().unwrap())
         .collect()
-}
-
-/// Waits until so many parts of the candidates are committed.
-fn wait_for_parts(scene: &Scene, parts: usize) {
-    let begun = Instant::now();
-    loop {
-        let run = RunFolder::read(&scene.path(RUN)).ok();
-        let made = run.and_then(|run| run.manifest().find("candidates", Some(1)).cloned());
-        if made.is_some_and(|made| made.parts.len() >= parts || made.complete) {
-            return;
-        }
-        assert!(begun.elapsed() < Duration::from_secs(60), "no part is done");
-        thread::sleep(Duration::from_millis(5));
-    }
 }
 
 #[test]
@@ -147,6 +131,12 @@ fn workers_with_networks_make_the_same_bits() {
         let mut command = scene.command(&[&["run", "p.yaml"], workers].concat());
         let ran = said(command.env("OMP_NUM_THREADS", "1").output().unwrap());
         assert_eq!(ran.code, Some(0), "{}", ran.err);
+        assert_eq!(
+            ran.err.contains("2 workers: "),
+            !workers.is_empty(),
+            "{}",
+            ran.err
+        );
         let weights: Vec<Vec<u8>> = scene.checkpoints(networks::RUN).into_values().collect();
         (scene.tables(networks::RUN), weights)
     };

@@ -84,7 +84,13 @@ impl<'a> Runner<'a> {
         let mut writing: Option<Writing> = None;
         let mut done = 0;
         for part in 0.. {
-            let taken = mapping.groups.take(made.part_groups as usize)?;
+            let taken = match mapping.groups.take(made.part_groups as usize) {
+                Ok(taken) => taken,
+                Err(failure) => {
+                    self.commit_written(table, round, writing)?;
+                    return Err(failure);
+                }
+            };
             if taken.lengths.is_empty() {
                 break;
             }

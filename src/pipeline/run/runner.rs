@@ -118,26 +118,12 @@ impl<'a> Runner<'a> {
             source[key] = before[key].clone();
         }
         folder.set_source(source)?;
-        let fingerprints = Fingerprints::open(folder.cache()?.join("fingerprints.json"));
         Ok(Self {
-            plan,
-            folder,
             before,
-            keys: Keys::new(plan, loader, fingerprints),
-            loader,
-            report,
-            interrupt,
-            said: HashSet::new(),
-            reached: HashMap::new(),
-            intact: HashSet::new(),
             rates: Rates::open(opening.rates.clone()),
-            kept: Kept::default(),
-            threads: None,
             workers: opening.workers.clone(),
-            pool: None,
-            jobs: 0,
-            token: token(),
             sets: opening.sets.to_vec(),
+            ..Self::new(plan, folder, loader, report, interrupt)?
         })
     }
 
@@ -149,7 +135,16 @@ impl<'a> Runner<'a> {
         report: &'a mut dyn Report,
         interrupt: &'a Interrupt,
     ) -> Result<Self, Failure> {
-        let folder = RunFolder::read(folder)?;
+        Self::new(plan, RunFolder::read(folder)?, loader, report, interrupt)
+    }
+
+    fn new(
+        plan: &'a Plan,
+        folder: RunFolder,
+        loader: Option<&'a dyn ModelLoader>,
+        report: &'a mut dyn Report,
+        interrupt: &'a Interrupt,
+    ) -> Result<Self, Failure> {
         let fingerprints = Fingerprints::open(folder.cache()?.join("fingerprints.json"));
         Ok(Self {
             plan,

@@ -11,6 +11,7 @@
 #include <ATen/record_function.h>
 #include <torch/library.h>
 
+#include "caught.h"
 #include "kernels.h"
 
 #include <atomic>
@@ -269,20 +270,9 @@ std::vector<Tensor> list_of(const Tensor* const* tensors, int64_t count) {
   return list;
 }
 
-/// Runs `compute`; returns null, or the message of its exception, which the caller frees.
-template <class Compute>
-char* caught(Compute compute) {
-  try {
-    compute();
-    return nullptr;
-  } catch (const std::exception& error) {
-    return strdup(error.what());
-  } catch (...) {
-    return strdup("an unknown C++ exception");
-  }
-}
-
 }  // namespace
+
+using ovchat::caught;
 
 extern "C" {
 

@@ -2,6 +2,8 @@
 
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
+#include "caught.h"
+
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
@@ -10,20 +12,9 @@ namespace {
 
 using Store = c10::intrusive_ptr<c10d::TCPStore>;
 
-/// Runs `compute`; returns null, or the message of its exception, which the caller frees.
-template <class Compute>
-char* caught(Compute compute) {
-  try {
-    compute();
-    return nullptr;
-  } catch (const std::exception& error) {
-    return strdup(error.what());
-  } catch (...) {
-    return strdup("an unknown C++ exception");
-  }
-}
-
 }  // namespace
+
+using ovchat::caught;
 
 extern "C" {
 
@@ -56,7 +47,7 @@ char* ovchat_store_set(void* store, const char* key, const uint8_t* value, size_
   });
 }
 
-/// Reads a value, which the caller frees; leaves `value` alone if it was not set yet.
+/// Reads a value, which the caller gives to `ovchat_free`; leaves `value` alone if it was not set yet.
 char* ovchat_store_get(void* store, const char* key, uint8_t** value, size_t* size) {
   return caught([&] {
     auto& own = *static_cast<Store*>(store);
@@ -68,6 +59,4 @@ char* ovchat_store_get(void* store, const char* key, uint8_t** value, size_t* si
     *size = found.size();
   });
 }
-
-void ovchat_store_free(void* value) { free(value); }
 }

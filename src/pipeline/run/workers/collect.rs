@@ -232,8 +232,9 @@ impl<'a> Runner<'a> {
                     break;
                 };
                 collected.replies[rank as usize] += 1;
-                let reply: RankReply = serde_json::from_slice(&reply)
-                    .map_err(|error| lost_board(format!("{key} is invalid: {error}")))?;
+                let reply: RankReply = serde_json::from_slice(&reply).map_err(|error| {
+                    Failure::Other(format!("`{key}` of the other ranks is invalid: {error}"))
+                })?;
                 match reply {
                     RankReply::Part(done) => collected.add(*done),
                     RankReply::Note(text) => note_once(&mut self.said, self.report, &text),

@@ -106,8 +106,9 @@ impl Follower<'_> {
                 self.pause()?;
                 thread::sleep(LOOK_EVERY);
             };
-            let order: TableOrder = serde_json::from_slice(&order)
-                .map_err(|error| lost_board(format!("{prefix} is invalid: {error}")))?;
+            let order: TableOrder = serde_json::from_slice(&order).map_err(|error| {
+                Failure::Other(format!("`{prefix}` of rank 0 is invalid: {error}"))
+            })?;
             self.replies = 0;
             let left = self.compute(job, &order);
             if !matches!(left, Ok(Left::Done)) {

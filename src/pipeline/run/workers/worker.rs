@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use super::messages::{Begin, Order, PartDone, Reply, TableOrder, WorkerFailure};
+use super::messages::{Begin, Cut, Order, PartDone, Reply, TableOrder, WorkerFailure};
 use crate::config::PlannedStage;
 use crate::run::groups::groups_of;
 use crate::run::interrupt::Interrupt;
@@ -162,14 +162,7 @@ impl Runner<'_> {
         let pen = Arc::new(self.pen(&order.table, &order.made, work.schema(), &order.token));
         // Each part is written, and reported, while the next one is computed.
         let mut writing: Option<JoinHandle<Result<(), Failure>>> = None;
-        while let Ok(next) = orders.recv() {
-            let cut = match next? {
-                Order::Part(cut) => cut,
-                other @ Order::Table(_) => {
-                    written(&mut writing)?;
-                    return Ok(Some(other));
-                }
-            };
+        let mut each = |cut: Cut, writing: &mut Option<_>| -> Result<(), Failure> {
             mapping.groups.seek(cut.first_row)?;
             let taken = mapping.groups.take(order.made.part_groups as usize)?;
             let rows = taken.lengths.iter().sum::<usize>() as u64;
@@ -181,11 +174,11 @@ impl Runner<'_> {
             }
             tell(&Reply::Began(cut.part));
             mapping.tally = Tally::default();
-            let parcel = self.compute(&mut mapping, cut.part, &taken, 0);
-            written(&mut writing)?;
-            let (parcel, rewards) = (parcel?, mapping.tally.rewards_so_far());
+            let parcel = self.compute(&mut mapping, cut.part, &taken, 0)?;
+            written(writing)?;
+            let rewards = mapping.tally.rewards_so_far();
             let (pen, tell) = (Arc::clone(&pen), Arc::clone(tell));
-            writing = Some(thread::spawn(move || {
+            *writing = Some(thread::spawn(move || {
                 let record = pen.write(parcel)?;
                 tell(&Reply::Part(Box::new(PartDone {
                     record,
@@ -194,9 +187,22 @@ impl Runner<'_> {
                 })));
                 Ok(())
             }));
-        }
+            Ok(())
+        };
+        let next = loop {
+            match orders.recv() {
+                Ok(Ok(Order::Part(cut))) => {
+                    if let Err(failure) = each(cut, &mut writing) {
+                        break Err(failure);
+                    }
+                }
+                Ok(other) => break other.map(Some),
+                Err(_) => break Ok(None),
+            }
+        };
+        // Whatever comes next, the last part is finished.
         written(&mut writing)?;
-        Ok(None)
+        next
     }
 }
 
