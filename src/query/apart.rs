@@ -1,9 +1,14 @@
 //! One thread per query, with a stack deep enough for any accepted query, so that the consumer of
 //! the rows is free for other work.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::thread::{self, Builder};
 use std::time::Duration;
+
+use futures::future::{Either, select};
+use tokio::sync::oneshot;
 
 use super::interface::{Part, QueryError};
 use ovchat_io::files::caught;
@@ -27,19 +32,67 @@ pub fn apart<T: Send>(
     })
 }
 
+/// The receiver of the parts of a query.
+pub struct Listener {
+    parts: SyncSender<Part>,
+    /// Resolves when nobody receives parts any more.
+    gone: oneshot::Receiver<()>,
+    /// Becomes true then.
+    pub is_gone: Arc<AtomicBool>,
+}
+
+/// Tells a query when it is dropped that nobody receives its parts any more.
+struct Here {
+    _gone: oneshot::Sender<()>,
+    is_gone: Arc<AtomicBool>,
+}
+
+impl Drop for Here {
+    fn drop(&mut self) {
+        self.is_gone.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Listener {
+    pub fn give(&self, part: Part) -> Result<(), QueryError> {
+        self.parts.send(part).map_err(|_| unheard())
+    }
+
+    /// Waits for a piece of work, or fails as soon as nobody receives parts any more.
+    pub async fn unless_gone<T>(
+        &mut self,
+        work: impl Future<Output = T> + Unpin,
+    ) -> Result<T, QueryError> {
+        match select(work, &mut self.gone).await {
+            Either::Left((done, _)) => Ok(done),
+            Either::Right(_) => Err(unheard()),
+        }
+    }
+}
+
+fn unheard() -> QueryError {
+    QueryError::Other("the receiver of the rows is gone".to_owned())
+}
+
 /// Runs `work` in its own thread and passes its parts to `sink` in this thread. At most two parts
-/// are buffered. If `sink` fails, the thread is detached and ends by itself.
+/// are buffered. If `sink` fails, the thread is detached, and ends soon.
 pub fn piece_by_piece<E: From<QueryError>>(
-    work: impl AsyncFnOnce(&dyn Fn(Part) -> Result<(), QueryError>) -> Result<(), QueryError>
-    + Send
-    + 'static,
+    work: impl AsyncFnOnce(Listener) -> Result<(), QueryError> + Send + 'static,
     mut sink: impl FnMut(Part) -> Result<(), E>,
 ) -> Result<(), E> {
-    let (sender, receiver) = sync_channel(1);
-    let thread = builder().spawn(move || {
-        let give = |part| give(&sender, part);
-        unless_it_panics(|| block_on(work(&give)))
-    });
+    let (parts, receiver) = sync_channel(1);
+    let (sender, gone) = oneshot::channel();
+    let is_gone = Arc::new(AtomicBool::new(false));
+    let _here = Here {
+        _gone: sender,
+        is_gone: Arc::clone(&is_gone),
+    };
+    let listener = Listener {
+        parts,
+        gone,
+        is_gone,
+    };
+    let thread = builder().spawn(move || unless_it_panics(|| block_on(work(listener))));
     let thread = thread.map_err(|error| no_thread(&error))?;
     loop {
         match receiver.recv_timeout(PATIENCE) {
@@ -51,11 +104,6 @@ pub fn piece_by_piece<E: From<QueryError>>(
     Ok(thread
         .join()
         .unwrap_or_else(|_| Err(panicked("it ended")))?)
-}
-
-fn give(sender: &SyncSender<Part>, part: Part) -> Result<(), QueryError> {
-    let is_unheard = |_| QueryError::Other("the receiver of the rows is gone".to_owned());
-    sender.send(part).map_err(is_unheard)
 }
 
 fn builder() -> Builder {

@@ -1,13 +1,31 @@
 //! The interface of queries: parameters, tables and views, the pieces of a result, errors, and the
 //! memory limit.
 
+use std::path::Path;
+
 use arrow::array::RecordBatch;
 use arrow::datatypes::SchemaRef;
 
 use ovchat_data::store::TableFile;
 
-/// The memory limit for sorts and joins, in bytes; the rest is spilled to disk.
+/// The default memory limit for sorts and joins, in bytes; the rest is spilled to disk.
 pub const MEMORY_BYTES: usize = 512 << 20;
+
+/// The memory of a query.
+#[derive(Debug, Clone, Copy)]
+pub struct Room<'a> {
+    /// The memory limit for sorts and joins, in bytes.
+    pub memory: usize,
+    /// The folder into which the rest is spilled; without one, a query beyond the limit fails.
+    pub spill: Option<&'a Path>,
+}
+
+impl<'a> From<Option<&'a Path>> for Room<'a> {
+    fn from(spill: Option<&'a Path>) -> Self {
+        let memory = MEMORY_BYTES;
+        Self { memory, spill }
+    }
+}
 
 /// A query that cannot be planned or run.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

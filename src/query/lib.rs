@@ -1,12 +1,13 @@
 //! SQL queries over tables, with DataFusion.
 //!
-//! This crate contains all use of DataFusion, and all async code except the labeling page's server.
+//! This crate contains all use of DataFusion, and all async code except the server of pages.
 //! Every query runs on its own thread, with bounded memory and a deep stack, and spills to a folder
 //! of the caller's. Tables are given as lists of Parquet files, so that a query never reads a file
 //! that the manifest does not list.
 
 mod apart;
 mod bounded;
+mod cancel;
 mod checked;
 mod count;
 mod depth;
@@ -14,6 +15,7 @@ mod interface;
 mod intervals;
 mod large;
 mod lines;
+mod positions;
 mod row_by_row;
 #[cfg(test)]
 mod tests;
@@ -21,6 +23,7 @@ pub mod types;
 mod unsupported;
 mod words;
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -32,21 +35,23 @@ use datafusion::error::DataFusionError;
 use datafusion::execution::SessionState;
 use datafusion::execution::object_store::ObjectStoreUrl;
 use datafusion::execution::runtime_env::RuntimeEnvBuilder;
+use datafusion::physical_plan::execute_stream;
 use datafusion::prelude::{
     DataFrame, ParquetReadOptions, SQLOptions, SessionConfig, SessionContext, lit,
 };
 use datafusion::sql::parser::Statement;
 use futures::StreamExt;
 
-use apart::{apart, piece_by_piece};
+use apart::{Listener, apart, piece_by_piece};
+use cancel::cancellable;
 use checked::CheckedFiles;
 pub use count::{RowCount, Several};
-use interface::MEMORY_BYTES;
-pub use interface::{Header, Param, Part, QueryError, QueryTable, View};
+pub use interface::{Header, Param, Part, QueryError, QueryTable, Room, View};
+pub use positions::positions;
 pub use row_by_row::reach_beyond;
 use words::{Allowed, error, refuse_others, refuse_unknown_params};
 
-use ovchat_data::store::{StoreError, schema_of_file};
+use ovchat_data::store::{StoreError, TableFile, schema_of_file};
 use ovchat_io::files;
 
 /// Returns the schema of a query's result. Reads no data.
@@ -130,47 +135,40 @@ pub fn stream<E: From<QueryError>>(
     spill: Option<&Path>,
     sink: impl FnMut(Part) -> Result<(), E>,
 ) -> Result<(), E> {
+    stream_within(sql, params, tables, views, spill.into(), sink)
+}
+
+/// Runs a query as [`stream`] does, within a memory limit.
+pub fn stream_within<E: From<QueryError>>(
+    sql: &str,
+    params: &[(&str, Param)],
+    tables: &[QueryTable],
+    views: &[View],
+    room: Room<'_>,
+    sink: impl FnMut(Part) -> Result<(), E>,
+) -> Result<(), E> {
     let (sql, tables, views) = (sql.to_owned(), tables.to_vec(), views.to_vec());
     let params: Vec<(String, Param)> = params
         .iter()
         .map(|(name, value)| ((*name).to_owned(), value.clone()))
         .collect();
-    let spill = spill.map(Path::to_owned);
+    let (memory, spill) = (room.memory, room.spill.map(Path::to_owned));
     piece_by_piece(
-        async move |give| {
-            let context = context(spill.as_deref()).map_err(error)?;
-            let files = tables.iter().flat_map(|table| &table.files);
-            let files = CheckedFiles::new(files.flat_map(|(_, files)| files));
-            let corrupt = files.corrupt();
-            context.register_object_store(
-                ObjectStoreUrl::local_filesystem().as_ref(),
-                Arc::new(files),
-            );
-            // For a corrupt file, this message is better than DataFusion's.
-            let error = |failed: DataFusionError| {
-                let corrupt = corrupt.lock().expect("no panic while locked");
-                match &*corrupt {
-                    Some(path) => {
-                        let path = path.clone();
-                        let corrupt = StoreError::Corrupt { path };
-                        QueryError::Other(format!(
-                            "{corrupt}; `pipeline verify` lists corrupt files, and after `pipeline repair` the next \
-                             `pipeline run` rebuilds them"
-                        ))
-                    }
-                    None => error(failed),
-                }
-            };
+        async move |listener| {
+            let spill = spill.as_deref();
+            let context = context(Room { memory, spill }).map_err(error)?;
+            let files = tables.iter().flat_map(|table| table.files.clone());
+            let error = checked_files(&context, &files.collect::<Vec<_>>());
             let mentioned = mentioned(&sql, &views);
             for table in tables.iter().filter(|table| mentioned(&table.name)) {
-                register(&context, table).await.map_err(error)?;
+                register(&context, table).await.map_err(&error)?;
             }
             for view in views.iter().filter(|view| mentioned(&view.name)) {
                 // A view over a table that the run has not begun yet cannot be planned yet.
                 if let Ok(frame) = prepare(&context, &view.query, &[], Allowed::Queries).await {
                     context
                         .register_table(view.name.as_str(), frame.into_view())
-                        .map_err(error)?;
+                        .map_err(&error)?;
                 }
             }
             let params: Vec<(&str, Param)> = params
@@ -184,15 +182,52 @@ pub fn stream<E: From<QueryError>>(
                 schema: Arc::new(frame.schema().as_arrow().clone()),
                 tables: tables.collect(),
             };
-            give(Part::Header(header))?;
-            let mut stream = frame.execute_stream().await.map_err(error)?;
-            while let Some(batch) = stream.next().await {
-                give(Part::Rows(batch.map_err(error)?))?;
-            }
-            Ok(())
+            listener.give(Part::Header(header))?;
+            give_rows(frame, listener, &error).await
         },
         sink,
     )
+}
+
+/// Executes a query and passes its rows on.
+async fn give_rows(
+    frame: DataFrame,
+    mut listener: Listener,
+    error: &dyn Fn(DataFusionError) -> QueryError,
+) -> Result<(), QueryError> {
+    let tasks = Arc::new(frame.task_ctx());
+    let plan = frame.create_physical_plan().await.map_err(error)?;
+    let plan = cancellable(plan, &listener.is_gone).map_err(error)?;
+    let mut stream = execute_stream(plan, tasks).map_err(error)?;
+    while let Some(batch) = listener.unless_gone(stream.next()).await? {
+        listener.give(Part::Rows(batch.map_err(error)?))?;
+    }
+    Ok(())
+}
+
+/// Lets a query read these files, with their checksums verified. Returns the function that words its
+/// errors: for a corrupt file, it is better than DataFusion's message.
+fn checked_files(
+    context: &SessionContext,
+    files: &[(Option<u32>, Vec<TableFile>)],
+) -> impl Fn(DataFusionError) -> QueryError + use<> {
+    let files = CheckedFiles::new(files.iter().flat_map(|(_, files)| files));
+    let corrupt = files.corrupt();
+    context.register_object_store(ObjectStoreUrl::local_filesystem().as_ref(), Arc::new(files));
+    move |failed| {
+        let corrupt = corrupt.lock().expect("no panic while locked");
+        match &*corrupt {
+            Some(path) => {
+                let path = path.clone();
+                let corrupt = StoreError::Corrupt { path };
+                QueryError::Other(format!(
+                    "{corrupt}; `pipeline verify` lists corrupt files, and after `pipeline repair` the next \
+                     `pipeline run` rebuilds them"
+                ))
+            }
+            None => error(failed),
+        }
+    }
 }
 
 /// Runs a query over in-memory tables, each with at least one batch.
@@ -203,7 +238,7 @@ pub fn over<'t>(
 ) -> Result<Vec<RecordBatch>, QueryError> {
     let tables: Vec<(&str, Vec<RecordBatch>)> = tables.into_iter().collect();
     apart(async || {
-        let context = context(None).map_err(error)?;
+        let context = context(None.into()).map_err(error)?;
         for (name, rows) in tables {
             let schema = nullable(&rows[0].schema());
             let table = MemTable::try_new(schema, vec![rows]).map_err(error)?;
@@ -226,9 +261,9 @@ fn config() -> SessionConfig {
     config
 }
 
-fn context(spill: Option<&Path>) -> Result<SessionContext, DataFusionError> {
-    let mut runtime = RuntimeEnvBuilder::new().with_memory_limit(MEMORY_BYTES, 1.0);
-    if let Some(spill) = spill {
+fn context(room: Room<'_>) -> Result<SessionContext, DataFusionError> {
+    let mut runtime = RuntimeEnvBuilder::new().with_memory_limit(room.memory, 1.0);
+    if let Some(spill) = room.spill {
         runtime = runtime.with_temp_file_path(spill);
     }
     let context = SessionContext::new_with_config_rt(config(), runtime.build_arc()?);
@@ -330,7 +365,7 @@ async fn register(context: &SessionContext, table: &QueryTable) -> Result<(), Da
         } else {
             let schema = schema_of_file(&files[0].path).ok();
             // Files of one table differ in their metadata.
-            let schema = schema.map(|schema| Schema::new(nullable(&schema).fields().clone()));
+            let schema = schema.map(|schema| documented(&nullable(&schema), &table.schema));
             let options = ParquetReadOptions {
                 schema: schema.as_ref(),
                 ..ParquetReadOptions::default()
@@ -371,6 +406,17 @@ fn register_empty(
     let nothing = MemTable::try_new(nullable(schema), vec![vec![]])?;
     context.register_table(name, Arc::new(nothing))?;
     Ok(())
+}
+
+/// Returns the columns with the metadata that they have in `documented`, and without their own, which
+/// differs between files that different versions of this program wrote.
+fn documented(schema: &Schema, documented: &Schema) -> Schema {
+    let fields = schema.fields().iter().map(|field| {
+        let of = documented.field_with_name(field.name());
+        let metadata = of.map_or_else(|_| HashMap::new(), |of| of.metadata().clone());
+        field.as_ref().clone().with_metadata(metadata)
+    });
+    Schema::new(fields.collect::<Vec<Field>>())
 }
 
 /// Returns the schema with all columns nullable. If the column of an empty scalar subquery is not

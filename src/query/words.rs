@@ -6,7 +6,7 @@ use datafusion::logical_expr::LogicalPlan;
 use datafusion::sql::parser::Statement;
 use datafusion::sql::sqlparser::ast::Statement as Sql;
 
-use super::interface::{MEMORY_BYTES, Param, QueryError};
+use super::interface::{Param, QueryError};
 
 /// The statements that are allowed in place of a query.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,11 +112,10 @@ pub fn error(error: DataFusionError) -> QueryError {
                 advice: columns_there(field, valid_fields, &problem.to_string()),
             };
         }
-        DataFusionError::ResourcesExhausted(_) => format!(
-            "the query exceeds its memory limit of {} MB: join or group fewer rows, or fewer and \
-             smaller columns",
-            MEMORY_BYTES >> 20
-        ),
+        DataFusionError::ResourcesExhausted(_) => {
+            "the query exceeds its memory limit: join or group fewer rows, or fewer and smaller columns"
+                .to_owned()
+        }
         DataFusionError::Internal(problem) => {
             let problem = problem.split(DataFusionError::BACK_TRACE_SEP).next();
             format!(

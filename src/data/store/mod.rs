@@ -22,6 +22,7 @@ mod media;
 mod pages;
 mod parquet;
 mod place;
+mod positions;
 mod rates;
 mod rebuild;
 mod record;
@@ -47,6 +48,7 @@ pub use parquet::{
     BLOCK, ParquetStream, TableReader, TableWriter, read_file, schema_of_file, unstorable,
 };
 pub use place::Place;
+pub use positions::rows_at;
 pub use rates::Rates;
 pub use rebuild::Flaw;
 pub use videos::Videos;
