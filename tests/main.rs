@@ -24,6 +24,8 @@ mod exec;
 mod fork;
 /// Replay of the fuzz corpus.
 mod fuzz_corpus;
+/// The health of rounds, and the guard.
+mod health;
 /// Commands that flood their output, leave processes behind, or look for secrets.
 mod hostile_commands;
 /// Endpoints that reply with impossible values, or not at all.

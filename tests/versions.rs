@@ -167,7 +167,7 @@ fn rounds_that_stop_when_removes_are_named_before_they_go() {
     assert!(
         said.err.contains(
             "removing tables of runs/scripted after round 1, the last one: candidates (round 2), gate (round 2), \
-             rewards (round 2), pairs (round 2), steps (round 2), steps_reference (round 2), answers (round 2), grades (round 2); they are archived in \
+             rewards (round 2), pairs (round 2), steps (round 2), steps_reference (round 2), answers (round 2), grades (round 2), health (round 2); they are archived in \
              .cache\nto restore them, run: pipeline run p.yaml\n"
         ),
         "{}",
@@ -300,6 +300,7 @@ fn status_and_fork_name_tables_that_were_made_from_earlier_versions() {
         "steps_reference 1",
         "answers 1",
         "grades 1",
+        "health 1",
         "candidates 2",
         "gate 2",
         "rewards 2",
@@ -308,11 +309,12 @@ fn status_and_fork_name_tables_that_were_made_from_earlier_versions() {
         "steps_reference 2",
         "answers 2",
         "grades 2",
+        "health 2",
     ];
     assert_eq!(marked(&scene), stale);
     let said = scene.succeeds(&["fork", "scripted", "--at", "2"]);
     assert!(
-        said.err.contains("built from earlier versions of their inputs: steps (round 1), steps_reference (round 1), answers (round 1), grades (round 1)"),
+        said.err.contains("built from earlier versions of their inputs: steps (round 1), steps_reference (round 1), answers (round 1), grades (round 1), health (round 1)"),
         "{}",
         said.err
     );

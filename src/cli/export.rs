@@ -27,6 +27,7 @@ use ovchat_data::store::{
 use ovchat_data::tables::{Image, Pair, Row};
 use ovchat_io::files;
 use ovchat_models::{Layout, ModelLoader};
+use ovchat_pipeline::run::best_round;
 use ovchat_pipeline::stages::Shown;
 
 /// Export pairs, answers or a checkpoint of a run for other programs.
@@ -84,7 +85,7 @@ enum What {
         /// The folder to write; it must not exist.
         #[arg(long)]
         to: PathBuf,
-        /// The round [default: the last one].
+        /// The round [default: the best one with `rounds: { keep: best }`, else the last one].
         #[arg(long)]
         round: Option<u32>,
         /// The model, if the run trains several.
@@ -165,7 +166,12 @@ impl Export {
                 if rewrites && loader.is_none() {
                     return Err(engine::become_it());
                 }
-                let trained = trained(&run, *round, model.as_deref())?;
+                let best = best_round(&run)?.filter(|_| round.is_none());
+                if let Some(best) = &best {
+                    say!("round {} is the best; `--round` takes another", best.round);
+                }
+                let round = round.or(best.map(|best| best.round));
+                let trained = trained(&run, round, model.as_deref())?;
                 if to.exists() {
                     let words = format!("{} already exists; choose another folder", to.display());
                     return Err(Failed::Words(words));

@@ -18,6 +18,7 @@ mod file;
 mod forecast;
 mod fork;
 mod gc;
+mod health;
 mod init;
 mod label;
 mod log;
@@ -66,6 +67,7 @@ enum Command {
     Plan(check::ShowPlan),
     Sql(sql::Sql),
     Status(status::Status),
+    Health(health::ShowHealth),
     Label(label::LabelRun),
     Pairs(pairs::ShowPairs),
     Ask(ask::Ask),
@@ -116,6 +118,7 @@ pub fn main(loader: Option<&dyn ModelLoader>) -> ExitCode {
         Command::Plan(command) => command.run(loader),
         Command::Sql(command) => command.run(),
         Command::Status(command) => command.run(),
+        Command::Health(command) => command.run(),
         Command::Label(command) => command.run(),
         Command::Pairs(command) => command.run(),
         Command::Ask(command) => command.run(loader),
@@ -188,7 +191,8 @@ mod tests {
             with_json.push(name.to_owned());
         }
         let expected = [
-            "check", "plan", "sql", "status", "pairs", "ask", "diff", "gc", "verify", "doctor",
+            "check", "plan", "sql", "status", "health", "pairs", "ask", "diff", "gc",
+            "verify", "doctor",
         ];
         assert_eq!(with_json, expected);
     }

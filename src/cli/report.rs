@@ -5,11 +5,13 @@ use arrow::util::pretty::pretty_format_batches;
 
 use super::chart;
 use super::failed::Failed;
+use super::health;
 use super::out::line;
 use super::rows::{readable, shown};
 use super::sql::ask;
 use ovchat_data::store::{RunFolder, create_folder};
 use ovchat_pipeline::config::Plan;
+use ovchat_pipeline::run::health_of;
 
 /// Prints the views of a complete run, and writes their charts to its folder `report`. `say`
 /// receives messages about everything that is not printed.
@@ -44,6 +46,10 @@ pub fn print(plan: &Plan, run: &RunFolder, say: &mut dyn FnMut(&str)) -> Result<
         for path in chart::write(run, &folder, name, &plain, wanted)? {
             say(&format!("wrote {}", path.display()));
         }
+    }
+    let rounds = health_of(run)?;
+    if !rounds.is_empty() {
+        line(format_args!("health\n{}", health::table(&rounds)))?;
     }
     Ok(())
 }

@@ -7,10 +7,11 @@ use serde_json::{Value, json};
 
 use super::failed::Failed;
 use super::file::{read_run, run_folder};
+use super::health;
 use super::out::{Output, line};
 use super::progress::duration;
 use ovchat_data::store::{TableVersion, lock_holder};
-use ovchat_pipeline::run::stale;
+use ovchat_pipeline::run::{best_round, health_of, stale};
 
 /// Show what a run has built so far, and if it is running.
 #[derive(Args)]
@@ -46,7 +47,10 @@ impl Status {
             let tables: Vec<Value> = current.chain(staged).collect();
             return line(format_args!(
                 "{:#}",
-                json!({ "pipeline": manifest.pipeline, "running": holder, "tables": tables })
+                json!({
+                    "pipeline": manifest.pipeline, "running": holder, "tables": tables,
+                    "guard": health::conditions(&health_of(&run)?), "best_round": best_round(&run)?.map(|best| best.round),
+                })
             ));
         }
         match holder {
@@ -85,6 +89,12 @@ impl Status {
                 or_none(made.took().map(|took| duration(took.seconds))),
                 or_none(made.expected.seconds.map(duration)),
             ))?;
+        }
+        for words in health::conditions(&health_of(&run)?) {
+            line(words)?;
+        }
+        if let Some(best) = best_round(&run)? {
+            line(format_args!("best round so far: {}", best.round))?;
         }
         Ok(())
     }

@@ -12,6 +12,7 @@ mod answer;
 mod call;
 mod candidate;
 mod comparison;
+mod health;
 mod image;
 mod judged;
 mod label;
@@ -30,6 +31,7 @@ pub use answer::Answer;
 pub use call::Call;
 pub use candidate::{Candidate, Finish};
 pub use comparison::Comparison;
+pub use health::Health;
 pub use image::{Image, ImageFile};
 pub use judged::Judged;
 pub use label::Label;
@@ -49,7 +51,7 @@ pub use video::Video;
 use arrow::datatypes::SchemaRef;
 
 /// All kinds, in pipeline order.
-pub const KINDS: [&str; 18] = [
+pub const KINDS: [&str; 19] = [
     Image::KIND,
     Video::KIND,
     Prompt::KIND,
@@ -64,6 +66,7 @@ pub const KINDS: [&str; 18] = [
     Comparison::KIND,
     Measured::KIND,
     Overlap::KIND,
+    Health::KIND,
     Reject::KIND,
     Telemetry::KIND,
     Call::KIND,
@@ -87,6 +90,7 @@ pub fn schema_of(kind: &str) -> Option<SchemaRef> {
         Comparison::KIND => Comparison::schema(),
         Measured::KIND => Measured::schema(),
         Overlap::KIND => Overlap::schema(),
+        Health::KIND => Health::schema(),
         Reject::KIND => Reject::schema(),
         Telemetry::KIND => Telemetry::schema(),
         Call::KIND => Call::schema(),

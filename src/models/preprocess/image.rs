@@ -10,6 +10,7 @@
 use std::io::{Cursor, ErrorKind};
 use std::panic::catch_unwind;
 
+use image::codecs::jpeg::JpegEncoder;
 use image::codecs::png::{CompressionType, FilterType, PngEncoder};
 use image::{
     DynamicImage, ExtendedColorType, ImageDecoder, ImageEncoder as _, ImageError, ImageFormat,
@@ -41,6 +42,20 @@ impl Rgb {
             height,
             data,
         }
+    }
+
+    /// Returns the image as a JPEG file, with a quality from 1 to 100.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the image is too large for a JPEG file.
+    pub fn to_jpeg(&self, quality: u8) -> Result<Vec<u8>, String> {
+        let mut bytes = Vec::new();
+        let (width, height) = (self.width as u32, self.height as u32);
+        JpegEncoder::new_with_quality(&mut bytes, quality)
+            .write_image(&self.data, width, height, ExtendedColorType::Rgb8)
+            .map_err(|error| format!("cannot write a JPEG file: {error}"))?;
+        Ok(bytes)
     }
 
     /// Returns the image as a PNG file.

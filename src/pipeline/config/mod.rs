@@ -29,6 +29,8 @@ mod reference;
 mod source_texts;
 
 mod expectation;
+mod guard;
+mod metrics;
 mod pipeline;
 mod schema;
 
@@ -53,6 +55,8 @@ mod rounds;
 
 pub use diagnostic::{At, Diagnostic, Diagnostics, Severity};
 pub use expectation::{Expectation, Otherwise};
+pub use guard::{Action, Condition, Guard};
+pub use metrics::{METRICS, Metric, metric};
 pub use paths::{BENCHMARK_TEXTS, NOT_FETCHED};
 pub use pipeline::{BarChart, Chart, KeepImages, LineChart, PipelineName, Rounds, View};
 pub use plan::{LoadError, Plan, PlannedStage};

@@ -16,6 +16,7 @@ use serde::de::{self, MapAccess, Unexpected, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::expectation::Expectation;
+use super::guard::{Action, Guard};
 use super::reference::Variable;
 use super::source::KeyPath;
 use crate::stages::{ModelName, StageSpec, TableName};
@@ -38,8 +39,9 @@ pub struct PipelineSpec {
     /// The random seed. Random numbers depend on the seed, the stage, the round and the row.
     #[schemars(default)]
     pub seed: u64,
-    /// The number of rounds, or `{ max: 5, stop_when: <SQL> }`. All stages run in every round, and
-    /// each round starts from the models trained in the previous one.
+    /// The number of rounds, or `{ max: 5, stop_when: <SQL> }`, or `{ max: 5, keep: best, by: <SQL> }`.
+    /// All stages run in every round, and each round starts from the models trained in the previous
+    /// one.
     #[schemars(default)]
     pub rounds: Rounds,
     /// Named values, referenced as `"${name}"`.
@@ -62,6 +64,14 @@ pub struct PipelineSpec {
     /// The expectations on tables, by name; each is checked as soon as its table is built.
     #[schemars(default, with = "BTreeMap<TableName, Expectation>")]
     pub expect: Vec<Entry<TableName, Expectation>>,
+    /// Conditions on the health of a round, each with the action if it is true after the round: `warn`,
+    /// `stop` or `off`. A condition is a bound on a metric of the table `health`, such as
+    /// `length_correlation > 0.5` or `heldout_step.high < 0` (`low` and `high` are the ends of the
+    /// confidence interval), or a query that returns one boolean and sees the tables of all rounds so
+    /// far, with `$round`. A bound replaces the default bounds on the metric in the same direction;
+    /// `defaults: off` turns all of them off. `pipeline health --help` lists metrics and defaults.
+    #[schemars(default, with = "BTreeMap<String, Action>")]
+    pub guard: Vec<GuardEntry>,
     /// The share of a stage's rows that may be rejected before the run stops, from 0 to 1.
     #[schemars(default = "one_percent")]
     pub reject_share_max: Share,
@@ -95,7 +105,7 @@ impl PipelineSpec {
 }
 
 /// The top-level fields, in their customary order.
-pub const FIELDS: [&str; 12] = [
+pub const FIELDS: [&str; 13] = [
     "extends",
     "pipeline",
     "seed",
@@ -106,6 +116,7 @@ pub const FIELDS: [&str; 12] = [
     "evaluate",
     "report",
     "expect",
+    "guard",
     "reject_share_max",
     "keep_images",
 ];
@@ -260,7 +271,7 @@ pub enum Rounds {
     Until(Until),
 }
 
-/// Rounds that end when a condition is met.
+/// Rounds that end when a condition is met, or of which the best is kept.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Until {
@@ -269,7 +280,32 @@ pub struct Until {
     /// A query that runs after every round and returns one boolean: true ends the rounds; false,
     /// null or no row continues them. It may read every table built so far, with the column `round`
     /// if the table has rounds; `$round` is the round that has just ended.
-    pub stop_when: String,
+    #[serde(default)]
+    pub stop_when: Option<String>,
+    /// The round whose checkpoint `pipeline export` takes: the last one, or the best one by `by`. Each
+    /// round starts from the one before in both cases.
+    #[serde(default)]
+    pub keep: KeepRound,
+    /// With `keep: best`, a query that runs after every round and returns one number. The round with
+    /// the highest number is the best; of equal ones, the earliest. It may read the same tables as
+    /// `stop_when`, and `health`.
+    #[serde(default)]
+    pub by: Option<String>,
+}
+
+/// The round whose checkpoint is exported.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum KeepRound {
+    #[default]
+    Last,
+    Best,
+}
+
+/// A condition of `guard`, with its place.
+pub struct GuardEntry {
+    pub path: KeyPath,
+    pub guard: Guard,
 }
 
 impl Rounds {
@@ -285,7 +321,15 @@ impl Rounds {
     pub fn stop_when(&self) -> Option<&str> {
         match self {
             Self::Count(_) => None,
-            Self::Until(until) => Some(&until.stop_when),
+            Self::Until(until) => until.stop_when.as_deref(),
+        }
+    }
+
+    /// The query whose number decides which round is the best.
+    pub fn by(&self) -> Option<&str> {
+        match self {
+            Self::Count(_) => None,
+            Self::Until(until) => until.by.as_deref(),
         }
     }
 }
@@ -309,7 +353,8 @@ fn within_most<E: de::Error>(rounds: u64) -> Result<(), E> {
 }
 
 /// The description of [`Rounds`] in messages.
-pub const ROUNDS: &str = "a number of rounds (1 or more) or a map with `max` and `stop_when`";
+pub const ROUNDS: &str =
+    "a number of rounds (1 or more) or a map with `max` and `stop_when`, or `keep: best` and `by`";
 
 /// Implemented by hand, because an untagged enum would only report that no variant matches.
 impl<'de> Deserialize<'de> for Rounds {
@@ -340,6 +385,14 @@ impl<'de> Deserialize<'de> for Rounds {
             fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Rounds, A::Error> {
                 let until = Until::deserialize(MapAccessDeserializer::new(map))?;
                 within_most(until.max.get().into())?;
+                match (until.keep, &until.by) {
+                    (KeepRound::Best, None) => return Err(de::Error::missing_field("by")),
+                    (KeepRound::Last, Some(_)) => {
+                        let words = "`by` needs `keep: best`: the last round is kept by default";
+                        return Err(de::Error::custom(words));
+                    }
+                    _ => {}
+                }
                 Ok(Rounds::Until(until))
             }
         }

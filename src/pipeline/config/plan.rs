@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 
 use super::diagnostic::{At, Diagnostic, Diagnostics};
 use super::expectation::Expectation;
+use super::guard::{Guard, with_defaults};
 use super::lineage::{Lineage, StageDraft};
 use super::paths::NOT_FETCHED;
 use super::pipeline::{KeepImages, PipelineName, PipelineSpec, View};
@@ -45,6 +46,10 @@ pub struct Plan {
     pub rounds: NonZeroU32,
     /// The query that decides after every round whether to stop.
     pub stop_when: Option<String>,
+    /// The query whose number decides which round is exported; `None`: the last one.
+    pub keep_by: Option<String>,
+    /// The conditions on the health of a round, with the defaults.
+    pub guard: Vec<Guard>,
     /// The models by name, with absolute paths.
     pub models: BTreeMap<ModelName, ModelSpec>,
     /// The stages in topological order: each after those whose tables it reads, otherwise in file
@@ -248,6 +253,8 @@ pub fn assemble(
         seed: written.seed,
         rounds: written.rounds.max(),
         stop_when: written.rounds.stop_when().map(str::to_owned),
+        keep_by: written.rounds.by().map(str::to_owned),
+        guard: with_defaults(written.guard.into_iter().map(|entry| entry.guard).collect()),
         models: models
             .filter_map(|entry| Some((entry.name, entry.spec?)))
             .collect(),

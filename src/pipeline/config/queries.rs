@@ -1,4 +1,4 @@
-//! Checks of the queries that build no table: `stop_when`, `expect` and `report`.
+//! Checks of the queries that build no table: those of `rounds`, `guard`, `expect` and `report`.
 //!
 //! Each query is planned against the columns of the tables. A query that reads a table with a
 //! diagnostic of its own is skipped until that is fixed.
@@ -8,23 +8,60 @@ use std::collections::HashSet;
 use arrow::datatypes::{DataType, Schema, SchemaRef};
 
 use super::diagnostic::{At, Diagnostic};
+use super::guard::Condition;
 use super::lineage::Lineage;
 use super::pipeline::{Chart, PipelineSpec};
 use super::source::KeyPath;
 use super::sql;
 use super::suggest::{listed, suggest};
-use ovchat_data::tables::{Image, Reject, Row, Telemetry, Video};
+use ovchat_data::tables::{Health, Image, Reject, Row, Telemetry, Video};
 use ovchat_query::{self as query, Param, QueryError, Several, is_flag, with_round};
 
-/// The help for a `stop_when` that returns several rows.
-const ONE_ROW: &str = "aggregate to a single row, such as: select max(reward) > 0.9 from rewards where round = $round";
+/// A query that runs after a round, and the value that it must return.
+struct AfterRound {
+    code: &'static str,
+    at: At,
+    /// The query in messages.
+    name: &'static str,
+    /// The kind of its column, the value, and an example.
+    kind: &'static str,
+    noun: &'static str,
+    example: &'static str,
+    is_right: fn(&Schema) -> bool,
+}
+
+impl AfterRound {
+    fn flag(code: &'static str, at: At, name: &'static str) -> Self {
+        Self {
+            code,
+            at,
+            name,
+            kind: "boolean",
+            noun: "condition",
+            example: "select max(reward) > 0.9 from rewards where round = $round",
+            is_right: is_flag,
+        }
+    }
+
+    fn number(code: &'static str, at: At, name: &'static str) -> Self {
+        Self {
+            code,
+            at,
+            name,
+            kind: "numeric",
+            noun: "number",
+            example: "select value from health where metric = 'heldout_reward' and round = $round limit 1",
+            is_right: |schema| schema.fields().len() == 1 && no_number(schema).is_none(),
+        }
+    }
+}
 
 impl Lineage {
     /// Checks all queries that build no table.
     pub(super) fn check_queries(&mut self, written: &PipelineSpec) {
         self.report(written);
         self.expect(written);
-        self.stop_when(written);
+        self.after_rounds(written);
     }
 
     /// Returns the tables with known columns (with `round` added if `in_rounds`), and the names of
@@ -47,37 +84,72 @@ impl Lineage {
         (tables, unclear)
     }
 
-    /// Checks `stop_when`, the query that ends the rounds.
-    fn stop_when(&mut self, written: &PipelineSpec) {
-        const CODE: &str = "config::stop_when";
-        let Some(query) = written.rounds.stop_when() else {
-            return;
-        };
-        let (tables, unclear) = self.tables(true);
+    /// Checks the queries of `rounds` and `guard`, which run after a round.
+    fn after_rounds(&mut self, written: &PipelineSpec) {
+        let rounds = KeyPath::root().key("rounds");
+        if let Some(query) = written.rounds.stop_when() {
+            let at = At::value(rounds.key("stop_when"));
+            self.after_round(
+                query,
+                &AfterRound::flag("config::stop_when", at, "`stop_when`"),
+            );
+        }
+        if let Some(query) = written.rounds.by() {
+            let at = At::value(rounds.key("by"));
+            self.after_round(query, &AfterRound::number("config::rounds_by", at, "`by`"));
+        }
+        for entry in &written.guard {
+            if let Condition::Query(query) = &entry.guard.condition {
+                let at = At::key(entry.path.clone());
+                let wanted = AfterRound::flag("config::guard", at, "the query");
+                self.after_round(query, &wanted);
+            }
+        }
+    }
+
+    /// Checks a query that returns one value after a round.
+    fn after_round(&mut self, query: &str, wanted: &AfterRound) {
+        let (mut tables, unclear) = self.tables(true);
         if reads(query, &unclear) {
             return;
         }
-        let at = At::value(KeyPath::root().key("rounds").key("stop_when"));
+        self.add_health(&mut tables);
+        let (code, at) = (wanted.code, wanted.at.clone());
         let params = [("round", Param::Integer(1))];
         let found = match query::plan_counted(query, &tables, &params) {
-            Err(error) => Some(unplanned(CODE, at, &error, query, query, &tables)),
-            Ok((schema, _)) if !is_flag(&schema) => {
+            Err(error) => Some(unplanned(code, at, &error, query, query, &tables)),
+            Ok((schema, _)) if !(wanted.is_right)(&schema) => {
                 let columns = schema.fields().iter();
                 let columns: Vec<String> = columns
                     .map(|field| format!("`{}` ({})", field.name(), kind_of(field.data_type())))
                     .collect();
                 let message = format!(
-                    "`stop_when` must return a single boolean column, but returns {}",
+                    "{} must return a single {} column, but returns {}",
+                    wanted.name,
+                    wanted.kind,
                     columns.join(", ")
                 );
-                let help = "return one condition, such as: select max(reward) > 0.9 from rewards where round = $round";
-                Some(Diagnostic::new(CODE, at, message).help(help))
+                let help = format!("return one {}, such as: {}", wanted.noun, wanted.example);
+                Some(Diagnostic::new(code, at, message).help(help))
             }
             Ok((_, count)) => count.several().map(|several| {
-                not_one(CODE, at, "`stop_when` must return one row", &several).help(ONE_ROW)
+                let must = format!("{} must return one row", wanted.name);
+                let help = format!("aggregate to a single row, such as: {}", wanted.example);
+                not_one(code, at, &must, &several).help(help)
             }),
         };
         self.diagnostics.extend(found);
+    }
+
+    /// Adds the table `health`, unless a table of the pipeline has that name.
+    fn add_health(&self, tables: &mut Vec<(String, SchemaRef)>) {
+        if !self
+            .drafts
+            .iter()
+            .any(|draft| draft.name.as_str() == Health::KIND)
+        {
+            tables.push((Health::KIND.to_owned(), with_round(&Health::schema(), true)));
+        }
     }
 
     /// Returns a table that `query` reads but that does not exist yet once the table `name` is
@@ -192,6 +264,7 @@ impl Lineage {
         ];
         let (known, mut unclear) = self.tables(true);
         tables.extend(known);
+        self.add_health(&mut tables);
         for view in &written.report {
             let Some(spec) = &view.spec else {
                 return;

@@ -10,8 +10,9 @@ use serde_yaml::Value;
 use serde_yaml::with::singleton_map_recursive;
 
 use super::diagnostic::{At, Diagnostic, TOLD_MAX};
+use super::guard::{Condition, Guard};
 use super::node::Node;
-use super::pipeline::{Entry, FIELDS, PipelineName, PipelineSpec, one_percent};
+use super::pipeline::{Entry, FIELDS, GuardEntry, PipelineName, PipelineSpec, one_percent};
 use super::reference::{Environment, Replacer, UNKNOWN_VARIABLE, Variable};
 use super::secrets::Secrets;
 use super::serde_messages::{Subject, WITHOUT_DASHES, Words, reword, short};
@@ -72,6 +73,7 @@ pub fn read(tree: Node, environment: Environment<'_>) -> Read {
         evaluate: reader.entries(&tree, "evaluate", "stage type"),
         report: reader.named(&tree, "report", "`name: { query: … }`"),
         expect: reader.named(&tree, "expect", "`name: { table: …, query: … }`"),
+        guard: reader.guard(&tree),
         reject_share_max: reader
             .field(&tree, "reject_share_max")
             .unwrap_or_else(one_percent),
@@ -263,6 +265,41 @@ impl Reader {
                 Err(message) => {
                     let diagnostic = Diagnostic::new("config::name", At::key(path), message);
                     self.diagnostics.push(diagnostic);
+                }
+            }
+        }
+        entries
+    }
+
+    /// Reads the conditions under `guard`.
+    fn guard(&mut self, tree: &Node) -> Vec<GuardEntry> {
+        let path = KeyPath::root().key("guard");
+        let Some(node) = tree.get("guard") else {
+            return Vec::new();
+        };
+        let Some(map) = self.map(node, &path, "a map `<condition>: warn`") else {
+            return Vec::new();
+        };
+        let mut entries = Vec::new();
+        for (text, node) in map {
+            let path = path.key(&text);
+            let action = self.value(node, &path, 0);
+            match (Condition::read(&text), action) {
+                (Ok(condition), Some(action)) => entries.push(GuardEntry {
+                    path,
+                    guard: Guard {
+                        text,
+                        condition,
+                        action,
+                        is_written: true,
+                    },
+                }),
+                (Ok(_), None) => {}
+                (Err(unreadable), _) => {
+                    let at = At::key(path);
+                    let diagnostic = Diagnostic::new("config::guard", at, unreadable.message);
+                    let diagnostic = diagnostic.suggest(unreadable.suggest);
+                    self.diagnostics.push(diagnostic.help(unreadable.help));
                 }
             }
         }

@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 
 use super::diagnostic::{At, Diagnostic};
+use super::guard::Condition;
 use super::lineage::{Lineage, StageDraft};
 use super::pipeline::PipelineSpec;
 use ovchat_data::tables::{Candidate, Comparison, Pair, Prompt, Reward, Row};
@@ -20,6 +21,16 @@ impl Lineage {
         let views = written.report.iter().filter_map(|view| view.spec.as_ref());
         let mut queries: Vec<String> = views.map(|view| view.query.clone()).collect();
         queries.extend(written.rounds.stop_when().map(str::to_owned));
+        queries.extend(written.rounds.by().map(str::to_owned));
+        queries.extend(
+            written
+                .guard
+                .iter()
+                .filter_map(|entry| match &entry.guard.condition {
+                    Condition::Query(query) => Some(query.clone()),
+                    Condition::Defaults | Condition::Bound(_) => None,
+                }),
+        );
         for expectation in written
             .expect
             .iter()

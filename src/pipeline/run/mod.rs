@@ -14,6 +14,7 @@ mod duplicates;
 mod expect;
 mod forecast;
 mod groups;
+mod health;
 mod integrity;
 mod interrupt;
 mod keys;
@@ -34,6 +35,7 @@ mod workers;
 pub use announce::listed;
 pub use command::withheld;
 pub use forecast::{Action, Estimate, Forecast, forecast, forecast_of_run};
+pub use health::{BestRound, best_round, has_health, health_of, rounded};
 pub use interrupt::Interrupt;
 pub use keys::{Reason, explain};
 pub use options::Options;
@@ -142,20 +144,18 @@ impl Runner<'_> {
         until: Option<&TableName>,
     ) -> Result<Option<u32>, RunError> {
         let mut round_before = None;
-        self.look_at_media().map_err(|failure| RunError {
+        let failed = |failure| RunError {
             stage: None,
             round: None,
             failure: Box::new(failure),
-        })?;
+        };
+        self.look_at_media().map_err(failed)?;
         for &(stage, round) in slots {
-            if let Some(ended) = round_before.filter(|&ended| round > Some(ended) && ended > 0)
-                && self.is_last(ended).map_err(|failure| RunError {
-                    stage: None,
-                    round: None,
-                    failure: Box::new(failure),
-                })?
-            {
-                return Ok(Some(ended));
+            if let Some(ended) = round_before.filter(|&ended| round > Some(ended)) {
+                self.guard(ended).map_err(failed)?;
+                if ended > 0 && self.is_last(ended).map_err(failed)? {
+                    return Ok(Some(ended));
+                }
             }
             round_before = round;
             let made = self.make(stage, round).map_err(|failure| RunError {
@@ -166,8 +166,11 @@ impl Runner<'_> {
             let reached = self.reached.entry((stage.name.clone(), round));
             *reached.or_default() |= made;
             if until == Some(&stage.name) {
-                break;
+                return Ok(None);
             }
+        }
+        if let Some(ended) = round_before {
+            self.guard(ended).map_err(failed)?;
         }
         Ok(None)
     }
@@ -187,6 +190,15 @@ impl Runner<'_> {
                 self.announce_end(options, last, &reached);
             }
             self.archive_unplanned(&reached)?;
+        }
+        if let Some(best) = best_round(&self.folder)?.filter(|_| is_whole) {
+            self.report.note(&format!(
+                "round {} is the best of {}, with {}: `pipeline export {} checkpoint` takes it",
+                best.round,
+                best.values.len(),
+                rounded(best.value),
+                self.folder.root().display()
+            ));
         }
         self.keys.save()?;
         let mut source = self.folder.manifest().source.clone();

@@ -12,6 +12,7 @@ use super::runner::{Runner, Slot, titled};
 use crate::config::PlannedStage;
 use crate::stages::{Failure, StageKind, TableName};
 use ovchat_data::store::TableVersion;
+use ovchat_data::tables::{Health, Row};
 
 impl Runner<'_> {
     /// Ensures that the manifest has a version under this key, to be begun or resumed, whose
@@ -85,12 +86,19 @@ impl Runner<'_> {
 
     /// Returns the tables that are no longer in the pipeline, or not in that round.
     pub(super) fn unplanned(&self, slots: &[Slot<'_>]) -> Vec<TableVersion> {
+        let is_health = |made: &TableVersion| {
+            made.kind.as_deref() == Some(Health::KIND)
+                && made
+                    .round
+                    .is_some_and(|round| self.guarded.contains(&round))
+        };
         let planned = |made: &TableVersion| {
             slots.iter().any(|(stage, round)| {
                 *round == made.round
-                    && tables_of(stage)
-                        .iter()
-                        .any(|table| table.as_str() == made.table)
+                    && (is_health(made)
+                        || tables_of(stage)
+                            .iter()
+                            .any(|table| table.as_str() == made.table))
             })
         };
         let manifest = self.folder.manifest();

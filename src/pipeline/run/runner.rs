@@ -67,6 +67,8 @@ pub(super) struct Runner<'a> {
     pub(super) workers: Option<Workers<'a>>,
     /// Those that the last stage left running.
     pub(super) pool: Option<Pool>,
+    /// The rounds whose health this run has.
+    pub(super) guarded: HashSet<u32>,
     /// The number of tables that were computed by workers.
     pub(super) jobs: u32,
     /// The end of the names of files that workers write, different in each run.
@@ -162,6 +164,7 @@ impl<'a> Runner<'a> {
             threads: None,
             workers: None,
             pool: None,
+            guarded: HashSet::new(),
             jobs: 0,
             token: token(),
             sets: Vec::new(),

@@ -18,22 +18,7 @@ pub fn ends(
     let Some(sql) = &plan.stop_when else {
         return Ok(false);
     };
-    let mut tables = Vec::new();
-    for stage in plan.all() {
-        let made = folder.manifest().made.iter();
-        let mut files: Vec<_> = made
-            .filter(|made| made.table == stage.name.as_str() && made.complete)
-            .filter(|made| made.round.is_none_or(|of| of <= round))
-            .map(|made| (made.round, folder.table_files(&made.table, made.round)))
-            .collect();
-        files.sort_by_key(|(round, _)| *round);
-        tables.push(QueryTable {
-            name: stage.name.to_string(),
-            schema: stage.schema.clone(),
-            files,
-            with_round: !stage.is_static,
-        });
-    }
+    let tables = tables_up_to(plan, folder, round);
     let params = [("round", Param::Integer(round.into()))];
     let mut answers = Vec::new();
     query::stream(
@@ -69,6 +54,27 @@ pub fn ends(
             answers.len()
         ))),
     }
+}
+
+/// Returns the tables of a plan as they are after a round, with the column `round` if they have rounds.
+pub(super) fn tables_up_to(plan: &Plan, folder: &RunFolder, round: u32) -> Vec<QueryTable> {
+    let mut tables = Vec::new();
+    for stage in plan.all() {
+        let made = folder.manifest().made.iter();
+        let mut files: Vec<_> = made
+            .filter(|made| made.table == stage.name.as_str() && made.complete)
+            .filter(|made| made.round.is_none_or(|of| of <= round))
+            .map(|made| (made.round, folder.table_files(&made.table, made.round)))
+            .collect();
+        files.sort_by_key(|(round, _)| *round);
+        tables.push(QueryTable {
+            name: stage.name.to_string(),
+            schema: stage.schema.clone(),
+            files,
+            with_round: !stage.is_static,
+        });
+    }
+    tables
 }
 
 impl Runner<'_> {

@@ -118,7 +118,8 @@ impl PairSelector for AskPeople {
                 known.entry(digest).or_insert(part.candidate(row));
             }
         }
-        let mut choices: HashMap<String, PairChoice> = HashMap::new();
+        // The verdicts on two answers, in the order of the first.
+        let mut verdicts: Vec<(String, [i32; 2], Vec<Verdict>)> = Vec::new();
         for label in labels {
             let Some(known) = texts.get(&*label.prompt_id) else {
                 continue;
@@ -130,25 +131,24 @@ impl PairSelector for AskPeople {
             ) else {
                 continue;
             };
-            let set_aside = |reason: &str| PairChoice::SetAside {
-                class: RejectClass::Dropped,
-                reason: reason.to_owned(),
+            let Some(verdict) = Verdict::of(label.said, left, right) else {
+                continue;
             };
-            let choice = match label.said {
-                LabelVerdict::Left => PairChoice::Pairs(vec![CandidatePair::unscored(left, right)]),
-                LabelVerdict::Right => {
-                    PairChoice::Pairs(vec![CandidatePair::unscored(right, left)])
-                }
-                LabelVerdict::Tie => set_aside("labeled as a tie"),
-                LabelVerdict::BothBad => set_aside("labeled as both bad"),
-                LabelVerdict::Skip => set_aside("skipped by the annotator"),
-                LabelVerdict::Undone => continue,
-            };
-            match (choices.get_mut(&label.prompt_id), choice) {
+            let both = [left.min(right), left.max(right)];
+            let mut known = verdicts.iter_mut();
+            match known.find(|(id, of, _)| *id == label.prompt_id && *of == both) {
+                Some((.., all)) => all.push(verdict),
+                None => verdicts.push((label.prompt_id, both, vec![verdict])),
+            }
+        }
+        let mut choices: HashMap<String, PairChoice> = HashMap::new();
+        for (prompt_id, _, verdicts) in verdicts {
+            let choice = agreed(&verdicts);
+            match (choices.get_mut(&prompt_id), choice) {
                 (Some(PairChoice::Pairs(pairs)), PairChoice::Pairs(more)) => pairs.extend(more),
                 (Some(PairChoice::Pairs(_)), PairChoice::SetAside { .. }) => {}
                 (_, choice) => {
-                    choices.insert(label.prompt_id, choice);
+                    choices.insert(prompt_id, choice);
                 }
             }
         }
@@ -157,6 +157,53 @@ impl PairSelector for AskPeople {
 
     fn unchosen(&self) -> Option<&'static str> {
         Some("not labeled")
+    }
+}
+
+/// The verdict of an annotator on two answers, whatever their sides were.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Verdict {
+    Better { chosen: i32, rejected: i32 },
+    Tie,
+    BothBad,
+    Skip,
+}
+
+impl Verdict {
+    /// Returns the verdict of a label; `None` for one that was taken back.
+    fn of(said: LabelVerdict, left: i32, right: i32) -> Option<Self> {
+        let better = |chosen, rejected| Self::Better { chosen, rejected };
+        Some(match said {
+            LabelVerdict::Left => better(left, right),
+            LabelVerdict::Right => better(right, left),
+            LabelVerdict::Tie => Self::Tie,
+            LabelVerdict::BothBad => Self::BothBad,
+            LabelVerdict::Skip => Self::Skip,
+            LabelVerdict::Undone => return None,
+        })
+    }
+}
+
+/// Returns what the verdicts of one or several annotators on two answers make of them.
+fn agreed(verdicts: &[Verdict]) -> PairChoice {
+    let set_aside = |reason: &str| PairChoice::SetAside {
+        class: RejectClass::Dropped,
+        reason: reason.to_owned(),
+    };
+    let mut given = verdicts.iter().filter(|verdict| **verdict != Verdict::Skip);
+    let Some(first) = given.next() else {
+        return set_aside("skipped by the annotator");
+    };
+    if given.any(|other| other != first) {
+        return set_aside("its annotators disagree");
+    }
+    match *first {
+        Verdict::Better { chosen, rejected } => {
+            PairChoice::Pairs(vec![CandidatePair::unscored(chosen, rejected)])
+        }
+        Verdict::Tie => set_aside("labeled as a tie"),
+        Verdict::BothBad => set_aside("labeled as both bad"),
+        Verdict::Skip => unreachable!("skips were left out"),
     }
 }
 
@@ -217,6 +264,25 @@ mod tests {
         let expected = [("c", "labeled as a tie"), ("d", "not labeled")];
         let expected = expected.map(|(id, reason)| (id.to_owned(), reason.to_owned()));
         assert_eq!(rejects, expected);
+    }
+
+    #[test]
+    fn annotators_who_disagree_make_no_pair_and_who_agree_make_one() {
+        let (pairs, rejects) = labeled(&[
+            ("a", LabelVerdict::Left, "So."),
+            ("a", LabelVerdict::Right, "So."),
+            ("b", LabelVerdict::Left, "So."),
+            ("b", LabelVerdict::Left, "So."),
+            ("c", LabelVerdict::Skip, "So."),
+            ("c", LabelVerdict::Right, "So."),
+        ]);
+        let texts: Vec<_> = pairs
+            .iter()
+            .map(|pair| [&*pair.prompt_id, &*pair.chosen])
+            .collect();
+        assert_eq!(texts, [["b", "So."], ["c", "No."]]);
+        let expected = ("a".to_owned(), "its annotators disagree".to_owned());
+        assert!(rejects.contains(&expected), "{rejects:?}");
     }
 
     #[test]

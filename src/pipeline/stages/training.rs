@@ -324,6 +324,7 @@ mod tests {
     #[test]
     fn every_epoch_shuffles_all_rows_anew_and_the_same_way_each_time() {
         let mut pipeline = TestPipeline::new();
+        let place = pipeline.with_context(|ctx| (ctx.seed, ctx.table.to_string(), ctx.round));
         let mut batches = |lengths: Option<&[usize]>| {
             pipeline.with_context(|ctx| shuffled_batches(ctx, 7, 2, 3, lengths))
         };
@@ -344,6 +345,12 @@ mod tests {
             assert_eq!(sorted, [0, 1, 2, 3, 4, 5, 6]);
         }
         assert_eq!(batches(None), all);
+        for row in 0..7 {
+            let found = crate::stages::steps_with((place.0, &place.1, place.2), row, 7, (2, 3));
+            let steps = (1..).zip(&all).filter(|(_, (_, rows))| rows.contains(&row));
+            let expected: Vec<_> = steps.map(|(step, (epoch, _))| (step, *epoch)).collect();
+            assert_eq!(found, expected);
+        }
         let by_length = batches(Some(&[1, 9, 2, 8, 3, 7, 4]));
         assert_eq!(by_length[0].1, [1, 3, 5]);
     }

@@ -147,14 +147,7 @@ impl StageContext<'_> {
     /// Returns a seed derived from the pipeline's seed, the table, the round and the purpose
     /// `what`.
     pub fn seed_for(&self, what: &str) -> u64 {
-        let round = self
-            .round
-            .map_or_else(String::new, |round| round.to_string());
-        let key = Key::new("seed").with(self.seed.to_le_bytes());
-        key.with(self.table.as_str())
-            .with(round)
-            .with(what)
-            .finish_u64()
+        seed_for(self.seed, self.table.as_str(), self.round, what)
     }
 
     /// Returns `Break` once the run has been interrupted.
@@ -528,6 +521,39 @@ pub trait TrainingRun {
     fn trainer(&mut self) -> &mut dyn Trainer;
 }
 
+/// See [`StageContext::seed_for`].
+fn seed_for(seed: u64, table: &str, round: Option<u32>, what: &str) -> u64 {
+    let round = round.map_or_else(String::new, |round| round.to_string());
+    let key = Key::new("seed").with(seed.to_le_bytes());
+    key.with(table).with(round).with(what).finish_u64()
+}
+
+/// Returns the steps, from 1, that train on row number `row` of `rows`, each with its epoch, if rows
+/// are not grouped by length. `table` is that of the training stage, in a round.
+pub fn steps_with(
+    (seed, table, round): (u64, &str, Option<u32>),
+    row: u32,
+    rows: usize,
+    (epochs, batch): (u32, u32),
+) -> Vec<(u32, u32)> {
+    let steps_an_epoch = rows.div_ceil(batch as usize) as u32;
+    let step = |epoch: u32| {
+        let mut order: Vec<u32> = (0..rows as u32).collect();
+        shuffle(&mut order, seed_for(seed, table, round, &of_epoch(epoch)));
+        let place = order.iter().position(|&other| other == row)?;
+        Some((
+            (epoch - 1) * steps_an_epoch + place as u32 / batch + 1,
+            epoch,
+        ))
+    };
+    (1..=epochs).filter_map(step).collect()
+}
+
+/// The purpose of the seed that shuffles an epoch.
+fn of_epoch(epoch: u32) -> String {
+    format!("epoch {epoch}")
+}
+
 /// Steps whose rows are sorted by length together when similar lengths are grouped, as in the
 /// Hugging Face `Trainer`.
 const STEPS_SORTED: usize = 50;
@@ -545,7 +571,7 @@ pub fn shuffled_batches(
     let mut batches = Vec::new();
     for epoch in 1..=epochs {
         let mut order: Vec<u32> = (0..rows as u32).collect();
-        shuffle(&mut order, ctx.seed_for(&format!("epoch {epoch}")));
+        shuffle(&mut order, ctx.seed_for(&of_epoch(epoch)));
         if let Some(lengths) = lengths {
             for some in order.chunks_mut(batch as usize * STEPS_SORTED) {
                 some.sort_by_key(|&row| std::cmp::Reverse(lengths[row as usize]));

@@ -65,10 +65,7 @@ impl Plan {
             _ => format!("in each round, 1 to {rounds}"),
         };
         self.render_group(f, &title, &in_rounds)?;
-        if let Some(query) = &self.stop_when {
-            let query = self.secrets.hide(&words_of(query));
-            writeln!(f, "  stops when: {query}")?;
-        }
+        self.render_ends(f)?;
         for (round_first, title) in [
             (
                 0,
@@ -82,6 +79,23 @@ impl Plan {
                 .filter(|stage| !stage.is_static && stage.round_first == round_first)
                 .collect();
             self.render_group(f, title, &group)?;
+        }
+        Ok(())
+    }
+
+    /// Writes the queries and conditions that follow a round.
+    fn render_ends(&self, f: &mut dyn fmt::Write) -> fmt::Result {
+        if let Some(query) = &self.stop_when {
+            let query = self.secrets.hide(&words_of(query));
+            writeln!(f, "  stops when: {query}")?;
+        }
+        if let Some(query) = &self.keep_by {
+            let query = self.secrets.hide(&words_of(query));
+            writeln!(f, "  keeps the best round by: {query}")?;
+        }
+        for guard in self.guard.iter().filter(|guard| guard.is_written) {
+            let text = self.secrets.hide(&words_of(&guard.text));
+            writeln!(f, "  guard: {text}: {}", guard.action.as_str())?;
         }
         Ok(())
     }

@@ -196,7 +196,7 @@ impl TrainDpo {
     }
 
     /// Returns the reference model and its state; `None` without a reference.
-    pub(super) fn reference_model(&self) -> Option<(&ModelName, ModelState)> {
+    pub fn reference_model(&self) -> Option<(&ModelName, ModelState)> {
         let asked = || {
             let mut terms = self.loss.terms().into_iter();
             terms.any(|(loss, _)| loss.has_reference())
