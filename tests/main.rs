@@ -9,6 +9,8 @@ mod bad_input;
 mod benchmark_judge;
 /// The benchmarks, with a scripted judge.
 mod benchmarks;
+/// The page of `pipeline view` in a real browser.
+mod browser;
 /// Kills and power losses at every commit.
 mod chaos;
 /// Invalid pipelines and their exact diagnostics.
@@ -89,5 +91,7 @@ mod training;
 mod versions;
 /// Video files: frames, rejects, and faults of the decoder.
 mod videos;
+/// The page of `pipeline view`: who may read it, and its data.
+mod view;
 /// Workers that compute parts of tables, and what happens when they die.
 mod workers;

@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, ExitStatus, Stdio};
 
-use ovchat_data::tables::{Candidate, DpoStep, Pair};
+use ovchat_data::tables::{Candidate, DpoStep, Health, Pair};
 use serde_json::{Value, json};
 
 use crate::run::{SCRIPTED, rows};
@@ -244,4 +244,41 @@ fn the_page_is_closed_to_other_machines_and_other_sites() {
         .succeeds(&["run", "p.yaml"]);
     let said = other.pipeline(&["label", "scripted"]);
     assert!(said.err.contains("no labeling task in"), "{}", said.err);
+}
+
+#[test]
+fn two_annotators_get_a_share_of_the_questions_and_their_agreement_is_measured() {
+    let scene = scene(4);
+    assert_eq!(scene.pipeline(&["run", "p.yaml"]).code, Some(3));
+    let page = Page::open_with(scene.command(&["label", "scripted", "--twice", "1"]));
+    let mut numbers = Vec::new();
+    for said in ["left", "right"] {
+        let question = page.next("ann")["question"].clone();
+        assert_eq!(page.say("ann", &question, said).0, 200);
+        let (status, why) = page.say("ann", &question, said);
+        assert_eq!(status, 409, "{why}");
+        numbers.push(question["number"].clone());
+    }
+    for (number, said) in numbers.iter().zip(["left", "left"]) {
+        let question = page.next("bob")["question"].clone();
+        assert_eq!(question["number"], *number, "bob gets what ann had");
+        assert_eq!(page.say("bob", &question, said).0, 200);
+    }
+    let third = page.next("cid")["question"]["number"].clone();
+    assert!(!numbers.contains(&third), "two are enough");
+    drop(page);
+    scene.succeeds(&["run", "p.yaml"]);
+    let health: Vec<Health> = rows(&scene, "health", Some(1));
+    let agree = health
+        .iter()
+        .find(|row| row.metric == "labelers_agree")
+        .unwrap();
+    assert_eq!((agree.value, agree.n), (Some(0.5), Some(2)), "{agree:?}");
+    let pairs: Vec<Pair> = rows(&scene, "pairs", Some(1));
+    assert_eq!(pairs.len(), 1);
+    let rejects = crate::run::rows_of_rejects(&scene);
+    let disagree = rejects
+        .iter()
+        .filter(|row| row.reason == "its annotators disagree");
+    assert_eq!(disagree.count(), 1);
 }

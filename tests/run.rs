@@ -102,7 +102,7 @@ fn a_run_makes_every_table_of_every_round() {
     }
 }
 
-fn rows_of_rejects(scene: &Scene) -> Vec<Reject> {
+pub fn rows_of_rejects(scene: &Scene) -> Vec<Reject> {
     let run = RunFolder::read(&scene.path("runs/scripted")).unwrap();
     let files = run
         .manifest()

@@ -5,6 +5,8 @@ mod columns;
 mod examples;
 mod lines;
 
+pub use columns::escaped;
+
 use std::path::{Path, PathBuf};
 
 use arrow::array::RecordBatch;

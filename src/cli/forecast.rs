@@ -106,7 +106,7 @@ fn word(action: &Action) -> &'static str {
 }
 
 /// Formats the reasons as a message, each setting with its line.
-fn why(plan: &Plan, forecast: &Forecast) -> String {
+pub fn why(plan: &Plan, forecast: &Forecast) -> String {
     match &forecast.action {
         Action::Reuse => String::new(),
         Action::Return => "an archived version matches".to_owned(),

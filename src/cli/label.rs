@@ -7,26 +7,34 @@
 mod questions;
 mod queue;
 mod request;
-mod server;
 
-use std::cell::RefCell;
-use std::io::Read;
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
+use axum::Router;
+use axum::response::Response;
 use clap::Args;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use self::queue::LabelQueue;
 use self::request::{Request, Saying, parameter};
-use self::server::{Asked, HttpResponse, Server, Site};
 use super::failed::Failed;
 use super::file::{read_run, run_folder};
 use super::out::say;
+use super::web::{self, Access, Server};
 use ovchat_data::store::{Images, LabelFiles, LabelLine, LabelTask, LabelVerdict, RunFolder};
 use ovchat_models::media_type;
 use ovchat_pipeline::run::Interrupt;
 
 const PAGE: &str = include_str!("label/page.html");
+
+/// The Content-Security-Policy of the page: it may load itself.
+const POLICY: &str = "default-src 'none'; img-src 'self' data:; connect-src 'self'; style-src 'unsafe-inline'; \
+    script-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'";
+
+/// The time limit for a connection, including its response.
+const WHOLE_TIME: Duration = Duration::from_secs(30);
 
 /// Serve a labeling page for the answers that a run needs labels for.
 #[derive(Args)]
@@ -44,6 +52,19 @@ pub struct LabelRun {
     /// The round to label, if several need labels.
     #[arg(long)]
     round: Option<u32>,
+    /// The share of the questions that two annotators get, from 0 to 1, to measure how often they
+    /// agree. Answers on which they disagree make no pair.
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = share)]
+    twice: f64,
+}
+
+/// Reads a share.
+fn share(text: &str) -> Result<f64, String> {
+    let share = text
+        .parse()
+        .ok()
+        .filter(|share| (0.0..=1.0).contains(share));
+    share.ok_or_else(|| "a share is a number from 0 to 1".to_owned())
 }
 
 impl LabelRun {
@@ -58,7 +79,7 @@ impl LabelRun {
         };
         let writer = files.write()?;
         let questions = questions::find(&run, &task)?;
-        let queue = LabelQueue::new(writer, task, questions);
+        let queue = LabelQueue::new(writer, task, questions, self.twice);
         let images = Images::open(run.root(), &run.manifest().images)?;
         let server = Server::listen(self.port).map_err(|error| {
             Failed::Words(format!(
@@ -69,23 +90,23 @@ impl LabelRun {
         let interrupt = Interrupt::listen()
             .map_err(|error| Failed::Words(format!("cannot listen to signals: {error}")))?;
         let address = server.address();
-        let key = key()?;
+        let access = Access::new(address.port())?;
         if let Some(note) = queue.note() {
             say!("{note}");
         }
         let (said, wanted, questions) = (queue.said(), queue.wanted(), queue.questions());
         say!("{title}: {said} of {wanted} labels so far, {questions} questions");
-        say!("http://{address}/?key={key}");
+        say!("http://{address}/?key={}", access.key);
         say!(
             "serving on localhost only; press Ctrl-C to stop (labels are saved as they are given)"
         );
-        let page = Page {
-            key,
-            port: address.port(),
-            queue: RefCell::new(queue),
-            images: RefCell::new(images),
-        };
-        server.serve(page, &|| interrupt.raised());
+        let page = Arc::new(Page {
+            access,
+            queue: Mutex::new(queue),
+            images: Mutex::new(images),
+        });
+        let site = Router::new().fallback(move |request| answer(Arc::clone(&page), request));
+        server.serve(&site, WHOLE_TIME, &|| interrupt.raised());
         let (labels, _) = files.read()?;
         say!("{} labels saved in {}", said_in(&labels), folder.display());
         Ok(())
@@ -116,15 +137,6 @@ impl LabelRun {
     }
 }
 
-/// Returns a random access key.
-fn key() -> Result<String, Failed> {
-    let mut bytes = [0; 16];
-    std::fs::File::open("/dev/urandom")
-        .and_then(|mut random| random.read_exact(&mut bytes))
-        .map_err(|error| Failed::Words(format!("cannot read random bytes: {error}")))?;
-    Ok(format!("{:032x}", u128::from_le_bytes(bytes)))
-}
-
 /// Counts the labels other than skips.
 fn said_in(labels: &[LabelLine]) -> u64 {
     let said = labels
@@ -135,91 +147,68 @@ fn said_in(labels: &[LabelLine]) -> u64 {
 
 /// The page, and the data behind it.
 struct Page {
-    key: String,
-    port: u16,
-    queue: RefCell<LabelQueue>,
-    images: RefCell<Images>,
+    access: Access,
+    queue: Mutex<LabelQueue>,
+    images: Mutex<Images>,
 }
 
-impl Site for Page {
-    fn refusal(&self, asked: &Asked<'_>) -> Option<HttpResponse> {
-        let hosts = ["127.0.0.1", "localhost"].map(|host| format!("{host}:{}", self.port));
-        let is_own = |name: &str| hosts.iter().any(|own| own == name);
-        if !asked.header("host").is_some_and(is_own) {
-            return Some(self.wrong(403, "this page is only served on localhost"));
-        }
-        let origin = asked.headers.get("origin").map(|origin| origin.as_bytes());
-        let origins = hosts.map(|host| format!("http://{host}"));
-        if origin.is_some_and(|origin| origins.iter().all(|own| own.as_bytes() != origin)) {
-            return Some(self.wrong(403, "requests from other sites are rejected"));
-        }
-        let key = asked.header("x-key").or(parameter(asked.query, "key"));
-        if key != Some(self.key.as_str()) {
-            let why = "the key is missing or wrong; open the address that `pipeline label` printed";
-            return Some(self.wrong(403, why));
-        }
-        None
-    }
-
-    fn answer(&self, asked: &Asked<'_>, body: &[u8]) -> HttpResponse {
-        let queue = &mut *self.queue.borrow_mut();
-        match request::read(asked.method, asked.path, asked.query, body) {
-            Ok(Request::Page) => HttpResponse {
-                status: 200,
-                media: "text/html; charset=utf-8",
-                content: PAGE.into(),
-            },
-            Ok(Request::Next(by)) => found(&queue.next(&by)),
-            Ok(Request::Say(saying)) => self.say(queue, &saying),
-            Ok(Request::Undo { by, label }) => match queue.undo(&by, label) {
-                Ok(()) => found(&queue.next(&by)),
-                Err(failed) => self.wrong(500, &failed.to_string()),
-            },
-            Ok(Request::Image(id)) if queue.shows(id) => match self.images.borrow_mut().bytes(id) {
-                Ok(bytes) => HttpResponse {
-                    status: 200,
-                    media: media_type(&bytes).unwrap_or("application/octet-stream"),
-                    content: bytes.to_vec(),
-                },
-                Err(error) => self.wrong(500, &error.to_string()),
-            },
-            Ok(Request::Image(_)) => self.wrong(404, "not found"),
-            Err((status, why)) => self.wrong(status, &why),
-        }
-    }
-
-    fn wrong(&self, status: u16, why: &str) -> HttpResponse {
-        let content = json!({ "error": why }).to_string().into();
-        HttpResponse {
-            status,
-            media: "application/json",
-            content,
-        }
-    }
+/// Responds to a request. The body is only read for accepted clients.
+async fn answer(page: Arc<Page>, request: axum::extract::Request) -> Response {
+    let (parts, body) = request.into_parts();
+    let query = parts.uri.query().unwrap_or_default();
+    let in_header = parts.headers.get("x-key").and_then(|key| key.to_str().ok());
+    let key = in_header.or(parameter(query, "key"));
+    let response = match page.access.refusal(&parts.headers, key) {
+        Some(why) => web::wrong(403, why),
+        None => match web::read(&parts.method, body).await {
+            Ok(body) => page.answer(parts.method.as_str(), parts.uri.path(), query, &body),
+            Err((status, why)) => web::wrong(status, &why),
+        },
+    };
+    web::confined(response, POLICY)
 }
 
 impl Page {
-    /// Records a label.
-    fn say(&self, queue: &mut LabelQueue, saying: &Saying) -> HttpResponse {
-        let before = queue.said();
-        let label = match queue.say(saying) {
-            Ok(label) => label,
-            Err(failed) => return self.wrong(409, &failed.to_string()),
-        };
-        let after = queue.said();
-        if before < queue.wanted() && after >= queue.wanted() {
-            say!("{after} labels: enough for the run; run the pipeline again to resume");
+    fn answer(&self, method: &str, path: &str, query: &str, body: &[u8]) -> Response {
+        let queue = &mut *self.queue.lock().expect("no panic while locked");
+        match request::read(method, path, query, body) {
+            Ok(Request::Page) => web::response(200, "text/html; charset=utf-8", PAGE),
+            Ok(Request::Next(by)) => web::json(&queue.next(&by)),
+            Ok(Request::Say(saying)) => say_label(queue, &saying),
+            Ok(Request::Undo { by, label }) => match queue.undo(&by, label) {
+                Ok(()) => web::json(&queue.next(&by)),
+                Err(failed) => web::wrong(500, &failed.to_string()),
+            },
+            Ok(Request::Image(id)) if queue.shows(id) => self.image(id),
+            Ok(Request::Image(_)) => web::wrong(404, "not found"),
+            Err((status, why)) => web::wrong(status, &why),
         }
-        let mut next = queue.next(&saying.by);
-        next["label"] = json!(label);
-        found(&next)
+    }
+
+    fn image(&self, id: &str) -> Response {
+        let mut images = self.images.lock().expect("no panic while locked");
+        match images.bytes(id) {
+            Ok(bytes) => {
+                let media = media_type(&bytes).unwrap_or("application/octet-stream");
+                web::response(200, media, bytes.to_vec())
+            }
+            Err(error) => web::wrong(500, &error.to_string()),
+        }
     }
 }
 
-fn found(value: &Value) -> HttpResponse {
-    HttpResponse {
-        status: 200,
-        media: "application/json",
-        content: value.to_string().into(),
+/// Records a label.
+fn say_label(queue: &mut LabelQueue, saying: &Saying) -> Response {
+    let before = queue.said();
+    let label = match queue.say(saying) {
+        Ok(label) => label,
+        Err(failed) => return web::wrong(409, &failed.to_string()),
+    };
+    let after = queue.said();
+    if before < queue.wanted() && after >= queue.wanted() {
+        say!("{after} labels: enough for the run; run the pipeline again to resume");
     }
+    let mut next = queue.next(&saying.by);
+    next["label"] = json!(label);
+    web::json(&next)
 }

@@ -18,6 +18,7 @@ mod file;
 mod forecast;
 mod fork;
 mod gc;
+mod graph;
 mod health;
 mod init;
 mod label;
@@ -36,6 +37,8 @@ mod sql;
 mod status;
 mod tokens;
 mod verify;
+mod view;
+mod web;
 mod worker;
 
 use std::io::IsTerminal;
@@ -68,6 +71,8 @@ enum Command {
     Sql(sql::Sql),
     Status(status::Status),
     Health(health::ShowHealth),
+    View(view::View),
+    Graph(graph::ShowGraph),
     Label(label::LabelRun),
     Pairs(pairs::ShowPairs),
     Ask(ask::Ask),
@@ -119,6 +124,8 @@ pub fn main(loader: Option<&dyn ModelLoader>) -> ExitCode {
         Command::Sql(command) => command.run(),
         Command::Status(command) => command.run(),
         Command::Health(command) => command.run(),
+        Command::View(command) => command.run(),
+        Command::Graph(command) => command.run(loader),
         Command::Label(command) => command.run(),
         Command::Pairs(command) => command.run(),
         Command::Ask(command) => command.run(loader),
@@ -191,7 +198,7 @@ mod tests {
             with_json.push(name.to_owned());
         }
         let expected = [
-            "check", "plan", "sql", "status", "health", "pairs", "ask", "diff", "gc",
+            "check", "plan", "sql", "status", "health", "graph", "pairs", "ask", "diff", "gc",
             "verify", "doctor",
         ];
         assert_eq!(with_json, expected);

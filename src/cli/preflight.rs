@@ -124,6 +124,6 @@ impl Preflight {
     }
 }
 
-fn words(plan: &Plan, failure: &Failure) -> Failed {
+pub fn words(plan: &Plan, failure: &Failure) -> Failed {
     Failed::Words(plan.secrets.hide(&failure.to_string()))
 }

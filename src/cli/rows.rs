@@ -12,6 +12,7 @@ mod json;
 mod tests;
 mod text;
 
+pub use json::Nan;
 pub use text::{readable, shown};
 
 use std::io::{self, Write};
@@ -25,7 +26,7 @@ use arrow::json::writer::{ArrayWriter, LineDelimitedWriter, WriterBuilder};
 use arrow::util::pretty::pretty_format_batches;
 use arrow_ipc::writer::FileWriter;
 use clap::{Args, ValueEnum};
-use json::{Cells, Nan, non_finite};
+use json::{Cells, non_finite};
 use text::{csv_header, csv_rows, markdown_header, markdown_rows};
 
 use super::failed::Failed;

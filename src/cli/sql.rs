@@ -159,7 +159,7 @@ pub fn ask(
 }
 
 /// Returns the views of the pipeline of the last complete run, or else of the last run.
-fn report_views(source: &serde_json::Value) -> Vec<View> {
+pub(super) fn report_views(source: &serde_json::Value) -> Vec<View> {
     let of_last = source[LAST_WHOLE]["views"].as_array();
     let views = of_last.or_else(|| source["views"].as_array());
     let view = |view: &serde_json::Value| {
@@ -187,7 +187,7 @@ pub fn run_table(run: &RunFolder, table: &str, round: Option<u32>) -> Result<Que
 
 /// Returns every table in the manifest, with its rounds so far; with `with_staged`, staged versions
 /// replace the current ones.
-fn tables(run: &RunFolder, with_staged: bool) -> Result<Vec<QueryTable>, Failed> {
+pub(super) fn tables(run: &RunFolder, with_staged: bool) -> Result<Vec<QueryTable>, Failed> {
     let manifest = run.manifest();
     let staged: &[TableVersion] = if with_staged { &manifest.staged } else { &[] };
     let is_replaced = |made: &TableVersion| {

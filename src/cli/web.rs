@@ -1,36 +1,37 @@
-//! The HTTP server of the labeling page: localhost only, with limits on each connection.
+//! The HTTP server of the pages that this program serves: localhost only, with limits on each
+//! connection.
 //!
 //! A connection carries one request. It has [`HEAD_TIME`] to send its header, [`BODY_TIME`] to send
-//! its body, and [`WHOLE_TIME`] in total; the body is only read for accepted requests. As many
-//! connections are served at once as the process may have open files; further ones get a 503.
+//! its body, and a total time that the site chooses; the body is only read for accepted requests. As
+//! many connections are served at once as the process may have open files; further ones get a 503.
 
-use std::convert::Infallible;
 use std::io::{self, Read as _, Write as _};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr};
-use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
-use http_body_util::{BodyExt as _, Full, LengthLimitError, Limited};
-use hyper::body::{Body as _, Bytes, Incoming};
-use hyper::header::{CONTENT_TYPE, HeaderName, HeaderValue};
+use axum::Router;
+use axum::body::{Body, Bytes, HttpBody};
+use axum::http::header::{CONTENT_TYPE, HeaderName};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode};
+use axum::response::Response;
+use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use hyper::server::conn::http1;
-use hyper::service::service_fn;
-use hyper::{HeaderMap, Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::Runtime;
-use tokio::task::LocalSet;
 use tokio::time::timeout;
+
+use super::failed::Failed;
 
 /// The time limit for the header of a request.
 const HEAD_TIME: Duration = Duration::from_secs(5);
 
 /// The time limit for the body of a request.
 const BODY_TIME: Duration = Duration::from_secs(5);
-
-/// The time limit for a connection, including its response.
-const WHOLE_TIME: Duration = Duration::from_secs(30);
 
 /// The largest body, in bytes.
 const BODY_MAX: usize = 64 << 10;
@@ -58,38 +59,85 @@ const BUSY: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nR
     Content-Type: application/json\r\nContent-Length: 51\r\n\r\n\
     {\"error\":\"too many connections; try again in 5 s\"}\n";
 
-/// A request without its body.
-pub struct Asked<'a> {
-    pub method: &'a str,
-    pub path: &'a str,
-    pub query: &'a str,
-    pub headers: &'a HeaderMap,
+/// The clients that may read a page: those on this machine that know its key.
+pub struct Access {
+    /// A random text, part of the address of the page.
+    pub key: String,
+    /// The names under which the page is served.
+    hosts: [String; 2],
 }
 
-impl Asked<'_> {
-    /// Returns the value of a header field.
-    pub fn header(&self, name: &str) -> Option<&str> {
-        self.headers.get(name)?.to_str().ok()
+impl Access {
+    /// Creates the access to a page on a port, with a new key.
+    pub fn new(port: u16) -> Result<Self, Failed> {
+        let mut bytes = [0; 16];
+        std::fs::File::open("/dev/urandom")
+            .and_then(|mut random| random.read_exact(&mut bytes))
+            .map_err(|error| Failed::Words(format!("cannot read random bytes: {error}")))?;
+        Ok(Self {
+            key: format!("{:032x}", u128::from_le_bytes(bytes)),
+            hosts: ["127.0.0.1", "localhost"].map(|host| format!("{host}:{port}")),
+        })
+    }
+
+    /// Returns the reason to refuse a request with these headers and this key.
+    pub fn refusal(&self, headers: &HeaderMap, key: Option<&str>) -> Option<&'static str> {
+        let host = headers.get("host").map(HeaderValue::as_bytes);
+        if !self.hosts.iter().any(|own| host == Some(own.as_bytes())) {
+            return Some("this page is only served on localhost");
+        }
+        let origin = headers.get("origin").map(HeaderValue::as_bytes);
+        let origins = self.hosts.iter().map(|host| format!("http://{host}"));
+        if origin.is_some_and(|origin| !origins.into_iter().any(|own| own.as_bytes() == origin)) {
+            return Some("requests from other sites are rejected");
+        }
+        if key != Some(self.key.as_str()) {
+            return Some("the key is missing or wrong; open the address that `pipeline` printed");
+        }
+        None
     }
 }
 
-/// A response: status, media type, content.
-pub struct HttpResponse {
-    pub status: u16,
-    pub media: &'static str,
-    pub content: Vec<u8>,
+/// Returns a response with a body.
+pub fn response(status: u16, media: &'static str, content: impl Into<Body>) -> Response {
+    let mut response = Response::new(content.into());
+    *response.status_mut() = StatusCode::from_u16(status).expect("a valid status");
+    response
+        .headers_mut()
+        .insert(CONTENT_TYPE, HeaderValue::from_static(media));
+    response
 }
 
-/// A site that answers requests.
-pub trait Site {
-    /// Returns the response to a rejected client; called before the body is read.
-    fn refusal(&self, asked: &Asked<'_>) -> Option<HttpResponse>;
+/// Returns a response with a JSON value.
+pub fn json(value: &Value) -> Response {
+    response(200, "application/json", value.to_string())
+}
 
-    /// Returns the response to a request.
-    fn answer(&self, asked: &Asked<'_>, body: &[u8]) -> HttpResponse;
+/// Returns an error as a response.
+pub fn wrong(status: u16, why: &str) -> Response {
+    let content = json!({ "error": why }).to_string();
+    response(status, "application/json", content)
+}
 
-    /// Returns the response to a malformed request.
-    fn wrong(&self, status: u16, why: &str) -> HttpResponse;
+/// Adds the headers with which browsers confine a page: `policy` is its Content-Security-Policy.
+pub fn confined(mut response: Response, policy: &'static str) -> Response {
+    let headers = response.headers_mut();
+    for (name, value) in [
+        ("content-security-policy", policy),
+        ("referrer-policy", "no-referrer"),
+        ("cross-origin-resource-policy", "same-origin"),
+        ("x-content-type-options", "nosniff"),
+    ] {
+        headers.insert(
+            HeaderName::from_static(name),
+            HeaderValue::from_static(value),
+        );
+    }
+    // Images are named by their contents, and may be kept.
+    headers
+        .entry("cache-control")
+        .or_insert(HeaderValue::from_static("no-store"));
+    response
 }
 
 /// A listening server.
@@ -122,31 +170,32 @@ impl Server {
         self.address
     }
 
-    /// Serves until `stopping` returns true; it is polled continuously.
-    pub fn serve(self, site: impl Site + 'static, stopping: &dyn Fn() -> bool) {
-        let site = Rc::new(site);
+    /// Serves a site until `stopping` returns true; it is polled continuously. A connection ends after
+    /// the time `whole`, including its response.
+    pub fn serve(self, site: &Router, whole: Duration, stopping: &dyn Fn() -> bool) {
         // The reference count is the number of open connections.
-        let open = Rc::new(());
-        let tasks = LocalSet::new();
-        tasks.block_on(&self.runtime, async {
+        let open = Arc::new(());
+        self.runtime.block_on(async {
             while !stopping() {
                 match timeout(LOOK_EVERY, self.listener.accept()).await {
                     Err(_) => {}
                     // Errors of a single connection, or for lack of file descriptors, are
                     // temporary.
                     Ok(Err(_)) => tokio::time::sleep(PAUSE).await,
-                    Ok(Ok((stream, _))) if Rc::strong_count(&open) > self.most => busy(stream),
+                    Ok(Ok((stream, _))) if Arc::strong_count(&open) > self.most => busy(stream),
                     Ok(Ok((stream, _))) => {
-                        let (site, open) = (Rc::clone(&site), Rc::clone(&open));
-                        tasks.spawn_local(async move {
+                        let (site, open) = (site.clone(), Arc::clone(&open));
+                        tokio::spawn(async move {
                             // A client that has left or is too slow gets no response.
-                            drop(timeout(WHOLE_TIME, connection(stream, site)).await);
+                            drop(timeout(whole, connection(stream, site)).await);
                             drop(open);
                         });
                     }
                 }
             }
         });
+        // Work for clients is not waited for.
+        self.runtime.shutdown_background();
     }
 }
 
@@ -182,66 +231,25 @@ fn busy(stream: TcpStream) {
     drop(stream.read(&mut [0; HEAD_MAX]));
 }
 
-async fn connection(stream: TcpStream, site: Rc<impl Site + 'static>) {
-    let service = service_fn(|request| {
-        let site = Rc::clone(&site);
-        async move { Ok::<_, Infallible>(response(request, &*site).await) }
-    });
+async fn connection(stream: TcpStream, site: Router) {
     let served = http1::Builder::new()
         .keep_alive(false)
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIME)
         .max_buf_size(HEAD_MAX)
         .max_headers(FIELDS_MAX)
-        .serve_connection(TokioIo::new(stream), service)
-        .await;
-    // Anything but HTTP was answered with a 400.
-    drop(served);
-}
-
-async fn response(request: Request<Incoming>, site: &impl Site) -> Response<Full<Bytes>> {
-    let (parts, body) = request.into_parts();
-    let asked = Asked {
-        method: parts.method.as_str(),
-        path: parts.uri.path(),
-        query: parts.uri.query().unwrap_or_default(),
-        headers: &parts.headers,
-    };
-    let answer = match site.refusal(&asked) {
-        Some(refusal) => refusal,
-        None => match read(&parts.method, body).await {
-            Ok(body) => site.answer(&asked, &body),
-            Err((status, why)) => site.wrong(status, &why),
-        },
-    };
-    let policy = "default-src 'none'; img-src 'self' data:; connect-src 'self'; style-src 'unsafe-inline'; \
-                  script-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'";
-    let mut response = Response::new(Full::new(Bytes::from(answer.content)));
-    *response.status_mut() = StatusCode::from_u16(answer.status).expect("a valid status");
-    let headers = response.headers_mut();
-    headers.insert(CONTENT_TYPE, HeaderValue::from_static(answer.media));
-    for (name, value) in [
-        ("content-security-policy", policy),
-        ("referrer-policy", "no-referrer"),
-        ("cache-control", "no-store"),
-        ("cross-origin-resource-policy", "same-origin"),
-        ("x-content-type-options", "nosniff"),
-    ] {
-        headers.insert(
-            HeaderName::from_static(name),
-            HeaderValue::from_static(value),
-        );
-    }
-    response
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(site));
+    // Errors of the connection concern the client.
+    drop(served.await);
 }
 
 /// Reads the body of a request; on failure returns a status and a message.
-async fn read(method: &Method, body: Incoming) -> Result<Bytes, (u16, String)> {
+pub async fn read(method: &Method, body: Body) -> Result<Bytes, (u16, String)> {
     let too_large = || (413, format!("the request body exceeds {BODY_MAX} bytes"));
     if method != Method::POST {
         return Ok(Bytes::new());
     }
-    if body.size_hint().lower() > BODY_MAX as u64 {
+    if HttpBody::size_hint(&body).lower() > BODY_MAX as u64 {
         return Err(too_large());
     }
     match timeout(BODY_TIME, Limited::new(body, BODY_MAX).collect()).await {

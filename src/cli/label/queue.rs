@@ -46,17 +46,21 @@ pub struct LabelQueue {
     labels: BTreeMap<u64, LabelLine>,
     /// The question of each label of this task.
     of_label: HashMap<u64, usize>,
+    /// The share of the questions that two annotators get.
+    twice: f64,
     /// The open question of each annotator, and since when it is open.
     open: HashMap<String, (usize, Instant)>,
 }
 
 impl LabelQueue {
-    /// Creates the queue of a labeling task; `writer` holds the labels given so far.
-    pub fn new(writer: LabelWriter, task: LabelTask, questions: Questions) -> Self {
+    /// Creates the queue of a labeling task; `writer` holds the labels given so far. Two annotators get
+    /// the share `twice` of the questions.
+    pub fn new(writer: LabelWriter, task: LabelTask, questions: Questions, twice: f64) -> Self {
         let mut queue = Self {
             labels: BTreeMap::new(),
             of_label: HashMap::new(),
             open: HashMap::new(),
+            twice,
             writer,
             task,
             questions: questions.list,
@@ -104,14 +108,37 @@ impl LabelQueue {
         text.map(|(_, digest)| digest.clone()).unwrap_or_default()
     }
 
-    /// Returns the questions that have a label other than a skip.
+    /// Returns the questions that have all labels that they need, besides skips.
     fn done(&self) -> HashSet<usize> {
+        let mut counts: HashMap<usize, u32> = HashMap::new();
+        for number in self.said_by(|_| true) {
+            *counts.entry(number).or_default() += 1;
+        }
+        let done = counts.into_iter().filter(|(number, count)| {
+            let needed = if self.is_for_two(*number) { 2 } else { 1 };
+            *count >= needed
+        });
+        done.map(|(number, _)| number).collect()
+    }
+
+    /// Returns the questions of the labels of some annotators, besides skips.
+    fn said_by(&self, is_wanted: impl Fn(&str) -> bool) -> impl Iterator<Item = usize> {
         let said = self
             .labels
             .values()
-            .filter(|label| label.said != LabelVerdict::Skip);
+            .filter(move |label| label.said != LabelVerdict::Skip && is_wanted(&label.by));
         said.filter_map(|label| self.of_label.get(&label.id).copied())
-            .collect()
+    }
+
+    /// True if two annotators get a question. Depends only on the question.
+    fn is_for_two(&self, number: usize) -> bool {
+        let question = &self.questions[number];
+        let name = format!(
+            "twice {} {} {}",
+            question.prompt_id, question.left, question.right
+        );
+        let drawn = u32::from_str_radix(&digest(name.as_bytes())[..8], 16).expect("hex digits");
+        f64::from(drawn) < self.twice * 2_f64.powi(32)
     }
 
     /// Returns the number of labels so far.
@@ -138,6 +165,7 @@ impl LabelQueue {
         let done = self.done();
         let own = self.open.get(by).map(|(number, _)| *number);
         let own = own.filter(|number| !done.contains(number));
+        let labeled: HashSet<usize> = self.said_by(|other| other == by).collect();
         let number = own.or_else(|| {
             let skipped = self
                 .labels
@@ -152,7 +180,8 @@ impl LabelQueue {
                 .filter(|(other, (_, since))| other.as_str() != by && since.elapsed() < LEFT_OPEN);
             let others: HashSet<usize> = others.map(|(_, (number, _))| *number).collect();
             (0..self.questions.len()).find(|number| {
-                !done.contains(number) && !skipped.contains(number) && !others.contains(number)
+                let is_open = !done.contains(number) && !others.contains(number);
+                is_open && !skipped.contains(number) && !labeled.contains(number)
             })
         });
         match number {
@@ -207,6 +236,14 @@ impl LabelQueue {
             return Err(Failed::Words("no such question".to_owned()));
         };
         self.open.remove(&saying.by);
+        if self
+            .said_by(|by| by == saying.by)
+            .any(|number| number == saying.question)
+        {
+            return Err(Failed::Words(
+                "you have already labeled this question".to_owned(),
+            ));
+        }
         if self.done().contains(&saying.question) {
             return Err(Failed::Words(
                 "another annotator has already labeled this question".to_owned(),

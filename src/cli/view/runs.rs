@@ -1,0 +1,419 @@
+//! The runs that the page shows: their manifests as they are now, and caches of what was read.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::asked::{Asked, Problem};
+use super::positions::{ListKey, Positions};
+use crate::graph::Graph;
+use crate::spill::Spill;
+use crate::sql::{report_views, tables};
+use ovchat_data::store::{Images, Lookup, Manifest, RunFolder, TableVersion, lock_holder, rows_at};
+use ovchat_data::tables::{Pair, Row};
+use ovchat_query::{self as query, Part, QueryTable, Room, View};
+
+/// The memory limit of a query, and the number of queries at once: together with indexes and images,
+/// the server stays below 600 MB.
+const QUERY_MEMORY: usize = 160 << 20;
+const QUERIES_AT_ONCE: u32 = 2;
+
+/// The number of lists of positions that are kept.
+const LISTS_KEPT: usize = 6;
+
+/// All runs of the page.
+pub struct Runs {
+    pub list: Vec<Run>,
+    pub spill: Spill,
+    /// The time limit of a request.
+    pub query_time: Duration,
+    free: Mutex<u32>,
+    freed: Condvar,
+}
+
+/// A run.
+pub struct Run {
+    pub folder: PathBuf,
+    pub name: String,
+    snapshot: Mutex<Option<Arc<Snapshot>>>,
+    images: Mutex<Option<(usize, Images)>>,
+    /// Indexes of static tables by the IDs of their prompts.
+    prompts: Mutex<HashMap<String, Lookup>>,
+    pub(super) lists: Mutex<Vec<(ListKey, Arc<Positions>)>>,
+    /// The graph with the stamp at which it was made, and the problem with the pipeline file.
+    pub(super) graph: Mutex<Option<(String, Graph, Option<String>)>>,
+}
+
+/// A run at one moment.
+pub struct Snapshot {
+    pub run: RunFolder,
+    /// Changes with the manifest.
+    pub stamp: String,
+}
+
+impl Runs {
+    pub fn new(folders: Vec<PathBuf>, spill: Spill, query_time: Duration) -> Self {
+        let run = |folder: PathBuf| Run {
+            name: named(&folder),
+            folder,
+            snapshot: Mutex::default(),
+            images: Mutex::default(),
+            prompts: Mutex::default(),
+            lists: Mutex::default(),
+            graph: Mutex::default(),
+        };
+        Self {
+            list: folders.into_iter().map(run).collect(),
+            spill,
+            query_time,
+            free: Mutex::new(QUERIES_AT_ONCE),
+            freed: Condvar::new(),
+        }
+    }
+
+    /// Returns the run that a request is about.
+    pub fn of(&self, asked: &Asked) -> Result<&Run, Problem> {
+        let number = asked.number::<usize>("run")?.unwrap_or(0);
+        let missing = || Problem::Missing(format!("there is no run {number} on this page"));
+        self.list.get(number).ok_or_else(missing)
+    }
+
+    /// Returns the memory of a query, once few enough others run.
+    pub fn room(&self, asked: &Asked) -> Result<RoomTaken<'_>, Problem> {
+        let mut free = self.free.lock().expect("no panic while locked");
+        while *free == 0 {
+            asked.go_on()?;
+            let patience = Duration::from_millis(100);
+            let waited = self.freed.wait_timeout(free, patience);
+            free = waited.expect("no panic while locked").0;
+        }
+        *free -= 1;
+        Ok(RoomTaken(self))
+    }
+
+    /// Runs a query over all tables of a run and the views of its report.
+    pub fn query(
+        &self,
+        snapshot: &Snapshot,
+        asked: &Asked,
+        sql: &str,
+        mut sink: impl FnMut(Part) -> Result<(), Problem>,
+    ) -> Result<(), Problem> {
+        let room = self.room(asked)?;
+        let tables = tables(&snapshot.run, false)?;
+        let views = snapshot.views();
+        query::stream_within(sql, &[], &tables, &views, room.room(), |part| {
+            asked.go_on()?;
+            sink(part)
+        })
+    }
+}
+
+/// Room for a query; freed when it is dropped.
+pub struct RoomTaken<'r>(&'r Runs);
+
+impl RoomTaken<'_> {
+    pub fn room(&self) -> Room<'_> {
+        Room {
+            memory: QUERY_MEMORY,
+            spill: Some(self.0.spill.path()),
+        }
+    }
+}
+
+impl Drop for RoomTaken<'_> {
+    fn drop(&mut self) {
+        *self.0.free.lock().expect("no panic while locked") += 1;
+        self.0.freed.notify_one();
+    }
+}
+
+impl Run {
+    /// Returns the run as it is now.
+    pub fn now(&self) -> Result<Arc<Snapshot>, Problem> {
+        let stamp = stamp(&self.folder);
+        let mut known = self.snapshot.lock().expect("no panic while locked");
+        if let Some(snapshot) = &*known
+            && snapshot.stamp == stamp
+        {
+            return Ok(Arc::clone(snapshot));
+        }
+        let run = RunFolder::read(&self.folder)?;
+        let snapshot = Arc::new(Snapshot { run, stamp });
+        *known = Some(Arc::clone(&snapshot));
+        Ok(snapshot)
+    }
+
+    /// Returns a text that changes when the run does.
+    pub fn stamp(&self) -> String {
+        let running = lock_holder(&self.folder).is_some();
+        format!("{}{}", stamp(&self.folder), if running { "r" } else { "" })
+    }
+
+    /// Returns the bytes of an image.
+    pub fn image(&self, id: &str) -> Result<Arc<[u8]>, Problem> {
+        let mut images = self.images(&*self.now()?)?;
+        let (_, images) = images.as_mut().expect("it was opened");
+        if !images.contains(id) {
+            return Err(Problem::Missing(format!("{} has no image {id}", self.name)));
+        }
+        Ok(images.bytes(id)?)
+    }
+
+    /// True if the run has an image.
+    pub fn has_image(&self, id: &str) -> bool {
+        let images = self.now().and_then(|now| {
+            Ok(self
+                .images(&now)?
+                .as_ref()
+                .is_some_and(|(_, images)| images.contains(id)))
+        });
+        images.unwrap_or(false)
+    }
+
+    /// Returns the index of images, with those that were added since.
+    fn images(
+        &self,
+        snapshot: &Snapshot,
+    ) -> Result<MutexGuard<'_, Option<(usize, Images)>>, Problem> {
+        let mut images = self.images.lock().expect("no panic while locked");
+        let files = &snapshot.run.manifest().images;
+        match &mut *images {
+            Some((known, images)) => {
+                for file in files.iter().skip(*known) {
+                    images.added(&self.folder, file)?;
+                }
+                *known = files.len();
+            }
+            empty => *empty = Some((files.len(), Images::open(&self.folder, files)?)),
+        }
+        Ok(images)
+    }
+
+    /// Returns rows of a static table of prompts by their IDs; the index is kept.
+    pub fn prompts<R: Row>(
+        &self,
+        made: &TableVersion,
+        ids: &[&str],
+    ) -> Result<Vec<Option<R>>, Problem> {
+        let mut indexes = self.prompts.lock().expect("no panic while locked");
+        let index = match indexes.entry(made.key.clone()) {
+            std::collections::hash_map::Entry::Occupied(known) => known.into_mut(),
+            std::collections::hash_map::Entry::Vacant(new) => {
+                let files = made.files().map(|file| self.folder.join(&file.file));
+                new.insert(Lookup::open(files.collect(), "prompt_id")?)
+            }
+        };
+        let rows = ids.iter().map(|id| index.row(id));
+        Ok(rows.collect::<Result<_, _>>()?)
+    }
+
+    /// Keeps a list of positions, in place of the oldest one.
+    pub fn keep_list(&self, key: ListKey, list: &Arc<Positions>) {
+        let mut lists = self.lists.lock().expect("no panic while locked");
+        lists.retain(|(other, _)| *other != key);
+        if lists.len() >= LISTS_KEPT {
+            lists.remove(0);
+        }
+        lists.push((key, Arc::clone(list)));
+    }
+}
+
+impl Snapshot {
+    pub fn manifest(&self) -> &Manifest {
+        self.run.manifest()
+    }
+
+    pub fn views(&self) -> Vec<View> {
+        report_views(&self.manifest().source)
+    }
+
+    /// Returns the versions of a kind, in the order in which they were built.
+    pub fn of_kind(&self, kind: &'static str) -> impl Iterator<Item = &TableVersion> {
+        let made = self.manifest().made.iter();
+        made.filter(move |made| made.kind.as_deref() == Some(kind))
+    }
+
+    /// Returns the names of the tables of a kind.
+    pub fn names(&self, kind: &'static str) -> Vec<String> {
+        let mut names: Vec<String> = Vec::new();
+        for made in self.of_kind(kind) {
+            if !names.contains(&made.table) {
+                names.push(made.table.clone());
+            }
+        }
+        names
+    }
+
+    /// Returns the versions that a version was built from.
+    pub fn inputs<'s>(&'s self, made: &'s TableVersion) -> impl Iterator<Item = &'s TableVersion> {
+        let keys = made.because["inputs"].as_object();
+        let keys: Vec<&str> = keys
+            .into_iter()
+            .flat_map(|inputs| inputs.values().filter_map(Value::as_str))
+            .collect();
+        self.manifest().made.iter().filter(move |other| {
+            let known = other.content.as_deref().unwrap_or(&other.key);
+            keys.contains(&known)
+        })
+    }
+
+    /// Returns the nearest version of a kind that a version was built from, directly or through others.
+    pub fn nearest<'s>(&'s self, made: &'s TableVersion, kind: &str) -> Option<&'s TableVersion> {
+        let mut next: Vec<&TableVersion> = self.inputs(made).collect();
+        let mut seen = 0;
+        while seen < next.len() {
+            let made = next[seen];
+            if made.kind.as_deref() == Some(kind) {
+                return Some(made);
+            }
+            for input in self.inputs(made) {
+                if !next.iter().any(|other| std::ptr::eq(*other, input)) {
+                    next.push(input);
+                }
+            }
+            seen += 1;
+        }
+        None
+    }
+
+    /// Returns one version as a table for queries.
+    pub fn table(&self, made: &TableVersion, schema: arrow::datatypes::SchemaRef) -> QueryTable {
+        QueryTable {
+            name: made.table.clone(),
+            schema,
+            files: vec![(made.round, self.run.checked(made.files()))],
+            with_round: made.round.is_some(),
+        }
+    }
+
+    /// Returns the rows of a version about a prompt.
+    pub fn about<R: Row>(
+        &self,
+        runs: &Runs,
+        asked: &Asked,
+        made: &TableVersion,
+        prompt_id: &str,
+    ) -> Result<Vec<R>, Problem> {
+        self.rows(
+            runs,
+            asked,
+            made,
+            &format!("prompt_id = {}", literal(prompt_id)),
+            1000,
+        )
+    }
+
+    /// Returns at most `most` rows of a version that meet a condition.
+    pub fn rows<R: Row>(
+        &self,
+        runs: &Runs,
+        asked: &Asked,
+        made: &TableVersion,
+        condition: &str,
+        most: usize,
+    ) -> Result<Vec<R>, Problem> {
+        let table = self.table(made, R::schema());
+        let room = runs.room(asked)?;
+        let mut found = Vec::new();
+        let searched = query::positions(&table, Some(condition), None, room.room(), |rows| {
+            asked.go_on()?;
+            found.extend_from_slice(rows);
+            if found.len() >= most {
+                return Err(Problem::Enough);
+            }
+            Ok(())
+        });
+        match searched {
+            Ok(()) | Err(Problem::Enough) => {}
+            Err(problem) => return Err(problem),
+        }
+        found.truncate(most);
+        let files = table.files.iter().flat_map(|(_, files)| files);
+        let files: Vec<&Path> = files.map(|file| file.path.as_path()).collect();
+        Ok(rows_at(&files, &found)?)
+    }
+}
+
+/// Returns a text as an SQL literal.
+pub fn literal(text: &str) -> String {
+    format!("'{}'", text.replace('\'', "''"))
+}
+
+/// Returns the name of a table in SQL, in quotes if it needs them.
+pub fn ident(name: &str) -> String {
+    let is_plain = name
+        .bytes()
+        .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_');
+    match query::tables(&format!("select * from {name}")) {
+        Ok(read) if is_plain && read == [name] => name.to_owned(),
+        _ => format!("\"{}\"", name.replace('"', "\"\"")),
+    }
+}
+
+/// Returns the name of a run: that of its folder.
+fn named(folder: &Path) -> String {
+    let whole = fs::canonicalize(folder).unwrap_or_else(|_| folder.to_owned());
+    let name = whole.file_name().unwrap_or(whole.as_os_str());
+    name.to_string_lossy().into_owned()
+}
+
+/// Returns a text that changes with the files of a manifest.
+fn stamp(folder: &Path) -> String {
+    let mut newest = (0, 0);
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    for entry in entries {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if !name.starts_with("manifest") && name != ovchat_data::store::LABELS {
+            continue;
+        }
+        if let Ok(data) = entry.metadata() {
+            let changed = data.modified().ok();
+            let since = changed.and_then(|at| at.duration_since(std::time::UNIX_EPOCH).ok());
+            newest.0 = newest.0.max(since.map_or(0, |since| since.as_nanos()));
+            newest.1 += data.len();
+        }
+    }
+    format!("{:x}-{:x}", newest.0, newest.1)
+}
+
+/// Returns all runs with their tables.
+pub fn overview(runs: &Runs) -> Value {
+    let all = runs.list.iter().map(|run| match run.now() {
+        Ok(snapshot) => of_run(run, &snapshot),
+        Err(problem) => json!({
+            "name": run.name, "folder": run.folder, "running": null, "problem": problem.words().1, "stamp": run.stamp(),
+            "rounds": [], "policy": null, "pair_tables": [], "tables": [],
+        }),
+    });
+    json!({ "runs": all.collect::<Vec<_>>() })
+}
+
+fn of_run(run: &Run, snapshot: &Snapshot) -> Value {
+    let manifest = snapshot.manifest();
+    let mut rounds: Vec<u32> = manifest.made.iter().filter_map(|made| made.round).collect();
+    rounds.sort_unstable();
+    rounds.dedup();
+    let staged = manifest.staged.iter().map(|made| (made, true));
+    let made = manifest.made.iter().map(|made| (made, false)).chain(staged);
+    let tables = made.map(|(made, is_staged)| {
+        json!({
+            "name": made.table, "kind": made.kind, "round": made.round, "rows": made.rows(),
+            "complete": made.complete, "staged": is_staged,
+        })
+    });
+    let policy = manifest
+        .made
+        .iter()
+        .find_map(|made| made.checkpoint.as_ref());
+    json!({
+        "name": run.name, "folder": run.folder, "running": lock_holder(&run.folder), "problem": manifest.damage,
+        "stamp": run.stamp(), "rounds": rounds, "policy": policy.map(|checkpoint| &checkpoint.model),
+        "pair_tables": snapshot.names(Pair::KIND), "tables": tables.collect::<Vec<_>>(),
+    })
+}
