@@ -21,7 +21,7 @@ NVIDIA_COMPLETE := .libtorch/complete-2.11.0-cuda-13.0.2
 FETCH := python3 -m pip install --target .libtorch --no-compile --only-binary=:all: \
   --python-version $(LIBTORCH_PYTHON) --disable-pip-version-check
 
-.PHONY: help setup demo benchmark-demo test audit world parity benchmark-parity bench gpu-kit cluster-test
+.PHONY: help setup demo benchmark-demo test screenshots audit world parity benchmark-parity bench gpu-kit cluster-test
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,8 +46,22 @@ benchmark-demo: demo ## the small world's benchmarks: base against chat, with a 
 	cargo run --release --quiet --example benchmark_judge & judge=$$!; trap 'kill $$judge' EXIT; \
 	cargo run --release --quiet --bin pipeline -- run pipelines/benchmarks/small-world.yaml
 
-test: setup ## run the tests: code, schemas, layering, formatting
+# The checker of accessibility for the tests of pages: one script, in a package of PyPI.
+AXE := .axe/axe_playwright_python/axe.min.js
+
+test: setup $(AXE) ## run the tests: code, schemas, layering, formatting
 	cargo test --release
+	@command -v ffmpeg >/dev/null || echo "SKIPPED: the tests of videos need ffmpeg (apt-get install ffmpeg)"
+	@test -n "$$OVCHAT_CHROMIUM" || command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
+	  echo "SKIPPED: the tests of pages in a browser need Chromium (apt-get install chromium)"
+	@test -e $(AXE) || echo "SKIPPED: the tests of accessibility need axe-core, which could not be downloaded"
+
+$(AXE):
+	-python3 -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --only-binary=:all: \
+	  --target .axe axe-playwright-python==0.1.8
+
+screenshots: demo ## draw the pictures of examples/VIEW.md (needs Chromium)
+	cargo test --release --test main -- --ignored screenshots
 
 audit: ## check the crates: licenses, sources, versions, advisories (skips what it cannot download)
 	.ci/audit
