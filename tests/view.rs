@@ -110,12 +110,15 @@ impl Server {
         kilobytes << 10
     }
 
-    /// The number of threads that run queries.
+    /// The number of processes that run queries.
     fn queries(&self) -> usize {
-        let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
-        let names =
-            tasks.filter_map(|task| fs::read_to_string(task.ok()?.path().join("comm")).ok());
-        names.filter(|name| name.trim() == "query").count()
+        let all = fs::read_dir("/proc").unwrap().flatten();
+        let stats = all.filter_map(|entry| fs::read_to_string(entry.path().join("stat")).ok());
+        let parents = stats.filter_map(|stat| {
+            let (_, rest) = stat.rsplit_once(") ")?;
+            rest.split(' ').nth(1)?.parse::<u32>().ok()
+        });
+        parents.filter(|parent| *parent == self.child.id()).count()
     }
 }
 
@@ -403,6 +406,40 @@ fn a_prompts_life_tells_what_became_of_each_answer() {
 }
 
 #[test]
+fn the_life_of_a_pair_that_people_wrote_has_the_steps_of_each_round() {
+    let scene = Scene::new();
+    let pipeline = "pipeline: people\nrounds: 2\nmodels: { policy: { scripted: {} } }\nstages:\n  \
+        pairs: { load_feedback: { from: f.json } }\n  steps: { train_dpo: { pairs: pairs, model: policy, batch_pairs: 2 } }\n";
+    let record = |number: u32| json!({"id": number.to_string(), "prompt": format!("Why {number}?"), "chosen": "So.", "rejected": "No."});
+    let records: Vec<Value> = (0..5).map(record).collect();
+    scene
+        .write("f.json", json!(records).to_string())
+        .write("p.yaml", pipeline);
+    scene.succeeds(&["run", "p.yaml"]);
+    let server = Server::open(&scene, &["people"]);
+    let mut steps = Vec::new();
+    for row in server.json("api/pairs?round=2")["rows"].as_array().unwrap() {
+        let life = server.json(&format!(
+            "api/prompt?id={}",
+            row["prompt_id"].as_str().unwrap()
+        ));
+        let rounds = life["rounds"].as_array().unwrap();
+        assert_eq!(
+            [&rounds[0]["round"], &rounds[1]["round"]],
+            [&json!(1), &json!(2)]
+        );
+        assert_eq!(rounds[0]["training"]["steps"], 3);
+        assert!(
+            rounds[0]["answers"][0]["logp_before"].is_f64(),
+            "from the reference pass"
+        );
+        steps.push(rounds[0]["training"]["step"].as_u64().unwrap());
+    }
+    steps.sort_unstable();
+    assert_eq!(steps, [1, 1, 2, 2, 3]);
+}
+
+#[test]
 fn queries_of_the_page_have_limits_and_end_with_their_client() {
     let scene = finished(40);
     let server = Server::open(&scene, &["scripted", "--query-seconds", "2"]);
@@ -449,11 +486,40 @@ fn queries_of_the_page_have_limits_and_end_with_their_client() {
         "{:?}",
         closed.elapsed()
     );
-    let memory = "select array_agg(a.prompt_id || b.prompt_id || c.prompt_id) from rewards a, rewards b, rewards c";
-    let (status, why) = server.error(&format!("api/sql?q={}", encoded(memory)));
-    assert_eq!(status, 400);
+    // What no operator of DataFusion can be stopped in, and what is not in its limit on memory.
+    for (sql, ends) in [
+        (
+            "select max(cardinality(l)) from (select array_agg(a.text || a.prompt_id) over (order by a.round, a.prompt_id, a.candidate, b.candidate) as l \
+          from candidates a, candidates b)",
+            "memory limit",
+        ),
+        (
+            "select array_agg(a.prompt_id || b.prompt_id || c.prompt_id) from rewards a, rewards b, rewards c",
+            "",
+        ),
+    ] {
+        let begun = Instant::now();
+        let (status, why) = server.error(&format!("api/sql?q={}", encoded(sql)));
+        assert_eq!(status, 400);
+        assert!(
+            why.contains("memory limit") || (ends.is_empty() && why.contains("was stopped")),
+            "{why}"
+        );
+        assert!(
+            begun.elapsed() < Duration::from_secs(6),
+            "{:?}",
+            begun.elapsed()
+        );
+        ended(&server);
+    }
+    assert!(server.peak_memory() < 300 << 20);
+    // A condition of a list is such a query, too.
+    let condition = encoded(
+        "margin > (select count(*) from pairs a, pairs b, pairs c, pairs d, pairs e where a.margin + b.margin > c.margin + d.margin + e.margin)",
+    );
+    let (status, why) = server.error(&format!("api/pairs?where={condition}"));
     assert!(
-        why.contains("memory limit") || why.contains("was stopped"),
+        status == 400 && (why.contains("was stopped") || why.contains("memory limit")),
         "{why}"
     );
 }

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The page of `pipeline view` over a run of 1,000,000 prompts about 2,000 pictures, k = 5, scripted models.
 # Prints the times of the page in Chromium, and the peak memory of its server.
-# usage: benches/view/run.sh [FOLDER [PROMPTS]]; the run in FOLDER is made once (half an hour)
+# usage: benches/view/run.sh [FOLDER [PROMPTS]]; the run in FOLDER is made once
 set -eu
 here=$(cd "$(dirname "$0")/../.." && pwd)
 folder=$(realpath -m "${1:-/tmp/ovchat-view-bench}")

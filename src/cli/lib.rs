@@ -89,6 +89,9 @@ enum Command {
     /// Compute parts of tables for a run, which starts it.
     #[command(hide = true)]
     Worker,
+    /// Run a query of the page of `view`, which starts this process.
+    #[command(hide = true)]
+    ViewQuery,
     /// Print shell completions.
     #[command(
         after_help = "Example:\n  pipeline completions bash > ~/.local/share/bash-completion/completions/pipeline"
@@ -140,6 +143,7 @@ pub fn main(loader: Option<&dyn ModelLoader>) -> ExitCode {
         Command::Init(command) => command.run(),
         Command::Doctor(command) => command.run(loader),
         Command::Worker => worker::run(loader),
+        Command::ViewQuery => view::serve_query(),
         Command::Completions { shell } => {
             clap_complete::generate(
                 shell,

@@ -32,6 +32,7 @@ pub struct Sql {
     /// The run: its folder, or its name below runs/.
     run: PathBuf,
     /// The query [default: read from stdin].
+    #[arg(allow_hyphen_values = true)]
     query: Option<String>,
     /// Read staged versions (unfinished, or refused by an expectation) in place of the tables that
     /// they will replace.

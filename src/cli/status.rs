@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::failed::Failed;
 use super::file::{read_run, run_folder};
 use super::health;
-use super::out::{Output, line};
+use super::out::{Output, line, say};
 use super::progress::duration;
 use ovchat_data::store::{TableVersion, lock_holder};
 use ovchat_pipeline::run::{best_round, health_of, stale};
@@ -49,7 +49,8 @@ impl Status {
                 "{:#}",
                 json!({
                     "pipeline": manifest.pipeline, "running": holder, "tables": tables,
-                    "guard": health::conditions(&health_of(&run)?), "best_round": best_round(&run)?.map(|best| best.round),
+                    "guard": health::conditions(&health_of(&run).unwrap_or_default()),
+                    "best_round": best_round(&run).ok().flatten().map(|best| best.round),
                 })
             ));
         }
@@ -90,11 +91,16 @@ impl Status {
                 or_none(made.expected.seconds.map(duration)),
             ))?;
         }
-        for words in health::conditions(&health_of(&run)?) {
-            line(words)?;
-        }
-        if let Some(best) = best_round(&run)? {
-            line(format_args!("best round so far: {}", best.round))?;
+        match (health_of(&run), best_round(&run)) {
+            (Ok(rounds), Ok(best)) => {
+                for words in health::conditions(&rounds) {
+                    line(words)?;
+                }
+                if let Some(best) = best {
+                    line(format_args!("best round so far: {}", best.round))?;
+                }
+            }
+            (Err(error), _) | (_, Err(error)) => say!("warning: the health is unreadable: {error}"),
         }
         Ok(())
     }

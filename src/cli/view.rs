@@ -4,15 +4,18 @@
 //! The page is embedded in this program, loads nothing from elsewhere, and can write nothing. It is
 //! served on localhost only, to clients that know the key in its address.
 
+mod apart;
 mod asked;
 mod bundle;
 mod charts;
+mod child;
 mod graph;
 mod health;
 mod images;
 mod lists;
 mod positions;
 mod prompt;
+mod query_process;
 mod questions;
 mod runs;
 mod similar;
@@ -25,6 +28,7 @@ use std::time::Duration;
 
 use clap::Args;
 
+pub use self::query_process::serve as serve_query;
 use self::runs::Runs;
 use super::failed::Failed;
 use super::file::{read_run, run_folder};
@@ -66,6 +70,10 @@ impl View {
         let folders: Vec<PathBuf> = self.runs.iter().map(|run| run_folder(run)).collect();
         for folder in &folders {
             read_run(folder)?;
+        }
+        if self.bundle.is_some() && folders.len() > 1 {
+            let words = "a bundle has one run: write one bundle for each";
+            return Err(Failed::Usage(words.to_owned()));
         }
         let query_time = Duration::from_secs(self.query_seconds.into());
         let runs = Runs::new(folders, Spill::open()?, query_time);

@@ -94,8 +94,9 @@ fn contents(runs: &Runs, count: usize) -> Result<(Value, BTreeSet<String>, usize
         .as_array()
         .into_iter()
         .flatten();
+    let first = overview["runs"][0]["pair_tables"][0].clone();
     let last = last
-        .filter(|table| table["kind"] == "pair")
+        .filter(|table| table["kind"] == "pair" && table["name"] == first)
         .filter_map(|table| table["round"].as_u64())
         .max();
     let round = last.map(|round| round.to_string()).unwrap_or_default();
@@ -112,14 +113,19 @@ fn contents(runs: &Runs, count: usize) -> Result<(Value, BTreeSet<String>, usize
         keep(&format!("prompt?run=0&id={id}"), &life);
     }
     keep("pairs?run=0", &json!({ "rows": rows }));
-    let charts = ask("charts", &[])?;
-    for chart in charts["charts"].as_array().into_iter().flatten() {
-        let id = chart["id"].as_str().unwrap_or_default();
-        keep(
-            &format!("chart?run=0&id={id}"),
-            &ask("chart", &[("id", id)])?,
-        );
-    }
+    let mut charts = ask("charts", &[])?;
+    // A view may read tables that an unfinished run does not have yet.
+    charts["charts"]
+        .as_array_mut()
+        .expect("a list")
+        .retain(|chart| {
+            let id = chart["id"].as_str().unwrap_or_default();
+            match ask("chart", &[("id", id)]) {
+                Ok(rows) => keep(&format!("chart?run=0&id={id}"), &rows),
+                Err(_) => return false,
+            }
+            true
+        });
     keep("charts?run=0", &charts);
     keep("health?run=0", &ask("health", &[])?);
     let mut graph = ask("graph", &[])?;

@@ -2,18 +2,22 @@
 
 use serde_json::{Value, json};
 
+use super::apart::{self, Query};
 use super::asked::{Asked, Problem};
 use super::runs::{Runs, Snapshot, ident};
 use super::sql;
 use ovchat_data::store::TableVersion;
 use ovchat_data::tables::{Candidate, Comparison, DpoStep, Pair, Reward, Row, SftStep};
 
-/// The most points of a curve and of a scatter plot.
+/// The most points of a curve, and about the number of those of a scatter plot.
 const POINTS: u64 = 300;
-const DOTS: f64 = 1500.0;
+const DOTS: f64 = 2000.0;
 
 /// The most rows of a chart.
 const ROWS_MAX: usize = 5000;
+
+/// The beginning of the IDs of views.
+const REPORT: &str = "report:";
 
 /// A chart.
 struct Chart {
@@ -51,7 +55,16 @@ pub fn rows(runs: &Runs, asked: &Asked) -> Result<Value, Problem> {
     let charts = charts(&snapshot);
     let chart = charts.iter().find(|chart| chart.id == id);
     let chart = chart.ok_or_else(|| Problem::Missing(format!("there is no chart `{id}`")))?;
-    let found = sql::table(runs, asked, &chart.sql, ROWS_MAX)?;
+    let found = if id.starts_with(REPORT) {
+        // The pipeline's own query.
+        let query = Query::Rows {
+            sql: chart.sql.clone(),
+            limit: ROWS_MAX,
+        };
+        apart::run(runs, &runs.of(asked)?.folder, asked, query)?
+    } else {
+        sql::table(runs, asked, &chart.sql, ROWS_MAX)?
+    };
     let columns = found["columns"].as_array().into_iter().flatten();
     let columns: Vec<&Value> = columns.map(|column| &column["name"]).collect();
     Ok(json!({ "columns": columns, "rows": found["rows"] }))
@@ -61,7 +74,7 @@ fn charts(snapshot: &Snapshot) -> Vec<Chart> {
     let mut charts = Vec::new();
     for view in snapshot.views() {
         charts.push(Chart {
-            id: format!("report:{}", view.name),
+            id: format!("{REPORT}{}", view.name),
             title: format!("report: {}", view.name),
             help: "A view of the pipeline's `report`.",
             sql: view.query,
@@ -164,7 +177,13 @@ fn of_rewards(snapshot: &Snapshot, made: &TableVersion) -> Vec<Chart> {
         },
     ];
     if let Some(answers) = snapshot.nearest(made, Candidate::KIND) {
-        let share = (DOTS / made.rows().max(1) as f64).min(1.0);
+        let of_table = snapshot
+            .manifest()
+            .made
+            .iter()
+            .filter(|other| other.table == made.table);
+        let rows: f64 = of_table.map(|other| other.rows() as f64).sum();
+        let share = (DOTS / rows.max(1.0)).min(1.0);
         // IDs are hashes, so those below a threshold are a random sample.
         let threshold = format!("{:08x}", (share * f64::from(u32::MAX)) as u32);
         charts.push(Chart {

@@ -1,19 +1,14 @@
 //! The graph of a run for the page: what `pipeline graph` says of its pipeline file, or, if the file
 //! cannot be loaded any more, the tables that the run has.
 
-use std::io::Read as _;
-use std::process::{Command, Stdio};
-use std::time::Duration;
-
 use serde_json::{Value, json};
 
 use super::asked::{Asked, Problem};
+use super::child;
 use super::runs::{Run, Runs, Snapshot};
-use crate::graph::{Graph, State};
+use crate::graph::Graph;
+use ovchat_data::store::lock_holder;
 use ovchat_pipeline::run::LAST;
-
-/// The interval between checks for the end of the other program.
-const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// Returns the tables of the graph.
 pub fn graph(runs: &Runs, asked: &Asked) -> Result<Value, Problem> {
@@ -38,23 +33,36 @@ fn of_run(
     snapshot: &Snapshot,
     asked: &Asked,
 ) -> Result<(Graph, Option<String>), Problem> {
+    let stamp = format!("{} {}", run.stamp(), file_stamp(snapshot));
     let mut known = run.graph.lock().expect("no panic while locked");
-    if let Some((stamp, graph, problem)) = &*known
-        && *stamp == snapshot.stamp
+    if let Some((of, graph, problem)) = &*known
+        && *of == stamp
     {
         return Ok((graph.clone(), problem.clone()));
     }
     let own = Graph::of_run(&snapshot.run);
-    let is_running = own.tables.iter().any(|table| table.state == State::Running);
-    let (graph, problem) = match planned(run, snapshot, asked) {
-        // A run in progress has little to forecast, and the forecast would cost it time.
-        _ if is_running => (own, None),
-        Ok(graph) => (graph, None),
-        Err(Problem::Refused(problem)) => (own, Some(problem)),
-        Err(problem) => return Err(problem),
+    // A run in progress has little to forecast, and the forecast would cost it time.
+    let (graph, problem) = if lock_holder(&run.folder).is_some() {
+        (own, None)
+    } else {
+        match planned(run, snapshot, asked) {
+            Ok(graph) => (graph, None),
+            Err(Problem::Refused(problem)) => (own, Some(problem)),
+            Err(problem) => return Err(problem),
+        }
     };
-    *known = Some((snapshot.stamp.clone(), graph.clone(), problem.clone()));
+    *known = Some((stamp, graph.clone(), problem.clone()));
     Ok((graph, problem))
+}
+
+/// Returns a text that changes with the pipeline file.
+fn file_stamp(snapshot: &Snapshot) -> String {
+    let file = snapshot.manifest().source["file"]
+        .as_str()
+        .unwrap_or_default();
+    let data = std::fs::metadata(file).ok();
+    let changed = data.as_ref().and_then(|data| data.modified().ok());
+    format!("{changed:?} {:?}", data.map(|data| data.len()))
 }
 
 /// Returns the graph of the pipeline file that the run was made with, as another process forecasts it:
@@ -64,64 +72,17 @@ fn planned(run: &Run, snapshot: &Snapshot, asked: &Asked) -> Result<Graph, Probl
     let file = source["file"].as_str();
     let file =
         file.ok_or_else(|| Problem::Refused("the run does not name its pipeline file".to_owned()))?;
-    let failed =
-        |error: std::io::Error| Problem::Refused(format!("cannot run `pipeline graph`: {error}"));
-    let mut command = Command::new(std::env::current_exe().map_err(failed)?);
-    command
-        .args(["graph", "--format", "json", "--run"])
-        .arg(&run.folder);
-    for set in source[LAST]["sets"]
-        .as_array()
-        .into_iter()
-        .flatten()
-        .filter_map(Value::as_str)
-    {
+    let mut command = child::command(&["graph", "--format", "json", "--run"])?;
+    command.arg(&run.folder);
+    let sets = source[LAST]["sets"].as_array().into_iter().flatten();
+    for set in sets.filter_map(Value::as_str) {
         command.arg(format!("--set={set}"));
     }
     command.arg("--").arg(file);
-    let streams = command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    let mut child = streams.spawn().map_err(failed)?;
-    let [out, errors] = [
-        child
-            .stdout
-            .take()
-            .map(|out| Box::new(out) as Box<dyn std::io::Read + Send>),
-        child
-            .stderr
-            .take()
-            .map(|out| Box::new(out) as Box<dyn std::io::Read + Send>),
-    ]
-    .map(|stream| {
-        std::thread::spawn(move || {
-            let mut text = String::new();
-            // An unreadable text is no graph.
-            drop(
-                stream
-                    .expect("it is piped")
-                    .take(64 << 20)
-                    .read_to_string(&mut text),
-            );
-            text
-        })
-    });
-    let status = loop {
-        if let Some(status) = child.try_wait().map_err(failed)? {
-            break status;
-        }
-        if let Err(problem) = asked.go_on() {
-            drop(child.kill());
-            drop(child.wait());
-            return Err(problem);
-        }
-        std::thread::sleep(LOOK_EVERY);
-    };
-    let [out, errors] = [out, errors].map(|text| text.join().unwrap_or_default());
-    if !status.success() {
-        let first = errors
-            .lines()
+    let output = child::run(command, &[], asked, None)?;
+    if !output.is_success {
+        let mut lines = output.errors.lines();
+        let first = lines
             .find(|line| !line.trim().is_empty())
             .unwrap_or("it failed");
         return Err(Problem::Refused(format!(
@@ -129,6 +90,6 @@ fn planned(run: &Run, snapshot: &Snapshot, asked: &Asked) -> Result<Graph, Probl
             first.trim()
         )));
     }
-    serde_json::from_str(&out)
+    serde_json::from_slice(&output.out)
         .map_err(|error| Problem::Refused(format!("`pipeline graph` printed no graph: {error}")))
 }

@@ -7,7 +7,9 @@ use axum::response::Response;
 
 use super::asked::Problem;
 use super::runs::{Run, Runs};
+use super::sql::is_image;
 use crate::web;
+use ovchat_data::store::write_atomically;
 use ovchat_models::preprocess::{Bicubic, decode};
 use ovchat_models::{RowFault, media_type};
 
@@ -38,8 +40,7 @@ pub fn small(runs: &Runs, run: &Run, id: &str) -> Result<Response, Problem> {
 
 /// Returns the media type and the bytes of a thumbnail.
 pub fn thumbnail(runs: &Runs, run: &Run, id: &str) -> Result<(&'static str, Vec<u8>), Problem> {
-    let is_id = id.len() == 64 && id.bytes().all(|byte| byte.is_ascii_hexdigit());
-    if !is_id {
+    if !is_image(id) {
         return Err(Problem::Missing(format!("`{id}` is no image")));
     }
     let place: PathBuf = runs.spill.path().join(id);
@@ -48,6 +49,8 @@ pub fn thumbnail(runs: &Runs, run: &Run, id: &str) -> Result<(&'static str, Vec<
     }
     let bytes = run.image(id)?;
     let failed = |problem: String| Problem::Failed(format!("image {id}: {problem}"));
+    // One at a time: decoded images may be large.
+    let one = runs.decoding.lock().expect("no panic while locked");
     let image = decode(&bytes, PIXELS_MAX).map_err(|RowFault(problem)| failed(problem))?;
     let longest = image.width.max(image.height);
     let made = if longest <= SIDE && bytes.len() <= ORIGINAL_MAX {
@@ -58,8 +61,9 @@ pub fn thumbnail(runs: &Runs, run: &Run, id: &str) -> Result<(&'static str, Vec<
         let image = Bicubic::Pillow.resize(&image, width, height);
         image.to_jpeg(QUALITY).map_err(failed)?
     };
+    drop(one);
     // Without it, the thumbnail is made again.
-    drop(std::fs::write(&place, &made));
+    drop(write_atomically(&place, &made));
     Ok((media_type(&made).unwrap_or("image/jpeg"), made))
 }
 

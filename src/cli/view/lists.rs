@@ -1,13 +1,16 @@
 //! Lists of pairs: filtered and sorted as positions, of which a page of rows is read.
 
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::{BufWriter, Write as _};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::{Value, json};
 
+use super::apart::{self, Query};
 use super::asked::{Asked, Problem};
 use super::positions::{ListKey, Positions};
-use super::runs::{Run, Runs, Snapshot, literal};
+use super::runs::{Run, Runs, Snapshot, ident, literal};
 use ovchat_data::store::{TableVersion, rows_at};
 use ovchat_data::tables::{Pair, Prompt, PromptVideo, Reward, Row, Turn};
 use ovchat_query::{self as query, QueryTable};
@@ -33,15 +36,7 @@ pub fn pairs(runs: &Runs, asked: &Asked) -> Result<Value, Problem> {
     };
     let round = asked.number::<u32>("round")?;
     let versions = versions(&snapshot, &name, round)?;
-    let table = QueryTable {
-        name: name.clone(),
-        schema: Pair::schema(),
-        files: versions
-            .iter()
-            .map(|made| (made.round, snapshot.run.checked(made.files())))
-            .collect(),
-        with_round: true,
-    };
+    let table = table_of(&snapshot, &name, &versions);
     let condition = condition(asked);
     let order = order(asked)?;
     let list = list(
@@ -65,7 +60,7 @@ pub fn pairs(runs: &Runs, asked: &Asked) -> Result<Value, Problem> {
     let rows: Vec<Pair> = rows_at(&files, &page)?;
     let rounds: Vec<Option<u32>> = page
         .iter()
-        .map(|(file, _)| rounds[*file as usize])
+        .map(|(file, _)| rounds.get(*file as usize).copied().flatten())
         .collect();
     let mut shown: Vec<Value> = rows
         .iter()
@@ -79,8 +74,10 @@ pub fn pairs(runs: &Runs, asked: &Asked) -> Result<Value, Problem> {
         add_answers(run, &snapshot, made, &rows, &at, &mut shown)?;
         add_replies(runs, &snapshot, asked, made, &rows, &at, &mut shown)?;
     }
-    let mut sql = format!("select * from {name}");
-    let of_round = round.map(|round| format!("round = {round}"));
+    let mut sql = format!("select * from {}", ident(&name));
+    let has_rounds = versions.iter().any(|made| made.round.is_some());
+    let of_round = round.filter(|_| has_rounds);
+    let of_round = of_round.map(|round| format!("round = {round}"));
     let conditions: Vec<String> = of_round.into_iter().chain(condition).collect();
     if !conditions.is_empty() {
         sql.push_str(&format!(" where {}", conditions.join(" and ")));
@@ -118,6 +115,87 @@ fn versions<'s>(
     Ok(made)
 }
 
+fn table_of(snapshot: &Snapshot, name: &str, versions: &[&TableVersion]) -> QueryTable {
+    let files = versions.iter();
+    QueryTable {
+        name: name.to_owned(),
+        schema: Pair::schema(),
+        files: files
+            .map(|made| (made.round, snapshot.run.checked(made.files())))
+            .collect(),
+        with_round: true,
+    }
+}
+
+/// Writes the positions of the pairs that meet a condition to a file: four bytes for the file, eight for
+/// the row.
+pub fn write(
+    runs: &Runs,
+    asked: &Asked,
+    (name, round, files): (&str, Option<u32>, &[String]),
+    (condition, order): (Option<&str>, Option<&str>),
+    to: &Path,
+) -> Result<Value, Problem> {
+    let snapshot = runs.of(asked)?.now()?;
+    let versions = versions(&snapshot, name, round)?;
+    if files_of(&versions) != files {
+        return Err(Problem::Failed(
+            "the run has changed meanwhile; try again".to_owned(),
+        ));
+    }
+    let table = table_of(&snapshot, name, &versions);
+    let failed =
+        |error: std::io::Error| Problem::Failed(format!("cannot write positions: {error}"));
+    let mut out = BufWriter::new(File::create(to).map_err(failed)?);
+    let room = runs.room(asked)?;
+    query::positions(&table, condition, order, room.room(), |found| {
+        for (file, row) in found {
+            out.write_all(&file.to_le_bytes()).map_err(failed)?;
+            out.write_all(&row.to_le_bytes()).map_err(failed)?;
+        }
+        asked.go_on()
+    })?;
+    out.flush().map_err(failed)?;
+    Ok(Value::Null)
+}
+
+/// Returns the positions for a condition that a client wrote, as another process finds them.
+fn written(
+    runs: &Runs,
+    run: &Run,
+    asked: &Asked,
+    (table, round, files): (&str, Option<u32>, &[String]),
+    (condition, order): (Option<&str>, Option<&str>),
+) -> Result<Vec<(u32, u64)>, Problem> {
+    let (_, to) = apart::file(runs)?;
+    let query = Query::Positions {
+        table: table.to_owned(),
+        round,
+        files: files.to_vec(),
+        condition: condition.map(str::to_owned),
+        order: order.map(str::to_owned),
+        to: to.clone(),
+    };
+    let done = apart::run(runs, &run.folder, asked, query);
+    let bytes = std::fs::read(&to).unwrap_or_default();
+    drop(std::fs::remove_file(&to));
+    done?;
+    let position = |bytes: &[u8]| {
+        let (file, row) = bytes.split_at(4);
+        let file = u32::from_le_bytes(file.try_into().expect("four bytes"));
+        (
+            file,
+            u64::from_le_bytes(row.try_into().expect("eight bytes")),
+        )
+    };
+    Ok(bytes.chunks_exact(12).map(position).collect())
+}
+
+fn files_of(versions: &[&TableVersion]) -> Vec<String> {
+    let files = versions.iter().flat_map(|made| made.files());
+    files.map(|file| file.file.clone()).collect()
+}
+
 /// Returns the condition of a list, from `where` and `text`.
 fn condition(asked: &Asked) -> Option<String> {
     let written = asked
@@ -147,7 +225,8 @@ fn order(asked: &Asked) -> Result<Option<String>, Problem> {
         "length_difference" => {
             "cast(cardinality(chosen_token_ids) as bigint) - cast(cardinality(rejected_token_ids) as bigint)"
         }
-        "question" => "prompt",
+        // The start of a text decides, and takes less memory.
+        "question" => "left(prompt, 48)",
         other => {
             return Err(Problem::Refused(format!(
                 "pairs cannot be sorted by `{other}`"
@@ -171,15 +250,14 @@ fn list(
     table: &QueryTable,
     (condition, order): (Option<&str>, Option<&str>),
 ) -> Result<Arc<Positions>, Problem> {
-    let files = versions.iter().flat_map(|made| made.files());
     if condition.is_none() && order.is_none() {
+        let files = versions.iter().flat_map(|made| made.files());
         return Ok(Arc::new(Positions::All(
             files.map(|file| file.rows).collect(),
         )));
     }
-    let files = files.map(|file| file.file.clone()).collect();
     let key: ListKey = (
-        files,
+        files_of(versions),
         condition.map(str::to_owned),
         order.map(str::to_owned),
     );
@@ -189,12 +267,19 @@ fn list(
         return Ok(Arc::clone(list));
     }
     drop(known);
-    let room = runs.room(asked)?;
-    let mut rows = Vec::new();
-    query::positions(table, condition, order, room.room(), |found| {
-        rows.extend_from_slice(found);
-        asked.go_on()
-    })?;
+    let rows = if asked.text("where").is_some() {
+        let round = asked.number("round")?;
+        let of = (table.name.as_str(), round, &key.0[..]);
+        written(runs, run, asked, of, (condition, order))?
+    } else {
+        let room = runs.room(asked)?;
+        let mut rows = Vec::new();
+        query::positions(table, condition, order, room.room(), |found| {
+            rows.extend_from_slice(found);
+            asked.go_on()
+        })?;
+        rows
+    };
     let list = Arc::new(Positions::Some(rows));
     run.keep_list(key, &list);
     Ok(list)
@@ -252,7 +337,7 @@ fn add_answers(
         return Ok(());
     };
     let ids: Vec<&str> = at.iter().map(|&at| rows[at].prompt_id.as_str()).collect();
-    let found = run.prompts::<Prompt>(prompts, &ids)?;
+    let found = run.prompts::<Prompt>(snapshot, prompts, &ids)?;
     for (at, prompt) in at.iter().zip(found) {
         shown[*at]["answer"] = json!(prompt.and_then(|prompt| prompt.answer));
     }

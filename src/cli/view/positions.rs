@@ -13,7 +13,7 @@ pub enum Positions {
 impl Positions {
     pub fn len(&self) -> u64 {
         match self {
-            Self::All(files) => files.iter().sum(),
+            Self::All(files) => files.iter().fold(0, |sum, rows| sum.saturating_add(*rows)),
             Self::Some(rows) => rows.len() as u64,
         }
     }
@@ -27,13 +27,13 @@ impl Positions {
             }
             Self::All(files) => {
                 let mut page = Vec::new();
-                let mut start = 0;
+                let mut skipped = offset;
                 for (file, rows) in files.iter().enumerate() {
-                    let first = offset.max(start) - start;
+                    let first = skipped.min(*rows);
+                    skipped -= first;
                     let left = (limit - page.len()) as u64;
-                    let of_file = first..rows.min(&(first + left)).max(&first).to_owned();
+                    let of_file = first..first + left.min(rows - first);
                     page.extend(of_file.map(|row| (file as u32, row)));
-                    start += rows;
                     if page.len() == limit {
                         break;
                     }
@@ -56,6 +56,8 @@ mod tests {
         assert_eq!(all.page(2, 2), [(0, 2), (2, 0)]);
         assert_eq!(all.page(4, 9), [(2, 1)]);
         assert_eq!(all.page(5, 9), []);
+        assert_eq!(all.page(u64::MAX, 9), []);
+        assert_eq!(Positions::All(vec![u64::MAX, 2]).len(), u64::MAX);
         let some = Positions::Some(vec![(1, 7), (0, 3)]);
         assert_eq!(some.page(1, 9), [(0, 3)]);
         assert_eq!(some.page(9, 9), []);

@@ -35,18 +35,22 @@ pub fn life(runs: &Runs, asked: &Asked) -> Result<Value, Problem> {
     };
     let mut rounds = Vec::new();
     let mut evaluations = Vec::new();
-    let trained: Vec<*const TableVersion> = snapshot
+    let trained: Vec<&str> = snapshot
         .of_kind(Pair::KIND)
         .filter_map(|pairs| snapshot.nearest(pairs, Candidate::KIND))
-        .map(std::ptr::from_ref)
+        .map(|made| made.table.as_str())
         .collect();
     for made in snapshot.of_kind(Candidate::KIND) {
         let answers: Vec<Candidate> = reading.about(made)?;
         if answers.is_empty() {
             continue;
         }
-        // Before the pairs of a first round are there, nothing tells training from evaluation.
-        if trained.contains(&std::ptr::from_ref(made)) || answers.len() > 1 {
+        let is_training = match trained[..] {
+            // Before the pairs of a first round are there, nothing else tells it from evaluation.
+            [] => answers.len() > 1,
+            _ => trained.contains(&made.table.as_str()),
+        };
+        if is_training {
             rounds.push(reading.round(made, &answers)?);
         } else {
             evaluations.extend(reading.evaluated(made, &answers)?);
@@ -74,7 +78,10 @@ impl Reading<'_> {
     fn prompt(&self) -> Result<Option<Value>, Problem> {
         for made in self.snapshot.of_kind(Prompt::KIND) {
             let found: Option<Prompt> = if made.round.is_none() && made.complete {
-                self.run.prompts(made, &[self.id])?.pop().flatten()
+                self.run
+                    .prompts(self.snapshot, made, &[self.id])?
+                    .pop()
+                    .flatten()
             } else {
                 self.about(made)?.pop()
             };
@@ -90,40 +97,23 @@ impl Reading<'_> {
         Ok(None)
     }
 
-    /// Returns the prompt of pairs that people wrote, with the rounds that trained on them.
+    /// Returns the prompt of pairs that people wrote, and adds the rounds that trained on them.
     fn of_pairs(&self, rounds: &mut Vec<Value>) -> Result<Value, Problem> {
         for made in self.snapshot.of_kind(Pair::KIND) {
             let pairs: Vec<Pair> = self.about(made)?;
             let Some(pair) = pairs.first() else {
                 continue;
             };
-            let mut reference: Vec<Reference> = Vec::new();
-            for of in self.derived(Reference::KIND, made) {
-                reference.extend(self.about(of)?);
+            let mut trainings = self.trainings_of(made);
+            trainings.sort_by_key(|steps| steps.round);
+            for steps in trainings {
+                let training = self.step_of(steps, made, pair)?;
+                rounds.push(self.round_of_pair(made, steps.round, pair, &training)?);
             }
-            let reference = reference.iter().find(|row| row.pair == pair.row_key);
-            let answer = |candidate: usize, text: &str, role: &str, reward: Option<f32>| {
-                let logp = reference.map(|row| [row.chosen_logp, row.rejected_logp][candidate]);
-                let from = if logp.is_some() {
-                    "the reference pass"
-                } else {
-                    "the answer was not sampled"
-                };
-                json!({
-                    "candidate": candidate, "text": text, "tokens": null, "finish": null,
-                    "rewards": reward.map(|reward| json!({ "table": made.table, "reward": reward })).into_iter().collect::<Vec<_>>(),
-                    "logp_before": logp, "logp_before_from": from, "logp_after": null,
-                    "logp_after_from": NOT_READ, "role": role, "why": "as in the source",
-                })
-            };
-            rounds.push(json!({
-                "round": made.round, "table": made.table,
-                "answers": [
-                    answer(0, &pair.chosen, "chosen", pair.chosen_reward),
-                    answer(1, &pair.rejected, "rejected", pair.rejected_reward),
-                ],
-                "pairs": [], "rejects": [], "training": null, "training_why": "see the tables of steps",
-            }));
+            if rounds.is_empty() {
+                let training = Err("training has not begun".to_owned());
+                rounds.push(self.round_of_pair(made, made.round, pair, &training)?);
+            }
             return Ok(json!({
                 "prompt_id": pair.prompt_id, "id": pair.id, "table": made.table, "question": pair.prompt,
                 "system": pair.system, "turns": turns(&pair.turns), "images": pair.image_ids,
@@ -137,6 +127,45 @@ impl Reading<'_> {
         )))
     }
 
+    /// Returns a round that trained on a pair that people wrote.
+    fn round_of_pair(
+        &self,
+        made: &TableVersion,
+        round: Option<u32>,
+        pair: &Pair,
+        training: &Result<Value, String>,
+    ) -> Result<Value, Problem> {
+        let mut reference: Vec<Reference> = Vec::new();
+        let of_round = |of: &&&TableVersion| of.round.is_none() || of.round == round;
+        for of in self.derived(Reference::KIND, made).iter().filter(of_round) {
+            reference.extend(self.about(of)?);
+        }
+        let reference = reference.iter().find(|row| row.pair == pair.row_key);
+        let answer = |candidate: usize, text: &str, role: &str, reward: Option<f32>| {
+            let logp = reference.map(|row| [row.chosen_logp, row.rejected_logp][candidate]);
+            let from = match logp {
+                Some(_) => "the reference pass",
+                None => "the answer was not sampled",
+            };
+            let rewards = reward.map(|reward| json!({ "table": made.table, "reward": reward }));
+            json!({
+                "candidate": candidate, "text": text, "tokens": null, "finish": null,
+                "rewards": rewards.into_iter().collect::<Vec<_>>(),
+                "logp_before": logp, "logp_before_from": from, "logp_after": null,
+                "logp_after_from": NOT_READ, "role": role, "why": "as in the source",
+            })
+        };
+        Ok(json!({
+            "round": round, "table": made.table,
+            "answers": [
+                answer(0, &pair.chosen, "chosen", pair.chosen_reward),
+                answer(1, &pair.rejected, "rejected", pair.rejected_reward),
+            ],
+            "pairs": [of_pair(made, pair)], "rejects": [],
+            "training": training.as_ref().ok(), "training_why": training.as_ref().err(),
+        }))
+    }
+
     /// Returns the answers of a round with what became of them.
     fn round(&self, made: &TableVersion, answers: &[Candidate]) -> Result<Value, Problem> {
         let rewards = self.rewards_of(made)?;
@@ -146,11 +175,14 @@ impl Reading<'_> {
         }
         let rejects = self.rejects(made, &pairs)?;
         let next = self.next_round(made)?;
-        let pair = pairs
-            .iter()
-            .find_map(|(of, pairs)| Some((*of, pairs.first()?)));
         let shown = answers.iter().map(|answer| {
-            let role = pair.and_then(|(_, pair)| role(pair, answer.candidate));
+            let own = pairs.iter().find_map(|(of, pairs)| {
+                let own = pairs.iter().find(|pair| role(pair, answer.candidate).is_some());
+                Some((*of, own?))
+            });
+            let first = pairs.iter().find_map(|(of, pairs)| Some((*of, pairs.first()?)));
+            let pair = own.or(first);
+            let role = own.and_then(|(_, pair)| role(pair, answer.candidate));
             let of_answer: Vec<&(&TableVersion, Reward)> = rewards
                 .iter()
                 .filter(|(_, reward)| reward.candidate == answer.candidate)
@@ -166,14 +198,8 @@ impl Reading<'_> {
         });
         let shown: Vec<Value> = shown.collect();
         let training = self.training(made, &pairs)?;
-        let of_pairs = pairs.iter().flat_map(|(of, pairs)| {
-            pairs.iter().map(|pair| {
-                json!({
-                    "table": of.table, "key": pair.row_key, "chosen_candidate": pair.chosen_candidate,
-                    "rejected_candidate": pair.rejected_candidate, "margin": pair.margin,
-                })
-            })
-        });
+        let of_pairs = pairs.iter();
+        let of_pairs = of_pairs.flat_map(|(of, pairs)| pairs.iter().map(|pair| of_pair(of, pair)));
         let rejected = rejects.iter().map(|reject| {
             json!({ "stage": reject.stage, "class": reject.class.as_str(), "reason": reject.reason })
         });
@@ -221,13 +247,9 @@ impl Reading<'_> {
             Some("chosen") if own.reward >= high => "the highest reward".to_owned(),
             Some("rejected") if own.reward <= low => "the lowest reward".to_owned(),
             Some(_) => format!("`{stage}` took it"),
-            None if own.reward >= high => {
-                "as high as the chosen one; of equal rewards, the lower candidate number is taken"
-                    .to_owned()
-            }
-            None if own.reward <= low => {
-                "as low as the rejected one; of equal rewards, one answer is taken".to_owned()
-            }
+            None if stage != "select_extremes" => format!("`{stage}` did not take it"),
+            None if own.reward >= high => format!("as high as the chosen one; {LOWER}"),
+            None if own.reward <= low => format!("as low as the rejected one; {LOWER}"),
             None => "its reward is between those of the pair".to_owned(),
         }
     }
@@ -238,43 +260,51 @@ impl Reading<'_> {
         answers: &TableVersion,
         pairs: &[(&TableVersion, Vec<Pair>)],
     ) -> Result<Result<Value, String>, Problem> {
-        let Some((of, pair)) = pairs
+        let first = pairs
             .iter()
-            .find_map(|(of, pairs)| Some((*of, pairs.first()?)))
-        else {
+            .find_map(|(of, pairs)| Some((*of, pairs.first()?)));
+        let Some((of, pair)) = first else {
             return Ok(Err(
                 "no pair, so nothing was trained on this prompt".to_owned()
             ));
         };
-        let mut steps = self.snapshot.of_kind(DpoStep::KIND);
-        let steps = steps.find(|made| {
-            made.round == answers.round
-                && self
-                    .snapshot
-                    .inputs(made)
-                    .any(|input| std::ptr::eq(input, of))
-        });
-        let Some(steps) = steps else {
-            return Ok(Err("training has not begun".to_owned()));
+        let mut trainings = self.trainings_of(of).into_iter();
+        match trainings.find(|steps| steps.round == answers.round) {
+            Some(steps) => self.step_of(steps, of, pair),
+            None => Ok(Err("training has not begun".to_owned())),
+        }
+    }
+
+    /// Returns the trainings on a table of pairs.
+    fn trainings_of<'s>(&'s self, pairs: &TableVersion) -> Vec<&'s TableVersion> {
+        let steps = self.snapshot.of_kind(DpoStep::KIND);
+        let reads = |steps: &&TableVersion| {
+            let mut inputs = self.snapshot.inputs(steps);
+            inputs.any(|input| std::ptr::eq(input, pairs))
         };
+        steps.filter(reads).collect()
+    }
+
+    /// Returns the first step of a training that had a pair, or why it is not known.
+    fn step_of(
+        &self,
+        steps: &TableVersion,
+        pairs: &TableVersion,
+        pair: &Pair,
+    ) -> Result<Result<Value, String>, Problem> {
         let settings = &steps.because["settings"]["train_dpo"];
         if settings["group_by_length"] == true {
-            return Ok(Err(
-                "pairs are grouped by length, so the step is not known from the order".to_owned(),
-            ));
+            let why = "pairs are grouped by length, so the step is not known from the order";
+            return Ok(Err(why.to_owned()));
         }
-        let number = |name: &str| settings[name].as_u64().unwrap_or(1) as u32;
+        let number = |name: &str| settings[name].as_u64().unwrap_or(1).max(1) as u32;
         let seed = steps.because["seed"].as_u64().unwrap_or(0);
-        let Some(row) = self.row_of(of, pair)? else {
+        let Some(row) = self.row_of(pairs, pair)? else {
             return Ok(Err("the pair is not in its table any more".to_owned()));
         };
         let place = (seed, steps.table.as_str(), steps.round);
-        let found = steps_with(
-            place,
-            row,
-            of.rows() as usize,
-            (number("epochs"), number("batch_pairs")),
-        );
+        let by = (number("epochs"), number("batch_pairs"));
+        let found = steps_with(place, row, pairs.rows() as usize, by);
         let Some((step, epoch)) = found.first() else {
             return Ok(Err("no step has the pair".to_owned()));
         };
@@ -283,9 +313,10 @@ impl Reading<'_> {
             .snapshot
             .rows(self.runs, self.asked, steps, &condition, 1)?;
         let of_step = rows.first();
+        let total = (pairs.rows().div_ceil(by.1.into())).saturating_mul(by.0.into());
         Ok(Ok(json!({
-            "table": steps.table, "step": step, "steps": steps.expected.rows.unwrap_or(steps.rows()).max(steps.rows()),
-            "epoch": epoch, "loss": of_step.map(|row| row.loss), "accuracy": of_step.map(|row| row.accuracy),
+            "table": steps.table, "step": step, "steps": total, "epoch": epoch,
+            "loss": of_step.map(|row| row.loss), "accuracy": of_step.map(|row| row.accuracy),
         })))
     }
 
@@ -410,6 +441,16 @@ impl Reading<'_> {
 
 /// The reason why an answer has no log-probability after training.
 const NOT_READ: &str = "no later stage read this answer";
+
+/// The rule of `select_extremes` for equal rewards.
+const LOWER: &str = "of equal rewards, the lower candidate number is taken";
+
+fn of_pair(made: &TableVersion, pair: &Pair) -> Value {
+    json!({
+        "table": made.table, "key": pair.row_key, "chosen_candidate": pair.chosen_candidate,
+        "rejected_candidate": pair.rejected_candidate, "margin": pair.margin,
+    })
+}
 
 /// Returns the part of an answer in a pair.
 fn role(pair: &Pair, candidate: i32) -> Option<&'static str> {

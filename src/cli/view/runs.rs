@@ -1,6 +1,7 @@
 //! The runs that the page shows: their manifests as they are now, and caches of what was read.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -17,10 +18,9 @@ use ovchat_data::store::{Images, Lookup, Manifest, RunFolder, TableVersion, lock
 use ovchat_data::tables::{Pair, Row};
 use ovchat_query::{self as query, Part, QueryTable, Room, View};
 
-/// The memory limit of a query, and the number of queries at once: together with indexes and images,
-/// the server stays below 600 MB.
-const QUERY_MEMORY: usize = 160 << 20;
-const QUERIES_AT_ONCE: u32 = 2;
+/// The memory limit of a query. One runs at a time: together with indexes and images, the server stays
+/// below 600 MB.
+const QUERY_MEMORY: usize = 224 << 20;
 
 /// The number of lists of positions that are kept.
 const LISTS_KEPT: usize = 6;
@@ -31,8 +31,10 @@ pub struct Runs {
     pub spill: Spill,
     /// The time limit of a request.
     pub query_time: Duration,
-    free: Mutex<u32>,
-    freed: Condvar,
+    /// Held while an image is decoded.
+    pub decoding: Mutex<()>,
+    inside: Turns,
+    apart: Turns,
 }
 
 /// A run.
@@ -70,8 +72,9 @@ impl Runs {
             list: folders.into_iter().map(run).collect(),
             spill,
             query_time,
-            free: Mutex::new(QUERIES_AT_ONCE),
-            freed: Condvar::new(),
+            decoding: Mutex::default(),
+            inside: Turns::default(),
+            apart: Turns::default(),
         }
     }
 
@@ -82,17 +85,14 @@ impl Runs {
         self.list.get(number).ok_or_else(missing)
     }
 
-    /// Returns the memory of a query, once few enough others run.
-    pub fn room(&self, asked: &Asked) -> Result<RoomTaken<'_>, Problem> {
-        let mut free = self.free.lock().expect("no panic while locked");
-        while *free == 0 {
-            asked.go_on()?;
-            let patience = Duration::from_millis(100);
-            let waited = self.freed.wait_timeout(free, patience);
-            free = waited.expect("no panic while locked").0;
-        }
-        *free -= 1;
-        Ok(RoomTaken(self))
+    /// Returns the memory of a query, once no other runs in this process.
+    pub fn room(&self, asked: &Asked) -> Result<Turn<'_>, Problem> {
+        self.inside.turn(asked, &self.spill)
+    }
+
+    /// Waits until no other query of a client runs in another process.
+    pub fn apart(&self, asked: &Asked) -> Result<Turn<'_>, Problem> {
+        self.apart.turn(asked, &self.spill)
     }
 
     /// Runs a query over all tables of a run and the views of its report.
@@ -113,22 +113,46 @@ impl Runs {
     }
 }
 
-/// Room for a query; freed when it is dropped.
-pub struct RoomTaken<'r>(&'r Runs);
+/// Work of which one is done at a time.
+#[derive(Default)]
+struct Turns {
+    is_taken: Mutex<bool>,
+    freed: Condvar,
+}
 
-impl RoomTaken<'_> {
+impl Turns {
+    fn turn<'r>(&'r self, asked: &Asked, spill: &'r Spill) -> Result<Turn<'r>, Problem> {
+        let mut is_taken = self.is_taken.lock().expect("no panic while locked");
+        while *is_taken {
+            asked.go_on()?;
+            let patience = Duration::from_millis(100);
+            let waited = self.freed.wait_timeout(is_taken, patience);
+            is_taken = waited.expect("no panic while locked").0;
+        }
+        *is_taken = true;
+        Ok(Turn { turns: self, spill })
+    }
+}
+
+/// A turn, which ends when it is dropped.
+pub struct Turn<'r> {
+    turns: &'r Turns,
+    spill: &'r Spill,
+}
+
+impl Turn<'_> {
     pub fn room(&self) -> Room<'_> {
         Room {
             memory: QUERY_MEMORY,
-            spill: Some(self.0.spill.path()),
+            spill: Some(self.spill.path()),
         }
     }
 }
 
-impl Drop for RoomTaken<'_> {
+impl Drop for Turn<'_> {
     fn drop(&mut self) {
-        *self.0.free.lock().expect("no panic while locked") += 1;
-        self.0.freed.notify_one();
+        *self.turns.is_taken.lock().expect("no panic while locked") = false;
+        self.turns.freed.notify_one();
     }
 }
 
@@ -187,7 +211,7 @@ impl Run {
                 for file in files.iter().skip(*known) {
                     images.added(&self.folder, file)?;
                 }
-                *known = files.len();
+                *known = files.len().max(*known);
             }
             empty => *empty = Some((files.len(), Images::open(&self.folder, files)?)),
         }
@@ -195,21 +219,43 @@ impl Run {
     }
 
     /// Returns rows of a static table of prompts by their IDs; the index is kept.
-    pub fn prompts<R: Row>(
+    pub fn prompts<R: Row + Clone>(
         &self,
+        snapshot: &Snapshot,
         made: &TableVersion,
         ids: &[&str],
     ) -> Result<Vec<Option<R>>, Problem> {
         let mut indexes = self.prompts.lock().expect("no panic while locked");
+        // Versions that were replaced are not asked for again.
+        indexes.retain(|key, _| snapshot.manifest().made.iter().any(|made| made.key == *key));
+        let files: Vec<PathBuf> = made
+            .files()
+            .map(|file| self.folder.join(&file.file))
+            .collect();
         let index = match indexes.entry(made.key.clone()) {
-            std::collections::hash_map::Entry::Occupied(known) => known.into_mut(),
-            std::collections::hash_map::Entry::Vacant(new) => {
-                let files = made.files().map(|file| self.folder.join(&file.file));
-                new.insert(Lookup::open(files.collect(), "prompt_id")?)
-            }
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(new) => new.insert(Lookup::open(files.clone(), "prompt_id")?),
         };
-        let rows = ids.iter().map(|id| index.row(id));
-        Ok(rows.collect::<Result<_, _>>()?)
+        let places: Vec<Option<u64>> = ids
+            .iter()
+            .map(|id| index.position(id).map(|place| place as u64))
+            .collect();
+        drop(indexes);
+        let mut wanted: Vec<u64> = places.iter().flatten().copied().collect();
+        wanted.sort_unstable();
+        wanted.dedup();
+        let sizes: Vec<u64> = made.files().map(|file| file.rows).collect();
+        let positions: Vec<(u32, u64)> = wanted.iter().map(|row| position(&sizes, *row)).collect();
+        let found: HashMap<u64, R> = wanted
+            .iter()
+            .copied()
+            .zip(rows_at(&files, &positions)?)
+            .collect();
+        // A prompt may have several pairs on a page.
+        Ok(places
+            .into_iter()
+            .map(|place| found.get(&place?).cloned())
+            .collect())
     }
 
     /// Keeps a list of positions, in place of the oldest one.
@@ -337,6 +383,19 @@ impl Snapshot {
         let files: Vec<&Path> = files.map(|file| file.path.as_path()).collect();
         Ok(rows_at(&files, &found)?)
     }
+}
+
+/// Returns the position of a row of a table whose files have these numbers of rows.
+fn position(files: &[u64], row: u64) -> (u32, u64) {
+    let mut row = row;
+    for (file, rows) in files.iter().enumerate() {
+        if row < *rows {
+            return (file as u32, row);
+        }
+        row -= rows;
+    }
+    // Refused when it is read.
+    (files.len() as u32, row)
 }
 
 /// Returns a text as an SQL literal.

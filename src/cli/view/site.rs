@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use url::form_urlencoded;
 
 use super::asked::{Asked, Problem};
-use super::runs::{Runs, overview};
+use super::runs::{Run, Runs, overview};
 use super::{charts, graph, health, images, lists, prompt, questions, similar, sql};
 use crate::rows::Format;
 use crate::web::{self, Access};
@@ -160,12 +160,24 @@ fn answer(runs: &Runs, asked: &Asked, path: &str) -> Result<Response, Problem> {
     Err(Problem::Missing(format!("there is no `{path}` here")))
 }
 
-/// Returns the data of a view of the page.
+/// Returns the data of a view of the page. Files that the run replaced while they were read are read
+/// again, once.
 pub fn data(runs: &Runs, asked: &Asked, name: &str) -> Result<Value, Problem> {
+    let stamps = || -> Vec<String> { runs.list.iter().map(Run::stamp).collect() };
+    let before = stamps();
+    match data_now(runs, asked, name) {
+        Err(Problem::Failed(_) | Problem::Refused(_)) if stamps() != before => {
+            data_now(runs, asked, name)
+        }
+        found => found,
+    }
+}
+
+fn data_now(runs: &Runs, asked: &Asked, name: &str) -> Result<Value, Problem> {
     match name {
         "runs" => Ok(overview(runs)),
         "stamps" => {
-            let stamps = runs.list.iter().map(super::runs::Run::stamp);
+            let stamps = runs.list.iter().map(Run::stamp);
             Ok(json!({ "stamps": stamps.collect::<Vec<_>>() }))
         }
         "pairs" => lists::pairs(runs, asked),

@@ -1,14 +1,16 @@
 //! Queries of the page: rows as JSON with the images that they have, and downloads.
 
 use std::fs::File;
-use std::io::{Seek, SeekFrom, Write};
+use std::io::Write as _;
+use std::path::Path;
 use std::sync::Arc;
 
 use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, StringArray};
 use arrow::compute::cast;
-use arrow::datatypes::{DataType, Field, Schema};
-use serde_json::{Value, json};
+use arrow::datatypes::{DataType, Field, Int64Type, Schema, UInt64Type};
+use serde_json::{Map, Value, json};
 
+use super::apart::{self, Query};
 use super::asked::{Asked, Problem};
 use super::runs::{Run, Runs};
 use crate::rows::{Format, Nan, RowFormat, RowWriter};
@@ -22,14 +24,17 @@ const BYTES_MAX: usize = 8 << 20;
 /// The most bytes of a download: it is written to a file before it is sent.
 const DOWNLOAD_MAX: u64 = 2 << 30;
 
-/// The prefix of a cell that stands for an image, followed by its ID. Texts of the run that begin like
-/// this are escaped.
-const IMAGE: &str = "\u{0}image:";
+/// The largest number that JavaScript has exactly.
+const EXACT_MAX: u64 = (1 << 53) - 1;
 
-/// Returns the first rows of a query.
+/// Returns the first rows of a client's query.
 pub fn rows(runs: &Runs, asked: &Asked) -> Result<Value, Problem> {
     let limit = asked.number("limit")?.unwrap_or(200).min(ROWS_MAX);
-    table(runs, asked, asked.needed("q")?, limit)
+    let sql = asked.needed("q")?.to_owned();
+    let folder = &runs.of(asked)?.folder;
+    let mut found = apart::run(runs, folder, asked, Query::Rows { sql, limit })?;
+    found["seconds"] = json!(asked.seconds());
+    Ok(found)
 }
 
 /// Returns the first `limit` rows of a query as columns and rows.
@@ -54,7 +59,7 @@ pub fn table(runs: &Runs, asked: &Asked, sql: &str, limit: usize) -> Result<Valu
             // Few at a time: images may be large.
             for start in (0..batch.num_rows().min(left)).step_by(32) {
                 let count = (batch.num_rows().min(left) - start).min(32);
-                let (found, size) = as_json(&with_images(run, &batch.slice(start, count)))?;
+                let (found, size) = as_json(run, &batch.slice(start, count))?;
                 rows.extend(found);
                 bytes += size;
                 if bytes > BYTES_MAX {
@@ -76,13 +81,38 @@ pub fn table(runs: &Runs, asked: &Asked, sql: &str, limit: usize) -> Result<Valu
     Ok(json!({ "columns": columns, "rows": rows, "more": has_more, "seconds": asked.seconds() }))
 }
 
-/// Returns the rows of a query as a file in some format.
+/// Returns the rows of a client's query as a file in some format.
 pub fn download(runs: &Runs, asked: &Asked, format: Format) -> Result<File, Problem> {
+    let sql = asked.needed("q")?.to_owned();
+    let (file, to) = apart::file(runs)?;
+    let query = match format {
+        Format::Parquet => Query::Parquet {
+            sql,
+            to: to.clone(),
+        },
+        _ => Query::Csv {
+            sql,
+            to: to.clone(),
+        },
+    };
+    let done = apart::run(runs, &runs.of(asked)?.folder, asked, query);
+    // The open file stays readable.
+    drop(std::fs::remove_file(&to));
+    done.map(|_| file)
+}
+
+/// Writes the rows of a query to a file.
+pub fn write(
+    runs: &Runs,
+    asked: &Asked,
+    sql: &str,
+    format: Format,
+    to: &Path,
+) -> Result<Value, Problem> {
     let snapshot = runs.of(asked)?.now()?;
-    let sql = asked.needed("q")?;
     let failed =
         |error: std::io::Error| Problem::Failed(format!("cannot write the download: {error}"));
-    let file = tempfile::tempfile_in(runs.spill.path()).map_err(failed)?;
+    let file = File::create(to).map_err(failed)?;
     let mut out = Some(file.try_clone().map_err(failed)?);
     let mut writer: Option<RowWriter<File>> = None;
     let format = RowFormat {
@@ -109,26 +139,35 @@ pub fn download(runs: &Runs, asked: &Asked, format: Format) -> Result<File, Prob
         Ok(())
     })?;
     let mut written = writer.expect("the header comes first").finish()?;
-    written
-        .flush()
-        .and_then(|()| written.seek(SeekFrom::Start(0)))
-        .map_err(failed)?;
-    Ok(written)
+    written.flush().map_err(failed)?;
+    Ok(Value::Null)
+}
+
+/// A column as the page reads it: some values pass through JSON as texts, because JSON and JavaScript
+/// would change them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Passed {
+    AsIs,
+    /// Floating-point numbers, which the JSON parser rounds in the last digit.
+    Number,
+    /// IDs of images.
+    Image,
 }
 
 /// Returns rows as JSON arrays, and the size of their JSON in bytes.
-fn as_json(batch: &RecordBatch) -> Result<(Vec<Value>, usize), Problem> {
-    // Names may repeat in a result.
-    let fields = batch
-        .schema()
-        .fields()
-        .iter()
-        .enumerate()
-        .map(|(at, field)| field.as_ref().clone().with_name(at.to_string()))
-        .collect::<Vec<Field>>();
+fn as_json(run: &Run, batch: &RecordBatch) -> Result<(Vec<Value>, usize), Problem> {
+    let mut fields = Vec::new();
+    let mut columns = Vec::new();
+    let mut passed = Vec::new();
+    for (at, column) in batch.columns().iter().enumerate() {
+        let (column, how) = passed_as(run, column);
+        // Names may repeat in a result.
+        fields.push(Field::new(at.to_string(), column.data_type().clone(), true));
+        columns.push(column);
+        passed.push(how);
+    }
     let schema = Arc::new(Schema::new(fields));
-    let batch = RecordBatch::try_new(schema.clone(), batch.columns().to_vec())
-        .expect("only the names differ");
+    let batch = RecordBatch::try_new(schema.clone(), columns).expect("as many rows as before");
     let header = Header {
         schema,
         tables: vec![None; batch.num_columns()],
@@ -140,49 +179,68 @@ fn as_json(batch: &RecordBatch) -> Result<(Vec<Value>, usize), Problem> {
     let mut writer = RowWriter::begin(format, &header, Vec::new())?;
     writer.write(&batch)?;
     let text = writer.finish()?;
-    let rows: Vec<serde_json::Map<String, Value>> =
+    let rows: Vec<Map<String, Value>> =
         serde_json::from_slice(&text).map_err(|error| Problem::Failed(error.to_string()))?;
-    let names: Vec<String> = (0..batch.num_columns()).map(|at| at.to_string()).collect();
-    let row = |mut row: serde_json::Map<String, Value>| {
-        let cells = names
-            .iter()
-            .map(|name| cell(row.remove(name).unwrap_or(Value::Null)));
+    let row = |mut row: Map<String, Value>| {
+        let cells = passed.iter().enumerate().map(|(at, how)| {
+            let value = row.remove(&at.to_string()).unwrap_or(Value::Null);
+            cell(value, *how)
+        });
         Value::Array(cells.collect())
     };
     Ok((rows.into_iter().map(row).collect(), text.len()))
 }
 
-/// Returns a cell as the page reads it.
-fn cell(value: Value) -> Value {
-    match value {
-        Value::String(text) => match text.strip_prefix(IMAGE) {
-            Some(id) => json!({ "$image": id }),
-            None => Value::String(text),
-        },
-        other => other,
+/// Returns a column in a form that JSON does not change.
+fn passed_as(run: &Run, column: &ArrayRef) -> (ArrayRef, Passed) {
+    if let Some(ids) = image_ids(run, column) {
+        return (ids, Passed::Image);
     }
-}
-
-/// Replaces columns of images (structs of `bytes` and `path`) by the IDs of these images.
-fn with_images(run: &Run, batch: &RecordBatch) -> RecordBatch {
-    let mut fields = Vec::new();
-    let mut columns = Vec::new();
-    for (field, column) in batch.schema().fields().iter().zip(batch.columns()) {
-        let ids = image_ids(run, column);
-        match ids {
-            Some(ids) => {
-                fields.push(Field::new(field.name(), DataType::Utf8, true));
-                columns.push(ids);
-            }
-            None => {
-                fields.push(field.as_ref().clone());
-                columns.push(Arc::clone(column));
-            }
+    let is_exact = match column.data_type() {
+        DataType::Float16 | DataType::Float32 | DataType::Float64 => {
+            let texts = cast(column, &DataType::Utf8).expect("a number has a text");
+            return (texts, Passed::Number);
+        }
+        DataType::Int64 => column
+            .as_primitive::<Int64Type>()
+            .iter()
+            .flatten()
+            .all(|value| value.unsigned_abs() <= EXACT_MAX),
+        DataType::UInt64 => column
+            .as_primitive::<UInt64Type>()
+            .iter()
+            .flatten()
+            .all(|value| value <= EXACT_MAX),
+        kind => !kind.is_decimal(),
+    };
+    match is_exact {
+        true => (Arc::clone(column), Passed::AsIs),
+        false => {
+            let texts = cast(column, &DataType::Utf8).expect("a number has a text");
+            (texts, Passed::AsIs)
         }
     }
-    RecordBatch::try_new(Arc::new(Schema::new(fields)), columns).expect("as many rows as before")
 }
 
+/// Returns a cell as the page reads it.
+fn cell(value: Value, how: Passed) -> Value {
+    match (how, value) {
+        (Passed::Number, Value::String(text)) => match text.parse::<f64>() {
+            Ok(number) if number.is_finite() => json!(number),
+            _ => Value::String(text),
+        },
+        (Passed::Image, Value::String(text)) if is_image(&text) => json!({ "$image": text }),
+        (_, value) => value,
+    }
+}
+
+/// True if a text is the ID of an image.
+pub fn is_image(text: &str) -> bool {
+    text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
+/// Returns the IDs of the images in a column of structs of `bytes` and `path`, or the numbers of bytes
+/// of what is no image of the run.
 fn image_ids(run: &Run, column: &ArrayRef) -> Option<ArrayRef> {
     let parts = column.as_struct_opt()?;
     let bytes = cast(parts.column_by_name("bytes")?, &DataType::LargeBinary).ok()?;
@@ -192,7 +250,7 @@ fn image_ids(run: &Run, column: &ArrayRef) -> Option<ArrayRef> {
         (parts.is_valid(row) && bytes.is_valid(row)).then(|| {
             let id = digest(bytes.value(row));
             match run.has_image(&id) {
-                true => format!("{IMAGE}{id}"),
+                true => id,
                 false => format!("{} bytes", bytes.value(row).len()),
             }
         })

@@ -488,7 +488,7 @@ pub(super) fn open(path: &Path) -> Result<ParquetRecordBatchReaderBuilder<File>,
 }
 
 /// Runs a read of the parquet crate, which panics at some files that it should reject.
-fn read<T>(
+pub(super) fn read<T>(
     path: &Path,
     work: impl FnOnce() -> ::parquet::errors::Result<T>,
 ) -> Result<T, StoreError> {

@@ -1,67 +1,137 @@
 //! Reading of single rows by their positions in the files of a table.
 
-use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use ::parquet::arrow::arrow_reader::{
-    ArrowReaderOptions, ParquetRecordBatchReaderBuilder, RowSelection,
+    ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder, RowSelection,
 };
 use ::parquet::file::metadata::PageIndexPolicy;
+use rayon::prelude::*;
 
 use super::StoreError;
-use super::parquet::{only, parquet_error, typed};
+use super::parquet::{only, read, typed};
 use crate::tables::Row;
 use ovchat_io::files;
 
 /// Reads rows by their positions: the file, by its place in `files`, and the number of the row in it.
-/// Decodes only the pages that have them. Returns them in the order of `positions`, which may not
-/// repeat any.
-pub fn rows_at<R: Row>(
+/// Decodes only the pages that have them, in several threads. Returns them in the order of `positions`,
+/// which may not repeat any.
+pub fn rows_at<R: Row + Send>(
     files: &[impl AsRef<Path>],
     positions: &[(u32, u64)],
 ) -> Result<Vec<R>, StoreError> {
-    let mut by_file: BTreeMap<u32, Vec<(u64, usize)>> = BTreeMap::new();
-    for (place, (file, row)) in positions.iter().enumerate() {
-        by_file.entry(*file).or_default().push((*row, place));
-    }
-    let mut rows: Vec<Option<R>> = Vec::new();
-    rows.resize_with(positions.len(), || None);
-    for (file, mut wanted) in by_file {
-        wanted.sort_unstable();
-        let Some(path) = files.get(file as usize).map(AsRef::as_ref) else {
-            continue;
-        };
-        let numbers = wanted.iter().map(|(row, _)| *row as usize);
-        let read: Vec<R> = of_file(path, numbers)?;
-        for ((_, place), row) in wanted.into_iter().zip(read) {
-            rows[place] = Some(row);
+    let mut order: Vec<usize> = (0..positions.len()).collect();
+    order.sort_unstable_by_key(|place| positions[*place]);
+    let mut pieces: Vec<Piece> = Vec::new();
+    for place in &order {
+        let (file, row) = positions[*place];
+        match pieces.last_mut() {
+            Some(piece) if piece.of == file => piece.rows.push(row),
+            _ => pieces.push(Piece::open(files, file, row)?),
         }
     }
-    // A position beyond the files has no row.
-    Ok(rows.into_iter().flatten().collect())
+    let share = positions
+        .len()
+        .div_ceil(rayon::current_num_threads())
+        .max(1);
+    let pieces: Vec<Piece> = pieces
+        .into_iter()
+        .flat_map(|piece| piece.split(share))
+        .collect();
+    let read: Result<Vec<Vec<R>>, StoreError> = pieces.into_par_iter().map(Piece::read).collect();
+    let mut rows: Vec<(usize, R)> = order.into_iter().zip(read?.into_iter().flatten()).collect();
+    rows.sort_unstable_by_key(|(place, _)| *place);
+    Ok(rows.into_iter().map(|(_, row)| row).collect())
 }
 
-/// Reads rows of a file by their numbers, in ascending order.
-fn of_file<R: Row>(
-    path: &Path,
-    numbers: impl Iterator<Item = usize>,
-) -> Result<Vec<R>, StoreError> {
-    let failed = |error| parquet_error(path, error);
-    let file = files::open(path).map_err(StoreError::io("read", path))?;
-    let options = ArrowReaderOptions::new().with_page_index_policy(PageIndexPolicy::Optional);
-    let builder = ParquetRecordBatchReaderBuilder::try_new_with_options(file, options);
-    let builder = builder.map_err(failed)?;
-    let total = usize::try_from(builder.metadata().file_metadata().num_rows()).unwrap_or(0);
-    let ranges = numbers.filter(|row| *row < total).map(|row| row..row + 1);
-    let selection = RowSelection::from_consecutive_ranges(ranges, total);
-    let columns = R::schema();
-    let reader = only(builder, Some(&columns)).with_row_selection(selection);
-    let mut rows = Vec::new();
-    for batch in reader.build().map_err(failed)? {
-        let batch = batch.map_err(|error| parquet_error(path, error.into()))?;
-        rows.extend(typed::<R>(path, &batch)?);
+/// Some rows of a file, by their numbers in ascending order.
+struct Piece {
+    of: u32,
+    path: PathBuf,
+    metadata: ArrowReaderMetadata,
+    rows: Vec<u64>,
+}
+
+impl Piece {
+    fn open(files: &[impl AsRef<Path>], of: u32, row: u64) -> Result<Self, StoreError> {
+        let path = files.get(of as usize).map(AsRef::as_ref);
+        let path = path.ok_or_else(|| StoreError::Parquet {
+            path: format!("file {of}").into(),
+            problem: "there are fewer files".to_owned(),
+        })?;
+        let file = files::open(path).map_err(StoreError::io("read", path))?;
+        let options = ArrowReaderOptions::new().with_page_index_policy(PageIndexPolicy::Optional);
+        Ok(Self {
+            of,
+            metadata: read(path, || ArrowReaderMetadata::load(&file, options))?,
+            path: path.to_owned(),
+            rows: vec![row],
+        })
     }
-    Ok(rows)
+
+    /// Returns pieces of at most `most` rows.
+    fn split(self, most: usize) -> Vec<Self> {
+        let pieces = self.rows.chunks(most).map(|rows| Self {
+            of: self.of,
+            path: self.path.clone(),
+            metadata: self.metadata.clone(),
+            rows: rows.to_vec(),
+        });
+        pieces.collect()
+    }
+
+    fn read<R: Row>(self) -> Result<Vec<R>, StoreError> {
+        let path = &self.path;
+        let file = files::open(path).map_err(StoreError::io("read", path))?;
+        let wanted = self.rows.len();
+        let batches = read(path, || {
+            let (groups, selection) = selected(&self.metadata, &self.rows);
+            let builder = ParquetRecordBatchReaderBuilder::new_with_metadata(file, self.metadata);
+            let columns = R::schema();
+            let reader = only(builder, Some(&columns))
+                .with_row_groups(groups)
+                .with_row_selection(selection);
+            let batches: Result<Vec<_>, _> = reader.build()?.collect();
+            Ok(batches?)
+        })?;
+        let mut rows = Vec::new();
+        for batch in batches {
+            rows.extend(typed::<R>(path, &batch)?);
+        }
+        if rows.len() != wanted {
+            return Err(StoreError::Parquet {
+                path: path.clone(),
+                problem: "it has fewer rows than the manifest says".to_owned(),
+            });
+        }
+        Ok(rows)
+    }
+}
+
+/// Returns the row groups that have some rows, and the selection of the rows within these groups: even
+/// skipping a group costs time.
+fn selected(metadata: &ArrowReaderMetadata, rows: &[u64]) -> (Vec<usize>, RowSelection) {
+    let mut groups = Vec::new();
+    let mut ranges = Vec::new();
+    // The first row of a group in the file, and in the groups that are read.
+    let (mut start, mut read) = (0, 0);
+    let mut rows = rows.iter().peekable();
+    for (number, group) in metadata.metadata().row_groups().iter().enumerate() {
+        let count = u64::try_from(group.num_rows()).unwrap_or(0);
+        let mut is_read = false;
+        while let Some(row) = rows.next_if(|row| **row < start + count) {
+            let place = (read + row - start) as usize;
+            ranges.push(place..place + 1);
+            is_read = true;
+        }
+        if is_read {
+            groups.push(number);
+            read += count;
+        }
+        start += count;
+    }
+    let selection = RowSelection::from_consecutive_ranges(ranges.into_iter(), read as usize);
+    (groups, selection)
 }
 
 #[cfg(test)]

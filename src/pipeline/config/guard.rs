@@ -95,10 +95,10 @@ impl Condition {
         if first == "defaults" && text.trim() == first {
             return Ok(Self::Defaults);
         }
-        if ["select", "with", "values", "("].iter().any(|word| {
-            let start = first.get(..word.len());
-            start.is_some_and(|start| start.eq_ignore_ascii_case(word))
-        }) {
+        let is_query = ["select", "with", "values"]
+            .iter()
+            .any(|word| first.eq_ignore_ascii_case(word));
+        if is_query || first.starts_with('(') {
             return Ok(Self::Query(text.to_owned()));
         }
         Bound::read(text).map(Self::Bound)
@@ -164,7 +164,7 @@ impl Bound {
         })
     }
 
-    /// True if both compare the same end of the same metric in the same direction.
+    /// True if both compare the same metric in the same direction.
     fn replaces(&self, other: &Self) -> bool {
         let is_upper =
             |bound: &Self| matches!(bound.comparison, Comparison::More | Comparison::AtLeast);

@@ -59,13 +59,13 @@ pub const METRICS: [Metric; 20] = [
     Metric {
         name: "distinct_2",
         title: "distinct-2 of the k answers",
-        help: "number of distinct token bigrams in the k answers to a prompt, divided by the number of all; mean over 2,000 prompts",
+        help: "number of distinct token bigrams in the k answers to a prompt, divided by the number of all; mean over 500 prompts",
         warns: Some("distinct_2 < 0.1"),
     },
     Metric {
         name: "repeated_4",
         title: "share of repeated 4-grams",
-        help: "1 - distinct / all token 4-grams of an answer; mean over the answers of four tokens or more to 2,000 prompts",
+        help: "1 - distinct / all token 4-grams of an answer; mean over the answers of four tokens or more to 500 prompts",
         warns: Some("repeated_4 > 0.1"),
     },
     Metric {
@@ -125,13 +125,13 @@ pub const METRICS: [Metric; 20] = [
     Metric {
         name: "heldout_gain",
         title: "held-out gain over round 0",
-        help: "mean difference of the rewards of the held-out prompts from round 0, with a 95 % interval; prompts about the same image are one cluster",
+        help: "mean difference of the rewards of the held-out prompts from round 0, with a 95 % interval; prompts about the same image or video are one cluster",
         warns: Some("heldout_gain.high < 0"),
     },
     Metric {
         name: "heldout_step",
         title: "held-out gain over the round before",
-        help: "mean difference of the rewards of the held-out prompts from the round before, with a 95 % interval; prompts about the same image are one cluster",
+        help: "mean difference of the rewards of the held-out prompts from the round before, with a 95 % interval; prompts about the same image or video are one cluster",
         warns: Some("heldout_step.high < 0"),
     },
 ];

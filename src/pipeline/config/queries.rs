@@ -61,6 +61,7 @@ impl Lineage {
     pub(super) fn check_queries(&mut self, written: &PipelineSpec) {
         self.report(written);
         self.expect(written);
+        self.health_is_free(written);
         self.after_rounds(written);
     }
 
@@ -105,6 +106,26 @@ impl Lineage {
                 self.after_round(query, &wanted);
             }
         }
+    }
+
+    /// Checks that no stage has the name of the table that the guard needs.
+    fn health_is_free(&mut self, written: &PipelineSpec) {
+        let mut drafts = self.drafts.iter();
+        let Some(draft) = drafts.find(|draft| draft.name.as_str() == Health::KIND) else {
+            return;
+        };
+        let at = At::key(draft.path.clone());
+        let help = "rename the stage";
+        let is_needed = !written.guard.is_empty() || written.rounds.by().is_some();
+        let diagnostic = if is_needed {
+            let message = "a stage named `health` takes the place of the table that `guard` and `rounds.by` need";
+            Diagnostic::new("config::health", at, message.to_owned())
+        } else {
+            let message =
+                "a stage named `health` turns off the health of rounds, whose table has this name";
+            Diagnostic::warning("config::health", at, message.to_owned())
+        };
+        self.diagnostics.push(diagnostic.help(help));
     }
 
     /// Checks a query that returns one value after a round.

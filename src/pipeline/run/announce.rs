@@ -170,7 +170,7 @@ impl Runner<'_> {
                 }
             }
         }
-        let mut removed = self.unplanned(slots);
+        let mut removed = self.unplanned(slots, false);
         removed
             .retain(|made| options.until.is_none() && made.complete && !replaced.contains(&made));
         let folder = self.folder.root().display();
@@ -202,7 +202,7 @@ impl Runner<'_> {
     /// Lists the tables of later rounds that will be archived once `rounds.stop_when` has ended the
     /// rounds with `last`.
     pub(super) fn announce_end(&mut self, options: &Options<'_>, last: u32, reached: &[Slot<'_>]) {
-        let mut removed = self.unplanned(reached);
+        let mut removed = self.unplanned(reached, true);
         removed.retain(|made| made.round > Some(last));
         if !removed.is_empty() {
             let text = format!(

@@ -5,7 +5,7 @@
 
 mod queries;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use arrow::array::{Array, AsArray, RecordBatch};
@@ -66,13 +66,20 @@ pub fn best_round(run: &RunFolder) -> Result<Option<BestRound>, StoreError> {
         let mut made = run.manifest().made.iter();
         made.any(|made| made.round == Some(round) && made.checkpoint.is_some())
     };
+    let rounds = health_of(run)?;
+    let of = |rows: &'_ [Health]| rows.iter().find(|row| row.metric == KEPT_BY).cloned();
+    // After a change of the query, the values of rounds that were not computed again do not count.
+    let query = rounds
+        .last()
+        .and_then(|(_, rows)| of(rows))
+        .map(|row| row.source);
     let mut values = Vec::new();
-    for (round, rows) in health_of(run)? {
-        let row = rows.iter().find(|row| row.metric == KEPT_BY);
+    for (round, rows) in &rounds {
+        let row = of(rows).filter(|row| Some(&row.source) == query.as_ref());
         if let Some(value) = row.and_then(|row| row.value)
-            && trained(round)
+            && trained(*round)
         {
-            values.push((round, value));
+            values.push((*round, value));
         }
     }
     let best = values
@@ -140,9 +147,23 @@ impl Runner<'_> {
         let guard: Vec<Value> = guard
             .map(|guard| json!([hide(&guard.text), guard.action.as_str()]))
             .collect();
+        let by = self.plan.keep_by.as_deref();
+        // Hidden values of the environment have hashes instead.
+        let written = self
+            .plan
+            .guard
+            .iter()
+            .map(|guard| guard.text.as_str())
+            .chain(by);
+        let is_hidden = written.into_iter().any(|text| hide(text) != text);
+        let references = self.plan.environment.iter().filter(|_| is_hidden);
+        let references = references.map(|one| (one.name.clone(), json!(one.sha256)));
         let made = self.folder.manifest().made.iter().filter(|made| {
             made.complete
-                && made.kind.as_deref() != Some(Health::KIND)
+                && self
+                    .plan
+                    .all()
+                    .any(|stage| stage.name.as_str() == made.table)
                 && made.round.is_none_or(|of| of <= round)
         });
         let inputs = made.map(|made| {
@@ -154,13 +175,16 @@ impl Runner<'_> {
         });
         let inputs: serde_json::Map<String, Value> = inputs.collect();
         // Labels belong to no table version.
-        let labels = labels_in(self.folder.root());
-        let labels: u64 = labels
+        let labels = labels_of(self.folder.root(), round);
+        let labels = labels
             .iter()
-            .map(|file| file.path.metadata().map_or(0, |data| data.len()))
-            .sum();
+            .map(|file| file.path.metadata().map_or(0, |data| data.len()));
+        let settings = json!({
+            "queries": sql, "guard": guard, "by": by.map(hide), "labels": labels.sum::<u64>(),
+            "env": references.collect::<serde_json::Map<_, _>>(),
+        });
         json!({
-            "settings": { "health": { "queries": sql, "guard": guard, "by": self.plan.keep_by.as_deref().map(hide), "labels": labels } },
+            "settings": { "health": settings },
             "inputs": inputs, "models": {}, "files": {}, "version": [VERSION],
         })
     }
@@ -175,7 +199,7 @@ impl Runner<'_> {
         tables.push(QueryTable {
             name: LABELS.to_owned(),
             schema: Label::schema(),
-            files: vec![(None, labels_in(self.folder.root()))],
+            files: vec![(None, labels_of(self.folder.root(), round))],
             with_round: false,
         });
         // A run that was killed goes on behind what it has committed.
@@ -183,7 +207,18 @@ impl Runner<'_> {
             let begun = Instant::now();
             let mut rows = Vec::new();
             for query in queries {
-                let found = self.metrics(query, &tables, round)?;
+                let found = match self.metrics(query, &tables, round) {
+                    Ok(found) => found,
+                    Err(Failure::Query(problem)) => {
+                        // A metric is no reason to lose a run.
+                        self.report.note(&format!(
+                            "warning: round {round}: no health of `{}`: {problem}",
+                            query.source
+                        ));
+                        continue;
+                    }
+                    Err(failure) => return Err(failure),
+                };
                 rows.extend(found.into_iter().filter(|row| row.n != Some(0)));
             }
             // The rows of a union have no order.
@@ -434,6 +469,12 @@ pub fn rounded(value: f64) -> String {
     if value == 0.0 || !value.is_finite() {
         return format!("{value}");
     }
+    if value.abs() < 1e-4 {
+        let text = format!("{value:.2e}");
+        let (digits, power) = text.split_once('e').expect("an exponent");
+        let digits = digits.trim_end_matches('0').trim_end_matches('.');
+        return format!("{digits}e{power}");
+    }
     let digits = (2 - value.abs().log10().floor() as i32).clamp(0, 6) as usize;
     let text = format!("{value:.digits$}");
     if text.contains('.') {
@@ -469,13 +510,45 @@ fn numbers(column: &dyn Array) -> Vec<Option<f64>> {
     }
 }
 
-/// Returns the files of labels in a run folder.
-fn labels_in(root: &Path) -> Vec<TableFile> {
+/// Returns the files of labels of a round, and of those that belong to none.
+fn labels_of(root: &Path, round: u32) -> Vec<TableFile> {
     let entries = std::fs::read_dir(root.join(LABELS)).into_iter().flatten();
     let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
-    let mut paths: Vec<_> = paths
-        .filter(|path| path.extension() == Some("jsonl".as_ref()))
+    let is_of_round = |path: &PathBuf| {
+        let stem = path
+            .file_stem()
+            .and_then(|stem| stem.to_str())
+            .unwrap_or_default();
+        let of = stem
+            .rsplit_once("-round-")
+            .and_then(|(_, number)| number.parse::<u32>().ok());
+        of.is_none_or(|of| of == round)
+    };
+    let mut paths: Vec<PathBuf> = paths
+        .filter(|path| path.extension() == Some("jsonl".as_ref()) && is_of_round(path))
         .collect();
     paths.sort();
     paths.into_iter().map(TableFile::from).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_have_three_digits_and_are_never_rounded_to_zero() {
+        let cases = [
+            (0.0, "0"),
+            (-0.2593, "-0.259"),
+            (1234.5, "1234"),
+            (0.000_157_2, "0.000157"),
+            (1e-7, "1e-7"),
+            (-3.14e-9, "-3.14e-9"),
+            (9.9999, "10"),
+        ];
+        for (value, text) in cases {
+            assert_eq!(rounded(value), text);
+        }
+        assert_eq!(stable(0.1 + 0.2), 0.3);
+    }
 }

@@ -84,13 +84,14 @@ impl Runner<'_> {
         Ok(true)
     }
 
-    /// Returns the tables that are no longer in the pipeline, or not in that round.
-    pub(super) fn unplanned(&self, slots: &[Slot<'_>]) -> Vec<TableVersion> {
+    /// Returns the tables that are no longer in the pipeline, or not in that round. The health of a round
+    /// is there once the round has ended; before the run `has_ended`, it counts as planned.
+    pub(super) fn unplanned(&self, slots: &[Slot<'_>], has_ended: bool) -> Vec<TableVersion> {
         let is_health = |made: &TableVersion| {
-            made.kind.as_deref() == Some(Health::KIND)
-                && made
-                    .round
-                    .is_some_and(|round| self.guarded.contains(&round))
+            let is_guarded = made
+                .round
+                .is_some_and(|round| self.guarded.contains(&round));
+            made.kind.as_deref() == Some(Health::KIND) && (is_guarded || !has_ended)
         };
         let planned = |made: &TableVersion| {
             slots.iter().any(|(stage, round)| {
@@ -111,7 +112,7 @@ impl Runner<'_> {
     /// Archives these tables, and staged versions that a complete run did not resume, so that they
     /// are not queried or exported as part of the pipeline.
     pub(super) fn archive_unplanned(&mut self, slots: &[Slot<'_>]) -> Result<(), Failure> {
-        for made in self.unplanned(slots) {
+        for made in self.unplanned(slots, true) {
             self.folder.archive(&made.table, made.round)?;
         }
         let staged = self.folder.manifest().staged.iter();

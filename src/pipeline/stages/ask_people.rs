@@ -119,7 +119,8 @@ impl PairSelector for AskPeople {
             }
         }
         // The verdicts on two answers, in the order of the first.
-        let mut verdicts: Vec<(String, [i32; 2], Vec<Verdict>)> = Vec::new();
+        let mut verdicts: Vec<(String, Vec<Verdict>)> = Vec::new();
+        let mut places: HashMap<(String, [i32; 2]), usize> = HashMap::new();
         for label in labels {
             let Some(known) = texts.get(&*label.prompt_id) else {
                 continue;
@@ -135,14 +136,16 @@ impl PairSelector for AskPeople {
                 continue;
             };
             let both = [left.min(right), left.max(right)];
-            let mut known = verdicts.iter_mut();
-            match known.find(|(id, of, _)| *id == label.prompt_id && *of == both) {
-                Some((.., all)) => all.push(verdict),
-                None => verdicts.push((label.prompt_id, both, vec![verdict])),
+            let place = *places
+                .entry((label.prompt_id.clone(), both))
+                .or_insert(verdicts.len());
+            match verdicts.get_mut(place) {
+                Some((_, all)) => all.push(verdict),
+                None => verdicts.push((label.prompt_id, vec![verdict])),
             }
         }
         let mut choices: HashMap<String, PairChoice> = HashMap::new();
-        for (prompt_id, _, verdicts) in verdicts {
+        for (prompt_id, verdicts) in verdicts {
             let choice = agreed(&verdicts);
             match (choices.get_mut(&prompt_id), choice) {
                 (Some(PairChoice::Pairs(pairs)), PairChoice::Pairs(more)) => pairs.extend(more),

@@ -96,12 +96,14 @@
 
   const side = (answer, ...rest) => el('div', { class: 'answer-side' }, el('span', { class: 'reward' }, el('span', { class: 'unseen' }, 'reward '), OV.number(reward(answer))), ...rest);
 
+  const roundName = round => round == null ? 'Once' : `Round ${round}`;
+
   const drawRound = r => {
     const chosen = r.answers.find(a => a.role === 'chosen'), rejected = r.answers.find(a => a.role === 'rejected');
     const order = [...r.answers].sort((a, b) => (reward(b) ?? -Infinity) - (reward(a) ?? -Infinity) || a.candidate - b.candidate);
     const t = r.training;
-    return el('section', { class: 'round', 'aria-label': `Round ${r.round}`, data: { round: String(r.round) } },
-      el('h2', null, `Round ${r.round}`, ' ', el('span', { class: 'muted light' }, r.table ? [OV.inline(r.table, 60), ', '] : null, OV.plural(r.answers.length, 'answer'))),
+    return el('section', { class: 'round', 'aria-label': roundName(r.round), data: { round: String(r.round) } },
+      el('h2', null, roundName(r.round), ' ', el('span', { class: 'muted light' }, r.table ? [OV.inline(r.table, 60), ', '] : null, OV.plural(r.answers.length, 'answer'))),
       el('p', { data: { training: '' } }, t
         ? ['Trained at ', el('strong', null, `step ${OV.count(t.step)}`), t.steps == null ? '' : ` of ${OV.count(t.steps)}`, t.epoch == null ? '' : `, epoch ${OV.number(t.epoch)}`, t.table ? [' (', OV.tableLink(params.run, t.table), ')'] : '', t.loss == null ? '' : `. Loss ${OV.number(t.loss)}`, t.accuracy == null ? '' : `, accuracy ${OV.number(t.accuracy)}`, '.']
         : OV.muted('Not trained on: ', OV.inline(r.training_why ?? 'not known'))),
@@ -135,7 +137,7 @@
             const diff = before && OV.diff(before.text ?? '', e.text ?? '');
             const change = before && reward(e) != null && reward(before) != null ? reward(e) - reward(before) : null;
             return el('li', { class: 'answer', data: { round: String(e.round) } },
-              side(e, el('strong', null, `round ${e.round}`),
+              side(e, el('strong', null, e.round == null ? 'once' : `round ${e.round}`),
                 change == null ? null : el('span', { class: 'muted', data: { rewardChange: '' } }, change === 0 ? 'reward unchanged' : `${OV.signed(change)} since round ${before.round}`)),
               OV.text(e.text, { parts: diff?.b, mark: 'only changed' }),
               el('div', { class: 'answer-facts' }, before && before.text === e.text ? el('p', null, `same answer as in round ${before.round}`) : null,
@@ -163,7 +165,7 @@
   };
   const reference = (r, note) => el('li', null, OV.pictures(params.run, r.images, r.videos, { small: true }),
     el('div', null, el('a', { href: OV.promptHref(params.run, r.prompt_id) }, OV.inline(r.question, 160)),
-      el('div', { class: 'muted' }, [note, r.table, ...(r.pairs ?? []).slice(0, 4).map(p => `round ${p.round}: margin ${OV.number(p.margin)}`), r.pairs?.length > 4 && `${r.pairs.length - 4} more pairs`].filter(Boolean).join(' · '))));
+      el('div', { class: 'muted' }, [note, r.table, ...(r.pairs ?? []).slice(0, 4).map(p => `${p.round == null ? 'once' : `round ${p.round}`}: margin ${OV.number(p.margin)}`), r.pairs?.length > 4 && `${r.pairs.length - 4} more pairs`].filter(Boolean).join(' · '))));
 
   view.keys = {
     j: () => OV.views.pairs.neighbour(1, params.id) || OV.say('No next pair in the list'),

@@ -1,22 +1,25 @@
--- The k answers to each training prompt. The metrics of repeated text read 2,000 prompts, the first
--- by their hashes.
+-- The k answers to each training prompt. The metrics of repeated text read 500 prompts, the first by
+-- their hashes.
 with answered as (
   select prompt_id, candidate, finish, token_ids, cast(cardinality(token_ids) as double) as tokens
   from {answers} where round = $round
 ), some as (
-  select prompt_id from answered group by prompt_id order by prompt_id limit 2000
-), pieces as (
+  select prompt_id from answered group by prompt_id order by prompt_id limit 500
+), places as (
   select prompt_id, candidate, token_ids, unnest(range(1, cardinality(token_ids))) as i
   from answered where prompt_id in (select prompt_id from some)
 ), grams as (
-  select prompt_id, candidate, array_to_string(array_slice(token_ids, i, i + 1), ' ') as two,
-         case when i + 3 <= cardinality(token_ids) then array_to_string(array_slice(token_ids, i, i + 3), ' ') end as four
-  from pieces
+  select prompt_id, candidate, token_ids[i] as a, token_ids[i + 1] as b, token_ids[i + 2] as c, token_ids[i + 3] as d
+  from places
+), twos as (
+  select prompt_id, a, b, count(*) as times from grams group by prompt_id, a, b
+), fours as (
+  select prompt_id, candidate, a, b, c, d, count(*) as times from grams where d is not null
+  group by prompt_id, candidate, a, b, c, d
 ), per_prompt as (
-  select cast(count(distinct two) as double) / count(two) as distinct_2 from grams group by prompt_id
+  select cast(count(*) as double) / sum(times) as distinct_2 from twos group by prompt_id
 ), per_answer as (
-  select 1 - cast(count(distinct four) as double) / count(four) as repeated_4 from grams
-  group by prompt_id, candidate having count(four) > 0
+  select 1 - cast(count(*) as double) / sum(times) as repeated_4 from fours group by prompt_id, candidate
 ), before as (
   select avg(cast(cardinality(token_ids) as double)) as tokens from {answers}
   where round = (select min(round) from {answers})

@@ -1,6 +1,6 @@
 -- The rewards of the answers to the held-out prompts, and the gains over round 0 and over the round
 -- before. A gain is the mean over prompts, which are paired with themselves. Prompts about the same
--- image are one cluster: with G clusters, n prompts of gain d, and g the sum of d - mean(d) over a
+-- image or video are one cluster: with G clusters, n prompts of gain d, and g the sum of d - mean(d) over a
 -- cluster, the standard error is sqrt(G / (G - 1) * sum(g^2)) / n. The interval takes the quantile of
 -- t(G - 1), by its expansion at the normal one; fewer than ten clusters have none.
 with rewarded as (
@@ -17,11 +17,11 @@ with rewarded as (
 ), mean as (
   select metric, avg(gain) as value, count(*) as n from compared group by metric
 ), clusters as (
-  select c.metric, coalesce(p.image_ids[1], c.prompt_id) as image, sum(c.gain - m.value) as g
+  select c.metric, coalesce(p.image_ids[1], p.videos[1]['video_id'], c.prompt_id) as image, sum(c.gain - m.value) as g
   from compared c
   join mean m on m.metric = c.metric
   join {prompts} p on p.prompt_id = c.prompt_id
-  group by c.metric, coalesce(p.image_ids[1], c.prompt_id)
+  group by c.metric, coalesce(p.image_ids[1], p.videos[1]['video_id'], c.prompt_id)
 ), spread as (
   select metric, count(*) as many, cast(count(*) - 1 as double) as df, sum(g * g) as squares
   from clusters group by metric

@@ -1,7 +1,7 @@
--- The labels of people: how often two annotators of the same two answers gave the same verdict.
+-- The labels of people so far: how often two annotators of the same two answers gave the same verdict.
 with latest as (
   select "by", prompt_id, left_digest, right_digest, said,
-         row_number() over (partition by "by", prompt_id, least(left_digest, right_digest), greatest(left_digest, right_digest) order by at desc, id desc) as age
+         row_number() over (partition by "by", prompt_id, least(left_digest, right_digest), greatest(left_digest, right_digest) order by at desc, id desc, said = 'undone' desc) as age
   from {labels}
 ), verdicts as (
   select "by", prompt_id, least(left_digest, right_digest) as one, greatest(left_digest, right_digest) as other,

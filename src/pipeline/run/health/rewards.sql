@@ -16,4 +16,4 @@ select 'reward' as metric, avg(reward) as value, count(*) as n from rewarded
 union all
 select 'length_correlation', corr(reward, tokens), count(*) from rewarded
 union all
-select 'length_correlation_within', sum(both_ways) / nullif(sqrt(sum(rewards) * sum(lengths)), 0), sum(k) from per_prompt
+select 'length_correlation_within', sum(both_ways) / nullif(sqrt(sum(rewards) * sum(lengths)), 0), coalesce(sum(k), 0) from per_prompt

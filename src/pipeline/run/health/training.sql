@@ -8,4 +8,4 @@ with per_round as (
   where s.step > 0.9 * whole.steps and {rounds}
   group by s.round
 )
-select 'log_ratio' as metric, sum(log_ratio) as value, sum(n) as n from per_round
+select 'log_ratio' as metric, sum(log_ratio) as value, coalesce(sum(n), 0) as n from per_round
