@@ -481,7 +481,8 @@ fn screenshots() {
     let sql = "select image_ids, prompt, chosen, rejected, margin from pairs where round = 3 order by margin desc limit 6";
     let id =
         server.json("api/pairs?round=2&sort=margin&desc=1&limit=1")["rows"][0]["prompt_id"].clone();
-    let loaded = "[...document.images].every(one => one.complete) && !document.querySelector('[data-waiting]')";
+    let loaded = "[...document.images].every(one => one.complete || one.getBoundingClientRect().top > innerHeight) \
+        && document.querySelector('[data-waiting]') === null";
     for (name, fragment, height) in [
         (
             "pairs",
