@@ -215,9 +215,11 @@ fn a_run_is_followed_while_it_goes_on() {
         "document.querySelector('#charts') !== null",
     );
     scene.succeeds(&["run", "p.yaml"]);
-    page.until(PAIRS);
-    rounds.until("document.querySelector('#health-table') !== null");
-    rounds.until("document.querySelectorAll('#charts svg.chart').length > 4");
+    // While the run goes on, the page asks less often if its requests take long.
+    let patience = std::time::Duration::from_secs(70);
+    page.until_within(PAIRS, patience);
+    rounds.until_within("document.querySelector('#health-table') !== null", patience);
+    rounds.until_within("document.querySelectorAll('#charts svg.chart').length > 4", patience);
     assert_clean(&rounds, &server);
 }
 

@@ -112,24 +112,28 @@
 
   // Live updates.
   const tick = async () => {
+    let wait = POLL;
     if (document.visibilityState === 'visible') {
       try {
         const got = (await OV.get('api/stamps')).stamps;
         if (offline) { offline = false; notice(); OV.say('The server answers again'); }
         const changed = got.map((s, i) => s !== stamps[i]);
         if (changed.includes(true)) {
+          const begun = performance.now();
           OV.runs = (await OV.get('api/runs')).runs;
           stamps = got;
           chrome();
           const shown = current === 'rounds' ? changed.some((c, i) => c && OV.views.rounds.shows(i)) : changed[Number(params.run)];
           if (shown) await OV.views[current].update?.();
           if (current !== 'pairs' && changed[Number(lastParams.pairs?.run)]) OV.views.pairs.update();
+          // A run in progress needs the processors: the server works at most a fiftieth of the time.
+          if (OV.runs.some(run => run.running)) wait = Math.min(60000, Math.max(POLL, 50 * (performance.now() - begun)));
         }
       } catch (error) {
         if (error.offline && !offline) { offline = true; notice(); OV.say('The server does not answer'); }
       }
     }
-    setTimeout(tick, offline ? 3 * POLL : POLL);
+    setTimeout(tick, offline ? 3 * POLL : wait);
   };
 
   // Light and dark.
